@@ -1,0 +1,180 @@
+"""The bpf(2), perf_event_open(2) and pidfd system calls that fgpu needs, and no others.
+
+Owns: argument layouts of these calls. Never: keeps state, knows a map's meaning, imports bcc.
+On failure: OSError with the kernel's errno and the name of the call; a missing map entry is None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+_BPF, _PERF_EVENT_OPEN = {"x86_64": (321, 298), "aarch64": (280, 241)}.get(platform.machine(), (321, 298))
+_MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _OBJ_PIN, _OBJ_GET, _TEST_RUN = 0, 1, 2, 3, 6, 7, 10
+_MAP_GET_FD_BY_ID, _RAW_TRACEPOINT_OPEN, _FREEZE, _LOOKUP_BATCH, _LINK_CREATE = 14, 17, 22, 24, 28
+_PERF_EVENT_LINK = 41
+_ATTR_BYTES = 128
+_PERF_ATTR_BYTES = 128
+_PERF_FLAG_FD_CLOEXEC = 8
+ARRAY = 2
+MMAPABLE = 1 << 10
+UPROBE_TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
+UPROBE_RETURN_BIT = Path("/sys/bus/event_source/devices/uprobe/format/retprobe")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _syscall(name: str, number: int, *arguments: object) -> int:
+    result: int = _libc.syscall(number, *arguments)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{name}: {os.strerror(code)}")
+    return result
+
+
+def _bpf(name: str, command: int, layout: str, *values: int) -> int:
+    attr = ctypes.create_string_buffer(struct.pack(layout, *values), _ATTR_BYTES)
+    return _syscall(f"bpf({name})", _BPF, command, attr, _ATTR_BYTES)
+
+
+def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
+    return ctypes.addressof(buffer)
+
+
+def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(data, max(1, len(data)))
+
+
+# -- maps ----------------------------------------------------------------------------------------------------------
+
+
+def create_array_page(name: str, bytes_: int) -> int:
+    """Creates a one-element array map that can be mapped; answers its descriptor."""
+    attr = struct.pack("6I", ARRAY, 4, bytes_, 1, MMAPABLE, 0) + struct.pack("I16s", 0, name.encode()[:15])
+    buffer = ctypes.create_string_buffer(attr, _ATTR_BYTES)
+    return _syscall("bpf(MAP_CREATE)", _BPF, _MAP_CREATE, buffer, _ATTR_BYTES)
+
+
+def lookup(fd: int, key: bytes, value_bytes: int) -> bytes | None:
+    """One value of a map, or None where the key is not there."""
+    k, v = _buffer(key), ctypes.create_string_buffer(value_bytes)
+    try:
+        _bpf("MAP_LOOKUP", _LOOKUP, "IIQQQ", fd, 0, _address(k), _address(v), 0)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    return v.raw
+
+
+def update(fd: int, key: bytes, value: bytes) -> None:
+    """Inserts or replaces one entry. Raises OSError (E2BIG: the map is full)."""
+    k, v = _buffer(key), _buffer(value)
+    _bpf("MAP_UPDATE", _UPDATE, "IIQQQ", fd, 0, _address(k), _address(v), 0)
+
+
+def delete(fd: int, key: bytes) -> bool:
+    """Deletes one entry; False where there was none."""
+    k = _buffer(key)
+    try:
+        _bpf("MAP_DELETE", _DELETE, "IIQQQ", fd, 0, _address(k), 0, 0)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        raise
+    return True
+
+
+def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterator[tuple[bytes, bytes]]:
+    """All entries of a hash map, in batches: an entry that changes meanwhile is seen at most once."""
+    token, first = ctypes.create_string_buffer(8), True
+    while True:
+        keys = ctypes.create_string_buffer(key_bytes * chunk)
+        values = ctypes.create_string_buffer(value_bytes * chunk)
+        attr = ctypes.create_string_buffer(_ATTR_BYTES)
+        start = 0 if first else _address(token)
+        batch = (start, _address(token), _address(keys), _address(values), chunk, fd, 0, 0)
+        struct.pack_into("QQQQIIQQ", attr, 0, *batch)
+        done = False
+        try:
+            _syscall("bpf(MAP_LOOKUP_BATCH)", _BPF, _LOOKUP_BATCH, attr, _ATTR_BYTES)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:  # one bucket holds more than a chunk
+                chunk *= 4
+                continue
+            if error.errno != errno.ENOENT:
+                raise
+            done = True
+        (count,) = struct.unpack_from("I", attr, 32)
+        first = False
+        for i in range(count):
+            yield keys.raw[i * key_bytes : (i + 1) * key_bytes], values.raw[i * value_bytes : (i + 1) * value_bytes]
+        if done:
+            return
+
+
+def freeze(fd: int) -> None:
+    """No process may write the map from now on; BPF programs may."""
+    _bpf("MAP_FREEZE", _FREEZE, "I", fd)
+
+
+def map_by_id(identity: int) -> int:
+    """A descriptor of the map with this id."""
+    return _bpf("MAP_GET_FD_BY_ID", _MAP_GET_FD_BY_ID, "III", identity, 0, 0)
+
+
+# -- objects -------------------------------------------------------------------------------------------------------
+
+
+def pinned(path: Path) -> int:
+    """A descriptor of the map, program or link pinned there."""
+    name = _buffer(os.fsencode(path) + b"\0")
+    return _bpf("OBJ_GET", _OBJ_GET, "QII", _address(name), 0, 0)
+
+
+def pin(fd: int, path: Path) -> None:
+    """Pins a map, program or link; the folder must lie in a bpffs."""
+    name = _buffer(os.fsencode(path) + b"\0")
+    _bpf("OBJ_PIN", _OBJ_PIN, "QII", _address(name), fd, 0)
+
+
+def run_raw_tracepoint(program: int, *arguments: int) -> int:
+    """Runs a raw tracepoint program once with up to 12 arguments; answers its return value, signed."""
+    context = _buffer(struct.pack(f"{len(arguments)}Q", *(a & (2**64 - 1) for a in arguments)))
+    attr = ctypes.create_string_buffer(_ATTR_BYTES)
+    struct.pack_into("IIIIQQII", attr, 0, program, 0, 0, 0, 0, 0, 0, 0)
+    struct.pack_into("IIQQ", attr, 40, len(context), 0, _address(context), 0)
+    _syscall("bpf(PROG_TEST_RUN)", _BPF, _TEST_RUN, attr, _ATTR_BYTES)
+    result: int = struct.unpack_from("i", attr, 4)[0]
+    return result
+
+
+def attach_raw_tracepoint(program: int, name: str) -> int:
+    """Attaches; answers the link. EINVAL: the program reads an argument that this kernel's event lacks."""
+    event = _buffer(name.encode() + b"\0")
+    return _bpf("RAW_TRACEPOINT_OPEN", _RAW_TRACEPOINT_OPEN, "QI", _address(event), program)
+
+
+def open_uprobe(path: str, offset: int, at_return: bool) -> int:
+    """A perf event at a file offset, for all processes. ENODEV: the kernel has no uprobe PMU."""
+    try:
+        pmu = int(UPROBE_TYPE.read_text())
+        bit = int(UPROBE_RETURN_BIT.read_text().split(":")[1])
+    except FileNotFoundError as error:
+        raise OSError(errno.ENODEV, "the kernel has no uprobe PMU") from error
+    name = _buffer(os.fsencode(path) + b"\0")
+    attr = ctypes.create_string_buffer(_PERF_ATTR_BYTES)
+    struct.pack_into("IIQQQQ", attr, 0, pmu, _PERF_ATTR_BYTES, int(at_return) << bit, 1, 0, 0)
+    struct.pack_into("QQ", attr, 56, _address(name), offset)
+    return _syscall("perf_event_open", _PERF_EVENT_OPEN, attr, -1, 0, -1, _PERF_FLAG_FD_CLOEXEC)
+
+
+def attach_perf_event(program: int, event: int) -> int:
+    """Ties a program to a perf event by a bpf_link; answers the link."""
+    return _bpf("LINK_CREATE", _LINK_CREATE, "IIII", program, event, _PERF_EVENT_LINK, 0)

@@ -1,0 +1,117 @@
+"""`fgpu run`: becomes a tenant and execs a program.
+
+Owns: cgroup, namespaces, the preload file and the user of that program. Never: starts it half set up. On failure:
+LaunchError, before the program has run an instruction.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import pwd
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+PRELOAD = "/etc/ld.so.preload"
+_NEWNS, _NEWPID = 0x00020000, 0x20000000
+_MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class LaunchError(Exception):
+    """Why the program was not started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the program is to run: a cgroup's folder with its limit in force, and the file that preloads the shim."""
+
+    folder: Path
+    preload: Path
+    pid_namespace: bool
+
+
+def _check(result: int, what: str) -> None:
+    if result:
+        raise LaunchError(f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+def _mount(source: str, target: str, kind: str, flags: int) -> None:
+    _check(_libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), None), f"mount {target}")
+
+
+def _preload_the_shim(preload: Path) -> None:
+    """Binds the list over /etc/ld.so.preload, in a mount namespace of our own; musl programs never read it."""
+    _check(_libc.unshare(_NEWNS), "unshare")
+    _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
+    try:
+        os.close(os.open(PRELOAD, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o644))  # something to bind over
+        _mount(str(preload), PRELOAD, "", _MS_BIND)
+    except OSError as error:
+        raise LaunchError(f"cannot put the shim into {PRELOAD}: {error.strerror}") from error
+
+
+def _drop_to_caller() -> None:
+    """Under sudo the program runs as whoever typed it."""
+    uid, gid = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_GID", "")
+    if os.geteuid() or not uid.isdigit() or not gid.isdigit() or uid == "0":
+        return
+    try:
+        name = pwd.getpwuid(int(uid)).pw_name
+    except KeyError as error:
+        raise LaunchError(f"SUDO_UID {uid} is no user") from error
+    os.initgroups(name, int(gid))
+    os.setgid(int(gid))
+    os.setuid(int(uid))
+
+
+def _exec(command: Sequence[str]) -> NoReturn:
+    try:
+        os.execvp(command[0], list(command))
+    except OSError as error:
+        os.write(2, f"fgpu: {command[0]}: {error.strerror}\n".encode())
+        os._exit(127 if error.errno == errno.ENOENT else 126)
+
+
+def enter(place: Place) -> None:
+    """Moves this process into the tenant. LaunchError: it is where it was, or must not go on."""
+    if os.geteuid():
+        raise LaunchError("needs root: sudo fgpu run … (the program runs as you)")
+    try:
+        (place.folder / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+    except OSError as error:
+        raise LaunchError(f"cannot enter {place.folder}: {error.strerror}") from error
+    _preload_the_shim(place.preload)
+
+
+def run(place: Place, command: Sequence[str]) -> int:
+    """Enters and execs; with a pid namespace waits, and answers the program's exit code (128 + signal)."""
+    enter(place)
+    if not place.pid_namespace:
+        _drop_to_caller()
+        _exec(command)
+    _check(_libc.unshare(_NEWPID), "unshare")
+    child = os.fork()
+    if child == 0:
+        _become_init(command)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda n, _: os.kill(child, n))
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _become_init(command: Sequence[str]) -> NoReturn:
+    try:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _mount("proc", "/proc", "proc", 0)
+        _drop_to_caller()
+    except (LaunchError, OSError) as error:
+        os.write(2, f"fgpu: {error}\n".encode())
+        os._exit(125)
+    _exec(command)

@@ -1,0 +1,94 @@
+"""Compiles bpf/fgpu.bpf.c and pins its maps and programs; then exits, and its 130 MB with it.
+
+Owns: the only use of BCC. Never: attaches, reads a map, imports anything of fgpu: it runs as
+`/usr/bin/python3 -I loader.py SOURCES PINS`, under the interpreter that sees the distribution's BCC.
+On failure: one line on stderr that names the mend, exit 1, and nothing half pinned is used.
+"""
+
+import os
+import sys
+
+SPARSE_FROM = (6, 1)  # BPF_F_NO_PREALLOC in tracing programs
+RAW_TRACEPOINTS = {"process_exit", "process_exec", "adjust"}
+
+
+class LoadError(Exception):
+    """What went wrong and what mends it."""
+
+
+def import_bcc():
+    """The distribution's BCC. The PyPI project of that name is a crystallography lattice."""
+    try:
+        import bcc
+    except ImportError as error:
+        raise LoadError(f"{sys.executable} sees no BCC ({error}): apt-get install python3-bpfcc") from error
+    if not hasattr(bcc, "BPF"):
+        raise LoadError(f"{bcc.__file__} is not BPF's bcc: pip uninstall bcc; apt-get install python3-bpfcc")
+    return bcc
+
+
+def kernel_release():
+    """(major, minor) of the running kernel."""
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int("".join(c for c in minor if c.isdigit()))
+
+
+def compile_programs(bcc, sources, maps):
+    """Compiles; maps that are pinned already are used as they are."""
+    os.environ["BCC_KERNEL_SOURCE"] = sources  # its include/ holds the stub headers
+    sparse = int(kernel_release() >= SPARSE_FROM)
+    flags = ["-I" + sources, f'-DPINS="{maps}/"', f"-DSPARSE={sparse}", "-Wno-everything"]
+    with open(os.path.join(sources, "fgpu.bpf.c"), encoding="utf-8") as file:
+        text = file.read()
+    try:
+        return bcc.BPF(text=text, cflags=flags)
+    except Exception as error:  # bcc raises no class of its own
+        raise LoadError(f"BCC cannot compile {sources}/fgpu.bpf.c: {error}") from error
+
+
+def pin_program(bcc, fd, path):
+    """Pins beside and renames over: there is never a moment without the program."""
+    import ctypes
+
+    beside = path + "-new"  # bpffs allows no dot
+    if os.path.exists(beside):
+        os.unlink(beside)
+    if bcc.lib.bpf_obj_pin(fd, ctypes.c_char_p(beside.encode())) != 0:
+        raise LoadError(f"cannot pin {path}: is a bpffs mounted at /sys/fs/bpf?")
+    os.rename(beside, path)
+
+
+def load(sources, pins):
+    """Compiles, loads and pins all programs under PINS/programs, their maps under PINS/maps."""
+    bcc = import_bcc()
+    maps, programs = os.path.join(pins, "maps"), os.path.join(pins, "programs")
+    for folder in (maps, programs):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    module = compile_programs(bcc, sources, maps)
+    for i in range(bcc.lib.bpf_num_functions(module.module)):
+        name = bcc.lib.bpf_function_name(module.module, i).decode()
+        kind = bcc.BPF.RAW_TRACEPOINT if name in RAW_TRACEPOINTS else bcc.BPF.KPROBE
+        try:
+            function = module.load_func(name, kind)
+        except Exception as error:
+            raise LoadError(f"this kernel refuses the program {name}: {error}") from error
+        pin_program(bcc, function.fd, os.path.join(programs, name))
+
+
+def main():
+    """usage: loader.py SOURCES PINS"""
+    if len(sys.argv) != 3:
+        print(main.__doc__, file=sys.stderr)
+        return 2
+    try:
+        load(sys.argv[1], sys.argv[2])
+    except (LoadError, OSError) as error:
+        print(f"fgpu loader: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    CODE = main()
+    sys.stderr.flush()
+    os._exit(CODE)  # bcc's atexit would detach what it thinks is its own

@@ -1,0 +1,197 @@
+/*
+ * hello.c: one question to the gatekeeper, and its answer made into mapped pages. Owns the region the pages lie in.
+ *
+ * System calls are made directly: the library functions are cancellation points, and a thread cancelled in here would leave a
+ * descriptor behind. All descriptors are closed before it returns, whatever came.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "link.h"
+
+#define SET_PAGES (2 + FGPU_LEVELS)
+#define SET_BYTES (SET_PAGES * FGPU_PAGE_BYTES)
+#define RETRY_NS 10000000ULL
+#define MOST_DESCRIPTORS 8
+
+struct answer {
+    /* A newer gatekeeper may say more; what it says first means the same. */
+    union {
+        struct fgpu_answer head;
+        char bytes[2 * sizeof(struct fgpu_answer)];
+    };
+    int descriptors[MOST_DESCRIPTORS];
+    unsigned count;
+};
+
+static _Atomic(char *) region;
+
+char *fgpu_set(unsigned set)
+{
+    char *base = atomic_load_explicit(&region, memory_order_acquire);
+    return base ? base + set * SET_BYTES : NULL;
+}
+
+/* Kept for good, over forks too: a child maps its own pages over those that it inherited. */
+static bool reserve(void)
+{
+    if (atomic_load_explicit(&region, memory_order_acquire)) return true;
+    char *base = mmap(NULL, 2 * SET_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0), *none = NULL;
+    if (base == MAP_FAILED) return false;
+    if (!atomic_compare_exchange_strong(&region, &none, base)) munmap(base, 2 * SET_BYTES);
+    return true;
+}
+
+void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *note)
+{
+    const uint64_t *boot = (const uint64_t *)(const void *)control->boot;
+    note->boot[0] = __atomic_load_n(&boot[0], __ATOMIC_RELAXED);
+    note->boot[1] = __atomic_load_n(&boot[1], __ATOMIC_RELAXED);
+    note->epoch = __atomic_load_n(&control->epoch, __ATOMIC_RELAXED);
+}
+
+/* A host without the service has no such directory. Where it was removed under a mount it is still there, linked nowhere. */
+static bool agent_here(void)
+{
+    struct stat status;
+    if (syscall(SYS_stat, FGPU_SOCKET_DIR, &status)) return errno != ENOENT && errno != ENOTDIR;
+    return S_ISDIR(status.st_mode) && status.st_nlink;
+}
+
+/* stderr may be a pipe that nobody reads (SIGPIPE), a full one (it would block), or by now some other file of the program. */
+void fgpu_say(const char *text)
+{
+    struct stat status;
+    struct pollfd ready = {.fd = 2, .events = POLLOUT};
+    struct timespec none = {0, 0};
+    if (syscall(SYS_fstat, 2, &status) || S_ISSOCK(status.st_mode) || S_ISBLK(status.st_mode)) return;
+    if (syscall(SYS_ppoll, &ready, 1, &none, NULL, 0) == 1 && ready.revents == POLLOUT)
+        syscall(SYS_write, 2, text, strlen(text));
+}
+
+/* Waits for an answer (or, without a socket, for time to pass) but not beyond the deadline. */
+static bool wait_for(int socket, uint64_t deadline)
+{
+    struct pollfd event = {.fd = socket, .events = POLLIN};
+    for (uint64_t now; (now = fgpu_now()) < deadline;) {
+        struct timespec left = {(time_t)((deadline - now) / 1000000000), (long)((deadline - now) % 1000000000)};
+        long ready = syscall(SYS_ppoll, &event, 1, &left, NULL, 0);
+        if (ready > 0) return true;
+        if (ready < 0 && errno != EINTR) return false;
+    }
+    return false;
+}
+
+static bool ask(int socket, const struct fgpu_note *before)
+{
+    static const struct sockaddr_un address = {.sun_family = AF_UNIX, .sun_path = FGPU_SOCKET};
+    struct fgpu_hello hello = {.magic = FGPU_MAGIC, .version = FGPU_LAYOUT, .size = sizeof hello};
+    memcpy(hello.boot, before->boot, sizeof hello.boot);
+    if (syscall(SYS_connect, socket, &address, sizeof address)) return false;
+    return syscall(SYS_sendto, socket, &hello, sizeof hello, MSG_NOSIGNAL, NULL, 0) == sizeof hello;
+}
+
+/* RETRY: the connection ended without a word. SILENT: words, but not these. */
+static enum fgpu_outcome receive(int socket, struct answer *answer)
+{
+    union {
+        char bytes[CMSG_SPACE(MOST_DESCRIPTORS * sizeof(int))];
+        struct cmsghdr align;
+    } control;
+    struct iovec vector = {answer->bytes, sizeof answer->bytes};
+    struct msghdr message = {
+        .msg_iov = &vector, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    long length = syscall(SYS_recvmsg, socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    if (length <= 0) return FGPU_IS_RETRY;
+    for (struct cmsghdr *part = CMSG_FIRSTHDR(&message); part; part = CMSG_NXTHDR(&message, part)) {
+        if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
+        size_t count = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        for (size_t i = 0; i < count && answer->count < MOST_DESCRIPTORS; i++)
+            memcpy(&answer->descriptors[answer->count++], CMSG_DATA(part) + i * sizeof(int), sizeof(int));
+    }
+    const struct fgpu_answer *head = &answer->head;
+    if (message.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) return FGPU_IS_SILENT;
+    if ((size_t)length < sizeof *head || head->magic != FGPU_MAGIC || head->version != FGPU_LAYOUT ||
+        head->size != length)
+        return FGPU_IS_SILENT;
+    if (head->code == FGPU_CODE_UNMANAGED && answer->count) return FGPU_IS_FREE;
+    if (head->code == FGPU_CODE_MANAGED && head->levels && head->levels <= FGPU_LEVELS &&
+        answer->count == 2 + head->levels)
+        return FGPU_IS_HELD;
+    return FGPU_IS_SILENT;
+}
+
+/* A short file would end the program by SIGBUS at the first look. A BPF map says size 0 and checks its own length. */
+static bool map_page(char *at, int descriptor, int protection)
+{
+    struct stat status;
+    if (syscall(SYS_fstat, descriptor, &status)) return false;
+    if (S_ISREG(status.st_mode) && status.st_size < FGPU_PAGE_BYTES) return false;
+    return mmap(at, FGPU_PAGE_BYTES, protection, MAP_SHARED | MAP_FIXED, descriptor, 0) == at;
+}
+
+static enum fgpu_outcome map_set(const struct answer *answer, unsigned set, enum fgpu_outcome outcome)
+{
+    char *base = fgpu_set(set);
+    unsigned pages = outcome == FGPU_IS_HELD ? 2 + answer->head.levels : 1;
+    for (unsigned i = 0; i < pages; i++) {
+        char *at = base + i * FGPU_PAGE_BYTES;
+        if (map_page(at, answer->descriptors[i], i == 1 ? PROT_READ | PROT_WRITE : PROT_READ)) continue;
+        /* A failed replacement may leave a hole, where a thread that has slept for two hellos might still look. */
+        mmap(at, FGPU_PAGE_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+        return FGPU_IS_SILENT;
+    }
+    const struct fgpu_control_page *control = (const void *)base;
+    bool managed = control->flags & FGPU_MANAGED;
+    if (control->version != FGPU_LAYOUT || control->device_count > FGPU_DEVICES) return FGPU_IS_SILENT;
+    const struct fgpu_usage_page *usage = (const void *)(base + 2 * FGPU_PAGE_BYTES);
+    for (unsigned i = 2; i < pages; i++)
+        if (usage[i - 2].version != FGPU_LAYOUT) return FGPU_IS_SILENT;
+    return managed == (outcome == FGPU_IS_HELD) ? outcome : FGPU_IS_SILENT;
+}
+
+static enum fgpu_outcome once(uint64_t deadline, const struct fgpu_note *before, unsigned set, struct fgpu_note *note,
+                              unsigned *levels)
+{
+    struct answer answer = {.count = 0};
+    enum fgpu_outcome outcome = FGPU_IS_RETRY;
+    int socket = (int)syscall(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (socket < 0) return FGPU_IS_RETRY;
+    if (!ask(socket, before) || !wait_for(socket, deadline)) goto out;
+    outcome = receive(socket, &answer);
+    if (outcome == FGPU_IS_FREE || outcome == FGPU_IS_HELD) {
+        outcome = reserve() ? map_set(&answer, set, outcome) : FGPU_IS_SILENT;
+        *levels = answer.head.levels;
+    }
+    if (outcome == FGPU_IS_FREE || outcome == FGPU_IS_HELD) {
+        fgpu_read_note((const void *)fgpu_set(set), note);
+        note->epoch = answer.head.epoch; /* what the answer was made from; the page may already know better */
+    }
+out:
+    for (unsigned i = 0; i < answer.count; i++) syscall(SYS_close, answer.descriptors[i]);
+    syscall(SYS_close, socket);
+    return outcome;
+}
+
+enum fgpu_outcome fgpu_hello(uint64_t deadline, const struct fgpu_note *before, unsigned set, struct fgpu_note *note,
+                             unsigned *levels)
+{
+    for (;;) {
+        if (!agent_here()) return FGPU_IS_ABSENT;
+        enum fgpu_outcome outcome = once(deadline, before, set, note, levels);
+        if (outcome != FGPU_IS_RETRY) return outcome;
+        uint64_t now = fgpu_now();
+        if (now + RETRY_NS >= deadline) return FGPU_IS_SILENT;
+        wait_for(-1, now + RETRY_NS);
+    }
+}

@@ -1,0 +1,180 @@
+/*
+ * hooks.c: how a program reaches us. Owns the table of hooks and the driver's own addresses; decides nothing.
+ *
+ * Three ways lead here: the exported names (programs linked against the driver), dlsym, and cuGetProcAddress, which hands out
+ * pointers that no symbol lookup would see. A name that this driver lacks stays lacking.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "shim.h"
+
+/*
+ * Since glibc 2.34 these live in libc and the linker would ask for that version; the old one is still there and is all that
+ * older systems have. Weak, because there they live in libdl, which a program that loads nothing does not have: it must run.
+ */
+extern void *old_dlopen(const char *, int) __attribute__((weak));
+extern int old_dlclose(void *) __attribute__((weak));
+extern char *old_dlerror(void) __attribute__((weak));
+extern void *old_dlvsym(void *, const char *, const char *) __attribute__((weak));
+__asm__(".symver old_dlopen, dlopen@GLIBC_2.2.5\n"
+        ".symver old_dlclose, dlclose@GLIBC_2.2.5\n"
+        ".symver old_dlerror, dlerror@GLIBC_2.2.5\n"
+        ".symver old_dlvsym, dlvsym@GLIBC_2.2.5\n");
+
+#define FGPU_PASS ((void *)1) /* probe.S knows this number: not ours, jump */
+
+enum library { DRIVER, NVML, LIBRARIES };
+static const char *const sonames[LIBRARIES] = {"libcuda.so.1", "libnvidia-ml.so.1"};
+
+static const struct entry {
+    const char *name;
+    void *hook; /* NULL: not hooked */
+    enum library library;
+    bool greets;
+} table[FGPU_NAMES] = {
+#define HOOK(name) {#name, name, LIBRARY, false},
+#define ASK(name) {#name, name, LIBRARY, true},
+#define NEED(name) {#name, NULL, LIBRARY, false},
+#define LIBRARY DRIVER
+    FGPU_DRIVER_TABLE(HOOK, ASK, NEED)
+#undef LIBRARY
+#define LIBRARY NVML
+        FGPU_NVML_TABLE(HOOK, ASK, NEED)
+};
+
+static _Atomic(void *) real[FGPU_NAMES];    /* found in the library of the right name */
+static _Atomic(void *) foreign[FGPU_NAMES]; /* found by the program in a copy under another name: used only without the former */
+
+HIDDEN void *(*fgpu_real_dlsym)(void *, const char *);
+HIDDEN void *fgpu_lookup(void *handle, const char *name);
+
+/* Another library's constructor may call dlsym before ours has run, so lookups resolve it too; both find the same. */
+__attribute__((constructor)) static void resolve_dlsym(void)
+{
+    if (fgpu_real_dlsym || !old_dlvsym) return;
+    void *found = old_dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
+    if (!found) found = old_dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.2.5");
+    __atomic_store_n((void **)&fgpu_real_dlsym, found, __ATOMIC_RELEASE);
+}
+
+/* In the loaded library of the right name. Never loads one: a program that runs without a driver must go on doing so. */
+static void *find(enum fgpu_name at)
+{
+    if (!fgpu_real_dlsym) resolve_dlsym();
+    if (!fgpu_real_dlsym || !old_dlopen) return NULL;
+    void *found = NULL;
+    void *library = old_dlopen(sonames[table[at].library], RTLD_LAZY | RTLD_NOLOAD);
+    if (library) {
+        found = fgpu_real_dlsym(library, table[at].name);
+        old_dlclose(library);
+    }
+    if (!found) old_dlerror(); /* our failure, not the program's: it may ask dlerror next */
+    return found;
+}
+
+void *fgpu_real(enum fgpu_name at)
+{
+    void *found = atomic_load_explicit(&real[at], memory_order_relaxed);
+    if (LIKELY(found)) return found;
+    int saved = errno;
+    found = find(at);
+    if (found)
+        atomic_store_explicit(&real[at], found, memory_order_relaxed);
+    else
+        found = atomic_load_explicit(&foreign[at], memory_order_relaxed);
+    /* Not kept: this may be a stub that loads the driver at its first call and would then be handed our hook to call. */
+    if (!found && fgpu_real_dlsym) {
+        found = fgpu_real_dlsym(RTLD_NEXT, table[at].name);
+        if (!found) old_dlerror();
+    }
+    errno = saved;
+    return found;
+}
+
+/* A library that was unloaded and loaded again lies elsewhere: then none of its addresses may be used again. */
+static void *find_anew(enum fgpu_name at)
+{
+    void *found = find(at), *known = atomic_load_explicit(&real[at], memory_order_relaxed);
+    if (known && known != found)
+        for (int i = 0; i < FGPU_NAMES; i++)
+            if (table[i].library == table[at].library) atomic_store_explicit(&real[i], NULL, memory_order_relaxed);
+    if (found) atomic_store_explicit(&real[at], found, memory_order_relaxed);
+    return found;
+}
+
+static enum fgpu_name hooked(const char *name)
+{
+    /* Nearly every lookup of nearly every program ends at this line. */
+    if (!(name[0] == 'c' && name[1] == 'u') && !(name[0] == 'n' && name[1] == 'v')) return FGPU_NAMES;
+    for (enum fgpu_name at = 0; at < FGPU_NAMES; at++)
+        if (table[at].hook && !strcmp(table[at].name, name)) return at;
+    return FGPU_NAMES;
+}
+
+/* What dlsym answers, or FGPU_PASS. The program's own lookup comes last, so that dlerror tells of that and not of ours. */
+void *fgpu_lookup(void *handle, const char *name)
+{
+    if (!fgpu_real_dlsym) resolve_dlsym();
+    if (!name || handle == RTLD_NEXT || !fgpu_real_dlsym) return FGPU_PASS;
+    enum fgpu_name at = hooked(name);
+    if (at == FGPU_NAMES) return FGPU_PASS;
+    int saved = errno;
+    void *hook = table[at].hook, *driver = find_anew(at), *found = fgpu_real_dlsym(handle, name);
+    if (found == hook) {
+        /* A search of the whole program meets our own export first: the driver behind it decides. */
+        if (!driver) driver = fgpu_real_dlsym(RTLD_NEXT, name);
+        found = driver ? hook : NULL;
+    } else if (found && found == driver) {
+        found = hook;
+    } else if (found && !driver && handle != RTLD_DEFAULT) {
+        atomic_store_explicit(&foreign[at], found, memory_order_relaxed);
+        found = hook;
+    } /* else another preload before us, or a second driver beside the first: theirs, the kernel sees what it does */
+    if (found == hook && table[at].greets) fgpu_greet();
+    errno = saved;
+    return found;
+}
+
+/* `asked` has no version ("cuCtxCreate"); which one came back is told by its address alone. */
+static void substitute(const char *asked, void **answer)
+{
+    size_t length = strlen(asked);
+    for (enum fgpu_name at = 0; at < FGPU_NAMES; at++) {
+        const char *name = table[at].name;
+        if (!table[at].hook || strncmp(name, asked, length) || (name[length] && name[length] != '_')) continue;
+        if (fgpu_real(at) != *answer) continue;
+        *answer = table[at].hook;
+        if (table[at].greets) fgpu_greet();
+        return;
+    }
+}
+
+EXPORT CUresult cuGetProcAddress(const char *symbol, void **pfn, int cudaVersion, cuuint64_t flags)
+{
+    __typeof__(&cuGetProcAddress) driver = REAL(cuGetProcAddress);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(symbol, pfn, cudaVersion, flags);
+    if (result == CUDA_SUCCESS && symbol && pfn && *pfn) substitute(symbol, pfn);
+    return result;
+}
+
+EXPORT CUresult cuGetProcAddress_v2(const char *symbol, void **pfn, int cudaVersion, cuuint64_t flags,
+                                    CUdriverProcAddressQueryResult *symbolStatus)
+{
+    __typeof__(&cuGetProcAddress_v2) driver = REAL(cuGetProcAddress_v2);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(symbol, pfn, cudaVersion, flags, symbolStatus);
+    if (result == CUDA_SUCCESS && symbol && pfn && *pfn) substitute(symbol, pfn);
+    return result;
+}
+
+EXPORT CUresult cuInit(unsigned int Flags)
+{
+    fgpu_look();
+    __typeof__(&cuInit) driver = REAL(cuInit);
+    return driver ? driver(Flags) : CUDA_ERROR_NOT_SUPPORTED;
+}

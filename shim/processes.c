@@ -1,0 +1,159 @@
+/*
+ * processes.c: lists of processes as a tenant may see them: its own. Owns nothing; reads the rows of the control page.
+ *
+ * The driver's lists are not filtered but replaced: they may hold pids of another namespace. Its verdict on device and arguments
+ * is asked for first, with room for nothing. While nobody answers for this process, it has no neighbours.
+ */
+#include <string.h>
+
+#include "shim.h"
+
+#define NO_INSTANCE 0xffffffffu /* not a MIG device */
+#define READS 1000
+
+struct rows {
+    unsigned count;
+    struct fgpu_row row[FGPU_ROWS];
+};
+
+/* A copy that no writer was in the middle of; after many attempts against a dead writer: nobody. */
+static void read_rows(struct fgpu_view view, int index, struct rows *rows)
+{
+    rows->count = 0;
+    if (view.link != FGPU_HELD || index < 0) return;
+    const struct fgpu_control_page *page = view.control;
+    for (int i = 0; i < READS; i++) {
+        uint32_t before = __atomic_load_n(&page->sequence, __ATOMIC_ACQUIRE);
+        if (before & 1) continue;
+        unsigned count = __atomic_load_n(&page->row_count, __ATOMIC_RELAXED), kept = 0;
+        for (unsigned j = 0; j < count && j < FGPU_ROWS; j++) {
+            memcpy(&rows->row[kept], &page->rows[j], sizeof rows->row[kept]);
+            kept += rows->row[kept].device == (uint32_t)index;
+        }
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        if (__atomic_load_n(&page->sequence, __ATOMIC_RELAXED) != before) continue;
+        rows->count = kept;
+        return;
+    }
+}
+
+/* What a tenant is shown instead of the driver's answer: true when there is such a thing. */
+static bool own_rows(nvmlDevice_t device, struct rows *rows)
+{
+    struct fgpu_view view = fgpu_look();
+    if (view.link != FGPU_HELD && view.link != FGPU_CLOSED) return false;
+    int index = fgpu_nvml_index(view, device);
+    read_rows(view, index, rows);
+    return true;
+}
+
+static bool has(const struct rows *rows, unsigned pid)
+{
+    for (unsigned i = 0; i < rows->count; i++)
+        if (rows->row[i].pid == pid) return true;
+    return false;
+}
+
+/* NVML's convention: too little room is an error that says how much is needed. */
+static nvmlReturn_t fits(unsigned *room, unsigned needed, const void *array)
+{
+    unsigned had = *room;
+    *room = needed;
+    if (needed > had) return NVML_ERROR_INSUFFICIENT_SIZE;
+    return needed && !array ? NVML_ERROR_INVALID_ARGUMENT : NVML_SUCCESS;
+}
+
+static nvmlReturn_t list_v1(const struct rows *rows, unsigned *count, nvmlProcessInfo_v1_t *infos)
+{
+    nvmlReturn_t result = fits(count, rows->count, infos);
+    for (unsigned i = 0; result == NVML_SUCCESS && i < rows->count; i++)
+        infos[i] = (nvmlProcessInfo_v1_t){rows->row[i].pid, rows->row[i].bytes};
+    return result;
+}
+
+static nvmlReturn_t list_v2(const struct rows *rows, unsigned *count, nvmlProcessInfo_v2_t *infos)
+{
+    nvmlReturn_t result = fits(count, rows->count, infos);
+    for (unsigned i = 0; result == NVML_SUCCESS && i < rows->count; i++)
+        infos[i] = (nvmlProcessInfo_v2_t){rows->row[i].pid, rows->row[i].bytes, NO_INSTANCE, NO_INSTANCE};
+    return result;
+}
+
+/* `shows`: 1 for compute processes; every tenant's are, so the other lists are empty. */
+#define PROCESS_LIST(name, type, list, shows)                                                                          \
+    EXPORT nvmlReturn_t name(nvmlDevice_t device, unsigned int *infoCount, type *infos)                                \
+    {                                                                                                                  \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        struct rows rows;                                                                                              \
+        unsigned none = 0;                                                                                             \
+        if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;                                                             \
+        if (!infoCount || !own_rows(device, &rows)) return driver(device, infoCount, infos);                           \
+        nvmlReturn_t result = driver(device, &none, NULL);                                                             \
+        if (result != NVML_SUCCESS && result != NVML_ERROR_INSUFFICIENT_SIZE) return result;                           \
+        if (!(shows)) rows.count = 0;                                                                                  \
+        return list(&rows, infoCount, infos);                                                                          \
+    }
+
+PROCESS_LIST(nvmlDeviceGetComputeRunningProcesses, nvmlProcessInfo_v1_t, list_v1, 1)
+PROCESS_LIST(nvmlDeviceGetComputeRunningProcesses_v2, nvmlProcessInfo_v2_t, list_v2, 1)
+PROCESS_LIST(nvmlDeviceGetComputeRunningProcesses_v3, nvmlProcessInfo_t, list_v2, 1)
+PROCESS_LIST(nvmlDeviceGetGraphicsRunningProcesses, nvmlProcessInfo_v1_t, list_v1, 0)
+PROCESS_LIST(nvmlDeviceGetGraphicsRunningProcesses_v2, nvmlProcessInfo_v2_t, list_v2, 0)
+PROCESS_LIST(nvmlDeviceGetGraphicsRunningProcesses_v3, nvmlProcessInfo_t, list_v2, 0)
+PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses, nvmlProcessInfo_v1_t, list_v1, 0)
+PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses_v2, nvmlProcessInfo_v2_t, list_v2, 0)
+PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses_v3, nvmlProcessInfo_t, list_v2, 0)
+
+EXPORT nvmlReturn_t nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t device, nvmlProcessDetailList_t *plist)
+{
+    __typeof__(&nvmlDeviceGetRunningProcessDetailList) driver = REAL(nvmlDeviceGetRunningProcessDetailList);
+    struct rows rows;
+    if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;
+    if (!plist || !own_rows(device, &rows)) return driver(device, plist);
+    nvmlProcessDetailList_t probe = *plist;
+    probe.numProcArrayEntries = 0;
+    probe.procArray = NULL;
+    nvmlReturn_t result = driver(device, &probe);
+    if (result != NVML_SUCCESS && result != NVML_ERROR_INSUFFICIENT_SIZE) return result;
+    if (plist->mode) rows.count = 0; /* 0 = compute */
+    result = fits(&plist->numProcArrayEntries, rows.count, plist->procArray);
+    for (unsigned i = 0; result == NVML_SUCCESS && i < rows.count; i++)
+        plist->procArray[i] =
+            (nvmlProcessDetail_v1_t){rows.row[i].pid, rows.row[i].bytes, NO_INSTANCE, NO_INSTANCE, 0};
+    return result;
+}
+
+/* -- utilisation: only the driver has it, so its samples are filtered; what is dropped is wiped from the caller's array. */
+
+#define KEEP_OWN(rows, samples, count)                                                                                 \
+    ({                                                                                                                 \
+        unsigned kept = 0;                                                                                             \
+        for (unsigned i = 0; i < (count); i++)                                                                         \
+            if (has(&(rows), (samples)[i].pid)) (samples)[kept++] = (samples)[i];                                      \
+        memset((samples) + kept, 0, ((count) - kept) * sizeof *(samples));                                             \
+        kept;                                                                                                          \
+    })
+
+EXPORT nvmlReturn_t nvmlDeviceGetProcessUtilization(nvmlDevice_t device, nvmlProcessUtilizationSample_t *utilization,
+                                                    unsigned int *processSamplesCount,
+                                                    unsigned long long lastSeenTimeStamp)
+{
+    __typeof__(&nvmlDeviceGetProcessUtilization) driver = REAL(nvmlDeviceGetProcessUtilization);
+    struct rows rows;
+    if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;
+    nvmlReturn_t result = driver(device, utilization, processSamplesCount, lastSeenTimeStamp);
+    if (result != NVML_SUCCESS || !utilization || !processSamplesCount || !own_rows(device, &rows)) return result;
+    *processSamplesCount = KEEP_OWN(rows, utilization, *processSamplesCount);
+    return *processSamplesCount ? NVML_SUCCESS : NVML_ERROR_NOT_FOUND;
+}
+
+EXPORT nvmlReturn_t nvmlDeviceGetProcessesUtilizationInfo(nvmlDevice_t device, nvmlProcessesUtilizationInfo_t *info)
+{
+    __typeof__(&nvmlDeviceGetProcessesUtilizationInfo) driver = REAL(nvmlDeviceGetProcessesUtilizationInfo);
+    struct rows rows;
+    if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;
+    nvmlReturn_t result = driver(device, info);
+    if (result != NVML_SUCCESS || !info || !info->procUtilArray || !own_rows(device, &rows)) return result;
+    info->processSamplesCount = KEEP_OWN(rows, info->procUtilArray, info->processSamplesCount);
+    return info->processSamplesCount ? NVML_SUCCESS : NVML_ERROR_NOT_FOUND;
+}

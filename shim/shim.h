@@ -1,0 +1,107 @@
+/*
+ * shim.h: what the shim's files share. Owns no state.
+ *
+ * The library is loaded into every program of a container. So: the hot paths allocate nothing, nothing here ends, blocks or
+ * signals the host program, no descriptor outlives a call, errno is the program's own again when a hook calls the driver.
+ */
+#ifndef FGPU_SHIM_H
+#define FGPU_SHIM_H
+
+/* All versions of every function under its own name; the driver's short names would silently become the newest version. */
+#define __CUDA_API_VERSION_INTERNAL
+#define NVML_NO_UNVERSIONED_FUNC_DEFS
+#include <cuda.h>
+#include <nvml.h>
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "fgpu.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define HIDDEN __attribute__((visibility("hidden")))
+#define LIKELY(x) __builtin_expect(!!(x), 1)
+
+/*
+ * THE table. HOOK: exported by us and handed out in place of the driver's. ASK: a hook whose mere lookup says hello, so that
+ * probes are in place before the first call. NEED: the driver's, for our own use.
+ */
+#define FGPU_DRIVER_TABLE(HOOK, ASK, NEED)                                                                             \
+    HOOK(cuInit)                                                                                                       \
+    HOOK(cuGetProcAddress)                                                                                             \
+    HOOK(cuGetProcAddress_v2)                                                                                          \
+    ASK(cuMemAlloc_v2)                                                                                                 \
+    ASK(cuMemAllocPitch_v2)                                                                                            \
+    ASK(cuMemAllocManaged)                                                                                             \
+    ASK(cuMemCreate)                                                                                                   \
+    ASK(cuMemGetInfo_v2)                                                                                               \
+    ASK(cuDeviceTotalMem_v2)                                                                                           \
+    ASK(cuDevicePrimaryCtxRetain)                                                                                      \
+    ASK(cuCtxCreate)                                                                                                   \
+    ASK(cuCtxCreate_v2)                                                                                                \
+    ASK(cuCtxCreate_v3)                                                                                                \
+    ASK(cuCtxCreate_v4)                                                                                                \
+    NEED(cuCtxGetDevice)                                                                                               \
+    NEED(cuDeviceGetUuid)                                                                                              \
+    NEED(cuDeviceGetUuid_v2)                                                                                           \
+    NEED(cuDevicePrimaryCtxGetState)                                                                                   \
+    NEED(cuMemGetAllocationGranularity)
+
+#define FGPU_NVML_TABLE(HOOK, ASK, NEED)                                                                               \
+    HOOK(nvmlInit)                                                                                                     \
+    HOOK(nvmlInit_v2)                                                                                                  \
+    HOOK(nvmlInitWithFlags)                                                                                            \
+    ASK(nvmlDeviceGetMemoryInfo)                                                                                       \
+    ASK(nvmlDeviceGetMemoryInfo_v2)                                                                                    \
+    ASK(nvmlDeviceGetComputeRunningProcesses)                                                                          \
+    ASK(nvmlDeviceGetComputeRunningProcesses_v2)                                                                       \
+    ASK(nvmlDeviceGetComputeRunningProcesses_v3)                                                                       \
+    ASK(nvmlDeviceGetGraphicsRunningProcesses)                                                                         \
+    ASK(nvmlDeviceGetGraphicsRunningProcesses_v2)                                                                      \
+    ASK(nvmlDeviceGetGraphicsRunningProcesses_v3)                                                                      \
+    ASK(nvmlDeviceGetMPSComputeRunningProcesses)                                                                       \
+    ASK(nvmlDeviceGetMPSComputeRunningProcesses_v2)                                                                    \
+    ASK(nvmlDeviceGetMPSComputeRunningProcesses_v3)                                                                    \
+    ASK(nvmlDeviceGetProcessUtilization)                                                                               \
+    ASK(nvmlDeviceGetProcessesUtilizationInfo)                                                                         \
+    ASK(nvmlDeviceGetRunningProcessDetailList)                                                                         \
+    NEED(nvmlDeviceGetUUID)
+
+#define FGPU_ENUM(name) FGPU_AT_##name,
+enum fgpu_name {
+    FGPU_DRIVER_TABLE(FGPU_ENUM, FGPU_ENUM, FGPU_ENUM) FGPU_NVML_TABLE(FGPU_ENUM, FGPU_ENUM, FGPU_ENUM) FGPU_NAMES
+};
+#undef FGPU_ENUM
+
+/* The driver's own function, typed; NULL when this driver lacks it. */
+#define REAL(name) ((__typeof__(&name))fgpu_real(FGPU_AT_##name))
+
+/* -- hooks.c */
+HIDDEN void *fgpu_real(enum fgpu_name at);
+
+/* -- link.c: hello, pages, state */
+enum fgpu_link { FGPU_FRESH, FGPU_OPEN, FGPU_CLOSED, FGPU_FREE, FGPU_HELD }; /* FREE: unmanaged. HELD: managed */
+struct fgpu_view {
+    enum fgpu_link link;
+    unsigned levels;
+    const struct fgpu_control_page *control; /* NULL unless FREE or HELD */
+    const struct fgpu_usage_page *usage;     /* levels of them, leaf first; NULL unless HELD */
+};
+HIDDEN void fgpu_greet(void);              /* says hello if nobody has */
+HIDDEN struct fgpu_view fgpu_look(void);   /* greets, and hello again when due; says once when nothing is enforced */
+HIDDEN struct fgpu_view fgpu_insist(void); /* hello again: the probes did not answer */
+HIDDEN uint64_t fgpu_ticket(void);
+HIDDEN int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
+
+/* -- memory.c */
+HIDDEN int fgpu_index(const struct fgpu_control_page *control, CUdevice device); /* the ledger's, or -1 */
+HIDDEN int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uuid[16]);
+
+/* -- view.c */
+HIDDEN int fgpu_nvml_index(struct fgpu_view view, nvmlDevice_t device);
+
+/* -- probe.S: the same addresses as the exported symbols, under names that nobody can interpose */
+HIDDEN void fgpu_admit_here(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
+HIDDEN void fgpu_settle_here(uint64_t handle, uint64_t bytes, unsigned result, uint64_t ticket);
+
+#endif

@@ -1,0 +1,153 @@
+/*
+ * view.c: a tenant sees its share of a device and its own processes. Owns nothing; reads the pages.
+ *
+ * The driver is always asked first: its errors, its checks of arguments and its own numbers where they are the smaller ones
+ * stay. A device that is not in the tenant's pages is shown as the driver shows it.
+ */
+#include <string.h>
+
+#include "shim.h"
+
+struct share {
+    uint64_t total, free, used;
+};
+
+/* The narrowest of the levels. A limit below what is used shows as used: a total under it would make programs subtract. */
+static struct share share_of(struct fgpu_view view, int index, uint64_t total, uint64_t free)
+{
+    struct share share = {total, free, 0};
+    for (unsigned level = 0; level < view.levels; level++) {
+        const struct fgpu_usage *usage = &view.usage[level].devices[index];
+        uint64_t limit = __atomic_load_n(&usage->limit, __ATOMIC_RELAXED);
+        uint64_t used = __atomic_load_n(&usage->used, __ATOMIC_RELAXED);
+        if (!level) share.used = used;
+        if (limit == FGPU_NO_LIMIT || view.usage[level].flags & FGPU_OBSERVE) continue; /* observed: nothing changes */
+        uint64_t shown = limit > used ? limit : used, left = limit > used ? limit - used : 0;
+        if (shown < share.total) share.total = shown;
+        if (left < share.free) share.free = left;
+    }
+    if (share.used > share.total) share.used = share.total;
+    if (share.free > share.total - share.used) share.free = share.total - share.used;
+    return share;
+}
+
+/* False: show what the driver shows. Nobody answers for a closed link: all that is said is that nothing is to be had. */
+static bool narrowed(struct fgpu_view view, int index, uint64_t total, uint64_t free, struct share *share)
+{
+    *share = (struct share){total, 0, total};
+    if (view.link == FGPU_CLOSED) return true;
+    if (view.link != FGPU_HELD || index < 0) return false;
+    *share = share_of(view, index, total, free);
+    return true;
+}
+
+EXPORT CUresult cuMemGetInfo_v2(size_t *free, size_t *total)
+{
+    __typeof__(&cuMemGetInfo_v2) driver = REAL(cuMemGetInfo_v2);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(free, total);
+    if (result != CUDA_SUCCESS || !free || !total) return result;
+    struct fgpu_view view = fgpu_look();
+    CUdevice device;
+    int index = -1;
+    if (view.link == FGPU_HELD && REAL(cuCtxGetDevice) && REAL(cuCtxGetDevice)(&device) == CUDA_SUCCESS)
+        index = fgpu_index(view.control, device);
+    struct share share;
+    if (narrowed(view, index, *total, *free, &share)) {
+        *total = share.total;
+        *free = share.free;
+    }
+    return result;
+}
+
+EXPORT CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice dev)
+{
+    __typeof__(&cuDeviceTotalMem_v2) driver = REAL(cuDeviceTotalMem_v2);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(bytes, dev);
+    if (result != CUDA_SUCCESS || !bytes) return result;
+    struct fgpu_view view = fgpu_look();
+    int index = view.link == FGPU_HELD ? fgpu_index(view.control, dev) : -1;
+    struct share share;
+    if (narrowed(view, index, *bytes, *bytes, &share)) *bytes = share.total;
+    return result;
+}
+
+/* -- NVML */
+
+static int digit(char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1; }
+
+/* "GPU-8-4-4-4-12"; what begins otherwise (MIG-) is not a device of the ledger. */
+static bool parse_uuid(const char *text, uint8_t uuid[16])
+{
+    if (strncmp(text, "GPU-", 4)) return false;
+    text += 4;
+    for (int i = 0; i < 16; i++) {
+        if (*text == '-') text++;
+        int high = digit(text[0]), low = high < 0 ? -1 : digit(text[1]);
+        if (low < 0) return false;
+        uuid[i] = (uint8_t)(high << 4 | low);
+        text += 2;
+    }
+    return !*text;
+}
+
+int fgpu_nvml_index(struct fgpu_view view, nvmlDevice_t device)
+{
+    char text[NVML_DEVICE_UUID_V2_BUFFER_SIZE] = "";
+    uint8_t uuid[16];
+    if (view.link != FGPU_HELD || !REAL(nvmlDeviceGetUUID)) return -1;
+    if (REAL(nvmlDeviceGetUUID)(device, text, sizeof text) != NVML_SUCCESS || !parse_uuid(text, uuid)) return -1;
+    return fgpu_index_of_uuid(view.control, uuid);
+}
+
+EXPORT nvmlReturn_t nvmlInit(void)
+{
+    fgpu_look();
+    return REAL(nvmlInit) ? REAL(nvmlInit)() : NVML_ERROR_FUNCTION_NOT_FOUND;
+}
+
+EXPORT nvmlReturn_t nvmlInit_v2(void)
+{
+    fgpu_look();
+    return REAL(nvmlInit_v2) ? REAL(nvmlInit_v2)() : NVML_ERROR_FUNCTION_NOT_FOUND;
+}
+
+EXPORT nvmlReturn_t nvmlInitWithFlags(unsigned int flags)
+{
+    fgpu_look();
+    return REAL(nvmlInitWithFlags) ? REAL(nvmlInitWithFlags)(flags) : NVML_ERROR_FUNCTION_NOT_FOUND;
+}
+
+EXPORT nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t device, nvmlMemory_t *memory)
+{
+    __typeof__(&nvmlDeviceGetMemoryInfo) driver = REAL(nvmlDeviceGetMemoryInfo);
+    if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;
+    nvmlReturn_t result = driver(device, memory);
+    if (result != NVML_SUCCESS) return result;
+    struct fgpu_view view = fgpu_look();
+    struct share share;
+    if (narrowed(view, fgpu_nvml_index(view, device), memory->total, memory->free, &share)) {
+        memory->total = share.total;
+        memory->free = share.free;
+        memory->used = share.used;
+    }
+    return result;
+}
+
+EXPORT nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *memory)
+{
+    __typeof__(&nvmlDeviceGetMemoryInfo_v2) driver = REAL(nvmlDeviceGetMemoryInfo_v2);
+    if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;
+    nvmlReturn_t result = driver(device, memory);
+    if (result != NVML_SUCCESS) return result;
+    struct fgpu_view view = fgpu_look();
+    struct share share;
+    if (narrowed(view, fgpu_nvml_index(view, device), memory->total, memory->free, &share)) {
+        memory->total = share.total;
+        memory->reserved = 0; /* the driver's own part lies outside every share */
+        memory->free = share.free;
+        memory->used = share.used;
+    }
+    return result;
+}

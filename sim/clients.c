@@ -1,0 +1,169 @@
+/* Who is connected: accepting, knowing a process by its pidfd, and cleaning up after it as late as the real driver
+ * does. */
+#include "simd.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <linux/nsfs.h>
+
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD 77
+#endif
+
+/* The real driver gives memory back 82 to 97 ms after a kill. */
+#define CLEANUP_MIN_NS 80000000u
+#define CLEANUP_SPREAD_NS 17000000u
+
+static int peer_pidfd(int sock)
+{
+    int pidfd = -1;
+    socklen_t size = sizeof pidfd;
+    if (!getsockopt(sock, SOL_SOCKET, SO_PEERPIDFD, &pidfd, &size)) return pidfd;
+    struct ucred cred;
+    size = sizeof cred;
+    if (errno != ENOPROTOOPT || getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &size)) return -1;
+    return (int)syscall(SYS_pidfd_open, cred.pid, 0u); /* before Linux 6.5 */
+}
+
+/* The kernel's word for the pids, not the peer's: fdinfo of a pidfd lists them from the reader's namespace down. */
+static int read_pids(int pidfd, pid_t *pids)
+{
+    char path[64], text[1024];
+    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", pidfd);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return 0;
+    ssize_t got = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (got <= 0) return 0;
+    text[got] = 0;
+    char *at = strstr(text, "NSpid:");
+    if (!at) return 0;
+    at += strlen("NSpid:");
+    int n = 0;
+    while (n < MAX_DEPTH && *at && *at != '\n') {
+        char *end;
+        long pid = strtol(at, &end, 10);
+        if (end == at) break;
+        pids[n++] = (pid_t)pid;
+        at = end;
+    }
+    return n > 0 && pids[0] > 0 ? n : 0; /* 0: outside our namespace, -1: gone */
+}
+
+static bool identify(int pidfd, struct identity *who)
+{
+    char path[64];
+    struct stat st;
+    who->depth = read_pids(pidfd, who->pid);
+    if (!who->depth) return false;
+    snprintf(path, sizeof path, "/proc/%d/ns/pid", who->pid[0]);
+    int ns = open(path, O_RDONLY | O_CLOEXEC);
+    for (int level = who->depth - 1; level >= 0; level--) {
+        if (ns < 0 || fstat(ns, &st)) {
+            if (ns >= 0) close(ns);
+            return false;
+        }
+        who->ns[level] = st.st_ino;
+        int parent = level ? ioctl(ns, NS_GET_PARENT) : -1;
+        close(ns);
+        ns = parent;
+    }
+    /* Still the same process, or its pid may have named another one meanwhile. */
+    pid_t again[MAX_DEPTH];
+    return read_pids(pidfd, again) == who->depth;
+}
+
+static bool is_own_user(int sock, const struct identity *who)
+{
+    struct ucred cred;
+    socklen_t size = sizeof cred;
+    return who->depth == 1 && !getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &size) &&
+           (cred.uid == 0 || cred.uid == geteuid());
+}
+
+static bool watch(int fd, uint64_t tag)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = tag};
+    return !epoll_ctl(server.epoll, EPOLL_CTL_ADD, fd, &event);
+}
+
+void client_accept(int listener)
+{
+    int sock = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (sock < 0) return;
+    uint32_t slot = 0;
+    while (slot < SIM_MAX_CLIENTS && server.clients[slot].state != CLIENT_FREE) slot++;
+    struct identity who;
+    int pidfd = slot < SIM_MAX_CLIENTS ? peer_pidfd(sock) : -1;
+    if (pidfd < 0 || !identify(pidfd, &who) || !watch(sock, (uint64_t)slot << 1) ||
+        !watch(pidfd, (uint64_t)slot << 1 | 1)) {
+        if (pidfd >= 0) close(pidfd);
+        close(sock);
+        return;
+    }
+    server.clients[slot] = (struct client){
+        .state = CLIENT_LIVE, .sock = sock, .pidfd = pidfd, .who = who, .own_user = is_own_user(sock, &who)};
+}
+
+static bool holds_anything(const struct client *client)
+{
+    for (uint32_t device = 0; device < server.n_gpus; device++)
+        for (int kind = 0; kind < SIM_KINDS; kind++)
+            if (client->own[device].bytes[kind]) return true;
+    return client->n_contexts > 0;
+}
+
+void client_end(struct client *client)
+{
+    if (client->state != CLIENT_LIVE) return;
+    close(client->sock);
+    close(client->pidfd);
+    client->sock = client->pidfd = -1;
+    client->state = CLIENT_ENDED;
+    server.n_ended++;
+    uint64_t now = now_ns();
+    client->free_at_ns = holds_anything(client) ? now + CLEANUP_MIN_NS + now % CLEANUP_SPREAD_NS : now;
+}
+
+void client_drop(struct client *client, const char *why)
+{
+    /* A hostile peer can be dropped as fast as it connects; the log must not follow at that rate. */
+    static uint64_t quiet_until_ns;
+    if (now_ns() >= quiet_until_ns) {
+        fprintf(stderr, "fgpu-simd: pid %d dropped: %s\n", client->who.pid[0], why);
+        quiet_until_ns = now_ns() + 1000000000u;
+    }
+    client_end(client);
+}
+
+void client_sweep(void)
+{
+    uint64_t now = server.n_ended ? now_ns() : 0;
+    for (uint32_t slot = 0; slot < SIM_MAX_CLIENTS && server.n_ended; slot++) {
+        struct client *client = &server.clients[slot];
+        if (client->state != CLIENT_ENDED || client->free_at_ns > now) continue;
+        ledger_forget(client);
+        client->state = CLIENT_FREE;
+        server.n_ended--;
+    }
+}
+
+int client_timeout_ms(void)
+{
+    if (!server.n_ended) return -1;
+    uint64_t next = UINT64_MAX, now = now_ns();
+    for (uint32_t slot = 0; slot < SIM_MAX_CLIENTS; slot++)
+        if (server.clients[slot].state == CLIENT_ENDED && server.clients[slot].free_at_ns < next)
+            next = server.clients[slot].free_at_ns;
+    return next <= now ? 0 : (int)((next - now) / 1000000 + 1);
+}

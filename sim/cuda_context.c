@@ -1,0 +1,221 @@
+/* Contexts: the primary one of each device, those a program makes, and each thread's stack of them. */
+#include "cuda_state.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static __thread struct context *stack[MAX_STACK];
+static __thread unsigned depth;
+
+static const size_t default_limits[CU_LIMIT_MAX] = {
+    [CU_LIMIT_STACK_SIZE] = 1024,
+    [CU_LIMIT_PRINTF_FIFO_SIZE] = 8650752,
+    [CU_LIMIT_MALLOC_HEAP_SIZE] = 8388608,
+    [CU_LIMIT_DEV_RUNTIME_PENDING_LAUNCH_COUNT] = 2048,
+    [CU_LIMIT_MAX_L2_FETCH_GRANULARITY] = 64,
+    [CU_LIMIT_PERSISTING_L2_CACHE_SIZE] = 11796480,
+    [CU_LIMIT_SHMEM_SIZE] = 232448,
+};
+
+struct context *context_current(void) { return depth ? stack[depth - 1] : NULL; }
+
+bool context_is_known(const struct context *context)
+{
+    for (const struct context *c = driver.contexts; c; c = c->next)
+        if (c == context) return true;
+    return false;
+}
+
+static CUresult context_start(struct context *context, int device, unsigned flags, unsigned api_version)
+{
+    context->id = ++driver.next_id;
+    context->device = device;
+    context->flags = flags;
+    context->api_version = api_version;
+    memcpy(context->limits, default_limits, sizeof default_limits);
+    context->legacy = context->per_thread = (struct stream){.context = context};
+    context->legacy.id = 1;
+    context->per_thread.id = 2;
+    CUresult result = sim_take(context, device, SIM_CONTEXT, 0, 0);
+    context->alive = !result;
+    return result;
+}
+
+/* Order matters: what is in the context first, while the server still knows it, then the context with whatever is left.
+ */
+static void context_stop(struct context *context)
+{
+    modules_end(context);
+    streams_end(context);
+    ranges_end(context);
+    context->alive = false;
+    sim_ask(SIM_CLOSE, (struct sim_request){.device = (uint32_t)context->device, .context = context->id}, NULL, 0);
+    bool last = true;
+    for (const struct context *c = driver.contexts; c; c = c->next)
+        last = last && !(c->alive && c->device == context->device);
+    if (last) pools_end(context->device);
+}
+
+/* Pushes, and so changes the thread's current context, as cuCtxCreate always has. */
+static CUresult create(CUcontext *pctx, unsigned flags, CUdevice dev)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!pctx || flags & ~(unsigned)CU_CTX_FLAGS_MASK) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    struct context *context = depth < MAX_STACK ? calloc(1, sizeof *context) : NULL;
+    if (!context) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+    result = context_start(context, dev, flags | CU_CTX_MAP_HOST, 3020);
+    if (result) {
+        free(context);
+        return sim_leave(result);
+    }
+    /* Never taken out again: a destroyed context's handle must stay recognisable and must not name a later one. */
+    context->next = driver.contexts;
+    driver.contexts = context;
+    stack[depth++] = context;
+    *pctx = (CUcontext)context;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuCtxCreate_v2(CUcontext *pctx, unsigned int flags, CUdevice dev) { return create(pctx, flags, dev); }
+
+API cuCtxCreate_v3(CUcontext *pctx, CUexecAffinityParam *params, int count, unsigned int flags, CUdevice dev)
+{
+    if (count < 0 || (count && !params)) return CUDA_ERROR_INVALID_VALUE;
+    return count ? CUDA_ERROR_UNSUPPORTED_EXEC_AFFINITY : create(pctx, flags, dev);
+}
+
+API cuCtxCreate_v4(CUcontext *pctx, CUctxCreateParams *params, unsigned int flags, CUdevice dev)
+{
+    if (params && (params->execAffinityParams || params->cigParams)) return CUDA_ERROR_NOT_SUPPORTED;
+    return create(pctx, flags, dev);
+}
+
+API cuCtxDestroy_v2(CUcontext ctx)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    struct context *context = (struct context *)ctx;
+    if (!context) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!context_is_known(context) || context->primary) return sim_leave(CUDA_ERROR_INVALID_CONTEXT);
+    if (!context->alive) return sim_leave(CUDA_ERROR_CONTEXT_IS_DESTROYED);
+    if (context_current() == context) depth--;
+    context_stop(context);
+    return sim_leave(CUDA_SUCCESS);
+}
+
+/* Primary contexts. */
+
+API cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!pctx) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    struct context *primary = &driver.primary[dev];
+    if (!primary->alive) result = context_start(primary, dev, primary->flags | CU_CTX_MAP_HOST, 3020);
+    if (result) return sim_leave(result);
+    driver.primary_refs[dev]++;
+    *pctx = (CUcontext)primary;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+static CUresult primary_release(CUdevice dev, bool all)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    if (!all && !driver.primary_refs[dev]) return sim_leave(CUDA_ERROR_INVALID_CONTEXT);
+    /* A reset takes the context's insides away but leaves the references: the next retain fills it again. */
+    if (!all && --driver.primary_refs[dev]) return sim_leave(CUDA_SUCCESS);
+    if (driver.primary[dev].alive) context_stop(&driver.primary[dev]);
+    if (all) driver.primary_refs[dev] = 0;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuDevicePrimaryCtxRelease_v2(CUdevice dev) { return primary_release(dev, false); }
+
+API cuDevicePrimaryCtxRelease(CUdevice dev) { return primary_release(dev, false); }
+
+API cuDevicePrimaryCtxReset_v2(CUdevice dev) { return primary_release(dev, true); }
+
+API cuDevicePrimaryCtxReset(CUdevice dev) { return primary_release(dev, true); }
+
+static CUresult primary_set_flags(CUdevice dev, unsigned flags)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    if (flags & ~(unsigned)CU_CTX_FLAGS_MASK) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    driver.primary[dev].flags = flags;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuDevicePrimaryCtxSetFlags_v2(CUdevice dev, unsigned int flags) { return primary_set_flags(dev, flags); }
+
+API cuDevicePrimaryCtxSetFlags(CUdevice dev, unsigned int flags) { return primary_set_flags(dev, flags); }
+
+API cuDevicePrimaryCtxGetState(CUdevice dev, unsigned int *flags, int *active)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    if (!flags || !active) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    *flags = driver.primary[dev].flags & ~(unsigned)CU_CTX_MAP_HOST;
+    *active = driver.primary[dev].alive;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+/* The thread's stack. */
+
+static CUresult check_usable(const struct context *context)
+{
+    if (!context_is_known(context)) return CUDA_ERROR_INVALID_CONTEXT;
+    return context->alive ? CUDA_SUCCESS : CUDA_ERROR_CONTEXT_IS_DESTROYED;
+}
+
+API cuCtxPushCurrent_v2(CUcontext ctx)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    result = check_usable((struct context *)ctx);
+    if (!result && depth == MAX_STACK) result = CUDA_ERROR_OUT_OF_MEMORY;
+    if (!result) stack[depth++] = (struct context *)ctx;
+    return sim_leave(result);
+}
+
+API cuCtxPopCurrent_v2(CUcontext *pctx)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!depth) return sim_leave(CUDA_ERROR_INVALID_CONTEXT);
+    if (pctx) *pctx = (CUcontext)stack[depth - 1];
+    depth--;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuCtxSetCurrent(CUcontext ctx)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!ctx) {
+        depth -= depth > 0;
+        return sim_leave(CUDA_SUCCESS);
+    }
+    result = check_usable((struct context *)ctx);
+    if (!result) {
+        depth += !depth;
+        stack[depth - 1] = (struct context *)ctx;
+    }
+    return sim_leave(result);
+}
+
+API cuCtxGetCurrent(CUcontext *pctx)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!pctx) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    *pctx = (CUcontext)context_current();
+    return sim_leave(CUDA_SUCCESS);
+}

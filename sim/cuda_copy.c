@@ -1,0 +1,136 @@
+/* Copies and memsets, with real contents. They happen when they are called: since kernels change nothing, no program
+ * can see a difference but in time, and a synchronous copy waits for its stream first. */
+#include "cuda_state.h"
+
+#include <string.h>
+
+enum side { HOST, DEVICE, EITHER };
+
+struct place {
+    uint8_t *bytes; /* NULL: contents are not kept */
+    bool valid;
+};
+
+static struct place find_place(uintptr_t at, size_t size, enum side side)
+{
+    if (side == HOST) return (struct place){(uint8_t *)at, at != 0};
+    struct range *range = range_find(at);
+    if (!range || at + size > range->start + range->size || at + size < at) return (struct place){NULL, false};
+    return (struct place){range_touch(range, at, size), true};
+}
+
+/* Mapped memory may be one array in a program's eyes and several ranges here. */
+static CUresult copy_pieces(uintptr_t to, enum side to_side, uintptr_t from, enum side from_side, size_t size)
+{
+    while (size) {
+        size_t piece = size;
+        const struct range *ranges[2] = {to_side == HOST ? NULL : range_find(to),
+                                         from_side == HOST ? NULL : range_find(from)};
+        uintptr_t starts[2] = {to, from};
+        for (int i = 0; i < 2; i++) {
+            if (!ranges[i]) continue;
+            size_t rest = ranges[i]->start + ranges[i]->size - starts[i];
+            if (ranges[i]->kind == RANGE_MAPPED && rest < piece) piece = rest;
+        }
+        struct place target = find_place(to, piece, to_side), source = find_place(from, piece, from_side);
+        if (!target.valid || !source.valid) return CUDA_ERROR_INVALID_VALUE;
+        if (target.bytes && source.bytes)
+            memmove(target.bytes, source.bytes, piece);
+        else if (target.bytes)
+            memset(target.bytes, 0, piece);
+        to += piece;
+        from += piece;
+        size -= piece;
+    }
+    return CUDA_SUCCESS;
+}
+
+static CUresult copy(uintptr_t to, enum side to_side, uintptr_t from, enum side from_side, size_t size, bool per_thread)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    if (!size) return sim_leave(CUDA_SUCCESS);
+    if (!to || !from) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    stream_wait(per_thread ? context->per_thread.done_ns : context->legacy.done_ns);
+    return sim_leave(copy_pieces(to, to_side, from, from_side, size));
+}
+
+static CUresult copy_async(uintptr_t to, enum side to_side, uintptr_t from, enum side from_side, size_t size,
+                           CUstream handle, bool per_thread)
+{
+    struct context *context;
+    struct stream *stream;
+    CUresult result = stream_enter(handle, per_thread, &context, &stream);
+    if (result) return result;
+    if (!size) return sim_leave(CUDA_SUCCESS);
+    if (!to || !from) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    return sim_leave(copy_pieces(to, to_side, from, from_side, size));
+}
+
+TWICE(_ptds, cuMemcpy, (CUdeviceptr dst, CUdeviceptr src, size_t ByteCount),
+      copy(dst, EITHER, src, EITHER, ByteCount, per_thread))
+TWICE(_ptsz, cuMemcpyAsync, (CUdeviceptr dst, CUdeviceptr src, size_t ByteCount, CUstream hStream),
+      copy_async(dst, EITHER, src, EITHER, ByteCount, hStream, per_thread))
+TWICE(_ptds, cuMemcpyHtoD_v2, (CUdeviceptr dst, const void *src, size_t ByteCount),
+      copy(dst, DEVICE, (uintptr_t)src, HOST, ByteCount, per_thread))
+TWICE(_ptsz, cuMemcpyHtoDAsync_v2, (CUdeviceptr dst, const void *src, size_t ByteCount, CUstream hStream),
+      copy_async(dst, DEVICE, (uintptr_t)src, HOST, ByteCount, hStream, per_thread))
+TWICE(_ptds, cuMemcpyDtoH_v2, (void *dst, CUdeviceptr src, size_t ByteCount),
+      copy((uintptr_t)dst, HOST, src, DEVICE, ByteCount, per_thread))
+TWICE(_ptsz, cuMemcpyDtoHAsync_v2, (void *dst, CUdeviceptr src, size_t ByteCount, CUstream hStream),
+      copy_async((uintptr_t)dst, HOST, src, DEVICE, ByteCount, hStream, per_thread))
+TWICE(_ptds, cuMemcpyDtoD_v2, (CUdeviceptr dst, CUdeviceptr src, size_t ByteCount),
+      copy(dst, DEVICE, src, DEVICE, ByteCount, per_thread))
+TWICE(_ptsz, cuMemcpyDtoDAsync_v2, (CUdeviceptr dst, CUdeviceptr src, size_t ByteCount, CUstream hStream),
+      copy_async(dst, DEVICE, src, DEVICE, ByteCount, hStream, per_thread))
+
+static void fill(uint8_t *to, uint32_t value, size_t width, size_t n)
+{
+    if (width == 1) {
+        memset(to, (int)(uint8_t)value, n);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) memcpy(to + i * width, &value, width);
+}
+
+static CUresult set(CUdeviceptr at, uint32_t value, size_t width, size_t n)
+{
+    size_t size;
+    if (!n) return CUDA_SUCCESS;
+    if (__builtin_mul_overflow(n, width, &size) || at % width) return CUDA_ERROR_INVALID_VALUE;
+    struct range *range = range_find(at);
+    if (!range || at + size > range->start + range->size || at + size < at) return CUDA_ERROR_INVALID_VALUE;
+    /* Zeroing memory that nobody has written would only make it cost something. */
+    if (!value && !range->block && range->span && range->kind == RANGE_DEVICE && at - range->start >= range->backed)
+        return CUDA_SUCCESS;
+    uint8_t *to = range_touch(range, at, size);
+    if (to) fill(to, value, width, n);
+    return CUDA_SUCCESS;
+}
+
+static CUresult memset_sync(CUdeviceptr at, uint32_t value, size_t width, size_t n, bool per_thread)
+{
+    (void)per_thread;
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    return result ? result : sim_leave(set(at, value, width, n));
+}
+
+static CUresult memset_async(CUdeviceptr at, uint32_t value, size_t width, size_t n, CUstream handle, bool per_thread)
+{
+    struct context *context;
+    struct stream *stream;
+    CUresult result = stream_enter(handle, per_thread, &context, &stream);
+    return result ? result : sim_leave(set(at, value, width, n));
+}
+
+TWICE(_ptds, cuMemsetD8_v2, (CUdeviceptr dst, unsigned char uc, size_t N), memset_sync(dst, uc, 1, N, per_thread))
+TWICE(_ptds, cuMemsetD16_v2, (CUdeviceptr dst, unsigned short us, size_t N), memset_sync(dst, us, 2, N, per_thread))
+TWICE(_ptds, cuMemsetD32_v2, (CUdeviceptr dst, unsigned int ui, size_t N), memset_sync(dst, ui, 4, N, per_thread))
+TWICE(_ptsz, cuMemsetD8Async, (CUdeviceptr dst, unsigned char uc, size_t N, CUstream hStream),
+      memset_async(dst, uc, 1, N, hStream, per_thread))
+TWICE(_ptsz, cuMemsetD16Async, (CUdeviceptr dst, unsigned short us, size_t N, CUstream hStream),
+      memset_async(dst, us, 2, N, hStream, per_thread))
+TWICE(_ptsz, cuMemsetD32Async, (CUdeviceptr dst, unsigned int ui, size_t N, CUstream hStream),
+      memset_async(dst, ui, 4, N, hStream, per_thread))

@@ -1,0 +1,72 @@
+/* cuGetProcAddress: from a name and a CUDA version to the export that was meant. */
+#include "cuda_state.h"
+
+#include <string.h>
+
+/* The exports as mere addresses: the twins have no prototypes in cuda.h, and none is needed here. */
+#define LEGACY(name, version, symbol) extern char at_##symbol[] __asm__(#symbol);
+#define BOTH(name, version, symbol) LEGACY(name, version, symbol)
+#define EACH(name, version, symbol, twin) LEGACY(name, version, symbol) LEGACY(name, version, twin)
+#include "cuda_symbols.h"
+#undef LEGACY
+#undef BOTH
+#undef EACH
+
+struct row {
+    const char *name;
+    int version;
+    char *legacy, *per_thread;
+};
+
+#define LEGACY(name, version, symbol) {#name, version, at_##symbol, NULL},
+#define BOTH(name, version, symbol) {#name, version, at_##symbol, at_##symbol},
+#define EACH(name, version, symbol, twin) {#name, version, at_##symbol, at_##twin},
+static const struct row rows[] = {
+#include "cuda_symbols.h"
+};
+
+#define KNOWN_FLAGS (CU_GET_PROC_ADDRESS_LEGACY_STREAM | CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM)
+
+static CUdriverProcAddressQueryResult look_up(const char *name, int version, bool per_thread, void **found)
+{
+    CUdriverProcAddressQueryResult status = CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+    *found = NULL;
+    for (const struct row *row = rows; row < rows + sizeof rows / sizeof *rows; row++) {
+        if (strcmp(row->name, name)) continue;
+        char *symbol = per_thread ? row->per_thread : row->legacy;
+        if (row->version <= version && symbol) *found = symbol;
+        status = *found ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT;
+    }
+    return status;
+}
+
+static CUresult get(const char *symbol, void **pfn, int version, cuuint64_t flags,
+                    CUdriverProcAddressQueryResult *status)
+{
+    if (!symbol || !pfn || version > SIM_CUDA_VERSION || flags & ~(cuuint64_t)KNOWN_FLAGS || flags == KNOWN_FLAGS)
+        return CUDA_ERROR_INVALID_VALUE;
+    CUdriverProcAddressQueryResult how =
+        look_up(symbol, version, flags == CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM, pfn);
+    /* With somewhere to write the reason, a missing symbol is an answer and no error. */
+    if (status) *status = how;
+    return how == CU_GET_PROC_ADDRESS_SUCCESS || status ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}
+
+API cuGetProcAddress(const char *symbol, void **pfn, int cudaVersion, cuuint64_t flags)
+{
+    return get(symbol, pfn, cudaVersion, flags, NULL);
+}
+
+API cuGetProcAddress_v2(const char *symbol, void **pfn, int cudaVersion, cuuint64_t flags,
+                        CUdriverProcAddressQueryResult *symbolStatus)
+{
+    return get(symbol, pfn, cudaVersion, flags, symbolStatus);
+}
+
+/* The private tables of the CUDA runtime are nobody's business but the real driver's. */
+API cuGetExportTable(const void **ppExportTable, const CUuuid *pExportTableId)
+{
+    if (!ppExportTable || !pExportTableId) return CUDA_ERROR_INVALID_VALUE;
+    *ppExportTable = NULL;
+    return CUDA_ERROR_NOT_FOUND;
+}

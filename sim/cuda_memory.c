@@ -1,0 +1,247 @@
+/* cuMemAlloc and its kin: one round trip each, as each is one call into the kernel on a real machine. */
+#include "cuda_state.h"
+
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#define PITCH 512u
+#define MAX_ALLOCATION (1ull << 46) /* past any address space; sums below cannot wrap */
+
+static size_t granules(size_t size) { return (size + GRANULE - 1) / GRANULE * GRANULE; }
+
+static CUresult allocate_small(struct context *context, size_t size, struct range **out)
+{
+    struct block *block;
+    uint64_t physical = block_has_room(context, size) ? 0 : GRANULE;
+    CUresult result = sim_take(context, context->device, SIM_BLOCK, physical, size);
+    if (result) return result;
+    uintptr_t start = block_carve(context, size, &block);
+    struct range *range = start ? range_new(context, start, size) : NULL;
+    if (!range) {
+        if (start) block_return(context, block, start, size);
+        sim_give(context, context->device, SIM_BLOCK, physical, size);
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    range->block = block;
+    *out = range;
+    return CUDA_SUCCESS;
+}
+
+static CUresult allocate_large(struct context *context, size_t size, struct range **out)
+{
+    size_t physical = granules(size);
+    CUresult result = sim_take(context, context->device, SIM_BLOCK, physical, size);
+    if (result) return result;
+    uintptr_t start = space_reserve(physical, GRANULE, false);
+    struct range *range = start ? range_new(context, start, size) : NULL;
+    if (!range) {
+        if (start) space_return(start, physical);
+        sim_give(context, context->device, SIM_BLOCK, physical, size);
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    range->span = range->physical = physical;
+    *out = range;
+    return CUDA_SUCCESS;
+}
+
+CUresult memory_allocate(struct context *context, size_t size, CUdeviceptr *out)
+{
+    struct range *range;
+    if (size > MAX_ALLOCATION) return CUDA_ERROR_OUT_OF_MEMORY;
+    CUresult result = size <= SMALL_MAX ? allocate_small(context, size, &range) : allocate_large(context, size, &range);
+    if (result) return result;
+    range->kind = RANGE_DEVICE;
+    *out = range->start;
+    return CUDA_SUCCESS;
+}
+
+static void free_device(struct range *range)
+{
+    struct context *context = range->context;
+    size_t physical = range->physical, size = range->size;
+    /* Which free empties a shared granule is only known here, so the server hears of the bytes with that one. */
+    if (range->block && block_return(context, range->block, range->start, size)) physical = GRANULE;
+    range_drop(range);
+    sim_give(context, context->device, SIM_BLOCK, physical, size);
+}
+
+CUresult memory_free(uintptr_t at)
+{
+    struct range *range = range_find(at);
+    if (!range || range->start != at) return CUDA_ERROR_INVALID_VALUE;
+    switch (range->kind) {
+    case RANGE_DEVICE:
+        free_device(range);
+        return CUDA_SUCCESS;
+    case RANGE_MANAGED:
+        sim_give(range->context, range->device, SIM_MANAGED, 0, range->size);
+        range_drop(range);
+        return CUDA_SUCCESS;
+    case RANGE_POOL:
+        pool_freed(range);
+        range_drop(range);
+        return CUDA_SUCCESS;
+    default:
+        return CUDA_ERROR_INVALID_VALUE;
+    }
+}
+
+API cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    if (!dptr || !bytesize) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    return sim_leave(memory_allocate(context, bytesize, dptr));
+}
+
+API cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t width, size_t height, unsigned int element)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    if (!dptr || !pPitch || !width || !height || (element != 4 && element != 8 && element != 16))
+        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    size_t pitch, size;
+    if (width > MAX_ALLOCATION) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    pitch = (width + PITCH - 1) / PITCH * PITCH;
+    if (__builtin_mul_overflow(pitch, height, &size)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    result = memory_allocate(context, size, dptr);
+    if (!result) *pPitch = pitch;
+    return sim_leave(result);
+}
+
+API cuMemAllocManaged(CUdeviceptr *dptr, size_t bytesize, unsigned int flags)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    if (!dptr || !bytesize || (flags != CU_MEM_ATTACH_GLOBAL && flags != CU_MEM_ATTACH_HOST))
+        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    /* The device loses nothing: pages move there when kernels touch them, and NVML never shows them. */
+    result = bytesize > MAX_ALLOCATION ? CUDA_ERROR_OUT_OF_MEMORY
+                                       : sim_take(context, context->device, SIM_MANAGED, 0, bytesize);
+    if (result) return sim_leave(result);
+    size_t span = granules(bytesize);
+    uintptr_t start = space_reserve(span, GRANULE, true);
+    struct range *range = start ? range_new(context, start, bytesize) : NULL;
+    if (!range) {
+        if (start) space_return(start, span);
+        sim_give(context, context->device, SIM_MANAGED, 0, bytesize);
+        return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+    }
+    range->kind = RANGE_MANAGED;
+    range->span = span;
+    *dptr = start;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemFree_v2(CUdeviceptr dptr)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    if (!dptr) return sim_leave(CUDA_SUCCESS);
+    struct range *range = range_find(dptr);
+    /* The real driver waits for the work that may still use the memory. */
+    if (range && range->start == dptr && context_done_ns(range->context) > stream_now())
+        stream_wait(context_done_ns(range->context));
+    return sim_leave(memory_free(dptr));
+}
+
+API cuMemGetAddressRange_v2(CUdeviceptr *pbase, size_t *psize, CUdeviceptr dptr)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    const struct range *range = range_find(dptr);
+    if (!range || range->kind == RANGE_REGISTERED) return sim_leave(CUDA_ERROR_NOT_FOUND);
+    if (pbase) *pbase = range->start;
+    if (psize) *psize = range->size;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+/* Pinned host memory: no device is asked, but pointers must be known again. */
+
+static CUresult host_alloc(void **pp, size_t size, unsigned flags)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    if (!pp || !size || flags & ~7u || size > MAX_ALLOCATION) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    size_t span = (size + 4095) / 4096 * 4096;
+    uintptr_t start = space_reserve(span, 4096, true);
+    struct range *range = start ? range_new(context, start, size) : NULL;
+    if (!range) {
+        if (start) space_return(start, span);
+        return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+    }
+    range->kind = RANGE_HOST;
+    range->span = span;
+    range->access = flags;
+    *pp = (void *)start;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemAllocHost_v2(void **pp, size_t bytesize) { return host_alloc(pp, bytesize, 0); }
+
+API cuMemHostAlloc(void **pp, size_t bytesize, unsigned int flags) { return host_alloc(pp, bytesize, flags); }
+
+API cuMemFreeHost(void *p)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    struct range *range = range_find((uintptr_t)p);
+    if (!range || range->kind != RANGE_HOST || range->start != (uintptr_t)p) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    range_drop(range);
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemHostRegister_v2(void *p, size_t bytesize, unsigned int flags)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    if (!p || !bytesize || flags & ~15u || (uintptr_t)p + bytesize < bytesize)
+        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    struct range *range = range_new(context, (uintptr_t)p, bytesize);
+    if (!range) return sim_leave(CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED);
+    range->kind = RANGE_REGISTERED;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemHostUnregister(void *p)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    struct range *range = range_find((uintptr_t)p);
+    if (!range || range->kind != RANGE_REGISTERED || range->start != (uintptr_t)p)
+        return sim_leave(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED);
+    range_drop(range);
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemHostGetDevicePointer_v2(CUdeviceptr *pdptr, void *p, unsigned int flags)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    struct range *range = range_find((uintptr_t)p);
+    if (!pdptr || flags || !range || (range->kind != RANGE_HOST && range->kind != RANGE_REGISTERED))
+        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    *pdptr = (uintptr_t)p;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemHostGetFlags(unsigned int *pFlags, void *p)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    struct range *range = range_find((uintptr_t)p);
+    if (!pFlags || !range || range->kind != RANGE_HOST) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    *pFlags = range->access | CU_MEMHOSTALLOC_DEVICEMAP;
+    return sim_leave(CUDA_SUCCESS);
+}

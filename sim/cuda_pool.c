@@ -1,0 +1,261 @@
+/* Stream-ordered allocation. A pool takes memory from the device in steps of 32 MiB and gives it back at a
+ * synchronisation, down to its release threshold; in between, allocating and freeing is this process's affair alone. */
+#include "cuda_state.h"
+
+#include <stdlib.h>
+
+struct pool {
+    int device;
+    bool is_default;
+    uint64_t reserved, used, reserved_high, used_high;
+    uint64_t threshold;
+    int reuse[3]; /* event dependencies, opportunistic, internal dependencies */
+    struct pool *next;
+};
+
+static struct pool *pools;
+static struct pool *current_pool[SIM_MAX_DEVICES];
+
+static struct pool *pool_new(int device)
+{
+    struct pool *pool = calloc(1, sizeof *pool);
+    if (!pool) return NULL;
+    pool->device = device;
+    pool->reuse[0] = pool->reuse[1] = pool->reuse[2] = 1;
+    pool->next = pools;
+    pools = pool;
+    return pool;
+}
+
+static struct pool *default_pool(int device)
+{
+    for (struct pool *p = pools; p; p = p->next)
+        if (p->is_default && p->device == device) return p;
+    struct pool *pool = pool_new(device);
+    if (pool) pool->is_default = true;
+    return pool;
+}
+
+static bool pool_is_known(const struct pool *pool)
+{
+    for (const struct pool *p = pools; p; p = p->next)
+        if (p == pool) return true;
+    return false;
+}
+
+static uint64_t steps(uint64_t bytes) { return (bytes + POOL_STEP - 1) / POOL_STEP * POOL_STEP; }
+
+static void trim(struct pool *pool, uint64_t keep)
+{
+    uint64_t floor = steps(pool->used > keep ? pool->used : keep);
+    if (pool->reserved <= floor) return;
+    sim_give(NULL, pool->device, SIM_POOL, pool->reserved - floor, pool->reserved - floor);
+    pool->reserved = floor;
+}
+
+void pools_settle(int device)
+{
+    for (struct pool *p = pools; p; p = p->next)
+        if (p->device == device) trim(p, p->threshold);
+}
+
+void pools_end(int device)
+{
+    for (struct pool *p = pools; p; p = p->next)
+        if (p->device == device) trim(p, 0);
+}
+
+static uint64_t rounded(size_t size) { return (size + UNIT - 1) / UNIT * (uint64_t)UNIT; }
+
+void pool_freed(struct range *range) { range->pool->used -= rounded(range->size); }
+
+static CUresult allocate(struct context *context, struct pool *pool, size_t size, CUdeviceptr *out)
+{
+    if (size > 1ull << 46) return CUDA_ERROR_OUT_OF_MEMORY;
+    uint64_t needed = steps(pool->used + rounded(size));
+    if (needed > pool->reserved) {
+        CUresult result = sim_take(NULL, pool->device, SIM_POOL, needed - pool->reserved, needed - pool->reserved);
+        if (result) return result;
+        pool->reserved = needed;
+    }
+    size_t span = (size + 4095) / 4096 * 4096;
+    uintptr_t start = space_reserve(span, 4096, false);
+    struct range *range = start ? range_new(context, start, size) : NULL;
+    if (!range) {
+        if (start) space_return(start, span);
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    range->kind = RANGE_POOL;
+    range->span = span;
+    range->pool = pool;
+    range->device = pool->device;
+    pool->used += rounded(size);
+    pool->used_high = pool->used > pool->used_high ? pool->used : pool->used_high;
+    pool->reserved_high = pool->reserved > pool->reserved_high ? pool->reserved : pool->reserved_high;
+    *out = start;
+    return CUDA_SUCCESS;
+}
+
+static CUresult alloc_async(CUdeviceptr *dptr, size_t size, struct pool *pool, CUstream stream, bool per_thread)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    if (!dptr || !size) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!stream_find(context, stream, per_thread)) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    if (!pool) pool = current_pool[context->device] ? current_pool[context->device] : default_pool(context->device);
+    if (!pool || !pool_is_known(pool)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    return sim_leave(allocate(context, pool, size, dptr));
+}
+
+TWICE(_ptsz, cuMemAllocAsync, (CUdeviceptr * dptr, size_t bytesize, CUstream hStream),
+      alloc_async(dptr, bytesize, NULL, hStream, per_thread))
+
+static CUresult alloc_from_pool(CUdeviceptr *dptr, size_t size, CUmemoryPool pool, CUstream stream, bool per_thread)
+{
+    return pool ? alloc_async(dptr, size, (struct pool *)pool, stream, per_thread) : CUDA_ERROR_INVALID_VALUE;
+}
+
+TWICE(_ptsz, cuMemAllocFromPoolAsync, (CUdeviceptr * dptr, size_t bytesize, CUmemoryPool pool, CUstream hStream),
+      alloc_from_pool(dptr, bytesize, pool, hStream, per_thread))
+
+static CUresult free_async(CUdeviceptr dptr, CUstream stream, bool per_thread)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    if (!stream_find(context, stream, per_thread)) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    return sim_leave(dptr ? memory_free(dptr) : CUDA_SUCCESS);
+}
+
+TWICE(_ptsz, cuMemFreeAsync, (CUdeviceptr dptr, CUstream hStream), free_async(dptr, hStream, per_thread))
+
+/* Pools themselves. */
+
+static CUresult get_pool(CUmemoryPool *out, CUdevice dev, bool current)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!out) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    struct pool *pool = current && current_pool[dev] ? current_pool[dev] : default_pool(dev);
+    *out = (CUmemoryPool)pool;
+    return sim_leave(pool ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY);
+}
+
+API cuDeviceGetDefaultMemPool(CUmemoryPool *pool_out, CUdevice dev) { return get_pool(pool_out, dev, false); }
+
+API cuDeviceGetMemPool(CUmemoryPool *pool, CUdevice dev) { return get_pool(pool, dev, true); }
+
+static CUresult enter_pool(CUmemoryPool handle, struct pool **pool)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    *pool = (struct pool *)handle;
+    return pool_is_known(*pool) ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_VALUE);
+}
+
+API cuDeviceSetMemPool(CUdevice dev, CUmemoryPool handle)
+{
+    struct pool *pool;
+    CUresult result = enter_pool(handle, &pool);
+    if (result) return result;
+    if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    if (pool->device != dev) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    current_pool[dev] = pool;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemPoolCreate(CUmemoryPool *out, const CUmemPoolProps *props)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!out || !props || props->allocType != CU_MEM_ALLOCATION_TYPE_PINNED ||
+        props->location.type != CU_MEM_LOCATION_TYPE_DEVICE)
+        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!sim_is_device(props->location.id)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    struct pool *pool = pool_new(props->location.id);
+    if (!pool) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+    *out = (CUmemoryPool)pool;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemPoolDestroy(CUmemoryPool handle)
+{
+    struct pool *pool;
+    CUresult result = enter_pool(handle, &pool);
+    if (result) return result;
+    /* With allocations outstanding the memory must stay until they are freed; then it is kept as an unreachable pool.
+     */
+    if (pool->is_default) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    trim(pool, 0);
+    if (current_pool[pool->device] == pool) current_pool[pool->device] = NULL;
+    struct pool **at = &pools;
+    while (*at != pool) at = &(*at)->next;
+    if (!pool->used) {
+        *at = pool->next;
+        free(pool);
+    }
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemPoolTrimTo(CUmemoryPool handle, size_t minBytesToKeep)
+{
+    struct pool *pool;
+    CUresult result = enter_pool(handle, &pool);
+    if (result) return result;
+    trim(pool, minBytesToKeep);
+    return sim_leave(CUDA_SUCCESS);
+}
+
+static uint64_t *counter(struct pool *pool, CUmemPool_attribute attr)
+{
+    switch (attr) {
+    case CU_MEMPOOL_ATTR_RELEASE_THRESHOLD:
+        return &pool->threshold;
+    case CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT:
+        return &pool->reserved;
+    case CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH:
+        return &pool->reserved_high;
+    case CU_MEMPOOL_ATTR_USED_MEM_CURRENT:
+        return &pool->used;
+    case CU_MEMPOOL_ATTR_USED_MEM_HIGH:
+        return &pool->used_high;
+    default:
+        return NULL;
+    }
+}
+
+API cuMemPoolGetAttribute(CUmemoryPool handle, CUmemPool_attribute attr, void *value)
+{
+    struct pool *pool;
+    CUresult result = enter_pool(handle, &pool);
+    if (result) return result;
+    const uint64_t *number = counter(pool, attr);
+    if (!value || (!number && ((int)attr < 1 || (int)attr > 3))) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (number)
+        *(cuuint64_t *)value = *number;
+    else
+        *(int *)value = pool->reuse[attr - 1];
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemPoolSetAttribute(CUmemoryPool handle, CUmemPool_attribute attr, void *value)
+{
+    struct pool *pool;
+    CUresult result = enter_pool(handle, &pool);
+    if (result) return result;
+    uint64_t *number = counter(pool, attr);
+    bool is_current = attr == CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT || attr == CU_MEMPOOL_ATTR_USED_MEM_CURRENT;
+    if (!value || is_current || (!number && ((int)attr < 1 || (int)attr > 3)))
+        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (number == &pool->threshold)
+        *number = *(cuuint64_t *)value;
+    else if (number && *(cuuint64_t *)value)
+        return sim_leave(CUDA_ERROR_INVALID_VALUE); /* a high-water mark can only be reset */
+    else if (number)
+        *number = attr == CU_MEMPOOL_ATTR_USED_MEM_HIGH ? pool->used : pool->reserved;
+    else
+        pool->reuse[attr - 1] = *(int *)value;
+    return sim_leave(CUDA_SUCCESS);
+}

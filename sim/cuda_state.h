@@ -1,0 +1,158 @@
+/* What one process's libcuda knows: contexts, address ranges, streams. Everything is guarded by one lock, which
+ * sim_enter takes and sim_leave gives back; no function here that is called between the two calls an exported one,
+ * because the exported ones are what others attach probes to and count. */
+#ifndef FGPU_SIM_CUDA_STATE_H
+#define FGPU_SIM_CUDA_STATE_H
+
+/* Every function under its own name: no cuMemAlloc that silently means cuMemAlloc_v2. */
+#define __CUDA_API_VERSION_INTERNAL
+#include <cuda.h>
+
+#include "wire.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define MIB (1ull << 20)
+#define GRANULE (2 * MIB) /* what the driver takes from a device at a time */
+#define SMALL_MAX MIB     /* up to here allocations share granules */
+#define UNIT 512u         /* alignment within a shared granule */
+#define UNITS (GRANULE / UNIT)
+#define POOL_STEP (32 * MIB) /* what a memory pool grows by */
+#define MAX_STACK 128        /* contexts pushed by one thread */
+
+#define API __attribute__((visibility("default"))) CUresult CUDAAPI
+
+/* A function and its twin for programs compiled with a default stream per thread: two exports, one body. */
+#define TWICE(suffix, name, params, call)                                                                              \
+    API name params                                                                                                    \
+    {                                                                                                                  \
+        const bool per_thread = false;                                                                                 \
+        return call;                                                                                                   \
+    }                                                                                                                  \
+    API name##suffix params                                                                                            \
+    {                                                                                                                  \
+        const bool per_thread = true;                                                                                  \
+        return call;                                                                                                   \
+    }
+
+struct stream {
+    unsigned flags;
+    int priority;
+    uint64_t id;
+    uint64_t done_ns; /* when the last work in it is done */
+    struct context *context;
+    struct stream *next;
+};
+
+struct context {
+    bool alive, primary;
+    int device;
+    unsigned flags, api_version;
+    uint64_t id;
+    struct stream legacy, per_thread;
+    struct stream *streams;
+    struct range *ranges;
+    struct block *blocks;
+    struct event *events;
+    struct module *modules;
+    size_t limits[CU_LIMIT_MAX];
+    struct context *next; /* all there ever were: a handle is looked up here before it is believed */
+};
+
+struct block { /* one shared granule */
+    uintptr_t start;
+    bool backed;
+    unsigned used; /* units */
+    uint8_t taken[UNITS];
+    struct block *next;
+};
+
+enum range_kind { RANGE_DEVICE, RANGE_MANAGED, RANGE_HOST, RANGE_REGISTERED, RANGE_POOL, RANGE_MAPPED };
+
+struct range {
+    uintptr_t start;
+    size_t size; /* as asked */
+    size_t span; /* address space that goes back at free; 0: the block's */
+    size_t physical;
+    size_t backed; /* how far contents exist, from start */
+    enum range_kind kind;
+    int device;
+    uint64_t id;
+    struct context *context;
+    struct block *block;
+    struct vmm_handle *handle;
+    struct pool *pool;
+    unsigned access;           /* RANGE_MAPPED: CUmemAccess_flags; RANGE_HOST: flags of its making */
+    struct range *prev, *next; /* in its context */
+};
+
+struct driver {
+    bool ready;
+    int pid; /* who said cuInit: a forked child is not that process */
+    uint32_t n_devices;
+    struct sim_device devices[SIM_MAX_DEVICES];
+    struct context primary[SIM_MAX_DEVICES];
+    unsigned primary_refs[SIM_MAX_DEVICES];
+    struct context *contexts;
+    uint64_t next_id;
+};
+
+extern struct driver driver;
+
+/* cuda_init.c */
+CUresult sim_enter_init(void);                /* initialised and not forked; takes the lock */
+CUresult sim_enter(struct context **current); /* and with a living current context */
+CUresult sim_leave(CUresult result);          /* gives the lock back, returns its argument */
+void sim_unlock(void);
+void sim_lock(void);
+int sim_ask(uint32_t op, struct sim_request request, void *payload, size_t room);
+CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested);
+void sim_give(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested);
+bool sim_is_device(CUdevice device);
+
+/* cuda_context.c */
+struct context *context_current(void);
+bool context_is_known(const struct context *context); /* alive or not */
+
+/* cuda_space.c */
+uintptr_t space_reserve(size_t size, size_t alignment, bool usable);
+void space_return(uintptr_t start, size_t size);
+struct range *range_find(uintptr_t at);
+struct range *range_new(struct context *context, uintptr_t start, size_t size);
+void range_drop(struct range *range);
+void ranges_end(struct context *context);
+uint8_t *range_touch(struct range *range, uintptr_t at, size_t length);
+uintptr_t block_carve(struct context *context, size_t size, struct block **block);
+bool block_has_room(struct context *context, size_t size);
+bool block_return(struct context *context, struct block *block, uintptr_t start, size_t size);
+
+/* cuda_memory.c */
+CUresult memory_allocate(struct context *context, size_t size, CUdeviceptr *out);
+CUresult memory_free(uintptr_t at);
+
+/* cuda_vmm.c */
+void vmm_unmapped(struct vmm_handle *handle);
+
+/* cuda_pool.c */
+void pool_freed(struct range *range);
+void pools_settle(int device); /* what a synchronisation gives back */
+void pools_end(int device);
+
+/* cuda_stream.c */
+uint64_t stream_now(void);
+struct stream *stream_find(struct context *context, CUstream stream, bool per_thread);
+void stream_wait(uint64_t until_ns); /* lets go of the lock meanwhile */
+uint64_t context_done_ns(const struct context *context);
+void stream_work(struct context *context, struct stream *stream, uint64_t ns);
+CUresult stream_enter(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
+void streams_end(struct context *context);
+
+/* cuda_event.c */
+void events_end(struct context *context);
+
+/* cuda_module.c */
+void modules_end(struct context *context);
+
+#endif

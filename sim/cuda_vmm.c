@@ -1,0 +1,273 @@
+/* Virtual memory management: physical memory (handles) and address space (reservations) apart. Memory lives while a
+ * handle reference or a mapping does: create; map; release keeps it until the unmap. */
+#include "cuda_state.h"
+
+#include <stdlib.h>
+#include <sys/mman.h>
+
+struct vmm_handle {
+    size_t size;
+    unsigned refs, maps;
+    CUmemAllocationProp prop;
+    void *contents; /* shared mapping: every mapping of the handle is another view of it */
+    struct vmm_handle *next;
+};
+
+struct reservation {
+    uintptr_t start;
+    size_t size;
+    struct reservation *next;
+};
+
+static struct vmm_handle *handles;
+static struct reservation *reservations;
+
+static struct vmm_handle *find_handle(CUmemGenericAllocationHandle id)
+{
+    for (struct vmm_handle *h = handles; h; h = h->next)
+        if ((uintptr_t)h == id) return h->refs ? h : NULL;
+    return NULL;
+}
+
+static void settle(struct vmm_handle *handle)
+{
+    if (handle->refs || handle->maps) return;
+    struct vmm_handle **at = &handles;
+    while (*at != handle) at = &(*at)->next;
+    *at = handle->next;
+    munmap(handle->contents, handle->size);
+    sim_give(NULL, handle->prop.location.id, SIM_VMM, handle->size, handle->size);
+    free(handle);
+}
+
+void vmm_unmapped(struct vmm_handle *handle)
+{
+    handle->maps--;
+    settle(handle);
+}
+
+static CUresult check_prop(const CUmemAllocationProp *prop)
+{
+    if (!prop || prop->type != CU_MEM_ALLOCATION_TYPE_PINNED) return CUDA_ERROR_INVALID_VALUE;
+    if (prop->location.type != CU_MEM_LOCATION_TYPE_DEVICE) return CUDA_ERROR_INVALID_VALUE;
+    return sim_is_device(prop->location.id) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
+}
+
+API cuMemGetAllocationGranularity(size_t *granularity, const CUmemAllocationProp *prop,
+                                  CUmemAllocationGranularity_flags option)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!granularity || (unsigned)option > CU_MEM_ALLOC_GRANULARITY_RECOMMENDED)
+        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    result = check_prop(prop);
+    if (!result) *granularity = GRANULE;
+    return sim_leave(result);
+}
+
+static CUresult create(size_t size, const CUmemAllocationProp *prop, struct vmm_handle **out)
+{
+    struct vmm_handle *handle = calloc(1, sizeof *handle);
+    if (!handle) return CUDA_ERROR_OUT_OF_MEMORY;
+    CUresult result = sim_take(NULL, prop->location.id, SIM_VMM, size, size);
+    if (result) {
+        free(handle);
+        return result;
+    }
+    handle->contents = mmap(NULL, size, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (handle->contents == MAP_FAILED) {
+        sim_give(NULL, prop->location.id, SIM_VMM, size, size);
+        free(handle);
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    handle->size = size;
+    handle->refs = 1;
+    handle->prop = *prop;
+    handle->next = handles;
+    handles = handle;
+    *out = handle;
+    return CUDA_SUCCESS;
+}
+
+API cuMemCreate(CUmemGenericAllocationHandle *out, size_t size, const CUmemAllocationProp *prop,
+                unsigned long long flags)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    struct vmm_handle *handle;
+    if (!out || !size || size % GRANULE || flags) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    result = check_prop(prop);
+    if (!result) result = create(size, prop, &handle);
+    if (!result) *out = (uintptr_t)handle;
+    return sim_leave(result);
+}
+
+API cuMemRelease(CUmemGenericAllocationHandle id)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    struct vmm_handle *handle = find_handle(id);
+    if (!handle) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    handle->refs--;
+    settle(handle);
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemRetainAllocationHandle(CUmemGenericAllocationHandle *out, void *addr)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    struct range *range = range_find((uintptr_t)addr);
+    if (!out || !range || range->kind != RANGE_MAPPED) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    range->handle->refs++;
+    *out = (uintptr_t)range->handle;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp *prop, CUmemGenericAllocationHandle id)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    const struct vmm_handle *handle = find_handle(id);
+    if (!prop || !handle) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    *prop = handle->prop;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+/* Address space. */
+
+API cuMemAddressReserve(CUdeviceptr *ptr, size_t size, size_t alignment, CUdeviceptr addr, unsigned long long flags)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    (void)addr; /* a wish; the real driver grants it where it can */
+    if (!ptr || !size || size % GRANULE || flags || alignment & (alignment - 1))
+        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    struct reservation *reservation = calloc(1, sizeof *reservation);
+    uintptr_t start = reservation ? space_reserve(size, alignment > GRANULE ? alignment : GRANULE, false) : 0;
+    if (!start) {
+        free(reservation);
+        return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+    }
+    *reservation = (struct reservation){.start = start, .size = size, .next = reservations};
+    reservations = reservation;
+    *ptr = start;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+static bool is_mapped_within(uintptr_t start, size_t size)
+{
+    for (uintptr_t at = start; at < start + size; at += GRANULE)
+        if (range_find(at)) return true;
+    return false;
+}
+
+API cuMemAddressFree(CUdeviceptr ptr, size_t size)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    struct reservation **at = &reservations;
+    while (*at && (*at)->start != ptr) at = &(*at)->next;
+    struct reservation *reservation = *at;
+    if (!reservation || reservation->size != size || is_mapped_within(ptr, size))
+        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    *at = reservation->next;
+    space_return(reservation->start, reservation->size);
+    free(reservation);
+    return sim_leave(CUDA_SUCCESS);
+}
+
+static bool is_reserved(uintptr_t start, size_t size)
+{
+    for (const struct reservation *r = reservations; r; r = r->next)
+        if (start >= r->start && start - r->start <= r->size && size <= r->size - (start - r->start)) return true;
+    return false;
+}
+
+API cuMemMap(CUdeviceptr ptr, size_t size, size_t offset, CUmemGenericAllocationHandle id, unsigned long long flags)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    struct vmm_handle *handle = find_handle(id);
+    if (!handle || flags || offset || !size || size % GRANULE || ptr % GRANULE || size > handle->size)
+        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!is_reserved(ptr, size) || is_mapped_within(ptr, size)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    /* An old size of 0 asks mremap for a second view of a shared mapping: no file descriptor is needed to alias memory.
+     */
+    void *view = mremap(handle->contents, 0, size, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)ptr);
+    struct range *range = view == MAP_FAILED ? NULL : range_new(&driver.primary[handle->prop.location.id], ptr, size);
+    if (!range) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+    range->kind = RANGE_MAPPED;
+    range->handle = handle;
+    handle->maps++;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+static void unmap(struct range *range)
+{
+    struct vmm_handle *handle = range->handle;
+    mmap((void *)range->start, range->size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    range_drop(range);
+    vmm_unmapped(handle);
+}
+
+/* Whole mappings, one after the other without a hole, exactly from start to end; else an operation on them is refused.
+ */
+static bool covers_whole_mappings(uintptr_t start, size_t size)
+{
+    uintptr_t at = start;
+    while (at - start < size) {
+        const struct range *range = range_find(at);
+        if (!range || range->kind != RANGE_MAPPED || range->start != at) return false;
+        at += range->size;
+    }
+    return size && at - start == size;
+}
+
+API cuMemUnmap(CUdeviceptr ptr, size_t size)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!covers_whole_mappings(ptr, size)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    for (uintptr_t at = ptr; at - ptr < size;) {
+        struct range *range = range_find(at);
+        at += range->size;
+        unmap(range);
+    }
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemSetAccess(CUdeviceptr ptr, size_t size, const CUmemAccessDesc *desc, size_t count)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!desc || !count || !covers_whole_mappings(ptr, size)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    unsigned access = 0;
+    for (size_t i = 0; i < count; i++) {
+        unsigned flags = (unsigned)desc[i].flags;
+        if (flags != CU_MEM_ACCESS_FLAGS_PROT_NONE && flags != CU_MEM_ACCESS_FLAGS_PROT_READ &&
+            flags != CU_MEM_ACCESS_FLAGS_PROT_READWRITE)
+            return sim_leave(CUDA_ERROR_INVALID_VALUE);
+        if (desc[i].location.type == CU_MEM_LOCATION_TYPE_DEVICE && !sim_is_device(desc[i].location.id))
+            return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+        access |= flags;
+    }
+    /* Host access stays open whatever is asked, since copies are done by the host here; `access` is what is checked. */
+    if (mprotect((void *)ptr, size, PROT_READ | PROT_WRITE)) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+    for (uintptr_t at = ptr; at - ptr < size;) {
+        struct range *range = range_find(at);
+        range->access = access;
+        at += range->size;
+    }
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuMemGetAccess(unsigned long long *flags, const CUmemLocation *location, CUdeviceptr ptr)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    const struct range *range = range_find(ptr);
+    if (!flags || !location || !range || range->kind != RANGE_MAPPED) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    *flags = range->access;
+    return sim_leave(CUDA_SUCCESS);
+}

@@ -1,0 +1,11 @@
+/* Device models as data. One row, one board; a new board is a new row. */
+#ifndef FGPU_SIM_MODELS_H
+#define FGPU_SIM_MODELS_H
+
+#include "wire.h"
+
+/* Fills device number `index` of the model of that name ("h200", "a100", "t4"), with `memory` bytes (0 = the model's
+ * own). Returns 0, or -1 where there is no such model. */
+int model_device(const char *model, uint32_t index, uint64_t memory, struct sim_device *device);
+
+#endif

@@ -1,0 +1,90 @@
+/* The server's state: devices, and one slot per connected process with what it holds. All of it is fixed in size or
+ * bounded by SIM_MAX_CLIENTS and SIM_MAX_CONTEXTS; nothing else grows. */
+#ifndef FGPU_SIM_SIMD_H
+#define FGPU_SIM_SIMD_H
+
+#include "wire.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+#define MAX_DEPTH 32 /* nested pid namespaces: the kernel's own bound */
+
+/* A process's pid in each pid namespace from the server's own (level 0) down to its own (depth - 1), with the inodes
+ * that tell the namespaces apart. Fixed for the life of a process. */
+struct identity {
+    int depth;
+    pid_t pid[MAX_DEPTH];
+    ino_t ns[MAX_DEPTH];
+};
+
+struct holding {
+    uint64_t bytes[SIM_KINDS];
+    uint64_t requested[SIM_KINDS];
+};
+
+struct context {
+    uint64_t id;
+    uint32_t device;
+    struct holding holding;
+};
+
+enum client_state { CLIENT_FREE, CLIENT_LIVE, CLIENT_ENDED };
+
+struct client {
+    enum client_state state;
+    int sock;
+    int pidfd;
+    uint64_t free_at_ns; /* CLIENT_ENDED: when the driver is done cleaning up */
+    struct identity who;
+    bool own_user;                       /* may ask for the dump */
+    struct holding own[SIM_MAX_DEVICES]; /* what belongs to no context */
+    struct context *contexts;
+    uint32_t n_contexts, room;
+    uint64_t busy_until_ns[SIM_MAX_DEVICES];
+};
+
+struct gpu {
+    struct sim_device info;
+    uint64_t used;
+};
+
+struct server {
+    struct gpu gpus[SIM_MAX_DEVICES];
+    uint32_t n_gpus;
+    struct client clients[SIM_MAX_CLIENTS];
+    uint32_t n_ended;
+    int epoll;
+};
+
+extern struct server server;
+
+uint64_t now_ns(void);
+
+/* clients.c */
+void client_accept(int listener);
+void client_end(struct client *client); /* the process or its connection is gone; memory follows later */
+void client_sweep(void);                /* frees what is due */
+int client_timeout_ms(void);            /* until the next one is due; -1: none */
+void client_drop(struct client *client, const char *why); /* it broke the protocol */
+
+/* ledger.c */
+enum sim_status ledger_take(struct client *client, const struct sim_request *request);
+bool ledger_give(struct client *client, const struct sim_request *request);
+bool ledger_close(struct client *client, const struct sim_request *request);
+void ledger_forget(struct client *client);
+
+/* views.c */
+pid_t view_pid(const struct client *of, const struct client *asker); /* 0: not visible */
+uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_process *out, uint32_t room);
+uint32_t view_dump(struct sim_record *out, uint32_t room);
+uint64_t view_busy_us(uint32_t device);
+
+/* requests.c */
+void request_serve(struct client *client);
+
+/* dump.c */
+int dump_print(const char *dir);
+
+#endif

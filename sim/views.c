@@ -1,0 +1,93 @@
+/* What one process may learn of the others: NVML's process lists, and the dump for tests. */
+#include "simd.h"
+
+#include <string.h>
+
+/* A pid namespace sees its own processes and those of namespaces below it. Both identities list the namespaces from the
+ * server's own downwards, so the asker's namespace, where it is an ancestor of the other, stands at the asker's depth.
+ */
+pid_t view_pid(const struct client *of, const struct client *asker)
+{
+    int level = asker->who.depth - 1;
+    if (level < 0 || of->who.depth <= level || of->who.ns[level] != asker->who.ns[level]) return 0;
+    return of->who.pid[level];
+}
+
+static uint64_t physical(const struct client *client, uint32_t device)
+{
+    uint64_t sum = 0;
+    for (int kind = 0; kind < SIM_KINDS; kind++) sum += client->own[device].bytes[kind];
+    for (uint32_t i = 0; i < client->n_contexts; i++)
+        if (client->contexts[i].device == device)
+            for (int kind = 0; kind < SIM_KINDS; kind++) sum += client->contexts[i].holding.bytes[kind];
+    return sum;
+}
+
+uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_process *out, uint32_t room)
+{
+    uint32_t n = 0;
+    for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
+        pid_t pid = c->state == CLIENT_FREE ? 0 : view_pid(c, asker);
+        uint64_t bytes = pid ? physical(c, device) : 0;
+        if (!bytes) continue;
+        /* Two connections of one process (a second copy of the library) are one line. */
+        uint32_t i = 0;
+        while (i < n && out[i].pid != (uint32_t)pid) i++;
+        if (i == room) break;
+        if (i == n) out[n++] = (struct sim_process){.pid = (uint32_t)pid};
+        out[i].bytes += bytes;
+        if (c->busy_until_ns[device] > now_ns()) out[i].busy_us = 1000000;
+    }
+    return n;
+}
+
+static void add_holding(struct sim_record *record, const struct holding *holding)
+{
+    for (int kind = 0; kind < SIM_KINDS; kind++) {
+        record->bytes[kind] += holding->bytes[kind];
+        record->requested[kind] += holding->requested[kind];
+    }
+}
+
+static bool is_empty(const struct sim_record *record)
+{
+    for (int kind = 0; kind < SIM_KINDS; kind++)
+        if (record->bytes[kind] || record->requested[kind]) return false;
+    return !record->contexts;
+}
+
+uint32_t view_dump(struct sim_record *out, uint32_t room)
+{
+    uint32_t n = 0;
+    for (uint32_t device = 0; device < server.n_gpus && n < room; device++) {
+        const struct gpu *gpu = &server.gpus[device];
+        out[n++] = (struct sim_record){.device = device,
+                                       .total = gpu->info.memory_total,
+                                       .reserved = gpu->info.memory_reserved,
+                                       .used = gpu->used};
+    }
+    for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
+        for (uint32_t device = 0; c->state != CLIENT_FREE && device < server.n_gpus; device++) {
+            if (n == room) return n;
+            struct sim_record *record = &out[n];
+            *record = (struct sim_record){.pid = (uint32_t)c->who.pid[0], .device = device};
+            add_holding(record, &c->own[device]);
+            for (uint32_t i = 0; i < c->n_contexts; i++) {
+                if (c->contexts[i].device != device) continue;
+                record->contexts++;
+                add_holding(record, &c->contexts[i].holding);
+            }
+            n += !is_empty(record);
+        }
+    }
+    return n;
+}
+
+/* Utilisation is coarse on purpose: a device with a kernel in flight is busy, any other is idle. */
+uint64_t view_busy_us(uint32_t device)
+{
+    uint64_t now = now_ns();
+    for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++)
+        if (c->state == CLIENT_LIVE && c->busy_until_ns[device] > now) return 1000000;
+    return 0;
+}

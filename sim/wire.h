@@ -1,0 +1,113 @@
+/* What libcuda.so.1 and libnvidia-ml.so.1 of the simulator say to fgpu-simd, and what it answers. One request, one
+ * reply, each one SOCK_SEQPACKET message; a request of another size or magic costs the sender its connection. Server
+ * and libraries are built and installed together, so there is a version to refuse a mixture but no compatibility. */
+#ifndef FGPU_SIM_WIRE_H
+#define FGPU_SIM_WIRE_H
+
+#include <stdint.h>
+
+#ifndef FGPU_SIM_DIR
+#define FGPU_SIM_DIR "/run/fgpu-sim"
+#endif
+#define SIM_SOCKET_NAME "driver"
+
+#define SIM_MAGIC 0x66677330u /* "fgs0": the digit is the version */
+#define SIM_MAX_DEVICES 16
+#define SIM_MAX_CLIENTS 1024
+#define SIM_MAX_CONTEXTS 512 /* per client and over all its devices */
+#define SIM_ATTRIBUTES 148
+#define SIM_DRIVER_VERSION "580.159.04"
+#define SIM_NVML_VERSION "13.580.159.04"
+#define SIM_CUDA_VERSION 13000
+
+enum sim_op {
+    SIM_HELLO,     /* reply.count = devices */
+    SIM_DEVICE,    /* struct sim_device */
+    SIM_TAKE,      /* takes bytes of a kind; kind context: the server knows how many */
+    SIM_GIVE,      /* gives them back */
+    SIM_CLOSE,     /* ends a context with all that is in it */
+    SIM_MEMORY,    /* struct sim_memory */
+    SIM_PROCESSES, /* reply.count x struct sim_process, as the asker may see them */
+    SIM_DUMP,      /* reply.count x struct sim_record, for tests */
+    SIM_WORK,      /* bytes = microseconds a kernel will run, for utilisation */
+    SIM_OPS,
+};
+
+enum sim_kind { SIM_CONTEXT, SIM_BLOCK, SIM_VMM, SIM_MANAGED, SIM_POOL, SIM_MODULE, SIM_KINDS };
+
+enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED };
+
+/* The asker's /proc belongs to another pid namespace: the real driver then lists no process at all. */
+#define SIM_FLAG_FOREIGN_PROC 1u
+
+struct sim_request {
+    uint32_t magic;
+    uint32_t op;
+    uint32_t device;
+    uint32_t kind;
+    uint64_t context;   /* chosen by the client; 0 = belongs to the process and the device, not to a context */
+    uint64_t bytes;     /* physical: what the device loses */
+    uint64_t requested; /* what the program asked for, in bytes */
+    uint32_t flags;
+    uint32_t spare;
+};
+
+struct sim_reply {
+    uint32_t magic;
+    uint32_t op;
+    uint32_t status;
+    uint32_t count;
+    /* payload follows */
+};
+
+struct sim_memory {
+    uint64_t total;    /* as NVML counts */
+    uint64_t reserved; /* the driver's own; total - reserved is what CUDA calls total */
+    uint64_t used;     /* by processes, and by the driver while there are any */
+    uint64_t busy_us;  /* kernel time in the last second, at most 1,000,000 */
+};
+
+struct sim_process {
+    uint32_t pid; /* in the asker's pid namespace */
+    uint32_t busy_us;
+    uint64_t bytes;
+};
+
+/* With SIM_DUMP: pid 0 = a device's own line, else one process on one device. */
+struct sim_record {
+    uint32_t pid;
+    uint32_t device;
+    uint32_t contexts;
+    uint32_t spare;
+    uint64_t total;
+    uint64_t reserved;
+    uint64_t used;
+    uint64_t bytes[SIM_KINDS];
+    uint64_t requested[SIM_KINDS];
+};
+
+struct sim_device {
+    char name[64];
+    char uuid[48]; /* GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx */
+    uint8_t uuid_bytes[16];
+    char serial[24];
+    char vbios[24];
+    char part_number[24];
+    uint32_t index;
+    uint32_t pci_domain, pci_bus, pci_slot;
+    uint32_t pci_device_id, pci_subsystem_id;
+    uint32_t brand, architecture; /* nvmlBrandType_t, nvmlDeviceArchitecture_t */
+    uint32_t cores, bus_width;
+    uint32_t graphics_mhz, memory_mhz, video_mhz;
+    uint32_t power_mw, power_limit_mw, power_min_mw;
+    uint32_t temperature;
+    uint32_t pcie_generation;
+    uint32_t ecc, mig, fan; /* 1 = the board has it */
+    uint64_t memory_total;
+    uint64_t memory_reserved;
+    uint64_t context_bytes;
+    uint64_t bar1_bytes;
+    int32_t attributes[SIM_ATTRIBUTES]; /* by CUdevice_attribute */
+};
+
+#endif
