@@ -120,11 +120,15 @@ class Agent:
             raise AgentError("return probes kill containers on this kernel (Linux 6.11 to 6.13): update it")
         self.probes = probes.Probes(self.settings.pins, digest, self.ledger)
         self.probes.attach_process_ends()
-        self.probes.attach(probes.Target.of(str(self.settings.shim)))
-        for path in probes.driver_libraries(self.settings.driver_root, "libcuda.so.1"):
-            self.probes.attach(probes.Target.of(str(path)))
-        self._attach_mapped(procfs.pids())
+        libraries = probes.driver_libraries(self.settings.driver_root, "libcuda.so.1")
+        own = [probes.Target.of(str(path)) for path in (self.settings.shim, *libraries)]
+        for target in own:
+            self.probes.attach(target)
+        pids = procfs.pids()
+        self._attach_mapped(pids)
         self.probes.drop_older()
+        mapped = {(m.dev, m.ino) for pid in pids for m in procfs.fgpu_mappings(pid)}
+        self.probes.drop_unused(mapped | {(t.dev, t.ino) for t in own})
 
     def _attach_mapped(self, pids: list[int]) -> None:
         for target in probes.mapped_targets(pids, self.probes.known):

@@ -120,7 +120,8 @@ def measure_contexts(nvml: Nvml, libcuda: Path) -> dict[int, int]:
     environment = {"PATH": "/usr/bin:/bin", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)
-    assert child.stdin and child.stdout
+    assert child.stdin
+    assert child.stdout
     try:
         child.stdout.readline()
         samples = {d.index: (nvml.process_bytes(d.index) or {}).get(child.pid) for d in nvml.devices}

@@ -223,6 +223,10 @@ class Ledger:
         """Records a file as probed."""
         bpf.update(self._maps["files"], _FILE.pack(dev, ino), _U32.pack(1))
 
+    def forget_file(self, dev: int, ino: int) -> None:
+        """The file is no longer probed."""
+        bpf.delete(self._maps["files"], _FILE.pack(dev, ino))
+
     def forget_files(self) -> None:
         """No file is probed any more."""
         for key, _ in list(bpf.items(self._maps["files"], _FILE.size, 4)):

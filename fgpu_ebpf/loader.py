@@ -5,8 +5,12 @@ Owns: the only use of BCC. Never: attaches, reads a map, imports anything of fgp
 On failure: one line on stderr that names the mend, exit 1, and nothing half pinned is used.
 """
 
+from __future__ import annotations
+
 import os
 import sys
+from types import ModuleType
+from typing import Any
 
 SPARSE_FROM = (6, 1)  # BPF_F_NO_PREALLOC in tracing programs
 RAW_TRACEPOINTS = {"process_exit", "process_exec", "adjust"}
@@ -16,24 +20,24 @@ class LoadError(Exception):
     """What went wrong and what mends it."""
 
 
-def import_bcc():
+def import_bcc() -> ModuleType:
     """The distribution's BCC. The PyPI project of that name is a crystallography lattice."""
     try:
-        import bcc
+        import bcc  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
         raise LoadError(f"{sys.executable} sees no BCC ({error}): apt-get install python3-bpfcc") from error
     if not hasattr(bcc, "BPF"):
         raise LoadError(f"{bcc.__file__} is not BPF's bcc: pip uninstall bcc; apt-get install python3-bpfcc")
-    return bcc
+    return bcc  # type: ignore[no-any-return,unused-ignore]
 
 
-def kernel_release():
+def kernel_release() -> tuple[int, int]:
     """(major, minor) of the running kernel."""
     major, minor = os.uname().release.split(".")[:2]
     return int(major), int("".join(c for c in minor if c.isdigit()))
 
 
-def compile_programs(bcc, sources, maps):
+def compile_programs(bcc: ModuleType, sources: str, maps: str) -> Any:
     """Compiles; maps that are pinned already are used as they are."""
     os.environ["BCC_KERNEL_SOURCE"] = sources  # its include/ holds the stub headers
     sparse = int(kernel_release() >= SPARSE_FROM)
@@ -46,7 +50,7 @@ def compile_programs(bcc, sources, maps):
         raise LoadError(f"BCC cannot compile {sources}/fgpu.bpf.c: {error}") from error
 
 
-def pin_program(bcc, fd, path):
+def pin_program(bcc: ModuleType, fd: int, path: str) -> None:
     """Pins beside and renames over: there is never a moment without the program."""
     import ctypes
 
@@ -58,7 +62,7 @@ def pin_program(bcc, fd, path):
     os.rename(beside, path)
 
 
-def load(sources, pins):
+def load(sources: str, pins: str) -> None:
     """Compiles, loads and pins all programs under PINS/programs, their maps under PINS/maps."""
     bcc = import_bcc()
     maps, programs = os.path.join(pins, "maps"), os.path.join(pins, "programs")
@@ -75,7 +79,7 @@ def load(sources, pins):
         pin_program(bcc, function.fd, os.path.join(programs, name))
 
 
-def main():
+def main() -> int:
     """usage: loader.py SOURCES PINS"""
     if len(sys.argv) != 3:
         print(main.__doc__, file=sys.stderr)

@@ -55,7 +55,7 @@ class Workloads:
         try:
             found = json.loads(self._state.read_text(encoding="utf-8"))
             return [Workload(**entry) for entry in found]
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return []
 
     def _write(self) -> None:

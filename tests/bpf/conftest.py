@@ -1,0 +1,186 @@
+"""A ledger of its own in this kernel, with real programs, real uprobes and real cgroups; no agent, no GPU."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf import pages, probes, procfs
+from fgpu_ebpf.ledger import Ledger, Usage
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parent.parent
+MIB = 1 << 20
+CONTEXT = 518 * MIB
+SECONDS = 5.0
+
+
+@dataclass
+class Kernel:
+    """Programs pinned and attached to the test's own driver library and to the shim."""
+
+    ledger: Ledger
+    pins: Path
+    driver: Path
+    shim: Path
+    root: Path
+    probes: probes.Probes
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    folder = tmp_path_factory.mktemp("bpf")
+    driver = folder / "libcuda.so.1"
+    flags = ["-O1", "-shared", "-fPIC", "-w", "-fno-omit-frame-pointer", "-fcf-protection=none", "-pthread"]
+    subprocess.run(["gcc", *flags, "-o", str(driver), str(HERE / "driver.c")], check=True)
+    pins = Path(f"/sys/fs/bpf/fgpu-test-{os.getpid()}")
+    try:
+        digest = probes.load(REPOSITORY / "bpf", pins)
+        ledger = Ledger(pins)
+        ledger.set_device(0, bytes(range(16)))
+        ledger.set_context_bytes(0, CONTEXT)
+        attached = probes.Probes(pins, digest, ledger)
+        attached.attach_process_ends()
+        shim = REPOSITORY / "build/shim/libfgpu.so"
+        for path in (driver, shim):
+            attached.attach(probes.Target.of(str(path)))
+        root = procfs.cgroup2_root()
+        assert root is not None
+        yield Kernel(ledger, pins, driver, shim, root, attached)
+    finally:
+        probes.detach(pins)
+
+
+class Level:
+    """A cgroup with a limit."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, kernel: Kernel, limit: int | None, parent: Path | None = None) -> None:
+        self.kernel = kernel
+        self.path = (parent or kernel.root) / f"fgpu-bpf-{os.getpid()}-{next(self._numbers)}"
+        self.path.mkdir()
+        self.cgroup = self.path.stat().st_ino
+        if limit is not None:
+            self.limit(limit)
+
+    def limit(self, bytes_: int, flags: int = 0) -> None:
+        self.kernel.ledger.set_limits(self.cgroup, {0: bytes_}, flags)
+
+    def usage(self) -> Usage:
+        usage = self.kernel.ledger.usage(self.cgroup)
+        assert usage is not None
+        return usage[0]
+
+    @property
+    def used(self) -> int:
+        return self.usage().used
+
+    def remove(self) -> None:
+        deadline = time.monotonic() + SECONDS
+        while self.path.exists():
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+            assert time.monotonic() < deadline, f"{self.path} is not empty"
+        self.kernel.ledger.remove(self.cgroup)
+
+
+class Client:
+    """A process in a level; call() runs a line of Python in it."""
+
+    def __init__(self, kernel: Kernel, level: Level, page_of: Level | None = None) -> None:
+        fd = kernel.ledger.page_fd((page_of or level).cgroup)
+        keep = () if fd is None else (fd,)
+        command = [sys.executable, str(HERE / "client.py"), str(kernel.driver), str(kernel.shim)]
+        enter = lambda: (level.path / "cgroup.procs").write_text(str(os.getpid()))  # noqa: E731
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=keep, preexec_fn=enter)
+        assert self.process.stdout
+        assert self.process.stdout.readline() == "ready\n"
+        self.pid = self.process.pid
+        if fd is not None:
+            self(f"use_page({fd})")
+            os.close(fd)
+
+    def send(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def __call__(self, line: str) -> Any:
+        self.send(line)
+        assert self.process.stdout
+        answer = self.process.stdout.readline()
+        assert answer, f"the client died in {line!r}"
+        return ast.literal_eval(answer)
+
+    def entry(self, kernel: Kernel) -> Any:
+        return kernel.ledger.process(self.pid)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait(SECONDS)
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def make_level(kernel: Kernel) -> Iterator[Callable[..., Level]]:
+    made: list[Level] = []
+
+    def make(limit: int | None, parent: Level | None = None) -> Level:
+        made.append(Level(kernel, limit, parent.path if parent else None))
+        return made[-1]
+
+    yield make
+    for level in reversed(made):
+        level.remove()
+
+
+@pytest.fixture
+def make_client(kernel: Kernel, make_level: Callable[..., Level]) -> Iterator[Callable[..., Client]]:
+    made: list[Client] = []
+
+    def make(level: Level, page_of: Level | None = None) -> Client:
+        made.append(Client(kernel, level, page_of))
+        return made[-1]
+
+    yield make
+    for client in made:
+        client.kill()
+
+
+@pytest.fixture
+def level(make_level: Callable[..., Level]) -> Level:
+    return make_level(1024 * MIB)
+
+
+@pytest.fixture
+def client(make_client: Callable[..., Client], level: Level) -> Client:
+    return make_client(level)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to be in time"
+        time.sleep(0.001)
+
+
+def anomalies(kernel: Kernel) -> dict[str, int]:
+    counts = {c.reason: n for c, n in kernel.ledger.counters().items() if c.cgroup == 0}
+    return {a.name: counts.get(a, 0) for a in pages.Anomaly}

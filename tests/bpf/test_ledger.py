@@ -1,0 +1,483 @@
+"""The kernel's side of the ledger, each rule once: what is charged, what is given back, and when."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CONTEXT, MIB, anomalies, wait_until
+
+from fgpu_ebpf import bpf, pages, probes
+
+REFUSED, ADMITTED, AGAIN, UNLIMITED = range(4)
+VMM, CONTEXT_KIND, HELLO, POOL = pages.Kind.VMM, pages.Kind.CONTEXT, pages.Kind.HELLO, pages.Kind.POOL
+
+
+# -- admission
+
+
+def test_admission_charges_and_the_driver_settles(kernel, level, client):
+    assert client(f"admit({100 * MIB})") == ADMITTED
+    assert level.used == 100 * MIB
+    client(f"alloc(0x1000, {100 * MIB})")
+    usage = level.usage()
+    assert (usage.used, usage.peak, usage.admitted, usage.witnessed) == (100 * MIB,) * 4
+    client("free(0x1000)")
+    assert level.used == 0
+    assert level.usage().peak == 100 * MIB
+
+
+def test_the_limit_holds_to_the_byte(level, client):
+    assert client(f"admit({1024 * MIB + 1})") == REFUSED
+    assert level.usage().refused == 1
+    assert client(f"admit({1024 * MIB})") == ADMITTED
+    client(f"alloc(0x1000, {1024 * MIB})")
+    assert client("admit(1)") == REFUSED
+    assert level.used == 1024 * MIB
+
+
+def test_a_ticket_is_charged_once_however_often_it_asks(level, client):
+    assert client(f"admit({10 * MIB})") == ADMITTED
+    assert client(f"admit({10 * MIB}, again=True)") == ADMITTED
+    assert level.used == 10 * MIB
+
+
+def test_a_new_ticket_ends_the_thread_s_open_admission(level, client):
+    client(f"admit({10 * MIB})")
+    client(f"admit({20 * MIB})")
+    assert level.used == 20 * MIB
+
+
+def test_a_failed_call_gives_the_admission_back(level, client):
+    client(f"admit({10 * MIB})")
+    client(f"alloc(0x1000, {10 * MIB}, code=2)")
+    assert level.used == 0
+
+
+def test_a_thread_that_ends_gives_its_admission_back(level, client):
+    client(f"cuda.thread_admits_and_ends(u64({30 * MIB}))")
+    assert level.usage().peak == 30 * MIB
+    assert level.used == 0
+
+
+@pytest.mark.parametrize("bytes_", [1 << 48, 1 << 62, (1 << 64) - 1, 1 << 63])
+def test_sizes_that_overflow_are_refused(level, client, bytes_):
+    client(f"admit({10 * MIB})")
+    client(f"alloc(0x1000, {10 * MIB})")
+    assert client(f"admit({bytes_})") == REFUSED
+    assert level.used == 10 * MIB
+
+
+def test_a_device_that_is_not_the_tenant_s_is_refused(kernel, level, client):
+    before = anomalies(kernel)["DEVICE"]
+    assert client(f"admit({MIB}, device=1)") == REFUSED
+    assert client(f"admit({MIB}, device=16)") == REFUSED
+    assert anomalies(kernel)["DEVICE"] == before + 1
+    assert level.used == 0
+
+
+def test_hello_marks_the_shim_as_seen(kernel, client):
+    assert client(f"admit(0, kind={int(HELLO)})") == ADMITTED
+    assert client.entry(kernel).flags & pages.Seen.SHIM
+
+
+def test_an_unmanaged_process_gets_no_answer_and_no_entry(kernel, make_level, make_client, level):
+    outside = make_client(make_level(None), page_of=level)
+    assert outside(f"admit({MIB})") is None
+    outside(f"alloc(0x1000, {MIB})")
+    assert outside.entry(kernel) is None
+
+
+def test_observe_admits_and_counts(kernel, level, client):
+    level.limit(10 * MIB, pages.LimitFlag.OBSERVE)
+    assert client(f"admit({20 * MIB})") == ADMITTED
+    reasons = {c.reason: n for c, n in kernel.ledger.counters().items() if c.cgroup == level.cgroup}
+    assert reasons == {pages.Reason.OBSERVED: 1}
+    assert level.used == 20 * MIB
+
+
+def test_without_a_limit_it_is_counted_all_the_same(level, client):
+    level.limit(pages.NO_LIMIT)
+    assert client(f"admit({20 * MIB})") == UNLIMITED
+    assert level.used == 20 * MIB
+
+
+def test_a_limit_lowered_below_use_admits_nothing_more(level, client):
+    client(f"admit({100 * MIB})")
+    client(f"alloc(0x1000, {100 * MIB})")
+    level.limit(50 * MIB)
+    assert client("admit(1)") == REFUSED
+    assert level.used == 100 * MIB
+    client("free(0x1000)")
+    assert client(f"admit({50 * MIB})") == ADMITTED
+
+
+# -- groups
+
+
+def test_a_group_refuses_and_the_leaf_is_untouched(kernel, make_level, make_client):
+    group = make_level(100 * MIB)
+    leaf = make_level(1024 * MIB, group)
+    one = make_client(leaf)
+    assert one(f"admit({101 * MIB})") == REFUSED
+    assert (leaf.used, group.used) == (0, 0)
+    assert (leaf.usage().refused, group.usage().refused) == (0, 1)
+    assert one(f"admit({100 * MIB})") == ADMITTED
+    assert (leaf.used, group.used) == (100 * MIB, 100 * MIB)
+
+
+def test_two_leaves_share_their_group(make_level, make_client):
+    group = make_level(100 * MIB)
+    leaves = [make_level(80 * MIB, group) for _ in range(2)]
+    one, two = (make_client(leaf) for leaf in leaves)
+    assert one(f"admit({80 * MIB})") == ADMITTED
+    assert two(f"admit({21 * MIB})") == REFUSED
+    assert two(f"admit({20 * MIB})") == ADMITTED
+    one.kill()
+    wait_until(lambda: group.used == 20 * MIB)
+
+
+# -- the witness
+
+
+def test_without_admission_it_is_charged_and_named(kernel, level, client):
+    client(f"alloc(0x1000, {2048 * MIB})")
+    assert level.used == 2048 * MIB
+    assert client.entry(kernel).flags & pages.Seen.BYPASS
+    client("free(0x1000)")
+    assert level.used == 0
+
+
+def test_the_larger_of_admitted_and_witnessed_is_charged(level, client):
+    client(f"admit({4 * MIB})")
+    client(f"alloc(0x1000, {3 * MIB})")
+    assert level.used == 4 * MIB
+    client(f"admit({MIB})")
+    client(f"alloc(0x2000, {3 * MIB})")
+    assert level.used == 7 * MIB
+
+
+def test_a_failed_free_leaves_the_charge(level, client):
+    client(f"admit({4 * MIB})")
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("free(0x1000, code=1)")
+    assert level.used == 4 * MIB
+    client("free(0x1000)")
+    assert level.used == 0
+
+
+def test_double_and_foreign_frees_change_nothing(level, client):
+    client(f"admit({4 * MIB})")
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("free(0x1000)")
+    client("free(0x1000)")
+    client("free(0x9999)")
+    assert level.used == 0
+
+
+def test_a_pointer_that_another_thread_gets_during_the_free(level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    client(f"cuda.free_while_reused(u64(0x1000), u64({8 * MIB}))")
+    assert level.used == 8 * MIB
+    client("free(0x1000)")
+    assert level.used == 0
+
+
+def test_a_call_left_by_longjmp_is_not_charged(level, client):
+    client(f"admit({512 * MIB})")
+    client(f"cuda.allocate_and_leap(u64({512 * MIB}))")
+    client("admit(4096)")
+    client("alloc(0x1000, 4096)")
+    assert level.used == 4096
+
+
+def test_a_second_probe_on_one_file_counts_nothing_twice(kernel, level, client):
+    offset = probes.symbol_offsets(str(kernel.driver), ["cuMemAlloc_v2"])["cuMemAlloc_v2"]
+    links = []
+    for name, at_return in (("alloc_return", True), ("alloc_enter", False)):
+        program = bpf.pinned(kernel.pins / "programs" / name)
+        event = bpf.open_uprobe(str(kernel.driver), offset, at_return)
+        links += [bpf.attach_perf_event(program, event), event, program]
+    try:
+        client(f"alloc(0x1000, {4 * MIB})")
+        client(f"admit({4 * MIB})")
+        client(f"alloc(0x2000, {4 * MIB})")
+        assert level.used == 8 * MIB
+    finally:
+        for fd in links:
+            os.close(fd)
+
+
+def test_pitch_is_charged_with_the_driver_s_pitch(level, client):
+    client("pitched(0x1000, 1000, 100, 1024)")
+    assert level.used == 1024 * 100
+    client("free(0x1000)")
+    assert level.used == 0
+
+
+def test_a_stale_pointer_is_released_when_it_is_seen_anew(kernel, level, client):
+    before = anomalies(kernel)["STALE"]
+    client(f"alloc(0x1000, {4 * MIB})")
+    client(f"alloc(0x1000, {6 * MIB})")
+    assert level.used == 6 * MIB
+    assert anomalies(kernel)["STALE"] == before + 1
+
+
+# -- VMM
+
+
+def test_create_map_release_keeps_the_memory_until_unmap(level, client):
+    client(f"admit({4 * MIB}, kind={int(VMM)})")
+    client(f"create(7, {4 * MIB})")
+    client(f"map_(0x100000, {4 * MIB}, 7)")
+    client("release(7)")
+    assert level.used == 4 * MIB
+    client(f"unmap(0x100000, {4 * MIB})")
+    assert level.used == 0
+
+
+def test_unmap_then_release(level, client):
+    client(f"create(7, {4 * MIB})")
+    client(f"map_(0x100000, {4 * MIB}, 7)")
+    client(f"unmap(0x100000, {4 * MIB})")
+    assert level.used == 4 * MIB
+    client("release(7, code=1)")
+    assert level.used == 4 * MIB
+    client("release(7)")
+    assert level.used == 0
+
+
+def test_one_unmap_over_several_mappings(level, client):
+    for i in range(5):
+        client(f"create({7 + i}, {2 * MIB})")
+        client(f"map_({0x100000000 + i * 2 * MIB}, {2 * MIB}, {7 + i})")
+        client(f"release({7 + i})")
+    assert level.used == 10 * MIB
+    client(f"unmap(0x100000000, {10 * MIB})")
+    assert level.used == 0
+
+
+def test_a_retained_handle_holds_the_memory(level, client):
+    client(f"create(7, {4 * MIB})")
+    client("retain_handle(7, 0)")
+    client("release(7)")
+    assert level.used == 4 * MIB
+    client("release(7)")
+    assert level.used == 0
+
+
+def test_host_memory_is_not_charged(level, client):
+    client(f"create(7, {4 * MIB}, location=2)")
+    assert level.used == 0
+
+
+# -- contexts
+
+
+def test_a_context_is_admitted_with_the_size_last_seen(level, client):
+    assert client(f"admit(0, kind={int(CONTEXT_KIND)})") == ADMITTED
+    assert level.used == CONTEXT
+    client("retain()")
+    client("retain()")
+    assert level.used == CONTEXT
+    client("primary_release()")
+    assert level.used == CONTEXT
+    client("primary_release()")
+    assert level.used == 0
+
+
+def test_the_last_context_takes_its_allocations_along(kernel, level, client):
+    client(f"admit(0, kind={int(HELLO)})")
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("retain()")
+    client("context(0xabc)")
+    client(f"alloc(0x1000, {4 * MIB})")
+    client(f"create(7, {6 * MIB})")
+    client("destroy(0xabc)")
+    assert level.used >= 10 * MIB
+    client("primary_release()")
+    assert level.used == 6 * MIB
+    client("free(0x1000)")
+    assert level.used == 6 * MIB
+    client("release(7)")
+    assert level.used == 0
+
+
+def test_reset_ends_the_primary_context(level, client):
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("retain()")
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("primary_reset()")
+    assert level.used == 0
+
+
+def test_a_refused_context(level, client):
+    level.limit(100 * MIB)
+    assert client(f"admit(0, kind={int(CONTEXT_KIND)})") == REFUSED
+    assert level.used == 0
+
+
+def test_a_context_that_the_driver_refuses_is_given_back(level, client):
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("retain(code=2)")
+    assert level.used == 0
+
+
+def test_pool_bytes_are_committed_and_given_back_never_beyond(kernel, level, client):
+    before = anomalies(kernel)["RELEASE"]
+    client(f"admit({32 * MIB}, kind={int(POOL)})")
+    client(f"admit({32 * MIB}, kind={int(POOL)})")
+    assert level.used == 64 * MIB
+    client(f"shim.fgpu_release(0, u64({16 * MIB}), {int(POOL)}, u64(1))")
+    assert level.used == 48 * MIB
+    client(f"shim.fgpu_release(0, u64({1024 * MIB}), {int(POOL)}, u64(1))")
+    assert level.used == 0
+    assert anomalies(kernel)["RELEASE"] == before + 1
+
+
+# -- ends
+
+
+def test_kill_releases_everything(kernel, level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    client(f"admit({6 * MIB})")
+    client.kill()
+    assert level.used == 0
+    assert client.entry(kernel) is None
+
+
+def test_an_unreaped_zombie_holds_nothing(level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    client.process.kill()
+    wait_until(lambda: level.used == 0, 1.0)
+    assert os.path.exists(f"/proc/{client.pid}")
+
+
+def test_the_leader_may_go_first(kernel, level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    client.send("cuda.leave_leader()")
+    wait_until(lambda: "Z" in Path(f"/proc/{client.pid}/stat").read_text().rsplit(")")[1])
+    assert level.used == 4 * MIB
+    assert client.entry(kernel) is not None
+    client.kill()
+    wait_until(lambda: level.used == 0, 1.0)
+    assert client.entry(kernel) is None
+
+
+def test_exec_releases(kernel, level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    client(f"admit({6 * MIB})")
+    client.send("os.execv('/bin/sleep', ['sleep', '100'])")
+    wait_until(lambda: level.used == 0)
+    assert client.entry(kernel) is None
+
+
+def test_exec_of_a_thread_that_is_not_the_leader(level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("import threading")
+    body = f"lambda: (admit({6 * MIB}), os.execv('/bin/sleep', ['sleep', '100']))"
+    client.send(f"threading.Thread(target={body}).start()")
+    wait_until(lambda: level.used == 0)
+
+
+def test_a_fork_is_another_process(kernel, level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    assert client(f"fork() or (alloc(0x1000, {8 * MIB}), os._exit(0))") != 0
+    assert level.used == 4 * MIB
+    assert level.usage().peak == 12 * MIB
+
+
+def test_levels_are_those_of_the_charge(kernel, make_level, make_client):
+    first, second = make_level(1024 * MIB), make_level(1024 * MIB)
+    one = make_client(first)
+    one(f"alloc(0x1000, {4 * MIB})")
+    (second.path / "cgroup.procs").write_text(str(one.pid))
+    one("free(0x1000)")
+    assert (first.used, second.used) == (0, 0)
+
+
+# -- what the agent enters
+
+
+def test_overhead_is_set_and_given_back(kernel, level, client):
+    client(f"admit({4 * MIB})")
+    client(f"alloc(0x1000, {4 * MIB})")
+    p = client.entry(kernel)
+    assert kernel.ledger.overhead(client.pid, p.generation, 0, 9 * MIB, p.changes)
+    assert level.used == 13 * MIB
+    p = client.entry(kernel)
+    assert p.overhead[0] == 9 * MIB
+    assert p.witnessed(0) == 4 * MIB
+    assert kernel.ledger.overhead(client.pid, p.generation, 0, -MIB, p.changes)
+    assert level.used == 3 * MIB
+    client("free(0x1000)")
+    client.kill()
+    assert level.used == 0
+
+
+def test_overhead_is_refused_when_anything_happened_since(kernel, level, client):
+    client(f"admit({4 * MIB})")
+    p = client.entry(kernel)
+    client(f"alloc(0x1000, {4 * MIB})")
+    assert not kernel.ledger.overhead(client.pid, p.generation, 0, MIB, p.changes)
+    p = client.entry(kernel)
+    assert not kernel.ledger.overhead(client.pid, p.generation + 1, 0, MIB, p.changes)
+    assert level.used == 4 * MIB
+
+
+def test_moving_takes_the_charges_along(kernel, make_level, make_client):
+    first, second = make_level(1024 * MIB), make_level(1024 * MIB)
+    one = make_client(first)
+    one(f"alloc(0x1000, {4 * MIB})")
+    generation = one.entry(kernel).generation
+    assert kernel.ledger.move(one.pid, generation, (second.cgroup,))
+    assert (first.used, second.used) == (0, 4 * MIB)
+    one("free(0x1000)")
+    assert second.used == 0
+
+
+def test_an_older_process_is_adopted(kernel, make_level, make_client, level):
+    outside = make_level(None)
+    one = make_client(outside, page_of=level)
+    one(f"alloc(0x1000, {4 * MIB})")
+    outside.limit(1024 * MIB)
+    assert kernel.ledger.move(one.pid, 0, (outside.cgroup,))
+    p = one.entry(kernel)
+    assert kernel.ledger.overhead(one.pid, p.generation, 0, 600 * MIB, p.changes)
+    assert outside.used == 600 * MIB
+    one("free(0x1000)")
+    one.kill()
+    assert outside.used == 0
+
+
+def test_reap_ends_a_process_nobody_told_of(kernel, level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    generation = client.entry(kernel).generation
+    assert not kernel.ledger.reap(client.pid, generation + 1)
+    assert kernel.ledger.reap(client.pid, generation)
+    assert level.used == 0
+
+
+def test_sweep_deletes_what_a_dead_process_left(kernel, client):
+    for i in range(23):
+        client(f"alloc({0x1000 * (i + 1)}, 4096)")
+    before = kernel.ledger.entries("allocations")
+    client.kill()
+    kernel.ledger.sweep()
+    assert kernel.ledger.entries("allocations") <= before - 23
+
+
+def test_a_usage_page_cannot_be_written_from_outside(kernel, level):
+    fd = kernel.ledger.page_fd(level.cgroup)
+    assert fd is not None
+    with pytest.raises(OSError, match="not permitted"):
+        bpf.update(fd, bytes(4), bytes(4096))
+    os.close(fd)
+
+
+def test_the_loader_names_a_wrong_interpreter():
+    check = probes.check_loader([sys.executable, "-I", "-S"])
+    assert not check.ok
+    assert "python3-bpfcc" in check.mend
