@@ -151,6 +151,12 @@ static void release(struct fgpu_process *p, u32 device, u64 bytes)
     __sync_fetch_and_add(&p->changes, 1);
 }
 
+static void tally_admitted(struct fgpu_process *p, u32 device, u64 bytes)
+{
+    struct fgpu_usage_page *page = page_of(p->levels[0]);
+    if (page) __sync_fetch_and_add(&page->tallies[device & DEVICE_MASK].admitted, bytes);
+}
+
 static void tally_witnessed(struct fgpu_process *p, u32 device, u64 bytes)
 {
     struct fgpu_usage_page *page = page_of(p->levels[0]);
@@ -283,6 +289,7 @@ static u64 ask(struct fgpu_process *p, u64 id, u32 device, u64 bytes, u32 kind, 
         now.verdict = charge(p, device, bytes, kind, 0);
     if (now.verdict == FGPU_ADMITTED || now.verdict == FGPU_UNLIMITED) {
         now.bytes = bytes;
+        if (kind != FGPU_CONTEXT) tally_admitted(p, device, bytes);
         if (kind == FGPU_POOL) { /* committed at once */
             __sync_fetch_and_add(&p->pool[device & DEVICE_MASK], bytes);
             now.bytes = 0;
@@ -301,8 +308,6 @@ int admit(struct pt_regs *ctx)
     if (!page) return 0; /* no answer: the shim says hello again */
     if (kind >= FGPU_KINDS) kind = FGPU_MEMORY;
     verdict = ask(p, id, device, bytes, kind, ticket);
-    if (kind != FGPU_HELLO && (verdict == FGPU_ADMITTED || verdict == FGPU_UNLIMITED))
-        __sync_fetch_and_add(&page->tallies[device & DEVICE_MASK].admitted, kind == FGPU_CONTEXT ? 0 : bytes);
     *(volatile u64 *)&page->verdicts[ticket & VERDICT_MASK] = ticket << 2 | verdict;
     return 0;
 }
@@ -388,7 +393,7 @@ static void cover(struct fgpu_process *p, struct fgpu_flight *f, u64 bytes)
 
 static int same_call(struct fgpu_flight *a, struct fgpu_flight *b)
 {
-    return a->stack == b->stack && a->function == b->function && a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];
+    return a->function == b->function && a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];
 }
 
 static int enter(struct pt_regs *ctx, u64 function, u32 device, u64 first, u64 second, u64 third, u64 bytes)
@@ -397,12 +402,13 @@ static int enter(struct pt_regs *ctx, u64 function, u32 device, u64 first, u64 s
     u32 tgid = id >> 32;
     struct fgpu_process *p = own_process(tgid);
     if (!p) return 0;
-    struct fgpu_flight now = {.stack = PT_REGS_SP(ctx), .function = function, .arguments = {first, second, third}, .device = device};
+    struct fgpu_flight now = {.function = function, .arguments = {first, second, third}, .device = device};
     struct fgpu_pending *asked = frees(function) ? 0 : pending.lookup(&id);
     struct fgpu_flight *old = flight.lookup(&id);
     if (old) {
-        if (!asked && same_call(old, &now)) return 0; /* a second probe on one file */
-        put_back(p, tgid, old);                       /* a call left by longjmp */
+        /* A second probe on one file; or a call left by longjmp and made again, for which the old entry serves. */
+        if (!asked && same_call(old, &now)) return 0;
+        put_back(p, tgid, old); /* a call left by longjmp */
     }
     if (now.device >= FGPU_DEVICES) now.device = p->last_device & DEVICE_MASK;
     if (asked && (asked->verdict == FGPU_ADMITTED || asked->verdict == FGPU_UNLIMITED)) {

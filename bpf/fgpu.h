@@ -178,7 +178,6 @@ struct fgpu_pending { /* pending: pid_tgid -> the admission that no driver call 
     __u64 verdict;
 };
 struct fgpu_flight { /* flight: pid_tgid -> the driver call this thread is in */
-    __u64 stack; /* pointer at entry: tells a second probe from a call left by longjmp */
     __u64 function;
     __u64 arguments[3];
     __u64 bytes; /* charged, or taken out of the allocations, until the call's end decides */

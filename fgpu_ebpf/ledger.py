@@ -21,6 +21,7 @@ _U32 = struct.Struct("I")
 _ALLOCATION_KEY = ctypes.sizeof(pages.AllocationKey)
 _ALLOCATION = ctypes.sizeof(pages.Allocation)
 _PROCESS = ctypes.sizeof(pages.Process)
+_PENDING = ctypes.sizeof(pages.Pending)
 _LIMIT = struct.Struct("QQ")
 _LIMIT_KEY = struct.Struct("QQ")
 _COUNTER_KEY = struct.Struct("QIHH")
@@ -306,7 +307,7 @@ class Ledger:
 
     def entries(self, name: str) -> int:
         """How many entries a map holds: for checks and tests."""
-        sizes = {"allocations": (_ALLOCATION_KEY, _ALLOCATION), "processes": (4, _PROCESS)}
+        sizes = {"allocations": (_ALLOCATION_KEY, _ALLOCATION), "processes": (4, _PROCESS), "pending": (8, _PENDING)}
         return sum(1 for _ in bpf.items(self._maps[name], *sizes[name], 1024))
 
     def counters(self) -> dict[Count, int]:

@@ -210,7 +210,6 @@ class Flight(Structure):
     """Value of `flight`: the driver call a thread is in."""
 
     _fields_ = (
-        ("stack", u64),
         ("function", u64),
         ("arguments", u64 * 3),
         ("bytes", u64),
@@ -280,8 +279,9 @@ class ControlMemory:
     def close(self) -> None:
         """Unmap and close; a view of the page still held elsewhere keeps the mapping until it goes."""
         os.close(self.descriptor)
-        del self.page
-        _unmap(self._map)
+        memory = self._map
+        del self.page, self._map
+        _unmap(memory)
 
 
 class StatusMemory:
@@ -303,8 +303,9 @@ class StatusMemory:
     def close(self) -> None:
         """Unmap and close; a view of the page still held elsewhere keeps the mapping until it goes."""
         os.close(self.descriptor)
-        del self.page
-        _unmap(self._map)
+        memory = self._map
+        del self.page, self._map
+        _unmap(memory)
 
 
 def _unmap(memory: mmap.mmap) -> None:

@@ -1,0 +1,93 @@
+"""Breaks the kernel's side one rule at a time and sees the tests fail: a check that cannot fail is a defect.
+
+Each mutant is one replacement in bpf/fgpu.bpf.c; the tests run on a copy. usage: python tests/mutants.py [NAME…]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+MUTANTS = {
+    "limit-off-by-one": ("int over = now > limit;", "int over = now > limit + 1;"),
+    "limit-not-looked-at": ("return used + bytes <= limit;", "return 1;"),
+    "overflow": ("if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES;", ""),
+    "ticket-charged-anew": ("if (old->ticket == ticket && old->verdict != FGPU_AGAIN) return old->verdict;", ""),
+    "old-admission-kept": ("        release(p, old->device, old->bytes);\n        old->bytes = 0;", ""),
+    "leaf-kept-when-the-group-refuses": (
+        "if (!force && refused_by_a_level(p, device, bytes, kind)) return FGPU_REFUSED;",
+        "",
+    ),
+    "leader-is-the-process": ("if (ctx->args[1]) end_process", "if (id >> 32 == (u32)id) end_process"),
+    "exec-forgotten": (
+        "    end_process(id >> 32);\n    return 0;\n}\n\n/* -- admission",
+        "    return 0;\n}\n\n/* -- admission",
+    ),
+    "thread-number-after-exec": ("(u32)ctx->args[1]); /* the thread", "(u32)id); /* the thread"),
+    "free-looked-up-at-return": (
+        "    allocations.delete(&key);\n}\n\n/* The witnessed size",
+        "}\n\n/* The witnessed size",
+    ),
+    "failed-free-not-put-back": ("    if (!f->references) return;\n", "    return;\n"),
+    "failed-call-kept": ("        release(p, f->device, f->bytes);\n        return;", "        return;"),
+    "longjmp-ignored": ("&& a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];", ";"),
+    "second-probe-counts": ("if (!asked && same_call(old, &now)) return 0;", ""),
+    "mapping-holds-nothing": (
+        "    __sync_fetch_and_add(&a->references, 1);\n    if (allocations",
+        "    if (allocations",
+    ),
+    "retained-handle-holds-nothing": (
+        "    if (a) __sync_fetch_and_add(&a->references, 1);\n    return 0;",
+        "    return 0;",
+    ),
+    "context-never-ends": ("if (!--p->contexts[device]) {", "if (0) {"),
+    "second-reference-is-a-context": ("if (p->retained[device]++) {", "if (p->retained[device]++ == 99) {"),
+    "vmm-dies-with-the-context": ("release(p, device, bytes - vmm);", "release(p, device, bytes);"),
+    "era-forgotten": ("p->era[device]++;", ""),
+    "bypass-not-charged": ("    charge(p, f->device, bytes - f->bytes, FGPU_MEMORY, 1);\n", ""),
+    "pool-without-bottom": ("less = bytes < was ? bytes : was;", "less = bytes;"),
+    "overhead-in-a-race": ("if (p->changes != changes) return -11;", ""),
+    "move-leaves-the-charge": ("    move_charges(p, 1);\n", ""),
+    "reap-anybody": (
+        "if (!p || p->generation != generation) return -3;\n    end_process",
+        "if (!p) return -3;\n    end_process",
+    ),
+    "device-unchecked": ("if (device >= FGPU_DEVICES)\n        anomaly", "if (0)\n        anomaly"),
+}
+
+
+def survives(name: str, folder: Path) -> bool:
+    """Applies one mutant; True where the tests did not notice."""
+    old, new = MUTANTS[name]
+    source = REPOSITORY / "bpf/fgpu.bpf.c"
+    text = source.read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        raise SystemExit(f"{name}: its text stands {text.count(old)} times in {source}")
+    shutil.copytree(REPOSITORY / "bpf", folder / name)
+    (folder / name / "fgpu.bpf.c").write_text(text.replace(old, new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--tb=no", "tests/bpf"]
+    environment = {**os.environ, "FGPU_TEST_SOURCES": str(folder / name)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    print(
+        f"{name}: {'SURVIVED' if done.returncode == 0 else 'killed'}  {done.stdout.strip().splitlines()[-1]}",
+        flush=True,
+    )
+    return done.returncode == 0
+
+
+def main() -> int:
+    """All mutants, or those named."""
+    names = sys.argv[1:] or list(MUTANTS)
+    with tempfile.TemporaryDirectory() as folder:
+        alive = [name for name in names if survives(name, Path(folder))]
+    print(f"{len(names) - len(alive)} killed, {len(alive)} survived: {' '.join(alive)}")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
