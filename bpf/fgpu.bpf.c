@@ -668,6 +668,12 @@ static void end_context(struct fgpu_process *p, u32 device)
     release(p, device, bytes);
 }
 
+static void end_primary(struct fgpu_process *p, u32 device)
+{
+    if (p->primary[device & DEVICE_MASK]) end_context(p, device);
+    p->primary[device & DEVICE_MASK] = 0;
+}
+
 /* (context*, device): the first reference makes the context. */
 int retain_return(struct pt_regs *ctx)
 {
@@ -675,10 +681,12 @@ int retain_return(struct pt_regs *ctx)
     struct fgpu_process *p = leave(ctx, RETAIN, &f);
     if (!p) return 0;
     u32 device = f.device & DEVICE_MASK;
-    if (p->retained[device]++) {
-        release(p, device, f.bytes); /* another thread was first */
+    p->retained[device]++;
+    if (p->primary[device]) {
+        release(p, device, f.bytes); /* one more reference, or another thread was first */
         return 0;
     }
+    p->primary[device] = 1;
     begin_context(p, &f);
     keep(p, FGPU_SPACE_CONTEXT, (u32)f.arguments[1], 0, device); /* CUDA's ordinal -> the ledger's index */
     return 0;
@@ -697,7 +705,7 @@ int primary_release_return(struct pt_regs *ctx)
     struct fgpu_process *p = leave(ctx, PRIMARY_RELEASE, &f);
     if (!p) return 0;
     u32 device = device_of_ordinal(p, f.arguments[0]);
-    if (p->retained[device] && !--p->retained[device]) end_context(p, device);
+    if (p->retained[device] && !--p->retained[device]) end_primary(p, device);
     return 0;
 }
 
@@ -707,8 +715,7 @@ int primary_reset_return(struct pt_regs *ctx)
     struct fgpu_process *p = leave(ctx, PRIMARY_RESET, &f);
     if (!p) return 0;
     u32 device = device_of_ordinal(p, f.arguments[0]);
-    if (p->retained[device]) end_context(p, device);
-    p->retained[device] = 0;
+    end_primary(p, device); /* its references stay */
     return 0;
 }
 

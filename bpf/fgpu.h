@@ -153,6 +153,7 @@ struct fgpu_process { /* processes: tgid -> */
     __u32 retained[FGPU_DEVICES]; /* references to the primary context */
     __u32 era[FGPU_DEVICES]; /* one more when the last context ends: older allocations are gone */
     __u64 managed[FGPU_DEVICES]; /* NVML never shows it */
+    __u32 primary[FGPU_DEVICES]; /* 1: the primary context is there; a reset ends it and leaves its references */
 };
 #define FGPU_SEEN_SHIM 1
 #define FGPU_SEEN_BYPASS 2

@@ -2,7 +2,7 @@
 
 Owns: `<run>/shim/shim.sock`, `<run>/gatekeeper.lock`, `<run>/gatekeeper.json`, all control and status pages. Never:
 believes what a tenant says (identity is the peer's pidfd and what the kernel says of it), writes a limit, waits for a
-tenant. A tenant pays for its own hellos: at most 16 connections, and 10 ms of work in 250 ms; more waits, then goes.
+tenant. A tenant pays for its own hellos: at most 16 connections, and 40 ms of work in 250 ms; more waits, then goes.
 When it fails: it ends, pages stop beating and shims open their gates after the lease; limits stand in the kernel. The
 socket and its folder stay behind, so that a shim that finds nobody there refuses instead of running free.
 
@@ -11,6 +11,7 @@ Run as `python -m fgpu_ebpf.gatekeeper`; one a host, by flock. Needs Linux 6.5 (
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import ctypes
@@ -24,7 +25,6 @@ import signal
 import socket
 import struct
 import sys
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ BACKLOG = 64  # short: under a flood, whoever connects (and blocks) waits for th
 MOST_MAPPINGS, MOST_READERS, MOST_HINTS, MOST_LINES = 100_000, 64, 4096, 10
 DEEPEST = 32  # cgroups further in are taken for this one; the kernel side walks 16
 PATIENCE_NS = 1_000_000_000
-WAIT_NS, REFUSE_NS, FORGIVE_NS = 15_000_000, 20_000_000, 10_000_000  # of our time: the last at every heartbeat
+WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000  # of our time: the last at every heartbeat
 AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 200_000_000, 250_000_000, 1_000_000_000
 SO_PEERPIDFD, NS_GET_PARENT = 77, 0xB702
 HELLO_BYTES, ANSWER_BYTES = ctypes.sizeof(Hello), ctypes.sizeof(Answer)
@@ -266,6 +266,7 @@ class Gatekeeper:
         self._names: dict[tuple[int, int], dict[int, int]] = {}
         self._counts = dict.fromkeys(COUNTS, 0)
         self._facts = {"started_ns": monotonic_ns(), "boot": self._boot.hex()}
+        self._listed: tuple[int, list[tuple[int, bytes]]] = (-1, [])
         self._written: dict[str, int] = {}
         self._lines = 0
         self._agent = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -435,7 +436,7 @@ class Gatekeeper:
             return
         self._reading.add(caller.tenant)
         try:
-            threading.Thread(target=self._read_files, args=(caller,), daemon=True).start()
+            _thread.start_new_thread(self._read_files, (caller,))  # threading would wait until it runs
         except RuntimeError as error:  # no thread to be had
             self._reading.discard(caller.tenant)
             raise OSError(str(error)) from error
@@ -460,7 +461,11 @@ class Gatekeeper:
         levels = caller.standing.levels
         head = Head(
             pages.ControlFlag.MANAGED | (pages.ControlFlag.SETTLE if ledger.settle() else 0),
-            tuple(d for d in ledger.devices() if any(ledger.limit(level, d[0]) is not None for level in levels)),
+            tuple(
+                d
+                for d in self._devices(caller.epoch, ledger)
+                if any(ledger.limit(level, d[0]) is not None for level in levels)
+            ),
         )
         with contextlib.ExitStack() as opened:
             usage = []
@@ -471,6 +476,12 @@ class Gatekeeper:
                 opened.callback(os.close, fd)
                 usage.append(fd)
             self._answer(caller, Code.MANAGED, head, usage)
+
+    def _devices(self, epoch: int, ledger: Ledger) -> list[tuple[int, bytes]]:
+        """The host's devices: read anew when anything was decided, and at every heartbeat."""
+        if self._listed[0] != epoch:
+            self._listed = (epoch, ledger.devices())
+        return self._listed[1]
 
     def _answer(self, caller: Caller, code: Code, head: Head, usage: list[int]) -> None:
         client = self._client(caller, head)
@@ -614,6 +625,7 @@ class Gatekeeper:
         self._hints = {pid: tenant for pid, tenant in self._hints.items() if tenant in self._spent_ns}
         if len(self._hints) > MOST_HINTS:
             self._hints.clear()
+        self._listed = (-1, [])
         if self._ledger:
             self._epoch = self._ledger.epoch()
         for client in self._clients.values():
@@ -715,7 +727,7 @@ def _prepare(run: Path) -> Path:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     sys.setswitchinterval(0.0005)
-    threading.stack_size(256 * 1024)
+    _thread.stack_size(256 * 1024)
     return root
 
 

@@ -185,6 +185,7 @@ class Process(Structure):
         ("retained", u32 * DEVICES),
         ("era", u32 * DEVICES),
         ("managed", u64 * DEVICES),
+        ("primary", u32 * DEVICES),
     )
 
 

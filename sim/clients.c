@@ -60,6 +60,7 @@ static int read_pids(int pidfd, pid_t *pids)
     return n > 0 && pids[0] > 0 ? n : 0; /* 0: outside our namespace, -1: gone */
 }
 
+/* False for a process that is gone already, or that lives in a pid namespace outside the server's. */
 static bool identify(int pidfd, struct identity *who)
 {
     char path[64];
@@ -83,6 +84,7 @@ static bool identify(int pidfd, struct identity *who)
     return read_pids(pidfd, again) == who->depth;
 }
 
+/* The dump shows every process with its host pid, which a container must not learn. */
 static bool is_own_user(int sock, const struct identity *who)
 {
     struct ucred cred;
@@ -100,7 +102,11 @@ static bool watch(int fd, uint64_t tag)
 void client_accept(int listener)
 {
     int sock = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    if (sock < 0) return;
+    if (sock < 0) {
+        /* Out of descriptors: the listener stays readable, and without a pause this would spin. */
+        if (errno == EMFILE || errno == ENFILE) usleep(10000);
+        return;
+    }
     uint32_t slot = 0;
     while (slot < SIM_MAX_CLIENTS && server.clients[slot].state != CLIENT_FREE) slot++;
     struct identity who;
@@ -120,9 +126,11 @@ static bool holds_anything(const struct client *client)
     for (uint32_t device = 0; device < server.n_gpus; device++)
         for (int kind = 0; kind < SIM_KINDS; kind++)
             if (client->own[device].bytes[kind]) return true;
-    return client->n_contexts > 0;
+    return client->n_contexts > 0 || client->attached;
 }
 
+/* The descriptors go at once, the books later: meanwhile the slot is taken and the memory still counts, as on a real
+ * device. */
 void client_end(struct client *client)
 {
     if (client->state != CLIENT_LIVE) return;
@@ -158,6 +166,7 @@ void client_sweep(void)
     }
 }
 
+/* Rounded up: an epoll that returns a little too early would spin until the moment comes. */
 int client_timeout_ms(void)
 {
     if (!server.n_ended) return -1;

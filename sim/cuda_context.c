@@ -7,7 +7,7 @@
 static __thread struct context *stack[MAX_STACK];
 static __thread unsigned depth;
 
-static const size_t default_limits[CU_LIMIT_MAX] = {
+static const size_t default_limits[N_LIMITS] = {
     [CU_LIMIT_STACK_SIZE] = 1024,
     [CU_LIMIT_PRINTF_FIFO_SIZE] = 8650752,
     [CU_LIMIT_MALLOC_HEAP_SIZE] = 8388608,
@@ -17,8 +17,10 @@ static const size_t default_limits[CU_LIMIT_MAX] = {
     [CU_LIMIT_SHMEM_SIZE] = 232448,
 };
 
+/* May be a context that is gone: see sim_enter. */
 struct context *context_current(void) { return depth ? stack[depth - 1] : NULL; }
 
+/* Handles come from programs and may be anything; a pointer is not followed before it was found here. */
 bool context_is_known(const struct context *context)
 {
     for (const struct context *c = driver.contexts; c; c = c->next)
@@ -26,6 +28,8 @@ bool context_is_known(const struct context *context)
     return false;
 }
 
+/* A primary context is started again after each reset and then has a new id, so that the server never mistakes it for
+ * the old one. */
 static CUresult context_start(struct context *context, int device, unsigned flags, unsigned api_version)
 {
     context->id = ++driver.next_id;
@@ -47,6 +51,7 @@ static void context_stop(struct context *context)
 {
     modules_end(context);
     streams_end(context);
+    arrays_end(context);
     ranges_end(context);
     context->alive = false;
     sim_ask(SIM_CLOSE, (struct sim_request){.device = (uint32_t)context->device, .context = context->id}, NULL, 0);
@@ -130,7 +135,6 @@ static CUresult primary_release(CUdevice dev, bool all)
     /* A reset takes the context's insides away but leaves the references: the next retain fills it again. */
     if (!all && --driver.primary_refs[dev]) return sim_leave(CUDA_SUCCESS);
     if (driver.primary[dev].alive) context_stop(&driver.primary[dev]);
-    if (all) driver.primary_refs[dev] = 0;
     return sim_leave(CUDA_SUCCESS);
 }
 
@@ -169,17 +173,17 @@ API cuDevicePrimaryCtxGetState(CUdevice dev, unsigned int *flags, int *active)
 
 /* The thread's stack. */
 
+/* A destroyed context may still be pushed and made current, as on the real driver: the next use says what it is. */
 static CUresult check_usable(const struct context *context)
 {
-    if (!context_is_known(context)) return CUDA_ERROR_INVALID_CONTEXT;
-    return context->alive ? CUDA_SUCCESS : CUDA_ERROR_CONTEXT_IS_DESTROYED;
+    return context_is_known(context) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
 }
 
 API cuCtxPushCurrent_v2(CUcontext ctx)
 {
     CUresult result = sim_enter_init();
     if (result) return result;
-    result = check_usable((struct context *)ctx);
+    result = ctx ? check_usable((struct context *)ctx) : CUDA_ERROR_INVALID_VALUE;
     if (!result && depth == MAX_STACK) result = CUDA_ERROR_OUT_OF_MEMORY;
     if (!result) stack[depth++] = (struct context *)ctx;
     return sim_leave(result);

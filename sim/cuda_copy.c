@@ -11,11 +11,14 @@ struct place {
     bool valid;
 };
 
+/* A range must be inside one allocation from end to end; mapped memory must have been given access. */
 static struct place find_place(uintptr_t at, size_t size, enum side side)
 {
     if (side == HOST) return (struct place){(uint8_t *)at, at != 0};
     struct range *range = range_find(at);
     if (!range || at + size > range->start + range->size || at + size < at) return (struct place){NULL, false};
+    if (range->kind == RANGE_MAPPED && !(range->access & CU_MEM_ACCESS_FLAGS_PROT_READ))
+        return (struct place){NULL, false};
     return (struct place){range_touch(range, at, size), true};
 }
 
@@ -56,6 +59,7 @@ static CUresult copy(uintptr_t to, enum side to_side, uintptr_t from, enum side 
     return sim_leave(copy_pieces(to, to_side, from, from_side, size));
 }
 
+/* Waits for nothing: a stream that is busy with a kernel takes the copy at once, since the kernel writes nothing. */
 static CUresult copy_async(uintptr_t to, enum side to_side, uintptr_t from, enum side from_side, size_t size,
                            CUstream handle, bool per_thread)
 {

@@ -3,9 +3,10 @@
 
 API cuCtxGetDevice(CUdevice *device)
 {
-    struct context *context;
-    CUresult result = sim_enter(&context);
+    CUresult result = sim_enter_init();
     if (result) return result;
+    const struct context *context = context_current(); /* a destroyed one still knows its device */
+    if (!context) return sim_leave(CUDA_ERROR_INVALID_CONTEXT);
     if (!device) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     *device = context->device;
     return sim_leave(CUDA_SUCCESS);
@@ -90,8 +91,7 @@ API cuCtxGetLimit(size_t *value, CUlimit limit)
     CUresult result = sim_enter(&context);
     if (result) return result;
     if (!value) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    if (limit >= CU_LIMIT_MAX || limit == CU_LIMIT_DEV_RUNTIME_SYNC_DEPTH)
-        return sim_leave(CUDA_ERROR_UNSUPPORTED_LIMIT);
+    if (limit >= N_LIMITS || limit == CU_LIMIT_DEV_RUNTIME_SYNC_DEPTH) return sim_leave(CUDA_ERROR_UNSUPPORTED_LIMIT);
     *value = context->limits[limit];
     return sim_leave(CUDA_SUCCESS);
 }
@@ -101,8 +101,7 @@ API cuCtxSetLimit(CUlimit limit, size_t value)
     struct context *context;
     CUresult result = sim_enter(&context);
     if (result) return result;
-    if (limit >= CU_LIMIT_MAX || limit == CU_LIMIT_DEV_RUNTIME_SYNC_DEPTH)
-        return sim_leave(CUDA_ERROR_UNSUPPORTED_LIMIT);
+    if (limit >= N_LIMITS || limit == CU_LIMIT_DEV_RUNTIME_SYNC_DEPTH) return sim_leave(CUDA_ERROR_UNSUPPORTED_LIMIT);
     context->limits[limit] = value;
     return sim_leave(CUDA_SUCCESS);
 }
@@ -141,10 +140,9 @@ API cuMemGetInfo_v2(size_t *free, size_t *total)
     struct sim_memory memory;
     CUresult result = sim_enter(&context);
     if (result) return result;
-    if (!free || !total) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (sim_ask(SIM_MEMORY, (struct sim_request){.device = (uint32_t)context->device}, &memory, sizeof memory))
         return sim_leave(CUDA_ERROR_UNKNOWN);
-    *total = memory.total - memory.reserved;
-    *free = *total - memory.used;
+    if (total) *total = memory.total - memory.reserved;
+    if (free) *free = memory.total - memory.reserved - memory.used;
     return sim_leave(CUDA_SUCCESS);
 }

@@ -43,20 +43,21 @@ static CUdriverProcAddressQueryResult look_up(const char *name, int version, boo
 static CUresult get(const char *symbol, void **pfn, int version, cuuint64_t flags,
                     CUdriverProcAddressQueryResult *status)
 {
-    if (!symbol || !pfn || version > SIM_CUDA_VERSION || flags & ~(cuuint64_t)KNOWN_FLAGS || flags == KNOWN_FLAGS)
+    if (!symbol || !pfn || version > SIM_CUDA_VERSION || flags & ~(cuuint64_t)KNOWN_FLAGS)
         return CUDA_ERROR_INVALID_VALUE;
     CUdriverProcAddressQueryResult how =
-        look_up(symbol, version, flags == CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM, pfn);
-    /* With somewhere to write the reason, a missing symbol is an answer and no error. */
+        look_up(symbol, version, flags & CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM, pfn);
     if (status) *status = how;
-    return how == CU_GET_PROC_ADDRESS_SUCCESS || status ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+    return CUDA_SUCCESS;
 }
 
 API cuGetProcAddress(const char *symbol, void **pfn, int cudaVersion, cuuint64_t flags)
 {
-    return get(symbol, pfn, cudaVersion, flags, NULL);
+    CUresult result = get(symbol, pfn, cudaVersion, flags, NULL);
+    return result || *pfn ? result : CUDA_ERROR_NOT_FOUND;
 }
 
+/* Since this version a missing symbol is an answer and no error, whether or not anybody wants to hear why. */
 API cuGetProcAddress_v2(const char *symbol, void **pfn, int cudaVersion, cuuint64_t flags,
                         CUdriverProcAddressQueryResult *symbolStatus)
 {
@@ -66,7 +67,8 @@ API cuGetProcAddress_v2(const char *symbol, void **pfn, int cudaVersion, cuuint6
 /* The private tables of the CUDA runtime are nobody's business but the real driver's. */
 API cuGetExportTable(const void **ppExportTable, const CUuuid *pExportTableId)
 {
+    SIM_FRAME();
     if (!ppExportTable || !pExportTableId) return CUDA_ERROR_INVALID_VALUE;
     *ppExportTable = NULL;
-    return CUDA_ERROR_NOT_FOUND;
+    return CUDA_ERROR_INVALID_VALUE; /* what the real one says to a table that it does not have */
 }

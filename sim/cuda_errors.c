@@ -124,6 +124,7 @@ static const struct {
 
 API cuGetErrorName(CUresult error, const char **pStr)
 {
+    SIM_FRAME();
     if (!pStr) return CUDA_ERROR_INVALID_VALUE;
     *pStr = NULL;
     for (unsigned i = 0; i < N_ERRORS; i++)
@@ -133,6 +134,7 @@ API cuGetErrorName(CUresult error, const char **pStr)
 
 API cuGetErrorString(CUresult error, const char **pStr)
 {
+    SIM_FRAME();
     if (!pStr) return CUDA_ERROR_INVALID_VALUE;
     *pStr = NULL;
     for (unsigned i = 0; i < N_ERRORS; i++)

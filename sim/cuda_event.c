@@ -64,6 +64,7 @@ API cuEventDestroy_v2(CUevent hEvent)
     return sim_leave(CUDA_SUCCESS);
 }
 
+/* An event is the moment at which the work before it will be done; recording it again moves it. */
 static CUresult record(CUevent handle, unsigned flags, CUstream stream_handle, bool per_thread)
 {
     struct context *context;
@@ -100,14 +101,16 @@ API cuEventSynchronize(CUevent hEvent)
     return sim_leave(CUDA_SUCCESS);
 }
 
+/* Asking for the time between events that are not both recorded, timed and named is one error, a missing place for the
+ * answer too. */
 static CUresult elapsed(float *ms, CUevent hStart, CUevent hEnd)
 {
     struct event *end;
     CUresult result = enter_event(hEnd, &end);
     if (result) return result;
-    if (!ms) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     struct event **start = hStart ? find(hStart) : NULL;
-    if (!start || !(*start)->recorded || !end->recorded || ((*start)->flags | end->flags) & CU_EVENT_DISABLE_TIMING)
+    if (!ms || !start || !(*start)->recorded || !end->recorded ||
+        ((*start)->flags | end->flags) & CU_EVENT_DISABLE_TIMING)
         return sim_leave(CUDA_ERROR_INVALID_HANDLE);
     uint64_t now = stream_now();
     if ((*start)->done_ns > now || end->done_ns > now) return sim_leave(CUDA_ERROR_NOT_READY);
@@ -125,6 +128,7 @@ API cuEventElapsedTime_v2(float *pMilliseconds, CUevent hStart, CUevent hEnd)
     return elapsed(pMilliseconds, hStart, hEnd);
 }
 
+/* The wait is for the event as it is now: recording it again later does not matter. */
 static CUresult wait_event(CUstream handle, CUevent event, unsigned flags, bool per_thread)
 {
     struct context *context;

@@ -1,4 +1,6 @@
-/* cuInit, the connection, and the checks that every other function begins with. */
+/* cuInit, the connection, and the checks that every other function begins with. One lock guards all state of the
+ * process: a call takes tens of microseconds on a real machine too, and most of that is the round trip. When the server
+ * is gone, calls that need it answer CUDA_ERROR_UNKNOWN or out-of-memory; they never wait for it to come back. */
 #include "cuda_state.h"
 #include "link.h"
 
@@ -29,6 +31,8 @@ CUresult sim_enter_init(void)
     return CUDA_SUCCESS;
 }
 
+/* A context that was destroyed can still be current in some thread, and is refused by another error than none at all.
+ */
 CUresult sim_enter(struct context **current)
 {
     CUresult result = sim_enter_init();
@@ -62,6 +66,8 @@ CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint6
     }
 }
 
+/* No result: the server drops a client that gives back what it does not hold, so a failure here is a defect of this
+ * library. */
 void sim_give(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested)
 {
     struct sim_request request = {.device = (uint32_t)device,
@@ -78,12 +84,13 @@ static CUresult initialise(void)
 {
     uint32_t n;
     if (link_open(&connection, FGPU_SIM_DIR, &n) || !n) return CUDA_ERROR_NO_DEVICE;
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = 0; i < n; i++)
         if (sim_ask(SIM_DEVICE, (struct sim_request){.device = i}, &driver.devices[i], sizeof driver.devices[i]))
             return CUDA_ERROR_NO_DEVICE;
-        driver.primary[i].device = (int)i;
-        driver.primary[i].primary = true;
-        driver.primary[i].next = driver.contexts;
+    if (sim_ask(SIM_ATTACH, (struct sim_request){0}, NULL, 0)) return CUDA_ERROR_OUT_OF_MEMORY;
+    /* Only when nothing can fail any more: a second attempt must find the list as empty as the first did. */
+    for (uint32_t i = 0; i < n; i++) {
+        driver.primary[i] = (struct context){.device = (int)i, .primary = true, .next = driver.contexts};
         driver.contexts = &driver.primary[i];
     }
     driver.n_devices = n;
@@ -92,6 +99,7 @@ static CUresult initialise(void)
     return CUDA_SUCCESS;
 }
 
+/* May be called again at any time, and by several threads at once; a failed attempt may be repeated. */
 API cuInit(unsigned int flags)
 {
     if (flags) return CUDA_ERROR_INVALID_VALUE;
@@ -104,6 +112,7 @@ API cuInit(unsigned int flags)
 
 API cuDriverGetVersion(int *version)
 {
+    SIM_FRAME();
     if (!version) return CUDA_ERROR_INVALID_VALUE;
     *version = SIM_CUDA_VERSION;
     return CUDA_SUCCESS;

@@ -9,6 +9,8 @@
 
 static size_t granules(size_t size) { return (size + GRANULE - 1) / GRANULE * GRANULE; }
 
+/* The server is asked first, with the bytes of a new granule if one will be needed: nothing here is changed by a
+ * refusal. */
 static CUresult allocate_small(struct context *context, size_t size, struct range **out)
 {
     struct block *block;
@@ -27,6 +29,7 @@ static CUresult allocate_small(struct context *context, size_t size, struct rang
     return CUDA_SUCCESS;
 }
 
+/* Above 1 MiB nothing is shared: 1 MiB + 1 byte takes 2 MiB. */
 static CUresult allocate_large(struct context *context, size_t size, struct range **out)
 {
     size_t physical = granules(size);
@@ -65,6 +68,7 @@ static void free_device(struct range *range)
     sim_give(context, context->device, SIM_BLOCK, physical, size);
 }
 
+/* Pointers inside an allocation, freed pointers and other kinds of memory are all the same error to the real driver. */
 CUresult memory_free(uintptr_t at)
 {
     struct range *range = range_find(at);
@@ -136,19 +140,19 @@ API cuMemAllocManaged(CUdeviceptr *dptr, size_t bytesize, unsigned int flags)
     return sim_leave(CUDA_SUCCESS);
 }
 
+/* Needs no current context: the pointer says whose it is. */
 API cuMemFree_v2(CUdeviceptr dptr)
 {
-    struct context *context;
-    CUresult result = sim_enter(&context);
+    CUresult result = sim_enter_init();
     if (result) return result;
     if (!dptr) return sim_leave(CUDA_SUCCESS);
-    struct range *range = range_find(dptr);
+    const struct range *range = range_find(dptr);
     /* The real driver waits for the work that may still use the memory. */
-    if (range && range->start == dptr && context_done_ns(range->context) > stream_now())
-        stream_wait(context_done_ns(range->context));
+    if (range && range->start == dptr) stream_wait(context_done_ns(range->context));
     return sim_leave(memory_free(dptr));
 }
 
+/* The size is the one that was asked for, not the granules behind it. */
 API cuMemGetAddressRange_v2(CUdeviceptr *pbase, size_t *psize, CUdeviceptr dptr)
 {
     struct context *context;
@@ -163,12 +167,15 @@ API cuMemGetAddressRange_v2(CUdeviceptr *pbase, size_t *psize, CUdeviceptr dptr)
 
 /* Pinned host memory: no device is asked, but pointers must be known again. */
 
+/* Zero bytes are granted, as NULL: unlike device memory. */
 static CUresult host_alloc(void **pp, size_t size, unsigned flags)
 {
     struct context *context;
     CUresult result = sim_enter(&context);
     if (result) return result;
-    if (!pp || !size || flags & ~7u || size > MAX_ALLOCATION) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!pp || flags & ~7u || size > MAX_ALLOCATION) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    *pp = NULL;
+    if (!size) return sim_leave(CUDA_SUCCESS);
     size_t span = (size + 4095) / 4096 * 4096;
     uintptr_t start = space_reserve(span, 4096, true);
     struct range *range = start ? range_new(context, start, size) : NULL;
@@ -192,6 +199,7 @@ API cuMemFreeHost(void *p)
     struct context *context;
     CUresult result = sim_enter(&context);
     if (result) return result;
+    if (!p) return sim_leave(CUDA_SUCCESS);
     struct range *range = range_find((uintptr_t)p);
     if (!range || range->kind != RANGE_HOST || range->start != (uintptr_t)p) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     range_drop(range);

@@ -53,6 +53,7 @@ static struct function *find_function(struct context *context, CUfunction handle
     return NULL;
 }
 
+/* The image is not looked at: programs here bring whatever they were built with, and none of it can run. */
 static CUresult load(CUmodule *out, const void *image)
 {
     struct context *context;
@@ -89,6 +90,7 @@ API cuModuleUnload(CUmodule hmod)
     return sim_leave(CUDA_SUCCESS);
 }
 
+/* 0 for any other name, and for what is longer than an hour. */
 static uint64_t spin_ns(const char *name)
 {
     unsigned long long us;

@@ -5,68 +5,81 @@
 
 static bool is_host(const struct range *range) { return range->kind == RANGE_HOST || range->kind == RANGE_REGISTERED; }
 
-static CUresult attribute(void *data, CUpointer_attribute attr, const struct range *range, uintptr_t at)
+/* How many bytes an answer has; 0: no such attribute. */
+static size_t width_of(CUpointer_attribute attr)
 {
-    uint64_t number = 0;
-    size_t width = sizeof(uint32_t);
+    switch ((int)attr) {
+    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+    case CU_POINTER_ATTRIBUTE_ACCESS_FLAGS:
+        return 4;
+    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS:
+    case CU_POINTER_ATTRIBUTE_IS_MANAGED:
+    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE:
+    case CU_POINTER_ATTRIBUTE_MAPPED:
+    case CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE:
+    case CU_POINTER_ATTRIBUTE_IS_HW_DECOMPRESS_CAPABLE:
+        return 1;
+    default:
+        return attr >= CU_POINTER_ATTRIBUTE_CONTEXT && attr <= CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID ? 8 : 0;
+    }
+}
+
+static uint64_t mapping_start(const struct range *range) { return range->block ? range->block->start : range->start; }
+
+static uint64_t value_of(CUpointer_attribute attr, const struct range *range, uintptr_t at)
+{
+    bool is_plain = range->kind == RANGE_DEVICE;
     switch ((int)attr) {
     case CU_POINTER_ATTRIBUTE_CONTEXT:
         /* Pool and mapped memory belongs to no context. */
-        number = range->kind == RANGE_MAPPED || range->kind == RANGE_POOL ? 0 : (uintptr_t)range->context;
-        width = sizeof(CUcontext);
-        break;
+        return range->kind == RANGE_MAPPED || range->kind == RANGE_POOL ? 0 : (uintptr_t)range->context;
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
-        number = is_host(range) ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE;
-        break;
+        return is_host(range) ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE;
     case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
-        number = at;
-        width = sizeof(CUdeviceptr);
-        break;
     case CU_POINTER_ATTRIBUTE_HOST_POINTER:
-        if (!is_host(range) && range->kind != RANGE_MANAGED) return CUDA_ERROR_INVALID_VALUE;
-        number = at;
-        width = sizeof(void *);
-        break;
-    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS:
-    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE:
-        number = attr == CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE && range->kind == RANGE_DEVICE;
-        width = 1;
-        break;
+        return at;
     case CU_POINTER_ATTRIBUTE_BUFFER_ID:
-        number = range->id;
-        width = sizeof(uint64_t);
-        break;
+    case CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID:
+        return range->id;
     case CU_POINTER_ATTRIBUTE_IS_MANAGED:
-        number = range->kind == RANGE_MANAGED;
-        width = 1;
-        break;
+        return range->kind == RANGE_MANAGED;
     case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
-        number = (uint32_t)range->device;
-        break;
+        return (uint32_t)range->device;
+    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE:
+    case CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE:
+    case CU_POINTER_ATTRIBUTE_IS_HW_DECOMPRESS_CAPABLE:
+        return is_plain;
     case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
-        number = range->start;
-        width = sizeof(CUdeviceptr);
-        break;
+        return range->start;
     case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
-        number = range->size;
-        width = sizeof(size_t);
-        break;
+        return range->size;
     case CU_POINTER_ATTRIBUTE_MAPPED:
-        number = 1;
-        width = 1;
-        break;
-    case CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES:
-    case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE:
-        number = attr == CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE ? (uintptr_t)range->pool : 0;
-        width = sizeof(uint64_t);
-        break;
+        return 1;
+    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS:
+        return !is_host(range);
     case CU_POINTER_ATTRIBUTE_ACCESS_FLAGS:
-        number = range->kind == RANGE_MAPPED ? range->access : CU_POINTER_ATTRIBUTE_ACCESS_FLAG_READWRITE;
-        break;
+        return range->kind == RANGE_MAPPED ? range->access : CU_POINTER_ATTRIBUTE_ACCESS_FLAG_READWRITE;
+    case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE:
+        return (uintptr_t)range->pool;
+    case CU_POINTER_ATTRIBUTE_MAPPING_SIZE:
+        return range->span ? range->span : GRANULE;
+    case CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR:
+        return mapping_start(range);
     default:
-        return CUDA_ERROR_INVALID_VALUE;
+        return 0;
     }
-    memcpy(data, &number, width); /* little-endian, as every machine this runs on */
+}
+
+static CUresult attribute(void *data, CUpointer_attribute attr, const struct range *range, uintptr_t at)
+{
+    size_t width = width_of(attr);
+    bool has_host_side = is_host(range) || range->kind == RANGE_MANAGED;
+    if (!width || (attr == CU_POINTER_ATTRIBUTE_HOST_POINTER && !has_host_side) ||
+        (attr == CU_POINTER_ATTRIBUTE_P2P_TOKENS && is_host(range)))
+        return CUDA_ERROR_INVALID_VALUE;
+    uint64_t value = value_of(attr, range, at);
+    memcpy(data, &value, width); /* little-endian, as every machine this runs on */
     return CUDA_SUCCESS;
 }
 
@@ -79,29 +92,18 @@ API cuPointerGetAttribute(void *data, CUpointer_attribute attr, CUdeviceptr ptr)
     return sim_leave(attribute(data, attr, range, ptr));
 }
 
-/* Unlike the single question, this one answers for any pointer at all: what is unknown gets zeros. */
+/* Unlike the single question, this one answers for any pointer at all: what is unknown gets zeros, and no device. */
 API cuPointerGetAttributes(unsigned int n, CUpointer_attribute *attributes, void **data, CUdeviceptr ptr)
 {
     CUresult result = sim_enter_init();
     if (result) return result;
     if (!n || !attributes || !data) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    const struct range none = {.device = -2}, *range = range_find(ptr);
+    const struct range *range = range_find(ptr);
     for (unsigned i = 0; i < n; i++) {
         if (!data[i]) return sim_leave(CUDA_ERROR_INVALID_VALUE);
         if (range && !attribute(data[i], attributes[i], range, ptr)) continue;
-        uint64_t zero = 0;
-        int ordinal = none.device;
-        bool is_ordinal = attributes[i] == CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
-        bool is_pointer = attributes[i] == CU_POINTER_ATTRIBUTE_CONTEXT ||
-                          attributes[i] == CU_POINTER_ATTRIBUTE_DEVICE_POINTER ||
-                          attributes[i] == CU_POINTER_ATTRIBUTE_HOST_POINTER;
-        if (is_ordinal)
-            memcpy(data[i], &ordinal, sizeof ordinal);
-        else
-            memcpy(data[i], &zero,
-                   is_pointer                                         ? sizeof zero
-                   : attributes[i] == CU_POINTER_ATTRIBUTE_IS_MANAGED ? 1
-                                                                      : sizeof(uint32_t));
+        int64_t unknown = attributes[i] == CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL ? -2 : 0;
+        memcpy(data[i], &unknown, width_of(attributes[i]));
     }
     return sim_leave(CUDA_SUCCESS);
 }

@@ -45,6 +45,7 @@ static bool pool_is_known(const struct pool *pool)
 
 static uint64_t steps(uint64_t bytes) { return (bytes + POOL_STEP - 1) / POOL_STEP * POOL_STEP; }
 
+/* Whole steps only, and never below what is in use: fragmentation within a pool is not modelled. */
 static void trim(struct pool *pool, uint64_t keep)
 {
     uint64_t floor = steps(pool->used > keep ? pool->used : keep);
@@ -53,6 +54,7 @@ static void trim(struct pool *pool, uint64_t keep)
     pool->reserved = floor;
 }
 
+/* Freed memory goes back to the device when somebody waits for the device, as measured: not at the free itself. */
 void pools_settle(int device)
 {
     for (struct pool *p = pools; p; p = p->next)
@@ -65,14 +67,13 @@ void pools_end(int device)
         if (p->device == device) trim(p, 0);
 }
 
-static uint64_t rounded(size_t size) { return (size + UNIT - 1) / UNIT * (uint64_t)UNIT; }
+void pool_freed(struct range *range) { range->pool->used -= range->size; }
 
-void pool_freed(struct range *range) { range->pool->used -= rounded(range->size); }
-
+/* The server hears of it only when the pool must grow: half a microsecond on a real machine, and never probed. */
 static CUresult allocate(struct context *context, struct pool *pool, size_t size, CUdeviceptr *out)
 {
     if (size > 1ull << 46) return CUDA_ERROR_OUT_OF_MEMORY;
-    uint64_t needed = steps(pool->used + rounded(size));
+    uint64_t needed = steps(pool->used + size);
     if (needed > pool->reserved) {
         CUresult result = sim_take(NULL, pool->device, SIM_POOL, needed - pool->reserved, needed - pool->reserved);
         if (result) return result;
@@ -89,7 +90,7 @@ static CUresult allocate(struct context *context, struct pool *pool, size_t size
     range->span = span;
     range->pool = pool;
     range->device = pool->device;
-    pool->used += rounded(size);
+    pool->used += size;
     pool->used_high = pool->used > pool->used_high ? pool->used : pool->used_high;
     pool->reserved_high = pool->reserved > pool->reserved_high ? pool->reserved : pool->reserved_high;
     *out = start;
@@ -101,8 +102,10 @@ static CUresult alloc_async(CUdeviceptr *dptr, size_t size, struct pool *pool, C
     struct context *context;
     CUresult result = sim_enter(&context);
     if (result) return result;
-    if (!dptr || !size) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!dptr) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (!stream_find(context, stream, per_thread)) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    *dptr = 0;
+    if (!size) return sim_leave(CUDA_SUCCESS); /* unlike cuMemAlloc */
     if (!pool) pool = current_pool[context->device] ? current_pool[context->device] : default_pool(context->device);
     if (!pool || !pool_is_known(pool)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     return sim_leave(allocate(context, pool, size, dptr));

@@ -5,11 +5,13 @@ static __thread CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL
 
 API cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode)
 {
-    if (!mode || (unsigned)*mode > CU_STREAM_CAPTURE_MODE_RELAXED) return CUDA_ERROR_INVALID_VALUE;
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!mode) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     CUstreamCaptureMode before = capture_mode;
     capture_mode = *mode;
     *mode = before;
-    return CUDA_SUCCESS;
+    return sim_leave(CUDA_SUCCESS);
 }
 
 static CUresult is_capturing(CUstream handle, CUstreamCaptureStatus *status, bool per_thread)
@@ -32,6 +34,9 @@ static CUresult capture_info(CUstream handle, CUstreamCaptureStatus *status, cuu
     if (!result && id) *id = 0;
     return result;
 }
+
+TWICE(_ptsz, cuStreamGetCaptureInfo, (CUstream hStream, CUstreamCaptureStatus *captureStatus, cuuint64_t *id),
+      capture_info(hStream, captureStatus, id, per_thread))
 
 TWICE(_ptsz, cuStreamGetCaptureInfo_v2,
       (CUstream hStream, CUstreamCaptureStatus *captureStatus, cuuint64_t *id, CUgraph *graph,

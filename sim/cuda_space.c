@@ -14,6 +14,8 @@
 static void *tree;
 static uint64_t contents;
 
+/* More than needed and then trimmed: mmap knows no alignment above a page. `usable`: the host may touch it (managed,
+ * pinned). */
 uintptr_t space_reserve(size_t size, size_t alignment, bool usable)
 {
     size_t room = size + alignment;
@@ -36,6 +38,7 @@ static int compare(const void *left, const void *right)
     return a->start + a->size <= b->start ? -1 : b->start + b->size <= a->start ? 1 : 0;
 }
 
+/* Also answers for addresses inside a range; NULL for those that only a reservation or a granule's rest covers. */
 struct range *range_find(uintptr_t at)
 {
     struct range key = {.start = at, .size = 1};
@@ -52,6 +55,7 @@ struct range *range_new(struct context *context, uintptr_t start, size_t size)
     range->context = context;
     range->device = context->device;
     range->id = ++driver.next_id;
+    /* tsearch hands back what is there already: an address range that overlaps is refused. */
     struct range **found = tsearch(range, &tree, compare);
     if (!found || *found != range) {
         free(range);
@@ -133,6 +137,7 @@ static unsigned find_run(const struct block *block, unsigned units)
     return UNITS;
 }
 
+/* Oldest granule first: that is what lets the newer ones run empty. */
 static struct block *find_block(struct context *context, unsigned units, unsigned *at)
 {
     for (struct block *block = context->blocks; block; block = block->next)

@@ -20,6 +20,7 @@
 #define UNIT 512u         /* alignment within a shared granule */
 #define UNITS (GRANULE / UNIT)
 #define POOL_STEP (32 * MIB) /* what a memory pool grows by */
+#define N_LIMITS 9           /* those of driver 580 */
 #define MAX_STACK 128        /* contexts pushed by one thread */
 
 #define API __attribute__((visibility("default"))) CUresult CUDAAPI
@@ -57,7 +58,7 @@ struct context {
     struct block *blocks;
     struct event *events;
     struct module *modules;
-    size_t limits[CU_LIMIT_MAX];
+    size_t limits[N_LIMITS];
     struct context *next; /* all there ever were: a handle is looked up here before it is believed */
 };
 
@@ -132,8 +133,8 @@ bool block_return(struct context *context, struct block *block, uintptr_t start,
 CUresult memory_allocate(struct context *context, size_t size, CUdeviceptr *out);
 CUresult memory_free(uintptr_t at);
 
-/* cuda_vmm.c */
-void vmm_unmapped(struct vmm_handle *handle);
+/* cuda_array.c */
+void arrays_end(const struct context *context);
 
 /* cuda_pool.c */
 void pool_freed(struct range *range);

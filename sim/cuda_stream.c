@@ -12,6 +12,7 @@ uint64_t stream_now(void)
     return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 }
 
+/* NULL means the legacy or the per-thread default stream, depending on which twin of a function was called. */
 struct stream *stream_find(struct context *context, CUstream handle, bool per_thread)
 {
     if (!handle) return per_thread ? &context->per_thread : &context->legacy;
@@ -35,6 +36,7 @@ void stream_wait(uint64_t until_ns)
 
 static uint64_t later(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
+/* When all work of a context will be done, if no more is added. */
 uint64_t context_done_ns(const struct context *context)
 {
     uint64_t done = later(context->legacy.done_ns, context->per_thread.done_ns);
@@ -56,6 +58,7 @@ void stream_work(struct context *context, struct stream *stream, uint64_t ns)
     stream->done_ns = start + ns;
 }
 
+/* Destroying a context does not wait for its work: the driver kills it. */
 void streams_end(struct context *context)
 {
     while (context->streams) {

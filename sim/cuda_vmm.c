@@ -22,6 +22,7 @@ struct reservation {
 static struct vmm_handle *handles;
 static struct reservation *reservations;
 
+/* A handle that was released is refused from then on, though its memory may live on in a mapping. */
 static struct vmm_handle *find_handle(CUmemGenericAllocationHandle id)
 {
     for (struct vmm_handle *h = handles; h; h = h->next)
@@ -29,6 +30,7 @@ static struct vmm_handle *find_handle(CUmemGenericAllocationHandle id)
     return NULL;
 }
 
+/* The end of the memory: called after every release and every unmapping, whichever comes last. */
 static void settle(struct vmm_handle *handle)
 {
     if (handle->refs || handle->maps) return;
@@ -40,12 +42,7 @@ static void settle(struct vmm_handle *handle)
     free(handle);
 }
 
-void vmm_unmapped(struct vmm_handle *handle)
-{
-    handle->maps--;
-    settle(handle);
-}
-
+/* Host-located and fabric memory exist on real drivers; nothing here could stand behind them. */
 static CUresult check_prop(const CUmemAllocationProp *prop)
 {
     if (!prop || prop->type != CU_MEM_ALLOCATION_TYPE_PINNED) return CUDA_ERROR_INVALID_VALUE;
@@ -74,6 +71,7 @@ static CUresult create(size_t size, const CUmemAllocationProp *prop, struct vmm_
         free(handle);
         return result;
     }
+    /* Without access, so that the host cannot read it before cuMemSetAccess; nothing is used until it is written. */
     handle->contents = mmap(NULL, size, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (handle->contents == MAP_FAILED) {
         sim_give(NULL, prop->location.id, SIM_VMM, size, size);
@@ -113,6 +111,8 @@ API cuMemRelease(CUmemGenericAllocationHandle id)
     return sim_leave(CUDA_SUCCESS);
 }
 
+/* The same handle again, not a new one, and alive again if it had been released: that is what the real driver answers.
+ */
 API cuMemRetainAllocationHandle(CUmemGenericAllocationHandle *out, void *addr)
 {
     CUresult result = sim_enter_init();
@@ -189,8 +189,8 @@ API cuMemMap(CUdeviceptr ptr, size_t size, size_t offset, CUmemGenericAllocation
     CUresult result = sim_enter_init();
     if (result) return result;
     struct vmm_handle *handle = find_handle(id);
-    if (!handle || flags || offset || !size || size % GRANULE || ptr % GRANULE || size > handle->size)
-        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!handle || flags || !size || size % GRANULE || ptr % GRANULE) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (offset || size > handle->size) return sim_leave(CUDA_ERROR_NOT_SUPPORTED);
     if (!is_reserved(ptr, size) || is_mapped_within(ptr, size)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     /* An old size of 0 asks mremap for a second view of a shared mapping: no file descriptor is needed to alias memory.
      */
@@ -203,12 +203,14 @@ API cuMemMap(CUdeviceptr ptr, size_t size, size_t offset, CUmemGenericAllocation
     return sim_leave(CUDA_SUCCESS);
 }
 
+/* The address space stays the reservation's: a hole there could be given to somebody else by the next mmap. */
 static void unmap(struct range *range)
 {
     struct vmm_handle *handle = range->handle;
     mmap((void *)range->start, range->size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     range_drop(range);
-    vmm_unmapped(handle);
+    handle->maps--;
+    settle(handle);
 }
 
 /* Whole mappings, one after the other without a hole, exactly from start to end; else an operation on them is refused.
@@ -228,6 +230,8 @@ API cuMemUnmap(CUdeviceptr ptr, size_t size)
 {
     CUresult result = sim_enter_init();
     if (result) return result;
+    /* Reserved addresses with nothing behind them may be unmapped as often as one likes. */
+    if (size && is_reserved(ptr, size) && !is_mapped_within(ptr, size)) return sim_leave(CUDA_SUCCESS);
     if (!covers_whole_mappings(ptr, size)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     for (uintptr_t at = ptr; at - ptr < size;) {
         struct range *range = range_find(at);

@@ -13,9 +13,9 @@ static const char *const kinds[SIM_KINDS] = {"context", "block", "vmm", "managed
 static void print_device(const struct sim_record *r, const struct sim_device *device, const char *before)
 {
     printf("%s\n    {\"index\": %u, \"uuid\": \"%s\", \"name\": \"%s\", \"total_bytes\": %" PRIu64
-           ", \"reserved_bytes\": %" PRIu64 ", \"used_bytes\": %" PRIu64 ", \"free_bytes\": %" PRIu64
-           ", \"context_bytes\": %" PRIu64 "}",
-           before, r->device, device->uuid, device->name, r->total, r->reserved, r->used,
+           ", \"reserved_bytes\": %" PRIu64 ", \"used_bytes\": %" PRIu64 ", \"driver_bytes\": %" PRIu64
+           ", \"free_bytes\": %" PRIu64 ", \"context_bytes\": %" PRIu64 "}",
+           before, r->device, device->uuid, device->name, r->total, r->reserved, r->used, r->driver,
            r->total - r->reserved - r->used, device->context_bytes);
 }
 

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Ids are the client's own choice and mean nothing to another client. */
 static struct context *find_context(struct client *client, uint64_t id)
 {
     for (uint32_t i = 0; i < client->n_contexts; i++)
@@ -22,16 +23,30 @@ static struct holding *find_holding(struct client *client, const struct sim_requ
     return context && context->device == request->device ? &context->holding : NULL;
 }
 
+/* What CUDA calls a device's total. */
 static uint64_t usable(const struct gpu *gpu) { return gpu->info.memory_total - gpu->info.memory_reserved; }
 
 static bool fits(const struct gpu *gpu, uint64_t bytes) { return bytes <= usable(gpu) - gpu->used; }
+
+/* The driver's own: the device loses it, but no process list shows it. */
+static void keep(struct gpu *gpu, uint64_t bytes)
+{
+    gpu->used += bytes;
+    gpu->driver += bytes;
+}
+
+static void let_go(struct gpu *gpu, uint64_t bytes)
+{
+    gpu->used -= bytes;
+    gpu->driver -= bytes;
+}
 
 static enum sim_status open_context(struct client *client, const struct sim_request *request)
 {
     struct gpu *gpu = &server.gpus[request->device];
     if (!request->context || find_context(client, request->context) || client->n_contexts >= SIM_MAX_CONTEXTS)
         return SIM_NOT_ALLOWED;
-    if (!fits(gpu, gpu->info.context_bytes)) return SIM_NO_MEMORY;
+    if (!fits(gpu, gpu->info.context_bytes + gpu->info.context_overhead)) return SIM_NO_MEMORY;
     if (client->n_contexts == client->room) {
         uint32_t room = client->room ? client->room * 2 : 2;
         struct context *grown = realloc(client->contexts, room * sizeof *grown);
@@ -43,9 +58,32 @@ static enum sim_status open_context(struct client *client, const struct sim_requ
     *context = (struct context){.id = request->context, .device = request->device};
     context->holding.bytes[SIM_CONTEXT] = gpu->info.context_bytes;
     gpu->used += gpu->info.context_bytes;
+    keep(gpu, gpu->info.context_overhead);
     return SIM_OK;
 }
 
+/* The first process to initialise wakes the driver, the last one to end lets it sleep: that much is no process's, and
+ * there once. */
+enum sim_status ledger_attach(struct client *client)
+{
+    if (client->attached) return SIM_OK;
+    for (uint32_t device = 0; device < server.n_gpus && !server.n_attached; device++)
+        keep(&server.gpus[device], server.gpus[device].info.overhead);
+    server.n_attached++;
+    client->attached = true;
+    return SIM_OK;
+}
+
+static void detach(struct client *client)
+{
+    if (!client->attached) return;
+    client->attached = false;
+    server.n_attached--;
+    for (uint32_t device = 0; device < server.n_gpus && !server.n_attached; device++)
+        let_go(&server.gpus[device], server.gpus[device].info.overhead);
+}
+
+/* All or nothing: a request that does not fit changes nothing. */
 enum sim_status ledger_take(struct client *client, const struct sim_request *request)
 {
     if (request->kind == SIM_CONTEXT) return open_context(client, request);
@@ -62,6 +100,8 @@ enum sim_status ledger_take(struct client *client, const struct sim_request *req
     return SIM_OK;
 }
 
+/* False: more than it holds, which only a broken or lying client asks; it loses its connection and with it everything.
+ */
 bool ledger_give(struct client *client, const struct sim_request *request)
 {
     struct holding *holding = request->kind == SIM_CONTEXT ? NULL : find_holding(client, request);
@@ -79,19 +119,27 @@ static void release(uint32_t device, const struct holding *holding)
     for (int kind = 0; kind < SIM_KINDS; kind++) server.gpus[device].used -= holding->bytes[kind];
 }
 
+static void release_context(const struct context *context)
+{
+    release(context->device, &context->holding);
+    let_go(&server.gpus[context->device], server.gpus[context->device].info.context_overhead);
+}
+
 bool ledger_close(struct client *client, const struct sim_request *request)
 {
     struct context *context = find_context(client, request->context);
     if (!context || context->device != request->device) return false;
-    release(context->device, &context->holding);
+    release_context(context);
     *context = client->contexts[--client->n_contexts];
     return true;
 }
 
+/* The only way in which memory of a dead process comes back; safe to call for a client that holds nothing. */
 void ledger_forget(struct client *client)
 {
-    for (uint32_t i = 0; i < client->n_contexts; i++) release(client->contexts[i].device, &client->contexts[i].holding);
+    for (uint32_t i = 0; i < client->n_contexts; i++) release_context(&client->contexts[i]);
     for (uint32_t device = 0; device < server.n_gpus; device++) release(device, &client->own[device]);
+    detach(client);
     free(client->contexts);
     client->contexts = NULL;
     client->n_contexts = client->room = 0;

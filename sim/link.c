@@ -39,6 +39,7 @@ void link_close(struct link *link)
     pthread_mutex_unlock(&link->lock);
 }
 
+/* SEQPACKET keeps messages whole, so there are no halves to put together. */
 static int exchange(int sock, const struct sim_request *request, struct sim_reply *reply, void *payload, size_t room)
 {
     ssize_t n;
@@ -52,6 +53,7 @@ static int exchange(int sock, const struct sim_request *request, struct sim_repl
     return n >= (ssize_t)sizeof *reply && reply->magic == SIM_MAGIC && reply->op == request->op ? 0 : -1;
 }
 
+/* errno is the program's: a CUDA call must not change it. */
 int link_call(struct link *link, struct sim_request request, struct sim_reply *reply, void *payload, size_t room)
 {
     struct sim_reply unread;

@@ -65,6 +65,8 @@ static const struct model models[] = {
                 .memory_total = 143771 * MIB,
                 .memory_reserved = 644939776, /* so that CUDA's total is 150109880320 bytes, 143155 MiB */
                 .context_bytes = 518 * MIB,
+                .context_overhead = 5832704, /* 5.5625 MiB */
+                .overhead = 3407872,         /* 3.25 MiB */
                 .bar1_bytes = 262144 * MIB,
             },
     },
@@ -184,6 +186,7 @@ static void name_device(const char *model, struct sim_device *device)
     snprintf(device->serial, sizeof device->serial, "16539241%05u", 84814 + device->index);
 }
 
+/* Addresses as a virtual machine with passed-through cards has them, one slot after the other. */
 int model_device(const char *key, uint32_t index, uint64_t memory, struct sim_device *device)
 {
     const struct model *model = NULL;

@@ -124,10 +124,6 @@ int main(int argc, char **argv)
     struct options options = {0};
     if (!parse(argc, argv, &options)) return 255;
     bool querying = options.gpus || options.processes;
-    if (querying && (!options.format || !has_word(options.format, "csv"))) {
-        puts("\"--format=\" switch is missing. Please run 'nvidia-smi -h'.\n");
-        return 2;
-    }
     int rc = start();
     if (rc) return rc;
     struct query query = {.fields = options.gpus ? options.gpus : options.processes,

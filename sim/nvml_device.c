@@ -173,7 +173,7 @@ static nvmlReturn_t clock_mhz(nvmlDevice_t device, nvmlClockType_t type, unsigne
 {
     const struct sim_device *d;
     nvmlReturn_t result = nvml_enter(device, clock, &d);
-    if (result || (unsigned)type >= NVML_CLOCK_COUNT) return result ? result : NVML_ERROR_INVALID_ARGUMENT;
+    if (result || (unsigned)type >= NVML_CLOCK_COUNT) return result ? result : NVML_ERROR_NOT_SUPPORTED;
     *clock = type == NVML_CLOCK_MEM ? d->memory_mhz : type == NVML_CLOCK_VIDEO ? d->video_mhz : d->graphics_mhz;
     return NVML_SUCCESS;
 }

@@ -37,5 +37,6 @@ static const char *const texts[] = {
 
 __attribute__((visibility("default"))) const DECLDIR char *nvmlErrorString(nvmlReturn_t result)
 {
+    SIM_FRAME();
     return (unsigned)result < sizeof texts / sizeof *texts ? texts[result] : "Unknown Error";
 }

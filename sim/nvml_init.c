@@ -67,6 +67,7 @@ static nvmlReturn_t connect_devices(void)
     return NVML_SUCCESS;
 }
 
+/* Counted: several libraries in one program may each say nvmlInit and nvmlShutdown. */
 static nvmlReturn_t initialise(unsigned flags)
 {
     pthread_mutex_lock(&lock);
@@ -94,6 +95,7 @@ NVML_API nvmlShutdown(void)
 
 static nvmlReturn_t system_text(char *out, unsigned int length, const char *text)
 {
+    SIM_FRAME();
     if (!nvml_is_ready()) return NVML_ERROR_UNINITIALIZED;
     return out ? nvml_text(out, length, text) : NVML_ERROR_INVALID_ARGUMENT;
 }
@@ -105,11 +107,13 @@ NVML_API nvmlSystemGetDriverVersion(char *version, unsigned int length)
 
 NVML_API nvmlSystemGetNVMLVersion(char *version, unsigned int length)
 {
+    SIM_FRAME();
     return version ? nvml_text(version, length, SIM_NVML_VERSION) : NVML_ERROR_INVALID_ARGUMENT;
 }
 
 static nvmlReturn_t cuda_version(int *version)
 {
+    SIM_FRAME();
     if (!version) return NVML_ERROR_INVALID_ARGUMENT;
     *version = SIM_CUDA_VERSION;
     return NVML_SUCCESS;
@@ -134,6 +138,7 @@ NVML_API nvmlSystemGetProcessName(unsigned int pid, char *name, unsigned int len
 
 static nvmlReturn_t get_count(unsigned int *count)
 {
+    SIM_FRAME();
     if (!nvml_is_ready()) return NVML_ERROR_UNINITIALIZED;
     if (!count) return NVML_ERROR_INVALID_ARGUMENT;
     *count = n_devices;
@@ -146,6 +151,7 @@ NVML_API nvmlDeviceGetCount_v2(unsigned int *count) { return get_count(count); }
 
 static nvmlReturn_t by_index(unsigned int index, nvmlDevice_t *device)
 {
+    SIM_FRAME();
     if (!nvml_is_ready()) return NVML_ERROR_UNINITIALIZED;
     if (!device || index >= n_devices) return NVML_ERROR_INVALID_ARGUMENT;
     *device = (nvmlDevice_t)&devices[index];

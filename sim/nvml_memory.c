@@ -27,7 +27,7 @@ NVML_API nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *memory
     struct sim_memory now;
     nvmlReturn_t result = ask_memory(device, memory, &now);
     if (result) return result;
-    if (memory->version != nvmlMemory_v2) return NVML_ERROR_ARGUMENT_VERSION_MISMATCH;
+    if (memory->version != nvmlMemory_v2) return NVML_ERROR_FUNCTION_NOT_FOUND;
     memory->total = now.total;
     memory->reserved = now.reserved;
     memory->used = now.used;
@@ -107,6 +107,7 @@ NVML_API nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t device, unsigned *
     return compute_processes(device, count, infos);
 }
 
+/* No graphics and no MPS here: empty lists, which is an answer. */
 static nvmlReturn_t no_processes(nvmlDevice_t handle, unsigned *count)
 {
     const struct sim_device *device;
@@ -129,26 +130,29 @@ NO_PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses, nvmlProcessInfo_v1_t)
 NO_PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses_v2, nvmlProcessInfo_v2_t)
 NO_PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses_v3, nvmlProcessInfo_t)
 
+#define SAMPLES 100 /* what the driver keeps, and so what it asks room for */
+
 NVML_API nvmlDeviceGetProcessUtilization(nvmlDevice_t device, nvmlProcessUtilizationSample_t *utilization,
                                          unsigned int *count, unsigned long long lastSeenTimeStamp)
 {
-    struct list list = {.n = 0};
+    struct list list;
     struct timespec now;
-    unsigned room = ~0u, busy = 0;
+    unsigned room = SIM_MAX_CLIENTS, busy = 0;
     (void)lastSeenTimeStamp;
     nvmlReturn_t result = count ? ask_processes(device, &room, &list, &list) : NVML_ERROR_INVALID_ARGUMENT;
     if (result) return result;
-    clock_gettime(CLOCK_REALTIME, &now);
-    for (unsigned i = 0; i < list.n; i++) {
-        if (!list.lines[i].busy_us) continue;
-        if (utilization && busy < *count)
-            utilization[busy] = (nvmlProcessUtilizationSample_t){
-                .pid = list.lines[i].pid,
-                .timeStamp = (unsigned long long)now.tv_sec * 1000000u + (unsigned long long)now.tv_nsec / 1000u,
-                .smUtil = list.lines[i].busy_us / 10000};
-        busy++;
+    if (!utilization) {
+        *count = SAMPLES;
+        return NVML_ERROR_INSUFFICIENT_SIZE;
     }
-    bool fits = utilization && busy <= *count;
+    clock_gettime(CLOCK_REALTIME, &now);
+    for (unsigned i = 0; i < list.n && busy < *count; i++) {
+        if (!list.lines[i].busy_us) continue;
+        utilization[busy++] = (nvmlProcessUtilizationSample_t){.pid = list.lines[i].pid,
+                                                               .timeStamp = (unsigned long long)now.tv_sec * 1000000u +
+                                                                            (unsigned long long)now.tv_nsec / 1000u,
+                                                               .smUtil = list.lines[i].busy_us / 10000};
+    }
     *count = busy;
-    return !busy ? NVML_ERROR_NOT_FOUND : fits ? NVML_SUCCESS : NVML_ERROR_INSUFFICIENT_SIZE;
+    return busy ? NVML_SUCCESS : NVML_ERROR_NOT_FOUND;
 }

@@ -57,6 +57,8 @@ static struct answer answer(struct client *client, const struct sim_request *req
     case SIM_DEVICE:
         payload.device = server.gpus[request->device].info;
         return (struct answer){.size = sizeof payload.device};
+    case SIM_ATTACH:
+        return (struct answer){.status = ledger_attach(client)};
     case SIM_TAKE:
         return (struct answer){.status = ledger_take(client, request)};
     case SIM_GIVE:

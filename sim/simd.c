@@ -52,6 +52,7 @@ static uint64_t parse_size(const char *text)
     return bytes >= MIN_MEMORY ? bytes : 0;
 }
 
+/* The only place where an environment counts, and it is the server's own: clients cannot choose anything. */
 static int make_devices(void)
 {
     const char *gpus = getenv("FGPU_SIM_GPUS"), *memory = getenv("FGPU_SIM_MEMORY"), *model = getenv("FGPU_SIM_MODEL");
@@ -84,6 +85,8 @@ static int listen_at(const char *socket_path)
     return sock;
 }
 
+/* -2: somebody else has it. The lock and not the socket says who serves here: a socket file outlives its server, a lock
+ * does not. */
 static int lock_directory(const char *dir)
 {
     char path[256];

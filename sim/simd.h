@@ -38,6 +38,7 @@ struct client {
     int pidfd;
     uint64_t free_at_ns; /* CLIENT_ENDED: when the driver is done cleaning up */
     struct identity who;
+    bool attached;
     bool own_user;                       /* may ask for the dump */
     struct holding own[SIM_MAX_DEVICES]; /* what belongs to no context */
     struct context *contexts;
@@ -48,6 +49,7 @@ struct client {
 struct gpu {
     struct sim_device info;
     uint64_t used;
+    uint64_t driver; /* of it, what is in no process's name */
 };
 
 struct server {
@@ -55,6 +57,7 @@ struct server {
     uint32_t n_gpus;
     struct client clients[SIM_MAX_CLIENTS];
     uint32_t n_ended;
+    uint32_t n_attached; /* clients that said cuInit */
     int epoll;
 };
 
@@ -70,6 +73,7 @@ int client_timeout_ms(void);            /* until the next one is due; -1: none *
 void client_drop(struct client *client, const char *why); /* it broke the protocol */
 
 /* ledger.c */
+enum sim_status ledger_attach(struct client *client);
 enum sim_status ledger_take(struct client *client, const struct sim_request *request);
 bool ledger_give(struct client *client, const struct sim_request *request);
 bool ledger_close(struct client *client, const struct sim_request *request);

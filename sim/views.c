@@ -13,6 +13,7 @@ pid_t view_pid(const struct client *of, const struct client *asker)
     return of->who.pid[level];
 }
 
+/* Managed memory holds no bytes of the device and so never shows. */
 static uint64_t physical(const struct client *client, uint32_t device)
 {
     uint64_t sum = 0;
@@ -56,6 +57,7 @@ static bool is_empty(const struct sim_record *record)
     return !record->contexts;
 }
 
+/* Devices first, so that they are there even where the processes do not all fit. */
 uint32_t view_dump(struct sim_record *out, uint32_t room)
 {
     uint32_t n = 0;
@@ -64,7 +66,8 @@ uint32_t view_dump(struct sim_record *out, uint32_t room)
         out[n++] = (struct sim_record){.device = device,
                                        .total = gpu->info.memory_total,
                                        .reserved = gpu->info.memory_reserved,
-                                       .used = gpu->used};
+                                       .used = gpu->used,
+                                       .driver = gpu->driver};
     }
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
         for (uint32_t device = 0; c->state != CLIENT_FREE && device < server.n_gpus; device++) {

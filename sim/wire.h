@@ -20,9 +20,14 @@
 #define SIM_NVML_VERSION "13.580.159.04"
 #define SIM_CUDA_VERSION 13000
 
+/* In an exported function that calls nothing, gcc leaves the frame pointer out whatever it is told; asking for the
+ * frame's address makes it begin with `push %rbp` like the others. */
+#define SIM_FRAME() __asm__ volatile("" ::"r"(__builtin_frame_address(0)))
+
 enum sim_op {
     SIM_HELLO,     /* reply.count = devices */
     SIM_DEVICE,    /* struct sim_device */
+    SIM_ATTACH,    /* cuInit */
     SIM_TAKE,      /* takes bytes of a kind; kind context: the server knows how many */
     SIM_GIVE,      /* gives them back */
     SIM_CLOSE,     /* ends a context with all that is in it */
@@ -82,6 +87,7 @@ struct sim_record {
     uint64_t total;
     uint64_t reserved;
     uint64_t used;
+    uint64_t driver; /* the part of used that is in no process's name */
     uint64_t bytes[SIM_KINDS];
     uint64_t requested[SIM_KINDS];
 };
@@ -106,6 +112,8 @@ struct sim_device {
     uint64_t memory_total;
     uint64_t memory_reserved;
     uint64_t context_bytes;
+    uint64_t context_overhead; /* what a context takes besides, in no process's name */
+    uint64_t overhead;         /* likewise, while any process is initialised */
     uint64_t bar1_bytes;
     int32_t attributes[SIM_ATTRIBUTES]; /* by CUdevice_attribute */
 };

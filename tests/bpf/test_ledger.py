@@ -313,6 +313,19 @@ def test_reset_ends_the_primary_context(level, client):
     assert level.used == 0
 
 
+def test_reset_leaves_the_references(level, client):
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("retain()")
+    client("primary_reset()")
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("retain()")
+    assert level.used == CONTEXT
+    client("primary_release()")
+    assert level.used == CONTEXT
+    client("primary_release()")
+    assert level.used == 0
+
+
 def test_a_refused_context(level, client):
     level.limit(100 * MIB)
     assert client(f"admit(0, kind={int(CONTEXT_KIND)})") == REFUSED

@@ -1,0 +1,38 @@
+"""How much the tests do: FGPU_TEST_SCALE is quick, ci (the default) or full."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+SCALES = ("quick", "ci", "full")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Names the marks, and refuses a scale that is none."""
+    config.addinivalue_line("markers", "slow: left out of `./dev test quick`")
+    config.addinivalue_line("markers", "places(*names): where an end-to-end test runs; everywhere without")
+    if os.environ.get("FGPU_TEST_SCALE", "ci") not in SCALES:
+        raise pytest.UsageError(f"FGPU_TEST_SCALE is none of {', '.join(SCALES)}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Quick leaves out what is marked slow, and says how many."""
+    if os.environ.get("FGPU_TEST_SCALE") != "quick":
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=slow)
+
+
+@pytest.fixture(scope="session")
+def scale() -> Callable[[int, int, int], int]:
+    """scale(quick, ci, full): the count for this run."""
+    which = SCALES.index(os.environ.get("FGPU_TEST_SCALE", "ci"))
+
+    def choose(*counts: int) -> int:
+        return counts[which]
+
+    return choose

@@ -1,0 +1,74 @@
+"""One simulated driver and one agent for the whole suite; every test leaves them as it found them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import harness
+import pytest
+
+PLACES = ["host", "runc", *(["crun"] if shutil.which("crun") else [])]
+
+
+@pytest.fixture(scope="session")
+def programs() -> None:
+    """Compiles the C programs beside this file."""
+    out = harness.BUILD / "e2e"
+    out.mkdir(parents=True, exist_ok=True)
+    for source in Path(__file__).parent.glob("*.c"):
+        flags = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", f"-I{harness.BUILD}/headers"]
+        made = out / f".{source.stem}"
+        subprocess.run(["gcc", *flags, "-o", made, source, "-ldl", "-pthread"], check=True, timeout=60)
+        made.rename(out / source.stem)
+
+
+@pytest.fixture(scope="session")
+def service(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
+    """The simulated driver (16 GiB, one device) and the agent."""
+    service = harness.Service(tmp_path_factory.mktemp("service"))
+    try:
+        service.start_driver()
+        service.start_agent()
+        yield service
+    finally:
+        service.stop()
+
+
+@pytest.fixture
+def unharmed(service: harness.Service) -> Iterator[None]:
+    """After the test: agent and gatekeeper stand, no process is left in the ledger or the driver."""
+    yield
+    service.check()
+    assert service.gatekeepers(), "no gatekeeper"
+    harness.eventually(lambda: not harness.driver_books(), 5, "an empty driver")
+
+    def none_left() -> bool:
+        return not any(t["processes"] for t in harness.ask(verb="snapshot")["tenants"])
+
+    harness.eventually(none_left, 3, "an empty ledger")
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, unharmed: None, tmp_path: Path) -> Iterator[harness.Place]:
+    """Where tenants live; which one is the test's parameter."""
+    place = harness.place_of(request.param, tmp_path)
+    yield place
+    place.close()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test with a `place` runs in each of them, or in those that its mark `places` names."""
+    if "place" not in metafunc.fixturenames:
+        return
+    mark = metafunc.definition.get_closest_marker("places")
+    wanted = [p for p in (mark.args if mark else PLACES) if p not in ("crun",) or p in PLACES]
+    metafunc.parametrize("place", wanted, indirect=True)
+
+
+@pytest.fixture
+def tenant(place: harness.Place) -> Callable[[int], harness.Tenant]:
+    """Makes tenants in the place of the test."""
+    return place.tenant

@@ -1,0 +1,561 @@
+"""The end-to-end tests' hands: what a user has, and nothing else.
+
+Owns the service under test and the tenants that a test asks for: commands, the control socket, the metrics page, a
+container runtime, and a small CUDA program that does what it is told. Imports nothing of fgpu.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+SIM = BUILD / "sim"
+SHIM = BUILD / "shim/libfgpu.so"
+FGPU = ROOT / ".venv/bin/fgpu"
+RUN_DIR = Path("/run/fgpu")
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+CONTEXT = 518 * MIB  # what a context takes of the simulated device
+REFUSED = "CUDA_ERROR_OUT_OF_MEMORY"
+ENVIRONMENT = {
+    "PATH": f"{SIM}:{FGPU.parent}:/usr/sbin:/usr/bin:/sbin:/bin",
+    "LD_LIBRARY_PATH": str(SIM / "lib"),
+    "HOME": "/root",
+}
+# Starts a program for every line "NAME COMMAND", its stdin and stdout being the pipes NAME.in and NAME.out.
+HUB = 'while read -r name command; do (exec $command <"$name.in" >"$name.out" 2>"$name.err") & done; wait'
+T = TypeVar("T")
+
+
+class Timeout(AssertionError):
+    """What was waited for did not come."""
+
+
+def eventually(look: Callable[[], T], seconds: float = 5.0, what: str = "") -> T:
+    """Looks until the answer is truthy, and returns it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = look()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise Timeout(f"not within {seconds} s: {what or look}: {found!r}")
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens at."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+LISTEN = f"127.0.0.1:{free_port()}"
+METRICS = f"http://{LISTEN}/metrics"
+
+
+def cgroup_root() -> Path:
+    """Where cgroup v2 is mounted."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == "cgroup2":
+            return Path(fields[1])
+    raise AssertionError("no cgroup v2 here")
+
+
+def fgpu(
+    *arguments: str | Path, check: bool = True, seconds: float = 30, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """The command `fgpu`, in the environment of a user of the simulated driver."""
+    more.setdefault("env", ENVIRONMENT)
+    done = subprocess.run([FGPU, *arguments], capture_output=True, text=True, timeout=30, check=False, env=ENVIRONMENT)
+    assert not check or done.returncode == 0, f"fgpu {arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done
+
+
+def ask(**request: Any) -> Any:
+    """One request on the control socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(10)
+        sock.connect(str(RUN_DIR / "control.sock"))
+        sock.sendall(json.dumps(request).encode() + b"\n")
+        answer = json.loads(b"".join(iter(lambda: sock.recv(1 << 16), b"")))
+    assert "ok" in answer, answer
+    return answer["ok"]
+
+
+def metrics() -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """The metrics page: (name, labels) -> value."""
+    with urllib.request.urlopen(METRICS, timeout=5) as page:
+        text = page.read().decode()
+    found = {}
+    for name, labels, value in re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.MULTILINE):
+        found[name, frozenset(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', labels))] = float(value)
+    return found
+
+
+def driver_books() -> list[dict[str, Any]]:
+    """What the driver itself holds: one entry a process and device."""
+    done = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, text=True, check=True, timeout=10)
+    return json.loads(done.stdout)["processes"]
+
+
+# -- the service
+
+
+class Service:
+    """The simulated driver and the agent, started once and restarted at will."""
+
+    def __init__(self, work: Path) -> None:
+        self.log = work / "agent.log"
+        self._driver_log = work / "driver.log"
+        self._driver: subprocess.Popen[bytes] | None = None
+        self.agent: subprocess.Popen[bytes] | None = None
+
+    def start_driver(self, memory: str = "16GiB") -> None:
+        """fgpu-simd with one device; returns when it is ready."""
+        assert not self.gatekeepers(), "fgpu runs on this host already"
+        running = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, check=False, timeout=10)
+        assert running.returncode, "a simulated driver runs on this host already"
+        with open(self._driver_log, "wb") as log:
+            self._driver = subprocess.Popen(
+                [SIM / "fgpu-simd"], stdout=log, stderr=log, env={"FGPU_SIM_MEMORY": memory, "FGPU_SIM_GPUS": "1"}
+            )
+        eventually(lambda: b"ready" in self._driver_log.read_bytes(), 5, "the simulated driver")
+
+    def start_agent(self) -> float:
+        """`fgpu agent`; returns when limits are in force, with the seconds that it took."""
+        begun = time.monotonic()
+        said = self.log.stat().st_size if self.log.exists() else 0
+        with open(self.log, "ab") as log:
+            command = [FGPU, "agent", "--driver-root", SIM, "--shim", SHIM, "--listen", LISTEN]
+            self.agent = subprocess.Popen(command, stdout=log, stderr=log, env={"PATH": ENVIRONMENT["PATH"]})
+
+        def enforcing() -> bool:
+            text = self.log.read_bytes()[said:]
+            assert self.agent is not None
+            assert self.agent.poll() is None, f"the agent ended: {text.decode()}"
+            return b"enforcing" in text
+
+        eventually(enforcing, 20, "the agent")
+        return time.monotonic() - begun
+
+    def gatekeepers(self) -> set[int]:
+        """Pids of every gatekeeper that sees our /run, whoever started it."""
+        found = set()
+        here = os.readlink("/proc/self/ns/mnt")
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = entry.read_bytes().split(b"\0")
+                ours = os.readlink(entry.with_name("ns") / "mnt") == here
+                if ours and b"fgpu_ebpf.gatekeeper" in words and str(RUN_DIR).encode() in words:
+                    found.add(int(entry.parent.name))
+        return found
+
+    def kill_agent(self) -> None:
+        """kill -9."""
+        assert self.agent is not None
+        self.agent.kill()
+        self.agent.wait(5)
+
+    def kill_gatekeeper(self) -> None:
+        """kill -9."""
+        pids = self.gatekeepers()
+        assert pids, "no gatekeeper to kill"
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not pids & self.gatekeepers(), 5, "the gatekeeper's end")
+
+    def check(self) -> None:
+        """Nothing has fallen over."""
+        assert self.agent is not None
+        assert self.agent.poll() is None, "the agent ended"
+        log = self.log.read_text()
+        assert "Traceback" not in log, log
+
+    def stop(self) -> None:
+        """Detaches, and ends what was started here."""
+        if self.agent:
+            if self.agent.poll() is not None:
+                self.start_agent()
+            fgpu("detach")
+            self.agent.wait(10)
+            for pid in self.gatekeepers():
+                os.kill(pid, signal.SIGKILL)
+        if self._driver:
+            self._driver.terminate()
+            self._driver.wait(10)
+
+
+# -- programs in a tenant
+
+
+class Program:
+    """A program in a tenant, at the other end of two named pipes."""
+
+    def __init__(self, tenant: Tenant, name: str, command: str) -> None:
+        self.tenant = tenant
+        self._left = b""
+        ends = [tenant.folder / f"{name}.in", tenant.folder / f"{name}.out"]
+        for end in ends:
+            os.mkfifo(end, 0o666)
+        self._out = os.open(ends[1], os.O_RDONLY | os.O_NONBLOCK)
+        tenant.tell(f"{name} {command}")
+        self._in = eventually(lambda: _open_writer(ends[0]), 10, f"{command} in {tenant.name}")
+
+    def send(self, line: str) -> None:
+        """One line to its stdin."""
+        os.write(self._in, line.encode() + b"\n")
+
+    def receive(self, seconds: float = 20) -> str:
+        """One line of its stdout."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._left:
+            if not self._more(deadline - time.monotonic()):
+                raise AssertionError(f"it ended, or said nothing within {seconds} s: {self._left!r}")
+        line, self._left = self._left.split(b"\n", 1)
+        return line.decode()
+
+    def _more(self, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(self._out, select.POLLIN)
+        if seconds <= 0 or not poll.poll(int(seconds * 1000) + 1):
+            return False
+        data = os.read(self._out, 1 << 16)
+        self._left += data
+        return bool(data)
+
+    def rest(self, seconds: float = 20) -> str:
+        """Everything it says until it ends; its stdin is closed."""
+        os.close(self._in)
+        self._in = -1
+        deadline = time.monotonic() + seconds
+        while self._more(deadline - time.monotonic()):
+            pass
+        assert time.monotonic() < deadline, f"it did not end within {seconds} s: {self._left!r}"
+        return self._left.decode()
+
+    def close(self) -> None:
+        """Lets go of both pipes; a program that reads stdin ends."""
+        for end in (self._in, self._out):
+            if end >= 0:
+                os.close(end)
+        self._in = self._out = -1
+
+
+def _open_writer(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK) or None
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
+
+
+class Client(Program):
+    """tests/e2e/client.c: commands with numbers, answered by "ok …" or the name of the driver's error."""
+
+    def __init__(self, tenant: Tenant, name: str, via: str = "") -> None:
+        super().__init__(tenant, name, f"{BUILD}/e2e/client {via}".strip())
+        self._hello()
+
+    def _hello(self) -> None:
+        said = self.receive(30)
+        assert said.startswith("ready "), said
+        self.inner_pid = int(said.split()[1])
+        self.pid = eventually(lambda: self.tenant.host_pid(self.inner_pid), 5, "the client's pid")
+
+    def do(self, command: str, seconds: float = 60) -> str:
+        """One command, its answer."""
+        self.send(command)
+        return self.receive(seconds)
+
+    def ok(self, command: str, seconds: float = 60) -> list[int]:
+        """One command that must succeed, the numbers of its answer."""
+        return self.numbers(self.do(command, seconds), command)
+
+    @staticmethod
+    def numbers(said: str, command: str = "") -> list[int]:
+        """The numbers of an answer that must be ok."""
+        assert said.split()[0] == "ok", f"{command}: {said}"
+        return [int(n) for n in said.split()[1:]]
+
+    def execute_again(self) -> None:
+        """exec of the same program: another life, the same pipes."""
+        self.send("exec")
+        self._hello()
+
+    def kill(self) -> None:
+        """kill -9."""
+        os.kill(self.pid, signal.SIGKILL)
+
+
+# -- tenants
+
+
+class Tenant:
+    """A cgroup with a limit, and a hub in it that starts programs."""
+
+    def __init__(self, place: Place, name: str, path: str, folder: Path, hub: subprocess.Popen[bytes]) -> None:
+        self.place, self.name, self.path, self.folder, self.hub = place, name, path, folder, hub
+        self.cgroup = cgroup_root() / path.lstrip("/")
+        self._programs: list[Program] = []
+        self._number = itertools.count(1)
+
+    def tell(self, line: str) -> None:
+        """One line to the hub."""
+        assert self.hub.stdin is not None
+        self.hub.stdin.write(line.encode() + b"\n")
+        self.hub.stdin.flush()
+
+    def client(self, via: str = "") -> Client:
+        """Another CUDA program in this tenant."""
+        client = Client(self, f"c{next(self._number)}", via)
+        self._programs.append(client)
+        return client
+
+    def run(self, command: str, seconds: float = 20) -> str:
+        """Any program in this tenant: what it printed."""
+        program = Program(self, f"p{next(self._number)}", command)
+        self._programs.append(program)
+        return program.rest(seconds)
+
+    def pids(self) -> list[int]:
+        """Host pids of everything in the cgroup."""
+        try:
+            return [int(pid) for pid in (self.cgroup / "cgroup.procs").read_text().split()]
+        except OSError:
+            return []
+
+    def host_pid(self, inner: int) -> int | None:
+        """The host's pid of a process that calls itself `inner`."""
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/status").read_text()
+                if int(re.findall(r"^NSpid:.*?(\d+)$", status, re.MULTILINE)[0]) == inner:
+                    return pid
+        return None
+
+    def view(self) -> dict[str, Any]:
+        """This tenant in the Snapshot of this moment."""
+        return next(t for t in ask(verb="snapshot")["tenants"] if t["path"] == self.path)
+
+    def memory(self) -> dict[str, Any]:
+        """Limit, used, peak, refused and so on, of device 0."""
+        return self.view()["devices"][0]
+
+    def driver(self, kinds: tuple[str, ...] = ("context", "block", "vmm", "managed", "pool", "module")) -> int:
+        """Bytes that the driver itself holds for this tenant's processes."""
+        pids = set(self.pids())
+        return sum(p[f"{kind}_bytes"] for p in driver_books() if p["pid"] in pids for kind in kinds)
+
+    def assert_enforced(self) -> None:
+        """The metrics page says that the kernel holds this tenant's limit."""
+        key = "fgpu_tenant_enforcement", frozenset({("tenant", self.name), ("mode", "kernel")})
+        eventually(lambda: metrics().get(key) == 1, 3, f"enforcement of {self.name}")
+
+    @contextlib.contextmanager
+    def growing(self, bytes_: int | None = None) -> Iterator[None]:
+        """What is admitted, what is witnessed and what the driver holds grow by the same figure."""
+        self.assert_enforced()
+        before, held = self.memory(), self.driver(("block", "vmm", "managed"))
+        yield
+        after, holds = self.memory(), self.driver(("block", "vmm", "managed"))
+        grown = {
+            "admitted": after["admitted_bytes"] - before["admitted_bytes"],
+            "witnessed": after["witnessed_bytes"] - before["witnessed_bytes"],
+            "driver": holds - held,
+        }
+        assert len(set(grown.values())) == 1, grown
+        assert bytes_ is None or grown["driver"] == bytes_, (grown, bytes_)
+
+    def assert_exact(self, seconds: float = 3) -> int:
+        """The ledger and the driver agree to the byte; what they hold."""
+
+        def agree() -> bool:
+            seen = self.memory()
+            return seen["used_bytes"] == self.driver() and not seen["drift_bytes"]
+
+        eventually(agree, seconds, f"{self.name}: {self.memory()}, the driver {self.driver()}")
+        return int(self.memory()["used_bytes"])
+
+    def end(self) -> None:
+        """Ends every program, then the hub."""
+        for program in self._programs:
+            program.close()
+        assert self.hub.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.hub.stdin.close()
+        self.place.end(self)
+
+
+class Place:
+    """A way to be a tenant: `fgpu run` on the host, with or without a pid namespace."""
+
+    group = "/fgpu"
+    _numbers = itertools.count(1)
+
+    def __init__(self, work: Path, *options: str) -> None:
+        self.work, self._options = work, options
+        self.tenants: list[Tenant] = []
+
+    def tenant(self, memory: int | None) -> Tenant:
+        """A new tenant with that limit in force before its first program starts; None: a container without a limit."""
+        name = f"e2e-{os.getpid()}-{next(self._numbers)}"
+        folder = self.work / name
+        folder.mkdir()
+        tenant = self._make(name, folder, memory)
+        self.tenants.append(tenant)
+        return tenant
+
+    def _make(self, name: str, folder: Path, memory: int | None) -> Tenant:
+        command = [FGPU, "run", *self._options, "--name", name, "--memory", str(memory), "--", "sh", "-c", HUB]
+        hub = subprocess.Popen(command, stdin=subprocess.PIPE, env=ENVIRONMENT, cwd=folder)
+        return Tenant(self, name, f"/fgpu/{name}", folder, hub)
+
+    def end(self, tenant: Tenant) -> None:
+        """Waits for the hub; kills what does not end."""
+        try:
+            tenant.hub.wait(5)
+        except subprocess.TimeoutExpired:
+            for pid in tenant.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            tenant.hub.wait(5)
+        eventually(lambda: not tenant.pids(), 5, f"the end of {tenant.name}")
+        with contextlib.suppress(FileNotFoundError):
+            tenant.cgroup.rmdir()
+
+    def close(self) -> None:
+        """Ends every tenant."""
+        for tenant in self.tenants:
+            tenant.end()
+        self.tenants.clear()
+
+
+# A container runtime takes version 2 of cgroups where that is what it sees at /sys/fs/cgroup.
+PRIVATE_MOUNTS = """
+[ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 none /sys/fs/cgroup
+exec "$@"
+"""
+
+
+class Container(Place):
+    """A container of runc or crun: pid, mount and cgroup namespaces, the host's folders as its root."""
+
+    group = "/fgpu-e2e"
+
+    def __init__(self, work: Path, runtime: str) -> None:
+        super().__init__(work)
+        self._runtime = runtime
+        self._state = work / "state"
+        (work / "ld.so.preload").write_text(f"{SHIM}\n")
+
+    def _command(self, *words: str | Path) -> list[str | Path]:
+        return ["unshare", "-m", "sh", "-c", PRIVATE_MOUNTS, "sh", self._runtime, "--root", self._state, *words]
+
+    def _call(self, *words: str | Path, check: bool = True) -> None:
+        done = subprocess.run(self._command(*words), capture_output=True, text=True, timeout=30, check=False)
+        assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+
+    def _make(self, name: str, folder: Path, memory: int | None) -> Tenant:
+        bundle = self.work / f"{name}.bundle"
+        self._bundle(bundle, name, folder)
+        with open(self.work / f"{name}.log", "wb") as log:
+            create = self._command("create", "--bundle", bundle, name)
+            hub = subprocess.Popen(create, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        assert hub.wait(30) == 0, (self.work / f"{name}.log").read_text()
+        path = f"{self.group}/{name}"
+        if memory is not None:
+            fgpu("set", path, "--memory", str(memory))
+        self._call("start", name)
+        return Tenant(self, name, path, folder, hub)
+
+    def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
+        (bundle / "rootfs/etc").mkdir(parents=True)
+        shutil.copy("/etc/ld.so.cache", bundle / "rootfs/etc/ld.so.cache")
+        for link in ("bin", "sbin", "lib", "lib64"):
+            if Path("/", link).is_symlink():
+                (bundle / "rootfs" / link).symlink_to(os.readlink(Path("/", link)))
+        subprocess.run(["runc", "spec"], cwd=bundle, check=True, timeout=10)
+        spec = json.loads((bundle / "config.json").read_text())
+        spec["process"].update(
+            terminal=False, args=["sh", "-c", HUB], cwd=str(folder), env=[f"{k}={v}" for k, v in ENVIRONMENT.items()]
+        )
+        spec["linux"]["cgroupsPath"] = f"{self.group}/{name}"
+        if self._runtime == "crun":  # its device rules need CAP_SYS_RESOURCE, which a test machine may lack
+            del spec["linux"]["resources"]
+        spaces = spec["linux"]["namespaces"]
+        if {"type": "cgroup"} not in spaces:
+            spaces.append({"type": "cgroup"})
+        spec["mounts"] += [_bind("/usr"), *(_bind(f"/{d}") for d in ("bin", "sbin", "lib", "lib64") if _is_folder(d))]
+        spec["mounts"] += [_bind(BUILD), _bind("/run/fgpu-sim"), _bind(folder, read_only=False)]
+        # The three mounts that fgpu needs.
+        spec["mounts"] += [
+            _bind(SHIM),
+            _bind("/run/fgpu/shim"),
+            _bind(self.work / "ld.so.preload", "/etc/ld.so.preload"),
+        ]
+        (bundle / "config.json").write_text(json.dumps(spec))
+
+    def end(self, tenant: Tenant) -> None:
+        """Deletes the container."""
+        self._call("delete", "--force", tenant.name)
+        eventually(lambda: not tenant.pids(), 5, f"the end of {tenant.name}")
+
+    def close(self) -> None:
+        """Deletes every container, and the folder of their cgroups."""
+        super().close()
+        parent = cgroup_root() / self.group.lstrip("/")
+        with contextlib.suppress(FileNotFoundError):
+            for child in parent.iterdir():
+                if child.is_dir():
+                    child.rmdir()
+            parent.rmdir()
+
+
+def _is_folder(name: str) -> bool:
+    return Path("/", name).is_dir() and not Path("/", name).is_symlink()
+
+
+def _bind(source: str | Path, target: str | Path | None = None, read_only: bool = True) -> dict[str, Any]:
+    options = ["bind", "nosuid", "ro"] if read_only else ["bind", "nosuid"]
+    return {"source": str(source), "destination": str(target or source), "type": "bind", "options": options}
+
+
+@contextlib.contextmanager
+def group(place: Place, memory: int) -> Iterator[Callable[[], dict[str, Any]]]:
+    """A limit on the cgroup above all tenants of a place; yields a look at its memory."""
+    fgpu("set", place.group, "--memory", str(memory))
+    try:
+
+        def look() -> dict[str, Any]:
+            whole = next(t for t in ask(verb="snapshot")["tenants"] if t["path"] == place.group)
+            assert whole["kind"] == "group"
+            return whole["devices"][0]
+
+        yield look
+    finally:
+        fgpu("unset", place.group)
+
+
+def place_of(kind: str, work: Path) -> Place:
+    """host, pidns, runc, crun."""
+    if kind in ("runc", "crun"):
+        return Container(work, kind)
+    return Place(work, "--pidns") if kind == "pidns" else Place(work)

@@ -1,0 +1,183 @@
+"""The commands as documented: words, JSON, exit codes, metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+from harness import CONTEXT, ENVIRONMENT, FGPU, GIB, METRICS, MIB, ROOT, Service, eventually, fgpu, metrics
+
+FAMILIES = {
+    "fgpu_memory_limit_bytes": {"tenant", "gpu"},
+    "fgpu_memory_used_bytes": {"tenant", "gpu"},
+    "fgpu_memory_peak_bytes": {"tenant", "gpu"},
+    "fgpu_memory_refused_total": {"tenant", "gpu", "operation", "reason"},
+    "fgpu_memory_admitted_bytes_total": {"tenant", "gpu"},
+    "fgpu_memory_witnessed_bytes_total": {"tenant", "gpu"},
+    "fgpu_memory_drift_bytes": {"tenant", "gpu"},
+    "fgpu_processes": {"tenant"},
+    "fgpu_tenant_enforcement": {"tenant", "mode"},
+    "fgpu_device_memory_capacity_bytes": {"gpu"},
+    "fgpu_device_memory_used_bytes": {"gpu"},
+    "fgpu_device_memory_committed_bytes": {"gpu"},
+    "fgpu_device_memory_unmanaged_bytes": {"gpu"},
+}
+
+
+@pytest.mark.places("host")
+def test_metrics_tell_what_happened(tenant) -> None:
+    limit = CONTEXT + 40 * MIB
+    one = tenant(limit)
+    client = one.client()
+    client.ok("context")
+    with one.growing(40 * MIB):
+        client.ok(f"fill {2 * MIB} 0")
+    mine = {("tenant", one.name), ("gpu", "0")}
+
+    def values() -> dict[str, float]:
+        found = metrics()
+        return {name: value for (name, labels), value in found.items() if labels >= mine}
+
+    eventually(lambda: values().get("fgpu_memory_refused_total") == 1, 3, "the refusal")
+    assert values() == {
+        "fgpu_memory_limit_bytes": limit,
+        "fgpu_memory_used_bytes": limit,
+        "fgpu_memory_peak_bytes": limit,
+        "fgpu_memory_refused_total": 1,
+        "fgpu_memory_admitted_bytes_total": 40 * MIB,
+        "fgpu_memory_witnessed_bytes_total": 40 * MIB,
+        "fgpu_memory_drift_bytes": 0,
+    }
+    page = metrics()
+    assert page["fgpu_processes", frozenset({("tenant", one.name)})] == 1
+    for name, labels in FAMILIES.items():
+        found = [set(dict(have)) for family, have in page if family == name]
+        assert found, name
+        assert all(have == labels for have in found), (name, found)
+    uuids = [dict(have)["gpu_uuid"] for family, have in page if family == "fgpu_device_info"]
+    assert re.fullmatch(r"GPU-[0-9a-f-]{36}", uuids[0])
+
+
+@pytest.mark.places("host")
+def test_status_ps_and_metrics_show_the_same(tenant) -> None:
+    one = tenant(CONTEXT + 40 * MIB)
+    client = one.client()
+    with one.growing():
+        client.ok(f"alloc {20 * MIB}")
+    used = one.assert_exact()
+    status = json.loads(fgpu("status", "--json").stdout)
+    shown = next(t for t in status["tenants"] if t["tenant"] == one.name)
+    assert shown["kind"] == "tenant"
+    assert shown["enforcement"] == "kernel"
+    assert shown["path"] == one.path
+    assert shown["cgroup"] == one.cgroup.stat().st_ino
+    assert shown["processes"] == [{"pid": client.pid, "gpu": 0, "bytes": used}]
+    assert shown["devices"][0]["used_bytes"] == used
+    rows = json.loads(fgpu("ps", "--json").stdout)
+    assert [(r["pid"], r["tenant"], r["bytes"]) for r in rows if r["tenant"] == one.name] == [
+        (client.pid, one.name, used)
+    ]
+    table = fgpu("status").stdout
+    assert re.search(rf"^{one.name} .*538MiB", table, re.MULTILINE), table
+    assert str(client.pid) in fgpu("ps").stdout
+    device = status["devices"][0]
+    assert device["capacity_bytes"] == 16 * GIB
+    assert device["unmanaged_bytes"] == 0
+    assert f'tenant="{one.name}"' in fgpu("metrics").stdout
+
+
+def test_metrics_page_is_for_this_machine_alone(service: Service) -> None:
+    assert METRICS.startswith("http://127.0.0.1:")
+    with urllib.request.urlopen(METRICS, timeout=5) as page:
+        assert page.headers["Content-Type"].startswith("text/plain")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--version"], 0),
+        (["status"], 0),
+        (["nonsense"], 2),
+        (["set", "/no/such/cgroup", "--memory", "1GiB"], 4),
+        (["set", "pid/999999999", "--memory", "1GiB"], 4),
+        (["set", "/../etc", "--memory", "1GiB"], 4),
+        (["set", "no-such-tenant", "--memory", "1GiB"], 4),
+        (["unset", "/no/such/cgroup"], 4),
+        (["set", "/"], 2),
+        (["set", "/fgpu", "--memory", "8GB"], 2),
+        (["set", "/fgpu", "--memory", "-1"], 2),
+        (["set", "/fgpu", "--memory", "much"], 2),
+        (["set", "/fgpu", "--memory", str(2**64)], 2),
+        (["run", "--memory", "8GB", "--", "true"], 125),
+        (["run", "--memory", "1GiB", "--name", "../x", "--", "true"], 125),
+        (["run", "--memory", "1GiB", "--", "/no/such/program"], 127),
+        (["run", "--memory", "1GiB", "--", "/etc/passwd"], 126),
+        (["run", "--memory", "1GiB", "--", "true"], 0),
+        (["run", "--memory", "1GiB", "--", "false"], 1),
+    ],
+)
+def test_exit_codes(service: Service, words: list[str], code: int) -> None:
+    root = service and fgpu("run", "--memory", "1GiB", "--", "true")  # so that /fgpu is there
+    assert root.returncode == 0
+    done = fgpu(*words, check=False)
+    assert done.returncode == code, done
+    assert "Traceback" not in done.stderr
+    if code not in (0, 1):
+        assert done.stderr.strip(), "a failure says why"
+    if code in (4, 125, 126, 127):
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_decimal_unit_is_asked_about(service: Service) -> None:
+    assert "did you mean 8GiB?" in fgpu("set", "/", "--memory", "8GB", check=False).stderr
+
+
+def test_nobody_may_not_change_limits(service: Service) -> None:
+    """The control socket is root's, and that of a group which nobody is not in."""
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", ASK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert done.stdout.strip() == "refused", done
+
+
+ASK = """
+import socket
+with socket.socket(socket.AF_UNIX) as sock:
+    try:
+        sock.connect("/run/fgpu/control.sock")
+        print("connected")
+    except PermissionError:
+        print("refused")
+"""
+
+
+def test_root_of_another_user_namespace_may_not_write(service: Service) -> None:
+    words = ["unshare", "--user", "--map-root-user", str(FGPU), "run", "--memory", "1GiB", "--", "true"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False, env=ENVIRONMENT)
+    assert done.returncode == 125
+    assert "needs root on the host" in done.stderr
+
+
+@pytest.mark.slow
+def test_demo_holds(service: Service) -> None:
+    command = [sys.executable, ROOT / "examples/demo.py", "--sim", "--metrics", METRICS]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=90, check=False, env={**os.environ, **ENVIRONMENT}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^(?:alice|bob): .* held$", done.stdout, re.MULTILINE)) == 2, done.stdout
+    assert METRICS in done.stdout
+    assert "4096MiB" in done.stdout
+
+
+def test_help_lists_every_command() -> None:
+    said = subprocess.run([ROOT / "dev", "help"], capture_output=True, text=True, timeout=10, check=True).stdout
+    for verb in ("setup", "build", "demo", "sim", "test", "lint", "bench"):
+        assert re.search(rf"^  {verb}\b", said, re.MULTILINE), verb
+    wrong = subprocess.run([ROOT / "dev", "nonsense"], capture_output=True, text=True, timeout=10, check=False)
+    assert wrong.returncode
+    assert "no command nonsense" in wrong.stderr

@@ -1,0 +1,196 @@
+"""What is missing is said in one line with the mend, by `doctor` and by the agent, and never as a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from harness import ENVIRONMENT, FGPU, LISTEN, SHIM, SIM, Service, eventually, fgpu, free_port
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host with something wrong: how to get there, and what fgpu is told."""
+
+    before: tuple[str, ...] = ()
+    loader: str = "/usr/bin/python3 -I"
+    driver: Path = SIM
+
+    def call(self, work: Path, *words: str | Path) -> list[str]:
+        """A command line of fgpu on this host, with a run folder of its own."""
+        return [*self.before, str(FGPU), "--run-dir", str(work / "run"), *map(str, words)]
+
+    def options(self) -> list[str]:
+        """What doctor and agent are both told."""
+        return ["--driver-root", str(self.driver), "--loader", self.loader]
+
+    def doctor(self, work: Path) -> subprocess.CompletedProcess[str]:
+        """`fgpu doctor`."""
+        return run(self.call(work, "doctor", *self.options()))
+
+    def agent(self, work: Path) -> subprocess.CompletedProcess[str]:
+        """`fgpu agent`, which must give up."""
+        listen = f"127.0.0.1:{free_port()}"
+        return run(self.call(work, "agent", "--shim", SHIM, "--pins", pins(work), "--listen", listen, *self.options()))
+
+
+def pins(work: Path) -> Path:
+    """Where an agent of this test pins its maps."""
+    return Path("/sys/fs/bpf") / f"fgpu-{work.name}"
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """To its end, within 30 s."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=ENVIRONMENT, cwd="/")
+
+
+def in_private_mounts(script: str) -> tuple[str, ...]:
+    """Runs the script and then the command in a mount namespace of its own."""
+    return ("unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', "sh")
+
+
+def empty_environment(work: Path) -> Path:
+    """A virtual environment that sees nothing of the system's packages; its interpreter."""
+    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", work / "venv"], check=True, timeout=30)
+    return work / "venv/bin/python"
+
+
+def no_bcc(work: Path) -> Host:
+    return Host(loader=f"{empty_environment(work)} -I")
+
+
+def wrong_bcc(work: Path) -> Host:
+    """The project that PyPI has under this name: a lattice of crystallography."""
+    python = empty_environment(work)
+    package = next((work / "venv/lib").glob("python3*")) / "site-packages/bcc"
+    package.mkdir()
+    (package / "__init__.py").write_text('"""Body-centred cubic."""\n__version__ = "1.0"\n')
+    return Host(loader=f"{python} -I")
+
+
+def no_interpreter(work: Path) -> Host:
+    return Host(loader=f"{work}/no/such/python -I")
+
+
+def not_root(work: Path) -> Host:
+    return Host(before=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"))
+
+
+def no_driver(work: Path) -> Host:
+    (work / "empty").mkdir()
+    return Host(driver=work / "empty")
+
+
+def driver_without_a_function(work: Path) -> Host:
+    """NVML is whole, libcuda lacks cuMemCreate and everything else but one function."""
+    lib = work / "driver/lib"
+    lib.mkdir(parents=True)
+    (lib / "libnvidia-ml.so.1").symlink_to(SIM / "lib/libnvidia-ml.so.1")
+    source = work / "cuda.c"
+    source.write_text("int cuInit(unsigned flags) { return (int)flags; }\n")
+    flags = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run(["gcc", *flags, "-o", lib / "libcuda.so.1", source], check=True, timeout=30)
+    return Host(driver=work / "driver")
+
+
+def cgroup_v1_only(work: Path) -> Host:
+    return Host(
+        before=in_private_mounts(
+            "for m in $(awk '$3 == \"cgroup2\" { print $2 }' /proc/mounts); do umount -l $m || exit 99; done"
+        )
+    )
+
+
+def old_kernel(work: Path) -> Host:
+    return Host(before=("setarch", "--uname-2.6"))
+
+
+def no_uprobes(work: Path) -> Host:
+    return Host(before=in_private_mounts("mount -t tmpfs none /sys/bus/event_source/devices"))
+
+
+CASES = {
+    # what is wrong: (host, the check that fails, what its lines and the agent's line say)
+    "no-bcc": (no_bcc, "bcc", "apt-get install python3-bpfcc"),
+    "wrong-bcc": (wrong_bcc, "bcc", "pip uninstall bcc"),
+    "no-interpreter": (no_interpreter, "bcc", "--loader"),
+    "not-root": (not_root, "privilege", "sudo fgpu"),
+    "no-driver": (no_driver, "driver", "--driver-root"),
+    "driver-without-a-function": (driver_without_a_function, "driver", "cuMemCreate"),
+    "cgroup-v1-only": (cgroup_v1_only, "cgroup v2", "systemd.unified_cgroup_hierarchy=1"),
+    "old-kernel": (old_kernel, "kernel", "or later"),
+    "no-uprobes": (no_uprobes, "uprobes", "CONFIG_UPROBE_EVENTS"),
+}
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder that nobody may enter too."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_doctor_names_it_and_the_mend(service: Service, work: Path, case: str) -> None:
+    make, check, mend = CASES[case]
+    done = make(work).doctor(work)
+    assert done.returncode == 1, done
+    assert "Traceback" not in done.stdout + done.stderr, done
+    lines = done.stdout.splitlines()
+    failed = [i for i, line in enumerate(lines) if line.startswith(f"FAIL  {check}: ")]
+    assert len(failed) == 1, done
+    assert lines[failed[0] + 1].startswith("      mend: "), done
+    assert mend in "\n".join(lines[failed[0] : failed[0] + 2]), done
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_agent_says_it_in_one_line(service: Service, work: Path, case: str) -> None:
+    make, _, mend = CASES[case]
+    done = make(work).agent(work)
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("fgpu: ")
+    assert mend in lines[0], done.stderr
+
+
+def test_doctor_finds_nothing_wrong_here(service: Service) -> None:
+    done = fgpu("doctor", "--driver-root", SIM)
+    assert all(line.startswith("ok ") for line in done.stdout.splitlines()), done.stdout
+    assert len(done.stdout.splitlines()) >= 5
+
+
+def test_second_agent_is_turned_away(service: Service) -> None:
+    done = fgpu("agent", "--driver-root", SIM, "--shim", SHIM, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "fgpu: an agent is running on this host already"
+
+
+def test_taken_address_is_named(service: Service, work: Path) -> None:
+    command = Host().call(work, "agent", "--shim", SHIM, "--pins", pins(work), "--listen", LISTEN, "--driver-root", SIM)
+    done = run([*in_private_mounts("mount -t bpf bpf /sys/fs/bpf"), *command])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"cannot listen at {LISTEN}" in done.stderr.strip().splitlines()[-1]
+
+
+def test_bpffs_is_mounted_where_it_is_missing(service: Service, work: Path) -> None:
+    bare = in_private_mounts("while umount /sys/fs/bpf 2>/dev/null; do :; done")
+    done = Host(before=bare).doctor(work)
+    assert "FAIL  bpffs: " in done.stdout
+    assert "mount -t bpf bpf /sys/fs/bpf" in done.stdout
+    listen = f"127.0.0.1:{free_port()}"
+    command = Host(before=bare).call(work, "agent", "--shim", SHIM, "--listen", listen, "--driver-root", SIM)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(work / "log", "wb"))
+        agent = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, cwd="/")
+        stack.callback(agent.wait, 10)
+        stack.callback(agent.terminate)
+        eventually(lambda: b"enforcing" in (work / "log").read_bytes() or agent.poll() is not None, 20, "the agent")
+        assert agent.poll() is None, (work / "log").read_text()
+    assert "Traceback" not in (work / "log").read_text()

@@ -1,0 +1,183 @@
+"""However a process ends, what it held is back within a second, and the ledger forgets it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from harness import (
+    CONTEXT,
+    ENVIRONMENT,
+    FGPU,
+    GIB,
+    MIB,
+    REFUSED,
+    Client,
+    Tenant,
+    driver_books,
+    eventually,
+    fgpu,
+)
+
+HELD = 4 * MIB
+
+
+def ledger_pids() -> set[int]:
+    """Whom `fgpu ps` shows."""
+    return {row["pid"] for row in json.loads(fgpu("ps", "--json").stdout)}
+
+
+def bystander(one: Tenant) -> Client:
+    """A client with a context, which sees the tenant's free memory at once."""
+    client = one.client()
+    client.ok("context")
+    return client
+
+
+def released_in(bystander: Client, free: int) -> float:
+    """Seconds until that much is free again."""
+    begun = time.monotonic()
+    eventually(lambda: bystander.ok("info")[0] == free, 5, f"{free} bytes free")
+    return time.monotonic() - begun
+
+
+def breed(one: Tenant, count: int) -> tuple[Client, list[int]]:
+    """Children that hold memory, the first thread gone in every other one; their parent and their pids."""
+    parent = one.client()
+    before = set(one.pids())
+    parent.send(f"brood {count} {HELD}")
+    assert parent.numbers(parent.receive(60), "brood") == [count]
+    return parent, [pid for pid in one.pids() if pid not in before]
+
+
+def kill_all(pids: list[int]) -> None:
+    """kill -9, all at once."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.places("host", "runc")
+def test_killed_processes_release_within_a_second(tenant, scale) -> None:
+    each, limit = 8, 16 * GIB
+    tenants = [tenant(limit) for _ in range(3)]
+    watchers = [bystander(one) for one in tenants]
+    free = watchers[0].ok("info")[0]
+    killed: set[int] = set()
+    while len(killed) < scale(24, 200, 1000):
+        broods = [breed(one, each) for one in tenants]
+        pids = [pid for _, brood in broods for pid in brood]
+        assert len(pids) == 3 * each
+        for one in tenants:
+            assert one.assert_exact() == CONTEXT + each * (CONTEXT + HELD)
+        kill_all(pids)
+        assert max(released_in(watcher, free) for watcher in watchers) < 1
+        for parent, _ in broods:
+            assert parent.ok("reap") == [each]
+        killed |= set(pids)
+    assert not killed & ledger_pids()
+    for one in tenants:
+        assert one.assert_exact() == CONTEXT
+        assert {p["pid"] for p in one.view()["processes"]} & killed == set()
+
+
+@pytest.mark.places("host", "runc")
+def test_unreaped_processes_hold_nothing(tenant) -> None:
+    one = tenant(8 * GIB)
+    watcher = bystander(one)
+    free = watcher.ok("info")[0]
+    parent, pids = breed(one, 8)
+    kill_all(pids)
+    assert released_in(watcher, free) < 1  # their parent has not asked for them yet
+    assert not set(pids) & ledger_pids()
+    assert parent.ok("reap") == [8]
+    assert one.assert_exact() == CONTEXT
+
+
+@pytest.mark.places("runc")
+def test_killed_container_leaves_nothing(tenant) -> None:
+    one, other = tenant(8 * GIB), tenant(2 * GIB)
+    watcher = bystander(other)
+    breed(one, 8)
+    one.client().ok(f"alloc {100 * MIB}")
+    one.assert_exact()
+    everything = one.pids()
+    init = min(everything)
+    os.kill(init, signal.SIGKILL)
+    begun = time.monotonic()
+    eventually(lambda: not set(everything) & {p["pid"] for p in driver_books()}, 1, "an empty driver")
+    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "an empty ledger")
+    assert time.monotonic() - begun < 1
+    assert not set(everything) & ledger_pids()
+    watcher.ok(f"alloc {100 * MIB}")
+
+
+@pytest.mark.places("host", "runc")
+def test_exec_releases(tenant) -> None:
+    one = tenant(CONTEXT + 80 * MIB)
+    client = one.client()
+    client.ok("context")
+    with one.growing(80 * MIB):
+        client.ok(f"alloc {80 * MIB}")
+    pid = client.pid
+    client.execute_again()
+    assert client.pid == pid
+    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "nothing held after exec")
+    eventually(lambda: client.do("context") == "ok", 1, "a context after the driver has let go")
+    assert one.assert_exact(1) == CONTEXT  # the driver takes a moment, and is believed meanwhile
+    with one.growing(80 * MIB):
+        client.ok(f"fill {2 * MIB} 0")
+    one.assert_exact()
+
+
+@pytest.mark.places("host", "runc")
+def test_fork_changes_nothing_of_the_parent(tenant) -> None:
+    one = tenant(CONTEXT + 80 * MIB)
+    client = one.client()
+    client.ok("context")
+    with one.growing(40 * MIB):
+        client.ok(f"alloc {40 * MIB}")
+    for _ in range(20):
+        client.ok("fork")
+    assert one.assert_exact() == CONTEXT + 40 * MIB
+    with one.growing(40 * MIB):
+        client.ok(f"alloc {40 * MIB}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+
+
+@pytest.mark.places("host", "runc")
+def test_first_thread_may_leave(tenant) -> None:
+    one = tenant(CONTEXT + 80 * MIB)
+    client = one.client()
+    client.ok("context")
+    with one.growing(20 * MIB):
+        client.ok(f"alloc {20 * MIB}")
+    client.ok("thread")  # answered by another thread: the first one has ended
+    assert one.assert_exact() == CONTEXT + 20 * MIB
+    with one.growing(60 * MIB):
+        client.ok(f"fill {2 * MIB} 0")
+    client.kill()
+    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "released")
+
+
+def test_run_passes_the_exit_code_on(unharmed) -> None:
+    for options in ([], ["--pidns"]):
+        for script, code in (("exit 0", 0), ("exit 7", 7), ("exit 255", 255)):
+            assert fgpu("run", *options, "--memory", "1GiB", "--", "sh", "-c", script, check=False).returncode == code
+
+
+def test_run_ends_with_its_program(unharmed, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    command = f"trap 'echo term >{told}; exit 3' TERM; echo up >{told}; while :; do sleep 0.05; done"
+    with contextlib.ExitStack() as stack:
+        run = subprocess.Popen([FGPU, "run", "--pidns", "--memory", "1GiB", "--", "sh", "-c", command], env=ENVIRONMENT)
+        stack.callback(run.kill)
+        eventually(lambda: told.exists() and "up" in told.read_text(), 10, "the program")
+        run.terminate()
+        assert run.wait(5) == 3
+    assert told.read_text() == "term\n"

@@ -1,0 +1,117 @@
+"""Whatever is sent to the shim's socket, only its sender suffers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import struct
+from pathlib import Path
+
+import pytest
+from harness import CONTEXT, MIB, Service, ask, eventually
+
+SOCKET = "/run/fgpu/shim/shim.sock"
+MAGIC, SIZE = 0x75706766, 64
+GOOD = struct.pack("<IHH", MAGIC, 1, SIZE).ljust(SIZE, b"\0")
+BAD = [
+    b"",
+    b"\0",
+    GOOD[:-1],
+    GOOD + b"\0",
+    GOOD * 1000,
+    bytes(SIZE),
+    b"\xff" * SIZE,
+    struct.pack("<IHH", MAGIC, 99, SIZE).ljust(SIZE, b"\0"),
+    struct.pack("<IHH", MAGIC, 1, SIZE - 1).ljust(SIZE, b"\0"),
+    struct.pack("<IHH", MAGIC ^ 1, 1, SIZE).ljust(SIZE, b"\0"),
+]
+
+
+def speak(message: bytes, seconds: float = 5) -> bytes:
+    """Sends one message; what comes back before the peer hangs up."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(seconds)
+        sock.connect(SOCKET)
+        with contextlib.suppress(BrokenPipeError):
+            sock.send(message)
+        with contextlib.suppress(ConnectionResetError):
+            return sock.recv(4096)
+    return b""
+
+
+def counted(name: str) -> int:
+    """What the gatekeeper has counted; it writes that down once a second."""
+    return int(ask(verb="snapshot")["gatekeeper"].get(name, 0))
+
+
+@pytest.mark.places("host")
+def test_malformed_message_drops_its_sender_alone(service: Service, tenant, scale) -> None:
+    one = tenant(CONTEXT + 40 * MIB)
+    client = one.client()
+    client.ok("context")
+    client.send(f"ask {2 * MIB} 0")
+    before, keepers = counted("malformed"), service.gatekeepers()
+    chance = random.Random(23)
+    messages = BAD + [chance.randbytes(chance.randrange(200)) for _ in range(scale(50, 500, 10_000))]
+    messages += [bytes(b ^ (chance.random() < 0.02) << chance.randrange(8) for b in GOOD[:8]) + GOOD[8:] for _ in BAD]
+    for message in messages:
+        if message[:8] != GOOD[:8] or len(message) != SIZE:
+            assert speak(message) == b"", message
+    eventually(lambda: counted("malformed") - before >= len(BAD) - 1, 3, "malformed messages counted")
+    client.send("context")
+    got, refused, other = client.numbers(client.receive())
+    assert got > 0
+    assert (refused, other) == (0, 0)
+    assert client.receive() == "ok"
+    assert service.gatekeepers() == keepers
+    with one.growing(20 * MIB):
+        client.ok(f"alloc {20 * MIB}")
+
+
+@pytest.mark.places("host")
+def test_descriptors_sent_along_are_not_kept(service: Service, tenant) -> None:
+    (keeper,) = service.gatekeepers()
+    before = len(os.listdir(f"/proc/{keeper}/fd"))
+    for _ in range(50):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(SOCKET)
+            socket.send_fds(sock, [bytes(SIZE)], [0, 1, 2])
+    eventually(lambda: len(os.listdir(f"/proc/{keeper}/fd")) <= before, 5, "descriptors given up")
+    with tenant(CONTEXT + 40 * MIB).growing():
+        pass
+
+
+@pytest.mark.places("host")
+def test_silent_peers_do_not_keep_others_waiting(service: Service, tenant) -> None:
+    peers = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(200)]
+    try:
+        for peer in peers:
+            peer.settimeout(1)
+            with contextlib.suppress(OSError):
+                peer.connect(SOCKET)
+        one = tenant(CONTEXT + 40 * MIB)
+        client = one.client()
+        with one.growing(40 * MIB):
+            client.ok("context", 3)
+            client.ok(f"alloc {40 * MIB}")
+    finally:
+        for peer in peers:
+            peer.close()
+
+
+def test_stranger_learns_nothing(service: Service, tmp_path: Path) -> None:
+    """A process of no tenant gets an answer without a tenant's pages."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(5)
+        sock.connect(SOCKET)
+        sock.send(GOOD)
+        answer, fds, _, _ = socket.recv_fds(sock, 4096, 16)
+    for fd in fds:
+        os.close(fd)
+    magic, _, size, code, levels = struct.unpack_from("<IHHII", answer)
+    assert (magic, size, len(answer)) == (MAGIC, 128, 128)
+    assert code != 1  # managed
+    assert levels == 0
+    assert len(fds) <= 2

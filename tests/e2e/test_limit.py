@@ -1,0 +1,226 @@
+"""A limit holds to the byte, whatever asks, and the tenant sees its share."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from harness import CONTEXT, GIB, KIB, MIB, REFUSED, ask, eventually, fgpu, group
+
+PLAIN, VMM, MANAGED = 0, 1, 2
+ROOM = 82 * MIB
+
+
+@pytest.mark.parametrize(
+    ("step", "how", "takes", "odd"),
+    [
+        pytest.param(MIB, PLAIN, 2 * MIB, 0, id="1MiB"),  # two share a block of 2 MiB
+        pytest.param(2 * MIB, PLAIN, 2 * MIB, 0, id="2MiB"),
+        pytest.param(2 * MIB, PLAIN, 2 * MIB, 1, id="2MiB-and-a-byte-to-spare"),
+        pytest.param(2 * MIB, PLAIN, 2 * MIB, -1, id="2MiB-and-a-byte-too-few"),
+        pytest.param(3 * MIB, PLAIN, 4 * MIB, 0, id="3MiB"),
+        pytest.param(4 * KIB, PLAIN, 2 * MIB, 0, id="4KiB"),
+        pytest.param(2 * MIB, VMM, 2 * MIB, 0, id="vmm"),
+        pytest.param(2 * MIB, MANAGED, 2 * MIB, 0, id="managed"),
+    ],
+)
+def test_limit_to_the_byte(tenant, step: int, how: int, takes: int, odd: int) -> None:
+    limit = CONTEXT + ROOM + odd
+    fits = (ROOM + odd) // takes * takes
+    one = tenant(limit)
+    client = one.client()
+    client.ok("context")
+    with one.growing(fits):
+        client.ok(f"fill {step} {how}")
+    memory = one.memory()
+    assert memory["used_bytes"] == one.assert_exact() == CONTEXT + fits
+    assert memory["peak_bytes"] <= memory["limit_bytes"] == limit
+    assert memory["refused"] >= 1
+    assert client.do(f"alloc {takes}") == REFUSED
+
+
+@pytest.mark.parametrize("via", ["", "proc"], ids=["dlsym", "cuGetProcAddress"])
+def test_freed_memory_can_be_taken_again(tenant, via: str) -> None:
+    one = tenant(CONTEXT + ROOM)
+    client = one.client(via)
+    client.ok("context")
+    for _ in range(3):
+        with one.growing(ROOM):
+            (taken,) = client.ok(f"fill {2 * MIB} {PLAIN}")
+        client.ok(f"drop {taken}")
+        assert one.assert_exact() == CONTEXT
+    assert one.memory()["peak_bytes"] == CONTEXT + ROOM
+
+
+@pytest.mark.places("host", "runc")
+def test_mapping_keeps_the_memory_when_the_handle_goes(tenant) -> None:
+    one = tenant(CONTEXT + ROOM)
+    client = one.client()
+    client.ok("context")
+    with one.growing(60 * MIB):
+        (mapped,) = client.ok(f"vmm {40 * MIB}")  # its handle is released already
+        (handle,) = client.ok(f"create {20 * MIB}")
+    assert client.do(f"create {40 * MIB}") == REFUSED
+    client.ok(f"unmap {mapped} {40 * MIB}")
+    client.ok(f"release {handle}")
+    assert one.assert_exact() == CONTEXT
+    with one.growing(ROOM):
+        client.ok(f"create {ROOM}")
+
+
+@pytest.mark.places("host", "runc")
+def test_context_is_counted_and_given_back(tenant) -> None:
+    one = tenant(2 * CONTEXT - 1)
+    one.assert_enforced()
+    first, second = one.client(), one.client()
+    first.ok("context")
+    assert one.assert_exact() == CONTEXT
+    assert second.do("context") == REFUSED
+    assert one.assert_exact() == CONTEXT
+    first.ok("dropcontext")
+    second.ok("context")
+    assert one.assert_exact() == CONTEXT
+
+
+def test_tenant_sees_its_share(tenant) -> None:
+    limit = CONTEXT + 200 * MIB
+    one, other = tenant(limit), tenant(2 * GIB)
+    client, neighbour = one.client(), other.client()
+    assert client.ok("total") == [limit]
+    assert client.ok("info") == [200 * MIB, limit]
+    neighbour.ok(f"alloc {300 * MIB}")
+    with one.growing(52 * MIB):
+        client.ok(f"alloc {51 * MIB}")
+    assert client.ok("info") == [148 * MIB, limit]
+    assert neighbour.ok("info") == [2 * GIB - CONTEXT - 300 * MIB, 2 * GIB]
+
+
+def test_nvidia_smi_inside_shows_the_share_and_own_processes(tenant) -> None:
+    one, other = tenant(CONTEXT + 200 * MIB), tenant(2 * GIB)
+    client, neighbour = one.client(), other.client()
+    neighbour.ok(f"alloc {300 * MIB}")
+    with one.growing(100 * MIB):
+        client.ok(f"alloc {100 * MIB}")
+    one.assert_exact()
+    held, limit = (CONTEXT + 100 * MIB) // MIB, (CONTEXT + 200 * MIB) // MIB
+    eventually(lambda: str(held) in one.run("nvidia-smi --query-compute-apps=used_memory --format=csv"), 3)
+    table = one.run("nvidia-smi")
+    assert f"{held}MiB / {limit:6}MiB" in table
+    query = "nvidia-smi --query-compute-apps=pid,used_memory --format=csv,noheader,nounits"
+    assert one.run(query).split("\n")[:-1] == [f"{client.inner_pid}, {held}"]
+    assert one.run("nvidia-smi --query-gpu=memory.total,memory.used --format=csv,noheader,nounits").split() == [
+        f"{limit},",
+        str(held),
+    ]
+
+
+@pytest.mark.places("host", "runc")
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"alloc {2**64 - 1}",
+        f"alloc {2**63}",
+        f"alloc {2**64 - 2 * MIB + 1}",
+        f"vmm {2**64 - 2 * MIB}",
+        f"create {2**63}",
+        f"managed {2**64 - 1}",
+        f"pitch {2**63} 4",
+        f"pitch {2**33} {2**33}",
+        "alloc 0",
+    ],
+)
+def test_absurd_sizes_are_refused(tenant, command: str) -> None:
+    one = tenant(CONTEXT + ROOM)
+    client = one.client()
+    client.ok("context")
+    with one.growing(0):
+        assert client.do(command).startswith("CUDA_ERROR_")
+    assert one.assert_exact() == CONTEXT
+    with one.growing(ROOM):
+        client.ok(f"alloc {ROOM}")
+
+
+@pytest.mark.places("host", "runc")
+def test_full_tenant_leaves_its_neighbour_alone(tenant) -> None:
+    one, other = tenant(CONTEXT + ROOM), tenant(CONTEXT + ROOM)
+    greedy, neighbour = one.client(), other.client()
+    greedy.ok("context")
+    neighbour.ok("context")
+    with one.growing(ROOM):
+        greedy.ok(f"fill {2 * MIB} {PLAIN}")
+    with other.growing(ROOM):
+        neighbour.ok(f"alloc {ROOM}")
+    assert one.assert_exact() == other.assert_exact() == CONTEXT + ROOM
+    assert other.memory()["refused"] == 0
+
+
+@pytest.mark.places("host", "runc")
+def test_group_holds_what_its_tenants_hold_together(place, tenant) -> None:
+    one, other = tenant(2 * GIB), tenant(2 * GIB)
+    with group(place, 2 * CONTEXT + ROOM) as whole:
+        first, second = one.client(), other.client()
+        first.ok("context")
+        second.ok("context")
+        with one.growing(ROOM - 20 * MIB):
+            first.ok(f"alloc {ROOM - 20 * MIB}")
+        with other.growing(20 * MIB):
+            second.ok(f"fill {2 * MIB} {PLAIN}")
+        assert first.do(f"alloc {2 * MIB}") == REFUSED
+        assert first.ok("info") == [0, 2 * CONTEXT + ROOM]  # the smallest of both levels
+        assert one.assert_exact() + other.assert_exact() == whole()["used_bytes"] == 2 * CONTEXT + ROOM
+        assert whole()["refused"] == 2  # at the level that refused
+        assert one.memory()["refused"] == other.memory()["refused"] == 0
+        first.kill()
+        eventually(lambda: whole()["used_bytes"] == CONTEXT + 20 * MIB, 1)
+
+
+@pytest.mark.places("host", "runc")
+def test_limit_can_be_changed_while_a_program_runs(tenant) -> None:
+    one = tenant(CONTEXT + 20 * MIB)
+    client = one.client()
+    client.ok("context")
+    with one.growing(20 * MIB):
+        client.ok(f"fill {2 * MIB} {PLAIN}")
+    fgpu("set", one.path, "--memory", str(CONTEXT + 50 * MIB))
+    assert client.ok("info") == [30 * MIB, CONTEXT + 50 * MIB]
+    with one.growing(30 * MIB):
+        client.ok(f"fill {2 * MIB} {PLAIN}")
+    fgpu("set", one.path, "--memory", str(CONTEXT + 10 * MIB))  # below what it holds
+    free, total = client.ok("info")
+    assert (free, total) == (0, CONTEXT + 50 * MIB)  # max(limit, used)
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    client.ok("drop 21")
+    with one.growing(2 * MIB):
+        client.ok(f"alloc {2 * MIB}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+
+
+@pytest.mark.places("host", "runc")
+def test_unset_opens(tenant) -> None:
+    one = tenant(CONTEXT + 20 * MIB)
+    client = one.client()
+    client.ok("context")
+    assert client.do(f"alloc {GIB}") == REFUSED
+    fgpu("unset", one.path)
+    eventually(lambda: client.do(f"alloc {GIB}").startswith("ok"), 3, "memory without a limit")
+    assert client.ok("info")[1] > 15 * GIB
+    assert not any(t["path"] == one.path for t in ask(verb="snapshot")["tenants"])
+
+
+@pytest.mark.places("runc")
+def test_container_without_a_limit_is_left_alone(place, tenant) -> None:
+    one, free = tenant(CONTEXT + ROOM), place.tenant(None)
+    client, stranger = one.client(), free.client()
+    begun = time.monotonic()
+    stranger.ok("context")
+    stranger.ok(f"alloc {4 * GIB}")
+    assert time.monotonic() - begun < 1
+    assert stranger.ok("info")[1] > 15 * GIB
+    assert not any(t["path"] == free.path for t in ask(verb="snapshot")["tenants"])
+    eventually(lambda: ask(verb="snapshot")["devices"][0]["unmanaged_bytes"] == CONTEXT + 4 * GIB, 3)
+    with one.growing(ROOM):
+        client.ok(f"alloc {ROOM}")
+    assert stranger.do(f"alloc {16 * GIB}") == REFUSED  # the driver's own word
+    fgpu("set", free.path, "--memory", "1GiB")  # what it has is more than that
+    eventually(lambda: stranger.do(f"alloc {2 * MIB}") == REFUSED, 3, "the limit's first refusal")
+    assert free.assert_exact() == CONTEXT + 4 * GIB

@@ -1,0 +1,107 @@
+"""Neighbours that ask at the same moment: one of two wins the last bytes, and who fits is never refused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import CONTEXT, GIB, MIB, Client, Tenant, group
+
+PLACES = ("pidns", "runc")
+
+
+def prepare_track(folder: Path, *tenants: Tenant) -> None:
+    """One page that all racers map, under the name that each of them looks for."""
+    track = folder / "track"
+    track.write_bytes(bytes(4096))
+    for tenant in tenants:
+        (tenant.folder / "track").hardlink_to(track)
+
+
+def race(racers: list[Client], rounds: int) -> None:
+    """All ask for the last 2 MiB in every round; exactly one gets it."""
+    for racer in racers:
+        racer.send(f"race {2 * MIB} {len(racers)} {rounds}")
+    results = [racer.numbers(racer.receive(120), "race") for racer in racers]
+    assert [bad for _, bad in results] == [0] * len(racers)
+    assert sum(wins for wins, _ in results) == rounds
+
+
+@pytest.mark.places(*PLACES)
+def test_two_processes_race_for_the_last_bytes(tenant, tmp_path: Path, scale) -> None:
+    one = tenant(2 * CONTEXT + 100 * MIB)
+    prepare_track(tmp_path, one)
+    racers = [one.client(), one.client()]
+    for racer in racers:
+        racer.ok("context")
+    with one.growing(98 * MIB):
+        racers[0].ok(f"alloc {98 * MIB}")
+    rounds = scale(200, 1000, 10_000)
+    race(racers, rounds)
+    assert one.assert_exact() == 2 * CONTEXT + 98 * MIB
+    memory = one.memory()
+    assert memory["refused"] == rounds
+    assert memory["peak_bytes"] == memory["limit_bytes"]
+
+
+@pytest.mark.places(*PLACES)
+def test_two_tenants_race_for_the_last_bytes_of_their_group(place, tenant, tmp_path: Path, scale) -> None:
+    both = [tenant(2 * GIB), tenant(2 * GIB)]
+    prepare_track(tmp_path, *both)
+    with group(place, 2 * CONTEXT + 100 * MIB) as whole:
+        racers = [one.client() for one in both]
+        for racer in racers:
+            racer.ok("context")
+        with both[0].growing(98 * MIB):
+            racers[0].ok(f"alloc {98 * MIB}")
+        rounds = scale(200, 1000, 10_000)
+        race(racers, rounds)
+        assert sum(one.assert_exact() for one in both) == whole()["used_bytes"] == 2 * CONTEXT + 98 * MIB
+        assert whole()["refused"] == rounds
+        assert whole()["peak_bytes"] == whole()["limit_bytes"]
+
+
+@contextlib.contextmanager
+def hopeless(askers: list[Client]) -> Iterator[None]:
+    """Each asks for more than there is, without pause, and never gets it."""
+    for asker in askers:
+        asker.ok("context")
+    for asker in askers:
+        asker.send(f"ask {16 * GIB} 0")
+    yield
+    for asker in askers:
+        asker.send("context")
+    for asker in askers:
+        got, refused, other = asker.numbers(asker.receive(), "ask")
+        assert (got, other) == (0, 0)
+        assert refused > 0
+        assert asker.receive() == "ok"
+
+
+@pytest.mark.places(*PLACES)
+def test_who_fits_is_not_refused_beside_hopeless_askers(tenant, scale) -> None:
+    one = tenant(9 * CONTEXT + 2 * MIB)
+    fitting, *askers = [one.client() for _ in range(9)]
+    fitting.ok("context")
+    one.assert_enforced()
+    times = scale(5_000, 100_000, 1_000_000)
+    with hopeless(askers):
+        assert fitting.ok(f"ask {MIB} {times}", 900) == [times, 0, 0]
+    assert one.assert_exact() == 9 * CONTEXT
+    memory = one.memory()
+    assert memory["witnessed_bytes"] == memory["admitted_bytes"] == times * MIB
+
+
+@pytest.mark.places(*PLACES)
+def test_who_fits_is_not_refused_beside_hopeless_askers_of_its_group(place, tenant, scale) -> None:
+    one, other = tenant(2 * GIB), tenant(12 * GIB)
+    with group(place, 9 * CONTEXT + 2 * MIB) as whole:
+        fitting = one.client()
+        fitting.ok("context")
+        one.assert_enforced()
+        times = scale(5_000, 100_000, 1_000_000)
+        with hopeless([other.client() for _ in range(8)]):
+            assert fitting.ok(f"ask {MIB} {times}", 900) == [times, 0, 0]
+        assert one.assert_exact() + other.assert_exact() == whole()["used_bytes"] == 9 * CONTEXT

@@ -1,0 +1,167 @@
+"""Agent and gatekeeper die and come back: limits stand, no program notices, and the books stay exact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import CONTEXT, GIB, MIB, REFUSED, Client, Service, Tenant, eventually, fgpu
+
+ROOM = 40 * MIB
+
+
+@pytest.fixture
+def agent(service: Service, unharmed: None) -> Iterator[Service]:
+    """The service, put right again if a test leaves it dead."""
+    yield service
+    if service.agent is None or service.agent.poll() is not None:
+        service.start_agent()
+
+
+def load(one: Tenant) -> tuple[list[Client], Callable[[], None]]:
+    """A client that always fits and one that never does, both busy; what must be true of both when they stop."""
+    fits, hopeless = one.client(), one.client()
+    fits.ok("context")
+    hopeless.ok("context")
+    fits.send(f"ask {2 * MIB} 0")
+    hopeless.send(f"ask {GIB} 0")
+
+    def stop() -> None:
+        for client in (fits, hopeless):
+            client.send("context")
+        got, refused, other = fits.numbers(fits.receive(), "fits")
+        assert (refused, other) == (0, 0), "the one that fits noticed"
+        assert got > 0
+        got, refused, other = hopeless.numbers(hopeless.receive(), "hopeless")
+        assert (got, other) == (0, 0), "the hopeless one got memory"
+        assert refused > 0
+        assert fits.receive() == hopeless.receive() == "ok"
+
+    return [fits, hopeless], stop
+
+
+def restart(service: Service, number: int) -> None:
+    """Kills agent, gatekeeper or both, in turn, and has them again."""
+    if number % 3 == 0:
+        service.kill_gatekeeper()
+        eventually(service.gatekeepers, 3, "another gatekeeper")
+        return
+    service.kill_agent()
+    if number % 3 == 1:
+        service.kill_gatekeeper()
+    service.start_agent()
+
+
+@pytest.mark.places("host", "runc")
+def test_restarts_are_not_noticed(agent: Service, tenant, scale) -> None:
+    tenants = [tenant(2 * CONTEXT + ROOM) for _ in range(2)]
+    for one in tenants:
+        one.assert_enforced()
+    stops = [load(one)[1] for one in tenants]
+    for number in range(scale(3, 5, 20)):
+        restart(agent, number + 1)
+        for one in tenants:
+            one.assert_enforced()
+            memory = one.memory()
+            assert memory["used_bytes"] <= memory["peak_bytes"] <= memory["limit_bytes"] == 2 * CONTEXT + ROOM
+    for stop in stops:
+        stop()
+    for one in tenants:
+        assert one.assert_exact() == 2 * CONTEXT
+        memory = one.memory()
+        assert memory["admitted_bytes"] == memory["witnessed_bytes"]
+
+
+@pytest.mark.places("host", "runc")
+def test_limits_stand_while_nobody_is_there(agent: Service, tenant) -> None:
+    one = tenant(CONTEXT + ROOM)
+    client = one.client()
+    client.ok("context")
+    with one.growing(ROOM):
+        client.ok(f"fill {2 * MIB} 0")
+        client.do("info")
+    agent.kill_agent()
+    agent.kill_gatekeeper()
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert client.ok("info") == [0, CONTEXT + ROOM]
+    client.ok("drop 10")
+    client.ok(f"alloc {20 * MIB}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert one.driver() == CONTEXT + ROOM
+    agent.start_agent()
+    assert one.assert_exact() == CONTEXT + ROOM
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+
+
+@pytest.mark.places("host", "runc")
+def test_what_ends_while_nobody_is_there_is_forgotten(agent: Service, tenant) -> None:
+    one = tenant(2 * CONTEXT + ROOM)
+    stays, goes = one.client(), one.client()
+    stays.ok("context")
+    with one.growing(ROOM):
+        goes.ok(f"alloc {ROOM}")
+    agent.kill_agent()
+    agent.kill_gatekeeper()
+    goes.kill()
+    eventually(lambda: stays.ok("info")[0] == CONTEXT + ROOM, 1, "released by the kernel")
+    agent.start_agent()
+    assert one.assert_exact() == CONTEXT
+
+
+@pytest.mark.places("host", "runc")
+def test_process_started_without_a_gatekeeper_gets_no_memory(agent: Service, tenant) -> None:
+    one = tenant(CONTEXT + ROOM)
+    one.assert_enforced()
+    agent.kill_agent()
+    agent.kill_gatekeeper()
+    client = one.client()
+    assert client.do("context") == REFUSED
+    assert client.do(f"alloc {MIB}") == REFUSED
+    assert one.driver() == 0
+    agent.start_agent()
+    eventually(lambda: client.do("context") == "ok", 3, "memory once there is a gatekeeper")
+    with one.growing(ROOM):
+        client.ok(f"fill {2 * MIB} 0")
+    assert one.assert_exact() == CONTEXT + ROOM
+
+
+def test_agent_enforces_within_three_seconds(agent: Service) -> None:
+    seconds = []
+    for _ in range(3):
+        agent.kill_agent()
+        agent.kill_gatekeeper()
+        seconds.append(agent.start_agent())
+    assert min(seconds) < 3, seconds
+
+
+@pytest.mark.places("host")
+def test_gatekeeper_comes_back_within_a_second(agent: Service, tenant) -> None:
+    begun = time.monotonic()
+    agent.kill_gatekeeper()
+    eventually(agent.gatekeepers, 3, "another gatekeeper")
+    one = tenant(CONTEXT + ROOM)
+    with one.growing():
+        one.client().ok(f"alloc {ROOM}")
+    assert time.monotonic() - begun < 4
+
+
+@pytest.mark.places("host")
+def test_detach_leaves_nothing(agent: Service, tenant) -> None:
+    one = tenant(CONTEXT + ROOM)
+    client = one.client()
+    with one.growing():
+        client.ok(f"fill {2 * MIB} 0")
+    agent.kill_agent()  # so that its gatekeeper is not the next one's child
+    agent.start_agent()
+    assert agent.agent is not None
+    fgpu("detach")
+    assert agent.agent.wait(5) == 0
+    eventually(lambda: not agent.gatekeepers(), 2, "the gatekeeper's end")
+    assert not Path("/run/fgpu/shim").exists()
+    assert not list(Path("/sys/fs/bpf").glob("fgpu/*"))
+    assert fgpu("status", check=False).returncode == 3
+    eventually(lambda: client.do(f"alloc {GIB}").startswith("ok"), 3, "memory without fgpu")
+    one.end()
+    assert not one.cgroup.exists()

@@ -1,0 +1,175 @@
+"""A real ledger under pins of its own, cgroups of its own, and a real gatekeeper in a folder of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hello_client import until
+
+from fgpu_ebpf import procfs
+from fgpu_ebpf.ledger import Ledger
+
+ROOT = Path(__file__).parents[2]
+GIB = 1 << 30
+UUIDS = [bytes(range(start, start + 16)) for start in (0, 100)]
+numbers = itertools.count(1)
+
+
+class Keeper:
+    """A running gatekeeper."""
+
+    def __init__(self, pins: Path, run: Path | None = None, code: str | None = None, stderr: Any = None) -> None:
+        self.run = run or Path(tempfile.mkdtemp(prefix="gk-", dir="/tmp"))
+        self.run.chmod(0o755)
+        read, write = os.pipe()
+        what = ["-c", code] if code else ["-m", "fgpu_ebpf.gatekeeper"]
+        command = [sys.executable, *what, "--pins", pins, "--run-dir", self.run, "--ready-fd", str(write)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.log = self.run / "log"
+        with self.log.open("ab") as log:
+            err = stderr or log
+            self.process = subprocess.Popen(command, env=environment, pass_fds=[write], stderr=err, cwd="/")
+        os.close(write)
+        self.ready = os.read(read, 1) == b"1"
+        os.close(read)
+
+    def counts(self) -> dict[str, int]:
+        return dict(json.loads((self.run / "gatekeeper.json").read_text()))
+
+    def count(self, name: str) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return self.counts()[name]
+        return 0
+
+    def grows(self, name: str, by: int = 1) -> Callable[[], None]:
+        """Call it later: asserts that the count has grown by so many."""
+        before = self.count(name)
+        return lambda: until(lambda: self.count(name) >= before + by)
+
+    def resident_kib(self) -> int:
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def stop(self) -> int:
+        self.process.terminate()
+        code = self.process.wait(5)
+        shutil.rmtree(self.run, ignore_errors=True)
+        return code
+
+
+@pytest.fixture(scope="session")
+def pins() -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: BPF and cgroups")
+    base = Path(f"/sys/fs/bpf/fgpu-gatekeeper-test-{os.getpid()}")
+    loader = ["/usr/bin/python3", "-I", ROOT / "fgpu_ebpf" / "loader.py", ROOT / "bpf", base]
+    try:
+        subprocess.run(loader, check=True)
+        yield base
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ledger(pins: Path) -> Iterator[Ledger]:
+    ledger = Ledger(pins)
+    for index, uuid in enumerate(UUIDS):
+        ledger.set_device(index, uuid)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture(scope="session")
+def cgroup_base() -> Iterator[Path]:
+    root = procfs.cgroup2_root()
+    assert root is not None
+    base = root / f"fgpu-gatekeeper-test-{os.getpid()}"
+    base.mkdir()
+    yield base
+    for path in sorted(base.rglob("*"), key=lambda p: -len(p.parts)):
+        if path.is_dir():
+            until(lambda path=path: remove(path))
+    until(lambda: remove(base))
+
+
+def remove(path: Path) -> bool:
+    try:
+        path.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture
+def cgroup(cgroup_base: Path) -> Callable[..., Path]:
+    """Makes a new cgroup, below the tests' own or another."""
+
+    def make(parent: Path | None = None) -> Path:
+        path = (parent or cgroup_base) / f"c{next(numbers)}"
+        path.mkdir()
+        return path
+
+    return make
+
+
+@pytest.fixture
+def tenant(ledger: Ledger, cgroup: Callable[..., Path]) -> Callable[..., Path]:
+    """Makes a managed cgroup with 1 GiB of device 0."""
+
+    def make(parent: Path | None = None, limits: dict[int, int] | None = None) -> Path:
+        path = cgroup(parent)
+        ledger.set_limits(path.stat().st_ino, limits or {0: GIB})
+        ledger.resolve(path.stat().st_ino, managed=True)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def unmanaged(ledger: Ledger, cgroup: Callable[..., Path]) -> Path:
+    path = cgroup()
+    ledger.resolve(path.stat().st_ino, managed=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def keeper(pins: Path, ledger: Ledger) -> Iterator[Keeper]:
+    """A gatekeeper that the tests of one file share; at the end it must still stand and stop at once."""
+    keeper = Keeper(pins)
+    assert keeper.ready, keeper.log.read_text()
+    yield keeper
+    assert keeper.process.poll() is None, keeper.log.read_text()
+    log = keeper.log.read_text()
+    assert "Traceback" not in log, log
+    assert keeper.stop() == 0
+
+
+@pytest.fixture
+def start(pins: Path) -> Iterator[Callable[..., Keeper]]:
+    """Starts gatekeepers of one's own."""
+    started: list[Keeper] = []
+
+    def begin(**changes: Any) -> Keeper:
+        started.append(Keeper(**{"pins": pins, **changes}))
+        return started[-1]
+
+    yield begin
+    for keeper in started:
+        if keeper.process.poll() is None:
+            keeper.stop()
+        shutil.rmtree(keeper.run, ignore_errors=True)

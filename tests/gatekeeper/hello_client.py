@@ -1,0 +1,135 @@
+"""What a shim does to say hello, in Python; and children that do things inside a cgroup."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import pickle
+import signal
+import socket
+import struct
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fgpu_ebpf import pages
+
+
+def request(**changes: Any) -> bytes:
+    """A well-formed hello, with some fields changed."""
+    size = ctypes.sizeof(pages.Hello)
+    return bytes(pages.Hello(**{"magic": pages.MAGIC, "version": pages.LAYOUT, "size": size, **changes}))
+
+
+@dataclass
+class Reply:
+    """An answer and its descriptors: control, status, usage pages leaf first."""
+
+    answer: pages.Answer
+    fds: list[int]
+    maps: list[mmap.mmap] = field(default_factory=list)
+
+    def page(self, place: int, form: type[ctypes.Structure] = pages.ControlPage) -> Any:
+        """A live view of one page."""
+        memory = mmap.mmap(self.fds[place], pages.PAGE_BYTES, prot=mmap.PROT_READ)
+        self.maps.append(memory)
+        return Live(memory, form)
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+
+
+class Live:
+    """Fields of a page that can only be read, as they are at the time of asking."""
+
+    def __init__(self, memory: mmap.mmap, form: type[ctypes.Structure]) -> None:
+        self._memory, self._form = memory, form
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._form.from_buffer_copy(self._memory), name)
+
+
+def connect(run: Path, patience: float = 3.0) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    limit = struct.pack("qq", int(patience), int(patience % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)  # blocks, so that it queues behind a flood
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    sock.connect(str(run / "shim" / "shim.sock"))
+    return sock
+
+
+def hello(run: Path, payload: bytes | None = None) -> Reply | None:
+    """One hello; None: it was left unanswered."""
+    with connect(run) as sock:
+        sock.send(request() if payload is None else payload)
+        return receive(sock)
+
+
+def receive(sock: socket.socket) -> Reply | None:
+    try:
+        data, fds, flags, _ = socket.recv_fds(sock, 512, 16)
+    except ConnectionResetError:
+        return None
+    if not data:
+        return None
+    assert len(data) == ctypes.sizeof(pages.Answer)
+    assert not flags & socket.MSG_CTRUNC
+    return Reply(pages.Answer.from_buffer_copy(data), list(fds))
+
+
+class Child:
+    """A process in a cgroup that runs one function and hands back what it answers."""
+
+    def __init__(self, cgroup: Path, work: Callable[..., Any], *args: Any, uid: int = 0) -> None:
+        self._read, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._read)
+            self._live(cgroup, work, args, uid, write)
+        os.close(write)
+
+    @staticmethod
+    def _live(cgroup: Path, work: Callable[..., Any], args: Any, uid: int, write: int) -> None:
+        signal.alarm(25)
+        try:
+            (cgroup / "cgroup.procs").write_text("0")
+            if uid:
+                os.setgroups([])
+                os.setgid(uid)
+                os.setuid(uid)
+            said: Any = (True, work(*args))
+        except BaseException:  # all of it is the parent's to show
+            said = (False, traceback.format_exc())
+        with open(write, "wb") as pipe:
+            pickle.dump(said, pipe)
+        os._exit(0)
+
+    def result(self) -> Any:
+        with open(self._read, "rb") as pipe:
+            good, said = pickle.load(pipe)
+        os.waitpid(self.pid, 0)
+        assert good, said
+        return said
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self._read)
+
+
+def in_cgroup(cgroup: Path, work: Callable[..., Any], *args: Any, uid: int = 0) -> Any:
+    return Child(cgroup, work, *args, uid=uid).result()
+
+
+def until(true: Callable[[], Any], patience: float = 3.0) -> Any:
+    """Wait until something holds; answers it."""
+    end = time.monotonic() + patience
+    while not (found := true()):
+        assert time.monotonic() < end, f"not within {patience} s"
+        time.sleep(0.01)
+    return found

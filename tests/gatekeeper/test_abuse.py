@@ -1,0 +1,580 @@
+"""What a tenant may try against the gatekeeper: T1, T3, T7, T8, T9, T10, T11, and a log that nobody reads."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import itertools
+import mmap
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Keeper
+from hello_client import Child, connect, hello, in_cgroup, receive, request, until
+
+from fgpu_ebpf import bpf, pages
+
+Make = Callable[..., Path]
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mmap.restype = ctypes.c_void_p
+NOBODY = 65534
+
+
+# -- T1: pages ------------------------------------------------------------------------------------------------------
+
+
+def try_write(fd: int) -> None:
+    os.write(fd, b"\xff" * 64)
+
+
+def try_pwrite(fd: int) -> None:
+    os.pwrite(fd, b"\xff" * 64, 0)
+
+
+def try_map(fd: int) -> None:
+    mmap.mmap(fd, pages.PAGE_BYTES)[:64] = b"\xff" * 64
+
+
+def try_protect(fd: int) -> None:
+    address = LIBC.mmap(None, pages.PAGE_BYTES, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if LIBC.mprotect(ctypes.c_void_p(address), pages.PAGE_BYTES, mmap.PROT_READ | mmap.PROT_WRITE) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    ctypes.memset(address, 0xFF, 64)
+
+
+def try_reopen(fd: int) -> None:
+    os.write(os.open(f"/proc/self/fd/{fd}", os.O_RDWR), b"\xff" * 64)
+
+
+def try_reopen_and_map(fd: int) -> None:
+    try_map(os.open(f"/proc/self/fd/{fd}", os.O_RDWR))
+
+
+def try_truncate(fd: int) -> None:
+    os.ftruncate(fd, 0)
+
+
+def try_reopen_and_resize(fd: int) -> None:
+    again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+    for size in (0, 2 * pages.PAGE_BYTES):
+        os.ftruncate(again, size)
+
+
+def try_punch(fd: int) -> None:
+    again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+    if LIBC.fallocate(again, 3, ctypes.c_long(0), ctypes.c_long(pages.PAGE_BYTES)) != 0:
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+
+def try_seal(fd: int) -> None:
+    fcntl.fcntl(os.open(f"/proc/self/fd/{fd}", os.O_RDWR), fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+def try_chmod(fd: int) -> None:
+    os.fchmod(fd, 0o666)
+    try_reopen(fd)
+
+
+def try_map_update(fd: int) -> None:
+    bpf.update(fd, bytes(4), b"\xff" * pages.PAGE_BYTES)
+
+
+def try_map_delete(fd: int) -> None:
+    bpf.delete(fd, bytes(4))
+
+
+CONTROL = [
+    *(try_write, try_pwrite, try_map, try_protect, try_reopen, try_reopen_and_map),
+    *(try_truncate, try_reopen_and_resize, try_punch, try_seal, try_chmod),
+]
+USAGE = [try_write, try_pwrite, try_map, try_protect, try_reopen, try_truncate, try_map_update, try_map_delete]
+
+
+def as_root() -> None:
+    pass
+
+
+def as_nobody() -> None:
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+
+
+def as_root_of_a_user_namespace() -> None:
+    as_nobody()
+    assert LIBC.prctl(4, 1, 0, 0, 0) == 0  # PR_SET_DUMPABLE: /proc/self is ours, as after an exec
+    assert LIBC.unshare(0x10000000) == 0  # CLONE_NEWUSER
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {NOBODY} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {NOBODY} 1")
+    assert os.geteuid() == 0
+
+
+def attack(run: Path, become: Callable[[], None]) -> list[str]:
+    """Every form on every page; answers those that went through."""
+    reply = hello(run)
+    assert reply
+    control, usage = reply.page(0), reply.page(2, pages.UsagePage)
+    before = control.version, control.flags, bytes(control.boot), usage.version, usage.cgroup, usage.devices[0].limit
+    become()
+    through = []
+    for place, forms in ((0, CONTROL), (2, USAGE)):
+        for form in forms:
+            try:
+                form(reply.fds[place])
+            except (OSError, ValueError):
+                continue
+            through.append(f"{form.__name__} of page {place}")
+    now = control.version, control.flags, bytes(control.boot), usage.version, usage.cgroup, usage.devices[0].limit
+    assert now == before
+    return through
+
+
+@pytest.mark.parametrize("become", [as_nobody, as_root_of_a_user_namespace, as_root])
+def test_no_form_of_writing_reaches_a_page(keeper: Keeper, tenant: Make, become: Callable[[], None]) -> None:
+    place = tenant()
+    for _ in range(5):
+        assert in_cgroup(place, attack, keeper.run, become) == []
+
+
+def test_the_forms_of_attack_work_on_a_page_without_seals() -> None:
+    """Else the test above would prove nothing."""
+    for form in CONTROL:
+        fd = os.memfd_create("open", os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, pages.PAGE_BYTES)
+        form(fd)
+        os.close(fd)
+
+
+def test_the_status_page_is_the_tenants_but_keeps_its_size(keeper: Keeper, tenant: Make) -> None:
+    def use() -> list[str]:
+        reply = hello(keeper.run)
+        assert reply
+        memory = mmap.mmap(reply.fds[1], pages.PAGE_BYTES)
+        page = pages.StatusPage.from_buffer(memory)
+        page.devices[0].waiting = 1
+        through = []
+        for form in (try_truncate, try_reopen_and_resize, try_seal):
+            try:
+                form(reply.fds[1])
+            except OSError:
+                continue
+            through.append(form.__name__)
+        return through
+
+    assert in_cgroup(tenant(), use) == []
+
+
+# -- T3, T7: messages -----------------------------------------------------------------------------------------------
+
+
+def test_what_a_hello_says_of_itself_is_ignored(keeper: Keeper, tenant: Make) -> None:
+    mine, other = tenant(), tenant()
+    victim = Child(other, lambda: bool(hello(keeper.run)) and signal.pause())
+    dice = random.Random(3)
+
+    def forge() -> int:
+        wrong = 0
+        for _ in range(40):
+            words = [dice.choice([victim.pid, other.stat().st_ino, mine.stat().st_ino, 0, 1]) for _ in range(9)]
+            spare = (ctypes.c_uint32 * 9)(*words)
+            reply = hello(keeper.run, request(spare=spare, flags=dice.getrandbits(32)))
+            assert reply
+            wrong += reply.page(2, pages.UsagePage).cgroup != mine.stat().st_ino
+            reply.close()
+            time.sleep(0.002)
+        return wrong
+
+    try:
+        assert [in_cgroup(mine, forge, uid=uid) for uid in (0, 1, NOBODY)] == [0, 0, 0]
+    finally:
+        victim.kill()
+
+
+def malformed(dice: random.Random) -> bytes:
+    good = bytearray(request())
+    match dice.randrange(4):
+        case 0:
+            return dice.randbytes(dice.choice([1, 7, 63, 65, 128, 4096]))
+        case 1:
+            return dice.randbytes(64)
+        case 2:
+            good[dice.randrange(8)] ^= 1 << dice.randrange(8)
+            return bytes(good)
+        case _:
+            return bytes(good) + dice.randbytes(dice.randrange(1, 64))
+
+
+def test_malformed_messages_cost_their_sender_the_connection(keeper: Keeper, tenant: Make) -> None:
+    place = tenant()
+    dice = random.Random(7)
+    resident = keeper.resident_kib()
+
+    def send(number: int) -> int:
+        answered = 0
+        for _ in range(number):
+            with connect(keeper.run) as sock:
+                try:
+                    sock.send(malformed(dice))
+                except OSError:
+                    continue
+                answered += receive(sock) is not None
+        return answered
+
+    counted = keeper.grows("malformed", 100)
+    in_cgroup(place, send, 100)
+    counted()
+    assert in_cgroup(place, send, 3000) == 0
+    time.sleep(0.3)  # the tenant's time comes anew
+    assert in_cgroup(place, lambda: bool(hello(keeper.run)))
+    assert keeper.resident_kib() - resident < 1024
+
+
+def test_a_second_message_loses_the_connection(keeper: Keeper, cgroup: Make) -> None:
+    def chatter(pause: float) -> float:
+        with connect(keeper.run) as sock:
+            began = time.monotonic()
+            sock.send(request())
+            time.sleep(pause)
+            sock.send(request())
+            assert receive(sock) is None
+            return time.monotonic() - began
+
+    counted = keeper.grows("malformed", 1)
+    assert in_cgroup(cgroup(), chatter, 0.05) < 0.3
+    counted()
+
+
+def test_descriptors_sent_along_are_not_kept(keeper: Keeper, tenant: Make) -> None:
+    def send() -> bool:
+        with connect(keeper.run) as sock:
+            socket.send_fds(sock, [request()], [0] * 200)
+            return receive(sock) is not None
+
+    before = keeper.descriptors()
+    assert in_cgroup(tenant(), send)
+    until(lambda: keeper.descriptors() == before, 1)
+
+
+# -- T8, T9: silence and floods -------------------------------------------------------------------------------------
+
+
+def waits(run: Path, number: int) -> list[float]:
+    """Seconds that each of so many hellos took."""
+    took = []
+    for _ in range(number):
+        began = time.monotonic()
+        assert hello(run)
+        took.append(time.monotonic() - began)
+        time.sleep(0.02)
+    return took
+
+
+def prompt(took: list[float]) -> bool:
+    """Within 50 ms each, but for one that the machine itself may have held up."""
+    return sorted(took)[-2] < 0.05 and max(took) < 0.5
+
+
+def test_silent_clients_are_let_go_and_bother_nobody(keeper: Keeper, tenant: Make) -> None:
+    def silent() -> list[float]:
+        socks = [connect(keeper.run) for _ in range(16)]
+        began = time.monotonic()
+        ends = []
+        for sock in socks:
+            assert receive(sock) is None
+            ends.append(time.monotonic() - began)
+        return ends
+
+    counted = keeper.grows("silent", 64)
+    before = keeper.descriptors()
+    crowd = [Child(tenant(), silent) for _ in range(4)]
+    time.sleep(0.1)
+    assert prompt(in_cgroup(tenant(), waits, keeper.run, 20))
+    ends = [end for child in crowd for end in child.result()]
+    assert all(0.8 < end < 1.5 for end in ends)
+    counted()
+    until(lambda: keeper.descriptors() <= before, 1)
+
+
+@pytest.mark.parametrize("processes", [1, 40])
+def test_a_tenant_has_sixteen_connections(keeper: Keeper, tenant: Make, processes: int) -> None:
+    def still_open(number: int) -> int:
+        socks = [connect(keeper.run) for _ in range(number)]
+        time.sleep(0.4)
+        return sum(not select.select([sock], [], [], 0)[0] for sock in socks)
+
+    place = tenant()
+    counted = keeper.grows("dropped_tenant", 24)
+    crowd = [Child(place, still_open, 40 // processes) for _ in range(processes)]
+    assert sum(child.result() for child in crowd) == 16
+    counted()
+
+
+def test_when_all_places_are_taken_the_silent_make_room(start: Callable[..., Keeper], cgroup: Make) -> None:
+    """Seventy cgroups that nobody has decided about, 16 silent connections each: a newcomer that speaks is served."""
+    keeper = start()
+    place = cgroup()
+
+    def fill() -> None:
+        os.setpgid(0, 0)
+        for _ in range(70):
+            if os.fork() == 0:
+                inner = place / str(os.getpid())
+                inner.mkdir()
+                (inner / "cgroup.procs").write_text("0")
+                kept = [connect(keeper.run) for _ in range(16)]
+                signal.pause()
+                del kept
+        signal.pause()
+
+    filler = Child(place, fill)
+    try:
+        until(lambda: keeper.count("dropped_total") > 50, 4)
+        assert keeper.descriptors() < 2 * 1024 + 50
+    finally:
+        os.killpg(filler.pid, signal.SIGKILL)
+        os.waitpid(filler.pid, 0)
+
+
+def flood_silently(run: Path, seconds: float) -> None:
+    end, kept = time.monotonic() + seconds, []
+    while time.monotonic() < end:
+        try:
+            kept.append(connect(run))
+        except OSError:
+            continue
+        del kept[:-64]
+
+
+def flood_with_hellos(run: Path, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            with connect(run) as sock:
+                sock.send(request())
+        except OSError:
+            continue
+
+
+def flood_with_garbage(run: Path, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            with connect(run) as sock:
+                sock.send(b"?")
+        except OSError:
+            continue
+
+
+@pytest.mark.parametrize("flood", [flood_silently, flood_with_hellos, flood_with_garbage])
+def test_a_flood_from_one_tenant_does_not_delay_another(
+    keeper: Keeper, tenant: Make, flood: Callable[[Path, float], None]
+) -> None:
+    def nicely() -> None:
+        os.nice(5)  # what is measured is our queue, not how few processors there are
+        flood(keeper.run, 1.2)
+
+    place = tenant()
+    dropped = keeper.grows("dropped_tenant", 100)
+    answered, malformed = keeper.count("hello_managed"), keeper.count("malformed")
+    crowd = [Child(place, nicely) for _ in range(2)]
+    time.sleep(0.2)
+    took = in_cgroup(tenant(), waits, keeper.run, 30)
+    for child in crowd:
+        child.result()
+    assert prompt(took), sorted(took)
+    dropped()
+    assert keeper.count("hello_managed") - answered < 2000, "the time of a tenant is bounded"
+    assert keeper.count("malformed") - malformed < 8000
+
+
+def test_a_tenant_that_has_used_its_time_waits_and_is_served_later(start: Callable[..., Keeper], tenant: Make) -> None:
+    code = "import sys; from fgpu_ebpf import gatekeeper; gatekeeper.WAIT_NS = 0; sys.exit(gatekeeper.main())"
+    keeper = start(code=code)
+    took = in_cgroup(tenant(), waits, keeper.run, 3)
+    assert 0.1 < max(took) < 0.9  # until the next heartbeat, or the one after
+
+
+def test_a_peer_whose_mappings_hang_hangs_alone(start: Callable[..., Keeper], tenant: Make, tmp_path: Path) -> None:
+    """Reading /proc/PID/maps can wait for that process; the others must not wait for it."""
+    code = """
+import sys, time
+from fgpu_ebpf import gatekeeper
+real = gatekeeper.cuda_files
+def stuck(pid):
+    if open("/proc/%d/comm" % pid).read() == "stuck\\n":
+        time.sleep(60)
+    return real(pid)
+gatekeeper.cuda_files = stuck
+sys.exit(gatekeeper.main())
+"""
+    keeper = start(code=code)
+
+    def hang() -> bool:
+        Path("/proc/self/comm").write_text("stuck")
+        return hello(keeper.run) is None
+
+    crowd = [Child(tenant(), hang) for _ in range(3)]
+    time.sleep(0.1)
+    assert prompt(in_cgroup(tenant(), waits, keeper.run, 20))
+    assert [child.result() for child in crowd] == [True] * 3
+    assert keeper.stop() == 0
+
+
+# -- T10, T11: the folder and the socket ----------------------------------------------------------------------------
+
+
+def replace_folder(run: Path) -> None:
+    (run / "shim").rename(run / "away")
+    (run / "shim").mkdir()
+
+
+def remove_all(run: Path) -> None:
+    (run / "shim" / "shim.sock").unlink()
+    (run / "shim").rmdir()
+
+
+def replace_socket(run: Path) -> None:
+    (run / "shim" / "shim.sock").unlink()
+    (run / "shim" / "shim.sock").touch()
+
+
+@pytest.mark.parametrize("harm", [replace_folder, remove_all, replace_socket])
+def test_a_lost_socket_is_made_again(keeper: Keeper, tenant: Make, harm: Callable[[Path], None]) -> None:
+    harm(keeper.run)
+    began = time.monotonic()
+    place = tenant()
+
+    def answered() -> bool:
+        try:
+            return hello(keeper.run) is not None
+        except OSError:
+            return False
+
+    until(lambda: in_cgroup(place, answered), 2)
+    assert time.monotonic() - began < 2
+    mode = (keeper.run / "shim" / "shim.sock").stat().st_mode & 0o777
+    assert (mode, (keeper.run / "shim").stat().st_mode & 0o777) == (0o666, 0o755)
+    assert [path.name for path in (keeper.run / "shim").iterdir()] == ["shim.sock"]
+
+
+def test_a_folder_that_is_a_link_is_refused(start: Callable[..., Keeper], tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    elsewhere.mkdir()
+    (run / "shim").symlink_to(elsewhere)
+    keeper = start(run=run)
+    assert (keeper.ready, keeper.process.wait(5)) == (False, 1)
+    assert list(elsewhere.iterdir()) == []
+    assert len(keeper.log.read_text().splitlines()) == 1
+
+
+def test_a_folder_of_another_user_is_refused(start: Callable[..., Keeper], tmp_path: Path) -> None:
+    (tmp_path / "shim").mkdir()
+    os.chown(tmp_path / "shim", NOBODY, NOBODY)
+    keeper = start(run=tmp_path)
+    assert (keeper.ready, keeper.process.wait(5)) == (False, 1)
+    assert "another user" in keeper.log.read_text()
+
+
+def test_there_is_a_listener_at_every_moment_while_one_follows_another(
+    start: Callable[..., Keeper], unmanaged: Path
+) -> None:
+    """A successor takes the socket by rename: who connects meets one or the other, or the one that has just gone."""
+    first = start()
+    stop, missing = threading.Event(), []
+
+    def look() -> None:
+        while not stop.is_set():
+            if not (first.run / "shim" / "shim.sock").is_socket():
+                missing.append(time.monotonic())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    for _ in range(3):
+        first.process.terminate()
+        first.process.wait(5)
+        first = start(run=first.run)
+        assert first.ready
+        assert in_cgroup(unmanaged, lambda run: bool(hello(run)), first.run)
+    stop.set()
+    watcher.join()
+    assert missing == []
+
+
+# -- life of the process --------------------------------------------------------------------------------------------
+
+
+def test_a_second_gatekeeper_says_so_and_ends(keeper: Keeper, start: Callable[..., Keeper], pins: Path) -> None:
+    command = [sys.executable, "-m", "fgpu_ebpf.gatekeeper", "--pins", pins, "--run-dir", keeper.run]
+    root = Path(__file__).parents[2]
+    second = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=5)
+    assert (second.returncode, second.stdout) == (1, "")
+    assert second.stderr.splitlines() == [f"fgpu gatekeeper: another gatekeeper holds {keeper.run}/gatekeeper.lock"]
+
+
+def test_sigterm_leaves_folder_and_socket_so_that_shims_fail_closed(start: Callable[..., Keeper], tenant: Make) -> None:
+    keeper = start()
+
+    def outlive() -> tuple[bool, bool, bool]:
+        reply = hello(keeper.run)
+        assert reply
+        control = reply.page(0)
+        os.kill(keeper.process.pid, signal.SIGTERM)
+        until(lambda: keeper.process.pid not in pids(), 2)
+        beat = control.heartbeat_ns
+        time.sleep(0.3)
+        try:
+            connect(keeper.run)
+        except ConnectionRefusedError:
+            return control.heartbeat_ns == beat, (keeper.run / "shim" / "shim.sock").is_socket(), True
+        return False, False, False
+
+    def pids() -> list[int]:
+        state = Path(f"/proc/{keeper.process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return [] if state == "Z" else [keeper.process.pid]
+
+    assert in_cgroup(tenant(), outlive) == (True, True, True)
+    assert keeper.process.wait(5) == 0
+
+
+def test_a_log_that_nobody_reads_is_not_waited_for(start: Callable[..., Keeper], tenant: Make) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    try:
+        while True:
+            os.write(write, b"x" * 4096)
+    except BlockingIOError:
+        os.set_blocking(write, True)
+    keeper = start(stderr=write)
+    assert keeper.ready
+    assert prompt(in_cgroup(tenant(), waits, keeper.run, 15))
+    os.close(read)
+    assert prompt(in_cgroup(tenant(), waits, keeper.run, 15))
+    os.close(write)
+
+
+def test_the_heartbeat_goes_on(keeper: Keeper, tenant: Make) -> None:
+    def watch() -> list[int]:
+        reply = hello(keeper.run)
+        assert reply
+        page, seen, end = reply.page(0), set(), time.monotonic() + 1.1
+        while time.monotonic() < end:
+            seen.add(page.heartbeat_ns)
+            time.sleep(0.005)
+        return sorted(seen)
+
+    beats = in_cgroup(tenant(), watch)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(beats)]
+    assert len(gaps) >= 3
+    assert max(gaps) < 0.4e9

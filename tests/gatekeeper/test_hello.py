@@ -1,0 +1,324 @@
+"""One hello: who gets which pages, who is held, who is left unanswered."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import GIB, UUIDS, Keeper
+from hello_client import Child, connect, hello, in_cgroup, receive, request, until
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.ledger import Ledger
+
+Make = Callable[..., Path]
+
+
+def facts_of_a_hello(run: Path) -> dict[str, object]:
+    reply = hello(run)
+    assert reply
+    control = reply.page(0)
+    usage = [reply.page(2 + n, pages.UsagePage) for n in range(reply.answer.levels)]
+    return {
+        "answer": {n: getattr(reply.answer, n) for n in ("magic", "version", "size", "code", "levels", "devices")},
+        "flags": (reply.answer.flags, control.flags, control.version),
+        "fds": len(reply.fds),
+        "devices": [(control.devices[n].index, bytes(control.devices[n].uuid)) for n in range(control.device_count)],
+        "gates": list(control.gates),
+        "boot": bytes(control.boot).hex(),
+        "late_ns": time.monotonic_ns() - control.heartbeat_ns,
+        "epochs": (reply.answer.epoch, control.epoch),
+        "inodes": [os.fstat(fd).st_ino for fd in reply.fds[:2]],
+        "cgroups": [page.cgroup for page in usage],
+        "limits": [page.devices[0].limit for page in usage],
+    }
+
+
+def test_a_managed_process_gets_all_its_pages(keeper: Keeper, ledger: Ledger, tenant: Make) -> None:
+    outer = tenant(limits={0: 4 * GIB})
+    inner = tenant(outer)
+    facts = in_cgroup(inner, facts_of_a_hello, keeper.run)
+    fixed = {"magic": pages.MAGIC, "version": 1, "size": 128}
+    assert facts["answer"] == fixed | {"code": pages.Code.MANAGED, "levels": 2, "devices": 1}
+    assert facts["flags"] == (1, 1, 1)
+    assert facts["fds"] == 4
+    assert facts["devices"] == [(0, UUIDS[0])]
+    assert facts["gates"] == [1] * pages.DEVICES
+    assert facts["boot"] == keeper.counts()["boot"]
+    assert facts["late_ns"] < 1e9
+    assert facts["epochs"] == (ledger.epoch(), ledger.epoch())
+    assert facts["cgroups"] == [inner.stat().st_ino, outer.stat().st_ino]
+    assert facts["limits"] == [GIB, 4 * GIB]
+
+
+def test_a_cgroup_below_a_managed_one_is_of_that_tenant(keeper: Keeper, tenant: Make, cgroup: Make) -> None:
+    outer = tenant()
+    facts = in_cgroup(cgroup(cgroup(outer)), facts_of_a_hello, keeper.run)
+    assert facts["cgroups"] == [outer.stat().st_ino]
+
+
+def test_a_second_hello_gets_the_same_pages(keeper: Keeper, tenant: Make) -> None:
+    def twice() -> tuple[object, object, object]:
+        first, second = facts_of_a_hello(keeper.run), facts_of_a_hello(keeper.run)
+        child = os.fork()
+        if child == 0:
+            other = facts_of_a_hello(keeper.run)
+            os._exit(0 if other["inodes"] != first["inodes"] else 1)
+        return first["inodes"], second["inodes"], os.waitpid(child, 0)[1]
+
+    first, second, forked = in_cgroup(tenant(), twice)
+    assert first == second
+    assert forked == 0, "a forked child is a process of its own"
+
+
+def test_the_unmanaged_get_a_control_page_and_see_the_epoch_change(
+    keeper: Keeper, ledger: Ledger, unmanaged: Path
+) -> None:
+    def live() -> tuple[int, int, int]:
+        reply = hello(keeper.run)
+        assert reply
+        page = reply.page(0)
+        before = page.epoch
+        ledger.resolve(unmanaged.stat().st_ino, managed=True)
+        until(lambda: page.epoch != before, 1)
+        return reply.answer.code, len(reply.fds), page.flags
+
+    assert in_cgroup(unmanaged, live) == (pages.Code.UNMANAGED, 1, 0)
+    ledger.resolve(unmanaged.stat().st_ino, managed=False)
+
+
+def test_an_unmanaged_process_that_becomes_managed_gets_the_rest(keeper: Keeper, ledger: Ledger, cgroup: Make) -> None:
+    place = cgroup()
+    ledger.resolve(place.stat().st_ino, managed=False)
+
+    def live() -> list[tuple[int, int]]:
+        said = []
+        for managed in (False, True, False):
+            ledger.set_limits(place.stat().st_ino, {1: GIB})
+            ledger.resolve(place.stat().st_ino, managed=managed)
+            reply = hello(keeper.run)
+            assert reply
+            said.append((reply.answer.code, len(reply.fds)))
+        return said
+
+    assert in_cgroup(place, live) == [(pages.Code.UNMANAGED, 1), (pages.Code.MANAGED, 3), (pages.Code.UNMANAGED, 1)]
+
+
+def test_a_page_is_never_behind_its_answer(keeper: Keeper, ledger: Ledger, tenant: Make, unmanaged: Path) -> None:
+    def live() -> list[tuple[int, int]]:
+        seen = []
+        for turn in range(6):
+            ledger.resolve(unmanaged.stat().st_ino, managed=turn % 2 == 0)  # somebody else's: the epoch moves on
+            reply = hello(keeper.run)
+            assert reply
+            seen.append((reply.answer.epoch, reply.page(0).epoch))
+        return seen
+
+    seen = in_cgroup(tenant(), live)
+    assert all(answered <= shown for answered, shown in seen), seen
+    assert len({answered for answered, _ in seen}) == 6
+
+
+def timed_hello(run: Path) -> tuple[int, float]:
+    began = time.monotonic()
+    reply = hello(run)
+    return reply.answer.code if reply else -1, time.monotonic() - began
+
+
+def test_the_undecided_are_held_and_the_agent_is_told(keeper: Keeper, ledger: Ledger, cgroup: Make) -> None:
+    place = cgroup()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as agent:
+        agent.bind(str(keeper.run / "discover.sock"))
+        agent.settimeout(2)
+        child = Child(place, timed_hello, keeper.run)
+        assert json.loads(agent.recv(100)) == {"tgid": child.pid}
+        time.sleep(0.2)
+        ledger.set_limits(place.stat().st_ino, {0: GIB})
+        ledger.resolve(place.stat().st_ino, managed=True)
+        code, seconds = child.result()
+        agent.setblocking(False)
+        with pytest.raises(BlockingIOError):  # said once, however often it was looked up
+            agent.recv(100)
+    (keeper.run / "discover.sock").unlink()
+    assert code == pages.Code.MANAGED
+    assert 0.2 < seconds < 0.8
+
+
+def test_a_managed_cgroup_whose_page_is_not_there_yet_is_held(keeper: Keeper, ledger: Ledger, cgroup: Make) -> None:
+    place = cgroup()
+    ledger.resolve(place.stat().st_ino, managed=True)
+    child = Child(place, timed_hello, keeper.run)
+    time.sleep(0.2)
+    ledger.set_limits(place.stat().st_ino, {0: GIB})
+    code, seconds = child.result()
+    assert (code, seconds > 0.1) == (pages.Code.MANAGED, True)
+
+
+def test_who_stays_undecided_is_left_unanswered_after_a_second(keeper: Keeper, cgroup: Make) -> None:
+    grown = keeper.grows("hello_unanswered")
+    code, seconds = in_cgroup(cgroup(), timed_hello, keeper.run)
+    assert code == -1
+    assert 0.9 < seconds < 1.5
+    grown()
+
+
+@pytest.mark.parametrize("name", ["libcuda.so.1", "libfgpu.so", "libcuda.so.580.1"])
+def test_files_that_are_not_probed_yet_hold_a_managed_process(
+    keeper: Keeper, ledger: Ledger, tenant: Make, unmanaged: Path, tmp_path: Path, name: str
+) -> None:
+    library = tmp_path / name
+    library.write_bytes(bytes(4096))
+    status = library.stat()
+
+    def with_library() -> tuple[int, float]:
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC):
+            return timed_hello(keeper.run)
+
+    assert in_cgroup(unmanaged, with_library)[0] == pages.Code.UNMANAGED
+    child = Child(tenant(), with_library)
+    time.sleep(0.15)
+    ledger.enter_file(status.st_dev, status.st_ino)
+    code, seconds = child.result()
+    assert (code, seconds > 0.05) == (pages.Code.MANAGED, True)
+    ledger.forget_files()
+
+
+def test_hellos_wait_for_a_ledger_that_is_pinned_later(
+    start: Callable[..., Keeper], pins: Path, tenant: Make, tmp_path: Path
+) -> None:
+    later = tmp_path / "later"
+    keeper = start(pins=later)
+    assert keeper.ready
+    child = Child(tenant(), timed_hello, keeper.run)
+    time.sleep(0.3)
+    later.symlink_to(pins)
+    code, seconds = child.result()
+    assert (code, 0.15 < seconds < 0.9) == (pages.Code.MANAGED, True)
+
+
+def rows_seen(run: Path, names: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    reply = hello(run)
+    assert reply
+    page = reply.page(0)
+    until(lambda: page.row_count >= len(names) and page.sequence % 2 == 0)
+    return [(row.pid, row.device, row.bytes) for row in page.rows[: page.row_count]]
+
+
+def charge(ledger: Ledger, tgid: int, levels: tuple[int, ...], device: int, bytes_: int) -> None:
+    if ledger.process(tgid) is None:
+        assert ledger.move(tgid, 0, levels)
+    entry = ledger.process(tgid)
+    assert entry
+    assert ledger.overhead(tgid, entry.generation, device, bytes_, entry.changes)
+
+
+def test_rows_are_those_of_the_tenant_alone(keeper: Keeper, ledger: Ledger, tenant: Make) -> None:
+    mine, other = tenant(), tenant()
+    sleepers = [Child(mine, signal.pause), Child(other, signal.pause)]
+    try:
+        for child, place in zip(sleepers, (mine, other), strict=True):
+            charge(ledger, child.pid, (place.stat().st_ino,), 0, 7 * 1009)
+        charge(ledger, sleepers[0].pid, (mine.stat().st_ino,), 1, 101)
+        seen = in_cgroup(mine, rows_seen, keeper.run, (1, 2))
+        assert seen == [(sleepers[0].pid, 0, 7 * 1009), (sleepers[0].pid, 1, 101)]
+    finally:
+        for child in sleepers:
+            ledger.reap(child.pid, ledger.process(child.pid).generation)  # type: ignore[union-attr]
+            child.kill()
+
+
+def test_rows_carry_the_pids_of_the_readers_namespace(keeper: Keeper, ledger: Ledger, tenant: Make) -> None:
+    """A sleeper in the reader's pid namespace shows with its pid there; one outside it does not show."""
+    place = tenant()
+    level = place.stat().st_ino
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def outer() -> tuple[list[tuple[int, int, int]], int, int]:
+        assert libc.unshare(0x20000000) == 0  # CLONE_NEWPID: for the children
+        read, write = os.pipe()
+        pid_in_outer = os.fork()
+        if pid_in_outer == 0:
+            sleeper = os.fork()
+            if sleeper == 0:
+                signal.pause()
+            seen = (os.getpid(), sleeper, rows_seen(keeper.run, (1, 2)))
+            os.write(write, repr(seen).encode())
+            os._exit(0)  # pid 1 of the namespace: the sleeper goes with it
+        own = until(lambda: children(pid_in_outer))[0]
+        for tgid, held in ((os.getpid(), 11), (pid_in_outer, 13), (own, 17)):
+            charge(ledger, tgid, (level,), 0, held)
+        one, sleeper, rows = eval(os.read(read, 4096))
+        os.waitpid(pid_in_outer, 0)
+        for tgid in (os.getpid(), pid_in_outer, own):
+            ledger.reap(tgid, ledger.process(tgid).generation)  # type: ignore[union-attr]
+        return rows, one, sleeper
+
+    rows, one, sleeper = in_cgroup(place, outer)
+    assert one == 1
+    assert rows == [(1, 0, 13), (sleeper, 0, 17)]
+
+
+def children(pid: int) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_death_gives_back_every_descriptor_and_page(keeper: Keeper, tenant: Make) -> None:
+    places = [tenant() for _ in range(10)]
+    until(lambda: keeper.count("processes") == 0)
+    before = keeper.descriptors()
+    for turn in range(20):
+        crowd = [Child(place, lambda: bool(hello(keeper.run)) and signal.pause()) for place in places]
+        if turn == 0:
+            until(lambda: keeper.count("processes") == len(places), 2)
+            assert keeper.descriptors() > before
+        else:
+            time.sleep(0.01)
+        for child in crowd:
+            child.kill()
+    until(lambda: keeper.descriptors() == before, 1)
+    until(lambda: keeper.count("processes") == 0)
+
+
+def test_who_connects_is_who_is_answered(keeper: Keeper, tenant: Make) -> None:
+    """T4: the socket of another process gets that process's pages, not those of the one that uses it."""
+    mine, other = tenant(), tenant()
+
+    def hand_off() -> int:
+        sock = connect(keeper.run)
+        user = os.fork()
+        if user == 0:
+            (other / "cgroup.procs").write_text("0")
+            sock.send(request())
+            reply = receive(sock)
+            good = reply and reply.page(2, pages.UsagePage).cgroup == mine.stat().st_ino
+            os._exit(0 if good else 1)
+        return os.waitpid(user, 0)[1]
+
+    assert in_cgroup(mine, hand_off) == 0
+
+
+def test_a_socket_whose_process_has_gone_gets_nothing(keeper: Keeper, tenant: Make) -> None:
+    place = tenant()
+
+    def orphaned() -> bool:
+        read, write = os.pipe()
+        if os.fork() == 0:
+            sock = connect(keeper.run)
+            if os.fork() == 0:
+                time.sleep(0.2)  # the process that connected is gone and reaped by now
+                sock.send(request())
+                os.write(write, b"answered" if receive(sock) else b"nothing")
+                os._exit(0)
+            os._exit(0)
+        os.wait()
+        return os.read(read, 10) == b"nothing"
+
+    assert in_cgroup(place, orphaned)

@@ -1,0 +1,125 @@
+"""The gatekeeper's parts by themselves: what /proc says, what the ledger's words add up to, how rows are chosen."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf import gatekeeper, pages
+from fgpu_ebpf.gatekeeper import Standing, by_tenant, cgroups, cuda_files, pid_names, standing, well_formed
+
+
+def ledger_that_says(**words: bool) -> Any:
+    said = {int(cgroup[1:]): managed for cgroup, managed in words.items()}
+    return SimpleNamespace(resolved=said.get)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({}, Standing(None, 4)),
+        ({"c4": False}, Standing(False, 4)),
+        ({"c3": False}, Standing(False, 3)),
+        ({"c4": True}, Standing(True, 4, (4,))),
+        ({"c4": False, "c2": True}, Standing(True, 2, (2,))),
+        ({"c2": True, "c3": True, "c1": False}, Standing(True, 3, (3, 2))),
+        ({"c1": True, "c2": True, "c3": True, "c4": True, "c5": True}, Standing(True, 5, (5, 4, 3, 2))),
+    ],
+)
+def test_standing(words: dict[str, bool], expected: Standing) -> None:
+    ids = [5, 4, 3, 2, 1] if "c5" in words else [4, 3, 2, 1]
+    assert standing(ledger_that_says(**words), ids) == expected
+
+
+def test_standing_without_a_ledger_is_undecided() -> None:
+    assert standing(None, [4, 1]) == Standing(None, 4)
+    assert standing(None, []) == Standing(None, 0)
+
+
+def test_cgroups_of_a_process(cgroup: Any, cgroup_base: Path) -> None:
+    place = cgroup(cgroup())
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+    (place / "cgroup.procs").write_text(str(pid))
+    ids = cgroups(pid, cgroup_base.parent)
+    assert ids == [p.stat().st_ino for p in (place, place.parent, cgroup_base, cgroup_base.parent)]
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with pytest.raises(OSError, match=str(pid)):
+        cgroups(pid, cgroup_base.parent)
+
+
+def test_a_deep_cgroup_is_taken_for_an_outer_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    parts = ["d"] * 100
+    (tmp_path / "/".join(parts)).mkdir(parents=True)
+    monkeypatch.setattr(gatekeeper, "_read", lambda _: b"1:cpu:/x\n0::/" + "/".join(parts).encode() + b"\n")
+    assert len(cgroups(1, tmp_path)) == gatekeeper.DEEPEST + 1
+    monkeypatch.setattr(gatekeeper, "_read", lambda _: b"0::/../../elsewhere\n")
+    assert cgroups(1, tmp_path) == []
+
+
+def test_files_are_those_mapped_executable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["libcuda.so.1", "libfgpu.so", "libcudart.so", "libcuda.so.2", "not-libcuda.so"]
+    kept = []
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(4096))
+        with (tmp_path / name).open("rb") as file:
+            executable = 0 if name == "libcuda.so.2" else mmap.PROT_EXEC
+            kept.append(mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ | executable))
+    (tmp_path / "libfgpu.so").unlink()
+    status = (tmp_path / names[0]).stat()
+    found = cuda_files(os.getpid())
+    assert (status.st_dev, status.st_ino) in found
+    assert len(found) == 2
+    assert cuda_files(2**22) == gatekeeper.UNKNOWABLE
+    monkeypatch.setattr(gatekeeper, "MOST_MAPPINGS", 5)
+    assert cuda_files(os.getpid()) == gatekeeper.UNKNOWABLE
+
+
+def test_names_of_a_process() -> None:
+    space = os.stat("/proc/self/ns/pid").st_ino
+    assert pid_names(os.getpid()) == {space: os.getpid()}
+    assert pid_names(2**22) == {}
+
+
+def process(leaf: int, *held: int) -> Any:
+    return SimpleNamespace(generation=9, levels=(leaf, 1), bytes=held)
+
+
+def test_rows_by_tenant() -> None:
+    assert by_tenant({7: process(5, 0, 101), 3: process(5, 23, 0), 4: process(6, 1), 8: process(6, 0)}) == {
+        5: [(3, 9, 0, 23), (7, 9, 1, 101)],
+        6: [(4, 9, 0, 1)],
+    }
+
+
+def test_the_largest_rows_are_kept_in_order_of_pid() -> None:
+    (rows,) = by_tenant({tgid: process(5, tgid) for tgid in range(1, 1010)}).values()
+    assert [row[0] for row in rows] == list(range(1010 - pages.ROWS, 1010))
+
+
+def test_only_a_hello_is_well_formed() -> None:
+    good = bytes(pages.Hello(magic=pages.MAGIC, version=pages.LAYOUT, size=64))
+    dice = random.Random(11)
+    assert well_formed(good)
+    assert well_formed(good[:8] + dice.randbytes(56))
+    for place in range(8):
+        assert not well_formed(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    assert not any(well_formed(dice.randbytes(dice.randrange(200))) for _ in range(10_000))
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = "import sys, fgpu_ebpf.gatekeeper; print(*sys.modules)"
+    root = Path(__file__).parents[2]
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
+    assert not {"asyncio", "logging", "bcc", "click", "pydantic", "psutil", "rich", "uuid"} & set(said.split())

@@ -1,0 +1,75 @@
+"""Fixtures of the shim's tests: the library, the fake agent, a host without one."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from shim_kit import DEADLINE, ROOT, SYSTEM_PYTHON, Agent, Build
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    folder = tmp_path_factory.mktemp("shim")
+    os.chmod(folder, 0o755)
+    headers = ROOT / "build" / "headers"
+    if not (headers / "cuda.h").exists():
+        subprocess.run([ROOT / "sim" / "headers.sh", headers], check=True, timeout=120)
+    made = Build(folder, folder / "libfgpu.so", headers)
+    shutil.copy(made.make(folder / "out"), made.shim)
+    made.library("libcuda.c", "driver/libcuda.so.1", "-Wl,-Bsymbolic,-soname,libcuda.so.1")
+    made.library("libcuda.c", "old/libcuda.so.1", "-DOLD", "-Wl,-Bsymbolic,-soname,libcuda.so.1")
+    made.library("libnvml.c", "driver/libnvidia-ml.so.1", "-Wl,-Bsymbolic,-soname,libnvidia-ml.so.1")
+    made.library("fault.c", "fault.so")
+    made.library("next.c", "next.so")
+    return made
+
+
+@pytest.fixture(scope="session")
+def one_agent(build: Build) -> Iterator[Agent]:
+    if os.geteuid():
+        pytest.skip("probes and mount namespaces need root")
+    if subprocess.run([SYSTEM_PYTHON, "-c", "import bcc"], capture_output=True, timeout=DEADLINE).returncode:
+        pytest.skip("no python3-bpfcc: nothing can answer the shim's probes")
+    agent = Agent(build)
+    yield agent
+    agent.process.stdin.close()
+    agent.process.wait(DEADLINE)
+
+
+@pytest.fixture
+def agent(one_agent: Agent) -> Agent:
+    """Reset, and not yet listening."""
+    one_agent.do("reset")
+    return one_agent
+
+
+@pytest.fixture
+def held(agent: Agent) -> Agent:
+    """A tenant with 1 GiB on the ledger's device 3, which is CUDA's device 0."""
+    agent.do("start")
+    return agent
+
+
+@pytest.fixture
+def plain(build: Build) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a program with the shim on a host without an agent."""
+
+    def go(*command: Any, preload: tuple[Any, ...] | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
+        libraries = ":".join(map(str, (build.shim,) if preload is None else preload))
+        environment = dict(os.environ, LD_PRELOAD=libraries, LD_LIBRARY_PATH=str(build.folder / "driver"))
+        if not libraries:
+            del environment["LD_PRELOAD"]
+        hidden = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh"]
+        return subprocess.run(
+            [*(["env", "-u", "LD_PRELOAD"]), *hidden, "env", f"LD_PRELOAD={libraries}", *map(str, command)],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            env={k: v for k, v in environment.items() if k != "LD_PRELOAD"},
+            **more,
+        )
+
+    return go

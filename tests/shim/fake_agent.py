@@ -1,0 +1,280 @@
+"""A gatekeeper and a kernel side that do as they are told, for tests of the shim alone.
+
+Run by the system's interpreter (bcc is there). Makes a mount namespace of its own with an empty /run, attaches a few
+lines of BPF to the shim's own probe symbols, and answers hellos. Told what to do by one JSON object a line on stdin;
+each is answered.
+"""
+
+import array
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+SHIM, STUBS = sys.argv[1:3]
+os.environ["BCC_KERNEL_SOURCE"] = STUBS
+from bcc import BPF  # noqa: E402
+
+LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
+MANAGED, SETTLE = 1, 2
+UUIDS = [bytes([0x10 + i] * 16) for i in range(2)]
+SOURCE = r"""
+struct usage { u64 limit; u64 used; u64 peak; u64 refused; };
+struct page {
+    u64 version; u64 cgroup; u64 flags; u64 spare[5];
+    struct usage devices[16]; u64 verdicts[128]; u64 tail[312];
+};
+struct call { u64 kind; u64 device; u64 bytes; u64 ticket; u64 tgid; u64 result; };
+struct knobs { u64 mute; u64 again; u64 fixed; };
+BPF_F_TABLE("array", u32, struct page, leaf, 1, 1U << 10);
+BPF_F_TABLE("array", u32, struct page, group, 1, 1U << 10);
+BPF_TABLE("array", u32, struct knobs, knob, 1);
+BPF_TABLE("array", u32, struct call, calls, 4096);
+BPF_TABLE("array", u32, u64, seen, 2);
+
+static void log_call(u64 kind, u64 device, u64 bytes, u64 ticket, u64 result) {
+    u32 zero = 0;
+    u64 *n = seen.lookup(&zero);
+    if (!n) return;
+    u32 at = __sync_fetch_and_add(n, 1) & 4095;
+    struct call *c = calls.lookup(&at);
+    if (!c) return;
+    c->kind = kind; c->device = device; c->bytes = bytes; c->ticket = ticket; c->result = result;
+    c->tgid = bpf_get_current_pid_tgid() >> 32;
+}
+int admit(struct pt_regs *ctx) {
+    u32 zero = 0, device = PT_REGS_PARM1(ctx) & 15;
+    u64 bytes = PT_REGS_PARM2(ctx), kind = PT_REGS_PARM3(ctx), ticket = PT_REGS_PARM4(ctx), verdict = 0;
+    struct page *p = leaf.lookup(&zero);
+    struct knobs *k = knob.lookup(&zero);
+    if (!p || !k) return 0;
+    log_call(kind, PT_REGS_PARM1(ctx), bytes, ticket, 0);
+    if (k->mute) return 0;
+    if (k->again) { k->again--; verdict = 2; }
+    else if (k->fixed) verdict = k->fixed - 1;
+    else if (kind == 3 || bytes <= p->devices[device].limit - p->devices[device].used) {
+        verdict = 1;
+        __sync_fetch_and_add(&p->devices[device].used, bytes);
+    }
+    *(volatile u64 *)&p->verdicts[ticket & 127] = ticket << 2 | verdict;
+    return 0;
+}
+int settle(struct pt_regs *ctx) {
+    log_call(100, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM4(ctx), PT_REGS_PARM3(ctx));
+    return 0;
+}
+"""
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def private_run():
+    """An empty /run of our own: nothing of the host's is seen, nothing of ours stays behind."""
+    assert libc.unshare(0x00020000) == 0
+    for what in (["mount", "--make-rprivate", "/"], ["mount", "-t", "tmpfs", "none", "/run"]):
+        subprocess.check_call(what)
+    os.makedirs("/run/fgpu/shim")
+
+
+class Agent:
+    def __init__(self):
+        self.bpf = BPF(text=SOURCE)
+        self.bpf.attach_uprobe(name=SHIM, sym="fgpu_admit", fn_name="admit")
+        self.bpf.attach_uprobe(name=SHIM, sym="fgpu_settle", fn_name="settle")
+        self.pages = [self.bpf[n].map_fd for n in ("leaf", "group")]
+        self.maps = [mmap.mmap(fd, LEVEL_SIZE) for fd in self.pages]
+        self.listener = None
+        self.hellos = []
+        self.controls = []
+        self.reset({})
+        threading.Thread(target=self.beat, daemon=True).start()
+
+    # -- what tests say
+
+    def reset(self, _):
+        self.stop({})
+        while libc.umount2(b"/run/fgpu/shim", 0) == 0:
+            pass
+        self.answer, self.flags, self.levels, self.epoch = "managed", 0, 1, 7
+        self.boot, self.beats, self.delay, self.rows = b"B" * 16, True, 0, []
+        self.uuids = list(UUIDS)
+        self.hellos.clear()
+        for old in self.controls:
+            old.close()
+        self.controls.clear()
+        for m in self.maps:
+            m[:] = bytes(LEVEL_SIZE)
+            struct.pack_into("<Q", m, 0, 1)
+        self.limit({"limit": 1 << 30})
+        self.knobs({})
+        for i in range(2):
+            self.bpf["seen"][ctypes.c_int(i)] = ctypes.c_uint64(0)
+        os.makedirs("/run/fgpu/shim", exist_ok=True)
+
+    def start(self, _):
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.listener.bind("/run/fgpu/shim/shim.sock")
+        self.listener.listen(64)
+        threading.Thread(target=self.serve, args=(self.listener,), daemon=True).start()
+
+    def stop(self, _):
+        if self.listener:
+            self.listener.shutdown(socket.SHUT_RDWR)
+            self.listener.close()
+            self.listener = None
+        if os.path.exists("/run/fgpu/shim/shim.sock"):
+            os.unlink("/run/fgpu/shim/shim.sock")
+
+    def remove(self, _):
+        self.stop({})
+        os.rmdir("/run/fgpu/shim")
+
+    def orphan(self, _):
+        """A container's mount of a folder that the host has removed since."""
+        self.stop({})
+        os.mkdir("/run/host")
+        subprocess.check_call(["mount", "--bind", "/run/host", "/run/fgpu/shim"])
+        os.rmdir("/run/host")
+
+    def set(self, what):
+        for name, value in what.items():
+            value = bytes.fromhex(value) if name == "boot" else value
+            setattr(self, name, [bytes.fromhex(u) for u in value] if name == "uuids" else value)
+
+    def limit(self, what):
+        """{limit, used, level, device, flags}"""
+        m, at = self.maps[what.get("level", 0)], 64 + 32 * what.get("device", 3)
+        struct.pack_into("<QQ", m, at, what.get("limit", NO_LIMIT), what.get("used", 0))
+        struct.pack_into("<Q", m, 16, what.get("flags", 0))
+
+    def version(self, what):
+        struct.pack_into("<Q", self.maps[what["level"]], 0, what["version"])
+
+    def knobs(self, what):
+        k = self.bpf["knob"]
+        k[ctypes.c_int(0)] = k.Leaf(what.get("mute", 0), what.get("again", 0), what.get("fixed", 0))
+
+    def bump(self, what):
+        """Writes into the control pages in use."""
+        for c in self.controls:
+            if "epoch" in what:
+                struct.pack_into("<Q", c, 32, what["epoch"])
+            if "boot" in what:
+                c[8:24] = bytes.fromhex(what["boot"])
+            if "sequence" in what:
+                struct.pack_into("<I", c, 0x280, what["sequence"])
+
+    def look(self, _):
+        n = self.bpf["seen"][ctypes.c_int(0)].value
+        calls = self.bpf["calls"]
+        rows = [calls[ctypes.c_int(i)] for i in range(min(n, 4096))]
+        names = ("kind", "device", "bytes", "ticket", "tgid", "result")
+        used = struct.unpack_from("<Q", self.maps[0], 64 + 32 * 3 + 8)[0]
+        return {
+            "calls": [{k: getattr(r, k) for k in names} for r in rows],
+            "hellos": len(self.hellos),
+            "boots": [h[8:24].hex() for h in self.hellos],
+            "used": used,
+            "sizes": [len(h) for h in self.hellos],
+        }
+
+    # -- what the gatekeeper does
+
+    def beat(self):
+        while True:
+            for c in list(self.controls) if self.beats else []:
+                with contextlib.suppress(ValueError):
+                    struct.pack_into("<Q", c, 24, time.monotonic_ns())
+            time.sleep(0.1)
+
+    def control(self):
+        fd = os.memfd_create("control", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, 4096)
+        m = mmap.mmap(fd, 4096)
+        flags = self.flags | (0 if self.answer == "unmanaged" else MANAGED)
+        version = 9 if self.answer == "control_version" else 1
+        struct.pack_into("<II16sQQI", m, 0, version, flags, self.boot, time.monotonic_ns(), self.epoch, len(self.uuids))
+        for i, uuid in enumerate(self.uuids):
+            struct.pack_into("<16sI", m, 0x40 + 32 * i, uuid, 3 + i)
+        struct.pack_into("<II", m, 0x280, 2, len(self.rows))
+        for i, (pid, device, size) in enumerate(self.rows):
+            struct.pack_into("<IIQ", m, 0x290 + 16 * i, pid, device, size)
+        self.controls.append(m)
+        if len(self.controls) > 64:
+            self.controls.pop(0).close()
+        return fd
+
+    def serve(self, listener):
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            with peer, contextlib.suppress(OSError):
+                self.greet(peer)
+
+    def greet(self, peer):
+        hello = peer.recv(256)
+        self.hellos.append(hello)
+        del self.hellos[:-20000]
+        how = self.answer
+        time.sleep(self.delay)
+        if how == "eof":
+            return
+        if how == "silent":
+            peer.settimeout(5)
+            peer.recv(1)
+            return
+        control, status = self.control(), os.memfd_create("status", os.MFD_CLOEXEC)
+        os.ftruncate(status, 4096)
+        code = {"unmanaged": 2, "refused": 0, "unknown_code": 9}.get(how, 1)
+        levels = {"levels_0": 0, "levels_9": 9}.get(how, self.levels)
+        size = {"wrong_size": 64, "longer": 160}.get(how, 128)
+        data = struct.pack(
+            "<IHHIIIIQ",
+            1 if how == "magic" else MAGIC,
+            2 if how == "version" else 1,
+            size,
+            code,
+            levels,
+            len(self.uuids),
+            0,
+            self.epoch,
+        ).ljust(160 if how == "longer" else 128, b"\0")
+        fds = [control, status, *self.pages[: self.levels]]
+        if how == "unmanaged":
+            fds = fds[:1]
+        if how == "short_control":
+            os.ftruncate(control, 100)
+        if how == "short_status":
+            os.ftruncate(status, 0)
+        if how == "pipe_for_usage":
+            fds[2] = 0
+        fds = {"few": fds[:-1], "many": fds + fds[:2], "none": [], "twenty": (fds * 20)[:20]}.get(how, fds)
+        data = {"empty": b"", "short": data[:40], "huge": data * 4}.get(how, data)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        peer.sendmsg([data], ancillary)
+        os.close(control)
+        os.close(status)
+
+
+def main():
+    private_run()
+    agent = Agent()
+    out = os.dup(1)
+    os.dup2(2, 1)  # bcc and mount may print
+    os.write(out, b'{"ready": true}\n')
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(agent, request.pop("do"))(request)
+        os.write(out, json.dumps(answer or {}).encode() + b"\n")
+    os._exit(0)  # the kernel detaches what this process attached; bcc would want tracefs for it
+
+
+main()

@@ -1,0 +1,111 @@
+"""What the tests of the shim share: the library, the programs they compile, a driver stand-in and a fake agent.
+
+Everything is built into a folder of its own, the library too: probes and preloads touch no file that others use.
+"""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+SYSTEM_PYTHON = "/usr/bin/python3"
+DEADLINE = 20
+
+PREAMBLE = """
+import ctypes as C, os, sys, json, time, threading
+def out(*a): os.write(1, (json.dumps(a) + "\\n").encode())
+L = C.CDLL("libcuda.so.1", use_errno=True)
+def alloc(n):
+    p = C.c_uint64()
+    return L.cuMemAlloc_v2(C.byref(p), C.c_size_t(n))
+def info():
+    f, t = C.c_size_t(), C.c_size_t()
+    return L.cuMemGetInfo_v2(C.byref(f), C.byref(t)), f.value, t.value
+def fds(): return sorted(os.listdir("/proc/self/fd"))
+MiB, GiB = 1 << 20, 1 << 30
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    folder: Path
+    shim: Path
+    headers: Path
+
+    def compile(self, source: str | Path, target: str, *flags: str) -> Path:
+        path = self.folder / target
+        where = HERE / "programs" / source if isinstance(source, str) else source
+        subprocess.run(
+            ["cc", "-O1", "-w", "-isystem", self.headers, "-o", path, where, *flags], check=True, timeout=DEADLINE
+        )
+        return path
+
+    def library(self, source: str | Path, target: str, *flags: str) -> Path:
+        (self.folder / target).parent.mkdir(exist_ok=True)
+        return self.compile(source, target, "-shared", "-fPIC", *flags)
+
+    def make(self, out: Path, *variables: str) -> Path:
+        subprocess.run(
+            ["make", "-s", "-C", ROOT / "shim", f"OUT={out}", f"HEADERS={self.headers}", *variables],
+            check=True,
+            timeout=60,
+        )
+        return out / "libfgpu.so"
+
+
+class Agent:
+    """The fake: its process, and programs run where it is to be found."""
+
+    def __init__(self, build: Build) -> None:
+        self.build = build
+        self.process = subprocess.Popen(
+            [SYSTEM_PYTHON, "-I", HERE / "fake_agent.py", build.shim, ROOT / "bpf"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._read() == {"ready": True}
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout
+        return dict(json.loads(self.process.stdout.readline() or "{}"))
+
+    def do(self, verb: str, **what: Any) -> dict[str, Any]:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps({"do": verb, **what}) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def calls(self, kind: int | None = None) -> list[dict[str, int]]:
+        return [c for c in self.do("look")["calls"] if kind is None or c["kind"] == kind]
+
+    def popen(
+        self, *command: Any, preload: tuple[Any, ...] = (), driver: Any = "driver", libraries: Any = None, **more: Any
+    ) -> Any:
+        libraries = ":".join(map(str, libraries or (*preload, self.build.shim)))
+        inside = ["nsenter", f"--mount=/proc/{self.process.pid}/ns/mnt", "--", "env", f"LD_PRELOAD={libraries}"]
+        return subprocess.Popen(
+            [*inside, f"LD_LIBRARY_PATH={self.build.folder / driver}", *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            text=True,
+            cwd="/",
+            **more,
+        )
+
+    def run(self, *command: Any, **more: Any) -> tuple[str, str]:
+        process = self.popen(*command, **more)
+        out, err = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 0, (process.returncode, out, err)
+        return out, err
+
+    def python(self, script: str, **more: Any) -> list[list[Any]]:
+        """Runs a script against the driver, by ctypes; what it hands to out() comes back."""
+        return [json.loads(line) for line in self.run(SYSTEM_PYTHON, "-c", PREAMBLE + script, **more)[0].splitlines()]
+
+    def start_python(self, script: str, **more: Any) -> Any:
+        return self.popen(SYSTEM_PYTHON, "-u", "-c", PREAMBLE + script, **more)

@@ -1,0 +1,290 @@
+"""Hello, and all that can go wrong with it: the state it leaves, the time it takes, a program that never notices."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+from shim_kit import PREAMBLE, SYSTEM_PYTHON, Agent, Build
+
+MEMORY, HELLO, OOM = 0, 3, 2
+
+# What must be as it was when the shim has done its work.
+WATCH = """
+import signal, resource
+def state():
+    mask = os.umask(0); os.umask(mask)
+    return [fds(), mask, os.getcwd(), [str(signal.getsignal(s)) for s in range(1, 65)],
+            sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), threading.active_count(), os.environ.copy()]
+"""
+
+
+def test_managed(held: Agent) -> None:
+    assert held.python("out(alloc(1))") == [[0]]
+    look = held.do("look")
+    assert (look["hellos"], look["sizes"], look["boots"]) == (1, [64], ["00" * 16])
+    assert [c["kind"] for c in look["calls"]] == [HELLO, MEMORY]
+
+
+def test_hello_at_the_lookup_already(held: Agent) -> None:
+    held.python("L.cuInit"), held.python("L.cuMemAlloc_v2")
+    assert held.do("look")["hellos"] == 1
+    held.python("L.cuCtxGetDevice")
+    assert held.do("look")["hellos"] == 1
+
+
+def test_unmanaged(agent: Agent) -> None:
+    agent.do("set", answer="unmanaged")
+    agent.do("start")
+    assert agent.python("out(alloc(64 * GiB), info())") == [[0, [0, 10 << 30, 16 << 30]]]
+    assert agent.calls() == []
+
+
+def test_closed_when_nobody_answers(agent: Agent) -> None:
+    script = (
+        WATCH
+        + "L.cuCtxGetDevice\nbefore, t = state(), time.monotonic()\n"
+        + "out(alloc(1), 1.9 < time.monotonic() - t < 2.5, info(), L.fake_calls())\nt = time.monotonic()\n"
+        + "out([alloc(1) for _ in range(50)] == [2] * 50, time.monotonic() - t < 0.5, before == state())"
+    )
+    (first, second) = agent.python(script)
+    assert first == [OOM, True, [0, 0, 16 << 30], 0]
+    assert second == [True, True, True]
+
+
+def test_a_removed_directory_under_a_containers_mount_is_none(agent: Agent) -> None:
+    agent.do("orphan")
+    assert agent.python("out(alloc(1), info()[1])") == [[0, 10 << 30]]
+
+
+def test_said_once_when_closed(agent: Agent) -> None:
+    _, err = agent.run(SYSTEM_PYTHON, "-c", PREAMBLE + "alloc(1); alloc(1); info()")
+    assert err == "fgpu: the agent does not answer: device memory is refused\n"
+
+
+def test_a_gatekeeper_that_comes_late_is_met(agent: Agent) -> None:
+    process = agent.start_python("out(0)\nt = time.monotonic(); out(alloc(1), time.monotonic() - t < 1.5)")
+    process.stdout.readline()
+    time.sleep(0.4)
+    agent.do("start")
+    assert process.communicate(timeout=10)[0] == "[0, true]\n"
+
+
+def test_one_that_hangs_up_is_asked_again(agent: Agent) -> None:
+    agent.do("set", answer="eof")
+    agent.do("start")
+    process = agent.start_python("out(0)\nout(alloc(1))")
+    process.stdout.readline()
+    time.sleep(0.2)
+    agent.do("set", answer="managed")
+    assert process.communicate(timeout=10)[0] == "[0]\n"
+    assert 2 < agent.do("look")["hellos"] < 100
+
+
+def test_closed_opens_when_the_gatekeeper_is_back(agent: Agent) -> None:
+    process = agent.start_python("out(alloc(1)); sys.stdin.readline(); time.sleep(1.05); out(alloc(1), info()[2])")
+    assert process.stdout.readline() == f"[{OOM}]\n"
+    agent.do("start")
+    assert process.communicate("\n", timeout=10)[0] == f"[0, {1 << 30}]\n"
+
+
+MALFORMED = [
+    "refused", "empty", "short", "huge", "magic", "version", "wrong_size", "unknown_code", "levels_0", "levels_9",
+    "few", "many", "none", "twenty", "short_control", "short_status", "pipe_for_usage", "control_version",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", MALFORMED)
+def test_garbage_is_no_answer(agent: Agent, answer: str) -> None:
+    agent.do("set", answer=answer)
+    agent.do("start")
+    script = WATCH + "L.cuCtxGetDevice\nb = state()\nout(alloc(1), L.fake_calls(), info()[1], b == state())"
+    assert agent.python(script) == [[OOM, 0, 0, True]]
+
+
+def test_a_usage_page_of_another_version_is_no_answer(agent: Agent) -> None:
+    agent.do("version", level=0, version=2)
+    agent.do("start")
+    assert agent.python("out(alloc(1))") == [[OOM]]
+
+
+def test_a_newer_gatekeeper_may_say_more(agent: Agent) -> None:
+    agent.do("set", answer="longer")
+    agent.do("start")
+    assert agent.python("out(alloc(1))") == [[0]]
+
+
+def test_silent_probes_are_no_agent(agent: Agent) -> None:
+    agent.do("knobs", mute=1)
+    agent.do("start")
+    assert agent.python("out(alloc(1), info()[1])") == [[OOM, 0]]
+    assert len(agent.calls(HELLO)) == 64
+
+
+@pytest.mark.parametrize("change", [{"epoch": 8}, {"boot": "aa" * 16}])
+def test_hello_again_when_the_page_says_so(held: Agent, change: dict[str, object]) -> None:
+    script = "out(alloc(1)); sys.stdin.readline(); time.sleep(1.05); out(*[alloc(1) for _ in range(9)], info()[2])"
+    process = held.start_python(script)
+    process.stdout.readline()
+    held.do("set", **change)
+    held.do("limit", limit=1 << 29)
+    held.do("bump", **change)
+    assert process.communicate("\n", timeout=10)[0] == f"[{'0, ' * 9}{1 << 29}]\n"
+    look = held.do("look")
+    assert look["hellos"] == 2
+    assert look["boots"][1] == "42" * 16
+
+
+def test_hello_again_at_most_once_a_second_when_the_heartbeat_stops(held: Agent) -> None:
+    held.do("set", beats=False)
+    script = """
+out(alloc(1)); time.sleep(2.1)
+t = time.monotonic(); n = 0; slow = 0
+while time.monotonic() - t < 1.5:
+    s = time.monotonic(); assert alloc(512) == 0; n += 1; slow = max(slow, time.monotonic() - s)
+out(n > 100, slow < 0.2)
+"""
+    assert held.python(script) == [[0], [True, True]]
+    assert held.do("look")["hellos"] == 2  # the second answer's page is fresh
+
+
+def test_pages_stay_in_force_when_the_gatekeeper_dies(held: Agent) -> None:
+    held.do("set", beats=False)
+    script = "out(alloc(1)); sys.stdin.readline(); time.sleep(2.1); out(alloc(512 << 20), alloc(1 << 30), info()[2])"
+    process = held.start_python(script)
+    process.stdout.readline()
+    held.do("stop")
+    assert process.communicate("\n", timeout=10)[0] == f"[0, {OOM}, {1 << 30}]\n"
+
+
+def test_a_removed_directory_does_not_open_what_the_kernel_holds(held: Agent) -> None:
+    held.do("set", beats=False)
+    script = "out(alloc(1)); sys.stdin.readline(); time.sleep(2.1); out(alloc(2 << 30), info()[2])"
+    process = held.start_python(script)
+    process.stdout.readline()
+    held.do("remove")
+    assert process.communicate("\n", timeout=10)[0] == f"[{OOM}, {1 << 30}]\n"
+
+
+def test_a_fork_is_another_process(held: Agent) -> None:
+    script = """
+out(alloc(1), os.getpid())
+for _ in range(3):
+    pid = os.fork()
+    if not pid:
+        out(alloc(1), os.getpid()); os._exit(0)
+    os.waitpid(pid, 0)
+out(alloc(1), os.getpid())
+"""
+    lines = held.python(script)
+    pids = [pid for _, pid in lines]
+    assert [result for result, _ in lines] == [0] * 5
+    assert len(set(pids)) == 4
+    look = held.do("look")
+    assert look["hellos"] == 4
+    asked = [(c["kind"], c["tgid"]) for c in look["calls"]]
+    expected = [(k, p) for p in pids[:4] for k in (HELLO, MEMORY)] + [(MEMORY, pids[4])]
+    assert asked == expected
+    assert len({c["ticket"] >> 22 for c in look["calls"]}) == 4
+
+
+def test_where_the_kernel_cannot_wipe_a_fork_is_told_by_its_pid(build: Build, held: Agent) -> None:
+    script = f"""
+F = C.CDLL("{build.folder}/fault.so"); F.fault_arm(1)
+out(alloc(1))
+pid = os.fork()
+if not pid: out(alloc(1)); os._exit(0)
+os.waitpid(pid, 0); out(alloc(1))
+"""
+    assert held.python(script, preload=(build.folder / "fault.so",)) == [[0]] * 3
+    assert held.do("look")["hellos"] == 2
+
+
+def test_children_by_exec_spawn_and_vfork(held: Agent) -> None:
+    script = """
+import subprocess
+out(alloc(1))
+again = "import ctypes as C; p = C.c_uint64(); L = C.CDLL('libcuda.so.1'); "
+me = [sys.executable, "-c", again + "print([L.cuMemAlloc_v2(C.byref(p), C.c_size_t(1))])"]
+for go in (lambda: subprocess.check_output(me), lambda: subprocess.check_output(me, close_fds=False)):
+    os.write(1, go())
+os.waitpid(os.posix_spawn(me[0], me, os.environ), 0)
+out(alloc(1))
+"""
+    assert held.python(script) == [[0]] * 5
+    assert held.do("look")["hellos"] == 4
+
+
+def test_daemons_that_close_every_descriptor(held: Agent) -> None:
+    script = "out(alloc(1)); os.closerange(3, 4096); out(alloc(1), info()[2])"
+    assert held.python(script) == [[0], [0, 1 << 30]]
+
+
+def test_no_descriptor_is_kept_and_errno_is_the_programs(held: Agent) -> None:
+    script = (
+        WATCH
+        + """
+L.cuCtxGetDevice; b = state(); C.set_errno(77)
+r = [alloc(1), C.get_errno(), info()[0], C.get_errno(), L.cuInit(0), C.get_errno()]
+L.fake_errno(55); r += [alloc(1), C.get_errno()]
+out(r, b == state())
+"""
+    )
+    assert held.python(script) == [[[0, 77, 0, 77, 0, 77, 0, 55], True]]
+
+
+def test_errno_is_kept_when_hello_fails(agent: Agent) -> None:
+    agent.do("set", answer="magic")
+    agent.do("start")
+    assert agent.python("C.set_errno(77); out(alloc(1), C.get_errno(), info()[0], C.get_errno())") == [[OOM, 77, 0, 77]]
+
+
+def test_threads_share_one_hello_and_wait_for_it(agent: Agent) -> None:
+    agent.do("set", delay=0.3)
+    agent.do("start")
+    script = """
+got = []
+ts = [threading.Thread(target=lambda: got.append(alloc(512))) for _ in range(16)]
+[t.start() for t in ts]; [t.join() for t in ts]
+out(got)
+"""
+    assert agent.python(script) == [[[0] * 16]]
+    assert agent.do("look")["hellos"] == 1
+
+
+def test_thousands_of_hellos_leave_nothing(build: Build, held: Agent, scale: Callable[[int, int, int], int]) -> None:
+    """Each jump of the shim's clock makes the heartbeat stale, so that the next call says hello again."""
+    hellos = scale(200, 2000, 10000)
+    script = f"""
+F = C.CDLL("{build.folder}/fault.so"); F.fault_skip.argtypes = [C.c_int64]
+def size(): return int(open("/proc/self/statm").read().split()[0]), len(open("/proc/self/maps").readlines()), len(fds())
+def work(n):
+    for _ in range(n): F.fault_skip(3 * 10**9); assert alloc(0x200) == 0
+work(50); before = size(); work({hellos}); out(before, size())
+"""
+    held.do("limit", limit=1 << 40)
+    before, after = held.python(script, preload=(build.folder / "fault.so",))[0]
+    assert held.do("look")["hellos"] > hellos
+    assert before == after
+
+
+def test_pages_are_swapped_under_busy_threads(build: Build, held: Agent) -> None:
+    script = f"""
+F = C.CDLL("{build.folder}/fault.so"); F.fault_skip.argtypes = [C.c_int64]
+stop, bad, count = [], [], []
+def work():
+    n = 0
+    while not stop:
+        if alloc(512): bad.append(1)
+        f = info()
+        if f[2] != 16 * GiB: bad.append(f)
+        n += 1
+    count.append(n)
+ts = [threading.Thread(target=work) for _ in range(8)]
+[t.start() for t in ts]
+for _ in range(150): F.fault_skip(3 * 10**9); time.sleep(0.005)
+stop.append(1); [t.join() for t in ts]
+out(bad, min(count) > 10)
+"""
+    held.do("limit", limit=1 << 40)
+    assert held.python(script, preload=(build.folder / "fault.so",)) == [[[], True]]
+    assert held.do("look")["hellos"] > 100

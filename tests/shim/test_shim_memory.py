@@ -1,0 +1,267 @@
+"""Admission: what is asked, in which size, and what comes of the answer. The driver counts how often it is called."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from shim_kit import PREAMBLE, SYSTEM_PYTHON, Agent, Build
+
+MEMORY, CONTEXT, HELLO, VMM, SETTLED = 0, 2, 3, 4, 100
+MIB = 1 << 20
+MOST = 1 << 48
+OOM = 2
+
+
+def test_admitted_until_the_limit_and_not_beyond(held: Agent) -> None:
+    script = "out(*[alloc(256 * MiB) for _ in range(6)], L.fake_calls())"
+    assert held.python(script) == [[0, 0, 0, 0, OOM, OOM, 4]]
+    assert held.do("look")["used"] == 1 << 30
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_asked_for_the_ledgers_index_of_the_current_device(held: Agent, device: int) -> None:
+    held.do("limit", device=3 + device, limit=1 << 30)
+    held.python(f"L.fake_context({device + 1}); out(alloc(1))")
+    assert [c["device"] for c in held.calls(MEMORY)] == [3 + device]
+
+
+SIZES = {
+    1: 512,
+    512: 512,
+    513: 1024,
+    64 << 10: 64 << 10,
+    MIB: MIB,
+    MIB + 1: 2 * MIB,
+    3 * MIB: 4 * MIB,
+    4 * MIB: 4 * MIB,
+    MOST - 1: MOST,
+    MOST: MOST,
+    MOST + 1: MOST + 1,
+    (1 << 63) + 5: MOST + 1,
+    (1 << 64) - 1: MOST + 1,
+    (1 << 64) - 4096: MOST + 1,
+}
+
+
+def test_asked_is_what_the_driver_will_take(held: Agent) -> None:
+    held.python(f"for n in {list(SIZES)}: alloc(n)")
+    assert [c["bytes"] for c in held.calls(MEMORY)] == list(SIZES.values())
+
+
+def test_a_pitch_is_rounded_and_cannot_overflow(held: Agent) -> None:
+    held.python(
+        """
+p, pitch = C.c_uint64(), C.c_size_t()
+for w, h in ((1000, 2000), (1 << 40, 1 << 40), (2**64 - 1, 1), (1, 2**64 - 1), (2**64 - 512, 2), (512, 1 << 40)):
+    L.cuMemAllocPitch_v2(C.byref(p), C.byref(pitch), C.c_size_t(w), C.c_size_t(h), 4)
+"""
+    )
+    assert [c["bytes"] for c in held.calls(MEMORY)] == [2 * MIB, *[MOST + 1] * 4, MOST + 1]
+
+
+def test_managed_memory_is_memory(held: Agent) -> None:
+    script = "p = C.c_uint64(); out(*[L.cuMemAllocManaged(C.byref(p), C.c_size_t(n * MiB), 1) for n in (600, 600)])"
+    assert held.python(script) == [[0, OOM]]
+    assert [c["bytes"] for c in held.calls(MEMORY)] == [600 * MIB] * 2
+
+
+VMM_SCRIPT = """
+class Prop(C.Structure):
+    _fields_ = [("type", C.c_int), ("handles", C.c_int), ("where", C.c_int), ("id", C.c_int), ("rest", C.c_uint64 * 8)]
+def create(where, device, size):
+    h, prop = C.c_uint64(), Prop(1, 0, where, device)
+    return L.cuMemCreate(C.byref(h), C.c_size_t(size), C.byref(prop), C.c_uint64(0))
+"""
+
+
+def test_vmm_is_asked_for_its_own_device_and_only_for_devices(held: Agent) -> None:
+    held.do("limit", device=4, limit=1 << 30)
+    script = VMM_SCRIPT + "out(create(1, 1, 4 * MiB), create(2, 0, 4 * MiB), create(1, 1, 2 << 30), L.fake_calls())"
+    assert held.python(script) == [[0, 0, OOM, 2]]
+    assert [(c["device"], c["bytes"]) for c in held.calls(VMM)] == [(4, 4 * MIB), (4, 2 << 30)]
+
+
+def test_contexts_ask_with_no_size_and_a_second_reference_not_at_all(held: Agent) -> None:
+    script = """
+c = C.c_void_p()
+out(L.cuDevicePrimaryCtxRetain(C.byref(c), 0), L.cuDevicePrimaryCtxRetain(C.byref(c), 0),
+    L.cuCtxCreate_v2(C.byref(c), 0, 0), L.cuCtxCreate_v3(C.byref(c), None, 0, 0, 0),
+    L.cuCtxCreate_v4(C.byref(c), None, 0, 0))
+"""
+    assert held.python(script) == [[0, 0, 0, 0, 0]]
+    assert [(c["device"], c["bytes"]) for c in held.calls(CONTEXT)] == [(3, 0)] * 4
+
+
+def test_a_refused_context_is_out_of_memory(held: Agent) -> None:
+    held.do("knobs", fixed=1)
+    script = """
+c = C.c_void_p()
+out(L.cuDevicePrimaryCtxRetain(C.byref(c), 0), L.cuCtxCreate_v2(C.byref(c), 0, 0), L.fake_calls())
+"""
+    assert held.python(script) == [[OOM, OOM, 0]]
+
+
+def test_no_limit_is_admitted(held: Agent) -> None:
+    held.do("knobs", fixed=4)
+    assert held.python("out(alloc(64 * GiB), L.fake_calls())") == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        ("alloc(0)", 1),  # the driver's word for it
+        ("(L.fake_context(0), alloc(1 << 20))[1]", 0),  # no context: the driver's to refuse
+        ("L.cuCtxCreate_v2(C.byref(C.c_void_p()), 0, 77)", 0),
+    ],
+)
+def test_what_takes_nothing_is_not_asked_for(held: Agent, call: str, result: int) -> None:
+    assert held.python(f"out({call})") == [[result]]
+    assert [c["kind"] for c in held.calls() if c["kind"] != HELLO] == []
+
+
+def test_a_device_that_is_not_the_tenants_has_no_memory(held: Agent) -> None:
+    assert held.python("L.fake_context(3); out(alloc(1), L.fake_calls())") == [[OOM, 0]]
+
+
+def test_the_drivers_own_error_is_passed_on(held: Agent) -> None:
+    assert held.python("L.fake_result(719); out(alloc(1))") == [[719]]
+
+
+def test_lost_swaps_are_asked_again_with_the_same_ticket(held: Agent) -> None:
+    held.python("L.cuInit(0)\nos.read(0, 0)")
+    held.do("reset")
+    held.do("start")
+    process = held.start_python("L.cuInit(0); out(1); sys.stdin.readline(); out(alloc(1))")
+    process.stdout.readline()
+    held.do("knobs", again=5)
+    assert process.communicate("\n", timeout=10)[0] == "[0]\n"
+    tickets = [c["ticket"] for c in held.calls(MEMORY)]
+    assert len(tickets) == 6
+    assert len(set(tickets)) == 1
+
+
+def test_without_an_answer_hello_is_said_again_and_then_it_is_refused(held: Agent) -> None:
+    process = held.start_python(
+        "L.cuInit(0); out(1); sys.stdin.readline(); time.sleep(1.05); out(alloc(1), L.fake_calls())"
+    )
+    process.stdout.readline()
+    held.do("knobs", mute=1)
+    assert process.communicate("\n", timeout=10)[0] == f"[{OOM}, 0]\n"
+    assert len(held.calls(MEMORY)) == 128
+    assert len({c["ticket"] for c in held.calls(MEMORY)}) == 1
+    assert held.do("look")["hellos"] == 2
+
+
+def test_detached_while_held_the_shim_lets_go(held: Agent) -> None:
+    process = held.start_python(
+        "L.cuInit(0); out(1); sys.stdin.readline(); time.sleep(1.05); out(alloc(8 * GiB), info()[2] >> 30)"
+    )
+    process.stdout.readline()
+    held.do("knobs", mute=1)
+    held.do("remove")
+    assert process.communicate("\n", timeout=10)[0] == "[0, 16]\n"
+
+
+def test_settles_where_return_probes_are_missing(held: Agent) -> None:
+    held.do("set", flags=2)
+    held.python(
+        "out(alloc(3 * MiB)); L.fake_result(2); out(alloc(5)); L.fake_result(0)\n"
+        + VMM_SCRIPT
+        + "create(1, 0, 1 << 21)"
+    )
+    asked = [c for c in held.calls() if c["kind"] in (MEMORY, VMM)]
+    settled = held.calls(SETTLED)
+    assert [(c["device"], c["bytes"], c["result"]) for c in settled] == [
+        (0xD00000, 4 * MIB, 0),
+        (0, 512, 2),
+        (0x77, 2 * MIB, 0),
+    ]
+    assert [c["ticket"] for c in settled] == [c["ticket"] for c in asked]
+
+
+def test_does_not_settle_where_the_kernel_does(held: Agent) -> None:
+    assert held.python("out(alloc(3 * MiB))") == [[0]]
+    assert held.calls(SETTLED) == []
+
+
+def test_threads_have_tickets_of_their_own(held: Agent) -> None:
+    script = """
+got = []
+def work():
+    for _ in range(20): got.append(alloc(64 * 512))
+ts = [threading.Thread(target=work) for _ in range(16)]
+[t.start() for t in ts]; [t.join() for t in ts]
+out(len(got), sum(got))
+"""
+    assert held.python(script) == [[320, 0]]
+    tickets = [c["ticket"] for c in held.calls(MEMORY)]
+    assert len(tickets) == len(set(tickets)) == 320
+    assert all(0 < t < 1 << 62 for t in tickets)
+    assert held.do("look")["hellos"] == 1
+
+
+def test_an_older_driver_is_enough_and_dlerror_stays_clean(held: Agent) -> None:
+    script = """
+dl = C.CDLL(None); dl.dlerror.restype = C.c_char_p
+L.cuMemAlloc_v2; L.fake_calls; dl.dlerror()
+out(alloc(1), dl.dlerror(), L.fake_calls())
+"""
+    assert held.python(script, driver="old") == [[0, None, 1]]
+
+
+def test_a_wrapper_that_was_loaded_later_finds_what_follows_it(build: Build, held: Agent) -> None:
+    """Its RTLD_NEXT of a hooked name is the driver, found from where it stands: from where we stand it is itself."""
+    script = f"""
+G = C.CDLL("libcuda.so.1", C.RTLD_GLOBAL); W = C.CDLL("{build.folder}/next.so"); p = C.c_uint64()
+out(W.cuMemAlloc_v2(C.byref(p), C.c_size_t(8)), L.fake_calls(), W.next_calls())
+"""
+    later = (build.shim, build.folder / "next.so")
+    assert held.python(script, libraries=later) == [[0, 1, 100]]
+
+
+def test_reached_by_linking(build: Build, held: Agent) -> None:
+    program = build.compile("linked.c", "linked2", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1")
+    assert held.run(program)[0] == f"0 2 1 {(1 << 30) - (4 << 20)} {1 << 30}\n"
+
+
+def test_reached_by_cu_get_proc_address(held: Agent) -> None:
+    script = """
+dl = C.CDLL(None); dl.dlsym.restype = C.c_void_p
+def ask(name, version):
+    f = C.c_void_p()
+    return L.cuGetProcAddress_v2(name, C.byref(f), version, C.c_uint64(0), None), f.value
+def sym(name): return dl.dlsym(C.c_void_p(L._handle), name)
+out(ask(b"cuMemAlloc", 12000) == (0, sym(b"cuMemAlloc_v2")),
+    ask(b"cuCtxCreate", 10000) == (0, sym(b"cuCtxCreate_v2")),
+    ask(b"cuCtxCreate", 12000) == (0, sym(b"cuCtxCreate_v3")),
+    ask(b"cuGetProcAddress", 12000)[1] == sym(b"cuGetProcAddress_v2"),
+    ask(b"cuLaunchKernel", 12000)[1] == sym(b"cuLaunchKernel_fake"),
+    ask(b"nosuch", 1), ask(b"cuMem", 12000)[1] != sym(b"cuMemCreate"),
+    ask(b"cuMemAlloc", 2000)[1] == sym(b"cuMemAlloc"))
+f = C.CFUNCTYPE(C.c_int, C.c_void_p, C.c_size_t)(ask(b"cuMemAlloc", 12000)[1])
+p = C.c_uint64()
+out(f(C.addressof(p), 1 << 20), f(C.addressof(p), 2 << 30), L.fake_calls())
+"""
+    assert held.python(script) == [[True, True, True, True, True, [500, None], True, True], [0, OOM, 1]]
+
+
+def test_sizes_are_free_of_undefined_behaviour(build: Build, held: Agent, tmp_path: Path) -> None:
+    """The library again, built to die of the first undefined operation; the same sizes."""
+    trapping = build.make(tmp_path, "SANITIZE=-fsanitize=undefined -fsanitize-undefined-trap-on-error")
+    script = f"""
+p, pitch = C.c_uint64(), C.c_size_t()
+for n in {list(SIZES)}:
+    alloc(n)
+    for h in (0, 1, 3, 2**32, 2**63, 2**64 - 1):
+        L.cuMemAllocPitch_v2(C.byref(p), C.byref(pitch), C.c_size_t(n), C.c_size_t(h), 16)
+out(info()[0])
+"""
+    environment = f"LD_PRELOAD={trapping}"
+    where = [f"--mount=/proc/{held.process.pid}/ns/mnt", "--", "env", environment]
+    done = subprocess.run(
+        ["nsenter", *where, f"LD_LIBRARY_PATH={build.folder / 'driver'}", SYSTEM_PYTHON, "-c", PREAMBLE + script],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert (done.returncode, done.stdout) == (0, "[0]\n"), done

@@ -1,0 +1,85 @@
+"""The shim on the simulated driver: the whole of a driver's life, seen by a program and by nvidia-smi."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from shim_kit import PREAMBLE, ROOT, SYSTEM_PYTHON, Agent, Build
+from test_shim_view import NVML
+
+GIB, OOM = 1 << 30, 2
+
+
+@dataclass
+class Simulator:
+    agent: Agent
+    folder: Path
+
+    def run(self, *command: object) -> str:
+        return self.agent.run(*command, driver=self.folder / "lib")[0]
+
+    def python(self, script: str) -> str:
+        return self.run(SYSTEM_PYTHON, "-c", PREAMBLE + script)
+
+
+@pytest.fixture(scope="module")
+def built(build: Build) -> Path:
+    folder = build.folder / "sim"
+    command = ["make", "-s", "-j2", "-C", ROOT / "sim", f"OUT={folder}", f"HEADERS={build.headers}"]
+    subprocess.run(command, check=True, timeout=120)
+    return folder
+
+
+@pytest.fixture
+def simulator(built: Path, held: Agent) -> Iterator[Simulator]:
+    inside = [
+        "nsenter",
+        f"--mount=/proc/{held.process.pid}/ns/mnt",
+        "--",
+        "env",
+        "FGPU_SIM_GPUS=2",
+        "FGPU_SIM_MODEL=t4",
+    ]
+    server = subprocess.Popen([*inside, built / "fgpu-simd"], stdout=subprocess.PIPE, text=True)
+    assert server.stdout
+    assert server.stdout.readline() == "ready\n"
+    simulator = Simulator(held, built)
+    listing = simulator.run(built / "nvidia-smi", "-L")
+    uuids = [u.replace("-", "") for u in re.findall(r"GPU-([0-9a-f-]{36})", listing)]
+    assert len(uuids) == 2
+    held.do("reset")
+    held.do("set", uuids=uuids)
+    held.do("start")
+    yield simulator
+    server.terminate()
+    server.wait(10)
+    server.stdout.close()
+
+
+def test_nvidia_smi_shows_the_share(simulator: Simulator) -> None:
+    simulator.agent.do("limit", limit=GIB, used=256 << 20)
+    table = simulator.run(simulator.folder / "nvidia-smi")
+    assert re.findall(r"(\d+)MiB / +(\d+)MiB", table)[0] == ("256", "1024")
+
+
+def test_a_program_gets_its_share_and_no_more(simulator: Simulator) -> None:
+    script = """
+c = C.c_void_p(); L.cuInit(0); L.cuDevicePrimaryCtxRetain(C.byref(c), 0); L.cuCtxSetCurrent(c)
+out(alloc(256 * MiB), alloc(1 * GiB), info())
+"""
+    assert simulator.python(script) == f"[0, {OOM}, [0, {768 << 20}, {GIB}]]\n"
+
+
+def test_neighbours_are_not_in_the_lists(simulator: Simulator) -> None:
+    holder = "c = C.c_void_p(); L.cuInit(0); L.cuDevicePrimaryCtxRetain(C.byref(c), 0); out(1); sys.stdin.readline()"
+    process = simulator.agent.start_python(holder, driver=simulator.folder / "lib")
+    process.stdout.readline()
+    show = NVML + 'out([p[0] for p in processes("nvmlDeviceGetComputeRunningProcesses_v3", Info, 8)[2]])'
+    simulator.agent.do("set", answer="unmanaged")
+    assert simulator.python(show) == f"[[{process.pid}]]\n"
+    simulator.agent.do("set", answer="managed", rows=[[9, 3, 1 << 20]])
+    assert simulator.python(show) == "[[9]]\n"
+    process.communicate("\n", timeout=10)

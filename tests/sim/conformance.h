@@ -1,0 +1,37 @@
+/* How the conformance program asks: every function is looked up by name in whatever driver the loader finds, and every
+ * answer is one line `name value`, so that two drivers are compared by diff. */
+#ifndef FGPU_CONFORMANCE_H
+#define FGPU_CONFORMANCE_H
+
+#define __CUDA_API_VERSION_INTERNAL
+#include <cuda.h>
+#define NVML_NO_UNVERSIONED_FUNC_DEFS
+#include <nvml.h>
+
+#include <stddef.h>
+#include <stdint.h>
+
+void *need(const char *name); /* never NULL: what is missing answers 999 */
+void say(const char *name, long long value);
+void section(const char *name); /* prefix of the lines that follow */
+
+#define CALL(function, ...) ((__typeof__(&function))need(#function))(__VA_ARGS__)
+/* The result of a call under a name of its own, or under the function's. */
+#define TRY(name, function, ...) say(name, (long long)CALL(function, __VA_ARGS__))
+
+#define KIB ((size_t)1 << 10)
+#define MIB ((size_t)1 << 20)
+
+void use_primary(void);    /* makes the first device's primary context current */
+long long taken_mib(void); /* what the device has lost since mark() */
+void mark(void);
+
+void check_contexts(void);
+void check_memory(void);
+void check_vmm(void);
+void check_pools(void);
+void check_streams(void);
+void check_lookup(void);
+void check_nvml(void);
+
+#endif

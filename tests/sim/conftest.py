@@ -1,0 +1,168 @@
+"""Owns one simulated driver per test that asks for it; builds what is missing; changes nothing outside its namespace.
+
+The libraries find their server at one fixed path. So that test runs do not meet there, each server lives in a mount
+namespace with a `/run` of its own, and clients are started inside that namespace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "sim"
+BUILD = ROOT / "build" / "sim"
+HEADERS = ROOT / "build" / "headers"
+
+MIB = 1 << 20
+
+# Imported by every client script that the tests run with `python -c`.
+CLIENT = """
+import ctypes as C, os, sys, time
+L = C.CDLL("libcuda.so.1")
+def need(name, *args):
+    result = getattr(L, name)(*args)
+    if result:
+        print("failed", name, result, flush=True)
+        sys.exit(1)
+def start(device=0):
+    need("cuInit", 0)
+    context = C.c_void_p()
+    need("cuDevicePrimaryCtxRetain", C.byref(context), device)
+    need("cuCtxSetCurrent", context)
+    return context
+def alloc(size):
+    pointer = C.c_uint64()
+    need("cuMemAlloc_v2", C.byref(pointer), C.c_size_t(size))
+    return pointer
+def info():
+    free, total = C.c_size_t(), C.c_size_t()
+    need("cuMemGetInfo_v2", C.byref(free), C.byref(total))
+    return free.value, total.value
+def say(*words):
+    print(*words, flush=True)
+def wait():
+    sys.stdin.readline()
+"""
+
+
+class Machine:
+    """A machine with simulated GPUs: a server, and a way to run programs that see it."""
+
+    def __init__(self, tools: Path, settings: dict[str, str]) -> None:
+        self.tools = tools
+        environment = {"PATH": os.environ["PATH"], **settings}
+        self.server = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run && exec "$0"', str(tools / "fgpu-simd")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.server.stdout is not None
+        line = self.server.stdout.readline()
+        assert line == "ready\n", self.server.communicate()
+
+    def command(self, *words: str | Path) -> list[str]:
+        return ["nsenter", f"--mount=/proc/{self.server.pid}/ns/mnt", "--", *map(str, words)]
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "LD_LIBRARY_PATH": str(self.tools / "lib"), "TERM": "dumb"}
+
+    def run(self, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            self.command(*words), env=self.environment(), capture_output=True, text=True, timeout=60, cwd="/"
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def python(self, script: str, check: bool = True) -> list[str]:
+        return self.run(sys.executable, "-c", CLIENT + script, check=check).stdout.split("\n")[:-1]
+
+    def spawn(self, script: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*prefix, sys.executable, "-c", CLIENT + script),
+            env=self.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd="/",
+        )
+
+    def dump(self) -> dict[str, list[dict[str, int]]]:
+        return json.loads(self.run(self.tools / "fgpu-simd", "--dump").stdout)
+
+    def used(self, device: int = 0) -> int:
+        return self.dump()["devices"][device]["used_bytes"]
+
+    def process(self, pid: int, device: int = 0) -> dict[str, int]:
+        found = [p for p in self.dump()["processes"] if p["pid"] == pid and p["device"] == device]
+        assert len(found) == 1, found
+        return found[0]
+
+    def settles_at(self, used: int, within: float = 1.0) -> float:
+        """Seconds until the device stands at `used`; fails after `within`."""
+        start = time.monotonic()
+        while self.used() != used:
+            assert time.monotonic() - start < within, self.dump()
+            time.sleep(0.005)
+        return time.monotonic() - start
+
+    def has_descriptors(self, n: int, within: float = 1.0) -> None:
+        """The last client's end may still be on its way to the server."""
+        start = time.monotonic()
+        while self.descriptors() != n:
+            assert time.monotonic() - start < within, self.descriptors()
+            time.sleep(0.005)
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.server.pid}/fd"))
+
+    def resident(self) -> int:
+        fields = Path(f"/proc/{self.server.pid}/statm").read_text().split()
+        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def stop(self) -> int:
+        if self.server.poll() is None:
+            self.server.send_signal(signal.SIGTERM)
+        self.server.communicate(timeout=10)
+        return self.server.returncode
+
+
+@pytest.fixture(scope="session")
+def tools() -> Path:
+    if os.geteuid() != 0:
+        pytest.skip("mount namespaces need root")
+    subprocess.run(
+        ["make", "-s", "-C", str(ROOT / "sim"), f"OUT={BUILD}", f"HEADERS={HEADERS}"],
+        check=True,
+        timeout=300,
+        stdout=subprocess.DEVNULL,
+    )
+    return BUILD
+
+
+@pytest.fixture
+def make_machine(tools: Path) -> Iterator[Callable[..., Machine]]:
+    machines: list[Machine] = []
+
+    def make(**settings: str) -> Machine:
+        machines.append(Machine(tools, settings))
+        return machines[-1]
+
+    yield make
+    for machine in machines:
+        assert machine.stop() == 0
+
+
+@pytest.fixture
+def machine(make_machine: Callable[..., Machine]) -> Machine:
+    return make_machine()

@@ -1,0 +1,251 @@
+"""The server by itself: one per directory, clean ends, bad settings, peers that lie or do not listen, no leak."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REQUEST = struct.Struct("<IIIIQQQII")
+MAGIC = 0x66677330
+HELLO, DEVICE, ATTACH, TAKE, GIVE, CLOSE, MEMORY, PROCESSES, DUMP, WORK = range(10)
+CONTEXT, BLOCK = 0, 1
+
+
+class Server:
+    def __init__(self, tools: Path, directory: Path, *prefix: str) -> None:
+        self.program = tools / "fgpu-simd"
+        self.directory = directory
+        self.process = subprocess.Popen(
+            [*prefix, str(self.program), "--dir", str(directory)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(str(self.directory / "driver"))
+        sock.settimeout(5)
+        return sock
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        self.process.send_signal(how)
+        _, errors = self.process.communicate(timeout=30)
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def server(tools: Path, tmp_path: Path) -> Iterator[Server]:
+    running = Server(tools, tmp_path)
+    yield running
+    if running.process.poll() is None:
+        assert running.stop()[0] == 0
+
+
+def request(op: int, device: int = 0, kind: int = 0, context: int = 0, size: int = 0, asked: int = 0) -> bytes:
+    return REQUEST.pack(MAGIC, op, device, kind, context, size, asked, 0, 0)
+
+
+def ask(sock: socket.socket, message: bytes) -> tuple[int, int]:
+    """Status and count; an empty answer means that we were dropped."""
+    sock.send(message)
+    answer = sock.recv(1 << 18)
+    if not answer:
+        return (-1, 0)
+    _, _, status, count = struct.unpack_from("<IIII", answer)
+    return status, count
+
+
+def used(server: Server) -> int:
+    with server.connect() as sock:
+        sock.send(request(MEMORY))
+        return int(struct.unpack_from("<QQQQ", sock.recv(4096), 16)[2])
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_ends_cleanly(server: Server, how: signal.Signals) -> None:
+    with server.connect() as sock:
+        assert ask(sock, request(HELLO)) == (0, 1)
+        assert server.stop(how) == (0, "")
+    assert not (server.directory / "driver").exists()
+
+
+def test_socket_is_open_to_all(server: Server) -> None:
+    assert (server.directory / "driver").stat().st_mode & 0o777 == 0o666
+
+
+def test_second_server_is_refused(server: Server) -> None:
+    second = subprocess.run(
+        [server.program, "--dir", server.directory], capture_output=True, text=True, timeout=10, check=False
+    )
+    assert second.returncode == 1
+    assert second.stdout == ""
+    assert second.stderr == f"fgpu-simd: {server.directory}: another server is running here\n"
+    with server.connect() as sock:
+        assert ask(sock, request(HELLO)) == (0, 1)
+
+
+def test_stale_socket_is_replaced(tools: Path, tmp_path: Path) -> None:
+    first = Server(tools, tmp_path)
+    first.process.kill()
+    first.process.wait()
+    assert (tmp_path / "driver").exists()
+    second = Server(tools, tmp_path)
+    with second.connect() as sock:
+        assert ask(sock, request(HELLO)) == (0, 1)
+    assert second.stop() == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("GPUS", "x"), ("GPUS", "17"), ("GPUS", "-1"), ("MEMORY", "16GB"), ("MEMORY", "1"), ("MEMORY", "-4GiB"),
+     ("MEMORY", "99999999999GiB"), ("MODEL", "h100")],
+)  # fmt: skip
+def test_bad_settings(tools: Path, tmp_path: Path, name: str, value: str) -> None:
+    environment = {f"FGPU_SIM_{name}": value}
+    words = [tools / "fgpu-simd", "--dir", tmp_path]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=10, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"fgpu-simd: FGPU_SIM_{name} is ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_dump_without_server(tools: Path, tmp_path: Path) -> None:
+    words = [tools / "fgpu-simd", "--dump", "--dir", tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no server is running here" in done.stderr
+
+
+MALFORMED = {
+    "empty": b"\0",
+    "short": request(HELLO)[:-1],
+    "long": request(HELLO) + b"\0",
+    "huge": b"\xff" * 100_000,
+    "magic": b"\0" * REQUEST.size,
+    "operation": request(99),
+    "kind": request(TAKE, kind=99),
+    "give": request(GIVE, kind=BLOCK, context=1, size=1),
+    "give context": request(GIVE, kind=CONTEXT, context=1),
+    "close": request(CLOSE, context=7),
+}
+
+
+@pytest.mark.parametrize("message", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_message_drops_its_sender_alone(server: Server, message: bytes) -> None:
+    with server.connect() as good, server.connect() as bad:
+        assert ask(good, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
+        before = used(server)
+        assert ask(bad, message) == (-1, 0)
+        assert ask(good, request(HELLO)) == (0, 1)
+        assert used(server) == before
+
+
+@pytest.mark.parametrize("excess", [(1, 0), (0, 1)], ids=["bytes", "requested"])
+def test_who_gives_back_more_than_it_holds_is_dropped(server: Server, excess: tuple[int, int]) -> None:
+    with server.connect() as sock:
+        assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
+        assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=1009, asked=1009)) == (0, 0)
+        assert ask(sock, request(GIVE, kind=BLOCK, context=1, size=1009 + excess[0], asked=1009 + excess[1])) == (-1, 0)
+    time.sleep(0.15)
+    assert used(server) == 0
+
+
+LIES = {
+    "device past the last": (request(MEMORY, device=1), 2),
+    "context twice": (request(TAKE, kind=CONTEXT, context=1), 3),
+    "context 0": (request(TAKE, kind=CONTEXT, context=0), 3),
+    "block of no context": (request(TAKE, kind=BLOCK, context=0, size=1), 3),
+    "block of a foreign context": (request(TAKE, kind=BLOCK, context=2, size=1), 3),
+    "more than there is": (request(TAKE, kind=BLOCK, context=1, size=1 << 60), 1),
+    "more than can be counted": (request(TAKE, kind=BLOCK, context=1, size=(1 << 64) - 1), 1),
+    "asked for more than can be added": (request(TAKE, kind=BLOCK, context=1, asked=(1 << 64) - 1), 3),
+}
+
+
+@pytest.mark.parametrize(("message", "status"), LIES.values(), ids=LIES)
+def test_what_cannot_be_is_refused(server: Server, message: bytes, status: int) -> None:
+    with server.connect() as other, server.connect() as sock:
+        assert ask(other, request(TAKE, kind=CONTEXT, context=2)) == (0, 0)
+        assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
+        before = used(server)
+        assert ask(sock, message)[0] == status
+        assert used(server) == before
+
+
+def send_many(sock: socket.socket, message: bytes) -> None:
+    for _ in range(100_000):
+        sock.send(message)
+
+
+def test_who_never_reads_is_dropped(server: Server) -> None:
+    with server.connect() as silent, server.connect() as good:
+        silent.settimeout(0.2)
+        with pytest.raises(OSError, match=r"timed out|Broken pipe|reset"):
+            send_many(silent, request(DEVICE))
+        assert ask(good, request(HELLO)) == (0, 1)
+
+
+def test_contexts_of_one_client_are_bounded(tools: Path, tmp_path: Path) -> None:
+    server = Server(tools, tmp_path, "env", "FGPU_SIM_MEMORY=1024GiB")
+    with server.connect() as sock:
+        answers = [ask(sock, request(TAKE, kind=CONTEXT, context=i + 1))[0] for i in range(520)]
+    assert answers == [0] * 512 + [3] * 8
+    assert server.stop()[0] == 0
+
+
+def is_turned_away(sock: socket.socket) -> bool:
+    try:
+        return ask(sock, request(HELLO)) == (-1, 0)
+    except (BrokenPipeError, ConnectionResetError):
+        return True
+
+
+def test_connections_are_bounded(server: Server) -> None:
+    """Past 1,024 a newcomer is turned away; when others leave there is room again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    socks = [server.connect() for _ in range(1030)]
+    try:
+        assert ask(socks[0], request(HELLO)) == (0, 1)
+        assert ask(socks[1023], request(HELLO)) == (0, 1)
+        assert is_turned_away(socks[1024])
+    finally:
+        for sock in socks:
+            sock.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    time.sleep(0.05)
+    with server.connect() as sock:
+        assert ask(sock, request(HELLO)) == (0, 1)
+
+
+@pytest.mark.skipif(not shutil.which("valgrind"), reason="no valgrind here")
+def test_nothing_leaks(tools: Path, tmp_path: Path) -> None:
+    valgrind = ["valgrind", "-q", "--leak-check=full", "--show-leak-kinds=all", "--error-exitcode=9"]
+    server = Server(tools, tmp_path, *valgrind)
+    for turn in range(11):
+        with server.connect() as sock:
+            assert ask(sock, request(ATTACH))[0] == 0
+            for context in range(1, 24):
+                assert ask(sock, request(TAKE, kind=CONTEXT, context=context)) == (0, 0)
+            assert ask(sock, request(TAKE, kind=BLOCK, context=3, size=1009, asked=1009)) == (0, 0)
+            assert ask(sock, request(CLOSE, context=5)) == (0, 0)
+            if turn % 2:
+                ask(sock, b"rubbish")
+    time.sleep(0.3)
+    assert used(server) == 0
+    with server.connect() as sock:
+        assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
+        code, errors = server.stop()
+    assert code == 0, errors
