@@ -17,7 +17,7 @@
 #define READY 2
 #define OBSERVED 4 /* beside the verdicts: admitted because nobody enforces */
 
-enum function { ALLOC, MANAGED, PITCH, FREE, CREATE, MAP, UNMAP, RELEASE, RETAIN_HANDLE, RETAIN, PRIMARY_RELEASE, PRIMARY_RESET, CONTEXT, DESTROY };
+enum function { ALLOC, MANAGED, PITCH, FREE, CREATE, MAP, UNMAP, RELEASE, RETAIN_HANDLE, RETAIN, PRIMARY_RELEASE, PRIMARY_RESET, CONTEXT, DESTROY, ARRAY, ARRAY_DESTROY };
 
 BPF_F_TABLE("array", u32, struct fgpu_usage_page, page_template, 1, 1U << 10 /* BPF_F_MMAPABLE */);
 BPF_TABLE_PINNED("hash_of_maps$page_template", u64, int, pages, 4096, PINS "pages");
@@ -336,13 +336,14 @@ static void add_overhead(struct fgpu_process *p, u32 device, u64 bytes)
     __sync_fetch_and_add((u64 *)&p->overhead[device & DEVICE_MASK], bytes);
 }
 
-static int frees(u64 function) { return function == FREE || function == RELEASE || function == DESTROY; }
+static int frees(u64 function) { return function == FREE || function == RELEASE || function == DESTROY || function == ARRAY_DESTROY; }
 
 static u32 space_of(u64 function)
 {
     return function == RELEASE || function == CREATE ? FGPU_SPACE_HANDLE
-           : function == DESTROY || function == CONTEXT ? FGPU_SPACE_CONTEXT
-                                                        : FGPU_SPACE_POINTER;
+           : function == DESTROY || function == CONTEXT     ? FGPU_SPACE_CONTEXT
+           : function == ARRAY || function == ARRAY_DESTROY ? FGPU_SPACE_ARRAY
+                                                            : FGPU_SPACE_POINTER;
 }
 
 /* A call that failed, or will never be seen to end: what it was charged goes, what it took comes back. */
@@ -484,6 +485,7 @@ ENTER(context_v2_enter, CONTEXT, PT_REGS_PARM3(ctx), 0)
 ENTER(context_v3_enter, CONTEXT, PT_REGS_PARM5(ctx), 0)
 ENTER(context_v4_enter, CONTEXT, PT_REGS_PARM4(ctx), 0)
 ENTER(destroy_enter, DESTROY, NO_DEVICE, 0)
+ENTER(array_destroy_enter, ARRAY_DESTROY, NO_DEVICE, 0)
 
 /* (pointer*, pitch*, width, height, element): the third argument kept is the height. */
 int pitch_enter(struct pt_regs *ctx)
@@ -499,6 +501,77 @@ int create_enter(struct pt_regs *ctx)
     u32 location[2] = {};
     bpf_probe_read_user(location, sizeof(location), (void *)(PT_REGS_PARM3(ctx) + 8));
     return enter(ctx, CREATE, location[1], PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0, location[0] == 1 ? PT_REGS_PARM2(ctx) : 0);
+}
+
+/* CUDA_ARRAY3D_DESCRIPTOR, and CUDA_ARRAY_DESCRIPTOR but for the depth. */
+struct shape {
+    u64 width, height, depth;
+    u32 format, channels, flags;
+};
+#define NO_MEMORY_YET 0xc0 /* CUDA_ARRAY3D_SPARSE, _DEFERRED_MAPPING */
+#define MOST_EXTENT (1 << 17)
+
+static u64 element_bytes(u32 format)
+{
+    if (format == 1 || format == 8) return 1;
+    if (format == 2 || format == 9 || format == 0x10) return 2;
+    return 4; /* 32 bits; compressed and planar formats take no more than this */
+}
+
+static u64 extent(u64 n, u32 level)
+{
+    n = n > MOST_EXTENT ? MOST_EXTENT : n;
+    n >>= level & 31;
+    return n ? n : 1;
+}
+
+/* At least these bytes: for a call that nobody asked about. The driver pads; NVML tells by how much. */
+static u64 shape_bytes(struct shape *s, u32 levels)
+{
+    u64 bytes = 0, element = element_bytes(s->format) * (s->channels & 7);
+    if (s->flags & NO_MEMORY_YET) return 0;
+    for (u32 i = 0; i < 18 && i < levels; i++)
+        bytes += extent(s->width, i) * extent(s->height, i) * extent(s->depth, i) * element;
+    return bytes;
+}
+
+int array_enter(struct pt_regs *ctx)
+{
+    struct shape s = {.depth = 1};
+    bpf_probe_read_user(&s, 16, (void *)PT_REGS_PARM2(ctx));
+    bpf_probe_read_user(&s.format, 8, (void *)(PT_REGS_PARM2(ctx) + 16));
+    return enter(ctx, ARRAY, NO_DEVICE, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0, shape_bytes(&s, 1));
+}
+
+int array3d_enter(struct pt_regs *ctx)
+{
+    struct shape s = {};
+    bpf_probe_read_user(&s, 36, (void *)PT_REGS_PARM2(ctx));
+    return enter(ctx, ARRAY, NO_DEVICE, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0, shape_bytes(&s, 1));
+}
+
+/* (array*, descriptor*, levels) */
+int mipmapped_enter(struct pt_regs *ctx)
+{
+    struct shape s = {};
+    bpf_probe_read_user(&s, 36, (void *)PT_REGS_PARM2(ctx));
+    return enter(ctx, ARRAY, NO_DEVICE, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0, shape_bytes(&s, PT_REGS_PARM3(ctx)));
+}
+
+int array_return(struct pt_regs *ctx)
+{
+    struct fgpu_flight f;
+    struct fgpu_process *p = leave(ctx, ARRAY, &f);
+    if (p && f.bytes) keep_at(p, FGPU_SPACE_ARRAY, &f);
+    return 0;
+}
+
+int array_destroy_return(struct pt_regs *ctx)
+{
+    struct fgpu_flight f;
+    struct fgpu_process *p = leave(ctx, ARRAY_DESTROY, &f);
+    if (p) release(p, f.device, f.bytes);
+    return 0;
 }
 
 int alloc_return(struct pt_regs *ctx)

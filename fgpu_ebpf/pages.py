@@ -45,7 +45,7 @@ Kind = IntEnum("Kind", "MEMORY POOL CONTEXT HELLO VMM KINDS", start=0)
 Reason = IntEnum("Reason", "LIMIT DEVICE_FULL OBSERVED", start=0)
 Anomaly = IntEnum("Anomaly", "RELEASE FULL DEVICE LOST BYPASS STALE", start=0)
 Code = IntEnum("Code", "REFUSED MANAGED UNMANAGED", start=0)
-Space = IntEnum("Space", "POINTER HANDLE MAPPING CONTEXT", start=0)
+Space = IntEnum("Space", "POINTER HANDLE MAPPING CONTEXT ARRAY", start=0)
 Adjust = IntEnum("Adjust", "PUBLISH OVERHEAD MOVE REAP", start=0)
 
 # Bits, from 1: of a limit and a usage page; of a control page and an answer; of a process.

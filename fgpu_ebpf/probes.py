@@ -42,6 +42,11 @@ OPTIONAL = {
     "cuDevicePrimaryCtxReset_v2": ("primary_reset_enter", "primary_reset_return"),
     "cuCtxCreate_v3": ("context_v3_enter", "context_return"),
     "cuCtxCreate_v4": ("context_v4_enter", "context_return"),
+    "cuArrayCreate_v2": ("array_enter", "array_return"),
+    "cuArray3DCreate_v2": ("array3d_enter", "array_return"),
+    "cuMipmappedArrayCreate": ("mipmapped_enter", "array_return"),
+    "cuArrayDestroy": ("array_destroy_enter", "array_destroy_return"),
+    "cuMipmappedArrayDestroy": ("array_destroy_enter", "array_destroy_return"),
 }
 TRACEPOINTS = {"process_exit": "sched_process_exit", "process_exec": "sched_process_exec"}
 LIBRARY_FOLDERS = (

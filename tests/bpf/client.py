@@ -100,6 +100,33 @@ def destroy(handle, code=0):
     return cuda.cuCtxDestroy_v2(u64(handle))
 
 
+class Shape(ctypes.Structure):
+    _fields_ = (("width", u64), ("height", u64), ("depth", u64), ("rest", ctypes.c_uint32 * 3))
+
+
+class Flat(ctypes.Structure):
+    _fields_ = (("width", u64), ("height", u64), ("rest", ctypes.c_uint32 * 2))
+
+
+def array(handle, width, height, format_, channels):
+    cuda.set(0, handle, 0)
+    flat = Flat(width, height, (ctypes.c_uint32 * 2)(format_, channels))
+    return cuda.cuArrayCreate_v2(ctypes.byref(u64()), ctypes.byref(flat))
+
+
+def array3d(handle, width, height, depth, format_, channels, flags=0, levels=0, code=0):
+    cuda.set(code, handle, 0)
+    shape = Shape(width, height, depth, (ctypes.c_uint32 * 3)(format_, channels, flags))
+    if levels:
+        return cuda.cuMipmappedArrayCreate(ctypes.byref(u64()), ctypes.byref(shape), levels)
+    return cuda.cuArray3DCreate_v2(ctypes.byref(u64()), ctypes.byref(shape))
+
+
+def array_destroy(handle, code=0):
+    cuda.set(code, 0, 0)
+    return cuda.cuArrayDestroy(u64(handle))
+
+
 def fork():
     """A child that answers instead of us until it ends."""
     pid = os.fork()

@@ -47,6 +47,11 @@ int cuDevicePrimaryCtxRetain(uint64_t *c, int device) { return give(c); }
 int cuDevicePrimaryCtxRelease_v2(int device) { return end(); }
 int cuDevicePrimaryCtxReset_v2(int device) { return end(); }
 int cuCtxCreate_v2(uint64_t *c, unsigned flags, int device) { return give(c); }
+int cuArrayCreate_v2(uint64_t *a, const void *shape) { return give(a); }
+int cuArray3DCreate_v2(uint64_t *a, const void *shape) { return give(a); }
+int cuMipmappedArrayCreate(uint64_t *a, const void *shape, unsigned levels) { return give(a); }
+int cuArrayDestroy(uint64_t a) { return end(); }
+int cuMipmappedArrayDestroy(uint64_t a) { return end(); }
 int cuCtxDestroy_v2(uint64_t c) { return end(); }
 
 void set(int code, uint64_t a, uint64_t b) { result = code, answer = a, second_answer = b; }

@@ -225,6 +225,51 @@ def test_a_stale_pointer_is_released_when_it_is_seen_anew(kernel, level, client)
     assert anomalies(kernel)["STALE"] == before + 1
 
 
+# -- arrays
+
+
+@pytest.mark.parametrize(
+    ("call", "bytes_"),
+    [
+        ("array(7, 1024, 1024, 0x20, 4)", 16 * MIB),
+        ("array(7, 1024, 0, 0x10, 1)", 2048),
+        ("array3d(7, 64, 64, 64, 1, 2)", 64**3 * 2),
+        ("array3d(7, 64, 64, 0, 2, 1)", 64 * 64 * 2),
+        ("array3d(7, 1024, 1024, 0, 3, 1, levels=3)", 4 * (1024**2 + 512**2 + 256**2)),
+        ("array3d(7, 4, 4, 0, 1, 1, levels=3)", 16 + 4 + 1),
+    ],
+)
+def test_arrays_are_charged_by_their_extent(level, client, call, bytes_):
+    client(call)
+    assert level.used == bytes_
+    client("array_destroy(7, code=1)")
+    assert level.used == bytes_
+    client("array_destroy(7)")
+    assert level.used == 0
+
+
+def test_what_was_admitted_for_an_array_is_what_is_charged(level, client):
+    client(f"admit({64 * MIB})")
+    client("array(7, 1000, 1000, 0x20, 4)")
+    assert level.used == 64 * MIB
+    client("array_destroy(7)")
+    assert level.used == 0
+
+
+def test_arrays_without_memory_yet(level, client):
+    client("array3d(7, 1024, 1024, 0, 3, 1, flags=0x40)")
+    client("array3d(8, 1024, 1024, 0, 3, 1, flags=0x80)")
+    client("array3d(9, 1024, 1024, 0, 3, 1, code=2)")
+    assert level.used == 0
+
+
+def test_an_array_and_a_pointer_of_the_same_number_are_two(level, client):
+    client("array(7, 1024, 1024, 3, 1)")
+    client(f"alloc(7, {2 * MIB})")
+    client("array_destroy(7)")
+    assert level.used == 2 * MIB
+
+
 # -- VMM
 
 
