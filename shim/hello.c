@@ -1,8 +1,8 @@
 /*
  * hello.c: one question to the gatekeeper, and its answer made into mapped pages. Owns the region the pages lie in.
  *
- * System calls are made directly: the library functions are cancellation points, and a thread cancelled in here would leave a
- * descriptor behind. All descriptors are closed before it returns, whatever came.
+ * System calls are made directly: the library functions are cancellation points, and a thread cancelled in here would
+ * leave a descriptor behind. All descriptors are closed before it returns, whatever came.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -60,7 +60,8 @@ void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *n
     note->epoch = __atomic_load_n(&control->epoch, __ATOMIC_RELAXED);
 }
 
-/* A host without the service has no such directory. Where it was removed under a mount it is still there, linked nowhere. */
+/* A host without the service has no such directory. Where it was removed under a mount it is still there, linked
+ * nowhere. */
 static bool agent_here(void)
 {
     struct stat status;
@@ -68,7 +69,8 @@ static bool agent_here(void)
     return S_ISDIR(status.st_mode) && status.st_nlink;
 }
 
-/* stderr may be a pipe that nobody reads (SIGPIPE), a full one (it would block), or by now some other file of the program. */
+/* stderr may be a pipe that nobody reads (SIGPIPE), a full one (it would block), or by now some other file of the
+ * program. */
 void fgpu_say(const char *text)
 {
     struct stat status;
@@ -92,6 +94,10 @@ static bool wait_for(int socket, uint64_t deadline)
     return false;
 }
 
+/*
+ * Nothing in a hello is identity: the gatekeeper asks the kernel who we are. The socket does not block, since a
+ * gatekeeper that hangs has a full queue, and the program must not hang with it.
+ */
 static bool ask(int socket, const struct fgpu_note *before)
 {
     static const struct sockaddr_un address = {.sun_family = AF_UNIX, .sun_path = FGPU_SOCKET};
@@ -112,13 +118,15 @@ static enum fgpu_outcome receive(int socket, struct answer *answer)
     struct msghdr message = {
         .msg_iov = &vector, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
     long length = syscall(SYS_recvmsg, socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-    if (length <= 0) return FGPU_IS_RETRY;
+    if (length < 0) return FGPU_IS_RETRY;
+    /* Whatever came is ours to close, wanted or not: collected before anything is judged. */
     for (struct cmsghdr *part = CMSG_FIRSTHDR(&message); part; part = CMSG_NXTHDR(&message, part)) {
         if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
         size_t count = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
         for (size_t i = 0; i < count && answer->count < MOST_DESCRIPTORS; i++)
             memcpy(&answer->descriptors[answer->count++], CMSG_DATA(part) + i * sizeof(int), sizeof(int));
     }
+    if (!length) return FGPU_IS_RETRY; /* the end, or an empty message: that may carry descriptors all the same */
     const struct fgpu_answer *head = &answer->head;
     if (message.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) return FGPU_IS_SILENT;
     if ((size_t)length < sizeof *head || head->magic != FGPU_MAGIC || head->version != FGPU_LAYOUT ||
@@ -140,6 +148,10 @@ static bool map_page(char *at, int descriptor, int protection)
     return mmap(at, FGPU_PAGE_BYTES, protection, MAP_SHARED | MAP_FIXED, descriptor, 0) == at;
 }
 
+/*
+ * All pages or none: the set is not in use yet, and is made so by the caller only when everything here has passed. A
+ * usage page without a version has never been written by the kernel side and would deny everything.
+ */
 static enum fgpu_outcome map_set(const struct answer *answer, unsigned set, enum fgpu_outcome outcome)
 {
     char *base = fgpu_set(set);
@@ -186,6 +198,7 @@ out:
 enum fgpu_outcome fgpu_hello(uint64_t deadline, const struct fgpu_note *before, unsigned set, struct fgpu_note *note,
                              unsigned *levels)
 {
+    /* The directory is looked for each time: it may go while we wait. */
     for (;;) {
         if (!agent_here()) return FGPU_IS_ABSENT;
         enum fgpu_outcome outcome = once(deadline, before, set, note, levels);

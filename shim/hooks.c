@@ -1,8 +1,8 @@
 /*
  * hooks.c: how a program reaches us. Owns the table of hooks and the driver's own addresses; decides nothing.
  *
- * Three ways lead here: the exported names (programs linked against the driver), dlsym, and cuGetProcAddress, which hands out
- * pointers that no symbol lookup would see. A name that this driver lacks stays lacking.
+ * Three ways lead here: the exported names (programs linked against the driver), dlsym, and cuGetProcAddress, which
+ * hands out pointers that no symbol lookup would see. A name that this driver lacks stays lacking.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -13,8 +13,9 @@
 #include "shim.h"
 
 /*
- * Since glibc 2.34 these live in libc and the linker would ask for that version; the old one is still there and is all that
- * older systems have. Weak, because there they live in libdl, which a program that loads nothing does not have: it must run.
+ * Since glibc 2.34 these live in libc and the linker would ask for that version; the old one is still there and is all
+ * that older systems have. Weak, because there they live in libdl, which a program that loads nothing does not have: it
+ * must run.
  */
 extern void *old_dlopen(const char *, int) __attribute__((weak));
 extern int old_dlclose(void *) __attribute__((weak));
@@ -24,6 +25,11 @@ __asm__(".symver old_dlopen, dlopen@GLIBC_2.2.5\n"
         ".symver old_dlclose, dlclose@GLIBC_2.2.5\n"
         ".symver old_dlerror, dlerror@GLIBC_2.2.5\n"
         ".symver old_dlvsym, dlvsym@GLIBC_2.2.5\n");
+
+/* What libc itself had there to load modules by. One of those may bring libdl in later, and then ask us for symbols. */
+extern void *__libc_dlopen_mode(const char *, int) __attribute__((weak));
+extern void *__libc_dlsym(void *, const char *) __attribute__((weak));
+#define LIBC_DLOPEN 0x80000000u
 
 #define FGPU_PASS ((void *)1) /* probe.S knows this number: not ours, jump */
 
@@ -43,36 +49,52 @@ static const struct entry {
     FGPU_DRIVER_TABLE(HOOK, ASK, NEED)
 #undef LIBRARY
 #define LIBRARY NVML
-        FGPU_NVML_TABLE(HOOK, ASK, NEED)
-};
+        FGPU_NVML_TABLE(HOOK, ASK, NEED)};
 
-static _Atomic(void *) real[FGPU_NAMES];    /* found in the library of the right name */
-static _Atomic(void *) foreign[FGPU_NAMES]; /* found by the program in a copy under another name: used only without the former */
+static _Atomic(void *) real[FGPU_NAMES]; /* found in the library of the right name */
+static _Atomic(void *)
+    foreign[FGPU_NAMES]; /* found by the program in a copy under another name: used only without the former */
 
 HIDDEN void *(*fgpu_real_dlsym)(void *, const char *);
 HIDDEN void *fgpu_lookup(void *handle, const char *name);
+static void *(*dl_open)(const char *, int);
+static int (*dl_close)(void *);
+static char *(*dl_error)(void);
 
-/* Another library's constructor may call dlsym before ours has run, so lookups resolve it too; both find the same. */
+/* Another library's constructor may call dlsym before ours has run, so lookups resolve it too; all find the same. */
 __attribute__((constructor)) static void resolve_dlsym(void)
 {
-    if (fgpu_real_dlsym || !old_dlvsym) return;
-    void *found = old_dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
-    if (!found) found = old_dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.2.5");
+    void *found = NULL;
+    if (fgpu_real_dlsym) return;
+    if (old_dlvsym) {
+        dl_open = old_dlopen;
+        dl_close = old_dlclose;
+        dl_error = old_dlerror;
+        found = old_dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
+        if (!found) found = old_dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.2.5");
+    } else if (__libc_dlopen_mode && __libc_dlsym) {
+        void *libdl = __libc_dlopen_mode("libdl.so.2", (int)(RTLD_LAZY | RTLD_NOLOAD | LIBC_DLOPEN));
+        if (!libdl) return;
+        dl_open = __libc_dlsym(libdl, "dlopen");
+        dl_close = __libc_dlsym(libdl, "dlclose");
+        dl_error = __libc_dlsym(libdl, "dlerror");
+        found = __libc_dlsym(libdl, "dlsym");
+    }
     __atomic_store_n((void **)&fgpu_real_dlsym, found, __ATOMIC_RELEASE);
 }
 
-/* In the loaded library of the right name. Never loads one: a program that runs without a driver must go on doing so. */
+/* In the loaded library of the right name. Never loads one: a program that runs without a driver must go on doing so.
+ */
 static void *find(enum fgpu_name at)
 {
     if (!fgpu_real_dlsym) resolve_dlsym();
-    if (!fgpu_real_dlsym || !old_dlopen) return NULL;
+    if (!fgpu_real_dlsym) return NULL;
     void *found = NULL;
-    void *library = old_dlopen(sonames[table[at].library], RTLD_LAZY | RTLD_NOLOAD);
+    void *library = dl_open(sonames[table[at].library], RTLD_LAZY | RTLD_NOLOAD);
     if (library) {
         found = fgpu_real_dlsym(library, table[at].name);
-        old_dlclose(library);
+        dl_close(library);
     }
-    if (!found) old_dlerror(); /* our failure, not the program's: it may ask dlerror next */
     return found;
 }
 
@@ -86,10 +108,11 @@ void *fgpu_real(enum fgpu_name at)
         atomic_store_explicit(&real[at], found, memory_order_relaxed);
     else
         found = atomic_load_explicit(&foreign[at], memory_order_relaxed);
-    /* Not kept: this may be a stub that loads the driver at its first call and would then be handed our hook to call. */
+    /* Not kept: this may be a stub that loads the driver at its first call and would then be handed our hook to call.
+     */
     if (!found && fgpu_real_dlsym) {
         found = fgpu_real_dlsym(RTLD_NEXT, table[at].name);
-        if (!found) old_dlerror();
+        if (!found) dl_error(); /* our failure, not the program's: it may ask dlerror next */
     }
     errno = saved;
     return found;
@@ -115,7 +138,8 @@ static enum fgpu_name hooked(const char *name)
     return FGPU_NAMES;
 }
 
-/* What dlsym answers, or FGPU_PASS. The program's own lookup comes last, so that dlerror tells of that and not of ours. */
+/* What dlsym answers, or FGPU_PASS. The program's own lookup comes last, so that dlerror tells of that and not of ours.
+ */
 void *fgpu_lookup(void *handle, const char *name)
 {
     if (!fgpu_real_dlsym) resolve_dlsym();

@@ -1,9 +1,10 @@
 /*
- * link.c: whether somebody decides here, and where the pages are. Owns the state of this process and its mapped pages; decides
- * no allocation. What fails leaves the state as it was, or closed: never a guess.
+ * link.c: whether somebody decides here, and where the pages are. Owns the state of this process and its mapped pages;
+ * decides no allocation. What fails leaves the state as it was, or closed: never a guess.
  *
- * Two sets of six pages lie in one region that is reserved once. A hello fills the set that is not in use, and one store of the
- * state word makes it the one in use: a reader has all of the old pages or all of the new, and no address ever dangles.
+ * Two sets of six pages lie in one region that is reserved once. A hello fills the set that is not in use, and one
+ * store of the state word makes it the one in use: a reader has all of the old pages or all of the new, and no address
+ * ever dangles.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,11 +19,19 @@
 
 #include "link.h"
 
+/*
+ * FRESH  -> OPEN     no socket directory: this host has no agent. For good.
+ *        -> CLOSED   the directory is there, but no answer in time: admissions are refused. Hello again, once a second.
+ *        -> FREE     answered: nobody manages this process. Its control page says when that may have changed.
+ *        -> HELD     answered with pages, and the probes answered too.
+ * FREE, HELD: hello again when the page's writer is silent or says so; without an answer they stay what they are.
+ * HELD -> OPEN when the probes are gone and the directory too: `fgpu detach`.
+ */
 #define SECOND 1000000000ULL
-#define FIRST_NS (2 * SECOND)      /* an upgrade of the gatekeeper fits in */
-#define CLOSED_NS (SECOND / 10)    /* this thread's allocation waits for it */
-#define AGAIN_NS (SECOND / 50)     /* the pages at hand still hold: nobody should notice */
-#define ABANDONED_NS (5 * SECOND)  /* a signal handler may have jumped out of a hello */
+#define FIRST_NS (2 * SECOND)     /* an upgrade of the gatekeeper fits in */
+#define CLOSED_NS (SECOND / 10)   /* this thread's allocation waits for it */
+#define AGAIN_NS (SECOND / 50)    /* the pages at hand still hold: nobody should notice */
+#define ABANDONED_NS (5 * SECOND) /* a signal handler may have jumped out of a hello */
 #define ASKS 64
 
 /* Zero after a fork, by MADV_WIPEONFORK: the child is another process to the kernel's ledger and says its own hello. */
@@ -78,6 +87,7 @@ static uint32_t load(void)
     return atomic_load_explicit(&own->word, memory_order_acquire);
 }
 
+/* Not a lock that somebody can take to the grave: it runs out by itself, and a fork's child has its own. */
 static bool take(uint64_t now, uint64_t until)
 {
     uint64_t was = atomic_load(&own->busy_until_ns);
@@ -88,6 +98,8 @@ static bool take(uint64_t now, uint64_t until)
 int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket)
 {
     for (int i = 0; i < ASKS; i++) {
+        /* The probe runs inside this call. Another asker may have written the slot since: then the same ticket again.
+         */
         fgpu_admit_here(device, bytes, kind, ticket);
         uint64_t word = __atomic_load_n(&view.usage->verdicts[ticket & (FGPU_VERDICTS - 1)], __ATOMIC_RELAXED);
         if (LIKELY(word >> 2 == ticket) && (word & 3) != FGPU_AGAIN) return word & 3;
@@ -131,6 +143,7 @@ static uint32_t hello(uint32_t word, uint64_t now, uint64_t patience, bool unans
     return keeps ? word : FGPU_CLOSED;
 }
 
+/* Whoever does not get the turn goes on with what there is: nobody queues for a hello but the first. */
 static uint32_t say_hello(uint32_t word, uint64_t now, uint64_t patience, bool unanswered)
 {
     uint64_t mark = now + patience + ABANDONED_NS;
@@ -163,6 +176,7 @@ static uint32_t first(void)
     }
 }
 
+/* Paced by the clock alone, so that a gatekeeper in trouble is not made busier by those that wait for it. */
 static uint32_t again(uint32_t word, uint64_t now, uint64_t patience, bool unanswered)
 {
     if (now < atomic_load_explicit(&own->next_ns, memory_order_relaxed)) return word;
@@ -190,6 +204,8 @@ static uint32_t current(void)
     return stale(word, now) ? again(word, now, AGAIN_NS, false) : word;
 }
 
+/* At a lookup: the gatekeeper answers once this process's libraries are probed, which should come before their first
+ * use. */
 void fgpu_greet(void)
 {
     int saved = errno;

@@ -1,8 +1,9 @@
 /*
  * memory.c: no allocation without admission. Owns what it learned about the devices; keeps no books, the kernel does.
  *
- * Asked is the size that the driver will take, so that what was admitted is what will be charged. A refusal is the driver's own
- * out-of-memory. An error of the driver stays the driver's: the kernel sees the return and gives the admission back.
+ * Asked is the size that the driver will take, so that what was admitted is what will be charged. A refusal is the
+ * driver's own out-of-memory. An error of the driver stays the driver's: the kernel sees the return and gives the
+ * admission back.
  */
 #include <errno.h>
 #include <stdatomic.h>
@@ -28,6 +29,7 @@ int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uu
     return -1;
 }
 
+/* The driver's UUID of an ordinal never changes in a process. Threads that fill it at once write the same. */
 static struct device *device_of(CUdevice ordinal)
 {
     if (ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;
@@ -39,12 +41,19 @@ static struct device *device_of(CUdevice ordinal)
         CUuuid uuid;
         uint64_t words[2];
     } answer;
-    if (!get || get(&answer.uuid, ordinal) != CUDA_SUCCESS) return NULL;
+    int saved = errno;
+    CUresult result = get ? get(&answer.uuid, ordinal) : CUDA_ERROR_NOT_SUPPORTED;
+    errno = saved;
+    if (result != CUDA_SUCCESS) return NULL;
     for (int i = 0; i < 2; i++) atomic_store_explicit(&device->uuid[i], answer.words[i], memory_order_relaxed);
     atomic_store_explicit(&device->known, true, memory_order_release);
     return device;
 }
 
+/*
+ * By UUID: CUDA's ordinals are what CUDA_VISIBLE_DEVICES makes of them. The page is searched each time, since a hello
+ * may have brought another one; sixteen comparisons are nothing beside the call that follows.
+ */
 int fgpu_index(const struct fgpu_control_page *control, CUdevice ordinal)
 {
     struct device *device = device_of(ordinal);
@@ -68,7 +77,10 @@ static uint64_t granule_of(CUdevice ordinal)
     where.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
     where.location.id = ordinal;
     size_t answer = 0;
-    if (!get || get(&answer, &where, CU_MEM_ALLOC_GRANULARITY_MINIMUM) != CUDA_SUCCESS) return 0;
+    int saved = errno;
+    CUresult result = get ? get(&answer, &where, CU_MEM_ALLOC_GRANULARITY_MINIMUM) : CUDA_ERROR_NOT_SUPPORTED;
+    errno = saved;
+    if (result != CUDA_SUCCESS) return 0;
     if (answer > FGPU_MOST_BYTES || (answer & (answer - 1))) return 0; /* the rounding below wants a power of two */
     atomic_store_explicit(&device->granule, answer, memory_order_relaxed);
     return answer;
@@ -103,6 +115,7 @@ static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, uint64_t by
     return CUDA_ERROR_OUT_OF_MEMORY;
 }
 
+/* Open and unmanaged links cost one look at the state; nothing is rounded, asked or counted for them. */
 static struct admission admit(CUdevice ordinal, uint64_t bytes, unsigned kind)
 {
     struct admission admission = {.refusal = CUDA_SUCCESS, .bytes = bytes};
@@ -119,6 +132,7 @@ static struct admission admit(CUdevice ordinal, uint64_t bytes, unsigned kind)
     return admission;
 }
 
+/* The kernel sees how the driver's call ended, where it has return probes. Where it has none, this tells it. */
 static CUresult settled(const struct admission *admission, CUresult result, uint64_t handle)
 {
     if (admission->settles) fgpu_settle_here(handle, admission->bytes, result, admission->ticket);
@@ -127,32 +141,41 @@ static CUresult settled(const struct admission *admission, CUresult result, uint
 
 /* -- memory: on the device of the current context. Without one the driver says so; nothing is asked. */
 
-#define CURRENT_DEVICE(device) (REAL(cuCtxGetDevice) && REAL(cuCtxGetDevice)(&(device)) == CUDA_SUCCESS)
+bool fgpu_current(CUdevice *device)
+{
+    __typeof__(&cuCtxGetDevice) get = REAL(cuCtxGetDevice);
+    int saved = errno;
+    bool known = get && get(device) == CUDA_SUCCESS;
+    errno = saved;
+    return known;
+}
 
 EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
 {
     __typeof__(&cuMemAlloc_v2) driver = REAL(cuMemAlloc_v2);
     CUdevice device;
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
-    if (!dptr || !bytesize || !CURRENT_DEVICE(device)) return driver(dptr, bytesize);
+    if (!dptr || !bytesize || !fgpu_current(&device)) return driver(dptr, bytesize);
     struct admission admission = admit(device, bytesize, FGPU_MEMORY);
     if (admission.refusal) return admission.refusal;
     CUresult result = driver(dptr, bytesize);
     return settled(&admission, result, result ? 0 : *dptr);
 }
 
+/* NVML shows nothing of managed memory, touched or not: admission and witness are all that ever know of it. */
 EXPORT CUresult cuMemAllocManaged(CUdeviceptr *dptr, size_t bytesize, unsigned int flags)
 {
     __typeof__(&cuMemAllocManaged) driver = REAL(cuMemAllocManaged);
     CUdevice device;
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
-    if (!dptr || !bytesize || !CURRENT_DEVICE(device)) return driver(dptr, bytesize, flags);
+    if (!dptr || !bytesize || !fgpu_current(&device)) return driver(dptr, bytesize, flags);
     struct admission admission = admit(device, bytesize, FGPU_MEMORY);
     if (admission.refusal) return admission.refusal;
     CUresult result = driver(dptr, bytesize, flags);
     return settled(&admission, result, result ? 0 : *dptr);
 }
 
+/* Rows are padded to what the hardware reads at once, so the bytes are more than the caller's product. */
 EXPORT CUresult cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t WidthInBytes, size_t Height,
                                    unsigned int ElementSizeBytes)
 {
@@ -160,7 +183,7 @@ EXPORT CUresult cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t Wid
     CUdevice device;
     uint64_t row, bytes;
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
-    if (!dptr || !WidthInBytes || !Height || !CURRENT_DEVICE(device))
+    if (!dptr || !WidthInBytes || !Height || !fgpu_current(&device))
         return driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
     if (__builtin_add_overflow(WidthInBytes, SMALL_ALIGNMENT - 1, &row) ||
         __builtin_mul_overflow(row & ~(SMALL_ALIGNMENT - 1), Height, &bytes))

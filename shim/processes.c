@@ -1,8 +1,8 @@
 /*
  * processes.c: lists of processes as a tenant may see them: its own. Owns nothing; reads the rows of the control page.
  *
- * The driver's lists are not filtered but replaced: they may hold pids of another namespace. Its verdict on device and arguments
- * is asked for first, with room for nothing. While nobody answers for this process, it has no neighbours.
+ * The driver's lists are not filtered but replaced: they may hold pids of another namespace. Its verdict on device and
+ * arguments is asked for first, with room for nothing. While nobody answers for this process, it has no neighbours.
  */
 #include <string.h>
 
@@ -47,6 +47,7 @@ static bool own_rows(nvmlDevice_t device, struct rows *rows)
     return true;
 }
 
+/* Pids are compared as the reader's namespace has them, on both sides. */
 static bool has(const struct rows *rows, unsigned pid)
 {
     for (unsigned i = 0; i < rows->count; i++)
@@ -104,6 +105,7 @@ PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses, nvmlProcessInfo_v1_t, list
 PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses_v2, nvmlProcessInfo_v2_t, list_v2, 0)
 PROCESS_LIST(nvmlDeviceGetMPSComputeRunningProcesses_v3, nvmlProcessInfo_t, list_v2, 0)
 
+/* One call for all three kinds of list; the kind is in the argument. */
 EXPORT nvmlReturn_t nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t device, nvmlProcessDetailList_t *plist)
 {
     __typeof__(&nvmlDeviceGetRunningProcessDetailList) driver = REAL(nvmlDeviceGetRunningProcessDetailList);
@@ -118,19 +120,19 @@ EXPORT nvmlReturn_t nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t device, n
     if (plist->mode) rows.count = 0; /* 0 = compute */
     result = fits(&plist->numProcArrayEntries, rows.count, plist->procArray);
     for (unsigned i = 0; result == NVML_SUCCESS && i < rows.count; i++)
-        plist->procArray[i] =
-            (nvmlProcessDetail_v1_t){rows.row[i].pid, rows.row[i].bytes, NO_INSTANCE, NO_INSTANCE, 0};
+        plist->procArray[i] = (nvmlProcessDetail_v1_t){rows.row[i].pid, rows.row[i].bytes, NO_INSTANCE, NO_INSTANCE, 0};
     return result;
 }
 
-/* -- utilisation: only the driver has it, so its samples are filtered; what is dropped is wiped from the caller's array. */
+/* -- utilisation: only the driver has it, so its samples are filtered; what is dropped is wiped from the caller's
+ * array. */
 
 #define KEEP_OWN(rows, samples, count)                                                                                 \
     ({                                                                                                                 \
         unsigned kept = 0;                                                                                             \
         for (unsigned i = 0; i < (count); i++)                                                                         \
             if (has(&(rows), (samples)[i].pid)) (samples)[kept++] = (samples)[i];                                      \
-        memset((samples) + kept, 0, ((count) - kept) * sizeof *(samples));                                             \
+        memset((samples) + kept, 0, ((count)-kept) * sizeof *(samples));                                               \
         kept;                                                                                                          \
     })
 

@@ -1,13 +1,15 @@
 /*
  * shim.h: what the shim's files share. Owns no state.
  *
- * The library is loaded into every program of a container. So: the hot paths allocate nothing, nothing here ends, blocks or
- * signals the host program, no descriptor outlives a call, errno is the program's own again when a hook calls the driver.
+ * The library is loaded into every program of a container. So: the hot paths allocate nothing, nothing here ends,
+ * blocks or signals the host program, no descriptor outlives a call, errno is the program's own again when a hook calls
+ * the driver.
  */
 #ifndef FGPU_SHIM_H
 #define FGPU_SHIM_H
 
-/* All versions of every function under its own name; the driver's short names would silently become the newest version. */
+/* All versions of every function under its own name; the driver's short names would silently become the newest version.
+ */
 #define __CUDA_API_VERSION_INTERNAL
 #define NVML_NO_UNVERSIONED_FUNC_DEFS
 #include <cuda.h>
@@ -23,8 +25,8 @@
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 
 /*
- * THE table. HOOK: exported by us and handed out in place of the driver's. ASK: a hook whose mere lookup says hello, so that
- * probes are in place before the first call. NEED: the driver's, for our own use.
+ * THE table. HOOK: exported by us and handed out in place of the driver's. ASK: a hook whose mere lookup says hello, so
+ * that probes are in place before the first call. NEED: the driver's, for our own use.
  */
 #define FGPU_DRIVER_TABLE(HOOK, ASK, NEED)                                                                             \
     HOOK(cuInit)                                                                                                       \
@@ -95,6 +97,7 @@ HIDDEN int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsi
 
 /* -- memory.c */
 HIDDEN int fgpu_index(const struct fgpu_control_page *control, CUdevice device); /* the ledger's, or -1 */
+HIDDEN bool fgpu_current(CUdevice *device);                                      /* that of the current context */
 HIDDEN int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uuid[16]);
 
 /* -- view.c */

@@ -1,9 +1,10 @@
 /*
  * view.c: a tenant sees its share of a device and its own processes. Owns nothing; reads the pages.
  *
- * The driver is always asked first: its errors, its checks of arguments and its own numbers where they are the smaller ones
- * stay. A device that is not in the tenant's pages is shown as the driver shows it.
+ * The driver is always asked first: its errors, its checks of arguments and its own numbers where they are the smaller
+ * ones stay. A device that is not in the tenant's pages is shown as the driver shows it.
  */
+#include <errno.h>
 #include <string.h>
 
 #include "shim.h"
@@ -12,7 +13,8 @@ struct share {
     uint64_t total, free, used;
 };
 
-/* The narrowest of the levels. A limit below what is used shows as used: a total under it would make programs subtract. */
+/* The narrowest of the levels. A limit below what is used shows as used: a total under it would make programs subtract.
+ */
 static struct share share_of(struct fgpu_view view, int index, uint64_t total, uint64_t free)
 {
     struct share share = {total, free, 0};
@@ -31,7 +33,8 @@ static struct share share_of(struct fgpu_view view, int index, uint64_t total, u
     return share;
 }
 
-/* False: show what the driver shows. Nobody answers for a closed link: all that is said is that nothing is to be had. */
+/* False: show what the driver shows. Nobody answers for a closed link: all that is said is that nothing is to be had.
+ */
 static bool narrowed(struct fgpu_view view, int index, uint64_t total, uint64_t free, struct share *share)
 {
     *share = (struct share){total, 0, total};
@@ -41,6 +44,7 @@ static bool narrowed(struct fgpu_view view, int index, uint64_t total, uint64_t 
     return true;
 }
 
+/* Frameworks size their pools by this: what it says is free must be what an allocation would get. */
 EXPORT CUresult cuMemGetInfo_v2(size_t *free, size_t *total)
 {
     __typeof__(&cuMemGetInfo_v2) driver = REAL(cuMemGetInfo_v2);
@@ -50,8 +54,7 @@ EXPORT CUresult cuMemGetInfo_v2(size_t *free, size_t *total)
     struct fgpu_view view = fgpu_look();
     CUdevice device;
     int index = -1;
-    if (view.link == FGPU_HELD && REAL(cuCtxGetDevice) && REAL(cuCtxGetDevice)(&device) == CUDA_SUCCESS)
-        index = fgpu_index(view.control, device);
+    if (view.link == FGPU_HELD && fgpu_current(&device)) index = fgpu_index(view.control, device);
     struct share share;
     if (narrowed(view, index, *total, *free, &share)) {
         *total = share.total;
@@ -92,15 +95,19 @@ static bool parse_uuid(const char *text, uint8_t uuid[16])
     return !*text;
 }
 
+/* NVML knows devices by handles of its own; only the UUID is the same everywhere. */
 int fgpu_nvml_index(struct fgpu_view view, nvmlDevice_t device)
 {
     char text[NVML_DEVICE_UUID_V2_BUFFER_SIZE] = "";
     uint8_t uuid[16];
     if (view.link != FGPU_HELD || !REAL(nvmlDeviceGetUUID)) return -1;
-    if (REAL(nvmlDeviceGetUUID)(device, text, sizeof text) != NVML_SUCCESS || !parse_uuid(text, uuid)) return -1;
-    return fgpu_index_of_uuid(view.control, uuid);
+    int saved = errno;
+    nvmlReturn_t result = REAL(nvmlDeviceGetUUID)(device, text, sizeof text);
+    errno = saved;
+    return result == NVML_SUCCESS && parse_uuid(text, uuid) ? fgpu_index_of_uuid(view.control, uuid) : -1;
 }
 
+/* Nothing is changed here, but a program that only watches is known to the gatekeeper from its first call on. */
 EXPORT nvmlReturn_t nvmlInit(void)
 {
     fgpu_look();
@@ -135,6 +142,7 @@ EXPORT nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t device, nvmlMemory_t *m
     return result;
 }
 
+/* The caller's version field was the driver's to judge. */
 EXPORT nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *memory)
 {
     __typeof__(&nvmlDeviceGetMemoryInfo_v2) driver = REAL(nvmlDeviceGetMemoryInfo_v2);

@@ -28,6 +28,13 @@ def fds(): return sorted(os.listdir("/proc/self/fd"))
 MiB, GiB = 1 << 20, 1 << 30
 """
 
+# All names are looked up, but this process has said no hello: its first call does.
+IN_A_FRESH_CHILD = """
+for name in ("cuInit", "cuMemAlloc_v2", "cuMemGetInfo_v2", "fake_errno", "fake_calls"): getattr(L, name)
+pid = os.fork()
+if pid: os.waitpid(pid, 0); os._exit(0)
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Build:

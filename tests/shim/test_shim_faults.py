@@ -1,12 +1,11 @@
 """The k-th call of the shim to the system fails, for every k until none is left to fail: the program is unharmed."""
 
 import pytest
-from shim_kit import Agent, Build
+from shim_kit import IN_A_FRESH_CHILD, Agent, Build
 
 OOM = 2
-SCRIPT = """
-F = C.CDLL("{folder}/fault.so")
-L.cuCtxGetDevice; L.fake_calls; F.fault_made
+SCRIPT = """F = C.CDLL("{folder}/fault.so")
+F.fault_made, F.fault_arm
 before = fds(); made = F.fault_made(); F.fault_arm({k}); C.set_errno(77)
 r = alloc(512)
 e = C.get_errno(); made = F.fault_made() - made
@@ -23,7 +22,7 @@ def test_every_failure_in_turn(build: Build, agent: Agent, answer: str) -> None:
     results, k = [], 0
     while True:
         k += 1
-        script = SCRIPT.format(folder=build.folder, k=k)
+        script = IN_A_FRESH_CHILD + SCRIPT.format(folder=build.folder, k=k)
         result, errno, made, same_files, viewed, calls = agent.python(script, preload=(build.folder / "fault.so",))[0]
         assert result in (0, OOM), k
         assert (errno, same_files, viewed, calls) == (77, True, 0, 1 if result == 0 else 0), k

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from shim_kit import PREAMBLE, SYSTEM_PYTHON, Agent, Build
+from shim_kit import IN_A_FRESH_CHILD, PREAMBLE, SYSTEM_PYTHON, Agent, Build
 
 MEMORY, HELLO, OOM = 0, 3, 2
 
@@ -43,8 +43,8 @@ def test_closed_when_nobody_answers(agent: Agent) -> None:
     script = (
         WATCH
         + "L.cuCtxGetDevice\nbefore, t = state(), time.monotonic()\n"
-        + "out(alloc(1), 1.9 < time.monotonic() - t < 2.5, info(), L.fake_calls())\nt = time.monotonic()\n"
-        + "out([alloc(1) for _ in range(50)] == [2] * 50, time.monotonic() - t < 0.5, before == state())"
+        + "out(alloc(1), 1.9 < time.monotonic() - t < 4, info(), L.fake_calls())\nt = time.monotonic()\n"
+        + "out([alloc(1) for _ in range(50)] == [2] * 50, time.monotonic() - t < 1.5, before == state())"
     )
     (first, second) = agent.python(script)
     assert first == [OOM, True, [0, 0, 16 << 30], 0]
@@ -62,7 +62,7 @@ def test_said_once_when_closed(agent: Agent) -> None:
 
 
 def test_a_gatekeeper_that_comes_late_is_met(agent: Agent) -> None:
-    process = agent.start_python("out(0)\nt = time.monotonic(); out(alloc(1), time.monotonic() - t < 1.5)")
+    process = agent.start_python("out(0)\nt = time.monotonic(); out(alloc(1), time.monotonic() - t < 1.9)")
     process.stdout.readline()
     time.sleep(0.4)
     agent.do("start")
@@ -141,7 +141,7 @@ out(alloc(1)); time.sleep(2.1)
 t = time.monotonic(); n = 0; slow = 0
 while time.monotonic() - t < 1.5:
     s = time.monotonic(); assert alloc(512) == 0; n += 1; slow = max(slow, time.monotonic() - s)
-out(n > 100, slow < 0.2)
+out(n > 100, slow < 1)
 """
     assert held.python(script) == [[0], [True, True]]
     assert held.do("look")["hellos"] == 2  # the second answer's page is fresh
@@ -154,6 +154,17 @@ def test_pages_stay_in_force_when_the_gatekeeper_dies(held: Agent) -> None:
     process.stdout.readline()
     held.do("stop")
     assert process.communicate("\n", timeout=10)[0] == f"[0, {OOM}, {1 << 30}]\n"
+
+
+@pytest.mark.parametrize("answer", ["pipe_for_usage", "control_version", "short_status", "refused"])
+def test_a_bad_second_answer_leaves_the_pages_in_use(held: Agent, answer: str) -> None:
+    script = "out(alloc(1)); sys.stdin.readline(); time.sleep(1.05); out(alloc(1), alloc(2 << 30), info()[2])"
+    process = held.start_python(script)
+    process.stdout.readline()
+    held.do("set", answer=answer)
+    held.do("bump", epoch=8)
+    assert process.communicate("\n", timeout=10)[0] == f"[0, {OOM}, {1 << 30}]\n"
+    assert held.do("look")["hellos"] == 2
 
 
 def test_a_removed_directory_does_not_open_what_the_kernel_holds(held: Agent) -> None:
@@ -222,8 +233,9 @@ def test_daemons_that_close_every_descriptor(held: Agent) -> None:
 def test_no_descriptor_is_kept_and_errno_is_the_programs(held: Agent) -> None:
     script = (
         WATCH
+        + IN_A_FRESH_CHILD
         + """
-L.cuCtxGetDevice; b = state(); C.set_errno(77)
+b = state(); C.set_errno(77)
 r = [alloc(1), C.get_errno(), info()[0], C.get_errno(), L.cuInit(0), C.get_errno()]
 L.fake_errno(55); r += [alloc(1), C.get_errno()]
 out(r, b == state())
@@ -235,7 +247,8 @@ out(r, b == state())
 def test_errno_is_kept_when_hello_fails(agent: Agent) -> None:
     agent.do("set", answer="magic")
     agent.do("start")
-    assert agent.python("C.set_errno(77); out(alloc(1), C.get_errno(), info()[0], C.get_errno())") == [[OOM, 77, 0, 77]]
+    script = "C.set_errno(77); out(alloc(1), C.get_errno(), info()[0], C.get_errno())"
+    assert agent.python(IN_A_FRESH_CHILD + script) == [[OOM, 77, 0, 77]]
 
 
 def test_threads_share_one_hello_and_wait_for_it(agent: Agent) -> None:
@@ -247,8 +260,8 @@ ts = [threading.Thread(target=lambda: got.append(alloc(512))) for _ in range(16)
 [t.start() for t in ts]; [t.join() for t in ts]
 out(got)
 """
-    assert agent.python(script) == [[[0] * 16]]
-    assert agent.do("look")["hellos"] == 1
+    assert agent.python(IN_A_FRESH_CHILD + script) == [[[0] * 16]]
+    assert agent.do("look")["hellos"] == 2
 
 
 def test_thousands_of_hellos_leave_nothing(build: Build, held: Agent, scale: Callable[[int, int, int], int]) -> None:

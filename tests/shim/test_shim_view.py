@@ -77,6 +77,11 @@ def test_nvml_shows_the_share(held: Agent) -> None:
     assert held.python(NVML + "out(memory(0), memory2(0))") == [expected]
 
 
+def test_more_used_than_there_is_shows_as_all(held: Agent) -> None:
+    held.do("limit", limit=2 * GIB, used=99 * GIB)
+    assert held.python(NVML + "out(memory(0))") == [[[0, 17 * GIB, 0, 17 * GIB]]]
+
+
 def test_nvml_has_a_limit_for_each_device(held: Agent) -> None:
     held.do("limit", device=4, limit=2 * GIB)
     assert held.python(NVML + "out(memory(1)[1], memory(0)[1])") == [[2 * GIB, GIB]]

@@ -48,14 +48,18 @@ long syscall(long number, ...)
     for (int i = 0; i < 6; i++) a[i] = va_arg(list, long);
     va_end(list);
     if (!next) next = dlsym(RTLD_NEXT, "syscall");
-    int error = number == SYS_socket ? EMFILE : number == SYS_connect ? ECONNREFUSED : number == SYS_recvmsg ? ENOMEM : EINTR;
+    int error = number == SYS_socket    ? EMFILE
+                : number == SYS_connect ? ECONNREFUSED
+                : number == SYS_recvmsg ? ENOMEM
+                                        : EINTR;
     if (number != SYS_close && fails(__builtin_return_address(0), error)) return -1;
     return next(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 void *mmap(void *at, size_t n, int prot, int flags, int fd, off_t offset)
 {
     if (fails(__builtin_return_address(0), ENOMEM)) return MAP_FAILED;
-    return (void *)(intptr_t)((long (*)(long, ...))dlsym(RTLD_NEXT, "syscall"))(SYS_mmap, at, n, prot, flags, fd, offset);
+    return (void *)(intptr_t)((long (*)(long, ...))dlsym(RTLD_NEXT, "syscall"))(SYS_mmap, at, n, prot, flags, fd,
+                                                                                offset);
 }
 int madvise(void *at, size_t n, int advice)
 {

@@ -41,6 +41,7 @@ CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device)
     memset(uuid, 0x10 + device, sizeof *uuid);
     return CUDA_SUCCESS;
 }
+#ifndef OLD
 CUresult cuMemGetAllocationGranularity(size_t *g, const CUmemAllocationProp *prop, CUmemAllocationGranularity_flags o)
 {
     if (prop->location.type != CU_MEM_LOCATION_TYPE_DEVICE || o != CU_MEM_ALLOC_GRANULARITY_MINIMUM)
@@ -49,6 +50,7 @@ CUresult cuMemGetAllocationGranularity(size_t *g, const CUmemAllocationProp *pro
     errno = 35;
     return CUDA_SUCCESS;
 }
+#endif
 CUresult cuMemAlloc_v2(CUdeviceptr *p, size_t n) { return *p = 0xd00000, n ? count() : CUDA_ERROR_INVALID_VALUE; }
 CUresult cuMemAlloc(CUdeviceptr_v1 *p, unsigned n) { return *p = 0, (void)n, CUDA_ERROR_UNKNOWN; }
 CUresult cuMemAllocPitch_v2(CUdeviceptr *p, size_t *pitch, size_t w, size_t h, unsigned e)
@@ -59,11 +61,26 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle *h, size_t n, const CUmemAlloc
 {
     return *h = 0x77, (void)n, (void)prop, (void)f, count();
 }
-CUresult cuMemGetInfo_v2(size_t *f, size_t *t) { return *f = available, *t = total, context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT; }
-CUresult cuDeviceTotalMem_v2(size_t *t, CUdevice d) { return *t = total, d < 0 || d > 2 ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS; }
-CUresult cuDevicePrimaryCtxGetState(CUdevice d, unsigned *f, int *a) { return (void)d, *f = 0, *a = active, CUDA_SUCCESS; }
-CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { return active = 1, *c = (CUcontext)0x99, (void)d, count(); }
-CUresult cuCtxCreate_v2(CUcontext *c, unsigned f, CUdevice d) { return *c = (CUcontext)0x98, (void)f, (void)d, count(); }
+CUresult cuMemGetInfo_v2(size_t *f, size_t *t)
+{
+    return *f = available, *t = total, context ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
+}
+CUresult cuDeviceTotalMem_v2(size_t *t, CUdevice d)
+{
+    return *t = total, d < 0 || d > 2 ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS;
+}
+CUresult cuDevicePrimaryCtxGetState(CUdevice d, unsigned *f, int *a)
+{
+    return (void)d, *f = 0, *a = active, CUDA_SUCCESS;
+}
+CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d)
+{
+    return active = 1, *c = (CUcontext)0x99, (void)d, count();
+}
+CUresult cuCtxCreate_v2(CUcontext *c, unsigned f, CUdevice d)
+{
+    return *c = (CUcontext)0x98, (void)f, (void)d, count();
+}
 CUresult cuCtxCreate_v3(CUcontext *c, CUexecAffinityParam *a, int n, unsigned f, CUdevice d)
 {
     return *c = (CUcontext)0x97, (void)a, (void)n, (void)f, (void)d, count();
@@ -77,16 +94,24 @@ CUresult cuCtxCreate_v4(CUcontext *c, CUctxCreateParams *a, unsigned f, CUdevice
 #endif
 CUresult cuLaunchKernel_fake(void) { return CUDA_SUCCESS; }
 
-CUresult cuGetProcAddress_v2(const char *name, void **fn, int version, cuuint64_t flags, CUdriverProcAddressQueryResult *status)
+CUresult cuGetProcAddress_v2(const char *name, void **fn, int version, cuuint64_t flags,
+                             CUdriverProcAddressQueryResult *status)
 {
     (void)flags;
     if (status) *status = CU_GET_PROC_ADDRESS_SUCCESS;
-    if (!strcmp(name, "cuMemAlloc")) *fn = version < 3020 ? (void *)cuMemAlloc : (void *)cuMemAlloc_v2;
-    else if (!strcmp(name, "cuMemCreate")) *fn = (void *)cuMemCreate;
-    else if (!strcmp(name, "cuMem")) *fn = (void *)cuMemCreate; /* no such name: ours must not be taken for it */
-    else if (!strcmp(name, "cuCtxCreate")) *fn = version < 11040 ? (void *)cuCtxCreate_v2 : (void *)cuCtxCreate_v3;
-    else if (!strcmp(name, "cuGetProcAddress")) *fn = (void *)cuGetProcAddress_v2;
-    else if (!strcmp(name, "cuLaunchKernel")) *fn = (void *)cuLaunchKernel_fake;
-    else return *fn = NULL, CUDA_ERROR_NOT_FOUND;
+    if (!strcmp(name, "cuMemAlloc"))
+        *fn = version < 3020 ? (void *)cuMemAlloc : (void *)cuMemAlloc_v2;
+    else if (!strcmp(name, "cuMemCreate"))
+        *fn = (void *)cuMemCreate;
+    else if (!strcmp(name, "cuMem"))
+        *fn = (void *)cuMemCreate; /* no such name: ours must not be taken for it */
+    else if (!strcmp(name, "cuCtxCreate"))
+        *fn = version < 11040 ? (void *)cuCtxCreate_v2 : (void *)cuCtxCreate_v3;
+    else if (!strcmp(name, "cuGetProcAddress"))
+        *fn = (void *)cuGetProcAddress_v2;
+    else if (!strcmp(name, "cuLaunchKernel"))
+        *fn = (void *)cuLaunchKernel_fake;
+    else
+        return *fn = NULL, CUDA_ERROR_NOT_FOUND;
     return CUDA_SUCCESS;
 }

@@ -6,16 +6,22 @@
 #include <string.h>
 
 static int initialised;
-#define CHECK(d) if (!initialised) return NVML_ERROR_UNINITIALIZED; if ((long)(d) < 1 || (long)(d) > 3) return NVML_ERROR_INVALID_ARGUMENT
+#define CHECK(d)                                                                                                       \
+    if (!initialised) return NVML_ERROR_UNINITIALIZED;                                                                 \
+    if ((long)(d) < 1 || (long)(d) > 3) return NVML_ERROR_INVALID_ARGUMENT
 
 nvmlReturn_t nvmlInit_v2(void) { return initialised = 1, NVML_SUCCESS; }
-nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned i, nvmlDevice_t *d) { return *d = (nvmlDevice_t)(long)(i + 1), NVML_SUCCESS; }
+nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned i, nvmlDevice_t *d)
+{
+    return *d = (nvmlDevice_t)(long)(i + 1), NVML_SUCCESS;
+}
 nvmlReturn_t nvmlDeviceGetUUID(nvmlDevice_t d, char *s, unsigned n)
 {
     int b = 0x0f + (int)(long)d;
     errno = 36;
     CHECK(d);
-    snprintf(s, n, "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b, b, b, b, b, b, b, b, b, b, b, b, b, b, b, b);
+    snprintf(s, n, "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b, b, b, b, b, b, b, b,
+             b, b, b, b, b, b, b, b);
     return NVML_SUCCESS;
 }
 nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t d, nvmlMemory_t *m)
@@ -40,10 +46,22 @@ static nvmlReturn_t list(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_t *p)
     *p = (nvmlProcessInfo_t){666, 1 << 20, 0xffffffff, 0xffffffff};
     return NVML_SUCCESS;
 }
-nvmlReturn_t nvmlDeviceGetComputeRunningProcesses(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_v1_t *p) { return list(d, n, (void *)p); }
-nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_t *p) { return list(d, n, p); }
-nvmlReturn_t nvmlDeviceGetGraphicsRunningProcesses_v3(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_t *p) { return list(d, n, p); }
-nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v3(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_t *p) { return list(d, n, p); }
+nvmlReturn_t nvmlDeviceGetComputeRunningProcesses(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_v1_t *p)
+{
+    return list(d, n, (void *)p);
+}
+nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_t *p)
+{
+    return list(d, n, p);
+}
+nvmlReturn_t nvmlDeviceGetGraphicsRunningProcesses_v3(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_t *p)
+{
+    return list(d, n, p);
+}
+nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v3(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_t *p)
+{
+    return list(d, n, p);
+}
 nvmlReturn_t nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t d, nvmlProcessDetailList_t *l)
 {
     unsigned had = l->numProcArrayEntries;
@@ -53,7 +71,8 @@ nvmlReturn_t nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t d, nvmlProcessDe
     l->procArray[0].pid = 666;
     return NVML_SUCCESS;
 }
-nvmlReturn_t nvmlDeviceGetProcessUtilization(nvmlDevice_t d, nvmlProcessUtilizationSample_t *u, unsigned *n, unsigned long long since)
+nvmlReturn_t nvmlDeviceGetProcessUtilization(nvmlDevice_t d, nvmlProcessUtilizationSample_t *u, unsigned *n,
+                                             unsigned long long since)
 {
     CHECK(d);
     (void)since;
