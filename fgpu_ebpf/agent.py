@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgpu_ebpf import devices, probes, procfs
+from fgpu_ebpf import devices, launch, probes, procfs
 from fgpu_ebpf.ledger import PINS, Ledger
 from fgpu_ebpf.reconcile import Reconciler
 from fgpu_ebpf.snapshot import Snapshot
@@ -32,7 +32,6 @@ TICK_SECONDS = 0.1
 SNAPSHOT_SECONDS = 1.0
 UNMANAGED_SWEEP_SECONDS = 10.0
 GATEKEEPER_SECONDS = 5.0
-PRELOAD = Path("/etc/ld.so.preload")
 STATE = Path("/var/lib/fgpu/contexts.json")
 
 
@@ -152,7 +151,8 @@ class Agent:
 
     def _write_preload(self) -> None:
         """What `fgpu run` binds over /etc/ld.so.preload: the host's own lines, then the shim."""
-        own = PRELOAD.read_text(encoding="utf-8") if PRELOAD.exists() else ""
+        preload = Path(launch.PRELOAD)
+        own = preload.read_text(encoding="utf-8") if preload.exists() else ""
         shim = str(self.settings.shim)
         lines = [line for line in own.splitlines() if line.strip() and line.strip() != shim]
         (self.settings.run_dir / "ld.so.preload").write_text("\n".join([*lines, shim]) + "\n", encoding="utf-8")
@@ -318,6 +318,7 @@ class Agent:
         for workload in list(self.workloads):
             self.workloads.drop(workload.cgroup)
         probes.detach(self.settings.pins)
+        launch.take_away_what_was_made(self.settings.run_dir)
         for name in ("shim/shim.sock", "discover.sock", "ld.so.preload", "overrides.json", "gatekeeper.json"):
             (self.settings.run_dir / name).unlink(missing_ok=True)
         if (self.settings.run_dir / "shim").is_dir():

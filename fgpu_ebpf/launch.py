@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PRELOAD = "/etc/ld.so.preload"
+MARK = "made-ld.so.preload"
 _NEWNS, _NEWPID = 0x00020000, 0x20000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG = 1
@@ -45,12 +46,29 @@ def _mount(source: str, target: str, kind: str, flags: int) -> None:
     _check(_libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), None), f"mount {target}")
 
 
+def _make_something_to_bind_over(mark: Path) -> None:
+    """An empty /etc/ld.so.preload where there is none; `fgpu detach` takes it away again by the mark."""
+    try:
+        os.close(os.open(PRELOAD, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+    except FileExistsError:
+        return
+    mark.touch()
+
+
+def take_away_what_was_made(run_dir: Path) -> None:
+    """Removes an /etc/ld.so.preload that is ours and still empty."""
+    mark, preload = run_dir / MARK, Path(PRELOAD)
+    if mark.exists() and preload.exists() and preload.stat().st_size == 0:
+        preload.unlink()
+    mark.unlink(missing_ok=True)
+
+
 def _preload_the_shim(preload: Path) -> None:
     """Binds the list over /etc/ld.so.preload, in a mount namespace of our own; musl programs never read it."""
     _check(_libc.unshare(_NEWNS), "unshare")
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     try:
-        os.close(os.open(PRELOAD, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o644))  # something to bind over
+        _make_something_to_bind_over(preload.with_name(MARK))
         _mount(str(preload), PRELOAD, "", _MS_BIND)
     except OSError as error:
         raise LaunchError(f"cannot put the shim into {PRELOAD}: {error.strerror}") from error

@@ -12,13 +12,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent.parent / "fgpu_ebpf"
 # Each module may import those of earlier rows alone.
 ORDER = (
-    {"pages", "policy", "bpf", "checks", "snapshot", "procfs", "loader"},
+    {"pages", "policy", "bpf", "checks", "snapshot", "procfs", "loader", "launch"},
     {"ledger"},
     {"probes", "workloads"},
     {"devices"},
     {"reconcile"},
     {"view", "gatekeeper"},
-    {"agent", "metrics", "launch", "tables"},
+    {"agent", "metrics", "tables"},
     {"server"},
     {"service"},
     {"cli"},
