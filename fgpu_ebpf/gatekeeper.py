@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import mmap
 import os
 import resource
 import select
@@ -26,7 +27,7 @@ import socket
 import struct
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ from fgpu_ebpf.pages import Answer, Code, ControlMemory, Hello, StatusMemory
 MOST_CONNECTIONS, MOST_PER_TENANT = 1024, 16
 MOST_PROCESSES, PROCESSES_PER_TENANT = 8192, 1024
 BACKLOG = 64  # short: under a flood, whoever connects (and blocks) waits for this many, not for a thousand
-MOST_MAPPINGS, MOST_READERS, MOST_HINTS, MOST_LINES = 100_000, 64, 4096, 10
+MOST_MAPS_BYTES, MOST_READERS, MOST_HINTS, MOST_LINES = 1 << 23, 64, 4096, 10
 DEEPEST = 32  # cgroups further in are taken for this one; the kernel side walks 16
 PATIENCE_NS = 1_000_000_000
 WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000  # of our time: the last at every heartbeat
@@ -47,11 +48,18 @@ AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 200_000_000, 250_000_00
 SO_PEERPIDFD, NS_GET_PARENT = 77, 0xB702
 HELLO_BYTES, ANSWER_BYTES = ctypes.sizeof(Hello), ctypes.sizeof(Answer)
 UNKNOWABLE = frozenset({(0, 0)})  # a file that nobody will ever have probed
+CUDA_NAMES = (b"libcuda.so", b"libfgpu.so")
 COUNTS = (
     *("hello_managed", "hello_unmanaged", "hello_held", "hello_unanswered", "malformed", "silent", "gone", "unread"),
     *("dropped_tenant", "dropped_total", "dropped_process", "discover_failed", "errors", "processes"),
 )
 
+
+_LIBC = ctypes.CDLL(None)
+_LIBC.fopen.restype = ctypes.c_void_p
+_LIBC.fread.restype = ctypes.c_size_t
+_LIBC.fread.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p)
+_LIBC.fclose.argtypes = (ctypes.c_void_p,)
 
 # -- what the kernel says of a process ------------------------------------------------------------------------------
 
@@ -88,21 +96,38 @@ def cgroups(pid: int, root: Path) -> list[int]:
 
 
 def cuda_files(pid: int) -> frozenset[tuple[int, int]]:
-    """(dev, ino) of every libcuda and shim mapped executable; UNKNOWABLE where it is gone or has absurdly many."""
-    found = set()
-    try:
-        with open(f"/proc/{pid}/maps", "rb") as maps:
-            for number, line in enumerate(maps):
-                if number == MOST_MAPPINGS:
-                    return UNKNOWABLE
-                if b"/libcuda.so" in line or b"/libfgpu.so" in line:
-                    _, mode, _, dev, ino, path = line.split(maxsplit=5)
-                    if b"x" in mode and os.path.basename(path).startswith((b"libcuda.so", b"libfgpu.so")):
-                        major, minor = dev.split(b":")
-                        found.add((os.makedev(int(major, 16), int(minor, 16)), int(ino)))
-    except (OSError, ValueError):
-        return UNKNOWABLE
-    return frozenset(found)
+    """(dev, ino) of every libcuda and shim mapped executable; UNKNOWABLE where it is gone or has absurdly many.
+
+    Runs in a thread of its own. One foreign call reads all: each `read` of Python's would fight for the interpreter.
+    """
+    with mmap.mmap(-1, MOST_MAPS_BYTES) as room:
+        file = _LIBC.fopen(f"/proc/{pid}/maps".encode(), b"re")
+        if not file:
+            return UNKNOWABLE
+        start = ctypes.c_char.from_buffer(room)
+        size = _LIBC.fread(ctypes.byref(start), 1, MOST_MAPS_BYTES, file)
+        _LIBC.fclose(file)
+        del start
+        if not 0 < size < MOST_MAPS_BYTES:
+            return UNKNOWABLE
+        lines = (line for name in CUDA_NAMES for line in _lines_with(room, size, name))
+        return frozenset(key for line in lines if (key := _file_key(line)))
+
+
+def _lines_with(text: mmap.mmap, size: int, name: bytes) -> Iterator[bytes]:
+    at = text.find(b"/" + name, 0, size)
+    while at >= 0:
+        end = text.find(b"\n", at, size)
+        yield text[text.rfind(b"\n", 0, at) + 1 : end]
+        at = text.find(b"/" + name, end, size)
+
+
+def _file_key(line: bytes) -> tuple[int, int] | None:
+    _, mode, _, dev, ino, path = line.split(maxsplit=5)
+    if b"x" not in mode or not os.path.basename(path).startswith(CUDA_NAMES):
+        return None
+    major, minor = dev.split(b":")
+    return os.makedev(int(major, 16), int(minor, 16)), int(ino)
 
 
 def pid_names(tgid: int) -> dict[int, int]:

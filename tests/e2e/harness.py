@@ -13,6 +13,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -27,13 +28,14 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 SIM = BUILD / "sim"
 SHIM = BUILD / "shim/libfgpu.so"
-FGPU = ROOT / ".venv/bin/fgpu"
+DRIVER_ROOT = Path(os.environ.get("DRIVER_ROOT", SIM))
+FGPU = shlex.split(os.environ.get("FGPU", str(ROOT / ".venv/bin/fgpu")))
 RUN_DIR = Path("/run/fgpu")
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 CONTEXT = 518 * MIB  # what a context takes of the simulated device
 REFUSED = "CUDA_ERROR_OUT_OF_MEMORY"
 ENVIRONMENT = {
-    "PATH": f"{SIM}:{FGPU.parent}:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PATH": f"{SIM}:{ROOT}/.venv/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LD_LIBRARY_PATH": str(SIM / "lib"),
     "HOME": "/root",
 }
@@ -83,7 +85,7 @@ def fgpu(
 ) -> subprocess.CompletedProcess[str]:
     """The command `fgpu`, in the environment of a user of the simulated driver."""
     more.setdefault("env", ENVIRONMENT)
-    done = subprocess.run([FGPU, *arguments], capture_output=True, text=True, timeout=30, check=False, env=ENVIRONMENT)
+    done = subprocess.run([*FGPU, *arguments], capture_output=True, text=True, timeout=30, check=False, env=ENVIRONMENT)
     assert not check or done.returncode == 0, f"fgpu {arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
     return done
 
@@ -126,6 +128,7 @@ class Service:
         self._driver_log = work / "driver.log"
         self._driver: subprocess.Popen[bytes] | None = None
         self.agent: subprocess.Popen[bytes] | None = None
+        self.started_in = 0.0  # seconds from start to enforcing, the last time
 
     def start_driver(self, memory: str = "16GiB") -> None:
         """fgpu-simd with one device; returns when it is ready."""
@@ -143,8 +146,9 @@ class Service:
         begun = time.monotonic()
         said = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "ab") as log:
-            command = [FGPU, "agent", "--driver-root", SIM, "--shim", SHIM, "--listen", LISTEN]
-            self.agent = subprocess.Popen(command, stdout=log, stderr=log, env={"PATH": ENVIRONMENT["PATH"]})
+            command = [*FGPU, "agent", "--driver-root", DRIVER_ROOT, "--shim", SHIM, "--listen", LISTEN]
+            environment = {k: v for k, v in ENVIRONMENT.items() if k != "LD_LIBRARY_PATH"}
+            self.agent = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
         def enforcing() -> bool:
             text = self.log.read_bytes()[said:]
@@ -153,7 +157,8 @@ class Service:
             return b"enforcing" in text
 
         eventually(enforcing, 20, "the agent")
-        return time.monotonic() - begun
+        self.started_in = time.monotonic() - begun
+        return self.started_in
 
     def gatekeepers(self) -> set[int]:
         """Pids of every gatekeeper that sees our /run, whoever started it."""
@@ -424,7 +429,7 @@ class Place:
         return tenant
 
     def _make(self, name: str, folder: Path, memory: int | None) -> Tenant:
-        command = [FGPU, "run", *self._options, "--name", name, "--memory", str(memory), "--", "sh", "-c", HUB]
+        command = [*FGPU, "run", *self._options, "--name", name, "--memory", str(memory), "--", "sh", "-c", HUB]
         hub = subprocess.Popen(command, stdin=subprocess.PIPE, env=ENVIRONMENT, cwd=folder)
         return Tenant(self, name, f"/fgpu/{name}", folder, hub)
 
@@ -481,10 +486,15 @@ class Container(Place):
             hub = subprocess.Popen(create, stdin=subprocess.PIPE, stdout=log, stderr=log)
         assert hub.wait(30) == 0, (self.work / f"{name}.log").read_text()
         path = f"{self.group}/{name}"
-        if memory is not None:
-            fgpu("set", path, "--memory", str(memory))
-        self._call("start", name)
-        return Tenant(self, name, path, folder, hub)
+        tenant = Tenant(self, name, path, folder, hub)
+        try:
+            if memory is not None:
+                fgpu("set", path, "--memory", str(memory))
+            self._call("start", name)
+        except BaseException:
+            self.end(tenant)
+            raise
+        return tenant
 
     def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
         (bundle / "rootfs/etc").mkdir(parents=True)

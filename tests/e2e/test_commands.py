@@ -156,7 +156,7 @@ with socket.socket(socket.AF_UNIX) as sock:
 
 
 def test_root_of_another_user_namespace_may_not_write(service: Service) -> None:
-    words = ["unshare", "--user", "--map-root-user", str(FGPU), "run", "--memory", "1GiB", "--", "true"]
+    words = ["unshare", "--user", "--map-root-user", *FGPU, "run", "--memory", "1GiB", "--", "true"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False, env=ENVIRONMENT)
     assert done.returncode == 125
     assert "needs root on the host" in done.stderr

@@ -21,7 +21,7 @@ class Host:
 
     def call(self, work: Path, *words: str | Path) -> list[str]:
         """A command line of fgpu on this host, with a run folder of its own."""
-        return [*self.before, str(FGPU), "--run-dir", str(work / "run"), *map(str, words)]
+        return [*self.before, *FGPU, "--run-dir", str(work / "run"), *map(str, words)]
 
     def options(self) -> list[str]:
         """What doctor and agent are both told."""

@@ -175,7 +175,9 @@ def test_run_ends_with_its_program(unharmed, tmp_path: Path) -> None:
     told = tmp_path / "told"
     command = f"trap 'echo term >{told}; exit 3' TERM; echo up >{told}; while :; do sleep 0.05; done"
     with contextlib.ExitStack() as stack:
-        run = subprocess.Popen([FGPU, "run", "--pidns", "--memory", "1GiB", "--", "sh", "-c", command], env=ENVIRONMENT)
+        run = subprocess.Popen(
+            [*FGPU, "run", "--pidns", "--memory", "1GiB", "--", "sh", "-c", command], env=ENVIRONMENT
+        )
         stack.callback(run.kill)
         eventually(lambda: told.exists() and "up" in told.read_text(), 10, "the program")
         run.terminate()

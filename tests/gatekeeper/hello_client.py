@@ -105,9 +105,11 @@ class Child:
             said: Any = (True, work(*args))
         except BaseException:  # all of it is the parent's to show
             said = (False, traceback.format_exc())
-        with open(write, "wb") as pipe:
-            pickle.dump(said, pipe)
-        os._exit(0)
+        try:
+            with open(write, "wb") as pipe:
+                pickle.dump(said, pipe)
+        finally:
+            os._exit(0)  # never back into the test runner, of which this is a copy
 
     def result(self) -> Any:
         with open(self._read, "rb") as pipe:

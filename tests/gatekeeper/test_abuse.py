@@ -269,20 +269,23 @@ def test_descriptors_sent_along_are_not_kept(keeper: Keeper, tenant: Make) -> No
 # -- T8, T9: silence and floods -------------------------------------------------------------------------------------
 
 
-def waits(run: Path, number: int) -> list[float]:
-    """Seconds that each of so many hellos took."""
-    took = []
+def waits(run: Path, number: int) -> tuple[list[float], float]:
+    """Seconds that each of so many hellos took; how far a plain sleep overshot meanwhile: the machine's own noise."""
+    took, noise = [], 0.0
     for _ in range(number):
         began = time.monotonic()
         assert hello(run)
         took.append(time.monotonic() - began)
+        began = time.monotonic()
         time.sleep(0.02)
-    return took
+        noise = max(noise, time.monotonic() - began - 0.02)
+    return took, noise
 
 
-def prompt(took: list[float]) -> bool:
-    """Within 50 ms each, but for one that the machine itself may have held up."""
-    return sorted(took)[-2] < 0.05 and max(took) < 0.5
+def prompt(measured: tuple[list[float], float]) -> bool:
+    """Within 50 ms each, but for one; a hello is four turns of the processor, each as late as a sleep may be."""
+    took, noise = measured
+    return sorted(took)[-2] < 0.05 + 4 * noise and max(took) < 0.5 + 4 * noise
 
 
 def test_silent_clients_are_let_go_and_bother_nobody(keeper: Keeper, tenant: Make) -> None:
@@ -392,7 +395,7 @@ def test_a_flood_from_one_tenant_does_not_delay_another(
     took = in_cgroup(tenant(), waits, keeper.run, 30)
     for child in crowd:
         child.result()
-    assert prompt(took), sorted(took)
+    assert prompt(took), took
     dropped()
     assert keeper.count("hello_managed") - answered < 2000, "the time of a tenant is bounded"
     assert keeper.count("malformed") - malformed < 8000
@@ -401,7 +404,7 @@ def test_a_flood_from_one_tenant_does_not_delay_another(
 def test_a_tenant_that_has_used_its_time_waits_and_is_served_later(start: Callable[..., Keeper], tenant: Make) -> None:
     code = "import sys; from fgpu_ebpf import gatekeeper; gatekeeper.WAIT_NS = 0; sys.exit(gatekeeper.main())"
     keeper = start(code=code)
-    took = in_cgroup(tenant(), waits, keeper.run, 3)
+    took, _ = in_cgroup(tenant(), waits, keeper.run, 3)
     assert 0.1 < max(took) < 0.9  # until the next heartbeat, or the one after
 
 

@@ -127,8 +127,10 @@ def test_a_page_is_never_behind_its_answer(keeper: Keeper, ledger: Ledger, tenan
     assert len({answered for answered, _ in seen}) == 6
 
 
-def timed_hello(run: Path) -> tuple[int, float]:
+def timed_hello(run: Path, starting: int | None = None) -> tuple[int, float]:
     began = time.monotonic()
+    if starting is not None:
+        os.write(starting, b".")
     reply = hello(run)
     return reply.answer.code if reply else -1, time.monotonic() - began
 
@@ -155,7 +157,9 @@ def test_the_undecided_are_held_and_the_agent_is_told(keeper: Keeper, ledger: Le
 def test_a_managed_cgroup_whose_page_is_not_there_yet_is_held(keeper: Keeper, ledger: Ledger, cgroup: Make) -> None:
     place = cgroup()
     ledger.resolve(place.stat().st_ino, managed=True)
-    child = Child(place, timed_hello, keeper.run)
+    read, write = os.pipe()
+    child = Child(place, timed_hello, keeper.run, write)
+    os.read(read, 1)
     time.sleep(0.2)
     ledger.set_limits(place.stat().st_ino, {0: GIB})
     code, seconds = child.result()
@@ -180,10 +184,13 @@ def test_files_that_are_not_probed_yet_hold_a_managed_process(
 
     def with_library() -> tuple[int, float]:
         with library.open("rb") as file, mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC):
-            return timed_hello(keeper.run)
+            return timed_hello(keeper.run, write)
 
+    read, write = os.pipe()
     assert in_cgroup(unmanaged, with_library)[0] == pages.Code.UNMANAGED
+    os.read(read, 1)
     child = Child(tenant(), with_library)
+    os.read(read, 1)
     time.sleep(0.15)
     ledger.enter_file(status.st_dev, status.st_ino)
     code, seconds = child.result()
@@ -197,7 +204,9 @@ def test_hellos_wait_for_a_ledger_that_is_pinned_later(
     later = tmp_path / "later"
     keeper = start(pins=later)
     assert keeper.ready
-    child = Child(tenant(), timed_hello, keeper.run)
+    read, write = os.pipe()
+    child = Child(tenant(), timed_hello, keeper.run, write)
+    os.read(read, 1)
     time.sleep(0.3)
     later.symlink_to(pins)
     code, seconds = child.result()
@@ -314,8 +323,12 @@ def test_a_socket_whose_process_has_gone_gets_nothing(keeper: Keeper, tenant: Ma
             sock = connect(keeper.run)
             if os.fork() == 0:
                 time.sleep(0.2)  # the process that connected is gone and reaped by now
-                sock.send(request())
-                os.write(write, b"answered" if receive(sock) else b"nothing")
+                try:
+                    sock.send(request())
+                    reply = receive(sock)
+                except BrokenPipeError:
+                    reply = None
+                os.write(write, b"answered" if reply else b"nothing")
                 os._exit(0)
             os._exit(0)
         os.wait()

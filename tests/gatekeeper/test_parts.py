@@ -82,7 +82,7 @@ def test_files_are_those_mapped_executable(tmp_path: Path, monkeypatch: pytest.M
     assert (status.st_dev, status.st_ino) in found
     assert len(found) == 2
     assert cuda_files(2**22) == gatekeeper.UNKNOWABLE
-    monkeypatch.setattr(gatekeeper, "MOST_MAPPINGS", 5)
+    monkeypatch.setattr(gatekeeper, "MOST_MAPS_BYTES", 500)
     assert cuda_files(os.getpid()) == gatekeeper.UNKNOWABLE
 
 

@@ -1,0 +1,383 @@
+"""One claim a run, on a machine with a GPU: `gpu_check.py CLAIM` prints numbers and ends with PASS or FAIL.
+
+bench/gpu_check.sh runs them all. Starts and ends an agent of its own; uses the hands of the end-to-end tests, with the
+driver that $DRIVER_ROOT names (/ without). Python packages: pynvml; torch and jax inside the tenants that need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("DRIVER_ROOT", "/")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/e2e"))
+import harness
+import pynvml
+from harness import GIB, MIB, REFUSED, Client, Place, Service, Tenant, eventually
+
+harness.ENVIRONMENT = dict(os.environ)
+PYTHON = os.environ.get("TORCH_PYTHON", "python3")
+GRANULE = 2 * MIB
+MODULE = 128 * MIB  # what one lazily loaded module may take before it is charged
+
+
+def say(name: str, value: object, unit: str = "") -> None:
+    """One line: name value unit."""
+    print(f"{name} {value} {unit}".rstrip(), flush=True)
+
+
+def need(held: bool, what: str) -> None:
+    """A claim."""
+    if not held:
+        raise AssertionError(what)
+    print(f"ok   {what}", flush=True)
+
+
+# -- the driver's own view
+
+
+def device() -> object:
+    """The first GPU."""
+    return pynvml.nvmlDeviceGetHandleByIndex(0)
+
+
+def nvml_bytes(pids: set[int]) -> int:
+    """What NVML says that these processes hold, by host pid."""
+    found = pynvml.nvmlDeviceGetComputeRunningProcesses(device())
+    return sum(p.usedGpuMemory or 0 for p in found if p.pid in pids)
+
+
+class Sampler(threading.Thread):
+    """The most that NVML shows of each tenant, looked at every 10 ms."""
+
+    def __init__(self, *tenants: Tenant) -> None:
+        super().__init__(daemon=True)
+        self.tenants = tenants
+        self.most = dict.fromkeys((t.name for t in tenants), 0)
+        self.samples = 0
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.01):
+            for tenant in self.tenants:
+                self.most[tenant.name] = max(self.most[tenant.name], nvml_bytes(set(tenant.pids())))
+            self.samples += 1
+
+    def end(self, limits: dict[str, int]) -> None:
+        """Prints the most and the excess; more than a module load beyond a limit is a failure."""
+        self._ended.set()
+        self.join()
+        say("nvml_samples", self.samples)
+        for name, most in self.most.items():
+            say(f"{name}_nvml_most", most, "bytes")
+            say(f"{name}_nvml_excess", max(0, most - limits[name]), "bytes")
+            need(most <= limits[name] + MODULE, f"{name}: NVML never above the limit and a module load")
+
+
+# -- the claims: each gets the service and a place for tenants in pid namespaces
+
+
+def start(service: Service, place: Place) -> None:
+    """Start to enforcing, and what agent and gatekeeper keep resident."""
+    assert service.agent
+    pids = {"agent": service.agent.pid, "gatekeeper": min(service.gatekeepers())}
+    time.sleep(3)  # what is resident once it has settled
+    total = 0
+    for name, pid in pids.items():
+        kinds = {}
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+            words = line.split()
+            kinds[words[0].rstrip(":")] = int(words[1])
+        say(f"{name}_rss", kinds["Rss"] // 1024, "MiB")
+        say(f"{name}_pss", kinds["Pss"] // 1024, "MiB")
+        total += kinds["Rss"] // 1024
+    say("together_rss", total, "MiB")
+    need(total <= 96, "agent and gatekeeper within 96 MiB")
+    say("start_to_enforcing", f"{service.started_in:.2f}", "s")
+    need(service.started_in <= 3, "enforcing within 3 s")
+
+
+def smi(service: Service, place: Place) -> None:
+    """nvidia-smi inside shows used / limit and own processes with own pids."""
+    limit = 8 * GIB
+    one, other = place.tenant(limit), place.tenant(4 * GIB)
+    client, neighbour = one.client(), other.client()
+    neighbour.ok(f"alloc {300 * MIB}")
+    client.ok(f"alloc {GIB}")
+    eventually(lambda: abs(one.memory()["used_bytes"] - nvml_bytes({client.pid})) < GRANULE, 5, "the context's size")
+    used = one.memory()["used_bytes"]
+    time.sleep(0.5)  # rows of processes come five times a second
+    shown = one.run("nvidia-smi")
+    print(shown)
+    need(f"{limit // MIB}MiB" in shown, "the limit is shown as the total")
+    need(f"{used // MIB}MiB" in shown, "what the tenant uses is shown")
+    query = "nvidia-smi --query-compute-apps=pid,used_memory --format=csv,noheader,nounits"
+    rows = one.run(query).split("\n")[:-1]
+    print(rows)
+    need([int(row.split(",")[0]) for row in rows] == [client.inner_pid], "own processes only, with own pids")
+    need(client.ok("info")[1] == limit, "cuMemGetInfo shows the limit")
+
+
+def fill(service: Service, place: Place) -> None:
+    """A limit to the byte, by cuMemAlloc and by cuMemCreate."""
+    for how, name in ((0, "cuMemAlloc"), (1, "cuMemCreate")):
+        limit = 4 * GIB
+        one = place.tenant(limit)
+        client = one.client()
+        client.ok("context")
+        eventually(lambda: not one.memory()["drift_bytes"], 5, "no drift")  # noqa: B023
+        before = one.memory()
+        sampler = Sampler(one)
+        sampler.start()
+        client.ok(f"fill {64 * MIB} {how}")
+        client.ok(f"fill {GRANULE} {how}")
+        time.sleep(1)
+        sampler.end({one.name: limit})
+        memory = one.memory()
+        say(f"{name}_left", limit - memory["used_bytes"], "bytes")
+        need(memory["peak_bytes"] <= limit, f"{name}: never beyond {limit} bytes")
+        need(limit - memory["used_bytes"] < GRANULE, f"{name}: less than a granule left")
+        need(memory["refused"] >= 2, f"{name}: refused")
+        grown = {k: memory[f"{k}_bytes"] - before[f"{k}_bytes"] for k in ("admitted", "witnessed")}
+        need(len(set(grown.values())) == 1, f"{name}: admitted and witnessed agree: {grown}")
+        say(f"{name}_ledger_minus_nvml", memory["used_bytes"] - nvml_bytes({client.pid}), "bytes")
+        need(abs(memory["used_bytes"] - nvml_bytes({client.pid})) <= GRANULE, f"{name}: ledger and NVML agree")
+        client.kill()
+
+
+TORCH = """
+import torch
+free, total = torch.cuda.mem_get_info()
+print("total", total)
+kept = []
+try:
+    while True:
+        kept.append(torch.empty(256 << 20, dtype=torch.uint8, device="cuda"))
+except torch.OutOfMemoryError as error:
+    print("oom after", len(kept), "x 256 MiB")
+del kept
+torch.cuda.empty_cache()
+weights = torch.randn(4096, 4096, device="cuda", requires_grad=True)
+loss = (weights @ weights).square().mean()
+loss.backward()
+torch.cuda.synchronize()
+print("then", bool(torch.isfinite(weights.grad).all()), torch.ones(1 << 28, device="cuda").sum().item() == 1 << 28)
+"""
+
+JAX = """
+import os
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+import jax, jax.numpy as jnp
+kept = []
+try:
+    while True:
+        kept.append(jnp.ones((256 << 18,), dtype=jnp.float32).block_until_ready())
+except Exception as error:
+    print("oom after", len(kept), "x 256 MiB:", type(error).__name__, str(error)[:60].replace(chr(10), " "))
+del kept
+print("then", float(jnp.ones((1024, 1024)).sum()) == 1024 * 1024)
+"""
+
+
+def framework(place: Place, name: str, program: str) -> str:
+    """Runs a program in a tenant of 8 GiB, watched by NVML."""
+    found = subprocess.run([PYTHON, "-c", f"import {name}"], capture_output=True, timeout=120, check=False)
+    if found.returncode:
+        print(f"SKIP {name} is not installed for {PYTHON}")
+        return ""
+    limit = 8 * GIB
+    one = place.tenant(limit)
+    script = one.folder / f"{name}_program.py"
+    script.write_text(program)
+    sampler = Sampler(one)
+    sampler.start()
+    said = one.run(f"{PYTHON} {script}", 300)
+    sampler.end({one.name: limit})
+    print(said)
+    print("\n".join((one.folder / "p1.err").read_text().splitlines()[-5:]))
+    memory = one.memory()
+    print({k: memory[k] for k in ("limit_bytes", "used_bytes", "peak_bytes", "refused")})
+    need("oom after" in said, f"{name} reports its own out-of-memory")
+    need("then True" in said, f"{name} goes on after it")
+    need(memory["refused"] >= 1, "refused by the ledger")
+    return said
+
+
+def torch(service: Service, place: Place) -> None:
+    """torch's own OutOfMemoryError, then a smaller allocation works."""
+    said = framework(place, "torch", TORCH)
+    need(not said or f"total {8 * GIB}" in said, "torch sees the limit")
+
+
+def jax(service: Service, place: Place) -> None:
+    """JAX, which takes memory by cuMemCreate."""
+    framework(place, "jax", JAX)
+
+
+def pair(service: Service, place: Place) -> None:
+    """Two tenants fill their shares at the same moment."""
+    limits = (4 * GIB, 6 * GIB)
+    tenants = [place.tenant(limit) for limit in limits]
+    clients = [one.client() for one in tenants]
+    sampler = Sampler(*tenants)
+    sampler.start()
+    for client in clients:
+        client.send(f"fill {16 * MIB} 0")
+    for client in clients:
+        client.numbers(client.receive(120), "fill")
+    time.sleep(1)
+    sampler.end({one.name: limit for one, limit in zip(tenants, limits, strict=True)})
+    for one, limit in zip(tenants, limits, strict=True):
+        memory = one.memory()
+        need(memory["peak_bytes"] <= limit, f"{one.name}: peak {memory['peak_bytes']} within {limit}")
+        need(limit - memory["used_bytes"] < 16 * MIB, f"{one.name}: filled")
+
+
+def race(service: Service, place: Place) -> None:
+    """Two processes race for the last bytes, 1,000 rounds."""
+    one = place.tenant(4 * GIB)
+    (one.folder / "track").write_bytes(bytes(4096))
+    racers = [one.client(), one.client()]
+    for racer in racers:
+        racer.ok("context")
+    eventually(lambda: not one.memory()["drift_bytes"], 5, "no drift")
+    racers[0].ok(f"fill {GRANULE} 0")
+    racers[0].ok("drop 1")
+    for racer in racers:
+        racer.send(f"race {GRANULE} 2 1000")
+    results = [racer.numbers(racer.receive(120), "race") for racer in racers]
+    print(results)
+    need(sum(wins for wins, _ in results) == 1000 and not any(bad for _, bad in results), "one winner each time")
+    times = 100_000
+    fitting, askers = racers[0], [one.client() for _ in range(2)]
+    racers[1].kill()
+    for asker in askers:
+        asker.ok("context")
+        asker.send(f"ask {64 * GIB} 0")
+    got, refused, other = fitting.ok(f"ask {MIB} {times}", 300)
+    need((got, refused, other) == (times, 0, 0), f"{times} requests that fit beside hopeless askers: {refused} refused")
+
+
+def kills(service: Service, place: Place) -> None:
+    """200 processes killed holding memory, the first thread gone in half of them."""
+    one = place.tenant(64 * GIB)
+    watcher = one.client()
+    watcher.ok("context")
+    eventually(lambda: not one.memory()["drift_bytes"], 5, "no drift")
+    free, worst = watcher.ok("info")[0], 0.0
+    for _ in range(4):
+        parent = one.client()
+        before = set(one.pids())
+        parent.send(f"brood 50 {4 * MIB}")
+        need(parent.numbers(parent.receive(120), "brood") == [50], "50 processes hold memory")
+        for pid in set(one.pids()) - before:
+            os.kill(pid, 9)
+        begun = time.monotonic()
+        eventually(lambda: watcher.ok("info")[0] >= free - GRANULE, 20, "released")
+        worst = max(worst, time.monotonic() - begun)
+        parent.ok("reap")
+        parent.kill()
+    say("released_in", f"{worst:.3f}", "s")
+    need(worst < 1, "released within a second")
+    eventually(lambda: len(one.view()["processes"]) == 1, 3, "no entry left")
+    drift = one.memory()["used_bytes"] - nvml_bytes({watcher.pid})
+    say("ledger_minus_nvml", drift, "bytes")
+    need(abs(drift) <= GRANULE, "ledger and NVML agree")
+
+
+def restarts(service: Service, place: Place) -> None:
+    """Agent and gatekeeper killed and restarted 20 times under load."""
+    limit = 4 * GIB
+    one = place.tenant(limit)
+    fits, hopeless = one.client(), one.client()
+    for client in (fits, hopeless):
+        client.ok("context")
+    fits.send(f"ask {GRANULE} 0")
+    hopeless.send(f"ask {64 * GIB} 0")
+    for number in range(20):
+        service.kill_agent()
+        if number % 2:
+            service.kill_gatekeeper()
+        service.start_agent()
+        memory = one.memory()
+        assert memory["peak_bytes"] <= memory["limit_bytes"] == limit, memory
+    results = []
+    for client in (fits, hopeless):
+        client.send("context")
+        results.append(client.numbers(client.receive(), "ask"))
+        client.receive()
+    print(results)
+    need(results[0][0] > 0 and results[0][1:] == [0, 0], "the one that fits noticed nothing")
+    need(results[1][0] == 0 and results[1][2] == 0, "the hopeless one got nothing")
+    eventually(lambda: not one.memory()["drift_bytes"], 5, "no drift")
+    drift = one.memory()["used_bytes"] - nvml_bytes({fits.pid, hopeless.pid})
+    say("ledger_minus_nvml", drift, "bytes")
+    need(abs(drift) <= 2 * GRANULE, "ledger and NVML agree")
+
+
+def orphan(service: Service, place: Place) -> None:
+    """A process started while nobody is there gets out-of-memory, and memory once somebody is."""
+    one = place.tenant(4 * GIB)
+    one.assert_enforced()
+    service.kill_agent()
+    service.kill_gatekeeper()
+    client: Client = one.client()
+    said = client.do("context")
+    print(said)
+    need(said == REFUSED, "out-of-memory, never memory")
+    need(nvml_bytes({client.pid}) == 0, "nothing held")
+    service.start_agent()
+    eventually(lambda: client.do("context") == "ok", 5, "memory once there is a gatekeeper")
+    need(True, "memory once there is a gatekeeper")
+
+
+CLAIMS: dict[str, Callable[[Service, Place], None]] = {
+    claim.__name__: claim for claim in (start, smi, fill, torch, jax, pair, race, kills, restarts, orphan)
+}
+
+
+@contextlib.contextmanager
+def host() -> Iterator[tuple[Service, Place]]:
+    """An agent and a place, gone afterwards; an agent that an earlier claim left is detached first."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        service, place = Service(work), Place(work, "--pidns")
+        harness.fgpu("detach", check=False)
+        for pid in service.gatekeepers():
+            os.kill(pid, 9)
+        try:
+            service.start_agent()
+            yield service, place
+        finally:
+            with contextlib.suppress(Exception):
+                place.close()
+            service.stop()
+            print("\n".join(service.log.read_text().splitlines()[-15:]))
+
+
+def main() -> int:
+    """One claim."""
+    if len(sys.argv) != 2 or sys.argv[1] not in CLAIMS:
+        print(f"usage: gpu_check.py {'|'.join(CLAIMS)}   (FGPU={shlex.join(harness.FGPU)})", file=sys.stderr)
+        return 2
+    pynvml.nvmlInit()
+    try:
+        with host() as (service, place):
+            CLAIMS[sys.argv[1]](service, place)
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        print(f"FAIL {sys.argv[1]}: {error}")
+        return 1
+    print(f"PASS {sys.argv[1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+#!/bin/bash
+# Everything that is claimed for a real GPU, on one machine that has it: builds, runs each claim with a time limit, goes
+# on after failures, prints every number. As root, with a C compiler and no package registry.
+#
+#   FGPU          the command (fgpu), for example "/tmp/python -m fgpu_ebpf.cli"
+#   PYTHON        an interpreter that has pynvml (python3)
+#   TORCH_PYTHON  an interpreter that has torch and jax (python3)
+#   HEADERS       a folder with cuda.h, cudaTypedefs.h and nvml.h (build/headers, else the CUDA toolkit's)
+#   DRIVER_ROOT   where the driver's libraries lie (/)
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+
+export FGPU=${FGPU:-fgpu} DRIVER_ROOT=${DRIVER_ROOT:-/} TORCH_PYTHON=${TORCH_PYTHON:-python3}
+python=${PYTHON:-python3}
+headers=${HEADERS:-}
+for folder in "$PWD/build/headers" /usr/local/cuda/include /usr/local/cuda/targets/x86_64-linux/include; do
+    [ -n "$headers" ] || [ ! -e "$folder/cuda.h" ] || headers=$folder
+done
+read -r -a fgpu <<<"$FGPU"
+failed=()
+
+step() { # step NAME SECONDS COMMAND...: bounded, reported, never the end of the rest
+    local name=$1 seconds=$2 begun=$SECONDS
+    shift 2
+    printf '\n== %s\n' "$name"
+    if timeout --kill-after=10 "$seconds" "$@"; then
+        printf 'PASS step %s (%d s)\n' "$name" $((SECONDS - begun))
+    else
+        printf 'FAIL step %s: exit status %d (%d s)\n' "$name" $? $((SECONDS - begun))
+        failed+=("$name")
+    fi
+}
+
+compile() { # compile SOURCE PROGRAM
+    mkdir -p "${2%/*}"
+    gcc -std=gnu11 -O2 -g -I"$headers" -o "$2" "$1" -ldl -pthread
+}
+
+step machine 30 sh -c 'uname -r; nvidia-smi -L; nvidia-smi --query-gpu=driver_version,memory.total --format=csv,noheader; gcc --version | head -n 1'
+step shim 120 make -s -C shim OUT="$PWD/build/shim" HEADERS="$headers"
+step client 60 bash -c "$(declare -f compile); headers=$headers; compile tests/e2e/client.c build/e2e/client"
+step timer 60 bash -c "$(declare -f compile); headers=$headers; compile bench/memory.c build/bench/memory"
+step filler 60 bash -c "$(declare -f compile); headers=$headers; compile examples/fill.c build/examples/fill"
+step doctor 60 "${fgpu[@]}" doctor --driver-root "$DRIVER_ROOT"
+for claim in ${CLAIMS:-start smi fill torch jax pair race kills restarts orphan}; do
+    step "$claim" 240 "$python" bench/gpu_check.py "$claim"
+done
+step bench 240 "$python" bench/memory.py --driver-root "$DRIVER_ROOT"
+printf '\n== end: %d failed: %s\n' "${#failed[@]}" "${failed[*]:-none}"
+[ ${#failed[@]} = 0 ]

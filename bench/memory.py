@@ -1,0 +1,155 @@
+"""What fgpu adds to a program's calls: each call timed without fgpu on the host, and in a tenant, in turn.
+
+Prints `NAME_pNN_WHICH VALUE us`, WHICH being native (no agent, no probe, no shim), managed (a tenant of `fgpu run`) and
+added (the difference), and writes the same to build/bench/memory.json. Starts and stops the agent itself, so none may
+be running. The command `fgpu` may be given in $FGPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parent.parent
+FGPU = shlex.split(os.environ.get("FGPU", "fgpu"))
+# What is timed, how often a round, and the name under which it is printed.
+CALLS = (
+    ("alloc", 1000, "alloc_4MiB"),
+    ("free", 1000, "free_4MiB"),
+    ("async", 2000, "alloc_async_and_free_4MiB"),
+    ("info", 2000, "mem_get_info"),
+    ("launch", 2000, "launch"),
+    ("init", 7, "init"),
+)
+READY_SECONDS = 30
+
+
+class BenchError(Exception):
+    """Why nothing could be measured."""
+
+
+@contextmanager
+def agent(options: list[str]) -> Iterator[float]:
+    """`fgpu agent` for a while; yields the seconds from its start to enforcing."""
+    with tempfile.TemporaryFile("w+") as log:
+        begun = time.monotonic()
+        process = subprocess.Popen([*FGPU, "agent", *options], stdout=log, stderr=log)
+        try:
+            yield _await_enforcing(process, log, begun)
+        finally:
+            subprocess.run([*FGPU, "detach"], check=False, capture_output=True, timeout=30)
+            process.terminate()
+            process.wait(10)
+
+
+def _await_enforcing(process: subprocess.Popen[bytes], log: IO[str], begun: float) -> float:
+    while time.monotonic() < begun + READY_SECONDS:
+        log.seek(0)
+        text = log.read()
+        if "enforcing" in text:
+            return time.monotonic() - begun
+        if process.poll() is not None:
+            raise BenchError(f"the agent did not start: {text.strip()}")
+        time.sleep(0.01)
+    raise BenchError("the agent does not come up")
+
+
+def measure(command: list[str]) -> dict[str, list[float]]:
+    """One process that makes every call; its times in microseconds."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        first = process.stdout.readline().strip()
+        if first != "ready":
+            raise BenchError(f"{command[-1]}: {first or 'ended'}")
+        found: dict[str, list[float]] = {}
+        for call, count, _ in CALLS:
+            process.stdin.write(f"{call} {count}\n")
+            process.stdin.flush()
+            said = process.stdout.readline().split()
+            if not said or said[0] == "-":
+                print(f"# {call}: not measured: {' '.join(said[1:]) or 'it ended'}", file=sys.stderr)
+            else:
+                found[call] = [int(ns) / 1000 for ns in said]
+        process.stdin.close()
+    return found
+
+
+def percentile(values: list[float], percent: int) -> float:
+    """The value that `percent` of all are below."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def table(samples: dict[str, dict[str, list[float]]]) -> dict[str, float]:
+    """Lines by name, in microseconds."""
+    lines = {}
+    for call, _, name in CALLS:
+        if not samples["native"].get(call) or not samples["managed"].get(call):
+            continue
+        for percent in (50, 99):
+            native, managed = (percentile(samples[which][call], percent) for which in ("native", "managed"))
+            lines[f"{name}_p{percent}_native"] = native
+            lines[f"{name}_p{percent}_managed"] = managed
+            lines[f"{name}_p{percent}_added"] = managed - native
+    return lines
+
+
+def run(rounds: int, memory: str, options: list[str], program: Path) -> tuple[dict[str, float], list[float]]:
+    """Native, managed, native, managed, …"""
+    samples: dict[str, dict[str, list[float]]] = {"native": {}, "managed": {}}
+    starts: list[float] = []
+    for _ in range(rounds):
+        found = {"native": measure([str(program)]), "managed": managed(memory, options, program, starts)}
+        for which, call in ((w, c) for w in found for c in found[w]):
+            samples[which].setdefault(call, []).extend(found[which][call])
+    return table(samples), starts
+
+
+def managed(memory: str, options: list[str], program: Path, starts: list[float]) -> dict[str, list[float]]:
+    """The same as a tenant."""
+    with agent(options) as seconds:
+        starts.append(seconds)
+        return measure([*FGPU, "run", "--memory", memory, "--", str(program)])
+
+
+def main() -> int:
+    """Reads the command line, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", default="4GiB", help="the tenant's limit")
+    parser.add_argument("--driver-root", default="/")
+    parser.add_argument("--shim", type=Path, default=ROOT / "build/shim/libfgpu.so")
+    parser.add_argument("--program", type=Path, default=ROOT / "build/bench/memory")
+    parser.add_argument("--out", type=Path, default=ROOT / "build/bench/memory.json")
+    given = parser.parse_args()
+    options = ["--driver-root", given.driver_root, "--shim", str(given.shim)]
+    try:
+        if subprocess.run([*FGPU, "status"], check=False, capture_output=True, timeout=30).returncode == 0:
+            raise BenchError("an agent runs on this host: stop it, since native means without it")
+        lines, starts = run(given.rounds, given.memory, options, given.program)
+    except (BenchError, OSError) as error:
+        print(f"bench memory: {error}", file=sys.stderr)
+        return 1
+    for name, value in lines.items():
+        print(f"{name} {value:.2f} us")
+    print(f"start_to_enforcing {max(starts):.2f} s")
+    record = {"us": lines, "start_to_enforcing_s": starts, "rounds": given.rounds, "kernel": platform.release()}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if lines else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
