@@ -17,16 +17,13 @@
 #define READY 2
 #define OBSERVED 4 /* beside the verdicts: admitted because nobody enforces */
 
-enum function { ALLOC, MANAGED, PITCH, FREE, CREATE, MAP, UNMAP, RELEASE, RETAIN_HANDLE, RETAIN, PRIMARY_RELEASE, PRIMARY_RESET, CONTEXT, DESTROY, ARRAY, ARRAY_DESTROY };
-
 BPF_F_TABLE("array", u32, struct fgpu_usage_page, page_template, 1, 1U << 10 /* BPF_F_MMAPABLE */);
 BPF_TABLE_PINNED("hash_of_maps$page_template", u64, int, pages, 4096, PINS "pages");
 BPF_TABLE_PINNED("hash", u64, u32, resolved, 16384, PINS "resolved", SPARSE);
 BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_limit, limits, 65536, PINS "limits", SPARSE);
 BPF_TABLE_PINNED("hash", u32, struct fgpu_process, processes, 16384, PINS "processes", SPARSE);
 BPF_TABLE_PINNED("hash", struct fgpu_allocation_key, struct fgpu_allocation, allocations, 262144, PINS "allocations", SPARSE);
-BPF_TABLE_PINNED("hash", u64, struct fgpu_pending, pending, 16384, PINS "pending");
-BPF_TABLE_PINNED("hash", u64, struct fgpu_flight, flight, 16384, PINS "flight");
+BPF_TABLE_PINNED("hash", u64, struct fgpu_thread, threads, 65536, PINS "threads", SPARSE);
 BPF_TABLE_PINNED("array", u32, u64, contexts, FGPU_DEVICES, PINS "contexts");
 BPF_TABLE_PINNED("array", u32, struct fgpu_device, devices, FGPU_DEVICES, PINS "devices");
 BPF_TABLE_PINNED("hash", struct fgpu_file, u32, files, 4096, PINS "files", SPARSE);
@@ -35,6 +32,14 @@ BPF_TABLE_PINNED("hash", struct fgpu_counter_key, u64, counters, 65536, PINS "co
 BPF_ARRAY(blanks, struct fgpu_process, 1); /* never written: too large for the stack */
 
 /* -- small things ------------------------------------------------------------------------------------------------ */
+
+/* A device as an index that the verifier believes: masked where it is used, whatever the compiler remembers. */
+static u64 slot(u64 device)
+{
+    __asm__ volatile("" : "+r"(device));
+    device &= DEVICE_MASK;
+    return device;
+}
 
 static struct fgpu_usage_page *page_of(u64 cgroup)
 {
@@ -70,7 +75,7 @@ static void subtract(u64 *word, u64 bytes)
 
 static int fits(struct fgpu_usage_page *page, u32 device, u64 bytes)
 {
-    struct fgpu_usage *usage = &page->devices[device & DEVICE_MASK];
+    struct fgpu_usage *usage = &page->devices[slot(device)];
     u64 used = *(volatile u64 *)&usage->used, limit = *(volatile u64 *)&usage->limit;
     return used + bytes <= limit;
 }
@@ -78,7 +83,7 @@ static int fits(struct fgpu_usage_page *page, u32 device, u64 bytes)
 /* Takes only what fits: to add first and undo later would fail neighbours that fit. */
 static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
 {
-    struct fgpu_usage *usage = &page->devices[device & DEVICE_MASK];
+    struct fgpu_usage *usage = &page->devices[slot(device)];
     for (int i = 0; i < TRIES; i++) {
         u64 used = *(volatile u64 *)&usage->used, limit = *(volatile u64 *)&usage->limit, now = used + bytes;
         int over = now > limit;
@@ -93,51 +98,63 @@ static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
     return FGPU_ADMITTED;
 }
 
-static void give_back_levels(struct fgpu_process *p, u32 device, u64 bytes, u32 below)
+/* The pages of a process's levels, looked up once; 0: no longer managed. Loops over them are unrolled: the verifier
+ * follows pointers on the stack only at places that it knows. */
+struct held {
+    struct fgpu_usage_page *page[FGPU_LEVELS];
+};
+#define EACH_LEVEL _Pragma("unroll") for (int i = 0; i < FGPU_LEVELS; i++)
+
+static void look_up(struct fgpu_process *p, struct held *h)
 {
-    for (u32 i = 0; i < FGPU_LEVELS; i++) {
-        if (i >= below || i >= p->level_count) break;
-        struct fgpu_usage_page *page = page_of(p->levels[i]);
-        if (page) subtract(&page->devices[device & DEVICE_MASK].used, bytes);
-    }
+    EACH_LEVEL h->page[i] = i < p->level_count ? page_of(p->levels[i]) : 0;
+}
+
+static void give_back_levels(struct held *h, u32 device, u64 bytes, u32 below)
+{
+    EACH_LEVEL if (i < below && h->page[i]) subtract(&h->page[i]->devices[slot(device)].used, bytes);
 }
 
 /* All levels are looked at before any is touched, so that an asker who never fits disturbs nobody. */
-static int refused_by_a_level(struct fgpu_process *p, u32 device, u64 bytes, u32 kind)
+static int refused_by_a_level(struct held *h, u32 device, u64 bytes, u32 kind)
 {
-    for (u32 i = 0; i < FGPU_LEVELS; i++) {
-        if (i >= p->level_count) break;
-        struct fgpu_usage_page *page = page_of(p->levels[i]);
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = h->page[i];
         if (!page || fits(page, device, bytes)) continue;
-        u64 cgroup = p->levels[i];
         if (page->flags & FGPU_OBSERVE) {
-            count(cgroup, device, kind, FGPU_REASON_OBSERVED);
+            count(page->cgroup, device, kind, FGPU_REASON_OBSERVED);
             continue;
         }
-        __sync_fetch_and_add(&page->devices[device & DEVICE_MASK].refused, 1);
-        count(cgroup, device, kind, FGPU_REASON_LIMIT);
+        __sync_fetch_and_add(&page->devices[slot(device)].refused, 1);
+        count(page->cgroup, device, kind, FGPU_REASON_LIMIT);
         return 1;
     }
     return 0;
 }
 
-static int charge(struct fgpu_process *p, u32 device, u64 bytes, u32 kind, int force)
+static int take_levels(struct held *h, u32 device, u64 bytes, int force)
 {
     int verdict = FGPU_UNLIMITED;
-    device &= DEVICE_MASK;
-    if (!force && refused_by_a_level(p, device, bytes, kind)) return FGPU_REFUSED;
-    for (u32 i = 0; i < FGPU_LEVELS; i++) {
-        if (i >= p->level_count) break;
-        struct fgpu_usage_page *page = page_of(p->levels[i]);
-        if (!page) continue;
-        int got = take(page, device, bytes, force);
+    EACH_LEVEL
+    {
+        if (!h->page[i]) continue;
+        int got = take(h->page[i], device, bytes, force);
         if (got == FGPU_REFUSED || got == FGPU_AGAIN) { /* it fitted a moment ago: somebody was quicker */
-            give_back_levels(p, device, bytes, i);
+            give_back_levels(h, device, bytes, i);
             return FGPU_AGAIN;
         }
         if (got != FGPU_UNLIMITED) verdict = FGPU_ADMITTED;
     }
-    __sync_fetch_and_add(&p->bytes[device], bytes);
+    return verdict;
+}
+
+static int charge(struct fgpu_process *p, struct held *h, u32 device, u64 bytes, u32 kind, int force)
+{
+    if (!force && refused_by_a_level(h, device, bytes, kind)) return FGPU_REFUSED;
+    int verdict = take_levels(h, device, bytes, force);
+    if (verdict == FGPU_AGAIN) return verdict;
+    __sync_fetch_and_add(&p->bytes[slot(device)], bytes);
     __sync_fetch_and_add(&p->changes, 1);
     return verdict;
 }
@@ -145,22 +162,12 @@ static int charge(struct fgpu_process *p, u32 device, u64 bytes, u32 kind, int f
 static void release(struct fgpu_process *p, u32 device, u64 bytes)
 {
     device &= DEVICE_MASK;
+    struct held h;
     if (!bytes) return;
-    subtract(&p->bytes[device], bytes);
-    give_back_levels(p, device, bytes, FGPU_LEVELS);
+    look_up(p, &h);
+    subtract(&p->bytes[slot(device)], bytes);
+    give_back_levels(&h, device, bytes, FGPU_LEVELS);
     __sync_fetch_and_add(&p->changes, 1);
-}
-
-static void tally_admitted(struct fgpu_process *p, u32 device, u64 bytes)
-{
-    struct fgpu_usage_page *page = page_of(p->levels[0]);
-    if (page) __sync_fetch_and_add(&page->tallies[device & DEVICE_MASK].admitted, bytes);
-}
-
-static void tally_witnessed(struct fgpu_process *p, u32 device, u64 bytes)
-{
-    struct fgpu_usage_page *page = page_of(p->levels[0]);
-    if (page) __sync_fetch_and_add(&page->tallies[device & DEVICE_MASK].witnessed, bytes);
 }
 
 /* -- processes --------------------------------------------------------------------------------------------------- */
@@ -210,32 +217,30 @@ static struct fgpu_process *own_process(u32 tgid)
 
 static void release_all(struct fgpu_process *p)
 {
+    struct held h;
+    look_up(p, &h);
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
         u64 bytes = p->bytes[d];
         if (!bytes) continue;
         __sync_fetch_and_add(&p->bytes[d], -bytes);
-        give_back_levels(p, d, bytes, FGPU_LEVELS);
+        give_back_levels(&h, d, bytes, FGPU_LEVELS);
     }
 }
 
-static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_flight *f);
+static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f);
 
 /* What a thread leaves behind: an admission that nothing settled, a call that never returned. */
 static void end_thread(u64 id)
 {
-    struct fgpu_pending *asked = pending.lookup(&id);
-    struct fgpu_flight *call = flight.lookup(&id);
+    struct fgpu_thread *t = threads.lookup(&id);
     u32 tgid = id >> 32;
-    if (asked) {
-        struct fgpu_process *p = processes.lookup(&tgid);
-        if (p) release(p, asked->device, asked->bytes);
-        pending.delete(&id);
+    if (!t) return;
+    struct fgpu_process *p = processes.lookup(&tgid);
+    if (p) {
+        release(p, t->admission.device, t->admission.bytes);
+        if (t->call.function) put_back(p, tgid, &t->call);
     }
-    if (call) {
-        struct fgpu_process *p = processes.lookup(&tgid);
-        if (p) put_back(p, tgid, call);
-        flight.delete(&id);
-    }
+    threads.delete(&id);
 }
 
 static void end_process(u32 tgid)
@@ -264,51 +269,62 @@ int process_exec(struct bpf_raw_tracepoint_args *ctx)
 
 /* -- admission --------------------------------------------------------------------------------------------------- */
 
-static u64 ask(struct fgpu_process *p, u64 id, u32 device, u64 bytes, u32 kind, u64 ticket)
+static struct fgpu_thread *own_thread(u64 id)
 {
-    struct fgpu_pending *old = pending.lookup(&id);
-    if (old) {
-        if (old->ticket == ticket && old->verdict != FGPU_AGAIN) return old->verdict;
-        release(p, old->device, old->bytes);
-        old->bytes = 0;
-    }
-    struct fgpu_pending now = {.ticket = ticket, .device = device, .kind = kind, .verdict = FGPU_REFUSED};
-    u32 slot = device & DEVICE_MASK;
-    if (kind == FGPU_HELLO) {
-        p->flags |= FGPU_SEEN_SHIM;
-        return FGPU_ADMITTED;
+    struct fgpu_thread *t = threads.lookup(&id), none = {};
+    if (t) return t;
+    threads.insert(&id, &none);
+    t = threads.lookup(&id);
+    if (!t) anomaly(FGPU_ANOMALY_FULL);
+    return t;
+}
+
+static int granted(u64 verdict) { return verdict == FGPU_ADMITTED || verdict == FGPU_UNLIMITED; }
+
+static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u32 device, u64 bytes, u32 kind, u64 ticket)
+{
+    struct fgpu_admission *a = &t->admission;
+    if (a->ticket == ticket && a->verdict != FGPU_AGAIN) return a->verdict;
+    release(p, a->device, a->bytes); /* an older one that nothing settled */
+    a->bytes = 0;
+    a->ticket = ticket;
+    a->device = device;
+    a->kind = kind;
+    a->verdict = FGPU_REFUSED;
+    if (device >= FGPU_DEVICES) {
+        anomaly(FGPU_ANOMALY_DEVICE);
+        return FGPU_REFUSED;
     }
     if (kind == FGPU_CONTEXT) {
-        u64 *known = contexts.lookup(&slot);
+        u64 *known = contexts.lookup(&device);
         bytes = known ? *known : 0;
     }
     if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES; /* fits nowhere, and no sum with it overflows */
-    if (device >= FGPU_DEVICES)
-        anomaly(FGPU_ANOMALY_DEVICE);
+    a->verdict = charge(p, h, device, bytes, kind, 0);
+    if (!granted(a->verdict)) return a->verdict;
+    if (kind != FGPU_CONTEXT && h->page[0]) __sync_fetch_and_add(&h->page[0]->tallies[slot(device)].admitted, bytes);
+    if (kind == FGPU_POOL) /* committed at once */
+        __sync_fetch_and_add(&p->pool[slot(device)], bytes);
     else
-        now.verdict = charge(p, device, bytes, kind, 0);
-    if (now.verdict == FGPU_ADMITTED || now.verdict == FGPU_UNLIMITED) {
-        now.bytes = bytes;
-        if (kind != FGPU_CONTEXT) tally_admitted(p, device, bytes);
-        if (kind == FGPU_POOL) { /* committed at once */
-            __sync_fetch_and_add(&p->pool[device & DEVICE_MASK], bytes);
-            now.bytes = 0;
-        }
-    }
-    pending.update(&id, &now);
-    return now.verdict;
+        a->bytes = bytes;
+    return a->verdict;
 }
 
 int admit(struct pt_regs *ctx)
 {
-    u64 id = bpf_get_current_pid_tgid(), bytes = PT_REGS_PARM2(ctx), ticket = PT_REGS_PARM4(ctx) & TICKET_MASK, verdict;
-    u32 device = PT_REGS_PARM1(ctx), kind = PT_REGS_PARM3(ctx);
+    u64 id = bpf_get_current_pid_tgid(), ticket = PT_REGS_PARM4(ctx) & TICKET_MASK, verdict = FGPU_ADMITTED;
+    u32 kind = PT_REGS_PARM3(ctx);
     struct fgpu_process *p = own_process(id >> 32);
-    struct fgpu_usage_page *page = p ? page_of(p->levels[0]) : 0;
-    if (!page) return 0; /* no answer: the shim says hello again */
-    if (kind >= FGPU_KINDS) kind = FGPU_MEMORY;
-    verdict = ask(p, id, device, bytes, kind, ticket);
-    *(volatile u64 *)&page->verdicts[ticket & VERDICT_MASK] = ticket << 2 | verdict;
+    struct fgpu_thread *t = p ? own_thread(id) : 0;
+    struct held h;
+    if (!t) return 0; /* no answer: the shim says hello again */
+    look_up(p, &h);
+    if (!h.page[0]) return 0;
+    if (kind == FGPU_HELLO)
+        p->flags |= FGPU_SEEN_SHIM;
+    else
+        verdict = ask(p, &h, t, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), kind < FGPU_KINDS ? kind : FGPU_MEMORY, ticket);
+    *(volatile u64 *)&h.page[0]->verdicts[ticket & VERDICT_MASK] = ticket << 2 | verdict;
     return 0;
 }
 
@@ -320,8 +336,8 @@ int give_back(struct pt_regs *ctx)
     struct fgpu_process *p = processes.lookup(&tgid);
     if (!p || p->state != READY || kind != FGPU_POOL || device >= FGPU_DEVICES) return 0;
     for (int i = 0; i < TRIES; i++) {
-        u64 was = *(volatile u64 *)&p->pool[device & DEVICE_MASK], less = bytes < was ? bytes : was;
-        if (__sync_val_compare_and_swap(&p->pool[device & DEVICE_MASK], was, was - less) != was) continue;
+        u64 was = *(volatile u64 *)&p->pool[slot(device)], less = bytes < was ? bytes : was;
+        if (__sync_val_compare_and_swap(&p->pool[slot(device)], was, was - less) != was) continue;
         if (less < bytes) anomaly(FGPU_ANOMALY_RELEASE);
         release(p, device, less);
         return 0;
@@ -333,21 +349,21 @@ int give_back(struct pt_regs *ctx)
 
 static void add_overhead(struct fgpu_process *p, u32 device, u64 bytes)
 {
-    __sync_fetch_and_add((u64 *)&p->overhead[device & DEVICE_MASK], bytes);
+    __sync_fetch_and_add((u64 *)&p->overhead[slot(device)], bytes);
 }
 
-static int frees(u64 function) { return function == FREE || function == RELEASE || function == DESTROY || function == ARRAY_DESTROY; }
+static int frees(u64 function) { return function >= FGPU_FREE; }
 
 static u32 space_of(u64 function)
 {
-    return function == RELEASE || function == CREATE ? FGPU_SPACE_HANDLE
-           : function == DESTROY || function == CONTEXT     ? FGPU_SPACE_CONTEXT
-           : function == ARRAY || function == ARRAY_DESTROY ? FGPU_SPACE_ARRAY
-                                                            : FGPU_SPACE_POINTER;
+    return function == FGPU_RELEASE ? FGPU_SPACE_HANDLE
+           : function == FGPU_DESTROY ? FGPU_SPACE_CONTEXT
+           : function == FGPU_ARRAY_DESTROY ? FGPU_SPACE_ARRAY
+                                            : FGPU_SPACE_POINTER;
 }
 
 /* A call that failed, or will never be seen to end: what it was charged goes, what it took comes back. */
-static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_flight *f)
+static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
     if (!frees(f->function)) {
         release(p, f->device, f->bytes);
@@ -355,7 +371,7 @@ static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_flight *f)
     }
     if (!f->references) return;
     struct fgpu_allocation_key key = {.tgid = tgid, .space = space_of(f->function), .generation = p->generation, .handle = f->arguments[0]};
-    struct fgpu_allocation value = {.bytes = f->bytes, .device = f->device, .era = p->era[f->device & DEVICE_MASK], .references = f->references};
+    struct fgpu_allocation value = {.bytes = f->bytes, .device = f->device, .era = p->era[slot(f->device)], .references = f->references, .owner = f->arguments[2]};
     struct fgpu_allocation *there = allocations.lookup(&key);
     if (there)
         __sync_fetch_and_add(&there->references, f->references);
@@ -365,7 +381,7 @@ static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_flight *f)
 
 /* Takes one reference of the allocation into the flight; the last one takes the entry, before the driver can hand
  * the same pointer to another thread. */
-static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_flight *f)
+static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
     struct fgpu_allocation_key key = {.tgid = tgid, .space = space_of(f->function), .generation = p->generation, .handle = f->arguments[0]};
     struct fgpu_allocation *a = allocations.lookup(&key);
@@ -373,134 +389,31 @@ static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_flight *f)
     f->device = a->device;
     f->references = 1;
     f->bytes = a->bytes;
+    f->arguments[2] = a->owner;
     __sync_fetch_and_add(&p->changes, 1); /* from now on the driver may show less than the ledger */
     if (__sync_fetch_and_add(&a->references, -1ULL) != 1) {
         f->bytes = 0;
         return;
     }
-    if (a->era != p->era[a->device & DEVICE_MASK] && f->function != RELEASE) f->bytes = 0; /* went with its context */
+    if (a->era != p->era[slot(a->device)] && f->function != FGPU_RELEASE) f->bytes = 0; /* went with its context */
     allocations.delete(&key);
 }
 
 /* The witnessed size, if larger than what was admitted, is charged all the same: the driver will hand it out. */
-static void cover(struct fgpu_process *p, struct fgpu_flight *f, u64 bytes)
+static void cover(struct fgpu_process *p, struct fgpu_call *f, u64 bytes)
 {
     if (bytes <= f->bytes || bytes > FGPU_MOST_BYTES) return;
+    struct held h;
+    look_up(p, &h);
     p->flags |= FGPU_SEEN_BYPASS;
     anomaly(FGPU_ANOMALY_BYPASS);
-    charge(p, f->device, bytes - f->bytes, FGPU_MEMORY, 1);
+    charge(p, &h, f->device, bytes - f->bytes, FGPU_MEMORY, 1);
     f->bytes = bytes;
 }
 
-static int same_call(struct fgpu_flight *a, struct fgpu_flight *b)
+static int same_call(struct fgpu_call *a, struct fgpu_call *b)
 {
     return a->function == b->function && a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];
-}
-
-static int enter(struct pt_regs *ctx, u64 function, u32 device, u64 first, u64 second, u64 third, u64 bytes)
-{
-    u64 id = bpf_get_current_pid_tgid();
-    u32 tgid = id >> 32;
-    struct fgpu_process *p = own_process(tgid);
-    if (!p) return 0;
-    struct fgpu_flight now = {.function = function, .arguments = {first, second, third}, .device = device};
-    struct fgpu_pending *asked = frees(function) ? 0 : pending.lookup(&id);
-    struct fgpu_flight *old = flight.lookup(&id);
-    if (old) {
-        /* A second probe on one file; or a call left by longjmp and made again, for which the old entry serves. */
-        if (!asked && same_call(old, &now)) return 0;
-        put_back(p, tgid, old); /* a call left by longjmp */
-    }
-    if (now.device >= FGPU_DEVICES) now.device = p->last_device & DEVICE_MASK;
-    if (asked && (asked->verdict == FGPU_ADMITTED || asked->verdict == FGPU_UNLIMITED)) {
-        now.bytes = asked->bytes;
-        now.device = asked->device;
-        now.admitted = 1;
-    }
-    if (asked) pending.delete(&id);
-    if (frees(function))
-        take_entry(p, tgid, &now);
-    else
-        cover(p, &now, bytes);
-    flight.update(&id, &now);
-    return 0;
-}
-
-/* Ends the current thread's flight; answers 0 where there is none of this function. */
-static struct fgpu_process *leave(struct pt_regs *ctx, u64 function, struct fgpu_flight *out)
-{
-    u64 id = bpf_get_current_pid_tgid();
-    u32 tgid = id >> 32;
-    struct fgpu_flight *f = flight.lookup(&id);
-    if (!f || f->function != function) return 0;
-    *out = *f;
-    flight.delete(&id);
-    struct fgpu_process *p = processes.lookup(&tgid);
-    if (!p || p->state != READY) return 0;
-    if ((u32)PT_REGS_RC(ctx) == 0) return p;
-    put_back(p, tgid, out);
-    return 0;
-}
-
-/* Enters a new handle; an older charge of the same name is one whose end nobody saw. */
-static void keep(struct fgpu_process *p, u32 space, u64 handle, u64 bytes, u32 device)
-{
-    struct fgpu_allocation_key key = {.tgid = bpf_get_current_pid_tgid() >> 32, .space = space, .generation = p->generation, .handle = handle};
-    struct fgpu_allocation value = {.bytes = bytes, .device = device, .era = p->era[device & DEVICE_MASK], .references = 1};
-    struct fgpu_allocation *old = allocations.lookup(&key);
-    if (old && old->era == p->era[old->device & DEVICE_MASK]) {
-        anomaly(FGPU_ANOMALY_STALE);
-        release(p, old->device, old->bytes);
-    }
-    if (allocations.update(&key, &value)) anomaly(FGPU_ANOMALY_FULL);
-}
-
-static void keep_at(struct fgpu_process *p, u32 space, struct fgpu_flight *f)
-{
-    u64 handle = 0;
-    __sync_fetch_and_add(&p->changes, 1);
-    bpf_probe_read_user(&handle, sizeof(handle), (void *)f->arguments[0]);
-    tally_witnessed(p, f->device, f->bytes);
-    keep(p, space, handle, f->bytes, f->device);
-}
-
-#define NO_DEVICE FGPU_DEVICES
-#define ENTER(name, function, device, bytes)                                                                           \
-    int name(struct pt_regs *ctx)                                                                                      \
-    {                                                                                                                  \
-        return enter(ctx, function, device, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM4(ctx), bytes);        \
-    }
-
-ENTER(alloc_enter, ALLOC, NO_DEVICE, PT_REGS_PARM2(ctx))
-ENTER(managed_enter, MANAGED, NO_DEVICE, PT_REGS_PARM2(ctx))
-ENTER(free_enter, FREE, NO_DEVICE, 0)
-ENTER(map_enter, MAP, NO_DEVICE, 0)
-ENTER(unmap_enter, UNMAP, NO_DEVICE, 0)
-ENTER(release_enter, RELEASE, NO_DEVICE, 0)
-ENTER(retain_handle_enter, RETAIN_HANDLE, NO_DEVICE, 0)
-ENTER(retain_enter, RETAIN, PT_REGS_PARM2(ctx), 0)
-ENTER(primary_release_enter, PRIMARY_RELEASE, NO_DEVICE, 0)
-ENTER(primary_reset_enter, PRIMARY_RESET, NO_DEVICE, 0)
-ENTER(context_v2_enter, CONTEXT, PT_REGS_PARM3(ctx), 0)
-ENTER(context_v3_enter, CONTEXT, PT_REGS_PARM5(ctx), 0)
-ENTER(context_v4_enter, CONTEXT, PT_REGS_PARM4(ctx), 0)
-ENTER(destroy_enter, DESTROY, NO_DEVICE, 0)
-ENTER(array_destroy_enter, ARRAY_DESTROY, NO_DEVICE, 0)
-
-/* (pointer*, pitch*, width, height, element): the third argument kept is the height. */
-int pitch_enter(struct pt_regs *ctx)
-{
-    u64 width = PT_REGS_PARM3(ctx), height = PT_REGS_PARM4(ctx);
-    u64 bytes = width < FGPU_MOST_BYTES && height < (1 << 15) ? width * height : width;
-    return enter(ctx, PITCH, NO_DEVICE, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), height, bytes);
-}
-
-/* (handle*, bytes, CUmemAllocationProp*, flags): the location's type stands at byte 8, its id at 12; 1 is a device. */
-int create_enter(struct pt_regs *ctx)
-{
-    u32 location[2] = {};
-    bpf_probe_read_user(location, sizeof(location), (void *)(PT_REGS_PARM3(ctx) + 8));
-    return enter(ctx, CREATE, location[1], PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0, location[0] == 1 ? PT_REGS_PARM2(ctx) : 0);
 }
 
 /* CUDA_ARRAY3D_DESCRIPTOR, and CUDA_ARRAY_DESCRIPTOR but for the depth. */
@@ -526,289 +439,319 @@ static u64 extent(u64 n, u32 level)
 }
 
 /* At least these bytes: for a call that nobody asked about. The driver pads; NVML tells by how much. */
-static u64 shape_bytes(struct shape *s, u32 levels)
+static u64 shape_bytes(u64 function, void *descriptor, u32 levels)
 {
-    u64 bytes = 0, element = element_bytes(s->format) * (s->channels & 7);
-    if (s->flags & NO_MEMORY_YET) return 0;
+    struct shape s = {.depth = 1};
+    u64 bytes = 0, element;
+    if (function == FGPU_ARRAY) {
+        bpf_probe_read_user(&s, 16, descriptor);
+        bpf_probe_read_user(&s.format, 8, descriptor + 16);
+    } else {
+        bpf_probe_read_user(&s, 36, descriptor);
+    }
+    if (s.flags & NO_MEMORY_YET) return 0;
+    if (function != FGPU_ARRAY_MIPMAPPED) levels = 1;
+    element = element_bytes(s.format) * (s.channels & 7);
     for (u32 i = 0; i < 18 && i < levels; i++)
-        bytes += extent(s->width, i) * extent(s->height, i) * extent(s->depth, i) * element;
+        bytes += extent(s.width, i) * extent(s.height, i) * extent(s.depth, i) * element;
     return bytes;
 }
 
-int array_enter(struct pt_regs *ctx)
+/* CUmemAllocationProp: the location's type stands at byte 8, its id at 12; 1 is a device. */
+static u64 create_bytes(struct fgpu_call *f, void *prop)
 {
-    struct shape s = {.depth = 1};
-    bpf_probe_read_user(&s, 16, (void *)PT_REGS_PARM2(ctx));
-    bpf_probe_read_user(&s.format, 8, (void *)(PT_REGS_PARM2(ctx) + 16));
-    return enter(ctx, ARRAY, NO_DEVICE, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0, shape_bytes(&s, 1));
+    u32 location[2] = {};
+    bpf_probe_read_user(location, sizeof(location), prop + 8);
+    f->device = location[1];
+    return location[0] == 1 ? f->arguments[1] : 0;
 }
 
-int array3d_enter(struct pt_regs *ctx)
+#define MOST_HEIGHT (1 << 15)
+static u64 pitch_bytes(u64 pitch, u64 height)
 {
-    struct shape s = {};
-    bpf_probe_read_user(&s, 36, (void *)PT_REGS_PARM2(ctx));
-    return enter(ctx, ARRAY, NO_DEVICE, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0, shape_bytes(&s, 1));
+    return pitch < FGPU_MOST_BYTES && height < MOST_HEIGHT ? pitch * height : pitch;
 }
 
-/* (array*, descriptor*, levels) */
-int mipmapped_enter(struct pt_regs *ctx)
+/* What the driver is asked for, as far as its arguments say, and on which device: CUDA's ordinal, which an admission
+ * replaces by the ledger's index. */
+static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f)
 {
-    struct shape s = {};
-    bpf_probe_read_user(&s, 36, (void *)PT_REGS_PARM2(ctx));
-    return enter(ctx, ARRAY, NO_DEVICE, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0, shape_bytes(&s, PT_REGS_PARM3(ctx)));
-}
-
-int array_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, ARRAY, &f);
-    if (p && f.bytes) keep_at(p, FGPU_SPACE_ARRAY, &f);
-    return 0;
-}
-
-int array_destroy_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, ARRAY_DESTROY, &f);
-    if (p) release(p, f.device, f.bytes);
-    return 0;
-}
-
-int alloc_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, ALLOC, &f);
-    if (p) keep_at(p, FGPU_SPACE_POINTER, &f);
-    return 0;
-}
-
-int managed_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, MANAGED, &f);
-    if (!p) return 0;
-    keep_at(p, FGPU_SPACE_POINTER, &f);
-    __sync_fetch_and_add(&p->managed[f.device & DEVICE_MASK], f.bytes);
-    return 0;
-}
-
-int pitch_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, PITCH, &f);
-    u64 pitch = 0;
-    if (!p) return 0;
-    bpf_probe_read_user(&pitch, sizeof(pitch), (void *)f.arguments[1]);
-    if (pitch < FGPU_MOST_BYTES && f.arguments[2] < (1 << 15)) cover(p, &f, pitch * f.arguments[2]);
-    keep_at(p, FGPU_SPACE_POINTER, &f);
-    return 0;
-}
-
-int free_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, FREE, &f);
-    if (p) release(p, f.device, f.bytes);
-    return 0;
-}
-
-int create_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, CREATE, &f);
-    if (!p || !f.bytes) return 0;
-    __sync_fetch_and_add(&p->vmm[f.device & DEVICE_MASK], f.bytes);
-    keep_at(p, FGPU_SPACE_HANDLE, &f);
-    return 0;
-}
-
-static void drop_vmm(struct fgpu_process *p, u32 device, u64 bytes)
-{
-    if (!bytes) return;
-    subtract(&p->vmm[device & DEVICE_MASK], bytes);
-    release(p, device, bytes);
-}
-
-int release_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, RELEASE, &f);
-    if (p) drop_vmm(p, f.device, f.bytes);
-    return 0;
-}
-
-static struct fgpu_allocation *handle_entry(struct fgpu_process *p, u64 handle)
-{
-    struct fgpu_allocation_key key = {.tgid = bpf_get_current_pid_tgid() >> 32, .space = FGPU_SPACE_HANDLE, .generation = p->generation, .handle = handle};
-    return allocations.lookup(&key);
-}
-
-/* (pointer, bytes, offset, handle, flags) */
-int map_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, MAP, &f);
-    struct fgpu_allocation *a = p ? handle_entry(p, f.arguments[2]) : 0;
-    if (!a) return 0;
-    struct fgpu_allocation_key key = {.tgid = bpf_get_current_pid_tgid() >> 32, .space = FGPU_SPACE_MAPPING, .generation = p->generation, .handle = f.arguments[0]};
-    struct fgpu_allocation value = {.bytes = f.arguments[1], .device = a->device, .references = 1, .owner = f.arguments[2]};
-    __sync_fetch_and_add(&a->references, 1);
-    if (allocations.update(&key, &value)) anomaly(FGPU_ANOMALY_FULL);
-    return 0;
-}
-
-static void drop_reference(struct fgpu_process *p, u64 handle)
-{
-    struct fgpu_allocation *a = handle_entry(p, handle);
-    if (!a || __sync_fetch_and_add(&a->references, -1ULL) != 1) return;
-    struct fgpu_allocation_key key = {.tgid = bpf_get_current_pid_tgid() >> 32, .space = FGPU_SPACE_HANDLE, .generation = p->generation, .handle = handle};
-    u64 bytes = a->bytes;
-    u32 device = a->device;
-    allocations.delete(&key);
-    drop_vmm(p, device, bytes);
-}
-
-/* (pointer, bytes): may cover several mappings, one after the other. */
-int unmap_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, UNMAP, &f);
-    if (!p) return 0;
-    struct fgpu_allocation_key key = {.tgid = bpf_get_current_pid_tgid() >> 32, .space = FGPU_SPACE_MAPPING, .generation = p->generation, .handle = f.arguments[0]};
-    u64 end = f.arguments[0] + f.arguments[1];
-    for (int i = 0; i < SPAN && key.handle < end; i++) {
-        struct fgpu_allocation *mapping = allocations.lookup(&key);
-        if (!mapping) break;
-        u64 bytes = mapping->bytes, owner = mapping->owner;
-        allocations.delete(&key);
-        drop_reference(p, owner);
-        key.handle += bytes;
+    f->device = FGPU_DEVICES; /* not said: the process's last */
+    switch (f->function) {
+    case FGPU_ALLOC:
+    case FGPU_ALLOC_MANAGED: return f->arguments[1];
+    case FGPU_ALLOC_PITCH: return pitch_bytes(PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
+    case FGPU_ARRAY:
+    case FGPU_ARRAY_3D:
+    case FGPU_ARRAY_MIPMAPPED: return shape_bytes(f->function, (void *)PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
+    case FGPU_CREATE: return create_bytes(f, (void *)PT_REGS_PARM3(ctx));
+    case FGPU_RETAIN: f->device = PT_REGS_PARM2(ctx); return 0;
+    case FGPU_CONTEXT_V2: f->device = PT_REGS_PARM3(ctx); return 0;
+    case FGPU_CONTEXT_V3: f->device = PT_REGS_PARM5(ctx); return 0;
+    case FGPU_CONTEXT_V4: f->device = PT_REGS_PARM4(ctx); return 0;
+    default: return 0;
     }
-    return 0;
 }
 
-int retain_handle_return(struct pt_regs *ctx)
+/* The call takes over what its thread was admitted. */
+static void take_over(struct fgpu_admission *a, struct fgpu_call *f)
 {
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, RETAIN_HANDLE, &f);
-    u64 handle = 0;
-    if (!p) return 0;
-    bpf_probe_read_user(&handle, sizeof(handle), (void *)f.arguments[0]);
-    struct fgpu_allocation *a = handle_entry(p, handle);
-    if (a) __sync_fetch_and_add(&a->references, 1);
+    if (granted(a->verdict)) {
+        f->bytes = a->bytes;
+        f->device = a->device & DEVICE_MASK;
+        f->admitted = 1;
+    }
+    a->ticket = 0;
+    a->bytes = 0;
+}
+
+int call_enter(struct pt_regs *ctx)
+{
+    u64 id = bpf_get_current_pid_tgid();
+    u32 tgid = id >> 32;
+    struct fgpu_process *p = own_process(tgid);
+    struct fgpu_thread *t = p ? own_thread(id) : 0;
+    if (!t) return 0;
+    struct fgpu_call now = {.function = bpf_get_attach_cookie(ctx)};
+    now.arguments[0] = PT_REGS_PARM1(ctx);
+    now.arguments[1] = PT_REGS_PARM2(ctx);
+    now.arguments[2] = PT_REGS_PARM4(ctx); /* of a mapping: the handle; of a pitched allocation: the height */
+    int settles = t->admission.ticket && !frees(now.function);
+    if (t->call.function) {
+        /* A second probe on one file; or a call left by longjmp and made again, for which the old entry serves. */
+        if (!settles && same_call(&t->call, &now)) return 0;
+        put_back(p, tgid, &t->call); /* a call left by longjmp */
+    }
+    u64 bytes = asked_bytes(ctx, &now);
+    if (settles) take_over(&t->admission, &now);
+    if (now.device >= FGPU_DEVICES) now.device = p->last_device & DEVICE_MASK;
+    if (frees(now.function))
+        take_entry(p, tgid, &now);
+    else
+        cover(p, &now, bytes);
+    t->call = now;
     return 0;
 }
 
-/* -- contexts ---------------------------------------------------------------------------------------------------- */
+/* -- how a call ended: what it adds is entered, what it frees is answered, in bytes ------------------------------- */
+
+/* Enters a new handle; an older charge of the same name is one whose end nobody saw. */
+static void keep(struct fgpu_process *p, struct fgpu_allocation_key *key, u64 bytes, u32 device, u64 owner)
+{
+    struct fgpu_allocation value = {.bytes = bytes, .device = device, .era = p->era[slot(device)], .references = 1, .owner = owner};
+    struct fgpu_allocation *old = allocations.lookup(key);
+    if (old && old->bytes && old->era == p->era[slot(old->device)]) {
+        anomaly(FGPU_ANOMALY_STALE);
+        release(p, old->device, old->bytes);
+    }
+    __sync_fetch_and_add(&p->changes, 1);
+    if (allocations.update(key, &value)) anomaly(FGPU_ANOMALY_FULL);
+}
+
+static void tally_witnessed(struct fgpu_process *p, u32 device, u64 bytes)
+{
+    struct fgpu_usage_page *page = page_of(p->levels[0]);
+    if (page) __sync_fetch_and_add(&page->tallies[slot(device)].witnessed, bytes);
+}
+
+/* All that lived in the device's contexts is gone with the last; VMM handles belong to the process. */
+static u64 end_context(struct fgpu_process *p, u32 device)
+{
+    u64 *known, bytes = p->bytes[slot(device)], vmm = p->vmm[slot(device)];
+    device &= DEVICE_MASK;
+    if (!p->contexts[slot(device)]) return 0;
+    if (--p->contexts[slot(device)]) {
+        known = contexts.lookup(&device);
+        s64 overhead = p->overhead[slot(device)], own = known ? *known : 0;
+        if (own > overhead) own = overhead;
+        if (own <= 0) return 0;
+        add_overhead(p, device, -own);
+        return own;
+    }
+    p->overhead[slot(device)] = 0;
+    p->managed[slot(device)] = 0;
+    p->pool[slot(device)] = 0;
+    p->era[slot(device)]++;
+    return bytes > vmm ? bytes - vmm : 0;
+}
+
+static u64 end_primary(struct fgpu_process *p, u32 device)
+{
+    device &= DEVICE_MASK;
+    if (!p->primary[slot(device)]) return 0;
+    p->primary[slot(device)] = 0;
+    return end_context(p, device);
+}
 
 /* A context has come to be. Its bytes are overhead: NVML corrects them. Without an admission they are charged here. */
-static void begin_context(struct fgpu_process *p, struct fgpu_flight *f)
+static void begin_context(struct fgpu_process *p, struct fgpu_call *f)
 {
     u32 device = f->device & DEVICE_MASK;
     u64 *known = contexts.lookup(&device);
     if (!f->admitted && !(p->flags & FGPU_SEEN_SHIM) && known) cover(p, f, *known);
     add_overhead(p, device, f->bytes);
-    __sync_fetch_and_add(&p->changes, 1);
-    p->contexts[device]++;
+    p->contexts[slot(device)]++;
     p->last_device = device;
 }
 
-/* All that lived in the device's contexts is gone; VMM handles belong to the process. */
-static void end_device(struct fgpu_process *p, u32 device)
+/* The first reference makes the context; else another thread was first, or it was there: what was admitted goes. */
+static u64 retained(struct fgpu_process *p, struct fgpu_call *f)
 {
-    device &= DEVICE_MASK;
-    u64 bytes = p->bytes[device], vmm = p->vmm[device];
-    p->overhead[device] = 0;
-    p->managed[device] = 0;
-    p->pool[device] = 0;
-    p->era[device]++;
-    if (bytes > vmm) release(p, device, bytes - vmm);
+    u32 device = f->device & DEVICE_MASK;
+    p->retained[slot(device)]++;
+    if (p->primary[slot(device)]) return f->bytes;
+    p->primary[slot(device)] = 1;
+    begin_context(p, f);
+    return 0;
 }
 
-static void end_context(struct fgpu_process *p, u32 device)
+/* A mapping refers to its handle; `key` names the handle and is made to name the mapping. */
+static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
-    device &= DEVICE_MASK;
-    u64 *known = contexts.lookup(&device);
-    if (!p->contexts[device]) return;
-    if (!--p->contexts[device]) {
-        end_device(p, device);
-        return;
-    }
-    s64 overhead = p->overhead[device], bytes = known ? *known : 0;
-    if (bytes > overhead) bytes = overhead;
-    if (bytes <= 0) return;
-    add_overhead(p, device, -bytes);
+    key->space = FGPU_SPACE_HANDLE;
+    key->handle = f->arguments[2];
+    struct fgpu_allocation *a = allocations.lookup(key);
+    if (!a) return;
+    __sync_fetch_and_add(&a->references, 1);
+    struct fgpu_allocation value = {.bytes = f->arguments[1], .device = a->device, .references = 1, .owner = f->arguments[2]};
+    key->space = FGPU_SPACE_MAPPING;
+    key->handle = f->arguments[0];
+    if (allocations.update(key, &value)) anomaly(FGPU_ANOMALY_FULL);
+}
+
+/* One reference less; the last one frees the memory. */
+static void drop_reference(struct fgpu_process *p, struct fgpu_allocation_key *key)
+{
+    struct fgpu_allocation *a = allocations.lookup(key);
+    if (!a || __sync_fetch_and_add(&a->references, -1ULL) != 1) return;
+    u64 bytes = a->bytes;
+    u32 device = a->device;
+    allocations.delete(key);
+    subtract(&p->vmm[slot(device)], bytes);
     release(p, device, bytes);
 }
 
-static void end_primary(struct fgpu_process *p, u32 device)
+/* (pointer, bytes): may cover several mappings, one after the other. */
+static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
-    if (p->primary[device & DEVICE_MASK]) end_context(p, device);
-    p->primary[device & DEVICE_MASK] = 0;
-}
-
-/* (context*, device): the first reference makes the context. */
-int retain_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, RETAIN, &f);
-    if (!p) return 0;
-    u32 device = f.device & DEVICE_MASK;
-    p->retained[device]++;
-    if (p->primary[device]) {
-        release(p, device, f.bytes); /* one more reference, or another thread was first */
-        return 0;
+    u64 at = f->arguments[0], end = at + f->arguments[1];
+    for (int i = 0; i < SPAN && at < end; i++) {
+        key->space = FGPU_SPACE_MAPPING;
+        key->handle = at;
+        struct fgpu_allocation *mapping = allocations.lookup(key);
+        if (!mapping) break;
+        u64 bytes = mapping->bytes, owner = mapping->owner;
+        allocations.delete(key);
+        key->space = FGPU_SPACE_HANDLE;
+        key->handle = owner;
+        drop_reference(p, key);
+        at += bytes;
     }
-    p->primary[device] = 1;
-    begin_context(p, &f);
-    keep(p, FGPU_SPACE_CONTEXT, (u32)f.arguments[1], 0, device); /* CUDA's ordinal -> the ledger's index */
-    return 0;
 }
 
-static u32 device_of_ordinal(struct fgpu_process *p, u32 ordinal)
+static u64 device_of_ordinal(struct fgpu_process *p, struct fgpu_allocation_key *key, u32 ordinal)
 {
-    struct fgpu_allocation_key key = {.tgid = bpf_get_current_pid_tgid() >> 32, .space = FGPU_SPACE_CONTEXT, .generation = p->generation, .handle = ordinal};
-    struct fgpu_allocation *a = allocations.lookup(&key);
+    key->space = FGPU_SPACE_CONTEXT;
+    key->handle = ordinal;
+    struct fgpu_allocation *a = allocations.lookup(key);
     return (a ? a->device : ordinal) & DEVICE_MASK;
 }
 
-int primary_release_return(struct pt_regs *ctx)
+/* What the call gave stands where its first argument points. */
+static u64 given(struct fgpu_call *f)
 {
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, PRIMARY_RELEASE, &f);
-    if (!p) return 0;
-    u32 device = device_of_ordinal(p, f.arguments[0]);
-    if (p->retained[device] && !--p->retained[device]) end_primary(p, device);
-    return 0;
-}
-
-int primary_reset_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, PRIMARY_RESET, &f);
-    if (!p) return 0;
-    u32 device = device_of_ordinal(p, f.arguments[0]);
-    end_primary(p, device); /* its references stay */
-    return 0;
-}
-
-int context_return(struct pt_regs *ctx)
-{
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, CONTEXT, &f);
     u64 handle = 0;
-    if (!p) return 0;
-    bpf_probe_read_user(&handle, sizeof(handle), (void *)f.arguments[0]);
-    begin_context(p, &f);
-    keep(p, FGPU_SPACE_CONTEXT, handle, 0, f.device);
-    return 0;
+    bpf_probe_read_user(&handle, sizeof(handle), (void *)f->arguments[0]);
+    return handle;
 }
 
-int destroy_return(struct pt_regs *ctx)
+static void allocated(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
-    struct fgpu_flight f;
-    struct fgpu_process *p = leave(ctx, DESTROY, &f);
-    if (p && f.references) end_context(p, f.device);
+    u64 pitch = 0, owner = 0;
+    if (!f->bytes) return; /* host memory, or none yet */
+    if (f->function == FGPU_ALLOC_PITCH) {
+        bpf_probe_read_user(&pitch, sizeof(pitch), (void *)f->arguments[1]);
+        cover(p, f, pitch_bytes(pitch, f->arguments[2]));
+    }
+    if (f->function == FGPU_ALLOC_MANAGED) {
+        __sync_fetch_and_add(&p->managed[slot(f->device)], f->bytes);
+        owner = 1;
+    }
+    if (f->function == FGPU_CREATE) __sync_fetch_and_add(&p->vmm[slot(f->device)], f->bytes);
+    key->space = f->function == FGPU_CREATE ? FGPU_SPACE_HANDLE : f->function >= FGPU_ARRAY ? FGPU_SPACE_ARRAY : FGPU_SPACE_POINTER;
+    key->handle = given(f);
+    tally_witnessed(p, f->device, f->bytes);
+    keep(p, key, f->bytes, f->device, owner);
+}
+
+static void context_made(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
+{
+    begin_context(p, f);
+    key->space = FGPU_SPACE_CONTEXT;
+    key->handle = given(f);
+    keep(p, key, 0, f->device, 0);
+}
+
+static u64 freed(struct fgpu_process *p, struct fgpu_call *f)
+{
+    u64 *part = f->function == FGPU_RELEASE ? &p->vmm[slot(f->device)] : &p->managed[slot(f->device)];
+    if (f->bytes && (f->function == FGPU_RELEASE || f->arguments[2])) subtract(part, f->bytes);
+    return f->bytes;
+}
+
+/* The call succeeded; answers the bytes that it freed on f->device. */
+static u64 settle(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
+{
+    struct fgpu_allocation_key key = {.tgid = tgid, .generation = p->generation};
+    u64 bytes;
+    switch (f->function) {
+    case FGPU_FREE:
+    case FGPU_RELEASE:
+    case FGPU_ARRAY_DESTROY: return freed(p, f);
+    case FGPU_DESTROY: return f->references ? end_context(p, f->device) : 0;
+    case FGPU_MAP: mapped(p, f, &key); return 0;
+    case FGPU_UNMAP: unmapped(p, f, &key); return 0;
+    case FGPU_RETAIN_HANDLE: {
+        key.space = FGPU_SPACE_HANDLE;
+        key.handle = given(f);
+        struct fgpu_allocation *a = allocations.lookup(&key);
+        if (a) __sync_fetch_and_add(&a->references, 1);
+        return 0;
+    }
+    case FGPU_RETAIN:
+        bytes = retained(p, f);
+        key.space = FGPU_SPACE_CONTEXT;
+        key.handle = (u32)f->arguments[1]; /* CUDA's ordinal -> the ledger's index */
+        keep(p, &key, 0, f->device, 0);
+        return bytes;
+    case FGPU_PRIMARY_RESET: /* its references stay */
+        f->device = device_of_ordinal(p, &key, f->arguments[0]);
+        return end_primary(p, f->device);
+    case FGPU_PRIMARY_RELEASE:
+        f->device = device_of_ordinal(p, &key, f->arguments[0]);
+        if (!p->retained[slot(f->device)] || --p->retained[slot(f->device)]) return 0;
+        return end_primary(p, f->device);
+    case FGPU_CONTEXT_V2:
+    case FGPU_CONTEXT_V3:
+    case FGPU_CONTEXT_V4: context_made(p, f, &key); return 0;
+    default: allocated(p, f, &key); return 0;
+    }
+}
+
+int call_return(struct pt_regs *ctx)
+{
+    u64 id = bpf_get_current_pid_tgid();
+    u32 tgid = id >> 32;
+    struct fgpu_thread *t = threads.lookup(&id);
+    if (!t || !t->call.function || t->call.function != bpf_get_attach_cookie(ctx)) return 0;
+    struct fgpu_call f = t->call;
+    t->call.function = FGPU_NONE;
+    struct fgpu_process *p = processes.lookup(&tgid);
+    if (!p || p->state != READY) return 0;
+    if ((u32)PT_REGS_RC(ctx) == 0)
+        release(p, f.device, settle(p, tgid, &f));
+    else
+        put_back(p, tgid, &f);
     return 0;
 }
 
@@ -837,8 +780,10 @@ static int set_overhead(u32 tgid, u64 generation, u32 device, s64 bytes, u64 cha
     if (!p || p->generation != generation) return -3;
     if (p->changes != changes) return -11;
     device &= DEVICE_MASK;
-    s64 more = bytes - p->overhead[device];
-    if (more > 0) charge(p, device, more, FGPU_CONTEXT, 1);
+    s64 more = bytes - p->overhead[slot(device)];
+    struct held h;
+    look_up(p, &h);
+    if (more > 0) charge(p, &h, device, more, FGPU_CONTEXT, 1);
     if (more < 0) release(p, device, -more);
     add_overhead(p, device, more);
     return 0;
@@ -846,18 +791,15 @@ static int set_overhead(u32 tgid, u64 generation, u32 device, s64 bytes, u64 cha
 
 static void move_charges(struct fgpu_process *p, int away)
 {
+    struct held h;
+    look_up(p, &h);
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
         u64 bytes = p->bytes[d];
         if (!bytes) continue;
-        if (away) {
-            give_back_levels(p, d, bytes, FGPU_LEVELS);
-            continue;
-        }
-        for (u32 i = 0; i < FGPU_LEVELS; i++) {
-            if (i >= p->level_count) break;
-            struct fgpu_usage_page *page = page_of(p->levels[i]);
-            if (page) take(page, d, bytes, 1);
-        }
+        if (away)
+            give_back_levels(&h, d, bytes, FGPU_LEVELS);
+        else
+            take_levels(&h, d, bytes, 1);
     }
 }
 

@@ -169,22 +169,50 @@ struct fgpu_allocation {
     __u32 device;
     __u32 era;
     __u64 references; /* of a VMM handle: handles and mappings together */
-    __u64 owner; /* of a mapping: its handle */
+    __u64 owner; /* of a mapping: its handle; of a pointer: 1 where it is managed memory */
 };
-struct fgpu_pending { /* pending: pid_tgid -> the admission that no driver call has settled yet */
+struct fgpu_admission { /* that no driver call has settled yet; ticket 0: none */
     __u64 ticket;
     __u64 bytes;
     __u32 device;
     __u32 kind;
     __u64 verdict;
 };
-struct fgpu_flight { /* flight: pid_tgid -> the driver call this thread is in */
+/* What a probe on the driver is attached to: the cookie of both its probes. */
+enum fgpu_function {
+    FGPU_NONE,
+    FGPU_ALLOC,
+    FGPU_ALLOC_MANAGED,
+    FGPU_ALLOC_PITCH,
+    FGPU_ARRAY,
+    FGPU_ARRAY_3D,
+    FGPU_ARRAY_MIPMAPPED,
+    FGPU_CREATE,
+    FGPU_MAP,
+    FGPU_UNMAP,
+    FGPU_RETAIN_HANDLE,
+    FGPU_RETAIN,
+    FGPU_PRIMARY_RELEASE,
+    FGPU_PRIMARY_RESET,
+    FGPU_CONTEXT_V2,
+    FGPU_CONTEXT_V3,
+    FGPU_CONTEXT_V4,
+    FGPU_FREE, /* from here on: what takes an entry out of the allocations */
+    FGPU_RELEASE,
+    FGPU_ARRAY_DESTROY,
+    FGPU_DESTROY,
+};
+struct fgpu_call { /* the driver call that a thread is in; function 0: none */
     __u64 function;
     __u64 arguments[3];
     __u64 bytes; /* charged, or taken out of the allocations, until the call's end decides */
     __u32 device;
     __u32 admitted; /* an admission went before */
     __u64 references;
+};
+struct fgpu_thread { /* threads: pid_tgid -> ; made once, deleted when the thread ends */
+    struct fgpu_admission admission;
+    struct fgpu_call call;
 };
 struct fgpu_counter_key { /* counters; anomalies have cgroup 0, kind FGPU_KINDS and the anomaly as reason */
     __u64 cgroup;

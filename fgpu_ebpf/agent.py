@@ -317,13 +317,25 @@ class Agent:
         self._stop()
         for workload in list(self.workloads):
             self.workloads.drop(workload.cgroup)
-        probes.detach(self.settings.pins)
-        launch.take_away_what_was_made(self.settings.run_dir)
-        for name in ("shim/shim.sock", "discover.sock", "ld.so.preload", "overrides.json", "gatekeeper.json"):
-            (self.settings.run_dir / name).unlink(missing_ok=True)
-        if (self.settings.run_dir / "shim").is_dir():
-            (self.settings.run_dir / "shim").rmdir()
+        take_away(self.settings.run_dir, self.settings.pins)
         self.end()
+
+
+def take_away(run_dir: Path, pins: Path) -> None:
+    """Unpins everything and removes what was set up; for a host without a running agent too."""
+    probes.detach(pins)
+    launch.take_away_what_was_made(run_dir)
+    for name in (
+        "shim/shim.sock",
+        "control.sock",
+        "discover.sock",
+        "ld.so.preload",
+        "overrides.json",
+        "gatekeeper.json",
+    ):
+        (run_dir / name).unlink(missing_ok=True)
+    if (run_dir / "shim").is_dir():
+        (run_dir / "shim").rmdir()
 
 
 def _locked(path: Path) -> bool:

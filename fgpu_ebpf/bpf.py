@@ -175,6 +175,6 @@ def open_uprobe(path: str, offset: int, at_return: bool) -> int:
     return _syscall("perf_event_open", _PERF_EVENT_OPEN, attr, -1, 0, -1, _PERF_FLAG_FD_CLOEXEC)
 
 
-def attach_perf_event(program: int, event: int) -> int:
-    """Ties a program to a perf event by a bpf_link; answers the link."""
-    return _bpf("LINK_CREATE", _LINK_CREATE, "IIII", program, event, _PERF_EVENT_LINK, 0)
+def attach_perf_event(program: int, event: int, cookie: int = 0) -> int:
+    """Ties a program to a perf event by a bpf_link, which tells it the cookie at every hit; answers the link."""
+    return _bpf("LINK_CREATE", _LINK_CREATE, "IIIIQ", program, event, _PERF_EVENT_LINK, 0, cookie)

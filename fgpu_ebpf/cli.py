@@ -99,7 +99,17 @@ def _check_line(check: Check) -> str:
 @main.command()
 def detach() -> None:
     """Open everything, take away what was pinned and set up, end the agent."""
-    _call({"verb": "detach"})
+    from fgpu_ebpf import server, service
+
+    try:
+        server.call(RUN_DIR, {"verb": "detach"})
+    except ConnectionError:
+        try:
+            service.take_away(RUN_DIR)
+        except OSError as error:
+            _fail(f"cannot detach: {error}", 1)
+    except server.RequestError as error:
+        _fail(str(error), error.code)
 
 
 # -- tenants -------------------------------------------------------------------------------------------------------

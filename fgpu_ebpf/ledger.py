@@ -21,7 +21,7 @@ _U32 = struct.Struct("I")
 _ALLOCATION_KEY = ctypes.sizeof(pages.AllocationKey)
 _ALLOCATION = ctypes.sizeof(pages.Allocation)
 _PROCESS = ctypes.sizeof(pages.Process)
-_PENDING = ctypes.sizeof(pages.Pending)
+_THREAD = ctypes.sizeof(pages.Thread)
 _LIMIT = struct.Struct("QQ")
 _LIMIT_KEY = struct.Struct("QQ")
 _COUNTER_KEY = struct.Struct("QIHH")
@@ -273,10 +273,9 @@ class Ledger:
 
     def busy(self) -> set[int]:
         """Processes between an admission and what settles it, or in a call that is witnessed."""
-        waiting = bpf.items(self._maps["pending"], 8, ctypes.sizeof(pages.Pending))
-        asked = {_U64.unpack(key)[0] >> 32 for key, raw in waiting if pages.Pending.from_buffer_copy(raw).bytes}
-        calls = bpf.items(self._maps["flight"], 8, ctypes.sizeof(pages.Flight))
-        return asked | {_U64.unpack(key)[0] >> 32 for key, _ in calls}
+        threads = bpf.items(self._maps["threads"], 8, _THREAD)
+        entries = ((_U64.unpack(key)[0] >> 32, pages.Thread.from_buffer_copy(raw)) for key, raw in threads)
+        return {tgid for tgid, thread in entries if thread.admission.bytes or thread.call.function}
 
     def overhead(self, tgid: int, generation: int, device: int, bytes_: int, changes: int) -> bool:
         """Sets what NVML alone knows of a process; False where it was charged or ended meanwhile: ask again."""
@@ -307,7 +306,7 @@ class Ledger:
 
     def entries(self, name: str) -> int:
         """How many entries a map holds: for checks and tests."""
-        sizes = {"allocations": (_ALLOCATION_KEY, _ALLOCATION), "processes": (4, _PROCESS), "pending": (8, _PENDING)}
+        sizes = {"allocations": (_ALLOCATION_KEY, _ALLOCATION), "processes": (4, _PROCESS), "threads": (8, _THREAD)}
         return sum(1 for _ in bpf.items(self._maps[name], *sizes[name], 1024))
 
     def counters(self) -> dict[Count, int]:

@@ -46,6 +46,12 @@ Reason = IntEnum("Reason", "LIMIT DEVICE_FULL OBSERVED", start=0)
 Anomaly = IntEnum("Anomaly", "RELEASE FULL DEVICE LOST BYPASS STALE", start=0)
 Code = IntEnum("Code", "REFUSED MANAGED UNMANAGED", start=0)
 Space = IntEnum("Space", "POINTER HANDLE MAPPING CONTEXT ARRAY", start=0)
+Function = IntEnum(
+    "Function",
+    "NONE ALLOC ALLOC_MANAGED ALLOC_PITCH ARRAY ARRAY_3D ARRAY_MIPMAPPED CREATE MAP UNMAP RETAIN_HANDLE RETAIN "
+    "PRIMARY_RELEASE PRIMARY_RESET CONTEXT_V2 CONTEXT_V3 CONTEXT_V4 FREE RELEASE ARRAY_DESTROY DESTROY",
+    start=0,
+)
 Adjust = IntEnum("Adjust", "PUBLISH OVERHEAD MOVE REAP", start=0)
 
 # Bits, from 1: of a limit and a usage page; of a control page and an answer; of a process.
@@ -201,14 +207,14 @@ class Allocation(Structure):
     _fields_ = (("bytes", u64), ("device", u32), ("era", u32), ("references", u64), ("owner", u64))
 
 
-class Pending(Structure):
-    """Value of `pending`: an admission that no driver call has settled yet."""
+class Admission(Structure):
+    """An admission that no driver call has settled yet; ticket 0: none."""
 
     _fields_ = (("ticket", u64), ("bytes", u64), ("device", u32), ("kind", u32), ("verdict", u64))
 
 
-class Flight(Structure):
-    """Value of `flight`: the driver call a thread is in."""
+class Call(Structure):
+    """The driver call that a thread is in; function 0: none."""
 
     _fields_ = (
         ("function", u64),
@@ -218,6 +224,12 @@ class Flight(Structure):
         ("admitted", u32),
         ("references", u64),
     )
+
+
+class Thread(Structure):
+    """Value of `threads`."""
+
+    _fields_ = (("admission", Admission), ("call", Call))
 
 
 class CounterKey(Structure):

@@ -20,33 +20,34 @@ from pathlib import Path
 from fgpu_ebpf import bpf, procfs
 from fgpu_ebpf.checks import Check
 from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.pages import Function
 
 LOADER = ("/usr/bin/python3", "-I")
-SHIM = {"fgpu_admit": ("admit", None), "fgpu_release": ("give_back", None)}
+SHIM = {"fgpu_admit": "admit", "fgpu_release": "give_back"}
 REQUIRED = {
-    "cuMemAlloc_v2": ("alloc_enter", "alloc_return"),
-    "cuMemFree_v2": ("free_enter", "free_return"),
-    "cuMemCreate": ("create_enter", "create_return"),
-    "cuMemMap": ("map_enter", "map_return"),
-    "cuMemUnmap": ("unmap_enter", "unmap_return"),
-    "cuMemRelease": ("release_enter", "release_return"),
-    "cuDevicePrimaryCtxRetain": ("retain_enter", "retain_return"),
-    "cuDevicePrimaryCtxRelease_v2": ("primary_release_enter", "primary_release_return"),
-    "cuCtxCreate_v2": ("context_v2_enter", "context_return"),
-    "cuCtxDestroy_v2": ("destroy_enter", "destroy_return"),
+    "cuMemAlloc_v2": Function.ALLOC,
+    "cuMemFree_v2": Function.FREE,
+    "cuMemCreate": Function.CREATE,
+    "cuMemMap": Function.MAP,
+    "cuMemUnmap": Function.UNMAP,
+    "cuMemRelease": Function.RELEASE,
+    "cuDevicePrimaryCtxRetain": Function.RETAIN,
+    "cuDevicePrimaryCtxRelease_v2": Function.PRIMARY_RELEASE,
+    "cuCtxCreate_v2": Function.CONTEXT_V2,
+    "cuCtxDestroy_v2": Function.DESTROY,
 }
 OPTIONAL = {
-    "cuMemAllocManaged": ("managed_enter", "managed_return"),
-    "cuMemAllocPitch_v2": ("pitch_enter", "pitch_return"),
-    "cuMemRetainAllocationHandle": ("retain_handle_enter", "retain_handle_return"),
-    "cuDevicePrimaryCtxReset_v2": ("primary_reset_enter", "primary_reset_return"),
-    "cuCtxCreate_v3": ("context_v3_enter", "context_return"),
-    "cuCtxCreate_v4": ("context_v4_enter", "context_return"),
-    "cuArrayCreate_v2": ("array_enter", "array_return"),
-    "cuArray3DCreate_v2": ("array3d_enter", "array_return"),
-    "cuMipmappedArrayCreate": ("mipmapped_enter", "array_return"),
-    "cuArrayDestroy": ("array_destroy_enter", "array_destroy_return"),
-    "cuMipmappedArrayDestroy": ("array_destroy_enter", "array_destroy_return"),
+    "cuMemAllocManaged": Function.ALLOC_MANAGED,
+    "cuMemAllocPitch_v2": Function.ALLOC_PITCH,
+    "cuMemRetainAllocationHandle": Function.RETAIN_HANDLE,
+    "cuDevicePrimaryCtxReset_v2": Function.PRIMARY_RESET,
+    "cuCtxCreate_v3": Function.CONTEXT_V3,
+    "cuCtxCreate_v4": Function.CONTEXT_V4,
+    "cuArrayCreate_v2": Function.ARRAY,
+    "cuArray3DCreate_v2": Function.ARRAY_3D,
+    "cuMipmappedArrayCreate": Function.ARRAY_MIPMAPPED,
+    "cuArrayDestroy": Function.ARRAY_DESTROY,
+    "cuMipmappedArrayDestroy": Function.ARRAY_DESTROY,
 }
 TRACEPOINTS = {"process_exit": "sched_process_exit", "process_exec": "sched_process_exec"}
 LIBRARY_FOLDERS = (
@@ -75,6 +76,16 @@ class Target:
         """A file of the host's own."""
         stat = os.stat(path)
         return cls(os.path.realpath(path), stat.st_dev, stat.st_ino, True)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a file a probe sits; `function` is what its program is told."""
+
+    symbol: str
+    offset: int
+    at_return: bool = False
+    function: Function = Function.NONE
 
 
 # -- finding -------------------------------------------------------------------------------------------------------
@@ -285,33 +296,34 @@ class Probes:
         if (target.dev, target.ino) in self._known:
             return
         offsets = _offsets(target.path, target.dev, target.ino)
-        is_shim = "fgpu_admit" in offsets
-        table = SHIM if is_shim else {**REQUIRED, **OPTIONAL}
-        missing = sorted(set(SHIM if is_shim else REQUIRED) - set(offsets))
+        missing = sorted(set(SHIM if "fgpu_admit" in offsets else REQUIRED) - set(offsets))
         if missing:
             raise ProbeError(f"{target.path} lacks {', '.join(missing)}: no driver that fgpu knows")
-        for symbol, (enter, leave) in table.items():
-            if symbol not in offsets:
+        for symbol, offset in offsets.items():
+            if symbol in SHIM:
+                self._link(target, Place(symbol, offset), SHIM[symbol])
                 continue
-            if leave:  # first: an entry seen without its return would stay in flight
-                self._link(target, symbol, offsets[symbol], leave, True)
-            self._link(target, symbol, offsets[symbol], enter, False)
+            function = (REQUIRED | OPTIONAL)[symbol]
+            # The return first: an entry seen without its return would stay in flight.
+            self._link(target, Place(symbol, offset, True, function), "call_return")
+            self._link(target, Place(symbol, offset, False, function), "call_enter")
         if target.pinned:
             (self._links / f"{self._digest}-{target.dev:x}-{target.ino:x}-end").mkdir(exist_ok=True)
         self._known.add((target.dev, target.ino))
         self._ledger.enter_file(target.dev, target.ino)
 
-    def _link(self, target: Target, symbol: str, offset: int, program: str, at_return: bool) -> None:
-        path = self._links / f"{self._digest}-{target.dev:x}-{target.ino:x}-{symbol}-{'r' if at_return else 'e'}"
+    def _link(self, target: Target, place: Place, program: str) -> None:
+        name = f"{self._digest}-{target.dev:x}-{target.ino:x}-{place.symbol}-{'r' if place.at_return else 'e'}"
+        path = self._links / name
         if target.pinned and path.exists():
             return
         fd = bpf.pinned(self._programs / program)
         event = -1
         try:
-            event = bpf.open_uprobe(target.path, offset, at_return)
-            link = bpf.attach_perf_event(fd, event)
+            event = bpf.open_uprobe(target.path, place.offset, place.at_return)
+            link = bpf.attach_perf_event(fd, event, place.function)
         except OSError as error:
-            raise ProbeError(f"cannot probe {symbol} in {target.path}: {error.strerror}") from error
+            raise ProbeError(f"cannot probe {place.symbol} in {target.path}: {error.strerror}") from error
         finally:
             os.close(fd)
             if event >= 0:

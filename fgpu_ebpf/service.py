@@ -73,6 +73,11 @@ def _published(_: Snapshot) -> None:
     """The web server reads agent.snapshot itself."""
 
 
+def take_away(run_dir: Path) -> None:
+    """`fgpu detach` where no agent runs. Raises OSError."""
+    agent.take_away(run_dir, ledger.PINS)
+
+
 # -- doctor --------------------------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,15 @@ def test_a_new_ticket_ends_the_thread_s_open_admission(level, client):
     assert level.used == 20 * MIB
 
 
+def test_a_hello_between_two_asks_changes_nothing(kernel, level, client):
+    assert client(f"admit({10 * MIB})") == ADMITTED
+    client(f"shim.fgpu_admit(0, u64(0), {int(HELLO)}, u64(5))")
+    assert client(f"admit({10 * MIB}, again=True)") == ADMITTED
+    client(f"alloc(0x1000, {10 * MIB})")
+    assert level.used == 10 * MIB
+    assert not client.entry(kernel).flags & pages.Seen.BYPASS
+
+
 def test_a_failed_call_gives_the_admission_back(level, client):
     client(f"admit({10 * MIB})")
     client(f"alloc(0x1000, {10 * MIB}, code=2)")
@@ -195,10 +204,10 @@ def test_a_call_left_by_longjmp_is_not_charged(level, client):
 def test_a_second_probe_on_one_file_counts_nothing_twice(kernel, level, client):
     offset = probes.symbol_offsets(str(kernel.driver), ["cuMemAlloc_v2"])["cuMemAlloc_v2"]
     links = []
-    for name, at_return in (("alloc_return", True), ("alloc_enter", False)):
+    for name, at_return in (("call_return", True), ("call_enter", False)):
         program = bpf.pinned(kernel.pins / "programs" / name)
         event = bpf.open_uprobe(str(kernel.driver), offset, at_return)
-        links += [bpf.attach_perf_event(program, event), event, program]
+        links += [bpf.attach_perf_event(program, event, pages.Function.ALLOC), event, program]
     try:
         client(f"admit({4 * MIB})")
         client(f"alloc(0x1000, {4 * MIB})")
@@ -215,6 +224,15 @@ def test_pitch_is_charged_with_the_driver_s_pitch(level, client):
     assert level.used == 1024 * 100
     client("free(0x1000)")
     assert level.used == 0
+
+
+def test_managed_memory_is_known_as_such_until_it_is_freed(kernel, level, client):
+    client(f"managed(0x1000, {4 * MIB})")
+    assert level.used == client.entry(kernel).managed[0] == 4 * MIB
+    client("free(0x1000, code=1)")
+    assert level.used == client.entry(kernel).managed[0] == 4 * MIB
+    client("free(0x1000)")
+    assert level.used == client.entry(kernel).managed[0] == 0
 
 
 def test_a_stale_pointer_is_released_when_it_is_seen_anew(kernel, level, client):
@@ -438,7 +456,7 @@ def test_exec_of_a_thread_that_is_not_the_leader(kernel, level, client):
     body = f"lambda: (admit({6 * MIB}), os.execv('/bin/sleep', ['sleep', '100']))"
     client.send(f"threading.Thread(target={body}).start()")
     wait_until(lambda: level.used == 0)
-    assert kernel.ledger.entries("pending") == 0
+    assert kernel.ledger.entries("threads") == 0
 
 
 def test_a_fork_is_another_process(kernel, level, client):

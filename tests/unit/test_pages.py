@@ -136,8 +136,10 @@ def test_a_reader_never_sees_half_a_table_nor_half_a_word() -> None:
     memory.show(tables[0])
     read, write = os.pipe()
     if os.fork() == 0:
-        os.write(write, repr(read_for(memory.descriptor, 0.5)).encode())
-        os._exit(0)
+        try:
+            os.write(write, repr(read_for(memory.descriptor, 0.5)).encode())
+        finally:
+            os._exit(0)
     end = time.monotonic() + 0.6
     while time.monotonic() < end:
         for table in tables:
