@@ -58,6 +58,7 @@ class Process:
     bytes: tuple[int, ...]
     overhead: tuple[int, ...]
     managed: tuple[int, ...]
+    pool: tuple[int, ...]
     contexts: tuple[int, ...]
 
     def witnessed(self, device: int) -> int:
@@ -78,7 +79,7 @@ class Count:
 def _process(raw: bytes) -> Process:
     p = pages.Process.from_buffer_copy(raw)
     levels = tuple(p.levels[: p.level_count])
-    values = (tuple(p.bytes), tuple(p.overhead), tuple(p.managed), tuple(p.contexts))
+    values = (tuple(p.bytes), tuple(p.overhead), tuple(p.managed), tuple(p.pool), tuple(p.contexts))
     return Process(p.generation, levels, p.flags, p.changes, *values)
 
 

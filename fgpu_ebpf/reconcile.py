@@ -112,11 +112,13 @@ class Reconciler:
     def _correct_process(
         self, tgid: int, process: Process, device: int, held: int, drift: dict[tuple[int, int], int]
     ) -> bool:
-        target = held - process.witnessed(device)
-        drift[tgid, device] = process.overhead[device] - target
-        if target == process.overhead[device]:
-            return True
-        return self._ledger.overhead(tgid, process.generation, device, target, process.changes)
+        """Sets one overhead; the drift that is left is told either way."""
+        exact = held - process.witnessed(device)
+        target = overhead_for(exact, process.pool[device])
+        before = process.overhead[device]
+        done = target == before or self._ledger.overhead(tgid, process.generation, device, target, process.changes)
+        drift[tgid, device] = (target if done else before) - exact
+        return done
 
     def _adopt(self, sample: Mapping[int, int], known: Mapping[int, Process]) -> None:
         """Enters processes of managed cgroups that hold memory and that the kernel never saw."""
@@ -137,6 +139,14 @@ class Reconciler:
         if self._seen - now:
             self._ledger.sweep()
         self._seen = now
+
+
+def overhead_for(exact: int, pool: int) -> int:
+    """The overhead that makes the ledger what NVML shows, but for pool bytes that the driver has given back meanwhile:
+
+    the shim spends those again without asking, so they stay charged until it gives them back itself.
+    """
+    return max(exact, min(0, exact + pool))
 
 
 def _alive(tgid: int) -> bool:

@@ -56,6 +56,14 @@ MUTANTS = {
         "if (!p) return -3;\n    end_process",
     ),
     "device-unchecked": ("    if (device >= FGPU_DEVICES) {\n        anomaly", "    if (0) {\n        anomaly"),
+    "hello-ends-the-admission": (
+        "    if (kind == FGPU_HELLO)\n",
+        "    if (kind == FGPU_HELLO) t->admission.bytes = 0;\n    if (kind == FGPU_HELLO)\n",
+    ),
+    "managed-forgotten-at-free": (
+        "if (f->bytes && (f->function == FGPU_RELEASE || f->arguments[2]))",
+        "if (f->bytes && f->function == FGPU_RELEASE)",
+    ),
 }
 
 
