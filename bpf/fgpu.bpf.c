@@ -352,13 +352,13 @@ static void add_overhead(struct fgpu_process *p, u32 device, u64 bytes)
     __sync_fetch_and_add((u64 *)&p->overhead[slot(device)], bytes);
 }
 
-static int frees(u64 function) { return function >= FGPU_FREE; }
+static int frees(u64 function) { return function >= FGPU_FUNCTION_FREE; }
 
 static u32 space_of(u64 function)
 {
-    return function == FGPU_RELEASE ? FGPU_SPACE_HANDLE
-           : function == FGPU_DESTROY ? FGPU_SPACE_CONTEXT
-           : function == FGPU_ARRAY_DESTROY ? FGPU_SPACE_ARRAY
+    return function == FGPU_FUNCTION_RELEASE ? FGPU_SPACE_HANDLE
+           : function == FGPU_FUNCTION_DESTROY ? FGPU_SPACE_CONTEXT
+           : function == FGPU_FUNCTION_ARRAY_DESTROY ? FGPU_SPACE_ARRAY
                                             : FGPU_SPACE_POINTER;
 }
 
@@ -395,7 +395,7 @@ static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         f->bytes = 0;
         return;
     }
-    if (a->era != p->era[slot(a->device)] && f->function != FGPU_RELEASE) f->bytes = 0; /* went with its context */
+    if (a->era != p->era[slot(a->device)] && f->function != FGPU_FUNCTION_RELEASE) f->bytes = 0; /* went with its context */
     allocations.delete(&key);
 }
 
@@ -443,14 +443,14 @@ static u64 shape_bytes(u64 function, void *descriptor, u32 levels)
 {
     struct shape s = {.depth = 1};
     u64 bytes = 0, element;
-    if (function == FGPU_ARRAY) {
+    if (function == FGPU_FUNCTION_ARRAY) {
         bpf_probe_read_user(&s, 16, descriptor);
         bpf_probe_read_user(&s.format, 8, descriptor + 16);
     } else {
         bpf_probe_read_user(&s, 36, descriptor);
     }
     if (s.flags & NO_MEMORY_YET) return 0;
-    if (function != FGPU_ARRAY_MIPMAPPED) levels = 1;
+    if (function != FGPU_FUNCTION_ARRAY_MIPMAPPED) levels = 1;
     element = element_bytes(s.format) * (s.channels & 7);
     for (u32 i = 0; i < 18 && i < levels; i++)
         bytes += extent(s.width, i) * extent(s.height, i) * extent(s.depth, i) * element;
@@ -478,17 +478,17 @@ static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f)
 {
     f->device = FGPU_DEVICES; /* not said: the process's last */
     switch (f->function) {
-    case FGPU_ALLOC:
-    case FGPU_ALLOC_MANAGED: return f->arguments[1];
-    case FGPU_ALLOC_PITCH: return pitch_bytes(PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
-    case FGPU_ARRAY:
-    case FGPU_ARRAY_3D:
-    case FGPU_ARRAY_MIPMAPPED: return shape_bytes(f->function, (void *)PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
-    case FGPU_CREATE: return create_bytes(f, (void *)PT_REGS_PARM3(ctx));
-    case FGPU_RETAIN: f->device = PT_REGS_PARM2(ctx); return 0;
-    case FGPU_CONTEXT_V2: f->device = PT_REGS_PARM3(ctx); return 0;
-    case FGPU_CONTEXT_V3: f->device = PT_REGS_PARM5(ctx); return 0;
-    case FGPU_CONTEXT_V4: f->device = PT_REGS_PARM4(ctx); return 0;
+    case FGPU_FUNCTION_ALLOC:
+    case FGPU_FUNCTION_ALLOC_MANAGED: return f->arguments[1];
+    case FGPU_FUNCTION_ALLOC_PITCH: return pitch_bytes(PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
+    case FGPU_FUNCTION_ARRAY:
+    case FGPU_FUNCTION_ARRAY_3D:
+    case FGPU_FUNCTION_ARRAY_MIPMAPPED: return shape_bytes(f->function, (void *)PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
+    case FGPU_FUNCTION_CREATE: return create_bytes(f, (void *)PT_REGS_PARM3(ctx));
+    case FGPU_FUNCTION_RETAIN: f->device = PT_REGS_PARM2(ctx); return 0;
+    case FGPU_FUNCTION_CONTEXT_V2: f->device = PT_REGS_PARM3(ctx); return 0;
+    case FGPU_FUNCTION_CONTEXT_V3: f->device = PT_REGS_PARM5(ctx); return 0;
+    case FGPU_FUNCTION_CONTEXT_V4: f->device = PT_REGS_PARM4(ctx); return 0;
     default: return 0;
     }
 }
@@ -669,16 +669,16 @@ static void allocated(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_a
 {
     u64 pitch = 0, owner = 0;
     if (!f->bytes) return; /* host memory, or none yet */
-    if (f->function == FGPU_ALLOC_PITCH) {
+    if (f->function == FGPU_FUNCTION_ALLOC_PITCH) {
         bpf_probe_read_user(&pitch, sizeof(pitch), (void *)f->arguments[1]);
         cover(p, f, pitch_bytes(pitch, f->arguments[2]));
     }
-    if (f->function == FGPU_ALLOC_MANAGED) {
+    if (f->function == FGPU_FUNCTION_ALLOC_MANAGED) {
         __sync_fetch_and_add(&p->managed[slot(f->device)], f->bytes);
         owner = 1;
     }
-    if (f->function == FGPU_CREATE) __sync_fetch_and_add(&p->vmm[slot(f->device)], f->bytes);
-    key->space = f->function == FGPU_CREATE ? FGPU_SPACE_HANDLE : f->function >= FGPU_ARRAY ? FGPU_SPACE_ARRAY : FGPU_SPACE_POINTER;
+    if (f->function == FGPU_FUNCTION_CREATE) __sync_fetch_and_add(&p->vmm[slot(f->device)], f->bytes);
+    key->space = f->function == FGPU_FUNCTION_CREATE ? FGPU_SPACE_HANDLE : f->function >= FGPU_FUNCTION_ARRAY ? FGPU_SPACE_ARRAY : FGPU_SPACE_POINTER;
     key->handle = given(f);
     tally_witnessed(p, f->device, f->bytes);
     keep(p, key, f->bytes, f->device, owner);
@@ -694,8 +694,8 @@ static void context_made(struct fgpu_process *p, struct fgpu_call *f, struct fgp
 
 static u64 freed(struct fgpu_process *p, struct fgpu_call *f)
 {
-    u64 *part = f->function == FGPU_RELEASE ? &p->vmm[slot(f->device)] : &p->managed[slot(f->device)];
-    if (f->bytes && (f->function == FGPU_RELEASE || f->arguments[2])) subtract(part, f->bytes);
+    u64 *part = f->function == FGPU_FUNCTION_RELEASE ? &p->vmm[slot(f->device)] : &p->managed[slot(f->device)];
+    if (f->bytes && (f->function == FGPU_FUNCTION_RELEASE || f->arguments[2])) subtract(part, f->bytes);
     return f->bytes;
 }
 
@@ -705,35 +705,35 @@ static u64 settle(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     struct fgpu_allocation_key key = {.tgid = tgid, .generation = p->generation};
     u64 bytes;
     switch (f->function) {
-    case FGPU_FREE:
-    case FGPU_RELEASE:
-    case FGPU_ARRAY_DESTROY: return freed(p, f);
-    case FGPU_DESTROY: return f->references ? end_context(p, f->device) : 0;
-    case FGPU_MAP: mapped(p, f, &key); return 0;
-    case FGPU_UNMAP: unmapped(p, f, &key); return 0;
-    case FGPU_RETAIN_HANDLE: {
+    case FGPU_FUNCTION_FREE:
+    case FGPU_FUNCTION_RELEASE:
+    case FGPU_FUNCTION_ARRAY_DESTROY: return freed(p, f);
+    case FGPU_FUNCTION_DESTROY: return f->references ? end_context(p, f->device) : 0;
+    case FGPU_FUNCTION_MAP: mapped(p, f, &key); return 0;
+    case FGPU_FUNCTION_UNMAP: unmapped(p, f, &key); return 0;
+    case FGPU_FUNCTION_RETAIN_HANDLE: {
         key.space = FGPU_SPACE_HANDLE;
         key.handle = given(f);
         struct fgpu_allocation *a = allocations.lookup(&key);
         if (a) __sync_fetch_and_add(&a->references, 1);
         return 0;
     }
-    case FGPU_RETAIN:
+    case FGPU_FUNCTION_RETAIN:
         bytes = retained(p, f);
         key.space = FGPU_SPACE_CONTEXT;
         key.handle = (u32)f->arguments[1]; /* CUDA's ordinal -> the ledger's index */
         keep(p, &key, 0, f->device, 0);
         return bytes;
-    case FGPU_PRIMARY_RESET: /* its references stay */
+    case FGPU_FUNCTION_PRIMARY_RESET: /* its references stay */
         f->device = device_of_ordinal(p, &key, f->arguments[0]);
         return end_primary(p, f->device);
-    case FGPU_PRIMARY_RELEASE:
+    case FGPU_FUNCTION_PRIMARY_RELEASE:
         f->device = device_of_ordinal(p, &key, f->arguments[0]);
         if (!p->retained[slot(f->device)] || --p->retained[slot(f->device)]) return 0;
         return end_primary(p, f->device);
-    case FGPU_CONTEXT_V2:
-    case FGPU_CONTEXT_V3:
-    case FGPU_CONTEXT_V4: context_made(p, f, &key); return 0;
+    case FGPU_FUNCTION_CONTEXT_V2:
+    case FGPU_FUNCTION_CONTEXT_V3:
+    case FGPU_FUNCTION_CONTEXT_V4: context_made(p, f, &key); return 0;
     default: allocated(p, f, &key); return 0;
     }
 }
@@ -745,7 +745,7 @@ int call_return(struct pt_regs *ctx)
     struct fgpu_thread *t = threads.lookup(&id);
     if (!t || !t->call.function || t->call.function != bpf_get_attach_cookie(ctx)) return 0;
     struct fgpu_call f = t->call;
-    t->call.function = FGPU_NONE;
+    t->call.function = FGPU_FUNCTION_NONE;
     struct fgpu_process *p = processes.lookup(&tgid);
     if (!p || p->state != READY) return 0;
     if ((u32)PT_REGS_RC(ctx) == 0)

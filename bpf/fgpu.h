@@ -180,27 +180,27 @@ struct fgpu_admission { /* that no driver call has settled yet; ticket 0: none *
 };
 /* What a probe on the driver is attached to: the cookie of both its probes. */
 enum fgpu_function {
-    FGPU_NONE,
-    FGPU_ALLOC,
-    FGPU_ALLOC_MANAGED,
-    FGPU_ALLOC_PITCH,
-    FGPU_ARRAY,
-    FGPU_ARRAY_3D,
-    FGPU_ARRAY_MIPMAPPED,
-    FGPU_CREATE,
-    FGPU_MAP,
-    FGPU_UNMAP,
-    FGPU_RETAIN_HANDLE,
-    FGPU_RETAIN,
-    FGPU_PRIMARY_RELEASE,
-    FGPU_PRIMARY_RESET,
-    FGPU_CONTEXT_V2,
-    FGPU_CONTEXT_V3,
-    FGPU_CONTEXT_V4,
-    FGPU_FREE, /* from here on: what takes an entry out of the allocations */
-    FGPU_RELEASE,
-    FGPU_ARRAY_DESTROY,
-    FGPU_DESTROY,
+    FGPU_FUNCTION_NONE,
+    FGPU_FUNCTION_ALLOC,
+    FGPU_FUNCTION_ALLOC_MANAGED,
+    FGPU_FUNCTION_ALLOC_PITCH,
+    FGPU_FUNCTION_ARRAY,
+    FGPU_FUNCTION_ARRAY_3D,
+    FGPU_FUNCTION_ARRAY_MIPMAPPED,
+    FGPU_FUNCTION_CREATE,
+    FGPU_FUNCTION_MAP,
+    FGPU_FUNCTION_UNMAP,
+    FGPU_FUNCTION_RETAIN_HANDLE,
+    FGPU_FUNCTION_RETAIN,
+    FGPU_FUNCTION_PRIMARY_RELEASE,
+    FGPU_FUNCTION_PRIMARY_RESET,
+    FGPU_FUNCTION_CONTEXT_V2,
+    FGPU_FUNCTION_CONTEXT_V3,
+    FGPU_FUNCTION_CONTEXT_V4,
+    FGPU_FUNCTION_FREE, /* from here on: what takes an entry out of the allocations */
+    FGPU_FUNCTION_RELEASE,
+    FGPU_FUNCTION_ARRAY_DESTROY,
+    FGPU_FUNCTION_DESTROY,
 };
 struct fgpu_call { /* the driver call that a thread is in; function 0: none */
     __u64 function;

@@ -13,7 +13,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -296,21 +296,27 @@ class Probes:
         if (target.dev, target.ino) in self._known:
             return
         offsets = _offsets(target.path, target.dev, target.ino)
-        missing = sorted(set(SHIM if "fgpu_admit" in offsets else REQUIRED) - set(offsets))
-        if missing:
-            raise ProbeError(f"{target.path} lacks {', '.join(missing)}: no driver that fgpu knows")
-        for symbol, offset in offsets.items():
-            if symbol in SHIM:
-                self._link(target, Place(symbol, offset), SHIM[symbol])
-                continue
-            function = (REQUIRED | OPTIONAL)[symbol]
-            # The return first: an entry seen without its return would stay in flight.
-            self._link(target, Place(symbol, offset, True, function), "call_return")
-            self._link(target, Place(symbol, offset, False, function), "call_enter")
+        if "fgpu_admit" in offsets:  # it exports the driver's names too: those are not the driver
+            self._attach_shim(target, offsets)
+        else:
+            self._attach_driver(target, offsets)
         if target.pinned:
             (self._links / f"{self._digest}-{target.dev:x}-{target.ino:x}-end").mkdir(exist_ok=True)
         self._known.add((target.dev, target.ino))
         self._ledger.enter_file(target.dev, target.ino)
+
+    def _attach_shim(self, target: Target, offsets: Mapping[str, int]) -> None:
+        _need(target, SHIM, offsets)
+        for symbol, program in SHIM.items():
+            self._link(target, Place(symbol, offsets[symbol]), program)
+
+    def _attach_driver(self, target: Target, offsets: Mapping[str, int]) -> None:
+        _need(target, REQUIRED, offsets)
+        for symbol, function in (REQUIRED | OPTIONAL).items():
+            if symbol in offsets:
+                # The return first: an entry seen without its return would stay in flight.
+                self._link(target, Place(symbol, offsets[symbol], True, function), "call_return")
+                self._link(target, Place(symbol, offsets[symbol], False, function), "call_enter")
 
     def _link(self, target: Target, place: Place, program: str) -> None:
         name = f"{self._digest}-{target.dev:x}-{target.ino:x}-{place.symbol}-{'r' if place.at_return else 'e'}"
@@ -344,6 +350,12 @@ class Probes:
             remove_links(self._links.glob(f"{self._digest}-{dev:x}-{ino:x}-*"))
             self._ledger.forget_file(dev, ino)
             self._known.discard((dev, ino))
+
+
+def _need(target: Target, wanted: Iterable[str], offsets: Mapping[str, int]) -> None:
+    missing = sorted(set(wanted) - set(offsets))
+    if missing:
+        raise ProbeError(f"{target.path} lacks {', '.join(missing)}: no driver that fgpu knows")
 
 
 def remove_links(paths: Iterable[Path]) -> None:

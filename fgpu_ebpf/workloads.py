@@ -125,6 +125,13 @@ class Workloads:
         except OSError:
             return True
 
+    def _is_empty_and_ours(self, folder: Path) -> bool:
+        """A `fgpu run` of that name has ended, and nobody has come to remove its cgroup yet."""
+        ours = any(w.ephemeral and self.root / w.path.lstrip("/") == folder for w in self)
+        with contextlib.suppress(OSError):
+            return ours and "populated 0" in (folder / "cgroup.events").read_text()
+        return False
+
     def _is_left(self, workload: Workload, folder: Path) -> bool:
         """Nobody is in it, and nobody is about to enter."""
         empty = "populated 0" in (folder / "cgroup.events").read_text()
@@ -143,9 +150,10 @@ class Workloads:
             try:
                 folder.mkdir()
             except FileExistsError as error:
-                if name:
+                if name and not self._is_empty_and_ours(folder):
                     raise TargetError(f"a tenant {name!r} is there already") from error
-                continue
+                if not name:
+                    continue
             return f"/{RUN_FOLDER}/{folder.name}"
         raise TargetError("too many tenants")
 

@@ -156,6 +156,7 @@ uintptr_t block_carve(struct context *context, size_t size, struct block **out)
     unsigned units = units_of(size), at = 0;
     struct block *block = find_block(context, units, &at);
     if (!block) {
+        at = 0; /* the search has left it at the end of a block with room, but not in one piece */
         block = calloc(1, sizeof *block);
         if (!block) return 0;
         block->start = space_reserve(GRANULE, GRANULE, false);

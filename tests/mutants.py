@@ -61,8 +61,8 @@ MUTANTS = {
         "    if (kind == FGPU_HELLO) t->admission.bytes = 0;\n    if (kind == FGPU_HELLO)\n",
     ),
     "managed-forgotten-at-free": (
-        "if (f->bytes && (f->function == FGPU_RELEASE || f->arguments[2]))",
-        "if (f->bytes && f->function == FGPU_RELEASE)",
+        "if (f->bytes && (f->function == FGPU_FUNCTION_RELEASE || f->arguments[2]))",
+        "if (f->bytes && f->function == FGPU_FUNCTION_RELEASE)",
     ),
 }
 

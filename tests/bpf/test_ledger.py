@@ -554,6 +554,12 @@ def test_a_usage_page_cannot_be_written_from_outside(kernel, level):
     os.close(fd)
 
 
+def test_the_shim_s_own_exports_are_not_taken_for_the_driver(kernel):
+    name = f"*-{kernel.shim.stat().st_ino:x}-*-[er]"
+    linked = {link.name.split("-")[3] for link in (kernel.pins / "links").glob(name)}
+    assert linked == {"fgpu_admit", "fgpu_release"}
+
+
 def test_the_loader_names_a_wrong_interpreter():
     check = probes.check_loader([sys.executable, "-I", "-S"])
     assert not check.ok
