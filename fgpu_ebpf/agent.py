@@ -126,8 +126,17 @@ class Agent:
         pids = procfs.pids()
         self._attach_mapped(pids)
         self.probes.drop_older()
-        mapped = {(m.dev, m.ino) for pid in pids for m in procfs.fgpu_mappings(pid)}
-        self.probes.drop_unused(mapped | {(t.dev, t.ino) for t in own})
+        self._drop_unused(pids, {(t.dev, t.ino) for t in own})
+
+    def _drop_unused(self, pids: list[int], used: set[tuple[int, int]]) -> None:
+        """Takes away the links to files that nobody maps; none where it cannot be told of somebody."""
+        for pid in pids:
+            mapped = procfs.fgpu_mappings(pid)
+            if mapped is None and procfs.has_memory(pid):
+                log.warning("the mappings of process %s cannot be read: all probes stay", pid)
+                return
+            used |= {(m.dev, m.ino) for m in mapped or ()}
+        self.probes.drop_unused(used)
 
     def _attach_mapped(self, pids: list[int]) -> None:
         for target in probes.mapped_targets(pids, self.probes.known):

@@ -6,6 +6,7 @@ them (`adjust`) on the agent's word. On failure: LedgerMissing before the loader
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
@@ -87,19 +88,30 @@ class Ledger:
     """The pinned maps of one layout. Not for several threads at once, but for `processes` and `overhead`."""
 
     def __init__(self, pins: Path = PINS) -> None:
+        self._adjust = -1
+        self._maps: dict[str, int] = {}
+        self._open_pages: dict[int, int] = {}
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            self._open(pins)
+            undo.pop_all()
+
+    def _open(self, pins: Path) -> None:
         try:
-            self._maps = {path.name: bpf.pinned(path) for path in (pins / "maps").iterdir()}
+            for path in (pins / "maps").iterdir():
+                self._maps[path.name] = bpf.pinned(path)
             self._adjust = bpf.pinned(pins / "programs" / "adjust")
         except FileNotFoundError as error:
             raise LedgerMissing(f"no ledger under {pins}: is `fgpu agent` running?") from error
-        self._open_pages: dict[int, int] = {}
 
     def close(self) -> None:
         """Closes every descriptor; what is pinned stays."""
         for fd in (*self._maps.values(), *self._open_pages.values(), self._adjust):
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
         self._maps.clear()
         self._open_pages.clear()
+        self._adjust = -1
 
     # -- tenants and groups
 

@@ -116,7 +116,7 @@ def mapped_targets(pids: Iterable[int], known: Set[tuple[int, int]]) -> Iterator
     """The libcuda and shim files that these processes map and that are not known yet, each once."""
     seen = set(known)
     for pid in pids:
-        for mapped in procfs.fgpu_mappings(pid):
+        for mapped in procfs.fgpu_mappings(pid) or ():
             if (mapped.dev, mapped.ino) in seen:
                 continue
             seen.add((mapped.dev, mapped.ino))
@@ -193,23 +193,14 @@ def load(sources: Path, pins: Path, loader: Sequence[str] = LOADER) -> str:
         return digest
     _mount_bpffs(pins)
     script = Path(__file__).with_name("loader.py")
-    command = [*loader, str(script), str(sources), str(pins)]
+    command, environment = [*loader, str(script), str(sources), str(pins)], {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin"}
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin"},
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     except OSError as error:
         raise ProbeError(f"cannot run the loader {loader[0]}: {error.strerror}") from error
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise ProbeError(
-            lines[-1].removeprefix("fgpu loader: ") if lines else f"the loader ended with {done.returncode}"
-        )
+        said = (done.stderr.strip() or f"the loader ended with {done.returncode}").splitlines()[-1]
+        raise ProbeError(said.removeprefix("fgpu loader: "))
     for old in pins.glob("loaded-*"):
         old.rmdir()
     stamp.mkdir()

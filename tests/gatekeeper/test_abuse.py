@@ -9,6 +9,7 @@ import mmap
 import os
 import random
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -402,7 +403,7 @@ def test_a_flood_from_one_tenant_does_not_delay_another(
 
 
 def test_a_tenant_that_has_used_its_time_waits_and_is_served_later(start: Callable[..., Keeper], tenant: Make) -> None:
-    code = "import sys; from fgpu_ebpf import gatekeeper; gatekeeper.WAIT_NS = 0; sys.exit(gatekeeper.main())"
+    code = "import sys; from fgpu_ebpf import callers, gatekeeper; callers.WAIT_NS = 0; sys.exit(gatekeeper.main())"
     keeper = start(code=code)
     took, _ = in_cgroup(tenant(), waits, keeper.run, 3)
     assert 0.1 < max(took) < 0.9  # until the next heartbeat, or the one after
@@ -412,13 +413,13 @@ def test_a_peer_whose_mappings_hang_hangs_alone(start: Callable[..., Keeper], te
     """Reading /proc/PID/maps can wait for that process; the others must not wait for it."""
     code = """
 import sys, time
-from fgpu_ebpf import gatekeeper
-real = gatekeeper.cuda_files
+from fgpu_ebpf import gatekeeper, procfs
+real = procfs.cuda_files
 def stuck(pid):
     if open("/proc/%d/comm" % pid).read() == "stuck\\n":
         time.sleep(60)
     return real(pid)
-gatekeeper.cuda_files = stuck
+procfs.cuda_files = stuck
 sys.exit(gatekeeper.main())
 """
     keeper = start(code=code)
@@ -524,6 +525,48 @@ def test_a_second_gatekeeper_says_so_and_ends(keeper: Keeper, start: Callable[..
     second = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=5)
     assert (second.returncode, second.stdout) == (1, "")
     assert second.stderr.splitlines() == [f"fgpu gatekeeper: another gatekeeper holds {keeper.run}/gatekeeper.lock"]
+
+
+def remake_folder(run: Path) -> None:
+    shutil.rmtree(run)
+    run.mkdir()
+
+
+@pytest.mark.parametrize("harm", [shutil.rmtree, remake_folder, lambda run: (run / "gatekeeper.lock").unlink()])
+def test_without_its_lock_file_it_says_so_and_leaves_the_place_to_another(
+    start: Callable[..., Keeper], tmp_path: Path, unmanaged: Path, harm: Callable[[Path], None]
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    run.mkdir()
+    with log.open("wb") as file:
+        keeper = start(run=run, stderr=file)
+        until((run / "gatekeeper.json").exists)  # nothing more is written for a second
+        harm(run)
+        run.mkdir(exist_ok=True)
+        successor = start(run=run)
+        assert successor.ready
+        socket_of_the_successor = (run / "shim" / "shim.sock").stat().st_ino
+        assert keeper.process.wait(3) == 1
+    said = [line for line in log.read_text().splitlines() if "listens" not in line and "has the ledger" not in line]
+    assert said == [f"fgpu gatekeeper: {run}/gatekeeper.lock is no longer the one that was locked: ends"]
+    assert (run / "shim" / "shim.sock").stat().st_ino == socket_of_the_successor
+    assert in_cgroup(unmanaged, lambda: bool(hello(run)))
+
+
+def test_a_ledger_pinned_in_part_is_waited_for_with_nothing_kept_open(start: Callable[..., Keeper], pins: Path) -> None:
+    part = pins.with_name(f"{pins.name}-part")
+    (part / "maps").mkdir(parents=True)
+    fd = bpf.create_array_page("fgpu_part", 8)
+    try:
+        bpf.pin(fd, part / "maps" / "pages")
+        keeper = start(pins=part)
+        time.sleep(0.1)
+        before = keeper.descriptors()
+        time.sleep(0.3)
+        assert keeper.descriptors() == before
+    finally:
+        os.close(fd)
+        shutil.rmtree(part)
 
 
 def test_sigterm_leaves_folder_and_socket_so_that_shims_fail_closed(start: Callable[..., Keeper], tenant: Make) -> None:

@@ -13,9 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hello_client import until
 
-from fgpu_ebpf import gatekeeper, pages
-from fgpu_ebpf.gatekeeper import Standing, by_tenant, cgroups, cuda_files, pid_names, standing, well_formed
+from fgpu_ebpf import bpf, pages, procfs
+from fgpu_ebpf.callers import Standing, standing, well_formed
+from fgpu_ebpf.clients import by_tenant
+from fgpu_ebpf.door import Lock
+from fgpu_ebpf.ledger import Ledger, LedgerMissing
+from fgpu_ebpf.procfs import cgroup_ids, cgroup_path, cgroups, cuda_files, fgpu_mappings, pid_names
 
 
 def ledger_that_says(**words: bool) -> Any:
@@ -62,10 +67,31 @@ def test_cgroups_of_a_process(cgroup: Any, cgroup_base: Path) -> None:
 def test_a_deep_cgroup_is_taken_for_an_outer_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parts = ["d"] * 100
     (tmp_path / "/".join(parts)).mkdir(parents=True)
-    monkeypatch.setattr(gatekeeper, "_read", lambda _: b"1:cpu:/x\n0::/" + "/".join(parts).encode() + b"\n")
-    assert len(cgroups(1, tmp_path)) == gatekeeper.DEEPEST + 1
-    monkeypatch.setattr(gatekeeper, "_read", lambda _: b"0::/../../elsewhere\n")
+    monkeypatch.setattr(procfs, "_read", lambda _: b"1:cpu:/x\n0::/" + "/".join(parts).encode() + b"\n")
+    assert len(cgroups(1, tmp_path)) == procfs.DEEPEST + 1
+    monkeypatch.setattr(procfs, "_read", lambda _: b"0::/../../elsewhere\n")
     assert cgroups(1, tmp_path) == []
+
+
+def test_levels_that_are_gone_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    there = [p.stat().st_ino for p in (tmp_path / "a" / "b", tmp_path / "a", tmp_path)]
+    assert list(cgroup_ids(tmp_path, "/a/b")) == there
+    assert list(cgroup_ids(tmp_path, "/a/b/gone")) == there
+    assert list(cgroup_ids(tmp_path, "/")) == there[2:]
+
+
+def test_a_cgroups_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cgroup_path(2**22) is None
+    for text, path in (
+        (b"1:cpu:/x\n0::/a/b\n", "/a/b"),
+        (b"0::/\n", "/"),
+        (b"0::/a (deleted)\n", "/a"),
+        (b"0::/\xff\n", "/\udcff"),
+        (b"1:cpu:/x\n", None),
+    ):
+        monkeypatch.setattr(procfs, "_read", lambda _, text=text: text)
+        assert cgroup_path(1) == path
 
 
 def test_files_are_those_mapped_executable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +107,27 @@ def test_files_are_those_mapped_executable(tmp_path: Path, monkeypatch: pytest.M
     found = cuda_files(os.getpid())
     assert (status.st_dev, status.st_ino) in found
     assert len(found) == 2
-    assert cuda_files(2**22) == gatekeeper.UNKNOWABLE
-    monkeypatch.setattr(gatekeeper, "MOST_MAPS_BYTES", 500)
-    assert cuda_files(os.getpid()) == gatekeeper.UNKNOWABLE
+    mapped = fgpu_mappings(os.getpid())
+    assert mapped is not None
+    assert {m.path for m in mapped} == {str(tmp_path / name) for name in names[:2]}
+    assert {(m.dev, m.ino) for m in mapped} == found
+    assert cuda_files(2**22) == procfs.UNKNOWABLE
+    monkeypatch.setattr(procfs, "MOST_MAPS_BYTES", 500)
+    assert cuda_files(os.getpid()) == procfs.UNKNOWABLE
+
+
+def test_no_files_is_not_the_same_as_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        until(lambda: fgpu_mappings(sleeper.pid) == [])
+        assert procfs.has_memory(sleeper.pid)
+        monkeypatch.setattr(procfs, "MOST_MAPS_BYTES", 500)
+        until(lambda: fgpu_mappings(sleeper.pid) is None)
+    finally:
+        sleeper.kill()
+        until(lambda: not procfs.has_memory(sleeper.pid))  # ended, and not waited for
+        sleeper.wait()
+    assert not procfs.has_memory(sleeper.pid)
 
 
 def test_names_of_a_process() -> None:
@@ -116,6 +160,31 @@ def test_only_a_hello_is_well_formed() -> None:
     for place in range(8):
         assert not well_formed(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
     assert not any(well_formed(dice.randbytes(dice.randrange(200))) for _ in range(10_000))
+
+
+def test_a_lock_is_held_while_its_file_is_there(tmp_path: Path) -> None:
+    first, second = Lock(tmp_path / "run"), Lock(tmp_path / "run")
+    assert (first.take(), first.held(), second.take()) == (True, True, False)
+    first.path.unlink()
+    assert not first.held()
+    assert (second.take(), second.held(), first.held()) == (True, True, False)
+
+
+def test_a_missing_ledger_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bpf, "pinned", lambda path: os.open(path, os.O_RDONLY))
+    (tmp_path / "maps").mkdir()
+    for name in ("pages", "limits", "host"):
+        (tmp_path / "maps" / name).touch()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(LedgerMissing):
+        Ledger(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "adjust").touch()
+    ledger = Ledger(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before + 4
+    ledger.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -1,0 +1,175 @@
+"""The processes that have pages: who they are, their control and status pages, the rows and heartbeats shown there.
+
+Owns: every control and status page, from a process's first answer to its end, which its pidfd tells. Never: decides who
+gets which page, reads what a tenant wrote. When it fails: OSError; pages that no longer beat open shims' gates.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import selectors
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic_ns
+
+from fgpu_ebpf import pages, procfs
+from fgpu_ebpf.ledger import Process
+from fgpu_ebpf.pages import ControlMemory, StatusMemory
+
+MOST_PROCESSES, PROCESSES_PER_TENANT = 8192, 1024
+Held = tuple[int, int, int, int]  # tgid, generation, device, bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What does not change on a control page: another head, another page."""
+
+    flags: int = 0
+    devices: tuple[tuple[int, bytes], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """A process that has pages, for as long as its pidfd says that it lives."""
+
+    pid: int
+    pidfd: int
+    tenant: int
+    space: int  # inode of its pid namespace
+    head: Head
+    control: ControlMemory
+    status: StatusMemory | None = None
+    rows: bytes = b""
+
+    def show(self, rows: bytes) -> None:
+        """Put these rows on the control page, unless they stand there."""
+        if rows != self.rows:
+            self.control.show(rows)
+            self.rows = rows
+
+    def close(self) -> None:
+        """Give pidfd and pages back; what was handed out stays readable."""
+        os.close(self.pidfd)
+        self.control.close()
+        if self.status:
+            self.status.close()
+
+
+class Clients:
+    """All clients of one gatekeeper; `epoch` is what their pages say from now on."""
+
+    def __init__(self, selector: selectors.BaseSelector, boot: bytes) -> None:
+        self._selector, self._boot = selector, boot
+        self._most = min(MOST_PROCESSES, max(16, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 3072) // 5))
+        self._clients: dict[int, Client] = {}  # by pid, which is theirs while we hold the pidfd
+        self._members: Counter[int] = Counter()  # clients of a tenant
+        self._held: dict[int, list[Held]] = {}
+        self._names: dict[tuple[int, int], dict[int, int]] = {}
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def get(self, pid: int) -> Client | None:
+        """The client of this pid, if it lives."""
+        client = self._clients.get(pid)
+        if client and not procfs.alive(client.pidfd):
+            self._bury(client)
+            return None
+        return client
+
+    def enrol(self, pid: int, pidfd: int, tenant: int, head: Head) -> Client | None:
+        """A new client, which takes the pidfd over; None: there is no place. Raises OSError, the pidfd not taken."""
+        if self._members[tenant] >= PROCESSES_PER_TENANT or len(self._clients) >= self._most:
+            return None
+        space = next(iter(procfs.pid_names(pid)), 0)
+        client = Client(pid, pidfd, tenant, space, head, self._control(head))
+        try:
+            self._selector.register(pidfd, selectors.EVENT_READ, partial(self._bury, client))
+        except OSError:
+            client.control.close()
+            raise
+        self._clients[pid] = client
+        self._members[tenant] += 1
+        return client
+
+    def settle_in(self, client: Client, tenant: int, head: Head) -> None:
+        """Make pages say what the next answer will: a new head is a new page. Raises OSError."""
+        if client.head != head:
+            control = self._control(head)
+            client.control.close()
+            client.head, client.control, client.rows = head, control, b""
+        client.control.page.epoch = self.epoch  # never behind the answer
+        if client.tenant != tenant:
+            take_one(self._members, client.tenant)
+            self._members[tenant] += 1
+            client.tenant = tenant
+        if head.flags:
+            client.status = client.status or StatusMemory()
+            client.show(self._rows(client.tenant, client.space))
+
+    def _control(self, head: Head) -> ControlMemory:
+        control = ControlMemory()
+        page = control.page
+        page.version, page.flags, page.boot[:] = pages.LAYOUT, head.flags, self._boot
+        for place, (index, uuid) in enumerate(head.devices):
+            page.devices[place].index, page.devices[place].uuid[:] = index, uuid
+        page.device_count = len(head.devices)
+        page.gates[:] = [1] * pages.DEVICES
+        page.epoch, page.heartbeat_ns = self.epoch, monotonic_ns()
+        return control
+
+    def _bury(self, client: Client) -> None:
+        if self._clients.pop(client.pid, None) is not client:
+            return
+        self._selector.unregister(client.pidfd)
+        client.close()
+        take_one(self._members, client.tenant)
+
+    def show(self, processes: Mapping[int, Process]) -> None:
+        """Bring the rows of every managed client up to what the ledger says."""
+        self._held = by_tenant(processes)
+        live = {(tgid, generation) for rows in self._held.values() for tgid, generation, _, _ in rows}
+        self._names = {key: names for key, names in self._names.items() if key in live}
+        tables: dict[tuple[int, int], bytes] = {}
+        for client in self._clients.values():
+            if client.head.flags:
+                key = (client.tenant, client.space)
+                if key not in tables:
+                    tables[key] = self._rows(*key)
+                client.show(tables[key])
+
+    def _rows(self, tenant: int, space: int) -> bytes:
+        rows = []
+        for tgid, generation, device, held in self._held.get(tenant, ()):
+            names = self._names.get((tgid, generation)) or procfs.pid_names(tgid)
+            self._names[tgid, generation] = names
+            if space in names:
+                rows.append((names[space], device, held))
+        return pages.row_bytes(rows)
+
+    def beat(self) -> None:
+        """One heartbeat, and the epoch, on every page."""
+        for client in self._clients.values():
+            client.control.page.epoch = self.epoch
+            client.control.page.heartbeat_ns = monotonic_ns()
+
+
+def take_one(count: Counter[int], key: int) -> None:
+    """One less, and no entry at zero."""
+    count[key] -= 1
+    if count[key] <= 0:
+        del count[key]
+
+
+def by_tenant(processes: Mapping[int, Process]) -> dict[int, list[Held]]:
+    """What is held, by leaf tenant; where there is too much for a page, the largest."""
+    held: dict[int, list[Held]] = {}
+    for tgid, process in sorted(processes.items()):
+        rows = [(tgid, process.generation, device, bytes_) for device, bytes_ in enumerate(process.bytes) if bytes_]
+        if rows and process.levels:
+            held.setdefault(process.levels[0], []).extend(rows)
+    return {t: sorted(sorted(rows, key=lambda row: -row[3])[: pages.ROWS]) for t, rows in held.items()}

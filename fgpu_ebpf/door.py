@@ -1,0 +1,99 @@
+"""Where shims find the gatekeeper: the socket in its folder, and the lock of the run folder.
+
+Owns: `<run>/shim/shim.sock` and `<run>/gatekeeper.lock`. Never: reads what comes in, follows a link, takes a folder of
+another user. When it fails: OSError; folder and socket file stay behind, so that shims that find nobody there refuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+BACKLOG = 64  # short: under a flood, whoever connects (and blocks) waits for this many, not for a thousand
+
+
+class Door:
+    """`<run>/shim/shim.sock`: bound aside in a folder held open, then renamed, so that there is always a listener."""
+
+    def __init__(self, run: Path) -> None:
+        self._shim = run / "shim"
+        self._seen: tuple[int, ...] = ()
+        self._folder = -1
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def open(self) -> None:
+        """Make folder and socket, or make them again. Raises OSError."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self._shim, 0o755)
+        folder = os.open(self._shim, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            if os.fstat(folder).st_uid != os.geteuid():
+                raise PermissionError(f"{self._shim} belongs to another user")
+            os.fchmod(folder, 0o755)
+            self._bind(listener, folder)
+        except OSError:
+            listener.close()
+            os.close(folder)
+            raise
+        self.close()
+        self._folder, self.listener = folder, listener
+        self._seen = self._look()
+
+    def _bind(self, listener: socket.socket, folder: int) -> None:
+        aside = f"/proc/self/fd/{folder}/.shim.sock"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+        listener.bind(aside)
+        os.chmod(aside, 0o666)  # everybody may ask; who asks is what the kernel says
+        listener.listen(BACKLOG)
+        os.rename(".shim.sock", "shim.sock", src_dir_fd=folder, dst_dir_fd=folder)
+
+    def _look(self) -> tuple[int, ...]:
+        try:
+            shim, sock = os.lstat(self._shim), os.stat("shim.sock", dir_fd=self._folder, follow_symlinks=False)
+        except OSError:
+            return ()
+        return shim.st_dev, shim.st_ino, sock.st_dev, sock.st_ino
+
+    def intact(self) -> bool:
+        """Are folder and socket those we made?"""
+        return bool(self._seen) and self._look() == self._seen
+
+    def close(self) -> None:
+        """Stop listening; folder and socket file stay."""
+        self.listener.close()
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1
+
+
+class Lock:
+    """`<run>/gatekeeper.lock`, held until this process ends: one gatekeeper a folder."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "gatekeeper.lock"
+        self._file = -1
+
+    def take(self) -> bool:
+        """Make the folder and lock it; False: another holds it. Raises OSError."""
+        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        self._file = fd
+        return True
+
+    def held(self) -> bool:
+        """Is the file that we locked the one that the next gatekeeper would lock? Raises OSError."""
+        try:
+            there = os.lstat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return os.path.samestat(there, os.fstat(self._file))
