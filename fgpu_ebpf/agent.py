@@ -6,6 +6,7 @@ allocation. When it ends, limits stay in force in the kernel; the next agent tak
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -208,6 +209,8 @@ class Agent:
         while not self._ended:
             for key, _ in self.selector.select(TICK_SECONDS):
                 key.data()
+            if self._ended:
+                break
             self._keep_gatekeeper()
             self._drop_gone()
             if time.monotonic() >= next_snapshot:
@@ -332,6 +335,7 @@ class Agent:
 
 def take_away(run_dir: Path, pins: Path) -> None:
     """Unpins everything and removes what was set up; for a host without a running agent too."""
+    _end_gatekeeper(run_dir)
     probes.detach(pins)
     launch.take_away_what_was_made(run_dir)
     for name in (
@@ -345,6 +349,16 @@ def take_away(run_dir: Path, pins: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
     if (run_dir / "shim").is_dir():
         (run_dir / "shim").rmdir()
+
+
+def _end_gatekeeper(run_dir: Path) -> None:
+    """Ends whichever gatekeeper holds the lock, an earlier agent's too: it would make its folder again."""
+    lock, deadline = run_dir / "gatekeeper.lock", time.monotonic() + GATEKEEPER_SECONDS
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(lock.read_text(encoding="ascii"))
+        while _locked(lock) and time.monotonic() < deadline:
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.02)
 
 
 def _locked(path: Path) -> bool:

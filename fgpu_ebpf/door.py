@@ -88,6 +88,8 @@ class Lock:
             os.close(fd)
             return False
         self._file = fd
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)  # for whoever has to end us
         return True
 
     def held(self) -> bool:

@@ -197,7 +197,9 @@ def load(sources: Path, pins: Path, loader: Sequence[str] = LOADER) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     except OSError as error:
-        raise ProbeError(f"cannot run the loader {loader[0]}: {error.strerror}") from error
+        raise ProbeError(
+            f"cannot run the loader {loader[0]} ({error.strerror}): name the system's Python with --loader"
+        ) from error
     if done.returncode:
         said = (done.stderr.strip() or f"the loader ended with {done.returncode}").splitlines()[-1]
         raise ProbeError(said.removeprefix("fgpu loader: "))
