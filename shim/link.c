@@ -65,7 +65,7 @@ static unsigned set_of(uint32_t word) { return word >> 8 & 1; }
 static struct fgpu_view view_of(uint32_t word)
 {
     struct fgpu_view view = {.link = link_of(word)};
-    if (view.link < FGPU_FREE) return view;
+    if (view.link < FGPU_UNMANAGED) return view;
     char *set = fgpu_set(set_of(word));
     view.control = (const void *)set;
     if (view.link == FGPU_HELD) {
@@ -94,19 +94,10 @@ static bool take(uint64_t now, uint64_t until)
     return was <= now && atomic_compare_exchange_strong(&own->busy_until_ns, &was, until);
 }
 
-/* Two that ask in one slot at one pace may each overwrite what the other is about to read, again and again: each waits
- * for a time of its own, longer every time. */
-static void step_aside(uint64_t ticket, int asked)
-{
-    uint64_t random = (ticket + (uint64_t)asked) * 0x9e3779b97f4a7c15ULL >> 32;
-    for (uint64_t i = random & ((1u << (asked < 8 ? asked : 8)) - 1); i; i--) __builtin_ia32_pause();
-}
-
 /* A verdict, or -1: nobody answers. */
 int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket)
 {
     for (int i = 0; i < ASKS; i++) {
-        step_aside(ticket, i);
         /* The probe runs inside this call. Another asker may have written the slot since: then the same ticket again.
          */
         fgpu_admit_here(device, bytes, kind, ticket);
@@ -145,9 +136,9 @@ static uint32_t hello(uint32_t word, uint64_t now, uint64_t patience, bool unans
         if (fgpu_ask(view_of(next), 0, 0, FGPU_HELLO, fgpu_ticket()) >= 0) return next;
         outcome = FGPU_IS_SILENT;
     }
-    if (outcome == FGPU_IS_FREE) return FGPU_FREE | set << 8;
+    if (outcome == FGPU_IS_FREE) return FGPU_UNMANAGED | set << 8;
     /* With pages in hand the kernel enforces whether or not anybody is there to greet, and an upgrade may pass by. */
-    bool keeps = link_of(word) >= FGPU_FREE;
+    bool keeps = link_of(word) >= FGPU_UNMANAGED;
     if (outcome == FGPU_IS_ABSENT && (!keeps || unanswered)) return FGPU_OPEN;
     return keeps ? word : FGPU_CLOSED;
 }

@@ -24,6 +24,20 @@
 #define HIDDEN __attribute__((visibility("hidden")))
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 
+/* The driver exports these, the header has them as macros alone: the same for a thread's own default stream. */
+#define FGPU_PER_THREAD(name) __typeof__(name) name##_ptsz
+FGPU_PER_THREAD(cuMemAllocAsync);
+FGPU_PER_THREAD(cuMemAllocFromPoolAsync);
+FGPU_PER_THREAD(cuMemFreeAsync);
+FGPU_PER_THREAD(cuStreamBeginCapture_v2);
+FGPU_PER_THREAD(cuStreamBeginCaptureToGraph);
+FGPU_PER_THREAD(cuStreamIsCapturing);
+FGPU_PER_THREAD(cuStreamSynchronize);
+FGPU_PER_THREAD(cuStreamGetDevice);
+FGPU_PER_THREAD(cuGraphInstantiateWithParams);
+FGPU_PER_THREAD(cuGraphUpload);
+FGPU_PER_THREAD(cuGraphLaunch);
+
 /*
  * THE table. HOOK: exported by us and handed out in place of the driver's. ASK: a hook whose mere lookup says hello, so
  * that probes are in place before the first call. NEED: the driver's, for our own use.
@@ -36,6 +50,15 @@
     ASK(cuMemAllocPitch_v2)                                                                                            \
     ASK(cuMemAllocManaged)                                                                                             \
     ASK(cuMemCreate)                                                                                                   \
+    ASK(cuMemAlloc)                                                                                                    \
+    ASK(cuMemAllocPitch)                                                                                               \
+    ASK(cuArrayCreate)                                                                                                 \
+    ASK(cuArrayCreate_v2)                                                                                              \
+    ASK(cuArray3DCreate)                                                                                               \
+    ASK(cuArray3DCreate_v2)                                                                                            \
+    ASK(cuMipmappedArrayCreate)                                                                                        \
+    ASK(cuMemGetInfo)                                                                                                  \
+    ASK(cuDeviceTotalMem)                                                                                              \
     ASK(cuMemGetInfo_v2)                                                                                               \
     ASK(cuDeviceTotalMem_v2)                                                                                           \
     ASK(cuDevicePrimaryCtxRetain)                                                                                      \
@@ -43,11 +66,65 @@
     ASK(cuCtxCreate_v2)                                                                                                \
     ASK(cuCtxCreate_v3)                                                                                                \
     ASK(cuCtxCreate_v4)                                                                                                \
+    ASK(cuMemAllocAsync)                                                                                               \
+    ASK(cuMemAllocAsync_ptsz)                                                                                          \
+    ASK(cuMemAllocFromPoolAsync)                                                                                       \
+    ASK(cuMemAllocFromPoolAsync_ptsz)                                                                                  \
+    HOOK(cuMemFreeAsync)                                                                                               \
+    HOOK(cuMemFreeAsync_ptsz)                                                                                          \
+    HOOK(cuCtxSynchronize)                                                                                             \
+    HOOK(cuCtxSynchronize_v2)                                                                                          \
+    HOOK(cuStreamSynchronize)                                                                                          \
+    HOOK(cuStreamSynchronize_ptsz)                                                                                     \
+    HOOK(cuEventSynchronize)                                                                                           \
+    HOOK(cuMemPoolCreate)                                                                                              \
+    HOOK(cuMemPoolDestroy)                                                                                             \
+    HOOK(cuMemPoolTrimTo)                                                                                              \
+    HOOK(cuDeviceSetMemPool)                                                                                           \
+    HOOK(cuMemSetMemPool)                                                                                              \
+    HOOK(cuStreamBeginCapture)                                                                                         \
+    HOOK(cuStreamBeginCapture_ptsz)                                                                                    \
+    HOOK(cuStreamBeginCapture_v2)                                                                                      \
+    HOOK(cuStreamBeginCapture_v2_ptsz)                                                                                 \
+    HOOK(cuStreamBeginCaptureToGraph)                                                                                  \
+    HOOK(cuStreamBeginCaptureToGraph_ptsz)                                                                             \
+    HOOK(cuGraphInstantiate)                                                                                           \
+    HOOK(cuGraphInstantiate_v2)                                                                                        \
+    HOOK(cuGraphInstantiateWithFlags)                                                                                  \
+    HOOK(cuGraphInstantiateWithParams)                                                                                 \
+    HOOK(cuGraphInstantiateWithParams_ptsz)                                                                            \
+    HOOK(cuGraphUpload)                                                                                                \
+    HOOK(cuGraphUpload_ptsz)                                                                                           \
+    HOOK(cuGraphLaunch)                                                                                                \
+    HOOK(cuGraphLaunch_ptsz)                                                                                           \
+    HOOK(cuGraphExecDestroy)                                                                                           \
+    HOOK(cuDeviceGraphMemTrim)                                                                                         \
+    ASK(cuGreenCtxCreate)                                                                                              \
+    HOOK(cuDevicePrimaryCtxRelease)                                                                                    \
+    HOOK(cuDevicePrimaryCtxRelease_v2)                                                                                 \
+    HOOK(cuDevicePrimaryCtxReset)                                                                                      \
+    HOOK(cuDevicePrimaryCtxReset_v2)                                                                                   \
+    HOOK(cuCtxDestroy)                                                                                                 \
+    HOOK(cuCtxDestroy_v2)                                                                                              \
     NEED(cuCtxGetDevice)                                                                                               \
     NEED(cuDeviceGetUuid)                                                                                              \
     NEED(cuDeviceGetUuid_v2)                                                                                           \
     NEED(cuDevicePrimaryCtxGetState)                                                                                   \
-    NEED(cuMemGetAllocationGranularity)
+    NEED(cuMemGetAllocationGranularity)                                                                                \
+    NEED(cuDeviceGetDefaultMemPool)                                                                                    \
+    NEED(cuDeviceGetMemPool)                                                                                           \
+    NEED(cuMemPoolGetAttribute)                                                                                        \
+    NEED(cuThreadExchangeStreamCaptureMode)                                                                            \
+    NEED(cuStreamIsCapturing)                                                                                          \
+    NEED(cuStreamIsCapturing_ptsz)                                                                                     \
+    NEED(cuStreamGetDevice)                                                                                            \
+    NEED(cuStreamGetDevice_ptsz)                                                                                       \
+    NEED(cuGraphGetNodes)                                                                                              \
+    NEED(cuGraphNodeGetType)                                                                                           \
+    NEED(cuGraphMemAllocNodeGetParams)                                                                                 \
+    NEED(cuGraphMemFreeNodeGetParams)                                                                                  \
+    NEED(cuGraphChildGraphNodeGetGraph)                                                                                \
+    NEED(cuDeviceGetGraphMemAttribute)
 
 #define FGPU_NVML_TABLE(HOOK, ASK, NEED)                                                                               \
     HOOK(nvmlInit)                                                                                                     \
@@ -55,6 +132,7 @@
     HOOK(nvmlInitWithFlags)                                                                                            \
     ASK(nvmlDeviceGetMemoryInfo)                                                                                       \
     ASK(nvmlDeviceGetMemoryInfo_v2)                                                                                    \
+    ASK(nvmlDeviceGetConfComputeProtectedMemoryUsage)                                                                  \
     ASK(nvmlDeviceGetComputeRunningProcesses)                                                                          \
     ASK(nvmlDeviceGetComputeRunningProcesses_v2)                                                                       \
     ASK(nvmlDeviceGetComputeRunningProcesses_v3)                                                                       \
@@ -82,7 +160,7 @@ enum fgpu_name {
 HIDDEN void *fgpu_real(enum fgpu_name at);
 
 /* -- link.c: hello, pages, state */
-enum fgpu_link { FGPU_FRESH, FGPU_OPEN, FGPU_CLOSED, FGPU_FREE, FGPU_HELD }; /* FREE: unmanaged. HELD: managed */
+enum fgpu_link { FGPU_FRESH, FGPU_OPEN, FGPU_CLOSED, FGPU_UNMANAGED, FGPU_HELD }; /* HELD: managed */
 struct fgpu_view {
     enum fgpu_link link;
     unsigned levels;
@@ -95,7 +173,7 @@ HIDDEN struct fgpu_view fgpu_insist(void); /* hello again: the probes did not an
 HIDDEN uint64_t fgpu_ticket(void);
 HIDDEN int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
 
-/* -- memory.c */
+/* -- admit.c */
 HIDDEN int fgpu_index(const struct fgpu_control_page *control, CUdevice device); /* the ledger's, or -1 */
 HIDDEN bool fgpu_current(CUdevice *device);                                      /* that of the current context */
 HIDDEN int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uuid[16]);
@@ -105,6 +183,7 @@ HIDDEN int fgpu_nvml_index(struct fgpu_view view, nvmlDevice_t device);
 
 /* -- probe.S: the same addresses as the exported symbols, under names that nobody can interpose */
 HIDDEN void fgpu_admit_here(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
+HIDDEN void fgpu_release_here(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
 HIDDEN void fgpu_settle_here(uint64_t handle, uint64_t bytes, unsigned result, uint64_t ticket);
 
 #endif

@@ -76,6 +76,33 @@ EXPORT CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice dev)
     return result;
 }
 
+/* The 32-bit forms of old: what does not fit is shown as the most that does. */
+static unsigned int narrow(size_t bytes) { return bytes > UINT32_MAX ? UINT32_MAX : (unsigned int)bytes; }
+
+EXPORT CUresult cuMemGetInfo(unsigned int *free, unsigned int *total)
+{
+    __typeof__(&cuMemGetInfo) driver = REAL(cuMemGetInfo);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(free, total);
+    if (result != CUDA_SUCCESS || !free || !total || !REAL(cuMemGetInfo_v2)) return result;
+    size_t free_bytes, total_bytes;
+    if (cuMemGetInfo_v2(&free_bytes, &total_bytes) != CUDA_SUCCESS) return result;
+    if (narrow(free_bytes) < *free) *free = narrow(free_bytes);
+    if (narrow(total_bytes) < *total) *total = narrow(total_bytes);
+    return result;
+}
+
+EXPORT CUresult cuDeviceTotalMem(unsigned int *bytes, CUdevice dev)
+{
+    __typeof__(&cuDeviceTotalMem) driver = REAL(cuDeviceTotalMem);
+    size_t total;
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(bytes, dev);
+    if (result != CUDA_SUCCESS || !bytes || !REAL(cuDeviceTotalMem_v2)) return result;
+    if (cuDeviceTotalMem_v2(&total, dev) == CUDA_SUCCESS && narrow(total) < *bytes) *bytes = narrow(total);
+    return result;
+}
+
 /* -- NVML */
 
 static int digit(char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1; }
@@ -126,21 +153,26 @@ EXPORT nvmlReturn_t nvmlInitWithFlags(unsigned int flags)
     return REAL(nvmlInitWithFlags) ? REAL(nvmlInitWithFlags)(flags) : NVML_ERROR_FUNCTION_NOT_FOUND;
 }
 
-EXPORT nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t device, nvmlMemory_t *memory)
-{
-    __typeof__(&nvmlDeviceGetMemoryInfo) driver = REAL(nvmlDeviceGetMemoryInfo);
-    if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;
-    nvmlReturn_t result = driver(device, memory);
-    if (result != NVML_SUCCESS) return result;
-    struct fgpu_view view = fgpu_look();
-    struct share share;
-    if (narrowed(view, fgpu_nvml_index(view, device), memory->total, memory->free, &share)) {
-        memory->total = share.total;
-        memory->free = share.free;
-        memory->used = share.used;
+/* With confidential computing a tenant's memory is all of the protected kind, and shown under this name as well. */
+#define SHOW_MEMORY(name)                                                                                              \
+    EXPORT nvmlReturn_t name(nvmlDevice_t device, nvmlMemory_t *memory)                                                \
+    {                                                                                                                  \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;                                                             \
+        nvmlReturn_t result = driver(device, memory);                                                                  \
+        if (result != NVML_SUCCESS) return result;                                                                     \
+        struct fgpu_view view = fgpu_look();                                                                           \
+        struct share share;                                                                                            \
+        if (narrowed(view, fgpu_nvml_index(view, device), memory->total, memory->free, &share)) {                      \
+            memory->total = share.total;                                                                               \
+            memory->free = share.free;                                                                                 \
+            memory->used = share.used;                                                                                 \
+        }                                                                                                              \
+        return result;                                                                                                 \
     }
-    return result;
-}
+
+SHOW_MEMORY(nvmlDeviceGetMemoryInfo)
+SHOW_MEMORY(nvmlDeviceGetConfComputeProtectedMemoryUsage)
 
 /* The caller's version field was the driver's to judge. */
 EXPORT nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *memory)

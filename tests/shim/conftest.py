@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from shim_kit import DEADLINE, ROOT, SYSTEM_PYTHON, Agent, Build
+from shim_kit import DEADLINE, HERE, ROOT, SYSTEM_PYTHON, Agent, Build
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         subprocess.run([ROOT / "sim" / "headers.sh", headers], check=True, timeout=120)
     made = Build(folder, folder / "libfgpu.so", headers)
     shutil.copy(made.make(folder / "out"), made.shim)
-    made.library("libcuda.c", "driver/libcuda.so.1", "-Wl,-Bsymbolic,-soname,libcuda.so.1")
+    pools = str(HERE / "programs" / "pools.c")
+    made.library("libcuda.c", "driver/libcuda.so.1", pools, "-Wl,-Bsymbolic,-soname,libcuda.so.1")
     made.library("libcuda.c", "old/libcuda.so.1", "-DOLD", "-Wl,-Bsymbolic,-soname,libcuda.so.1")
     made.library("libnvml.c", "driver/libnvidia-ml.so.1", "-Wl,-Bsymbolic,-soname,libnvidia-ml.so.1")
     made.library("fault.c", "fault.so")

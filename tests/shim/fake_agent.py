@@ -66,6 +66,14 @@ int admit(struct pt_regs *ctx) {
     *(volatile u64 *)&p->verdicts[ticket & 127] = ticket << 2 | verdict;
     return 0;
 }
+int give_back(struct pt_regs *ctx) {
+    u32 zero = 0, device = PT_REGS_PARM1(ctx) & 15;
+    u64 bytes = PT_REGS_PARM2(ctx);
+    struct page *p = leaf.lookup(&zero);
+    log_call(101, PT_REGS_PARM1(ctx), bytes, PT_REGS_PARM4(ctx), PT_REGS_PARM3(ctx));
+    if (p && PT_REGS_PARM3(ctx) == 1) __sync_fetch_and_add(&p->devices[device].used, -bytes);
+    return 0;
+}
 int settle(struct pt_regs *ctx) {
     log_call(100, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM4(ctx), PT_REGS_PARM3(ctx));
     return 0;
@@ -86,6 +94,7 @@ class Agent:
     def __init__(self):
         self.bpf = BPF(text=SOURCE)
         self.bpf.attach_uprobe(name=SHIM, sym="fgpu_admit", fn_name="admit")
+        self.bpf.attach_uprobe(name=SHIM, sym="fgpu_release", fn_name="give_back")
         self.bpf.attach_uprobe(name=SHIM, sym="fgpu_settle", fn_name="settle")
         self.pages = [self.bpf[n].map_fd for n in ("leaf", "group")]
         self.maps = [mmap.mmap(fd, LEVEL_SIZE) for fd in self.pages]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from shim_kit import PREAMBLE, ROOT, SYSTEM_PYTHON, Agent, Build
+from test_shim_array import ARRAYS
 from test_shim_view import NVML
 
 GIB, OOM = 1 << 30, 2
@@ -83,3 +84,39 @@ def test_neighbours_are_not_in_the_lists(simulator: Simulator) -> None:
     simulator.agent.do("set", answer="managed", rows=[[9, 3, 1 << 20]])
     assert simulator.python(show) == "[[9]]\n"
     process.communicate("\n", timeout=10)
+
+
+CONTEXT = "c = C.c_void_p(); L.cuInit(0); L.cuDevicePrimaryCtxRetain(C.byref(c), 0); L.cuCtxSetCurrent(c)\n"
+
+
+def test_arrays_of_every_kind_end_at_the_limit(simulator: Simulator) -> None:
+    script = (
+        CONTEXT
+        + ARRAYS
+        + """
+kinds = lambda: two(1024, 1024, 32, 1), lambda: three(64, 64, 64, 32, 4, 0), lambda: mip(3, 1024, 1024, 0, 32, 1, 0)
+for make in kinds:
+    n = 0
+    while make() == 0: n += 1
+    out(n, make())"""
+    )
+    assert simulator.python(script) == f"[256, {OOM}]\n[0, {OOM}]\n[0, {OOM}]\n"
+
+
+def test_a_stream_takes_the_share_and_no_more(simulator: Simulator) -> None:
+    """The simulated pool grows by 32 MiB and gets smaller when somebody waits, as a real one was seen to."""
+    script = (
+        CONTEXT
+        + """
+def new(n):
+    p = C.c_uint64(); r = L.cuMemAllocAsync(C.byref(p), C.c_size_t(n), None); return r or p.value
+pool, v = C.c_void_p(), C.c_uint64()
+L.cuDeviceGetDefaultMemPool(C.byref(pool), 0)
+def reserved(): L.cuMemPoolGetAttribute(pool, 5, C.byref(v)); return v.value >> 20
+ps = []
+while (p := new(2 * MiB)) > 1000: ps.append(p)
+out(len(ps), p, reserved(), alloc(MiB))
+for p in ps: L.cuMemFreeAsync(C.c_uint64(p), None)
+out(reserved(), info()[1] >> 20); L.cuCtxSynchronize(); out(reserved(), info()[1] >> 20, alloc(900 * MiB))"""
+    )
+    assert simulator.python(script) == f"[512, {OOM}, 1024, {OOM}]\n[1024, 0]\n[0, 1024, 0]\n"

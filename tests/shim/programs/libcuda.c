@@ -11,6 +11,8 @@ static int changes_errno;
 
 int fake_calls(void) { return calls; }
 void fake_context(int device) { context = device; }
+int fake_device(void) { return context > 0 ? context - 1 : 0; }
+void fake_active(int on) { active = on; }
 void fake_result(int result) { next_result = (CUresult)result; }
 void fake_errno(int e) { changes_errno = e; }
 
@@ -52,7 +54,27 @@ CUresult cuMemGetAllocationGranularity(size_t *g, const CUmemAllocationProp *pro
 }
 #endif
 CUresult cuMemAlloc_v2(CUdeviceptr *p, size_t n) { return *p = 0xd00000, n ? count() : CUDA_ERROR_INVALID_VALUE; }
-CUresult cuMemAlloc(CUdeviceptr_v1 *p, unsigned n) { return *p = 0, (void)n, CUDA_ERROR_UNKNOWN; }
+CUresult cuMemAlloc(CUdeviceptr_v1 *p, unsigned n) { return *p = 0xd0, n ? count() : CUDA_ERROR_INVALID_VALUE; }
+CUresult cuMemAllocPitch(CUdeviceptr_v1 *p, unsigned *pitch, unsigned w, unsigned h, unsigned e)
+{
+    return *p = 0xd0, *pitch = w, (void)h, (void)e, count();
+}
+CUresult cuMemGetInfo(unsigned *f, unsigned *t) { return *f = 3u << 30, *t = 0xffffffff, CUDA_SUCCESS; }
+CUresult cuDeviceTotalMem(unsigned *t, CUdevice d) { return (void)d, *t = 0xffffffff, CUDA_SUCCESS; }
+CUresult cuArrayCreate(CUarray *a, const CUDA_ARRAY_DESCRIPTOR_v1 *d) { return *a = (CUarray)0xa1, (void)d, count(); }
+CUresult cuArrayCreate_v2(CUarray *a, const CUDA_ARRAY_DESCRIPTOR *d) { return *a = (CUarray)0xa2, (void)d, count(); }
+CUresult cuArray3DCreate(CUarray *a, const CUDA_ARRAY3D_DESCRIPTOR_v1 *d)
+{
+    return *a = (CUarray)0xa3, (void)d, count();
+}
+CUresult cuArray3DCreate_v2(CUarray *a, const CUDA_ARRAY3D_DESCRIPTOR *d)
+{
+    return *a = (CUarray)0xa4, (void)d, count();
+}
+CUresult cuMipmappedArrayCreate(CUmipmappedArray *a, const CUDA_ARRAY3D_DESCRIPTOR *d, unsigned n)
+{
+    return *a = (CUmipmappedArray)0xa5, (void)d, (void)n, count();
+}
 CUresult cuMemAllocPitch_v2(CUdeviceptr *p, size_t *pitch, size_t w, size_t h, unsigned e)
 {
     return *p = 0xd00000, *pitch = w, (void)h, (void)e, count();

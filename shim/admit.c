@@ -1,0 +1,172 @@
+/*
+ * admit.c: one question to the kernel before the driver is asked. Owns what it learned about the devices; keeps no
+ * books, the kernel does.
+ *
+ * Asked is the size that the driver will take, so that what was admitted is what will be charged. A refusal is the
+ * driver's own out-of-memory. An error of the driver stays the driver's: the kernel sees the return and gives the
+ * admission back.
+ */
+#include "admit.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <string.h>
+
+static struct device {
+    _Atomic uint64_t uuid[2];
+    _Atomic bool known;
+    _Atomic uint64_t granule;
+} devices[FGPU_DEVICES]; /* by the driver's ordinal */
+
+int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uuid[16])
+{
+    unsigned count = control->device_count;
+    for (unsigned i = 0; i < count && i < FGPU_DEVICES; i++)
+        if (!memcmp(control->devices[i].uuid, uuid, 16))
+            return control->devices[i].index < FGPU_DEVICES ? (int)control->devices[i].index : -1;
+    return -1;
+}
+
+/* The driver's UUID of an ordinal never changes in a process. Threads that fill it at once write the same. */
+static struct device *device_of(CUdevice ordinal)
+{
+    if (ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;
+    struct device *device = &devices[ordinal];
+    if (atomic_load_explicit(&device->known, memory_order_acquire)) return device;
+    __typeof__(&cuDeviceGetUuid_v2) get = REAL(cuDeviceGetUuid_v2);
+    if (!get) get = REAL(cuDeviceGetUuid);
+    union {
+        CUuuid uuid;
+        uint64_t words[2];
+    } answer;
+    int saved = errno;
+    CUresult result = get ? get(&answer.uuid, ordinal) : CUDA_ERROR_NOT_SUPPORTED;
+    errno = saved;
+    if (result != CUDA_SUCCESS) return NULL;
+    for (int i = 0; i < 2; i++) atomic_store_explicit(&device->uuid[i], answer.words[i], memory_order_relaxed);
+    atomic_store_explicit(&device->known, true, memory_order_release);
+    return device;
+}
+
+bool fgpu_is_device(CUdevice ordinal) { return device_of(ordinal) != NULL; }
+
+/*
+ * By UUID: CUDA's ordinals are what CUDA_VISIBLE_DEVICES makes of them. The page is searched each time, since a hello
+ * may have brought another one; sixteen comparisons are nothing beside the call that follows.
+ */
+int fgpu_index(const struct fgpu_control_page *control, CUdevice ordinal)
+{
+    struct device *device = device_of(ordinal);
+    if (!device) return -1;
+    uint64_t words[2] = {atomic_load_explicit(&device->uuid[0], memory_order_relaxed),
+                         atomic_load_explicit(&device->uuid[1], memory_order_relaxed)};
+    return fgpu_index_of_uuid(control, (const uint8_t *)words);
+}
+
+/* The unit in which the driver takes memory for this device; asked once. 0: it does not say, sizes go as they are. */
+uint64_t fgpu_granule(CUdevice ordinal)
+{
+    struct device *device = device_of(ordinal);
+    if (!device) return 0;
+    uint64_t granule = atomic_load_explicit(&device->granule, memory_order_relaxed);
+    if (LIKELY(granule)) return granule;
+    __typeof__(&cuMemGetAllocationGranularity) get = REAL(cuMemGetAllocationGranularity);
+    CUmemAllocationProp where;
+    memset(&where, 0, sizeof where);
+    where.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    where.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+    where.location.id = ordinal;
+    size_t answer = 0;
+    int saved = errno;
+    CUresult result = get ? get(&answer, &where, CU_MEM_ALLOC_GRANULARITY_MINIMUM) : CUDA_ERROR_NOT_SUPPORTED;
+    errno = saved;
+    if (result != CUDA_SUCCESS) return 0;
+    if (answer > FGPU_MOST_BYTES || (answer & (answer - 1))) return 0; /* the rounding below wants a power of two */
+    atomic_store_explicit(&device->granule, answer, memory_order_relaxed);
+    return answer;
+}
+
+/* Up to half a granule allocations share one (measured); above, each takes whole ones. */
+uint64_t fgpu_taken(uint64_t bytes, uint64_t granule)
+{
+    if (bytes > FGPU_MOST_BYTES) return TOO_MUCH;
+    uint64_t unit = granule && bytes > granule / 2 ? granule : SMALL_ALIGNMENT;
+    return (bytes + unit - 1) & ~(unit - 1);
+}
+
+/* The ledger's index of the device is the answer beside the verdict: what is given back later names it. */
+static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, struct admission *admission)
+{
+    for (int round = 0; round < 2; round++) {
+        if (view->link == FGPU_OPEN || view->link == FGPU_UNMANAGED) return CUDA_SUCCESS;
+        if (view->link != FGPU_HELD) return CUDA_ERROR_OUT_OF_MEMORY;
+        int index = fgpu_index(view->control, ordinal); /* not the tenant's: nothing of it is to be had */
+        if (index < 0) return CUDA_ERROR_OUT_OF_MEMORY;
+        int verdict = fgpu_ask(*view, (unsigned)index, admission->bytes, admission->kind, admission->ticket);
+        if (verdict >= 0) {
+            admission->index = verdict == FGPU_REFUSED ? -1 : index;
+            return verdict == FGPU_REFUSED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
+        }
+        if (!round) *view = fgpu_insist(); /* pages of a ledger that is gone, perhaps */
+    }
+    return CUDA_ERROR_OUT_OF_MEMORY;
+}
+
+/* Open and unmanaged links cost one look at the state; nothing is rounded, asked or counted for them. */
+struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind)
+{
+    struct admission admission = {.refusal = CUDA_SUCCESS, .index = -1, .kind = kind, .bytes = bytes};
+    struct fgpu_view view = fgpu_look();
+    if (view.link == FGPU_OPEN || view.link == FGPU_UNMANAGED) return admission;
+    if (view.link != FGPU_HELD) {
+        admission.refusal = CUDA_ERROR_OUT_OF_MEMORY;
+        return admission;
+    }
+    if (kind == FGPU_MEMORY || kind == FGPU_POOL) admission.bytes = fgpu_taken(bytes, fgpu_granule(ordinal));
+    admission.ticket = fgpu_ticket();
+    admission.refusal = ask_kernel(&view, ordinal, &admission);
+    if (admission.refusal && view.link == FGPU_HELD && fgpu_pools_yield(ordinal)) {
+        admission.ticket = fgpu_ticket();
+        admission.refusal = ask_kernel(&view, ordinal, &admission);
+    }
+    admission.settles = kind != FGPU_POOL && view.control && view.control->flags & FGPU_SETTLE;
+    return admission;
+}
+
+uint64_t fgpu_room(CUdevice ordinal)
+{
+    struct fgpu_view view = fgpu_look();
+    int index = view.link == FGPU_HELD ? fgpu_index(view.control, ordinal) : -1;
+    uint64_t room = FGPU_MOST_BYTES;
+    for (unsigned level = 0; index >= 0 && level < view.levels; level++) {
+        const struct fgpu_usage *usage = &view.usage[level].devices[index];
+        uint64_t limit = __atomic_load_n(&usage->limit, __ATOMIC_RELAXED);
+        uint64_t used = __atomic_load_n(&usage->used, __ATOMIC_RELAXED), left = limit > used ? limit - used : 0;
+        if (limit != FGPU_NO_LIMIT && !(view.usage[level].flags & FGPU_OBSERVE) && left < room) room = left;
+    }
+    return room;
+}
+
+void fgpu_give_back(int index, uint64_t bytes)
+{
+    if (index >= 0 && bytes) fgpu_release_here((unsigned)index, bytes, FGPU_POOL, fgpu_ticket());
+}
+
+/* The kernel sees how the driver's call ended, where it has return probes. Where it has none, this tells it. Nobody
+ * sees the driver's part of a pool or of the calls of old: they were committed at once, a failure is given back here.
+ */
+CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle)
+{
+    if (admission->kind == FGPU_POOL && result) fgpu_give_back(admission->index, admission->bytes);
+    if (admission->settles) fgpu_settle_here(handle, admission->bytes, result, admission->ticket);
+    return result;
+}
+
+bool fgpu_current(CUdevice *device)
+{
+    __typeof__(&cuCtxGetDevice) get = REAL(cuCtxGetDevice);
+    int saved = errno;
+    bool known = get && get(device) == CUDA_SUCCESS;
+    errno = saved;
+    return known;
+}

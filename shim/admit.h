@@ -1,0 +1,34 @@
+/* admit.h: between the files that allocate and admit.c, which asks. */
+#ifndef FGPU_ADMIT_H
+#define FGPU_ADMIT_H
+
+#include "shim.h"
+
+#define SMALL_ALIGNMENT 512ULL
+#define TOO_MUCH (FGPU_MOST_BYTES + 1) /* the kernel refuses it, and counts the refusal */
+
+struct admission {
+    CUresult refusal; /* CUDA_SUCCESS: go on */
+    int index;        /* the ledger's, where something was granted; else -1 */
+    bool settles;     /* no return probe on this kernel: we say how it went */
+    unsigned kind;
+    uint64_t ticket, bytes;
+};
+
+HIDDEN struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind);
+HIDDEN CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle);
+HIDDEN void fgpu_give_back(int index, uint64_t bytes); /* of pools */
+HIDDEN bool fgpu_is_device(CUdevice ordinal);
+HIDDEN uint64_t fgpu_room(CUdevice ordinal); /* that the ledger has left; all there is where no limit is in force */
+HIDDEN uint64_t fgpu_granule(CUdevice ordinal);
+HIDDEN uint64_t fgpu_taken(uint64_t bytes, uint64_t granule);
+
+/* -- reserve.c */
+HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: something went back to the kernel */
+HIDDEN void fgpu_pools_leave(CUdevice ordinal); /* around the end of a context; < 0: of any device */
+HIDDEN void fgpu_pools_return(CUdevice ordinal);
+
+/* -- pool.c */
+HIDDEN void fgpu_pools_seen(CUdevice ordinal); /* a context is there */
+
+#endif

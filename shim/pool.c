@@ -1,0 +1,276 @@
+/*
+ * pool.c: stream-ordered allocation. Owns the notes of what was handed out and nothing that matters for long.
+ *
+ * The driver's call takes half a microsecond, so the usual way is one atomic: what is handed out is added up until it
+ * reaches what was admitted; only then the pool is measured. What a stream frees is its credit: the pool can hand that
+ * to the same stream again at once, and to no other. Notes and credits may be lost: then it is measured sooner.
+ */
+#include <errno.h>
+
+#include "pool.h"
+
+#define NOTES 256
+#define BUSY 1ULL
+
+struct note { /* of a pointer: which pool gave it, and how much that was */
+    _Atomic uint64_t pointer;
+    uint64_t bytes;
+    uint32_t slot, generation;
+};
+static struct note notes[NOTES];
+
+static _Atomic int sole;      /* 0: no context seen yet; n + 1: on device n alone; -1: on several */
+static _Atomic bool captures; /* this program captures streams: what is captured takes nothing from a pool */
+
+struct order {         /* one call */
+    struct pool *pool; /* NULL: not charged to a pool */
+    uint64_t stream, bytes;
+    bool on_credit, grown;
+};
+
+static uint64_t mix(uint64_t n) { return n * 0x9e3779b97f4a7c15ULL; }
+
+static uint64_t this_thread(void) { return (uint64_t)__builtin_thread_pointer(); }
+
+/* Streams have handles; the default one of a thread has none, but the thread has. */
+uint64_t fgpu_stream_key(CUstream stream, bool per_thread)
+{
+    if (stream == CU_STREAM_PER_THREAD || (!stream && per_thread)) return this_thread();
+    return stream ? (uint64_t)stream : (uint64_t)CU_STREAM_LEGACY;
+}
+
+void fgpu_pools_seen(CUdevice ordinal)
+{
+    int none = 0, its = ordinal + 1;
+    if (atomic_load(&sole) == its || atomic_compare_exchange_strong(&sole, &none, its)) return;
+    atomic_store(&sole, -1);
+}
+
+bool fgpu_is_capturing(CUstream stream, bool per_thread)
+{
+    if (LIKELY(!atomic_load_explicit(&captures, memory_order_relaxed))) return false;
+    __typeof__(&cuStreamIsCapturing) ask = per_thread ? REAL(cuStreamIsCapturing_ptsz) : REAL(cuStreamIsCapturing);
+    CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+    int saved = errno;
+    CUresult result = ask ? ask(stream, &status) : CUDA_ERROR_NOT_SUPPORTED;
+    errno = saved;
+    return result == CUDA_SUCCESS && status != CU_STREAM_CAPTURE_STATUS_NONE;
+}
+
+static struct pool *pool_of_stream(CUstream stream, bool per_thread)
+{
+    int one = atomic_load_explicit(&sole, memory_order_relaxed);
+    CUdevice ordinal = one - 1;
+    if (one <= 0) {
+        __typeof__(&cuStreamGetDevice) ask = per_thread ? REAL(cuStreamGetDevice_ptsz) : REAL(cuStreamGetDevice);
+        int saved = errno;
+        bool known = ask && ask(stream, &ordinal) == CUDA_SUCCESS;
+        errno = saved;
+        if (!known && !fgpu_current(&ordinal)) return NULL;
+    }
+    return fgpu_current_pool(ordinal);
+}
+
+/* -- credits and notes */
+
+static struct credit *credit_of(struct pool *pool, uint64_t stream) { return &pool->credits[mix(stream) >> 61]; }
+_Static_assert(FGPU_CREDITS == 8, "three bits");
+
+static bool use_credit(struct pool *pool, uint64_t stream, uint64_t bytes)
+{
+    struct credit *credit = credit_of(pool, stream);
+    if (atomic_load_explicit(&credit->stream, memory_order_relaxed) != stream) return false;
+    uint64_t had = atomic_load_explicit(&credit->bytes, memory_order_relaxed);
+    while (had >= bytes)
+        if (atomic_compare_exchange_weak(&credit->bytes, &had, had - bytes)) return true;
+    return false;
+}
+
+static void give_credit(struct pool *pool, uint64_t stream, uint64_t bytes)
+{
+    struct credit *credit = credit_of(pool, stream);
+    uint64_t its = atomic_load_explicit(&credit->stream, memory_order_relaxed);
+    bool claimed = its == stream || (!its && atomic_compare_exchange_strong(&credit->stream, &its, stream));
+    atomic_fetch_add_explicit(claimed ? &credit->bytes : &pool->unclaimed, bytes, memory_order_relaxed);
+}
+
+/* The pool gets smaller when somebody waits for the stream, not now. */
+static void freed(struct pool *pool, uint64_t stream, uint64_t bytes)
+{
+    give_credit(pool, stream, bytes);
+    if (atomic_load_explicit(&pool->unsettled, memory_order_relaxed) != FGPU_SYNCS)
+        atomic_store_explicit(&pool->unsettled, FGPU_SYNCS, memory_order_relaxed);
+}
+
+static uint64_t take_credit(struct pool *pool, uint64_t stream)
+{
+    struct credit *credit = credit_of(pool, stream);
+    if (atomic_load_explicit(&credit->stream, memory_order_relaxed) != stream) return 0;
+    return atomic_exchange_explicit(&credit->bytes, 0, memory_order_relaxed);
+}
+
+static struct note *note_of(CUdeviceptr pointer) { return &notes[mix(pointer) >> 56]; }
+
+/* The newest wins: an older pointer in the same place gives no credit when it is freed. */
+static void write_note(CUdeviceptr pointer, const struct order *order)
+{
+    struct note *note = note_of(pointer);
+    uint64_t was = atomic_load_explicit(&note->pointer, memory_order_relaxed);
+    if (was == BUSY || !atomic_compare_exchange_strong(&note->pointer, &was, BUSY)) return;
+    note->bytes = order->bytes;
+    note->slot = fgpu_pool_slot(order->pool);
+    note->generation = atomic_load_explicit(&order->pool->generation, memory_order_relaxed);
+    atomic_store_explicit(&note->pointer, pointer, memory_order_release);
+}
+
+/* Taken before the driver can hand the pointer out again. */
+static bool take_note(CUdeviceptr pointer, struct order *order)
+{
+    struct note *note = note_of(pointer);
+    uint64_t its = pointer;
+    if (atomic_load_explicit(&note->pointer, memory_order_relaxed) != pointer ||
+        !atomic_compare_exchange_strong(&note->pointer, &its, BUSY))
+        return false;
+    order->bytes = note->bytes;
+    order->pool = fgpu_pool_at(note->slot, note->generation);
+    atomic_store_explicit(&note->pointer, 0, memory_order_release);
+    return order->pool != NULL;
+}
+
+/* -- around the driver's calls */
+
+static CUresult before(struct order *order, size_t size)
+{
+    struct pool *pool = order->pool;
+    if (!pool || atomic_load_explicit(&pool->ordinal, memory_order_relaxed) == FGPU_HOST_POOL) {
+        order->pool = NULL;
+        return CUDA_SUCCESS;
+    }
+    order->bytes = size > FGPU_MOST_BYTES ? TOO_MUCH : (size + SMALL_ALIGNMENT - 1) & ~(SMALL_ALIGNMENT - 1);
+    if (use_credit(pool, order->stream, order->bytes)) {
+        order->on_credit = true;
+        return CUDA_SUCCESS;
+    }
+    uint64_t spent = atomic_fetch_add_explicit(&pool->spent, order->bytes, memory_order_relaxed) + order->bytes;
+    if (LIKELY(spent <= atomic_load_explicit(&pool->admitted, memory_order_relaxed))) return CUDA_SUCCESS;
+    order->grown = true;
+    uint64_t had = take_credit(pool, order->stream); /* too little alone, but the pool can join it to what it takes */
+    CUresult refusal = fgpu_pool_grow(pool, order->bytes);
+    if (refusal && had) give_credit(pool, order->stream, had);
+    return refusal;
+}
+
+/* A failed call is left in what was spent: too much there is found at the next measure, too little might not be. */
+static CUresult after(const struct order *order, CUresult result, CUdeviceptr pointer)
+{
+    if (!order->pool) return result;
+    if (order->grown) fgpu_pool_grown(order->pool, order->bytes);
+    if (LIKELY(result == CUDA_SUCCESS))
+        write_note(pointer, order);
+    else if (order->on_credit)
+        give_credit(order->pool, order->stream, order->bytes);
+    return result;
+}
+
+#define ALLOCATE(name, per_thread, from, ...)                                                                          \
+    do {                                                                                                               \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        if (!dptr || !bytesize || fgpu_is_capturing(hStream, per_thread)) return driver(__VA_ARGS__);                  \
+        struct order order = {.pool = (from), .stream = fgpu_stream_key(hStream, per_thread)};                         \
+        CUresult refusal = before(&order, bytesize);                                                                   \
+        if (refusal) return refusal;                                                                                   \
+        CUresult result = driver(__VA_ARGS__);                                                                         \
+        return after(&order, result, *dptr);                                                                           \
+    } while (0)
+
+EXPORT CUresult cuMemAllocAsync(CUdeviceptr *dptr, size_t bytesize, CUstream hStream)
+{
+    ALLOCATE(cuMemAllocAsync, false, pool_of_stream(hStream, false), dptr, bytesize, hStream);
+}
+
+EXPORT CUresult cuMemAllocAsync_ptsz(CUdeviceptr *dptr, size_t bytesize, CUstream hStream)
+{
+    ALLOCATE(cuMemAllocAsync_ptsz, true, pool_of_stream(hStream, true), dptr, bytesize, hStream);
+}
+
+EXPORT CUresult cuMemAllocFromPoolAsync(CUdeviceptr *dptr, size_t bytesize, CUmemoryPool pool, CUstream hStream)
+{
+    ALLOCATE(cuMemAllocFromPoolAsync, false, pool ? fgpu_pool_of(pool) : NULL, dptr, bytesize, pool, hStream);
+}
+
+EXPORT CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr *dptr, size_t bytesize, CUmemoryPool pool, CUstream hStream)
+{
+    ALLOCATE(cuMemAllocFromPoolAsync_ptsz, true, pool ? fgpu_pool_of(pool) : NULL, dptr, bytesize, pool, hStream);
+}
+
+#define FREE(name, per_thread)                                                                                         \
+    do {                                                                                                               \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        struct order order;                                                                                            \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        if (!take_note(dptr, &order)) return driver(dptr, hStream);                                                    \
+        bool captured = fgpu_is_capturing(hStream, per_thread); /* freed when the graph runs, if ever */               \
+        CUresult result = driver(dptr, hStream);                                                                       \
+        if (result != CUDA_SUCCESS)                                                                                    \
+            write_note(dptr, &order);                                                                                  \
+        else if (!captured)                                                                                            \
+            freed(order.pool, fgpu_stream_key(hStream, per_thread), order.bytes);                                      \
+        return result;                                                                                                 \
+    } while (0)
+
+EXPORT CUresult cuMemFreeAsync(CUdeviceptr dptr, CUstream hStream) { FREE(cuMemFreeAsync, false); }
+EXPORT CUresult cuMemFreeAsync_ptsz(CUdeviceptr dptr, CUstream hStream) { FREE(cuMemFreeAsync_ptsz, true); }
+
+/* -- captures: known from their beginning, so that programs without any are asked nothing */
+
+#define CAPTURE(name, ...)                                                                                             \
+    do {                                                                                                               \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        atomic_store(&captures, true);                                                                                 \
+        return driver ? driver(__VA_ARGS__) : CUDA_ERROR_NOT_SUPPORTED;                                                \
+    } while (0)
+
+EXPORT CUresult cuStreamBeginCapture(CUstream hStream) { CAPTURE(cuStreamBeginCapture, hStream); }
+EXPORT CUresult cuStreamBeginCapture_ptsz(CUstream hStream) { CAPTURE(cuStreamBeginCapture_ptsz, hStream); }
+
+EXPORT CUresult cuStreamBeginCapture_v2(CUstream hStream, CUstreamCaptureMode mode)
+{
+    CAPTURE(cuStreamBeginCapture_v2, hStream, mode);
+}
+
+EXPORT CUresult cuStreamBeginCapture_v2_ptsz(CUstream hStream, CUstreamCaptureMode mode)
+{
+    CAPTURE(cuStreamBeginCapture_v2_ptsz, hStream, mode);
+}
+
+EXPORT CUresult cuStreamBeginCaptureToGraph(CUstream hStream, CUgraph hGraph, const CUgraphNode *dependencies,
+                                            const CUgraphEdgeData *dependencyData, size_t numDependencies,
+                                            CUstreamCaptureMode mode)
+{
+    CAPTURE(cuStreamBeginCaptureToGraph, hStream, hGraph, dependencies, dependencyData, numDependencies, mode);
+}
+
+EXPORT CUresult cuStreamBeginCaptureToGraph_ptsz(CUstream hStream, CUgraph hGraph, const CUgraphNode *dependencies,
+                                                 const CUgraphEdgeData *dependencyData, size_t numDependencies,
+                                                 CUstreamCaptureMode mode)
+{
+    CAPTURE(cuStreamBeginCaptureToGraph_ptsz, hStream, hGraph, dependencies, dependencyData, numDependencies, mode);
+}
+
+/* -- waiting: the driver takes what a pool need not keep, and other processes of the tenant may want it */
+
+#define SYNCHRONIZE(name, ...)                                                                                         \
+    do {                                                                                                               \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        CUresult result = driver(__VA_ARGS__);                                                                         \
+        fgpu_pools_synchronized();                                                                                     \
+        return result;                                                                                                 \
+    } while (0)
+
+EXPORT CUresult cuCtxSynchronize(void) { SYNCHRONIZE(cuCtxSynchronize); }
+EXPORT CUresult cuCtxSynchronize_v2(CUcontext ctx) { SYNCHRONIZE(cuCtxSynchronize_v2, ctx); }
+EXPORT CUresult cuStreamSynchronize(CUstream hStream) { SYNCHRONIZE(cuStreamSynchronize, hStream); }
+EXPORT CUresult cuStreamSynchronize_ptsz(CUstream hStream) { SYNCHRONIZE(cuStreamSynchronize_ptsz, hStream); }
+EXPORT CUresult cuEventSynchronize(CUevent hEvent) { SYNCHRONIZE(cuEventSynchronize, hEvent); }

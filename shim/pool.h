@@ -1,0 +1,60 @@
+/* pool.h: between pool.c (stream-ordered calls), pools.c (which pool), reserve.c (what it holds) and graph.c. */
+#ifndef FGPU_POOL_H
+#define FGPU_POOL_H
+
+#include <stdatomic.h>
+
+#include "admit.h"
+
+#define FGPU_BLOCK (32ULL << 20) /* the step in which a pool takes memory from its device (measured) */
+#define FGPU_CREDITS 8
+
+struct credit { /* what one stream freed: it alone may be handed that again at once */
+    _Atomic uint64_t stream, bytes;
+};
+
+/* A pool's part of the ledger. `admitted` is what the kernel granted and this process has not given back. */
+struct pool {
+    _Atomic uint64_t handle;     /* 0: no pool; of an overflow entry always */
+    _Atomic int ordinal;         /* the driver's device, or FGPU_HOST_POOL */
+    _Atomic int index;           /* the ledger's, once something was granted */
+    _Atomic uint32_t generation; /* one more whenever the entry goes to another pool */
+    _Atomic uint64_t admitted;
+    _Atomic uint64_t spent;   /* handed out at most: in use when last measured, and all since */
+    _Atomic uint64_t pending; /* granted to calls that have not returned yet */
+    _Atomic uint64_t busy_until_ns;
+    _Atomic uint64_t unclaimed; /* freed by streams for which there was no room here: nobody's credit */
+    _Atomic int unsettled;      /* synchronisations that may still make the pool smaller */
+    struct credit credits[FGPU_CREDITS];
+};
+#define FGPU_SYNCS 8        /* after a free: others wait for other streams in between */
+#define FGPU_HOST_POOL (-2) /* not device memory: not charged */
+
+/* -- pools.c */
+HIDDEN struct pool *fgpu_pool_of(CUmemoryPool handle);
+HIDDEN struct pool *fgpu_current_pool(CUdevice ordinal);
+HIDDEN struct pool *fgpu_pool_number(unsigned n);                     /* NULL: there are no more */
+HIDDEN struct pool *fgpu_pool_at(unsigned slot, uint32_t generation); /* NULL: not that pool any more */
+HIDDEN unsigned fgpu_pool_slot(const struct pool *pool);
+HIDDEN void fgpu_forget_current(void);
+
+/* -- reserve.c */
+HIDDEN CUresult fgpu_pool_grow(struct pool *pool, uint64_t bytes); /* `bytes` are pending until fgpu_pool_grown */
+HIDDEN void fgpu_pool_grown(struct pool *pool, uint64_t bytes);
+HIDDEN void fgpu_pools_synchronized(void);
+HIDDEN void fgpu_pool_trimmed(struct pool *pool);
+HIDDEN uint64_t fgpu_pool_in_use(const struct pool *pool);
+HIDDEN void fgpu_pool_destroyed(struct pool *pool, struct pool *rest, uint64_t used);
+HIDDEN CUstreamCaptureMode fgpu_relax(void); /* our own calls must not break a capture of the program */
+HIDDEN void fgpu_unrelax(CUstreamCaptureMode mode);
+
+/* -- pool.c */
+HIDDEN bool fgpu_is_capturing(CUstream stream, bool per_thread);
+HIDDEN uint64_t fgpu_stream_key(CUstream stream, bool per_thread); /* never 0 */
+
+/* -- graph.c */
+HIDDEN bool fgpu_graphs_yield(CUdevice ordinal);
+HIDDEN void fgpu_graphs_leave(CUdevice ordinal);
+HIDDEN void fgpu_graphs_return(CUdevice ordinal);
+
+#endif

@@ -1,0 +1,506 @@
+"""Stream-ordered allocation: blocks are admitted, spending them costs no question, and what is not held goes back."""
+
+from pathlib import Path
+
+import pytest
+from shim_kit import Agent, Build
+
+POOL, RELEASED, MEMORY = 1, 101, 0
+MIB, GIB, OOM = 1 << 20, 1 << 30, 2
+
+POOLS = """
+L.fake_reserved.restype = L.fake_graph_reserved.restype = C.c_uint64
+V = C.c_void_p
+def new(n, stream=0, name="cuMemAllocAsync"):
+    p = C.c_uint64(); r = getattr(L, name)(C.byref(p), C.c_size_t(n), V(stream)); return r or p.value
+def drop(p, stream=0, name="cuMemFreeAsync"): return getattr(L, name)(C.c_uint64(p), V(stream))
+def new_from(pool, n, stream=0, name="cuMemAllocFromPoolAsync"):
+    p = C.c_uint64(); r = getattr(L, name)(C.byref(p), C.c_size_t(n), V(pool), V(stream)); return r or p.value
+class Props(C.Structure):
+    _fields_ = [("type", C.c_int), ("handles", C.c_int), ("where", C.c_int), ("id", C.c_int), ("rest", C.c_uint64 * 9)]
+def create(where=1, device=0):
+    h, props = V(), Props(1, 0, where, device); L.cuMemPoolCreate(C.byref(h), C.byref(props)); return h.value
+def trim(pool, keep=0): return L.cuMemPoolTrimTo(V(pool), C.c_size_t(keep))
+c = V(); L.cuDevicePrimaryCtxRetain(C.byref(c), 0)
+def results(rs): return [r if r < 1000 else 0 for r in rs]
+"""
+
+
+def grants(held: Agent) -> list[int]:
+    return [c["bytes"] for c in held.calls(POOL)]
+
+
+def given_back(held: Agent) -> list[int]:
+    return [c["bytes"] for c in held.calls(RELEASED)]
+
+
+@pytest.mark.parametrize("name", ["cuMemAllocAsync", "cuMemAllocAsync_ptsz"])
+def test_blocks_are_admitted_and_not_each_call(held: Agent, name: str) -> None:
+    script = POOLS + f"out(results(new(MiB, 0, '{name}') for _ in range(64)), L.fake_reserved(0) >> 20)"
+    assert held.python(script) == [[[0] * 64, 64]]
+    assert grants(held) == [32 * MIB] * 2
+    assert given_back(held) == []
+
+
+def test_a_large_one_takes_as_many_blocks_as_it_needs(held: Agent) -> None:
+    assert held.python(POOLS + "out(results([new(MiB), new(100 * MiB)]), L.fake_reserved(0) >> 20)") == [[[0, 0], 128]]
+    assert grants(held) == [32 * MIB, 96 * MIB]
+
+
+@pytest.mark.parametrize("name", ["cuMemAllocAsync", "cuMemAllocAsync_ptsz"])
+@pytest.mark.parametrize("size", [MIB, 4 * MIB, 100 * MIB])
+def test_a_loop_in_one_stream_asks_and_measures_once(held: Agent, name: str, size: int) -> None:
+    free = name.replace("Alloc", "Free")
+    script = (
+        POOLS
+        + f"""
+for _ in range(500):
+    p = new({size}, 0, "{name}"); assert p > 1000 and not drop(p, 0, "{free}")
+out(L.fake_queries())"""
+    )
+    assert held.python(script) == [[4]]  # two before and two after the only growth
+    assert len(grants(held)) == 1
+
+
+def test_what_one_stream_freed_is_no_credit_of_another(held: Agent) -> None:
+    """Eight streams want 200 MiB each and free it, and nobody waits: five fit."""
+    script = (
+        POOLS
+        + """
+got = []
+for s in range(3, 11):
+    p = new(200 * MiB, s); got.append(p)
+    if p > 1000: drop(p, s)
+out(results(got), L.fake_reserved(0) >> 20)"""
+    )
+    assert held.python(script) == [[[0, 0, 0, 0, 0, OOM, OOM, OOM], 1024]]
+    assert held.do("look")["used"] <= GIB
+
+
+def test_threads_own_streams_are_told_apart(held: Agent) -> None:
+    script = (
+        POOLS
+        + """
+p = new(300 * MiB, 0, "cuMemAllocAsync_ptsz"); drop(p, 0, "cuMemFreeAsync_ptsz")
+before = L.fake_queries()
+t = threading.Thread(target=lambda: new(300 * MiB, 2)); t.start(); t.join()
+a = L.fake_queries() - before
+new(300 * MiB, 2)
+out(a, L.fake_queries() - before - a)"""
+    )
+    assert held.python(script)[0] == [4, 0]  # the other thread measured, this one had its credit... of either name
+
+
+@pytest.mark.parametrize("size", [2 * MIB, 3 * MIB, 32 * MIB, 100 * MIB])
+def test_refused_at_the_limit_and_nearly_all_is_usable(held: Agent, size: int) -> None:
+    script = (
+        POOLS
+        + f"""
+n = 0
+while new({size}) > 1000: n += 1
+out(n, new({size}), L.fake_reserved(0))"""
+    )
+    n, result, reserved = held.python(script)[0]
+    assert (n, result) == (GIB // size, OOM)
+    assert reserved <= GIB
+    assert held.do("look")["used"] <= GIB
+
+
+@pytest.mark.parametrize(("limit", "size"), [(100 * MIB, 2 * MIB), (505 * MIB, 2 * MIB)])
+def test_near_the_limit_what_is_in_use_counts(held: Agent, limit: int, size: int) -> None:
+    """A whole block no longer fits, but what the program wants does."""
+    held.do("limit", limit=limit)
+    script = (
+        POOLS
+        + f"""
+n = 0
+while n < 100000 and new({size}) > 1000: n += 1
+out(n, new(2 * MiB))"""
+    )
+    n, result = held.python(script)[0]
+    assert result == OOM
+    assert n * size >= limit * 0.975
+    assert held.do("look")["used"] <= limit
+
+
+def test_a_huge_size_is_refused_and_spoils_nothing(held: Agent) -> None:
+    script = POOLS + "out(results([new(MiB), new(2**64 - 1), new(2**63), new(1 << 48), new(MiB), new(20 * MiB)]))"
+    assert held.python(script) == [[[0, OOM, OOM, OOM, 0, 0]]]
+
+
+def test_nothing_is_asked_for_nothing(held: Agent) -> None:
+    script = POOLS + "new(0); L.cuMemAllocAsync(None, C.c_size_t(5), None) if 0 else 0; L.fake_context(0); out(1)"
+    held.python(script)
+    assert grants(held) == []
+
+
+def test_a_failed_call_gives_back_at_the_next_measure(held: Agent) -> None:
+    script = (
+        POOLS
+        + """
+L.fake_pool_result(719); r = [new(200 * MiB) for _ in range(3)]; L.fake_pool_result(0)
+out(r, results([new(MiB)]))"""
+    )
+    assert held.python(script)[0][0] == [719] * 3
+    used = held.do("look")["used"]
+    assert used <= 256 * MIB
+    assert sum(grants(held)) - sum(given_back(held)) == used
+
+
+def test_a_trim_gives_back(held: Agent) -> None:
+    script = POOLS + "p = new(200 * MiB); drop(p); L.fake_sync(); out(trim(0x1000), L.fake_reserved(0))"
+    assert held.python(script) == [[0, 0]]
+    assert given_back(held) == [224 * MIB]
+    assert held.do("look")["used"] == 0
+
+
+def test_after_a_trim_old_credit_is_worth_nothing(held: Agent) -> None:
+    script = (
+        POOLS
+        + "p = new(200 * MiB); drop(p); L.fake_sync(); trim(0x1000); new(200 * MiB); out(L.fake_reserved(0) >> 20)"
+    )
+    assert held.python(script) == [[224]]
+    assert held.do("look")["used"] == 224 * MIB
+
+
+def test_a_trim_gives_back_no_more_than_is_unused(held: Agent) -> None:
+    held.python(POOLS + "p, q = new(40 * MiB), new(200 * MiB); drop(q); L.fake_sync(); out(trim(0x1000))")
+    assert held.do("look")["used"] == 64 * MIB
+
+
+def test_trimmed_at_a_synchronise_it_is_given_back_before_another_call_is_refused(held: Agent) -> None:
+    script = POOLS + "p = new(900 * MiB); drop(p); L.fake_sync(); out(alloc(900 * MiB), L.fake_calls())"
+    assert held.python(script) == [[0, 2]]
+    assert held.do("look")["used"] == 900 * MIB
+
+
+def test_held_but_unused_it_is_trimmed_before_another_call_is_refused(held: Agent) -> None:
+    """As the driver does itself when a device is full."""
+    script = (
+        POOLS
+        + """
+a, b = create(), create()
+p, q = new_from(a, 500 * MiB), new_from(b, 400 * MiB)
+drop(p); L.fake_sync.argtypes = []
+L.fake_sync()
+out(results([new(700 * MiB)]), results([new_from(a, 500 * MiB)]), L.fake_trims() > 0)"""
+    )
+    assert held.python(script) == [[[OOM], [0], True]]
+    assert held.do("look")["used"] <= GIB
+
+
+def test_a_pool_in_use_is_not_given_back_on_a_refusal(held: Agent) -> None:
+    assert held.python(POOLS + "p = new(600 * MiB); out(alloc(600 * MiB), alloc(300 * MiB))") == [[OOM, 0]]
+    assert held.do("look")["used"] == (608 + 300) * MIB
+
+
+def test_without_pools_a_refusal_is_asked_for_once(held: Agent) -> None:
+    assert held.python("out(alloc(2 * GiB))") == [[OOM]]
+    assert len(held.calls(MEMORY)) == 1
+
+
+def test_a_pool_that_others_filled_is_measured(held: Agent) -> None:
+    """Streams that hold what they freed make a pool larger than what is in use."""
+    script = (
+        POOLS
+        + """
+for s in range(3, 7):
+    p = new(100 * MiB, s); drop(p, s)
+out(L.fake_reserved(0) >> 20)"""
+    )
+    reserved = held.python(script)[0][0]
+    assert held.do("look")["used"] >= reserved * MIB - 32 * MIB
+
+
+@pytest.mark.parametrize(
+    "wait",
+    ["cuCtxSynchronize()", "cuStreamSynchronize(None)", "cuStreamSynchronize_ptsz(None)", "cuEventSynchronize(None)"],
+)
+def test_what_a_wait_released_goes_back_for_other_processes(held: Agent, wait: str) -> None:
+    held.python(POOLS + f"p, q = new(200 * MiB), new(40 * MiB); drop(p); L.{wait}; out(L.fake_reserved(0) >> 20)")
+    assert held.do("look")["used"] == 64 * MIB
+
+
+def test_a_wait_that_released_nothing_is_looked_at_a_few_times(held: Agent) -> None:
+    script = (
+        POOLS
+        + """
+p = new(200 * MiB); L.cuCtxSynchronize(); n = L.fake_queries(); drop(p); L.fake_lazy(1)
+for _ in range(100): L.cuCtxSynchronize()
+out(n, L.fake_queries() - n)"""
+    )
+    assert held.python(script) == [[4, 16]]
+    assert held.do("look")["used"] == 224 * MIB
+
+
+def test_streams_that_share_a_place_do_not_share_credit(held: Agent) -> None:
+    """Ten streams hold 100 MiB each and want more than they hold: nothing is left for any of them."""
+    script = (
+        POOLS
+        + """
+for s in range(3, 16):
+    p = new(100 * MiB, s); p > 1000 and drop(p, s)
+first = L.fake_reserved(0) >> 20
+for s in range(3, 16):
+    p = new(150 * MiB, s); p > 1000 and drop(p, s)
+out(first, L.fake_reserved(0) >> 20)"""
+    )
+    assert held.python(script) == [[1024, 1024]]
+
+
+def test_a_failure_on_credit_costs_no_measure(held: Agent) -> None:
+    script = (
+        POOLS
+        + """
+drop(new(300 * MiB)); L.fake_pool_result(719); new(300 * MiB); L.fake_pool_result(0)
+n = L.fake_queries(); new(300 * MiB); out(L.fake_queries() - n)"""
+    )
+    assert held.python(script) == [[0]]
+
+
+def test_a_pool_that_is_far_beyond_its_grant_gets_no_more(held: Agent) -> None:
+    script = POOLS + "new(MiB); L.fake_held(C.c_uint64(2000 * MiB)); out(new(60 * MiB))"
+    assert held.python(script) == [[OOM]]
+
+
+# -- which pool
+
+
+def test_a_pool_is_charged_to_its_own_device(held: Agent) -> None:
+    held.do("limit", device=4, limit=GIB)
+    held.python(POOLS + "a = create(1, 1); out(results([new_from(a, 40 * MiB)]))")
+    assert [(c["device"], c["bytes"]) for c in held.calls(POOL)] == [(4, 64 * MIB)]
+
+
+def test_a_device_is_its_streams(held: Agent) -> None:
+    held.do("limit", device=4, limit=GIB)
+    held.python(POOLS + "L.fake_active(0); L.cuDevicePrimaryCtxRetain(C.byref(c), 1); out(new(MiB, 0x10), new(MiB, 1))")
+    assert [c["device"] for c in held.calls(POOL)] == [4, 3]
+
+
+def test_a_host_pool_is_not_charged(held: Agent) -> None:
+    assert held.python(POOLS + "out(results([new_from(create(3), 8 * GiB), new_from(create(2), 8 * GiB)]))") == [
+        [[0, 0]]
+    ]
+    assert grants(held) == []
+
+
+@pytest.mark.parametrize(
+    "how", ["cuDeviceSetMemPool(0, V(a))", "cuMemSetMemPool(C.byref((C.c_int * 2)(1, 0)), 1, V(a))"]
+)
+def test_the_current_pool_may_change(held: Agent, how: str) -> None:
+    script = (
+        POOLS
+        + f"new(MiB); a = create(); L.{how}; new(40 * MiB); out(L.fake_reserved(0) >> 20, L.fake_reserved(3) >> 20)"
+    )
+    assert held.python(script) == [[32, 64]]
+    assert grants(held) == [32 * MIB, 64 * MIB]
+
+
+def test_a_destroyed_pool_gives_back_and_its_place_serves_again(held: Agent) -> None:
+    script = (
+        POOLS
+        + """
+for _ in range(50):
+    a = create(); p = new_from(a, 40 * MiB); drop(p); L.fake_sync(); L.cuMemPoolDestroy(V(a))
+    if _ == 40: break
+out(1)"""
+    )
+    held.python(script)
+    assert held.do("look")["used"] == 0
+    assert grants(held) == [64 * MIB] * 41
+
+
+def test_what_a_destroyed_pool_has_in_use_stays_charged(held: Agent) -> None:
+    held.python(
+        POOLS
+        + """
+a = create(); p, q = new_from(a, 40 * MiB), new_from(a, 100 * MiB)
+drop(q); L.cuMemPoolDestroy(V(a)); out(1)"""
+    )
+    assert held.do("look")["used"] == 64 * MIB
+
+
+def test_what_is_left_of_destroyed_pools_refuses_nobody(held: Agent) -> None:
+    """Freed after their pool's end, which nobody sees: NVML knows what is still there."""
+    script = (
+        POOLS
+        + """
+rs = []
+for _ in range(20):
+    a = create(); p = new_from(a, 300 * MiB); rs.append(p); L.cuMemPoolDestroy(V(a))
+out(results(rs)); drop(rs[-1]); out(alloc(900 * MiB))"""
+    )
+    assert held.python(script) == [[[0] * 20], [0]]
+    assert held.do("look")["used"] <= GIB
+
+
+def test_more_pools_than_the_table_has_are_charged_together(held: Agent) -> None:
+    script = (
+        POOLS
+        + """
+ps = [create() for _ in range(50)]
+out(sum(new_from(p, 30 * MiB) > 1000 for p in ps))"""
+    )
+    n = held.python(script)[0][0]
+    assert 30 <= n <= 34
+    assert held.do("look")["used"] <= GIB
+
+
+def test_a_pool_that_cannot_be_measured_is_counted(held: Agent) -> None:
+    held.python(POOLS + "L.fake_break(1); out(results(new(20 * MiB) for _ in range(60)))")
+    assert held.do("look")["used"] <= GIB
+
+
+# -- contexts, captures, links
+
+
+@pytest.mark.parametrize(
+    ("end", "after"),
+    [
+        ("L.cuDevicePrimaryCtxReset_v2(0)", 0),
+        ("L.cuDevicePrimaryCtxRelease_v2(0)", 224 * MIB),
+        ("L.cuCtxDestroy_v2(c)", 224 * MIB),
+    ],
+)
+def test_the_end_of_a_context_leaves_what_pools_still_hold(held: Agent, end: str, after: int) -> None:
+    held.python(POOLS + f"p = new(200 * MiB); {end}; out(1)")
+    assert held.do("look")["used"] == after
+    assert given_back(held) == [224 * MIB]
+
+
+def test_after_a_reset_all_is_asked_for_anew(held: Agent) -> None:
+    held.python(POOLS + "p = new(200 * MiB); L.cuDevicePrimaryCtxReset_v2(0); out(results([new(100 * MiB)]))")
+    assert held.do("look")["used"] == 128 * MIB
+
+
+def test_what_is_captured_takes_nothing_from_a_pool(held: Agent) -> None:
+    script = (
+        POOLS
+        + """
+g = V()
+L.cuStreamBeginCapture_v2(V(3), 0); p = new(500 * MiB, 3); drop(p, 3); L.cuStreamEndCapture(V(3), C.byref(g))
+out(L.fake_unsafe(), L.fake_asked_capturing() > 0, results([new(100 * MiB, 3)]))"""
+    )
+    assert held.python(script) == [[0, True, [0]]]
+    assert grants(held) == [128 * MIB]
+
+
+def test_freed_into_a_capture_it_is_no_credit(held: Agent) -> None:
+    script = (
+        POOLS
+        + """
+g = V(); p = new(600 * MiB, 3)
+L.cuStreamBeginCapture_v2(V(3), 0); drop(p, 3); L.cuStreamEndCapture(V(3), C.byref(g))
+out(results([new(600 * MiB, 3)]))"""
+    )
+    assert held.python(script) == [[[OOM]]]
+
+
+def test_our_own_calls_leave_the_capture_mode_alone(held: Agent) -> None:
+    assert held.python(POOLS + "new(MiB); out(L.fake_mode(), L.fake_unsafe()); trim(0x1000); out(L.fake_mode())") == [
+        [0, 0],
+        [0],
+    ]
+
+
+def test_programs_without_captures_are_not_asked_about_them(held: Agent) -> None:
+    assert held.python(
+        POOLS + "[drop(new(MiB)) for _ in range(50)]; out(L.fake_asked_capturing(), L.fake_unsafe())"
+    ) == [[0, 0]]
+
+
+@pytest.mark.parametrize("call", ["trim(0x1000)", "new(2 * GiB)", "L.cuCtxSynchronize()"])
+def test_errno_stays_the_programs(held: Agent, call: str) -> None:
+    script = POOLS + f"p = new(MiB); drop(p); C.set_errno(77); {call}; out(C.get_errno())"
+    assert held.python(script) == [[77]]
+
+
+@pytest.mark.parametrize("answer", ["unmanaged", "magic"])
+def test_unmanaged_is_open_and_closed_is_closed(agent: Agent, answer: str) -> None:
+    agent.do("set", answer=answer)
+    agent.do("start")
+    script = POOLS + "out(results(new(4 * GiB) for _ in range(4)), L.fake_queries())"
+    assert agent.python(script) == [[[0 if answer == "unmanaged" else OOM] * 4, 0]]
+
+
+def test_a_tenant_that_becomes_managed_is_measured(held: Agent) -> None:
+    held.do("set", answer="unmanaged", epoch=7)
+    script = (
+        POOLS
+        + """
+first = results([new(300 * MiB), new(300 * MiB)])
+out(first); sys.stdin.readline(); time.sleep(1.1)
+out(results([new(300 * MiB), new(300 * MiB)]))"""
+    )
+    process = held.start_python(script)
+    assert process.stdout.readline() == "[[0, 0]]\n"
+    held.do("set", answer="managed", epoch=8)
+    held.do("bump", epoch=8)
+    assert process.communicate("\n", timeout=10)[0] == f"[[0, {OOM}]]\n"
+    assert held.do("look")["used"] == 928 * MIB
+
+
+def test_a_child_after_fork_has_no_grant_of_its_parents(held: Agent) -> None:
+    script = (
+        POOLS
+        + """
+p = new(200 * MiB); out(1)
+pid = os.fork()
+if pid: os.waitpid(pid, 0); os._exit(0)
+new(MiB); drop(p); out(results([new(200 * MiB)]))"""
+    )
+    assert held.python(script) == [[1], [[0]]]
+    asked = held.calls(POOL)
+    assert len({c["tgid"] for c in asked}) == 2
+    assert sum(c["bytes"] for c in asked if c["tgid"] == asked[-1]["tgid"]) >= 200 * MIB
+
+
+def test_threads_share_a_pool(held: Agent) -> None:
+    script = (
+        POOLS
+        + """
+sizes = []
+def work(s):
+    for i in range(300):
+        p = new(MiB, s); sizes.append(p > 1000)
+        if i % 3: drop(p, s)
+ts = [threading.Thread(target=work, args=(s,)) for s in range(3, 7)]
+[t.start() for t in ts]; [t.join() for t in ts]
+out(all(sizes), L.fake_reserved(0))"""
+    )
+    held.do("limit", limit=64 * GIB)
+    ok, reserved = held.python(script)[0]
+    assert ok
+    used = held.do("look")["used"]
+    assert reserved - 32 * MIB <= used <= reserved + 96 * MIB
+    assert used == sum(grants(held)) - sum(given_back(held))
+
+
+def test_an_older_driver_has_no_pools(build: Build, held: Agent) -> None:
+    script = """
+try: L.cuMemAllocAsync; out(1)
+except AttributeError: out(0)
+out(alloc(1))"""
+    assert held.python(script, driver="old") == [[0], [0]]
+
+
+def test_pools_and_graphs_are_free_of_undefined_behaviour(build: Build, held: Agent, tmp_path: Path) -> None:
+    """The library again, built to die of the first undefined operation."""
+    trapping = build.make(tmp_path, "SANITIZE=-fsanitize=undefined -fsanitize-undefined-trap-on-error")
+    script = (
+        POOLS
+        + """
+sizes = (1, 511, 512, MiB, 33 * MiB, 900 * MiB, 1 << 47, 1 << 48, (1 << 48) + 1, 2**63, 2**64 - 1)
+for s in (0, 1, 2, 3, 9):
+    for n in sizes:
+        p = new(n, s); p > 1000 and drop(p, s)
+        g = V(); L.cuStreamBeginCapture_v2(V(12), 0)
+        drop(new(n, 12), 12); new(n, 12); L.cuStreamEndCapture(V(12), C.byref(g))
+        e = V(); L.cuGraphInstantiate_v2(C.byref(e), g, None, None, 0); L.cuGraphLaunch(e, V(s))
+        L.cuCtxSynchronize()
+a = create(); new_from(a, MiB); L.cuMemPoolDestroy(V(a)); L.cuDeviceGraphMemTrim(-1); L.cuDeviceGraphMemTrim(0)
+L.cuCtxDestroy_v2(None); L.cuDevicePrimaryCtxReset_v2(0)
+out(1)"""
+    )
+    assert held.python(script, libraries=(trapping,)) == [[1]]
