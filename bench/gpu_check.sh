@@ -16,7 +16,6 @@ headers=${HEADERS:-}
 for folder in "$PWD/build/headers" /usr/local/cuda/include /usr/local/cuda/targets/x86_64-linux/include; do
     [ -n "$headers" ] || [ ! -e "$folder/cuda.h" ] || headers=$folder
 done
-read -r -a fgpu <<<"$FGPU"
 failed=()
 
 step() { # step NAME SECONDS COMMAND...: bounded, reported, never the end of the rest
@@ -41,7 +40,6 @@ step shim 120 make -s -C shim OUT="$PWD/build/shim" HEADERS="$headers"
 step client 60 bash -c "$(declare -f compile); headers=$headers; compile tests/e2e/client.c build/e2e/client"
 step timer 60 bash -c "$(declare -f compile); headers=$headers; compile bench/memory.c build/bench/memory"
 step filler 60 bash -c "$(declare -f compile); headers=$headers; compile examples/fill.c build/examples/fill"
-step doctor 60 "${fgpu[@]}" doctor --driver-root "$DRIVER_ROOT"
 for claim in ${CLAIMS:-start smi fill torch jax pair race kills restarts orphan}; do
     step "$claim" 240 "$python" bench/gpu_check.py "$claim"
 done

@@ -14,6 +14,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Names the marks, and refuses a scale that is none."""
     config.addinivalue_line("markers", "slow: left out of `./dev test quick`")
     config.addinivalue_line("markers", "places(*names): where an end-to-end test runs; everywhere without")
+    config.addinivalue_line("markers", "every_place: there in the quick run too, which takes the last place else")
     if os.environ.get("FGPU_TEST_SCALE", "ci") not in SCALES:
         raise pytest.UsageError(f"FGPU_TEST_SCALE is none of {', '.join(SCALES)}")
 

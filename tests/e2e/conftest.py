@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import harness
 import pytest
 
-PLACES = ["host", "runc", *(["crun"] if shutil.which("crun") else [])]
+PLACES = ["host", *(["crun"] if shutil.which("crun") else []), "runc"]
 
 
 @pytest.fixture(scope="session")
@@ -60,11 +61,13 @@ def place(request: pytest.FixtureRequest, unharmed: None, tmp_path: Path) -> Ite
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test with a `place` runs in each of them, or in those that its mark `places` names."""
+    """Every test with a `place` runs in each of them, or in those that its mark `places` names; quick: in the last."""
     if "place" not in metafunc.fixturenames:
         return
     mark = metafunc.definition.get_closest_marker("places")
-    wanted = [p for p in (mark.args if mark else PLACES) if p not in ("crun",) or p in PLACES]
+    wanted = list(mark.args if mark else PLACES)
+    if os.environ.get("FGPU_TEST_SCALE") == "quick" and not metafunc.definition.get_closest_marker("every_place"):
+        wanted = wanted[-1:]
     metafunc.parametrize("place", wanted, indirect=True)
 
 

@@ -101,20 +101,45 @@ def ask(**request: Any) -> Any:
     return answer["ok"]
 
 
-def metrics() -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """The metrics page: (name, labels) -> value."""
-    with urllib.request.urlopen(METRICS, timeout=5) as page:
-        text = page.read().decode()
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def metrics(page: str | None = None) -> Samples:
+    """The metrics of this moment, or those of a page: (name, labels) -> value."""
     found = {}
+    text = ask(verb="metrics") if page is None else page
     for name, labels, value in re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.MULTILINE):
         found[name, frozenset(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', labels))] = float(value)
     return found
+
+
+def metrics_page() -> str:
+    """What Prometheus is given; it is made anew once a second."""
+    with urllib.request.urlopen(METRICS, timeout=5) as page:
+        return str(page.read().decode())
 
 
 def driver_books() -> list[dict[str, Any]]:
     """What the driver itself holds: one entry a process and device."""
     done = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, text=True, check=True, timeout=10)
     return json.loads(done.stdout)["processes"]
+
+
+def gatekeepers_of(run_dir: Path) -> set[int]:
+    """Pids of every gatekeeper that was started with that folder."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = entry.read_bytes().split(b"\0")
+            if b"fgpu_ebpf.gatekeeper" in words and str(run_dir).encode() in words:
+                found.add(int(entry.parent.name))
+    return found
+
+
+def _reads(link: str) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(link)
+    return ""
 
 
 # -- the service
@@ -162,15 +187,8 @@ class Service:
 
     def gatekeepers(self) -> set[int]:
         """Pids of every gatekeeper that sees our /run, whoever started it."""
-        found = set()
         here = os.readlink("/proc/self/ns/mnt")
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                words = entry.read_bytes().split(b"\0")
-                ours = os.readlink(entry.with_name("ns") / "mnt") == here
-                if ours and b"fgpu_ebpf.gatekeeper" in words and str(RUN_DIR).encode() in words:
-                    found.add(int(entry.parent.name))
-        return found
+        return {pid for pid in gatekeepers_of(RUN_DIR) if _reads(f"/proc/{pid}/ns/mnt") == here}
 
     def kill_agent(self) -> None:
         """kill -9."""
@@ -370,7 +388,7 @@ class Tenant:
         return sum(p[f"{kind}_bytes"] for p in driver_books() if p["pid"] in pids for kind in kinds)
 
     def assert_enforced(self) -> None:
-        """The metrics page says that the kernel holds this tenant's limit."""
+        """The metrics say that the kernel holds this tenant's limit."""
         key = "fgpu_tenant_enforcement", frozenset({("tenant", self.name), ("mode", "kernel")})
         eventually(lambda: metrics().get(key) == 1, 3, f"enforcement of {self.name}")
 

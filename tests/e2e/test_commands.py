@@ -10,7 +10,20 @@ import sys
 import urllib.request
 
 import pytest
-from harness import CONTEXT, ENVIRONMENT, FGPU, GIB, METRICS, MIB, ROOT, Service, eventually, fgpu, metrics
+from harness import (
+    CONTEXT,
+    ENVIRONMENT,
+    FGPU,
+    GIB,
+    METRICS,
+    MIB,
+    ROOT,
+    Service,
+    eventually,
+    fgpu,
+    metrics,
+    metrics_page,
+)
 
 FAMILIES = {
     "fgpu_memory_limit_bytes": {"tenant", "gpu"},
@@ -40,7 +53,7 @@ def test_metrics_tell_what_happened(tenant) -> None:
     mine = {("tenant", one.name), ("gpu", "0")}
 
     def values() -> dict[str, float]:
-        found = metrics()
+        found = metrics(metrics_page())
         return {name: value for (name, labels), value in found.items() if labels >= mine}
 
     eventually(lambda: values().get("fgpu_memory_refused_total") == 1, 3, "the refusal")
@@ -53,7 +66,7 @@ def test_metrics_tell_what_happened(tenant) -> None:
         "fgpu_memory_witnessed_bytes_total": 40 * MIB,
         "fgpu_memory_drift_bytes": 0,
     }
-    page = metrics()
+    page = metrics(metrics_page())
     assert page["fgpu_processes", frozenset({("tenant", one.name)})] == 1
     for name, labels in FAMILIES.items():
         found = [set(dict(have)) for family, have in page if family == name]

@@ -94,6 +94,7 @@ def test_who_fits_is_not_refused_beside_hopeless_askers(tenant, scale) -> None:
     assert memory["witnessed_bytes"] == memory["admitted_bytes"] == times * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.places(*PLACES)
 def test_who_fits_is_not_refused_beside_hopeless_askers_of_its_group(place, tenant, scale) -> None:
     one, other = tenant(2 * GIB), tenant(12 * GIB)

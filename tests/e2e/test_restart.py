@@ -95,6 +95,7 @@ def test_limits_stand_while_nobody_is_there(agent: Service, tenant) -> None:
     assert client.do(f"alloc {2 * MIB}") == REFUSED
 
 
+@pytest.mark.slow
 @pytest.mark.places("host", "runc")
 def test_what_ends_while_nobody_is_there_is_forgotten(agent: Service, tenant) -> None:
     one = tenant(2 * CONTEXT + ROOM)
@@ -127,6 +128,7 @@ def test_process_started_without_a_gatekeeper_gets_no_memory(agent: Service, ten
     assert one.assert_exact() == CONTEXT + ROOM
 
 
+@pytest.mark.slow
 def test_agent_enforces_within_three_seconds(agent: Service) -> None:
     seconds = []
     for _ in range(3):
@@ -136,6 +138,7 @@ def test_agent_enforces_within_three_seconds(agent: Service) -> None:
     assert min(seconds) < 3, seconds
 
 
+@pytest.mark.slow
 @pytest.mark.places("host")
 def test_gatekeeper_comes_back_within_a_second(agent: Service, tenant) -> None:
     begun = time.monotonic()
@@ -147,6 +150,7 @@ def test_gatekeeper_comes_back_within_a_second(agent: Service, tenant) -> None:
     assert time.monotonic() - begun < 4
 
 
+@pytest.mark.slow
 @pytest.mark.places("host")
 def test_detach_leaves_nothing(agent: Service, tenant) -> None:
     one = tenant(CONTEXT + ROOM)
