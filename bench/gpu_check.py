@@ -182,6 +182,7 @@ print("then", bool(torch.isfinite(weights.grad).all()), torch.ones(1 << 28, devi
 JAX = """
 import os
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.99"  # its own limit then lies beyond what the ledger leaves
 import jax, jax.numpy as jnp
 kept = []
 try:

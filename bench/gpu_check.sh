@@ -44,5 +44,6 @@ for claim in ${CLAIMS:-start smi fill torch jax pair race kills restarts orphan}
     step "$claim" 240 "$python" bench/gpu_check.py "$claim"
 done
 step bench 240 "$python" bench/memory.py --driver-root "$DRIVER_ROOT"
+step calls 240 "$python" bench/calls.py --driver-root "$DRIVER_ROOT"
 printf '\n== end: %d failed: %s\n' "${#failed[@]}" "${failed[*]:-none}"
 [ ${#failed[@]} = 0 ]
