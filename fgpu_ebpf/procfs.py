@@ -38,7 +38,7 @@ def _read(path: str) -> bytes:
 
 
 def _field(text: bytes, name: bytes) -> bytes:
-    return next((line[len(name) :] for line in text.splitlines() if line.startswith(name)), b"")
+    return next((line[len(name) :] for line in text.split(b"\n") if line.startswith(name)), b"")
 
 
 # -- who it is ------------------------------------------------------------------------------------------------------

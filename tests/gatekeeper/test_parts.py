@@ -136,6 +136,16 @@ def test_names_of_a_process() -> None:
     assert pid_names(2**22) == {}
 
 
+def test_a_process_s_own_name_forges_no_line() -> None:
+    program = "import ctypes; ctypes.CDLL(None).prctl(15, b'x\\rNSpid: 7'); print(flush=True); input()"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        assert set(pid_names(process.pid).values()) == {process.pid}
+        process.kill()
+
+
 def process(leaf: int, *held: int) -> Any:
     return SimpleNamespace(generation=9, levels=(leaf, 1), bytes=held)
 
