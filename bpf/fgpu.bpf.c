@@ -22,7 +22,8 @@ BPF_TABLE_PINNED("hash_of_maps$page_template", u64, int, pages, 4096, PINS "page
 BPF_TABLE_PINNED("hash", u64, u32, resolved, 16384, PINS "resolved", SPARSE);
 BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_limit, limits, 65536, PINS "limits", SPARSE);
 BPF_TABLE_PINNED("hash", u32, struct fgpu_process, processes, 16384, PINS "processes", SPARSE);
-BPF_TABLE_PINNED("hash", struct fgpu_allocation_key, struct fgpu_allocation, allocations, 262144, PINS "allocations", SPARSE);
+BPF_TABLE_PINNED("hash", struct fgpu_allocation_key, struct fgpu_allocation, allocations, 262144, PINS "allocations",
+                 SPARSE);
 BPF_TABLE_PINNED("hash", u64, struct fgpu_thread, threads, 65536, PINS "threads", SPARSE);
 BPF_TABLE_PINNED("array", u32, u64, contexts, FGPU_DEVICES, PINS "contexts");
 BPF_TABLE_PINNED("array", u32, struct fgpu_device, devices, FGPU_DEVICES, PINS "devices");
@@ -281,7 +282,8 @@ static struct fgpu_thread *own_thread(u64 id)
 
 static int granted(u64 verdict) { return verdict == FGPU_ADMITTED || verdict == FGPU_UNLIMITED; }
 
-static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u32 device, u64 bytes, u32 kind, u64 ticket)
+static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u32 device, u64 bytes, u32 kind,
+               u64 ticket)
 {
     struct fgpu_admission *a = &t->admission;
     if (a->ticket == ticket && a->verdict != FGPU_AGAIN) return a->verdict;
@@ -356,10 +358,10 @@ static int frees(u64 function) { return function >= FGPU_FUNCTION_FREE; }
 
 static u32 space_of(u64 function)
 {
-    return function == FGPU_FUNCTION_RELEASE ? FGPU_SPACE_HANDLE
-           : function == FGPU_FUNCTION_DESTROY ? FGPU_SPACE_CONTEXT
+    return function == FGPU_FUNCTION_RELEASE         ? FGPU_SPACE_HANDLE
+           : function == FGPU_FUNCTION_DESTROY       ? FGPU_SPACE_CONTEXT
            : function == FGPU_FUNCTION_ARRAY_DESTROY ? FGPU_SPACE_ARRAY
-                                            : FGPU_SPACE_POINTER;
+                                                     : FGPU_SPACE_POINTER;
 }
 
 /* A call that failed, or will never be seen to end: what it was charged goes, what it took comes back. */
@@ -370,8 +372,13 @@ static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         return;
     }
     if (!f->references) return;
-    struct fgpu_allocation_key key = {.tgid = tgid, .space = space_of(f->function), .generation = p->generation, .handle = f->arguments[0]};
-    struct fgpu_allocation value = {.bytes = f->bytes, .device = f->device, .era = p->era[slot(f->device)], .references = f->references, .owner = f->arguments[2]};
+    struct fgpu_allocation_key key = {
+        .tgid = tgid, .space = space_of(f->function), .generation = p->generation, .handle = f->arguments[0]};
+    struct fgpu_allocation value = {.bytes = f->bytes,
+                                    .device = f->device,
+                                    .era = p->era[slot(f->device)],
+                                    .references = f->references,
+                                    .owner = f->arguments[2]};
     struct fgpu_allocation *there = allocations.lookup(&key);
     if (there)
         __sync_fetch_and_add(&there->references, f->references);
@@ -383,7 +390,8 @@ static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
  * the same pointer to another thread. */
 static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
-    struct fgpu_allocation_key key = {.tgid = tgid, .space = space_of(f->function), .generation = p->generation, .handle = f->arguments[0]};
+    struct fgpu_allocation_key key = {
+        .tgid = tgid, .space = space_of(f->function), .generation = p->generation, .handle = f->arguments[0]};
     struct fgpu_allocation *a = allocations.lookup(&key);
     if (!a) return;
     f->device = a->device;
@@ -395,7 +403,8 @@ static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         f->bytes = 0;
         return;
     }
-    if (a->era != p->era[slot(a->device)] && f->function != FGPU_FUNCTION_RELEASE) f->bytes = 0; /* went with its context */
+    if (a->era != p->era[slot(a->device)] && f->function != FGPU_FUNCTION_RELEASE)
+        f->bytes = 0; /* went with its context */
     allocations.delete(&key);
 }
 
@@ -479,17 +488,30 @@ static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f)
     f->device = FGPU_DEVICES; /* not said: the process's last */
     switch (f->function) {
     case FGPU_FUNCTION_ALLOC:
-    case FGPU_FUNCTION_ALLOC_MANAGED: return f->arguments[1];
-    case FGPU_FUNCTION_ALLOC_PITCH: return pitch_bytes(PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
+    case FGPU_FUNCTION_ALLOC_MANAGED:
+        return f->arguments[1];
+    case FGPU_FUNCTION_ALLOC_PITCH:
+        return pitch_bytes(PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
     case FGPU_FUNCTION_ARRAY:
     case FGPU_FUNCTION_ARRAY_3D:
-    case FGPU_FUNCTION_ARRAY_MIPMAPPED: return shape_bytes(f->function, (void *)PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
-    case FGPU_FUNCTION_CREATE: return create_bytes(f, (void *)PT_REGS_PARM3(ctx));
-    case FGPU_FUNCTION_RETAIN: f->device = PT_REGS_PARM2(ctx); return 0;
-    case FGPU_FUNCTION_CONTEXT_V2: f->device = PT_REGS_PARM3(ctx); return 0;
-    case FGPU_FUNCTION_CONTEXT_V3: f->device = PT_REGS_PARM5(ctx); return 0;
-    case FGPU_FUNCTION_CONTEXT_V4: f->device = PT_REGS_PARM4(ctx); return 0;
-    default: return 0;
+    case FGPU_FUNCTION_ARRAY_MIPMAPPED:
+        return shape_bytes(f->function, (void *)PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
+    case FGPU_FUNCTION_CREATE:
+        return create_bytes(f, (void *)PT_REGS_PARM3(ctx));
+    case FGPU_FUNCTION_RETAIN:
+        f->device = PT_REGS_PARM2(ctx);
+        return 0;
+    case FGPU_FUNCTION_CONTEXT_V2:
+        f->device = PT_REGS_PARM3(ctx);
+        return 0;
+    case FGPU_FUNCTION_CONTEXT_V3:
+        f->device = PT_REGS_PARM5(ctx);
+        return 0;
+    case FGPU_FUNCTION_CONTEXT_V4:
+        f->device = PT_REGS_PARM4(ctx);
+        return 0;
+    default:
+        return 0;
     }
 }
 
@@ -538,7 +560,8 @@ int call_enter(struct pt_regs *ctx)
 /* Enters a new handle; an older charge of the same name is one whose end nobody saw. */
 static void keep(struct fgpu_process *p, struct fgpu_allocation_key *key, u64 bytes, u32 device, u64 owner)
 {
-    struct fgpu_allocation value = {.bytes = bytes, .device = device, .era = p->era[slot(device)], .references = 1, .owner = owner};
+    struct fgpu_allocation value = {
+        .bytes = bytes, .device = device, .era = p->era[slot(device)], .references = 1, .owner = owner};
     struct fgpu_allocation *old = allocations.lookup(key);
     if (old && old->bytes && old->era == p->era[slot(old->device)]) {
         anomaly(FGPU_ANOMALY_STALE);
@@ -613,7 +636,8 @@ static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allo
     struct fgpu_allocation *a = allocations.lookup(key);
     if (!a) return;
     __sync_fetch_and_add(&a->references, 1);
-    struct fgpu_allocation value = {.bytes = f->arguments[1], .device = a->device, .references = 1, .owner = f->arguments[2]};
+    struct fgpu_allocation value = {
+        .bytes = f->arguments[1], .device = a->device, .references = 1, .owner = f->arguments[2]};
     key->space = FGPU_SPACE_MAPPING;
     key->handle = f->arguments[0];
     if (allocations.update(key, &value)) anomaly(FGPU_ANOMALY_FULL);
@@ -678,7 +702,9 @@ static void allocated(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_a
         owner = 1;
     }
     if (f->function == FGPU_FUNCTION_CREATE) __sync_fetch_and_add(&p->vmm[slot(f->device)], f->bytes);
-    key->space = f->function == FGPU_FUNCTION_CREATE ? FGPU_SPACE_HANDLE : f->function >= FGPU_FUNCTION_ARRAY ? FGPU_SPACE_ARRAY : FGPU_SPACE_POINTER;
+    key->space = f->function == FGPU_FUNCTION_CREATE  ? FGPU_SPACE_HANDLE
+                 : f->function >= FGPU_FUNCTION_ARRAY ? FGPU_SPACE_ARRAY
+                                                      : FGPU_SPACE_POINTER;
     key->handle = given(f);
     tally_witnessed(p, f->device, f->bytes);
     keep(p, key, f->bytes, f->device, owner);
@@ -707,10 +733,16 @@ static u64 settle(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     switch (f->function) {
     case FGPU_FUNCTION_FREE:
     case FGPU_FUNCTION_RELEASE:
-    case FGPU_FUNCTION_ARRAY_DESTROY: return freed(p, f);
-    case FGPU_FUNCTION_DESTROY: return f->references ? end_context(p, f->device) : 0;
-    case FGPU_FUNCTION_MAP: mapped(p, f, &key); return 0;
-    case FGPU_FUNCTION_UNMAP: unmapped(p, f, &key); return 0;
+    case FGPU_FUNCTION_ARRAY_DESTROY:
+        return freed(p, f);
+    case FGPU_FUNCTION_DESTROY:
+        return f->references ? end_context(p, f->device) : 0;
+    case FGPU_FUNCTION_MAP:
+        mapped(p, f, &key);
+        return 0;
+    case FGPU_FUNCTION_UNMAP:
+        unmapped(p, f, &key);
+        return 0;
     case FGPU_FUNCTION_RETAIN_HANDLE: {
         key.space = FGPU_SPACE_HANDLE;
         key.handle = given(f);
@@ -733,8 +765,12 @@ static u64 settle(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         return end_primary(p, f->device);
     case FGPU_FUNCTION_CONTEXT_V2:
     case FGPU_FUNCTION_CONTEXT_V3:
-    case FGPU_FUNCTION_CONTEXT_V4: context_made(p, f, &key); return 0;
-    default: allocated(p, f, &key); return 0;
+    case FGPU_FUNCTION_CONTEXT_V4:
+        context_made(p, f, &key);
+        return 0;
+    default:
+        allocated(p, f, &key);
+        return 0;
     }
 }
 
@@ -838,10 +874,15 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
 {
     u64 levels[FGPU_LEVELS] = {ctx->args[4], ctx->args[5], ctx->args[6], ctx->args[7]};
     switch (ctx->args[0]) {
-    case FGPU_PUBLISH: return publish(ctx->args[1]);
-    case FGPU_OVERHEAD: return set_overhead(ctx->args[1], ctx->args[2], ctx->args[3], ctx->args[4], ctx->args[5]);
-    case FGPU_MOVE: return move(ctx->args[1], ctx->args[2], ctx->args[3], levels);
-    case FGPU_REAP: return reap(ctx->args[1], ctx->args[2]);
-    default: return -22;
+    case FGPU_PUBLISH:
+        return publish(ctx->args[1]);
+    case FGPU_OVERHEAD:
+        return set_overhead(ctx->args[1], ctx->args[2], ctx->args[3], ctx->args[4], ctx->args[5]);
+    case FGPU_MOVE:
+        return move(ctx->args[1], ctx->args[2], ctx->args[3], levels);
+    case FGPU_REAP:
+        return reap(ctx->args[1], ctx->args[2]);
+    default:
+        return -22;
     }
 }

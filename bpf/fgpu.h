@@ -28,12 +28,12 @@ enum fgpu_verdict { FGPU_REFUSED, FGPU_ADMITTED, FGPU_AGAIN, FGPU_UNLIMITED };
 enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGPU_KINDS };
 enum fgpu_reason { FGPU_REASON_LIMIT, FGPU_REASON_DEVICE_FULL, FGPU_REASON_OBSERVED };
 enum fgpu_anomaly {
-    FGPU_ANOMALY_RELEASE,  /* more given back than held */
-    FGPU_ANOMALY_FULL,     /* a map had no room: charged until the process ends */
-    FGPU_ANOMALY_DEVICE,   /* a device index that is not the tenant's */
-    FGPU_ANOMALY_LOST,     /* a witness that met a process entry half made */
-    FGPU_ANOMALY_BYPASS,   /* an allocation that no admission went before */
-    FGPU_ANOMALY_STALE,    /* a handle seen anew while its old charge stood */
+    FGPU_ANOMALY_RELEASE, /* more given back than held */
+    FGPU_ANOMALY_FULL,    /* a map had no room: charged until the process ends */
+    FGPU_ANOMALY_DEVICE,  /* a device index that is not the tenant's */
+    FGPU_ANOMALY_LOST,    /* a witness that met a process entry half made */
+    FGPU_ANOMALY_BYPASS,  /* an allocation that no admission went before */
+    FGPU_ANOMALY_STALE,   /* a handle seen anew while its old charge stood */
 };
 
 /* -- usage page: one per level, a BPF array of one element, frozen: written by BPF programs alone ---------------- */
@@ -67,13 +67,13 @@ struct fgpu_device {
     __u32 spare[3];
 };
 struct fgpu_row { /* one process of the tenant on one device */
-    __u32 pid; /* as the reader's pid namespace knows it */
+    __u32 pid;    /* as the reader's pid namespace knows it */
     __u32 device;
     __u64 bytes;
 };
 struct fgpu_control_page {
     __u32 version;
-    __u32 flags; /* FGPU_MANAGED, FGPU_SETTLE */
+    __u32 flags;   /* FGPU_MANAGED, FGPU_SETTLE */
     __u8 boot[16]; /* which gatekeeper wrote this */
     __u64 heartbeat_ns;
     __u64 epoch; /* has changed: say hello again */
@@ -81,7 +81,7 @@ struct fgpu_control_page {
     __u32 spare[5];
     struct fgpu_device devices[FGPU_DEVICES];
     __u32 gates[FGPU_DEVICES]; /* 1 open, 0 closed; a futex each */
-    __u32 sequence; /* odd while the rows change */
+    __u32 sequence;            /* odd while the rows change */
     __u32 row_count;
     __u64 spare2;
     struct fgpu_row rows[FGPU_ROWS];
@@ -136,24 +136,24 @@ struct fgpu_file { /* key of files, as /proc/PID/maps names a file */
     __u64 dev;
     __u64 ino;
 };
-struct fgpu_process { /* processes: tgid -> */
-    __u64 state; /* 0 fresh, 1 claimed, 2 ready */
-    __u64 generation; /* when the kernel made this entry: a reused tgid has another */
+struct fgpu_process {          /* processes: tgid -> */
+    __u64 state;               /* 0 fresh, 1 claimed, 2 ready */
+    __u64 generation;          /* when the kernel made this entry: a reused tgid has another */
     __u64 levels[FGPU_LEVELS]; /* cgroup ids, leaf first */
     __u32 level_count;
     __u32 flags; /* FGPU_SEEN_SHIM, FGPU_SEEN_BYPASS */
     __u32 last_device;
     __u32 spare;
-    __u64 changes; /* one more with every charge and release: two equal reads had none between */
+    __u64 changes;             /* one more with every charge and release: two equal reads had none between */
     __u64 bytes[FGPU_DEVICES]; /* all that is charged, what follows included */
     __u64 pool[FGPU_DEVICES];
-    __u64 vmm[FGPU_DEVICES]; /* outlives contexts */
+    __u64 vmm[FGPU_DEVICES];      /* outlives contexts */
     __s64 overhead[FGPU_DEVICES]; /* contexts, modules, rounding: what NVML alone knows; may be negative */
     __u32 contexts[FGPU_DEVICES];
     __u32 retained[FGPU_DEVICES]; /* references to the primary context */
-    __u32 era[FGPU_DEVICES]; /* one more when the last context ends: older allocations are gone */
-    __u64 managed[FGPU_DEVICES]; /* NVML never shows it */
-    __u32 primary[FGPU_DEVICES]; /* 1: the primary context is there; a reset ends it and leaves its references */
+    __u32 era[FGPU_DEVICES];      /* one more when the last context ends: older allocations are gone */
+    __u64 managed[FGPU_DEVICES];  /* NVML never shows it */
+    __u32 primary[FGPU_DEVICES];  /* 1: the primary context is there; a reset ends it and leaves its references */
 };
 #define FGPU_SEEN_SHIM 1
 #define FGPU_SEEN_BYPASS 2
@@ -169,7 +169,7 @@ struct fgpu_allocation {
     __u32 device;
     __u32 era;
     __u64 references; /* of a VMM handle: handles and mappings together */
-    __u64 owner; /* of a mapping: its handle; of a pointer: 1 where it is managed memory */
+    __u64 owner;      /* of a mapping: its handle; of a pointer: 1 where it is managed memory */
 };
 struct fgpu_admission { /* that no driver call has settled yet; ticket 0: none */
     __u64 ticket;
@@ -224,7 +224,8 @@ struct fgpu_counter_key { /* counters; anomalies have cgroup 0, kind FGPU_KINDS 
 /* adjust(): arguments of the raw tracepoint program that the agent runs by BPF_PROG_TEST_RUN. Returns 0 or -errno. */
 enum fgpu_adjust {
     FGPU_PUBLISH,  /* cgroup: limits -> its page */
-    FGPU_OVERHEAD, /* tgid, generation, device, bytes, changes: sets what NVML alone knows; -EAGAIN if `changes` moved on */
+    FGPU_OVERHEAD, /* tgid, generation, device, bytes, changes: sets what NVML alone knows; -EAGAIN if `changes` moved
+                      on */
     FGPU_MOVE,     /* tgid, generation (0: make the entry), count, levels leaf first: charges follow */
     FGPU_REAP,     /* tgid, generation: the process is gone and nothing said so */
 };

@@ -16,13 +16,13 @@
 #define GRANULE (2ULL << 20)
 #define MOST_THREADS 8
 
+/* clang-format off */
 #define DRIVER(X)                                                                                                      \
-    X(cuInit)                                                                                                          \
-    X(cuDevicePrimaryCtxRetain) X(cuCtxSetCurrent) X(cuCtxCreate_v2) X(cuCtxDestroy_v2) X(cuCtxPopCurrent_v2)          \
-        X(cuMemAlloc_v2) X(cuMemAllocPitch_v2) X(cuMemAllocManaged) X(cuMemFree_v2) X(cuArrayCreate_v2)                \
-            X(cuArray3DCreate_v2) X(cuMipmappedArrayCreate) X(cuArrayDestroy) X(cuMipmappedArrayDestroy)               \
-                X(cuMemCreate) X(cuMemRelease) X(cuMemRetainAllocationHandle) X(cuMemAddressReserve)                   \
-                    X(cuMemAddressFree) X(cuMemMap) X(cuMemUnmap)
+    X(cuInit) X(cuDevicePrimaryCtxRetain) X(cuCtxSetCurrent) X(cuCtxCreate_v2) X(cuCtxDestroy_v2) X(cuCtxPopCurrent_v2)  \
+    X(cuMemAlloc_v2) X(cuMemAllocPitch_v2) X(cuMemAllocManaged) X(cuMemFree_v2) X(cuArrayCreate_v2)                      \
+    X(cuArray3DCreate_v2) X(cuMipmappedArrayCreate) X(cuArrayDestroy) X(cuMipmappedArrayDestroy) X(cuMemCreate)          \
+    X(cuMemRelease) X(cuMemRetainAllocationHandle) X(cuMemAddressReserve) X(cuMemAddressFree) X(cuMemMap) X(cuMemUnmap)
+/* clang-format on */
 
 static struct {
 #define SLOT(name) __typeof__(&name) name;
