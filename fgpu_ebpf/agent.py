@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fgpu_ebpf import devices, launch, probes, procfs
 from fgpu_ebpf.ledger import PINS, Ledger
-from fgpu_ebpf.reconcile import Reconciler
+from fgpu_ebpf.reconcile import Reconciler, Truth
 from fgpu_ebpf.snapshot import Snapshot
 from fgpu_ebpf.view import take_snapshot
 from fgpu_ebpf.workloads import Workload, Workloads
@@ -69,6 +69,7 @@ class Agent:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.snapshot = Snapshot(time.time())
+        self.reconciler: Reconciler | None = None
         self._gatekeeper: subprocess.Popen[bytes] | None = None
         self._ended = False
         self.selector = selectors.DefaultSelector()
@@ -216,17 +217,17 @@ class Agent:
             if time.monotonic() >= next_snapshot:
                 next_snapshot = time.monotonic() + SNAPSHOT_SECONDS
                 publish(self.look())
-        self._stop()
 
     def look(self) -> Snapshot:
         """A Snapshot of this moment."""
-        self.snapshot = take_snapshot(
-            self.ledger, self.workloads, self.nvml.devices, self.reconciler.truth, self.settings.run_dir
-        )
+        truth = self.reconciler.truth if self.reconciler else Truth(0.0)
+        self.snapshot = take_snapshot(self.ledger, self.workloads, self.nvml.devices, truth, self.settings.run_dir)
         return self.snapshot
 
-    def _stop(self) -> None:
-        self.reconciler.stop()
+    def stop(self) -> None:
+        """Ends what this agent started, however far it came; what is in force stays so."""
+        if self.reconciler:
+            self.reconciler.stop()
         if self._gatekeeper and self._gatekeeper.poll() is None:
             self._gatekeeper.terminate()
             try:
@@ -326,7 +327,7 @@ class Agent:
 
     def detach(self) -> None:
         """Opens everything and leaves the host as it was; run() ends."""
-        self._stop()
+        self.stop()
         for workload in list(self.workloads):
             self.workloads.drop(workload.cgroup)
         take_away(self.settings.run_dir, self.settings.pins)

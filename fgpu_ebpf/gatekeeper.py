@@ -140,7 +140,7 @@ class Gatekeeper:
         self._callers.charge(caller.tenant, thread_time_ns() - began_ns)
 
     def _decide(self, caller: Caller, ledger: Ledger) -> None:
-        if caller.epoch != ledger.epoch():
+        if caller.epoch != ledger.epoch() or caller.standing.managed is None:
             caller.epoch, caller.standing = self._stand(caller.pid)
         self._clients.epoch = caller.epoch
         if caller.standing.managed is False:

@@ -46,6 +46,7 @@ class ControlServer:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._own_namespace = os.stat("/proc/self/ns/user").st_ino
+        self._listener: socket.socket | None = None
         self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {
             "ping": lambda _: {"pid": os.getpid()},
             "snapshot": lambda _: agent.look().as_json(),
@@ -61,23 +62,25 @@ class ControlServer:
         path = self._agent.settings.run_dir / "control.sock"
         aside = path.with_name(".control.sock")
         aside.unlink(missing_ok=True)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._listener.bind(str(aside))
+        listener = self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        listener.bind(str(aside))
         aside.chmod(0o660)
         with contextlib.suppress(KeyError):
             os.chown(aside, 0, grp.getgrnam("fgpu").gr_gid)
-        self._listener.listen(64)
+        listener.listen(64)
         aside.rename(path)
-        self._agent.selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._agent.selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
 
     def close(self) -> None:
         """Stops listening; nobody may think that an agent is here."""
+        if self._listener is None:
+            return
         self._listener.close()
         (self._agent.settings.run_dir / "control.sock").unlink(missing_ok=True)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            peer, _ = self._listener.accept()
+            peer, _ = listener.accept()
             with peer:
                 peer.settimeout(PEER_SECONDS)
                 peer.sendall(json.dumps(self._answer(peer)).encode() + b"\n")

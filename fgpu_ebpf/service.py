@@ -6,11 +6,13 @@ mend, and whatever was in force stays so.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from fgpu_ebpf import agent, devices, ledger, probes, server, workloads
@@ -53,17 +55,27 @@ def serve(run_dir: Path, driver_root: Path, shim: Path | None, listen: str, load
     os.environ.pop("LD_PRELOAD", None)
     service = Agent(settings(run_dir, driver_root, shim, listen, loader, pins))
     agent.handle_signals(service)
-    service.start()
+    try:
+        service.start()
+        with _reachable(service):
+            log.info("enforcing, %d devices, metrics http://%s/metrics", len(service.nvml.devices), listen)
+            log.info("ready after %.2f s", time.monotonic() - begun)
+            agent.tell_service_manager("READY=1")
+            service.run(_published)
+    finally:
+        service.stop()
+
+
+@contextlib.contextmanager
+def _reachable(service: Agent) -> Iterator[None]:
+    """Control socket and metrics address, open once everything is in force."""
     control = server.ControlServer(service)
     web = server.serve_metrics(service)
-    service.wait_for_gatekeeper()
-    service.look()
-    control.open()
-    log.info("enforcing, %d devices, metrics http://%s/metrics", len(service.nvml.devices), listen)
-    log.info("ready after %.2f s", time.monotonic() - begun)
-    agent.tell_service_manager("READY=1")
     try:
-        service.run(_published)
+        service.wait_for_gatekeeper()
+        service.look()
+        control.open()
+        yield
     finally:
         control.close()
         web.shutdown()

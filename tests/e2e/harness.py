@@ -211,15 +211,20 @@ class Service:
         log = self.log.read_text()
         assert "Traceback" not in log, log
 
+    def detach(self) -> None:
+        """`fgpu detach`; a gatekeeper that stays all the same is ended."""
+        assert self.agent is not None
+        if self.agent.poll() is not None:
+            self.start_agent()
+        fgpu("detach")
+        self.agent.wait(10)
+        for pid in self.gatekeepers():
+            os.kill(pid, signal.SIGKILL)
+
     def stop(self) -> None:
         """Detaches, and ends what was started here."""
         if self.agent:
-            if self.agent.poll() is not None:
-                self.start_agent()
-            fgpu("detach")
-            self.agent.wait(10)
-            for pid in self.gatekeepers():
-                os.kill(pid, signal.SIGKILL)
+            self.detach()
         if self._driver:
             self._driver.terminate()
             self._driver.wait(10)

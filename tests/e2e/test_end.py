@@ -123,19 +123,19 @@ def test_killed_container_leaves_nothing(tenant) -> None:
 def test_exec_releases(tenant) -> None:
     one = tenant(CONTEXT + 80 * MIB)
     client = one.client()
-    client.ok("context")
-    with one.growing(80 * MIB):
-        client.ok(f"alloc {80 * MIB}")
-    pid = client.pid
-    client.execute_again()
-    assert client.pid == pid
-    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "nothing held after exec")
-    eventually(lambda: client.do("context") == "ok", 1, "a context after the driver has let go")
-    # The driver takes a moment to let go, and is believed meanwhile.
-    eventually(lambda: one.memory()["used_bytes"] == one.driver() == CONTEXT, 1, "the old life's memory given back")
-    with one.growing(80 * MIB):
-        client.ok(f"fill {2 * MIB} 0")
-    one.assert_exact()
+    at_once = []
+    for _ in range(5):
+        eventually(lambda: client.do("context") == "ok", 1, "a context")
+        # The driver takes a moment to let go of the last life's memory, and is believed meanwhile.
+        eventually(lambda: one.memory()["used_bytes"] == one.driver() == CONTEXT, 1, "the books of one life")
+        with one.growing(80 * MIB):
+            client.ok(f"fill {2 * MIB} 0")
+        pid = client.pid
+        client.execute_again()
+        at_once.append(one.memory()["used_bytes"])
+        assert client.pid == pid
+        eventually(lambda: one.memory()["used_bytes"] == 0, 1, "nothing held after exec")
+    assert 0 in at_once, f"the kernel's part: {at_once}"
 
 
 @pytest.mark.places("host", "runc")

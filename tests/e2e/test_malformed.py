@@ -9,7 +9,7 @@ import socket
 import struct
 
 import pytest
-from harness import CONTEXT, MIB, Service, ask, eventually, fgpu
+from harness import CONTEXT, MIB, Service, ask, eventually
 
 SOCKET = "/run/fgpu/shim/shim.sock"
 MAGIC, SIZE = 0x75706766, 64
@@ -103,7 +103,7 @@ def test_silent_peers_do_not_keep_others_waiting(service: Service, tenant) -> No
 @pytest.mark.slow
 def test_stranger_is_answered_and_learns_nothing(service: Service) -> None:
     """A process of no tenant, the first that this agent hears of: an answer at once, without a tenant's pages."""
-    fgpu("detach")
+    service.detach()
     service.start_agent()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(5)
