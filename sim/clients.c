@@ -84,13 +84,13 @@ static bool identify(int pidfd, struct identity *who)
     return read_pids(pidfd, again) == who->depth;
 }
 
-/* The dump shows every process with its host pid, which a container must not learn. */
-static bool is_own_user(int sock, const struct identity *who)
+/* The dump shows every process with its host pid, which a container must not learn, and nobody in a container may break
+ * the driver, whoever he is there. */
+static bool is_here_as(int sock, const struct identity *who, uid_t uid)
 {
     struct ucred cred;
     socklen_t size = sizeof cred;
-    return who->depth == 1 && !getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &size) &&
-           (cred.uid == 0 || cred.uid == geteuid());
+    return who->depth == 1 && !getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &size) && cred.uid == uid;
 }
 
 static bool watch(int fd, uint64_t tag)
@@ -117,8 +117,13 @@ void client_accept(int listener)
         close(sock);
         return;
     }
-    server.clients[slot] = (struct client){
-        .state = CLIENT_LIVE, .sock = sock, .pidfd = pidfd, .who = who, .own_user = is_own_user(sock, &who)};
+    bool is_root = is_here_as(sock, &who, 0);
+    server.clients[slot] = (struct client){.state = CLIENT_LIVE,
+                                           .sock = sock,
+                                           .pidfd = pidfd,
+                                           .who = who,
+                                           .own_user = is_root || is_here_as(sock, &who, geteuid()),
+                                           .is_root = is_root};
 }
 
 static bool holds_anything(const struct client *client)
@@ -134,6 +139,8 @@ static bool holds_anything(const struct client *client)
 void client_end(struct client *client)
 {
     if (client->state != CLIENT_LIVE) return;
+    server.n_held -= client->is_held;
+    client->is_held = false;
     close(client->sock);
     close(client->pidfd);
     client->sock = client->pidfd = -1;
@@ -169,8 +176,8 @@ void client_sweep(void)
 /* Rounded up: an epoll that returns a little too early would spin until the moment comes. */
 int client_timeout_ms(void)
 {
-    if (!server.n_ended) return -1;
-    uint64_t next = UINT64_MAX, now = now_ns();
+    if (!server.n_ended && !server.n_held) return -1;
+    uint64_t next = server.n_held ? fault_nvml_until_ns() : UINT64_MAX, now = now_ns();
     for (uint32_t slot = 0; slot < SIM_MAX_CLIENTS; slot++)
         if (server.clients[slot].state == CLIENT_ENDED && server.clients[slot].free_at_ns < next)
             next = server.clients[slot].free_at_ns;

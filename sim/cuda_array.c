@@ -8,6 +8,9 @@ struct array {
     CUDA_ARRAY3D_DESCRIPTOR descriptor;
     CUdeviceptr memory;
     bool is_mipmapped;
+    unsigned levels;
+    struct array *parent; /* of a level, which has no memory of its own */
+    unsigned level;
     struct context *context;
     struct array *next;
 };
@@ -51,6 +54,8 @@ static CUresult create(void **out, const CUDA_ARRAY3D_DESCRIPTOR *descriptor, un
     struct context *context;
     CUresult result = sim_enter(&context);
     if (result) return result;
+    result = capture_permits();
+    if (result) return sim_leave(result);
     if (!out || !descriptor || !levels || levels > 32) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     size_t total = 0, size;
     for (unsigned level = 0; level < levels; level++)
@@ -65,6 +70,7 @@ static CUresult create(void **out, const CUDA_ARRAY3D_DESCRIPTOR *descriptor, un
     }
     array->descriptor = *descriptor;
     array->is_mipmapped = is_mipmapped;
+    array->levels = levels;
     array->context = context;
     array->next = arrays;
     arrays = array;
@@ -79,13 +85,29 @@ static struct array **find(const void *handle, bool is_mipmapped)
     return at;
 }
 
+static void forget_levels(const struct array *parent)
+{
+    for (struct array **at = &arrays; *at;) {
+        struct array *array = *at;
+        if (array->parent != parent) {
+            at = &array->next;
+            continue;
+        }
+        *at = array->next;
+        free(array);
+    }
+}
+
 static CUresult destroy(const void *handle, bool is_mipmapped)
 {
     CUresult result = sim_enter_init();
     if (result) return result;
+    result = capture_permits();
+    if (result) return sim_leave(result);
     struct array **at = find(handle, is_mipmapped), *array = *at;
-    if (!array) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    if (!array || array->parent) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
     *at = array->next;
+    forget_levels(array);
     result = memory_free(array->memory);
     free(array);
     return sim_leave(result);
@@ -131,13 +153,69 @@ API cuMipmappedArrayCreate(CUmipmappedArray *pHandle, const CUDA_ARRAY3D_DESCRIP
 
 API cuMipmappedArrayDestroy(CUmipmappedArray hArray) { return destroy(hArray, true); }
 
-API cuArray3DGetDescriptor_v2(CUDA_ARRAY3D_DESCRIPTOR *pDescriptor, CUarray hArray)
+static CUresult enter_array(CUarray handle, const void *out, const struct array **array)
 {
     CUresult result = sim_enter_init();
     if (result) return result;
-    const struct array *array = *find(hArray, false);
-    if (!pDescriptor) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    if (!array) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    *array = *find(handle, false);
+    if (!out) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    return *array ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_HANDLE);
+}
+
+API cuArray3DGetDescriptor_v2(CUDA_ARRAY3D_DESCRIPTOR *pDescriptor, CUarray hArray)
+{
+    const struct array *array;
+    CUresult result = enter_array(hArray, pDescriptor, &array);
+    if (result) return result;
     *pDescriptor = array->descriptor;
     return sim_leave(CUDA_SUCCESS);
+}
+
+/* Two dimensions cannot tell of a third. */
+API cuArrayGetDescriptor_v2(CUDA_ARRAY_DESCRIPTOR *pDescriptor, CUarray hArray)
+{
+    const struct array *array;
+    CUresult result = enter_array(hArray, pDescriptor, &array);
+    if (result) return result;
+    const CUDA_ARRAY3D_DESCRIPTOR *d = &array->descriptor;
+    if (d->Depth > 1) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    *pDescriptor = (CUDA_ARRAY_DESCRIPTOR){
+        .Width = d->Width, .Height = d->Height, .Format = d->Format, .NumChannels = d->NumChannels};
+    return sim_leave(CUDA_SUCCESS);
+}
+
+static size_t halved(size_t extent, unsigned times) { return extent ? at_least_one(extent >> times) : 0; }
+
+static struct array *make_level(struct array *parent, unsigned level)
+{
+    for (struct array *a = arrays; a; a = a->next)
+        if (a->parent == parent && a->level == level) return a;
+    struct array *array = calloc(1, sizeof *array);
+    if (!array) return NULL;
+    array->descriptor = parent->descriptor;
+    array->descriptor.Width = halved(parent->descriptor.Width, level);
+    array->descriptor.Height = halved(parent->descriptor.Height, level);
+    if (!(parent->descriptor.Flags & CUDA_ARRAY3D_LAYERED))
+        array->descriptor.Depth = halved(parent->descriptor.Depth, level);
+    array->parent = parent;
+    array->level = level;
+    array->levels = 1;
+    array->context = parent->context;
+    array->next = arrays;
+    arrays = array;
+    return array;
+}
+
+/* A level is there as long as what it is a level of, and is not destroyed by itself. */
+API cuMipmappedArrayGetLevel(CUarray *pLevelArray, CUmipmappedArray hMipmappedArray, unsigned int level)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    struct array *parent = *find(hMipmappedArray, true);
+    if (!pLevelArray) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!parent) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    if (level >= parent->levels) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    struct array *array = make_level(parent, level);
+    if (array) *pLevelArray = (CUarray)array;
+    return sim_leave(array ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY);
 }

@@ -49,6 +49,7 @@ static CUresult context_start(struct context *context, int device, unsigned flag
  */
 static void context_stop(struct context *context)
 {
+    peers_end(context);
     modules_end(context);
     streams_end(context);
     arrays_end(context);
@@ -58,11 +59,13 @@ static void context_stop(struct context *context)
     bool last = true;
     for (const struct context *c = driver.contexts; c; c = c->next)
         last = last && !(c->alive && c->device == context->device);
-    if (last) pools_end(context->device);
+    if (!last) return;
+    pools_end(context->device);
+    graph_memory_end(context->device);
 }
 
 /* Pushes, and so changes the thread's current context, as cuCtxCreate always has. */
-static CUresult create(CUcontext *pctx, unsigned flags, CUdevice dev)
+static CUresult create(CUcontext *pctx, unsigned flags, CUdevice dev, unsigned api_version)
 {
     CUresult result = sim_enter_init();
     if (result) return result;
@@ -70,7 +73,7 @@ static CUresult create(CUcontext *pctx, unsigned flags, CUdevice dev)
     if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
     struct context *context = depth < MAX_STACK ? calloc(1, sizeof *context) : NULL;
     if (!context) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
-    result = context_start(context, dev, flags | CU_CTX_MAP_HOST, 3020);
+    result = context_start(context, dev, flags | CU_CTX_MAP_HOST, api_version);
     if (result) {
         free(context);
         return sim_leave(result);
@@ -83,18 +86,21 @@ static CUresult create(CUcontext *pctx, unsigned flags, CUdevice dev)
     return sim_leave(CUDA_SUCCESS);
 }
 
-API cuCtxCreate_v2(CUcontext *pctx, unsigned int flags, CUdevice dev) { return create(pctx, flags, dev); }
+/* A context of the first kind is for programs whose device pointers have 32 bits. */
+API cuCtxCreate(CUcontext *pctx, unsigned int flags, CUdevice dev) { return create(pctx, flags, dev, 3010); }
+
+API cuCtxCreate_v2(CUcontext *pctx, unsigned int flags, CUdevice dev) { return create(pctx, flags, dev, 3020); }
 
 API cuCtxCreate_v3(CUcontext *pctx, CUexecAffinityParam *params, int count, unsigned int flags, CUdevice dev)
 {
     if (count < 0 || (count && !params)) return CUDA_ERROR_INVALID_VALUE;
-    return count ? CUDA_ERROR_UNSUPPORTED_EXEC_AFFINITY : create(pctx, flags, dev);
+    return count ? CUDA_ERROR_UNSUPPORTED_EXEC_AFFINITY : create(pctx, flags, dev, 3020);
 }
 
 API cuCtxCreate_v4(CUcontext *pctx, CUctxCreateParams *params, unsigned int flags, CUdevice dev)
 {
     if (params && (params->execAffinityParams || params->cigParams)) return CUDA_ERROR_NOT_SUPPORTED;
-    return create(pctx, flags, dev);
+    return create(pctx, flags, dev, 3020);
 }
 
 API cuCtxDestroy_v2(CUcontext ctx)

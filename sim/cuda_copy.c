@@ -1,10 +1,8 @@
 /* Copies and memsets, with real contents. They happen when they are called: since kernels change nothing, no program
  * can see a difference but in time, and a synchronous copy waits for its stream first. */
-#include "cuda_state.h"
+#include "cuda_graph.h"
 
 #include <string.h>
-
-enum side { HOST, DEVICE, EITHER };
 
 struct place {
     uint8_t *bytes; /* NULL: contents are not kept */
@@ -48,15 +46,49 @@ static CUresult copy_pieces(uintptr_t to, enum side to_side, uintptr_t from, enu
     return CUDA_SUCCESS;
 }
 
+CUresult transfer_run(const struct transfer *t)
+{
+    for (size_t z = 0; z < t->depth; z++) {
+        for (size_t y = 0; y < t->height; y++) {
+            CUresult result = copy_pieces(t->to + z * t->to_slice + y * t->to_pitch, t->to_side,
+                                          t->from + z * t->from_slice + y * t->from_pitch, t->from_side, t->width);
+            if (result) return result;
+        }
+    }
+    return CUDA_SUCCESS;
+}
+
+/* What waits for its own work goes by the default stream, and is no call to make while something captures. */
+static CUresult enter_waiting(bool per_thread, struct context **context, struct stream **stream)
+{
+    CUresult result = stream_enter_work(NULL, per_thread, context, stream);
+    if (result) return result;
+    if ((*stream)->capture) {
+        capture_break((*stream)->capture);
+        return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    }
+    result = capture_permits();
+    return result ? sim_leave(result) : CUDA_SUCCESS;
+}
+
 static CUresult copy(uintptr_t to, enum side to_side, uintptr_t from, enum side from_side, size_t size, bool per_thread)
 {
     struct context *context;
-    CUresult result = sim_enter(&context);
+    struct stream *stream;
+    CUresult result = enter_waiting(per_thread, &context, &stream);
     if (result) return result;
     if (!size) return sim_leave(CUDA_SUCCESS);
     if (!to || !from) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    stream_wait(per_thread ? context->per_thread.done_ns : context->legacy.done_ns);
+    stream_wait(stream->done_ns);
     return sim_leave(copy_pieces(to, to_side, from, from_side, size));
+}
+
+static CUresult capture_copy(struct stream *stream, const struct transfer *transfer)
+{
+    struct node *node;
+    CUresult result = capture_node(stream, CU_GRAPH_NODE_TYPE_MEMCPY, &node);
+    if (!result) node->copy = *transfer;
+    return result;
 }
 
 /* Waits for nothing: a stream that is busy with a kernel takes the copy at once, since the kernel writes nothing. */
@@ -65,11 +97,12 @@ static CUresult copy_async(uintptr_t to, enum side to_side, uintptr_t from, enum
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter(handle, per_thread, &context, &stream);
+    CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
     if (result) return result;
     if (!size) return sim_leave(CUDA_SUCCESS);
     if (!to || !from) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    return sim_leave(copy_pieces(to, to_side, from, from_side, size));
+    struct transfer transfer = {to, from, to_side, from_side, size, 1, 1, size, size, size, size};
+    return sim_leave(stream->capture ? capture_copy(stream, &transfer) : transfer_run(&transfer));
 }
 
 TWICE(_ptds, cuMemcpy, (CUdeviceptr dst, CUdeviceptr src, size_t ByteCount),
@@ -88,6 +121,15 @@ TWICE(_ptds, cuMemcpyDtoD_v2, (CUdeviceptr dst, CUdeviceptr src, size_t ByteCoun
       copy(dst, DEVICE, src, DEVICE, ByteCount, per_thread))
 TWICE(_ptsz, cuMemcpyDtoDAsync_v2, (CUdeviceptr dst, CUdeviceptr src, size_t ByteCount, CUstream hStream),
       copy_async(dst, DEVICE, src, DEVICE, ByteCount, hStream, per_thread))
+
+/* Between contexts, and so between devices. */
+TWICE(_ptds, cuMemcpyPeer,
+      (CUdeviceptr dst, CUcontext dstContext, CUdeviceptr src, CUcontext srcContext, size_t ByteCount),
+      ((void)dstContext, (void)srcContext, copy(dst, DEVICE, src, DEVICE, ByteCount, per_thread)))
+TWICE(_ptsz, cuMemcpyPeerAsync,
+      (CUdeviceptr dst, CUcontext dstContext, CUdeviceptr src, CUcontext srcContext, size_t ByteCount,
+       CUstream hStream),
+      ((void)dstContext, (void)srcContext, copy_async(dst, DEVICE, src, DEVICE, ByteCount, hStream, per_thread)))
 
 static void fill(uint8_t *to, uint32_t value, size_t width, size_t n)
 {
@@ -113,20 +155,40 @@ static CUresult set(CUdeviceptr at, uint32_t value, size_t width, size_t n)
     return CUDA_SUCCESS;
 }
 
+CUresult fill_run(const struct fill *f)
+{
+    for (size_t y = 0; y < f->height; y++) {
+        CUresult result = set(f->at + y * f->pitch, f->value, f->element, f->width);
+        if (result) return result;
+    }
+    return CUDA_SUCCESS;
+}
+
 static CUresult memset_sync(CUdeviceptr at, uint32_t value, size_t width, size_t n, bool per_thread)
 {
-    (void)per_thread;
     struct context *context;
-    CUresult result = sim_enter(&context);
+    struct stream *stream;
+    CUresult result = enter_waiting(per_thread, &context, &stream);
     return result ? result : sim_leave(set(at, value, width, n));
+}
+
+static CUresult capture_fill(struct stream *stream, const struct fill *fill)
+{
+    struct node *node;
+    CUresult result = capture_node(stream, CU_GRAPH_NODE_TYPE_MEMSET, &node);
+    if (!result) node->fill = *fill;
+    return result;
 }
 
 static CUresult memset_async(CUdeviceptr at, uint32_t value, size_t width, size_t n, CUstream handle, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter(handle, per_thread, &context, &stream);
-    return result ? result : sim_leave(set(at, value, width, n));
+    CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
+    if (result) return result;
+    if (!n) return sim_leave(CUDA_SUCCESS);
+    struct fill fill = {.at = at, .value = value, .element = width, .width = n, .height = 1};
+    return sim_leave(stream->capture ? capture_fill(stream, &fill) : fill_run(&fill));
 }
 
 TWICE(_ptds, cuMemsetD8_v2, (CUdeviceptr dst, unsigned char uc, size_t N), memset_sync(dst, uc, 1, N, per_thread))

@@ -60,6 +60,16 @@ API cuDeviceGetLuid(char *luid, unsigned int *mask, CUdevice dev)
     return sim_leave(mask ? CUDA_ERROR_NOT_SUPPORTED : CUDA_ERROR_INVALID_VALUE); /* a Windows notion */
 }
 
+/* The first form has room for less than 4 GiB. */
+API cuDeviceTotalMem(unsigned int *bytes, CUdevice dev)
+{
+    CUresult result = enter_device(bytes, dev);
+    if (result) return result;
+    uint64_t total = driver.devices[dev].memory_total - driver.devices[dev].memory_reserved;
+    *bytes = total > UINT32_MAX ? UINT32_MAX : (uint32_t)total;
+    return sim_leave(CUDA_SUCCESS);
+}
+
 API cuDeviceTotalMem_v2(size_t *bytes, CUdevice dev)
 {
     CUresult result = enter_device(bytes, dev);
@@ -136,14 +146,5 @@ API cuDeviceGetProperties(CUdevprop *prop, CUdevice dev)
         prop->maxThreadsDim[i] = a[CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X + i];
         prop->maxGridSize[i] = a[CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X + i];
     }
-    return sim_leave(CUDA_SUCCESS);
-}
-
-API cuDeviceCanAccessPeer(int *canAccessPeer, CUdevice dev, CUdevice peerDev)
-{
-    CUresult result = enter_device(canAccessPeer, dev);
-    if (result) return result;
-    if (!sim_is_device(peerDev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
-    *canAccessPeer = 0;
     return sim_leave(CUDA_SUCCESS);
 }

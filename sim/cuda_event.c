@@ -1,5 +1,5 @@
 /* Events, and the small questions about streams. */
-#include "cuda_state.h"
+#include "cuda_graph.h"
 
 #include <stdlib.h>
 
@@ -7,15 +7,24 @@ struct event {
     unsigned flags;
     bool recorded;
     uint64_t done_ns;
+    struct capture *capture; /* not NULL: last recorded in a capturing stream, whose capture may be over */
+    uint64_t capture_id;
+    struct tail tail;
     struct event *next;
 };
+
+static void event_free(struct event *event)
+{
+    tail_clear(&event->tail);
+    free(event);
+}
 
 void events_end(struct context *context)
 {
     while (context->events) {
         struct event *event = context->events;
         context->events = event->next;
-        free(event);
+        event_free(event);
     }
 }
 
@@ -60,8 +69,17 @@ API cuEventDestroy_v2(CUevent hEvent)
     CUresult result = enter_event(hEvent, &event);
     if (result) return result;
     *find(hEvent) = event->next;
-    free(event);
+    event_free(event);
     return sim_leave(CUDA_SUCCESS);
+}
+
+/* In a capturing stream an event marks a place in the graph. */
+static CUresult record_captured(struct event *event, const struct stream *stream)
+{
+    event->recorded = false;
+    event->capture = stream->capture;
+    event->capture_id = capture_id(stream->capture);
+    return tail_copy(&event->tail, &stream->tail);
 }
 
 /* An event is the moment at which the work before it will be done; recording it again moves it. */
@@ -69,12 +87,15 @@ static CUresult record(CUevent handle, unsigned flags, CUstream stream_handle, b
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter(stream_handle, per_thread, &context, &stream);
+    CUresult result = stream_enter_work(stream_handle, per_thread, &context, &stream);
     if (result) return result;
     struct event **at = find(handle);
     if (!at) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
     if (flags & ~1u) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (stream->capture) return sim_leave(record_captured(*at, stream));
     uint64_t now = stream_now();
+    (*at)->capture = NULL;
+    tail_clear(&(*at)->tail);
     (*at)->recorded = true;
     (*at)->done_ns = stream->done_ns > now ? stream->done_ns : now;
     return sim_leave(CUDA_SUCCESS);
@@ -84,10 +105,25 @@ TWICE(_ptsz, cuEventRecord, (CUevent hEvent, CUstream hStream), record(hEvent, 0
 TWICE(_ptsz, cuEventRecordWithFlags, (CUevent hEvent, CUstream hStream, unsigned int flags),
       record(hEvent, flags, hStream, per_thread))
 
+/* There is nothing to ask of an event that stands for a place in a graph, and no safe moment to ask of another while
+ * something captures. */
+static CUresult enter_done(CUevent handle, struct event **event)
+{
+    CUresult result = enter_event(handle, event);
+    if (result) return result;
+    struct capture *capture = (*event)->capture;
+    if (capture) {
+        if (capture_is_alive(capture, (*event)->capture_id)) capture_break(capture);
+        return sim_leave(CUDA_ERROR_CAPTURED_EVENT);
+    }
+    result = capture_permits();
+    return result ? sim_leave(result) : CUDA_SUCCESS;
+}
+
 API cuEventQuery(CUevent hEvent)
 {
     struct event *event;
-    CUresult result = enter_event(hEvent, &event);
+    CUresult result = enter_done(hEvent, &event);
     if (result) return result;
     return sim_leave(event->recorded && event->done_ns > stream_now() ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS);
 }
@@ -95,7 +131,7 @@ API cuEventQuery(CUevent hEvent)
 API cuEventSynchronize(CUevent hEvent)
 {
     struct event *event;
-    CUresult result = enter_event(hEvent, &event);
+    CUresult result = enter_done(hEvent, &event);
     if (result) return result;
     if (event->recorded) stream_wait(event->done_ns);
     return sim_leave(CUDA_SUCCESS);
@@ -109,6 +145,7 @@ static CUresult elapsed(float *ms, CUevent hStart, CUevent hEnd)
     CUresult result = enter_event(hEnd, &end);
     if (result) return result;
     struct event **start = hStart ? find(hStart) : NULL;
+    if (end->capture || (start && (*start)->capture)) return sim_leave(CUDA_ERROR_CAPTURED_EVENT);
     if (!ms || !start || !(*start)->recorded || !end->recorded ||
         ((*start)->flags | end->flags) & CU_EVENT_DISABLE_TIMING)
         return sim_leave(CUDA_ERROR_INVALID_HANDLE);
@@ -128,16 +165,35 @@ API cuEventElapsedTime_v2(float *pMilliseconds, CUevent hStart, CUevent hEnd)
     return elapsed(pMilliseconds, hStart, hEnd);
 }
 
+/* A wait for an event of a capture takes the stream into it; a capture cannot wait for anything outside. */
+static CUresult wait_captured(struct stream *stream, const struct event *event, unsigned flags)
+{
+    bool alive = event->capture && capture_is_alive(event->capture, event->capture_id);
+    if (!alive && !event->capture && (!event->recorded || flags)) return CUDA_SUCCESS;
+    if (!alive || (stream->capture && stream->capture != event->capture)) {
+        capture_break(stream->capture);
+        if (alive) capture_break(event->capture);
+        return alive ? CUDA_ERROR_STREAM_CAPTURE_MERGE : CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
+    }
+    if (stream == &stream->context->legacy) {
+        capture_break(event->capture);
+        return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+    }
+    stream->capture = event->capture;
+    return tail_join(&stream->tail, &event->tail);
+}
+
 /* The wait is for the event as it is now: recording it again later does not matter. */
 static CUresult wait_event(CUstream handle, CUevent event, unsigned flags, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter(handle, per_thread, &context, &stream);
+    CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
     if (result) return result;
     struct event **at = event ? find(event) : NULL;
     if (!at) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
     if (flags & ~1u) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (stream->capture || (*at)->capture) return sim_leave(wait_captured(stream, *at, flags));
     if ((*at)->recorded && (*at)->done_ns > stream->done_ns) stream->done_ns = (*at)->done_ns;
     return sim_leave(CUDA_SUCCESS);
 }

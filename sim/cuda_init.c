@@ -48,6 +48,12 @@ int sim_ask(uint32_t op, struct sim_request request, void *payload, size_t room)
     return link_call(&connection, request, NULL, payload, room);
 }
 
+int sim_ask_file(uint32_t op, struct sim_request request, void *payload, size_t room, int *file)
+{
+    request.op = op;
+    return link_call_file(&connection, request, NULL, payload, room, file);
+}
+
 CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested)
 {
     struct sim_request request = {.device = (uint32_t)device,

@@ -62,10 +62,15 @@ static void free_device(struct range *range)
 {
     struct context *context = range->context;
     size_t physical = range->physical, size = range->size;
+    const uint64_t *of = range->block ? range->block->key : range->key;
+    const uint64_t key[2] = {of[0], of[1]};
     /* Which free empties a shared granule is only known here, so the server hears of the bytes with that one. */
     if (range->block && block_return(context, range->block, range->start, size)) physical = GRANULE;
     range_drop(range);
-    sim_give(context, context->device, SIM_BLOCK, physical, size);
+    /* What other processes may have is not given back but left to them. */
+    bool left = physical && (key[0] || key[1]);
+    sim_give(context, context->device, SIM_BLOCK, left ? 0 : physical, size);
+    if (left) share_drop(key);
 }
 
 /* Pointers inside an allocation, freed pointers and other kinds of memory are all the same error to the real driver. */
@@ -85,15 +90,26 @@ CUresult memory_free(uintptr_t at)
         pool_freed(range);
         range_drop(range);
         return CUDA_SUCCESS;
+    case RANGE_GRAPH:
+        return graph_memory_free(range);
     default:
         return CUDA_ERROR_INVALID_VALUE;
     }
 }
 
+/* With a current context, where nothing captures that such a call would be unknown to. */
+static CUresult enter_unsafe(struct context **context)
+{
+    CUresult result = sim_enter(context);
+    if (result) return result;
+    result = capture_permits();
+    return result ? sim_leave(result) : CUDA_SUCCESS;
+}
+
 API cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
 {
     struct context *context;
-    CUresult result = sim_enter(&context);
+    CUresult result = enter_unsafe(&context);
     if (result) return result;
     if (!dptr || !bytesize) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     return sim_leave(memory_allocate(context, bytesize, dptr));
@@ -102,7 +118,7 @@ API cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
 API cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t width, size_t height, unsigned int element)
 {
     struct context *context;
-    CUresult result = sim_enter(&context);
+    CUresult result = enter_unsafe(&context);
     if (result) return result;
     if (!dptr || !pPitch || !width || !height || (element != 4 && element != 8 && element != 16))
         return sim_leave(CUDA_ERROR_INVALID_VALUE);
@@ -118,7 +134,7 @@ API cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t width, size_t h
 API cuMemAllocManaged(CUdeviceptr *dptr, size_t bytesize, unsigned int flags)
 {
     struct context *context;
-    CUresult result = sim_enter(&context);
+    CUresult result = enter_unsafe(&context);
     if (result) return result;
     if (!dptr || !bytesize || (flags != CU_MEM_ATTACH_GLOBAL && flags != CU_MEM_ATTACH_HOST))
         return sim_leave(CUDA_ERROR_INVALID_VALUE);
@@ -146,6 +162,8 @@ API cuMemFree_v2(CUdeviceptr dptr)
     CUresult result = sim_enter_init();
     if (result) return result;
     if (!dptr) return sim_leave(CUDA_SUCCESS);
+    result = capture_permits();
+    if (result) return sim_leave(result);
     const struct range *range = range_find(dptr);
     /* The real driver waits for the work that may still use the memory. */
     if (range && range->start == dptr) stream_wait(context_done_ns(range->context));
@@ -171,7 +189,7 @@ API cuMemGetAddressRange_v2(CUdeviceptr *pbase, size_t *psize, CUdeviceptr dptr)
 static CUresult host_alloc(void **pp, size_t size, unsigned flags)
 {
     struct context *context;
-    CUresult result = sim_enter(&context);
+    CUresult result = enter_unsafe(&context);
     if (result) return result;
     if (!pp || flags & ~7u || size > MAX_ALLOCATION) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     *pp = NULL;
@@ -197,7 +215,7 @@ API cuMemHostAlloc(void **pp, size_t bytesize, unsigned int flags) { return host
 API cuMemFreeHost(void *p)
 {
     struct context *context;
-    CUresult result = sim_enter(&context);
+    CUresult result = enter_unsafe(&context);
     if (result) return result;
     if (!p) return sim_leave(CUDA_SUCCESS);
     struct range *range = range_find((uintptr_t)p);
@@ -209,7 +227,7 @@ API cuMemFreeHost(void *p)
 API cuMemHostRegister_v2(void *p, size_t bytesize, unsigned int flags)
 {
     struct context *context;
-    CUresult result = sim_enter(&context);
+    CUresult result = enter_unsafe(&context);
     if (result) return result;
     if (!p || !bytesize || flags & ~15u || (uintptr_t)p + bytesize < bytesize)
         return sim_leave(CUDA_ERROR_INVALID_VALUE);
@@ -222,7 +240,7 @@ API cuMemHostRegister_v2(void *p, size_t bytesize, unsigned int flags)
 API cuMemHostUnregister(void *p)
 {
     struct context *context;
-    CUresult result = sim_enter(&context);
+    CUresult result = enter_unsafe(&context);
     if (result) return result;
     struct range *range = range_find((uintptr_t)p);
     if (!range || range->kind != RANGE_REGISTERED || range->start != (uintptr_t)p)

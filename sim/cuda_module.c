@@ -1,23 +1,77 @@
-/* Modules and kernels. Any image is a module and has every kernel that it is asked for; `spin_<N>us` keeps its stream
- * busy for N microseconds, all others are done at once. */
-#include "cuda_state.h"
+/* Modules and their functions. Any image is a module and has every kernel that it is asked for; `spin_<N>us` keeps its
+ * stream busy for N microseconds, all others are done at once. An image that begins with `fgpu-module <N>MiB` takes N
+ * MiB of the device, any other a part of a granule. */
+#include "cuda_module.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define MAX_SPIN_US 3600000000ull
+#define MAX_MIB (1ull << 24)
+#define SMALL_PER_GRANULE 32u
 
-struct function {
-    char name[128];
-    uint64_t ns;
-    struct function *next;
-};
+uint64_t image_bytes(const void *image)
+{
+    static const char sign[] = "fgpu-module ";
+    unsigned long long mib;
+    int end = 0;
+    /* Compared byte by byte: a real image may end before this text would. */
+    if (strncmp(image, sign, sizeof sign - 1)) return 0;
+    if (sscanf((const char *)image + sizeof sign - 1, "%10lluMiB%n", &mib, &end) != 1 || !end) return 0;
+    return mib > MAX_MIB ? 0 : mib * MIB;
+}
 
-struct module {
-    struct function *functions;
-    struct module *next;
-};
+static bool is_eager(void)
+{
+    const char *loading = getenv("CUDA_MODULE_LOADING");
+    return loading && !strcmp(loading, "EAGER");
+}
+
+/* What a module takes from the device; small ones only where the granules of the others are full. */
+static uint64_t room_needed(const struct module *module)
+{
+    return module->bytes ? module->bytes : module->context->small_modules % SMALL_PER_GRANULE ? 0 : GRANULE;
+}
+
+CUresult module_load(struct module *module)
+{
+    if (module->is_loaded) return CUDA_SUCCESS;
+    uint64_t bytes = room_needed(module);
+    struct context *context = module->context;
+    CUresult result = bytes ? sim_take(context, context->device, SIM_MODULE, bytes, bytes) : CUDA_SUCCESS;
+    if (result) return result;
+    context->small_modules += !module->bytes;
+    module->is_loaded = true;
+    return CUDA_SUCCESS;
+}
+
+static void unload(struct module *module)
+{
+    struct context *context = module->context;
+    if (!module->is_loaded) return;
+    module->is_loaded = false;
+    context->small_modules -= !module->bytes;
+    uint64_t bytes = room_needed(module);
+    if (bytes) sim_give(context, context->device, SIM_MODULE, bytes, bytes);
+}
+
+CUresult module_new(struct context *context, uint64_t bytes, struct module **out)
+{
+    struct module *module = calloc(1, sizeof *module);
+    if (!module) return CUDA_ERROR_OUT_OF_MEMORY;
+    module->context = context;
+    module->bytes = bytes;
+    CUresult result = is_eager() ? module_load(module) : CUDA_SUCCESS;
+    if (result) {
+        free(module);
+        return result;
+    }
+    module->next = context->modules;
+    context->modules = module;
+    *out = module;
+    return CUDA_SUCCESS;
+}
 
 static void module_free(struct module *module)
 {
@@ -29,43 +83,62 @@ static void module_free(struct module *module)
     free(module);
 }
 
+void module_drop(struct module *module)
+{
+    struct module **at = &module->context->modules;
+    while (*at != module) at = &(*at)->next;
+    *at = module->next;
+    unload(module);
+    module_free(module);
+}
+
+/* The server forgets what a context holds as a whole. */
 void modules_end(struct context *context)
 {
+    libraries_end(context);
     while (context->modules) {
         struct module *module = context->modules;
         context->modules = module->next;
         module_free(module);
     }
+    context->small_modules = 0;
 }
 
-static struct module **find_module(struct context *context, CUmodule handle)
+static struct module *find_module(const struct context *context, CUmodule handle)
 {
-    struct module **at = &context->modules;
-    while (*at && *at != (struct module *)handle) at = &(*at)->next;
-    return *at ? at : NULL;
+    struct module *module = context->modules;
+    while (module && module != (struct module *)handle) module = module->next;
+    return module;
 }
 
-static struct function *find_function(struct context *context, CUfunction handle)
+struct function *function_find(struct context *context, CUfunction handle)
 {
     for (const struct module *m = context->modules; m; m = m->next)
         for (struct function *f = m->functions; f; f = f->next)
             if (f == (struct function *)handle) return f;
-    return NULL;
+    return library_function(context, (CUkernel)handle);
 }
 
-/* The image is not looked at: programs here bring whatever they were built with, and none of it can run. */
+/* Loading code needs the device to itself for a moment, which a capture does not allow. */
+static CUresult enter_unsafe(struct context **context)
+{
+    CUresult result = sim_enter(context);
+    if (result) return result;
+    result = capture_permits();
+    return result ? sim_leave(result) : CUDA_SUCCESS;
+}
+
+/* The rest of the image is not looked at: programs here bring whatever they were built with, and none of it can run. */
 static CUresult load(CUmodule *out, const void *image)
 {
     struct context *context;
-    CUresult result = sim_enter(&context);
+    struct module *module;
+    CUresult result = enter_unsafe(&context);
     if (result) return result;
     if (!out || !image) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    struct module *module = calloc(1, sizeof *module);
-    if (!module) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
-    module->next = context->modules;
-    context->modules = module;
-    *out = (CUmodule)module;
-    return sim_leave(CUDA_SUCCESS);
+    result = module_new(context, image_bytes(image), &module);
+    if (!result) *out = (CUmodule)module;
+    return sim_leave(result);
 }
 
 API cuModuleLoadData(CUmodule *module, const void *image) { return load(module, image); }
@@ -77,16 +150,34 @@ API cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned int n, CUji
 
 API cuModuleLoadFatBinary(CUmodule *module, const void *fatCubin) { return load(module, fatCubin); }
 
+API cuModuleLoad(CUmodule *module, const char *fname)
+{
+    char head[64] = "";
+    if (!module || !fname) return CUDA_ERROR_INVALID_VALUE;
+    FILE *file = fopen(fname, "re");
+    if (!file) return CUDA_ERROR_FILE_NOT_FOUND;
+    size_t got = fread(head, 1, sizeof head - 1, file);
+    fclose(file);
+    return got ? load(module, head) : CUDA_ERROR_INVALID_IMAGE;
+}
+
 API cuModuleUnload(CUmodule hmod)
 {
     struct context *context;
-    CUresult result = sim_enter(&context);
+    CUresult result = enter_unsafe(&context);
     if (result) return result;
-    struct module **at = find_module(context, hmod);
-    if (!at) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
-    struct module *module = *at;
-    *at = module->next;
-    module_free(module);
+    struct module *module = find_module(context, hmod);
+    if (!module || module->is_library) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    module_drop(module);
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuModuleGetLoadingMode(CUmoduleLoadingMode *mode)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!mode) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    *mode = is_eager() ? CU_MODULE_EAGER_LOADING : CU_MODULE_LAZY_LOADING;
     return sim_leave(CUDA_SUCCESS);
 }
 
@@ -99,77 +190,39 @@ static uint64_t spin_ns(const char *name)
     return us * 1000;
 }
 
+struct function *module_function(struct module *module, const char *name)
+{
+    for (struct function *f = module->functions; f; f = f->next)
+        if (!strcmp(f->name, name)) return f;
+    struct function *function = strlen(name) < sizeof function->name ? calloc(1, sizeof *function) : NULL;
+    if (!function) return NULL;
+    strcpy(function->name, name);
+    function->ns = spin_ns(name);
+    function->module = module;
+    function->next = module->functions;
+    module->functions = function;
+    return function;
+}
+
 API cuModuleGetFunction(CUfunction *hfunc, CUmodule hmod, const char *name)
 {
     struct context *context;
     CUresult result = sim_enter(&context);
     if (result) return result;
-    struct module **at = find_module(context, hmod);
+    struct module *module = find_module(context, hmod);
     if (!hfunc || !name || !*name) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    if (!at) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
-    for (struct function *f = (*at)->functions; f; f = f->next) {
-        if (!strcmp(f->name, name)) {
-            *hfunc = (CUfunction)f;
-            return sim_leave(CUDA_SUCCESS);
-        }
-    }
-    struct function *function = strlen(name) < sizeof function->name ? calloc(1, sizeof *function) : NULL;
-    if (!function) return sim_leave(CUDA_ERROR_NOT_FOUND);
-    strcpy(function->name, name);
-    function->ns = spin_ns(name);
-    function->next = (*at)->functions;
-    (*at)->functions = function;
-    *hfunc = (CUfunction)function;
-    return sim_leave(CUDA_SUCCESS);
+    if (!module) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    struct function *function = module_function(module, name);
+    if (function) *hfunc = (CUfunction)function;
+    return sim_leave(function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND);
 }
 
-struct shape {
-    unsigned grid[3], block[3], shared;
-};
-
-static CUresult launch(CUfunction handle, struct shape shape, CUstream stream_handle, bool per_thread)
+/* Images here have code and nothing else. */
+API cuModuleGetGlobal_v2(CUdeviceptr *dptr, size_t *bytes, CUmodule hmod, const char *name)
 {
     struct context *context;
-    struct stream *stream;
-    CUresult result = stream_enter(stream_handle, per_thread, &context, &stream);
+    CUresult result = sim_enter(&context);
     if (result) return result;
-    const struct function *function = find_function(context, handle);
-    if (!function) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
-    const int32_t *limits = driver.devices[context->device].attributes;
-    uint64_t threads = 1;
-    for (int i = 0; i < 3; i++) {
-        if (!shape.grid[i] || !shape.block[i] ||
-            shape.grid[i] > (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X + i] ||
-            shape.block[i] > (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X + i])
-            return sim_leave(CUDA_ERROR_INVALID_VALUE);
-        threads *= shape.block[i];
-    }
-    if (threads > (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK] ||
-        shape.shared > (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN])
-        return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    stream_work(context, stream, function->ns);
-    /* Only work that lasts is worth telling the server, which shows it as utilisation. */
-    if (function->ns >= 1000)
-        sim_ask(SIM_WORK, (struct sim_request){.device = (uint32_t)context->device, .bytes = function->ns / 1000}, NULL,
-                0);
-    return sim_leave(CUDA_SUCCESS);
+    if (!name || (!dptr && !bytes)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    return sim_leave(find_module(context, hmod) ? CUDA_ERROR_NOT_FOUND : CUDA_ERROR_INVALID_HANDLE);
 }
-
-#define SHAPE(s)                                                                                                       \
-    ((struct shape){{(s)->gridDimX, (s)->gridDimY, (s)->gridDimZ},                                                     \
-                    {(s)->blockDimX, (s)->blockDimY, (s)->blockDimZ},                                                  \
-                    (s)->sharedMemBytes})
-
-TWICE(_ptsz, cuLaunchKernel,
-      (CUfunction f, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int bx, unsigned int by,
-       unsigned int bz, unsigned int shared, CUstream hStream, void **params, void **extra),
-      ((void)params, (void)extra, launch(f, (struct shape){{gx, gy, gz}, {bx, by, bz}, shared}, hStream, per_thread)))
-
-TWICE(_ptsz, cuLaunchCooperativeKernel,
-      (CUfunction f, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int bx, unsigned int by,
-       unsigned int bz, unsigned int shared, CUstream hStream, void **params),
-      ((void)params, launch(f, (struct shape){{gx, gy, gz}, {bx, by, bz}, shared}, hStream, per_thread)))
-
-TWICE(_ptsz, cuLaunchKernelEx, (const CUlaunchConfig *config, CUfunction f, void **params, void **extra),
-      ((void)params, (void)extra,
-       config ? launch(f, SHAPE(config), config->hStream, per_thread) : CUDA_ERROR_INVALID_VALUE))

@@ -33,7 +33,9 @@ static uint64_t value_of(CUpointer_attribute attr, const struct range *range, ui
     switch ((int)attr) {
     case CU_POINTER_ATTRIBUTE_CONTEXT:
         /* Pool and mapped memory belongs to no context. */
-        return range->kind == RANGE_MAPPED || range->kind == RANGE_POOL ? 0 : (uintptr_t)range->context;
+        return range->kind == RANGE_MAPPED || range->kind == RANGE_POOL || range->kind == RANGE_GRAPH
+                   ? 0
+                   : (uintptr_t)range->context;
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
         return is_host(range) ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE;
     case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:

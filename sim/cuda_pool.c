@@ -1,6 +1,6 @@
 /* Stream-ordered allocation. A pool takes memory from the device in steps of 32 MiB and gives it back at a
  * synchronisation, down to its release threshold; in between, allocating and freeing is this process's affair alone. */
-#include "cuda_state.h"
+#include "cuda_graph.h"
 
 #include <stdlib.h>
 
@@ -97,17 +97,53 @@ static CUresult allocate(struct context *context, struct pool *pool, size_t size
     return CUDA_SUCCESS;
 }
 
-static CUresult alloc_async(CUdeviceptr *dptr, size_t size, struct pool *pool, CUstream stream, bool per_thread)
+/* Captured, the address is there at once and the memory comes with the launch: a pool's own memory has no part in it.
+ */
+static CUresult capture_alloc(struct stream *stream, int device, size_t size, CUdeviceptr *out)
+{
+    struct graph_memory *memory;
+    struct node *node;
+    CUresult result = capture_node(stream, CU_GRAPH_NODE_TYPE_MEM_ALLOC, &node);
+    if (result) return result;
+    result = graph_memory_new(node->graph, device, size, &memory);
+    if (result) {
+        capture_break(stream->capture); /* with a node that allocates nothing */
+        return result;
+    }
+    node->memory = memory;
+    node->alloc.poolProps.allocType = CU_MEM_ALLOCATION_TYPE_PINNED;
+    node->alloc.poolProps.location = (CUmemLocation){.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = device};
+    node->alloc.bytesize = size;
+    node->alloc.dptr = *out = memory->range->start;
+    node->graph->has_memory = true;
+    return CUDA_SUCCESS;
+}
+
+static CUresult capture_free(struct stream *stream, uintptr_t at)
+{
+    struct graph_memory *memory;
+    struct node *node;
+    CUresult result = graph_memory_node_free(capture_graph(stream), at, &memory);
+    if (!result) result = capture_node(stream, CU_GRAPH_NODE_TYPE_MEM_FREE, &node);
+    if (result) return result;
+    node->memory = memory;
+    node->alloc.dptr = at;
+    node->graph->has_memory = true;
+    return CUDA_SUCCESS;
+}
+
+static CUresult alloc_async(CUdeviceptr *dptr, size_t size, struct pool *pool, CUstream handle, bool per_thread)
 {
     struct context *context;
-    CUresult result = sim_enter(&context);
+    struct stream *stream;
+    CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
     if (result) return result;
     if (!dptr) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    if (!stream_find(context, stream, per_thread)) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
     *dptr = 0;
     if (!size) return sim_leave(CUDA_SUCCESS); /* unlike cuMemAlloc */
     if (!pool) pool = current_pool[context->device] ? current_pool[context->device] : default_pool(context->device);
     if (!pool || !pool_is_known(pool)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (stream->capture) return sim_leave(capture_alloc(stream, pool->device, size, dptr));
     return sim_leave(allocate(context, pool, size, dptr));
 }
 
@@ -122,12 +158,13 @@ static CUresult alloc_from_pool(CUdeviceptr *dptr, size_t size, CUmemoryPool poo
 TWICE(_ptsz, cuMemAllocFromPoolAsync, (CUdeviceptr * dptr, size_t bytesize, CUmemoryPool pool, CUstream hStream),
       alloc_from_pool(dptr, bytesize, pool, hStream, per_thread))
 
-static CUresult free_async(CUdeviceptr dptr, CUstream stream, bool per_thread)
+static CUresult free_async(CUdeviceptr dptr, CUstream handle, bool per_thread)
 {
     struct context *context;
-    CUresult result = sim_enter(&context);
+    struct stream *stream;
+    CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
     if (result) return result;
-    if (!stream_find(context, stream, per_thread)) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    if (stream->capture) return sim_leave(dptr ? capture_free(stream, dptr) : CUDA_SUCCESS);
     return sim_leave(dptr ? memory_free(dptr) : CUDA_SUCCESS);
 }
 

@@ -1,52 +1,5 @@
-/* Small questions about streams, and stream capture as far as it goes: no stream here ever captures. */
+/* Small questions about streams. */
 #include "cuda_state.h"
-
-static __thread CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
-
-API cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode)
-{
-    CUresult result = sim_enter_init();
-    if (result) return result;
-    if (!mode) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    CUstreamCaptureMode before = capture_mode;
-    capture_mode = *mode;
-    *mode = before;
-    return sim_leave(CUDA_SUCCESS);
-}
-
-static CUresult is_capturing(CUstream handle, CUstreamCaptureStatus *status, bool per_thread)
-{
-    struct context *context;
-    struct stream *stream;
-    CUresult result = stream_enter(handle, per_thread, &context, &stream);
-    if (result) return result;
-    if (!status) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    *status = CU_STREAM_CAPTURE_STATUS_NONE;
-    return sim_leave(CUDA_SUCCESS);
-}
-
-TWICE(_ptsz, cuStreamIsCapturing, (CUstream hStream, CUstreamCaptureStatus *captureStatus),
-      is_capturing(hStream, captureStatus, per_thread))
-
-static CUresult capture_info(CUstream handle, CUstreamCaptureStatus *status, cuuint64_t *id, bool per_thread)
-{
-    CUresult result = is_capturing(handle, status, per_thread);
-    if (!result && id) *id = 0;
-    return result;
-}
-
-TWICE(_ptsz, cuStreamGetCaptureInfo, (CUstream hStream, CUstreamCaptureStatus *captureStatus, cuuint64_t *id),
-      capture_info(hStream, captureStatus, id, per_thread))
-
-TWICE(_ptsz, cuStreamGetCaptureInfo_v2,
-      (CUstream hStream, CUstreamCaptureStatus *captureStatus, cuuint64_t *id, CUgraph *graph,
-       const CUgraphNode **dependencies, size_t *count),
-      ((void)graph, (void)dependencies, (void)count, capture_info(hStream, captureStatus, id, per_thread)))
-
-TWICE(_ptsz, cuStreamGetCaptureInfo_v3,
-      (CUstream hStream, CUstreamCaptureStatus *captureStatus, cuuint64_t *id, CUgraph *graph,
-       const CUgraphNode **dependencies, const CUgraphEdgeData **edges, size_t *count),
-      ((void)graph, (void)dependencies, (void)edges, (void)count, capture_info(hStream, captureStatus, id, per_thread)))
 
 static CUresult get_flags(CUstream handle, unsigned *flags, bool per_thread)
 {

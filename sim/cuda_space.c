@@ -86,9 +86,10 @@ void ranges_end(struct context *context)
     struct range *next;
     for (struct range *range = context->ranges; range; range = next) {
         next = range->next;
-        /* Mapped memory belongs to the process and outlives the context, and so do the books of a pool. */
-        if (range->kind == RANGE_MAPPED) continue;
+        /* Mapped memory belongs to the process and outlives the context, and so do the books of pools and graphs. */
+        if (range->kind == RANGE_MAPPED || range->kind == RANGE_GRAPH) continue;
         if (range->kind == RANGE_POOL) pool_freed(range);
+        if (range->kind == RANGE_IPC) ipc_forget(range);
         range_drop(range);
     }
     while (context->blocks) {
@@ -110,7 +111,7 @@ uint8_t *range_touch(struct range *range, uintptr_t at, size_t length)
         range->block->backed = true;
         return (uint8_t *)at;
     }
-    if (range->kind != RANGE_DEVICE && range->kind != RANGE_POOL)
+    if (range->kind != RANGE_DEVICE && range->kind != RANGE_POOL && range->kind != RANGE_GRAPH)
         return range->kind == RANGE_MAPPED && !(range->access & CU_MEM_ACCESS_FLAGS_PROT_READ) ? NULL : (uint8_t *)at;
     size_t needed = page_up(at + length - range->start);
     if (needed > range->span) needed = range->span;

@@ -38,13 +38,30 @@
         return call;                                                                                                   \
     }
 
+struct capture;
+struct node;
+
+/* What the next piece of captured work in a stream depends on. */
+struct tail {
+    struct node **nodes;
+    size_t n;
+};
+
 struct stream {
     unsigned flags;
     int priority;
     uint64_t id;
     uint64_t done_ns; /* when the last work in it is done */
     struct context *context;
+    struct capture *capture; /* NULL: work is done, not recorded */
+    struct tail tail;
     struct stream *next;
+};
+
+enum side { HOST, DEVICE, EITHER }; /* of a copy */
+
+struct shape {
+    unsigned grid[3], block[3], shared;
 };
 
 struct context {
@@ -58,19 +75,31 @@ struct context {
     struct block *blocks;
     struct event *events;
     struct module *modules;
+    unsigned small_modules; /* loaded ones */
+    struct peer *peers;     /* whose memory may be used from here */
     size_t limits[N_LIMITS];
     struct context *next; /* all there ever were: a handle is looked up here before it is believed */
 };
 
-struct block { /* one shared granule */
+struct block { /* one granule that allocations share */
     uintptr_t start;
+    uint64_t key[2]; /* not 0: other processes may have it */
     bool backed;
     unsigned used; /* units */
     uint8_t taken[UNITS];
     struct block *next;
 };
 
-enum range_kind { RANGE_DEVICE, RANGE_MANAGED, RANGE_HOST, RANGE_REGISTERED, RANGE_POOL, RANGE_MAPPED };
+enum range_kind {
+    RANGE_DEVICE,
+    RANGE_MANAGED,
+    RANGE_HOST,
+    RANGE_REGISTERED,
+    RANGE_POOL,
+    RANGE_MAPPED,
+    RANGE_GRAPH,
+    RANGE_IPC,
+};
 
 struct range {
     uintptr_t start;
@@ -81,6 +110,7 @@ struct range {
     enum range_kind kind;
     int device;
     uint64_t id;
+    uint64_t key[2]; /* not 0: other processes may have it, or it is theirs */
     struct context *context;
     struct block *block;
     struct vmm_handle *handle;
@@ -109,6 +139,7 @@ CUresult sim_leave(CUresult result);          /* gives the lock back, returns it
 void sim_unlock(void);
 void sim_lock(void);
 int sim_ask(uint32_t op, struct sim_request request, void *payload, size_t room);
+int sim_ask_file(uint32_t op, struct sim_request request, void *payload, size_t room, int *file); /* as link.h */
 CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested);
 void sim_give(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested);
 bool sim_is_device(CUdevice device);
@@ -133,6 +164,17 @@ bool block_return(struct context *context, struct block *block, uintptr_t start,
 CUresult memory_allocate(struct context *context, size_t size, CUdeviceptr *out);
 CUresult memory_free(uintptr_t at);
 
+/* cuda_share.c */
+CUresult share_memory(struct sim_request request, void *start, size_t size, size_t filled, uint64_t *key);
+CUresult share_open(const uint64_t *key, struct sim_share *share, int *file);
+void share_drop(const uint64_t *key);
+
+/* cuda_ipc.c */
+void ipc_forget(struct range *range); /* of a context that ends */
+
+/* cuda_peer.c */
+void peers_end(struct context *context);
+
 /* cuda_array.c */
 void arrays_end(const struct context *context);
 
@@ -150,10 +192,30 @@ void stream_work(struct context *context, struct stream *stream, uint64_t ns);
 CUresult stream_enter(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
 void streams_end(struct context *context);
 
+CUresult stream_enter_work(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
+
 /* cuda_event.c */
 void events_end(struct context *context);
 
+/* cuda_capture.c */
+CUresult capture_permits(void); /* or 900, and the captures that forbid it are broken: for potentially unsafe calls */
+CUresult capture_permits_use(struct stream *stream);       /* of a stream, for work or for questions about its work */
+CUresult capture_permits_waiting(struct context *context); /* for all work of a context */
+void capture_break(struct capture *capture);
+void captures_end(struct context *context);
+bool capture_is_alive(const struct capture *capture, uint64_t id);
+uint64_t capture_id(const struct capture *capture);
+CUresult tail_join(struct tail *tail, const struct tail *more);
+CUresult tail_copy(struct tail *tail, const struct tail *from);
+void tail_clear(struct tail *tail);
+
+/* cuda_graph_memory.c */
+CUresult graph_memory_free(struct range *range);
+void graph_memory_end(int device);
+
 /* cuda_module.c */
 void modules_end(struct context *context);
+CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, uint64_t *ns);
+void kernel_report(const struct context *context, uint64_t ns);
 
 #endif

@@ -61,12 +61,32 @@ void stream_work(struct context *context, struct stream *stream, uint64_t ns)
 /* Destroying a context does not wait for its work: the driver kills it. */
 void streams_end(struct context *context)
 {
+    captures_end(context);
     while (context->streams) {
         struct stream *stream = context->streams;
         context->streams = stream->next;
+        tail_clear(&stream->tail);
         free(stream);
     }
     events_end(context);
+}
+
+/* A named stream, or the default one of the current context, with the lock held. */
+CUresult stream_enter(CUstream handle, bool per_thread, struct context **context, struct stream **stream)
+{
+    CUresult result = sim_enter(context);
+    if (result) return result;
+    *stream = stream_find(*context, handle, per_thread);
+    return *stream ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_HANDLE);
+}
+
+/* With the lock held: a stream to give work to, or the reason why it takes none while something captures. */
+CUresult stream_enter_work(CUstream handle, bool per_thread, struct context **context, struct stream **stream)
+{
+    CUresult result = stream_enter(handle, per_thread, context, stream);
+    if (result) return result;
+    result = capture_permits_use(*stream);
+    return result ? sim_leave(result) : CUDA_SUCCESS;
 }
 
 static CUresult create(CUstream *out, unsigned flags, int priority)
@@ -94,15 +114,6 @@ API cuStreamCreateWithPriority(CUstream *phStream, unsigned int flags, int prior
     return create(phStream, flags, priority);
 }
 
-/* A named stream, or the default one of the current context, with the lock held. */
-CUresult stream_enter(CUstream handle, bool per_thread, struct context **context, struct stream **stream)
-{
-    CUresult result = sim_enter(context);
-    if (result) return result;
-    *stream = stream_find(*context, handle, per_thread);
-    return *stream ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_HANDLE);
-}
-
 API cuStreamDestroy_v2(CUstream hStream)
 {
     struct context *context;
@@ -110,6 +121,10 @@ API cuStreamDestroy_v2(CUstream hStream)
     CUresult result = stream_enter(hStream, false, &context, &stream);
     if (result) return result;
     if (stream == &context->legacy || stream == &context->per_thread) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    if (stream->capture) {
+        capture_break(stream->capture);
+        return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    }
     /* Work in flight goes on to its end: the context must still wait for it. */
     context->legacy.done_ns = later(context->legacy.done_ns, stream->done_ns);
     struct stream **at = &context->streams;
@@ -119,11 +134,24 @@ API cuStreamDestroy_v2(CUstream hStream)
     return sim_leave(CUDA_SUCCESS);
 }
 
+/* Waiting and asking are for streams whose work is done, not recorded; and potentially unsafe even then. */
+static CUresult enter_done(CUstream handle, bool per_thread, struct context **context, struct stream **stream)
+{
+    CUresult result = stream_enter_work(handle, per_thread, context, stream);
+    if (result) return result;
+    if ((*stream)->capture) {
+        capture_break((*stream)->capture);
+        return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    }
+    result = capture_permits();
+    return result ? sim_leave(result) : CUDA_SUCCESS;
+}
+
 static CUresult synchronize(CUstream handle, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter(handle, per_thread, &context, &stream);
+    CUresult result = enter_done(handle, per_thread, &context, &stream);
     if (result) return result;
     int device = context->device;
     stream_wait(stream == &context->legacy ? context_done_ns(context) : stream->done_ns);
@@ -137,7 +165,7 @@ static CUresult query(CUstream handle, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter(handle, per_thread, &context, &stream);
+    CUresult result = enter_done(handle, per_thread, &context, &stream);
     if (result) return result;
     return sim_leave(stream->done_ns > stream_now() ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS);
 }

@@ -4,10 +4,13 @@
 
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 struct vmm_handle {
     size_t size;
     unsigned refs, maps;
+    uint64_t key[2]; /* not 0: other processes may have it, or had it before */
+    bool is_foreign; /* imported */
     CUmemAllocationProp prop;
     void *contents; /* shared mapping: every mapping of the handle is another view of it */
     struct vmm_handle *next;
@@ -38,7 +41,12 @@ static void settle(struct vmm_handle *handle)
     while (*at != handle) at = &(*at)->next;
     *at = handle->next;
     munmap(handle->contents, handle->size);
-    sim_give(NULL, handle->prop.location.id, SIM_VMM, handle->size, handle->size);
+    if (handle->key[0] || handle->key[1]) {
+        if (!handle->is_foreign) sim_give(NULL, handle->prop.location.id, SIM_VMM, 0, handle->size);
+        share_drop(handle->key);
+    } else {
+        sim_give(NULL, handle->prop.location.id, SIM_VMM, handle->size, handle->size);
+    }
     free(handle);
 }
 
@@ -273,5 +281,89 @@ API cuMemGetAccess(unsigned long long *flags, const CUmemLocation *location, CUd
     const struct range *range = range_find(ptr);
     if (!flags || !location || !range || range->kind != RANGE_MAPPED) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     *flags = range->access;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+/* Sharing. A handle that may be shared becomes a file when it first is, and every mapping of it a view of that file. */
+
+static CUresult map_again(const struct vmm_handle *handle)
+{
+    for (const struct range *r = driver.primary[handle->prop.location.id].ranges; r; r = r->next) {
+        if (r->kind != RANGE_MAPPED || r->handle != handle) continue;
+        void *at = (void *)r->start;
+        if (mremap(handle->contents, 0, r->size, MREMAP_MAYMOVE | MREMAP_FIXED, at) == MAP_FAILED ||
+            mprotect(at, r->size, r->access ? PROT_READ | PROT_WRITE : PROT_NONE))
+            return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    return CUDA_SUCCESS;
+}
+
+static CUresult share(struct vmm_handle *handle)
+{
+    if (handle->key[0] || handle->key[1]) return CUDA_SUCCESS;
+    struct sim_request request = {.device = (uint32_t)handle->prop.location.id, .kind = SIM_VMM, .bytes = handle->size};
+    if (mprotect(handle->contents, handle->size, PROT_READ)) return CUDA_ERROR_OUT_OF_MEMORY;
+    CUresult result = share_memory(request, handle->contents, handle->size, handle->size, handle->key);
+    mprotect(handle->contents, handle->size, PROT_NONE);
+    return result ? result : map_again(handle);
+}
+
+API cuMemExportToShareableHandle(void *shareableHandle, CUmemGenericAllocationHandle id,
+                                 CUmemAllocationHandleType handleType, unsigned long long flags)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    struct vmm_handle *handle = find_handle(id);
+    if (!shareableHandle || !handle || flags || handleType != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR ||
+        !(handle->prop.requestedHandleTypes & CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR))
+        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    int descriptor = -1;
+    result = share(handle);
+    struct sim_request request = {.context = handle->key[0], .requested = handle->key[1]};
+    if (!result && (sim_ask_file(SIM_EXPORT, request, NULL, 0, &descriptor) || descriptor < 0))
+        result = CUDA_ERROR_OUT_OF_MEMORY;
+    if (!result) *(int *)shareableHandle = descriptor;
+    return sim_leave(result);
+}
+
+static CUresult import(struct vmm_handle *handle, int descriptor)
+{
+    struct sim_share share;
+    int file = descriptor;
+    if (sim_ask_file(SIM_IMPORT, (struct sim_request){0}, &share, sizeof share, &file) || file < 0)
+        return CUDA_ERROR_INVALID_VALUE;
+    handle->contents = mmap(NULL, share.bytes, PROT_NONE, MAP_SHARED | MAP_NORESERVE, file, 0);
+    close(file);
+    if (handle->contents == MAP_FAILED) {
+        share_drop(share.key);
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    handle->size = share.bytes;
+    handle->refs = 1;
+    handle->key[0] = share.key[0];
+    handle->key[1] = share.key[1];
+    handle->is_foreign = true;
+    handle->prop = (CUmemAllocationProp){.type = CU_MEM_ALLOCATION_TYPE_PINNED,
+                                         .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+                                         .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = (int)share.device}};
+    return CUDA_SUCCESS;
+}
+
+/* The descriptor stays the program's, which closes it when it likes. Each import is a handle of its own. */
+API cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *out, void *osHandle, CUmemAllocationHandleType type)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!out || type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    struct vmm_handle *handle = calloc(1, sizeof *handle);
+    if (!handle) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+    result = import(handle, (int)(intptr_t)osHandle);
+    if (result) {
+        free(handle);
+        return sim_leave(result);
+    }
+    handle->next = handles;
+    handles = handle;
+    *out = (uintptr_t)handle;
     return sim_leave(CUDA_SUCCESS);
 }

@@ -8,7 +8,7 @@
 
 #define MAX_RECORDS (SIM_MAX_CLIENTS + SIM_MAX_DEVICES)
 
-static const char *const kinds[SIM_KINDS] = {"context", "block", "vmm", "managed", "pool", "module"};
+static const char *const kinds[SIM_KINDS] = {"context", "block", "vmm", "managed", "pool", "module", "graph"};
 
 static void print_device(const struct sim_record *r, const struct sim_device *device, const char *before)
 {

@@ -13,14 +13,19 @@ static struct context *find_context(struct client *client, uint64_t id)
     return NULL;
 }
 
-static bool belongs_to_process(uint32_t kind) { return kind == SIM_VMM || kind == SIM_POOL; }
+static bool belongs_to_process(uint32_t kind) { return kind == SIM_VMM || kind == SIM_POOL || kind == SIM_GRAPH; }
 
-/* Where a block of this kind is entered; NULL where client and request do not fit together. */
+/* Where memory of this kind is entered; NULL where client and request do not fit together. */
+struct holding *ledger_holding(struct client *client, uint32_t device, uint32_t kind, uint64_t id)
+{
+    if (belongs_to_process(kind)) return id ? NULL : &client->own[device];
+    struct context *context = find_context(client, id);
+    return context && context->device == device ? &context->holding : NULL;
+}
+
 static struct holding *find_holding(struct client *client, const struct sim_request *request)
 {
-    if (belongs_to_process(request->kind)) return request->context ? NULL : &client->own[request->device];
-    struct context *context = find_context(client, request->context);
-    return context && context->device == request->device ? &context->holding : NULL;
+    return ledger_holding(client, request->device, request->kind, request->context);
 }
 
 /* What CUDA calls a device's total. */
@@ -40,6 +45,10 @@ static void let_go(struct gpu *gpu, uint64_t bytes)
     gpu->used -= bytes;
     gpu->driver -= bytes;
 }
+
+void ledger_keep(uint32_t device, uint64_t bytes) { keep(&server.gpus[device], bytes); }
+
+void ledger_let_go(uint32_t device, uint64_t bytes) { let_go(&server.gpus[device], bytes); }
 
 static enum sim_status open_context(struct client *client, const struct sim_request *request)
 {
@@ -93,7 +102,7 @@ enum sim_status ledger_take(struct client *client, const struct sim_request *req
     if (!holding || request->requested > (1ull << 62) || holding->requested[request->kind] > (1ull << 62))
         return SIM_NOT_ALLOWED;
     struct gpu *gpu = &server.gpus[request->device];
-    if (!fits(gpu, request->bytes)) return SIM_NO_MEMORY;
+    if (fault_fails(request->kind) || !fits(gpu, request->bytes)) return SIM_NO_MEMORY;
     gpu->used += request->bytes;
     holding->bytes[request->kind] += request->bytes;
     holding->requested[request->kind] += request->requested;
@@ -105,7 +114,7 @@ enum sim_status ledger_take(struct client *client, const struct sim_request *req
 bool ledger_give(struct client *client, const struct sim_request *request)
 {
     struct holding *holding = request->kind == SIM_CONTEXT ? NULL : find_holding(client, request);
-    if (!holding || holding->bytes[request->kind] < request->bytes ||
+    if (!holding || holding->bytes[request->kind] - holding->shared[request->kind] < request->bytes ||
         holding->requested[request->kind] < request->requested)
         return false;
     server.gpus[request->device].used -= request->bytes;
@@ -129,6 +138,7 @@ bool ledger_close(struct client *client, const struct sim_request *request)
 {
     struct context *context = find_context(client, request->context);
     if (!context || context->device != request->device) return false;
+    shares_leave_context(client, context->id);
     release_context(context);
     *context = client->contexts[--client->n_contexts];
     return true;
@@ -137,6 +147,7 @@ bool ledger_close(struct client *client, const struct sim_request *request)
 /* The only way in which memory of a dead process comes back; safe to call for a client that holds nothing. */
 void ledger_forget(struct client *client)
 {
+    shares_leave(client);
     for (uint32_t i = 0; i < client->n_contexts; i++) release_context(&client->contexts[i]);
     for (uint32_t device = 0; device < server.n_gpus; device++) release(device, &client->own[device]);
     detach(client);

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <sys/un.h>
@@ -39,22 +40,64 @@ void link_close(struct link *link)
     pthread_mutex_unlock(&link->lock);
 }
 
-/* SEQPACKET keeps messages whole, so there are no halves to put together. */
-static int exchange(int sock, const struct sim_request *request, struct sim_reply *reply, void *payload, size_t room)
+/* Room for one descriptor beside a message. */
+union control {
+    char bytes[CMSG_SPACE(sizeof(int))];
+    struct cmsghdr align;
+};
+
+static ssize_t send_request(int sock, const struct sim_request *request, int file)
 {
+    union control control = {0};
+    struct iovec part = {(void *)request, sizeof *request};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+    if (file >= 0) {
+        message.msg_control = &control;
+        message.msg_controllen = sizeof control;
+        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+        header->cmsg_level = SOL_SOCKET;
+        header->cmsg_type = SCM_RIGHTS;
+        header->cmsg_len = CMSG_LEN(sizeof file);
+        memcpy(CMSG_DATA(header), &file, sizeof file);
+    }
     ssize_t n;
-    do n = send(sock, request, sizeof *request, MSG_NOSIGNAL);
+    do n = sendmsg(sock, &message, MSG_NOSIGNAL);
     while (n < 0 && errno == EINTR);
+    return n;
+}
+
+static int take_file(struct msghdr *message)
+{
+    int file = -1;
+    const struct cmsghdr *header = CMSG_FIRSTHDR(message);
+    if (header && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS)
+        memcpy(&file, CMSG_DATA(header), sizeof file);
+    return file;
+}
+
+/* SEQPACKET keeps messages whole, so there are no halves to put together. */
+static int exchange(int sock, const struct sim_request *request, struct sim_reply *reply, void *payload, size_t room,
+                    int *file)
+{
+    union control control = {0};
+    ssize_t n = send_request(sock, request, file ? *file : -1);
     if (n != sizeof *request) return -1;
     struct iovec parts[2] = {{reply, sizeof *reply}, {payload, room}};
-    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
-    do n = recvmsg(sock, &message, 0);
+    struct msghdr message = {
+        .msg_iov = parts, .msg_iovlen = 2, .msg_control = &control, .msg_controllen = sizeof control};
+    do n = recvmsg(sock, &message, MSG_CMSG_CLOEXEC);
     while (n < 0 && errno == EINTR);
+    int got = n > 0 ? take_file(&message) : -1;
+    if (file)
+        *file = got;
+    else if (got >= 0)
+        close(got);
     return n >= (ssize_t)sizeof *reply && reply->magic == SIM_MAGIC && reply->op == request->op ? 0 : -1;
 }
 
 /* errno is the program's: a CUDA call must not change it. */
-int link_call(struct link *link, struct sim_request request, struct sim_reply *reply, void *payload, size_t room)
+int link_call_file(struct link *link, struct sim_request request, struct sim_reply *reply, void *payload, size_t room,
+                   int *file)
 {
     struct sim_reply unread;
     int status = -1, saved = errno;
@@ -62,7 +105,7 @@ int link_call(struct link *link, struct sim_request request, struct sim_reply *r
     request.magic = SIM_MAGIC;
     pthread_mutex_lock(&link->lock);
     if (link->sock >= 0) {
-        if (exchange(link->sock, &request, reply, payload, room))
+        if (exchange(link->sock, &request, reply, payload, room, file))
             drop(link);
         else
             status = (int)reply->status;
@@ -70,4 +113,9 @@ int link_call(struct link *link, struct sim_request request, struct sim_reply *r
     pthread_mutex_unlock(&link->lock);
     errno = saved;
     return status;
+}
+
+int link_call(struct link *link, struct sim_request request, struct sim_reply *reply, void *payload, size_t room)
+{
+    return link_call_file(link, request, reply, payload, room, NULL);
 }

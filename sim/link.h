@@ -27,4 +27,9 @@ void link_close(struct link *link);
  * `room` the rest is lost. */
 int link_call(struct link *link, struct sim_request request, struct sim_reply *reply, void *payload, size_t room);
 
+/* The same, with a descriptor: what `*file` names goes along (-1: none) and stays the caller's; what comes back is put
+ * there (-1: none). */
+int link_call_file(struct link *link, struct sim_request request, struct sim_reply *reply, void *payload, size_t room,
+                   int *file);
+
 #endif

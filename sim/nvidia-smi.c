@@ -1,10 +1,13 @@
-/* nvidia-smi for machines without a GPU: the table, -L, and the queries that scripts use, in the shape of the real
- * tool's (580). */
+/* nvidia-smi for machines without a GPU: the table, -L, -q, -x, pmon and the queries that scripts use, in the shape of
+ * the real tool's (580). */
 #include "smi.h"
 
 #include <dlfcn.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
+#include <strings.h>
+#include <time.h>
 
 struct nvml nvml;
 
@@ -30,14 +33,52 @@ void smi_process_name(unsigned pid, char *name, unsigned room)
         if ((unsigned char)*c < ' ' || *c == 0x7f) *c = '?';
 }
 
+static const char *wanted; /* -i: indices, UUIDs or bus ids; NULL: all */
+
+unsigned smi_index(nvmlDevice_t device)
+{
+    unsigned index = 0;
+    nvml.nvmlDeviceGetIndex(device, &index);
+    return index;
+}
+
+void smi_now(char *text, unsigned room, const char *format)
+{
+    time_t now = time(NULL);
+    struct tm tm;
+    strftime(text, room, format, localtime_r(&now, &tm));
+}
+
+const char *smi_base_name(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash && slash[1] ? slash + 1 : path;
+}
+
+static bool is_wanted(nvmlDevice_t device)
+{
+    char uuid[96] = "", index[16];
+    nvmlPciInfo_t pci = {.busId = ""};
+    nvml.nvmlDeviceGetUUID(device, uuid, sizeof uuid);
+    nvml.nvmlDeviceGetPciInfo_v3(device, &pci);
+    snprintf(index, sizeof index, "%u", smi_index(device));
+    for (const char *at = wanted; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
+        size_t length = strcspn(at, ",");
+        const char *names[] = {index, uuid, pci.busId};
+        for (int i = 0; i < 3; i++)
+            if (strlen(names[i]) == length && !strncasecmp(names[i], at, length)) return true;
+    }
+    return !wanted;
+}
+
 unsigned smi_devices(nvmlDevice_t *devices)
 {
-    unsigned n = 0;
+    unsigned n = 0, chosen = 0;
     nvml.nvmlDeviceGetCount_v2(&n);
     n = n < MAX_GPUS ? n : MAX_GPUS;
-    for (unsigned i = 0; i < n; i++)
-        if (nvml.nvmlDeviceGetHandleByIndex_v2(i, &devices[i])) return i;
-    return n;
+    for (unsigned i = 0; i < n && !nvml.nvmlDeviceGetHandleByIndex_v2(i, &devices[chosen]); i++)
+        chosen += is_wanted(devices[chosen]);
+    return chosen;
 }
 
 static int list(void)
@@ -48,7 +89,7 @@ static int list(void)
         char name[96] = "", uuid[96] = "";
         nvml.nvmlDeviceGetName(devices[i], name, sizeof name);
         nvml.nvmlDeviceGetUUID(devices[i], uuid, sizeof uuid);
-        printf("GPU %u: %s (UUID: %s)\n", i, name, uuid);
+        printf("GPU %u: %s (UUID: %s)\n", smi_index(devices[i]), name, uuid);
     }
     return 0;
 }
@@ -80,34 +121,63 @@ static int start(void)
 }
 
 struct options {
-    bool list;
-    const char *gpus, *processes, *format;
+    bool list, full, xml, monitor;
+    const char *gpus, *processes, *format, *ids, *parts, *count;
 };
+
+/* Options with a value, which follows a `=` or comes as the next word. */
+static const struct {
+    const char *name;
+    size_t offset;
+} values[] = {
+    {"--query-gpu", offsetof(struct options, gpus)}, {"--query-compute-apps", offsetof(struct options, processes)},
+    {"--format", offsetof(struct options, format)},  {"--id", offsetof(struct options, ids)},
+    {"-i", offsetof(struct options, ids)},           {"--display", offsetof(struct options, parts)},
+    {"-d", offsetof(struct options, parts)},         {"-c", offsetof(struct options, count)},
+};
+
+static const struct {
+    const char *name;
+    size_t offset;
+} switches[] = {
+    {"-L", offsetof(struct options, list)},      {"--list-gpus", offsetof(struct options, list)},
+    {"-q", offsetof(struct options, full)},      {"--query", offsetof(struct options, full)},
+    {"-x", offsetof(struct options, xml)},       {"--xml-format", offsetof(struct options, xml)},
+    {"pmon", offsetof(struct options, monitor)},
+};
+
+/* How many words it took; 0: not known. */
+static int parse_one(char **words, int left, struct options *options)
+{
+    for (unsigned i = 0; i < sizeof switches / sizeof *switches; i++) {
+        if (strcmp(words[0], switches[i].name)) continue;
+        *(bool *)((char *)options + switches[i].offset) = true;
+        return 1;
+    }
+    for (unsigned i = 0; i < sizeof values / sizeof *values; i++) {
+        size_t length = strlen(values[i].name);
+        const char **value = (const char **)((char *)options + values[i].offset);
+        if (strncmp(words[0], values[i].name, length)) continue;
+        if (words[0][length] == '=') {
+            *value = words[0] + length + 1;
+            return 1;
+        }
+        if (words[0][length] || left < 2) continue;
+        *value = words[1];
+        return 2;
+    }
+    return 0;
+}
 
 static bool parse(int argc, char **argv, struct options *options)
 {
-    static const struct {
-        const char *name;
-        size_t offset;
-    } values[] = {
-        {"--query-gpu=", offsetof(struct options, gpus)},
-        {"--query-compute-apps=", offsetof(struct options, processes)},
-        {"--format=", offsetof(struct options, format)},
-    };
-    for (int i = 1; i < argc; i++) {
-        bool known = !strcmp(argv[i], "-L") || !strcmp(argv[i], "--list-gpus");
-        options->list = options->list || known;
-        for (unsigned v = 0; v < sizeof values / sizeof *values; v++) {
-            size_t length = strlen(values[v].name);
-            if (strncmp(argv[i], values[v].name, length)) continue;
-            *(const char **)((char *)options + values[v].offset) = argv[i] + length;
-            known = true;
-        }
-        if (!known) {
-            printf("ERROR: Option %s is not recognized. Please run 'nvidia-smi -h'.\n\n", argv[i]);
-            return false;
-        }
+    for (int i = 1, took; i < argc; i += took) {
+        took = parse_one(argv + i, argc - i, options);
+        if (took) continue;
+        printf("ERROR: Option %s is not recognized. Please run 'nvidia-smi -h'.\n\n", argv[i]);
+        return false;
     }
+    if (options->monitor && options->count && !atoi(options->count)) return false;
     return true;
 }
 
@@ -119,24 +189,37 @@ static bool has_word(const char *list_of, const char *word)
     return false;
 }
 
+static int show(const struct options *options, unsigned parts)
+{
+    bool querying = options->gpus || options->processes;
+    struct query query = {.fields = options->gpus ? options->gpus : options->processes,
+                          .header = querying && !has_word(options->format, "noheader"),
+                          .units = querying && !has_word(options->format, "nounits")};
+    nvmlDevice_t devices[MAX_GPUS];
+    if (wanted && !smi_devices(devices)) {
+        puts("No devices were found");
+        return 6;
+    }
+    if (options->list) return list();
+    if (options->gpus) return smi_query_gpus(&query);
+    if (options->processes) return smi_query_processes(&query);
+    if (options->monitor) return smi_monitor();
+    return options->full || options->xml ? smi_full(options->xml, parts) : smi_table();
+}
+
 int main(int argc, char **argv)
 {
     struct options options = {0};
     if (!parse(argc, argv, &options)) return 255;
-    bool querying = options.gpus || options.processes;
+    unsigned parts = options.parts ? smi_parts(options.parts) : PART_ALL;
+    if (!parts) {
+        printf("ERROR: Unknown argument to -d: %s\n", options.parts);
+        return 255;
+    }
     int rc = start();
     if (rc) return rc;
-    struct query query = {.fields = options.gpus ? options.gpus : options.processes,
-                          .header = querying && !has_word(options.format, "noheader"),
-                          .units = querying && !has_word(options.format, "nounits")};
-    if (options.list)
-        rc = list();
-    else if (options.gpus)
-        rc = smi_query_gpus(&query);
-    else if (options.processes)
-        rc = smi_query_processes(&query);
-    else
-        rc = smi_table();
+    wanted = options.ids;
+    rc = show(&options, parts);
     nvml.nvmlShutdown();
     return rc;
 }

@@ -21,7 +21,7 @@ const struct sim_device *nvml_device(uint32_t index) { return &devices[index]; }
 
 nvmlReturn_t nvml_ask(uint32_t op, uint32_t device, struct sim_reply *reply, void *payload, size_t room)
 {
-    struct sim_request request = {.op = op, .device = device};
+    struct sim_request request = {.op = op, .device = device, .flags = SIM_FLAG_NVML};
     uint32_t n;
     char self[16] = "";
     if (connection.owner != getpid()) {

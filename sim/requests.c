@@ -2,8 +2,11 @@
 #include "simd.h"
 
 #include <errno.h>
+#include <string.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #define MAX_RECORDS (SIM_MAX_CLIENTS + SIM_MAX_DEVICES)
 
@@ -13,12 +16,15 @@ static union {
     struct sim_memory memory;
     struct sim_process processes[SIM_MAX_CLIENTS];
     struct sim_record records[MAX_RECORDS];
+    struct sim_share share;
 } payload;
 
 struct answer {
     enum sim_status status;
     uint32_t count;
     size_t size;       /* of the payload */
+    int file;          /* 0: none goes with it */
+    bool is_ours;      /* and is closed once it is sent */
     const char *wrong; /* the peer breaks the protocol, and this is how */
 };
 
@@ -37,6 +43,7 @@ static struct answer answer_processes(const struct client *client, const struct 
     uint32_t n = 0;
     if (!(request->flags & SIM_FLAG_FOREIGN_PROC))
         n = view_processes(client, request->device, payload.processes, SIM_MAX_CLIENTS);
+    for (uint32_t i = 0; fault_nvml_is_blind() && i < n; i++) payload.processes[i].bytes = UINT64_MAX;
     return (struct answer){.count = n, .size = n * sizeof *payload.processes};
 }
 
@@ -47,13 +54,55 @@ static struct answer answer_dump(const struct client *client)
     return (struct answer){.count = n, .size = n * sizeof *payload.records};
 }
 
-static struct answer answer(struct client *client, const struct sim_request *request)
+static struct answer answer_fault(const struct client *client, const struct sim_request *request)
+{
+    if (!client->is_root) return (struct answer){.status = SIM_NOT_ALLOWED};
+    if (request->kind >= SIM_FAULTS) return (struct answer){.wrong = "unknown fault"};
+    fault_set(request->kind, request->bytes);
+    return (struct answer){0};
+}
+
+static struct answer answer_share(struct client *client, const struct sim_request *request, int sent)
+{
+    const uint64_t key[2] = {request->context, request->requested};
+    struct answer a = {.size = sizeof payload.share};
+    switch (request->op) {
+    case SIM_SHARE:
+        a.status = share_new(client, request, sent, &payload.share);
+        break;
+    case SIM_OPEN:
+        a.status = share_open(client, key, &payload.share, &a.file);
+        break;
+    case SIM_IMPORT:
+        a.status = share_import(client, sent, &payload.share, &a.file);
+        break;
+    case SIM_EXPORT:
+        a.status = share_export(client, key, &a.file);
+        a.is_ours = true;
+        a.size = 0;
+        break;
+    default:
+        a.size = 0;
+        a.wrong = share_drop(client, key) ? NULL : "drops what it does not share";
+    }
+    if (a.status) a = (struct answer){.status = a.status};
+    return a;
+}
+
+static struct answer answer(struct client *client, const struct sim_request *request, int sent)
 {
     if (request->op == SIM_HELLO) return (struct answer){.count = server.n_gpus};
     if (request->op == SIM_DUMP) return answer_dump(client);
+    if (request->op == SIM_FAULT) return answer_fault(client, request);
     if (request->device >= server.n_gpus) return (struct answer){.status = SIM_NO_DEVICE};
     if (request->kind >= SIM_KINDS) return (struct answer){.wrong = "unknown kind of memory"};
     switch (request->op) {
+    case SIM_SHARE:
+    case SIM_OPEN:
+    case SIM_EXPORT:
+    case SIM_IMPORT:
+    case SIM_DROP:
+        return answer_share(client, request, sent);
     case SIM_DEVICE:
         payload.device = server.gpus[request->device].info;
         return (struct answer){.size = sizeof payload.device};
@@ -80,27 +129,105 @@ static struct answer answer(struct client *client, const struct sim_request *req
     }
 }
 
-void request_serve(struct client *client)
+/* Room for one descriptor beside a message. */
+union control {
+    char bytes[CMSG_SPACE(sizeof(int))];
+    struct cmsghdr align;
+};
+
+static void attach(struct msghdr *message, union control *control, int file)
 {
-    struct sim_request request;
-    ssize_t got = recv(client->sock, &request, sizeof request, MSG_DONTWAIT | MSG_TRUNC);
-    if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
-    if (got <= 0) {
-        client_end(client);
-        return;
-    }
-    if (got != sizeof request || request.magic != SIM_MAGIC) {
-        client_drop(client, "malformed request");
-        return;
-    }
-    struct answer a = answer(client, &request);
+    message->msg_control = control;
+    message->msg_controllen = sizeof *control;
+    struct cmsghdr *header = CMSG_FIRSTHDR(message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof file);
+    memcpy(CMSG_DATA(header), &file, sizeof file);
+}
+
+static void reply_to(struct client *client, const struct sim_request *request, int sent)
+{
+    struct answer a = answer(client, request, sent);
     if (a.wrong) {
         client_drop(client, a.wrong);
         return;
     }
-    struct sim_reply reply = {.magic = SIM_MAGIC, .op = request.op, .status = a.status, .count = a.count};
+    struct sim_reply reply = {.magic = SIM_MAGIC, .op = request->op, .status = a.status, .count = a.count};
     struct iovec parts[2] = {{&reply, sizeof reply}, {&payload, a.size}};
     struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+    union control control = {0};
+    if (a.file) attach(&message, &control, a.file);
     if (sendmsg(client->sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
         client_drop(client, "does not read its replies");
+    if (a.is_ours) close(a.file);
+}
+
+/* Nothing more is read from it meanwhile; that it ended is still heard. */
+static void listen_to(const struct client *client, bool listens)
+{
+    struct epoll_event event = {.events = listens ? EPOLLIN : 0, .data.u64 = (uint64_t)(client - server.clients) << 1};
+    epoll_ctl(server.epoll, EPOLL_CTL_MOD, client->sock, &event);
+}
+
+static void hold(struct client *client, const struct sim_request *request)
+{
+    client->held = *request;
+    client->is_held = true;
+    server.n_held++;
+    listen_to(client, false);
+}
+
+void requests_held_serve(void)
+{
+    if (!server.n_held || now_ns() < fault_nvml_until_ns()) return;
+    for (struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS && server.n_held; c++) {
+        if (c->state != CLIENT_LIVE || !c->is_held) continue;
+        c->is_held = false;
+        server.n_held--;
+        listen_to(c, true);
+        reply_to(c, &c->held, -1);
+    }
+}
+
+/* What recv would return, and a descriptor that came with it or -1. */
+static ssize_t receive(int sock, struct sim_request *request, int *sent)
+{
+    union control control = {0};
+    struct iovec part = {request, sizeof *request};
+    struct msghdr message = {
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    ssize_t got = recvmsg(sock, &message, MSG_DONTWAIT | MSG_TRUNC | MSG_CMSG_CLOEXEC);
+    const struct cmsghdr *header = got > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    *sent = -1;
+    if (header && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS)
+        memcpy(sent, CMSG_DATA(header), sizeof *sent);
+    return got;
+}
+
+static void serve(struct client *client, const struct sim_request *request, ssize_t got, int sent)
+{
+    if (got != sizeof *request || request->magic != SIM_MAGIC)
+        client_drop(client, "malformed request");
+    else if (request->flags & SIM_FLAG_NVML && now_ns() < fault_nvml_until_ns())
+        hold(client, request);
+    else
+        reply_to(client, request, sent);
+}
+
+void request_serve(struct client *client)
+{
+    struct sim_request request;
+    int sent;
+    if (client->is_held) { /* it hung up */
+        client_end(client);
+        return;
+    }
+    ssize_t got = receive(client->sock, &request, &sent);
+    if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    if (got <= 0)
+        client_end(client);
+    else
+        serve(client, &request, got, sent);
+    if (sent >= 0) close(sent);
 }

@@ -66,7 +66,7 @@ static int make_devices(void)
         if (model_device(model ? model : "h200", (uint32_t)i, bytes, &server.gpus[i].info))
             return fail("FGPU_SIM_MODEL is none of h200, a100, t4", model);
     server.n_gpus = (uint32_t)n;
-    return 0;
+    return fault_start(getenv("FGPU_SIM_FAULT"));
 }
 
 /* Opened under another name and renamed once it listens: whoever finds the socket finds it ready and with its mode. */
@@ -129,6 +129,10 @@ static void loop(int listener)
                 arrivals = true;
                 continue;
             }
+            if (tag >= TAG_EXPORT) {
+                share_export_ends((uint32_t)(tag - TAG_EXPORT));
+                continue;
+            }
             struct client *client = &server.clients[tag >> 1];
             if (client->state != CLIENT_LIVE) continue;
             if (tag & 1)
@@ -136,6 +140,7 @@ static void loop(int listener)
             else
                 request_serve(client);
         }
+        requests_held_serve();
         /* Slots are filled again only here, where no event of their last owner can be left in the batch. */
         client_sweep();
         if (arrivals) client_accept(listener);
@@ -148,10 +153,13 @@ static int serve(const char *dir)
     if (snprintf(socket_path, sizeof socket_path, "%s/" SIM_SOCKET_NAME, dir) >= (int)sizeof socket_path)
         return fail("path too long", dir);
     if (make_devices()) return 1;
+    /* 0 stands for "no descriptor" in an answer, so none of ours may have that number. */
+    if (fcntl(0, F_GETFD) < 0) open("/dev/null", O_RDONLY);
     int lock = lock_directory(dir);
     if (lock < 0) return fail(dir, lock == -2 ? "another server is running here" : strerror(errno));
-    /* Two descriptors a client. */
-    struct rlimit files = {2 * SIM_MAX_CLIENTS + 64, 2 * SIM_MAX_CLIENTS + 64}, now;
+    /* Two descriptors a client, one a share and an export. */
+    const rlim_t wanted = 2 * SIM_MAX_CLIENTS + SIM_MAX_SHARES + SIM_MAX_EXPORTS + 64;
+    struct rlimit files = {wanted, wanted}, now;
     if (!getrlimit(RLIMIT_NOFILE, &now) && now.rlim_cur < files.rlim_cur) {
         files.rlim_max = now.rlim_max > files.rlim_cur ? now.rlim_max : files.rlim_cur;
         setrlimit(RLIMIT_NOFILE, &files);
@@ -168,6 +176,7 @@ static int serve(const char *dir)
         client_end(c);
         ledger_forget(c);
     }
+    shares_end();
     close(listener);
     close(sigfd);
     close(server.epoll);
@@ -177,17 +186,20 @@ static int serve(const char *dir)
 
 int main(int argc, char **argv)
 {
-    const char *dir = FGPU_SIM_DIR;
+    const char *dir = FGPU_SIM_DIR, *fault = NULL;
     bool dump = false;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--dump")) {
             dump = true;
         } else if (!strcmp(argv[i], "--dir") && i + 1 < argc) {
             dir = argv[++i];
+        } else if (!strcmp(argv[i], "--fault") && i + 1 < argc) {
+            fault = argv[++i];
         } else {
-            fputs("usage: fgpu-simd [--dir DIR] [--dump]\n", stderr);
+            fputs("usage: fgpu-simd [--dir DIR] [--dump | --fault SPEC]\n", stderr);
             return 2;
         }
     }
+    if (fault) return fault_send(dir, fault);
     return dump ? dump_print(dir) : serve(dir);
 }

@@ -21,6 +21,7 @@ struct identity {
 
 struct holding {
     uint64_t bytes[SIM_KINDS];
+    uint64_t shared[SIM_KINDS]; /* of them; given back by dropping the share */
     uint64_t requested[SIM_KINDS];
 };
 
@@ -39,7 +40,10 @@ struct client {
     uint64_t free_at_ns; /* CLIENT_ENDED: when the driver is done cleaning up */
     struct identity who;
     bool attached;
-    bool own_user;                       /* may ask for the dump */
+    bool own_user; /* may ask for the dump */
+    bool is_root;  /* may order faults */
+    bool is_held;  /* a request of NVML waits for the end of a stall */
+    struct sim_request held;
     struct holding own[SIM_MAX_DEVICES]; /* what belongs to no context */
     struct context *contexts;
     uint32_t n_contexts, room;
@@ -58,6 +62,7 @@ struct server {
     struct client clients[SIM_MAX_CLIENTS];
     uint32_t n_ended;
     uint32_t n_attached; /* clients that said cuInit */
+    uint32_t n_held;     /* clients that wait for the end of a stall */
     int epoll;
 };
 
@@ -79,6 +84,22 @@ bool ledger_give(struct client *client, const struct sim_request *request);
 bool ledger_close(struct client *client, const struct sim_request *request);
 void ledger_forget(struct client *client);
 
+struct holding *ledger_holding(struct client *client, uint32_t device, uint32_t kind, uint64_t context);
+void ledger_keep(uint32_t device, uint64_t bytes); /* in no process's name */
+void ledger_let_go(uint32_t device, uint64_t bytes);
+
+/* shares.c: memory of several processes. Descriptors that come in stay the caller's, those that go out too. */
+#define TAG_EXPORT (1ull << 32) /* of the event that says that nobody has an exported descriptor any more */
+enum sim_status share_new(struct client *client, const struct sim_request *request, int file, struct sim_share *out);
+enum sim_status share_open(struct client *client, const uint64_t *key, struct sim_share *out, int *file);
+enum sim_status share_import(struct client *client, int descriptor, struct sim_share *out, int *file);
+enum sim_status share_export(const struct client *client, const uint64_t *key, int *descriptor);
+bool share_drop(struct client *client, const uint64_t *key);
+void share_export_ends(uint32_t index);
+void shares_leave_context(struct client *client, uint64_t context);
+void shares_leave(struct client *client);
+void shares_end(void);
+
 /* views.c */
 pid_t view_pid(const struct client *of, const struct client *asker); /* 0: not visible */
 uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_process *out, uint32_t room);
@@ -87,6 +108,15 @@ uint64_t view_busy_us(uint32_t device);
 
 /* requests.c */
 void request_serve(struct client *client);
+void requests_held_serve(void); /* those whose stall is over */
+
+/* faults.c */
+int fault_start(const char *spec); /* -1: not understood, and said so */
+int fault_send(const char *dir, const char *spec);
+void fault_set(uint32_t fault, uint64_t number);
+uint64_t fault_nvml_until_ns(void);
+bool fault_nvml_is_blind(void);
+bool fault_fails(uint32_t kind);
 
 /* dump.c */
 int dump_print(const char *dir);

@@ -36,6 +36,30 @@
     X(nvmlDeviceGetComputeMode)                                                                                        \
     X(nvmlDeviceGetMigMode)                                                                                            \
     X(nvmlDeviceGetTotalEccErrors)                                                                                     \
+    X(nvmlDeviceGetIndex)                                                                                              \
+    X(nvmlDeviceGetSerial)                                                                                             \
+    X(nvmlDeviceGetVbiosVersion)                                                                                       \
+    X(nvmlDeviceGetMinorNumber)                                                                                        \
+    X(nvmlDeviceGetBoardPartNumber)                                                                                    \
+    X(nvmlDeviceGetBoardId)                                                                                            \
+    X(nvmlDeviceGetBrand)                                                                                              \
+    X(nvmlDeviceGetArchitecture)                                                                                       \
+    X(nvmlDeviceGetBAR1MemoryInfo)                                                                                     \
+    X(nvmlDeviceGetEccMode)                                                                                            \
+    X(nvmlDeviceGetDisplayMode)                                                                                        \
+    X(nvmlDeviceGetPowerManagementLimit)                                                                               \
+    X(nvmlDeviceGetPowerManagementDefaultLimit)                                                                        \
+    X(nvmlDeviceGetPowerManagementLimitConstraints)                                                                    \
+    X(nvmlDeviceGetClockInfo)                                                                                          \
+    X(nvmlDeviceGetMaxClockInfo)                                                                                       \
+    X(nvmlDeviceGetEncoderUtilization)                                                                                 \
+    X(nvmlDeviceGetDecoderUtilization)                                                                                 \
+    X(nvmlDeviceGetCudaComputeCapability)                                                                              \
+    X(nvmlDeviceGetCurrPcieLinkGeneration)                                                                             \
+    X(nvmlDeviceGetMaxPcieLinkGeneration)                                                                              \
+    X(nvmlDeviceGetCurrPcieLinkWidth)                                                                                  \
+    X(nvmlDeviceGetMaxPcieLinkWidth)                                                                                   \
+    X(nvmlDeviceGetProcessUtilization)                                                                                 \
     X(nvmlDeviceGetComputeRunningProcesses_v3)
 
 #define DECLARE(name) __typeof__(name) *name;
@@ -55,10 +79,43 @@ unsigned smi_mib(unsigned long long bytes); /* rounded up, as the real tool show
 bool smi_memory(nvmlDevice_t device, nvmlMemory_v2_t *memory);
 void smi_processes(nvmlDevice_t device, struct processes *processes);
 void smi_process_name(unsigned pid, char *name, unsigned room);
-unsigned smi_devices(nvmlDevice_t *devices);
+unsigned smi_devices(nvmlDevice_t *devices); /* those that were asked for */
+unsigned smi_index(nvmlDevice_t device);
+void smi_now(char *text, unsigned room, const char *format);
+const char *smi_base_name(const char *path);
 
 /* smi_table.c */
 int smi_table(void);
+
+/* smi_full.c */
+enum {
+    PART_MEMORY = 1,
+    PART_UTILIZATION = 2,
+    PART_ECC = 4,
+    PART_TEMPERATURE = 8,
+    PART_POWER = 16,
+    PART_CLOCK = 32,
+    PART_COMPUTE = 64,
+    PART_PIDS = 128,
+    PART_ALL = 256, /* those, and what belongs to none of them */
+};
+unsigned smi_parts(const char *names); /* 0: not known */
+int smi_full(bool xml, unsigned parts);
+
+/* smi_monitor.c */
+int smi_monitor(void);
+
+/* smi_fields.c */
+struct row {
+    unsigned index;
+    nvmlDevice_t device;
+    const nvmlProcessInfo_t *process;
+};
+struct field {
+    const char *name, *alias, *heading, *unit;
+    void (*put)(const struct row *row, char *out, size_t room);
+};
+extern const struct field smi_gpu_fields[], smi_process_fields[];
 
 /* smi_query.c */
 struct query {

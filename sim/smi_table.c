@@ -2,7 +2,6 @@
 #include "smi.h"
 
 #include <string.h>
-#include <time.h>
 
 #define EDGE "+-----------------------------------------------------------------------------------------+"
 #define EDGES "+-----------------------------------------+------------------------+----------------------+"
@@ -10,10 +9,8 @@
 static void print_heading(void)
 {
     char text[64], driver[32] = "N/A", cuda[16] = "N/A";
-    time_t now = time(NULL);
-    struct tm tm;
     int version;
-    strftime(text, sizeof text, "%a %b %e %H:%M:%S %Y", localtime_r(&now, &tm));
+    smi_now(text, sizeof text, "%a %b %e %H:%M:%S %Y");
     nvml.nvmlSystemGetDriverVersion(driver, sizeof driver);
     if (!nvml.nvmlSystemGetCudaDriverVersion_v2(&version))
         snprintf(cuda, sizeof cuda, "%d.%d", version / 1000, version % 1000 / 10);
@@ -95,7 +92,7 @@ int smi_table(void)
     nvmlDevice_t devices[MAX_GPUS];
     unsigned n = smi_devices(devices), lines = 0;
     print_heading();
-    for (unsigned i = 0; i < n; i++) print_device(i, devices[i]);
+    for (unsigned i = 0; i < n; i++) print_device(smi_index(devices[i]), devices[i]);
     printf("\n%s\n", EDGE);
     puts("| Processes:                                                                              |");
     puts("|  GPU   GI   CI              PID   Type   Process name                        GPU Memory |");
@@ -103,7 +100,7 @@ int smi_table(void)
     puts("|=========================================================================================|");
     for (unsigned i = 0; i < n; i++) {
         smi_processes(devices[i], &processes);
-        for (unsigned p = 0; p < processes.n; p++) print_process(i, &processes.lines[p]);
+        for (unsigned p = 0; p < processes.n; p++) print_process(smi_index(devices[i]), &processes.lines[p]);
         lines += processes.n;
     }
     if (!lines) puts("|  No running processes found                                                             |");

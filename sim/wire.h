@@ -11,10 +11,12 @@
 #endif
 #define SIM_SOCKET_NAME "driver"
 
-#define SIM_MAGIC 0x66677330u /* "fgs0": the digit is the version */
+#define SIM_MAGIC 0x66677331u /* "fgs1": the digit is the version */
 #define SIM_MAX_DEVICES 16
 #define SIM_MAX_CLIENTS 1024
 #define SIM_MAX_CONTEXTS 512 /* per client and over all its devices */
+#define SIM_MAX_SHARES 1024
+#define SIM_MAX_EXPORTS 1024
 #define SIM_ATTRIBUTES 148
 #define SIM_DRIVER_VERSION "580.159.04"
 #define SIM_NVML_VERSION "13.580.159.04"
@@ -35,15 +37,31 @@ enum sim_op {
     SIM_PROCESSES, /* reply.count x struct sim_process, as the asker may see them */
     SIM_DUMP,      /* reply.count x struct sim_record, for tests */
     SIM_WORK,      /* bytes = microseconds a kernel will run, for utilisation */
+    SIM_SHARE,     /* memory it holds gets a key; sends the file with its contents; struct sim_share */
+    SIM_OPEN,      /* context, requested = a key; struct sim_share, and the file */
+    SIM_EXPORT,    /* context, requested = a key; a descriptor that stands for it */
+    SIM_IMPORT,    /* sends such a descriptor; struct sim_share, and the file */
+    SIM_DROP,      /* context, requested = a key; one less of shared, opened, imported */
+    SIM_FAULT,     /* kind = enum sim_fault, bytes = its number; for root */
     SIM_OPS,
 };
 
-enum sim_kind { SIM_CONTEXT, SIM_BLOCK, SIM_VMM, SIM_MANAGED, SIM_POOL, SIM_MODULE, SIM_KINDS };
+enum sim_kind { SIM_CONTEXT, SIM_BLOCK, SIM_VMM, SIM_MANAGED, SIM_POOL, SIM_MODULE, SIM_GRAPH, SIM_KINDS };
 
 enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED };
 
 /* The asker's /proc belongs to another pid namespace: the real driver then lists no process at all. */
 #define SIM_FLAG_FOREIGN_PROC 1u
+/* The asker is NVML: what a stall of NVML holds up, and nothing else. */
+#define SIM_FLAG_NVML 2u
+
+enum sim_fault {
+    SIM_FAULT_RESET,      /* none of them any more */
+    SIM_FAULT_NVML_STALL, /* NVML is not answered for this many milliseconds from now */
+    SIM_FAULT_NVML_NA,    /* NVML does not know what a process uses */
+    SIM_FAULT_ALLOC_FAIL, /* every n-th allocation finds no memory */
+    SIM_FAULTS,
+};
 
 struct sim_request {
     uint32_t magic;
@@ -70,6 +88,13 @@ struct sim_memory {
     uint64_t reserved; /* the driver's own; total - reserved is what CUDA calls total */
     uint64_t used;     /* by processes, and by the driver while there are any */
     uint64_t busy_us;  /* kernel time in the last second, at most 1,000,000 */
+};
+
+/* Who knows the key may open the memory: it is as hard to guess as it is long. */
+struct sim_share {
+    uint64_t key[2];
+    uint64_t bytes;
+    uint32_t device, kind;
 };
 
 struct sim_process {

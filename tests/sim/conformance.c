@@ -5,6 +5,7 @@
 
 #include <dlfcn.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -165,6 +166,13 @@ int main(int argc, char **argv)
                     {"vmm", check_vmm},
                     {"pool", check_pools},
                     {"stream", check_streams},
+                    {"capture", check_capture},
+                    {"graph", check_graphs},
+                    {"module", check_modules},
+                    {"array", check_arrays},
+                    {"managed", check_managed},
+                    {"old", check_old},
+                    {"sharing", check_sharing},
                     {"lookup", check_lookup},
                     {"fork", check_fork}};
     cuda = dlopen("libcuda.so.1", RTLD_NOW);
@@ -173,6 +181,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "conformance: %s\n", dlerror());
         return 1;
     }
+    if (argc == 3 && !strcmp(argv[1], "--sharing-child")) return sharing_child(atoi(argv[2]));
     for (size_t i = 0; i < sizeof sections / sizeof *sections; i++) {
         int wanted = argc == 1 || !strcmp(sections[i].name, "uninitialised");
         for (int a = 1; a < argc; a++) wanted = wanted || !strcmp(argv[a], sections[i].name);

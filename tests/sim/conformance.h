@@ -31,6 +31,14 @@ void check_memory(void);
 void check_vmm(void);
 void check_pools(void);
 void check_streams(void);
+void check_capture(void);
+void check_graphs(void);
+void check_modules(void);
+void check_arrays(void);
+void check_managed(void);
+void check_old(void);
+void check_sharing(void);
+int sharing_child(int sock); /* what the other process of it does */
 void check_lookup(void);
 void check_nvml(void);
 

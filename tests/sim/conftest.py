@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "sim"
-BUILD = ROOT / "build" / "sim"
+BUILD = Path(os.environ.get("FGPU_SIM_BUILD", ROOT / "build" / "sim"))
 HEADERS = ROOT / "build" / "headers"
 
 MIB = 1 << 20
@@ -51,6 +51,17 @@ def say(*words):
     print(*words, flush=True)
 def wait():
     sys.stdin.readline()
+def stream(flags=1):
+    stream = C.c_void_p()
+    need("cuStreamCreate", C.byref(stream), flags)
+    return stream
+def kernel(name, image=b"any"):
+    module, function = C.c_void_p(), C.c_void_p()
+    need("cuModuleLoadData", C.byref(module), image)
+    need("cuModuleGetFunction", C.byref(function), module, name.encode())
+    return module, function
+def launch(function, stream=None):
+    return L.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, stream, None, None)
 """
 
 
@@ -126,6 +137,11 @@ class Machine:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.server.pid}/fd"))
 
+    def ticks(self) -> int:
+        """CPU time of the server, in hundredths of a second."""
+        fields = Path(f"/proc/{self.server.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return int(fields[11]) + int(fields[12])
+
     def resident(self) -> int:
         fields = Path(f"/proc/{self.server.pid}/statm").read_text().split()
         return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -148,6 +164,16 @@ def tools() -> Path:
         stdout=subprocess.DEVNULL,
     )
     return BUILD
+
+
+@pytest.fixture(scope="session")
+def program(tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The conformance program."""
+    out = tmp_path_factory.mktemp("conformance") / "conformance"
+    sources = sorted(HERE.glob("conformance*.c"))
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{HEADERS}"]
+    subprocess.run(["cc", *flags, *map(str, sources), "-o", str(out), "-ldl"], check=True, timeout=120)
+    return out
 
 
 @pytest.fixture

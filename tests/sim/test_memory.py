@@ -172,6 +172,19 @@ say("reset"); wait()
         client.kill()
 
 
+def test_room_in_pieces_is_no_room(machine: Machine) -> None:
+    """A granule with enough bytes free, but nowhere enough in a row, is passed over, and the next one is its own."""
+    script = """
+start(); held = [alloc(128 << 10) for _ in range(16)]
+[need("cuMemFree_v2", p) for p in held[::2]]
+big = alloc(512 << 10); pointers = sorted(p.value for p in held[1::2])
+out = C.create_string_buffer(b"x" * (512 << 10))
+need("cuMemcpyHtoD_v2", big, out, C.c_size_t(512 << 10))
+say(big.value % (2 << 20), any(abs(big.value - p) < 512 << 10 for p in pointers))
+"""
+    assert machine.python(script) == ["0 False"]
+
+
 def test_threads(machine: Machine) -> None:
     """Contexts are current per thread, memory is anybody's; nothing is lost when all ask at once."""
     script = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 
 REQUEST = struct.Struct("<IIIIQQQII")
-MAGIC = 0x66677330
+MAGIC = 0x66677331
 HELLO, DEVICE, ATTACH, TAKE, GIVE, CLOSE, MEMORY, PROCESSES, DUMP, WORK = range(10)
+SHARE, OPEN, EXPORT, IMPORT, DROP, FAULT = range(10, 16)
 CONTEXT, BLOCK = 0, 1
 
 
@@ -53,8 +55,10 @@ def server(tools: Path, tmp_path: Path) -> Iterator[Server]:
         assert running.stop()[0] == 0
 
 
-def request(op: int, device: int = 0, kind: int = 0, context: int = 0, size: int = 0, asked: int = 0) -> bytes:
-    return REQUEST.pack(MAGIC, op, device, kind, context, size, asked, 0, 0)
+def request(
+    op: int, device: int = 0, kind: int = 0, context: int = 0, size: int = 0, asked: int = 0, flags: int = 0
+) -> bytes:
+    return REQUEST.pack(MAGIC, op, device, kind, context, size, asked, flags, 0)
 
 
 def ask(sock: socket.socket, message: bytes) -> tuple[int, int]:
@@ -170,6 +174,10 @@ LIES = {
     "block of a foreign context": (request(TAKE, kind=BLOCK, context=2, size=1), 3),
     "more than there is": (request(TAKE, kind=BLOCK, context=1, size=1 << 60), 1),
     "more than can be counted": (request(TAKE, kind=BLOCK, context=1, size=(1 << 64) - 1), 1),
+    "shared without a file": (request(SHARE, kind=BLOCK, context=1, size=0), 3),
+    "opened without the key": (request(OPEN, context=1, asked=2), 3),
+    "exported without the key": (request(EXPORT, context=1, asked=2), 3),
+    "imported without a descriptor": (request(IMPORT), 3),
     "asked for more than can be added": (request(TAKE, kind=BLOCK, context=1, asked=(1 << 64) - 1), 3),
 }
 
@@ -182,6 +190,74 @@ def test_what_cannot_be_is_refused(server: Server, message: bytes, status: int) 
         before = used(server)
         assert ask(sock, message)[0] == status
         assert used(server) == before
+
+
+SHARE_REPLY = struct.Struct("<QQQII")
+
+
+def share(sock: socket.socket, size: int, context: int = 1) -> tuple[int, tuple[int, ...]]:
+    """Status and key."""
+    file = os.memfd_create("contents")
+    socket.send_fds(sock, [request(SHARE, kind=BLOCK, context=context, size=size)], [file])
+    os.close(file)
+    answer = sock.recv(4096)
+    status = struct.unpack_from("<IIII", answer)[2]
+    return status, () if status else SHARE_REPLY.unpack_from(answer, 16)[:2]
+
+
+def test_shared_memory_cannot_be_given_back(server: Server) -> None:
+    """Neither twice into a share, nor as if it were not shared."""
+    with server.connect() as sock:
+        assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
+        assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=1009)) == (0, 0)
+        assert share(sock, 1010)[0] == 3
+        assert share(sock, 1000)[0] == 0
+        assert share(sock, 10)[0] == 3
+        assert ask(sock, request(GIVE, kind=BLOCK, context=1, size=9)) == (0, 0)
+        assert ask(sock, request(GIVE, kind=BLOCK, context=1, size=1)) == (-1, 0)
+    time.sleep(0.15)
+    assert used(server) == 0
+
+
+def test_a_share_is_dropped_by_those_who_have_it(server: Server) -> None:
+    with server.connect() as sock, server.connect() as other, server.connect() as third:
+        assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
+        assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=1009)) == (0, 0)
+        low, high = share(sock, 1009)[1]
+        assert ask(third, request(DROP, context=low, asked=high)) == (-1, 0)
+        before = used(server)
+        assert ask(other, request(OPEN, context=low, asked=high))[0] == 0
+        assert ask(sock, request(DROP, context=low, asked=high)) == (0, 0)
+        assert ask(sock, request(DROP, context=low, asked=high)) == (-1, 0)
+        time.sleep(0.15)
+        assert used(server) < before
+        assert used(server) >= 1009
+    time.sleep(0.15)
+    assert used(server) == 0
+
+
+def test_shares_are_bounded(server: Server) -> None:
+    with server.connect() as sock:
+        assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
+        assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=4096)) == (0, 0)
+        assert [share(sock, 1)[0] for _ in range(1030)] == [0] * 1024 + [1] * 6
+    time.sleep(0.15)
+    assert used(server) == 0
+    assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 12
+
+
+def test_a_stall_holds_up_whoever_asks_on(tools: Path, tmp_path: Path) -> None:
+    """What a peer sends meanwhile waits too; nobody else waits, and nobody is dropped."""
+    server = Server(tools, tmp_path, "env", "FGPU_SIM_FAULT=nvml-stall:400ms")
+    start = time.monotonic()
+    with server.connect() as nvml, server.connect() as cuda:
+        for _ in range(3):
+            nvml.send(request(MEMORY, flags=2))
+        assert ask(cuda, request(MEMORY)) == (0, 0)
+        assert time.monotonic() - start < 0.3
+        assert [len(nvml.recv(4096)) for _ in range(3)] == [48] * 3
+        assert 0.35 < time.monotonic() - start < 0.8
+    assert server.stop() == (0, "")
 
 
 def send_many(sock: socket.socket, message: bytes) -> None:

@@ -1,0 +1,193 @@
+/* Memory of graphs. Allocation nodes of one device draw on one reserve, which grows when a launch needs more and never
+ * shrinks by itself: work that cannot run at the same time shares it, what was not freed keeps its part. Only a trim,
+ * or the end of the last context, gives it back. */
+#include "cuda_graph.h"
+
+#include <stdlib.h>
+
+struct reserve {
+    uint64_t reserved, reserved_high, used_high;
+};
+
+static struct reserve reserves[SIM_MAX_DEVICES];
+static struct graph_memory *memories;
+
+static uint64_t round_up(uint64_t bytes, uint64_t step) { return (bytes + step - 1) / step * step; }
+
+CUresult graph_memory_new(struct graph *owner, int device, size_t size, struct graph_memory **out)
+{
+    if (size > 1ull << 46) return CUDA_ERROR_OUT_OF_MEMORY;
+    size_t span = round_up(size, GRANULE);
+    struct graph_memory *memory = calloc(1, sizeof *memory);
+    uintptr_t start = memory ? space_reserve(span, GRANULE, false) : 0;
+    struct range *range = start ? range_new(&driver.primary[device], start, size) : NULL;
+    if (!range) {
+        if (start) space_return(start, span);
+        free(memory);
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    range->kind = RANGE_GRAPH;
+    range->span = span;
+    range->device = device;
+    *memory = (struct graph_memory){
+        .range = range, .size = span, .device = device, .refs = 1, .owner = owner, .next = memories};
+    memories = memory;
+    *out = memory;
+    return CUDA_SUCCESS;
+}
+
+struct graph_memory *graph_memory_find(uintptr_t at)
+{
+    for (struct graph_memory *m = memories; m; m = m->next)
+        if (m->range && m->range->start == at) return m;
+    return NULL;
+}
+
+/* One less who holds it. Memory that a launch left is held by the program until it frees it. */
+void graph_memory_drop(struct graph_memory *memory)
+{
+    if (--memory->refs || memory->live) return;
+    struct graph_memory **at = &memories;
+    while (*at != memory) at = &(*at)->next;
+    *at = memory->next;
+    if (memory->range) range_drop(memory->range);
+    free(memory);
+}
+
+/* May a node of this graph free what is at this address? An allocation is freed inside its own graph or outside, not
+ * both, and by one node of a graph. */
+CUresult graph_memory_node_free(struct graph *graph, uintptr_t at, struct graph_memory **out)
+{
+    struct graph_memory *memory = graph_memory_find(at);
+    if (!memory || memory->freed_inside) return CUDA_ERROR_INVALID_VALUE;
+    bool own = memory->owner == graph;
+    if (own && memory->freed_elsewhere) return CUDA_ERROR_INVALID_VALUE;
+    for (const struct node *n = graph->nodes; n; n = n->next)
+        if (n->type == CU_GRAPH_NODE_TYPE_MEM_FREE && n->memory == memory) return CUDA_ERROR_INVALID_VALUE;
+    if (own)
+        memory->freed_inside = true;
+    else
+        memory->freed_elsewhere = true;
+    *out = memory;
+    return CUDA_SUCCESS;
+}
+
+/* By the program, in a stream or at once. */
+CUresult graph_memory_free(struct range *range)
+{
+    struct graph_memory *memory = graph_memory_find(range->start);
+    if (!memory || !memory->live || memory->freed_inside) return CUDA_ERROR_INVALID_VALUE;
+    memory->live = false;
+    memory->refs++;
+    graph_memory_drop(memory);
+    return CUDA_SUCCESS;
+}
+
+uint64_t graph_memory_live(int device)
+{
+    uint64_t sum = 0;
+    for (const struct graph_memory *m = memories; m; m = m->next)
+        if (m->live && m->device == device) sum += m->size;
+    return sum;
+}
+
+static uint64_t needed(int device, bool idle)
+{
+    return round_up(graph_memory_live(device) + execs_need(device, idle), POOL_STEP);
+}
+
+static uint64_t used(int device)
+{
+    uint64_t bytes = graph_memory_live(device) + execs_need(device, true);
+    return bytes < reserves[device].reserved ? bytes : reserves[device].reserved;
+}
+
+/* After something was marked as running or live: the reserve covers it, or nothing was taken. */
+CUresult graph_memory_reserve(int device)
+{
+    struct reserve *reserve = &reserves[device];
+    uint64_t bytes = needed(device, false);
+    if (bytes > reserve->reserved) {
+        uint64_t more = bytes - reserve->reserved;
+        CUresult result = sim_take(NULL, device, SIM_GRAPH, more, more);
+        if (result) return result;
+        reserve->reserved = bytes;
+    }
+    if (reserve->reserved > reserve->reserved_high) reserve->reserved_high = reserve->reserved;
+    if (used(device) > reserve->used_high) reserve->used_high = used(device);
+    return CUDA_SUCCESS;
+}
+
+static void shrink(int device, uint64_t to)
+{
+    struct reserve *reserve = &reserves[device];
+    if (reserve->reserved <= to) return;
+    sim_give(NULL, device, SIM_GRAPH, reserve->reserved - to, reserve->reserved - to);
+    reserve->reserved = to;
+}
+
+/* The last context of the device has gone: nothing runs any more, and nothing can be freed by its address. The ranges
+ * went with their contexts. */
+void graph_memory_end(int device)
+{
+    for (struct graph_memory *next, *m = memories; m; m = next) {
+        next = m->next;
+        if (m->device != device || !m->live) continue;
+        m->live = false;
+        m->refs++;
+        graph_memory_drop(m);
+    }
+    shrink(device, 0);
+}
+
+API cuDeviceGraphMemTrim(CUdevice device)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!sim_is_device(device)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    shrink(device, needed(device, false));
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuDeviceGetGraphMemAttribute(CUdevice device, CUgraphMem_attribute attr, void *value)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!sim_is_device(device)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    if (!value) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    const struct reserve *reserve = &reserves[device];
+    switch (attr) {
+    case CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT:
+        *(cuuint64_t *)value = used(device);
+        break;
+    case CU_GRAPH_MEM_ATTR_USED_MEM_HIGH:
+        *(cuuint64_t *)value = reserve->used_high;
+        break;
+    case CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT:
+        *(cuuint64_t *)value = reserve->reserved;
+        break;
+    case CU_GRAPH_MEM_ATTR_RESERVED_MEM_HIGH:
+        *(cuuint64_t *)value = reserve->reserved_high;
+        break;
+    default:
+        result = CUDA_ERROR_INVALID_VALUE;
+    }
+    return sim_leave(result);
+}
+
+/* High-water marks can only be reset, to what is there now. */
+API cuDeviceSetGraphMemAttribute(CUdevice device, CUgraphMem_attribute attr, void *value)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!sim_is_device(device)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    if (!value || *(cuuint64_t *)value) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    struct reserve *reserve = &reserves[device];
+    if (attr == CU_GRAPH_MEM_ATTR_USED_MEM_HIGH)
+        reserve->used_high = used(device);
+    else if (attr == CU_GRAPH_MEM_ATTR_RESERVED_MEM_HIGH)
+        reserve->reserved_high = reserve->reserved;
+    else
+        result = CUDA_ERROR_INVALID_VALUE;
+    return sim_leave(result);
+}

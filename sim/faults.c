@@ -1,0 +1,132 @@
+/* Faults on demand: what a driver does on a bad day, so that tests can see what others make of it. Set by the server's
+ * own environment at its start, or by root on a running server. */
+#include "link.h"
+#include "simd.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_FAULTS 8
+#define MAX_STALL_MS 3600000u
+
+struct order {
+    enum sim_fault fault;
+    uint64_t number;
+};
+
+static uint64_t nvml_stalls_until_ns, fails_every, n_allocations;
+static bool nvml_is_blind;
+
+/* `60s` or `500ms`, in milliseconds; 0: neither. */
+static uint64_t parse_time(const char *text)
+{
+    char *unit;
+    errno = 0;
+    unsigned long long n = strtoull(text, &unit, 10);
+    uint64_t scale = !strcmp(unit, "s") ? 1000 : !strcmp(unit, "ms") ? 1 : 0;
+    return errno || unit == text || !scale || n > MAX_STALL_MS / scale ? 0 : n * scale;
+}
+
+static uint64_t parse_count(const char *text)
+{
+    char *end;
+    errno = 0;
+    unsigned long long n = strtoull(text, &end, 10);
+    return errno || *end || text[0] < '0' || text[0] > '9' ? 0 : n;
+}
+
+static bool parse_one(const char *word, struct order *order)
+{
+    *order = (struct order){.number = 1};
+    if (!strcmp(word, "reset")) {
+        order->fault = SIM_FAULT_RESET;
+    } else if (!strcmp(word, "nvml-na")) {
+        order->fault = SIM_FAULT_NVML_NA;
+    } else if (!strncmp(word, "nvml-stall:", 11)) {
+        *order = (struct order){SIM_FAULT_NVML_STALL, parse_time(word + 11)};
+    } else if (!strncmp(word, "alloc-fail:", 11)) {
+        *order = (struct order){SIM_FAULT_ALLOC_FAIL, parse_count(word + 11)};
+    } else {
+        return false;
+    }
+    return order->number > 0;
+}
+
+/* One or several, separated by commas; 0 with one line to say what is wrong. */
+static unsigned parse(const char *spec, struct order *orders)
+{
+    char text[256];
+    unsigned n = 0;
+    if (snprintf(text, sizeof text, "%s", spec) < (int)sizeof text)
+        for (char *rest = text, *word; (word = strsep(&rest, ",")) && n < MAX_FAULTS; n++) {
+            if (parse_one(word, &orders[n])) continue;
+            n = 0;
+            break;
+        }
+    if (!n) fprintf(stderr, "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, alloc-fail:N, reset: %s\n", spec);
+    return n;
+}
+
+void fault_set(uint32_t fault, uint64_t number)
+{
+    switch (fault) {
+    case SIM_FAULT_RESET:
+        nvml_stalls_until_ns = fails_every = 0;
+        nvml_is_blind = false;
+        break;
+    case SIM_FAULT_NVML_STALL:
+        nvml_stalls_until_ns = now_ns() + number * 1000000u;
+        break;
+    case SIM_FAULT_NVML_NA:
+        nvml_is_blind = true;
+        break;
+    case SIM_FAULT_ALLOC_FAIL:
+        fails_every = number;
+        n_allocations = 0;
+        break;
+    }
+}
+
+int fault_start(const char *spec)
+{
+    struct order orders[MAX_FAULTS];
+    unsigned n = spec ? parse(spec, orders) : 0;
+    if (spec && !n) return -1;
+    for (unsigned i = 0; i < n; i++) fault_set(orders[i].fault, orders[i].number);
+    return 0;
+}
+
+uint64_t fault_nvml_until_ns(void) { return nvml_stalls_until_ns; }
+
+bool fault_nvml_is_blind(void) { return nvml_is_blind; }
+
+/* Contexts and code are not counted: a test that fails the third allocation means one of the program's own. */
+bool fault_fails(uint32_t kind)
+{
+    if (!fails_every || kind == SIM_CONTEXT || kind == SIM_MODULE) return false;
+    return ++n_allocations % fails_every == 0;
+}
+
+/* `fgpu-simd --fault SPEC` */
+int fault_send(const char *dir, const char *spec)
+{
+    struct order orders[MAX_FAULTS];
+    struct link link = LINK_INIT;
+    unsigned n = parse(spec, orders);
+    uint32_t n_devices;
+    int rc = 0;
+    if (!n) return 2;
+    if (link_open(&link, dir, &n_devices)) {
+        fprintf(stderr, "fgpu-simd: %s: no server is running here\n", dir);
+        return 1;
+    }
+    for (unsigned i = 0; i < n && !rc; i++) {
+        struct sim_request request = {.op = SIM_FAULT, .kind = orders[i].fault, .bytes = orders[i].number};
+        if (link_call(&link, request, NULL, NULL, 0) != SIM_OK) rc = 1;
+    }
+    if (rc) fprintf(stderr, "fgpu-simd: %s: faults are for root, in the server's own pid namespace\n", dir);
+    link_close(&link);
+    return rc;
+}

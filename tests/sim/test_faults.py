@@ -1,0 +1,130 @@
+"""A driver on a bad day, as ordered."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Machine
+
+NVML = """
+import pynvml as N
+N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0)
+"""
+
+
+def order(machine: Machine, spec: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return machine.run(machine.tools / "fgpu-simd", "--fault", spec, check=check)
+
+
+def test_every_nth_allocation_fails(machine: Machine) -> None:
+    script = """
+start(); order = lambda: L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(5 << 20)); before = info()[0]
+say([order() for _ in range(7)], (before - info()[0]) >> 20)
+"""
+    order(machine, "alloc-fail:3")
+    assert machine.python(script) == ["[0, 0, 2, 0, 0, 2, 0] 30"]
+    order(machine, "reset")
+    assert machine.python(script) == ["[0, 0, 0, 0, 0, 0, 0] 42"]
+
+
+def test_faults_from_the_start(make_machine: Callable[..., Machine]) -> None:
+    machine = make_machine(FGPU_SIM_FAULT="nvml-na,alloc-fail:1")
+    script = "start(); say(L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(1)), launch(kernel('f')[1]))"
+    assert machine.python(script) == ["2 0"]
+
+
+def test_nvml_that_does_not_know(machine: Machine) -> None:
+    pytest.importorskip("pynvml")
+    order(machine, "nvml-na")
+    script = (
+        NVML
+        + """
+start(); say([p.usedGpuMemory for p in N.nvmlDeviceGetComputeRunningProcesses(device)])
+say(N.nvmlDeviceGetMemoryInfo(device).used > 500 << 20, info()[0] > 0)
+"""
+    )
+    assert machine.python(script) == ["[None]", "True True"]
+    machine.settles_at(0)
+    with machine.spawn("start(); say('up'); wait()") as client:
+        assert client.stdout is not None
+        client.stdout.readline()
+        smi = machine.tools / "nvidia-smi"
+        text = machine.run(smi, "--query-compute-apps=pid,used_memory", "--format=csv,noheader").stdout
+        assert text == f"{client.pid}, [N/A]\n"
+        client.kill()
+
+
+def test_nvml_that_stalls(machine: Machine) -> None:
+    """NVML waits, CUDA does not; a process that gives up waiting leaves nothing behind."""
+    pytest.importorskip("pynvml")
+    before = machine.descriptors()
+    order(machine, "nvml-stall:500ms")
+    start = time.monotonic()
+    with machine.spawn(NVML + "say(N.nvmlDeviceGetMemoryInfo(device).total >> 30)") as waiting:
+        with machine.spawn(NVML) as gone:
+            time.sleep(0.2)
+            gone.kill()
+        assert machine.python("start(); say(info()[1] >> 30)") == ["139"]
+        assert time.monotonic() - start < 0.45
+        assert waiting.poll() is None
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "140\n"
+        assert 0.45 < time.monotonic() - start < 1
+    machine.settles_at(0)
+    machine.has_descriptors(before)
+    ticks = machine.ticks()
+    time.sleep(0.3)
+    assert machine.ticks() - ticks < 10
+
+
+def test_the_end_of_a_stall_by_order(machine: Machine) -> None:
+    pytest.importorskip("pynvml")
+    order(machine, "nvml-stall:60s")
+    with machine.spawn(NVML + "say('answered')") as waiting:
+        time.sleep(0.3)
+        assert waiting.poll() is None
+        order(machine, "reset")
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "answered\n"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "bogus",
+        "nvml-stall",
+        "nvml-stall:60",
+        "nvml-stall:2h",
+        "alloc-fail:0",
+        "alloc-fail:x",
+        "nvml-na,",
+        "x" * 300,
+    ],
+)
+def test_what_is_not_understood(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
+    line = f"fgpu-simd: fault is none of nvml-stall:60s, nvml-na, alloc-fail:N, reset: {spec}\n"
+    asked = order(machine, spec, check=False)
+    assert (asked.returncode, asked.stdout, asked.stderr) == (2, "", line)
+    words = ["env", f"FGPU_SIM_FAULT={spec}", tools / "fgpu-simd", "--dir", tmp_path]
+    started = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+    assert (started.returncode, started.stdout, started.stderr) == (1, "", line)
+
+
+def test_faults_are_for_root(machine: Machine) -> None:
+    """Neither another user nor root in a pid namespace of its own may break the driver for everybody."""
+    simd = machine.tools / "fgpu-simd"
+    for prefix in (["setpriv", "--reuid=65534", "--clear-groups"], ["unshare", "--pid", "--fork"]):
+        done = machine.run(*prefix, simd, "--fault", "alloc-fail:1", check=False)
+        assert done.returncode == 1
+        assert "faults are for root" in done.stderr
+    assert machine.python("start(); alloc(1); say('fine')") == ["fine"]
+    alone = subprocess.run(
+        [simd, "--fault", "reset", "--dir", "/nonexistent"], capture_output=True, text=True, timeout=9
+    )
+    assert (alone.returncode, alone.stderr) == (1, "fgpu-simd: /nonexistent: no server is running here\n")

@@ -1,0 +1,273 @@
+"""Memory in several processes: whose it is, how long it lives, and that it is the same memory."""
+
+from __future__ import annotations
+
+from subprocess import Popen
+
+import pytest
+
+from .conftest import MIB, Machine
+
+# A handle goes from one process to the other as text; a descriptor through a socket with a name.
+SHARING = """
+import socket
+class Handle(C.Structure):
+    _fields_ = [("bytes", C.c_char * 64)]
+class Prop(C.Structure):
+    _fields_ = [("type", C.c_int), ("handles", C.c_int), ("where", C.c_int), ("id", C.c_int), ("spare", C.c_uint64 * 2)]
+class Access(C.Structure):
+    _fields_ = [("where", C.c_int), ("id", C.c_int), ("flags", C.c_int)]
+def ask():
+    return sys.stdin.readline().strip()
+def export(pointer):
+    handle = Handle()
+    need("cuIpcGetMemHandle", C.byref(handle), pointer)
+    return C.string_at(C.byref(handle), 64).hex()
+def opened(text, flags=1):
+    handle, pointer = Handle.from_buffer_copy(bytes.fromhex(text)), C.c_uint64()
+    return L.cuIpcOpenMemHandle_v2(C.byref(pointer), handle, flags), pointer
+def put(pointer, text):
+    need("cuMemcpyHtoD_v2", pointer, text, C.c_size_t(len(text)))
+def get(pointer, n):
+    out = C.create_string_buffer(n)
+    need("cuMemcpyDtoH_v2", out, pointer, C.c_size_t(n))
+    return out.raw.decode()
+def create(size, handles=1):
+    handle = C.c_uint64()
+    need("cuMemCreate", C.byref(handle), C.c_size_t(size), C.byref(Prop(1, handles, 1, 0)), C.c_uint64(0))
+    return handle
+def mapped(handle, size):
+    pointer = C.c_uint64()
+    need("cuMemAddressReserve", C.byref(pointer), C.c_size_t(size), C.c_size_t(0), C.c_uint64(0), C.c_uint64(0))
+    need("cuMemMap", pointer, C.c_size_t(size), C.c_size_t(0), handle, C.c_uint64(0))
+    need("cuMemSetAccess", pointer, C.c_size_t(size), C.byref(Access(1, 0, 3)), C.c_size_t(1))
+    return pointer
+def descriptor(handle):
+    fd = C.c_int(-1)
+    need("cuMemExportToShareableHandle", C.byref(fd), handle, 1, C.c_uint64(0))
+    return fd.value
+def imported(fd):
+    handle = C.c_uint64()
+    return L.cuMemImportFromShareableHandle(C.byref(handle), C.c_void_p(fd), 1), handle
+def send_fd(fd, name):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind("\\0" + name); listener.listen(1); say("up"); sock, _ = listener.accept()
+        socket.send_fds(sock, [b"x"], [fd]); sock.recv(1)
+def receive_fd(name):
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); sock.connect("\\0" + name)
+    fd = socket.recv_fds(sock, 1, 1)[1][0]; sock.send(b"x"); return fd
+"""
+
+
+def say(client: Popen[str], text: str = "") -> None:
+    assert client.stdin is not None
+    client.stdin.write(text + "\n")
+    client.stdin.flush()
+
+
+def hear(client: Popen[str]) -> str:
+    assert client.stdout is not None
+    return client.stdout.readline().strip()
+
+
+def bytes_of(machine: Machine, client: Popen[str]) -> dict[str, int]:
+    return {kind: machine.process(client.pid)[f"{kind}_bytes"] // MIB for kind in ("block", "vmm")}
+
+
+@pytest.mark.parametrize("size", [1000, 5 << 20])
+def test_a_handle_opens_the_same_memory(machine: Machine, size: int) -> None:
+    owner = f"start(); alloc(700); p = alloc({size}); put(p, b'first'); say(export(p)); ask(); say(get(p, 6)); ask()"
+    guest = """
+start(); result, p = opened(ask()); again, q = opened(input_ := ask())
+say(result, again, p.value == q.value, get(p, 5)); put(p, b'second')
+need("cuIpcCloseMemHandle", p); say(get(p, 6)); need("cuIpcCloseMemHandle", p); say(L.cuIpcCloseMemHandle(p)); ask()
+"""
+    with machine.spawn(SHARING + owner) as first, machine.spawn(SHARING + guest) as second:
+        handle = hear(first)
+        say(second, handle)
+        say(second, handle)
+        assert [hear(second) for _ in range(3)] == ["0 0 True first", "second", "1"]
+        say(first)
+        assert hear(first) == "second"
+        physical = 2 if size == 1000 else 8
+        assert bytes_of(machine, first) == {"block": physical, "vmm": 0}
+        assert bytes_of(machine, second) == {"block": 0, "vmm": 0}
+        for client in (first, second):
+            say(client)
+
+
+@pytest.mark.parametrize(
+    "end", ["need('cuMemFree_v2', p)", "os._exit(0)", "need('cuDevicePrimaryCtxReset_v2', 0)", "os.closerange(3, 999)"]
+)
+def test_memory_outlives_its_maker(machine: Machine, end: str) -> None:
+    """It is the maker's while that has it, then the next one's, and gone when nobody has it."""
+    owner = f"start(); p = alloc(100 << 20); put(p, b'kept'); say(export(p)); ask(); {end}; say('done'); ask()"
+    guest = (
+        "start(); result, p = opened(ask()); say(result); ask(); say(get(p, 4)); need('cuIpcCloseMemHandle', p)\nask()"
+    )
+    with machine.spawn(SHARING + owner) as first, machine.spawn(SHARING + guest) as second:
+        say(second, hear(first))
+        assert hear(second) == "0"
+        both = machine.used()
+        assert (bytes_of(machine, first)["block"], bytes_of(machine, second)["block"]) == (100, 0)
+        say(first)
+        hear(first)
+        for _ in range(200):
+            if bytes_of(machine, second)["block"] == 100:
+                break
+        assert bytes_of(machine, second)["block"] == 100
+        assert machine.used() in (both, both - machine.dump()["devices"][0]["context_bytes"] - 5832704)
+        say(second)
+        assert hear(second) == "kept"
+        for client in (first, second):
+            client.kill()
+    machine.settles_at(0)
+
+
+def test_the_guest_ends_first(machine: Machine) -> None:
+    owner = "start(); p = alloc(100 << 20); say(export(p)); ask(); put(p, b'mine'); say(get(p, 4)); ask()"
+    with machine.spawn(SHARING + owner) as first:
+        handle = hear(first)
+        with machine.spawn(SHARING + "start(); say(opened(ask())[0]); ask()") as second:
+            say(second, handle)
+            assert hear(second) == "0"
+            assert machine.process(second.pid)["block_bytes"] == 0
+            second.kill()
+        say(first)
+        assert hear(first) == "mine"
+        assert bytes_of(machine, first)["block"] == 100
+        say(first)
+    machine.settles_at(0)
+
+
+def test_handles_that_are_refused(machine: Machine) -> None:
+    script = """
+start(); p = alloc(1000); text = export(p); host = C.c_void_p(); handle = Handle()
+need("cuMemAllocHost_v2", C.byref(host), C.c_size_t(10)); managed = C.c_uint64()
+need("cuMemAllocManaged", C.byref(managed), C.c_size_t(10), 1)
+say(opened(text)[0], opened(text, 0)[0], opened("00" * 64)[0], opened(text[:20] + "ff" * 8 + text[36:])[0])
+say([L.cuIpcGetMemHandle(C.byref(handle), C.c_uint64(at)) for at in (0x1000, host.value, managed.value)])
+say(L.cuIpcCloseMemHandle(p)); need("cuMemFree_v2", p)
+say(text)
+"""
+    lines = machine.python(SHARING + script)
+    assert lines[:3] == ["201 1 1 400", "[1, 1, 1]", "1"]
+    assert machine.python(SHARING + f"start(); say(opened('{lines[3]}')[0])") == ["400"]
+    machine.settles_at(0)
+
+
+def test_a_context_that_ends_closes_what_it_opened(machine: Machine) -> None:
+    owner = "start(); p = alloc(4 << 20); say(export(p)); ask(); need('cuMemFree_v2', p); say('freed'); ask()"
+    guest = "start(); say(opened(ask())[0]); need('cuDevicePrimaryCtxReset_v2', 0); say('reset'); ask()"
+    with machine.spawn(SHARING + owner) as first, machine.spawn(SHARING + guest) as second:
+        say(second, hear(first))
+        assert [hear(second), hear(second)] == ["0", "reset"]
+        say(first)
+        assert hear(first) == "freed"
+        assert sum(p["block_bytes"] for p in machine.dump()["processes"]) == 0
+        for client in (first, second):
+            say(client)
+
+
+def test_a_descriptor_opens_the_same_memory(machine: Machine) -> None:
+    """Written before and after, mapped before and after; each import is a handle of its own."""
+    owner = """
+start(); h = create(6 << 20); p = mapped(h, 6 << 20); put(p, b"before"); fd = descriptor(h)
+say(os.fstat(fd).st_mode > 0)
+send_fd(fd, "fgpu-a"); ask(); say(get(p, 6)); ask()
+"""
+    guest = """
+start(); fd = receive_fd("fgpu-a"); (one, h), (two, i) = imported(fd), imported(fd); os.close(fd)
+p = mapped(h, 6 << 20); say(one, two, h.value != i.value, get(p, 6)); put(p, b"after!"); ask()
+"""
+    with machine.spawn(SHARING + owner) as first:
+        assert [hear(first), hear(first)] == ["True", "up"]
+        with machine.spawn(SHARING + guest) as second:
+            assert hear(second) == "0 0 True before"
+            assert bytes_of(machine, first) == {"block": 0, "vmm": 6}
+            assert bytes_of(machine, second) == {"block": 0, "vmm": 0}
+            say(first)
+            assert hear(first) == "after!"
+            first.kill()
+            first.wait()
+            start = machine.dump()["devices"][0]["used_bytes"]
+            for _ in range(300):
+                if bytes_of(machine, second)["vmm"] == 6:
+                    break
+            assert bytes_of(machine, second) == {"block": 0, "vmm": 6}
+            assert start > 0
+            say(second)
+    machine.settles_at(0)
+
+
+def test_a_descriptor_keeps_memory_alive(machine: Machine) -> None:
+    """In nobody's name, until it is closed or imported again."""
+    script = """
+start(); h = create(6 << 20); fd = descriptor(h); other = os.dup(fd); need("cuMemRelease", h); say("held"); ask()
+os.close(fd); result, h = imported(other); os.close(other); say(result); ask()
+fd = descriptor(h); need("cuMemRelease", h); os.close(fd); say("closed"); ask()
+"""
+    with machine.spawn(SHARING + script) as client:
+        assert hear(client) == "held"
+        base = machine.process(client.pid)["bytes"]
+        driver = machine.dump()["devices"][0]["driver_bytes"]
+        assert bytes_of(machine, client)["vmm"] == 0
+        say(client)
+        assert hear(client) == "0"
+        assert machine.process(client.pid)["bytes"] == base + 6 * MIB
+        assert machine.dump()["devices"][0]["driver_bytes"] == driver - 6 * MIB
+        say(client)
+        assert hear(client) == "closed"
+        machine.settles_at(base + driver - 6 * MIB)
+        say(client)
+    machine.settles_at(0)
+
+
+def test_descriptors_that_are_refused(machine: Machine) -> None:
+    script = """
+start(); plain, h, fd = create(2 << 20, 0), create(2 << 20), C.c_int(-1)
+def exported(handle, kind=1, flags=0):
+    return L.cuMemExportToShareableHandle(C.byref(fd), handle, kind, C.c_uint64(flags))
+say(exported(plain), exported(h, 2), exported(h, 1, 1), exported(C.c_uint64(7)), exported(h))
+one, other = socket.socketpair()
+say(imported(one.fileno())[0], imported(-1)[0], imported(os.open("/dev/null", 0))[0])
+"""
+    assert machine.python(SHARING + script) == ["1 1 1 1 0", "1 1 1"]
+
+
+def test_the_server_keeps_no_descriptor(machine: Machine) -> None:
+    before = machine.descriptors()
+    script = """
+start()
+for _ in range(50):
+    h = create(2 << 20); fd = descriptor(h); need("cuMemRelease", h); os.close(fd)
+    p = alloc(3 << 20); export(p); need("cuMemFree_v2", p)
+left = [descriptor(create(2 << 20)) for _ in range(20)]
+"""
+    machine.python(SHARING + script)
+    machine.settles_at(0)
+    machine.has_descriptors(before)
+
+
+def test_numba_shares_an_array(machine: Machine) -> None:
+    pytest.importorskip("numba_cuda")
+    owner = """
+import pickle, numpy
+from numba import cuda
+array = cuda.to_device(numpy.arange(1 << 18, dtype=numpy.float64))
+say(pickle.dumps(array.get_ipc_handle()).hex()); sys.stdin.readline(); say(array.copy_to_host()[7])
+"""
+    guest = """
+import pickle, numpy
+from numba import cuda
+handle = pickle.loads(bytes.fromhex(sys.stdin.readline()))
+with handle as array:
+    say(array.copy_to_host().sum() == (1 << 18) * ((1 << 18) - 1) / 2)
+    array[7:8].copy_to_device(numpy.array([1009.0]))
+"""
+    with machine.spawn(owner) as first, machine.spawn(guest) as second:
+        say(second, hear(first))
+        assert hear(second) == "True"
+        assert second.wait(timeout=20) == 0
+        say(first)
+        assert hear(first) == "1009.0"
