@@ -171,14 +171,13 @@ API cuArray3DGetDescriptor_v2(CUDA_ARRAY3D_DESCRIPTOR *pDescriptor, CUarray hArr
     return sim_leave(CUDA_SUCCESS);
 }
 
-/* Two dimensions cannot tell of a third. */
+/* Two dimensions tell nothing of a third. */
 API cuArrayGetDescriptor_v2(CUDA_ARRAY_DESCRIPTOR *pDescriptor, CUarray hArray)
 {
     const struct array *array;
     CUresult result = enter_array(hArray, pDescriptor, &array);
     if (result) return result;
     const CUDA_ARRAY3D_DESCRIPTOR *d = &array->descriptor;
-    if (d->Depth > 1) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     *pDescriptor = (CUDA_ARRAY_DESCRIPTOR){
         .Width = d->Width, .Height = d->Height, .Format = d->Format, .NumChannels = d->NumChannels};
     return sim_leave(CUDA_SUCCESS);

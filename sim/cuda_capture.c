@@ -200,6 +200,19 @@ static void capture_stop(struct capture *capture)
     free(capture);
 }
 
+/* A capture ends with the stream that it began in, and is broken by the loss of another. */
+void capture_abandon(struct stream *stream)
+{
+    struct capture *capture = stream->capture;
+    if (capture->origin == stream) {
+        graph_free(capture->graph);
+        capture_stop(capture);
+    } else {
+        capture_break(capture);
+        leave_stream(stream, capture);
+    }
+}
+
 void captures_end(struct context *context)
 {
     for (struct capture *next, *c = captures; c; c = next) {
@@ -254,8 +267,8 @@ static CUresult end(CUstream handle, CUgraph *out, bool per_thread)
     CUresult result = stream_enter(handle, per_thread, &context, &stream);
     if (result) return result;
     struct capture *capture = stream->capture;
-    if (!out) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (!capture) return sim_leave(CUDA_ERROR_ILLEGAL_STATE);
+    if (!out) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (capture->origin != stream) {
         capture_break(capture);
         return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNMATCHED);

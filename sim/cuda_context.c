@@ -30,12 +30,11 @@ bool context_is_known(const struct context *context)
 
 /* A primary context is started again after each reset and then has a new id, so that the server never mistakes it for
  * the old one. */
-static CUresult context_start(struct context *context, int device, unsigned flags, unsigned api_version)
+static CUresult context_start(struct context *context, int device, unsigned flags)
 {
     context->id = ++driver.next_id;
     context->device = device;
     context->flags = flags;
-    context->api_version = api_version;
     memcpy(context->limits, default_limits, sizeof default_limits);
     context->legacy = context->per_thread = (struct stream){.context = context};
     context->legacy.id = 1;
@@ -64,16 +63,22 @@ static void context_stop(struct context *context)
     graph_memory_end(context->device);
 }
 
-/* Pushes, and so changes the thread's current context, as cuCtxCreate always has. */
-static CUresult create(CUcontext *pctx, unsigned flags, CUdevice dev, unsigned api_version)
+static CUresult enter_create(const CUcontext *pctx, unsigned flags, CUdevice dev)
 {
     CUresult result = sim_enter_init();
     if (result) return result;
     if (!pctx || flags & ~(unsigned)CU_CTX_FLAGS_MASK) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    return sim_is_device(dev) ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_DEVICE);
+}
+
+/* Pushes, and so changes the thread's current context, as cuCtxCreate always has. */
+static CUresult create(CUcontext *pctx, unsigned flags, CUdevice dev)
+{
+    CUresult result = enter_create(pctx, flags, dev);
+    if (result) return result;
     struct context *context = depth < MAX_STACK ? calloc(1, sizeof *context) : NULL;
     if (!context) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
-    result = context_start(context, dev, flags | CU_CTX_MAP_HOST, api_version);
+    result = context_start(context, dev, flags | CU_CTX_MAP_HOST);
     if (result) {
         free(context);
         return sim_leave(result);
@@ -86,21 +91,26 @@ static CUresult create(CUcontext *pctx, unsigned flags, CUdevice dev, unsigned a
     return sim_leave(CUDA_SUCCESS);
 }
 
-/* A context of the first kind is for programs whose device pointers have 32 bits. */
-API cuCtxCreate(CUcontext *pctx, unsigned int flags, CUdevice dev) { return create(pctx, flags, dev, 3010); }
+/* A context of the first kind is for programs whose device pointers have 32 bits, and where every address has more
+ * there is no room for one. */
+API cuCtxCreate(CUcontext *pctx, unsigned int flags, CUdevice dev)
+{
+    CUresult result = enter_create(pctx, flags, dev);
+    return result ? result : sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+}
 
-API cuCtxCreate_v2(CUcontext *pctx, unsigned int flags, CUdevice dev) { return create(pctx, flags, dev, 3020); }
+API cuCtxCreate_v2(CUcontext *pctx, unsigned int flags, CUdevice dev) { return create(pctx, flags, dev); }
 
 API cuCtxCreate_v3(CUcontext *pctx, CUexecAffinityParam *params, int count, unsigned int flags, CUdevice dev)
 {
     if (count < 0 || (count && !params)) return CUDA_ERROR_INVALID_VALUE;
-    return count ? CUDA_ERROR_UNSUPPORTED_EXEC_AFFINITY : create(pctx, flags, dev, 3020);
+    return count ? CUDA_ERROR_UNSUPPORTED_EXEC_AFFINITY : create(pctx, flags, dev);
 }
 
 API cuCtxCreate_v4(CUcontext *pctx, CUctxCreateParams *params, unsigned int flags, CUdevice dev)
 {
     if (params && (params->execAffinityParams || params->cigParams)) return CUDA_ERROR_NOT_SUPPORTED;
-    return create(pctx, flags, dev, 3020);
+    return create(pctx, flags, dev);
 }
 
 API cuCtxDestroy_v2(CUcontext ctx)
@@ -125,7 +135,7 @@ API cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
     if (!pctx) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
     struct context *primary = &driver.primary[dev];
-    if (!primary->alive) result = context_start(primary, dev, primary->flags | CU_CTX_MAP_HOST, 3020);
+    if (!primary->alive) result = context_start(primary, dev, primary->flags | CU_CTX_MAP_HOST);
     if (result) return sim_leave(result);
     driver.primary_refs[dev]++;
     *pctx = (CUcontext)primary;

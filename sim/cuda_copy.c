@@ -58,7 +58,7 @@ CUresult transfer_run(const struct transfer *t)
     return CUDA_SUCCESS;
 }
 
-/* What waits for its own work goes by the default stream, and is no call to make while something captures. */
+/* What waits for its own work goes by the default stream; only where that one is unusable does a capture mind. */
 static CUresult enter_waiting(bool per_thread, struct context **context, struct stream **stream)
 {
     CUresult result = stream_enter_work(NULL, per_thread, context, stream);
@@ -67,8 +67,7 @@ static CUresult enter_waiting(bool per_thread, struct context **context, struct 
         capture_break((*stream)->capture);
         return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     }
-    result = capture_permits();
-    return result ? sim_leave(result) : CUDA_SUCCESS;
+    return CUDA_SUCCESS;
 }
 
 static CUresult copy(uintptr_t to, enum side to_side, uintptr_t from, enum side from_side, size_t size, bool per_thread)

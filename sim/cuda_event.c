@@ -105,16 +105,17 @@ TWICE(_ptsz, cuEventRecord, (CUevent hEvent, CUstream hStream), record(hEvent, 0
 TWICE(_ptsz, cuEventRecordWithFlags, (CUevent hEvent, CUstream hStream, unsigned int flags),
       record(hEvent, flags, hStream, per_thread))
 
-/* There is nothing to ask of an event that stands for a place in a graph, and no safe moment to ask of another while
- * something captures. */
+/* There is nothing to ask of an event that stands for a place in a graph, whose capture may be over, and no safe moment
+ * to ask of another while something captures. */
 static CUresult enter_done(CUevent handle, struct event **event)
 {
     CUresult result = enter_event(handle, event);
     if (result) return result;
     struct capture *capture = (*event)->capture;
     if (capture) {
-        if (capture_is_alive(capture, (*event)->capture_id)) capture_break(capture);
-        return sim_leave(CUDA_ERROR_CAPTURED_EVENT);
+        bool alive = capture_is_alive(capture, (*event)->capture_id);
+        if (alive) capture_break(capture);
+        return sim_leave(alive ? CUDA_ERROR_CAPTURED_EVENT : CUDA_ERROR_INVALID_VALUE);
     }
     result = capture_permits();
     return result ? sim_leave(result) : CUDA_SUCCESS;
@@ -165,15 +166,22 @@ API cuEventElapsedTime_v2(float *pMilliseconds, CUevent hStart, CUevent hEnd)
     return elapsed(pMilliseconds, hStart, hEnd);
 }
 
-/* A wait for an event of a capture takes the stream into it; a capture cannot wait for anything outside. */
+/* A wait for an event of a capture takes the stream into it; a capture cannot wait for anything outside but by a node,
+ * which takes no time here when it is launched. */
 static CUresult wait_captured(struct stream *stream, const struct event *event, unsigned flags)
 {
+    struct node *node;
+    if (!event->capture && flags) return capture_node(stream, CU_GRAPH_NODE_TYPE_WAIT_EVENT, &node);
+    if (!event->capture && !event->recorded) return CUDA_SUCCESS;
     bool alive = event->capture && capture_is_alive(event->capture, event->capture_id);
-    if (!alive && !event->capture && (!event->recorded || flags)) return CUDA_SUCCESS;
-    if (!alive || (stream->capture && stream->capture != event->capture)) {
+    if (!alive) {
         capture_break(stream->capture);
-        if (alive) capture_break(event->capture);
-        return alive ? CUDA_ERROR_STREAM_CAPTURE_MERGE : CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
+        return event->capture ? CUDA_ERROR_INVALID_VALUE : CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
+    }
+    if (stream->capture && stream->capture != event->capture) {
+        capture_break(stream->capture);
+        capture_break(event->capture);
+        return CUDA_ERROR_STREAM_CAPTURE_MERGE;
     }
     if (stream == &stream->context->legacy) {
         capture_break(event->capture);

@@ -82,8 +82,7 @@ uint64_t graph_memory_live(int device);
 CUresult graph_memory_reserve(int device);
 
 /* cuda_graph_exec.c */
-uint64_t execs_need(int device,
-                    bool idle); /* bytes that running ones share by stream; idle: that all ever launched do */
+uint64_t execs_need(int device); /* bytes that running ones share by stream */
 void exec_forget_graph(struct exec *exec);
 
 /* cuda_capture.c */

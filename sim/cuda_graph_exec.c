@@ -16,7 +16,7 @@ struct exec {
     uint64_t ns;
     uint64_t shared[SIM_MAX_DEVICES]; /* the most that is live at once, without what a launch leaves behind */
     uint64_t left[SIM_MAX_DEVICES];   /* which is this */
-    uint64_t stream;                  /* of the last launch; 0: none yet, or trimmed */
+    uint64_t stream;                  /* of the last launch; 0: none yet */
     uint64_t done_ns;
     struct exec *next;
 };
@@ -33,24 +33,21 @@ static struct exec *find(CUgraphExec handle)
 void exec_forget_graph(struct exec *exec) { exec->graph = NULL; }
 
 /* Launches in one stream follow each other and share their memory; those in different streams do not. */
-static bool holds(const struct exec *exec, uint64_t now, bool idle)
-{
-    return exec->stream && (idle || exec->done_ns > now);
-}
+static bool holds(const struct exec *exec, uint64_t now) { return exec->stream && exec->done_ns > now; }
 
-uint64_t execs_need(int device, bool idle)
+uint64_t execs_need(int device)
 {
     uint64_t sum = 0, now = stream_now();
     for (const struct exec *e = execs; e; e = e->next) {
         const struct exec *first = execs;
         uint64_t most = 0;
-        while (!holds(first, now, idle) || first->stream != e->stream) {
+        while (!holds(first, now) || first->stream != e->stream) {
             first = first->next;
             if (!first) break;
         }
         if (first != e) continue; /* holds nothing, or another one of its stream has spoken for it */
         for (const struct exec *other = e; other; other = other->next)
-            if (holds(other, now, idle) && other->stream == e->stream && other->shared[device] > most)
+            if (holds(other, now) && other->stream == e->stream && other->shared[device] > most)
                 most = other->shared[device];
         sum += most;
     }
@@ -140,7 +137,9 @@ static CUresult instantiate(CUgraphExec *out, CUgraph handle, cuuint64_t flags, 
     if (!out || !graph || flags & ~(cuuint64_t)KNOWN_FLAGS || (launches_itself && flags & AUTO_FREE))
         return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (!upload) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
-    if (graph->has_memory && graph->exec) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (graph->has_memory && graph->exec) return sim_leave(CUDA_ERROR_NOT_SUPPORTED);
+    result = capture_permits();
+    if (result) return sim_leave(result);
     struct exec *exec = calloc(1, sizeof *exec);
     if (!exec) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
     exec->flags = flags;
@@ -287,15 +286,26 @@ static CUresult run(const struct exec *exec)
     return result ? CUDA_ERROR_ILLEGAL_ADDRESS : CUDA_SUCCESS;
 }
 
+/* An executable graph and a stream that does what it is given: a capturing one takes none. */
+static CUresult enter_launch(CUgraphExec handle, CUstream stream_handle, bool per_thread, struct context **context,
+                             struct stream **stream, struct exec **exec)
+{
+    CUresult result = stream_enter_work(stream_handle, per_thread, context, stream);
+    if (result) return result;
+    *exec = find(handle);
+    if (!*exec) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!(*stream)->capture) return CUDA_SUCCESS;
+    capture_break((*stream)->capture);
+    return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+}
+
 static CUresult launch(CUgraphExec handle, CUstream stream_handle, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter_work(stream_handle, per_thread, &context, &stream);
+    struct exec *exec;
+    CUresult result = enter_launch(handle, stream_handle, per_thread, &context, &stream, &exec);
     if (result) return result;
-    struct exec *exec = find(handle);
-    if (!exec) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    if (stream->capture) return sim_leave(CUDA_ERROR_NOT_SUPPORTED); /* child graphs are not modelled */
     result = set_live(exec, true);
     if (result) return sim_leave(result);
     result = reserve_for(exec, stream);
@@ -316,11 +326,9 @@ static CUresult upload(CUgraphExec handle, CUstream stream_handle, bool per_thre
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter_work(stream_handle, per_thread, &context, &stream);
-    if (result) return result;
-    struct exec *exec = find(handle);
-    if (!exec) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    return sim_leave(upload_to(exec, stream));
+    struct exec *exec;
+    CUresult result = enter_launch(handle, stream_handle, per_thread, &context, &stream, &exec);
+    return result ? result : sim_leave(upload_to(exec, stream));
 }
 
 TWICE(_ptsz, cuGraphUpload, (CUgraphExec hGraph, CUstream hStream), upload(hGraph, hStream, per_thread))

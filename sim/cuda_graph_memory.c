@@ -16,7 +16,8 @@ static uint64_t round_up(uint64_t bytes, uint64_t step) { return (bytes + step -
 
 CUresult graph_memory_new(struct graph *owner, int device, size_t size, struct graph_memory **out)
 {
-    if (size > 1ull << 46) return CUDA_ERROR_OUT_OF_MEMORY;
+    const struct sim_device *d = &driver.devices[device];
+    if (size > d->memory_total - d->memory_reserved) return CUDA_ERROR_OUT_OF_MEMORY;
     size_t span = round_up(size, GRANULE);
     struct graph_memory *memory = calloc(1, sizeof *memory);
     uintptr_t start = memory ? space_reserve(span, GRANULE, false) : 0;
@@ -91,22 +92,19 @@ uint64_t graph_memory_live(int device)
     return sum;
 }
 
-static uint64_t needed(int device, bool idle)
+bool graph_memory_is_live(const struct range *range)
 {
-    return round_up(graph_memory_live(device) + execs_need(device, idle), POOL_STEP);
+    const struct graph_memory *memory = graph_memory_find(range->start);
+    return memory && memory->live;
 }
 
-static uint64_t used(int device)
-{
-    uint64_t bytes = graph_memory_live(device) + execs_need(device, true);
-    return bytes < reserves[device].reserved ? bytes : reserves[device].reserved;
-}
+static uint64_t needed(int device) { return round_up(graph_memory_live(device) + execs_need(device), POOL_STEP); }
 
 /* After something was marked as running or live: the reserve covers it, or nothing was taken. */
 CUresult graph_memory_reserve(int device)
 {
     struct reserve *reserve = &reserves[device];
-    uint64_t bytes = needed(device, false);
+    uint64_t bytes = needed(device);
     if (bytes > reserve->reserved) {
         uint64_t more = bytes - reserve->reserved;
         CUresult result = sim_take(NULL, device, SIM_GRAPH, more, more);
@@ -114,7 +112,7 @@ CUresult graph_memory_reserve(int device)
         reserve->reserved = bytes;
     }
     if (reserve->reserved > reserve->reserved_high) reserve->reserved_high = reserve->reserved;
-    if (used(device) > reserve->used_high) reserve->used_high = used(device);
+    if (reserve->reserved > reserve->used_high) reserve->used_high = reserve->reserved;
     return CUDA_SUCCESS;
 }
 
@@ -145,7 +143,7 @@ API cuDeviceGraphMemTrim(CUdevice device)
     CUresult result = sim_enter_init();
     if (result) return result;
     if (!sim_is_device(device)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
-    shrink(device, needed(device, false));
+    shrink(device, needed(device));
     return sim_leave(CUDA_SUCCESS);
 }
 
@@ -157,12 +155,10 @@ API cuDeviceGetGraphMemAttribute(CUdevice device, CUgraphMem_attribute attr, voi
     if (!value) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     const struct reserve *reserve = &reserves[device];
     switch (attr) {
-    case CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT:
-        *(cuuint64_t *)value = used(device);
-        break;
     case CU_GRAPH_MEM_ATTR_USED_MEM_HIGH:
         *(cuuint64_t *)value = reserve->used_high;
         break;
+    case CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT: /* all that is reserved, be it freed or not: as the real driver counts */
     case CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT:
         *(cuuint64_t *)value = reserve->reserved;
         break;
@@ -184,7 +180,7 @@ API cuDeviceSetGraphMemAttribute(CUdevice device, CUgraphMem_attribute attr, voi
     if (!value || *(cuuint64_t *)value) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     struct reserve *reserve = &reserves[device];
     if (attr == CU_GRAPH_MEM_ATTR_USED_MEM_HIGH)
-        reserve->used_high = used(device);
+        reserve->used_high = reserve->reserved;
     else if (attr == CU_GRAPH_MEM_ATTR_RESERVED_MEM_HIGH)
         reserve->reserved_high = reserve->reserved;
     else

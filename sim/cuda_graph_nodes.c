@@ -137,9 +137,9 @@ static CUresult add_alloc(struct place place, CUDA_MEM_ALLOC_NODE_PARAMS *params
     if (!params || !params->bytesize || params->poolProps.allocType != CU_MEM_ALLOCATION_TYPE_PINNED ||
         params->poolProps.handleTypes != CU_MEM_HANDLE_TYPE_NONE ||
         params->poolProps.location.type != CU_MEM_LOCATION_TYPE_DEVICE ||
-        (params->accessDescCount && !params->accessDescs) || params->accessDescCount > driver.n_devices)
+        !sim_is_device(params->poolProps.location.id) || (params->accessDescCount && !params->accessDescs) ||
+        params->accessDescCount > driver.n_devices)
         return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    if (!sim_is_device(params->poolProps.location.id)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
     struct node *node = add(&place, graph, CU_GRAPH_NODE_TYPE_MEM_ALLOC);
     if (!node) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
     result = graph_memory_new(graph, params->poolProps.location.id, params->bytesize, &node->memory);

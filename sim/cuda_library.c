@@ -2,7 +2,6 @@
  * call it before they load what it made. */
 #include "cuda_module.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,7 +18,7 @@ struct placed {
 };
 
 struct library {
-    uint64_t bytes;
+    struct image image;
     struct kernel_entry *kernels;
     struct placed *placed;
     struct library *next;
@@ -49,7 +48,7 @@ static CUresult place(struct library *library, struct context *context, struct m
         if (p->module->context == context) return CUDA_SUCCESS;
     }
     struct placed *placed = calloc(1, sizeof *placed);
-    CUresult result = placed ? module_new(context, library->bytes, &placed->module) : CUDA_ERROR_OUT_OF_MEMORY;
+    CUresult result = placed ? module_new(context, &library->image, &placed->module) : CUDA_ERROR_OUT_OF_MEMORY;
     if (result) {
         free(placed);
         return result;
@@ -92,7 +91,11 @@ static CUresult load(CUlibrary *out, const void *code)
     if (!out || !code) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     struct library *library = calloc(1, sizeof *library);
     if (!library) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
-    library->bytes = image_bytes(code);
+    result = image_read(code, &library->image);
+    if (result) {
+        free(library);
+        return sim_leave(result);
+    }
     library->next = libraries;
     libraries = library;
     *out = (CUlibrary)library;
@@ -112,15 +115,15 @@ API cuLibraryLoadFromFile(CUlibrary *library, const char *fileName, CUjit_option
                           unsigned int numJitOptions, CUlibraryOption *libraryOptions, void **libraryOptionValues,
                           unsigned int numLibraryOptions)
 {
-    char head[64] = "";
+    char *text;
     (void)jitOptions, (void)jitOptionsValues, (void)numJitOptions;
     (void)libraryOptions, (void)libraryOptionValues, (void)numLibraryOptions;
     if (!library || !fileName) return CUDA_ERROR_INVALID_VALUE;
-    FILE *file = fopen(fileName, "re");
-    if (!file) return CUDA_ERROR_FILE_NOT_FOUND;
-    size_t got = fread(head, 1, sizeof head - 1, file);
-    fclose(file);
-    return got ? load(library, head) : CUDA_ERROR_INVALID_IMAGE;
+    CUresult result = image_from_file(fileName, &text);
+    if (result) return result;
+    result = load(library, text);
+    free(text);
+    return result;
 }
 
 API cuLibraryUnload(CUlibrary handle)
@@ -143,6 +146,7 @@ API cuLibraryUnload(CUlibrary handle)
     struct library **at = &libraries;
     while (*at != library) at = &(*at)->next;
     *at = library->next;
+    image_clear(&library->image);
     free(library);
     return sim_leave(CUDA_SUCCESS);
 }
@@ -157,7 +161,8 @@ API cuLibraryGetKernel(CUkernel *pKernel, CUlibrary handle, const char *name)
     struct kernel_entry *kernel = library->kernels;
     while (kernel && strcmp(kernel->name, name)) kernel = kernel->next;
     if (!kernel) {
-        kernel = strlen(name) < sizeof kernel->name ? calloc(1, sizeof *kernel) : NULL;
+        bool is_there = image_has(&library->image, name) && strlen(name) < sizeof kernel->name;
+        kernel = is_there ? calloc(1, sizeof *kernel) : NULL;
         if (!kernel) return sim_leave(CUDA_ERROR_NOT_FOUND);
         strcpy(kernel->name, name);
         kernel->library = library;

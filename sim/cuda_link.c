@@ -59,6 +59,8 @@ static CUresult add(CUlinkState handle, CUjitInputType type, const void *data, s
         linker->length = size < HEAD - 1 ? size : HEAD - 1;
         memcpy(linker->image, data, linker->length);
         linker->image[linker->length] = 0;
+        /* Other code is not assembly any more, and what it has is not known. */
+        if (strncmp(linker->image, "fgpu-", 5)) linker->length = (size_t)sprintf(linker->image, "linked");
     }
     return sim_leave(CUDA_SUCCESS);
 }

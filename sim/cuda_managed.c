@@ -1,5 +1,4 @@
-/* Managed memory: where a program would like it to be. It takes nothing from a device here, wherever it is, as on a
- * real machine it shows nowhere. */
+/* Managed memory: where a program would like it to be. It takes nothing from a device here, wherever it is. */
 #include "cuda_state.h"
 
 static bool is_place(CUmemLocation location)
@@ -38,6 +37,7 @@ static CUresult prefetch(CUdeviceptr at, size_t count, CUmemLocation location, u
     CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
     if (result) return result;
     if (flags || !is_managed(at, count)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (location.type == CU_MEM_LOCATION_TYPE_INVALID) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (!is_place(location)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
     if (!stream->capture) return sim_leave(CUDA_SUCCESS);
     capture_break(stream->capture);

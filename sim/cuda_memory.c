@@ -161,23 +161,24 @@ API cuMemFree_v2(CUdeviceptr dptr)
 {
     CUresult result = sim_enter_init();
     if (result) return result;
-    if (!dptr) return sim_leave(CUDA_SUCCESS);
     result = capture_permits();
-    if (result) return sim_leave(result);
+    if (result || !dptr) return sim_leave(result);
     const struct range *range = range_find(dptr);
     /* The real driver waits for the work that may still use the memory. */
     if (range && range->start == dptr) stream_wait(context_done_ns(range->context));
     return sim_leave(memory_free(dptr));
 }
 
-/* The size is the one that was asked for, not the granules behind it. */
+/* The size is the one that was asked for, not the granules behind it. Memory of a graph is there between a launch and
+ * a free. */
 API cuMemGetAddressRange_v2(CUdeviceptr *pbase, size_t *psize, CUdeviceptr dptr)
 {
     struct context *context;
     CUresult result = sim_enter(&context);
     if (result) return result;
     const struct range *range = range_find(dptr);
-    if (!range || range->kind == RANGE_REGISTERED) return sim_leave(CUDA_ERROR_NOT_FOUND);
+    if (!range || range->kind == RANGE_REGISTERED || (range->kind == RANGE_GRAPH && !graph_memory_is_live(range)))
+        return sim_leave(CUDA_ERROR_NOT_FOUND);
     if (pbase) *pbase = range->start;
     if (psize) *psize = range->size;
     return sim_leave(CUDA_SUCCESS);

@@ -1,6 +1,4 @@
-/* Modules and their functions. Any image is a module and has every kernel that it is asked for; `spin_<N>us` keeps its
- * stream busy for N microseconds, all others are done at once. An image that begins with `fgpu-module <N>MiB` takes N
- * MiB of the device, any other a part of a granule. */
+/* Modules and their functions. `spin_<N>us` keeps its stream busy for N microseconds, all others are done at once. */
 #include "cuda_module.h"
 
 #include <stdio.h>
@@ -8,19 +6,6 @@
 #include <string.h>
 
 #define MAX_SPIN_US 3600000000ull
-#define MAX_MIB (1ull << 24)
-#define SMALL_PER_GRANULE 32u
-
-uint64_t image_bytes(const void *image)
-{
-    static const char sign[] = "fgpu-module ";
-    unsigned long long mib;
-    int end = 0;
-    /* Compared byte by byte: a real image may end before this text would. */
-    if (strncmp(image, sign, sizeof sign - 1)) return 0;
-    if (sscanf((const char *)image + sizeof sign - 1, "%10lluMiB%n", &mib, &end) != 1 || !end) return 0;
-    return mib > MAX_MIB ? 0 : mib * MIB;
-}
 
 static bool is_eager(void)
 {
@@ -28,49 +13,22 @@ static bool is_eager(void)
     return loading && !strcmp(loading, "EAGER");
 }
 
-/* What a module takes from the device; small ones only where the granules of the others are full. */
-static uint64_t room_needed(const struct module *module)
-{
-    return module->bytes ? module->bytes : module->context->small_modules % SMALL_PER_GRANULE ? 0 : GRANULE;
-}
-
 CUresult module_load(struct module *module)
 {
     if (module->is_loaded) return CUDA_SUCCESS;
-    uint64_t bytes = room_needed(module);
+    uint64_t bytes = module->image.bytes;
     struct context *context = module->context;
     CUresult result = bytes ? sim_take(context, context->device, SIM_MODULE, bytes, bytes) : CUDA_SUCCESS;
-    if (result) return result;
-    context->small_modules += !module->bytes;
-    module->is_loaded = true;
-    return CUDA_SUCCESS;
+    module->is_loaded = !result;
+    return result;
 }
 
 static void unload(struct module *module)
 {
     struct context *context = module->context;
-    if (!module->is_loaded) return;
+    uint64_t bytes = module->is_loaded ? module->image.bytes : 0;
     module->is_loaded = false;
-    context->small_modules -= !module->bytes;
-    uint64_t bytes = room_needed(module);
     if (bytes) sim_give(context, context->device, SIM_MODULE, bytes, bytes);
-}
-
-CUresult module_new(struct context *context, uint64_t bytes, struct module **out)
-{
-    struct module *module = calloc(1, sizeof *module);
-    if (!module) return CUDA_ERROR_OUT_OF_MEMORY;
-    module->context = context;
-    module->bytes = bytes;
-    CUresult result = is_eager() ? module_load(module) : CUDA_SUCCESS;
-    if (result) {
-        free(module);
-        return result;
-    }
-    module->next = context->modules;
-    context->modules = module;
-    *out = module;
-    return CUDA_SUCCESS;
 }
 
 static void module_free(struct module *module)
@@ -80,7 +38,25 @@ static void module_free(struct module *module)
         module->functions = function->next;
         free(function);
     }
+    image_clear(&module->image);
     free(module);
+}
+
+CUresult module_new(struct context *context, const struct image *image, struct module **out)
+{
+    struct module *module = calloc(1, sizeof *module);
+    if (!module) return CUDA_ERROR_OUT_OF_MEMORY;
+    module->context = context;
+    CUresult result = image_copy(image, &module->image);
+    if (!result && is_eager()) result = module_load(module);
+    if (result) {
+        module_free(module);
+        return result;
+    }
+    module->next = context->modules;
+    context->modules = module;
+    *out = module;
+    return CUDA_SUCCESS;
 }
 
 void module_drop(struct module *module)
@@ -101,7 +77,6 @@ void modules_end(struct context *context)
         context->modules = module->next;
         module_free(module);
     }
-    context->small_modules = 0;
 }
 
 static struct module *find_module(const struct context *context, CUmodule handle)
@@ -119,25 +94,19 @@ struct function *function_find(struct context *context, CUfunction handle)
     return library_function(context, (CUkernel)handle);
 }
 
-/* Loading code needs the device to itself for a moment, which a capture does not allow. */
-static CUresult enter_unsafe(struct context **context)
-{
-    CUresult result = sim_enter(context);
-    if (result) return result;
-    result = capture_permits();
-    return result ? sim_leave(result) : CUDA_SUCCESS;
-}
-
 /* The rest of the image is not looked at: programs here bring whatever they were built with, and none of it can run. */
-static CUresult load(CUmodule *out, const void *image)
+static CUresult load(CUmodule *out, const void *data)
 {
     struct context *context;
     struct module *module;
-    CUresult result = enter_unsafe(&context);
+    struct image image;
+    CUresult result = sim_enter(&context);
     if (result) return result;
-    if (!out || !image) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    result = module_new(context, image_bytes(image), &module);
+    if (!out || !data) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    result = image_read(data, &image);
+    if (!result) result = module_new(context, &image, &module);
     if (!result) *out = (CUmodule)module;
+    image_clear(&image);
     return sim_leave(result);
 }
 
@@ -152,20 +121,23 @@ API cuModuleLoadFatBinary(CUmodule *module, const void *fatCubin) { return load(
 
 API cuModuleLoad(CUmodule *module, const char *fname)
 {
-    char head[64] = "";
+    char *text;
     if (!module || !fname) return CUDA_ERROR_INVALID_VALUE;
-    FILE *file = fopen(fname, "re");
-    if (!file) return CUDA_ERROR_FILE_NOT_FOUND;
-    size_t got = fread(head, 1, sizeof head - 1, file);
-    fclose(file);
-    return got ? load(module, head) : CUDA_ERROR_INVALID_IMAGE;
+    CUresult result = image_from_file(fname, &text);
+    if (result) return result;
+    result = load(module, text);
+    free(text);
+    return result;
 }
 
+/* Unlike loading, nothing to do while something captures. */
 API cuModuleUnload(CUmodule hmod)
 {
     struct context *context;
-    CUresult result = enter_unsafe(&context);
+    CUresult result = sim_enter(&context);
     if (result) return result;
+    result = capture_permits();
+    if (result) return sim_leave(result);
     struct module *module = find_module(context, hmod);
     if (!module || module->is_library) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
     module_drop(module);
@@ -212,9 +184,11 @@ API cuModuleGetFunction(CUfunction *hfunc, CUmodule hmod, const char *name)
     struct module *module = find_module(context, hmod);
     if (!hfunc || !name || !*name) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (!module) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
-    struct function *function = module_function(module, name);
-    if (function) *hfunc = (CUfunction)function;
-    return sim_leave(function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND);
+    struct function *function = image_has(&module->image, name) ? module_function(module, name) : NULL;
+    if (!function) return sim_leave(CUDA_ERROR_NOT_FOUND);
+    result = module_load(module);
+    if (!result) *hfunc = (CUfunction)function;
+    return sim_leave(result);
 }
 
 /* Images here have code and nothing else. */

@@ -144,7 +144,8 @@ static CUresult alloc_async(CUdeviceptr *dptr, size_t size, struct pool *pool, C
     if (!pool) pool = current_pool[context->device] ? current_pool[context->device] : default_pool(context->device);
     if (!pool || !pool_is_known(pool)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (stream->capture) return sim_leave(capture_alloc(stream, pool->device, size, dptr));
-    return sim_leave(allocate(context, pool, size, dptr));
+    result = capture_permits(); /* those of other streams */
+    return sim_leave(result ? result : allocate(context, pool, size, dptr));
 }
 
 TWICE(_ptsz, cuMemAllocAsync, (CUdeviceptr * dptr, size_t bytesize, CUstream hStream),
@@ -244,8 +245,9 @@ API cuMemPoolTrimTo(CUmemoryPool handle, size_t minBytesToKeep)
     struct pool *pool;
     CUresult result = enter_pool(handle, &pool);
     if (result) return result;
-    trim(pool, minBytesToKeep);
-    return sim_leave(CUDA_SUCCESS);
+    result = capture_permits();
+    if (!result) trim(pool, minBytesToKeep);
+    return sim_leave(result);
 }
 
 static uint64_t *counter(struct pool *pool, CUmemPool_attribute attr)

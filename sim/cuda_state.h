@@ -67,7 +67,7 @@ struct shape {
 struct context {
     bool alive, primary;
     int device;
-    unsigned flags, api_version;
+    unsigned flags;
     uint64_t id;
     struct stream legacy, per_thread;
     struct stream *streams;
@@ -75,8 +75,7 @@ struct context {
     struct block *blocks;
     struct event *events;
     struct module *modules;
-    unsigned small_modules; /* loaded ones */
-    struct peer *peers;     /* whose memory may be used from here */
+    struct peer *peers; /* whose memory may be used from here */
     size_t limits[N_LIMITS];
     struct context *next; /* all there ever were: a handle is looked up here before it is believed */
 };
@@ -202,6 +201,7 @@ CUresult capture_permits(void); /* or 900, and the captures that forbid it are b
 CUresult capture_permits_use(struct stream *stream);       /* of a stream, for work or for questions about its work */
 CUresult capture_permits_waiting(struct context *context); /* for all work of a context */
 void capture_break(struct capture *capture);
+void capture_abandon(struct stream *stream); /* that is about to be destroyed */
 void captures_end(struct context *context);
 bool capture_is_alive(const struct capture *capture, uint64_t id);
 uint64_t capture_id(const struct capture *capture);
@@ -211,6 +211,7 @@ void tail_clear(struct tail *tail);
 
 /* cuda_graph_memory.c */
 CUresult graph_memory_free(struct range *range);
+bool graph_memory_is_live(const struct range *range);
 void graph_memory_end(int device);
 
 /* cuda_module.c */

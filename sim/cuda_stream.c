@@ -121,10 +121,7 @@ API cuStreamDestroy_v2(CUstream hStream)
     CUresult result = stream_enter(hStream, false, &context, &stream);
     if (result) return result;
     if (stream == &context->legacy || stream == &context->per_thread) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
-    if (stream->capture) {
-        capture_break(stream->capture);
-        return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
-    }
+    if (stream->capture) capture_abandon(stream);
     /* Work in flight goes on to its end: the context must still wait for it. */
     context->legacy.done_ns = later(context->legacy.done_ns, stream->done_ns);
     struct stream **at = &context->streams;

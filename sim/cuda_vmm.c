@@ -355,6 +355,7 @@ API cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *out, void *osHa
     CUresult result = sim_enter_init();
     if (result) return result;
     if (!out || type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if ((int)(intptr_t)osHandle < 0) return sim_leave(CUDA_ERROR_UNKNOWN);
     struct vmm_handle *handle = calloc(1, sizeof *handle);
     if (!handle) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
     result = import(handle, (int)(intptr_t)osHandle);

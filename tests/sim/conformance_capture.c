@@ -283,6 +283,13 @@ static void check_ends(void)
     CALL(cuStreamBeginCapture_v2, stream, CU_STREAM_CAPTURE_MODE_RELAXED);
     TRY("late.depend", cuStreamWaitEvent, stream, join, 0);
     TRY("late.end", cuStreamEndCapture, stream, &captured);
+}
+
+static void check_merge(void)
+{
+    CUgraph captured = NULL;
+    CUevent fork = NULL;
+    CALL(cuEventCreate, &fork, CU_EVENT_DISABLE_TIMING);
     CALL(cuStreamBeginCapture_v2, stream, CU_STREAM_CAPTURE_MODE_RELAXED);
     CALL(cuStreamBeginCapture_v2, other, CU_STREAM_CAPTURE_MODE_RELAXED);
     launch_in(stream);
@@ -334,6 +341,7 @@ void check_capture(void)
     each_act("relaxed", CU_STREAM_CAPTURE_MODE_RELAXED, CU_STREAM_CAPTURE_MODE_GLOBAL, CU_STREAM_NON_BLOCKING);
     each_act("exchanged", CU_STREAM_CAPTURE_MODE_GLOBAL, CU_STREAM_CAPTURE_MODE_RELAXED, CU_STREAM_NON_BLOCKING);
     check_ends();
+    check_merge();
     check_info();
     CALL(cuMemFree_v2, memory);
     CALL(cuMemFreeAsync, pooled, NULL);

@@ -119,6 +119,8 @@ int sharing_child(int sock)
     section("sharing.child");
     TRY("init", cuInit, 0);
     use_primary();
+    memset(&message, 0, sizeof message);
+    send_message(sock, &message, -1);
     for (;;) {
         int file = receive_message(sock, &message);
         if (message.what == 'q') break;
@@ -240,11 +242,13 @@ void check_sharing(void)
     pid_t child = -1;
     section("sharing");
     int sock = start_child(&child), status = 0;
+    struct message message;
+    receive_message(sock, &message); /* it is ready, and has said so */
     use_primary();
     check_handles(sock);
     check_descriptors(sock);
     check_free(sock);
-    struct message message = {.what = 'q'};
+    message = (struct message){.what = 'q'};
     send_message(sock, &message, -1);
     waitpid(child, &status, 0);
     say("child", status);

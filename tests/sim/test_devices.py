@@ -103,7 +103,7 @@ say(L.cuMemPrefetchAsync(m, C.c_size_t((8 << 20) + 1), 0, None), L.cuMemPrefetch
 say([L.cuMemAdvise(m, size, advice, 0) for advice in range(8)], L.cuMemAdvise(m, size, 3, 7))
 say(L.cuMemAdvise_v2(m, size, 3, Place(1, 0)), (before - info()[0]) >> 20)
 """
-    assert machine.python(script) == ["[0, 0, 101]", "[0, 0, 0, 101]", "1 1", "[1, 0, 0, 0, 0, 0, 0, 1] 101", "0 2"]
+    assert machine.python(script) == ["[0, 0, 101]", "[0, 0, 0, 1]", "1 1", "[1, 0, 0, 0, 0, 0, 0, 1] 101", "0 2"]
 
 
 def test_what_an_array_is(machine: Machine) -> None:
@@ -129,7 +129,7 @@ need("cuArrayDestroy", flat); need("cuArrayDestroy", deep); say(before - info()[
 """
     assert machine.python(script) == [
         "0 0 64 32 0 64 32 True 2",
-        "0 1 8 8 8",
+        "0 0 8 8 8",
         "0 0 2 1 0 2 1 True 1 True 1",
         "True",
         "400 0 400 1",
@@ -140,12 +140,10 @@ need("cuArrayDestroy", flat); need("cuArrayDestroy", deep); say(before - info()[
 def test_oldest_forms(machine: Machine) -> None:
     """They are there, and give nothing away."""
     script = """
-start(); before = info()[0]; p, free, total = C.c_uint(), C.c_uint(), C.c_uint()
+start(); before = info()[0]; p, free, total, version = C.c_uint(), C.c_uint(), C.c_uint(), C.c_uint()
 say(L.cuMemAlloc(C.byref(p), 1000), L.cuMemFree(7), L.cuMemGetInfo(C.byref(free), C.byref(total)))
 need("cuDeviceTotalMem", C.byref(total), 0); say(total.value == (1 << 32) - 1)
-context = C.c_void_p(); need("cuCtxCreate", C.byref(context), 0, 0); version = C.c_uint(); held = info()[0]
-need("cuCtxGetApiVersion", context, C.byref(version)); say(version.value)
-say(L.cuMemAlloc(C.byref(p), 1000), L.cuMemGetInfo(C.byref(free), C.byref(total)), free.value == total.value)
-say(held - info()[0], before - info()[0] > 500 << 20)
+context = C.c_void_p(); say(L.cuCtxCreate(C.byref(context), 0, 0), L.cuCtxCreate(C.byref(context), 0, 99), context)
+need("cuCtxGetApiVersion", None, C.byref(version)); say(version.value, before - info()[0])
 """
-    assert machine.python(script) == ["201 201 201", "True", "3010", "2 0 True", "0 True"]
+    assert machine.python(script) == ["201 201 201", "True", "2 101 c_void_p(None)", "3020 0"]

@@ -41,14 +41,21 @@ ACTS = {
         name: [REFUSED, REFUSED, f"{FINE} 0", f"{FINE} 0"]
         for name in ("alloc", "alloc.pitch", "alloc.managed", "alloc.host", "array", "event.query", "query.other")
     },
-    **{name: [REFUSED] * 4 for name in ("query", "wait", "wait.context")},
+    **{
+        name: [REFUSED, REFUSED, f"{FINE} 0", f"{FINE} 0"]
+        for name in ("alloc.async.other", "free.null", "trim", "instantiate")
+    },
+    **{name: [REFUSED] * 4 for name in ("query", "wait", "wait.context", "graph", "upload")},
     **{name: [f"{FINE} 1"] * 4 for name in ("launch", "copy.async", "set.async", "alloc.async")},
-    **{name: [f"{FINE} 0"] * 4 for name in ("launch.other", "alloc.async.other", "create", "info", "stream.create")},
+    **{name: [f"{FINE} 0"] * 4 for name in ("copy", "set", "info", "create")},
+    **{name: [f"{FINE} 0"] * 4 for name in ("launch.other", "graph.other", "stream.create")},
     "alloc.free.async": [f"{FINE} 2"] * 4,
     "free.async.pooled": ["0 1 1 0 1 0"] * 4,
     "depend": ["0 905 2 901 0 0"] * 4,
+    "depend.external": [f"{FINE} 1"] * 4,
     "depend.unrecorded": [f"{FINE} 0"] * 4,
     "record.query": ["0 907 2 901 0 0"] * 4,
+    "module": ["0 0 2 901 0 0"] * 2 + [f"{FINE} 0"] * 2,
     "again": ["0 401 1 0 1 0"] * 4,
 }
 
@@ -67,11 +74,15 @@ ENDS = {
     "unjoined.end": 904,
     "join.end": 0,
     "join.nodes": 3,
-    "late.query": 907,
-    "late.depend": 905,
+    "end.null": 401,
+    "late.query": 1,
+    "late.wait": 1,
+    "late.depend": 1,
+    "late.end": 901,
     "merge": 902,
     "merge.end": 901,
     "merge.end.other": 901,
+    "destroy": 0,
     "info.n": 0,
     "info.launched.n": 1,
     "info.graph.same": 1,
@@ -113,6 +124,22 @@ say(*said, L.cuStreamEndCapture(s, C.byref(graph)), bool(graph))
     assert machine.python(script) == [f"{query} 908 {end} {end == 0}"]
 
 
+def test_a_capture_and_streams_that_go(machine: Machine) -> None:
+    """It ends with the stream that it began in, and is broken by the loss of another."""
+    script = """
+start(); s, t, u = stream(), stream(), stream(); fork, graph = C.c_void_p(), C.c_void_p(1)
+need("cuEventCreate", C.byref(fork), 2); _, nothing = kernel("spin_0us")
+need("cuStreamBeginCapture_v2", s, 0); launch(nothing, s)
+need("cuEventRecord", fork, s); need("cuStreamWaitEvent", t, fork, 0)
+say(L.cuStreamDestroy_v2(s), L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(1)), L.cuStreamQuery(t))
+say(L.cuEventSynchronize(fork), L.cuStreamWaitEvent(t, fork, 0), L.cuEventRecord(fork, t), L.cuEventQuery(fork))
+need("cuStreamBeginCapture_v2", u, 0)
+need("cuEventRecord", fork, u); need("cuStreamWaitEvent", t, fork, 0); launch(nothing, t)
+say(L.cuStreamDestroy_v2(t), L.cuStreamEndCapture(u, C.byref(graph)), graph.value, L.cuStreamQuery(u))
+"""
+    assert machine.python(script) == ["0 0 0", "1 1 0 0", "0 901 None 0"]
+
+
 def test_synchronising_another_context_does_not_break_a_capture(machine: Machine) -> None:
     script = """
 start(); s = stream(); other, graph = C.c_void_p(), C.c_void_p()
@@ -150,9 +177,9 @@ def test_memory_that_a_capture_knows_nothing_of(machine: Machine, program: Path)
     assert unfreed == {"launched": 64, "destroyed": 64, "freed": 64, "trimmed": 0}
     results = {
         "copy.value": 14, "cycle.instantiate": 1, "memory.clone": 801, "memory.free.twice": 1,
-        "memory.free.owner.after": 1, "memory.instantiate.again": 1, "memory.instantiate.after": 0,
+        "memory.free.owner.after": 1, "memory.instantiate.again": 801, "memory.instantiate.after": 0,
         "memory.free.unlaunched": 1, "unfreed.launch.again": 1, "unfreed.free": 0, "unfreed.free.twice": 1,
-        "unfreed.value": 5, "auto.launch.again": 0, "huge.instantiate": 0, "huge.launch": 2, "nodes.n": 2,
+        "unfreed.value": 5, "auto.launch.again": 0, "memory.huge": 2, "huge.dptr": 0, "memory.range": 500, "nodes.n": 2,
         "roots.n": 1, "clone.n": 2,
     }  # fmt: skip
     assert {name: int(said[name]) for name in results} == results

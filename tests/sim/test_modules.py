@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -15,32 +16,29 @@ def held():
 """
 
 
-def test_a_module_takes_memory_at_its_first_use(machine: Machine) -> None:
+def test_small_modules_take_nothing(machine: Machine) -> None:
     script = """
 start(); state = C.c_int(); before = info()[0]
 module, function = kernel("one"); need("cuFuncIsLoaded", C.byref(state), function); say(held(), state.value)
-launch(function); need("cuFuncIsLoaded", C.byref(state), function); say(held(), state.value)
-others = [kernel("two") for _ in range(31)]; [launch(f) for _, f in others]; say(held())
-last, function = kernel("three"); need("cuFuncLoad", function); say(held())
-need("cuModuleUnload", last); say(held())
-[need("cuModuleUnload", m) for m, _ in others]; say(held()); need("cuModuleUnload", module); say(held())
+others = [kernel("two") for _ in range(40)]; say({launch(f) for _, f in others}, held())
+[need("cuModuleUnload", m) for m, _ in others]; need("cuModuleUnload", module); say(held())
 """
-    assert machine.python(HELD + script) == ["0.0 0", "2.0 1", "2.0", "4.0", "2.0", "2.0", "0.0"]
+    assert machine.python(HELD + script) == ["0.0 1", "{0} 0.0", "0.0"]
 
 
 def test_a_module_of_a_size(machine: Machine) -> None:
-    """Seen by NVML, asked for by nobody's allocation."""
+    """Seen by NVML, asked for by nobody's allocation, and taken when a function is first asked for."""
     script = """
-start(); before = info()[0]
-module, function = kernel("f", b"fgpu-module 301MiB\\nmore"); say(held())
-say(launch(function), held()); say("up"); wait()
+start(); before = info()[0]; module, function = C.c_void_p(), C.c_void_p()
+need("cuModuleLoadData", C.byref(module), b"fgpu-module 301MiB\\nmore"); say(held())
+need("cuModuleGetFunction", C.byref(function), module, b"f"); say(held(), launch(function)); say("up"); wait()
 need("cuModuleUnload", module); say(held())
 say([L.cuModuleLoadData(C.byref(C.c_void_p()), image) for image in (b"fgpu-module xMiB", b"fgpu-module 1GiB", None)])
 """
     with machine.spawn(HELD + script) as client:
         assert client.stdin is not None
         assert client.stdout is not None
-        assert [client.stdout.readline() for _ in range(3)] == ["0.0\n", "0 301.0\n", "up\n"]
+        assert [client.stdout.readline() for _ in range(3)] == ["0.0\n", "301.0 0\n", "up\n"]
         process = machine.process(client.pid)
         assert process["module_bytes"] == 301 << 20
         assert process["block_bytes"] == 0
@@ -49,8 +47,35 @@ say([L.cuModuleLoadData(C.byref(C.c_void_p()), image) for image in (b"fgpu-modul
         assert [client.stdout.readline() for _ in range(2)] == ["0.0\n", "[0, 0, 1]\n"]
 
 
+def test_what_a_module_has(machine: Machine, tmp_path: Path) -> None:
+    """Assembly is read for its kernels, from memory, from a file and in a library; what was linked is not."""
+    text = b"// .entry remark\n\n.version 8.0\n.visible .entry one(\n.param .u64 p) { }\n.entry\ttwo$x() { ret; }\n"
+    path = tmp_path / "module.ptx"
+    path.write_bytes(text * 20)
+    script = f"""
+start(); text, path = {text!r}, {bytes(path)!r}; k, library, state, cubin = (C.c_void_p() for _ in range(4))
+names = (b"one", b"two$x", b"tw", b"entry", b"spin_1us")
+def has(module):
+    say([L.cuModuleGetFunction(C.byref(k), module, name) for name in names])
+def load(call, image):
+    module = C.c_void_p(); need(call, C.byref(module), image); return module
+has(load("cuModuleLoadData", text)); has(load("cuModuleLoad", path))
+has(load("cuModuleLoadData", b"\\x7fELF .version"))
+need("cuLibraryLoadFromFile", C.byref(library), path, None, None, 0, None, None, 0)
+say([L.cuLibraryGetKernel(C.byref(k), library, name) for name in names])
+need("cuLibraryGetModule", C.byref(k), library); has(C.c_void_p(k.value))
+need("cuLinkCreate_v2", 0, None, None, C.byref(state))
+need("cuLinkAddData_v2", state, 1, text, C.c_size_t(len(text)), b"name", 0, None, None)
+need("cuLinkComplete", state, C.byref(cubin), None); has(load("cuModuleLoadData", cubin))
+say(L.cuModuleLoad(C.byref(k), b"/"), L.cuModuleLoad(C.byref(k), b"/dev/null"), L.cuModuleLoad(C.byref(k), b"/nowhere"))
+"""
+    some, everything = "[0, 0, 500, 500, 500]", "[0, 0, 0, 0, 0]"
+    assert machine.python(script) == [some, some, everything, some, some, everything, "200 200 301"]
+
+
 def test_eager_loading(machine: Machine) -> None:
-    script = "start(); before = info()[0]; mode = C.c_int(); kernel('f'); "
+    script = "start(); before = info()[0]; mode = C.c_int(); "
+    script += "need('cuModuleLoadData', C.byref(C.c_void_p()), b'fgpu-module 2MiB'); "
     script += "need('cuModuleGetLoadingMode', C.byref(mode)); say(held(), mode.value)"
     assert machine.python(HELD + script) == ["0.0 2"]
     eager = "os.environ['CUDA_MODULE_LOADING'] = 'EAGER'; L = C.CDLL('libcuda.so.1')\n"
@@ -60,21 +85,22 @@ def test_eager_loading(machine: Machine) -> None:
 def test_no_room_for_code(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine(FGPU_SIM_MEMORY="2GiB")
     script = """
-start(); module, function = kernel("f", b"fgpu-module 4000MiB"); before = info()[0]
-say(launch(function), held(), launch(kernel("g")[1]), held())
+start(); before = info()[0]; module, function = C.c_void_p(), C.c_void_p()
+need("cuModuleLoadData", C.byref(module), b"fgpu-module 4000MiB")
+say(L.cuModuleGetFunction(C.byref(function), module, b"f"), function.value, held(), launch(kernel("g")[1]), held())
 """
-    assert machine.python(HELD + script) == ["2 0.0 0 2.0"]
+    assert machine.python(HELD + script) == ["2 None 0.0 0 0.0"]
 
 
 def test_a_context_takes_its_code_with_it(machine: Machine) -> None:
     script = """
 start(); before = info()[0]; context = C.c_void_p()
-need("cuCtxCreate_v2", C.byref(context), 0, 0); launch(kernel("f", b"fgpu-module 100MiB")[1]); launch(kernel("g")[1])
-need("cuCtxDestroy_v2", context); say(held()); launch(kernel("g")[1]); say(held())
+need("cuCtxCreate_v2", C.byref(context), 0, 0); launch(kernel("f", b"fgpu-module 100MiB")[1])
+need("cuCtxDestroy_v2", context); say(held()); kernel("g", b"fgpu-module 2MiB"); say(held())
 """
     assert machine.python(HELD + script) == ["0.0", "2.0"]
-    again = "start(); launch(kernel('f')[1]); need('cuDevicePrimaryCtxReset_v2', 0); start(); before = info()[0]; "
-    assert machine.python(HELD + again + "launch(kernel('g')[1]); say(held())") == ["2.0"]
+    again = "image = b'fgpu-module 2MiB'; start(); kernel('f', image); need('cuDevicePrimaryCtxReset_v2', 0); start(); "
+    assert machine.python(HELD + again + "before = info()[0]; kernel('g', image); say(held())") == ["2.0"]
 
 
 def test_libraries(machine: Machine) -> None:
