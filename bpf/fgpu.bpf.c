@@ -150,13 +150,15 @@ static int take_levels(struct held *h, u32 device, u64 bytes, int force)
     return verdict;
 }
 
-static int charge(struct fgpu_process *p, struct held *h, u32 device, u64 bytes, u32 kind, int force)
+/* Whatever changes a process's numbers stands between these two: the agent corrects none that is in the middle of it.
+ */
+static void begin(struct fgpu_process *p) { __sync_fetch_and_add(&p->begun, 1); }
+static void end(struct fgpu_process *p) { __sync_fetch_and_add(&p->changes, 1); }
+
+static int charge(struct fgpu_process *p, struct held *h, u32 device, u64 bytes, int force)
 {
-    if (!force && refused_by_a_level(h, device, bytes, kind)) return FGPU_REFUSED;
     int verdict = take_levels(h, device, bytes, force);
-    if (verdict == FGPU_AGAIN) return verdict;
-    __sync_fetch_and_add(&p->bytes[slot(device)], bytes);
-    __sync_fetch_and_add(&p->changes, 1);
+    if (verdict != FGPU_AGAIN) __sync_fetch_and_add(&p->bytes[slot(device)], bytes);
     return verdict;
 }
 
@@ -168,7 +170,6 @@ static void release(struct fgpu_process *p, u32 device, u64 bytes)
     look_up(p, &h);
     subtract(&p->bytes[slot(device)], bytes);
     give_back_levels(&h, device, bytes, FGPU_LEVELS);
-    __sync_fetch_and_add(&p->changes, 1);
 }
 
 /* -- processes --------------------------------------------------------------------------------------------------- */
@@ -238,8 +239,10 @@ static void end_thread(u64 id)
     if (!t) return;
     struct fgpu_process *p = processes.lookup(&tgid);
     if (p) {
+        begin(p);
         release(p, t->admission.device, t->admission.bytes);
         if (t->call.function) put_back(p, tgid, &t->call);
+        end(p);
     }
     threads.delete(&id);
 }
@@ -282,13 +285,26 @@ static struct fgpu_thread *own_thread(u64 id)
 
 static int granted(u64 verdict) { return verdict == FGPU_ADMITTED || verdict == FGPU_UNLIMITED; }
 
+static void grant(struct fgpu_process *p, struct held *h, struct fgpu_admission *a, u32 device, u64 bytes)
+{
+    if (a->kind != FGPU_CONTEXT && h->page[0]) __sync_fetch_and_add(&h->page[0]->tallies[slot(device)].admitted, bytes);
+    if (a->kind == FGPU_POOL) /* committed at once */
+        __sync_fetch_and_add(&p->pool[slot(device)], bytes);
+    else
+        a->bytes = bytes;
+}
+
 static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u32 device, u64 bytes, u32 kind,
                u64 ticket)
 {
     struct fgpu_admission *a = &t->admission;
     if (a->ticket == ticket && a->verdict != FGPU_AGAIN) return a->verdict;
-    release(p, a->device, a->bytes); /* an older one that nothing settled */
-    a->bytes = 0;
+    if (a->bytes) {
+        begin(p);
+        release(p, a->device, a->bytes); /* an older one that nothing settled */
+        a->bytes = 0;
+        end(p);
+    }
     a->ticket = ticket;
     a->device = device;
     a->kind = kind;
@@ -302,13 +318,11 @@ static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u3
         bytes = known ? *known : 0;
     }
     if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES; /* fits nowhere, and no sum with it overflows */
-    a->verdict = charge(p, h, device, bytes, kind, 0);
-    if (!granted(a->verdict)) return a->verdict;
-    if (kind != FGPU_CONTEXT && h->page[0]) __sync_fetch_and_add(&h->page[0]->tallies[slot(device)].admitted, bytes);
-    if (kind == FGPU_POOL) /* committed at once */
-        __sync_fetch_and_add(&p->pool[slot(device)], bytes);
-    else
-        a->bytes = bytes;
+    if (refused_by_a_level(h, device, bytes, kind)) return FGPU_REFUSED;
+    begin(p);
+    a->verdict = charge(p, h, device, bytes, 0);
+    if (granted(a->verdict)) grant(p, h, a, device, bytes);
+    end(p);
     return a->verdict;
 }
 
@@ -337,13 +351,15 @@ int give_back(struct pt_regs *ctx)
     u32 device = PT_REGS_PARM1(ctx), kind = PT_REGS_PARM3(ctx), tgid = bpf_get_current_pid_tgid() >> 32;
     struct fgpu_process *p = processes.lookup(&tgid);
     if (!p || p->state != READY || kind != FGPU_POOL || device >= FGPU_DEVICES) return 0;
+    begin(p);
     for (int i = 0; i < TRIES; i++) {
         u64 was = *(volatile u64 *)&p->pool[slot(device)], less = bytes < was ? bytes : was;
         if (__sync_val_compare_and_swap(&p->pool[slot(device)], was, was - less) != was) continue;
         if (less < bytes) anomaly(FGPU_ANOMALY_RELEASE);
         release(p, device, less);
-        return 0;
+        break;
     }
+    end(p);
     return 0;
 }
 
@@ -398,7 +414,6 @@ static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     f->references = 1;
     f->bytes = a->bytes;
     f->arguments[2] = a->owner;
-    __sync_fetch_and_add(&p->changes, 1); /* from now on the driver may show less than the ledger */
     if (__sync_fetch_and_add(&a->references, -1ULL) != 1) {
         f->bytes = 0;
         return;
@@ -416,7 +431,7 @@ static void cover(struct fgpu_process *p, struct fgpu_call *f, u64 bytes)
     look_up(p, &h);
     p->flags |= FGPU_SEEN_BYPASS;
     anomaly(FGPU_ANOMALY_BYPASS);
-    charge(p, &h, f->device, bytes - f->bytes, FGPU_MEMORY, 1);
+    charge(p, &h, f->device, bytes - f->bytes, 1);
     f->bytes = bytes;
 }
 
@@ -527,13 +542,8 @@ static void take_over(struct fgpu_admission *a, struct fgpu_call *f)
     a->bytes = 0;
 }
 
-int call_enter(struct pt_regs *ctx)
+static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struct fgpu_thread *t)
 {
-    u64 id = bpf_get_current_pid_tgid();
-    u32 tgid = id >> 32;
-    struct fgpu_process *p = own_process(tgid);
-    struct fgpu_thread *t = p ? own_thread(id) : 0;
-    if (!t) return 0;
     struct fgpu_call now = {.function = bpf_get_attach_cookie(ctx)};
     now.arguments[0] = PT_REGS_PARM1(ctx);
     now.arguments[1] = PT_REGS_PARM2(ctx);
@@ -541,7 +551,7 @@ int call_enter(struct pt_regs *ctx)
     int settles = t->admission.ticket && !frees(now.function);
     if (t->call.function) {
         /* A second probe on one file; or a call left by longjmp and made again, for which the old entry serves. */
-        if (!settles && same_call(&t->call, &now)) return 0;
+        if (!settles && same_call(&t->call, &now)) return;
         put_back(p, tgid, &t->call); /* a call left by longjmp */
     }
     u64 bytes = asked_bytes(ctx, &now);
@@ -552,6 +562,18 @@ int call_enter(struct pt_regs *ctx)
     else
         cover(p, &now, bytes);
     t->call = now;
+}
+
+int call_enter(struct pt_regs *ctx)
+{
+    u64 id = bpf_get_current_pid_tgid();
+    u32 tgid = id >> 32;
+    struct fgpu_process *p = own_process(tgid);
+    struct fgpu_thread *t = p ? own_thread(id) : 0;
+    if (!t) return 0;
+    begin(p);
+    entered(ctx, p, tgid, t);
+    end(p);
     return 0;
 }
 
@@ -567,7 +589,6 @@ static void keep(struct fgpu_process *p, struct fgpu_allocation_key *key, u64 by
         anomaly(FGPU_ANOMALY_STALE);
         release(p, old->device, old->bytes);
     }
-    __sync_fetch_and_add(&p->changes, 1);
     if (allocations.update(key, &value)) anomaly(FGPU_ANOMALY_FULL);
 }
 
@@ -781,13 +802,15 @@ int call_return(struct pt_regs *ctx)
     struct fgpu_thread *t = threads.lookup(&id);
     if (!t || !t->call.function || t->call.function != bpf_get_attach_cookie(ctx)) return 0;
     struct fgpu_call f = t->call;
-    t->call.function = FGPU_FUNCTION_NONE;
     struct fgpu_process *p = processes.lookup(&tgid);
     if (!p || p->state != READY) return 0;
+    begin(p);
+    t->call.function = FGPU_FUNCTION_NONE;
     if ((u32)PT_REGS_RC(ctx) == 0)
         release(p, f.device, settle(p, tgid, &f));
     else
         put_back(p, tgid, &f);
+    end(p);
     return 0;
 }
 
@@ -814,14 +837,16 @@ static int set_overhead(u32 tgid, u64 generation, u32 device, s64 bytes, u64 cha
 {
     struct fgpu_process *p = processes.lookup(&tgid);
     if (!p || p->generation != generation) return -3;
-    if (p->changes != changes) return -11;
+    if (p->begun != changes || p->changes != changes) return -11;
     device &= DEVICE_MASK;
     s64 more = bytes - p->overhead[slot(device)];
     struct held h;
     look_up(p, &h);
-    if (more > 0) charge(p, &h, device, more, FGPU_CONTEXT, 1);
+    begin(p);
+    if (more > 0) charge(p, &h, device, more, 1);
     if (more < 0) release(p, device, -more);
     add_overhead(p, device, more);
+    end(p);
     return 0;
 }
 

@@ -144,7 +144,7 @@ struct fgpu_process {          /* processes: tgid -> */
     __u32 flags; /* FGPU_SEEN_SHIM, FGPU_SEEN_BYPASS */
     __u32 last_device;
     __u32 spare;
-    __u64 changes;             /* one more with every charge and release: two equal reads had none between */
+    __u64 changes;             /* done; equal to `begun` where none is under way */
     __u64 bytes[FGPU_DEVICES]; /* all that is charged, what follows included */
     __u64 pool[FGPU_DEVICES];
     __u64 vmm[FGPU_DEVICES];      /* outlives contexts */
@@ -154,6 +154,7 @@ struct fgpu_process {          /* processes: tgid -> */
     __u32 era[FGPU_DEVICES];      /* one more when the last context ends: older allocations are gone */
     __u64 managed[FGPU_DEVICES];  /* NVML never shows it */
     __u32 primary[FGPU_DEVICES];  /* 1: the primary context is there; a reset ends it and leaves its references */
+    __u64 begun;                  /* changes; two reads of one number had none between */
 };
 #define FGPU_SEEN_SHIM 1
 #define FGPU_SEEN_BYPASS 2
@@ -224,7 +225,7 @@ struct fgpu_counter_key { /* counters; anomalies have cgroup 0, kind FGPU_KINDS 
 /* adjust(): arguments of the raw tracepoint program that the agent runs by BPF_PROG_TEST_RUN. Returns 0 or -errno. */
 enum fgpu_adjust {
     FGPU_PUBLISH,  /* cgroup: limits -> its page */
-    FGPU_OVERHEAD, /* tgid, generation, device, bytes, changes: sets what NVML alone knows; -EAGAIN if `changes` moved
+    FGPU_OVERHEAD, /* tgid, generation, device, bytes, changes: sets what NVML alone knows; -EAGAIN if one began
                       on */
     FGPU_MOVE,     /* tgid, generation (0: make the entry), count, levels leaf first: charges follow */
     FGPU_REAP,     /* tgid, generation: the process is gone and nothing said so */

@@ -56,6 +56,7 @@ class Process:
     levels: tuple[int, ...]
     flags: int
     changes: int
+    quiet: bool
     bytes: tuple[int, ...]
     overhead: tuple[int, ...]
     managed: tuple[int, ...]
@@ -81,7 +82,7 @@ def _process(raw: bytes) -> Process:
     p = pages.Process.from_buffer_copy(raw)
     levels = tuple(p.levels[: p.level_count])
     values = (tuple(p.bytes), tuple(p.overhead), tuple(p.managed), tuple(p.pool), tuple(p.contexts))
-    return Process(p.generation, levels, p.flags, p.changes, *values)
+    return Process(p.generation, levels, p.flags, p.changes, p.begun == p.changes, *values)
 
 
 class Ledger:

@@ -192,6 +192,7 @@ class Process(Structure):
         ("era", u32 * DEVICES),
         ("managed", u64 * DEVICES),
         ("primary", u32 * DEVICES),
+        ("begun", u64),
     )
 
 

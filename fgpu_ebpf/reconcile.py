@@ -102,7 +102,7 @@ class Reconciler:
                 continue
             if held is None and not _alive(tgid):
                 continue
-            if tgid in busy:
+            if tgid in busy or not process.quiet:
                 unsettled = True
                 continue
             unsettled |= not self._correct_process(tgid, process, device, held or 0, drift)

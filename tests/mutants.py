@@ -18,9 +18,9 @@ MUTANTS = {
     "limit-not-looked-at": ("return used + bytes <= limit;", "return 1;"),
     "overflow": ("if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES;", ""),
     "ticket-charged-anew": ("if (a->ticket == ticket && a->verdict != FGPU_AGAIN) return a->verdict;", ""),
-    "old-admission-kept": ("    release(p, a->device, a->bytes); /* an older one that nothing settled */\n", ""),
+    "old-admission-kept": ("        release(p, a->device, a->bytes); /* an older one that nothing settled */\n", ""),
     "leaf-kept-when-the-group-refuses": (
-        "if (!force && refused_by_a_level(h, device, bytes, kind)) return FGPU_REFUSED;",
+        "if (refused_by_a_level(h, device, bytes, kind)) return FGPU_REFUSED;",
         "",
     ),
     "leader-is-the-process": ("if (ctx->args[1]) end_process", "if (id >> 32 == (u32)id) end_process"),
@@ -36,7 +36,7 @@ MUTANTS = {
     "failed-free-not-put-back": ("    if (!f->references) return;\n", "    return;\n"),
     "failed-call-kept": ("        release(p, f->device, f->bytes);\n        return;", "        return;"),
     "longjmp-ignored": ("&& a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];", ";"),
-    "second-probe-counts": ("if (!settles && same_call(&t->call, &now)) return 0;", ""),
+    "second-probe-counts": ("if (!settles && same_call(&t->call, &now)) return;", ""),
     "mapping-holds-nothing": (
         "    __sync_fetch_and_add(&a->references, 1);\n    struct fgpu_allocation value",
         "    struct fgpu_allocation value",
@@ -47,9 +47,9 @@ MUTANTS = {
     "reset-leaves-the-context": ("    p->primary[slot(device)] = 0;\n", ""),
     "vmm-dies-with-the-context": ("return bytes > vmm ? bytes - vmm : 0;", "return bytes;"),
     "era-forgotten": ("p->era[slot(device)]++;", ""),
-    "bypass-not-charged": ("    charge(p, &h, f->device, bytes - f->bytes, FGPU_MEMORY, 1);\n", ""),
+    "bypass-not-charged": ("    charge(p, &h, f->device, bytes - f->bytes, 1);\n", ""),
     "pool-without-bottom": ("less = bytes < was ? bytes : was;", "less = bytes;"),
-    "overhead-in-a-race": ("if (p->changes != changes) return -11;", ""),
+    "overhead-in-a-race": ("if (p->begun != changes || p->changes != changes) return -11;", ""),
     "move-leaves-the-charge": ("    move_charges(p, 1);\n", ""),
     "reap-anybody": (
         "if (!p || p->generation != generation) return -3;\n    end_process",

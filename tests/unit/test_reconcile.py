@@ -17,9 +17,11 @@ MIB = 1 << 20
 ME = os.getpid()
 
 
-def process(charged: int, overhead: int = 0, managed: int = 0, pool: int = 0, changes: int = 7) -> Process:
+def process(
+    charged: int, overhead: int = 0, managed: int = 0, pool: int = 0, changes: int = 7, quiet: bool = True
+) -> Process:
     one = lambda n: (n, *[0] * 15)  # noqa: E731
-    return Process(1, (5,), 0, changes, one(charged), one(overhead), one(managed), one(pool), one(1))
+    return Process(1, (5,), 0, changes, quiet, one(charged), one(overhead), one(managed), one(pool), one(1))
 
 
 class Books:
@@ -84,6 +86,12 @@ def test_nothing_is_corrected_in_the_middle_of_a_call():
     one.look()
     assert books.entry.bytes[0] == 900 * MIB
     assert one.truth.drift == {}
+
+
+def test_nothing_is_corrected_in_the_middle_of_a_change():
+    books = Books(process(900 * MIB, quiet=False))
+    reconciler(books, {ME: 5 * MIB}).look()
+    assert books.entry.bytes[0] == 900 * MIB
 
 
 def test_a_refused_correction_is_tried_again_and_what_is_left_is_told():
