@@ -94,10 +94,26 @@ static bool take(uint64_t now, uint64_t until)
     return was <= now && atomic_compare_exchange_strong(&own->busy_until_ns, &was, until);
 }
 
+/* Two that ask in one slot at one pace may each overwrite what the other is about to read, again and again: each waits
+ * for a time of its own, longer every time, and at last asleep. */
+static void step_aside(uint64_t ticket, int asked)
+{
+    uint64_t random = (ticket + (uint64_t)asked) * 0x9e3779b97f4a7c15ULL >> 32;
+    if (asked < ASKS / 2) {
+        for (uint64_t i = random & ((1u << (asked < 8 ? asked : 8)) - 1); i; i--) __builtin_ia32_pause();
+        return;
+    }
+    int saved = errno;
+    struct timespec moment = {0, 20000 + (long)(random & 0x1ffff)};
+    syscall(SYS_nanosleep, &moment, NULL);
+    errno = saved;
+}
+
 /* A verdict, or -1: nobody answers. */
 int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket)
 {
     for (int i = 0; i < ASKS; i++) {
+        step_aside(ticket, i);
         /* The probe runs inside this call. Another asker may have written the slot since: then the same ticket again.
          */
         fgpu_admit_here(device, bytes, kind, ticket);

@@ -88,7 +88,9 @@ def test_who_fits_is_not_refused_beside_hopeless_askers(tenant, scale) -> None:
     one.assert_enforced()
     times = scale(5_000, 100_000, 1_000_000)
     with hopeless(askers):
-        assert fitting.ok(f"ask {MIB} {times}", 900) == [times, 0, 0]
+        got = fitting.ok(f"ask {MIB} {times}", 900)
+    memory = one.memory()
+    assert got == [times, 0, 0], memory
     assert one.assert_exact() == 9 * CONTEXT
     memory = one.memory()
     assert memory["witnessed_bytes"] == memory["admitted_bytes"] == times * MIB
