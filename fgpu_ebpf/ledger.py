@@ -159,7 +159,9 @@ class Ledger:
                 bpf.delete(self._maps["limits"], key)
         if self.page_missing(cgroup):
             self._make_page(cgroup, limits, flags)
-        self._run("publish", pages.Adjust.PUBLISH, cgroup)
+        code = self._run(pages.Adjust.PUBLISH, cgroup)
+        if code < 0:
+            raise OSError(-code, f"adjust(publish): {os.strerror(-code)}")
 
     def _make_page(self, cgroup: int, limits: Mapping[int, int], flags: int) -> None:
         fd = bpf.create_array_page("fgpu_usage", ctypes.sizeof(pages.UsagePage))
@@ -293,20 +295,15 @@ class Ledger:
 
     def overhead(self, tgid: int, generation: int, device: int, bytes_: int, changes: int) -> bool:
         """Sets what NVML alone knows of a process; False where it was charged or ended meanwhile: ask again."""
-        code = bpf.run_raw_tracepoint(
-            self._adjust, pages.Adjust.OVERHEAD, tgid, generation, device, bytes_, changes, *[0] * 6
-        )
-        return code == 0
+        return self._run(pages.Adjust.OVERHEAD, tgid, generation, device, bytes_, changes) == 0
 
     def move(self, tgid: int, generation: int, levels: tuple[int, ...]) -> bool:
         """Moves a process and its charges to other levels, leaf first; generation 0 adopts an unknown one."""
-        padded = (*levels, *[0] * (pages.LEVELS - len(levels)))
-        code = bpf.run_raw_tracepoint(self._adjust, pages.Adjust.MOVE, tgid, generation, len(levels), *padded, *[0] * 4)
-        return code == 0
+        return self._run(pages.Adjust.MOVE, tgid, generation, len(levels), *levels) == 0
 
     def reap(self, tgid: int, generation: int) -> bool:
         """Ends a process of whose end the kernel said nothing."""
-        return bpf.run_raw_tracepoint(self._adjust, pages.Adjust.REAP, tgid, generation, *[0] * 9) == 0
+        return self._run(pages.Adjust.REAP, tgid, generation) == 0
 
     def sweep(self) -> int:
         """Deletes allocations whose process or era is gone; answers how many."""
@@ -328,7 +325,6 @@ class Ledger:
         found = bpf.items(self._maps["counters"], _COUNTER_KEY.size, 8)
         return {Count(*_COUNTER_KEY.unpack(key)): _U64.unpack(value)[0] for key, value in found}
 
-    def _run(self, what: str, *arguments: int) -> None:
-        code = bpf.run_raw_tracepoint(self._adjust, *arguments, *[0] * (12 - len(arguments)))
-        if code < 0:
-            raise OSError(-code, f"adjust({what}): {os.strerror(-code)}")
+    def _run(self, *arguments: int) -> int:
+        """Runs `adjust`, which reads arguments that were not given as 0; answers 0 or -errno."""
+        return bpf.run_raw_tracepoint(self._adjust, *arguments, *[0] * (12 - len(arguments)))
