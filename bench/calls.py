@@ -1,88 +1,107 @@
 """How much each kind of allocation call gets under a limit, asking for three times as much in steps of 2 MiB.
 
-Prints `KIND_usable PERCENT %` (of limit minus context), the driver's error at the end, and what ledger and NVML say;
-writes build/bench/calls.json. Starts and stops the agent itself. The command `fgpu` may be given in $FGPU.
+Each kind by the driver, by the runtime, and by both as a per-thread-default-stream build calls them (`thread`;
+bench/fill_calls.py has the list), some at a time, each a tenant. Prints `API_KIND_usable PERCENT %` (of limit minus
+context; for graphs what the driver takes, and beside it what was asked for), and where there is any, what was held
+beyond the limit and the driver's word if it was not out-of-memory; `runtime absent` without a libcudart. Writes
+build/bench/calls.json; 1 where a kind was not refused at its limit or could not use it. Starts and stops the agent
+itself. TORCH_PYTHON is an interpreter whose packages may have libcudart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from fill_calls import KINDS
-from memory import FGPU, ROOT, BenchError, agent
+from cudart import libcudart
+from fill_calls import COMBINATIONS
+from memory import ROOT, BenchError, agent
+from tenants import Program, ending, memory_of
 
 OUT_OF_MEMORY = 2
 ENOUGH_PERCENT = 99.5
+RECONCILED_SECONDS = 1.2  # two reconciles
+SCRIPT = str(Path(__file__).with_name("fill_calls.py"))
+PYTHON = os.environ.get("TORCH_PYTHON", "python3")
 
 
-def one(kind: str, limit: int) -> dict[str, float]:
+def one(combination: tuple[str, str], limit: int, runtime: str) -> dict[str, float]:
     """A tenant that fills its limit by one kind of call."""
-    script = str(Path(__file__).with_name("fill_calls.py"))
-    command = [
-        *FGPU,
-        "run",
-        "--memory",
-        str(limit),
-        "--name",
-        f"calls-{kind}",
-        "--",
-        sys.executable,
-        script,
-        kind,
-        str(limit),
-    ]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        said = json.loads(process.stdout.readline() or '{"error": "it ended"}')
+    name = "_".join(combination)
+    with ending() as programs:
+        programs.append(Program([sys.executable, SCRIPT, *combination, str(limit), runtime], limit, f"calls-{name}"))
+        said = json.loads(programs[0].hear())
         if "error" in said:
-            raise BenchError(f"{kind}: {said['error']}")
-        time.sleep(1.2)  # two reconciles
-        status = json.loads(
-            subprocess.run([*FGPU, "status", "--json"], capture_output=True, check=True, timeout=30).stdout
-        )
-        device = next(t for t in status["tenants"] if t["tenant"] == f"calls-{kind}")["devices"][0]
-        assert process.stdin
-        process.stdin.close()
-    percent = 100 * said["got_bytes"] / said["usable_bytes"]
+            raise BenchError(f"{name}: {said['error']}")
+        time.sleep(RECONCILED_SECONDS)
+        device = memory_of(programs[0].name)
+    taken = min(said["usable_bytes"], max(said["got_bytes"], said.get("taken_bytes", 0)))
     return {
-        "usable_percent": percent,
+        "usable_percent": 100 * taken / said["usable_bytes"],
+        "asked_percent": 100 * said["got_bytes"] / said["usable_bytes"],
         "code": said["code"],
         "used": device["used_bytes"],
         "drift": device["drift_bytes"],
     }
 
 
+def held(found: dict[str, float]) -> bool:
+    """It got what it may, and no more."""
+    return found["code"] == OUT_OF_MEMORY and ENOUGH_PERCENT <= found["usable_percent"] <= 100
+
+
+def say(name: str, found: dict[str, float], limit: int) -> None:
+    """One line, and more where there is more to say."""
+    print(f"{name}_usable {found['usable_percent']:.2f} %", flush=True)
+    if found["asked_percent"] < found["usable_percent"]:
+        print(f"{name}_asked_for {found['asked_percent']:.2f} %")
+    if found["code"] != OUT_OF_MEMORY:
+        print(f"{name}_end {found['code']:.0f} CUresult")
+    if found["used"] > limit:
+        print(f"{name}_beyond_limit {found['used'] - limit} bytes")
+    if found["drift"]:
+        print(f"{name}_drift {found['drift']} bytes")
+
+
 def main() -> int:
     """All kinds; 1 where one was not refused at its limit or could not use it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--limit", type=int, default=1 << 30, help="bytes")
+    parser.add_argument("--at-once", type=int, default=6, help="tenants")
+    parser.add_argument("--runtime", help="the CUDA runtime's library, if not the one that is found")
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--shim", type=Path, default=ROOT / "build/shim/libfgpu.so")
     given = parser.parse_args()
+    given.runtime = given.runtime or libcudart(PYTHON, given.driver_root)
+    wanted = [c for c in COMBINATIONS if given.runtime or not c[0].startswith("runtime")]
+    if not given.runtime:
+        print("runtime absent")
     found: dict[str, dict[str, float]] = {}
+    fill = partial(one, limit=given.limit, runtime=given.runtime or "")
     try:
-        with agent(["--driver-root", given.driver_root, "--shim", str(given.shim)]):
-            for kind in KINDS:
-                found[kind] = one(kind, given.limit)
-                line = found[kind]
-                print(f"{kind}_usable {line['usable_percent']:.2f} %", flush=True)
-                print(f"{kind}_end {line['code']:.0f} CUresult")
-                print(f"{kind}_beyond_limit {max(0, line['used'] - given.limit)} bytes")
-                print(f"{kind}_drift {line['drift']} bytes")
-    except (BenchError, OSError) as error:
+        with (
+            agent(["--driver-root", given.driver_root, "--shim", str(given.shim)]),
+            ThreadPoolExecutor(given.at_once) as threads,
+        ):
+            for combination, result in zip(wanted, threads.map(fill, wanted), strict=True):
+                name = "_".join(combination)
+                found[name] = result
+                say(name, result, given.limit)
+    except (BenchError, OSError, ValueError) as error:
         print(f"bench calls: {error}", file=sys.stderr)
         return 1
     out = ROOT / "build/bench/calls.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n")
-    held = [v["code"] == OUT_OF_MEMORY and ENOUGH_PERCENT <= v["usable_percent"] <= 100 for v in found.values()]
-    print(f"calls_held {sum(held)} of {len(held)}")
-    return 0 if all(held) else 1
+    count = sum(map(held, found.values()))
+    print(f"calls_held {count} of {len(found)}")
+    return 0 if count == len(found) else 1
 
 
 if __name__ == "__main__":

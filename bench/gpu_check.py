@@ -12,79 +12,14 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ.setdefault("DRIVER_ROOT", "/")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/e2e"))
-import harness
 import pynvml
-from harness import GIB, MIB, REFUSED, Client, Place, Service, Tenant, eventually
-
-harness.ENVIRONMENT = dict(os.environ)
-PYTHON = os.environ.get("TORCH_PYTHON", "python3")
-GRANULE = 2 * MIB
-MODULE = 128 * MIB  # what one lazily loaded module may take before it is charged
-
-
-def say(name: str, value: object, unit: str = "") -> None:
-    """One line: name value unit."""
-    print(f"{name} {value} {unit}".rstrip(), flush=True)
-
-
-def need(held: bool, what: str) -> None:
-    """A claim."""
-    if not held:
-        raise AssertionError(what)
-    print(f"ok   {what}", flush=True)
-
-
-# -- the driver's own view
-
-
-def device() -> object:
-    """The first GPU."""
-    return pynvml.nvmlDeviceGetHandleByIndex(0)
-
-
-def nvml_bytes(pids: set[int]) -> int:
-    """What NVML says that these processes hold, by host pid."""
-    found = pynvml.nvmlDeviceGetComputeRunningProcesses(device())
-    return sum(p.usedGpuMemory or 0 for p in found if p.pid in pids)
-
-
-class Skip(Exception):
-    """What this machine lacks."""
-
-
-class Sampler(threading.Thread):
-    """The most that NVML shows of each tenant, looked at every 10 ms."""
-
-    def __init__(self, *tenants: Tenant) -> None:
-        super().__init__(daemon=True)
-        self.tenants = tenants
-        self.most = dict.fromkeys((t.name for t in tenants), 0)
-        self.samples = 0
-        self._ended = threading.Event()
-
-    def run(self) -> None:
-        while not self._ended.wait(0.01):
-            for tenant in self.tenants:
-                self.most[tenant.name] = max(self.most[tenant.name], nvml_bytes(set(tenant.pids())))
-            self.samples += 1
-
-    def end(self, limits: dict[str, int]) -> None:
-        """Prints the most and the excess; more than a module load beyond a limit is a failure."""
-        self._ended.set()
-        self.join()
-        say("nvml_samples", self.samples)
-        for name, most in self.most.items():
-            say(f"{name}_nvml_most", most, "bytes")
-            say(f"{name}_nvml_excess", max(0, most - limits[name]), "bytes")
-            need(most <= limits[name] + MODULE, f"{name}: NVML never above the limit and a module load")
-
+from claims import GRANULE, PYTHON, Sampler, Skip, harness, need, nvml_bytes, say
+from gpu_views import views
+from harness import GIB, MIB, REFUSED, Client, Place, Service, eventually
 
 # -- the claims: each gets the service and a place for tenants in pid namespaces
 
@@ -110,27 +45,6 @@ def start(service: Service, place: Place) -> None:
     need(total <= 96, "agent and gatekeeper within 96 MiB")
     say("start_to_enforcing", f"{service.started_in:.2f}", "s")
     need(service.started_in <= 3, "enforcing within 3 s")
-
-
-def smi(service: Service, place: Place) -> None:
-    """nvidia-smi inside shows used / limit and own processes with own pids."""
-    limit = 8 * GIB
-    one, other = place.tenant(limit), place.tenant(4 * GIB)
-    client, neighbour = one.client(), other.client()
-    neighbour.ok(f"alloc {300 * MIB}")
-    client.ok(f"alloc {GIB}")
-    eventually(lambda: abs(one.memory()["used_bytes"] - nvml_bytes({client.pid})) < GRANULE, 5, "the context's size")
-    used = one.memory()["used_bytes"]
-    time.sleep(0.5)  # rows of processes come five times a second
-    shown = one.run("nvidia-smi")
-    print(shown)
-    need(f"{limit // MIB}MiB" in shown, "the limit is shown as the total")
-    need(f"{used // MIB}MiB" in shown, "what the tenant uses is shown")
-    query = "nvidia-smi --query-compute-apps=pid,used_memory --format=csv,noheader,nounits"
-    rows = one.run(query).split("\n")[:-1]
-    print(rows)
-    need([int(row.split(",")[0]) for row in rows] == [client.inner_pid], "own processes only, with own pids")
-    need(client.ok("info")[1] == limit, "cuMemGetInfo shows the limit")
 
 
 def fill(service: Service, place: Place) -> None:
@@ -348,7 +262,7 @@ def orphan(service: Service, place: Place) -> None:
 
 
 CLAIMS: dict[str, Callable[[Service, Place], None]] = {
-    claim.__name__: claim for claim in (start, smi, fill, torch, jax, pair, race, kills, restarts, orphan)
+    claim.__name__: claim for claim in (start, views, fill, torch, jax, pair, race, kills, restarts, orphan)
 }
 
 

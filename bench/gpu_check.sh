@@ -7,6 +7,7 @@
 #   TORCH_PYTHON  an interpreter that has torch and jax (python3)
 #   HEADERS       a folder with cuda.h, cudaTypedefs.h and nvml.h (build/headers, else the CUDA toolkit's)
 #   DRIVER_ROOT   where the driver's libraries lie (/)
+#   CLAIMS        which of them, by name: those of bench/gpu_check.py, and benchmarks (all)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -37,13 +38,20 @@ compile() { # compile SOURCE PROGRAM
 
 step machine 30 sh -c 'uname -r; nvidia-smi -L; nvidia-smi --query-gpu=driver_version,memory.total --format=csv,noheader; gcc --version | head -n 1'
 step shim 120 make -s -C shim OUT="$PWD/build/shim" HEADERS="$headers"
+step oci 60 make -s -C oci OUT="$PWD/build/oci"
 step client 60 bash -c "$(declare -f compile); headers=$headers; compile tests/e2e/client.c build/e2e/client"
-step timer 60 bash -c "$(declare -f compile); headers=$headers; compile bench/memory.c build/bench/memory"
-step filler 60 bash -c "$(declare -f compile); headers=$headers; compile examples/fill.c build/examples/fill"
-for claim in ${CLAIMS:-start smi fill torch jax pair race kills restarts orphan}; do
-    step "$claim" 240 "$python" bench/gpu_check.py "$claim"
+for source in examples/fill.c bench/*.c; do
+    step "${source##*/}" 60 bash -c "$(declare -f compile); headers=$headers; compile $source build/${source%.c}"
 done
-step bench 240 "$python" bench/memory.py --driver-root "$DRIVER_ROOT"
-step calls 240 "$python" bench/calls.py --driver-root "$DRIVER_ROOT"
+claims='start views fill torch jax pair race kills restarts orphan'
+benchmarks='memory calls storm load steady truth compute'
+for claim in ${CLAIMS:-$claims $benchmarks}; do
+    more=()
+    [ "$claim" != compute ] || more=(--quick)
+    case " $benchmarks " in
+    *" $claim "*) step "$claim" 300 "$python" "bench/$claim.py" --driver-root "$DRIVER_ROOT" "${more[@]}" ;;
+    *) step "$claim" 240 "$python" bench/gpu_check.py "$claim" ;;
+    esac
+done
 printf '\n== end: %d failed: %s\n' "${#failed[@]}" "${failed[*]:-none}"
 [ ${#failed[@]} = 0 ]

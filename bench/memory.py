@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,8 @@ class BenchError(Exception):
 
 @contextmanager
 def agent(options: list[str]) -> Iterator[float]:
-    """`fgpu agent` for a while; yields the seconds from its start to enforcing."""
+    """`fgpu agent` for a while, SIGTERM included; yields the seconds from its start to enforcing."""
+    end_in_order()
     with tempfile.TemporaryFile("w+") as log:
         begun = time.monotonic()
         process = subprocess.Popen([*FGPU, "agent", *options], stdout=log, stderr=log)
@@ -52,6 +54,17 @@ def agent(options: list[str]) -> Iterator[float]:
             subprocess.run([*FGPU, "detach"], check=False, capture_output=True, timeout=30)
             process.terminate()
             process.wait(10)
+
+
+def end_in_order() -> None:
+    """From now on SIGTERM is an exception like others."""
+    signal.signal(signal.SIGTERM, _leave)
+
+
+def _leave(*_: object) -> None:
+    """Once: `timeout` says it twice, and the second would end the clearing up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _await_enforcing(process: subprocess.Popen[bytes], log: IO[str], begun: float) -> float:

@@ -10,29 +10,39 @@
 
 #include <linux/types.h>
 
-#define FGPU_LAYOUT 1
+#define FGPU_LAYOUT 3
 #define FGPU_PAGE_BYTES 4096
 #define FGPU_DEVICES 16
 #define FGPU_LEVELS 4
-#define FGPU_VERDICTS 128 /* a power of two: the verifier takes a mask, not a remainder */
+#define FGPU_BOTH_LEVELS 8 /* of both sides of a process */
+#define FGPU_VERDICTS 128  /* a power of two: the verifier takes a mask, not a remainder */
 #define FGPU_ROWS 128
+#define FGPU_SHARED 3
+#define FGPU_PATH 192
 #define FGPU_NO_LIMIT (~0ULL) /* 0, what a fresh page holds, means deny */
 #define FGPU_MOST_BYTES (1ULL << 48)
 #define FGPU_LEASE_NS 2000000000ULL
-#define FGPU_MAGIC 0x75706766u /* "fgpu" */
+#define FGPU_BUDGET_NS 4000000ULL /* of work in flight, where the control page says nothing */
+#define FGPU_MAGIC 0x75706766u    /* "fgpu" */
 #define FGPU_SOCKET_DIR "/run/fgpu/shim"
 #define FGPU_SOCKET FGPU_SOCKET_DIR "/shim.sock"
 
 /* A verdict word is `ticket << 2 | verdict`, stored at once in slot `ticket & (FGPU_VERDICTS - 1)`. */
 enum fgpu_verdict { FGPU_REFUSED, FGPU_ADMITTED, FGPU_AGAIN, FGPU_UNLIMITED };
-enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGPU_KINDS };
-enum fgpu_reason { FGPU_REASON_LIMIT, FGPU_REASON_DEVICE_FULL, FGPU_REASON_OBSERVED };
+enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGPU_KINDS, FGPU_EVENTS };
+#define FGPU_FULL 0x100 /* beside a kind that is given back: the driver had no room for it */
+enum fgpu_reason {
+    FGPU_REASON_LIMIT,
+    FGPU_REASON_DEVICE_FULL,
+    FGPU_REASON_OBSERVED,
+    FGPU_REASON_ENTRIES /* too many allocations, threads or processes, of whatever size */
+};
 enum fgpu_anomaly {
     FGPU_ANOMALY_RELEASE, /* more given back than held */
     FGPU_ANOMALY_FULL,    /* a map had no room: charged until the process ends */
     FGPU_ANOMALY_DEVICE,  /* a device index that is not the tenant's */
     FGPU_ANOMALY_LOST,    /* a witness that met a process entry half made */
-    FGPU_ANOMALY_BYPASS,  /* an allocation that no admission went before */
+    FGPU_ANOMALY_BYPASS,  /* an allocation that no admission went before, or a smaller one */
     FGPU_ANOMALY_STALE,   /* a handle seen anew while its old charge stood */
 };
 
@@ -47,15 +57,23 @@ struct fgpu_tally { /* bytes, ever growing: what was asked for and granted, what
     __u64 admitted;
     __u64 witnessed;
 };
+/* Maps that all tenants share: a level may have a part of each; what is beyond is refused to it, not its neighbours. */
+enum fgpu_shared { FGPU_ALLOCATIONS, FGPU_THREADS, FGPU_PROCESSES };
 struct fgpu_usage_page {
     __u64 version;
     __u64 cgroup;
     __u64 flags; /* FGPU_OBSERVE, FGPU_KILL */
-    __u64 spare[5];
+    __u64 place; /* in `shelf` */
+    __u64 spare[4];
     struct fgpu_usage devices[FGPU_DEVICES];
     __u64 verdicts[FGPU_VERDICTS];
     struct fgpu_tally tallies[FGPU_DEVICES];
-    __u64 tail[280];
+    __u64 orphaned[FGPU_DEVICES]; /* within `used`: exported by who has let go, until NVML tells who holds it now */
+    __u64 event_second;           /* of the events that this level has caused, so that none floods the ring */
+    __u64 event_count;
+    __u64 process_second;       /* of the last that told of a process */
+    __u64 entries[FGPU_SHARED]; /* that its processes have in the maps that all tenants share */
+    __u64 tail[258];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
@@ -80,26 +98,49 @@ struct fgpu_control_page {
     __u32 device_count;
     __u32 spare[5];
     struct fgpu_device devices[FGPU_DEVICES];
-    __u32 gates[FGPU_DEVICES]; /* 1 open, 0 closed; a futex each */
+    __u32 gates[FGPU_DEVICES]; /* turn << FGPU_GATE_SHIFT | FGPU_GATED | FGPU_GATE_OPEN; a futex each */
     __u32 sequence;            /* odd while the rows change */
     __u32 row_count;
     __u64 spare2;
     struct fgpu_row rows[FGPU_ROWS];
+    __u64 budget_ns[FGPU_DEVICES]; /* most work in flight while gated: how long a drain may take; 0: FGPU_BUDGET_NS */
 };
+/* A gate. Not GATED, whatever its other bits say: nobody schedules this process there, and the shim counts nothing.
+ * A turn keeps its number from its opening to the end of its drain; the next one has another, so every change of a gate
+ * changes the word. A closed gate whose page's heartbeat is older than the lease is open. */
+#define FGPU_GATE_OPEN 1
+#define FGPU_GATED 2
+#define FGPU_GATE_SHIFT 2
 #define FGPU_MANAGED 1
 #define FGPU_SETTLE 2 /* no return probes on this kernel: call fgpu_settle after the driver */
 
 /* -- status page: one per process, a memfd sealed against resizing, written by the tenant: hints, never trusted -- */
 struct fgpu_status {
-    __u32 waiting;
-    __u32 drained;
+    __u32 waiting; /* threads at the closed gate */
+    __u32 drained; /* the last turn (gate >> FGPU_GATE_SHIFT) that was seen closed with nothing in flight */
     __u64 launches;
+};
+struct fgpu_flight { /* work given to a gated device */
+    __u64 in_flight; /* launches not known to be done; counted before the gate is read: 0 after it closed is drained */
+    __u64 busy_until_ns; /* when they should be done, by what was measured; the past, and no bell: nobody looked */
+    __u64 wanted_ns;     /* when somebody last wanted to launch */
+    __u64 idle_ns;       /* between an end that was seen (of a span) and the launch after it, ever growing */
+};
+struct fgpu_span {  /* of the last turn */
+    __u64 begun_ns; /* when a thread last came through a gate that had been closed */
+    __u64 ended_ns; /* when the last of what was in flight was seen to be done, while somebody waited for that */
 };
 struct fgpu_status_page {
     __u32 version;
-    __u32 spare[15];
+    __u32 bell; /* a futex: another value and a wake when a thread comes to wait, and when a turn has drained */
+    __u32 spare[14];
     struct fgpu_status devices[FGPU_DEVICES];
+    struct fgpu_flight flights[FGPU_DEVICES];
+    struct fgpu_span spans[FGPU_DEVICES];
 };
+/* Who tells that a turn has drained: the thread that comes to the closed gate, having waited for what is in flight, or
+ * the one whose synchronise or query ends. A program that does neither tells nothing, nor does a stopped one: then
+ * busy_until_ns is the best guess, and the scheduler's deadline the end of patience. No thread of ours runs there. */
 
 /* -- hello: SOCK_SEQPACKET; descriptors in the answer: control, status, usage pages leaf first ------------------- */
 struct fgpu_hello {
@@ -132,32 +173,74 @@ struct fgpu_limit {
     __u64 bytes;
     __u64 flags;
 };
+struct fgpu_share { /* shares: {level, device} -> what the level is to get of the device's time; none: not gated */
+    __u64 limit_millionths;
+    __u64 weight;
+    __u64 rank; /* 0 comes first */
+    __u64 quantum_ns;
+};
+struct fgpu_turn { /* turns: {level, device} -> what came of it, ever growing unless it says otherwise */
+    __u64 owned_ns;
+    __u64 waits;
+    __u64 wait_ns;
+    __u64 overruns;            /* turns that passed with work in flight */
+    __u64 switches;            /* turns that began */
+    __u64 throttled;           /* times that its limit held it back */
+    __u64 owner;               /* 1: the device is its own now */
+    __u64 had_millionths;      /* of the time since these numbers were last written */
+    __u64 entitled_millionths; /* of that time, by weights and limits of those who wanted any */
+    __u64 free;                /* 1: nobody to share with, and no ceiling: it is not gated, nor measured */
+    __u64 since_ns;            /* it has waited; 0: it does not */
+};
 struct fgpu_file { /* key of files, as /proc/PID/maps names a file */
     __u64 dev;
     __u64 ino;
 };
-struct fgpu_process {          /* processes: tgid -> */
-    __u64 state;               /* 0 fresh, 1 claimed, 2 ready */
-    __u64 generation;          /* when the kernel made this entry: a reused tgid has another */
-    __u64 levels[FGPU_LEVELS]; /* cgroup ids, leaf first */
+struct fgpu_level { /* of a process */
+    __u64 cgroup;   /* 0: none */
+    __u64 place;    /* of its usage page in `shelf`, as of when the process came to it */
+};
+struct fgpu_holding { /* of a process on one device; what every allocation touches comes first */
+    __u64 bytes;      /* all that is charged, what follows included */
+    __s64 charged[2]; /* of `bytes`, at the levels of either side */
+    __u32 era;        /* one more when the last context ends: older allocations are gone */
+    __u32 spare0;
+    __u64 vmm;     /* outlives contexts */
+    __u64 managed; /* NVML never shows it */
+    __u64 pool;
+    __s64 overhead; /* contexts, modules, rounding: what NVML alone knows; may be negative */
+    __u64 contexts; /* 64 bits, as all that several threads add to at once and decide on */
+    __u64 retained; /* references to the primary context, counted before the driver does */
+    __u64 primary;  /* 1: the primary context is there; a reset ends it and leaves its references */
+    __u64 exported; /* pointers that another process may have open */
+    __u64 exported_vmm;
+    __u64 owed; /* of `charged`: released, and not found there in the middle of a move */
+    __u64 cut;  /* by how much NVML lowered `overhead`: allocations whose end nobody saw, perhaps */
+    __u64 spare;
+};
+/* processes: tgid -> ; a multiple of 64 bytes, so that the kernel lays each field on the same part of a cache line */
+struct fgpu_process {
+    __u64 state;      /* 0 fresh, 1 claimed, 2 ready */
+    __u64 generation; /* when the kernel made this entry: a reused tgid has another */
+    __u64 changes;    /* done; equal to `begun` where none is under way */
+    __u64 begun;      /* changes; two reads of one number had none between */
+    __u64 turn;       /* moves so far: its last bit is the side that is charged */
+    __u64 moved_ns;   /* when the last of them was */
     __u32 level_count;
     __u32 flags; /* FGPU_SEEN_SHIM, FGPU_SEEN_BYPASS */
     __u32 last_device;
     __u32 spare;
-    __u64 changes;             /* done; equal to `begun` where none is under way */
-    __u64 bytes[FGPU_DEVICES]; /* all that is charged, what follows included */
-    __u64 pool[FGPU_DEVICES];
-    __u64 vmm[FGPU_DEVICES];      /* outlives contexts */
-    __s64 overhead[FGPU_DEVICES]; /* contexts, modules, rounding: what NVML alone knows; may be negative */
-    __u32 contexts[FGPU_DEVICES];
-    __u32 retained[FGPU_DEVICES]; /* references to the primary context */
-    __u32 era[FGPU_DEVICES];      /* one more when the last context ends: older allocations are gone */
-    __u64 managed[FGPU_DEVICES];  /* NVML never shows it */
-    __u32 primary[FGPU_DEVICES];  /* 1: the primary context is there; a reset ends it and leaves its references */
-    __u64 begun;                  /* changes; two reads of one number had none between */
+    struct fgpu_level sides[FGPU_BOTH_LEVELS]; /* `levels` of this move and of the one before */
+    __u64 levels[FGPU_LEVELS];                 /* cgroup ids, leaf first */
+    struct fgpu_level counted;                 /* in whose part of the map it is, and its threads of theirs */
+    __s64 threads;                             /* so many of them; below 0: it counts none any more */
+    __u64 spare2;
+    struct fgpu_holding devices[FGPU_DEVICES];
 };
 #define FGPU_SEEN_SHIM 1
 #define FGPU_SEEN_BYPASS 2
+#define FGPU_SEEN_CALL 8   /* by a probe: not only by NVML */
+#define FGPU_SEEN_EXPORT 4 /* of memory that has no entry: any of it may be open elsewhere */
 enum fgpu_space { FGPU_SPACE_POINTER, FGPU_SPACE_HANDLE, FGPU_SPACE_MAPPING, FGPU_SPACE_CONTEXT, FGPU_SPACE_ARRAY };
 struct fgpu_allocation_key {
     __u32 tgid;
@@ -169,8 +252,10 @@ struct fgpu_allocation {
     __u64 bytes;
     __u32 device;
     __u32 era;
-    __u64 references; /* of a VMM handle: handles and mappings together */
-    __u64 owner;      /* of a mapping: its handle; of a pointer: 1 where it is managed memory */
+    __u64 references;        /* of a VMM handle: handles and mappings together */
+    __u64 owner;             /* of a mapping: its handle; of a pointer: 1 where it is managed memory */
+    __u64 exported;          /* 1: another process may have it open */
+    struct fgpu_level level; /* whose entry it is: the leaf that its process was in when it came to be; 0: nobody's */
 };
 struct fgpu_admission { /* that no driver call has settled yet; ticket 0: none */
     __u64 ticket;
@@ -192,6 +277,8 @@ enum fgpu_function {
     FGPU_FUNCTION_MAP,
     FGPU_FUNCTION_UNMAP,
     FGPU_FUNCTION_RETAIN_HANDLE,
+    FGPU_FUNCTION_EXPORT,
+    FGPU_FUNCTION_EXPORT_POINTER,
     FGPU_FUNCTION_RETAIN,
     FGPU_FUNCTION_PRIMARY_RELEASE,
     FGPU_FUNCTION_PRIMARY_RESET,
@@ -203,6 +290,10 @@ enum fgpu_function {
     FGPU_FUNCTION_ARRAY_DESTROY,
     FGPU_FUNCTION_DESTROY,
 };
+/* hits: how often each probe ran, by function at its entry; the shim's own two come last. */
+#define FGPU_HITS 32
+#define FGPU_HIT_ADMIT 30
+#define FGPU_HIT_GIVE_BACK 31
 struct fgpu_call { /* the driver call that a thread is in; function 0: none */
     __u64 function;
     __u64 arguments[3];
@@ -210,12 +301,16 @@ struct fgpu_call { /* the driver call that a thread is in; function 0: none */
     __u32 device;
     __u32 admitted; /* an admission went before */
     __u64 references;
+    __u64 exported;
+    __u64 uncovered; /* bytes, where no admission covered them */
 };
 struct fgpu_thread { /* threads: pid_tgid -> ; made once, deleted when the thread ends */
     struct fgpu_admission admission;
     struct fgpu_call call;
+    __u64 open; /* the generation of the process that counts it; with its top bit, unless in the middle of a change */
 };
-struct fgpu_counter_key { /* counters; anomalies have cgroup 0, kind FGPU_KINDS and the anomaly as reason */
+/* Counters; those of the host have cgroup 0: anomalies kind FGPU_KINDS, events kind FGPU_EVENTS and their fate. */
+struct fgpu_counter_key {
     __u64 cgroup;
     __u32 device;
     __u16 kind;
@@ -229,6 +324,39 @@ enum fgpu_adjust {
                       on */
     FGPU_MOVE,     /* tgid, generation (0: make the entry), count, levels leaf first: charges follow */
     FGPU_REAP,     /* tgid, generation: the process is gone and nothing said so */
+    FGPU_DISOWN,   /* cgroup, device, bytes: so much of what was orphaned is charged to whoever holds it, or freed */
+    FGPU_RAISE,    /* tgid, generation, device, bytes: adds to what NVML alone knows, whatever goes on */
+    FGPU_WITHDRAW, /* cgroup: its page is about to be taken away */
+    FGPU_SWEPT,    /* cgroup, n: so many allocations of the level's were deleted, which nobody would ever free */
+    FGPU_RING,     /* whoever sleeps on the bell wakes up: shares have changed */
+};
+
+/* -- events: a ring buffer of what is rare; what does not get in is counted ---------------------------------------- */
+enum fgpu_news {
+    FGPU_NEWS_PROCESS,  /* a process of a managed cgroup is seen for the first time; of many in a second, one */
+    FGPU_NEWS_REFUSED,  /* by the level `cgroup`; reason as in the counters */
+    FGPU_NEWS_BYPASS,   /* its first call without an admission */
+    FGPU_NEWS_KILLED,   /* and one that would exceed, under onBypass: kill */
+    FGPU_NEWS_ORPHANED, /* the level `cgroup` has orphaned bytes now */
+    FGPU_NEWS_MOVED,    /* somebody was moved to the cgroup at `path` */
+    FGPU_NEWS_MADE,     /* the cgroup at `path` */
+    FGPU_NEWS_EMPTIED,  /* nobody is left in it, nor below */
+    FGPU_NEWS_REMOVED,
+};
+enum fgpu_fate { FGPU_FATE_SENT, FGPU_FATE_RATE, FGPU_FATE_FULL };
+struct fgpu_event {
+    __u64 at_ns;
+    __u32 kind;
+    __u32 tgid;
+    __u64 cgroup;
+    __u64 bytes;
+    __u32 device;
+    __u16 operation; /* enum fgpu_kind */
+    __u16 reason;
+};
+struct fgpu_cgroup_event {
+    struct fgpu_event event;
+    char path[FGPU_PATH]; /* cut where it is longer */
 };
 
 #endif

@@ -1,38 +1,46 @@
-"""The agent: puts limits in force, keeps probes and truth up to date, publishes one Snapshot a second.
+"""The agent: puts limits in force, keeps probes and truth up to date, takes a Snapshot when somebody asks.
 
-Owns: the order of things at start, the managed cgroups, the gatekeeper that it started. Never: sits in the path of an
-allocation. When it ends, limits stay in force in the kernel; the next agent takes up what is pinned.
+Owns: the order of things at start, and the loop. Never: sits in the path of an allocation. When it ends, limits stay
+in force in the kernel; the next agent takes up what is pinned.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
-import os
 import selectors
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fgpu_ebpf import devices, launch, probes, procfs
+from fgpu_ebpf import cdi, devices, inject, launch, notify, probes, procfs, programs, published, shares, trial
+from fgpu_ebpf.adoption import Adoption
+from fgpu_ebpf.detach import LOCK, NAMES, take_away
+from fgpu_ebpf.discovery import Discovery
+from fgpu_ebpf.elders import Elders
+from fgpu_ebpf.enforcer import Enforcer
+from fgpu_ebpf.engines import Engines, api_of
+from fgpu_ebpf.history import History
+from fgpu_ebpf.keeper import Keeper
 from fgpu_ebpf.ledger import PINS, Ledger
+from fgpu_ebpf.manager import Manager
+from fgpu_ebpf.news import Newsreader
+from fgpu_ebpf.overrides import Overrides
+from fgpu_ebpf.overruns import Overruns
+from fgpu_ebpf.policies import Policies
+from fgpu_ebpf.policyfolder import PolicyFolder, Reading
 from fgpu_ebpf.reconcile import Reconciler, Truth
 from fgpu_ebpf.snapshot import Snapshot
 from fgpu_ebpf.view import take_snapshot
-from fgpu_ebpf.workloads import Workload, Workloads
+from fgpu_ebpf.workloads import Workloads
 
 log = logging.getLogger("fgpu.agent")
-TICK_SECONDS = 0.1
-SNAPSHOT_SECONDS = 1.0
-UNMANAGED_SWEEP_SECONDS = 10.0
-GATEKEEPER_SECONDS = 5.0
+TICK_SECONDS = 0.5
+ROUND_SECONDS = 1.0
+SNAPSHOT_SECONDS = 1.0  # no older than this is a Snapshot that is shown
+RESCAN_SECONDS = 30.0  # for what no event tells: attributes of a cgroup that change later
 STATE = Path("/var/lib/fgpu/contexts.json")
 
 
@@ -42,15 +50,22 @@ class AgentError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where things are. `loader` is the interpreter that sees BCC."""
+    """Where things are. `loader` is the interpreter that sees BCC; no `store`: tenants get `shim` itself."""
 
     run_dir: Path = Path("/run/fgpu")
     pins: Path = PINS
     driver_root: Path = Path("/")
     shim: Path = Path()
+    store: Path | None = None
     sources: Path = Path()
     listen: str = "127.0.0.1:9423"
-    loader: tuple[str, ...] = probes.LOADER
+    loader: tuple[str, ...] = programs.LOADER
+    policy_folder: Path = Path("/etc/fgpu/policy.d")
+    overcommit: bool = False
+    engines: tuple[str, ...] = ()
+    helper: Path = Path()
+    cdi_folder: Path = cdi.FOLDER
+    shares: tuple[str, ...] = shares.USUAL
 
 
 def package_file(*names: str) -> Path:
@@ -63,17 +78,37 @@ def package_file(*names: str) -> Path:
     raise AgentError(f"{'/'.join(names)} is not installed: reinstall fgpu, or run ./dev build in a checkout")
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a start has before it attaches anything; `shim` is this version's file, perhaps not published yet."""
+
+    digest: str
+    libraries: list[Path]
+    shim: Path
+    context_bytes: Mapping[int, int]
+    policies: Reading
+    older: Elders
+
+
 class Agent:
     """One a host, by flock."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.snapshot = Snapshot(time.time())
-        self.reconciler: Reconciler | None = None
-        self._gatekeeper: subprocess.Popen[bytes] | None = None
-        self._ended = False
+        self._taken = -SNAPSHOT_SECONDS
         self.selector = selectors.DefaultSelector()
-        self._swept = 0.0
+        self.history = History()
+        self.keeper = Keeper(settings.run_dir, settings.pins)
+        self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
+        self.reconciler: Reconciler | None = None
+        self._policies: Policies | None = None
+        self.marks: dict[str, float] = {}  # when each part of the start was done
+        self._ended = False
+        self.failures = 0
+        self.writes_refused = 0
+        self.chores: list[Callable[[], object]] = []  # done at every tick
+        self._reload_wanted = False
 
     # -- start
 
@@ -81,122 +116,136 @@ class Agent:
         """Takes the lock, loads, probes, puts known limits in force. AgentError: what is missing, and the mend."""
         self.settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._lock()
-        root = procfs.cgroup2_root()
-        if root is None:
-            raise AgentError("only cgroup v1 is mounted: boot with systemd.unified_cgroup_hierarchy=1")
+        procfs.raise_descriptor_limit()
         try:
-            self.nvml = devices.Nvml(self.settings.driver_root)
-            digest = probes.load(self.settings.sources, self.settings.pins, self.settings.loader)
+            found = self._load()
+            self.mark("loaded")
             self.ledger = Ledger(self.settings.pins)
-            self._name_devices()
-            self._attach(digest)
-        except (devices.DriverError, probes.ProbeError) as error:
+            self._attach(found)
+            self.mark("attached")
+        except (devices.DriverError, probes.ProbeError, programs.ProgramError) as error:
             raise AgentError(str(error)) from error
-        self.workloads = Workloads(root, self.settings.run_dir / "overrides.json")
-        self._restore()
-        self._write_preload()
-        self._listen_for_files()
-        self.reconciler = Reconciler(self.nvml, self.ledger, self.workloads.levels)
-        self.reconciler.start()
-        self._start_gatekeeper()
+        self.keeper.start()
+        self._take_up(found)
+        launch.write_preload(self.settings.run_dir, self.shim)
+        self._follow()
+        self._inject()
+        self.mark("in force")
+
+    def mark(self, part: str) -> None:
+        """That part of the start is done."""
+        self.marks[part] = time.monotonic()
 
     def _lock(self) -> None:
-        self._lock_file = open(self.settings.run_dir / "agent.lock", "w", encoding="utf-8")  # noqa: SIM115
+        self._lock_file = open(self.settings.run_dir / LOCK, "w", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise AgentError("an agent is running on this host already") from error
 
-    def _name_devices(self) -> None:
-        libraries = probes.driver_libraries(self.settings.driver_root, "libcuda.so.1")
+    def _load(self) -> _Found:
+        """What needs no programs is done while they are compiled. Raises what the parts raise."""
+        root, shim, store = self.settings.driver_root, self.settings.shim, self.settings.store
+        libraries = probes.driver_libraries(root, "libcuda.so.1")
         if not libraries:
-            raise AgentError(f"no libcuda.so.1 under {self.settings.driver_root}: install the driver's CUDA library")
-        sizes = devices.context_bytes(self.nvml, libraries[0], STATE)
+            devices.Nvml(root)  # says it better where there is no driver at all
+            raise AgentError(f"no libcuda.so.1 under {root}: install the driver's CUDA library")
+        loading = programs.Loading(self.settings.sources, self.settings.pins, self.settings.loader)
+        try:
+            self.nvml = devices.Nvml(root)
+            self.mark("devices")
+            contexts = devices.context_bytes(self.nvml, libraries[0], STATE)
+            if loading.begun and not trial.return_probes_survive_seccomp(str(shim)):
+                raise AgentError("return probes kill containers on this kernel (Linux 6.11 to 6.13): update it")
+            staged = published.stage(shim, store) if store else shim
+            probes.look_up([staged, *libraries])
+            policies, older = PolicyFolder(self.settings.policy_folder).read(), Elders.found(self.settings.run_dir)
+            self.mark("prepared")
+            return _Found(loading.wait(), libraries, staged, contexts, policies, older)
+        finally:
+            loading.end()
+
+    def _attach(self, found: _Found) -> None:
+        """Names the devices, and probes every file in use. Raises what the parts raise."""
         for device in self.nvml.devices:
             self.ledger.set_device(device.index, device.uuid)
-            self.ledger.set_context_bytes(device.index, sizes[device.index])
+            self.ledger.set_context_bytes(device.index, found.context_bytes[device.index])
+        attached = probes.Probes(self.settings.pins, found.digest, self.ledger)
+        attached.attach_process_ends()
+        self._publish(attached, found)
+        for folder in probes.folders_of_other_layouts(self.settings.pins):
+            probes.detach(folder)
 
-    def _attach(self, digest: str) -> None:
-        if not probes.return_probes_survive_seccomp(str(self.settings.shim)):
-            raise AgentError("return probes kill containers on this kernel (Linux 6.11 to 6.13): update it")
-        self.probes = probes.Probes(self.settings.pins, digest, self.ledger)
-        self.probes.attach_process_ends()
-        libraries = probes.driver_libraries(self.settings.driver_root, "libcuda.so.1")
-        own = [probes.Target.of(str(path)) for path in (self.settings.shim, *libraries)]
-        for target in own:
-            self.probes.attach(target)
-        pids = procfs.pids()
-        self._attach_mapped(pids)
-        self.probes.drop_older()
-        self._drop_unused(pids, {(t.dev, t.ino) for t in own})
+    def _publish(self, attached: probes.Probes, found: _Found) -> None:
+        """Programs that start get the new shim from when it is probed on, and until then the one before."""
+        store = self.settings.store
+        self.shim = published.stable_path(store) if store else found.shim
+        before = [self.shim] if store and self.shim.exists() else []
+        self.discovery = Discovery(attached, [found.shim, *before, *found.libraries])
+        used = self.discovery.start()
+        if store:
+            published.publish(found.shim)
+            if used is not None:
+                with contextlib.suppress(OSError):  # they only take room
+                    published.retire(store, used)
 
-    def _drop_unused(self, pids: list[int], used: set[tuple[int, int]]) -> None:
-        """Takes away the links to files that nobody maps; none where it cannot be told of somebody."""
-        for pid in pids:
-            mapped = procfs.fgpu_mappings(pid)
-            if mapped is None and procfs.has_memory(pid):
-                log.warning("the mappings of process %s cannot be read: all probes stay", pid)
-                return
-            used |= {(m.dev, m.ino) for m in mapped or ()}
-        self.probes.drop_unused(used)
-
-    def _attach_mapped(self, pids: list[int]) -> None:
-        for target in probes.mapped_targets(pids, self.probes.known):
-            try:
-                self.probes.attach(target)
-                log.info("probed %s", target.path)
-            except probes.ProbeError as error:
-                log.warning("not probed: %s", error)
-
-    def _restore(self) -> None:
-        """Brings the kernel's levels and the remembered workloads together: the file says, the kernel follows."""
-        for workload in self.workloads:
-            if self.workloads.is_gone(workload):
-                self._forget(workload)
-            else:
-                self._enforce(workload)
-        known = {w.cgroup for w in self.workloads}
-        for cgroup in self.ledger.tenants():
-            if cgroup not in known:
-                self._release_level(cgroup)
-
-    def _write_preload(self) -> None:
-        """What `fgpu run` binds over /etc/ld.so.preload: the host's own lines, then the shim."""
-        preload = Path(launch.PRELOAD)
-        own = preload.read_text(encoding="utf-8") if preload.exists() else ""
-        shim = str(self.settings.shim)
-        lines = [line for line in own.splitlines() if line.strip() and line.strip() != shim]
-        (self.settings.run_dir / "ld.so.preload").write_text("\n".join([*lines, shim]) + "\n", encoding="utf-8")
-
-    def _listen_for_files(self) -> None:
-        """The gatekeeper tells here of processes whose files or cgroup nobody has looked at."""
-        path = self.settings.run_dir / "discover.sock"
-        path.unlink(missing_ok=True)
-        self._discover = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self._discover.bind(str(path))
-        path.chmod(0o600)
-        self.selector.register(self._discover, selectors.EVENT_READ, self._look_at)
-
-    def _start_gatekeeper(self) -> None:
-        command = [sys.executable, "-m", "fgpu_ebpf.gatekeeper", "--run-dir", str(self.settings.run_dir)]
-        command += ["--pins", str(self.settings.pins)]
-        environment = {"PATH": os.defpath, "PYTHONPATH": str(Path(__file__).parent.parent)}
-        self._gatekeeper = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
-        self._gatekeeper_since = time.monotonic()
-
-    def gatekeeper_answers(self) -> bool:
-        """A gatekeeper holds its lock and its socket."""
-        return (
-            _locked(self.settings.run_dir / "gatekeeper.lock") and (self.settings.run_dir / "shim/shim.sock").exists()
+    def _take_up(self, found: _Found) -> None:
+        """Brings kernel, policies and what was set by hand together: the files say, the kernel follows."""
+        root = procfs.cgroup2_root()
+        assert root  # a host check
+        workloads = Workloads(root, self.engines)
+        overrides = Overrides(self.settings.run_dir / "overrides.json")
+        self.enforcer = Enforcer(self.ledger, workloads, self.nvml.devices, self.settings.overcommit, found.older)
+        self.manager = Manager(workloads, self.enforcer, overrides, self.nvml.devices, self.history)
+        self.reconciler = Reconciler(self.nvml, self.ledger, self.enforcer.levels)
+        self.news = Newsreader(
+            self.ledger, self.manager, self.history, self.reconciler.orphaned, lambda: self._truth().held
         )
+        self.chores += [
+            Adoption(self._truth, self.ledger, self.enforcer, self.history).look,
+            Overruns(self.ledger.times.turns, self.enforcer.name_of, self.history).look,
+        ]
+        self._policies = Policies(self.settings.policy_folder, self.manager, self.history)
+        self._policies.begin(found.policies)
+        self.manager.tidy_all()
+        self.manager.consider_all()
+        known = {tenant.cgroup for tenant in self.enforcer}
+        self.enforcer.release([cgroup for cgroup in self.ledger.tenants() if cgroup not in known])
+        self.ledger.times.tell()
+        self._look_for_orphans()
+
+    def _look_for_orphans(self) -> None:
+        """Of every tenant: whoever told of them may not have been heard."""
+        assert self.reconciler
+        for tenant in self.enforcer:
+            self.reconciler.orphaned(tenant.cgroup)
+
+    def _inject(self) -> None:
+        """What containers are given when they start. A host where that cannot be written still enforces."""
+        s = self.settings
+        try:
+            helper = s.helper if s.store is None else inject.publish_helper(s.helper)
+            inject.set_up(inject.parts(s.run_dir, self.shim, helper), s.cdi_folder, s.shares)
+        except (OSError, ValueError) as error:
+            log.error("containers can ask for no share (%s): give the agent a cdiFolder that it may write", error)
+
+    def _follow(self) -> None:
+        """From now on: what the kernel tells, the gatekeeper asks, NVML says and the files change to."""
+        assert self.reconciler
+        assert self._policies
+        fd = self.discovery.listen(self.settings.run_dir / "discover.sock")
+        self.selector.register(fd, selectors.EVENT_READ, self._look_at_named)
+        self.selector.register(self.news, selectors.EVENT_READ, self.news.read)
+        self.selector.register(self.reconciler, selectors.EVENT_READ, self._look_at_holders)
+        self.selector.register(self._policies, selectors.EVENT_READ, self._policies.take)
+        self.selector.register(self.engines, selectors.EVENT_READ, self._look_at_answered)
+        self._policies.start()
+        self.reconciler.start()
 
     def wait_for_gatekeeper(self) -> None:
         """AgentError: none came up."""
-        deadline = time.monotonic() + GATEKEEPER_SECONDS
-        while not self.gatekeeper_answers():
-            if time.monotonic() > deadline:
-                raise AgentError("the gatekeeper does not come up: see its lines above")
-            time.sleep(0.005)
+        if not self.keeper.wait():
+            raise AgentError("the gatekeeper does not come up: see its lines above")
 
     # -- life
 
@@ -204,186 +253,114 @@ class Agent:
         """Leave run() at the next tick; for signal handlers too."""
         self._ended = True
 
-    def run(self, publish: Callable[[Snapshot], None]) -> None:
-        """Ticks until end(); `publish` is given each new Snapshot."""
-        next_snapshot = 0.0
+    def reload(self) -> None:
+        """Read the policies again."""
+        if self._policies:
+            self._policies.ask()
+
+    def reload_soon(self, *_: object) -> None:
+        """At the next tick; for SIGHUP, whose handler may come in the middle of anything."""
+        self._reload_wanted = True
+
+    def run(self) -> None:
+        """Ticks until end()."""
+        watchdog = notify.Watchdog()
+        next_round, next_scan = 0.0, time.monotonic() + RESCAN_SECONDS
         while not self._ended:
             for key, _ in self.selector.select(TICK_SECONDS):
-                key.data()
+                self._do(key.data)
+            watchdog.ping()
             if self._ended:
                 break
-            self._keep_gatekeeper()
-            self._drop_gone()
-            if time.monotonic() >= next_snapshot:
-                next_snapshot = time.monotonic() + SNAPSHOT_SECONDS
-                publish(self.look())
+            now = time.monotonic()
+            for chore in self.chores:
+                self._do(chore)
+            if self._reload_wanted:
+                self._reload_wanted = False
+                self._do(self.reload)
+            self._do(self.keeper.keep)
+            self._do(self.manager.tidy_late)
+            if now >= next_round:
+                next_round = now + ROUND_SECONDS
+                self._do(self.discovery.mend)
+                self._do(self.discovery.let_go)
+                self._do(self.engines.keep)
+                if now >= next_scan or self.news.lost():
+                    next_scan = now + RESCAN_SECONDS
+                    self._do(self.rescan)
+
+    def _do(self, what: Callable[[], object]) -> None:
+        """One part's mistake must not end the others; limits stand in the kernel either way."""
+        try:
+            what()
+        except Exception:
+            self.failures += 1
+            log.exception("failed, and goes on")
+
+    def rescan(self) -> None:
+        """Looks at everything: for what no event told."""
+        self.manager.tidy_all()
+        self.manager.consider_all()
+        self.news.follow_all()
+        self.discovery.look_around()
+        self.discovery.sweep(self.ledger, self.manager.workloads)
+        self._look_for_orphans()
+
+    def _look_at_holders(self) -> None:
+        """Whoever holds memory by NVML maps a libcuda, perhaps one that nobody has probed: a copy of its own."""
+        assert self.reconciler
+        self.reconciler.hush()
+        self.discovery.look_at_new(pid for held in self._truth().held.values() for pid in held)
 
     def look(self) -> Snapshot:
         """A Snapshot of this moment."""
-        truth = self.reconciler.truth if self.reconciler else Truth(0.0)
-        self.snapshot = take_snapshot(self.ledger, self.workloads, self.nvml.devices, truth, self.settings.run_dir)
+        found = take_snapshot(
+            self.ledger, self.enforcer, self.nvml.devices, self._truth(), self.settings.run_dir, self._policies,
+            self.discovery,
+        )  # fmt: skip
+        self.snapshot = replace(
+            found, writes_refused=self.writes_refused, failures=self.failures, engines=self.engines.views()
+        )
+        self._taken = time.monotonic()
         return self.snapshot
+
+    def fresh(self) -> Snapshot:
+        """The last Snapshot, or one of this moment where that is too old to be shown."""
+        return self.snapshot if time.monotonic() - self._taken < SNAPSHOT_SECONDS else self.look()
+
+    def _truth(self) -> Truth:
+        return self.reconciler.truth if self.reconciler else Truth()
 
     def stop(self) -> None:
         """Ends what this agent started, however far it came; what is in force stays so."""
+        if self._policies:
+            self._policies.stop()
+        self.engines.stop()
         if self.reconciler:
             self.reconciler.stop()
-        if self._gatekeeper and self._gatekeeper.poll() is None:
-            self._gatekeeper.terminate()
-            try:
-                self._gatekeeper.wait(2.0)
-            except subprocess.TimeoutExpired:
-                self._gatekeeper.kill()
-                self._gatekeeper.wait()
+        self.keeper.stop()
 
-    def _keep_gatekeeper(self) -> None:
-        """Starts a gatekeeper when there is none, at most one a second; one that a service runs is left alone."""
-        if self._gatekeeper and self._gatekeeper.poll() is None:
-            return
-        if time.monotonic() - self._gatekeeper_since < 0.5 or _locked(self.settings.run_dir / "gatekeeper.lock"):
-            return
-        log.warning("the gatekeeper is gone: starting another")
-        self._start_gatekeeper()
+    def _look_at_answered(self) -> None:
+        """Of cgroups that an engine has named: another policy may be theirs, or their own label count."""
+        self.manager.consider(self.engines.take())
 
-    def _look_at(self) -> None:
-        """One message of the gatekeeper: probe the process's files, decide about its cgroup."""
-        while True:
-            try:
-                tgid = int(json.loads(self._discover.recv(4096))["tgid"])
-            except BlockingIOError:
-                return
-            except (ValueError, KeyError, TypeError):
-                continue
-            self._attach_mapped([tgid])
-            path = procfs.cgroup_path(tgid)
-            if path is None or self.workloads.levels(path):
-                continue
-            for cgroup in list(procfs.cgroup_ids(self.workloads.root, path))[:1]:
-                self.ledger.resolve(cgroup, False)
-
-    def _drop_gone(self) -> None:
-        for workload in self.workloads:
-            if self.workloads.is_gone(workload):
-                self._forget(workload)
-        if time.monotonic() - self._swept > UNMANAGED_SWEEP_SECONDS:
-            self._swept = time.monotonic()
-            self._sweep_unmanaged()
-
-    def _sweep_unmanaged(self) -> None:
-        """Forgets unmanaged cgroups that are gone, so that the map holds live ones only."""
-        decided = set(self.ledger.unmanaged())
-        if not decided:
-            return
-        live = {os.stat(folder).st_ino for folder, _, _ in os.walk(self.workloads.root)}
-        for cgroup in decided - live:
-            self.ledger.forget(cgroup)
-
-    # -- limits
-
-    def put(self, path: str, memory_bytes: int, name: str = "", ephemeral: bool = False) -> Workload:
-        """Puts a limit in force on a cgroup, its present processes included."""
-        workload = self.workloads.put(path, memory_bytes, name, ephemeral)
-        self._enforce(workload)
-        log.info("limit of %s on %s", memory_bytes, path)
-        return workload
-
-    def _enforce(self, workload: Workload) -> None:
-        limits = {d.index: workload.memory_bytes for d in self.nvml.devices}
-        new = self.ledger.page_missing(workload.cgroup)
-        self.ledger.set_limits(workload.cgroup, limits)
-        if new:
-            self._move_processes(workload)
-        self.ledger.resolve(workload.cgroup, True)
-
-    def _move_processes(self, workload: Workload) -> None:
-        """Charges that processes of the cgroup have already come along; the rest NVML shows at the next reconcile."""
-        known = self.ledger.processes()
-        for pid in self.workloads.pids(workload):
+    def _look_at_named(self) -> None:
+        """Of processes that the gatekeeper names: probe their files, decide about their cgroups."""
+        for pid in self.discovery.named():
+            self.discovery.look_at(pid)
             path = procfs.cgroup_path(pid)
-            if pid in known and path:
-                self.ledger.move(pid, known[pid].generation, self.workloads.levels(path))
-
-    def drop(self, path: str) -> bool:
-        """Takes a limit away; False where there was none."""
-        workload = next((w for w in self.workloads if w.path == path), None)
-        if workload:
-            self._forget(workload)
-        return workload is not None
-
-    def _forget(self, workload: Workload) -> None:
-        self.workloads.drop(workload.cgroup)
-        self._release_level(workload.cgroup)
-
-    def _release_level(self, cgroup: int) -> None:
-        for tgid, process in self.ledger.processes().items():
-            if cgroup in process.levels:
-                self.ledger.move(tgid, process.generation, tuple(c for c in process.levels if c != cgroup))
-        self.ledger.remove(cgroup)
-
-    def run_cgroup(self, memory_bytes: int, name: str) -> Workload:
-        """A new cgroup with its limit in force before anybody is in it."""
-        path = self.workloads.make(name)
-        return self.put(path, memory_bytes, ephemeral=True)
+            if path is None:
+                continue
+            self.manager.consider(procfs.and_above(path))  # it may be newer than what the kernel's events have told
+            levels = self.enforcer.levels(path)
+            if levels:
+                self.enforcer.use(levels[0])
+            else:
+                for cgroup in list(procfs.cgroup_ids(self.manager.workloads.root, path))[:1]:
+                    self.ledger.resolve(cgroup, False)
 
     def detach(self) -> None:
         """Opens everything and leaves the host as it was; run() ends."""
         self.stop()
-        for workload in list(self.workloads):
-            self.workloads.drop(workload.cgroup)
-        take_away(self.settings.run_dir, self.settings.pins)
+        take_away(self.settings.run_dir, self.settings.pins, by_agent=True)
         self.end()
-
-
-def take_away(run_dir: Path, pins: Path) -> None:
-    """Unpins everything and removes what was set up; for a host without a running agent too."""
-    _end_gatekeeper(run_dir)
-    probes.detach(pins)
-    launch.take_away_what_was_made(run_dir)
-    for name in (
-        "shim/shim.sock",
-        "control.sock",
-        "discover.sock",
-        "ld.so.preload",
-        "overrides.json",
-        "gatekeeper.json",
-    ):
-        (run_dir / name).unlink(missing_ok=True)
-    if (run_dir / "shim").is_dir():
-        (run_dir / "shim").rmdir()
-
-
-def _end_gatekeeper(run_dir: Path) -> None:
-    """Ends whichever gatekeeper holds the lock, an earlier agent's too: it would make its folder again."""
-    lock, deadline = run_dir / "gatekeeper.lock", time.monotonic() + GATEKEEPER_SECONDS
-    with contextlib.suppress(OSError, ValueError):
-        pid = int(lock.read_text(encoding="ascii"))
-        while _locked(lock) and time.monotonic() < deadline:
-            os.kill(pid, signal.SIGTERM)
-            time.sleep(0.02)
-
-
-def _locked(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def handle_signals(agent: Agent) -> None:
-    """SIGTERM and SIGINT end the agent in order."""
-    signal.signal(signal.SIGTERM, agent.end)
-    signal.signal(signal.SIGINT, agent.end)
-
-
-def tell_service_manager(state: str) -> None:
-    """sd_notify(3), where a service manager asked for it."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.connect("\0" + address[1:] if address.startswith("@") else address)
-        sock.sendall(state.encode())

@@ -1,8 +1,10 @@
-"""Connections of peers: who is at the other end, how far the hello has come, what each tenant has cost.
+"""Connections of peers: who is at the other end, how far the hello has come, whose turn it is.
 
-Owns: the connections and the accounts: at most 16 a tenant, and 40 ms of work in 250 ms; more waits, then goes. Never:
-believes a peer, whom its pidfd and the kernel name, waits for one, or says what it is answered. When it fails: OSError,
-but no peer can make it; whoever goes is counted.
+Owns: the connections, at most 512 a tenant, and 16 that stay silent; the fair order: tenants take turns, one hello
+each; the accounts: a tenant may take 40 ms of our time in 250 ms, and for processes that are new a second in advance,
+so that a storm is answered in one go and a flood waits, then goes. Never: believes a peer, whom its pidfd and the
+kernel name, waits for one, or says what it is answered. When it fails: OSError, but no peer can make it; whoever goes
+is counted.
 """
 
 from __future__ import annotations
@@ -14,40 +16,22 @@ import selectors
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic_ns, thread_time_ns
 
 from fgpu_ebpf import pages, procfs
 from fgpu_ebpf.clients import take_one
-from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.glance import Standing
 from fgpu_ebpf.pages import Hello
 
-MOST_CONNECTIONS, MOST_PER_TENANT, MOST_HINTS = 1024, 16, 4096
-PATIENCE_NS = 1_000_000_000
+MOST_CONNECTIONS, MOST_PER_TENANT, MOST_SILENT, MOST_HINTS, AT_ONCE = 1024, 512, 16, 4096, 64
+PATIENCE_NS, SILENCE_NS, TURN_NS = 1_000_000_000, 200_000_000, 4_000_000
 WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000  # of our time: the last at every heartbeat
+STORM_NS = 1_000_000_000  # instead of WAIT_NS, for a process that is new: to make one costs its tenant what it costs us
 SO_PEERPIDFD = 77
 HELLO_BYTES = ctypes.sizeof(Hello)
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What the ledger says of a process's cgroups; `managed` is None while nobody has decided."""
-
-    managed: bool | None
-    tenant: int
-    levels: tuple[int, ...] = ()
-
-
-def standing(ledger: Ledger | None, ids: Sequence[int]) -> Standing:
-    """Managed if any level is, with all that are, leaf first; else unmanaged if any is known to be. Raises OSError."""
-    said = {cgroup: ledger.resolved(cgroup) for cgroup in ids} if ledger else {}
-    levels = tuple(cgroup for cgroup in ids if said.get(cgroup))
-    if levels:
-        return Standing(True, levels[0], levels[: pages.LEVELS])
-    known = [cgroup for cgroup in ids if said.get(cgroup) is False]
-    return Standing(False if known else None, (known or list(ids) or [0])[0])
 
 
 @dataclass(slots=True, eq=False)
@@ -61,27 +45,33 @@ class Caller:
     standing: Standing
     epoch: int
     since_ns: int
+    new: bool  # a process that did not connect lately
+    here: bool = True
     heard: bool = False
-    told: bool = False
+    held: bool = False
+    told: bool = False  # the agent, of it
+    watched: bool = False  # by the selector, for a hello or an end
+    reading: bool = False
     files: frozenset[tuple[int, int]] | None = None
 
 
 class Callers:
     """All connections, oldest first.
 
-    `stand` says what a pid's cgroups mean, and at which epoch; `look` is given who said hello, until it drops them.
+    `stand` says what a process's cgroup means, and at which epoch; `look` is given who said hello, until it drops them.
     """
 
     def __init__(
         self,
         selector: selectors.BaseSelector,
         counts: dict[str, int],
-        stand: Callable[[int], tuple[int, Standing]],
+        stand: Callable[[int, int], tuple[int, Standing]],
         look: Callable[[Caller], None],
     ) -> None:
         self._selector, self._counts, self._stand, self._look = selector, counts, stand, look
         self._callers: dict[Caller, None] = {}
         self._load: Counter[int] = Counter()  # connections of a tenant
+        self._ready: dict[int, dict[Caller, None]] = {}  # tenants whose turn comes, each with who is to be looked at
         self._spent_ns: Counter[int] = Counter()  # our time that a tenant took and that is not forgiven yet
         self._hints: dict[int, int] = {}  # pid -> tenant: turns a flood away cheaply, lets nobody in
 
@@ -92,53 +82,61 @@ class Callers:
 
     def accept(self, listener: socket.socket) -> None:
         """Take in who has come, some at a time."""
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(64):  # then the others' turn
-                self._admit(listener.accept()[0])
-
-    def _admit(self, sock: socket.socket) -> None:
         began_ns = thread_time_ns()
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(AT_ONCE):  # then the others' turn
+                began_ns = self._admit(listener.accept()[0], began_ns)
+
+    def _admit(self, sock: socket.socket, began_ns: int) -> int:
+        """Answers when that was done, in our processor time."""
         hint = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         known = self._hints.get(hint, -1)
         if self._load[known] >= MOST_PER_TENANT or self._spent_ns[known] > REFUSE_NS:
-            self._refuse(sock, "dropped_tenant")
-            return
-        caller = self._identify(sock)
+            return self._refuse(sock, "dropped_tenant")
+        caller = self._identify(sock, hint not in self._hints)
         if caller is None:
-            self._refuse(sock, "gone")
-            return
+            return self._refuse(sock, "gone")
         self._callers[caller] = None
         self._load[caller.tenant] += 1
         self._hints[hint] = caller.tenant
-        self.charge(caller.tenant, thread_time_ns() - began_ns)
         self._hear(caller)
         self._make_room(caller)
-        if caller in self._callers:
-            self._selector.register(sock, selectors.EVENT_READ, partial(self._hear, caller))
+        if caller.here and not caller.heard:
+            self._watch(caller)
+        return self._charge_since(caller.tenant, began_ns)
 
-    def _refuse(self, sock: socket.socket, count: str) -> None:
+    def _refuse(self, sock: socket.socket, count: str) -> int:
         sock.close()
         self._counts[count] += 1
+        return thread_time_ns()
 
     def _make_room(self, caller: Caller) -> None:
-        """Where all places are taken, the longest silent goes: whoever speaks at once is never shut out."""
+        """Where all places are taken, the longest silent goes: whoever speaks at once is never shut out by them."""
         if self._load[caller.tenant] > MOST_PER_TENANT:
             self.drop(caller, "dropped_tenant")
         elif len(self._callers) > MOST_CONNECTIONS:
-            self.drop(next((c for c in self._callers if not c.heard), caller), "dropped_total")
+            self.drop(next((c for c in self._callers if not c.heard), None) or self._last_of_most(), "dropped_total")
 
-    def _identify(self, sock: socket.socket) -> Caller | None:
+    def _last_of_most(self) -> Caller:
+        most = max(self._load, key=self._load.__getitem__)
+        return next(c for c in reversed(self._callers) if c.tenant == most)
+
+    def _identify(self, sock: socket.socket, new: bool) -> Caller | None:
         try:
             pidfd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
         except OSError:
             return None
         try:
-            pid = procfs.pid_of(pidfd)
-            epoch, stands = self._stand(pid)
-        except (OSError, ValueError):
+            pid, cgroup = procfs.identity(pidfd)
+            epoch, stands = self._stand(pid, cgroup)
+        except OSError:
             os.close(pidfd)
             return None
-        return Caller(sock, pidfd, pid, stands.tenant, stands, epoch, monotonic_ns())
+        return Caller(sock, pidfd, pid, stands.tenant, stands, epoch, monotonic_ns(), new)
+
+    def _watch(self, caller: Caller) -> None:
+        self._selector.register(caller.sock, selectors.EVENT_READ, partial(self._hear, caller))
+        caller.watched = True
 
     def _hear(self, caller: Caller) -> None:
         try:
@@ -153,18 +151,49 @@ class Callers:
             self.drop(caller, "malformed")
         else:
             caller.heard = True
-            self._hear(caller)  # a second message
-            self._look(caller)
+            self.ready(caller)
+
+    # -- their turns
+
+    def ready(self, caller: Caller) -> None:
+        """Look at who said hello when its tenant's turn comes."""
+        self._ready.setdefault(caller.tenant, {})[caller] = None
+
+    def pending(self) -> bool:
+        """Is there anybody whose turn may come now?"""
+        return bool(self._ready)
+
+    def serve(self) -> None:
+        """Look at one of each tenant after the other, for a while."""
+        end_ns, began_ns = monotonic_ns() + TURN_NS, thread_time_ns()
+        while self._ready and monotonic_ns() < end_ns:
+            tenant = next(iter(self._ready))
+            line = self._ready.pop(tenant)
+            caller = next(iter(line))
+            del line[caller]
+            if line:
+                self._ready[tenant] = line  # behind the others
+            if caller.here and self._has_time(caller):  # else `turn` finds it again
+                self._look(caller)
+                began_ns = self._charge_since(tenant, began_ns)
+
+    def _has_time(self, caller: Caller) -> bool:
+        return self._spent_ns[caller.tenant] <= (STORM_NS if caller.new else WAIT_NS)
 
     # -- while they wait, and out
-
-    def has_time(self, caller: Caller) -> bool:
-        """Is it still here, and has its tenant time left?"""
-        return caller in self._callers and self._spent_ns[caller.tenant] <= WAIT_NS
 
     def charge(self, tenant: int, took_ns: int) -> None:
         """A tenant took so much of our time."""
         self._spent_ns[tenant] += took_ns
+
+    def _charge_since(self, tenant: int, began_ns: int) -> int:
+        now_ns = thread_time_ns()
+        self._spent_ns[tenant] += now_ns - began_ns
+        return now_ns
+
+    def owing(self) -> bool:
+        """Has any tenant taken time that is not forgiven yet?"""
+        return bool(self._spent_ns or self._hints)
 
     def forgive(self) -> None:
         """Let every tenant off some of what it took: once a heartbeat."""
@@ -174,24 +203,31 @@ class Callers:
             self._hints.clear()
 
     def turn(self) -> None:
-        """Look again at all who said hello; who has been here for too long goes."""
+        """Look again at all who said hello; who has been here for too long, or is one silent too many, goes."""
+        now_ns = monotonic_ns()
+        silent: Counter[int] = Counter()
         for caller in list(self._callers):
-            if monotonic_ns() - caller.since_ns > PATIENCE_NS:
+            silent[caller.tenant] += not caller.heard
+            if now_ns - caller.since_ns > PATIENCE_NS:
                 self.drop(caller, "hello_unanswered" if caller.heard else "silent")
             elif caller.heard:
-                self._look(caller)
+                self._look_again(caller)
+            elif silent[caller.tenant] > MOST_SILENT and now_ns - caller.since_ns > SILENCE_NS:
+                self.drop(caller, "dropped_tenant")
 
-    def look_at(self, tenant: int) -> None:
-        """Look again at those of one tenant who said hello."""
-        for caller in [c for c in self._callers if c.heard and c.tenant == tenant]:
-            self._look(caller)
+    def _look_again(self, caller: Caller) -> None:
+        if not caller.watched:  # it has to wait: is it gone, or not what it seemed?
+            self._watch(caller)
+        if not caller.reading:
+            self.ready(caller)
 
     def drop(self, caller: Caller, count: str) -> None:
         """End a connection, and count it so."""
-        if caller not in self._callers:
+        if not caller.here:
             return
+        caller.here = False
         del self._callers[caller]
-        with contextlib.suppress(KeyError):
+        if caller.watched:
             self._selector.unregister(caller.sock)
         caller.sock.close()
         if caller.pidfd >= 0:
@@ -208,12 +244,17 @@ def well_formed(data: bytes) -> bool:
     return bool((hello.magic, hello.version, hello.size) == (pages.MAGIC, pages.LAYOUT, HELLO_BYTES))
 
 
-def knows_peerpidfd() -> bool:
-    """Can this kernel say who is at the other end (Linux 6.5)?"""
+def knows_peers() -> bool:
+    """Does this kernel say who is at the other end (Linux 6.5), and who that is (6.13)?"""
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with one, other:
         try:
-            os.close(one.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD))
+            pidfd = one.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
         except OSError:
             return False
-    return True
+    try:
+        return procfs.identity(pidfd)[0] == os.getpid()
+    except OSError:
+        return False
+    finally:
+        os.close(pidfd)

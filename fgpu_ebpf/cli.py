@@ -7,18 +7,23 @@ anything; the agent does. `fgpu run` answers 125 for every failure of its own.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 import fgpu_ebpf
+from fgpu_ebpf import control
 from fgpu_ebpf.checks import Check
+from fgpu_ebpf.cli_containers import cdi_group, setup
+from fgpu_ebpf.cli_policy import policy
 
 RUN_DIR = Path("/run/fgpu")
+FOLLOW_SECONDS = 0.3
 
 
 def _fail(text: str, code: int) -> None:
@@ -27,13 +32,11 @@ def _fail(text: str, code: int) -> None:
 
 
 def _call(request: dict[str, Any], code_without_agent: int = 3) -> Any:
-    from fgpu_ebpf import server
-
     try:
-        return server.call(RUN_DIR, request)
+        return control.call(RUN_DIR, request)
     except ConnectionError as error:
         return _fail(f"{error}: start it with `fgpu agent`", code_without_agent)
-    except server.RequestError as error:
+    except control.RequestError as error:
         return _fail(str(error), error.code)
 
 
@@ -50,38 +53,39 @@ def main(run_dir: Path) -> None:
 
 
 @main.command()
-@click.option(
-    "--driver-root",
-    type=click.Path(path_type=Path),
-    default=Path("/"),
-    show_default=True,
-    help="Where the NVIDIA driver's libraries are.",
-)
+@click.option("--driver-root", type=click.Path(path_type=Path), help="Where the NVIDIA driver's libraries are: /.")
 @click.option("--shim", type=click.Path(path_type=Path), help="The shim's file, if not the package's own.")
-@click.option("--listen", default="127.0.0.1:9423", show_default=True, help="Address of /metrics.")
-@click.option("--loader", default="/usr/bin/python3 -I", show_default=True, help="The interpreter that sees BCC.")
+@click.option("--listen", help="Address of /metrics: 127.0.0.1:9423.")
+@click.option("--loader", help="The interpreter that sees BCC: /usr/bin/python3 -I.")
+@click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
+@click.option("--policies", type=click.Path(path_type=Path), help="The folder of policies: /etc/fgpu/policy.d.")
 @click.option("--pins", type=click.Path(path_type=Path), hidden=True)
-def agent(driver_root: Path, shim: Path | None, listen: str, loader: str, pins: Path | None) -> None:
+@click.option("--store", type=click.Path(path_type=Path), hidden=True)
+@click.option("--skip-check", "skipped", multiple=True, hidden=True)
+@click.option("--log-format", type=click.Choice(["text", "json", "journal"]), help="text; journal under systemd.")
+def agent(log_format: str | None, **options: Any) -> None:
     """Enforce limits on this host: loader, gatekeeper and agent."""
-    from fgpu_ebpf import service
+
+    from fgpu_ebpf import journal, service
     from fgpu_ebpf.agent import AgentError
 
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    journal.configure(journal.Format(log_format) if log_format else None)
     try:
-        service.serve(RUN_DIR, driver_root, shim, listen, loader, pins)
+        service.serve(service.Options(RUN_DIR, **{name: value for name, value in options.items() if value}))
     except AgentError as error:
         _fail(str(error), 1)
 
 
 @main.command()
-@click.option("--driver-root", type=click.Path(path_type=Path), default=Path("/"), show_default=True)
-@click.option("--loader", default="/usr/bin/python3 -I", show_default=True)
+@click.option("--driver-root", type=click.Path(path_type=Path), help="If not the agent's, or the host's settings'.")
+@click.option("--loader", help="If not the agent's, or the host's settings'.")
+@click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON list.")
-def doctor(driver_root: Path, loader: str, as_json: bool) -> None:
+def doctor(as_json: bool, **options: Any) -> None:
     """Check this host: what is missing, and what mends it."""
     from fgpu_ebpf import service
 
-    checks = service.checks(RUN_DIR, driver_root, loader)
+    checks = service.checks(service.Options(RUN_DIR, **{name: value for name, value in options.items() if value}))
     if as_json:
         click.echo(json.dumps([{"name": c.name, "ok": c.ok, "found": c.found, "mend": c.mend} for c in checks]))
     else:
@@ -99,48 +103,76 @@ def _check_line(check: Check) -> str:
 @main.command()
 def detach() -> None:
     """Open everything, take away what was pinned and set up, end the agent."""
-    from fgpu_ebpf import server, service
-
     try:
-        server.call(RUN_DIR, {"verb": "detach"})
+        control.call(RUN_DIR, {"verb": "detach"})
     except ConnectionError:
+        from fgpu_ebpf import service
+
         try:
             service.take_away(RUN_DIR)
         except OSError as error:
             _fail(f"cannot detach: {error}", 1)
-    except server.RequestError as error:
+    except control.RequestError as error:
         _fail(str(error), error.code)
+
+
+def _limits(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what a tenant gets; the agent wants one at least."""
+    for option in (
+        click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="Whose turn comes first."),
+        click.option("--weight", type=int, help="Part of contended time: 100 is usual."),
+        click.option("--compute", help="Ceiling of each device's time, e.g. 50%."),
+        click.option("--memory", help="Limit on each device, e.g. 8GiB."),
+    ):
+        command = option(command)
+    return command
+
+
+def _limit_text(name: str, value: object) -> str:
+    return str(value) if name == "memory" else f"{name} {value}"
 
 
 # -- tenants -------------------------------------------------------------------------------------------------------
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
-@click.option("--memory", required=True, help="Limit on each device, e.g. 8GiB.")
+class _Run(click.Command):
+    """125 for wrong usage too: 2 may be the command's own answer."""
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """As always, but for the exit code."""
+        try:
+            return super().make_context(*args, **more)
+        except click.UsageError as error:
+            error.show()
+            sys.exit(125)
+
+
+@main.command(cls=_Run, context_settings={"ignore_unknown_options": True})
+@_limits
 @click.option("--name", default="", help="The tenant's name; run-N else.")
 @click.option("--pidns", is_flag=True, help="In a pid namespace of its own.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def run(memory: str, name: str, pidns: bool, command: tuple[str, ...]) -> None:
+def run(name: str, pidns: bool, command: tuple[str, ...], **limits: Any) -> None:
     """Run COMMAND as a tenant, without a container."""
-    from fgpu_ebpf import launch, server
+    from fgpu_ebpf import launch
 
     try:
-        answer = server.call(RUN_DIR, {"verb": "run", "memory": memory, "name": name})
+        answer = control.call(RUN_DIR, {"verb": "run", "name": name, **limits})
         place = launch.Place(Path(answer["folder"]), Path(answer["preload"]), pidns)
         sys.exit(launch.run(place, command))
     except ConnectionError as error:
         _fail(f"{error}: not started", 125)
-    except (server.RequestError, launch.LaunchError) as error:
+    except (control.RequestError, launch.LaunchError) as error:
         _fail(f"{error}: not started", 125)
 
 
 @main.command("set")
 @click.argument("target")
-@click.option("--memory", required=True, help="Limit on each device, e.g. 8GiB.")
-def set_limit(target: str, memory: str) -> None:
-    """Put a limit in force on TARGET: a tenant's name, /cgroup/path or pid/N."""
-    done = _call({"verb": "put", "target": target, "memory": memory})
-    click.echo(f"{done['tenant']}: {memory}")
+@_limits
+def set_limits(target: str, **limits: Any) -> None:
+    """Put limits in force on TARGET: a tenant's name, /cgroup/path or pid/N."""
+    done = _call({"verb": "put", "target": target, **limits})
+    click.echo(f"{done['tenant']}: {', '.join(_limit_text(*limit) for limit in limits.items() if limit[1])}")
 
 
 @main.command()
@@ -170,11 +202,49 @@ def ps(as_json: bool) -> None:
     click.echo(json.dumps(rows) if as_json else tables.processes(rows), nl=as_json)
 
 
+@main.command("explain")
+@click.argument("target")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def explain_target(target: str, as_json: bool) -> None:
+    """Say why TARGET gets what it gets, and what would hold it better."""
+    answer = _call({"verb": "explain", "target": target})
+    lines = answer.pop("lines")
+    click.echo(json.dumps(answer) if as_json else "\n".join(lines))
+
+
+@main.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on as they happen.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def events(follow: bool, as_json: bool) -> None:
+    """Show refusals, bypasses, adoptions, kills, overruns, reloads and limits set by hand."""
+    from fgpu_ebpf import tables
+
+    since = 0
+    while True:
+        answer = _call({"verb": "events", "since": since})
+        for happening in answer["events"]:
+            click.echo(json.dumps(happening) if as_json else tables.happening(happening))
+        since = answer["last"]
+        if not follow:
+            return
+        time.sleep(FOLLOW_SECONDS)
+
+
+@main.command()
+def reload() -> None:
+    """Read the policy files again, as the agent does by itself when they change."""
+    _call({"verb": "reload"})
+
+
 @main.command()
 def metrics() -> None:
     """Print the metrics in Prometheus' text format."""
     click.echo(_call({"verb": "metrics"}), nl=False)
 
+
+main.add_command(policy)
+main.add_command(cdi_group)
+main.add_command(setup)
 
 if __name__ == "__main__":
     os.umask(0o022)

@@ -10,14 +10,14 @@ import os
 import resource
 import selectors
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic_ns
 
 from fgpu_ebpf import pages, procfs
-from fgpu_ebpf.ledger import Process
-from fgpu_ebpf.pages import ControlMemory, StatusMemory
+from fgpu_ebpf.processes import Process
+from fgpu_ebpf.sealed import ControlMemory, StatusMemory, row_bytes
 
 MOST_PROCESSES, PROCESSES_PER_TENANT = 8192, 1024
 Held = tuple[int, int, int, int]  # tgid, generation, device, bytes
@@ -43,6 +43,7 @@ class Client:
     control: ControlMemory
     status: StatusMemory | None = None
     rows: bytes = b""
+    levels: tuple[int, ...] = ()  # leaf first
 
     def show(self, rows: bytes) -> None:
         """Put these rows on the control page, unless they stand there."""
@@ -68,7 +69,9 @@ class Clients:
         self._members: Counter[int] = Counter()  # clients of a tenant
         self._held: dict[int, list[Held]] = {}
         self._names: dict[tuple[int, int], dict[int, int]] = {}
+        self._tables: dict[tuple[int, int], bytes] = {}  # rows of a tenant, as a pid namespace names them
         self.epoch = 0
+        self.parted: Callable[[Client], None] = lambda _: None  # is told of everyone who has gone
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -85,8 +88,7 @@ class Clients:
         """A new client, which takes the pidfd over; None: there is no place. Raises OSError, the pidfd not taken."""
         if self._members[tenant] >= PROCESSES_PER_TENANT or len(self._clients) >= self._most:
             return None
-        space = next(iter(procfs.pid_names(pid)), 0)
-        client = Client(pid, pidfd, tenant, space, head, self._control(head))
+        client = Client(pid, pidfd, tenant, procfs.pid_space(pidfd), head, self._control(head))
         try:
             self._selector.register(pidfd, selectors.EVENT_READ, partial(self._bury, client))
         except OSError:
@@ -126,6 +128,7 @@ class Clients:
         if self._clients.pop(client.pid, None) is not client:
             return
         self._selector.unregister(client.pidfd)
+        self.parted(client)
         client.close()
         take_one(self._members, client.tenant)
 
@@ -134,22 +137,26 @@ class Clients:
         self._held = by_tenant(processes)
         live = {(tgid, generation) for rows in self._held.values() for tgid, generation, _, _ in rows}
         self._names = {key: names for key, names in self._names.items() if key in live}
-        tables: dict[tuple[int, int], bytes] = {}
+        self._tables.clear()
         for client in self._clients.values():
             if client.head.flags:
-                key = (client.tenant, client.space)
-                if key not in tables:
-                    tables[key] = self._rows(*key)
-                client.show(tables[key])
+                client.show(self._rows(client.tenant, client.space))
 
     def _rows(self, tenant: int, space: int) -> bytes:
+        if tenant not in self._held:
+            return b""
+        if (tenant, space) not in self._tables:
+            self._tables[tenant, space] = self._make_rows(tenant, space)
+        return self._tables[tenant, space]
+
+    def _make_rows(self, tenant: int, space: int) -> bytes:
         rows = []
-        for tgid, generation, device, held in self._held.get(tenant, ()):
+        for tgid, generation, device, held in self._held[tenant]:
             names = self._names.get((tgid, generation)) or procfs.pid_names(tgid)
             self._names[tgid, generation] = names
             if space in names:
                 rows.append((names[space], device, held))
-        return pages.row_bytes(rows)
+        return row_bytes(rows)
 
     def beat(self) -> None:
         """One heartbeat, and the epoch, on every page."""

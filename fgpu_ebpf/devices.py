@@ -6,23 +6,30 @@ give is absent. On failure: DriverError with the mend when there is no driver; N
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
-import os
+import logging
+import select
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pynvml
 
-from fgpu_ebpf import pages, probes
+from fgpu_ebpf import pages, probes, wholefile
 from fgpu_ebpf.checks import Check
 
 DEFAULT_CONTEXT_BYTES = 512 << 20
 _NVML = "libnvidia-ml.so.1"
-_MEASURE_SECONDS = 30
+MEASURE_SECONDS = 30.0  # eight devices that nobody has used since boot take twenty
+_END_SECONDS = 5.0
+_NOT_SAID = pynvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value
+_TRIES = 4  # while more and more processes come
+log = logging.getLogger("fgpu.agent")
 
 
 class DriverError(Exception):
@@ -38,11 +45,12 @@ class Device:
     name: str
     pci_bus_id: str
     capacity_bytes: int
+    usable_bytes: int  # what tenants can get: all but what the driver keeps for itself
 
     @property
     def uuid_text(self) -> str:
         """As NVML prints it."""
-        return pages.uuid_text(self.uuid)
+        return uuid_text(self.uuid)
 
 
 class Nvml:
@@ -54,6 +62,7 @@ class Nvml:
             pynvml.nvmlInit()
             self.driver_version = str(pynvml.nvmlSystemGetDriverVersion())
             count = pynvml.nvmlDeviceGetCount()
+            self._holders = Holders(ctypes.CDLL(_NVML))
             self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(min(count, pages.DEVICES))]
             self.devices = [self._device(i) for i in range(len(self._handles))]
         except (pynvml.NVMLError, OSError) as error:
@@ -74,10 +83,10 @@ class Nvml:
 
     def _device(self, index: int) -> Device:
         handle = self._handles[index]
-        uuid = pages.uuid_bytes(str(pynvml.nvmlDeviceGetUUID(handle)))
+        uuid = uuid_bytes(str(pynvml.nvmlDeviceGetUUID(handle)))
         pci = str(pynvml.nvmlDeviceGetPciInfo(handle).busId)
         total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-        return Device(index, uuid, str(pynvml.nvmlDeviceGetName(handle)), pci, total)
+        return Device(index, uuid, str(pynvml.nvmlDeviceGetName(handle)), pci, total, total - _reserved_bytes(handle))
 
     def used_bytes(self, index: int) -> int | None:
         """Bytes in use on a device, the driver's own included."""
@@ -86,17 +95,66 @@ class Nvml:
         except pynvml.NVMLError:
             return None
 
-    def process_bytes(self, index: int) -> dict[int, int] | None:
-        """Bytes by host pid on a device; None where NVML does not say."""
+    def process_bytes(self, index: int) -> dict[int, int | None] | None:
+        """Bytes by host pid on a device; None where NVML does not say: of one process ("N/A"), or of any."""
         try:
-            found = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handles[index])
+            found = self._holders.ask(self._handles[index])
         except pynvml.NVMLError:
             return None
-        held: dict[int, int] = {}
-        for process in found:
-            if process.usedGpuMemory is not None:
-                held[process.pid] = held.get(process.pid, 0) + int(process.usedGpuMemory)
+        held: dict[int, int | None] = {}
+        for pid, more in found:
+            before = held.get(pid, 0)
+            held[pid] = None if before is None or more is None else before + more
         return held
+
+    def process_percent(self, index: int, since: float) -> dict[int, int] | None:
+        """Percent of a device's time by host pid that had kernels running, of the last sample since that moment.
+
+        `since`: seconds since the epoch. None: NVML does not say. Who ran nothing is not named.
+        """
+        try:
+            found = pynvml.nvmlDeviceGetProcessUtilization(self._handles[index], int(since * 1_000_000))
+        except pynvml.NVMLError_NotFound:
+            return {}
+        except pynvml.NVMLError:
+            return None
+        latest = {sample.pid: sample for sample in sorted(found, key=lambda sample: int(sample.timeStamp))}
+        return {pid: min(100, int(sample.smUtil)) for pid, sample in latest.items()}
+
+
+class Holders:
+    """Who computes on a device. In one call of the driver: pynvml makes two, and asks first for how many there are."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._ask: Any = getattr(library, "nvmlDeviceGetComputeRunningProcesses_v3", None)
+        self._rows: Any = _room(64)
+
+    def ask(self, handle: object) -> list[tuple[int, int | None]]:
+        """Process and bytes, None where the driver does not say. Raises NVMLError."""
+        code, n = pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, ctypes.c_uint()
+        for _ in range(_TRIES if self._ask else 0):
+            n.value = len(self._rows)
+            code = self._ask(handle, ctypes.byref(n), self._rows)
+            if code != pynvml.NVML_ERROR_INSUFFICIENT_SIZE:
+                break
+            self._rows = _room(2 * max(n.value, len(self._rows)))
+        if code != pynvml.NVML_SUCCESS:
+            raise pynvml.NVMLError(code)
+        found = [(row.pid, row.usedGpuMemory) for row in self._rows[: n.value]]
+        return [(pid, None if held == _NOT_SAID else held) for pid, held in found]
+
+
+def _room(rows: int) -> ctypes.Array[Any]:
+    room: ctypes.Array[Any] = (pynvml.c_nvmlProcessInfo_v3_t * rows)()
+    return room
+
+
+def _reserved_bytes(handle: object) -> int:
+    """What the driver keeps for itself; 0 where it does not say."""
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).reserved)
+    except (pynvml.NVMLError, AttributeError):
+        return 0
 
 
 # -- contexts ------------------------------------------------------------------------------------------------------
@@ -115,7 +173,10 @@ sys.stdin.read()
 
 
 def measure_contexts(nvml: Nvml, libcuda: Path) -> dict[int, int]:
-    """Bytes of one bare context by ledger index: a child makes them, NVML weighs them."""
+    """Bytes of one bare context by ledger index: a child makes them, NVML weighs them. Empty: it did not in time.
+
+    A child that hangs in the driver cannot even be killed: it is left behind.
+    """
     command = [sys.executable, "-I", "-c", _HOLD_CONTEXTS, str(libcuda)]
     environment = {"PATH": "/usr/bin:/bin", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     pipe = subprocess.PIPE
@@ -123,27 +184,40 @@ def measure_contexts(nvml: Nvml, libcuda: Path) -> dict[int, int]:
     assert child.stdin
     assert child.stdout
     try:
-        child.stdout.readline()
-        samples = {d.index: (nvml.process_bytes(d.index) or {}).get(child.pid) for d in nvml.devices}
+        if not select.select([child.stdout], [], [], MEASURE_SECONDS)[0]:
+            return {}
+        held = [((nvml.process_bytes(d.index) or {}).get(child.pid), d.index) for d in nvml.devices]
+        return {index: size for size, index in held if size}
     finally:
         child.stdin.close()
-        try:
-            child.wait(_MEASURE_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
         child.stdout.close()
-    return {index: size for index, size in samples.items() if size}
+        _end(child)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    try:
+        child.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_END_SECONDS)
 
 
 def context_bytes(nvml: Nvml, libcuda: Path, state: Path) -> dict[int, int]:
-    """The size of a context by ledger index, remembered by model and driver version in `state`."""
+    """The size of a context by ledger index, remembered by model and driver version in `state`.
+
+    Where it cannot be measured, a usual size is taken and said; the next start tries again.
+    """
     known = _read_sizes(state)
     keys = {d.index: f"{d.name} {nvml.driver_version}" for d in nvml.devices}
     if any(key not in known for key in keys.values()):
         measured = measure_contexts(nvml, libcuda)
         known.update({keys[index]: size for index, size in measured.items()})
         _write_sizes(state, known)
+    guessed = [index for index, key in keys.items() if key not in known]
+    if guessed:
+        size = f"{DEFAULT_CONTEXT_BYTES >> 20} MiB is taken"
+        log.warning("no context on device %s could be measured: %s", ", ".join(map(str, guessed)), size)
     return {index: known.get(key, DEFAULT_CONTEXT_BYTES) for index, key in keys.items()}
 
 
@@ -158,9 +232,7 @@ def _read_sizes(state: Path) -> dict[str, int]:
 def _write_sizes(state: Path, sizes: Mapping[str, int]) -> None:
     try:
         state.parent.mkdir(parents=True, exist_ok=True)
-        beside = state.with_suffix(".new")
-        beside.write_text(json.dumps(sizes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(beside, state)
+        wholefile.write(state, json.dumps(sizes, indent=1, sort_keys=True) + "\n")
     except OSError:
         pass  # measured again at the next start
 
@@ -180,3 +252,19 @@ def checks(root: Path) -> list[Check]:
         if missing:
             return [Check("driver", False, found, f"{path} lacks {', '.join(missing)}: update the driver")]
     return [Check("driver", True, found)]
+
+
+def uuid_bytes(text: str) -> bytes:
+    """The 16 bytes of a device's UUID, `GPU-…` as NVML writes it. Raises ValueError."""
+    raw = bytes.fromhex(text.removeprefix("GPU-").replace("-", ""))
+    if len(raw) != 16:
+        raise ValueError(f"not the UUID of a device: {text!r}")
+    return raw
+
+
+def uuid_text(raw: bytes) -> str:
+    """`GPU-…`, as NVML writes the UUID. Raises ValueError unless there are 16 bytes."""
+    if len(raw) != 16:
+        raise ValueError(f"a UUID has 16 bytes, not {len(raw)}")
+    text = raw.hex()
+    return "GPU-" + "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))

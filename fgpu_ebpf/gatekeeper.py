@@ -5,7 +5,7 @@ tenant says (identity is the peer's pidfd and what the kernel says of it), write
 When it fails: it ends, pages stop beating and shims open their gates after the lease; limits stand in the kernel. It
 ends by itself where its run folder is no longer the one that it locked, since nobody would find it there.
 
-Run as `python -m fgpu_ebpf.gatekeeper`; one a host, by flock. Needs Linux 6.5 (SO_PEERPIDFD).
+Run as `python -m fgpu_ebpf.gatekeeper`; one a host, by flock. Needs Linux 6.13 (what a pidfd says of its process).
 """
 
 from __future__ import annotations
@@ -23,21 +23,25 @@ import signal
 import socket
 import struct
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from time import monotonic_ns, thread_time_ns
+from time import monotonic_ns
 
-from fgpu_ebpf import pages, procfs
-from fgpu_ebpf.callers import Caller, Callers, Standing, knows_peerpidfd, standing
+from fgpu_ebpf import notify, pages, procfs, wholefile
+from fgpu_ebpf.bell import Bell
+from fgpu_ebpf.callers import Caller, Callers, knows_peers
 from fgpu_ebpf.clients import Client, Clients, Head
 from fgpu_ebpf.door import Door, Lock
+from fgpu_ebpf.events import Events
+from fgpu_ebpf.glance import Glance, Lineages, Offer, Standing, standing
 from fgpu_ebpf.ledger import PINS, Ledger, LedgerMissing
 from fgpu_ebpf.pages import Answer, Code
+from fgpu_ebpf.readers import Readers
+from fgpu_ebpf.slicer import Slicer
 
-MOST_READERS, MOST_LINES = 64, 10
-AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 200_000_000, 250_000_000, 1_000_000_000
+MOST_LINES, NICE, TELL_NS = 10, -10, 50_000_000
+AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 500_000_000, 250_000_000, 1_000_000_000
 ANSWER_BYTES = ctypes.sizeof(Answer)
 COUNTS = (
     *("hello_managed", "hello_unmanaged", "hello_held", "hello_unanswered", "malformed", "silent", "gone", "unread"),
@@ -46,27 +50,32 @@ COUNTS = (
 
 
 class Gatekeeper:
-    """One selector, one thread (and short ones that read mappings); `run` returns after `end`. No peer can raise."""
+    """One selector, one thread (and those of Readers); `run` returns after `end`. No peer can raise."""
 
     def __init__(self, lock: Lock, open_ledger: Callable[[], Ledger | None], root: Path) -> None:
-        self._lock, self._open_ledger, self._root = lock, open_ledger, root
+        self._lock, self._open_ledger = lock, open_ledger
         self._run = lock.path.parent
         self._ledger: Ledger | None = None
+        self._told: dict[int, int] = {}  # until when the agent is left to what it was told of a tenant
+        self._lineages = Lineages(root)
+        self._glance: Glance | None = None
         self._ended = self._lost = False
-        self._reading: set[int] = set()  # tenants whose mappings a thread reads: where it hangs, they alone wait
-        self._read: deque[tuple[Caller, frozenset[tuple[int, int]], int]] = deque()
         self._listed: tuple[int, list[tuple[int, bytes]]] = (-1, [])
         boot = os.urandom(16)
         self._counts = dict.fromkeys(COUNTS, 0)
         self._facts = {"started_ns": monotonic_ns(), "boot": boot.hex()}
-        self._written: dict[str, int] = {}
+        self._written: dict[str, object] = {}
         self._lines = 0
+        self._watchdog = notify.Watchdog()
         self._agent = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self._bell, self._ring = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._bell = Bell()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._bell, selectors.EVENT_READ, self._rung)
         self._callers = Callers(self._selector, self._counts, self._stand, self._look)
         self._clients = Clients(self._selector, boot)
+        self._readers = Readers(self._bell.ring)
+        self._slicer = Slicer()
+        self._clients.parted = self._slicer.part
         self._door = Door(self._run)
         self._open_door()
 
@@ -75,26 +84,38 @@ class Gatekeeper:
         jobs = {self._again: AGAIN_NS, self._show: ROWS_NS, self._beat: HEARTBEAT_NS, self._keep_up: UPKEEP_NS}
         due = dict.fromkeys(jobs, 0)
         while not self._ended:
-            for job, period_ns in jobs.items():
-                if due[job] <= monotonic_ns():
-                    self._try(job)
-                    due[job] = monotonic_ns() + period_ns
-            waiting = self._callers or self._ledger is None
-            wake_ns = min(at for job, at in due.items() if waiting or job != self._again)
-            for key, _ in self._selector.select(max(0, wake_ns - monotonic_ns()) / 1e9):
+            now_ns = monotonic_ns()
+            for job in [job for job, at_ns in due.items() if at_ns <= now_ns]:
+                self._try(job)
+                due[job] = monotonic_ns() // jobs[job] * jobs[job] + jobs[job]  # all on the beat: one wake-up
+            for key, _ in self._selector.select(self._leisure_ns(due) / 1e9):
                 self._try(key.data)
+            for step in (self._callers.serve, self._readers.go):
+                self._try(step)
+            self._end_glance()
+        self._slicer.end()
         self._door.close()
         self._say(f"{self._lock.path} is no longer the one that was locked: ends" if self._lost else "ends")
         return not self._lost
 
+    def _leisure_ns(self, due: dict[Callable[[], None], int]) -> int:
+        """How long nothing has to be done, unless somebody comes."""
+        if self._callers.pending():
+            return 0
+        waiting = self._callers or self._ledger is None
+        idle = {self._again: not waiting, self._show: not self._clients, self._beat: self._forgotten()}
+        wakes_ns = [at for job, at in due.items() if not idle.get(job)]
+        reading_ns = self._readers.due_ns()
+        return max(0, min(wakes_ns if reading_ns is None else [*wakes_ns, reading_ns]) - monotonic_ns())
+
+    def _forgotten(self) -> bool:
+        """Nobody has a page, and nobody is owed anything."""
+        return not self._clients and not self._callers.owing() and not self._told
+
     def end(self, *_: object) -> None:
         """Leave `run` at its next turn: a signal handler."""
         self._ended = True
-        self._wake()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._ring, b".")
+        self._bell.ring()
 
     def _try(self, job: Callable[[], None]) -> None:
         try:
@@ -121,94 +142,72 @@ class Gatekeeper:
     def _accept(self) -> None:
         self._callers.accept(self._door.listener)
 
-    def _stand(self, pid: int) -> tuple[int, Standing]:
-        epoch = self._ledger.epoch() if self._ledger else -1
-        return epoch, standing(self._ledger, procfs.cgroups(pid, self._root))
+    def _now(self, ledger: Ledger) -> Glance:
+        """What the ledger says in this turn."""
+        if self._glance is None or self._glance.full():
+            self._end_glance()
+            epoch = ledger.epoch()
+            self._clients.epoch = epoch
+            self._glance = Glance(ledger, epoch, self._devices(epoch, ledger), self._lineages)
+        return self._glance
+
+    def _end_glance(self) -> None:
+        if self._glance:
+            self._glance.close()
+            self._glance = None
+
+    def _stand(self, pid: int, cgroup: int) -> tuple[int, Standing]:
+        if self._ledger is None:
+            return -1, standing(None, self._lineages.of(pid, cgroup))
+        glance = self._now(self._ledger)
+        return glance.epoch, glance.standing(pid, cgroup)
 
     def _look(self, caller: Caller) -> None:
-        """Answer, if all is known and the tenant has time left; else the caller waits."""
-        if self._ledger is None or not self._callers.has_time(caller):
+        """Answer, if all is known; else the caller waits."""
+        if self._ledger is None:
             return
-        if not procfs.alive(caller.pidfd):
-            self._callers.drop(caller, "gone")
-            return
-        began_ns = thread_time_ns()
         try:
-            self._decide(caller, self._ledger)
+            self._decide(caller, self._now(self._ledger))
+        except ProcessLookupError:
+            self._callers.drop(caller, "gone")
         except OSError:
             self._callers.drop(caller, "errors")
-        self._callers.charge(caller.tenant, thread_time_ns() - began_ns)
 
-    def _decide(self, caller: Caller, ledger: Ledger) -> None:
-        if caller.epoch != ledger.epoch() or caller.standing.managed is None:
-            caller.epoch, caller.standing = self._stand(caller.pid)
-        self._clients.epoch = caller.epoch
+    def _decide(self, caller: Caller, glance: Glance) -> None:
+        if caller.epoch != glance.epoch or caller.standing.managed is None:
+            caller.epoch, caller.standing = glance.epoch, glance.standing(*procfs.identity(caller.pidfd))
         if caller.standing.managed is False:
-            self._answer(caller, Code.UNMANAGED, Head(), [])
+            self._answer(caller, Code.UNMANAGED, Offer(Head(), ()))
         elif caller.standing.managed is None:
             self._tell(caller)
         elif caller.files is None:
-            self._start_reading(caller)
-        elif all(ledger.file_known(dev, ino) for dev, ino in caller.files):
-            self._hand_over(caller, ledger)
-        else:
+            caller.reading = True
+            self._readers.want(caller)
+        elif not all(glance.probed(file) for file in caller.files):
             self._tell(caller)
+        elif offer := glance.offer(caller.standing.levels):  # else decided, but not in force yet
+            self._answer(caller, Code.MANAGED, offer)
 
     def _tell(self, caller: Caller) -> None:
-        """The agent does not know this process yet: say so, once."""
-        if caller.told:
+        """The agent does not know this process yet: say so, once; of a tenant's many, of one at a time."""
+        self._counts["hello_held"] += not caller.held
+        caller.held = True
+        if caller.told or self._told.get(caller.tenant, 0) > monotonic_ns():
             return
         caller.told = True
-        self._counts["hello_held"] += 1
+        self._told[caller.tenant] = monotonic_ns() + TELL_NS
         try:
             self._agent.sendto(json.dumps({"tgid": caller.pid}).encode(), str(self._run / "discover.sock"))
         except OSError:
             self._counts["discover_failed"] += 1
 
-    def _start_reading(self, caller: Caller) -> None:
-        if caller.tenant in self._reading or len(self._reading) >= MOST_READERS:
-            return
-        self._reading.add(caller.tenant)
-        try:
-            _thread.start_new_thread(self._read_files, (caller,))  # threading would wait until it runs
-        except RuntimeError as error:  # no thread to be had
-            self._reading.discard(caller.tenant)
-            raise OSError(str(error)) from error
-
-    def _read_files(self, caller: Caller) -> None:
-        began_ns = thread_time_ns()
-        files = procfs.cuda_files(caller.pid)
-        self._read.append((caller, files, thread_time_ns() - began_ns))
-        self._wake()
-
     def _rung(self) -> None:
-        os.read(self._bell, 4096)
-        while self._read:
-            caller, files, took_ns = self._read.popleft()
-            caller.files = files
-            self._reading.discard(caller.tenant)
-            self._callers.charge(caller.tenant, took_ns)
-            self._callers.look_at(caller.tenant)
-
-    def _hand_over(self, caller: Caller, ledger: Ledger) -> None:
-        levels = caller.standing.levels
-        head = Head(
-            pages.ControlFlag.MANAGED | (pages.ControlFlag.SETTLE if ledger.settle() else 0),
-            tuple(
-                d
-                for d in self._devices(caller.epoch, ledger)
-                if any(ledger.limit(level, d[0]) is not None for level in levels)
-            ),
-        )
-        with contextlib.ExitStack() as opened:
-            usage = []
-            for level in levels:
-                fd = ledger.page_fd(level)
-                if fd is None:  # decided, but not in force yet
-                    return
-                opened.callback(os.close, fd)
-                usage.append(fd)
-            self._answer(caller, Code.MANAGED, head, usage)
+        self._bell.hush()
+        for read in self._readers.take():
+            caller, caller.files = read.caller, read.files
+            caller.reading = False
+            self._callers.charge(caller.tenant, read.took_ns)
+            self._callers.ready(caller)
 
     def _devices(self, epoch: int, ledger: Ledger) -> list[tuple[int, bytes]]:
         """The host's devices: read anew when anything was decided, and at every heartbeat."""
@@ -216,7 +215,8 @@ class Gatekeeper:
             self._listed = (epoch, ledger.devices())
         return self._listed[1]
 
-    def _answer(self, caller: Caller, code: Code, head: Head, usage: list[int]) -> None:
+    def _answer(self, caller: Caller, code: Code, offer: Offer) -> None:
+        head, usage = offer.head, offer.usage
         client = self._client(caller, head)
         if client is None:
             return
@@ -247,6 +247,8 @@ class Gatekeeper:
             caller.pidfd = -1
             self._say(f"process {client.pid} of cgroup {tenant}: {'managed' if head.flags else 'unmanaged'}")
         self._clients.settle_in(client, tenant, head)
+        client.levels = caller.standing.levels
+        self._slicer.greet(client)
         return client
 
     # -- what is done again and again
@@ -255,17 +257,32 @@ class Gatekeeper:
         if self._ledger is None:
             self._ledger = self._open_ledger()
             if self._ledger:
+                self._slicer.ledger = self._ledger
+                self._follow_shares(self._ledger)
                 self._say("has the ledger")
                 self._beat()
                 self._show()
         self._callers.turn()
 
+    def _follow_shares(self, ledger: Ledger) -> None:
+        bell = ledger.times.bell()
+        if bell:
+            self._selector.register(bell, selectors.EVENT_READ, partial(self._shares_changed, bell))
+            self._slicer.is_told = True
+
+    def _shares_changed(self, bell: Events) -> None:
+        for _ in bell.read():
+            pass
+        self._slicer.heed()
+
     def _show(self) -> None:
-        if self._ledger:
+        if self._ledger and self._clients:
             self._clients.show(self._ledger.processes())
 
     def _beat(self) -> None:
+        self._watchdog.ping()
         self._callers.forgive()
+        self._told.clear()
         self._listed = (-1, [])
         if self._ledger:
             self._clients.epoch = self._ledger.epoch()
@@ -279,14 +296,14 @@ class Gatekeeper:
         if not self._lock.held():
             self._ended = self._lost = True
             return
-        self._counts["processes"] = len(self._clients)
-        if self._counts != self._written:
-            aside = self._run / ".gatekeeper.json"
-            aside.write_text(json.dumps(self._counts | self._facts))
-            aside.rename(self._run / "gatekeeper.json")
-            self._written = dict(self._counts)
         if not self._door.intact():
             self._open_door()
+        self._slicer.heed()  # whatever was missed
+        self._counts["processes"] = len(self._clients)
+        said = {**self._counts, **self._facts, "slices": self._slicer.counts()}
+        if said != self._written:
+            wholefile.write(self._run / "gatekeeper.json", json.dumps(said))
+            self._written = said
 
 
 # -- start ----------------------------------------------------------------------------------------------------------
@@ -313,13 +330,15 @@ def _prepare(lock: Lock) -> Path:
     root = procfs.cgroup2_root()
     if root is None:
         raise OSError("no cgroup2 is mounted: boot with systemd.unified_cgroup_hierarchy=1")
-    if not knows_peerpidfd():
-        raise OSError("this kernel has no SO_PEERPIDFD: Linux >= 6.5 is needed for now")
+    if not knows_peers():
+        raise OSError("this kernel does not say who a pidfd's process is: Linux >= 6.13 is needed for now")
     os.umask(0o022)
     if not lock.take():
         raise OSError(f"another gatekeeper holds {lock.path}")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(OSError):  # else, while 300 programs start, they get the processor and we a 300th of it
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)
     sys.setswitchinterval(0.0005)
     _thread.stack_size(256 * 1024)
     return root
@@ -337,6 +356,7 @@ def main(argv: Sequence[str] | None = None, ledger_factory: Callable[[Path], Led
         return 1
     signal.signal(signal.SIGTERM, gatekeeper.end)
     signal.signal(signal.SIGINT, gatekeeper.end)
+    notify.ready()
     if options.ready_fd is not None:
         os.write(options.ready_fd, b"1")
         os.close(options.ready_fd)

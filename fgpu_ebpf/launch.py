@@ -11,10 +11,14 @@ import errno
 import os
 import pwd
 import signal
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
+
+from fgpu_ebpf import wholefile
+from fgpu_ebpf.checks import Check
 
 PRELOAD = "/etc/ld.so.preload"
 MARK = "made-ld.so.preload"
@@ -61,6 +65,39 @@ def take_away_what_was_made(run_dir: Path) -> None:
     if mark.exists() and preload.exists() and preload.stat().st_size == 0:
         preload.unlink()
     mark.unlink(missing_ok=True)
+
+
+def write_preload(run_dir: Path, shim: Path) -> None:
+    """What is bound over /etc/ld.so.preload: the host's own lines, then the shim. Never empty meanwhile:
+
+    a program that starts at that moment would run without the shim.
+    """
+    host = Path(PRELOAD)
+    own = host.read_text(encoding="utf-8") if host.exists() else ""
+    lines = [line for line in own.splitlines() if line.strip() and line.strip() != str(shim)]
+    preload = run_dir / "ld.so.preload"
+    text = "\n".join([*lines, str(shim)]) + "\n"
+    if not preload.exists() or preload.read_text(encoding="utf-8") != text:  # an agent comes back on a full disk too
+        wholefile.write(preload, text)
+
+
+def check(run_dir: Path) -> Check:
+    """Every file that programs are to preload is there, and anybody may read it: else they run without the shim."""
+    lists = [path for name in ("ld.so.preload", "container.preload") if (path := run_dir / name).exists()]
+    files = {Path(line.strip()) for path in lists for line in path.read_text(encoding="utf-8").splitlines() if line}
+    wrong = sorted(str(file) for file in files if not _is_for_all(file))
+    if not lists or wrong:
+        found = f"{', '.join(wrong)}: not there, or not for everybody to read" if wrong else "no list is there"
+        return Check("preload", False, found, "restart the agent: it puts the shim in place again")
+    return Check("preload", True, ", ".join(sorted(map(str, files))))
+
+
+def _is_for_all(file: Path) -> bool:
+    try:
+        mode = file.stat().st_mode
+    except OSError:
+        return False
+    return stat.S_ISREG(mode) and bool(mode & stat.S_IROTH)
 
 
 def _preload_the_shim(preload: Path) -> None:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import struct
-from collections.abc import Mapping
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fgpu_ebpf import bpf, pages
+from fgpu_ebpf.events import Events
+from fgpu_ebpf.processes import Process, process_of
+from fgpu_ebpf.shelf import Shelf
+from fgpu_ebpf.timebook import Timebook
+from fgpu_ebpf.usage import Usage, UsagePages
 
 PINS = Path(f"/sys/fs/bpf/fgpu/v{pages.LAYOUT}")
 _U64 = struct.Struct("Q")
@@ -29,7 +38,10 @@ _COUNTER_KEY = struct.Struct("QIHH")
 _FILE = struct.Struct("QQ")
 _DEVICE = ctypes.sizeof(pages.Device)
 _ZERO = _U32.pack(0)
-HOST_EPOCH, HOST_FLAGS = 0, 1
+HOST_EPOCH, HOST_FLAGS, HOST_PROCESSES = 0, 1, 5
+PAGES_AT_ONCE = 256  # each takes a descriptor meanwhile
+FEW = 24  # processes that are looked up faster than a map is walked
+MOVE_TRIES, MOVE_SECONDS = 20, 0.01
 
 
 class LedgerMissing(Exception):
@@ -37,35 +49,12 @@ class LedgerMissing(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """One device of one level, in bytes; `refused` is a count."""
+class LevelLimits:
+    """What a level may hold: bytes per ledger index; an index left out is denied. `flags` are pages.LimitFlag."""
 
-    limit: int
-    used: int
-    peak: int
-    refused: int
-    admitted: int
-    witnessed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """What one process is charged, in bytes per ledger index."""
-
-    generation: int
-    levels: tuple[int, ...]
-    flags: int
-    changes: int
-    quiet: bool
-    bytes: tuple[int, ...]
-    overhead: tuple[int, ...]
-    managed: tuple[int, ...]
-    pool: tuple[int, ...]
-    contexts: tuple[int, ...]
-
-    def witnessed(self, device: int) -> int:
-        """Bytes that NVML should show for it, but for what NVML alone knows."""
-        return self.bytes[device] - self.overhead[device] - self.managed[device]
+    cgroup: int
+    bytes: Mapping[int, int]
+    flags: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +67,17 @@ class Count:
     reason: int
 
 
-def _process(raw: bytes) -> Process:
-    p = pages.Process.from_buffer_copy(raw)
-    levels = tuple(p.levels[: p.level_count])
-    values = (tuple(p.bytes), tuple(p.overhead), tuple(p.managed), tuple(p.pool), tuple(p.contexts))
-    return Process(p.generation, levels, p.flags, p.changes, p.begun == p.changes, *values)
-
-
 class Ledger:
-    """The pinned maps of one layout. Not for several threads at once, but for `processes` and `overhead`."""
+    """The pinned maps of one layout. Not for several threads at once, but for `processes`, `overhead` and `move`."""
 
     def __init__(self, pins: Path = PINS) -> None:
         self._adjust = -1
+        self._moving = threading.Lock()
+        self._members: tuple[int, tuple[int, ...]] = (-1, ())  # as of how many so far
         self._maps: dict[str, int] = {}
-        self._open_pages: dict[int, int] = {}
+        self._usage = UsagePages(self.page_fd)
+        self._shelf = Shelf(self._maps)
+        self.times = Timebook(self._maps, lambda: self._run(pages.Adjust.RING))
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._open(pins)
@@ -107,19 +93,28 @@ class Ledger:
 
     def close(self) -> None:
         """Closes every descriptor; what is pinned stays."""
-        for fd in (*self._maps.values(), *self._open_pages.values(), self._adjust):
+        for fd in (*self._maps.values(), self._adjust):
             if fd >= 0:
                 os.close(fd)
         self._maps.clear()
-        self._open_pages.clear()
+        self._usage.close()
         self._adjust = -1
 
     # -- tenants and groups
 
     def page_fd(self, cgroup: int) -> int | None:
-        """A new descriptor of the level's usage page; the caller closes it."""
+        """A new descriptor of the level's usage page; the caller closes it. None: there is none that nobody can write.
+
+        It goes to the tenant, so what it could do with that is looked at here.
+        """
         raw = bpf.lookup(self._maps["pages"], _U64.pack(cgroup), 4)
-        return None if raw is None else bpf.map_by_id(_U32.unpack(raw)[0])
+        if raw is None:
+            return None
+        fd = bpf.map_by_id(_U32.unpack(raw)[0])
+        if bpf.frozen(fd):
+            return fd
+        os.close(fd)
+        return None
 
     def page_missing(self, cgroup: int) -> bool:
         """The level has no page yet."""
@@ -129,62 +124,79 @@ class Ledger:
         """Cgroup ids of every level that has a page."""
         return [_U64.unpack(key)[0] for key, _ in bpf.items(self._maps["pages"], 8, 4)]
 
-    def usage(self, cgroup: int) -> list[Usage] | None:
-        """The level's page, one Usage per ledger index; None where it has none."""
-        if cgroup not in self._open_pages:
-            fd = self.page_fd(cgroup)
-            if fd is None:
-                return None
-            self._open_pages[cgroup] = fd
-        raw = bpf.lookup(self._open_pages[cgroup], _ZERO, ctypes.sizeof(pages.UsagePage))
-        page = pages.UsagePage.from_buffer_copy(raw or b"")
-        both = zip(page.devices, page.tallies, strict=True)
-        return [Usage(u.limit, u.used, u.peak, u.refused, t.admitted, t.witnessed) for u, t in both]
+    def usage(self, cgroup: int, devices: Iterable[int] = range(pages.DEVICES)) -> list[Usage] | None:
+        """One Usage per device of the level's page; None where it has none."""
+        return self._usage.read(cgroup, devices)
 
     def limit(self, cgroup: int, device: int) -> int | None:
         """The level's limit on a device in bytes; None: the level may not use it."""
         raw = bpf.lookup(self._maps["limits"], _LIMIT_KEY.pack(cgroup, device), _LIMIT.size)
         return None if raw is None else int(_LIMIT.unpack(raw)[0])
 
-    def set_limits(self, cgroup: int, limits: Mapping[int, int], flags: int = 0) -> None:
-        """Puts a level's limits in force: bytes per ledger index; an index left out is denied.
+    def set_limits(self, levels: Iterable[LevelLimits]) -> None:
+        """Puts limits in force, at all these levels. Raises OSError: E2BIG, there is no room for so many levels; none
+        of them is changed then.
 
-        Makes the level's page where it has none. Charges stand in the page alone, so none is lost.
+        Makes the page of a level that has none. Charges stand in the page alone, so none is lost.
         """
-        for device in range(pages.DEVICES):
-            key = _LIMIT_KEY.pack(cgroup, device)
-            if device in limits:
-                bpf.update(self._maps["limits"], key, _LIMIT.pack(limits[device], flags))
-            else:
-                bpf.delete(self._maps["limits"], key)
-        if self.page_missing(cgroup):
-            self._make_page(cgroup, limits, flags)
-        code = self._run(pages.Adjust.PUBLISH, cgroup)
-        if code < 0:
-            raise OSError(-code, f"adjust(publish): {os.strerror(-code)}")
-
-    def _make_page(self, cgroup: int, limits: Mapping[int, int], flags: int) -> None:
-        fd = bpf.create_array_page("fgpu_usage", ctypes.sizeof(pages.UsagePage))
+        levels = list(levels)
+        new = [level for level in levels if self.page_missing(level.cgroup)]
         try:
-            page = pages.UsagePage(version=pages.LAYOUT, cgroup=cgroup, flags=flags)
-            for device, limit in limits.items():  # before it is seen: 0 would deny
-                page.devices[device].limit = limit
-            bpf.update(fd, _ZERO, bytes(page))
-            bpf.update(self._maps["pages"], _U64.pack(cgroup), _U32.pack(fd))
-            bpf.freeze(fd)
-        finally:
-            os.close(fd)
+            for at in range(0, len(new), PAGES_AT_ONCE):
+                self._make_pages(new[at : at + PAGES_AT_ONCE])
+        except OSError:
+            self._forget_pages([level.cgroup for level in new])
+            raise
+        is_new = {level.cgroup for level in new}
+        for level in levels:
+            self._write_limits(level, level.cgroup in is_new)
+        for level in levels:
+            code = self._run(pages.Adjust.PUBLISH, level.cgroup)
+            if code < 0:
+                raise OSError(-code, f"adjust(publish): {os.strerror(-code)}")
 
-    def remove(self, cgroup: int) -> None:
-        """Forgets a level: its page, limits and counters. Its processes must have been moved or be gone."""
-        fd = self._open_pages.pop(cgroup, None)
-        if fd is not None:
-            os.close(fd)
-        bpf.delete(self._maps["pages"], _U64.pack(cgroup))
-        self.unresolve(cgroup)
-        for device in range(pages.DEVICES):
-            bpf.delete(self._maps["limits"], _LIMIT_KEY.pack(cgroup, device))
-        for count in [c for c in self.counters() if c.cgroup == cgroup]:
+    def _write_limits(self, level: LevelLimits, is_new: bool) -> None:
+        for device, bytes_ in level.bytes.items():
+            key, limit = _LIMIT_KEY.pack(level.cgroup, device), _LIMIT.pack(bytes_, level.flags)
+            bpf.update(self._maps["limits"], key, limit)
+        for device in () if is_new else set(range(pages.DEVICES)) - level.bytes.keys():
+            bpf.delete(self._maps["limits"], _LIMIT_KEY.pack(level.cgroup, device))
+
+    def _make_pages(self, levels: Sequence[LevelLimits]) -> None:
+        """Frozen before it is seen: whoever gets hold of it never could write it, wherever this ends."""
+        made: dict[int, int] = {}
+        places = self._shelf.take([level.cgroup for level in levels])
+        try:
+            for level, place in zip(levels, places, strict=True):
+                made[place] = bpf.create_array_page("fgpu_usage", ctypes.sizeof(pages.UsagePage))
+                page = pages.UsagePage(version=pages.LAYOUT, cgroup=level.cgroup, flags=level.flags, place=place)
+                for device, limit in level.bytes.items():  # before it is seen: 0 would deny
+                    page.devices[device].limit = limit
+                bpf.update(made[place], _ZERO, bytes(page))
+                bpf.freeze(made[place])
+            self._shelf.put(made)
+            found = zip(levels, made.values(), strict=True)
+            bpf.update_all(self._maps["pages"], {_U64.pack(level.cgroup): _U32.pack(fd) for level, fd in found})
+        finally:
+            for fd in made.values():
+                os.close(fd)
+
+    def _forget_pages(self, cgroups: Collection[int]) -> None:
+        for cgroup in cgroups:
+            self._run(pages.Adjust.WITHDRAW, cgroup)
+        bpf.delete_all(self._maps["pages"], [_U64.pack(cgroup) for cgroup in cgroups])
+        self._shelf.give_back(cgroups)
+
+    def remove(self, cgroups: Collection[int]) -> None:
+        """Forgets levels: pages, limits and counters. Their processes must have been moved or be gone."""
+        for cgroup in cgroups:
+            self._usage.forget(cgroup)
+            for device in range(pages.DEVICES):
+                bpf.delete(self._maps["limits"], _LIMIT_KEY.pack(cgroup, device))
+        self._forget_pages(cgroups)
+        self.times.forget(cgroups)
+        self.unresolve(cgroups)
+        for count in [c for c in self.counters() if c.cgroup in cgroups]:
             bpf.delete(self._maps["counters"], _COUNTER_KEY.pack(count.cgroup, count.device, count.kind, count.reason))
 
     # -- identity
@@ -201,16 +213,17 @@ class Ledger:
             return
         bpf.update(self._maps["resolved"], _U64.pack(cgroup), _U32.pack(managed))
         if managed or before is not None:
-            self._set_host(HOST_EPOCH, self.epoch() + 1)
+            self.new_epoch()
 
     def forget(self, cgroup: int) -> None:
         """Deletes what was decided about an unmanaged cgroup that is gone: nobody needs to ask anew."""
         bpf.delete(self._maps["resolved"], _U64.pack(cgroup))
 
-    def unresolve(self, cgroup: int) -> None:
-        """Forgets a cgroup: who asks from it now is looked at anew."""
-        if bpf.delete(self._maps["resolved"], _U64.pack(cgroup)):
-            self._set_host(HOST_EPOCH, self.epoch() + 1)
+    def unresolve(self, cgroups: Iterable[int]) -> None:
+        """Forgets cgroups: who asks from one of them now is looked at anew."""
+        known = [cgroup for cgroup in cgroups if bpf.delete(self._maps["resolved"], _U64.pack(cgroup))]
+        if known:
+            self.new_epoch()
 
     def unmanaged(self) -> list[int]:
         """Cgroup ids that were found to be unmanaged."""
@@ -220,6 +233,10 @@ class Ledger:
     def epoch(self) -> int:
         """Changes whenever `resolved` does."""
         return self._host(HOST_EPOCH)
+
+    def new_epoch(self) -> None:
+        """Every shim says hello again at its next call."""
+        self._set_host(HOST_EPOCH, self.epoch() + 1)
 
     def settle(self) -> bool:
         """This kernel has no return probes: shims settle their admissions themselves."""
@@ -278,52 +295,104 @@ class Ledger:
 
     def processes(self) -> dict[int, Process]:
         """All entries that are ready: tgid -> Process."""
-        found = bpf.items(self._maps["processes"], 4, _PROCESS)
-        entries = ((_U32.unpack(key)[0], _process(raw)) for key, raw in found)
-        return {tgid: p for tgid, p in entries if p.generation}
+        so_far, (as_of, known) = self._host(HOST_PROCESSES), self._members
+        entries: Iterable[tuple[int, Process | None]]
+        if so_far == as_of and len(known) <= FEW:  # nobody has come
+            entries = ((tgid, self.process(tgid)) for tgid in known)
+        else:
+            found = bpf.items(self._maps["processes"], 4, _PROCESS)
+            entries = ((_U32.unpack(key)[0], process_of(raw)) for key, raw in found)
+        processes = {tgid: p for tgid, p in entries if p and p.generation}
+        self._members = (so_far, tuple(processes))
+        return processes
+
+    def processes_so_far(self) -> int:
+        """How many entries there have ever been."""
+        return self._host(HOST_PROCESSES)
 
     def process(self, tgid: int) -> Process | None:
         """One process's entry, or None."""
         raw = bpf.lookup(self._maps["processes"], _U32.pack(tgid), _PROCESS)
-        return _process(raw) if raw else None
-
-    def busy(self) -> set[int]:
-        """Processes between an admission and what settles it, or in a call that is witnessed."""
-        threads = bpf.items(self._maps["threads"], 8, _THREAD)
-        entries = ((_U64.unpack(key)[0] >> 32, pages.Thread.from_buffer_copy(raw)) for key, raw in threads)
-        return {tgid for tgid, thread in entries if thread.admission.bytes or thread.call.function}
+        return process_of(raw) if raw else None
 
     def overhead(self, tgid: int, generation: int, device: int, bytes_: int, changes: int) -> bool:
         """Sets what NVML alone knows of a process; False where it was charged or ended meanwhile: ask again."""
         return self._run(pages.Adjust.OVERHEAD, tgid, generation, device, bytes_, changes) == 0
 
+    def raise_overhead(self, tgid: int, generation: int, device: int, more: int) -> bool:
+        """Adds to what NVML alone knows of a process that is never quiet; False where it ended meanwhile."""
+        return self._run(pages.Adjust.RAISE, tgid, generation, device, more) == 0
+
     def move(self, tgid: int, generation: int, levels: tuple[int, ...]) -> bool:
-        """Moves a process and its charges to other levels, leaf first; generation 0 adopts an unknown one."""
-        return self._run(pages.Adjust.MOVE, tgid, generation, len(levels), *levels) == 0
+        """Moves a process and its charges to other levels, leaf first; generation 0 adopts an unknown one.
+
+        Waits where its last move was only just; to the same levels, it shifts what was late for that.
+        """
+        for _ in range(MOVE_TRIES):
+            with self._moving:
+                done = self._run(pages.Adjust.MOVE, tgid, generation, len(levels), *levels)
+            if done != -errno.EAGAIN:
+                break
+            time.sleep(MOVE_SECONDS)
+        return done == 0
 
     def reap(self, tgid: int, generation: int) -> bool:
         """Ends a process of whose end the kernel said nothing."""
         return self._run(pages.Adjust.REAP, tgid, generation) == 0
 
+    def orphaned(self, cgroup: int) -> dict[int, int]:
+        """Orphaned bytes of a level, by device, where there are any."""
+        fd = self.page_fd(cgroup)
+        if fd is None:
+            return {}
+        try:
+            raw = bpf.lookup(fd, _ZERO, ctypes.sizeof(pages.UsagePage))
+        finally:
+            os.close(fd)
+        page = pages.UsagePage.from_buffer_copy(raw or b"")
+        return {device: bytes_ for device, bytes_ in enumerate(page.orphaned) if bytes_}
+
+    def disown(self, cgroup: int, device: int, bytes_: int) -> bool:
+        """Lets go of orphaned bytes of a level: NVML has told who holds them now, or nobody does."""
+        return self._run(pages.Adjust.DISOWN, cgroup, device, bytes_) == 0
+
+    def events(self) -> Events:
+        """A reader of the kernel's rare events; there should be one."""
+        return Events(os.dup(self._maps["events"]))
+
     def sweep(self) -> int:
         """Deletes allocations whose process or era is gone; answers how many."""
-        processes, swept = self.processes(), 0
-        for raw_key, _ in list(bpf.items(self._maps["allocations"], _ALLOCATION_KEY, _ALLOCATION, 1024)):
+        processes, swept = self.processes(), Counter[int]()
+        for raw_key, raw in list(bpf.items(self._maps["allocations"], _ALLOCATION_KEY, _ALLOCATION, 1024)):
             key = pages.AllocationKey.from_buffer_copy(raw_key)
             owner = processes.get(key.tgid) or self.process(key.tgid)
             if owner is None or owner.generation != key.generation:
-                swept += bpf.delete(self._maps["allocations"], raw_key)
-        return swept
+                level = pages.Allocation.from_buffer_copy(raw).level.cgroup
+                swept[level] += bpf.delete(self._maps["allocations"], raw_key)
+        for level, n in swept.items():
+            self._run(pages.Adjust.SWEPT, level, n)
+        return swept.total()
 
     def entries(self, name: str) -> int:
         """How many entries a map holds: for checks and tests."""
         sizes = {"allocations": (_ALLOCATION_KEY, _ALLOCATION), "processes": (4, _PROCESS), "threads": (8, _THREAD)}
         return sum(1 for _ in bpf.items(self._maps[name], *sizes[name], 1024))
 
+    def count(self, of: Count) -> int:
+        """How often that has happened."""
+        raw = bpf.lookup(self._maps["counters"], _COUNTER_KEY.pack(of.cgroup, of.device, of.kind, of.reason), 8)
+        return _U64.unpack(raw or bytes(8))[0]  # type: ignore[no-any-return]
+
     def counters(self) -> dict[Count, int]:
         """Refusals and anomalies, counted in the kernel."""
         found = bpf.items(self._maps["counters"], _COUNTER_KEY.size, 8)
         return {Count(*_COUNTER_KEY.unpack(key)): _U64.unpack(value)[0] for key, value in found}
+
+    def hits(self) -> list[int]:
+        """How often each probe ran, on all processors: by pages.Function, the shim's at pages.HIT_ADMIT and after."""
+        size = 8 * bpf.possible_processors()
+        found = {_U32.unpack(key)[0]: value for key, value in bpf.items(self._maps["hits"], 4, size)}
+        return [sum(struct.unpack(f"{len(found[n]) // 8}Q", found[n])) for n in range(pages.HITS)]
 
     def _run(self, *arguments: int) -> int:
         """Runs `adjust`, which reads arguments that were not given as 0; answers 0 or -errno."""

@@ -8,12 +8,21 @@ On failure: one line on stderr that names the mend, exit 1, and nothing half pin
 from __future__ import annotations
 
 import os
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
+# They read the names of cgroups in the kernel's memory, which lockdown=confidentiality refuses.
+OPTIONAL = {"cgroup_attach", "cgroup_made", "cgroup_populated", "cgroup_removed"}
+UPROBE_MULTI = 48  # BPF_TRACE_UPROBE_MULTI: one link for all places of a file
 SPARSE_FROM = (6, 1)  # BPF_F_NO_PREALLOC in tracing programs
-RAW_TRACEPOINTS = {"process_exit", "process_exec", "adjust"}
+RAW_TRACEPOINTS = {"process_exit", "process_exec", "adjust"} | OPTIONAL
+# The same programs for half the work: debugging information that nobody reads, a second optimiser (BCC runs LLVM's own
+# over whatever clang hands it), and the table of all kernel symbols anew wherever a program names this helper.
+LEAN = ("-g0", "-Xclang", "-disable-llvm-passes", "-Dbpf_probe_read_user=read_user")
+_PART = re.compile(r'^#include "(\w+\.bpf\.h)"$', re.MULTILINE)
 
 
 class LoadError(Exception):
@@ -37,15 +46,23 @@ def kernel_release() -> tuple[int, int]:
     return int(major), int("".join(c for c in minor if c.isdigit()))
 
 
+def whole_text(sources: str) -> str:
+    """The programs with their parts in place: BCC rewrites what stands in the main file alone."""
+
+    def read(name: str) -> str:
+        with open(os.path.join(sources, name), encoding="utf-8") as file:
+            return f'#line 1 "{name}"\n' + file.read()
+
+    return _PART.sub(lambda part: read(part[1]), read("fgpu.bpf.c"))
+
+
 def compile_programs(bcc: ModuleType, sources: str, maps: str) -> Any:
     """Compiles; maps that are pinned already are used as they are."""
     os.environ["BCC_KERNEL_SOURCE"] = sources  # its include/ holds the stub headers
     sparse = int(kernel_release() >= SPARSE_FROM)
-    flags = ["-I" + sources, f'-DPINS="{maps}/"', f"-DSPARSE={sparse}", "-Wno-everything"]
-    with open(os.path.join(sources, "fgpu.bpf.c"), encoding="utf-8") as file:
-        text = file.read()
+    flags = ["-I" + sources, f'-DPINS="{maps}/"', f"-DSPARSE={sparse}", "-Wno-everything", *LEAN]
     try:
-        return bcc.BPF(text=text, cflags=flags)
+        return bcc.BPF(text=whole_text(sources), cflags=flags)
     except Exception as error:  # bcc raises no class of its own
         raise LoadError(f"BCC cannot compile {sources}/fgpu.bpf.c: {error}") from error
 
@@ -58,8 +75,20 @@ def pin_program(bcc: ModuleType, fd: int, path: str) -> None:
     if os.path.exists(beside):
         os.unlink(beside)
     if bcc.lib.bpf_obj_pin(fd, ctypes.c_char_p(beside.encode())) != 0:
-        raise LoadError(f"cannot pin {path}: is a bpffs mounted at /sys/fs/bpf?")
+        why = os.strerror(ctypes.get_errno()) if ctypes.get_errno() else "unknown error"
+        raise LoadError(f"cannot pin {path} ({why}): is a bpffs mounted at /sys/fs/bpf?")
     os.rename(beside, path)
+
+
+def load_program(bcc: ModuleType, module: Any, name: str) -> int:
+    """A descriptor of the program; -1: this kernel refuses one that can be done without."""
+    kind = bcc.BPF.RAW_TRACEPOINT if name in RAW_TRACEPOINTS else bcc.BPF.KPROBE
+    try:
+        return int(module.load_func(name, kind, attach_type=-1 if name in RAW_TRACEPOINTS else UPROBE_MULTI).fd)
+    except Exception as error:
+        if name in OPTIONAL:
+            return -1
+        raise LoadError(f"this kernel refuses the program {name}: {error}") from error
 
 
 def load(sources: str, pins: str) -> None:
@@ -69,14 +98,15 @@ def load(sources: str, pins: str) -> None:
     for folder in (maps, programs):
         os.makedirs(folder, mode=0o700, exist_ok=True)
     module = compile_programs(bcc, sources, maps)
-    for i in range(bcc.lib.bpf_num_functions(module.module)):
-        name = bcc.lib.bpf_function_name(module.module, i).decode()
-        kind = bcc.BPF.RAW_TRACEPOINT if name in RAW_TRACEPOINTS else bcc.BPF.KPROBE
-        try:
-            function = module.load_func(name, kind)
-        except Exception as error:
-            raise LoadError(f"this kernel refuses the program {name}: {error}") from error
-        pin_program(bcc, function.fd, os.path.join(programs, name))
+    names = [
+        bcc.lib.bpf_function_name(module.module, i).decode() for i in range(bcc.lib.bpf_num_functions(module.module))
+    ]
+    names.sort(key=lambda name: bcc.lib.bpf_function_size(module.module, name.encode()), reverse=True)
+    with ThreadPoolExecutor() as threads:  # the kernel verifies each on its own: the longest first, or all wait for it
+        loaded = threads.map(lambda name: load_program(bcc, module, name), names)
+        for name, fd in zip(names, loaded, strict=True):
+            if fd >= 0:
+                pin_program(bcc, fd, os.path.join(programs, name))
 
 
 def main() -> int:

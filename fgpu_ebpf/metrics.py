@@ -5,15 +5,17 @@ Owns: the names of the metrics. Never: looks at the host; a number that the Snap
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 import fgpu_ebpf
-from fgpu_ebpf.snapshot import DeviceView, Snapshot, TenantDevice
+from fgpu_ebpf.snapshot import ComputeView, DeviceView, SlicesView, Snapshot, TenantDevice
 
 _TENANT_GAUGES: tuple[tuple[str, str, Callable[[TenantDevice], int | None]], ...] = (
     ("fgpu_memory_limit_bytes", "Bytes that the tenant may hold on the device", lambda d: d.limit_bytes),
@@ -30,26 +32,54 @@ _DEVICE_GAUGES: tuple[tuple[str, str, Callable[[DeviceView], int | None]], ...] 
     ("fgpu_device_memory_used_bytes", "Memory in use on the device, by NVML", lambda d: d.used_bytes),
     ("fgpu_device_memory_committed_bytes", "Sum of the tenants' limits", lambda d: d.committed_bytes),
     ("fgpu_device_memory_unmanaged_bytes", "Held by processes outside any tenant", lambda d: d.unmanaged_bytes),
+    ("fgpu_device_unmanaged_processes", "That hold memory outside any tenant", lambda d: d.unmanaged_processes),
 )
 
 
-def families(snapshot: Snapshot) -> Iterator[Metric]:
-    """All metric families of one Snapshot."""
+_COMPUTE_COUNTERS: tuple[tuple[str, str, Callable[[ComputeView], float | None]], ...] = (
+    (
+        "fgpu_compute_seconds",
+        "The device's time that the tenant owned while it was gated",
+        lambda c: None if c.free and not c.owned_seconds else c.owned_seconds,
+    ),
+    ("fgpu_compute_wait_seconds", "Time for which the tenant waited for its turns", lambda c: c.wait_seconds),
+    ("fgpu_compute_throttled", "Times that the tenant's limit held it back", lambda c: c.throttled),
+)
+_COMPUTE_GAUGES: tuple[tuple[str, str, Callable[[ComputeView], float | None]], ...] = (
+    ("fgpu_compute_weight", "The tenant's part of contended time", lambda c: c.weight),
+    ("fgpu_compute_limit_ratio", "The most of the device's time that the tenant may own", lambda c: c.limit_ratio),
+)
+_SLICE_COUNTERS: tuple[tuple[str, str, Callable[[SlicesView], int]], ...] = (
+    ("fgpu_slice_switches", "Turns that began on the device", lambda s: s.switches),
+    ("fgpu_slice_overruns", "Turns that passed with work in flight", lambda s: s.overruns),
+)
+_INFO_LABELS = ("tenant", "kind", "policy", "namespace", "pod", "container", "cgroup_path")
+_HOW = ("no_admission", "no_shim", "unwitnessed", "unprobed", "older", "outside_turns")
+
+
+def families(snapshot: Snapshot, since_seconds: float = 0.0) -> Iterator[Metric]:
+    """All metric families of one Snapshot that was taken so long ago."""
     yield from _tenants(snapshot)
     yield from _tenant_devices(snapshot)
-    yield from _devices(snapshot)
+    yield from _devices(snapshot, since_seconds)
     yield from _host(snapshot)
 
 
 def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
-    info = GaugeMetricFamily("fgpu_tenant_info", "Names of a tenant", labels=["tenant", "kind", "cgroup_path"])
+    own = sorted({label for tenant in snapshot.tenants for label in tenant.labels} - set(_INFO_LABELS))
+    info = GaugeMetricFamily("fgpu_tenant_info", "Names of a tenant", labels=[*_INFO_LABELS, *own])
     processes = GaugeMetricFamily("fgpu_processes", "Processes charged to the tenant", labels=["tenant"])
-    bypassing = GaugeMetricFamily("fgpu_bypassing_processes", "Allocate without the shim", labels=["tenant", "how"])
+    bypassing = GaugeMetricFamily(
+        "fgpu_bypassing_processes", "Processes that go around the shim", labels=["tenant", "how"]
+    )
     mode = GaugeMetricFamily("fgpu_tenant_enforcement", "1: how limits are kept", labels=["tenant", "mode"])
     for tenant in snapshot.tenants:
-        info.add_metric([tenant.tenant, tenant.kind, tenant.path], 1)
+        names = [tenant.tenant, tenant.kind, tenant.policy, tenant.namespace, tenant.pod, tenant.container, tenant.path]
+        info.add_metric([*names, *(tenant.labels.get(label, "") for label in own)], 1)
         processes.add_metric([tenant.tenant], len({p.pid for p in tenant.processes}))
-        bypassing.add_metric([tenant.tenant, "no_admission"], tenant.bypassing)
+        for how in _HOW:
+            if tenant.bypassing.get(how) or how == _HOW[0]:
+                bypassing.add_metric([tenant.tenant, how], tenant.bypassing.get(how, 0))
         mode.add_metric([tenant.tenant, tenant.enforcement], 1)
     yield from (info, processes, bypassing, mode)
 
@@ -69,9 +99,33 @@ def _tenant_devices(snapshot: Snapshot) -> Iterator[Metric]:
         for refusal in device.refusals:
             refused.add_metric([tenant.tenant, str(device.gpu), refusal.operation, refusal.reason], refusal.count)
     yield refused
+    yield from _compute(snapshot)
 
 
-def _devices(snapshot: Snapshot) -> Iterator[Metric]:
+def _compute(snapshot: Snapshot) -> Iterator[Metric]:
+    rows = [([t.tenant, str(d.gpu)], d.compute) for t in snapshot.tenants for d in t.devices if d.compute]
+    labels = ["tenant", "gpu"]
+    for name, text, value in _COMPUTE_COUNTERS:
+        yield _filled(CounterMetricFamily(name, text, labels=labels), ((who, value(c)) for who, c in rows))
+    for name, text, value in _COMPUTE_GAUGES:
+        yield _filled(GaugeMetricFamily(name, text, labels=labels), ((who, value(c)) for who, c in rows))
+
+
+def _slices(snapshot: Snapshot) -> Iterator[Metric]:
+    rows = [([str(d.index)], d.slices) for d in snapshot.devices if d.slices]
+    for name, text, value in _SLICE_COUNTERS:
+        yield _filled(CounterMetricFamily(name, text, labels=["gpu"]), ((gpu, value(s)) for gpu, s in rows))
+    drains = HistogramMetricFamily(
+        "fgpu_slice_drain_seconds", "From the closing of a gate until nothing was in flight", labels=["gpu"]
+    )
+    for gpu, slices in rows:
+        sums = list(accumulate(slices.drains))
+        bounds = [*map(str, slices.bounds_seconds), "+Inf"]
+        drains.add_metric(gpu, list(zip(bounds, sums, strict=True)), slices.drain_seconds)
+    yield drains
+
+
+def _devices(snapshot: Snapshot, since_seconds: float) -> Iterator[Metric]:
     info = GaugeMetricFamily("fgpu_device_info", "Names of a device", labels=["gpu", "gpu_uuid", "model", "pci_bus_id"])
     for device in snapshot.devices:
         info.add_metric([str(device.index), device.uuid, device.name, device.pci_bus_id], 1)
@@ -79,20 +133,60 @@ def _devices(snapshot: Snapshot) -> Iterator[Metric]:
     for name, text, value in _DEVICE_GAUGES:
         family = GaugeMetricFamily(name, text, labels=["gpu"])
         yield _filled(family, (([str(d.index)], value(d)) for d in snapshot.devices))
+    age = GaugeMetricFamily("fgpu_reconcile_age_seconds", "Since NVML last answered for the device", labels=["gpu"])
+    ages = (([str(d.index)], d.reconcile_age_seconds) for d in snapshot.devices)
+    yield _filled(age, ((gpu, None if at is None else at + since_seconds) for gpu, at in ages))
+    yield from _slices(snapshot)
 
 
 def _host(snapshot: Snapshot) -> Iterator[Metric]:
-    anomalies = CounterMetricFamily("fgpu_anomalies", "What should not happen, counted in the kernel", labels=["kind"])
+    anomalies = CounterMetricFamily("fgpu_anomalies", "What should not happen", labels=["kind"])
     for kind, count in snapshot.anomalies.items():
         anomalies.add_metric([kind], count)
     yield anomalies
-    yield GaugeMetricFamily("fgpu_reconcile_age_seconds", "Since NVML last answered", snapshot.reconcile_age_seconds)
+    hits = CounterMetricFamily("fgpu_probe_hits", "Calls that a probe has seen, of any process", labels=["probe"])
+    for probe, count in snapshot.probe_hits.items():
+        hits.add_metric([probe], count)
+    yield hits
+    lost = CounterMetricFamily("fgpu_events_lost", "Events of the kernel that nobody was told of", labels=["reason"])
+    for reason in ("rate", "full"):
+        lost.add_metric([reason], snapshot.events.get(reason, 0))
+    yield lost
+    yield CounterMetricFamily("fgpu_control_refused", "Writes refused on the control socket", snapshot.writes_refused)
+    yield CounterMetricFamily("fgpu_agent_failures", "Mistakes that the agent has outlived", snapshot.failures)
+    if snapshot.policies:
+        yield GaugeMetricFamily(
+            "fgpu_config_last_reload_successful", "1: the policy files were good when last read", snapshot.policies.good
+        )
+        yield GaugeMetricFamily(
+            "fgpu_config_last_reload_success_timestamp_seconds",
+            "When policies were last put in force, since the epoch",
+            snapshot.policies.loaded_seconds,
+        )
+        yield GaugeMetricFamily("fgpu_policies", "Policies in force", snapshot.policies.count)
+    yield from _engines(snapshot)
     build = GaugeMetricFamily("fgpu_build_info", "Version of the agent", labels=["version"])
     build.add_metric([fgpu_ebpf.__version__], 1)
     yield build
 
 
-def _filled(family: Metric, samples: Iterable[tuple[list[str], int | None]]) -> Metric:
+def _engines(snapshot: Snapshot) -> Iterator[Metric]:
+    labels = ["engine", "socket"]
+    up = GaugeMetricFamily("fgpu_engine_up", "1: the engine answered when last asked for labels", labels=labels)
+    waiting = GaugeMetricFamily(
+        "fgpu_engine_waiting", "Containers about which the engine has not answered", labels=labels
+    )
+    asked = CounterMetricFamily("fgpu_engine_asked", "Times that the engine was asked", labels=[*labels, "outcome"])
+    for engine in snapshot.engines:
+        who = [engine.name, engine.path]
+        up.add_metric(who, engine.is_there and not engine.fault)
+        waiting.add_metric(who, engine.waiting)
+        for outcome in ("found", "unknown", "failed"):
+            asked.add_metric([*who, outcome], getattr(engine, outcome))
+    yield from (up, waiting, asked)
+
+
+def _filled(family: Metric, samples: Iterable[tuple[list[str], float | None]]) -> Metric:
     for labels, value in samples:
         if value is not None:
             family.add_metric(labels, value)  # type: ignore[attr-defined]
@@ -102,18 +196,20 @@ def _filled(family: Metric, samples: Iterable[tuple[list[str], int | None]]) -> 
 class SnapshotCollector(Collector):
     """Shows whatever Snapshot is the latest when somebody asks."""
 
-    def __init__(self, latest: Callable[[], Snapshot]) -> None:
+    def __init__(self, latest: Callable[[], Snapshot], now: Callable[[], float] = time.monotonic) -> None:
         self._latest = latest
+        self._now = now
 
     def collect(self) -> Iterable[Metric]:
         """The families of the latest Snapshot."""
-        return families(self._latest())
+        snapshot = self._latest()
+        return families(snapshot, max(0.0, self._now() - snapshot.taken_seconds) if snapshot.taken_seconds else 0.0)
 
 
-def registry(latest: Callable[[], Snapshot]) -> CollectorRegistry:
-    """A registry that holds fgpu's metrics and no others."""
+def registry(latest: Callable[[], Snapshot], now: Callable[[], float] = time.monotonic) -> CollectorRegistry:
+    """A registry that holds fgpu's metrics and no others; ages are those of the moment of asking."""
     own = CollectorRegistry(auto_describe=False)
-    own.register(SnapshotCollector(latest))
+    own.register(SnapshotCollector(latest, now))
     return own
 
 

@@ -1,46 +1,308 @@
-"""Quantities of memory as people write them.
+"""Policies in force: which workload gets what.
 
-Owns: what `8GiB` means. Never: does I/O. On failure: QuantityError, which says what would be right.
+Owns: the order of policies, first match wins, and what a workload's own label may change. Never: does I/O, reads a
+file (`policyfile` does) or decides twice differently. On failure: a note in the decision; nothing here raises.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Protocol
 
-_UNITS = {"": 1, "B": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_QUANTITY = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)")
-MOST_BYTES = 2**47
-
-
-class QuantityError(ValueError):
-    """Not a quantity of memory; the text says what would be."""
-
-
-def memory_bytes(text: str) -> int:
-    """`8GiB`, `8Gi`, `8192MiB`, `1.5GiB` or plain bytes -> bytes. Decimal units are refused: nobody means them."""
-    match = _QUANTITY.fullmatch(text.strip())
-    if match is None:
-        raise QuantityError(f"{text!r} is no quantity of memory: write it as 8GiB or 8192MiB")
-    number, unit = match["number"], match["unit"]
-    unit = unit.removesuffix("B") if unit.endswith("iB") else unit
-    if unit not in _UNITS:
-        raise QuantityError(_decimal_hint(text, number, unit))
-    value = float(number) * _UNITS[unit] if "." in number else int(number) * _UNITS[unit]
-    if not 0 < value <= MOST_BYTES or value != int(value):
-        raise QuantityError(f"{text!r} is not between 1 byte and 128 TiB")
-    return int(value)
+from fgpu_ebpf.globs import Globs
+from fgpu_ebpf.identity import COMPUTE_LABEL, FRACTION_LABEL, MEMORY_LABEL, Workload
+from fgpu_ebpf.quantities import (
+    MILLION,
+    Amount,
+    QuantityError,
+    amount,
+    fraction,
+    memory_text,
+    millionths,
+    millionths_text,
+    shown,
+)
 
 
-def _decimal_hint(text: str, number: str, unit: str) -> str:
-    letter = unit[:1].upper()
-    if letter in ("K", "M", "G", "T"):
-        return f"{text!r}: did you mean {number}{letter}iB?"
-    return f"{text!r}: unknown unit {unit!r}; write KiB, MiB, GiB or TiB"
+class Device(Protocol):
+    """A GPU as policies see it."""
+
+    @property
+    def index(self) -> int:
+        """The ledger's."""
+
+    @property
+    def uuid_text(self) -> str:
+        """`GPU-…`, as NVML writes it."""
+
+    @property
+    def name(self) -> str:
+        """The model."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """What tenants could get of it in all: its memory less the driver's reserve."""
 
 
-def memory_text(bytes_: int) -> str:
-    """Bytes for people: `1.5GiB`, `518MiB`."""
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(bytes_) >= size:
-            return f"{bytes_ / size:.1f}".removesuffix(".0") + unit
-    return f"{bytes_}B"
+class Operator(StrEnum):
+    """What a label is asked."""
+
+    IN = "In"
+    NOT_IN = "NotIn"
+    EXISTS = "Exists"
+    DOES_NOT_EXIST = "DoesNotExist"
+
+
+class Priority(StrEnum):
+    """Whose turn comes first at the next launch."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+# -- what a policy says --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LabelTest:
+    """One question about one label. As in Kubernetes, a label that is not there is NotIn everything."""
+
+    key: str
+    operator: Operator
+    values: frozenset[str] = frozenset()
+
+    def holds(self, labels: Mapping[str, str]) -> bool:
+        """Do these labels pass?"""
+        match self.operator:
+            case Operator.IN:
+                return labels.get(self.key) in self.values
+            case Operator.NOT_IN:
+                return labels.get(self.key) not in self.values
+            case Operator.EXISTS:
+                return self.key in labels
+            case Operator.DOES_NOT_EXIST:
+                return self.key not in labels
+
+    def __str__(self) -> str:
+        values = f" ({', '.join(sorted(self.values))})" if self.values else ""
+        return f"{self.key} {self.operator}{values}"
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Whom a policy is for: everything that is said must hold."""
+
+    cgroup: Globs | None = None
+    namespace: Globs | None = None
+    image: Globs | None = None
+    unit: Globs | None = None
+    labels: tuple[LabelTest, ...] = ()
+
+    def miss(self, workload: Workload) -> str:
+        """Why this workload is not meant; empty: it is.
+
+        What a workload made below its own cgroup has the names of its container, but only its path selects it.
+        """
+        if self.cgroup and not self.cgroup.matches(workload.path.lstrip("/")):
+            return f"its cgroup matches none of {self.cgroup}"
+        if workload.inside and not self.cgroup:
+            return "it lies inside the workload's own cgroup"
+        for word, globs, name in (
+            ("namespace", self.namespace, workload.namespace),
+            ("image", self.image, workload.image),
+            ("unit", self.unit, workload.unit),
+        ):
+            if globs and name is None:
+                return f"it has no {word}"
+            if globs and not globs.matches(name or ""):
+                return f"its {word} matches none of {globs}"
+        failed = next((test for test in self.labels if not test.holds(workload.labels)), None)
+        return f"its labels fail {failed}" if failed else ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceChoice:
+    """Devices by index, by UUID or its beginning, or by model; exactly one is said."""
+
+    text: str
+    index: int | None = None
+    uuid: str = ""
+    model: Globs | None = None
+
+    def takes(self, device: Device) -> bool:
+        """Is this device meant?"""
+        if self.uuid:
+            return device.uuid_text.lower().startswith(self.uuid)
+        if self.model is None:
+            return device.index == self.index
+        return self.model.matches(device.name) or self.model.matches(device.name.removeprefix("NVIDIA "))
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """A share of a device's time. Ceiling 1.0: none."""
+
+    limit_ratio: float = 1.0
+    weight: int = 100
+    priority: Priority = Priority.NORMAL
+    quantum_ns: int = 20_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A limit, and how far the workload's own label may go beyond it."""
+
+    limit: Amount
+    most: Amount
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One policy; `source` says where it was read: `10-team.yaml:3`."""
+
+    name: str
+    source: str
+    selector: Selector
+    devices: tuple[DeviceChoice, ...]
+    memory: Memory | None = None
+    compute: Compute | None = None
+    observe: bool = False
+    kill: bool = False
+    own_utilization: bool = False
+    metric_labels: tuple[str, ...] = ()
+
+
+# -- what it comes to ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a workload gets. `memory`: bytes by ledger index, empty where the policy sets no limit.
+
+    `devices` are the ledger's indices of those it may use. `compute` None: it is not gated.
+    """
+
+    policy: str
+    observe: bool
+    kill: bool
+    devices: tuple[int, ...]
+    memory: Mapping[int, int]
+    compute: Compute | None
+    own_utilization: bool
+    metric_labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The policy that a workload has, those before it with the reason why not, and what is to be said about it."""
+
+    workload: Workload
+    policy: Policy | None
+    tried: tuple[tuple[str, str], ...]
+    limits: Limits | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySet:
+    """All policies, in the order in which they are asked."""
+
+    policies: tuple[Policy, ...] = field(default=())
+
+    def resolve(self, workload: Workload, devices: Sequence[Device]) -> Decision:
+        """The first policy that matches decides; without one the workload is unmanaged."""
+        tried: list[tuple[str, str]] = []
+        for policy in self.policies:
+            miss = policy.selector.miss(workload)
+            if not miss:
+                notes: list[str] = []
+                limits = _limits(policy, workload, devices, notes)
+                return Decision(workload, policy, tuple(tried), limits, tuple(notes))
+            tried.append((policy.name, miss))
+        return Decision(workload, None, tuple(tried), None, ())
+
+
+def _limits(policy: Policy, workload: Workload, devices: Iterable[Device], notes: list[str]) -> Limits:
+    chosen = [device for device in devices if any(choice.takes(device) for choice in policy.devices)]
+    if not chosen:
+        notes.append(f"this host has no device {', '.join(choice.text for choice in policy.devices)}")
+    return Limits(
+        policy=policy.name,
+        observe=policy.observe,
+        kill=policy.kill,
+        devices=tuple(device.index for device in chosen),
+        memory=_memory(policy.memory, workload, chosen, notes),
+        compute=_compute(policy.compute, workload, notes),
+        own_utilization=policy.own_utilization,
+        metric_labels=policy.metric_labels,
+    )
+
+
+def _memory(memory: Memory | None, workload: Workload, devices: Iterable[Device], notes: list[str]) -> dict[int, int]:
+    asked = _asked_memory(memory, workload.labels, "", notes)
+    image = _asked_memory(memory, workload.image_asks, "the image's ", notes)
+    return {d.index: _bytes(memory, asked, image, d, notes) for d in devices} if memory else {}
+
+
+_Asked = tuple[str, Amount]  # by which label, and how much
+
+
+def _asked_memory(
+    memory: Memory | None, labels: Mapping[str, str], whose: str, notes: list[str]
+) -> _Asked | None:  # fmt: skip
+    """What labels ask for: fgpu's own, or else ClearML's."""
+    for label, read in ((MEMORY_LABEL, amount), (FRACTION_LABEL, fraction)):
+        text = labels.get(label)
+        if text is None:
+            continue
+        if memory is None:
+            notes.append(f"{whose}{label} is ignored: the policy sets no limit of memory")
+            continue
+        try:
+            return label, read(text)
+        except QuantityError as error:
+            notes.append(f"{whose}{label} is ignored: {error}")
+    return None
+
+
+def _bytes(memory: Memory, asked: _Asked | None, image: _Asked | None, device: Device, notes: list[str]) -> int:
+    limit, most = memory.limit.of(device.usable_bytes), memory.most.of(device.usable_bytes)
+    if asked is not None:
+        label, wanted, most = asked[0], asked[1].of(device.usable_bytes), max(limit, most)
+        limit = min(wanted, most)
+        if wanted > most:
+            sizes = f"{memory_text(wanted)} of device {device.index}, the policy allows {memory_text(most)}"
+            notes.append(f"{label} asks for {sizes}")
+    if image is not None:
+        limit = min(limit, image[1].of(device.usable_bytes))
+    if limit > device.usable_bytes:
+        notes.append(f"the limit of {memory_text(limit)} is more than device {device.index} can give")
+    return limit
+
+
+def _compute(compute: Compute | None, workload: Workload, notes: list[str]) -> Compute | None:
+    compute = _asked_compute(compute, workload.labels, "", notes)
+    return _asked_compute(compute, workload.image_asks, "the image's ", notes)
+
+
+def _asked_compute(
+    compute: Compute | None, labels: Mapping[str, str], whose: str, notes: list[str]
+) -> Compute | None:  # fmt: skip
+    text, label = labels.get(COMPUTE_LABEL), f"{whose}{COMPUTE_LABEL}"
+    if text is None:
+        return compute
+    if compute is None:
+        notes.append(f"{label} is ignored: the policy shares out no compute time")
+        return None
+    try:
+        asked = millionths(text) / MILLION
+    except QuantityError as error:
+        notes.append(f"{label} is ignored: {error}")
+        return compute
+    if asked > compute.limit_ratio and not whose:
+        most = millionths_text(round(compute.limit_ratio * MILLION))
+        notes.append(f"{label} asks for {shown(text)}, the policy allows {most}")
+    return replace(compute, limit_ratio=min(asked, compute.limit_ratio))

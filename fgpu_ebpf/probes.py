@@ -8,22 +8,20 @@ so its processes get no answer to their hello and no memory.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
-import hashlib
 import os
 import subprocess
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgpu_ebpf import bpf, procfs
-from fgpu_ebpf.checks import Check
+from fgpu_ebpf import bpf, elf, procfs, prologue
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.pages import Function
 
-LOADER = ("/usr/bin/python3", "-I")
 SHIM = {"fgpu_admit": "admit", "fgpu_release": "give_back"}
+DRIVER_PROGRAMS = ("call_return", "call_enter")
 REQUIRED = {
     "cuMemAlloc_v2": Function.ALLOC,
     "cuMemFree_v2": Function.FREE,
@@ -40,6 +38,8 @@ OPTIONAL = {
     "cuMemAllocManaged": Function.ALLOC_MANAGED,
     "cuMemAllocPitch_v2": Function.ALLOC_PITCH,
     "cuMemRetainAllocationHandle": Function.RETAIN_HANDLE,
+    "cuMemExportToShareableHandle": Function.EXPORT,
+    "cuIpcGetMemHandle": Function.EXPORT_POINTER,
     "cuDevicePrimaryCtxReset_v2": Function.PRIMARY_RESET,
     "cuCtxCreate_v3": Function.CONTEXT_V3,
     "cuCtxCreate_v4": Function.CONTEXT_V4,
@@ -50,12 +50,20 @@ OPTIONAL = {
     "cuMipmappedArrayDestroy": Function.ARRAY_DESTROY,
 }
 TRACEPOINTS = {"process_exit": "sched_process_exit", "process_exec": "sched_process_exec"}
+OPTIONAL_TRACEPOINTS = {
+    "cgroup_attach": "cgroup_attach_task",
+    "cgroup_made": "cgroup_mkdir",
+    "cgroup_populated": "cgroup_notify_populated",
+    "cgroup_removed": "cgroup_rmdir",
+}
 LIBRARY_FOLDERS = (
     "usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib", "lib64", "lib", ".",
     "usr/local/nvidia/lib64", "usr/local/nvidia/lib", "usr/lib/wsl/lib", "usr/local/cuda/compat",
 )  # fmt: skip
-_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
-_URETPROBE_CALL, _ALLOW, _ERRNO_EPERM = 335, 0x7FFF0000, 0x00050001
+
+
+File = tuple[int, int]  # (dev, ino), as /proc/PID/maps names it
+_ALL = (*SHIM, *REQUIRED, *OPTIONAL)
 
 
 class ProbeError(Exception):
@@ -64,28 +72,34 @@ class ProbeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A file to probe: `path` opens it from here; (dev, ino) is how /proc/PID/maps names it."""
+    """A file to probe: `way` opens it from here; (dev, ino) is how /proc/PID/maps names it, and `path` how people do.
+
+    `pinned`: its links outlive the agent; a file in a container's own layer would keep its mount busy by them.
+    """
 
     path: str
     dev: int
     ino: int
     pinned: bool
+    way: str
+    through: bool = False  # `way` is a link of the kernel's own
 
     @classmethod
     def of(cls, path: str) -> Target:
         """A file of the host's own."""
-        stat = os.stat(path)
-        return cls(os.path.realpath(path), stat.st_dev, stat.st_ino, True)
+        place = os.path.realpath(path)
+        return cls(place, *procfs.as_mapped(place), True, place)
 
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where in a file a probe sits; `function` is what its program is told."""
-
-    symbol: str
-    offset: int
-    at_return: bool = False
-    function: Function = Function.NONE
+    def open(self) -> int:
+        """A descriptor of this very file, whatever has been put in its place meanwhile. Raises OSError."""
+        fd = procfs.open_regular(self.way, self.through)
+        try:
+            if procfs.mapped_as(fd) != (self.dev, self.ino):
+                raise OSError(errno.ESTALE, "another file is in its place")
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
 
 # -- finding -------------------------------------------------------------------------------------------------------
@@ -104,34 +118,35 @@ def driver_libraries(root: Path, name: str) -> list[Path]:
 
 
 def _cached_libraries(name: str) -> list[Path]:
+    return [Path(line.split(" => ")[1]) for line in _loader_cache() if line.split(" ")[0].strip() == name]
+
+
+@functools.cache
+def _loader_cache() -> list[str]:
     command = ["/sbin/ldconfig", "-p"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False, env={})
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [Path(line.split(" => ")[1]) for line in done.stdout.splitlines() if line.split(" ")[0].strip() == name]
+    return done.stdout.splitlines()
 
 
-def mapped_targets(pids: Iterable[int], known: Set[tuple[int, int]]) -> Iterator[Target]:
-    """The libcuda and shim files that these processes map and that are not known yet, each once."""
-    seen = set(known)
-    for pid in pids:
-        for mapped in procfs.fgpu_mappings(pid) or ():
-            if (mapped.dev, mapped.ino) in seen:
-                continue
-            seen.add((mapped.dev, mapped.ino))
-            with contextlib.suppress(OSError):
-                yield _target_of(pid, mapped)
+def target_of(pid: int, mapped: procfs.Mapping) -> Target:
+    """A file that a process maps. Raises OSError: it cannot be had any more, or is no file that can be opened.
 
-
-def _target_of(pid: int, mapped: procfs.Mapping) -> Target:
-    with contextlib.suppress(OSError):
-        stat = os.stat(mapped.path)
-        if (stat.st_dev, stat.st_ino) == (mapped.dev, mapped.ino):
-            return Target(mapped.path, mapped.dev, mapped.ino, True)
-    inside = f"/proc/{pid}/root{mapped.path}"
-    os.stat(inside)
-    return Target(inside, mapped.dev, mapped.ino, False)  # a container's own layer: a pin would keep its mount busy
+    Paths are the process's own choice, so each is tried and what it opens compared; map_files leads to what is mapped.
+    """
+    ways = (
+        Target(mapped.path, mapped.dev, mapped.ino, True, mapped.path),
+        Target(mapped.path, mapped.dev, mapped.ino, False, f"/proc/{pid}/map_files/{mapped.place}", True),
+        Target(mapped.path, mapped.dev, mapped.ino, False, f"/proc/{pid}/root{mapped.path}"),
+    )
+    for target in ways[:-1]:
+        with contextlib.suppress(OSError):
+            os.close(target.open())
+            return target
+    os.close(ways[-1].open())
+    return ways[-1]
 
 
 # -- offsets -------------------------------------------------------------------------------------------------------
@@ -139,28 +154,28 @@ def _target_of(pid: int, mapped: procfs.Mapping) -> Target:
 
 def symbol_offsets(path: str, names: Iterable[str]) -> dict[str, int]:
     """File offsets of a library's exported functions, those that it has. ProbeError: not an ELF library."""
-    from elftools.common.exceptions import ELFError
-    from elftools.elf.elffile import ELFFile
-    from elftools.elf.sections import SymbolTableSection
-
-    wanted, found = set(names), {}
     try:
-        with open(path, "rb") as file:
-            elf = ELFFile(file)
-            table = elf.get_section_by_name(".dynsym")
-            if not isinstance(table, SymbolTableSection):
-                raise ProbeError(f"{path} has no dynamic symbols: is it a driver library?")
-            for symbol in table.iter_symbols():
-                if symbol.name in wanted and symbol["st_value"]:
-                    found[symbol.name] = next(elf.address_offsets(symbol["st_value"]))
-    except ELFError as error:
-        raise ProbeError(f"{path} is no ELF library ({error})") from error
-    return found
+        fd = procfs.open_regular(os.path.realpath(path))
+        try:
+            return _offsets(fd, list(names))
+        finally:
+            os.close(fd)
+    except (elf.ElfError, OSError) as error:
+        raise ProbeError(f"{path} cannot be read as a library ({error})") from error
 
 
-@functools.lru_cache(maxsize=64)
-def _offsets(path: str, dev: int, ino: int) -> dict[str, int]:
-    return symbol_offsets(path, [*SHIM, *REQUIRED, *OPTIONAL])
+def _offsets(fd: int, names: Collection[str]) -> dict[str, int]:
+    return prologue.shifted(fd, elf.function_offsets(fd, names))
+
+
+_looked_up: dict[File, dict[str, int]] = {}  # of the host's own files, until they are attached to
+
+
+def look_up(paths: Iterable[Path]) -> None:
+    """Finds the functions of these files, so that attaching to them later takes milliseconds. Raises ProbeError."""
+    for path in paths:
+        target = Target.of(str(path))
+        _looked_up[target.dev, target.ino] = symbol_offsets(target.path, _ALL)
 
 
 def missing_functions(path: str) -> list[str]:
@@ -169,73 +184,6 @@ def missing_functions(path: str) -> list[str]:
         return sorted(set(REQUIRED) - set(symbol_offsets(path, REQUIRED)))
     except ProbeError as error:
         return [str(error)]
-
-
-# -- loading -------------------------------------------------------------------------------------------------------
-
-
-def sources_digest(sources: Path) -> str:
-    """Eight hex digits that change with the programs."""
-    digest = hashlib.sha256()
-    for name in ("fgpu.h", "fgpu.bpf.c"):
-        digest.update((sources / name).read_bytes())
-    return digest.hexdigest()[:8]
-
-
-def load(sources: Path, pins: Path, loader: Sequence[str] = LOADER) -> str:
-    """Pins the programs unless these very ones are pinned; answers their digest.
-
-    Raises ProbeError with the loader's own line.
-    """
-    digest = sources_digest(sources)
-    stamp = pins / f"loaded-{digest}"
-    if stamp.is_dir():
-        return digest
-    _mount_bpffs(pins)
-    script = Path(__file__).with_name("loader.py")
-    command, environment = [*loader, str(script), str(sources), str(pins)], {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
-    except OSError as error:
-        raise ProbeError(
-            f"cannot run the loader {loader[0]} ({error.strerror}): name the system's Python with --loader"
-        ) from error
-    if done.returncode:
-        said = (done.stderr.strip() or f"the loader ended with {done.returncode}").splitlines()[-1]
-        raise ProbeError(said.removeprefix("fgpu loader: "))
-    for old in pins.glob("loaded-*"):
-        old.rmdir()
-    stamp.mkdir()
-    return digest
-
-
-def _mount_bpffs(pins: Path) -> None:
-    root = Path("/sys/fs/bpf")
-    if not os.path.ismount(root):
-        done = subprocess.run(["mount", "-t", "bpf", "bpf", str(root)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ProbeError(
-                f"no bpffs at {root} and none can be mounted ({done.stderr.strip()}): mount -t bpf bpf {root}"
-            )
-    pins.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-def check_loader(loader: Sequence[str]) -> Check:
-    """The loader's interpreter sees the distribution's BCC."""
-    question = "import bcc; print(bcc.__version__ if hasattr(bcc, 'BPF') else 'wrong ' + str(bcc.__file__))"
-    mend = "apt-get install python3-bpfcc (Debian, Ubuntu), python3-bcc (Fedora)"
-    try:
-        done = subprocess.run([*loader, "-c", question], capture_output=True, text=True, timeout=30, check=False)
-    except OSError as error:
-        return Check(
-            "bcc", False, f"cannot run {loader[0]}: {error.strerror}", "name the system's Python with --loader"
-        )
-    said = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]
-    if done.returncode:
-        return Check("bcc", False, f"{loader[0]} sees no BCC ({said})", mend)
-    if said.startswith("wrong"):
-        return Check("bcc", False, f"{said[6:]} is not BPF's bcc", f"pip uninstall bcc; {mend}")
-    return Check("bcc", True, said)
 
 
 # -- attaching -----------------------------------------------------------------------------------------------------
@@ -249,84 +197,131 @@ class Probes:
         self._links = pins / "links"
         self._digest = digest
         self._ledger = ledger
-        self._held: dict[tuple[int, int], list[int]] = {}
+        self._held: dict[File, list[int]] = {}
+        self._pinned: dict[File | None, set[str]] = {}  # names of links that are in the kernel's hands
         self._links.mkdir(mode=0o700, exist_ok=True)
         self._known = self._pinned_files()
 
-    def _pinned_files(self) -> set[tuple[int, int]]:
-        """The files whose links survived an earlier agent; all others are forgotten."""
-        files = {tuple(int(n, 16) for n in p.name.split("-")[1:3]) for p in self._links.glob(f"{self._digest}-*-*-end")}
+    def _pinned_files(self) -> set[File]:
+        """The files whose links have all survived an earlier agent; all others are forgotten."""
+        there: dict[File, set[str]] = {}
+        for path in self._links.glob(f"{self._digest}-*-*-*"):
+            _, dev, ino, what = path.name.split("-")
+            there.setdefault((int(dev, 16), int(ino, 16)), set()).add(what)
         self._ledger.forget_files()
-        for dev, ino in files:
-            self._ledger.enter_file(dev, ino)
-        return files  # type: ignore[return-value]
+        for file, kinds in there.items():
+            if any(kinds == {*whole, "end"} for whole in (DRIVER_PROGRAMS, SHIM.values())):
+                self._ledger.enter_file(*file)
+                self._pinned[file] = {f"{self._name(file)}-{what}" for what in kinds - {"end"}}
+            else:
+                remove_links(self._links.glob(f"{self._name(file)}-*"))
+        return set(self._pinned)  # type: ignore[arg-type]
+
+    def lost(self) -> frozenset[File | None]:
+        """Files some of whose pinned links are there no more, so that the kernel sees nothing; None: process events."""
+        try:
+            there = set(os.listdir(self._links))
+        except FileNotFoundError:
+            there = set()
+        return frozenset(file for file, names in self._pinned.items() if not names <= there)
+
+    def attach_again(self, lost: Set[File | None]) -> None:
+        """Puts the process events back, and lets go of files that attach() is to see anew. ProbeError: it cannot."""
+        self._links.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for file in lost:
+            if file is None:
+                self.attach_process_ends()
+            else:
+                self.let_go(file)
 
     @property
-    def known(self) -> frozenset[tuple[int, int]]:
+    def known(self) -> frozenset[File]:
         """(dev, ino) of every probed file."""
         return frozenset(self._known)
 
     def attach_process_ends(self) -> None:
         """Links the process events. ProbeError: this kernel does not say when a process is gone."""
         for program, event in TRACEPOINTS.items():
-            path = self._links / f"{self._digest}-{program}"
-            if path.exists():
-                continue
-            fd = bpf.pinned(self._programs / program)
             try:
-                link = bpf.attach_raw_tracepoint(fd, event)
+                self._attach_tracepoint(program, event)
+            except FileNotFoundError as error:
+                raise ProbeError(f"{self._programs / program} is no longer pinned: restart the agent") from error
             except OSError as error:
                 raise ProbeError(
                     f"this kernel's {event} does not tell a process's end (Linux >= 6.16 does): {error}"
                 ) from error
-            finally:
-                os.close(fd)
-            bpf.pin(link, path)
-            os.close(link)
+        for program, event in OPTIONAL_TRACEPOINTS.items():
+            with contextlib.suppress(OSError):  # the slow look at the cgroups stands in
+                self._attach_tracepoint(program, event)
 
-    def attach(self, target: Target) -> None:
-        """Probes a libcuda or shim file and enters it in `files`. ProbeError: it lacks a function that must be seen."""
-        if (target.dev, target.ino) in self._known:
-            return
-        offsets = _offsets(target.path, target.dev, target.ino)
-        if "fgpu_admit" in offsets:  # it exports the driver's names too: those are not the driver
-            self._attach_shim(target, offsets)
-        else:
-            self._attach_driver(target, offsets)
-        if target.pinned:
-            (self._links / f"{self._digest}-{target.dev:x}-{target.ino:x}-end").mkdir(exist_ok=True)
-        self._known.add((target.dev, target.ino))
-        self._ledger.enter_file(target.dev, target.ino)
-
-    def _attach_shim(self, target: Target, offsets: Mapping[str, int]) -> None:
-        _need(target, SHIM, offsets)
-        for symbol, program in SHIM.items():
-            self._link(target, Place(symbol, offsets[symbol]), program)
-
-    def _attach_driver(self, target: Target, offsets: Mapping[str, int]) -> None:
-        _need(target, REQUIRED, offsets)
-        for symbol, function in (REQUIRED | OPTIONAL).items():
-            if symbol in offsets:
-                # The return first: an entry seen without its return would stay in flight.
-                self._link(target, Place(symbol, offsets[symbol], True, function), "call_return")
-                self._link(target, Place(symbol, offsets[symbol], False, function), "call_enter")
-
-    def _link(self, target: Target, place: Place, program: str) -> None:
-        name = f"{self._digest}-{target.dev:x}-{target.ino:x}-{place.symbol}-{'r' if place.at_return else 'e'}"
-        path = self._links / name
-        if target.pinned and path.exists():
+    def _attach_tracepoint(self, program: str, event: str) -> None:
+        path = self._links / f"{self._digest}-{program}"
+        if path.exists():
+            self._pinned.setdefault(None, set()).add(path.name)
             return
         fd = bpf.pinned(self._programs / program)
-        event = -1
         try:
-            event = bpf.open_uprobe(target.path, place.offset, place.at_return)
-            link = bpf.attach_perf_event(fd, event, place.function)
-        except OSError as error:
-            raise ProbeError(f"cannot probe {place.symbol} in {target.path}: {error.strerror}") from error
+            link = bpf.attach_raw_tracepoint(fd, event)
         finally:
             os.close(fd)
-            if event >= 0:
-                os.close(event)
+        bpf.pin(link, path)
+        os.close(link)
+        self._pinned.setdefault(None, set()).add(path.name)
+
+    def attach(self, target: Target) -> None:
+        """Probes a libcuda or shim file and enters it in `files`. ProbeError: it lacks a function that must be seen,
+        or cannot be read; nothing is left of the attempt.
+        """
+        file = target.dev, target.ino
+        if file in self._known:
+            return
+        try:
+            fd = target.open()
+            try:
+                offsets = _looked_up.pop(file, None) or _offsets(fd, _ALL)
+                self._attach(target, f"/proc/self/fd/{fd}", offsets)
+            finally:
+                os.close(fd)
+            if target.pinned:
+                (self._links / f"{self._name(file)}-end").mkdir(exist_ok=True)
+            self._ledger.enter_file(*file)
+            self._known.add(file)
+        except (elf.ElfError, OSError) as error:
+            self.let_go(file)
+            raise ProbeError(f"{target.path} cannot be probed ({error})") from error
+        except ProbeError:
+            self.let_go(file)
+            raise
+
+    def _attach(self, target: Target, path: str, offsets: Mapping[str, int]) -> None:
+        if "fgpu_admit" in offsets:  # it exports the driver's names too: those are not the driver
+            _need(target, SHIM, offsets)
+            for symbol, program in SHIM.items():
+                self._link(target, path, program, [(offsets[symbol], Function.NONE)])
+            return
+        _need(target, REQUIRED, offsets)
+        places = [(offsets[symbol], f) for symbol, f in (REQUIRED | OPTIONAL).items() if symbol in offsets]
+        # The returns first: an entry seen without its return would stay in flight.
+        returns, entries = DRIVER_PROGRAMS
+        self._link(target, path, returns, places, at_return=True)
+        self._link(target, path, entries, places)
+
+    def _name(self, file: File) -> str:
+        return f"{self._digest}-{file[0]:x}-{file[1]:x}"
+
+    def _link(
+        self, target: Target, opens: str, program: str, places: Sequence[tuple[int, int]], at_return: bool = False
+    ) -> None:
+        path = self._links / f"{self._name((target.dev, target.ino))}-{program}"
+        if target.pinned:
+            self._pinned.setdefault((target.dev, target.ino), set()).add(path.name)
+            if path.exists():
+                return
+        fd = bpf.pinned(self._programs / program)
+        try:
+            link = bpf.attach_uprobes(fd, opens, places, at_return)
+        finally:
+            os.close(fd)
         if target.pinned:
             bpf.pin(link, path)
             os.close(link)
@@ -337,12 +332,19 @@ class Probes:
         """Takes away the links of earlier programs; these ones see everything already."""
         remove_links(path for path in self._links.iterdir() if not path.name.startswith(self._digest))
 
-    def drop_unused(self, used: set[tuple[int, int]]) -> None:
+    def drop_unused(self, used: Set[File]) -> None:
         """Takes away the links to files that nobody can be using any more."""
-        for dev, ino in self._known - used:
-            remove_links(self._links.glob(f"{self._digest}-{dev:x}-{ino:x}-*"))
-            self._ledger.forget_file(dev, ino)
-            self._known.discard((dev, ino))
+        for file in self._known - used:
+            self.let_go(file)
+
+    def let_go(self, file: File) -> None:
+        """Ends the probes of a file: they keep its mount busy."""
+        self._pinned.pop(file, None)
+        for link in self._held.pop(file, ()):
+            os.close(link)
+        remove_links(self._links.glob(f"{self._name(file)}-*"))
+        self._ledger.forget_file(*file)
+        self._known.discard(file)
 
 
 def _need(target: Target, wanted: Iterable[str], offsets: Mapping[str, int]) -> None:
@@ -352,9 +354,17 @@ def _need(target: Target, wanted: Iterable[str], offsets: Mapping[str, int]) -> 
 
 
 def remove_links(paths: Iterable[Path]) -> None:
-    """Unpins; the kernel detaches, 0.1 s a probe, aside."""
+    """Unpins; the kernel detaches aside."""
     for path in list(paths):
         path.rmdir() if path.is_dir() else path.unlink()
+
+
+def folders_of_other_layouts(pins: Path) -> list[Path]:
+    """Pinned folders beside this one: of a version with other structs, whose probes count for nobody."""
+    try:
+        return [entry for entry in pins.parent.iterdir() if entry.name.startswith("v") and entry != pins]
+    except OSError:
+        return []
 
 
 def detach(pins: Path) -> None:
@@ -367,33 +377,3 @@ def detach(pins: Path) -> None:
         stamp.rmdir()
     if pins.is_dir():
         pins.rmdir()
-
-
-# -- the trial -----------------------------------------------------------------------------------------------------
-
-# Denies one system call, as Docker's profile does what it does not know, and calls a probed function.
-_TRIAL = f"""
-import ctypes, struct, sys
-libc = ctypes.CDLL(None)
-code = struct.pack("HBBI", 0x20, 0, 0, 0) + struct.pack("HBBI", 0x15, 0, 1, int(sys.argv[2]))
-code += struct.pack("HBBI", 6, 0, 0, {_ERRNO_EPERM}) + struct.pack("HBBI", 6, 0, 0, {_ALLOW})
-program = ctypes.create_string_buffer(code)
-filter = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 4, ctypes.addressof(program)))
-shim = ctypes.CDLL(sys.argv[1])
-libc.prctl({_PR_SET_NO_NEW_PRIVS}, 1, 0, 0, 0)
-libc.prctl({_PR_SET_SECCOMP}, {_SECCOMP_MODE_FILTER}, filter, 0, 0)
-shim.fgpu_release(0, 0, 0, 0)
-"""
-
-
-def return_probes_survive_seccomp(shim: str, denied: int = _URETPROBE_CALL) -> bool:
-    """Whether a process under Docker's seccomp profile outlives a return probe.
-
-    From Linux 6.11 to early 6.13 the trampoline is a system call that the profile refuses, and the process dies.
-    """
-    event = bpf.open_uprobe(shim, symbol_offsets(shim, ["fgpu_release"])["fgpu_release"], True)
-    try:
-        done = subprocess.run([sys.executable, "-I", "-c", _TRIAL, shim], capture_output=True, timeout=30, check=False)
-    finally:
-        os.close(event)
-    return done.returncode >= 0

@@ -6,35 +6,51 @@ takes what it could not read for nothing. When a process has gone: None, empty o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
+import resource
 import select
+import stat
+import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-MOST_MAPS_BYTES = 1 << 23
+MOST_MAPPED = 1 << 15  # executable mappings of files
 DEEPEST = 32  # cgroups further in are taken for this one; the kernel side walks 16
 NS_GET_PARENT = 0xB702
 CUDA_NAMES = (b"libcuda.so", b"libfgpu.so")
 UNKNOWABLE = frozenset({(0, 0)})  # a file that nobody will ever have probed
 
 _LIBC = ctypes.CDLL(None)
-_LIBC.fopen.restype = ctypes.c_void_p
-_LIBC.fread.restype = ctypes.c_size_t
-_LIBC.fread.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p)
-_LIBC.fclose.argtypes = (ctypes.c_void_p,)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_MAP_FAILED = 2 ** (8 * ctypes.sizeof(ctypes.c_void_p)) - 1
+_PROCMAP_QUERY, _QUERY = 0xC0686611, struct.Struct("9Q4I2Q")  # Linux 6.11: struct procmap_query
+_FILE_HERE, _NEXT_EXECUTABLE_FILE, _LONGEST_PATH = 0x20, 0x34, 4096
+_PIDFD_GET_PID_NAMESPACE = 0xFF05  # Linux 6.11
+_PIDFD_GET_INFO, _INFO = 0xC040FF0B, struct.Struct("QQII40x")  # Linux 6.13: struct pidfd_info
+_INFO_PID_AND_CGROUP = 0b101
 
 
-def _read(path: str) -> bytes:
+def read(path: str) -> bytes:
+    """A small file of /proc or of the cgroup file system, at most 64 KiB. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(fd, 1 << 16)
     finally:
         os.close(fd)
+
+
+def raise_descriptor_limit() -> None:
+    """As many open files as this process may have: the usual 1024 are for programs that use select()."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _field(text: bytes, name: bytes) -> bytes:
@@ -56,16 +72,56 @@ def alive(pidfd: int) -> bool:
     return not poll.poll(0)
 
 
-def pid_of(pidfd: int) -> int:
-    """The process of a pidfd, as we call it; -1: it is gone. Raises OSError, ValueError."""
-    return int(_field(_read(f"/proc/self/fdinfo/{pidfd}"), b"Pid:"))
+def ended(pid: int) -> bool:
+    """All its threads have, whether or not its parent has noticed: its memory is no longer its own."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return True
+    try:
+        return not alive(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def started(pid: int) -> int | None:
+    """When it was, in ticks since boot: with the pid, this is another process's never. None: it has ended."""
+    try:
+        ticks = int(read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
+    except (OSError, IndexError):
+        return None
+    return None if ended(pid) else ticks
+
+
+def and_above(path: str) -> Iterator[str]:
+    """A cgroup's path and those of all around it."""
+    while path.strip("/"):
+        yield path
+        path = path.rpartition("/")[0]
+    yield "/"
+
+
+def identity(pidfd: int) -> tuple[int, int]:
+    """The process of a pidfd, as we call it, and the id of its cgroup. Raises OSError: it is gone."""
+    said = fcntl.ioctl(pidfd, _PIDFD_GET_INFO, _INFO.pack(_INFO_PID_AND_CGROUP, 0, 0, 0))
+    _, cgroup, _, tgid = _INFO.unpack(said)
+    return tgid, cgroup
+
+
+def pid_space(pidfd: int) -> int:
+    """The inode of the pid namespace of a pidfd's process. Raises OSError: it is gone."""
+    space = fcntl.ioctl(pidfd, _PIDFD_GET_PID_NAMESPACE)
+    try:
+        return os.fstat(space).st_ino
+    finally:
+        os.close(space)
 
 
 def pid_names(tgid: int) -> dict[int, int]:
     """What each pid namespace calls a process, its own first: inode of the namespace -> pid. Empty: it is gone."""
     names: dict[int, int] = {}
     try:
-        pids = _field(_read(f"/proc/{tgid}/status"), b"NSpid:").split()
+        pids = _field(read(f"/proc/{tgid}/status"), b"NSpid:").split()
         space = os.open(f"/proc/{tgid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         try:
             for pid in reversed(pids):
@@ -85,26 +141,30 @@ def pid_names(tgid: int) -> dict[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """A mapped file, as /proc/PID/maps names it."""
+    """A mapped file, as /proc/PID/maps names it; `place` is one of its mappings, as /proc/PID/map_files does."""
 
     path: str
     dev: int
     ino: int
+    place: str = field(default="", compare=False)
 
 
 def fgpu_mappings(pid: int) -> list[Mapping] | None:
     """The libcuda and shim files that a process has mapped executable, each once.
 
-    None: nobody can tell, because it is gone, has no memory of its own or maps absurdly much.
-    One foreign call reads all: in a thread, each `read` of Python's would fight for the interpreter.
+    None: nobody can tell, because it is gone, has no memory of its own or maps absurdly much. The kernel is asked for
+    one executable file after the other: the text of all mappings takes five times as long to make and to read.
     """
-    with mmap.mmap(-1, MOST_MAPS_BYTES) as room:
-        size = _read_into(room, f"/proc/{pid}/maps")
-        if not 0 < size < MOST_MAPS_BYTES:
-            return None
-        lines = (line for name in CUDA_NAMES for line in _lines_with(room, size, name))
-        files = dict.fromkeys(file for line in lines if (file := _executable(line)))
-    return [_mapping(*file) for file in files]
+    try:
+        fd = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return list(dict.fromkeys(_with_cuda_names(fd)))
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
 
 
 def cuda_files(pid: int) -> frozenset[tuple[int, int]]:
@@ -113,43 +173,73 @@ def cuda_files(pid: int) -> frozenset[tuple[int, int]]:
     return UNKNOWABLE if found is None else frozenset((mapped.dev, mapped.ino) for mapped in found)
 
 
+def open_regular(path: str, follow: bool = False) -> int:
+    """Opens a file for reading that may have been put there for us to find: it is regular, or OSError.
+
+    It is looked at before it is opened: a fifo would make us wait, a device do whatever it does. No lease of somebody
+    else's is waited for. `follow`: the last name may be a link.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    try:
+        if not stat.S_ISREG(os.fstat(place).st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(place)
+
+
+def as_mapped(path: str) -> tuple[int, int]:
+    """(dev, ino) of a file as /proc/PID/maps names it: on some overlays stat() says another. Raises OSError."""
+    fd = open_regular(path, follow=True)
+    try:
+        return mapped_as(fd)
+    finally:
+        os.close(fd)
+
+
+def mapped_as(fd: int) -> tuple[int, int]:
+    """(dev, ino) of an open file as /proc/PID/maps names it. Raises OSError."""
+    at = _LIBC.mmap(None, mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, 0)
+    if at == _MAP_FAILED:
+        raise OSError(errno.ENODEV, "cannot be mapped")
+    try:
+        maps = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _mapping_at(maps, at, _FILE_HERE)[2:]
+        finally:
+            os.close(maps)
+    finally:
+        _LIBC.munmap(ctypes.c_void_p(at), ctypes.c_size_t(mmap.PAGESIZE))
+
+
 def has_memory(pid: int) -> bool:
     """Does it live with memory of its own, as neither kernel threads nor the ended do?"""
     try:
-        return not _read(f"/proc/{pid}/statm").startswith(b"0 ")
+        return not read(f"/proc/{pid}/statm").startswith(b"0 ")
     except OSError:
         return False
 
 
-def _read_into(room: mmap.mmap, path: str) -> int:
-    file = _LIBC.fopen(path.encode(), b"re")
-    if not file:
-        return 0
-    start = ctypes.c_char.from_buffer(room)
-    size: int = _LIBC.fread(ctypes.byref(start), 1, len(room), file)
-    _LIBC.fclose(file)
-    return size
+def _mapping_at(maps: int, at: int, which: int, name: int = 0) -> tuple[int, int, int, int]:
+    """(start, end, dev, ino) of a mapping, and its path into the room at `name`. OSError: ENOENT, there is none."""
+    query = bytearray(_QUERY.size)
+    _QUERY.pack_into(query, 0, _QUERY.size, which, at, *(0,) * 8, _LONGEST_PATH if name else 0, 0, name, 0)
+    fcntl.ioctl(maps, _PROCMAP_QUERY, query)
+    _, _, _, start, end, _, _, _, ino, major, minor, *_ = _QUERY.unpack(query)
+    return start, end, os.makedev(major, minor), ino
 
 
-def _lines_with(text: mmap.mmap, size: int, name: bytes) -> Iterator[bytes]:
-    at = text.find(b"/" + name, 0, size)
-    while at >= 0:
-        end = text.find(b"\n", at, size)
-        yield text[text.rfind(b"\n", 0, at) + 1 : end]
-        at = text.find(b"/" + name, end, size)
-
-
-def _executable(line: bytes) -> tuple[bytes, bytes, bytes] | None:
-    _, mode, _, dev, ino, path = line.split(maxsplit=5)
-    if b"x" not in mode or not os.path.basename(path).startswith(CUDA_NAMES):
-        return None
-    return path, dev, ino
-
-
-def _mapping(path: bytes, dev: bytes, ino: bytes) -> Mapping:
-    major, minor = dev.split(b":")
-    name = os.fsdecode(path.removesuffix(b" (deleted)"))
-    return Mapping(name, os.makedev(int(major, 16), int(minor, 16)), int(ino))
+def _with_cuda_names(maps: int) -> Iterator[Mapping]:
+    room, at = ctypes.create_string_buffer(_LONGEST_PATH), 0
+    for _ in range(MOST_MAPPED):
+        try:
+            start, at, dev, ino = _mapping_at(maps, at, _NEXT_EXECUTABLE_FILE, ctypes.addressof(room))
+        except FileNotFoundError:  # that was the last
+            return
+        path = room.value
+        if path.rpartition(b"/")[2].startswith(CUDA_NAMES):
+            yield Mapping(os.fsdecode(path.removesuffix(b" (deleted)")), dev, ino, f"{start:x}-{at:x}")
+    raise OSError(errno.E2BIG, "too many mappings")
 
 
 # -- its cgroup -----------------------------------------------------------------------------------------------------
@@ -190,8 +280,18 @@ def cgroups(pid: int, root: Path) -> list[int]:
     return [os.stat(folder).st_ino for folder in _folders(root, inside)]
 
 
+def delegated(root: Path, path: str) -> str:
+    """The outermost cgroup on the way to this one that is not root's, and in which others may make more; else this."""
+    inside = list(accumulate(filter(None, path.split("/")[:DEEPEST]), "{}/{}".format, initial=""))[1:]
+    for around in inside:
+        with contextlib.suppress(OSError):
+            if os.stat(f"{root}{around}").st_uid:
+                return around
+    return inside[-1] if inside else "/"
+
+
 def _cgroup(pid: int) -> str:
-    return os.fsdecode(_field(_read(f"/proc/{pid}/cgroup"), b"0::"))
+    return os.fsdecode(_field(read(f"/proc/{pid}/cgroup"), b"0::"))
 
 
 def _folders(root: Path, inside: list[str]) -> list[str]:

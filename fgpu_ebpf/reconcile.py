@@ -7,28 +7,56 @@ on from its probes, and the age of the last answer is a metric.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 from fgpu_ebpf import procfs
+from fgpu_ebpf.audit import Audit, Verdict
+from fgpu_ebpf.bell import Bell
+from fgpu_ebpf.checks import Check
 from fgpu_ebpf.devices import Nvml
-from fgpu_ebpf.ledger import Ledger, Process
+from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.processes import Process
 
 PERIOD_SECONDS = 0.5
+DEVICE_SECONDS = 1.0  # what a whole device holds is for people
 RETRIES = 3
+STALE_SECONDS = 5.0  # ten looks
+NEVER_QUIET = 9  # looks in a row at which a process was in the middle of something
+_NOBODY_SAYS = {0: None}
+
+Sample = Mapping[int, int | None]  # host pid -> bytes on one device
 
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What NVML said last: bytes by device and host pid, and the drift of each process that was quiet."""
+    """What NVML said last: bytes by device and host pid (None: "N/A"), and the drift of each process compared.
 
-    at: float
+    `turns`: who does not keep to them. `answered`: when NVML last did, device by device, on the monotonic clock.
+    `failure`: why the last look has none.
+    """
+
+    answered: Mapping[int, float] = field(default_factory=dict)
     used: Mapping[int, int | None] = field(default_factory=dict)
-    held: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    held: Mapping[int, Sample] = field(default_factory=dict)
     drift: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    turns: Verdict = field(default_factory=Verdict)
+    failure: str = ""
+
+
+def check(ages: Mapping[int, float | None], failure: str) -> Check:
+    """That NVML answers: seconds since it did by device; None: never."""
+    stale = {index: age for index, age in ages.items() if age is None or age > STALE_SECONDS}
+    said = ", ".join(f"gpu {i} {'never' if age is None else f'{age:.1f} s ago'}" for i, age in sorted(stale.items()))
+    if stale or failure:
+        text = f"NVML answered for {said}" if stale else "NVML answered"
+        return Check(
+            "reconcile", False, text + (f"; {failure}" if failure else ""), "nvidia-smi: does the driver answer?"
+        )
+    return Check("reconcile", True, f"NVML answered {max(filter(None, ages.values()), default=0.0):.1f} s ago")
 
 
 class Reconciler:
@@ -39,11 +67,16 @@ class Reconciler:
         self._ledger = ledger
         self._levels = levels
         self._wake = threading.Event()
+        self._bell = Bell()
         self._stopping = False
-        self._seen: set[tuple[int, int]] = set()
+        self._known: Mapping[int, Process] = {}
+        self._used_at = -DEVICE_SECONDS
+        self._audit = Audit(nvml.process_percent)
+        self._ended = 0  # processes, when it was last swept
+        self._orphans: set[int] = set()
+        self._guesses: dict[tuple[int, int, int], list[int]] = {}  # of processes that are never quiet
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
-        self.truth = Truth(0.0)
-        self.failure = ""
+        self.truth = Truth()
 
     def start(self) -> None:
         """Begins; the first look is at once."""
@@ -55,6 +88,18 @@ class Reconciler:
         self._wake.set()
         self._thread.join(2.0)
 
+    def fileno(self) -> int:
+        """Readable when others hold memory than before, until hush()."""
+        return self._bell.fileno()
+
+    def hush(self) -> None:
+        """Whoever holds memory by now is known."""
+        self._bell.hush()
+
+    def orphaned(self, cgroup: int) -> None:
+        """The level has bytes of which only NVML can tell who holds them now."""
+        self._orphans.add(cgroup)
+
     def nudge(self) -> None:
         """Looks now instead of at the end of the period."""
         self._wake.set()
@@ -63,51 +108,82 @@ class Reconciler:
         while not self._stopping:
             try:
                 self.look()
-                self.failure = ""
             except Exception as error:  # a thread that ends would stop the truth; the next look may work
-                self.failure = f"{type(error).__name__}: {error}"
+                self.truth = replace(self.truth, failure=f"{type(error).__name__}: {error}")
             self._wake.wait(PERIOD_SECONDS)
             self._wake.clear()
 
     def look(self) -> None:
-        """One reconcile: adopt, correct, sweep, and tell."""
+        """One reconcile: adopt, correct, let go of orphans, sweep, and tell."""
         drift: dict[tuple[int, int], int] = {}
-        used: dict[int, int | None] = {}
-        held: dict[int, dict[int, int]] = {}
+        held: dict[int, Sample] = {}
+        orphans, so_far = self._orphans_now(), self._ledger.processes_so_far()
         for device in (d.index for d in self._nvml.devices):
-            used[device] = self._nvml.used_bytes(device)
             for _ in range(RETRIES):
                 sample, unsettled = self._correct(device, drift)
-                held[device] = sample
+                if sample is not None:
+                    held[device] = sample
                 if not unsettled:
                     break
-        self._sweep()
-        self.truth = Truth(time.monotonic(), used, held, drift)
+        for cgroup, device, bytes_ in orphans:
+            if None not in held.get(device, _NOBODY_SAYS).values():  # who holds them has been charged just now
+                self._ledger.disown(cgroup, device, bytes_)
+        self._sweep(so_far)
+        now, used = time.monotonic(), self._used()
+        answered = dict.fromkeys((device for device in held if used[device] is not None), now)
+        answered, turns = {**self.truth.answered, **answered}, self._turns(now)
+        before, self.truth = self.truth, Truth(answered, used, held, drift, turns)
+        if _pids(held) != _pids(before.held):
+            self._bell.ring()
 
-    def _correct(self, device: int, drift: dict[tuple[int, int], int]) -> tuple[dict[int, int], bool]:
+    def _turns(self, now: float) -> Verdict:
+        if not self._audit.due(now):
+            return self.truth.turns
+        return self._audit.look(now, time.time(), self._ledger.times, self._known)
+
+    def _used(self) -> Mapping[int, int | None]:
+        now = time.monotonic()
+        if now - self._used_at < DEVICE_SECONDS:
+            return self.truth.used
+        used = {device.index: self._nvml.used_bytes(device.index) for device in self._nvml.devices}
+        self._used_at = now
+        return used
+
+    def _orphans_now(self) -> list[tuple[int, int, int]]:
+        """(level, device, bytes), as they are before NVML is asked."""
+        found = []
+        for cgroup in list(self._orphans):
+            bytes_ = self._ledger.orphaned(cgroup)
+            found += [(cgroup, device, n) for device, n in bytes_.items()]
+            if not bytes_:
+                self._orphans.discard(cgroup)
+        return found
+
+    def _correct(self, device: int, drift: dict[tuple[int, int], int]) -> tuple[Sample | None, bool]:
         """Sets every quiet process's overhead to what NVML shows beyond what was witnessed.
 
         Between the read of a process and its correction nothing may be charged, released, admitted or in a call: the
-        kernel refuses the correction where `changes` has moved on.
+        kernel refuses the correction where another change has begun. None: NVML does not say. Where it says of one
+        process that nobody knows, that one stays as it was witnessed; so does one that has a context and is not named.
         """
-        before = self._ledger.processes()
-        busy = self._ledger.busy()
+        before = self._known = self._ledger.processes()
         sample = self._nvml.process_bytes(device)
         if sample is None:
-            return {}, False
-        unsettled = False
+            return None, False
+        unquiet: dict[int, tuple[Process, int]] = {}
         for tgid, process in before.items():
-            held = sample.get(tgid)
-            if held is None and not process.bytes[device]:
+            held = sample.get(tgid, None if process.contexts[device] else 0)
+            if held is None or (tgid not in sample and process.bytes[device] and not _alive(tgid)):
                 continue
-            if held is None and not _alive(tgid):
+            if tgid not in sample and not process.bytes[device]:
+                drift[tgid, device] = 0
                 continue
-            if tgid in busy or not process.quiet:
-                unsettled = True
-                continue
-            unsettled |= not self._correct_process(tgid, process, device, held or 0, drift)
+            if not process.quiet or not self._correct_process(tgid, process, device, held, drift):
+                unquiet[tgid] = (process, held)
         self._adopt(sample, before)
-        return sample, unsettled
+        chronic = {key for key, kept in self._guesses.items() if len(kept) >= NEVER_QUIET}  # another look is no use
+        self._raise_the_unquiet(device, unquiet)
+        return sample, any((tgid, before[tgid].generation, device) not in chronic for tgid in unquiet)
 
     def _correct_process(
         self, tgid: int, process: Process, device: int, held: int, drift: dict[tuple[int, int], int]
@@ -120,25 +196,58 @@ class Reconciler:
         drift[tgid, device] = (target if done else before) - exact
         return done
 
-    def _adopt(self, sample: Mapping[int, int], known: Mapping[int, Process]) -> None:
-        """Enters processes of managed cgroups that hold memory and that the kernel never saw."""
-        for pid in sample:
-            if pid in known:
+    def _raise_the_unquiet(self, device: int, unquiet: Mapping[int, tuple[Process, int]]) -> None:
+        """A process that is never quiet hides nothing for long: the least that many looks agree on is charged.
+
+        What was witnessed is at any moment at least what the driver gave, so a guess is too high only where the
+        process took memory between our look and NVML's; of many in a row the least is not.
+        """
+        guesses = {}
+        after = self._ledger.processes() if unquiet else {}
+        for tgid, (process, held) in unquiet.items():
+            now = after.get(tgid)
+            if now is None or now.generation != process.generation:
+                continue
+            key = (tgid, process.generation, device)
+            guess = held - max(process.witnessed(device), now.witnessed(device))
+            guesses[key] = [*self._guesses.get(key, []), guess][-NEVER_QUIET:]
+            more = min(guesses[key]) - now.overhead[device]
+            if len(guesses[key]) == NEVER_QUIET and more > 0:
+                self._ledger.raise_overhead(tgid, process.generation, device, more)
+        self._guesses = {key: kept for key, kept in self._guesses.items() if key[2] != device} | guesses
+
+    def _adopt(self, sample: Sample, known: Mapping[int, Process]) -> None:
+        """Enters processes of managed cgroups that hold memory and that the kernel never saw.
+
+        Not those that have ended: the driver takes a tenth of a second to free what they held, and nobody bypasses.
+        """
+        for pid, held in sample.items():
+            if pid in known or held is None:
                 continue
             path = procfs.cgroup_path(pid)
             levels = self._levels(path) if path else ()
-            if levels:
+            if levels and not procfs.ended(pid):
                 self._ledger.move(pid, 0, levels)
 
-    def _sweep(self) -> None:
-        """Reaps processes whose end nobody told, and deletes what ended ones left."""
-        now = {(tgid, p.generation) for tgid, p in self._ledger.processes().items()}
+    def _sweep(self, so_far: int) -> None:
+        """Reaps processes whose end nobody told, and deletes what ended ones left: those too that came and went between
+        two looks. `so_far`: entries that there were before these were read; so an end that is missed shows later.
+        """
+        now = {(tgid, p.generation) for tgid, p in self._known.items()}
+        for tgid, process in self._known.items():
+            if process.late:
+                self._ledger.move(tgid, process.generation, process.levels)
         for tgid, generation in now:
             if not _alive(tgid):
                 self._ledger.reap(tgid, generation)
-        if self._seen - now:
+        ended = so_far - len(now)
+        if ended != self._ended:
+            self._ended = ended
             self._ledger.sweep()
-        self._seen = now
+
+
+def _pids(held: Mapping[int, Sample]) -> set[int]:
+    return {pid for by in held.values() for pid in by}
 
 
 def overhead_for(exact: int, pool: int) -> int:
@@ -150,4 +259,4 @@ def overhead_for(exact: int, pool: int) -> int:
 
 
 def _alive(tgid: int) -> bool:
-    return Path(f"/proc/{tgid}").exists()
+    return os.path.exists(f"/proc/{tgid}")

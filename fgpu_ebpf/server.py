@@ -1,7 +1,7 @@
 """The control socket and the metrics address.
 
 Owns: who may read (the socket's group) and who may write (root of the agent's own user namespace). Never: blocks the
-agent on a slow peer: each has a second. On failure: a peer that sends no JSON gets one line that says so.
+agent on a slow peer. On failure: a peer that sends no JSON gets one line that says so.
 """
 
 from __future__ import annotations
@@ -12,32 +12,28 @@ import json
 import logging
 import os
 import selectors
+import shlex
 import socket
 import struct
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app
 
-from fgpu_ebpf import metrics, policy
+from fgpu_ebpf import explain, metrics, quantities, shares, targets
 from fgpu_ebpf.agent import Agent, AgentError
-from fgpu_ebpf.policy import QuantityError
+from fgpu_ebpf.control import RequestError
+from fgpu_ebpf.enforcer import RoomError
+from fgpu_ebpf.peers import Peers
+from fgpu_ebpf.policy import Priority
+from fgpu_ebpf.quantities import QuantityError
+from fgpu_ebpf.web import Web
 from fgpu_ebpf.workloads import TargetError
 
 log = logging.getLogger("fgpu.server")
-PEER_SECONDS = 1.0
-MOST_REQUEST_BYTES = 1 << 16
-READS = {"snapshot", "metrics", "ping"}
-
-
-class RequestError(Exception):
-    """What is wrong with a request; `code` is the client's exit code."""
-
-    def __init__(self, text: str, code: int = 1) -> None:
-        super().__init__(text)
-        self.code = code
+MOST_WEIGHT = 10_000
+_COMPUTE_FIELDS = {"compute": "limit_millionths", "weight": "weight", "priority": "priority"}
+READS = {"snapshot", "metrics", "ping", "explain", "events"}
 
 
 class ControlServer:
@@ -47,13 +43,18 @@ class ControlServer:
         self._agent = agent
         self._own_namespace = os.stat("/proc/self/ns/user").st_ino
         self._listener: socket.socket | None = None
+        self._peers = Peers(agent.selector, self._line)
         self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {
-            "ping": lambda _: {"pid": os.getpid()},
+            "ping": self._ping,
             "snapshot": lambda _: agent.look().as_json(),
             "metrics": lambda _: metrics.text(agent.look()),
+            "explain": self._explain,
+            "events": lambda request: agent.history.since(_number(request, "since")),
+            "reload": lambda _: agent.reload(),
             "put": self._put,
             "drop": self._drop,
             "run": self._run,
+            "share": self._share,
             "detach": lambda _: agent.detach(),
         }
 
@@ -69,70 +70,120 @@ class ControlServer:
             os.chown(aside, 0, grp.getgrnam("fgpu").gr_gid)
         listener.listen(64)
         aside.rename(path)
-        self._agent.selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
+        self._agent.selector.register(listener, selectors.EVENT_READ, lambda: self._peers.accept(listener))
+        self._agent.chores.append(self._peers.expire)
 
     def close(self) -> None:
         """Stops listening; nobody may think that an agent is here."""
         if self._listener is None:
             return
+        self._peers.close()
         self._listener.close()
         (self._agent.settings.run_dir / "control.sock").unlink(missing_ok=True)
 
-    def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            peer, _ = listener.accept()
-            with peer:
-                peer.settimeout(PEER_SECONDS)
-                peer.sendall(json.dumps(self._answer(peer)).encode() + b"\n")
+    def _line(self, peer: socket.socket, line: bytes) -> bytes:
+        return json.dumps(self._answer(peer, line)).encode() + b"\n"
 
-    def _answer(self, peer: socket.socket) -> dict[str, Any]:
+    def _answer(self, peer: socket.socket, line: bytes) -> dict[str, Any]:
         try:
-            return {"ok": self._handle(peer, _request(peer))}
+            return {"ok": self._handle(peer, _request(line))}
         except RequestError as error:
             return {"error": str(error), "code": error.code}
         except TargetError as error:
             return {"error": str(error), "code": 4}
         except QuantityError as error:
             return {"error": str(error), "code": 2}
-        except (AgentError, OSError) as error:
+        except (AgentError, RoomError, OSError) as error:
             log.warning("request failed: %s", error)
             return {"error": str(error), "code": 1}
+        except Exception as error:  # a mistake of ours: whoever asked is told so, and the loop goes on
+            self._agent.failures += 1
+            log.exception("a request failed")
+            return {"error": f"a mistake in fgpu, see the agent's log: {type(error).__name__}", "code": 1}
 
     def _handle(self, peer: socket.socket, request: dict[str, Any]) -> Any:
         verb = request.get("verb")
         if not isinstance(verb, str) or verb not in self._verbs:
             raise RequestError(f"unknown verb {verb!r}", 2)
         if verb not in READS and not self._may_write(peer):
-            log.warning("refused %s: not root in this user namespace", verb)
+            self._agent.writes_refused += 1
+            self._agent.history.add("write refused", text=f"{verb} on the control socket: not root on the host")
             raise RequestError(f"{verb} needs root on the host")
-        return self._verbs[verb](request)
+        return self._verbs[verb](request | {"peer": _pid(peer)})
+
+    def _ping(self, _: dict[str, Any]) -> dict[str, Any]:
+        settings = self._agent.settings
+        return {"pid": os.getpid(), "driver_root": str(settings.driver_root), "loader": shlex.join(settings.loader)}
 
     def _may_write(self, peer: socket.socket) -> bool:
-        pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        pid, uid = _pid(peer), struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
         with contextlib.suppress(OSError):
             return uid == 0 and os.stat(f"/proc/{pid}/ns/user").st_ino == self._own_namespace
         return False
 
     def _put(self, request: dict[str, Any]) -> dict[str, Any]:
-        path = self._agent.workloads.find(_text(request, "target"))
-        workload = self._agent.put(path, policy.memory_bytes(_text(request, "memory")))
-        return {"tenant": workload.name, "path": workload.path, "memory_bytes": workload.memory_bytes}
+        path = self._find(request)
+        asked = _asked(request)
+        tenant = self._agent.manager.set(path, asked)
+        said = [f"{name} {asked[field]}" for name, field in _COMPUTE_FIELDS.items() if field in asked]
+        self._agent.history.add("set", tenant=tenant.name, bytes=asked.get("memory_bytes", 0), text=", ".join(said))
+        return {"tenant": tenant.name, "path": tenant.path, **asked}
+
+    def _find(self, request: dict[str, Any]) -> str:
+        return targets.find(_text(request, "target"), self._agent.enforcer, self._agent.manager.workloads)
+
+    def _explain(self, request: dict[str, Any]) -> dict[str, Any]:
+        agent = self._agent
+        return explain.explain(self._find(request), agent.manager, agent.ledger, agent.discovery.unenforced())
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
-        path = self._agent.workloads.find(_text(request, "target"))
-        if not self._agent.drop(path):
-            raise TargetError(f"{path} has no limit")
+        path = self._find(request)
+        if not self._agent.manager.unset(path):
+            raise TargetError(f"no limit was set by hand on {path}")
+        self._agent.history.add("unset", text=path)
         return {"path": path}
 
+    def _share(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A hook of a container that an engine is about to start, of which only `pid` is there yet."""
+        share = shares.parse(_text(request, "share"))
+        path = targets.starting(request.get("pid"), request["peer"], self._agent.manager.workloads)
+        tenant = self._agent.manager.share(path, share)
+        self._agent.history.add("share", tenant=tenant.name, text=share.name)
+        return {"tenant": tenant.name, "path": tenant.path}
+
     def _run(self, request: dict[str, Any]) -> dict[str, Any]:
-        memory = policy.memory_bytes(_text(request, "memory"))
-        workload = self._agent.run_cgroup(memory, str(request.get("name") or ""))
+        tenant = self._agent.manager.run(_asked(request), str(request.get("name") or ""))
         return {
-            "tenant": workload.name,
-            "folder": str(self._agent.workloads.folder(workload.path)),
+            "tenant": tenant.name,
+            "folder": str(self._agent.manager.workloads.folder(tenant.path)),
             "preload": str(self._agent.settings.run_dir / "ld.so.preload"),
-            "shim": str(self._agent.settings.shim),
+            "shim": str(self._agent.shim),
         }
+
+
+def _pid(peer: socket.socket) -> int:
+    return int(struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+
+
+def _asked(request: dict[str, Any]) -> dict[str, Any]:
+    """The limits that a request names, as fields of an Override."""
+    asked: dict[str, Any] = {}
+    if request.get("memory") is not None:
+        asked["memory_bytes"] = quantities.memory_bytes(_text(request, "memory"))
+    if request.get("compute") is not None:
+        asked["limit_millionths"] = quantities.millionths(_text(request, "compute"))
+    weight, priority = request.get("weight"), request.get("priority")
+    if weight is not None:
+        if not isinstance(weight, int) or isinstance(weight, bool) or not 1 <= weight <= MOST_WEIGHT:
+            raise RequestError(f"weight is not between 1 and {MOST_WEIGHT}", 2)
+        asked["weight"] = weight
+    if priority is not None:
+        if priority not in list(Priority):
+            raise RequestError(f"priority is one of {', '.join(Priority)}", 2)
+        asked["priority"] = priority
+    if not asked:
+        raise RequestError("memory is missing: say memory, compute, weight or priority", 2)
+    return asked
 
 
 def _text(request: dict[str, Any], name: str) -> str:
@@ -142,15 +193,16 @@ def _text(request: dict[str, Any], name: str) -> str:
     return value
 
 
-def _request(peer: socket.socket) -> dict[str, Any]:
-    data = b""
-    while not data.endswith(b"\n"):
-        more = peer.recv(65536)
-        data += more
-        if not more or len(data) > MOST_REQUEST_BYTES:
-            raise RequestError("one JSON object a line, please", 2)
+def _number(request: dict[str, Any], name: str) -> int:
+    value = request.get(name) or 0
+    if not isinstance(value, int) or value < 0:
+        raise RequestError(f"{name} is a number", 2)
+    return value
+
+
+def _request(line: bytes) -> dict[str, Any]:
     try:
-        request = json.loads(data)
+        request = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError) as error:
         raise RequestError("one JSON object a line, please", 2) from error
     if not isinstance(request, dict):
@@ -158,31 +210,21 @@ def _request(peer: socket.socket) -> dict[str, Any]:
     return request
 
 
-def serve_metrics(agent: Agent) -> WSGIServer:
-    """Serves /metrics at settings.listen, from the latest Snapshot. AgentError: the address is taken."""
+def serve_metrics(agent: Agent) -> Web:
+    """Serves /metrics at settings.listen, each request in a thread. AgentError: the address is taken.
+
+    The agent's own loop takes connections in, and looks around then: where nobody asks, nothing is spent.
+    """
     host, _, port = agent.settings.listen.rpartition(":")
     try:
-        server, _ = start_http_server(
-            int(port), addr=host.strip("[]"), registry=metrics.registry(lambda: agent.snapshot)
-        )
+        web = Web(host.strip("[]"), int(port), make_wsgi_app(metrics.registry(lambda: agent.snapshot)))
     except (OSError, ValueError) as error:
         raise AgentError(f"cannot listen at {agent.settings.listen} ({error}): choose another with --listen") from error
-    return server
 
+    def take_in() -> None:
+        agent.fresh()
+        web.handle_request()
 
-def call(run_dir: Path, request: dict[str, Any]) -> Any:
-    """Asks the agent; raises ConnectionError when there is none, RequestError when it says no."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(30.0)
-        try:
-            sock.connect(str(run_dir / "control.sock"))
-            sock.sendall(json.dumps(request).encode() + b"\n")
-            data = b"".join(iter(lambda: sock.recv(1 << 20), b""))
-        except OSError as error:
-            raise ConnectionError(f"no agent answers at {run_dir}/control.sock ({error.strerror or error})") from error
-    if not data:
-        raise ConnectionError("the agent hung up")
-    answer = json.loads(data)
-    if "error" in answer:
-        raise RequestError(answer["error"], answer["code"])
-    return answer["ok"]
+    agent.selector.register(web, selectors.EVENT_READ, take_in)
+    agent.chores.append(web.expire)
+    return web

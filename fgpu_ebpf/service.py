@@ -9,85 +9,159 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import selectors
 import shlex
+import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from fgpu_ebpf import agent, devices, ledger, probes, server, workloads
+from fgpu_ebpf import (
+    agent,
+    control,
+    detach,
+    devices,
+    enginesetup,
+    hostfile,
+    inject,
+    keeper,
+    launch,
+    ledger,
+    notify,
+    policyfolder,
+    programs,
+    published,
+    reconcile,
+    server,
+    workloads,
+)
 from fgpu_ebpf.agent import Agent, AgentError, Settings
+from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.checks import Check
-from fgpu_ebpf.snapshot import Snapshot
+from fgpu_ebpf.yamlfile import Fault
 
 log = logging.getLogger("fgpu agent")
-LINUX = (6, 5)
+LINUX = (6, 16)  # sched_process_exit says there when the last thread of a process has gone
+HOST_PIDS = 0xEFFFFFFC  # PROC_PID_INIT_INO: the inode of the first pid namespace, always
 
 
-def settings(
-    run_dir: Path, driver_root: Path, shim: Path | None, listen: str, loader: str, pins: Path | None
-) -> Settings:
-    """Settings with every path absolute and there."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says; None: what /etc/fgpu/agent.yaml says."""
+
+    run_dir: Path = Path("/run/fgpu")
+    driver_root: Path | None = None
+    shim: Path | None = None
+    listen: str | None = None
+    loader: str | None = None
+    pins: Path | None = None
+    store: Path | None = None
+    config: Path = hostfile.FILE
+    policies: Path | None = None
+    skipped: tuple[str, ...] = ()  # checks that tests of the packages cannot pass
+
+
+def settings(options: Options) -> Settings:
+    """Settings with every path absolute and there. AgentError: agent.yaml is wrong."""
+    host, faults = hostfile.read(options.config)
+    if host is None:
+        raise AgentError("\n".join(map(str, faults)))
     return Settings(
-        run_dir=run_dir,
-        pins=pins or ledger.PINS,
-        driver_root=driver_root.resolve(),
-        shim=(shim or _shim()).resolve(),
+        run_dir=options.run_dir,
+        pins=options.pins or ledger.PINS,
+        driver_root=(options.driver_root or host.driver_root).resolve(),
+        shim=(options.shim or _carried("shim", "libfgpu.so")).resolve(),
+        store=options.store or (None if options.shim else published.STORE),
         sources=agent.package_file("bpf"),
-        listen=listen,
-        loader=tuple(shlex.split(loader)),
+        listen=options.listen or host.listen,
+        loader=tuple(shlex.split(options.loader)) if options.loader else host.loader,
+        policy_folder=options.policies or host.policy_folder,
+        overcommit=host.overcommit,
+        engines=host.engines,
+        helper=_carried("oci", inject.HELPER),
+        # Containers reach /run/fgpu alone: what an agent elsewhere offers is nothing for this host's engines.
+        cdi_folder=host.cdi_folder if options.run_dir == Options().run_dir else options.run_dir / "cdi",
+        shares=host.shares,
     )
 
 
-def _shim() -> Path:
+def _carried(folder: str, name: str) -> Path:
+    """A program of ours: a checkout has it in build/FOLDER."""
     try:
-        return agent.package_file("shim", "libfgpu.so")
+        return agent.package_file(folder, name)
     except AgentError:
-        return agent.package_file("libfgpu.so")
+        return agent.package_file(name)
 
 
-def serve(run_dir: Path, driver_root: Path, shim: Path | None, listen: str, loader: str, pins: Path | None) -> None:
+def serve(options: Options) -> None:
     """Enforces until SIGTERM. AgentError: why not, and what mends it."""
-    begun = time.monotonic()
+    begun = _process_start()
     for check in host_checks():
-        if not check.ok:
+        if not check.ok and check.name not in options.skipped:
             raise AgentError(f"{check.found}: {check.mend}")
     os.environ.pop("LD_PRELOAD", None)
-    service = Agent(settings(run_dir, driver_root, shim, listen, loader, pins))
-    agent.handle_signals(service)
+    service = Agent(settings(options))
+    service.mark("imported")
+    _handle_signals(service)
     try:
         service.start()
         with _reachable(service):
-            log.info("enforcing, %d devices, metrics http://%s/metrics", len(service.nvml.devices), listen)
-            log.info("ready after %.2f s", time.monotonic() - begun)
-            agent.tell_service_manager("READY=1")
-            service.run(_published)
+            found = (len(service.nvml.devices), len(service.enforcer), service.settings.listen)
+            log.info("enforcing, %d devices, %d tenants, metrics http://%s/metrics", *found)
+            service.mark("answering")
+            parts = ", ".join(f"{part} {at - begun:.2f}" for part, at in service.marks.items())
+            log.info("ready after %.2f s: %s", time.monotonic() - begun, parts)
+            notify.ready(f"{len(service.nvml.devices)} devices")
+            service.run()
     finally:
+        notify.stopping()
         service.stop()
+
+
+def _process_start() -> float:
+    """When this process was started, on the monotonic clock, to a hundredth of a second: imports are waited for too."""
+    ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age
+
+
+def _handle_signals(service: Agent) -> None:
+    """SIGTERM and SIGINT end the agent in order, SIGHUP reads the policies again; the loop wakes for each at once."""
+    bell = Bell()
+    service.selector.register(bell, selectors.EVENT_READ, bell.hush)
+
+    def handle(what: Callable[[], None]) -> None:
+        what()
+        bell.ring()
+
+    for number, what in (
+        (signal.SIGTERM, service.end),
+        (signal.SIGINT, service.end),
+        (signal.SIGHUP, service.reload_soon),
+    ):
+        signal.signal(number, lambda *_, what=what: handle(what))
 
 
 @contextlib.contextmanager
 def _reachable(service: Agent) -> Iterator[None]:
     """Control socket and metrics address, open once everything is in force."""
-    control = server.ControlServer(service)
+    commands = server.ControlServer(service)
     web = server.serve_metrics(service)
     try:
         service.wait_for_gatekeeper()
-        service.look()
-        control.open()
+        commands.open()
         yield
     finally:
-        control.close()
-        web.shutdown()
-
-
-def _published(_: Snapshot) -> None:
-    """The web server reads agent.snapshot itself."""
+        commands.close()
+        web.server_close()
 
 
 def take_away(run_dir: Path) -> None:
     """`fgpu detach` where no agent runs. Raises OSError."""
-    agent.take_away(run_dir, ledger.PINS)
+    detach.take_away(run_dir, ledger.PINS)
 
 
 # -- doctor --------------------------------------------------------------------------------------------------------
@@ -95,16 +169,33 @@ def take_away(run_dir: Path) -> None:
 
 def host_checks() -> list[Check]:
     """Privilege, kernel and cgroups: what must be right before anything is tried."""
-    return [_privilege(), _kernel(), _uprobes(), *workloads.checks()]
+    return [_privilege(), _kernel(), _pid_namespace(), _uprobes(), *workloads.checks()]
 
 
-def checks(run_dir: Path, driver_root: Path, loader: str) -> list[Check]:
-    """Every check, in the order in which a start would meet them."""
-    found = host_checks()
-    found += [_bpffs(), probes.check_loader(tuple(shlex.split(loader)))]
-    found += devices.checks(driver_root)
-    found.append(_agent(run_dir))
-    return found
+def checks(options: Options) -> list[Check]:
+    """Every check, in the order in which a start would meet them; where things are, the agent that runs says itself."""
+    with contextlib.suppress(ConnectionError, control.RequestError):
+        said = control.call(options.run_dir, {"verb": "ping"})
+        options = replace(
+            options,
+            driver_root=options.driver_root or Path(said["driver_root"]),
+            loader=options.loader or said["loader"],
+        )
+    host, faults = hostfile.read(options.config)
+    found = [*host_checks(), _settings(options.config, faults)]
+    if host:
+        loader = tuple(shlex.split(options.loader)) if options.loader else host.loader
+        found += [_bpffs(), programs.check_loader(loader), *devices.checks(options.driver_root or host.driver_root)]
+    agents = _agent(options.run_dir)
+    if host and not any(check.name == "policies" for check in agents):
+        agents.append(policyfolder.check(options.policies or host.policy_folder))
+    return [*found, *agents, *enginesetup.checks()]
+
+
+def _settings(path: Path, faults: Sequence[Fault]) -> Check:
+    if faults:
+        return Check("settings", False, "; ".join(map(str, faults[:3])), f"mend {path}, then start the agent anew")
+    return Check("settings", True, str(path) if path.exists() else "as built in")
 
 
 def _privilege() -> Check:
@@ -121,6 +212,14 @@ def _kernel() -> Check:
     return Check("kernel", False, f"Linux {release} is too old", f"Linux {LINUX[0]}.{LINUX[1]} or later is needed")
 
 
+def _pid_namespace() -> Check:
+    """The kernel's programs name processes as the host does: elsewhere every one of them would be taken for ended."""
+    if os.stat("/proc/self/ns/pid").st_ino == HOST_PIDS:
+        return Check("pid namespace", True, "the host's")
+    mend = "run the agent in the host's pid namespace (hostPID: true, --pid=host); tenants need none of that"
+    return Check("pid namespace", False, "the agent sees only the processes of a container", mend)
+
+
 def _uprobes() -> Check:
     if os.path.exists("/sys/bus/event_source/devices/uprobe/type"):
         return Check("uprobes", True, "uprobe PMU")
@@ -135,11 +234,53 @@ def _bpffs() -> Check:
     return Check("bpffs", False, "no bpffs is mounted", "mount -t bpf bpf /sys/fs/bpf (the agent does it itself)")
 
 
-def _agent(run_dir: Path) -> Check:
+def _agent(run_dir: Path) -> list[Check]:
+    """The agent answers, and what it says of itself."""
     try:
-        answer = server.call(run_dir, {"verb": "ping"})
+        answer = control.call(run_dir, {"verb": "ping"})
+        snapshot = control.call(run_dir, {"verb": "snapshot"})
     except ConnectionError as error:
-        return Check("agent", False, str(error), "start it: fgpu agent")
-    except (server.RequestError, subprocess.SubprocessError) as error:
-        return Check("agent", False, str(error), "restart it: fgpu agent")
-    return Check("agent", True, f"pid {answer['pid']}")
+        return [Check("agent", False, str(error), "start it: fgpu agent")]
+    except (control.RequestError, subprocess.SubprocessError) as error:
+        return [Check("agent", False, str(error), "restart it: fgpu agent")]
+    return [
+        Check("agent", True, f"pid {answer['pid']}"),
+        keeper.check(run_dir),
+        *_health(snapshot),
+        launch.check(run_dir),
+        inject.check(run_dir),
+    ]
+
+
+def _health(snapshot: dict[str, Any]) -> Iterator[Check]:
+    tenants, policies = snapshot["tenants"], snapshot["policies"]
+    if policies and not policies["good"]:
+        yield Check("policies", False, "; ".join(policies["faults"][:3]), "fgpu policy check")
+    elif policies:
+        yield Check("policies", True, f"{policies['count']} in force, {len(tenants)} tenants")
+    yield from _engines(snapshot["engines"])
+    gone = snapshot["unenforced"]
+    yield Check("probes", not gone, gone or "all where they were put", "restart the agent, and see who does that")
+    ages = {d["index"]: d["reconcile_age_seconds"] for d in snapshot["devices"]}
+    yield reconcile.check(ages, snapshot["reconcile_failure"])
+    bypassing = sorted(t["tenant"] for t in tenants if t["bypassing"])
+    mend = "mount the shim into them (fgpu explain TARGET), or onBypass: kill"
+    yield Check("shim", not bypassing, ", ".join(bypassing[:5]) or "in every process that uses a device", mend)
+    denied = sorted(t["tenant"] for t in tenants if t["denied"])
+    yield Check("room", not denied, ", ".join(denied[:5]) or "for every tenant", "fgpu explain TARGET has the numbers")
+    failures = snapshot["failures"]
+    yield Check("mistakes", not failures, f"{failures} outlived", "report the traceback in the agent's log")
+
+
+def _engines(found: list[dict[str, Any]]) -> Iterator[Check]:
+    """Every container's labels are known, or whose fault it is that they are not."""
+    there = {engine["name"] for engine in found if engine["is_there"]}
+    faulty = [engine for engine in found if engine["fault"]]
+    absent = [engine for engine in found if engine["waiting"] and engine["name"] not in there]
+    if not found:
+        return
+    said = [f"{e['name']} at {e['path']}: {e['fault']}" for e in faulty]
+    said += [f"{e['path']} is not there, {e['waiting']} containers wait for it" for e in absent if e not in faulty]
+    mend = "until then policies by cgroup hold; start the engine, or name its socket under engines: in agent.yaml"
+    asked = ", ".join(sorted(there)) or "no engine"
+    yield Check("labels", not said, "; ".join(said[:3]) or f"{asked} answers", mend if said else "")

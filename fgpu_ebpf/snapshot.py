@@ -20,8 +20,32 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class ComputeView:
+    """A tenant's share of one device's time, and what came of it. `had` and `entitled` are of the last half second.
+
+    `free`: it has nobody to share with and no ceiling, so that nothing is measured. `waiting_seconds` None: it is not.
+    `beyond_ratio`: the part of the device's time that it ran on outside its turns, by NVML, of ten seconds.
+    """
+
+    limit_ratio: float
+    weight: int
+    priority: str
+    owned_seconds: float
+    waits: int
+    wait_seconds: float
+    throttled: int
+    overruns: int
+    is_owner: bool
+    had_ratio: float
+    entitled_ratio: float
+    free: bool
+    waiting_seconds: float | None
+    beyond_ratio: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TenantDevice:
-    """A tenant's memory on one device."""
+    """A tenant's memory on one device, and its share of the device's time: None, it is not gated."""
 
     gpu: int
     limit_bytes: int
@@ -32,27 +56,37 @@ class TenantDevice:
     witnessed_bytes: int
     drift_bytes: int | None
     refusals: tuple[Refusal, ...] = ()
+    compute: ComputeView | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessView:
-    """A process on one device; `pid` is the host's."""
+    """A process on one device; `pid` is the host's. `how`: in what way it goes around the shim; empty: it does not."""
 
     pid: int
     gpu: int
     bytes: int
+    how: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Tenant:
-    """A managed cgroup; `kind` is tenant or group."""
+class TenantView:
+    """A managed cgroup; `kind` is tenant or group. `denied`: why it gets nothing although a policy gives it some."""
 
     tenant: str
     kind: str
     path: str
     cgroup: int
+    source: str
+    policy: str
+    namespace: str
+    pod: str
+    container: str
     enforcement: str
-    bypassing: int
+    denied: str
+    notes: tuple[str, ...]
+    labels: Mapping[str, str]
+    bypassing: Mapping[str, int]
     devices: tuple[TenantDevice, ...]
     processes: tuple[ProcessView, ...]
 
@@ -69,18 +103,68 @@ class DeviceView:
     used_bytes: int | None
     committed_bytes: int
     unmanaged_bytes: int | None
+    slices: SlicesView | None = None
+    owner: str | None = None  # whose turn it is
+    reconcile_age_seconds: float | None = None  # since NVML answered for it
+    unmanaged_processes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SlicesView:
+    """Turns on one device, as the gatekeeper counts them: drains as numbers up to each bound, and longer."""
+
+    switches: int
+    overruns: int
+    drain_seconds: float
+    bounds_seconds: tuple[float, ...]
+    drains: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PoliciesView:
+    """The last reading of the policy files; `loaded_seconds` since the epoch is that of the last good one."""
+
+    good: bool
+    loaded_seconds: float
+    count: int
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """A container engine that is asked for labels: `waiting` containers have no answer yet, the rest counts asks.
+
+    `fault`: why the last one failed; empty: it did not.
+    """
+
+    name: str
+    path: str
+    is_there: bool
+    fault: str
+    waiting: int
+    found: int
+    unknown: int
+    failed: int
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The host at one moment; `time_seconds` since the epoch."""
+    """The host at one moment; `time_seconds` since the epoch, `taken_seconds` the same on the monotonic clock."""
 
     time_seconds: float
     devices: tuple[DeviceView, ...] = ()
-    tenants: tuple[Tenant, ...] = ()
+    tenants: tuple[TenantView, ...] = ()
     anomalies: Mapping[str, int] = field(default_factory=dict)
-    reconcile_age_seconds: float | None = None
     gatekeeper: Mapping[str, Any] = field(default_factory=dict)
+    events: Mapping[str, int] = field(default_factory=dict)  # sent, and lost by reason
+    policies: PoliciesView | None = None
+    probe_hits: Mapping[str, int] = field(default_factory=dict)
+    engines: tuple[EngineView, ...] = ()
+    writes_refused: int = 0  # on the control socket, by whom it may not
+    failures: int = 0  # mistakes of ours that the agent has outlived
+    taken_seconds: float = 0.0
+    reconcile_failure: str = ""
+    unenforced: str = ""  # why no limit is in force; empty: they are
 
     def as_json(self) -> dict[str, Any]:
         """As plain values."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fgpu_ebpf import pages
-from fgpu_ebpf.policy import memory_text
+from fgpu_ebpf.history import line_of
+from fgpu_ebpf.quantities import memory_text
 
 
 def _text(table: Table) -> str:
@@ -36,7 +38,32 @@ def status(snapshot: Mapping[str, Any]) -> str:
             limit = "-" if d["limit_bytes"] == pages.NO_LIMIT else memory_text(d["limit_bytes"])
             sizes = (limit, memory_text(d["used_bytes"]), memory_text(d["peak_bytes"]), str(d["refused"]))
             table.add_row(tenant["tenant"], tenant["kind"], str(d["gpu"]), *sizes, count, tenant["enforcement"])
-    return _text(table)
+    why = f"\nNo limit is enforced: {snapshot['unenforced']}\n" if snapshot["unenforced"] else ""
+    return _text(table) + _shares(snapshot) + why
+
+
+def _shares(snapshot: Mapping[str, Any]) -> str:
+    """Who shares the devices' time; empty where nobody does."""
+    rows = [(t["tenant"], d["gpu"], d["compute"]) for t in snapshot["tenants"] for d in t["devices"] if d["compute"]]
+    if not rows:
+        return ""
+    table = _table("TENANT", "GPU", "TIME", "ENTITLED", "LIMIT", "WEIGHT", "PRIORITY", "WAITED", "OWNER")
+    for tenant, gpu, c in rows:
+        parts = ("alone", "-") if c["free"] else (f"{c['had_ratio']:.1%}", f"{c['entitled_ratio']:.1%}")
+        limit = f"{c['limit_ratio']:.0%}" if c["limit_ratio"] < 1 else "-"
+        waited = f"{c['wait_seconds']:.1f}s"
+        table.add_row(tenant, str(gpu), *parts, limit, str(c["weight"]), c["priority"], waited, _mark(c["is_owner"]))
+    return "\n" + _text(table)
+
+
+def _mark(said: bool) -> str:
+    return "*" if said else ""
+
+
+def happening(found: Mapping[str, Any]) -> str:
+    """One event, with the time of day."""
+    when = time.strftime("%F %T", time.localtime(found["time_seconds"]))
+    return f"{when} {line_of(dict(found))}"
 
 
 def process_rows(snapshot: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -44,7 +71,9 @@ def process_rows(snapshot: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for tenant in snapshot["tenants"]:
         for process in tenant["processes"]:
-            rows.append({"tenant": tenant["tenant"], **process, **_names(process["pid"])})
+            share = next((d["compute"] for d in tenant["devices"] if d["gpu"] == process["gpu"]), None)
+            time_ = {"time_ratio": share["had_ratio"] if share and not share["free"] else None}
+            rows.append({"tenant": tenant["tenant"], **process, **time_, **_names(process["pid"])})
     return rows
 
 
@@ -58,8 +87,11 @@ def _names(pid: int) -> dict[str, Any]:
 
 def processes(rows: list[dict[str, Any]]) -> str:
     """Processes by tenant."""
-    table = _table("TENANT", "PID", "GPU", "USED", "USER", "NAME")
+    table = _table("TENANT", "PID", "GPU", "USED", "TIME", "USER", "NAME", "BYPASS")
     for row in rows:
+        part = "-" if row["time_ratio"] is None else f"{row['time_ratio']:.1%}"
         who = (row["user"] or "-", row["name"] or "(gone)")
-        table.add_row(row["tenant"], str(row["pid"]), str(row["gpu"]), memory_text(row["bytes"]), *who)
+        table.add_row(
+            row["tenant"], str(row["pid"]), str(row["gpu"]), memory_text(row["bytes"]), part, *who, row["how"] or "-"
+        )
     return _text(table)

@@ -1,4 +1,4 @@
-"""Ledger, workloads and NVML's truth -> Snapshot.
+"""Ledger, tenants and NVML's truth -> Snapshot.
 
 Owns: how the parts are put together. Never: changes anything. A part that is missing leaves its numbers out.
 """
@@ -7,78 +7,226 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import pages, procfs
 from fgpu_ebpf.devices import Device
-from fgpu_ebpf.ledger import Count, Ledger, Process
-from fgpu_ebpf.reconcile import Truth
-from fgpu_ebpf.snapshot import DeviceView, ProcessView, Refusal, Snapshot, Tenant, TenantDevice
-from fgpu_ebpf.workloads import Workload, Workloads
+from fgpu_ebpf.discovery import Discovery
+from fgpu_ebpf.enforcer import Enforcer
+from fgpu_ebpf.ledger import Count, Ledger
+from fgpu_ebpf.policies import Policies
+from fgpu_ebpf.policy import Priority
+from fgpu_ebpf.processes import Process
+from fgpu_ebpf.reconcile import STALE_SECONDS, Truth
+from fgpu_ebpf.scheduler import MILLION
+from fgpu_ebpf.snapshot import (
+    ComputeView,
+    DeviceView,
+    PoliciesView,
+    ProcessView,
+    Refusal,
+    SlicesView,
+    Snapshot,
+    TenantDevice,
+    TenantView,
+)
+from fgpu_ebpf.tenants import Tenant
+from fgpu_ebpf.timebook import TurnCounts
+
+NS = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What was read, in the order in which it is needed: by level."""
+
+    ledger: Ledger
+    enforcer: Enforcer
+    devices: Sequence[Device]
+    truth: Truth
+    groups: set[int]
+    processes: Mapping[int, Mapping[int, Process]]
+    refusals: Mapping[tuple[int, int], Sequence[Refusal]]
+    turns: Mapping[tuple[int, int], TurnCounts]
+    now_ns: int
+    unprobed: Set[int]
+    unenforced: str
 
 
 def take_snapshot(
-    ledger: Ledger, workloads: Workloads, devices: Iterable[Device], truth: Truth, run_dir: Path
-) -> Snapshot:
+    ledger: Ledger, enforcer: Enforcer, devices: Sequence[Device], truth: Truth, run_dir: Path,
+    policies: Policies | None, discovery: Discovery,
+) -> Snapshot:  # fmt: skip
     """One look at everything."""
-    processes, counters, devices = ledger.processes(), ledger.counters(), list(devices)
-    tenants = tuple(_tenant(ledger, workloads, w, processes, counters, devices, truth) for w in workloads)
+    processes, counters = ledger.processes(), ledger.counters()
+    turns, gatekeeper = ledger.times.turns(), _gatekeeper(run_dir)
+    look = _Look(
+        ledger, enforcer, devices, truth, enforcer.groups(), _by_level(processes), _by_place(counters), turns,
+        time.monotonic_ns(), discovery.unprobed(), discovery.unenforced(),
+    )  # fmt: skip
+    anomalies = {a.name.lower(): _host_count(counters, pages.Kind.KINDS, a) for a in pages.Anomaly}
     return Snapshot(
         time_seconds=time.time(),
-        devices=tuple(_device(d, tenants, processes, truth) for d in devices),
-        tenants=tenants,
-        anomalies={a.name.lower(): _anomalies(counters, a) for a in pages.Anomaly},
-        reconcile_age_seconds=time.monotonic() - truth.at if truth.at else None,
-        gatekeeper=_gatekeeper(run_dir),
+        taken_seconds=look.now_ns / NS,
+        devices=tuple(_device(d, look, processes, gatekeeper) for d in devices),
+        tenants=tuple(_tenant(look, tenant) for tenant in enforcer),
+        anomalies=anomalies | {"unprobed": discovery.refusals},
+        reconcile_failure=truth.failure,
+        unenforced=look.unenforced,
+        gatekeeper=gatekeeper,
+        events={fate.name.lower(): _host_count(counters, pages.Kind.EVENTS, fate) for fate in pages.Fate},
+        policies=_policies(policies),
+        probe_hits=_hits(ledger.hits()),
     )
 
 
-def _tenant(
-    ledger: Ledger, workloads: Workloads, workload: Workload, processes: Mapping[int, Process],
-    counters: Mapping[Count, int], devices: Iterable[Device], truth: Truth,
-) -> Tenant:  # fmt: skip
-    own = {tgid: p for tgid, p in processes.items() if workload.cgroup in p.levels}
-    usage = ledger.usage(workload.cgroup) or []
-    shown = [
-        TenantDevice(
-            d.index, u.limit, u.used, u.peak, u.refused, u.admitted, u.witnessed,
-            _drift(own, d.index, truth), _refusals(counters, workload.cgroup, d.index),
-        )
-        for d, u in zip(devices, usage, strict=False)
-    ]  # fmt: skip
-    views = [ProcessView(tgid, i, size) for tgid, p in own.items() for i, size in enumerate(p.bytes) if size]
-    bypassing = sum(1 for p in own.values() if p.flags & pages.Seen.BYPASS)
-    kind = "group" if workloads.is_group(workload) else "tenant"
-    return Tenant(workload.name, kind, workload.path, workload.cgroup, "kernel", bypassing, tuple(shown), tuple(views))
+def _hits(counted: Sequence[int]) -> Mapping[str, int]:
+    """By the name of the probe: every function of the driver that has one, and the shim's."""
+    named = {f.name.lower(): counted[f] for f in pages.Function if f is not pages.Function.NONE}
+    return named | {"admit": counted[pages.HIT_ADMIT], "give_back": counted[pages.HIT_GIVE_BACK]}
 
 
-def _drift(own: Iterable[int], device: int, truth: Truth) -> int | None:
-    known = [truth.drift[tgid, device] for tgid in own if (tgid, device) in truth.drift]
-    return sum(known) if truth.at else None
+def _by_level(processes: Mapping[int, Process]) -> Mapping[int, Mapping[int, Process]]:
+    found: dict[int, dict[int, Process]] = defaultdict(dict)
+    for tgid, process in processes.items():
+        for level in process.levels:
+            found[level][tgid] = process
+    return found
 
 
-def _refusals(counters: Mapping[Count, int], cgroup: int, device: int) -> tuple[Refusal, ...]:
-    return tuple(
-        Refusal(pages.Kind(c.kind).name.lower(), pages.Reason(c.reason).name.lower(), n)
-        for c, n in counters.items()
-        if c.cgroup == cgroup and c.device == device
+def _by_place(counters: Mapping[Count, int]) -> Mapping[tuple[int, int], Sequence[Refusal]]:
+    found: dict[tuple[int, int], list[Refusal]] = defaultdict(list)
+    for c, n in counters.items():
+        if c.cgroup:
+            refusal = Refusal(pages.Kind(c.kind).name.lower(), pages.Reason(c.reason).name.lower(), n)
+            found[c.cgroup, c.device].append(refusal)
+    return found
+
+
+def _host_count(counters: Mapping[Count, int], kind: int, reason: int) -> int:
+    return sum(n for c, n in counters.items() if (c.cgroup, c.kind, c.reason) == (0, kind, reason))
+
+
+def _tenant(look: _Look, tenant: Tenant) -> TenantView:
+    own = look.processes.get(tenant.cgroup, {})
+    views = tuple(
+        ProcessView(tgid, d.index, p.bytes[d.index], _how(look, tgid, p))
+        for tgid, p in own.items()
+        for d in look.devices
+        if p.bytes[d.index]
+    )
+    workload = tenant.workload
+    return TenantView(
+        tenant=tenant.name,
+        kind="group" if tenant.cgroup in look.groups else "tenant",
+        path=tenant.path,
+        cgroup=tenant.cgroup,
+        source=tenant.source,
+        policy=tenant.policy,
+        namespace=workload.namespace or "",
+        pod=workload.pod or "",
+        container=workload.container or "",
+        enforcement="none" if look.unenforced else "observe" if tenant.observe else "kernel",
+        denied=look.enforcer.denied(tenant.cgroup),
+        notes=tenant.notes,
+        labels=tenant.metric_labels,
+        bypassing=dict(Counter(how for tgid, p in own.items() if (how := _how(look, tgid, p)))),
+        devices=tuple(_tenant_device(look, tenant, own, device) for device in look.devices),
+        processes=views,
     )
 
 
-def _anomalies(counters: Mapping[Count, int], anomaly: int) -> int:
-    return sum(n for c, n in counters.items() if c.cgroup == 0 and c.reason == anomaly)
+def _how(look: _Look, tgid: int, process: Process) -> str:
+    """In what way a process goes around the shim: its calls are seen and nobody asked; or no call of it is seen.
+
+    Or it was there before fgpu; or it maps a library that could not be probed, so that nobody knows what it calls; or
+    NVML sees it run when that is not its turn. One that ends as it is adopted does none of that: it is swept soon.
+    """
+    if tgid in look.enforcer.elders and any(process.bytes) and not procfs.ended(tgid):
+        return "older"
+    if tgid in look.unprobed and any(process.bytes):
+        return "unprobed"
+    if process.flags & pages.Seen.BYPASS:
+        return "no_admission"
+    if not process.flags & pages.Seen.SHIM and any(process.bytes) and not procfs.ended(tgid):
+        return "no_shim" if process.flags & pages.Seen.CALL else "unwitnessed"
+    return "outside_turns" if tgid in look.truth.turns.outside else ""
 
 
-def _device(device: Device, tenants: Iterable[Tenant], processes: Mapping[int, Process], truth: Truth) -> DeviceView:
-    limits = [d.limit_bytes for t in tenants for d in t.devices if d.gpu == device.index and t.kind == "tenant"]
+def _tenant_device(look: _Look, tenant: Tenant, own: Iterable[int], device: Device) -> TenantDevice:
+    (u,) = look.ledger.usage(tenant.cgroup, (device.index,)) or (None,)
+    refusals = tuple(look.refusals.get((tenant.cgroup, device.index), ()))
+    compute, drift = _compute(look, tenant, device.index), _drift(look, own, device.index)
+    numbers = (u.limit, u.used, u.peak, u.refused, u.admitted, u.witnessed) if u else (0,) * 6
+    return TenantDevice(device.index, *numbers, drift, refusals, compute)
+
+
+def _drift(look: _Look, own: Iterable[int], device: int) -> int | None:
+    """None unless there was somebody to compare, and everybody was, not long ago."""
+    age = _age(look, device)
+    known = [look.truth.drift.get((tgid, device)) for tgid in own]
+    if not known or None in known or age is None or age > STALE_SECONDS:
+        return None
+    return sum(filter(None, known))
+
+
+def _age(look: _Look, device: int) -> float | None:
+    """Seconds since NVML answered for a device."""
+    at = look.truth.answered.get(device)
+    return None if at is None else look.now_ns / NS - at
+
+
+def _compute(look: _Look, tenant: Tenant, device: int) -> ComputeView | None:
+    share = tenant.shares.get(device)
+    if share is None:
+        return None
+    t = look.turns.get((tenant.cgroup, device)) or TurnCounts()
+    return ComputeView(
+        share.limit_millionths / MILLION, share.weight, list(Priority)[share.rank].value, t.owned_ns / NS, t.waits,
+        t.wait_ns / NS, t.throttled, t.overruns, bool(t.owner), t.had_millionths / MILLION,
+        t.entitled_millionths / MILLION, bool(t.free), (look.now_ns - t.since_ns) / NS if t.since_ns else None,
+        look.truth.turns.beyond.get((tenant.cgroup, device)),
+    )  # fmt: skip
+
+
+def _slices(gatekeeper: Mapping[str, Any], device: int) -> SlicesView | None:
+    try:
+        said = gatekeeper["slices"]
+        of = said["devices"][str(device)]
+        bounds = tuple(ns / NS for ns in said["bounds_ns"])
+        return SlicesView(of["switches"], of["overruns"], of["drain_ns"] / NS, bounds, tuple(of["drains"]))
+    except (KeyError, TypeError):
+        return None
+
+
+def _owner(look: _Look, device: int) -> str | None:
+    owners = (look.enforcer.get(level) for (level, index), t in look.turns.items() if index == device and t.owner)
+    return next((tenant.name for tenant in owners if tenant), None)
+
+
+def _device(device: Device, look: _Look, processes: Mapping[int, Process], gatekeeper: Mapping[str, Any]) -> DeviceView:
+    truth, enforcer = look.truth, look.enforcer
     held = truth.held.get(device.index)
-    unmanaged = None if held is None else sum(size for pid, size in held.items() if pid not in processes)
+    strangers = [pid for pid in held or () if pid not in processes and not procfs.ended(pid)]  # NVML was asked before
+    outside = [None] if held is None else [held[pid] for pid in strangers]
+    unmanaged = None if None in outside else sum(filter(None, outside))
     return DeviceView(
         device.index, device.uuid_text, device.name, device.pci_bus_id, device.capacity_bytes,
-        truth.used.get(device.index), sum(limits), unmanaged,
+        truth.used.get(device.index), enforcer.committed(device.index), unmanaged,
+        _slices(gatekeeper, device.index), _owner(look, device.index), _age(look, device.index),
+        None if held is None else len(outside),
     )  # fmt: skip
+
+
+def _policies(policies: Policies | None) -> PoliciesView | None:
+    if policies is None:
+        return None
+    faults = tuple(str(fault) for fault in policies.faults)
+    return PoliciesView(policies.good, policies.loaded_seconds, policies.count, faults)
 
 
 def _gatekeeper(run_dir: Path) -> dict[str, Any]:

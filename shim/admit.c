@@ -112,6 +112,16 @@ static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, struct admi
     return CUDA_ERROR_OUT_OF_MEMORY;
 }
 
+/* The pools are the first driver's, whichever is called. */
+static bool yields(CUdevice ordinal)
+{
+    bool called = fgpu_beside;
+    fgpu_beside = false;
+    bool something = fgpu_pools_yield(ordinal);
+    fgpu_beside = called;
+    return something;
+}
+
 /* Open and unmanaged links cost one look at the state; nothing is rounded, asked or counted for them. */
 struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind)
 {
@@ -125,7 +135,7 @@ struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind)
     if (kind == FGPU_MEMORY || kind == FGPU_POOL) admission.bytes = fgpu_taken(bytes, fgpu_granule(ordinal));
     admission.ticket = fgpu_ticket();
     admission.refusal = ask_kernel(&view, ordinal, &admission);
-    if (admission.refusal && view.link == FGPU_HELD && fgpu_pools_yield(ordinal)) {
+    if (admission.refusal && view.link == FGPU_HELD && yields(ordinal)) {
         admission.ticket = fgpu_ticket();
         admission.refusal = ask_kernel(&view, ordinal, &admission);
     }
@@ -152,12 +162,20 @@ void fgpu_give_back(int index, uint64_t bytes)
     if (index >= 0 && bytes) fgpu_release_here((unsigned)index, bytes, FGPU_POOL, fgpu_ticket());
 }
 
+/* Gives back what a failed call of a pool does not need, and tells whose out-of-memory it was: the kernel sees no call.
+ */
+void fgpu_failed(int index, uint64_t bytes, CUresult result)
+{
+    unsigned full = result == CUDA_ERROR_OUT_OF_MEMORY ? FGPU_FULL : 0;
+    if (index >= 0 && (bytes || full)) fgpu_release_here((unsigned)index, bytes, FGPU_POOL | full, fgpu_ticket());
+}
+
 /* The kernel sees how the driver's call ended, where it has return probes. Where it has none, this tells it. Nobody
  * sees the driver's part of a pool or of the calls of old: they were committed at once, a failure is given back here.
  */
 CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle)
 {
-    if (admission->kind == FGPU_POOL && result) fgpu_give_back(admission->index, admission->bytes);
+    if (admission->kind == FGPU_POOL && result) fgpu_failed(admission->index, admission->bytes, result);
     if (admission->settles) fgpu_settle_here(handle, admission->bytes, result, admission->ticket);
     return result;
 }

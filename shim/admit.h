@@ -17,6 +17,7 @@ struct admission {
 
 HIDDEN struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind);
 HIDDEN CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle);
+HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);
 HIDDEN void fgpu_give_back(int index, uint64_t bytes); /* of pools */
 HIDDEN bool fgpu_is_device(CUdevice ordinal);
 HIDDEN uint64_t fgpu_room(CUdevice ordinal); /* that the ledger has left; all there is where no limit is in force */

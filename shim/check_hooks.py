@@ -2,15 +2,20 @@
 """Finds what nobody decided about: a driver's function that allocates, launches, makes a context or shows memory.
 
 Every such name must stand in the table of shim.h or, with a reason, in symbols/decided.txt. What "such" means is told
-by patterns that rather take too much. Reads files only; fails by naming what is missing.
+by patterns that rather take too much; of NVML's header also by what a function writes: a struct that names a process
+or an amount of memory. Lists are of headers (what a program can be written with), of libraries (what they export) and
+of what a library's cuGetProcAddress answers. Reads files, but for --lookup; fails by naming what is missing.
 
-usage: check_hooks.py [FILE…]      libraries or lists of names; without any, all lists in symbols/
-       check_hooks.py --names HEADER…   prints the names that cuda.h, cudaGL.h, nvml.h… know, for a new list
+usage: check_hooks.py [FILE…]         libraries, nvml.h or lists of names; without any, all lists in symbols/
+       check_hooks.py --names FILE…   prints the names that cuda.h, cudaGL.h, nvml.h… know or libraries export
+       check_hooks.py --lookup FILE   loads a libcuda (it needs no GPU) and prints each name that its cuGetProcAddress
+                                      knows, then the exports that it answers with over all versions and streams
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import re
 import struct
 import sys
@@ -23,7 +28,11 @@ CUDA = re.compile(
     r"Load|Register|MemMap|MemUnmap|MemFree|Managed|MemPrefetch|Mapped|Capture|Multicast|ExternalMemory|ExportTable|"
     r"GetProcAddress|Checkpoint|LogicalEndpoint|SetLimit|cuInit)|^cu(Init|LaunchGrid|Launch)"
 )
-NVML = re.compile(r"^nvml.*(Memory|MemInfo|MemSize|Process|Accounting|BAR1|Utilization|Limits|Init)")
+NVML = re.compile(
+    r"^nvml.*(Memory|MemInfo|MemSize|Process|Accounting|BAR1|Utilization|Limits|Init|Sessions|EncoderStats|FBCStats|"
+    r"FbUsage|FbReservation|Framebuffer|ExportTable|Samples?(Get|_|$)|FieldValues|Attributes|MetricsGet|ContextData|ActiveVgpus)"
+)
+_SHOWS = re.compile(r"(?i)pid|process|used|memory|\bfb|framebuffer|session")
 _SUFFIX = {"PTDS": "_ptds", "PTSZ": "_ptsz"}
 
 
@@ -52,6 +61,22 @@ def is_of_interest(name: str) -> bool:
     return bool(CUDA.search(name) or NVML.search(name))
 
 
+def revealing(text: str) -> set[str]:
+    """The functions of nvml.h whose parameters, or what they point at, are named after processes or memory."""
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.DOTALL)
+    shows: set[str] = set()
+
+    def tells(declaration: str) -> bool:
+        return any(word in shows or _SHOWS.search(word) for word in re.findall(r"\w+", declaration))
+
+    typedef = r"typedef\s+(?:struct\s*\w*\s*\{(.*?)\}|(\w+))\s*(\w+)\s*;"
+    for body, other, name in re.findall(typedef, text, re.DOTALL):
+        if tells(body) or other in shows:
+            shows.add(name)
+    functions = re.findall(r"nvmlReturn_t\s+DECLDIR\s+(nvml\w+)\s*\((.*?)\)\s*;", text, re.DOTALL)
+    return {name for name, parameters in functions if tells(parameters)}
+
+
 def exports(data: bytes) -> set[str]:
     """The defined dynamic symbols of a 64-bit little-endian ELF file."""
     sections, size, count = struct.unpack_from("<Q", data, 0x28)[0], *struct.unpack_from("<HH", data, 0x3A)
@@ -63,17 +88,60 @@ def exports(data: bytes) -> set[str]:
         text = headers[header[6]][4]
         for at in range(header[4], header[4] + header[5], 24):
             name, _, _, section = struct.unpack_from("<IBBH", data, at)
-            if section:
+            if section and name:
                 found.add(data[text + name : data.index(b"\0", text + name)].decode())
     return found
 
 
 def names_of(path: Path) -> set[str]:
-    """What a library exports, or what a list has: one name per line, the last word of it."""
+    """What a library exports, a header declares, or a list has: all its words that can be names."""
     data = path.read_bytes()
     if data[:4] == b"\x7fELF":
         return exports(data)
-    return {line.split()[-1] for line in data.decode().splitlines() if line.strip() and not line.startswith("#")}
+    if path.suffix == ".h":
+        return header_names(data.decode(errors="replace"))
+    return {word for words in listed(data.decode()) for word in words}
+
+
+def listed(text: str) -> list[list[str]]:
+    """The names on each line of a list."""
+    lines = (line for line in text.splitlines() if not line.startswith("#"))
+    return [words for line in lines if (words := re.findall(r"\b(?:cu|nvml)\w+", line))]
+
+
+def unlike(text: str, hooked: set[str]) -> list[str]:
+    """Hooks that cuGetProcAddress hands out under a name by which hooks.c would not know them."""
+    pairs = [(words[0], given) for words in listed(text) for given in words[1:]]
+    return [f"{given} is what {asked} finds" for asked, given in pairs if given in hooked and not is_form(asked, given)]
+
+
+def is_form(asked: str, given: str) -> bool:
+    """True where `given` is `asked`, or a version of it."""
+    return given == asked or given.startswith(asked + "_")
+
+
+def answers(library: Path) -> dict[str, set[str]]:
+    """The names that a libcuda's cuGetProcAddress knows, and what it answers to all versions, legacy and per thread."""
+    data = library.read_bytes()
+    cuda = ctypes.CDLL(str(library.resolve()))
+    newest, found = ctypes.c_int(), ctypes.c_void_p()
+    cuda.cuDriverGetVersion(ctypes.byref(newest))
+    lookup = cuda.cuGetProcAddress
+    lookup.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64)
+    place = {ctypes.cast(getattr(cuda, name), ctypes.c_void_p).value: name for name in exports(data)}
+    known: dict[str, set[str]] = {}
+    for name in sorted(set(re.findall(rb"\0(cu[A-Z]\w+)(?=\0)", data))):
+        for version in range(2000, newest.value + 1, 10):
+            for flags in (1, 2):
+                if lookup(name, ctypes.byref(found), version, flags) == 0 and found.value:
+                    known.setdefault(name.decode(), set()).add(place.get(found.value, "nowhere"))
+    return known
+
+
+def of_interest(path: Path, names: set[str]) -> set[str]:
+    """Those of its names that somebody must have decided about."""
+    told = revealing(path.read_text(errors="replace")) if path.suffix == ".h" else set()
+    return {name for name in names if is_of_interest(name)} | told
 
 
 def header_names(text: str) -> set[str]:
@@ -97,8 +165,10 @@ def check(paths: list[Path], folder: Path, whole: bool) -> list[str]:
             continue
         names = names_of(path)
         seen |= names
-        missing = sorted(n for n in names if is_of_interest(n) and n not in hooked and n not in known)
+        missing = sorted(of_interest(path, names) - hooked - known)
         wrong += [f"{path.name}: {name}: neither hooked nor decided about" for name in missing]
+        if path.suffix == ".txt":
+            wrong += [f"{path.name}: {what}" for what in unlike(path.read_text(), hooked)]
         if not names:
             wrong.append(f"{path.name}: no names")
     if whole:
@@ -110,12 +180,16 @@ def main() -> int:
     """Exit status 1 when anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
-    parser.add_argument("--names", action="store_true", help="print the names in headers")
+    parser.add_argument("--names", action="store_true", help="print the names in headers and libraries")
+    parser.add_argument("--lookup", action="store_true", help="print what a libcuda's cuGetProcAddress knows")
     parser.add_argument("--shim", type=Path, default=HERE, help="where shim.h and symbols/ are")
     arguments = parser.parse_args()
     if arguments.names:
-        texts = [path.read_text(errors="replace") for path in arguments.files]
-        print("\n".join(sorted(set().union(*map(header_names, texts)))))
+        print("\n".join(sorted(set().union(*map(names_of, arguments.files)))))
+        return 0
+    if arguments.lookup:
+        for library in arguments.files:
+            print("\n".join(" ".join([asked, *sorted(given)]) for asked, given in answers(library).items()))
         return 0
     lists = sorted(p for p in (arguments.shim / "symbols").glob("*.txt") if p.name != "decided.txt")
     wrong = check(arguments.files or lists, arguments.shim, not arguments.files)

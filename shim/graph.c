@@ -10,7 +10,7 @@
 #include <errno.h>
 #include <sys/mman.h>
 
-#include "pool.h"
+#include "gate.h"
 
 #define EXECS 64
 #define NODES 128 /* read on the stack; longer graphs are read in a mapping of their own */
@@ -354,16 +354,30 @@ EXPORT CUresult cuGraphExecDestroy(CUgraphExec hGraphExec)
 }
 
 /* Launched into a capture it becomes a node of another graph, and takes nothing. */
-#define RUN(name, per_thread)                                                                                          \
-    do {                                                                                                               \
+static CUresult run_it(run *driver, CUgraphExec handle, CUstream stream, bool per_thread)
+{
+    if (LIKELY(!atomic_load_explicit(&allocates, memory_order_relaxed)) || fgpu_is_capturing(stream, per_thread))
+        return driver(handle, stream);
+    return place(driver, handle, stream, fgpu_stream_key(stream, per_thread));
+}
+
+#define UPLOAD(name, per_thread)                                                                                       \
+    EXPORT CUresult name(CUgraphExec hGraphExec, CUstream hStream)                                                     \
+    {                                                                                                                  \
+        run *driver = REAL(name);                                                                                      \
+        return driver ? run_it(driver, hGraphExec, hStream, per_thread) : CUDA_ERROR_NOT_SUPPORTED;                    \
+    }
+UPLOAD(cuGraphUpload, false)
+UPLOAD(cuGraphUpload_ptsz, true)
+
+#define LAUNCH(name, per_thread)                                                                                       \
+    EXPORT CUresult name(CUgraphExec hGraphExec, CUstream hStream)                                                     \
+    {                                                                                                                  \
         run *driver = REAL(name);                                                                                      \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
-        if (LIKELY(!atomic_load_explicit(&allocates, memory_order_relaxed)) || fgpu_is_capturing(hStream, per_thread)) \
-            return driver(hGraphExec, hStream);                                                                        \
-        return place(driver, hGraphExec, hStream, fgpu_stream_key(hStream, per_thread));                               \
-    } while (0)
-
-EXPORT CUresult cuGraphUpload(CUgraphExec hGraphExec, CUstream hStream) { RUN(cuGraphUpload, false); }
-EXPORT CUresult cuGraphUpload_ptsz(CUgraphExec hGraphExec, CUstream hStream) { RUN(cuGraphUpload_ptsz, true); }
-EXPORT CUresult cuGraphLaunch(CUgraphExec hGraphExec, CUstream hStream) { RUN(cuGraphLaunch, false); }
-EXPORT CUresult cuGraphLaunch_ptsz(CUgraphExec hGraphExec, CUstream hStream) { RUN(cuGraphLaunch_ptsz, true); }
+        struct fgpu_launch launch = {.index = -1};                                                                     \
+        if (!LIKELY(!fgpu_is_gated())) fgpu_gate_enter(&launch, hStream, per_thread, hGraphExec);                      \
+        return fgpu_gate_leave(&launch, run_it(driver, hGraphExec, hStream, per_thread));                              \
+    }
+LAUNCH(cuGraphLaunch, false)
+LAUNCH(cuGraphLaunch_ptsz, true)

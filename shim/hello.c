@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -21,7 +22,8 @@
 
 #define SET_PAGES (2 + FGPU_LEVELS)
 #define SET_BYTES (SET_PAGES * FGPU_PAGE_BYTES)
-#define RETRY_NS 10000000ULL
+#define FIRST_RETRY_NS 10000000ULL
+#define LAST_RETRY_NS 100000000ULL
 #define MOST_DESCRIPTORS 8
 
 struct answer {
@@ -65,7 +67,7 @@ void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *n
 static bool agent_here(void)
 {
     struct stat status;
-    if (syscall(SYS_stat, FGPU_SOCKET_DIR, &status)) return errno != ENOENT && errno != ENOTDIR;
+    if (syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR, &status, 0)) return errno != ENOENT && errno != ENOTDIR;
     return S_ISDIR(status.st_mode) && status.st_nlink;
 }
 
@@ -199,12 +201,16 @@ enum fgpu_outcome fgpu_hello(uint64_t deadline, const struct fgpu_note *before, 
                              unsigned *levels)
 {
     /* The directory is looked for each time: it may go while we wait. */
-    for (;;) {
+    for (uint64_t step = FIRST_RETRY_NS;; step = step < LAST_RETRY_NS / 2 ? 2 * step : LAST_RETRY_NS) {
         if (!agent_here()) return FGPU_IS_ABSENT;
         enum fgpu_outcome outcome = once(deadline, before, set, note, levels);
         if (outcome != FGPU_IS_RETRY) return outcome;
         uint64_t now = fgpu_now();
-        if (now + RETRY_NS >= deadline) return FGPU_IS_SILENT;
-        wait_for(-1, now + RETRY_NS);
+        if (now + FIRST_RETRY_NS >= deadline) return FGPU_IS_SILENT;
+        /* Later every time, and each at a moment of its own: many that are refused together must not come back
+         * together. The last try is just before the deadline. */
+        uint64_t pause = step / 2 + (now * 0x9e3779b97f4a7c15ULL >> 32) % (step / 2);
+        uint64_t left = deadline - FIRST_RETRY_NS - now;
+        wait_for(-1, now + (pause < left ? pause : left));
     }
 }

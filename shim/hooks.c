@@ -21,10 +21,15 @@ extern void *old_dlopen(const char *, int) __attribute__((weak));
 extern int old_dlclose(void *) __attribute__((weak));
 extern char *old_dlerror(void) __attribute__((weak));
 extern void *old_dlvsym(void *, const char *, const char *) __attribute__((weak));
-__asm__(".symver old_dlopen, dlopen@GLIBC_2.2.5\n"
-        ".symver old_dlclose, dlclose@GLIBC_2.2.5\n"
-        ".symver old_dlerror, dlerror@GLIBC_2.2.5\n"
-        ".symver old_dlvsym, dlvsym@GLIBC_2.2.5\n");
+#ifdef __x86_64__
+#define OLDEST "GLIBC_2.2.5"
+#else
+#define OLDEST "GLIBC_2.17"
+#endif
+__asm__(".symver old_dlopen, dlopen@" OLDEST "\n"
+        ".symver old_dlclose, dlclose@" OLDEST "\n"
+        ".symver old_dlerror, dlerror@" OLDEST "\n"
+        ".symver old_dlvsym, dlvsym@" OLDEST "\n");
 
 /* What libc itself had there to load modules by. One of those may bring libdl in later, and then ask us for symbols. */
 extern void *__libc_dlopen_mode(const char *, int) __attribute__((weak));
@@ -55,7 +60,7 @@ static _Atomic(void *) real[FGPU_NAMES]; /* found in the library of the right na
 static _Atomic(void *)
     foreign[FGPU_NAMES]; /* found by the program in a copy under another name: used only without the former */
 
-HIDDEN void *(*fgpu_real_dlsym)(void *, const char *);
+void *(*fgpu_real_dlsym)(void *, const char *);
 HIDDEN void *fgpu_lookup(void *handle, const char *name);
 static void *(*dl_open)(const char *, int);
 static int (*dl_close)(void *);
@@ -71,7 +76,7 @@ __attribute__((constructor)) static void resolve_dlsym(void)
         dl_close = old_dlclose;
         dl_error = old_dlerror;
         found = old_dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
-        if (!found) found = old_dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.2.5");
+        if (!found) found = old_dlvsym(RTLD_NEXT, "dlsym", OLDEST);
     } else if (__libc_dlopen_mode && __libc_dlsym) {
         void *libdl = __libc_dlopen_mode("libdl.so.2", (int)(RTLD_LAZY | RTLD_NOLOAD | LIBC_DLOPEN));
         if (!libdl) return;
@@ -98,8 +103,25 @@ static void *find(enum fgpu_name at)
     return found;
 }
 
+void *fgpu_symbol(void *library, enum fgpu_name at)
+{
+    void *found = library ? fgpu_real_dlsym(library, table[at].name) : NULL;
+    if (library && !found) dl_error();
+    return found;
+}
+
+void *fgpu_open_loaded(const char *path)
+{
+    void *library = dl_open(path, RTLD_LAZY | RTLD_NOLOAD);
+    if (!library) dl_error();
+    return library;
+}
+
+void fgpu_close(void *library) { dl_close(library); }
+
 void *fgpu_real(enum fgpu_name at)
 {
+    if (!LIKELY(!fgpu_beside)) return fgpu_real_beside(at);
     void *found = atomic_load_explicit(&real[at], memory_order_relaxed);
     if (LIKELY(found)) return found;
     int saved = errno;
@@ -147,7 +169,7 @@ void *fgpu_lookup(void *handle, const char *name)
     enum fgpu_name at = hooked(name);
     if (at == FGPU_NAMES) return FGPU_PASS;
     int saved = errno;
-    void *hook = table[at].hook, *driver = find_anew(at), *found = fgpu_real_dlsym(handle, name);
+    void *hook = table[at].hook, *driver = find_anew(at), *found = fgpu_real_dlsym(handle, name), *beside;
     if (found == hook) {
         /* A search of the whole program meets our own export first: the driver behind it decides. */
         if (!driver) driver = fgpu_real_dlsym(RTLD_NEXT, name);
@@ -157,7 +179,9 @@ void *fgpu_lookup(void *handle, const char *name)
     } else if (found && !driver && handle != RTLD_DEFAULT) {
         atomic_store_explicit(&foreign[at], found, memory_order_relaxed);
         found = hook;
-    } /* else another preload before us, or a second driver beside the first: theirs, the kernel sees what it does */
+    } else if (found && (beside = fgpu_hook_beside(at, found))) {
+        found = hook = beside;
+    } /* else another preload before us, or what is left to a further driver: theirs, the kernel sees what it does */
     if (found == hook && table[at].greets) fgpu_greet();
     errno = saved;
     return found;
@@ -171,7 +195,9 @@ static void substitute(const char *asked, void **answer)
         const char *name = table[at].name;
         if (!table[at].hook || strncmp(name, asked, length) || (name[length] && name[length] != '_')) continue;
         if (fgpu_real(at) != *answer) continue;
-        *answer = table[at].hook;
+        void *hook = fgpu_beside ? fgpu_entry_beside(at) : table[at].hook;
+        if (!hook) return;
+        *answer = hook;
         if (table[at].greets) fgpu_greet();
         return;
     }

@@ -29,10 +29,17 @@
  */
 #define SECOND 1000000000ULL
 #define FIRST_NS (2 * SECOND)     /* an upgrade of the gatekeeper fits in */
+#define ANSWERED_NS (SECOND / 4)  /* the heartbeat's period: the epoch is no newer */
 #define CLOSED_NS (SECOND / 10)   /* this thread's allocation waits for it */
 #define AGAIN_NS (SECOND / 50)    /* the pages at hand still hold: nobody should notice */
 #define ABANDONED_NS (5 * SECOND) /* a signal handler may have jumped out of a hello */
 #define ASKS 64
+
+#ifdef __x86_64__
+#define RELAX() __builtin_ia32_pause()
+#else
+#define RELAX() __asm__ volatile("yield")
+#endif
 
 /* Zero after a fork, by MADV_WIPEONFORK: the child is another process to the kernel's ledger and says its own hello. */
 struct own {
@@ -71,6 +78,7 @@ static struct fgpu_view view_of(uint32_t word)
     if (view.link == FGPU_HELD) {
         view.levels = word >> 16;
         view.usage = (const void *)(set + 2 * FGPU_PAGE_BYTES);
+        view.status = (void *)(set + FGPU_PAGE_BYTES);
     }
     return view;
 }
@@ -100,7 +108,7 @@ static void step_aside(uint64_t ticket, int asked)
 {
     uint64_t random = (ticket + (uint64_t)asked) * 0x9e3779b97f4a7c15ULL >> 32;
     if (asked < ASKS / 2) {
-        for (uint64_t i = random & ((1u << (asked < 8 ? asked : 8)) - 1); i; i--) __builtin_ia32_pause();
+        for (uint64_t i = random & ((1u << (asked < 8 ? asked : 8)) - 1); i; i--) RELAX();
         return;
     }
     int saved = errno;
@@ -168,6 +176,9 @@ static uint32_t say_hello(uint32_t word, uint64_t now, uint64_t patience, bool u
     if (latest == word) { /* else somebody was faster */
         atomic_store(&own->next_ns, now + SECOND);
         latest = hello(word, now, patience, unanswered);
+        /* An answered hello costs the gatekeeper little: a program that is moved must not wait a second to hear of it.
+         */
+        if (latest != word) atomic_store(&own->next_ns, now + ANSWERED_NS);
         if (atomic_load(&own->busy_until_ns) == mark) atomic_store_explicit(&own->word, latest, memory_order_release);
     }
     atomic_compare_exchange_strong(&own->busy_until_ns, &mark, 0);
@@ -229,6 +240,8 @@ void fgpu_greet(void)
     errno = saved;
 }
 
+struct fgpu_view fgpu_glance(void) { return view_of(load()); }
+
 struct fgpu_view fgpu_look(void)
 {
     int saved = errno;
@@ -244,7 +257,13 @@ struct fgpu_view fgpu_insist(void)
 {
     int saved = errno;
     uint32_t word = load();
-    if (link_of(word) == FGPU_HELD) word = again(word, fgpu_now(), CLOSED_NS, true);
+    if (link_of(word) == FGPU_HELD) {
+        /* Better late than refused: whoever was answered a moment ago will be again. */
+        uint64_t now = fgpu_now(), next = atomic_load_explicit(&own->next_ns, memory_order_relaxed);
+        struct timespec left = {0, (long)(next - now)};
+        if (next > now && next - now <= ANSWERED_NS) syscall(SYS_nanosleep, &left, NULL);
+        word = again(word, fgpu_now(), CLOSED_NS, true);
+    }
     errno = saved;
     return view_of(word);
 }

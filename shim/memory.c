@@ -1,7 +1,9 @@
 /*
  * memory.c: what takes device memory with a pointer, a handle or a context of its own. Owns nothing; admit.c asks.
  */
-#include "admit.h"
+#include <errno.h>
+
+#include "gate.h"
 
 /* -- memory: on the device of the current context. Without one the driver says so; nothing is asked. */
 
@@ -166,19 +168,34 @@ EXPORT CUresult cuGreenCtxCreate(CUgreenCtx *phCtx, CUdevResourceDesc desc, CUde
 
 /* -- ends: the kernel sees them. Ours is what pools and graphs were granted. */
 
-#define END_CONTEXT(name, device, argument)                                                                            \
+#define END_CONTEXT(name, device, context, argument)                                                                   \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
         fgpu_pools_leave(device);                                                                                      \
+        if (context) fgpu_context_ends(context);                                                                       \
         CUresult result = driver(argument);                                                                            \
+        if (device >= 0 && !is_active(device)) fgpu_context_ends(NULL);                                                \
         fgpu_pools_return(device);                                                                                     \
         return result;                                                                                                 \
     } while (0)
 
-EXPORT CUresult cuDevicePrimaryCtxRelease(CUdevice dev) { END_CONTEXT(cuDevicePrimaryCtxRelease, dev, dev); }
-EXPORT CUresult cuDevicePrimaryCtxRelease_v2(CUdevice dev) { END_CONTEXT(cuDevicePrimaryCtxRelease_v2, dev, dev); }
-EXPORT CUresult cuDevicePrimaryCtxReset(CUdevice dev) { END_CONTEXT(cuDevicePrimaryCtxReset, dev, dev); }
-EXPORT CUresult cuDevicePrimaryCtxReset_v2(CUdevice dev) { END_CONTEXT(cuDevicePrimaryCtxReset_v2, dev, dev); }
-EXPORT CUresult cuCtxDestroy(CUcontext ctx) { END_CONTEXT(cuCtxDestroy, -1, ctx); }
-EXPORT CUresult cuCtxDestroy_v2(CUcontext ctx) { END_CONTEXT(cuCtxDestroy_v2, -1, ctx); }
+/* A primary context outlives all but its last release. */
+static bool is_active(CUdevice device)
+{
+    __typeof__(&cuDevicePrimaryCtxGetState) state = REAL(cuDevicePrimaryCtxGetState);
+    unsigned flags;
+    int active = 0, saved = errno;
+    bool known = state && state(device, &flags, &active) == CUDA_SUCCESS;
+    errno = saved;
+    return known && active;
+}
+
+#define END_PRIMARY(name)                                                                                              \
+    EXPORT CUresult name(CUdevice dev) { END_CONTEXT(name, dev, (CUcontext)NULL, dev); }
+END_PRIMARY(cuDevicePrimaryCtxRelease)
+END_PRIMARY(cuDevicePrimaryCtxRelease_v2)
+END_PRIMARY(cuDevicePrimaryCtxReset)
+END_PRIMARY(cuDevicePrimaryCtxReset_v2)
+EXPORT CUresult cuCtxDestroy(CUcontext ctx) { END_CONTEXT(cuCtxDestroy, -1, ctx, ctx); }
+EXPORT CUresult cuCtxDestroy_v2(CUcontext ctx) { END_CONTEXT(cuCtxDestroy_v2, -1, ctx, ctx); }

@@ -7,7 +7,7 @@
  */
 #include <errno.h>
 
-#include "pool.h"
+#include "gate.h"
 
 #define NOTES 256
 #define BUSY 1ULL
@@ -54,21 +54,27 @@ bool fgpu_is_capturing(CUstream stream, bool per_thread)
     int saved = errno;
     CUresult result = ask ? ask(stream, &status) : CUDA_ERROR_NOT_SUPPORTED;
     errno = saved;
+    /* The legacy stream while another one captures: whatever uses it then fails, and may break that capture. */
+    if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) return true;
     return result == CUDA_SUCCESS && status != CU_STREAM_CAPTURE_STATUS_NONE;
+}
+
+bool fgpu_device_of(CUstream stream, bool per_thread, CUdevice *ordinal)
+{
+    int one = atomic_load_explicit(&sole, memory_order_relaxed);
+    *ordinal = one - 1;
+    if (one > 0) return true;
+    __typeof__(&cuStreamGetDevice) ask = per_thread ? REAL(cuStreamGetDevice_ptsz) : REAL(cuStreamGetDevice);
+    int saved = errno;
+    bool known = ask && ask(stream, ordinal) == CUDA_SUCCESS;
+    errno = saved;
+    return known || fgpu_current(ordinal);
 }
 
 static struct pool *pool_of_stream(CUstream stream, bool per_thread)
 {
-    int one = atomic_load_explicit(&sole, memory_order_relaxed);
-    CUdevice ordinal = one - 1;
-    if (one <= 0) {
-        __typeof__(&cuStreamGetDevice) ask = per_thread ? REAL(cuStreamGetDevice_ptsz) : REAL(cuStreamGetDevice);
-        int saved = errno;
-        bool known = ask && ask(stream, &ordinal) == CUDA_SUCCESS;
-        errno = saved;
-        if (!known && !fgpu_current(&ordinal)) return NULL;
-    }
-    return fgpu_current_pool(ordinal);
+    CUdevice ordinal;
+    return fgpu_device_of(stream, per_thread, &ordinal) ? fgpu_current_pool(ordinal) : NULL;
 }
 
 /* -- credits and notes */
@@ -169,6 +175,7 @@ static CUresult after(const struct order *order, CUresult result, CUdeviceptr po
         write_note(pointer, order);
     else if (order->on_credit)
         give_credit(order->pool, order->stream, order->bytes);
+    if (result) fgpu_failed(atomic_load_explicit(&order->pool->index, memory_order_relaxed), 0, result);
     return result;
 }
 
@@ -224,53 +231,73 @@ EXPORT CUresult cuMemFreeAsync_ptsz(CUdeviceptr dptr, CUstream hStream) { FREE(c
 
 /* -- captures: known from their beginning, so that programs without any are asked nothing */
 
-#define CAPTURE(name, ...)                                                                                             \
+#define CAPTURE(name, per_thread, ...)                                                                                 \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
         atomic_store(&captures, true);                                                                                 \
+        fgpu_stream_captures(hStream, per_thread);                                                                     \
         return driver ? driver(__VA_ARGS__) : CUDA_ERROR_NOT_SUPPORTED;                                                \
     } while (0)
 
-EXPORT CUresult cuStreamBeginCapture(CUstream hStream) { CAPTURE(cuStreamBeginCapture, hStream); }
-EXPORT CUresult cuStreamBeginCapture_ptsz(CUstream hStream) { CAPTURE(cuStreamBeginCapture_ptsz, hStream); }
+EXPORT CUresult cuStreamBeginCapture(CUstream hStream) { CAPTURE(cuStreamBeginCapture, false, hStream); }
+EXPORT CUresult cuStreamBeginCapture_ptsz(CUstream hStream) { CAPTURE(cuStreamBeginCapture_ptsz, true, hStream); }
 
 EXPORT CUresult cuStreamBeginCapture_v2(CUstream hStream, CUstreamCaptureMode mode)
 {
-    CAPTURE(cuStreamBeginCapture_v2, hStream, mode);
+    CAPTURE(cuStreamBeginCapture_v2, false, hStream, mode);
 }
 
 EXPORT CUresult cuStreamBeginCapture_v2_ptsz(CUstream hStream, CUstreamCaptureMode mode)
 {
-    CAPTURE(cuStreamBeginCapture_v2_ptsz, hStream, mode);
+    CAPTURE(cuStreamBeginCapture_v2_ptsz, true, hStream, mode);
 }
 
 EXPORT CUresult cuStreamBeginCaptureToGraph(CUstream hStream, CUgraph hGraph, const CUgraphNode *dependencies,
                                             const CUgraphEdgeData *dependencyData, size_t numDependencies,
                                             CUstreamCaptureMode mode)
 {
-    CAPTURE(cuStreamBeginCaptureToGraph, hStream, hGraph, dependencies, dependencyData, numDependencies, mode);
+    CAPTURE(cuStreamBeginCaptureToGraph, false, hStream, hGraph, dependencies, dependencyData, numDependencies, mode);
 }
 
 EXPORT CUresult cuStreamBeginCaptureToGraph_ptsz(CUstream hStream, CUgraph hGraph, const CUgraphNode *dependencies,
                                                  const CUgraphEdgeData *dependencyData, size_t numDependencies,
                                                  CUstreamCaptureMode mode)
 {
-    CAPTURE(cuStreamBeginCaptureToGraph_ptsz, hStream, hGraph, dependencies, dependencyData, numDependencies, mode);
+    CAPTURE(cuStreamBeginCaptureToGraph_ptsz, true, hStream, hGraph, dependencies, dependencyData, numDependencies,
+            mode);
 }
 
 /* -- waiting: the driver takes what a pool need not keep, and other processes of the tenant may want it */
 
-#define SYNCHRONIZE(name, ...)                                                                                         \
+#define SYNCHRONIZE(name, rested, ...)                                                                                 \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        struct fgpu_rest rest = fgpu_rest_begin();                                                                     \
         CUresult result = driver(__VA_ARGS__);                                                                         \
+        rested;                                                                                                        \
         fgpu_pools_synchronized();                                                                                     \
         return result;                                                                                                 \
     } while (0)
 
-EXPORT CUresult cuCtxSynchronize(void) { SYNCHRONIZE(cuCtxSynchronize); }
-EXPORT CUresult cuCtxSynchronize_v2(CUcontext ctx) { SYNCHRONIZE(cuCtxSynchronize_v2, ctx); }
-EXPORT CUresult cuStreamSynchronize(CUstream hStream) { SYNCHRONIZE(cuStreamSynchronize, hStream); }
-EXPORT CUresult cuStreamSynchronize_ptsz(CUstream hStream) { SYNCHRONIZE(cuStreamSynchronize_ptsz, hStream); }
-EXPORT CUresult cuEventSynchronize(CUevent hEvent) { SYNCHRONIZE(cuEventSynchronize, hEvent); }
+EXPORT CUresult cuCtxSynchronize(void) { SYNCHRONIZE(cuCtxSynchronize, fgpu_rest_context(rest, result, NULL)); }
+
+EXPORT CUresult cuCtxSynchronize_v2(CUcontext ctx)
+{
+    SYNCHRONIZE(cuCtxSynchronize_v2, fgpu_rest_context(rest, result, ctx), ctx);
+}
+
+EXPORT CUresult cuStreamSynchronize(CUstream hStream)
+{
+    SYNCHRONIZE(cuStreamSynchronize, fgpu_rest_stream(rest, result, hStream, false), hStream);
+}
+
+EXPORT CUresult cuStreamSynchronize_ptsz(CUstream hStream)
+{
+    SYNCHRONIZE(cuStreamSynchronize_ptsz, fgpu_rest_stream(rest, result, hStream, true), hStream);
+}
+
+EXPORT CUresult cuEventSynchronize(CUevent hEvent)
+{
+    SYNCHRONIZE(cuEventSynchronize, fgpu_rest_event(rest, result), hEvent);
+}

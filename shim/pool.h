@@ -50,6 +50,7 @@ HIDDEN void fgpu_unrelax(CUstreamCaptureMode mode);
 
 /* -- pool.c */
 HIDDEN bool fgpu_is_capturing(CUstream stream, bool per_thread);
+HIDDEN bool fgpu_device_of(CUstream stream, bool per_thread, CUdevice *ordinal);
 HIDDEN uint64_t fgpu_stream_key(CUstream stream, bool per_thread); /* never 0 */
 
 /* -- graph.c */

@@ -8,8 +8,8 @@
  * dlsym: for names that are not ours it jumps, so that the real one sees its caller's return address. With a call in
  * between, RTLD_NEXT of another preload would be looked up from here and find that preload again, without end.
  */
-#ifndef __x86_64__
-#error "x86-64 only"
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#error "x86-64 and arm64 only"
 #endif
 
 .macro probe name
@@ -39,6 +39,7 @@
         .balign 16
 dlsym:
         .cfi_startproc
+#ifdef __x86_64__
         pushq   %rdi
         .cfi_adjust_cfa_offset 8
         pushq   %rsi
@@ -60,6 +61,28 @@ dlsym:
         jz      2f
         jmp     *%rax
 2:      ret
+#else
+        stp     x29, x30, [sp, #-32]!
+        .cfi_def_cfa_offset 32
+        .cfi_offset x29, -32
+        .cfi_offset x30, -24
+        stp     x0, x1, [sp, #16]
+        bl      fgpu_lookup
+        mov     x16, x0
+        ldp     x0, x1, [sp, #16]
+        ldp     x29, x30, [sp], #32
+        .cfi_def_cfa_offset 0
+        .cfi_restore x29
+        .cfi_restore x30
+        cmp     x16, #1         /* FGPU_PASS */
+        b.ne    2f
+        adrp    x16, fgpu_real_dlsym
+        ldr     x16, [x16, #:lo12:fgpu_real_dlsym]
+        cbz     x16, 2f
+        br      x16
+2:      mov     x0, x16
+        ret
+#endif
         .cfi_endproc
         .size   dlsym, .-dlsym
 

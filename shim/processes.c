@@ -37,11 +37,19 @@ static void read_rows(struct fgpu_view view, int index, struct rows *rows)
     }
 }
 
+/* False where every level only observes. */
+static bool is_tenant(struct fgpu_view view)
+{
+    for (unsigned level = 0; view.link == FGPU_HELD && level < view.levels; level++)
+        if (!fgpu_observes(&view.usage[level])) return true;
+    return view.link == FGPU_CLOSED;
+}
+
 /* What a tenant is shown instead of the driver's answer: true when there is such a thing. */
 static bool own_rows(nvmlDevice_t device, struct rows *rows)
 {
     struct fgpu_view view = fgpu_look();
-    if (view.link != FGPU_HELD && view.link != FGPU_CLOSED) return false;
+    if (!is_tenant(view)) return false;
     int index = fgpu_nvml_index(view, device);
     read_rows(view, index, rows);
     return true;
@@ -124,15 +132,16 @@ EXPORT nvmlReturn_t nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t device, n
     return result;
 }
 
-/* -- utilisation: only the driver has it, so its samples are filtered; what is dropped is wiped from the caller's
- * array. */
+/* -- what only the driver has is filtered: utilisation, sessions, accounting. What is dropped is wiped from the
+ * caller's array. The driver names processes as the caller's namespace does; with too little room it says how many
+ * there are, which is all that is learnt of the others. */
 
-#define KEEP_OWN(rows, samples, count)                                                                                 \
+#define KEEP_OWN(rows, array, count, pid)                                                                              \
     ({                                                                                                                 \
         unsigned kept = 0;                                                                                             \
         for (unsigned i = 0; i < (count); i++)                                                                         \
-            if (has(&(rows), (samples)[i].pid)) (samples)[kept++] = (samples)[i];                                      \
-        memset((samples) + kept, 0, ((count)-kept) * sizeof *(samples));                                               \
+            if (has(&(rows), (array)[i] pid)) (array)[kept++] = (array)[i];                                            \
+        memset((array) + kept, 0, ((count)-kept) * sizeof *(array));                                                   \
         kept;                                                                                                          \
     })
 
@@ -145,7 +154,7 @@ EXPORT nvmlReturn_t nvmlDeviceGetProcessUtilization(nvmlDevice_t device, nvmlPro
     if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;
     nvmlReturn_t result = driver(device, utilization, processSamplesCount, lastSeenTimeStamp);
     if (result != NVML_SUCCESS || !utilization || !processSamplesCount || !own_rows(device, &rows)) return result;
-    *processSamplesCount = KEEP_OWN(rows, utilization, *processSamplesCount);
+    *processSamplesCount = KEEP_OWN(rows, utilization, *processSamplesCount, .pid);
     return *processSamplesCount ? NVML_SUCCESS : NVML_ERROR_NOT_FOUND;
 }
 
@@ -156,6 +165,47 @@ EXPORT nvmlReturn_t nvmlDeviceGetProcessesUtilizationInfo(nvmlDevice_t device, n
     if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;
     nvmlReturn_t result = driver(device, info);
     if (result != NVML_SUCCESS || !info || !info->procUtilArray || !own_rows(device, &rows)) return result;
-    info->processSamplesCount = KEEP_OWN(rows, info->procUtilArray, info->processSamplesCount);
+    info->processSamplesCount = KEEP_OWN(rows, info->procUtilArray, info->processSamplesCount, .pid);
     return info->processSamplesCount ? NVML_SUCCESS : NVML_ERROR_NOT_FOUND;
+}
+
+/* Encoder and capture sessions name their processes, and accounting lists nothing else. */
+#define FILTERED_LIST(name, type, pid)                                                                                 \
+    EXPORT nvmlReturn_t name(nvmlDevice_t device, unsigned int *count, type *array)                                    \
+    {                                                                                                                  \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        struct rows rows;                                                                                              \
+        if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;                                                             \
+        unsigned room = count ? *count : 0;                                                                            \
+        nvmlReturn_t result = driver(device, count, array);                                                            \
+        if (result != NVML_SUCCESS || !array || *count > room || !own_rows(device, &rows)) return result;              \
+        *count = KEEP_OWN(rows, array, *count, pid);                                                                   \
+        return result;                                                                                                 \
+    }
+
+FILTERED_LIST(nvmlDeviceGetEncoderSessions, nvmlEncoderSessionInfo_t, .pid)
+FILTERED_LIST(nvmlDeviceGetFBCSessions, nvmlFBCSessionInfo_t, .pid)
+FILTERED_LIST(nvmlDeviceGetAccountingPids, unsigned int, )
+
+/* The driver is asked all the same, aside, for its errors. */
+EXPORT nvmlReturn_t nvmlDeviceGetAccountingStats(nvmlDevice_t device, unsigned int pid, nvmlAccountingStats_t *stats)
+{
+    __typeof__(&nvmlDeviceGetAccountingStats) driver = REAL(nvmlDeviceGetAccountingStats);
+    nvmlAccountingStats_t aside = {0};
+    struct rows rows;
+    if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;
+    if (!stats || !own_rows(device, &rows) || has(&rows, pid)) return driver(device, pid, stats);
+    nvmlReturn_t result = driver(device, pid, &aside);
+    return result == NVML_SUCCESS ? NVML_ERROR_NOT_FOUND : result;
+}
+
+EXPORT nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccountingStats_v2_t *stats)
+{
+    __typeof__(&nvmlDeviceGetAccountingStats_v2) driver = REAL(nvmlDeviceGetAccountingStats_v2);
+    struct rows rows;
+    if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;
+    if (!stats || !own_rows(device, &rows) || has(&rows, stats->pid)) return driver(device, stats);
+    nvmlAccountingStats_v2_t aside = {.pid = stats->pid};
+    nvmlReturn_t result = driver(device, &aside);
+    return result == NVML_SUCCESS ? NVML_ERROR_NOT_FOUND : result;
 }

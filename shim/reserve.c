@@ -108,6 +108,15 @@ static bool fits(const struct pool *pool, uint64_t need)
     return need <= admitted || need - admitted <= fgpu_room(atomic_load(&pool->ordinal));
 }
 
+/* In whole units that an admission is rounded to: more would not fit. */
+static uint64_t room_left(const struct pool *pool)
+{
+    CUdevice ordinal = atomic_load(&pool->ordinal);
+    uint64_t granule = fgpu_granule(ordinal), room = fgpu_room(ordinal);
+    if (room >= FGPU_BLOCK) return 0;
+    return granule ? room & ~(granule - 1) : room;
+}
+
 /* With the turn, or after waiting long enough for it: then both may ask too much, which the next measure gives back. */
 static CUresult grow(struct pool *pool)
 {
@@ -118,9 +127,11 @@ static CUresult grow(struct pool *pool)
     fgpu_pools_yield(atomic_load(&pool->ordinal));
     if (!forecast(pool, &exact, &need)) return CUDA_ERROR_OUT_OF_MEMORY;
     if (fits(pool, need)) return ask_up_to(pool, need);
-    /* Too near the limit for a whole block: what is in use may still fit. More than a block beyond what was granted is
-     * memory that the pool took in some other way, and no reason to hand out more. */
-    CUresult refusal = ask_up_to(pool, exact);
+    /* Too near the limit for a whole block: what is in use may still fit. All that is left is asked for, since the pool
+     * takes its block all the same. More than a block beyond what was granted is memory that the pool took in some
+     * other way, and no reason to hand out more. */
+    CUresult refusal = ask_up_to(pool, larger(exact, atomic_load(&pool->admitted) + room_left(pool)));
+    if (refusal) refusal = ask_up_to(pool, exact);
     return !refusal && need >= atomic_load(&pool->admitted) + FGPU_BLOCK ? CUDA_ERROR_OUT_OF_MEMORY : refusal;
 }
 

@@ -37,6 +37,19 @@ FGPU_PER_THREAD(cuStreamGetDevice);
 FGPU_PER_THREAD(cuGraphInstantiateWithParams);
 FGPU_PER_THREAD(cuGraphUpload);
 FGPU_PER_THREAD(cuGraphLaunch);
+FGPU_PER_THREAD(cuLaunchKernel);
+FGPU_PER_THREAD(cuLaunchKernelEx);
+FGPU_PER_THREAD(cuLaunchCooperativeKernel);
+FGPU_PER_THREAD(cuStreamQuery);
+
+/* Newer than the headers that we build against; those that have it will make the compiler say so. */
+typedef struct {
+    unsigned int pid, isRunning, gpuUtilization, memoryUtilization;
+    unsigned long long maxMemoryUsage;
+    unsigned int sampleCount;
+    unsigned long long sumGpuUtil, sumFbUtil, time, startTime;
+} nvmlAccountingStats_v2_t;
+nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccountingStats_v2_t *stats);
 
 /*
  * THE table. HOOK: exported by us and handed out in place of the driver's. ASK: a hook whose mere lookup says hello, so
@@ -106,6 +119,21 @@ FGPU_PER_THREAD(cuGraphLaunch);
     HOOK(cuDevicePrimaryCtxReset_v2)                                                                                   \
     HOOK(cuCtxDestroy)                                                                                                 \
     HOOK(cuCtxDestroy_v2)                                                                                              \
+    HOOK(cuLaunchKernel)                                                                                               \
+    HOOK(cuLaunchKernel_ptsz)                                                                                          \
+    HOOK(cuLaunchKernelEx)                                                                                             \
+    HOOK(cuLaunchKernelEx_ptsz)                                                                                        \
+    HOOK(cuLaunchCooperativeKernel)                                                                                    \
+    HOOK(cuLaunchCooperativeKernel_ptsz)                                                                               \
+    HOOK(cuLaunchCooperativeKernelMultiDevice)                                                                         \
+    HOOK(cuLaunch)                                                                                                     \
+    HOOK(cuLaunchGrid)                                                                                                 \
+    HOOK(cuLaunchGridAsync)                                                                                            \
+    HOOK(cuStreamQuery)                                                                                                \
+    HOOK(cuStreamQuery_ptsz)                                                                                           \
+    HOOK(cuEventQuery)                                                                                                 \
+    HOOK(cuStreamDestroy)                                                                                              \
+    HOOK(cuStreamDestroy_v2)                                                                                           \
     NEED(cuCtxGetDevice)                                                                                               \
     NEED(cuDeviceGetUuid)                                                                                              \
     NEED(cuDeviceGetUuid_v2)                                                                                           \
@@ -124,6 +152,12 @@ FGPU_PER_THREAD(cuGraphLaunch);
     NEED(cuGraphMemAllocNodeGetParams)                                                                                 \
     NEED(cuGraphMemFreeNodeGetParams)                                                                                  \
     NEED(cuGraphChildGraphNodeGetGraph)                                                                                \
+    NEED(cuCtxGetCurrent)                                                                                              \
+    NEED(cuCtxPushCurrent_v2)                                                                                          \
+    NEED(cuCtxPopCurrent_v2)                                                                                           \
+    NEED(cuEventCreate)                                                                                                \
+    NEED(cuEventRecord)                                                                                                \
+    NEED(cuEventDestroy_v2)                                                                                            \
     NEED(cuDeviceGetGraphMemAttribute)
 
 #define FGPU_NVML_TABLE(HOOK, ASK, NEED)                                                                               \
@@ -145,6 +179,11 @@ FGPU_PER_THREAD(cuGraphLaunch);
     ASK(nvmlDeviceGetProcessUtilization)                                                                               \
     ASK(nvmlDeviceGetProcessesUtilizationInfo)                                                                         \
     ASK(nvmlDeviceGetRunningProcessDetailList)                                                                         \
+    ASK(nvmlDeviceGetEncoderSessions)                                                                                  \
+    ASK(nvmlDeviceGetFBCSessions)                                                                                      \
+    ASK(nvmlDeviceGetAccountingPids)                                                                                   \
+    ASK(nvmlDeviceGetAccountingStats)                                                                                  \
+    ASK(nvmlDeviceGetAccountingStats_v2)                                                                               \
     NEED(nvmlDeviceGetUUID)
 
 #define FGPU_ENUM(name) FGPU_AT_##name,
@@ -158,6 +197,16 @@ enum fgpu_name {
 
 /* -- hooks.c */
 HIDDEN void *fgpu_real(enum fgpu_name at);
+HIDDEN void *fgpu_symbol(void *library, enum fgpu_name at);
+HIDDEN void *fgpu_open_loaded(const char *path); /* NULL: it is not loaded */
+HIDDEN void fgpu_close(void *library);
+extern HIDDEN void *(*fgpu_real_dlsym)(void *, const char *);
+
+/* -- beside.c: a further driver in the same process */
+extern HIDDEN __thread bool fgpu_beside __attribute__((tls_model("initial-exec"))); /* it is called, not the first */
+HIDDEN void *fgpu_real_beside(enum fgpu_name at);
+HIDDEN void *fgpu_entry_beside(enum fgpu_name at);             /* NULL: left to the driver */
+HIDDEN void *fgpu_hook_beside(enum fgpu_name at, void *found); /* NULL: likewise, or it is not the driver's */
 
 /* -- link.c: hello, pages, state */
 enum fgpu_link { FGPU_FRESH, FGPU_OPEN, FGPU_CLOSED, FGPU_UNMANAGED, FGPU_HELD }; /* HELD: managed */
@@ -166,9 +215,11 @@ struct fgpu_view {
     unsigned levels;
     const struct fgpu_control_page *control; /* NULL unless FREE or HELD */
     const struct fgpu_usage_page *usage;     /* levels of them, leaf first; NULL unless HELD */
+    struct fgpu_status_page *status;         /* NULL unless HELD */
 };
 HIDDEN void fgpu_greet(void);              /* says hello if nobody has */
 HIDDEN struct fgpu_view fgpu_look(void);   /* greets, and hello again when due; says once when nothing is enforced */
+HIDDEN struct fgpu_view fgpu_glance(void); /* what is known: says nothing to anybody, reads no clock */
 HIDDEN struct fgpu_view fgpu_insist(void); /* hello again: the probes did not answer */
 HIDDEN uint64_t fgpu_ticket(void);
 HIDDEN int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
@@ -180,6 +231,11 @@ HIDDEN int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uin
 
 /* -- view.c */
 HIDDEN int fgpu_nvml_index(struct fgpu_view view, nvmlDevice_t device);
+/* A level that only counts: nothing may look other than without it. */
+static inline bool fgpu_observes(const struct fgpu_usage_page *page)
+{
+    return __atomic_load_n(&page->flags, __ATOMIC_RELAXED) & FGPU_OBSERVE;
+}
 
 /* -- probe.S: the same addresses as the exported symbols, under names that nobody can interpose */
 HIDDEN void fgpu_admit_here(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);

@@ -13,24 +13,25 @@ struct share {
     uint64_t total, free, used;
 };
 
-/* The narrowest of the levels. A limit below what is used shows as used: a total under it would make programs subtract.
- */
-static struct share share_of(struct fgpu_view view, int index, uint64_t total, uint64_t free)
+/* The narrowest of the levels that enforce a limit here; false: there is none, so nothing is to be shown otherwise. A
+ * limit below what is used shows as used: a total under it would make programs subtract. `used` is the tenant's. */
+static bool share_of(struct fgpu_view view, int index, struct share *share)
 {
-    struct share share = {total, free, 0};
+    bool limited = false;
     for (unsigned level = 0; level < view.levels; level++) {
         const struct fgpu_usage *usage = &view.usage[level].devices[index];
         uint64_t limit = __atomic_load_n(&usage->limit, __ATOMIC_RELAXED);
         uint64_t used = __atomic_load_n(&usage->used, __ATOMIC_RELAXED);
-        if (!level) share.used = used;
-        if (limit == FGPU_NO_LIMIT || view.usage[level].flags & FGPU_OBSERVE) continue; /* observed: nothing changes */
+        if (!level) share->used = used;
+        if (limit == FGPU_NO_LIMIT || fgpu_observes(&view.usage[level])) continue;
         uint64_t shown = limit > used ? limit : used, left = limit > used ? limit - used : 0;
-        if (shown < share.total) share.total = shown;
-        if (left < share.free) share.free = left;
+        if (shown < share->total) share->total = shown;
+        if (left < share->free) share->free = left;
+        limited = true;
     }
-    if (share.used > share.total) share.used = share.total;
-    if (share.free > share.total - share.used) share.free = share.total - share.used;
-    return share;
+    if (share->used > share->total) share->used = share->total;
+    if (share->free > share->total - share->used) share->free = share->total - share->used;
+    return limited;
 }
 
 /* False: show what the driver shows. Nobody answers for a closed link: all that is said is that nothing is to be had.
@@ -40,8 +41,8 @@ static bool narrowed(struct fgpu_view view, int index, uint64_t total, uint64_t 
     *share = (struct share){total, 0, total};
     if (view.link == FGPU_CLOSED) return true;
     if (view.link != FGPU_HELD || index < 0) return false;
-    *share = share_of(view, index, total, free);
-    return true;
+    share->free = free;
+    return share_of(view, index, share);
 }
 
 /* Frameworks size their pools by this: what it says is free must be what an allocation would get. */
@@ -185,9 +186,11 @@ EXPORT nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v
     struct share share;
     if (narrowed(view, fgpu_nvml_index(view, device), memory->total, memory->free, &share)) {
         memory->total = share.total;
-        memory->reserved = 0; /* the driver's own part lies outside every share */
         memory->free = share.free;
         memory->used = share.used;
+        /* As in the driver's own answer the three make up the total. The driver's reserve lies outside every share;
+         * what others hold of a group's limit, or of a device that is promised twice, can be neither used nor free. */
+        memory->reserved = share.total - share.free - share.used;
     }
     return result;
 }

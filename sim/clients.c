@@ -145,6 +145,7 @@ void client_end(struct client *client)
     close(client->pidfd);
     client->sock = client->pidfd = -1;
     client->state = CLIENT_ENDED;
+    turns_leave(client, 0);
     server.n_ended++;
     uint64_t now = now_ns();
     client->free_at_ns = holds_anything(client) ? now + CLEANUP_MIN_NS + now % CLEANUP_SPREAD_NS : now;

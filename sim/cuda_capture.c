@@ -9,7 +9,7 @@
 struct capture {
     uint64_t id, thread;
     CUstreamCaptureMode mode;
-    bool broken;
+    bool broken, borrows; /* borrows: the graph is the program's, which keeps what was captured into it */
     struct graph *graph;
     struct stream *origin;
     struct capture *next;
@@ -150,7 +150,31 @@ CUresult capture_node(struct stream *stream, CUgraphNodeType type, struct node *
 
 /* Beginning and end. */
 
-static CUresult begin(CUstream handle, CUstreamCaptureMode mode, bool per_thread)
+/* Where captured nodes go: after which others, in a graph that is there; NULL: in a new one. */
+struct place {
+    CUgraph graph;
+    const CUgraphNode *needs;
+    size_t n;
+};
+
+static bool is_in(const struct graph *graph, CUgraphNode handle)
+{
+    for (const struct node *n = graph->nodes; n; n = n->next)
+        if (n == (struct node *)handle) return true;
+    return false;
+}
+
+static CUresult settle(const struct place *place, struct stream *stream, struct graph **out)
+{
+    struct graph *graph = *out = place ? graph_find(place->graph) : graph_new();
+    if (!place) return graph ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+    if (!graph || graph->capturing || (place->n && !place->needs)) return CUDA_ERROR_INVALID_VALUE;
+    for (size_t i = 0; i < place->n; i++)
+        if (!is_in(graph, place->needs[i])) return CUDA_ERROR_INVALID_VALUE;
+    return tail_copy(&stream->tail, &(struct tail){(struct node **)place->needs, place->n});
+}
+
+static CUresult begin(CUstream handle, CUstreamCaptureMode mode, const struct place *place, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
@@ -160,15 +184,17 @@ static CUresult begin(CUstream handle, CUstreamCaptureMode mode, bool per_thread
     if (stream == &context->legacy) return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     if (stream->capture) return sim_leave(CUDA_ERROR_ILLEGAL_STATE);
     struct capture *capture = calloc(1, sizeof *capture);
-    struct graph *graph = capture ? graph_new() : NULL;
-    if (!graph) {
+    struct graph *graph = NULL;
+    result = capture ? settle(place, stream, &graph) : CUDA_ERROR_OUT_OF_MEMORY;
+    if (result) {
         free(capture);
-        return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+        return sim_leave(result);
     }
     graph->capturing = true;
     *capture = (struct capture){.id = ++driver.next_id,
                                 .thread = this_thread(),
                                 .mode = mode,
+                                .borrows = place,
                                 .graph = graph,
                                 .origin = stream,
                                 .next = captures};
@@ -177,14 +203,26 @@ static CUresult begin(CUstream handle, CUstreamCaptureMode mode, bool per_thread
     return sim_leave(CUDA_SUCCESS);
 }
 
-TWICE(_ptsz, cuStreamBeginCapture, (CUstream hStream), begin(hStream, CU_STREAM_CAPTURE_MODE_GLOBAL, per_thread))
-TWICE(_ptsz, cuStreamBeginCapture_v2, (CUstream hStream, CUstreamCaptureMode mode), begin(hStream, mode, per_thread))
+TWICE(_ptsz, cuStreamBeginCapture, (CUstream hStream), begin(hStream, CU_STREAM_CAPTURE_MODE_GLOBAL, NULL, per_thread))
+TWICE(_ptsz, cuStreamBeginCapture_v2, (CUstream hStream, CUstreamCaptureMode mode),
+      begin(hStream, mode, NULL, per_thread))
+TWICE(_ptsz, cuStreamBeginCaptureToGraph,
+      (CUstream hStream, CUgraph hGraph, const CUgraphNode *dependencies, const CUgraphEdgeData *edges, size_t n,
+       CUstreamCaptureMode mode),
+      ((void)edges,
+       hGraph ? begin(hStream, mode, &(struct place){hGraph, dependencies, n}, per_thread) : CUDA_ERROR_INVALID_VALUE))
 
 static void leave_stream(struct stream *stream, const struct capture *capture)
 {
     if (stream->capture != capture) return;
     stream->capture = NULL;
     tail_clear(&stream->tail);
+}
+
+static void graph_discard(const struct capture *capture)
+{
+    capture->graph->capturing = false;
+    if (!capture->borrows) graph_free(capture->graph);
 }
 
 static void capture_stop(struct capture *capture)
@@ -205,7 +243,7 @@ void capture_abandon(struct stream *stream)
 {
     struct capture *capture = stream->capture;
     if (capture->origin == stream) {
-        graph_free(capture->graph);
+        graph_discard(capture);
         capture_stop(capture);
     } else {
         capture_break(capture);
@@ -218,7 +256,7 @@ void captures_end(struct context *context)
     for (struct capture *next, *c = captures; c; c = next) {
         next = c->next;
         if (c->origin->context != context) continue;
-        graph_free(c->graph);
+        graph_discard(c);
         capture_stop(c);
     }
 }
@@ -281,7 +319,7 @@ static CUresult end(CUstream handle, CUgraph *out, bool per_thread)
         result = CUDA_ERROR_STREAM_CAPTURE_UNJOINED;
     capture->graph->capturing = false;
     *out = result ? NULL : (CUgraph)capture->graph;
-    if (result) graph_free(capture->graph);
+    if (result) graph_discard(capture);
     capture_stop(capture);
     return sim_leave(result);
 }

@@ -30,13 +30,15 @@ bool context_is_known(const struct context *context)
 
 /* A primary context is started again after each reset and then has a new id, so that the server never mistakes it for
  * the old one. */
-static CUresult context_start(struct context *context, int device, unsigned flags)
+static CUresult context_begin(struct context *context, int device, unsigned flags)
 {
     context->id = ++driver.next_id;
     context->device = device;
     context->flags = flags;
     memcpy(context->limits, default_limits, sizeof default_limits);
     context->legacy = context->per_thread = (struct stream){.context = context};
+    context->lost_ns = context->work_ns = context->expected_ns = context->n_losses = 0;
+    memset(context->engines_ns, 0, sizeof context->engines_ns);
     context->legacy.id = 1;
     context->per_thread.id = 2;
     CUresult result = sim_take(context, device, SIM_CONTEXT, 0, 0);
@@ -78,7 +80,7 @@ static CUresult create(CUcontext *pctx, unsigned flags, CUdevice dev)
     if (result) return result;
     struct context *context = depth < MAX_STACK ? calloc(1, sizeof *context) : NULL;
     if (!context) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
-    result = context_start(context, dev, flags | CU_CTX_MAP_HOST);
+    result = context_begin(context, dev, flags | CU_CTX_MAP_HOST);
     if (result) {
         free(context);
         return sim_leave(result);
@@ -113,12 +115,12 @@ API cuCtxCreate_v4(CUcontext *pctx, CUctxCreateParams *params, unsigned int flag
     return create(pctx, flags, dev);
 }
 
-API cuCtxDestroy_v2(CUcontext ctx)
+static CUresult destroy(CUcontext ctx)
 {
+    if (!ctx) return CUDA_ERROR_INVALID_VALUE;
     CUresult result = sim_enter_init();
     if (result) return result;
     struct context *context = (struct context *)ctx;
-    if (!context) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (!context_is_known(context) || context->primary) return sim_leave(CUDA_ERROR_INVALID_CONTEXT);
     if (!context->alive) return sim_leave(CUDA_ERROR_CONTEXT_IS_DESTROYED);
     if (context_current() == context) depth--;
@@ -126,7 +128,26 @@ API cuCtxDestroy_v2(CUcontext ctx)
     return sim_leave(CUDA_SUCCESS);
 }
 
+API cuCtxDestroy_v2(CUcontext ctx) { return destroy(ctx); }
+
+API cuCtxDestroy(CUcontext ctx) { return destroy(ctx); }
+
 /* Primary contexts. */
+
+/* With the lock; also what a green context does, which lives in it. */
+CUresult primary_retain(int device)
+{
+    struct context *primary = &driver.primary[device];
+    CUresult result = primary->alive ? CUDA_SUCCESS : context_begin(primary, device, primary->flags | CU_CTX_MAP_HOST);
+    if (!result) driver.primary_refs[device]++;
+    return result;
+}
+
+/* With the lock, and a reference to give up. */
+void primary_leave(int device)
+{
+    if (!--driver.primary_refs[device] && driver.primary[device].alive) context_stop(&driver.primary[device]);
+}
 
 API cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
 {
@@ -134,12 +155,9 @@ API cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
     if (result) return result;
     if (!pctx) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
-    struct context *primary = &driver.primary[dev];
-    if (!primary->alive) result = context_start(primary, dev, primary->flags | CU_CTX_MAP_HOST);
-    if (result) return sim_leave(result);
-    driver.primary_refs[dev]++;
-    *pctx = (CUcontext)primary;
-    return sim_leave(CUDA_SUCCESS);
+    result = primary_retain(dev);
+    if (!result) *pctx = (CUcontext)&driver.primary[dev];
+    return sim_leave(result);
 }
 
 static CUresult primary_release(CUdevice dev, bool all)
@@ -149,8 +167,10 @@ static CUresult primary_release(CUdevice dev, bool all)
     if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
     if (!all && !driver.primary_refs[dev]) return sim_leave(CUDA_ERROR_INVALID_CONTEXT);
     /* A reset takes the context's insides away but leaves the references: the next retain fills it again. */
-    if (!all && --driver.primary_refs[dev]) return sim_leave(CUDA_SUCCESS);
-    if (driver.primary[dev].alive) context_stop(&driver.primary[dev]);
+    if (!all)
+        primary_leave(dev);
+    else if (driver.primary[dev].alive)
+        context_stop(&driver.primary[dev]);
     return sim_leave(CUDA_SUCCESS);
 }
 

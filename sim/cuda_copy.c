@@ -1,8 +1,11 @@
-/* Copies and memsets, with real contents. They happen when they are called: since kernels change nothing, no program
- * can see a difference but in time, and a synchronous copy waits for its stream first. */
+/* Copies and memsets, with real contents. They happen when they are called, since kernels change nothing, but keep
+ * their stream busy for as long as they should take; a synchronous copy is waited for. */
 #include "cuda_graph.h"
 
 #include <string.h>
+
+#define HOST_GBPS 50 /* bytes a nanosecond: a bus of the fifth generation */
+#define DEVICE_GBPS 2000
 
 struct place {
     uint8_t *bytes; /* NULL: contents are not kept */
@@ -58,6 +61,21 @@ CUresult transfer_run(const struct transfer *t)
     return CUDA_SUCCESS;
 }
 
+static enum engine engine_of(const struct transfer *t)
+{
+    enum side to = t->to_side == EITHER && !range_find(t->to) ? HOST : t->to_side;
+    enum side from = t->from_side == EITHER && !range_find(t->from) ? HOST : t->from_side;
+    return from == HOST ? TO_DEVICE : to == HOST ? FROM_DEVICE : ON_DEVICE;
+}
+
+uint64_t transfer_ns(const struct transfer *t)
+{
+    uint64_t bytes = t->width * (t->height ? t->height : 1) * (t->depth ? t->depth : 1);
+    return bytes / (engine_of(t) == ON_DEVICE ? DEVICE_GBPS : HOST_GBPS);
+}
+
+uint64_t fill_ns(const struct fill *f) { return f->element * f->width * (f->height ? f->height : 1) / DEVICE_GBPS; }
+
 /* What waits for its own work goes by the default stream; only where that one is unusable does a capture mind. */
 static CUresult enter_waiting(bool per_thread, struct context **context, struct stream **stream)
 {
@@ -78,8 +96,11 @@ static CUresult copy(uintptr_t to, enum side to_side, uintptr_t from, enum side 
     if (result) return result;
     if (!size) return sim_leave(CUDA_SUCCESS);
     if (!to || !from) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    stream_wait(stream->done_ns);
-    return sim_leave(copy_pieces(to, to_side, from, from_side, size));
+    struct transfer transfer = {to, from, to_side, from_side, size, 1, 1, size, size, size, size};
+    result = copy_pieces(to, to_side, from, from_side, size);
+    if (!result) result = stream_copy(context, stream, transfer_ns(&transfer), engine_of(&transfer));
+    if (!result) stream_wait(context, stream);
+    return sim_leave(result);
 }
 
 static CUresult capture_copy(struct stream *stream, const struct transfer *transfer)
@@ -101,7 +122,9 @@ static CUresult copy_async(uintptr_t to, enum side to_side, uintptr_t from, enum
     if (!size) return sim_leave(CUDA_SUCCESS);
     if (!to || !from) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     struct transfer transfer = {to, from, to_side, from_side, size, 1, 1, size, size, size, size};
-    return sim_leave(stream->capture ? capture_copy(stream, &transfer) : transfer_run(&transfer));
+    if (stream->capture) return sim_leave(capture_copy(stream, &transfer));
+    result = transfer_run(&transfer);
+    return sim_leave(result ? result : stream_copy(context, stream, transfer_ns(&transfer), engine_of(&transfer)));
 }
 
 TWICE(_ptds, cuMemcpy, (CUdeviceptr dst, CUdeviceptr src, size_t ByteCount),
@@ -168,7 +191,9 @@ static CUresult memset_sync(CUdeviceptr at, uint32_t value, size_t width, size_t
     struct context *context;
     struct stream *stream;
     CUresult result = enter_waiting(per_thread, &context, &stream);
-    return result ? result : sim_leave(set(at, value, width, n));
+    if (result) return result;
+    result = set(at, value, width, n);
+    return sim_leave(result ? result : stream_copy(context, stream, n * width / DEVICE_GBPS, ON_DEVICE));
 }
 
 static CUresult capture_fill(struct stream *stream, const struct fill *fill)
@@ -187,7 +212,9 @@ static CUresult memset_async(CUdeviceptr at, uint32_t value, size_t width, size_
     if (result) return result;
     if (!n) return sim_leave(CUDA_SUCCESS);
     struct fill fill = {.at = at, .value = value, .element = width, .width = n, .height = 1};
-    return sim_leave(stream->capture ? capture_fill(stream, &fill) : fill_run(&fill));
+    if (stream->capture) return sim_leave(capture_fill(stream, &fill));
+    result = fill_run(&fill);
+    return sim_leave(result ? result : stream_copy(context, stream, fill_ns(&fill), ON_DEVICE));
 }
 
 TWICE(_ptds, cuMemsetD8_v2, (CUdeviceptr dst, unsigned char uc, size_t N), memset_sync(dst, uc, 1, N, per_thread))

@@ -67,7 +67,8 @@ static CUresult synchronize(struct context *context)
 {
     CUresult result = capture_permits_waiting(context);
     if (result) return sim_leave(result);
-    stream_wait(context_done_ns(context));
+    lanes_wait(context);
+    if (context->alive) context_wait(context, context_done_ns(context));
     if (!context->alive) return sim_leave(CUDA_ERROR_CONTEXT_IS_DESTROYED);
     pools_settle(context->device);
     return sim_leave(CUDA_SUCCESS);

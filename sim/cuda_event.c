@@ -6,7 +6,9 @@
 struct event {
     unsigned flags;
     bool recorded;
-    uint64_t done_ns;
+    uint64_t done_ns;          /* by the clock of the context in which it was recorded */
+    uint64_t lane, lane_index; /* index not 0: done when that is, and when nobody knows yet */
+    struct context *context;
     struct capture *capture; /* not NULL: last recorded in a capturing stream, whose capture may be over */
     uint64_t capture_id;
     struct tail tail;
@@ -93,11 +95,14 @@ static CUresult record(CUevent handle, unsigned flags, CUstream stream_handle, b
     if (!at) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
     if (flags & ~1u) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (stream->capture) return sim_leave(record_captured(*at, stream));
-    uint64_t now = stream_now();
+    uint64_t now = context_now(context);
+    (*at)->context = context;
     (*at)->capture = NULL;
     tail_clear(&(*at)->tail);
     (*at)->recorded = true;
     (*at)->done_ns = stream->done_ns > now ? stream->done_ns : now;
+    (*at)->lane = stream->id;
+    (*at)->lane_index = stream->lane_index;
     return sim_leave(CUDA_SUCCESS);
 }
 
@@ -109,6 +114,7 @@ TWICE(_ptsz, cuEventRecordWithFlags, (CUevent hEvent, CUstream hStream, unsigned
  * to ask of another while something captures. */
 static CUresult enter_done(CUevent handle, struct event **event)
 {
+    if (!handle) return CUDA_ERROR_INVALID_HANDLE;
     CUresult result = enter_event(handle, event);
     if (result) return result;
     struct capture *capture = (*event)->capture;
@@ -121,12 +127,23 @@ static CUresult enter_done(CUevent handle, struct event **event)
     return result ? sim_leave(result) : CUDA_SUCCESS;
 }
 
+static bool is_done(struct event *event)
+{
+    if (!event->recorded) return true;
+    if (event->lane_index) {
+        if (!lane_reached(event->context, event->lane, event->lane_index)) return false;
+        event->lane_index = 0;
+        event->done_ns = context_now(event->context);
+    }
+    return context_reached(event->context, event->done_ns);
+}
+
 API cuEventQuery(CUevent hEvent)
 {
     struct event *event;
     CUresult result = enter_done(hEvent, &event);
     if (result) return result;
-    return sim_leave(event->recorded && event->done_ns > stream_now() ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS);
+    return sim_leave(is_done(event) ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY);
 }
 
 API cuEventSynchronize(CUevent hEvent)
@@ -134,7 +151,9 @@ API cuEventSynchronize(CUevent hEvent)
     struct event *event;
     CUresult result = enter_done(hEvent, &event);
     if (result) return result;
-    if (event->recorded) stream_wait(event->done_ns);
+    struct event is = *event; /* it may be destroyed while it is waited for */
+    if (is.recorded && is.lane_index) lane_wait(is.context, is.lane, is.lane_index);
+    if (is.recorded && is.context->alive) context_wait(is.context, is.done_ns);
     return sim_leave(CUDA_SUCCESS);
 }
 
@@ -150,9 +169,9 @@ static CUresult elapsed(float *ms, CUevent hStart, CUevent hEnd)
     if (!ms || !start || !(*start)->recorded || !end->recorded ||
         ((*start)->flags | end->flags) & CU_EVENT_DISABLE_TIMING)
         return sim_leave(CUDA_ERROR_INVALID_HANDLE);
-    uint64_t now = stream_now();
-    if ((*start)->done_ns > now || end->done_ns > now) return sim_leave(CUDA_ERROR_NOT_READY);
-    *ms = (float)((double)(int64_t)(end->done_ns - (*start)->done_ns) / 1e6);
+    if (!is_done(*start) || !is_done(end)) return sim_leave(CUDA_ERROR_NOT_READY);
+    uint64_t from = context_real((*start)->context, (*start)->done_ns), to = context_real(end->context, end->done_ns);
+    *ms = (float)((double)(int64_t)(to - from) / 1e6);
     return sim_leave(CUDA_SUCCESS);
 }
 
@@ -202,7 +221,13 @@ static CUresult wait_event(CUstream handle, CUevent event, unsigned flags, bool 
     if (!at) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
     if (flags & ~1u) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (stream->capture || (*at)->capture) return sim_leave(wait_captured(stream, *at, flags));
-    if ((*at)->recorded && (*at)->done_ns > stream->done_ns) stream->done_ns = (*at)->done_ns;
+    if ((*at)->recorded && (*at)->lane_index && (*at)->lane != stream->id) {
+        struct event is = **at; /* the real driver waits on the device: here the program does */
+        lane_wait(is.context, is.lane, is.lane_index);
+        return sim_leave(CUDA_SUCCESS);
+    }
+    uint64_t done = (*at)->recorded ? context_translate((*at)->context, context, (*at)->done_ns) : 0;
+    if (done > stream->done_ns) stream->done_ns = done;
     return sim_leave(CUDA_SUCCESS);
 }
 

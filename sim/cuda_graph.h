@@ -5,6 +5,8 @@
 
 #include "cuda_state.h"
 
+#define MAX_SPANS 16 /* in which kernels run; more become one */
+
 /* Rows of rows: what a copy is when it is not done at once. A height or depth of 0 counts as 1. */
 struct transfer {
     uintptr_t to, from;
@@ -55,6 +57,15 @@ struct node {
     struct node *next;                /* the one made before it */
 };
 
+/* When kernels run, counted from the launch: copies between them leave the device to others. */
+struct plan {
+    uint64_t ns; /* from the first to the last */
+    struct span {
+        uint64_t from, until;
+    } spans[MAX_SPANS];
+    size_t n;
+};
+
 struct exec;
 
 struct graph {
@@ -85,12 +96,19 @@ CUresult graph_memory_reserve(int device);
 uint64_t execs_need(int device); /* bytes that running ones share by stream */
 void exec_forget_graph(struct exec *exec);
 
+/* cuda_graph_time.c */
+uint64_t node_ns(const struct node *node);
+CUresult plan_make(struct plan *plan, const struct node *ops, size_t n_ops); /* ops: in order, `until` known */
+CUresult plan_run(const struct plan *plan, struct context *context, struct stream *stream);
+
 /* cuda_capture.c */
 struct graph *capture_graph(const struct stream *stream);
 CUresult capture_node(struct stream *stream, CUgraphNodeType type, struct node **out);
 
 /* cuda_copy.c */
 CUresult transfer_run(const struct transfer *transfer);
+uint64_t transfer_ns(const struct transfer *transfer);
 CUresult fill_run(const struct fill *fill);
+uint64_t fill_ns(const struct fill *fill);
 
 #endif

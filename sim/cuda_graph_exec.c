@@ -13,11 +13,12 @@ struct exec {
     cuuint64_t flags;
     struct node *ops; /* copies, in order */
     size_t n_ops;
-    uint64_t ns;
+    struct plan plan;
     uint64_t shared[SIM_MAX_DEVICES]; /* the most that is live at once, without what a launch leaves behind */
     uint64_t left[SIM_MAX_DEVICES];   /* which is this */
     uint64_t stream;                  /* of the last launch; 0: none yet */
-    uint64_t done_ns;
+    uint64_t done_ns;                 /* by the clock of the context in which it was launched */
+    struct context *context;
     struct exec *next;
 };
 
@@ -33,21 +34,25 @@ static struct exec *find(CUgraphExec handle)
 void exec_forget_graph(struct exec *exec) { exec->graph = NULL; }
 
 /* Launches in one stream follow each other and share their memory; those in different streams do not. */
-static bool holds(const struct exec *exec, uint64_t now) { return exec->stream && exec->done_ns > now; }
+static bool holds(const struct exec *exec)
+{
+    if (!exec->stream || !exec->done_ns) return false;
+    return exec->done_ns == UINT64_MAX || !context_reached(exec->context, exec->done_ns);
+}
 
 uint64_t execs_need(int device)
 {
-    uint64_t sum = 0, now = stream_now();
+    uint64_t sum = 0;
     for (const struct exec *e = execs; e; e = e->next) {
         const struct exec *first = execs;
         uint64_t most = 0;
-        while (!holds(first, now) || first->stream != e->stream) {
+        while (!holds(first) || first->stream != e->stream) {
             first = first->next;
             if (!first) break;
         }
         if (first != e) continue; /* holds nothing, or another one of its stream has spoken for it */
         for (const struct exec *other = e; other; other = other->next)
-            if (holds(other, now) && other->stream == e->stream && other->shared[device] > most)
+            if (holds(other) && other->stream == e->stream && other->shared[device] > most)
                 most = other->shared[device];
         sum += most;
     }
@@ -65,8 +70,8 @@ static bool visit(struct node *node, uint64_t mark, struct exec *exec)
         if (!visit(node->needs[i], mark, exec)) return false;
         if (node->needs[i]->until > start) start = node->needs[i]->until;
     }
-    node->until = start + (node->type == CU_GRAPH_NODE_TYPE_KERNEL ? node->kernel.ns : 0);
-    if (node->until > exec->ns) exec->ns = node->until;
+    node->until = start + node_ns(node);
+    if (node->until > exec->plan.ns) exec->plan.ns = node->until;
     exec->ops[exec->n_ops++] = *node;
     return true;
 }
@@ -82,7 +87,7 @@ static CUresult order(struct graph *graph, struct exec *exec)
     for (size_t i = 0; !result && i < graph->n_nodes; i++)
         if (!visit(nodes[i], mark, exec)) result = CUDA_ERROR_INVALID_VALUE;
     free(nodes);
-    return result;
+    return result ? result : plan_make(&exec->plan, exec->ops, exec->n_ops);
 }
 
 static bool is_memory(const struct node *op)
@@ -313,11 +318,12 @@ static CUresult launch(CUgraphExec handle, CUstream stream_handle, bool per_thre
         set_live(exec, false);
         return sim_leave(result);
     }
-    if (exec->done_ns > stream->done_ns) stream->done_ns = exec->done_ns; /* one launch of it at a time */
-    stream_work(context, stream, exec->ns);
+    uint64_t before = exec->context ? context_translate(exec->context, context, exec->done_ns) : 0;
+    if (before > stream->done_ns) stream->done_ns = before; /* one launch of it at a time */
+    exec->context = context;
+    result = plan_run(&exec->plan, context, stream);
     exec->done_ns = stream->done_ns;
-    kernel_report(context, exec->ns);
-    return sim_leave(run(exec));
+    return sim_leave(result ? result : run(exec));
 }
 
 TWICE(_ptsz, cuGraphLaunch, (CUgraphExec hGraph, CUstream hStream), launch(hGraph, hStream, per_thread))

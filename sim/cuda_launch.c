@@ -2,8 +2,11 @@
 #include "cuda_graph.h"
 #include "cuda_module.h"
 
+#define CLUSTER_MAX 8u /* blocks that every device with clusters can do */
+
 /* May it be launched so, and for how long will it run? Its module is loaded by that. */
-CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, uint64_t *ns)
+CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, uint64_t *ns,
+                      struct party *party)
 {
     struct function *function = function_find(context, handle);
     if (!function) return CUDA_ERROR_INVALID_HANDLE;
@@ -20,24 +23,42 @@ CUresult kernel_check(struct context *context, CUfunction handle, const struct s
         shape->shared > (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN])
         return CUDA_ERROR_INVALID_VALUE;
     *ns = function->ns;
+    if (party) *party = function->party;
     return module_load(function->module);
 }
 
-/* Only work that lasts is worth telling the server, which shows it as utilisation. */
-void kernel_report(const struct context *context, uint64_t ns)
+/* On one multiprocessor. */
+static int blocks_at_once(const int32_t *limits, const struct shape *shape)
 {
-    if (ns >= 1000)
-        sim_ask(SIM_WORK, (struct sim_request){.device = (uint32_t)context->device, .bytes = ns / 1000}, NULL, 0);
+    unsigned threads = shape->block[0] * shape->block[1] * shape->block[2];
+    int by_threads = (int)((unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR] / threads);
+    int most = limits[CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR];
+    if (shape->shared) {
+        int by_memory = limits[CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR] / (int)shape->shared;
+        if (by_memory < most) most = by_memory;
+    }
+    return by_threads < most ? by_threads : most;
 }
 
-static CUresult launch(CUfunction handle, struct shape shape, CUstream stream_handle, bool per_thread)
+/* All blocks of a cooperative kernel are on the device at once. */
+bool kernel_fits(const struct context *context, const struct shape *shape)
+{
+    const int32_t *limits = driver.devices[context->device].attributes;
+    uint64_t blocks = (uint64_t)shape->grid[0] * shape->grid[1] * shape->grid[2];
+    return blocks <=
+           (uint64_t)limits[CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT] * (uint64_t)blocks_at_once(limits, shape);
+}
+
+CUresult kernel_launch(CUfunction handle, struct shape shape, CUstream stream_handle, bool per_thread, bool cooperates)
 {
     struct context *context;
     struct stream *stream;
     struct kernel kernel = {handle, shape, 0};
+    struct party party;
     CUresult result = stream_enter_work(stream_handle, per_thread, &context, &stream);
     if (result) return result;
-    result = kernel_check(context, handle, &shape, &kernel.ns);
+    result = kernel_check(context, handle, &shape, &kernel.ns, &party);
+    if (!result && cooperates && !kernel_fits(context, &shape)) result = CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
     if (result) return sim_leave(result);
     if (stream->capture) {
         struct node *node;
@@ -45,9 +66,7 @@ static CUresult launch(CUfunction handle, struct shape shape, CUstream stream_ha
         if (!result) node->kernel = kernel;
         return sim_leave(result);
     }
-    stream_work(context, stream, kernel.ns);
-    kernel_report(context, kernel.ns);
-    return sim_leave(CUDA_SUCCESS);
+    return sim_leave(stream_work(context, stream, kernel.ns, &party));
 }
 
 #define SHAPE(s)                                                                                                       \
@@ -58,16 +77,43 @@ static CUresult launch(CUfunction handle, struct shape shape, CUstream stream_ha
 TWICE(_ptsz, cuLaunchKernel,
       (CUfunction f, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int bx, unsigned int by,
        unsigned int bz, unsigned int shared, CUstream hStream, void **params, void **extra),
-      ((void)params, (void)extra, launch(f, (struct shape){{gx, gy, gz}, {bx, by, bz}, shared}, hStream, per_thread)))
+      ((void)params, (void)extra,
+       kernel_launch(f, (struct shape){{gx, gy, gz}, {bx, by, bz}, shared}, hStream, per_thread, false)))
 
 TWICE(_ptsz, cuLaunchCooperativeKernel,
       (CUfunction f, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int bx, unsigned int by,
        unsigned int bz, unsigned int shared, CUstream hStream, void **params),
-      ((void)params, launch(f, (struct shape){{gx, gy, gz}, {bx, by, bz}, shared}, hStream, per_thread)))
+      ((void)params, kernel_launch(f, (struct shape){{gx, gy, gz}, {bx, by, bz}, shared}, hStream, per_thread, true)))
+
+static bool says_cooperative(const CUlaunchConfig *config)
+{
+    for (unsigned i = 0; config->attrs && i < config->numAttrs; i++)
+        if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_COOPERATIVE && config->attrs[i].value.cooperative) return true;
+    return false;
+}
+
+/* Clusters are of so many blocks at most, and a grid of whole clusters. */
+static bool fits_clusters(const CUlaunchConfig *config)
+{
+    for (unsigned i = 0; config->attrs && i < config->numAttrs; i++) {
+        const CUlaunchAttributeValue *value = &config->attrs[i].value;
+        if (config->attrs[i].id != CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) continue;
+        unsigned x = value->clusterDim.x, y = value->clusterDim.y, z = value->clusterDim.z;
+        if (!x || !y || !z || (uint64_t)x * y * z > CLUSTER_MAX) return false;
+        if (config->gridDimX % x || config->gridDimY % y || config->gridDimZ % z) return false;
+    }
+    return true;
+}
+
+static CUresult launch_as_told(const CUlaunchConfig *config, CUfunction f, bool per_thread)
+{
+    if (!config) return CUDA_ERROR_INVALID_VALUE;
+    if (!fits_clusters(config)) return CUDA_ERROR_INVALID_CLUSTER_SIZE;
+    return kernel_launch(f, SHAPE(config), config->hStream, per_thread, says_cooperative(config));
+}
 
 TWICE(_ptsz, cuLaunchKernelEx, (const CUlaunchConfig *config, CUfunction f, void **params, void **extra),
-      ((void)params, (void)extra,
-       config ? launch(f, SHAPE(config), config->hStream, per_thread) : CUDA_ERROR_INVALID_VALUE))
+      ((void)params, (void)extra, launch_as_told(config, f, per_thread)))
 
 static CUresult enter_function(CUfunction handle, struct function **function)
 {
@@ -157,13 +203,9 @@ API cuOccupancyMaxActiveBlocksPerMultiprocessor(int *numBlocks, CUfunction func,
     CUresult result = enter_function(func, &function);
     if (result) return result;
     if (!numBlocks || blockSize <= 0) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    const int32_t *a = driver.devices[function->module->context->device].attributes;
-    int by_threads = a[CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR] / blockSize;
-    int most = a[CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR];
-    if (dynamicSMemSize) {
-        size_t by_memory = (size_t)a[CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR] / dynamicSMemSize;
-        if (by_memory < (size_t)most) most = (int)by_memory;
-    }
-    *numBlocks = by_threads < most ? by_threads : most;
+    const int32_t *limits = driver.devices[function->module->context->device].attributes;
+    size_t most = (size_t)limits[CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR];
+    struct shape shape = {{1, 1, 1}, {(unsigned)blockSize, 1, 1}, (unsigned)dynamicSMemSize};
+    *numBlocks = dynamicSMemSize > most ? 0 : blocks_at_once(limits, &shape);
     return sim_leave(CUDA_SUCCESS);
 }

@@ -106,9 +106,17 @@ static CUresult enter_unsafe(struct context **context)
     return result ? sim_leave(result) : CUDA_SUCCESS;
 }
 
+/* Where nothing can be written the call dies here, before anything is taken or locked: a program that leaves it by
+ * siglongjmp may go on. */
+static void touch(volatile CUdeviceptr *out)
+{
+    if (out) *out = *out;
+}
+
 API cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
 {
     struct context *context;
+    touch(dptr);
     CUresult result = enter_unsafe(&context);
     if (result) return result;
     if (!dptr || !bytesize) return sim_leave(CUDA_ERROR_INVALID_VALUE);
@@ -165,7 +173,7 @@ API cuMemFree_v2(CUdeviceptr dptr)
     if (result || !dptr) return sim_leave(result);
     const struct range *range = range_find(dptr);
     /* The real driver waits for the work that may still use the memory. */
-    if (range && range->start == dptr) stream_wait(context_done_ns(range->context));
+    if (range && range->start == dptr) stream_wait(range->context, &range->context->legacy);
     return sim_leave(memory_free(dptr));
 }
 

@@ -153,13 +153,20 @@ API cuModuleGetLoadingMode(CUmoduleLoadingMode *mode)
     return sim_leave(CUDA_SUCCESS);
 }
 
-/* 0 for any other name, and for what is longer than an hour. */
-static uint64_t spin_ns(const char *name)
+/* spin_<N>us runs for so long. meet_<KEY>_<PARTIES>_<N>us begins to when as many of it, in whatever processes, have
+ * come each to a device of its own; until then it spins. Any other name, and what is longer than an hour: no time at
+ * all. */
+static void understand(struct function *function)
 {
-    unsigned long long us;
+    const char *name = function->name;
+    unsigned long long us = 0, key = 0;
+    unsigned parties = 0;
     int end = 0;
-    if (sscanf(name, "spin_%10lluus%n", &us, &end) != 1 || !end || name[end] || us > MAX_SPIN_US) return 0;
-    return us * 1000;
+    if (sscanf(name, "meet_%18llu_%2u_%10lluus%n", &key, &parties, &us, &end) != 3) end = parties = 0;
+    if (!end && sscanf(name, "spin_%10lluus%n", &us, &end) != 1) return;
+    if (!end || name[end] || us > MAX_SPIN_US) return;
+    function->ns = us * 1000;
+    function->party = (struct party){key, parties};
 }
 
 struct function *module_function(struct module *module, const char *name)
@@ -169,7 +176,7 @@ struct function *module_function(struct module *module, const char *name)
     struct function *function = strlen(name) < sizeof function->name ? calloc(1, sizeof *function) : NULL;
     if (!function) return NULL;
     strcpy(function->name, name);
-    function->ns = spin_ns(name);
+    understand(function);
     function->module = module;
     function->next = module->functions;
     module->functions = function;

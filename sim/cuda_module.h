@@ -13,6 +13,8 @@ struct image {
 struct function {
     char name[128];
     uint64_t ns;
+    struct party party;
+    struct shape shape; /* of cuLaunch and its like, which are told nothing else */
     struct module *module;
     struct function *next;
 };

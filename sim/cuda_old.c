@@ -1,6 +1,8 @@
-/* Forms from before CUDA 3.2, with device pointers of 32 bits, which the real library exports to this day. They are for
- * contexts of their own kind, which cannot be made any more. */
-#include "cuda_state.h"
+/* What the real library exports to this day. Forms from before CUDA 3.2, with device pointers of 32 bits, are for
+ * contexts of their own kind, which cannot be made any more; launches from before 4.0 still launch. */
+#include "cuda_module.h"
+
+#include <string.h>
 
 static CUresult refuse(void)
 {
@@ -25,4 +27,77 @@ API cuMemGetInfo(unsigned int *free, unsigned int *total)
 {
     (void)free, (void)total;
     return refuse();
+}
+
+API cuMemAllocPitch(CUdeviceptr_v1 *dptr, unsigned int *pitch, unsigned int width, unsigned int height,
+                    unsigned int element)
+{
+    (void)dptr, (void)pitch, (void)width, (void)height, (void)element;
+    return refuse();
+}
+
+API cuArrayCreate(CUarray *out, const CUDA_ARRAY_DESCRIPTOR_v1 *shape)
+{
+    (void)out, (void)shape;
+    return refuse();
+}
+
+API cuArray3DCreate(CUarray *out, const CUDA_ARRAY3D_DESCRIPTOR_v1 *shape)
+{
+    (void)out, (void)shape;
+    return refuse();
+}
+
+/* Launches from before CUDA 4.0: a function keeps the shape of its blocks until it is told another. */
+
+static CUresult enter_function(CUfunction handle, struct function **function)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    *function = function_find(context, handle);
+    return *function ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_HANDLE);
+}
+
+API cuFuncSetBlockShape(CUfunction hfunc, int x, int y, int z)
+{
+    struct function *function;
+    CUresult result = enter_function(hfunc, &function);
+    if (result) return result;
+    if (x <= 0 || y <= 0 || z <= 0) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    memcpy(function->shape.block, (unsigned[]){(unsigned)x, (unsigned)y, (unsigned)z}, sizeof function->shape.block);
+    return sim_leave(CUDA_SUCCESS);
+}
+
+API cuFuncSetSharedSize(CUfunction hfunc, unsigned int bytes)
+{
+    struct function *function;
+    CUresult result = enter_function(hfunc, &function);
+    if (result) return result;
+    function->shape.shared = bytes;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+static CUresult launch_grid(CUfunction handle, int width, int height, CUstream stream)
+{
+    struct function *function;
+    CUresult result = enter_function(handle, &function);
+    if (result) return result;
+    struct shape shape = function->shape;
+    sim_leave(CUDA_SUCCESS);
+    if (width <= 0 || height <= 0) return CUDA_ERROR_INVALID_VALUE;
+    memcpy(shape.grid, (unsigned[]){(unsigned)width, (unsigned)height, 1}, sizeof shape.grid);
+    return kernel_launch(handle, shape, stream, false, false);
+}
+
+API cuLaunch(CUfunction f) { return launch_grid(f, 1, 1, NULL); }
+
+API cuLaunchGrid(CUfunction f, int grid_width, int grid_height)
+{
+    return launch_grid(f, grid_width, grid_height, NULL);
+}
+
+API cuLaunchGridAsync(CUfunction f, int grid_width, int grid_height, CUstream hStream)
+{
+    return launch_grid(f, grid_width, grid_height, hStream);
 }

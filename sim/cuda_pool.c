@@ -153,7 +153,11 @@ TWICE(_ptsz, cuMemAllocAsync, (CUdeviceptr * dptr, size_t bytesize, CUstream hSt
 
 static CUresult alloc_from_pool(CUdeviceptr *dptr, size_t size, CUmemoryPool pool, CUstream stream, bool per_thread)
 {
-    return pool ? alloc_async(dptr, size, (struct pool *)pool, stream, per_thread) : CUDA_ERROR_INVALID_VALUE;
+    struct context *context;
+    struct stream *entered;
+    if (pool) return alloc_async(dptr, size, (struct pool *)pool, stream, per_thread);
+    CUresult result = stream_enter_work(stream, per_thread, &context, &entered);
+    return result ? result : sim_leave(CUDA_ERROR_INVALID_VALUE);
 }
 
 TWICE(_ptsz, cuMemAllocFromPoolAsync, (CUdeviceptr * dptr, size_t bytesize, CUmemoryPool pool, CUstream hStream),
@@ -196,7 +200,7 @@ static CUresult enter_pool(CUmemoryPool handle, struct pool **pool)
     return pool_is_known(*pool) ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_VALUE);
 }
 
-API cuDeviceSetMemPool(CUdevice dev, CUmemoryPool handle)
+static CUresult set_pool(CUdevice dev, CUmemoryPool handle)
 {
     struct pool *pool;
     CUresult result = enter_pool(handle, &pool);
@@ -205,6 +209,29 @@ API cuDeviceSetMemPool(CUdevice dev, CUmemoryPool handle)
     if (pool->device != dev) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     current_pool[dev] = pool;
     return sim_leave(CUDA_SUCCESS);
+}
+
+API cuDeviceSetMemPool(CUdevice dev, CUmemoryPool handle) { return set_pool(dev, handle); }
+
+/* The same by place and kind of memory: here there are pools of devices alone. */
+static bool is_of_device(const CUmemLocation *location, CUmemAllocationType type)
+{
+    return location && location->type == CU_MEM_LOCATION_TYPE_DEVICE && type == CU_MEM_ALLOCATION_TYPE_PINNED;
+}
+
+API cuMemGetDefaultMemPool(CUmemoryPool *pool_out, CUmemLocation *location, CUmemAllocationType type)
+{
+    return is_of_device(location, type) ? get_pool(pool_out, location->id, false) : CUDA_ERROR_INVALID_VALUE;
+}
+
+API cuMemGetMemPool(CUmemoryPool *pool, CUmemLocation *location, CUmemAllocationType type)
+{
+    return is_of_device(location, type) ? get_pool(pool, location->id, true) : CUDA_ERROR_INVALID_VALUE;
+}
+
+API cuMemSetMemPool(CUmemLocation *location, CUmemAllocationType type, CUmemoryPool pool)
+{
+    return is_of_device(location, type) ? set_pool(location->id, pool) : CUDA_ERROR_INVALID_VALUE;
 }
 
 API cuMemPoolCreate(CUmemoryPool *out, const CUmemPoolProps *props)

@@ -21,6 +21,7 @@
 #define UNITS (GRANULE / UNIT)
 #define POOL_STEP (32 * MIB) /* what a memory pool grows by */
 #define N_LIMITS 9           /* those of driver 580 */
+#define LOSSES 1024          /* as far back as anybody could ask how late something was */
 #define MAX_STACK 128        /* contexts pushed by one thread */
 
 #define API __attribute__((visibility("default"))) CUresult CUDAAPI
@@ -51,7 +52,8 @@ struct stream {
     unsigned flags;
     int priority;
     uint64_t id;
-    uint64_t done_ns; /* when the last work in it is done */
+    uint64_t done_ns;    /* when the last work in it is done */
+    uint64_t lane_index; /* not 0: the server does its work, up to this */
     struct context *context;
     struct capture *capture; /* NULL: work is done, not recorded */
     struct tail tail;
@@ -60,8 +62,21 @@ struct stream {
 
 enum side { HOST, DEVICE, EITHER }; /* of a copy */
 
+enum engine { TO_DEVICE, FROM_DEVICE, ON_DEVICE, ENGINES }; /* what does copies, beside whatever computes */
+
+/* One of the kernels that run only together. of 0: it runs by itself. */
+struct party {
+    uint64_t key;
+    uint32_t of;
+};
+
 struct shape {
     unsigned grid[3], block[3], shared;
+};
+
+/* At this moment of a context's clock so much had been lost. */
+struct loss {
+    uint64_t at_ns, lost_ns;
 };
 
 struct context {
@@ -77,6 +92,12 @@ struct context {
     struct module *modules;
     struct peer *peers; /* whose memory may be used from here */
     size_t limits[N_LIMITS];
+    uint64_t engines_ns[ENGINES];                     /* when each will have done its last copy */
+    uint64_t lost_ns, reached_ns;                     /* its clock: at least that far behind, has said at least that */
+    uint64_t work_ns;                                 /* when all its work will be done, by that clock */
+    uint64_t asked_ns, expected_ns, expected_from_ns; /* that moment should be so, really: when the device is shared */
+    struct loss losses[LOSSES];                       /* the last ones, round and round */
+    size_t n_losses;
     struct context *next; /* all there ever were: a handle is looked up here before it is believed */
 };
 
@@ -146,6 +167,8 @@ bool sim_is_device(CUdevice device);
 /* cuda_context.c */
 struct context *context_current(void);
 bool context_is_known(const struct context *context); /* alive or not */
+CUresult primary_retain(int device);
+void primary_leave(int device);
 
 /* cuda_space.c */
 uintptr_t space_reserve(size_t size, size_t alignment, bool usable);
@@ -182,16 +205,34 @@ void pool_freed(struct range *range);
 void pools_settle(int device); /* what a synchronisation gives back */
 void pools_end(int device);
 
+/* cuda_time.c: moments of a context's own clock, which others' turns on the device make stand still */
+uint64_t context_now(const struct context *context); /* at most */
+uint64_t context_work(struct context *context, uint64_t ns, uint64_t from);
+uint64_t context_start(const struct context *context, uint64_t from); /* of what begins now, not before `from` */
+void context_lost(struct context *context, uint64_t at, uint64_t lost);
+bool context_reached(struct context *context, uint64_t until);
+void context_wait(struct context *context, uint64_t until); /* lets go of the lock meanwhile */
+uint64_t context_real(const struct context *context, uint64_t at);
+uint64_t context_translate(const struct context *from, const struct context *to, uint64_t at);
+
 /* cuda_stream.c */
-uint64_t stream_now(void);
 struct stream *stream_find(struct context *context, CUstream stream, bool per_thread);
-void stream_wait(uint64_t until_ns); /* lets go of the lock meanwhile */
 uint64_t context_done_ns(const struct context *context);
-void stream_work(struct context *context, struct stream *stream, uint64_t ns);
+CUresult stream_work(struct context *context, struct stream *stream, uint64_t ns, const struct party *party);
+CUresult stream_copy(struct context *context, struct stream *stream, uint64_t ns, enum engine engine);
+void stream_wait(struct context *context, struct stream *stream);
+uint64_t stream_ready(const struct context *context, const struct stream *stream);
 CUresult stream_enter(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
 void streams_end(struct context *context);
 
 CUresult stream_enter_work(CUstream handle, bool per_thread, struct context **context, struct stream **stream);
+
+/* cuda_lane.c: streams whose work the server does */
+bool lane_reached(struct context *context, uint64_t lane, uint64_t index);
+void lane_wait(struct context *context, uint64_t lane, uint64_t index); /* lets go of the lock meanwhile */
+void lanes_wait(struct context *context);                               /* likewise */
+bool lane_is_used(struct context *context, struct stream *stream);
+CUresult lane_queue(struct context *context, struct stream *stream, uint64_t ns, const struct party *party);
 
 /* cuda_event.c */
 void events_end(struct context *context);
@@ -216,7 +257,9 @@ void graph_memory_end(int device);
 
 /* cuda_module.c */
 void modules_end(struct context *context);
-CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, uint64_t *ns);
-void kernel_report(const struct context *context, uint64_t ns);
+CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, uint64_t *ns,
+                      struct party *party);
+CUresult kernel_launch(CUfunction handle, struct shape shape, CUstream stream, bool per_thread, bool cooperates);
+bool kernel_fits(const struct context *context, const struct shape *shape); /* all of it at once */
 
 #endif

@@ -1,16 +1,8 @@
-/* Streams and events. Work is a moment in the future at which it will be done: nothing runs, but waiting takes as long
- * as it should. */
+/* Streams. Work is a moment in the future of its context's clock at which it will be done: nothing runs, but waiting
+ * takes as long as it should. */
 #include "cuda_state.h"
 
 #include <stdlib.h>
-#include <time.h>
-
-uint64_t stream_now(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
 
 /* NULL means the legacy or the per-thread default stream, depending on which twin of a function was called. */
 struct stream *stream_find(struct context *context, CUstream handle, bool per_thread)
@@ -23,17 +15,6 @@ struct stream *stream_find(struct context *context, CUstream handle, bool per_th
     return NULL;
 }
 
-/* The context may be destroyed by another thread meanwhile: whoever waits looks again afterwards. */
-void stream_wait(uint64_t until_ns)
-{
-    if (until_ns <= stream_now()) return;
-    struct timespec ts = {.tv_sec = (time_t)(until_ns / 1000000000u), .tv_nsec = (long)(until_ns % 1000000000u)};
-    sim_unlock();
-    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &ts, NULL))
-        ;
-    sim_lock();
-}
-
 static uint64_t later(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
 /* When all work of a context will be done, if no more is added. */
@@ -44,9 +25,10 @@ uint64_t context_done_ns(const struct context *context)
     return done;
 }
 
-void stream_work(struct context *context, struct stream *stream, uint64_t ns)
+/* Not before this moment does what is given to it now begin. */
+uint64_t stream_ready(const struct context *context, const struct stream *stream)
 {
-    uint64_t start = later(stream_now(), stream->done_ns);
+    uint64_t start = stream->done_ns;
     bool blocking = !(stream->flags & CU_STREAM_NON_BLOCKING);
     /* The legacy stream waits for every blocking stream of its context, and they for it. */
     if (stream == &context->legacy) {
@@ -55,7 +37,36 @@ void stream_work(struct context *context, struct stream *stream, uint64_t ns)
     } else if (blocking) {
         start = later(start, context->legacy.done_ns);
     }
-    stream->done_ns = start + ns;
+    return start;
+}
+
+CUresult stream_work(struct context *context, struct stream *stream, uint64_t ns, const struct party *party)
+{
+    stream->done_ns = later(stream->done_ns, stream_ready(context, stream));
+    if (lane_is_used(context, stream) || (party && party->of)) return lane_queue(context, stream, ns, party);
+    stream->done_ns = context_work(context, ns, stream->done_ns);
+    return CUDA_SUCCESS;
+}
+
+/* Copies take nothing of the device's own time, and wait for each other where one engine does them. */
+CUresult stream_copy(struct context *context, struct stream *stream, uint64_t ns, enum engine engine)
+{
+    if (lane_is_used(context, stream)) return lane_queue(context, stream, ns, NULL);
+    uint64_t *engine_ns = &context->engines_ns[engine], start = stream_ready(context, stream);
+    *engine_ns = stream->done_ns = context_start(context, later(start, *engine_ns)) + ns;
+    return CUDA_SUCCESS;
+}
+
+/* For all that was given to it; to the default stream: for all that it waits for itself. Lets go of the lock. */
+void stream_wait(struct context *context, struct stream *stream)
+{
+    uint64_t id = stream->id, index = stream->lane_index;
+    uint64_t until = stream == &context->legacy ? context_done_ns(context) : stream->done_ns;
+    if (stream == &context->legacy)
+        lanes_wait(context);
+    else if (index)
+        lane_wait(context, id, index);
+    if (context->alive) context_wait(context, until);
 }
 
 /* Destroying a context does not wait for its work: the driver kills it. */
@@ -114,8 +125,9 @@ API cuStreamCreateWithPriority(CUstream *phStream, unsigned int flags, int prior
     return create(phStream, flags, priority);
 }
 
-API cuStreamDestroy_v2(CUstream hStream)
+static CUresult destroy(CUstream hStream)
 {
+    if (!hStream) return CUDA_ERROR_INVALID_HANDLE;
     struct context *context;
     struct stream *stream;
     CUresult result = stream_enter(hStream, false, &context, &stream);
@@ -130,6 +142,10 @@ API cuStreamDestroy_v2(CUstream hStream)
     free(stream);
     return sim_leave(CUDA_SUCCESS);
 }
+
+API cuStreamDestroy_v2(CUstream hStream) { return destroy(hStream); }
+
+API cuStreamDestroy(CUstream hStream) { return destroy(hStream); }
 
 /* Waiting and asking are for streams whose work is done, not recorded; and potentially unsafe even then. */
 static CUresult enter_done(CUstream handle, bool per_thread, struct context **context, struct stream **stream)
@@ -151,7 +167,7 @@ static CUresult synchronize(CUstream handle, bool per_thread)
     CUresult result = enter_done(handle, per_thread, &context, &stream);
     if (result) return result;
     int device = context->device;
-    stream_wait(stream == &context->legacy ? context_done_ns(context) : stream->done_ns);
+    stream_wait(context, stream);
     pools_settle(device);
     return sim_leave(CUDA_SUCCESS);
 }
@@ -164,7 +180,8 @@ static CUresult query(CUstream handle, bool per_thread)
     struct stream *stream;
     CUresult result = enter_done(handle, per_thread, &context, &stream);
     if (result) return result;
-    return sim_leave(stream->done_ns > stream_now() ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS);
+    bool done = !lane_is_used(context, stream) && context_reached(context, stream->done_ns);
+    return sim_leave(done ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY);
 }
 
 TWICE(_ptsz, cuStreamQuery, (CUstream hStream), query(hStream, per_thread))

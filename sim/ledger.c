@@ -139,6 +139,7 @@ bool ledger_close(struct client *client, const struct sim_request *request)
     struct context *context = find_context(client, request->context);
     if (!context || context->device != request->device) return false;
     shares_leave_context(client, context->id);
+    turns_leave(client, context->id);
     release_context(context);
     *context = client->contexts[--client->n_contexts];
     return true;

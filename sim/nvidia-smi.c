@@ -122,7 +122,7 @@ static int start(void)
 
 struct options {
     bool list, full, xml, monitor;
-    const char *gpus, *processes, *format, *ids, *parts, *count;
+    const char *gpus, *processes, *format, *ids, *parts, *count, *select;
 };
 
 /* Options with a value, which follows a `=` or comes as the next word. */
@@ -134,6 +134,8 @@ static const struct {
     {"--format", offsetof(struct options, format)},  {"--id", offsetof(struct options, ids)},
     {"-i", offsetof(struct options, ids)},           {"--display", offsetof(struct options, parts)},
     {"-d", offsetof(struct options, parts)},         {"-c", offsetof(struct options, count)},
+    {"--count", offsetof(struct options, count)},    {"-s", offsetof(struct options, select)},
+    {"--select", offsetof(struct options, select)},
 };
 
 static const struct {
@@ -203,7 +205,7 @@ static int show(const struct options *options, unsigned parts)
     if (options->list) return list();
     if (options->gpus) return smi_query_gpus(&query);
     if (options->processes) return smi_query_processes(&query);
-    if (options->monitor) return smi_monitor();
+    if (options->monitor) return smi_monitor(options->select ? options->select : "u");
     return options->full || options->xml ? smi_full(options->xml, parts) : smi_table();
 }
 
@@ -211,7 +213,8 @@ int main(int argc, char **argv)
 {
     struct options options = {0};
     if (!parse(argc, argv, &options)) return 255;
-    unsigned parts = options.parts ? smi_parts(options.parts) : PART_ALL;
+    /* pmon means seconds by -d, and shows once all the same. */
+    unsigned parts = options.parts && !options.monitor ? smi_parts(options.parts) : PART_ALL;
     if (!parts) {
         printf("ERROR: Unknown argument to -d: %s\n", options.parts);
         return 255;

@@ -17,6 +17,8 @@ static union {
     struct sim_process processes[SIM_MAX_CLIENTS];
     struct sim_record records[MAX_RECORDS];
     struct sim_share share;
+    struct sim_time time;
+    struct sim_lane lane;
 } payload;
 
 struct answer {
@@ -89,6 +91,28 @@ static struct answer answer_share(struct client *client, const struct sim_reques
     return a;
 }
 
+static struct answer answer_work(struct client *client, const struct sim_request *request)
+{
+    struct sim_request work = *request;
+    if (work.bytes > 3600000000u) work.bytes = 0; /* an hour: a longer kernel is a mistake */
+    if (work.op == SIM_QUEUE) {
+        payload.lane = turns_queue(client, &work);
+        return (struct answer){.size = sizeof payload.lane};
+    }
+    payload.time = turns_work(client, &work);
+    return (struct answer){.size = sizeof payload.time};
+}
+
+static struct answer answer_look(const struct client *client, const struct sim_request *request)
+{
+    if (request->op == SIM_LOOK_LANE) {
+        payload.lane = turns_look_queue(client, request);
+        return (struct answer){.size = sizeof payload.lane};
+    }
+    payload.time = turns_look(client, request);
+    return (struct answer){.size = sizeof payload.time};
+}
+
 static struct answer answer(struct client *client, const struct sim_request *request, int sent)
 {
     if (request->op == SIM_HELLO) return (struct answer){.count = server.n_gpus};
@@ -118,12 +142,12 @@ static struct answer answer(struct client *client, const struct sim_request *req
         return answer_memory(request->device);
     case SIM_PROCESSES:
         return answer_processes(client, request);
-    case SIM_WORK: {
-        uint64_t now = now_ns(), *until = &client->busy_until_ns[request->device];
-        if (request->bytes <= 3600000000u) /* an hour: a longer kernel is a mistake */
-            *until = (*until > now ? *until : now) + request->bytes * 1000;
-        return (struct answer){0};
-    }
+    case SIM_WORK:
+    case SIM_QUEUE:
+        return answer_work(client, request);
+    case SIM_LOOK:
+    case SIM_LOOK_LANE:
+        return answer_look(client, request);
     default:
         return (struct answer){.wrong = "unknown request"};
     }

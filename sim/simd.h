@@ -47,7 +47,6 @@ struct client {
     struct holding own[SIM_MAX_DEVICES]; /* what belongs to no context */
     struct context *contexts;
     uint32_t n_contexts, room;
-    uint64_t busy_until_ns[SIM_MAX_DEVICES];
 };
 
 struct gpu {
@@ -105,6 +104,27 @@ pid_t view_pid(const struct client *of, const struct client *asker); /* 0: not v
 uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_process *out, uint32_t room);
 uint32_t view_dump(struct sim_record *out, uint32_t room);
 uint64_t view_busy_us(uint32_t device);
+
+/* meters.c: who ran on a device, of the last second */
+void meter_ran(uint32_t device, const struct client *client, uint64_t from_ns, uint64_t until_ns);
+uint32_t meter_busy_us(uint32_t device, const struct client *client);
+void meter_leave(const struct client *client);
+
+/* turns.c: whose turn it is on a device */
+void turns_catch_up(uint32_t device);
+struct sim_time turns_work(struct client *client, const struct sim_request *request);
+struct sim_time turns_look(const struct client *client, const struct sim_request *request);
+struct sim_lane turns_queue(struct client *client, const struct sim_request *request);
+struct sim_lane turns_look_queue(const struct client *client, const struct sim_request *request);
+void turns_leave(const struct client *client, uint64_t context); /* 0: all of them */
+
+/* lanes.c: streams with kernels that run only together with others */
+bool lanes_any(void);
+uint64_t lane_add(const struct client *client, const struct sim_request *request);
+uint64_t lane_done(const struct client *client, const struct sim_request *request);
+uint64_t lanes_steady_ns(uint32_t device, const struct client *client, uint64_t context, uint64_t clock_ns);
+uint32_t lanes_run(uint32_t device, const struct client *client, uint64_t context, uint64_t clock_ns, uint64_t ns);
+void lanes_leave(const struct client *client, uint64_t context); /* 0: all of them */
 
 /* requests.c */
 void request_serve(struct client *client);

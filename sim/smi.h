@@ -103,7 +103,7 @@ unsigned smi_parts(const char *names); /* 0: not known */
 int smi_full(bool xml, unsigned parts);
 
 /* smi_monitor.c */
-int smi_monitor(void);
+int smi_monitor(const char *select); /* what of: u, m */
 
 /* smi_fields.c */
 struct row {

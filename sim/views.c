@@ -27,6 +27,7 @@ static uint64_t physical(const struct client *client, uint32_t device)
 uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_process *out, uint32_t room)
 {
     uint32_t n = 0;
+    turns_catch_up(device);
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
         pid_t pid = c->state == CLIENT_FREE ? 0 : view_pid(c, asker);
         uint64_t bytes = pid ? physical(c, device) : 0;
@@ -37,7 +38,7 @@ uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_
         if (i == room) break;
         if (i == n) out[n++] = (struct sim_process){.pid = (uint32_t)pid};
         out[i].bytes += bytes;
-        if (c->busy_until_ns[device] > now_ns()) out[i].busy_us = 1000000;
+        out[i].busy_us += meter_busy_us(device, c);
     }
     return n;
 }
@@ -86,11 +87,11 @@ uint32_t view_dump(struct sim_record *out, uint32_t room)
     return n;
 }
 
-/* Utilisation is coarse on purpose: a device with a kernel in flight is busy, any other is idle. */
 uint64_t view_busy_us(uint32_t device)
 {
-    uint64_t now = now_ns();
+    uint64_t sum = 0;
+    turns_catch_up(device);
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++)
-        if (c->state == CLIENT_LIVE && c->busy_until_ns[device] > now) return 1000000;
-    return 0;
+        if (c->state == CLIENT_LIVE) sum += meter_busy_us(device, c);
+    return sum < 1000000 ? sum : 1000000; /* two may have shared the last of its slots */
 }

@@ -36,13 +36,16 @@ enum sim_op {
     SIM_MEMORY,    /* struct sim_memory */
     SIM_PROCESSES, /* reply.count x struct sim_process, as the asker may see them */
     SIM_DUMP,      /* reply.count x struct sim_record, for tests */
-    SIM_WORK,      /* bytes = microseconds a kernel will run, for utilisation */
+    SIM_WORK,      /* bytes = microseconds a kernel will run, requested = not before; struct sim_time */
     SIM_SHARE,     /* memory it holds gets a key; sends the file with its contents; struct sim_share */
     SIM_OPEN,      /* context, requested = a key; struct sim_share, and the file */
     SIM_EXPORT,    /* context, requested = a key; a descriptor that stands for it */
     SIM_IMPORT,    /* sends such a descriptor; struct sim_share, and the file */
     SIM_DROP,      /* context, requested = a key; one less of shared, opened, imported */
     SIM_FAULT,     /* kind = enum sim_fault, bytes = its number; for root */
+    SIM_LOOK,      /* requested = a moment of the context's clock; struct sim_time */
+    SIM_QUEUE,     /* work as in SIM_WORK, in a lane, behind what is there; struct sim_lane */
+    SIM_LOOK_LANE, /* struct sim_lane */
     SIM_OPS,
 };
 
@@ -72,7 +75,9 @@ struct sim_request {
     uint64_t bytes;     /* physical: what the device loses */
     uint64_t requested; /* what the program asked for, in bytes */
     uint32_t flags;
-    uint32_t spare;
+    uint32_t parties; /* SIM_QUEUE: how many kernels, each on a device of its own, run only together; 0: by itself */
+    uint64_t key;     /* which these are */
+    uint64_t lane;    /* a stream of the context whose work the server does, one thing after the other */
 };
 
 struct sim_reply {
@@ -88,6 +93,23 @@ struct sim_memory {
     uint64_t reserved; /* the driver's own; total - reserved is what CUDA calls total */
     uint64_t used;     /* by processes, and by the driver while there are any */
     uint64_t busy_us;  /* kernel time in the last second, at most 1,000,000 */
+};
+
+/* A context's clock stands still while it has work and another context has the device. */
+struct sim_time {
+    uint64_t at_ns;       /* now; all real times are CLOCK_MONOTONIC */
+    uint64_t lost_ns;     /* what the context's clock is behind */
+    uint64_t done_ns;     /* by that clock: when the work will be done, or the moment that was asked about */
+    uint64_t expected_ns; /* when that should be, really */
+    uint32_t is_shared;   /* others have work too: it may be sooner, or later */
+    uint32_t spare;
+};
+
+/* A lane: where nobody can say beforehand when work will be done. */
+struct sim_lane {
+    uint64_t at_ns, lost_ns; /* as in struct sim_time */
+    uint64_t index;          /* of what was queued, from 1 on; 0: there was no room, UINT64_MAX: it cannot be */
+    uint64_t done;           /* up to this index */
 };
 
 /* Who knows the key may open the memory: it is as hard to guess as it is long. */

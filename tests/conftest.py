@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import hypothesis
 import pytest
 
 SCALES = ("quick", "ci", "full")
@@ -13,14 +14,23 @@ SCALES = ("quick", "ci", "full")
 def pytest_configure(config: pytest.Config) -> None:
     """Names the marks, and refuses a scale that is none."""
     config.addinivalue_line("markers", "slow: left out of `./dev test quick`")
+    config.addinivalue_line("markers", "timed: measures time; where it fails it is tried again, twice: noise passes")
     config.addinivalue_line("markers", "places(*names): where an end-to-end test runs; everywhere without")
     config.addinivalue_line("markers", "every_place: there in the quick run too, which takes the last place else")
-    if os.environ.get("FGPU_TEST_SCALE", "ci") not in SCALES:
+    which = os.environ.get("FGPU_TEST_SCALE", "ci")
+    if which not in SCALES:
         raise pytest.UsageError(f"FGPU_TEST_SCALE is none of {', '.join(SCALES)}")
+    hypothesis.settings.register_profile(
+        "fgpu", derandomize=which != "full"
+    )  # what is new is looked for in the full run
+    hypothesis.settings.load_profile("fgpu")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Quick leaves out what is marked slow, and says how many."""
+    """Quick leaves out what is marked slow, and says how many; what measures time may be tried again."""
+    for item in items:
+        if item.get_closest_marker("timed"):
+            item.add_marker(pytest.mark.flaky(reruns=2))
     if os.environ.get("FGPU_TEST_SCALE") != "quick":
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

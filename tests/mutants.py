@@ -1,6 +1,6 @@
 """Breaks the kernel's side one rule at a time and sees the tests fail: a check that cannot fail is a defect.
 
-Each mutant is one replacement in bpf/fgpu.bpf.c; the tests run on a copy. usage: python tests/mutants.py [NAME…]
+Each mutant is one replacement in one of bpf/*.bpf.*; the tests run on a copy. usage: python tests/mutants.py [NAME…]
 """
 
 from __future__ import annotations
@@ -20,49 +20,128 @@ MUTANTS = {
     "ticket-charged-anew": ("if (a->ticket == ticket && a->verdict != FGPU_AGAIN) return a->verdict;", ""),
     "old-admission-kept": ("        release(p, a->device, a->bytes); /* an older one that nothing settled */\n", ""),
     "leaf-kept-when-the-group-refuses": (
-        "if (refused_by_a_level(h, device, bytes, kind)) return FGPU_REFUSED;",
+        " || refused_by_a_level(h, device, bytes, kind)",
         "",
     ),
     "leader-is-the-process": ("if (ctx->args[1]) end_process", "if (id >> 32 == (u32)id) end_process"),
     "exec-forgotten": (
-        "    end_process(id >> 32);\n    return 0;\n}\n\n/* -- admission",
-        "    return 0;\n}\n\n/* -- admission",
+        "became the leader */\n    end_process(id >> 32);\n",
+        "became the leader */\n",
     ),
     "thread-number-after-exec": ("(u32)ctx->args[1]); /* the thread", "(u32)id); /* the thread"),
     "free-looked-up-at-return": (
-        "    allocations.delete(&key);\n}\n\n/* The witnessed size",
-        "}\n\n/* The witnessed size",
+        "    delete_allocation(&key, a);\n}\n\nstatic u32 operation_of",
+        "}\n\nstatic u32 operation_of",
     ),
     "failed-free-not-put-back": ("    if (!f->references) return;\n", "    return;\n"),
     "failed-call-kept": ("        release(p, f->device, f->bytes);\n        return;", "        return;"),
     "longjmp-ignored": ("&& a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];", ";"),
+    "given-back-by-two-versions": ("if (t->call.arguments[0] == ticket) return 1;", ""),
     "second-probe-counts": ("if (!settles && same_call(&t->call, &now)) return;", ""),
     "mapping-holds-nothing": (
         "    __sync_fetch_and_add(&a->references, 1);\n    struct fgpu_allocation value",
         "    struct fgpu_allocation value",
     ),
     "retained-handle-holds-nothing": ("        if (a) __sync_fetch_and_add(&a->references, 1);\n", ""),
-    "context-never-ends": ("    if (--p->contexts[slot(device)]) {", "    if (1) {"),
-    "second-reference-is-a-context": ("    if (p->primary[slot(device)]) return f->bytes;\n", ""),
-    "reset-leaves-the-context": ("    p->primary[slot(device)] = 0;\n", ""),
-    "vmm-dies-with-the-context": ("return bytes > vmm ? bytes - vmm : 0;", "return bytes;"),
-    "era-forgotten": ("p->era[slot(device)]++;", ""),
+    "context-never-ends": ("    if (left) {", "    if (1) {"),
+    "second-reference-is-a-context": ("->primary, 0, 1)) return f->bytes;", "->primary, 0, 1) & 0) return f->bytes;"),
+    "failed-retain-counts": ("one_less(&on(p, f->device)->retained);\n        release", "{}\n        release"),
+    "crowd-admitted": ("crowded(h->page[0], device, bytes, kind) || ", ""),
+    "entries-never-counted-back": (
+        "    if (!allocations.delete(key)) give_place",
+        "    if (allocations.delete(key)) give_place",
+    ),
+    "stale-parts-kept": ("        lower_parts(p, old->device, old->bytes, handle, old->owner, old->exported);\n", ""),
+    "stale-export-released": (
+        "let_go(p, old->device, old->bytes, !!old->exported);",
+        "release(p, old->device, old->bytes);",
+    ),
+    "every-call-settles": ("t->admission.ticket && takes(now.function)", "t->admission.ticket && !frees(now.function)"),
+    "crowd-of-threads-admitted": ("PART(MOST_THREADS))) return 1;", "~0ULL)) return 1;"),
+    "crowd-of-processes-admitted": ("PART(MOST_PROCESSES));\n    if (placed)", "~0ULL);\n    if (placed)"),
+    "agent-s-word-not-counted": ("    take_place(&leaf, FGPU_PROCESSES, ~0ULL);\n", ""),
+    "crowd-refused-under-observe": ("    if (observed) return FGPU_ADMITTED;\n", ""),
+    "crowd-that-observes-is-free": ("observed &= h->page[i]->flags;", "observed |= h->page[i]->flags;"),
+    "crowd-refused-unnamed": ("    refuse_entry(leaf, device, bytes, kind);\n", ""),
+    "threads-never-counted-back": (
+        "        uncount_thread(p);\n    }\n    threads.delete",
+        "    }\n    threads.delete",
+    ),
+    "threads-outlive-their-process": ("    if (n > 0) give_places(&level, FGPU_THREADS, n);\n", ""),
+    "processes-never-counted-back": (
+        "if (!processes.delete(&tgid)) give_place",
+        "if (processes.delete(&tgid)) give_place",
+    ),
+    "thread-of-an-earlier-life": ("!t || (t->open && !belongs(p, t))", "!t"),
+    "thread-of-an-earlier-life-counts": ("if (p && belongs(p, t)) {", "if (p) {"),
+    "call-of-an-earlier-life": (" || t->open != p->generation) return 0;", ") return 0;"),
+    "reset-leaves-the-context": ("->primary, 1, 0)) return 0;", "->primary, 1, 1)) return 0;"),
+    "vmm-dies-with-the-context": ("bytes = bytes > vmm ? bytes - vmm : 0;", ""),
+    "era-forgotten": ("on(p, device)->era++;", ""),
+    "stale-released-twice": ("u64 back = take_cut(p, device, bytes);", "u64 back = 0;"),
+    "cut-never-put-back": ("    if (more > 0) take_cut(p, device, more);\n", ""),
     "bypass-not-charged": ("    charge(p, &h, f->device, bytes - f->bytes, 1);\n", ""),
     "pool-without-bottom": ("less = bytes < was ? bytes : was;", "less = bytes;"),
-    "overhead-in-a-race": ("if (p->begun != changes || p->changes != changes) return -11;", ""),
-    "move-leaves-the-charge": ("    move_charges(p, 1);\n", ""),
-    "reap-anybody": (
-        "if (!p || p->generation != generation) return -3;\n    end_process",
-        "if (!p) return -3;\n    end_process",
+    "overhead-in-a-race": (
+        "p->begun != ctx->args[5] || p->changes != ctx->args[5] ? -11 : 0",
+        "0",
     ),
-    "device-unchecked": ("    if (device >= FGPU_DEVICES) {\n        anomaly", "    if (0) {\n        anomaly"),
+    "move-leaves-the-charge": ("    alter_levels(p, from, device, -bytes, 0);\n", ""),
+    "late-charge-stays-behind": ("        shift(p, turn + 1, d, 0);\n", ""),
+    "late-release-never-made-good": ("__sync_lock_test_and_set(&on(p, d)->owed, 0)", "0"),
+    "common-level-counted-twice": ("own[i].cgroup & -(apart | all)", "own[i].cgroup"),
+    "late-charge-outlives-its-process": ("    release_side(p, p->turn + 1, 0);\n", ""),
+    "move-waits-for-nobody": ("    if (bpf_ktime_get_ns() - p->moved_ns < STRAGGLER_NS) return -11;\n", ""),
+    "place-believed": ("return page && page->cgroup == level->cgroup ? page : 0;", "return page;"),
+    "page-not-withdrawn": ("    *(volatile u64 *)&page->cgroup = 0;\n", ""),
+    "places-never-looked-for-again": ("    EACH_LEVEL enter_level(&own[i], own[i].cgroup);\n", ""),
+    "quiet-in-a-call": ("if (t->admission.bytes || t->call.function || t->open", "if (t->admission.bytes || t->open"),
+    "quiet-after-an-admission": ("if (t->admission.bytes || t->call", "if (t->call"),
+    "never-quiet-again": ("| IDLE;\n    end(p);\n", "| IDLE;\n"),
+    "who-comes-uncounted": ("    count_processes();\n    tell_of", "    tell_of"),
+    "every-process-told": ("if (!page || page->process_second == now) return;", "if (!page) return;"),
+    "reap-anybody": ("    if (p->generation != ctx->args[2]) return -3;\n", ""),
+    "device-unchecked": (
+        "    if (UNLIKELY(device >= FGPU_DEVICES)) {\n        anomaly",
+        "    if (0) {\n        anomaly",
+    ),
     "hello-ends-the-admission": (
         "    if (kind == FGPU_HELLO)\n",
         "    if (kind == FGPU_HELLO) t->admission.bytes = 0;\n    if (kind == FGPU_HELLO)\n",
     ),
+    "export-forgotten-at-exit": ("        if (left > bytes) left = bytes;\n", "        left = 0;\n"),
+    "export-forgotten-at-release": ("    *orphaned = f->bytes;\n    return 0;", "    return f->bytes;"),
+    "export-forgotten-at-unmap": (
+        "    let_go(p, device, bytes, !!exported);",
+        "    let_go(p, device, bytes, 0);",
+    ),
+    "export-forgotten-with-the-context": (
+        "    *orphaned = open;\n    return bytes - open;",
+        "    return bytes;",
+    ),
+    "pointer-without-entry-is-not-exported": ("        p->flags |= FGPU_SEEN_EXPORT;\n", ""),
+    "disown-anything": ("    if (bytes > *(volatile u64 *)orphaned) return -22;\n", ""),
+    "failed-call-names": (
+        "        if (UNLIKELY(f.uncovered)) name_bypass(p, &f);\n    } else {\n",
+        "    } else {\n        if (UNLIKELY(f.uncovered)) name_bypass(p, &f);\n",
+    ),
+    "kill-nobody": ("    bpf_send_signal(SIGKILL);\n", ""),
+    "kill-who-fits": (" || fits(page, f->device, bytes)) continue;", ") continue;"),
+    "kill-under-observe": (
+        "!(page->flags & FGPU_KILL) || page->flags & FGPU_OBSERVE ||",
+        "!(page->flags & FGPU_KILL) ||",
+    ),
+    "every-failure-is-the-device-s": ("== OUT_OF_MEMORY && f.bytes)", "&& f.bytes)"),
+    "device-full-of-a-pool-forgotten": ("    if (kind & FGPU_FULL) device_full(p, device, FGPU_POOL, bytes);\n", ""),
+    "flood": ("    if (__sync_fetch_and_add(n, 1) < most) return 1;\n", "    return 1;\n"),
+    "bell-never-rung": ("return bell.ringbuf_output(&nothing, sizeof(nothing), WAKE_UP) ? -11 : 0;", "return 0;"),
+    "lost-uncounted": (
+        "? FGPU_FATE_FULL : FGPU_FATE_SENT);\n    return 0;",
+        "? FGPU_FATE_SENT : FGPU_FATE_SENT);\n    return 0;",
+    ),
     "managed-forgotten-at-free": (
-        "if (f->bytes && (f->function == FGPU_FUNCTION_RELEASE || f->arguments[2]))",
-        "if (f->bytes && f->function == FGPU_FUNCTION_RELEASE)",
+        "    if (handle || managed) subtract",
+        "    if (handle) subtract",
     ),
 }
 
@@ -70,12 +149,12 @@ MUTANTS = {
 def survives(name: str, folder: Path) -> bool:
     """Applies one mutant; True where the tests did not notice."""
     old, new = MUTANTS[name]
-    source = REPOSITORY / "bpf/fgpu.bpf.c"
-    text = source.read_text(encoding="utf-8")
-    if text.count(old) != 1:
-        raise SystemExit(f"{name}: its text stands {text.count(old)} times in {source}")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (REPOSITORY / "bpf").glob("*.bpf.[ch]")}
+    found = [file for file, text in texts.items() for _ in range(text.count(old))]
+    if len(found) != 1:
+        raise SystemExit(f"{name}: its text stands {len(found)} times in bpf/")
     shutil.copytree(REPOSITORY / "bpf", folder / name)
-    (folder / name / "fgpu.bpf.c").write_text(text.replace(old, new), encoding="utf-8")
+    (folder / name / found[0]).write_text(texts[found[0]].replace(old, new), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--tb=no", "tests/bpf"]
     environment = {**os.environ, "FGPU_TEST_SOURCES": str(folder / name)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)

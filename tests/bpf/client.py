@@ -70,6 +70,16 @@ def release(handle, code=0):
     return cuda.cuMemRelease(u64(handle))
 
 
+def export(handle, code=0):
+    cuda.set(code, 0, 0)
+    return cuda.cuMemExportToShareableHandle(ctypes.byref(u64()), u64(handle), 1, u64(0))
+
+
+def export_pointer(pointer, code=0):
+    cuda.set(code, 0, 0)
+    return cuda.cuIpcGetMemHandle(None, u64(pointer))
+
+
 def retain_handle(handle, pointer):
     cuda.set(0, handle, 0)
     return cuda.cuMemRetainAllocationHandle(ctypes.byref(u64()), u64(pointer))

@@ -10,15 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fgpu_ebpf import pages, probes, procfs
-from fgpu_ebpf.ledger import Ledger, Usage
+from fgpu_ebpf import bpf, pages, probes, procfs, programs
+from fgpu_ebpf.ledger import Ledger, LevelLimits
+from fgpu_ebpf.usage import Usage
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
@@ -48,7 +49,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     pins = Path(f"/sys/fs/bpf/fgpu-test-{os.getpid()}")
     try:
         sources = Path(os.environ.get("FGPU_TEST_SOURCES", REPOSITORY / "bpf"))
-        digest = probes.load(sources, pins)
+        digest = programs.load(sources, pins)
         ledger = Ledger(pins)
         ledger.set_device(0, bytes(range(16)))
         ledger.set_context_bytes(0, CONTEXT)
@@ -78,7 +79,7 @@ class Level:
             self.limit(limit)
 
     def limit(self, bytes_: int, flags: int = 0) -> None:
-        self.kernel.ledger.set_limits(self.cgroup, {0: bytes_}, flags)
+        self.kernel.ledger.set_limits([LevelLimits(self.cgroup, {0: bytes_}, flags)])
 
     def usage(self) -> Usage:
         usage = self.kernel.ledger.usage(self.cgroup)
@@ -95,25 +96,32 @@ class Level:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
             assert time.monotonic() < deadline, f"{self.path} is not empty"
-        self.kernel.ledger.remove(self.cgroup)
+        self.kernel.ledger.remove([self.cgroup])
 
 
 class Client:
     """A process in a level; call() runs a line of Python in it."""
 
-    def __init__(self, kernel: Kernel, level: Level, page_of: Level | None = None) -> None:
-        fd = kernel.ledger.page_fd((page_of or level).cgroup)
-        keep = () if fd is None else (fd,)
+    def __init__(self, kernel: Kernel, level: Level, page_of: Level | None = None, later: Sequence[Level] = ()) -> None:
+        """`page_of`: whose page it reads, if not its level's; `later`: those whose it may be told to read."""
+        found = {of.cgroup: kernel.ledger.page_fd(of.cgroup) for of in (page_of or level, *later)}
+        self.pages = {cgroup: fd for cgroup, fd in found.items() if fd is not None}
+        keep = tuple(self.pages.values())
         command = [sys.executable, str(HERE / "client.py"), str(kernel.driver), str(kernel.shim)]
         enter = lambda: (level.path / "cgroup.procs").write_text(str(os.getpid()))  # noqa: E731
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=keep, preexec_fn=enter)
+        self.pid = self.process.pid
+        for fd in keep:
+            os.close(fd)  # its own stays
+        self.begin((page_of or level).cgroup)
+
+    def begin(self, cgroup: int) -> None:
+        """It is there, for the first time or after an exec."""
         assert self.process.stdout
         assert self.process.stdout.readline() == "ready\n"
-        self.pid = self.process.pid
-        if fd is not None:
-            self(f"use_page({fd})")
-            os.close(fd)
+        if cgroup in self.pages:
+            self(f"use_page({self.pages[cgroup]})")
 
     def send(self, line: str) -> None:
         assert self.process.stdin
@@ -182,6 +190,14 @@ def wait_until(condition: Callable[[], bool], seconds: float = SECONDS) -> None:
         time.sleep(0.001)
 
 
+def entries(kernel: Kernel, level: Level, shared: pages.Shared = pages.Shared.ALLOCATIONS) -> int:
+    fd = kernel.ledger.page_fd(level.cgroup)
+    assert fd is not None
+    raw = bpf.lookup(fd, bytes(4), 4096)
+    os.close(fd)
+    return pages.UsagePage.from_buffer_copy(raw or b"").entries[shared]
+
+
 def anomalies(kernel: Kernel) -> dict[str, int]:
-    counts = {c.reason: n for c, n in kernel.ledger.counters().items() if c.cgroup == 0}
+    counts = {c.reason: n for c, n in kernel.ledger.counters().items() if c.kind == pages.Kind.KINDS}
     return {a.name: counts.get(a, 0) for a in pages.Anomaly}

@@ -3,14 +3,19 @@
  * middle of it. For tests of the kernel side alone, which need failures, reused pointers and calls that never return.
  */
 #define _GNU_SOURCE
+#include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+void (*admit)(unsigned, uint64_t, unsigned, uint64_t);
 __thread int result;
 __thread uint64_t answer, second_answer;
 __thread void (*inside)(void);
@@ -42,6 +47,8 @@ int cuMemCreate(uint64_t *h, uint64_t n, const void *prop, uint64_t flags) { ret
 int cuMemMap(uint64_t p, uint64_t n, uint64_t offset, uint64_t h, uint64_t flags) { return end(); }
 int cuMemUnmap(uint64_t p, uint64_t n) { return end(); }
 int cuMemRelease(uint64_t h) { return end(); }
+int cuMemExportToShareableHandle(int *file, uint64_t h, int type, uint64_t flags) { return end(); }
+int cuIpcGetMemHandle(void *handle, uint64_t p) { return end(); }
 int cuMemRetainAllocationHandle(uint64_t *h, uint64_t p) { return give(h); }
 int cuDevicePrimaryCtxRetain(uint64_t *c, int device) { return give(c); }
 int cuDevicePrimaryCtxRelease_v2(int device) { return end(); }
@@ -104,7 +111,100 @@ void leave_leader(void)
     syscall(SYS_exit, 0);
 }
 
-void (*admit)(unsigned, uint64_t, unsigned, uint64_t);
+/* Allocations from `first` on, a byte each; answers how many. */
+uint64_t allocate_many(uint64_t first, uint64_t n)
+{
+    uint64_t p;
+    for (uint64_t i = 0; i < n; i++) {
+        set(0, first + i, 0);
+        cuMemAlloc_v2(&p, 1);
+    }
+    return n;
+}
+void free_many(uint64_t first, uint64_t n)
+{
+    set(0, 0, 0);
+    for (uint64_t i = 0; i < n; i++) cuMemFree_v2(first + i);
+}
+
+/* Threads, or processes, each of which is seen once by a probe and then waits; answers when all are there. */
+static _Atomic uint64_t there;
+static _Atomic int dispersed;
+static int be_seen(void *is_process)
+{
+    if (is_process) prctl(PR_SET_PDEATHSIG, SIGKILL);
+    admit(0, 0, 3, 77);
+    there++;
+    while (is_process) pause();
+    while (!dispersed) syscall(SYS_futex, &dispersed, FUTEX_WAIT, 0, 0, 0, 0);
+    return 0;
+}
+static void *be_seen_as_a_thread(void *unused) { return be_seen(0), unused; }
+
+#define STACK 32768
+static pthread_t *crowd;
+static uint64_t crowd_size;
+void gather(uint64_t n, int processes)
+{
+    pthread_attr_t small;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, STACK);
+    crowd = calloc(n, sizeof *crowd);
+    crowd_size = processes ? 0 : n;
+    there = dispersed = 0;
+    for (uint64_t i = 0; i < n; i++) {
+        int failed = processes ? clone(be_seen, (char *)malloc(STACK) + STACK, CLONE_VM | SIGCHLD, &there) < 0
+                               : pthread_create(&crowd[i], &small, be_seen_as_a_thread, 0);
+        if (failed) abort();
+    }
+    while (there < n) usleep(1000);
+}
+void disperse(void)
+{
+    dispersed = 1;
+    syscall(SYS_futex, &dispersed, FUTEX_WAKE, crowd_size, 0, 0, 0);
+    for (uint64_t i = 0; i < crowd_size; i++) pthread_join(crowd[i], 0);
+}
+
+/* Retains and releases the primary context in several threads at once. */
+static void *retain_and_release(void *times)
+{
+    uint64_t c;
+    set(0, 0xC0DE, 0);
+    for (uint64_t i = 0; i < (uint64_t)times; i++) {
+        cuDevicePrimaryCtxRetain(&c, 0);
+        cuDevicePrimaryCtxRelease_v2(0);
+    }
+    return 0;
+}
+void race_primary(uint64_t times)
+{
+    pthread_t threads[4];
+    for (int i = 0; i < 4; i++) pthread_create(&threads[i], 0, retain_and_release, (void *)times);
+    for (int i = 0; i < 4; i++) pthread_join(threads[i], 0);
+}
+
+static void *release_primary(void *unused)
+{
+    set(0, 0, 0);
+    cuDevicePrimaryCtxRelease_v2(0);
+    return 0;
+}
+static void other_thread_releases(void)
+{
+    pthread_t thread;
+    pthread_create(&thread, 0, release_primary, 0);
+    pthread_join(thread, 0);
+}
+/* While the driver is at it, another thread gives back the reference that there was. */
+int retain_while_released(int code)
+{
+    uint64_t c;
+    inside = other_thread_releases;
+    set(code, 0xC0DE, 0);
+    return cuDevicePrimaryCtxRetain(&c, 0);
+}
+
 static void *admit_and_end(void *bytes)
 {
     admit(0, (uint64_t)bytes, 0, 77);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import CONTEXT, MIB, anomalies, wait_until
 
-from fgpu_ebpf import bpf, pages, probes
+from fgpu_ebpf import bpf, pages, probes, programs
+from fgpu_ebpf.ledger import Ledger, LevelLimits
 
 REFUSED, ADMITTED, AGAIN, UNLIMITED = range(4)
 VMM, CONTEXT_KIND, HELLO, POOL = pages.Kind.VMM, pages.Kind.CONTEXT, pages.Kind.HELLO, pages.Kind.POOL
@@ -113,6 +115,25 @@ def test_without_a_limit_it_is_counted_all_the_same(level, client):
     assert level.used == 20 * MIB
 
 
+def nested(make_level, outer, levels):
+    """Levels inside one another, outermost first, with a limit of 1 GiB each."""
+    found = [outer]
+    while len(found) < levels:
+        found.append(make_level(1024 * MIB, found[-1]))
+    return found
+
+
+def test_levels_that_are_too_many_are_left_out_on_the_inside(kernel, make_level, make_client):
+    box = make_level(100 * MIB)
+    one, other = nested(make_level, box, 6), nested(make_level, box, 5)
+    client = make_client(one[-1], page_of=one[3])
+    assert client(f"admit({60 * MIB})") == ADMITTED
+    assert client.entry(kernel).levels == tuple(level.cgroup for level in reversed(one[:4]))
+    assert [level.used for level in one] == [60 * MIB] * 4 + [0, 0]
+    assert make_client(other[-1], page_of=other[3])(f"admit({60 * MIB})") == REFUSED
+    assert box.usage().refused == 1
+
+
 def test_a_limit_lowered_below_use_admits_nothing_more(level, client):
     client(f"admit({100 * MIB})")
     client(f"alloc(0x1000, {100 * MIB})")
@@ -206,8 +227,8 @@ def test_a_second_probe_on_one_file_counts_nothing_twice(kernel, level, client):
     links = []
     for name, at_return in (("call_return", True), ("call_enter", False)):
         program = bpf.pinned(kernel.pins / "programs" / name)
-        event = bpf.open_uprobe(str(kernel.driver), offset, at_return)
-        links += [bpf.attach_perf_event(program, event, pages.Function.ALLOC), event, program]
+        places = [(offset, pages.Function.ALLOC)]
+        links += [bpf.attach_uprobes(program, str(kernel.driver), places, at_return), program]
     try:
         client(f"admit({4 * MIB})")
         client(f"alloc(0x1000, {4 * MIB})")
@@ -241,6 +262,61 @@ def test_a_stale_pointer_is_released_when_it_is_seen_anew(kernel, level, client)
     client(f"alloc(0x1000, {6 * MIB})")
     assert level.used == 6 * MIB
     assert anomalies(kernel)["STALE"] == before + 1
+
+
+def test_a_stale_pointer_was_managed_memory_no_longer(kernel, level, client):
+    client(f"managed(0x1000, {4 * MIB})")
+    client(f"alloc(0x1000, {6 * MIB})")
+    assert (level.used, client.entry(kernel).managed[0]) == (6 * MIB, 0)
+
+
+def test_a_stale_pointer_that_others_may_have_open_is_theirs(kernel, level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("export_pointer(0x1000)")
+    client(f"alloc(0x1000, {6 * MIB})")
+    assert (level.used, level.usage().orphaned) == (10 * MIB, 4 * MIB)
+    client.kill()
+    wait_until(lambda: level.used == level.usage().orphaned == 4 * MIB, 1.0)
+
+
+def test_a_call_that_takes_nothing_settles_nothing(level, client):
+    client(f"create(7, {2 * MIB})")
+    client(f"admit({4 * MIB})")
+    client(f"map_(0x100000, {2 * MIB}, 7)")
+    client(f"admit({6 * MIB})")
+    assert level.used == 8 * MIB, "instead of the one before"
+    client(f"alloc(0x1000, {6 * MIB})")
+    client("free(0x1000)")
+    client(f"unmap(0x100000, {2 * MIB})")
+    client("release(7)")
+
+
+@pytest.mark.parametrize(
+    ("corrections", "overhead"),
+    [
+        pytest.param([-8 * MIB], 0, id="all-of-it"),
+        pytest.param([-2 * MIB], 0, id="a-part-of-it"),
+        pytest.param([-20 * MIB], -12 * MIB, id="more"),
+        pytest.param([-8 * MIB, 0], 0, id="and-put-back"),
+        pytest.param([20 * MIB, 12 * MIB], 20 * MIB, id="beside-a-context"),
+    ],
+)
+def test_what_nvml_took_out_of_a_stale_pointer_is_not_released_again(
+    kernel, level, client, corrections: list[int], overhead: int
+):
+    """A context went with what was in it, another is left; NVML says so before a pointer is handed out anew."""
+    client(f"alloc(0x1000, {8 * MIB})")
+    client(f"alloc(0x2000, {90 * MIB})")
+    for correction in corrections:
+        p = client.entry(kernel)
+        assert kernel.ledger.overhead(client.pid, p.generation, 0, correction, p.changes)
+    client(f"alloc(0x1000, {4 * MIB})")
+    assert client.entry(kernel).overhead[0] == overhead
+    assert level.used == 94 * MIB + overhead
+    client("free(0x1000)")
+    client("free(0x2000)")
+    client.kill()
+    assert level.used == 0
 
 
 # -- arrays
@@ -389,6 +465,34 @@ def test_reset_leaves_the_references(level, client):
     assert level.used == 0
 
 
+def test_threads_that_retain_and_release_end_nothing(level, client):
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("retain()")
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("cuda.race_primary(u64(100003))")
+    assert level.used == CONTEXT + 4 * MIB
+    client("primary_release()")
+    assert level.used == 0
+
+
+def test_a_reference_that_is_handed_over_keeps_the_context(level, client):
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("retain()")
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("cuda.retain_while_released(0)")
+    assert level.used == CONTEXT + 4 * MIB
+    client("primary_release()")
+    assert level.used == 0
+
+
+def test_a_retain_that_fails_leaves_no_reference(level, client):
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("retain()")
+    client("retain(code=1)")
+    client("primary_release()")
+    assert level.used == 0
+
+
 def test_a_refused_context(level, client):
     level.limit(100 * MIB)
     assert client(f"admit(0, kind={int(CONTEXT_KIND)})") == REFUSED
@@ -408,9 +512,48 @@ def test_pool_bytes_are_committed_and_given_back_never_beyond(kernel, level, cli
     assert level.used == 64 * MIB
     client(f"shim.fgpu_release(0, u64({16 * MIB}), {int(POOL)}, u64(1))")
     assert level.used == 48 * MIB
-    client(f"shim.fgpu_release(0, u64({1024 * MIB}), {int(POOL)}, u64(1))")
+    client(f"shim.fgpu_release(0, u64({1024 * MIB}), {int(POOL)}, u64(2))")
     assert level.used == 0
     assert anomalies(kernel)["RELEASE"] == before + 1
+
+
+def test_every_hit_of_a_probe_is_counted(kernel, level, client):
+    before = kernel.ledger.hits()
+    for n in range(23):
+        client(f"admit({MIB})")
+        client(f"alloc({0x1000 + n}, {MIB})")
+    for n in range(17):
+        client(f"free({0x1000 + n})")
+    client(f"shim.fgpu_release(0, u64({MIB}), {int(POOL)}, u64(1))")
+    grown = {
+        n: now - then for n, (then, now) in enumerate(zip(before, kernel.ledger.hits(), strict=True)) if now - then
+    }
+    function = pages.Function
+    assert grown == {function.ALLOC: 23, function.FREE: 17, pages.HIT_ADMIT: 23, pages.HIT_GIVE_BACK: 1}
+
+
+def test_programs_of_two_versions_give_back_once(kernel, level, client):
+    """While an upgrade goes on, both are attached; so are their admissions."""
+    before = anomalies(kernel)["RELEASE"]
+    links = []
+    offsets = probes.symbol_offsets(str(kernel.shim), probes.SHIM)
+    for symbol, name in probes.SHIM.items():
+        program = bpf.pinned(kernel.pins / "programs" / name)
+        links += [bpf.attach_uprobes(program, str(kernel.shim), [(offsets[symbol], 0)], False), program]
+    try:
+        for ticket in (1, 2):
+            client(f"admit({32 * MIB}, kind={int(POOL)})")
+            client(f"shim.fgpu_release(0, u64({16 * MIB}), {int(POOL)}, u64({ticket}))")
+            assert level.used == ticket * 16 * MIB
+        client(f"alloc(0x1000, {4 * MIB})")
+        client(f"shim.fgpu_release(0, u64({32 * MIB}), {int(POOL)}, u64(3))")
+        assert level.used == 4 * MIB
+        client("free(0x1000)")
+        assert level.used == 0
+    finally:
+        for fd in links:
+            os.close(fd)
+    assert anomalies(kernel)["RELEASE"] == before
 
 
 # -- ends
@@ -504,6 +647,82 @@ def test_overhead_is_refused_when_anything_happened_since(kernel, level, client)
     assert level.used == 4 * MIB
 
 
+def quiet(kernel, client):
+    return client.entry(kernel).quiet
+
+
+def test_nothing_is_quiet_from_an_admission_to_the_end_of_its_call(kernel, level, client):
+    client(f"admit({4 * MIB}, kind=1)")  # of a pool: committed at once
+    assert quiet(kernel, client)
+    client(f"admit({4 * MIB})")
+    assert not quiet(kernel, client)
+    client(f"alloc(0x1000, {4 * MIB})")
+    assert quiet(kernel, client)
+    client(f"admit({2048 * MIB})")
+    assert quiet(kernel, client), "refused: there is nothing to wait for"
+    client(f"admit({4 * MIB})")
+    client(f"admit({2048 * MIB})")  # instead of the one before
+    assert quiet(kernel, client)
+
+
+def test_who_is_in_a_call_is_not_quiet(kernel, client):
+    client(f"cuda.allocate_and_leap(u64({4 * MIB}))")
+    assert not quiet(kernel, client)
+    client(f"admit({2048 * MIB})")
+    assert not quiet(kernel, client), "a refusal ends no call"
+    client(f"alloc(0x1000, {6 * MIB})")
+    assert quiet(kernel, client)
+
+
+def test_a_thread_that_ends_leaves_its_process_quiet(kernel, level, client):
+    client("import threading")
+    client(f"t = threading.Thread(target=lambda: admit({4 * MIB})); t.start(); t.join()")
+    wait_until(lambda: quiet(kernel, client))
+    assert level.used == 0
+
+
+def test_who_came_and_who_went_is_noticed_at_once(kernel, level, make_client):
+    one, other = make_client(level), make_client(level)
+    one(f"alloc(0x1000, {4 * MIB})")
+    assert {one.pid} == kernel.ledger.processes().keys() & {one.pid, other.pid}
+    other(f"alloc(0x1000, {4 * MIB})")
+    assert {one.pid, other.pid} <= kernel.ledger.processes().keys()
+    other("free(0x1000)")
+    assert kernel.ledger.processes()[other.pid].bytes[0] == 0
+    other.kill()
+    wait_until(lambda: other.pid not in kernel.ledger.processes())
+    assert one.pid in kernel.ledger.processes()
+
+
+def test_a_page_that_was_taken_away_charges_nobody(kernel, make_level, make_client):
+    first = make_level(1024 * MIB)
+    one = make_client(first)
+    one(f"alloc(0x1000, {4 * MIB})")
+    kernel.ledger.remove([first.cgroup])  # and nobody has moved its process
+    assert one(f"admit({MIB})") is None, "nobody answers"
+    second = make_level(1024 * MIB)  # at the place that is free now
+    one(f"alloc(0x2000, {6 * MIB})")
+    one("free(0x1000)")
+    assert second.used == 0
+    first.limit(512 * MIB)
+    assert kernel.ledger.move(one.pid, one.entry(kernel).generation, (first.cgroup,))
+    one(f"alloc(0x3000, {8 * MIB})")
+    assert (first.used, second.used) == (8 * MIB, 0)
+
+
+def test_another_ledger_finds_the_places_that_are_taken(kernel, level, make_level, make_client):
+    one = make_client(level)
+    one(f"alloc(0x1000, {4 * MIB})")
+    later = Ledger(kernel.pins)
+    try:
+        other = make_level(None)
+        later.set_limits([LevelLimits(other.cgroup, {0: 64 * MIB})])
+    finally:
+        later.close()
+    one(f"alloc(0x2000, {6 * MIB})")
+    assert (level.used, other.used) == (10 * MIB, 0)
+
+
 def test_moving_takes_the_charges_along(kernel, make_level, make_client):
     first, second = make_level(1024 * MIB), make_level(1024 * MIB)
     one = make_client(first)
@@ -546,21 +765,64 @@ def test_sweep_deletes_what_a_dead_process_left(kernel, client):
     assert kernel.ledger.entries("allocations") <= before - 23
 
 
+def own_descriptor(kernel, cgroup):
+    """One with which its maker could write the page."""
+    raw = bpf.lookup(bpf.pinned(kernel.pins / "maps/pages"), cgroup.to_bytes(8, "little"), 4)
+    return bpf.map_by_id(int.from_bytes(raw, "little"))
+
+
 def test_a_usage_page_cannot_be_written_from_outside(kernel, level):
-    fd = kernel.ledger.page_fd(level.cgroup)
-    assert fd is not None
+    fd = own_descriptor(kernel, level.cgroup)
     with pytest.raises(OSError, match="not permitted"):
         bpf.update(fd, bytes(4), bytes(4096))
+    with pytest.raises(PermissionError):
+        mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_WRITE)
     os.close(fd)
 
 
+@pytest.mark.parametrize("last", ["create_array_page", "update", "freeze", "update_all"])
+@pytest.mark.parametrize("done", [False, True])
+def test_an_agent_that_ends_in_between_leaves_no_page_that_can_be_written(kernel, make_level, monkeypatch, last, done):
+    level, call = make_level(None), getattr(bpf, last)
+    monkeypatch.setattr(bpf, last, lambda *given: (call(*given) if done else None, os._exit(9)))
+    child = os.fork()
+    if not child:
+        level.limit(MIB)
+        os._exit(0)
+    monkeypatch.undo()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    if not kernel.ledger.page_missing(level.cgroup):
+        with pytest.raises(PermissionError):
+            mmap.mmap(own_descriptor(kernel, level.cgroup), 4096, mmap.MAP_SHARED, mmap.PROT_WRITE)
+    level.limit(2 * MIB)
+    assert level.usage().limit == 2 * MIB
+
+
+def test_a_page_that_can_be_written_is_not_handed_out(kernel, make_level):
+    level = make_level(None)
+    page = bpf.create_array_page("fgpu_usage", 4096)
+    bpf.update(bpf.pinned(kernel.pins / "maps/pages"), level.cgroup.to_bytes(8, "little"), page.to_bytes(4, "little"))
+    assert kernel.ledger.page_fd(level.cgroup) is None
+    bpf.freeze(page)
+    assert kernel.ledger.page_fd(level.cgroup) is not None
+
+
+def test_more_levels_than_there_is_room_for_leave_nothing(kernel, level):
+    before = sorted(kernel.ledger.tenants())
+    many = [LevelLimits(10**12 + n, {0: MIB}) for n in range(4201)]
+    with pytest.raises(OSError, match="as many levels"):
+        kernel.ledger.set_limits([LevelLimits(level.cgroup, {0: MIB}), *many])
+    assert sorted(kernel.ledger.tenants()) == before
+    assert kernel.ledger.limit(many[0].cgroup, 0) is None
+    assert kernel.ledger.limit(level.cgroup, 0) == 1024 * MIB
+
+
 def test_the_shim_s_own_exports_are_not_taken_for_the_driver(kernel):
-    name = f"*-{kernel.shim.stat().st_ino:x}-*-[er]"
-    linked = {link.name.split("-")[3] for link in (kernel.pins / "links").glob(name)}
-    assert linked == {"fgpu_admit", "fgpu_release"}
+    links = (kernel.pins / "links").glob(f"*-{kernel.shim.stat().st_ino:x}-*")
+    assert {link.name.split("-")[3] for link in links} == {"admit", "give_back", "end"}
 
 
 def test_the_loader_names_a_wrong_interpreter():
-    check = probes.check_loader([sys.executable, "-I", "-S"])
+    check = programs.check_loader([sys.executable, "-I", "-S"])
     assert not check.ok
     assert "python3-bpfcc" in check.mend

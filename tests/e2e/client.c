@@ -10,6 +10,8 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -22,6 +24,7 @@
 #include <unistd.h>
 
 #define MOST_POINTERS (1 << 16)
+#define MOST_NUMBERS 8
 
 /* The name as exported, the name as cuGetProcAddress wants it. */
 #define DRIVER(X)                                                                                                      \
@@ -36,13 +39,26 @@
     X(cuMemAllocPitch_v2, "cuMemAllocPitch")                                                                           \
     X(cuMemAllocManaged, "cuMemAllocManaged")                                                                          \
     X(cuMemFree_v2, "cuMemFree")                                                                                       \
+    X(cuMemAllocAsync, "cuMemAllocAsync")                                                                              \
+    X(cuMemFreeAsync, "cuMemFreeAsync")                                                                                \
+    X(cuMemPoolTrimTo, "cuMemPoolTrimTo")                                                                              \
+    X(cuDeviceGetDefaultMemPool, "cuDeviceGetDefaultMemPool")                                                          \
+    X(cuStreamSynchronize, "cuStreamSynchronize")                                                                      \
     X(cuMemGetInfo_v2, "cuMemGetInfo")                                                                                 \
     X(cuMemCreate, "cuMemCreate")                                                                                      \
     X(cuMemRelease, "cuMemRelease")                                                                                    \
     X(cuMemAddressReserve, "cuMemAddressReserve")                                                                      \
     X(cuMemAddressFree, "cuMemAddressFree")                                                                            \
     X(cuMemMap, "cuMemMap")                                                                                            \
-    X(cuMemUnmap, "cuMemUnmap")
+    X(cuMemUnmap, "cuMemUnmap")                                                                                        \
+    X(cuCtxCreate_v2, "cuCtxCreate")                                                                                   \
+    X(cuCtxDestroy_v2, "cuCtxDestroy")                                                                                 \
+    X(cuCtxPopCurrent_v2, "cuCtxPopCurrent")                                                                           \
+    X(cuIpcGetMemHandle, "cuIpcGetMemHandle")                                                                          \
+    X(cuIpcOpenMemHandle_v2, "cuIpcOpenMemHandle")                                                                     \
+    X(cuIpcCloseMemHandle, "cuIpcCloseMemHandle")                                                                      \
+    X(cuMemExportToShareableHandle, "cuMemExportToShareableHandle")                                                    \
+    X(cuMemImportFromShareableHandle, "cuMemImportFromShareableHandle")
 
 static struct {
 #define SLOT(name, asked) __typeof__(&name) name;
@@ -238,19 +254,30 @@ static bool told(void)
     return poll(&in, 1, 0) > 0;
 }
 
-/* ask BYTES N: takes and frees N times (0: until the next command); says how often it got it, was refused, or else. */
+static CUresult take_and_free(uint64_t bytes, CUmemoryPool pool)
+{
+    CUdeviceptr at;
+    CUresult result = pool ? cu.cuMemAllocAsync(&at, bytes, NULL) : cu.cuMemAlloc_v2(&at, bytes);
+    if (result) return result;
+    if (!pool) return cu.cuMemFree_v2(at) ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS;
+    if (cu.cuMemFreeAsync(at, NULL) || cu.cuStreamSynchronize(NULL)) return CUDA_ERROR_UNKNOWN;
+    return cu.cuMemPoolTrimTo(pool, 0) ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS; /* so that the next must ask again */
+}
+
+/* ask BYTES N POOL: takes and frees N times (0: until the next command), 1: in a pool; says how often it got it, was
+ * refused, or else. */
 static void do_ask(const uint64_t *n)
 {
     uint64_t got = 0, refused = 0, other = 0;
-    CUdeviceptr at;
+    CUmemoryPool pool = NULL;
     CUresult result = need_context();
+    if (!result && n[2]) result = cu.cuDeviceGetDefaultMemPool(&pool, 0);
     if (result) {
         answer("%s", name_of(result));
         return;
     }
     for (uint64_t i = 0; n[1] ? i < n[1] : i % 64 || !told(); i++) {
-        result = cu.cuMemAlloc_v2(&at, n[0]);
-        if (!result) result = cu.cuMemFree_v2(at) ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS;
+        result = take_and_free(n[0], pool);
         *(result == CUDA_SUCCESS ? &got : result == CUDA_ERROR_OUT_OF_MEMORY ? &refused : &other) += 1;
     }
     answer("ok %" PRIu64 " %" PRIu64 " %" PRIu64, got, refused, other);
@@ -401,20 +428,42 @@ static void do_reap(const uint64_t *n)
     answer("ok %u", buried);
 }
 
+#include "client_odd.h"
+
 static const struct command {
     const char *name;
     void (*run)(const uint64_t *numbers);
-} commands[] = {{"context", do_context}, {"dropcontext", do_drop_context},
-                {"alloc", do_alloc},     {"vmm", do_vmm},
-                {"managed", do_managed}, {"create", do_create},
-                {"pitch", do_pitch},     {"free", do_free},
-                {"release", do_release}, {"unmap", do_unmap},
-                {"info", do_info},       {"total", do_total},
-                {"fill", do_fill},       {"drop", do_drop},
-                {"ask", do_ask},         {"race", do_race},
-                {"thread", do_thread},   {"exec", do_exec},
-                {"fork", do_fork},       {"brood", do_brood},
-                {"reap", do_reap}};
+} commands[] = {{"context", do_context},
+                {"dropcontext", do_drop_context},
+                {"alloc", do_alloc},
+                {"vmm", do_vmm},
+                {"managed", do_managed},
+                {"create", do_create},
+                {"pitch", do_pitch},
+                {"free", do_free},
+                {"release", do_release},
+                {"unmap", do_unmap},
+                {"info", do_info},
+                {"total", do_total},
+                {"fill", do_fill},
+                {"drop", do_drop},
+                {"ask", do_ask},
+                {"race", do_race},
+                {"thread", do_thread},
+                {"exec", do_exec},
+                {"fork", do_fork},
+                {"brood", do_brood},
+                {"reap", do_reap},
+                {"reuse", do_reuse},
+                {"leap", do_leap},
+                {"brieflyleap", do_brief_leap},
+                {"newcontext", do_new_context},
+                {"endcontext", do_end_context},
+                {"share", do_share},
+                {"open", do_open},
+                {"close", do_close},
+                {"export", do_export},
+                {"import", do_import}};
 
 /* -- the loop: reads by byte, so that an exec loses no line */
 
@@ -435,10 +484,10 @@ static void serve(void)
 {
     char line[256];
     while (read_line(line, sizeof line)) {
-        uint64_t numbers[4] = {0};
+        uint64_t numbers[MOST_NUMBERS] = {0};
         char *rest = strchr(line, ' ');
         if (rest) *rest++ = 0;
-        for (unsigned i = 0; rest && *rest && i < 4; i++) numbers[i] = strtoull(rest, &rest, 0);
+        for (unsigned i = 0; rest && *rest && i < MOST_NUMBERS; i++) numbers[i] = strtoull(rest, &rest, 0);
         const struct command *found = NULL;
         for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
             if (!strcmp(line, commands[i].name)) found = &commands[i];

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,25 +16,14 @@ PLACES = ["host", *(["crun"] if shutil.which("crun") else []), "runc"]
 @pytest.fixture(scope="session")
 def programs() -> None:
     """Compiles the C programs beside this file."""
-    out = harness.BUILD / "e2e"
-    out.mkdir(parents=True, exist_ok=True)
-    for source in Path(__file__).parent.glob("*.c"):
-        flags = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", f"-I{harness.BUILD}/headers"]
-        made = out / f".{source.stem}"
-        subprocess.run(["gcc", *flags, "-o", made, source, "-ldl", "-pthread"], check=True, timeout=60)
-        made.rename(out / source.stem)
+    harness.compile_programs()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
     """The simulated driver (16 GiB, one device) and the agent."""
-    service = harness.Service(tmp_path_factory.mktemp("service"))
-    try:
-        service.start_driver()
-        service.start_agent()
+    with harness.Service.running(tmp_path_factory.mktemp("service")) as service:
         yield service
-    finally:
-        service.stop()
 
 
 @pytest.fixture
@@ -44,12 +32,12 @@ def unharmed(service: harness.Service) -> Iterator[None]:
     yield
     service.check()
     assert service.gatekeepers(), "no gatekeeper"
-    harness.eventually(lambda: not harness.driver_books(), 5, "an empty driver")
+    harness.eventually(lambda: not harness.driver_books(), 20, "an empty driver")
 
     def none_left() -> bool:
         return not any(t["processes"] for t in harness.ask(verb="snapshot")["tenants"])
 
-    harness.eventually(none_left, 3, "an empty ledger")
+    harness.eventually(none_left, 10, "an empty ledger")
 
 
 @pytest.fixture

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
@@ -19,6 +22,7 @@ from harness import (
     MIB,
     ROOT,
     Service,
+    ask,
     eventually,
     fgpu,
     metrics,
@@ -39,6 +43,7 @@ FAMILIES = {
     "fgpu_device_memory_used_bytes": {"gpu"},
     "fgpu_device_memory_committed_bytes": {"gpu"},
     "fgpu_device_memory_unmanaged_bytes": {"gpu"},
+    "fgpu_device_unmanaged_processes": {"gpu"},
 }
 
 
@@ -57,6 +62,7 @@ def test_metrics_tell_what_happened(tenant) -> None:
         return {name: value for (name, labels), value in found.items() if labels >= mine}
 
     eventually(lambda: values().get("fgpu_memory_refused_total") == 1, 3, "the refusal")
+    eventually(lambda: "fgpu_memory_drift_bytes" in values(), 3, "a comparison with NVML")
     assert values() == {
         "fgpu_memory_limit_bytes": limit,
         "fgpu_memory_used_bytes": limit,
@@ -89,7 +95,7 @@ def test_status_ps_and_metrics_show_the_same(tenant) -> None:
     assert shown["enforcement"] == "kernel"
     assert shown["path"] == one.path
     assert shown["cgroup"] == one.cgroup.stat().st_ino
-    assert shown["processes"] == [{"pid": client.pid, "gpu": 0, "bytes": used}]
+    assert shown["processes"] == [{"pid": client.pid, "gpu": 0, "bytes": used, "how": ""}]
     assert shown["devices"][0]["used_bytes"] == used
     rows = json.loads(fgpu("ps", "--json").stdout)
     assert [(r["pid"], r["tenant"], r["bytes"]) for r in rows if r["tenant"] == one.name] == [
@@ -127,6 +133,8 @@ def test_metrics_page_is_for_this_machine_alone(service: Service) -> None:
         (["set", "/fgpu", "--memory", "much"], 2),
         (["set", "/fgpu", "--memory", str(2**64)], 2),
         (["run", "--memory", "8GB", "--", "true"], 125),
+        (["run", "--memory", "1GiB"], 125),
+        (["run", "--priority", "highest", "--", "true"], 125),
         (["run", "--memory", "1GiB", "--name", "../x", "--", "true"], 125),
         (["run", "--memory", "1GiB", "--", "/no/such/program"], 127),
         (["run", "--memory", "1GiB", "--", "/etc/passwd"], 126),
@@ -142,8 +150,49 @@ def test_exit_codes(service: Service, words: list[str], code: int) -> None:
     assert "Traceback" not in done.stderr
     if code not in (0, 1):
         assert done.stderr.strip(), "a failure says why"
-    if code in (4, 125, 126, 127):
+    if code in (4, 126, 127) or (code == 125 and "Usage" not in done.stderr):
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+GARBAGE = [
+    b"{}\n",
+    b"[1]\n",
+    b"\xff\xfe\n",
+    b"[" * 60000 + b"\n",
+    b'{"verb": "events", "since": "abc"}\n',
+    b'{"verb": "events", "since": [1]}\n',
+    b'{"verb": ["snapshot"]}\n',
+    b'{"verb": "explain", "target": 7}\n',
+    b'{"verb": "put", "target": "/", "memory": {"a": 1}}\n',
+    b'{"verb": "put", "target": "/", "weight": 1e400}\n',
+    b"x" * (1 << 17),
+]
+
+
+@pytest.mark.parametrize("said", GARBAGE, ids=[str(said[:40]) for said in GARBAGE])
+def test_garbage_is_answered_with_what_is_wrong(service: Service, said: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5)
+        sock.connect("/run/fgpu/control.sock")
+        with contextlib.suppress(BrokenPipeError):
+            sock.sendall(said)
+        answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    assert json.loads(answer)["error"]
+    assert ask(verb="snapshot")["failures"] == 0
+
+
+@pytest.mark.timed
+def test_a_slow_peer_holds_up_nobody(service: Service) -> None:
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.connect("/run/fgpu/control.sock")
+        for letter in b'{"verb"':
+            slow.send(bytes([letter]))
+            began = time.monotonic()
+            assert ask(verb="ping")["pid"]
+            assert time.monotonic() - began < 1
+            time.sleep(0.1)
+        slow.settimeout(10)
+        assert slow.recv(1) == b"", "hung up on"
 
 
 def test_decimal_unit_is_asked_about(service: Service) -> None:

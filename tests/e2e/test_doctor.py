@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -162,9 +163,57 @@ def test_agent_says_it_in_one_line(service: Service, work: Path, case: str) -> N
 
 
 def test_doctor_finds_nothing_wrong_here(service: Service) -> None:
-    done = fgpu("doctor", "--driver-root", SIM)
+    done = fgpu("doctor")  # the agent knows where the driver is
     assert all(line.startswith("ok ") for line in done.stdout.splitlines()), done.stdout
     assert len(done.stdout.splitlines()) >= 5
+
+
+def failures(*options: str) -> dict[str, dict[str, str]]:
+    """What `fgpu doctor --json` finds wrong, by name; its exit status says that something is."""
+    done = fgpu("doctor", "--json", *options, check=False)
+    found = {one["name"]: one for one in json.loads(done.stdout) if not one["ok"]}
+    assert done.returncode == (1 if found else 0)
+    assert all(one["found"] and one["mend"] for one in found.values()), found
+    return found
+
+
+def test_a_gatekeeper_that_hangs_is_named(service: Service) -> None:
+    assert "gatekeeper" not in failures()
+    (pid,) = service.gatekeepers()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        found = failures()["gatekeeper"]
+        assert f"pid {pid} does not answer" in found["found"]
+        assert f"kill -9 {pid}" in found["mend"]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    eventually(lambda: "gatekeeper" not in failures(), 10, "a gatekeeper that answers")
+
+
+def test_a_shim_that_not_everybody_may_read_is_named(service: Service) -> None:
+    before = SHIM.stat().st_mode
+    SHIM.chmod(0o700)
+    try:
+        assert str(SHIM) in failures()["preload"]["found"]
+    finally:
+        SHIM.chmod(before)
+    assert "preload" not in failures()
+
+
+def test_without_an_agent_the_policies_are_read_all_the_same(work: Path) -> None:
+    (work / "policy.d").mkdir()
+    (work / "policy.d/bad.yaml").write_text("spec: {memory: {limit: 8GB}}\n")
+    (work / "agent.yaml").write_text(f"policyFolder: {work}/policy.d\n")
+    command = [*FGPU, "--run-dir", str(work / "run"), "doctor", "--json", "--config", str(work / "agent.yaml")]
+    done = run([*command, "--driver-root", str(SIM)])
+    found = {one["name"]: one for one in json.loads(done.stdout)}
+    assert done.returncode == 1
+    assert "bad.yaml:1" in found["policies"]["found"]
+    assert found["policies"]["mend"] == f"fgpu policy check {work}/policy.d"
+    assert not found["agent"]["ok"]
+    (work / "policy.d/bad.yaml").unlink()
+    found = {one["name"]: one for one in json.loads(run([*command, "--driver-root", str(SIM)]).stdout)}
+    assert found["policies"]["ok"]
 
 
 def test_second_agent_is_turned_away(service: Service) -> None:

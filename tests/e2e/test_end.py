@@ -100,6 +100,7 @@ def test_unreaped_processes_hold_nothing(tenant) -> None:
     assert one.assert_exact() == CONTEXT
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 @pytest.mark.places("runc")
 def test_killed_container_leaves_nothing(tenant) -> None:

@@ -1,15 +1,53 @@
-"""Random lives: programs that take and give back in every way, and die; the ledger equals the driver at every check."""
+"""Random lives: programs that take and give back in every way, and die; the ledger equals the driver at every check.
+
+A life that uses pools may be charged more than the driver holds: what a destroyed pool still had in use, or what it has
+granted and the driver took back. That much, and no more, is its drift.
+
+FGPU_TEST_SEED repeats a run, FGPU_TEST_ROUNDS makes it longer or shorter: a thousand rounds are a million operations.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
-from harness import BUILD, CONTEXT, GIB, MIB, Program, Service, Tenant, eventually, fgpu
+from harness import (
+    BUILD,
+    CONTEXT,
+    FGPU,
+    GIB,
+    MIB,
+    ROOT,
+    Place,
+    Program,
+    Service,
+    Tenant,
+    ask,
+    cgroup_root,
+    eventually,
+    fgpu,
+    metrics,
+)
 
 LIMIT = 6 * GIB
+THREADS, OPERATIONS = 2, 170
+MOVES = True  # the kernel and the agent follow a process from one cgroup to another
+WORKING = True  # and may give a process that is at work other levels
+IMPOSSIBLE = ("release", "full", "device", "lost")  # anomalies that no life may cause
+FLOOD_SECONDS, FLOOD_MOVES = 2.2, 5000  # 4,000 events a second are let into a ring that has room for 4,369
+REFUSALS = "fgpu_memory_refused_total"
+SMALL = {"MOST_ALLOCATIONS": 128, "MOST_THREADS": 32, "MOST_PROCESSES": 16}
 
 
 class Life(Program):
@@ -17,84 +55,324 @@ class Life(Program):
 
     _numbers = itertools.count(1)
 
-    def __init__(self, tenant: Tenant, seed: int) -> None:
-        super().__init__(tenant, f"life{next(self._numbers)}", f"{BUILD}/e2e/life {seed} 2")
-        said = self.receive(30)
-        assert said == "ready 0", said
+    def __init__(self, tenant: Tenant, seed: int, ways: str = "plain") -> None:
+        self.ways, self.busy, self.refused, self.contexts = ways, False, 0, 0
+        super().__init__(tenant, f"life{next(self._numbers)}", f"{BUILD}/e2e/life {seed} {THREADS} {ways}")
+        self._be_born()
 
-    def begin(self, operations: int) -> None:
-        """So many operations of each thread."""
-        self.send(str(operations))
+    def _be_born(self) -> None:
+        word, result, pid = self.receive(30).split()
+        assert word == "ready"
+        self.pid, self.contexts = int(pid), int(result == "0")
 
-    def end(self) -> tuple[int, int]:
-        """Operations done, and refusals so far."""
-        word, done, refused = self.receive(60).split()
+    def begin(self) -> None:
+        """A round of operations."""
+        self.send(str(OPERATIONS))
+        self.busy = True
+
+    def end(self) -> int:
+        """Operations done since begin(); none by a life that began later."""
+        if not self.busy:
+            return 0
+        word, done, refused, contexts = self.receive(60).split()
         assert word == "ok"
-        return int(done), int(refused)
+        self.busy = False
+        self.refused, self.contexts = int(refused), int(contexts)
+        return int(done)
+
+    def execute_again(self, seed: int) -> None:
+        """exec of itself, by the first thread or another, with all that it holds."""
+        self.send(f"exec {seed}")
+        self._be_born()
+
+    def leave(self) -> None:
+        """Its first thread ends, another goes on."""
+        self.send("leave")
+        assert self.receive().split()[0] == "ok"
+
+    def kill(self) -> None:
+        """kill -9, at work or not."""
+        os.kill(self.pid, 9)
+        eventually(lambda: self.pid not in self.tenant.pids(), 5, "its death")
+        self.close()
 
 
-def happen(chance: random.Random, service: Service, one: Tenant, lives: list[Life]) -> None:
-    """Between two rounds, now and then: a death, another limit, a new agent."""
-    what = chance.randrange(8)
-    if what == 0:
-        victim = chance.randrange(len(lives))
-        pids = one.pids()
-        for pid in pids:
-            if os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "life":
-                os.kill(pid, 9)
-                break
+class World:
+    """Tenants, the lives in them, and all that may happen to them."""
+
+    def __init__(
+        self, service: Service, place: Place, chance: random.Random, ways: tuple[str, ...], crowded: bool = False
+    ) -> None:
+        self.service, self.place, self.chance, self.crowded = service, place, chance, crowded
+        self.tenants = [place.tenant(LIMIT) for _ in range(2)]
+        for one in self.tenants:
+            one.assert_enforced()
+        self.grouped = False
+        self.operations = self.refused = self.floods = self.drift = 0
+        self.lives: list[Life] = []
+        for number, way in enumerate(ways):
+            self._bear(self.tenants[number // 2], way)
+
+    def _seed(self) -> int:
+        return self.chance.randrange(1 << 30)
+
+    def _bear(self, tenant: Tenant, ways: str) -> None:
+        self.lives.append(Life(tenant, self._seed(), ways))
+        assert self.crowded or self.lives[-1].contexts, "no life"
+
+    # -- what happens
+
+    def _kill_one(self) -> Life:
+        victim = self.chance.choice(self.lives)
+        victim.kill()
+        self.lives.remove(victim)
+        return victim
+
+    def die(self) -> None:
+        """kill -9, and another life begins."""
+        victim = self._kill_one()
+        self._stretch()
+        self._bear(victim.tenant, victim.ways)
+
+    def _stretch(self) -> None:
+        """A new life needs a context's room."""
+        if self.grouped:
+            fgpu("set", self.place.group, "--memory", "16GiB")
+        for one in self.tenants:
+            fgpu("set", one.path, "--memory", str(LIMIT))
+
+    def execute(self) -> None:
+        """A life that is not at work becomes another one in the same process."""
+        life = self.chance.choice(self.lives)
+        if not life.busy:
+            self._stretch()
+            life.execute_again(self._seed())
+            assert self.crowded or life.contexts, "no life"
+
+    def leave(self) -> None:
+        """A first thread ends."""
+        life = self.chance.choice(self.lives)
+        if not life.busy:
+            life.leave()
+
+    def limit(self) -> None:
+        """Another limit, perhaps below what is held."""
+        fgpu("set", self.chance.choice(self.tenants).path, "--memory", f"{self.chance.randrange(2, 6)}GiB")
+
+    def regroup(self) -> None:
+        """A limit on the cgroup above all, after those below have charged, or away with it."""
+        if not WORKING and any(life.busy for life in self.lives):
+            return
+        if self.grouped:
+            fgpu("unset", self.place.group)
         else:
-            raise AssertionError(f"no life in {pids}")
-        eventually(lambda: sum(_is_life(p) for p in one.pids()) == len(lives) - 1, 5, "its death")
-        dead = next(i for i, life in enumerate(lives) if not _answers(life))
-        lives[dead].close()
-        lives[dead] = Life(one, chance.randrange(1 << 30))
-        assert victim < len(lives)
-    if what == 1:
-        fgpu("set", one.path, "--memory", f"{chance.randrange(2, 6)}GiB")
-    if what == 2:
-        service.kill_agent()
-        service.start_agent()
-    if what == 3:
-        service.kill_gatekeeper()
-        eventually(service.gatekeepers, 3, "another gatekeeper")
+            fgpu("set", self.place.group, "--memory", f"{self.chance.randrange(3, 13)}GiB")
+        self.grouped = not self.grouped
+
+    def move(self) -> None:
+        """A living process goes to another tenant's cgroup."""
+        life = self.chance.choice(self.lives)
+        if MOVES and (WORKING or not life.busy):
+            life.tenant = self.chance.choice(self.tenants)
+            (life.tenant.cgroup / "cgroup.procs").write_text(str(life.pid))
+
+    def restart_agent(self) -> None:
+        """kill -9 of the agent, and another."""
+        self.service.kill_agent()
+        self.service.start_agent()
+
+    def restart_gatekeeper(self) -> None:
+        """kill -9 of the gatekeeper; the agent starts another."""
+        self.service.kill_gatekeeper()
+        eventually(self.service.gatekeepers, 3, "another gatekeeper")
+
+    def lose_events(self) -> None:
+        """The agent stands still until the ring is full, and then happens what it should have been told."""
+        agent = self.service.agent
+        assert agent is not None
+        before = _lost()
+        agent.send_signal(signal.SIGSTOP)
+        try:
+            _flood(self.place)
+            self.move()
+            victim = self._kill_one()
+        finally:
+            agent.send_signal(signal.SIGCONT)
+        assert _lost() > before, "nothing was lost"
+        self.floods += 1
+        self._stretch()
+        self._bear(victim.tenant, victim.ways)
+
+    def happen(self) -> None:
+        """One of these, now and then, between two rounds or in the middle of one."""
+        steps = (self.die, self.execute, self.leave, self.limit, self.regroup, self.move)
+        steps += (self.restart_agent, self.restart_gatekeeper, self.lose_events)
+        if self.chance.randrange(3):
+            self.chance.choice(steps)()
+
+    # -- rounds and checks
+
+    def turn(self) -> None:
+        """One round of all lives, and what happens meanwhile."""
+        for life in self.lives:
+            life.begin()
+        if self.chance.randrange(2):
+            self.happen()
+        for life in self.lives:
+            self.operations += life.end()
+            self.refused = max(self.refused, life.refused)
+
+    def check(self) -> None:
+        """The books of every tenant against the driver's, and of the group against its members'."""
+        held = 0
+        for one in self.tenants:
+            pools = any(life.ways == "pools" for life in self.lives if life.tenant is one)
+            agree = one.assert_never_below if self.crowded else one.assert_covered if pools else one.assert_exact
+            held += agree(5)
+            assert not one.view()["bypassing"]
+            self.drift = max(self.drift, *(seen["drift_bytes"] or 0 for seen in one.view()["devices"]))
+        assert held >= sum(life.contexts for life in self.lives) * CONTEXT
+        eventually(self._whole_is_its_parts, 5, f"the group's books: {self._whole()}")
+
+    def _whole(self) -> dict[str, Any]:
+        return next((t for t in ask(verb="snapshot")["tenants"] if t["path"] == self.place.group), {})
+
+    def _whole_is_its_parts(self) -> bool:
+        whole = self._whole()
+        if not whole:
+            return not self.grouped
+        held = {(p["pid"], p["gpu"]): p["bytes"] for p in whole["processes"]}
+        ours = {(p["pid"], p["gpu"]): p["bytes"] for one in self.tenants for p in one.view()["processes"]}
+        return ours == held and sum(held.values()) == sum(d["used_bytes"] for d in whole["devices"])
+
+    def end(self) -> None:
+        """Nothing is left of any of it."""
+        for life in self.lives:
+            life.close()
+        for one in self.tenants:
+            assert one.assert_exact() == 0, "held by nobody"
 
 
-def _is_life(pid: int) -> bool:
+def _lost() -> float:
+    return metrics()["fgpu_events_lost_total", frozenset({("reason", "full")})]
+
+
+def _flood(place: Place) -> None:
+    """Somebody goes from one of two cgroups to the other and back."""
+    two = [cgroup_root() / place.group.lstrip("/") / name for name in ("here", "there")]
+    restless = subprocess.Popen(["sleep", "infinity"])
     try:
-        return os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "life"
-    except OSError:
-        return False
+        for cgroup in two:
+            cgroup.mkdir()
+        begun, moves = time.monotonic(), 0
+        while moves < FLOOD_MOVES or time.monotonic() < begun + FLOOD_SECONDS:
+            (two[moves % 2] / "cgroup.procs").write_text(str(restless.pid))
+            moves += 1
+    finally:
+        restless.kill()
+        restless.wait(5)
+        for cgroup in two:
+            with contextlib.suppress(FileNotFoundError):
+                cgroup.rmdir()
 
 
-def _answers(life: Life) -> bool:
-    try:
-        life.begin(0)
-        life.end()
-    except (AssertionError, OSError):
-        return False
-    return True
-
-
-@pytest.mark.places("host")
-def test_random_lives(service: Service, tenant, scale) -> None:
+@pytest.fixture
+def chance() -> random.Random:
+    """Its seed is FGPU_TEST_SEED, or a new one that is printed."""
     seed = int(os.environ.get("FGPU_TEST_SEED", random.SystemRandom().randrange(1 << 30)))
     print(f"FGPU_TEST_SEED={seed}")
-    chance = random.Random(seed)
-    one = tenant(LIMIT)
-    one.assert_enforced()
-    lives = [Life(one, chance.randrange(1 << 30)) for _ in range(3)]
-    operations = refused = 0
-    for _ in range(scale(5, 25, 1000)):
-        for life in lives:
-            life.begin(170)
-        for life in lives:
-            done, more = life.end()
-            operations += done
-            refused = max(refused, more)
-        assert one.assert_exact(5) >= len(lives) * CONTEXT
-        happen(chance, service, one, lives)
-    memory = one.memory()
-    assert operations >= scale(5, 25, 1000) * 3 * 2 * 170
-    assert refused > 0
-    assert memory["peak_bytes"] <= LIMIT + 16 * MIB
+    return random.Random(seed)
+
+
+@pytest.fixture
+def rounds(scale: Callable[[int, int, int], int]) -> Callable[[int, int, int], int]:
+    """Of this run: by its scale, or FGPU_TEST_ROUNDS."""
+    return lambda *counts: int(os.environ.get("FGPU_TEST_ROUNDS", scale(*counts)))
+
+
+@pytest.fixture
+def world(service: Service, place: Place, chance: random.Random) -> Iterator[World]:
+    """Three lives in two tenants; one of them uses pools."""
+    world = World(service, place, chance, ("plain", "plain", "pools"))
+    yield world
+    if world.grouped:
+        fgpu("unset", place.group)
+
+
+def live(world: World, rounds: int) -> dict[str, int]:
+    """So many rounds and checks; how many anomalies there were of each kind."""
+    before = ask(verb="snapshot")["anomalies"]
+    for _ in range(rounds):
+        world.turn()
+        world.check()
+        world.happen()
+    after = ask(verb="snapshot")["anomalies"]
+    print(
+        f"{world.operations} operations, {rounds} checks, {world.floods} floods, of pools {world.drift} bytes of drift"
+    )
+    return {kind: after[kind] - before[kind] for kind in after}
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.places("cgroups")
+def test_random_lives(world: World, rounds) -> None:
+    many = rounds(5, 25, 1000)
+    anomalies = live(world, many)
+    assert world.operations >= many * 2 * THREADS * OPERATIONS
+    assert world.refused > 0
+    assert MOVES or world.tenants[0].memory()["peak_bytes"] <= LIMIT + 16 * MIB
+    assert {a: anomalies[a] for a in IMPOSSIBLE} == dict.fromkeys(IMPOSSIBLE, 0)
+    world.end()
+
+
+# -- full maps
+
+
+@pytest.fixture
+def small(service: Service, tmp_path: Path) -> Iterator[None]:
+    """The service with programs of its own, whose maps are soon full."""
+    package = tmp_path / "site/fgpu_ebpf"
+    shutil.copytree(ROOT / "fgpu_ebpf", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "bpf", package / "bpf")
+    shutil.copytree(BUILD / "oci", package / "oci")
+    text = (package / "bpf/maps.bpf.h").read_text()
+    for name, most in SMALL.items():
+        text, n = re.subn(rf"(?m)^#define {name} \d+$", f"#define {name} {most}", text)
+        assert n == 1, name
+    (package / "bpf/maps.bpf.h").write_text(text)
+    service.detach()
+    service.command = [
+        "env",
+        "--chdir=/",
+        f"PYTHONPATH={package.parent}",
+        f"{ROOT}/.venv/bin/python",
+        "-m",
+        "fgpu_ebpf.cli",
+    ]
+    try:
+        service.start_agent()
+        yield
+        service.detach()
+    finally:
+        service.command = FGPU
+        service.start_agent()
+
+
+@pytest.fixture
+def crowd(small: None, service: Service, place: Place, chance: random.Random) -> Iterator[World]:
+    """Three lives without memory that NVML does not show: of what has no entry, it alone tells."""
+    world = World(service, place, chance, ("shown", "shown", "shown"), crowded=True)
+    yield world
+    if world.grouped:
+        fgpu("unset", place.group)
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.places("cgroups")
+def test_random_lives_in_full_maps(crowd: World, rounds) -> None:
+    anomalies = live(crowd, rounds(3, 10, 100))
+    assert anomalies["full"] > 0
+    refused = {dict(labels)["reason"]: n for (name, labels), n in metrics().items() if name == REFUSALS}
+    assert refused["entries"] > 0
+    assert {a: anomalies[a] for a in IMPOSSIBLE if a != "full"} == {"release": 0, "device": 0, "lost": 0}
+    crowd.end()

@@ -30,7 +30,7 @@ def test_limit_to_the_byte(tenant, step: int, how: int, takes: int, odd: int) ->
     one = tenant(limit)
     client = one.client()
     client.ok("context")
-    with one.growing(fits):
+    with one.growing(fits, max(0, 2 * MIB - step)):
         client.ok(f"fill {step} {how}")
     memory = one.memory()
     assert memory["used_bytes"] == one.assert_exact() == CONTEXT + fits
@@ -209,6 +209,7 @@ def test_unset_opens(tenant) -> None:
     assert not any(t["path"] == one.path for t in ask(verb="snapshot")["tenants"])
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 @pytest.mark.places("runc")
 def test_container_without_a_limit_is_left_alone(place, tenant) -> None:
@@ -221,6 +222,7 @@ def test_container_without_a_limit_is_left_alone(place, tenant) -> None:
     assert stranger.ok("info")[1] > 15 * GIB
     assert not any(t["path"] == free.path for t in ask(verb="snapshot")["tenants"])
     eventually(lambda: ask(verb="snapshot")["devices"][0]["unmanaged_bytes"] == CONTEXT + 4 * GIB, 3)
+    assert ask(verb="snapshot")["devices"][0]["unmanaged_processes"] == 1
     with one.growing(ROOM):
         client.ok(f"alloc {ROOM}")
     assert stranger.do(f"alloc {16 * GIB}") == REFUSED  # the driver's own word

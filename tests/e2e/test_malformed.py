@@ -13,7 +13,8 @@ from harness import CONTEXT, MIB, Service, ask, eventually
 
 SOCKET = "/run/fgpu/shim/shim.sock"
 MAGIC, SIZE = 0x75706766, 64
-GOOD = struct.pack("<IHH", MAGIC, 1, SIZE).ljust(SIZE, b"\0")
+LAYOUT = 3
+GOOD = struct.pack("<IHH", MAGIC, LAYOUT, SIZE).ljust(SIZE, b"\0")
 BAD = [
     b"",
     b"\0",
@@ -23,8 +24,8 @@ BAD = [
     bytes(SIZE),
     b"\xff" * SIZE,
     struct.pack("<IHH", MAGIC, 99, SIZE).ljust(SIZE, b"\0"),
-    struct.pack("<IHH", MAGIC, 1, SIZE - 1).ljust(SIZE, b"\0"),
-    struct.pack("<IHH", MAGIC ^ 1, 1, SIZE).ljust(SIZE, b"\0"),
+    struct.pack("<IHH", MAGIC, LAYOUT, SIZE - 1).ljust(SIZE, b"\0"),
+    struct.pack("<IHH", MAGIC ^ 1, LAYOUT, SIZE).ljust(SIZE, b"\0"),
 ]
 
 

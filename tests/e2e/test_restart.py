@@ -128,6 +128,7 @@ def test_process_started_without_a_gatekeeper_gets_no_memory(agent: Service, ten
     assert one.assert_exact() == CONTEXT + ROOM
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_agent_enforces_within_three_seconds(agent: Service) -> None:
     seconds = []
@@ -138,6 +139,7 @@ def test_agent_enforces_within_three_seconds(agent: Service) -> None:
     assert min(seconds) < 3, seconds
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 @pytest.mark.places("host")
 def test_gatekeeper_comes_back_within_a_second(agent: Service, tenant) -> None:

@@ -18,7 +18,7 @@ import pytest
 from hello_client import until
 
 from fgpu_ebpf import procfs
-from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.ledger import Ledger, LevelLimits
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -133,7 +133,7 @@ def tenant(ledger: Ledger, cgroup: Callable[..., Path]) -> Callable[..., Path]:
 
     def make(parent: Path | None = None, limits: dict[int, int] | None = None) -> Path:
         path = cgroup(parent)
-        ledger.set_limits(path.stat().st_ino, limits or {0: GIB})
+        ledger.set_limits([LevelLimits(path.stat().st_ino, limits or {0: GIB})])
         ledger.resolve(path.stat().st_ino, managed=True)
         return path
 

@@ -241,6 +241,7 @@ def test_malformed_messages_cost_their_sender_the_connection(keeper: Keeper, ten
     assert keeper.resident_kib() - resident < 1024
 
 
+@pytest.mark.timed
 def test_a_second_message_loses_the_connection(keeper: Keeper, cgroup: Make) -> None:
     def chatter(pause: float) -> float:
         with connect(keeper.run) as sock:
@@ -289,6 +290,7 @@ def prompt(measured: tuple[list[float], float]) -> bool:
     return sorted(took)[-2] < 0.05 + 4 * noise and max(took) < 0.5 + 4 * noise
 
 
+@pytest.mark.timed
 def test_silent_clients_are_let_go_and_bother_nobody(keeper: Keeper, tenant: Make) -> None:
     def silent() -> list[float]:
         socks = [connect(keeper.run) for _ in range(16)]
@@ -310,6 +312,7 @@ def test_silent_clients_are_let_go_and_bother_nobody(keeper: Keeper, tenant: Mak
     until(lambda: keeper.descriptors() <= before, 1)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("processes", [1, 40])
 def test_a_tenant_has_sixteen_connections(keeper: Keeper, tenant: Make, processes: int) -> None:
     def still_open(number: int) -> int:
@@ -324,6 +327,7 @@ def test_a_tenant_has_sixteen_connections(keeper: Keeper, tenant: Make, processe
     counted()
 
 
+@pytest.mark.timed
 def test_when_all_places_are_taken_the_silent_make_room(start: Callable[..., Keeper], cgroup: Make) -> None:
     """Seventy cgroups that nobody has decided about, 16 silent connections each: a newcomer that speaks is served."""
     keeper = start()
@@ -380,6 +384,7 @@ def flood_with_garbage(run: Path, seconds: float) -> None:
             continue
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("flood", [flood_silently, flood_with_hellos, flood_with_garbage])
 def test_a_flood_from_one_tenant_does_not_delay_another(
     keeper: Keeper, tenant: Make, flood: Callable[[Path, float], None]
@@ -402,6 +407,7 @@ def test_a_flood_from_one_tenant_does_not_delay_another(
     assert keeper.count("malformed") - malformed < 8000
 
 
+@pytest.mark.timed
 def test_a_tenant_that_has_used_its_time_waits_and_is_served_later(start: Callable[..., Keeper], tenant: Make) -> None:
     code = "import sys; from fgpu_ebpf import callers, gatekeeper; callers.WAIT_NS = 0; sys.exit(gatekeeper.main())"
     keeper = start(code=code)
@@ -409,6 +415,7 @@ def test_a_tenant_that_has_used_its_time_waits_and_is_served_later(start: Callab
     assert 0.1 < max(took) < 0.9  # until the next heartbeat, or the one after
 
 
+@pytest.mark.timed
 def test_a_peer_whose_mappings_hang_hangs_alone(start: Callable[..., Keeper], tenant: Make, tmp_path: Path) -> None:
     """Reading /proc/PID/maps can wait for that process; the others must not wait for it."""
     code = """
@@ -594,6 +601,7 @@ def test_sigterm_leaves_folder_and_socket_so_that_shims_fail_closed(start: Calla
     assert keeper.process.wait(5) == 0
 
 
+@pytest.mark.timed
 def test_a_log_that_nobody_reads_is_not_waited_for(start: Callable[..., Keeper], tenant: Make) -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -610,6 +618,7 @@ def test_a_log_that_nobody_reads_is_not_waited_for(start: Callable[..., Keeper],
     os.close(write)
 
 
+@pytest.mark.timed
 def test_the_heartbeat_goes_on(keeper: Keeper, tenant: Make) -> None:
     def watch() -> list[int]:
         reply = hello(keeper.run)

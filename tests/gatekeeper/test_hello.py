@@ -17,7 +17,8 @@ from conftest import GIB, UUIDS, Keeper
 from hello_client import Child, connect, hello, in_cgroup, receive, request, until
 
 from fgpu_ebpf import pages
-from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.ledger import Ledger, LevelLimits
+from fgpu_ebpf.scheduler import Share
 
 Make = Callable[..., Path]
 
@@ -46,9 +47,9 @@ def test_a_managed_process_gets_all_its_pages(keeper: Keeper, ledger: Ledger, te
     outer = tenant(limits={0: 4 * GIB})
     inner = tenant(outer)
     facts = in_cgroup(inner, facts_of_a_hello, keeper.run)
-    fixed = {"magic": pages.MAGIC, "version": 1, "size": 128}
+    fixed = {"magic": pages.MAGIC, "version": pages.LAYOUT, "size": 128}
     assert facts["answer"] == fixed | {"code": pages.Code.MANAGED, "levels": 2, "devices": 1}
-    assert facts["flags"] == (1, 1, 1)
+    assert facts["flags"] == (1, 1, pages.LAYOUT)
     assert facts["fds"] == 4
     assert facts["devices"] == [(0, UUIDS[0])]
     assert facts["gates"] == [1] * pages.DEVICES
@@ -102,7 +103,7 @@ def test_an_unmanaged_process_that_becomes_managed_gets_the_rest(keeper: Keeper,
     def live() -> list[tuple[int, int]]:
         said = []
         for managed in (False, True, False):
-            ledger.set_limits(place.stat().st_ino, {1: GIB})
+            ledger.set_limits([LevelLimits(place.stat().st_ino, {1: GIB})])
             ledger.resolve(place.stat().st_ino, managed=managed)
             reply = hello(keeper.run)
             assert reply
@@ -135,6 +136,7 @@ def timed_hello(run: Path, starting: int | None = None) -> tuple[int, float]:
     return reply.answer.code if reply else -1, time.monotonic() - began
 
 
+@pytest.mark.timed
 def test_the_undecided_are_held_and_the_agent_is_told(keeper: Keeper, ledger: Ledger, cgroup: Make) -> None:
     place = cgroup()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as agent:
@@ -143,7 +145,7 @@ def test_the_undecided_are_held_and_the_agent_is_told(keeper: Keeper, ledger: Le
         child = Child(place, timed_hello, keeper.run)
         assert json.loads(agent.recv(100)) == {"tgid": child.pid}
         time.sleep(0.2)
-        ledger.set_limits(place.stat().st_ino, {0: GIB})
+        ledger.set_limits([LevelLimits(place.stat().st_ino, {0: GIB})])
         ledger.resolve(place.stat().st_ino, managed=True)
         code, seconds = child.result()
         agent.setblocking(False)
@@ -161,11 +163,12 @@ def test_a_managed_cgroup_whose_page_is_not_there_yet_is_held(keeper: Keeper, le
     child = Child(place, timed_hello, keeper.run, write)
     os.read(read, 1)
     time.sleep(0.2)
-    ledger.set_limits(place.stat().st_ino, {0: GIB})
+    ledger.set_limits([LevelLimits(place.stat().st_ino, {0: GIB})])
     code, seconds = child.result()
     assert (code, seconds > 0.1) == (pages.Code.MANAGED, True)
 
 
+@pytest.mark.timed
 def test_who_stays_undecided_is_left_unanswered_after_a_second(keeper: Keeper, cgroup: Make) -> None:
     grown = keeper.grows("hello_unanswered")
     code, seconds = in_cgroup(cgroup(), timed_hello, keeper.run)
@@ -198,6 +201,7 @@ def test_files_that_are_not_probed_yet_hold_a_managed_process(
     ledger.forget_files()
 
 
+@pytest.mark.timed
 def test_hellos_wait_for_a_ledger_that_is_pinned_later(
     start: Callable[..., Keeper], pins: Path, tenant: Make, tmp_path: Path
 ) -> None:
@@ -335,3 +339,26 @@ def test_a_socket_whose_process_has_gone_gets_nothing(keeper: Keeper, tenant: Ma
         return os.read(read, 10) == b"nothing"
 
     assert in_cgroup(place, orphaned)
+
+
+def test_a_share_that_is_set_closes_the_gates_of_who_is_there(
+    start: Callable[..., Keeper], ledger: Ledger, tenant: Make
+) -> None:
+    keeper, place = start(), tenant()
+
+    def threads() -> int:
+        return len(os.listdir(f"/proc/{keeper.process.pid}/task"))
+
+    def watch() -> list[int]:
+        reply = hello(keeper.run)
+        assert reply
+        page, seen = reply.page(0), []
+        until(lambda: threads() == 1)  # nobody has a share: nobody wakes up for one
+        for shares in ({0: Share(limit_millionths=500_000)}, {}):
+            wanted = pages.Gate.GATED if shares else pages.Gate.OPEN
+            ledger.times.set_shares({place.stat().st_ino: shares})
+            until(lambda wanted=wanted: page.gates[0] == wanted)
+            seen.append(threads())
+        return seen
+
+    assert in_cgroup(place, watch) == [2, 2]

@@ -16,16 +16,17 @@ import pytest
 from hello_client import until
 
 from fgpu_ebpf import bpf, pages, procfs
-from fgpu_ebpf.callers import Standing, standing, well_formed
+from fgpu_ebpf.callers import well_formed
 from fgpu_ebpf.clients import by_tenant
 from fgpu_ebpf.door import Lock
+from fgpu_ebpf.glance import Standing, standing
 from fgpu_ebpf.ledger import Ledger, LedgerMissing
 from fgpu_ebpf.procfs import cgroup_ids, cgroup_path, cgroups, cuda_files, fgpu_mappings, pid_names
 
 
-def ledger_that_says(**words: bool) -> Any:
+def ledger_that_says(in_force: tuple[int, ...] = (), **words: bool) -> Any:
     said = {int(cgroup[1:]): managed for cgroup, managed in words.items()}
-    return SimpleNamespace(resolved=said.get)
+    return SimpleNamespace(resolved=said.get, page_missing=lambda cgroup: cgroup not in in_force)
 
 
 @pytest.mark.parametrize(
@@ -33,16 +34,22 @@ def ledger_that_says(**words: bool) -> Any:
     [
         ({}, Standing(None, 4)),
         ({"c4": False}, Standing(False, 4)),
-        ({"c3": False}, Standing(False, 3)),
+        ({"c3": False}, Standing(None, 4)),  # a new one in it may be a tenant's
         ({"c4": True}, Standing(True, 4, (4,))),
         ({"c4": False, "c2": True}, Standing(True, 2, (2,))),
         ({"c2": True, "c3": True, "c1": False}, Standing(True, 3, (3, 2))),
-        ({"c1": True, "c2": True, "c3": True, "c4": True, "c5": True}, Standing(True, 5, (5, 4, 3, 2))),
+        ({"c1": True, "c2": True, "c3": True, "c4": True, "c5": True}, Standing(True, 4, (4, 3, 2, 1))),
     ],
 )
 def test_standing(words: dict[str, bool], expected: Standing) -> None:
     ids = [5, 4, 3, 2, 1] if "c5" in words else [4, 3, 2, 1]
     assert standing(ledger_that_says(**words), ids) == expected
+
+
+@pytest.mark.parametrize("words", [{}, {"c2": True}, {"c2": False}])
+def test_a_limit_in_force_that_nobody_has_used_is_undecided(words: dict[str, bool]) -> None:
+    for page in (4, 3):
+        assert standing(ledger_that_says((page, 2), **words), [4, 3, 2, 1]) == Standing(None, 4)
 
 
 def test_standing_without_a_ledger_is_undecided() -> None:
@@ -67,9 +74,9 @@ def test_cgroups_of_a_process(cgroup: Any, cgroup_base: Path) -> None:
 def test_a_deep_cgroup_is_taken_for_an_outer_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parts = ["d"] * 100
     (tmp_path / "/".join(parts)).mkdir(parents=True)
-    monkeypatch.setattr(procfs, "_read", lambda _: b"1:cpu:/x\n0::/" + "/".join(parts).encode() + b"\n")
+    monkeypatch.setattr(procfs, "read", lambda _: b"1:cpu:/x\n0::/" + "/".join(parts).encode() + b"\n")
     assert len(cgroups(1, tmp_path)) == procfs.DEEPEST + 1
-    monkeypatch.setattr(procfs, "_read", lambda _: b"0::/../../elsewhere\n")
+    monkeypatch.setattr(procfs, "read", lambda _: b"0::/../../elsewhere\n")
     assert cgroups(1, tmp_path) == []
 
 
@@ -90,7 +97,7 @@ def test_a_cgroups_path(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"0::/\xff\n", "/\udcff"),
         (b"1:cpu:/x\n", None),
     ):
-        monkeypatch.setattr(procfs, "_read", lambda _, text=text: text)
+        monkeypatch.setattr(procfs, "read", lambda _, text=text: text)
         assert cgroup_path(1) == path
 
 
@@ -112,8 +119,18 @@ def test_files_are_those_mapped_executable(tmp_path: Path, monkeypatch: pytest.M
     assert {m.path for m in mapped} == {str(tmp_path / name) for name in names[:2]}
     assert {(m.dev, m.ino) for m in mapped} == found
     assert cuda_files(2**22) == procfs.UNKNOWABLE
-    monkeypatch.setattr(procfs, "MOST_MAPS_BYTES", 500)
+    monkeypatch.setattr(procfs, "MOST_MAPPED", 3)
     assert cuda_files(os.getpid()) == procfs.UNKNOWABLE
+
+
+def test_mappings_are_named_as_in_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(procfs, "CUDA_NAMES", b"")  # all
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    files = [(dev, int(ino), path) for _, mode, _, dev, ino, path in (f for f in lines if len(f) == 6) if "x" in mode]
+    text = {(os.makedev(*(int(part, 16) for part in dev.split(":"))), ino, path) for dev, ino, path in files if ino}
+    assert {(m.dev, m.ino, m.path) for m in fgpu_mappings(os.getpid()) or ()} == text
+    for dev, ino, path in text:
+        assert procfs.as_mapped(path) == (dev, ino)
 
 
 def test_no_files_is_not_the_same_as_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +138,7 @@ def test_no_files_is_not_the_same_as_nobody_can_tell(monkeypatch: pytest.MonkeyP
     try:
         until(lambda: fgpu_mappings(sleeper.pid) == [])
         assert procfs.has_memory(sleeper.pid)
-        monkeypatch.setattr(procfs, "MOST_MAPS_BYTES", 500)
+        monkeypatch.setattr(procfs, "MOST_MAPPED", 1)
         until(lambda: fgpu_mappings(sleeper.pid) is None)
     finally:
         sleeper.kill()

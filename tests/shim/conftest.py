@@ -1,13 +1,15 @@
 """Fixtures of the shim's tests: the library, the fake agent, a host without one."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from shim_kit import DEADLINE, HERE, ROOT, SYSTEM_PYTHON, Agent, Build
+from shim_kit import DEADLINE, HERE, ROOT, SYSTEM_PYTHON, Agent, Build, Simulator
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +76,38 @@ def plain(build: Build) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return go
+
+
+@pytest.fixture(scope="session")
+def built(build: Build) -> Path:
+    folder = build.folder / "sim"
+    command = ["make", "-s", "-j2", "-C", ROOT / "sim", f"OUT={folder}", f"HEADERS={build.headers}"]
+    subprocess.run(command, check=True, timeout=120)
+    return folder
+
+
+@pytest.fixture
+def simulator(built: Path, held: Agent) -> Iterator[Simulator]:
+    inside = [
+        "nsenter",
+        f"--mount=/proc/{held.process.pid}/ns/mnt",
+        "--",
+        "env",
+        "FGPU_SIM_GPUS=2",
+        "FGPU_SIM_MODEL=t4",
+    ]
+    server = subprocess.Popen([*inside, built / "fgpu-simd"], stdout=subprocess.PIPE, text=True)
+    assert server.stdout
+    assert server.stdout.readline() == "ready\n"
+    simulator = Simulator(held, built)
+    listing = simulator.run(built / "nvidia-smi", "-L")
+    uuids = [u.replace("-", "") for u in re.findall(r"GPU-([0-9a-f-]{36})", listing)]
+    assert len(uuids) == 2
+    held.do("reset")
+    held.do("set", uuids=uuids)
+    held.do("start")
+    yield simulator
+    simulator.end()
+    server.terminate()
+    server.wait(10)
+    server.stdout.close()

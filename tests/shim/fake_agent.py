@@ -11,6 +11,7 @@ import ctypes
 import json
 import mmap
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -24,6 +25,10 @@ from bcc import BPF  # noqa: E402
 
 LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
 MANAGED, SETTLE = 1, 2
+GATES, BUDGETS, FUTEX = 64 + 16 * 32, 0x290 + 16 * 128, 202 if os.uname().machine == "x86_64" else 98
+STATUS = "waiting", "drained", "launches", "in_flight", "busy_until", "wanted", "idle", "bell", "begun", "ended"
+with open(os.path.join(STUBS, "fgpu.h"), encoding="utf-8") as header:
+    LAYOUT = int(re.search(r"#define FGPU_LAYOUT (\d+)", header.read())[1])
 UUIDS = [bytes([0x10 + i] * 16) for i in range(2)]
 SOURCE = r"""
 struct usage { u64 limit; u64 used; u64 peak; u64 refused; };
@@ -71,7 +76,7 @@ int give_back(struct pt_regs *ctx) {
     u64 bytes = PT_REGS_PARM2(ctx);
     struct page *p = leaf.lookup(&zero);
     log_call(101, PT_REGS_PARM1(ctx), bytes, PT_REGS_PARM4(ctx), PT_REGS_PARM3(ctx));
-    if (p && PT_REGS_PARM3(ctx) == 1) __sync_fetch_and_add(&p->devices[device].used, -bytes);
+    if (p && (PT_REGS_PARM3(ctx) & ~0x100) == 1) __sync_fetch_and_add(&p->devices[device].used, -bytes);
     return 0;
 }
 int settle(struct pt_regs *ctx) {
@@ -100,7 +105,7 @@ class Agent:
         self.maps = [mmap.mmap(fd, LEVEL_SIZE) for fd in self.pages]
         self.listener = None
         self.hellos = []
-        self.controls = []
+        self.controls, self.statuses, self.gates, self.budgets = [], [], {}, {}
         self.reset({})
         threading.Thread(target=self.beat, daemon=True).start()
 
@@ -114,12 +119,12 @@ class Agent:
         self.boot, self.beats, self.delay, self.rows = b"B" * 16, True, 0, []
         self.uuids = list(UUIDS)
         self.hellos.clear()
-        for old in self.controls:
-            old.close()
+        self.gates, self.budgets = {}, {}
         self.controls.clear()
+        self.statuses.clear()
         for m in self.maps:
             m[:] = bytes(LEVEL_SIZE)
-            struct.pack_into("<Q", m, 0, 1)
+            struct.pack_into("<Q", m, 0, LAYOUT)
         self.limit({"limit": 1 << 30})
         self.knobs({})
         for i in range(2):
@@ -179,6 +184,34 @@ class Agent:
             if "sequence" in what:
                 struct.pack_into("<I", c, 0x280, what["sequence"])
 
+    def gate(self, what):
+        """{word, device, budget}: for the pages in use and those to come; with {page} for that one alone."""
+        device, word = what.get("device", 3), what["word"]
+        if "page" not in what:
+            self.gates[device], self.budgets[device] = word, what.get("budget", 0)
+        for c in self.controls if "page" not in what else [self.controls[what["page"]]]:
+            self.write_gates(c)
+            ctypes.c_uint32.from_buffer(c, GATES + 4 * device).value = word
+            at = ctypes.addressof(ctypes.c_char.from_buffer(c)) + GATES + 4 * device
+            libc.syscall(FUTEX, ctypes.c_void_p(at), 1, 1 << 30, None, None, 0)
+
+    def write_gates(self, control):
+        for device, budget in self.budgets.items():
+            ctypes.c_uint64.from_buffer(control, BUDGETS + 8 * device).value = budget
+        for device, word in self.gates.items():
+            ctypes.c_uint32.from_buffer(control, GATES + 4 * device).value = word
+
+    def status(self, what):
+        """Of every process that said hello, oldest first: what it says of a device."""
+        device = what.get("device", 3)
+        answer = []
+        for m in self.statuses:
+            values = struct.unpack_from("<IIQ", m, 64 + 16 * device)
+            values += struct.unpack_from("<QQQQ", m, 64 + 16 * 16 + 32 * device) + struct.unpack_from("<I", m, 4)
+            values += struct.unpack_from("<QQ", m, 64 + (16 + 32) * 16 + 16 * device)
+            answer.append(dict(zip(STATUS, values, strict=True)))
+        return {"pages": answer, "now": time.monotonic_ns()}
+
     def look(self, _):
         n = self.bpf["seen"][ctypes.c_int(0)].value
         calls = self.bpf["calls"]
@@ -198,8 +231,7 @@ class Agent:
     def beat(self):
         while True:
             for c in list(self.controls) if self.beats else []:
-                with contextlib.suppress(ValueError):
-                    struct.pack_into("<Q", c, 24, time.monotonic_ns())
+                ctypes.c_uint64.from_buffer(c, 24).value = time.monotonic_ns()  # at once: pack_into shows zeros
             time.sleep(0.1)
 
     def control(self):
@@ -207,16 +239,17 @@ class Agent:
         os.ftruncate(fd, 4096)
         m = mmap.mmap(fd, 4096)
         flags = self.flags | (0 if self.answer == "unmanaged" else MANAGED)
-        version = 9 if self.answer == "control_version" else 1
+        version = 99 if self.answer == "control_version" else LAYOUT
         struct.pack_into("<II16sQQI", m, 0, version, flags, self.boot, time.monotonic_ns(), self.epoch, len(self.uuids))
         for i, uuid in enumerate(self.uuids):
             struct.pack_into("<16sI", m, 0x40 + 32 * i, uuid, 3 + i)
         struct.pack_into("<II", m, 0x280, 2, len(self.rows))
         for i, (pid, device, size) in enumerate(self.rows):
             struct.pack_into("<IIQ", m, 0x290 + 16 * i, pid, device, size)
+        self.write_gates(m)
         self.controls.append(m)
         if len(self.controls) > 64:
-            self.controls.pop(0).close()
+            self.controls.pop(0)
         return fd
 
     def serve(self, listener):
@@ -242,13 +275,14 @@ class Agent:
             return
         control, status = self.control(), os.memfd_create("status", os.MFD_CLOEXEC)
         os.ftruncate(status, 4096)
+        self.statuses = [*self.statuses[-63:], mmap.mmap(status, 4096)]
         code = {"unmanaged": 2, "refused": 0, "unknown_code": 9}.get(how, 1)
         levels = {"levels_0": 0, "levels_9": 9}.get(how, self.levels)
         size = {"wrong_size": 64, "longer": 160}.get(how, 128)
         data = struct.pack(
             "<IHHIIIIQ",
             1 if how == "magic" else MAGIC,
-            2 if how == "version" else 1,
+            99 if how == "version" else LAYOUT,
             size,
             code,
             levels,

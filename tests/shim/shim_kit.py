@@ -5,7 +5,7 @@ Everything is built into a folder of its own, the library too: probes and preloa
 
 import json
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +116,27 @@ class Agent:
 
     def start_python(self, script: str, **more: Any) -> Any:
         return self.popen(SYSTEM_PYTHON, "-u", "-c", PREAMBLE + script, **more)
+
+
+@dataclass(frozen=True, slots=True)
+class Simulator:
+    agent: Agent
+    folder: Path
+    started: list[Any] = field(default_factory=list)
+
+    def run(self, *command: object) -> str:
+        return self.agent.run(*command, driver=self.folder / "lib")[0]
+
+    def python(self, script: str) -> str:
+        return self.run(SYSTEM_PYTHON, "-c", PREAMBLE + script)
+
+    def start(self, script: str, **more: Any) -> Any:
+        """A program that the fixture ends, should the test not come to that."""
+        self.started.append(self.agent.start_python(script, driver=self.folder / "lib", **more))
+        return self.started[-1]
+
+    def end(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()

@@ -1,5 +1,6 @@
 """No function of the driver that allocates, launches or shows memory without somebody having decided about it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -31,28 +32,73 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def test_all_lists_at_once() -> None:
-    assert len(LISTS) >= 6
     done = check()
     assert (done.returncode, done.stdout) == (0, "every name is hooked or decided about\n"), done
 
 
+def test_lists_of_several_generations() -> None:
+    """Of headers and of the libraries themselves: from CUDA 11 to the first driver with limits of its own."""
+    for kind in ("cuda-driver", "nvml-driver"):
+        branches = {path.stem.split("-")[2].split(".")[0] for path in LISTS if path.name.startswith(kind)}
+        assert branches >= {"470", "535", "550", "570", "580", "595", "615"}
+    assert len([path for path in LISTS if "header" in path.name]) >= 6
+    assert len([path for path in LISTS if "lookup" in path.name]) >= 3
+
+
+def listed(path: Path) -> list[list[str]]:
+    return [line.split() for line in path.read_text().splitlines() if not line.startswith("#")]
+
+
 @pytest.mark.parametrize("path", LISTS, ids=lambda p: p.stem)
 def test_each_list_has_what_matters(path: Path) -> None:
-    names = set(path.read_text().split())
+    lines = listed(path)
+    names = {name for line in lines for name in line}
     wanted = (
         {"nvmlDeviceGetMemoryInfo"}
         if "nvml" in path.name
         else {"cuMemAlloc_v2", "cuMemAllocAsync_ptsz", "cuLaunchKernel"}
     )
     assert wanted <= names
-    assert len(names) > 300
+    assert len(lines) == len({line[0] for line in lines})
+    if "header" in path.name:
+        assert len(lines) > 300
+        return
+    about, source = path.read_text().splitlines()[:2]
+    assert about.startswith(f"# {len(lines)} ")  # whole: as many as were written
+    assert path.stem.split("-")[2] in about
+    assert re.fullmatch(r"# from [\w.]+/\S+\.deb", source)
+
+
+@pytest.mark.parametrize("path", [p for p in LISTS if "lookup" in p.name], ids=lambda p: p.stem)
+def test_lookup_answers_with_exports_alone(path: Path) -> None:
+    """hooks.c knows a function that cuGetProcAddress hands out by the address of an export."""
+    exports = {line[0] for line in listed(path.with_name(path.name.replace("lookup", "driver")))}
+    lines = listed(path)
+    assert {given for line in lines for given in line[1:]} <= exports
+    assert ["cuMemAllocAsync", "cuMemAllocAsync", "cuMemAllocAsync_ptsz"] in lines
+    for asked, *given in lines:
+        assert given
+        assert all(name == asked or name.startswith(f"{asked}_") for name in given)
+
+
+def test_a_hook_found_under_another_name_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "lookup.txt").write_text("# 1 name\ncuMemTake cuMemAlloc_v2\n")
+    assert "lookup.txt: cuMemAlloc_v2 is what cuMemTake finds\n" in check(tmp_path / "lookup.txt").stdout
 
 
 def test_simulated_libraries(build: Build, tmp_path: Path) -> None:
     made = [f"OUT={tmp_path}", f"HEADERS={build.headers}"]
     subprocess.run(["make", "-s", "-j2", "-C", ROOT / "sim", *made], check=True, timeout=120)
-    done = check(*[(tmp_path / "lib" / n).resolve() for n in ("libcuda.so.1", "libnvidia-ml.so.1")])
+    libraries = [(tmp_path / "lib" / n).resolve() for n in ("libcuda.so.1", "libnvidia-ml.so.1")]
+    done = check(*libraries)
     assert done.returncode == 0, done.stdout
+    has = set(check("--names", libraries[0]).stdout.split())
+    lines = [line.split() for line in check("--lookup", libraries[0]).stdout.splitlines()]
+    real = {asked: set(given) for asked, *given in listed(SHIM / "symbols" / "cuda-lookup-580.178.04.txt")}
+    assert len(lines) > 150
+    assert {asked: set(given) for asked, *given in lines} == {
+        asked: real.get(asked, set()) & has for asked, *_ in lines
+    }
 
 
 def test_stand_ins(build: Build) -> None:
@@ -77,6 +123,8 @@ def test_what_a_real_drivers_lookup_answered(tmp_path: Path) -> None:
         "cuArray3DCreate",
         "cuCtxCreate_v3",
         "cuGraphLaunch",
+        "cuLaunchKernelEx_ptsz",
+        "cuLaunchGridAsync",
         "nvmlDeviceGetMemoryInfo_v2",
     ],
 )
@@ -90,7 +138,7 @@ def test_a_hook_that_is_taken_out_is_missed(copy: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cuMemHostAlloc", "cuLaunchKernel_ptsz", "cuIpcOpenMemHandle_v2", "nvmlSystemGetProcessName"]
+    "name", ["cuMemHostAlloc", "cuLaunchHostFunc_ptsz", "cuIpcOpenMemHandle_v2", "nvmlSystemGetProcessName"]
 )
 def test_a_decision_that_is_taken_out_is_missed(copy: Path, name: str) -> None:
     path = copy / "symbols" / "decided.txt"
@@ -130,12 +178,29 @@ def test_the_decisions_are_held_to_their_form(copy: Path, line: str, complaint: 
         "cuDeviceTotalMem_v3",
         "cuMemGetInfo_v3", "cuGraphInstantiateAgain", "cuMemPoolAnything", "cuDevicePrimaryCtxRetain_v2",
         "nvmlDeviceGetMemoryInfo_v3", "nvmlDeviceGetComputeRunningProcesses_v4", "nvmlInit_v3",
+        "nvmlDeviceGetEncoderSessions_v2", "nvmlDeviceGetAccountingStats_v3", "nvmlDeviceGetSamples_v2",
     ],
 )  # fmt: skip
 def test_a_name_of_tomorrow_is_noticed(tmp_path: Path, name: str) -> None:
     (tmp_path / "driver.txt").write_text(f"{name}\ncuDeviceGetCount\n")
     done = check(tmp_path / "driver.txt")
     assert done.stdout == f"driver.txt: {name}: neither hooked nor decided about\n"
+
+
+def test_what_a_header_tells_by_its_structs(build: Build, tmp_path: Path) -> None:
+    """A function that writes a pid or an amount of memory is noticed, however it is called."""
+    header = (build.headers / "nvml.h").read_text(errors="replace")
+    (tmp_path / "nvml.h").write_text(header)
+    assert check(tmp_path / "nvml.h").returncode == 0
+    new = """
+typedef struct { unsigned int pid; } nvmlOne_v1_t;
+typedef nvmlOne_v1_t nvmlOne_t;
+typedef struct { nvmlOne_t *ones; } nvmlMany_t;
+nvmlReturn_t DECLDIR nvmlDeviceGetGuests(nvmlDevice_t device, nvmlMany_t *many);
+nvmlReturn_t DECLDIR nvmlDeviceGetSpeedOfLight(nvmlDevice_t device, unsigned int *speed);
+"""
+    (tmp_path / "nvml.h").write_text(header + new)
+    assert check(tmp_path / "nvml.h").stdout == "nvml.h: nvmlDeviceGetGuests: neither hooked nor decided about\n"
 
 
 def test_headers_are_read_as_they_are(build: Build) -> None:

@@ -1,63 +1,12 @@
 """The shim on the simulated driver: the whole of a driver's life, seen by a program and by nvidia-smi."""
 
 import re
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-import pytest
-from shim_kit import PREAMBLE, ROOT, SYSTEM_PYTHON, Agent, Build
+from shim_kit import Simulator
 from test_shim_array import ARRAYS
 from test_shim_view import NVML
 
 GIB, OOM = 1 << 30, 2
-
-
-@dataclass
-class Simulator:
-    agent: Agent
-    folder: Path
-
-    def run(self, *command: object) -> str:
-        return self.agent.run(*command, driver=self.folder / "lib")[0]
-
-    def python(self, script: str) -> str:
-        return self.run(SYSTEM_PYTHON, "-c", PREAMBLE + script)
-
-
-@pytest.fixture(scope="module")
-def built(build: Build) -> Path:
-    folder = build.folder / "sim"
-    command = ["make", "-s", "-j2", "-C", ROOT / "sim", f"OUT={folder}", f"HEADERS={build.headers}"]
-    subprocess.run(command, check=True, timeout=120)
-    return folder
-
-
-@pytest.fixture
-def simulator(built: Path, held: Agent) -> Iterator[Simulator]:
-    inside = [
-        "nsenter",
-        f"--mount=/proc/{held.process.pid}/ns/mnt",
-        "--",
-        "env",
-        "FGPU_SIM_GPUS=2",
-        "FGPU_SIM_MODEL=t4",
-    ]
-    server = subprocess.Popen([*inside, built / "fgpu-simd"], stdout=subprocess.PIPE, text=True)
-    assert server.stdout
-    assert server.stdout.readline() == "ready\n"
-    simulator = Simulator(held, built)
-    listing = simulator.run(built / "nvidia-smi", "-L")
-    uuids = [u.replace("-", "") for u in re.findall(r"GPU-([0-9a-f-]{36})", listing)]
-    assert len(uuids) == 2
-    held.do("reset")
-    held.do("set", uuids=uuids)
-    held.do("start")
-    yield simulator
-    server.terminate()
-    server.wait(10)
-    server.stdout.close()
 
 
 def test_nvidia_smi_shows_the_share(simulator: Simulator) -> None:

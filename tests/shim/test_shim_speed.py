@@ -3,6 +3,7 @@
 import subprocess
 
 import pytest
+from gate_kit import unlock
 from shim_kit import DEADLINE, Agent, Build
 
 MIB = 1 << 20
@@ -27,3 +28,15 @@ def test_little_is_added(build: Build, held: Agent, size: int, more: tuple[str, 
         if max(added) < 100:
             return
     raise AssertionError(added)
+
+
+def test_an_open_gate_costs_one_look_at_the_clock(build: Build, held: Agent) -> None:
+    """Of a device that is scheduled, in a step that waits for its launches: no call of the driver is added."""
+    unlock(held, 1)
+    program = build.compile("gated.c", "gated", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1", "-rdynamic", "-ldl")
+    launch_ns, wait_ns, clocks, clocks_waiting, exchanges = figures(held.run(program)[0])
+    print(f"a launch {launch_ns} ns, a wait {wait_ns} ns")
+    assert 0 < launch_ns < 1000
+    assert 0 < clocks <= 1.2  # now and then it looks for another gatekeeper
+    assert clocks_waiting <= 4
+    assert exchanges == 0

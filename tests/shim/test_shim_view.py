@@ -19,6 +19,17 @@ class Details(C.Structure):
     _fields_ = [("version", C.c_uint), ("mode", C.c_uint), ("count", C.c_uint), ("array", C.POINTER(Detail))]
 class Sample(C.Structure):
     _fields_ = [("pid", C.c_uint), ("stamp", C.c_uint64)] + [(n, C.c_uint) for n in ("sm", "mem", "enc", "dec")]
+class Info2(C.Structure):
+    _fields_ = [("stamp", C.c_uint64), ("pid", C.c_uint)] + [(n, C.c_uint) for n in ("sm", "mem", "e", "d", "j", "o")]
+class Infos(C.Structure):
+    _fields_ = [("version", C.c_uint), ("count", C.c_uint), ("since", C.c_uint64), ("array", C.POINTER(Info2))]
+class Encoder(C.Structure): _fields_ = [(n, C.c_uint) for n in ("id", "pid", "vgpu", "c", "h", "v", "fps", "latency")]
+class Capture(C.Structure):
+    _fields_ = [("id", C.c_uint), ("pid", C.c_uint)] + [(f"f{i}", C.c_uint) for i in range(10)]
+class Stats(C.Structure):
+    _fields_ = [("gpu", C.c_uint), ("memory", C.c_uint), ("most", C.c_uint64), ("rest", C.c_uint64 * 6)]
+class Stats2(C.Structure): _fields_ = [("pid", C.c_uint), ("is", C.c_uint), ("_", C.c_uint64), ("most", C.c_uint64),
+    ("rest", C.c_uint64 * 6)]
 def device(i):
     d = C.c_void_p(); N.nvmlDeviceGetHandleByIndex_v2(i, C.byref(d)); return d
 def memory(i):
@@ -53,16 +64,70 @@ def test_cuda_shows_the_share(held: Agent, limit: int, used: int, free: int, tot
     assert held.python(script) == [[[0, free, total], 0, total]]
 
 
+VIEWS = "out(info()[1:], memory(0)[1:], memory2(0)[1:])"
+
+
 def test_the_narrowest_level_is_shown(held: Agent) -> None:
+    """What the group's other tenants hold is neither used nor free: reserved, where there is such a word."""
     held.do("set", levels=2)
     held.do("limit", limit=8 * GIB, used=GIB)
     held.do("limit", level=1, limit=4 * GIB, used=3 * GIB)
-    assert held.python(NVML + "out(info(), memory(0))") == [[[0, GIB, 4 * GIB], [0, 4 * GIB, GIB, GIB]]]
+    expected = [[GIB, 4 * GIB], [4 * GIB, GIB, GIB], [4 * GIB, 2 * GIB, GIB, GIB]]
+    assert held.python(NVML + VIEWS) == [expected]
 
 
-def test_an_observed_level_changes_no_view(held: Agent) -> None:
-    held.do("limit", limit=GIB, flags=1)
-    assert held.python("out(info())") == [[[0, 10 * GIB, 16 * GIB]]]
+@pytest.mark.parametrize(
+    ("limit", "used", "shown"),
+    [
+        (8 * GIB, 3 * GIB, [8 * GIB, 0, 5 * GIB, 3 * GIB]),
+        (12 * GIB, GIB, [12 * GIB, GIB, 10 * GIB, GIB]),  # promised, and not there
+        (2 * GIB, 3 * GIB, [3 * GIB, 0, 0, 3 * GIB]),  # lowered below what is used
+        (64 * GIB, 2 * GIB, [17 * GIB, 5 * GIB, 10 * GIB, 2 * GIB]),
+        (NO_LIMIT, 2 * GIB, [17 * GIB, GIB, 10 * GIB, 6 * GIB]),  # the driver's own answer
+        (0, 0, [0, 0, 0, 0]),
+    ],
+)
+def test_the_second_version_adds_up(held: Agent, limit: int, used: int, shown: list[int]) -> None:
+    """Total, reserved, free, used, as the driver's own."""
+    held.do("limit", limit=limit, used=used)
+    assert held.python(NVML + "out(memory2(0))") == [[[0, *shown]]]
+    assert shown[0] == sum(shown[1:])
+
+
+OBSERVES = 1
+AS_IT_IS = [[10 * GIB, 16 * GIB], [17 * GIB, 10 * GIB, 7 * GIB], [17 * GIB, GIB, 10 * GIB, 6 * GIB]]
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_who_is_only_observed_sees_what_the_driver_shows(held: Agent, levels: int) -> None:
+    """Neighbours included, and with a limit below what is used."""
+    held.do("set", levels=levels, rows=ROWS)
+    for level in range(levels):
+        held.do("limit", level=level, limit=GIB, used=2 * GIB, flags=OBSERVES)
+    script = """
+out(processes("nvmlDeviceGetComputeRunningProcesses_v3", Info, 8)[:2], utilisation(), accounted())
+t = C.c_size_t(); out(L.cuDeviceTotalMem_v2(C.byref(t), 0), t.value)"""
+    expected = [AS_IT_IS, [[0, 1], [0, 3, [666, 41, 666, 0]], [0, 3, [666, 43, 667, 0]]], [0, 16 * GIB]]
+    assert held.python(NVML + FILTERED + VIEWS + script) == expected
+
+
+def test_an_observed_level_beside_one_that_enforces(held: Agent) -> None:
+    """As if it had no limit; whoever enforces is shown, and hides the neighbours."""
+    held.do("set", levels=2, rows=ROWS)
+    for observed, other in ((0, 1), (1, 0)):
+        held.do("limit", level=observed, limit=GIB, used=GIB, flags=OBSERVES)
+        held.do("limit", level=other, limit=4 * GIB, used=GIB)
+        script = VIEWS + '\nout(processes("nvmlDeviceGetComputeRunningProcesses_v3", Info, 8)[:2])'
+        expected = [[3 * GIB, 4 * GIB], [4 * GIB, 3 * GIB, GIB], [4 * GIB, 0, 3 * GIB, GIB]]
+        assert held.python(NVML + script) == [expected, [[0, 2]]]
+
+
+def test_a_level_that_begins_to_enforce_does_so_at_once(held: Agent) -> None:
+    held.do("limit", limit=GIB, flags=OBSERVES)
+    process = held.start_python(NVML + VIEWS + "\nsys.stdin.readline()\n" + VIEWS)
+    assert process.stdout.readline() == f"{AS_IT_IS}\n"
+    held.do("limit", limit=GIB)
+    assert process.communicate("\n", timeout=10)[0].startswith(f"[[{GIB}, {GIB}], [{GIB}, {GIB}, 0]")
 
 
 def test_a_device_that_is_not_the_tenants_is_shown_as_it_is(held: Agent) -> None:
@@ -138,11 +203,15 @@ def test_too_little_room_says_how_much(held: Agent, room: int, result: list[Any]
     assert listed(held, f'processes("nvmlDeviceGetComputeRunningProcesses_v3", Info, {room})') == result
 
 
-@pytest.mark.parametrize("kind", ["Graphics", "MPSCompute"])
-def test_other_lists_are_empty(held: Agent, kind: str) -> None:
-    name = f"nvmlDeviceGet{kind}RunningProcesses_v3"
-    assert listed(held, f'processes("{name}", Info, 8)') == [0, 0, []]
-    assert listed(held, f'processes("{name}", Info, 0)') == [0, 0, []]
+@pytest.mark.parametrize("version", ["", "_v2", "_v3"])
+@pytest.mark.parametrize("kind", ["Compute", "Graphics", "MPSCompute"])
+def test_every_list_of_every_version(held: Agent, kind: str, version: str) -> None:
+    """Whoever has memory is in the list of compute processes; the other lists are empty."""
+    name, shape = f"nvmlDeviceGet{kind}RunningProcesses{version}", "Info" if version else "Info1"
+    pids = [41, 43] if kind == "Compute" else []
+    count, *rows = listed(held, f'(lambda l: [l[1], *l[2]])(processes("{name}", {shape}, 8))')
+    assert (count, [row[0] for row in rows]) == (len(pids), pids)
+    assert listed(held, f'processes("{name}", {shape}, 0)') == [7 if pids else 0, len(pids), []]
 
 
 def test_details_are_of_own_processes(held: Agent) -> None:
@@ -151,10 +220,48 @@ def test_details_are_of_own_processes(held: Agent) -> None:
     assert listed(held, script) == [0, 2, 41, 43]
 
 
-def test_utilisation_is_of_own_processes_and_the_rest_is_wiped(held: Agent) -> None:
-    script = """(lambda a, n: [N.nvmlDeviceGetProcessUtilization(device(0), a, C.byref(n), C.c_uint64(0)), n.value,
-        [(x.pid, x.sm) for x in a]])((Sample * 4)(), C.c_uint(4))"""
-    assert listed(held, script) == [0, 1, [[41, 11], [0, 0], [0, 0], [0, 0]]]
+FILTERED = """
+def utilisation():
+    a, n = (Sample * 4)(), C.c_uint(4)
+    return [N.nvmlDeviceGetProcessUtilization(device(0), a, C.byref(n), C.c_uint64(0)), n.value, [x.pid for x in a]]
+def utilisation2(room=4):
+    a = (Info2 * 4)(); u = Infos(0, room, 0, a if room else None)
+    return [N.nvmlDeviceGetProcessesUtilizationInfo(device(0), C.byref(u)), u.count, [x.pid for x in a]]
+def sessions(name, kind):
+    a, n = (kind * 3)(), C.c_uint(3)
+    return [getattr(N, name)(device(0), C.byref(n), a), n.value, [(x.id, x.pid) for x in a]]
+def accounted(room=4):
+    a, n = (C.c_uint * 4)(), C.c_uint(room)
+    return [N.nvmlDeviceGetAccountingPids(device(0), C.byref(n), a if room else None), n.value, list(a)]
+def account(pid):
+    one, two = Stats(), Stats2(pid)
+    results = [N.nvmlDeviceGetAccountingStats(device(0), pid, C.byref(one)), one.most]
+    return results + [N.nvmlDeviceGetAccountingStats_v2(device(0), C.byref(two)), two.most]
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        ("utilisation()", [0, 1, [41, 0, 0, 0]]),
+        ("utilisation2()", [0, 1, [41, 0, 0, 0]]),
+        ("utilisation2(0)", [7, 3, [0, 0, 0, 0]]),
+        ('sessions("nvmlDeviceGetEncoderSessions", Encoder)', [0, 1, [[2, 41], [0, 0], [0, 0]]]),
+        ('sessions("nvmlDeviceGetFBCSessions", Capture)', [0, 1, [[2, 41], [0, 0], [0, 0]]]),
+        ("accounted()", [0, 1, [43, 0, 0, 0]]),
+        ("accounted(0)", [7, 3, [0, 0, 0, 0]]),
+        ("account(43)", [0, 43, 0, 43]),
+        ("account(666)", [6, 0, 6, 0]),
+        ("account(1)", [6, 0, 6, 0]),
+    ],
+)
+def test_what_names_processes_names_own_ones(held: Agent, call: str, result: list[Any]) -> None:
+    """And what is left out is wiped from the caller's array; not found is the driver's word for no such process."""
+    held.do("set", rows=ROWS)
+    assert held.python(NVML + FILTERED + f"out({call})") == [[result]]
+    held.do("set", rows=[])
+    if call == "utilisation()":
+        assert held.python(NVML + FILTERED + f"out({call})") == [[[6, 0, [0, 0, 0, 0]]]]
 
 
 def test_a_table_in_the_middle_of_a_change_is_not_read(held: Agent) -> None:

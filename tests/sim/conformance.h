@@ -11,6 +11,23 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* The driver exports these, the header has them as macros alone: the same for a thread's own default stream. */
+#define PER_THREAD(name) __typeof__(name) name##_ptsz
+PER_THREAD(cuMemAllocAsync);
+PER_THREAD(cuMemAllocFromPoolAsync);
+PER_THREAD(cuMemFreeAsync);
+PER_THREAD(cuStreamBeginCapture_v2);
+PER_THREAD(cuStreamBeginCaptureToGraph);
+PER_THREAD(cuStreamEndCapture);
+PER_THREAD(cuStreamSynchronize);
+PER_THREAD(cuStreamQuery);
+PER_THREAD(cuGraphInstantiateWithParams);
+PER_THREAD(cuGraphUpload);
+PER_THREAD(cuGraphLaunch);
+PER_THREAD(cuLaunchKernel);
+PER_THREAD(cuLaunchKernelEx);
+PER_THREAD(cuLaunchCooperativeKernel);
+
 void *need(const char *name); /* never NULL: what is missing answers 999 */
 void say(const char *name, long long value);
 void section(const char *name); /* prefix of the lines that follow */
@@ -41,5 +58,17 @@ void check_sharing(void);
 int sharing_child(int sock); /* what the other process of it does */
 void check_lookup(void);
 void check_nvml(void);
+void check_unready(void); /* before cuInit, by anybody */
+void check_forked(void);
+void check_contextless(void);
+void check_gone(void);
+void check_launches(void);
+void check_twins(void);
+void check_instantiation(void);
+void check_to_graph(void);
+void check_current_pool(void);
+void check_older(void);
+void check_green(void);
+void check_lists(void);
 
 #endif

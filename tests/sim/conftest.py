@@ -108,6 +108,19 @@ class Machine:
             cwd="/",
         )
 
+    def together(self, *scripts: str, apart: float = 0.0) -> list[subprocess.Popen[str]]:
+        """Programs that say "ready" and wait, told to go when all are; so many seconds between one and the next."""
+        running = [self.spawn(script) for script in scripts]
+        for one in running:
+            assert one.stdout is not None
+            assert one.stdout.readline() == "ready\n"
+        for one in running:
+            assert one.stdin is not None
+            one.stdin.write("\n")
+            one.stdin.flush()
+            time.sleep(apart)
+        return running
+
     def dump(self) -> dict[str, list[dict[str, int]]]:
         return json.loads(self.run(self.tools / "fgpu-simd", "--dump").stdout)
 
@@ -192,3 +205,12 @@ def make_machine(tools: Path) -> Iterator[Callable[..., Machine]]:
 @pytest.fixture
 def machine(make_machine: Callable[..., Machine]) -> Machine:
     return make_machine()
+
+
+@pytest.fixture
+def holder(machine: Machine) -> Iterator[subprocess.Popen[str]]:
+    with machine.spawn("start(); alloc(100 << 20); say('holding'); wait()") as client:
+        assert client.stdout is not None
+        client.stdout.readline()
+        yield client
+        client.kill()

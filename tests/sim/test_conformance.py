@@ -1,13 +1,18 @@
-"""The same questions to the simulated driver and, earlier, to a real H200 (driver 580.159.04): the same answers."""
+"""The same questions to the simulated driver and, earlier, to a real H200 (driver 580.159.04): the same answers.
+
+What no card was asked yet stands in conformance_unrecorded.txt; what needs no card, in conformance_no_device.txt.
+"""
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .conftest import HERE, Machine
+from .conftest import HEADERS, HERE, ROOT, Machine
 
 
 def sections(text: str) -> dict[str, list[str]]:
@@ -15,12 +20,15 @@ def sections(text: str) -> dict[str, list[str]]:
     for line in text.splitlines():
         if line.startswith("=== "):
             lines = found.setdefault(line[4:], [])
-        elif line:
+        elif line and not line.startswith("#"):
             lines.append(line)
     return found
 
 
 REAL = sections((HERE / "conformance_h200.txt").read_text())
+WAITING = sections((HERE / "conformance_unrecorded.txt").read_text())
+NO_DEVICE = sections((HERE / "conformance_no_device.txt").read_text())
+SOURCES = "".join(path.read_text() for path in sorted(HERE.glob("conformance*.c")))
 
 
 def explained() -> dict[str, str]:
@@ -38,6 +46,59 @@ def test_as_the_real_driver(make_machine: Callable[..., Machine], program: Path,
         name = line.split(" ", 1)[0]
         expected.append(f"{name} {allowed[name]}" if name in allowed else line)
     assert answers == expected
+
+
+@pytest.mark.parametrize("section", WAITING | NO_DEVICE)
+def test_what_no_card_was_asked(make_machine: Callable[..., Machine], program: Path, section: str) -> None:
+    answers = make_machine().run(program, section).stdout.splitlines()
+    expected = (WAITING | NO_DEVICE)[section]
+    assert [line for line in answers if not line.startswith("uninitialised.")] == expected
+    names = [line.split(" ", 1)[0] for line in expected]
+    assert len(set(names)) == len(names)
+
+
+def test_a_section_is_recorded_or_waits() -> None:
+    """Recorded sections leave conformance_unrecorded.txt, and none can be left out of both."""
+    assert not WAITING.keys() & REAL.keys()
+    table = SOURCES[SOURCES.index("sections[] = ") :]
+    in_program = set(re.findall(r'\{"(\w+)", check_\w+\}', table[: table.index("};")]))
+    assert in_program == {"uninitialised", *REAL, *WAITING, *NO_DEVICE}
+
+
+def hooked() -> set[str]:
+    return set(re.findall(r"\b(?:HOOK|ASK)\((\w+)\)", (ROOT / "shim" / "shim.h").read_text()))
+
+
+def test_every_hook_is_asked() -> None:
+    lines = (HERE / "conformance_unasked.txt").read_text().splitlines()
+    reasons = dict(line.split(": ", 1) for line in lines if not line.startswith("#"))
+    asked = set(re.findall(r"(?:\bCALL\(|\b(?:TRY|LIST)\([^,()]+,)\s*(\w+)", SOURCES))
+    assert hooked() - asked == reasons.keys()
+    assert all(len(reason.split()) > 3 for reason in reasons.values())
+
+
+def test_every_hook_of_the_driver_is_asked_before_it_is_ready() -> None:
+    asked = {line.split()[0].removeprefix("unready.") for line in NO_DEVICE["unready"]}
+    assert {name for name in hooked() if name.startswith("cu")} - asked == {"cuInit"}
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shim")
+    make = ["make", "-s", "-C", ROOT / "shim", f"OUT={out}", f"HEADERS={HEADERS}"]
+    subprocess.run([str(word) for word in make], check=True, timeout=120)
+    return out / "libfgpu.so"
+
+
+@pytest.mark.parametrize("section", REAL | WAITING | NO_DEVICE)
+def test_the_shim_changes_no_answer(
+    make_machine: Callable[..., Machine], program: Path, shim: Path, section: str
+) -> None:
+    """In a process that nobody limits: not an error, not the order of errors, not the address that a lookup finds."""
+    plain = make_machine().run(program, section).stdout
+    machine = make_machine()
+    through = machine.run("env", f"LD_PRELOAD={shim}", program, section).stdout
+    assert through == plain
 
 
 def test_every_question_has_an_answer(machine: Machine, program: Path) -> None:

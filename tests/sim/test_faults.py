@@ -59,6 +59,7 @@ say(N.nvmlDeviceGetMemoryInfo(device).used > 500 << 20, info()[0] > 0)
         client.kill()
 
 
+@pytest.mark.timed
 def test_nvml_that_stalls(machine: Machine) -> None:
     """NVML waits, CUDA does not; a process that gives up waiting leaves nothing behind."""
     pytest.importorskip("pynvml")

@@ -258,6 +258,7 @@ say(L.cuGraphLaunch(exec_, s), L.cuGraphLaunch(exec_, s))
     assert machine.python(left) == ["2 True 1", "0 1"]
 
 
+@pytest.mark.timed
 def test_graphs_take_their_time(machine: Machine) -> None:
     """As long as the longest chain: two branches of 50 ms beside each other, then one more."""
     script = """

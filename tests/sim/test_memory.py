@@ -48,6 +48,7 @@ wait()
     machine.settles_at(0)
 
 
+@pytest.mark.timed
 def test_killed_process_gives_back_after_80_to_200_ms(machine: Machine) -> None:
     with machine.spawn("start(); alloc(3 << 30); say('holding'); wait()") as client:
         assert client.stdout is not None
@@ -291,6 +292,7 @@ say(L.cuInit(0), N.nvmlInit_v2())
         assert client.stdout.readline() == "True\n"
 
 
+@pytest.mark.timed
 def test_kernels_take_their_time(machine: Machine) -> None:
     script = """
 start()

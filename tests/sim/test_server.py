@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-REQUEST = struct.Struct("<IIIIQQQII")
+REQUEST = struct.Struct("<IIIIQQQIIQQ")
 MAGIC = 0x66677331
 HELLO, DEVICE, ATTACH, TAKE, GIVE, CLOSE, MEMORY, PROCESSES, DUMP, WORK = range(10)
 SHARE, OPEN, EXPORT, IMPORT, DROP, FAULT = range(10, 16)
@@ -58,7 +58,7 @@ def server(tools: Path, tmp_path: Path) -> Iterator[Server]:
 def request(
     op: int, device: int = 0, kind: int = 0, context: int = 0, size: int = 0, asked: int = 0, flags: int = 0
 ) -> bytes:
-    return REQUEST.pack(MAGIC, op, device, kind, context, size, asked, flags, 0)
+    return REQUEST.pack(MAGIC, op, device, kind, context, size, asked, flags, 0, 0, 0)
 
 
 def ask(sock: socket.socket, message: bytes) -> tuple[int, int]:
@@ -246,6 +246,7 @@ def test_shares_are_bounded(server: Server) -> None:
     assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 12
 
 
+@pytest.mark.timed
 def test_a_stall_holds_up_whoever_asks_on(tools: Path, tmp_path: Path) -> None:
     """What a peer sends meanwhile waits too; nobody else waits, and nobody is dropped."""
     server = Server(tools, tmp_path, "env", "FGPU_SIM_FAULT=nvml-stall:400ms")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +13,27 @@ import pytest
 PACKAGE = Path(__file__).parent.parent.parent / "fgpu_ebpf"
 # Each module may import those of earlier rows alone.
 ORDER = (
-    {"pages", "policy", "bpf", "checks", "snapshot", "procfs", "loader", "launch"},
-    {"ledger", "door"},
-    {"probes", "workloads", "clients"},
-    {"devices", "callers"},
-    {"reconcile"},
-    {"view", "gatekeeper"},
-    {"agent", "metrics", "tables"},
+    {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
+    | {"bell", "control", "prologue", "wholefile"}
+    | {"cgroupnames", "crimessages"},
+    {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares"}
+    | {"events", "launch"},
+    {"policy", "configfile", "faults", "timebook", "places", "answers", "elders", "namesfile", "cdi"},
+    {"audit", "policyvalues", "clocks", "asker", "dockerapi", "criapi", "inject"},
+    {"policymodel", "hostmodel", "turns", "engines", "enginesetup"},
+    {"policyfile"},
+    {"policyfolder"},
+    {"policywatch", "hostfile"},
+    {"programs", "door", "usage", "shelf", "sealed", "overrides", "history", "keeper"},
+    {"ledger", "tenants", "workloads", "overruns"},
+    {"probes", "clients", "enforcer"},
+    {"devices", "trial", "glance", "discovery", "manager", "targets", "desks"},
+    {"reconcile", "news", "detach", "policies", "explain", "callers", "slicer"},
+    {"view", "readers", "adoption"},
+    {"agent", "metrics", "tables", "gatekeeper"},
     {"server"},
     {"service"},
+    {"cli_policy", "cli_containers"},
     {"cli"},
 )
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
@@ -58,7 +71,10 @@ def test_the_loader_imports_nothing_of_ours():
     ("module", "heavy"),
     [
         ("gatekeeper", {"bcc", "pynvml", "prometheus_client", "click", "rich", "psutil", "elftools", "asyncio"}),
-        ("service", {"bcc", "rich", "psutil", "click"}),
+        ("service", {"bcc", "rich", "psutil", "click", "grpc", "google.protobuf"}),
+        ("policywatch", {"pydantic", "asyncio"}),  # until there is a file to read
+        ("hostfile", {"pydantic"}),
+        ("cli_policy", {"pydantic", "yaml", "watchfiles"}),
         ("cli", {"bcc", "pynvml", "prometheus_client", "rich", "psutil"}),
     ],
 )
@@ -66,6 +82,30 @@ def test_heavy_modules_stay_out(module, heavy):
     code = f"import sys, fgpu_ebpf.{module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert heavy & set(done.stdout.split()) == set()
+
+
+@pytest.mark.parametrize(
+    "words", [["set", "x", "--memory", "1GiB"], ["unset", "x"], ["reload"], ["detach"]], ids=" ".join
+)
+def test_what_changes_limits_waits_for_no_imports(words, tmp_path):
+    """A command is there in a tenth of a second; the agent's own modules take half of one."""
+    code = (
+        "import sys, fgpu_ebpf.cli as cli\n"
+        "try: cli.main(['--run-dir', *sys.argv[1:]])\n"
+        "except SystemExit as end: print(end.code, *sys.modules)"
+    )
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(str(tmp_path / "control.sock"))
+        agent.listen()
+        command = [sys.executable, "-c", code, str(tmp_path), *words]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=PACKAGE.parent) as asked:
+            peer, _ = agent.accept()
+            with peer:
+                peer.recv(1 << 16)
+                peer.sendall(b'{"error": "no", "code": 4}\n')
+            code_said, *modules = asked.communicate(timeout=20)[0].split()
+    assert code_said == "4"
+    assert {"prometheus_client", "pynvml", "psutil", "fgpu_ebpf.agent", "fgpu_ebpf.service"} & set(modules) == set()
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)

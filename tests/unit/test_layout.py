@@ -19,6 +19,8 @@ NOT_NUMBERS = {"H", "SOCKET_DIR", "SOCKET"}
 FLAGS = {
     **{flag.name: flag for kind in (pages.LimitFlag, pages.ControlFlag) for flag in kind},
     **{f"SEEN_{flag.name}": flag for flag in pages.Seen},
+    "GATE_OPEN": pages.Gate.OPEN,
+    "GATED": pages.Gate.GATED,
 }
 
 

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from fgpu_ebpf import metrics
-from fgpu_ebpf.snapshot import DeviceView, ProcessView, Refusal, Snapshot, Tenant, TenantDevice
+from fgpu_ebpf.policyvalues import RESERVED_LABELS
+from fgpu_ebpf.snapshot import (
+    ComputeView,
+    DeviceView,
+    EngineView,
+    PoliciesView,
+    ProcessView,
+    Refusal,
+    SlicesView,
+    Snapshot,
+    TenantDevice,
+    TenantView,
+)
 
 GOLDEN = Path(__file__).with_name("metrics.txt")
 
 
 def snapshot(name: str = "notebook") -> Snapshot:
-    device = DeviceView(0, "GPU-1", "NVIDIA H200", "00000000:06:00.0", 150754820096, 644939776, 8 << 30, 23)
-    memory = TenantDevice(0, 8 << 30, 101, 1009, 5, 303, 202, -7, (Refusal("memory", "limit", 5),))
+    device = DeviceView(0, "GPU-1", "NVIDIA H200", "00000000:06:00.0", 150754820096, 644939776, 8 << 30, 23,
+                        SlicesView(907, 2, 1.5, (0.001, 0.004), (811, 89, 5)), name, 0.25, 2)  # fmt: skip
+    compute = ComputeView(0.5, 300, "high", 12.5, 71, 3.25, 11, 2, True, 0.45, 0.5, False, None)
+    memory = TenantDevice(0, 8 << 30, 101, 1009, 5, 303, 202, -7, (Refusal("memory", "limit", 5),), compute)
     processes = (ProcessView(11, 0, 90), ProcessView(12, 0, 11))
-    tenant = Tenant(name, "tenant", "/fgpu/run-1", 481, "kernel", 1, (memory,), processes)
-    return Snapshot(1.0, (device,), (tenant,), {"release": 0, "bypass": 3}, 0.25)
+    tenant = TenantView(
+        name, "tenant", "/docker/1f", 481, "policy", "notebooks", "dev", "jupyter", "1f3a", "kernel", "", (),
+        {"team": "vision"}, {"no_admission": 1}, (memory,), processes,
+    )  # fmt: skip
+    policies = PoliciesView(True, 1700000000.5, 3, ())
+    events = {"sent": 9, "rate": 7, "full": 0}
+    hits = {"alloc": 23, "admit": 101}
+    docker = EngineView("docker", "/run/docker.sock", True, "", 2, 31, 1, 4)
+    return Snapshot(1.0, (device,), (tenant,), {"release": 0, "bypass": 3}, {}, events, policies, hits, (docker,))
 
 
 def test_the_text_is_the_golden_one():
@@ -38,6 +60,18 @@ def test_what_nobody_measured_is_absent():
     assert not shown & {"fgpu_device_memory_used_bytes", "fgpu_reconcile_age_seconds"}
 
 
+def test_an_age_is_that_of_the_moment_of_asking():
+    """Also where nobody has taken a Snapshot for long."""
+    found = replace(snapshot(), taken_seconds=101.0)
+    family = next(f for f in metrics.registry(lambda: found, lambda: 108.5).collect() if "reconcile_age" in f.name)
+    assert [(sample.labels, sample.value) for sample in family.samples] == [({"gpu": "0"}, 7.75)]
+
+
 def test_at_most_twelve_series_for_a_tenant_and_device():
-    samples = [s for f in metrics.families(snapshot()) for s in f.samples if s.labels.get("tenant")]
+    samples = [s for f in metrics.families(snapshot()) for s in f.samples if {"tenant", "gpu"} <= s.labels.keys()]
     assert len(samples) <= 12
+
+
+def test_no_label_of_a_policy_is_dropped_unsaid():
+    """One that the metrics have themselves is refused with its policy; all others are shown."""
+    assert set(metrics._INFO_LABELS) < RESERVED_LABELS

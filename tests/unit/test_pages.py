@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from fgpu_ebpf import pages
-from fgpu_ebpf.pages import ControlMemory, ControlPage, Row, StatusMemory, row_bytes, uuid_bytes, uuid_text
+from fgpu_ebpf.devices import uuid_bytes, uuid_text
+from fgpu_ebpf.pages import ControlPage, Row
+from fgpu_ebpf.sealed import ControlMemory, StatusMemory, row_bytes
 
 
 def descriptors() -> int:

@@ -1,65 +1,303 @@
-"""Quantities: what people write, and what they are told when it is wrong."""
+"""Which policy a workload gets, and what it comes to."""
 
+from __future__ import annotations
+
+import time
+
+import policy_kit as kit
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from policy_kit import GIB, Gpu, policies, workload
 
-from fgpu_ebpf.policy import QuantityError, memory_bytes, memory_text
+from fgpu_ebpf import policyfile
+from fgpu_ebpf.policy import Compute, PolicySet, Priority
+
+H200 = Gpu(0)
+T4 = Gpu(1, "GPU-2b000000-0000-0000-0000-000000000000", "Tesla T4", 15 * GIB)
+EVERY = "{selector: {cgroup: '**'}}"
 
 
-@pytest.mark.parametrize(
-    ("text", "bytes_"),
-    [
-        ("8GiB", 8 << 30),
-        ("8Gi", 8 << 30),
-        ("8192MiB", 8 << 30),
-        ("1.5GiB", 3 << 29),
-        ("1TiB", 1 << 40),
-        ("4096", 4096),
-        ("4096B", 4096),
-        (" 2 KiB ", 2048),
-    ],
-)
-def test_quantities(text, bytes_):
-    assert memory_bytes(text) == bytes_
+def memory_of(spec, gpus=(H200,), **names):
+    """The bytes by device, and the notes."""
+    decision = policies(spec).resolve(workload(**names), gpus)
+    return decision.limits.memory, decision.notes
+
+
+# -- who is meant --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"),
+    ("selector", "names", "reason"),
     [
-        ("8GB", "did you mean 8GiB?"),
-        ("8G", "did you mean 8GiB?"),
-        ("8gb", "did you mean 8GiB?"),
-        ("512m", "did you mean 512MiB?"),
-        ("8 apples", "unknown unit"),
-        ("50%", "no quantity"),
-        ("-1GiB", "no quantity"),
-        ("", "no quantity"),
-        ("NaN", "no quantity"),
-        ("1e9", "no quantity"),
-        ("0", "between 1 byte and 128 TiB"),
-        ("0.3B", "between 1 byte and 128 TiB"),
-        ("9999999TiB", "between 1 byte and 128 TiB"),
+        ("{cgroup: 'system.slice/*'}", {"path": "/system.slice/a"}, ""),
+        ("{cgroup: 'system.slice/*'}", {"path": "/a"}, "its cgroup matches none of system.slice/*"),
+        ("{cgroup: [x, a]}", {"path": "/a"}, ""),
+        ("{cgroup: a, namespace: dev}", {}, "it has no namespace"),
+        ("{cgroup: a, namespace: dev}", {"namespace": "prod"}, "its namespace matches none of dev"),
+        ("{namespace: 'team-*'}", {"namespace": "team-a"}, ""),
+        ("{image: 'registry.example/*'}", {"image": "registry.example/a/b"}, ""),
+        ("{image: '*'}", {}, "it has no image"),
+        ("{unit: 'jupyter-*.service'}", {"unit": "jupyter-1.service"}, ""),
+        ("{matchLabels: {tier: notebook}}", {"labels": {"tier": "notebook"}}, ""),
+        ("{matchLabels: {tier: notebook}}", {"labels": {"tier": "x"}}, "its labels fail tier In (notebook)"),
+        ("{matchLabels: {tier: notebook}}", {}, "its labels fail tier In (notebook)"),
+        ("{matchExpressions: [{key: a, operator: In, values: [x, y]}]}", {"labels": {"a": "y"}}, ""),
+        ("{matchExpressions: [{key: a, operator: NotIn, values: [x]}]}", {"labels": {"a": "x"}},
+         "its labels fail a NotIn (x)"),
+        ("{matchExpressions: [{key: a, operator: NotIn, values: [x]}]}", {}, ""),
+        ("{matchExpressions: [{key: a, operator: Exists}]}", {"labels": {"a": ""}}, ""),
+        ("{matchExpressions: [{key: a, operator: Exists}]}", {}, "its labels fail a Exists"),
+        ("{matchExpressions: [{key: a, operator: DoesNotExist}]}", {"labels": {"a": ""}},
+         "its labels fail a DoesNotExist"),
+        ("{image: '*'}", {"image": "x", "inside": True}, "it lies inside the workload's own cgroup"),
+        ("{image: '*', cgroup: '**'}", {"image": "x", "inside": True}, ""),
+    ],
+)  # fmt: skip
+def test_every_key_of_a_selector_must_match(selector, names, reason):
+    decision = policies(f"{{selector: {selector}}}").resolve(workload(**names), [H200])
+    assert (decision.policy is not None) is (reason == "")
+    assert decision.tried == ((("p0", reason),) if reason else ())
+
+
+def test_the_first_that_matches_decides_and_those_before_say_why_not():
+    found = policies("{selector: {unit: x}}", EVERY, EVERY).resolve(workload(), [H200])
+    assert found.policy.name == found.limits.policy == "p1"
+    assert found.tried == (("p0", "it has no unit"),)
+
+
+def test_without_a_match_there_are_no_limits():
+    found = policies("{selector: {unit: x}}").resolve(workload(), [H200])
+    assert (found.policy, found.limits, found.notes) == (None, None, ())
+    assert PolicySet().resolve(workload(), [H200]).tried == ()
+
+
+# -- what it gets --------------------------------------------------------------------------------------------------
+
+
+def test_everything_that_a_policy_says_arrives():
+    spec = """
+  selector: {cgroup: a}
+  mode: observe
+  onBypass: kill
+  memory: {limit: 8GiB}
+  compute: {limit: 12.5%, weight: 7, priority: high, quantum: 5ms}
+  views: {utilization: own}
+  metricLabels: [team, tier]"""
+    limits = policies(spec).resolve(workload(), [H200, T4]).limits
+    assert (limits.observe, limits.kill, limits.own_utilization) == (True, True, True)
+    assert (limits.devices, limits.memory) == ((0, 1), {0: 8 * GIB, 1: 8 * GIB})
+    assert limits.compute == Compute(0.125, 7, Priority.HIGH, 5_000_000)
+    assert limits.metric_labels == ("team", "tier")
+
+
+def test_what_is_not_said_is_not_limited():
+    limits = policies(EVERY).resolve(workload(), [H200]).limits
+    assert (limits.memory, limits.compute, limits.devices) == ({}, None, (0,))
+    assert (limits.observe, limits.kill, limits.own_utilization, limits.metric_labels) == (False, False, False, ())
+
+
+def test_compute_has_its_usual_values():
+    assert policies("{selector: {cgroup: a}, compute: {}}").policies[0].compute == Compute(
+        1.0, 100, Priority.NORMAL, 20_000_000
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "chosen"),
+    [
+        ("'*'", (0, 1)),
+        ("0", (0,)),
+        ("['1']", (1,)),
+        ("[1, 0]", (0, 1)),
+        ("GPU-2B", (1,)),
+        ("gpu-2b000000-0000-0000-0000-000000000000", (1,)),
+        ("H200", (0,)),
+        ("'NVIDIA H*'", (0,)),
+        ("'*T4'", (1,)),
+        ("[7, A100*]", ()),
     ],
 )
-def test_what_is_wrong_is_said(text, hint):
-    with pytest.raises(QuantityError, match=hint):
-        memory_bytes(text)
+def test_devices_are_chosen_by_index_uuid_or_model(devices, chosen):
+    spec = f"{{selector: {{cgroup: a}}, devices: {devices}, memory: {{limit: 1GiB}}}}"
+    decision = policies(spec).resolve(workload(), [H200, T4])
+    assert (decision.limits.devices, tuple(decision.limits.memory)) == (chosen, chosen)
+    assert decision.notes == (() if chosen else ("this host has no device 7, A100*",))
 
 
-@given(st.text(max_size=40))
-def test_any_text_is_a_quantity_or_a_quantity_error(text):
-    try:
-        good = 0 < memory_bytes(text) <= 2**47
-    except QuantityError as error:
-        good = bool(str(error))
-    assert good
+def test_a_share_is_cut_to_granules_of_what_a_device_can_give():
+    odd = Gpu(0, usable_bytes=10 * GIB + 12345)
+    assert memory_of("{selector: {cgroup: a}, memory: {limit: 50%}}", [odd, Gpu(1, usable_bytes=100)])[0] == {
+        0: (5 * GIB) >> 21 << 21,
+        1: 2 << 20,
+    }
 
 
-@given(st.integers(1, 2**47))
-def test_plain_bytes_are_exact(bytes_):
-    assert memory_bytes(str(bytes_)) == bytes_
+def test_a_limit_beyond_the_device_is_said():
+    memory, notes = memory_of("{selector: {cgroup: a}, memory: {limit: 16GiB}}", [H200, T4])
+    assert memory == {0: 16 * GIB, 1: 16 * GIB}
+    assert notes == ("the limit of 16GiB is more than device 1 can give",)
 
 
-def test_for_people():
-    assert [memory_text(n) for n in (0, 518 << 20, 3 << 29, -(2 << 30))] == ["0B", "518MiB", "1.5GiB", "-2GiB"]
+# -- what a workload asks for itself -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "label", "gib", "note"),  # the note without its first word
+    [
+        ("{limit: 8GiB}", "4GiB", 4, None),
+        ("{limit: 8GiB}", "16GiB", 8, "asks for 16GiB of device 0, the policy allows 8GiB"),
+        ("{limit: 8GiB, max: 16GiB}", "16GiB", 16, None),
+        ("{limit: 8GiB, max: 16GiB}", "17GiB", 16, "asks for 17GiB of device 0, the policy allows 16GiB"),
+        ("{limit: 7GiB, max: 100%}", "50%", 70, None),
+        ("{limit: 50%, max: 16GiB}", "40GiB", 40, None),
+        ("{limit: 8GiB}", "8GB", 8, "is ignored: '8GB': did you mean 8GiB?"),
+        ("{limit: 8GiB}", "", 8, "is ignored: '' is no quantity of memory: write it as 8GiB or 50%"),
+        ("{limit: 8GiB}", "0%", 8, "is ignored: '0%' is not above 0% and up to 100%"),
+        ("{limit: 8GiB}", "9" * 5000, 8, f"is ignored: '{'9' * 40}…' is no quantity of memory: write it as 8GiB or "
+         "50%"),
+    ],
+)  # fmt: skip
+def test_its_own_label_goes_as_far_as_the_policy_lets_it(rule, label, gib, note):
+    spec = f"{{selector: {{cgroup: a}}, memory: {rule}}}"
+    memory, notes = memory_of(spec, labels={"fgpu.dev/memory": label})
+    assert (memory, notes) == ({0: gib * GIB}, (f"fgpu.dev/memory {note}",) if note else ())
+
+
+@pytest.mark.parametrize(
+    ("rule", "label", "ratio", "note"),
+    [
+        ("{limit: 50%}", "25%", 0.25, None),
+        ("{limit: 50%}", "75%", 0.5, "fgpu.dev/compute asks for '75%', the policy allows 50%"),
+        ("{weight: 5}", "75%", 0.75, None),
+        ("{limit: 50%}", "half", 0.5, "fgpu.dev/compute is ignored: 'half' is no share: write it as 50%"),
+    ],
+)
+def test_its_own_share_of_time_too(rule, label, ratio, note):
+    decision = policies(f"{{selector: {{cgroup: a}}, compute: {rule}}}").resolve(
+        workload(labels={"fgpu.dev/compute": label}), [H200]
+    )
+    assert (decision.limits.compute.limit_ratio, decision.notes) == (ratio, (note,) if note else ())
+    assert decision.limits.compute.weight == (5 if "weight" in rule else 100)
+
+
+def test_a_label_makes_no_limit_where_the_policy_has_none():
+    labels = {"fgpu.dev/memory": "1GiB", "fgpu.dev/compute": "1%"}
+    decision = policies(EVERY).resolve(workload(labels=labels), [H200])
+    assert (decision.limits.memory, decision.limits.compute) == ({}, None)
+    assert [note.partition(":")[0] for note in decision.notes] == [f"{key} is ignored" for key in labels]
+
+
+@pytest.mark.parametrize(
+    ("rule", "label", "gib", "note"),  # the note without its first word
+    [
+        ("{limit: 8GiB, max: 100%}", "0.250", 35, None),
+        ("{limit: 8GiB, max: 100%}", "0.0625", 8.75, None),
+        ("{limit: 8GiB, max: 100%}", "1.000", 140, None),
+        ("{limit: 8GiB, max: 100%}", "2", 140, None),
+        ("{limit: 8GiB, max: 16GiB}", "0.5", 16, "asks for 70GiB of device 0, the policy allows 16GiB"),
+        ("{limit: 8GiB}", "0.5", 8, "asks for 70GiB of device 0, the policy allows 8GiB"),
+        ("{limit: 8GiB}", "0.000", 8, "is ignored: '0.000' is not above 0"),
+        ("{limit: 8GiB}", "-1", 8, "is ignored: '-1' is no fraction: write it as 0.25"),
+        ("{limit: 8GiB}", "1e3", 8, "is ignored: '1e3' is no fraction: write it as 0.25"),
+        ("{limit: 8GiB}", "\u0661", 8, "is ignored: '\u0661' is no fraction: write it as 0.25"),
+    ],
+)
+def test_clearmls_fraction_is_memory(rule, label, gib, note):
+    spec = f"{{selector: {{cgroup: a}}, memory: {rule}}}"
+    memory, notes = memory_of(spec, labels={"clearml-injector/fraction": label})
+    assert (memory, notes) == ({0: gib * GIB}, (f"clearml-injector/fraction {note}",) if note else ())
+
+
+def test_its_own_label_comes_before_clearmls_unless_it_cannot_be_read():
+    spec = "{selector: {cgroup: a}, memory: {limit: 8GiB}}"
+    both = {"fgpu.dev/memory": "1GiB", "clearml-injector/fraction": "0.03125"}
+    assert memory_of(spec, labels=both) == ({0: GIB}, ())
+    memory, notes = memory_of(spec, labels={**both, "fgpu.dev/memory": "much"})
+    assert (memory, len(notes)) == ({0: 140 * GIB // 32}, 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "image", "gib"),
+    [
+        ({}, "4GiB", 4),
+        ({}, "12GiB", 8),
+        ({}, "x", 8),
+        ("12GiB", "4GiB", 4),
+        ("12GiB", "14GiB", 12),
+        ("2GiB", "4GiB", 2),
+    ],
+)
+def test_what_an_image_asks_for_only_tightens(own, image, gib):
+    spec = "{selector: {cgroup: a}, memory: {limit: 8GiB, max: 16GiB}}"
+    labels = {"fgpu.dev/memory": own} if own else {}
+    memory, notes = memory_of(spec, labels=labels, image_asks={"fgpu.dev/memory": image})
+    assert memory == {0: gib * GIB}
+    assert [note.split()[:3] for note in notes] == [["the", "image's", "fgpu.dev/memory"]] * (image == "x")
+
+
+def test_so_it_is_with_its_share_of_time():
+    for own, image, ratio in (("40%", "20%", 0.2), ("40%", "45%", 0.4), (None, "20%", 0.2), (None, "90%", 0.5)):
+        labels = {"fgpu.dev/compute": own} if own else {}
+        one = workload(labels=labels, image_asks={"fgpu.dev/compute": image})
+        decision = policies("{selector: {cgroup: a}, compute: {limit: 50%}}").resolve(one, [H200])
+        assert (decision.limits.compute.limit_ratio, decision.notes) == (ratio, ())
+
+
+# -- whatever there is ---------------------------------------------------------------------------------------------
+
+
+def made(documents):
+    """A set of these documents, renamed apart."""
+    for number, document in enumerate(documents):
+        document["metadata"]["name"] = f"p{number}"
+    found, faults = policyfile.read("p.yaml", kit.as_yaml(*documents))
+    assert [str(fault) for fault in faults] == []
+    return PolicySet(tuple(found))
+
+
+@given(st.lists(kit.documents, max_size=5), kit.workloads, kit.gpus)
+def test_no_label_goes_beyond_what_the_policy_allows(documents, found, gpus):
+    limits = (decision := made(documents).resolve(found, gpus)).limits
+    if not limits:
+        return
+    for gpu in gpus:
+        if gpu.index in limits.memory:
+            memory = decision.policy.memory
+            most = max(memory.limit.of(gpu.usable_bytes), memory.most.of(gpu.usable_bytes))
+            assert 0 < limits.memory[gpu.index] <= most
+            assert bool(memory) == bool(limits.memory)
+    if limits.compute:
+        assert 0 < limits.compute.limit_ratio <= decision.policy.compute.limit_ratio
+
+
+@given(st.lists(kit.documents, max_size=5), kit.workloads, kit.gpus)
+def test_the_first_match_wins_and_twice_is_the_same(documents, found, gpus):
+    whole = made(documents)
+    decision = whole.resolve(found, gpus)
+    assert decision == whole.resolve(found, gpus) == made(documents).resolve(found, gpus)
+    alone = [PolicySet((policy,)).resolve(found, gpus) for policy in whole.policies]
+    first = next((at for at, one in enumerate(alone) if one.policy), len(alone))
+    assert decision.policy == (whole.policies[first] if first < len(alone) else None)
+    assert decision.tried == tuple(one.tried[0] for one in alone[:first])
+    if decision.policy:
+        assert (decision.limits, decision.notes) == (alone[first].limits, alone[first].notes)
+
+
+@given(kit.documents, kit.workloads, kit.gpus)
+def test_no_label_goes_beyond_what_the_policy_lets_it(document, found, gpus):
+    policy = made([document]).policies[0]
+    limits = PolicySet((policy,)).resolve(found, gpus).limits
+    for gpu in gpus if limits and policy.memory else ():
+        most = max(policy.memory.limit.of(gpu.usable_bytes), policy.memory.most.of(gpu.usable_bytes))
+        assert 0 < limits.memory.get(gpu.index, 1) <= most
+    if limits and policy.compute:
+        assert 0 < limits.compute.limit_ratio <= policy.compute.limit_ratio
+
+
+def test_a_thousand_workloads_and_a_hundred_policies():
+    whole = policies(*[f"{{selector: {{cgroup: ['a/**/b{n}', 'c/*{n}*/d'], image: 'x*y*z{n}'}}}}" for n in range(100)])
+    found = [workload(f"/c/x{n % 100}x/d", image="xyzabc") for n in range(1000)]
+    begun = time.perf_counter()
+    assert all(len(whole.resolve(one, [H200]).tried) == 100 for one in found)
+    assert time.perf_counter() - begun < 5.0  # 0.2 s; a bound against a slip in its order of growth

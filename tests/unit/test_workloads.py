@@ -1,71 +1,42 @@
-"""Managed cgroups: names, targets, file, against a tree made of folders."""
+"""Cgroups, what was set by hand, and TARGETs, against a tree made of folders."""
 
 from __future__ import annotations
 
-import json
+from types import SimpleNamespace
 
 import pytest
 
+from fgpu_ebpf import targets
+from fgpu_ebpf.overrides import Override, Overrides
 from fgpu_ebpf.workloads import TargetError, Workloads
+
+ID = "1f3a" + "0" * 60
 
 
 @pytest.fixture
 def root(tmp_path):
-    for path in ("a/b/c", "kubepods/pod1/x", "kubepods/pod2/x"):
+    for path in ("a/b/c", "system.slice/x.service/inner", f"docker/{ID}/inner", f"docker/1f3b{ID[4:]}"):
         (tmp_path / "root" / path).mkdir(parents=True)
     return tmp_path / "root"
 
 
 @pytest.fixture
-def workloads(root, tmp_path):
-    return Workloads(root, tmp_path / "state.json")
+def workloads(root):
+    return Workloads(root)
 
 
-def test_put_names_by_the_last_folder_and_names_are_unique(workloads):
-    one = workloads.put("/kubepods/pod1/x", 1)
-    two = workloads.put("/kubepods/pod2/x", 2)
-    assert one.name == "x"
-    assert two.name == f"x-{two.cgroup}"
-    assert workloads.put("/kubepods/pod1/x", 3).name == "x"
-
-
-def test_the_file_brings_them_back(workloads, root, tmp_path):
-    workloads.put("/a/b", 5, "tenant")
-    again = Workloads(root, tmp_path / "state.json")
-    assert [(w.path, w.name, w.memory_bytes) for w in again] == [("/a/b", "tenant", 5)]
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", '[{"cgroup": 1}]', "null", "[" * 1000])
-def test_a_broken_file_is_no_workloads(root, tmp_path, text):
-    (tmp_path / "state.json").write_text(text)
-    assert list(Workloads(root, tmp_path / "state.json")) == []
-
-
-@pytest.mark.parametrize("target", ["/nowhere", "/a/../../etc", "/..", "pid/999999999", "pid/x", "nobody", ""])
-def test_targets_that_are_not_there(workloads, target):
-    with pytest.raises(TargetError):
-        workloads.find(target)
-
-
-def test_targets(workloads):
-    workloads.put("/a/b", 5, "tenant")
-    assert workloads.find("tenant") == "/a/b"
-    assert workloads.find("/a//b/") == "/a/b"
-
-
-def test_a_group_has_a_managed_cgroup_below_it(workloads):
-    outer, inner = workloads.put("/a", 1), workloads.put("/a/b/c", 1)
-    assert workloads.is_group(outer)
-    assert not workloads.is_group(inner)
-    assert workloads.levels("/a/b/c") == (inner.cgroup, outer.cgroup)
+def test_walk_finds_every_cgroup_but_the_root_outer_ones_first(workloads, root):
+    found = list(workloads.walk())
+    assert sorted(found) == sorted("/" + str(p.relative_to(root)) for p in root.rglob("*"))
+    assert all(found.index(path.rpartition("/")[0]) < found.index(path) for path in found if path.count("/") > 1)
 
 
 def test_a_cgroup_made_anew_under_the_same_path_is_another(workloads, root):
-    workload = workloads.put("/a/b/c", 1)
-    assert not workloads.is_gone(workload)
+    before = workloads.cgroup("/a/b/c")
     (root / "a/b/c").rename(root / "moved")
+    assert workloads.cgroup("/a/b/c") is None
     (root / "a/b/c").mkdir()
-    assert workloads.is_gone(workload)
+    assert workloads.cgroup("/a/b/c") not in (None, before)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "x" * 200, "new\nline"])
@@ -75,16 +46,78 @@ def test_names_that_are_none(workloads, name):
 
 
 def test_make_finds_a_free_number(workloads):
-    assert [workloads.make(""), workloads.make(""), workloads.make("mine")] == [
-        "/fgpu/run-1",
-        "/fgpu/run-2",
-        "/fgpu/mine",
-    ]
-    with pytest.raises(TargetError, match="there already"):
+    made = [workloads.make(""), workloads.make(""), workloads.make("mine")]
+    assert made == ["/fgpu/run-1", "/fgpu/run-2", "/fgpu/mine"]
+    with pytest.raises(TargetError, match="already"):
         workloads.make("mine")
 
 
-def test_the_file_is_json_of_plain_values(workloads, tmp_path):
-    workloads.put("/a/b", 5, "tenant")
-    (entry,) = json.loads((tmp_path / "state.json").read_text())
-    assert entry["memory_bytes"] == 5
+def test_populated_and_pids_are_what_the_files_say(workloads, root):
+    (root / "a/cgroup.events").write_text("populated 1\nfrozen 0\n")
+    (root / "a/cgroup.procs").write_text("12\n345\n")
+    assert workloads.is_populated("/a")
+    assert not workloads.is_populated("/a/b")
+    assert workloads.pids("/a") == [12, 345]
+    assert workloads.pids("/gone") == []
+
+
+# -- what was set by hand
+
+
+def test_the_file_brings_overrides_back(tmp_path):
+    one = Override(23, "/a/b", 5, "tenant", True)
+    overrides = Overrides(tmp_path / "overrides.json")
+    overrides.put(one)
+    overrides.put(Override(29, "/a", 7))
+    overrides.drop([29, 31])
+    assert list(Overrides(tmp_path / "overrides.json")) == [one]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '[{"cgroup": 1}]', "null", "[" * 1000])
+def test_a_broken_file_is_no_overrides(tmp_path, text):
+    (tmp_path / "overrides.json").write_text(text)
+    assert list(Overrides(tmp_path / "overrides.json")) == []
+
+
+def test_an_override_that_cannot_be_kept_is_not_taken(tmp_path):
+    overrides = Overrides(tmp_path / "nowhere/overrides.json")
+    with pytest.raises(OSError, match="nowhere"):
+        overrides.put(Override(23, "/a", 5))
+    assert list(overrides) == []
+
+
+# -- TARGET
+
+
+@pytest.fixture
+def find(workloads):
+    enforcer = SimpleNamespace(named=lambda name: SimpleNamespace(path="/a/b") if name == "tenant" else None)
+    return lambda target: targets.find(target, enforcer, workloads)
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        ("tenant", "/a/b"),
+        ("/a//b/", "/a/b"),
+        (ID[:12], f"/docker/{ID}"),
+        ("unit/x.service", "/system.slice/x.service"),
+        ("x.service", "/system.slice/x.service"),
+    ],
+)
+def test_targets(find, target, path):
+    assert find(target) == path
+
+
+@pytest.mark.parametrize(
+    "target", ["/nowhere", "/a/../../etc", "/..", "pid/999999999", "pid/x", "nobody", "", "unit/y.service", "1f3"]
+)
+def test_targets_that_are_not_there(find, target):
+    with pytest.raises(TargetError):
+        find(target)
+
+
+def test_a_target_that_may_be_two_is_none(find, root):
+    (root / f"docker/1f3a1{ID[5:]}").mkdir()
+    with pytest.raises(TargetError, match="say which"):
+        find("1f3a")

@@ -115,6 +115,17 @@ CUresult cuCtxCreate_v4(CUcontext *c, CUctxCreateParams *a, unsigned f, CUdevice
 }
 #endif
 CUresult cuLaunchKernel_fake(void) { return CUDA_SUCCESS; }
+CUresult cuCtxGetCurrent(CUcontext *c) { return *c = (CUcontext)0x99, CUDA_SUCCESS; }
+CUresult cuEventCreate(CUevent *e, unsigned flags) { return *e = (CUevent)0x98, (void)flags, CUDA_SUCCESS; }
+CUresult cuEventRecord(CUevent e, CUstream s) { return (void)e, (void)s, CUDA_SUCCESS; }
+CUresult cuEventQuery(CUevent e) { return (void)e, CUDA_SUCCESS; }
+CUresult cuEventDestroy_v2(CUevent e) { return (void)e, CUDA_SUCCESS; }
+CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                        unsigned shared, CUstream s, void **params, void **extra)
+{
+    (void)f, (void)gx, (void)gy, (void)gz, (void)bx, (void)by, (void)bz, (void)shared, (void)s, (void)params;
+    return (void)extra, CUDA_SUCCESS;
+}
 
 CUresult cuGetProcAddress_v2(const char *name, void **fn, int version, cuuint64_t flags,
                              CUdriverProcAddressQueryResult *status)

@@ -46,22 +46,29 @@ static nvmlReturn_t list(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_t *p)
     *p = (nvmlProcessInfo_t){666, 1 << 20, 0xffffffff, 0xffffffff};
     return NVML_SUCCESS;
 }
-nvmlReturn_t nvmlDeviceGetComputeRunningProcesses(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_v1_t *p)
+static nvmlReturn_t old_list(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_v1_t *p)
 {
-    return list(d, n, (void *)p);
+    nvmlProcessInfo_t one;
+    nvmlReturn_t result = list(d, n, &one);
+    if (result == NVML_SUCCESS) *p = (nvmlProcessInfo_v1_t){one.pid, one.usedGpuMemory};
+    return result;
 }
-nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_t *p)
-{
-    return list(d, n, p);
-}
-nvmlReturn_t nvmlDeviceGetGraphicsRunningProcesses_v3(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_t *p)
-{
-    return list(d, n, p);
-}
-nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v3(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_t *p)
-{
-    return list(d, n, p);
-}
+#define LISTS(kind)                                                                                                    \
+    nvmlReturn_t nvmlDeviceGet##kind##RunningProcesses(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_v1_t *p)           \
+    {                                                                                                                  \
+        return old_list(d, n, p);                                                                                      \
+    }                                                                                                                  \
+    nvmlReturn_t nvmlDeviceGet##kind##RunningProcesses_v2(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_v2_t *p)        \
+    {                                                                                                                  \
+        return list(d, n, (void *)p);                                                                                  \
+    }                                                                                                                  \
+    nvmlReturn_t nvmlDeviceGet##kind##RunningProcesses_v3(nvmlDevice_t d, unsigned *n, nvmlProcessInfo_t *p)           \
+    {                                                                                                                  \
+        return list(d, n, p);                                                                                          \
+    }
+LISTS(Compute)
+LISTS(Graphics)
+LISTS(MPSCompute)
 nvmlReturn_t nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t d, nvmlProcessDetailList_t *l)
 {
     unsigned had = l->numProcArrayEntries;
@@ -79,4 +86,56 @@ nvmlReturn_t nvmlDeviceGetProcessUtilization(nvmlDevice_t d, nvmlProcessUtilizat
     if (!u || *n < 3) return *n = 3, NVML_ERROR_INSUFFICIENT_SIZE;
     for (int i = 0; i < 3; i++) u[i] = (nvmlProcessUtilizationSample_t){.pid = i == 1 ? 41 : 666, .smUtil = 10 + i};
     return *n = 3, NVML_SUCCESS;
+}
+nvmlReturn_t nvmlDeviceGetProcessesUtilizationInfo(nvmlDevice_t d, nvmlProcessesUtilizationInfo_t *u)
+{
+    CHECK(d);
+    if (!u->procUtilArray || u->processSamplesCount < 3)
+        return u->processSamplesCount = 3, NVML_ERROR_INSUFFICIENT_SIZE;
+    for (int i = 0; i < 3; i++)
+        u->procUtilArray[i] = (nvmlProcessUtilizationInfo_v1_t){.pid = i == 1 ? 41 : 666, .smUtil = 10 + i};
+    return u->processSamplesCount = 3, NVML_SUCCESS;
+}
+nvmlReturn_t nvmlDeviceGetEncoderSessions(nvmlDevice_t d, unsigned *n, nvmlEncoderSessionInfo_t *s)
+{
+    unsigned had = *n;
+    CHECK(d);
+    *n = 2;
+    if (had < 2) return had ? NVML_ERROR_INSUFFICIENT_SIZE : NVML_SUCCESS;
+    s[0] = (nvmlEncoderSessionInfo_t){.sessionId = 1, .pid = 666};
+    s[1] = (nvmlEncoderSessionInfo_t){.sessionId = 2, .pid = 41};
+    return NVML_SUCCESS;
+}
+nvmlReturn_t nvmlDeviceGetFBCSessions(nvmlDevice_t d, unsigned *n, nvmlFBCSessionInfo_t *s)
+{
+    unsigned had = *n;
+    CHECK(d);
+    *n = 2;
+    if (had < 2) return had ? NVML_ERROR_INSUFFICIENT_SIZE : NVML_SUCCESS;
+    s[0] = (nvmlFBCSessionInfo_t){.sessionId = 1, .pid = 666};
+    s[1] = (nvmlFBCSessionInfo_t){.sessionId = 2, .pid = 41};
+    return NVML_SUCCESS;
+}
+nvmlReturn_t nvmlDeviceGetAccountingPids(nvmlDevice_t d, unsigned *n, unsigned *pids)
+{
+    unsigned had = *n;
+    CHECK(d);
+    *n = 3;
+    if (had < 3) return NVML_ERROR_INSUFFICIENT_SIZE;
+    pids[0] = 666, pids[1] = 43, pids[2] = 667;
+    return NVML_SUCCESS;
+}
+nvmlReturn_t nvmlDeviceGetAccountingStats(nvmlDevice_t d, unsigned pid, nvmlAccountingStats_t *s)
+{
+    CHECK(d);
+    if (pid != 666 && pid != 43) return NVML_ERROR_NOT_FOUND;
+    *s = (nvmlAccountingStats_t){.maxMemoryUsage = pid};
+    return NVML_SUCCESS;
+}
+nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t d, unsigned long long *s) /* of a later header: pid first */
+{
+    CHECK(d);
+    if ((unsigned)s[0] != 666 && (unsigned)s[0] != 43) return NVML_ERROR_NOT_FOUND;
+    s[2] = (unsigned)s[0];
+    return NVML_SUCCESS;
 }

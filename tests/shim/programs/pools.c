@@ -185,8 +185,11 @@ CUresult cuMemPoolGetAttribute(CUmemoryPool h, CUmemPool_attribute a, void *v)
     *(cuuint64_t *)v = a == CU_MEMPOOL_ATTR_USED_MEM_CURRENT ? p->used : p->reserved;
     return CUDA_SUCCESS;
 }
+static unsigned long exchanges;
+unsigned long fake_exchanges(void) { return exchanges; }
 CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *m)
 {
+    exchanges++;
     CUstreamCaptureMode was = mode;
     return mode = *m, *m = was, CUDA_SUCCESS;
 }

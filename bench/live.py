@@ -1,0 +1,161 @@
+"""How long a change takes until a running program has it: its new total in cuMemGetInfo, and the first verdict by it.
+
+Prints `live_HOW_WHAT_pNN VALUE ms` for --changes of each kind, and writes build/bench/live.json; 1 where a bar is
+missed. HOW is typed (`fgpu set`, from before its process is there), request (the same on the control socket, from
+before it is sent), unset (on the control socket: a policy holds again), file (a policy file is put in place), reload
+and hangup (the same, and then the control socket or SIGHUP says so at once). WHAT is visible (cuMemGetInfo shows the
+new total) or held (the first allocation of 16 MiB is refused, or admitted again). The program looks every 20 us.
+Starts and stops the agent itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from memory import FGPU, ROOT, BenchError, agent, percentile
+from tenants import Program, ask, ending, record, service_pids
+
+LISTEN = "127.0.0.1:19426"
+MIB = 1 << 20
+LOW, HIGH = 1024, 1088  # MiB; the program leaves less than 16 MiB of LOW free
+BAR_MS = 100.0
+NAME, TARGET = "live", "/fgpu/live"
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: live}}
+spec:
+  selector: {{cgroup: ["fgpu/live"]}}
+  memory: {{limit: {0}MiB}}
+"""
+Change = Callable[[int], object]
+
+
+class Host:
+    """What can be changed, and how: each takes the new limit in MiB."""
+
+    def __init__(self, policies: Path) -> None:
+        self._policies = policies
+        self._agent = service_pids()["agent"]
+
+    def typed(self, mib: int) -> None:
+        """`fgpu set`, to its end."""
+        subprocess.run([*FGPU, "set", TARGET, "--memory", f"{mib}MiB"], check=True, capture_output=True, timeout=30)
+
+    def request(self, mib: int) -> None:
+        """What `fgpu set` sends."""
+        ask(verb="put", target=TARGET, memory=f"{mib}MiB")
+
+    def unset(self, mib: int) -> None:
+        """LOW by hand, HIGH by the policy."""
+        if mib == LOW:
+            self.request(LOW)
+        else:
+            ask(verb="drop", target=TARGET)
+
+    def file(self, mib: int) -> None:
+        """As an editor or a ConfigMap puts one in place."""
+        put(self._policies, mib)
+
+    def reload(self, mib: int) -> None:
+        """`fgpu reload`, but for its process."""
+        self.file(mib)
+        ask(verb="reload")
+
+    def hangup(self, mib: int) -> None:
+        """`systemctl reload fgpu-agent`."""
+        self.file(mib)
+        os.kill(self._agent, signal.SIGHUP)
+
+
+def put(folder: Path, mib: int) -> None:
+    """The policy in its folder."""
+    aside = folder / ".live"
+    aside.write_text(POLICY.format(mib), encoding="utf-8")
+    aside.rename(folder / "live.yaml")
+
+
+def watched(program: Program, change: Change, mib: int) -> tuple[float, float]:
+    """One change: milliseconds until it is visible, and until it is held."""
+    program.say(f"{mib * MIB} {int(mib == HIGH)}")
+    time.sleep(0.005)  # it looks already
+    begun = time.monotonic_ns()
+    change(mib)
+    said = program.hear()
+    if said.startswith("-"):
+        raise BenchError(f"{change.__name__}: {said}")
+    visible, held = ((int(at) - begun) / 1e6 for at in said.split())
+    return visible, held
+
+
+def measure(program: Program, change: Change, changes: int, only: int = 0) -> dict[str, float]:
+    """Percentiles of so many changes, LOW and HIGH in turn; `only` those to one of them count."""
+    times: list[tuple[float, float]] = []
+    while len(times) < changes:
+        for mib in (HIGH, LOW):
+            took = watched(program, change, mib)
+            times += [took] if only in (0, mib) else []
+    found = {}
+    for what, taken in zip(("visible", "held"), zip(*times, strict=True), strict=True):
+        for percent in (50, 99):
+            found[f"live_{change.__name__}_{what}_p{percent}"] = percentile(list(taken), percent)
+    return found
+
+
+def run(policies: Path, changes: int) -> dict[str, float]:
+    """By hand first; the last unset leaves the policy alone with the tenant."""
+    host = Host(policies)
+    with ending() as programs:
+        programs.append(Program([str(ROOT / "build/bench/live")], LOW * MIB, NAME))
+        if (said := programs[0].hear()) != "ready":
+            raise BenchError(f"live: {said}")
+        found: dict[str, float] = {}
+        for change in (host.typed, host.request):
+            found |= measure(programs[0], change, changes)
+        found |= measure(programs[0], host.unset, changes, only=HIGH)
+        ask(verb="drop", target=TARGET)
+        for change in (host.file, host.reload, host.hangup):
+            found |= measure(programs[0], change, changes)
+    return found
+
+
+def report(found: dict[str, float]) -> int:
+    """Prints all, and which bars are missed."""
+    record("live", {name: (value, "ms") for name, value in found.items()})
+    missed = [name for name, value in found.items() if name.endswith("_p99") and value > BAR_MS]
+    for name in missed:
+        print(f"{name}: bar {BAR_MS:g} ms MISSED")
+    return 1 if missed else 0
+
+
+def main() -> int:
+    """0: every bar is held."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--driver-root", default="/")
+    parser.add_argument("--shim", default=str(ROOT / "build/shim/libfgpu.so"))
+    parser.add_argument("--changes", type=int, default=200)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        policies = Path(folder, "policy.d")
+        policies.mkdir()
+        put(policies, HIGH)
+        options = ["--driver-root", given.driver_root, "--shim", given.shim, "--listen", LISTEN]
+        try:
+            with agent([*options, "--policies", str(policies)]):
+                return report(run(policies, given.changes))
+        except (BenchError, OSError) as error:
+            print(f"bench live: {error}", file=sys.stderr)
+            return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""What a host with many tenants costs: start, status, scrape, a change of a limit, and doing nothing.
+
+Makes cgroups that one policy matches, and prints `scale_NAME VALUE UNIT` for --tenants of them (1,000), then what agent
+and gatekeeper spend with a tenth of them idle; writes build/bench/scale.json; 1 where a bar is missed. Starts and
+stops the agent itself, on the driver under --driver-root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from memory import FGPU, BenchError, agent, percentile
+from tenants import ask, cgroup_root, cpu_ms, record, service_pids
+
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: scale}
+spec:
+  selector: {cgroup: ["fgpu-scale/*"]}
+  memory: {limit: 1GiB}
+"""
+LISTEN = "127.0.0.1:19424"
+BARS = {
+    "start_seconds": 3.0,
+    "status_cold_ms": 1000.0,
+    "status_warm_ms": 250.0,
+    "scrape_ms": 150.0,
+    "scrape_mb": 2.5,
+    "set_p99_ms": 100.0,
+    "agent_rss_mib": 80.0,
+    "agent_idle_percent": 0.5,
+}
+
+
+@contextmanager
+def cgroups(count: int) -> Iterator[Path]:
+    """`count` empty cgroups below a common one."""
+    parent = cgroup_root() / "fgpu-scale"
+    parent.mkdir()
+    try:
+        for number in range(count):
+            (parent / f"t{number}").mkdir()
+        yield parent
+    finally:
+        for child in parent.iterdir():
+            if child.is_dir():
+                child.rmdir()
+        parent.rmdir()
+
+
+def milliseconds(what: list[str]) -> float:
+    """How long a command takes."""
+    begun = time.monotonic()
+    subprocess.run(what, stdout=subprocess.DEVNULL, check=True, timeout=60)
+    return 1e3 * (time.monotonic() - begun)
+
+
+def scrape() -> tuple[float, float]:
+    """Milliseconds and megabytes of /metrics."""
+    begun = time.monotonic()
+    with urllib.request.urlopen(f"http://{LISTEN}/metrics", timeout=30) as page:
+        size = len(page.read())
+    return 1e3 * (time.monotonic() - begun), size / 1e6
+
+
+def sets(parent: Path, times: int) -> list[float]:
+    """Milliseconds from a request to the limit in force, as the kernel's page of that tenant says."""
+    taken = []
+    path = f"/{parent.name}/t0"
+    for number in range(times):
+        begun = time.monotonic()
+        ask(verb="put", target=path, memory=f"{1024 + number % 2}MiB")
+        taken.append(1e3 * (time.monotonic() - begun))
+    ask(verb="drop", target=path)
+    return taken
+
+
+def idle(seconds: float) -> dict[str, float]:
+    """Percent of one processor that agent and gatekeeper take, and what they hold."""
+    pids = service_pids()
+    before, begun = {name: cpu_ms(pid) for name, pid in pids.items()}, time.monotonic()
+    time.sleep(seconds)
+    elapsed_ms = 1e3 * (time.monotonic() - begun)
+    spent = {f"{name}_idle_percent": 100 * (cpu_ms(pid) - before[name]) / elapsed_ms for name, pid in pids.items()}
+    return spent | {f"{name}_rss_mib": resident_mib(pid) for name, pid in pids.items()}
+
+
+def resident_mib(pid: int) -> float:
+    """What a process holds of real memory, in MiB."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+def many(options: list[str], count: int) -> dict[str, float]:
+    """All tenants: start, status, scrape, set."""
+    with cgroups(count) as parent, agent(options) as started:
+        there = len(ask(verb="snapshot")["tenants"])
+        if there != count:
+            raise BenchError(f"{there} tenants of {count} are in force")
+        found = {"start_seconds": started, "status_cold_ms": milliseconds([*FGPU, "status", "--json"])}
+        found["status_warm_ms"] = percentile([milliseconds([*FGPU, "status", "--json"]) for _ in range(7)], 50)
+        time.sleep(1.5)
+        scrapes = [scrape() for _ in range(7)]
+        found["scrape_ms"] = percentile([ms for ms, _ in scrapes], 50)
+        found["scrape_mb"] = scrapes[0][1]
+        found["set_p50_ms"] = percentile(taken := sets(parent, 300), 50)
+        return found | {"set_p99_ms": percentile(taken, 99)}
+
+
+def unit(name: str) -> str:
+    """The last word of a figure's name."""
+    return name.rpartition("_")[2].replace("percent", "%")
+
+
+def report(found: dict[str, float]) -> int:
+    """Prints all, and says which bars are missed."""
+    record("scale", {f"scale_{name}": (value, unit(name)) for name, value in found.items()})
+    missed = [name for name, bar in BARS.items() if name in found and found[name] > bar]
+    for name in missed:
+        print(f"scale_{name}: bar {BARS[name]:g} {unit(name)} MISSED")
+    return 1 if missed else 0
+
+
+def main() -> int:
+    """0: every bar is held."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--driver-root", default="/")
+    parser.add_argument("--shim", default=str(Path(__file__).resolve().parent.parent / "build/shim/libfgpu.so"))
+    parser.add_argument("--tenants", type=int, default=1000)
+    parser.add_argument("--idle-seconds", type=float, default=20)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        policies = Path(folder, "policy.d")
+        policies.mkdir()
+        (policies / "scale.yaml").write_text(POLICY, encoding="utf-8")
+        options = ["--driver-root", given.driver_root, "--shim", given.shim, "--listen", LISTEN]
+        options += ["--policies", str(policies)]
+        found = many(options, given.tenants)
+        with cgroups(given.tenants // 10), agent(options):
+            time.sleep(2)
+            found |= idle(given.idle_seconds)
+    return report(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""All-reduces over devices 0 and 1 without end, a process on each: says "ready" or "- WHY", then answers each line.
+
+`reduce SECONDS START_NS` of stdin, from that moment of CLOCK_MONOTONIC on for so long: {"steps"}, all-reduces of 64 MiB
+done, with fractions. It starts the process for device 1 itself, which ends with it. It knows nothing of fgpu.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+ELEMENTS = 16 << 20  # of 4 bytes
+ROUND = 10  # all-reduces between two looks at the clock
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens at."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def reduce_for(torch: Any, values: Any, more: Any, end_ns: int) -> float:
+    """Rounds until the first process says that it is enough; how many all-reduces were done by then."""
+    done, at_ns = 0.0, time.monotonic_ns()
+    while True:
+        for _ in range(ROUND):
+            torch.distributed.all_reduce(values)
+        more.fill_(1.0 if time.monotonic_ns() < end_ns else 0.0)
+        torch.distributed.broadcast(more, 0)
+        goes_on = float(more) > 0
+        now_ns = time.monotonic_ns()
+        done += ROUND * min(1.0, max(0.0, (end_ns - at_ns) / max(1, now_ns - at_ns)))
+        at_ns = now_ns
+        if not goes_on:
+            return done
+
+
+def serve(torch: Any, rank: int, other: subprocess.Popen[bytes] | None) -> None:
+    """Until stdin ends: the first process's lines go to the other one too."""
+    values = torch.zeros(ELEMENTS, device="cuda")
+    more = torch.zeros(1, device="cuda")
+    for _ in range(5):
+        torch.distributed.all_reduce(values)
+    torch.cuda.synchronize()
+    if not rank:
+        print("ready", flush=True)
+    for line in sys.stdin.buffer:
+        if other and other.stdin:
+            other.stdin.write(line)
+            other.stdin.flush()
+        _, seconds, start_ns = line.split()
+        time.sleep(max(0.0, (int(start_ns) - time.monotonic_ns()) / 1e9))
+        done = reduce_for(torch, values, more, int(start_ns) + int(float(seconds) * 1e9))
+        if not rank:
+            print(json.dumps({"steps": done}), flush=True)
+
+
+def main() -> int:
+    """Rank 0, or rank 1 as `torch_ring.py 1 PORT`."""
+    try:
+        import torch
+        import torch.distributed
+    except ImportError as error:
+        print(f"- {error}", flush=True)
+        return 0
+    if torch.cuda.device_count() < 2:
+        print(f"- {torch.cuda.device_count()} device", flush=True)
+        return 0
+    rank, port = (int(sys.argv[1]), int(sys.argv[2])) if len(sys.argv) == 3 else (0, free_port())
+    other = None
+    if not rank:
+        other = subprocess.Popen([sys.executable, __file__, "1", str(port)], stdin=subprocess.PIPE)
+    torch.cuda.set_device(rank)
+    torch.distributed.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        serve(torch, rank, other)
+    finally:
+        if other and other.stdin:
+            other.stdin.close()
+            other.wait(20)
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""A small torch training, as fast as it goes, COUNT steps for each COUNT of stdin; answers each with a line of JSON,
+{"steps_per_second": N}, or at once with {"absent": why}. Eight layers of 2048, Adam, batch 512.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+
+def main() -> int:
+    """Trains as often as asked."""
+    try:
+        import torch
+    except ImportError as error:
+        print(json.dumps({"absent": str(error)}))
+        return 0
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048) for _ in range(8)]).cuda()
+    optimizer = torch.optim.Adam(model.parameters())
+    batch = torch.randn(512, 2048, device="cuda")
+    for line in sys.stdin:
+        for step in range(-100, int(line)):
+            if step == 0:
+                torch.cuda.synchronize()
+                begun = time.perf_counter()
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+        torch.cuda.synchronize()
+        print(json.dumps({"steps_per_second": int(line) / (time.perf_counter() - begun)}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Whether the ledger says what the driver says: programs of several frameworks, each a tenant, all at once.
+
+After every phase of a program (bench/phases.py), at one second, prints `truth_PROGRAM_PHASE BYTES bytes`, what the
+ledger has for its tenant minus what NVML shows of its processes, then `truth_PROGRAM_worst PERCENT %` of the limit; or
+`truth_PROGRAM` absent or failed, and why. Writes build/bench/truth.json; 1 where a difference is above the bar. Starts
+and stops the agent itself. TORCH_PYTHON is an interpreter that has the frameworks (python3).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pynvml
+from memory import ROOT, BenchError, agent
+from phases import FRAMEWORKS
+from tenants import Program, cgroup_root, ending, memory_of, record
+
+BAR_PERCENT = 1.0
+AFTER_SECONDS = 1.0
+PYTHON = os.environ.get("TORCH_PYTHON", "python3")
+OWN = ("pool", "vmm")
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What both said at one moment, in bytes."""
+
+    name: str
+    ledger: int
+    nvml: int
+
+
+def nvml_bytes(tenant: str) -> int:
+    """What NVML shows of the processes of a tenant's cgroup, on device 0."""
+    pids = {int(pid) for pid in (cgroup_root() / "fgpu" / tenant / "cgroup.procs").read_text().split()}
+    found = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+    return sum(process.usedGpuMemory or 0 for process in found if process.pid in pids)
+
+
+def phases(program: Program) -> list[Phase] | str:
+    """Every phase of one program; else why not, beginning with absent or failed: the others go on."""
+    try:
+        return _phases(program)
+    except (BenchError, OSError, ValueError, pynvml.NVMLError) as error:
+        return f"failed: {error}"
+
+
+def _phases(program: Program) -> list[Phase] | str:
+    """BenchError: NVML shows less than the program surely holds, and what it shows is nothing to compare with."""
+    found: list[Phase] = []
+    while True:
+        program.say("")
+        said = json.loads(program.hear())
+        if "absent" in said:
+            return f"absent: {said['absent']}"
+        if "end" in said:
+            return found
+        time.sleep(AFTER_SECONDS)
+        ledger, nvml = memory_of(program.name)["used_bytes"], nvml_bytes(program.name)
+        if nvml < said["least"]:
+            raise BenchError(f"{said['phase']}: NVML shows {nvml} of {said['least']} bytes")
+        found.append(Phase(said["phase"], ledger, nvml))
+
+
+def measure(names: list[str], given: argparse.Namespace) -> dict[str, list[Phase] | str]:
+    """All programs side by side."""
+    script = str(Path(__file__).with_name("phases.py"))
+    options = ["--driver-root", given.driver_root, "--shim", str(given.shim)]
+    with agent(options), ending() as programs, ThreadPoolExecutor(len(names)) as threads:
+        for name in names:
+            python = sys.executable if name in OWN else PYTHON
+            programs.append(Program([python, script, name], given.limit, f"truth-{name}"))
+        return dict(zip(names, threads.map(phases, programs), strict=True))
+
+
+def report(found: dict[str, list[Phase] | str], limit: int) -> int:
+    """All lines; 1 where a bar is missed."""
+    lines: dict[str, tuple[float, str]] = {}
+    worst: list[float] = []
+    failed = 0
+    for name, said in found.items():
+        if isinstance(said, str):
+            print(f"truth_{name} {said}")
+            failed += said.startswith("failed")
+            continue
+        lines |= {f"truth_{name}_{phase.name}": (phase.ledger - phase.nvml, "bytes") for phase in said}
+        worst.append(100 * max(abs(phase.ledger - phase.nvml) for phase in said) / limit)
+        lines[f"truth_{name}_worst"] = (worst[-1], "%")
+    held = sum(percent <= BAR_PERCENT for percent in worst)
+    lines["truth_bars_held"] = (held, f"of {len(worst) + failed}")
+    record("truth", lines)
+    return 0 if held == len(worst) and not failed else 1
+
+
+def main() -> int:
+    """Reads the command line, measures, prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("programs", nargs="*", default=list(FRAMEWORKS), help=f"of {', '.join(FRAMEWORKS)}")
+    parser.add_argument("--limit", type=int, default=4 << 30, help="bytes, of each")
+    parser.add_argument("--driver-root", default="/")
+    parser.add_argument("--shim", type=Path, default=ROOT / "build/shim/libfgpu.so")
+    given = parser.parse_args()
+    try:
+        pynvml.nvmlInit()
+        found = measure(given.programs, given)
+    except (BenchError, OSError, pynvml.NVMLError) as error:
+        print(f"bench truth: {error}", file=sys.stderr)
+        return 1
+    return report(found, given.limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

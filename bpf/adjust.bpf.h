@@ -1,0 +1,243 @@
+/* adjust.bpf.h: what the agent enters, run by BPF_PROG_TEST_RUN. */
+
+static int publish(u64 cgroup)
+{
+    struct fgpu_usage_page *page = page_of(cgroup);
+    if (!page) return -2;
+    u64 flags = 0;
+    page->version = FGPU_LAYOUT;
+    page->cgroup = cgroup;
+    for (u32 d = 0; d < FGPU_DEVICES; d++) {
+        struct fgpu_level_device key = {.cgroup = cgroup, .device = d};
+        struct fgpu_limit *limit = limits.lookup(&key);
+        *(volatile u64 *)&page->devices[d].limit = limit ? limit->bytes : 0;
+        if (limit) flags |= limit->flags;
+    }
+    page->flags = flags;
+    return 0;
+}
+
+/* Who still has its place finds that it is no longer there. */
+static int withdraw(u64 cgroup)
+{
+    struct fgpu_usage_page *page = page_of(cgroup);
+    if (!page) return -2;
+    *(volatile u64 *)&page->cgroup = 0;
+    return 0;
+}
+
+static void enter_overhead(struct fgpu_process *p, u32 device, s64 more)
+{
+    struct held h;
+    device &= DEVICE_MASK;
+    look_up(p, &h);
+    begin(p);
+    if (more > 0) charge(p, &h, device, more, 1);
+    if (more < 0) release(p, device, -more);
+    add_overhead(p, device, more);
+    if (more > 0) take_cut(p, device, more);
+    if (more < 0) __sync_fetch_and_add(&on(p, device)->cut, -more);
+    end(p);
+}
+
+/* By how much the overhead changes: to so many bytes, unless anything else changed meanwhile, or by so many whatever
+ * goes on. */
+static int overhead_changes(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx, s64 *more)
+{
+    *more = ctx->args[4];
+    if (ctx->args[0] == FGPU_RAISE) return 0;
+    *more -= on(p, ctx->args[3])->overhead;
+    return p->begun != ctx->args[5] || p->changes != ctx->args[5] ? -11 : 0;
+}
+
+#define STRAGGLER_NS 50000000 /* no program runs for so long: whoever looked at a side before a move is through */
+
+/* 1 or 0, hidden from a compiler that would make a branch of it. */
+static u64 differs(u64 a, u64 b)
+{
+    u64 bits = a ^ b;
+    bits |= -bits;
+    __asm__ volatile("" : "+r"(bits));
+    return bits >> 63;
+}
+
+/* Whatever the limit, for what moves is there already. Levels that both sides have keep what they have, unless it is
+ * for all. No branch tells which: the verifier would follow each comparison both ways. */
+static void alter_levels(struct fgpu_process *p, u64 side, u32 device, s64 bytes, u64 all)
+{
+    struct fgpu_level *own = levels_of(p, side), *other = levels_of(p, side + 1);
+    EACH_LEVEL
+    {
+        u64 apart = 1;
+        _Pragma("unroll") for (int j = 0; j < FGPU_LEVELS; j++) apart &= differs(own[i].cgroup, other[j].cgroup);
+        struct fgpu_usage_page *page = page_of(own[i].cgroup & -(apart | all));
+        if (!page) continue;
+        struct fgpu_usage *usage = &page->devices[slot(device)];
+        u64 now = __sync_fetch_and_add(&usage->used, bytes) + bytes;
+        if (now > usage->peak) usage->peak = now;
+    }
+}
+
+/* What a side still has goes to the other, which has had `before` of it already. */
+static void shift(struct fgpu_process *p, u64 from, u32 device, s64 before)
+{
+    s64 bytes = __sync_lock_test_and_set(charged(p, from, device), 0);
+    alter_levels(p, from + 1, device, bytes - before, 0);
+    __sync_fetch_and_add(charged(p, from + 1, device), bytes - before);
+    alter_levels(p, from, device, -bytes, 0);
+}
+
+/* What was charged or released too late for the last move. */
+static void shift_stragglers(struct fgpu_process *p)
+{
+    u64 turn = p->turn;
+    for (u32 d = 0; d < FGPU_DEVICES; d++) {
+        shift(p, turn + 1, d, 0);
+        alter_levels(p, turn, d, -draw(p, turn, d, __sync_lock_test_and_set(&on(p, d)->owed, 0)), 1);
+    }
+}
+
+/* The other side is charged before anybody can release from it. */
+static void turn_over(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
+{
+    u64 turn = p->turn;
+    struct {
+        s64 bytes[FGPU_DEVICES]; /* a bare array lies otherwise on every architecture */
+    } before;
+    struct fgpu_level *next = levels_of(p, turn + 1);
+    EACH_LEVEL
+    {
+        p->levels[i] = ctx->args[4 + i];
+        enter_level(&next[i], ctx->args[4 + i]);
+    }
+    p->level_count = ctx->args[3];
+    for (u32 d = 0; d < FGPU_DEVICES; d++) {
+        s64 bytes = *(volatile s64 *)charged(p, turn, d);
+        before.bytes[d] = bytes & ~(bytes >> 63); /* not below 0 */
+        alter_levels(p, turn + 1, d, before.bytes[d], 0);
+        __sync_fetch_and_add(charged(p, turn + 1, d), before.bytes[d]);
+    }
+    p->moved_ns = bpf_ktime_get_ns();
+    __sync_fetch_and_add(&p->turn, 1);
+    for (u32 d = 0; d < FGPU_DEVICES; d++) shift(p, turn, d, before.bytes[d]);
+}
+
+static int stays(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
+{
+    u64 other = 0;
+    struct fgpu_level *own = levels_of(p, p->turn);
+    EACH_LEVEL other |= own[i].cgroup ^ ctx->args[4 + i];
+    return !other;
+}
+
+/* To the same levels: a page of theirs may have been taken away, and made anew. */
+static int look_again(struct fgpu_process *p)
+{
+    struct fgpu_level *own = levels_of(p, p->turn);
+    EACH_LEVEL enter_level(&own[i], own[i].cgroup);
+    return 0;
+}
+
+static int move(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
+{
+    shift_stragglers(p);
+    if (stays(p, ctx)) return look_again(p);
+    if (bpf_ktime_get_ns() - p->moved_ns < STRAGGLER_NS) return -11;
+    turn_over(p, ctx);
+    return 0;
+}
+
+/* An entry for a process that no probe has seen, and that holds memory: beyond its level's part of the map too. */
+static int adopt(u32 tgid, struct bpf_raw_tracepoint_args *ctx)
+{
+    u32 zero = 0;
+    struct fgpu_process *p, *blank = blanks.lookup(&zero);
+    struct fgpu_level leaf;
+    if (!blank) return -3;
+    enter_level(&leaf, ctx->args[4]);
+    take_place(&leaf, FGPU_PROCESSES, ~0ULL);
+    processes.insert(&tgid, blank);
+    p = processes.lookup(&tgid);
+    int claimed = p && !__sync_val_compare_and_swap(&p->state, 0, 1);
+    if (!claimed) give_place(&leaf, FGPU_PROCESSES);
+    if (!p) return -7;
+    if (!claimed) return -11;
+    p->counted = leaf;
+    u64 levels[FGPU_LEVELS] = {ctx->args[4], ctx->args[5], ctx->args[6], ctx->args[7]};
+    name_process(p, levels, ctx->args[3]);
+    count_processes();
+    return 0;
+}
+
+/* It may end under our hands, and what is entered after that is nobody's: so its state is looked at last. */
+static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
+{
+    struct fgpu_process *p = processes.lookup(&tgid);
+    int done = 0;
+    if (!p) return ctx->args[0] == FGPU_MOVE && !ctx->args[2] ? adopt(tgid, ctx) : -3;
+    if (p->generation != ctx->args[2]) return -3;
+    if (ctx->args[0] == FGPU_REAP) __sync_fetch_and_add(&p->state, 1);
+    if (ctx->args[0] == FGPU_OVERHEAD || ctx->args[0] == FGPU_RAISE) {
+        s64 more;
+        done = overhead_changes(p, ctx, &more);
+        if (!done) enter_overhead(p, ctx->args[3], more);
+    }
+    if (ctx->args[0] == FGPU_MOVE) done = move(p, ctx);
+    int ended = *(volatile u64 *)&p->state != READY, managed = p->level_count;
+    if (ended) release_all(p);
+    if (ctx->args[0] == FGPU_REAP || !managed) delete_process(tgid, p);
+    return done;
+}
+
+static int disown(u64 cgroup, u32 device, u64 bytes)
+{
+    struct fgpu_usage_page *page = page_of(cgroup);
+    if (!page) return -2;
+    u64 *orphaned = &page->orphaned[slot(device)];
+    if (bytes > *(volatile u64 *)orphaned) return -22;
+    __sync_fetch_and_add(orphaned, -bytes);
+    subtract(&page->devices[slot(device)].used, bytes);
+    return 0;
+}
+
+/* Not below 0: the level may be another that has come to its cgroup. */
+static int swept(u64 cgroup, u64 n)
+{
+    struct fgpu_usage_page *page = page_of(cgroup);
+    if (!page) return -2;
+    lower(&page->entries[FGPU_ALLOCATIONS], n);
+    return 0;
+}
+
+#define WAKE_UP 2 /* BPF_RB_FORCE_WAKEUP */
+
+/* A ring buffer is what the kernel wakes a process by. What lies in it says nothing; where it is full, nobody has
+ * listened for long, and whoever comes looks at everything. */
+static int ring(void)
+{
+    u64 nothing = 0;
+    return bell.ringbuf_output(&nothing, sizeof(nothing), WAKE_UP) ? -11 : 0;
+}
+
+int adjust(struct bpf_raw_tracepoint_args *ctx)
+{
+    switch (ctx->args[0]) {
+    case FGPU_PUBLISH:
+        return publish(ctx->args[1]);
+    case FGPU_WITHDRAW:
+        return withdraw(ctx->args[1]);
+    case FGPU_DISOWN:
+        return disown(ctx->args[1], ctx->args[2], ctx->args[3]);
+    case FGPU_SWEPT:
+        return swept(ctx->args[1], ctx->args[2]);
+    case FGPU_RING:
+        return ring();
+    case FGPU_OVERHEAD:
+    case FGPU_MOVE:
+    case FGPU_REAP:
+    case FGPU_RAISE:
+        return adjust_process(ctx, ctx->args[1]);
+    default:
+        return -22;
+    }
+}

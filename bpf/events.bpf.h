@@ -1,0 +1,79 @@
+/* events.bpf.h: what is rare enough to tell the agent at once. Seen = sent + lost, by counters. */
+
+#define SECOND_SHIFT 30 /* nanoseconds >> 30: a second, nearly */
+#define EVENTS_A_SECOND 20
+#define CGROUPS_A_SECOND 4000
+#define HOST_SECOND 2
+#define HOST_COUNT 3
+#define HOST_PROCESSES 5
+
+static void fate(u16 what) { count(0, 0, FGPU_EVENTS, what); }
+
+/* Threads that begin a second at once may let a few more through. */
+static int spend(u64 *second, u64 *n, u64 most)
+{
+    u64 now = bpf_ktime_get_ns() >> SECOND_SHIFT;
+    if (*second != now) {
+        *second = now;
+        *n = 0;
+    }
+    if (__sync_fetch_and_add(n, 1) < most) return 1;
+    fate(FGPU_FATE_RATE);
+    return 0;
+}
+
+static void tell(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, u16 operation, u16 reason)
+{
+    if (!page || !spend(&page->event_second, &page->event_count, EVENTS_A_SECOND)) return;
+    struct fgpu_event event = {.at_ns = bpf_ktime_get_ns(),
+                               .kind = kind,
+                               .tgid = bpf_get_current_pid_tgid() >> 32,
+                               .cgroup = page->cgroup,
+                               .bytes = bytes,
+                               .device = device,
+                               .operation = operation,
+                               .reason = reason};
+    fate(events.ringbuf_output(&event, sizeof(event), 0) ? FGPU_FATE_FULL : FGPU_FATE_SENT);
+}
+
+/* The agent wants to know that somebody of the level is there: once, when many come at a time. */
+static void tell_of_process(struct fgpu_usage_page *page)
+{
+    u64 now = bpf_ktime_get_ns() >> SECOND_SHIFT;
+    if (!page || page->process_second == now) return;
+    page->process_second = now;
+    tell(page, FGPU_NEWS_PROCESS, 0, 0, 0, 0);
+}
+
+/* Behind every process that comes: who reads this, and then the map, knows when to read it again. */
+static void count_processes(void)
+{
+    u32 at = HOST_PROCESSES;
+    u64 *n = host.lookup(&at);
+    if (n) __sync_fetch_and_add(n, 1);
+}
+
+/* -- cgroups: raw tracepoints with (cgroup, path, …); nothing of the kernel's structs is read, the agent looks who is
+ * there */
+
+static int tell_path(struct bpf_raw_tracepoint_args *ctx, u32 kind)
+{
+    u32 second_at = HOST_SECOND, count_at = HOST_COUNT;
+    u64 *second = host.lookup(&second_at), *n = host.lookup(&count_at);
+    if (!second || !n || !spend(second, n, CGROUPS_A_SECOND)) return 0;
+    struct fgpu_cgroup_event told = {.event = {.at_ns = bpf_ktime_get_ns(), .kind = kind}};
+    bpf_probe_read_kernel_str(told.path, sizeof(told.path), (void *)ctx->args[1]);
+    fate(events.ringbuf_output(&told, sizeof(told), 0) ? FGPU_FATE_FULL : FGPU_FATE_SENT);
+    return 0;
+}
+
+int cgroup_attach(struct bpf_raw_tracepoint_args *ctx) { return tell_path(ctx, FGPU_NEWS_MOVED); }
+
+int cgroup_made(struct bpf_raw_tracepoint_args *ctx) { return tell_path(ctx, FGPU_NEWS_MADE); }
+
+int cgroup_removed(struct bpf_raw_tracepoint_args *ctx) { return tell_path(ctx, FGPU_NEWS_REMOVED); }
+
+int cgroup_populated(struct bpf_raw_tracepoint_args *ctx)
+{
+    return (u32)ctx->args[2] ? 0 : tell_path(ctx, FGPU_NEWS_EMPTIED);
+}

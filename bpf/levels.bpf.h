@@ -1,0 +1,195 @@
+/* levels.bpf.h: the managed cgroups of a process, and what is charged to them: taken where it fits, given back where it
+ * was taken. */
+
+static int fits(struct fgpu_usage_page *page, u32 device, u64 bytes)
+{
+    struct fgpu_usage *usage = &page->devices[slot(device)];
+    u64 used = *(volatile u64 *)&usage->used, limit = *(volatile u64 *)&usage->limit;
+    return used + bytes <= limit;
+}
+
+/* Takes only what fits: to add first and undo later would fail neighbours that fit. */
+static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
+{
+    struct fgpu_usage *usage = &page->devices[slot(device)];
+    for (int i = 0; i < TRIES; i++) {
+        u64 used = *(volatile u64 *)&usage->used, limit = *(volatile u64 *)&usage->limit, now = used + bytes;
+        int over = now > limit;
+        if (UNLIKELY(over) && !force && !(page->flags & FGPU_OBSERVE)) return FGPU_REFUSED;
+        if (UNLIKELY(__sync_val_compare_and_swap(&usage->used, used, now) != used)) continue;
+        u64 peak = *(volatile u64 *)&usage->peak;
+        if (UNLIKELY(now > peak)) __sync_val_compare_and_swap(&usage->peak, peak, now);
+        return over ? OBSERVED : limit == FGPU_NO_LIMIT ? FGPU_UNLIMITED : FGPU_ADMITTED;
+    }
+    if (!force) return FGPU_AGAIN;
+    __sync_fetch_and_add(&usage->used, bytes);
+    return FGPU_ADMITTED;
+}
+
+/* A move cannot stop those who are charging meanwhile. So a process has two sides, each with levels and with what is
+ * charged to just these: a move fills the other side and then turns to it. Who was too late for that charges the old
+ * side, and what is left there is shifted by the next look of the agent. */
+static u64 side_of(u64 turn)
+{
+    __asm__ volatile("" : "+r"(turn));
+    return turn & 1;
+}
+
+static struct fgpu_level *levels_of(struct fgpu_process *p, u64 side) { return &p->sides[side_of(side) * FGPU_LEVELS]; }
+
+static struct fgpu_holding *on(struct fgpu_process *p, u64 device) { return &p->devices[slot(device)]; }
+static s64 *charged(struct fgpu_process *p, u64 side, u32 device) { return &on(p, device)->charged[side_of(side)]; }
+
+/* Levels from now on: the places of their pages are looked for once. */
+static void enter_level(struct fgpu_level *level, u64 cgroup)
+{
+    struct fgpu_usage_page *page = cgroup ? page_of(cgroup) : 0;
+    level->place = page ? page->place : 0;
+    level->cgroup = cgroup;
+}
+
+/* The pages of one side's levels, looked up once; 0: no longer managed. Loops over them are unrolled: the verifier
+ * follows pointers on the stack only at places that it knows. */
+struct held {
+    struct fgpu_usage_page *page[FGPU_LEVELS];
+    u64 side;
+};
+#define EACH_LEVEL _Pragma("unroll") for (int i = 0; i < FGPU_LEVELS; i++)
+
+static void look_up_side(struct fgpu_process *p, u64 side, struct held *h)
+{
+    struct fgpu_level *levels = levels_of(p, side);
+    h->side = side;
+    EACH_LEVEL h->page[i] = levels[i].cgroup ? page_at(&levels[i]) : 0;
+}
+
+static void look_up(struct fgpu_process *p, struct held *h) { look_up_side(p, *(volatile u64 *)&p->turn, h); }
+
+static void give_back_levels(struct held *h, u32 device, u64 bytes, u32 below)
+{
+    EACH_LEVEL if (i < below && h->page[i]) subtract(&h->page[i]->devices[slot(device)].used, bytes);
+}
+
+/* All levels are looked at before any is touched, so that an asker who never fits disturbs nobody. Told once, behind
+ * the loop: what stands in it is compiled for every level. */
+static int refused_by_a_level(struct held *h, u32 device, u64 bytes, u32 kind)
+{
+    struct fgpu_usage_page *who = 0;
+    u16 reason = FGPU_REASON_OBSERVED;
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = h->page[i];
+        if (!page || reason == FGPU_REASON_LIMIT || !UNLIKELY(!fits(page, device, bytes))) continue;
+        who = page;
+        if (page->flags & FGPU_OBSERVE)
+            count(page->cgroup, device, kind, FGPU_REASON_OBSERVED);
+        else
+            reason = FGPU_REASON_LIMIT;
+    }
+    if (!UNLIKELY(who)) return 0;
+    tell(who, FGPU_NEWS_REFUSED, device, bytes, kind, reason);
+    if (reason != FGPU_REASON_LIMIT) return 0;
+    __sync_fetch_and_add(&who->devices[slot(device)].refused, 1);
+    count(who->cgroup, device, kind, FGPU_REASON_LIMIT);
+    return 1;
+}
+
+static void refuse_entry(struct fgpu_usage_page *page, u32 device, u64 bytes, u32 kind)
+{
+    tell(page, FGPU_NEWS_REFUSED, device, bytes, kind, FGPU_REASON_ENTRIES);
+    __sync_fetch_and_add(&page->devices[slot(device)].refused, 1);
+    count(page->cgroup, device, kind, FGPU_REASON_ENTRIES);
+}
+
+/* Of a map that all share, the leaf has its part already: of any size, one more would have no entry. */
+static int crowded(struct fgpu_usage_page *page, u32 device, u64 bytes, u32 kind)
+{
+    if (!page || kind == FGPU_POOL || page->flags & FGPU_OBSERVE) return 0;
+    if (*(volatile u64 *)&page->entries[FGPU_ALLOCATIONS] < PART(MOST_ALLOCATIONS)) return 0;
+    refuse_entry(page, device, bytes, kind);
+    return 1;
+}
+
+static int take_levels(struct held *h, u32 device, u64 bytes, int force)
+{
+    int verdict = FGPU_UNLIMITED;
+    EACH_LEVEL
+    {
+        if (!h->page[i]) continue;
+        int got = take(h->page[i], device, bytes, force);
+        if (UNLIKELY(got == FGPU_REFUSED || got == FGPU_AGAIN)) { /* it fitted a moment ago: somebody was quicker */
+            give_back_levels(h, device, bytes, i);
+            return FGPU_AGAIN;
+        }
+        if (got != FGPU_UNLIMITED) verdict = FGPU_ADMITTED;
+    }
+    return verdict;
+}
+
+/* Whatever changes a process's numbers stands between these two: the agent corrects none that is in the middle of it.
+ */
+static void begin(struct fgpu_process *p) { __sync_fetch_and_add(&p->begun, 1); }
+static void end(struct fgpu_process *p) { __sync_fetch_and_add(&p->changes, 1); }
+
+/* So does a thread from its admission to the end of the call that settles it: what the driver has of that, nobody
+ * knows. By generation, since a process that has left its cgroups and comes back is another. */
+static void busy(struct fgpu_process *p, struct fgpu_thread *t)
+{
+    if (t->open == p->generation) return;
+    t->open = p->generation;
+    begin(p);
+}
+
+static void quiet(struct fgpu_process *p, struct fgpu_thread *t)
+{
+    if (t->admission.bytes || t->call.function || t->open != p->generation) return;
+    t->open = p->generation | IDLE;
+    end(p);
+}
+
+static int charge(struct fgpu_process *p, struct held *h, u32 device, u64 bytes, int force)
+{
+    int verdict = take_levels(h, device, bytes, force);
+    if (verdict == FGPU_AGAIN) return verdict;
+    __sync_fetch_and_add(charged(p, h->side, device), bytes);
+    __sync_fetch_and_add(&on(p, device)->bytes, bytes);
+    return verdict;
+}
+
+/* The levels keep bytes that another process may have open; the agent lets go when NVML has told who holds them. It is
+ * told of the leaf, and looks at the groups around as well. */
+static void orphan_levels(struct held *h, u32 device, u64 bytes)
+{
+    if (!bytes) return;
+    EACH_LEVEL if (h->page[i]) __sync_fetch_and_add(&h->page[i]->orphaned[slot(device)], bytes);
+    if (h->page[0]) tell(h->page[0], FGPU_NEWS_ORPHANED, device, bytes, FGPU_MEMORY, 0);
+}
+
+/* Takes from what one side has, and no more. */
+static u64 draw(struct fgpu_process *p, u64 side, u32 device, u64 bytes)
+{
+    s64 *has = charged(p, side, device), was = __sync_fetch_and_add(has, -bytes);
+    if (!UNLIKELY(was < (s64)bytes)) return bytes;
+    if (was < 0) was = 0;
+    __sync_fetch_and_add(has, bytes - was);
+    return was;
+}
+
+/* What the side does not have any more has been moved in this very moment: its levels hold it until the agent's next
+ * look. */
+static void let_go(struct fgpu_process *p, u32 device, u64 bytes, int orphaned)
+{
+    device &= DEVICE_MASK;
+    struct held h;
+    if (!bytes) return;
+    look_up(p, &h);
+    subtract(&on(p, device)->bytes, bytes);
+    u64 some = draw(p, h.side, device, bytes);
+    if (UNLIKELY(some != bytes)) __sync_fetch_and_add(&on(p, device)->owed, bytes - some);
+    if (orphaned)
+        orphan_levels(&h, device, some);
+    else
+        give_back_levels(&h, device, some, FGPU_LEVELS);
+}
+
+static void release(struct fgpu_process *p, u32 device, u64 bytes) { let_go(p, device, bytes, 0); }

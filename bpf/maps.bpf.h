@@ -1,0 +1,166 @@
+/* maps.bpf.h: the maps, pinned, and the small things that everybody does with them. */
+
+#define VERDICT_MASK (FGPU_VERDICTS - 1)
+#define DEVICE_MASK (FGPU_DEVICES - 1)
+#define TICKET_MASK ((1ULL << 62) - 1)
+#define DEPTH 16 /* cgroups below the root that are looked at */
+#define TRIES 8
+#define MOST_ALLOCATIONS 262144
+#define MOST_THREADS 65536
+#define MOST_PROCESSES 16384
+#define PART(most) ((most) / 4) /* of a map that all share: what one level may have of it */
+#define SPAN 32                 /* mappings that one unmap may cover */
+#define READY 2
+#define SIGKILL 9
+#define EVENT_BYTES (1 << 20)
+#define BELL_BYTES (1 << 16)                         /* a page, however large those are */
+#define UNLIKELY(what) __builtin_expect(!!(what), 0) /* the compiler puts it behind the rest, out of the way */
+#define IDLE (1ULL << 63)                            /* beside the generation that a thread belongs to */
+#define OBSERVED 4                                   /* beside the verdicts: admitted because nobody enforces */
+
+BPF_F_TABLE("array", u32, struct fgpu_usage_page, page_template, 1, 1U << 10 /* BPF_F_MMAPABLE */);
+BPF_TABLE_PINNED("hash_of_maps$page_template", u64, int, pages, 4096, PINS "pages");
+BPF_TABLE_PINNED("array_of_maps$page_template", u32, int, shelf, 4096, PINS "shelf"); /* the same, by place */
+BPF_TABLE_PINNED("hash", u64, u32, resolved, 16384, PINS "resolved", SPARSE);
+BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_limit, limits, 65536, PINS "limits", SPARSE);
+BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_share, shares, 65536, PINS "shares", SPARSE);
+BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_turn, turns, 65536, PINS "turns", SPARSE);
+BPF_TABLE_PINNED("hash", u32, struct fgpu_process, processes, MOST_PROCESSES, PINS "processes", SPARSE);
+BPF_TABLE_PINNED("hash", struct fgpu_allocation_key, struct fgpu_allocation, allocations, MOST_ALLOCATIONS,
+                 PINS "allocations", SPARSE);
+BPF_TABLE_PINNED("hash", u64, struct fgpu_thread, threads, MOST_THREADS, PINS "threads", SPARSE);
+BPF_TABLE_PINNED("array", u32, u64, contexts, FGPU_DEVICES, PINS "contexts");
+BPF_TABLE_PINNED("array", u32, struct fgpu_device, devices, FGPU_DEVICES, PINS "devices");
+BPF_TABLE_PINNED("hash", struct fgpu_file, u32, files, 4096, PINS "files", SPARSE);
+/* 0: epoch, 1: flags for control pages, 2, 3: events of cgroups, 4: epoch of shares, 5: processes so far */
+BPF_TABLE_PINNED("array", u32, u64, host, 8, PINS "host");
+BPF_TABLE_PINNED("hash", struct fgpu_counter_key, u64, counters, 65536, PINS "counters", SPARSE);
+BPF_TABLE_PINNED("percpu_array", u32, u64, hits, FGPU_HITS, PINS "hits");
+/* As BPF_RINGBUF_OUTPUT of BCC, which cannot pin. */
+struct events_table_t {
+    int key;
+    u32 leaf;
+    int (*ringbuf_output)(void *, u64, u64);
+    u32 max_entries;
+    int flags;
+};
+__attribute__((section("maps/ringbuf:" PINS "events"))) struct events_table_t events = {.max_entries = EVENT_BYTES};
+struct bell_table_t {
+    int key;
+    u32 leaf;
+    int (*ringbuf_output)(void *, u64, u64);
+    u32 max_entries;
+    int flags;
+};
+__attribute__((section("maps/ringbuf:" PINS "bell"))) struct bell_table_t bell = {.max_entries = BELL_BYTES};
+BPF_ARRAY(blanks, struct fgpu_process, 1); /* never written: too large for the stack */
+
+/* A device as an index that the verifier believes: masked where it is used, whatever the compiler remembers. */
+static u64 slot(u64 device)
+{
+    __asm__ volatile("" : "+r"(device));
+    device &= DEVICE_MASK;
+    return device;
+}
+
+static void hit(u32 probe)
+{
+    u64 *n = hits.lookup(&probe);
+    if (n) __sync_fetch_and_add(n, 1); /* a processor's own; somebody else may come between all the same */
+}
+
+static struct fgpu_usage_page *page_of(u64 cgroup)
+{
+    void *inner = pages.lookup(&cgroup);
+    u32 zero = 0;
+    return inner ? bpf_map_lookup_elem(inner, &zero) : 0;
+}
+
+/* The same without a search: where the page was when the process came to this level. One that is taken away names no
+ * cgroup any more. */
+static struct fgpu_usage_page *page_at(struct fgpu_level *level)
+{
+    u32 place = level->place, zero = 0;
+    void *inner = shelf.lookup(&place);
+    struct fgpu_usage_page *page = inner ? bpf_map_lookup_elem(inner, &zero) : 0;
+    return page && page->cgroup == level->cgroup ? page : 0;
+}
+
+static void count(u64 cgroup, u32 device, u16 kind, u16 reason)
+{
+    struct fgpu_counter_key key = {.cgroup = cgroup, .device = device, .kind = kind, .reason = reason};
+    u64 zero = 0, *n = counters.lookup(&key);
+    if (!n) {
+        counters.insert(&key, &zero);
+        n = counters.lookup(&key);
+    }
+    if (n) __sync_fetch_and_add(n, 1);
+}
+
+static void anomaly(u16 what) { count(0, 0, FGPU_KINDS, what); }
+
+/* One less, never below 0: answers how many are left, or -1 where there was none. */
+static s64 one_less(u64 *n)
+{
+    s64 was = __sync_fetch_and_add(n, -1);
+    if (was > 0) return was - 1;
+    __sync_fetch_and_add(n, 1);
+    return -1;
+}
+
+/* Subtracts; what would go below zero is given back and counted. */
+static void subtract(u64 *word, u64 bytes)
+{
+    u64 was = __sync_fetch_and_add(word, -bytes);
+    if (UNLIKELY(was < bytes)) {
+        __sync_fetch_and_add(word, bytes - was);
+        anomaly(FGPU_ANOMALY_RELEASE);
+    }
+}
+
+/* Less, never below 0. */
+static void lower(u64 *word, u64 n)
+{
+    u64 was = __sync_fetch_and_add(word, -n);
+    if (was < n) __sync_fetch_and_add(word, n - was);
+}
+
+/* Takes a place for one entry more in a map that all share; 0: the level has as many as one may. A level whose page is
+ * gone counts nothing. */
+static int take_place(struct fgpu_level *level, u32 shared, u64 part)
+{
+    struct fgpu_usage_page *page = page_at(level);
+    if (UNLIKELY(!page)) level->cgroup = 0;
+    if (!page || __sync_fetch_and_add(&page->entries[shared], 1) < part) return 1;
+    one_less(&page->entries[shared]);
+    return 0;
+}
+
+static void give_places(struct fgpu_level *level, u32 shared, u64 n)
+{
+    struct fgpu_usage_page *page = level->cgroup ? page_at(level) : 0;
+    if (page) lower(&page->entries[shared], n);
+}
+
+static void give_place(struct fgpu_level *level, u32 shared) { give_places(level, shared, 1); }
+
+/* Answers 1 where there is an entry of that name already, and leaves it. Without a place, or in a full map, there is
+ * none: charged until the process ends. */
+static int enter_allocation(struct fgpu_allocation_key *key, struct fgpu_allocation *value, struct fgpu_level *leaf)
+{
+    value->level = *leaf;
+    if (take_place(&value->level, FGPU_ALLOCATIONS, PART(MOST_ALLOCATIONS))) {
+        int failed = allocations.insert(key, value);
+        if (!UNLIKELY(failed)) return 0;
+        give_place(&value->level, FGPU_ALLOCATIONS);
+    }
+    if (allocations.lookup(key)) return 1;
+    anomaly(FGPU_ANOMALY_FULL);
+    return 0;
+}
+
+static void delete_allocation(struct fgpu_allocation_key *key, struct fgpu_allocation *value)
+{
+    struct fgpu_level level = value->level;
+    if (!allocations.delete(key)) give_place(&level, FGPU_ALLOCATIONS);
+}

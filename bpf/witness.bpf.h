@@ -1,0 +1,266 @@
+/* witness.bpf.h: a driver call begins: what it was admitted, what it asks for, what it is about to free. */
+
+static void add_overhead(struct fgpu_process *p, u32 device, u64 bytes)
+{
+    __sync_fetch_and_add((u64 *)&on(p, device)->overhead, bytes);
+}
+
+static int takes(u64 function)
+{
+    return function <= FGPU_FUNCTION_CREATE || function == FGPU_FUNCTION_RETAIN ||
+           (function >= FGPU_FUNCTION_CONTEXT_V2 && function <= FGPU_FUNCTION_CONTEXT_V4);
+}
+
+/* Up to so many bytes of what NVML took out of the overhead; who is disturbed gets none. */
+static u64 take_cut(struct fgpu_process *p, u32 device, u64 most)
+{
+    u64 *cut = &on(p, device)->cut, had = *cut, taken = had < most ? had : most;
+    return __sync_val_compare_and_swap(cut, had, had - taken) == had ? taken : 0;
+}
+
+static int frees(u64 function) { return function >= FGPU_FUNCTION_FREE; }
+
+static u32 space_of(u64 function)
+{
+    return function == FGPU_FUNCTION_RELEASE         ? FGPU_SPACE_HANDLE
+           : function == FGPU_FUNCTION_DESTROY       ? FGPU_SPACE_CONTEXT
+           : function == FGPU_FUNCTION_ARRAY_DESTROY ? FGPU_SPACE_ARRAY
+                                                     : FGPU_SPACE_POINTER;
+}
+
+/* A call that failed, or will never be seen to end: what it was charged goes, what it took comes back. */
+static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
+{
+    if (!frees(f->function)) {
+        if (f->function == FGPU_FUNCTION_RETAIN) one_less(&on(p, f->device)->retained);
+        release(p, f->device, f->bytes);
+        return;
+    }
+    if (!f->references) return;
+    struct fgpu_allocation_key key = {
+        .tgid = tgid, .space = space_of(f->function), .generation = p->generation, .handle = f->arguments[0]};
+    struct fgpu_allocation value = {.bytes = f->bytes,
+                                    .device = f->device,
+                                    .era = on(p, f->device)->era,
+                                    .references = f->references,
+                                    .owner = f->arguments[2],
+                                    .exported = f->exported};
+    struct fgpu_allocation *there = allocations.lookup(&key);
+    if (there)
+        __sync_fetch_and_add(&there->references, f->references);
+    else
+        enter_allocation(&key, &value, levels_of(p, p->turn));
+}
+
+/* Takes one reference of the allocation into the flight; the last one takes the entry, before the driver can hand
+ * the same pointer to another thread. */
+static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
+{
+    struct fgpu_allocation_key key = {
+        .tgid = tgid, .space = space_of(f->function), .generation = p->generation, .handle = f->arguments[0]};
+    struct fgpu_allocation *a = allocations.lookup(&key);
+    if (!a) return;
+    f->device = a->device;
+    f->references = 1;
+    f->bytes = a->bytes;
+    f->arguments[2] = a->owner;
+    f->exported = a->exported;
+    if (UNLIKELY(__sync_fetch_and_add(&a->references, -1ULL) != 1)) {
+        f->bytes = 0;
+        return;
+    }
+    if (a->era != on(p, a->device)->era && f->function != FGPU_FUNCTION_RELEASE)
+        f->bytes = 0; /* went with its context */
+    delete_allocation(&key, a);
+}
+
+static u32 operation_of(struct fgpu_call *f)
+{
+    switch (f->function) {
+    case FGPU_FUNCTION_CREATE:
+        return FGPU_VMM;
+    case FGPU_FUNCTION_RETAIN:
+    case FGPU_FUNCTION_CONTEXT_V2:
+    case FGPU_FUNCTION_CONTEXT_V3:
+    case FGPU_FUNCTION_CONTEXT_V4:
+        return FGPU_CONTEXT;
+    default:
+        return FGPU_MEMORY;
+    }
+}
+
+/* Under onBypass: kill a call that nobody asked about and that would exceed ends its process before the driver runs. */
+static int killed(struct held *h, struct fgpu_call *f, u64 bytes)
+{
+    struct fgpu_usage_page *who = 0;
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = h->page[i];
+        if (!page || !(page->flags & FGPU_KILL) || page->flags & FGPU_OBSERVE || fits(page, f->device, bytes)) continue;
+        who = page;
+    }
+    if (!who) return 0;
+    __sync_fetch_and_add(&who->devices[slot(f->device)].refused, 1);
+    count(who->cgroup, f->device, operation_of(f), FGPU_REASON_LIMIT);
+    tell(who, FGPU_NEWS_KILLED, f->device, bytes, operation_of(f), FGPU_REASON_LIMIT);
+    bpf_send_signal(SIGKILL);
+    return 1;
+}
+
+/* The witnessed size, if larger than what was admitted, is charged all the same: the driver will hand it out. */
+static void cover(struct fgpu_process *p, struct fgpu_call *f, u64 bytes)
+{
+    if (!UNLIKELY(bytes > f->bytes) || bytes > FGPU_MOST_BYTES) return;
+    struct held h;
+    look_up(p, &h);
+    f->uncovered = bytes;
+    if (killed(&h, f, bytes - f->bytes)) return;
+    charge(p, &h, f->device, bytes - f->bytes, 1);
+    f->bytes = bytes;
+}
+
+static int same_call(struct fgpu_call *a, struct fgpu_call *b)
+{
+    return a->function == b->function && a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];
+}
+
+/* CUDA_ARRAY3D_DESCRIPTOR, and CUDA_ARRAY_DESCRIPTOR but for the depth. */
+struct shape {
+    u64 width, height, depth;
+    u32 format, channels, flags;
+};
+#define NO_MEMORY_YET 0xc0 /* CUDA_ARRAY3D_SPARSE, _DEFERRED_MAPPING */
+#define MOST_EXTENT (1 << 17)
+
+static u64 element_bytes(u32 format)
+{
+    if (format == 1 || format == 8) return 1;
+    if (format == 2 || format == 9 || format == 0x10) return 2;
+    return 4; /* 32 bits; compressed and planar formats take no more than this */
+}
+
+static u64 extent(u64 n, u32 level)
+{
+    n = n > MOST_EXTENT ? MOST_EXTENT : n;
+    n >>= level & 31;
+    return n ? n : 1;
+}
+
+/* At least these bytes: for a call that nobody asked about. The driver pads; NVML tells by how much. */
+static u64 shape_bytes(u64 function, void *descriptor, u32 levels)
+{
+    struct shape s = {.depth = 1};
+    u64 bytes = 0, element;
+    if (function == FGPU_FUNCTION_ARRAY) {
+        bpf_probe_read_user(&s, 16, descriptor);
+        bpf_probe_read_user(&s.format, 8, descriptor + 16);
+    } else {
+        bpf_probe_read_user(&s, 36, descriptor);
+    }
+    if (s.flags & NO_MEMORY_YET) return 0;
+    if (function != FGPU_FUNCTION_ARRAY_MIPMAPPED) levels = 1;
+    element = element_bytes(s.format) * (s.channels & 7);
+    for (u32 i = 0; i < 18 && i < levels; i++)
+        bytes += extent(s.width, i) * extent(s.height, i) * extent(s.depth, i) * element;
+    return bytes;
+}
+
+/* CUmemAllocationProp: the location's type stands at byte 8, its id at 12; 1 is a device. */
+static u64 create_bytes(struct fgpu_call *f, void *prop)
+{
+    u32 location[2] = {};
+    bpf_probe_read_user(location, sizeof(location), prop + 8);
+    f->device = location[1];
+    return location[0] == 1 ? f->arguments[1] : 0;
+}
+
+#define MOST_HEIGHT (1 << 15)
+static u64 pitch_bytes(u64 pitch, u64 height)
+{
+    return pitch < FGPU_MOST_BYTES && height < MOST_HEIGHT ? pitch * height : pitch;
+}
+
+/* What the driver is asked for, as far as its arguments say, and on which device: CUDA's ordinal, which an admission
+ * replaces by the ledger's index. */
+static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f)
+{
+    f->device = FGPU_DEVICES; /* not said: the process's last */
+    switch (f->function) {
+    case FGPU_FUNCTION_ALLOC:
+    case FGPU_FUNCTION_ALLOC_MANAGED:
+        return f->arguments[1];
+    case FGPU_FUNCTION_ALLOC_PITCH:
+        return pitch_bytes(PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx));
+    case FGPU_FUNCTION_ARRAY:
+    case FGPU_FUNCTION_ARRAY_3D:
+    case FGPU_FUNCTION_ARRAY_MIPMAPPED:
+        return shape_bytes(f->function, (void *)PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
+    case FGPU_FUNCTION_CREATE:
+        return create_bytes(f, (void *)PT_REGS_PARM3(ctx));
+    case FGPU_FUNCTION_RETAIN:
+        f->device = PT_REGS_PARM2(ctx);
+        return 0;
+    case FGPU_FUNCTION_CONTEXT_V2:
+        f->device = PT_REGS_PARM3(ctx);
+        return 0;
+    case FGPU_FUNCTION_CONTEXT_V3:
+        f->device = PT_REGS_PARM5(ctx);
+        return 0;
+    case FGPU_FUNCTION_CONTEXT_V4:
+        f->device = PT_REGS_PARM4(ctx);
+        return 0;
+    default:
+        return 0;
+    }
+}
+
+/* The call takes over what its thread was admitted. */
+static void take_over(struct fgpu_admission *a, struct fgpu_call *f)
+{
+    if (granted(a->verdict)) {
+        f->bytes = a->bytes;
+        f->device = a->device & DEVICE_MASK;
+        f->admitted = 1;
+    }
+    a->ticket = 0;
+    a->bytes = 0;
+}
+
+static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struct fgpu_thread *t)
+{
+    struct fgpu_call now = {.function = bpf_get_attach_cookie(ctx)};
+    now.arguments[0] = PT_REGS_PARM1(ctx);
+    now.arguments[1] = PT_REGS_PARM2(ctx);
+    now.arguments[2] = PT_REGS_PARM4(ctx); /* of a mapping: the handle; of a pitched allocation: the height */
+    int settles = t->admission.ticket && takes(now.function);
+    if (UNLIKELY(t->call.function)) {
+        /* A second probe on one file; or a call left by longjmp and made again, for which the old entry serves. */
+        if (!settles && same_call(&t->call, &now)) return;
+        put_back(p, tgid, &t->call); /* a call left by longjmp */
+    }
+    u64 bytes = asked_bytes(ctx, &now);
+    if (settles) take_over(&t->admission, &now);
+    if (now.device >= FGPU_DEVICES) now.device = p->last_device & DEVICE_MASK;
+    if (frees(now.function))
+        take_entry(p, tgid, &now);
+    else
+        cover(p, &now, bytes);
+    if (now.function == FGPU_FUNCTION_RETAIN) __sync_fetch_and_add(&on(p, now.device)->retained, 1);
+    t->call = now;
+}
+
+int call_enter(struct pt_regs *ctx)
+{
+    u64 id = bpf_get_current_pid_tgid();
+    u32 tgid = id >> 32;
+    struct held nobody;
+    struct fgpu_process *p = own_process(tgid, &nobody);
+    struct fgpu_thread *t = p ? own_thread(p, id) : 0;
+    hit(bpf_get_attach_cookie(ctx));
+    if (UNLIKELY(!p) && processes.lookup(&tgid)) anomaly(FGPU_ANOMALY_LOST);
+    if (!t) return 0;
+    if (!(p->flags & FGPU_SEEN_CALL)) p->flags |= FGPU_SEEN_CALL;
+    busy(p, t);
+    entered(ctx, p, tgid, t);
+    return 0;
+}

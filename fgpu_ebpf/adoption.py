@@ -1,0 +1,66 @@
+"""Processes of tenants whose memory nobody saw them take: who they are, told once each in `fgpu events`.
+
+Owns: who has been told. Never: ends a process, or tells of one twice. Cannot fail: of whom NVML is silent, so are we.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fgpu_ebpf import pages, procfs
+from fgpu_ebpf.enforcer import Enforcer
+from fgpu_ebpf.history import History
+from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.processes import Process
+from fgpu_ebpf.quantities import memory_text
+from fgpu_ebpf.reconcile import Truth
+
+_Who = tuple[int, int]  # pid, generation
+
+
+class Adoption:
+    """`truth` answers NVML's last look."""
+
+    def __init__(self, truth: Callable[[], Truth], ledger: Ledger, enforcer: Enforcer, history: History) -> None:
+        self._truth = truth
+        self._ledger = ledger
+        self._enforcer = enforcer
+        self._history = history
+        self._last: Truth | None = None
+        self._told: set[_Who] = set()
+
+    def look(self) -> None:
+        """Tells of those that are new since NVML was last asked; nothing where it was not asked since."""
+        truth = self._truth()
+        if truth is self._last:
+            return
+        self._last = truth
+        self._enforcer.spare_elders()
+        holders = {pid for held in truth.held.values() for pid in held}
+        known = {pid: p for pid in holders if (p := self._ledger.process(pid)) and p.levels}
+        self._told &= {(pid, p.generation) for pid, p in known.items()}
+        for pid, process in known.items():
+            if (pid, process.generation) not in self._told and any(process.bytes):
+                self._told.add((pid, process.generation))
+                self._tell(pid, process)
+
+    def _tell(self, pid: int, process: Process) -> None:
+        tenant = self._enforcer.get(process.levels[0])
+        is_elder = pid in self._enforcer.elders
+        if tenant is None or process.flags & pages.Seen.SHIM or (process.flags & pages.Seen.CALL and not is_elder):
+            return
+        if procfs.ended(pid):
+            return
+        for device, bytes_ in enumerate(process.bytes):
+            if bytes_:
+                self._history.add(
+                    "adopted", tenant=tenant.name, pid=pid, gpu=device, bytes=bytes_,
+                    reason="older than fgpu" if is_elder else "unwitnessed", text=self._beyond(tenant.cgroup, device),
+                )  # fmt: skip
+
+    def _beyond(self, cgroup: int, device: int) -> str:
+        """By how much the tenant is beyond its limit; empty: it is not."""
+        (usage,) = self._ledger.usage(cgroup, (device,)) or (None,)
+        if usage is None or usage.limit == pages.NO_LIMIT or usage.used <= usage.limit:
+            return ""
+        return f"the tenant has {memory_text(usage.used)} of {memory_text(usage.limit)}: nothing more is admitted"

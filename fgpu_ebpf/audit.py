@@ -1,0 +1,88 @@
+"""Whether tenants keep to their turns: how much of a device NVML says they ran on, beside how much of it they owned.
+
+Owns: the last ten seconds of both, of tenants that are gated. Never: acts, or blames on less. When it fails: where NVML
+does not say what a process ran, nothing is known of any tenant there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple, TypeAlias
+
+from fgpu_ebpf.processes import Process
+from fgpu_ebpf.timebook import Timebook, TurnCounts
+
+LOOK_SECONDS = 1.0
+LOOKS = 10
+MUCH = 0.1  # of a device: twice what a lie about a turn can gain there
+NS = 1_000_000_000
+Key: TypeAlias = tuple[int, int]  # level and device
+Percent: TypeAlias = Mapping[int, int]  # host pid -> of a device's time, as NVML has it
+
+
+class Verdict(NamedTuple):
+    """`beyond`: the part of a device's time that a tenant ran on outside its turns, of those watched for ten seconds.
+
+    Less than nothing is usual: a turn is not all kernels. `outside`: host pids that run while it is much.
+    """
+
+    beyond: Mapping[Key, float] = {}
+    outside: frozenset[int] = frozenset()
+
+
+class _Look(NamedTuple):
+    at: float
+    owned_ns: int
+    ran: float  # part of the time since the look before
+    pids: frozenset[int]
+
+
+class Audit:
+    """`percent` asks NVML: of a device, since a moment in seconds since the epoch; None: it does not say."""
+
+    def __init__(self, percent: Callable[[int, float], Percent | None]) -> None:
+        self._percent = percent
+        self._looks: dict[Key, deque[_Look]] = {}
+        self._shares: tuple[int, Collection[Key]] = (-1, ())
+        self._at = 0.0
+
+    def due(self, now: float) -> bool:
+        """Whether a second has passed, on the monotonic clock."""
+        return now - self._at >= LOOK_SECONDS
+
+    def look(self, now: float, epoch: float, times: Timebook, processes: Mapping[int, Process]) -> Verdict:
+        """To be called about once a second. `epoch`: now, in seconds since the epoch."""
+        self._at = now
+        version = times.epoch()
+        if self._shares[0] != version:
+            self._shares = version, times.shares().keys()
+        turns = times.turns() if self._shares[1] else {}
+        counts = {place: turns.get(place, TurnCounts()) for place in self._shares[1]}  # who says nothing owns nothing
+        gated = {place: found for place, found in counts.items() if not found.free}
+        self._looks = {place: looks for place, looks in self._looks.items() if place in gated}
+        for device in {device for _, device in gated}:
+            percent = self._percent(device, epoch - LOOK_SECONDS)
+            for place in (place for place in gated if place[1] == device):
+                self._enter(place, now, gated[place].owned_ns, percent, processes)
+        beyond = {place: _beyond(looks) for place, looks in self._looks.items() if len(looks) > LOOKS}
+        outside = (self._looks[place][-1].pids for place, part in beyond.items() if part > MUCH)
+        return Verdict(beyond, frozenset().union(*outside))
+
+    def _enter(
+        self, place: Key, now: float, owned_ns: int, percent: Percent | None, processes: Mapping[int, Process]
+    ) -> None:
+        if percent is None:
+            self._looks.pop(place, None)
+            return
+        own = {pid: part for pid, part in percent.items() if pid in processes and place[0] in processes[pid].levels}
+        looks = self._looks.setdefault(place, deque(maxlen=LOOKS + 1))
+        if looks and owned_ns < looks[-1].owned_ns:  # counted anew
+            looks.clear()
+        looks.append(_Look(now, owned_ns, min(1.0, sum(own.values()) / 100), frozenset(own)))
+
+
+def _beyond(looks: deque[_Look]) -> float:
+    first, *rest = looks
+    owned = (rest[-1].owned_ns - first.owned_ns) / NS / (rest[-1].at - first.at)
+    return sum(look.ran for look in rest) / len(rest) - owned

@@ -1,0 +1,119 @@
+"""`fgpu cdi` and `fgpu setup`: how containers come to their limits.
+
+Owns: how devices and set-ups are printed. Never: asks the agent, or restarts an engine. Exit codes as everywhere:
+0 done, 1 a finding or failure, 2 usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+RUN_DIR = Path("/run/fgpu")
+
+
+def _run_dir() -> Path:
+    folder: Path = click.get_current_context().find_root().params.get("run_dir", RUN_DIR)
+    return folder
+
+
+def _fail(text: str) -> None:
+    click.echo(f"fgpu: {text}", err=True)
+    sys.exit(1)
+
+
+@click.group("cdi")
+def cdi_group() -> None:
+    """Devices that a container may ask for: fgpu.dev/share=8gib-50pct, fgpu.dev/shim=all."""
+
+
+@cdi_group.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+def list_devices(as_json: bool) -> None:
+    """List the devices that engines find on this host now."""
+    from fgpu_ebpf import inject
+
+    found = [_device(spec, device) for spec in inject.written(_run_dir()) for device in spec["devices"]]
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    if not found:
+        _fail("no agent has written any: start it with `fgpu agent`")
+    for device in found:
+        click.echo(f"{device['name']:<32} {device['gives']}")
+
+
+def _device(spec: dict[str, Any], device: dict[str, Any]) -> dict[str, str]:
+    from fgpu_ebpf import shares
+
+    name = f"{spec['kind']}={device['name']}"
+    if not spec["kind"].endswith("/share"):
+        return {"name": name, "gives": "what the policies say"}
+    share = shares.parse(device["name"])
+    memory = [f"memory {share.memory}"] if share.memory else []
+    compute = [f"compute up to {share.compute}"] if share.compute else []
+    return {"name": name, "gives": ", ".join(memory + compute)}
+
+
+@cdi_group.command()
+@click.argument("names", metavar="[SHARE]...", nargs=-1)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="A file of /etc/cdi; else stdout.")
+def generate(names: tuple[str, ...], output: Path | None) -> None:
+    """Print the specification of SHAREs (8gib-50pct, 50pct-50pct, all-50pct), or of those in agent.yaml."""
+    from fgpu_ebpf import cdi, hostfile, inject, published
+    from fgpu_ebpf.quantities import QuantityError
+
+    host, faults = hostfile.read()
+    if host is None:
+        return _fail("\n".join(map(str, faults)))
+    try:
+        of = inject.parts(_run_dir(), published.stable_path(), inject.BIN / inject.HELPER)
+        spec = cdi.share_spec(of, names or host.shares)
+        if output is None:
+            click.echo(cdi.text(spec), nl=False)
+        else:
+            cdi.write(output, spec)
+    except QuantityError as error:
+        click.echo(f"fgpu: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        _fail(f"{output}: {error.strerror}")
+    return None
+
+
+@click.command()
+@click.argument("engine", type=click.Choice(["docker", "podman", "containerd"]))
+@click.option("--undo", "is_undo", is_flag=True, help="As it was before.")
+@click.option("--file", type=click.Path(path_type=Path, dir_okay=False), help="The engine's settings, if elsewhere.")
+def setup(engine: str, is_undo: bool, file: Path | None) -> None:
+    """Give every container of ENGINE the shim, with no flag at all."""
+    from dataclasses import replace
+
+    from fgpu_ebpf import enginesetup, inject
+    from fgpu_ebpf.agent import AgentError, package_file
+
+    found = enginesetup.ENGINES[engine]
+    found = replace(found, file=file) if file else found
+    state = enginesetup.STATE / f"{engine}.json"
+    try:
+        if is_undo:
+            changed = enginesetup.undo(found, state)
+        else:
+            helper = inject.publish_helper(package_file("oci", inject.HELPER))
+            changed = enginesetup.set_up(found, helper, state)
+    except (enginesetup.SetupError, AgentError) as error:
+        return _fail(f"{error}: nothing was changed")
+    except OSError as error:
+        return _fail(f"{error.filename or found.file}: {error.strerror}: nothing was changed")
+    done = "is as before" if is_undo else "is set up"
+    click.echo(f"{found.file}: {done}" if changed else f"{found.file}: nothing to do")
+    reload = found.reload_undone if is_undo else found.reload
+    if changed and reload:
+        click.echo(f"it holds from when you have said: {reload}")
+    if changed and is_undo and engine == "docker":
+        click.echo("containers that were made meanwhile name the runtime fgpu: make them again")
+    return None

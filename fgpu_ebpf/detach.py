@@ -1,0 +1,73 @@
+"""`fgpu detach`: the host as it was before fgpu came.
+
+Owns: the list of what a service leaves on a host, and its removal. Never: touches what an engine's settings name (`fgpu
+setup --undo` comes first then), a version of the shim that somebody has mapped, or what was measured of the driver.
+On failure: OSError; what is left is taken away by the next call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from fgpu_ebpf import enginesetup, inject, keeper, launch, probes, procfs, programs, published
+from fgpu_ebpf.elders import Elders
+from fgpu_ebpf.overrides import Overrides
+from fgpu_ebpf.workloads import RUN_FOLDER, Workloads
+
+LOCK, NAMES = "agent.lock", "engines.json"
+_FILES = (
+    *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", NAMES, Elders.FILE),
+    *("gatekeeper.json", "gatekeeper.lock"),
+)
+
+
+def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
+    """Opens everything, unpins it and removes what was set up. `by_agent`: whoever holds the lock does it."""
+    keeper.end_any(run_dir)
+    _cgroups(run_dir)
+    for folder in (pins, *probes.folders_of_other_layouts(pins)):
+        probes.detach(folder)
+    _remove_empty(pins.parent)
+    programs.unmount_made()
+    shim = inject.take_away(run_dir)
+    launch.take_away_what_was_made(run_dir)
+    if shim:
+        _published(shim)
+    for name in _FILES:
+        (run_dir / name).unlink(missing_ok=True)
+    if by_agent or not keeper.locked(run_dir / LOCK):
+        (run_dir / LOCK).unlink(missing_ok=True)
+    _remove_empty(run_dir / "shim")
+    _remove_empty(run_dir)
+
+
+def _cgroups(run_dir: Path) -> None:
+    """Those of `fgpu run` that nobody is in any more; the others are removed by whoever comes next."""
+    root = procfs.cgroup2_root()
+    if root is None:
+        return
+    for override in Overrides(run_dir / "overrides.json"):
+        if override.own:
+            Workloads(root).remove(override.path)
+    _remove_empty(root / RUN_FOLDER)
+
+
+def _published(shim: Path) -> None:
+    """The store that this path of the shim lies in, and the helper, unless somebody still needs them."""
+    store = shim.parent.parent
+    if any(enginesetup.STATE.glob("*.json")):
+        return
+    mapped = {(m.dev, m.ino) for pid in procfs.pids() for m in procfs.fgpu_mappings(pid) or ()}
+    if published.remove(store, mapped):
+        shutil.rmtree(inject.BIN, ignore_errors=True)
+    for folder in (store, enginesetup.STATE, store.parent):
+        _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Others may have something in it, or have mounted it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)

@@ -1,0 +1,160 @@
+"""`fgpu explain`: why a cgroup gets what it gets, from the decision to what is in force.
+
+Owns: the words. Never: decides. Cannot fail: a cgroup that nobody manages is explained too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.manager import Manager
+from fgpu_ebpf.policy import Priority
+from fgpu_ebpf.quantities import memory_text
+from fgpu_ebpf.scheduler import MILLION
+from fgpu_ebpf.tenants import Tenant
+from fgpu_ebpf.timebook import TurnCounts
+from fgpu_ebpf.workloads import TargetError
+
+
+def explain(path: str, manager: Manager, ledger: Ledger, unenforced: str = "") -> dict[str, Any]:
+    """As plain values; `lines` are for people. `unenforced`: why none is in force. TargetError: the cgroup is gone."""
+    workload = manager.workloads.identify(path)
+    if workload is None:
+        raise TargetError(f"no cgroup {path}")
+    decision = manager.decide(workload)
+    tenant = manager.enforcer.at(path)
+    levels = [t for c in manager.enforcer.levels(path) if (t := manager.enforcer.get(c))]
+    answer: dict[str, Any] = {
+        "path": path,
+        "tenant": levels[0].name if levels else None,
+        "policy": decision.policy.name if decision.policy else None,
+        "source": decision.policy.source if decision.policy else None,
+        "tried": [{"policy": name, "reason": reason} for name, reason in decision.tried],
+        "notes": [
+            *decision.notes,
+            *filter(None, [manager.workloads.missing(workload)]),
+            *_left_out(tenant, levels, manager),
+            *[
+                f"onBypass: kill waits: older than fgpu are some in {t.name}"
+                for t in levels
+                if manager.enforcer.spares(t)
+            ],
+        ],
+        "levels": [_level(level, manager, ledger) for level in levels],
+        "enforcement": "none" if unenforced else _enforcement(levels),
+        "unenforced": unenforced,
+        "stronger": _stronger(levels, manager, ledger),
+    }
+    return answer | {"lines": _lines(answer, tenant)}
+
+
+def _left_out(tenant: Tenant | None, levels: list[Tenant], manager: Manager) -> list[str]:
+    return [manager.enforcer.denied(tenant.cgroup)] if tenant and tenant not in levels else []
+
+
+def _level(tenant: Tenant, manager: Manager, ledger: Ledger) -> dict[str, Any]:
+    devices = sorted(tenant.limits)
+    usage, turns = ledger.usage(tenant.cgroup, devices) or [], ledger.times.turns()
+    return {
+        "tenant": tenant.name,
+        "path": tenant.path,
+        "by": tenant.source if tenant.by_hand else tenant.policy,
+        "denied": manager.enforcer.denied(tenant.cgroup),
+        "devices": [
+            {"gpu": device, "limit_bytes": u.limit, "used_bytes": u.used, "refused": u.refused}
+            for device, u in zip(devices, usage, strict=False)
+        ],
+        "compute": [_time(tenant, device, turns.get((tenant.cgroup, device))) for device in sorted(tenant.shares)],
+    }
+
+
+def _time(tenant: Tenant, device: int, turn: TurnCounts | None) -> dict[str, Any]:
+    share, t = tenant.shares[device], turn or TurnCounts()
+    return {
+        "gpu": device,
+        "limit_ratio": share.limit_millionths / MILLION,
+        "weight": share.weight,
+        "priority": list(Priority)[share.rank].value,
+        "had_ratio": t.had_millionths / MILLION,
+        "entitled_ratio": t.entitled_millionths / MILLION,
+        "free": bool(t.free),
+        "is_owner": bool(t.owner),
+        "is_waiting": bool(t.since_ns),
+        "throttled": t.throttled,
+    }
+
+
+def _enforcement(levels: list[Tenant]) -> str:
+    if not levels:
+        return "none"
+    return "observe" if all(level.observe for level in levels) else "kernel"
+
+
+def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger) -> list[str]:
+    """What would make it stronger."""
+    if not levels:
+        return ["no policy matches: write one, or `fgpu set`"]
+    found = [f"{level.name} only observes: mode: enforce" for level in levels if level.observe]
+    around = {level.cgroup for level in levels}
+    bypassing = [
+        pid
+        for pid, p in ledger.processes().items()
+        if p.levels[:1] == (levels[0].cgroup,) and (p.flags & pages.Seen.BYPASS or not p.flags & pages.Seen.SHIM)
+    ]
+    elders = [pid for pid in bypassing if pid in manager.enforcer.elders]
+    if elders:
+        pids = ", ".join(map(str, sorted(elders)[:5]))
+        found.append(f"older than fgpu: pid {pids}: charged, never stopped; start them anew")
+    bypassing = [pid for pid in bypassing if pid not in elders]
+    if bypassing and around:
+        pids = ", ".join(map(str, sorted(bypassing)[:5]))
+        found.append(f"without the shim: pid {pids}: charged, not stopped; mount the shim, or onBypass: kill")
+    return found
+
+
+def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:
+    lines = [answer["path"]]
+    if answer["policy"]:
+        lines.append(f"  policy {answer['policy']} ({answer['source']}) matches")
+    else:
+        lines.append("  no policy matches")
+    lines += [f"  not {tried['policy']}: {tried['reason']}" for tried in answer["tried"]]
+    if tenant and tenant.by_hand:
+        lines.append(f"  set by hand (fgpu {tenant.source}), which comes first")
+    lines += [f"  note: {note}" for note in answer["notes"]]
+    for level in answer["levels"]:
+        lines.append(f"  level {level['tenant']} ({level['by']})")
+        lines += [f"    {_device_line(device)}" for device in level["devices"]]
+        lines += [f"    {_time_line(time)}" for time in level["compute"]]
+        if level["denied"]:
+            lines.append(f"    gets nothing: {level['denied']}")
+    why = f": {answer['unenforced']}" if answer["unenforced"] else ""
+    lines.append(f"  enforcement: {answer['enforcement']}{why}")
+    lines += [f"  stronger: {text}" for text in answer["stronger"]]
+    return lines
+
+
+def _device_line(device: dict[str, Any]) -> str:
+    limit, used = device["limit_bytes"], device["used_bytes"]
+    if limit == pages.NO_LIMIT:
+        return f"gpu {device['gpu']}: {memory_text(used)} used, no limit"
+    left = max(0, limit - used)
+    text = f"gpu {device['gpu']}: {memory_text(used)} of {memory_text(limit)} used, {memory_text(left)} left"
+    return text + (f", refused {device['refused']} times" if device["refused"] else "")
+
+
+def _time_line(time: dict[str, Any]) -> str:
+    ceiling = f"up to {time['limit_ratio']:.0%}, " if time["limit_ratio"] < 1 else ""
+    text = f"gpu {time['gpu']}: time {ceiling}weight {time['weight']}, {time['priority']} priority"
+    if time["free"]:
+        return f"{text}: nobody to share with, its gate is open"
+    text += f": had {time['had_ratio']:.1%} of {time['entitled_ratio']:.1%}"
+    if time["is_owner"]:
+        return f"{text}, and it is its turn"
+    if time["is_waiting"]:
+        return f"{text}, and it waits for its turn" + (
+            ": its limit holds it back at times" if time["throttled"] else ""
+        )
+    return text

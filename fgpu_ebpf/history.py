@@ -1,0 +1,85 @@
+"""What happened of late, for `fgpu events`: refusals, bypasses, adoptions, kills, overruns, reloads, what was set.
+
+Owns: the last thousand, and their numbers. Never: grows, or tells the same more than once a second, unless somebody
+did it by hand: what was left out is counted in the next one. Cannot fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from fgpu_ebpf.quantities import memory_text
+
+log = logging.getLogger("fgpu.events")
+MOST = 1000
+MOST_KINDS = 4096
+AGAIN_SECONDS = 1.0
+BY_HAND = {"set", "unset"}
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """One line. `number` grows by one each; `time_seconds` since the epoch; what is not known is empty or 0.
+
+    `more`: how many of the same kind and tenant went untold before this one.
+    """
+
+    number: int
+    time_seconds: float
+    what: str
+    tenant: str = ""
+    pid: int = 0
+    gpu: int | None = None
+    operation: str = ""
+    reason: str = ""
+    bytes: int = 0
+    text: str = ""
+    more: int = 0
+
+
+class History:
+    """The last MOST happenings."""
+
+    def __init__(self) -> None:
+        self._last: deque[Happening] = deque(maxlen=MOST)
+        self._number = 0
+        self._told: dict[tuple[str, str, str, str], tuple[float, int]] = {}  # when last, and how many since
+
+    def add(self, what: str, **more: Any) -> None:
+        """Notes one and logs it, unless the same was told just now."""
+        happening = Happening(self._number + 1, time.time(), what, **more)
+        kind = (what, happening.tenant, happening.reason, happening.operation + happening.text)
+        now = time.monotonic()
+        last, untold = self._told.get(kind, (-AGAIN_SECONDS, 0))
+        if now - last < AGAIN_SECONDS and what not in BY_HAND:
+            self._told[kind] = (last, untold + 1)
+            return
+        if len(self._told) >= MOST_KINDS:
+            self._told.clear()
+        self._told[kind] = (now, 0)
+        self._number += 1
+        happening = replace(happening, more=untold)
+        self._last.append(happening)
+        fields = asdict(happening)
+        log.info("%s", line_of(fields), extra={name: value for name, value in fields.items() if value})
+
+    def since(self, number: int) -> dict[str, Any]:
+        """Those after `number`, and how many were forgotten before anybody asked."""
+        found = [asdict(h) for h in self._last if h.number > number]
+        first = self._last[0].number if self._last else self._number + 1
+        return {"events": found, "last": self._number, "forgotten": max(0, first - number - 1)}
+
+
+def line_of(happening: dict[str, Any]) -> str:
+    """One happening as a line for people, its time left out."""
+    words = [happening["what"], happening["tenant"]]
+    words += [f"pid {happening['pid']}"] if happening["pid"] else []
+    words += [f"gpu {happening['gpu']}"] if happening["gpu"] is not None else []
+    words += [happening["operation"], memory_text(happening["bytes"]) if happening["bytes"] else ""]
+    words += [f"({happening['reason']})"] if happening["reason"] else []
+    words += [happening["text"], f"and {happening['more']} more before" if happening["more"] else ""]
+    return " ".join(word for word in words if word)

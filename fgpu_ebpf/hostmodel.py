@@ -1,0 +1,110 @@
+"""The document `agent.yaml`: its keys and what each may hold.
+
+Owns: the way from its text to values. Never: opens it, or knows what holds without it (`hostfile` does). On failure:
+faults, each with its line.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from fgpu_ebpf import shares
+from fgpu_ebpf.faults import faults
+from fgpu_ebpf.policyvalues import MetricLabels, Model, absent
+from fgpu_ebpf.quantities import shown
+from fgpu_ebpf.yamlfile import Fault, FaultError, documents
+
+_PATHS = ("driver_root", "policy_folder", "cdi_folder")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise ValueError(f"{shown(value)} has no port: write it as 127.0.0.1:9423")
+    if not _HOST.fullmatch(host) and not _is_ipv6(host):
+        raise ValueError(f"{shown(value)} has no address: write it as 127.0.0.1:9423 or [::1]:9423")
+    return value
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return host.startswith("[") and host.endswith("]") and bool(ipaddress.IPv6Address(host[1:-1]))
+    except ValueError:
+        return False
+
+
+def _absolute(value: str) -> str:
+    if not value.startswith("/") or "\0" in value:
+        raise ValueError(f"{shown(value)} is no absolute path: begin it with /")
+    return value
+
+
+def _program(value: list[str]) -> list[str]:
+    _absolute(value[0])
+    return value
+
+
+def _engine(value: str) -> str:
+    kind, colon, path = value.partition(":")
+    if kind not in ("docker", "podman", "cri") or not colon:
+        raise ValueError(f"{shown(value)} names no engine: write it as docker:/run/docker.sock, podman:… or cri:…")
+    _absolute(path)
+    return value
+
+
+def _share(value: str) -> str:
+    return shares.parse(value).name
+
+
+_Path = Annotated[str, AfterValidator(_absolute), Field(max_length=4096)]
+
+
+class HostDocument(Model):
+    """`agent.yaml`"""
+
+    listen: Annotated[str, AfterValidator(_address)] = absent()
+    overcommit: Literal["forbid", "allow"] = "forbid"
+    loader: Annotated[list[str], Field(min_length=1, max_length=16), AfterValidator(_program)] = absent()
+    driver_root: _Path = absent()
+    policy_folder: _Path = absent()
+    metric_labels: MetricLabels = absent()
+    engines: Annotated[list[Annotated[str, AfterValidator(_engine)]], Field(max_length=16)] = absent()
+    log_format: Literal["text", "json", "journal"] = "text"
+    cdi_folder: _Path = absent()
+    shares: Annotated[list[Annotated[str, AfterValidator(_share)]], Field(max_length=256)] = absent()
+
+
+def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[Fault, ...]]:
+    """What a file sets, as fields of HostSettings, or all that is wrong with it."""
+    try:
+        found = list(documents(file, data))
+        if len(found) > 1:
+            return {}, (Fault(file, found[1].line(()), "", "is a second document: there is one agent, join them"),)
+        if not found:
+            return {}, ()
+        document = found[0]
+        if not isinstance(document.value, dict):
+            return {}, (Fault(file, document.line(()), "", "is no mapping: write it as listen: 127.0.0.1:9423"),)
+        return _values(HostDocument.model_validate(document.value)), ()
+    except FaultError as error:
+        return {}, (error.fault,)
+    except ValidationError as error:
+        return {}, tuple(faults(file, document, HostDocument, error))
+
+
+def _values(document: HostDocument) -> dict[str, Any]:
+    values: dict[str, Any] = {name: getattr(document, name) for name in document.model_fields_set}
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+        elif name in _PATHS:
+            values[name] = Path(value)
+    if "overcommit" in values:
+        values["overcommit"] = values["overcommit"] == "allow"
+    return values

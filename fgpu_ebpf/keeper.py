@@ -1,0 +1,128 @@
+"""The gatekeeper's process, as the agent sees it: started when there is none, ended with the agent that started it.
+
+Owns: the child. Never: ends one that a service runs, but for `fgpu detach`. On failure: one that does not come up is
+named by `wait`; one that dies is replaced within a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.checks import Check
+
+log = logging.getLogger("fgpu.agent")
+UP_SECONDS = 5.0
+PATIENCE_SECONDS = 2.0  # a shim's
+OWN_SECONDS, OTHERS_SECONDS = 0.5, 1.0  # without a gatekeeper, until the agent starts one
+
+
+class Keeper:
+    """At most one gatekeeper of ours."""
+
+    def __init__(self, run_dir: Path, pins: Path) -> None:
+        self._run_dir = run_dir
+        self._command = [sys.executable, "-m", "fgpu_ebpf.gatekeeper", "--run-dir", str(run_dir), "--pins", str(pins)]
+        self._child: subprocess.Popen[bytes] | None = None
+        self._seen = 0.0
+
+    def start(self) -> None:
+        """Starts one, unless there is one that a service runs or that outlived an agent."""
+        self._seen = time.monotonic()
+        if locked(self._run_dir / "gatekeeper.lock"):
+            return
+        environment = {"PATH": os.defpath, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        self._child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, env=environment)
+
+    def keep(self) -> None:
+        """Starts one where there is none; where a service ran one, it has the time to do so again."""
+        own = self._child and self._child.poll() is None
+        if own or locked(self._run_dir / "gatekeeper.lock"):
+            self._seen = time.monotonic()
+            return
+        if time.monotonic() - self._seen < (OWN_SECONDS if self._child else OTHERS_SECONDS):
+            return
+        log.warning("the gatekeeper is gone: starting another")
+        self.start()
+
+    def wait(self) -> bool:
+        """Until one answers; False: none came up in time."""
+        deadline = time.monotonic() + UP_SECONDS
+        while not self.answers():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
+
+    def answers(self) -> bool:
+        """A gatekeeper holds its lock and its socket."""
+        return locked(self._run_dir / "gatekeeper.lock") and (self._run_dir / "shim/shim.sock").exists()
+
+    def stop(self) -> None:
+        """Ends ours."""
+        if self._child is None or self._child.poll() is not None:
+            return
+        self._child.terminate()
+        try:
+            self._child.wait(2.0)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+
+def check(run_dir: Path) -> Check:
+    """A gatekeeper is there and answers, asked as a shim asks."""
+    lock = run_dir / "gatekeeper.lock"
+    mend = "the agent starts another within a second, or systemctl restart fgpu-gatekeeper"
+    if not locked(lock):
+        return Check("gatekeeper", False, "there is none: programs that start get no memory", mend)
+    pid = lock.read_text(encoding="ascii").strip()
+    if not _greets(run_dir / "shim/shim.sock"):
+        silent = f"pid {pid} does not answer within {PATIENCE_SECONDS:g} s: programs that start get no memory"
+        return Check("gatekeeper", False, silent, f"kill -9 {pid}: {mend}")
+    return Check("gatekeeper", True, f"pid {pid}")
+
+
+def _greets(place: Path) -> bool:
+    """Whoever asks is unmanaged, or a tenant's process that keeps none of the pages."""
+    hello = pages.Hello(magic=pages.MAGIC, version=pages.LAYOUT, size=ctypes.sizeof(pages.Hello))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(PATIENCE_SECONDS)
+        try:
+            sock.connect(str(place))
+            sock.send(bytes(hello))
+            return bool(sock.recv(4096))
+        except OSError:
+            return False
+
+
+def end_any(run_dir: Path) -> None:
+    """Ends whichever gatekeeper holds the lock, an earlier agent's too: it would make its folder again."""
+    lock, deadline = run_dir / "gatekeeper.lock", time.monotonic() + UP_SECONDS
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(lock.read_text(encoding="ascii"))
+        while locked(lock) and time.monotonic() < deadline:
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.02)
+
+
+def locked(path: Path) -> bool:
+    """Somebody holds the file's lock."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

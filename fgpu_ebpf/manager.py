@@ -1,0 +1,210 @@
+"""Who is to be managed now: every cgroup against the policies and what was set by hand, and the outcome enforced.
+
+Owns: the policies in force, the overrides, the cgroups of `fgpu run`. Never: writes the ledger itself. On failure:
+TargetError and RoomError for what somebody asks for; what a policy cannot be given is in the tenant's notes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fgpu_ebpf.enforcer import Enforcer, RoomError
+from fgpu_ebpf.history import History
+from fgpu_ebpf.identity import Workload
+from fgpu_ebpf.overrides import Override, Overrides
+from fgpu_ebpf.policy import Decision, Device, PolicySet
+from fgpu_ebpf.shares import Share, parse
+from fgpu_ebpf.tenants import Tenant, requests, tenant_of
+from fgpu_ebpf.workloads import TargetError, Workloads
+
+log = logging.getLogger("fgpu.agent")
+ENTER_SECONDS = 10.0
+
+
+class Manager:
+    """The desired state of the host."""
+
+    def __init__(
+        self,
+        workloads: Workloads,
+        enforcer: Enforcer,
+        overrides: Overrides,
+        devices: Sequence[Device],
+        history: History,
+    ) -> None:
+        self.workloads = workloads
+        self.enforcer = enforcer
+        self.policies = PolicySet(())
+        self._overrides = overrides
+        self._devices = devices
+        self._history = history
+        self._awaited: dict[str, float] = {}  # own cgroups that nobody has entered yet: until when
+
+    # -- deciding
+
+    def decide(self, workload: Workload, override: Override | None = None) -> Decision:
+        """What the policies say of a workload, and of the share that it has asked for."""
+        decision = self.policies.resolve(workload, self._devices)
+        override = override or self._overrides.get(workload.cgroup)
+        if override is None or not override.share or decision.policy is None:
+            return decision
+        asked = requests(parse(override.share), decision.policy)
+        return self.policies.resolve(replace(workload, labels={**workload.labels, **asked}), self._devices)
+
+    def _tenant(self, path: str) -> Tenant | None:
+        workload = self.workloads.identify(path)
+        if workload is None:
+            return None
+        return tenant_of(self.decide(workload), self._overrides.get(workload.cgroup), self._devices)
+
+    def consider(self, paths: Iterable[str]) -> None:
+        """Looks at these cgroups anew: managed, changed, or gone."""
+        wanted = {path: self._tenant(path) for path in paths}
+        gone = []
+        for path, tenant in wanted.items():
+            before = self.enforcer.at(path)
+            if before and (tenant is None or tenant.cgroup != before.cgroup):
+                gone.append(before)
+        self._let_go(gone)
+        self._enforce([tenant for tenant in wanted.values() if tenant])
+
+    def consider_all(self) -> None:
+        """Looks at every cgroup that there is, and at every tenant whether it still is."""
+        self.consider({*self.workloads.walk(), *(tenant.path for tenant in self.enforcer)})
+
+    def reload(self, policies: PolicySet) -> None:
+        """Another set of policies is in force from now on, as a whole."""
+        self.policies = policies
+        self.consider_all()
+
+    def _enforce(self, tenants: Sequence[Tenant]) -> None:
+        by_hand = [tenant for tenant in tenants if tenant.by_hand]
+        for tenant in by_hand:
+            self._put([tenant])
+        self._put([tenant for tenant in tenants if not tenant.by_hand])
+
+    def _put(self, tenants: Sequence[Tenant]) -> None:
+        """Those for whom there is no room, on a device or in the kernel, must not keep the others out."""
+        try:
+            self.enforcer.put(tenants)
+        except (RoomError, OSError) as error:
+            half = len(tenants) // 2
+            if half:
+                self._put(tenants[:half])
+                self._put(tenants[half:])
+            else:
+                self._history.add("no room", tenant=tenants[0].name, text=str(error))
+
+    def _let_go(self, tenants: Sequence[Tenant]) -> None:
+        if not tenants:
+            return
+        cgroups = [tenant.cgroup for tenant in tenants]
+        self.enforcer.release(cgroups)
+        self._overrides.drop(c for t, c in zip(tenants, cgroups, strict=True) if self.workloads.cgroup(t.path) != c)
+
+    # -- by hand
+
+    def set(self, path: str, asked: Mapping[str, Any], name: str = "", own: bool = False) -> Tenant:
+        """Puts limits in force on a cgroup: fields of Override; what is left out stays as it was set before.
+
+        TargetError: there is none; RoomError: it does not fit; OSError: it could not be kept, or the kernel has no
+        room. Then all is as it was.
+        """
+        workload = self.workloads.identify(path)
+        if workload is None:
+            raise TargetError(f"no cgroup {path}")
+        before = self._overrides.get(workload.cgroup)
+        override = before or Override(workload.cgroup, workload.path, None, name, own)
+        override = replace(override, path=workload.path, **{"share": "", **asked})
+        tenant = tenant_of(self.decide(workload, override), override, self._devices)
+        assert tenant
+        self.enforcer.put([tenant])
+        try:
+            self._overrides.put(override)
+        except OSError:
+            self._follow_what_is_left(path)
+            raise
+        return self.enforcer.get(tenant.cgroup) or tenant
+
+    def share(self, path: str, share: Share) -> Tenant:
+        """A container asks for a share before it runs. TargetError: it has another; RoomError: it does not fit."""
+        cgroup = self.workloads.cgroup(path)
+        before = self._overrides.get(cgroup) if cgroup is not None else None
+        if before and before.share and before.share != share.name:
+            raise TargetError(f"it has fgpu.dev/share={before.share} already: ask for one")
+        return self.set(path, {"share": share.name})
+
+    def unset(self, path: str) -> bool:
+        """Takes away what was set by hand; a policy holds again, if one matches. False: nothing was set."""
+        cgroup = self.workloads.cgroup(path)
+        if cgroup is None or self._overrides.get(cgroup) is None:
+            return False
+        self._overrides.drop([cgroup])
+        self._follow_what_is_left(path)
+        return True
+
+    def _follow_what_is_left(self, path: str) -> None:
+        """What was set by hand before, or else a policy, holds; where nothing does, it is managed no longer."""
+        self.consider([path])
+        tenant = self.enforcer.at(path)
+        if tenant and self._tenant(path) is None:
+            self.enforcer.release([tenant.cgroup])
+
+    def run(self, asked: Mapping[str, Any], name: str) -> Tenant:
+        """A new cgroup with its limit in force before anybody is in it."""
+        if name:
+            self._clear_place(f"/fgpu/{name}")
+        path = self.workloads.make(name)
+        self._awaited[path] = time.monotonic() + ENTER_SECONDS
+        try:
+            return self.set(path, asked, name=os.path.basename(path), own=True)
+        except (RoomError, OSError):
+            self._awaited.pop(path, None)
+            self.workloads.remove(path)
+            self.consider([path])
+            raise
+
+    def _clear_place(self, path: str) -> None:
+        """A `fgpu run` of that name has ended, and nobody has removed its cgroup yet."""
+        if self._awaited.get(path, 0.0) > time.monotonic():
+            return  # somebody is about to enter
+        self._awaited.pop(path, None)
+        if self.workloads.cgroup(path) is not None and not self.workloads.is_populated(path):
+            self.workloads.remove(path)
+            self.consider([path])
+
+    # -- own cgroups
+
+    def tidy(self, paths: Iterable[str]) -> None:
+        """Removes those of these cgroups that are ours, were entered and are empty now."""
+        now, gone = time.monotonic(), []
+        for path in paths:
+            cgroup = self.workloads.cgroup(path)
+            override = self._overrides.get(cgroup or 0)
+            if override is None or not override.own or now < self._awaited.get(path, 0.0):
+                continue
+            if not self.workloads.is_populated(path) and self.workloads.remove(path):
+                self._awaited.pop(path, None)
+                gone.append(path)
+        if gone:
+            self.consider(gone)
+
+    def entered(self, path: str) -> None:
+        """Somebody came into an own cgroup."""
+        self._awaited.pop(path, None)
+
+    def tidy_late(self) -> None:
+        """Removes own cgroups that nobody entered in time."""
+        late = [path for path, until in self._awaited.items() if until < time.monotonic()]
+        for path in late:
+            del self._awaited[path]
+        self.tidy(late)
+
+    def tidy_all(self) -> None:
+        """Removes every own cgroup that is empty: after a time when nobody told us."""
+        self.tidy([override.path for override in self._overrides if override.own])

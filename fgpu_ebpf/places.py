@@ -1,0 +1,151 @@
+"""What is known of tenants that share devices' time, and of their turns.
+
+Owns: these records, nothing else. Never: decides (`turns` does). Times are CLOCK_MONOTONIC nanoseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fgpu_ebpf.scheduler import Account, Share, Waiter
+
+BUCKETS_NS = tuple(int(ms * 1e6) for ms in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 512))
+LOOK_NS, MOST_LOOK_NS = 1_750_000, 10_000_000  # between looks at an owner that others wait for
+BUSY_PARTS = 16  # of the time that it was busy without a pause, between two looks
+IDLE_NS = 500_000  # without anything to run for as long, it gives way
+GUESS_PARTS = 4  # such a part of how long work in flight should take may be wrong
+START_NS = 3_000_000  # what a thread at the gate has to come through it
+SPAN_NS, SPAN_PARTS = 500_000, 40  # believed of a turn's beginning and end: so long, or such a part of the quantum
+
+
+class Seen(NamedTuple):
+    """What a tenant's processes say of themselves, all together. `devices`: those that it has contexts on.
+
+    `drained`: nothing is in flight since its gates were last closed.
+    """
+
+    devices: frozenset[int]
+    waiting: bool = False
+    launches: int = 0
+    in_flight: int = 0
+    busy_until_ns: int = 0
+    drained: bool = True
+    wanted_ns: int = 0  # when one last wanted to launch; 0: it does not say
+    begun_ns: int = 0  # when one last came through a gate that had been closed
+    ended_ns: int = 0  # when the last of what was in flight was seen to end
+    idle_ns: int = 0  # with nothing in flight, between ends and launches that were told since the last look
+
+
+NOTHING = Seen(frozenset())
+
+
+@dataclass(slots=True)
+class Turn:
+    """One tenant's time on its devices; `closing_ns` 0: its gates are open."""
+
+    devices: set[int]
+    number: int
+    floor: bool
+    opened_ns: int
+    charged_ns: int
+    ends_ns: int
+    active_ns: int
+    launches: int
+    closing_ns: int = 0
+    deadline_ns: int = 0
+    rested: bool = False  # closed for want of work, with nobody waiting
+    rest_ns: int = 0  # until it was last looked at, of a rest that went on then
+
+
+@dataclass(slots=True)
+class Counts:
+    """Ever growing."""
+
+    owned_ns: int = 0
+    waits: int = 0
+    wait_ns: int = 0
+    overruns: int = 0
+    switches: int = 0
+    throttled: int = 0
+
+
+@dataclass(slots=True)
+class DeviceCounts:
+    """Ever growing, of one device. `drains`: how many took up to each of BUCKETS_NS, and longer."""
+
+    switches: int = 0
+    overruns: int = 0
+    drain_ns: int = 0
+    drains: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_NS) + 1))
+
+    def add(self, ns: int, overrun: bool) -> None:
+        """A turn that has ended."""
+        self.drains[sum(ns > bucket for bucket in BUCKETS_NS)] += 1
+        self.drain_ns += ns
+        self.overruns += overrun
+
+
+@dataclass(slots=True)
+class Place:
+    """A tenant that has a share."""
+
+    tenant: int
+    share: Share
+    account: Account
+    seen: Seen = NOTHING
+    free_on: frozenset[int] = frozenset()
+    turn: Turn | None = None
+    since_ns: int | None = None  # wants a turn
+    number: int = 0  # of its last turn
+    late_ns: int = 0  # when its last turn passed with work in flight
+    unlifted_ns: int = 0  # until then the floor owes it nothing
+    shy_ns: int = 0
+    shy_until_ns: int = 0
+    busy_ns: int = 0  # of its turns, without a pause in them
+    held_back: bool = False
+    counts: Counts = field(default_factory=Counts)
+
+    def waiter(self, now_ns: int) -> Waiter:
+        """As the scheduler sees it; who wants nothing yet wants it now."""
+        since_ns = now_ns if self.since_ns is None else self.since_ns
+        return Waiter(
+            self.tenant, self.share, self.account.virtual_ns, self.seen.devices, max(since_ns, self.unlifted_ns)
+        )
+
+    def ripe_ns(self) -> int:
+        """When it may begin a turn."""
+        return max(self.account.ripe_ns(self.share), self.shy_until_ns)
+
+    def is_idle(self, turn: Turn, now_ns: int) -> bool:
+        """It has had nothing to run for so long that it gives way."""
+        return now_ns - turn.active_ns >= (START_NS if self.seen.waiting else self._patience_ns())
+
+    def _patience_ns(self) -> int:
+        """What is in flight may take a little longer than it was thought to."""
+        guess_ns = max(0, self.seen.busy_until_ns - self.seen.wanted_ns) if self.seen.in_flight else 0
+        return IDLE_NS + guess_ns // GUESS_PARTS
+
+    def look_due_ns(self, turn: Turn, now_ns: int) -> int:
+        """When to look at the owner again: whoever was busy for long is likely to stay so, and a look has its price."""
+        idle_ns = turn.active_ns + self._patience_ns()
+        if now_ns < idle_ns <= now_ns + IDLE_NS // 2:  # it seems to be idle
+            return idle_ns
+        return max(idle_ns, now_ns + min(MOST_LOOK_NS, max(LOOK_NS, self.busy_ns // BUSY_PARTS)))
+
+    # A turn costs from the first launch to the end of the last, as far as the tenant is to be believed: what passes
+    # until a thread has woken up, and until we have, is nobody's, and a limit of 75 % is 75 % of what it could do.
+
+    def begun_ns(self, turn: Turn) -> int:
+        """Since when the turn costs something."""
+        begun = self.seen.begun_ns
+        return min(begun, turn.opened_ns + self._span_ns()) if begun > turn.opened_ns else turn.opened_ns
+
+    def ended_ns(self, turn: Turn, now_ns: int) -> int:
+        """Until when it does, of a turn that has drained."""
+        ended = self.seen.ended_ns
+        believed = self.seen.drained and 0 < turn.closing_ns <= ended <= now_ns
+        return max(ended, now_ns - self._span_ns()) if believed else now_ns
+
+    def _span_ns(self) -> int:
+        return min(SPAN_NS, self.share.quantum_ns // SPAN_PARTS)

@@ -1,0 +1,172 @@
+"""The folder of policy files, read as a whole.
+
+Owns: which files count, their order, and what must hold between them. Never: gives out a set made of two states of the
+folder, or part of one. On failure: faults and no set; whoever has a good one keeps it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgpu_ebpf import configfile
+from fgpu_ebpf.checks import Check
+from fgpu_ebpf.configfile import Stamp
+from fgpu_ebpf.policy import Policy, PolicySet
+from fgpu_ebpf.yamlfile import MOST_FAULTS, Fault, FaultError
+
+FOLDER = Path("/etc/fgpu/policy.d")
+MOST_FILES = 256
+MOST_POLICIES = 1_000
+SETTLE_SECONDS = 0.04  # a file that changed more recently may be half written
+EMPTY_TIMES = 10  # as long for an empty one: most who write begin with that, and to them it would mean no policies
+TRIES = 20
+SUFFIXES = (".yaml", ".yml")
+CHANGING = "changes all the time: wait until its files are written"
+_GONE = "is gone: the last policies stay in force; make it again, empty for no policies"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What tells one state of the folder from another: who may write it, and its files' stamps."""
+
+    way: tuple[tuple[int, int, int], ...]
+    files: tuple[tuple[str, Stamp | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One look at the folder: a set, or None and faults. `state` is that of what was read; None: no folder."""
+
+    policies: PolicySet | None
+    faults: tuple[Fault, ...]
+    state: State | None
+
+
+def check(folder: Path) -> Check:
+    """What an agent that starts now would take over."""
+    reading = PolicyFolder(folder).read()
+    if reading.policies is None:
+        return Check("policies", False, "; ".join(map(str, reading.faults[:3])), f"fgpu policy check {folder}")
+    return Check("policies", True, f"{len(reading.policies.policies)} in {folder}")
+
+
+class PolicyFolder:
+    """`*.yaml` and `*.yml` of a folder in lexical order; hidden files are left out, and so what editors leave behind.
+
+    `root_only`: refuse what others than root may write. `settle_seconds`: how long a file must have been left alone.
+    """
+
+    def __init__(self, path: Path, root_only: bool = True, settle_seconds: float = SETTLE_SECONDS) -> None:
+        self.path = path
+        self._root_only = root_only
+        self._settle_seconds = settle_seconds
+
+    def read(self, may_be_missing: bool = True) -> Reading:
+        """All policies, or all that is wrong. No folder means no policies, unless there was one before."""
+        for _ in range(TRIES):
+            before = self.state()
+            if before is None:
+                return Reading(PolicySet(), (), None) if may_be_missing else self._fault(_GONE)
+            if unsettled := self._unsettled_seconds(before):
+                time.sleep(min(unsettled, self._settle_seconds))
+                continue
+            reading = self._read(before)
+            if reading.state == self.state():
+                return reading
+        return self._fault(CHANGING)
+
+    def state(self) -> State | None:
+        """The folder as it is now; None: it is not there."""
+        try:
+            way = configfile.way(str(self.path))
+            names = sorted(n for n in os.listdir(self.path) if n.endswith(SUFFIXES) and not n.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            return State((), ())
+        return State(way, tuple((name, self._stamp(name)) for name in names[: MOST_FILES + 1]))
+
+    def _stamp(self, name: str) -> Stamp | None:
+        try:
+            return Stamp.of(os.stat(self.path / name))
+        except OSError:
+            return None
+
+    def _unsettled_seconds(self, state: State) -> float:
+        """How long to wait yet: 0, no file has changed just now. A change in the future says nothing: the clock was
+        set.
+        """
+        left = [self._settle_seconds * (1 if stamp.size else EMPTY_TIMES) - age
+                for _, stamp in state.files
+                if stamp and (age := (time.time_ns() - stamp.ctime_ns) / 1e9) >= 0]  # fmt: skip
+        return max([0.0, *left])
+
+    def _fault(self, text: str, state: State | None = None) -> Reading:
+        return Reading(None, (Fault(str(self.path), 0, "", text),), state)
+
+    def _read(self, state: State) -> Reading:
+        if len(state.files) > MOST_FILES:
+            return self._fault(f"holds more than {MOST_FILES} files: put several policies into one", state)
+        try:
+            os.listdir(self.path)
+            configfile.check_folder(str(self.path), self._root_only)
+        except FaultError as error:
+            return Reading(None, (error.fault,), state)
+        except OSError as error:
+            return self._fault(f"cannot be read: {error.strerror}", state)
+        policies: list[Policy] = []
+        faults: list[Fault] = []
+        stamps = dict(state.files)
+        for name in stamps:
+            stamps[name] = self._read_file(name, policies, faults) or stamps[name]
+            if len(faults) >= MOST_FAULTS or len(policies) > MOST_POLICIES:
+                break
+        faults += whole(policies)
+        read = State(state.way, tuple(stamps.items()))
+        return Reading(None if faults else PolicySet(tuple(policies)), tuple(faults[:MOST_FAULTS]), read)
+
+    def _read_file(self, name: str, policies: list[Policy], faults: list[Fault]) -> Stamp | None:
+        """What stamp the file had when it was read; None where it was not."""
+        path = str(self.path / name)
+        try:
+            data, stamp = configfile.load(path, path, self._root_only)
+        except FaultError as error:
+            faults.append(error.fault)
+            return None
+        except OSError as error:
+            faults.append(Fault(path, 0, "", f"cannot be read: {error.strerror}"))
+            return None
+        found, wrong = parse(path, data)
+        policies += found
+        faults += wrong
+        return stamp
+
+
+def parse(name: str, data: bytes) -> tuple[list[Policy], list[Fault]]:
+    """One file's policies or faults."""
+    # Imported here: it brings pydantic, 11 MiB that a host without policy files must not pay for.
+    from fgpu_ebpf import policyfile
+
+    return policyfile.read(name, data)
+
+
+def whole(policies: list[Policy]) -> list[Fault]:
+    """What is wrong with files that are right one by one: a name borne twice, too many policies."""
+    first: dict[str, Policy] = {}
+    wrong = []
+    for policy in policies:
+        before = first.setdefault(policy.name, policy)
+        if before is not policy:
+            text = f"the name {policy.name} is taken by {before.source}: choose another"
+            wrong.append(_fault_at(policy, "metadata.name", text))
+    if len(policies) > MOST_POLICIES:
+        wrong.append(_fault_at(policies[MOST_POLICIES], "", f"more than {MOST_POLICIES:,} policies: join some"))
+    return wrong
+
+
+def _fault_at(policy: Policy, field: str, text: str) -> Fault:
+    file, _, line = policy.source.rpartition(":")
+    return Fault(file, int(line), field, text)

@@ -1,0 +1,134 @@
+"""Quantities as people write them: memory, shares and lengths of time.
+
+Owns: what `8GiB`, `50%` and `20ms` mean. Never: does I/O, or takes longer for longer text. On failure: QuantityError,
+which says what would be right.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_UNITS = {"": 1, "B": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_TIMES = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+_QUANTITY = re.compile(r"(?P<number>[0-9]{1,20}(?:\.[0-9]{1,20})?)\s{0,4}(?P<unit>[A-Za-z]{0,20})")
+_FRACTION = re.compile(r"(?P<whole>[0-9]{1,4})(?:\.(?P<part>[0-9]{1,6}))?")
+_PERCENT = re.compile(r"(?P<whole>[0-9]{1,3})(?:\.(?P<part>[0-9]{1,4}))?\s{0,4}%")
+MOST_BYTES = 2**47
+GRANULE = 2 << 20  # what the driver gives out
+MILLION = 1_000_000
+_SHOWN = 40
+
+
+class QuantityError(ValueError):
+    """Not a quantity; the text says what would be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """Memory as a limit names it: so many bytes, or millionths of what a device can give."""
+
+    bytes: int = 0
+    millionths: int = 0
+
+    def of(self, usable_bytes: int) -> int:
+        """Bytes on a device; a share is cut to whole granules, of which it has one at least."""
+        if not self.millionths:
+            return self.bytes
+        share = usable_bytes * self.millionths // MILLION
+        return max(share // GRANULE, 1) * GRANULE
+
+
+def shown(text: str) -> str:
+    """Text that somebody else wrote, as a message may quote it: escaped and cut."""
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory_bytes(text: str) -> int:
+    """`8GiB`, `8Gi`, `8192MiB`, `1.5GiB` or plain bytes -> bytes. Decimal units are refused: nobody means them."""
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None:
+        raise QuantityError(f"{shown(text)} is no quantity of memory: write it as 8GiB or 8192MiB")
+    number, unit = match["number"], match["unit"]
+    unit = unit.removesuffix("B") if unit.endswith("iB") else unit
+    if unit not in _UNITS:
+        raise QuantityError(_decimal_hint(text, number, unit))
+    value = float(number) * _UNITS[unit] if "." in number else int(number) * _UNITS[unit]
+    if not 0 < value <= MOST_BYTES or value != int(value):
+        raise QuantityError(f"{shown(text)} is not between 1 byte and 128 TiB")
+    return int(value)
+
+
+def _decimal_hint(text: str, number: str, unit: str) -> str:
+    letter = unit[:1].upper()
+    if letter in ("K", "M", "G", "T"):
+        return f"{shown(text)}: did you mean {number}{letter}iB?"
+    return f"{shown(text)}: unknown unit {unit!r}; write KiB, MiB, GiB or TiB"
+
+
+def memory_text(bytes_: int) -> str:
+    """Bytes for people: `1.5GiB`, `518MiB`."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(bytes_) >= size:
+            return f"{bytes_ / size:.1f}".removesuffix(".0") + unit
+    return f"{bytes_}B"
+
+
+def amount(text: str) -> Amount:
+    """`8GiB` or `50%` -> Amount, which no device could hold less of than one granule."""
+    if text.rstrip().endswith("%"):
+        return Amount(millionths=millionths(text))
+    if not _QUANTITY.fullmatch(text.strip()):
+        raise QuantityError(f"{shown(text)} is no quantity of memory: write it as 8GiB or 50%")
+    bytes_ = memory_bytes(text)
+    if bytes_ < GRANULE:
+        number = text.strip()
+        hint = f"did you mean {number}GiB?" if number.isdigit() and bytes_ < 1024 else "write 2MiB at least"
+        raise QuantityError(f"{shown(text)} is less than a device gives out at once: {hint}")
+    return Amount(bytes_)
+
+
+def amount_text(amount: Amount) -> str:
+    """An Amount for people."""
+    return millionths_text(amount.millionths) if amount.millionths else memory_text(amount.bytes)
+
+
+# -- shares and times ----------------------------------------------------------------------------------------------
+
+
+def millionths(text: str) -> int:
+    """`50%` or `12.5%` -> millionths, above 0 and up to a million."""
+    match = _PERCENT.fullmatch(text.strip())
+    if match is None:
+        raise QuantityError(f"{shown(text)} is no share: write it as 50%")
+    value = int(match["whole"]) * 10_000 + int((match["part"] or "").ljust(4, "0"))
+    if not 0 < value <= MILLION:
+        raise QuantityError(f"{shown(text)} is not above 0% and up to 100%")
+    return value
+
+
+def fraction(text: str) -> Amount:
+    """`0.25` or `0.500`, as ClearML's label has it, -> Amount; whole GPUs (`1`, `2.0`): all of each."""
+    match = _FRACTION.fullmatch(text.strip())
+    if match is None:
+        raise QuantityError(f"{shown(text)} is no fraction: write it as 0.25")
+    value = int(match["whole"]) * MILLION + int((match["part"] or "").ljust(6, "0"))
+    if not value:
+        raise QuantityError(f"{shown(text)} is not above 0")
+    return Amount(millionths=min(value, MILLION))
+
+
+def millionths_text(millionths: int) -> str:
+    """`50%`, `12.5%`."""
+    return f"{millionths / 10_000:.4f}".rstrip("0").rstrip(".") + "%"
+
+
+def duration_ns(text: str) -> int:
+    """`20ms`, `500us` or `0.5s` -> nanoseconds."""
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None or match["unit"] not in _TIMES:
+        raise QuantityError(f"{shown(text)} is no length of time: write it as 20ms")
+    return round(float(match["number"]) * _TIMES[match["unit"]])

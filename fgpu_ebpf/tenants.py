@@ -1,0 +1,153 @@
+"""Who is managed, and what it is to get: policies and what was set by hand, put together.
+
+Owns: the precedence of the two. Never: writes a limit, or asks whether there is room (`enforcer` does). Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.identity import COMPUTE_LABEL, MEMORY_LABEL, NAME_CHARACTERS, Workload, safe_name
+from fgpu_ebpf.overrides import Override
+from fgpu_ebpf.policy import Compute, Decision, Device, Policy, Priority
+from fgpu_ebpf.scheduler import MILLION
+from fgpu_ebpf.scheduler import Share as TimeShare
+from fgpu_ebpf.shares import Share, parse
+
+
+class Source(StrEnum):
+    """Where a limit comes from."""
+
+    POLICY = "policy"
+    SET = "set"
+    RUN = "run"
+    SHARE = "share"
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A managed cgroup. `limits`: bytes by ledger index, pages.NO_LIMIT where only usage is kept.
+
+    An index left out is a device that it may not use. `policy` is empty where none matches.
+    """
+
+    workload: Workload
+    name: str
+    source: Source
+    policy: str
+    limits: Mapping[int, int]
+    observe: bool = False
+    kill: bool = False
+    compute: Compute | None = None
+    own_utilization: bool = False
+    metric_labels: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cgroup(self) -> int:
+        """The cgroup's id."""
+        return self.workload.cgroup
+
+    @property
+    def path(self) -> str:
+        """The cgroup's path from the hierarchy's root."""
+        return self.workload.path
+
+    @property
+    def flags(self) -> int:
+        """As the kernel wants them."""
+        observe = pages.LimitFlag.OBSERVE if self.observe else 0
+        return observe | (pages.LimitFlag.KILL if self.kill else 0)
+
+    @property
+    def shares(self) -> Mapping[int, TimeShare]:
+        """Of devices' time, by ledger index: empty where it is not gated."""
+        if self.compute is None or self.observe:
+            return {}
+        c = self.compute
+        share = TimeShare(round(c.limit_ratio * MILLION), c.weight, list(Priority).index(c.priority), c.quantum_ns)
+        return dict.fromkeys(self.limits, share)
+
+    @property
+    def by_hand(self) -> bool:
+        """Somebody said so for this one."""
+        return self.source is not Source.POLICY
+
+
+def tenant_of(decision: Decision, override: Override | None, devices: Sequence[Device]) -> Tenant | None:
+    """What a workload is to get; None: it is not managed. What was set by hand wins, and keeps the policy's mode."""
+    limits = decision.limits
+    if limits is None and override is None:
+        return None
+    workload = decision.workload
+    tenant = Tenant(workload, _name(workload), Source.POLICY, "", {})
+    if limits:
+        tenant = replace(
+            tenant,
+            policy=limits.policy,
+            limits={index: limits.memory.get(index, pages.NO_LIMIT) for index in limits.devices},
+            observe=limits.observe,
+            kill=limits.kill,
+            compute=limits.compute,
+            own_utilization=limits.own_utilization,
+            metric_labels={label: workload.labels.get(label, "") for label in limits.metric_labels},
+            notes=decision.notes,
+        )
+    return tenant if override is None else _by_hand(tenant, override, devices)
+
+
+def _by_hand(tenant: Tenant, override: Override, devices: Iterable[Device]) -> Tenant:
+    if override.share:
+        return _by_share(tenant, parse(override.share), devices)
+    chosen = tenant.limits or {device.index: pages.NO_LIMIT for device in devices}
+    limits = chosen if override.memory_bytes is None else dict.fromkeys(chosen, override.memory_bytes)
+    return replace(
+        tenant,
+        name=override.name or tenant.name,
+        source=Source.RUN if override.own else Source.SET,
+        limits=limits,
+        compute=_compute_by_hand(tenant.compute, override),
+        notes=(),
+    )
+
+
+def requests(share: Share, policy: Policy) -> dict[str, str]:
+    """What a share asks of a policy, as labels: a policy bounds what it speaks of, and nothing else."""
+    memory = {MEMORY_LABEL: share.memory} if share.memory and policy.memory else {}
+    compute = {COMPUTE_LABEL: share.compute} if share.compute and policy.compute else {}
+    return memory | compute
+
+
+def _by_share(tenant: Tenant, share: Share, devices: Iterable[Device]) -> Tenant:
+    """What the policy has not decided already, with requests() among the workload's labels."""
+    limits = dict(tenant.limits or {device.index: pages.NO_LIMIT for device in devices})
+    for device in devices:
+        if share.amount and limits.get(device.index) == pages.NO_LIMIT:
+            limits[device.index] = share.amount.of(device.usable_bytes)
+    compute = tenant.compute
+    if compute is None and share.limit_millionths:
+        compute = Compute(limit_ratio=share.limit_millionths / MILLION)
+    return replace(tenant, source=Source.SHARE, limits=limits, compute=compute)
+
+
+def _compute_by_hand(compute: Compute | None, override: Override) -> Compute | None:
+    if not override.says_compute:
+        return compute
+    compute = compute or Compute()
+    if override.limit_millionths is not None:
+        compute = replace(compute, limit_ratio=override.limit_millionths / MILLION)
+    if override.weight is not None:
+        compute = replace(compute, weight=override.weight)
+    return replace(compute, priority=Priority(override.priority)) if override.priority else compute
+
+
+def _name(workload: Workload) -> str:
+    """`namespace/pod/container` or `namespace/pod` where an engine knows them, else the container's or cgroup's."""
+    if workload.pod:
+        own = [workload.name] if workload.container else []
+        parts = (workload.namespace or "default", workload.pod, *own)
+        return "/".join(map(safe_name, parts))[:NAME_CHARACTERS]
+    return workload.name

@@ -1,0 +1,94 @@
+"""Shares of devices' time, and what came of them: the maps `shares` and `turns`.
+
+Owns: what their keys and values mean; the agent writes shares, the gatekeeper turns. Never: decides either. On failure:
+OSError of bpf(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import astuple, dataclass
+
+from fgpu_ebpf import bpf, pages
+from fgpu_ebpf.events import Events
+from fgpu_ebpf.scheduler import Share
+
+_KEY = struct.Struct("QQ")
+_SHARE = struct.Struct("4Q")
+_TURN = struct.Struct("11Q")
+_U32, _U64 = struct.Struct("I"), struct.Struct("Q")
+HOST_SHARES = 4
+assert (_SHARE.size, _TURN.size) == (ctypes.sizeof(pages.Share), ctypes.sizeof(pages.Turn))
+
+
+@dataclass(frozen=True, slots=True)
+class TurnCounts:
+    """What came of a level's share of a device; fields as in pages.Turn."""
+
+    owned_ns: int = 0
+    waits: int = 0
+    wait_ns: int = 0
+    overruns: int = 0
+    switches: int = 0
+    throttled: int = 0
+    owner: int = 0
+    had_millionths: int = 0
+    entitled_millionths: int = 0
+    free: int = 0
+    since_ns: int = 0
+
+
+class Timebook:
+    """`maps` are the ledger's open maps, by name; `ring` has the kernel wake whoever sleeps on `bell`."""
+
+    def __init__(self, maps: Mapping[str, int], ring: Callable[[], object]) -> None:
+        self._maps, self._ring = maps, ring
+
+    def bell(self) -> Events | None:
+        """Readable once shares have changed, until it is read; None: what is pinned is older than this."""
+        fd = self._maps.get("bell")
+        return None if fd is None else Events(os.dup(fd))
+
+    def epoch(self) -> int:
+        """Changes whenever a share does."""
+        raw = bpf.lookup(self._maps["host"], _U32.pack(HOST_SHARES), 8)
+        return int(_U64.unpack(raw or bytes(8))[0])
+
+    def shares(self) -> dict[tuple[int, int], Share]:
+        """All of them, by level and device."""
+        found = bpf.items(self._maps["shares"], _KEY.size, _SHARE.size)
+        return {_KEY.unpack(key): Share(*_SHARE.unpack(value)) for key, value in found}
+
+    def set_shares(self, wanted: Mapping[int, Mapping[int, Share]]) -> None:
+        """What these levels get, by device; a device left out is not gated. The gatekeeper is told."""
+        known = {key: share for key, share in self.shares().items() if key[0] in wanted}
+        asked = {(level, device): share for level, by in wanted.items() for device, share in by.items()}
+        if known == asked:
+            return
+        for key in known.keys() - asked.keys():
+            bpf.delete(self._maps["shares"], _KEY.pack(*key))
+            bpf.delete(self._maps["turns"], _KEY.pack(*key))
+        for key, share in asked.items():
+            bpf.update(self._maps["shares"], _KEY.pack(*key), _SHARE.pack(*astuple(share)))
+        self.tell()
+
+    def tell(self) -> None:
+        """The gatekeeper reads the shares again. At a start too: the agent before may have ended before it told."""
+        bpf.update(self._maps["host"], _U32.pack(HOST_SHARES), _U64.pack(self.epoch() + 1))
+        self._ring()
+
+    def forget(self, levels: Collection[int]) -> None:
+        """These levels have no share any more, and nothing came of it."""
+        self.set_shares({level: {} for level in levels})
+
+    def turns(self) -> dict[tuple[int, int], TurnCounts]:
+        """What came of all shares, by level and device."""
+        found = bpf.items(self._maps["turns"], _KEY.size, _TURN.size)
+        return {_KEY.unpack(key): TurnCounts(*_TURN.unpack(value)) for key, value in found}
+
+    def set_turns(self, level: int, device: int, counts: TurnCounts) -> None:
+        """What came of a share, so far."""
+        bpf.update(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*astuple(counts)))

@@ -1,0 +1,359 @@
+"""Turns on the devices, from the opening of a gate to the end of its drain: who runs, who waits, who must stop.
+
+Owns: the accounts of the tenants, the turns that are under way, what is counted of them. Never: does I/O or asks the
+time; `scheduler` says who comes first. Cannot fail: what tenants say of themselves costs them their own turn at most.
+
+A tenant that shares no device with another and has no ceiling is *free*: it has no turns and its gates are no gates.
+Nothing here goes through all tenants but what comes of somebody's coming or going.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from fgpu_ebpf import pages, scheduler
+from fgpu_ebpf.clocks import Clocks
+from fgpu_ebpf.places import NOTHING, Place, Seen, Turn
+from fgpu_ebpf.scheduler import Grant, Share, Waiter
+
+MS = 1_000_000
+FLOOR_TURN_NS = 4 * MS  # what the floor lifts somebody for, before a higher priority may come again
+FLOOR_PARTS = scheduler.FLOOR_NS // FLOOR_TURN_NS  # whose turn was longer than that is lifted so much later
+LEAST_NS = 100_000  # between two looks that nobody rang for
+REST_NS = 100 * MS  # idle for as long with nobody waiting: the gate closes, and nobody looks any more
+SILENCE_NS = 1 * MS  # beyond the work in flight
+MOST_FLIGHT_NS = 1_000 * MS  # of what a tenant says is in flight
+MOST_LATE_NS = 100 * MS  # charged of work that went on after the turn had passed
+SHY_NS, MOST_SHY_NS = 1 * MS, 500 * MS  # not asked again, after a turn of which nothing came
+STOPPED_NS = 10_000 * MS  # the same, where something is in flight all the while: until that has drained, as a rule
+NEVER_NS = 2**63
+_OPEN, _GATED = int(pages.Gate.OPEN), int(pages.Gate.GATED)
+
+
+def _flight_ns(seen: Seen, now_ns: int) -> int:
+    return min(max(0, seen.busy_until_ns - now_ns), MOST_FLIGHT_NS) if seen.in_flight else 0
+
+
+def _wanted(waiters: Iterable[Waiter]) -> set[int]:
+    return {device for waiter in waiters for device in waiter.devices}
+
+
+class Turns:
+    """All tenants with a share, on all devices of the host."""
+
+    def __init__(self) -> None:
+        self.places: dict[int, Place] = {}
+        self._clocks = Clocks()
+        self.devices = self._clocks.counts
+        self._number = 0
+        self._changed: set[int] = set()
+        self._here: dict[int, Place] = {}  # those that have processes
+        self._running: dict[int, Place] = {}  # those that have a turn
+        self._queue: dict[int, Place] = {}  # those that want one
+        self._users_changed = self._is_dry = False
+
+    # -- what the slicer asks
+
+    def share_out(self, shares: Mapping[int, Share], now_ns: int) -> None:
+        """From now on these tenants have these shares; the next step is to be told of everybody."""
+        for tenant in set(self.places) - set(shares):
+            del self.places[tenant]
+            for places in (self._here, self._running, self._queue):
+                places.pop(tenant, None)
+        self._changed &= set(shares)
+        self._users_changed = True
+        for tenant, share in shares.items():
+            place = self.places.get(tenant)
+            if place is None:
+                self.places[tenant] = Place(tenant, share, scheduler.opening(share, now_ns))
+            elif place.share != share:
+                account = place.account.at(now_ns, place.share)._replace(at_ns=now_ns)
+                if share.limited and not place.share.limited:
+                    account = account._replace(in_hand_ns=share.ample_ns)
+                place.share, place.account, place.shy_until_ns = share, account, 0
+                self._stand_back(place)  # it joins anew, among its equals
+
+    def leave(self, tenant: int, now_ns: int) -> None:
+        """The last of its processes has gone, and its turn with it."""
+        place = self._here.pop(tenant, None)
+        if place is None:
+            return
+        if place.turn:
+            self._finish(place, place.turn, now_ns)
+        self._stand_back(place)
+        place.seen, place.free_on, place.late_ns, place.busy_ns = NOTHING, frozenset(), 0, 0
+        self._users_changed = True
+
+    def running(self) -> list[int]:
+        """The tenants whose turn it is: of these every step is to be told."""
+        return list(self._running)
+
+    def step(self, news: Mapping[int, Seen], now_ns: int) -> set[int]:
+        """What is new of these; answers the tenants whose gates are others now."""
+        wanted = {device for place in self._queue.values() for device in place.seen.devices}
+        for tenant, seen in news.items():
+            place = self.places.get(tenant)
+            if place:
+                self._look(place, seen, wanted, now_ns)
+        if self._users_changed:
+            self._set_all_free(now_ns)
+        ripe = self._ripe(now_ns)
+        for place in list(self._running.values()):
+            self._let_run_or_close(place, ripe, now_ns)
+        self._grant(ripe, now_ns)
+        changed, self._changed = self._changed, set()
+        return changed
+
+    def look_again(self) -> bool:
+        """Some gates close where nothing is in flight: the turn has ended, if that is so once they are closed."""
+        is_dry, self._is_dry = self._is_dry, False
+        return is_dry
+
+    def due_ns(self, now_ns: int) -> int:
+        """When to step again, if nobody rings before; NEVER_NS: not before."""
+        due = NEVER_NS
+        wanted: set[int] = set()
+        for place in self._queue.values():
+            at_ns = place.ripe_ns()
+            if at_ns > now_ns:
+                due = min(due, at_ns)
+            else:
+                wanted |= place.seen.devices
+        for place in self._running.values():
+            if place.turn:
+                due = min(due, self._turn_due_ns(place, place.turn, wanted, now_ns))
+        return max(due, now_ns + LEAST_NS)
+
+    # -- looking
+
+    def _look(self, place: Place, seen: Seen, wanted: set[int], now_ns: int) -> None:
+        if seen.launches != place.seen.launches:
+            place.shy_ns = place.shy_until_ns = 0
+        self._users_changed |= seen.devices != place.seen.devices or place.tenant not in self._here
+        self._here[place.tenant] = place
+        place.seen = seen
+        if place.late_ns and seen.drained:
+            self._charge(place, min(now_ns - place.late_ns, MOST_LATE_NS))
+            place.late_ns = place.shy_ns = place.shy_until_ns = 0
+        turn = place.turn
+        if turn and turn.closing_ns:
+            if seen.drained or now_ns >= turn.deadline_ns:
+                self._finish(place, turn, now_ns)
+        elif turn:
+            self._look_at_owner(place, turn, bool(wanted and turn.devices & wanted), now_ns)
+        if not place.turn and not place.free_on:
+            self._look_at_waiter(place, now_ns)
+
+    def _look_at_owner(self, place: Place, turn: Turn, wanted: bool, now_ns: int) -> None:
+        seen, since_ns = place.seen, max(turn.charged_ns, place.begun_ns(turn))
+        if seen.launches != turn.launches:
+            said = seen.wanted_ns if turn.charged_ns <= seen.wanted_ns <= now_ns else now_ns
+            turn.launches, turn.active_ns = seen.launches, max(turn.active_ns, said)
+        busy_ns = seen.busy_until_ns if seen.in_flight else min(seen.ended_ns, now_ns)
+        turn.active_ns = max(turn.active_ns, busy_ns)
+        until_ns, idle_ns = now_ns, 0
+        if not wanted:  # by others: then rests cost nothing
+            until_ns, idle_ns = min(now_ns, turn.active_ns), max(0, seen.idle_ns - turn.rest_ns)
+        turn.rest_ns = 0 if seen.in_flight else max(0, now_ns - seen.ended_ns)
+        place.account = place.account.at(now_ns, place.share)
+        self._charge(place, max(0, until_ns - since_ns - idle_ns))
+        place.busy_ns = 0 if place.is_idle(turn, now_ns) else place.busy_ns + now_ns - turn.charged_ns
+        turn.charged_ns = now_ns
+
+    def _look_at_waiter(self, place: Place, now_ns: int) -> None:
+        if not place.seen.waiting:
+            self._stand_back(place)
+        elif place.since_ns is None:
+            place.since_ns = now_ns
+            self._queue[place.tenant] = place
+            clock_ns = self._clocks.now(place.seen.devices, place.share.rank)
+            place.account = place.account.rested(now_ns, place.share).joining(clock_ns)
+
+    def _stand_back(self, place: Place) -> None:
+        place.since_ns = None
+        self._queue.pop(place.tenant, None)
+
+    def _charge(self, place: Place, ns: int) -> None:
+        place.account = place.account.charged(ns, place.share)
+        place.counts.owned_ns += ns
+
+    # -- free or not
+
+    def _set_all_free(self, now_ns: int) -> None:
+        self._users_changed = False
+        users = Counter(device for place in self._here.values() for device in place.seen.devices)
+        for place in self._here.values():
+            self._set_free(place, users, now_ns)
+
+    def _set_free(self, place: Place, users: Counter[int], now_ns: int) -> None:
+        before = place.free_on
+        alone = not place.share.limited and all(users[device] == 1 for device in place.seen.devices)
+        place.free_on = place.seen.devices if alone else frozenset()
+        if place.free_on == before:
+            return
+        self._changed.add(place.tenant)
+        if place.free_on:
+            place.turn = None
+            self._running.pop(place.tenant, None)
+            self._stand_back(place)
+        elif place.seen.devices:  # what it has begun is its turn
+            self._open(place, Grant(place.tenant, before & place.seen.devices), now_ns)
+
+    # -- who waits, and who stops for whom
+
+    def _ripe(self, now_ns: int) -> list[Place]:
+        """Those that may begin."""
+        found = []
+        for place in self._queue.values():
+            if place.account.ripe_ns(place.share) > now_ns:
+                place.counts.throttled += not place.held_back
+                place.held_back = True
+            elif place.shy_until_ns <= now_ns:
+                place.held_back = False
+                found.append(place)
+        return found
+
+    def _missing(self, but: Place | None = None) -> set[int]:
+        """Devices that owners have begun to use beside those of their turn: theirs next, before anybody's."""
+        return {
+            device
+            for place in self._running.values()
+            if place is not but and place.turn and not place.turn.closing_ns
+            for device in place.seen.devices - place.turn.devices
+        }
+
+    def _let_run_or_close(self, place: Place, ripe: list[Place], now_ns: int) -> None:
+        turn = place.turn
+        if turn is None or turn.closing_ns:
+            return
+        rivals = [rival for rival in ripe if not rival.seen.devices.isdisjoint(turn.devices)]
+        if place.share.limited and place.account.in_hand_ns <= 0:
+            place.held_back = True
+            place.counts.throttled += 1
+            self._close(place, turn, now_ns)
+        elif turn.devices & self._missing(but=place):
+            if now_ns >= turn.ends_ns or place.is_idle(turn, now_ns):
+                self._close(place, turn, now_ns)
+        elif not rivals:
+            self._go_on_alone(place, turn, now_ns)
+        elif place.is_idle(turn, now_ns) or self._outranked(place, turn, rivals, now_ns):
+            self._close(place, turn, now_ns)
+        elif now_ns >= turn.ends_ns:
+            if self._comes_first_again(place, turn, ripe, now_ns):
+                self._extend(place, turn, now_ns)
+            else:
+                self._close(place, turn, now_ns)
+
+    def _go_on_alone(self, place: Place, turn: Turn, now_ns: int) -> None:
+        if now_ns - turn.active_ns >= REST_NS:
+            turn.rested = True
+            self._close(place, turn, now_ns)
+        elif now_ns >= turn.ends_ns:
+            self._extend(place, turn, now_ns)
+
+    @staticmethod
+    def _outranked(place: Place, turn: Turn, rivals: Iterable[Place], now_ns: int) -> bool:
+        if turn.floor and now_ns < turn.opened_ns + FLOOR_TURN_NS:
+            return False
+        return any(rival.share.rank < place.share.rank for rival in rivals)
+
+    def _comes_first_again(self, place: Place, turn: Turn, ripe: Iterable[Place], now_ns: int) -> bool:
+        flight_ns = _flight_ns(place.seen, now_ns)  # it pays for that in any case
+        again = place.waiter(now_ns)._replace(virtual_ns=place.account.charged(flight_ns, place.share).virtual_ns)
+        waiters = [*(one.waiter(now_ns) for one in ripe), again]
+        found = scheduler.next_turns(
+            waiters, _wanted(waiters) - self._taken() | turn.devices, self._clocks.floors, now_ns
+        )
+        return any(grant.tenant == place.tenant for grant in found)
+
+    def _extend(self, place: Place, turn: Turn, now_ns: int) -> None:
+        turn.ends_ns = now_ns + place.share.quantum_ns
+        turn.floor = False
+        self._clocks.turn_begins(turn.devices, place.share.rank, place.account.virtual_ns)
+
+    # -- a turn, from beginning to end
+
+    def _taken(self) -> set[int]:
+        return {device for place in self._running.values() if place.turn for device in place.turn.devices}
+
+    def _grant(self, ripe: list[Place], now_ns: int) -> None:
+        taken = self._taken()
+        if not self._missing() and not any(place.seen.devices.isdisjoint(taken) for place in ripe):
+            return
+        for place in self._running.values():
+            turn = place.turn
+            if turn and not turn.closing_ns and (more := (place.seen.devices - turn.devices)):
+                turn.devices |= more - taken
+                taken |= more
+                self._changed.add(place.tenant)
+        waiters = [place.waiter(now_ns) for place in ripe]
+        for grant in scheduler.next_turns(waiters, _wanted(waiters) - taken, self._clocks.floors, now_ns):
+            self._open(self.places[grant.tenant], grant, now_ns)
+
+    def _open(self, place: Place, grant: Grant, now_ns: int) -> None:
+        self._number = (self._number + 1) & 0x3FFFFFFF
+        times = (now_ns, now_ns, now_ns + place.share.quantum_ns, now_ns)
+        place.turn = Turn(set(grant.devices), self._number, grant.floor, *times, place.seen.launches)
+        place.number, place.late_ns = self._number, 0
+        place.account = place.account.at(now_ns, place.share)
+        place.counts.switches += 1
+        for device in grant.devices:
+            self._clocks.count(device).switches += 1
+        if place.since_ns is not None:
+            place.counts.waits += 1
+            place.counts.wait_ns += now_ns - place.since_ns
+            self._stand_back(place)
+        lifted_ns = now_ns if grant.floor else 0
+        self._clocks.turn_begins(grant.devices, place.share.rank, place.account.virtual_ns, lifted_ns)
+        self._running[place.tenant] = place
+        self._changed.add(place.tenant)
+
+    def _close(self, place: Place, turn: Turn, now_ns: int) -> None:
+        """Its gates close; the turn lasts until nothing is in flight, or patience ends."""
+        turn.closing_ns = now_ns
+        self._is_dry |= not place.seen.in_flight
+        turn.deadline_ns = now_ns + max(_flight_ns(place.seen, now_ns), pages.BUDGET_NS) + SILENCE_NS
+        self._changed.add(place.tenant)
+
+    def _finish(self, place: Place, turn: Turn, now_ns: int) -> None:
+        place.account = place.account.at(now_ns, place.share)
+        ended_ns = min(now_ns, turn.active_ns) if turn.rested else place.ended_ns(turn, now_ns)
+        self._charge(place, max(0, ended_ns - max(turn.charged_ns, place.begun_ns(turn))))
+        if turn.closing_ns:
+            overrun = not place.seen.drained and not turn.rested  # its work has ended, and it has not looked
+            for device in turn.devices:
+                self._clocks.count(device).add(now_ns - turn.closing_ns, overrun)
+            place.counts.overruns += overrun
+            place.late_ns = now_ns if overrun else 0
+        if turn.floor:
+            over_ns = now_ns - turn.opened_ns - FLOOR_TURN_NS - pages.BUDGET_NS
+            place.unlifted_ns = now_ns + FLOOR_PARTS * max(0, over_ns)
+        if place.seen.launches == turn.launches and turn.active_ns == turn.opened_ns:
+            place.shy_ns = STOPPED_NS if place.late_ns else min(max(SHY_NS, 4 * place.shy_ns), MOST_SHY_NS)
+            place.shy_until_ns = now_ns + place.shy_ns
+        place.turn = None
+        self._running.pop(place.tenant, None)
+        self._changed.add(place.tenant)
+
+    # -- what gates say
+
+    def gate(self, tenant: int, device: int) -> int:
+        """The gate word of a tenant's processes on a device that it has a share of."""
+        place = self.places[tenant]
+        if device in place.free_on:
+            return _OPEN
+        turn = place.turn
+        is_open = turn is not None and device in turn.devices and not turn.closing_ns
+        return place.number << pages.GATE_SHIFT | _GATED | (_OPEN if is_open else 0)
+
+    def _turn_due_ns(self, place: Place, turn: Turn, wanted: set[int], now_ns: int) -> int:
+        if turn.closing_ns:
+            return turn.deadline_ns
+        due, is_wanted, limited = turn.ends_ns, bool(turn.devices & wanted), place.share.limited
+        if limited:
+            due = min(due, place.account.spent_ns(place.share))
+        if is_wanted or limited:
+            due = min(due, place.look_due_ns(turn, now_ns))
+        floor_ns = turn.opened_ns + FLOOR_TURN_NS
+        return min(due, floor_ns) if is_wanted and turn.floor and floor_ns > now_ns else due

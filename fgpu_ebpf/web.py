@@ -1,0 +1,74 @@
+"""The metrics address: HTTP, at most eight at a time, each for a few seconds.
+
+Owns: the listening socket, and a thread for each client. Never: waits for a client: one that is slow, or one too many,
+is hung up on. On failure: OSError, where the address is taken.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.types import WSGIApplication
+
+MOST_CLIENTS = 8
+CLIENT_SECONDS = 10.0
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = CLIENT_SECONDS / 2  # of silence
+
+    def log_message(self, *_: Any) -> None:
+        """Requests are no news."""
+
+
+class Web(ThreadingMixIn, WSGIServer):
+    """Serves `app` at host:port: handle_request() takes in who is there, expire() ends who has been there too long."""
+
+    daemon_threads = True
+    block_on_close = False
+    timeout = 0.0  # handle_request waits for nobody
+
+    def __init__(self, host: str, port: int, app: WSGIApplication) -> None:
+        family, _, _, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        self.address_family = family
+        self._here: dict[Any, float] = {}  # until when
+        super().__init__(address[:2], _Quiet)  # type: ignore[arg-type]
+        self.set_app(app)
+        self.socket.setblocking(False)  # who has hung up meanwhile must not be waited for
+
+    def server_bind(self) -> None:
+        """Without the name that the library would look up, and wait for."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Is there a place?"""
+        return len(self._here) < MOST_CLIENTS
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """On a thread of its own."""
+        self._here[request] = time.monotonic() + CLIENT_SECONDS
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """It has its answer, or none."""
+        self._here.pop(request, None)
+        super().shutdown_request(request)
+
+    def expire(self) -> None:
+        """Hangs up on who has been here for too long."""
+        now = time.monotonic()
+        for request in [request for request, until in list(self._here.items()) if until < now]:
+            try:
+                request.shutdown(socket.SHUT_RDWR)  # its thread wakes, and ends
+            except OSError:
+                self._here.pop(request, None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that hang up are no news."""

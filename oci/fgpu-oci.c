@@ -1,0 +1,200 @@
+/*
+ * fgpu-oci: what container engines call when a container starts.
+ *
+ *   fgpu-oci share NAME               OCI hook createRuntime: the container's cgroup gets this share before it runs
+ *   fgpu-oci precreate                Podman's hook: a configuration on stdin, the same with the shim's mounts on
+ * stdout fgpu-oci runtime RUNTIME ARGS…    an OCI runtime: the same edit in the bundle, then becomes RUNTIME
+ *   fgpu-runtime-NAME ARGS…           a link to it: as `fgpu-oci runtime NAME ARGS…`
+ *
+ * Never: decides who gets what (the agent does), or lets a container start other than asked without saying why, on
+ * stderr, in the runtime's own log and in the system's. Where no agent has set anything up, it edits nothing.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/un.h>
+#include <syslog.h>
+#include <unistd.h>
+
+#include "edits.h"
+#include "json.h"
+
+#define MOST_OF_A_CONFIG (16 << 20)
+#define PATIENCE_SECONDS 5
+
+static const char *runtime_log; /* where the engine looks for the reason */
+static char said[1024];         /* the last of it */
+
+/* Not on stderr: a runtime's is the container's own. */
+void say(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(said, sizeof said, format, arguments);
+    va_end(arguments);
+    openlog("fgpu-oci", LOG_PID, LOG_DAEMON);
+    syslog(LOG_WARNING, "%s", said);
+}
+
+/* The last message of level error in the runtime's log is what containerd, and so Docker, shows. */
+static int refuse(const char *what)
+{
+    char text[2 * sizeof said];
+    snprintf(text, sizeof text, "%s%s%s", what, *said ? ": " : "", said);
+    syslog(LOG_ERR, "container not started: %s", text);
+    dprintf(2, "fgpu: %s\n", text);
+    for (char *at = text; *at; at++)
+        if (*at == '"' || *at == '\\' || (unsigned char)*at < ' ') *at = '\'';
+    int fd = runtime_log ? open(runtime_log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : -1;
+    if (fd >= 0) {
+        dprintf(fd, "{\"level\":\"error\",\"msg\":\"fgpu: %s\"}\n", text);
+        close(fd);
+    }
+    return 1;
+}
+
+/* -- fgpu-oci share */
+
+static int connect_to(const char *run)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    struct timeval patience = {.tv_sec = PATIENCE_SECONDS};
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    snprintf(address.sun_path, sizeof address.sun_path, "%s/control.sock", run);
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+    if (fd < 0 || !connect(fd, (struct sockaddr *)&address, sizeof address)) return fd;
+    close(fd);
+    return -1;
+}
+
+static int is_name(const char *text)
+{
+    static const char allowed[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.:-";
+    return *text && strlen(text) < 128 && strspn(text, allowed) == strlen(text);
+}
+
+static int share(const char *run, const char *name)
+{
+    char *state = file_read(AT_FDCWD, "-", MOST_OF_A_CONFIG);
+    const char *pid = state ? json_member(state, "pid") : NULL;
+    if (!pid || atoi(pid) <= 0 || !is_name(name)) return refuse("no share without a name and the runtime's state");
+    int agent = connect_to(run);
+    if (agent < 0) return refuse("no agent answers that could limit it (start it: fgpu agent)");
+    dprintf(agent, "{\"verb\":\"share\",\"pid\":%d,\"share\":\"%s\"}\n", atoi(pid), name);
+    char answer[4096] = "";
+    size_t length = 0;
+    for (ssize_t got; length < sizeof answer - 1; length += (size_t)got)
+        if ((got = read(agent, answer + length, sizeof answer - 1 - length)) <= 0) break;
+    answer[length] = 0;
+    if (json_member(answer, "ok")) return 0;
+    char *why = json_text(json_member(answer, "error"));
+    say("fgpu.dev/share=%s: %s", name, why ?: "the agent did not answer in time");
+    return refuse("its share cannot be given");
+}
+
+/* -- fgpu-oci precreate */
+
+static int put_out(const char *text)
+{
+    for (size_t left = strlen(text); left;) {
+        ssize_t put = write(1, text, left);
+        if (put < 0 && errno != EINTR) return -1;
+        if (put > 0) text += put, left -= (size_t)put;
+    }
+    return 0;
+}
+
+static int precreate(const char *run)
+{
+    struct setup setup;
+    char *config = file_read(AT_FDCWD, "-", MOST_OF_A_CONFIG);
+    if (!config) return refuse("its configuration cannot be read");
+    int is_set_up = setup_read(&setup, run);
+    if (is_set_up < 0) return refuse("the shim's place is not known");
+    if (!is_set_up) say("no agent runs here: the container starts without a limit");
+    char *edited = is_set_up ? edits_apply(&setup, config, "/") : config;
+    if (!edited || put_out(edited)) return refuse("the shim cannot be put in");
+    return 0;
+}
+
+/* -- fgpu-oci runtime */
+
+/* `--bundle X`, `--bundle=X`, `-b X` and so on; NULL: not said. */
+static const char *option(char **words, const char *name, const char *letter)
+{
+    size_t length = strlen(name);
+    for (; *words; words++) {
+        if (!strncmp(*words, name, length) && (*words)[length] == '=') return *words + length + 1;
+        if ((!strcmp(*words, name) || (letter && !strcmp(*words, letter))) && words[1]) return words[1];
+    }
+    return NULL;
+}
+
+/* By the runtime's first command: what comes behind it may be a container of any name, "run" too. */
+static int starts_a_container(char **words)
+{
+    static const char *const commands[] = {"create",   "run",  "checkpoint", "delete", "events", "exec",
+                                           "features", "kill", "list",       "pause",  "ps",     "restore",
+                                           "resume",   "spec", "start",      "state",  "update", NULL};
+    for (; *words; words++)
+        for (int i = 0; commands[i]; i++)
+            if (!strcmp(*words, commands[i])) return i < 2;
+    return 0;
+}
+
+/* 0: the bundle is as it should be. */
+static int edit_bundle(const char *run, const char *bundle)
+{
+    struct setup setup;
+    char path[PATH_MAX];
+    int is_set_up = setup_read(&setup, run);
+    if (is_set_up < 0) return refuse("the shim's place is not known");
+    if (!is_set_up) {
+        say("no agent runs here: the container starts without a limit");
+        return 0;
+    }
+    snprintf(path, sizeof path, "%s/config.json", bundle);
+    char *config = file_read(AT_FDCWD, path, MOST_OF_A_CONFIG);
+    char *edited = config ? edits_apply(&setup, config, bundle) : NULL;
+    int failed = !edited || (strcmp(edited, config) && file_write(path, edited));
+    if (!config || (edited && failed)) say("%s: %s", path, strerror(errno));
+    if (failed) return refuse("the shim cannot be put in");
+    return 0;
+}
+
+static int runtime(const char *run, char **words)
+{
+    const char *name = words[0] ? strrchr(words[0], '/') : NULL;
+    name = name ? name + 1 : words[0];
+    if (!name || !strncmp(name, "fgpu-", 5)) return refuse("no runtime is named that could start it");
+    runtime_log = option(words, "--log", NULL);
+    if (starts_a_container(words + 1) && edit_bundle(run, option(words, "--bundle", "-b") ?: ".")) return 1;
+    execvp(words[0], words);
+    say("%s: %s", words[0], strerror(errno));
+    return refuse("its runtime is not there");
+}
+
+int main(int count, char **words)
+{
+    static const char prefix[] = "fgpu-runtime-";
+    const char *run = "/run/fgpu", *self = strrchr(words[0], '/');
+    self = self ? self + 1 : words[0];
+    if (!strncmp(self, prefix, sizeof prefix - 1)) {
+        words[0] = (char *)self + sizeof prefix - 1;
+        return runtime(run, words);
+    }
+    if (count > 2 && !strcmp(words[1], "--run-dir")) run = words[2], words += 2, count -= 2;
+    if (count == 3 && !strcmp(words[1], "share")) return share(run, words[2]);
+    if (count == 2 && !strcmp(words[1], "precreate")) return precreate(run);
+    if (count > 2 && !strcmp(words[1], "runtime")) return runtime(run, words + 2);
+    dprintf(2, "usage: fgpu-oci [--run-dir DIR] share NAME | precreate | runtime RUNTIME [ARGS...]\n");
+    return 2;
+}

@@ -1,0 +1,110 @@
+/*
+ * launch.c: the calls that give kernels to a device. Owns nothing: gate.c decides whether they go now.
+ *
+ * Also what tells that work has ended or a stream does: hooked here where no other file of the shim needs to know.
+ */
+#include "gate.h"
+
+#define LAUNCH(name, stream, per_thread, ...)                                                                          \
+    do {                                                                                                               \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        struct fgpu_launch launch = {.index = -1};                                                                     \
+        if (!LIKELY(!fgpu_is_gated())) fgpu_gate_enter(&launch, stream, per_thread, NULL);                             \
+        CUresult result = driver(__VA_ARGS__);                                                                         \
+        return LIKELY(launch.index < 0) ? result : fgpu_gate_leave(&launch, result);                                   \
+    } while (0)
+
+#define KERNEL(name, per_thread)                                                                                       \
+    EXPORT CUresult name(CUfunction f, unsigned int gridDimX, unsigned int gridDimY, unsigned int gridDimZ,            \
+                         unsigned int blockDimX, unsigned int blockDimY, unsigned int blockDimZ,                       \
+                         unsigned int sharedMemBytes, CUstream hStream, void **kernelParams, void **extra)             \
+    {                                                                                                                  \
+        LAUNCH(name, hStream, per_thread, f, gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ,            \
+               sharedMemBytes, hStream, kernelParams, extra);                                                          \
+    }
+KERNEL(cuLaunchKernel, false)
+KERNEL(cuLaunchKernel_ptsz, true)
+
+#define KERNEL_EX(name, per_thread)                                                                                    \
+    EXPORT CUresult name(const CUlaunchConfig *config, CUfunction f, void **kernelParams, void **extra)                \
+    {                                                                                                                  \
+        LAUNCH(name, config ? config->hStream : NULL, per_thread, config, f, kernelParams, extra);                     \
+    }
+KERNEL_EX(cuLaunchKernelEx, false)
+KERNEL_EX(cuLaunchKernelEx_ptsz, true)
+
+#define COOPERATIVE(name, per_thread)                                                                                  \
+    EXPORT CUresult name(CUfunction f, unsigned int gridDimX, unsigned int gridDimY, unsigned int gridDimZ,            \
+                         unsigned int blockDimX, unsigned int blockDimY, unsigned int blockDimZ,                       \
+                         unsigned int sharedMemBytes, CUstream hStream, void **kernelParams)                           \
+    {                                                                                                                  \
+        LAUNCH(name, hStream, per_thread, f, gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ,            \
+               sharedMemBytes, hStream, kernelParams);                                                                 \
+    }
+COOPERATIVE(cuLaunchCooperativeKernel, false)
+COOPERATIVE(cuLaunchCooperativeKernel_ptsz, true)
+
+/* One kernel on several devices: at the gate of each in turn, and counted where it has passed. Their tenant owns all of
+ * them at once, or none. */
+EXPORT CUresult cuLaunchCooperativeKernelMultiDevice(CUDA_LAUNCH_PARAMS *launchParamsList, unsigned int numDevices,
+                                                     unsigned int flags)
+{
+    __typeof__(&cuLaunchCooperativeKernelMultiDevice) driver = REAL(cuLaunchCooperativeKernelMultiDevice);
+    struct fgpu_launch launches[FGPU_DEVICES];
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    if (LIKELY(!fgpu_is_gated()) || !launchParamsList || numDevices > FGPU_DEVICES)
+        return driver(launchParamsList, numDevices, flags);
+    for (unsigned i = 0; i < numDevices; i++) fgpu_gate_enter(&launches[i], launchParamsList[i].hStream, false, NULL);
+    CUresult result = driver(launchParamsList, numDevices, flags);
+    for (unsigned i = 0; i < numDevices; i++) fgpu_gate_leave(&launches[i], result);
+    return result;
+}
+
+EXPORT CUresult cuLaunch(CUfunction f) { LAUNCH(cuLaunch, NULL, false, f); }
+
+EXPORT CUresult cuLaunchGrid(CUfunction f, int grid_width, int grid_height)
+{
+    LAUNCH(cuLaunchGrid, NULL, false, f, grid_width, grid_height);
+}
+
+EXPORT CUresult cuLaunchGridAsync(CUfunction f, int grid_width, int grid_height, CUstream hStream)
+{
+    LAUNCH(cuLaunchGridAsync, hStream, false, f, grid_width, grid_height, hStream);
+}
+
+/* -- questions whose answer may be that nothing is in flight any more */
+
+#define ASK_STREAM(name, per_thread)                                                                                   \
+    EXPORT CUresult name(CUstream hStream)                                                                             \
+    {                                                                                                                  \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        struct fgpu_rest rest = fgpu_rest_begin();                                                                     \
+        CUresult result = driver(hStream);                                                                             \
+        fgpu_rest_stream(rest, result, hStream, per_thread);                                                           \
+        return result;                                                                                                 \
+    }
+ASK_STREAM(cuStreamQuery, false)
+ASK_STREAM(cuStreamQuery_ptsz, true)
+
+EXPORT CUresult cuEventQuery(CUevent hEvent)
+{
+    __typeof__(&cuEventQuery) driver = REAL(cuEventQuery);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    struct fgpu_rest rest = fgpu_rest_begin();
+    CUresult result = driver(hEvent);
+    fgpu_rest_event(rest, result);
+    return result;
+}
+
+#define END_STREAM(name)                                                                                               \
+    EXPORT CUresult name(CUstream hStream)                                                                             \
+    {                                                                                                                  \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        fgpu_stream_ends(hStream);                                                                                     \
+        return driver(hStream);                                                                                        \
+    }
+END_STREAM(cuStreamDestroy)
+END_STREAM(cuStreamDestroy_v2)

@@ -1,0 +1,61 @@
+/* One cooperative kernel on several devices, in one call: all of it is launched or none. */
+#include "cuda_graph.h"
+#include "cuda_module.h"
+
+static struct stream *find_anywhere(CUstream handle)
+{
+    for (struct context *c = driver.contexts; handle && c; c = c->next)
+        for (struct stream *s = c->streams; s; s = s->next)
+            if (c->alive && s == (struct stream *)handle) return s;
+    return NULL;
+}
+
+/* Each on a device and in a stream of its own, of one shape. */
+static CUresult check(const CUDA_LAUNCH_PARAMS *list, unsigned n, struct stream **streams, uint64_t *ns)
+{
+    for (unsigned i = 0; i < n; i++) {
+        const CUDA_LAUNCH_PARAMS *p = &list[i];
+        struct shape shape = {
+            {p->gridDimX, p->gridDimY, p->gridDimZ}, {p->blockDimX, p->blockDimY, p->blockDimZ}, p->sharedMemBytes};
+        streams[i] = find_anywhere(p->hStream);
+        if (!streams[i]) return CUDA_ERROR_INVALID_HANDLE;
+        for (unsigned k = 0; k < i; k++)
+            if (streams[k]->context->device == streams[i]->context->device) return CUDA_ERROR_INVALID_DEVICE;
+        if (streams[i]->capture) {
+            capture_break(streams[i]->capture);
+            return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+        }
+        CUresult result = kernel_check(streams[i]->context, p->function, &shape, &ns[i], NULL);
+        if (!result && !kernel_fits(streams[i]->context, &shape)) result = CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
+        if (result) return result;
+    }
+    return CUDA_SUCCESS;
+}
+
+/* None begins before the last of the streams is ready. */
+static void meet(struct stream *const *streams, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++) {
+        for (unsigned k = 0; k < n; k++) {
+            const struct context *other = streams[k]->context;
+            uint64_t ready = context_translate(other, streams[i]->context, stream_ready(other, streams[k]));
+            if (ready > streams[i]->done_ns) streams[i]->done_ns = ready;
+        }
+    }
+}
+
+API cuLaunchCooperativeKernelMultiDevice(CUDA_LAUNCH_PARAMS *launchParamsList, unsigned int numDevices,
+                                         unsigned int flags)
+{
+    struct stream *streams[SIM_MAX_DEVICES];
+    uint64_t ns[SIM_MAX_DEVICES];
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    if (!launchParamsList || !numDevices || numDevices > driver.n_devices || flags & ~3u)
+        return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    result = check(launchParamsList, numDevices, streams, ns);
+    if (!result) meet(streams, numDevices);
+    for (unsigned i = 0; i < numDevices && !result; i++)
+        result = stream_work(streams[i]->context, streams[i], ns[i], NULL);
+    return sim_leave(result);
+}

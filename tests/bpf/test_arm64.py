@@ -1,0 +1,126 @@
+"""Programs and shim for arm64, compiled here and never run: the same, but for where a function's arguments lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from fgpu_ebpf import probes
+
+SYSTEM_PYTHON = ("/usr/bin/python3", "-I")  # sees the distribution's BCC
+CROSS = "aarch64-linux-gnu-gcc"
+LOAD_8, LOAD_POINTER = 0x79, 0x18
+# Where a called function's first five arguments lie in the registers that a program is shown.
+REGISTERS = {112: 0, 104: 8, 96: 16, 88: 24, 72: 32}
+# Prints the instructions of every program; what is not loaded is not looked at by the kernel.
+COMPILE = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import loader
+bcc = loader.import_bcc()
+module = loader.compile_programs(bcc, sys.argv[2], sys.argv[3])
+names = [bcc.lib.bpf_function_name(module.module, i) for i in range(bcc.lib.bpf_num_functions(module.module))]
+print(json.dumps({name.decode(): module.dump_func(name).hex() for name in names}), flush=True)
+os._exit(0)
+"""
+Instruction = tuple[int, int, int, int]
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="all other tests here are of this machine's kind"
+)
+
+
+def compiled(arch: str) -> dict[str, list[Instruction]]:
+    """Every program as BCC makes it for an architecture: operation, registers, offset, constant."""
+    pins = Path(f"/sys/fs/bpf/fgpu-{arch}-{os.getpid()}")
+    pins.mkdir()
+    sources = os.environ.get("FGPU_TEST_SOURCES", str(REPOSITORY / "bpf"))
+    command = [*SYSTEM_PYTHON, "-c", COMPILE, str(REPOSITORY / "fgpu_ebpf"), sources, str(pins)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={"ARCH": arch})
+    finally:
+        shutil.rmtree(pins)
+    assert done.returncode == 0, done.stderr
+    return {
+        name: list(struct.iter_unpack("<BBhi", bytes.fromhex(code))) for name, code in json.loads(done.stdout).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[dict[str, list[Instruction]], dict[str, list[Instruction]]]:
+    return compiled("x86"), compiled("arm64")
+
+
+def differences(here: list[Instruction], there: list[Instruction]) -> list[tuple[Instruction, Instruction]]:
+    """Instructions that are not the same, side by side; a map's descriptor is its own in every module."""
+    assert len(here) == len(there)
+    return [(a, b) for a, b in zip(here, there, strict=True) if a != b and a[0] != LOAD_POINTER]
+
+
+def test_the_same_programs_are_made(both: tuple[dict[str, list[Instruction]], dict[str, list[Instruction]]]) -> None:
+    here, there = both
+    assert here.keys() == there.keys()
+    assert {"admit", "give_back", "call_enter", "call_return", "adjust"} <= here.keys()
+    for name in ("process_exit", "process_exec", "cgroup_made", "cgroup_populated"):  # they are given no registers
+        assert not differences(here[name], there[name])
+
+
+@pytest.mark.parametrize(("program", "arguments"), [("give_back", 4), ("admit", 4)])
+def test_arguments_are_read_from_arm64_registers(
+    both: tuple[dict[str, list[Instruction]], dict[str, list[Instruction]]], program: str, arguments: int
+) -> None:
+    here, there = (code[program] for code in both)
+    moved = {
+        a[2]: b[2] for a, b in differences(here, there) if a[:2] == b[:2] and a[0] == LOAD_8 and a[2] >= 0
+    }  # below 0: the stack
+    assert moved == dict(list(REGISTERS.items())[:arguments])
+
+
+# -- the shim
+
+
+def output(*command: object) -> str:
+    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not shutil.which(CROSS):
+        pytest.skip(f"no {CROSS}: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
+    out = tmp_path_factory.mktemp("arm64")
+    output("make", "-s", "-C", REPOSITORY / "shim", f"CC={CROSS}", f"OUT={out}", f"HEADERS={REPOSITORY}/build/headers")
+    return out / "libfgpu.so"
+
+
+def symbols(path: Path, defined: bool) -> set[str]:
+    """Names of the dynamic table, with the versions of those that are asked for."""
+    rows = [line.split() for line in output("readelf", "--dyn-syms", "-W", path).splitlines()]
+    return {row[7] for row in rows if row[4:5] in (["GLOBAL"], ["WEAK"]) and (row[6] != "UND") == defined}
+
+
+def test_shim_exports_what_it_does_here(shim: Path) -> None:
+    assert "AArch64" in output("readelf", "-h", shim)
+    names = symbols(shim, defined=True)
+    assert {"dlsym", "fgpu_admit", "fgpu_release", "fgpu_settle", "cuMemAlloc_v2"} <= names
+    assert names == symbols(REPOSITORY / "build/shim/libfgpu.so", defined=True)
+
+
+def test_shim_runs_on_glibc_2_17(shim: Path) -> None:
+    assert re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", shim)) == ["libc.so.6"]
+    versions = {name.partition("@")[2] for name in symbols(shim, defined=False) if "@" in name}
+    assert versions == {"GLIBC_2.17"}  # the first that arm64 had
+
+
+@pytest.mark.parametrize("name", ["fgpu_admit", "fgpu_release", "fgpu_settle"])
+def test_probe_symbols_are_a_nop_and_a_return(shim: Path, name: str) -> None:
+    offset = probes.symbol_offsets(str(shim), [name])[name]
+    assert struct.unpack_from("<2I", shim.read_bytes(), offset) == (0xD503201F, 0xD65F03C0)

@@ -1,0 +1,216 @@
+"""Maps that all tenants share: a level has a part of each, and who fills it takes nothing from its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from conftest import MIB, Client, Kernel, Level, anomalies, entries, wait_until
+
+from fgpu_ebpf import pages
+
+Shared = pages.Shared
+REFUSED, ADMITTED = 0, 1
+PART = 262144 // 4
+PARTS = {Shared.THREADS: 65536 // 4, Shared.PROCESSES: 16384 // 4}
+MORE = 101  # than the part
+
+
+@pytest.fixture
+def crowd(kernel: Kernel, make_level: Callable[..., Level], make_client: Callable[..., Client]) -> Client:
+    """One whose level would fill the whole map."""
+    client = make_client(make_level(1024 * MIB))
+    client(f"cuda.allocate_many(u64(0x1000), u64({4 * PART + 1009}))")
+    return client
+
+
+def test_who_has_too_many_allocations_is_refused_and_named(kernel, crowd):
+    level = next(cgroup for cgroup in kernel.ledger.process(crowd.pid).levels)
+    assert crowd("admit(1)") == REFUSED
+    assert crowd("admit(1, kind=1)") == ADMITTED, "pool bytes have no entry"
+    counted = {c.reason: n for c, n in kernel.ledger.counters().items() if c.cgroup == level}
+    assert counted == {pages.Reason.ENTRIES: 1}
+    crowd("cuda.free_many(u64(0x1000), u64(1))")
+    assert crowd("admit(1)") == ADMITTED
+
+
+def test_its_neighbour_s_frees_are_seen(kernel, crowd, level, client):
+    before = anomalies(kernel)["FULL"]
+    for _ in range(11):
+        assert client(f"admit({512 * MIB})") == ADMITTED
+        client(f"alloc(0x1000, {512 * MIB})")
+        client("free(0x1000)")
+    assert (level.used, entries(kernel, level)) == (0, 0)
+    assert anomalies(kernel)["FULL"] == before
+
+
+def test_entries_are_counted_through_frees_failures_and_reuse(kernel, level, client):
+    client("alloc(0x1000, 1)")
+    client("alloc(0x1000, 2)")  # its first end was not seen
+    client("alloc(0x2000, 1, code=2)")
+    assert entries(kernel, level) == 1
+    client("free(0x1000, code=1)")
+    assert entries(kernel, level) == 1
+    client("free(0x1000)")
+    client("free(0x1000)")
+    assert entries(kernel, level) == 0
+    client("retain()")
+    client("retain()")
+    client("context(0xabc)")
+    client(f"create(7, {MIB})")
+    client(f"map_(0x100000, {MIB}, 7)")
+    assert entries(kernel, level) == 4
+    client("release(7)")
+    assert entries(kernel, level) == 4
+    client(f"unmap(0x100000, {MIB})")
+    client("destroy(0xabc)")
+    assert entries(kernel, level) == 1
+
+
+def test_entries_stay_where_they_came_to_be(kernel, level, make_level, client):
+    other = make_level(1024 * MIB)
+    client("alloc(0x1000, 1)")
+    assert kernel.ledger.move(client.pid, client.entry(kernel).generation, (other.cgroup,))
+    client("alloc(0x2000, 1)")
+    assert (entries(kernel, level), entries(kernel, other)) == (1, 1)
+    client("free(0x1000)")
+    assert (entries(kernel, level), entries(kernel, other)) == (0, 1)
+    client("free(0x2000)")
+    assert entries(kernel, other) == 0
+
+
+def test_entries_of_who_has_ended_count_until_they_are_swept(kernel, level, client):
+    client("cuda.allocate_many(u64(0x1000), u64(101))")
+    client.kill()
+    wait_until(lambda: level.used == 0, 1.0)
+    assert entries(kernel, level) == 101
+    assert kernel.ledger.sweep() >= 101
+    assert entries(kernel, level) == 0
+
+
+# -- threads and processes
+
+
+@pytest.fixture(params=PARTS, ids=lambda shared: shared.name.lower())
+def shared(request: pytest.FixtureRequest) -> pages.Shared:
+    return request.param
+
+
+def reasons(kernel: Kernel, level: Level) -> dict[tuple[int, int], int]:
+    return {(c.kind, c.reason): n for c, n in kernel.ledger.counters().items() if c.cgroup == level.cgroup}
+
+
+@pytest.fixture
+def gathered(level: Level, client: Client, shared: pages.Shared) -> Client:
+    """One that has more of it than its level may have, and no entry for itself."""
+    client(f"cuda.gather(u64({PARTS[shared] + MORE}), {int(shared == Shared.PROCESSES)})")
+    return client
+
+
+def test_who_is_one_too_many_is_refused_and_named(kernel, gathered, level, shared):
+    assert entries(kernel, level, shared) == PARTS[shared]
+    assert gathered(f"admit({MIB})") == REFUSED
+    assert gathered(f"admit({MIB}, kind=1)") == REFUSED, "nor pool bytes: there is nobody to have them"
+    assert reasons(kernel, level) == {(kind, pages.Reason.ENTRIES): 1 for kind in (0, 1)}
+    assert (level.used, level.usage().refused) == (0, 2)
+    assert gathered(f"admit({MIB}, device=17)") == REFUSED
+    assert len(reasons(kernel, level)) == 2, "no device of that number"
+
+
+def test_a_crowd_is_no_matter_to_its_neighbour(kernel, gathered, make_level, make_client, shared):
+    before = anomalies(kernel)["FULL"]
+    other = make_level(1024 * MIB)
+    neighbour = make_client(other)
+    for _ in range(11):
+        assert neighbour(f"admit({512 * MIB})") == ADMITTED
+        neighbour(f"alloc(0x1000, {512 * MIB})")
+        neighbour("free(0x1000)")
+    assert (other.used, entries(kernel, other, shared)) == (0, 1)
+    assert anomalies(kernel)["FULL"] == before
+
+
+def test_where_all_only_observe_a_crowd_is_admitted(gathered, level):
+    level.limit(MIB, pages.LimitFlag.OBSERVE)
+    assert gathered(f"admit({2 * MIB})") == ADMITTED
+
+
+def test_a_crowd_that_observes_within_a_limit_is_refused(kernel, make_level, make_client):
+    group = make_level(1024 * MIB)
+    leaf = make_level(None, group)
+    leaf.limit(1024 * MIB, pages.LimitFlag.OBSERVE)
+    one = make_client(leaf)
+    one(f"cuda.gather(u64({PARTS[Shared.PROCESSES]}), 1)")
+    assert one(f"admit({MIB})") == REFUSED
+
+
+def test_memory_of_one_too_many_is_charged_when_nvml_tells_of_it(kernel, gathered, level, shared):
+    before = anomalies(kernel)["FULL"]
+    gathered(f"alloc(0x1000, {4 * MIB})")
+    assert (level.used, anomalies(kernel)["FULL"]) == (0, before + 1)
+    if gathered.entry(kernel) is None:
+        assert kernel.ledger.move(gathered.pid, 0, (level.cgroup,)), "the agent's word counts beyond the part"
+        assert entries(kernel, level, shared) == PARTS[shared] + 1
+    process = gathered.entry(kernel)
+    assert kernel.ledger.overhead(gathered.pid, process.generation, 0, 4 * MIB, process.changes)
+    assert level.used == 4 * MIB
+
+
+def test_a_crowd_that_goes_home_leaves_room(kernel, level, client):
+    client(f"cuda.gather(u64({PARTS[Shared.THREADS] + MORE}), 0)")
+    assert client(f"admit({MIB})") == REFUSED
+    client("cuda.disperse()")
+    wait_until(lambda: entries(kernel, level, Shared.THREADS) == 0)
+    assert client(f"admit({MIB})") == ADMITTED
+    assert entries(kernel, level, Shared.THREADS) == entries(kernel, level, Shared.PROCESSES) == 1
+
+
+def test_a_crowd_that_is_killed_leaves_room(kernel, gathered, level, make_client, shared):
+    gathered.kill()
+    wait_until(lambda: entries(kernel, level, shared) == 0)
+    assert make_client(level)(f"admit({MIB})") == ADMITTED
+
+
+def test_threads_and_processes_count_where_they_came_to_be(kernel, level, make_level, client):
+    other = make_level(1024 * MIB)
+    client("cuda.gather(u64(23), 0)")
+    client("import os")
+    assert kernel.ledger.move(client.pid, client.entry(kernel).generation, (other.cgroup,))
+    client(f"admit({MIB})")
+    for shared, n in ((Shared.THREADS, 24), (Shared.PROCESSES, 1)):
+        assert (entries(kernel, level, shared), entries(kernel, other, shared)) == (n, 0)
+    client("cuda.disperse()")
+    wait_until(lambda: entries(kernel, level, Shared.THREADS) == 1)  # who joins a thread is back before its end is told
+    client.send("os.execv('/bin/sleep', ['sleep', '100'])")
+    wait_until(lambda: entries(kernel, level, Shared.PROCESSES) == entries(kernel, level, Shared.THREADS) == 0)
+
+
+def test_who_is_out_of_its_cgroups_is_counted_anew_when_it_is_back(kernel, level, client):
+    client("cuda.gather(u64(23), 0)")
+    client(f"admit({MIB})")
+    assert kernel.ledger.move(client.pid, client.entry(kernel).generation, ())
+    counted = [entries(kernel, level, shared) for shared in Shared]
+    assert (client.entry(kernel), level.used, counted) == (None, 0, [0, 0, 0])
+    client(f"admit({4 * MIB})")
+    assert (level.used, [entries(kernel, level, shared) for shared in Shared]) == (4 * MIB, [0, 1, 1])
+    client("cuda.disperse()")
+    wait_until(lambda: [entries(kernel, level, shared) for shared in Shared] == [0, 1, 1])  # of the others none was
+    client(f"alloc(0x1000, {4 * MIB})")
+    client.kill()
+    wait_until(lambda: [entries(kernel, level, shared) for shared in Shared] == [1, 0, 0])  # until the agent sweeps
+
+
+def test_a_call_ends_in_the_life_in_which_it_began(kernel, level, client):
+    before = anomalies(kernel)["RELEASE"]
+    client("import time")
+    client("pause = ctypes.CFUNCTYPE(None)(lambda: time.sleep(0.5))")
+    client("ctypes.c_void_p.in_dll(cuda, 'inside').value = ctypes.cast(pause, ctypes.c_void_p).value")
+    client.send(f"alloc(0x1000, {4 * MIB})")
+    wait_until(lambda: level.used == 4 * MIB)
+    assert kernel.ledger.move(client.pid, client.entry(kernel).generation, ())
+    assert kernel.ledger.move(client.pid, 0, (level.cgroup,))
+    assert client.process.stdout.readline() == "0\n"
+    assert level.used == 0, "NVML tells of it"
+    client("free(0x1000)")
+    assert (level.used, client.entry(kernel).late, anomalies(kernel)["RELEASE"]) == (0, False, before)
+    client(f"alloc(0x1000, {6 * MIB})")
+    assert level.used == 6 * MIB

@@ -1,0 +1,311 @@
+"""What the kernel tells at once: refusals, bypasses, kills, orphans, moves; and what it counts when it cannot."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+
+import pytest
+from conftest import MIB, anomalies, wait_until
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.scheduler import Share
+
+News = pages.News
+VMM = pages.Kind.VMM
+
+
+@pytest.fixture
+def events(kernel):
+    reader = kernel.ledger.events()
+    list(reader.read())
+    yield reader
+    reader.close()
+
+
+def of(events, level, *kinds):
+    """Events of a level, of these kinds or all but the first sight of a process."""
+    found = [e for e in events.read() if e.cgroup == level.cgroup]
+    return [e for e in found if (e.kind in kinds if kinds else e.kind != News.PROCESS)]
+
+
+def fates(kernel):
+    counts = {c.reason: n for c, n in kernel.ledger.counters().items() if c.kind == pages.Kind.EVENTS}
+    return [counts.get(fate, 0) for fate in pages.Fate]
+
+
+def reasons(kernel, level):
+    return {
+        (pages.Kind(c.kind), pages.Reason(c.reason)): n
+        for c, n in kernel.ledger.counters().items()
+        if c.cgroup == level.cgroup
+    }
+
+
+def test_the_first_call_of_a_process_tells_of_it_once(events, level, client):
+    client(f"admit({MIB})")
+    client(f"admit({MIB})")
+    (event,) = of(events, level, News.PROCESS)
+    assert event.tgid == client.pid
+
+
+def test_of_many_processes_at_a_time_one_is_told(kernel, events, level, make_client):
+    before = fates(kernel)[pages.Fate.RATE]
+    clients = [make_client(level) for _ in range(3)]
+    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has only begun
+    for client in clients:
+        client(f"admit({MIB})")
+    assert len(of(events, level, News.PROCESS)) == 1
+    assert fates(kernel)[pages.Fate.RATE] == before, "nor is anything lost"
+
+
+def test_a_refusal_says_who_and_how_much(events, level, client):
+    client(f"admit({2048 * MIB}, kind={int(VMM)})")
+    (event,) = of(events, level)
+    assert (event.kind, event.tgid, event.bytes, event.operation) == (News.REFUSED, client.pid, 2048 * MIB, VMM)
+    assert event.reason == pages.Reason.LIMIT
+
+
+def test_what_observe_would_have_refused_is_told(events, level, client):
+    level.limit(MIB, pages.LimitFlag.OBSERVE)
+    client(f"admit({2 * MIB})")
+    (event,) = of(events, level)
+    assert (event.kind, event.reason) == (News.REFUSED, pages.Reason.OBSERVED)
+
+
+def test_a_bypass_is_told_once_a_process(kernel, events, level, client):
+    client(f"alloc(0x1000, {MIB})")
+    client(f"alloc(0x2000, {MIB})")
+    (event,) = of(events, level)
+    assert (event.kind, event.tgid, event.bytes) == (News.BYPASS, client.pid, MIB)
+    assert anomalies(kernel)["BYPASS"] >= 2
+
+
+def test_a_call_that_fails_names_nobody(kernel, events, level, client):
+    before = anomalies(kernel)["BYPASS"]
+    client(f"alloc(0x1000, {MIB}, code=3)")  # a forked child's, which has no context
+    assert (level.used, of(events, level), anomalies(kernel)["BYPASS"]) == (0, [], before)
+    assert not client.entry(kernel).flags & pages.Seen.BYPASS
+
+
+# -- whose out-of-memory it was
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        ("admit({n}); alloc(0x1000, {n}, code=2)", pages.Kind.MEMORY),
+        ("admit({n}, kind=4); create(0x77, {n}, code=2)", VMM),
+        ("admit(0, kind=2); retain(code=2)", pages.Kind.CONTEXT),
+        (f"admit({{n}}, kind=1); shim.fgpu_release(0, u64({{n}}), {1 | pages.FULL}, u64(9))", pages.Kind.POOL),
+    ],
+)
+def test_the_driver_s_own_out_of_memory_is_the_device_s(kernel, events, level, client, call, kind):
+    for line in call.format(n=4 * MIB).split("; "):
+        client(line)
+    assert level.used == 0
+    assert reasons(kernel, level) == {(kind, pages.Reason.DEVICE_FULL): 1}
+    (event,) = of(events, level)
+    assert (event.kind, event.reason, event.operation) == (News.REFUSED, pages.Reason.DEVICE_FULL, kind)
+
+
+def test_another_failure_is_nobody_s_out_of_memory(kernel, level, client):
+    client(f"admit({4 * MIB})")
+    client(f"alloc(0x1000, {4 * MIB}, code=1)")
+    assert reasons(kernel, level) == {}
+
+
+# -- onBypass: kill
+
+
+def test_kill_ends_who_would_exceed_before_the_driver_runs(kernel, events, level, client):
+    level.limit(100 * MIB, pages.LimitFlag.KILL)
+    client(f"alloc(0x1000, {60 * MIB})")  # fits: charged and named, no more
+    assert level.used == 60 * MIB
+    client.send(f"alloc(0x2000, {60 * MIB})")
+    client.process.wait(5)
+    assert client.process.returncode == -signal.SIGKILL
+    assert [e.kind for e in of(events, level)] == [News.BYPASS, News.KILLED]
+    assert (level.used, level.usage().refused, level.usage().peak) == (0, 1, 60 * MIB)
+
+
+def test_kill_never_ends_who_asks(level, client):
+    level.limit(100 * MIB, pages.LimitFlag.KILL)
+    assert client(f"admit({200 * MIB})") == pages.Verdict.REFUSED
+    assert client(f"admit({100 * MIB})") == pages.Verdict.ADMITTED
+    client(f"alloc(0x1000, {100 * MIB})")
+    assert level.used == 100 * MIB
+
+
+def test_observe_kills_nobody(level, client):
+    level.limit(MIB, pages.LimitFlag.KILL | pages.LimitFlag.OBSERVE)
+    client(f"alloc(0x1000, {60 * MIB})")
+    assert level.used == 60 * MIB
+
+
+# -- memory that another process may have open
+
+
+def end_of_export(how, client):
+    if how == "exit":
+        client.kill()
+    else:
+        client(how)
+
+
+@pytest.mark.parametrize("how", ["exit", "release(0x77)"])
+def test_an_exported_handle_stays_charged_to_the_level(kernel, events, level, client, how):
+    client(f"create(0x77, {8 * MIB})")
+    client(f"create(0x78, {16 * MIB})")
+    client("export(0x77)")
+    client("export(0x77)")
+    end_of_export(how, client)
+    wait_until(lambda: level.used == (8 if how == "exit" else 24) * MIB)
+    assert level.usage().orphaned == 8 * MIB
+    (event,) = of(events, level, News.ORPHANED)
+    assert event.bytes == 8 * MIB
+    assert not kernel.ledger.disown(level.cgroup, 0, 9 * MIB)
+    assert kernel.ledger.disown(level.cgroup, 0, 8 * MIB)
+    assert (level.used, level.usage().orphaned) == (0 if how == "exit" else 16 * MIB, 0)
+
+
+def test_an_exported_handle_goes_with_its_last_mapping(kernel, level, client):
+    client(f"create(0x77, {8 * MIB})")
+    client("export(0x77)")
+    client(f"map_(0x10000000, {8 * MIB}, 0x77)")
+    client("release(0x77)")
+    assert level.usage().orphaned == 0
+    client(f"unmap(0x10000000, {8 * MIB})")
+    assert (level.used, level.usage().orphaned) == (8 * MIB, 8 * MIB)
+    assert kernel.ledger.disown(level.cgroup, 0, 8 * MIB)
+
+
+@pytest.mark.parametrize("how", ["exit", "free(0x1000)", "primary_release()"])
+def test_an_exported_pointer_stays_charged_to_the_level(kernel, level, client, how):
+    client("retain()")
+    client(f"alloc(0x1000, {8 * MIB})")
+    client(f"alloc(0x2000, {16 * MIB})")
+    client("export_pointer(0x1000)")
+    before = level.used
+    end_of_export(how, client)
+    wait_until(lambda: level.used < before or how.startswith("free"))
+    assert level.usage().orphaned == 8 * MIB
+    assert level.used == (before if how.startswith("free") else 8 * MIB)
+    assert kernel.ledger.disown(level.cgroup, 0, 8 * MIB)
+    assert level.used == (before - 8 * MIB if how.startswith("free") else 0)
+
+
+def test_an_export_that_failed_is_none(level, client):
+    client(f"alloc(0x1000, {8 * MIB})")
+    client("export_pointer(0x1000, code=1)")
+    client("free(0x1000)")
+    assert (level.used, level.usage().orphaned) == (0, 0)
+
+
+def test_an_export_of_what_has_no_entry_holds_all(kernel, level, client):
+    client(f"alloc(0x1000, {8 * MIB})")
+    client("export_pointer(0x1200)")
+    client.kill()
+    wait_until(lambda: level.usage().orphaned == 8 * MIB)
+    assert kernel.ledger.disown(level.cgroup, 0, 8 * MIB)
+    assert level.used == 0
+
+
+def test_orphans_are_charged_at_every_level(kernel, make_level, make_client):
+    group = make_level(1024 * MIB)
+    leaf = make_level(512 * MIB, group)
+    client = make_client(leaf)
+    client(f"create(0x77, {8 * MIB})")
+    client("export(0x77)")
+    client.kill()
+    wait_until(lambda: leaf.usage().orphaned == 8 * MIB)
+    assert (group.used, group.usage().orphaned) == (8 * MIB, 8 * MIB)
+    for level in (leaf, group):
+        assert kernel.ledger.disown(level.cgroup, 0, 8 * MIB)
+        assert level.used == 0
+
+
+# -- cgroups
+
+
+def test_a_cgroup_s_life_is_told(kernel, events, make_level, client):
+    other = make_level(None)
+    path = "/" + str(other.path.relative_to(kernel.root))
+    for cgroup in (other.path, kernel.root):
+        (cgroup / "cgroup.procs").write_text(str(client.pid))
+    other.path.rmdir()
+    told = [e.kind for e in events.read() if e.path == path]
+    assert told == [News.MADE, News.MOVED, News.EMPTIED, News.REMOVED]
+
+
+# -- floods
+
+
+def test_a_level_tells_twenty_a_second_and_the_rest_is_counted(kernel, events, level, client):
+    before = fates(kernel)
+    for _ in range(101):
+        client(f"admit({2048 * MIB})")
+    told = of(events, level, News.REFUSED)
+    sent, rate, full = (now - was for now, was in zip(fates(kernel), before, strict=True))
+    assert 19 <= len(told) <= 80
+    assert full == 0
+    assert sent >= len(told)
+    assert rate + len(told) >= 101
+    assert level.usage().refused == 101
+
+
+def test_a_full_ring_counts_what_it_lost(kernel, events, make_level, client):
+    one, two = make_level(MIB), make_level(MIB)
+    list(events.read())
+    before = fates(kernel)
+    moves = 0
+    while fates(kernel)[pages.Fate.FULL] == before[pages.Fate.FULL]:
+        for level in (one, two):
+            (level.path / "cgroup.procs").write_text(str(client.pid))
+            moves += 1
+        assert moves < 100_000
+    sent, rate, full = (now - was for now, was in zip(fates(kernel), before, strict=True))
+    told = [e for e in events.read() if e.path]
+    assert len(told) == sent
+    assert sent + rate + full >= moves
+    (one.path / "cgroup.procs").write_text(str(client.pid))
+    assert one.path.name in [os.path.basename(e.path) for e in events.read()]
+
+
+# -- the bell
+
+
+@pytest.fixture
+def bell(kernel):
+    reader = kernel.ledger.times.bell()
+    list(reader.read())
+    yield reader
+    reader.close()
+
+
+def is_rung(bell, seconds=0.0):
+    return bool(select.select([bell], [], [], seconds)[0])
+
+
+def test_whoever_sleeps_on_the_bell_wakes_when_shares_change(kernel, bell, level):
+    share = {level.cgroup: {0: Share()}}
+    threading.Timer(0.1, kernel.ledger.times.set_shares, [share]).start()
+    assert is_rung(bell, 5.0)
+    assert list(bell.read()) == []
+    assert not is_rung(bell)
+    kernel.ledger.times.set_shares(share)
+    assert not is_rung(bell), "nothing has changed"
+    kernel.ledger.times.forget([level.cgroup])
+    assert is_rung(bell)
+
+
+def test_a_bell_that_nobody_hears_holds_up_nobody(kernel, bell, level):
+    for weight in range(1, 5000):  # more than the ring has room for
+        kernel.ledger.times.set_shares({level.cgroup: {0: Share(weight=weight)}})
+    assert kernel.ledger.times.shares()[level.cgroup, 0].weight == weight
+    list(bell.read())
+    kernel.ledger.times.forget([level.cgroup])
+    assert is_rung(bell)

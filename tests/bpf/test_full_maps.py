@@ -1,0 +1,195 @@
+"""Maps without room: counted, never silent; who has no entry is refused, what has none stays charged to the end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+from conftest import CONTEXT, MIB, Kernel, anomalies, wait_until
+
+from fgpu_ebpf import bpf, pages
+
+ADMITTED = 1
+CONTEXT_KIND = pages.Kind.CONTEXT
+NOBODY = 1 << 23  # above every pid
+VALUES = {"allocations": pages.Allocation, "threads": pages.Thread, "processes": pages.Process}
+
+
+class NoRoom(Exception):
+    """E2BIG."""
+
+
+class Full:
+    """A map that entries of nobody leave no room in."""
+
+    def __init__(self, kernel: Kernel, name: str) -> None:
+        self._fd = bpf.pinned(kernel.pins / "maps" / name)
+        self._name, self._entered = name, 0
+        self.fill()
+        assert self._entered > 1000
+
+    def _key(self) -> bytes:
+        n = self._entered
+        if self._name == "allocations":
+            return bytes(pages.AllocationKey(tgid=NOBODY, generation=1, handle=n))
+        return (
+            (NOBODY << 32 | n).to_bytes(8, "little") if self._name == "threads" else (NOBODY + n).to_bytes(4, "little")
+        )
+
+    def fill(self) -> None:
+        """To the last entry."""
+        value = bytes(ctypes.sizeof(VALUES[self._name]))
+        with contextlib.suppress(NoRoom):
+            while True:
+                self._enter(value)
+                self._entered += 1
+
+    def _enter(self, value: bytes) -> None:
+        try:
+            bpf.update(self._fd, self._key(), value)
+        except OSError as error:
+            raise NoRoom if error.errno == errno.E2BIG else error from error
+
+    def make(self, room: int) -> None:
+        """Room for so many, or for all."""
+        for _ in range(min(room, self._entered)):
+            self._entered -= 1
+            assert bpf.delete(self._fd, self._key())
+
+    def close(self) -> None:
+        """All entries of nobody are gone."""
+        self.make(self._entered)
+        os.close(self._fd)
+
+
+@contextlib.contextmanager
+def full(kernel: Kernel, name: str) -> Iterator[Full]:
+    """Without room until the end of the block."""
+    whole = Full(kernel, name)
+    try:
+        yield whole
+    finally:
+        whole.close()
+
+
+@pytest.fixture
+def counted(kernel) -> Iterator[None]:
+    """The test meets a full map, and it is counted."""
+    before = anomalies(kernel)["FULL"]
+    yield
+    assert anomalies(kernel)["FULL"] > before
+
+
+# -- threads and processes
+
+
+@pytest.mark.parametrize("name", ["threads", "processes"])
+def test_who_cannot_be_entered_is_not_admitted(kernel, counted, level, client, name):
+    with full(kernel, name):
+        assert client(f"admit({4 * MIB})") is None, "no answer: the shim refuses"
+        client(f"alloc(0x1000, {4 * MIB})")  # around the shim: NVML tells of it
+        assert level.used == 0
+    assert client(f"admit({4 * MIB})") == ADMITTED
+    client(f"alloc(0x2000, {4 * MIB})")
+    client("free(0x1000)")
+    assert level.used == 4 * MIB
+    client.kill()
+    wait_until(lambda: level.used == 0, 1.0)
+
+
+def test_a_free_that_nobody_saw_is_noticed_when_the_pointer_comes_again(kernel, counted, level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("import threading")
+    with full(kernel, "threads"):
+        client("thread = threading.Thread(target=lambda: free(0x1000))")
+        client("(thread.start(), thread.join())")
+        assert level.used == 4 * MIB
+    client(f"alloc(0x1000, {6 * MIB})")
+    assert level.used == 6 * MIB
+    client.kill()
+    wait_until(lambda: level.used == 0, 1.0)
+
+
+# -- allocations
+
+
+@pytest.fixture(scope="module")
+def allocations(kernel) -> Iterator[Full]:
+    with full(kernel, "allocations") as whole:
+        yield whole
+
+
+def test_memory_without_an_entry_stays_charged_to_the_end(kernel, allocations, counted, level, client):
+    for i in range(23):
+        assert client(f"admit({4 * MIB})") == ADMITTED
+        client(f"alloc({0x1000 * (i + 1)}, {4 * MIB})")
+    client(f"create(7, {6 * MIB})")
+    client(f"map_(0x100000, {6 * MIB}, 7)")
+    held = (23 * 4 + 6) * MIB
+    assert level.used == held
+    for i in range(23):
+        client(f"free({0x1000 * (i + 1)})")
+    client(f"unmap(0x100000, {6 * MIB})")
+    client("release(7)")
+    assert level.used == held, "nobody knows how much that was"
+    assert client(f"admit({1024 * MIB - held + 1})") != ADMITTED
+    assert client(f"admit({1024 * MIB - held})") == ADMITTED
+    client.kill()
+    wait_until(lambda: level.used == 0, 1.0)
+
+
+def test_a_mapping_without_an_entry_holds_its_memory(kernel, allocations, counted, level, client):
+    allocations.make(1)
+    client(f"create(7, {4 * MIB})")
+    client(f"map_(0x100000, {4 * MIB}, 7)")
+    client("release(7)")
+    client(f"unmap(0x100000, {4 * MIB})")
+    assert level.used == 4 * MIB
+    client.kill()
+    wait_until(lambda: level.used == 0, 1.0)
+
+
+def test_a_context_without_an_entry(allocations, counted, level, client):
+    client(f"admit(0, kind={int(CONTEXT_KIND)})")
+    client("context(0xabc)")
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("destroy(0xabc)")
+    assert level.used == CONTEXT + 4 * MIB
+    client.kill()
+    wait_until(lambda: level.used == 0, 1.0)
+
+
+def test_what_had_an_entry_is_given_back_as_ever(kernel, allocations, level, client):
+    before = anomalies(kernel)["FULL"]
+    allocations.make(23)
+    for i in range(23):
+        client(f"alloc({0x1000 * (i + 1)}, {MIB})")
+    assert level.used == 23 * MIB
+    for i in range(23):
+        client(f"free({0x1000 * (i + 1)})")
+    assert level.used == 0
+    assert anomalies(kernel)["FULL"] == before
+    allocations.fill()
+
+
+def test_a_refused_free_whose_room_is_gone_meanwhile(allocations, counted, level, client):
+    allocations.make(1)
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("import time")
+    client("pause = ctypes.CFUNCTYPE(None)(lambda: time.sleep(0.5))")
+    client("ctypes.c_void_p.in_dll(cuda, 'inside').value = ctypes.cast(pause, ctypes.c_void_p).value")
+    client.send("free(0x1000, code=1)")
+    time.sleep(0.2)
+    allocations.fill()
+    client("0")  # the free's answer
+    client("0")
+    assert level.used == 4 * MIB
+    client("free(0x1000)")
+    assert level.used == 4 * MIB, "nobody knows how much that was"
+    client.kill()
+    wait_until(lambda: level.used == 0, 1.0)

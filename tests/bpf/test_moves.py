@@ -1,0 +1,128 @@
+"""A process that gets other levels while it charges and releases: each level holds what its processes have of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+from conftest import MIB, Client, Kernel, Level, anomalies, wait_until
+
+from fgpu_ebpf import bpf, pages
+
+STRAGGLER_SECONDS = 0.05
+
+
+@pytest.fixture
+def two(make_level: Callable[..., Level]) -> tuple[Level, Level]:
+    return make_level(1024 * MIB), make_level(1024 * MIB)
+
+
+def change(kernel: Kernel, client: Client, alter: Callable[[pages.Process], None]) -> None:
+    """Writes the process's entry, as a program that was late would have left it."""
+    fd, key = bpf.pinned(kernel.pins / "maps/processes"), client.pid.to_bytes(4, "little")
+    try:
+        process = pages.Process.from_buffer_copy(bpf.lookup(fd, key, bytes_of_process()) or b"")
+        alter(process)
+        bpf.update(fd, key, bytes(process))
+    finally:
+        os.close(fd)
+
+
+def bytes_of_process() -> int:
+    return len(bytes(pages.Process()))
+
+
+def move(kernel: Kernel, client: Client, *levels: Level) -> None:
+    """As the agent does it; levels leaf first."""
+    generation = client.entry(kernel).generation
+    assert kernel.ledger.move(client.pid, generation, tuple(level.cgroup for level in levels))
+
+
+def test_a_release_that_was_late_for_a_move(kernel, two, make_client):
+    first, second = two
+    one = make_client(first)
+    one(f"alloc(0x1000, {4 * MIB})")
+    one(f"alloc(0x2000, {6 * MIB})")
+    move(kernel, one, second)
+    assert not one.entry(kernel).late
+
+    def release_late(process: pages.Process) -> None:  # it drew from the first, where nothing was any more
+        process.devices[0].bytes -= 4 * MIB
+        process.devices[0].owed = 4 * MIB
+
+    change(kernel, one, release_late)
+    assert one.entry(kernel).late
+    assert (first.used, second.used) == (0, 10 * MIB), "held until the agent looks"
+    move(kernel, one, second)
+    assert (first.used, second.used) == (0, 6 * MIB)
+    assert not one.entry(kernel).late
+    one("free(0x2000)")
+    assert second.used == 0
+
+
+def test_a_charge_that_was_late_for_a_move(kernel, two, make_client):
+    first, second = two
+    other, one = make_client(first), make_client(first)
+    other(f"alloc(0x1000, {9 * MIB})")
+    one(f"alloc(0x1000, {4 * MIB})")
+    move(kernel, one, second)
+
+    def charge_late(process: pages.Process) -> None:  # as if 3 of the 9 MiB at the first were of this process
+        process.devices[0].charged[(process.turn + 1) % 2] += 3 * MIB
+        process.devices[0].bytes += 3 * MIB
+
+    change(kernel, one, charge_late)
+    assert one.entry(kernel).late
+    move(kernel, one, second)
+    assert (first.used, second.used) == (6 * MIB, 7 * MIB)
+    one.kill()
+    wait_until(lambda: second.used == 0, 1.0)
+    assert first.used == 6 * MIB
+
+
+def test_who_ends_in_the_middle_of_a_move_leaves_nothing(kernel, two, make_client):
+    first, second = two
+    other, one = make_client(first), make_client(first)
+    other(f"alloc(0x1000, {9 * MIB})")
+    one(f"alloc(0x1000, {4 * MIB})")
+    move(kernel, one, second)
+
+    def charge_late(process: pages.Process) -> None:
+        process.devices[0].charged[(process.turn + 1) % 2] += 3 * MIB
+        process.devices[0].bytes += 3 * MIB
+
+    change(kernel, one, charge_late)
+    one.kill()
+    wait_until(lambda: second.used == 0, 1.0)
+    assert first.used == 6 * MIB, "what it had charged there is back"
+
+
+def test_a_group_above_both_notices_nothing(kernel, make_level, make_client):
+    group = make_level(100 * MIB)
+    first, second = make_level(1024 * MIB, group), make_level(1024 * MIB, group)
+    one = make_client(first)
+    one(f"alloc(0x1000, {60 * MIB})")
+    move(kernel, one, second, group)
+    assert (first.used, second.used, group.used) == (0, 60 * MIB, 60 * MIB)
+    assert group.usage().peak == 60 * MIB, "never counted twice"
+    one("free(0x1000)")
+    assert (second.used, group.used) == (0, 0)
+
+
+def test_there_and_back_waits_for_those_who_were_late(kernel, two, make_client):
+    first, second = two
+    before = anomalies(kernel)["RELEASE"]
+    one = make_client(first)
+    one(f"alloc(0x1000, {4 * MIB})")
+    begun = time.monotonic()
+    for _ in range(3):
+        move(kernel, one, second)
+        assert (first.used, second.used) == (0, 4 * MIB)
+        move(kernel, one, first)
+        assert (first.used, second.used) == (4 * MIB, 0)
+    assert time.monotonic() - begun >= 5 * STRAGGLER_SECONDS
+    one("free(0x1000)")
+    assert first.used == 0
+    assert anomalies(kernel)["RELEASE"] == before

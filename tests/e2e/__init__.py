@@ -1,0 +1,1 @@
+"""End to end: commands, sockets and container runtimes, and nothing from the package."""

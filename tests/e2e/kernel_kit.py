@@ -1,0 +1,76 @@
+"""What the kernel holds of fgpu, by bpf(2) alone: pinned objects, their ids, the entries of a map."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import struct
+from pathlib import Path
+
+BPFFS = Path("/sys/fs/bpf")
+_SYS_BPF, _GET_NEXT_KEY, _OBJ_GET = 321, 4, 7
+NEXT_ID = {"prog_id": 11, "map_id": 12, "link_id": 31}
+_libc = ctypes.CDLL(None, use_errno=True)
+Object = tuple[str, int]
+
+
+def _bpf(command: int, attributes: bytes | ctypes.Array[ctypes.c_char]) -> int:
+    return int(_libc.syscall(_SYS_BPF, command, attributes, 128))
+
+
+def opened(path: Path) -> int:
+    """A descriptor of what is pinned there; negative: nothing is."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    return _bpf(_OBJ_GET, struct.pack("QII", ctypes.addressof(name), 0, 0).ljust(128, b"\0"))
+
+
+def objects_of(fdinfo: str) -> set[Object]:
+    """The BPF objects that descriptors say they are."""
+    return {(kind, int(number)) for kind, number in re.findall(r"^((?:prog|map|link)_id):\s*(\d+)$", fdinfo, re.M)}
+
+
+def pinned() -> set[Object]:
+    """The BPF objects of fgpu's that are pinned here."""
+    found = set()
+    for path in (p for p in (BPFFS / "fgpu").rglob("*") if p.is_file()):
+        fd = opened(path)
+        if fd >= 0:
+            found |= objects_of(Path(f"/proc/self/fdinfo/{fd}").read_text())
+            os.close(fd)
+    return found
+
+
+def held_by(pid: int) -> set[Object]:
+    """The BPF objects that a process has open."""
+    found = set()
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(OSError):
+            found |= objects_of(path.read_text())
+    return found
+
+
+def in_the_kernel() -> set[Object]:
+    """Every BPF object that there is, whoever made it."""
+    found = set()
+    for kind, command in NEXT_ID.items():
+        attributes = ctypes.create_string_buffer(128)
+        while _bpf(command, attributes) == 0:
+            number = struct.unpack_from("II", attributes)[1]
+            found.add((kind, number))
+            struct.pack_into("I", attributes, 0, number)
+    return found
+
+
+def entries(name: str) -> int:
+    """How many entries one of fgpu's maps has."""
+    fd = opened(next(BPFFS.glob(f"fgpu/v*/maps/{name}")))
+    assert fd >= 0, name
+    key, after = ctypes.create_string_buffer(256), ctypes.create_string_buffer(256)
+    count, where = 0, 0
+    while _bpf(_GET_NEXT_KEY, struct.pack("IIQQ", fd, 0, where, ctypes.addressof(after)).ljust(128, b"\0")) == 0:
+        count += 1
+        key.raw, where = after.raw, ctypes.addressof(key)
+    os.close(fd)
+    return count

@@ -1,0 +1,72 @@
+"""NVML says nothing, of processes or at all: limits hold on, charges stay, and the books are exact again after it."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from harness import CONTEXT, MIB, REFUSED, SIM, Service, eventually, fgpu, metrics, metrics_page
+
+LIMIT = CONTEXT + 200 * MIB
+PERIODS = 2.0  # seconds: four reconciles
+
+
+def order(fault: str) -> None:
+    """The simulated driver behaves like this from now on."""
+    subprocess.run([SIM / "fgpu-simd", "--fault", fault], check=True, timeout=10)
+
+
+@pytest.fixture
+def fault(unharmed: None) -> Iterator[Callable[[str], None]]:
+    """Faults of the driver, which end with the test."""
+    yield order
+    order("reset")
+
+
+@pytest.mark.places("host")
+@pytest.mark.parametrize("kind", ["nvml-na", "nvml-stall:60s"])
+def test_charges_stay_while_nvml_is_blind(service: Service, fault: Callable[[str], None], tenant, kind: str) -> None:
+    one = tenant(LIMIT)
+    one.assert_enforced()
+    client = one.client()
+    client.ok("context")
+    with one.growing():
+        (kept,) = client.ok(f"alloc {150 * MIB}")[:1]
+    assert one.assert_exact() == CONTEXT + 150 * MIB
+    fault(kind)
+    until = time.monotonic() + PERIODS
+    while time.monotonic() < until:
+        assert one.memory()["used_bytes"] == CONTEXT + 150 * MIB
+        assert client.do(f"alloc {51 * MIB}") == REFUSED
+        time.sleep(0.1)
+    assert one.memory()["drift_bytes"] is None or "stall" in kind, "nothing was compared"
+    client.ok(f"alloc {40 * MIB}")
+    assert client.do(f"alloc {20 * MIB}") == REFUSED
+    client.ok(f"free {kept}")
+    eventually(lambda: one.memory()["used_bytes"] == CONTEXT + 40 * MIB == one.driver(), 2, "what was freed")
+    late = one.client()  # nobody but the probes sees it
+    assert late.do("context") == REFUSED, "a context beyond the limit"
+    service.check()
+    fault("reset")
+    assert one.assert_exact(10) == CONTEXT + 40 * MIB
+
+
+@pytest.mark.places("host")
+def test_how_long_nvml_has_said_nothing_is_shown(service: Service, fault: Callable[[str], None], tenant) -> None:
+    one = tenant(LIMIT)
+    one.client().ok("context")
+    eventually(lambda: one.memory()["drift_bytes"] == 0, 3, "a comparison")
+    key = "fgpu_reconcile_age_seconds", frozenset({("gpu", "0")})
+    assert metrics(metrics_page())[key] < 3
+    assert "ok    reconcile" in fgpu("doctor", "--driver-root", SIM).stdout
+    fault("nvml-stall:9s")
+    drift = "fgpu_memory_drift_bytes", frozenset({("tenant", one.name), ("gpu", "0")})
+    eventually(lambda: metrics(metrics_page())[key] > 5.2, 8, "its age")
+    eventually(lambda: drift not in metrics(metrics_page()), 2, "no drift that nobody measured")
+    said = metrics(metrics_page())
+    assert said["fgpu_memory_used_bytes", drift[1]] == CONTEXT
+    fault("reset")
+    eventually(lambda: metrics(metrics_page())[key] < 3, 10, "an answer")
+    eventually(lambda: metrics(metrics_page()).get(drift) == 0, 5, "a comparison")

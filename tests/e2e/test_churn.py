@@ -1,0 +1,160 @@
+"""Tenants that come and go by the thousand, with names of their own choosing: nothing of them stays."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import BUILD, ENVIRONMENT, MIB, SHIM, Service, ask, cgroup_root, eventually, metrics, metrics_page
+from kernel_kit import entries
+from test_malformed import GOOD, SOCKET
+
+LIVE = 200
+GROWTH = 5 * MIB
+MAPS = ("pages", "resolved", "limits", "shares", "turns", "processes", "threads", "allocations")
+ODD = ('quo"te', "back\\slash", "a\ttab", "{}=,", "é" * 100, "x" * 200, "-", " ", "\x7f\x01", "..x")
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: churn}
+spec:
+  selector: {cgroup: ["fgpu-churn/*"]}
+  memory: {limit: 600MiB}
+  compute: {weight: 50}
+"""
+
+
+@pytest.fixture
+def parent(service: Service, unharmed: None) -> Iterator[Path]:
+    """A cgroup in which every other one is a tenant."""
+    folder = cgroup_root() / "fgpu-churn"
+    folder.mkdir()
+    (service.policies / "churn.yaml").write_text(POLICY)
+    eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 5, "the policy")
+    yield folder
+    for cgroup in folder.iterdir():
+        if cgroup.is_dir():
+            cgroup.rmdir()
+    folder.rmdir()
+    (service.policies / "churn.yaml").unlink()
+    eventually(lambda: metrics()["fgpu_policies", frozenset()] == 0, 5, "no policy")
+
+
+def say_hello(cgroup: Path) -> None:
+    """A process in the cgroup that is greeted, or not, and ends."""
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.settimeout(2)
+                sock.connect(SOCKET)
+                sock.send(GOOD)
+                sock.recv(4096)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def fill(cgroup: Path) -> None:
+    """A program in the cgroup that takes memory until it is refused."""
+    command = f'echo $$ >"$1/cgroup.procs" && exec {BUILD}/examples/fill --step 8MiB'
+    environment = {**ENVIRONMENT, "LD_PRELOAD": str(SHIM)}
+    done = subprocess.run(["sh", "-c", command, "sh", cgroup], env=environment, capture_output=True, check=True)
+    assert b"OUT_OF_MEMORY" in done.stdout
+
+
+def removed(cgroup: Path) -> bool:
+    """It is, once whoever was in it is gone."""
+    try:
+        cgroup.rmdir()
+    except OSError:
+        return False
+    return True
+
+
+def churn(parent: Path, numbers: range) -> None:
+    """As many tenants, LIVE at once; one in ten says hello, one in a hundred has a program that is refused."""
+    live = collections.deque[Path]()
+    for number in numbers:
+        cgroup = parent / f"{number}-{ODD[number % len(ODD)]}"
+        cgroup.mkdir()
+        live.append(cgroup)
+        if number % 100 == 99:
+            fill(cgroup)
+        elif number % 10 == 9:
+            say_hello(cgroup)
+        if len(live) > LIVE:
+            oldest = live.popleft()
+            eventually(lambda gone=oldest: removed(gone), 5, "an empty cgroup")
+    shown = {dict(labels)["tenant"] for name, labels in metrics(metrics_page()) if name == "fgpu_tenant_info"}
+    assert len(shown) <= 2 * LIVE + 10, "tenants that are gone are shown"
+    for cgroup in live:
+        eventually(lambda gone=cgroup: removed(gone), 5, "an empty cgroup")
+
+
+def assert_none_left(seconds: float) -> None:
+    """The agent has followed."""
+    eventually(lambda: not [t for t in ask(verb="snapshot")["tenants"] if t["policy"] == "churn"], seconds, "no tenant")
+
+
+def assert_maps_empty(known: dict[str, int]) -> None:
+    """Of tenants, and of what their processes left: no more than was there before."""
+    for name in MAPS:
+        what = f"{known[name]} {name}, not {entries(name)}"
+        eventually(lambda of=name: entries(of) <= known[of], 10, what)  # type: ignore[misc]
+
+
+def sizes(service: Service) -> dict[str, tuple[int, int]]:
+    """Resident bytes and descriptors of agent and gatekeeper."""
+    assert service.agent
+    found = {}
+    for name, pid in (("agent", service.agent.pid), ("gatekeeper", *service.gatekeepers())):
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        found[name] = (pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd")))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)  # the full count takes half an hour
+def test_tenants_come_and_go_and_leave_nothing(service: Service, parent: Path, scale) -> None:
+    known = {name: entries(name) for name in MAPS}  # who has said hello without being anybody's stays known
+    churn(parent, range(300))  # until whatever is cached is
+    assert_none_left(60)
+    assert_maps_empty(known)
+    before, counters = sizes(service), entries("counters")
+    count = scale(500, 4000, 100_000)
+    for first in range(1000, 1000 + count, 500):
+        churn(parent, range(first, first + 500))
+    assert_none_left(60)
+    assert_maps_empty(known)
+    assert entries("counters") <= counters + 5, "what was counted of tenants that are gone"
+    after = sizes(service)
+    print(
+        count,
+        "tenants:",
+        {name: (after[name][0] - before[name][0], after[name][1] - before[name][1]) for name in before},
+    )
+    for name in before:
+        assert after[name][0] - before[name][0] <= GROWTH, f"{name} has grown"
+        assert after[name][1] <= before[name][1] + 4, f"descriptors of the {name}"
+    assert ask(verb="snapshot")["failures"] == 0
+
+
+def test_a_new_tenant_in_a_cgroup_that_is_known_to_be_nobodys(parent: Path) -> None:
+    """Its first program has its limit, however early it comes."""
+    say_hello(parent)
+    eventually(lambda: entries("resolved") > 0, 5, "that the cgroup around them is nobody's")
+    refused = "fgpu_memory_refused_total"
+    for number in range(20):
+        cgroup = parent / f"new-{number}"
+        cgroup.mkdir()
+        fill(cgroup)
+        reasons = {dict(k)["reason"] for name, k in metrics() if name == refused and ("tenant", cgroup.name) in k}
+        assert reasons == {"limit"}
+        eventually(lambda gone=cgroup: removed(gone), 5, "an empty cgroup")  # type: ignore[misc]

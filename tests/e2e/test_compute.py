@@ -1,0 +1,214 @@
+"""Shares of a device's time, on programs that count their own kernels: counts with room for two noisy cores."""
+
+from __future__ import annotations
+
+import json
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import BUILD, ENVIRONMENT, FGPU, GIB, SIM, Service, ask, eventually, fgpu, metrics
+
+pytestmark = pytest.mark.timed
+
+SECONDS = 3
+
+
+@pytest.fixture(scope="session")
+def spin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The benchmark's program."""
+    source, out = Path(__file__).parents[2] / "bench/spin.c", tmp_path_factory.mktemp("spin") / "spin"
+    flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
+    subprocess.run(["gcc", *flags, "-o", out, source, "-ldl"], check=True, timeout=60)
+    return out
+
+
+class Spin:
+    """A running spin, in a tenant of its own."""
+
+    def __init__(self, program: Path, name: str, *limits: str, kernel_us: int = 200) -> None:
+        command = [*FGPU, "run", "--memory", str(GIB), "--name", name, *limits, "--", program, str(kernel_us), "burst"]
+        self.name = name
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=ENVIRONMENT)
+        assert self.process.stdout
+        assert self.process.stdout.readline() == "ready\n"
+
+    def begin(self, seconds: float = SECONDS) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(f"{seconds}\n")
+
+    def kernels(self) -> float:
+        return self.said()[0]
+
+    def said(self) -> list[float]:
+        """Kernels done, and the p50 and p99 of a step in microseconds."""
+        assert self.process.stdout
+        return [float(word) for word in self.process.stdout.readline().split()]
+
+    def compute(self) -> dict[str, float]:
+        (tenant,) = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == self.name]
+        assert tenant["enforcement"] == "kernel"
+        return dict(tenant["devices"][0]["compute"] or {})
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def start(spin: Path, unharmed: None) -> Iterator[Callable[..., Spin]]:
+    started: list[Spin] = []
+
+    def make(name: str, *limits: str, kernel_us: int = 200) -> Spin:
+        started.append(Spin(spin, name, *limits, kernel_us=kernel_us))
+        return started[-1]
+
+    yield make
+    for one in started:
+        one.close()
+
+
+def together(*programs: Spin) -> list[int]:
+    for program in programs:
+        program.begin()
+    return [program.kernels() for program in programs]
+
+
+def test_weights_divide_the_device(start) -> None:
+    heavy, light = start("heavy", "--weight", "300"), start("light", "--weight", "100")
+    done = together(heavy, light)
+    assert heavy.compute()["waits"] > 10  # it is enforced
+    assert done[0] / sum(done) == pytest.approx(0.75, abs=0.05)
+
+
+def test_a_ceiling_holds_alone_and_set_anew_it_holds_on_a_running_program(start) -> None:
+    one = start("one")
+    (free,) = together(one)
+    fgpu("set", "one", "--compute", "25%")
+    time.sleep(0.2)
+    (limited,) = together(one)
+    assert one.compute()["throttled"] > 10
+    assert limited / free == pytest.approx(0.25, abs=0.06)
+
+
+def test_an_owner_that_is_killed_is_followed_and_all_of_it_is_shown(start) -> None:
+    first, second = start("first", "--priority", "high"), start("second", "--compute", "50%", "--weight", "200")
+    first.begin(60)
+    second.begin()
+    eventually(lambda: first.compute()["waits"] or second.compute()["waits"], 5, "turns")
+    eventually(lambda: ("fgpu_slice_switches_total", frozenset({("gpu", "0")})) in metrics(), 5, "metrics")
+    assert "ENTITLED" in fgpu("status").stdout
+    said = fgpu("explain", "second").stdout
+    assert "time up to 50%, weight 200" in said
+    first.close()
+    assert second.kernels() > 0
+
+
+def driver_offset(name: str) -> str:
+    """Of a function in the simulated driver's library, in hexadecimal."""
+    listed = subprocess.run(["nm", "-D", SIM / "lib/libcuda.so.1"], capture_output=True, text=True, check=True).stdout
+    (found,) = [line.split()[0] for line in listed.splitlines() if line.split()[1:] == ["T", name]]
+    return found
+
+
+def test_who_runs_outside_its_turns_is_named(start, programs: None) -> None:
+    honest = start("honest", "--weight", "100")
+    liar = [*FGPU, "run", "--memory", str(GIB), "--name", "liar", "--weight", "100", "--"]
+    command = [*liar, BUILD / "e2e/liar", driver_offset("cuLaunchKernel")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+            honest.begin(60)
+            eventually(lambda: honest.compute().get("waits") is not None, 5, "a share")
+            who = ("fgpu_bypassing_processes", frozenset({("tenant", "liar"), ("how", "outside_turns")}))
+            eventually(lambda: metrics().get(who) == 1, 40, "the liar by name")
+            (view,) = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == "liar"]
+            assert view["devices"][0]["compute"]["beyond_ratio"] > 0.1
+            assert "liar" in fgpu("doctor", check=False).stdout
+            named = [labels for name, labels in metrics() if name == who[0] and ("how", "outside_turns") in labels]
+            assert named == [who[1]]
+        finally:
+            process.kill()
+
+
+# -- faults
+
+
+def test_a_killed_owner_keeps_nobody_waiting(start) -> None:
+    """The other would wait for minutes. It goes on within 5 ms where the machine is quiet."""
+    owner, other = start("owner", "--weight", "10000", kernel_us=50_000), start("other", "--weight", "1")
+    owner.begin(60)
+    eventually(lambda: owner.compute().get("is_owner"), 5, "a turn")
+    for _ in range(
+        40
+    ):  # of one step each, and a debt for it; until the owner's kernels are known to be long, it gives way
+        other.begin(0.001)
+        if not select.select([other.process.stdout], [], [], 0.5)[0]:
+            break
+        other.said()
+        time.sleep(0.2)
+    else:
+        pytest.fail("it had nothing to wait for")
+    owner.process.kill()
+    began = time.monotonic()
+    other.said()
+    assert time.monotonic() - began < 0.3
+
+
+def test_a_stopped_owner_costs_one_deadline_once(start) -> None:
+    owner, other = start("owner", "--weight", "100"), start("other", "--weight", "100")
+    owner.begin(60)
+    other.begin()
+    eventually(lambda: owner.compute().get("waits"), 2, "turns")
+    before = owner.compute()["overruns"]
+    owner.process.send_signal(signal.SIGSTOP)
+    beside = other.kernels()
+    assert owner.compute()["overruns"] - before <= 2
+    owner.close()
+    (alone,) = together(other)
+    assert beside > 0.4 * alone  # 0.15 if it had waited
+
+
+def test_an_overrun_is_told_with_whose_it_was(start) -> None:
+    owner, other = start("stopped", "--weight", "100"), start("beside", "--weight", "100")
+    owner.begin(60)
+    other.begin(60)
+    eventually(lambda: owner.compute().get("waits"), 2, "turns")
+    before = owner.compute()["overruns"]
+
+    def overran() -> bool:
+        """Stopped for a moment: with work in flight, perhaps."""
+        owner.process.send_signal(signal.SIGSTOP)
+        time.sleep(0.1)
+        owner.process.send_signal(signal.SIGCONT)
+        return owner.compute()["overruns"] > before
+
+    eventually(overran, 20, "an overrun")
+
+    def told() -> list[dict[str, object]]:
+        events = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
+        return [event for event in events if (event["what"], event["tenant"]) == ("overrun", "stopped")]
+
+    event = eventually(told, 15, "the event")[0]
+    assert event["gpu"] == 0
+    assert "passed with work in flight" in str(event["text"])
+
+
+def test_without_a_gatekeeper_gates_open_and_shares_hold_again_when_it_is_back(start, service: Service) -> None:
+    heavy, light = start("heavy", "--weight", "300"), start("light", "--weight", "100")
+    heavy.begin(6)
+    light.begin(6)
+    eventually(lambda: light.compute().get("waits"), 5, "turns")
+    time.sleep(1)
+    service.kill_gatekeeper()
+    longest = [program.said()[2] for program in (heavy, light)]
+    assert max(longest) < 3_000_000, "a step waited for longer than the lease"
+    eventually(service.gatekeepers, 5, "another gatekeeper")
+    done = together(heavy, light)
+    assert done[0] / sum(done) == pytest.approx(0.75, abs=0.05)

@@ -1,0 +1,160 @@
+"""`fgpu detach` leaves a host as it was: files, mounts, cgroups, processes, and what the kernel holds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import (
+    CONTEXT,
+    ENVIRONMENT,
+    FGPU,
+    MIB,
+    RUN_DIR,
+    SHIM,
+    SIM,
+    Service,
+    cgroup_root,
+    eventually,
+    fgpu,
+    free_port,
+    place_of,
+)
+from kernel_kit import NEXT_ID, held_by, in_the_kernel, pinned
+
+STATE = Path("/var/lib/fgpu")
+MEASURED = f"{STATE}/contexts.json"  # what a context takes of this driver: kept, since it costs one to know
+FOLDERS = ("/etc", "/run/fgpu", "/usr/lib/fgpu", STATE, "/sys/fs/bpf")
+
+
+def files(*folders: str | Path) -> dict[str, tuple[int, int, int, int]]:
+    """Every file there, by path: mode, owners and size; when it was changed, where it is no folder."""
+    found = {}
+    for folder in folders:
+        for around, inside, names in os.walk(folder):
+            for name in inside + names:
+                path = Path(around, name)
+                with contextlib.suppress(FileNotFoundError):
+                    stat = path.lstat()
+                    is_file = name in names
+                    found[str(path)] = (
+                        stat.st_mode,
+                        stat.st_uid,
+                        *((stat.st_size, stat.st_mtime_ns) * is_file or (0, 0)),
+                    )
+    return found
+
+
+def mounts() -> list[str]:
+    """Of this mount namespace."""
+    return sorted(Path("/proc/self/mountinfo").read_text().splitlines())
+
+
+@contextlib.contextmanager
+def own(folder: Path) -> Iterator[None]:
+    """A folder of the host that nobody else writes meanwhile."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "own", folder], check=True)
+    yield
+    subprocess.run(["umount", "--lazy", folder], check=True)  # a probe that the kernel lets go keeps its file a moment
+    if made:
+        folder.rmdir()
+
+
+@pytest.fixture
+def bare(service: Service, unharmed: None) -> Iterator[Service]:
+    """A host without fgpu, with folders of its own for what a service keeps; afterwards the usual one."""
+    service.detach()
+    with own(STATE):
+        yield service
+        service.detach()
+    service.start_agent()
+
+
+@pytest.mark.parametrize("alive", [True, False], ids=["a running agent", "a dead one"])
+def test_detach_leaves_a_host_as_it_was(bare: Service, tmp_path: Path, alive: bool) -> None:
+    folders = (*FOLDERS, bare.cdi)
+    before, mounted = files(*folders), mounts()
+    bare.start_agent(None, "--store", str(STATE / "shim"))
+    assert bare.agent
+    place = place_of("host", tmp_path)
+    one = place.tenant(CONTEXT + 40 * MIB)
+    one.assert_enforced()
+    with one.growing():
+        one.client().ok(f"alloc {20 * MIB}")
+    (gatekeeper,) = bare.gatekeepers()
+    ours = pinned() | held_by(bare.agent.pid) | held_by(gatekeeper)
+    assert {kind for kind, _ in ours} == set(NEXT_ID)
+    assert len(ours) > 30
+    assert ours <= in_the_kernel()
+    there = files(*folders).keys() - before.keys()
+    for folder in (RUN_DIR, bare.cdi, STATE / "shim", STATE / "bin", Path("/sys/fs/bpf/fgpu")):
+        assert any(name.startswith(f"{folder}/") for name in there), folder
+    place.close()
+    if not alive:
+        bare.kill_agent()
+    fgpu("detach")
+    bare.agent.wait(10)
+    eventually(lambda: not bare.gatekeepers(), 5, "the gatekeeper's end")
+    after = files(*folders)
+    assert after.pop(MEASURED)
+    assert after == before
+    assert mounts() == mounted
+    own = cgroup_root() / "fgpu"
+    assert not own.exists() or any(path.is_dir() for path in own.iterdir()), "an empty cgroup is left"
+    eventually(lambda: not ours & in_the_kernel(), 10, "nothing of it in the kernel")
+
+
+def test_a_shim_that_somebody_has_stays(bare: Service, tmp_path: Path) -> None:
+    """A program of `fgpu run` goes on, and so do those that it starts."""
+    bare.start_agent(None, "--store", str(STATE / "shim"))
+    place = place_of("host", tmp_path)
+    one = place.tenant(CONTEXT + 40 * MIB)
+    one.assert_enforced()
+    client = one.client()
+    with one.growing():
+        client.ok(f"alloc {20 * MIB}")
+    fgpu("detach")
+    assert bare.agent
+    bare.agent.wait(10)
+    assert (STATE / "shim/current/libfgpu.so").exists()
+    eventually(lambda: client.do(f"alloc {100 * MIB}").startswith("ok"), 3, "memory without fgpu")
+    assert "cannot be preloaded" not in one.run("sh -c 'true 2>&1; ls / 2>&1'")
+    place.close()
+
+
+def test_a_bpffs_that_the_agent_mounted_goes_with_it(service: Service, tmp_path: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    fgpu_there = [*FGPU, "--run-dir", str(tmp_path / "run")]
+    agent = [
+        *fgpu_there,
+        "agent",
+        "--shim",
+        str(SHIM),
+        "--listen",
+        f"127.0.0.1:{free_port()}",
+        "--driver-root",
+        str(SIM),
+    ]
+    script = f"""
+    while umount /sys/fs/bpf 2>/dev/null; do :; done
+    sort /proc/self/mountinfo >{tmp_path}/before
+    {" ".join(agent)} >{tmp_path}/log 2>&1 &
+    for try in $(seq 300); do grep -q enforcing {tmp_path}/log && break; sleep 0.1; done
+    sort /proc/self/mountinfo >{tmp_path}/during
+    {" ".join(fgpu_there)} detach
+    wait
+    sort /proc/self/mountinfo >{tmp_path}/after
+    """
+    subprocess.run(["unshare", "--mount", "sh", "-ec", script], check=True, timeout=60, env=ENVIRONMENT)
+    before, during, after = ((tmp_path / name).read_text() for name in ("before", "during", "after"))
+    assert " /sys/fs/bpf " not in before
+    assert " /sys/fs/bpf " in during, (tmp_path / "log").read_text()
+    assert after == before
+    assert not (tmp_path / "run").exists()

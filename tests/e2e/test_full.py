@@ -1,0 +1,178 @@
+"""F17: a log that nobody reads, a full disk: nothing that matters waits, and what cannot be kept is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import CONTEXT, GIB, MIB, RUN_DIR, Client, Service, Tenant, eventually, fgpu, metrics_page
+
+LIMIT = 3 * CONTEXT + 40 * MIB
+STEP = 2 * MIB
+QUICK_SECONDS = 5.0  # for what takes a twentieth of that; who waits for a reader waits for ever
+
+
+def brimful() -> tuple[int, int]:
+    """Both ends of a pipe that blocks whoever writes into it."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 4096)
+    os.set_blocking(writer, True)
+    return reader, writer
+
+
+@pytest.fixture
+def dead(service: Service, unharmed: None) -> Iterator[Service]:
+    """The service without agent and gatekeeper; with the usual ones again afterwards."""
+    service.kill_agent()
+    service.kill_gatekeeper()
+    yield service
+    if service.agent is not None and service.agent.poll() is None:
+        service.kill_agent()
+    for pid in service.gatekeepers():
+        os.kill(pid, 9)
+    eventually(lambda: not service.gatekeepers(), 5, "the gatekeeper's end")
+    service.start_agent()
+
+
+def timed(what: str, longest: float, begun: float) -> float:
+    """The longest of its kind so far, in seconds."""
+    took = time.monotonic() - begun
+    assert took < QUICK_SECONDS, f"{what} took {took:.2f} s"
+    return max(longest, took)
+
+
+def busy(one: Tenant, command: str) -> Client:
+    """A program that asks until it is told otherwise."""
+    client = one.client()
+    client.ok("context")
+    client.send(command)
+    return client
+
+
+def answered(client: Client) -> list[int]:
+    """How often it got what it asked for, was refused, and anything else."""
+    client.send("context")
+    numbers = client.numbers(client.receive())
+    assert client.receive() == "ok"
+    return numbers
+
+
+def live_for(seconds: float, tenants: list[Tenant]) -> dict[str, float]:
+    """All that a host does, for so long, each time within QUICK_SECONDS; how long each took at most."""
+    longest = {"set": 0.0, "start": 0.0, "scrape": 0.0}
+    end, number = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        number += 1
+        begun = time.monotonic()
+        fgpu("set", tenants[0].path, "--memory", str(LIMIT + number % 2 * STEP))
+        longest["set"] = timed("fgpu set", longest["set"], begun)
+        begun = time.monotonic()
+        client = tenants[0].client()
+        client.ok(f"alloc {STEP}")
+        longest["start"] = timed("a program's start", longest["start"], begun)
+        client.close()
+        eventually(lambda gone=client: gone.pid not in tenants[0].pids(), 5, "its end")  # type: ignore[misc]
+        begun = time.monotonic()
+        assert "fgpu_memory_used_bytes" in metrics_page()
+        longest["scrape"] = timed("a scrape", longest["scrape"], begun)
+    return longest
+
+
+@pytest.mark.slow
+@pytest.mark.places("host")
+def test_nothing_waits_for_a_log_that_nobody_reads(dead: Service, tenant, scale) -> None:
+    reader, writer = brimful()
+    try:
+        dead.start_agent(writer)
+        tenants = [tenant(LIMIT), tenant(LIMIT)]
+        for one in tenants:
+            one.assert_enforced()
+        fits, hopeless = busy(tenants[0], f"ask {STEP} 0"), busy(tenants[1], f"ask {GIB * 8} 0")
+        print(live_for(scale(2, 10, 60), tenants))
+        got, *others = answered(fits)
+        assert got
+        assert others == [0, 0], "the one that fits noticed"
+        none, refused, other = answered(hopeless)
+        assert (none, other) == (0, 0)
+        assert refused
+        assert [one.assert_exact() for one in tenants] == [CONTEXT, CONTEXT]
+        assert set(os.read(reader, 4096)) == set(b"."), "what was in the pipe from the beginning, and nothing else"
+        os.set_blocking(reader, False)
+        fgpu("set", tenants[1].path, "--memory", str(LIMIT + 7 * STEP))  # the other has had its lines by now
+
+        def told() -> bytes:
+            with contextlib.suppress(BlockingIOError):
+                return os.read(reader, 4096)
+            return b""
+
+        eventually(lambda: b"lines dropped: nobody read them" in told(), 5, "how much was lost")
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.fixture
+def full(dead: Service) -> Iterator[Path]:
+    """The file system of /run/fgpu with 4 KiB left, and those taken; its only big file is what makes it so."""
+    if not os.path.ismount(RUN_DIR):
+        pytest.skip(f"{RUN_DIR} is no file system of its own: ./dev test gives it one")
+    state = os.statvfs(RUN_DIR)
+    page = state.f_frsize
+    used = (state.f_blocks - state.f_bfree) * page
+    filler = RUN_DIR / "filler"
+    remount = ["mount", "-o", f"remount,size={used + 8 * page}", RUN_DIR]
+    subprocess.run(remount, check=True)
+    try:
+        yield filler
+    finally:
+        filler.unlink(missing_ok=True)
+        subprocess.run(["mount", "-o", "remount,size=50%", RUN_DIR], check=True)
+
+
+def fill(filler: Path) -> None:
+    """Not a byte is left."""
+    with open(filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.slow
+@pytest.mark.places("host")
+def test_a_full_disk_stops_nobody_and_what_cannot_be_kept_is_refused(dead: Service, full: Path, tenant) -> None:
+    dead.start_agent()
+    one = tenant(LIMIT)
+    one.assert_enforced()
+    fits = busy(one, f"ask {STEP} 0")
+    fill(full)
+    done = fgpu("set", one.path, "--memory", str(2 * LIMIT), check=False)
+    assert (done.returncode, "No space left" in done.stderr) == (1, True), done
+    assert one.memory()["limit_bytes"] == LIMIT, "what is not kept is not in force"
+    done = fgpu("run", "--name", f"e2e-full-{os.getpid()}", "--memory", "1GiB", "--", "true", check=False)
+    assert (done.returncode, "No space left" in done.stderr) == (125, True), done
+    assert not (one.cgroup.parent / f"e2e-full-{os.getpid()}").exists()
+    dead.kill_agent()
+    dead.kill_gatekeeper()
+    dead.start_agent()
+    one.assert_enforced()
+    assert one.memory()["limit_bytes"] == LIMIT
+    client = one.client()
+    with open(full, "rb"):
+        client.ok(f"alloc {STEP}")
+    client.close()
+    got, *others = answered(fits)
+    assert got
+    assert others == [0, 0]
+    assert one.assert_exact() == CONTEXT
+    full.unlink()
+    fgpu("set", one.path, "--memory", str(2 * LIMIT))
+    assert one.memory()["limit_bytes"] == 2 * LIMIT

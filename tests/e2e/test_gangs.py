@@ -1,0 +1,146 @@
+"""Tenants on several devices: they have all of them at once, or none, for their kernels spin for each other.
+
+Needs a driver with two devices and an agent of its own, and so runs itself in a mount namespace of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import BUILD, ENVIRONMENT, FGPU, GIB, GPUS, ROOT, ask, eventually, metrics
+
+pytestmark = pytest.mark.timed
+
+inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_on_two_devices")
+SECONDS, KERNEL_US, HEAD_START_NS = 3, 1000, 100_000_000
+PRIVATE = """
+mkdir -p /run/fgpu /run/fgpu-sim
+mount -t tmpfs tmpfs /run/fgpu && mount -t tmpfs tmpfs /run/fgpu-sim && mount -t bpf bpf /sys/fs/bpf && exec "$@"
+"""
+
+
+@pytest.mark.skipif(GPUS != "1", reason="this is it")
+def test_on_two_devices() -> None:
+    command = ["unshare", "--mount", "sh", "-c", PRIVATE, "sh", sys.executable, "-m", "pytest", "-q", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "FGPU_TEST_GPUS": "2"}, capture_output=True, text=True, timeout=170, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+class Pairs:
+    """bench/meet.c in a tenant, or at no gate: pairs of kernels on devices 0 and 1 that spin for each other."""
+
+    def __init__(self, program: Path, key: int, name: str = "") -> None:
+        run = [*FGPU, "run", "--memory", str(GIB), "--weight", "100", "--name", name, "--"] if name else []
+        pipe = subprocess.PIPE
+        self.name, self.command = name, [*run, program, str(key)]
+        self.process = subprocess.Popen(
+            self.command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=ENVIRONMENT, start_new_session=True
+        )
+        assert self.process.stdout
+        assert self.process.stdout.readline() == "ready\n"
+
+    def begin(self, start_ns: int, seconds: float = SECONDS) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(f"{seconds} 0 {start_ns} {KERNEL_US} pairs\n")
+
+    def done(self) -> float:
+        assert self.process.stdout
+        return float(self.process.stdout.readline().split()[4])
+
+    def turns(self) -> list[float]:
+        """How many it has had, on each device."""
+        (tenant,) = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == self.name]
+        assert tenant["enforcement"] == "kernel"
+        return [device["compute"]["waits"] for device in sorted(tenant["devices"], key=lambda d: d["gpu"])]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def meet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The benchmark's program."""
+    source, out = ROOT / "bench/meet.c", tmp_path_factory.mktemp("meet") / "meet"
+    subprocess.run(
+        ["gcc", "-std=gnu11", "-O2", f"-I{BUILD}/headers", "-o", out, source, "-ldl"], check=True, timeout=60
+    )
+    return out
+
+
+@pytest.fixture
+def start(meet: Path, unharmed: None) -> Iterator[Callable[..., Pairs]]:
+    started: list[Pairs] = []
+
+    def make(name: str = "") -> Pairs:
+        started.append(Pairs(meet, 100 + len(started), name))
+        return started[-1]
+
+    yield make
+    for one in started:
+        one.close()
+
+
+def together(*programs: Pairs, seconds: float = SECONDS) -> list[float]:
+    start_ns = time.monotonic_ns() + HEAD_START_NS
+    for program in programs:
+        program.begin(start_ns, seconds)
+    return [program.done() for program in programs]
+
+
+@inside
+def test_gangs_take_turns_on_all_their_devices(start: Callable[..., Pairs]) -> None:
+    solo, first, second = start(), start("gang-1"), start("gang-2")
+    (alone,) = together(solo)
+    assert alone > 0.5 * SECONDS * 1e6 / KERNEL_US
+    done = together(first, second)
+    for gang in (first, second):
+        eventually(lambda: gang.turns()[0] == gang.turns()[1] > 10, 3, "turns on both at once")  # noqa: B023
+    assert min(done) > 0.25 * sum(done)  # a turn may end between two that spin for each other, and is lost then
+    assert sum(done) > 0.3 * alone
+
+
+@inside
+def test_a_gang_and_a_neighbour_on_one_of_its_devices(start: Callable[..., Pairs], tmp_path: Path) -> None:
+    """The neighbour gets its part of device 0; the gang what is left, though device 1 has nobody else."""
+    spin = tmp_path / "spin"
+    flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
+    subprocess.run(["gcc", *flags, "-o", spin, ROOT / "bench/spin.c", "-ldl"], check=True, timeout=60)
+    gang, alone = start("gang-1"), start()
+    (free,) = together(alone)
+    command = [*FGPU, "run", "--memory", str(GIB), "--weight", "100", "--name", "single", "--", spin]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=ENVIRONMENT) as single:
+        assert single.stdin
+        assert single.stdout
+        assert single.stdout.readline() == "ready\n"
+        start_ns = time.monotonic_ns() + HEAD_START_NS
+        gang.begin(start_ns)
+        single.stdin.write(f"{SECONDS} 0 {start_ns} 200 burst\n")
+        pairs, kernels = gang.done(), float(single.stdout.readline().split()[4])
+        single.stdin.close()
+    shares = pairs / free, kernels * 200 / (SECONDS * 1e6)
+    assert shares[0] < 0.65
+    assert 0.3 * sum(shares) < shares[1] < 0.7 * sum(shares), shares
+
+
+@inside
+def test_a_gang_that_is_killed_gives_both_devices_back(start: Callable[..., Pairs]) -> None:
+    first, second = start("gang-1"), start("gang-2")
+    start_ns = time.monotonic_ns() + HEAD_START_NS
+    first.begin(start_ns, 60)
+    second.begin(start_ns)
+    eventually(lambda: min(first.turns() + second.turns()) > 0, 5, "turns")
+    first.close()
+    assert second.done() > 0.3 * SECONDS * 1e6 / KERNEL_US
+    switches = [metrics()["fgpu_slice_switches_total", frozenset({("gpu", gpu)})] for gpu in "01"]
+    assert min(switches) > 0

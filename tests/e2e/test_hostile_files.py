@@ -1,0 +1,129 @@
+"""What anybody puts where a library was, or into one: the agent looks at everybody else's, answers, and starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import CONTEXT, MIB, SIM, Service, ask, eventually, fgpu, metrics
+
+NOBODY = 65534
+MAP = """
+import mmap, os, sys
+held = []
+for path in sys.argv[2:]:
+    fd = os.open(path, os.O_RDONLY)
+    held.append(mmap.mmap(fd, 0, prot=mmap.PROT_READ | mmap.PROT_EXEC, flags=mmap.MAP_PRIVATE))
+    os.close(fd)
+    if sys.argv[1] == "fifo":
+        os.unlink(path)
+        os.mkfifo(path)
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+Mapper = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A file system of nobody's own."""
+    for above in (tmp_path, *tmp_path.parents[:2]):
+        above.chmod(0o755)
+    place = tmp_path / "own"
+    place.mkdir()
+    os.chown(place, NOBODY, NOBODY)
+    return place
+
+
+@pytest.fixture
+def mapper(service: Service, unharmed: None) -> Iterator[Mapper]:
+    """Starts processes of nobody that map these files executable."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(what: str, *paths: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", MAP, what, *map(str, paths)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, user=NOBODY, group=NOBODY)
+        started.append(process)
+        assert process.stdout
+        assert process.stdout.readline() == b"mapped\n"
+        return process
+
+    yield start
+    for process in started:
+        process.communicate()
+    if service.agent and service.agent.poll() is not None:
+        service.start_agent()
+
+
+def library(path: Path) -> Path:
+    """The driver's, nobody's own."""
+    shutil.copy(SIM / "lib/libcuda.so.1", path)
+    os.chown(path, NOBODY, NOBODY)
+    return path
+
+
+def without_segments(path: Path) -> Path:
+    """Its functions lie nowhere in the file."""
+    text = bytearray(library(path).read_bytes())
+    (at,), (count,) = struct.unpack_from("<Q", text, 0x20), struct.unpack_from("<H", text, 56)
+    for segment in range(count):
+        struct.pack_into("<I", text, at + 56 * segment, 0)
+    path.write_bytes(text)
+    return path
+
+
+def junk(path: Path) -> Path:
+    path.write_bytes(b"x" * 5000)
+    return path
+
+
+MADE = {"fifo": ("fifo", library), "segments": ("file", without_segments), "junk": ("file", junk)}
+
+
+@pytest.mark.places("host")
+@pytest.mark.parametrize("kind", MADE)
+def test_an_agent_starts_beside_it_and_goes_on(
+    service: Service, mapper: Mapper, folder: Path, tenant, kind: str
+) -> None:
+    how, make = MADE[kind]
+    mapper(how, make(folder / "libcuda.so.1"))
+    service.kill_agent()
+    assert service.start_agent() < 10
+    one = tenant(CONTEXT + 40 * MIB)
+    with one.growing(40 * MIB):
+        one.client().ok(f"fill {2 * MIB} 0")
+    begun = time.monotonic()
+    assert ask(verb="ping")["pid"]
+    assert time.monotonic() - begun < 2
+    log = service.log.read_text().rpartition("enforcing")[0].rpartition("loaded")[2]
+    assert ("not probed" in log) == (kind != "fifo"), "of a fifo the file that was mapped is still there"
+    service.check()
+
+
+@pytest.mark.places("host")
+def test_many_files_of_one_cgroup_use_nothing_up(service: Service, mapper: Mapper, folder: Path, tenant) -> None:
+    assert service.agent
+    before = len(os.listdir(f"/proc/{service.agent.pid}/fd"))
+    service.kill_agent()
+    greedy = mapper("file", *(library(folder / f"libcuda.so.{n}") for n in range(211)))
+    service.start_agent()
+    limits = Path(f"/proc/{service.agent.pid}/limits").read_text().split("Max open files")[1].split()
+    assert limits[0] == limits[1] != "1024"
+    assert len(os.listdir(f"/proc/{service.agent.pid}/fd")) < before + 2 * 40
+    links = list(next(Path("/sys/fs/bpf/fgpu").glob("v*/links")).iterdir())
+    assert len(links) < 3 * 40
+    assert metrics()["fgpu_anomalies_total", frozenset({("kind", "unprobed")})] > 0
+    assert service.log.read_text().count("what else processes of") == 1
+    assert fgpu("run", "--memory", str(CONTEXT), "--", "true").returncode == 0
+    one = tenant(CONTEXT + 40 * MIB)
+    with one.growing(40 * MIB):
+        one.client().ok(f"fill {2 * MIB} 0")
+    greedy.communicate()
+    eventually(lambda: len(list(links[0].parent.iterdir())) < 30, 20, "the end of their probes")

@@ -1,0 +1,155 @@
+"""What runs on a host before fgpu comes to it: adopted, reported, never ended, and no more admitted until it fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import (
+    CONTEXT,
+    ENVIRONMENT,
+    GIB,
+    KINDS,
+    MIB,
+    REFUSED,
+    SHIM,
+    Client,
+    Service,
+    ask,
+    cgroup_root,
+    driver_books,
+    eventually,
+    fgpu,
+    metrics,
+)
+
+NAME = "fgpu-before"
+HELD = 1400 * MIB
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: install}
+spec:
+  selector: {cgroup: ["fgpu-before"]}
+  memory: {limit: 1GiB}
+  onBypass: kill
+"""
+
+
+class Before:
+    """A cgroup, and as much of a tenant as programs need that start in it, with the shim or without."""
+
+    name = NAME
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.cgroup = folder, cgroup_root() / NAME
+        self.cgroup.mkdir()
+
+    def tell(self, line: str) -> None:
+        name, command = line.split(" ", 1)
+        enter = f'echo $$ >{self.cgroup}/cgroup.procs; exec {command} <"{name}.in" >"{name}.out" 2>"{name}.err"'
+        preload = {"LD_PRELOAD": str(SHIM)} if name.startswith("shim") else {}
+        subprocess.Popen(["sh", "-c", enter], cwd=self.folder, env=ENVIRONMENT | preload)
+
+    def host_pid(self, inner: int) -> int:
+        return inner
+
+    def program(self, name: str) -> Client:
+        return Client(self, name)  # type: ignore[arg-type]
+
+    def end(self) -> None:
+        for pid in (self.cgroup / "cgroup.procs").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        eventually(lambda: not (self.cgroup / "cgroup.procs").read_text(), 5, "the end of all")
+        self.cgroup.rmdir()
+
+
+@pytest.fixture
+def before(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Before]:
+    """A host without fgpu; afterwards one that has it, and nobody older."""
+    service.detach()
+    place = Before(tmp_path)
+    yield place
+    place.end()
+    (service.policies / "install.yaml").unlink(missing_ok=True)
+    service.detach()
+    service.start_agent()
+
+
+def install(service: Service) -> None:
+    """An agent, with a policy for whoever is there."""
+    (service.policies / "install.yaml").write_text(POLICY)
+    service.start_agent()
+    key = "fgpu_tenant_enforcement", frozenset({("tenant", NAME), ("mode", "kernel")})
+    eventually(lambda: metrics().get(key) == 1, 3, "enforcement")
+
+
+def memory() -> dict[str, int]:
+    """The tenant's, of device 0."""
+    return next(t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == NAME)["devices"][0]
+
+
+def uses(bytes_: int) -> bool:
+    """So much is charged, and the driver holds as much."""
+    holds = sum(one[f"{kind}_bytes"] for one in driver_books() for kind in KINDS)
+    return memory()["used_bytes"] == holds == bytes_
+
+
+def events(what: str) -> list[dict[str, Any]]:
+    """What `fgpu events` has of one kind."""
+    found = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
+    return [one for one in found if one["what"] == what]
+
+
+def test_who_runs_already_is_adopted_and_reported_and_nothing_more_fits(service: Service, before: Before) -> None:
+    older = before.program("older")
+    (pointer,) = older.ok(f"alloc {HELD}")
+    install(service)
+    eventually(lambda: uses(CONTEXT + HELD), 3, "the adoption")
+    assert memory()["limit_bytes"] == GIB
+    older_one = "fgpu_bypassing_processes", frozenset({("tenant", NAME), ("how", "older")})
+    assert metrics()[older_one] == 1
+    (told,) = eventually(lambda: events("adopted"), 3, "the event")
+    assert (told["tenant"], told["pid"], told["gpu"], told["bytes"]) == (NAME, older.pid, 0, CONTEXT + HELD)
+    assert told["reason"] == "older than fgpu"
+    assert "of 1GiB: nothing more is admitted" in told["text"]
+    assert re.search(rf"^{NAME} .* 1GiB +1\.9GiB ", fgpu("status").stdout, re.MULTILINE)
+    assert re.search(rf"^{NAME} +{older.pid} .* older$", fgpu("ps").stdout, re.MULTILINE)
+    assert f"older than fgpu: pid {older.pid}" in fgpu("explain", f"/{NAME}").stdout
+    younger = before.program("shim-younger")
+    assert younger.do("context") == REFUSED
+    older.ok(f"free {pointer}")
+    eventually(lambda: uses(CONTEXT), 3, "what was given back")
+    assert younger.do("context") == REFUSED  # two contexts do not fit
+    older.close()
+    eventually(lambda: uses(0), 3, "the end of the older one")
+    eventually(lambda: younger.do("context") == "ok", 3, "room")
+    assert uses(CONTEXT)
+    younger.close()
+
+
+def test_who_is_older_is_never_killed_and_who_is_not_is(service: Service, before: Before) -> None:
+    older = before.program("older")
+    older.ok("context")
+    install(service)
+    assert "onBypass: kill waits" in fgpu("explain", f"/{NAME}").stdout
+    older.ok(f"alloc {HELD}")
+    service.kill_agent()
+    service.start_agent()  # the next agent knows them too
+    older.ok(f"alloc {100 * MIB}")
+    eventually(lambda: uses(CONTEXT + HELD + 100 * MIB), 3, "all of it charged")
+    assert events("killed") == []
+    older.close()
+    eventually(lambda: "onBypass: kill waits" not in fgpu("explain", f"/{NAME}").stdout, 3, "the end of the older one")
+    younger = before.program("younger")
+    younger.ok("context")
+    younger.send(f"alloc {HELD}")
+    eventually(lambda: events("killed"), 5, "its end")
+    younger.close()

@@ -1,0 +1,216 @@
+"""Labels of real Docker containers: whose limit they choose, how far they go, and an engine that stalls meanwhile."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+from docker_kit import Docker
+from harness import GIB, MIB, REFUSED, Service, Tenant, ask, eventually, fgpu, metrics
+
+HEAD = "apiVersion: fgpu.dev/v1alpha1\nkind: GpuPolicy\n"
+BY_LABEL = f"""---
+{HEAD}metadata: {{name: notebooks}}
+spec:
+  selector: {{cgroup: "docker/*", matchLabels: {{tier: notebook}}}}
+  memory: {{limit: 3GiB, max: 6GiB}}
+"""
+POLICIES = f"""{BY_LABEL}---
+{HEAD}metadata: {{name: others}}
+spec:
+  selector: {{cgroup: "docker/*"}}
+  memory: {{limit: 1GiB, max: 2GiB}}
+"""
+
+
+@pytest.fixture(scope="module")
+def engine(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
+    """dockerd."""
+    docker = Docker(tmp_path_factory.mktemp("docker"), service.engine)
+    yield docker
+    docker.close()
+
+
+@pytest.fixture
+def docker(service: Service, engine: Docker, unharmed: None) -> Iterator[Docker]:
+    """dockerd, and policies for its containers; afterwards there are neither containers nor policies."""
+    write(service, POLICIES)
+    try:
+        yield engine
+    finally:
+        engine.end_all()
+        write(service, "")
+
+
+def write(service: Service, text: str) -> None:
+    """The policies of all that there are; returns when they are in force."""
+
+    def reloads() -> float:
+        return metrics()["fgpu_config_last_reload_success_timestamp_seconds", frozenset()]
+
+    before = reloads()
+    (service.policies / "50.yaml").write_text(text)
+    eventually(lambda: reloads() > before, 5, "the policies in force")
+
+
+def limit_of(one: Tenant) -> tuple[str, int]:
+    """The policy that it has, and its limit."""
+    view = one.view()
+    return view["policy"], view["devices"][0]["limit_bytes"]
+
+
+def becomes(one: Tenant, policy: str, limit: int, seconds: float = 5) -> None:
+    """It gets that limit, under its name."""
+    eventually(lambda: limit_of(one) == (policy, limit), seconds, f"{policy} for {one.name}: {limit_of(one)}")
+    one.assert_enforced()
+
+
+def test_a_label_chooses_the_policy_and_the_kernel_holds_its_limit(docker: Docker) -> None:
+    one, other = docker.container({"tier": "notebook"}), docker.container({"tier": "batch"})
+    becomes(one, "notebooks", 3 * GIB)
+    becomes(other, "others", GIB)
+    for tenant, limit in ((one, 3 * GIB), (other, GIB)):
+        client = tenant.client()
+        assert client.ok("info")[1] == limit
+        with tenant.growing():
+            client.ok(f"fill {2 * MIB} 0")
+        assert client.do(f"alloc {2 * MIB}") == REFUSED
+        assert tenant.assert_exact() == limit
+    assert "notebooks" in fgpu("explain", one.name).stdout  # by Docker's name for it
+
+
+ASKED: list[tuple[dict[str, str], dict[str, str], int]] = [
+    ({"fgpu.dev/memory": "5GiB"}, {}, 5 * GIB),
+    ({"fgpu.dev/memory": "7GiB"}, {}, 6 * GIB),  # the policy's max
+    ({"clearml-injector/fraction": "0.125"}, {}, 0),  # an eighth of what the device can give
+    ({}, {"fgpu.dev/memory": "2GiB"}, 2 * GIB),  # the image's: tightens
+    ({}, {"fgpu.dev/memory": "5GiB"}, 3 * GIB),  # and does nothing else
+    ({"fgpu.dev/memory": "5GiB"}, {"fgpu.dev/memory": "4GiB"}, 5 * GIB),  # the container's own in the image's place
+]
+
+
+def test_what_containers_and_images_ask_for_goes_as_far_as_the_policy_lets_it(docker: Docker) -> None:
+    for labels, image, limit in ASKED:
+        one = docker.container({"tier": "notebook", **labels}, image)
+        usable = ask(verb="snapshot")["devices"][0]["capacity_bytes"]
+        one.assert_enforced()
+        if limit:
+            becomes(one, "notebooks", limit)
+        else:
+            eventually(partial(is_an_eighth, one, usable), 5, "an eighth")
+        docker.end(one)
+
+
+def test_an_engine_that_stalls_delays_no_limit_and_refines_it_in_a_running_program(docker: Docker) -> None:
+    docker.socket.stall()
+    one = docker.container({"tier": "notebook"})
+    eventually(lambda: limit_of(one) == ("others", GIB), 1, "the limit by cgroup")
+    client = one.client()
+    assert client.ok("info")[1] == GIB
+    client.ok(f"fill {2 * MIB} 0")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    eventually(lambda: docker.socket.asked, 5, "a question")
+    said = eventually(lambda: explained(one, "no answer within"), 10, "why it has no labels")
+    assert "docker fails" in said
+    eventually(lambda: "no answer within" in fgpu("doctor", check=False).stdout, 5, "doctor's finding")
+    before = ages()
+    time.sleep(1)
+    assert ages() >= before  # the agent goes on meanwhile
+    docker.socket.go_on()
+    becomes(one, "notebooks", 3 * GIB, 10)
+    assert client.ok("info")[1] == 3 * GIB
+    client.ok(f"alloc {512 * MIB}")
+    assert one.assert_exact() <= 3 * GIB
+    assert up() == 1
+
+
+def is_an_eighth(one: Tenant, usable: int) -> bool:
+    return usable / 9 < limit_of(one)[1] <= usable / 8
+
+
+def test_without_a_policy_by_cgroup_a_program_is_a_tenants_once_the_engine_answers(
+    docker: Docker, service: Service
+) -> None:
+    write(service, BY_LABEL)
+    docker.socket.stall()
+    one = docker.container({"tier": "notebook"})
+    client = one.client()
+    assert client.ok("info")[1] > 15 * GIB
+    client.ok(f"alloc {GIB}")
+    docker.socket.go_on()
+    eventually(lambda: any(t["path"] == one.path for t in ask(verb="snapshot")["tenants"]), 10, "a tenant")
+    becomes(one, "notebooks", 3 * GIB)
+    eventually(lambda: client.ok("info")[1] == 3 * GIB, 3, "its share")
+    eventually(lambda: one.memory()["used_bytes"] >= GIB, 3, "what it had before, by NVML")
+    client.ok(f"fill {2 * MIB} 0")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert one.assert_exact() == 3 * GIB
+
+
+def explained(one: Tenant, text: str) -> str:
+    found = fgpu("explain", one.path).stdout
+    return found if text in found else ""
+
+
+def ages() -> float:
+    return float(ask(verb="snapshot")["time_seconds"])
+
+
+def up() -> float | None:
+    return next((value for (name, _), value in metrics().items() if name == "fgpu_engine_up"), None)
+
+
+def test_an_engine_that_goes_and_comes_back(docker: Docker) -> None:
+    one = docker.container({"tier": "notebook"})
+    becomes(one, "notebooks", 3 * GIB)
+    docker.socket.close()
+    later = docker.container({"tier": "notebook"})
+    eventually(lambda: limit_of(later) == ("others", GIB), 1, "the limit by cgroup")
+    assert limit_of(one) == ("notebooks", 3 * GIB)  # what is known stays
+    docker.open()
+    becomes(later, "notebooks", 3 * GIB, 10)
+
+
+def test_a_limit_by_label_outlives_the_agent_although_the_engine_is_down(docker: Docker, service: Service) -> None:
+    write(service, BY_LABEL)
+    one = docker.container({"tier": "notebook"})
+    eventually(lambda: [t for t in ask(verb="snapshot")["tenants"] if t["path"] == one.path], 5, "a tenant")
+    becomes(one, "notebooks", 3 * GIB)
+    client = one.client()
+    client.ok(f"fill {2 * MIB} 0")
+    time.sleep(1.5)  # what is known is written down once a second
+    docker.socket.stall()
+    service.kill_agent()
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    service.start_agent()
+    assert limit_of(one) == ("notebooks", 3 * GIB)
+    for _ in range(20):
+        assert client.do(f"alloc {2 * MIB}") == REFUSED
+        time.sleep(0.05)
+    assert one.assert_exact() == 3 * GIB
+
+
+def test_five_containers_come_and_go_and_leave_nothing(docker: Docker, record: Callable[[str], None]) -> None:
+    for _ in range(5):
+        begun = time.monotonic()
+        one = docker.container({"tier": "notebook"})
+        becomes(one, "notebooks", 3 * GIB)
+        record(f"start to refined {time.monotonic() - begun:.3f} s")
+        docker.end(one)
+    eventually(lambda: not [t for t in ask(verb="snapshot")["tenants"] if t["path"].startswith("/docker/")], 5, "end")
+    done = subprocess.run(["sh", "-c", "ls -d /sys/fs/cgroup/*/docker/*/"], capture_output=True, text=True, check=False)
+    assert one.path not in done.stdout
+
+
+@pytest.fixture
+def record(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Prints a measurement past pytest's capture."""
+
+    def say(text: str) -> None:
+        with capsys.disabled():
+            print(text)
+
+    return say

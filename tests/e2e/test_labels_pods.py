@@ -1,0 +1,78 @@
+"""Labels, annotations and names of real pods, from containerd's own interface for kubelet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from containerd_kit import Containerd
+from harness import GIB, MIB, REFUSED, Service, ask, eventually, fgpu
+from test_labels import HEAD, limit_of, write
+
+POLICIES = f"""---
+{HEAD}metadata: {{name: notebooks}}
+spec:
+  selector: {{namespace: dev, matchLabels: {{tier: notebook}}}}
+  memory: {{limit: 3GiB, max: 5GiB}}
+---
+{HEAD}metadata: {{name: pods}}
+spec:
+  selector: {{cgroup: "kubepods/burstable/**"}}
+  memory: {{limit: 1GiB}}
+"""
+
+
+@pytest.fixture
+def containerd(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Containerd]:
+    """containerd, and policies for its pods."""
+    write(service, POLICIES)
+    try:
+        place = Containerd(tmp_path, service.containerd, {"fgpu.dev/memory": "2GiB"})
+        yield place
+        place.close()
+    finally:
+        write(service, "")
+
+
+def at(path: str) -> tuple[str, str, int] | None:
+    """Name, policy and limit of the tenant there."""
+    found = next((t for t in ask(verb="snapshot")["tenants"] if t["path"] == path), None)
+    return found and (found["tenant"], found["policy"], found["devices"][0]["limit_bytes"])
+
+
+def test_a_pods_labels_hold_for_the_pod_before_it_has_a_container_and_for_each(containerd: Containerd) -> None:
+    other = containerd.run("batch-0", {}, {})
+    pod = containerd.run("jupyter-0", {"tier": "notebook"}, {"fgpu.dev/memory": "4GiB"})
+    eventually(lambda: at(pod.path) == ("dev/jupyter-0", "notebooks", 4 * GIB), 5, f"the pod: {at(pod.path)}")
+    eventually(lambda: at(other.path) == ("dev/batch-0", "pods", GIB), 5, f"the other: {at(other.path)}")
+    one, second = pod.container("main"), pod.container("second")
+    for tenant in (one, second):
+        eventually(lambda at=tenant: limit_of(at) == ("notebooks", 4 * GIB), 5, f"the pod's: {limit_of(tenant)}")
+        tenant.assert_enforced()
+    client = one.client()
+    assert client.ok("info")[1] == 4 * GIB
+    client.ok(f"alloc {2 * GIB}")
+    one.assert_exact()
+    neighbour = second.client()
+    neighbour.ok(f"fill {2 * MIB} 0")  # what is left of the pod's, not four more
+    assert neighbour.do(f"alloc {2 * MIB}") == REFUSED
+    group = next(t for t in ask(verb="snapshot")["tenants"] if t["path"] == pod.path)
+    assert (group["kind"], group["devices"][0]["used_bytes"]) == ("group", 4 * GIB)
+    assert "notebooks" in fgpu("explain", "pod/dev/jupyter-0").stdout
+    sandbox = at(f"{pod.path}/{pod.sandbox}")
+    assert sandbox is not None
+    assert sandbox[1] == "pods"  # what only holds the namespaces has no label
+
+
+def test_what_a_pods_image_asks_for_tightens(containerd: Containerd) -> None:
+    pod = containerd.run("jupyter-1", {"tier": "notebook"}, {})
+    one = pod.container("main")
+    eventually(lambda: limit_of(one) == ("notebooks", 2 * GIB), 5, f"the image's limit: {limit_of(one)}")
+    eventually(lambda: at(pod.path) == ("dev/jupyter-1", "notebooks", 3 * GIB), 1, f"the pod: {at(pod.path)}")
+    one.assert_enforced()
+    client = one.client()
+    assert client.ok("info")[1] == 2 * GIB
+    client.ok(f"fill {2 * MIB} 0")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert one.assert_exact() == 2 * GIB

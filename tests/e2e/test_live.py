@@ -1,0 +1,113 @@
+"""Limits change under a running program: it sees the new total and is held by it, and nothing is restarted.
+
+`./dev bench live` measures how soon; here the bound is twenty times the bar, for two busy processors.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import CONTEXT, GIB, MIB, REFUSED, Client, Service, ask, eventually, fgpu, metrics
+
+SECONDS = 2.0
+LOW, HIGH = GIB, GIB + 64 * MIB
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: live}}
+spec:
+  selector: {{cgroup: ["fgpu-e2e-*/*"]}}
+  memory: {{limit: {0}MiB}}
+"""
+
+
+def put(service: Service, limit: int) -> None:
+    """The policy, put in its folder's place as a whole."""
+    aside = service.policies / ".live"
+    aside.write_text(POLICY.format(limit // MIB))
+    aside.rename(service.policies / "live.yaml")
+
+
+@pytest.fixture
+def policy(service: Service, unharmed: None) -> Iterator[Callable[[int], None]]:
+    """Puts a limit into a policy file."""
+    yield lambda limit: put(service, limit)
+    (service.policies / "live.yaml").unlink()
+    eventually(lambda: metrics()["fgpu_policies", frozenset()] == 0, 5, "no policy in force")
+
+
+def watcher(one) -> Client:
+    """A program that has taken all of LOW but for less than the 16 MiB that it will ask for."""
+    one.assert_enforced()
+    client = one.client()
+    client.ok("context")
+    with one.growing():
+        client.ok(f"alloc {LOW - CONTEXT - 8 * MIB}")
+    return client
+
+
+def assert_follows(client: Client, limit: int) -> None:
+    """Within SECONDS the program sees the limit, and its next allocation is judged by it."""
+    eventually(lambda: client.ok("info")[1] == limit, SECONDS, f"a total of {limit // MIB} MiB")
+    said = client.do(f"alloc {16 * MIB}").split()
+    if limit == LOW:
+        assert said[0] == REFUSED
+    else:
+        assert said[0] == "ok"
+        client.ok(f"free {said[1]}")
+
+
+@pytest.mark.places("cgroups")
+def test_set_and_unset_reach_a_running_program(policy, tenant) -> None:
+    policy(HIGH)
+    one = tenant(LOW)
+    client = watcher(one)
+    for number in range(5):
+        fgpu("set", one.path, "--memory", f"{HIGH // MIB + number}MiB")
+        assert_follows(client, HIGH + number * MIB)
+        fgpu("set", one.path, "--memory", str(LOW))
+        assert_follows(client, LOW)
+    fgpu("unset", one.path)
+    assert_follows(client, HIGH)
+    assert client.pid in one.pids()
+    assert one.assert_exact() == LOW - 8 * MIB
+
+
+@pytest.mark.places("cgroups")
+def test_a_policy_file_reaches_a_running_program(policy, tenant) -> None:
+    policy(LOW)
+    one = tenant(LOW)
+    fgpu("unset", one.path)
+    client = watcher(one)
+    for limit in (HIGH, LOW, HIGH):
+        policy(limit)
+        assert_follows(client, limit)
+    assert one.view()["source"] == "policy"
+    assert client.pid in one.pids()
+
+
+@pytest.mark.places("cgroups")
+@pytest.mark.parametrize("how", ["reload", "SIGHUP"])
+def test_a_reload_reaches_a_running_program(service: Service, policy, tenant, how: str) -> None:
+    """What no file tells of: the cgroup's own wish."""
+    policy(LOW)
+    one = tenant(LOW)
+    fgpu("unset", one.path)
+    client = watcher(one)
+    text = POLICY.format(LOW // MIB).replace("MiB}", f"MiB, max: {HIGH // MIB}MiB}}")
+    before = metrics()["fgpu_config_last_reload_success_timestamp_seconds", frozenset()]
+    (service.policies / "live.yaml").write_text(text)
+    key = "fgpu_config_last_reload_success_timestamp_seconds", frozenset()
+    eventually(lambda: metrics()[key] > before, 5, "the policy in force")
+    for limit in (HIGH, LOW):
+        os.setxattr(Path(one.cgroup), "user.fgpu.memory", str(limit).encode())
+        if how == "reload":
+            ask(verb="reload")
+        else:
+            assert service.agent
+            service.agent.send_signal(signal.SIGHUP)
+        assert_follows(client, limit)

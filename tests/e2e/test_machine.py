@@ -1,0 +1,232 @@
+"""Small steps that hypothesis chooses, and shrinks where one goes wrong, beside a model that knows every byte.
+
+Sizes are whole granules, so that the model is exact at once: what is admitted, what is refused, what is left.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+from harness import CONTEXT, MIB, REFUSED, Client, Tenant, eventually, fgpu
+from hypothesis import HealthCheck, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+GRANULE = 2 * MIB
+LIMIT = 3 * CONTEXT + 128 * MIB
+MOST_CLIENTS, MOST_LIMITS = 4, 3
+granules = st.integers(1, 48)
+
+
+@dataclass(eq=False)
+class Life:
+    """A process as the model has it."""
+
+    client: Client
+    ready: bool = False  # it has its context
+    pieces: set[Piece] = field(default_factory=set)  # and this memory
+
+    @property
+    def held(self) -> int:
+        """Bytes on the device."""
+        return (CONTEXT if self.ready else 0) + sum(piece.bytes for piece in self.pieces)
+
+    def lose_all(self) -> None:
+        """Its memory and its context are gone."""
+        self.ready = False
+        self.pieces.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Memory of a process, by the address or handle that it is called; in its `pieces` until it is given back."""
+
+    life: Life
+    at: int
+    bytes: int
+    how: str
+
+    def give(self) -> str:
+        """The command that gives it back."""
+        words = {"vmm": f"unmap {self.at} {self.bytes}", "create": f"release {self.at}"}
+        return words.get(self.how, f"free {self.at}")
+
+
+class Machine(RuleBasedStateMachine):
+    """Processes of one tenant."""
+
+    lives = Bundle("lives")
+    pieces = Bundle("pieces")
+    tenant: ClassVar[Tenant]
+    steps: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[Life] = []
+        self.limits = 0
+        self._limit_to(LIMIT)
+
+    def _limit_to(self, bytes_: int) -> None:
+        fgpu("set", self.tenant.path, "--memory", str(bytes_))
+        self.limit = bytes_
+
+    @property
+    def used(self) -> int:
+        """What the ledger must say."""
+        return sum(life.held for life in self.all)
+
+    def _ask(self, life: Life, command: str, bytes_: int) -> list[int] | None:
+        """A command that takes so much: it gets it where that fits, and out-of-memory where it does not."""
+        fits = self.used + bytes_ <= self.limit
+        said = life.client.do(command)
+        self.steps[f"{command.split()[0]} {'granted' if fits else 'refused'}"] += 1
+        assert said.startswith("ok") if fits else said == REFUSED, f"{command} at {self.used} of {self.limit}: {said}"
+        return Client.numbers(said, command) if fits else None
+
+    def _ready(self, life: Life) -> bool:
+        """It has a context, or was refused one."""
+        if not life.ready and self._ask(life, "context", CONTEXT) is not None:
+            life.ready = True
+        return life.ready
+
+    # -- processes
+
+    @initialize(target=lives)
+    def begin_one(self) -> object:
+        """There is always one to begin with."""
+        return self.begin()
+
+    @precondition(lambda self: len(self.all) < MOST_CLIENTS)
+    @rule(target=lives)
+    def begin(self) -> object:
+        """Another process, with a context where that fits."""
+        self.all.append(Life(self.tenant.client()))
+        self._ready(self.all[-1])
+        return self.all[-1]
+
+    @rule(life=consumes(lives))
+    def kill(self, life: Life) -> None:
+        """kill -9."""
+        life.client.kill()
+        life.lose_all()
+        self.all.remove(life)
+        eventually(lambda: life.client.pid not in self.tenant.pids(), 5, "its end")
+        life.client.close()
+
+    @rule(life=lives)
+    def execute(self, life: Life) -> None:
+        """exec: what it held is gone, though the driver takes a moment to say so and is believed meanwhile."""
+        life.client.execute_again()
+        life.lose_all()
+        eventually(lambda: self.tenant.driver() == self.used, 5, "the driver's books after exec")
+        self.tenant.assert_exact()
+
+    @rule(life=lives)
+    def fork(self, life: Life) -> None:
+        """A child that ends."""
+        life.client.ok("fork")
+
+    @rule(life=lives)
+    def make_context(self, life: Life) -> None:
+        """A context beside the first, which then goes."""
+        made = self._ask(life, "newcontext", CONTEXT) if self._ready(life) else None
+        if made is not None:
+            assert self.tenant.memory()["used_bytes"] == self.used + CONTEXT == self.tenant.driver()
+            life.client.ok(f"endcontext {made[0]}")
+
+    # -- memory
+
+    @rule(target=pieces, life=lives, size=granules, how=st.sampled_from(["alloc", "vmm", "managed", "create"]))
+    def take(self, life: Life, size: int, how: str) -> object:
+        """Memory of every kind."""
+        got = self._ask(life, f"{how} {size * GRANULE}", size * GRANULE) if self._ready(life) else None
+        if got is None:
+            return multiple()
+        piece = Piece(life, got[0], size * GRANULE, how)
+        life.pieces.add(piece)
+        return piece
+
+    @rule(target=pieces, life=lives)
+    def take_all(self, life: Life) -> object:
+        """What is left, to the last granule; then not one more."""
+        left = (self.limit - self.used) // GRANULE
+        return self.take(life, left, "alloc") if self._ready(life) and left > 0 else multiple()
+
+    @rule(piece=pieces)
+    def give(self, piece: Piece) -> None:
+        """Gives it back, or tries to once more."""
+        life = piece.life
+        if piece in life.pieces:
+            life.client.ok(piece.give())
+            life.pieces.remove(piece)
+        elif life in self.all and piece.at not in {other.at for other in life.pieces}:
+            assert not life.client.do(piece.give()).startswith("ok")
+
+    @rule(life=lives, size=granules, brief=st.booleans())
+    def leap(self, life: Life, size: int, brief: bool) -> None:
+        """Leaves a call that was admitted; the end of its thread, or the next call, settles it."""
+        if self._ready(life) and self.used + size * GRANULE <= self.limit:
+            assert life.client.do(f"{'brieflyleap' if brief else 'leap'} {size * GRANULE}") == "ok"
+            if not brief:
+                assert not life.client.do("free 4096").startswith("ok")
+
+    # -- limits
+
+    @precondition(lambda self: self.limits < MOST_LIMITS)
+    @rule(size=st.integers(0, 2 * CONTEXT // GRANULE))
+    def limit_to(self, size: int) -> None:
+        """Another limit, perhaps below what is held."""
+        self.limits += 1
+        self._limit_to(2 * CONTEXT + size * GRANULE)
+
+    @invariant()
+    def books_balance(self) -> None:
+        """The ledger is the model at once, and the driver is."""
+        self.steps["all"] += 1
+        memory = self.tenant.memory()
+        assert memory["used_bytes"] == self.used, f"the ledger {memory}, the model {self.used}"
+        assert self.tenant.driver() == self.used
+
+    def teardown(self) -> None:
+        """Ends all."""
+        for life in self.all:
+            life.client.kill()
+        eventually(lambda: self.tenant.memory()["used_bytes"] == 0, 2, "nothing held by nobody")
+        for life in self.all:
+            life.client.close()
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.places("runc")
+def test_machine(tenant: Callable[[int], Tenant], scale: Callable[[int, int, int], int]) -> None:
+    Machine.tenant = tenant(LIMIT)
+    Machine.tenant.assert_enforced()
+    number = int(os.environ.get("FGPU_TEST_SEED", random.SystemRandom().randrange(1 << 30)))
+    print(f"FGPU_TEST_SEED={number}")
+    chosen = settings(
+        max_examples=scale(4, 20, 1000),
+        stateful_step_count=30,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(seed(number)(Machine), settings=chosen)
+    print(dict(Machine.steps))
+    assert Machine.steps["all"] > scale(40, 200, 10_000), "nothing was tried"

@@ -1,0 +1,212 @@
+"""What programs rarely do, and what the books must stand all the same: after each, the ledger equals the driver."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from harness import CONTEXT, GIB, MIB, Client, Place, Tenant, ask, driver_books, eventually, fgpu, metrics
+
+LEDGER_SECONDS = 1.5  # three looks of the agent at the driver
+
+
+def anomalies(kind: str) -> float:
+    """How often that was counted."""
+    return metrics()["fgpu_anomalies_total", frozenset({("kind", kind)})]
+
+
+def stays_exact(one: Tenant, bytes_: int, seconds: float = LEDGER_SECONDS) -> None:
+    """Exact, and still so after the agent has looked at the driver a few times."""
+    assert one.assert_exact() == bytes_
+    time.sleep(seconds)
+    assert one.assert_exact() == bytes_
+
+
+# -- threads
+
+
+@pytest.mark.places("host", "runc")
+def test_a_pointer_that_one_thread_frees_while_another_is_given_it(tenant, scale) -> None:
+    one = tenant(CONTEXT + 64 * MIB)
+    client = one.client()
+    client.ok("context")
+    one.assert_enforced()
+    before = {kind: anomalies(kind) for kind in ("stale", "release")}
+    times = scale(1_000, 5_000, 50_000)  # of each thread
+    again, failures = client.ok(f"reuse {256 << 10} {times}", 120)
+    assert again > times / 100, "hardly any pointer was given again: nothing was tried"
+    assert failures == 0
+    assert one.assert_exact() == CONTEXT
+    assert {kind: anomalies(kind) for kind in before} == before
+
+
+@pytest.mark.places("host", "runc")
+def test_a_call_that_is_left_by_a_jump(tenant) -> None:
+    one = tenant(CONTEXT + 64 * MIB)
+    client = one.client()
+    client.ok("context")
+    for _ in range(20):
+        with one.growing(4 * MIB):
+            pointer = client.ok(f"alloc {4 * MIB}")[0]
+        assert client.do(f"leap {40 * MIB}") == "ok"
+        client.ok(f"free {pointer}")  # settles what was left
+        assert one.memory()["used_bytes"] == CONTEXT
+        assert client.do(f"brieflyleap {40 * MIB}") == "ok"
+        assert one.memory()["used_bytes"] == CONTEXT, "its thread has ended"
+    stays_exact(one, CONTEXT)
+    client.ok(f"alloc {64 * MIB}")
+
+
+@pytest.mark.places("host", "runc")
+def test_nobody_buries_the_dead(tenant) -> None:
+    """Zombies, every other one of whose first threads was gone long before."""
+    one = tenant(8 * GIB)
+    parent = one.client()
+    before = set(one.pids())
+    assert parent.ok(f"brood 6 {4 * MIB}") == [6]
+    children = set(one.pids()) - before
+    assert one.memory()["used_bytes"] == 6 * (CONTEXT + 4 * MIB), "at once, not when the agent has looked"
+    stays_exact(one, 6 * (CONTEXT + 4 * MIB))
+    for pid in children:
+        os.kill(pid, 9)
+    eventually(lambda: one.memory()["used_bytes"] == 0, 1, "released")
+    eventually(lambda: not driver_books(), 1, "an empty driver")
+    begun = time.monotonic()
+    while time.monotonic() - begun < LEDGER_SECONDS:
+        assert one.memory()["used_bytes"] == 0, "a zombie was charged"
+        assert not one.view()["processes"]
+    assert all(os.path.exists(f"/proc/{pid}") for pid in children), "somebody buried them"
+    assert parent.ok("reap") == [6]
+
+
+# -- memory
+
+
+@pytest.mark.places("host", "runc")
+def test_memory_stays_after_its_handle_and_goes_with_its_mapping(tenant) -> None:
+    one = tenant(CONTEXT + 64 * MIB)
+    client = one.client()
+    client.ok("context")
+    for _ in range(5):
+        with one.growing(64 * MIB):
+            at = client.ok(f"vmm {64 * MIB}")[0]  # create, map, release
+        assert client.do(f"alloc {2 * MIB}") != "ok"
+        stays_exact(one, CONTEXT + 64 * MIB, 0.6)
+        client.ok(f"unmap {at} {64 * MIB}")
+        assert one.memory()["used_bytes"] == CONTEXT
+    stays_exact(one, CONTEXT)
+
+
+@pytest.mark.places("host", "runc")
+def test_a_context_comes_and_goes_beside_another(tenant) -> None:
+    one = tenant(2 * CONTEXT + 64 * MIB)
+    client = one.client()
+    client.ok("context")
+    with one.growing(60 * MIB):
+        pointer = client.ok(f"alloc {60 * MIB}")[0]
+    for _ in range(10):
+        made = client.ok("newcontext")[0]
+        assert one.assert_exact() == 2 * CONTEXT + 60 * MIB
+        client.ok(f"endcontext {made}")
+        assert one.memory()["used_bytes"] == CONTEXT + 60 * MIB, "at once, not when the agent has looked"
+        assert one.assert_exact() == CONTEXT + 60 * MIB
+    stays_exact(one, CONTEXT + 60 * MIB)
+    client.ok(f"free {pointer}")
+    assert one.assert_exact() == CONTEXT
+
+
+# -- memory of one process in another
+
+
+def export_pointer(exporter: Client, importer: Client) -> str:
+    """Takes and shares 20 MiB; the command that lets go of it at the other side."""
+    pointer = exporter.ok(f"alloc {20 * MIB}")[0]
+    words = exporter.ok(f"share {pointer}")
+    at = importer.ok(f"open {' '.join(map(str, words))}")[0]
+    return f"close {at}"
+
+
+def export_handle(exporter: Client, importer: Client) -> str:
+    """The same with a descriptor of the memory."""
+    _, descriptor = exporter.ok(f"export {20 * MIB}")
+    handle = importer.ok(f"import {exporter.inner_pid} {descriptor}")[0]
+    return f"release {handle}"
+
+
+@pytest.mark.places("host", "runc")
+@pytest.mark.parametrize("export", [export_pointer, export_handle])
+def test_what_an_exporter_leaves_is_the_importer_s(tenant, export, scale) -> None:
+    one = tenant(4 * GIB)
+    importer = one.client()
+    importer.ok("context")
+    held = []
+    for i in range(scale(2, 20, 20)):
+        exporter = one.client()
+        exporter.ok("context")
+        held.append(export(exporter, importer))
+        assert one.assert_exact() == 2 * CONTEXT + (i + 1) * 20 * MIB
+        exporter.kill()
+        left = CONTEXT + (i + 1) * 20 * MIB
+        eventually(lambda left=left: one.driver() == left, 5, "the driver's books without it")
+        assert one.assert_exact() == left
+    for letting_go in held:
+        importer.ok(letting_go)
+    stays_exact(one, CONTEXT)
+
+
+@pytest.mark.places("host")
+def test_what_nobody_was_told_of_is_let_go_all_the_same(tenant) -> None:
+    """A level tells twenty things a second: its refusals come first here, and then memory that others may have open."""
+    one = tenant(4 * GIB)
+    client = one.client()
+    client.ok("context")
+    lost = "fgpu_events_lost_total", frozenset({("reason", "rate")})
+    before = metrics()[lost]
+    for _ in range(5):
+        pointer = client.ok(f"alloc {20 * MIB}")[0]
+        client.ok(f"share {pointer}")
+        client.ok(f"ask {8 * GIB} 101")
+        client.ok(f"free {pointer}")
+    assert one.assert_exact(5) == CONTEXT
+    assert metrics()[lost] >= before + 5 * 50
+    stays_exact(one, CONTEXT)
+
+
+# -- limits
+
+
+def balance(path: str) -> tuple[int, int]:
+    """A level's bytes, and the sum of its processes'."""
+    level = next(t for t in ask(verb="snapshot")["tenants"] if t["path"] == path)
+    return level["devices"][0]["used_bytes"], sum(p["bytes"] for p in level["processes"])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.places("cgroups")
+def test_a_limit_set_over_programs_at_work(place: Place, tenant, scale) -> None:
+    """A level that comes to be, or goes, in the middle of charges and releases: it holds what its processes do."""
+    tenants = [tenant(8 * GIB) for _ in range(2)]
+    clients = [one.client() for one in tenants for _ in range(2)]
+    for client in clients:
+        client.ok("context")
+        client.send(f"ask {2 * MIB} 0")
+    before = anomalies("release")
+    try:
+        for _ in range(scale(5, 20, 300)):
+            fgpu("set", place.group, "--memory", "16GiB")
+            fgpu("unset", place.group)
+        fgpu("set", place.group, "--memory", "16GiB")
+        for client in clients:
+            client.send("context")
+            got, refused, other = client.numbers(client.receive(), "ask")
+            assert (refused, other, client.receive()) == (0, 0, "ok")
+            assert got > 0
+        whole, parts = balance(place.group)
+        assert whole == parts, f"{whole - parts} bytes of nobody"
+    finally:
+        fgpu("unset", place.group)
+    for one in tenants:
+        assert one.assert_exact() == 2 * CONTEXT
+        assert balance(one.path)[0] == 2 * CONTEXT
+    assert anomalies("release") == before

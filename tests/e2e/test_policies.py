@@ -1,0 +1,375 @@
+"""Policy files, live: who becomes a tenant, what changes under it, what is only observed, and who is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import (
+    CONTEXT,
+    ENVIRONMENT,
+    GIB,
+    MIB,
+    REFUSED,
+    RUN_DIR,
+    Client,
+    Service,
+    ask,
+    cgroup_root,
+    eventually,
+    fgpu,
+    metrics,
+)
+
+GROUP = "fgpu-e2e"
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: {name}}}
+spec:
+  selector: {selector}
+  {rest}
+"""
+
+Write = Callable[..., None]
+
+
+def reloads() -> float:
+    return metrics()["fgpu_config_last_reload_success_timestamp_seconds", frozenset()]
+
+
+def is_good() -> bool:
+    return metrics()["fgpu_config_last_reload_successful", frozenset()] == 1
+
+
+@pytest.fixture
+def write(service: Service, unharmed: None) -> Iterator[Write]:
+    """Writes one policy file, and returns when it is in force."""
+
+    def put(rest: str, name: str = "test", selector: str = f'{{cgroup: ["{GROUP}/*"]}}', file: str = "50.yaml") -> None:
+        before = reloads()
+        text = POLICY.format(name=name, selector=selector, rest=rest)
+        (service.policies / file).write_text(text)
+        eventually(lambda: reloads() > before, 5, "the policy in force")
+
+    yield put
+    before = reloads()
+    for file in service.policies.iterdir():
+        file.unlink()
+    eventually(lambda: reloads() > before and is_good(), 5, "no policy in force")
+
+
+@pytest.fixture
+def container(write: Write, place, tenant) -> Callable[[], object]:
+    """A container for which no limit is set by hand."""
+    return lambda: tenant(None)
+
+
+@pytest.mark.places("runc")
+def test_a_container_that_a_policy_matches_is_a_tenant_before_its_first_call(write: Write, container) -> None:
+    write("memory: {limit: 2GiB}", name="notebooks")
+    one = container()
+    one.assert_enforced()
+    client = one.client()
+    assert client.ok("info")[1] == 2 * GIB
+    with one.growing():
+        client.ok(f"fill {2 * MIB} 0")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert one.assert_exact() == one.memory()["limit_bytes"] == 2 * GIB
+    view = one.view()
+    assert (view["policy"], view["source"]) == ("notebooks", "policy")
+    infos = [dict(labels) for family, labels in metrics() if family == "fgpu_tenant_info"]
+    assert any(i["policy"] == "notebooks" and i["tenant"] == one.name for i in infos)
+
+
+@pytest.mark.places("runc")
+def test_a_change_of_the_file_is_in_force_in_running_programs(write: Write, container) -> None:
+    write("memory: {limit: 2GiB}")
+    one = container()
+    client = one.client()
+    assert client.ok("info")[1] == 2 * GIB
+    write("memory: {limit: 3GiB}")
+    assert client.ok("info")[1] == 3 * GIB
+    write("memory: {limit: 600MiB}")
+    assert client.ok("info")[1] == 600 * MIB
+    assert client.do(f"alloc {200 * MIB}") == REFUSED
+
+
+@pytest.mark.places("runc")
+def test_a_broken_file_changes_nothing_and_is_told(service: Service, write: Write, container) -> None:
+    write("memory: {limit: 2GiB}")
+    one = container()
+    client = one.client()
+    (service.policies / "60.yaml").write_text("spec: {memory: {limit: 8GB}}")
+    eventually(lambda: not is_good(), 5, "the fault")
+    assert client.ok("info")[1] == 2 * GIB
+    events = fgpu("events").stdout
+    assert "60.yaml" in events
+    assert "policies refused" in events
+    done = fgpu("policy", "check", service.policies, check=False)
+    assert done.returncode == 1
+    assert "60.yaml:1" in done.stdout + done.stderr
+
+
+@pytest.mark.places("runc")
+def test_who_matches_no_longer_is_let_go_with_its_memory(write: Write, container) -> None:
+    write("memory: {limit: 2GiB}")
+    one = container()
+    client = one.client()
+    client.ok(f"alloc {100 * MIB}")
+    one.assert_exact()
+    write("memory: {limit: 2GiB}", selector='{cgroup: ["elsewhere/*"]}')
+    assert not [t for t in ask(verb="snapshot")["tenants"] if t["path"] == one.path]
+    eventually(lambda: client.ok("info")[1] > 15 * GIB, 3, "the device's own size")
+    eventually(lambda: client.do(f"alloc {4 * GIB}").startswith("ok"), 3, "memory beyond the old limit")
+
+
+# -- modes
+
+
+@pytest.mark.places("runc")
+def test_observe_changes_nothing_and_counts(write: Write, container) -> None:
+    write("mode: observe\n  memory: {limit: 1GiB}")
+    one = container()
+    client = one.client()
+    free, total = client.ok("info")
+    assert total > 15 * GIB
+    client.ok(f"alloc {2 * GIB}")
+    assert one.view()["enforcement"] == "observe"
+    assert one.assert_exact() > 2 * GIB
+    refusals = one.memory()["refusals"]
+    assert {(r["operation"], r["reason"]) for r in refusals} == {("memory", "observed")}
+    assert one.memory()["refused"] == 0
+    write("memory: {limit: 1GiB}")
+    eventually(lambda: client.do(f"alloc {2 * MIB}") == REFUSED, 2, "enforcement")
+    assert free
+
+
+def bypassing_client(folder: Path, cgroup: Path, name: str) -> Client:
+    """A CUDA program in the tenant's cgroup that the shim is not in."""
+
+    class Outside:
+        """As much of a tenant as a program needs."""
+
+        def __init__(self) -> None:
+            self.folder, self.name, self.cgroup = folder, name, cgroup
+
+        def tell(self, line: str) -> None:
+            name, command = line.split(" ", 1)
+            enter = f'echo $$ >{cgroup}/cgroup.procs; exec {command} <"{name}.in" >"{name}.out" 2>"{name}.err"'
+            subprocess.Popen(["sh", "-c", enter], cwd=folder, env=ENVIRONMENT)
+
+        def host_pid(self, inner: int) -> int:
+            return inner
+
+    return Client(Outside(), name)  # type: ignore[arg-type]
+
+
+@pytest.mark.timed
+@pytest.mark.places("runc")
+def test_a_bypass_is_charged_and_named_within_a_second(write: Write, container) -> None:
+    write("memory: {limit: 2GiB}")
+    one = container()
+    one.assert_enforced()
+    client = bypassing_client(one.folder, one.cgroup, "outside")
+    client.ok(f"alloc {100 * MIB}")
+    begun = time.monotonic()
+    key = "fgpu_bypassing_processes", frozenset({("tenant", one.name), ("how", "no_admission")})
+    eventually(lambda: metrics().get(key) == 1, 1, "the bypass")
+    assert time.monotonic() - begun < 1
+    events = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
+    assert any((e["what"], e["pid"], e["tenant"]) == ("bypass", client.pid, one.name) for e in events)
+    assert "no_admission" in fgpu("ps").stdout
+    assert f"without the shim: pid {client.pid}" in fgpu("explain", one.path).stdout
+    assert one.assert_exact() == CONTEXT + 100 * MIB
+    client.ok(f"alloc {4 * GIB}")  # reported, not killed
+    client.close()
+
+
+@pytest.mark.places("runc")
+def test_on_bypass_kill_ends_it_before_the_driver_runs(write: Write, container) -> None:
+    write("memory: {limit: 1GiB}\n  onBypass: kill")
+    one = container()
+    one.assert_enforced()
+    behaved = one.client()
+    behaved.ok("context")
+    client = bypassing_client(one.folder, one.cgroup, "outside")
+    client.send(f"alloc {2 * GIB}")
+    eventually(lambda: not os.path.exists(f"/proc/{client.pid}") or _is_zombie(client.pid), 5, "its end")
+    events = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
+    assert any((e["what"], e["pid"], e["tenant"]) == ("killed", client.pid, one.name) for e in events)
+    assert one.memory()["peak_bytes"] <= 1 * GIB
+    assert behaved.do(f"alloc {2 * GIB}") == REFUSED  # who asks is refused, not killed
+    behaved.ok(f"alloc {2 * MIB}")
+    client.close()
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return True
+
+
+# -- by hand
+
+
+@pytest.mark.places("runc")
+def test_what_is_set_by_hand_wins_until_it_is_unset(service: Service, write: Write, container) -> None:
+    write("memory: {limit: 2GiB}")
+    one = container()
+    client = one.client()
+    assert client.ok("info")[1] == 2 * GIB
+    fgpu("set", one.path, "--memory", "1GiB")
+    assert client.ok("info")[1] == GIB
+    write("memory: {limit: 3GiB}")
+    assert client.ok("info")[1] == GIB
+    service.kill_agent()
+    service.start_agent()
+    assert client.ok("info")[1] == GIB
+    fgpu("unset", one.path)
+    assert client.ok("info")[1] == 3 * GIB
+    assert fgpu("unset", one.path, check=False).returncode == 4
+
+
+@pytest.mark.places("runc")
+def test_explain_says_which_policy_and_why_not_the_others(write: Write, container) -> None:
+    write("memory: {limit: 8GiB}", name="services", selector="{unit: ['*.service']}", file="10.yaml")
+    write("memory: {limit: 2GiB}", name="containers")
+    one = container()
+    said = fgpu("explain", one.path).stdout
+    assert "policy containers" in said
+    assert "not services: it has no unit" in said
+    assert "enforcement: kernel" in said
+    answer = json.loads(fgpu("explain", "--json", one.path).stdout)
+    assert answer["policy"] == "containers"
+    assert answer["levels"][0]["devices"][0]["limit_bytes"] == 2 * GIB
+    assert "no policy matches" in fgpu("explain", "/").stdout
+    assert fgpu("explain", "nobody", check=False).returncode == 4
+
+
+@pytest.mark.places("runc")
+def test_a_workload_s_own_wish_counts_within_the_policy_s_maximum(write: Write, container) -> None:
+    write("memory: {limit: 1GiB, max: 4GiB}")
+    one = container()
+    client = one.client()
+    assert client.ok("info")[1] == GIB
+    os.setxattr(one.cgroup, "user.fgpu.memory", b"3GiB")
+    ask(verb="reload")
+    eventually(lambda: client.ok("info")[1] == 3 * GIB, 3, "the wish")
+    os.setxattr(one.cgroup, "user.fgpu.memory", b"9GiB")
+    ask(verb="reload")
+    eventually(lambda: client.ok("info")[1] == 4 * GIB, 3, "the maximum")
+    assert "allows 4GiB" in fgpu("explain", one.path).stdout
+
+
+# -- moves and groups
+
+
+@pytest.mark.places("runc")
+def test_a_process_that_is_moved_takes_its_charges_along(write: Write, container) -> None:
+    write("memory: {limit: 3GiB}")
+    one, two = container(), container()
+    client = one.client()
+    client.ok(f"alloc {200 * MIB}")
+    assert one.assert_exact() == CONTEXT + 200 * MIB
+    (two.cgroup / "cgroup.procs").write_text(str(client.pid))
+    eventually(lambda: (one.memory()["used_bytes"], two.memory()["used_bytes"]) == (0, CONTEXT + 200 * MIB), 2, "it")
+    (pointer,) = client.ok(f"alloc {100 * MIB}")
+    assert two.assert_exact() == CONTEXT + 300 * MIB
+    client.ok(f"free {pointer}")
+    assert two.assert_exact() == CONTEXT + 200 * MIB
+    (cgroup_root() / "cgroup.procs").write_text(str(client.pid))
+    eventually(lambda: two.memory()["used_bytes"] == 0, 2, "its leaving")
+    client.kill()
+
+
+@pytest.mark.places("runc")
+def test_a_group_s_limit_holds_over_the_sum_of_its_tenants(write: Write, container) -> None:
+    write("memory: {limit: 2GiB}", name="whole", selector=f'{{cgroup: ["{GROUP}"]}}', file="10.yaml")
+    write("memory: {limit: 2GiB}", name="each")
+    one, two = container(), container()
+    first, second = one.client(), two.client()
+    first.ok(f"alloc {600 * MIB}")
+    second.ok("context")
+    assert second.do(f"alloc {1 * GIB}") == REFUSED
+    views = {t["path"]: t for t in ask(verb="snapshot")["tenants"]}
+    assert views[f"/{GROUP}"]["kind"] == "group"
+    assert views[f"/{GROUP}"]["devices"][0]["used_bytes"] == one.assert_exact() + two.assert_exact()
+    assert views[f"/{GROUP}"]["devices"][0]["refused"] == 1
+
+
+# -- room
+
+
+@pytest.fixture
+def forbidding(service: Service) -> Iterator[Service]:
+    """The agent with overcommit forbidden, as it is without a file."""
+    service.config.write_text("overcommit: forbid\n")
+    service.kill_agent()
+    service.start_agent()
+    yield service
+    service.config.write_text("overcommit: allow\n")
+    service.kill_agent()
+    service.start_agent()
+
+
+@pytest.mark.places("runc")
+def test_limits_that_sum_past_the_device_are_refused_with_the_numbers(
+    forbidding: Service, write: Write, container
+) -> None:
+    write("memory: {limit: 9GiB}")
+    one, two = container(), container()
+    first = one.client()
+    assert first.ok("info")[1] == 9 * GIB
+    second = two.client()
+    assert second.do("context") == REFUSED
+    assert "9GiB for" in fgpu("explain", two.path).stdout
+    done = fgpu("run", "--memory", "9GiB", "--", "true", check=False)
+    assert done.returncode == 125
+    assert "9GiB of 15.9GiB are committed" in done.stderr
+    assert fgpu("set", two.path, "--memory", "9GiB", check=False).returncode == 1
+    fgpu("set", two.path, "--memory", "4GiB")
+    eventually(lambda: second.do("context").startswith("ok"), 3, "room")
+    assert metrics()["fgpu_device_memory_committed_bytes", frozenset({("gpu", "0")})] == 13 * GIB
+    assert forbidding.agent
+
+
+@pytest.mark.places("runc")
+def test_an_out_of_memory_of_the_device_is_not_the_limit_s(write: Write, container) -> None:
+    write("memory: {limit: 15GiB}")
+    one, two = container(), container()
+    first, second = one.client(), two.client()
+    first.ok(f"alloc {12 * GIB}")
+    assert second.do(f"alloc {6 * GIB}") == REFUSED
+    refusals = {(r["operation"], r["reason"]) for r in two.memory()["refusals"]}
+    assert refusals == {("memory", "device_full")}
+    assert two.memory()["refused"] == 0
+
+
+# -- the control socket
+
+
+@pytest.mark.places("runc")
+def test_root_of_another_user_namespace_reads_and_may_not_write(write: Write, container) -> None:
+    write("memory: {limit: 2GiB}")
+    one = container()
+    counted = metrics()["fgpu_control_refused_total", frozenset()]
+    script = (
+        "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
+        "s.sendall(sys.argv[2].encode()+b'\\n'); print(s.recv(65536).decode()[:200])"
+    )
+
+    def tell(request: dict[str, object]) -> str:
+        command = ["unshare", "-Ur", "/usr/bin/python3", "-c", script, RUN_DIR / "control.sock", json.dumps(request)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+
+    assert '"ok"' in tell({"verb": "ping"})
+    assert "needs root on the host" in tell({"verb": "put", "target": one.path, "memory": "9GiB"})
+    assert one.memory()["limit_bytes"] == 2 * GIB
+    assert metrics()["fgpu_control_refused_total", frozenset()] == counted + 1

@@ -1,0 +1,88 @@
+"""Copies of libcuda that the host does not know: found, named, counted, and let go."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import CONTEXT, ENVIRONMENT, MIB, SIM, Client, Service, eventually, metrics
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Iterator[Path]:
+    """The driver's libraries on a file system of their own, as in a container's layer."""
+    place = tmp_path / "layer"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "layer", place], check=True)
+    for library in (SIM / "lib").iterdir():
+        shutil.copy(library, place / library.name, follow_symlinks=True)
+    yield place
+    if os.path.ismount(place):
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def outside(tenant, name: str, libraries: Path) -> Client:
+    """A CUDA program in the tenant's cgroup that has these libraries and no shim."""
+
+    class Outside:
+        """As much of a tenant as a program needs."""
+
+        def __init__(self) -> None:
+            self.folder, self.name, self.cgroup = tenant.folder, name, tenant.cgroup
+
+        def tell(self, line: str) -> None:
+            name, command = line.split(" ", 1)
+            enter = f'echo $$ >{self.cgroup}/cgroup.procs; exec {command} <"{name}.in" >"{name}.out" 2>"{name}.err"'
+            environment = ENVIRONMENT | {"LD_LIBRARY_PATH": str(libraries)}
+            subprocess.Popen(["sh", "-c", enter], cwd=self.folder, env=environment)
+
+        def host_pid(self, inner: int) -> int:
+            return inner
+
+    return Client(Outside(), name)  # type: ignore[arg-type]
+
+
+@pytest.mark.timed
+@pytest.mark.places("host")
+def test_a_private_copy_is_named_within_a_second_and_witnessed_from_then_on(tenant, copy: Path) -> None:
+    one = tenant(CONTEXT + 400 * MIB)
+    one.assert_enforced()
+    client = outside(one, "private", copy)
+    client.ok(f"alloc {100 * MIB}")
+    named = [("fgpu_bypassing_processes", frozenset({("tenant", one.name), ("how", how)})) for how in
+             ("unwitnessed", "no_admission", "no_shim")]  # fmt: skip
+    begun = time.monotonic()
+    eventually(lambda: any(metrics().get(key) for key in named), 2, "its name")
+    assert time.monotonic() - begun < 1
+    assert one.assert_exact() == CONTEXT + 100 * MIB
+    time.sleep(1)  # its libcuda is probed by now
+    client.ok(f"alloc {50 * MIB}")
+    assert metrics().get(named[1]) == 1
+    assert one.assert_exact() == CONTEXT + 150 * MIB
+    client.kill()
+    client.close()
+    eventually(lambda: one.memory()["used_bytes"] == 0, 2, "its end")
+
+
+@pytest.mark.places("host")
+def test_the_layer_is_let_go_with_its_last_mapper(service: Service, tenant, copy: Path) -> None:
+    one = tenant(CONTEXT + 400 * MIB)
+    one.assert_enforced()
+    clients = [outside(one, f"private{n}", copy) for n in range(2)]
+    for client in clients:
+        client.ok(f"alloc {10 * MIB}")
+    eventually(lambda: "layer/libcuda" in service.log.read_text(), 3, "its probes")
+    assert subprocess.run(["umount", copy], capture_output=True, check=False).returncode
+    clients[0].kill()
+    time.sleep(1.5)
+    clients[1].ok(f"alloc {10 * MIB}")
+    assert one.assert_exact() == CONTEXT + 20 * MIB
+    clients[1].kill()
+    eventually(lambda: not subprocess.run(["umount", copy], capture_output=True, check=False).returncode, 3, "umount")
+    for client in clients:
+        client.close()

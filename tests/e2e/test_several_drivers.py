@@ -1,0 +1,174 @@
+"""A driver that the host does not know: in a container's own folder before the host's, and several in one process."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import (
+    BUILD,
+    CONTEXT,
+    ENVIRONMENT,
+    MIB,
+    SHIM,
+    SIM,
+    Client,
+    Container,
+    Program,
+    Service,
+    Tenant,
+    eventually,
+    metrics,
+)  # fmt: skip
+
+COMPAT = "/usr/local/cuda/compat"
+OUT_OF_MEMORY, NOT_SUPPORTED = 2, 801
+ROOM = 96 * MIB  # three steps of a pool
+
+
+def library(folder: Path) -> Path:
+    """Another file with the driver in it."""
+    folder.mkdir()
+    return Path(shutil.copy((SIM / "lib/libcuda.so.1").resolve(), folder / "libcuda.so.1"))
+
+
+@pytest.fixture
+def compat(place: Container, tmp_path: Path) -> Path:
+    """The container's image has forward-compatibility libraries."""
+    made = library(tmp_path / "compat")
+    place.mounts = [
+        {"source": "tmpfs", "destination": "/usr/local", "type": "tmpfs"},
+        {"source": str(made.parent), "destination": COMPAT, "type": "bind", "options": ["bind", "ro"]},
+    ]
+    return made
+
+
+@pytest.mark.places("runc")
+def test_forward_compatibility_libraries(compat: Path, tenant) -> None:
+    """The loader finds the image's libcuda before the host's: the same limit, to the byte."""
+    one = tenant(CONTEXT + ROOM)
+    client = one.client(before=f"env LD_LIBRARY_PATH={COMPAT}:{SIM}/lib")
+    client.ok("context")
+    mapped = Path(f"/proc/{client.pid}/maps").read_text()
+    assert {line.split()[5] for line in mapped.splitlines() if "libcuda" in line} == {f"{COMPAT}/libcuda.so.1"}
+    assert str(compat.stat().st_ino) in mapped
+    with one.growing(ROOM):
+        assert client.ok(f"fill {2 * MIB} 0") == [ROOM // (2 * MIB)]
+    client.ok("drop 5")
+    assert one.assert_exact() == CONTEXT + ROOM - 10 * MIB
+    assert not bypasses(one)
+    client.kill()
+    eventually(lambda: one.memory()["used_bytes"] == 0, 2, "its end")
+
+
+def bypasses(one: Tenant) -> dict[str, float]:
+    """How its processes go round the shim, and how many of them do."""
+    mine = {k: v for k, v in metrics().items() if k[0] == "fgpu_bypassing_processes" and ("tenant", one.name) in k[1]}
+    return {dict(labels)["how"]: value for (_, labels), value in mine.items() if value}
+
+
+class Several(Client):
+    """tests/e2e/pair.c: a program with several drivers in it."""
+
+    def __init__(self, tenant: Tenant, name: str, libraries: list[Path], via: str = "") -> None:
+        Program.__init__(self, tenant, name, " ".join([f"{BUILD}/e2e/pair {via}".strip(), *map(str, libraries)]))
+        self._hello()
+
+
+@pytest.fixture
+def libraries(tmp_path: Path) -> list[Path]:
+    return [SIM / "lib/libcuda.so.1", *(library(tmp_path / f"other{n}") for n in range(2))]
+
+
+@pytest.fixture
+def several(tenant, libraries: list[Path]) -> Callable[..., tuple[Tenant, Several]]:
+    """A tenant with room for so many contexts and ROOM, and its program, which has made all of them."""
+
+    def make(n: int, via: str = "") -> tuple[Tenant, Several]:
+        one = tenant(n * CONTEXT + ROOM)
+        one.assert_enforced()
+        client = Several(one, "several", libraries[:n], via)
+        for which in range(n):
+            client.ok(f"context {which} 0")
+        assert one.assert_exact() == n * CONTEXT
+        return one, client
+
+    return make
+
+
+def ends(one: Tenant, client: Several) -> None:
+    client.kill()
+    client.close()
+    eventually(lambda: one.memory()["used_bytes"] == 0, 2, "its end")
+
+
+@pytest.mark.places("host")
+@pytest.mark.parametrize("via", ["", "proc"], ids=["dlsym", "cuGetProcAddress"])
+@pytest.mark.parametrize("how", ["plain", "managed", "pitch", "create", "array"])
+def test_the_limit_holds_for_both_drivers_of_a_process(several, how: str, via: str) -> None:
+    one, client = several(2, via)
+    pieces = ROOM // (2 * MIB)
+    with one.growing(ROOM):
+        assert client.ok(f"fill.{how} 1 {2 * MIB}") == [pieces, OUT_OF_MEMORY]
+    for which in (0, 1):
+        assert client.ok(f"fill.{how} {which} {2 * MIB}") == [0, OUT_OF_MEMORY]
+    if how in ("plain", "managed", "pitch"):
+        client.ok("drop 1 10")
+        assert client.ok(f"fill.{how} 0 {2 * MIB}") == [10, OUT_OF_MEMORY]
+        client.ok("drop 0 4")
+        assert client.ok(f"fill.{how} 1 {2 * MIB}") == [4, OUT_OF_MEMORY]
+    assert one.assert_exact() == 2 * CONTEXT + ROOM
+    memory = one.memory()
+    assert memory["peak_bytes"] <= memory["limit_bytes"]
+    assert not bypasses(one)
+    ends(one, client)
+
+
+@pytest.mark.places("host")
+def test_what_each_driver_is_shown_and_gives_back(several) -> None:
+    one, client = several(2)
+    client.ok(f"fill.plain 1 {2 * MIB}")
+    client.ok("drop 1 5")
+    for which in (0, 1):
+        assert client.ok(f"info {which} 0") == [10 * MIB, 2 * CONTEXT + ROOM]
+    client.ok("leave 1 0")
+    eventually(lambda: one.memory()["used_bytes"] == CONTEXT, 3, "what NVML tells of its context's end")
+    assert client.ok(f"fill.plain 0 {2 * MIB}") == [(CONTEXT + ROOM) // (2 * MIB), OUT_OF_MEMORY]
+    assert one.assert_exact() <= 2 * CONTEXT + ROOM
+    ends(one, client)
+
+
+@pytest.mark.places("host")
+@pytest.mark.parametrize("via", ["", "proc"], ids=["dlsym", "cuGetProcAddress"])
+def test_a_second_driver_has_no_pools(several, via: str) -> None:
+    """The shim keeps books of one driver's pools, and what nobody keeps books of could not be held."""
+    one, client = several(2, via)
+    assert client.ok(f"fill.async 1 {2 * MIB}") == [0, NOT_SUPPORTED]
+    assert client.ok(f"fill.async 0 {2 * MIB}")[1] == OUT_OF_MEMORY
+    assert client.ok(f"fill.plain 1 {2 * MIB}")[1] == OUT_OF_MEMORY
+    assert one.assert_exact() <= 2 * CONTEXT + ROOM
+    ends(one, client)
+
+
+@pytest.mark.places("host")
+def test_a_third_driver_is_seen(several) -> None:
+    """No hook answers for it: it is charged to the byte, and its process named."""
+    one, client = several(3)
+    with one.growing(ROOM):
+        client.ok(f"fill.plain 1 {ROOM}")
+    (taken, _) = client.ok(f"fill.plain 2 {40 * ROOM}")
+    assert taken
+    eventually(lambda: bypasses(one).get("no_admission") == 1, 3, "its name")
+    assert one.assert_exact() > 3 * CONTEXT + ROOM
+    ends(one, client)
+
+
+def test_without_a_limit_a_second_driver_lacks_nothing(service: Service, libraries: list[Path]) -> None:
+    lines = f"fill.async 1 {MIB}\nfill.plain 1 {MIB}\nfill.async 0 {MIB}\n"
+    program = [BUILD / "e2e/pair", *libraries[:2]]
+    environment = ENVIRONMENT | {"LD_PRELOAD": str(SHIM)}
+    done = subprocess.run(program, input=lines, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[1:] == ["ok 4096 0", "ok 0 0", "ok 4096 0"]

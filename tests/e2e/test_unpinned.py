@@ -1,0 +1,76 @@
+"""Somebody takes the probes away: that nothing is enforced is shown, and put right where it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import CONTEXT, MIB, REFUSED, SHIM, SIM, Service, ask, eventually, fgpu, metrics
+
+
+def pins() -> Path:
+    return next(Path("/sys/fs/bpf/fgpu").glob("v*"))
+
+
+def links() -> set[str]:
+    """Of process events and of the host's own files; anybody's may come and go."""
+    own = {f"{path.resolve().stat().st_ino:x}" for path in (SHIM, SIM / "lib/libcuda.so.1")}
+    names = [path.name for path in (pins() / "links").iterdir()]
+    return {name for name in names if name.count("-") == 1 or name.split("-")[2] in own}
+
+
+def unpin(folder: Path) -> None:
+    for path in list(folder.iterdir()):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.fixture
+def whole(service: Service, unharmed: None) -> Iterator[Service]:
+    """Afterwards an agent that has all of it again."""
+    yield service
+    service.detach()
+    service.start_agent()
+
+
+@pytest.mark.places("host")
+@pytest.mark.parametrize("alive", [True, False], ids=["under a running agent", "while there is none"])
+def test_links_that_are_gone_are_there_again(service: Service, tenant, alive: bool) -> None:
+    one = tenant(CONTEXT + 40 * MIB)
+    one.assert_enforced()
+    client = one.client()
+    client.ok("context")
+    before = links()
+    assert len(before) > 8
+    if not alive:
+        service.kill_agent()
+    for path in list((pins() / "links").iterdir()):
+        if not path.is_dir():
+            path.unlink()
+    if not alive:
+        service.start_agent()
+    eventually(lambda: links() == before, 5, "the links")
+    with one.growing(40 * MIB):
+        client.ok(f"fill {2 * MIB} 0")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert one.assert_exact() == CONTEXT + 40 * MIB
+
+
+@pytest.mark.places("host")
+def test_that_nothing_is_enforced_is_shown(whole: Service, place) -> None:
+    one = place.tenant(CONTEXT + 40 * MIB)
+    one.assert_enforced()
+    assert "ok    probes" in fgpu("doctor", "--driver-root", SIM).stdout
+    unpin(pins() / "programs")
+    unpin(pins() / "links")
+    mode = "fgpu_tenant_enforcement", frozenset({("tenant", one.name), ("mode", "none")})
+    eventually(lambda: metrics().get(mode) == 1, 3, "enforcement: none")
+    eventually(lambda: "cannot be attached" in ask(verb="snapshot")["unenforced"], 5, "why")
+    assert one.view()["enforcement"] == "none"
+    assert "No limit is enforced: probes are gone" in fgpu("status").stdout
+    said = fgpu("explain", one.path).stdout
+    assert "enforcement: none: probes are gone" in said
+    doctor = fgpu("doctor", "--driver-root", SIM, check=False)
+    assert doctor.returncode == 1
+    assert "FAIL  probes: probes are gone" in doctor.stdout
+    place.close()

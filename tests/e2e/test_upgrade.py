@@ -1,0 +1,256 @@
+"""Upgrades under load: another shim, and now and then other programs; nobody is refused, nothing passes unseen.
+
+An upgrade is what a package's is: gatekeeper and agent of the version before get SIGTERM, those of the next begin.
+Every version is a copy of the package with a shim of its own; its programs are compiled anew where they differ.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import (
+    BUILD,
+    CONTEXT,
+    DRIVER_ROOT,
+    GIB,
+    LISTEN,
+    MIB,
+    ROOT,
+    RUN_DIR,
+    SHIM,
+    Client,
+    Service,
+    Tenant,
+    eventually,
+    metrics,
+)
+
+STEP = 2 * MIB
+NEW_PROGRAMS = 4  # every so many versions
+PYTHON = ROOT / ".venv/bin/python"
+ANOMALIES = ("release", "full", "device", "lost", "bypass", "stale")
+
+
+class Versions:
+    """fgpu as it is installed, version after version: the package's folder, and the two services."""
+
+    def __init__(self, service: Service, work: Path) -> None:
+        self._service, self._store = service, work / "store"
+        self._package = work / "site/fgpu_ebpf"
+        shutil.copytree(ROOT / "fgpu_ebpf", self._package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "bpf", self._package / "bpf")
+        shutil.copytree(BUILD / "oci", self._package / "oci")
+        self._gatekeeper: subprocess.Popen[bytes] | None = None
+        self.number = 0
+
+    def install(self) -> float:
+        """The next version's files, then its services in place of those that run; seconds until it enforces."""
+        self.number += 1
+        said = self._service.log.stat().st_size
+        beside = self._package / ".libfgpu.so"
+        beside.write_bytes(SHIM.read_bytes() + b"version %d" % self.number)
+        beside.replace(self._package / "libfgpu.so")
+        if self.number % NEW_PROGRAMS == 0:
+            with open(self._package / "bpf/fgpu.bpf.c", "a", encoding="utf-8") as source:
+                source.write(f"/* version {self.number} */\n")
+        self._end_gatekeeper()
+        self._gatekeeper = self._start("gatekeeper", "--run-dir", str(RUN_DIR))
+        self.end_agent()
+        begun = time.monotonic()
+        self._service.agent = self._start(
+            "cli", "agent", "--driver-root", str(DRIVER_ROOT), "--shim", str(self._package / "libfgpu.so"),
+            "--store", str(self._store), "--listen", LISTEN, "--config", str(self._service.config),
+            "--policies", str(self._service.policies),
+        )  # fmt: skip
+        eventually(lambda: b"ready after" in self._service.log.read_bytes()[said:], 30, "the agent")
+        return time.monotonic() - begun
+
+    def _start(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(self._package.parent)}
+        command = [str(PYTHON), "-m", f"fgpu_ebpf.{module}", *arguments]
+        with open(self._service.log, "ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd="/")
+
+    def end_agent(self) -> None:
+        """As a service manager does."""
+        assert self._service.agent
+        self._service.agent.terminate()
+        self._service.agent.wait(10)
+
+    def _end_gatekeeper(self) -> None:
+        if self._gatekeeper:
+            self._gatekeeper.terminate()
+            self._gatekeeper.wait(10)
+
+    def close(self) -> None:
+        """Ends both; limits stand."""
+        self.end_agent()
+        self._end_gatekeeper()
+        self._gatekeeper = None
+
+    def all_are_readable(self) -> bool:
+        """This host has no process whose mappings even root may not see."""
+        return "cannot be read: probes" not in self._service.log.read_text()
+
+    def stored(self) -> list[Path]:
+        """The shims that are kept."""
+        return sorted(path for path in self._store.iterdir() if not path.is_symlink())
+
+    def published(self) -> Path:
+        """The one that starts now get."""
+        return (self._store / "current/libfgpu.so").resolve()
+
+
+@pytest.fixture
+def versions(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Versions]:
+    """The first version in place of the service's own agent, which is back afterwards."""
+    service.kill_agent()
+    service.kill_gatekeeper()
+    installed = Versions(service, tmp_path)
+    try:
+        installed.install()
+        yield installed
+    finally:
+        installed.close()
+        service.start_agent()
+
+
+class Starts(threading.Thread):
+    """Programs that start, take memory and end, one after the other: each must see its limit and get what fits."""
+
+    def __init__(self, tenant: Tenant, limit: int) -> None:
+        super().__init__(daemon=True)
+        self._tenant, self._limit = tenant, limit
+        self._ended = threading.Event()
+        self.count, self.longest = 0, 0.0
+        self.wrong: list[str] = []
+
+    def run(self) -> None:
+        """Until end()."""
+        while not self._ended.is_set():
+            begun = time.monotonic()
+            try:
+                self._live()
+            except AssertionError as error:
+                self.wrong.append(str(error))
+            self.longest = max(self.longest, time.monotonic() - begun)
+
+    def _live(self) -> None:
+        client = self._tenant.client()
+        try:
+            said = client.do("info"), client.do(f"alloc {STEP}")
+            assert said[0].split()[::2] == ["ok", str(self._limit)], said
+            assert said[1].startswith("ok"), said
+            self.count += 1
+        finally:
+            client.close()
+            eventually(lambda: client.pid not in self._tenant.pids(), 5, "its end")
+
+    def end(self) -> None:
+        """Waits for the last."""
+        self._ended.set()
+        self.join(20)
+
+
+def asking(one: Tenant, command: str) -> Client:
+    """A program that has a context and asks until it is told otherwise."""
+    client = one.client()
+    client.ok("context")
+    client.send(command)
+    return client
+
+
+def answered(client: Client) -> tuple[int, int, int]:
+    """How often it got what it asked for, was refused, and anything else."""
+    client.send("context")
+    got, refused, other = client.numbers(client.receive())
+    assert client.receive() == "ok"
+    return got, refused, other
+
+
+def anomalies() -> dict[str, float]:
+    """What should not happen, as the kernel has counted it."""
+    found = metrics()
+    return {kind: found.get(("fgpu_anomalies_total", frozenset({("kind", kind)})), 0.0) for kind in ANOMALIES}
+
+
+@pytest.mark.slow
+@pytest.mark.places("host")
+def test_upgrades_under_load_refuse_nobody_and_miss_nothing(versions: Versions, tenant, scale) -> None:
+    limit = 2 * CONTEXT + 40 * MIB
+    busy, full, starting = tenant(limit), tenant(limit), tenant(limit)
+    for one in (busy, full, starting):
+        one.assert_enforced()
+    before, strange = {one: one.memory() for one in (busy, full, starting)}, anomalies()
+    plain, pools = asking(busy, f"ask {STEP} 0"), asking(busy, f"ask {STEP} 0 1")
+    hopeless = asking(full, f"ask {GIB} 0")
+    starts = Starts(starting, limit)
+    starts.start()
+    counts = []
+    for _ in range(scale(3, 20, 100)):
+        versions.install()
+        counts.append(starts.count)
+        for one in (busy, full, starting):
+            memory = one.memory()
+            assert memory["used_bytes"] <= memory["peak_bytes"] <= memory["limit_bytes"] == limit
+    eventually(lambda: starts.count > counts[-1], 30, "a start with the last version")
+    starts.end()
+    print(f"{starts.count} starts, the longest {starts.longest:.2f} s")
+    assert not starts.wrong, starts.wrong
+    got, refused, other = answered(plain)
+    assert got
+    assert (refused, other) == (0, 0), "the one that fits noticed"
+    from_pools, refused, other = answered(pools)
+    assert from_pools
+    assert (refused, other) == (0, 0), "the one that fits noticed in its pool"
+    none, refused, other = answered(hopeless)
+    assert (none, other) == (0, 0), "the hopeless one got memory"
+    assert refused
+    assert anomalies() == strange
+    for one, bytes_ in ((busy, got * STEP), (full, 0), (starting, starts.count * STEP)):
+        after = one.memory()
+        assert after["witnessed_bytes"] - before[one]["witnessed_bytes"] == bytes_, "passed unseen, or seen twice"
+        assert not one.view()["bypassing"]
+    assert [one.assert_exact() for one in (busy, full, starting)] == [2 * CONTEXT, CONTEXT, 0]
+    assert versions.published().read_bytes().endswith(b"version %d" % versions.number)
+
+
+def shims_of(client: Client) -> set[str]:
+    """The shim that a program has mapped, by its path."""
+    lines = Path(f"/proc/{client.pid}/maps").read_text().splitlines()
+    return {line.split()[5] for line in lines if line.endswith("/libfgpu.so")}
+
+
+@pytest.mark.slow
+@pytest.mark.places("host")
+def test_a_version_stays_while_somebody_has_it(versions: Versions, tenant) -> None:
+    one = tenant(2 * CONTEXT + 40 * MIB)
+    old = one.client()
+    with one.growing():
+        old.ok(f"alloc {STEP}")
+    (first,) = shims_of(old)
+    assert first == str(versions.published())
+    for _ in range(3):
+        versions.install()
+    new = one.client()
+    with one.growing():
+        new.ok(f"alloc {STEP}")
+    (last,) = shims_of(new)
+    assert last == str(versions.published()) != first
+    with one.growing():
+        old.ok(f"alloc {STEP}")
+    assert shims_of(old) == {first}, "the one that it began with"
+    old.close()
+    eventually(lambda: old.pid not in one.pids(), 5, "its end")
+    versions.install()
+    if versions.all_are_readable():  # else nobody can tell who has a version
+        kept = {Path(last), versions.published()}
+        assert {path / "libfgpu.so" for path in versions.stored()} == kept
+    with one.growing():
+        new.ok(f"alloc {STEP}")

@@ -1,0 +1,1 @@
+"""Container engines and runtimes: how their containers come to a limit."""

@@ -1,0 +1,51 @@
+"""The simulated driver and the agent for this suite, and engines that are started when the first test wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import engine_kit as kit
+import harness
+import pytest
+
+
+@pytest.fixture(scope="package")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
+    """The simulated driver (16 GiB, one device) and the agent."""
+    harness.compile_programs()
+    with harness.Service.running(tmp_path_factory.mktemp("service")) as service:
+        yield service
+
+
+@pytest.fixture
+def unharmed(service: harness.Service) -> Iterator[None]:
+    """After the test: agent and gatekeeper stand, and the driver is empty."""
+    yield
+    service.check()
+    assert service.gatekeepers(), "no gatekeeper"
+    harness.eventually(lambda: not harness.driver_books(), 10, "an empty driver")
+
+
+@pytest.fixture(scope="package")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root file system with glibc and a shell."""
+    return kit.make_root(tmp_path_factory.mktemp("image") / "root")
+
+
+@pytest.fixture(scope="package", params=["podman", "docker"])
+def engine(
+    request: pytest.FixtureRequest, service: harness.Service, image: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[kit.Engine]:
+    """An engine with the image `plain`."""
+    work = tmp_path_factory.mktemp(request.param)
+    cave = kit.Cave(work, service.cdi)
+    try:
+        found = (kit.Podman if request.param == "podman" else kit.Docker)(cave, work)
+        try:
+            found.load(image, "plain")
+            yield found
+        finally:
+            found.close()
+    finally:
+        cave.close()

@@ -1,0 +1,192 @@
+"""fgpu-oci, which engines call: what it edits into a configuration, and what it never touches. No agent is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import engine_kit as kit
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SHIM = "/var/lib/fgpu/shim/current/libfgpu.so"
+LIBC, IN_OPEN = ctypes.CDLL(None), 0x20
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "containers").write_text(f"shim {SHIM}\nsocket /run/fgpu/shim\npreload {folder}/container.preload\n")
+    return folder
+
+
+def precreate(run_dir: Path, config: str) -> subprocess.CompletedProcess[str]:
+    command = [kit.HELPER, "--run-dir", run_dir, "precreate"]
+    return subprocess.run(command, input=config, capture_output=True, text=True, check=False, timeout=10)
+
+
+def edited(run_dir: Path, config: str) -> Any:
+    done = precreate(run_dir, config)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def destinations(config: Any) -> list[str]:
+    return [mount["destination"] for mount in config["mounts"]]
+
+
+OURS = [SHIM, "/run/fgpu/shim", "/etc/ld.so.preload"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.dictionaries(st.text(), JSON, max_size=5), st.lists(JSON, max_size=3), st.sampled_from([None, 1]))
+def test_all_else_stays_byte_for_byte(tmp_path_factory, more, annotations, indent) -> None:
+    run_dir = tmp_path_factory.mktemp("run")
+    (run_dir / "containers").write_text(f"shim {SHIM}\nsocket /s\npreload /p\n")
+    config = {**more, "annotations": annotations, "root": {"path": "/nowhere"}, "mounts": [{"destination": "/proc"}]}
+    text = json.dumps(config, indent=indent)
+    done = precreate(run_dir, text)
+    assert done.returncode == 0, done.stderr
+    after = json.loads(done.stdout)
+    assert destinations(after) == ["/proc", *OURS]
+    assert {**after, "mounts": config["mounts"]} == config
+    same = next(at for at, (a, b) in enumerate(zip(text, done.stdout, strict=False)) if a != b)
+    assert done.stdout.endswith(text[same:]), "one piece is put in, the rest is as it was"
+    assert precreate(run_dir, done.stdout).stdout == done.stdout, "twice is once"
+
+
+@pytest.mark.parametrize(
+    "text", ['{"root":{"path":"/x"}}', '{"root":{"path":"/x"},"mounts":[]}', ' {"root" : {"path":"/x"} }']
+)
+def test_without_mounts(run_dir: Path, text: str) -> None:
+    assert destinations(edited(run_dir, text)) == OURS
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"root":{}}', '{"root":{"path":"/x"},"mounts":{}}', '{"a":"\x01"}']
+)
+def test_what_is_no_configuration_is_refused(run_dir: Path, text: str) -> None:
+    done = precreate(run_dir, text)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("fgpu: "), done.stderr
+
+
+def test_nesting_without_end_is_refused(run_dir: Path) -> None:
+    assert precreate(run_dir, '{"root":{"path":"/x"},"a":' + "[" * 100_000).returncode == 1
+
+
+def test_mounts_of_others_stay(run_dir: Path) -> None:
+    own = {"destination": "/etc/ld.so.preload", "source": "/mine"}
+    after = edited(run_dir, json.dumps({"root": {"path": "/x"}, "mounts": [own]}))
+    assert destinations(after) == ["/etc/ld.so.preload", *OURS[:2]]
+    assert after["mounts"][0] == own
+
+
+def test_without_an_agent_nothing_changes(tmp_path: Path) -> None:
+    text = '{"root":{"path":"/x"}}'
+    assert precreate(tmp_path, text).stdout == text
+
+
+@pytest.mark.parametrize(
+    ("own", "joined"),
+    [
+        ("", None),
+        ("\n \n", None),
+        ("# nothing\n", None),
+        ("/usr/lib/libfgpu.so\n", None),
+        ("liba.so:libb.so  libc.so", "liba.so\nlibb.so\nlibc.so\n"),
+        ("/opt/libfgpu.so.1 liba.so # a remark: x.so\nlibb.so", "liba.so\nlibb.so\n"),
+    ],
+)
+def test_preloads_of_the_image(run_dir: Path, tmp_path: Path, own: str, joined: str | None) -> None:
+    (tmp_path / "root/etc").mkdir(parents=True)
+    (tmp_path / "root/etc/ld.so.preload").write_text(own)
+    source = edited(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}}))["mounts"][2]["source"]
+    if joined is None:
+        assert source == f"{run_dir}/container.preload"
+    else:
+        assert Path(source).parent == run_dir / "preload.d"
+        assert Path(source).read_text() == f"{joined}{SHIM}\n"
+
+
+def test_links_of_the_image_stay_inside(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "root/etc").mkdir(parents=True)
+    (tmp_path / "secret").write_text("libsecret.so\n")
+    (tmp_path / "root/etc/ld.so.preload").symlink_to(tmp_path / "secret")
+    after = edited(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}}))
+    assert after["mounts"][2]["source"] == f"{run_dir}/container.preload"
+    os.unlink(tmp_path / "root/etc/ld.so.preload")
+    os.mkfifo(tmp_path / "root/etc/ld.so.preload")  # nobody will ever write to it
+    assert precreate(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}})).returncode == 0
+
+
+def test_what_is_no_file_is_not_even_opened(run_dir: Path, tmp_path: Path) -> None:
+    """To open some devices does something, and images bring device nodes. The kernel tells of every opening."""
+    place = tmp_path / "root/etc/ld.so.preload"
+    place.parent.mkdir(parents=True)
+    config = json.dumps({"root": {"path": str(tmp_path / "root")}})
+    openings = []
+    for make in (Path.touch, os.mkfifo):
+        place.unlink(missing_ok=True)
+        make(place)
+        watch = LIBC.inotify_init1(os.O_NONBLOCK)
+        assert LIBC.inotify_add_watch(watch, str(place).encode(), IN_OPEN) > 0
+        edited(run_dir, config)
+        with open(watch, "rb", buffering=0) as told:
+            openings.append(told.read(4096) is not None)
+    assert openings == [True, False]
+
+
+def test_images_cannot_fill_the_host(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "root/etc").mkdir(parents=True)
+    codes = []
+    for number in range(258):
+        (tmp_path / "root/etc/ld.so.preload").write_text(f"lib{number}.so")
+        done = precreate(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}}))
+        codes.append(done.returncode)
+    assert codes == [0] * 256 + [1] * 2
+    assert len(os.listdir(run_dir / "preload.d")) == 256
+
+
+def test_the_runtime_gets_the_words_that_we_got(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"root":{"path":"rootfs"}}')
+    words = ["--log", "x", "create", "--bundle", str(tmp_path), "--console-socket", "a b", "name"]
+    command = [kit.HELPER, "--run-dir", run_dir, "runtime", "/bin/echo", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (" ".join(words) + "\n", "")
+    assert destinations(json.loads((tmp_path / "config.json").read_text())) == OURS
+    for other in (["start"], ["delete"], ["state"], ["kill", "run"], ["delete", "--force", "create"]):
+        (tmp_path / "config.json").write_text("{}")
+        subprocess.run([*command[:5], *other, "--bundle", tmp_path], capture_output=True, check=True)
+        assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_the_reason_reaches_the_engine(run_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.json"
+    (tmp_path / "config.json").write_text("{")
+    command = [kit.HELPER, "--run-dir", run_dir, "runtime", "/bin/true", "--log", log, "create", "--bundle", tmp_path]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+    said = json.loads(log.read_text())
+    assert said["level"] == "error"
+    assert "the shim cannot be put in" in said["msg"]
+
+
+def test_called_by_a_runtimes_name(tmp_path: Path) -> None:
+    """Settings that take no arguments, as containerd's, name a link."""
+    (tmp_path / "fgpu-runtime-echo").symlink_to(kit.HELPER)
+    done = subprocess.run([tmp_path / "fgpu-runtime-echo", "state", "x"], capture_output=True, text=True, check=True)
+    assert done.stdout == "state x\n"
+    (tmp_path / "fgpu-runtime-fgpu-oci").symlink_to(kit.HELPER)
+    done = subprocess.run([tmp_path / "fgpu-runtime-fgpu-oci"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, "it would call itself for ever"

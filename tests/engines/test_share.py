@@ -1,0 +1,163 @@
+"""`fgpu.dev/share=…`: a container comes out as a tenant with that limit, or it does not start and says why."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import engine_kit as kit
+import harness
+import pytest
+from harness import CONTEXT, GIB, MIB
+
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: engines}
+spec:
+  selector: {cgroup: "fgpu-e2e/*"}
+  memory: {limit: 1GiB, max: 3GiB}
+"""
+
+
+@pytest.fixture(params=["runc", "crun"])
+def bundles(
+    request: pytest.FixtureRequest, service: harness.Service, unharmed: None, tmp_path: Path
+) -> Iterator[kit.Bundles]:
+    """Containers that ask for devices."""
+    place = kit.Bundles(tmp_path, request.param)
+    place.spec = json.loads((service.cdi / "fgpu.dev-share.json").read_text())
+    yield place
+    place.close()
+
+
+@pytest.fixture
+def policy(service: harness.Service) -> Iterator[None]:
+    """1 GiB, and up to 3 for those who ask."""
+    path = service.policies / "engines.yaml"
+    others = policies()
+    path.write_text(POLICY)
+    harness.eventually(lambda: policies() == others + 1, 5, "the policy")
+    yield
+    path.unlink()
+    harness.eventually(lambda: policies() == others, 5, "no policy")
+
+
+def policies() -> int:
+    """How many are in force."""
+    return int(harness.ask(verb="snapshot")["policies"]["count"])
+
+
+def assert_held(tenant: harness.Tenant, limit: int) -> None:
+    """Enforcement is live, and the limit holds to the byte by the driver's own books."""
+    client = tenant.client()
+    with tenant.growing():
+        assert tenant.memory()["limit_bytes"] == limit
+        free, total = client.ok("info")
+        assert (free, total) == (limit - CONTEXT, limit)
+        client.ok(f"alloc {limit - CONTEXT}")
+    assert client.do(f"alloc {2 * MIB}") == harness.REFUSED
+    assert tenant.driver() == limit
+    assert tenant.assert_exact() == limit
+
+
+def test_a_share_is_the_limit(bundles: kit.Bundles) -> None:
+    bundles.device = "2gib"
+    assert_held(bundles.tenant(None), 2 * GIB)
+
+
+def test_a_share_of_a_device_and_of_its_time(bundles: kit.Bundles) -> None:
+    bundles.device = "25pct-25pct"
+    tenant = bundles.tenant(None)
+    usable = harness.ask(verb="snapshot")["devices"][0]["capacity_bytes"]
+    limit = tenant.memory()["limit_bytes"]
+    assert abs(limit - usable / 4) <= 512 * MIB, (limit, usable)
+    assert_held(tenant, limit)
+    said = json.loads(harness.fgpu("explain", tenant.path, "--json").stdout)
+    assert said["levels"][0]["by"] == "share"
+    assert said["levels"][0]["compute"][0]["limit_ratio"] == 0.25
+
+
+def test_a_policy_bounds_what_a_share_asks_for(bundles: kit.Bundles, policy: None) -> None:
+    for device, limit in (("2gib", 2 * GIB), ("8gib", 3 * GIB), ("", GIB)):
+        bundles.device = device
+        bundles.spec = bundles.spec if device else {}
+        bundles.wrapped = not device
+        tenant = bundles.tenant(None)
+        assert_held(tenant, limit)
+    lines = harness.fgpu("explain", bundles.tenants[1].path).stdout
+    assert "fgpu.dev/memory asks for 8GiB of device 0, the policy allows 3GiB" in lines
+
+
+def test_a_share_outlives_the_agent(bundles: kit.Bundles, service: harness.Service) -> None:
+    bundles.device = "2gib"
+    tenant = bundles.tenant(None)
+    service.kill_agent()
+    service.start_agent()
+    assert_held(tenant, 2 * GIB)
+    assert tenant.view()["tenant"] == tenant.name
+
+
+def test_nothing_in_the_container_can_change_it(bundles: kit.Bundles) -> None:
+    bundles.device = "2gib"
+    tenant = bundles.tenant(None)
+    paths = ["/etc/ld.so.preload", "/run/fgpu/shim/x", str(harness.SHIM)]
+    script = tenant.folder / "try.sh"
+    script.write_text("".join(f"(echo x >{path}) 2>&1\n" for path in paths) + "ls /run/fgpu\n")
+    said = tenant.run(f"sh {script}").splitlines()
+    assert [line.rsplit(": ", 1)[-1] for line in said[:3]] == ["Read-only file system"] * 3, said
+    assert said[3:] == ["shim"], "not the control socket"
+    client = tenant.client("env -i LD_LIBRARY_PATH=" + harness.ENVIRONMENT["LD_LIBRARY_PATH"] + " FGPU_SHARE=12gib")
+    assert client.ok("info") == [2 * GIB - CONTEXT, 2 * GIB]
+
+
+# -- what must not start -------------------------------------------------------------------------------------------
+
+
+def refused(bundles: kit.Bundles) -> str:
+    """What the runtime says of a container that must not start."""
+    with pytest.raises(AssertionError) as caught:
+        bundles.tenant(None)
+    return str(caught.value)
+
+
+def test_a_share_that_is_none(bundles: kit.Bundles) -> None:
+    bundles.device = "2gib"
+    bundles.spec["devices"][0]["containerEdits"]["hooks"][0]["args"][-1] = "2gb"
+    said = refused(bundles)
+    assert "2gb" in said or bundles._runtime == "crun", said
+
+
+def test_two_shares(bundles: kit.Bundles) -> None:
+    bundles.device = "2gib"
+    two, four = (device["containerEdits"]["hooks"] for device in bundles.spec["devices"][:2])
+    two += four
+    said = refused(bundles)
+    assert "it has fgpu.dev/share=2gib already: ask for one" in said or bundles._runtime == "crun", said
+
+
+def test_no_agent_no_share(bundles: kit.Bundles, service: harness.Service) -> None:
+    service.kill_agent()
+    try:
+        (harness.RUN_DIR / "control.sock").unlink(missing_ok=True)
+        bundles.device = "2gib"
+        said = refused(bundles)
+        assert "no agent answers that could limit it" in said or bundles._runtime == "crun", said
+    finally:
+        service.start_agent()
+
+
+def test_a_hook_that_is_not_the_hosts_changes_nothing(service: harness.Service) -> None:
+    """Anybody may run the helper; the agent listens to root on the host alone, about containers alone."""
+    state = json.dumps({"pid": 1, "id": "x"})
+    call = [kit.HELPER, "share", "2gib"]
+    nobody = subprocess.run(
+        ["setpriv", "--reuid=65534", "--clear-groups", *call], input=state, capture_output=True, text=True, check=False
+    )
+    assert nobody.returncode == 1
+    own = subprocess.run(call, input=state, capture_output=True, text=True, check=False)
+    assert own.returncode == 1
+    assert "the container has no cgroup (version 2) of its own" in own.stderr
+    assert not [t for t in harness.ask(verb="snapshot")["tenants"] if t["path"] == "/"]

@@ -1,0 +1,275 @@
+"""Many hellos at one moment: all are answered at the first attempt, nobody else waits, and tenants take turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import Keeper
+from hello_client import Child, hello, in_cgroup, receive, request, until
+from test_abuse import prompt, waits
+
+from fgpu_ebpf import callers, procfs
+from fgpu_ebpf.callers import Caller, Callers
+from fgpu_ebpf.glance import Lineages, Standing
+from fgpu_ebpf.readers import MOST_WANTED, Readers
+
+pytestmark = pytest.mark.timed
+
+Make = Callable[..., Path]
+STORM = 300
+PATIENCE_SECONDS = 2.0  # a shim's
+RESULT = struct.Struct("dII")
+SILENCE_SECONDS = 0.15  # a connection that says nothing for a little longer may be let go
+SLOW = """
+import sys, time
+from fgpu_ebpf import clients, gatekeeper
+real = clients.ControlMemory
+def slow():
+    time.sleep(0.005)
+    return real()
+clients.ControlMemory = slow
+sys.exit(gatekeeper.main())
+"""
+
+
+def attempt(run: Path, end: float) -> tuple[bool, float]:
+    """One as a shim makes it: no step of it waits but for the answer. And for how long it was kept from speaking."""
+    began = time.monotonic()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as sock:
+        try:
+            sock.connect(str(run / "shim" / "shim.sock"))
+            sock.send(request())
+            kept = time.monotonic() - began
+            sock.settimeout(max(0.001, end - time.monotonic()))
+            return receive(sock) is not None, kept
+        except OSError:
+            return False, time.monotonic() - began
+
+
+def say_hello(run: Path) -> tuple[float, int, int]:
+    """Seconds until it was answered, or -1, the attempts that took, and those in which it had no processor to speak."""
+    began, attempts, mute = time.monotonic(), 0, 0
+    while True:
+        answered, kept = attempt(run, began + PATIENCE_SECONDS)
+        attempts += 1
+        mute += kept > SILENCE_SECONDS
+        if answered or time.monotonic() - began > PATIENCE_SECONDS:
+            return time.monotonic() - began if answered else -1.0, attempts, mute
+        time.sleep(0.01)
+
+
+def storm(run: Path, started: Callable[[], object] = lambda: None) -> list[tuple[float, int, int]]:
+    """What each of 300 processes met that said hello at one moment; they live until all have said it."""
+    gate, results, stay = os.pipe(), os.pipe(), os.pipe()
+    for _ in range(STORM):
+        if os.fork() == 0:
+            os.close(gate[1])
+            os.close(stay[1])
+            os.read(gate[0], 1)
+            os.write(results[1], RESULT.pack(*say_hello(run)))
+            os.read(stay[0], 1)
+            os._exit(0)
+    time.sleep(0.1)  # all of them wait now
+    os.close(gate[1])
+    started()
+    met = [RESULT.unpack(os.read(results[0], RESULT.size)) for _ in range(STORM)]
+    os.close(stay[1])
+    for _ in range(STORM):
+        os.wait()
+    return met
+
+
+def test_a_storm_in_one_tenant_is_answered_at_once(start: Callable[..., Keeper], tenant: Make) -> None:
+    keeper = start()
+    met = in_cgroup(tenant(), storm, keeper.run)
+    assert len([seconds for seconds, *_ in met if 0 <= seconds < PATIENCE_SECONDS]) == STORM
+    until(lambda: keeper.count("hello_managed") == STORM)
+    assert [keeper.count(name) for name in ("dropped_total", "hello_unanswered")] == [0, 0]
+    assert keeper.count("dropped_tenant") <= sum(mute for *_, mute in met)
+    assert [attempts for _, attempts, mute in met if attempts > 1 + mute] == []
+
+
+def test_a_storm_in_one_tenant_does_not_delay_another(start: Callable[..., Keeper], tenant: Make) -> None:
+    """Where a hello takes so long that the storm lasts for a second."""
+    keeper = start(code=SLOW)
+
+    def nicely(write: int) -> int:
+        os.nice(5)  # what is measured is our queue, not how few processors there are
+        return len(storm(keeper.run, lambda: os.write(write, b".")))
+
+    read, write = os.pipe()
+    crowd = Child(tenant(), nicely, write)
+    os.close(write)
+    os.read(read, 1)
+    os.close(read)
+    assert prompt(in_cgroup(tenant(), waits, keeper.run, 10))
+    assert crowd.result() == STORM
+
+
+def test_the_agent_is_told_of_one_of_an_undecided_storm_and_of_the_next_when_that_did_not_help(
+    keeper: Keeper, cgroup: Make
+) -> None:
+    def crowd() -> int:
+        for _ in range(40):
+            if os.fork() == 0:
+                hello(keeper.run)
+                os._exit(0)
+        return sum(os.wait()[1] == 0 for _ in range(40))
+
+    held = keeper.grows("hello_held", 40)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as agent:
+        agent.bind(str(keeper.run / "discover.sock"))
+        agent.settimeout(1)
+        child = Child(cgroup(), crowd)
+        told = [json.loads(agent.recv(100))["tgid"] for _ in range(4)]
+        assert child.result() == 40
+        agent.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            told += [json.loads(agent.recv(100))["tgid"] for _ in range(30)]
+    (keeper.run / "discover.sock").unlink()
+    held()
+    assert len(set(told)) == len(told)
+
+
+# -- the fair order by itself
+
+
+class Peers:
+    """Callers at a real socket; this process plays all tenants, in the order of `tenants`."""
+
+    def __init__(self, folder: Path, tenants: list[int]) -> None:
+        self.tenants = tenants
+        self.looked: list[int] = []
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        self.listener.bind(str(folder / "sock"))
+        self.listener.listen(64)
+        self.counts: Counter[str] = Counter()
+        self.callers = Callers(selectors.DefaultSelector(), self.counts, self._stand, self._look)
+        self.socks = [self._say_hello(folder) for _ in tenants]
+        self.callers.accept(self.listener)
+
+    def _say_hello(self, folder: Path) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(str(folder / "sock"))
+        sock.send(request())
+        return sock
+
+    def _stand(self, pid: int, cgroup: int) -> tuple[int, Standing]:
+        assert (pid, cgroup > 0) == (os.getpid(), True)
+        return 1, Standing(True, self.tenants[len(self.callers)])
+
+    def _look(self, caller: Caller) -> None:
+        self.looked.append(caller.tenant)
+
+    def close(self) -> None:
+        for sock in (*self.socks, self.listener):
+            sock.close()
+
+
+@pytest.fixture
+def peers(tmp_path: Path) -> Iterator[Callable[[list[int]], Peers]]:
+    made: list[Peers] = []
+
+    def make(tenants: list[int]) -> Peers:
+        made.append(Peers(tmp_path, tenants))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_tenants_take_turns(peers: Callable[[list[int]], Peers], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callers, "TURN_NS", 1_000_000_000)
+    some = peers([7, 7, 7, 7, 8, 9, 9])
+    some.callers.serve()
+    assert some.looked == [7, 8, 9, 7, 9, 7, 7]
+    assert not some.callers.pending()
+    some.callers.turn()
+    assert some.callers.pending()
+
+
+def test_a_tenant_without_time_is_passed_over_unless_the_process_is_new(
+    peers: Callable[[list[int]], Peers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callers, "TURN_NS", 1_000_000_000)
+    some = peers([7, 7, 8])  # the first is new, and all that follow are the same process
+    some.callers.charge(7, 2 * callers.WAIT_NS)
+    some.callers.serve()
+    assert some.looked == [7, 8]
+    some.callers.charge(7, callers.STORM_NS)
+    some.callers.turn()
+    some.callers.serve()
+    assert some.looked == [7, 8, 8]
+
+
+# -- the readers by themselves
+
+
+def wanting(tenant: int, number: int) -> list[Any]:
+    return [SimpleNamespace(tenant=tenant, pid=pid, here=True) for pid in range(number)]
+
+
+def test_readers_that_hang_hold_up_their_tenants_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go, rung = threading.Event(), threading.Event()
+
+    def files(pid: int) -> frozenset[tuple[int, int]]:
+        if pid == 0:
+            let_go.wait(10)
+        return frozenset({(pid, pid)})
+
+    def found(number: int) -> list[tuple[int, int]]:
+        seen: list[tuple[int, int]] = []
+        end = time.monotonic() + 3
+        while len(seen) < number and time.monotonic() < end:
+            readers.go()
+            rung.wait(0.002)
+            rung.clear()
+            seen += [(read.caller.tenant, read.caller.pid) for read in readers.take()]
+        return sorted(seen)
+
+    monkeypatch.setattr(procfs, "cuda_files", files)
+    readers = Readers(rung.set)
+    for tenant in range(20):
+        for caller in wanting(tenant, 3):
+            readers.want(caller)
+    for caller in wanting(20, 40)[1:]:
+        readers.want(caller)
+    assert found(39) == [(20, pid) for pid in range(1, 40)]
+    let_go.set()
+    assert len(found(60)) == 60
+    until(lambda: readers.take() == [] and readers.due_ns() is None)
+
+
+def test_a_tenant_whose_reading_hangs_is_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    readers = Readers(lambda: None)
+    for caller in wanting(7, 10 * MOST_WANTED):
+        readers.want(caller)
+        caller.here = False
+    assert len(readers._wanted[7]) <= MOST_WANTED
+
+
+def test_the_cgroups_around_one_are_read_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def cgroups(pid: int, root: Path) -> list[int]:
+        asked.append(pid)
+        return [pid // 10, 1]
+
+    monkeypatch.setattr(procfs, "cgroups", cgroups)
+    lineages = Lineages(tmp_path)
+    assert [lineages.of(pid, 7) for pid in (71, 72)] == [(7, 1)] * 2
+    assert [lineages.of(pid, 8) for pid in (91, 92)] == [(9, 1)] * 2, "it has just moved: nothing is kept"
+    assert asked == [71, 91, 92]

@@ -1,0 +1,87 @@
+"""The Debian package on a fresh host: two commands to enforcement, and nothing left after removal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import host_kit
+import package_kit as kit
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def purged(host: host_kit.Host) -> Iterator[None]:
+    """Whatever a test leaves, the next finds a host without fgpu."""
+    yield
+    host.stop()
+    host.apt("purge", "fgpu", check=False)
+
+
+def assert_nothing_left(host: host_kit.Host, before: host_kit.Listing) -> None:
+    assert host.left(before) == []
+    assert host.pins() == []
+    assert not list((host.root / "sys/fs/cgroup").glob("fgpu*"))
+    assert not list((host.root / "run").glob("fgpu"))
+    kit.eventually(lambda: not host.processes(), 5, "the end of every process")
+
+
+def test_install_enforce_purge(host: host_kit.Host, deb: Path, tmp_path: Path) -> None:
+    before, accounts, mounts = host_kit.listing(host.root), host.accounts(), Path("/proc/mounts").read_text()
+    begun = time.monotonic()
+    host.apt("install", host_kit.BUILD / deb.relative_to(kit.BUILD))
+    installed = time.monotonic() - begun
+    started = host.start_agent(tmp_path / "log")
+    print(f"installed in {installed:.1f} s, enforcing {started:.1f} s later")
+    assert installed + started <= 60
+    kit.assert_enforced(host, "deb")
+    assert host.run("dpkg", "--verify", "fgpu").stdout == ""
+    assert host.left(before), "the package brings nothing?"
+    assert host.pins()
+    host.apt("purge", "fgpu")
+    assert host.agent is not None
+    assert host.agent.wait(60) == 0  # what it has probed of others on this machine it lets go one by one
+    assert_nothing_left(host, before)
+    assert host.accounts() == accounts
+    assert Path("/proc/mounts").read_text() == mounts
+
+
+def test_purge_takes_away_what_a_dead_agent_left(host: host_kit.Host, deb: Path, tmp_path: Path) -> None:
+    before = host_kit.listing(host.root)
+    host.apt("install", host_kit.BUILD / deb.relative_to(kit.BUILD))
+    host.start_agent(tmp_path / "log")
+    assert host.agent is not None
+    host.agent.kill()
+    host.agent.wait(60)
+    assert host.pins()
+    (host.root / "usr/bin/fgpu").write_text("#!/bin/sh\nexit 1\n")  # not even its own command helps
+    said = host.apt("purge", "fgpu")
+    assert "what is pinned is taken away all the same" in said.stdout + said.stderr
+    assert_nothing_left(host, before)
+
+
+def test_upgrade_under_load(host: host_kit.Host, deb: Path, tmp_path: Path) -> None:
+    """One tenant holds its limit all the time, one starts program after program: neither notices."""
+    host.apt("install", host_kit.BUILD / deb.relative_to(kit.BUILD))
+    fits = f"admitted {kit.GIB - kit.CONTEXT} bytes, then CUDA_ERROR_OUT_OF_MEMORY\n"
+    with contextlib.ExitStack() as old:
+        old.enter_context(host.gatekeeper())
+        host.start_agent(tmp_path / "old")
+        holder = old.enter_context(
+            host.fill("fgpu", "run", "--name", "holds", "--memory", "1GiB", "--", held_seconds=60)
+        )
+        old.callback(holder.kill)
+        assert holder.stdout
+        assert holder.stdout.readline() == fits
+        with host_kit.load(host) as said:
+            host.apt("install", host_kit.newer(deb, host.root / "tmp", tmp_path))
+            assert host.agent is not None
+            host.agent.terminate()
+            assert host.agent.wait(60) == 0
+            host.start_agent(tmp_path / "new")
+            assert holder.poll() is None
+            kit.eventually(lambda: kit.GIB in kit.driver_bytes(), 3, "the holder's memory")
+    assert len(said) > 10
+    assert set(said) == {fits}, "a gap, or a refusal too many"

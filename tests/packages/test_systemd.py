@@ -1,0 +1,170 @@
+"""The units under a real systemd: ready, confined, watched, killed, reloaded, upgraded under load, removed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import host_kit
+import package_kit as kit
+import pytest
+
+UNITS = ("fgpu-agent.service", "fgpu-gatekeeper.service")
+AGENT, GATEKEEPER = UNITS
+# linux/capability.h
+CAPABILITIES = {"CHOWN": 0, "DAC_READ_SEARCH": 2, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "PERFMON": 38, "BPF": 39}
+ALLOWED = {GATEKEEPER: {"DAC_READ_SEARCH", "SYS_PTRACE", "SYS_ADMIN", "BPF"}, AGENT: set(CAPABILITIES)}
+FITS = kit.GIB - kit.CONTEXT
+
+
+@pytest.fixture(scope="module")
+def before(host: host_kit.Host) -> Iterator[host_kit.Listing]:
+    """The host is up; its files before the package comes."""
+    host.boot()
+    yield host_kit.listing(host.root)
+    host.halt()
+
+
+@pytest.fixture(scope="module")
+def service(host: host_kit.Host, before: host_kit.Listing, deb: Path) -> Iterator[host_kit.Host]:
+    """fgpu is installed; its agent is pointed at the simulated driver and must answer within two seconds."""
+    host.apt("install", host_kit.BUILD / deb.relative_to(kit.BUILD))
+    folder = host.root / "etc/systemd/system"
+    command = " ".join([*host.agent_words, "--skip-check 'pid namespace'"])  # this systemd lives in one of its own
+    for unit, lines in ((AGENT, f"ExecStart=\nExecStart={command}\n"), (GATEKEEPER, "")):
+        (folder / f"{unit}.d").mkdir()
+        (folder / f"{unit}.d/test.conf").write_text(f"[Service]\n{lines}WatchdogSec=2\n")
+    host.run("systemctl", "daemon-reload")
+    yield host
+    for unit in UNITS:
+        (folder / f"{unit}.d/test.conf").unlink()
+        (folder / f"{unit}.d").rmdir()
+
+
+@pytest.fixture
+def running(service: host_kit.Host) -> host_kit.Host:
+    """Both units are active."""
+    service.run("systemctl", "start", AGENT)
+    for unit in UNITS:
+        kit.eventually(lambda unit=unit: service.unit(unit, "ActiveState") == ["active"], 10, unit)
+    return service
+
+
+def pid(host: host_kit.Host, unit: str) -> int:
+    """The main process of a unit that is up; 0 else."""
+    state, number = host.unit(unit, "ActiveState", "MainPID")
+    return int(number) if state == "active" else 0
+
+
+def another(host: host_kit.Host, unit: str, old: int, seconds: float = 20) -> int:
+    """The main process that came after that one."""
+    return kit.eventually(lambda: (new := pid(host, unit)) != old and new, seconds, f"another {unit}")
+
+
+_numbers = itertools.count()
+
+
+def fills(host: host_kit.Host) -> None:
+    """A tenant gets its limit, and not a step more.
+
+    The kernel's pids are not those of this host's pid namespace, so that the agent takes a program that lives through
+    a reconcile, twice a second, for a dead one: it is asked again. test_deb.py is exact, among the kernel's own pids.
+    """
+
+    def exact() -> bool:
+        tenant = f"tenant-{next(_numbers)}"
+        got, why = host.filled("/usr/bin/fgpu", "run", "--name", tenant, "--memory", "1GiB", "--")
+        assert (got >= FITS, why) == (True, "CUDA_ERROR_OUT_OF_MEMORY")
+        return got == FITS
+
+    kit.eventually(exact, 5, "a limit that holds")
+
+
+def test_installation_starts_nothing(service: host_kit.Host) -> None:
+    for unit in UNITS:
+        assert service.unit(unit, "LoadState", "ActiveState", "UnitFileState") == ["loaded", "inactive", "disabled"]
+    assert not (service.root / "run/fgpu").exists()
+
+
+def test_units_are_sound(service: host_kit.Host) -> None:
+    done = service.run("systemd-analyze", "verify", *UNITS)
+    assert done.stdout + done.stderr == ""
+    for unit, most in ((AGENT, 45), (GATEKEEPER, 25)):  # tenths of systemd's measure of exposure, 0 to 100
+        service.run("systemd-analyze", "security", "--offline=yes", f"--threshold={most}", unit)
+
+
+def test_start_enforces_confined(running: host_kit.Host) -> None:
+    fills(running)
+    assert running.unit(AGENT, "StatusText") == ["1 devices"]
+    for unit in UNITS:
+        status = running.run("cat", f"/proc/{pid(running, unit)}/status").stdout
+        facts = dict(re.findall(r"^(\w+):\s*(.*)$", status, re.MULTILINE))
+        bits = int(facts["CapBnd"], 16)
+        assert bits == sum(1 << CAPABILITIES[name] for name in ALLOWED[unit]), unit
+        assert (facts["NoNewPrivs"], facts["Seccomp"]) == ("1", "2")
+    assert "another gatekeeper" not in running.run("journalctl", "--unit", AGENT).stdout  # the unit's is enough
+
+
+def test_lines_in_the_journal_have_fields(running: host_kit.Host) -> None:
+    fills(running)
+    running.call("set", "/fgpu", "--memory", "3GiB")
+    running.call("unset", "/fgpu")
+    said = running.run("journalctl", "--unit", AGENT, "--output=json", "--lines=100").stdout.splitlines()
+    entry = next(e for e in map(json.loads, reversed(said)) if e["MESSAGE"].startswith("set fgpu"))
+    assert (entry["SYSLOG_IDENTIFIER"], entry["LOGGER"], entry["PRIORITY"]) == ("fgpu", "fgpu.events", "6")
+    assert (entry["FGPU_WHAT"], entry["FGPU_TENANT"], entry["FGPU_BYTES"]) == ("set", "fgpu", str(3 * kit.GIB))
+    assert entry["_TRANSPORT"] == "journal"
+
+
+@pytest.mark.parametrize(("killed", "lives"), [UNITS, UNITS[::-1]])
+def test_one_killed_the_other_lives(running: host_kit.Host, killed: str, lives: str) -> None:
+    old, other = pid(running, killed), pid(running, lives)
+    running.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", killed)
+    another(running, killed, old)
+    assert pid(running, lives) == other
+    fills(running)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_one_that_hangs_is_replaced(running: host_kit.Host, unit: str) -> None:
+    old = pid(running, unit)
+    running.run("systemctl", "kill", "--kill-whom=main", "--signal=STOP", unit)
+    another(running, unit, old)
+    assert running.unit(unit, "NRestarts") != ["0"]
+    fills(running)
+
+
+def test_reload_is_no_restart(running: host_kit.Host) -> None:
+    old = pid(running, AGENT)
+    running.run("systemctl", "reload", AGENT)
+    fills(running)
+    assert pid(running, AGENT) == old
+
+
+def test_upgrade_restarts_both(running: host_kit.Host, deb: Path, tmp_path: Path) -> None:
+    package = host_kit.newer(deb, running.root / "tmp", tmp_path)
+    old = [pid(running, unit) for unit in UNITS]
+    with host_kit.load(running) as said:
+        running.apt("install", package)
+        for unit, was in zip(UNITS, old, strict=True):
+            another(running, unit, was)
+    assert running.run("dpkg-query", "--show", "--showformat=${Version}", "fgpu").stdout.startswith("9")
+    assert len(said) > 10
+    assert all(int(line.split()[1]) >= FITS for line in said), "somebody was turned away"
+    fills(running)
+
+
+def test_purge_leaves_nothing(service: host_kit.Host, before: host_kit.Listing) -> None:
+    service.run("systemctl", "enable", "--now", AGENT)
+    assert service.unit(GATEKEEPER, "ActiveState", "UnitFileState") == ["active", "enabled"]
+    service.apt("purge", "fgpu")
+    drop_ins = [f"etc/systemd/system/{unit}.d" for unit in UNITS]  # the administrator's own
+    assert [name for name in service.left(before) if not name.startswith(tuple(drop_ins))] == []
+    assert service.pins() == []
+    assert not list((service.root / "run").glob("fgpu"))
+    assert not service.run("sh", "-c", "ls -d /sys/fs/cgroup/fgpu*", check=False).stdout
+    assert [service.unit(unit, "ActiveState", "LoadState")[0] for unit in UNITS] == ["inactive"] * 2
+    assert "fgpu_ebpf" not in service.run("sh", "-c", "cat /proc/[0-9]*/cmdline", check=False).stdout

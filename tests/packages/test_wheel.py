@@ -1,0 +1,82 @@
+"""The wheel: what is in it, and that it enforces from a virtual environment that sees nothing of the system's."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import package_kit as kit
+import pytest
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A plain environment with the wheel in it, as `uv tool install` and pipx make them."""
+    folder = tmp_path_factory.mktemp("environment") / "fgpu"
+    kit.run("/usr/bin/python3", "-m", "venv", folder)
+    kit.run(folder / "bin/python", "-m", "pip", "install", "--quiet", "--no-compile", wheel, timeout=170)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def place(environment: Path, driver: None) -> Iterator[kit.Installed]:
+    """fgpu in that environment."""
+    place = kit.Installed(str(environment / "bin/fgpu"))
+    kit.STATE.mkdir(exist_ok=True)
+    kit.run("mount", "-t", "tmpfs", "tmpfs", kit.STATE)
+    yield place
+    place.stop()
+    kit.run("umount", "--lazy", kit.STATE)  # a probe that the kernel lets go keeps its file a moment longer
+
+
+def test_tag_says_what_the_shim_needs(wheel: Path, tmp_path: Path) -> None:
+    assert wheel.name.endswith("-py3-none-manylinux2014_x86_64.whl")
+    with zipfile.ZipFile(wheel) as file:
+        compiled = [name for name in file.namelist() if name.endswith(".so")]
+        assert compiled == ["fgpu_ebpf/shim/libfgpu.so"]
+        file.extractall(tmp_path)
+        assert "Root-Is-Purelib: false" in file.read(next(n for n in file.namelist() if n.endswith("WHEEL"))).decode()
+    shim = tmp_path / compiled[0]
+    assert "Advanced Micro Devices X86-64" in kit.run("readelf", "-h", shim).stdout
+    assert re.findall(r"NEEDED.*\[(.*)\]", kit.run("readelf", "-d", shim).stdout) == ["libc.so.6"]
+    versions = set(re.findall(r"GLIBC_([0-9.]+)", kit.run("readelf", "-V", shim).stdout))
+    assert versions
+    assert max(tuple(map(int, v.split("."))) for v in versions) <= (2, 17)  # manylinux2014
+
+
+def test_it_carries_the_programs(wheel: Path) -> None:
+    tracked = kit.run("git", "ls-files", "bpf", cwd=kit.ROOT).stdout.split()
+    assert len(tracked) > 10
+    with zipfile.ZipFile(wheel) as file:
+        for name in tracked:
+            assert file.read(f"fgpu_ebpf/{name}") == (kit.ROOT / name).read_bytes(), name
+        assert file.read("fgpu_ebpf/shim/libfgpu.so") == (kit.BUILD / "shim/libfgpu.so").read_bytes()
+
+
+def test_nothing_of_the_checkout_comes_along(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        tops = {name.split("/")[0].split("-")[0] for name in file.namelist()}
+        assert tops == {"fgpu_ebpf"}
+        assert not [name for name in file.namelist() if "test" in name or name.endswith(".pyc")]
+
+
+def test_enforces_without_the_systems_packages(place: kit.Installed, tmp_path: Path) -> None:
+    python = str(Path(place.fgpu).with_name("python"))
+    assert kit.run(python, "-c", "import bcc", check=False).returncode, "the environment sees the system's packages"
+    seconds = place.start_agent(tmp_path / "log")
+    kit.assert_enforced(place, "wheel")
+    shims = [line for line in Path("/run/fgpu/ld.so.preload").read_text().split() if line.endswith("libfgpu.so")]
+    assert shims == [str(kit.STATE / "shim/current/libfgpu.so")]
+    (carried,) = Path(python).parents[1].rglob("fgpu_ebpf/shim/libfgpu.so")
+    assert Path(shims[0]).read_bytes() == carried.read_bytes()
+    place.call("detach")
+    assert place.agent is not None
+    assert place.agent.wait(5) == 0
+    assert not list(Path("/sys/fs/bpf").glob("fgpu/*"))
+    assert not Path("/run/fgpu/shim").exists()
+    assert not (kit.cgroup2() / "fgpu/wheel").exists()
+    print(f"enforcing after {seconds:.2f} s")

@@ -1,0 +1,351 @@
+"""What is in flight on a gated device, on the simulated driver: bounded, drained, told; the program notices nothing."""
+
+import time
+from pathlib import Path
+
+import pytest
+from gate_kit import KIT, end, page, said, shut, tell, unlock, until
+from shim_kit import Simulator
+
+
+def test_work_in_flight_is_bounded(simulator: Simulator) -> None:
+    """1,009 kernels of 0.2 ms given without waiting: at most a budget and a batch of them are in flight."""
+    agent = simulator.agent
+    unlock(agent, 1, budget=4_000_000)
+    process = simulator.start(
+        KIT
+        + """
+f, s = kernel(200), stream()
+for _ in range(101): launch(f, s)
+out("warm"); line()
+for _ in range(1009): launch(f, s)
+out("given"); line(); need("cuStreamSynchronize", s); out("done"); line()"""
+    )
+    assert said(process) == ["warm"]
+    tell(process)
+    seen = []
+    while (now := page(agent))["launches"] < 1110:
+        seen.append(now["in_flight"])
+    assert len(seen) > 10
+    assert max(seen) <= 40, max(seen)  # 4 ms are 20; a guess may be half of what it should be on a busy machine
+    assert said(process) == ["given"]
+    tell(process)
+    assert said(process) == ["done"]
+    assert page(agent)["in_flight"] == 0
+    tell(process)
+    end(process)
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("streams", [1, 7])
+def test_a_drain_is_short_and_told(simulator: Simulator, streams: int) -> None:
+    """Turn by turn: closed while it launches as fast as it can, it soon says that all is done, and is right."""
+    agent = simulator.agent
+    unlock(agent, 1)
+    process = simulator.start(
+        KIT
+        + f"""
+f, ss, n, stop = kernel(200), [stream() for _ in range({streams})], 0, []
+out("ready")
+threading.Thread(target=lambda: stop.append(line())).start()
+while not stop:
+    for s in ss: n += launch(f, s) == 0
+need("cuCtxSynchronize"); out(n)"""
+    )
+    assert said(process) == ["ready"]
+    time.sleep(0.3)
+    drains = []
+    for turn in range(2, 13):
+        unlock(agent, turn)
+        time.sleep(0.02)
+        shut(agent, turn)
+        began = time.monotonic()
+        now = until(agent, drained=turn)
+        drains.append(time.monotonic() - began)
+        assert (now["waiting"], now["in_flight"]) == (1, 0)
+        before = now["launches"]
+        time.sleep(0.005)
+        assert page(agent)["launches"] == before
+    assert sorted(drains)[5] < 0.02, drains  # 2 ms are the budget; unbounded it would be seconds
+    tell(process)
+    unlock(agent, 13)
+    assert said(process) == [page(agent)["launches"]]
+    end(process)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        "need('cuStreamSynchronize', s)",
+        "need('cuCtxSynchronize')",
+        "need('cuEventSynchronize', e)",
+        "while L.cuStreamQuery(s) == 600: time.sleep(0.001)",
+        "while L.cuEventQuery(e) == 600: time.sleep(0.001)",
+    ],
+)
+def test_a_program_that_waits_itself_tells(simulator: Simulator, wait: str) -> None:
+    agent = simulator.agent
+    unlock(agent, 1)
+    process = simulator.start(
+        KIT
+        + f"""
+f, s, e = kernel(300000), stream(), C.c_void_p(); need("cuEventCreate", C.byref(e), 2)
+launch(f, s); need("cuEventRecord", e, s); out("given")
+{wait}
+out("done"); line()"""
+    )
+    assert said(process) == ["given"]
+    shut(agent, 1)
+    assert page(agent)["in_flight"] == 1
+    assert said(process) == ["done"]
+    assert page(agent) == {**page(agent), "in_flight": 0, "drained": 1, "waiting": 0}
+    assert page(agent)["bell"] > 0
+    tell(process)
+    end(process)
+
+
+def test_a_turn_begins_with_its_first_launch_and_ends_with_its_last_kernel(simulator: Simulator) -> None:
+    """As the page says it: not when the gate was opened, nor when somebody read that all has drained."""
+    agent = simulator.agent
+    shut(agent, 1)
+    process = simulator.start(
+        KIT
+        + """
+f, s = kernel(20000), stream(); out("ready")
+launch(f, s); at = time.monotonic_ns(); out(at)
+need("cuStreamSynchronize", s); done = time.monotonic_ns(); line(); out(at, done); line()"""
+    )
+    assert said(process) == ["ready"]
+    until(agent, waiting=1)
+    assert page(agent)["begun"] == 0
+    opened = time.monotonic_ns()
+    unlock(agent, 2)
+    (launched,) = said(process)
+    shut(agent, 2)
+    until(agent, drained=2, in_flight=0)
+    time.sleep(0.1)
+    now = page(agent)
+    tell(process)
+    launched, done = said(process)
+    assert opened < now["begun"] <= launched
+    assert launched + 15e6 < now["ended"] <= done
+    tell(process)
+    end(process)
+
+
+def test_what_it_rests_between_an_end_and_a_launch_is_told(simulator: Simulator) -> None:
+    agent = simulator.agent
+    unlock(agent, 1)
+    process = simulator.start(
+        KIT
+        + """
+f, s = kernel(200), stream(); rests = []
+for _ in range(4):
+    for _ in range(5): launch(f, s)
+    need("cuStreamSynchronize", s); ended = time.monotonic_ns(); time.sleep(0.05)
+    begins = time.monotonic_ns(); launch(f, s); rests.append((begins - ended, time.monotonic_ns() - ended))
+    need("cuStreamSynchronize", s)
+out(*rests); line()"""
+    )
+    rests = said(process)
+    now = until(agent, launches=24, in_flight=0)
+    between = 3 * 2_000_000  # from the end of one round to the beginning of the next
+    assert sum(least for least, _ in rests) <= now["idle"] <= sum(most for _, most in rests) + between
+    tell(process)
+    end(process)
+
+
+def slow_driver(simulator: Simulator) -> Path:
+    """A folder whose driver is the simulated one, some of its answers late."""
+    folder, agent = simulator.folder / "slow", simulator.agent
+    if not folder.exists():
+        folder.mkdir()
+        behind = (simulator.folder / "lib/libcuda.so.1").read_bytes().replace(b"libcuda.so.1\0", b"libcudX.so.1\0")
+        (folder / "libcudX.so.1").write_bytes(behind)
+        flags = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1,--no-as-needed", folder / "libcudX.so.1", "-ldl"]
+        agent.build.compile("slow_driver.c", str(folder / "libcuda.so.1"), *flags)
+    return folder
+
+
+def test_a_driver_that_answers_late_harms_nobody(simulator: Simulator) -> None:
+    """A thread is in there for longer than its turn lasts, and the others go on: what they count stays right."""
+    agent = simulator.agent
+    unlock(agent, 1)
+    program = agent.build.compile("threads.c", "threads", "-ldl", "-lpthread")
+    process = agent.popen(program, 4, "spin_20us", driver=slow_driver(simulator))
+    simulator.started.append(process)
+    assert said(process) == ["ready"]
+    time.sleep(8)
+    tell(process)
+    (launches,) = said(process)
+    assert page(agent) == {**page(agent), "launches": launches, "in_flight": 0}
+    tell(process)
+    end(process)
+
+
+TWINS = """
+def enter(d): need("cuCtxSetCurrent", cs[d])
+def kernel_on(d, name):
+    m, f = C.c_void_p(), C.c_void_p(); enter(d); need("cuModuleLoadData", C.byref(m), b"any")
+    need("cuModuleGetFunction", C.byref(f), m, name); return f
+cs = [c, context(1)]
+twins = [kernel_on(d, b"meet_%d_2_100us" % os.getpid()) for d in (0, 1)]
+ss = []
+for d in (0, 1): enter(d); ss.append(stream())
+def go(d, f): enter(d); launch(f, ss[d])
+enter(0); f = kernel(100)
+def both():
+    for d in (0, 1): enter(d); need("cuStreamSynchronize", ss[d])
+"""  # a kernel on each of two devices that runs until the other does
+
+
+@pytest.mark.timeout(60)  # it would for ever
+def test_a_launch_does_not_wait_for_what_waits_for_it_where_no_room_is(simulator: Simulator) -> None:
+    """The first twin is known to take longer than the budget; another kernel is launched before its twin is."""
+    agent = simulator.agent
+    unlock(agent, 1)
+    process = simulator.start(
+        KIT
+        + TWINS
+        + """
+for _ in range(20): go(0, twins[0]); time.sleep(0.02); go(1, twins[1]); both()
+out("warm"); go(0, twins[0]); go(0, f); go(1, twins[1]); both(); out("done"); line()"""
+    )
+    assert said(process) == ["warm"]
+    assert said(process) == ["done"]
+    assert page(agent) == {**page(agent), "launches": 22, "in_flight": 0}
+    tell(process)
+    end(process)
+
+
+def test_a_launch_does_not_wait_for_what_waits_for_it_at_a_gate_that_opens(simulator: Simulator) -> None:
+    """The work before it does not end: it says that it waits all the same, and goes on when it may."""
+    agent = simulator.agent
+    unlock(agent, 1)
+    process = simulator.start(
+        KIT
+        + TWINS
+        + """
+go(0, twins[0]); out("given"); line(); go(0, f); go(1, twins[1]); both(); out("done"); line()"""
+    )
+    assert said(process) == ["given"]
+    shut(agent, 1)
+    time.sleep(0.1)
+    before = page(agent)["bell"]
+    tell(process)
+    now = until(agent, waiting=1, bell=before + 1)
+    assert (now["in_flight"], now["drained"]) == (1, 0)
+    unlock(agent, 2)
+    assert said(process) == ["done"]
+    tell(process)
+    end(process)
+
+
+def test_a_program_that_does_not_look_is_told_by_the_clock(simulator: Simulator) -> None:
+    """Nothing says that its work has ended; the page says when it should have."""
+    agent = simulator.agent
+    unlock(agent, 1)
+    process = simulator.start(
+        KIT
+        + """
+f, s = kernel(20000), stream()
+for _ in range(31): launch(f, s); need("cuStreamSynchronize", s)
+launch(f, s); at = time.monotonic_ns(); out(at); line()"""
+    )
+    given = said(process)[0]
+    now = until(agent, launches=32)
+    assert now["in_flight"] == 1
+    assert 10e6 < now["busy_until"] - given < 60e6
+    assert now["wanted"] <= given
+    tell(process)
+    end(process)
+
+
+def test_nothing_is_recorded_on_a_stream_that_was_drawn_into_a_capture(simulator: Simulator) -> None:
+    """It has launches that no event is behind yet: they are told when the capture is over."""
+    agent = simulator.agent
+    unlock(agent, 1)
+    process = simulator.start(
+        KIT
+        + """
+f, s, t, u, d, e, g = kernel(1), stream(), stream(), stream(), C.c_void_p(), C.c_void_p(), C.c_void_p()
+need("cuEventCreate", C.byref(d), 2); need("cuEventCreate", C.byref(e), 2)
+for _ in range(40): launch(f, s); need("cuStreamSynchronize", s)
+launch(f, s)
+need("cuStreamBeginCapture_v2", t, 2); need("cuEventRecord", d, t); need("cuStreamWaitEvent", s, d, 0)
+def other(): need("cuCtxSetCurrent", c); launch(f, u)
+thread = threading.Thread(target=other); out("ready"); line(); thread.start(); line()
+need("cuEventRecord", e, s); need("cuStreamWaitEvent", t, e, 0); out(L.cuStreamEndCapture(t, C.byref(g)))
+thread.join(); out("done")"""
+    )
+    assert said(process) == ["ready"]
+    assert page(agent)["in_flight"] == 1
+    shut(agent, 1)
+    tell(process)
+    until(agent, waiting=1)
+    time.sleep(0.1)
+    assert page(agent) == {**page(agent), "in_flight": 1, "drained": 0}
+    tell(process)
+    assert said(process) == [0]
+    until(agent, in_flight=0, drained=1)
+    unlock(agent, 2)
+    assert said(process) == ["done"]
+    end(process)
+
+
+def test_forks_carry_nothing_on(simulator: Simulator) -> None:
+    """The child has nothing in flight, and no page of its parent's."""
+    agent = simulator.agent
+    unlock(agent, 3)
+    script = """
+f = kernel(50000); launch(f); out("given")
+if not os.fork(): out(launch(f), L.cuCtxSynchronize()); os._exit(0)
+os.wait(); out(os.getpid() and 1); line(); need("cuCtxSynchronize"); out("done"); line()"""
+    process = simulator.start(KIT + script)
+    assert [said(process) for _ in range(3)] == [["given"], [3, 3], [1]]
+    assert [p["in_flight"] for p in agent.do("status")["pages"] if p["launches"]] == [1]
+    tell(process)
+    assert said(process) == ["done"]
+    assert [p["in_flight"] for p in agent.do("status")["pages"] if p["launches"]] == [0]
+    tell(process)
+    end(process)
+
+
+def test_the_program_finds_all_as_it_left_it(simulator: Simulator) -> None:
+    """Current context, capture mode and events are its own, whatever was recorded in between."""
+    agent = simulator.agent
+    unlock(agent, 1)
+    script = """
+f, e, now, mode, a = kernel(100), C.c_void_p(), C.c_void_p(), C.c_int(1), stream()
+need("cuEventCreate", C.byref(e), 0); need("cuThreadExchangeStreamCaptureMode", C.byref(mode))
+d = C.c_void_p(); need("cuCtxCreate_v2", C.byref(d), 0, 0); g = kernel(100); b = stream()
+for i in range(23):
+    need("cuCtxSetCurrent", c); launch(f, a); launch(f); need("cuCtxSetCurrent", d); launch(g, b); launch(g)
+C.set_errno(77)
+need("cuCtxGetCurrent", C.byref(now)); mode.value = 0; need("cuThreadExchangeStreamCaptureMode", C.byref(mode))
+need("cuStreamDestroy_v2", b)
+out(now.value == d.value, mode.value, L.cuEventQuery(e)); out("given"); line()
+launch(g); need("cuCtxGetCurrent", C.byref(now)); out(now.value == d.value, C.get_errno())
+need("cuCtxDestroy_v2", d); need("cuCtxSetCurrent", c); need("cuCtxSynchronize"); out("done"); line()"""
+    process = simulator.start(KIT + script)
+    assert said(process) == [True, 1, 0]
+    assert said(process) == ["given"]
+    shut(agent, 1)
+    tell(process)
+    until(agent, drained=1, in_flight=0, waiting=1)
+    unlock(agent, 2)
+    assert said(process) == [True, 77]
+    assert said(process) == ["done"]
+    assert page(agent)["in_flight"] == 0
+    tell(process)
+    end(process)
+
+
+def test_a_failed_launch_is_none(simulator: Simulator) -> None:
+    unlock(simulator.agent, 1)
+    script = "f = kernel(1); out(L.cuLaunchKernel(f, 0, 1, 1, 1, 1, 1, 0, None, None, None)); line()"
+    process = simulator.start(KIT + script)
+    assert said(process) == [1]
+    assert page(simulator.agent) == {**page(simulator.agent), "launches": 0, "in_flight": 0}
+    tell(process)
+    end(process)

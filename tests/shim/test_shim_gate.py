@@ -1,0 +1,174 @@
+"""The gate, on the simulated driver: who waits, for how long, and that nothing but launches does."""
+
+import time
+
+import pytest
+from gate_kit import KIT, end, page, said, shut, tell, unlock, until
+from shim_kit import Simulator
+
+
+@pytest.mark.parametrize("word", [0, 1, 5 << 2])
+def test_who_is_not_scheduled_is_not_counted(simulator: Simulator, word: int) -> None:
+    simulator.agent.do("gate", word=word)
+    script = KIT + "f = kernel(1); out([launch(f) for _ in range(101)].count(0)); need('cuCtxSynchronize')"
+    assert simulator.python(script) == "[101]\n"
+    assert not any(page(simulator.agent).values())
+
+
+def test_another_device_may_be_shut(simulator: Simulator) -> None:
+    shut(simulator.agent, 5, device=4)
+    assert simulator.python(KIT + "f = kernel(1); out([launch(f) for _ in range(11)].count(0))") == "[11]\n"
+    assert not any(page(simulator.agent, 3).values())
+
+
+CALLS = {
+    "cuLaunchKernel": "launch(f)",
+    "cuLaunchKernel_ptsz": "L.cuLaunchKernel_ptsz(f, 1, 1, 1, 1, 1, 1, 0, None, None, None)",
+    "cuLaunchKernelEx": "L.cuLaunchKernelEx(C.byref(config), f, None, None)",
+    "cuLaunchKernelEx_ptsz": "L.cuLaunchKernelEx_ptsz(C.byref(config), f, None, None)",
+    "cuLaunchCooperativeKernel": "L.cuLaunchCooperativeKernel(f, 1, 1, 1, 1, 1, 1, 0, s, None)",
+    "cuLaunchCooperativeKernel_ptsz": "L.cuLaunchCooperativeKernel_ptsz(f, 1, 1, 1, 1, 1, 1, 0, None, None)",
+    "cuGraphLaunch": "L.cuGraphLaunch(e, s)",
+    "cuGraphLaunch_ptsz": "L.cuGraphLaunch_ptsz(e, None)",
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_closed_gate_holds(simulator: Simulator, call: str) -> None:
+    agent = simulator.agent
+    unlock(agent, 4)
+    process = simulator.start(
+        KIT
+        + f"""
+f, s = kernel(1), stream(); e = exec_of(f, 3, s); config = Config((1, 1, 1, 1, 1, 1, 0), s, None, 0); config.c = 0
+out("ready"); line(); r = {CALLS[call]}; out(r, C.get_errno()); line(); need("cuCtxSynchronize"); out("done")"""
+    )
+    assert said(process) == ["ready"]
+    assert page(agent)["launches"] == 0  # captured kernels are none
+    shut(agent, 4)
+    tell(process)
+    assert until(agent, waiting=1, drained=4)["in_flight"] == 0
+    bell = page(agent)["bell"]
+    time.sleep(0.1)
+    assert page(agent) == {**page(agent), "waiting": 1, "launches": 0, "bell": bell}
+    unlock(agent, 5)
+    assert said(process) == [0, 0]
+    until(agent, waiting=0, launches=1, idle=0)
+    tell(process)
+    assert said(process) == ["done"]
+    assert page(agent)["in_flight"] == 0
+    end(process)
+
+
+def test_a_capture_goes_on_at_a_closed_gate(simulator: Simulator) -> None:
+    """In the strictest mode, while other threads launch, drain and wait: what is captured does not wait, nor break."""
+    agent = simulator.agent
+    unlock(agent, 1)
+    process = simulator.start(
+        KIT
+        + """
+f, s, t, legacy, stop = kernel(50), stream(), stream(), kernel(1), []
+def busy():
+    need("cuCtxSetCurrent", c)
+    relaxed = C.c_int(2); L.cuThreadExchangeStreamCaptureMode(C.byref(relaxed))
+    while not stop: launch(f, t)
+threads = [threading.Thread(target=busy) for _ in range(2)]
+for thread in threads: thread.start()
+out("ready")
+n = 0
+while not select.select([0], [], [], 0)[0]: e = exec_of(f, 5, s); need("cuGraphExecDestroy", e); n += 1
+line(); e = exec_of(f, 5, s); out(n > 10); line(); out("launching")
+need("cuGraphLaunch", e, s); stop.append(1)
+for thread in threads: thread.join()
+need("cuCtxSynchronize"); out("done")""".replace("f, s, t", "import select\nf, s, t", 1)
+    )
+    assert said(process) == ["ready"]
+    for turn in range(2, 25):
+        unlock(agent, turn)
+        time.sleep(0.01)
+        shut(agent, turn)
+        time.sleep(0.01)
+    tell(process)
+    assert said(process) == [True]
+    until(agent, waiting=2, drained=24, in_flight=0)
+    tell(process)
+    assert said(process) == ["launching"]
+    until(agent, waiting=3)
+    unlock(agent, 25)
+    assert said(process) == ["done"]
+    end(process)
+
+
+def test_nobody_beats_so_gates_open(simulator: Simulator) -> None:
+    agent = simulator.agent
+    shut(agent, 3)
+    process = simulator.start(KIT + "f = kernel(1); out('ready'); out(launch(f))")
+    assert said(process) == ["ready"]
+    until(agent, waiting=1)
+    agent.do("stop")
+    agent.do("set", beats=False)
+    began = time.monotonic()
+    assert said(process) == [0]
+    assert 1 < time.monotonic() - began < 4
+    end(process)
+
+
+def test_another_gatekeeper_is_found_by_launches_alone(simulator: Simulator) -> None:
+    agent = simulator.agent
+    process = simulator.start(KIT + "f = kernel(1); out('ready')\nwhile launch(f) == 0: time.sleep(0.001)")
+    assert said(process) == ["ready"]
+    agent.do("set", epoch=8)
+    agent.do("bump", epoch=8)
+    shut(agent, 7)
+    deadline = time.monotonic() + 5
+    while len(agent.do("status")["pages"]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    until(agent, waiting=1, drained=7)
+    process.kill()
+    process.communicate()
+
+
+def test_signals_end_no_wait(simulator: Simulator) -> None:
+    agent = simulator.agent
+    shut(agent, 3)
+    script = """
+import signal
+f, n = kernel(1), []
+signal.signal(signal.SIGALRM, lambda *_: n.append(1)); signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+out("ready"); r = launch(f); signal.setitimer(signal.ITIMER_REAL, 0); out(r, C.get_errno())"""
+    process = simulator.start(KIT + script)
+    assert said(process) == ["ready"]
+    until(agent, waiting=1)
+    time.sleep(0.3)
+    assert page(agent)["waiting"] == 1
+    unlock(agent, 4)
+    assert said(process) == [0, 0]
+    end(process)
+
+
+def test_a_lone_thread_drains_its_other_devices_too(simulator: Simulator) -> None:
+    """It waits at one closed gate; what it has given to the device of another is told when that is done."""
+    agent = simulator.agent
+    unlock(agent, 1)
+    unlock(agent, 1, device=4)
+    process = simulator.start(
+        KIT
+        + """
+f, d = kernel(20), context(1); g = kernel(100000); launch(g); need("cuCtxSetCurrent", c)
+out("given"); line(); launch(f); need("cuCtxSynchronize"); out("done")"""
+    )
+    assert said(process) == ["given"]
+    assert page(agent, 4)["in_flight"] == 1
+    shut(agent, 1)
+    shut(agent, 1, device=4)
+    tell(process)
+    until(agent, waiting=1, drained=1)
+    deadline = time.monotonic() + 2
+    while (now := page(agent, 4))["drained"] != 1:
+        assert time.monotonic() < deadline, now
+        time.sleep(0.002)
+    assert now["in_flight"] == 0
+    unlock(agent, 2)
+    assert said(process) == ["done"]
+    end(process)

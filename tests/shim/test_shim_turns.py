@@ -1,0 +1,66 @@
+"""Turns at the gates of two programs divide a simulated device between them."""
+
+import time
+
+import pytest
+from gate_kit import KIT, OPEN, SHUT, end, said, shut, tell
+from shim_kit import Agent, Simulator
+
+pytestmark = pytest.mark.timed
+
+SPINNER = """
+f, s, n, stop = kernel(%d), stream(), 0, []
+out("ready"); line()
+threading.Thread(target=lambda: stop.append(line())).start()
+while not stop:
+    for _ in range(%d): n += launch(f, s) == 0
+    need("cuStreamSynchronize", s)
+out(n * %d)"""
+
+
+def take_turns(agent: Agent, first: int, weights: list[int], seconds: float) -> float:
+    """A scheduler in a few lines: whoever has had least gets 20 ms, and is charged until it has drained. Time given."""
+    given, turn = [0.0] * len(weights), 1
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        turn += 1
+        who = min(range(len(weights)), key=lambda i: given[i] / weights[i])
+        began = time.monotonic()
+        agent.do("gate", word=turn << 2 | OPEN, page=first + who)
+        time.sleep(0.02)
+        agent.do("gate", word=turn << 2 | SHUT, page=first + who)
+        while True:
+            now = agent.do("status")["pages"][first + who]
+            if now["drained"] == turn or not now["in_flight"]:
+                break
+            assert time.monotonic() < began + 5, now
+        given[who] += time.monotonic() - began
+    return sum(given)
+
+
+@pytest.mark.parametrize(("us", "deep"), [(20, 50), (200, 20), (4_000, 3)])
+def test_turns_divide_the_time(simulator: Simulator, us: int, deep: int) -> None:
+    """3:1, as counted by the programs themselves. How little of the time is lost is for a benchmark to say."""
+    agent = simulator.agent
+    shut(agent, 1)
+    first = len(agent.do("status")["pages"])
+    processes = []
+    for _ in range(2):  # one after the other, as their pages are
+        processes.append(simulator.start(KIT + SPINNER % (us, deep, us)))
+        assert said(processes[-1]) == ["ready"]
+    for process in processes:
+        tell(process)
+    for page_of in (first, first + 1):
+        while agent.do("status")["pages"][page_of]["waiting"] == 0:
+            time.sleep(0.01)
+    given = take_turns(agent, first, [3, 1], 4)
+    for number, process in enumerate(processes):
+        tell(process)
+        agent.do("gate", word=1 << 20 | OPEN, page=first + number)
+    done = [said(process)[0] / 1e6 for process in processes]
+    for process in processes:
+        end(process)
+    print(f"{us} us: {done[0]:.3f} s and {done[1]:.3f} s of {given:.3f} s")
+    share = done[0] / sum(done)
+    assert 0.65 < share < 0.85, done  # 0.75 where the machine is quiet
+    assert 0.3 * given < sum(done) < 1.02 * given

@@ -1,0 +1,140 @@
+"""Kernels that run only together, each on a device of its own: they spin until the others have come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from .conftest import Machine
+
+pytestmark = pytest.mark.timed
+
+# Both devices, a kernel that meets its twin there, and one that works by itself.
+PAIR = """
+need("cuInit", 0); contexts, streams, meets, spins = [], [], [], []
+for device in range(2):
+    c = C.c_void_p(); need("cuDevicePrimaryCtxRetain", C.byref(c), device); need("cuCtxSetCurrent", c)
+    contexts.append(c); streams.append(stream()); meets.append(kernel("meet_7_2_1000us")[1])
+    spins.append(kernel("spin_20000us")[1])
+def on(device): need("cuCtxSetCurrent", contexts[device])
+def meet(device): on(device); need("cuLaunchKernel", meets[device], 1, 1, 1, 1, 1, 1, 0, streams[device], None, None)
+def spin(device): on(device); need("cuLaunchKernel", spins[device], 1, 1, 1, 1, 1, 1, 0, streams[device], None, None)
+def state(device): on(device); return L.cuStreamQuery(streams[device])
+def settle(*devices):
+    for d in devices or range(2): on(d); need("cuStreamSynchronize", streams[d])
+def event(device):
+    e = C.c_void_p(); on(device); need("cuEventCreate", C.byref(e), 0)
+    need("cuEventRecord", e, streams[device]); return e
+"""
+
+
+@pytest.fixture
+def pair(make_machine: Callable[..., Machine]) -> Machine:
+    return make_machine(FGPU_SIM_GPUS="2")
+
+
+def test_one_spins_until_the_other_has_come(pair: Machine) -> None:
+    script = """
+meet(0); one = event(0); time.sleep(0.05); say(state(0), L.cuEventQuery(one)); began = time.monotonic()
+meet(1); settle(0, 1); say(0.001 <= time.monotonic() - began < 0.02, state(0), state(1), L.cuEventQuery(one))
+"""
+    assert pair.python(PAIR + script) == ["600 600", "True 0 0 0"]
+
+
+def test_what_is_behind_waits_and_each_meets_the_one_of_its_round(pair: Machine) -> None:
+    script = """
+meet(0); spin(0); last = event(0); meet(0); spin(1); meet(1); time.sleep(0.03)
+say(state(1), L.cuEventQuery(last)); on(1); began = time.monotonic(); need("cuEventSynchronize", last)
+say(time.monotonic() - began < 0.02); time.sleep(0.01); say(state(0), state(1)); meet(1); settle(); say(state(0))
+"""
+    assert pair.python(PAIR + script) == ["0 600", "True", "600 0", "0"]
+
+
+def test_a_hundred_of_them_take_as_long_as_they_should(pair: Machine) -> None:
+    script = """
+began = time.monotonic()
+for _ in range(100): meet(0); meet(1)
+settle(); say(time.monotonic() - began)
+"""
+    (took,) = pair.python(PAIR + script)
+    assert 0.1 <= float(took) < 0.14
+
+
+def test_a_stream_is_one_like_others_afterwards(pair: Machine) -> None:
+    script = """
+meet(0); meet(1); settle(); began = time.monotonic(); spin(0); e = event(0); need("cuEventSynchronize", e)
+say(0.02 <= time.monotonic() - began < 0.03); began = time.monotonic(); meet(0); spin(0); meet(1); on(0)
+need("cuCtxSynchronize"); say(0.02 <= time.monotonic() - began < 0.03)
+"""
+    assert pair.python(PAIR + script) == ["True", "True"]
+
+
+def test_processes_meet_too(pair: Machine) -> None:
+    script = """
+d = %d; say("ready"); wait(); began = time.monotonic()
+for _ in range(20): meet(d)
+settle(d); say(time.monotonic() - began)
+"""
+    running = pair.together(*(PAIR + script % device for device in range(2)), apart=0.05)
+    first, second = (float(one.communicate(timeout=30)[0]) for one in running)
+    assert 0.02 <= second < 0.05
+    assert 0.07 <= first < 0.1
+
+
+def test_what_spins_has_the_device(pair: Machine) -> None:
+    """As a real kernel does: another context gets half, and all of it once the spinning one is dead."""
+    hog = pair.spawn(PAIR + "meet(0); say('up'); wait()")
+    assert hog.stdout is not None
+    assert hog.stdout.readline() == "up\n"
+    script = """
+for _ in range(2):
+    began = time.monotonic(); [spin(0) for _ in range(5)]; settle(0); say(time.monotonic() - began); wait()
+"""
+    with pair.spawn(PAIR + script) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        beside = float(other.stdout.readline())
+        hog.kill()
+        hog.communicate()
+        time.sleep(0.2)
+        other.stdin.write("\n\n")
+        other.stdin.flush()
+        alone = float(other.stdout.readline())
+        other.communicate(timeout=30)
+    assert 0.19 <= beside < 0.26
+    assert 0.1 <= alone < 0.12
+
+
+def test_two_programs_without_gates_get_through(pair: Machine) -> None:
+    """Both devices change between them, and what has come once counts as come: slow, but not for ever."""
+    script = """
+say("ready"); wait(); began = time.monotonic()
+for _ in range(50): meet(0); meet(1)
+settle(); say(time.monotonic() - began)
+"""
+    running = pair.together(*(PAIR.replace("meet_7", f"meet_{key}") + script for key in (11, 12)))
+    took = [float(one.communicate(timeout=60)[0]) for one in running]
+    assert max(took) >= 0.1
+
+
+def test_a_full_queue_holds_the_launch_back(pair: Machine) -> None:
+    script = """
+import threading
+def many():
+    for _ in range(1100): meet(0)
+    said.append(1)
+said = []; t = threading.Thread(target=many); t.start(); time.sleep(0.3); say(said); began = time.monotonic()
+for _ in range(1100): meet(1)
+t.join(); settle(); say(said, time.monotonic() - began < 3)
+"""
+    assert pair.python(PAIR + script) == ["[]", "[1] True"]
+
+
+def test_more_parties_than_announced_are_refused(pair: Machine) -> None:
+    script = """
+meet(0); meet(1); on(0); other = C.c_void_p(); need("cuCtxCreate_v2", C.byref(other), 0, 0)
+say(launch(kernel("meet_7_2_1000us")[1])); say(launch(kernel("meet_8_17_1000us")[1])); settle()
+"""
+    assert pair.python(PAIR + script) == ["1", "1"]

@@ -1,0 +1,123 @@
+"""What takes a device's time and what does not: copies, graphs of both, cooperative kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from .conftest import Machine
+
+pytestmark = pytest.mark.timed
+
+# 50 bytes a nanosecond between host and device: 500 MB take 10 ms. On the device 2000: so do 20 GB. The simulator keeps
+# no contents of so much, so nothing is moved really.
+COPY = """
+start(); s = stream(); n, much = 500_000_000, 20_000_000_000; host = C.create_string_buffer(8); at = alloc(much)
+def copies(count, to=s):
+    for _ in range(count):
+        need("cuMemcpyHtoDAsync_v2", C.c_uint64(at.value + much - n), host, C.c_size_t(n), to)
+def zeroes(to=s):
+    need("cuMemsetD8Async", at, 0, C.c_size_t(much), to)
+def recorded(to=s):
+    event = C.c_void_p(); need("cuEventCreate", C.byref(event), 0); need("cuEventRecord", event, to); return event
+def ms(first, last):
+    need("cuEventSynchronize", last); found = C.c_float()
+    need("cuEventElapsedTime", C.byref(found), first, last); return round(found.value)
+"""
+
+
+def test_a_copy_takes_its_time_in_its_stream(machine: Machine) -> None:
+    script = """
+f = kernel("spin_20000us")[1]; began = time.monotonic(); first = recorded(); copies(1); middle = recorded()
+launch(f, s); last = recorded(); say(L.cuEventQuery(middle), ms(first, middle), ms(middle, last))
+say(0.03 <= time.monotonic() - began < 0.04)
+began = time.monotonic(); need("cuMemcpyHtoD_v2", C.c_uint64(at.value + much - n), host, C.c_size_t(n))
+say(0.01 <= time.monotonic() - began < 0.02)
+"""
+    assert machine.python(COPY + script) == ["600 10 20", "True", "True"]
+
+
+def test_a_copy_does_not_wait_for_kernels_of_other_streams(machine: Machine) -> None:
+    script = """
+f = kernel("spin_60000us")[1]; t = stream(); launch(f, s); began = time.monotonic()
+copies(1, t); need("cuStreamSynchronize", t); say(0.01 <= time.monotonic() - began < 0.04, L.cuStreamQuery(s))
+"""
+    assert machine.python(COPY + script) == ["True 600"]
+
+
+def test_each_engine_does_one_copy_after_the_other(machine: Machine) -> None:
+    """Two the same way take 20 ms, one to the device and one on it 10."""
+    script = """
+for other in (copies, lambda _, to: zeroes(to)):
+    t = stream(); launch(kernel("spin_10000us")[1], s); first = recorded()
+    for to in (s, t): need("cuStreamWaitEvent", to, first, 0)
+    copies(1, s); other(1, t); say(ms(first, recorded(t)))
+"""
+    assert machine.python(COPY + script) == ["20", "10"]
+
+
+def test_copies_leave_the_device_to_others(make_machine: Callable[..., Machine]) -> None:
+    """While one copies for 0.3 s another's kernels run as if it were alone, though kernels wait behind the copies."""
+    machine = make_machine()
+    copier = """
+f = kernel("spin_1000us")[1]; say("ready"); wait(); began = time.monotonic()
+for _ in range(6): copies(5); launch(f, s)
+need("cuCtxSynchronize"); say(time.monotonic() - began)
+"""
+    worker = """
+start(); f = kernel("spin_10000us")[1]; s = stream(); launch(f, s); need("cuCtxSynchronize"); say("ready"); wait()
+began = time.monotonic()
+for _ in range(20): launch(f, s)
+need("cuCtxSynchronize"); say(time.monotonic() - began)
+"""
+    running = machine.together(COPY + copier, worker)
+    copied, worked = (float(one.communicate(timeout=60)[0]) for one in running)
+    assert 0.306 <= copied < 0.33
+    assert 0.2 <= worked < 0.23  # six kernels, and the changes to them and back
+
+
+def test_a_graph_takes_what_its_nodes_take(machine: Machine) -> None:
+    """Two kernels one after the other, a copy of 10 ms between them, and one beside them."""
+    script = """
+f, g = kernel("spin_20000us")[1], kernel("spin_5000us")[1]; t = stream(); graph, exec_ = C.c_void_p(), C.c_void_p()
+need("cuStreamBeginCapture_v2", s, 2); fork = recorded(); need("cuStreamWaitEvent", t, fork, 0); launch(g, t)
+launch(f, s); copies(1); launch(f, s); join = recorded(t); need("cuStreamWaitEvent", s, join, 0)
+need("cuStreamEndCapture", s, C.byref(graph))
+need("cuGraphInstantiateWithFlags", C.byref(exec_), graph, C.c_ulonglong(0))
+first = recorded(); need("cuGraphLaunch", exec_, s); say(ms(first, recorded()))
+"""
+    assert machine.python(COPY + script) == ["50"]
+
+
+def test_a_cooperative_kernel_must_fit(machine: Machine) -> None:
+    """All its blocks at once: eight of 256 threads on each of 132 multiprocessors. Other kernels need not."""
+    script = """
+start(); f = kernel("spin_10us")[1]; n = C.c_int()
+need("cuOccupancyMaxActiveBlocksPerMultiprocessor", C.byref(n), f, 256, C.c_size_t(0)); say(n.value)
+for blocks in (132 * 8, 132 * 8 + 1):
+    say(*(launch(f, blocks, 1, 1, 256, 1, 1, 0, None, None, *more) for launch, more in
+        ((L.cuLaunchCooperativeKernel, ()), (L.cuLaunchKernel, (None,)))))
+"""
+    assert machine.python(script) == ["8", "0 0", "720 0"]
+
+
+def test_a_kernel_on_several_devices(make_machine: Callable[..., Machine]) -> None:
+    """One call, all or none; each behind what the streams of all have."""
+    script = """
+class Params(C.Structure):
+    _fields_ = [("f", C.c_void_p), *((name, C.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
+                ("stream", C.c_void_p), ("params", C.c_void_p)]
+need("cuInit", 0); contexts, streams, kernels = [], [], []
+for device in range(2):
+    contexts.append(C.c_void_p()); need("cuDevicePrimaryCtxRetain", C.byref(contexts[-1]), device)
+    need("cuCtxSetCurrent", contexts[-1]); streams.append(stream()); kernels.append(kernel("spin_20000us")[1])
+def both(blocks=1, to=(0, 1)):
+    list_ = (Params * 2)(*(Params(kernels[d], blocks, 1, 1, 32, 1, 1, 0, streams[d]) for d in to))
+    return L.cuLaunchCooperativeKernelMultiDevice(list_, 2, 0)
+say(both(to=(1, 1)), both(blocks=1 << 20), L.cuStreamQuery(streams[1])); need("cuCtxSetCurrent", contexts[0])
+began = time.monotonic(); launch(kernels[0], streams[0]); say(both())
+need("cuCtxSetCurrent", contexts[1]); need("cuStreamSynchronize", streams[1])
+say(0.04 <= time.monotonic() - began < 0.06)
+"""
+    assert make_machine(FGPU_SIM_GPUS="2").python(script) == ["101 720 0", "0", "True"]

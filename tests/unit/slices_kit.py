@@ -1,0 +1,181 @@
+"""Tenants on simulated devices, in simulated time, under the turns of the scheduler: events, not ticks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.places import Seen
+from fgpu_ebpf.scheduler import Share
+from fgpu_ebpf.turns import NEVER_NS, Turns
+
+US, MS, S = 1_000, 1_000_000, 1_000_000_000
+BELL_NS = 200 * US  # until the gatekeeper has heard
+WAKE_NS = 150 * US  # until a thread at a gate has seen that it is open
+BUDGET_NS = 2 * MS
+
+
+@dataclass(eq=False)
+class Steps:
+    """So much work every so often; a step that is late puts the next one off."""
+
+    work_ns: int
+    period_ns: int
+    next_ns: int = 0
+    owed: int = 0
+
+    def wants_ns(self, now_ns: int, kernel_ns: int) -> int:
+        """When it wants to launch next; 0: now."""
+        if not self.owed and now_ns >= self.next_ns:
+            self.owed, self.next_ns = max(1, self.work_ns // kernel_ns), max(now_ns, self.next_ns + self.period_ns)
+        return 0 if self.owed else self.next_ns
+
+
+@dataclass(eq=False)
+class Tenant:
+    """A program that launches kernels whenever it wants and may, with a bounded amount of work in flight."""
+
+    key: int
+    share: Share = field(default_factory=Share)
+    kernel_ns: int = 200 * US
+    devices: frozenset[int] = frozenset({0})
+    steps: Steps | None = None  # None: always
+    silent: bool = False  # never tells that it has drained
+    lies: bool = False  # its turns begin late and end at once, it says
+    stopped: bool = False
+    dead: bool = False
+    flights: list[int] = field(default_factory=list)
+    launches: int = 0
+    done_ns: int = 0
+    waiting: bool = False
+    waited_from: int | None = None
+    wakes_ns: int = 0
+    wanted_ns: int = 0
+    begun_ns: int = 0
+    ended_ns: int = 0
+    closed_ns: int = 0
+    rested_ns: int = 0  # since the last look
+    said: tuple[Any, ...] = ()
+    longest_wait_ns: int = 0
+
+    def rests_ns(self, now_ns: int) -> int:
+        """When it wants to launch next; 0: now."""
+        if self.stopped:
+            return NEVER_NS
+        return self.steps.wants_ns(now_ns, self.kernel_ns) if self.steps else 0
+
+    def seen(self) -> Seen:
+        if not self.stopped:  # else its page is as it was
+            span = (2**62, self.closed_ns) if self.lies else (self.begun_ns, self.ended_ns)
+            self.said = (self.waiting, self.launches, len(self.flights), max(self.flights, default=0))
+            self.said += (not self.flights, self.wanted_ns, *span)
+        rested, self.rested_ns = self.rested_ns, 0
+        return Seen(self.devices, *self.said, rested)
+
+
+class World:
+    """Devices that run kernels one after the other, whoever launched them."""
+
+    def __init__(self, *tenants: Tenant) -> None:
+        self.tenants = {tenant.key: tenant for tenant in tenants}
+        self.turns = Turns()
+        self.now = 1 * S
+        self.turns.share_out({t.key: t.share for t in tenants}, self.now)
+        self.free_at: dict[int, int] = {}
+        self.bell: int | None = self.now
+        self.steps = 0
+
+    def is_open(self, tenant: Tenant) -> bool:
+        return all(self.turns.gate(tenant.key, device) & pages.Gate.OPEN for device in tenant.devices)
+
+    def run(self, seconds: float) -> World:
+        end = self.now + round(seconds * S)
+        due = self.now
+        while self.now < end:
+            if due <= self.now or (self.bell is not None and self.bell <= self.now):
+                self.bell = None
+                due = self.step()
+            times = [due, self.bell or NEVER_NS, end, *(self._act(t) for t in self.tenants.values() if not t.dead)]
+            if self.bell is not None:
+                times.append(self.bell)
+            self.now = max(self.now + 1, min(times))
+            for tenant in self.tenants.values():
+                self._complete(tenant)
+        return self
+
+    def step(self) -> int:
+        """Until nothing changes: a gate that closed is looked at again at once."""
+        is_new = True
+        while is_new:
+            self.steps += 1
+            for tenant in self.tenants.values():
+                if tenant.dead:
+                    self.turns.leave(tenant.key, self.now)
+            seen = {t.key: t.seen() for t in self.tenants.values() if not t.dead}
+            self.turns.step(seen, self.now)
+            self.check()
+            for key, tenant in self.tenants.items():
+                turn = self.turns.places[key].turn
+                tenant.closed_ns = (turn and turn.closing_ns) or tenant.closed_ns
+            is_new = self.turns.look_again()
+        for tenant in self.tenants.values():
+            if tenant.waiting and self.is_open(tenant):
+                tenant.waiting, tenant.wakes_ns = False, self.now + WAKE_NS
+        return self.turns.due_ns(self.now)
+
+    def check(self) -> None:
+        """At most one owner a device, all of a gang's or none."""
+        owned = [d for place in self.turns.places.values() if place.turn for d in place.turn.devices]
+        assert len(owned) == len(set(owned))
+        for place in self.turns.places.values():
+            if place.turn and not place.turn.closing_ns:
+                assert place.turn.devices == place.seen.devices
+
+    def _act(self, tenant: Tenant) -> int:
+        """Launches what it may; answers when to ask it again."""
+        if (later := tenant.rests_ns(self.now)) > self.now:
+            return min([later, *tenant.flights])
+        if not self.is_open(tenant):
+            if not tenant.waiting:
+                tenant.waiting, tenant.waited_from = True, self.now
+                self._ring()
+            tenant.longest_wait_ns = max(tenant.longest_wait_ns, self.now - (tenant.waited_from or 0))
+            return min(tenant.flights, default=NEVER_NS)
+        if tenant.wakes_ns > self.now:
+            return min([tenant.wakes_ns, *tenant.flights])
+        if tenant.waited_from is not None:
+            tenant.waited_from, tenant.begun_ns, tenant.wanted_ns = None, self.now, self.now
+        while not tenant.flights or len(tenant.flights) * tenant.kernel_ns < BUDGET_NS:
+            if tenant.steps:
+                if not tenant.steps.owed:
+                    break
+                tenant.steps.owed -= 1
+            start = max([self.now, *(self.free_at.get(device, 0) for device in tenant.devices)])
+            for device in tenant.devices:
+                self.free_at[device] = start + tenant.kernel_ns
+            tenant.flights.append(start + tenant.kernel_ns)
+            tenant.launches += 1
+            tenant.rested_ns += max(0, self.now - tenant.ended_ns) * (tenant.ended_ns > tenant.wanted_ns)
+            tenant.wanted_ns = self.now
+        return min(tenant.flights, default=self.now + 1)
+
+    def _complete(self, tenant: Tenant) -> None:
+        done = [end for end in tenant.flights if end <= self.now]
+        if done:
+            tenant.done_ns += len(done) * tenant.kernel_ns
+            tenant.flights = [end for end in tenant.flights if end > self.now]
+            place = self.turns.places.get(tenant.key)
+            if tenant.flights or tenant.silent:
+                return
+            tenant.ended_ns = self.now
+            if place and place.turn and place.turn.closing_ns:
+                self._ring()
+
+    def _ring(self) -> None:
+        if self.bell is None:
+            self.bell = self.now + BELL_NS
+
+    def shares(self) -> dict[int, float]:
+        total = sum(t.done_ns for t in self.tenants.values())
+        return {key: t.done_ns / total for key, t in self.tenants.items()}

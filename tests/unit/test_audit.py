@@ -1,0 +1,80 @@
+"""Who runs beyond its turns, by what NVML says and what the books say."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from fgpu_ebpf.audit import Audit, Verdict
+from fgpu_ebpf.timebook import TurnCounts
+
+HONEST, LIAR = (7, 0), (8, 0)
+PROCESSES = {71: SimpleNamespace(levels=(7, 1)), 81: SimpleNamespace(levels=(8, 1)), 82: SimpleNamespace(levels=(8,))}
+
+
+class Host:
+    """Two tenants that own half of the device each; `percent` is what NVML says."""
+
+    def __init__(self, percent):
+        self.percent, self.now, self.free = percent, 1000.0, 0
+        self.silent = False
+        self.audit = Audit(lambda device, since: self.percent)
+        self.epoch, self.shares = int, lambda: {HONEST: None, LIAR: None}
+
+    def looks(self, number):
+        for _ in range(number):
+            self.now += 1.0
+            counts = TurnCounts(owned_ns=int(self.now * 5e8), free=self.free)
+            told = {HONEST: counts} if self.silent else {HONEST: counts, LIAR: counts}
+            self.turns = lambda told=told: told
+            said = self.audit.look(self.now, self.now, self, PROCESSES)
+        return said
+
+
+def test_who_runs_beyond_its_turns_is_known_after_ten_seconds():
+    host = Host({71: 48, 81: 60, 82: 35, 99: 100})
+    assert host.looks(10) == Verdict()
+    assert host.looks(1).beyond == pytest.approx({HONEST: -0.02, LIAR: 0.45})
+    assert host.looks(1).outside == {81, 82}
+    host.percent = {71: 48, 82: 50}
+    assert host.looks(10).outside == set()
+
+
+def test_two_processes_do_not_run_for_more_than_all_the_time():
+    assert Host({81: 100, 82: 100}).looks(11).beyond[LIAR] == pytest.approx(0.5)
+
+
+def test_without_an_answer_nothing_is_known_and_it_begins_anew():
+    host = Host({81: 100})
+    assert host.looks(11).beyond
+    host.percent = None
+    assert host.looks(1) == Verdict()
+    host.percent = {81: 100}
+    assert host.looks(10) == Verdict()
+    assert host.looks(1).outside
+
+
+def test_who_is_free_has_no_turns():
+    host = Host({81: 100})
+    host.free = 1
+    assert host.looks(11) == Verdict()
+
+
+def test_who_says_nothing_owns_nothing():
+    host = Host({81: 30})
+    host.silent = True
+    assert host.looks(11).beyond[LIAR] == pytest.approx(0.3)
+
+
+def test_counts_that_begin_anew_are_no_time_owned():
+    host = Host({81: 50})
+    host.looks(11)
+    host.now = 0.0
+    assert host.looks(10) == Verdict()
+
+
+def test_once_a_second():
+    host = Host({})
+    host.looks(1)
+    assert (host.audit.due(host.now + 0.5), host.audit.due(host.now + 1.0)) == (False, True)

@@ -1,0 +1,244 @@
+"""CDI specifications: right by the interface's own schema, whole at every moment, and gone when they should be."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import jsonschema
+import pytest
+from click.testing import CliRunner
+from referencing import Registry, Resource
+from referencing.jsonschema import DRAFT7
+
+from fgpu_ebpf import cdi, hostfile, inject, shares
+from fgpu_ebpf.cdi import Parts
+from fgpu_ebpf.cli_containers import cdi_group
+from fgpu_ebpf.quantities import QuantityError
+
+SCHEMA = Path(__file__).parent / "cdi_schema"
+
+
+@pytest.fixture
+def parts(tmp_path) -> Parts:
+    (tmp_path / "run").mkdir()
+    return inject.parts(tmp_path / "run", tmp_path / "libfgpu.so", tmp_path / "fgpu-oci")
+
+
+def validate(spec: dict) -> None:
+    schema, definitions = (json.loads((SCHEMA / name).read_text()) for name in ("schema.json", "defs.json"))
+    registry = Registry().with_resource("defs.json", Resource.from_contents(definitions, DRAFT7))
+    jsonschema.Draft7Validator(schema, registry=registry).validate(spec)
+
+
+def keys(value: object) -> set[str]:
+    if isinstance(value, dict):
+        return set(value).union(*map(keys, value.values()))
+    return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "compute"),
+    [
+        ("8gib-50pct", 8 << 30, 500_000),
+        ("8gib", 8 << 30, None),
+        ("1.5gib", 3 << 29, None),
+        ("1536mib-12.5pct", 3 << 29, 125_000),
+        ("all-100pct", None, 1_000_000),
+    ],
+)
+def test_a_name_says_it_all(name, memory, compute):
+    share = shares.parse(name)
+    assert (share.amount and share.amount.bytes, share.limit_millionths) == (memory, compute)
+
+
+def test_percent_of_a_device():
+    share = shares.parse("50pct-25pct")
+    assert share.amount
+    assert share.amount.of(100 << 30) == 50 << 30
+    assert share.limit_millionths == 250_000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "",
+            "8",
+            "8gb",
+            "8GiB",
+            "gib",
+            "all",
+            "8gib-",
+            "8gib-50",
+            "8gib-0pct",
+            "8gib-101pct",
+            "0gib",
+            "101pct",
+            "-1gib",
+        ),
+        *("8gib-50pct-2", "8gib 50pct", "9999999gib", "\u0661gib", "1mib", "8gib-50pct\n", "../8gib", "8gib;id"),
+    ],
+)
+def test_what_is_no_share(name):
+    with pytest.raises(QuantityError):
+        shares.parse(name)
+
+
+def test_the_usual_ones_are_shares():
+    assert [shares.parse(name).name for name in shares.USUAL] == list(shares.USUAL)
+
+
+def test_agent_yaml_lists_them(tmp_path):
+    file = tmp_path / "agent.yaml"
+    file.write_text("shares: [6gib-30pct, all-10pct]\ncdiFolder: /etc/cdi\n")
+    host, faults = hostfile.read(file, root_only=False)
+    assert host
+    assert not faults
+    assert (host.shares, host.cdi_folder) == (("6gib-30pct", "all-10pct"), Path("/etc/cdi"))
+    file.write_text("shares: []\n")
+    host, _ = hostfile.read(file, root_only=False)
+    assert host
+    assert host.shares == ()
+    file.write_text("listen: 127.0.0.1:1\nshares: [6gib, 8gb]\n")
+    host, faults = hostfile.read(file, root_only=False)
+    assert host is None
+    assert "agent.yaml:2" in str(faults[0])
+    assert "'8gb' is no share: write it as 8gib" in str(faults[0])
+
+
+# -- specifications ------------------------------------------------------------------------------------------------
+
+
+def test_valid_by_the_schema_and_of_the_lowest_version(parts):
+    for spec, version in (
+        (cdi.shim_spec(parts), "0.3.0"),
+        (cdi.share_spec(parts, ["8gib-50pct", "all-50pct"]), "0.5.0"),
+        (cdi.share_spec(parts, ["all-50pct"]), "0.3.0"),
+    ):
+        validate(spec)
+        assert spec["cdiVersion"] == version
+        # Nothing that came later: `type` of mounts is of 0.4.0, hostPath of nodes of 0.5.0, annotations of 0.6.0.
+        assert keys(spec) <= {
+            *("cdiVersion", "kind", "devices", "name", "containerEdits", "mounts", "hostPath", "containerPath"),
+            *("options", "hooks", "hookName", "path", "args", "timeout", "env"),
+        }
+    broken = cdi.shim_spec(parts)
+    del broken["devices"][0]["containerEdits"]["mounts"][0]["containerPath"]
+    with pytest.raises(jsonschema.ValidationError):
+        validate(broken)
+
+
+def test_everything_is_mounted_read_only(parts):
+    found = cdi.mounts(parts)
+    assert [m["containerPath"] for m in found] == [str(parts.shim), "/run/fgpu/shim", "/etc/ld.so.preload"]
+    assert all({"bind", "ro", "nosuid", "nodev"} <= set(m["options"]) for m in found)
+    assert "noexec" not in found[0]["options"], "the shim is mapped executable"
+
+
+def test_a_share_named_twice_is_one_device(parts):
+    assert [d["name"] for d in cdi.share_spec(parts, ["8gib", "4gib", "8gib"])["devices"]] == ["8gib", "4gib"]
+
+
+def test_the_limit_comes_by_a_hook_on_the_host(parts):
+    (device,) = cdi.share_spec(parts, ["8gib"])["devices"]
+    (hook,) = device["containerEdits"]["hooks"]
+    assert hook["hookName"] == "createRuntime"
+    assert hook["args"][-2:] == ["share", "8gib"]
+    assert hook["path"] == str(parts.helper)
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_written_and_gone(parts, tmp_path):
+    folder = tmp_path / "cdi"
+    inject.set_up(parts, folder, ["8gib"])
+    assert sorted(os.listdir(folder)) == ["fgpu.dev-share.json", "fgpu.dev-shim.json"]
+    assert all((folder / name).stat().st_mode & 0o777 == 0o644 for name in os.listdir(folder))
+    assert parts.preload.read_text() == f"{parts.shim}\n"
+    assert len(inject.written(parts.run_dir)) == 2
+    inject.take_away(parts.run_dir)
+    assert not folder.exists()
+    assert os.listdir(parts.run_dir) == []
+    inject.take_away(parts.run_dir)
+
+
+def test_what_is_no_longer_wanted_goes(parts, tmp_path):
+    inject.set_up(parts, tmp_path / "old", ["8gib"])
+    inject.set_up(parts, tmp_path / "new", [])
+    assert not (tmp_path / "old").exists()
+    assert os.listdir(tmp_path / "new") == ["fgpu.dev-shim.json"]
+
+
+def test_specifications_of_others_stay(parts, tmp_path):
+    (tmp_path / "nvidia.yaml").write_text("x")
+    inject.set_up(parts, tmp_path, ["8gib"])
+    inject.take_away(parts.run_dir)
+    assert (tmp_path / "nvidia.yaml").read_text() == "x"
+
+
+def test_a_reader_sees_the_old_or_the_new(parts, tmp_path):
+    path, ended, seen = tmp_path / "x.json", threading.Event(), set()
+    both = [cdi.share_spec(parts, [name]) for name in ("8gib", "16gib-50pct")]
+    cdi.write(path, both[0])
+
+    def read() -> None:
+        while not ended.is_set():
+            seen.add(path.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(1009):
+        cdi.write(path, both[number % 2])
+    ended.set()
+    reader.join()
+    assert seen <= {cdi.text(spec) for spec in both}
+    assert sorted(os.listdir(tmp_path)) == ["run", "x.json"]
+
+
+def test_a_path_that_no_configuration_could_carry(tmp_path):
+    with pytest.raises(ValueError, match="quotes"):
+        inject.parts(tmp_path, tmp_path / 'a"b', tmp_path)
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def fgpu(*words: str) -> tuple[int, str]:
+    done = CliRunner().invoke(cdi_group, list(words))
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+def test_generate(tmp_path):
+    code, said = fgpu("generate", "8gib-50pct", "1.5gib")
+    assert code == 0
+    validate(json.loads(said))
+    assert [d["name"] for d in json.loads(said)["devices"]] == ["8gib-50pct", "1.5gib"]
+    assert fgpu("generate", "8gib-50pct", "1.5gib", "--output", str(tmp_path / "a/b.json")) == (0, "")
+    assert (tmp_path / "a/b.json").read_text() == said
+    assert fgpu("generate", "8gb") == (
+        2,
+        "fgpu: '8gb' is no share: write it as 8gib, 8gib-50pct, 50pct-50pct or all-50pct\n",
+    )
+
+
+def test_list_says_what_is_there(parts, tmp_path, monkeypatch):
+    from fgpu_ebpf import cli_containers
+
+    monkeypatch.setattr(cli_containers, "RUN_DIR", parts.run_dir)
+    assert fgpu("list")[0] == 1
+    inject.set_up(parts, tmp_path / "cdi", ["8gib-50pct", "all-25pct"])
+    assert fgpu("list") == (
+        0,
+        "fgpu.dev/shim=all                what the policies say\n"
+        "fgpu.dev/share=8gib-50pct        memory 8GiB, compute up to 50%\n"
+        "fgpu.dev/share=all-25pct         compute up to 25%\n",
+    )
+    assert [d["name"] for d in json.loads(fgpu("list", "--json")[1])][1] == "fgpu.dev/share=8gib-50pct"

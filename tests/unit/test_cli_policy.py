@@ -1,0 +1,151 @@
+"""`fgpu policy`: words and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import policy_kit as kit
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fgpu_ebpf import policyfolder
+from fgpu_ebpf.cli_policy import policy
+from fgpu_ebpf.policyfolder import PolicyFolder
+
+
+def fgpu(*arguments):
+    """Exit code and all that was printed."""
+    done = CliRunner().invoke(policy, [str(word) for word in arguments])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+@pytest.fixture
+def two(tmp_path):
+    spec = """
+  selector: {cgroup: ['system.slice/docker-*.scope', x], matchLabels: {tier: notebook}}
+  memory: {limit: 8GiB, max: 50%}
+  compute: {limit: 25%, priority: low}
+  mode: observe"""
+    (tmp_path / "a.yaml").write_text(kit.text("first", spec) + kit.text("second"))
+    (tmp_path / "b.yaml").write_text(kit.text("third"))
+    return tmp_path
+
+
+def test_good_files_are_counted(two):
+    assert fgpu("check", two) == (0, "ok: 3 policies in 2 files\n")
+    assert fgpu("check", two / "b.yaml") == (0, "ok: 1 policy in 1 file\n")
+    assert fgpu("check", two / "a.yaml", two / "b.yaml") == (0, "ok: 3 policies in 2 files\n")
+
+
+def test_every_fault_is_printed(two):
+    (two / "b.yaml").write_text(kit.text("x", "{selector: {cgroup: a}, memory: {limit: 8GB}, mode: of}"))
+    assert fgpu("check", two) == (
+        1,
+        f"{two}/b.yaml:5: spec.mode: 'of' is none of observe, enforce: write one of them\n"
+        f"{two}/b.yaml:5: spec.memory.limit: '8GB': did you mean 8GiB?\n"
+        "fgpu: 2 faults: nothing of this would be taken over\n",
+    )
+    assert fgpu("list", two)[0] == 1
+
+
+def test_names_are_unique_over_all_that_is_checked(two):
+    code, output = fgpu("check", two / "b.yaml", two / "b.yaml")
+    assert code == 1
+    assert "the name third is taken by" in output
+
+
+def test_what_is_not_there_is_a_fault(tmp_path):
+    assert fgpu("check", tmp_path / "no.yaml") == (
+        1,
+        f"{tmp_path}/no.yaml: cannot be read: No such file or directory\n"
+        "fgpu: 1 fault: nothing of this would be taken over\n",
+    )
+
+
+def test_without_a_path_it_is_the_hosts_own_folder_by_the_agents_rules(tmp_path, monkeypatch):
+    monkeypatch.setattr(policyfolder, "FOLDER", tmp_path / "policy.d")
+    assert fgpu("check") == (0, "ok: 0 policies in 0 files\n")
+    (tmp_path / "policy.d").mkdir()
+    (tmp_path / "policy.d").chmod(0o777)
+    (tmp_path / "policy.d/a.yaml").write_text(kit.text())
+    code, output = fgpu("check")
+    assert code == 1
+    assert "others than root" in output
+    assert fgpu("check", tmp_path / "policy.d")[0] == 0
+
+
+def test_list_shows_them_in_order(two):
+    code, output = fgpu("list", two)
+    assert code == 0
+    assert (
+        output
+        == f"""\
+1. first ({two}/a.yaml:2): observe
+   cgroup: system.slice/docker-*.scope, x
+   labels: tier In (notebook)
+   devices *: memory 8GiB (up to 50% by label), compute up to 25%, weight 100, low priority
+2. second ({two}/a.yaml:11): enforce
+   cgroup: a
+   devices *: no limit
+3. third ({two}/b.yaml:2): enforce
+   cgroup: a
+   devices *: no limit
+"""
+    )
+
+
+def test_list_as_json(two):
+    first, second, _ = json.loads(fgpu("list", "--json", two)[1])
+    assert first == {
+        "name": "first",
+        "source": f"{two}/a.yaml:2",
+        "mode": "observe",
+        "selector": {"cgroup": ["system.slice/docker-*.scope", "x"], "labels": ["tier In (notebook)"]},
+        "devices": ["*"],
+        "memory": {"limit": {"bytes": 8 << 30}, "max": {"ratio": 0.5}},
+        "compute": {"limit_ratio": 0.25, "weight": 100, "priority": "low", "quantum_ns": 20_000_000},
+        "on_bypass": "report",
+        "utilization": "device",
+        "metric_labels": [],
+    }
+    assert (second["memory"], second["compute"]) == (None, None)
+
+
+def test_the_schema_is_printed():
+    code, output = fgpu("schema")
+    assert code == 0
+    assert json.loads(output)["title"] == "GpuPolicy"
+
+
+@settings(max_examples=40)
+@given(st.lists(kit.documents, min_size=1, max_size=4))
+def test_what_check_accepts_loads(tmp_path_factory, documents):
+    folder = tmp_path_factory.mktemp("policies")
+    for at, document in enumerate(documents):
+        (folder / f"{at}.yaml").write_bytes(kit.as_yaml(document))
+    loads = PolicyFolder(folder, root_only=False, settle_seconds=0).read().policies is not None
+    assert fgpu("check", folder)[0] == (0 if loads else 1)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changes its user")
+def test_nobody_may_check(two):
+    for path in (two, *two.parents):
+        if path.stat().st_uid == 0 and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o055)
+    code = "import sys; from fgpu_ebpf.cli_policy import policy; policy(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "check", str(two)],
+        capture_output=True,
+        text=True,
+        user=65534,
+        group=65534,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "ok: 3 policies in 2 files\n"), done.stderr

@@ -1,0 +1,61 @@
+"""How large a context is: measured by a child, which may hang in the driver or fail."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf import devices
+from fgpu_ebpf.devices import DEFAULT_CONTEXT_BYTES
+
+MIB = 1 << 20
+LIBRARY = """
+#include <unistd.h>
+int cuInit(unsigned flags) { (void)flags; %s; return 0; }
+int cuDeviceGetCount(int *n) { *n = 1; return 0; }
+int cuDeviceGet(int *device, int n) { *device = n; return 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = 0; return device; }
+"""
+
+
+def library(folder: Path, init: str) -> Path:
+    made = folder / "libcuda.so.1"
+    (folder / "cuda.c").write_text(LIBRARY % init)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", made, folder / "cuda.c"], check=True, timeout=30)
+    return made
+
+
+def nvml(bytes_: int | None) -> Any:
+    """Whoever is asked for holds as much."""
+    held = SimpleNamespace(get=lambda _: bytes_)
+    return SimpleNamespace(
+        devices=[SimpleNamespace(index=0, name="NVIDIA X")], driver_version="1", process_bytes=lambda _: held
+    )
+
+
+def test_what_is_measured_is_remembered(tmp_path: Path) -> None:
+    state = tmp_path / "contexts.json"
+    assert devices.context_bytes(nvml(518 * MIB), library(tmp_path, "(void)0"), state) == {0: 518 * MIB}
+    assert devices.context_bytes(nvml(None), tmp_path / "nothing", state) == {0: 518 * MIB}
+
+
+@pytest.mark.parametrize(
+    ("init", "weighs"), [("sleep(99)", 518 * MIB), ("_exit(1)", None), ("(void)0", None)], ids=["hangs", "ends", "N/A"]
+)
+def test_a_start_does_not_wait_for_a_driver_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, init: str, weighs: int | None
+) -> None:
+    monkeypatch.setattr(devices, "MEASURE_SECONDS", 1.0)
+    monkeypatch.setattr(devices, "_END_SECONDS", 0.2)
+    state, begun = tmp_path / "contexts.json", time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        assert devices.context_bytes(nvml(weighs), library(tmp_path, init), state) == {0: DEFAULT_CONTEXT_BYTES}
+    assert time.monotonic() - begun < 10
+    assert "512 MiB is taken" in caplog.text
+    assert "NVIDIA X 1" not in (state.read_text() if state.exists() else "")

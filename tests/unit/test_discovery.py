@@ -1,0 +1,57 @@
+"""Which probes stay, by what can be told of the processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fgpu_ebpf import probes, procfs
+from fgpu_ebpf.discovery import Discovery
+from fgpu_ebpf.procfs import Mapping
+
+MAPPED = {7: [Mapping("/nowhere/libcuda.so.1", 1, 23)], 8: [], 9: None}
+
+
+@pytest.mark.parametrize(
+    ("with_memory", "dropped"),
+    [({7, 8}, [{(1, 23)}]), ({7, 8, 9}, [])],
+    ids=["what has no memory maps nothing", "what cannot be read may map anything"],
+)
+def test_probes_are_dropped_only_if_all_is_known(
+    monkeypatch: pytest.MonkeyPatch, with_memory: set[int], dropped: list[set[tuple[int, int]]]
+) -> None:
+    said: list[set[tuple[int, int]]] = []
+    monkeypatch.setattr(procfs, "pids", lambda: [7, 8, 9])
+    monkeypatch.setattr(procfs, "fgpu_mappings", MAPPED.get)
+    monkeypatch.setattr(procfs, "has_memory", with_memory.__contains__)
+    attached = SimpleNamespace(known=frozenset(), drop_older=lambda: None, drop_unused=said.append)
+    Discovery(attached, []).start()  # type: ignore[arg-type]
+    assert said == dropped
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_lies_where_a_library_was_is_not_waited_for(tmp_path: Path, make) -> None:
+    """A tenant maps a libcuda of its own and puts a pipe in its place: whoever opens that waits for ever."""
+    path = str(tmp_path / "libcuda.so.1")
+    make(path)
+    with pytest.raises(OSError, match="no regular file"):
+        procfs.as_mapped(path)
+    with pytest.raises(probes.ProbeError, match="cannot be read"):
+        probes.symbol_offsets(path, ["cuInit"])
+
+
+def test_whatever_a_library_holds_it_is_refused_in_words(tmp_path: Path, scale) -> None:
+    good, path, chance = Path(os.__file__).read_bytes(), tmp_path / "libcuda.so.1", random.Random(23)
+    library = (Path(__file__).parents[2] / "build/shim/libfgpu.so").read_bytes()
+    for _ in range(scale(101, 503, 10007)):
+        spoilt = bytearray(chance.choice((library, good)))
+        for _ in range(chance.randrange(1, 23)):
+            spoilt[chance.randrange(min(len(spoilt), 4096))] = chance.randrange(256)
+        path.write_bytes(spoilt[: chance.choice((64, 4096, len(spoilt)))])
+        with contextlib.suppress(probes.ProbeError):
+            probes.symbol_offsets(str(path), ["fgpu_admit"])

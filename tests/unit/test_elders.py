@@ -1,0 +1,143 @@
+"""Who was there before fgpu: found once, never claimed by anybody later, spared and told of once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fgpu_ebpf import pages, procfs
+from fgpu_ebpf.adoption import Adoption
+from fgpu_ebpf.elders import Elders
+from fgpu_ebpf.history import History
+from fgpu_ebpf.processes import Process
+from fgpu_ebpf.reconcile import Truth
+
+MIB = 1 << 20
+ME = os.getpid()
+
+
+@pytest.fixture
+def other() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+def maps(monkeypatch: pytest.MonkeyPatch, files: dict[int, list[str]]) -> None:
+    """Who has mapped what."""
+    monkeypatch.setattr(procfs, "pids", lambda: list(files))
+    mapped = {pid: [procfs.Mapping(name, 1, 2) for name in names] for pid, names in files.items()}
+    monkeypatch.setattr(procfs, "fgpu_mappings", mapped.get)
+
+
+def test_they_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other) -> None:
+    maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"], other.pid: []})
+    assert list(Elders.found(tmp_path)) == [ME]
+    maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"], other.pid: ["/usr/lib/libcuda.so.1"]})
+    assert list(Elders.found(tmp_path)) == [ME], "a later one has become older"
+
+
+def test_who_has_the_shim_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1", "/var/lib/fgpu/shim/libfgpu.so.0"]})
+    assert list(Elders.found(tmp_path)) == []
+
+
+@pytest.mark.parametrize("said", ["", "[1]", '{"a": 1}', '{"1": null}'])
+def test_a_file_that_cannot_be_read_makes_nobody_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said) -> None:
+    maps(monkeypatch, {ME: ["libcuda.so"]})
+    (tmp_path / Elders.FILE).write_text(said)
+    assert list(Elders.found(tmp_path)) == []
+
+
+def test_another_process_of_the_same_pid_is_none(tmp_path: Path) -> None:
+    start = procfs.started(ME)
+    assert start
+    (tmp_path / Elders.FILE).write_text(json.dumps({ME: start + 1}))
+    known = Elders.found(tmp_path)
+    known.look()
+    assert ME not in known
+    (tmp_path / Elders.FILE).write_text(json.dumps({ME: start}))
+    known = Elders.found(tmp_path)
+    known.look()
+    assert ME in known
+
+
+def test_who_has_ended_is_none_though_nobody_has_noticed(other) -> None:
+    known = Elders({other.pid: procfs.started(other.pid) or 0})
+    assert known.places()
+    other.kill()
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+    assert not known.places()
+
+
+def test_their_places_are_all_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(procfs, "cgroup_path", lambda _: "/a/b/c")
+    assert Elders({ME: procfs.started(ME) or 0}).places() == {"/a/b/c", "/a/b", "/a", "/"}
+    assert Elders().places() == set()
+
+
+# -- what is told
+
+
+class Host:
+    """One process in one tenant, by NVML, the ledger and the enforcer."""
+
+    def __init__(self, flags: int = 0, known: Elders | None = None) -> None:
+        one = (5 * MIB, *[0] * 15)
+        self.process = Process(9, (7,), flags, 0, True, one, one, *[(0,) * 16] * 3)
+        self.truth = Truth(held={0: {ME: 5 * MIB}})
+        self.usage = SimpleNamespace(limit=4 * MIB, used=5 * MIB)
+        self.spared = 0
+        self.history = History()
+        ledger = SimpleNamespace(process={ME: self.process}.get, usage=lambda *_: [self.usage])
+        enforcer = SimpleNamespace(
+            elders=known or Elders(), get={7: SimpleNamespace(name="a", cgroup=7)}.get, spare_elders=self._spare
+        )
+        self.adoption = Adoption(lambda: self.truth, ledger, enforcer, self.history)
+
+    def _spare(self) -> None:
+        self.spared += 1
+
+    def told(self) -> list[tuple[str, str, int, str]]:
+        self.adoption.look()
+        return [(h["what"], h["reason"], h["bytes"], h["text"]) for h in self.history.since(0)["events"]]
+
+
+BEYOND = "the tenant has 5MiB of 4MiB: nothing more is admitted"
+
+
+def test_each_is_told_of_once() -> None:
+    host = Host(known=Elders({ME: 1}))
+    assert host.told() == [("adopted", "older than fgpu", 5 * MIB, BEYOND)]
+    host.truth = Truth(held={0: {ME: 6 * MIB}})
+    assert len(host.told()) == 1
+    assert host.spared == 2
+    host.truth = Truth()
+    host.told()
+    host.truth = Truth(held={0: {ME: 6 * MIB}})
+    host.history = host.adoption._history = History()
+    assert len(host.told()) == 1, "it came again and nobody said so"
+
+
+def test_within_the_limit_nothing_is_beyond_it() -> None:
+    host = Host()
+    host.usage = SimpleNamespace(limit=5 * MIB, used=5 * MIB)
+    assert host.told() == [("adopted", "unwitnessed", 5 * MIB, "")]
+
+
+@pytest.mark.parametrize("flags", [pages.Seen.SHIM, pages.Seen.CALL, pages.Seen.CALL | pages.Seen.BYPASS])
+def test_whom_the_kernel_has_seen_it_tells_of_itself(flags: int) -> None:
+    assert Host(flags).told() == []
+
+
+def test_without_a_new_look_of_nvml_nothing_is_looked_at() -> None:
+    host = Host()
+    host.told()
+    host.adoption.look()
+    assert host.spared == 1

@@ -1,0 +1,314 @@
+"""What is put in force, and what does not fit, against a ledger that notes what it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.enforcer import Enforcer, RoomError
+from fgpu_ebpf.glance import Standing, standing
+from fgpu_ebpf.identity import Workload
+from fgpu_ebpf.tenants import Source, Tenant
+from fgpu_ebpf.workloads import Workloads
+
+GIB = 1 << 30
+
+
+class Books:
+    """The ledger's calls that an enforcer makes."""
+
+    def __init__(self):
+        self.limits, self.shares, self.decided, self.calls = {}, {}, {}, 0
+
+    def page_missing(self, cgroup):
+        return cgroup not in self.limits
+
+    def set_limits(self, levels):
+        self.calls += 1
+        self.limits |= {level.cgroup: (dict(level.bytes), level.flags) for level in levels}
+
+    def remove(self, cgroups):
+        for cgroup in cgroups:
+            self.limits.pop(cgroup, None)
+            self.decided.pop(cgroup, None)
+
+    @property
+    def times(self):
+        return self
+
+    def set_shares(self, shares):
+        self.shares |= shares
+
+    def resolve(self, cgroup, managed):
+        self.decided[cgroup] = managed
+
+    def processes(self):
+        return {}
+
+
+@pytest.fixture
+def books():
+    return Books()
+
+
+@pytest.fixture
+def place(tmp_path, books):
+    """make(path, GiB, …) -> Tenant, and an enforcer for a device of 10 GiB."""
+    devices = [SimpleNamespace(index=0, usable_bytes=10 * GIB)]
+    enforcer = Enforcer(books, Workloads(tmp_path), devices, overcommit=False)
+
+    def make(path, gib=None, source=Source.POLICY, **more):
+        folder = tmp_path / path.lstrip("/")
+        folder.mkdir(parents=True, exist_ok=True)
+        workload = Workload(folder.stat().st_ino, path, folder.name)
+        limit = pages.NO_LIMIT if gib is None else gib * GIB
+        return Tenant(workload, folder.name, source, "p", {0: limit}, **more)
+
+    return SimpleNamespace(make=make, enforcer=enforcer)
+
+
+def in_force(books, tenant):
+    return books.limits[tenant.cgroup][0][0]
+
+
+def test_limits_are_in_force_before_anybody_uses_them_and_count_only_then(place, books):
+    one = place.make("/one", 8)
+    place.enforcer.put([one])
+    assert (in_force(books, one), books.decided, place.enforcer.committed(0)) == (8 * GIB, {}, 0)
+    place.enforcer.use(one.cgroup)
+    assert (books.decided, place.enforcer.committed(0)) == ({one.cgroup: True}, 8 * GIB)
+
+
+def test_who_comes_when_there_is_no_room_gets_nothing_until_there_is(place, books):
+    one, two = place.make("/one", 8), place.make("/two", 4)
+    place.enforcer.put([one, two])
+    for tenant in (one, two):
+        place.enforcer.use(tenant.cgroup)
+    assert in_force(books, two) == 0
+    assert "4GiB for two do not fit on device 0: 8GiB of 10GiB" in place.enforcer.denied(two.cgroup)
+    place.enforcer.release([one.cgroup])
+    assert (in_force(books, two), place.enforcer.denied(two.cgroup)) == (4 * GIB, "")
+
+
+def test_by_hand_it_is_refused_with_the_numbers_and_nothing_changes(place, books):
+    one, two = place.make("/one", 8, Source.SET), place.make("/two", 4, Source.SET)
+    place.enforcer.put([one])
+    with pytest.raises(RoomError, match="8GiB of 10GiB are committed"):
+        place.enforcer.put([two])
+    assert list(place.enforcer) == [one]
+    assert list(books.limits) == [one.cgroup]
+
+
+def test_what_the_kernel_did_not_take_is_not_in_force_and_is_tried_again(place, books):
+    one, group, leaf = place.make("/one", 2, Source.SET), place.make("/pod", 8), place.make("/pod/c", 6)
+    place.enforcer.put([one])
+    before = dict(books.limits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(books, "set_limits", lambda levels: (_ for _ in ()).throw(OSError(errno.E2BIG, "no room")))
+        with pytest.raises(OSError, match="no room"):
+            place.enforcer.put([dataclasses.replace(one, limits={0: 3 * GIB}), group, leaf])
+    assert (list(place.enforcer), place.enforcer.committed(0)) == ([one], 2 * GIB)
+    assert [place.enforcer.at(p) for p in ("/one", "/pod", "/pod/c")] == [one, None, None]
+    assert (place.enforcer.named("pod"), place.enforcer.groups(), books.limits) == (None, set(), before)
+    place.enforcer.put([group, leaf])
+    assert in_force(books, leaf) == 6 * GIB
+    assert place.enforcer.groups() == {group.cgroup}
+
+
+def test_who_was_denied_gets_it_when_another_is_lowered(place, books):
+    one, two = place.make("/one", 8), place.make("/two", 4)
+    place.enforcer.put([one, two])
+    for tenant in (one, two):
+        place.enforcer.use(tenant.cgroup)
+    place.enforcer.put([dataclasses.replace(one, limits={0: 7 * GIB})])
+    assert "7GiB of 10GiB" in place.enforcer.denied(two.cgroup)
+    place.enforcer.put([dataclasses.replace(one, limits={0: 6 * GIB})])
+    assert (in_force(books, two), place.enforcer.denied(two.cgroup)) == (4 * GIB, "")
+
+
+def test_who_grew_in_vain_gets_it_when_there_is_room(place, books):
+    one, two = place.make("/one", 4), place.make("/two", 4)
+    place.enforcer.put([one, two])
+    for tenant in (one, two):
+        place.enforcer.use(tenant.cgroup)
+    place.enforcer.put([dataclasses.replace(two, limits={0: 9 * GIB})])
+    assert in_force(books, two) == 4 * GIB
+    place.enforcer.put([dataclasses.replace(one, limits={0: 1 * GIB})])
+    assert in_force(books, two) == 9 * GIB
+
+
+def test_why_it_is_denied_is_told_as_of_now(place):
+    one, two, three = place.make("/one", 8), place.make("/two", 4), place.make("/three", 1)
+    place.enforcer.put([one, two, three])
+    for tenant in (one, two, three):
+        place.enforcer.use(tenant.cgroup)
+    assert "9GiB of 10GiB" in place.enforcer.denied(two.cgroup)
+
+
+def test_overcommit_lets_all_in(place, books):
+    place.enforcer.overcommit = True
+    tenants = [place.make(f"/t{n}", 8, Source.SET) for n in range(3)]
+    place.enforcer.put(tenants)
+    assert [in_force(books, tenant) for tenant in tenants] == [8 * GIB] * 3
+
+
+def test_a_limit_beyond_the_device_is_the_whole_device(place):
+    place.enforcer.put([place.make("/one", 100, Source.SET)])
+    assert place.enforcer.committed(0) == 10 * GIB
+    with pytest.raises(RoomError):
+        place.enforcer.put([place.make("/two", 1, Source.SET)])
+
+
+def test_inside_a_group_the_group_counts_alone(place):
+    inner = [place.make(f"/pod/c{n}", 6, Source.SET) for n in range(3)]
+    place.enforcer.put([place.make("/pod", 8, Source.SET), *inner])
+    assert place.enforcer.committed(0) == 8 * GIB
+
+
+def test_a_group_may_come_after_those_inside(place):
+    place.enforcer.put([place.make("/pod/a", 5, Source.SET), place.make("/pod/b", 5, Source.SET)])
+    place.enforcer.put([place.make("/pod", 7, Source.SET)])
+    assert place.enforcer.committed(0) == 7 * GIB
+
+
+def test_the_first_use_inside_a_group_counts_the_group_and_answers_for_all_levels(place, books):
+    group, leaf = place.make("/pod", 8), place.make("/pod/c", 6)
+    place.enforcer.put([group, leaf])
+    place.enforcer.use(leaf.cgroup)
+    assert place.enforcer.committed(0) == 8 * GIB
+    assert books.decided == {group.cgroup: True, leaf.cgroup: True}
+    assert place.enforcer.groups() == {group.cgroup}
+
+
+def test_observed_and_unlimited_tenants_promise_nothing(place, books):
+    place.enforcer.put([place.make("/all", 10, Source.SET)])
+    others = [place.make("/observed", 5, observe=True), place.make("/free")]
+    place.enforcer.put(others)
+    for tenant in others:
+        place.enforcer.use(tenant.cgroup)
+    assert books.limits[others[0].cgroup] == ({0: 5 * GIB}, pages.LimitFlag.OBSERVE)
+    assert in_force(books, others[1]) == pages.NO_LIMIT
+
+
+def test_who_grows_where_there_is_no_room_keeps_what_it_has(place, books):
+    one, two = place.make("/one", 4), place.make("/two", 4)
+    place.enforcer.put([one, two])
+    for tenant in (one, two):
+        place.enforcer.use(tenant.cgroup)
+    place.enforcer.put([dataclasses.replace(two, limits={0: 9 * GIB})])
+    assert in_force(books, two) == 4 * GIB
+    place.enforcer.put([dataclasses.replace(two, limits={0: 6 * GIB})])
+    assert in_force(books, two) == 6 * GIB
+
+
+def test_nothing_is_written_for_what_stays_as_it_is(place, books):
+    one = place.make("/one", 4)
+    place.enforcer.put([one])
+    calls = books.calls
+    place.enforcer.put([one])
+    assert books.calls == calls
+
+
+def test_names_are_unique(place):
+    one, two = place.make("/a/x", 1), place.make("/b/x", 1)
+    place.enforcer.put([one])
+    place.enforcer.put([two])
+    assert [t.name for t in place.enforcer] == ["x", f"x-{two.cgroup}"]
+    place.enforcer.put([two])
+    assert len(place.enforcer) == 2
+    assert place.enforcer.named("x").path == "/a/x"
+
+
+def test_levels_are_leaf_first(place):
+    place.enforcer.put([place.make("/pod", 8), place.make("/pod/c", 6)])
+    (pod, leaf) = (place.enforcer.at(p).cgroup for p in ("/pod", "/pod/c"))
+    place.make("/pod/c/inside")
+    assert place.enforcer.levels("/pod/c/inside") == (leaf, pod)
+
+
+def test_levels_that_are_too_many_are_left_out_on_the_inside_and_it_is_said(place, books):
+    paths = ["/b", "/b/1", "/b/1/2", "/b/1/2/3", "/b/1/2/3/4"]
+    place.enforcer.put([place.make(path, 2) for path in reversed(paths)])
+    ids = [place.enforcer.at(path).cgroup for path in paths]
+    assert place.enforcer.levels(paths[-1]) == tuple(reversed(ids[:4]))
+    assert "at most 4 levels" in place.enforcer.denied(ids[4])
+    assert place.enforcer.denied(ids[3]) == ""
+    decided = SimpleNamespace(resolved=lambda cgroup: cgroup in ids or None, page_missing=lambda _: False)
+    kept = Standing(True, ids[3], tuple(reversed(ids[:4])))
+    assert standing(decided, ids[::-1]) == kept
+    decided.resolved = lambda cgroup: cgroup in ids[:4] or None  # nobody needs to ask about what is left out
+    assert standing(decided, ids[::-1]) == kept
+
+
+def summed(enforcer, index, but=None):
+    """What is committed, the long way."""
+    total = 0
+    for tenant in enforcer:
+        granted = enforcer._granted.get(tenant.cgroup, {}).get(index, 0)
+        groups = [g for g in enforcer.around(tenant) if g.cgroup in enforcer._granted and g.limits[index] < 1 << 60]
+        within = but and (tenant.path == but.path or tenant.path.startswith(f"{but.path}/"))
+        total += 0 if granted == pages.NO_LIMIT or groups or within else min(granted, 10 * GIB)
+    return total
+
+
+def test_what_is_committed_is_the_sum_after_any_history(place, scale):
+    chance = random.Random(1009)
+    paths = [f"/{a}{b}{c}" for a in "ab" for b in ("", "/x", "/y") for c in ("", "/u", "/v") if b or not c]
+    for _ in range(scale(101, 1009, 10007)):
+        tenant = place.make(chance.choice(paths), chance.choice([None, 1, 2, 3]))
+        match chance.randrange(4):
+            case 0:
+                place.enforcer.release([tenant.cgroup]) if place.enforcer.get(tenant.cgroup) else None
+            case 1:
+                place.enforcer.use(tenant.cgroup)
+            case _:
+                place.enforcer.put([dataclasses.replace(tenant, name=tenant.path)])
+        assert place.enforcer.committed(0) == summed(place.enforcer, 0)
+        assert place.enforcer.committed(0, tenant) == summed(place.enforcer, 0, tenant)
+        assert place.enforcer.committed(0) <= 10 * GIB
+    place.enforcer.release([tenant.cgroup for tenant in place.enforcer])
+    assert not place.enforcer._inside, "nothing is remembered of who has gone"
+
+
+def test_a_thousand_that_come_at_once_are_not_looked_at_once_each(place, monkeypatch):
+    looks = []
+    promise = Enforcer._promise
+    monkeypatch.setattr(Enforcer, "_promise", lambda *given: looks.append(1) or promise(*given))
+    tenants = [dataclasses.replace(place.make(f"/t{n}", 1), limits={0: 1 << 20}) for n in range(1009)]
+    place.enforcer.put(tenants)
+    for tenant in tenants:
+        place.enforcer.use(tenant.cgroup)
+    assert place.enforcer.committed(0) == 1009 << 20
+    assert len(looks) <= 3 * len(tenants)
+
+
+# -- who is older than fgpu
+
+
+def test_kill_waits_for_those_who_are_older(place, books, monkeypatch):
+    at = {"/": "", "/one": ""}
+    monkeypatch.setattr(place.enforcer.elders, "places", lambda: frozenset(at))
+    place.enforcer.spare_elders()
+    one, two = place.make("/one", 1, kill=True), place.make("/two", 1, kill=True)
+    inside = place.make("/one/inside", 1, kill=True)
+    place.enforcer.put([one, two, inside])
+
+    def killing():
+        return [t.path for t in (one, two, inside) if books.limits[t.cgroup][1] & pages.LimitFlag.KILL]
+
+    assert killing() == ["/two", "/one/inside"]
+    assert [place.enforcer.spares(t) for t in (one, two, inside)] == [True, False, False]
+    at["/two"] = at.pop("/one")  # it was moved
+    place.enforcer.spare_elders()
+    assert killing() == ["/one", "/one/inside"]
+    at.clear()
+    place.enforcer.spare_elders()
+    assert killing() == ["/one", "/two", "/one/inside"]
+    calls = books.calls
+    place.enforcer.spare_elders()
+    assert books.calls == calls, "nothing changed"

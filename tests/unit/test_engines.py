@@ -1,0 +1,360 @@
+"""What engines say reaches workloads, and nothing that they do or leave undone holds anybody up."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from labels_kit import ID, IMAGE, OTHER, PATH, Docker, asked, container, eventually, running, subject, workload
+
+from fgpu_ebpf import answers, asker, dockerapi, engines, namesfile
+from fgpu_ebpf.answers import AnswerError
+from fgpu_ebpf.cgroupnames import Engine
+from fgpu_ebpf.dockerapi import DockerApi
+from fgpu_ebpf.identity import Names, Workload, named
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def docker(tmp_path):
+    engine = Docker(tmp_path / "docker.sock")
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def api(docker):
+    return DockerApi(Engine.DOCKER, str(docker.path))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Deadlines and pauses as short as a test's patience."""
+    monkeypatch.setattr(dockerapi, "DEADLINE_SECONDS", 0.2)
+    monkeypatch.setattr(asker, "LONGEST_PAUSE_SECONDS", 0.1)
+
+
+# -- what arrives
+
+
+def test_labels_image_and_name_arrive_and_ring(docker, api):
+    docker.containers = [container(), container(OTHER, Names=["/db"])]
+    with running(api) as found:
+        first = found.named(workload())
+        assert (first.name, first.labels, first.image) == ("w", {}, None)  # at once, and nothing is known yet
+        known = asked(found, workload())
+        assert (known.name, known.labels, known.image) == ("web", {"tier": "notebook"}, "registry.example/app:1")
+        assert len(docker.targets) == 1
+        assert (found.views()[0].found, found.views()[0].failed) == (1, 0)
+
+
+def test_a_container_is_asked_about_once_and_for_all_its_cgroups(docker, api):
+    docker.containers = [container()]
+    with running(api) as found:
+        found.named(workload(path=PATH + "/inner", inside=True))
+        asked(found, workload())
+        inner = found.named(workload(path=PATH + "/inner", inside=True))
+        assert (inner.name, inner.labels) == ("w", {"tier": "notebook"})
+        for _ in range(100):
+            found.named(workload())
+        assert len(docker.targets) == 1
+
+
+def test_podman_says_the_same(tmp_path):
+    podman = Docker(tmp_path / "podman.sock")
+    podman.containers = [container(Annotations={"fgpu.dev/memory": "8GiB"})]
+    with running(DockerApi(Engine.PODMAN, str(podman.path))) as found:
+        known = asked(found, workload(subject(engine=Engine.PODMAN)))
+        assert known.image_asks == {"fgpu.dev/memory": "8GiB"}  # no image is known: it may be the image's
+        assert found.named(workload(subject(OTHER))).labels == {}  # Docker's is nobody's here
+    podman.stop()
+
+
+def test_kubernetes_names_on_dockers_containers(docker, api):
+    docker.containers = [container(Labels={answers.POD_NAME: "jupyter-0", answers.POD_NAMESPACE: "dev"})]
+    with running(api) as found:
+        known = asked(found, workload())
+        assert (known.pod, known.namespace) == ("jupyter-0", "dev")
+
+
+@pytest.mark.parametrize(
+    ("own", "image", "asks", "labels"),
+    [
+        ({"fgpu.dev/memory": "8GiB"}, {}, {}, {"fgpu.dev/memory": "8GiB"}),
+        ({"fgpu.dev/memory": "8GiB"}, {"fgpu.dev/memory": "8GiB"}, {"fgpu.dev/memory": "8GiB"}, {}),
+        ({"fgpu.dev/memory": "9GiB"}, {"fgpu.dev/memory": "8GiB"}, {}, {"fgpu.dev/memory": "9GiB"}),
+        ({"fgpu.dev/compute": "50%", "a": "b"}, {"a": "c"}, {}, {"fgpu.dev/compute": "50%", "a": "b"}),
+    ],
+)
+def test_what_the_image_asks_for_is_told_from_what_the_workload_does(docker, api, own, image, asks, labels):
+    docker.containers, docker.images = [container(Labels=own)], {IMAGE: image}
+    with running(api) as found:
+        known = asked(found, workload())
+        assert (known.image_asks, known.labels) == (asks, labels)
+
+
+def test_what_root_wrote_on_the_cgroup_comes_first():
+    one = named(workload(labels={"tier": "batch"}), Names("web", labels={"tier": "notebook", "team": "ml"}))
+    assert one.labels == {"tier": "batch", "team": "ml"}
+
+
+# -- later
+
+
+def test_an_engine_that_learns_of_the_container_later_is_asked_again(docker, api):
+    with running(api) as found:
+        found.named(workload())
+        eventually(lambda: len(docker.targets) > 2)
+        assert "knows of no such container" in found.missing(workload())
+        docker.containers = [container()]
+        assert asked(found, workload()).labels == {"tier": "notebook"}
+        assert found.missing(workload()) == ""
+
+
+def test_an_engine_that_is_started_later_or_restarts(tmp_path, quick):
+    path = tmp_path / "docker.sock"
+    with running(DockerApi(Engine.DOCKER, str(path))) as found:
+        found.named(workload())
+        assert eventually(found.views)[0].waiting == 1
+        assert "is not there" in found.missing(workload())
+        docker = Docker(path)
+        docker.containers = [container()]
+        assert asked(found, workload()).labels
+        docker.stop()
+        found.named(workload(subject(OTHER), path="/other"))
+        eventually(lambda: not found.views()[0].is_there)
+        docker = Docker(path)
+        docker.containers = [container(OTHER)]
+        assert asked(found, workload(subject(OTHER), path="/other")).labels
+        assert found.views()[0].fault == ""
+        docker.stop()
+
+
+def test_what_is_known_outlives_the_agent_and_its_engine(docker, api, tmp_path):
+    docker.containers, docker.images = [container(Labels={"fgpu.dev/memory": "8GiB"})], {IMAGE: {}}
+    file = tmp_path / "engines.json"
+    with running(api, file=file) as found:
+        known = asked(found, workload())
+        found.keep()
+        assert file.stat().st_mode & 0o777 == 0o600
+        before = file.stat().st_ino
+        found.keep()
+        assert file.stat().st_ino == before  # nothing has changed
+    docker.stop()
+    with running(api, file=file) as found:
+        assert found.named(workload()) == known  # at once
+        found._entries[subject()].used -= 1000
+        found.keep()
+    with running(api, file=file) as found:
+        assert found.named(workload()).labels == {}  # nobody had asked about it for long
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '[{"of": ["docker"]}]', '[{"of": ["x", "y", 0]}]', "{}", "null", "[" * 10**5]
+)
+def test_a_file_that_is_none_is_nothing(tmp_path, text):
+    file = tmp_path / "engines.json"
+    file.write_text(text)
+    assert namesfile.read(file) == {}
+
+
+# -- engines that hang or lie
+
+
+def drip(wfile):
+    wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    for _ in range(1000):
+        wfile.write(b" ")
+        wfile.flush()
+        time.sleep(0.05)
+
+
+def headers(wfile):
+    wfile.write(b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(10**5)))
+
+
+def raw(body, head=b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"):
+    return lambda wfile: wfile.write(head + body)
+
+
+def silent(_):
+    time.sleep(30)
+
+
+LIES = {
+    "hangs": silent,
+    "drips": drip,
+    "endless headers": headers,
+    "empty": raw(b"", b""),
+    "no http": raw(b"", b"SSH-2.0-OpenSSH\r\n"),
+    "no json": raw(b"<html>"),
+    "half": raw(b'[{"Id": "', b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"),
+    "bad length": raw(b"[", b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"),
+    "bad chunks": raw(b"zz\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"),
+    "10 MiB": raw(b'["' + b"x" * (10 * MIB) + b'"]'),
+    "deep": raw(b"[" * 10**6),
+    "a long number": raw(b"9" * 10**6),
+    "not utf-8": raw(b'["\xff\xfe"]'),
+    "no list": raw(b'{"Id": 1}'),
+    "list of lists": raw(b"[[]]"),
+    "500": raw(b"{}", b"HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"),
+}
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("lie", LIES)
+def test_an_engine_that_hangs_or_lies_delays_nothing_and_is_told(docker, api, quick, lie):
+    docker.raw = LIES[lie]
+    other = DockerApi(Engine.PODMAN, str(docker.path) + ".other")
+    podman = Docker(docker.path.with_name("docker.sock.other"))
+    podman.containers = [container(OTHER)]
+    with running(api, other) as found:
+        begun = time.monotonic()
+        assert found.named(workload()).labels == {}
+        assert time.monotonic() - begun < 0.2  # not one deadline
+        one = workload(subject(OTHER, Engine.PODMAN), path="/libpod")
+        assert asked(found, one).labels == {"tier": "notebook"}  # meanwhile
+        view = eventually(lambda: next((v for v in found.views() if v.failed), None))
+        assert view.fault
+        assert "docker fails: " in found.missing(workload())
+        docker.raw, docker.containers = None, [container()]
+        assert asked(found, workload()).labels == {"tier": "notebook"}  # once it is itself again
+        assert [v.fault for v in found.views()] == ["", ""]
+    podman.stop()
+
+
+@pytest.mark.timed
+def test_one_bad_answer_keeps_nobody_elses_back(docker, api):
+    docker.containers = [container(Labels={"x": "y" * 5 * MIB}), container(OTHER)]
+    with running(api) as found:
+        found.named(workload())
+        begun = time.monotonic()
+        assert asked(found, workload(subject(OTHER), path="/other")).labels == {"tier": "notebook"}
+        assert time.monotonic() - begun < 1
+        assert found.named(workload()).labels == {}
+        assert "longer than 4 MiB" in eventually(lambda: found.missing(workload()))
+
+
+def test_a_backlog_that_is_full_is_waited_for_no_longer(tmp_path, quick):
+    path = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as full, running(DockerApi(Engine.DOCKER, str(path))) as found:
+        full.bind(str(path))
+        full.listen(0)
+        waiting = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(str(path))
+        found.named(workload())
+        assert eventually(lambda: found.views() and found.views()[0].fault)
+        for sock in waiting:
+            sock.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a socket away")
+def test_a_socket_that_is_not_roots_is_asked_nothing(docker, api, quick):
+    docker.containers = [container()]
+    os.chown(docker.path, 1000, 1000)
+    with running(api) as found:
+        found.named(workload())
+        assert "belongs to uid 1000" in eventually(lambda: found.views() and found.views()[0].fault)
+        assert docker.targets == []
+
+
+# -- bounds
+
+
+def test_long_labels_and_many_are_left_out_and_requests_never():
+    many = {f"k{n:05}": "v" * 10 for n in range(5000)}
+    labels = answers.labels_of({**many, "long": "x" * MIB, "x" * 400: "", "fgpu.dev/memory": "8GiB"})
+    assert labels["fgpu.dev/memory"] == "8GiB"
+    assert "long" not in labels
+    assert len(labels) == answers.MOST_LABELS
+    wide = answers.labels_of({f"{n}": "v" * 256 for n in range(1000)})
+    assert sum(len(k) + len(v) for k, v in wide.items()) <= answers.MOST_CHARACTERS
+
+
+def test_what_is_known_is_bounded_and_forgotten(docker, api, monkeypatch):
+    monkeypatch.setattr(engines, "MOST_KNOWN", 8)
+    docker.containers = [container(f"{n:064x}") for n in range(100)]
+    with running(api) as found:
+        for n in range(100):
+            found.named(workload(subject(f"{n:064x}"), path=f"/{n}"))
+        assert (len(found._entries), found.left_out) == (8, 92)
+        eventually(lambda: len(docker.targets) == 8)
+        monkeypatch.setattr(engines, "FORGOTTEN_SECONDS", 0.0)
+        assert asked(found, workload(subject(f"{99:064x}"), path="/99")).labels
+        assert len(found._entries) == 1
+
+
+def test_a_container_that_is_gone_is_asked_about_no_more(docker, api, monkeypatch):
+    monkeypatch.setattr(engines, "MOST_KNOWN", 1)
+    monkeypatch.setattr(engines, "FORGOTTEN_SECONDS", 0.0)
+    docker.containers = [container(OTHER)]
+    with running(api) as found:
+        found.named(workload())
+        eventually(lambda: docker.targets)
+        asked(found, workload(subject(OTHER), path="/other"))
+        assert found._askers[0]._wants == {}
+
+
+def test_nobody_is_asked_where_no_container_is(docker, api):
+    with running(api) as found:
+        before = threading.active_count()
+        found.named(Workload(1, "/batch", "batch"))
+        found.named(workload(subject(engine=Engine.RUNC)))
+        assert threading.active_count() == before
+        assert found._entries == {}
+        assert found.views() == ()
+
+
+# -- any answer at all
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+labels = st.dictionaries(st.text(max_size=8) | st.sampled_from(answers.ASKING), junk, max_size=5)
+items = st.fixed_dictionaries(
+    {"Id": st.just(ID) | junk},
+    optional={
+        "Names": st.lists(st.sampled_from(["/a", "/a/b", "", "x"]) | junk, max_size=3) | junk,
+        "Labels": labels | junk,
+        "Image": junk,
+        "ImageID": junk,
+        "HostConfig": st.fixed_dictionaries({}, optional={"Annotations": labels | junk}) | junk,
+    },
+)
+
+
+def is_sound(names):
+    texts = [names.pod, names.namespace, names.image, *names.labels, *names.labels.values(), *names.image_asks.values()]
+    return all(text is None or (isinstance(text, str) and text.isprintable() and len(text) <= 512) for text in texts)
+
+
+@given(st.lists(items, max_size=3) | junk, junk, labels | junk)
+def test_any_answer_gives_sound_names_or_none(found, image, image_labels):
+    try:
+        said = answers.of_docker(found, ID)
+    except AnswerError:
+        return
+    if said is None:
+        return
+    names, _ = said
+    assert is_sound(names)
+    assert is_sound(named(workload(), names))
+    for answer in (image, {"Config": image}, {"Config": {"Labels": image_labels}}):
+        try:
+            known = answers.docker_image_labels(answer)
+        except AnswerError:
+            continue
+        both = answers.with_image(names, known)
+        assert is_sound(both)
+        assert not set(both.image_asks) & set(both.labels)
+        assert {**both.image_asks, **both.labels}.items() >= names.labels.items()

@@ -1,0 +1,202 @@
+"""Pods' labels, annotations and names by the container runtime interface, from an engine that speaks real gRPC."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from concurrent import futures
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from labels_kit import ID, IMAGE, OTHER, UID, Cri, asked, eventually, running, subject, workload
+
+from fgpu_ebpf import asker, criapi
+from fgpu_ebpf.answers import AnswerError
+from fgpu_ebpf.cgroupnames import Engine
+from fgpu_ebpf.criapi import CriApi
+from fgpu_ebpf.identity import Names
+from fgpu_ebpf.tenants import _name
+
+CONTAINERD = subject(engine=Engine.CONTAINERD)
+POD = subject(UID, Engine.CRI, is_pod=True)
+
+
+@pytest.fixture
+def cri(tmp_path):
+    engine = Cri(tmp_path / "cri.sock")
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def api(cri):
+    return CriApi(str(cri.path))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(criapi, "DEADLINE_SECONDS", 0.3)
+    monkeypatch.setattr(asker, "LONGEST_PAUSE_SECONDS", 0.1)
+
+
+def test_a_container_has_its_pods_names_labels_and_annotations(cri, api):
+    cri.add_pod(labels={"tier": "notebook"}, annotations={"fgpu.dev/memory": "50%", "long": "x" * 1000})
+    cri.add_container()
+    cri.images[IMAGE] = {"maintainer": "us"}
+    with running(api) as found:
+        known = asked(found, workload(CONTAINERD))
+        assert (known.name, known.pod, known.namespace) == ("main", "jupyter-0", "dev")
+        assert known.image == "registry.example/app:1"
+        wanted = {"tier": "notebook", "fgpu.dev/memory": "50%", "maintainer": "us"}
+        assert wanted.items() <= known.labels.items()
+        assert "long" not in known.labels
+        assert known.image_asks == {}
+        assert _name(known) == "dev/jupyter-0/main"
+
+
+def test_what_the_image_asks_for_is_its_own_and_asked_once(cri, api):
+    cri.add_pod()
+    cri.add_container()
+    cri.add_container(OTHER)
+    cri.images[IMAGE] = {"fgpu.dev/memory": "8GiB"}
+    with running(api) as found:
+        assert asked(found, workload(CONTAINERD)).image_asks == {"fgpu.dev/memory": "8GiB"}
+        other = asked(found, workload(subject(OTHER, Engine.CRIO), path="/other"))
+        assert other.image_asks == {"fgpu.dev/memory": "8GiB"}
+        assert cri.calls.count("ImageStatus") == 1
+
+
+def test_a_pod_is_known_before_its_containers_are(cri, api):
+    with running(api) as found:
+        found.named(workload(POD, path="/pod"))
+        eventually(lambda: cri.calls.count("ListPodSandbox") > 1)
+        cri.add_pod(labels={"clearml-injector/fraction": "0.250"})
+        known = asked(found, workload(POD, path="/pod"))
+        assert (known.pod, known.namespace) == ("jupyter-0", "dev")
+        assert known.labels["clearml-injector/fraction"] == "0.250"
+        assert _name(known) == "dev/jupyter-0"
+
+
+def test_a_pod_is_asked_about_at_once_when_a_container_of_it_is_known(cri, api, monkeypatch):
+    monkeypatch.setattr(asker, "FIRST_AGAIN_SECONDS", 30.0)
+    with running(api) as found:
+        found.named(workload(POD, path="/pod"))
+        eventually(lambda: cri.calls)
+        cri.add_pod()
+        cri.add_container()
+        assert asked(found, workload(CONTAINERD)).pod == "jupyter-0"
+        eventually(lambda: found.named(workload(POD, path="/pod")).pod, 2)
+
+
+def test_of_several_sandboxes_the_one_that_is_ready_counts(cri, api):
+    cri.add_pod("a" * 64, labels={"n": "old"}, state=1)
+    cri.add_pod("b" * 64, labels={"n": "ready"}, state=0)
+    cri.add_pod("c" * 64, labels={"n": "gone"}, state=1)
+    with running(api) as found:
+        assert asked(found, workload(POD)).labels["n"] == "ready"
+
+
+def test_what_only_holds_a_pods_namespaces_has_no_names(cri, api):
+    cri.add_pod(id_=ID, labels={"tier": "notebook"})
+    with running(api) as found:
+        known = asked(found, workload(CONTAINERD))
+        assert (known.name, known.pod, known.labels) == ("w", None, {})
+        assert api.ask(CONTAINERD) == Names()
+
+
+def test_docker_containers_are_nobody_here(api):
+    assert [api.serves(subject(engine=engine)) for engine in (Engine.DOCKER, Engine.PODMAN, Engine.LXC)] == [False] * 3
+    assert api.serves(POD)
+
+
+# -- engines that hang or lie
+
+
+@pytest.mark.parametrize("lie", ["hangs", "garbage", "another container", "20 MiB", "is down"])
+def test_an_engine_that_hangs_or_lies_is_told_and_asked_again(cri, api, quick, lie):
+    ended = threading.Event()
+    status = cri.messages["ContainerStatusResponse"]
+    pad = cri.messages["ContainerStatus"](id=ID, labels={"x": "y" * (20 << 20)})
+    cri.raw = {
+        "hangs": lambda: b"\xff" * ended.wait(10),
+        "garbage": lambda: b"\xff" * 100,
+        "another container": lambda: status(status=cri.messages["ContainerStatus"](id=OTHER)).SerializeToString(),
+        "20 MiB": lambda: status(status=pad).SerializeToString(),
+        "is down": lambda: 1 // 0,
+    }[lie]
+    with running(api) as found:
+        assert found.named(workload(CONTAINERD)).labels == {}
+        assert eventually(lambda: found.views() and found.views()[0].fault)
+        assert "fails" in found.missing(workload(CONTAINERD))
+        ended.set()
+        cri.raw = None
+        cri.add_pod()
+        cri.add_container()
+        assert asked(found, workload(CONTAINERD)).pod == "jupyter-0"
+        assert found.views()[0].fault == ""
+
+
+def test_an_engine_that_is_no_grpc_at_all_and_one_that_restarts(tmp_path, quick):
+    path = tmp_path / "cri.sock"
+    with socket.socket(socket.AF_UNIX) as silent, running(CriApi(str(path))) as found:
+        silent.bind(str(path))
+        silent.listen(8)
+        found.named(workload(CONTAINERD))
+        assert eventually(lambda: found.views() and found.views()[0].fault)
+        silent.close()
+        os.unlink(path)
+        for _ in range(2):
+            cri = Cri(path)
+            cri.add_pod()
+            cri.add_container()
+            assert asked(found, workload(CONTAINERD)).pod == "jupyter-0"
+            cri.stop()
+            found._entries.clear()
+
+
+def test_an_interface_of_old_is_named(tmp_path, quick):
+    import grpc
+
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    server.add_insecure_port(f"unix:{tmp_path}/cri.sock")
+    server.start()
+    with running(CriApi(f"{tmp_path}/cri.sock")) as found:
+        found.named(workload(CONTAINERD))
+        assert "speaks no CRI v1" in eventually(lambda: found.views() and found.views()[0].fault)
+    server.stop(0)
+
+
+def test_without_grpc_it_says_what_to_install(tmp_path, monkeypatch, quick):
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    (tmp_path / "cri.sock").touch()
+    with running(CriApi(f"{tmp_path}/cri.sock")) as found:
+        found.named(workload(CONTAINERD))
+        assert "python3-grpcio" in eventually(lambda: found.views() and found.views()[0].fault)
+
+
+# -- any bytes at all
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.binary(max_size=60), st.text(max_size=40) | st.binary(max_size=40))
+def test_any_bytes_give_names_or_a_fault(monkeypatch, answer, info):
+    api = CriApi("/nowhere")
+    messages = api._known_messages()
+
+    def call(method, service, **fields):
+        try:
+            return messages[f"{method}Response"].FromString(answer)
+        except Exception as error:
+            raise AnswerError("is none") from error
+
+    monkeypatch.setattr(api, "_call", call)
+    for about in (CONTAINERD, POD):
+        try:
+            names = api.ask(about)
+        except AnswerError:
+            continue
+        assert names is None or all(isinstance(text, (str, type(None))) for text in (names.pod, names.namespace))
+    assert criapi._image_labels(info) is None

@@ -1,0 +1,38 @@
+"""What is told of what happened: not the same all the time, but all that somebody did."""
+
+from __future__ import annotations
+
+import pytest
+
+from fgpu_ebpf import history
+from fgpu_ebpf.history import MOST, History
+
+
+def told(one: History) -> list[tuple[str, int, int]]:
+    return [(h["what"], h["bytes"], h["more"]) for h in one.since(0)["events"]]
+
+
+def test_the_same_is_told_once_a_second_and_how_often_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, now = History(), 100.0
+    monkeypatch.setattr(history.time, "monotonic", lambda: now)
+    for bytes_ in (1, 2, 3):
+        one.add("refused", tenant="a", bytes=bytes_)
+    one.add("refused", tenant="b", bytes=4)
+    now += 1
+    one.add("refused", tenant="a", bytes=5)
+    assert told(one) == [("refused", 1, 0), ("refused", 4, 0), ("refused", 5, 2)]
+
+
+def test_what_is_done_by_hand_is_told_every_time() -> None:
+    one = History()
+    for bytes_ in (1, 2, 2):
+        one.add("set", tenant="a", bytes=bytes_)
+    assert told(one) == [("set", 1, 0), ("set", 2, 0), ("set", 2, 0)]
+
+
+def test_it_does_not_grow() -> None:
+    one = History()
+    for number in range(MOST + 23):
+        one.add("refused", tenant=str(number))
+    assert len(one.since(0)["events"]) == MOST
+    assert one.since(0)["forgotten"] == 23

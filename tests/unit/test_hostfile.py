@@ -1,0 +1,118 @@
+"""The host's settings: what the file may say, and what it is told when it is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf import hostfile
+from fgpu_ebpf.hostfile import HostSettings
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """settings(text): what a file with this text comes to."""
+
+    def read(text):
+        path = tmp_path / "agent.yaml"
+        path.write_text(text)
+        found, faults = hostfile.read(path, root_only=False)
+        return found, [str(fault).removeprefix(str(path)) for fault in faults]
+
+    return read
+
+
+def test_without_a_file_and_with_an_empty_one_the_usual_holds(tmp_path, settings):
+    assert hostfile.read(tmp_path / "none.yaml") == (HostSettings(), ())
+    assert settings("") == settings("# nothing\n") == settings("{}") == (HostSettings(), [])
+
+
+def test_everything_that_a_file_says_arrives(settings):
+    text = """
+listen: "[::1]:9999"
+overcommit: allow
+loader: [/usr/bin/python3.12, -I, -B]
+driverRoot: /run/nvidia/driver
+policyFolder: /srv/policies
+metricLabels: [team]
+engines: ["docker:/srv/docker.sock", "cri:/srv/containerd.sock"]
+logFormat: journal
+"""
+    assert settings(text) == (
+        HostSettings(
+            listen="[::1]:9999",
+            overcommit=True,
+            loader=("/usr/bin/python3.12", "-I", "-B"),
+            driver_root=Path("/run/nvidia/driver"),
+            policy_folder=Path("/srv/policies"),
+            metric_labels=("team",),
+            engines=("docker:/srv/docker.sock", "cri:/srv/containerd.sock"),
+            log_format="journal",
+        ),
+        [],
+    )
+
+
+def test_one_key_leaves_the_others_alone(settings):
+    assert settings("logFormat: json") == (HostSettings(log_format="json"), [])
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "localhost:65535", "gpu-3.example:9423", "[fd00::1]:80"])
+def test_addresses(settings, address):
+    assert settings(f"listen: '{address}'")[0].listen == address
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("listen: 9423", ":1: listen: must be text: write it in quotes"),
+        ("listen: localhost", ":1: listen: 'localhost' has no port: write it as 127.0.0.1:9423"),
+        ("listen: ':9423'", ":1: listen: ':9423' has no address: write it as 127.0.0.1:9423 or [::1]:9423"),
+        ("listen: '::1:9423'", ":1: listen: '::1:9423' has no address: write it as 127.0.0.1:9423 or [::1]:9423"),
+        ("listen: 'a:65536'", ":1: listen: 'a:65536' has no port: write it as 127.0.0.1:9423"),
+        ("\nlisten:", ":2: listen: is empty: write a value, or leave the key out"),
+        ("overcommit: true", ":1: overcommit: 'true' is none of forbid, allow: write one of them"),
+        ("loader: /usr/bin/python3", ":1: loader: must be a list, as in [a, b]"),
+        ("loader: [python3]", ":1: loader: 'python3' is no absolute path: begin it with /"),
+        ("loader: []", ":1: loader: is empty: name one at least, or leave the key out"),
+        (
+            "engines: [/run/docker.sock]",
+            ":1: engines[0]: '/run/docker.sock' names no engine: "
+            "write it as docker:/run/docker.sock, podman:… or cri:…",
+        ),
+        ("engines: ['cri:crio.sock']", ":1: engines[0]: 'crio.sock' is no absolute path: begin it with /"),
+        ("driverroot: /", ":1: unknown key 'driverroot': did you mean driverRoot?"),
+        ("driverRoot: run", ":1: driverRoot: 'run' is no absolute path: begin it with /"),
+        ("metricLabels: [gpu]", ":1: metricLabels[0]: 'gpu' is taken by the metrics themselves: name another label"),
+        ("logFormat: yaml", ":1: logFormat: 'yaml' is none of text, json, journal: write one of them"),
+        ("[]", ":1: is no mapping: write it as listen: 127.0.0.1:9423"),
+        ("{}\n---\n{}", ":3: is a second document: there is one agent, join them"),
+        ("a: &b c", ":1: a: anchors and aliases (&, *) are refused: write the value out, or in quotes"),
+    ],
+)
+def test_what_is_wrong_is_said(settings, text, fault):
+    assert settings(text) == (None, [fault])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it is about root")
+def test_a_file_that_others_may_write_is_refused(tmp_path):
+    path = tmp_path / "agent.yaml"
+    path.write_text("")
+    path.chmod(0o644)
+    assert hostfile.read(path)[1] == ()
+    path.chmod(0o666)
+    settings, (fault,) = hostfile.read(path)
+    assert settings is None
+    assert "may be written by others than root: chown root" in str(fault)
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+    assert str(hostfile.read(tmp_path, root_only=False)[1][0]) == f"{tmp_path}: is no regular file: remove it"
+
+
+def test_the_guide_shows_what_holds_without_a_file(settings):
+    guide = (Path(__file__).parent.parent.parent / "docs/policy.md").read_text()
+    block = guide.rpartition("```yaml\n")[2].partition("```")[0]
+    assert settings(block) == (HostSettings(), [])

@@ -1,0 +1,263 @@
+"""Files that somebody else chose: what is opened is what was mapped, and none keeps others from being probed."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fgpu_ebpf import discovery, elf, probes, procfs
+from fgpu_ebpf.discovery import Discovery
+
+NAMES = list(probes.REQUIRED)
+HOLD = """
+import mmap, os, sys
+held = []
+for path in sys.argv[1:]:
+    fd = os.open(path, os.O_RDONLY)
+    held.append(mmap.mmap(fd, 0, prot=mmap.PROT_READ | mmap.PROT_EXEC, flags=mmap.MAP_PRIVATE))
+    os.close(fd)
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that a driver must have."""
+    folder = tmp_path_factory.mktemp("library")
+    source, made = folder / "cuda.c", folder / "libcuda.so.1"
+    source.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in NAMES))
+    subprocess.run(["gcc", "-shared", "-fPIC", "-s", "-o", made, source], check=True, timeout=30)
+    return made
+
+
+Mapper = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def mapper() -> Iterator[Mapper]:
+    """Starts processes that map files executable."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*paths: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", HOLD, *map(str, paths)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        started.append(process)
+        assert process.stdout
+        assert process.stdout.readline() == b"mapped\n"
+        return process
+
+    yield start
+    for process in started:
+        process.communicate()
+
+
+def copy(library: Path, to: Path) -> Path:
+    to.write_bytes(library.read_bytes())
+    return to
+
+
+def within(seconds: float, what: Callable[[], object]) -> None:
+    """Done in time; a thread that hangs is left behind."""
+    thread = threading.Thread(target=what, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "hangs"
+
+
+def put_fifo(place: Path, _: Path) -> None:
+    os.mkfifo(place)
+
+
+def put_link(place: Path, library: Path) -> None:
+    place.symlink_to(library)
+
+
+def put_junk(place: Path, _: Path) -> None:
+    place.write_bytes(b"x" * 100)
+
+
+def put_device(place: Path, _: Path) -> None:
+    os.mknod(place, 0o20666, os.makedev(1, 3))
+
+
+def put_nothing(place: Path, library: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize("put", [put_fifo, put_link, put_junk, put_device, put_nothing])
+def test_what_is_opened_is_what_was_mapped(tmp_path: Path, library: Path, mapper: Mapper, put) -> None:
+    path = copy(library, tmp_path / "libcuda.so.1")
+    was = procfs.as_mapped(str(path))
+    pid = mapper(path).pid
+    path.unlink()
+    put(path, library)
+    opened = []
+
+    def look() -> None:
+        (mapped,) = procfs.fgpu_mappings(pid) or ()
+        fd = probes.target_of(pid, mapped).open()
+        opened.append((procfs.mapped_as(fd), len(elf.function_offsets(fd, NAMES))))
+        os.close(fd)
+
+    within(5, look)
+    assert opened == [(was, len(NAMES))]
+
+
+@pytest.mark.parametrize("put", [put_fifo, put_device])
+def test_only_regular_files_are_opened(tmp_path: Path, library: Path, put) -> None:
+    put(tmp_path / "there", library)
+    failed = []
+
+    def look() -> None:
+        try:
+            procfs.open_regular(str(tmp_path / "there"))
+        except OSError as error:
+            failed.append(error)
+
+    within(5, look)
+    assert failed
+
+
+def parse(path: Path) -> dict[str, int]:
+    fd = procfs.open_regular(str(path))
+    try:
+        return elf.function_offsets(fd, NAMES)
+    finally:
+        os.close(fd)
+
+
+def test_the_offsets_are_those_of_the_functions(library: Path) -> None:
+    shown = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout.splitlines()
+    addresses = {line.split()[2]: int(line.split()[0], 16) for line in shown if " T " in line}
+    segments = subprocess.run(["readelf", "-lW", library], capture_output=True, text=True, check=True).stdout
+    load = next(line.split() for line in segments.splitlines() if "LOAD" in line and " R E " in line)
+    shift = int(load[1], 16) - int(load[2], 16)
+    assert parse(library) == {name: addresses[name] + shift for name in NAMES}
+
+
+def test_a_broken_library_is_an_elf_error_and_takes_no_longer_than_a_whole_one(tmp_path: Path, library: Path) -> None:
+    whole = library.read_bytes()
+    (sections_at,) = struct.unpack_from("<Q", whole, 0x28)
+    chance, broken = random.Random(1009), tmp_path / "libcuda.so.1"
+    for _ in range(2003):
+        text = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            at = chance.choice([chance.randrange(64), chance.randrange(64, 64 + 56 * 8), chance.randrange(len(whole))])
+            if sections_at < len(whole) and chance.random() < 0.5:
+                at = chance.randrange(sections_at, len(whole))
+            text[at] = chance.choice([0, 255, chance.randrange(256)])
+        broken.write_bytes(text[: chance.choice([len(text), len(text), chance.randrange(len(text))])])
+        begun = time.process_time()
+        try:
+            offsets = parse(broken)
+        except elf.ElfError:
+            offsets = {}
+        assert all(0 <= offset < 1 << 63 for offset in offsets.values())
+        assert time.process_time() - begun < 1
+
+
+def test_a_table_beyond_all_measure_is_not_read(tmp_path: Path, library: Path) -> None:
+    text = bytearray(library.read_bytes())
+    (at,) = struct.unpack_from("<Q", text, 0x28)
+    (count,) = struct.unpack_from("<H", text, 60)
+    for section in range(count):
+        if struct.unpack_from("<I", text, at + 64 * section + 4) == (11,):
+            struct.pack_into("<Q", text, at + 64 * section + 32, 24 << 40)
+    broken = tmp_path / "libcuda.so.1"
+    broken.write_bytes(text)
+    os.truncate(broken, 1 << 40)  # sparse: it really is that long
+    with pytest.raises(elf.ElfError, match="longer than"):
+        parse(broken)
+
+
+class Stage:
+    """Probes that attach to nothing."""
+
+    def __init__(self, bad: str = "") -> None:
+        self.known: frozenset[tuple[int, int]] = frozenset()
+        self.attached: list[str] = []
+        self._bad = bad
+
+    def attach(self, target: probes.Target) -> None:
+        if self._bad and self._bad in target.path:
+            raise ZeroDivisionError("whatever a file makes of us")
+        self.attached.append(target.path)
+        self.known |= {(target.dev, target.ino)}
+
+    def let_go(self, file: tuple[int, int]) -> None:
+        self.known -= {file}
+
+
+def test_one_bad_file_does_not_hide_the_others_and_is_named_once(
+    tmp_path: Path, library: Path, mapper: Mapper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, good = (copy(library, tmp_path / name) for name in ("libcuda.so.bad\n1", "libcuda.so.1"))
+    pids = [mapper(bad).pid, mapper(good).pid]
+    monkeypatch.setattr(procfs, "pids", lambda: pids)
+    stage = Stage("libcuda.so.bad")
+    looks = Discovery(stage, [])  # type: ignore[arg-type]
+    for _ in range(3):
+        looks.look_around()
+    assert stage.attached == [str(good)]
+    assert looks.unprobed() == {pids[0]}
+    assert looks.refusals == 3
+    (said,) = [record.getMessage() for record in caplog.records if "not probed" in record.getMessage()]
+    assert "whatever a file makes of us" in said
+    assert "\n" not in said
+
+
+def test_a_cgroup_has_so_many_files_probed_and_no_more(
+    tmp_path: Path, library: Path, mapper: Mapper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(discovery, "MOST_FILES", 5)
+    greedy = [mapper(*(copy(library, tmp_path / f"libcuda.so.{n}.{k}") for k in range(7))) for n in range(2)]
+    other = mapper(copy(library, tmp_path / "libcuda.so.1"))
+    cgroups = {process.pid: "/greedy" for process in greedy} | {other.pid: "/other"}
+    monkeypatch.setattr(procfs, "pids", lambda: list(cgroups))
+    monkeypatch.setattr(procfs, "cgroup_path", cgroups.get)
+    stage = Stage()
+    looks = Discovery(stage, [])  # type: ignore[arg-type]
+    for _ in range(3):
+        looks.look_around()
+    assert len(stage.attached) == 5 + 1
+    assert looks.unprobed() == {process.pid for process in greedy}
+    assert len([record for record in caplog.records if "/greedy" in record.getMessage()]) == 1
+    for process in greedy:
+        process.communicate()
+    looks.let_go()
+    assert len(stage.known) == 1
+    again = mapper(*(copy(library, tmp_path / f"libcuda.so.again.{k}") for k in range(5)))
+    cgroups[again.pid] = "/greedy"
+    looks.look_at(again.pid)
+    assert again.pid not in looks.unprobed()
+
+
+def test_whose_cgroup_it_is(tmp_path: Path) -> None:
+    """Who may make cgroups of its own is not given room for each."""
+    for folder in ("system", "user", "user/1000", "user/1000/a", "user/1000/a/b"):
+        (tmp_path / folder).mkdir()
+    os.chown(tmp_path / "user/1000", 1000, 1000)
+    assert procfs.delegated(tmp_path, "/user/1000/a/b") == procfs.delegated(tmp_path, "/user/1000") == "/user/1000"
+    assert procfs.delegated(tmp_path, "/system") == "/system"
+    assert procfs.delegated(tmp_path, "/gone/away") == "/gone/away"
+
+
+def test_the_descriptor_limit_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    put = []
+    monkeypatch.setattr(procfs, "resource", SimpleNamespace(
+        RLIMIT_NOFILE=resource.RLIMIT_NOFILE, getrlimit=lambda _: (1024, 4096), setrlimit=lambda *a: put.append(a)
+    ))  # fmt: skip
+    procfs.raise_descriptor_limit()
+    assert put == [(resource.RLIMIT_NOFILE, (4096, 4096))]

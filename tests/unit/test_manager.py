@@ -1,0 +1,76 @@
+"""What becomes of a wish that the kernel or the disk has no room for: nothing, and it can be made again."""
+
+from __future__ import annotations
+
+import errno
+from types import SimpleNamespace
+
+import pytest
+from policy_kit import GIB, Gpu, policies
+from test_enforcer import Books
+
+from fgpu_ebpf.enforcer import Enforcer
+from fgpu_ebpf.history import History
+from fgpu_ebpf.manager import Manager
+from fgpu_ebpf.overrides import Overrides
+from fgpu_ebpf.workloads import Workloads
+
+
+class SmallBooks(Books):
+    """A ledger with room for so many levels."""
+
+    room = 100
+
+    def set_limits(self, levels):
+        if len({*self.limits, *(level.cgroup for level in levels)}) > self.room:
+            raise OSError(errno.E2BIG, "no room")
+        super().set_limits(levels)
+
+
+@pytest.fixture
+def host(tmp_path):
+    root = tmp_path / "cgroups"
+    root.mkdir()
+    books, devices = SmallBooks(), [Gpu(0)]
+    workloads, overrides = Workloads(root), Overrides(tmp_path / "overrides.json")
+    enforcer = Enforcer(books, workloads, devices, overcommit=False)
+    manager = Manager(workloads, enforcer, overrides, devices, History())
+    return SimpleNamespace(root=root, books=books, enforcer=enforcer, overrides=overrides, manager=manager)
+
+
+def nothing_is_left(host):
+    assert not list(host.enforcer)
+    assert not list(host.overrides)
+    assert not list((host.root / "fgpu").iterdir())
+    assert not host.books.limits
+
+
+def test_a_run_that_the_kernel_has_no_room_for_leaves_nothing(host):
+    host.books.room = 0
+    with pytest.raises(OSError, match="no room"):
+        host.manager.run({"memory_bytes": GIB}, "mine")
+    nothing_is_left(host)
+    host.books.room = 1
+    assert host.manager.run({"memory_bytes": GIB}, "mine").path == "/fgpu/mine"
+
+
+def test_a_run_that_cannot_be_remembered_leaves_nothing(host, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "no room on the disk")
+
+    monkeypatch.setattr(host.overrides, "_write", refuse)
+    with pytest.raises(OSError, match="disk"):
+        host.manager.run({"memory_bytes": GIB}, "mine")
+    nothing_is_left(host)
+
+
+def test_of_many_by_policy_those_come_in_for_whom_there_is_room(host):
+    host.books.room = 5
+    for n in range(7):
+        (host.root / f"c{n}").mkdir()
+    host.manager.reload(policies("{selector: {cgroup: ['c*']}, memory: {limit: 1GiB}}"))
+    assert len(host.books.limits) == 5
+    assert {tenant.cgroup for tenant in host.enforcer} == set(host.books.limits)
+    host.books.room = 7
+    host.manager.consider_all()
+    assert len(host.enforcer) == len(host.books.limits) == 7

@@ -1,0 +1,69 @@
+"""What the service manager hears, and that one who does not listen holds nobody up."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from fgpu_ebpf import notify
+
+
+@pytest.fixture(params=["file", "abstract"])
+def manager(request, tmp_path, monkeypatch) -> Iterator[socket.socket]:
+    """The other end of NOTIFY_SOCKET."""
+    name = str(tmp_path / "notify") if request.param == "file" else f"\0fgpu-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+        sock.bind(name)
+        monkeypatch.setenv("NOTIFY_SOCKET", name.replace("\0", "@"))
+        yield sock
+
+
+def test_what_is_said(manager) -> None:
+    begun = time.monotonic_ns() // 1000
+    assert notify.ready("two devices")
+    assert notify.reloading()
+    assert notify.ready()
+    assert notify.stopping()
+    assert manager.recv(4096) == b"READY=1\nSTATUS=two devices"
+    state, when = manager.recv(4096).decode().split("\n")
+    assert state == "RELOADING=1"
+    assert begun <= int(when.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
+    assert [manager.recv(4096) for _ in range(2)] == [b"READY=1", b"STOPPING=1"]
+
+
+def test_nobody_asked(monkeypatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not notify.ready()
+    for address in ("", "vsock:2:23", "/nowhere/at/all"):
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        assert not notify.ready()
+
+
+def test_a_manager_that_does_not_read_holds_nobody_up(manager) -> None:
+    begun = time.monotonic()
+    assert sum(notify.ready() for _ in range(1009)) < 1009
+    assert time.monotonic() - begun < 2
+
+
+def test_watchdog_is_pinged_at_half_its_time(manager) -> None:
+    clock = [100.0]
+    environment = {**os.environ, "WATCHDOG_USEC": "10000000", "WATCHDOG_PID": str(os.getpid())}
+    watchdog = notify.Watchdog(environment, lambda: clock[0])
+    sent = []
+    for _ in range(101):
+        sent.append(watchdog.ping())
+        clock[0] += 0.25
+    assert [i for i, was in enumerate(sent) if was] == [0, 20, 40, 60, 80, 100]
+    assert manager.recv(4096) == b"WATCHDOG=1"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "much"}, {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}],
+)
+def test_no_watchdog_asked_for(manager, environment) -> None:
+    assert not notify.Watchdog({**os.environ, **environment}).ping()

@@ -1,0 +1,69 @@
+"""Overruns are told with their number, not again and again, and only those that are new."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from fgpu_ebpf import overruns
+from fgpu_ebpf.history import History
+from fgpu_ebpf.overruns import AGAIN_SECONDS, LOOK_SECONDS, Overruns
+from fgpu_ebpf.timebook import TurnCounts
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Counts that a test sets, by level; a clock that it moves; what is told."""
+    made = SimpleNamespace(counts={1: 5}, now=100.0, history=History())
+    monkeypatch.setattr(overruns.time, "monotonic", lambda: made.now)
+
+    def turns():
+        return {(level, 0): TurnCounts(overruns=n) for level, n in made.counts.items()}
+
+    one = Overruns(turns, lambda level: f"tenant-{level}", made.history)
+
+    def told(seconds: float) -> list[tuple[str, str]]:
+        made.now += seconds
+        before = made.history.since(0)["last"]
+        one.look()
+        return [(h["tenant"], h["text"]) for h in made.history.since(before)["events"]]
+
+    made.told, made.one = told, one
+    return made
+
+
+def test_what_was_before_is_not_told(host) -> None:
+    assert host.told(LOOK_SECONDS) == []
+    host.counts[1] = 6
+    assert host.told(LOOK_SECONDS) == [("tenant-1", "a turn passed with work in flight")]
+
+
+def test_many_are_one_line_in_ten_seconds_and_none_is_left_out(host) -> None:
+    host.counts |= {1: 8, 2: 1}
+    assert host.told(LOOK_SECONDS) == [
+        ("tenant-1", "3 turns passed with work in flight"),
+        ("tenant-2", "a turn passed with work in flight"),
+    ]
+    for number in range(9, 14):
+        host.counts[1] = number
+        assert host.told(LOOK_SECONDS) == []
+    assert host.told(AGAIN_SECONDS) == [("tenant-1", "5 turns passed with work in flight")]
+    assert host.told(AGAIN_SECONDS) == []
+
+
+def test_a_level_that_is_anothers_now_begins_anew(host) -> None:
+    host.counts[1] = 2
+    assert host.told(LOOK_SECONDS) == [("tenant-1", "2 turns passed with work in flight")]
+    del host.counts[1]
+    assert host.told(AGAIN_SECONDS) == []
+    assert host.one._told == {}
+    host.counts[1] = 1
+    assert host.told(LOOK_SECONDS) == [("tenant-1", "a turn passed with work in flight")]
+
+
+def test_it_looks_once_a_second(host) -> None:
+    host.told(LOOK_SECONDS)
+    host.counts[1] = 9
+    assert host.told(LOOK_SECONDS / 3) == []
+    assert host.told(LOOK_SECONDS) != []

@@ -1,0 +1,146 @@
+"""Slow, silent and many peers of the control socket: nobody else waits for them, and they go."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf import peers
+from fgpu_ebpf.peers import MOST_PEERS, Peers
+
+LONG = 4 << 20
+
+
+def answer(_: socket.socket, line: bytes) -> bytes:
+    """As many bytes as the line says, else its length."""
+    return b"x" * int(line) if line.strip().isdigit() else b"%d" % len(line)
+
+
+class Host:
+    """A loop with peers at a socket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "sock")
+        self.selector = selectors.DefaultSelector()
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self.listener.bind(self.path)
+        self.listener.listen(128)
+        self.peers = Peers(self.selector, answer)
+        self.selector.register(self.listener, selectors.EVENT_READ, lambda: self.peers.accept(self.listener))
+
+    def call(self, line: bytes = b"") -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(5)
+        sock.connect(self.path)
+        sock.sendall(line)
+        return sock
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            for key, _ in self.selector.select(0):
+                key.data()
+            self.peers.expire()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    one = Host(tmp_path)
+    yield one
+    one.peers.close()
+    one.listener.close()
+    one.selector.close()
+
+
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    then = time.monotonic() + seconds
+    monkeypatch.setattr(peers.time, "monotonic", lambda: then)
+
+
+def test_a_line_is_answered_whenever_it_is_whole(host: Host) -> None:
+    sock = host.call(b"ab")
+    host.turn(3)
+    assert len(host.peers) == 1
+    sock.sendall(b"c\n")
+    host.turn()
+    assert sock.recv(9) == b"4"
+    assert sock.recv(9) == b""
+    assert len(host.peers) == 0
+
+
+@pytest.mark.timed
+def test_a_silent_one_holds_up_nobody_and_goes(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = host.call(b"one byte at a ti")
+    host.turn()
+    began = time.monotonic()
+    quick = host.call(b"now\n")
+    host.turn()
+    assert quick.recv(9) == b"4"
+    assert time.monotonic() - began < peers.LINE_SECONDS / 2
+    later(monkeypatch, peers.LINE_SECONDS)
+    host.turn()
+    assert slow.recv(9) == b""
+    assert len(host.peers) == 0
+
+
+def test_who_does_not_take_its_answer_goes(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    sock = host.call(b"%d\n" % LONG)
+    host.turn(3)
+    assert len(host.peers) == 1
+    later(monkeypatch, peers.ANSWER_SECONDS)
+    host.turn()
+    assert len(host.peers) == 0
+    sock.close()
+
+
+def test_a_long_answer_arrives_whole(host: Host) -> None:
+    sock = host.call(b"%d\n" % LONG)
+    sock.setblocking(False)
+    had, end = 0, time.monotonic() + 20
+    while time.monotonic() < end:
+        host.turn()
+        with contextlib.suppress(BlockingIOError):
+            more = sock.recv(1 << 20)
+            had += len(more)
+            if not more:
+                break
+    assert had == LONG
+
+
+def test_what_is_no_line_is_answered_once_it_is_too_long_or_ends(host: Host) -> None:
+    sock = host.call()
+    sock.setblocking(False)
+    sent, end = 0, time.monotonic() + 20
+    while (len(host.peers) or not sent) and time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            sent += sock.send(b"y" * 4096)
+        host.turn()
+    assert peers.MOST_LINE_BYTES < sent <= 8 * peers.MOST_LINE_BYTES
+    ended = host.call(b"half")
+    ended.shutdown(socket.SHUT_WR)
+    host.turn(2)
+    assert ended.recv(9) == b"4"
+
+
+def test_there_are_never_too_many_and_who_speaks_is_heard(host: Host) -> None:
+    silent = [host.call() for _ in range(MOST_PEERS + 40)]
+    host.turn(len(silent))
+    assert len(host.peers) == MOST_PEERS
+    quick = host.call(b"now\n")
+    host.turn(2)
+    assert quick.recv(9) == b"4"
+    for sock in silent:
+        sock.close()
+
+
+def test_closing_drops_everybody(host: Host) -> None:
+    sock = host.call()
+    host.turn()
+    host.peers.close()
+    assert sock.recv(1) == b""
+    assert len(host.selector.get_map()) == 1  # the listener

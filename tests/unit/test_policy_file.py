@@ -1,0 +1,224 @@
+"""Policy files: what is refused and how it is said, and that nothing in a file takes long."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import jsonschema
+import policy_kit as kit
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fgpu_ebpf import policyfile, policymodel, yamlfile
+
+BAD = sorted((Path(__file__).parent / "policies/bad").glob("*.yaml"))
+GUIDE = Path(__file__).parent.parent.parent / "docs/policy.md"
+SCHEMA = jsonschema.Draft202012Validator(policymodel.json_schema())
+MIB = 1 << 20
+
+
+def first_fault(data: bytes) -> str:
+    policies, faults = policyfile.read("bad.yaml", data)
+    assert policies == []
+    return str(faults[0])
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", BAD, ids=lambda path: path.stem)
+def test_a_bad_file_is_refused_with_line_field_and_what_would_be_right(path):
+    data = path.read_bytes()
+    expected = data.partition(b"\n")[0].decode().removeprefix("# ")
+    assert first_fault(data) == f"bad.yaml:{expected}"
+
+
+def test_there_are_bad_files():
+    assert len(BAD) > 90
+
+
+def test_every_fault_of_a_document_is_told_in_the_order_of_lines():
+    spec = "\n  selector: {}\n  memory: {limit: 1GB}\n  x: 1\n  mode: x"
+    _, faults = policyfile.read("p.yaml", kit.text("A", spec).encode())
+    assert [fault.field for fault in faults] == [
+        "metadata.name",
+        "spec.selector",
+        "spec.memory.limit",
+        "spec",
+        "spec.mode",
+    ]
+
+
+def test_one_bad_document_refuses_the_file_and_all_bad_ones_are_told():
+    data = kit.text("a") + kit.text("b", "{}") + kit.text("c") + kit.text("d", "5")
+    policies, faults = policyfile.read("p.yaml", data.encode())
+    assert policies == []
+    assert [(fault.line, fault.field) for fault in faults] == [(10, "spec.selector"), (20, "spec")]
+
+
+def test_faults_are_bounded():
+    _, faults = policyfile.read("p.yaml", "".join(kit.text(f"a{n}", "{}") for n in range(500)).encode())
+    assert len(faults) == yamlfile.MOST_FAULTS
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (b"a: \xff\n", "bad.yaml:1: is not UTF-8: save it as UTF-8"),
+        (b"\n\na: \0\n", "bad.yaml:3: is not YAML: control characters are not allowed"),
+        (b"x" * (MIB + 1), "bad.yaml: is larger than 1 MiB: split it"),
+        (b"%YAML 2.0\n---\na\n", "bad.yaml:1: is not YAML: found incompatible YAML document"),
+        (b"[1]\n" * 3, "bad.yaml:1: is no policy: write apiVersion, kind, metadata and spec"),
+    ],
+)
+def test_what_is_no_text_is_refused(data, fault):
+    assert first_fault(data) == fault
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"# nothing yet\n", b"---\n---\n", b"null\n", b"\xef\xbb\xbf# mark\n", b"\n" * 1000]
+)
+def test_an_empty_file_has_no_policies(data):
+    assert policyfile.read("p.yaml", data) == ([], [])
+
+
+# -- words that YAML would turn into something else ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "on", "off", "y", "1:30", "2024-01-01", "0x10", "1_000", "=", "0o7"])
+def test_words_stay_words(word):
+    found = kit.read(kit.text("p", f"{{selector: {{matchLabels: {{{word}: {word}}}}}}}"))[0]
+    assert str(found.selector.labels[0]) == f"{word} In ({word})"
+
+
+def test_policies_keep_their_order_and_know_where_they_stand():
+    found = kit.read(kit.text("b") + "# comment\n" + kit.text("a"))
+    assert [(p.name, p.source) for p in found] == [("b", "p.yaml:2"), ("a", "p.yaml:8")]
+
+
+# -- whatever the file holds ---------------------------------------------------------------------------------------
+
+HEAD = f"{kit.HEAD}metadata: {{name: a}}\nspec:\n  selector: {{cgroup: a}}\n".encode()
+BOMBS = {
+    "aliases": b"a: &a [x]\nb: &b [*a,*a]\n" * 9_000,
+    "anchors": b"&a " * (MIB // 3),
+    "brackets": b"[" * MIB,
+    "braces": b"{a: " * (MIB // 4),
+    "pairs": b"[" + b"{a: 1}," * (MIB // 8),
+    "dashes": b"- " * (MIB // 2),
+    "questions": b"? " * (MIB // 2),
+    "scalar": b"a: " + b"x" * (MIB - 10),
+    "escapes": b'a: "' + b"\\x41" * (MIB // 5) + b'"',
+    "open quote": b'a: "' + b"x" * (MIB - 10),
+    "folded": b"a: >\n" + b"  x\n" * (MIB // 5),
+    "plain lines": b"a:\n" + b"  x\n" * (MIB // 5),
+    "documents": b"---\n" * (MIB // 4),
+    "bad documents": b"--- a\n" * (MIB // 6),
+    "digits": b"a: " + b"9" * (MIB - 10),
+    "fraction": b"a: 1." + b"9" * (MIB - 10),
+    "tags": b"!a " * (MIB // 3),
+    "directives": b"%TAG ! x\n" * (MIB // 9),
+    "keys": HEAD + b"".join(b"  k%d: 1\n" % n for n in range(60_000)),
+    "long key": HEAD + b"  " + b"k" * 900 + b": 1\n",
+    "list": HEAD + b"  devices: [" + b"-1," * 9_000 + b"]\n",
+    "globs": HEAD + b"  metricLabels: [" + b"'a**'," * 9_000 + b"]\n",
+    "policies": b"".join(
+        kit.text(f"p{n}", "{selector: {cgroup: [a]}, memory: {limit: 8GB}}").encode() for n in range(700)
+    ),
+    "noise": random.Random(1).randbytes(MIB),
+    "signs": bytes(random.Random(2).choices(b"[]{},:-?&*!|>'\"%@` \na", k=MIB)),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_no_file_takes_long(name):
+    begun = time.perf_counter()
+    assert first_fault(BOMBS[name][:MIB])
+    assert time.perf_counter() - begun < 1.0  # `./dev bench policy` has the figures; the bar there is 0.1 s
+
+
+@st.composite
+def spoilt(draw):
+    """A valid document with something else in one of its places."""
+    document = draw(kit.documents)
+    places = list(_places(document))
+    way = draw(st.sampled_from(places))
+    wrong = draw(st.sampled_from([None, True, -1, 2**63, [], {}, "", [[]], "9" * 50, 1.5, {"a": {"b": None}}, "\x7f"]))
+    around = document
+    for part in way[:-1]:
+        around = around[part]
+    if draw(st.booleans()) and isinstance(around, dict):
+        around[draw(st.text("aeimost", min_size=1, max_size=9))] = around.pop(way[-1])
+    else:
+        around[way[-1]] = wrong
+    return document
+
+
+def _places(value, way=()):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*way, key)
+        yield from _places(inner, (*way, key))
+
+
+@settings(max_examples=500)
+@given(spoilt())
+def test_a_spoilt_document_is_a_policy_or_faults_with_their_lines(document):
+    data = kit.as_yaml(document)
+    policies, faults = policyfile.read("p.yaml", data)
+    assert bool(policies) is not bool(faults)
+    for fault in faults:
+        assert re.fullmatch(r"p\.yaml:1: ([^\n:]+: )?[^\n]{4,400}", str(fault))
+
+
+@given(st.one_of(st.binary(max_size=200), st.text("[]{}:,-?&*!|>'\"%@` \nab1~<", max_size=60).map(str.encode)))
+def test_any_bytes_are_policies_or_faults(data):
+    policies, faults = policyfile.read("p.yaml", data)
+    assert policies == []
+    breaks = len(re.findall("[\r\n\x85\u2028\u2029]", data.decode(errors="replace")))  # as YAML has them
+    assert all(0 <= fault.line <= breaks + 1 for fault in faults)
+
+
+# -- the schema ----------------------------------------------------------------------------------------------------
+
+
+@given(kit.documents)
+def test_the_schema_accepts_what_is_accepted(document):
+    assert policyfile.read("p.yaml", kit.as_yaml(document))[1] == []
+    SCHEMA.validate(document)
+
+
+@settings(max_examples=300)
+@given(spoilt())
+def test_the_schema_refuses_nothing_that_is_accepted(document):
+    if policyfile.read("p.yaml", kit.as_yaml(document))[0]:
+        SCHEMA.validate(document)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [{}, {"selector": {}}, {"selector": {"cgroup": None}}, {"selector": {"cgroup": "a"}, "memory": {"limit": "8GB"}},
+     {"selector": {"cgroup": "a"}, "mood": 1}, {"selector": {"cgroup": "a"}, "compute": {"weight": 0}}],
+)  # fmt: skip
+def test_the_schema_sees_common_slips(spec):
+    document = {"apiVersion": "fgpu.dev/v1alpha1", "kind": "GpuPolicy", "metadata": {"name": "a"}, "spec": spec}
+    assert not SCHEMA.is_valid(document)
+
+
+def test_the_schema_is_one():
+    jsonschema.Draft202012Validator.check_schema(policymodel.json_schema())
+
+
+# -- the guide -----------------------------------------------------------------------------------------------------
+
+
+def test_every_policy_in_the_guide_is_right():
+    blocks = re.findall(r"^```yaml\n(.*?)^```", GUIDE.read_text(), re.M | re.S)
+    policies = [policy for block in blocks if "kind: GpuPolicy" in block for policy in kit.read(block)]
+    assert len(policies) >= 4
+    assert json.dumps([policy.name for policy in policies])

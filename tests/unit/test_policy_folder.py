@@ -1,0 +1,239 @@
+"""The policies' folder: what is read, who may have written it, and that no reading mixes two states."""
+
+from __future__ import annotations
+
+import os
+import threading
+import tracemalloc
+from pathlib import Path
+
+import policy_kit as kit
+import pytest
+
+from fgpu_ebpf import configfile, policyfolder
+from fgpu_ebpf.policyfolder import PolicyFolder
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="root_only is about root")
+
+
+def folder(path: Path, **settings) -> PolicyFolder:
+    return PolicyFolder(path, **{"root_only": False, "settle_seconds": 0, **settings})
+
+
+def names(reading):
+    return [policy.name for policy in reading.policies.policies]
+
+
+def faults(reading):
+    assert reading.policies is None
+    return [str(fault) for fault in reading.faults]
+
+
+def test_files_in_lexical_order_and_documents_in_theirs(tmp_path):
+    (tmp_path / "20-b.yml").write_text(kit.text("c"))
+    (tmp_path / "10-a.yaml").write_text(kit.text("b") + kit.text("a"))
+    (tmp_path / "9.yaml").write_text(kit.text("d"))
+    assert names(folder(tmp_path).read()) == ["b", "a", "c", "d"]
+
+
+def test_what_editors_leave_behind_is_left_out(tmp_path):
+    for name in (".a.yaml.swp", ".#a.yaml", "a.yaml~", "#a.yaml#", "a.yaml.bak", "4913", ".hidden.yaml", "README"):
+        (tmp_path / name).write_text("nonsense")
+    (tmp_path / "a.yaml").write_text(kit.text("a"))
+    assert names(folder(tmp_path).read()) == ["a"]
+
+
+def test_no_folder_means_no_policies_unless_there_was_one(tmp_path):
+    absent = folder(tmp_path / "policy.d")
+    assert names(absent.read()) == []
+    assert faults(absent.read(may_be_missing=False)) == [
+        f"{tmp_path}/policy.d: is gone: the last policies stay in force; make it again, empty for no policies"
+    ]
+
+
+def test_one_bad_file_refuses_all_and_faults_name_their_files(tmp_path):
+    (tmp_path / "a.yaml").write_text(kit.text("a"))
+    (tmp_path / "b.yaml").write_text(kit.text("b", "{}"))
+    (tmp_path / "c.yaml").write_text("x")
+    found = faults(folder(tmp_path).read())
+    assert [line.partition(": ")[0] for line in found] == [f"{tmp_path}/b.yaml:5", f"{tmp_path}/c.yaml:1"]
+
+
+def test_a_name_borne_twice_is_refused_at_the_second(tmp_path):
+    (tmp_path / "a.yaml").write_text(kit.text("x"))
+    (tmp_path / "b.yaml").write_text(kit.text("y") + kit.text("x"))
+    assert faults(folder(tmp_path).read()) == [
+        f"{tmp_path}/b.yaml:7: metadata.name: the name x is taken by {tmp_path}/a.yaml:2: choose another"
+    ]
+
+
+def test_what_is_no_file_holds_nobody_up(tmp_path):
+    os.mkfifo(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").mkdir()
+    (tmp_path / "c.yaml").symlink_to("/dev/zero")
+    (tmp_path / "d.yaml").symlink_to("nowhere")
+    found = faults(folder(tmp_path).read())
+    assert [line.removeprefix(str(tmp_path)) for line in found] == [
+        "/a.yaml: is no regular file: remove it",
+        "/b.yaml: is no regular file: remove it",
+        "/c.yaml: is no regular file: remove it",
+        "/d.yaml: cannot be read: No such file or directory",
+    ]
+
+
+def test_a_gigabyte_is_refused_unread(tmp_path):
+    with open(tmp_path / "a.yaml", "wb") as file:
+        file.truncate(1 << 30)
+    tracemalloc.start()
+    assert faults(folder(tmp_path).read()) == [f"{tmp_path}/a.yaml: is larger than 1 MiB: split it"]
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def test_files_and_policies_are_bounded(tmp_path):
+    for at in range(5):
+        (tmp_path / f"{at}.yaml").write_text("".join(kit.text(f"p{at}-{n}") for n in range(240)))
+    assert "more than 1,000 policies" in faults(folder(tmp_path).read())[0]
+    for at in range(300):
+        (tmp_path / f"{at}.yaml").write_text("")
+    assert "more than 256 files" in faults(folder(tmp_path).read())[0]
+
+
+# -- who may write -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder that root alone may write."""
+    place = tmp_path / "fgpu/policy.d"
+    place.mkdir(parents=True, mode=0o755)
+    (place / "a.yaml").write_text(kit.text("a"))
+    for path in (place.parent, place, place / "a.yaml"):
+        os.chmod(path, 0o755 if path.is_dir() else 0o644)
+    return place
+
+
+@needs_root
+def test_what_root_alone_may_write_is_read(own):
+    assert names(folder(own, root_only=True).read()) == ["a"]
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("inner", "mode", "owner"),
+    [("a.yaml", 0o664, 0), ("a.yaml", 0o646, 0), ("a.yaml", 0o644, 1000), (".", 0o775, 0), (".", 0o1777, 0),
+     (".", 0o755, 1000), ("..", 0o777, 0), ("..", 0o755, 1000)],
+)  # fmt: skip
+def test_what_others_may_write_is_refused(own, inner, mode, owner):
+    path = own / inner
+    os.chmod(path, mode)
+    os.chown(path, owner, -1)
+    (fault,) = faults(folder(own, root_only=True).read())
+    assert "others than root" in fault
+    assert f"chown root {os.path.realpath(path)}" in fault
+    assert names(folder(own).read()) == ["a"]
+
+
+@needs_root
+def test_a_link_is_judged_by_what_it_names(own, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    (theirs / "x.yaml").write_text(kit.text("b"))
+    (own / "b.yaml").symlink_to(theirs / "x.yaml")
+    (fault,) = faults(folder(own, root_only=True).read())
+    assert fault.startswith(f"{own}/b.yaml: lies in {theirs}, which others than root may write")
+
+
+@needs_root
+def test_a_sticky_folder_around_is_fine_and_so_is_a_read_only_mount(own, monkeypatch):
+    own.parent.chmod(0o1777)
+    assert names(folder(own, root_only=True).read()) == ["a"]
+    own.chmod(0o777)
+    assert faults(folder(own, root_only=True).read())
+    monkeypatch.setattr(configfile, "read_only", lambda _: True)  # as a ConfigMap's volume is mounted
+    assert names(folder(own, root_only=True).read()) == ["a"]
+
+
+# -- one state or the other ----------------------------------------------------------------------------------------
+
+
+class ConfigMap:
+    """A folder as kubelet keeps it: files that point through `..data`, which is swapped by one rename."""
+
+    def __init__(self, path: Path, files: int) -> None:
+        self.path, self._names, self._count = path, [f"{n}.yaml" for n in range(files)], 0
+        path.mkdir()
+        self.swap("v0")
+        for name in self._names:
+            (path / name).symlink_to(f"..data/{name}")
+
+    def swap(self, version: str) -> None:
+        self._count += 1
+        fresh = self.path / f"..{self._count}"
+        fresh.mkdir()
+        for name in self._names:
+            (fresh / name).write_text(kit.text(f"{version}-{name[:-5]}"))
+        (self.path / "..data_tmp").symlink_to(fresh.name)
+        os.rename(self.path / "..data_tmp", self.path / "..data")
+        self._remove(f"..{self._count - 2}")
+
+    def _remove(self, old: str) -> None:
+        for name in self._names if (self.path / old).is_dir() else ():
+            (self.path / old / name).unlink()
+        if (self.path / old).is_dir():
+            (self.path / old).rmdir()
+
+
+def test_a_folder_that_changes_all_the_time_is_never_read_half(tmp_path, scale):
+    place = ConfigMap(tmp_path / "policy.d", 4)
+    end = threading.Event()
+
+    def change() -> None:
+        for at in range(1, 1_000_000):
+            if end.wait(0.002):
+                return
+            place.swap(f"v{at}")
+
+    writer = threading.Thread(target=change)
+    writer.start()
+    seen = set()
+    try:
+        for _ in range(scale(100, 500, 10_000)):
+            reading = folder(place.path).read()
+            if reading.policies is None:
+                assert [fault.text for fault in reading.faults] == [policyfolder.CHANGING]
+                continue
+            versions = {name.partition("-")[0] for name in names(reading)}
+            assert len(versions) == 1, names(reading)
+            assert len(reading.policies.policies) == 4
+            seen |= versions
+    finally:
+        end.set()
+        writer.join()
+    assert len(seen) > 10  # it did change
+
+
+def test_a_file_is_not_read_while_it_is_written(tmp_path):
+    (tmp_path / "a.yaml").write_text(kit.text("a"))
+    later = threading.Timer(0.05, lambda: (tmp_path / "a.yaml").open("a").write(kit.text("b")))
+    later.start()
+    assert names(folder(tmp_path, settle_seconds=0.2).read()) == ["a", "b"]
+    later.join()
+
+
+def test_a_file_that_was_only_opened_yet_does_not_mean_no_policies(tmp_path):
+    (tmp_path / "a.yaml").touch()
+    later = threading.Timer(0.4, lambda: (tmp_path / "a.yaml").write_text(kit.text("a")))
+    later.start()
+    assert names(folder(tmp_path, settle_seconds=0.1).read()) == ["a"]
+    later.join()
+    (tmp_path / "b.yaml").touch()
+    assert names(folder(tmp_path, settle_seconds=0.01).read()) == ["a"], "some files are empty"
+
+
+def test_whoever_never_stops_writing_gets_a_fault(tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text(kit.text("a"))
+    patient = folder(tmp_path, settle_seconds=0.01)
+    monkeypatch.setattr(patient, "_unsettled_seconds", lambda _: 0.01)
+    assert "changes all the time" in faults(patient.read())[0]

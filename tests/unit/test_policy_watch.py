@@ -1,0 +1,132 @@
+"""The thread that notices changes of the policies' folder."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import time
+
+import policy_kit as kit
+import pytest
+from test_policy_folder import ConfigMap
+
+from fgpu_ebpf import policywatch
+from fgpu_ebpf.policyfolder import PolicyFolder
+from fgpu_ebpf.policywatch import PolicyWatch
+
+SECONDS = 10.0
+
+
+class Heard(queue.Queue):
+    """What the watch has told."""
+
+    def __call__(self, policies, faults) -> None:
+        self.put((None if policies is None else [p.name for p in policies.policies], [f.text for f in faults]))
+
+    def next(self):
+        return self.get(timeout=SECONDS)
+
+    def quiet(self) -> bool:
+        try:
+            return not self.get(timeout=0.5)
+        except queue.Empty:
+            return True
+
+
+@pytest.fixture
+def watch():
+    """watch(path): what is told of a folder from now on."""
+    watches = []
+
+    def begin(path) -> Heard:
+        folder, heard = PolicyFolder(path, root_only=False, settle_seconds=0.01), Heard()
+        watches.append(PolicyWatch(folder, folder.read(), heard))
+        watches[-1].start()
+        return heard
+
+    yield begin
+    for one in watches:
+        one.stop()
+
+
+def test_changes_are_told_and_nothing_else(tmp_path, watch):
+    (tmp_path / "a.yaml").write_text(kit.text("a"))
+    heard = watch(tmp_path)
+    (tmp_path / "README").write_text("not a policy")
+    assert heard.quiet()
+    (tmp_path / "b.yaml").write_text(kit.text("b"))
+    assert heard.next() == (["a", "b"], [])
+    (tmp_path / "a.yaml").unlink()
+    assert heard.next() == (["b"], [])
+
+
+def test_a_bad_set_is_told_without_policies_and_a_good_one_after_it(tmp_path, watch):
+    (tmp_path / "a.yaml").write_text(kit.text("a"))
+    heard = watch(tmp_path)
+    (tmp_path / "a.yaml").write_text(kit.text("a", "{selector: {cgroup: a}, mode: x}"))
+    assert heard.next() == (None, ["'x' is none of observe, enforce: write one of them"])
+    (tmp_path / "a.yaml").write_text(kit.text("c"))
+    assert heard.next() == (["c"], [])
+
+
+def test_a_folder_that_is_made_later_is_found(tmp_path, watch):
+    heard = watch(tmp_path / "etc/fgpu/policy.d")
+    (tmp_path / "etc/fgpu/policy.d").mkdir(parents=True)
+    assert heard.next() == ([], [])
+    (tmp_path / "etc/fgpu/policy.d/a.yaml").write_text(kit.text("a"))
+    assert heard.next() == (["a"], [])
+
+
+def test_a_folder_that_is_gone_drops_nothing(tmp_path, watch):
+    place = tmp_path / "policy.d"
+    place.mkdir()
+    (place / "a.yaml").write_text(kit.text("a"))
+    heard = watch(place)
+    shutil.rmtree(place)
+    told = heard.next()
+    while told == ([], []):  # the file went before the folder did
+        told = heard.next()
+    assert told[0] is None
+    assert "is gone" in told[1][0]
+    place.mkdir()
+    (place / "b.yaml").write_text(kit.text("b"))
+    while told[0] != ["b"]:
+        told = heard.next()
+
+
+def test_a_config_map_is_taken_over_by_its_swap(tmp_path, watch):
+    place = ConfigMap(tmp_path / "policy.d", 3)
+    heard = watch(place.path)
+    for version in ("v1", "v2"):
+        place.swap(version)
+        assert heard.next() == ([f"{version}-0", f"{version}-1", f"{version}-2"], [])
+
+
+def test_a_folder_put_in_anothers_place_is_noticed(tmp_path, watch):
+    place, fresh = tmp_path / "policy.d", tmp_path / "fresh"
+    for folder, name in ((place, "a"), (fresh, "b")):
+        folder.mkdir()
+        (folder / "x.yaml").write_text(kit.text(name))
+    heard = watch(place)
+    place.rename(tmp_path / "old")
+    fresh.rename(place)
+    told = heard.next()
+    assert told == (["b"], []) or heard.next() == (["b"], [])
+    (place / "y.yaml").write_text(kit.text("c"))
+    assert heard.next() == (["b", "c"], [])
+
+
+def test_what_takes_a_folders_place_is_watched_and_not_only_looked_at(tmp_path, watch, monkeypatch):
+    monkeypatch.setattr(policywatch, "LOOK_SECONDS", 60.0)
+    place, fresh = tmp_path / "policy.d", tmp_path / "fresh"
+    place.mkdir()
+    fresh.mkdir()
+    (fresh / "x.yaml").write_text(kit.text("b"))
+    heard = watch(place)
+    time.sleep(0.5)  # until it listens
+    place.rename(tmp_path / "old")
+    fresh.rename(place)
+    assert heard.next() == (["b"], [])
+    time.sleep(0.5)
+    (place / "y.yaml").write_text(kit.text("c"))
+    assert heard.next() == (["b", "c"], [])

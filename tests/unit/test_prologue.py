@@ -1,0 +1,35 @@
+"""Beginnings of real drivers' calls: behind what is known the probe is, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+
+from fgpu_ebpf import prologue
+
+REAL = {
+    "470.256.02": ("813d7e93510100ba1c327414ff25e659", 10),
+    "535.261.03": ("813d4e7a920100ba1c32740cff257e07", 10),
+    "570.133.07": ("813dc6130e0400ba1c32740cff250e0d", 10),
+    "580.178.04": ("554889e541544883ec08813d2c688a05", 0),
+    "615.71.09": ("813dce527b0600ba1c327434554889e5", 10),
+}
+
+
+@pytest.mark.parametrize("driver", REAL)
+def test_real_drivers(driver):
+    code, shift = REAL[driver]
+    assert prologue.shift(bytes.fromhex(code)) == shift
+
+
+@pytest.mark.parametrize(
+    ("code", "shift"),
+    [
+        ("833d0102030405 5548", 7),  # a byte to compare with, and a push
+        ("833d0102030405 4155", 0),  # what is behind it is not known to be emulated
+        ("813d010203040506 0708", 0),  # the library ends
+        ("823d0102030405 74", 0),
+        ("", 0),
+    ],
+)
+def test_all_else_is_probed_at_its_first_byte(code, shift):
+    assert prologue.shift(bytes.fromhex(code)) == shift

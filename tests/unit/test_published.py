@@ -1,0 +1,136 @@
+"""Versions of the shim: whoever opens the published one gets a whole one, whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf import published
+from fgpu_ebpf.published import publish, retire, stable_path, stage
+
+
+@pytest.fixture
+def store(tmp_path) -> Path:
+    return tmp_path / "state/shim"
+
+
+def shim(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "built.so"
+    path.write_bytes(content)
+    return path
+
+
+def version(tmp_path: Path, store: Path, content: bytes) -> Path:
+    return stage(shim(tmp_path, content), store)
+
+
+def test_staged_is_there_and_not_published(tmp_path, store) -> None:
+    staged = version(tmp_path, store, b"one")
+    assert staged.read_bytes() == b"one"
+    assert staged.stat().st_mode & 0o7777 == 0o755
+    assert not stable_path(store).exists()
+    assert published.published(store) is None
+    assert publish(staged) == stable_path(store)
+    assert stable_path(store).read_bytes() == b"one"
+
+
+def test_the_same_bytes_are_the_same_file(tmp_path, store) -> None:
+    first = version(tmp_path, store, b"one")
+    publish(first)
+    inode = first.stat().st_ino
+    again = version(tmp_path, store, b"one")
+    publish(again)
+    assert (again, again.stat().st_ino) == (first, inode)  # its probes go on
+    assert not (store / "previous").exists()
+
+
+def test_staging_leaves_the_published_one_alone(tmp_path, store) -> None:
+    publish(version(tmp_path, store, b"one"))
+    staged = version(tmp_path, store, b"two")
+    assert stable_path(store).read_bytes() == b"one"
+    publish(staged)
+    assert stable_path(store).read_bytes() == b"two"
+
+
+def test_a_damaged_version_is_staged_anew_as_another_file(tmp_path, store) -> None:
+    staged = version(tmp_path, store, b"one")
+    with open(staged, "rb") as mapped:
+        os.truncate(staged, 1)
+        assert version(tmp_path, store, b"one").read_bytes() == b"one"
+        assert os.fstat(mapped.fileno()).st_ino != staged.stat().st_ino  # whoever maps it keeps its bytes
+
+
+def test_what_is_not_staged_cannot_be_published(tmp_path, store) -> None:
+    publish(version(tmp_path, store, b"one"))
+    with pytest.raises(FileNotFoundError):
+        publish(store / "0123456789abcdef" / "libfgpu.so")
+    assert stable_path(store).read_bytes() == b"one"
+
+
+def test_a_full_disk_leaves_what_was(tmp_path, store, monkeypatch) -> None:
+    publish(version(tmp_path, store, b"one"))
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        version(tmp_path, store, b"two")
+    monkeypatch.undo()
+    assert stable_path(store).read_bytes() == b"one"
+    assert not list(store.rglob(".*")), "nothing half written stays"
+
+
+def test_only_what_nobody_needs_is_retired(tmp_path, store) -> None:
+    versions = [version(tmp_path, store, f"version {n}".encode()) for n in range(5)]
+    for staged in versions:
+        publish(staged)
+    mapped = os.stat(versions[1])
+    gone = retire(store, {(mapped.st_dev, mapped.st_ino)})
+    assert sorted(gone) == sorted([versions[0].parent.name, versions[2].parent.name])
+    assert [v.exists() for v in versions] == [False, True, False, True, True]
+    assert retire(store, set()) == [versions[1].parent.name]
+    assert stable_path(store).read_bytes() == b"version 4"
+    assert retire(tmp_path / "nothing", set()) == []
+
+
+def test_a_step_back_is_a_publication_too(tmp_path, store) -> None:
+    one, two = (version(tmp_path, store, text) for text in (b"one", b"two"))
+    publish(one)
+    publish(two)
+    publish(one)
+    assert stable_path(store).read_bytes() == b"one"
+    assert retire(store, set()) == []
+
+
+READER = """
+import sys
+path, wanted, reads = sys.argv[1], {b"1" * 65536, b"2" * 65536}, 0
+print("ready", flush=True)
+while True:
+    with open(path, "rb") as file:
+        if file.read() not in wanted:
+            sys.exit("half a shim")
+    reads += 1
+    if reads % 1009 == 0:
+        print(reads, flush=True)
+"""
+
+
+def test_readers_see_one_or_the_other(tmp_path, store, scale) -> None:
+    versions = [version(tmp_path, store, digit * 65536) for digit in (b"1", b"2")]
+    publish(versions[0])
+    command = [sys.executable, "-c", READER, stable_path(store)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as reader:
+        assert reader.stdout
+        assert reader.stdout.readline() == b"ready\n"
+        for number in range(scale(101, 1009, 10007)):
+            publish(versions[number % 2])
+        assert reader.poll() is None, "a reader found no shim, or half of one"
+        assert reader.stdout.readline(), "it read"
+        reader.kill()

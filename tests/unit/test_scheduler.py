@@ -1,0 +1,327 @@
+"""Shares, limits, priorities, gangs and faults in simulated time; the figures are those of ten seconds."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from slices_kit import MS, US, S, Steps, Tenant, World
+
+from fgpu_ebpf import pages, scheduler
+from fgpu_ebpf.places import Seen
+from fgpu_ebpf.scheduler import MILLION, Account, Share
+from fgpu_ebpf.turns import Turns
+
+SECONDS = 10.0
+
+
+def world(weights, kernel_ns=200 * US):
+    return World(*(Tenant(n + 1, Share(weight=100 * w), kernel_ns) for n, w in enumerate(weights)))
+
+
+@pytest.mark.parametrize("kernel_us", [200, 4_000, 50_000])
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (9, 1), (4, 3, 2, 1), (1,) * 8])
+def test_contended_time_is_divided_by_weight(weights, kernel_us):
+    got = world(weights, kernel_us * US).run(SECONDS).shares()
+    error = 0.03 if kernel_us == 50_000 else 0.01
+    for n, weight in enumerate(weights):
+        assert got[n + 1] == pytest.approx(weight / sum(weights), abs=error)
+
+
+def test_eight_equal_are_equal():
+    got = list(world((1,) * 8).run(SECONDS).shares().values())
+    assert sum(got) ** 2 / (8 * sum(x * x for x in got)) >= 0.999
+
+
+@pytest.mark.parametrize("kernel_us", [200, 4_000])
+@pytest.mark.parametrize("percent", [25, 50, 75])
+def test_a_limit_holds_on_an_idle_device(percent, kernel_us):
+    tenant = Tenant(1, Share(limit_millionths=percent * 10_000), kernel_us * US)
+    World(tenant).run(SECONDS)
+    assert tenant.done_ns / (SECONDS * S) == pytest.approx(percent / 100, abs=0.015)
+
+
+@pytest.mark.parametrize("percent", [25, 50, 75, 90])
+def test_a_limit_is_of_what_the_tenant_could_do(percent):
+    """What passes until a thread has come through its gate, and until we hear that it is done, is not its own."""
+    tenant = Tenant(1, Share(limit_millionths=percent * 10_000))
+    World(tenant).run(SECONDS)
+    assert tenant.done_ns / (SECONDS * S) == pytest.approx(percent / 100, abs=0.003)
+
+
+@pytest.mark.parametrize(("work_us", "period_us"), [(350, 500), (700, 1_000), (5_000, 10_000), (21_000, 30_000)])
+def test_rests_are_not_charged_however_they_fall_between_our_looks(work_us, period_us):
+    tenant = Tenant(1, Share(limit_millionths=750_000), 50 * US, steps=Steps(work_us * US, period_us * US))
+    counts = World(tenant).run(SECONDS).turns.places[1].counts
+    assert tenant.done_ns >= 0.99 * SECONDS * S * work_us / period_us
+    assert counts.owned_ns == pytest.approx(tenant.done_ns, rel=0.01)
+
+
+def test_idle_time_is_no_credit_under_a_limit():
+    tenant = Tenant(1, Share(limit_millionths=750_000), steps=Steps(60 * S, 1, 6 * S))
+    World(tenant).run(5.0 + 2.0)
+    assert tenant.done_ns / (2.0 * S) == pytest.approx(0.75, abs=0.005)
+
+
+def test_below_the_limits_nothing_is_left_idle():
+    limited, other = Tenant(1, Share(limit_millionths=250_000)), Tenant(2)
+    World(limited, other).run(SECONDS)
+    assert limited.done_ns / (SECONDS * S) == pytest.approx(0.25, abs=0.015)
+    assert other.done_ns / (SECONDS * S) > 0.70
+
+
+def test_what_an_idle_tenant_leaves_is_used():
+    busy = Tenant(1)
+    World(busy, Tenant(2, steps=Steps(0, 60 * S))).run(SECONDS)
+    assert busy.done_ns / (SECONDS * S) >= 0.97
+
+
+def test_idle_time_is_no_credit():
+    early, late = Tenant(1), Tenant(2, steps=Steps(60 * S, 1, 6 * S))
+    it = World(early, late).run(5.0)
+    before = early.done_ns
+    it.run(2.0)
+    assert early.done_ns - before == pytest.approx(late.done_ns, rel=0.05)
+
+
+def test_a_lone_tenant_is_free_until_another_comes():
+    first, second = Tenant(1), Tenant(2, dead=True)
+    it = World(first, second).run(1.0)
+    assert it.turns.gate(1, 0) == 1
+    assert it.steps < 20
+    second.dead = False
+    it.run(2.0)
+    assert it.turns.gate(1, 0) & 2
+    second.dead, second.flights = True, []
+    it._ring()
+    it.run(0.1)
+    assert it.turns.gate(1, 0) == 1
+
+
+def test_high_priority_comes_at_the_next_launch_and_nobody_starves():
+    quick = Tenant(1, Share(rank=0), 1 * MS, steps=Steps(5 * MS, 50 * MS))
+    hog, low = Tenant(2), Tenant(3, Share(rank=2))
+    World(quick, hog, low).run(SECONDS)
+    assert quick.longest_wait_ns <= 10 * MS
+    assert low.done_ns > 0.03 * SECONDS * S
+    assert low.longest_wait_ns <= 1 * S
+
+
+def test_at_equal_weight_a_short_step_waits_a_quantum_at_most():
+    quick = Tenant(1, Share(), 1 * MS, steps=Steps(5 * MS, 50 * MS))
+    World(quick, Tenant(2)).run(SECONDS)
+    assert quick.longest_wait_ns <= (20 + 2 + 2) * MS
+
+
+def test_who_has_nothing_to_run_gives_way_within_two_milliseconds():
+    lazy, busy = Tenant(1, kernel_ns=500 * US, steps=Steps(1 * MS, 40 * MS)), Tenant(2)
+    World(lazy, busy).run(SECONDS)
+    idle_ns = SECONDS * S - lazy.done_ns - busy.done_ns
+    assert idle_ns / (SECONDS / 0.04) <= 3 * MS  # each burst: giving way, a drain, two bells
+
+
+def test_who_was_busy_for_long_is_looked_at_seldom_and_gives_way_a_little_later():
+    busy, other = Tenant(1), Tenant(2)
+    it = World(busy, other).run(2.0)
+    before = it.steps, sum(place.counts.switches for place in it.turns.places.values())
+    it.run(2.0)
+    turns = sum(place.counts.switches for place in it.turns.places.values()) - before[1]
+    assert turns > 80
+    assert (it.steps - before[0]) / turns < 5  # a wake-up of the gatekeeper is dear
+    while not it.is_open(busy):
+        it.run(0.001)
+    it.run(0.001)
+    busy.steps = Steps(0, 60 * S, 60 * S + it.now)  # it has nothing to run from now on
+    began = it.now
+    while not it.is_open(other):
+        it.run(0.0005)
+    assert it.now - began <= (10 + 2 + 1) * MS  # and what was in flight
+
+
+# -- gangs
+
+
+def test_two_gangs_take_turns_on_both_devices():
+    both = frozenset({0, 1})
+    it = World(Tenant(1, devices=both), Tenant(2, devices=both)).run(SECONDS)
+    assert it.shares()[1] == pytest.approx(0.5, abs=0.01)
+    assert sum(t.done_ns for t in it.tenants.values()) >= 0.9 * SECONDS * S
+
+
+def test_a_gang_among_single_tenants_gets_its_part_and_nobody_starves():
+    gang = Tenant(1, devices=frozenset({0, 1}))
+    singles = [Tenant(2), Tenant(3, devices=frozenset({1}))]
+    World(gang, *singles).run(SECONDS)
+    for tenant in (gang, *singles):
+        assert tenant.done_ns / (SECONDS * S) == pytest.approx(0.5, abs=0.06)
+
+
+def test_what_a_gang_cannot_have_soon_is_not_kept_for_it():
+    """A higher priority holds one of its devices: the other one is used meanwhile."""
+    gang = Tenant(1, Share(weight=800, rank=2), devices=frozenset({0, 1}))
+    single = Tenant(3, Share(rank=2), devices=frozenset({1}))
+    World(gang, Tenant(2, Share(rank=1)), single).run(SECONDS)
+    assert single.done_ns > 0.6 * SECONDS * S
+    assert gang.done_ns > 0.03 * SECONDS * S
+    assert gang.longest_wait_ns <= 1 * S
+
+
+# -- faults
+
+
+@pytest.mark.parametrize("ms", [20, 100, 1000])
+def test_the_floor_is_one_for_long_kernels_too(ms):
+    """A kernel cannot be cut short, so whoever is lifted for longer is lifted less often; not so its equals."""
+    high, long, short = Tenant(1, Share(rank=0)), Tenant(2, Share(rank=2), ms * MS), Tenant(3, Share(rank=2))
+    shares = World(high, long, short).run(30).shares()
+    assert 0.01 < shares[2] < 0.07
+    assert shares[3] > 0.02
+
+
+def test_alone_and_at_rest_it_pays_for_no_work_that_it_has_not_looked_at():
+    """It waits for its kernels by a copy, say: nothing tells that they have ended, until it launches again."""
+    turns, now = Turns(), 1 * S
+    turns.share_out({1: Share(limit_millionths=100_000)}, now)
+    waits = Seen(frozenset({0}), waiting=True)
+    turns.step({1: waits}, now)
+    for launches in range(1, 6):
+        assert turns.gate(1, 0) & pages.Gate.OPEN
+        flies = Seen(frozenset({0}), False, launches, 1, now + 1 * MS, False, now, now)
+        end = now + 300 * MS
+        while now < end:
+            turns.step({1: flies}, now)
+            now = min(end, turns.due_ns(now))
+        turns.step({1: flies._replace(waiting=True, in_flight=0, drained=True, ended_ns=now)}, now)
+    place = turns.places[1]
+    assert place.counts.owned_ns < 10 * MS
+    assert place.counts.overruns == 0
+
+
+def test_a_dead_owner_is_followed_at_once():
+    owner, other = Tenant(1), Tenant(2)
+    it = World(owner, other).run(1.0)
+    while not it.turns.places[1].turn:
+        it.run(0.001)
+    owner.dead, owner.flights = True, []
+    it._ring()
+    it.run(0.001)
+    assert it.turns.gate(2, 0) & 1
+
+
+def test_a_stopped_owner_costs_one_deadline_once():
+    owner, other = Tenant(1), Tenant(2)
+    it = World(owner, other).run(1.0)
+    while not it.turns.places[1].turn:
+        it.run(0.001)
+    owner.stopped = True
+    before = other.done_ns
+    it.run(1.0)
+    assert other.done_ns - before >= 0.96 * S
+    assert it.turns.places[1].counts.overruns <= 1
+    owner.stopped = False
+    before = owner.done_ns
+    it.run(2.0)
+    assert owner.done_ns - before >= 0.6 * S
+
+
+def test_one_that_is_stopped_as_it_waits_with_work_in_flight_is_not_asked_again_and_again():
+    owner, other = Tenant(1), Tenant(2)
+    it = World(owner, other).run(1.0)
+    while not (owner.waiting and owner.flights):
+        it.run(0.0001)
+    owner.stopped, before = True, it.turns.places[1].counts.overruns
+    it.run(3.0)
+    assert 1 <= it.turns.places[1].counts.overruns - before <= 2
+    owner.stopped, before = False, owner.done_ns
+    it.run(0.5)
+    assert owner.done_ns - before >= 0.2 * S
+
+
+def test_silence_is_no_advantage():
+    quiet, other = Tenant(1, silent=True, kernel_ns=4 * MS), Tenant(2)
+    got = World(quiet, other).run(SECONDS).shares()
+    assert got[1] == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("quantum_ms", [2, 20])
+def test_a_lie_about_a_turn_gains_a_twentieth_at_most(quantum_ms):
+    share = Share(quantum_ns=quantum_ms * MS)
+    got = World(Tenant(1, share, lies=True), Tenant(2, share)).run(SECONDS).shares()
+    assert got[1] == pytest.approx(0.5, abs=0.0125 + 0.005)
+
+
+def test_a_changed_share_holds_at_once():
+    it = world((1, 1)).run(2.0)
+    before = {key: t.done_ns for key, t in it.tenants.items()}
+    it.turns.share_out({1: Share(weight=300), 2: Share()}, it.now)
+    it.run(2.0)
+    part = [it.tenants[key].done_ns - before[key] for key in (1, 2)]
+    assert part[0] / sum(part) == pytest.approx(0.75, abs=0.015)
+
+
+# -- properties
+
+
+tenants = st.lists(
+    st.tuples(
+        st.integers(1, 9),  # weight / 100
+        st.sampled_from([MILLION, 300_000, 600_000]),
+        st.integers(0, 2),
+        st.sampled_from([frozenset({0}), frozenset({1}), frozenset({0, 1})]),
+        st.sampled_from([200 * US, 1 * MS, 4 * MS]),
+        st.integers(0, 60),  # ms it pauses
+        st.integers(1, 60),  # ms it works
+    ),
+    min_size=2,
+    max_size=6,
+)
+
+
+@example(  # two that each wait for a device of their own, one of which a gang above them is lifted on as well
+    [
+        (2, MILLION, 1, frozenset({0, 1}), 200 * US, 60, 38),
+        (1, MILLION, 0, frozenset({0, 1}), 200 * US, 44, 50),
+        (4, MILLION, 2, frozenset({1}), 1 * MS, 59, 42),
+        (6, MILLION, 0, frozenset({0, 1}), 4 * MS, 13, 32),
+        (9, MILLION, 0, frozenset({0, 1}), 4 * MS, 21, 53),
+        (4, MILLION, 2, frozenset({1}), 4 * MS, 6, 37),
+    ]
+)
+@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
+@given(tenants)
+def test_whatever_they_do_one_owner_whole_gangs_and_nobody_waits_for_ever(made):
+    them = [
+        Tenant(n + 1, Share(limit, weight * 100, rank), kernel, devices, Steps(on * MS, (on + off) * MS))
+        for n, (weight, limit, rank, devices, kernel, off, on) in enumerate(made)
+    ]
+    World(*them).run(2.5)  # World.check asserts at every change
+    for tenant in them:
+        assert tenant.launches
+        assert tenant.longest_wait_ns <= 1.5 * S
+
+
+@given(
+    st.dictionaries(st.integers(0, 9), st.builds(Share, st.integers(1, MILLION), st.integers(1, 10_000)), min_size=1)
+)
+def test_entitlements_are_below_limits_and_fill_the_device(shares):
+    got = scheduler.entitlements(shares)
+    assert got.keys() == shares.keys()
+    assert all(got[tenant] <= share.limit_millionths for tenant, share in shares.items())
+    fillable = min(MILLION, sum(share.limit_millionths for share in shares.values()))
+    assert fillable - len(shares) <= sum(got.values()) <= MILLION
+
+
+@given(st.integers(10_000, 990_000), st.lists(st.integers(0, 30 * MS), max_size=50))
+def test_a_limit_is_never_passed_by_more_than_one_overrun(limit, uses):
+    share, now, used = Share(limit), 0, 0
+    account = scheduler.opening(share, 0)
+    for ns in uses:
+        now = max(now, account.ripe_ns(share)) + ns
+        account = account.at(now, share).charged(ns, share)
+        used += ns
+        assert used <= share.ample_ns + now * limit // MILLION + ns
+
+
+def test_debts_stay_and_credit_does_not():
+    assert Account(virtual_ns=5).joining(9).virtual_ns == 9
+    assert Account(virtual_ns=12).joining(9).virtual_ns == 12

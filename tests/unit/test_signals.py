@@ -1,0 +1,51 @@
+"""What a signal asks for is done at once, not when the agent next looks around."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf import service
+
+LONG_SECONDS = 60.0
+
+
+@pytest.fixture
+def agent() -> Iterator[Any]:
+    """As much of an agent as signals need; how often each was asked of it."""
+    asked = {"end": 0, "reload_soon": 0}
+
+    def count(name: str):
+        def more(*_: object) -> None:
+            asked[name] += 1
+
+        return more
+
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
+    with selectors.DefaultSelector() as selector:
+        made = SimpleNamespace(selector=selector, asked=asked, **{name: count(name) for name in asked})
+        service._handle_signals(made)
+        yield made
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("number", "asks"), [(signal.SIGHUP, "reload_soon"), (signal.SIGTERM, "end"), (signal.SIGINT, "end")]
+)
+def test_the_loop_wakes(agent, number: int, asks: str) -> None:
+    later = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    later.start()
+    (heard,) = agent.selector.select(LONG_SECONDS)
+    later.join()
+    assert agent.asked == {"end": 0, "reload_soon": 0} | {asks: 1}
+    heard[0].data()
+    assert agent.selector.select(0) == [], "it would never sleep again"

@@ -1,0 +1,330 @@
+"""The slicer's words on real pages, with real futexes and time: programs here are threads that write status pages."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from fgpu_ebpf import futex
+from fgpu_ebpf.pages import DEVICES, Gate
+from fgpu_ebpf.scheduler import Share
+from fgpu_ebpf.sealed import ControlMemory, StatusMemory
+from fgpu_ebpf.slicer import Slicer
+
+pytestmark = pytest.mark.timed
+
+PLENTY_SECONDS = 2.0
+
+
+class Ledger:
+    """Shares by level, on device 0; the contexts of every process."""
+
+    def __init__(self, **shares):
+        self.told, self.version = {}, 1
+        self.given = {(int(level[1:]), 0): share for level, share in shares.items()}
+        self.times = self
+
+    def epoch(self):
+        return self.version
+
+    def shares(self):
+        return self.given
+
+    def set_turns(self, level, device, counts):
+        self.told[level, device] = counts
+
+    def process(self, pid):
+        return SimpleNamespace(contexts=[1])
+
+
+class Program:
+    """A process that always has something to launch, once it is told to."""
+
+    def __init__(self, pid, level):
+        control = ControlMemory()
+        self.client = SimpleNamespace(pid=pid, levels=(level,), control=control, status=StatusMemory())
+        control.page.gates[:] = [1] * DEVICES
+        self.page, self.status = control.page, self.client.status.page
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def word(self):
+        return self.page.gates[0]
+
+    def is_open(self):
+        return bool(self.word() & Gate.OPEN)
+
+    def ring(self):
+        self.status.bell += 1
+        futex.wake(ctypes.addressof(self.status) + type(self.status).bell.offset)
+
+    def _run(self):
+        mine = self.status.devices[0]
+        while not self.ended.is_set():
+            if self.is_open():
+                mine.waiting = 0
+                mine.launches += 1
+            elif not mine.waiting or mine.drained != self.word() >> 2:
+                mine.drained, mine.waiting = self.word() >> 2, 1
+                self.ring()
+            time.sleep(0.0005)
+
+
+class World:
+    def __init__(self, ledger):
+        self.slicer = Slicer()
+        self.slicer.ledger = ledger
+        self.programs = []
+        self.turns = 0
+        turn = self.slicer._turn
+
+        def counted():
+            self.turns += 1
+            return turn()
+
+        self.slicer._turn = counted
+
+    def greet(self, pid, level, start=True):
+        program = Program(pid, level)
+        self.programs.append(program)
+        self.slicer.greet(program.client)
+        if start:
+            program.thread.start()
+        return program
+
+    def until(self, holds, seconds=PLENTY_SECONDS):
+        end = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < end, "not in time"
+            time.sleep(0.0005)
+
+    def run(self, seconds, each=lambda: None):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.0005)
+            each()
+
+
+@pytest.fixture
+def world():
+    made = []
+
+    def make(**shares):
+        made.append(World(Ledger(**shares)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.slicer.end()
+        for program in one.programs:
+            program.ended.set()
+
+
+def test_without_a_share_gates_are_no_gates_and_nothing_is_due(world):
+    it = world(t7=Share())
+    program = it.greet(1, 8, start=False)
+    assert program.word() == Gate.OPEN
+    it.run(1.0)
+    assert it.turns <= 11 + 1  # it looks for shares
+
+
+def test_who_is_told_of_shares_does_not_look_for_them(world):
+    it = world(t7=Share(limit_millionths=500_000))
+    it.slicer.is_told = True
+    programs = [it.greet(1, 8, start=False), it.greet(2, 8, start=False)]
+    it.run(1.0)
+    assert it.turns == 0
+    it.slicer.ledger.given, it.slicer.ledger.version = {(8, 0): Share(limit_millionths=500_000)}, 2
+    it.slicer.heed()
+    it.until(lambda: all(p.word() & Gate.GATED for p in programs))
+    turns = it.turns
+    it.run(1.0)
+    assert it.turns - turns <= 3 + 2  # it publishes
+    it.slicer.ledger.given, it.slicer.ledger.version = {}, 3
+    late = it.greet(3, 8, start=False)  # nobody has told yet
+    it.until(lambda: all(p.word() == Gate.OPEN for p in (*programs, late)))
+
+
+def test_heeding_without_a_change_wakes_nobody(world):
+    it = world(t7=Share(limit_millionths=500_000))
+    it.slicer.is_told = True
+    it.slicer.heed()
+    it.greet(1, 8, start=False)
+    for _ in range(100):
+        it.slicer.heed()
+    it.run(0.2)
+    assert it.turns == 0
+
+
+def test_who_rang_too_often_and_has_stopped_is_listened_to_again_though_told_of_shares(world):
+    it = world(t7=Share(limit_millionths=500_000))
+    it.slicer.is_told = True
+    program = it.greet(1, 7, start=False)
+    it.until(lambda: it.slicer._is_watching)
+    while not it.slicer._unwatched:
+        program.ring()
+    it.until(lambda: not it.slicer._unwatched and it.slicer._watched)
+
+
+def test_a_gate_is_closed_before_it_is_seen_and_opens_when_somebody_waits(world):
+    it = world(t7=Share(limit_millionths=500_000))
+    program = it.greet(1, 7, start=False)
+    assert program.word() == Gate.GATED
+    it.run(0.05)
+    assert not program.is_open()
+    program.thread.start()
+    it.until(program.is_open)
+    assert program.word() & Gate.GATED
+
+
+def test_alone_and_without_a_ceiling_it_is_free(world):
+    it = world(t7=Share())
+    program = it.greet(1, 7)
+    it.until(lambda: program.word() == Gate.OPEN)
+
+
+def test_one_owner_at_a_time_each_with_its_turn(world):
+    it = world(t7=Share(), t8=Share())
+    programs = [it.greet(1, 7), it.greet(2, 8)]
+    it.until(lambda: all(p.word() & Gate.GATED for p in programs))
+    both, turns = [], set()
+
+    def look():
+        both.append(all(p.is_open() for p in programs))
+        turns.update(p.word() >> 2 for p in programs)
+
+    it.run(1.0, look)
+    assert not any(both)
+    assert len(turns) > 10
+    counts = it.slicer.ledger.told
+    assert {key: count.waits > 3 for key, count in counts.items()} == {(7, 0): True, (8, 0): True}
+    assert counts[7, 0].entitled_millionths == pytest.approx(500_000, abs=1)
+
+
+def test_the_others_go_on_when_an_owner_ends(world):
+    it = world(t7=Share(quantum_ns=1_000_000_000), t8=Share(quantum_ns=1_000_000_000))
+    programs = [it.greet(1, 7), it.greet(2, 8)]
+    it.until(lambda: sum(p.is_open() for p in programs) == 1 and all(p.word() & Gate.GATED for p in programs))
+    owner, other = sorted(programs, key=lambda p: not p.is_open())
+    owner.ended.set()
+    owner.thread.join()
+    it.slicer.part(owner.client)
+    began = time.monotonic()
+    it.until(other.is_open)
+    assert time.monotonic() - began < 0.1
+
+
+def test_a_device_that_only_a_process_which_has_gone_used_is_nobodys(world):
+    """Else its tenant goes on taking turns on it, and whoever is alone there now loses them."""
+    it = world(t7=Share(), t8=Share())
+    ledger = it.slicer.ledger
+    ledger.given = {(level, device): Share() for level, _ in ledger.given for device in (0, 1)}
+    ledger.process = lambda pid: SimpleNamespace(contexts=[int(pid == 1), int(pid > 1)])
+    first, second, other = it.greet(1, 7, start=False), it.greet(2, 7, start=False), it.greet(3, 8, start=False)
+    for program, device in ((first, 0), (second, 1), (other, 1)):
+        program.status.devices[device].waiting = 1
+        program.ring()
+    places = it.slicer._turns.places
+    it.until(lambda: (places[7].seen.devices, places[8].seen.devices) == ({0, 1}, {1}))
+    it.slicer.part(second.client)
+    it.until(lambda: (places[7].free_on, places[8].free_on) == ({0}, {1}))
+
+
+@pytest.mark.parametrize("share", [Share(), Share(limit_millionths=500_000)])
+def test_what_a_tenant_had_is_told_to_the_end_and_not_that_it_has_it_still(world, share):
+    it = world(t7=share)
+    program, told = it.greet(1, 7), it.slicer.ledger.told
+    it.until(lambda: (7, 0) in told and told[7, 0].owner)
+    program.ended.set()
+    program.thread.join()
+    it.slicer.part(program.client)
+    place = it.slicer._turns.places[7]
+    it.until(lambda: not told[7, 0].owner)
+    last = told[7, 0]
+    assert (last.owned_ns, last.waits) == (place.counts.owned_ns, place.counts.waits)
+    assert (last.had_millionths, last.free, last.since_ns) == (0, 0, 0)
+
+
+def test_a_share_that_is_taken_away_opens_the_gates_of_running_programs(world):
+    it = world(t7=Share(limit_millionths=10_000))
+    program = it.greet(1, 7)
+    it.until(lambda: program.word() & Gate.GATED)
+    it.slicer.ledger.given, it.slicer.ledger.version = {}, 2
+    began = time.monotonic()
+    it.until(lambda: program.word() == Gate.OPEN)
+    assert time.monotonic() - began < 0.2
+
+
+def test_at_the_end_every_gate_is_open(world):
+    it = world(t7=Share(limit_millionths=10_000))
+    program = it.greet(1, 7, start=False)
+    it.slicer.end()
+    assert program.word() == Gate.OPEN
+
+
+def test_a_ledger_that_cannot_be_read_is_asked_again(world):
+    it = world(t7=Share(), t8=Share())
+    programs = [it.greet(1, 7), it.greet(2, 8)]
+    it.until(lambda: all(p.word() & Gate.GATED for p in programs))
+    epoch, it.slicer.ledger.epoch = it.slicer.ledger.epoch, lambda: os.stat("/nowhere")
+    it.run(0.3)
+    assert it.slicer.counts()["errors"] > 0
+    it.slicer.ledger.epoch = epoch
+    word = programs[0].word()
+    it.until(lambda: programs[0].word() >> 2 > (word >> 2) + 2)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_fault_of_ours_ends_the_process_so_that_gates_open(world, monkeypatch):
+    it, ended = world(t7=Share()), []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    it.greet(1, 7)
+    it.slicer.ledger.version = "no number"
+    it.slicer.ledger.given = None
+    it.until(lambda: ended)
+    time.sleep(0.1)  # its last words
+    assert ended == [os.EX_SOFTWARE]
+
+
+def test_who_rings_without_end_is_not_listened_to(world):
+    it = world(t7=Share(limit_millionths=500_000))
+    program = it.greet(1, 7, start=False)
+    stop = time.monotonic() + 1.0
+
+    def ring():
+        while time.monotonic() < stop:
+            program.ring()
+
+    threading.Thread(target=ring, daemon=True).start()
+    it.run(1.0)
+    assert it.turns < 2_000
+
+
+def test_a_share_that_was_taken_away_and_given_back_is_counted_anew():
+    """The counts of its new place begin at 0, below what was told of the one before."""
+    share = Share(limit_millionths=500_000)
+    ledger, slicer = Ledger(L7=share), Slicer()
+    slicer.ledger = ledger
+
+    def published(owned_ns):
+        ledger.version += 1
+        slicer._read_shares(ledger)
+        slicer._desks = {7: []}
+        place = slicer._turns.places[7]
+        place.seen, place.counts.owned_ns = place.seen._replace(devices=frozenset({0})), owned_ns
+        slicer._publish(ledger, time.monotonic_ns())
+        return ledger.told[7, 0].had_millionths
+
+    published(0)
+    assert published(10**6) > 0
+    ledger.given = {}
+    ledger.version += 1
+    slicer._read_shares(ledger)
+    ledger.given = {(7, 0): share}
+    assert published(0) == 0

@@ -1,0 +1,52 @@
+"""What is shown of a tenant: drift where everybody was compared, and who goes around the shim."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from fgpu_ebpf import view
+from fgpu_ebpf.audit import Verdict
+from fgpu_ebpf.pages import Seen
+from fgpu_ebpf.reconcile import Truth
+
+NOW = 1009.0
+
+
+@pytest.mark.parametrize(
+    ("own", "answered", "shown"),
+    [
+        ([7, 8], {0: NOW - 1}, 101),
+        ([7], {0: NOW - 1}, -2),
+        ([], {0: NOW - 1}, None),
+        ([7, 9], {0: NOW - 1}, None),
+        ([7, 8], {1: NOW - 1}, None),
+        ([7, 8], {0: NOW - 6}, None),
+    ],
+    ids=["all", "one", "nobody", "one was not compared", "no answer for this device", "long ago"],
+)
+def test_drift_is_of_all_or_of_nobody(own: list[int], answered: dict[int, float], shown: int | None) -> None:
+    truth = Truth(answered, drift={(7, 0): -2, (8, 0): 103, (9, 1): 5})
+    look = SimpleNamespace(truth=truth, now_ns=int(NOW * 1e9))
+    assert view._drift(look, own, 0) == shown  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("flags", "bytes_", "how"),
+    [(0, 5, "unwitnessed"), (Seen.CALL, 5, "no_shim"), (Seen.CALL, 0, ""), (Seen.SHIM | Seen.CALL, 5, "")],
+)
+def test_who_goes_around_the_shim_is_alive(flags: int, bytes_: int, how: str) -> None:
+    look = SimpleNamespace(unprobed=set(), truth=Truth(), enforcer=SimpleNamespace(elders=()))
+    process = SimpleNamespace(flags=flags, bytes=(bytes_,))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert view._how(look, os.getpid(), process) == how  # type: ignore[arg-type]
+    assert view._how(look, ended.pid, process) == ""  # type: ignore[arg-type]
+    look.truth = Truth(turns=Verdict(outside=frozenset({os.getpid()})))
+    assert view._how(look, os.getpid(), process) == (how or "outside_turns")  # type: ignore[arg-type]
+    look.truth, look.enforcer.elders = Truth(), (os.getpid(), ended.pid)
+    assert view._how(look, os.getpid(), process) == ("older" if bytes_ else "")  # type: ignore[arg-type]
+    assert view._how(look, ended.pid, process) == ""  # type: ignore[arg-type]

@@ -1,0 +1,87 @@
+"""The metrics address: eight at a time, each for a few seconds, and answers for all who ask properly."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf import web
+from fgpu_ebpf.web import MOST_CLIENTS, Web
+
+
+def app(_: dict[str, Any], start: Any) -> Iterable[bytes]:
+    start("200 OK", [("Content-Type", "text/plain")])
+    return [b"fine"]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    monkeypatch.setattr(web, "CLIENT_SECONDS", 1.0)
+    one = Web("127.0.0.1", 0, app)
+    ended = threading.Event()
+
+    def loop() -> None:
+        while not ended.wait(0.01):
+            one.handle_request()
+            one.expire()
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    yield one
+    ended.set()
+    thread.join()
+    one.server_close()
+
+
+def ask(server: Web) -> bytes:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics", timeout=5) as answer:
+        return bytes(answer.read())
+
+
+def silent(server: Web) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.server_port), timeout=5)
+
+
+def test_it_answers(server: Web) -> None:
+    assert ask(server) == b"fine"
+
+
+def test_silent_clients_are_few_and_go(server: Web) -> None:
+    before = threading.active_count()
+    socks = [silent(server) for _ in range(60)]
+    time.sleep(0.2)
+    assert 0 < threading.active_count() - before <= MOST_CLIENTS
+    end = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert threading.active_count() == before
+    assert ask(server) == b"fine"
+    for sock in socks:
+        sock.close()
+
+
+def test_one_that_drips_goes_too(server: Web) -> None:
+    sock, began = silent(server), time.monotonic()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        while time.monotonic() - began < 10:
+            sock.sendall(b"G")
+            time.sleep(0.1)
+    assert time.monotonic() - began < 4
+
+
+def test_a_taken_address_is_said(server: Web) -> None:
+    with pytest.raises(OSError, match="in use"):
+        Web("127.0.0.1", server.server_port, app)
+
+
+def test_both_families() -> None:
+    one = Web("::1", 0, app)
+    assert one.address_family == socket.AF_INET6
+    one.server_close()
