@@ -63,6 +63,19 @@ def eventually(look: Callable[[], T], seconds: float = 10.0, what: str = "") -> 
         time.sleep(0.01)
 
 
+def steadily(look: Callable[[], object], for_seconds: float, within: float = 10.0, what: str = "") -> None:
+    """Looks until the answer has been truthy at every look of `for_seconds`."""
+    deadline = time.monotonic() + within
+    since = time.monotonic()
+    while time.monotonic() - since < for_seconds:
+        found = look()
+        if not found:
+            since = time.monotonic()
+        if time.monotonic() > deadline:
+            raise Timeout(f"not for {for_seconds} s within {within} s: {what or look}: {found!r}")
+        time.sleep(0.01)
+
+
 def free_port() -> int:
     """A TCP port that nobody listens at."""
     with socket.socket() as sock:

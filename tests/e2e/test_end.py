@@ -23,6 +23,7 @@ from harness import (
     driver_books,
     eventually,
     fgpu,
+    steadily,
 )
 
 HELD = 4 * MIB
@@ -127,8 +128,9 @@ def test_exec_releases(tenant) -> None:
     at_once = []
     for _ in range(5):
         eventually(lambda: client.do("context") == "ok", 1, "a context")
-        # The driver takes a moment to let go of the last life's memory, and is believed meanwhile.
-        eventually(lambda: one.memory()["used_bytes"] == one.driver() == CONTEXT, 1, "the books of one life")
+        # The driver takes a moment to let go of the last life's memory, and what NVML said before that is believed
+        # until it is asked again, every 500 ms.
+        steadily(lambda: one.memory()["used_bytes"] == one.driver() == CONTEXT, 0.6, "the books of one life")
         with one.growing(80 * MIB):
             client.ok(f"fill {2 * MIB} 0")
         pid = client.pid
