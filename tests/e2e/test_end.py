@@ -130,7 +130,7 @@ def test_exec_releases(tenant) -> None:
         eventually(lambda: client.do("context") == "ok", 1, "a context")
         # The driver takes a moment to let go of the last life's memory, and what NVML said before that is believed
         # until it is asked again, every 500 ms.
-        steadily(lambda: one.memory()["used_bytes"] == one.driver() == CONTEXT, 0.6, "the books of one life")
+        steadily(lambda: one.memory()["used_bytes"] == one.driver() == CONTEXT, 0.6, what="the books of one life")
         with one.growing(80 * MIB):
             client.ok(f"fill {2 * MIB} 0")
         pid = client.pid
