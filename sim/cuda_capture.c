@@ -9,7 +9,7 @@
 struct capture {
     uint64_t id, thread;
     CUstreamCaptureMode mode;
-    bool broken, borrows; /* borrows: the graph is the program's, which keeps what was captured into it */
+    bool broken;
     struct graph *graph;
     struct stream *origin;
     struct capture *next;
@@ -194,7 +194,6 @@ static CUresult begin(CUstream handle, CUstreamCaptureMode mode, const struct pl
     *capture = (struct capture){.id = ++driver.next_id,
                                 .thread = this_thread(),
                                 .mode = mode,
-                                .borrows = place,
                                 .graph = graph,
                                 .origin = stream,
                                 .next = captures};
@@ -219,10 +218,11 @@ static void leave_stream(struct stream *stream, const struct capture *capture)
     tail_clear(&stream->tail);
 }
 
+/* Also one that the program made itself, and captured into: its handle names nothing afterwards. */
 static void graph_discard(const struct capture *capture)
 {
     capture->graph->capturing = false;
-    if (!capture->borrows) graph_free(capture->graph);
+    graph_free(capture->graph);
 }
 
 static void capture_stop(struct capture *capture)

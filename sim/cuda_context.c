@@ -176,7 +176,12 @@ static CUresult primary_release(CUdevice dev, bool all)
 
 API cuDevicePrimaryCtxRelease_v2(CUdevice dev) { return primary_release(dev, false); }
 
-API cuDevicePrimaryCtxRelease(CUdevice dev) { return primary_release(dev, false); }
+/* Unlike its successor it does not mind that nobody holds the context. */
+API cuDevicePrimaryCtxRelease(CUdevice dev)
+{
+    CUresult result = primary_release(dev, false);
+    return result == CUDA_ERROR_INVALID_CONTEXT ? CUDA_SUCCESS : result;
+}
 
 API cuDevicePrimaryCtxReset_v2(CUdevice dev) { return primary_release(dev, true); }
 

@@ -130,14 +130,18 @@ static void exec_free(struct exec *exec)
 static CUresult reserve_for(struct exec *exec, const struct stream *stream);
 static CUresult upload_to(struct exec *exec, const struct stream *stream);
 
-static CUresult instantiate(CUgraphExec *out, CUgraph handle, cuuint64_t flags, CUstream stream, bool per_thread)
+static CUresult instantiate(CUgraphExec *out, CUgraph handle, CUDA_GRAPH_INSTANTIATE_PARAMS *params, bool per_thread)
 {
     struct context *context;
+    params->hErrNode_out = NULL;
+    params->result_out = CUDA_GRAPH_INSTANTIATE_ERROR;
     CUresult result = sim_enter(&context);
     if (result) return result;
     struct graph *graph = graph_find(handle);
-    const struct stream *upload =
-        flags & CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD ? stream_find(context, stream, per_thread) : &context->legacy;
+    cuuint64_t flags = params->flags;
+    const struct stream *upload = flags & CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD
+                                      ? stream_find(context, params->hUploadStream, per_thread)
+                                      : &context->legacy;
     bool launches_itself = flags & CUDA_GRAPH_INSTANTIATE_FLAG_DEVICE_LAUNCH;
     if (!out || !graph || flags & ~(cuuint64_t)KNOWN_FLAGS || (launches_itself && flags & AUTO_FREE))
         return sim_leave(CUDA_ERROR_INVALID_VALUE);
@@ -150,6 +154,7 @@ static CUresult instantiate(CUgraphExec *out, CUgraph handle, cuuint64_t flags, 
     exec->flags = flags;
     result = order(graph, exec);
     if (result) {
+        if (result == CUDA_ERROR_INVALID_VALUE) params->result_out = CUDA_GRAPH_INSTANTIATE_INVALID_STRUCTURE;
         exec->n_ops = 0; /* none of them holds its memory yet */
         exec_free(exec);
         return sim_leave(result);
@@ -162,11 +167,18 @@ static CUresult instantiate(CUgraphExec *out, CUgraph handle, cuuint64_t flags, 
     exec->next = execs;
     execs = exec;
     if (flags & CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD) result = upload_to(exec, upload);
-    if (result)
+    if (result) {
         exec_free(exec);
-    else
-        *out = (CUgraphExec)exec;
-    return sim_leave(result);
+        return sim_leave(result);
+    }
+    params->result_out = CUDA_GRAPH_INSTANTIATE_SUCCESS;
+    *out = (CUgraphExec)exec;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+static CUresult instantiate_plain(CUgraphExec *out, CUgraph graph, cuuint64_t flags)
+{
+    return instantiate(out, graph, &(CUDA_GRAPH_INSTANTIATE_PARAMS){.flags = flags}, false);
 }
 
 /* The oldest form tells of a failure in words, which nobody here writes. */
@@ -174,7 +186,7 @@ static CUresult instantiate_old(CUgraphExec *out, CUgraph graph, CUgraphNode *er
 {
     if (error) *error = NULL;
     if (log && size) *log = 0;
-    return instantiate(out, graph, 0, NULL, false);
+    return instantiate_plain(out, graph, 0);
 }
 
 API cuGraphInstantiate(CUgraphExec *phGraphExec, CUgraph hGraph, CUgraphNode *phErrorNode, char *log, size_t size)
@@ -191,22 +203,12 @@ API cuGraphInstantiateWithFlags(CUgraphExec *phGraphExec, CUgraph hGraph, unsign
 {
     /* Uploading needs to know where, which only the form with parameters says. */
     return flags & CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD ? CUDA_ERROR_INVALID_VALUE
-                                                      : instantiate(phGraphExec, hGraph, flags, NULL, false);
-}
-
-static CUresult instantiate_with(CUgraphExec *out, CUgraph graph, CUDA_GRAPH_INSTANTIATE_PARAMS *params,
-                                 bool per_thread)
-{
-    if (!params) return CUDA_ERROR_INVALID_VALUE;
-    CUresult result = instantiate(out, graph, params->flags, params->hUploadStream, per_thread);
-    params->hErrNode_out = NULL;
-    params->result_out = result ? CUDA_GRAPH_INSTANTIATE_ERROR : CUDA_GRAPH_INSTANTIATE_SUCCESS;
-    return result;
+                                                      : instantiate_plain(phGraphExec, hGraph, flags);
 }
 
 TWICE(_ptsz, cuGraphInstantiateWithParams,
       (CUgraphExec * phGraphExec, CUgraph hGraph, CUDA_GRAPH_INSTANTIATE_PARAMS *params),
-      instantiate_with(phGraphExec, hGraph, params, per_thread))
+      params ? instantiate(phGraphExec, hGraph, params, per_thread) : CUDA_ERROR_INVALID_VALUE)
 
 API cuGraphExecGetFlags(CUgraphExec hGraphExec, cuuint64_t *flags)
 {

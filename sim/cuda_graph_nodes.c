@@ -52,7 +52,7 @@ static CUresult add_kernel(struct place place, struct kernel kernel)
     struct graph *graph;
     CUresult result = enter_place(&place, &context, &graph);
     if (result) return result;
-    result = kernel_check(context, kernel.function, &kernel.shape, &kernel.ns, NULL);
+    result = kernel_check(context, kernel.function, &kernel.shape, false, &kernel.ns, NULL);
     if (result) return sim_leave(result);
     struct node *node = add(&place, graph, CU_GRAPH_NODE_TYPE_KERNEL);
     if (node) node->kernel = kernel;

@@ -4,29 +4,6 @@
 
 #define CLUSTER_MAX 8u /* blocks that every device with clusters can do */
 
-/* May it be launched so, and for how long will it run? Its module is loaded by that. */
-CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, uint64_t *ns,
-                      struct party *party)
-{
-    struct function *function = function_find(context, handle);
-    if (!function) return CUDA_ERROR_INVALID_HANDLE;
-    const int32_t *limits = driver.devices[context->device].attributes;
-    uint64_t threads = 1;
-    for (int i = 0; i < 3; i++) {
-        if (!shape->grid[i] || !shape->block[i] ||
-            shape->grid[i] > (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X + i] ||
-            shape->block[i] > (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X + i])
-            return CUDA_ERROR_INVALID_VALUE;
-        threads *= shape->block[i];
-    }
-    if (threads > (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK] ||
-        shape->shared > (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN])
-        return CUDA_ERROR_INVALID_VALUE;
-    *ns = function->ns;
-    if (party) *party = function->party;
-    return module_load(function->module);
-}
-
 /* On one multiprocessor. */
 static int blocks_at_once(const int32_t *limits, const struct shape *shape)
 {
@@ -40,13 +17,44 @@ static int blocks_at_once(const int32_t *limits, const struct shape *shape)
     return by_threads < most ? by_threads : most;
 }
 
-/* All blocks of a cooperative kernel are on the device at once. */
-bool kernel_fits(const struct context *context, const struct shape *shape)
+static bool are_at_once(const int32_t *limits, const struct shape *shape)
 {
-    const int32_t *limits = driver.devices[context->device].attributes;
     uint64_t blocks = (uint64_t)shape->grid[0] * shape->grid[1] * shape->grid[2];
     return blocks <=
            (uint64_t)limits[CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT] * (uint64_t)blocks_at_once(limits, shape);
+}
+
+static bool are_within(const unsigned *counts, const int32_t *most)
+{
+    for (int i = 0; i < 3; i++)
+        if (!counts[i] || counts[i] > (unsigned)most[i]) return false;
+    return true;
+}
+
+bool block_is_possible(int device, const unsigned *block)
+{
+    const int32_t *limits = driver.devices[device].attributes;
+    return are_within(block, &limits[CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X]) &&
+           (uint64_t)block[0] * block[1] * block[2] <= (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK];
+}
+
+/* May it be launched so, and for how long will it run? Its module is loaded by that. All blocks of a kernel that
+ * cooperates are on the device at once; with too much shared memory none can be. */
+CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, bool cooperates,
+                      uint64_t *ns, struct party *party)
+{
+    struct function *function = function_find(context, handle);
+    if (!function) return CUDA_ERROR_INVALID_HANDLE;
+    const int32_t *limits = driver.devices[context->device].attributes;
+    if (!are_within(shape->grid, &limits[CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X]) ||
+        !block_is_possible(context->device, shape->block))
+        return CUDA_ERROR_INVALID_VALUE;
+    bool has_room = shape->shared <= function->shared_most;
+    if (cooperates && !(has_room && are_at_once(limits, shape))) return CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
+    if (!has_room) return CUDA_ERROR_INVALID_VALUE;
+    *ns = function->ns;
+    if (party) *party = function->party;
+    return module_load(function->module);
 }
 
 CUresult kernel_launch(CUfunction handle, struct shape shape, CUstream stream_handle, bool per_thread, bool cooperates)
@@ -57,8 +65,7 @@ CUresult kernel_launch(CUfunction handle, struct shape shape, CUstream stream_ha
     struct party party;
     CUresult result = stream_enter_work(stream_handle, per_thread, &context, &stream);
     if (result) return result;
-    result = kernel_check(context, handle, &shape, &kernel.ns, &party);
-    if (!result && cooperates && !kernel_fits(context, &shape)) result = CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
+    result = kernel_check(context, handle, &shape, cooperates, &kernel.ns, &party);
     if (result) return sim_leave(result);
     if (stream->capture) {
         struct node *node;
@@ -135,11 +142,12 @@ API cuFuncGetAttribute(int *pi, CUfunction_attribute attrib, CUfunction hfunc)
     int capability =
         a[CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR] * 10 + a[CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR];
     result = module_load(function->module);
-    *pi = attrib == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? a[CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK]
-          : attrib == CU_FUNC_ATTRIBUTE_NUM_REGS            ? 8
-          : attrib == CU_FUNC_ATTRIBUTE_BINARY_VERSION      ? capability
-          : attrib == CU_FUNC_ATTRIBUTE_PTX_VERSION         ? capability
-                                                            : 0;
+    *pi = attrib == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK           ? a[CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK]
+          : attrib == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES ? (int)function->shared_most
+          : attrib == CU_FUNC_ATTRIBUTE_NUM_REGS                      ? 8
+          : attrib == CU_FUNC_ATTRIBUTE_BINARY_VERSION                ? capability
+          : attrib == CU_FUNC_ATTRIBUTE_PTX_VERSION                   ? capability
+                                                                      : 0;
     return sim_leave(result);
 }
 
@@ -149,6 +157,12 @@ API cuFuncSetAttribute(CUfunction hfunc, CUfunction_attribute attrib, int value)
     CUresult result = enter_function(hfunc, &function);
     if (result) return result;
     if ((unsigned)attrib >= CU_FUNC_ATTRIBUTE_MAX || value < -1) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (attrib == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) {
+        const int32_t *limits = driver.devices[function->module->context->device].attributes;
+        if (value < 0 || value > limits[CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN])
+            return sim_leave(CUDA_ERROR_INVALID_VALUE);
+        function->shared_most = (unsigned)value;
+    }
     return sim_leave(module_load(function->module));
 }
 

@@ -177,6 +177,9 @@ struct function *module_function(struct module *module, const char *name)
     if (!function) return NULL;
     strcpy(function->name, name);
     understand(function);
+    const int32_t *limits = driver.devices[module->context->device].attributes;
+    function->shape = (struct shape){.block = {1, 1, 1}};
+    function->shared_most = (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK];
     function->module = module;
     function->next = module->functions;
     module->functions = function;

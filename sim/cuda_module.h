@@ -14,7 +14,8 @@ struct function {
     char name[128];
     uint64_t ns;
     struct party party;
-    struct shape shape; /* of cuLaunch and its like, which are told nothing else */
+    struct shape shape;   /* of cuLaunch and its like, which are told nothing else */
+    unsigned shared_most; /* bytes that a launch may ask for */
     struct module *module;
     struct function *next;
 };

@@ -4,7 +4,7 @@
 
 static struct stream *find_anywhere(CUstream handle)
 {
-    for (struct context *c = driver.contexts; handle && c; c = c->next)
+    for (struct context *c = driver.contexts; c; c = c->next)
         for (struct stream *s = c->streams; s; s = s->next)
             if (c->alive && s == (struct stream *)handle) return s;
     return NULL;
@@ -25,8 +25,7 @@ static CUresult check(const CUDA_LAUNCH_PARAMS *list, unsigned n, struct stream 
             capture_break(streams[i]->capture);
             return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
         }
-        CUresult result = kernel_check(streams[i]->context, p->function, &shape, &ns[i], NULL);
-        if (!result && !kernel_fits(streams[i]->context, &shape)) result = CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
+        CUresult result = kernel_check(streams[i]->context, p->function, &shape, true, &ns[i], NULL);
         if (result) return result;
     }
     return CUDA_SUCCESS;
@@ -49,10 +48,13 @@ API cuLaunchCooperativeKernelMultiDevice(CUDA_LAUNCH_PARAMS *launchParamsList, u
 {
     struct stream *streams[SIM_MAX_DEVICES];
     uint64_t ns[SIM_MAX_DEVICES];
+    if (!__atomic_load_n(&driver.ready, __ATOMIC_ACQUIRE)) return CUDA_ERROR_NOT_INITIALIZED;
+    if (!launchParamsList || !numDevices || numDevices > driver.n_devices || flags & ~3u)
+        return CUDA_ERROR_INVALID_VALUE;
+    for (unsigned i = 0; i < numDevices; i++) /* seen before a forked child is told that it is none of the driver's */
+        if (!launchParamsList[i].hStream) return CUDA_ERROR_INVALID_HANDLE;
     CUresult result = sim_enter_init();
     if (result) return result;
-    if (!launchParamsList || !numDevices || numDevices > driver.n_devices || flags & ~3u)
-        return sim_leave(CUDA_ERROR_INVALID_VALUE);
     result = check(launchParamsList, numDevices, streams, ns);
     if (!result) meet(streams, numDevices);
     for (unsigned i = 0; i < numDevices && !result; i++)

@@ -64,8 +64,9 @@ API cuFuncSetBlockShape(CUfunction hfunc, int x, int y, int z)
     struct function *function;
     CUresult result = enter_function(hfunc, &function);
     if (result) return result;
-    if (x <= 0 || y <= 0 || z <= 0) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    memcpy(function->shape.block, (unsigned[]){(unsigned)x, (unsigned)y, (unsigned)z}, sizeof function->shape.block);
+    const unsigned block[] = {(unsigned)x, (unsigned)y, (unsigned)z}; /* less than nothing is too much */
+    if (!block_is_possible(function->module->context->device, block)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    memcpy(function->shape.block, block, sizeof block);
     return sim_leave(CUDA_SUCCESS);
 }
 
@@ -78,13 +79,15 @@ API cuFuncSetSharedSize(CUfunction hfunc, unsigned int bytes)
     return sim_leave(CUDA_SUCCESS);
 }
 
+/* To whatever stream: while something captures they are as unsafe as calls that allocate. */
 static CUresult launch_grid(CUfunction handle, int width, int height, CUstream stream)
 {
     struct function *function;
     CUresult result = enter_function(handle, &function);
     if (result) return result;
     struct shape shape = function->shape;
-    sim_leave(CUDA_SUCCESS);
+    result = sim_leave(capture_permits());
+    if (result) return result;
     if (width <= 0 || height <= 0) return CUDA_ERROR_INVALID_VALUE;
     memcpy(shape.grid, (unsigned[]){(unsigned)width, (unsigned)height, 1}, sizeof shape.grid);
     return kernel_launch(handle, shape, stream, false, false);

@@ -205,7 +205,6 @@ static CUresult set_pool(CUdevice dev, CUmemoryPool handle)
     struct pool *pool;
     CUresult result = enter_pool(handle, &pool);
     if (result) return result;
-    if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
     if (pool->device != dev) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     current_pool[dev] = pool;
     return sim_leave(CUDA_SUCCESS);

@@ -257,9 +257,9 @@ void graph_memory_end(int device);
 
 /* cuda_module.c */
 void modules_end(struct context *context);
-CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, uint64_t *ns,
-                      struct party *party);
+CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, bool cooperates,
+                      uint64_t *ns, struct party *party);
 CUresult kernel_launch(CUfunction handle, struct shape shape, CUstream stream, bool per_thread, bool cooperates);
-bool kernel_fits(const struct context *context, const struct shape *shape); /* all of it at once */
+bool block_is_possible(int device, const unsigned *block); /* of threads in three directions */
 
 #endif

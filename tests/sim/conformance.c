@@ -158,20 +158,22 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } sections[] = {{"unready", check_unready},  {"uninitialised", check_before_init},
-                    {"nvml", check_nvml},        {"device", check_devices},
-                    {"context", check_contexts}, {"memory", check_memory},
-                    {"vmm", check_vmm},          {"pool", check_pools},
-                    {"stream", check_streams},   {"capture", check_capture},
-                    {"graph", check_graphs},     {"module", check_modules},
-                    {"array", check_arrays},     {"managed", check_managed},
-                    {"old", check_old},          {"sharing", check_sharing},
-                    {"lookup", check_lookup},    {"contextless", check_contextless},
-                    {"gone", check_gone},        {"launch", check_launches},
-                    {"twin", check_twins},       {"instantiate", check_instantiation},
-                    {"tograph", check_to_graph}, {"place", check_current_pool},
-                    {"older", check_older},      {"green", check_green},
-                    {"lists", check_lists},      {"forked", check_forked},
+    } sections[] = {{"unready", check_unready},   {"uninitialised", check_before_init},
+                    {"nvml", check_nvml},         {"device", check_devices},
+                    {"context", check_contexts},  {"memory", check_memory},
+                    {"vmm", check_vmm},           {"pool", check_pools},
+                    {"stream", check_streams},    {"capture", check_capture},
+                    {"graph", check_graphs},      {"module", check_modules},
+                    {"array", check_arrays},      {"managed", check_managed},
+                    {"old", check_old},           {"sharing", check_sharing},
+                    {"lookup", check_lookup},     {"contextless", check_contextless},
+                    {"gone", check_gone},         {"launch", check_launches},
+                    {"twin", check_twins},        {"instantiate", check_instantiation},
+                    {"tograph", check_to_graph},  {"place", check_current_pool},
+                    {"older", check_older},       {"green", check_green},
+                    {"lists", check_lists},       {"forked", check_forked},
+                    {"relaxed", check_relaxed},   {"lost", check_lost_graphs},
+                    {"accounts", check_accounts}, {"green_context", check_green_contexts},
                     {"fork", check_fork}};
     cuda = dlopen("libcuda.so.1", RTLD_NOW);
     management = dlopen("libnvidia-ml.so.1", RTLD_NOW);

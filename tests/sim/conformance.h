@@ -69,6 +69,10 @@ void check_to_graph(void);
 void check_current_pool(void);
 void check_older(void);
 void check_green(void);
+void check_green_contexts(void);
 void check_lists(void);
+void check_accounts(void);
+void check_relaxed(void);
+void check_lost_graphs(void);
 
 #endif

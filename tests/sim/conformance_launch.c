@@ -153,7 +153,7 @@ static CUresult act(int which)
     }
 }
 
-static void check_captured(unsigned flags, const char *how)
+static void check_captured(CUstreamCaptureMode mode, unsigned flags, const char *how)
 {
     static const char *const names[] = {"ex",   "cooperative", "devices",    "async",
                                         "grid", "old",         "plain.ptsz", "ex.ptsz"};
@@ -162,10 +162,10 @@ static void check_captured(unsigned flags, const char *how)
         CUgraph graph = NULL;
         size_t n = 0;
         CALL(cuStreamCreate, &stream, flags);
-        CALL(cuStreamBeginCapture_v2, stream, CU_STREAM_CAPTURE_MODE_GLOBAL);
+        CALL(cuStreamBeginCapture_v2, stream, mode);
         CUresult result = act(i), end = CALL(cuStreamEndCapture, stream, &graph);
         if (graph) CALL(cuGraphGetNodes, graph, NULL, &n);
-        printf("launch.captured.%s.%s %d %d %zu\n", how, names[i], (int)result, (int)end, n);
+        printf("%s.%s %d %d %zu\n", how, names[i], (int)result, (int)end, n);
         if (graph) CALL(cuGraphDestroy, graph);
         CALL(cuStreamDestroy_v2, stream);
     }
@@ -184,8 +184,39 @@ void check_launches(void)
     check_cooperation();
     check_old_launches();
     CALL(cuStreamDestroy_v2, stream);
-    check_captured(CU_STREAM_NON_BLOCKING, "aside");
-    check_captured(0, "blocking");
+    check_captured(CU_STREAM_CAPTURE_MODE_GLOBAL, CU_STREAM_NON_BLOCKING, "launch.captured.aside");
+    check_captured(CU_STREAM_CAPTURE_MODE_GLOBAL, 0, "launch.captured.blocking");
     CALL(cuCtxSynchronize);
+    CALL(cuModuleUnload, module);
+}
+
+/* Captured as a program does that answers for what its own threads launch meanwhile; and more shared memory than a
+ * function may have of itself. */
+void check_relaxed(void)
+{
+    section("relaxed");
+    use_primary();
+    CALL(cuModuleLoadData, &module, image);
+    CALL(cuModuleGetFunction, &kernel, module, "spin_0us");
+    check_captured(CU_STREAM_CAPTURE_MODE_RELAXED, CU_STREAM_NON_BLOCKING, "relaxed.aside");
+    check_captured(CU_STREAM_CAPTURE_MODE_RELAXED, 0, "relaxed.blocking");
+    const struct shape *more = &shapes[9], *huge = &shapes[10];
+    int most = 0, all = 0;
+    const CUfunction_attribute shared = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    CALL(cuFuncGetAttribute, &most, shared, kernel);
+    say("shared", most);
+    TRY("shared.more", cuFuncSetAttribute, kernel, shared, (int)more->shared);
+    CALL(cuFuncGetAttribute, &most, shared, kernel);
+    say("shared.more.now", most);
+    TRY("shared.more.launch", cuLaunchKernel, kernel, FLAT(*more), NULL, NULL, NULL);
+    TRY("shared.more.cooperative", cuLaunchCooperativeKernel, kernel, FLAT(*more), NULL, NULL);
+    CALL(cuDeviceGetAttribute, &all, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, 0);
+    TRY("shared.all", cuFuncSetAttribute, kernel, shared, all);
+    TRY("shared.past", cuFuncSetAttribute, kernel, shared, all + 1);
+    TRY("shared.negative", cuFuncSetAttribute, kernel, shared, -1);
+    TRY("shared.huge.launch", cuLaunchKernel, kernel, FLAT(*huge), NULL, NULL, NULL);
+    TRY("shared.0", cuFuncSetAttribute, kernel, shared, 0);
+    TRY("shared.0.launch", cuLaunchKernel, kernel, FLAT(shapes[1]), NULL, NULL, NULL);
+    TRY("shared.wait", cuCtxSynchronize);
     CALL(cuModuleUnload, module);
 }

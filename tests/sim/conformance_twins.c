@@ -245,6 +245,36 @@ void check_to_graph(void)
     CALL(cuStreamDestroy_v2, stream);
 }
 
+/* A graph that a capture goes into, when that ends with work that has not come back, or with its stream. */
+void check_lost_graphs(void)
+{
+    section("lost");
+    use_primary();
+    CUfunction kernel = get_kernel();
+    CUgraph graph = one_kernel(kernel), got = NULL;
+    CUstream stream = NULL, fork = NULL;
+    CUevent event = NULL;
+    size_t n = 77;
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+    CALL(cuStreamCreate, &stream, CU_STREAM_NON_BLOCKING);
+    CALL(cuStreamCreate, &fork, CU_STREAM_NON_BLOCKING);
+    CALL(cuEventCreate, &event, CU_EVENT_DISABLE_TIMING);
+    TRY("begin", cuStreamBeginCaptureToGraph, stream, graph, NULL, NULL, 0, mode);
+    CALL(cuEventRecord, event, stream);
+    CALL(cuStreamWaitEvent, fork, event, 0);
+    CALL(cuLaunchKernel, kernel, 1, 1, 1, 1, 1, 1, 0, fork, NULL, NULL);
+    TRY("unjoined", cuStreamEndCapture, stream, &got);
+    TRY("unjoined.nodes", cuGraphGetNodes, graph, NULL, &n);
+    say("unjoined.n", (long long)n);
+    graph = one_kernel(kernel);
+    TRY("begin.again", cuStreamBeginCaptureToGraph, stream, graph, NULL, NULL, 0, mode);
+    TRY("stream", cuStreamDestroy_v2, stream);
+    TRY("stream.nodes", cuGraphGetNodes, graph, NULL, &n);
+    say("stream.n", (long long)n);
+    CALL(cuStreamDestroy_v2, fork);
+    CALL(cuEventDestroy_v2, event);
+}
+
 void check_current_pool(void)
 {
     section("place");
