@@ -40,6 +40,19 @@ static CUresult get_context(CUstream handle, CUcontext *out, bool per_thread)
 
 TWICE(_ptsz, cuStreamGetCtx, (CUstream hStream, CUcontext *pctx), get_context(hStream, pctx, per_thread))
 
+static CUresult get_device(CUstream handle, CUdevice *device, bool per_thread)
+{
+    struct context *context;
+    struct stream *stream;
+    CUresult result = stream_enter(handle, per_thread, &context, &stream);
+    if (result) return result;
+    if (!device) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    *device = context->device;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+TWICE(_ptsz, cuStreamGetDevice, (CUstream hStream, CUdevice *device), get_device(hStream, device, per_thread))
+
 static CUresult get_id(CUstream handle, unsigned long long *id, bool per_thread)
 {
     struct context *context;

@@ -256,6 +256,7 @@ EACH(cuStreamGetCaptureInfo, 11030, cuStreamGetCaptureInfo_v2, cuStreamGetCaptur
 EACH(cuStreamGetCaptureInfo, 12030, cuStreamGetCaptureInfo_v3, cuStreamGetCaptureInfo_v3_ptsz)
 EACH(cuStreamGetCtx, 9020, cuStreamGetCtx, cuStreamGetCtx_ptsz)
 EACH(cuStreamGetCtx, 12050, cuStreamGetCtx_v2, cuStreamGetCtx_v2_ptsz)
+EACH(cuStreamGetDevice, 12080, cuStreamGetDevice, cuStreamGetDevice_ptsz)
 LEGACY(cuStreamGetFlags, 5050, cuStreamGetFlags)
 EACH(cuStreamGetFlags, 7000, cuStreamGetFlags, cuStreamGetFlags_ptsz)
 EACH(cuStreamGetId, 12000, cuStreamGetId, cuStreamGetId_ptsz)

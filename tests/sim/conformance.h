@@ -21,6 +21,7 @@ PER_THREAD(cuStreamBeginCaptureToGraph);
 PER_THREAD(cuStreamEndCapture);
 PER_THREAD(cuStreamSynchronize);
 PER_THREAD(cuStreamQuery);
+PER_THREAD(cuStreamGetDevice);
 PER_THREAD(cuGraphInstantiateWithParams);
 PER_THREAD(cuGraphUpload);
 PER_THREAD(cuGraphLaunch);
@@ -74,5 +75,6 @@ void check_lists(void);
 void check_accounts(void);
 void check_relaxed(void);
 void check_lost_graphs(void);
+void check_asides(void);
 
 #endif
