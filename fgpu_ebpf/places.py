@@ -16,6 +16,8 @@ BUSY_PARTS = 16  # of the time that it was busy without a pause, between two loo
 IDLE_NS = 500_000  # without anything to run for as long, it gives way
 GUESS_PARTS = 4  # such a part of how long work in flight should take may be wrong
 START_NS = 3_000_000  # what a thread at the gate has to come through it
+MOST_FLIGHT_NS = 1_000_000_000  # of what a tenant says is in flight
+LEAD_NS = 1_000_000  # so near the end of a drain the next turn may begin
 SPAN_NS, SPAN_PARTS = 500_000, 40  # believed of a turn's beginning and end: so long, or such a part of the quantum
 
 
@@ -42,18 +44,23 @@ NOTHING = Seen(frozenset())
 
 @dataclass(slots=True)
 class Turn:
-    """One tenant's time on its devices; `closing_ns` 0: its gates are open."""
+    """One tenant's time on its devices; `closing_ns` 0: its gates are open.
+
+    It is charged from `begins_ns` on, which may come after `opened_ns`: when the turn before should have drained.
+    """
 
     devices: set[int]
     number: int
     floor: bool
     opened_ns: int
+    begins_ns: int
     charged_ns: int
     ends_ns: int
     active_ns: int
     launches: int
     closing_ns: int = 0
     deadline_ns: int = 0
+    handed_ns: int = 0  # the `begins_ns` of the next one, on some of its devices
     rested: bool = False  # closed for want of work, with nobody waiting
     rest_ns: int = 0  # until it was last looked at, of a rest that went on then
 
@@ -116,6 +123,14 @@ class Place:
     def ripe_ns(self) -> int:
         """When it may begin a turn."""
         return max(self.account.ripe_ns(self.share), self.shy_until_ns)
+
+    def flight_ns(self, now_ns: int) -> int:
+        """How long its work in flight should take from now."""
+        return min(max(0, self.seen.busy_until_ns - now_ns), MOST_FLIGHT_NS) if self.seen.in_flight else 0
+
+    def is_passing(self, turn: Turn, now_ns: int) -> bool:
+        """Its turn is so near its end that the next one may begin."""
+        return turn.handed_ns > 0 or (turn.closing_ns > 0 and self.flight_ns(now_ns) <= LEAD_NS)
 
     def is_idle(self, turn: Turn, now_ns: int) -> bool:
         """It has had nothing to run for so long that it gives way."""

@@ -208,7 +208,7 @@ class Slicer:
                     self._desks.pop(tenant, None)
                     self._used.pop(tenant, None)
             self._news.clear()
-            for tenant in self._turns.step(news, now_ns):
+            for tenant in sorted(self._turns.step(news, now_ns), key=self._turns.is_open):  # first those that close
                 self._set_gates(tenant)
             is_new = self._turns.look_again()
             if is_new:
@@ -307,6 +307,6 @@ class Slicer:
 
 def _counts(place: Place, device: int, part: int, entitled: int) -> TurnCounts:
     counts, turn = place.counts, place.turn
-    owner = int(device in place.free_on or (turn is not None and device in turn.devices))
+    owner = int(device in place.free_on or (turn is not None and device in turn.devices and not turn.handed_ns))
     numbers = (counts.owned_ns, counts.waits, counts.wait_ns, counts.overruns, counts.switches, counts.throttled)
     return TurnCounts(*numbers, owner, part, entitled, int(device in place.free_on), place.since_ns or 0)

@@ -1,5 +1,8 @@
 """Turns on the devices, from the opening of a gate to the end of its drain: who runs, who waits, who must stop.
 
+The next gate opens LEAD_NS before a drain should be over, so that the device need not wait until somebody has woken up
+and launched; the turns themselves are charged as if one had begun where the other should have ended.
+
 Owns: the accounts of the tenants, the turns that are under way, what is counted of them. Never: does I/O or asks the
 time; `scheduler` says who comes first. Cannot fail: what tenants say of themselves costs them their own turn at most.
 
@@ -14,7 +17,7 @@ from collections.abc import Iterable, Mapping
 
 from fgpu_ebpf import pages, scheduler
 from fgpu_ebpf.clocks import Clocks
-from fgpu_ebpf.places import NOTHING, Place, Seen, Turn
+from fgpu_ebpf.places import LEAD_NS, NOTHING, Place, Seen, Turn
 from fgpu_ebpf.scheduler import Grant, Share, Waiter
 
 MS = 1_000_000
@@ -23,16 +26,11 @@ FLOOR_PARTS = scheduler.FLOOR_NS // FLOOR_TURN_NS  # whose turn was longer than 
 LEAST_NS = 100_000  # between two looks that nobody rang for
 REST_NS = 100 * MS  # idle for as long with nobody waiting: the gate closes, and nobody looks any more
 SILENCE_NS = 1 * MS  # beyond the work in flight
-MOST_FLIGHT_NS = 1_000 * MS  # of what a tenant says is in flight
 MOST_LATE_NS = 100 * MS  # charged of work that went on after the turn had passed
 SHY_NS, MOST_SHY_NS = 1 * MS, 500 * MS  # not asked again, after a turn of which nothing came
 STOPPED_NS = 10_000 * MS  # the same, where something is in flight all the while: until that has drained, as a rule
 NEVER_NS = 2**63
 _OPEN, _GATED = int(pages.Gate.OPEN), int(pages.Gate.GATED)
-
-
-def _flight_ns(seen: Seen, now_ns: int) -> int:
-    return min(max(0, seen.busy_until_ns - now_ns), MOST_FLIGHT_NS) if seen.in_flight else 0
 
 
 def _wanted(waiters: Iterable[Waiter]) -> set[int]:
@@ -159,7 +157,7 @@ class Turns:
         place.account = place.account.at(now_ns, place.share)
         self._charge(place, max(0, until_ns - since_ns - idle_ns))
         place.busy_ns = 0 if place.is_idle(turn, now_ns) else place.busy_ns + now_ns - turn.charged_ns
-        turn.charged_ns = now_ns
+        turn.charged_ns = max(turn.charged_ns, now_ns)
 
     def _look_at_waiter(self, place: Place, now_ns: int) -> None:
         if not place.seen.waiting:
@@ -259,11 +257,11 @@ class Turns:
         return any(rival.share.rank < place.share.rank for rival in rivals)
 
     def _comes_first_again(self, place: Place, turn: Turn, ripe: Iterable[Place], now_ns: int) -> bool:
-        flight_ns = _flight_ns(place.seen, now_ns)  # it pays for that in any case
+        flight_ns = place.flight_ns(now_ns)  # it pays for that in any case
         again = place.waiter(now_ns)._replace(virtual_ns=place.account.charged(flight_ns, place.share).virtual_ns)
         waiters = [*(one.waiter(now_ns) for one in ripe), again]
         found = scheduler.next_turns(
-            waiters, _wanted(waiters) - self._taken() | turn.devices, self._clocks.floors, now_ns
+            waiters, _wanted(waiters) - self._taken(now_ns) | turn.devices, self._clocks.floors, now_ns
         )
         return any(grant.tenant == place.tenant for grant in found)
 
@@ -274,11 +272,16 @@ class Turns:
 
     # -- a turn, from beginning to end
 
-    def _taken(self) -> set[int]:
-        return {device for place in self._running.values() if place.turn for device in place.turn.devices}
+    def _taken(self, now_ns: int) -> set[int]:
+        return {
+            device
+            for place in self._running.values()
+            if place.turn and not place.is_passing(place.turn, now_ns)
+            for device in place.turn.devices
+        }
 
     def _grant(self, ripe: list[Place], now_ns: int) -> None:
-        taken = self._taken()
+        taken = self._taken(now_ns)
         if not self._missing() and not any(place.seen.devices.isdisjoint(taken) for place in ripe):
             return
         for place in self._running.values():
@@ -293,7 +296,8 @@ class Turns:
 
     def _open(self, place: Place, grant: Grant, now_ns: int) -> None:
         self._number = (self._number + 1) & 0x3FFFFFFF
-        times = (now_ns, now_ns, now_ns + place.share.quantum_ns, now_ns)
+        begins_ns = self._take_over(grant.devices, now_ns)
+        times = (now_ns, begins_ns, begins_ns, begins_ns + place.share.quantum_ns, now_ns)
         place.turn = Turn(set(grant.devices), self._number, grant.floor, *times, place.seen.launches)
         place.number, place.late_ns = self._number, 0
         place.account = place.account.at(now_ns, place.share)
@@ -309,16 +313,28 @@ class Turns:
         self._running[place.tenant] = place
         self._changed.add(place.tenant)
 
+    def _take_over(self, devices: frozenset[int], now_ns: int) -> int:
+        """When the turns that are passing there should have drained: until then the device is theirs."""
+        begins_ns = now_ns
+        for place in self._running.values():
+            if place.turn and not place.turn.handed_ns and place.turn.devices & devices:
+                place.turn.handed_ns = now_ns + place.flight_ns(now_ns)
+                begins_ns = max(begins_ns, place.turn.handed_ns)
+        return begins_ns
+
     def _close(self, place: Place, turn: Turn, now_ns: int) -> None:
         """Its gates close; the turn lasts until nothing is in flight, or patience ends."""
         turn.closing_ns = now_ns
         self._is_dry |= not place.seen.in_flight
-        turn.deadline_ns = now_ns + max(_flight_ns(place.seen, now_ns), pages.BUDGET_NS) + SILENCE_NS
+        turn.deadline_ns = now_ns + max(place.flight_ns(now_ns), pages.BUDGET_NS) + SILENCE_NS
         self._changed.add(place.tenant)
 
     def _finish(self, place: Place, turn: Turn, now_ns: int) -> None:
         place.account = place.account.at(now_ns, place.share)
         ended_ns = min(now_ns, turn.active_ns) if turn.rested else place.ended_ns(turn, now_ns)
+        if turn.handed_ns and place.seen.drained:
+            ended_ns = min(ended_ns, turn.handed_ns)  # since then it has had to share
+            self._begin_earlier(turn, ended_ns)
         self._charge(place, max(0, ended_ns - max(turn.charged_ns, place.begun_ns(turn))))
         if turn.closing_ns:
             overrun = not place.seen.drained and not turn.rested  # its work has ended, and it has not looked
@@ -336,7 +352,20 @@ class Turns:
         self._running.pop(place.tenant, None)
         self._changed.add(place.tenant)
 
+    def _begin_earlier(self, before: Turn, ended_ns: int) -> None:
+        """Of the turns that were to begin when that one should have drained: it has drained now."""
+        for place in self._running.values():
+            turn = place.turn
+            if turn and turn is not before and turn.begins_ns == before.handed_ns and turn.devices & before.devices:
+                since_ns = max(ended_ns, place.begun_ns(turn))
+                self._charge(place, max(0, turn.begins_ns - since_ns))
+
     # -- what gates say
+
+    def is_open(self, tenant: int) -> bool:
+        """It may launch, on some of its devices."""
+        place = self.places[tenant]
+        return bool(place.free_on) or (place.turn is not None and not place.turn.closing_ns)
 
     def gate(self, tenant: int, device: int) -> int:
         """The gate word of a tenant's processes on a device that it has a share of."""
@@ -349,7 +378,9 @@ class Turns:
 
     def _turn_due_ns(self, place: Place, turn: Turn, wanted: set[int], now_ns: int) -> int:
         if turn.closing_ns:
-            return turn.deadline_ns
+            passing_ns = place.seen.busy_until_ns - LEAD_NS
+            is_next = turn.devices & wanted and now_ns < passing_ns and not turn.handed_ns
+            return min(turn.deadline_ns, passing_ns) if is_next else turn.deadline_ns
         due, is_wanted, limited = turn.ends_ns, bool(turn.devices & wanted), place.share.limited
         if limited:
             due = min(due, place.account.spent_ns(place.share))

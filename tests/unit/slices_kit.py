@@ -41,6 +41,7 @@ class Tenant:
     kernel_ns: int = 200 * US
     devices: frozenset[int] = frozenset({0})
     steps: Steps | None = None  # None: always
+    doubt_ns: int = 0  # work in flight should take so much longer than it does
     silent: bool = False  # never tells that it has drained
     lies: bool = False  # its turns begin late and end at once, it says
     stopped: bool = False
@@ -68,7 +69,7 @@ class Tenant:
     def seen(self) -> Seen:
         if not self.stopped:  # else its page is as it was
             span = (2**62, self.closed_ns) if self.lies else (self.begun_ns, self.ended_ns)
-            self.said = (self.waiting, self.launches, len(self.flights), max(self.flights, default=0))
+            self.said = (self.waiting, self.launches, len(self.flights), max(self.flights, default=0) + self.doubt_ns)
             self.said += (not self.flights, self.wanted_ns, *span)
         rested, self.rested_ns = self.rested_ns, 0
         return Seen(self.devices, *self.said, rested)
@@ -125,9 +126,11 @@ class World:
         return self.turns.due_ns(self.now)
 
     def check(self) -> None:
-        """At most one owner a device, all of a gang's or none."""
-        owned = [d for place in self.turns.places.values() if place.turn for d in place.turn.devices]
+        """At most one owner a device beside who should be about to have drained, all of a gang's or none."""
+        turns = [place.turn for place in self.turns.places.values() if place.turn]
+        owned = [device for turn in turns if not turn.handed_ns for device in turn.devices]
         assert len(owned) == len(set(owned))
+        assert all(turn.closing_ns for turn in turns if turn.handed_ns)
         for place in self.turns.places.values():
             if place.turn and not place.turn.closing_ns:
                 assert place.turn.devices == place.seen.devices
@@ -138,8 +141,7 @@ class World:
             return min([later, *tenant.flights])
         if not self.is_open(tenant):
             if not tenant.waiting:
-                tenant.waiting, tenant.waited_from = True, self.now
-                self._ring()
+                self._begin_to_wait(tenant)
             tenant.longest_wait_ns = max(tenant.longest_wait_ns, self.now - (tenant.waited_from or 0))
             return min(tenant.flights, default=NEVER_NS)
         if tenant.wakes_ns > self.now:
@@ -159,6 +161,11 @@ class World:
             tenant.rested_ns += max(0, self.now - tenant.ended_ns) * (tenant.ended_ns > tenant.wanted_ns)
             tenant.wanted_ns = self.now
         return min(tenant.flights, default=self.now + 1)
+
+    def _begin_to_wait(self, tenant: Tenant) -> None:
+        tenant.waiting, tenant.waited_from = True, self.now
+        if not tenant.flights:  # else it rings when it has drained, for both
+            self._ring()
 
     def _complete(self, tenant: Tenant) -> None:
         done = [end for end in tenant.flights if end <= self.now]

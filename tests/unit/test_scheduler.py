@@ -28,6 +28,17 @@ def test_contended_time_is_divided_by_weight(weights, kernel_us):
         assert got[n + 1] == pytest.approx(weight / sum(weights), abs=error)
 
 
+@pytest.mark.parametrize("kernel_us", [20, 200, 4_000])
+def test_the_device_need_not_wait_for_who_comes_next(kernel_us):
+    it = World(Tenant(1, kernel_ns=kernel_us * US), Tenant(2, kernel_ns=kernel_us * US)).run(SECONDS)
+    assert sum(t.done_ns for t in it.tenants.values()) / (SECONDS * S) > 0.99
+    assert it.shares()[1] == pytest.approx(0.5, abs=0.01)
+
+
+def test_who_thinks_its_work_takes_longer_does_not_pay_for_that_nor_does_the_other_gain():
+    assert World(Tenant(1), Tenant(2, doubt_ns=900 * US)).run(SECONDS).shares()[2] == pytest.approx(0.5, abs=0.005)
+
+
 def test_eight_equal_are_equal():
     got = list(world((1,) * 8).run(SECONDS).shares().values())
     assert sum(got) ** 2 / (8 * sum(x * x for x in got)) >= 0.999
