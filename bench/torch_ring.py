@@ -7,6 +7,7 @@ done, with fractions. It starts the process for device 1 itself, which ends with
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from typing import Any
 
 ELEMENTS = 16 << 20  # of 4 bytes
+os.environ["NCCL_NVLS_ENABLE"] = "0"  # multicast over NVLink is a part of the host, not of two devices
 ROUND = 10  # all-reduces between two looks at the clock
 
 

@@ -104,6 +104,7 @@ struct fgpu_control_page {
     __u64 spare2;
     struct fgpu_row rows[FGPU_ROWS];
     __u64 budget_ns[FGPU_DEVICES]; /* most work in flight while gated: how long a drain may take; 0: FGPU_BUDGET_NS */
+    __u64 passes[FGPU_DEVICES];    /* a closed gate lets go until so many have been launched: others wait for those */
 };
 /* A gate. Not GATED, whatever its other bits say: nobody schedules this process there, and the shim counts nothing.
  * A turn keeps its number from its opening to the end of its drain; the next one has another, so every change of a gate

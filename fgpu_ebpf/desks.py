@@ -18,6 +18,7 @@ _Words = ctypes.c_uint64 * (ctypes.sizeof(StatusPage) // 8)
 _Gates = ctypes.c_uint32 * pages.DEVICES
 _DEVICES, _FLIGHTS, _SPANS = (getattr(StatusPage, name).offset // 8 for name in ("devices", "flights", "spans"))
 _LOW = 0xFFFFFFFF
+MOST_PASSES = 1_000
 _OPEN = int(pages.Gate.OPEN)
 
 
@@ -79,6 +80,12 @@ class Desk:
         for device in set(range(pages.DEVICES)).difference(but):
             self.put(device, _OPEN)
 
+    def let_pass(self, device: int, launches: int) -> None:
+        """So many more may go through the closed gate."""
+        words = self.words
+        self.client.control.page.passes[device] = words[_DEVICES + 2 * device + 1] + launches
+        futex.wake(ctypes.addressof(self._gates) + 4 * device)
+
     def set_budget(self, device: int, ns: int) -> None:
         """How much work may be in flight."""
         self.client.control.page.budget_ns[device] = ns
@@ -109,3 +116,16 @@ def seen_of(desks: Iterable[Desk], devices: frozenset[int], number: int, since_n
     busy = [rest for rest in rests if rest is not None]
     idle = max(0, busy[0]) if len(busy) == 1 else 0  # nobody knows when several were idle together
     return Seen(devices, waiting, launches, flying, until, drained, wanted, begun, ended, idle)
+
+
+def let_meet(desks: Iterable[Desk]) -> None:
+    """Kernels of a gang that spin for others, which came to the gates too late: as many of those may go as do spin.
+
+    Called where what is in flight should have ended long since. Programs that launch alike on all their devices are
+    together again after one round; whoever is not has a deadline.
+    """
+    places = [(desk, device, desk.words[_FLIGHTS + 4 * device]) for desk in desks for device in desk.used]
+    most = max((flying for _, _, flying in places), default=0)
+    for desk, device, flying in places:
+        if not flying and desk.words[_DEVICES + 2 * device] & _LOW:
+            desk.let_pass(device, min(most, MOST_PASSES))

@@ -126,6 +126,7 @@ class ControlPage(Structure):
         ("spare2", u64),
         ("rows", Row * ROWS),
         ("budget_ns", u64 * DEVICES),
+        ("passes", u64 * DEVICES),
     )
 
 

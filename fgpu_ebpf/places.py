@@ -17,6 +17,7 @@ IDLE_NS = 500_000  # without anything to run for as long, it gives way
 GUESS_PARTS = 4  # such a part of how long work in flight should take may be wrong
 START_NS = 3_000_000  # what a thread at the gate has to come through it
 MOST_FLIGHT_NS = 1_000_000_000  # of what a tenant says is in flight
+LATE_NS = 200_000  # so long after work in flight should have ended it may be waiting for other work
 LEAD_NS = 1_000_000  # so near the end of a drain the next turn may begin
 SPAN_NS, SPAN_PARTS = 500_000, 40  # believed of a turn's beginning and end: so long, or such a part of the quantum
 
@@ -130,7 +131,21 @@ class Place:
 
     def is_passing(self, turn: Turn, now_ns: int) -> bool:
         """Its turn is so near its end that the next one may begin."""
-        return turn.handed_ns > 0 or (turn.closing_ns > 0 and self.flight_ns(now_ns) <= LEAD_NS)
+        if turn.handed_ns:
+            return True
+        is_gang = len(turn.devices) > 1  # whose kernels may be waiting for each other
+        return turn.closing_ns > 0 and not is_gang and self.flight_ns(now_ns) <= LEAD_NS
+
+    def meets_ns(self, turn: Turn) -> int:
+        """When to see whether kernels of its gang wait for others that wait at closed gates; 0: never."""
+        seen = self.seen
+        may = turn.closing_ns and len(turn.devices) > 1 and seen.waiting and not seen.drained and not self.late_ns
+        return seen.busy_until_ns + LATE_NS if may else 0
+
+    def drain_due_ns(self, turn: Turn, is_wanted: bool, now_ns: int) -> int:
+        """When to look at a turn that is closing: once the next may begin, or kernels may have to meet, or it is over."""
+        passes_ns = self.seen.busy_until_ns - LEAD_NS if is_wanted and not turn.handed_ns else 0
+        return min([turn.deadline_ns, *(at for at in (self.meets_ns(turn), passes_ns) if at > now_ns)])
 
     def is_idle(self, turn: Turn, now_ns: int) -> bool:
         """It has had nothing to run for so long that it gives way."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from fgpu_ebpf import futex, pages, scheduler
 from fgpu_ebpf.clients import Client
-from fgpu_ebpf.desks import Desk, seen_of
+from fgpu_ebpf.desks import Desk, let_meet, seen_of
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.places import BUCKETS_NS, Place, Seen
 from fgpu_ebpf.scheduler import Share
@@ -213,6 +213,8 @@ class Slicer:
             is_new = self._turns.look_again()
             if is_new:
                 futex.fence()  # who counts as in flight after this has seen its gate closed
+        for tenant in self._turns.to_meet(monotonic_ns()):
+            let_meet(self._desks.get(tenant, ()))
         if not self._is_watching:
             self._watch()
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 
 from fgpu_ebpf import pages, scheduler
 from fgpu_ebpf.clocks import Clocks
-from fgpu_ebpf.places import LEAD_NS, NOTHING, Place, Seen, Turn
+from fgpu_ebpf.places import NOTHING, Place, Seen, Turn
 from fgpu_ebpf.scheduler import Grant, Share, Waiter
 
 MS = 1_000_000
@@ -107,6 +107,16 @@ class Turns:
         """Some gates close where nothing is in flight: the turn has ended, if that is so once they are closed."""
         is_dry, self._is_dry = self._is_dry, False
         return is_dry
+
+    def to_meet(self, now_ns: int) -> list[int]:
+        """Gangs whose gates are closed between kernels that wait for each other; they have a little longer."""
+        found = []
+        for place in self._running.values():
+            turn = place.turn
+            if turn and 0 < place.meets_ns(turn) <= now_ns < turn.closing_ns + place.share.quantum_ns:
+                turn.deadline_ns = max(turn.deadline_ns, now_ns + pages.BUDGET_NS)
+                found.append(place.tenant)
+        return found
 
     def due_ns(self, now_ns: int) -> int:
         """When to step again, if nobody rings before; NEVER_NS: not before."""
@@ -378,9 +388,7 @@ class Turns:
 
     def _turn_due_ns(self, place: Place, turn: Turn, wanted: set[int], now_ns: int) -> int:
         if turn.closing_ns:
-            passing_ns = place.seen.busy_until_ns - LEAD_NS
-            is_next = turn.devices & wanted and now_ns < passing_ns and not turn.handed_ns
-            return min(turn.deadline_ns, passing_ns) if is_next else turn.deadline_ns
+            return place.drain_due_ns(turn, bool(turn.devices & wanted), now_ns)
         due, is_wanted, limited = turn.ends_ns, bool(turn.devices & wanted), place.share.limited
         if limited:
             due = min(due, place.account.spent_ns(place.share))

@@ -141,6 +141,12 @@ static bool stands_open(struct fgpu_view view, uint32_t gate)
     return now > heartbeat && now - heartbeat > FGPU_LEASE_NS;
 }
 
+/* A closed gate lets go what kernels in flight on another device spin for. */
+static bool may_pass(struct fgpu_view view, int index)
+{
+    return atomic_load(&mine.places[index].launches) < __atomic_load_n(&view.control->passes[index], __ATOMIC_RELAXED);
+}
+
 static uint64_t budget_of(struct fgpu_view view, int index)
 {
     uint64_t budget = __atomic_load_n(&view.control->budget_ns[index], __ATOMIC_RELAXED);
@@ -187,6 +193,10 @@ static void drain_and_wait(int index, bool rung)
         if (view.link != FGPU_HELD) return;
         uint32_t gate = gate_of(view, index);
         if (stands_open(view, gate)) return;
+        if (may_pass(view, index)) {
+            atomic_store(&mine.places[index].drained, 0); /* no more */
+            return;
+        }
         if (fgpu_flight_is_over(index)) {
             tell_drained(view, index, gate);
             sleep_at(view, index, gate, drain_others(view, index) ? DOZE_NS : CLOSE_NS);
@@ -229,7 +239,7 @@ static bool may_go(struct fgpu_view view, int index, bool *counted)
     if (!*counted) return true;
     publish_count(view, index);
     uint32_t gate = gate_of(view, index);
-    bool is_open = stands_open(view, gate);
+    bool is_open = stands_open(view, gate) || may_pass(view, index);
     if (is_open && fgpu_flight_has_room(index, budget_of(view, index))) return true;
     fgpu_flight_cancel(index);
     publish_count(view, index);

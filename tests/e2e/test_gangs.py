@@ -105,8 +105,8 @@ def test_gangs_take_turns_on_all_their_devices(start: Callable[..., Pairs]) -> N
     done = together(first, second)
     for gang in (first, second):
         eventually(lambda: gang.turns()[0] == gang.turns()[1] > 10, 3, "turns on both at once")  # noqa: B023
-    assert min(done) > 0.25 * sum(done)  # a turn may end between two that spin for each other, and is lost then
-    assert sum(done) > 0.3 * alone
+    assert min(done) > 0.4 * sum(done)
+    assert sum(done) > 0.6 * alone  # where a turn ends between two that spin for each other, those that lack may go
 
 
 @inside

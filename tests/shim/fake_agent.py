@@ -185,12 +185,13 @@ class Agent:
                 struct.pack_into("<I", c, 0x280, what["sequence"])
 
     def gate(self, what):
-        """{word, device, budget}: for the pages in use and those to come; with {page} for that one alone."""
+        """{word, device, budget, passes}: for the pages in use and those to come; with {page} for that one alone."""
         device, word = what.get("device", 3), what["word"]
         if "page" not in what:
             self.gates[device], self.budgets[device] = word, what.get("budget", 0)
         for c in self.controls if "page" not in what else [self.controls[what["page"]]]:
             self.write_gates(c)
+            ctypes.c_uint64.from_buffer(c, BUDGETS + 8 * (16 + device)).value = what.get("passes", 0)
             ctypes.c_uint32.from_buffer(c, GATES + 4 * device).value = word
             at = ctypes.addressof(ctypes.c_char.from_buffer(c)) + GATES + 4 * device
             libc.syscall(FUTEX, ctypes.c_void_p(at), 1, 1 << 30, None, None, 0)

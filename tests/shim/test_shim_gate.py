@@ -172,3 +172,24 @@ out("given"); line(); launch(f); need("cuCtxSynchronize"); out("done")"""
     unlock(agent, 2)
     assert said(process) == ["done"]
     end(process)
+
+
+def test_a_closed_gate_lets_go_as_many_as_it_is_told_and_tells_again_that_it_has_drained(simulator: Simulator) -> None:
+    agent = simulator.agent
+    unlock(agent, 1)
+    process = simulator.start(KIT + "f = kernel(20); out('ready'); line(); out([launch(f) for _ in range(6)])")
+    assert said(process) == ["ready"]
+    shut(agent, 1)
+    tell(process)
+    bell = until(agent, waiting=1, drained=1)["bell"]
+    shut(agent, 1, passes=2)
+    now = until(agent, launches=2, waiting=1, drained=1)
+    assert now["in_flight"] == 0
+    assert now["bell"] > bell
+    shut(agent, 1, passes=5)
+    now = until(agent, launches=5, waiting=1, drained=1)
+    time.sleep(0.1)
+    assert page(agent) == now
+    unlock(agent, 2)
+    assert said(process) == [[0] * 6]
+    end(process)
