@@ -146,28 +146,27 @@ def unfilled(bench: Bench) -> None:
     _pairs(bench, "unfilled", "unfilled", None, 2 if bench.quick else 5)
 
 
+def _beside(programs: dict[str, Program], seconds: float, rounds: int, **what: str) -> dict[str, list[float]]:
+    """Name = work, in turn with each alone, which depends on the moment: percent of that, and p50 added, medians."""
+    parts: dict[str, list[tuple[float, float]]] = {name: [] for name in what}
+    for _ in range(rounds):
+        alone = {name: _run(seconds, (programs[name], work))[0] for name, work in what.items()}
+        for name, said in _together(programs, seconds, **what).items():
+            of, p50 = (said[key] / alone[name][key] for key in ("steps", "p50_us"))
+            parts[name].append((100 * of, 100 * (p50 - 1)))
+    return {name: [statistics.median(column) for column in zip(*pairs, strict=True)] for name, pairs in parts.items()}
+
+
 def inference(bench: Bench) -> None:
     """Two loops of small inference, and one beside a training: each by its own speed alone."""
-    programs = _torch(bench)
-    seconds = bench.seconds
-    small = _alone(programs, "small", seconds, "t0", "t1", "n0")
-    training = _alone(programs, "train", seconds, "t1", "n0")
-    both = _together(programs, seconds, t0="small", t1="small")
-    for number, (name, part) in enumerate(zip(both, _parts(small, both), strict=True)):
-        bench.line(f"inference_{number}_alone_p50", small[name]["p50_us"], "us")
+    programs, seconds, rounds = _torch(bench), bench.seconds, 3
+    for number, (part, added) in enumerate(_beside(programs, seconds, rounds, t0="small", t1="small").values()):
         bench.line(f"inference_{number}", part, "% of alone", least=45)
-        added = 100 * (both[name]["p50_us"] / small[name]["p50_us"] - 1)
         bench.line(f"inference_{number}_p50_added", added, "%", most=5)
-    alone = {"t0": small["t0"], "t1": training["t1"]}
-    for name, part in zip(
-        ("inference", "training"), _parts(alone, _together(programs, seconds, t0="small", t1="train")), strict=True
-    ):
-        bench.line(f"mixed_{name}", part, "% of alone", least=45)
-    alone = {"n0": small["n0"], "n1": training["n0"]}
-    for name, part in zip(
-        ("inference", "training"), _parts(alone, _together(programs, seconds, n0="small", n1="train")), strict=True
-    ):
-        bench.line(f"mixed_{name}_by_the_driver", part, "% of alone")
+    for how, names, times, bar in (("", ("t0", "t1"), rounds, 45), ("_by_the_driver", ("n0", "n1"), 1, None)):
+        found = _beside(programs, seconds, times, **dict(zip(names, ("small", "train"), strict=True)))
+        for what, (part, _) in zip(("inference", "training"), found.values(), strict=True):
+            bench.line(f"mixed_{what}{how}", part, "% of alone", least=bar)
 
 
 def train_step(bench: Bench) -> None:
