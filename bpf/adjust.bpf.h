@@ -209,10 +209,8 @@ static int swept(u64 cgroup, u64 n)
     return 0;
 }
 
-#define WAKE_UP 2 /* BPF_RB_FORCE_WAKEUP */
-
-/* A ring buffer is what the kernel wakes a process by. What lies in it says nothing; where it is full, nobody has
- * listened for long, and whoever comes looks at everything. */
+/* What it lets lie there says nothing. Where there is no room, nobody has listened for long, and whoever comes looks at
+ * everything. */
 static int ring(void)
 {
     u64 nothing = 0;

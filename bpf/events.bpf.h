@@ -7,6 +7,8 @@
 #define HOST_COUNT 3
 #define HOST_PROCESSES 5
 
+#define WAKE_UP 2 /* BPF_RB_FORCE_WAKEUP */
+
 static void fate(u16 what) { count(0, 0, FGPU_EVENTS, what); }
 
 /* Threads that begin a second at once may let a few more through. */
@@ -51,6 +53,14 @@ static void count_processes(void)
     u32 at = HOST_PROCESSES;
     u64 *n = host.lookup(&at);
     if (n) __sync_fetch_and_add(n, 1);
+}
+
+/* The gatekeeper ends its turn at once. Where the bell is full its pidfd tells the same, once the driver has cleaned up
+ * after it. */
+static void tell_of_end(u32 tgid)
+{
+    struct fgpu_event event = {.at_ns = bpf_ktime_get_ns(), .kind = FGPU_NEWS_ENDED, .tgid = tgid};
+    bell.ringbuf_output(&event, sizeof(event), WAKE_UP);
 }
 
 /* -- cgroups: raw tracepoints with (cgroup, path, …); nothing of the kernel's structs is read, the agent looks who is

@@ -343,6 +343,7 @@ enum fgpu_news {
     FGPU_NEWS_MADE,     /* the cgroup at `path` */
     FGPU_NEWS_EMPTIED,  /* nobody is left in it, nor below */
     FGPU_NEWS_REMOVED,
+    FGPU_NEWS_ENDED, /* on the bell: a process that had a context runs no more; the driver may still be busy with it */
 };
 enum fgpu_fate { FGPU_FATE_SENT, FGPU_FATE_RATE, FGPU_FATE_FULL };
 struct fgpu_event {

@@ -52,6 +52,7 @@ struct bell_table_t {
     u32 max_entries;
     int flags;
 };
+/* What the kernel wakes the gatekeeper by. */
 __attribute__((section("maps/ringbuf:" PINS "bell"))) struct bell_table_t bell = {.max_entries = BELL_BYTES};
 BPF_ARRAY(blanks, struct fgpu_process, 1); /* never written: too large for the stack */
 

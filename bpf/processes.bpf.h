@@ -131,20 +131,31 @@ static void delete_process(u32 tgid, struct fgpu_process *p)
     if (!processes.delete(&tgid)) give_place(&level, FGPU_PROCESSES);
 }
 
-static void end_process(u32 tgid)
+static int has_context(struct fgpu_process *p)
+{
+    u64 n = 0;
+    for (u32 d = 0; d < FGPU_DEVICES; d++) n |= on(p, d)->contexts;
+    return n != 0;
+}
+
+/* Answers whether it had a context: nobody without one has a turn. */
+static int end_process(u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
-    if (!p) return;
+    if (!p) return 0;
+    int had_context = has_context(p);
     __sync_fetch_and_add(&p->state, 1); /* not ready: before its bytes are looked at */
     release_all(p);
     delete_process(tgid, p);
+    return had_context;
 }
 
 int process_exit(struct bpf_raw_tracepoint_args *ctx)
 {
     u64 id = bpf_get_current_pid_tgid();
     end_thread(id);
-    if (ctx->args[1]) end_process(id >> 32); /* group_dead: never pid == tgid, the leader may leave first */
+    if (!ctx->args[1]) return 0; /* group_dead: never pid == tgid, the leader may leave first */
+    if (end_process(id >> 32)) tell_of_end(id >> 32);
     return 0;
 }
 

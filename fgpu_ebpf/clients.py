@@ -11,7 +11,7 @@ import resource
 import selectors
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic_ns
 
@@ -33,7 +33,7 @@ class Head:
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """A process that has pages, for as long as its pidfd says that it lives."""
+    """A process that has pages, for as long as its pidfd says that it lives. `since_ns`: it did so then."""
 
     pid: int
     pidfd: int
@@ -44,6 +44,8 @@ class Client:
     status: StatusMemory | None = None
     rows: bytes = b""
     levels: tuple[int, ...] = ()  # leaf first
+    since_ns: int = field(default_factory=monotonic_ns)
+    has_ended: bool = False  # though its pidfd does not say so yet
 
     def show(self, rows: bytes) -> None:
         """Put these rows on the control page, unless they stand there."""
@@ -71,7 +73,7 @@ class Clients:
         self._names: dict[tuple[int, int], dict[int, int]] = {}
         self._tables: dict[tuple[int, int], bytes] = {}  # rows of a tenant, as a pid namespace names them
         self.epoch = 0
-        self.parted: Callable[[Client], None] = lambda _: None  # is told of everyone who has gone
+        self.parted: Callable[[Client], None] = lambda _: None  # is told of everyone who has gone, once or twice
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -123,6 +125,14 @@ class Clients:
         page.gates[:] = [1] * pages.DEVICES
         page.epoch, page.heartbeat_ns = self.epoch, monotonic_ns()
         return control
+
+    def end(self, pid: int, at_ns: int) -> None:
+        """A process of this pid ran for the last time then, says the kernel; a pidfd is silent until its driver has
+        cleaned up. Of a client that came later it says nothing: that is another process."""
+        client = self._clients.get(pid)
+        if client and client.since_ns <= at_ns:
+            client.has_ended = True
+            self.parted(client)
 
     def _bury(self, client: Client) -> None:
         if self._clients.pop(client.pid, None) is not client:

@@ -36,7 +36,7 @@ from fgpu_ebpf.door import Door, Lock
 from fgpu_ebpf.events import Events
 from fgpu_ebpf.glance import Glance, Lineages, Offer, Standing, standing
 from fgpu_ebpf.ledger import PINS, Ledger, LedgerMissing
-from fgpu_ebpf.pages import Answer, Code
+from fgpu_ebpf.pages import Answer, Code, News
 from fgpu_ebpf.readers import Readers
 from fgpu_ebpf.slicer import Slicer
 
@@ -235,7 +235,7 @@ class Gatekeeper:
     def _client(self, caller: Caller, head: Head) -> Client | None:
         """The pages of this process, made or made anew where needed; None: it is gone or has no place, and dropped."""
         client = self._clients.get(caller.pid)
-        if not procfs.alive(caller.pidfd):
+        if not procfs.alive(caller.pidfd) or (client and client.has_ended):
             self._callers.drop(caller, "gone")
             return None
         tenant = caller.standing.tenant
@@ -258,21 +258,22 @@ class Gatekeeper:
             self._ledger = self._open_ledger()
             if self._ledger:
                 self._slicer.ledger = self._ledger
-                self._follow_shares(self._ledger)
+                self._listen(self._ledger)
                 self._say("has the ledger")
                 self._beat()
                 self._show()
         self._callers.turn()
 
-    def _follow_shares(self, ledger: Ledger) -> None:
+    def _listen(self, ledger: Ledger) -> None:
         bell = ledger.times.bell()
         if bell:
-            self._selector.register(bell, selectors.EVENT_READ, partial(self._shares_changed, bell))
+            self._selector.register(bell, selectors.EVENT_READ, partial(self._hear, bell))
             self._slicer.is_told = True
 
-    def _shares_changed(self, bell: Events) -> None:
-        for _ in bell.read():
-            pass
+    def _hear(self, bell: Events) -> None:
+        for event in bell.read():
+            if event.kind == News.ENDED:
+                self._clients.end(event.tgid, event.at_ns)
         self._slicer.heed()
 
     def _show(self) -> None:

@@ -53,7 +53,7 @@ Function = IntEnum(
     start=0,
 )
 Adjust = IntEnum("Adjust", "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING", start=0)
-News = IntEnum("News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED", start=0)
+News = IntEnum("News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED", start=0)
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
 # Bits, from 1: of a limit and a usage page; of a control page and an answer; of a gate; of a process.

@@ -48,7 +48,8 @@ class Timebook:
         self._maps, self._ring = maps, ring
 
     def bell(self) -> Events | None:
-        """Readable once shares have changed, until it is read; None: what is pinned is older than this."""
+        """Readable once shares have changed or a process has ended, until it is read: it yields the latter, as
+        News.ENDED. None: what is pinned is older than this."""
         fd = self._maps.get("bell")
         return None if fd is None else Events(os.dup(fd))
 

@@ -309,3 +309,42 @@ def test_a_bell_that_nobody_hears_holds_up_nobody(kernel, bell, level):
     list(bell.read())
     kernel.ledger.times.forget([level.cgroup])
     assert is_rung(bell)
+
+
+@pytest.mark.parametrize("how", ["exit", "kill", "the leader first"])
+def test_the_end_of_who_has_a_context_is_told_at_once(bell, level, client, how):
+    client("retain()")
+    assert not is_rung(bell)
+    before = time.monotonic_ns()
+    if how == "exit":
+        client.send("os._exit(0)")
+    elif how == "kill":
+        os.kill(client.pid, signal.SIGKILL)
+    else:
+        client.send("cuda.leave_leader()")
+        assert not is_rung(bell, 0.2), "its other threads live"
+        os.kill(client.pid, signal.SIGKILL)
+    assert is_rung(bell, 5.0)
+    (event,) = bell.read()
+    assert (event.kind, event.tgid) == (News.ENDED, client.pid)
+    assert before < event.at_ns < time.monotonic_ns()
+    client.process.wait()
+    assert not is_rung(bell, 0.1)
+
+
+def test_nobody_else_s_end_is_told(bell, level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    client.kill()
+    for _ in range(1009):
+        os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
+    assert not is_rung(bell)
+
+
+def test_the_end_of_a_thread_and_of_a_program_that_execs_is_not(kernel, bell, level, client):
+    client("retain()")
+    client("import threading")
+    client(f"[t.start() or t.join() for t in [threading.Thread(target=lambda: admit({MIB}))]] and None")
+    client.send("os.execv('/bin/sleep', ['sleep', '100'])")
+    wait_until(lambda: client.entry(kernel) is None)
+    client.kill()
+    assert not is_rung(bell)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from harness import BUILD, ENVIRONMENT, FGPU, GIB, SIM, Service, ask, eventually, fgpu, metrics
+from held_file import HeldFile
 
 pytestmark = pytest.mark.timed
 
@@ -30,11 +33,15 @@ def spin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Spin:
     """A running spin, in a tenant of its own."""
 
-    def __init__(self, program: Path, name: str, *limits: str, kernel_us: int = 200) -> None:
+    def __init__(
+        self, program: Path, name: str, *limits: str, kernel_us: int = 200, stderr: IO[bytes] | None = None
+    ) -> None:
         command = [*FGPU, "run", "--memory", str(GIB), "--name", name, *limits, "--", program, str(kernel_us), "burst"]
         self.name = name
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=ENVIRONMENT)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=stderr, text=True, bufsize=1, env=ENVIRONMENT
+        )
         assert self.process.stdout
         assert self.process.stdout.readline() == "ready\n"
 
@@ -64,8 +71,8 @@ class Spin:
 def start(spin: Path, unharmed: None) -> Iterator[Callable[..., Spin]]:
     started: list[Spin] = []
 
-    def make(name: str, *limits: str, kernel_us: int = 200) -> Spin:
-        started.append(Spin(spin, name, *limits, kernel_us=kernel_us))
+    def make(name: str, *limits: str, **more) -> Spin:
+        started.append(Spin(spin, name, *limits, **more))
         return started[-1]
 
     yield make
@@ -140,9 +147,8 @@ def test_who_runs_outside_its_turns_is_named(start, programs: None) -> None:
 # -- faults
 
 
-def test_a_killed_owner_keeps_nobody_waiting(start) -> None:
-    """The other would wait for minutes. It goes on within 5 ms where the machine is quiet."""
-    owner, other = start("owner", "--weight", "10000", kernel_us=50_000), start("other", "--weight", "1")
+def keep_waiting(owner: Spin, other: Spin) -> None:
+    """Until the owner, with kernels of 50 ms and nearly all of the device, keeps the other from its next step."""
     owner.begin(60)
     eventually(lambda: owner.compute().get("is_owner"), 5, "a turn")
     for _ in range(
@@ -155,10 +161,35 @@ def test_a_killed_owner_keeps_nobody_waiting(start) -> None:
         time.sleep(0.2)
     else:
         pytest.fail("it had nothing to wait for")
+
+
+def test_a_killed_owner_keeps_nobody_waiting(start) -> None:
+    """The other would wait for minutes. It goes on within 5 ms where the machine is quiet."""
+    owner, other = start("owner", "--weight", "10000", kernel_us=50_000), start("other", "--weight", "1")
+    keep_waiting(owner, other)
     owner.process.kill()
     began = time.monotonic()
     other.said()
     assert time.monotonic() - began < 0.3
+
+
+def test_the_turn_of_who_is_killed_ends_before_the_driver_has_cleaned_up(start, tmp_path: Path) -> None:
+    """Else it would end when its patience does, as that of a program that is silent: an overrun."""
+    with HeldFile(tmp_path / "held") as held:
+        with held.path.open("rb") as file:
+            owner = start("dies", "--weight", "10000", kernel_us=50_000, stderr=file)
+        other = start("beside", "--weight", "1")
+        keep_waiting(owner, other)
+        before = owner.compute()["overruns"]
+        pidfd = os.pidfd_open(owner.process.pid)
+        held.hold()
+        owner.process.kill()
+        assert held.has_somebody(5)
+        other.said()
+        eventually(lambda: other.compute()["free"], 5, "the device to itself")
+        assert owner.compute()["overruns"] == before
+        assert not select.select([pidfd], [], [], 0)[0], "it was to be in its last close"
+        os.close(pidfd)
 
 
 def test_a_stopped_owner_costs_one_deadline_once(start) -> None:

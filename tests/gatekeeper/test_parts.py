@@ -5,9 +5,11 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import selectors
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from hello_client import until
 
 from fgpu_ebpf import bpf, pages, procfs
 from fgpu_ebpf.callers import well_formed
-from fgpu_ebpf.clients import by_tenant
+from fgpu_ebpf.clients import Client, Clients, Head, by_tenant
 from fgpu_ebpf.door import Lock
 from fgpu_ebpf.glance import Standing, standing
 from fgpu_ebpf.ledger import Ledger, LedgerMissing
@@ -177,6 +179,28 @@ def test_rows_by_tenant() -> None:
 def test_the_largest_rows_are_kept_in_order_of_pid() -> None:
     (rows,) = by_tenant({tgid: process(5, tgid) for tgid in range(1, 1010)}).values()
     assert [row[0] for row in rows] == list(range(1010 - pages.ROWS, 1010))
+
+
+def test_the_kernel_s_word_of_an_end_is_of_who_was_there_before_it() -> None:
+    with selectors.DefaultSelector() as selector, subprocess.Popen(["sleep", "100"]) as process:
+        clients, parted = Clients(selector, bytes(16)), list[Client]()
+        clients.parted = parted.append
+        before_ns = time.monotonic_ns()
+        client = clients.enrol(process.pid, os.pidfd_open(process.pid), 7, Head())
+        assert client
+        clients.end(process.pid, before_ns)  # of another process that had this pid
+        clients.end(process.pid + 1, time.monotonic_ns())
+        assert not parted
+        assert not client.has_ended
+        for times in (1, 2):
+            clients.end(process.pid, time.monotonic_ns())
+            assert parted == [client] * times
+        assert client.has_ended
+        assert clients.get(process.pid) is client  # its pages are its own until its pidfd says that it is gone
+        process.kill()
+        selector.select(5)[0][0].data()
+        assert parted == [client] * 3
+        assert not len(clients)
 
 
 def test_only_a_hello_is_well_formed() -> None:
