@@ -23,16 +23,19 @@ _OPEN = int(pages.Gate.OPEN)
 
 
 class Desk:
-    """A process with a share. `bell`: where its word for us lies; `heard`, `rings`: of it; `used`: its devices."""
+    """A process with a share. `bell`: where its word for us lies; `heard`, `rings`: of it; `used`: its devices.
 
-    __slots__ = ("_gates", "_idle", "_launches", "bell", "client", "heard", "rings", "used", "words")
+    `place`: of its bell among those that are watched; -1: it is not.
+    """
+
+    __slots__ = ("_gates", "_idle", "_launches", "bell", "client", "heard", "place", "rings", "used", "words")
 
     def __init__(self, client: Client) -> None:
         assert client.status
         self.client = client
         self.words = _Words.from_buffer(client.status.page)
         self.bell = ctypes.addressof(self.words) + StatusPage.bell.offset
-        self.heard, self.rings = -1, 0
+        self.heard, self.place, self.rings = -1, -1, 0
         self.used: set[int] = set()
         self._launches = self._idle = 0
         self.turn_to(client)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 MOST_WORDS = 126  # of the 128 that futex_waitv takes
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 202)
-_FUTEX_WAITV, _FUTEX_WAKE, _SIZE_U32, _MONOTONIC = 449, 1, 2, 1
+_FUTEX_WAITV, _FUTEX_WAKE, _SIZE_U32, _PRIVATE, _MONOTONIC = 449, 1, 2, 128, 1
 _EXPECTED = (errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR)
 _EVERYBODY = 2**31 - 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -52,6 +52,10 @@ class Bells:
     def heard(self, place: int, value: int) -> None:
         """So much was heard of the word that was given in this place."""
         self._form[3 * place + 3] = value
+
+    def mute(self, place: int, is_mute: bool) -> None:
+        """Whoever wakes those at the word in this place does not mean us: a private futex has no other processes."""
+        self._form[3 * place + 5] = _SIZE_U32 | _PRIVATE if is_mute else _SIZE_U32
 
     def nudge(self) -> None:
         """Whoever sleeps, or is about to, wakes up: from any thread."""

@@ -64,6 +64,7 @@ class Turn:
     handed_ns: int = 0  # the `begins_ns` of the next one, on some of its devices
     rested: bool = False  # closed for want of work, with nobody waiting
     rest_ns: int = 0  # until it was last looked at, of a rest that went on then
+    cut: bool = False  # closed though there was more to do
 
 
 @dataclass(slots=True)
@@ -110,6 +111,7 @@ class Place:
     unlifted_ns: int = 0  # until then the floor owes it nothing
     shy_ns: int = 0
     shy_until_ns: int = 0
+    cut: bool = False  # its last turn was, and it has not been looked at since
     busy_ns: int = 0  # of its turns, without a pause in them
     held_back: bool = False
     counts: Counts = field(default_factory=Counts)
@@ -149,10 +151,12 @@ class Place:
 
     def is_idle(self, turn: Turn, now_ns: int) -> bool:
         """It has had nothing to run for so long that it gives way."""
-        return now_ns - turn.active_ns >= (START_NS if self.seen.waiting else self._patience_ns())
+        return now_ns - turn.active_ns >= self._patience_ns()
 
     def _patience_ns(self) -> int:
         """What is in flight may take a little longer than it was thought to."""
+        if self.seen.waiting:
+            return START_NS
         guess_ns = max(0, self.seen.busy_until_ns - self.seen.wanted_ns) if self.seen.in_flight else 0
         return IDLE_NS + guess_ns // GUESS_PARTS
 

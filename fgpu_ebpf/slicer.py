@@ -54,6 +54,7 @@ class Slicer:
         self._bells = futex.Bells()
         self._watched: list[Desk] = []
         self._unwatched: list[Desk] = []
+        self._unheard: set[int] = set()  # tenants
         self._news: set[int] = set()  # tenants to be looked at, whoever has rung
         self._is_watching = self._started = self._ended = False
         self._errors = 0
@@ -198,7 +199,7 @@ class Slicer:
         self._listen()
         is_new = True
         while is_new:
-            self._news.update(self._turns.running())
+            self._news.update(self._turns.in_question())
             now_ns, news = monotonic_ns(), {}
             for tenant in self._news:
                 if self._desks.get(tenant):
@@ -217,6 +218,7 @@ class Slicer:
             let_meet(self._desks.get(tenant, ()))
         if not self._is_watching:
             self._watch()
+        self._mute()
 
     def _listen(self) -> None:
         for place, desk in enumerate(self._watched):
@@ -241,8 +243,20 @@ class Slicer:
         self._unwatched = quiet[futex.MOST_WORDS :] + [desk for desk in desks if desk.rings > MOST_RINGS]
         self._bells.watch([desk.bell for desk in self._watched])
         for place, desk in enumerate(self._watched):
+            desk.place = place
             self._bells.heard(place, max(0, desk.heard))
+        for desk in self._unwatched:
+            desk.place = -1
+        self._unheard = set()
         self._is_watching = True
+
+    def _mute(self) -> None:
+        """Whose rings can wait does not wake us."""
+        before, self._unheard = self._unheard, self._turns.unheard()
+        for tenant in before ^ self._unheard:
+            for desk in self._desks.get(tenant, ()):
+                if desk.place >= 0:
+                    self._bells.mute(desk.place, tenant in self._unheard)
 
     def _look(self, tenant: int) -> Seen:
         desks, shared, place = self._desks[tenant], self._shares[tenant], self._turns.places[tenant]

@@ -83,9 +83,19 @@ class Turns:
         place.seen, place.free_on, place.late_ns, place.busy_ns = NOTHING, frozenset(), 0, 0
         self._users_changed = True
 
-    def running(self) -> list[int]:
-        """The tenants whose turn it is: of these every step is to be told."""
-        return list(self._running)
+    def in_question(self) -> list[int]:
+        """Those whose turn it is, or was cut a moment ago: of these every step is to be told."""
+        return [*self._running, *(tenant for tenant, place in self._queue.items() if place.cut)]
+
+    def unheard(self) -> set[int]:
+        """Those who wait for somebody whom they do not outrank: what they ring for can wait until the next step."""
+        owners = [(place.share.rank, place.turn.devices) for place in self._running.values() if place.turn]
+        return {
+            tenant
+            for tenant, place in self._queue.items()
+            if not place.late_ns
+            and any(rank <= place.share.rank and not place.seen.devices.isdisjoint(owned) for rank, owned in owners)
+        }
 
     def step(self, news: Mapping[int, Seen], now_ns: int) -> set[int]:
         """What is new of these; answers the tenants whose gates are others now."""
@@ -144,13 +154,13 @@ class Turns:
         if place.late_ns and seen.drained:
             self._charge(place, min(now_ns - place.late_ns, MOST_LATE_NS))
             place.late_ns = place.shy_ns = place.shy_until_ns = 0
-        turn = place.turn
+        turn, place.cut = place.turn, False
         if turn and turn.closing_ns:
             if seen.drained or now_ns >= turn.deadline_ns:
                 self._finish(place, turn, now_ns)
         elif turn:
             self._look_at_owner(place, turn, bool(wanted and turn.devices & wanted), now_ns)
-        if not place.turn and not place.free_on:
+        if not place.turn and not place.free_on and not place.cut:
             self._look_at_waiter(place, now_ns)
 
     def _look_at_owner(self, place: Place, turn: Turn, wanted: bool, now_ns: int) -> None:
@@ -173,10 +183,13 @@ class Turns:
         if not place.seen.waiting:
             self._stand_back(place)
         elif place.since_ns is None:
-            place.since_ns = now_ns
-            self._queue[place.tenant] = place
-            clock_ns = self._clocks.now(place.seen.devices, place.share.rank)
-            place.account = place.account.rested(now_ns, place.share).joining(clock_ns)
+            self._join(place, now_ns)
+
+    def _join(self, place: Place, now_ns: int) -> None:
+        place.since_ns = now_ns
+        self._queue[place.tenant] = place
+        clock_ns = self._clocks.now(place.seen.devices, place.share.rank)
+        place.account = place.account.rested(now_ns, place.share).joining(clock_ns)
 
     def _stand_back(self, place: Place) -> None:
         place.since_ns = None
@@ -334,7 +347,7 @@ class Turns:
 
     def _close(self, place: Place, turn: Turn, now_ns: int) -> None:
         """Its gates close; the turn lasts until nothing is in flight, or patience ends."""
-        turn.closing_ns = now_ns
+        turn.closing_ns, turn.cut = now_ns, not place.is_idle(turn, now_ns)
         self._is_dry |= not place.seen.in_flight
         turn.deadline_ns = now_ns + max(place.flight_ns(now_ns), pages.BUDGET_NS) + SILENCE_NS
         self._changed.add(place.tenant)
@@ -361,6 +374,9 @@ class Turns:
         place.turn = None
         self._running.pop(place.tenant, None)
         self._changed.add(place.tenant)
+        if turn.cut and place.seen.drained:  # it comes back: nobody has to be woken up for that
+            place.cut = True
+            self._join(place, now_ns)
 
     def _begin_earlier(self, before: Turn, ended_ns: int) -> None:
         """Of the turns that were to begin when that one should have drained: it has drained now."""
