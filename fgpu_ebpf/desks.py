@@ -7,6 +7,7 @@ sealed against resizing.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Iterable
 
 from fgpu_ebpf import futex, pages
@@ -16,10 +17,12 @@ from fgpu_ebpf.places import Seen
 
 _Words = ctypes.c_uint64 * (ctypes.sizeof(StatusPage) // 8)
 _Gates = ctypes.c_uint32 * pages.DEVICES
-_DEVICES, _FLIGHTS, _SPANS = (getattr(StatusPage, name).offset // 8 for name in ("devices", "flights", "spans"))
-_LOW = 0xFFFFFFFF
+_STATUS, _FLIGHT, _SPAN = struct.Struct("2IQ"), struct.Struct("4Q"), struct.Struct("2Q")  # fields as in pages
+_SIZES = (("devices", _STATUS.size), ("flights", _FLIGHT.size), ("spans", _SPAN.size))
+_Row = tuple[int, int, int, int]  # a device, and where on a status page its parts begin
 MOST_PASSES = 1_000
 _OPEN = int(pages.Gate.OPEN)
+assert all(getattr(StatusPage, name).size == size * pages.DEVICES for name, size in _SIZES)
 
 
 class Desk:
@@ -28,7 +31,10 @@ class Desk:
     `place`: of its bell among those that are watched; -1: it is not.
     """
 
-    __slots__ = ("_gates", "_idle", "_launches", "bell", "client", "heard", "place", "rings", "used", "words")
+    __slots__ = (
+        *("_gates", "_idle", "_launches", "_shared", "_unused"),
+        *("bell", "client", "heard", "place", "rings", "rows", "used", "words"),
+    )
 
     def __init__(self, client: Client) -> None:
         assert client.status
@@ -36,7 +42,8 @@ class Desk:
         self.words = _Words.from_buffer(client.status.page)
         self.bell = ctypes.addressof(self.words) + StatusPage.bell.offset
         self.heard, self.place, self.rings = -1, -1, 0
-        self.used: set[int] = set()
+        self.used: frozenset[int] = frozenset()
+        self.rows: list[_Row] = []  # of them
         self._launches = self._idle = 0
         self.turn_to(client)
 
@@ -53,22 +60,32 @@ class Desk:
         self.rings += 1
         return True
 
-    def begins_to_use(self, devices: Iterable[int]) -> bool:
-        """One of these that it has not used before."""
-        words, before = self.words, len(self.used)
-        for device in devices:
-            at = _DEVICES + 2 * device
-            if words[at] & _LOW or words[at + 1]:
-                self.used.add(device)
-        return len(self.used) > before
+    def may_use(self, devices: Iterable[int]) -> None:
+        """It has a share of these."""
+        self._shared = frozenset(devices)
+        self.use(())
 
-    def rested_ns(self) -> int | None:
+    def use(self, devices: Iterable[int]) -> None:
+        """It has begun to use these, where it has a share of them."""
+        self.used = self._shared.intersection((*self.used, *devices))
+        self.rows = [_row(device) for device in self.used]
+        self._unused = [_row(device) for device in self._shared - self.used]
+
+    def begins_to_use(self) -> bool:
+        """One of its devices that it has not used before."""
+        found = []
+        for device, at, _, _ in self._unused:
+            threads, _, launches = _STATUS.unpack_from(self.words, at)
+            if threads or launches:
+                found.append(device)
+        if found:
+            self.use(found)
+        return bool(found)
+
+    def rested_ns(self, launches: int, in_flight: int, idle_ns: int) -> int | None:
         """Of the time since the last look: how much it had nothing in flight, on any of its devices; None: nothing."""
-        words, places = self.words, [_FLIGHTS + 4 * device for device in self.used]
-        idle = min((words[place + 3] for place in places), default=0)
-        launches = sum(words[_DEVICES + 2 * device + 1] for device in self.used)
-        is_idle = launches == self._launches and not any(words[place] for place in places)
-        rested, self._launches, self._idle = idle - self._idle, launches, idle
+        is_idle = launches == self._launches and not in_flight
+        rested, self._launches, self._idle = idle_ns - self._idle, launches, idle_ns
         return None if is_idle else rested
 
     def put(self, device: int, word: int) -> None:
@@ -84,9 +101,8 @@ class Desk:
             self.put(device, _OPEN)
 
     def let_pass(self, device: int, launches: int) -> None:
-        """So many more may go through the closed gate."""
-        words = self.words
-        self.client.control.page.passes[device] = words[_DEVICES + 2 * device + 1] + launches
+        """So many, since it began, may go through the closed gate."""
+        self.client.control.page.passes[device] = launches
         futex.wake(ctypes.addressof(self._gates) + 4 * device)
 
     def set_budget(self, device: int, ns: int) -> None:
@@ -94,31 +110,40 @@ class Desk:
         self.client.control.page.budget_ns[device] = ns
 
 
+def _row(device: int) -> _Row:
+    status, flight, span = (getattr(StatusPage, name).offset + size * device for name, size in _SIZES)
+    return device, status, flight, span
+
+
 def seen_of(desks: Iterable[Desk], devices: frozenset[int], number: int, since_ns: int) -> Seen:
     """What these processes say of all the devices together, of their turn of this number, which began then."""
-    waiting, drained, begun = False, True, 0
+    waiting, drained, begun = 0, True, 0
     launches = flying = until = wanted = ended = 0
     rests = []
     for desk in desks:
-        words = desk.words
-        rests.append(desk.rested_ns())
-        for device in desk.used:
-            at = _DEVICES + 2 * device
-            first, place = words[at], _FLIGHTS + 4 * device
-            waiting = waiting or first & _LOW != 0
-            launches += words[at + 1]
-            if words[place]:
-                flying += words[place]
-                until = max(until, words[place + 1])
-                drained = drained and first >> 32 == number
-            wanted = max(wanted, words[place + 2])
-            came = words[_SPANS + 2 * device]
-            if came > since_ns and (came < begun or not begun):
-                begun = came
-            ended = max(ended, words[_SPANS + 2 * device + 1])
-    busy = [rest for rest in rests if rest is not None]
-    idle = max(0, busy[0]) if len(busy) == 1 else 0  # nobody knows when several were idle together
-    return Seen(devices, waiting, launches, flying, until, drained, wanted, begun, ended, idle)
+        words, launched, aloft, idle = desk.words, 0, 0, []
+        for _, status_at, flight_at, span_at in desk.rows:
+            threads, turn, count = _STATUS.unpack_from(words, status_at)
+            in_flight, until_ns, wanted_ns, idle_ns = _FLIGHT.unpack_from(words, flight_at)
+            begun_ns, ended_ns = _SPAN.unpack_from(words, span_at)
+            waiting |= threads
+            launched += count
+            if in_flight:
+                aloft += in_flight
+                until = max(until, until_ns)
+                drained = drained and turn == number
+            wanted = max(wanted, wanted_ns)
+            idle.append(idle_ns)
+            if begun_ns > since_ns and (begun_ns < begun or not begun):
+                begun = begun_ns
+            ended = max(ended, ended_ns)
+        launches += launched
+        flying += aloft
+        rest = desk.rested_ns(launched, aloft, min(idle, default=0))
+        if rest is not None:
+            rests.append(rest)
+    rested = max(0, rests[0]) if len(rests) == 1 else 0  # nobody knows when several were idle together
+    return Seen(devices, waiting > 0, launches, flying, until, drained, wanted, begun, ended, rested)
 
 
 def let_meet(desks: Iterable[Desk]) -> None:
@@ -127,8 +152,13 @@ def let_meet(desks: Iterable[Desk]) -> None:
     Called where what is in flight should have ended long since. Programs that launch alike on all their devices are
     together again after one round; whoever is not has a deadline.
     """
-    places = [(desk, device, desk.words[_FLIGHTS + 4 * device]) for desk in desks for device in desk.used]
-    most = max((flying for _, _, flying in places), default=0)
-    for desk, device, flying in places:
-        if not flying and desk.words[_DEVICES + 2 * device] & _LOW:
-            desk.let_pass(device, min(most, MOST_PASSES))
+    found = []
+    for desk in desks:
+        for device, status_at, flight_at, _ in desk.rows:
+            threads, _, launches = _STATUS.unpack_from(desk.words, status_at)
+            in_flight = _FLIGHT.unpack_from(desk.words, flight_at)[0]
+            found.append((desk, device, threads, launches, in_flight))
+    most = min(max((in_flight for *_, in_flight in found), default=0), MOST_PASSES)
+    for desk, device, threads, launches, in_flight in found:
+        if threads and not in_flight:
+            desk.let_pass(device, launches + most)

@@ -116,6 +116,7 @@ class Slicer:
         self._without.pop(id(client), None)
         desk = desk or Desk(client)
         desk.heard = -1
+        desk.may_use(self._shares[tenant])
         self._seats[id(client)] = tenant, desk
         self._desks.setdefault(tenant, []).append(desk)
         self._is_watching = False
@@ -259,14 +260,13 @@ class Slicer:
                     self._bells.mute(desk.place, tenant in self._unheard)
 
     def _look(self, tenant: int) -> Seen:
-        desks, shared, place = self._desks[tenant], self._shares[tenant], self._turns.places[tenant]
-        used = self._used.get(tenant)
+        desks, place, used = self._desks[tenant], self._turns.places[tenant], self._used.get(tenant)
         for desk in desks:
-            if desk.begins_to_use(shared):
-                desk.used |= self._contexts(desk.client.pid) & shared.keys()
+            if desk.begins_to_use():
+                desk.use(self._contexts(desk.client.pid))
                 used = None
         if used is None:
-            used = self._used[tenant] = frozenset().union(*(desk.used & shared.keys() for desk in desks))
+            used = self._used[tenant] = frozenset().union(*(desk.used for desk in desks))
         seen = seen_of(desks, used, place.number, place.turn.opened_ns if place.turn else 0)
         if seen.waiting or place.turn:
             self._wanted.add(tenant)

@@ -24,6 +24,7 @@ MS = 1_000_000
 FLOOR_TURN_NS = 4 * MS  # what the floor lifts somebody for, before a higher priority may come again
 FLOOR_PARTS = scheduler.FLOOR_NS // FLOOR_TURN_NS  # whose turn was longer than that is lifted so much later
 LEAST_NS = 100_000  # between two looks that nobody rang for
+SOON_NS = 1 * MS  # before something is due anyway nobody is looked at
 REST_NS = 100 * MS  # idle for as long with nobody waiting: the gate closes, and nobody looks any more
 SILENCE_NS = 1 * MS  # beyond the work in flight
 MOST_LATE_NS = 100 * MS  # charged of work that went on after the turn had passed
@@ -409,6 +410,7 @@ class Turns:
         if limited:
             due = min(due, place.account.spent_ns(place.share))
         if is_wanted or limited:
-            due = min(due, place.look_due_ns(turn, now_ns))
+            look_ns = place.look_due_ns(turn, now_ns)
+            due = look_ns if look_ns < due - SOON_NS else due
         floor_ns = turn.opened_ns + FLOOR_TURN_NS
         return min(due, floor_ns) if is_wanted and turn.floor and floor_ns > now_ns else due
