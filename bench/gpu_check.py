@@ -7,6 +7,7 @@ driver that $DRIVER_ROOT names (/ without). Python packages: pynvml; torch and j
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import subprocess
@@ -213,6 +214,8 @@ def kills(service: Service, place: Place) -> None:
     drift = one.memory()["used_bytes"] - nvml_bytes({watcher.pid})
     say("ledger_minus_nvml", drift, "bytes")
     need(abs(drift) <= GRANULE, "ledger and NVML agree")
+    told = map(json.loads, harness.fgpu("events", "--json").stdout.splitlines())
+    need(not [event for event in told if event["what"] == "adopted"], "nobody was taken for one from before")
 
 
 def restarts(service: Service, place: Place) -> None:

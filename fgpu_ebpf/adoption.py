@@ -1,6 +1,7 @@
 """Processes of tenants whose memory nobody saw them take: who they are, told once each in `fgpu events`.
 
-Owns: who has been told. Never: ends a process, or tells of one twice. Cannot fail: of whom NVML is silent, so are we.
+Owns: who has been told. Never: ends a process, or tells of one twice, or of one that holds what an exec left behind.
+Cannot fail: of whom NVML is silent, so are we.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ class Adoption:
         self._history = history
         self._last: Truth | None = None
         self._told: set[_Who] = set()
+        self._held: set[_Who] = set()  # at the last look
 
     def look(self) -> None:
-        """Tells of those that are new since NVML was last asked; nothing where it was not asked since."""
+        """Tells of those that are new since NVML was last asked; nothing where it was not asked since.
+
+        Who is older than fgpu at once, others at the second look that finds them: after an exec the driver takes a
+        moment to let go of what the program before it held.
+        """
         truth = self._truth()
         if truth is self._last:
             return
@@ -39,10 +45,11 @@ class Adoption:
         holders = {pid for held in truth.held.values() for pid in held}
         known = {pid: p for pid in holders if (p := self._ledger.process(pid)) and p.levels}
         self._told &= {(pid, p.generation) for pid, p in known.items()}
-        for pid, process in known.items():
-            if (pid, process.generation) not in self._told and any(process.bytes):
-                self._told.add((pid, process.generation))
-                self._tell(pid, process)
+        before, self._held = self._held, {(pid, p.generation) for pid, p in known.items() if any(p.bytes)}
+        for who in self._held - self._told:
+            if who in before or who[0] in self._enforcer.elders:
+                self._told.add(who)
+                self._tell(who[0], known[who[0]])
 
     def _tell(self, pid: int, process: Process) -> None:
         tenant = self._enforcer.get(process.levels[0])

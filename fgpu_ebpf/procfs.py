@@ -36,6 +36,7 @@ _FILE_HERE, _NEXT_EXECUTABLE_FILE, _LONGEST_PATH = 0x20, 0x34, 4096
 _PIDFD_GET_PID_NAMESPACE = 0xFF05  # Linux 6.11
 _PIDFD_GET_INFO, _INFO = 0xC040FF0B, struct.Struct("QQII40x")  # Linux 6.13: struct pidfd_info
 _INFO_PID_AND_CGROUP = 0b101
+_PF_EXITING = 0x4  # of a task's flags: set before its end is told to anybody
 
 
 def read(path: str) -> bytes:
@@ -73,15 +74,35 @@ def alive(pidfd: int) -> bool:
 
 
 def ended(pid: int) -> bool:
-    """All its threads have, whether or not its parent has noticed: its memory is no longer its own."""
+    """All its threads have, or are about to, whether or not its parent has noticed: its memory is no longer its own.
+
+    What a process holds of a device is taken down while it ends, which can take seconds, and only then does its pidfd
+    say so. The first thread may have left others behind.
+    """
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
         return True
     try:
-        return not alive(pidfd)
+        return not alive(pidfd) or (_leaves(pid, pid) and all(_leaves(pid, thread) for thread in _threads(pid)))
     finally:
         os.close(pidfd)
+
+
+def _threads(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
+
+
+def _leaves(pid: int, thread: int | str) -> bool:
+    """The thread executes nothing of its program's any more."""
+    try:
+        said = read(f"/proc/{pid}/task/{thread}/stat")
+    except OSError:
+        return True
+    return bool(int(said.rpartition(b")")[2].split()[6]) & _PF_EXITING)
 
 
 def started(pid: int) -> int | None:

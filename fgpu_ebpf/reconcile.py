@@ -238,7 +238,7 @@ class Reconciler:
             if process.late:
                 self._ledger.move(tgid, process.generation, process.levels)
         for tgid, generation in now:
-            if not _alive(tgid):
+            if not _alive(tgid) or (not self._known[tgid].flags and procfs.ended(tgid)):  # adopted on its way out
                 self._ledger.reap(tgid, generation)
         ended = so_far - len(now)
         if ended != self._ended:

@@ -16,7 +16,7 @@ struct order {
     uint64_t number;
 };
 
-static uint64_t nvml_stalls_until_ns, fails_every, n_allocations;
+static uint64_t nvml_stalls_until_ns, fails_every, n_allocations, end_takes_ns;
 static bool nvml_is_blind;
 
 /* `60s` or `500ms`, in milliseconds; 0: neither. */
@@ -46,6 +46,8 @@ static bool parse_one(const char *word, struct order *order)
         order->fault = SIM_FAULT_NVML_NA;
     } else if (!strncmp(word, "nvml-stall:", 11)) {
         *order = (struct order){SIM_FAULT_NVML_STALL, parse_time(word + 11)};
+    } else if (!strncmp(word, "slow-end:", 9)) {
+        *order = (struct order){SIM_FAULT_SLOW_END, parse_time(word + 9)};
     } else if (!strncmp(word, "alloc-fail:", 11)) {
         *order = (struct order){SIM_FAULT_ALLOC_FAIL, parse_count(word + 11)};
     } else {
@@ -65,7 +67,9 @@ static unsigned parse(const char *spec, struct order *orders)
             n = 0;
             break;
         }
-    if (!n) fprintf(stderr, "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, alloc-fail:N, reset: %s\n", spec);
+    if (!n)
+        fprintf(stderr, "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, alloc-fail:N, slow-end:3s, reset: %s\n",
+                spec);
     return n;
 }
 
@@ -73,7 +77,7 @@ void fault_set(uint32_t fault, uint64_t number)
 {
     switch (fault) {
     case SIM_FAULT_RESET:
-        nvml_stalls_until_ns = fails_every = 0;
+        nvml_stalls_until_ns = fails_every = end_takes_ns = 0;
         nvml_is_blind = false;
         break;
     case SIM_FAULT_NVML_STALL:
@@ -86,6 +90,9 @@ void fault_set(uint32_t fault, uint64_t number)
         fails_every = number;
         n_allocations = 0;
         break;
+    case SIM_FAULT_SLOW_END:
+        end_takes_ns = number * 1000000u;
+        break;
     }
 }
 
@@ -97,6 +104,8 @@ int fault_start(const char *spec)
     for (unsigned i = 0; i < n; i++) fault_set(orders[i].fault, orders[i].number);
     return 0;
 }
+
+uint64_t fault_end_takes_ns(void) { return end_takes_ns; }
 
 uint64_t fault_nvml_until_ns(void) { return nvml_stalls_until_ns; }
 

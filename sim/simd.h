@@ -135,6 +135,7 @@ int fault_start(const char *spec); /* -1: not understood, and said so */
 int fault_send(const char *dir, const char *spec);
 void fault_set(uint32_t fault, uint64_t number);
 uint64_t fault_nvml_until_ns(void);
+uint64_t fault_end_takes_ns(void);
 bool fault_nvml_is_blind(void);
 bool fault_fails(uint32_t kind);
 

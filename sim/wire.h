@@ -63,6 +63,7 @@ enum sim_fault {
     SIM_FAULT_NVML_STALL, /* NVML is not answered for this many milliseconds from now */
     SIM_FAULT_NVML_NA,    /* NVML does not know what a process uses */
     SIM_FAULT_ALLOC_FAIL, /* every n-th allocation finds no memory */
+    SIM_FAULT_SLOW_END,   /* memory outlives its process by this many milliseconds, as where many end at once */
     SIM_FAULTS,
 };
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,6 +39,18 @@ def unharmed(service: harness.Service) -> Iterator[None]:
         return not any(t["processes"] for t in harness.ask(verb="snapshot")["tenants"])
 
     harness.eventually(none_left, 10, "an empty ledger")
+
+
+def order(fault: str) -> None:
+    """The simulated driver behaves like this from now on."""
+    subprocess.run([harness.SIM / "fgpu-simd", "--fault", fault], check=True, timeout=10)
+
+
+@pytest.fixture
+def fault(unharmed: None) -> Iterator[Callable[[str], None]]:
+    """Faults of the driver, which end with the test."""
+    yield order
+    order("reset")
 
 
 @pytest.fixture

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from harness import CONTEXT, MIB, REFUSED, SIM, Service, eventually, fgpu, metrics, metrics_page
 
 LIMIT = CONTEXT + 200 * MIB
 PERIODS = 2.0  # seconds: four reconciles
-
-
-def order(fault: str) -> None:
-    """The simulated driver behaves like this from now on."""
-    subprocess.run([SIM / "fgpu-simd", "--fault", fault], check=True, timeout=10)
-
-
-@pytest.fixture
-def fault(unharmed: None) -> Iterator[Callable[[str], None]]:
-    """Faults of the driver, which end with the test."""
-    yield order
-    order("reset")
 
 
 @pytest.mark.places("host")

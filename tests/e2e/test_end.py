@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import select
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -99,6 +102,46 @@ def test_unreaped_processes_hold_nothing(tenant) -> None:
     assert not set(pids) & ledger_pids()
     assert parent.ok("reap") == [8]
     assert one.assert_exact() == CONTEXT
+
+
+@contextlib.contextmanager
+def held_up(pid: int) -> Iterator[None]:
+    """Kills a process and holds its end up half-way, as a driver with much to take down does: its threads are gone and
+    wait, unseen, for who traces them. Not for a process whose only thread is the first."""
+    seize, every_thread = 0x4206, 0x40000000  # PTRACE_SEIZE, __WALL
+    threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    libc, pidfd = ctypes.CDLL(None), os.pidfd_open(pid)
+    traced = [thread for thread in threads if not libc.ptrace(seize, thread, None, None)]  # the first has gone already
+    os.kill(pid, signal.SIGKILL)
+    stats = [Path(f"/proc/{pid}/task/{thread}/stat") for thread in threads]
+    try:
+        eventually(lambda: all(") Z " in stat.read_text() for stat in stats), 5, "the end of its threads")
+        assert not select.select([pidfd], [], [], 0)[0], "nothing holds its end up"
+        yield
+    finally:
+        for thread in traced:
+            os.waitpid(thread, every_thread)
+        eventually(lambda: select.select([pidfd], [], [], 0)[0], 5, "its end")
+        os.close(pidfd)
+
+
+@pytest.mark.places("host", "runc")
+def test_one_that_takes_long_to_end_is_not_adopted(tenant, fault) -> None:
+    """Neither charged nor told of while NVML still shows what the driver has yet to take down."""
+    one = tenant(4 * GIB)
+    one.assert_enforced()
+    client = one.client()
+    client.ok("context")
+    client.ok("thread")  # another thread goes on without the first
+    assert one.assert_exact() == CONTEXT
+    fault("slow-end:3s")
+    with held_up(client.pid):
+        eventually(lambda: one.memory()["used_bytes"] == 0, 1, "released")
+        steadily(lambda: one.memory()["used_bytes"] == 0, 1.6, 1.7, "three looks of NVML")
+        assert client.pid in {entry["pid"] for entry in driver_books()}
+        assert client.pid not in ledger_pids()
+    told = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
+    assert [event for event in told if event["pid"] == client.pid and event["what"] == "adopted"] == []
 
 
 @pytest.mark.timed

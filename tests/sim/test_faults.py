@@ -59,6 +59,21 @@ say(N.nvmlDeviceGetMemoryInfo(device).used > 500 << 20, info()[0] > 0)
         client.kill()
 
 
+def test_an_end_that_takes_long(machine: Machine) -> None:
+    """NVML shows the process until the driver is done with it."""
+    order(machine, "slow-end:1s")
+    with machine.spawn("start(); say('up'); wait()") as client:
+        assert client.stdout is not None
+        client.stdout.readline()
+        held = machine.used()
+        client.kill()
+    killed = time.monotonic()
+    order(machine, "reset")
+    assert machine.used() == held > 0
+    machine.settles_at(0, 2)
+    assert time.monotonic() - killed > 0.9
+
+
 @pytest.mark.timed
 def test_nvml_that_stalls(machine: Machine) -> None:
     """NVML waits, CUDA does not; a process that gives up waiting leaves nothing behind."""
@@ -104,12 +119,13 @@ def test_the_end_of_a_stall_by_order(machine: Machine) -> None:
         "nvml-stall:2h",
         "alloc-fail:0",
         "alloc-fail:x",
+        "slow-end:3",
         "nvml-na,",
         "x" * 300,
     ],
 )
 def test_what_is_not_understood(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
-    line = f"fgpu-simd: fault is none of nvml-stall:60s, nvml-na, alloc-fail:N, reset: {spec}\n"
+    line = f"fgpu-simd: fault is none of nvml-stall:60s, nvml-na, alloc-fail:N, slow-end:3s, reset: {spec}\n"
     asked = order(machine, spec, check=False)
     assert (asked.returncode, asked.stdout, asked.stderr) == (2, "", line)
     words = ["env", f"FGPU_SIM_FAULT={spec}", tools / "fgpu-simd", "--dir", tmp_path]

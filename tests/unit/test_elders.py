@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,7 +96,7 @@ class Host:
         self.usage = SimpleNamespace(limit=4 * MIB, used=5 * MIB)
         self.spared = 0
         self.history = History()
-        ledger = SimpleNamespace(process={ME: self.process}.get, usage=lambda *_: [self.usage])
+        ledger = SimpleNamespace(process=lambda _: self.process, usage=lambda *_: [self.usage])
         enforcer = SimpleNamespace(
             elders=known or Elders(), get={7: SimpleNamespace(name="a", cgroup=7)}.get, spare_elders=self._spare
         )
@@ -125,15 +126,31 @@ def test_each_is_told_of_once() -> None:
     assert len(host.told()) == 1, "it came again and nobody said so"
 
 
+def test_what_an_exec_left_behind_is_nobody_s() -> None:
+    host = Host()
+    assert host.told() == []
+    host.process = replace(host.process, bytes=(0,) * 16)
+    host.truth = Truth(held={0: {ME: 0}})
+    assert host.told() == []
+    host.truth = Truth(held={0: {ME: 5 * MIB}})
+    host.process = replace(host.process, bytes=(5 * MIB, *[0] * 15))
+    assert host.told() == [], "two looks, but not one after the other"
+
+
 def test_within_the_limit_nothing_is_beyond_it() -> None:
     host = Host()
     host.usage = SimpleNamespace(limit=5 * MIB, used=5 * MIB)
+    assert host.told() == [], "the first look"
+    host.truth = Truth(held={0: {ME: 5 * MIB}})
     assert host.told() == [("adopted", "unwitnessed", 5 * MIB, "")]
 
 
 @pytest.mark.parametrize("flags", [pages.Seen.SHIM, pages.Seen.CALL, pages.Seen.CALL | pages.Seen.BYPASS])
 def test_whom_the_kernel_has_seen_it_tells_of_itself(flags: int) -> None:
-    assert Host(flags).told() == []
+    host = Host(flags)
+    assert host.told() == []
+    host.truth = Truth(held={0: {ME: 5 * MIB}})
+    assert host.told() == []
 
 
 def test_without_a_new_look_of_nvml_nothing_is_looked_at() -> None:

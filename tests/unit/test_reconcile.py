@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fgpu_ebpf import devices
 from fgpu_ebpf.devices import Nvml
+from fgpu_ebpf.pages import Seen
 from fgpu_ebpf.processes import Process
 from fgpu_ebpf.reconcile import NEVER_QUIET, Reconciler, check, overhead_for
 
@@ -220,6 +221,18 @@ def test_one_that_has_ended_is_not_adopted_though_the_driver_still_holds_its_mem
         reconciler(books, {dead.pid: 5 * MIB, alive.pid: 5 * MIB}).look()
         alive.kill()
     assert books.moved == [(alive.pid, (5,))]
+
+
+def test_one_that_was_adopted_on_its_way_out_is_reaped_though_its_parent_takes_no_notice():
+    """Nothing tells of its end any more."""
+    with subprocess.Popen(["true"]) as dead:
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        for flags, reaped in ((0, [dead.pid]), (Seen.CALL, [])):
+            books = Books(replace(process(0), flags=flags))
+            books.processes = lambda books=books: {dead.pid: books.entry}
+            books.reap = lambda tgid, _, found=(found := []): found.append(tgid)
+            reconciler(books, {}).look()
+            assert found == reaped, flags
 
 
 def test_a_process_that_the_kernel_never_saw_is_adopted():
