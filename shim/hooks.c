@@ -8,6 +8,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <string.h>
 
 #include "shim.h"
@@ -41,20 +42,32 @@ extern void *__libc_dlsym(void *, const char *) __attribute__((weak));
 enum library { DRIVER, NVML, LIBRARIES };
 static const char *const sonames[LIBRARIES] = {"libcuda.so.1", "libnvidia-ml.so.1"};
 
+/* One behind the other, found by their places: the loader of every program would have to write pointers. */
+static const struct names {
+#define TEXT(name) char name[sizeof #name];
+    FGPU_DRIVER_TABLE(TEXT, TEXT, TEXT)
+    FGPU_NVML_TABLE(TEXT, TEXT, TEXT)
+#undef TEXT
+} names = {
+#define TEXT(name) #name,
+    FGPU_DRIVER_TABLE(TEXT, TEXT, TEXT) FGPU_NVML_TABLE(TEXT, TEXT, TEXT)};
+
 static const struct entry {
-    const char *name;
     void *hook; /* NULL: not hooked */
-    enum library library;
+    uint16_t name;
+    uint8_t library;
     bool greets;
 } table[FGPU_NAMES] = {
-#define HOOK(name) {#name, name, LIBRARY, false},
-#define ASK(name) {#name, name, LIBRARY, true},
-#define NEED(name) {#name, NULL, LIBRARY, false},
+#define HOOK(name) {name, offsetof(struct names, name), LIBRARY, false},
+#define ASK(name) {name, offsetof(struct names, name), LIBRARY, true},
+#define NEED(name) {NULL, offsetof(struct names, name), LIBRARY, false},
 #define LIBRARY DRIVER
     FGPU_DRIVER_TABLE(HOOK, ASK, NEED)
 #undef LIBRARY
 #define LIBRARY NVML
         FGPU_NVML_TABLE(HOOK, ASK, NEED)};
+
+static const char *name_of(enum fgpu_name at) { return (const char *)&names + table[at].name; }
 
 static _Atomic(void *) real[FGPU_NAMES]; /* found in the library of the right name */
 static _Atomic(void *)
@@ -97,7 +110,7 @@ static void *find(enum fgpu_name at)
     void *found = NULL;
     void *library = dl_open(sonames[table[at].library], RTLD_LAZY | RTLD_NOLOAD);
     if (library) {
-        found = fgpu_real_dlsym(library, table[at].name);
+        found = fgpu_real_dlsym(library, name_of(at));
         dl_close(library);
     }
     return found;
@@ -105,7 +118,7 @@ static void *find(enum fgpu_name at)
 
 void *fgpu_symbol(void *library, enum fgpu_name at)
 {
-    void *found = library ? fgpu_real_dlsym(library, table[at].name) : NULL;
+    void *found = library ? fgpu_real_dlsym(library, name_of(at)) : NULL;
     if (library && !found) dl_error();
     return found;
 }
@@ -133,7 +146,7 @@ void *fgpu_real(enum fgpu_name at)
     /* Not kept: this may be a stub that loads the driver at its first call and would then be handed our hook to call.
      */
     if (!found && fgpu_real_dlsym) {
-        found = fgpu_real_dlsym(RTLD_NEXT, table[at].name);
+        found = fgpu_real_dlsym(RTLD_NEXT, name_of(at));
         if (!found) dl_error(); /* our failure, not the program's: it may ask dlerror next */
     }
     errno = saved;
@@ -156,7 +169,7 @@ static enum fgpu_name hooked(const char *name)
     /* Nearly every lookup of nearly every program ends at this line. */
     if (!(name[0] == 'c' && name[1] == 'u') && !(name[0] == 'n' && name[1] == 'v')) return FGPU_NAMES;
     for (enum fgpu_name at = 0; at < FGPU_NAMES; at++)
-        if (table[at].hook && !strcmp(table[at].name, name)) return at;
+        if (table[at].hook && !strcmp(name_of(at), name)) return at;
     return FGPU_NAMES;
 }
 
@@ -192,7 +205,7 @@ static void substitute(const char *asked, void **answer)
 {
     size_t length = strlen(asked);
     for (enum fgpu_name at = 0; at < FGPU_NAMES; at++) {
-        const char *name = table[at].name;
+        const char *name = name_of(at);
         if (!table[at].hook || strncmp(name, asked, length) || (name[length] && name[length] != '_')) continue;
         if (fgpu_real(at) != *answer) continue;
         void *hook = fgpu_beside ? fgpu_entry_beside(at) : table[at].hook;
