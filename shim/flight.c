@@ -219,6 +219,16 @@ void fgpu_flight_forget(int index, CUcontext context)
     depart(&here);
 }
 
+void fgpu_flight_leave(int index, CUcontext context)
+{
+    struct visit here;
+    if (visit_to_call(&here, index)) {
+        fgpu_marks_complete(here.device);
+        fgpu_marks_leave(here.device, context);
+    }
+    depart(&here);
+}
+
 void fgpu_flight_mark(int index, uint64_t key, bool ends)
 {
     struct visit here;

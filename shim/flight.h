@@ -49,6 +49,7 @@ HIDDEN void fgpu_marks_complete(struct device *device); /* one behind every laun
 HIDDEN void fgpu_marks_look(struct device *device);     /* which are done */
 HIDDEN void fgpu_marks_rest(struct device *device, uint64_t key, CUcontext context, uint64_t began_ns, uint64_t now);
 HIDDEN void fgpu_marks_forget(struct device *device, CUcontext context);
+HIDDEN void fgpu_marks_leave(struct device *device, CUcontext context);
 HIDDEN void fgpu_marks_finish(struct device *device, uint64_t key, bool ends);
 
 #endif

@@ -369,12 +369,23 @@ void fgpu_stream_ends(CUstream stream)
 
 void fgpu_stream_captures(CUstream stream, bool per_thread) { mark(fgpu_stream_key(stream, per_thread), false); }
 
+static void forget(struct fgpu_view view, int index, CUcontext context)
+{
+    if (!fgpu_flight_is_used(index)) return;
+    fgpu_flight_forget(index, context);
+    if (view.link == FGPU_HELD) tell(view, index);
+}
+
 void fgpu_context_ends(CUcontext context)
 {
     struct fgpu_view view = fgpu_glance();
-    for (int index = 0; index < FGPU_DEVICES; index++) {
-        if (!fgpu_flight_is_used(index)) continue;
-        fgpu_flight_forget(index, context);
-        if (view.link == FGPU_HELD) tell(view, index);
-    }
+    for (int index = 0; index < FGPU_DEVICES; index++) forget(view, index, context);
+}
+
+void fgpu_primary_ends(CUdevice ordinal)
+{
+    struct fgpu_view view = fgpu_glance();
+    int its = view.link == FGPU_HELD ? fgpu_index(view.control, ordinal) : -1;
+    for (int index = 0; index < FGPU_DEVICES; index++)
+        if (index == its || view.link != FGPU_HELD) forget(view, index, NULL);
 }

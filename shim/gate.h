@@ -28,6 +28,7 @@ HIDDEN void fgpu_rest_event(struct fgpu_rest rest, CUresult result);
 HIDDEN void fgpu_stream_ends(CUstream stream);
 HIDDEN void fgpu_stream_captures(CUstream stream, bool per_thread); /* soon: what it was given must be marked before */
 HIDDEN void fgpu_context_ends(CUcontext context);
+HIDDEN void fgpu_primary_ends(CUdevice ordinal);
 
 /* -- flight.c: one of these per device, by the ledger's index */
 HIDDEN uint64_t fgpu_flight_count(int index); /* launches not known to be done */
@@ -40,8 +41,14 @@ HIDDEN bool fgpu_flight_is_over(int index); /* marks what has no mark yet, and l
 HIDDEN bool fgpu_flight_look(int index);    /* at the batches; false: there is none */
 HIDDEN void fgpu_flight_rested(int index, uint64_t key, CUcontext context, uint64_t began_ns);
 HIDDEN bool fgpu_flight_is_used(int index);
-HIDDEN void fgpu_flight_forget(int index, CUcontext context); /* NULL: all */
+HIDDEN void fgpu_flight_forget(int index, CUcontext context); /* NULL: all but what cuCtxCreate gave */
+HIDDEN void fgpu_flight_leave(int index, CUcontext context);  /* it ends, and its work goes on */
 HIDDEN void fgpu_flight_mark(int index, uint64_t key, bool ends);
+
+/* -- contexts.c */
+HIDDEN void fgpu_context_made(CUcontext context);
+HIDDEN void fgpu_managed_made(CUdeviceptr at);
+HIDDEN bool fgpu_context_is_created(CUcontext context); /* and has not ended */
 
 /* -- link.c */
 HIDDEN uint64_t fgpu_now(void);

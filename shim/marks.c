@@ -214,22 +214,39 @@ void fgpu_marks_rest(struct device *device, uint64_t key, CUcontext context, uin
     }
 }
 
+/* The primary one's, where none is named: and those of green contexts, which lie in it. */
+static bool goes(CUcontext its, CUcontext context) { return context ? its == context : !fgpu_context_is_created(its); }
+
 /* The driver takes a context's events away with it. */
 void fgpu_marks_forget(struct device *device, CUcontext context)
 {
     for (struct lane *lane = device->lanes; lane < device->lanes + LANES; lane++) {
-        if (context && lane->context != context) continue;
+        if (!goes(lane->context, context)) continue;
         if (lane->open) lose(device, lane);
         lane->key = 0;
     }
     for (struct mark *mark = device->marks; mark < device->marks + MARKS; mark++) {
-        if (context && mark->context != context) continue;
+        if (!goes(mark->context, context)) continue;
         uint64_t launches = atomic_exchange(&mark->launches, 0);
         atomic_fetch_sub(&device->marks_taken, !!launches);
         pay(device, launches, mark->cost_ns);
         mark->event = NULL;
         mark->context = NULL;
     }
+}
+
+#define NOBODY ((CUcontext)1) /* whose events are: the next context may have the same handle */
+
+/* The events of a green context stay, and tell when its work is done; but it can no longer be made current. */
+void fgpu_marks_leave(struct device *device, CUcontext context)
+{
+    for (struct lane *lane = device->lanes; context && lane < device->lanes + LANES; lane++) {
+        if (lane->context != context) continue;
+        if (lane->open) lose(device, lane);
+        lane->key = 0;
+    }
+    for (struct mark *mark = device->marks; context && mark < device->marks + MARKS; mark++)
+        if (mark->context == context) mark->context = NOBODY;
 }
 
 /* Before the stream is destroyed, or captures: afterwards nothing can be recorded on it. */

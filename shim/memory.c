@@ -29,6 +29,7 @@ EXPORT CUresult cuMemAllocManaged(CUdeviceptr *dptr, size_t bytesize, unsigned i
     struct admission admission = fgpu_admission(device, bytesize, FGPU_MEMORY);
     if (admission.refusal) return admission.refusal;
     CUresult result = driver(dptr, bytesize, flags);
+    if (result == CUDA_SUCCESS) fgpu_managed_made(*dptr);
     return fgpu_settled(&admission, result, result ? 0 : *dptr);
 }
 
@@ -124,6 +125,7 @@ EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
         if (admission.refusal) return admission.refusal;                                                               \
         CUresult result = driver(__VA_ARGS__);                                                                         \
         if (result == CUDA_SUCCESS) fgpu_pools_seen(device);                                                           \
+        if (result == CUDA_SUCCESS) fgpu_context_made(*pctx);                                                          \
         return fgpu_settled(&admission, result, result ? 0 : (uint64_t)*pctx);                                         \
     } while (0)
 
@@ -165,37 +167,3 @@ EXPORT CUresult cuGreenCtxCreate(CUgreenCtx *phCtx, CUdevResourceDesc desc, CUde
     if (result == CUDA_SUCCESS) fgpu_pools_seen(dev);
     return result;
 }
-
-/* -- ends: the kernel sees them. Ours is what pools and graphs were granted. */
-
-#define END_CONTEXT(name, device, context, argument)                                                                   \
-    do {                                                                                                               \
-        __typeof__(&name) driver = REAL(name);                                                                         \
-        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
-        fgpu_pools_leave(device);                                                                                      \
-        if (context) fgpu_context_ends(context);                                                                       \
-        CUresult result = driver(argument);                                                                            \
-        if (device >= 0 && !is_active(device)) fgpu_context_ends(NULL);                                                \
-        fgpu_pools_return(device);                                                                                     \
-        return result;                                                                                                 \
-    } while (0)
-
-/* A primary context outlives all but its last release. */
-static bool is_active(CUdevice device)
-{
-    __typeof__(&cuDevicePrimaryCtxGetState) state = REAL(cuDevicePrimaryCtxGetState);
-    unsigned flags;
-    int active = 0, saved = errno;
-    bool known = state && state(device, &flags, &active) == CUDA_SUCCESS;
-    errno = saved;
-    return known && active;
-}
-
-#define END_PRIMARY(name)                                                                                              \
-    EXPORT CUresult name(CUdevice dev) { END_CONTEXT(name, dev, (CUcontext)NULL, dev); }
-END_PRIMARY(cuDevicePrimaryCtxRelease)
-END_PRIMARY(cuDevicePrimaryCtxRelease_v2)
-END_PRIMARY(cuDevicePrimaryCtxReset)
-END_PRIMARY(cuDevicePrimaryCtxReset_v2)
-EXPORT CUresult cuCtxDestroy(CUcontext ctx) { END_CONTEXT(cuCtxDestroy, -1, ctx, ctx); }
-EXPORT CUresult cuCtxDestroy_v2(CUcontext ctx) { END_CONTEXT(cuCtxDestroy_v2, -1, ctx, ctx); }

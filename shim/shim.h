@@ -119,6 +119,7 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     HOOK(cuDevicePrimaryCtxReset_v2)                                                                                   \
     HOOK(cuCtxDestroy)                                                                                                 \
     HOOK(cuCtxDestroy_v2)                                                                                              \
+    HOOK(cuGreenCtxDestroy)                                                                                            \
     HOOK(cuLaunchKernel)                                                                                               \
     HOOK(cuLaunchKernel_ptsz)                                                                                          \
     HOOK(cuLaunchKernelEx)                                                                                             \
@@ -152,6 +153,9 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     NEED(cuGraphMemAllocNodeGetParams)                                                                                 \
     NEED(cuGraphMemFreeNodeGetParams)                                                                                  \
     NEED(cuGraphChildGraphNodeGetGraph)                                                                                \
+    NEED(cuCtxFromGreenCtx)                                                                                            \
+    NEED(cuPointerGetAttribute)                                                                                        \
+    NEED(cuMemFree_v2)                                                                                                 \
     NEED(cuCtxGetCurrent)                                                                                              \
     NEED(cuCtxPushCurrent_v2)                                                                                          \
     NEED(cuCtxPopCurrent_v2)                                                                                           \

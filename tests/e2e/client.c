@@ -458,6 +458,7 @@ static const struct command {
                 {"leap", do_leap},
                 {"brieflyleap", do_brief_leap},
                 {"newcontext", do_new_context},
+                {"newmanaged", do_new_managed},
                 {"endcontext", do_end_context},
                 {"share", do_share},
                 {"open", do_open},

@@ -105,6 +105,21 @@ static void do_new_context(const uint64_t *n)
         answer("ok %" PRIu64, (uint64_t)made);
 }
 
+/* newmanaged BYTES TIMES: a context that has managed memory. */
+static void do_new_managed(const uint64_t *n)
+{
+    CUcontext made = NULL;
+    CUdeviceptr at;
+    CUresult result = need_context();
+    if (!result) result = cu.cuCtxCreate_v2(&made, 0, 0);
+    for (uint64_t i = 0; !result && i < n[1]; i++) result = cu.cuMemAllocManaged(&at, n[0], CU_MEM_ATTACH_GLOBAL);
+    if (!result) result = cu.cuCtxPopCurrent_v2(&made);
+    if (result)
+        answer("%s", name_of(result));
+    else
+        answer("ok %" PRIu64, (uint64_t)made);
+}
+
 static void do_end_context(const uint64_t *n) { plain_answer(cu.cuCtxDestroy_v2((CUcontext)n[0])); }
 
 /* -- memory of one process in another */

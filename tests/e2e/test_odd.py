@@ -116,6 +116,25 @@ def test_a_context_comes_and_goes_beside_another(tenant) -> None:
     assert one.assert_exact() == CONTEXT
 
 
+@pytest.mark.places("host", "runc")
+def test_managed_memory_goes_with_its_context_beside_another(tenant) -> None:
+    """NVML never shows it, nor does the kernel know whose it is."""
+    one = tenant(3 * CONTEXT + 200 * MIB)
+    client = one.client()
+    client.ok("context")
+    with one.growing(40 * MIB):
+        client.ok(f"managed {40 * MIB}")
+    for times in (1, 23):
+        (kept,), (made,) = client.ok(f"newmanaged {MIB} 7"), client.ok(f"newmanaged {2 * MIB} {times}")
+        assert one.assert_exact() == 3 * CONTEXT + (47 + 2 * times) * MIB
+        client.ok(f"endcontext {made}")
+        assert one.memory()["used_bytes"] == 2 * CONTEXT + 47 * MIB, "at once"
+        assert one.assert_exact() == 2 * CONTEXT + 47 * MIB
+        assert client.do(f"endcontext {made}") != "ok"
+        client.ok(f"endcontext {kept}")
+        assert one.assert_exact() == CONTEXT + 40 * MIB
+
+
 # -- memory of one process in another
 
 

@@ -132,7 +132,7 @@ class Simulator:
 
     def start(self, script: str, **more: Any) -> Any:
         """A program that the fixture ends, should the test not come to that."""
-        self.started.append(self.agent.start_python(script, driver=self.folder / "lib", **more))
+        self.started.append(self.agent.start_python(script, **{"driver": self.folder / "lib", **more}))
         return self.started[-1]
 
     def end(self) -> None:

@@ -155,15 +155,15 @@ out(*rests); line()"""
     end(process)
 
 
-def slow_driver(simulator: Simulator) -> Path:
-    """A folder whose driver is the simulated one, some of its answers late."""
-    folder, agent = simulator.folder / "slow", simulator.agent
+def driver_behind(simulator: Simulator, program: str) -> Path:
+    """A folder whose driver is the simulated one, but for what the program in front of it answers itself."""
+    folder, agent = simulator.folder / program, simulator.agent
     if not folder.exists():
         folder.mkdir()
         behind = (simulator.folder / "lib/libcuda.so.1").read_bytes().replace(b"libcuda.so.1\0", b"libcudX.so.1\0")
         (folder / "libcudX.so.1").write_bytes(behind)
         flags = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1,--no-as-needed", folder / "libcudX.so.1", "-ldl"]
-        agent.build.compile("slow_driver.c", str(folder / "libcuda.so.1"), *flags)
+        agent.build.compile(program, str(folder / "libcuda.so.1"), *flags)
     return folder
 
 
@@ -172,7 +172,7 @@ def test_a_driver_that_answers_late_harms_nobody(simulator: Simulator) -> None:
     agent = simulator.agent
     unlock(agent, 1)
     program = agent.build.compile("threads.c", "threads", "-ldl", "-lpthread")
-    process = agent.popen(program, 4, "spin_20us", driver=slow_driver(simulator))
+    process = agent.popen(program, 4, "spin_20us", driver=driver_behind(simulator, "slow_driver.c"))
     simulator.started.append(process)
     assert said(process) == ["ready"]
     time.sleep(8)
@@ -337,6 +337,49 @@ need("cuCtxDestroy_v2", d); need("cuCtxSetCurrent", c); need("cuCtxSynchronize")
     assert said(process) == [True, 77]
     assert said(process) == ["done"]
     assert page(agent)["in_flight"] == 0
+    tell(process)
+    end(process)
+
+
+def test_what_another_context_was_given_outlives_the_primary_one(simulator: Simulator) -> None:
+    agent = simulator.agent
+    unlock(agent, 1)
+    script = """
+d = C.c_void_p(); need("cuCtxCreate_v2", C.byref(d), 0, 0); f, s = kernel(600000), stream(); launch(f, s)
+need("cuDevicePrimaryCtxRelease_v2", 0); out(L.cuStreamQuery(s)); line()
+need("cuCtxSynchronize"); out("done"); line()
+need("cuCtxDestroy_v2", d); out("ended"); line()"""
+    process = simulator.start(KIT + script)
+    assert said(process) == [600], "not at work"
+    assert page(agent)["in_flight"] == 1
+    tell(process)
+    assert said(process) == ["done"]
+    assert page(agent)["in_flight"] == 0
+    tell(process)
+    assert said(process) == ["ended"]
+    tell(process)
+    end(process)
+
+
+@pytest.mark.parametrize("budget", [pytest.param(4_000_000, id="marked"), pytest.param(400_000_000, id="unmarked")])
+def test_what_a_green_context_was_given_outlives_it(simulator: Simulator, budget: int) -> None:
+    """It drains as all else does, and nothing is done in a context that has ended."""
+    agent = simulator.agent
+    unlock(agent, 1, budget=budget)
+    script = """
+f, g, x = kernel(100), C.c_void_p(), C.c_void_p()
+need("cuGreenCtxCreate", C.byref(g), None, 0, 1); need("cuCtxFromGreenCtx", C.byref(x), g); need("cuCtxSetCurrent", x)
+h, s = kernel(300000), stream(); launch(h, s); launch(h)
+need("cuCtxSetCurrent", c); need("cuGreenCtxDestroy", g); out("given"); line()
+launch(f); out(C.c_int.in_dll(L, "misused").value); need("cuCtxSynchronize"); line()"""
+    process = simulator.start(KIT + script, driver=driver_behind(simulator, "green_driver.c"))
+    assert said(process) == ["given"]
+    assert page(agent)["in_flight"] == 2
+    shut(agent, 1)
+    tell(process)
+    until(agent, drained=1, in_flight=0, waiting=1)
+    unlock(agent, 2)
+    assert said(process) == [0]
     tell(process)
     end(process)
 
