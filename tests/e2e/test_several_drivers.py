@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,6 +165,35 @@ def test_a_third_driver_is_seen(several) -> None:
     eventually(lambda: bypasses(one).get("no_admission") == 1, 3, "its name")
     assert one.assert_exact() > 3 * CONTEXT + ROOM
     ends(one, client)
+
+
+ELSEWHERE = """
+import ctypes as C, sys
+libc = C.CDLL(None)
+libc.dlmopen.restype = libc.dlsym.restype = C.c_void_p
+there = C.c_void_p(libc.dlmopen(C.c_long(-1), sys.argv[1].encode(), 2))  # LM_ID_NEWLM, RTLD_NOW
+call = lambda name, *a: C.CFUNCTYPE(C.c_int)(libc.dlsym(there, name))(*a)
+at, context = C.c_uint64(), C.c_void_p()
+print(call(b"cuInit", 0), call(b"cuCtxCreate_v2", C.byref(context), 0, 0), flush=True)
+print(call(b"cuMemAlloc_v2", C.byref(at), C.c_size_t(int(sys.argv[2]))), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.places("host")
+def test_a_driver_in_another_namespace_is_seen(tenant, libraries: list[Path], tmp_path: Path) -> None:
+    """No hook is there: what it takes is charged to the byte, and its process named."""
+    one = tenant(CONTEXT + ROOM)
+    one.assert_enforced()
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    command = f"{sys.executable} {tmp_path}/elsewhere.py {libraries[0]} {2 * ROOM}"
+    program = Program(one, "elsewhere", command)
+    assert program.receive() == "0 0"
+    assert program.receive() == "0"
+    eventually(lambda: bypasses(one).get("no_admission") == 1, 3, "its name")
+    assert one.assert_exact() == CONTEXT + 2 * ROOM
+    program.close()
+    eventually(lambda: one.memory()["used_bytes"] == 0, 2, "its end")
 
 
 def test_without_a_limit_a_second_driver_lacks_nothing(service: Service, libraries: list[Path]) -> None:
