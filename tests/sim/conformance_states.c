@@ -133,6 +133,7 @@ static void ask_contexts(void)
     TRY("cuCtxDestroy_v2", cuCtxDestroy_v2, NULL);
     TRY("cuCtxSynchronize_v2", cuCtxSynchronize_v2, NULL);
     TRY("cuGreenCtxCreate", cuGreenCtxCreate, &green, NULL, 0, CU_GREEN_CTX_DEFAULT_STREAM);
+    TRY("cuGreenCtxDestroy", cuGreenCtxDestroy, NULL);
     TRY("cuGetProcAddress", cuGetProcAddress, "cuMemAlloc", &found, 12000, 0);
     TRY("cuGetProcAddress_v2", cuGetProcAddress_v2, "cuMemAlloc", &found, 12000, 0, NULL);
 }
