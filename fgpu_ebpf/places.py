@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from fgpu_ebpf import pages
 from fgpu_ebpf.scheduler import Account, Share, Waiter
 
 BUCKETS_NS = tuple(int(ms * 1e6) for ms in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 512))
@@ -19,7 +20,10 @@ START_NS = 3_000_000  # what a thread at the gate has to come through it
 MOST_FLIGHT_NS = 1_000_000_000  # of what a tenant says is in flight
 LATE_NS = 200_000  # so long after work in flight should have ended it may be waiting for other work
 LEAD_NS = 1_000_000  # so near the end of a drain the next turn may begin
+MORE_NS = 250_000  # or a little earlier, of what was launched while the gate closed: to look again costs more
+SOON_NS = 1_000_000  # before something else is due nobody is looked at
 SPAN_NS, SPAN_PARTS = 500_000, 40  # believed of a turn's beginning and end: so long, or such a part of the quantum
+_OPEN, _GATED = int(pages.Gate.OPEN), int(pages.Gate.GATED)
 
 
 class Seen(NamedTuple):
@@ -123,6 +127,17 @@ class Place:
             self.tenant, self.share, self.account.virtual_ns, self.seen.devices, max(since_ns, self.unlifted_ns)
         )
 
+    def is_open(self) -> bool:
+        """It may launch, on some of its devices."""
+        return bool(self.free_on) or (self.turn is not None and not self.turn.closing_ns)
+
+    def gate(self, device: int) -> int:
+        """What its gate there says."""
+        if device in self.free_on:
+            return _OPEN
+        is_open = self.turn is not None and device in self.turn.devices and not self.turn.closing_ns
+        return self.number << pages.GATE_SHIFT | _GATED | (_OPEN if is_open else 0)
+
     def ripe_ns(self) -> int:
         """When it may begin a turn."""
         return max(self.account.ripe_ns(self.share), self.shy_until_ns)
@@ -136,7 +151,7 @@ class Place:
         if turn.handed_ns:
             return True
         is_gang = len(turn.devices) > 1  # whose kernels may be waiting for each other
-        return turn.closing_ns > 0 and not is_gang and self.flight_ns(now_ns) <= LEAD_NS
+        return turn.closing_ns > 0 and not is_gang and self.flight_ns(now_ns) <= LEAD_NS + MORE_NS
 
     def meets_ns(self, turn: Turn) -> int:
         """When to see whether kernels of its gang wait for others that wait at closed gates; 0: never."""
@@ -160,12 +175,21 @@ class Place:
         guess_ns = max(0, self.seen.busy_until_ns - self.seen.wanted_ns) if self.seen.in_flight else 0
         return IDLE_NS + guess_ns // GUESS_PARTS
 
-    def look_due_ns(self, turn: Turn, now_ns: int) -> int:
-        """When to look at the owner again: whoever was busy for long is likely to stay so, and a look has its price."""
+    def waits_for(self, owner: Place) -> bool:
+        """It has to, and does not outrank the owner. (Of what it left in flight one wants to hear the end.)"""
+        owned = owner.turn.devices if owner.turn else ()
+        return owner.share.rank <= self.share.rank and not self.late_ns and not self.seen.devices.isdisjoint(owned)
+
+    def look_due_ns(self, turn: Turn, now_ns: int, due_ns: int) -> int:
+        """When to look at the owner again: whoever was busy for long is likely to stay so, and a look has its price.
+
+        `due_ns`: when something else is due.
+        """
         idle_ns = turn.active_ns + self._patience_ns()
         if now_ns < idle_ns <= now_ns + IDLE_NS // 2:  # it seems to be idle
-            return idle_ns
-        return max(idle_ns, now_ns + min(MOST_LOOK_NS, max(LOOK_NS, self.busy_ns // BUSY_PARTS)))
+            return min(idle_ns, due_ns)
+        look_ns = max(idle_ns, now_ns + min(MOST_LOOK_NS, max(LOOK_NS, self.busy_ns // BUSY_PARTS)))
+        return look_ns if look_ns < due_ns - SOON_NS else due_ns
 
     # A turn costs from the first launch to the end of the last, as far as the tenant is to be believed: what passes
     # until a thread has woken up, and until we have, is nobody's, and a limit of 75 % is 75 % of what it could do.

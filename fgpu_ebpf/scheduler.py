@@ -117,6 +117,11 @@ class Grant:
     floor: bool = False
 
 
+def wanted(waiters: Iterable[Waiter]) -> set[int]:
+    """The devices that they want."""
+    return {device for waiter in waiters for device in waiter.devices}
+
+
 def in_order(waiters: Iterable[Waiter], floors: Mapping[int, Floor], now_ns: int) -> list[tuple[Waiter, bool]]:
     """Waiters, the first first, each with whether the floor lifted it.
 

@@ -24,18 +24,12 @@ MS = 1_000_000
 FLOOR_TURN_NS = 4 * MS  # what the floor lifts somebody for, before a higher priority may come again
 FLOOR_PARTS = scheduler.FLOOR_NS // FLOOR_TURN_NS  # whose turn was longer than that is lifted so much later
 LEAST_NS = 100_000  # between two looks that nobody rang for
-SOON_NS = 1 * MS  # before something is due anyway nobody is looked at
 REST_NS = 100 * MS  # idle for as long with nobody waiting: the gate closes, and nobody looks any more
 SILENCE_NS = 1 * MS  # beyond the work in flight
 MOST_LATE_NS = 100 * MS  # charged of work that went on after the turn had passed
 SHY_NS, MOST_SHY_NS = 1 * MS, 500 * MS  # not asked again, after a turn of which nothing came
 STOPPED_NS = 10_000 * MS  # the same, where something is in flight all the while: until that has drained, as a rule
 NEVER_NS = 2**63
-_OPEN, _GATED = int(pages.Gate.OPEN), int(pages.Gate.GATED)
-
-
-def _wanted(waiters: Iterable[Waiter]) -> set[int]:
-    return {device for waiter in waiters for device in waiter.devices}
 
 
 class Turns:
@@ -90,13 +84,8 @@ class Turns:
 
     def unheard(self) -> set[int]:
         """Those who wait for somebody whom they do not outrank: what they ring for can wait until the next step."""
-        owners = [(place.share.rank, place.turn.devices) for place in self._running.values() if place.turn]
-        return {
-            tenant
-            for tenant, place in self._queue.items()
-            if not place.late_ns
-            and any(rank <= place.share.rank and not place.seen.devices.isdisjoint(owned) for rank, owned in owners)
-        }
+        owners = self._running.values()
+        return {tenant for tenant, place in self._queue.items() if any(place.waits_for(owner) for owner in owners)}
 
     def step(self, news: Mapping[int, Seen], now_ns: int) -> set[int]:
         """What is new of these; answers the tenants whose gates are others now."""
@@ -285,7 +274,7 @@ class Turns:
         again = place.waiter(now_ns)._replace(virtual_ns=place.account.charged(flight_ns, place.share).virtual_ns)
         waiters = [*(one.waiter(now_ns) for one in ripe), again]
         found = scheduler.next_turns(
-            waiters, _wanted(waiters) - self._taken(now_ns) | turn.devices, self._clocks.floors, now_ns
+            waiters, scheduler.wanted(waiters) - self._taken(now_ns) | turn.devices, self._clocks.floors, now_ns
         )
         return any(grant.tenant == place.tenant for grant in found)
 
@@ -315,7 +304,7 @@ class Turns:
                 taken |= more
                 self._changed.add(place.tenant)
         waiters = [place.waiter(now_ns) for place in ripe]
-        for grant in scheduler.next_turns(waiters, _wanted(waiters) - taken, self._clocks.floors, now_ns):
+        for grant in scheduler.next_turns(waiters, scheduler.wanted(waiters) - taken, self._clocks.floors, now_ns):
             self._open(self.places[grant.tenant], grant, now_ns)
 
     def _open(self, place: Place, grant: Grant, now_ns: int) -> None:
@@ -391,17 +380,11 @@ class Turns:
 
     def is_open(self, tenant: int) -> bool:
         """It may launch, on some of its devices."""
-        place = self.places[tenant]
-        return bool(place.free_on) or (place.turn is not None and not place.turn.closing_ns)
+        return self.places[tenant].is_open()
 
     def gate(self, tenant: int, device: int) -> int:
         """The gate word of a tenant's processes on a device that it has a share of."""
-        place = self.places[tenant]
-        if device in place.free_on:
-            return _OPEN
-        turn = place.turn
-        is_open = turn is not None and device in turn.devices and not turn.closing_ns
-        return place.number << pages.GATE_SHIFT | _GATED | (_OPEN if is_open else 0)
+        return self.places[tenant].gate(device)
 
     def _turn_due_ns(self, place: Place, turn: Turn, wanted: set[int], now_ns: int) -> int:
         if turn.closing_ns:
@@ -410,7 +393,6 @@ class Turns:
         if limited:
             due = min(due, place.account.spent_ns(place.share))
         if is_wanted or limited:
-            look_ns = place.look_due_ns(turn, now_ns)
-            due = look_ns if look_ns < due - SOON_NS else due
+            due = place.look_due_ns(turn, now_ns, due)
         floor_ns = turn.opened_ns + FLOOR_TURN_NS
         return min(due, floor_ns) if is_wanted and turn.floor and floor_ns > now_ns else due

@@ -66,11 +66,14 @@ class Tenant:
             return NEVER_NS
         return self.steps.wants_ns(now_ns, self.kernel_ns) if self.steps else 0
 
-    def seen(self) -> Seen:
+    def tell(self) -> None:
         if not self.stopped:  # else its page is as it was
             span = (2**62, self.closed_ns) if self.lies else (self.begun_ns, self.ended_ns)
             self.said = (self.waiting, self.launches, len(self.flights), max(self.flights, default=0) + self.doubt_ns)
             self.said += (not self.flights, self.wanted_ns, *span)
+
+    def seen(self) -> Seen:
+        self.tell()
         rested, self.rested_ns = self.rested_ns, 0
         return Seen(self.devices, *self.said, rested)
 
@@ -85,6 +88,7 @@ class World:
         self.turns.share_out({t.key: t.share for t in tenants}, self.now)
         self.free_at: dict[int, int] = {}
         self.bell: int | None = self.now
+        self.rung = set(self.tenants)
         self.steps = 0
 
     def is_open(self, tenant: Tenant) -> bool:
@@ -103,6 +107,7 @@ class World:
             self.now = max(self.now + 1, min(times))
             for tenant in self.tenants.values():
                 self._complete(tenant)
+                tenant.tell()
         return self
 
     def step(self) -> int:
@@ -110,10 +115,11 @@ class World:
         is_new = True
         while is_new:
             self.steps += 1
+            told, self.rung = self.rung.union(self.turns.in_question()), set()
             for tenant in self.tenants.values():
                 if tenant.dead:
                     self.turns.leave(tenant.key, self.now)
-            seen = {t.key: t.seen() for t in self.tenants.values() if not t.dead}
+            seen = {t.key: t.seen() for t in self.tenants.values() if t.key in told and not t.dead}
             self.turns.step(seen, self.now)
             self.check()
             for key, tenant in self.tenants.items():
@@ -165,7 +171,7 @@ class World:
     def _begin_to_wait(self, tenant: Tenant) -> None:
         tenant.waiting, tenant.waited_from = True, self.now
         if not tenant.flights:  # else it rings when it has drained, for both
-            self._ring()
+            self._ring(tenant)
 
     def _complete(self, tenant: Tenant) -> None:
         done = [end for end in tenant.flights if end <= self.now]
@@ -177,10 +183,12 @@ class World:
                 return
             tenant.ended_ns = self.now
             if place and place.turn and place.turn.closing_ns:
-                self._ring()
+                self._ring(tenant)
 
-    def _ring(self) -> None:
-        if self.bell is None:
+    def _ring(self, who: Tenant | None = None) -> None:
+        """As somebody does, or everybody; it is heard at the next step, and waking whoever steps unless it can wait."""
+        self.rung |= {who.key} if who else set(self.tenants)
+        if self.bell is None and not (who and who.key in self.turns.unheard()):
             self.bell = self.now + BELL_NS
 
     def shares(self) -> dict[int, float]:

@@ -131,6 +131,38 @@ def test_who_has_nothing_to_run_gives_way_within_two_milliseconds():
     assert idle_ns / (SECONDS / 0.04) <= 3 * MS  # each burst: giving way, a drain, two bells
 
 
+def test_who_comes_back_from_a_turn_that_was_cut_wakes_nobody_up():
+    """Four wake-ups a turn: its end, the next one's beginning, the end of the drain, a look."""
+    it = World(Tenant(1), Tenant(2)).run(2.0)
+    steps, switches = it.steps, sum(place.counts.switches for place in it.turns.places.values())
+    it.run(2.0)
+    turns = sum(place.counts.switches for place in it.turns.places.values()) - switches
+    assert turns > 80
+    assert (it.steps - steps) / turns < 4.2
+
+
+def test_a_turn_that_was_cut_is_no_claim_of_who_does_not_come_back():
+    leaver, other = Tenant(1), Tenant(2)
+    it = World(leaver, other).run(1.0)
+    while not (leaver.flights and it.turns.places[1].turn and it.turns.places[1].turn.closing_ns):
+        it.run(0.0001)
+    leaver.waiting, leaver.steps = False, Steps(0, 60 * S, 60 * S + it.now)  # its thread is not at the gate yet
+    switches = it.turns.places[1].counts.switches
+    it.run(1.0)
+    assert it.turns.places[1].counts.switches == switches
+    assert it.turns.places[1].since_ns is None
+
+
+def test_whoever_outranks_the_owner_is_heard_at_once():
+    owner, waiter = Tenant(1), Tenant(2)
+    it = World(owner, waiter).run(1.0)
+    while not (it.is_open(owner) and it.turns.places[2].since_ns):
+        it.run(0.0005)
+    assert it.turns.unheard() == {2}
+    it.turns.places[2].share = Share(rank=0)
+    assert it.turns.unheard() == set()
+
+
 def test_who_was_busy_for_long_is_looked_at_seldom_and_gives_way_a_little_later():
     busy, other = Tenant(1), Tenant(2)
     it = World(busy, other).run(2.0)
@@ -265,6 +297,7 @@ def test_a_changed_share_holds_at_once():
     it = world((1, 1)).run(2.0)
     before = {key: t.done_ns for key, t in it.tenants.items()}
     it.turns.share_out({1: Share(weight=300), 2: Share()}, it.now)
+    it._ring()  # the next step is told of everybody
     it.run(2.0)
     part = [it.tenants[key].done_ns - before[key] for key in (1, 2)]
     assert part[0] / sum(part) == pytest.approx(0.75, abs=0.015)
