@@ -13,11 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from memory import ROOT, BenchError, percentile
 from shares import LIMIT, Bench, Work
-from tenants import ask, cgroup_root, service_pids
+from tenants import Program, ask, cgroup_root, service_pids
 
 KERNEL_US, NS_PER_MS = 200, 1e6
 DEADLINE_MS = 20 + 2.5 + 1 + 1.5  # quantum, work in flight, silence, and to look at it all
@@ -47,49 +48,84 @@ def gaps_ms(ended: list[int], since_ns: int) -> list[float]:
     return [(b - a) / NS_PER_MS - KERNEL_US / 1000 for a, b in pairs]
 
 
-def hit_owner(bench: Bench, sign: signal.Signals, name: str) -> tuple[list[float], bool]:
-    """A signal for a tenant with nine tenths of the device: its neighbour's gaps after it, and whether that waited."""
-    (neighbour,) = bench.tenants(1)
-    victim = bench.spin(name)
-    bench.share(victim, weight=900)
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A signal, and what a neighbour noticed: when its steps ended and were launched, CLOCK_MONOTONIC nanoseconds."""
+
+    start_ns: int
+    at_ns: int
+    ended: list[int]
+    launched: list[int]
+
+    def gaps(self) -> list[float]:
+        """After the signal."""
+        return gaps_ms(self.ended, self.at_ns)
+
+    def waited(self) -> bool:
+        """The neighbour did, when the signal came."""
+        return self.at_ns - max((at for at in self.ended if at <= self.at_ns), default=self.start_ns) > NS_PER_MS
+
+    def longest_ms(self, from_ms: float, to_ms: float) -> float:
+        """The longest gap that began or ended so near the signal."""
+        span = [self.at_ns + ms * NS_PER_MS for ms in (from_ms, to_ms)]
+        pairs = [(a, b) for a, b in itertools.pairwise(self.ended) if a <= span[1] and b >= span[0]]
+        return max(((b - a) / NS_PER_MS - KERNEL_US / 1000 for a, b in pairs), default=1e6)
+
+
+def hit(bench: Bench, sign: signal.Signals, neighbour: Program, victim: Program, name: str) -> Hit:
+    """A signal for a victim that is busy; it is ended afterwards."""
     start_ns = bench.begin(Work(neighbour, KERNEL_US), seconds=1.0)
     bench.begin(Work(victim, KERNEL_US, "burst"), seconds=60)
     time.sleep(0.5)
     at_ns = time.monotonic_ns()
     os.kill(victim.process.pid, sign)
     bench.heard(neighbour, 1.0)
-    ended = bench.times(neighbour)
+    said = Hit(start_ns, at_ns, bench.times(neighbour), bench.times(neighbour, "launched"))
     os.kill(victim.process.pid, signal.SIGKILL)
     bench.end(name)
-    before = max((at for at in ended if at <= at_ns), default=start_ns)
-    return gaps_ms(ended, at_ns), at_ns - before > NS_PER_MS
+    return said
 
 
-def hits(bench: Bench, sign: signal.Signals) -> list[list[float]]:
-    """The gaps of a few such, those at which the neighbour waited."""
+def hits(bench: Bench, sign: signal.Signals) -> list[Hit]:
+    """A few such, for a tenant with nine tenths of the device: those at which its neighbour waited."""
     found = []
     for number in range(4 if bench.quick else 12):
-        gaps, waited = hit_owner(bench, sign, f"victim-{number}")
-        if not gaps:
+        (neighbour,) = bench.tenants(1)
+        victim = bench.spin(f"victim-{number}")
+        bench.share(victim, weight=900)
+        one = hit(bench, sign, neighbour, victim, f"victim-{number}")
+        if not one.gaps():
             raise BenchError(f"after {sign.name} the neighbour did nothing more")
-        found += [gaps] if waited else []
+        found += [one] if one.waited() else []
     if not found:
         raise BenchError("the neighbour never waited")
     return found
 
 
 def killed(bench: Bench) -> None:
-    """An owner is killed: how long its neighbour waits for its next kernel."""
+    """An owner is killed: how long its neighbour waits at the gate, and until its next kernel is done; and without us."""
     found = hits(bench, signal.SIGKILL)
-    bench.line("owner_killed_next_runs", max(gaps[0] for gaps in found), "ms", most=5)
+    opens = [min(at for at in one.launched if at > one.at_ns) - one.at_ns for one in found]
+    bench.line("owner_killed_gate_opens", max(opens) / NS_PER_MS, "ms")
+    bench.line("owner_killed_next_runs", max(one.gaps()[0] for one in found), "ms", most=5)
     bench.line("owner_killed_times", len(found), "")
+    native = [_killed_natively(bench, number) for number in range(2 if bench.quick else 6)]
+    for when, (from_ms, to_ms) in {"before": (-200, -1), "after": (0, 200)}.items():
+        gaps = [one.longest_ms(from_ms, to_ms) for one in native]
+        bench.line(f"native_killed_gap_{when}", max(gaps), "ms")
+
+
+def _killed_natively(bench: Bench, number: int) -> Hit:
+    name = f"native-{number}"
+    victim = bench.program(name, [str(bench.given.program)], None)
+    return hit(bench, signal.SIGKILL, bench.spin(), victim, name)
 
 
 def stopped(bench: Bench) -> None:
     """An owner is stopped: the next runs within one deadline, and waits once."""
     found = hits(bench, signal.SIGSTOP)
-    bench.line("owner_stopped_next_runs", max(gaps[0] for gaps in found), "ms", most=DEADLINE_MS)
-    waits = max(sum(gap > 5 for gap in gaps) for gaps in found)
+    bench.line("owner_stopped_next_runs", max(one.gaps()[0] for one in found), "ms", most=DEADLINE_MS)
+    waits = max(sum(gap > 5 for gap in one.gaps()) for one in found)
     bench.line("owner_stopped_waits", waits, "gaps of 5 ms", most=1)
 
 

@@ -132,9 +132,9 @@ class Bench:
             raise BenchError(f"{program.name}: {' '.join(words)}")
         return Said(float(words[4]), float(words[1]), float(words[2]), float(words[3]))
 
-    def times(self, program: Program) -> list[int]:
-        """When each step of its last run had ended, CLOCK_MONOTONIC nanoseconds."""
-        program.say("times")
+    def times(self, program: Program, of: str = "times") -> list[int]:
+        """When each step of its last run had ended, or was `launched`, CLOCK_MONOTONIC nanoseconds."""
+        program.say(of)
         return [int(word) for word in program.hear().split()]
 
     def rate(self, kernel: int, how: str) -> float:

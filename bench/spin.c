@@ -6,6 +6,7 @@
  *       step is one kernel, 50, a graph of 20, or a cooperative one, waited for each time. A step that the end falls
  *       into counts for its part before it.
  *   times             when each step of the last run had ended, CLOCK_MONOTONIC nanoseconds
+ *   launched          when the first launch of each had returned
  *   launch BATCHES CPU  batches of 1,000 launches of an empty kernel on that processor, nanoseconds of each: another
  *       processor, or another part of the machine, makes more of a difference than what is measured */
 #define _GNU_SOURCE
@@ -68,7 +69,7 @@ static __typeof__(&cuLaunchCooperativeKernel) launch_cooperative;
 static __typeof__(&cuGraphLaunch) launch_graph;
 static __typeof__(&cuStreamSynchronize) synchronize;
 static uint32_t *took_us;
-static int64_t *ended_ns;
+static int64_t *ended_ns, *launched_ns;
 static long steps;
 
 static int64_t now(void)
@@ -132,7 +133,7 @@ static void record_graph(struct work *work)
 }
 
 /* How many kernels it began: a burst ends with the time. */
-static int step(const struct work *work, const char *how, int64_t end)
+static int step(const struct work *work, const char *how, int64_t end, int64_t *launched)
 {
     int kernels = 1;
     if (!strcmp(how, "graph")) {
@@ -140,12 +141,12 @@ static int step(const struct work *work, const char *how, int64_t end)
         kernels = GRAPH;
     } else if (!strcmp(how, "cooperative")) {
         check(launch_cooperative(work->kernel, 1, 1, 1, 1, 1, 1, 0, stream, NULL), "cooperative launch");
-    } else if (!strcmp(how, "burst")) {
-        launch_one(work->kernel);
-        for (; kernels < BURST && now() < end; kernels++) launch_one(work->kernel);
     } else {
         launch_one(work->kernel);
     }
+    *launched = now();
+    if (!strcmp(how, "burst"))
+        for (; kernels < BURST && now() < end; kernels++) launch_one(work->kernel);
     check(synchronize(stream), "synchronize");
     return kernels;
 }
@@ -171,12 +172,14 @@ static void run(const char *how, int us, double seconds, double period_ms, int64
         }
         if (at >= end) break;
         next += (int64_t)(period_ms * 1e6);
-        int kernels = step(work, how, end);
+        int64_t launched;
+        int kernels = step(work, how, end, &launched);
         int64_t after = now();
         done += after <= end ? kernels : kernels * (double)(end - at) / (double)(after - at);
         sum_us += (double)(after - at) / 1000;
         if (steps == MOST_STEPS) continue;
         took_us[steps] = (uint32_t)((after - at) / 1000);
+        launched_ns[steps] = launched;
         ended_ns[steps++] = after;
     }
     qsort(took_us, (size_t)steps, sizeof *took_us, compare);
@@ -184,9 +187,9 @@ static void run(const char *how, int us, double seconds, double period_ms, int64
            steps ? sum_us / (double)steps : 0, done);
 }
 
-static void say_times(void)
+static void say_times(const int64_t *at_ns)
 {
-    for (long i = 0; i < steps; i++) printf("%s%" PRId64, i ? " " : "", ended_ns[i]);
+    for (long i = 0; i < steps; i++) printf("%s%" PRId64, i ? " " : "", at_ns[i]);
     putchar('\n');
 }
 
@@ -217,14 +220,17 @@ int main(int argc, char **argv)
     driver = dlopen("libcuda.so.1", RTLD_NOW);
     took_us = malloc(MOST_STEPS * sizeof *took_us);
     ended_ns = malloc(MOST_STEPS * sizeof *ended_ns);
-    if (!driver || !took_us || !ended_ns) return 1;
+    launched_ns = malloc(MOST_STEPS * sizeof *launched_ns);
+    if (!driver || !took_us || !ended_ns || !launched_ns) return 1;
     prepare();
     puts("ready");
     for (; fflush(stdout), fgets(line, sizeof line, stdin);) {
         double seconds = 1, period_ms = 0;
         int64_t begin = 0;
         if (!strcmp(line, "times\n"))
-            say_times();
+            say_times(ended_ns);
+        else if (!strcmp(line, "launched\n"))
+            say_times(launched_ns);
         else if (sscanf(line, "launch %d %d", &batches, &cpu) == 2)
             time_launches(batches, cpu);
         else if (sscanf(line, "%lf %lf %" SCNd64 " %d %15s", &seconds, &period_ms, &begin, &us, how) < 1)
