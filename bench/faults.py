@@ -65,6 +65,11 @@ class Hit:
         """The neighbour did, when the signal came."""
         return self.at_ns - max((at for at in self.ended if at <= self.at_ns), default=self.start_ns) > NS_PER_MS
 
+    def opens_ms(self) -> float:
+        """Until the step was launched that was the first to end after the signal; 0: it was before."""
+        steps = zip(self.ended, self.launched, strict=True)
+        return max(0, next(launched for ended, launched in steps if ended > self.at_ns) - self.at_ns) / NS_PER_MS
+
     def longest_ms(self, from_ms: float, to_ms: float) -> float:
         """The longest gap that began or ended so near the signal."""
         span = [self.at_ns + ms * NS_PER_MS for ms in (from_ms, to_ms)]
@@ -103,10 +108,9 @@ def hits(bench: Bench, sign: signal.Signals) -> list[Hit]:
 
 
 def killed(bench: Bench) -> None:
-    """An owner is killed: how long its neighbour waits at the gate, and until its next kernel is done; and without us."""
+    """An owner is killed: how long its neighbour waits at the gate, and for its next kernel; the same without us."""
     found = hits(bench, signal.SIGKILL)
-    opens = [min(at for at in one.launched if at > one.at_ns) - one.at_ns for one in found]
-    bench.line("owner_killed_gate_opens", max(opens) / NS_PER_MS, "ms")
+    bench.line("owner_killed_gate_opens", max(one.opens_ms() for one in found), "ms")
     bench.line("owner_killed_next_runs", max(one.gaps()[0] for one in found), "ms", most=5)
     bench.line("owner_killed_times", len(found), "")
     native = [_killed_natively(bench, number) for number in range(2 if bench.quick else 6)]

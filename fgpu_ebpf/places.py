@@ -160,7 +160,7 @@ class Place:
         return seen.busy_until_ns + LATE_NS if may else 0
 
     def drain_due_ns(self, turn: Turn, is_wanted: bool, now_ns: int) -> int:
-        """When to look at a turn that is closing: once the next may begin, or kernels may have to meet, or it is over."""
+        """When to look at a turn that is closing: the next may begin, kernels may have to meet, or it is over."""
         passes_ns = self.seen.busy_until_ns - LEAD_NS if is_wanted and not turn.handed_ns else 0
         return min([turn.deadline_ns, *(at for at in (self.meets_ns(turn), passes_ns) if at > now_ns)])
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from fgpu_ebpf import pages, scheduler
 from fgpu_ebpf.clocks import Clocks
 from fgpu_ebpf.places import NOTHING, Place, Seen, Turn
-from fgpu_ebpf.scheduler import Grant, Share, Waiter
+from fgpu_ebpf.scheduler import Grant, Share
 
 MS = 1_000_000
 FLOOR_TURN_NS = 4 * MS  # what the floor lifts somebody for, before a higher priority may come again
