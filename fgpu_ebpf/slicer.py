@@ -185,7 +185,9 @@ class Slicer:
         if self.ledger and now_ns >= self._publish_ns:
             self._publish(self.ledger, now_ns)
         now_ns = monotonic_ns()
-        due_ns = min(self._turns.due_ns(now_ns), self._shares_ns, self._publish_ns)
+        due_ns = min(self._turns.due_ns(now_ns), self._publish_ns)
+        if not self.is_told:
+            due_ns = min(due_ns, self._shares_ns)  # else there is time until something else is due
         return min(due_ns, now_ns + CROWD_LOOK_NS) if self._unwatched else due_ns
 
     def _forgive(self) -> bool:
@@ -198,7 +200,7 @@ class Slicer:
 
     def _step(self) -> None:
         self._listen()
-        is_new = True
+        is_new, is_other = True, False
         while is_new:
             self._news.update(self._turns.in_question())
             now_ns, news = monotonic_ns(), {}
@@ -210,8 +212,10 @@ class Slicer:
                     self._desks.pop(tenant, None)
                     self._used.pop(tenant, None)
             self._news.clear()
-            for tenant in sorted(self._turns.step(news, now_ns), key=self._turns.is_open):  # first those that close
+            changed = self._turns.step(news, now_ns)
+            for tenant in sorted(changed, key=self._turns.is_open):  # first those that close
                 self._set_gates(tenant)
+            is_other |= bool(changed) or len(news) > 1  # who waits for whom
             is_new = self._turns.look_again()
             if is_new:
                 futex.fence()  # who counts as in flight after this has seen its gate closed
@@ -219,7 +223,9 @@ class Slicer:
             let_meet(self._desks.get(tenant, ()))
         if not self._is_watching:
             self._watch()
-        self._mute()
+            is_other = True
+        if is_other:
+            self._mute()
 
     def _listen(self) -> None:
         for place, desk in enumerate(self._watched):

@@ -306,6 +306,46 @@ def test_who_rings_without_end_is_not_listened_to(world):
     assert it.turns < 2_000
 
 
+def test_a_word_that_is_muted_wakes_nobody_until_it_is_not():
+    words, bells = (ctypes.c_uint32 * 2)(), futex.Bells()
+    addresses = [ctypes.addressof(words) + 4 * place for place in (0, 1)]
+    bells.watch(addresses)
+
+    def wakes(place):
+        waiter = threading.Thread(target=bells.wait, args=(time.monotonic_ns() + 10 * 10**9,), daemon=True)
+        waiter.start()
+        end = time.monotonic() + 0.3
+        while waiter.is_alive() and time.monotonic() < end:
+            futex.wake(addresses[place])
+            time.sleep(0.001)
+        woken = not waiter.is_alive()
+        while waiter.is_alive():
+            futex.wake(addresses[1])
+        return woken
+
+    assert wakes(0)
+    bells.mute(0, True)
+    assert not wakes(0)
+    assert wakes(1)
+    bells.mute(0, False)
+    assert wakes(0)
+
+
+def test_who_waits_for_an_owner_does_not_wake_us_and_is_seen_with_him(world):
+    long = Share(quantum_ns=1_000_000_000)
+    it = world(t7=long, t8=long)
+    it.slicer.is_told = True
+    programs = [it.greet(1, 7), it.greet(2, 8)]
+    it.until(lambda: sum(p.is_open() for p in programs) == 1 and it.slicer._unheard)
+    waiter = next(p for p in programs if not p.is_open())
+    it.until(lambda: waiter.status.devices[0].waiting)
+    turns, began = it.turns, time.monotonic()
+    for _ in range(300):
+        waiter.ring()
+        time.sleep(0.001)
+    assert it.turns - turns < 20 + (time.monotonic() - began) / 0.00175  # the owner is looked at, no more
+
+
 def test_a_share_that_was_taken_away_and_given_back_is_counted_anew():
     """The counts of its new place begin at 0, below what was told of the one before."""
     share = Share(limit_millionths=500_000)
