@@ -23,7 +23,7 @@ MUTANTS = {
         " || refused_by_a_level(h, device, bytes, kind)",
         "",
     ),
-    "leader-is-the-process": ("if (ctx->args[1]) end_process", "if (id >> 32 == (u32)id) end_process"),
+    "leader-is-the-process": ("if (!ctx->args[1]) return 0;", "if (id >> 32 != (u32)id) return 0;"),
     "exec-forgotten": (
         "became the leader */\n    end_process(id >> 32);\n",
         "became the leader */\n",
@@ -51,10 +51,10 @@ MUTANTS = {
         "    if (!allocations.delete(key)) give_place",
         "    if (allocations.delete(key)) give_place",
     ),
-    "stale-parts-kept": ("        lower_parts(p, old->device, old->bytes, handle, old->owner, old->exported);\n", ""),
+    "stale-parts-kept": ("    lower_parts(p, old->device, old->bytes, handle, old->owner, old->exported);\n", ""),
     "stale-export-released": (
-        "let_go(p, old->device, old->bytes, !!old->exported);",
-        "release(p, old->device, old->bytes);",
+        "let_go(p, old->device, old->bytes - back, !!old->exported);",
+        "release(p, old->device, old->bytes - back);",
     ),
     "every-call-settles": ("t->admission.ticket && takes(now.function)", "t->admission.ticket && !frees(now.function)"),
     "crowd-of-threads-admitted": ("PART(MOST_THREADS))) return 1;", "~0ULL)) return 1;"),
@@ -78,7 +78,7 @@ MUTANTS = {
     "reset-leaves-the-context": ("->primary, 1, 0)) return 0;", "->primary, 1, 1)) return 0;"),
     "vmm-dies-with-the-context": ("bytes = bytes > vmm ? bytes - vmm : 0;", ""),
     "era-forgotten": ("on(p, device)->era++;", ""),
-    "stale-released-twice": ("u64 back = take_cut(p, device, bytes);", "u64 back = 0;"),
+    "stale-released-twice": ("0 : take_cut(p, old->device, old->bytes);", "0 : 0;"),
     "cut-never-put-back": ("    if (more > 0) take_cut(p, device, more);\n", ""),
     "bypass-not-charged": ("    charge(p, &h, f->device, bytes - f->bytes, 1);\n", ""),
     "pool-without-bottom": ("less = bytes < was ? bytes : was;", "less = bytes;"),
@@ -106,8 +106,8 @@ MUTANTS = {
         "    if (0) {\n        anomaly",
     ),
     "hello-ends-the-admission": (
-        "    if (kind == FGPU_HELLO)\n",
-        "    if (kind == FGPU_HELLO) t->admission.bytes = 0;\n    if (kind == FGPU_HELLO)\n",
+        "    if (kind == FGPU_HELLO) {\n",
+        "    if (t && kind == FGPU_HELLO) t->admission.bytes = 0;\n    if (kind == FGPU_HELLO) {\n",
     ),
     "export-forgotten-at-exit": ("        if (left > bytes) left = bytes;\n", "        left = 0;\n"),
     "export-forgotten-at-release": ("    *orphaned = f->bytes;\n    return 0;", "    return f->bytes;"),
@@ -146,23 +146,27 @@ MUTANTS = {
 }
 
 
-def survives(name: str, folder: Path) -> bool:
-    """Applies one mutant; True where the tests did not notice."""
-    old, new = MUTANTS[name]
-    texts = {path.name: path.read_text(encoding="utf-8") for path in (REPOSITORY / "bpf").glob("*.bpf.[ch]")}
-    found = [file for file, text in texts.items() for _ in range(text.count(old))]
+def place(name: str) -> Path:
+    """The file in which the mutant's text stands; SystemExit unless it does so once."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (REPOSITORY / "bpf").glob("*.bpf.[ch]")}
+    found = [path for path, text in texts.items() for _ in range(text.count(MUTANTS[name][0]))]
     if len(found) != 1:
         raise SystemExit(f"{name}: its text stands {len(found)} times in bpf/")
+    return found[0]
+
+
+def survives(name: str, folder: Path) -> bool:
+    """Applies one mutant; True where the tests did not notice, or could not because it does not load."""
+    file = place(name)
     shutil.copytree(REPOSITORY / "bpf", folder / name)
-    (folder / name / found[0]).write_text(texts[found[0]].replace(old, new), encoding="utf-8")
+    (folder / name / file.name).write_text(file.read_text(encoding="utf-8").replace(*MUTANTS[name]), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--tb=no", "tests/bpf"]
     environment = {**os.environ, "FGPU_TEST_SOURCES": str(folder / name)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    print(
-        f"{name}: {'SURVIVED' if done.returncode == 0 else 'killed'}  {done.stdout.strip().splitlines()[-1]}",
-        flush=True,
-    )
-    return done.returncode == 0
+    last = (done.stdout.strip().splitlines() or [done.stderr])[-1]
+    killed = done.returncode == 1 and " failed" in last
+    print(f"{name}: {'killed' if killed else 'SURVIVED'}  {last}", flush=True)
+    return not killed
 
 
 def main() -> int:
