@@ -2,6 +2,7 @@
 
 #define SECOND_SHIFT 30 /* nanoseconds >> 30: a second, nearly */
 #define EVENTS_A_SECOND 20
+#define PROGRAMS_A_SECOND 4
 #define CGROUPS_A_SECOND 4000
 #define HOST_SECOND 2
 #define HOST_COUNT 3
@@ -11,22 +12,26 @@
 
 static void fate(u16 what) { count(0, 0, FGPU_EVENTS, what); }
 
-/* Threads that begin a second at once may let a few more through. */
-static int spend(u64 *second, u64 *n, u64 most)
+/* One of the first `most` of a second. Threads that begin one at once may let a few more through. */
+static int first_ones(u64 *second, u64 *n, u64 most)
 {
     u64 now = bpf_ktime_get_ns() >> SECOND_SHIFT;
     if (*second != now) {
         *second = now;
         *n = 0;
     }
-    if (__sync_fetch_and_add(n, 1) < most) return 1;
+    return __sync_fetch_and_add(n, 1) < most;
+}
+
+static int spend(u64 *second, u64 *n, u64 most)
+{
+    if (first_ones(second, n, most)) return 1;
     fate(FGPU_FATE_RATE);
     return 0;
 }
 
-static void tell(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, u16 operation, u16 reason)
+static void send(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, u16 operation, u16 reason)
 {
-    if (!page || !spend(&page->event_second, &page->event_count, EVENTS_A_SECOND)) return;
     struct fgpu_event event = {.at_ns = bpf_ktime_get_ns(),
                                .kind = kind,
                                .tgid = bpf_get_current_pid_tgid() >> 32,
@@ -38,6 +43,12 @@ static void tell(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, 
     fate(events.ringbuf_output(&event, sizeof(event), 0) ? FGPU_FATE_FULL : FGPU_FATE_SENT);
 }
 
+static void tell(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, u16 operation, u16 reason)
+{
+    if (page && spend(&page->event_second, &page->event_count, EVENTS_A_SECOND))
+        send(page, kind, device, bytes, operation, reason);
+}
+
 /* The agent wants to know that somebody of the level is there: once, when many come at a time. */
 static void tell_of_process(struct fgpu_usage_page *page)
 {
@@ -45,6 +56,14 @@ static void tell_of_process(struct fgpu_usage_page *page)
     if (!page || page->process_second == now) return;
     page->process_second = now;
     tell(page, FGPU_NEWS_PROCESS, 0, 0, 0, 0);
+}
+
+/* The agent looks for a libcuda in the root of who begins here. Told are the first few: a runtime is executed in the
+ * host's root before the container's program is in its own. Whoever is left out is no loss: NVML shows them. */
+static void tell_of_program(struct fgpu_usage_page *page)
+{
+    if (page && first_ones(&page->exec_second, &page->exec_count, PROGRAMS_A_SECOND))
+        send(page, FGPU_NEWS_EXECUTED, 0, 0, 0, 0);
 }
 
 /* Behind every process that comes: who reads this, and then the map, knows when to read it again. */

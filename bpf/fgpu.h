@@ -73,7 +73,9 @@ struct fgpu_usage_page {
     __u64 event_count;
     __u64 process_second;       /* of the last that told of a process */
     __u64 entries[FGPU_SHARED]; /* that its processes have in the maps that all tenants share */
-    __u64 tail[258];
+    __u64 exec_second;          /* of the programs that began here and were told */
+    __u64 exec_count;
+    __u64 tail[256];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
@@ -344,6 +346,7 @@ enum fgpu_news {
     FGPU_NEWS_EMPTIED,  /* nobody is left in it, nor below */
     FGPU_NEWS_REMOVED,
     FGPU_NEWS_ENDED, /* on the bell: a process that had a context runs no more; the driver may still be busy with it */
+    FGPU_NEWS_EXECUTED, /* a program begins in the level `cgroup`; the first few of a second */
 };
 enum fgpu_fate { FGPU_FATE_SENT, FGPU_FATE_RATE, FGPU_FATE_FULL };
 struct fgpu_event {

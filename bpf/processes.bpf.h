@@ -166,3 +166,11 @@ int process_exec(struct bpf_raw_tracepoint_args *ctx)
     end_process(id >> 32);
     return 0;
 }
+
+int program_began(struct bpf_raw_tracepoint_args *ctx)
+{
+    u64 levels[FGPU_LEVELS] = {};
+    (void)ctx;
+    if (find_levels(levels)) tell_of_program(page_of(levels[0]));
+    return 0;
+}

@@ -199,8 +199,9 @@ class Agent:
         self.manager = Manager(workloads, self.enforcer, overrides, self.nvml.devices, self.history)
         self.reconciler = Reconciler(self.nvml, self.ledger, self.enforcer.levels)
         self.news = Newsreader(
-            self.ledger, self.manager, self.history, self.reconciler.orphaned, lambda: self._truth().held
-        )
+            self.ledger, self.manager, self.history, self.reconciler.orphaned, lambda: self._truth().held,
+            self.discovery.look_into,
+        )  # fmt: skip
         self.chores += [
             Adoption(self._truth, self.ledger, self.enforcer, self.history).look,
             Overruns(self.ledger.times.turns, self.enforcer.name_of, self.history).look,
@@ -213,6 +214,7 @@ class Agent:
         self.enforcer.release([cgroup for cgroup in self.ledger.tenants() if cgroup not in known])
         self.ledger.times.tell()
         self._look_for_orphans()
+        self._look_into_roots()
 
     def _look_for_orphans(self) -> None:
         """Of every tenant: whoever told of them may not have been heard."""
@@ -303,8 +305,15 @@ class Agent:
         self.manager.consider_all()
         self.news.follow_all()
         self.discovery.look_around()
+        self._look_into_roots()
         self.discovery.sweep(self.ledger, self.manager.workloads)
         self._look_for_orphans()
+
+    def _look_into_roots(self) -> None:
+        """Of every tenant's first process: of those that began when nobody was told."""
+        for tenant in self.enforcer:
+            for pid in self.manager.workloads.pids(tenant.path)[:1]:
+                self.discovery.look_into(pid)
 
     def _look_at_holders(self) -> None:
         """Whoever holds memory by NVML maps a libcuda, perhaps one that nobody has probed: a copy of its own."""

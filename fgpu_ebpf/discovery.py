@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
-from fgpu_ebpf import procfs
+from fgpu_ebpf import procfs, roots
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.probes import File, ProbeError, Probes, Target, target_of
+from fgpu_ebpf.roots import Roots
 from fgpu_ebpf.workloads import Workloads
 
 log = logging.getLogger("fgpu.agent")
@@ -33,7 +34,8 @@ class Discovery:
         self._own = [Target.of(str(path)) for path in own]
         self._own_files = frozenset((target.dev, target.ino) for target in self._own)
         self._looked_at: set[int] = set()
-        self._mappers: dict[File, set[int]] = {}  # of strays
+        self._mappers: dict[File, set[int]] = {}  # of strays: who maps them, or may yet
+        self._roots = Roots()
         self._root = procfs.cgroup2_root() or Path("/")
         self._whose: dict[File, str] = {}  # strays, and files that could not be probed -> who mapped them first
         self._has = Counter[str]()
@@ -107,6 +109,33 @@ class Discovery:
         self._refused.clear()
         self._attach_mapped(procfs.pids())
 
+    def look_into(self, pid: int) -> None:
+        """Probes what a process that begins may come to map: what its root has, where nobody has looked there yet.
+
+        Said is nothing of what cannot be probed: that is, when somebody maps it.
+        """
+        root = self._roots.enter(pid)
+        if root is None:
+            return
+        whose = procfs.delegated(self._root, procfs.cgroup_path(pid) or "/")
+        for target in roots.libraries(pid):
+            file = target.dev, target.ino
+            if file in self._own_files or not (file in self._probes.known or self._probe_early(target, whose)):
+                continue
+            self._mappers.setdefault(file, set()).add(pid)
+            self._roots.found(file, root)
+
+    def _probe_early(self, target: Target, whose: str) -> bool:
+        if not self._room(whose):
+            return False
+        try:
+            self._probes.attach(target)
+        except Exception:  # whatever it is, nobody has used it
+            return False
+        self._enter((target.dev, target.ino), whose)
+        log.info("probed %a for who comes to map it", target.path, extra={"tenant": whose})
+        return True
+
     def let_go(self) -> None:
         """Ends the probes of files that are not the host's own and that nobody maps any more."""
         strays = self._strays()
@@ -114,9 +143,13 @@ class Discovery:
         self._outside = {pid for pid in self._outside if procfs.has_memory(pid)}
         left = {file for file, pids in self._mappers.items() if not pids}
         if left:  # perhaps somebody else has come to map them; who cannot be read gets no answer to a hello either
-            used, _ = self._attach_mapped(procfs.pids())
-            for file in left - used:
+            pids = procfs.pids()
+            used, _ = self._attach_mapped(pids)
+            kept = self._roots.dwellers(left - used, pids)
+            self._mappers |= {file: {pid} for file, pid in kept.items()}
+            for file in left - used - kept.keys():
                 self._probes.let_go(file)
+                self._roots.forget(file)
                 self._forget(file)
 
     def _strays(self) -> frozenset[File]:
@@ -185,11 +218,14 @@ class Discovery:
 
     def _has_room(self, whose: str, pid: int) -> bool:
         """For one more file of this cgroup; of who may make cgroups of its own, of all those together."""
-        if self._has[whose] < MOST_FILES and len(self._whose) < MOST_FILES_ALL:
+        if self._room(whose):
             return True
         many = f"{self._has[whose]} files of libcuda's or the shim's name in it, {len(self._whose)} in all"
         self._refuse(whose, whose, f"what else processes of {whose!a} map, such as {pid}: {many}")
         return False
+
+    def _room(self, whose: str) -> bool:
+        return self._has[whose] < MOST_FILES and len(self._whose) < MOST_FILES_ALL
 
     def _refuse(self, what: object, whose: str, text: str) -> None:
         """Counted each time, said once."""

@@ -18,7 +18,7 @@ from typing import Any
 OPTIONAL = {"cgroup_attach", "cgroup_made", "cgroup_populated", "cgroup_removed"}
 UPROBE_MULTI = 48  # BPF_TRACE_UPROBE_MULTI: one link for all places of a file
 SPARSE_FROM = (6, 1)  # BPF_F_NO_PREALLOC in tracing programs
-RAW_TRACEPOINTS = {"process_exit", "process_exec", "adjust"} | OPTIONAL
+RAW_TRACEPOINTS = {"process_exit", "process_exec", "program_began", "adjust"} | OPTIONAL
 # The same programs for half the work: debugging information that nobody reads, a second optimiser (BCC runs LLVM's own
 # over whatever clang hands it), and the table of all kernel symbols anew wherever a program names this helper.
 LEAN = ("-g0", "-Xclang", "-disable-llvm-passes", "-Dbpf_probe_read_user=read_user")

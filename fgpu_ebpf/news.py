@@ -17,10 +17,14 @@ from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.pages import Fate, News
 
 _OPERATION = {kind.value: kind.name.lower() for kind in pages.Kind}
+_OF_CGROUPS = {News.MOVED, News.MADE, News.EMPTIED, News.REMOVED}
 
 
 class Newsreader:
-    """The only reader of the ring. `held` answers who holds memory by NVML: device -> pid -> bytes or "N/A"."""
+    """The only reader of the ring.
+
+    `held` answers who holds memory by NVML: device -> pid -> bytes or "N/A"; `began` hears of programs that begin.
+    """
 
     def __init__(
         self,
@@ -29,6 +33,7 @@ class Newsreader:
         history: History,
         orphaned: Callable[[int], None],
         held: Callable[[], Mapping[int, Mapping[int, int | None]]],
+        began: Callable[[int], None],
     ) -> None:
         self._events: Events = ledger.events()
         self._ledger = ledger
@@ -37,6 +42,7 @@ class Newsreader:
         self._history = history
         self._orphaned = orphaned
         self._held = held
+        self._began = began
         self._lost = self._lost_so_far()
 
     def fileno(self) -> int:
@@ -47,9 +53,9 @@ class Newsreader:
         """Everything that is there."""
         events = list(self._events.read())
         for event in events:
-            if event.kind < News.MOVED:
+            if event.kind not in _OF_CGROUPS:
                 self._tell(event)
-        self._look_at_cgroups([event for event in events if event.kind >= News.MOVED])
+        self._look_at_cgroups([event for event in events if event.kind in _OF_CGROUPS])
 
     def lost(self) -> bool:
         """Some did not get into the ring since this was last asked."""
@@ -65,6 +71,8 @@ class Newsreader:
         match event.kind:
             case News.PROCESS:
                 self._enforcer.use(event.cgroup)
+            case News.EXECUTED:
+                self._began(event.tgid)
             case News.ORPHANED:
                 tenant = self._enforcer.get(event.cgroup)
                 for level in [tenant, *self._enforcer.around(tenant)] if tenant else []:

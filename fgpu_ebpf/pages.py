@@ -53,7 +53,7 @@ Function = IntEnum(
     start=0,
 )
 Adjust = IntEnum("Adjust", "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING", start=0)
-News = IntEnum("News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED", start=0)
+News = IntEnum("News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED", start=0)
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
 # Bits, from 1: of a limit and a usage page; of a control page and an answer; of a gate; of a process.
@@ -92,7 +92,9 @@ class UsagePage(Structure):
         ("event_count", u64),
         ("process_second", u64),
         ("entries", u64 * SHARED),
-        ("tail", u64 * 258),
+        ("exec_second", u64),
+        ("exec_count", u64),
+        ("tail", u64 * 256),
     )
 
 

@@ -49,7 +49,11 @@ OPTIONAL = {
     "cuArrayDestroy": Function.ARRAY_DESTROY,
     "cuMipmappedArrayDestroy": Function.ARRAY_DESTROY,
 }
-TRACEPOINTS = {"process_exit": "sched_process_exit", "process_exec": "sched_process_exec"}
+TRACEPOINTS = {
+    "process_exit": "sched_process_exit",
+    "process_exec": "sched_process_exec",
+    "program_began": "sched_process_exec",
+}
 OPTIONAL_TRACEPOINTS = {
     "cgroup_attach": "cgroup_attach_task",
     "cgroup_made": "cgroup_mkdir",

@@ -133,7 +133,9 @@ MUTANTS = {
     ),
     "every-failure-is-the-device-s": ("== OUT_OF_MEMORY && f.bytes)", "&& f.bytes)"),
     "device-full-of-a-pool-forgotten": ("    if (kind & FGPU_FULL) device_full(p, device, FGPU_POOL, bytes);\n", ""),
-    "flood": ("    if (__sync_fetch_and_add(n, 1) < most) return 1;\n", "    return 1;\n"),
+    "flood": ("    return __sync_fetch_and_add(n, 1) < most;\n", "    return 1;\n"),
+    "program-untold": ("    if (find_levels(levels)) tell_of_program(page_of(levels[0]));\n", ""),
+    "every-program-told": ("first_ones(&page->exec_second, &page->exec_count, PROGRAMS_A_SECOND)", "1"),
     "bell-never-rung": ("return bell.ringbuf_output(&nothing, sizeof(nothing), WAKE_UP) ? -11 : 0;", "return 0;"),
     "lost-uncounted": (
         "? FGPU_FATE_FULL : FGPU_FATE_SENT);\n    return 0;",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
 import threading
 import time
 
@@ -27,9 +28,9 @@ def events(kernel):
 
 
 def of(events, level, *kinds):
-    """Events of a level, of these kinds or all but the first sight of a process."""
+    """Events of a level, of these kinds or all but what says that somebody is there."""
     found = [e for e in events.read() if e.cgroup == level.cgroup]
-    return [e for e in found if (e.kind in kinds if kinds else e.kind != News.PROCESS)]
+    return [e for e in found if (e.kind in kinds if kinds else e.kind not in (News.PROCESS, News.EXECUTED))]
 
 
 def fates(kernel):
@@ -59,6 +60,25 @@ def test_of_many_processes_at_a_time_one_is_told(kernel, events, level, make_cli
     for client in clients:
         client(f"admit({MIB})")
     assert len(of(events, level, News.PROCESS)) == 1
+    assert fates(kernel)[pages.Fate.RATE] == before, "nor is anything lost"
+
+
+def test_a_program_that_begins_in_a_managed_cgroup_is_told(kernel, events, level, make_level, make_client):
+    clients = [make_client(level), make_client(make_level(None))]
+    (event,) = [e for e in events.read() if e.kind == News.EXECUTED and e.tgid in [c.pid for c in clients]]
+    assert (event.tgid, event.cgroup) == (clients[0].pid, level.cgroup)
+    clients[0].send("os.execv('/bin/sleep', ['sleep', '100'])")
+    wait_until(lambda: any(e.tgid == clients[0].pid for e in of(events, level, News.EXECUTED)))
+
+
+def test_of_many_programs_the_first_of_a_second_are_told(kernel, events, level):
+    before = fates(kernel)[pages.Fate.RATE]
+    storm = f"echo $$ >{level.path}/cgroup.procs; i=0; while [ $i -lt 101 ]; do /bin/true; i=$((i + 1)); done"
+    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has only begun
+    begun = time.monotonic_ns() >> 30
+    subprocess.run(["sh", "-c", storm], check=True)
+    seconds = (time.monotonic_ns() >> 30) - begun + 1
+    assert 4 <= len(of(events, level, News.EXECUTED)) <= 4 * seconds < 101
     assert fates(kernel)[pages.Fate.RATE] == before, "nor is anything lost"
 
 

@@ -604,6 +604,7 @@ class Container(Place):
         self._runtime = runtime
         self._state = work / "state"
         self.mounts: list[dict[str, Any]] = []  # beside what every container has
+        self.image: dict[str, Path] = {}  # files in its root: path -> what is copied there
         (work / "ld.so.preload").write_text(f"{SHIM}\n")
 
     def _command(self, *words: str | Path) -> list[str | Path]:
@@ -634,6 +635,8 @@ class Container(Place):
     def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
         (bundle / "rootfs/etc").mkdir(parents=True)
         shutil.copy("/etc/ld.so.cache", bundle / "rootfs/etc/ld.so.cache")
+        for path, source in self.image.items():
+            shutil.copy(source, bundle / "rootfs" / path)
         for link in ("bin", "sbin", "lib", "lib64"):
             if Path("/", link).is_symlink():
                 (bundle / "rootfs" / link).symlink_to(os.readlink(Path("/", link)))

@@ -65,12 +65,22 @@ def in_the_kernel() -> set[Object]:
 
 def entries(name: str) -> int:
     """How many entries one of fgpu's maps has."""
+    return len(keys(name))
+
+
+def is_probed(path: Path) -> bool:
+    """The file is among those whose probes are in place."""
+    return path.stat().st_ino in (struct.unpack_from("QQ", key)[1] for key in keys("files"))
+
+
+def keys(name: str) -> list[bytes]:
+    """Those of one of fgpu's maps."""
     fd = opened(next(BPFFS.glob(f"fgpu/v*/maps/{name}")))
     assert fd >= 0, name
     key, after = ctypes.create_string_buffer(256), ctypes.create_string_buffer(256)
-    count, where = 0, 0
+    found, where = [], 0
     while _bpf(_GET_NEXT_KEY, struct.pack("IIQQ", fd, 0, where, ctypes.addressof(after)).ljust(128, b"\0")) == 0:
-        count += 1
+        found.append(after.raw)
         key.raw, where = after.raw, ctypes.addressof(key)
     os.close(fd)
-    return count
+    return found

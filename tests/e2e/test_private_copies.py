@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, ENVIRONMENT, MIB, SIM, Client, Service, eventually, metrics
+from harness import CONTEXT, ENVIRONMENT, MIB, SIM, Client, Container, Service, eventually, metrics
+from kernel_kit import is_probed
 
 
 @pytest.fixture
@@ -45,6 +46,39 @@ def outside(tenant, name: str, libraries: Path) -> Client:
             return inner
 
     return Client(Outside(), name)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def image(place: Container) -> str:
+    """Containers whose image has a libcuda, and that get no shim; what starts a program which uses that."""
+    place.image = {"libcuda.so.1": (SIM / "lib/libcuda.so.1").resolve()}
+    (place.work / "ld.so.preload").write_text("")
+    return f"env LD_LIBRARY_PATH=/.:{SIM}/lib"
+
+
+@pytest.mark.places("runc")
+def test_a_copy_in_a_container_is_witnessed_from_the_first_call_on(tenant, image: str, place: Container) -> None:
+    """Its first program is what makes the agent look: nobody says hello, and NVML shows nothing of it yet."""
+    one = tenant(CONTEXT + 400 * MIB)
+    one.assert_enforced()
+    client = one.client(before=image)
+    own = place.work / f"{one.name}.bundle/rootfs/libcuda.so.1"
+    eventually(lambda: is_probed(own), 10, "its probes")
+    assert " /libcuda.so.1\n" in Path(f"/proc/{client.pid}/maps").read_text()
+    client.ok(f"alloc {100 * MIB}")
+    assert one.memory()["witnessed_bytes"] == 100 * MIB
+    assert metrics()["fgpu_bypassing_processes", frozenset({("tenant", one.name), ("how", "no_admission")})] == 1
+    assert one.assert_exact() == CONTEXT + 100 * MIB
+    client.kill()
+    client.close()
+    again = one.client(before=image)
+    assert is_probed(own), "as long as somebody lives in the container"
+    again.ok(f"alloc {50 * MIB}")
+    assert one.memory()["witnessed_bytes"] == 150 * MIB
+    again.kill()
+    again.close()
+    place.close()
+    eventually(lambda: not is_probed(own), 10, "the end of its probes")
 
 
 @pytest.mark.timed

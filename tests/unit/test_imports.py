@@ -27,6 +27,7 @@ ORDER = (
     {"programs", "door", "usage", "shelf", "sealed", "overrides", "history", "keeper"},
     {"ledger", "tenants", "workloads", "overruns"},
     {"probes", "clients", "enforcer"},
+    {"roots"},
     {"devices", "trial", "glance", "discovery", "manager", "targets", "desks"},
     {"reconcile", "news", "detach", "policies", "explain", "callers", "slicer"},
     {"view", "readers", "adoption"},

@@ -1,0 +1,105 @@
+"""What libcuda a program would find in its own root, before it maps one.
+
+Owns: which roots have been looked into, and what was found there. Never: leaves a root by a link, or opens what is
+mounted into it: that may be a file system which answers to nobody, and what a container is given is the host's own. On
+failure: nothing is found; whoever maps a libcuda is known by its hello, or by NVML.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import struct
+from collections.abc import Iterable, Iterator, Set
+
+from fgpu_ebpf import procfs
+from fgpu_ebpf.probes import LIBRARY_FOLDERS, File, Target
+
+Root = tuple[int, int, int]  # mount namespace, by its number that no other ever has; dev and ino of /
+NAMES = ("libcuda.so.1", "libcuda.so")
+FOLDERS = (*LIBRARY_FOLDERS, "usr/local/cuda/compat/lib")
+MOST_ROOTS = 4096
+_NS_GET_ID = 0x8008B705  # Linux 6.11
+_OPENAT2, _HOW = 437, struct.Struct("3Q")
+_NO_XDEV, _IN_ROOT = 0x01, 0x10
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Roots:
+    """Each is looked into once, as long as what was found there is probed."""
+
+    def __init__(self, own: str = "/") -> None:
+        """`own`: the host's root, whose files are found otherwise."""
+        self._own = _place(own)
+        self._seen: dict[Root, None] = {}
+        self._found: dict[File, set[Root]] = {}
+
+    def enter(self, pid: int) -> Root | None:
+        """The root of a process; None: somebody has been there, or it is the host's, or gone."""
+        root = root_of(pid)
+        if root is None or root[1:] == self._own or root in self._seen:
+            return None
+        self._seen[root] = None
+        if len(self._seen) > MOST_ROOTS:
+            self._forget_root(next(iter(self._seen)))
+        return root
+
+    def found(self, file: File, root: Root) -> None:
+        """Whoever lives there may map it yet."""
+        self._found.setdefault(file, set()).add(root)
+
+    def forget(self, file: File) -> None:
+        """It is probed no more: the next program in a root that has it is looked at."""
+        for root in self._found.pop(file, set()):
+            self._seen.pop(root, None)
+
+    def _forget_root(self, root: Root) -> None:
+        del self._seen[root]
+        self._found = {file: left for file, roots in self._found.items() if (left := roots - {root})}
+
+    def dwellers(self, files: Set[File], pids: Iterable[int]) -> dict[File, int]:
+        """Of these files those in whose root one of these processes lives, and one that does."""
+        awaited = files & self._found.keys()
+        living = {root_of(pid): pid for pid in pids} if awaited else {}
+        return {file: living[root] for file in awaited for root in self._found[file] if root in living}
+
+
+def root_of(pid: int) -> Root | None:
+    """What a process has as its root. None: it is gone, or the kernel is too old to tell."""
+    try:
+        space = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            (number,) = struct.unpack("Q", fcntl.ioctl(space, _NS_GET_ID, bytes(8)))
+        finally:
+            os.close(space)
+        return number, *_place(f"/proc/{pid}/root")
+    except OSError:
+        return None
+
+
+def _place(path: str) -> tuple[int, int]:
+    at = os.stat(path)
+    return at.st_dev, at.st_ino
+
+
+def libraries(pid: int) -> Iterator[Target]:
+    """The libcuda files where a loader looks for them in a process's root, open until all are done."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, root)
+        for path in (f"{folder}/{name}" for folder in FOLDERS for name in NAMES):
+            fd = _open_within(root, path)
+            if fd < 0:
+                continue
+            stack.callback(os.close, fd)
+            way = f"/proc/self/fd/{fd}"
+            with contextlib.suppress(OSError):
+                yield Target(os.path.normpath(f"/{path}"), *procfs.as_mapped(way), False, way, True)
+
+
+def _open_within(root: int, path: str) -> int:
+    """What a path leads to for who has that root, on its own file system; negative: nothing."""
+    how = ctypes.create_string_buffer(_HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, _NO_XDEV | _IN_ROOT))
+    return int(_LIBC.syscall(_OPENAT2, root, os.fsencode(path), how, _HOW.size))

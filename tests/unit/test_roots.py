@@ -1,0 +1,119 @@
+"""What is found in a root that is not the host's, and what is left alone in it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf import procfs, roots
+from fgpu_ebpf.roots import Roots
+
+Dweller = Callable[[Path], int]
+CLONE_NEWNS = 0x20000
+
+
+@pytest.fixture
+def dweller() -> Iterator[Dweller]:
+    """Starts a process that has this folder as its root, in a mount namespace of its own."""
+    started: list[int] = []
+
+    def start(folder: Path) -> int:
+        told, tell = os.pipe()
+        pid = os.fork()
+        if not pid:
+            with contextlib.suppress(BaseException):
+                assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+                os.chroot(folder)
+                os.write(tell, b"there")
+                signal.pause()
+            os._exit(1)
+        started.append(pid)
+        os.close(tell)
+        assert os.read(told, 5) == b"there"
+        os.close(told)
+        return pid
+
+    yield start
+    for pid in started:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def library(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("a libcuda")
+    return path
+
+
+def found(pid: int) -> dict[str, tuple[int, int]]:
+    return {target.path: (target.dev, target.ino) for target in roots.libraries(pid)}
+
+
+def test_files_are_found_where_a_loader_looks_through_links_of_the_root_s_own(tmp_path: Path, dweller: Dweller) -> None:
+    """As in an image with CUDA: /usr/local/cuda leads to /etc/alternatives/cuda, that to /usr/local/cuda-12."""
+    real = library(tmp_path / "usr/local/cuda-12/compat/libcuda.so.550.1")
+    real.with_name("libcuda.so.1").symlink_to("libcuda.so.550.1")
+    (tmp_path / "etc/alternatives").mkdir(parents=True)
+    (tmp_path / "etc/alternatives/cuda").symlink_to("/usr/local/cuda-12")
+    (tmp_path / "usr/local/cuda").symlink_to("/etc/alternatives/cuda")
+    assert found(dweller(tmp_path)) == {"/usr/local/cuda/compat/libcuda.so.1": procfs.as_mapped(str(real))}
+
+
+def test_nothing_is_opened_that_is_not_the_root_s_own(tmp_path: Path, dweller: Dweller) -> None:
+    root, outside = tmp_path / "root", library(tmp_path / "outside/libcuda.so.1")
+    for folder in ("usr/lib", "usr/lib64", "lib", "lib64"):
+        (root / folder).mkdir(parents=True)
+    (root / "usr/lib/libcuda.so.1").symlink_to(f"../../../../../../../../../..{outside}")
+    os.mkfifo(root / "lib/libcuda.so.1")
+    (root / "libcuda.so.1").symlink_to("/proc/1/root/etc/passwd")
+    subprocess.run(["mount", "--bind", outside.parent, root / "lib64"], check=True)
+    try:
+        assert (root / "lib64/libcuda.so.1").exists()
+        assert found(dweller(root)) == {}
+        library(root / "usr/lib64/libcuda.so.1")
+        assert list(found(dweller(root))) == ["/usr/lib64/libcuda.so.1"]
+    finally:
+        subprocess.run(["umount", "--lazy", root / "lib64"], check=True)
+
+
+def test_every_root_is_entered_once_and_the_host_s_never(tmp_path: Path, dweller: Dweller) -> None:
+    seen, first = Roots(), dweller(tmp_path)
+    assert seen.enter(os.getpid()) is None
+    assert seen.enter(1 << 22) is None, "there is no such process"
+    root = seen.enter(first)
+    assert root
+    assert seen.enter(first) is None
+    other = seen.enter(dweller(tmp_path))
+    assert other, "a container of the same image"
+    assert other != root
+
+
+def test_a_file_is_awaited_as_long_as_somebody_lives_in_its_root(tmp_path: Path, dweller: Dweller) -> None:
+    seen, pid = Roots(), dweller(tmp_path)
+    root = seen.enter(pid)
+    assert root
+    seen.found((1, 23), root)
+    assert seen.dwellers({(1, 23), (1, 24)}, [os.getpid(), pid]) == {(1, 23): pid}
+    assert seen.dwellers({(1, 23)}, [os.getpid()]) == {}
+    seen.forget((1, 23))
+    assert seen.dwellers({(1, 23)}, [pid]) == {}
+    assert seen.enter(pid) == root, "what is probed no more may have to be again"
+
+
+def test_roots_do_not_pile_up(tmp_path: Path, dweller: Dweller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roots, "MOST_ROOTS", 2)
+    seen, pids = Roots(), [dweller(tmp_path) for _ in range(3)]
+    for n, pid in enumerate(pids):
+        root = seen.enter(pid)
+        assert root
+        seen.found((1, n), root)
+    assert seen.enter(pids[2]) is None
+    assert seen.dwellers({(1, n) for n in range(3)}, pids) == {(1, 1): pids[1], (1, 2): pids[2]}
+    assert seen.enter(pids[0]), "the oldest is forgotten"
