@@ -319,7 +319,9 @@ class Agent:
         """Whoever holds memory by NVML maps a libcuda, perhaps one that nobody has probed: a copy of its own."""
         assert self.reconciler
         self.reconciler.hush()
-        self.discovery.look_at_new(pid for held in self._truth().held.values() for pid in held)
+        truth = self._truth()
+        unseen = {pid for (pid, _), drift in truth.drift.items() if drift < 0}
+        self.discovery.look_at_new((pid for held in truth.held.values() for pid in held), unseen)
 
     def look(self) -> Snapshot:
         """A Snapshot of this moment."""

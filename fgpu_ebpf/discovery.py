@@ -95,11 +95,14 @@ class Discovery:
         """Probes what a process maps."""
         self._attach_mapped([pid])
 
-    def look_at_new(self, pids: Iterable[int]) -> None:
-        """Probes what these processes map, those that were not looked at yet: they use a device, NVML says."""
+    def look_at_new(self, pids: Iterable[int], again: Set[int] = frozenset()) -> None:
+        """Probes what these processes map: they use a device, NVML says. Those that were not looked at yet.
+
+        `again`: those that hold more than the kernel has seen.
+        """
         pids = set(pids)
-        new = pids - self._looked_at
-        self._looked_at = (self._looked_at & pids) | new
+        new = pids - (self._looked_at - again)
+        self._looked_at = pids
         self._attach_mapped(sorted(new))
 
     def look_around(self) -> None:

@@ -5,6 +5,7 @@ Owns: the words. Never: decides. Cannot fail: a cgroup that nobody manages is ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from typing import Any
 
 from fgpu_ebpf import pages
@@ -18,14 +19,20 @@ from fgpu_ebpf.timebook import TurnCounts
 from fgpu_ebpf.workloads import TargetError
 
 
-def explain(path: str, manager: Manager, ledger: Ledger, unenforced: str = "") -> dict[str, Any]:
-    """As plain values; `lines` are for people. `unenforced`: why none is in force. TargetError: the cgroup is gone."""
+def explain(
+    path: str, manager: Manager, ledger: Ledger, unenforced: str = "", unprobed: Set[int] = frozenset()
+) -> dict[str, Any]:
+    """As plain values; `lines` are for people. TargetError: the cgroup is gone.
+
+    `unenforced`: why none is in force; `unprobed`: processes with a libcuda that the kernel does not see.
+    """
     workload = manager.workloads.identify(path)
     if workload is None:
         raise TargetError(f"no cgroup {path}")
     decision = manager.decide(workload)
     tenant = manager.enforcer.at(path)
     levels = [t for c in manager.enforcer.levels(path) if (t := manager.enforcer.get(c))]
+    unseen = _unseen(levels, ledger, unprobed)
     answer: dict[str, Any] = {
         "path": path,
         "tenant": levels[0].name if levels else None,
@@ -43,9 +50,9 @@ def explain(path: str, manager: Manager, ledger: Ledger, unenforced: str = "") -
             ],
         ],
         "levels": [_level(level, manager, ledger) for level in levels],
-        "enforcement": "none" if unenforced else _enforcement(levels),
+        "enforcement": "none" if unenforced else _enforcement(levels, unseen),
         "unenforced": unenforced,
-        "stronger": _stronger(levels, manager, ledger),
+        "stronger": [*_stronger(levels, manager, ledger), *_seen(unseen)],
     }
     return answer | {"lines": _lines(answer, tenant)}
 
@@ -86,10 +93,26 @@ def _time(tenant: Tenant, device: int, turn: TurnCounts | None) -> dict[str, Any
     }
 
 
-def _enforcement(levels: list[Tenant]) -> str:
+def _enforcement(levels: list[Tenant], unseen: Sequence[int]) -> str:
     if not levels:
         return "none"
-    return "observe" if all(level.observe for level in levels) else "kernel"
+    return "observe" if all(level.observe for level in levels) else "cooperative" if unseen else "kernel"
+
+
+def _unseen(levels: list[Tenant], ledger: Ledger, unprobed: Set[int]) -> list[int]:
+    """Processes of the first level that hold memory, and may by a driver whose calls the kernel does not see."""
+    known = ledger.processes() if levels and unprobed else {}
+    return sorted(
+        pid for pid in unprobed & known.keys() if levels[0].cgroup in known[pid].levels and any(known[pid].bytes)
+    )
+
+
+def _seen(unseen: Sequence[int]) -> list[str]:
+    if not unseen:
+        return []
+    pids = ", ".join(map(str, unseen[:5]))
+    why = "held as far as its shim asks, and charged by NVML afterwards"
+    return [f"a libcuda of pid {pids} cannot be probed (the agent's log says why): {why}; use a driver that fgpu knows"]
 
 
 def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger) -> list[str]:

@@ -72,7 +72,11 @@ def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
     bypassing = GaugeMetricFamily(
         "fgpu_bypassing_processes", "Processes that go around the shim", labels=["tenant", "how"]
     )
-    mode = GaugeMetricFamily("fgpu_tenant_enforcement", "1: how limits are kept", labels=["tenant", "mode"])
+    mode = GaugeMetricFamily(
+        "fgpu_tenant_enforcement",
+        "1: who keeps the limits: kernel, cooperative (as far as processes ask), observe or none",
+        labels=["tenant", "mode"],
+    )
     for tenant in snapshot.tenants:
         names = [tenant.tenant, tenant.kind, tenant.policy, tenant.namespace, tenant.pod, tenant.container, tenant.path]
         info.add_metric([*names, *(tenant.labels.get(label, "") for label in own)], 1)

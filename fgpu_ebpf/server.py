@@ -134,7 +134,8 @@ class ControlServer:
 
     def _explain(self, request: dict[str, Any]) -> dict[str, Any]:
         agent = self._agent
-        return explain.explain(self._find(request), agent.manager, agent.ledger, agent.discovery.unenforced())
+        found = agent.discovery
+        return explain.explain(self._find(request), agent.manager, agent.ledger, found.unenforced(), found.unprobed())
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
         path = self._find(request)

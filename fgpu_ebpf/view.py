@@ -119,6 +119,7 @@ def _tenant(look: _Look, tenant: Tenant) -> TenantView:
         for d in look.devices
         if p.bytes[d.index]
     )
+    bypassing = Counter(how for tgid, p in own.items() if (how := _how(look, tgid, p)))
     workload = tenant.workload
     return TenantView(
         tenant=tenant.name,
@@ -130,14 +131,21 @@ def _tenant(look: _Look, tenant: Tenant) -> TenantView:
         namespace=workload.namespace or "",
         pod=workload.pod or "",
         container=workload.container or "",
-        enforcement="none" if look.unenforced else "observe" if tenant.observe else "kernel",
+        enforcement=_enforcement(look.unenforced, tenant.observe, bypassing),
         denied=look.enforcer.denied(tenant.cgroup),
         notes=tenant.notes,
         labels=tenant.metric_labels,
-        bypassing=dict(Counter(how for tgid, p in own.items() if (how := _how(look, tgid, p)))),
+        bypassing=dict(bypassing),
         devices=tuple(_tenant_device(look, tenant, own, device) for device in look.devices),
         processes=views,
     )
+
+
+def _enforcement(unenforced: str, observe: bool, bypassing: Mapping[str, int]) -> str:
+    """By whom limits are kept. Where the kernel does not see what a process allocates, that depends on what it asks."""
+    if unenforced:
+        return "none"
+    return "observe" if observe else "cooperative" if bypassing.get("unprobed") else "kernel"
 
 
 def _how(look: _Look, tgid: int, process: Process) -> str:

@@ -22,6 +22,7 @@ from harness import (
     Service,
     Tenant,
     eventually,
+    fgpu,
     metrics,
 )  # fmt: skip
 
@@ -194,6 +195,48 @@ def test_a_driver_in_another_namespace_is_seen(tenant, libraries: list[Path], tm
     assert one.assert_exact() == CONTEXT + 2 * ROOM
     program.close()
     eventually(lambda: one.memory()["used_bytes"] == 0, 2, "its end")
+
+
+LATE = """
+import ctypes, sys
+dlsym = ctypes.CDLL(None).dlsym
+dlsym.restype, dlsym.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_char_p)
+bytes_, pointer = int(sys.argv[1]), ctypes.c_uint64()
+for path in sys.argv[2:]:
+    library = ctypes.CDLL(path)
+    call = lambda name: ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong)(dlsym(library._handle, name))
+    assert call(b"cuInit")(None, 0) == call(b"cuDevicePrimaryCtxRetain")(ctypes.addressof(pointer), 0) == 0
+    assert call(b"cuCtxSetCurrent")(pointer.value, 0) == 0
+    print(call(b"cuMemAlloc_v2")(ctypes.addressof(pointer), bytes_), flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.places("host")
+def test_a_late_driver_that_cannot_be_probed_is_held_by_the_shim_alone_and_that_is_said(tenant, tmp_path: Path) -> None:
+    """Its process was greeted before: what it allocates by it the shim asks for, and the kernel sees nothing of."""
+    odd = library(tmp_path / "odd")
+    odd.write_bytes(odd.read_bytes().replace(b"\0cuMemRelease\0", b"\0cuMemReleasX\0"))
+    one = tenant(2 * CONTEXT + ROOM)
+    one.assert_enforced()
+    (one.folder / "late.py").write_text(LATE)
+    command = f"{sys.executable} {one.folder}/late.py {10 * MIB} {SIM}/lib/libcuda.so.1 {odd}"
+    program = Program(one, "late", command)
+    assert program.receive() == "0"
+    assert one.view()["enforcement"] == "kernel"
+    program.send("")
+    assert program.receive() == "0"
+    eventually(lambda: one.view()["enforcement"] == "cooperative", 3, "what NVML tells of it")
+    key = "fgpu_tenant_enforcement", frozenset({("tenant", one.name), ("mode", "cooperative")})
+    assert metrics()[key] == 1
+    assert bypasses(one) == {"unprobed": 1}
+    said = fgpu("explain", one.path).stdout
+    (pid,) = [pid for pid in one.pids() if b"late.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert "enforcement: cooperative" in said
+    assert f"stronger: a libcuda of pid {pid} cannot be probed" in said
+    assert "cooperative" in fgpu("status").stdout
+    program.close()
+    eventually(lambda: one.view()["enforcement"] == "kernel", 3, "the kernel's own")
 
 
 def test_without_a_limit_a_second_driver_lacks_nothing(service: Service, libraries: list[Path]) -> None:

@@ -34,6 +34,16 @@ def test_probes_are_dropped_only_if_all_is_known(
     assert said == dropped
 
 
+def test_who_holds_more_than_was_seen_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have loaded another library since."""
+    looks: list[int] = []
+    monkeypatch.setattr(procfs, "fgpu_mappings", lambda pid: looks.append(pid) or [])
+    found = Discovery(SimpleNamespace(known=frozenset()), [])  # type: ignore[arg-type]
+    for holders, unseen in (([7, 8], set()), ([7, 8], set()), ([7, 8], {8, 9}), ([8], set()), ([7, 8], set())):
+        found.look_at_new(holders, unseen)
+    assert looks == [7, 8, 8, 7]
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
 def test_what_lies_where_a_library_was_is_not_waited_for(tmp_path: Path, make) -> None:
     """A tenant maps a libcuda of its own and puts a pipe in its place: whoever opens that waits for ever."""
