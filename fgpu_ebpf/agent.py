@@ -307,6 +307,7 @@ class Agent:
         self.discovery.look_around()
         self._look_into_roots()
         self.discovery.sweep(self.ledger, self.manager.workloads)
+        inject.sweep(self.settings.run_dir)
         self._look_for_orphans()
 
     def _look_into_roots(self) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ HELPER = "fgpu-oci"
 BIN = published.STORE.parent / "bin"
 _WRITTEN = "cdi.files"  # below the run directory: paths of the specifications, a line each
 _PUBLISHED = "published"  # the same: where the shim is, if it and the helper are copies of ours
+UNUSED_SECONDS = 600.0  # an engine binds a list within seconds of its being named
 _UNSAFE = frozenset('"\\\n')
 
 
@@ -57,6 +59,14 @@ def set_up(of: Parts, folder: Path, names: Sequence[str]) -> None:
     for path, spec in zip(paths, specs, strict=True):
         cdi.write(path, spec)
     wholefile.write(of.run_dir / "containers", f"shim {of.shim}\nsocket {of.socket}\npreload {of.preload}\n")
+
+
+def sweep(run_dir: Path) -> None:
+    """Removes lists of images' own preloads that nobody has asked for of late: who runs keeps what it has mounted."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(run_dir / "preload.d") as lists:
+        for entry in lists:
+            if time.time() - entry.stat().st_mtime > UNUSED_SECONDS:
+                os.unlink(entry.path)
 
 
 def take_away(run_dir: Path) -> Path | None:

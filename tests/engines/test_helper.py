@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,18 @@ def test_images_cannot_fill_the_host(run_dir: Path, tmp_path: Path) -> None:
         codes.append(done.returncode)
     assert codes == [0] * 256 + [1] * 2
     assert len(os.listdir(run_dir / "preload.d")) == 256
+
+
+def test_a_list_that_is_asked_for_again_is_new_again(run_dir: Path, tmp_path: Path) -> None:
+    """The agent sweeps what nobody has asked for of late."""
+    (tmp_path / "root/etc").mkdir(parents=True)
+    (tmp_path / "root/etc/ld.so.preload").write_text("lib.so")
+    config = json.dumps({"root": {"path": str(tmp_path / "root")}})
+    assert precreate(run_dir, config).returncode == 0
+    (made,) = (run_dir / "preload.d").iterdir()
+    os.utime(made, (23, 23))
+    assert precreate(run_dir, config).returncode == 0
+    assert time.time() - made.stat().st_mtime < 60
 
 
 def test_the_runtime_gets_the_words_that_we_got(run_dir: Path, tmp_path: Path) -> None:

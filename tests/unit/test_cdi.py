@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import jsonschema
@@ -167,6 +168,18 @@ def test_written_and_gone(parts, tmp_path):
     assert not folder.exists()
     assert os.listdir(parts.run_dir) == []
     inject.take_away(parts.run_dir)
+
+
+def test_lists_that_nobody_asks_for_are_swept(parts):
+    """Else images could use all of them up, and later ones not start."""
+    inject.sweep(parts.run_dir)
+    lists = parts.run_dir / "preload.d"
+    lists.mkdir(parents=True)
+    for name, age in (("old", inject.UNUSED_SECONDS + 60), ("new", inject.UNUSED_SECONDS - 60)):
+        (lists / name).touch()
+        os.utime(lists / name, (0, time.time() - age))
+    inject.sweep(parts.run_dir)
+    assert os.listdir(lists) == ["new"]
 
 
 def test_what_is_no_longer_wanted_goes(parts, tmp_path):
