@@ -3,7 +3,8 @@
  * tests/unit/test_layout.py holds the Python layouts against it, offset by offset.
  *
  * Layouts grow at the end only; spare room is zero. FGPU_LAYOUT changes when that promise cannot be kept, and names
- * the folder of the pinned maps, so that two layouts never meet. Sizes are bytes, times are CLOCK_MONOTONIC ns.
+ * the folder of the pinned maps, so that two layouts never meet. Sizes are bytes, times are CLOCK_MONOTONIC ns,
+ * on the pages of a process as that process reads it.
  */
 #ifndef FGPU_H
 #define FGPU_H

@@ -46,12 +46,18 @@ class Client:
     levels: tuple[int, ...] = ()  # leaf first
     since_ns: int = field(default_factory=monotonic_ns)
     has_ended: bool = False  # though its pidfd does not say so yet
+    ahead_ns: int = 0  # of our clock: all times on its pages are by its own
+    generation: int = 0  # of its entry in the ledger; 0: it had none yet
 
     def show(self, rows: bytes) -> None:
         """Put these rows on the control page, unless they stand there."""
         if rows != self.rows:
             self.control.show(rows)
             self.rows = rows
+
+    def beat(self) -> None:
+        """One heartbeat on the control page."""
+        self.control.page.heartbeat_ns = monotonic_ns() + self.ahead_ns
 
     def close(self) -> None:
         """Give pidfd and pages back; what was handed out stays readable."""
@@ -107,6 +113,8 @@ class Clients:
             client.control.close()
             client.head, client.control, client.rows = head, control, b""
         client.control.page.epoch = self.epoch  # never behind the answer
+        client.ahead_ns, client.generation = procfs.clock_ahead_ns(client.pid), 0
+        client.beat()
         if client.tenant != tenant:
             take_one(self._members, client.tenant)
             self._members[tenant] += 1
@@ -123,7 +131,7 @@ class Clients:
             page.devices[place].index, page.devices[place].uuid[:] = index, uuid
         page.device_count = len(head.devices)
         page.gates[:] = [1] * pages.DEVICES
-        page.epoch, page.heartbeat_ns = self.epoch, monotonic_ns()
+        page.epoch = self.epoch
         return control
 
     def end(self, pid: int, at_ns: int) -> None:
@@ -134,6 +142,20 @@ class Clients:
             client.has_ended = True
             self.parted(client)
 
+    def _part_with_earlier_lives(self, processes: Mapping[int, Process]) -> None:
+        """Who executes another program lets go of its pages, and may be shown waiting for ever.
+
+        One that has only left its cgroups holds on to them: it finds its gates open, and says hello again.
+        """
+        for client in list(self._clients.values()):
+            process = processes.get(client.pid)
+            now = process.generation if process else 0
+            if client.generation and now != client.generation and not client.has_ended:
+                client.control.page.gates[:] = [pages.Gate.OPEN] * pages.DEVICES
+                client.control.page.epoch ^= 1 << 63
+                self._bury(client)
+            client.generation = now
+
     def _bury(self, client: Client) -> None:
         if self._clients.pop(client.pid, None) is not client:
             return
@@ -143,7 +165,8 @@ class Clients:
         take_one(self._members, client.tenant)
 
     def show(self, processes: Mapping[int, Process]) -> None:
-        """Bring the rows of every managed client up to what the ledger says."""
+        """Bring the rows of every managed client up to what the ledger says, and part with those that it has ended."""
+        self._part_with_earlier_lives(processes)
         self._held = by_tenant(processes)
         live = {(tgid, generation) for rows in self._held.values() for tgid, generation, _, _ in rows}
         self._names = {key: names for key, names in self._names.items() if key in live}
@@ -172,7 +195,7 @@ class Clients:
         """One heartbeat, and the epoch, on every page."""
         for client in self._clients.values():
             client.control.page.epoch = self.epoch
-            client.control.page.heartbeat_ns = monotonic_ns()
+            client.beat()
 
 
 def take_one(count: Counter[int], key: int) -> None:

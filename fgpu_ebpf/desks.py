@@ -121,11 +121,14 @@ def seen_of(desks: Iterable[Desk], devices: frozenset[int], number: int, since_n
     launches = flying = until = wanted = ended = 0
     rests = []
     for desk in desks:
-        words, launched, aloft, idle = desk.words, 0, 0, []
+        words, ahead, launched, aloft, idle = desk.words, desk.client.ahead_ns, 0, 0, []
         for _, status_at, flight_at, span_at in desk.rows:
             threads, turn, count = _STATUS.unpack_from(words, status_at)
             in_flight, until_ns, wanted_ns, idle_ns = _FLIGHT.unpack_from(words, flight_at)
             begun_ns, ended_ns = _SPAN.unpack_from(words, span_at)
+            if ahead:  # 0 is no time
+                times = until_ns, wanted_ns, begun_ns, ended_ns
+                until_ns, wanted_ns, begun_ns, ended_ns = (ns and ns - ahead for ns in times)
             waiting |= threads
             launched += count
             if in_flight:

@@ -21,6 +21,7 @@ from fgpu_ebpf.ledger import Ledger, LevelLimits
 from fgpu_ebpf.scheduler import Share
 
 Make = Callable[..., Path]
+CLONE_NEWTIME = 0x80
 
 
 def facts_of_a_hello(run: Path) -> dict[str, object]:
@@ -58,6 +59,33 @@ def test_a_managed_process_gets_all_its_pages(keeper: Keeper, ledger: Ledger, te
     assert facts["epochs"] == (ledger.epoch(), ledger.epoch())
     assert facts["cgroups"] == [inner.stat().st_ino, outer.stat().st_ino]
     assert facts["limits"] == [GIB, 4 * GIB]
+
+
+@pytest.mark.parametrize("ahead", [86_400, -100], ids=["ahead", "behind"])
+def test_a_page_goes_by_the_clock_of_its_process(keeper: Keeper, tenant: Make, ahead: int) -> None:
+    """In a time namespace: a heartbeat that looks old opens every gate, one from the future never does."""
+
+    def late() -> list[int]:
+        reply = hello(keeper.run)
+        assert reply
+        control = reply.page(0)
+        first, said = control.heartbeat_ns, [time.monotonic_ns() - control.heartbeat_ns]
+        until(lambda: control.heartbeat_ns != first)
+        return [*said, time.monotonic_ns() - control.heartbeat_ns]
+
+    def within() -> list[int]:
+        ours = time.monotonic()
+        assert ctypes.CDLL(None).unshare(CLONE_NEWTIME) == 0
+        Path("/proc/self/timens_offsets").write_text(f"monotonic {ahead} 5")
+
+        def child() -> list[int]:
+            assert abs(time.monotonic() - ours - ahead) < 20
+            return late()
+
+        return Child(place, child).result()
+
+    place = tenant()
+    assert all(-1e9 < ns < 1e9 for ns in in_cgroup(place, within))
 
 
 def test_a_cgroup_below_a_managed_one_is_of_that_tenant(keeper: Keeper, tenant: Make, cgroup: Make) -> None:

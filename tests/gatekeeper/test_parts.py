@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import random
@@ -20,10 +21,12 @@ from hello_client import until
 from fgpu_ebpf import bpf, pages, procfs
 from fgpu_ebpf.callers import well_formed
 from fgpu_ebpf.clients import Client, Clients, Head, by_tenant
+from fgpu_ebpf.desks import Desk, seen_of
 from fgpu_ebpf.door import Lock
 from fgpu_ebpf.glance import Standing, standing
 from fgpu_ebpf.ledger import Ledger, LedgerMissing
 from fgpu_ebpf.procfs import cgroup_ids, cgroup_path, cgroups, cuda_files, fgpu_mappings, pid_names
+from fgpu_ebpf.sealed import ControlMemory, StatusMemory
 
 
 def ledger_that_says(in_force: tuple[int, ...] = (), **words: bool) -> Any:
@@ -57,6 +60,51 @@ def test_a_limit_in_force_that_nobody_has_used_is_undecided(words: dict[str, boo
 def test_standing_without_a_ledger_is_undecided() -> None:
     assert standing(None, [4, 1]) == Standing(None, 4)
     assert standing(None, []) == Standing(None, 0)
+
+
+def test_who_executes_another_program_is_another_client() -> None:
+    """The kernel ends its entry; its pidfd goes on."""
+    selector, parted = selectors.DefaultSelector(), []
+    clients = Clients(selector, bytes(16))
+    clients.parted = parted.append
+    child = subprocess.Popen(["sleep", "100"])
+    first = clients.enrol(child.pid, os.pidfd_open(child.pid), 4, Head(1, ((0, bytes(16)),)))
+    assert first
+    clients.settle_in(first, 4, first.head)
+    page, lives = first.control.page, [SimpleNamespace(generation=n, bytes=(5,), levels=(4,)) for n in (23, 101)]
+    page.gates[0], epoch = 6, page.epoch
+    clients.show({})
+    for _ in range(2):
+        clients.show({child.pid: lives[0]})
+    assert (parted, clients.get(child.pid), page.gates[0]) == ([], first, 6)
+    clients.settle_in(first, 4, first.head)  # it has said hello since
+    clients.show({child.pid: lives[1]})
+    assert not parted
+    clients.show({})
+    assert (parted, clients.get(child.pid), len(clients)) == ([first], None, 0)
+    assert (page.gates[0], page.epoch != epoch) == (pages.Gate.OPEN, True)
+    child.kill()
+    child.wait()
+
+
+def test_times_on_a_page_are_by_the_clock_of_its_process() -> None:
+    control, status = ControlMemory(), StatusMemory()
+    client = SimpleNamespace(control=control, status=status, ahead_ns=0)
+    desk = Desk(client)  # type: ignore[arg-type]
+    flight, span = status.page.flights[0], status.page.spans[0]
+    desk.may_use([0])
+    desk.use([0])
+    seen = []
+    for ahead in (0, 86_400_000_000_000, -1_000_000):
+        flight.in_flight, flight.busy_until_ns, flight.wanted_ns = 1, 2_000_005 + ahead, 2_000_003 + ahead
+        span.begun_ns, span.ended_ns = 2_000_001 + ahead, 2_000_002 + ahead
+        client.ahead_ns = ahead
+        seen.append(seen_of([desk], frozenset({0}), 1, 2_000_000))
+    assert seen[0] == seen[1] == seen[2]
+    ctypes.memset(ctypes.addressof(flight), 0, ctypes.sizeof(flight))
+    ctypes.memset(ctypes.addressof(span), 0, ctypes.sizeof(span))
+    assert seen_of([desk], frozenset({0}), 1, 2_000_000)[-4:] == (0, 0, 0, 0), "what never was is no time"
+    assert (seen[0].busy_until_ns, seen[0].wanted_ns) == (2_000_005, 2_000_003)
 
 
 def test_cgroups_of_a_process(cgroup: Any, cgroup_base: Path) -> None:

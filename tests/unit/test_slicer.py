@@ -47,7 +47,7 @@ class Program:
 
     def __init__(self, pid, level):
         control = ControlMemory()
-        self.client = SimpleNamespace(pid=pid, levels=(level,), control=control, status=StatusMemory())
+        self.client = SimpleNamespace(pid=pid, levels=(level,), control=control, status=StatusMemory(), ahead_ns=0)
         control.page.gates[:] = [1] * DEVICES
         self.page, self.status = control.page, self.client.status.page
         self.ended = threading.Event()
