@@ -37,6 +37,8 @@ class Services:
         self._log = folder / "log"
         shutil.copytree(ROOT / "fgpu_ebpf", self._package, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "bpf", self._package / "bpf")
+        (self._package / "oci").mkdir()
+        shutil.copy(ROOT / "build/oci/fgpu-oci", self._package / "oci")
         (folder / "policy.d").mkdir()
         self._options = ["--driver-root", given.driver_root, "--shim", str(self._package / "libfgpu.so")]
         self._options += ["--store", str(self._store), "--listen", LISTEN, "--policies", str(folder / "policy.d")]
