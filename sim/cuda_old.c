@@ -79,18 +79,25 @@ API cuFuncSetSharedSize(CUfunction hfunc, unsigned int bytes)
     return sim_leave(CUDA_SUCCESS);
 }
 
-/* To whatever stream: while something captures they are as unsafe as calls that allocate. */
-static CUresult launch_grid(CUfunction handle, int width, int height, CUstream stream)
+/* To whatever stream: while something captures they are as unsafe as calls that allocate. Where they are permitted they
+ * know nothing of captures: what they launch runs at once, and becomes no node. */
+static CUresult launch_grid(CUfunction handle, int width, int height, CUstream stream_handle)
 {
-    struct function *function;
-    CUresult result = enter_function(handle, &function);
+    struct context *context;
+    struct stream *stream;
+    struct party party;
+    uint64_t ns;
+    CUresult result = stream_enter(stream_handle, false, &context, &stream);
     if (result) return result;
+    const struct function *function = function_find(context, handle);
+    if (!function) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    result = capture_permits();
+    if (result) return sim_leave(result);
+    if (width <= 0 || height <= 0) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     struct shape shape = function->shape;
-    result = sim_leave(capture_permits());
-    if (result) return result;
-    if (width <= 0 || height <= 0) return CUDA_ERROR_INVALID_VALUE;
     memcpy(shape.grid, (unsigned[]){(unsigned)width, (unsigned)height, 1}, sizeof shape.grid);
-    return kernel_launch(handle, shape, stream, false, false);
+    result = kernel_check(context, handle, &shape, false, &ns, &party);
+    return sim_leave(result ? result : stream_work(context, stream, ns, &party));
 }
 
 API cuLaunch(CUfunction f) { return launch_grid(f, 1, 1, NULL); }

@@ -40,12 +40,17 @@ static CUresult get_context(CUstream handle, CUcontext *out, bool per_thread)
 
 TWICE(_ptsz, cuStreamGetCtx, (CUstream hStream, CUcontext *pctx), get_context(hStream, pctx, per_thread))
 
+/* Of a stream that captures it is as much out of place as the question whether its work is done. */
 static CUresult get_device(CUstream handle, CUdevice *device, bool per_thread)
 {
     struct context *context;
     struct stream *stream;
-    CUresult result = stream_enter(handle, per_thread, &context, &stream);
+    CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
     if (result) return result;
+    if (stream->capture) {
+        capture_break(stream->capture);
+        return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    }
     if (!device) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     *device = context->device;
     return sim_leave(CUDA_SUCCESS);

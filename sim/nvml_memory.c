@@ -33,12 +33,13 @@ NVML_API nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *memory
     return NVML_SUCCESS;
 }
 
-/* No device here is set up for confidential computing. */
+/* No device here is set up for confidential computing, so none of its memory is protected. */
 NVML_API nvmlDeviceGetConfComputeProtectedMemoryUsage(nvmlDevice_t device, nvmlMemory_t *memory)
 {
     const struct sim_device *d;
     nvmlReturn_t result = nvml_enter(device, memory, &d);
-    return result ? result : NVML_ERROR_NOT_SUPPORTED;
+    if (!result) *memory = (nvmlMemory_t){0};
+    return result;
 }
 
 NVML_API nvmlDeviceGetBAR1MemoryInfo(nvmlDevice_t device, nvmlBAR1Memory_t *bar1)

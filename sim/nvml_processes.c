@@ -151,7 +151,8 @@ NVML_API nvmlDeviceGetProcessesUtilizationInfo(nvmlDevice_t device, nvmlProcesse
     return list.n ? NVML_SUCCESS : NVML_ERROR_NOT_FOUND;
 }
 
-/* Nobody encodes or captures here, and the host counts nothing: accounting is off, as it comes. */
+/* Nobody encodes or captures here, and accounts of those who compute are kept, as on the host that was asked, but there
+ * is never anybody in them. */
 NVML_API nvmlDeviceGetEncoderSessions(nvmlDevice_t device, unsigned int *count, nvmlEncoderSessionInfo_t *infos)
 {
     (void)infos;
@@ -164,21 +165,19 @@ NVML_API nvmlDeviceGetFBCSessions(nvmlDevice_t device, unsigned int *count, nvml
     return no_processes(device, count);
 }
 
-static nvmlReturn_t not_accounted(nvmlDevice_t handle, const void *out)
-{
-    const struct sim_device *device;
-    nvmlReturn_t result = nvml_enter(handle, out, &device);
-    return result ? result : NVML_ERROR_NOT_SUPPORTED;
-}
-
+/* Room for none is too little even then. */
 NVML_API nvmlDeviceGetAccountingPids(nvmlDevice_t device, unsigned int *count, unsigned int *pids)
 {
+    bool has_room = count && *count;
+    nvmlReturn_t result = no_processes(device, count);
     (void)pids;
-    return not_accounted(device, count);
+    return result || has_room ? result : NVML_ERROR_INSUFFICIENT_SIZE;
 }
 
-NVML_API nvmlDeviceGetAccountingStats(nvmlDevice_t device, unsigned int pid, nvmlAccountingStats_t *stats)
+NVML_API nvmlDeviceGetAccountingStats(nvmlDevice_t handle, unsigned int pid, nvmlAccountingStats_t *stats)
 {
+    const struct sim_device *device;
+    nvmlReturn_t result = nvml_enter(handle, stats, &device);
     (void)pid;
-    return not_accounted(device, stats);
+    return result ? result : NVML_ERROR_NOT_FOUND;
 }

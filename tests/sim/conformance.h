@@ -76,5 +76,6 @@ void check_accounts(void);
 void check_relaxed(void);
 void check_lost_graphs(void);
 void check_asides(void);
+void check_apart(void);
 
 #endif
