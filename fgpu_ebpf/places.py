@@ -153,6 +153,10 @@ class Place:
         is_gang = len(turn.devices) > 1  # whose kernels may be waiting for each other
         return turn.closing_ns > 0 and not is_gang and self.flight_ns(now_ns) <= LEAD_NS + MORE_NS
 
+    def comes_back(self) -> bool:
+        """Its turn was cut and has passed to another: it will have drained, and want to go on, when it is looked at."""
+        return self.turn is not None and self.turn.handed_ns > 0 and self.turn.cut
+
     def meets_ns(self, turn: Turn) -> int:
         """When to see whether kernels of its gang wait for others that wait at closed gates; 0: never."""
         seen = self.seen
@@ -177,7 +181,7 @@ class Place:
 
     def waits_for(self, owner: Place) -> bool:
         """It has to, and does not outrank the owner. (Of what it left in flight one wants to hear the end.)"""
-        owned = owner.turn.devices if owner.turn else ()
+        owned = owner.turn.devices if owner.turn and owner is not self else ()
         return owner.share.rank <= self.share.rank and not self.late_ns and not self.seen.devices.isdisjoint(owned)
 
     def look_due_ns(self, turn: Turn, now_ns: int, due_ns: int) -> int:
@@ -204,6 +208,10 @@ class Place:
         ended = self.seen.ended_ns
         believed = self.seen.drained and 0 < turn.closing_ns <= ended <= now_ns
         return max(ended, now_ns - self._span_ns()) if believed else now_ns
+
+    def passed_ns(self, turn: Turn) -> int:
+        """The same, of one that another has followed: since that should have begun it has had to share."""
+        return min(max(self.seen.ended_ns, turn.closing_ns, turn.handed_ns - self._span_ns()), turn.handed_ns)
 
     def _span_ns(self) -> int:
         return min(SPAN_NS, self.share.quantum_ns // SPAN_PARTS)

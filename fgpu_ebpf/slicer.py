@@ -124,7 +124,7 @@ class Slicer:
         self._publish_ns = min(self._publish_ns, monotonic_ns() + PUBLISH_NS)
         for device, share in self._shares[tenant].items():
             desk.set_budget(device, min(pages.BUDGET_NS, share.quantum_ns // QUANTUM_PARTS))
-            desk.put(device, self._turns.gate(tenant, device))
+            desk.put(device, self._turns.places[tenant].gate(device))
         desk.open_all(but=self._shares[tenant])
 
     # -- shares
@@ -213,7 +213,7 @@ class Slicer:
                     self._used.pop(tenant, None)
             self._news.clear()
             changed = self._turns.step(news, now_ns)
-            for tenant in sorted(changed, key=self._turns.is_open):  # first those that close
+            for tenant in sorted(changed, key=self._is_open):  # first those that close
                 self._set_gates(tenant)
             is_other |= bool(changed) or len(news) > 1  # who waits for whom
             is_new = self._turns.look_again()
@@ -282,10 +282,13 @@ class Slicer:
         process = self.ledger.process(pid) if self.ledger else None
         return {device for device, count in enumerate(process.contexts) if count} if process else set()
 
+    def _is_open(self, tenant: int) -> bool:
+        return self._turns.places[tenant].is_open()
+
     def _set_gates(self, tenant: int) -> None:
         desks = self._desks.get(tenant)
         for device in self._shares.get(tenant, ()) if desks else ():
-            word = self._turns.gate(tenant, device)
+            word = self._turns.places[tenant].gate(device)
             for desk in desks or ():
                 desk.put(device, word)
 

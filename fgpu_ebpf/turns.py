@@ -85,11 +85,18 @@ class Turns:
     def unheard(self) -> set[int]:
         """Those who wait for somebody whom they do not outrank: what they ring for can wait until the next step."""
         owners = self._running.values()
-        return {tenant for tenant, place in self._queue.items() if any(place.waits_for(owner) for owner in owners)}
+        waiting = [*self._queue.values(), *self._coming_back()]
+        return {place.tenant for place in waiting if any(place.waits_for(owner) for owner in owners)}
+
+    def _coming_back(self) -> list[Place]:
+        """Those whose turn was cut and has passed to another: nobody has to hear that they have drained, and soon want
+        to go on. They are looked at when something else is due."""
+        return [place for place in self._running.values() if place.comes_back()]
 
     def step(self, news: Mapping[int, Seen], now_ns: int) -> set[int]:
         """What is new of these; answers the tenants whose gates are others now."""
-        wanted = {device for place in self._queue.values() for device in place.seen.devices}
+        waiting = (*self._queue.values(), *self._coming_back())
+        wanted = {device for place in waiting for device in place.seen.devices}
         for tenant, seen in news.items():
             place = self.places.get(tenant)
             if place:
@@ -121,7 +128,7 @@ class Turns:
     def due_ns(self, now_ns: int) -> int:
         """When to step again, if nobody rings before; NEVER_NS: not before."""
         due = NEVER_NS
-        wanted: set[int] = set()
+        wanted = {device for place in self._coming_back() for device in place.seen.devices}
         for place in self._queue.values():
             at_ns = place.ripe_ns()
             if at_ns > now_ns:
@@ -345,19 +352,20 @@ class Turns:
     def _finish(self, place: Place, turn: Turn, now_ns: int) -> None:
         place.account = place.account.at(now_ns, place.share)
         ended_ns = min(now_ns, turn.active_ns) if turn.rested else place.ended_ns(turn, now_ns)
+        passed_ns = now_ns
         if turn.handed_ns and place.seen.drained:
-            ended_ns = min(ended_ns, turn.handed_ns)  # since then it has had to share
+            ended_ns = passed_ns = place.passed_ns(turn)
             self._begin_earlier(turn, ended_ns)
         self._charge(place, max(0, ended_ns - max(turn.charged_ns, place.begun_ns(turn))))
         if turn.closing_ns:
             overrun = not place.seen.drained and not turn.rested  # its work has ended, and it has not looked
             for device in turn.devices:
-                self._clocks.count(device).add(now_ns - turn.closing_ns, overrun)
+                self._clocks.count(device).add(passed_ns - turn.closing_ns, overrun)
             place.counts.overruns += overrun
             place.late_ns = now_ns if overrun else 0
         if turn.floor:
-            over_ns = now_ns - turn.opened_ns - FLOOR_TURN_NS - pages.BUDGET_NS
-            place.unlifted_ns = now_ns + FLOOR_PARTS * max(0, over_ns)
+            over_ns = passed_ns - turn.opened_ns - FLOOR_TURN_NS - pages.BUDGET_NS
+            place.unlifted_ns = passed_ns + FLOOR_PARTS * max(0, over_ns)
         if place.seen.launches == turn.launches and turn.active_ns == turn.opened_ns:
             place.shy_ns = STOPPED_NS if place.late_ns else min(max(SHY_NS, 4 * place.shy_ns), MOST_SHY_NS)
             place.shy_until_ns = now_ns + place.shy_ns
@@ -367,6 +375,7 @@ class Turns:
         if turn.cut and place.seen.drained:  # it comes back: nobody has to be woken up for that
             place.cut = True
             self._join(place, now_ns)
+            place.since_ns = passed_ns
 
     def _begin_earlier(self, before: Turn, ended_ns: int) -> None:
         """Of the turns that were to begin when that one should have drained: it has drained now."""
@@ -376,17 +385,9 @@ class Turns:
                 since_ns = max(ended_ns, place.begun_ns(turn))
                 self._charge(place, max(0, turn.begins_ns - since_ns))
 
-    # -- what gates say
-
-    def is_open(self, tenant: int) -> bool:
-        """It may launch, on some of its devices."""
-        return self.places[tenant].is_open()
-
-    def gate(self, tenant: int, device: int) -> int:
-        """The gate word of a tenant's processes on a device that it has a share of."""
-        return self.places[tenant].gate(device)
-
     def _turn_due_ns(self, place: Place, turn: Turn, wanted: set[int], now_ns: int) -> int:
+        if place.comes_back():
+            return NEVER_NS
         if turn.closing_ns:
             return place.drain_due_ns(turn, bool(turn.devices & wanted), now_ns)
         due, is_wanted, limited = turn.ends_ns, bool(turn.devices & wanted), place.share.limited

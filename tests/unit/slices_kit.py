@@ -92,7 +92,7 @@ class World:
         self.steps = 0
 
     def is_open(self, tenant: Tenant) -> bool:
-        return all(self.turns.gate(tenant.key, device) & pages.Gate.OPEN for device in tenant.devices)
+        return all(self.turns.places[tenant.key].gate(device) & pages.Gate.OPEN for device in tenant.devices)
 
     def run(self, seconds: float) -> World:
         end = self.now + round(seconds * S)
