@@ -29,6 +29,9 @@ def assert_nothing_left(host: host_kit.Host, before: host_kit.Listing) -> None:
 
 
 def test_install_enforce_purge(host: host_kit.Host, deb: Path, tmp_path: Path) -> None:
+    settings = host.root / "etc/docker/daemon.json"
+    settings.parent.mkdir()
+    settings.write_text('{"debug": true}')
     before, accounts, mounts = host_kit.listing(host.root), host.accounts(), Path("/proc/mounts").read_text()
     begun = time.monotonic()
     host.apt("install", host_kit.BUILD / deb.relative_to(kit.BUILD))
@@ -40,7 +43,11 @@ def test_install_enforce_purge(host: host_kit.Host, deb: Path, tmp_path: Path) -
     assert host.run("dpkg", "--verify", "fgpu").stdout == ""
     assert host.left(before), "the package brings nothing?"
     assert host.pins()
-    host.apt("purge", "fgpu")
+    host.run("fgpu", "setup", "docker")
+    assert '"default-runtime": "fgpu"' in settings.read_text()
+    said = host.apt("purge", "fgpu").stdout
+    assert "systemctl restart docker" in said, "a daemon that runs names a runtime that is gone"
+    assert settings.read_text() == '{"debug": true}'
     assert host.agent is not None
     assert host.agent.wait(60) == 0  # what it has probed of others on this machine it lets go one by one
     assert_nothing_left(host, before)
