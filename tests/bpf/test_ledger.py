@@ -507,12 +507,15 @@ def test_a_context_that_the_driver_refuses_is_given_back(level, client):
 
 def test_pool_bytes_are_committed_and_given_back_never_beyond(kernel, level, client):
     before = anomalies(kernel)["RELEASE"]
+    client(f"admit({8 * MIB}); alloc(0x1000, {8 * MIB})")  # which is no pool's
     client(f"admit({32 * MIB}, kind={int(POOL)})")
     client(f"admit({32 * MIB}, kind={int(POOL)})")
-    assert level.used == 64 * MIB
+    assert level.used == 72 * MIB
     client(f"shim.fgpu_release(0, u64({16 * MIB}), {int(POOL)}, u64(1))")
-    assert level.used == 48 * MIB
+    assert level.used == 56 * MIB
     client(f"shim.fgpu_release(0, u64({1024 * MIB}), {int(POOL)}, u64(2))")
+    assert level.used == 8 * MIB
+    client("free(0x1000)")
     assert level.used == 0
     assert anomalies(kernel)["RELEASE"] == before + 1
 
