@@ -1,28 +1,29 @@
 """Notices that the policies' folder has changed.
 
-Owns: one thread. Never: judges what it reads. On failure: where the kernel gives no notifications it looks every two
-seconds; what the callback raises is logged, and the thread goes on.
+Owns: one thread, which sleeps until the kernel says that something has happened there. Never: judges what it reads. On
+failure: where the kernel gives no notifications it looks every two seconds; what the callback raises is logged, and the
+thread goes on.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import select
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import watchfiles
-
+from fgpu_ebpf.bell import Bell
+from fgpu_ebpf.folderbell import FolderBell
 from fgpu_ebpf.policy import PolicySet
 from fgpu_ebpf.policyfolder import PolicyFolder, Reading
 from fgpu_ebpf.yamlfile import Fault
 
 log = logging.getLogger("fgpu.policy")
 logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change
-QUIET_SECONDS = 0.04  # a change is read once nothing more has happened for so long; it is looked for as often
+QUIET_SECONDS = 0.02  # a change is read once nothing more has happened for so long
 LONGEST_SECONDS = 2.0  # or after so much of it
-LOOK_SECONDS = 2.0  # for what no notification tells: behind symbolic links, on network file systems, a lost race
+LOOK_SECONDS = 2.0  # for what no notification tells: behind symbolic links, on network file systems
 
 Callback = Callable[[PolicySet | None, tuple[Fault, ...]], None]
 
@@ -41,6 +42,7 @@ class PolicyWatch:
         self._had = last.state is not None
         self._changed = changed
         self._end = threading.Event()
+        self._end_bell = Bell()
         self._thread = threading.Thread(target=self._run, name="policy", daemon=True)
 
     def start(self) -> None:
@@ -50,30 +52,47 @@ class PolicyWatch:
     def stop(self) -> None:
         """Ends the thread; no call comes after."""
         self._end.set()
+        self._end_bell.ring()
         self._thread.join()
 
     def _run(self) -> None:
         while not self._end.is_set():
             try:
                 self._look()
-                self._watch()
-            except OSError as error:  # a folder went meanwhile, or there are no more notifications to be had
+                self._await_change()
+                self._await_quiet()
+            except FileNotFoundError:
+                continue  # a folder went meanwhile
+            except OSError as error:  # there are no more notifications to be had
                 log.debug("%s is not watched: %s", self._folder.path, error)
                 self._end.wait(LOOK_SECONDS)
             except Exception:
                 log.exception("policies were not taken over")
                 self._end.wait(LOOK_SECONDS)
 
-    def _watch(self) -> None:
-        """Looks at every notification, until what is watched is no longer what should be. Raises OSError."""
+    def _await_change(self) -> None:
+        """Sleeps until something happens where it may matter. Raises OSError."""
         places = watched(self._folder.path)
+        with FolderBell(places) as bell:
+            woken = select.poll()  # the agent has more descriptors than select(2) takes
+            woken.register(bell, select.POLLIN)
+            woken.register(self._end_bell, select.POLLIN)
+            while watched(self._folder.path) == places:
+                self._look()  # first at what happened until the bell hung
+                if woken.poll(LOOK_SECONDS * 1000):
+                    return
+
+    def _await_quiet(self) -> None:
+        """Until whoever changes the folder seems to have done with it. Raises OSError."""
+        import watchfiles  # here: two megabytes that a host whose policies never change need not pay for
+
         changes = watchfiles.watch(
-            *places,
+            *watched(self._folder.path),
             watch_filter=None,
             debounce=int(LONGEST_SECONDS * 1000),
             step=int(QUIET_SECONDS * 1000),
             stop_event=self._end,
-            rust_timeout=int(LOOK_SECONDS * 1000),
+            rust_timeout=int(QUIET_SECONDS * 1000),
             yield_on_timeout=True,
             raise_interrupt=False,
             recursive=False,
@@ -81,12 +100,8 @@ class PolicyWatch:
             force_polling=False,
             ignore_permission_denied=True,
         )
-        for _ in changes:
-            if self._end.is_set():
-                return
-            self._look()
-            if watched(self._folder.path) != places:
-                return
+        next(changes, None)
+        changes.close()
 
     def _look(self) -> None:
         """Tells of the folder if it is not as it was."""
@@ -99,14 +114,12 @@ class PolicyWatch:
             self._changed(reading.policies, reading.faults)
 
 
-def watched(folder: Path) -> dict[Path, int]:
-    """What to watch, with its inode: the folder and the one around it, or the innermost that is there."""
-    places: dict[Path, int] = {}
+def watched(folder: Path) -> list[Path]:
+    """What to watch: the folder and the one around it, or the innermost that is there."""
+    places = []
     for path in (folder, *folder.parents):
-        try:
-            places[path] = os.stat(path).st_ino
-        except OSError:
-            continue
-        if path != folder:
-            break
+        if path.exists():
+            places.append(path)
+            if path != folder:
+                break
     return places

@@ -1,10 +1,12 @@
-"""The thread that notices changes of the policies' folder."""
+"""The thread that notices changes of the policies' folder; by itself it looks but once a minute here."""
 
 from __future__ import annotations
 
+import os
 import queue
 import shutil
 import time
+from pathlib import Path
 
 import policy_kit as kit
 import pytest
@@ -33,10 +35,21 @@ class Heard(queue.Queue):
             return True
 
 
+def switches(watch: PolicyWatch) -> int:
+    """How often the thread has gone to sleep."""
+    status = Path(f"/proc/self/task/{watch._thread.native_id}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("voluntary_ctxt_switches"))
+
+
 @pytest.fixture
-def watch():
+def watches(monkeypatch):
+    monkeypatch.setattr(policywatch, "LOOK_SECONDS", 60.0)
+    return []
+
+
+@pytest.fixture
+def watch(watches):
     """watch(path): what is told of a folder from now on."""
-    watches = []
 
     def begin(path) -> Heard:
         folder, heard = PolicyFolder(path, root_only=False, settle_seconds=0.01), Heard()
@@ -116,17 +129,66 @@ def test_a_folder_put_in_anothers_place_is_noticed(tmp_path, watch):
     assert heard.next() == (["b", "c"], [])
 
 
-def test_what_takes_a_folders_place_is_watched_and_not_only_looked_at(tmp_path, watch, monkeypatch):
-    monkeypatch.setattr(policywatch, "LOOK_SECONDS", 60.0)
-    place, fresh = tmp_path / "policy.d", tmp_path / "fresh"
+def test_a_folder_made_anew_in_the_same_place_is_watched(tmp_path, watch):
+    place = tmp_path / "policy.d"
     place.mkdir()
-    fresh.mkdir()
-    (fresh / "x.yaml").write_text(kit.text("b"))
     heard = watch(place)
     time.sleep(0.5)  # until it listens
-    place.rename(tmp_path / "old")
-    fresh.rename(place)
-    assert heard.next() == (["b"], [])
+    place.rmdir()
+    place.mkdir()  # most often with the same inode
     time.sleep(0.5)
     (place / "y.yaml").write_text(kit.text("c"))
-    assert heard.next() == (["b", "c"], [])
+    told = heard.next()
+    while told != (["c"], []):  # it may have been seen to be gone
+        told = heard.next()
+
+
+@pytest.mark.parametrize("write", ["in place", "renamed over", "linked anew"])
+def test_each_way_of_writing_a_file_is_noticed(tmp_path, watch, write):
+    place, other = tmp_path / "policy.d/a.yaml", tmp_path / "policy.d/.new"
+    place.parent.mkdir()
+    for name in "ab":
+        (tmp_path / name).write_text(kit.text(name))
+    if write == "linked anew":
+        place.symlink_to(tmp_path / "a")
+    else:
+        place.write_text(kit.text("a"))
+    heard = watch(place.parent)
+    time.sleep(0.5)  # until it listens
+    if write == "in place":
+        place.write_text(kit.text("b"))
+    elif write == "renamed over":
+        other.write_text(kit.text("b"))
+        other.rename(place)
+    else:
+        other.symlink_to(tmp_path / "b")
+        os.replace(other, place)
+    told = heard.next()
+    while told == ([], []):  # between emptied and written
+        told = heard.next()
+    assert told == (["b"], [])
+
+
+def test_where_the_kernel_gives_no_notifications_it_looks(tmp_path, watch, monkeypatch):
+    def refuse(folders):
+        raise OSError("no watches are left")
+
+    monkeypatch.setattr(policywatch, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(policywatch, "FolderBell", refuse)
+    heard = watch(tmp_path)
+    for name in "ab":
+        (tmp_path / "a.yaml").write_text(kit.text(name))
+        assert heard.next() == ([name], [])
+
+
+def test_it_sleeps_while_nothing_happens(tmp_path, watch, watches):
+    heard = watch(tmp_path)
+    (tmp_path / "a.yaml").write_text(kit.text("a"))
+    assert heard.next() == (["a"], [])
+    time.sleep(0.5)  # until it listens again
+    before = switches(watches[0])
+    for _ in range(5):
+        (tmp_path / "a.yaml").read_text()
+        os.listdir(tmp_path)
+        time.sleep(0.1)
+    assert switches(watches[0]) == before
