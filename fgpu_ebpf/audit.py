@@ -7,17 +7,16 @@ does not say what a process ran, nothing is known of any tenant there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from fgpu_ebpf.processes import Process
-from fgpu_ebpf.timebook import Timebook, TurnCounts
+from fgpu_ebpf.timebook import Key, Timebook, TurnCounts
 
 LOOK_SECONDS = 1.0
 LOOKS = 10
 MUCH = 0.1  # of a device: twice what a lie about a turn can gain there
 NS = 1_000_000_000
-Key: TypeAlias = tuple[int, int]  # level and device
 Percent: TypeAlias = Mapping[int, int]  # host pid -> of a device's time, as NVML has it
 
 
@@ -44,7 +43,6 @@ class Audit:
     def __init__(self, percent: Callable[[int, float], Percent | None]) -> None:
         self._percent = percent
         self._looks: dict[Key, deque[_Look]] = {}
-        self._shares: tuple[int, Collection[Key]] = (-1, ())
         self._at = 0.0
 
     def due(self, now: float) -> bool:
@@ -54,11 +52,8 @@ class Audit:
     def look(self, now: float, epoch: float, times: Timebook, processes: Mapping[int, Process]) -> Verdict:
         """To be called about once a second. `epoch`: now, in seconds since the epoch."""
         self._at = now
-        version = times.epoch()
-        if self._shares[0] != version:
-            self._shares = version, times.shares().keys()
-        turns = times.turns() if self._shares[1] else {}
-        counts = {place: turns.get(place, TurnCounts()) for place in self._shares[1]}  # who says nothing owns nothing
+        turns = times.turns()
+        counts = {place: turns.get(place, TurnCounts()) for place in times.shared()}  # who says nothing owns nothing
         gated = {place: found for place, found in counts.items() if not found.free}
         self._looks = {place: looks for place, looks in self._looks.items() if place in gated}
         for device in {device for _, device in gated}:

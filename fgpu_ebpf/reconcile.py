@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from fgpu_ebpf import procfs
+from fgpu_ebpf import pages, procfs
 from fgpu_ebpf.audit import Audit, Verdict
 from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.checks import Check
@@ -36,7 +36,7 @@ class Truth:
     """What NVML said last: bytes by device and host pid (None: "N/A"), and the drift of each process compared.
 
     `turns`: who does not keep to them. `answered`: when NVML last did, device by device, on the monotonic clock.
-    `failure`: why the last look has none.
+    `failure`: why the last look has none. `processes`: those of the ledger, just before.
     """
 
     answered: Mapping[int, float] = field(default_factory=dict)
@@ -45,6 +45,12 @@ class Truth:
     drift: Mapping[tuple[int, int], int] = field(default_factory=dict)
     turns: Verdict = field(default_factory=Verdict)
     failure: str = ""
+    processes: Mapping[int, Process] = field(default_factory=dict)
+
+    def has_shim(self, pid: int) -> bool:
+        """The ledger says so: nobody needs to tell of this one."""
+        process = self.processes.get(pid)
+        return process is not None and bool(process.flags & pages.Seen.SHIM)
 
 
 def check(ages: Mapping[int, float | None], failure: str) -> Check:
@@ -132,7 +138,7 @@ class Reconciler:
         now, used = time.monotonic(), self._used()
         answered = dict.fromkeys((device for device in held if used[device] is not None), now)
         answered, turns = {**self.truth.answered, **answered}, self._turns(now)
-        before, self.truth = self.truth, Truth(answered, used, held, drift, turns)
+        before, self.truth = self.truth, Truth(answered, used, held, drift, turns, processes=self._known)
         if _pids(held) != _pids(before.held):
             self._bell.ring()
 

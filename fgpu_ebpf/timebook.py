@@ -11,16 +11,19 @@ import os
 import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import astuple, dataclass
+from typing import TypeAlias
 
 from fgpu_ebpf import bpf, pages
 from fgpu_ebpf.events import Events
 from fgpu_ebpf.scheduler import Share
 
+Key: TypeAlias = tuple[int, int]  # level and device
 _KEY = struct.Struct("QQ")
 _SHARE = struct.Struct("4Q")
 _TURN = struct.Struct("11Q")
 _U32, _U64 = struct.Struct("I"), struct.Struct("Q")
 HOST_SHARES = 4
+FEW = 24  # shares whose outcomes are looked up faster than a map is walked
 assert (_SHARE.size, _TURN.size) == (ctypes.sizeof(pages.Share), ctypes.sizeof(pages.Turn))
 
 
@@ -46,6 +49,7 @@ class Timebook:
 
     def __init__(self, maps: Mapping[str, int], ring: Callable[[], object]) -> None:
         self._maps, self._ring = maps, ring
+        self._shared: tuple[int, Collection[Key]] = (-1, ())
 
     def bell(self) -> Events | None:
         """Readable once shares have changed or a process has ended, until it is read: it yields the latter, as
@@ -58,10 +62,17 @@ class Timebook:
         raw = bpf.lookup(self._maps["host"], _U32.pack(HOST_SHARES), 8)
         return int(_U64.unpack(raw or bytes(8))[0])
 
-    def shares(self) -> dict[tuple[int, int], Share]:
+    def shares(self) -> dict[Key, Share]:
         """All of them, by level and device."""
         found = bpf.items(self._maps["shares"], _KEY.size, _SHARE.size)
         return {_KEY.unpack(key): Share(*_SHARE.unpack(value)) for key, value in found}
+
+    def shared(self) -> Collection[Key]:
+        """Who has one, since they last changed: nothing is walked where they have not."""
+        version = self.epoch()
+        if self._shared[0] != version:
+            self._shared = version, self.shares().keys()
+        return self._shared[1]
 
     def set_shares(self, wanted: Mapping[int, Mapping[int, Share]]) -> None:
         """What these levels get, by device; a device left out is not gated. The gatekeeper is told."""
@@ -85,11 +96,19 @@ class Timebook:
         """These levels have no share any more, and nothing came of it."""
         self.set_shares({level: {} for level in levels})
 
-    def turns(self) -> dict[tuple[int, int], TurnCounts]:
-        """What came of all shares, by level and device."""
-        found = bpf.items(self._maps["turns"], _KEY.size, _TURN.size)
-        return {_KEY.unpack(key): TurnCounts(*_TURN.unpack(value)) for key, value in found}
+    def turns(self) -> dict[Key, TurnCounts]:
+        """What came of all shares of which there is word, by level and device."""
+        turns, shared = self._maps["turns"], self.shared()
+        if len(shared) > FEW:
+            found = ((_KEY.unpack(key), value) for key, value in bpf.items(turns, _KEY.size, _TURN.size))
+            return {key: _counts(value) for key, value in found if key in shared}
+        looked_up = ((key, bpf.lookup(turns, _KEY.pack(*key), _TURN.size)) for key in shared)
+        return {key: _counts(value) for key, value in looked_up if value}
 
     def set_turns(self, level: int, device: int, counts: TurnCounts) -> None:
         """What came of a share, so far."""
         bpf.update(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*astuple(counts)))
+
+
+def _counts(raw: bytes) -> TurnCounts:
+    return TurnCounts(*_TURN.unpack(raw))

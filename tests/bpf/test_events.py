@@ -12,8 +12,9 @@ import time
 import pytest
 from conftest import MIB, anomalies, wait_until
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import pages, timebook
 from fgpu_ebpf.scheduler import Share
+from fgpu_ebpf.timebook import TurnCounts
 
 News = pages.News
 VMM = pages.Kind.VMM
@@ -368,3 +369,18 @@ def test_the_end_of_a_thread_and_of_a_program_that_execs_is_not(kernel, bell, le
     wait_until(lambda: client.entry(kernel) is None)
     client.kill()
     assert not is_rung(bell)
+
+
+@pytest.mark.parametrize("devices", [1, timebook.FEW + 1])
+def test_what_came_of_shares_is_read_of_those_who_have_one(kernel, level, devices):
+    times = kernel.ledger.times
+    assert (times.turns(), list(times.shared())) == ({}, [])
+    keys = {(level.cgroup, device) for device in range(devices)}
+    times.set_shares({level.cgroup: {device: Share() for _, device in keys}})
+    assert (times.turns(), set(times.shared())) == ({}, keys)
+    counts = {key: TurnCounts(owned_ns=1009 + key[1], overruns=3) for key in keys}
+    for key, count in counts.items():
+        times.set_turns(*key, count)
+    assert times.turns() == counts
+    times.forget([level.cgroup])
+    assert (times.turns(), list(times.shared())) == ({}, [])

@@ -20,7 +20,7 @@ class Host:
         self.percent, self.now, self.free = percent, 1000.0, 0
         self.silent = False
         self.audit = Audit(lambda device, since: self.percent)
-        self.epoch, self.shares = int, lambda: {HONEST: None, LIAR: None}
+        self.shared = lambda: {HONEST, LIAR}
 
     def looks(self, number):
         for _ in range(number):

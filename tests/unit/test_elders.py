@@ -153,6 +153,13 @@ def test_whom_the_kernel_has_seen_it_tells_of_itself(flags: int) -> None:
     assert host.told() == []
 
 
+def test_whoever_has_the_shim_is_not_looked_up() -> None:
+    host = Host(pages.Seen.SHIM)
+    host.adoption._ledger.process = None
+    host.truth = replace(host.truth, processes={ME: host.process})
+    assert host.told() == []
+
+
 def test_without_a_new_look_of_nvml_nothing_is_looked_at() -> None:
     host = Host()
     host.told()

@@ -42,7 +42,7 @@ class Books:
 
     def __init__(self, entry: Process) -> None:
         self.entry, self.moved, self.refuses = entry, [], 0
-        self.times = SimpleNamespace(epoch=int, shares=dict, turns=dict)
+        self.times = SimpleNamespace(shared=dict, turns=dict)
         self.so_far, self.swept = 1, 0
 
     def processes(self):
