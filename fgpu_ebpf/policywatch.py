@@ -1,7 +1,7 @@
 """Notices that the policies' folder has changed.
 
 Owns: one thread, which sleeps until the kernel says that something has happened there. Never: judges what it reads. On
-failure: where the kernel gives no notifications it looks every two seconds; what the callback raises is logged, and the
+failure: where the kernel gives no notifications it looks every five seconds; what the callback raises is logged, and the
 thread goes on.
 """
 
@@ -23,7 +23,7 @@ log = logging.getLogger("fgpu.policy")
 logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change
 QUIET_SECONDS = 0.02  # a change is read once nothing more has happened for so long
 LONGEST_SECONDS = 2.0  # or after so much of it
-LOOK_SECONDS = 2.0  # for what no notification tells: behind symbolic links, on network file systems
+LOOK_SECONDS = 5.0  # for what no notification tells: behind symbolic links, on network file systems
 
 Callback = Callable[[PolicySet | None, tuple[Fault, ...]], None]
 
