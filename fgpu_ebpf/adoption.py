@@ -42,8 +42,7 @@ class Adoption:
             return
         self._last = truth
         self._enforcer.spare_elders()
-        holders = {pid for held in truth.held.values() for pid in held if not truth.has_shim(pid)}
-        known = {pid: p for pid in holders if (p := self._ledger.process(pid)) and p.levels}
+        known = {pid: p for pid in truth.strangers() if (p := self._ledger.process(pid)) and p.levels}
         self._told &= {(pid, p.generation) for pid, p in known.items()}
         before, self._held = self._held, {(pid, p.generation) for pid, p in known.items() if any(p.bytes)}
         for who in self._held - self._told:

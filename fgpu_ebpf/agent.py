@@ -37,8 +37,8 @@ from fgpu_ebpf.view import take_snapshot
 from fgpu_ebpf.workloads import Workloads
 
 log = logging.getLogger("fgpu.agent")
-TICK_SECONDS = 0.5
 ROUND_SECONDS = 1.0
+HURRY_SECONDS = 0.1  # while there is no gatekeeper
 SNAPSHOT_SECONDS = 1.0  # no older than this is a Snapshot that is shown
 RESCAN_SECONDS = 30.0  # for what no event tells: attributes of a cgroup that change later
 STATE = Path("/var/lib/fgpu/contexts.json")
@@ -107,7 +107,8 @@ class Agent:
         self._ended = False
         self.failures = 0
         self.writes_refused = 0
-        self.chores: list[Callable[[], object]] = []  # done at every tick
+        self.chores: list[Callable[[], object]] = []  # of every round
+        self._next_round = 0.0
         self._reload_wanted = False
 
     # -- start
@@ -202,8 +203,9 @@ class Agent:
             self.ledger, self.manager, self.history, self.reconciler.orphaned, lambda: self._truth().held,
             self.discovery.look_into,
         )  # fmt: skip
+        self._adoption = Adoption(self._truth, self.ledger, self.enforcer, self.history)
         self.chores += [
-            Adoption(self._truth, self.ledger, self.enforcer, self.history).look,
+            self._adoption.look,
             Overruns(self.ledger.times.turns, self.enforcer.name_of, self.history).look,
         ]
         self._policies = Policies(self.settings.policy_folder, self.manager, self.history)
@@ -264,32 +266,42 @@ class Agent:
         """At the next tick; for SIGHUP, whose handler may come in the middle of anything."""
         self._reload_wanted = True
 
+    def round_soon(self, *_: object) -> None:
+        """A round at the next tick; for SIGCHLD: it may be the gatekeeper that has ended."""
+        self._next_round = 0.0
+
     def run(self) -> None:
-        """Ticks until end()."""
+        """Ticks until end(): whenever something happens, and for a round."""
         watchdog = notify.Watchdog()
-        next_round, next_scan = 0.0, time.monotonic() + RESCAN_SECONDS
+        next_scan = time.monotonic() + RESCAN_SECONDS
         while not self._ended:
-            for key, _ in self.selector.select(TICK_SECONDS):
+            for key, _ in self.selector.select(max(0.0, self._next_round - time.monotonic())):
                 self._do(key.data)
             watchdog.ping()
             if self._ended:
                 break
-            now = time.monotonic()
-            for chore in self.chores:
-                self._do(chore)
             if self._reload_wanted:
                 self._reload_wanted = False
                 self._do(self.reload)
-            self._do(self.keeper.keep)
-            self._do(self.manager.tidy_late)
-            if now >= next_round:
-                next_round = now + ROUND_SECONDS
-                self._do(self.discovery.mend)
-                self._do(self.discovery.let_go)
-                self._do(self.engines.keep)
+            now = time.monotonic()
+            if now >= self._next_round:
+                self._round(now)
                 if now >= next_scan or self.news.lost():
                     next_scan = now + RESCAN_SECONDS
                     self._do(self.rescan)
+
+    def _round(self, now: float) -> None:
+        """What nobody tells of."""
+        self._next_round = now + ROUND_SECONDS
+        for chore in self.chores:
+            self._do(chore)
+        self._do(self.keeper.keep)
+        if self.keeper.is_missed:
+            self._next_round = now + HURRY_SECONDS
+        self._do(self.manager.tidy_late)
+        self._do(self.discovery.mend)
+        self._do(self.discovery.let_go)
+        self._do(self.engines.keep)
 
     def _do(self, what: Callable[[], object]) -> None:
         """One part's mistake must not end the others; limits stand in the kernel either way."""
@@ -322,7 +334,8 @@ class Agent:
         self.reconciler.hush()
         truth = self._truth()
         unseen = {pid for (pid, _), drift in truth.drift.items() if drift < 0}
-        self.discovery.look_at_new((pid for held in truth.held.values() for pid in held), unseen)
+        self.discovery.look_at_new(truth.pids(), unseen)
+        self._adoption.look()
 
     def look(self) -> Snapshot:
         """A Snapshot of this moment."""

@@ -35,6 +35,7 @@ class Keeper:
         self._command = [sys.executable, "-m", "fgpu_ebpf.gatekeeper", "--run-dir", str(run_dir), "--pins", str(pins)]
         self._child: subprocess.Popen[bytes] | None = None
         self._seen = 0.0
+        self.is_missed = False  # by keep()
 
     def start(self) -> None:
         """Starts one, unless there is one that a service runs or that outlived an agent."""
@@ -47,7 +48,8 @@ class Keeper:
     def keep(self) -> None:
         """Starts one where there is none; where a service ran one, it has the time to do so again."""
         own = self._child and self._child.poll() is None
-        if own or locked(self._run_dir / "gatekeeper.lock"):
+        self.is_missed = not own and not locked(self._run_dir / "gatekeeper.lock")
+        if not self.is_missed:
             self._seen = time.monotonic()
             return
         if time.monotonic() - self._seen < (OWN_SECONDS if self._child else OTHERS_SECONDS):

@@ -1,8 +1,8 @@
 """Notices that the policies' folder has changed.
 
 Owns: one thread, which sleeps until the kernel says that something has happened there. Never: judges what it reads. On
-failure: where the kernel gives no notifications it looks every five seconds; what the callback raises is logged, and the
-thread goes on.
+failure: where the kernel gives no notifications it looks every five seconds; what the callback raises is logged, and
+the thread goes on.
 """
 
 from __future__ import annotations

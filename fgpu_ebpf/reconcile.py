@@ -47,10 +47,14 @@ class Truth:
     failure: str = ""
     processes: Mapping[int, Process] = field(default_factory=dict)
 
-    def has_shim(self, pid: int) -> bool:
-        """The ledger says so: nobody needs to tell of this one."""
-        process = self.processes.get(pid)
-        return process is not None and bool(process.flags & pages.Seen.SHIM)
+    def pids(self) -> set[int]:
+        """Who holds memory."""
+        return {pid for held in self.held.values() for pid in held}
+
+    def strangers(self) -> set[int]:
+        """Those of them that the ledger does not know to have the shim."""
+        seen = (pid for pid, process in self.processes.items() if process.flags & pages.Seen.SHIM)
+        return self.pids().difference(seen)
 
 
 def check(ages: Mapping[int, float | None], failure: str) -> Check:
@@ -95,7 +99,7 @@ class Reconciler:
         self._thread.join(2.0)
 
     def fileno(self) -> int:
-        """Readable when others hold memory than before, until hush()."""
+        """Readable when others hold memory than before, or somebody without the shim does, until hush()."""
         return self._bell.fileno()
 
     def hush(self) -> None:
@@ -139,7 +143,7 @@ class Reconciler:
         answered = dict.fromkeys((device for device in held if used[device] is not None), now)
         answered, turns = {**self.truth.answered, **answered}, self._turns(now)
         before, self.truth = self.truth, Truth(answered, used, held, drift, turns, processes=self._known)
-        if _pids(held) != _pids(before.held):
+        if self.truth.pids() != before.pids() or self.truth.strangers():
             self._bell.ring()
 
     def _turns(self, now: float) -> Verdict:
@@ -250,10 +254,6 @@ class Reconciler:
         if ended != self._ended:
             self._ended = ended
             self._ledger.sweep()
-
-
-def _pids(held: Mapping[int, Sample]) -> set[int]:
-    return {pid for by in held.values() for pid in by}
 
 
 def overhead_for(exact: int, pool: int) -> int:

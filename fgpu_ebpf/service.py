@@ -129,7 +129,9 @@ def _process_start() -> float:
 
 
 def _handle_signals(service: Agent) -> None:
-    """SIGTERM and SIGINT end the agent in order, SIGHUP reads the policies again; the loop wakes for each at once."""
+    """SIGTERM and SIGINT end the agent in order, SIGHUP reads the policies again, SIGCHLD has it look for the
+    gatekeeper; the loop wakes for each at once.
+    """
     bell = Bell()
     service.selector.register(bell, selectors.EVENT_READ, bell.hush)
 
@@ -141,6 +143,7 @@ def _handle_signals(service: Agent) -> None:
         (signal.SIGTERM, service.end),
         (signal.SIGINT, service.end),
         (signal.SIGHUP, service.reload_soon),
+        (signal.SIGCHLD, service.round_soon),
     ):
         signal.signal(number, lambda *_, what=what: handle(what))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf import devices
+from fgpu_ebpf import devices, pages
 from fgpu_ebpf.devices import Nvml
 from fgpu_ebpf.pages import Seen
 from fgpu_ebpf.processes import Process
@@ -313,3 +314,16 @@ def test_doctor_is_told_of_the_oldest(ages, ok, says):
     assert found.ok is ok
     assert says in found.found
     assert ok or found.mend
+
+
+def test_it_rings_for_others_than_before_and_for_those_who_have_no_shim():
+    books = Books(replace(process(512 * MIB), flags=pages.Seen.SHIM))
+    one = reconciler(books, {ME: 512 * MIB})
+    rung = []
+    for flags in (pages.Seen.SHIM, pages.Seen.SHIM, 0, 0, pages.Seen.SHIM):
+        books.entry = replace(books.entry, flags=flags)
+        one.look()
+        rung.append(bool(select.select([one], [], [], 0)[0]))
+        one.hush()
+    assert rung == [True, False, True, True, False]
+    assert one.truth.strangers() == set()

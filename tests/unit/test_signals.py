@@ -20,7 +20,7 @@ LONG_SECONDS = 60.0
 @pytest.fixture
 def agent() -> Iterator[Any]:
     """As much of an agent as signals need; how often each was asked of it."""
-    asked = {"end": 0, "reload_soon": 0}
+    asked = {"end": 0, "reload_soon": 0, "round_soon": 0}
 
     def count(name: str):
         def more(*_: object) -> None:
@@ -28,7 +28,7 @@ def agent() -> Iterator[Any]:
 
         return more
 
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD
     before = {number: signal.getsignal(number) for number in numbers}
     with selectors.DefaultSelector() as selector:
         made = SimpleNamespace(selector=selector, asked=asked, **{name: count(name) for name in asked})
@@ -39,13 +39,19 @@ def agent() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("number", "asks"), [(signal.SIGHUP, "reload_soon"), (signal.SIGTERM, "end"), (signal.SIGINT, "end")]
+    ("number", "asks"),
+    [
+        (signal.SIGHUP, "reload_soon"),
+        (signal.SIGTERM, "end"),
+        (signal.SIGINT, "end"),
+        (signal.SIGCHLD, "round_soon"),
+    ],
 )
 def test_the_loop_wakes(agent, number: int, asks: str) -> None:
     later = threading.Timer(0.1, os.kill, (os.getpid(), number))
     later.start()
     (heard,) = agent.selector.select(LONG_SECONDS)
     later.join()
-    assert agent.asked == {"end": 0, "reload_soon": 0} | {asks: 1}
+    assert agent.asked == {"end": 0, "reload_soon": 0, "round_soon": 0} | {asks: 1}
     heard[0].data()
     assert agent.selector.select(0) == [], "it would never sleep again"
