@@ -10,7 +10,7 @@
 
 #define WAKE_UP 2 /* BPF_RB_FORCE_WAKEUP */
 
-static void fate(u16 what) { count(0, 0, FGPU_EVENTS, what); }
+static void fate(u32 what) { incident(FGPU_REASONS + what); }
 
 /* One of the first `most` of a second. Threads that begin one at once may let a few more through. */
 static int first_ones(u64 *second, u64 *n, u64 most)

@@ -313,7 +313,8 @@ struct fgpu_thread { /* threads: pid_tgid -> ; made once, deleted when the threa
     struct fgpu_call call;
     __u64 open; /* the generation of the process that counts it; with its top bit, unless in the middle of a change */
 };
-/* Counters; those of the host have cgroup 0: anomalies kind FGPU_KINDS, events kind FGPU_EVENTS and their fate. */
+#define FGPU_REASONS 8 /* for as many each, what is counted for the host: anomalies, then events by their fate */
+/* Counters of a level. */
 struct fgpu_counter_key {
     __u64 cgroup;
     __u32 device;

@@ -59,7 +59,7 @@ class LevelLimits:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """A counter's key: anomalies have cgroup 0 and the anomaly as reason."""
+    """What is counted: of a level; or cgroup 0, of the host: of kind KINDS an anomaly, of kind EVENTS a fate."""
 
     cgroup: int
     device: int
@@ -232,7 +232,7 @@ class Ledger:
 
     def epoch(self) -> int:
         """Changes whenever `resolved` does."""
-        return self._host(HOST_EPOCH)
+        return self._number("host", HOST_EPOCH)
 
     def new_epoch(self) -> None:
         """Every shim says hello again at its next call."""
@@ -240,10 +240,10 @@ class Ledger:
 
     def settle(self) -> bool:
         """This kernel has no return probes: shims settle their admissions themselves."""
-        return bool(self._host(HOST_FLAGS) & pages.ControlFlag.SETTLE)
+        return bool(self._number("host", HOST_FLAGS) & pages.ControlFlag.SETTLE)
 
-    def _host(self, index: int) -> int:
-        raw = bpf.lookup(self._maps["host"], _U32.pack(index), 8)
+    def _number(self, array: str, index: int) -> int:
+        raw = bpf.lookup(self._maps[array], _U32.pack(index), 8)
         return _U64.unpack(raw or bytes(8))[0]  # type: ignore[no-any-return]
 
     def _set_host(self, index: int, value: int) -> None:
@@ -284,8 +284,7 @@ class Ledger:
 
     def context_bytes(self, device: int) -> int:
         """What a new context on this device is charged until NVML says better."""
-        raw = bpf.lookup(self._maps["contexts"], _U32.pack(device), 8)
-        return _U64.unpack(raw or bytes(8))[0]  # type: ignore[no-any-return]
+        return self._number("contexts", device)
 
     def set_context_bytes(self, device: int, bytes_: int) -> None:
         """Enters the size of a context, as last measured."""
@@ -295,7 +294,7 @@ class Ledger:
 
     def processes(self) -> dict[int, Process]:
         """All entries that are ready: tgid -> Process."""
-        so_far, (as_of, known) = self._host(HOST_PROCESSES), self._members
+        so_far, (as_of, known) = self._number("host", HOST_PROCESSES), self._members
         entries: Iterable[tuple[int, Process | None]]
         if so_far == as_of and len(known) <= FEW:  # nobody has come
             entries = ((tgid, self.process(tgid)) for tgid in known)
@@ -308,7 +307,7 @@ class Ledger:
 
     def processes_so_far(self) -> int:
         """How many entries there have ever been."""
-        return self._host(HOST_PROCESSES)
+        return self._number("host", HOST_PROCESSES)
 
     def process(self, tgid: int) -> Process | None:
         """One process's entry, or None."""
@@ -378,15 +377,17 @@ class Ledger:
         sizes = {"allocations": (_ALLOCATION_KEY, _ALLOCATION), "processes": (4, _PROCESS), "threads": (8, _THREAD)}
         return sum(1 for _ in bpf.items(self._maps[name], *sizes[name], 1024))
 
-    def count(self, of: Count) -> int:
-        """How often that has happened."""
-        raw = bpf.lookup(self._maps["counters"], _COUNTER_KEY.pack(of.cgroup, of.device, of.kind, of.reason), 8)
-        return _U64.unpack(raw or bytes(8))[0]  # type: ignore[no-any-return]
+    def incidents(self, kind: pages.Kind, reason: int) -> int:
+        """How often that has happened on the host: an anomaly of pages.Kind.KINDS, or what came of EVENTS."""
+        return self._number("incidents", (kind - pages.Kind.KINDS) * pages.REASONS + reason)
 
     def counters(self) -> dict[Count, int]:
         """Refusals and anomalies, counted in the kernel."""
         found = bpf.items(self._maps["counters"], _COUNTER_KEY.size, 8)
-        return {Count(*_COUNTER_KEY.unpack(key)): _U64.unpack(value)[0] for key, value in found}
+        counted = {Count(*_COUNTER_KEY.unpack(key)): _U64.unpack(value)[0] for key, value in found}
+        kinds = pages.Kind.KINDS, pages.Kind.EVENTS
+        host = {Count(0, 0, kind, n): self.incidents(kind, n) for kind in kinds for n in range(pages.REASONS)}
+        return {count: n for count, n in (counted | host).items() if n}
 
     def hits(self) -> list[int]:
         """How often each probe ran, on all processors: by pages.Function, the shim's at pages.HIT_ADMIT and after."""

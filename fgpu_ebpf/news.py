@@ -12,7 +12,7 @@ from fgpu_ebpf import pages, procfs
 from fgpu_ebpf.enforcer import Enforcer
 from fgpu_ebpf.events import Event, Events
 from fgpu_ebpf.history import History
-from fgpu_ebpf.ledger import Count, Ledger
+from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.pages import Fate, News
 
@@ -63,7 +63,7 @@ class Newsreader:
         return self._lost > before
 
     def _lost_so_far(self) -> int:
-        return sum(self._ledger.count(Count(0, 0, pages.Kind.EVENTS, fate)) for fate in (Fate.FULL, Fate.RATE))
+        return sum(self._ledger.incidents(pages.Kind.EVENTS, fate) for fate in (Fate.FULL, Fate.RATE))
 
     # -- one process or level
 
