@@ -156,15 +156,6 @@ static int charge(struct fgpu_process *p, struct held *h, u32 device, u64 bytes,
     return verdict;
 }
 
-/* The levels keep bytes that another process may have open; the agent lets go when NVML has told who holds them. It is
- * told of the leaf, and looks at the groups around as well. */
-static void orphan_levels(struct held *h, u32 device, u64 bytes)
-{
-    if (!bytes) return;
-    EACH_LEVEL if (h->page[i]) __sync_fetch_and_add(&h->page[i]->orphaned[slot(device)], bytes);
-    if (h->page[0]) tell(h->page[0], FGPU_NEWS_ORPHANED, device, bytes, FGPU_MEMORY, 0);
-}
-
 /* Takes from what one side has, and no more. */
 static u64 draw(struct fgpu_process *p, u64 side, u32 device, u64 bytes)
 {
@@ -176,20 +167,28 @@ static u64 draw(struct fgpu_process *p, u64 side, u32 device, u64 bytes)
 }
 
 /* What the side does not have any more has been moved in this very moment: its levels hold it until the agent's next
- * look. */
+ * look. Orphaned bytes may be open in another process: the levels keep them, and the agent lets go when NVML has told
+ * who holds them. It is told of the leaf, and looks at the groups around as well. One level after the other: pages of
+ * all at once, each there or not, are sixteen ways for the verifier to follow. */
 static void let_go(struct fgpu_process *p, u32 device, u64 bytes, int orphaned)
 {
+    u64 side = *(volatile u64 *)&p->turn;
+    struct fgpu_level *levels = levels_of(p, side);
     device &= DEVICE_MASK;
-    struct held h;
     if (!bytes) return;
-    look_up(p, &h);
     subtract(&on(p, device)->bytes, bytes);
-    u64 some = draw(p, h.side, device, bytes);
+    u64 some = draw(p, side, device, bytes);
     if (UNLIKELY(some != bytes)) __sync_fetch_and_add(&on(p, device)->owed, bytes - some);
-    if (orphaned)
-        orphan_levels(&h, device, some);
-    else
-        give_back_levels(&h, device, some, FGPU_LEVELS);
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = levels[i].cgroup ? page_at(&levels[i]) : 0;
+        if (!page) continue;
+        if (orphaned)
+            __sync_fetch_and_add(&page->orphaned[slot(device)], some);
+        else
+            subtract(&page->devices[slot(device)].used, some);
+    }
+    if (orphaned && some) tell(page_at(&levels[0]), FGPU_NEWS_ORPHANED, device, some, FGPU_MEMORY, 0);
 }
 
 static void release(struct fgpu_process *p, u32 device, u64 bytes) { let_go(p, device, bytes, 0); }

@@ -139,12 +139,16 @@ static u64 element_bytes(u32 format)
     return 4; /* 32 bits; compressed and planar formats take no more than this */
 }
 
+/* 1 at least. Without a branch, since it stands in a loop: the verifier would follow each level both ways. */
 static u64 extent(u64 n, u32 level)
 {
-    n = n > MOST_EXTENT ? MOST_EXTENT : n;
     n >>= level & 31;
-    return n ? n : 1;
+    u64 none = n - 1;
+    __asm__ volatile("" : "+r"(none));
+    return n | none >> 63;
 }
+
+static u64 at_most(u64 n) { return n > MOST_EXTENT ? MOST_EXTENT : n; }
 
 /* At least these bytes: for a call that nobody asked about. The driver pads; NVML tells by how much. */
 static u64 shape_bytes(u64 function, void *descriptor, u32 levels)
@@ -160,8 +164,9 @@ static u64 shape_bytes(u64 function, void *descriptor, u32 levels)
     if (s.flags & NO_MEMORY_YET) return 0;
     if (function != FGPU_FUNCTION_ARRAY_MIPMAPPED) levels = 1;
     element = element_bytes(s.format) * (s.channels & 7);
+    u64 width = at_most(s.width), height = at_most(s.height), depth = at_most(s.depth);
     for (u32 i = 0; i < 18 && i < levels; i++)
-        bytes += extent(s.width, i) * extent(s.height, i) * extent(s.depth, i) * element;
+        bytes += extent(width, i) * extent(height, i) * extent(depth, i) * element;
     return bytes;
 }
 
@@ -238,7 +243,9 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
         if (!settles && same_call(&t->call, &now)) return;
         put_back(p, tgid, &t->call); /* a call left by longjmp */
     }
-    u64 bytes = asked_bytes(ctx, &now);
+    u64 any = p->generation, bytes = forget(asked_bytes(ctx, &now), any); /* each function leaves other values */
+    now.function = forget(now.function, any);
+    now.device = forget(now.device, any);
     if (settles) take_over(&t->admission, &now);
     if (now.device >= FGPU_DEVICES) now.device = p->last_device & DEVICE_MASK;
     if (frees(now.function))

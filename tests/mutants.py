@@ -111,6 +111,10 @@ MUTANTS = {
     ),
     "export-forgotten-at-exit": ("        if (left > bytes) left = bytes;\n", "        left = 0;\n"),
     "export-forgotten-at-release": ("    *orphaned = f->bytes;\n    return 0;", "    return f->bytes;"),
+    "orphan-untold": ("    if (orphaned && some) tell(", "    if (0) tell("),
+    "released-from-no-level": ("            subtract(&page->devices[slot(device)].used, some);\n", "            {}\n"),
+    "orphan-kept-by-no-level": ("__sync_fetch_and_add(&page->orphaned[slot(device)], some);", "{}"),
+    "no-extent-is-none": ("return n | none >> 63;", "return n;"),
     "export-forgotten-at-unmap": (
         "    let_go(p, device, bytes, !!exported);",
         "    let_go(p, device, bytes, 0);",
