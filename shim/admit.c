@@ -18,6 +18,20 @@ static struct device {
     _Atomic uint64_t granule;
 } devices[FGPU_DEVICES]; /* by the driver's ordinal */
 
+CUstreamCaptureMode fgpu_relax(void)
+{
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+    __typeof__(&cuThreadExchangeStreamCaptureMode) exchange = REAL(cuThreadExchangeStreamCaptureMode);
+    if (!exchange || exchange(&mode) != CUDA_SUCCESS) return CU_STREAM_CAPTURE_MODE_RELAXED;
+    return mode;
+}
+
+void fgpu_unrelax(CUstreamCaptureMode mode)
+{
+    __typeof__(&cuThreadExchangeStreamCaptureMode) exchange = REAL(cuThreadExchangeStreamCaptureMode);
+    if (exchange && mode != CU_STREAM_CAPTURE_MODE_RELAXED) exchange(&mode);
+}
+
 int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uuid[16])
 {
     unsigned count = control->device_count;
@@ -40,7 +54,9 @@ static struct device *device_of(CUdevice ordinal)
         uint64_t words[2];
     } answer;
     int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
     CUresult result = get ? get(&answer.uuid, ordinal) : CUDA_ERROR_NOT_SUPPORTED;
+    fgpu_unrelax(mode);
     errno = saved;
     if (result != CUDA_SUCCESS) return NULL;
     for (int i = 0; i < 2; i++) atomic_store_explicit(&device->uuid[i], answer.words[i], memory_order_relaxed);
@@ -78,7 +94,9 @@ uint64_t fgpu_granule(CUdevice ordinal)
     where.location.id = ordinal;
     size_t answer = 0;
     int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
     CUresult result = get ? get(&answer, &where, CU_MEM_ALLOC_GRANULARITY_MINIMUM) : CUDA_ERROR_NOT_SUPPORTED;
+    fgpu_unrelax(mode);
     errno = saved;
     if (result != CUDA_SUCCESS) return 0;
     if (answer > FGPU_MOST_BYTES || (answer & (answer - 1))) return 0; /* the rounding below wants a power of two */

@@ -15,6 +15,11 @@ struct admission {
     uint64_t ticket, bytes;
 };
 
+/* Around what is asked of the driver on our own: it must not break a capture of the program's. In no mode may a stream
+ * that captures be asked anything but whether it does. */
+HIDDEN CUstreamCaptureMode fgpu_relax(void);
+HIDDEN void fgpu_unrelax(CUstreamCaptureMode mode);
+
 HIDDEN struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind);
 HIDDEN CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle);
 HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);

@@ -111,7 +111,9 @@ static bool leave_green(CUgreenCtx green)
     int index = 0, saved = errno;
     while (index < FGPU_DEVICES && !fgpu_flight_is_used(index)) index++;
     if (index == FGPU_DEVICES) return false;
+    CUstreamCaptureMode mode = fgpu_relax();
     if (!of || of(&context, green) != CUDA_SUCCESS) context = NULL;
+    fgpu_unrelax(mode);
     for (; index < FGPU_DEVICES; index++)
         if (fgpu_flight_is_used(index)) fgpu_flight_leave(index, context);
     errno = saved;

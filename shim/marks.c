@@ -4,8 +4,8 @@
  * Launches on one stream are counted together until they should take a quarter of the budget; then an event is recorded
  * behind them: a mark. How long they should take is learned from the marks themselves, per stream and per graph. A
  * stream's last few launches have no mark: whoever comes to a closed gate makes one, and a program that waits for them
- * itself needs none. Everything here is called with the device's turn and in relaxed capture mode; nothing is recorded
- * on a stream that captures.
+ * itself needs none. Everything here is called with the device's turn and, but for fgpu_lane_of, in relaxed capture
+ * mode; nothing is recorded on a stream that captures.
  *
  * A turn runs out while its holder is in a slow call of the driver, or stopped: then two are in here. Guesses may
  * suffer from that; launches and events are taken by exchange, so that none is paid for or destroyed twice, or never.
@@ -172,7 +172,11 @@ struct lane *fgpu_lane_of(struct device *device, const struct fgpu_launch *launc
     for (struct lane *other = device->lanes; !lane && other < device->lanes + LANES; other++)
         if (!other->open) lane = other;
     if (!lane) lane = device->lanes;
-    if (lane->open) record_anywhere(device, lane);
+    if (lane->open) {
+        CUstreamCaptureMode mode = fgpu_relax();
+        record_anywhere(device, lane);
+        fgpu_unrelax(mode);
+    }
     if (lane->open) lose(device, lane);
     lane->key = launch->key;
     lane->stream = launch->stream;

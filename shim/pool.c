@@ -59,6 +59,7 @@ bool fgpu_is_capturing(CUstream stream, bool per_thread)
     return result == CUDA_SUCCESS && status != CU_STREAM_CAPTURE_STATUS_NONE;
 }
 
+/* Of a stream that was found not to capture: the question would break its capture, in every mode. */
 bool fgpu_device_of(CUstream stream, bool per_thread, CUdevice *ordinal)
 {
     int one = atomic_load_explicit(&sole, memory_order_relaxed);

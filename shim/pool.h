@@ -45,8 +45,6 @@ HIDDEN void fgpu_pools_synchronized(void);
 HIDDEN void fgpu_pool_trimmed(struct pool *pool);
 HIDDEN uint64_t fgpu_pool_in_use(const struct pool *pool);
 HIDDEN void fgpu_pool_destroyed(struct pool *pool, struct pool *rest, uint64_t used);
-HIDDEN CUstreamCaptureMode fgpu_relax(void); /* our own calls must not break a capture of the program */
-HIDDEN void fgpu_unrelax(CUstreamCaptureMode mode);
 
 /* -- pool.c */
 HIDDEN bool fgpu_is_capturing(CUstream stream, bool per_thread);

@@ -78,11 +78,13 @@ struct pool *fgpu_pool_of(CUmemoryPool handle)
     if (!fgpu_current(&ordinal)) return NULL;
     __typeof__(&cuDeviceGetDefaultMemPool) get = REAL(cuDeviceGetDefaultMemPool);
     int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
     for (CUdevice other = 0; get && other < FGPU_DEVICES; other++) {
         CUmemoryPool its;
         if (get(&its, other) != CUDA_SUCCESS) break;
         if (its == handle) ordinal = other;
     }
+    fgpu_unrelax(mode);
     errno = saved;
     return enter(handle, ordinal);
 }
@@ -96,7 +98,9 @@ struct pool *fgpu_current_pool(CUdevice ordinal)
     __typeof__(&cuDeviceGetMemPool) get = REAL(cuDeviceGetMemPool);
     CUmemoryPool handle;
     int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
     CUresult result = get ? get(&handle, ordinal) : CUDA_ERROR_NOT_SUPPORTED;
+    fgpu_unrelax(mode);
     errno = saved;
     if (result != CUDA_SUCCESS) return NULL;
     pool = find(handle);

@@ -15,20 +15,6 @@
 #define TURN_NS 10000000ULL /* a thread that died or jumped away in its turn holds it no longer than this */
 #define TURN_TRIES 200
 
-CUstreamCaptureMode fgpu_relax(void)
-{
-    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
-    __typeof__(&cuThreadExchangeStreamCaptureMode) exchange = REAL(cuThreadExchangeStreamCaptureMode);
-    if (!exchange || exchange(&mode) != CUDA_SUCCESS) return CU_STREAM_CAPTURE_MODE_RELAXED;
-    return mode;
-}
-
-void fgpu_unrelax(CUstreamCaptureMode mode)
-{
-    __typeof__(&cuThreadExchangeStreamCaptureMode) exchange = REAL(cuThreadExchangeStreamCaptureMode);
-    if (exchange && mode != CU_STREAM_CAPTURE_MODE_RELAXED) exchange(&mode);
-}
-
 /* What the pool has in use and in all, as the driver has it. */
 static bool measure(const struct pool *pool, uint64_t *used, uint64_t *reserved)
 {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
-from shim_kit import Agent
+from shim_kit import ROOT, Agent, Simulator
 
 SHUT, OPEN = 2, 3  # both GATED
 
@@ -67,3 +68,15 @@ def tell(process: Any) -> None:
 def end(process: Any) -> None:
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 0, errors
+
+
+def driver_behind(simulator: Simulator, program: str) -> Path:
+    """A folder whose driver is the simulated one, but for what the program in front of it answers itself."""
+    folder, agent = simulator.folder / program, simulator.agent
+    if not folder.exists():
+        folder.mkdir()
+        behind = (simulator.folder / "lib/libcuda.so.1").read_bytes().replace(b"libcuda.so.1\0", b"libcudX.so.1\0")
+        (folder / "libcudX.so.1").write_bytes(behind)
+        flags = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1,--no-as-needed", folder / "libcudX.so.1", "-ldl"]
+        agent.build.compile(program, str(folder / "libcuda.so.1"), f"-I{ROOT / 'shim'}", f"-I{ROOT / 'bpf'}", *flags)
+    return folder

@@ -1,10 +1,9 @@
 """What is in flight on a gated device, on the simulated driver: bounded, drained, told; the program notices nothing."""
 
 import time
-from pathlib import Path
 
 import pytest
-from gate_kit import KIT, end, page, said, shut, tell, unlock, until
+from gate_kit import KIT, driver_behind, end, page, said, shut, tell, unlock, until
 from shim_kit import Simulator
 
 
@@ -153,18 +152,6 @@ out(*rests); line()"""
     assert sum(least for least, _ in rests) <= now["idle"] <= sum(most for _, most in rests) + between
     tell(process)
     end(process)
-
-
-def driver_behind(simulator: Simulator, program: str) -> Path:
-    """A folder whose driver is the simulated one, but for what the program in front of it answers itself."""
-    folder, agent = simulator.folder / program, simulator.agent
-    if not folder.exists():
-        folder.mkdir()
-        behind = (simulator.folder / "lib/libcuda.so.1").read_bytes().replace(b"libcuda.so.1\0", b"libcudX.so.1\0")
-        (folder / "libcudX.so.1").write_bytes(behind)
-        flags = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1,--no-as-needed", folder / "libcudX.so.1", "-ldl"]
-        agent.build.compile(program, str(folder / "libcuda.so.1"), *flags)
-    return folder
 
 
 def test_a_driver_that_answers_late_harms_nobody(simulator: Simulator) -> None:
