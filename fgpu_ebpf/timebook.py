@@ -49,6 +49,7 @@ class Timebook:
 
     def __init__(self, maps: Mapping[str, int], ring: Callable[[], object]) -> None:
         self._maps, self._ring = maps, ring
+        self._told = 0
         self._shared: tuple[int, Collection[Key]] = (-1, ())
 
     def bell(self) -> Events | None:
@@ -68,10 +69,10 @@ class Timebook:
         return {_KEY.unpack(key): Share(*_SHARE.unpack(value)) for key, value in found}
 
     def shared(self) -> Collection[Key]:
-        """Who has one, since they last changed: nothing is walked where they have not."""
-        version = self.epoch()
-        if self._shared[0] != version:
-            self._shared = version, self.shares().keys()
+        """Who has one, for the process that gives them: nothing is read unless it has given others."""
+        told = self._told
+        if self._shared[0] != told:
+            self._shared = told, self.shares().keys()
         return self._shared[1]
 
     def set_shares(self, wanted: Mapping[int, Mapping[int, Share]]) -> None:
@@ -80,15 +81,18 @@ class Timebook:
         asked = {(level, device): share for level, by in wanted.items() for device, share in by.items()}
         if known == asked:
             return
-        for key in known.keys() - asked.keys():
-            bpf.delete(self._maps["shares"], _KEY.pack(*key))
-            bpf.delete(self._maps["turns"], _KEY.pack(*key))
-        for key, share in asked.items():
-            bpf.update(self._maps["shares"], _KEY.pack(*key), _SHARE.pack(*astuple(share)))
-        self.tell()
+        try:
+            for key in known.keys() - asked.keys():
+                bpf.delete(self._maps["shares"], _KEY.pack(*key))
+                bpf.delete(self._maps["turns"], _KEY.pack(*key))
+            for key, share in asked.items():
+                bpf.update(self._maps["shares"], _KEY.pack(*key), _SHARE.pack(*astuple(share)))
+        finally:
+            self.tell()
 
     def tell(self) -> None:
         """The gatekeeper reads the shares again. At a start too: the agent before may have ended before it told."""
+        self._told += 1
         bpf.update(self._maps["host"], _U32.pack(HOST_SHARES), _U64.pack(self.epoch() + 1))
         self._ring()
 

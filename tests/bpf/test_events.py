@@ -384,3 +384,21 @@ def test_what_came_of_shares_is_read_of_those_who_have_one(kernel, level, device
     assert times.turns() == counts
     times.forget([level.cgroup])
     assert (times.turns(), list(times.shared())) == ({}, [])
+
+
+def test_shares_of_which_some_found_no_room_are_told_all_the_same(kernel, level, bell, monkeypatch):
+    times, update = kernel.ledger.times, timebook.bpf.update
+    assert list(times.shared()) == []
+
+    def full(fd, key, value):
+        if key == timebook._KEY.pack(level.cgroup, 1):
+            raise OSError(7, "no room")
+        update(fd, key, value)
+
+    monkeypatch.setattr(timebook.bpf, "update", full)
+    with pytest.raises(OSError, match="no room"):
+        times.set_shares({level.cgroup: {0: Share(), 1: Share()}})
+    assert set(times.shared()) == {(level.cgroup, 0)}
+    assert is_rung(bell)
+    times.forget([level.cgroup])
+    assert list(times.shared()) == []
