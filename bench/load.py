@@ -81,22 +81,23 @@ class Meter:
         return {name: value if name == "runs" else 100 * value / elapsed_ms for name, value in spent.items()}
 
 
-def load(given: argparse.Namespace) -> tuple[float, int, int]:
-    """All pairs, each process in a tenant; seconds, pairs done and pairs late."""
+def load(given: argparse.Namespace, fds: dict[str, int]) -> tuple[dict[str, float], float, int, int]:
+    """All pairs, each process in a tenant; what that cost but for the tenants' starts, seconds, pairs done and late."""
     with ending() as programs:
         for number in range(given.processes):
             programs.append(Program([str(given.program)], LIMIT, f"load-{number}"))
         for program in programs:
             if not program.hear().startswith("ready"):
                 raise BenchError(f"{program.name} is not ready")
-        begun = time.monotonic()
+        time.sleep(1)  # the starts are behind it
+        meter, begun = Meter(fds), time.monotonic()
         for program in programs:
             program.say(f"paced {given.rate // given.processes} {given.seconds}")
         said = [program.hear(given.seconds + 60).split() for program in programs]
-        seconds = time.monotonic() - begun
+        seconds, spent = time.monotonic() - begun, meter.read()
     if any(words[0] == "-" for words in said):
         raise BenchError(f"refused: {said}")
-    return seconds, sum(int(words[0]) for words in said), sum(int(words[1]) for words in said)
+    return spent, seconds, sum(int(words[0]) for words in said), sum(int(words[1]) for words in said)
 
 
 def report(idle: dict[str, float], loaded: dict[str, float], seconds: float, done: int, late: int) -> int:
@@ -133,9 +134,7 @@ def main() -> int:
             meter = Meter(fds)
             time.sleep(IDLE_SECONDS)
             idle = meter.read()
-            meter = Meter(fds)
-            seconds, done, late = load(given)
-            loaded = meter.read()
+            loaded, seconds, done, late = load(given, fds)
     except (BenchError, OSError) as error:
         print(f"bench load: {error}", file=sys.stderr)
         return 1
