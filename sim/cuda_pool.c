@@ -175,15 +175,12 @@ static CUresult free_async(CUdeviceptr dptr, CUstream handle, bool per_thread)
 
 TWICE(_ptsz, cuMemFreeAsync, (CUdeviceptr dptr, CUstream hStream), free_async(dptr, hStream, per_thread))
 
-/* Pools themselves. To ask which one a device has now, and what that holds, is unsafe while something captures; nobody
- * has asked a real driver which of the two it minds, so here it is both. The default one may be asked for. */
+/* Pools themselves. What one holds is unsafe to ask while something captures; which one a device has is not. */
 
 static CUresult get_pool(CUmemoryPool *out, CUdevice dev, bool current)
 {
     CUresult result = sim_enter_init();
     if (result) return result;
-    if (current) result = capture_permits();
-    if (result) return sim_leave(result);
     if (!out) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
     struct pool *pool = current && current_pool[dev] ? current_pool[dev] : default_pool(dev);
