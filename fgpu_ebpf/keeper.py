@@ -47,10 +47,11 @@ class Keeper:
 
     def keep(self) -> None:
         """Starts one where there is none; where a service ran one, it has the time to do so again."""
-        own = self._child and self._child.poll() is None
+        own, was_missed = self._child and self._child.poll() is None, self.is_missed
         self.is_missed = not own and not locked(self._run_dir / "gatekeeper.lock")
-        if not self.is_missed:
+        if not self.is_missed or not (was_missed or self._child):  # others' may have been there until a moment ago
             self._seen = time.monotonic()
+        if not self.is_missed:
             return
         if time.monotonic() - self._seen < (OWN_SECONDS if self._child else OTHERS_SECONDS):
             return

@@ -1,0 +1,42 @@
+"""Who starts a gatekeeper where there is none, and when: a service's own has the time to come back."""
+
+import subprocess
+
+import pytest
+
+from fgpu_ebpf import keeper
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    class World:
+        now, is_locked, started = 100.0, True, 0
+
+        def after(self, seconds):
+            self.now += seconds
+            self.keeper.keep()
+            return self.started
+
+    it = World()
+    it.keeper = keeper.Keeper(tmp_path, tmp_path)
+
+    def start(*_, **__):
+        it.started += 1
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(keeper, "locked", lambda _: it.is_locked)
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: it.now)
+    monkeypatch.setattr(keeper.subprocess, "Popen", start)
+    it.keeper.start()
+    return it
+
+
+def test_the_time_that_a_service_has_begins_when_its_gatekeeper_is_first_missed(world):
+    """Not when it was last seen, which is a round ago: two would start at once, and the service's wait for ever."""
+    assert [world.after(1.0) for _ in range(3)] == [0, 0, 0]
+    world.is_locked = False
+    assert [world.after(1.0), world.after(0.1), world.after(0.5)] == [0, 0, 0]
+    world.is_locked = True
+    assert world.after(0.1) == 0
+    world.is_locked = False
+    assert [world.after(1.0), world.after(0.9), world.after(0.2)] == [0, 0, 1]
