@@ -368,3 +368,24 @@ def test_a_share_that_was_taken_away_and_given_back_is_counted_anew():
     slicer._read_shares(ledger)
     ledger.given = {(7, 0): share}
     assert published(0) == 0
+
+
+def test_a_gang_that_is_closed_between_kernels_that_wait_for_each_other_lets_the_missing_ones_go(world):
+    """The gates close after three launches on one device, before their twins on the other."""
+    it = world(t7=Share(limit_millionths=500_000))
+    ledger = it.slicer.ledger
+    ledger.given = {(7, device): Share(limit_millionths=500_000) for device in (0, 1)}
+    ledger.process = lambda pid: SimpleNamespace(contexts=[1, 1])
+    program = it.greet(1, 7, start=False)
+    status, passes = program.status, program.page.passes
+    for device in (0, 1):
+        status.devices[device].launches = 7
+    status.devices[0].waiting = 1
+    program.ring()
+    it.until(program.is_open)
+    status.devices[0].waiting, status.devices[0].launches = 0, 10
+    status.flights[0].in_flight, status.flights[0].busy_until_ns = 3, time.monotonic_ns()
+    status.devices[1].waiting = 1
+    it.until(lambda: passes[1])
+    assert not program.is_open()
+    assert (passes[0], passes[1]) == (0, 7 + 3)
