@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pynvml
 from claims import GRANULE, PYTHON, Sampler, Skip, harness, need, nvml_bytes, say
+from gpu_runtimes import runtimes
 from gpu_views import views
 from harness import GIB, MIB, REFUSED, Client, Place, Service, eventually
 
@@ -265,7 +266,7 @@ def orphan(service: Service, place: Place) -> None:
 
 
 CLAIMS: dict[str, Callable[[Service, Place], None]] = {
-    claim.__name__: claim for claim in (start, views, fill, torch, jax, pair, race, kills, restarts, orphan)
+    claim.__name__: claim for claim in (start, views, runtimes, fill, torch, jax, pair, race, kills, restarts, orphan)
 }
 
 

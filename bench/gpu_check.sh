@@ -5,6 +5,7 @@
 #   FGPU          the command (fgpu), for example "/tmp/python -m fgpu_ebpf.cli"
 #   PYTHON        an interpreter that has pynvml (python3)
 #   TORCH_PYTHON  an interpreter that has torch and jax (python3)
+#   CUDARTS       folders, with colons between, where more versions of libcudart lie (none)
 #   HEADERS       a folder with cuda.h, cudaTypedefs.h and nvml.h (build/headers, else the CUDA toolkit's)
 #   DRIVER_ROOT   where the driver's libraries lie (/)
 #   CLAIMS        which of them, by name: those of bench/gpu_check.py, and benchmarks (all)
@@ -43,7 +44,7 @@ step client 60 bash -c "$(declare -f compile); headers=$headers; compile tests/e
 for source in examples/fill.c bench/*.c; do
     step "${source##*/}" 60 bash -c "$(declare -f compile); headers=$headers; compile $source build/${source%.c}"
 done
-claims='start views fill torch jax pair race kills restarts orphan'
+claims='start views runtimes fill torch jax pair race kills restarts orphan'
 benchmarks='memory calls storm load steady truth compute'
 for claim in ${CLAIMS:-$claims $benchmarks}; do
     more=()

@@ -47,9 +47,9 @@ def _smi(one: Tenant, used: int, pid: int) -> None:
 
 def _python(one: Tenant, used: int, pid: int) -> None:
     if shutil.which("nvitop"):
-        text = one.run("nvitop -1 --ascii 2>&1 || true")
+        text = one.run("nvitop -1 --ascii")
         print(text)
-        need(f"{used}" in text and f"/ {LIMIT // MIB}MiB" in text, "nvitop: used / limit")
+        need(f"{used}MiB / {LIMIT // MIB}MiB" in text, "nvitop: used / limit")
         need(re.findall(r"^\| +0 +(\d+) +C ", text, re.MULTILINE) == [str(pid)], "nvitop: own processes")
     else:
         say("nvitop", "absent")

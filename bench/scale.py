@@ -1,4 +1,4 @@
-"""What a host with many tenants costs: start, status, scrape, a change of a limit, and doing nothing.
+"""What a host with many tenants costs: start, status, scrape, a change of a limit, `fgpu top`, and doing nothing.
 
 Makes cgroups that one policy matches, and prints `scale_NAME VALUE UNIT` for --tenants of them (1,000), then what agent
 and gatekeeper spend with a tenth of them idle; writes build/bench/scale.json; 1 where a bar is missed. Starts and
@@ -8,14 +8,19 @@ stops the agent itself, on the driver under --driver-root.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import os
+import pty
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from memory import FGPU, BenchError, agent, percentile
@@ -37,12 +42,13 @@ BARS = {
     "scrape_ms": 150.0,
     "scrape_mb": 2.5,
     "set_p99_ms": 100.0,
+    "top_percent": 5.0,
     "agent_rss_mib": 80.0,
     "agent_idle_percent": 0.5,
 }
 
 
-@contextmanager
+@contextlib.contextmanager
 def cgroups(count: int) -> Iterator[Path]:
     """`count` empty cgroups below a common one."""
     parent = cgroup_root() / "fgpu-scale"
@@ -85,6 +91,34 @@ def sets(parent: Path, times: int) -> list[float]:
     return taken
 
 
+def top(seconds: float) -> dict[str, float]:
+    """Percent of one processor that `fgpu top` takes in a window of 160 x 50, and the agent that answers it."""
+    hands, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 50, 160, 0, 0))
+    threading.Thread(target=drain, args=(hands,), daemon=True).start()
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    with subprocess.Popen([*FGPU, "top"], stdin=terminal, stdout=terminal, env=environment) as watching:
+        time.sleep(3)  # its start is no redraw
+        if watching.poll() is not None:
+            raise BenchError("fgpu top has ended")
+        pids = {"top": watching.pid, "top_agent": service_pids()["agent"]}
+        before, begun = {name: cpu_ms(pid) for name, pid in pids.items()}, time.monotonic()
+        time.sleep(seconds)
+        elapsed_ms = 1e3 * (time.monotonic() - begun)
+        spent = {f"{name}_percent": 100 * (cpu_ms(pid) - before[name]) / elapsed_ms for name, pid in pids.items()}
+        os.write(hands, b"q")
+        watching.wait(10)
+    os.close(terminal)
+    return spent
+
+
+def drain(terminal: int) -> None:
+    """Reads what is drawn, as a terminal would, until nobody draws any more."""
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 1 << 16):
+            pass
+
+
 def idle(seconds: float) -> dict[str, float]:
     """Percent of one processor that agent and gatekeeper take, and what they hold."""
     pids = service_pids()
@@ -101,8 +135,8 @@ def resident_mib(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
-def many(options: list[str], count: int) -> dict[str, float]:
-    """All tenants: start, status, scrape, set."""
+def many(options: list[str], count: int, watched_seconds: float) -> dict[str, float]:
+    """All tenants: start, status, scrape, set, top."""
     with cgroups(count) as parent, agent(options) as started:
         there = len(ask(verb="snapshot")["tenants"])
         if there != count:
@@ -114,7 +148,7 @@ def many(options: list[str], count: int) -> dict[str, float]:
         found["scrape_ms"] = percentile([ms for ms, _ in scrapes], 50)
         found["scrape_mb"] = scrapes[0][1]
         found["set_p50_ms"] = percentile(taken := sets(parent, 300), 50)
-        return found | {"set_p99_ms": percentile(taken, 99)}
+        return found | {"set_p99_ms": percentile(taken, 99)} | top(watched_seconds)
 
 
 def unit(name: str) -> str:
@@ -146,7 +180,7 @@ def main() -> int:
         (policies / "scale.yaml").write_text(POLICY, encoding="utf-8")
         options = ["--driver-root", given.driver_root, "--shim", given.shim, "--listen", LISTEN]
         options += ["--policies", str(policies)]
-        found = many(options, given.tenants)
+        found = many(options, given.tenants, given.idle_seconds)
         with cgroups(given.tenants // 10), agent(options):
             time.sleep(2)
             found |= idle(given.idle_seconds)

@@ -1,7 +1,6 @@
 /* storm [FOLDER...]: many processes that call cuInit at one moment. Says "ready", then for every COUNT of stdin makes
  * so many processes, each in the next of the cgroups, lets them execute it anew all at once, and answers with one line:
- * for each the nanoseconds from execve to the return of cuInit (the dynamic linker, preloads, dlopen and lookup are in
- * it), or -CUresult. It knows nothing of fgpu; bench/storm.py runs it with and without. */
+ * for each the numbers of struct told. It knows nothing of fgpu; bench/storm.py runs it with and without. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -19,6 +18,16 @@
 #define MOST 4096
 #define NO_DEVICE 100 /* CUDA_ERROR_NO_DEVICE */
 
+/* Of one process, all by CLOCK_MONOTONIC. */
+struct told {
+    int64_t pid, result; /* CUresult of its first cuInit */
+    int64_t executed_ns; /* when it was about to execve */
+    int64_t called_ns;   /* the linker and preloads, dlopen and lookup are done: calls cuInit */
+    int64_t returned_ns; /* has it back */
+    int64_t again_ns;    /* has it back a second time */
+};
+#define NUMBERS (sizeof(struct told) / sizeof(int64_t))
+
 static const char *self;
 static int cgroups[MOST], cgroup_count;
 
@@ -29,14 +38,18 @@ static int64_t now(void)
     return ts.tv_sec * 1000000000ll + ts.tv_nsec;
 }
 
-/* Eight bytes, which a pipe takes whole; who dies without a word leaves none. */
-static int be_one(int64_t begun)
+/* So few bytes a pipe takes whole; who dies without a word leaves none. */
+static int be_one(int64_t executed)
 {
+    struct told told = {.pid = getpid(), .executed_ns = executed};
     void *lib = dlopen("libcuda.so.1", RTLD_NOW);
     int (*init)(unsigned) = lib ? (int (*)(unsigned))dlsym(lib, "cuInit") : NULL;
-    int result = init ? init(0) : NO_DEVICE;
-    int64_t took = result ? -result : now() - begun;
-    return write(1, &took, sizeof took) != sizeof took;
+    told.called_ns = now();
+    told.result = init ? init(0) : NO_DEVICE;
+    told.returned_ns = now();
+    if (!told.result) init(0);
+    told.again_ns = now();
+    return write(1, &told, sizeof told) != sizeof told;
 }
 
 /* It starts in its cgroup: to move 300 processes takes longer than what is measured. */
@@ -66,8 +79,8 @@ static void start_one(int out, int gate)
 
 static int storm(int count)
 {
-    int out[2], gate[2], said = 0;
-    int64_t took;
+    int out[2], gate[2];
+    int64_t told[NUMBERS];
     if (count < 1 || count > MOST || pipe2(out, O_CLOEXEC) || pipe2(gate, O_CLOEXEC)) return -1;
     for (int i = 0; i < count; i++) {
         pid_t child = fork_into(cgroup_count ? cgroups[i % cgroup_count] : -1);
@@ -81,7 +94,8 @@ static int storm(int count)
     close(gate[0]);
     usleep(100000); /* all of them wait now */
     close(gate[1]);
-    while (read(out[0], &took, sizeof took) == sizeof took) printf("%s%" PRId64, said++ ? " " : "", took);
+    while (read(out[0], told, sizeof told) == sizeof told)
+        for (size_t i = 0; i < NUMBERS; i++) printf("%" PRId64 " ", told[i]);
     close(out[0]);
     while (wait(NULL) > 0) {
     }

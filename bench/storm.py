@@ -1,12 +1,15 @@
-"""What fgpu adds to cuInit when many processes call it at one moment: with the service, in tenants, and without both.
+"""What fgpu adds to cuInit when many processes call it at one moment: of each call, what passed outside the driver.
 
-Prints `storm_pNN_WHICH VALUE ms`, from execve to the return of cuInit as each process saw it: WHICH is native (no
-agent, no probe, no shim; every process in a cgroup of its own), together (native, all of them in one cgroup), managed
-(every process a tenant of its own), shared (all of them in one tenant), and for the last two the part that is added to
-what has the same cgroups; then what the gatekeeper counted (a process that it did not greet gets no memory), and
-processor time: the gatekeeper's, the agent's, theirs. Writes build/bench/storm.json; 1 where a bar is missed. Storms go
-native, together, managed, shared, shared, managed, together, native, so that none has the warmer machine. Starts and
-stops the agent itself.
+Prints `storm_pNN_WHICH_PHASE VALUE ms`. WHICH is bare (no agent, no probe, no shim), unmanaged, managed (every process
+a tenant of its own), shared (all of them in one tenant); all processes but the shared in a cgroup of their own. The
+phases of a process, by its own clock and by bench/inside.py's at the driver's function: start (from execve until it
+calls: linker, preloads, dlopen, lookup), before (from the call to the driver's function), driver, after (from there
+back to the program), added (before and after: what is not the driver's), again (the same call once more: what of it is
+no hello); whole, from execve to the end. `storm_pNN_whole_WHICH_less_bare` is the difference of that, which the driver
+itself makes anything; by how much, says `bare_less_bare`, of the first and the last storm.
+
+Then what the gatekeeper counted (a process that it did not greet gets no memory), and processor time: the gatekeeper's,
+the agent's, theirs. Writes build/bench/storm.json; 1 where a bar is missed. Starts and stops the agent itself.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from memory import ROOT, BenchError, agent, end_in_order, percentile
@@ -29,37 +32,71 @@ ADDED_P50_MS, ADDED_P99_MS = 5.0, 300.0
 LIMIT = 32 << 20  # 300 of them fit on a device
 NS_PER_MS = 1e6
 STORM_SECONDS = 120.0
-NATIVE = {"managed": "native", "shared": "together"}  # what each is compared to
-TENANTS = tuple(NATIVE)
+PHASES = ("start", "before", "driver", "after", "added", "again", "whole")
+GREETED = {"unmanaged": "hello_unmanaged", "managed": "hello_managed", "shared": "hello_managed"}
+NUMBERS = 6  # of a process: struct told of storm.c
 NO_COUNTS = {"started_ns", "processes", "boot"}
 SETTLE_SECONDS = 1.5  # the gatekeeper writes its counts down once a second
 
 
-@dataclass(frozen=True, slots=True)
-class Storm:
-    """What is asked for: how many processes, of which program, in which cgroups."""
+def phases(told: list[int], inside: list[int]) -> dict[str, float]:
+    """Of one process, in milliseconds."""
+    _, _, executed, called, returned, again = told
+    entered, left = inside
+    ns = {"start": called - executed, "before": entered - called, "driver": left - entered, "after": returned - left}
+    ns |= {"added": ns["before"] + ns["after"], "again": again - returned, "whole": returned - executed}
+    return {phase: took / NS_PER_MS for phase, took in ns.items()}
 
-    processes: int
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Storms of one kind: the phases of all processes, what each storm's whole was at the median, what it counted."""
+
+    processes: list[dict[str, float]] = field(default_factory=list)
+    wholes: list[list[float]] = field(default_factory=list)
+    counted: Counter[str] = field(default_factory=Counter)
+
+    def percentile(self, phase: str, percent: int) -> float:
+        """Of all its processes, in milliseconds."""
+        return percentile([process[phase] for process in self.processes], percent)
+
+
+@dataclass(frozen=True, slots=True)
+class Storms:
+    """What is asked for: how many processes, of which program, in which cgroups; and what came of it."""
+
+    count: int
     program: Path
     folders: list[Path]
+    inside: Program
+    found: dict[str, Found] = field(default_factory=lambda: {which: Found() for which in ("bare", *GREETED)})
 
-    def launch(self, programs: list[Program], folders: list[Path], name: str = "") -> Program:
+    def launcher(self, programs: list[Program], folders: list[Path], name: str = "") -> Program:
         """A program that makes the processes, each in the next of the folders; with the shim, if it has a name."""
         programs.append(Program([str(self.program), *map(str, folders)], LIMIT if name else None, name))
         if programs[-1].hear() != "ready":
             raise BenchError("storm is not ready")
         return programs[-1]
 
-    def times(self, launcher: Program, said: Counter[str]) -> list[float]:
-        """One storm, in milliseconds; what its processes cost is added to `said`."""
+    def storm(self, launcher: Program, which: str) -> None:
+        """One, added to what was found."""
+        self._inside()
         spent = children_ms(launcher.process.pid)
-        launcher.say(str(self.processes))
-        took = [int(word) for word in launcher.hear(STORM_SECONDS).split()]
-        said["process_cpu"] += children_ms(launcher.process.pid) - spent
-        failed = Counter(-ns for ns in took if ns <= 0)
-        if failed or len(took) != self.processes:
-            raise BenchError(f"{len(took)} of {self.processes} answered, with these errors: {dict(failed)}")
-        return [ns / NS_PER_MS for ns in took]
+        launcher.say(str(self.count))
+        numbers = [int(word) for word in launcher.hear(STORM_SECONDS).split()]
+        found, inside = self.found[which], self._inside()
+        found.counted["process_cpu"] += children_ms(launcher.process.pid) - spent
+        told = [numbers[at : at + NUMBERS] for at in range(0, len(numbers), NUMBERS)]
+        failed = Counter(result for _, result, *_ in told if result)
+        if failed or len(told) != self.count:
+            raise BenchError(f"{len(told)} of {self.count} answered, with these errors: {dict(failed)}")
+        processes = [phases(one, inside[str(one[0])]) for one in told]
+        found.processes.extend(processes)
+        found.wholes.append([process["whole"] for process in processes])
+
+    def _inside(self) -> dict[str, list[int]]:
+        self.inside.say("")
+        return dict(json.loads(self.inside.hear()))
 
 
 @contextlib.contextmanager
@@ -78,12 +115,10 @@ def cgroups(count: int) -> Iterator[list[Path]]:
                 folder.rmdir()
 
 
-def native(asked: Storm, which: Iterable[str], found: dict[str, list[float]], said: dict[str, Counter[str]]) -> None:
-    """Without agent and shim, in the same cgroups."""
-    places = {"native": asked.folders, "together": asked.folders[:1]}
-    for name in which:
-        with ending() as programs:
-            found[name] += asked.times(asked.launch(programs, places[name]), said[name])
+def bare(asked: Storms) -> None:
+    """Without agent and shim."""
+    with ending() as programs:
+        asked.storm(asked.launcher(programs, asked.folders), "bare")
 
 
 def counts() -> Counter[str]:
@@ -95,41 +130,55 @@ def counts() -> Counter[str]:
     return found
 
 
-def managed(asked: Storm, options: list[str], found: dict[str, list[float]], said: dict[str, Counter[str]]) -> None:
-    """In tenants: every process one of its own, then all in one; then once more, the other way round."""
+def greeted(asked: Storms, programs: list[Program], kinds: tuple[str, ...]) -> None:
+    """A storm of each of these kinds, one after the other."""
+    for which in kinds:
+        folders = asked.folders[:1] if which == "shared" else asked.folders
+        launcher = asked.launcher(programs, folders, f"storm-{which}-{len(programs)}")
+        before = counts()
+        asked.storm(launcher, which)
+        after = counts()
+        after.subtract(before)
+        after["not_greeted"] = asked.count - after[GREETED[which]]
+        asked.found[which].counted.update(+after)  # those that are not 0
+
+
+def with_agent(asked: Storms, options: list[str]) -> None:
+    """The cgroups are unmanaged first, then tenants."""
     with agent(options), ending() as programs:
+        greeted(asked, programs, ("unmanaged", "unmanaged"))
         for folder in asked.folders:
             ask(verb="put", target=f"/{folder.relative_to(cgroup_root())}", memory=str(LIMIT))
-        places = {"managed": asked.folders, "shared": asked.folders[:1]}
-        launcher = {which: asked.launch(programs, places[which], f"storm-{which}") for which in places}
-        for which in (*TENANTS, *TENANTS[::-1]):
-            before = counts()
-            found[which] += asked.times(launcher[which], said[which])
-            after = counts()
-            after.subtract(before)
-            after["not_greeted"] = asked.processes - after["hello_managed"]
-            said[which] += after  # without those that are 0
+        greeted(asked, programs, ("managed", "shared", "shared", "managed"))
 
 
-def report(found: dict[str, list[float]], said: dict[str, Counter[str]]) -> int:
+def report(found: dict[str, Found]) -> int:
     """All lines; 1 where a bar is missed."""
     lines: dict[str, tuple[float, str]] = {}
     held = []
     for percent, bar in ((50, ADDED_P50_MS), (99, ADDED_P99_MS)):
-        value = {which: percentile(times, percent) for which, times in found.items()}
-        lines |= {f"storm_p{percent}_{which}": (ms, "ms") for which, ms in value.items()}
-        for which in TENANTS:
-            added = value[which] - value[NATIVE[which]]
-            lines[f"storm_p{percent}_{which}_added"] = (added, "ms")
-            held.append(added <= bar)
-    for which, counted in said.items():
-        for name, n in sorted(counted.items()):
+        for which, one in found.items():
+            for phase in PHASES:
+                lines[f"storm_p{percent}_{which}_{phase}"] = (one.percentile(phase, percent), "ms")
+        wholes = found["bare"].wholes
+        lines[f"storm_p{percent}_whole_bare_less_bare"] = (difference(wholes[-1], wholes[0], percent), "ms")
+        for which in GREETED:
+            more = found[which].percentile("whole", percent) - found["bare"].percentile("whole", percent)
+            lines[f"storm_p{percent}_whole_{which}_less_bare"] = (more, "ms")
+            held.append(found[which].percentile("added", percent) <= bar)
+    for which, one in found.items():
+        for name, n in sorted(one.counted.items()):
             each = name.endswith("_cpu")
-            lines[f"storm_{which}_{name}"] = (n / len(found[which]), "ms each") if each else (n, "")
-    held += [not said[which]["not_greeted"] for which in TENANTS]
+            lines[f"storm_{which}_{name}"] = (n / len(one.processes), "ms each") if each else (n, "")
+    held += [not found[which].counted["not_greeted"] for which in GREETED]
     lines["storm_bars_held"] = (sum(held), f"of {len(held)}")
     record("storm", lines)
     return 0 if all(held) else 1
+
+
+def difference(some: list[float], others: list[float], percent: int) -> float:
+    """Of a percentile."""
+    return percentile(some, percent) - percentile(others, percent)
 
 
 def main() -> int:
@@ -140,21 +189,23 @@ def main() -> int:
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--shim", type=Path, default=ROOT / "build/shim/libfgpu.so")
     parser.add_argument("--program", type=Path, default=ROOT / "build/bench/storm")
+    parser.add_argument("--python", default="/usr/bin/python3", help="an interpreter that sees BCC")
     given = parser.parse_args()
     options = ["--driver-root", given.driver_root, "--shim", str(given.shim)]
-    found: dict[str, list[float]] = {which: [] for which in (*NATIVE.values(), *TENANTS)}
-    said: dict[str, Counter[str]] = {which: Counter() for which in found}
     try:
-        with cgroups(given.processes) as folders:
-            asked = Storm(given.processes, given.program, folders)
+        with cgroups(given.processes) as folders, ending() as programs:
+            programs.append(Program([given.python, "-I", str(ROOT / "bench/inside.py"), "cuInit"], name="inside"))
+            if programs[0].hear() != "ready":
+                raise BenchError("no probe at the driver's cuInit")
+            asked = Storms(given.processes, given.program, folders, programs[0])
             for _ in range(given.rounds):
-                native(asked, ("native", "together"), found, said)
-                managed(asked, options, found, said)
-                native(asked, ("together", "native"), found, said)
+                bare(asked)
+                with_agent(asked, options)
+                bare(asked)
     except (BenchError, OSError) as error:
         print(f"bench storm: {error}", file=sys.stderr)
         return 1
-    return report(found, said)
+    return report(asked.found)
 
 
 if __name__ == "__main__":

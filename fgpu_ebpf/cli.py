@@ -19,11 +19,13 @@ import click
 import fgpu_ebpf
 from fgpu_ebpf import control
 from fgpu_ebpf.checks import Check
+from fgpu_ebpf.cli_completion import completion, tenants
 from fgpu_ebpf.cli_containers import cdi_group, setup
 from fgpu_ebpf.cli_policy import policy
 
 RUN_DIR = Path("/run/fgpu")
 FOLLOW_SECONDS = 0.3
+SORTS = ("tenant", "gpu", "limit", "used", "peak", "share", "entitled", "waited", "refused", "held")
 
 
 def _fail(text: str, code: int) -> None:
@@ -167,7 +169,7 @@ def run(name: str, pidns: bool, command: tuple[str, ...], **limits: Any) -> None
 
 
 @main.command("set")
-@click.argument("target")
+@click.argument("target", shell_complete=tenants)
 @_limits
 def set_limits(target: str, **limits: Any) -> None:
     """Put limits in force on TARGET: a tenant's name, /cgroup/path or pid/N."""
@@ -176,7 +178,7 @@ def set_limits(target: str, **limits: Any) -> None:
 
 
 @main.command()
-@click.argument("target")
+@click.argument("target", shell_complete=tenants)
 def unset(target: str) -> None:
     """Take TARGET's limit away."""
     _call({"verb": "drop", "target": target})
@@ -202,8 +204,46 @@ def ps(as_json: bool) -> None:
     click.echo(json.dumps(rows) if as_json else tables.processes(rows), nl=as_json)
 
 
+@main.command()
+@click.option("-1", "--once", is_flag=True, help="One pass; so it is too where the output goes to no terminal.")
+@click.option("--sort", type=click.Choice(SORTS), default="used", show_default=True, help="By which column.")
+@click.option("--reverse", is_flag=True, help="The other way round.")
+@click.option("--filter", "filter_", default="", help="What the name, path, policy or enforcement has in it.")
+def top(once: bool, sort: str, reverse: bool, filter_: str) -> None:
+    """Watch devices and tenants, sorted, once a second.
+
+    \b
+    The bar of a device: what tenants hold (█), what others hold (▒), what is promised to tenants beyond (░).
+    SHARE and ENTITLED are of the device's time, in the last half second.
+
+    \b
+    t g l u p s e w r h       sort by the column that begins so; again: the other way round
+    /                         filter; Enter keeps it, Esc clears it
+    up down j k, PgUp PgDn    scroll; so do Space, Home, End
+    q, Ctrl-C                 quit
+    """
+    from fgpu_ebpf import top as terminal
+    from fgpu_ebpf.choice import Choice
+    from fgpu_ebpf.ranking import BY_WORD, Order
+
+    choice = Choice(Order(BY_WORD[sort], reverse), filter_)
+
+    def ask() -> Any:
+        return control.call(RUN_DIR, {"verb": "snapshot"})
+
+    try:
+        if once or not terminal.is_watched():
+            terminal.print_once(ask, choice)
+        else:
+            sys.exit(terminal.watch(ask, choice))
+    except ConnectionError as error:
+        _fail(f"{error}: start it with `fgpu agent`", 3)
+    except control.RequestError as error:
+        _fail(str(error), error.code)
+
+
 @main.command("explain")
-@click.argument("target")
+@click.argument("target", shell_complete=tenants)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def explain_target(target: str, as_json: bool) -> None:
     """Say why TARGET gets what it gets, and what would hold it better."""
@@ -242,6 +282,7 @@ def metrics() -> None:
     click.echo(_call({"verb": "metrics"}), nl=False)
 
 
+main.add_command(completion)
 main.add_command(policy)
 main.add_command(cdi_group)
 main.add_command(setup)

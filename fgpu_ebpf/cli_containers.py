@@ -86,26 +86,29 @@ def generate(names: tuple[str, ...], output: Path | None) -> None:
 
 
 @click.command()
-@click.argument("engine", type=click.Choice(["docker", "podman", "containerd"]))
+@click.argument("engine", type=click.Choice(["docker", "podman", "containerd", "crio"]))
 @click.option("--undo", "is_undo", is_flag=True, help="As it was before.")
 @click.option("--file", type=click.Path(path_type=Path, dir_okay=False), help="The engine's settings, if elsewhere.")
 def setup(engine: str, is_undo: bool, file: Path | None) -> None:
     """Give every container of ENGINE the shim, with no flag at all."""
     from dataclasses import replace
 
-    from fgpu_ebpf import enginesetup, inject
+    from fgpu_ebpf import enginesetup, inject, selinux
     from fgpu_ebpf.agent import AgentError, package_file
+    from fgpu_ebpf.enginesettings import ENGINES, SetupError
 
-    found = enginesetup.ENGINES[engine]
-    found = replace(found, file=file) if file else found
-    state = enginesetup.STATE / f"{engine}.json"
+    found, state = ENGINES[engine], enginesetup.STATE / f"{engine}.json"
+    if file:
+        found = replace(found, file=file)
+    elif is_undo:
+        found = enginesetup.where_it_is(found, state)
     try:
         if is_undo:
             changed = enginesetup.undo(found, state)
         else:
             helper = inject.publish_helper(package_file("oci", inject.HELPER))
             changed = enginesetup.set_up(found, helper, state)
-    except (enginesetup.SetupError, AgentError) as error:
+    except (SetupError, AgentError) as error:
         return _fail(f"{error}: nothing was changed")
     except OSError as error:
         return _fail(f"{error.filename or found.file}: {error.strerror}: nothing was changed")
@@ -116,4 +119,7 @@ def setup(engine: str, is_undo: bool, file: Path | None) -> None:
         click.echo(f"it holds from when you have said: {reload}")
     if changed and is_undo and engine == "docker":
         click.echo("containers that were made meanwhile name the runtime fgpu: make them again")
+    for check in () if is_undo else selinux.checks(_run_dir()):
+        if not check.ok:
+            click.echo(f"SELinux: {check.found}: {check.mend}")
     return None

@@ -22,17 +22,17 @@ class RequestError(Exception):
         self.code = code
 
 
-def call(run_dir: Path, request: dict[str, Any]) -> Any:
+def call(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIENCE_SECONDS) -> Any:
     """Asks the agent. Raises ConnectionError, RequestError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(PATIENCE_SECONDS)
+        sock.settimeout(patience_seconds)
         try:
             sock.connect(str(run_dir / "control.sock"))
             sock.sendall(json.dumps(request).encode() + b"\n")
             data = b"".join(iter(lambda: sock.recv(1 << 20), b""))
         except OSError as error:
             raise ConnectionError(f"no agent answers at {run_dir}/control.sock ({error.strerror or error})") from error
-    if not data:
+    if not data.endswith(b"\n"):
         raise ConnectionError("the agent hung up")
     answer = json.loads(data)
     if "error" in answer:

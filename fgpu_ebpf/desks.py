@@ -17,6 +17,7 @@ from fgpu_ebpf.places import Seen
 
 _Words = ctypes.c_uint64 * (ctypes.sizeof(StatusPage) // 8)
 _Gates = ctypes.c_uint32 * pages.DEVICES
+_Passes = ctypes.c_uint64 * pages.DEVICES
 _STATUS, _FLIGHT, _SPAN = struct.Struct("2IQ"), struct.Struct("4Q"), struct.Struct("2Q")  # fields as in pages
 _SIZES = (("devices", _STATUS.size), ("flights", _FLIGHT.size), ("spans", _SPAN.size))
 _Row = tuple[int, int, int, int]  # a device, and where on a status page its parts begin
@@ -32,7 +33,7 @@ class Desk:
     """
 
     __slots__ = (
-        *("_gates", "_idle", "_launches", "_shared", "_unused"),
+        *("_gates", "_idle", "_launches", "_passes", "_shared", "_unused"),
         *("bell", "client", "heard", "place", "rings", "rows", "used", "words"),
     )
 
@@ -50,6 +51,7 @@ class Desk:
     def turn_to(self, client: Client) -> None:
         """The client has another control page."""
         self._gates = _Gates.from_buffer(client.control.page, ControlPage.gates.offset)
+        self._passes = _Passes.from_buffer(client.control.page, ControlPage.passes.offset)
 
     def rang(self) -> bool:
         """Something has changed since the last time."""
@@ -89,8 +91,10 @@ class Desk:
         return None if is_idle else rested
 
     def put(self, device: int, word: int) -> None:
-        """Sets a gate; wakes those at it if it opens."""
+        """Sets a gate; wakes those at it if it opens. What was let pass and has not is no allowance at the next."""
         if self._gates[device] != word:
+            if word & _OPEN and self._passes[device]:
+                self._passes[device] = 0
             self._gates[device] = word
             if word & _OPEN:
                 futex.wake(ctypes.addressof(self._gates) + 4 * device)
@@ -102,7 +106,7 @@ class Desk:
 
     def let_pass(self, device: int, launches: int) -> None:
         """So many, since it began, may go through the closed gate."""
-        self.client.control.page.passes[device] = launches
+        self._passes[device] = launches
         futex.wake(ctypes.addressof(self._gates) + 4 * device)
 
     def set_budget(self, device: int, ns: int) -> None:

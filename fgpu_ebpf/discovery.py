@@ -42,6 +42,7 @@ class Discovery:
         self._refused: set[File] = set()  # until the next look around
         self._named: set[object] = set()
         self._outside: set[int] = set()  # processes that map a file that is not probed
+        self._standalone: set[int] = set()  # processes that keep an image's limit among themselves
         self._hopeless = ""
         self.refusals = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -90,6 +91,10 @@ class Discovery:
     def unprobed(self) -> frozenset[int]:
         """Processes that were found to map a libcuda or shim file that is not probed."""
         return frozenset(self._outside)
+
+    def standalone(self) -> frozenset[int]:
+        """Processes that were found to keep books of their image's own limit: what they ask nobody answers here."""
+        return frozenset(self._standalone)
 
     def look_at(self, pid: int) -> None:
         """Probes what a process maps."""
@@ -144,6 +149,7 @@ class Discovery:
         strays = self._strays()
         self._mappers = {f: {p for p in self._mappers.get(f, ()) if procfs.has_memory(p)} for f in strays}
         self._outside = {pid for pid in self._outside if procfs.has_memory(pid)}
+        self._standalone = {pid for pid in self._standalone if procfs.has_memory(pid)}
         left = {file for file, pids in self._mappers.items() if not pids}
         if left:  # perhaps somebody else has come to map them; who cannot be read gets no answer to a hello either
             pids = procfs.pids()
@@ -170,6 +176,9 @@ class Discovery:
             files = {(m.dev, m.ino) for m in mapped or ()}
             used |= files
             self._outside.discard(pid)
+            self._standalone.discard(pid)
+            if files and procfs.keeps_books(pid):
+                self._standalone.add(pid)
             if files and not self._attach_all(pid, mapped or ()):
                 self._outside.add(pid)
             for file in files & self._strays() if files else ():

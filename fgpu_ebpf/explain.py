@@ -5,13 +5,14 @@ Owns: the words. Never: decides. Cannot fail: a cgroup that nobody manages is ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import pages, shimless
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.policy import Priority
+from fgpu_ebpf.processes import Process
 from fgpu_ebpf.quantities import memory_text
 from fgpu_ebpf.scheduler import MILLION
 from fgpu_ebpf.tenants import Tenant
@@ -20,11 +21,17 @@ from fgpu_ebpf.workloads import TargetError
 
 
 def explain(
-    path: str, manager: Manager, ledger: Ledger, unenforced: str = "", unprobed: Set[int] = frozenset()
+    path: str,
+    manager: Manager,
+    ledger: Ledger,
+    unenforced: str = "",
+    unprobed: Set[int] = frozenset(),
+    standalone: Set[int] = frozenset(),
 ) -> dict[str, Any]:
     """As plain values; `lines` are for people. TargetError: the cgroup is gone.
 
-    `unenforced`: why none is in force; `unprobed`: processes with a libcuda that the kernel does not see.
+    `unenforced`: why none is in force; `unprobed`: processes with a libcuda that the kernel does not see; `standalone`:
+    those that keep their image's own limit, because they find no agent.
     """
     workload = manager.workloads.identify(path)
     if workload is None:
@@ -32,7 +39,9 @@ def explain(
     decision = manager.decide(workload)
     tenant = manager.enforcer.at(path)
     levels = [t for c in manager.enforcer.levels(path) if (t := manager.enforcer.get(c))]
-    unseen = _unseen(levels, ledger, unprobed)
+    known = ledger.processes() if levels and (unprobed or standalone) else {}
+    unseen = _those(levels, known, unprobed)
+    alone = [pid for pid in _those(levels, known, standalone) if not known[pid].flags & pages.Seen.SHIM]
     answer: dict[str, Any] = {
         "path": path,
         "tenant": levels[0].name if levels else None,
@@ -50,9 +59,9 @@ def explain(
             ],
         ],
         "levels": [_level(level, manager, ledger) for level in levels],
-        "enforcement": "none" if unenforced else _enforcement(levels, unseen),
+        "enforcement": "none" if unenforced else _enforcement(levels, [*unseen, *alone]),
         "unenforced": unenforced,
-        "stronger": [*_stronger(levels, manager, ledger), *_seen(unseen)],
+        "stronger": [*_stronger(levels, manager, ledger), *_seen(unseen), *_joined(alone)],
     }
     return answer | {"lines": _lines(answer, tenant)}
 
@@ -99,12 +108,9 @@ def _enforcement(levels: list[Tenant], unseen: Sequence[int]) -> str:
     return "observe" if all(level.observe for level in levels) else "cooperative" if unseen else "kernel"
 
 
-def _unseen(levels: list[Tenant], ledger: Ledger, unprobed: Set[int]) -> list[int]:
-    """Processes of the first level that hold memory, and may by a driver whose calls the kernel does not see."""
-    known = ledger.processes() if levels and unprobed else {}
-    return sorted(
-        pid for pid in unprobed & known.keys() if levels[0].cgroup in known[pid].levels and any(known[pid].bytes)
-    )
+def _those(levels: list[Tenant], known: Mapping[int, Process], pids: Set[int]) -> list[int]:
+    """Of these processes those of the first level that hold memory."""
+    return sorted(pid for pid in pids & known.keys() if levels[0].cgroup in known[pid].levels and any(known[pid].bytes))
 
 
 def _seen(unseen: Sequence[int]) -> list[str]:
@@ -113,6 +119,13 @@ def _seen(unseen: Sequence[int]) -> list[str]:
     pids = ", ".join(map(str, unseen[:5]))
     why = "held as far as its shim asks, and charged by NVML afterwards"
     return [f"a libcuda of pid {pids} cannot be probed (the agent's log says why): {why}; use a driver that fgpu knows"]
+
+
+def _joined(alone: Sequence[int]) -> list[str]:
+    if not alone:
+        return []
+    pids = ", ".join(map(str, alone[:5]))
+    return [f"pid {pids} found no agent and keeps the limit of its image: mount /run/fgpu/shim into its container"]
 
 
 def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger) -> list[str]:
@@ -132,8 +145,10 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger) -> list[st
         found.append(f"older than fgpu: pid {pids}: charged, never stopped; start them anew")
     bypassing = [pid for pid in bypassing if pid not in elders]
     if bypassing and around:
-        pids = ", ".join(map(str, sorted(bypassing)[:5]))
+        reasons = {pid: shimless.reason(pid) for pid in sorted(bypassing)[:5]}
+        pids = ", ".join(f"{pid} ({reason})" if reason else str(pid) for pid, reason in reasons.items())
         found.append(f"without the shim: pid {pids}: charged, not stopped; mount the shim, or onBypass: kill")
+        found += [f"{reason}: {reason.words}" for reason in dict.fromkeys(filter(None, reasons.values()))]
     return found
 
 

@@ -57,6 +57,7 @@ class Gatekeeper:
         self._run = lock.path.parent
         self._ledger: Ledger | None = None
         self._told: dict[int, int] = {}  # until when the agent is left to what it was told of a tenant
+        self._deaf_ns = 0  # until when it is told nothing
         self._lineages = Lineages(root)
         self._glance: Glance | None = None
         self._ended = self._lost = False
@@ -192,14 +193,17 @@ class Gatekeeper:
         """The agent does not know this process yet: say so, once; of a tenant's many, of one at a time."""
         self._counts["hello_held"] += not caller.held
         caller.held = True
-        if caller.told or self._told.get(caller.tenant, 0) > monotonic_ns():
+        now_ns = monotonic_ns()
+        if caller.told or max(self._deaf_ns, self._told.get(caller.tenant, 0)) > now_ns:
             return
-        caller.told = True
-        self._told[caller.tenant] = monotonic_ns() + TELL_NS
         try:
             self._agent.sendto(json.dumps({"tgid": caller.pid}).encode(), str(self._run / "discover.sock"))
-        except OSError:
+        except OSError:  # ten that it has not heard yet are as many as the kernel keeps for it
             self._counts["discover_failed"] += 1
+            self._deaf_ns = now_ns + AGAIN_NS
+            return
+        caller.told = True
+        self._told[caller.tenant] = now_ns + TELL_NS
 
     def _rung(self) -> None:
         self._bell.hush()

@@ -97,6 +97,16 @@ def written(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
+def mounted(run_dir: Path) -> list[Path]:
+    """The files that containers get, where something is set up."""
+    try:
+        lines = (run_dir / "containers").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    told = dict(line.split(" ", 1) for line in lines if " " in line)
+    return [Path(told[name]) for name in ("shim", "preload") if name in told]
+
+
 def check(run_dir: Path) -> Check:
     """Engines find what a container may ask for."""
     devices = [f"{spec['kind']}={device['name']}" for spec in written(run_dir) for device in spec["devices"]]

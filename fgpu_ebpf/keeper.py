@@ -69,7 +69,7 @@ class Keeper:
 
     def answers(self) -> bool:
         """A gatekeeper holds its lock and its socket."""
-        return locked(self._run_dir / "gatekeeper.lock") and (self._run_dir / "shim/shim.sock").exists()
+        return is_up(self._run_dir)
 
     def stop(self) -> None:
         """Ends ours."""
@@ -107,6 +107,11 @@ def _greets(place: Path) -> bool:
             return bool(sock.recv(4096))
         except OSError:
             return False
+
+
+def is_up(run_dir: Path) -> bool:
+    """A gatekeeper holds its lock and its socket; whether it answers takes a question (`check`)."""
+    return locked(run_dir / "gatekeeper.lock") and (run_dir / "shim/shim.sock").exists()
 
 
 def end_any(run_dir: Path) -> None:

@@ -15,10 +15,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 import fgpu_ebpf
+from fgpu_ebpf import pages
 from fgpu_ebpf.snapshot import ComputeView, DeviceView, SlicesView, Snapshot, TenantDevice
 
+
 _TENANT_GAUGES: tuple[tuple[str, str, Callable[[TenantDevice], int | None]], ...] = (
-    ("fgpu_memory_limit_bytes", "Bytes that the tenant may hold on the device", lambda d: d.limit_bytes),
+    ("fgpu_memory_limit_bytes", "Bytes that the tenant may hold on the device", lambda d: pages.limit(d.limit_bytes)),
     ("fgpu_memory_used_bytes", "Bytes charged to the tenant on the device", lambda d: d.used_bytes),
     ("fgpu_memory_peak_bytes", "Most bytes charged at once", lambda d: d.peak_bytes),
     ("fgpu_memory_drift_bytes", "Ledger minus driver, for what NVML shows", lambda d: d.drift_bytes),
@@ -54,7 +56,8 @@ _SLICE_COUNTERS: tuple[tuple[str, str, Callable[[SlicesView], int]], ...] = (
     ("fgpu_slice_overruns", "Turns that passed with work in flight", lambda s: s.overruns),
 )
 _INFO_LABELS = ("tenant", "kind", "policy", "namespace", "pod", "container", "cgroup_path")
-_HOW = ("no_admission", "no_shim", "unwitnessed", "unprobed", "older", "outside_turns")
+_FIRST_REFUSAL = ("memory", "limit")  # shown before there is one: an increase is seen from 0 on, not from nothing
+_HOW = ("no_admission", "no_shim", "unwitnessed", "unprobed", "standalone", "older", "outside_turns")
 
 
 def families(snapshot: Snapshot, since_seconds: float = 0.0) -> Iterator[Metric]:
@@ -72,6 +75,9 @@ def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
     bypassing = GaugeMetricFamily(
         "fgpu_bypassing_processes", "Processes that go around the shim", labels=["tenant", "how"]
     )
+    shimless = GaugeMetricFamily(
+        "fgpu_shimless_processes", "Those of them that have no shim, by the reason", labels=["tenant", "reason"]
+    )
     mode = GaugeMetricFamily(
         "fgpu_tenant_enforcement",
         "1: who keeps the limits: kernel, cooperative (as far as processes ask), observe or none",
@@ -84,8 +90,10 @@ def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
         for how in _HOW:
             if tenant.bypassing.get(how) or how == _HOW[0]:
                 bypassing.add_metric([tenant.tenant, how], tenant.bypassing.get(how, 0))
+        for reason, count in tenant.shimless.items():
+            shimless.add_metric([tenant.tenant, reason], count)
         mode.add_metric([tenant.tenant, tenant.enforcement], 1)
-    yield from (info, processes, bypassing, mode)
+    yield from (info, processes, bypassing, shimless, mode)
 
 
 def _tenant_devices(snapshot: Snapshot) -> Iterator[Metric]:
@@ -100,8 +108,9 @@ def _tenant_devices(snapshot: Snapshot) -> Iterator[Metric]:
         )
     refused = CounterMetricFamily("fgpu_memory_refused", "Admissions refused", labels=[*labels, "operation", "reason"])
     for tenant, device in rows:
-        for refusal in device.refusals:
-            refused.add_metric([tenant.tenant, str(device.gpu), refusal.operation, refusal.reason], refusal.count)
+        counts = {_FIRST_REFUSAL: 0} | {(r.operation, r.reason): r.count for r in device.refusals}
+        for why, count in counts.items():
+            refused.add_metric([tenant.tenant, str(device.gpu), *why], count)
     yield refused
     yield from _compute(snapshot)
 
@@ -156,6 +165,8 @@ def _host(snapshot: Snapshot) -> Iterator[Metric]:
     for reason in ("rate", "full"):
         lost.add_metric([reason], snapshot.events.get(reason, 0))
     yield lost
+    if snapshot.gatekeeper_up is not None:
+        yield GaugeMetricFamily("fgpu_gatekeeper_up", "1: a gatekeeper holds its socket", snapshot.gatekeeper_up)
     yield CounterMetricFamily("fgpu_control_refused", "Writes refused on the control socket", snapshot.writes_refused)
     yield CounterMetricFamily("fgpu_agent_failures", "Mistakes that the agent has outlived", snapshot.failures)
     if snapshot.policies:

@@ -64,6 +64,11 @@ Gate = IntFlag("Gate", "OPEN GATED")  # below GATE_SHIFT; above it the number of
 Seen = IntFlag("Seen", "SHIM BYPASS EXPORT CALL")
 
 
+def limit(bytes_: int) -> int | None:
+    """A limit as the ledger has it, in bytes; None: there is none."""
+    return None if bytes_ == NO_LIMIT else bytes_
+
+
 class Usage(Structure):
     """One device on a usage page."""
 

@@ -5,14 +5,15 @@ Owns: these records, nothing else. Never: decides (`turns` does). Times are CLOC
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import pages, scheduler
 from fgpu_ebpf.scheduler import Account, Share, Waiter
 
 BUCKETS_NS = tuple(int(ms * 1e6) for ms in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 512))
-LOOK_NS, MOST_LOOK_NS = 1_750_000, 10_000_000  # between looks at an owner that others wait for
+LOOK_NS, MOST_LOOK_NS = 1_750_000, 20_000_000  # between looks at an owner that others wait for
 BUSY_PARTS = 16  # of the time that it was busy without a pause, between two looks
 IDLE_NS = 500_000  # without anything to run for as long, it gives way
 GUESS_PARTS = 4  # such a part of how long work in flight should take may be wrong
@@ -22,6 +23,7 @@ LATE_NS = 200_000  # so long after work in flight should have ended it may be wa
 LEAD_NS = 1_000_000  # so near the end of a drain the next turn may begin
 MORE_NS = 250_000  # or a little earlier, of what was launched while the gate closed: to look again costs more
 SOON_NS = 1_000_000  # before something else is due nobody is looked at
+LASTING_NS = 1_000_000_000  # busy for as long without a pause, it is no more impatient than others that are
 SPAN_NS, SPAN_PARTS = 500_000, 40  # believed of a turn's beginning and end: so long, or such a part of the quantum
 _OPEN, _GATED = int(pages.Gate.OPEN), int(pages.Gate.GATED)
 
@@ -168,6 +170,12 @@ class Place:
         passes_ns = self.seen.busy_until_ns - LEAD_NS if is_wanted and not turn.handed_ns else 0
         return min([turn.deadline_ns, *(at for at in (self.meets_ns(turn), passes_ns) if at > now_ns)])
 
+    def ends_ns(self, turn: Turn, rivals: Collection[Place]) -> int:
+        """When it is another's turn, of those who want one now."""
+        if self.busy_ns < LASTING_NS or any(rival.busy_ns < LASTING_NS for rival in rivals):
+            return turn.ends_ns
+        return turn.ends_ns + scheduler.longer_ns(self.share, [rival.share for rival in rivals])
+
     def is_idle(self, turn: Turn, now_ns: int) -> bool:
         """It has had nothing to run for so long that it gives way."""
         return now_ns - turn.active_ns >= self._patience_ns()
@@ -215,3 +223,8 @@ class Place:
 
     def _span_ns(self) -> int:
         return min(SPAN_NS, self.share.quantum_ns // SPAN_PARTS)
+
+
+def wanting(turn: Turn, places: Iterable[Place]) -> list[Place]:
+    """Those that want a device which that turn is on."""
+    return [place for place in places if not place.seen.devices.isdisjoint(turn.devices)]

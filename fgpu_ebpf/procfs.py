@@ -18,12 +18,14 @@ import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 MOST_MAPPED = 1 << 15  # executable mappings of files
+MOST_MOUNTS = 1 << 14
 DEEPEST = 32  # cgroups further in are taken for this one; the kernel side walks 16
 NS_GET_PARENT = 0xB702
+BOOKS = b"/run/fgpu/books"  # where the shim of an image with a limit of its own keeps them
 CUDA_NAMES = (b"libcuda.so", b"libfgpu.so")
 UNKNOWABLE = frozenset({(0, 0)})  # a file that nobody will ever have probed
 
@@ -32,7 +34,8 @@ _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _MAP_FAILED = 2 ** (8 * ctypes.sizeof(ctypes.c_void_p)) - 1
 _PROCMAP_QUERY, _QUERY = 0xC0686611, struct.Struct("9Q4I2Q")  # Linux 6.11: struct procmap_query
-_FILE_HERE, _NEXT_EXECUTABLE_FILE, _LONGEST_PATH = 0x20, 0x34, 4096
+_FILE_HERE, _NEXT_EXECUTABLE_FILE, _NEXT_SHARED_FILE, _LONGEST_PATH = 0x20, 0x34, 0x3A, 4096
+_AUX, _AT_BASE = struct.Struct("2Q"), 7
 _PIDFD_GET_PID_NAMESPACE = 0xFF05  # Linux 6.11
 _PIDFD_GET_INFO, _INFO = 0xC040FF0B, struct.Struct("QQII40x")  # Linux 6.13: struct pidfd_info
 _INFO_PID_AND_CGROUP = 0b101
@@ -168,6 +171,33 @@ def clock_ahead_ns(pid: int) -> int:
     return int(seconds) * 1_000_000_000 + int(ns)
 
 
+# -- how it was started ---------------------------------------------------------------------------------------------
+
+
+def loader(pid: int) -> str:
+    """The name of the dynamic loader's file that started a program; empty: none, it is static.
+
+    By what the kernel says alone: no file of the program's own is opened. Raises OSError: it is gone.
+    """
+    auxv = read(f"/proc/{pid}/auxv")
+    base = dict(_AUX.iter_unpack(auxv[: len(auxv) // _AUX.size * _AUX.size])).get(_AT_BASE, 0)
+    if not base:  # or the loader itself was called, with the program as an argument
+        name = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+        return name if name.startswith("ld-") else ""
+    maps, room = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC), ctypes.create_string_buffer(_LONGEST_PATH)
+    try:
+        _mapping_at(maps, base, _FILE_HERE, ctypes.addressof(room))
+    finally:
+        os.close(maps)
+    return os.fsdecode(room.value.rpartition(b"/")[2])
+
+
+def has_mount(pid: int, place: str) -> bool:
+    """Is anything mounted there, as the process sees it? Raises OSError: it is gone."""
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return any(line.split(" ", 5)[4] == place for line in islice(file, MOST_MOUNTS))
+
+
 # -- its mappings ---------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +225,20 @@ def fgpu_mappings(pid: int) -> list[Mapping] | None:
         return list(dict.fromkeys(_with_cuda_names(fd)))
     except OSError:
         return None
+    finally:
+        os.close(fd)
+
+
+def keeps_books(pid: int) -> bool:
+    """Has it mapped the books of an image's own limit? Not where nobody can tell."""
+    try:
+        fd = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return any(path.endswith(BOOKS) for path, *_ in _mapped(fd, _NEXT_SHARED_FILE))
+    except OSError:
+        return False
     finally:
         os.close(fd)
 
@@ -261,17 +305,22 @@ def _mapping_at(maps: int, at: int, which: int, name: int = 0) -> tuple[int, int
     return start, end, os.makedev(major, minor), ino
 
 
-def _with_cuda_names(maps: int) -> Iterator[Mapping]:
+def _mapped(maps: int, which: int) -> Iterator[tuple[bytes, int, int, int, int]]:
+    """(path, start, end, dev, ino) of one mapping after the other."""
     room, at = ctypes.create_string_buffer(_LONGEST_PATH), 0
     for _ in range(MOST_MAPPED):
         try:
-            start, at, dev, ino = _mapping_at(maps, at, _NEXT_EXECUTABLE_FILE, ctypes.addressof(room))
+            start, at, dev, ino = _mapping_at(maps, at, which, ctypes.addressof(room))
         except FileNotFoundError:  # that was the last
             return
-        path = room.value
-        if path.rpartition(b"/")[2].startswith(CUDA_NAMES):
-            yield Mapping(os.fsdecode(path.removesuffix(b" (deleted)")), dev, ino, f"{start:x}-{at:x}")
+        yield room.value, start, at, dev, ino
     raise OSError(errno.E2BIG, "too many mappings")
+
+
+def _with_cuda_names(maps: int) -> Iterator[Mapping]:
+    for path, start, end, dev, ino in _mapped(maps, _NEXT_EXECUTABLE_FILE):
+        if path.rpartition(b"/")[2].startswith(CUDA_NAMES):
+            yield Mapping(os.fsdecode(path.removesuffix(b" (deleted)")), dev, ino, f"{start:x}-{end:x}")
 
 
 # -- its cgroup -----------------------------------------------------------------------------------------------------

@@ -7,17 +7,21 @@ own) or attaches. On failure: ProgramError with the mend; what was pinned before
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fgpu_ebpf import notify
 from fgpu_ebpf.checks import Check
 
+log = logging.getLogger("fgpu.agent")
 MADE = "fgpu-mounted-this"  # a folder in a bpffs that we mounted ourselves
 LOADER = ("/usr/bin/python3", "-I")
 LOADER_FILE = Path(__file__).with_name("loader.py")
-LOADER_SECONDS = 60
+SOON_SECONDS, LOADER_SECONDS = 0.5, 60
 
 
 class ProgramError(Exception):
@@ -56,7 +60,7 @@ class Loading:
         if self._child is None:
             return self._digest
         try:
-            _, said = self._child.communicate(timeout=LOADER_SECONDS)
+            said = self._said(self._child)
         except subprocess.TimeoutExpired as error:
             raise ProgramError(f"the loader does not end within {LOADER_SECONDS} s") from error
         if self._child.returncode:
@@ -66,6 +70,15 @@ class Loading:
             old.rmdir()
         self._stamp.mkdir()
         return self._digest
+
+    def _said(self, child: subprocess.Popen[str]) -> str:
+        try:
+            return child.communicate(timeout=SOON_SECONDS)[1]
+        except subprocess.TimeoutExpired:  # what cannot work at all has said so by now, in a line of its own
+            notify.tell("STATUS=compiles the kernel's programs")
+            if os.isatty(sys.stderr.fileno()):  # a log has what went wrong, not what goes on
+                log.info("compiles the kernel's programs: some seconds, once a boot")
+            return child.communicate(timeout=LOADER_SECONDS)[1]
 
     def end(self) -> None:
         """Nobody waits for it any more: what it has pinned is used by nobody, for want of the stamp."""

@@ -17,6 +17,7 @@ MILLION = 1_000_000
 PERIOD_NS = 40_000_000  # of a limit: what was not used for longer is gone
 FLOOR_NS = 100_000_000  # lower priorities that wait get a turn as often as this, whoever is above them
 PLAIN_WEIGHT = 100
+ROUND_QUANTA = 4  # so long may a round of turns be, of tenants whom nobody can have to wait for
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,17 @@ def next_turns(
             continue
         left -= devices
     return found
+
+
+def longer_ns(share: Share, rivals: Collection[Share]) -> int:
+    """By how much more than its quantum a turn may last, where all have long been busy without a pause: fewer turns
+    cost less. A round takes as long as it would with quanta and the lowest weight as 1 of 4. Not where one has a
+    ceiling: what that lets in while it waits for longer than PERIOD_NS would be lost."""
+    shares = [share, *rivals]
+    if not rivals or any(one.limited or one.rank != share.rank for one in shares):
+        return 0
+    weights = [one.weight for one in shares]
+    return share.quantum_ns * max(0, ROUND_QUANTA * min(weights) - sum(weights)) // sum(weights)
 
 
 def entitlements(shares: Mapping[int, Share]) -> dict[int, int]:

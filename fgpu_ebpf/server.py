@@ -20,7 +20,7 @@ from typing import Any
 
 from prometheus_client import make_wsgi_app
 
-from fgpu_ebpf import explain, metrics, quantities, shares, targets
+from fgpu_ebpf import explain, metrics, quantities, shares, snapshot, targets
 from fgpu_ebpf.agent import Agent, AgentError
 from fgpu_ebpf.control import RequestError
 from fgpu_ebpf.enforcer import RoomError
@@ -46,7 +46,7 @@ class ControlServer:
         self._peers = Peers(agent.selector, self._line)
         self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {
             "ping": self._ping,
-            "snapshot": lambda _: agent.look().as_json(),
+            "snapshot": lambda _: agent.look(),
             "metrics": lambda _: metrics.text(agent.look()),
             "explain": self._explain,
             "events": lambda request: agent.history.since(_number(request, "since")),
@@ -82,7 +82,7 @@ class ControlServer:
         (self._agent.settings.run_dir / "control.sock").unlink(missing_ok=True)
 
     def _line(self, peer: socket.socket, line: bytes) -> bytes:
-        return json.dumps(self._answer(peer, line)).encode() + b"\n"
+        return json.dumps(self._answer(peer, line), default=snapshot.plain).encode() + b"\n"
 
     def _answer(self, peer: socket.socket, line: bytes) -> dict[str, Any]:
         try:
@@ -134,8 +134,9 @@ class ControlServer:
 
     def _explain(self, request: dict[str, Any]) -> dict[str, Any]:
         agent = self._agent
-        found = agent.discovery
-        return explain.explain(self._find(request), agent.manager, agent.ledger, found.unenforced(), found.unprobed())
+        found, path = agent.discovery, self._find(request)
+        around = found.unprobed(), found.standalone()
+        return explain.explain(path, agent.manager, agent.ledger, found.unenforced(), *around)
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
         path = self._find(request)

@@ -35,7 +35,9 @@ from fgpu_ebpf import (
     programs,
     published,
     reconcile,
+    selinux,
     server,
+    shimless,
     workloads,
 )
 from fgpu_ebpf.agent import Agent, AgentError, Settings
@@ -192,7 +194,7 @@ def checks(options: Options) -> list[Check]:
     agents = _agent(options.run_dir)
     if host and not any(check.name == "policies" for check in agents):
         agents.append(policyfolder.check(options.policies or host.policy_folder))
-    return [*found, *agents, *enginesetup.checks()]
+    return [*found, *agents, *enginesetup.checks(), *selinux.checks(options.run_dir)]
 
 
 def _settings(path: Path, faults: Sequence[Fault]) -> Check:
@@ -266,13 +268,22 @@ def _health(snapshot: dict[str, Any]) -> Iterator[Check]:
     yield Check("probes", not gone, gone or "all where they were put", "restart the agent, and see who does that")
     ages = {d["index"]: d["reconcile_age_seconds"] for d in snapshot["devices"]}
     yield reconcile.check(ages, snapshot["reconcile_failure"])
-    bypassing = sorted(t["tenant"] for t in tenants if t["bypassing"])
-    mend = "mount the shim into them (fgpu explain TARGET), or onBypass: kill"
-    yield Check("shim", not bypassing, ", ".join(bypassing[:5]) or "in every process that uses a device", mend)
+    yield _shims(tenants)
     denied = sorted(t["tenant"] for t in tenants if t["denied"])
     yield Check("room", not denied, ", ".join(denied[:5]) or "for every tenant", "fgpu explain TARGET has the numbers")
     failures = snapshot["failures"]
     yield Check("mistakes", not failures, f"{failures} outlived", "report the traceback in the agent's log")
+
+
+def _shims(tenants: list[dict[str, Any]]) -> Check:
+    """Every process that uses a device asks before it allocates, or why it does not."""
+    around = sorted((t for t in tenants if t["bypassing"]), key=lambda t: str(t["tenant"]))
+    if not around:
+        return Check("shim", True, "in every process that uses a device")
+    named = [f"{t['tenant']} ({', '.join(t['shimless']) or ', '.join(t['bypassing'])})" for t in around[:5]]
+    words = [f"{why}: {why.words}" for why in shimless.Reason if any(why in t["shimless"] for t in around)]
+    mend = "; ".join([*words, "fgpu explain TARGET, or onBypass: kill"])
+    return Check("shim", False, ", ".join(named), mend)
 
 
 def _engines(found: list[dict[str, Any]]) -> Iterator[Check]:

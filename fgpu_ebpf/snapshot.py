@@ -6,7 +6,7 @@ Units stand in the names; None is a number that nobody measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -61,12 +61,16 @@ class TenantDevice:
 
 @dataclass(frozen=True, slots=True)
 class ProcessView:
-    """A process on one device; `pid` is the host's. `how`: in what way it goes around the shim; empty: it does not."""
+    """A process on one device; `pid` is the host's. `how`: in what way it goes around the shim; empty: it does not.
+
+    `why`: for what reason it has none (`shimless`); empty: it has, or nobody can tell.
+    """
 
     pid: int
     gpu: int
     bytes: int
     how: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ class TenantView:
     bypassing: Mapping[str, int]
     devices: tuple[TenantDevice, ...]
     processes: tuple[ProcessView, ...]
+    shimless: Mapping[str, int] = field(default_factory=dict)  # processes by the reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +170,9 @@ class Snapshot:
     taken_seconds: float = 0.0
     reconcile_failure: str = ""
     unenforced: str = ""  # why no limit is in force; empty: they are
+    gatekeeper_up: bool | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
+
+def plain(view: Any) -> dict[str, Any]:
+    """One of these as JSON has it, for json.dumps(…, default=plain); copies nothing, as dataclasses.asdict would."""
+    return {name: getattr(view, name) for name in view.__slots__}

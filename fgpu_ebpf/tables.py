@@ -35,8 +35,13 @@ def status(snapshot: Mapping[str, Any]) -> str:
     for tenant in snapshot["tenants"]:
         count = str(len({p["pid"] for p in tenant["processes"]}))
         for d in tenant["devices"]:
-            limit = "-" if d["limit_bytes"] == pages.NO_LIMIT else memory_text(d["limit_bytes"])
-            sizes = (limit, memory_text(d["used_bytes"]), memory_text(d["peak_bytes"]), str(d["refused"]))
+            limit = pages.limit(d["limit_bytes"])
+            sizes = (
+                "-" if limit is None else memory_text(limit),
+                memory_text(d["used_bytes"]),
+                memory_text(d["peak_bytes"]),
+                str(d["refused"]),
+            )
             table.add_row(tenant["tenant"], tenant["kind"], str(d["gpu"]), *sizes, count, tenant["enforcement"])
     why = f"\nNo limit is enforced: {snapshot['unenforced']}\n" if snapshot["unenforced"] else ""
     return _text(table) + _shares(snapshot) + why
@@ -91,7 +96,6 @@ def processes(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         part = "-" if row["time_ratio"] is None else f"{row['time_ratio']:.1%}"
         who = (row["user"] or "-", row["name"] or "(gone)")
-        table.add_row(
-            row["tenant"], str(row["pid"]), str(row["gpu"]), memory_text(row["bytes"]), part, *who, row["how"] or "-"
-        )
+        around = f"{row['how']} ({row['why']})" if row["why"] else row["how"] or "-"
+        table.add_row(row["tenant"], str(row["pid"]), str(row["gpu"]), memory_text(row["bytes"]), part, *who, around)
     return _text(table)

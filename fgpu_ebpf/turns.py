@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 
 from fgpu_ebpf import pages, scheduler
 from fgpu_ebpf.clocks import Clocks
-from fgpu_ebpf.places import NOTHING, Place, Seen, Turn
+from fgpu_ebpf.places import NOTHING, Place, Seen, Turn, wanting
 from fgpu_ebpf.scheduler import Grant, Share
 
 MS = 1_000_000
@@ -128,16 +128,16 @@ class Turns:
     def due_ns(self, now_ns: int) -> int:
         """When to step again, if nobody rings before; NEVER_NS: not before."""
         due = NEVER_NS
-        wanted = {device for place in self._coming_back() for device in place.seen.devices}
+        waiting = self._coming_back()
         for place in self._queue.values():
             at_ns = place.ripe_ns()
             if at_ns > now_ns:
                 due = min(due, at_ns)
             else:
-                wanted |= place.seen.devices
+                waiting.append(place)
         for place in self._running.values():
             if place.turn:
-                due = min(due, self._turn_due_ns(place, place.turn, wanted, now_ns))
+                due = min(due, self._turn_due_ns(place, place.turn, waiting, now_ns))
         return max(due, now_ns + LEAST_NS)
 
     # -- looking
@@ -245,7 +245,7 @@ class Turns:
         turn = place.turn
         if turn is None or turn.closing_ns:
             return
-        rivals = [rival for rival in ripe if not rival.seen.devices.isdisjoint(turn.devices)]
+        rivals = wanting(turn, ripe)
         if place.share.limited and place.account.in_hand_ns <= 0:
             place.held_back = True
             place.counts.throttled += 1
@@ -257,7 +257,7 @@ class Turns:
             self._go_on_alone(place, turn, now_ns)
         elif place.is_idle(turn, now_ns) or self._outranked(place, turn, rivals, now_ns):
             self._close(place, turn, now_ns)
-        elif now_ns >= turn.ends_ns:
+        elif now_ns >= place.ends_ns(turn, rivals):
             if self._comes_first_again(place, turn, ripe, now_ns):
                 self._extend(place, turn, now_ns)
             else:
@@ -385,15 +385,16 @@ class Turns:
                 since_ns = max(ended_ns, place.begun_ns(turn))
                 self._charge(place, max(0, turn.begins_ns - since_ns))
 
-    def _turn_due_ns(self, place: Place, turn: Turn, wanted: set[int], now_ns: int) -> int:
+    def _turn_due_ns(self, place: Place, turn: Turn, waiting: Iterable[Place], now_ns: int) -> int:
         if place.comes_back():
             return NEVER_NS
+        rivals = wanting(turn, waiting)
         if turn.closing_ns:
-            return place.drain_due_ns(turn, bool(turn.devices & wanted), now_ns)
-        due, is_wanted, limited = turn.ends_ns, bool(turn.devices & wanted), place.share.limited
+            return place.drain_due_ns(turn, bool(rivals), now_ns)
+        due, limited = place.ends_ns(turn, rivals), place.share.limited
         if limited:
             due = min(due, place.account.spent_ns(place.share))
-        if is_wanted or limited:
+        if rivals or limited:
             due = place.look_due_ns(turn, now_ns, due)
         floor_ns = turn.opened_ns + FLOOR_TURN_NS
-        return min(due, floor_ns) if is_wanted and turn.floor and floor_ns > now_ns else due
+        return min(due, floor_ns) if rivals and turn.floor and floor_ns > now_ns else due

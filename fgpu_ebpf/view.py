@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgpu_ebpf import pages, procfs
+from fgpu_ebpf import keeper, pages, procfs, shimless
 from fgpu_ebpf.devices import Device
 from fgpu_ebpf.discovery import Discovery
 from fgpu_ebpf.enforcer import Enforcer
@@ -38,6 +38,7 @@ from fgpu_ebpf.tenants import Tenant
 from fgpu_ebpf.timebook import TurnCounts
 
 NS = 1e9
+_WITHOUT = ("no_admission", "no_shim", "unwitnessed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class _Look:
     turns: Mapping[tuple[int, int], TurnCounts]
     now_ns: int
     unprobed: Set[int]
+    standalone: Set[int]
     unenforced: str
 
 
@@ -66,7 +68,7 @@ def take_snapshot(
     turns, gatekeeper = ledger.times.turns(), _gatekeeper(run_dir)
     look = _Look(
         ledger, enforcer, devices, truth, enforcer.groups(), _by_level(processes), _by_place(counters), turns,
-        time.monotonic_ns(), discovery.unprobed(), discovery.unenforced(),
+        time.monotonic_ns(), discovery.unprobed(), discovery.standalone(), discovery.unenforced(),
     )  # fmt: skip
     anomalies = {a.name.lower(): _host_count(counters, pages.Kind.KINDS, a) for a in pages.Anomaly}
     return Snapshot(
@@ -78,6 +80,7 @@ def take_snapshot(
         reconcile_failure=truth.failure,
         unenforced=look.unenforced,
         gatekeeper=gatekeeper,
+        gatekeeper_up=keeper.is_up(run_dir),
         events={fate.name.lower(): _host_count(counters, pages.Kind.EVENTS, fate) for fate in pages.Fate},
         policies=_policies(policies),
         probe_hits=_hits(ledger.hits()),
@@ -113,13 +116,15 @@ def _host_count(counters: Mapping[Count, int], kind: int, reason: int) -> int:
 
 def _tenant(look: _Look, tenant: Tenant) -> TenantView:
     own = look.processes.get(tenant.cgroup, {})
+    how = {tgid: _how(look, tgid, p) for tgid, p in own.items()}
+    why = {tgid: _why(tgid, p, how[tgid]) for tgid, p in own.items()}
     views = tuple(
-        ProcessView(tgid, d.index, p.bytes[d.index], _how(look, tgid, p))
+        ProcessView(tgid, d.index, p.bytes[d.index], how[tgid], why[tgid])
         for tgid, p in own.items()
         for d in look.devices
         if p.bytes[d.index]
     )
-    bypassing = Counter(how for tgid, p in own.items() if (how := _how(look, tgid, p)))
+    bypassing = Counter(filter(None, how.values()))
     workload = tenant.workload
     return TenantView(
         tenant=tenant.name,
@@ -138,6 +143,7 @@ def _tenant(look: _Look, tenant: Tenant) -> TenantView:
         bypassing=dict(bypassing),
         devices=tuple(_tenant_device(look, tenant, own, device) for device in look.devices),
         processes=views,
+        shimless=dict(Counter(filter(None, why.values()))),
     )
 
 
@@ -145,24 +151,35 @@ def _enforcement(unenforced: str, observe: bool, bypassing: Mapping[str, int]) -
     """By whom limits are kept. Where the kernel does not see what a process allocates, that depends on what it asks."""
     if unenforced:
         return "none"
-    return "observe" if observe else "cooperative" if bypassing.get("unprobed") else "kernel"
+    asked = bypassing.get("unprobed") or bypassing.get("standalone")
+    return "observe" if observe else "cooperative" if asked else "kernel"
 
 
 def _how(look: _Look, tgid: int, process: Process) -> str:
     """In what way a process goes around the shim: its calls are seen and nobody asked; or no call of it is seen.
 
     Or it was there before fgpu; or it maps a library that could not be probed, so that nobody knows what it calls; or
-    NVML sees it run when that is not its turn. One that ends as it is adopted does none of that: it is swept soon.
+    it found no agent and keeps its image's own limit; or NVML sees it run when that is not its turn. One that ends as
+    it is adopted does none of that: it is swept soon.
     """
     if tgid in look.enforcer.elders and any(process.bytes) and not procfs.ended(tgid):
         return "older"
     if tgid in look.unprobed and any(process.bytes):
         return "unprobed"
+    if tgid in look.standalone and any(process.bytes) and not process.flags & pages.Seen.SHIM:
+        return "standalone"
     if process.flags & pages.Seen.BYPASS:
         return "no_admission"
     if not process.flags & pages.Seen.SHIM and any(process.bytes) and not procfs.ended(tgid):
         return "no_shim" if process.flags & pages.Seen.CALL else "unwitnessed"
     return "outside_turns" if tgid in look.truth.turns.outside else ""
+
+
+def _why(tgid: int, process: Process, how: str) -> str:
+    """For what reason a process that goes around the shim has none; empty: it has, or it is not known."""
+    if how not in _WITHOUT or process.flags & pages.Seen.SHIM:
+        return ""
+    return shimless.reason(tgid) or ""
 
 
 def _tenant_device(look: _Look, tenant: Tenant, own: Iterable[int], device: Device) -> TenantDevice:

@@ -4,7 +4,8 @@
  *   fgpu-oci share NAME               OCI hook createRuntime: the container's cgroup gets this share before it runs
  *   fgpu-oci precreate                Podman's hook: a configuration on stdin, the same with the shim's mounts on
  * stdout fgpu-oci runtime RUNTIME ARGS…    an OCI runtime: the same edit in the bundle, then becomes RUNTIME
- *   fgpu-runtime-NAME ARGS…           a link to it: as `fgpu-oci runtime NAME ARGS…`
+ *   fgpu-runtime-NAME ARGS…           a link to it: as `fgpu-oci runtime NAME ARGS…`; where the link runtimes/NAME is
+ *                                     beside the program, its target is the runtime
  *
  * Never: decides who gets what (the agent does), or lets a container start other than asked without saying why, on
  * stderr, in the runtime's own log and in the system's. Where no agent has set anything up, it edits nothing.
@@ -182,13 +183,28 @@ static int runtime(const char *run, char **words)
     return refuse("its runtime is not there");
 }
 
+/* By name from PATH, or what the link of that name leads to. */
+static char *named_by_link(char *name)
+{
+    static char target[PATH_MAX];
+    char self[PATH_MAX], link[2 * PATH_MAX];
+    ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1);
+    if (length <= 0) return name;
+    self[length] = 0;
+    *strrchr(self, '/') = 0;
+    snprintf(link, sizeof link, "%s/runtimes/%s", self, name);
+    length = readlink(link, target, sizeof target - 1);
+    target[length > 0 ? length : 0] = 0;
+    return *target ? target : name;
+}
+
 int main(int count, char **words)
 {
     static const char prefix[] = "fgpu-runtime-";
     const char *run = "/run/fgpu", *self = strrchr(words[0], '/');
     self = self ? self + 1 : words[0];
     if (!strncmp(self, prefix, sizeof prefix - 1)) {
-        words[0] = (char *)self + sizeof prefix - 1;
+        words[0] = named_by_link((char *)self + sizeof prefix - 1);
         return runtime(run, words);
     }
     if (count > 2 && !strcmp(words[1], "--run-dir")) run = words[2], words += 2, count -= 2;

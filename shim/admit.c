@@ -1,16 +1,19 @@
 /*
- * admit.c: one question to the kernel before the driver is asked. Owns what it learned about the devices; keeps no
- * books, the kernel does.
+ * admit.c: one question before the driver is asked, to the kernel; where no agent is, to the books that the container's
+ * processes keep together. Owns what it learned about the devices; keeps no books.
  *
  * Asked is the size that the driver will take, so that what was admitted is what will be charged. A refusal is the
  * driver's own out-of-memory. An error of the driver stays the driver's: the kernel sees the return and gives the
  * admission back.
  */
 #include "admit.h"
+#include "books.h"
 
 #include <errno.h>
 #include <stdatomic.h>
 #include <string.h>
+
+#define CONTEXT_BYTES (512ULL << 20) /* of one that nobody has measured, as the kernel's ledger has it too */
 
 static struct device {
     _Atomic uint64_t uuid[2];
@@ -38,7 +41,7 @@ int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uu
     for (unsigned i = 0; i < count && i < FGPU_DEVICES; i++)
         if (!memcmp(control->devices[i].uuid, uuid, 16))
             return control->devices[i].index < FGPU_DEVICES ? (int)control->devices[i].index : -1;
-    return -1;
+    return control->flags & FGPU_STANDALONE ? fgpu_stand_device(uuid) : -1;
 }
 
 /* The driver's UUID of an ordinal never changes in a process. Threads that fill it at once write the same. */
@@ -112,6 +115,21 @@ uint64_t fgpu_taken(uint64_t bytes, uint64_t granule)
     return (bytes + unit - 1) & ~(unit - 1);
 }
 
+/* What a thread was granted by the books for a call that it never came back from. */
+static __thread struct admission left __attribute__((tls_model("initial-exec")));
+
+static int ask_books(int index, struct admission *admission)
+{
+    if (left.by_books) fgpu_stand_release((unsigned)left.index, left.bytes);
+    left.by_books = false;
+    if (admission->kind == FGPU_CONTEXT) admission->bytes = CONTEXT_BYTES;
+    if (!fgpu_stand_charge((unsigned)index, admission->bytes)) return FGPU_REFUSED;
+    admission->index = index;
+    admission->by_books = true;
+    if (admission->kind != FGPU_POOL) left = *admission;
+    return FGPU_ADMITTED;
+}
+
 /* The ledger's index of the device is the answer beside the verdict: what is given back later names it. */
 static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, struct admission *admission)
 {
@@ -120,7 +138,9 @@ static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, struct admi
         if (view->link != FGPU_HELD) return CUDA_ERROR_OUT_OF_MEMORY;
         int index = fgpu_index(view->control, ordinal); /* not the tenant's: nothing of it is to be had */
         if (index < 0) return CUDA_ERROR_OUT_OF_MEMORY;
-        int verdict = fgpu_ask(*view, (unsigned)index, admission->bytes, admission->kind, admission->ticket);
+        int verdict = view->cooperative
+                          ? ask_books(index, admission)
+                          : fgpu_ask(*view, (unsigned)index, admission->bytes, admission->kind, admission->ticket);
         if (verdict >= 0) {
             admission->index = verdict == FGPU_REFUSED ? -1 : index;
             return verdict == FGPU_REFUSED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
@@ -157,8 +177,17 @@ struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind)
         admission.ticket = fgpu_ticket();
         admission.refusal = ask_kernel(&view, ordinal, &admission);
     }
-    admission.settles = kind != FGPU_POOL && view.control && view.control->flags & FGPU_SETTLE;
+    admission.settles = kind != FGPU_POOL && !admission.by_books && view.control && view.control->flags & FGPU_SETTLE;
     return admission;
+}
+
+/* Of pools: to whoever counts now. */
+static void release(unsigned index, uint64_t bytes, unsigned kind)
+{
+    if (fgpu_glance().cooperative)
+        fgpu_stand_release(index, bytes);
+    else
+        fgpu_release_here(index, bytes, kind, fgpu_ticket());
 }
 
 uint64_t fgpu_room(CUdevice ordinal)
@@ -166,6 +195,7 @@ uint64_t fgpu_room(CUdevice ordinal)
     struct fgpu_view view = fgpu_look();
     int index = view.link == FGPU_HELD ? fgpu_index(view.control, ordinal) : -1;
     uint64_t room = FGPU_MOST_BYTES;
+    if (view.cooperative) fgpu_standing_refresh();
     for (unsigned level = 0; index >= 0 && level < view.levels; level++) {
         const struct fgpu_usage *usage = &view.usage[level].devices[index];
         uint64_t limit = __atomic_load_n(&usage->limit, __ATOMIC_RELAXED);
@@ -177,7 +207,7 @@ uint64_t fgpu_room(CUdevice ordinal)
 
 void fgpu_give_back(int index, uint64_t bytes)
 {
-    if (index >= 0 && bytes) fgpu_release_here((unsigned)index, bytes, FGPU_POOL, fgpu_ticket());
+    if (index >= 0 && bytes) release((unsigned)index, bytes, FGPU_POOL);
 }
 
 /* Gives back what a failed call of a pool does not need, and tells whose out-of-memory it was: the kernel sees no call.
@@ -185,7 +215,24 @@ void fgpu_give_back(int index, uint64_t bytes)
 void fgpu_failed(int index, uint64_t bytes, CUresult result)
 {
     unsigned full = result == CUDA_ERROR_OUT_OF_MEMORY ? FGPU_FULL : 0;
-    if (index >= 0 && (bytes || full)) fgpu_release_here((unsigned)index, bytes, FGPU_POOL | full, fgpu_ticket());
+    if (index >= 0 && (bytes || full)) release((unsigned)index, bytes, FGPU_POOL | full);
+}
+
+/* Memory goes with the context that it is made in. */
+void fgpu_settled_books(const struct admission *admission, CUresult result, uint64_t handle)
+{
+    __typeof__(&cuCtxGetCurrent) current = REAL(cuCtxGetCurrent);
+    CUcontext context = NULL;
+    if (!admission->by_books || admission->kind == FGPU_POOL) return;
+    left.by_books = false;
+    if (result) {
+        fgpu_stand_release((unsigned)admission->index, admission->bytes);
+        return;
+    }
+    int saved = errno;
+    if (current && current(&context)) context = NULL;
+    fgpu_grant_made((unsigned)admission->index, admission->bytes, admission->kind, handle, (uint64_t)context);
+    errno = saved;
 }
 
 /* The kernel sees how the driver's call ended, where it has return probes. Where it has none, this tells it. Nobody
@@ -194,6 +241,7 @@ void fgpu_failed(int index, uint64_t bytes, CUresult result)
 CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle)
 {
     if (admission->kind == FGPU_POOL && result) fgpu_failed(admission->index, admission->bytes, result);
+    if (admission->by_books) fgpu_settled_books(admission, result, handle);
     if (admission->settles) fgpu_settle_here(handle, admission->bytes, result, admission->ticket);
     return result;
 }

@@ -11,6 +11,7 @@ struct admission {
     CUresult refusal; /* CUDA_SUCCESS: go on */
     int index;        /* the ledger's, where something was granted; else -1 */
     bool settles;     /* no return probe on this kernel: we say how it went */
+    bool by_books;    /* granted by the container's own: they too are told how it went */
     unsigned kind;
     uint64_t ticket, bytes;
 };
@@ -22,6 +23,7 @@ HIDDEN void fgpu_unrelax(CUstreamCaptureMode mode);
 
 HIDDEN struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind);
 HIDDEN CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle);
+HIDDEN void fgpu_settled_books(const struct admission *admission, CUresult result, uint64_t handle);
 HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);
 HIDDEN void fgpu_give_back(int index, uint64_t bytes); /* of pools */
 HIDDEN bool fgpu_is_device(CUdevice ordinal);

@@ -71,6 +71,16 @@ static bool is_limited(void)
     ENTRY(cuArray3DCreate_v2, (CUarray * out, const CUDA_ARRAY3D_DESCRIPTOR *shape), (out, shape))                     \
     ENTRY(cuMipmappedArrayCreate, (CUmipmappedArray * out, const CUDA_ARRAY3D_DESCRIPTOR *shape, unsigned levels),     \
           (out, shape, levels))                                                                                        \
+    ENTRY(cuMemFree_v2, (CUdeviceptr at), (at))                                                                        \
+    ENTRY(cuArrayDestroy, (CUarray array), (array))                                                                    \
+    ENTRY(cuMipmappedArrayDestroy, (CUmipmappedArray array), (array))                                                  \
+    ENTRY(cuMemRelease, (CUmemGenericAllocationHandle handle), (handle))                                               \
+    ENTRY(                                                                                                             \
+        cuMemMap,                                                                                                      \
+        (CUdeviceptr at, size_t bytes, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long flags),  \
+        (at, bytes, offset, handle, flags))                                                                            \
+    ENTRY(cuMemUnmap, (CUdeviceptr at, size_t bytes), (at, bytes))                                                     \
+    ENTRY(cuMemRetainAllocationHandle, (CUmemGenericAllocationHandle * out, void *at), (out, at))                      \
     ENTRY(cuMemGetInfo_v2, (size_t * available, size_t * total), (available, total))                                   \
     ENTRY(cuDeviceTotalMem_v2, (size_t * total, CUdevice device), (total, device))                                     \
     ENTRY(cuDevicePrimaryCtxRetain, (CUcontext * out, CUdevice device), (out, device))                                 \

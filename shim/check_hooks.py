@@ -38,7 +38,7 @@ _SUFFIX = {"PTDS": "_ptds", "PTSZ": "_ptsz"}
 
 def table(text: str) -> set[str]:
     """The names that shim.h hooks."""
-    return set(re.findall(r"\b(?:HOOK|ASK)\((\w+)\)", text))
+    return set(re.findall(r"\bHOOK\((\w+)\)", text))
 
 
 def decided(text: str) -> tuple[set[str], list[str]]:

@@ -4,6 +4,7 @@
  */
 #include <errno.h>
 
+#include "books.h"
 #include "gate.h"
 
 #define CREATED 16
@@ -67,9 +68,12 @@ static void leave(CUcontext context)
     {                                                                                                                  \
         __typeof__(&name) driver = REAL(name);                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        struct fgpu_ending ending;                                                                                     \
         fgpu_pools_leave(-1);                                                                                          \
         leave(ctx);                                                                                                    \
+        fgpu_context_leaves(&ending, ctx);                                                                             \
         CUresult result = driver(ctx);                                                                                 \
+        fgpu_context_left(&ending, result == CUDA_SUCCESS);                                                            \
         fgpu_pools_return(-1);                                                                                         \
         return result;                                                                                                 \
     }
@@ -92,9 +96,13 @@ static bool is_active(CUdevice device)
     {                                                                                                                  \
         __typeof__(&name) driver = REAL(name);                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        struct fgpu_ending ending;                                                                                     \
         fgpu_pools_leave(dev);                                                                                         \
+        fgpu_primary_leaves(&ending, dev);                                                                             \
         CUresult result = driver(dev);                                                                                 \
-        if (dev >= 0 && !is_active(dev)) fgpu_primary_ends(dev);                                                       \
+        bool ended = dev >= 0 && !is_active(dev);                                                                      \
+        if (ended) fgpu_primary_ends(dev);                                                                             \
+        fgpu_context_left(&ending, ended);                                                                             \
         fgpu_pools_return(dev);                                                                                        \
         return result;                                                                                                 \
     }
@@ -128,8 +136,13 @@ EXPORT CUresult cuGreenCtxDestroy(CUgreenCtx hCtx)
     fgpu_pools_leave(-1);
     bool flies = leave_green(hCtx);
     CUresult result = driver(hCtx);
-    for (CUdevice device = 0; flies && device < FGPU_DEVICES; device++)
-        if (!is_active(device)) fgpu_primary_ends(device);
+    for (CUdevice device = 0; (flies || fgpu_has_grants()) && device < FGPU_DEVICES; device++) {
+        struct fgpu_ending ending;
+        if (is_active(device)) continue;
+        fgpu_primary_leaves(&ending, device);
+        fgpu_context_left(&ending, true);
+        fgpu_primary_ends(device);
+    }
     fgpu_pools_return(-1);
     return result;
 }

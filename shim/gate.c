@@ -21,6 +21,7 @@
 #define DOZE_NS 50000000ULL    /* at a closed gate: the heartbeat must be looked at */
 #define CLOSE_NS 200000ULL     /* the end of a drain is waited for awake */
 #define PAUSE_NS 50000ULL      /* between two looks at what should have ended, or leaves no room */
+#define REST_NS 100000ULL      /* less between an end and the next launch belongs to what a program does one by one */
 #define STUCK_NS 1000000000ULL /* what has not ended by then may be waiting for the launch that it keeps waiting */
 
 static union { /* zero after a fork */
@@ -37,12 +38,7 @@ static union { /* zero after a fork */
     char page[FGPU_PAGE_BYTES];
 } mine __attribute__((aligned(FGPU_PAGE_BYTES)));
 
-static uint64_t coarse_now(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-    return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
-}
+static uint64_t coarse_now(void) { return fgpu_clock(CLOCK_MONOTONIC_COARSE); }
 
 static bool any_gated(const struct fgpu_control_page *control)
 {
@@ -287,7 +283,7 @@ void fgpu_gate_enter(struct fgpu_launch *launch, CUstream stream, bool per_threa
 static void note_wanted(struct place *place, uint64_t now)
 {
     uint64_t ended = atomic_load_explicit(&place->ended_ns, memory_order_relaxed);
-    if (ended > atomic_exchange(&place->wanted_ns, now)) {
+    if (ended > atomic_exchange(&place->wanted_ns, now) && now - ended >= REST_NS) {
         atomic_fetch_add(&place->idle_ns, now - ended);
         atomic_store_explicit(&place->page, NULL, memory_order_relaxed); /* none has that */
     }

@@ -34,6 +34,8 @@ static struct graph_memory {
 static _Atomic int crowded;    /* n + 1: graphs that found no room above take memory of device n */
 static _Atomic bool allocates; /* some graph of this process does */
 
+#pragma GCC optimize("Os") /* until graphs are launched */
+
 /* -- reading a graph */
 
 struct reading {
@@ -317,6 +319,8 @@ EXPORT CUresult cuGraphInstantiateWithParams_ptsz(CUgraphExec *phGraphExec, CUgr
     unsigned long long flags = instantiateParams ? instantiateParams->flags : 0;
     INSTANTIATE(cuGraphInstantiateWithParams_ptsz, flags, phGraphExec, hGraph, instantiateParams);
 }
+
+#pragma GCC reset_options
 
 /* -- launch and upload */
 

@@ -71,6 +71,13 @@ static bool agent_here(void)
     return S_ISDIR(status.st_mode) && status.st_nlink;
 }
 
+/* A gatekeeper that ends leaves its socket, and the next one renames its own over it. */
+static bool socket_here(void)
+{
+    struct stat status;
+    return !syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET, &status, 0) || errno != ENOENT;
+}
+
 /* stderr may be a pipe that nobody reads (SIGPIPE), a full one (it would block), or by now some other file of the
  * program. */
 void fgpu_say(const char *text)
@@ -174,14 +181,20 @@ static enum fgpu_outcome map_set(const struct answer *answer, unsigned set, enum
     return managed == (outcome == FGPU_IS_HELD) ? outcome : FGPU_IS_SILENT;
 }
 
-static enum fgpu_outcome once(uint64_t deadline, const struct fgpu_note *before, unsigned set, struct fgpu_note *note,
-                              unsigned *levels)
+int fgpu_knock(const struct fgpu_note *before)
+{
+    int socket = (int)syscall(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (socket < 0 || ask(socket, before)) return socket;
+    syscall(SYS_close, socket);
+    return -1;
+}
+
+static enum fgpu_outcome once(int socket, uint64_t deadline, unsigned set, struct fgpu_note *note, unsigned *levels)
 {
     struct answer answer = {.count = 0};
     enum fgpu_outcome outcome = FGPU_IS_RETRY;
-    int socket = (int)syscall(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (socket < 0) return FGPU_IS_RETRY;
-    if (!ask(socket, before) || !wait_for(socket, deadline)) goto out;
+    if (!wait_for(socket, deadline)) goto out;
     outcome = receive(socket, &answer);
     if (outcome == FGPU_IS_FREE || outcome == FGPU_IS_HELD) {
         outcome = reserve() ? map_set(&answer, set, outcome) : FGPU_IS_SILENT;
@@ -197,16 +210,19 @@ out:
     return outcome;
 }
 
-enum fgpu_outcome fgpu_hello(uint64_t deadline, const struct fgpu_note *before, unsigned set, struct fgpu_note *note,
-                             unsigned *levels)
+enum fgpu_outcome fgpu_hello(int *asked, uint64_t deadline, const struct fgpu_note *before, unsigned set,
+                             struct fgpu_note *note, unsigned *levels)
 {
     /* The directory is looked for each time: it may go while we wait. */
     for (uint64_t step = FIRST_RETRY_NS;; step = step < LAST_RETRY_NS / 2 ? 2 * step : LAST_RETRY_NS) {
         if (!agent_here()) return FGPU_IS_ABSENT;
-        enum fgpu_outcome outcome = once(deadline, before, set, note, levels);
+        int socket = *asked < 0 ? fgpu_knock(before) : *asked;
+        *asked = -1;
+        enum fgpu_outcome outcome = once(socket, deadline, set, note, levels);
         if (outcome != FGPU_IS_RETRY) return outcome;
+        bool empty = !socket_here(); /* an agent that starts makes the folder first */
         uint64_t now = fgpu_now();
-        if (now + FIRST_RETRY_NS >= deadline) return FGPU_IS_SILENT;
+        if (now + (empty ? LAST_RETRY_NS : FIRST_RETRY_NS) >= deadline) return empty ? FGPU_IS_EMPTY : FGPU_IS_SILENT;
         /* Later every time, and each at a moment of its own: many that are refused together must not come back
          * together. The last try is just before the deadline. */
         uint64_t pause = step / 2 + (now * 0x9e3779b97f4a7c15ULL >> 32) % (step / 2);

@@ -14,23 +14,18 @@
 #include "shim.h"
 
 /*
- * Since glibc 2.34 these live in libc and the linker would ask for that version; the old one is still there and is all
- * that older systems have. Weak, because there they live in libdl, which a program that loads nothing does not have: it
- * must run.
+ * Since glibc 2.34 these live in libc, before that in libdl, which a program that loads nothing does not have: it must
+ * run. So they are weak, and of no version: a version names the file that must have it (see libc.S).
  */
-extern void *old_dlopen(const char *, int) __attribute__((weak));
-extern int old_dlclose(void *) __attribute__((weak));
-extern char *old_dlerror(void) __attribute__((weak));
-extern void *old_dlvsym(void *, const char *, const char *) __attribute__((weak));
+#pragma weak dlopen
+#pragma weak dlclose
+#pragma weak dlerror
+#pragma weak dlvsym
 #ifdef __x86_64__
 #define OLDEST "GLIBC_2.2.5"
 #else
 #define OLDEST "GLIBC_2.17"
 #endif
-__asm__(".symver old_dlopen, dlopen@" OLDEST "\n"
-        ".symver old_dlclose, dlclose@" OLDEST "\n"
-        ".symver old_dlerror, dlerror@" OLDEST "\n"
-        ".symver old_dlvsym, dlvsym@" OLDEST "\n");
 
 /* What libc itself had there to load modules by. One of those may bring libdl in later, and then ask us for symbols. */
 extern void *__libc_dlopen_mode(const char *, int) __attribute__((weak));
@@ -45,27 +40,25 @@ static const char *const sonames[LIBRARIES] = {"libcuda.so.1", "libnvidia-ml.so.
 /* One behind the other, found by their places: the loader of every program would have to write pointers. */
 static const struct names {
 #define TEXT(name) char name[sizeof #name];
-    FGPU_DRIVER_TABLE(TEXT, TEXT, TEXT)
-    FGPU_NVML_TABLE(TEXT, TEXT, TEXT)
+    FGPU_DRIVER_TABLE(TEXT, TEXT)
+    FGPU_NVML_TABLE(TEXT, TEXT)
 #undef TEXT
 } names = {
 #define TEXT(name) #name,
-    FGPU_DRIVER_TABLE(TEXT, TEXT, TEXT) FGPU_NVML_TABLE(TEXT, TEXT, TEXT)};
+    FGPU_DRIVER_TABLE(TEXT, TEXT) FGPU_NVML_TABLE(TEXT, TEXT)};
 
 static const struct entry {
     void *hook; /* NULL: not hooked */
     uint16_t name;
     uint8_t library;
-    bool greets;
 } table[FGPU_NAMES] = {
-#define HOOK(name) {name, offsetof(struct names, name), LIBRARY, false},
-#define ASK(name) {name, offsetof(struct names, name), LIBRARY, true},
-#define NEED(name) {NULL, offsetof(struct names, name), LIBRARY, false},
+#define HOOK(name) {name, offsetof(struct names, name), LIBRARY},
+#define NEED(name) {NULL, offsetof(struct names, name), LIBRARY},
 #define LIBRARY DRIVER
-    FGPU_DRIVER_TABLE(HOOK, ASK, NEED)
+    FGPU_DRIVER_TABLE(HOOK, NEED)
 #undef LIBRARY
 #define LIBRARY NVML
-        FGPU_NVML_TABLE(HOOK, ASK, NEED)};
+        FGPU_NVML_TABLE(HOOK, NEED)};
 
 static const char *name_of(enum fgpu_name at) { return (const char *)&names + table[at].name; }
 
@@ -84,12 +77,12 @@ __attribute__((constructor)) static void resolve_dlsym(void)
 {
     void *found = NULL;
     if (fgpu_real_dlsym) return;
-    if (old_dlvsym) {
-        dl_open = old_dlopen;
-        dl_close = old_dlclose;
-        dl_error = old_dlerror;
-        found = old_dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
-        if (!found) found = old_dlvsym(RTLD_NEXT, "dlsym", OLDEST);
+    if (dlvsym) {
+        dl_open = dlopen;
+        dl_close = dlclose;
+        dl_error = dlerror;
+        found = dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
+        if (!found) found = dlvsym(RTLD_NEXT, "dlsym", OLDEST);
     } else if (__libc_dlopen_mode && __libc_dlsym) {
         void *libdl = __libc_dlopen_mode("libdl.so.2", (int)(RTLD_LAZY | RTLD_NOLOAD | LIBC_DLOPEN));
         if (!libdl) return;
@@ -195,7 +188,6 @@ void *fgpu_lookup(void *handle, const char *name)
     } else if (found && (beside = fgpu_hook_beside(at, found))) {
         found = hook = beside;
     } /* else another preload before us, or what is left to a further driver: theirs, the kernel sees what it does */
-    if (found == hook && table[at].greets) fgpu_greet();
     errno = saved;
     return found;
 }
@@ -211,7 +203,6 @@ static void substitute(const char *asked, void **answer)
         void *hook = fgpu_beside ? fgpu_entry_beside(at) : table[at].hook;
         if (!hook) return;
         *answer = hook;
-        if (table[at].greets) fgpu_greet();
         return;
     }
 }
@@ -237,7 +228,9 @@ EXPORT CUresult cuGetProcAddress_v2(const char *symbol, void **pfn, int cudaVers
 
 EXPORT CUresult cuInit(unsigned int Flags)
 {
-    fgpu_look();
+    int announced = fgpu_announce();
     __typeof__(&cuInit) driver = REAL(cuInit);
-    return driver ? driver(Flags) : CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver ? driver(Flags) : CUDA_ERROR_NOT_SUPPORTED;
+    fgpu_arrive(announced);
+    return result;
 }

@@ -5,15 +5,18 @@
  */
 #include "gate.h"
 
-#define LAUNCH(name, stream, per_thread, ...)                                                                          \
+#define PASS(name, enter, ...)                                                                                         \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
         struct fgpu_launch launch = {.index = -1};                                                                     \
-        if (!LIKELY(!fgpu_is_gated())) fgpu_gate_enter(&launch, stream, per_thread, NULL);                             \
+        if (!LIKELY(!fgpu_is_gated())) enter;                                                                          \
         CUresult result = driver(__VA_ARGS__);                                                                         \
         return LIKELY(launch.index < 0) ? result : fgpu_gate_leave(&launch, result);                                   \
     } while (0)
+
+#define LAUNCH(name, stream, per_thread, ...)                                                                          \
+    PASS(name, fgpu_gate_enter(&launch, stream, per_thread, NULL), __VA_ARGS__)
 
 #define KERNEL(name, per_thread)                                                                                       \
     EXPORT CUresult name(CUfunction f, unsigned int gridDimX, unsigned int gridDimY, unsigned int gridDimZ,            \
@@ -61,16 +64,26 @@ EXPORT CUresult cuLaunchCooperativeKernelMultiDevice(CUDA_LAUNCH_PARAMS *launchP
     return result;
 }
 
-EXPORT CUresult cuLaunch(CUfunction f) { LAUNCH(cuLaunch, NULL, false, f); }
+#pragma GCC optimize("Os") /* nobody is in a hurry from here on */
+
+/* The oldest are never captured: where a capture permits them they run at once, in whatever stream. Nothing can be
+ * marked behind them in one that captures, so they stand as launches of the thread's own. */
+static void enter_uncaptured(struct fgpu_launch *launch, CUstream stream)
+{
+    bool captures = fgpu_is_capturing(stream, false);
+    fgpu_gate_enter(launch, captures ? CU_STREAM_PER_THREAD : stream, captures, NULL);
+}
+
+EXPORT CUresult cuLaunch(CUfunction f) { PASS(cuLaunch, enter_uncaptured(&launch, NULL), f); }
 
 EXPORT CUresult cuLaunchGrid(CUfunction f, int grid_width, int grid_height)
 {
-    LAUNCH(cuLaunchGrid, NULL, false, f, grid_width, grid_height);
+    PASS(cuLaunchGrid, enter_uncaptured(&launch, NULL), f, grid_width, grid_height);
 }
 
 EXPORT CUresult cuLaunchGridAsync(CUfunction f, int grid_width, int grid_height, CUstream hStream)
 {
-    LAUNCH(cuLaunchGridAsync, hStream, false, f, grid_width, grid_height, hStream);
+    PASS(cuLaunchGridAsync, enter_uncaptured(&launch, hStream), f, grid_width, grid_height, hStream);
 }
 
 /* -- questions whose answer may be that nothing is in flight any more */

@@ -17,16 +17,20 @@
 
 #include <linux/futex.h>
 
-#include "link.h"
+#include "books.h"
 
 /*
- * FRESH  -> OPEN     no socket directory: this host has no agent. For good.
+ * FRESH  -> OPEN     no socket directory: this host has no agent. For good, unless the image has a limit.
  *        -> CLOSED   the directory is there, but no answer in time: admissions are refused. Hello again, once a second.
  *        -> FREE     answered: nobody manages this process. Its control page says when that may have changed.
  *        -> HELD     answered with pages, and the probes answered too.
  * FREE, HELD: hello again when the page's writer is silent or says so; without an answer they stay what they are.
  * HELD -> OPEN when the probes are gone and the directory too: `fgpu detach`.
+ * OPEN and FREE are COOPERATIVE besides where the image has a limit: who asks sees a HELD link, whose pages are made
+ * from the books of this container. Looked after once a second; an agent that answers takes over, one that was there
+ * and is silent leaves what was: HELD, or CLOSED.
  */
+#define COOPERATIVE (1u << 9)
 #define SECOND 1000000000ULL
 #define FIRST_NS (2 * SECOND)     /* an upgrade of the gatekeeper fits in */
 #define ANSWERED_NS (SECOND / 4)  /* the heartbeat's period: the epoch is no newer */
@@ -43,7 +47,7 @@
 
 /* Zero after a fork, by MADV_WIPEONFORK: the child is another process to the kernel's ledger and says its own hello. */
 struct own {
-    _Atomic uint32_t word; /* link | set << 8 | levels << 16; a futex while nobody has an answer */
+    _Atomic uint32_t word; /* link | set << 8 | COOPERATIVE | levels << 16; a futex while nobody has an answer */
     _Atomic uint32_t said;
     _Atomic uint64_t busy_until_ns; /* one thread at a time says hello */
     _Atomic uint64_t next_ns;
@@ -59,17 +63,24 @@ static union {
 static struct own *const own = &mine.own;
 static _Atomic bool unwiped;
 
-uint64_t fgpu_now(void)
+#pragma weak clock_gettime /* not in libc before glibc 2.17 */
+uint64_t fgpu_clock(int which)
 {
     struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (LIKELY(clock_gettime))
+        clock_gettime(which, &now);
+    else
+        syscall(SYS_clock_gettime, which, &now);
     return (uint64_t)now.tv_sec * SECOND + (uint64_t)now.tv_nsec;
 }
+
+uint64_t fgpu_now(void) { return fgpu_clock(CLOCK_MONOTONIC); }
 
 static enum fgpu_link link_of(uint32_t word) { return word & 0xff; }
 static unsigned set_of(uint32_t word) { return word >> 8 & 1; }
 
-static struct fgpu_view view_of(uint32_t word)
+/* As the gatekeeper gave it. */
+static struct fgpu_view given(uint32_t word)
 {
     struct fgpu_view view = {.link = link_of(word)};
     if (view.link < FGPU_UNMANAGED) return view;
@@ -81,6 +92,11 @@ static struct fgpu_view view_of(uint32_t word)
         view.status = (void *)(set + FGPU_PAGE_BYTES);
     }
     return view;
+}
+
+static struct fgpu_view view_of(uint32_t word)
+{
+    return LIKELY(!(word & COOPERATIVE)) ? given(word) : fgpu_standing_view();
 }
 
 static uint32_t load(void)
@@ -147,35 +163,52 @@ uint64_t fgpu_ticket(void)
     return base << 22 | (atomic_fetch_add_explicit(&own->ticket_count, 1, memory_order_relaxed) & 0x3fffff);
 }
 
+/* Nobody decides here: the image may. */
+static uint32_t nobody(uint32_t word)
+{
+    switch (fgpu_stand()) {
+    case FGPU_STANDS_FREE:
+        return word;
+    case FGPU_STANDS_BARE:
+        return FGPU_CLOSED;
+    default:
+        return word | COOPERATIVE;
+    }
+}
+
 /* One hello within the deadline; the word that it leads to. The caller holds the turn. */
-static uint32_t hello(uint32_t word, uint64_t now, uint64_t patience, bool unanswered)
+static uint32_t hello(uint32_t word, int *asked, uint64_t now, uint64_t patience, bool unanswered)
 {
     unsigned set = set_of(word) ^ 1;
     struct fgpu_note *note = &own->notes[set];
     unsigned levels = 0;
-    enum fgpu_outcome outcome = fgpu_hello(now + patience, &own->notes[set_of(word)], set, note, &levels);
+    enum fgpu_outcome outcome = fgpu_hello(asked, now + patience, &own->notes[set_of(word)], set, note, &levels);
     if (outcome == FGPU_IS_HELD) {
         /* The kernel learns that this process has the shim, and we that the probes are there. */
         uint32_t next = FGPU_HELD | set << 8 | levels << 16;
-        if (fgpu_ask(view_of(next), 0, 0, FGPU_HELLO, fgpu_ticket()) >= 0) return next;
+        if (fgpu_ask(given(next), 0, 0, FGPU_HELLO, fgpu_ticket()) >= 0) return next;
         outcome = FGPU_IS_SILENT;
     }
-    if (outcome == FGPU_IS_FREE) return FGPU_UNMANAGED | set << 8;
+    if (outcome == FGPU_IS_FREE) return nobody(FGPU_UNMANAGED | set << 8);
     /* With pages in hand the kernel enforces whether or not anybody is there to greet, and an upgrade may pass by. */
     bool keeps = link_of(word) >= FGPU_UNMANAGED;
-    if (outcome == FGPU_IS_ABSENT && (!keeps || unanswered)) return FGPU_OPEN;
+    if (outcome == FGPU_IS_ABSENT && (!keeps || unanswered)) return nobody(FGPU_OPEN);
+    if (word & COOPERATIVE && fgpu_stand() >= FGPU_STANDS_ALONE) return word;
+    /* Nobody has ever answered there; who has, and is silent, may have had a tighter limit. */
+    uint32_t open = outcome == FGPU_IS_EMPTY && !keeps ? nobody(FGPU_OPEN) : word;
+    if (open & COOPERATIVE) return open;
     return keeps ? word : FGPU_CLOSED;
 }
 
 /* Whoever does not get the turn goes on with what there is: nobody queues for a hello but the first. */
-static uint32_t say_hello(uint32_t word, uint64_t now, uint64_t patience, bool unanswered)
+static uint32_t say_hello(uint32_t word, int *asked, uint64_t now, uint64_t patience, bool unanswered)
 {
     uint64_t mark = now + patience + ABANDONED_NS;
     if (!take(now, mark)) return word;
     uint32_t latest = load();
     if (latest == word) { /* else somebody was faster */
         atomic_store(&own->next_ns, now + SECOND);
-        latest = hello(word, now, patience, unanswered);
+        latest = hello(word, asked, now, patience, unanswered);
         /* An answered hello costs the gatekeeper little: a program that is moved must not wait a second to hear of it.
          */
         if (latest != word) atomic_store(&own->next_ns, now + ANSWERED_NS);
@@ -187,13 +220,13 @@ static uint32_t say_hello(uint32_t word, uint64_t now, uint64_t patience, bool u
 }
 
 /* The first hello: one thread says it, the others wait as long as it may take and then take it for unanswered. */
-static uint32_t first(void)
+static uint32_t first(int *asked)
 {
     if (madvise(&mine, sizeof mine, MADV_WIPEONFORK) && !atomic_exchange(&unwiped, true)) load();
     uint64_t now = fgpu_now(), deadline = now + FIRST_NS;
     for (;;) {
         uint32_t word = load();
-        if (link_of(word) == FGPU_FRESH) word = say_hello(word, now, FIRST_NS, false);
+        if (link_of(word) == FGPU_FRESH) word = say_hello(word, asked, now, FIRST_NS, false);
         if (link_of(word) != FGPU_FRESH) return word;
         now = fgpu_now();
         if (now >= deadline) return FGPU_CLOSED;
@@ -206,14 +239,15 @@ static uint32_t first(void)
 /* Paced by the clock alone, so that a gatekeeper in trouble is not made busier by those that wait for it. */
 static uint32_t again(uint32_t word, uint64_t now, uint64_t patience, bool unanswered)
 {
+    int nowhere = -1;
     if (now < atomic_load_explicit(&own->next_ns, memory_order_relaxed)) return word;
-    return say_hello(word, now, patience, unanswered);
+    return say_hello(word, &nowhere, now, patience, unanswered);
 }
 
 /* The page's writer is gone, or what it knew of us has changed. */
 static bool stale(uint32_t word, uint64_t now)
 {
-    const struct fgpu_control_page *control = view_of(word).control;
+    const struct fgpu_control_page *control = given(word).control;
     struct fgpu_note seen, *note = &own->notes[set_of(word)];
     fgpu_read_note(control, &seen);
     uint64_t heartbeat = __atomic_load_n(&control->heartbeat_ns, __ATOMIC_RELAXED);
@@ -223,32 +257,56 @@ static bool stale(uint32_t word, uint64_t now)
 
 static uint32_t current(void)
 {
+    int nowhere = -1;
     uint32_t word = load();
-    if (link_of(word) == FGPU_FRESH) return first();
-    if (link_of(word) == FGPU_OPEN) return word;
+    if (link_of(word) == FGPU_FRESH) return first(&nowhere);
+    if (word == FGPU_OPEN) return word;
     uint64_t now = fgpu_now();
+    if (link_of(word) == FGPU_OPEN) return again(word, now, AGAIN_NS, false);
     if (link_of(word) == FGPU_CLOSED) return again(word, now, CLOSED_NS, false);
     return stale(word, now) ? again(word, now, AGAIN_NS, false) : word;
 }
 
-/* At a lookup: the gatekeeper answers once this process's libraries are probed, which should come before their first
- * use. */
-void fgpu_greet(void)
+/*
+ * The driver takes milliseconds to initialise, seconds where many do at one moment, and the gatekeeper can answer in
+ * them. Nothing of this process stands in memory meanwhile but a descriptor: whoever else comes says a hello of its
+ * own.
+ */
+int fgpu_announce(void)
+{
+    int saved = errno, asked = -1;
+    if (link_of(load()) == FGPU_FRESH) asked = fgpu_knock(&own->notes[0]);
+    errno = saved;
+    return asked;
+}
+
+void fgpu_arrive(int asked)
 {
     int saved = errno;
-    if (link_of(load()) == FGPU_FRESH) first();
+    if (link_of(load()) == FGPU_FRESH) first(&asked);
+    if (asked >= 0) syscall(SYS_close, asked);
+    fgpu_look();
     errno = saved;
 }
 
 struct fgpu_view fgpu_glance(void) { return view_of(load()); }
 
+static const char *text_of(uint32_t word)
+{
+    if (link_of(word) == FGPU_CLOSED) return "fgpu: the agent does not answer: device memory is refused\n";
+    if (!(word & COOPERATIVE)) return "fgpu: no agent on this host: not enforced\n";
+    return fgpu_stand() == FGPU_STANDS_WITH
+               ? "fgpu: no agent: the image's limit, as far as this container's programs keep it together\n"
+               : "fgpu: no agent, and no place for books in /run/fgpu: the image's limit for each process by itself\n";
+}
+
 struct fgpu_view fgpu_look(void)
 {
     int saved = errno;
-    uint32_t word = current(), bit = 1u << link_of(word);
-    if (link_of(word) <= FGPU_CLOSED && !(atomic_fetch_or(&own->said, bit) & bit))
-        fgpu_say(link_of(word) == FGPU_OPEN ? "fgpu: no agent on this host: not enforced\n"
-                                            : "fgpu: the agent does not answer: device memory is refused\n");
+    uint32_t word = current(), bit = 1u << (word & COOPERATIVE ? FGPU_HELD : link_of(word));
+    if (LIKELY(bit == 1u << FGPU_HELD && !(word & COOPERATIVE))) goto out;
+    if (bit != 1u << FGPU_UNMANAGED && !(atomic_fetch_or(&own->said, bit) & bit)) fgpu_say(text_of(word));
+out:
     errno = saved;
     return view_of(word);
 }

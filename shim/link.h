@@ -8,15 +8,20 @@ struct fgpu_note { /* of the gatekeeper that gave a set of pages */
     uint64_t boot[2];
     uint64_t epoch;
 };
-enum fgpu_outcome { FGPU_IS_SILENT, FGPU_IS_ABSENT, FGPU_IS_FREE, FGPU_IS_HELD, FGPU_IS_RETRY };
+enum fgpu_outcome { FGPU_IS_SILENT, FGPU_IS_ABSENT, FGPU_IS_EMPTY, FGPU_IS_FREE, FGPU_IS_HELD, FGPU_IS_RETRY };
 
+HIDDEN uint64_t fgpu_clock(int which); /* a clock of Linux, in ns */
 HIDDEN uint64_t fgpu_now(void);
 HIDDEN void fgpu_say(const char *text);
 HIDDEN char *fgpu_set(unsigned set); /* control, status, usage pages leaf first; NULL before a hello succeeded */
 HIDDEN void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *note);
 
-/* Asks the gatekeeper until the deadline; fills the pages of `set`, its note and levels when FREE or HELD. */
-HIDDEN enum fgpu_outcome fgpu_hello(uint64_t deadline, const struct fgpu_note *before, unsigned set,
+/* A socket at which the gatekeeper was asked; -1: it could not be. */
+HIDDEN int fgpu_knock(const struct fgpu_note *before);
+
+/* Asks the gatekeeper until the deadline; fills the pages of `set`, its note and levels when FREE or HELD. The first
+ * answer is looked for where it was `asked` already; that is -1 and closed afterwards. */
+HIDDEN enum fgpu_outcome fgpu_hello(int *asked, uint64_t deadline, const struct fgpu_note *before, unsigned set,
                                     struct fgpu_note *note, unsigned *levels);
 
 #endif

@@ -3,6 +3,7 @@
  */
 #include <errno.h>
 
+#include "books.h"
 #include "gate.h"
 
 /* -- memory: on the device of the current context. Without one the driver says so; nothing is asked. */
@@ -93,6 +94,8 @@ EXPORT CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, c
     return fgpu_settled(&admission, result, result ? 0 : *handle);
 }
 
+#define NO_HANDLE 0x100ULL
+
 /* -- contexts: half a GiB each on a large device. How much is the kernel's to know, hence 0 bytes. */
 
 EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
@@ -112,7 +115,9 @@ EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
     if (admission.refusal) return admission.refusal;
     CUresult result = driver(pctx, dev);
     if (result == CUDA_SUCCESS) fgpu_pools_seen(dev);
-    return fgpu_settled(&admission, result, result ? 0 : (uint64_t)*pctx);
+    fgpu_settled(&admission, result, result ? 0 : (uint64_t)*pctx);
+    if (result == CUDA_SUCCESS) fgpu_primary_made(dev, (uint64_t)*pctx);
+    return result;
 }
 
 /* A device that does not exist is the driver's to refuse, in every link: not ours to hide behind out-of-memory. */
@@ -159,11 +164,15 @@ EXPORT CUresult cuGreenCtxCreate(CUgreenCtx *phCtx, CUdevResourceDesc desc, CUde
     int active = 0;
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
     CUresult known = state ? state(dev, &set, &active) : CUDA_SUCCESS;
+    struct admission admission = {.index = -1};
     if (known == CUDA_SUCCESS && !active && fgpu_is_device(dev)) {
-        struct admission admission = fgpu_admission(dev, 0, FGPU_CONTEXT);
+        admission = fgpu_admission(dev, 0, FGPU_CONTEXT);
         if (admission.refusal) return admission.refusal;
     }
     CUresult result = driver(phCtx, desc, dev, flags);
     if (result == CUDA_SUCCESS) fgpu_pools_seen(dev);
+    /* The primary context has no handle yet that we were told. */
+    fgpu_settled_books(&admission, result, NO_HANDLE + (uint64_t)dev);
+    if (result == CUDA_SUCCESS) fgpu_primary_made(dev, NO_HANDLE + (uint64_t)dev);
     return result;
 }

@@ -230,43 +230,39 @@ EXPORT CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr *dptr, size_t bytesize,
 EXPORT CUresult cuMemFreeAsync(CUdeviceptr dptr, CUstream hStream) { FREE(cuMemFreeAsync, false); }
 EXPORT CUresult cuMemFreeAsync_ptsz(CUdeviceptr dptr, CUstream hStream) { FREE(cuMemFreeAsync_ptsz, true); }
 
+#pragma GCC optimize("Os") /* nobody is in a hurry from here on */
+
 /* -- captures: known from their beginning, so that programs without any are asked nothing */
+
+static void begins_to_capture(CUstream stream, bool per_thread)
+{
+    atomic_store(&captures, true);
+    fgpu_stream_captures(stream, per_thread);
+}
 
 #define CAPTURE(name, per_thread, ...)                                                                                 \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
-        atomic_store(&captures, true);                                                                                 \
-        fgpu_stream_captures(hStream, per_thread);                                                                     \
+        begins_to_capture(hStream, per_thread);                                                                        \
         return driver ? driver(__VA_ARGS__) : CUDA_ERROR_NOT_SUPPORTED;                                                \
     } while (0)
 
-EXPORT CUresult cuStreamBeginCapture(CUstream hStream) { CAPTURE(cuStreamBeginCapture, false, hStream); }
-EXPORT CUresult cuStreamBeginCapture_ptsz(CUstream hStream) { CAPTURE(cuStreamBeginCapture_ptsz, true, hStream); }
+#define CAPTURES(name, params, ...)                                                                                    \
+    EXPORT CUresult name params { CAPTURE(name, false, __VA_ARGS__); }                                                 \
+    EXPORT CUresult name##_ptsz params { CAPTURE(name##_ptsz, true, __VA_ARGS__); }
 
-EXPORT CUresult cuStreamBeginCapture_v2(CUstream hStream, CUstreamCaptureMode mode)
-{
-    CAPTURE(cuStreamBeginCapture_v2, false, hStream, mode);
-}
-
-EXPORT CUresult cuStreamBeginCapture_v2_ptsz(CUstream hStream, CUstreamCaptureMode mode)
-{
-    CAPTURE(cuStreamBeginCapture_v2_ptsz, true, hStream, mode);
-}
-
-EXPORT CUresult cuStreamBeginCaptureToGraph(CUstream hStream, CUgraph hGraph, const CUgraphNode *dependencies,
-                                            const CUgraphEdgeData *dependencyData, size_t numDependencies,
-                                            CUstreamCaptureMode mode)
-{
-    CAPTURE(cuStreamBeginCaptureToGraph, false, hStream, hGraph, dependencies, dependencyData, numDependencies, mode);
-}
-
-EXPORT CUresult cuStreamBeginCaptureToGraph_ptsz(CUstream hStream, CUgraph hGraph, const CUgraphNode *dependencies,
-                                                 const CUgraphEdgeData *dependencyData, size_t numDependencies,
-                                                 CUstreamCaptureMode mode)
-{
-    CAPTURE(cuStreamBeginCaptureToGraph_ptsz, true, hStream, hGraph, dependencies, dependencyData, numDependencies,
-            mode);
-}
+CAPTURES(cuStreamBeginCapture, (CUstream hStream), hStream)
+CAPTURES(cuStreamBeginCapture_v2, (CUstream hStream, CUstreamCaptureMode mode), hStream, mode)
+CAPTURES(cuStreamBeginCaptureToGraph,
+         (CUstream hStream, CUgraph hGraph, const CUgraphNode *dependencies, const CUgraphEdgeData *dependencyData,
+          size_t numDependencies, CUstreamCaptureMode mode),
+         hStream, hGraph, dependencies, dependencyData, numDependencies, mode)
+CAPTURES(cuStreamBeginRecaptureToGraph,
+         (CUstream hStream, CUstreamCaptureMode mode, CUgraph hGraph, CUgraphRecaptureCallback callbackFunc,
+          void *userData),
+         hStream, mode, hGraph, callbackFunc, userData)
+CAPTURES(cuStreamBeginCaptureToCig, (CUstream hStream, CUstreamCigCaptureParams *streamCigCaptureParams), hStream,
+         streamCigCaptureParams)
 
 /* -- waiting: the driver takes what a pool need not keep, and other processes of the tenant may want it */
 

@@ -1,12 +1,13 @@
 /*
- * processes.c: lists of processes as a tenant may see them: its own. Owns nothing; reads the rows of the control page.
+ * processes.c: lists of processes as a tenant may see them: its own. Owns nothing; reads the rows of the control page,
+ * or the books.
  *
  * The driver's lists are not filtered but replaced: they may hold pids of another namespace. Its verdict on device and
  * arguments is asked for first, with room for nothing. While nobody answers for this process, it has no neighbours.
  */
 #include <string.h>
 
-#include "shim.h"
+#include "books.h"
 
 #define NO_INSTANCE 0xffffffffu /* not a MIG device */
 #define READS 1000
@@ -21,6 +22,10 @@ static void read_rows(struct fgpu_view view, int index, struct rows *rows)
 {
     rows->count = 0;
     if (view.link != FGPU_HELD || index < 0) return;
+    if (view.cooperative) {
+        rows->count = fgpu_stand_rows(index, rows->row, FGPU_ROWS);
+        return;
+    }
     const struct fgpu_control_page *page = view.control;
     for (int i = 0; i < READS; i++) {
         uint32_t before = __atomic_load_n(&page->sequence, __ATOMIC_ACQUIRE);

@@ -24,6 +24,15 @@
 #define HIDDEN __attribute__((visibility("hidden")))
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 
+/* Newer than the headers that we build against. */
+typedef struct CUstreamCigCaptureParams_st CUstreamCigCaptureParams;
+CUresult cuStreamBeginCaptureToCig(CUstream hStream, CUstreamCigCaptureParams *streamCigCaptureParams);
+#if CUDA_VERSION < 13030
+typedef void *CUgraphRecaptureCallback;
+CUresult cuStreamBeginRecaptureToGraph(CUstream hStream, CUstreamCaptureMode mode, CUgraph hGraph,
+                                       CUgraphRecaptureCallback callbackFunc, void *userData);
+#endif
+
 /* The driver exports these, the header has them as macros alone: the same for a thread's own default stream. */
 #define FGPU_PER_THREAD(name) __typeof__(name) name##_ptsz
 FGPU_PER_THREAD(cuMemAllocAsync);
@@ -31,6 +40,8 @@ FGPU_PER_THREAD(cuMemAllocFromPoolAsync);
 FGPU_PER_THREAD(cuMemFreeAsync);
 FGPU_PER_THREAD(cuStreamBeginCapture_v2);
 FGPU_PER_THREAD(cuStreamBeginCaptureToGraph);
+FGPU_PER_THREAD(cuStreamBeginRecaptureToGraph);
+FGPU_PER_THREAD(cuStreamBeginCaptureToCig);
 FGPU_PER_THREAD(cuStreamIsCapturing);
 FGPU_PER_THREAD(cuStreamSynchronize);
 FGPU_PER_THREAD(cuStreamGetDevice);
@@ -55,34 +66,41 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
  * THE table. HOOK: exported by us and handed out in place of the driver's. ASK: a hook whose mere lookup says hello, so
  * that probes are in place before the first call. NEED: the driver's, for our own use.
  */
-#define FGPU_DRIVER_TABLE(HOOK, ASK, NEED)                                                                             \
+#define FGPU_DRIVER_TABLE(HOOK, NEED)                                                                                  \
     HOOK(cuInit)                                                                                                       \
     HOOK(cuGetProcAddress)                                                                                             \
     HOOK(cuGetProcAddress_v2)                                                                                          \
-    ASK(cuMemAlloc_v2)                                                                                                 \
-    ASK(cuMemAllocPitch_v2)                                                                                            \
-    ASK(cuMemAllocManaged)                                                                                             \
-    ASK(cuMemCreate)                                                                                                   \
-    ASK(cuMemAlloc)                                                                                                    \
-    ASK(cuMemAllocPitch)                                                                                               \
-    ASK(cuArrayCreate)                                                                                                 \
-    ASK(cuArrayCreate_v2)                                                                                              \
-    ASK(cuArray3DCreate)                                                                                               \
-    ASK(cuArray3DCreate_v2)                                                                                            \
-    ASK(cuMipmappedArrayCreate)                                                                                        \
-    ASK(cuMemGetInfo)                                                                                                  \
-    ASK(cuDeviceTotalMem)                                                                                              \
-    ASK(cuMemGetInfo_v2)                                                                                               \
-    ASK(cuDeviceTotalMem_v2)                                                                                           \
-    ASK(cuDevicePrimaryCtxRetain)                                                                                      \
-    ASK(cuCtxCreate)                                                                                                   \
-    ASK(cuCtxCreate_v2)                                                                                                \
-    ASK(cuCtxCreate_v3)                                                                                                \
-    ASK(cuCtxCreate_v4)                                                                                                \
-    ASK(cuMemAllocAsync)                                                                                               \
-    ASK(cuMemAllocAsync_ptsz)                                                                                          \
-    ASK(cuMemAllocFromPoolAsync)                                                                                       \
-    ASK(cuMemAllocFromPoolAsync_ptsz)                                                                                  \
+    HOOK(cuMemAlloc_v2)                                                                                                \
+    HOOK(cuMemAllocPitch_v2)                                                                                           \
+    HOOK(cuMemAllocManaged)                                                                                            \
+    HOOK(cuMemCreate)                                                                                                  \
+    HOOK(cuMemFree_v2)                                                                                                 \
+    HOOK(cuMemRelease)                                                                                                 \
+    HOOK(cuMemMap)                                                                                                     \
+    HOOK(cuMemUnmap)                                                                                                   \
+    HOOK(cuMemRetainAllocationHandle)                                                                                  \
+    HOOK(cuArrayDestroy)                                                                                               \
+    HOOK(cuMipmappedArrayDestroy)                                                                                      \
+    HOOK(cuMemAlloc)                                                                                                   \
+    HOOK(cuMemAllocPitch)                                                                                              \
+    HOOK(cuArrayCreate)                                                                                                \
+    HOOK(cuArrayCreate_v2)                                                                                             \
+    HOOK(cuArray3DCreate)                                                                                              \
+    HOOK(cuArray3DCreate_v2)                                                                                           \
+    HOOK(cuMipmappedArrayCreate)                                                                                       \
+    HOOK(cuMemGetInfo)                                                                                                 \
+    HOOK(cuDeviceTotalMem)                                                                                             \
+    HOOK(cuMemGetInfo_v2)                                                                                              \
+    HOOK(cuDeviceTotalMem_v2)                                                                                          \
+    HOOK(cuDevicePrimaryCtxRetain)                                                                                     \
+    HOOK(cuCtxCreate)                                                                                                  \
+    HOOK(cuCtxCreate_v2)                                                                                               \
+    HOOK(cuCtxCreate_v3)                                                                                               \
+    HOOK(cuCtxCreate_v4)                                                                                               \
+    HOOK(cuMemAllocAsync)                                                                                              \
+    HOOK(cuMemAllocAsync_ptsz)                                                                                         \
+    HOOK(cuMemAllocFromPoolAsync)                                                                                      \
+    HOOK(cuMemAllocFromPoolAsync_ptsz)                                                                                 \
     HOOK(cuMemFreeAsync)                                                                                               \
     HOOK(cuMemFreeAsync_ptsz)                                                                                          \
     HOOK(cuCtxSynchronize)                                                                                             \
@@ -101,6 +119,10 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     HOOK(cuStreamBeginCapture_v2_ptsz)                                                                                 \
     HOOK(cuStreamBeginCaptureToGraph)                                                                                  \
     HOOK(cuStreamBeginCaptureToGraph_ptsz)                                                                             \
+    HOOK(cuStreamBeginRecaptureToGraph)                                                                                \
+    HOOK(cuStreamBeginRecaptureToGraph_ptsz)                                                                           \
+    HOOK(cuStreamBeginCaptureToCig)                                                                                    \
+    HOOK(cuStreamBeginCaptureToCig_ptsz)                                                                               \
     HOOK(cuGraphInstantiate)                                                                                           \
     HOOK(cuGraphInstantiate_v2)                                                                                        \
     HOOK(cuGraphInstantiateWithFlags)                                                                                  \
@@ -112,7 +134,7 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     HOOK(cuGraphLaunch_ptsz)                                                                                           \
     HOOK(cuGraphExecDestroy)                                                                                           \
     HOOK(cuDeviceGraphMemTrim)                                                                                         \
-    ASK(cuGreenCtxCreate)                                                                                              \
+    HOOK(cuGreenCtxCreate)                                                                                             \
     HOOK(cuDevicePrimaryCtxRelease)                                                                                    \
     HOOK(cuDevicePrimaryCtxRelease_v2)                                                                                 \
     HOOK(cuDevicePrimaryCtxReset)                                                                                      \
@@ -155,7 +177,6 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     NEED(cuGraphChildGraphNodeGetGraph)                                                                                \
     NEED(cuCtxFromGreenCtx)                                                                                            \
     NEED(cuPointerGetAttribute)                                                                                        \
-    NEED(cuMemFree_v2)                                                                                                 \
     NEED(cuCtxGetCurrent)                                                                                              \
     NEED(cuCtxPushCurrent_v2)                                                                                          \
     NEED(cuCtxPopCurrent_v2)                                                                                           \
@@ -164,36 +185,34 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     NEED(cuEventDestroy_v2)                                                                                            \
     NEED(cuDeviceGetGraphMemAttribute)
 
-#define FGPU_NVML_TABLE(HOOK, ASK, NEED)                                                                               \
+#define FGPU_NVML_TABLE(HOOK, NEED)                                                                                    \
     HOOK(nvmlInit)                                                                                                     \
     HOOK(nvmlInit_v2)                                                                                                  \
     HOOK(nvmlInitWithFlags)                                                                                            \
-    ASK(nvmlDeviceGetMemoryInfo)                                                                                       \
-    ASK(nvmlDeviceGetMemoryInfo_v2)                                                                                    \
-    ASK(nvmlDeviceGetConfComputeProtectedMemoryUsage)                                                                  \
-    ASK(nvmlDeviceGetComputeRunningProcesses)                                                                          \
-    ASK(nvmlDeviceGetComputeRunningProcesses_v2)                                                                       \
-    ASK(nvmlDeviceGetComputeRunningProcesses_v3)                                                                       \
-    ASK(nvmlDeviceGetGraphicsRunningProcesses)                                                                         \
-    ASK(nvmlDeviceGetGraphicsRunningProcesses_v2)                                                                      \
-    ASK(nvmlDeviceGetGraphicsRunningProcesses_v3)                                                                      \
-    ASK(nvmlDeviceGetMPSComputeRunningProcesses)                                                                       \
-    ASK(nvmlDeviceGetMPSComputeRunningProcesses_v2)                                                                    \
-    ASK(nvmlDeviceGetMPSComputeRunningProcesses_v3)                                                                    \
-    ASK(nvmlDeviceGetProcessUtilization)                                                                               \
-    ASK(nvmlDeviceGetProcessesUtilizationInfo)                                                                         \
-    ASK(nvmlDeviceGetRunningProcessDetailList)                                                                         \
-    ASK(nvmlDeviceGetEncoderSessions)                                                                                  \
-    ASK(nvmlDeviceGetFBCSessions)                                                                                      \
-    ASK(nvmlDeviceGetAccountingPids)                                                                                   \
-    ASK(nvmlDeviceGetAccountingStats)                                                                                  \
-    ASK(nvmlDeviceGetAccountingStats_v2)                                                                               \
+    HOOK(nvmlDeviceGetMemoryInfo)                                                                                      \
+    HOOK(nvmlDeviceGetMemoryInfo_v2)                                                                                   \
+    HOOK(nvmlDeviceGetConfComputeProtectedMemoryUsage)                                                                 \
+    HOOK(nvmlDeviceGetComputeRunningProcesses)                                                                         \
+    HOOK(nvmlDeviceGetComputeRunningProcesses_v2)                                                                      \
+    HOOK(nvmlDeviceGetComputeRunningProcesses_v3)                                                                      \
+    HOOK(nvmlDeviceGetGraphicsRunningProcesses)                                                                        \
+    HOOK(nvmlDeviceGetGraphicsRunningProcesses_v2)                                                                     \
+    HOOK(nvmlDeviceGetGraphicsRunningProcesses_v3)                                                                     \
+    HOOK(nvmlDeviceGetMPSComputeRunningProcesses)                                                                      \
+    HOOK(nvmlDeviceGetMPSComputeRunningProcesses_v2)                                                                   \
+    HOOK(nvmlDeviceGetMPSComputeRunningProcesses_v3)                                                                   \
+    HOOK(nvmlDeviceGetProcessUtilization)                                                                              \
+    HOOK(nvmlDeviceGetProcessesUtilizationInfo)                                                                        \
+    HOOK(nvmlDeviceGetRunningProcessDetailList)                                                                        \
+    HOOK(nvmlDeviceGetEncoderSessions)                                                                                 \
+    HOOK(nvmlDeviceGetFBCSessions)                                                                                     \
+    HOOK(nvmlDeviceGetAccountingPids)                                                                                  \
+    HOOK(nvmlDeviceGetAccountingStats)                                                                                 \
+    HOOK(nvmlDeviceGetAccountingStats_v2)                                                                              \
     NEED(nvmlDeviceGetUUID)
 
 #define FGPU_ENUM(name) FGPU_AT_##name,
-enum fgpu_name {
-    FGPU_DRIVER_TABLE(FGPU_ENUM, FGPU_ENUM, FGPU_ENUM) FGPU_NVML_TABLE(FGPU_ENUM, FGPU_ENUM, FGPU_ENUM) FGPU_NAMES
-};
+enum fgpu_name { FGPU_DRIVER_TABLE(FGPU_ENUM, FGPU_ENUM) FGPU_NVML_TABLE(FGPU_ENUM, FGPU_ENUM) FGPU_NAMES };
 #undef FGPU_ENUM
 
 /* The driver's own function, typed; NULL when this driver lacks it. */
@@ -217,12 +236,14 @@ enum fgpu_link { FGPU_FRESH, FGPU_OPEN, FGPU_CLOSED, FGPU_UNMANAGED, FGPU_HELD }
 struct fgpu_view {
     enum fgpu_link link;
     unsigned levels;
+    bool cooperative;                        /* by the books of this container; the pages are made from them */
     const struct fgpu_control_page *control; /* NULL unless FREE or HELD */
     const struct fgpu_usage_page *usage;     /* levels of them, leaf first; NULL unless HELD */
     struct fgpu_status_page *status;         /* NULL unless HELD */
 };
-HIDDEN void fgpu_greet(void);              /* says hello if nobody has */
-HIDDEN struct fgpu_view fgpu_look(void);   /* greets, and hello again when due; says once when nothing is enforced */
+HIDDEN int fgpu_announce(void);            /* hello, not waited for: what fgpu_arrive wants, as it is */
+HIDDEN void fgpu_arrive(int announced);    /* waits for its answer */
+HIDDEN struct fgpu_view fgpu_look(void);   /* hello if nobody has or it is due; says once when nothing is enforced */
 HIDDEN struct fgpu_view fgpu_glance(void); /* what is known: says nothing to anybody, reads no clock */
 HIDDEN struct fgpu_view fgpu_insist(void); /* hello again: the probes did not answer */
 HIDDEN uint64_t fgpu_ticket(void);

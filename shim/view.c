@@ -7,7 +7,7 @@
 #include <errno.h>
 #include <string.h>
 
-#include "shim.h"
+#include "books.h"
 
 struct share {
     uint64_t total, free, used;
@@ -41,6 +41,7 @@ static bool narrowed(struct fgpu_view view, int index, uint64_t total, uint64_t 
     *share = (struct share){total, 0, total};
     if (view.link == FGPU_CLOSED) return true;
     if (view.link != FGPU_HELD || index < 0) return false;
+    if (view.cooperative) fgpu_standing_refresh();
     share->free = free;
     return share_of(view, index, share);
 }

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
 BinaryName = "{work}/runtime"
 """
+OWN_MOUNTS = ("unshare", "-m", "sh", "-c", PRIVATE_MOUNTS, "sh")
 HOST_NETWORK = 2  # NamespaceMode.NODE
 
 
@@ -93,11 +94,10 @@ class Pod:
         return self.place.tenant(None)
 
     def container_config(self, folder: Path) -> bytes:
-        read_only = [SHIM, BUILD, ROOT / ".venv", "/run/fgpu-sim", "/run/fgpu/shim", "/usr", "/etc/ld.so.cache"]
-        mounts = [(7, message((1, str(path)), (2, str(path)), (3, 1))) for path in read_only]
-        preload = str(self.place.work / "ld.so.preload")
-        mounts += [(7, message((1, "/etc/ld.so.preload"), (2, preload), (3, 1))), (7, message((1, str(folder)),
-                   (2, str(folder))))]  # fmt: skip
+        read_only = {str(path): str(path) for path in (BUILD, ROOT / ".venv", "/run/fgpu-sim", "/usr")}
+        read_only |= {"/etc/ld.so.cache": "/etc/ld.so.cache", **self.place.shim}
+        mounts = [(7, message((1, to), (2, path), (3, 1))) for to, path in read_only.items()]
+        mounts += [(7, message((1, str(folder)), (2, str(folder))))]
         command = [(3, word) for word in ("sh", "-c", f"exec <{folder}/hub; {HUB}")]
         environment = [(6, message((1, key), (2, value))) for key, value in ENVIRONMENT.items()]
         return message(
@@ -119,15 +119,19 @@ class Containerd(Place):
     group = "/kubepods/burstable"
     pods = itertools.count(1)  # for their uids, of which no two are the same, ever
 
-    def __init__(self, work: Path, where: Path, labels: Mapping[str, str]) -> None:
-        """`labels`: the image's."""
+    def __init__(self, work: Path, where: Path, labels: Mapping[str, str], enter: Sequence[str] = OWN_MOUNTS) -> None:
+        """`labels`: the image's. `enter`: a command that runs the engine where it finds cgroups."""
         super().__init__(work)
         self._running: list[Pod] = []
-        (work / "ld.so.preload").write_text(f"{SHIM}\n")
+        preload = work / "ld.so.preload"
+        preload.write_text(f"{SHIM}\n")
+        # What every container gets of ours: the place in it, and the host's.
+        self.shim = {str(SHIM): str(SHIM), "/run/fgpu/shim": "/run/fgpu/shim", "/etc/ld.so.preload": str(preload)}
         (work / "runtime").write_text(RUNTIME)
         (work / "runtime").chmod(0o755)
         (work / "config.toml").write_text(CONFIG.format(work=work, socket=where, image=IMAGE))
-        words = ["unshare", "-m", "sh", "-c", PRIVATE_MOUNTS, "sh", "containerd", "--config", str(work / "config.toml")]
+        self.settle()
+        words = [*enter, "containerd", "--config", str(work / "config.toml")]
         environment = {**os.environ, "PATH": PATH}
         with open(work / "containerd.log", "wb") as log:
             self._daemon = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
@@ -141,6 +145,9 @@ class Containerd(Place):
         except BaseException:
             self._stop()
             raise
+
+    def settle(self) -> None:
+        """Before the engine reads its settings, `config.toml`."""
 
     def call(self, method: str, request: bytes) -> str:
         """RuntimeService; answers the id that comes back, if any."""

@@ -21,7 +21,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -175,13 +175,15 @@ def _reads(link: str) -> str:
 class Service:
     """The simulated driver and the agent, started once and restarted at will."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, asked: Sequence[str] = ("docker", "cri")) -> None:
+        """`asked`: the kinds of engines whose sockets the agent looks for."""
         self.log = work / "agent.log"
         self.config = work / "agent.yaml"
         self.cdi = work / "cdi"
         self.cdi.mkdir()
-        self.engine, self.containerd = work / "docker.sock", work / "containerd.sock"  # where the agent looks for them
-        engines = f"['docker:{self.engine}', 'cri:{self.containerd}']"
+        sockets = {kind: work / f"{kind}.sock" for kind in ("docker", "podman", "cri")}
+        self.engine, self.podman, self.containerd = sockets.values()
+        engines = [f"{kind}:{sockets[kind]}" for kind in asked]
         self.config.write_text(f"overcommit: allow\nengines: {engines}\ncdiFolder: {self.cdi}\n")
         self.policies = work / "policy.d"
         self.policies.mkdir()
@@ -243,9 +245,9 @@ class Service:
 
     @classmethod
     @contextlib.contextmanager
-    def running(cls, work: Path) -> Iterator[Service]:
+    def running(cls, work: Path, *asked: str) -> Iterator[Service]:
         """The simulated driver (16 GiB, one device) and the agent, which enforces; both end with it."""
-        service = cls(work)
+        service = cls(work, asked) if asked else cls(work)
         try:
             service.start_driver()
             service.start_agent()

@@ -10,7 +10,8 @@ import struct
 from pathlib import Path
 
 BPFFS = Path("/sys/fs/bpf")
-_SYS_BPF, _GET_NEXT_KEY, _OBJ_GET = 321, 4, 7
+_SYS_BPF, _LOOKUP, _GET_NEXT_KEY, _OBJ_GET, _MAP_BY_ID = 321, 1, 4, 7, 14
+_PAGE_BYTES, _FIRST_DEVICE = 4096, 64  # of a usage page: where the first device's limit is
 NEXT_ID = {"prog_id": 11, "map_id": 12, "link_id": 31}
 _libc = ctypes.CDLL(None, use_errno=True)
 Object = tuple[str, int]
@@ -73,10 +74,33 @@ def is_probed(path: Path) -> bool:
     return path.stat().st_ino in (struct.unpack_from("QQ", key)[1] for key in keys("files"))
 
 
-def keys(name: str) -> list[bytes]:
-    """Those of one of fgpu's maps."""
+def _map(name: str) -> int:
     fd = opened(next(BPFFS.glob(f"fgpu/v*/maps/{name}")))
     assert fd >= 0, name
+    return fd
+
+
+def _look_up(fd: int, key: bytes, value_bytes: int) -> bytes:
+    """What a map has there; empty: nothing. The descriptor is closed."""
+    name, value = ctypes.create_string_buffer(key), ctypes.create_string_buffer(value_bytes)
+    words = struct.pack("IIQQQ", fd, 0, ctypes.addressof(name), ctypes.addressof(value), 0)
+    failed = _bpf(_LOOKUP, words.ljust(128, b"\0"))
+    os.close(fd)
+    return b"" if failed else value.raw
+
+
+def limit_in_force(cgroup: int) -> int | None:
+    """Bytes of the first device, on the usage page by which the kernel decides; None: the cgroup has none."""
+    number = _look_up(_map("pages"), struct.pack("Q", cgroup), 4)
+    fd = _bpf(_MAP_BY_ID, number.ljust(128, b"\0")) if number else -1
+    if fd < 0:
+        return None
+    return int(struct.unpack_from("Q", _look_up(fd, bytes(4), _PAGE_BYTES), _FIRST_DEVICE)[0])
+
+
+def keys(name: str) -> list[bytes]:
+    """Those of one of fgpu's maps."""
+    fd = _map(name)
     key, after = ctypes.create_string_buffer(256), ctypes.create_string_buffer(256)
     found, where = [], 0
     while _bpf(_GET_NEXT_KEY, struct.pack("IIQQ", fd, 0, where, ctypes.addressof(after)).ljust(128, b"\0")) == 0:

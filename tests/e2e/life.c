@@ -4,8 +4,8 @@
  * asks for nonsense, leaps out of calls, forks, ends its contexts and lets threads race for others, and never cares
  * which call failed: whether the books are right is asked elsewhere.
  *
- * WAYS: `plain`; `pools` for memory in streams and graphs too; `shown` for none that NVML does not show; `once` for a
- * few operations and an end with all it has.
+ * WAYS: `plain`; `pools` for memory in streams and graphs too; `shown` for none that NVML does not show; `whole` for
+ * whole granules alone, without leaps and races; `once` for a few operations and an end with all it has.
  */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
@@ -89,8 +89,13 @@ static bool took(CUresult result)
     return result == CUDA_SUCCESS;
 }
 
+static bool is_whole(void) { return !strcmp(ways, "whole"); }
+
 /* From a few bytes to sixteen megabytes, small ones more often. */
-static size_t size(struct life *life) { return 1 + draw(life, 1ULL << (4 + draw(life, 21))); }
+static size_t size(struct life *life)
+{
+    return is_whole() ? (1 + draw(life, 8)) * GRANULE : 1 + draw(life, 1ULL << (4 + draw(life, 21)));
+}
 
 #include "life_pools.h"
 #include "life_races.h"
@@ -131,6 +136,7 @@ static void take_array(struct life *life, struct slot *slot)
                                      .Height = 1 + draw(life, 300),
                                      .Format = CU_AD_FORMAT_FLOAT,
                                      .NumChannels = 1 + 3 * (unsigned)draw(life, 2)};
+    if (is_whole()) shape.Width = 512, shape.Height = 256 * (1 + draw(life, 4)), shape.NumChannels = 4;
     CUDA_ARRAY_DESCRIPTOR flat = {shape.Width, shape.Height, shape.Format, shape.NumChannels};
     switch (draw(life, 3)) {
     case 0:
@@ -141,7 +147,7 @@ static void take_array(struct life *life, struct slot *slot)
         if (took(cu.cuArray3DCreate_v2(&slot->array, &shape))) slot->kind = ARRAY;
         return;
     default:
-        if (took(cu.cuMipmappedArrayCreate(&slot->mipmapped, &shape, 1 + (unsigned)draw(life, 5))))
+        if (took(cu.cuMipmappedArrayCreate(&slot->mipmapped, &shape, 1 + (unsigned)draw(life, is_whole() ? 1 : 5))))
             slot->kind = MIPMAPPED;
     }
 }
@@ -218,7 +224,8 @@ static void nonsense(struct life *life, struct slot *slot)
 
 static void be_odd(struct life *life, struct slot *slot)
 {
-    switch (draw(life, 200)) {
+    uint64_t what = draw(life, 200);
+    switch (is_whole() && what > 2 ? 200 : what) {
     case 0:
         if (cu.cuCtxCreate_v2(&slot->context, 0, life->device)) return;
         cu.cuCtxPopCurrent_v2(&slot->context);
@@ -250,15 +257,16 @@ static void be_odd(struct life *life, struct slot *slot)
 
 static void take(struct life *life, struct slot *slot)
 {
-    size_t pitch;
+    size_t pitch, row, rows;
     if (!strcmp(ways, "pools") && draw(life, 2)) {
         take_in_stream(life, slot);
         return;
     }
     switch (draw(life, 12)) {
     case 0:
-        if (took(cu.cuMemAllocPitch_v2(&slot->pointer, &pitch, 1 + draw(life, 5000), 1 + draw(life, 500), 4)))
-            slot->kind = POINTER;
+        row = is_whole() ? 4096 : 1 + draw(life, 5000);
+        rows = is_whole() ? 512 * (1 + draw(life, 4)) : 1 + draw(life, 500);
+        if (took(cu.cuMemAllocPitch_v2(&slot->pointer, &pitch, row, rows, 4))) slot->kind = POINTER;
         return;
     case 1:
         if (!strcmp(ways, "shown")) return;

@@ -14,7 +14,7 @@ import pytest
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
     """The simulated driver (16 GiB, one device) and the agent."""
     harness.compile_programs()
-    with harness.Service.running(tmp_path_factory.mktemp("service")) as service:
+    with harness.Service.running(tmp_path_factory.mktemp("service"), "docker", "podman", "cri") as service:
         yield service
 
 
@@ -33,7 +33,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return kit.make_root(tmp_path_factory.mktemp("image") / "root")
 
 
-@pytest.fixture(scope="package", params=["podman", "docker"])
+@pytest.fixture(scope="package", params=kit.ALL)
 def engine(
     request: pytest.FixtureRequest, service: harness.Service, image: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[kit.Engine]:
@@ -41,7 +41,7 @@ def engine(
     work = tmp_path_factory.mktemp(request.param)
     cave = kit.Cave(work, service.cdi)
     try:
-        found = (kit.Podman if request.param == "podman" else kit.Docker)(cave, work)
+        found = kit.ALL[request.param](cave, work)
         try:
             found.load(image, "plain")
             yield found

@@ -1,6 +1,6 @@
-"""The engine tests' hands: Docker and Podman of this distribution, unpacked and never installed, and bare bundles.
+"""The engine tests' hands: Docker and Podman, unpacked and never installed, a newer Docker, and bare bundles.
 
-Owns: build/engines, made once; a mount namespace in which engines find a /run of their own; containers of both kinds.
+Owns: build/engines/{root,newer}, made once; a mount namespace in which engines find a /run of their own; containers.
 What cannot be downloaded is a failure that says so, never a test left out. Imports nothing of fgpu.
 """
 
@@ -13,7 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,21 @@ import harness
 ENGINES = harness.BUILD / "engines"
 HELPER = harness.BUILD / "oci/fgpu-oci"
 PACKAGES = ("podman", "docker.io")
+FIRST_WITH_CDI = 25  # of Docker; Debian 12 has 20.10
+NEWER = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main\n"
 FILL = "/opt/build/examples/fill --step 2MiB --hold 60"
+# What an engine may do where it lacks privileges over the whole host.
+ALLOWED = ("--network", "none", "--pids-limit", "-1", "--ulimit", "nproc=100:100", "--ulimit", "nofile=1024:1024")
 ANSWER = re.compile(r"admitted (\d+) bytes, then CUDA_ERROR_OUT_OF_MEMORY")
 
 MADE = (Path("/opt/containerd"), Path("/var/lib/containers"))  # by engines, wherever they are told to keep their things
-# A /run of one's own, but for what the agent and the simulated driver have there; cgroup v2 where engines look for it.
+# An /etc and a /run of one's own, but for what the agent and the simulated driver have there; cgroup v2 where engines
+# look for it.
 CAVE = """
 set -eu
 mkdir -p "$1/a" "$1/b" "$1/cdi" /var/lib/fgpu
+cp -a /etc "$1/etc"
+mount --bind "$1/etc" /etc
 mount --bind /run/fgpu "$1/a"
 mount --bind /run/fgpu-sim "$1/b"
 mount -t tmpfs tmpfs /run
@@ -43,28 +50,77 @@ echo ready
 exec sleep 600
 """
 
+# A home for a user, and a way to the programs and the shim where these lie in somebody's own folder.
+OWN = """
+mkdir -p "$1/.config/containers" "$1/root"
+cp "$3/.config/containers/policy.json" "$1/.config/containers"
+chown -R "$2:$2" "$1"
+closed='' at=${4%/*}
+while [ -n "$at" ]; do
+    [ -n "$(find "$at" -maxdepth 0 -perm -001)" ] || closed=$at
+    at=${at%/*}
+done
+[ -n "$closed" ] || exit 0
+mount --bind "$4" "$1/root"
+mount -t tmpfs -o mode=755 tmpfs "$closed"
+mkdir -p "$4"
+mount --move "$1/root" "$4"
+"""
+
+
+def policies() -> int:
+    """How many are in force."""
+    return int(harness.ask(verb="snapshot")["policies"]["count"])
+
 
 def unpacked() -> Path:
     """The engines' packages, and those that they need and this machine has not, as a root of their own."""
-    root = ENGINES / "root"
+    words = ["install", "-y", "--download-only", "--no-install-recommends", "--reinstall", *PACKAGES]
+    return _unpacked("root", words, [])
+
+
+def newer_docker() -> Path:
+    """The root with a Docker that has CDI: this distribution's, or that of the Debian after the one that has none."""
+    root = unpacked()
+    said = subprocess.run([root / "usr/sbin/dockerd", "--version"], capture_output=True, text=True, check=True).stdout
+    if int(re.findall(r"version (\d+)", said)[0]) >= FIRST_WITH_CDI:
+        return root
+    (ENGINES / "newer.list").write_text(NEWER)
+    (ENGINES / "lists/partial").mkdir(parents=True, exist_ok=True)
+    apart = {
+        "Dir::Etc::sourcelist": ENGINES / "newer.list", "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::State::lists": ENGINES / "lists", "Dir::Cache::pkgcache": "", "Dir::Cache::srcpkgcache": "",
+        "Acquire::Languages": "none", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
+    }  # fmt: skip
+    return _unpacked("newer", ["download", "docker.io", "docker-cli"], [f"{key}={to}" for key, to in apart.items()])
+
+
+def _unpacked(name: str, words: list[str], options: list[str]) -> Path:
+    """`apt-get WORDS` with these options, once; with its lists fetched anew where it cannot."""
+    root = ENGINES / name
     if root.exists():
         return root
-    aside, archives = ENGINES / ".root", ENGINES / "archives"
-    shutil.rmtree(ENGINES, ignore_errors=True)
+    aside, archives = ENGINES / f".{name}", ENGINES / "archives"
+    for folder in (aside, archives):
+        shutil.rmtree(folder, ignore_errors=True)
     aside.mkdir(parents=True)
     (archives / "partial").mkdir(parents=True)
-    command = ["apt-get", "install", "-y", "-q", "--download-only", "--no-install-recommends", "--reinstall"]
-    command += ["-o", f"Dir::Cache::archives={archives}", "-o", "APT::Sandbox::User=root", *PACKAGES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    options = [*options, f"Dir::Cache::archives={archives}", "APT::Sandbox::User=root"]
+    done = _apt(words, options, archives)
     if done.returncode:  # perhaps the lists are old
-        subprocess.run(["apt-get", "update", "-q"], capture_output=True, timeout=60, check=False)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, f"no engines from this distribution: {done.stdout[-500:]}{done.stderr[-500:]}"
+        _apt(["update"], options, archives)
+        done = _apt(words, options, archives)
+    assert done.returncode == 0, f"no engines from Debian: {done.stdout[-500:]}{done.stderr[-500:]}"
     for archive in archives.glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", archive, aside], check=True, timeout=60)
     shutil.rmtree(archives)
     aside.rename(root)
     return root
+
+
+def _apt(words: list[str], options: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = ["apt-get", "-q", *(word for option in options for word in ("-o", option)), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=folder)
 
 
 def libraries(*programs: str | Path) -> set[str]:
@@ -92,6 +148,7 @@ class Cave:
     def __init__(self, work: Path, cdi: Path) -> None:
         (work / "cave").mkdir()
         (work / "cave/cdi").symlink_to(cdi)
+        self.etc = work / "cave/etc"
         command = ["unshare", "--mount", "sh", "-c", CAVE, "sh", str(work / "cave")]
         self._made = [path for path in MADE if not path.exists()]
         self._holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -108,24 +165,30 @@ class Cave:
 
 
 class Engine:
-    """An engine's command line: run, logs and rm are the same for both. `settings`: what `fgpu setup` edits."""
+    """An engine's command line: run, logs and rm are the same for all. `settings`: what `fgpu setup KIND` edits."""
 
+    kind = ""
     group = ""
+    cdi = True  # it reads CDI specifications
     settings: Path
+    named = True  # by --file: it is not where the engine has it as a rule
     before: str | None = None
 
     def __init__(self, cave: Cave, work: Path) -> None:
         self.work = work
-        self._cave = cave
-        root = unpacked()
-        folders = [str(root / folder) for folder in ("usr/bin", "usr/sbin")]
-        found = [str(path) for path in root.glob("usr/lib/*-linux-gnu")]
+        self.cave = cave
+        roots = self.roots()
+        folders = [str(root / folder) for root in roots for folder in ("usr/bin", "usr/sbin")]
+        found = [str(path) for root in roots for path in root.glob("usr/lib/*-linux-gnu")]
         self.environment = {
             "PATH": ":".join([*folders, "/usr/sbin", "/usr/bin", "/sbin", "/bin"]),
             "LD_LIBRARY_PATH": ":".join(found),
             "HOME": str(work),
         }
-        self.root = root
+
+    def roots(self) -> list[Path]:
+        """Where its programs are, the first first."""
+        return [unpacked()]
 
     def words(self) -> list[str | Path]:
         """The command before its verb."""
@@ -133,15 +196,20 @@ class Engine:
 
     def call(self, *words: str | Path, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
         """One command of the engine's."""
-        command = [str(word) for word in (*self._cave.prefix, *self.words(), *words)]
+        command = [str(word) for word in (*self.cave.prefix, *self.words(), *words)]
         more = {"env": self.environment, "capture_output": True, "text": True, "timeout": 60} | more
         done = subprocess.run(command, check=False, **more)
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done
 
+    def start(self, *words: str | Path) -> subprocess.Popen[bytes]:
+        """One command that goes on, at the other end of a pipe."""
+        command = [str(word) for word in (*self.cave.prefix, *self.words(), *words)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, env=self.environment)
+
     def fgpu(self, *words: str | Path) -> str:
         """`fgpu …`, where the engine is."""
-        command = [*self._cave.prefix, *harness.FGPU, *map(str, words)]
+        command = [*self.cave.prefix, *harness.FGPU, *map(str, words)]
         path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=path)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
@@ -149,25 +217,19 @@ class Engine:
 
     def setup(self, *options: str) -> None:
         """`fgpu setup` of this engine."""
-        self.fgpu("setup", type(self).__name__.lower(), *options, "--file", self.settings)
+        self.fgpu("setup", self.kind, *options, *(["--file", self.settings] if self.named else []))
 
-    def load(self, root: Path, name: str) -> None:
+    def load(self, root: Path, name: str, labels: Mapping[str, str] | None = None) -> None:
         """An image of a root file system."""
         archive = self.work / f"{name}.tar"
         subprocess.run(["tar", "-C", root, "-cf", archive, "."], check=True, timeout=30)
-        self.call("import", archive, f"{name}:1")
+        changes = [word for key, value in (labels or {}).items() for word in ("--change", f"LABEL {key}={value}")]
+        with open(archive) as given:
+            self.call("import", *changes, "-", f"{name}:1", stdin=given)
 
     def run(self, name: str, *options: str, image: str = "plain", command: str = FILL) -> Any:
         """`ENGINE run` in the background; what it printed if it did not start."""
-        words = ["run", "--detach", "--name", name, "--network", "none", "--pids-limit", "-1"]
-        words += [
-            "--ulimit",
-            "nproc=100:100",
-            "--ulimit",
-            "nofile=1024:1024",
-            "--volume",
-            f"{harness.BUILD}:/opt/build:ro",
-        ]
+        words = ["run", "--detach", "--name", name, *ALLOWED, "--volume", f"{harness.BUILD}:/opt/build:ro"]
         words += ["--volume", "/run/fgpu-sim:/run/fgpu-sim", "--env", "LD_LIBRARY_PATH=/opt/build/sim/lib"]
         return self.call(*words, *options, f"{image}:1", "sh", "-c", command, check=False)
 
@@ -198,39 +260,85 @@ class Engine:
 
 
 class Podman(Engine):
-    """No daemon; hooks from a folder."""
+    """No daemon."""
 
+    kind = "podman"
     group = "libpod_parent"
+    named = False
+    runtime: str | Path = shutil.which("runc") or "runc"
 
     def __init__(self, cave: Cave, work: Path) -> None:
         super().__init__(cave, work)
-        (work / "hooks").mkdir()
-        self.settings = work / "hooks/fgpu.json"
+        self.settings = cave.etc / "containers/containers.conf.d/zz-fgpu.conf"
         (work / ".config/containers").mkdir(parents=True)
         (work / ".config/containers/policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
 
     def words(self) -> list[str | Path]:
         """See Engine."""
-        places = ["--root", self.work / "store", "--runroot", self.work / "state", "--hooks-dir", self.work / "hooks"]
+        places = ["--root", self.work / "store", "--runroot", self.work / "state"]
         kinds = ["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "file"]
-        programs = [
-            "--runtime",
-            shutil.which("runc"),
-            "--conmon",
-            shutil.which("conmon", path=self.environment["PATH"]),
-        ]
+        conmon = shutil.which("conmon", path=self.environment["PATH"])
+        programs = ["--runtime", self.runtime, "--conmon", conmon]
         return ["podman", *places, *kinds, *programs]
+
+    @contextlib.contextmanager
+    def serving(self, place: Path) -> Iterator[None]:
+        """Its interface on a socket, as podman.socket starts it."""
+        service = self.start("system", "service", "--time", "0", f"unix://{place}")
+        try:
+            yield
+        finally:
+            service.terminate()
+            service.wait(10)
+            place.unlink(missing_ok=True)
+
+
+class Rootless(Podman):
+    """The same of a user who is nobody in particular, from a session of his own; `group` is his slice."""
+
+    user = 4711
+    group = f"user.slice/user-{user}.slice"
+    runtime = shutil.which("crun") or "crun"
+
+    def __init__(self, cave: Cave, work: Path) -> None:
+        super().__init__(cave, work)
+        self.home = Path(f"/run/user/{self.user}")  # on the cave's own /run: others reach nothing in pytest's folders
+        self.session = harness.cgroup_root() / self.group / "session-1.scope"
+        self.session.mkdir(parents=True)
+        with open(cave.etc / "passwd", "a") as users:
+            users.write(f"anna:x:{self.user}:{self.user}::{self.home}:/bin/sh\n")
+        self.environment |= {"HOME": str(self.home), "XDG_RUNTIME_DIR": str(self.home)}
+        words = ["sh", "-euc", OWN, "sh", str(self.home), str(self.user), str(work), str(harness.ROOT)]
+        subprocess.run([*cave.prefix, *words], check=True, timeout=30)
+
+    def words(self) -> list[str | Path]:
+        """See Engine."""
+        places = [str(word).replace(str(self.work), str(self.home)) for word in super().words()]
+        place = f"/sys/fs/cgroup/{self.group}/session-1.scope"
+        session = ["sh", "-c", 'echo $$ >"$0"/cgroup.procs; cd /; exec "$@"', place]
+        user = ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--clear-groups", "--inh-caps=-all"]
+        return [*session, *user, *places]
+
+    def close(self) -> None:
+        """See Engine. What holds the user's namespaces goes too."""
+        (self.session / "cgroup.kill").write_text("1")
+        harness.eventually(lambda: not (self.session / "cgroup.procs").read_text(), 10, "the end of the session")
+        super().close()
+        with contextlib.suppress(OSError):  # others' sessions are in it
+            self.session.parent.parent.rmdir()
 
 
 class Docker(Engine):
     """A daemon of our own, without network."""
 
+    kind = "docker"
     group = "docker"
+    cdi = False
+    before = '{\n  "log-level": "warn",\n  "debug": false\n}'
 
     def __init__(self, cave: Cave, work: Path) -> None:
         super().__init__(cave, work)
         self.settings = work / "daemon.json"
-        self.before = '{\n  "log-level": "warn",\n  "debug": false\n}'
         self.settings.write_text(self.before)
         self._start()
 
@@ -240,7 +348,7 @@ class Docker(Engine):
         kinds = ["--iptables=false", "--bridge=none", "--storage-driver=vfs", "--config-file", self.settings]
         command = ["dockerd", *places, *kinds, "--host", f"unix://{work}/docker.sock"]
         with open(work / "dockerd.log", "ab") as log:
-            words = [str(word) for word in (*self._cave.prefix, *command)]
+            words = [str(word) for word in (*self.cave.prefix, *command)]
             self._daemon = subprocess.Popen(words, stdout=log, stderr=log, env=self.environment)
 
         def answers() -> bool:
@@ -272,6 +380,20 @@ class Docker(Engine):
         """See Engine."""
         self._stop()
         super().close()
+
+
+class NewerDocker(Docker):
+    """One that has CDI, switched on."""
+
+    cdi = True
+    before = '{\n  "features": {"cdi": true},\n  "debug": false\n}'
+
+    def roots(self) -> list[Path]:
+        """See Engine."""
+        return [newer_docker(), unpacked()]
+
+
+ALL = {"podman": Podman, "docker": Docker, "newer-docker": NewerDocker}
 
 
 # -- bundles -------------------------------------------------------------------------------------------------------

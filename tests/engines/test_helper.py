@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -203,3 +204,17 @@ def test_called_by_a_runtimes_name(tmp_path: Path) -> None:
     (tmp_path / "fgpu-runtime-fgpu-oci").symlink_to(kit.HELPER)
     done = subprocess.run([tmp_path / "fgpu-runtime-fgpu-oci"], capture_output=True, text=True, check=False)
     assert done.returncode == 1, "it would call itself for ever"
+
+
+def test_called_by_a_name_that_leads_to_a_path(tmp_path: Path) -> None:
+    """What engines name by a path need be on no PATH. The link is looked for beside the program itself."""
+    shutil.copy(kit.HELPER, tmp_path / "fgpu-oci")
+    (tmp_path / "fgpu-runtime-crio-said").symlink_to("fgpu-oci")
+    (tmp_path / "runtimes").mkdir()
+    (tmp_path / "runtimes/crio-said").symlink_to("/bin/echo")
+    done = subprocess.run([tmp_path / "fgpu-runtime-crio-said", "state"], capture_output=True, text=True, check=True)
+    assert done.stdout == "state\n"
+    (tmp_path / "runtimes/crio-said").unlink()
+    (tmp_path / "runtimes/crio-said").symlink_to(tmp_path / "fgpu-oci")
+    done = subprocess.run([tmp_path / "fgpu-runtime-crio-said"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "no runtime is named" in done.stderr) == (1, True), "it would call itself for ever"

@@ -1,8 +1,12 @@
-"""`fgpu setup`: every container of Docker and Podman has the shim with no flag at all, and none after --undo."""
+"""`fgpu setup`: every container of Docker and Podman has the shim with no flag at all, and none after --undo.
+
+So it has by `--device fgpu.dev/share=…`, with and without that, where the engine has CDI.
+"""
 
 from __future__ import annotations
 
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +15,16 @@ import harness
 import pytest
 from harness import CONTEXT, GIB
 
+podman_alone = pytest.mark.parametrize("engine", ["podman"], indirect=True)
+with_cdi = pytest.mark.parametrize("engine", [name for name, kind in kit.ALL.items() if kind.cdi], indirect=True)
+
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy
 metadata: {{name: engine}}
 spec:
   selector: {{cgroup: ["{group}/*"]}}
-  memory: {{limit: 1GiB}}
+  memory: {{limit: 1GiB, max: 3GiB}}
 """
 
 
@@ -62,6 +69,8 @@ def test_no_flag_at_all_and_undone(ready: kit.Engine) -> None:
     ready.apply()
     with ready.filled("free") as admitted:
         assert admitted > GIB, "without the shim it is not refused: what was seen above was ours"
+    if ready.cdi:
+        assert_share(ready, "2gib", 2 * GIB)
     ready.setup()
     ready.apply()
 
@@ -71,10 +80,99 @@ def test_containers_of_every_kind(ready: kit.Engine, options: tuple[str, ...]) -
     assert_held(ready, *options)
 
 
+@podman_alone  # Docker has one for all containers or none
+def test_a_user_namespace_of_roots_engine(ready: kit.Engine) -> None:
+    assert_held(ready, "--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536")
+
+
+@podman_alone
+def test_what_crio_is_given_is_a_runtime_to_its_monitor(ready: kit.Podman, tmp_path: Path) -> None:
+    """CRI-O itself is not here. As Podman does, it has conmon call the runtime, by the path in its settings."""
+    file = tmp_path / "crio.conf.d/zz-fgpu.conf"
+    file.parent.mkdir()
+    runc = f'default_runtime = "runc"\n[crio.runtime.runtimes.runc]\nruntime_path = "{ready.runtime}"\n'
+    file.with_name("10-crio.conf").write_text(f"[crio.runtime]\n{runc}")
+    ready.setup("--undo")
+    ready.fgpu("setup", "crio", "--file", file)
+    ready.runtime = tomllib.loads(file.read_text())["crio"]["runtime"]["runtimes"]["runc"]["runtime_path"]
+    try:
+        assert "fgpu-runtime-crio-runc" in ready.runtime
+        assert_held(ready)
+    finally:
+        del ready.runtime
+        ready.fgpu("setup", "crio", "--undo")
+        ready.setup()
+    assert not file.exists()
+
+
+BY_LABEL = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: notebooks}
+spec:
+  selector: {cgroup: ["libpod_parent/*"], matchLabels: {tier: notebook}}
+  memory: {limit: 4GiB, max: 6GiB}
+"""
+
+
+@pytest.fixture
+def labelled(ready: kit.Podman, service: harness.Service, image: Path) -> Iterator[kit.Podman]:
+    """Podman's socket, where the agent looks for it, a policy by label, and an image with labels of its own."""
+    ready.load(image, "asks", {"tier": "notebook", "fgpu.dev/memory": "2GiB"})
+    policy = service.policies / "a-label.yaml"
+    policy.write_text(BY_LABEL)
+    try:
+        with ready.serving(service.podman):
+            yield ready
+    finally:
+        policy.unlink()
+        harness.eventually(lambda: harness.ask(verb="snapshot")["policies"]["count"] == 1, 5, "the other policy")
+
+
+@podman_alone
+@pytest.mark.parametrize(
+    ("options", "which", "expected"),
+    [
+        (("--label", "tier=notebook"), "plain", ("notebooks", 4 * GIB)),
+        (("--label", "tier=notebook", "--label", "fgpu.dev/memory=5GiB"), "plain", ("notebooks", 5 * GIB)),
+        ((), "asks", ("notebooks", 2 * GIB)),  # the image's own
+        ((), "plain", ("engine", GIB)),
+    ],
+)
+def test_labels_of_podmans_containers(
+    labelled: kit.Podman, options: tuple[str, ...], which: str, expected: tuple[str, int]
+) -> None:
+    """Docker's are tested in tests/e2e."""
+
+    def has() -> tuple[str, int] | None:
+        found = [t for t in harness.ask(verb="snapshot")["tenants"] if t["tenant"] == "labelled"]
+        return (found[0]["policy"], found[0]["devices"][0]["limit_bytes"]) if found else None
+
+    try:
+        done = labelled.run("labelled", *options, image=which, command="sleep 60")
+        assert done.returncode == 0, done.stderr
+        harness.eventually(lambda: has() == expected, 10, f"{expected}, not {has()}")
+    finally:
+        labelled.remove("labelled")
+
+
+@podman_alone
+def test_builds_go_on_as_before(ready: kit.Podman, tmp_path: Path) -> None:
+    """Who builds reads the hooks that are everybody's, and stops at a stage that it does not know."""
+    (tmp_path / "Dockerfile").write_text("FROM localhost/plain:1\nRUN cat /proc/uptime >/made\n")
+    limits = ["--ulimit", "nproc=100:100", "--ulimit", "nofile=1024:1024"]
+    done = ready.call("build", "--no-cache", "--network", "none", *limits, "--tag", "built", tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    ready.call("rmi", "built")
+
+
 def test_an_image_with_preloads_of_its_own(ready: kit.Engine, image: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(image, root, symlinks=True)
     (root / "etc/ld.so.preload").write_text("# ours\n/opt/build/sim/lib/libcuda.so.1 /usr/lib/old/libfgpu.so\n")
+    older = root / str(harness.SHIM).lstrip("/")  # where the host's will be
+    older.parent.mkdir(parents=True)
+    older.write_text("an older one")
     ready.load(root, "preloads")
     done = ready.run("lists", image="preloads", command="cat /etc/ld.so.preload")
     assert done.returncode == 0, done.stderr
@@ -99,11 +197,15 @@ def test_a_set_up_that_cannot_work_says_so(ready: kit.Engine) -> None:
     assert_held(ready)
 
 
-def test_podman_gives_shares(ready: kit.Engine) -> None:
-    """Docker has CDI from version 25 on."""
-    if isinstance(ready, kit.Docker):
-        return
-    with ready.filled("share", "--device", "fgpu.dev/share=4gib") as admitted:
-        assert admitted == GIB - CONTEXT, "the policy allows no more"
+def assert_share(engine: kit.Engine, name: str, limit: int) -> None:
+    with engine.filled("share", "--device", f"fgpu.dev/share={name}") as admitted:
+        assert (admitted, seen()["limit_bytes"]) == (limit - CONTEXT, limit)
+
+
+@with_cdi
+def test_an_engine_with_cdi_gives_shares(ready: kit.Engine) -> None:
+    assert_share(ready, "2gib", 2 * GIB)
+    assert_share(ready, "8gib", 3 * GIB)  # the policy allows no more
     done = ready.run("none", "--device", "fgpu.dev/share=5gib")
+    ready.remove("none")
     assert "unresolvable CDI devices fgpu.dev/share=5gib" in done.stderr, done.stderr

@@ -37,17 +37,12 @@ def bundles(
 def policy(service: harness.Service) -> Iterator[None]:
     """1 GiB, and up to 3 for those who ask."""
     path = service.policies / "engines.yaml"
-    others = policies()
+    others = kit.policies()
     path.write_text(POLICY)
-    harness.eventually(lambda: policies() == others + 1, 5, "the policy")
+    harness.eventually(lambda: kit.policies() == others + 1, 5, "the policy")
     yield
     path.unlink()
-    harness.eventually(lambda: policies() == others, 5, "no policy")
-
-
-def policies() -> int:
-    """How many are in force."""
-    return int(harness.ask(verb="snapshot")["policies"]["count"])
+    harness.eventually(lambda: kit.policies() == others, 5, "no policy")
 
 
 def assert_held(tenant: harness.Tenant, limit: int) -> None:

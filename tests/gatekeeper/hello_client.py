@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import pickle
@@ -95,6 +96,7 @@ class Child:
 
     @staticmethod
     def _live(cgroup: Path, work: Callable[..., Any], args: Any, uid: int, write: int) -> None:
+        gc.disable()  # else hundreds of them may each copy all that the parent has in memory
         signal.alarm(25)
         try:
             (cgroup / "cgroup.procs").write_text("0")

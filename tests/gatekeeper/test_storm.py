@@ -43,6 +43,13 @@ clients.ControlMemory = slow
 sys.exit(gatekeeper.main())
 """
 
+PATIENT = """
+import sys
+from fgpu_ebpf import callers, gatekeeper
+callers.PATIENCE_NS *= 10
+sys.exit(gatekeeper.main())
+"""
+
 
 def attempt(run: Path, end: float) -> tuple[bool, float]:
     """One as a shim makes it: no step of it waits but for the answer. And for how long it was kept from speaking."""
@@ -141,6 +148,22 @@ def test_the_agent_is_told_of_one_of_an_undecided_storm_and_of_the_next_when_tha
     (keeper.run / "discover.sock").unlink()
     held()
     assert len(set(told)) == len(told)
+
+
+def test_an_agent_that_could_not_be_told_yet_is_told_again(start: Callable[..., Keeper], cgroup: Make) -> None:
+    """The kernel keeps few words for who does not listen: ten, where nobody has asked for more."""
+    keeper = start(code=PATIENT)
+    failed = keeper.grows("discover_failed", 1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as agent:
+        agent.bind(str(keeper.run / "discover.sock"))
+        agent.settimeout(5)
+        room = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()) + 1
+        children = [Child(cgroup(), hello, keeper.run) for _ in range(room + 5)]
+        failed()
+        assert {json.loads(agent.recv(100))["tgid"] for _ in children} == {child.pid for child in children}
+        for child in children:
+            child.kill()
+    (keeper.run / "discover.sock").unlink()
 
 
 # -- the fair order by itself

@@ -1,4 +1,4 @@
-"""One simulated driver for the suite, and the packages as `./dev package` makes them."""
+"""A simulated driver, and the packages as `./dev package` makes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import package_kit as kit
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not the session's: other suites start one of their own
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """fgpu-simd, 16 GiB, one device."""
     path = tmp_path_factory.mktemp("driver") / "log"
@@ -27,7 +27,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         driver.wait(10)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def host(driver: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[host_kit.Host]:
     """A host with nothing on it, whose lists of packages are of today."""
     host = host_kit.Host(tmp_path_factory.mktemp("host"))

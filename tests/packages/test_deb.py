@@ -28,6 +28,14 @@ def assert_nothing_left(host: host_kit.Host, before: host_kit.Listing) -> None:
     kit.eventually(lambda: not host.processes(), 5, "the end of every process")
 
 
+COMPLETION = """
+. /usr/share/bash-completion/completions/fgpu
+COMP_WORDS=(fgpu sta) COMP_CWORD=1
+_fgpu_completion fgpu
+echo "${COMPREPLY[@]}"
+"""
+
+
 def test_install_enforce_purge(host: host_kit.Host, deb: Path, tmp_path: Path) -> None:
     settings = host.root / "etc/docker/daemon.json"
     settings.parent.mkdir()
@@ -43,6 +51,9 @@ def test_install_enforce_purge(host: host_kit.Host, deb: Path, tmp_path: Path) -
     assert host.run("dpkg", "--verify", "fgpu").stdout == ""
     assert host.left(before), "the package brings nothing?"
     assert host.pins()
+    assert host.run("bash", "-c", COMPLETION).stdout == "status\n"
+    for shell, file in (("zsh", "zsh/vendor-completions/_fgpu"), ("fish", "fish/vendor_completions.d/fgpu.fish")):
+        assert (host.root / "usr/share" / file).read_text() == host.run("fgpu", "completion", shell).stdout
     host.run("fgpu", "setup", "docker")
     assert '"default-runtime": "fgpu"' in settings.read_text()
     said = host.apt("purge", "fgpu").stdout

@@ -137,11 +137,15 @@ class Agent:
         self.listener.listen(64)
         threading.Thread(target=self.serve, args=(self.listener,), daemon=True).start()
 
-    def stop(self, _):
+    def die(self, _):
+        """Killed: its socket stays."""
         if self.listener:
             self.listener.shutdown(socket.SHUT_RDWR)
             self.listener.close()
             self.listener = None
+
+    def stop(self, _):
+        self.die({})
         if os.path.exists("/run/fgpu/shim/shim.sock"):
             os.unlink("/run/fgpu/shim/shim.sock")
 

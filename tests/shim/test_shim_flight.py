@@ -154,6 +154,28 @@ out(*rests); line()"""
     end(process)
 
 
+def test_a_program_that_goes_step_by_step_does_not_rest(simulator: Simulator) -> None:
+    """What passes between an end that it waited for and its next launch belongs to it, unless that is long."""
+    agent = simulator.agent
+    unlock(agent, 1)
+    process = simulator.start(
+        KIT
+        + """
+f, s, gaps = kernel(500), stream(), []
+launch(f, s); need("cuStreamSynchronize", s)
+for _ in range(400):
+    ended = time.monotonic_ns(); launch(f, s); gaps.append(time.monotonic_ns() - ended)
+    need("cuStreamSynchronize", s)
+out(*gaps); line()"""
+    )
+    gaps = said(process)
+    now = until(agent, launches=401, in_flight=0)
+    assert sorted(gaps)[len(gaps) // 2] < 50_000  # else this machine cannot say
+    assert now["idle"] <= 3_000_000 + 2 * sum(ns for ns in gaps if ns > 50_000)
+    tell(process)
+    end(process)
+
+
 def test_a_driver_that_answers_late_harms_nobody(simulator: Simulator) -> None:
     """A thread is in there for longer than its turn lasts, and the others go on: what they count stays right."""
     agent = simulator.agent

@@ -60,6 +60,41 @@ out("ready"); line(); r = {CALLS[call]}; out(r, C.get_errno()); line(); need("cu
     end(process)
 
 
+OLD = {
+    "cuLaunch": "L.cuLaunch(f)",
+    "cuLaunchGrid": "L.cuLaunchGrid(f, 1, 1)",
+    "cuLaunchGridAsync": "L.cuLaunchGridAsync(f, 1, 1, s)",
+}
+
+
+@pytest.mark.parametrize("flags", [0, 1])
+@pytest.mark.parametrize("call", OLD)
+def test_a_closed_gate_holds_what_runs_at_once_in_a_relaxed_capture(
+    simulator: Simulator, call: str, flags: int
+) -> None:
+    agent = simulator.agent
+    shut(agent, 4)
+    process = simulator.start(
+        KIT
+        + f"""
+f, s, g, n = kernel(1), stream({flags}), C.c_void_p(), C.c_size_t(); need("cuFuncSetBlockShape", f, 1, 1, 1)
+out("ready"); line(); relaxed = C.c_int(2); need("cuThreadExchangeStreamCaptureMode", C.byref(relaxed))
+need("cuStreamBeginCapture_v2", s, 2); need("cuLaunchKernel", f, 1, 1, 1, 1, 1, 1, 0, s, None, None)
+r = {OLD[call]}; need("cuStreamEndCapture", s, C.byref(g)); need("cuGraphGetNodes", g, None, C.byref(n))
+out(r, n.value); line(); need("cuCtxSynchronize"); out("done")"""
+    )
+    assert said(process) == ["ready"]
+    tell(process)
+    until(agent, waiting=1, drained=4)
+    unlock(agent, 5)
+    assert said(process) == [0, 1]
+    until(agent, waiting=0, launches=1)
+    tell(process)
+    assert said(process) == ["done"]
+    until(agent, in_flight=0)
+    end(process)
+
+
 def test_a_capture_goes_on_at_a_closed_gate(simulator: Simulator) -> None:
     """In the strictest mode, while other threads launch, drain and wait: what is captured does not wait, nor break."""
     agent = simulator.agent

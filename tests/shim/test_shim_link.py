@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from shim_kit import IN_A_FRESH_CHILD, PREAMBLE, SYSTEM_PYTHON, Agent, Build
+from shim_kit import DEADLINE, IN_A_FRESH_CHILD, PREAMBLE, SYSTEM_PYTHON, Agent, Build
 
 MEMORY, HELLO, OOM = 0, 3, 2
 
@@ -25,11 +25,53 @@ def test_managed(held: Agent) -> None:
     assert [c["kind"] for c in look["calls"]] == [HELLO, MEMORY]
 
 
-def test_hello_at_the_lookup_already(held: Agent) -> None:
-    held.python("L.cuInit"), held.python("L.cuMemAlloc_v2")
-    assert held.do("look")["hellos"] == 1
-    held.python("L.cuCtxGetDevice")
-    assert held.do("look")["hellos"] == 1
+def test_a_lookup_says_nothing(held: Agent) -> None:
+    held.python("L.cuInit, L.cuMemAlloc_v2, L.cuCtxGetDevice")
+    assert held.do("look")["hellos"] == 0
+
+
+def greeted(agent: Agent) -> None:
+    """A first hello has come."""
+    deadline = time.monotonic() + DEADLINE
+    while not agent.do("look")["hellos"]:
+        assert time.monotonic() < deadline, "no hello"
+        time.sleep(0.002)
+
+
+# The driver initialises for as long as we say.
+INSIDE = """
+def inside(): out("asked", len(fds()) - len(before)); sys.stdin.readline(); %s
+then = C.CFUNCTYPE(None)(inside)
+L.fake_during_init(then)
+before, done = fds(), []
+out(L.cuInit(0), alloc(1), done, before == fds())
+"""
+
+
+def test_hello_before_the_driver_initialises_and_its_answer_after(held: Agent) -> None:
+    with held.start_python(INSIDE % "pass") as program:
+        assert program.stdout.readline() == '["asked", 1]\n'
+        greeted(held)
+        assert program.communicate("\n", DEADLINE)[0] == "[0, 0, [], true]\n"
+    look = held.do("look")
+    assert (look["hellos"], [c["kind"] for c in look["calls"]]) == (1, [HELLO, MEMORY])
+
+
+def test_nobody_waits_for_another_threads_driver_to_initialise(held: Agent) -> None:
+    script = INSIDE % "t = threading.Thread(target=lambda: done.append(alloc(1))); t.start(); t.join()"
+    with held.start_python(script) as program:
+        assert program.communicate("\n", DEADLINE)[0] == '["asked", 1]\n[0, 0, [0], true]\n'
+    assert held.do("look")["hellos"] == 2
+
+
+def test_a_hello_whose_connection_ended_meanwhile_is_said_again(agent: Agent) -> None:
+    agent.do("set", answer="eof")
+    agent.do("start")
+    with agent.start_python(INSIDE % "pass") as program:
+        assert program.stdout.readline() == '["asked", 1]\n'
+        greeted(agent)
+        agent.do("set", answer="managed")
+        assert program.communicate("\n", DEADLINE)[0] == "[0, 0, [], true]\n"
 
 
 def test_unmanaged(agent: Agent) -> None:
@@ -261,7 +303,7 @@ ts = [threading.Thread(target=lambda: got.append(alloc(512))) for _ in range(16)
 out(got)
 """
     assert agent.python(IN_A_FRESH_CHILD + script) == [[[0] * 16]]
-    assert agent.do("look")["hellos"] == 2
+    assert agent.do("look")["hellos"] == 1
 
 
 def test_thousands_of_hellos_leave_nothing(build: Build, held: Agent, scale: Callable[[int, int, int], int]) -> None:

@@ -374,12 +374,20 @@ def test_after_a_reset_all_is_asked_for_anew(held: Agent) -> None:
     assert held.do("look")["used"] == 128 * MIB
 
 
-def test_what_is_captured_takes_nothing_from_a_pool(held: Agent) -> None:
+@pytest.mark.parametrize(
+    "begin",
+    [
+        "L.cuStreamBeginCapture_v2(V(3), 0)",
+        "L.cuStreamBeginRecaptureToGraph(V(3), 0, V(1), None, None)",
+        "L.cuStreamBeginCaptureToCig(V(3), None)",
+    ],
+)
+def test_what_is_captured_takes_nothing_from_a_pool(held: Agent, begin: str) -> None:
     script = (
         POOLS
-        + """
+        + f"""
 g = V()
-L.cuStreamBeginCapture_v2(V(3), 0); p = new(500 * MiB, 3); drop(p, 3); L.cuStreamEndCapture(V(3), C.byref(g))
+{begin}; p = new(500 * MiB, 3); drop(p, 3); L.cuStreamEndCapture(V(3), C.byref(g))
 out(L.fake_unsafe(), L.fake_asked_capturing() > 0, results([new(100 * MiB, 3)]))"""
     )
     assert held.python(script) == [[0, True, [0]]]

@@ -147,10 +147,22 @@ static void ask_all(void)
     ask_contexts();
 }
 
+static void ask_frees(void)
+{
+    TRY("cuMemFree_v2", cuMemFree_v2, 0);
+    TRY("cuMemRelease", cuMemRelease, 0);
+    TRY("cuMemMap", cuMemMap, 0, 2 * MIB, 0, 0, 0);
+    TRY("cuMemUnmap", cuMemUnmap, 0, 2 * MIB);
+    TRY("cuMemRetainAllocationHandle", cuMemRetainAllocationHandle, &handle, NULL);
+    TRY("cuArrayDestroy", cuArrayDestroy, NULL);
+    TRY("cuMipmappedArrayDestroy", cuMipmappedArrayDestroy, NULL);
+}
+
 void check_unready(void)
 {
     section("unready");
     ask_all();
+    ask_frees();
 }
 
 void check_forked(void)

@@ -191,6 +191,10 @@ class World:
         if self.bell is None and not (who and who.key in self.turns.unheard()):
             self.bell = self.now + BELL_NS
 
+    def counted(self) -> int:
+        """Turns so far."""
+        return sum(place.counts.switches for place in self.turns.places.values())
+
     def shares(self) -> dict[int, float]:
         total = sum(t.done_ns for t in self.tenants.values())
         return {key: t.done_ns / total for key, t in self.tenants.items()}

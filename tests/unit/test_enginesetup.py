@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf.enginesetup import ENGINES, Engine, SetupError, checks, set_up, undo
+from fgpu_ebpf.enginesettings import ENGINES, Engine, SetupError
+from fgpu_ebpf.enginesetup import checks, set_up, undo, where_it_is
 
 HELPER = "bin/fgpu-oci"
 CONTAINERD = """version = 2
@@ -26,6 +27,25 @@ root = "/srv/containerd"
       BinaryName = "/usr/sbin/runc"
   [plugins."io.containerd.grpc.v1.cri".registry]
     config_path = "/etc/containerd/certs.d"
+"""
+# As `containerd config default` of 2.1 prints it: other quotes.
+CONTAINERD_3 = """version = 3
+
+[plugins]
+  [plugins.'io.containerd.cri.v1.runtime']
+    [plugins.'io.containerd.cri.v1.runtime'.containerd]
+      default_runtime_name = 'runc'
+
+      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes]
+        [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+          runtime_type = 'io.containerd.runc.v2'
+
+          [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
+            BinaryName = ''
+            SystemdCgroup = true
+
+    [plugins.'io.containerd.cri.v1.runtime'.cni]
+      bin_dir = '/opt/cni/bin'
 """
 TEXTS = {
     "docker": [
@@ -43,6 +63,7 @@ TEXTS = {
         CONTAINERD.replace('      BinaryName = "/usr/sbin/runc"\n', ""),
         CONTAINERD.split("    [plugins", 1)[0],
         "version = 3\n[plugins.'io.containerd.nri.v1.nri']\ndisable = true",
+        CONTAINERD_3,
     ],
 }
 CASES = [(name, text) for name, texts in TEXTS.items() for text in texts]
@@ -82,7 +103,7 @@ def test_set_up_twice_and_undone_is_as_before(name, text, tmp_path, helper):
     assert set_up(found, helper, state)
     once = read(found)
     assert once
-    assert HELPER.rsplit("/", 1)[1] in once or "fgpu-runtime" in once
+    assert str(helper.parent) in once
     assert not set_up(found, helper, state)
     assert read(found) == once
     assert undo(found, state)
@@ -91,6 +112,7 @@ def test_set_up_twice_and_undone_is_as_before(name, text, tmp_path, helper):
     assert not undo(found, state)
     assert read(found) == text
     assert [p.name for p in found.file.parent.iterdir()] == ([] if text is None else ["settings"])
+    assert not [p.name for p in helper.parent.rglob(".*")], "nothing half-written beside the helper"
 
 
 @pytest.mark.parametrize(("name", "text"), [(n, t) for n, t in CASES if t])
@@ -158,16 +180,16 @@ def test_a_full_disk_changes_nothing(tmp_path, helper, monkeypatch):
 
 def test_doctor_says_whether_it_still_is_so(tmp_path, helper):
     found, state = engine("docker", tmp_path, "{}"), tmp_path / "state"
-    assert list(checks(state)) == []
+    assert list(checks(state, helper)) == []
     set_up(found, helper, state / "docker.json")
-    (check,) = checks(state)
+    (check,) = checks(state, helper)
     assert (check.name, check.ok) == ("docker", True)
     found.file.write_text("{}")
-    (check,) = checks(state)
+    (check,) = checks(state, helper)
     assert not check.ok
     assert check.mend == "fgpu setup docker, or --undo"
     undo(found, state / "docker.json")
-    assert list(checks(state)) == []
+    assert list(checks(state, helper)) == []
 
 
 # -- what it becomes -----------------------------------------------------------------------------------------------
@@ -209,17 +231,154 @@ def test_containerd_changes_one_value(text, tmp_path, helper):
     runtime = after["plugins"][plugin]["containerd"]["runtimes"]["runc"]
     assert runtime["runtime_type"] == "io.containerd.runc.v2"
     link = Path(runtime["options"].pop("BinaryName"))
-    assert link == helper.with_name("fgpu-runtime-runc")
-    assert os.readlink(link) == "fgpu-oci"
     was = before.get("plugins", {}).get(plugin, {}).get("containerd", {}).get("runtimes", {}).get("runc", {})
+    if was.get("options", {}).get("BinaryName"):  # by a path, which need be on nobody's PATH
+        assert link == helper.with_name("fgpu-runtime-containerd-runc")
+        assert os.readlink(helper.parent / "runtimes/containerd-runc") == "/usr/sbin/runc"
+    else:
+        assert link == helper.with_name("fgpu-runtime-runc")
+    assert os.readlink(link) == "fgpu-oci"
     assert runtime["options"] == {k: v for k, v in was.get("options", {}).items() if k != "BinaryName"}
     assert {k: v for k, v in after.items() if k != "plugins"} == {k: v for k, v in before.items() if k != "plugins"}
 
 
-def test_podman_gets_a_hook_of_its_own(tmp_path, helper):
-    found = engine("podman", tmp_path, None)
+def drop_in(name: str, tmp_path: Path, **others: str) -> Engine:
+    """An engine whose settings are in a folder of their own, and those that others have written around it."""
+    found = replace(ENGINES[name], file=tmp_path / "etc" / f"{name}.conf.d" / "zz-fgpu.conf")
+    found.file.parent.mkdir(parents=True)
+    for place, text in others.items():
+        file = tmp_path / "etc" / f"{name}.conf" if place == "main" else found.file.with_name(f"{place}.conf")
+        file.write_text(text)
+    return found
+
+
+def test_podman_gets_a_folder_of_hooks_that_nobody_else_reads(tmp_path, helper):
+    """Buildah and CRI-O refuse every hook if one names a stage that is Podman's alone."""
+    found = drop_in("podman", tmp_path)
     set_up(found, helper, tmp_path / "x.json")
-    hook = json.loads(read(found) or "")
+    usual, ours = tomllib.loads(read(found) or "")["engine"]["hooks_dir"]
+    assert (usual, ours) == ("/usr/share/containers/oci/hooks.d", str(tmp_path / "bin/hooks.d"))
+    hook = json.loads(Path(ours, "fgpu.json").read_text())
     assert hook["stages"] == ["precreate"]
     assert hook["hook"] == {"path": str(helper), "args": ["fgpu-oci", "precreate"]}
     assert hook["when"] == {"always": True}
+
+
+@pytest.mark.parametrize(
+    ("others", "folders"),
+    [
+        ({"10": '[engine]\nhooks_dir = ["/a", "/b"]'}, ["/a", "/b"]),
+        ({"10": '[engine]\nhooks_dir = ["/a"]', "20": '[engine]\nhooks_dir = ["/b"]'}, ["/b"]),
+        ({"10": '[engine]\nhooks_dir = ["/a", {append = true}]'}, ["/usr/share/containers/oci/hooks.d", "/a"]),
+        ({"10": "[engine]\nhooks_dir = []"}, []),
+        ({"10": '[containers]\nlog_driver = "journald"'}, ["/usr/share/containers/oci/hooks.d"]),
+    ],
+)
+def test_podman_keeps_the_folders_that_it_has(others, folders, tmp_path, helper):
+    found = drop_in("podman", tmp_path, **others)
+    set_up(found, helper, tmp_path / "x.json")
+    assert tomllib.loads(read(found) or "")["engine"]["hooks_dir"] == [*folders, str(tmp_path / "bin/hooks.d")]
+    assert undo(found, tmp_path / "x.json")
+    assert not found.file.exists()
+
+
+CRIO = """[crio.runtime]
+default_runtime = "crun"
+[crio.runtime.runtimes.crun]
+runtime_path = "/usr/libexec/crio/crun"
+runtime_root = "/run/crun"
+monitor_path = "/usr/libexec/crio/conmon"
+allowed_annotations = ["io.containers.trace-syscall"]
+privileged_without_host_devices = true
+container_min_memory = "5MiB"
+default_annotations = {"a.b/c" = "d\\"e"}
+[crio.runtime.runtimes.runc]
+runtime_path = "/usr/libexec/crio/runc"
+"""
+
+
+def crio_table(found: Engine) -> tuple[str, dict]:
+    (table,) = tomllib.loads(read(found) or "")["crio"]["runtime"]["runtimes"].items()
+    return table
+
+
+def test_crio_has_its_default_runtime_under_the_same_name_and_a_path_of_ours(tmp_path, helper):
+    found = drop_in("crio", tmp_path, **{"10-crio": CRIO})
+    set_up(found, helper, tmp_path / "x.json")
+    name, table = crio_table(found)
+    link = Path(table.pop("runtime_path"))
+    was = tomllib.loads(CRIO)["crio"]["runtime"]["runtimes"]["crun"]
+    assert (name, table) == ("crun", {key: value for key, value in was.items() if key != "runtime_path"})
+    assert os.readlink(link) == "fgpu-oci"
+    assert os.readlink(helper.parent / "runtimes" / link.name.removeprefix("fgpu-runtime-")) == "/usr/libexec/crio/crun"
+    assert undo(found, tmp_path / "x.json")
+    assert not found.file.exists()
+
+
+def test_doctor_says_when_another_default_has_come(tmp_path, helper):
+    found, state = drop_in("crio", tmp_path, **{"10-crio": CRIO}), tmp_path / "state"
+    set_up(found, helper, state / "crio.json")
+    (check,) = checks(state, helper)
+    assert check.ok
+    later = found.file.with_name("20.conf")
+    later.write_text('[crio.runtime]\ndefault_runtime = "runc"\n')
+    (check,) = checks(state, helper)
+    assert (check.ok, check.mend) == (False, "fgpu setup crio, or --undo")
+    assert "other settings have changed" in check.found
+    later.write_text('[crio.runtime]\ndefault_runtime = "gone"\n')
+    assert "no [crio.runtime.runtimes.gone]" in next(checks(state, helper)).found
+    later.unlink()
+    assert next(checks(state, helper)).ok
+
+
+def test_crio_settings_that_come_later_win(tmp_path, helper):
+    main = '[crio.runtime]\ndefault_runtime = "runc"\n[crio.runtime.runtimes.runc]\nruntime_path = ""'
+    nvidia = '[crio.runtime]\ndefault_runtime = "nvidia"\n[crio.runtime.runtimes.nvidia]\nruntime_path = "/n/nvidia"'
+    found = drop_in("crio", tmp_path, main=main)
+    set_up(found, helper, tmp_path / "x.json")
+    assert crio_table(found) == ("runc", {"runtime_path": str(helper.with_name("fgpu-runtime-runc"))})
+    found.file.with_name("99-nvidia.conf").write_text(nvidia)
+    assert set_up(found, helper, tmp_path / "x.json"), "as it is now"
+    assert crio_table(found)[0] == "nvidia"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "no default_runtime"),
+        ('[crio.runtime]\ndefault_runtime = "kata"', r"no \[crio.runtime.runtimes.kata\]"),
+        (
+            '[crio.runtime]\ndefault_runtime = "kata"\n[crio.runtime.runtimes.kata]\nruntime_type = "vm"',
+            "none that has an OCI configuration",
+        ),
+        ("[crio", "10.conf is no TOML"),
+    ],
+)
+def test_crio_settings_that_are_not_understood(text, why, tmp_path, helper):
+    found = drop_in("crio", tmp_path, **{"10": text})
+    with pytest.raises(SetupError, match=why):
+        set_up(found, helper, tmp_path / "x.json")
+    assert not found.file.exists()
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("name", ["podman", "crio"])
+def test_a_file_of_somebody_elses_is_never_replaced(name, tmp_path, helper):
+    found = drop_in(name, tmp_path, **{"10-crio": CRIO})
+    found.file.write_text("# theirs\n")
+    with pytest.raises(SetupError, match="of somebody else"):
+        set_up(found, helper, tmp_path / "x.json")
+    assert not undo(found, tmp_path / "x.json")
+    assert read(found) == "# theirs\n"
+
+
+def test_what_was_set_up_elsewhere_is_put_back(tmp_path, helper):
+    """Another file is named, or a newer version has another place."""
+    first, second, state = engine("docker", tmp_path, "{}"), drop_in("docker", tmp_path), tmp_path / "x.json"
+    set_up(first, helper, state)
+    assert set_up(second, helper, state)
+    assert read(first) == "{}"
+    assert where_it_is(first, state).file == second.file
+    assert undo(where_it_is(first, state), state)
+    assert not second.file.exists()
+    assert where_it_is(first, state) == first

@@ -14,13 +14,14 @@ PACKAGE = Path(__file__).parent.parent.parent / "fgpu_ebpf"
 # Each module may import those of earlier rows alone.
 ORDER = (
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
-    | {"bell", "folderbell", "control", "prologue", "wholefile"}
+    | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings"}
     | {"cgroupnames", "crimessages"},
     {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares"}
+    | {"shimless"}
     | {"events", "launch"},
     {"policy", "configfile", "faults", "timebook", "places", "answers", "elders", "namesfile", "cdi"},
     {"audit", "policyvalues", "clocks", "asker", "dockerapi", "criapi", "inject"},
-    {"policymodel", "hostmodel", "turns", "engines", "enginesetup"},
+    {"policymodel", "hostmodel", "turns", "engines", "enginesetup", "selinux"},
     {"policyfile"},
     {"policyfolder"},
     {"policywatch", "hostfile"},
@@ -31,10 +32,13 @@ ORDER = (
     {"devices", "trial", "glance", "discovery", "manager", "targets", "desks"},
     {"reconcile", "news", "detach", "policies", "explain", "callers", "slicer"},
     {"view", "readers", "adoption"},
-    {"agent", "metrics", "tables", "gatekeeper"},
+    {"agent", "metrics", "tables", "gatekeeper", "keyboard", "ranking"},
+    {"choice", "feed"},
+    {"frame"},
+    {"top"},
     {"server"},
     {"service"},
-    {"cli_policy", "cli_containers"},
+    {"cli_policy", "cli_containers", "cli_completion"},
     {"cli"},
 )
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")

@@ -1,5 +1,6 @@
 """Who starts a gatekeeper where there is none, and when: a service's own has the time to come back."""
 
+import fcntl
 import subprocess
 
 import pytest
@@ -40,3 +41,14 @@ def test_the_time_that_a_service_has_begins_when_its_gatekeeper_is_first_missed(
     assert world.after(0.1) == 0
     world.is_locked = False
     assert [world.after(1.0), world.after(0.9), world.after(0.2)] == [0, 0, 1]
+
+
+def test_a_gatekeeper_is_up_that_holds_its_lock_and_its_socket(tmp_path):
+    socket = tmp_path / "shim/shim.sock"
+    socket.parent.mkdir()
+    with open(tmp_path / "gatekeeper.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not keeper.is_up(tmp_path)
+        socket.touch()
+        assert keeper.is_up(tmp_path)
+    assert not keeper.is_up(tmp_path)

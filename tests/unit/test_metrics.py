@@ -33,13 +33,14 @@ def snapshot(name: str = "notebook") -> Snapshot:
     processes = (ProcessView(11, 0, 90), ProcessView(12, 0, 11))
     tenant = TenantView(
         name, "tenant", "/docker/1f", 481, "policy", "notebooks", "dev", "jupyter", "1f3a", "kernel", "", (),
-        {"team": "vision"}, {"no_admission": 1}, (memory,), processes,
+        {"team": "vision"}, {"no_admission": 1}, (memory,), processes, {"musl": 1},
     )  # fmt: skip
     policies = PoliciesView(True, 1700000000.5, 3, ())
     events = {"sent": 9, "rate": 7, "full": 0}
     hits = {"alloc": 23, "admit": 101}
     docker = EngineView("docker", "/run/docker.sock", True, "", 2, 31, 1, 4)
-    return Snapshot(1.0, (device,), (tenant,), {"release": 0, "bypass": 3}, {}, events, policies, hits, (docker,))
+    return Snapshot(1.0, (device,), (tenant,), {"release": 0, "bypass": 3}, {}, events, policies, hits, (docker,),
+                    gatekeeper_up=True)  # fmt: skip
 
 
 def test_the_text_is_the_golden_one():
@@ -58,6 +59,25 @@ def test_what_nobody_measured_is_absent():
     shown = {sample.name for family in metrics.families(empty) for sample in family.samples}
     assert "fgpu_device_memory_capacity_bytes" in shown
     assert not shown & {"fgpu_device_memory_used_bytes", "fgpu_reconcile_age_seconds"}
+
+
+def test_a_tenant_without_a_limit_shows_none():
+    found = snapshot()
+    (tenant,) = found.tenants
+    unlimited = replace(tenant, devices=(replace(tenant.devices[0], limit_bytes=2**64 - 1),))
+    shown = metrics.text(replace(found, tenants=(unlimited,)))
+    assert "fgpu_memory_limit_bytes{" in metrics.text(found)
+    assert "fgpu_memory_limit_bytes{" not in shown
+
+
+def test_refusals_begin_at_zero():
+    """So that the first is an increase."""
+    found = snapshot()
+    (tenant,) = found.tenants
+    quiet = replace(tenant, devices=(replace(tenant.devices[0], refusals=()),))
+    families = metrics.families(replace(found, tenants=(quiet,)))
+    (shown,) = [s for f in families for s in f.samples if s.name == "fgpu_memory_refused_total"]
+    assert (shown.labels["operation"], shown.labels["reason"], shown.value) == ("memory", "limit", 0)
 
 
 def test_an_age_is_that_of_the_moment_of_asking():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -61,3 +62,19 @@ def test_is_ended_when_nobody_waits(places: tuple[Path, Path], tmp_path: Path) -
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert not list(places[1].iterdir())
     assert Loading(*places, shell("true")).begun
+
+
+@pytest.mark.parametrize(("seconds", "watched"), [(0.6, True), (0.6, False), (0, True)])
+def test_somebody_who_waits_is_told_what_for(
+    places: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seconds: float,
+    watched: bool,
+) -> None:
+    monkeypatch.setattr(programs, "SOON_SECONDS", 0.3)
+    monkeypatch.setattr(programs.os, "isatty", lambda _: watched)
+    monkeypatch.setattr(programs.sys, "stderr", sys.__stderr__)
+    caplog.set_level("INFO")
+    Loading(*places, shell(f"sleep {seconds}")).wait()
+    assert ("compiles" in caplog.text) is (bool(seconds) and watched)

@@ -389,3 +389,9 @@ def test_a_gang_that_is_closed_between_kernels_that_wait_for_each_other_lets_the
     it.until(lambda: passes[1])
     assert not program.is_open()
     assert (passes[0], passes[1]) == (0, 7 + 3)
+    for device in (0, 1):  # its turn ends, and it has launched no more than one of those
+        status.flights[device].in_flight, status.devices[device].drained = 0, program.word() >> 2
+    status.devices[1].launches = 8
+    program.ring()
+    it.until(program.is_open)
+    assert not any(passes)

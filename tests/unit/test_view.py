@@ -40,6 +40,7 @@ def test_drift_is_of_all_or_of_nobody(own: list[int], answered: dict[int, float]
         ("", False, {}, "kernel"),
         ("", False, {"no_shim": 1}, "kernel"),
         ("", False, {"unprobed": 1}, "cooperative"),
+        ("", False, {"standalone": 1}, "cooperative"),
         ("", True, {"unprobed": 1}, "observe"),
         ("probes are gone", False, {"unprobed": 1}, "none"),
     ],
@@ -53,7 +54,7 @@ def test_who_keeps_the_limits(unenforced: str, observe: bool, bypassing: dict[st
     [(0, 5, "unwitnessed"), (Seen.CALL, 5, "no_shim"), (Seen.CALL, 0, ""), (Seen.SHIM | Seen.CALL, 5, "")],
 )
 def test_who_goes_around_the_shim_is_alive(flags: int, bytes_: int, how: str) -> None:
-    look = SimpleNamespace(unprobed=set(), truth=Truth(), enforcer=SimpleNamespace(elders=()))
+    look = SimpleNamespace(unprobed=set(), standalone=set(), truth=Truth(), enforcer=SimpleNamespace(elders=()))
     process = SimpleNamespace(flags=flags, bytes=(bytes_,))
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -61,6 +62,17 @@ def test_who_goes_around_the_shim_is_alive(flags: int, bytes_: int, how: str) ->
     assert view._how(look, ended.pid, process) == ""  # type: ignore[arg-type]
     look.truth = Truth(turns=Verdict(outside=frozenset({os.getpid()})))
     assert view._how(look, os.getpid(), process) == (how or "outside_turns")  # type: ignore[arg-type]
-    look.truth, look.enforcer.elders = Truth(), (os.getpid(), ended.pid)
+    look.truth, look.standalone = Truth(), {os.getpid()}
+    assert view._how(look, os.getpid(), process) == ("standalone" if bytes_ and not flags & Seen.SHIM else how)  # type: ignore[arg-type]
+    look.enforcer.elders = (os.getpid(), ended.pid)
     assert view._how(look, os.getpid(), process) == ("older" if bytes_ else "")  # type: ignore[arg-type]
     assert view._how(look, ended.pid, process) == ""  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("how", "flags", "told"), [("no_admission", 0, True), ("no_admission", Seen.SHIM, False), ("older", 0, False)]
+)
+def test_why_is_told_of_those_without_a_shim(how: str, flags: int, told: bool) -> None:
+    process = SimpleNamespace(flags=flags)
+    assert bool(view._why(os.getpid(), process, how)) == told  # type: ignore[arg-type]
+    assert view._why(1 << 22, process, how) == "", "it is gone"  # type: ignore[arg-type]

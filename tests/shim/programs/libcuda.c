@@ -25,7 +25,13 @@ static CUresult count(void)
 
 static const size_t total = 16ull << 30, available = 10ull << 30;
 
-CUresult cuInit(unsigned flags) { return flags ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS; }
+static void (*during_init)(void);
+void fake_during_init(void (*what)(void)) { during_init = what; }
+CUresult cuInit(unsigned flags)
+{
+    if (during_init) during_init();
+    return flags ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
 CUresult cuCtxGetDevice(CUdevice *device)
 {
     errno = 33; /* what the shim asks for itself must not show */
@@ -54,6 +60,7 @@ CUresult cuMemGetAllocationGranularity(size_t *g, const CUmemAllocationProp *pro
 }
 #endif
 CUresult cuMemAlloc_v2(CUdeviceptr *p, size_t n) { return *p = 0xd00000, n ? count() : CUDA_ERROR_INVALID_VALUE; }
+CUresult cuMemFree_v2(CUdeviceptr p) { return (void)p, next_result; }
 CUresult cuMemAlloc(CUdeviceptr_v1 *p, unsigned n) { return *p = 0xd0, n ? count() : CUDA_ERROR_INVALID_VALUE; }
 CUresult cuMemAllocPitch(CUdeviceptr_v1 *p, unsigned *pitch, unsigned w, unsigned h, unsigned e)
 {

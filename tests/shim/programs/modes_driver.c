@@ -9,7 +9,7 @@
 #define LEAVE(name)
 /* Those that programs make too, beside those that the shim alone needs. */
 #define EACH(ASIDE)                                                                                                    \
-    FGPU_DRIVER_TABLE(LEAVE, LEAVE, ASIDE)                                                                             \
+    FGPU_DRIVER_TABLE(LEAVE, ASIDE)                                                                                    \
     ASIDE(cuEventQuery)                                                                                                \
     ASIDE(cuMemPoolTrimTo)                                                                                             \
     ASIDE(cuDeviceGraphMemTrim)

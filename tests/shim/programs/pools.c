@@ -210,6 +210,11 @@ CUresult cuStreamBeginCapture_v2(CUstream s, CUstreamCaptureMode m)
     memset(g, 0, sizeof *g);
     return capturing[(uintptr_t)s & 15] = g, (void)m, CUDA_SUCCESS;
 }
+CUresult cuStreamBeginRecaptureToGraph(CUstream s, CUstreamCaptureMode m, CUgraph g, void *f, void *data)
+{
+    return (void)g, (void)f, (void)data, cuStreamBeginCapture_v2(s, m);
+}
+CUresult cuStreamBeginCaptureToCig(CUstream s, void *params) { return (void)params, cuStreamBeginCapture_v2(s, 0); }
 CUresult cuStreamEndCapture(CUstream s, CUgraph *g)
 {
     return *g = (CUgraph)capturing[(uintptr_t)s & 15], capturing[(uintptr_t)s & 15] = NULL, CUDA_SUCCESS;

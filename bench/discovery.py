@@ -1,0 +1,141 @@
+"""How long a cgroup that appears is without its limit, and what a program gets there meanwhile, by discovery alone.
+
+No device, wrapper, image or command says anything of it: a policy names its path. From mkdir to the limit on its usage
+page, of each of `--rounds` (`alone`) and of the last of 50 at once (`burst`), beside 200 tenants: `in_force` median,
+p99 and most. Then a program in each of 20, started with the cgroup, takes all that it gets: `first_program_beyond` its
+limit, and `first_program_unwitnessed`. Writes build/bench/discovery.json; 1 where one alone took more than 100 ms, or a
+program got a byte too much. Starts and stops the agent itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from memory import ROOT, BenchError, agent
+from tenants import ask, cgroup_root, record
+
+sys.path.append(str(ROOT / "tests/e2e"))
+from kernel_kit import limit_in_force
+
+BAR_MS, PATIENCE_SECONDS = 100.0, 20.0
+LIVE, BURST, BURSTS, PROGRAMS = 200, 50, 11, 20
+LIMIT = 1 << 30
+SHIM = ROOT / "build/shim/libfgpu.so"
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: discovery}
+spec:
+  selector: {cgroup: ["fgpu-bench-discovery/*"]}
+  memory: {limit: 1GiB}
+"""
+
+
+def until(look: Callable[[], object], what: str) -> None:
+    """Looks until the answer is truthy."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not look():
+        if time.monotonic() > deadline:
+            raise BenchError(f"not within {PATIENCE_SECONDS} s: {what}")
+        time.sleep(0.0002)
+
+
+@contextlib.contextmanager
+def folder() -> Iterator[Path]:
+    """A cgroup in which every other one is a tenant."""
+    parent = cgroup_root() / "fgpu-bench-discovery"
+    parent.mkdir()
+    try:
+        yield parent
+    finally:
+        subprocess.run(["find", parent, "-depth", "-type", "d", "-exec", "rmdir", "{}", "+"], check=False)
+
+
+def in_force_ms(parent: Path, count: int) -> float:
+    """Makes as many cgroups; from the first of them on until all have their limits. They are gone afterwards."""
+    begun = time.perf_counter()
+    made = [parent / f"new-{number}" for number in range(count)]
+    for cgroup in made:
+        cgroup.mkdir()
+    numbers = [cgroup.stat().st_ino for cgroup in made]
+    until(lambda: all(limit_in_force(number) == LIMIT for number in reversed(numbers)), "limits in force")
+    took = (time.perf_counter() - begun) * 1e3
+    for cgroup in made:
+        cgroup.rmdir()
+    until(lambda: all(limit_in_force(number) is None for number in numbers), "nothing left of them")
+    return took
+
+
+def lines_of(name: str, took: list[float]) -> dict[str, tuple[float, str]]:
+    """Median, 99th percentile and most."""
+    p99 = statistics.quantiles(took, n=100, method="inclusive")[98]
+    found = {"p50": statistics.median(took), "p99": p99, "max": max(took)}
+    return {f"{name}_in_force_{which}": (ms, "ms") for which, ms in found.items()}
+
+
+def first_program(parent: Path, number: int, environment: dict[str, str]) -> tuple[int, int]:
+    """Of a program that starts with its cgroup: bytes beyond the limit, and bytes that the kernel has not seen."""
+    cgroup = parent / f"program-{number}"
+    fill = f'mkdir "$1" && echo $$ >"$1/cgroup.procs" && exec {ROOT}/build/examples/fill --step 2MiB'
+    command = ["sh", "-c", fill, "sh", cgroup]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    if "OUT_OF_MEMORY" not in done.stdout:
+        raise BenchError(f"{cgroup.name}: {done.stdout}{done.stderr}")
+    (seen,) = [t["devices"][0] for t in ask(verb="snapshot")["tenants"] if t["path"].endswith(f"/{cgroup.name}")]
+    until(lambda: not (cgroup / "cgroup.procs").read_text(), "an empty cgroup")
+    cgroup.rmdir()
+    given = int(done.stdout.split("admitted ")[1].split()[0])
+    return max(0, seen["peak_bytes"] - LIMIT), given - seen["witnessed_bytes"]
+
+
+def measure(parent: Path, rounds: int, driver_root: str) -> dict[str, tuple[float, str]]:
+    """All of it, beside tenants that are there."""
+    for number in range(LIVE):
+        (parent / f"old-{number}").mkdir()
+    until(lambda: len(ask(verb="snapshot")["tenants"]) >= LIVE, "the tenants beside them")
+    lines = lines_of("alone", [in_force_ms(parent, 1) for _ in range(rounds)])
+    lines |= lines_of("burst", [in_force_ms(parent, BURST) for _ in range(BURSTS)])
+    environment = {**os.environ, "LD_PRELOAD": str(SHIM)}
+    if driver_root != "/":
+        environment["LD_LIBRARY_PATH"] = f"{driver_root}/lib"
+    beyond, unwitnessed = zip(*(first_program(parent, n, environment) for n in range(PROGRAMS)), strict=True)
+    return lines | {
+        "first_program_beyond": (max(beyond), "bytes"),
+        "first_program_unwitnessed": (max(unwitnessed), "bytes"),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--driver-root", default="/")
+    parser.add_argument("--rounds", type=int, default=211)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, folder() as parent:
+        work = Path(name)
+        (work / "agent.yaml").write_text(f"cdiFolder: {work}/cdi\novercommit: allow\n")
+        (work / "policy.d").mkdir()
+        (work / "policy.d/discovery.yaml").write_text(POLICY)
+        words = ["--driver-root", options.driver_root, "--listen", "127.0.0.1:0", "--shim", str(SHIM)]
+        words += ["--config", str(work / "agent.yaml"), "--policies", str(work / "policy.d")]
+        try:
+            with agent(words):
+                lines = measure(parent, options.rounds, options.driver_root)
+        except BenchError as error:
+            print(error, file=sys.stderr)
+            return 1
+    record("discovery", lines)
+    got = lines["first_program_beyond"][0] or lines["first_program_unwitnessed"][0]
+    return int(lines["alone_in_force_max"][0] > BAR_MS or got != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+#!/usr/bin/env python3
+"""Writes the dashboards beside this file: `python3 dashboards/make.py`. A test holds the JSON to it.
+
+Owns: what the three dashboards have in common, and their queries. A query names every label that it joins on, so that
+several clusters, jobs and nodes in one Prometheus stay apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+WIDTH = 24  # of Grafana's grid
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+NODE = 'cluster=~"$cluster", job=~"$job", instance=~"$instance"'
+DEVICE = f'{NODE}, gpu=~"$gpu"'
+TENANT = f'{NODE}, tenant=~"$tenant"'
+BOTH = f'{DEVICE}, tenant=~"$tenant"'
+SHARED = f'{DEVICE}, tenant=~".+"'  # a tenant's part is one of all tenants' on its device
+PLACE = "cluster, job, instance"
+# Groups hold what their tenants hold: a sum over both counts it twice.
+_NAMED = f'max by ({PLACE}, tenant) (fgpu_tenant_info{{{TENANT}, kind="tenant"}})'
+INNERMOST = f"* on ({PLACE}, tenant) group_left () {_NAMED}"
+RATE, RANGE = "$__rate_interval", "$__range"
+LEGEND = "{{instance}} {{gpu}} {{tenant}}"
+
+
+@dataclass(frozen=True)
+class Query:
+    """PromQL, and what its series are called."""
+
+    expr: str
+    legend: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel; `kind`: stat, gauge, timeseries or table; `unit`: Grafana's name of it."""
+
+    title: str
+    description: str
+    unit: str
+    queries: Sequence[Query]
+    kind: str = "timeseries"
+    size: tuple[int, int] = (12, 8)
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+def stat(title: str, description: str, unit: str, expr: str, **defaults: Any) -> Panel:
+    """One number; of what has never happened there is no series, and the number is 0."""
+    return Panel(title, description, unit, [Query(expr)], "stat", (4, 4), {"noValue": "0", "decimals": 0} | defaults)
+
+
+def gauge(title: str, description: str, expr: str) -> Panel:
+    """A part of a whole, 0 to 1."""
+    steps = [{"color": "green", "value": None}, {"color": "orange", "value": 0.9}, {"color": "red", "value": 1}]
+    more = {"min": 0, "max": 1, "decimals": 1, "thresholds": {"mode": "absolute", "steps": steps}}
+    return Panel(title, description, "percentunit", [Query(expr)], "gauge", (4, 4), more)
+
+
+def series(title: str, description: str, unit: str, *queries: Query, **defaults: Any) -> Panel:
+    """Curves over time."""
+    return Panel(title, description, unit, queries, defaults={"min": 0} | defaults)
+
+
+def table(title: str, description: str, unit: str, expr: str, width: int = 8) -> Panel:
+    """Rows of this moment."""
+    return Panel(title, description, unit, [Query(expr)], "table", (width, 8))
+
+
+# -- queries that several dashboards have
+
+
+def grown(metric: str, labels: str, over: str = RANGE) -> str:
+    """How much a counter has grown while one looks at it."""
+    return f"sum(increase({metric}{{{labels}}}[{over}]))"
+
+
+def had(labels: str) -> str:
+    """The part of the device's time that each tenant owned."""
+    return f"sum by (instance, gpu, tenant) (rate(fgpu_compute_seconds_total{{{labels}}}[{RATE}]))"
+
+
+def due(labels: str) -> str:
+    """The part that each has while all are busy: by its weight, and no more than its limit."""
+    per_device = f"sum by ({PLACE}, gpu) (fgpu_compute_weight{{{SHARED}}})"
+    fair = f"fgpu_compute_weight{{{labels}}} / on ({PLACE}, gpu) group_left () {per_device}"
+    limit = f"fgpu_compute_limit_ratio{{{labels}}}"
+    return f"sum by (instance, gpu, tenant) (({fair}) < {limit} or {limit})"
+
+
+def refused(labels: str, by: str) -> Query:
+    """Refusals a second."""
+    legend = " ".join(f"{{{{{label.strip()}}}}}" for label in by.split(","))
+    return Query(f"sum by ({by}) (rate(fgpu_memory_refused_total{{{labels}}}[{RATE}]))", legend)
+
+
+def device_memory(by: str, legend: str) -> list[Query]:
+    """Used, committed and unmanaged against capacity."""
+    return [
+        Query(f"sum{by} (fgpu_device_memory_{what}_bytes{{{DEVICE}}})", f"{legend}{what}")
+        for what in ("capacity", "used", "committed", "unmanaged")
+    ]
+
+
+def bypassing(labels: str, by: str, legend: str) -> Query:
+    """Processes that go around the shim."""
+    return Query(f"sum by ({by}) (fgpu_bypassing_processes{{{labels}}})", legend)
+
+
+def ratio(above: str, below: str, labels: str) -> str:
+    """One sum over another."""
+    return f"sum({above}{{{labels}}}) / sum({below}{{{labels}}})"
+
+
+# -- the dashboards
+
+CAPACITY = "fgpu_device_memory_capacity_bytes"
+REFUSED = "fgpu_memory_refused_total"
+ASKED = "Allocations that were refused in the time shown. Those that `mode: observe` let through are among them."
+AROUND = "Processes that use CUDA without the shim now. They are charged; they ask nobody."
+UNMANAGED = "Held by processes outside any tenant: no limit holds for them."
+
+CLUSTER = [
+    stat("Nodes", "Nodes whose agent answers.", "none", f"count(fgpu_build_info{{{NODE}}})"),
+    stat("Nodes down", "Nodes whose agent does not answer. Limits hold there all the same.", "none",
+         f"count(up{{{NODE}}}) - sum(up{{{NODE}}})"),
+    stat("Devices", "GPUs that agents have found.", "none", f"count({CAPACITY}{{{DEVICE}}})"),
+    stat("Tenants", "Cgroups that a policy manages, groups aside.", "none",
+         f'count(fgpu_tenant_info{{{TENANT}, kind="tenant"}})'),
+    gauge("Memory used", "Of all devices' memory, by NVML.", ratio("fgpu_device_memory_used_bytes", CAPACITY, DEVICE)),
+    gauge("Memory committed", "Sum of the tenants' limits, of all devices' memory. Beyond 100 % not all limits can be "
+          "used up at once.", ratio("fgpu_device_memory_committed_bytes", CAPACITY, DEVICE)),
+    stat("Memory unmanaged", UNMANAGED, "bytes", f"sum(fgpu_device_memory_unmanaged_bytes{{{DEVICE}}})"),
+    stat("Refusals", ASKED, "none", grown(REFUSED, BOTH)),
+    stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})"),
+    stat("Tenants not held by the kernel", "Whose limits are kept cooperatively, observed only, or not at all.",
+         "none", f'count(fgpu_tenant_enforcement{{{TENANT}, mode!="kernel"}} == 1)'),
+    stat("Gatekeepers down", "Nodes without a gatekeeper: programs that start there get no memory.", "none",
+         f"count(fgpu_gatekeeper_up{{{NODE}}}) - sum(fgpu_gatekeeper_up{{{NODE}}})"),
+    stat("Policies rejected", "Nodes whose policy files have a fault: the last good set is in force.", "none",
+         f"count(fgpu_config_last_reload_successful{{{NODE}}}) - sum(fgpu_config_last_reload_successful{{{NODE}}})"),
+    series("Memory", "Of all devices, by NVML; what tenants may take of it together; and what is outside any tenant.",
+           "bytes", *device_memory("", "")),
+    series("Memory used, by node", "Of all devices of each node, by NVML, as a part of their memory.", "percentunit",
+           Query(f"sum by (instance) (fgpu_device_memory_used_bytes{{{DEVICE}}}) / "
+                 f"sum by (instance) ({CAPACITY}{{{DEVICE}}})", "{{instance}}"), max=1),
+    series("Refusals, by reason", "Allocations refused a second: `limit`, the tenant's or its group's; `device_full`; "
+           "`entries`, too many allocations; `observed`, not refused in truth.", "ops", refused(BOTH, "reason")),
+    series("Bypassing processes, by how", AROUND, "none", bypassing(TENANT, "how", "{{how}}")),
+    series("Share of time", "Of each device's time, the ten tenants that owned most. Who has a device to itself is "
+           "not measured.", "percentunit", Query(f"topk(10, {had(BOTH)})", LEGEND), max=1),
+    series("Share of time against entitlement", "What each tenant owned, divided by what it is entitled to while all "
+           "are busy: the ten that got least. Below 100 % it was idle, or starved.", "percentunit",
+           Query(f"bottomk(10, {had(BOTH)} / {due(BOTH)})", LEGEND)),
+    table("Top tenants by memory", "The ten that hold most.", "bytes",
+          f"topk(10, sum by ({PLACE}, tenant) (fgpu_memory_used_bytes{{{BOTH}}}) {INNERMOST})"),
+    table("Top tenants by refusals", "The ten that were refused most often in the time shown.", "short",
+          f"topk(10, sum by ({PLACE}, tenant) (increase({REFUSED}{{{BOTH}}}[{RANGE}])) {INNERMOST} > 0)"),
+    table("Top tenants by part of their limit", "The ten that are nearest to their limit on a device.", "percentunit",
+          f"topk(10, fgpu_memory_used_bytes{{{BOTH}}} / fgpu_memory_limit_bytes{{{BOTH}}})"),
+]  # fmt: skip
+
+NODES = [
+    stat("Policy files good", "No: they have a fault, and the last good set is in force.", "bool_yes_no",
+         f"min(fgpu_config_last_reload_successful{{{NODE}}})", noValue="?"),
+    stat("Policies in force", "Documents of all policy files.", "none", f"sum(fgpu_policies{{{NODE}}})"),
+    stat("Gatekeeper up", "No: programs that start get no memory.", "bool_yes_no", f"min(fgpu_gatekeeper_up{{{NODE}}})",
+         noValue="?"),
+    stat("NVML's last answer", "How old the driver's word is by which the ledger is reconciled: half a second as a "
+         "rule.", "s", f"max(fgpu_reconcile_age_seconds{{{DEVICE}}})", decimals=1, noValue="?"),
+    stat("Unmanaged processes", "That hold memory outside any tenant.", "none",
+         f"sum(fgpu_device_unmanaged_processes{{{DEVICE}}})"),
+    stat("Tenants", "Cgroups that a policy manages, groups aside.", "none",
+         f'count(fgpu_tenant_info{{{TENANT}, kind="tenant"}})'),
+    gauge("Memory used", "Of the devices' memory, by NVML.", ratio("fgpu_device_memory_used_bytes", CAPACITY, DEVICE)),
+    gauge("Memory committed", "Sum of the tenants' limits, of the devices' memory.",
+          ratio("fgpu_device_memory_committed_bytes", CAPACITY, DEVICE)),
+    stat("Memory unmanaged", UNMANAGED, "bytes", f"sum(fgpu_device_memory_unmanaged_bytes{{{DEVICE}}})"),
+    stat("Events lost", "Events of the kernel that nobody was told of, in the time shown. Charges are none of them.",
+         "none", grown("fgpu_events_lost_total", NODE)),
+    stat("Agent failures", "Mistakes that the agent has outlived, in the time shown.", "none",
+         grown("fgpu_agent_failures_total", NODE)),
+    stat("Writes refused", "On the control socket, in the time shown: by users who may only look.", "none",
+         grown("fgpu_control_refused_total", NODE)),
+    series("Memory, by device", "By NVML; what tenants may take of it together; and what is outside any tenant.",
+           "bytes", *device_memory(" by (instance, gpu)", "{{instance}} {{gpu}} ")),
+    series("Memory, by tenant", "Charged to each tenant, groups aside.", "bytes",
+           Query(f"sum by (instance, tenant) (fgpu_memory_used_bytes{{{BOTH}}} {INNERMOST})",
+                 "{{instance}} {{tenant}}"),
+           custom={"stacking": {"mode": "normal"}, "fillOpacity": 30}),
+    series("Share of time, by tenant", "Of each device's time. Who has a device to itself is not measured.",
+           "percentunit", Query(had(BOTH), LEGEND), max=1),
+    series("Turns", "Turns that began on each device in a second.", "ops",
+           Query(f"sum by (instance, gpu) (rate(fgpu_slice_switches_total{{{DEVICE}}}[{RATE}]))",
+                 "{{instance}} {{gpu}}")),
+    series("Drains", "From the closing of a gate until nothing was in flight: the longest of half, and of 99 in 100, "
+           "of all turns.", "s", *(
+               Query(f"histogram_quantile({q}, sum by (le, instance, gpu) "
+                     f"(rate(fgpu_slice_drain_seconds_bucket{{{DEVICE}}}[{RATE}])))",
+                     f"{{{{instance}}}} {{{{gpu}}}} p{int(100 * q)}") for q in (0.5, 0.99))),
+    series("Overruns", "Turns a second that passed with work in flight: a program was stopped, hung, or has long "
+           "kernels.", "ops", Query(f"sum by (instance, gpu) (rate(fgpu_slice_overruns_total{{{DEVICE}}}[{RATE}]))",
+                                    "{{instance}} {{gpu}}")),
+    series("Probe hits", "Calls of the driver and questions of the shim that the kernel saw in a second.", "ops",
+           Query(f"sum by (probe) (rate(fgpu_probe_hits_total{{{NODE}}}[{RATE}]))", "{{probe}}")),
+    series("Anomalies", "What should not happen, a second: `bypass` is an allocation that nobody asked about, `full` a "
+           "map without room.", "ops",
+           Query(f"sum by (kind) (rate(fgpu_anomalies_total{{{NODE}}}[{RATE}]))", "{{kind}}")),
+    series("Refusals, by tenant", "Allocations refused a second.", "ops", refused(BOTH, "instance, tenant")),
+    series("Containers that wait for labels", "About which an engine has not answered: they have the policies that "
+           "need no label.", "none", Query(f"sum by (instance, engine) (fgpu_engine_waiting{{{NODE}}})",
+                                           "{{instance}} {{engine}}")),
+]  # fmt: skip
+
+TENANTS = [
+    stat("Limit", "Bytes that the tenant may hold, on all devices chosen. None: it is only counted.", "bytes",
+         f"sum(fgpu_memory_limit_bytes{{{BOTH}}})", decimals=1, noValue="none"),
+    stat("Used", "Bytes charged to the tenant.", "bytes", f"sum(fgpu_memory_used_bytes{{{BOTH}}})", decimals=1),
+    stat("Peak", "The most bytes that were charged at once, on any one device.", "bytes",
+         f"max(fgpu_memory_peak_bytes{{{BOTH}}})", decimals=1),
+    gauge("Full", "The part of its limit that it holds, on the fullest device.",
+          f"max(fgpu_memory_used_bytes{{{BOTH}}} / fgpu_memory_limit_bytes{{{BOTH}}})"),
+    stat("Refusals", ASKED, "none", grown(REFUSED, BOTH)),
+    stat("Drift", "The ledger's bytes minus the driver's, where they differ most. Some MiB of a pool are no fault.",
+         "bytes", f"max(abs(fgpu_memory_drift_bytes{{{BOTH}}}))"),
+    stat("Processes", "Charged to the tenant.", "none", f"sum(fgpu_processes{{{TENANT}}})"),
+    stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})"),
+    stat("Held by the kernel", "No: limits are kept cooperatively, observed only, or not at all.", "bool_yes_no",
+         f'count(fgpu_tenant_enforcement{{{TENANT}, mode="kernel"}}) == bool '
+         f"count(fgpu_tenant_enforcement{{{TENANT}}})",
+         noValue="No"),
+    stat("Entitlement", "The least part of a device's time that it has while all are busy: by its weight, and no more "
+         "than its limit.", "percentunit", f"min({due(BOTH)})", noValue="none"),
+    stat("Ceiling", "The most of a device's time that it may own.", "percentunit",
+         f"min(fgpu_compute_limit_ratio{{{BOTH}}})", noValue="none"),
+    stat("Throttled", "Times that its ceiling held it back, in the time shown.", "none",
+         grown("fgpu_compute_throttled_total", BOTH)),
+    series("Memory", "Charged, the most that was, and what is allowed.", "bytes", *(
+        Query(f"sum by (instance, gpu, tenant) (fgpu_memory_{what}_bytes{{{BOTH}}})", f"{LEGEND} {what}")
+        for what in ("limit", "used", "peak"))),
+    series("Refusals", "Allocations refused a second.", "ops", refused(BOTH, "operation, reason")),
+    series("Allocated", "Bytes a second: admitted by the kernel, and seen to be allocated by the driver. They differ "
+           "where a process asks for more than it takes, or does not ask.", "binBps", *(
+               Query(f"sum by (instance, gpu, tenant) (rate(fgpu_memory_{what}_bytes_total{{{BOTH}}}[{RATE}]))",
+                     f"{LEGEND} {what}") for what in ("admitted", "witnessed"))),
+    series("Drift", "The ledger's bytes minus the driver's. Below 0, the driver holds what nobody was charged for.",
+           "bytes", Query(f"sum by (instance, gpu, tenant) (fgpu_memory_drift_bytes{{{BOTH}}})", LEGEND), min=None),
+    series("Share of time", "What it owned, what it is entitled to while all are busy, and its ceiling. While it has "
+           "its devices to itself and no ceiling, nothing is measured.", "percentunit",
+           Query(had(BOTH), f"{LEGEND} had"), Query(due(BOTH), f"{LEGEND} entitled"),
+           Query(f"sum by (instance, gpu, tenant) (fgpu_compute_limit_ratio{{{BOTH}}})", f"{LEGEND} ceiling"), max=1),
+    series("Waiting", "The part of the time for which it waited for its turns; entered when a turn begins.",
+           "percentunit",
+           Query(f"sum by (instance, gpu, tenant) (rate(fgpu_compute_wait_seconds_total{{{BOTH}}}[{RATE}]))", LEGEND)),
+    series("Bypassing processes, by how", AROUND, "none", bypassing(TENANT, "tenant, how", "{{tenant}} {{how}}")),
+    series("Processes without the shim, by reason", "Why they have none.", "none",
+           Query(f"sum by (tenant, reason) (fgpu_shimless_processes{{{TENANT}}})", "{{tenant}} {{reason}}")),
+    table("Names", "What the tenant is called, and by which policy it is one.", "none", f"fgpu_tenant_info{{{TENANT}}}",
+          width=24),
+]  # fmt: skip
+
+DASHBOARDS = {"cluster": ("Cluster", CLUSTER), "node": ("Node", NODES), "tenant": ("Tenant", TENANTS)}
+
+
+# -- what Grafana reads
+
+
+def variables() -> Iterator[dict[str, Any]]:
+    """What one chooses by."""
+    yield {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "refresh": 1}
+    queries = {
+        "cluster": "fgpu_build_info",
+        "job": 'fgpu_build_info{cluster=~"$cluster"}',
+        "instance": 'fgpu_build_info{cluster=~"$cluster", job=~"$job"}',
+        "gpu": f"fgpu_device_info{{{NODE}}}",
+        "tenant": f"fgpu_tenant_info{{{NODE}}}",
+    }
+    for name, query in queries.items():
+        yield {
+            "name": name, "label": "GPU" if name == "gpu" else name.capitalize(), "type": "query", "datasource": SOURCE,
+            "query": f"label_values({query}, {name})", "refresh": 2, "sort": 1, "multi": True, "includeAll": True,
+            "allValue": ".*" if name == "cluster" else ".+",  # a Prometheus of one cluster need not name it
+            "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
+        }  # fmt: skip
+
+
+def targets(panel: Panel) -> list[dict[str, Any]]:
+    """The panel's queries."""
+    now = panel.kind != "timeseries"
+    shape = {"instant": now, "range": not now, "format": "table" if panel.kind == "table" else "time_series"}
+    return [
+        {"refId": chr(ord("A") + i), "datasource": SOURCE, "expr": q.expr, "legendFormat": q.legend, **shape}
+        for i, q in enumerate(panel.queries)
+    ]
+
+
+def laid_out(panels: Sequence[Panel]) -> Iterator[dict[str, Any]]:
+    """From left to right, from above to below."""
+    x = y = below = 0
+    for number, panel in enumerate(panels, 1):
+        width, height = panel.size
+        if x + width > WIDTH:
+            x, y = 0, below
+        made: dict[str, Any] = {
+            "id": number, "type": panel.kind, "title": panel.title, "description": panel.description,
+            "datasource": SOURCE, "gridPos": {"x": x, "y": y, "w": width, "h": height}, "targets": targets(panel),
+            "fieldConfig": {"defaults": {"unit": panel.unit, **panel.defaults}, "overrides": []},
+        }  # fmt: skip
+        if panel.kind in ("stat", "gauge"):
+            made["options"] = {"reduceOptions": {"calcs": ["lastNotNull"], "values": False}}
+        if panel.kind == "table":
+            hidden = {"Time": True, "job": True, "__name__": True}
+            made["transformations"] = [{"id": "organize", "options": {"excludeByName": hidden}}]
+        yield made
+        x, below = x + width, max(below, y + height)
+
+
+def dashboard(name: str) -> dict[str, Any]:
+    """One dashboard, as Grafana reads it."""
+    title, panels = DASHBOARDS[name]
+    link = {"type": "dashboards", "title": "fgpu", "tags": ["fgpu"], "keepTime": True, "includeVars": True}
+    return {
+        "uid": f"fgpu-{name}", "title": f"fgpu / {title}", "tags": ["fgpu"], "schemaVersion": 39, "editable": False,
+        "time": {"from": "now-1h", "to": "now"}, "refresh": "30s", "links": [link],
+        "templating": {"list": list(variables())}, "panels": list(laid_out(panels)),
+    }  # fmt: skip
+
+
+def text(name: str) -> str:
+    """The file of one dashboard."""
+    return json.dumps(dashboard(name), indent=1) + "\n"
+
+
+def main() -> None:
+    """Writes all of them."""
+    for name in DASHBOARDS:
+        Path(__file__).with_name(f"{name}.json").write_text(text(name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Devices and ranked tenants as lines of a window: News, Choice -> rich's Text.
+
+Owns: what is left out where it is narrow or low. Never: asks, or looks at rows that nobody sees. Each row is one Text:
+a rich Table measures and wraps every cell, which takes many times as long.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.cells import cell_len, set_cell_size
+from rich.text import Text
+
+from fgpu_ebpf import ranking
+from fgpu_ebpf.choice import Choice
+from fgpu_ebpf.feed import News
+from fgpu_ebpf.quantities import memory_text
+from fgpu_ebpf.ranking import COLUMNS, GPU, TENANT, Column, Row
+
+# What goes first where it is narrow.
+_LEFT_OUT = ("WAITED", "ENTITLED", "PEAK", "HELD BY", "REFUSED", "SHARE", "LIMIT", "USED")
+_NARROW_CELLS, _LEAST_BAR_CELLS, _MOST_BAR_CELLS = 100, 8, 40
+_FULL_RATIO = 0.95
+_USED, _COMMITTED, _UNMANAGED = "green", "blue", "yellow"
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What is drawn: parts of a bar, its ends, the keys that scroll."""
+
+    used: str
+    unmanaged: str
+    committed: str
+    ends: str
+    arrows: str
+
+
+UNICODE = Marks("█", "▒", "░", "▕▏", "↑↓")
+ASCII = Marks("#", "x", "-", "[]", "jk")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """So many cells."""
+
+    width: int
+    height: int
+    marks: Marks = UNICODE
+
+
+def room(news: News, window: Window) -> int:
+    """How many rows of the table are to be seen at once."""
+    above = len(_notices(news)) + len(_devices(news.snapshot, window.width, window.marks, _most_devices(window)))
+    return max(0, window.height - above - 3)
+
+
+def live(news: News, choice: Choice, window: Window) -> tuple[Text, Choice]:
+    """The whole window, and what is chosen as far as there is such."""
+    found = ranking.ranked(ranking.rows(news.snapshot, choice.filter), choice.order)
+    seen = room(news, window)
+    choice = choice.within(len(found), seen)
+    lines = [
+        _title(news.snapshot, found, choice),
+        *_notices(news),
+        *_devices(news.snapshot, window.width, window.marks, _most_devices(window)),
+        *_table(found[choice.first : choice.first + seen], news.snapshot, choice, window.width),
+    ]
+    lines += [Text()] * (window.height - 1 - len(lines))
+    return _joined([*lines[: window.height - 1], _footer(len(found), seen, choice, window)], window.width), choice
+
+
+def once(news: News, choice: Choice, width: int | None, marks: Marks) -> Text:
+    """All of it; as wide as it wants to be, unless somebody says how wide."""
+    found = ranking.ranked(ranking.rows(news.snapshot, choice.filter), choice.order)
+    devices = _devices(news.snapshot, width or 120, marks, len(news.snapshot["devices"]))
+    return _joined([*_notices(news), *devices, *_table(found, news.snapshot, choice, width)], width)
+
+
+def _joined(lines: Sequence[Text], width: int | None) -> Text:
+    for line in lines:
+        line.rstrip()
+        if width is not None:
+            line.truncate(width, overflow="ellipsis")
+    return Text("\n", no_wrap=True).join(lines)
+
+
+def _gap(width: int | None) -> str:
+    return "  " if width is None or width >= _NARROW_CELLS else " "
+
+
+# -- above the table -----------------------------------------------------------------------------------------------
+
+
+def _title(snapshot: Mapping[str, Any], found: Sequence[Row], choice: Choice) -> Text:
+    when = time.strftime("%T", time.localtime(snapshot["time_seconds"]))
+    tenants = len(snapshot["tenants"])
+    parts = [f"fgpu {when}", f"{tenants:,} {'tenant' if tenants == 1 else 'tenants'}"]
+    if choice.filter:
+        parts.append(f"{len({row.tenant['cgroup'] for row in found}):,} of them with {choice.filter!r}")
+    way = ", reversed" if choice.order.is_reversed else ""
+    return Text(f"{'  '.join(parts)}  by {choice.order.column.word}{way}", style="bold")
+
+
+def _notices(news: News) -> list[Text]:
+    """What has to be known of all that stands below."""
+    said = []
+    if news.fault:
+        when = time.strftime("%T", time.localtime(news.snapshot["time_seconds"]))
+        said.append(Text(f"as of {when}: {news.fault}", style="bold red"))
+    if news.snapshot["unenforced"]:
+        said.append(Text(f"No limit is enforced: {news.snapshot['unenforced']}", style="bold red"))
+    return said
+
+
+def _most_devices(window: Window) -> int:
+    return max(1, window.height // 4)
+
+
+def _devices(snapshot: Mapping[str, Any], width: int, marks: Marks, most: int) -> list[Text]:
+    devices = snapshot["devices"]
+    shown = devices if len(devices) <= most else devices[: most - 1]
+    lines = list(_bars(shown, width, marks))
+    if len(shown) < len(devices):
+        lines.append(Text(f"and {len(devices) - len(shown)} devices more", style="dim"))
+    return lines or [Text("no device", style="dim")]
+
+
+def _bars(devices: Sequence[Mapping[str, Any]], width: int, marks: Marks) -> Iterator[Text]:
+    """`0 NVIDIA H200 ▕██▒░░    ▏ 40GiB/140GiB ░committed 100GiB ▒unmanaged 1GiB turn: alice`, one below the other."""
+    gap = _gap(width)
+    used = [Text(f"{_bytes(d['used_bytes'])}/{memory_text(d['capacity_bytes'])}") for d in devices]
+    committed, unmanaged = (
+        [Text.assemble((mark, style), f"{word} {_bytes(d[f'{word}_bytes'])}") for d in devices]
+        for word, mark, style in (
+            ("committed", marks.committed, _COMMITTED),
+            ("unmanaged", marks.unmanaged, _UNMANAGED),
+        )
+    )
+    owner = [Text(f"turn: {d['owner']}" if d["owner"] else "", style="bold") for d in devices]
+    indices = [Text(str(d["index"])) for d in devices]
+    names = [Text(d["name"]) for d in devices]
+    least = _widest(indices) + 1 + _LEAST_BAR_CELLS + 2
+    for figures in ((used, committed, unmanaged, owner), (used, committed, owner), (used, owner)):
+        left = width - least - sum(len(gap) + _widest(texts) for texts in figures)
+        if left >= 0:
+            break
+    is_named = left > _widest(names)
+    cells = min(_LEAST_BAR_CELLS + max(0, left - (_widest(names) + 1 if is_named else 0)), _MOST_BAR_CELLS)
+    bars = [_bar(d, cells, marks) for d in devices]
+    before = [indices, names, bars] if is_named else [indices, bars]
+    for line in range(len(devices)):
+        head = Text(" ").join(_padded(texts, line) for texts in before)
+        yield Text(gap).join([head, *(_padded(texts, line) for texts in figures)])
+
+
+def _widest(texts: Sequence[Text]) -> int:
+    return max((text.cell_len for text in texts), default=0)
+
+
+def _padded(texts: Sequence[Text], line: int) -> Text:
+    text = texts[line].copy()
+    text.pad_right(_widest(texts) - text.cell_len)
+    return text
+
+
+def _bytes(number: int | None) -> str:
+    return "-" if number is None else memory_text(number)
+
+
+def _bar(device: Mapping[str, Any], cells: int, marks: Marks) -> Text:
+    """What tenants hold, what others hold, what is promised beyond; the three together are as long as their sum."""
+    used, unmanaged = device["used_bytes"] or 0, device["unmanaged_bytes"] or 0
+    ends = (max(0, used - unmanaged), used, unmanaged + device["committed_bytes"])
+    styles = ((marks.used, _USED), (marks.unmanaged, _UNMANAGED), (marks.committed, _COMMITTED))
+    bar, at = Text(marks.ends[0]), 0
+    for end, (mark, style) in zip(ends, styles, strict=True):
+        stop = min(cells, round(cells * end / (device["capacity_bytes"] or 1)))
+        bar.append(mark * max(0, stop - at), style=style)
+        at = max(at, stop)
+    return bar.append(" " * (cells - at) + marks.ends[1])
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+def _table(shown: Sequence[Row], snapshot: Mapping[str, Any], choice: Choice, width: int | None) -> Iterator[Text]:
+    columns = [column for column in COLUMNS if column is not GPU or len(snapshot["devices"]) > 1]
+    cells = {column.name: [column.text(row) for row in shown] for column in columns}
+    widths = {c.name: max(len(c.name), c.cells, *map(cell_len, cells[c.name]), 0) for c in columns if c is not TENANT}
+    longest = max(len(TENANT.name), *map(cell_len, cells[TENANT.name]), 0)
+    gap = _gap(width)
+    for name in _LEFT_OUT:
+        if width is None or min(longest, TENANT.cells) + sum(len(gap) + w for w in widths.values()) <= width:
+            break
+        widths.pop(name)
+    rest = sum(len(gap) + w for w in widths.values())
+    widths = {TENANT.name: longest if width is None else max(1, min(longest, width - rest)), **widths}
+    yield _heading([column for column in columns if column.name in widths], widths, gap, choice)
+    for number, row in enumerate(shown):
+        texts = (_cell(name, cells[name][number], widths[name]) for name in widths)
+        yield Text(gap.join(texts), style=_style(row))
+
+
+def _cell(name: str, text: str, width: int) -> str:
+    if name != TENANT.name:
+        return text.rjust(width)
+    return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+
+
+def _heading(columns: Sequence[Column], widths: Mapping[str, int], gap: str, choice: Choice) -> Text:
+    line = Text(style="dim")
+    for column in columns:
+        if column is not TENANT:
+            line.append(gap + " " * (widths[column.name] - len(column.name)))
+        line.append(column.name, style="bold reverse" if column is choice.order.column else "")
+        if column is TENANT:
+            line.append(" " * (widths[TENANT.name] - len(TENANT.name)))
+    return line
+
+
+def _style(row: Row) -> str:
+    """Red: nobody holds the limit. Yellow: it is all but reached. Dim: nothing is used."""
+    if row.tenant["enforcement"] in ("none", "cooperative"):
+        return "red"
+    used = row.device["used_bytes"]
+    return "dim" if not used else "yellow" if used >= _FULL_RATIO * row.device["limit_bytes"] else ""
+
+
+# -- below it ------------------------------------------------------------------------------------------------------
+
+
+def _footer(count: int, room: int, choice: Choice, window: Window) -> Text:
+    if choice.typing:
+        return Text.assemble(("/", "bold"), choice.filter, (" ", "reverse"), "  enter: keep  escape: clear")
+    last = min(count, choice.first + room)
+    seen = f"{choice.first + 1}-{last} of {count}" if last < count or choice.first else ""
+    keys = f"q quit  {window.marks.arrows} scroll  / filter"
+    if window.width >= 80:
+        keys += "  sort: a column's first letter"
+    line = Text(keys, style="dim")
+    return line.append(" " * max(2, window.width - len(keys) - len(seen)) + seen) if seen else line

@@ -1,0 +1,136 @@
+"""Tenants by device as rows of a table, in the order that somebody chose: a Snapshot's JSON -> rows.
+
+Owns: the columns: what each shows, and how it sorts. Never: draws, or makes text of a row that nobody sees. A number
+that nobody measured is `-`, and comes last in every order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.quantities import memory_text
+
+Value = float | str | None
+
+
+class Row(NamedTuple):
+    """A tenant on one device, both as the Snapshot has them."""
+
+    tenant: Mapping[str, Any]
+    device: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """`name` is the heading, and its first letter the key that sorts by it; `cells`: the least width.
+
+    `falls`: what is most comes first.
+    """
+
+    name: str
+    cells: int
+    value: Callable[[Row], Value]
+    text: Callable[[Row], str]
+    falls: bool = True
+
+    @property
+    def word(self) -> str:
+        """As one writes it on a command line."""
+        return self.name.split()[0].lower()
+
+
+def _measured(
+    name: str, cells: int, value: Callable[[Row], Any], text: Callable[[Any], str], falls: bool = True
+) -> Column:
+    def shown(row: Row) -> str:
+        found = value(row)
+        return "-" if found is None else text(found)
+
+    return Column(name, cells, value, shown, falls)
+
+
+def _memory(name: str, field: str) -> Column:
+    return _measured(name, 7, lambda row: row.device[field], memory_text)
+
+
+def _limit_bytes(row: Row) -> int | None:
+    return pages.limit(row.device["limit_bytes"])
+
+
+def _part(field: str) -> Callable[[Row], float | None]:
+    """A part of the device's time in the last half second; None: it is not gated, or has nobody to share with."""
+
+    def of(row: Row) -> float | None:
+        compute = row.device["compute"]
+        return compute[field] if compute and not compute["free"] else None
+
+    return of
+
+
+def _share_text(row: Row) -> str:
+    had, compute = _part("had_ratio")(row), row.device["compute"]
+    return f"{had:.1%}" if had is not None else "alone" if compute else "-"
+
+
+def _waited(row: Row) -> float | None:
+    compute = row.device["compute"]
+    return compute["wait_seconds"] if compute else None
+
+
+def _name(row: Row) -> str:
+    name: str = row.tenant["tenant"]
+    return f"{name} (group)" if row.tenant["kind"] == "group" else name
+
+
+TENANT = Column("TENANT", 12, lambda row: str(row.tenant["tenant"]), _name, falls=False)
+GPU = _measured("GPU", 3, lambda row: row.device["gpu"], str, falls=False)
+COLUMNS = (
+    TENANT,
+    GPU,
+    _measured("LIMIT", 7, _limit_bytes, memory_text),
+    _memory("USED", "used_bytes"),
+    _memory("PEAK", "peak_bytes"),
+    Column("SHARE", 6, _part("had_ratio"), _share_text),
+    _measured("ENTITLED", 8, _part("entitled_ratio"), "{:.1%}".format),
+    _measured("WAITED", 6, _waited, "{:.1f}s".format),
+    _measured("REFUSED", 7, lambda row: row.device["refused"], str),
+    _measured("HELD BY", 7, lambda row: row.tenant["enforcement"], str, falls=False),
+)
+BY_WORD = {column.word: column for column in COLUMNS}
+BY_KEY = {column.word[0]: column for column in COLUMNS} | {"m": BY_WORD["used"]}  # m: as htop has it
+_SEARCHED = ("tenant", "path", "policy", "kind", "enforcement")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """By one column; reversed: the other way round."""
+
+    column: Column = BY_WORD["used"]
+    is_reversed: bool = False
+
+    def by(self, column: Column) -> Order:
+        """By that one; the same again is the other way round."""
+        return replace(self, is_reversed=not self.is_reversed) if column is self.column else Order(column)
+
+
+def rows(snapshot: Mapping[str, Any], filter_: str = "") -> list[Row]:
+    """Every tenant on every device, where its name, path, policy, kind or enforcement has the filter in it."""
+    wanted = filter_.casefold()
+    return [
+        Row(tenant, device)
+        for tenant in snapshot["tenants"]
+        if not wanted or any(wanted in tenant[field].casefold() for field in _SEARCHED)
+        for device in tenant["devices"]
+    ]
+
+
+def ranked(found: Iterable[Row], order: Order) -> list[Row]:
+    """In that order; where that says nothing, by name and device."""
+    by_name = sorted(found, key=lambda row: (row.tenant["tenant"], row.device["gpu"]))
+    value = order.column.value
+    known = [row for row in by_name if value(row) is not None]
+    known.sort(key=value, reverse=order.column.falls != order.is_reversed)  # type: ignore[arg-type]  # None is left out
+    return known + [row for row in by_name if value(row) is None]

@@ -1,0 +1,28 @@
+"""The simulated driver and the agent for this suite, and the dashboards as Grafana reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+
+FOLDER = harness.ROOT / "dashboards"
+NAMES = ("cluster", "node", "tenant")
+
+
+@pytest.fixture(scope="package")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
+    """The simulated driver (16 GiB, one device) and the agent."""
+    harness.compile_programs()
+    with harness.Service.running(tmp_path_factory.mktemp("service"), "docker") as service:
+        yield service
+
+
+@pytest.fixture(scope="package")
+def dashboards() -> dict[str, dict[str, Any]]:
+    """By name."""
+    return {name: json.loads(Path(FOLDER, f"{name}.json").read_text()) for name in NAMES}

@@ -1,0 +1,123 @@
+"""A known load on one simulated device, and what it comes to.
+
+Owns: four tenants and a process outside any. What is expected of a dashboard is counted here from what was asked for,
+never from what the agent says.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import BUILD, CONTEXT, ENVIRONMENT, GIB, MIB, REFUSED, ROOT, SIM, Client, Place, Program, Tenant
+from test_private_copies import outside
+
+CAPACITY = 16 * GIB
+FULL_LIMIT, FULL_USED = CONTEXT + 96 * MIB, CONTEXT + 64 * MIB
+AROUND_LIMIT, AROUND_USED = 2 * GIB, CONTEXT + 32 * MIB
+BUSY_LIMIT = GIB
+STRANGER = CONTEXT + 128 * MIB
+REFUSALS = 5  # few: by how much Prometheus extrapolates is a part of them
+WEIGHTS = {"heavy": 300, "light": 100}
+CEILINGS = {"heavy": 0.9, "light": 0.1}
+DUE = {"heavy": 0.75, "light": 0.1}  # by weight; by its ceiling
+
+
+@dataclass
+class Load:
+    """The tenants by their part, and the one program whose refusals are counted."""
+
+    tenants: dict[str, Tenant]
+    full: Client
+
+    def refuse(self) -> None:
+        """REFUSALS allocations that are too large."""
+        for _ in range(REFUSALS):
+            assert self.full.do(f"alloc {64 * MIB}") == REFUSED
+
+    @property
+    def committed(self) -> int:
+        """The sum of the limits."""
+        return FULL_LIMIT + AROUND_LIMIT + 2 * BUSY_LIMIT
+
+    @property
+    def used(self) -> dict[str, int]:
+        """Bytes of each tenant, by its name: what a busy one's modules take is the driver's own word."""
+        busy = {self.tenants[part].name: self.tenants[part].driver() for part in WEIGHTS}
+        return busy | {self.tenants["full"].name: FULL_USED, self.tenants["around"].name: AROUND_USED}
+
+
+def device_used() -> int:
+    """Bytes in use as nvidia-smi has them, and what the driver keeps for itself; in whole MiB."""
+    query = [SIM / "nvidia-smi", "--query-gpu=memory.used,memory.reserved", "--format=csv,noheader,nounits"]
+    said = subprocess.run(query, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout
+    return sum(map(int, said.split(","))) * MIB
+
+
+def compiled_spin(work: Path) -> Path:
+    """The benchmark's program: it keeps the device busy."""
+    flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
+    subprocess.run(["gcc", *flags, "-o", work / "spin", ROOT / "bench/spin.c", "-ldl"], check=True, timeout=60)
+    return work / "spin"
+
+
+@contextmanager
+def stranger() -> Iterator[None]:
+    """A process in no tenant, with a context and 128 MiB."""
+    pipe = subprocess.PIPE
+    command = [BUILD / "e2e/client"]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=ENVIRONMENT) as process:
+        try:
+            assert process.stdin
+            assert process.stdout
+            assert process.stdout.readline().startswith("ready ")
+            process.stdin.write(f"alloc {128 * MIB}\n")
+            assert process.stdout.readline().startswith("ok ")
+            yield
+        finally:
+            process.kill()
+
+
+def end(tenant: Tenant) -> None:
+    """Kills all that is in it."""
+    for pid in tenant.pids():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def busy(work: Path, part: str, program: Path, closing: ExitStack) -> Tenant:
+    """A tenant that has kernels in flight whenever it may."""
+    place = Place(work, "--weight", str(WEIGHTS[part]), "--compute", f"{CEILINGS[part]:.0%}")
+    closing.callback(place.close)
+    tenant = place.tenant(BUSY_LIMIT)
+    spinning = Program(tenant, "spin", f"{program} 200 burst")
+    closing.callback(spinning.close)
+    closing.callback(end, tenant)
+    assert spinning.receive(30) == "ready"
+    spinning.send("600")
+    return tenant
+
+
+@contextmanager
+def applied(work: Path) -> Iterator[Load]:
+    """All of it but the refusals."""
+    with ExitStack() as closing:
+        place = Place(work)
+        closing.callback(place.close)
+        tenants = {"full": place.tenant(FULL_LIMIT), "around": place.tenant(AROUND_LIMIT)}
+        for tenant in tenants.values():
+            tenant.assert_enforced()
+        full = tenants["full"].client()
+        full.ok(f"alloc {64 * MIB}")
+        around = outside(tenants["around"], "around", SIM / "lib")
+        closing.callback(around.kill)
+        around.ok(f"alloc {32 * MIB}")
+        closing.enter_context(stranger())
+        program = compiled_spin(work)
+        tenants |= {part: busy(work, part, program, closing) for part in WEIGHTS}
+        yield Load(tenants, full)

@@ -1,0 +1,78 @@
+"""A Prometheus that scrapes one address every second, and what it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from harness import BUILD, eventually, free_port
+
+BIN = BUILD / "engines/usr/bin"
+JOB, CLUSTER = "fgpu", "test"
+Labels = frozenset[tuple[str, str]]
+
+
+class Prometheus:
+    """The real one, on a port of its own."""
+
+    def __init__(self, port: int) -> None:
+        self._url = f"http://127.0.0.1:{port}"
+
+    def get(self, path: str, **arguments: str) -> Any:
+        """What its API answers."""
+        query = urllib.parse.urlencode({key.rstrip("_"): value for key, value in arguments.items()})
+        with urllib.request.urlopen(f"{self._url}{path}?{query}", timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def ask(self, expr: str) -> dict[Labels, float]:
+        """A query's series and what they are now."""
+        found = self.get("/api/v1/query", query=expr)["result"]
+        return {frozenset(series["metric"].items()): float(series["value"][1]) for series in found}
+
+    def label_values(self, selector: str, label: str) -> list[str]:
+        """What Grafana's label_values(selector, label) shows."""
+        return list(self.get(f"/api/v1/label/{label}/values", match__=selector))
+
+    def is_scraping(self) -> bool:
+        """It has a first sample."""
+        with contextlib.suppress(OSError):
+            return self.ask(f'up{{job="{JOB}"}}') != {} and 1.0 in self.ask(f'up{{job="{JOB}"}}').values()
+        return False
+
+
+@contextlib.contextmanager
+def scraping(address: str, work: Path) -> Iterator[Prometheus]:
+    """Prometheus with the project's own rules, which has scraped that address once."""
+    target = {"targets": [address], "labels": {"cluster": CLUSTER}}
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "scrape_configs": [{"job_name": JOB, "static_configs": [target]}],
+    }
+    (work / "prometheus.yml").write_text(yaml.safe_dump(config))
+    port = free_port()
+    command = [BIN / "prometheus", f"--config.file={work}/prometheus.yml", f"--storage.tsdb.path={work}/tsdb"]
+    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
+    with open(work / "prometheus.log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            prometheus = Prometheus(port)
+            eventually(prometheus.is_scraping, 30, "Prometheus")
+            yield prometheus
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def promtool(*arguments: str | Path, cwd: Path) -> str:
+    """What promtool says; AssertionError where it is not content."""
+    done = subprocess.run(
+        [BIN / "promtool", *arguments], capture_output=True, text=True, cwd=cwd, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -1,0 +1,171 @@
+"""Every query of every panel, run by a real Prometheus that scrapes a real agent; every number that is shown, against
+the load that was applied.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import pytest
+from harness import eventually
+
+from . import load as known
+from .prometheus_kit import CLUSTER, JOB, Labels, Prometheus, scraping
+
+CHOSEN = {"__rate_interval": "10s", "__range": "5m", "cluster": ".*", "job": ".+", "instance": ".+", "gpu": ".+"}
+PATIENCE_SECONDS = 30
+SILENT = {"Tenants not held by the kernel", "Containers that wait for labels"}  # no such tenant, and no engine
+
+
+def chosen(expr: str, tenant: str = ".+") -> str:
+    """A query with Grafana's variables filled in, as "All" fills them, but for the tenant."""
+    return re.sub(r"\$(\w+)", lambda found: (CHOSEN | {"tenant": tenant})[found[1]], expr)
+
+
+@pytest.fixture(scope="module")
+def load(service: harness.Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[known.Load]:
+    with known.applied(tmp_path_factory.mktemp("load")) as load:
+        yield load
+
+
+@pytest.fixture(scope="module")
+def prometheus(load: known.Load, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """It has seen the tenants before the first refusal, and the last refusal."""
+    with scraping(harness.LISTEN, tmp_path_factory.mktemp("prometheus")) as prometheus:
+        refusals = f'sum(fgpu_memory_refused_total{{tenant="{load.tenants["full"].name}"}})'
+        eventually(lambda: prometheus.ask(refusals) == {frozenset(): 0}, PATIENCE_SECONDS, "a scrape before")
+        load.refuse()
+        eventually(lambda: prometheus.ask(refusals) == {frozenset(): known.REFUSALS}, PATIENCE_SECONDS, "the refusals")
+        yield prometheus
+
+
+@dataclass(eq=False)
+class NoLess:
+    """Equal to whatever is no less."""
+
+    least: float
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float | int) and other >= self.least
+
+
+Expected = float | Any
+
+
+def totals(load: known.Load) -> dict[str, dict[str, Expected]]:
+    """By dashboard and panel: what is shown where all tenants are chosen."""
+    held, in_use = sum(load.used.values()) + known.STRANGER, known.device_used()
+    assert held < in_use < held + 128 * harness.MIB  # the driver has something for each context in nobody's name
+    memory = {
+        "Memory used": pytest.approx(in_use / known.CAPACITY, abs=2**-14),
+        "Memory committed": load.committed / known.CAPACITY,
+        "Memory unmanaged": known.STRANGER,
+        "Tenants": 4,
+    }
+    cluster = memory | {
+        "Nodes": 1, "Nodes down": 0, "Devices": 1, "Gatekeepers down": 0, "Policies rejected": 0,
+        "Refusals": known.REFUSALS, "Bypassing processes": 1, "Tenants not held by the kernel": None,
+    }  # fmt: skip
+    node = memory | {
+        "Policy files good": 1, "Policies in force": 0, "Gatekeeper up": 1, "Unmanaged processes": 1,
+        "NVML's last answer": pytest.approx(0.5, abs=0.5), "Events lost": 0,
+        "Agent failures": 0, "Writes refused": 0,
+    }  # fmt: skip
+    return {"cluster": cluster, "node": node}
+
+
+def of_tenant(load: known.Load, part: str) -> dict[str, Expected]:
+    """By panel of the tenant's dashboard."""
+    limit = {"full": known.FULL_LIMIT, "around": known.AROUND_LIMIT}.get(part, known.BUSY_LIMIT)
+    used = load.used[load.tenants[part].name]
+    shown = {
+        "Limit": limit, "Used": used, "Full": used / limit, "Drift": 0, "Processes": 1, "Peak": used,
+        "Refusals": known.REFUSALS if part == "full" else 0, "Bypassing processes": int(part == "around"),
+        "Held by the kernel": 1,
+    }  # fmt: skip
+    if part not in known.WEIGHTS:
+        return shown | {"Entitlement": None, "Ceiling": None, "Throttled": None}
+    return shown | {"Entitlement": known.DUE[part], "Ceiling": known.CEILINGS[part], "Throttled": NoLess(1)}
+
+
+def numbers(dashboard: dict[str, Any]) -> dict[str, str]:
+    """The panels that show one number, and their queries."""
+    panels = [panel for panel in dashboard["panels"] if panel["type"] in ("stat", "gauge")]
+    return {panel["title"]: panel["targets"][0]["expr"] for panel in panels}
+
+
+def shown(prometheus: Prometheus, panel: str, expr: str) -> float | None:
+    """The one number, rounded where it is a count over time, which Prometheus extrapolates; None: no data."""
+    found = prometheus.ask(expr)
+    assert len(found) <= 1, (panel, found)
+    value = next(iter(found.values()), None)
+    return round(value) if value is not None and "increase(" in expr else value
+
+
+def assert_shows(prometheus: Prometheus, queries: dict[str, str], expected: dict[str, Expected], tenant: str) -> None:
+    """Every panel comes to show what it must."""
+    assert queries.keys() == expected.keys()
+
+    def wrong() -> dict[str, tuple[float | None, Expected]]:
+        found = {panel: shown(prometheus, panel, chosen(expr, tenant)) for panel, expr in queries.items()}
+        return {panel: (found[panel], want) for panel, want in expected.items() if found[panel] != want}
+
+    until = time.monotonic() + PATIENCE_SECONDS
+    while differing := wrong():
+        assert time.monotonic() < until, f"shown, and what it should be: {differing}"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("name", ["cluster", "node"])
+def test_each_number_is_what_was_applied(prometheus: Prometheus, load: known.Load, dashboards, name: str) -> None:
+    assert_shows(prometheus, numbers(dashboards[name]), totals(load)[name], ".+")
+
+
+@pytest.mark.parametrize("part", ["full", "around", "heavy", "light"])
+def test_each_number_of_a_tenant(prometheus: Prometheus, load: known.Load, dashboards, part: str) -> None:
+    expected = of_tenant(load, part)
+    assert_shows(prometheus, numbers(dashboards["tenant"]), expected, load.tenants[part].name)
+
+
+@pytest.mark.parametrize("name", ["cluster", "node", "tenant"])
+def test_each_query_has_an_answer(prometheus: Prometheus, dashboards, name: str) -> None:
+    panels = [panel for panel in dashboards[name]["panels"] if panel["title"] not in SILENT]
+    asked = {chosen(target["expr"]): panel["title"] for panel in panels for target in panel["targets"]}
+    until = time.monotonic() + PATIENCE_SECONDS
+    while unanswered := {title for expr, title in asked.items() if not prometheus.ask(expr)}:
+        assert time.monotonic() < until, unanswered
+        time.sleep(0.1)
+
+
+def by(found: dict[Labels, float], label: str) -> dict[str, float]:
+    return {dict(labels)[label]: value for labels, value in found.items()}
+
+
+def test_tables_and_shares(prometheus: Prometheus, load: known.Load, dashboards) -> None:
+    """Whose series it is, and not only that there is one."""
+    queries = {panel["title"]: chosen(panel["targets"][0]["expr"]) for panel in dashboards["cluster"]["panels"]}
+    names = {part: tenant.name for part, tenant in load.tenants.items()}
+    assert by(prometheus.ask(queries["Top tenants by memory"]), "tenant") == load.used
+    assert by(prometheus.ask(queries["Top tenants by refusals"]), "tenant").keys() == {names["full"]}
+    parts = by(prometheus.ask(queries["Top tenants by part of their limit"]), "tenant")
+    assert max(parts, key=lambda name: parts[name]) == names["full"]
+    had = {names[part]: pytest.approx(ceiling, abs=0.08) for part, ceiling in known.CEILINGS.items()}
+    eventually(
+        lambda: by(prometheus.ask(queries["Share of time"]), "tenant") == had, PATIENCE_SECONDS, "shares of time"
+    )
+
+
+def test_variables_offer_what_there_is(prometheus: Prometheus, load: known.Load, dashboards) -> None:
+    offered = {
+        "cluster": {CLUSTER}, "job": {JOB}, "instance": {harness.LISTEN}, "gpu": {"0"},
+        "tenant": {tenant.name for tenant in load.tenants.values()},
+    }  # fmt: skip
+    for dashboard in dashboards.values():
+        for variable in dashboard["templating"]["list"][1:]:
+            selector, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]).groups()  # type: ignore[union-attr]
+            assert set(prometheus.label_values(chosen(selector), label)) == offered[variable["name"]]

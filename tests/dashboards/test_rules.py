@@ -1,0 +1,125 @@
+"""Alerts, by promtool's own unit tests: what makes each fire, and what does not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from harness import ROOT
+
+from .conftest import FOLDER
+from .prometheus_kit import promtool
+
+RULES = FOLDER / "rules.yaml"
+RUNBOOKS = (ROOT / "docs/runbooks.md").read_text()
+ALERTS = {rule["alert"]: rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]}
+HERE = 'cluster="c",job="fgpu",instance="n"'
+ON = f'{HERE},gpu="0",tenant="t"'
+GIB = 1 << 30
+
+# Each alert: series that make it fire within 20 minutes, and those that do not.
+CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "FgpuAgentDown": ({f"up{{{HERE}}}": "0x20"}, {f"up{{{HERE}}}": "1x20"}),
+    "FgpuGatekeeperDown": ({f"fgpu_gatekeeper_up{{{HERE}}}": "0x20"}, {f"fgpu_gatekeeper_up{{{HERE}}}": "1x20"}),
+    "FgpuNotEnforced": (
+        {
+            f'fgpu_tenant_enforcement{{{HERE},tenant="t",mode="none"}}': "1x20",
+            f"fgpu_memory_limit_bytes{{{ON}}}": "1x20",
+        },
+        {f'fgpu_tenant_enforcement{{{HERE},tenant="t",mode="none"}}': "1x20"},  # it has no limit
+    ),
+    "FgpuLimitNearlyFull": (
+        {f"fgpu_memory_used_bytes{{{ON}}}": "97x20", f"fgpu_memory_limit_bytes{{{ON}}}": "100x20"},
+        {f"fgpu_memory_used_bytes{{{ON}}}": "95x20", f"fgpu_memory_limit_bytes{{{ON}}}": "100x20"},
+    ),
+    "FgpuRefusals": (
+        {f'fgpu_memory_refused_total{{{ON},reason="limit"}}': "_x17 1x3"},  # refused before it was first scraped
+        {
+            f'fgpu_memory_refused_total{{{ON},reason="limit"}}': "5x20",
+            f'fgpu_memory_refused_total{{{ON},reason="observed"}}': "0+1x20",
+        },
+    ),
+    "FgpuBypass": (
+        {f'fgpu_bypassing_processes{{{HERE},tenant="t",how="no_shim"}}': "2x20"},
+        {f'fgpu_bypassing_processes{{{HERE},tenant="t",how="no_shim"}}': "0x20"},
+    ),
+    "FgpuDrift": (
+        {f"fgpu_memory_drift_bytes{{{ON}}}": f"-{GIB}x20"},
+        {f"fgpu_memory_drift_bytes{{{ON}}}": f"{38 << 20}x20"},  # a pool's last block
+    ),
+    "FgpuDriverSilent": (
+        {f'fgpu_reconcile_age_seconds{{{HERE},gpu="0"}}': "0+60x20"},
+        {f'fgpu_reconcile_age_seconds{{{HERE},gpu="0"}}': "0.5x20"},
+    ),
+    "FgpuTenantStarved": (
+        {
+            f"fgpu_compute_seconds_total{{{ON}}}": "0+6x20",  # a tenth of the time
+            f"fgpu_compute_wait_seconds_total{{{ON}}}": "0+54x20",
+            f"fgpu_compute_limit_ratio{{{ON}}}": "1x20",
+            f"fgpu_compute_weight{{{ON}}}": "100x20",
+            f'fgpu_compute_weight{{{HERE},gpu="0",tenant="other"}}': "100x20",
+        },
+        {
+            f"fgpu_compute_seconds_total{{{ON}}}": "0+6x20",  # its limit
+            f"fgpu_compute_wait_seconds_total{{{ON}}}": "0+54x20",
+            f"fgpu_compute_limit_ratio{{{ON}}}": "0.1x20",
+            f"fgpu_compute_weight{{{ON}}}": "100x20",
+        },
+    ),
+    "FgpuEventsLost": (
+        {f'fgpu_events_lost_total{{{HERE},reason="rate"}}': "0+1x20"},
+        {f'fgpu_events_lost_total{{{HERE},reason="rate"}}': "7x20"},
+    ),
+    "FgpuPolicyRejected": (
+        {f"fgpu_config_last_reload_successful{{{HERE}}}": "0x20"},
+        {f"fgpu_config_last_reload_successful{{{HERE}}}": "1x20"},
+    ),
+    "FgpuDeviceOvercommitted": tuple(  # type: ignore[dict-item]
+        {
+            f'fgpu_device_memory_committed_bytes{{{HERE},gpu="0"}}': f"{committed}x20",
+            f'fgpu_device_memory_capacity_bytes{{{HERE},gpu="0"}}': f"{GIB}x20",
+        }
+        for committed in (GIB + 1, GIB)
+    ),
+    "FgpuUnmanagedMemory": tuple(  # type: ignore[dict-item]
+        {
+            f'fgpu_device_memory_unmanaged_bytes{{{HERE},gpu="0"}}': f"{unmanaged}x20",
+            f'fgpu_device_memory_capacity_bytes{{{HERE},gpu="0"}}': f"{GIB}x20",
+        }
+        for unmanaged in (GIB // 5, GIB // 20)
+    ),
+    "FgpuAgentFailures": (
+        {f"fgpu_agent_failures_total{{{HERE}}}": "0+1x20"},
+        {f"fgpu_agent_failures_total{{{HERE}}}": "3x20"},
+    ),
+}
+
+
+def test_every_alert_is_tried() -> None:
+    assert CASES.keys() == ALERTS.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("fires", [True, False])
+def test_what_fires_and_what_does_not(tmp_path: Path, name: str, fires: bool) -> None:
+    series = [{"series": key, "values": values} for key, values in CASES[name][not fires].items()]
+    firing = {"expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}})', "eval_time": "20m"}
+    firing["exp_samples"] = [{"labels": "{}", "value": 1}] if fires else []
+    test = {"interval": "1m", "input_series": series, "promql_expr_test": [firing]}
+    file = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [test]}
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(file))
+    promtool("test", "rules", "test.yaml", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_each_says_what_it_is_and_has_a_runbook(name: str) -> None:
+    rule: dict[str, Any] = ALERTS[name]
+    assert rule["labels"]["severity"] in {"critical", "warning", "info"}
+    assert rule["annotations"].keys() == {"summary", "description", "runbook"}
+    assert rule["annotations"]["runbook"] == f"docs/runbooks.md#{name.lower()}"
+    (section,) = re.findall(rf"^## {name}$(.*?)(?=^## |\Z)", RUNBOOKS, re.MULTILINE | re.DOTALL)
+    for part in ("**Means**", "**Look first**", "**Do**"):
+        assert part in section

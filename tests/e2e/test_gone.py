@@ -1,0 +1,150 @@
+"""Containers that are gone leave nothing, whether they had a libcuda of their own or the host's."""
+
+from __future__ import annotations
+
+import collections
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from harness import (
+    CONTEXT,
+    MIB,
+    RUN_DIR,
+    SIM,
+    Client,
+    Container,
+    Service,
+    Tenant,
+    ask,
+    eventually,
+    metrics,
+)
+from kernel_kit import is_probed, keys
+
+LIVE = 4  # at once
+MORE = 5  # descriptors of an agent that has been busy
+OF_CGROUPS, OF_PROCESSES = ("pages", "resolved", "limits", "shares", "turns", "counters"), ("processes", "allocations")
+OWN = f"env LD_LIBRARY_PATH=/.:{SIM}/lib"  # starts a program with the image's libcuda
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: gone}
+spec:
+  selector: {cgroup: ["fgpu-e2e/*"]}
+  memory: {limit: 600MiB}
+"""
+
+
+class Layered(Container):
+    """Containers whose root is a mount of its own, as engines make it."""
+
+    def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
+        layers = [bundle / layer for layer in ("lower", "upper", "spare", "rootfs")]
+        for layer in layers:
+            layer.mkdir(parents=True)
+        options = "lowerdir={},upperdir={},workdir={}".format(*layers)
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, layers[-1]], check=True, timeout=10)
+        super()._bundle(bundle, name, folder)
+
+    def root(self, tenant: Tenant) -> Path:
+        """Where a container's root is mounted."""
+        return self.work / f"{tenant.name}.bundle/rootfs"
+
+
+@pytest.fixture
+def layered(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Layered]:
+    """Containers with 600 MiB each."""
+    (service.policies / "gone.yaml").write_text(POLICY)
+    eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 5, "the policy")
+    place = Layered(tmp_path, "runc")
+    yield place
+    place.close()
+    subprocess.run(["umount", "--lazy", *tmp_path.glob("*.bundle/rootfs")], capture_output=True, check=False)
+    (service.policies / "gone.yaml").unlink()
+    eventually(lambda: metrics()["fgpu_policies", frozenset()] == 0, 5, "no policy")
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """By what each container is known that there was: ids of cgroups, host pids, inodes of its libcuda."""
+
+    cgroups: set[int] = field(default_factory=set)
+    pids: set[int] = field(default_factory=set)
+    files: set[int] = field(default_factory=set)
+
+    def left(self, place: Layered) -> list[str]:
+        """What there still is of them."""
+        found = [name for name in OF_CGROUPS if self.cgroups & {struct.unpack_from("Q", key)[0] for key in keys(name)}]
+        found += [name for name in OF_PROCESSES if self.pids & {struct.unpack_from("I", key)[0] for key in keys(name)}]
+        found += ["threads"] if self.pids & {struct.unpack_from("II", key)[1] for key in keys("threads")} else []
+        found += ["files"] if self.files & {struct.unpack_from("QQ", key)[1] for key in keys("files")} else []
+        found += [tenant["path"] for tenant in ask(verb="snapshot")["tenants"] if tenant["cgroup"] in self.cgroups]
+        found += [line for line in Path("/proc/mounts").read_text().splitlines() if str(place.work) in line]
+        return found
+
+
+def started(place: Layered, made: Made, with_own: bool) -> Tenant:
+    """A container with a program that holds memory."""
+    place.image = {"libcuda.so.1": (SIM / "lib/libcuda.so.1").resolve()} if with_own else {}
+    tenant = place.tenant(None)
+    client: Client = tenant.client(before=OWN if with_own else "")
+    client.ok(f"alloc {10 * MIB}")
+    seen = tenant.memory()
+    assert seen["admitted_bytes"] == seen["witnessed_bytes"] == 10 * MIB, seen  # it is live
+    assert seen["used_bytes"] == CONTEXT + 10 * MIB
+    made.cgroups.add(tenant.cgroup.stat().st_ino)
+    made.pids.update(tenant.pids())
+    if with_own:
+        own = place.root(tenant) / "libcuda.so.1"
+        assert is_probed(own)
+        made.files.add(own.stat().st_ino)
+    return tenant
+
+
+def removed(place: Layered, tenant: Tenant) -> float:
+    """Deletes a container; the seconds until its root could be unmounted, as an engine does."""
+    tenant.end()
+    place.tenants.remove(tenant)
+    root, begun = place.root(tenant), time.monotonic()
+    eventually(lambda: not subprocess.run(["umount", root], capture_output=True, check=False).returncode, 20, "umount")
+    return time.monotonic() - begun
+
+
+def descriptors(service: Service) -> dict[str, int]:
+    """Of agent and gatekeeper."""
+    assert service.agent
+    pids = {"agent": service.agent.pid, "gatekeeper": next(iter(service.gatekeepers()))}
+    return {name: len(list(Path(f"/proc/{pid}/fd").iterdir())) for name, pid in pids.items()}
+
+
+def written(service: Service) -> dict[Path, str]:
+    """What the agent keeps of containers, and what engines read."""
+    paths = [path for folder in (RUN_DIR, service.cdi) for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_text(errors="replace") for path in paths}
+
+
+@pytest.mark.timeout(3600)
+def test_containers_that_are_gone_leave_nothing(service: Service, layered: Layered, scale) -> None:
+    made = Made()
+    for with_own in (False, True):  # until whatever is made once is made
+        removed(layered, started(layered, made, with_own))
+    eventually(lambda: not made.left(layered), 10, "nothing left of the first")
+    before, files = descriptors(service), written(service).keys()
+    count, live, took = scale(4, 12, 500), collections.deque[Tenant](), []
+    for number in range(count):
+        live.append(started(layered, made, number % 2 == 0))
+        if len(live) > LIVE:
+            took.append(removed(layered, live.popleft()))
+    assert set(OF_CGROUPS[:3]) < set(made.left(layered)), "what is looked for is found"
+    took += [removed(layered, tenant) for tenant in live]
+    print(f"{count} containers: umount after {sorted(took)[count // 2]:.2f} s, at most {max(took):.2f} s")
+    eventually(lambda: not made.left(layered), 10, "nothing left of any")
+    assert written(service).keys() == files
+    assert not [path for path, text in written(service).items() if f"{layered.group}/" in text]
+    after = descriptors(service)
+    assert all(after[name] <= before[name] + MORE for name in before), (before, after)

@@ -1,0 +1,56 @@
+"""What a program in a container is shown of the device, and what it gets: one JSON object. For Python 3.6 and later.
+
+Run there, as `seed_checks.py BYTES`: how much should be admitted beside the context.
+"""
+
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+
+
+def smi():
+    """What the table of nvidia-smi says: used and total, in MiB."""
+    table = subprocess.run(["nvidia-smi"], stdout=subprocess.PIPE, check=True).stdout.decode()
+    return [int(mib) for mib in re.search(r"(\d+)MiB / +(\d+)MiB", table).groups()]
+
+
+def of_driver(name, version, *words):
+    """Calls a function as the CUDA runtime does: it asks the driver for it, by name and version."""
+    function = ctypes.c_void_p()
+    cuda = ctypes.CDLL("libcuda.so.1")
+    found = cuda.cuGetProcAddress(name.encode(), ctypes.byref(function), version, ctypes.c_ulonglong(0))
+    assert not found, (name, found)
+    return ctypes.CFUNCTYPE(ctypes.c_int)(function.value)(*words)
+
+
+def runtime():
+    """What `torch.cuda.mem_get_info` asks by cudaMemGetInfo: free and total of the primary context's device."""
+    context, free, total = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+    assert not of_driver("cuInit", 2000, 0)
+    assert not of_driver("cuDevicePrimaryCtxRetain", 7000, ctypes.byref(context), 0)
+    assert not of_driver("cuCtxSetCurrent", 4000, context)
+    assert not of_driver("cuMemGetInfo", 3020, ctypes.byref(free), ctypes.byref(total))
+    return [free.value, total.value]
+
+
+def numba():
+    """What numba says, in a process of its own: its older releases know no context of others on a newer driver."""
+    ask = "from numba import cuda; print(*cuda.current_context().get_memory_info())"
+    said = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, check=True).stdout
+    return [int(number) for number in said.split()]
+
+
+def take(size):
+    """What the driver answers to a request."""
+    return of_driver("cuMemAlloc", 3020, ctypes.byref(ctypes.c_ulonglong()), ctypes.c_size_t(size))
+
+
+shown = {"glibc": os.confstr("CS_GNU_LIBC_VERSION").split()[1], "pids": os.readlink("/proc/self/ns/pid")}
+shown["smi"] = smi()
+shown["numba"] = numba()
+shown["runtime"] = runtime()
+shown["took"] = [take(int(sys.argv[1])), take(2 << 20)]
+print(json.dumps(shown))

@@ -1,0 +1,73 @@
+"""`fgpu setup containerd`: containers of pods get the shim, as kubelet starts them, and nothing else is changed."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import engine_kit as kit
+import harness
+import pytest
+from containerd_kit import Containerd
+from harness import GIB, MIB, REFUSED
+
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: pods}
+spec:
+  selector: {cgroup: "kubepods/burstable/**"}
+  memory: {limit: 1GiB}
+"""
+
+
+class SetUp(Containerd):
+    """containerd as `fgpu setup` leaves it. Its runtime is named by a path that is on no PATH."""
+
+    def __init__(self, work: Path, service: harness.Service, cave: kit.Cave) -> None:
+        self.cave = cave
+        super().__init__(work, service.containerd, {}, cave.prefix)
+
+    def fgpu(self, *words: str | Path) -> None:
+        """`fgpu …`, where the engine is."""
+        command = [*self.cave.prefix, *harness.FGPU, *map(str, words)]
+        path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        subprocess.run(command, capture_output=True, timeout=30, check=True, env=path)
+
+    def settle(self) -> None:
+        """See Containerd."""
+        self.shim = {}
+        self.settings = self.work / "config.toml"
+        self.before = self.settings.read_text()
+        self.fgpu("setup", "containerd", "--file", self.settings)
+
+
+@pytest.fixture
+def containerd(service: harness.Service, unharmed: None, tmp_path: Path) -> Iterator[SetUp]:
+    """containerd, and a policy for its pods."""
+    policy = service.policies / "pods.yaml"
+    policy.write_text(POLICY)
+    harness.eventually(lambda: harness.ask(verb="snapshot")["policies"]["count"] == 1, 5, "the policy")
+    cave = kit.Cave(tmp_path, service.cdi)
+    try:
+        place = SetUp(tmp_path, service, cave)
+        yield place
+        place.close()
+    finally:
+        cave.close()
+        policy.unlink()
+        harness.eventually(lambda: harness.ask(verb="snapshot")["policies"]["count"] == 0, 5, "no policy")
+
+
+def test_pods_have_the_shim_with_no_flag_at_all(containerd: SetUp) -> None:
+    pod = containerd.run("any-0", {}, {})
+    one = pod.container("main")
+    one.assert_enforced()
+    client = one.client()
+    assert client.ok("info")[1] == GIB
+    client.ok(f"fill {2 * MIB} 0")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert one.assert_exact() == GIB
+    containerd.fgpu("setup", "containerd", "--undo")
+    assert containerd.settings.read_text() == containerd.before

@@ -1,0 +1,250 @@
+"""deploy/images: an image that Docker and Podman build for real, and what its containers get where an agent runs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import docker_kit
+import engine_kit as kit
+import harness
+import pytest
+from harness import CONTEXT, GIB, SHIM
+
+DOCKERFILE = harness.ROOT / "deploy/images/Dockerfile"
+IN_IMAGES = Path("/var/lib/fgpu/shim/current/libfgpu.so")
+OLDER = SHIM.read_bytes() + b"an older one"
+GB = 2
+LIMIT = GB * GIB
+FILLED = f"admitted {LIMIT - CONTEXT} bytes, then {harness.REFUSED}\n"
+TOOLS = ("chmod", "env", "grep", "mkdir", "sha256sum", "stat")
+numbers = itertools.count(1)  # of containers: no two have one name
+HEIR = "FROM fgpu:1\nRUN mkdir /work\nUSER 65534\n"
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: images}}
+spec:
+  selector: {{cgroup: "{group}/*"}}
+  memory: {{limit: 100%}}
+"""
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that images are built of. Its shim is another than the host's, and its owner's alone."""
+    folder = tmp_path_factory.mktemp("context")
+    (folder / SHIM.name).write_bytes(OLDER)
+    (folder / SHIM.name).chmod(0o600)
+    (folder / "Heir").write_text(HEIR)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(engine: kit.Engine, image: Path, context: Path, tmp_path_factory: pytest.TempPathFactory) -> kit.Engine:
+    """An engine that has built `fgpu` on a root file system of this distribution, and `heir` on that."""
+    base = tmp_path_factory.mktemp("base") / "root"
+    shutil.copytree(image, base, symlinks=True)
+    programs = [str(shutil.which(tool)) for tool in TOOLS]
+    for path in (*programs, *kit.libraries(*programs)):
+        place = base / path.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(os.path.realpath(path), place)
+    engine.load(base, "base")
+    for done in (build(engine, context, "fgpu:1"), build(engine, context, "heir:1", file=context / "Heir")):
+        assert done.returncode == 0, done.stdout + done.stderr
+    return engine
+
+
+def build(engine: kit.Engine, context: Path, name: str, gb: str = str(GB), file: Path = DOCKERFILE) -> Any:
+    """`ENGINE build`."""
+    words = ["build", "--network", "none", "--file", file, "--tag", name]
+    if file == DOCKERFILE:
+        words += ["--build-arg", "BASE=base:1", "--build-arg", f"GB={gb}"]
+    return engine.call(*words, context, check=False)
+
+
+class Running:
+    """A container of an image, and what is told to it."""
+
+    def __init__(self, engine: kit.Engine, name: str) -> None:
+        self._engine, self.name = engine, name
+
+    @contextlib.contextmanager
+    def starts(self, *words: str) -> Iterator[subprocess.Popen[str]]:
+        """A program in it, in the background."""
+        command = [*self._engine.cave.prefix, *self._engine.words(), "exec", self.name, *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(list(map(str, command)), env=self._engine.environment, text=True, **pipes) as program:
+            try:
+                yield program
+            finally:
+                program.kill()
+
+    def says(self, command: str) -> list[str]:
+        """What a shell in it says."""
+        with self.starts("sh", "-c", command) as program:
+            return program.communicate(timeout=60)[0].splitlines()
+
+
+@contextlib.contextmanager
+def container(engine: kit.Engine, image: str, *options: str) -> Iterator[Running]:
+    """One that waits to be told something."""
+    name = f"of-an-image-{next(numbers)}"
+    try:
+        done = engine.run(name, *options, image=image, command="sleep 300")
+        assert done.returncode == 0, done.stderr
+        yield Running(engine, name)
+    finally:
+        engine.remove(name)
+
+
+# -- what is in it -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fgpu", "heir"])
+def test_labels_and_variables_say_the_limit_and_root_owns_the_file_that_holds_it(built: kit.Engine, name: str) -> None:
+    (image,) = json.loads(built.call("image", "inspect", f"{name}:1").stdout)
+    assert image["Config"]["Labels"]["fgpu.dev/memory"] == f"{GB}GiB"
+    for line in (f"GPU_MEM_LIMIT_GB={GB}", "NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"):
+        assert line in image["Config"]["Env"]
+    files = f"/run/fgpu /etc/fgpu /etc/fgpu/limit /etc/ld.so.preload {IN_IMAGES.parent} {IN_IMAGES}"
+    with container(built, name) as one:
+        lines = one.says(f"stat -c '%u %g %a %F' {files}; cat /etc/fgpu/limit /etc/ld.so.preload")
+    folder, file = "0 0 755 directory", "0 0 644 regular file"
+    assert lines == ["0 0 1777 directory", folder, file, file, folder, file, f"{GB}GiB", str(IN_IMAGES)]
+
+
+@pytest.mark.parametrize("gb", ["", "0", "1.5", "8GiB"])
+def test_a_size_that_is_none_makes_no_image(built: kit.Engine, context: Path, gb: str) -> None:
+    done = build(built, context, "none:1", gb)
+    assert done.returncode
+    assert f"GB={gb}: whole GiB, such as 8\n" in done.stdout + done.stderr
+
+
+# -- where an agent runs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def managed(built: kit.Engine, service: harness.Service) -> Iterator[kit.Engine]:
+    """The engine as `fgpu setup` leaves it; the agent asks it for labels; a policy leaves the limit to images."""
+    path = service.policies / "10-images.yaml"  # before those of other tests
+    others = kit.policies()
+    path.write_text(POLICY.format(group=built.group))
+    harness.eventually(lambda: kit.policies() == others + 1, 5, "the policy")
+    built.setup()
+    built.apply()
+    with answering(built, service):
+        yield built
+    built.setup("--undo")
+    built.apply()
+    path.unlink()
+    harness.eventually(lambda: kit.policies() == others, 5, "no policy")
+
+
+@contextlib.contextmanager
+def answering(engine: kit.Engine, service: harness.Service) -> Iterator[None]:
+    """The engine's socket, where the agent looks for it."""
+    if isinstance(engine, kit.Docker):
+        front = docker_kit.Front(service.engine, engine.work / "docker.sock")
+        yield
+        front.close()
+        return
+    words = [*engine.cave.prefix, *engine.words(), "system", "service", "--time=0", f"unix://{service.podman}"]
+    with subprocess.Popen([str(word) for word in words], env=engine.environment) as server:
+        harness.eventually(service.podman.exists, 20, "podman's socket")
+        yield
+        server.terminate()
+
+
+@pytest.fixture
+def ready(managed: kit.Engine, unharmed: None) -> kit.Engine:
+    """The same, with nothing left of the test before."""
+    return managed
+
+
+@contextlib.contextmanager
+def held(engine: kit.Engine, image: str, *options: str) -> Iterator[Running]:
+    """A container whose limit is in force; engines are asked for labels when it is there already."""
+    with container(engine, image, *options) as one:
+        harness.eventually(lambda: limits().get(one.name) == ("images", LIMIT), 10, f"its limit: {limits()}")
+        yield one
+
+
+def limits() -> dict[str, tuple[str, int]]:
+    """The policy that each tenant has, and its limit."""
+    found = harness.ask(verb="snapshot")["tenants"]
+    return {t["tenant"]: (t["policy"], t["devices"][0]["limit_bytes"]) for t in found}
+
+
+@pytest.mark.parametrize(("name", "options"), [("fgpu", ()), ("fgpu", ("--pid=host",)), ("heir", ())])
+def test_a_container_gets_its_images_limit(ready: kit.Engine, name: str, options: tuple[str, ...]) -> None:
+    with (
+        held(ready, name, *options) as one,
+        one.starts("/opt/build/examples/fill", "--step", "2MiB", "--hold", "60") as fill,
+    ):
+        assert fill.stdout
+        assert fill.stdout.readline() == FILLED
+        (tenant,) = [t for t in harness.ask(verb="snapshot")["tenants"] if t["tenant"] == one.name]
+        (device,) = tenant["devices"]
+        assert device["admitted_bytes"] == device["witnessed_bytes"] == LIMIT - CONTEXT, device  # it is live
+        assert (device["limit_bytes"], device["used_bytes"]) == (LIMIT, LIMIT)
+        driver = [sum(process[f"{kind}_bytes"] for kind in harness.KINDS) for process in harness.driver_books()]
+        assert driver == [LIMIT]
+        assert any(f"{LIMIT // harness.MIB}MiB /" in line for line in one.says("/opt/build/sim/nvidia-smi"))
+
+
+def test_nothing_in_the_container_changes_it(ready: kit.Engine) -> None:
+    """Neither variables, which the engine is told or a program sets and takes away, nor root with the image's file."""
+    mine = ("GPU_MEM_LIMIT_GB=12", "LD_PRELOAD=/lib/none.so", "FGPU_SHARE=12gib", "NVIDIA_VISIBLE_DEVICES=void")
+    ways = ("", f"env {' '.join(mine)}", "env -u GPU_MEM_LIMIT_GB", "env -i LD_LIBRARY_PATH=$LD_LIBRARY_PATH")
+    with held(ready, "fgpu", *(word for variable in mine for word in ("--env", variable))) as one:
+        assert one.says("echo 12GiB >/etc/fgpu/limit; cat /etc/fgpu/limit") == ["12GiB"]
+        assert one.says("echo $GPU_MEM_LIMIT_GB $LD_PRELOAD") == ["12 /lib/none.so"]
+        for way in ways:
+            assert one.says(f"{way} /opt/build/examples/fill --step 2MiB") == [FILLED.strip()], way
+
+
+# -- an image's shim, and the host's -------------------------------------------------------------------------------
+
+IN_USE = f"sha256sum <{IN_IMAGES}; stat -c %i {IN_IMAGES}; grep -m1 {IN_IMAGES} /proc/self/maps; cat /etc/ld.so.preload"
+
+
+def in_use(one: Running) -> tuple[str, list[str]]:
+    """The digest of the shim that its programs have mapped, and the list that names it."""
+    digest, inode, mapped, *names = one.says(IN_USE)
+    assert mapped.split()[4:] == [inode, str(IN_IMAGES)]
+    return digest.split()[0], names
+
+
+@pytest.fixture
+def published(ready: kit.Engine) -> Iterator[kit.Engine]:
+    """The host's shim at the path at which an agent publishes it, which is that of images."""
+    told, preload = harness.RUN_DIR / "containers", harness.RUN_DIR / "published.preload"
+    text = told.read_text()
+    put = [*ready.cave.prefix, "install", "-D", SHIM, IN_IMAGES]
+    subprocess.run(list(map(str, put)), check=True, timeout=10)
+    preload.write_text(f"{IN_IMAGES}\n")
+    told.write_text(f"shim {IN_IMAGES}\nsocket {harness.RUN_DIR}/shim\npreload {preload}\n")
+    yield ready
+    told.write_text(text)
+    preload.unlink()
+
+
+def test_the_hosts_shim_is_in_use_where_there_is_one_and_else_the_images(published: kit.Engine) -> None:
+    with container(published, "fgpu") as one:
+        assert in_use(one) == (hashlib.sha256(SHIM.read_bytes()).hexdigest(), [str(IN_IMAGES)])
+    (harness.RUN_DIR / "containers").unlink()  # as where no agent runs
+    with container(published, "fgpu") as one:
+        assert in_use(one) == (hashlib.sha256(OLDER).hexdigest(), [str(IN_IMAGES)])
+    if isinstance(published, kit.Podman):  # Docker has CDI from version 25 on
+        with container(published, "fgpu", "--device", "fgpu.dev/shim=all") as one:
+            assert one.says("cat /etc/ld.so.preload; grep -om1 '/.*libfgpu.*' /proc/self/maps") == [str(SHIM)] * 2

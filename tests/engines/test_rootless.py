@@ -1,0 +1,87 @@
+"""Podman of a user: the shim by name and with no flag at all, the limit from the policy of the user's slice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import engine_kit as kit
+import harness
+import pytest
+from harness import CONTEXT, GIB
+from test_setup import seen
+
+POLICY = f"""
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: anna}}
+spec:
+  selector: {{cgroup: "{kit.Rootless.group}"}}
+  memory: {{limit: 1GiB}}
+"""
+
+
+@pytest.fixture(scope="module")
+def anna(service: harness.Service, image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Rootless]:
+    """A user with an engine, and a policy for her slice."""
+    work = tmp_path_factory.mktemp("rootless")
+    policy, others = service.policies / "anna.yaml", kit.policies()
+    policy.write_text(POLICY)
+    cave = kit.Cave(work, service.cdi)
+    try:
+        found = kit.Rootless(cave, work)
+        try:
+            found.load(image, "plain")
+            harness.eventually(lambda: kit.policies() == others + 1, 5, "the policy")
+            yield found
+        finally:
+            found.close()
+    finally:
+        cave.close()
+        policy.unlink()
+        harness.eventually(lambda: kit.policies() == others, 5, "no policy")
+
+
+@pytest.fixture
+def ready(anna: kit.Rootless, unharmed: None) -> kit.Rootless:
+    """The same, with nothing left of the test before."""
+    return anna
+
+
+def assert_held(engine: kit.Rootless, *options: str) -> None:
+    """One container fills what she has; her slice counts all that ever were."""
+
+    def counted(kind: str) -> int:
+        slices = [t for t in harness.ask(verb="snapshot")["tenants"] if t["path"] == f"/{engine.group}"]
+        return sum(device[f"{kind}_bytes"] for tenant in slices for device in tenant["devices"])
+
+    before = counted("admitted"), counted("witnessed")
+    with engine.filled("held", *options) as admitted:
+        assert admitted == GIB - CONTEXT
+        assert (counted("admitted") - before[0], counted("witnessed") - before[1]) == (admitted, admitted)  # it is live
+        assert (counted("limit"), counted("used")) == (GIB, GIB)
+        held = [sum(process[f"{kind}_bytes"] for kind in harness.KINDS) for process in harness.driver_books()]
+        assert held == [GIB]
+
+
+def test_the_shim_by_name(ready: kit.Rootless) -> None:
+    assert_held(ready, "--device", "fgpu.dev/shim=all")
+
+
+def test_no_flag_at_all_and_undone(ready: kit.Rootless) -> None:
+    ready.setup()
+    assert_held(ready)
+    ready.setup("--undo")
+    with ready.filled("free") as admitted:
+        assert admitted > GIB - CONTEXT, "without the shim it is not refused: what was seen above was ours"
+        harness.eventually(lambda: seen()["used_bytes"] > GIB, 5, "what it took is charged to her")
+        (named,) = [value for (name, _), value in harness.metrics().items() if name == "fgpu_bypassing_processes"]
+        assert named == 1
+
+
+def test_a_share_is_refused(ready: kit.Rootless) -> None:
+    """Root alone says who gets what."""
+    done = ready.run("share", "--device", "fgpu.dev/share=2gib")
+    ready.remove("share")
+    assert done.returncode == 126
+    assert "error executing hook" in done.stderr, done.stderr

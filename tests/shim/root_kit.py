@@ -1,0 +1,72 @@
+"""A container's root as the tests of standalone mode want it: no agent, a limit in the image, a place for books."""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+from shim_kit import DEADLINE, PREAMBLE, SYSTEM_PYTHON, Build
+
+MIB, GIB, OOM = 1 << 20, 1 << 30, 2
+TOGETHER = "fgpu: no agent: the image's limit, as far as this container's programs keep it together\n"
+BY_ITSELF = "fgpu: no agent, and no place for books in /run/fgpu: the image's limit for each process by itself\n"
+ALONE = (
+    "unshare",
+    "--mount",
+    "--ipc",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+)  # what a test leaves ends with it
+# /run and /etc are the container's own; `py CODE` is a program with the shim and the fake driver.
+ROOT = """
+set -eu
+mount -t tmpfs -o mode=755 none /run
+cp /etc/ld.so.cache /run/.cache
+mount -t tmpfs -o mode=755 none /etc
+mv /run/.cache /etc/ld.so.cache
+mkdir -m 755 /etc/fgpu /etc/lib
+cp -r {folder}/libfgpu.so {folder}/driver /etc/lib
+cat >/etc/py <<'END'
+#!/bin/sh
+exec env LD_PRELOAD={preload}/etc/lib/libfgpu.so LD_LIBRARY_PATH=/etc/lib/driver {python} -u -c "$PREAMBLE$1"
+END
+chmod 755 /etc/py
+PATH=/etc:$PATH
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """`setup`: shell lines, as root in it, before the programs."""
+
+    build: Build
+    setup: str
+    preload: str = ""
+
+    def run(self, script: str) -> subprocess.CompletedProcess[str]:
+        """A shell script, in which `py CODE` is a program."""
+        root = ROOT.format(folder=self.build.folder, preload=self.preload, python=SYSTEM_PYTHON)
+        return subprocess.run(
+            ["env", f"PREAMBLE={PREAMBLE}", *ALONE, "sh", "-c", root + self.setup + script],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+
+    def says(self, script: str) -> list[Any]:
+        """What its programs handed to out()."""
+        done = self.run(script)
+        assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def python(self, code: str) -> list[Any]:
+        """What one program handed to out()."""
+        return self.says(f"py '{code}'")
+
+
+def limit(text: str) -> str:
+    """The image's limit, written as an image has it."""
+    return f"printf '%s' '{text}' >/etc/fgpu/limit\n"

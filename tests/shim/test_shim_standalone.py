@@ -1,0 +1,291 @@
+"""No agent, and a limit in the image: the shim holds the container's programs to it, together."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from root_kit import BY_ITSELF, GIB, MIB, OOM, TOGETHER, Container, limit
+from shim_kit import ROOT, Agent, Build
+
+Scale = Callable[[int, int, int], int]
+
+
+def container(build: Build, text: str = "1GiB\n", more: str = "") -> Container:
+    return Container(build, limit(text) + more)
+
+
+def test_the_limit_holds_and_is_all_that_is_seen(build: Build) -> None:
+    said = container(build).python("out(info()); out(alloc(700 * MiB), alloc(700 * MiB), info(), L.fake_calls())")
+    assert said == [[[0, GIB, GIB]], [0, OOM, [0, 324 * MIB, GIB], 1]]
+
+
+def test_what_is_freed_is_there_again(build: Build) -> None:
+    code = "out(alloc(700 * MiB), L.cuMemFree_v2(C.c_uint64(0xd00000)), alloc(1024 * MiB), alloc(512), info()[1])"
+    assert container(build).python(code) == [[0, 0, 0, OOM, 0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [("8GiB\n", 8 << 30), ("8Gi", 8 << 30), ("512 MiB\n", 512 << 20), ("1073741824", 1 << 30), ("4096KiB\n", 4 << 20)],
+)
+def test_quantities_are_those_of_policies(build: Build, text: str, bytes_: int) -> None:
+    assert container(build, text).python("out(info()[2])") == [[bytes_]]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "lots", "8GB", "-1", "8GiB 9GiB", "1" + "0" * 30, "0x10", "9" * 80])
+def test_a_limit_that_makes_no_sense_is_none_to_anybody(build: Build, text: str) -> None:
+    assert container(build, text).python("out(alloc(512), info()[1])") == [[OOM, 0]]
+
+
+def test_nothing_in_the_environment_changes_it(build: Build) -> None:
+    said = container(build).says(
+        "export GPU_MEM_LIMIT_GB=9 FGPU_LIMIT=9GiB FGPU_MEMORY=9GiB LD_BIND_NOT=1\npy 'out(info()[2])'"
+    )
+    assert said == [[GIB]]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "chmod 666 /etc/fgpu/limit\n",
+        "chmod 664 /etc/fgpu/limit\n",
+        "chown 65534 /etc/fgpu/limit\n",
+        "chmod 777 /etc/fgpu\n",
+        "chown 65534 /etc/fgpu\n",
+        "mv /etc/fgpu/limit /etc/other; ln -s /etc/other /etc/fgpu/limit\n",
+        "mv /etc/fgpu /etc/other; ln -s /etc/other /etc/fgpu\n",
+        "rm /etc/fgpu/limit; mkfifo /etc/fgpu/limit\n",
+        "rm /etc/fgpu/limit; mkdir /etc/fgpu/limit\n",
+    ],
+)
+def test_a_file_that_others_could_have_made_is_no_limit(build: Build, more: str) -> None:
+    done = container(build, more=more).run("py 'out(alloc(2 * GiB), info()[2])'")
+    assert (done.stdout, done.stderr) == (f"[0, {16 * GIB}]\n", "fgpu: no agent on this host: not enforced\n")
+
+
+def test_processes_share_it_and_say_so_once(build: Build) -> None:
+    done = container(build).run("""
+export NEXT='py "out(alloc(600 * MiB), alloc(400 * MiB), info()[1])"'
+py 'out(alloc(600 * MiB), info()[1]); os.system(os.environ["NEXT"]); out(alloc(400 * MiB))'""")
+    assert done.stdout == f"[0, {424 * MIB}]\n[{OOM}, 0, {24 * MIB}]\n[0]\n", done
+    assert done.stderr == 2 * TOGETHER
+
+
+def test_the_killed_hold_nothing(build: Build) -> None:
+    said = container(build).says("for i in 1 2 3 4 5; do py 'out(alloc(GiB)); os.kill(os.getpid(), 9)' || :; done")
+    assert said == [[0]] * 5
+
+
+def test_a_child_left_behind_holds_nothing_of_its_parents(build: Build) -> None:
+    said = container(build).says("""
+py 'out(alloc(GiB)); os.fork() or (os.close(1), os.close(2), time.sleep(9)); os._exit(0)'
+py 'out(alloc(GiB), info()[1])'""")
+    assert said == [[0], [0, 0]]
+
+
+def test_who_executes_another_program_holds_nothing(build: Build) -> None:
+    code = 'out(alloc(GiB)); os.execv("/etc/py", ["py", "out(alloc(GiB), info()[1])"])'
+    assert container(build).python(code) == [[0], [0, 0]]
+
+
+def test_a_forked_child_is_another_process(build: Build) -> None:
+    code = """
+out(alloc(600 * MiB)); pid = os.fork()
+if not pid: out(alloc(600 * MiB), alloc(400 * MiB), info()[1]); os._exit(0)
+os.waitpid(pid, 0); out(info()[1], alloc(400 * MiB))"""
+    assert container(build).python(code) == [[0], [OOM, 0, 24 * MIB], [424 * MIB, 0]]
+
+
+@pytest.mark.parametrize(("first", "second", "mode"), [("", "$nobody", 755), ("$nobody", "", 1777)])
+def test_users_share_it_whoever_came_first(build: Build, first: str, second: str, mode: int) -> None:
+    said = container(build).says(f"""
+chmod {mode} /run
+mkfifo -m 666 /run/in
+nobody='setpriv --reuid=65534 --regid=65534 --clear-groups'
+{first} py 'out(alloc(600 * MiB)); open("/run/in").read()' >/run/out &
+until [ -s /run/out ]; do sleep 0.02; done
+{second} py 'out(alloc(600 * MiB), alloc(400 * MiB))'
+: >/run/in
+wait
+cat /run/out""")
+    assert said == [[OOM, 0], [0]]
+
+
+def test_no_place_for_books(build: Build) -> None:
+    done = container(build, more="mount -o remount,ro /run\n").run("py 'out(alloc(GiB), alloc(512), info()[1:])'")
+    assert (done.stdout, done.stderr) == (f"[0, {OOM}, [0, {GIB}]]\n", BY_ITSELF)
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "mkfifo /run/fgpu/books",
+        "mkdir /run/fgpu/books",
+        "ln -s /run/precious /run/fgpu/books",
+        "ln /run/precious /run/fgpu/books",
+        "truncate -s 40960 /run/fgpu/books",
+        "truncate -s 8 /run/fgpu/books",
+        "rmdir /run/fgpu; ln -s /run/elsewhere /run/fgpu",
+        "rmdir /run/fgpu; touch /run/fgpu",
+    ],
+)
+def test_what_is_no_books_is_not_written_to(build: Build, planted: str) -> None:
+    more = f"mkdir /run/fgpu /run/elsewhere; seq 1 9000 | head -c 40960 >/run/precious; {planted}\n"
+    done = container(build, more=more).run("""
+py 'out(alloc(GiB), alloc(512))'
+[ "$(seq 1 9000 | head -c 40960 | sha1sum)" = "$(sha1sum </run/precious)" ] && [ -z "$(ls /run/elsewhere)" ]""")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"[0, {OOM}]\n", BY_ITSELF)
+
+
+def test_books_full_of_nonsense_harm_nobody(build: Build) -> None:
+    done = container(build).run("""
+py 'out(alloc(512))'
+for seed in 1 2 3 4 5 6 7 8; do
+    head -c 40952 /dev/urandom | dd of=/run/fgpu/books bs=8 seek=1 conv=notrunc status=none
+    py 'out(alloc(512) in (0, 2), info()[0], L.cuMemFree_v2(C.c_uint64(0xd00000)))'
+done""")
+    assert done.stdout == "[0]\n" + "[true, 0, 0]\n" * 8, done
+
+
+def test_the_program_is_left_as_it_was(build: Build) -> None:
+    code = """
+import resource
+def state():
+    mask = os.umask(0); os.umask(mask)
+    return [fds(), mask, os.getcwd(), threading.active_count(), resource.getrlimit(7)]
+L.cuMemAlloc_v2, L.fake_calls
+before = state(); C.set_errno(77); r = alloc(512); e = C.get_errno()
+out(r, e, before == state(), sorted(os.listdir("/run/fgpu")), oct(os.stat("/run/fgpu/books").st_mode)[-3:])"""
+    assert container(build).python(code) == [[0, 77, True, ["books"], "666"]]
+
+
+FAIL = """F = C.CDLL("{folder}/fault.so")
+F.fault_made, F.fault_arm
+before = fds(); made = F.fault_made(); F.fault_arm({k}); C.set_errno(77)
+r = alloc(512); e = C.get_errno(); made = F.fault_made() - made
+F.fault_arm(-1)
+out(r, e, made, before == fds(), info()[0])
+"""
+
+
+def test_every_failure_in_turn(build: Build) -> None:
+    """Each system call of the shim fails once: no memory at the most, and none beyond the limit."""
+    fresh = """
+for name in ("cuInit", "cuMemAlloc_v2", "cuMemGetInfo_v2"): getattr(L, name)
+pid = os.fork()
+if pid: os.waitpid(pid, 0); os._exit(0)
+"""
+    place, results, k = Container(build, limit("1GiB"), f"{build.folder}/fault.so:"), [], 0
+    while True:
+        k += 1
+        result, errno, made, same_files, viewed = place.python(fresh + FAIL.format(folder=build.folder, k=k))[0]
+        assert (errno, same_files, viewed) == (77, True, 0), k
+        assert result in (0, OOM), k
+        results.append(result)
+        if made < k:
+            break
+    assert k > 20
+    assert results[-1] == 0
+
+
+# -- an agent
+
+
+@pytest.fixture
+def image(agent: Agent) -> Iterator[Agent]:
+    """The fake agent's root, whose image says 700 MiB; nobody listens there."""
+    script = "mkdir -p /run/etc/fgpu && cp /etc/ld.so.cache /run/etc && mount --bind /run/etc /etc && " + limit(
+        "700MiB"
+    )
+    inside = ["nsenter", f"--mount=/proc/{agent.process.pid}/ns/mnt", "--"]
+    subprocess.run([*inside, "sh", "-c", script], check=True)
+    yield agent
+    subprocess.run([*inside, "sh", "-c", "umount /etc; rm -rf /run/fgpu/books"], check=True)
+
+
+def test_an_agents_word_is_the_only_one(image: Agent) -> None:
+    image.do("start")
+    assert image.python("out(alloc(800 * MiB), info()[2])") == [[0, GIB]]
+
+
+def test_who_is_nobodys_under_an_agent_is_the_images(image: Agent) -> None:
+    image.do("set", answer="unmanaged")
+    image.do("start")
+    assert image.python("out(alloc(800 * MiB), alloc(600 * MiB), info()[1:])") == [[OOM, 0, [100 * MIB, 700 * MIB]]]
+
+
+def test_an_agent_that_comes_takes_over(image: Agent) -> None:
+    image.do("remove")
+    code = "out(alloc(600 * MiB), info()[2]); sys.stdin.readline(); time.sleep(1.05); out(alloc(800 * MiB), info()[2])"
+    process = image.start_python(code)
+    assert process.stdout.readline() == f"[0, {700 * MIB}]\n"
+    image.do("reset")
+    image.do("start")
+    assert process.communicate("\n", timeout=10)[0] == f"[0, {GIB}]\n"
+
+
+def test_one_that_was_there_and_is_silent_leaves_no_memory(image: Agent) -> None:
+    """Its socket is left behind: the limit may have been tighter than the image's."""
+    image.do("start")
+    held = image.start_python(
+        "out(alloc(512)); sys.stdin.readline(); time.sleep(1.05); out(alloc(800 * MiB), info()[2])"
+    )
+    assert held.stdout.readline() == "[0]\n"
+    image.do("die")
+    assert image.python("out(alloc(512), info()[1])") == [[OOM, 0]]
+    assert held.communicate("\n", timeout=10)[0] == f"[0, {GIB}]\n", "the kernel's word, as before"
+
+
+def test_a_folder_that_nobody_ever_answered_in_is_no_agent(image: Agent) -> None:
+    assert image.python("out(alloc(800 * MiB), alloc(600 * MiB))") == [[OOM, 0]]
+
+
+def test_after_detach_the_image_decides(image: Agent) -> None:
+    image.do("start")
+    code = """
+out(alloc(512), info()[2]); sys.stdin.readline(); time.sleep(1.3)
+alloc(512); out(alloc(800 * MiB), info()[2])"""
+    process = image.start_python(code)
+    assert process.stdout.readline() == f"[0, {GIB}]\n"
+    image.do("stop")
+    image.do("remove")
+    image.do("knobs", mute=1)
+    assert process.communicate("\n", timeout=10)[0] == f"[{OOM}, {700 * MIB}]\n"
+
+
+# -- the books by themselves
+
+
+@pytest.fixture(scope="module")
+def books(build: Build) -> Path:
+    """tests/shim/programs/books.c."""
+    return build.compile("books.c", "books", f"-I{ROOT}/shim", f"-I{ROOT}/bpf", "-O2")
+
+
+def counted(books: Path, what: str, n: int) -> str:
+    done = subprocess.run(
+        ["unshare", "--ipc", books, what, str(n)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_one_gets_the_last_piece(books: Path, scale: Scale) -> None:
+    assert ", 0 without exactly one winner, 0 bytes left" in counted(books, "races", scale(100, 1000, 20000))
+
+
+def test_what_was_granted_and_not_given_back_is_in_the_books(books: Path, scale: Scale) -> None:
+    assert " 0 beyond, 0 of " in counted(books, "churn", scale(100_000, 1_000_000, 20_000_000))
+
+
+def test_what_fits_is_never_refused(books: Path, scale: Scale) -> None:
+    assert " 0 refused, 0 bytes left" in counted(books, "fits", scale(10_000, 100_000, 2_000_000))
+
+
+def test_what_is_left_in_the_middle_is_settled_by_whoever_comes_next(books: Path) -> None:
+    assert counted(books, "left", 1000) == "1000 rounds, 0 wrong\n"
+
+
+def test_killed_and_stopped_anywhere_they_hold_nobody_up_and_leave_nothing(books: Path, scale: Scale) -> None:
+    assert " 0 stalled, 0 beyond, 0 bytes and 0 seats left" in counted(books, "kills", scale(20, 60, 1000))

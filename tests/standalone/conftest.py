@@ -1,0 +1,31 @@
+"""The simulated driver for this suite, and no agent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import harness
+import pytest
+import standalone_kit as kit
+
+
+@pytest.fixture(scope="package", autouse=True)
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """16 GiB, one device."""
+    harness.compile_programs()
+    service = harness.Service(tmp_path_factory.mktemp("service"))
+    try:
+        service.start_driver()
+        yield
+    finally:
+        service.stop()
+
+
+@pytest.fixture(params=["runc", "crun"])
+def images(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[kit.Images]:
+    """Containers of one image; all that they held is gone with them."""
+    place = kit.Images(tmp_path, request.param)
+    yield place
+    place.close()
+    harness.eventually(lambda: not harness.driver_books(), 10, "an empty driver")

@@ -1,0 +1,46 @@
+"""What each key does to what is seen."""
+
+from __future__ import annotations
+
+from fgpu_ebpf.choice import Choice
+
+PAGE = 10
+
+
+def after(*keys: str, count: int = 100, choice: Choice | None = None) -> Choice:
+    found = choice or Choice()
+    for key in keys:
+        pressed = found.pressed(key, PAGE)
+        assert pressed is not None
+        found = pressed.within(count, PAGE)
+    return found
+
+
+def test_scrolling_stays_within_the_rows() -> None:
+    assert after("down", "j", "down", "k").first == 2
+    assert after("up").first == 0
+    assert after("page down", " ", "page up").first == 10
+    assert after("end").first == 90
+    assert after("end", "down").first == 90
+    assert after("end", "home").first == 0
+    assert after("down", count=3).first == 0
+
+
+def test_an_order_begins_at_the_top() -> None:
+    found = after("end", "r")
+    assert (found.first, found.order.column.word, found.order.is_reversed) == (0, "refused", False)
+    assert after("r", "r").order.is_reversed
+    assert after("r", "m").order.column.word == "used"
+
+
+def test_a_filter_is_typed_kept_and_cleared() -> None:
+    typed = after("/", "q", "j", "x", "backspace", "up")
+    assert (typed.filter, typed.typing, typed.first) == ("qj", True, 0)
+    kept = after("enter", choice=typed)
+    assert (kept.filter, kept.typing) == ("qj", False)
+    assert after("escape", choice=typed) == after("escape", choice=kept) == Choice()
+
+
+def test_only_q_ends_it() -> None:
+    assert Choice().pressed("q", PAGE) is None
+    assert after("x", "enter", "\x1b[99~", "é") == Choice()

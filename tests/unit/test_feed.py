@@ -1,0 +1,72 @@
+"""The agent's word as it comes: answers, half an answer, none, and one again."""
+
+from __future__ import annotations
+
+import queue
+import select
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf import control, feed
+from fgpu_ebpf.bell import Bell
+from fgpu_ebpf.feed import Feed, News
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Iterator[queue.SimpleQueue[bytes]]:
+    """What whoever asks is sent, one after the other; who asks sooner waits."""
+    left: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "control.sock"))
+    listener.listen()
+
+    def serve() -> None:
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            with peer:
+                peer.recv(1 << 16)
+                peer.sendall(left.get())
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield left
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+def test_half_an_answer_is_none(answers: queue.SimpleQueue[bytes], tmp_path: Path) -> None:
+    for half in (b'{"ok": {"tena', b""):
+        answers.put(half)
+        with pytest.raises(ConnectionError, match="hung up"):
+            control.call(tmp_path, {"verb": "snapshot"})
+
+
+def test_what_fails_is_news_and_the_next_answer_mends_it(
+    answers: queue.SimpleQueue[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "PERIOD_SECONDS", 0.01)
+    answers.put(b'{"ok": {"number": 1}}\n')
+    bell = Bell()
+    found = Feed(lambda: control.call(tmp_path, {"verb": "snapshot"}), bell)
+    assert (found.news.snapshot, found.news.fault) == ({"number": 1}, "")
+    for answer, number, fault in (
+        (b'{"ok"', 1, "the agent hung up"),
+        (b'{"error": "busy", "code": 1}\n', 1, "busy"),
+        (b'{"ok": {"number": 2}}\n', 2, ""),
+    ):
+        answers.put(answer)
+        assert select.select([bell], [], [], 20)[0]
+        bell.hush()
+        assert (found.news.snapshot, found.news.fault) == ({"number": number}, fault)
+
+
+def test_silence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed.time, "monotonic", lambda: 109.0)
+    assert News({}, "", 108.0).now().fault == ""
+    assert News({}, "", 100.0).now().fault == "no answer for 9 s"

@@ -1,0 +1,141 @@
+"""Given Snapshots in windows of given sizes."""
+
+from __future__ import annotations
+
+import pytest
+import top_kit as kit
+
+from fgpu_ebpf import frame
+from fgpu_ebpf.choice import Choice
+from fgpu_ebpf.feed import News
+from fgpu_ebpf.frame import ASCII, UNICODE, Window
+from fgpu_ebpf.ranking import BY_WORD, Order
+
+
+@pytest.fixture(autouse=True)
+def utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame.time, "localtime", frame.time.gmtime)
+
+
+def lines(news: News, width: int, height: int, choice: Choice | None = None) -> list[str]:
+    text, _ = frame.live(news, choice or Choice(), Window(width, height))
+    return text.plain.split("\n")
+
+
+def test_a_usual_window() -> None:
+    assert lines(kit.news(*kit.ALL), 80, 9) == [
+        "fgpu 00:00:01  4 tenants  by used",
+        "0 NVIDIA H200 ▕██░░░░   ▏ 40GiB/160GiB ░committed 100GiB ▒unmanaged 0B turn: bob",
+        "TENANT          LIMIT    USED    PEAK  SHARE ENTITLED WAITED REFUSED HELD BY",
+        "batch (group)   12GiB   10GiB   10GiB      -        -      -       0 observe",
+        "bob             16GiB    6GiB    6GiB  74.9%    75.0%   0.0s       0  kernel",
+        "alice            8GiB    4GiB    4GiB  25.1%    25.0%  12.3s       3  kernel",
+        "carol               -      0B    1MiB  alone        -   0.0s       0  kernel",
+        "",
+        "q quit  ↑↓ scroll  / filter  sort: a column's first letter",
+    ]
+
+
+def test_a_narrow_window_keeps_what_matters() -> None:
+    assert lines(kit.news(*kit.ALL), 40, 8) == [
+        "fgpu 00:00:01  4 tenants  by used",
+        "0 ▕███░░░░░     ▏ 40GiB/160GiB turn: bob",
+        "TENANT          LIMIT    USED  SHARE",
+        "batch (group)   12GiB   10GiB      -",
+        "bob             16GiB    6GiB  74.9%",
+        "alice            8GiB    4GiB  25.1%",
+        "carol               -      0B  alone",
+        "q quit  ↑↓ scroll  / filter",
+    ]
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 12, 20, 40, 79, 80, 99, 100, 132, 400])
+@pytest.mark.parametrize("height", [1, 2, 3, 4, 5, 24, 100])
+def test_it_fits_any_window(width: int, height: int) -> None:
+    wide = kit.tenant("日本" * 60, kit.on(0, 1), kit.on(1, 1))
+    news = kit.news(*kit.ALL, wide, devices=(kit.device(0), kit.device(1)), fault="no agent", unenforced="no driver")
+    text, _ = frame.live(news, Choice(), Window(width, height))
+    drawn = text.split("\n", allow_blank=True)
+    assert len(drawn) == height
+    assert max(line.cell_len for line in drawn) <= width
+
+
+def test_a_long_name_is_cut_and_moves_nothing() -> None:
+    heading, first, second = lines(kit.news(kit.ALICE, kit.tenant("x" * 99, kit.on(0, 1))), 80, 6)[2:5]
+    assert second.startswith("xxxxxxxxxxxx")
+    assert len(heading) == len(first) == len(second) <= 80
+    assert "x… " in second
+    assert second.endswith(" kernel")
+
+
+def test_more_rows_than_there_is_room() -> None:
+    news = kit.news(*(kit.tenant(f"t{number:02}", kit.on(0, number)) for number in range(30)))
+    choice = Choice(Order(BY_WORD["tenant"]), first=99)
+    text, kept = frame.live(news, choice, Window(80, 8))
+    drawn = text.plain.split("\n")
+    assert [line.split()[0] for line in drawn[3:7]] == ["t26", "t27", "t28", "t29"]
+    assert drawn[-1].endswith("  27-30 of 30")
+    assert kept.first == 26
+    assert frame.room(news, Window(80, 8)) == 4
+
+
+def test_many_devices_leave_room_for_tenants() -> None:
+    devices = tuple(kit.device(index) for index in range(16))
+    drawn = lines(kit.news(kit.tenant("alice", *(kit.on(gpu, 1) for gpu in range(16))), devices=devices), 80, 24)
+    assert [line.split()[0] for line in drawn[1:7]] == ["0", "1", "2", "3", "4", "and"]
+    assert drawn[6] == "and 11 devices more"
+    assert drawn[7].split()[:3] == ["TENANT", "GPU", "LIMIT"]
+
+
+def test_devices_stand_one_below_the_other() -> None:
+    devices = (kit.device(0, owner="carol"), kit.device(10, used=kit.GIB // 2, owner=None, unmanaged=kit.GIB // 2))
+    assert lines(kit.news(kit.ALICE, devices=devices), 100, 9)[1:3] == [
+        "0  NVIDIA H200 ▕████░░░░░░░      ▏  40GiB/160GiB   ░committed 100GiB  ▒unmanaged 0B      turn: carol",
+        "10 NVIDIA H200 ▕░░░░░░░░░░░      ▏  512MiB/160GiB  ░committed 100GiB  ▒unmanaged 512MiB",
+    ]
+
+
+def test_a_filter_says_how_many_it_finds() -> None:
+    drawn = lines(kit.news(*kit.ALL), 80, 6, Choice(filter="ali", typing=True))
+    assert drawn[0] == "fgpu 00:00:01  4 tenants  1 of them with 'ali'  by used"
+    assert drawn[3].startswith("alice ")
+    assert drawn[4] == ""
+    assert drawn[5].startswith("/ali ")
+
+
+def test_silence_and_no_enforcement_are_one_line_each() -> None:
+    drawn = lines(kit.news(kit.ALICE, fault="no agent answers", unenforced="no driver"), 80, 9)
+    assert drawn[1] == "as of 00:00:01: no agent answers"
+    assert drawn[2] == "No limit is enforced: no driver"
+    assert drawn[5].startswith("alice ")
+
+
+@pytest.mark.parametrize(
+    ("used", "unmanaged", "bar"),
+    [
+        (40, 0, "▕██░░░   ▏"),
+        (60, 20, "▕██▒░░░  ▏"),
+        (160, 40, "▕██████▒▒▏"),
+        (0, 0, "▕░░░░░   ▏"),
+        (None, None, "▕░░░░░   ▏"),
+    ],
+)
+def test_bar(used: int | None, unmanaged: int | None, bar: str) -> None:
+    used_bytes, others = (None if part is None else part * kit.GIB for part in (used, unmanaged))
+    device = kit.news(devices=(kit.device(0, used_bytes, None, others),)).snapshot["devices"][0]
+    assert frame._bar(device, 8, UNICODE).plain == bar
+    ascii_bar = bar.translate(str.maketrans("█▒░▕▏", "#x-[]"))
+    assert frame._bar(device, 8, ASCII).plain == ascii_bar
+    text = next(frame._bars([device], 80, UNICODE)).plain
+    assert f" {'-' if used is None else f'{used}GiB' if used else '0B'}/160GiB " in text
+
+
+def test_one_pass_is_as_wide_as_it_wants_to_be() -> None:
+    long = kit.tenant("team/" + "x" * 90 + "/main", kit.on(0, 1))
+    text = frame.once(kit.news(long, *kit.ALL), Choice(), None, UNICODE).plain.split("\n")
+    assert long.tenant in "\n".join(text)
+    assert len(text) == 2 + 5
+    assert " ".join(text[1].split()) == "TENANT LIMIT USED PEAK SHARE ENTITLED WAITED REFUSED HELD BY"
+    cut = frame.once(kit.news(long), Choice(), 60, UNICODE).plain.split("\n")
+    assert max(map(len, cut)) <= 60
+    assert "…" in cut[2]

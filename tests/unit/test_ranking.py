@@ -1,0 +1,83 @@
+"""Rows in the order that was asked for, and those that a filter finds."""
+
+from __future__ import annotations
+
+import pytest
+import top_kit as kit
+
+from fgpu_ebpf import cli, ranking
+from fgpu_ebpf.ranking import BY_KEY, BY_WORD, Order
+
+
+def names(word: str, is_reversed: bool = False) -> list[str]:
+    found = ranking.rows(kit.news(*kit.ALL).snapshot)
+    return [row.tenant["tenant"] for row in ranking.ranked(found, Order(BY_WORD[word], is_reversed))]
+
+
+@pytest.mark.parametrize(
+    ("word", "order"),
+    [
+        ("tenant", "alice batch bob carol"),
+        ("limit", "bob batch alice carol"),
+        ("used", "batch bob alice carol"),
+        ("peak", "batch bob alice carol"),
+        ("share", "bob alice batch carol"),
+        ("entitled", "bob alice batch carol"),
+        ("waited", "alice bob carol batch"),
+        ("refused", "alice batch bob carol"),
+        ("held", "alice bob carol batch"),
+        ("gpu", "alice batch bob carol"),
+    ],
+)
+def test_most_comes_first_and_what_nobody_measured_last(word: str, order: str) -> None:
+    assert names(word) == order.split()
+
+
+@pytest.mark.parametrize(
+    ("word", "order"),
+    [
+        ("tenant", "carol bob batch alice"),
+        ("limit", "alice batch bob carol"),
+        ("share", "alice bob batch carol"),
+        ("refused", "batch bob carol alice"),
+    ],
+)
+def test_reversed_leaves_what_nobody_measured_last(word: str, order: str) -> None:
+    assert names(word, is_reversed=True) == order.split()
+
+
+def test_every_device_has_its_row() -> None:
+    both = kit.tenant("alice", kit.on(1, 5), kit.on(0, 5))
+    found = ranking.rows(kit.news(both, devices=(kit.device(0), kit.device(1))).snapshot)
+    assert [row.device["gpu"] for row in ranking.ranked(found, Order())] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "alice bob carol batch"),
+        ("LIC", "alice"),
+        ("/batch/b", "bob batch"),
+        ("group", "batch"),
+        ("observe", "batch"),
+        ("notebooks", "alice bob carol batch"),
+        ("nobody", ""),
+    ],
+)
+def test_filter(text: str, found: str) -> None:
+    rows = ranking.rows(kit.news(*kit.ALL).snapshot, text)
+    assert [row.tenant["tenant"] for row in rows] == found.split()
+
+
+def test_the_same_column_again_is_the_other_way_round() -> None:
+    by_peak = Order().by(BY_WORD["peak"])
+    assert (by_peak.column.word, by_peak.is_reversed) == ("peak", False)
+    assert by_peak.by(BY_WORD["peak"]).is_reversed
+    assert not by_peak.by(BY_WORD["peak"]).by(BY_WORD["used"]).is_reversed
+
+
+def test_each_column_has_a_word_and_a_key_of_its_own() -> None:
+    assert tuple(BY_WORD) == cli.SORTS
+    assert {key: column.word for key, column in BY_KEY.items()} == {word[0]: word for word in BY_WORD} | {"m": "used"}
+    assert len(set(BY_KEY)) == len(BY_WORD) + 1
+    assert not set(BY_KEY) & set("qjk/ ")

@@ -1,0 +1,93 @@
+"""Why a process has no shim: programs of each kind, as the kernel shows them; and how it is told."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf import service
+from fgpu_ebpf.shimless import LIST, Reason, reason
+
+SHIM = Path(__file__).parents[2] / "build/shim/libfgpu.so"
+SOURCE = '#include <stdio.h>\nint main(void) { puts("up"); fflush(stdout); return getchar(); }\n'
+MOUNTED = f'mount -t tmpfs none /etc && touch "$1" {LIST} && mount --bind "$1" {LIST} && exec "$2"'
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Compiles a program that says so when it is up, and waits."""
+    folder = tmp_path_factory.mktemp("programs")
+    (folder / "wait.c").write_text(SOURCE)
+
+    def compiled(compiler: str, *flags: str) -> str:
+        path = folder / "-".join(["wait", compiler, *flags])
+        subprocess.run([compiler, *flags, "-o", path, folder / "wait.c"], check=True, timeout=30)
+        return str(path)
+
+    return compiled
+
+
+@pytest.fixture
+def reason_of() -> Iterator[Any]:
+    """Starts a command; why its process has no shim."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*command: str, **environment: str) -> Reason | None:
+        process = subprocess.Popen(command, stdin=-1, stdout=-1, env={"PATH": "/usr/sbin:/usr/bin:/bin", **environment})
+        started.append(process)
+        assert process.stdout
+        assert process.stdout.readline() == b"up\n"
+        return reason(process.pid)
+
+    yield start
+    for process in started:
+        process.communicate(b"\n", timeout=5)
+
+
+@pytest.mark.parametrize("flags", [["-static"], ["-static-pie"]])
+def test_static(program: Any, reason_of: Any, flags: list[str]) -> None:
+    assert reason_of(program("gcc", *flags)) is Reason.STATIC
+
+
+def test_musl(program: Any, reason_of: Any) -> None:
+    assert reason_of(program("musl-gcc")) is Reason.MUSL
+    assert reason_of(program("musl-gcc", "-static")) is Reason.STATIC
+
+
+def test_nothing_mounted(program: Any, reason_of: Any) -> None:
+    assert reason_of(program("gcc")) is Reason.NOT_MOUNTED
+    loader = subprocess.run(["readelf", "-p", ".interp", program("gcc")], capture_output=True, text=True, check=True)
+    assert reason_of(loader.stdout.split()[-1], program("gcc")) is Reason.NOT_MOUNTED, "its loader was called"
+
+
+def test_a_list_that_does_not_bring_it(program: Any, reason_of: Any, tmp_path: Path) -> None:
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", MOUNTED, "sh", str(tmp_path / "list")]
+    assert reason_of(*inside, program("gcc")) is Reason.NOT_LOADED
+
+
+def test_there_and_not_used(program: Any, reason_of: Any) -> None:
+    assert reason_of(program("gcc"), LD_PRELOAD=str(SHIM)) is Reason.UNUSED
+
+
+def test_gone() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert reason(ended.pid) is None
+
+
+def tenant(name: str, bypassing: dict[str, int], shimless: dict[str, int]) -> dict[str, Any]:
+    return {"tenant": name, "bypassing": bypassing, "shimless": shimless}
+
+
+def test_doctor_names_tenant_reason_and_mend() -> None:
+    assert service._shims([tenant("a", {}, {})]).ok
+    found = service._shims(
+        [tenant("b", {"no_admission": 2}, {"musl": 1, "static": 1}), tenant("a", {"older": 1}, {}), tenant("c", {}, {})]
+    )
+    assert (found.ok, found.found) == (False, "a (older), b (musl, static)")
+    assert f"musl: {Reason.MUSL.words}; fgpu explain" in found.mend
+    assert "not_mounted" not in found.mend
