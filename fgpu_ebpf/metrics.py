@@ -18,7 +18,6 @@ import fgpu_ebpf
 from fgpu_ebpf import pages
 from fgpu_ebpf.snapshot import ComputeView, DeviceView, SlicesView, Snapshot, TenantDevice
 
-
 _TENANT_GAUGES: tuple[tuple[str, str, Callable[[TenantDevice], int | None]], ...] = (
     ("fgpu_memory_limit_bytes", "Bytes that the tenant may hold on the device", lambda d: pages.limit(d.limit_bytes)),
     ("fgpu_memory_used_bytes", "Bytes charged to the tenant on the device", lambda d: d.used_bytes),
