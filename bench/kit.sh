@@ -1,0 +1,103 @@
+#!/bin/sh
+# What the benchmarks and bench/gpu_check.sh need on a GPU host that reaches no package registry.
+#
+#   bench/kit.sh pack FOLDER      on Debian 12, where registries are reached: fills FOLDER (60 MB)
+#   bench/kit.sh unpack FOLDER    there, as root, in this tree, with gcc and a Python of $PYTHON_VERSION (3.12): builds a
+#                                 copy of the tree in /tmp/fgpu and writes /tmp/fgpu/env, to be sourced before a benchmark
+#
+# Nothing of the host is replaced: packages are unpacked below /tmp.
+set -eu
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+version=${PYTHON_VERSION:-3.12}
+
+wheels() { # wheels FOLDER PACKAGE...: for the host's Python, with what they need
+    folder=$1
+    shift
+    "$root/.venv/bin/python" -m pip download --quiet --disable-pip-version-check --dest "$folder" --only-binary=:all: \
+        --python-version "$version" --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 "$@"
+}
+
+pack() {
+    "$root/dev" build
+    rm -rf "$1"
+    mkdir -p "$1/debs" "$1/wheels"
+    (cd "$1/debs" && apt-get download -qq -o APT::Sandbox::User=root libbpfcc python3-bpfcc libllvm14 libclang-cpp14 \
+        libbpf1 libedit2 libbsd0 libmd0 libxml2 libicu72 libtinfo6 libelf1 libz3-4 libdebuginfod1 libffi8)
+    "$root/.venv/bin/python" -c '
+import sys, tomllib
+print("\n".join(tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]))' "$root/pyproject.toml" >"$1/needed"
+    grep -E '^(nvitop|nvidia-ml-py)==' "$root/tests/e2e/requirements.txt" >>"$1/needed"
+    wheels "$1/wheels" --requirement "$1/needed" blessed
+    "$root/.venv/bin/python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$1/wheels" \
+        "$(grep '^gpustat==' "$root/tests/e2e/requirements.txt")"
+    for runtime in nvidia-cuda-runtime-cu11==11.8.89 nvidia-cuda-runtime-cu12==12.9.79 nvidia-cuda-runtime==13.0.96; do
+        wheels "$1/unpacked" --no-deps "$runtime"
+        mkdir -p "$1/runtimes/$runtime"
+        unzip -qjo "$1/unpacked/"*.whl '*/libcudart.so*' -d "$1/runtimes/$runtime" # and not what programs are built with
+        rm -r "$1/unpacked"
+    done
+    tar -C "$root/build" -czf "$1/headers.tar.gz" headers
+    tar -C "$1" --remove-files -czf "$1/runtimes.tar.gz" runtimes
+    du -sh "$1"
+}
+
+bcc() { # bcc DEBS: the shared objects that BCC needs, none of libc's
+    for deb in "$1"/*.deb; do dpkg -x "$deb" /tmp/fgpu/bcc; done
+    mkdir -p /tmp/fgpu/lib
+    for name in bcc LLVM clang-cpp bpf edit z3 tinfo bsd md xml2 icuuc icudata elf ffi debuginfod; do
+        find /tmp/fgpu/bcc -name "lib$name*.so*" -exec ln -sf -t /tmp/fgpu/lib {} +
+    done
+}
+
+command_of() { # command_of NAME ENVIRONMENT... -- PROGRAM...: a command that sees this environment
+    name=/tmp/fgpu/bin/$1
+    shift
+    printf '#!/bin/sh\nexec env %s "$@"\n' "$*" >"$name"
+    chmod +x "$name"
+}
+
+unpack() {
+    [ "$(id -u)" = 0 ] || { echo "kit.sh: unpack needs root" >&2 && exit 1; }
+    rm -rf /tmp/fgpu
+    mkdir -p /tmp/fgpu/tree /tmp/fgpu/bin /tmp/fgpu/site
+    bcc "$1/debs"
+    for wheel in "$1"/wheels/*.whl; do python3 -m zipfile -e "$wheel" /tmp/fgpu/site; done
+    for more in "$1"/*.tar.gz; do tar -C /tmp/fgpu -xzf "$more"; done
+    tar -C "$root" --exclude=./.git --exclude=./.venv --exclude=./build -cf - . | tar -C /tmp/fgpu/tree --no-same-owner -xf -
+    packages=/tmp/fgpu/bcc/usr/lib/python3/dist-packages
+    command_of python LD_LIBRARY_PATH=/tmp/fgpu/lib "PYTHONPATH=/tmp/fgpu/tree:/tmp/fgpu/site:$packages" /usr/bin/python3
+    # Users' programs, which know nothing of BCC's libraries.
+    command_of nvitop -u LD_LIBRARY_PATH PYTHONPATH=/tmp/fgpu/site /usr/bin/python3 -m nvitop
+    command_of gpustat -u LD_LIBRARY_PATH PYTHONPATH=/tmp/fgpu/site /usr/bin/python3 -m gpustat
+    build
+    cat >/tmp/fgpu/env <<END
+cd /tmp/fgpu/tree
+export PATH=/tmp/fgpu/bin:\$PATH FGPU="/tmp/fgpu/bin/python -m fgpu_ebpf.cli" PYTHON=/tmp/fgpu/bin/python
+export HEADERS=/tmp/fgpu/headers DRIVER_ROOT=/
+export CUDARTS=$(find /tmp/fgpu/runtimes -mindepth 1 -type d | paste -sd:)
+END
+    for tracing in "tracefs /sys/kernel/tracing" "bpf /sys/fs/bpf"; do
+        # shellcheck disable=SC2086 # a type and a place
+        set -- $tracing
+        mountpoint -q "$2" || mount -t "$1" "$1" "$2"
+    done
+}
+
+build() { # the shim, the OCI helper and the benchmarks' programs, as ./dev build has them
+    cd /tmp/fgpu/tree
+    make -s -C shim OUT=/tmp/fgpu/tree/build/shim HEADERS=/tmp/fgpu/headers
+    make -s -C oci OUT=/tmp/fgpu/tree/build/oci
+    mkdir -p build/bench build/examples build/e2e
+    for source in bench/*.c examples/*.c; do
+        gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o "build/${source%.c}" "$source" -ldl -pthread
+    done
+    gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o build/e2e/client tests/e2e/client.c -ldl -pthread
+}
+
+[ $# = 2 ] || { echo "usage: bench/kit.sh pack|unpack FOLDER" >&2 && exit 2; }
+case $1 in
+pack) pack "$2" ;;
+unpack) unpack "$(cd "$2" && pwd)" ;;
+*) echo "kit.sh: no $1: pack or unpack" >&2 && exit 2 ;;
+esac
