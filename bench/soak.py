@@ -1,0 +1,330 @@
+"""Everything at once for MINUTES: tenants of every kind come, allocate, are refused, killed and go, while limits and
+policies change and agent and gatekeeper are killed and restarted.
+
+Prints `soak_NAME VALUE UNIT`: what was done; what was wrong (bytes above a limit, ledgers that did not agree with the
+driver within their time, programs that said nothing); and for each size that was watched its slope a minute with half
+of its 95 % interval. Writes build/bench/soak.json, soak.csv and soak.svg. 1 where anything was wrong, or where the
+resident memory of agent or gatekeeper grows by more than 1 KiB a minute and no growth is not in the interval. Starts
+and stops driver and services itself; DRIVER_ROOT=/ takes the real driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/e2e"))
+import harness
+from harness import MIB, REFUSED, Client, Place, Service, Tenant, ask, eventually
+from memory import end_in_order
+from slopes import Watch, plot
+from tenants import record
+
+REAL = harness.DRIVER_ROOT != harness.SIM
+GRANULE = 2 * MIB
+MOST_TENANTS, MOST_PROGRAMS = 10, 3
+SMALLEST, LARGEST = 600 * MIB, 1200 * MIB
+CHECK_SECONDS, AGREE_SECONDS = 20.0, 10.0
+SLOPE_KIB = 1.0
+SHOWN = ("agent_resident", "gatekeeper_resident", "agent_descriptors", "map_processes", "map_allocations", "map_pages")
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: soak-{number}}}
+spec:
+  selector: {{cgroup: ["fgpu-soak-{number}/*"]}}
+  memory: {{limit: {limit}}}
+  compute: {{weight: {weight}}}
+"""
+
+
+class Soak:
+    """The load: one thing after the other, chosen by a seed."""
+
+    def __init__(self, service: Service, work: Path, seed: int) -> None:
+        self.service, self.random = service, random.Random(seed)
+        kinds = ["pidns", "host", "cgroups", *(runtime for runtime in ("runc", "crun") if _is_there(runtime))]
+        self.places: list[Place] = []
+        for kind in kinds:
+            (work / kind).mkdir()
+            self.places.append(harness.place_of(kind, work / kind))
+        self.tenants: dict[Tenant, list[Client]] = {}
+        self.limits: dict[Tenant, int] = {}
+        self.done: collections.Counter[str] = collections.Counter()
+        self.wrong: collections.Counter[str] = collections.Counter()
+        self.above = 0
+        self._policies = 0
+        self._busy: list[Client] = []
+        self._acts: list[tuple[Callable[[], None], int]] = [
+            (self.arrive, 4), (self.work, 30), (self.fill, 6), (self.start, 6), (self.kill, 5), (self.leave, 4),
+            (self.limit, 4), (self.policy, 1), (self.busy, 4), (self.calm, 3),
+        ]  # fmt: skip
+
+    # -- what happens
+
+    def step(self) -> None:
+        """One thing."""
+        acts, often = zip(*self._acts, strict=True)
+        act = self.random.choices(acts, often)[0]
+        act()
+        self.done[act.__name__] += 1
+
+    def arrive(self) -> None:
+        """A tenant; where there are enough, one goes first."""
+        if len(self.tenants) >= MOST_TENANTS:
+            self.leave()
+        limit = self.random.randrange(SMALLEST, LARGEST, MIB)
+        tenant = self.random.choice(self.places).tenant(limit)
+        self.tenants[tenant], self.limits[tenant] = [], limit
+        self._start(tenant)
+        if self.random.random() < 0.5:
+            harness.fgpu("set", tenant.path, "--weight", str(self.random.randrange(50, 400)))
+
+    def start(self) -> None:
+        """A program more in a tenant."""
+        if (tenant := self._tenant()) and len(self.tenants[tenant]) < MOST_PROGRAMS:
+            self._start(tenant)
+
+    def work(self) -> None:
+        """A program takes a little, in one of the ways that there are, and may give something back."""
+        if not (client := self._client()):
+            return
+        how = self.random.choice(("alloc", "vmm", "managed"))
+        self._said(client, f"{how} {self.random.randrange(1, 17) * GRANULE}", also=(REFUSED,))
+        if self.random.random() < 0.5:
+            self._said(client, f"drop {self.random.randrange(1, 9)}")
+
+    def fill(self) -> None:
+        """A program takes until it is refused."""
+        if client := self._client():
+            self._said(client, f"fill {8 * MIB} 0", also=(REFUSED,))
+            self._said(client, "drop 100000")
+
+    def busy(self) -> None:
+        """A program allocates and frees without pause, from now on."""
+        if client := self._client():
+            client.send(f"ask {GRANULE} 0")
+            self._busy.append(client)
+
+    def calm(self) -> None:
+        """One of those does so no more."""
+        if not self._busy:
+            return
+        client = self._busy.pop(self.random.randrange(len(self._busy)))
+        client.send("info")  # any word ends it, and is answered next
+        try:
+            if (said := client.receive(60)) != REFUSED:  # a context, and so everything
+                self.wrong["busy"] += client.numbers(said, "ask")[2]
+            client.receive(60)
+        except AssertionError as why:
+            self.wrong["silent"] += 1
+            print(f"# busy: {why}", flush=True)
+            client.kill()
+            self._lose(client)
+
+    def kill(self) -> None:
+        """kill -9 of a program, whatever it holds or does."""
+        clients = [client for mine in self.tenants.values() for client in mine]
+        if clients:
+            client = self.random.choice(clients)
+            client.kill()
+            self._lose(client)
+
+    def leave(self) -> None:
+        """A tenant goes with all its programs."""
+        if tenant := self._tenant():
+            self._busy = [client for client in self._busy if client.tenant is not tenant]
+            tenant.place.tenants.remove(tenant)
+            del self.tenants[tenant], self.limits[tenant]
+            tenant.end()
+
+    def limit(self) -> None:
+        """A tenant's limit changes, to more or to less than it has."""
+        if tenant := self._tenant():
+            limit = self.random.randrange(SMALLEST, LARGEST, MIB)
+            self.limits[tenant] = max(limit, tenant.memory()["used_bytes"])
+            harness.fgpu("set", tenant.path, "--memory", str(limit))
+
+    def policy(self) -> None:
+        """A policy file comes; it goes when the next one does."""
+        (self.service.policies / f"soak-{self._policies}.yaml").unlink(missing_ok=True)
+        self._policies += 1
+        text = POLICY.format(number=self._policies, limit=f"{self.random.randrange(1, 9)}GiB", weight=100)
+        (self.service.policies / f"soak-{self._policies}.yaml").write_text(text)
+
+    def restart(self) -> None:
+        """kill -9 of agent, gatekeeper or both; the agent starts the other one anew."""
+        which = self.random.choice(("agent", "gatekeeper", "both"))
+        if which != "gatekeeper":
+            self.service.kill_agent()
+        if which != "agent":
+            self.service.kill_gatekeeper()
+        if which != "gatekeeper":
+            self.service.start_agent()
+        eventually(self.service.gatekeepers, 20, "a gatekeeper")
+        self.done[f"restart_{which}"] += 1
+
+    # -- what is held to
+
+    def check(self) -> None:
+        """Nobody was ever above its limit, and the books agree with the driver's."""
+        self.service.check()
+        while self._busy:
+            self.calm()
+        for tenant in list(self.tenants):
+            seen = tenant.memory()
+            above = seen["used_bytes"] - max(self.limits[tenant], seen["limit_bytes"])
+            if above > 0:
+                self.wrong["above"] += 1
+                self.above = max(self.above, above)
+            if not REAL:
+                try:
+                    tenant.assert_covered(AGREE_SECONDS)
+                except AssertionError as why:
+                    self.wrong["disagree"] += 1
+                    print(f"# {why}", flush=True)
+        self.wrong["failures"] = max(self.wrong["failures"], ask(verb="snapshot")["failures"])
+        self.done["check"] += 1
+
+    def close(self) -> None:
+        """All tenants go; what the ledger has of processes then is wrong."""
+        for place in self.places:
+            place.close()
+        (self.service.policies / f"soak-{self._policies}.yaml").unlink(missing_ok=True)
+
+        def nobody() -> bool:
+            return not any(t["processes"] for t in ask(verb="snapshot")["tenants"])
+
+        with contextlib.suppress(harness.Timeout):
+            eventually(nobody, 20)
+        self.wrong["left"] = sum(len(t["processes"]) for t in ask(verb="snapshot")["tenants"])
+
+    # -- hands
+
+    def _tenant(self) -> Tenant | None:
+        return self.random.choice(list(self.tenants)) if self.tenants else None
+
+    def _client(self) -> Client | None:
+        """One that listens."""
+        clients = [client for mine in self.tenants.values() for client in mine if client not in self._busy]
+        return self.random.choice(clients) if clients else None
+
+    def _start(self, tenant: Tenant) -> None:
+        client = tenant.client()
+        self.tenants[tenant].append(client)
+        self._said(client, "context", also=(REFUSED,))
+
+    def _said(self, client: Client, command: str, also: tuple[str, ...] = ()) -> None:
+        try:
+            said = client.do(command)
+        except AssertionError as why:
+            self.wrong["silent"] += 1
+            print(f"# {command}: {why}", flush=True)
+            client.kill()
+            self._lose(client)
+            return
+        if said.split()[0] != "ok" and said not in also:
+            self.wrong["answers"] += 1
+            print(f"# {command}: {said}", flush=True)
+        self.done["refused"] += said == REFUSED
+
+    def _lose(self, client: Client) -> None:
+        if client in self._busy:
+            self._busy.remove(client)
+        for clients in self.tenants.values():
+            if client in clients:
+                clients.remove(client)
+        client.close()
+
+
+def _is_there(runtime: str) -> bool:
+    """Containers run on the simulator alone: their root has no real driver."""
+    return not REAL and any(Path(f, runtime).exists() for f in ("/usr/sbin", "/usr/bin"))
+
+
+def run(soak: Soak, seconds: float, every: float) -> None:
+    """Things happen for so long; a restart comes every `every` seconds."""
+    begun = time.monotonic()
+    checked, restarted = begun, begun
+    while (now := time.monotonic()) < begun + seconds:
+        soak.step()
+        if now - checked >= CHECK_SECONDS:
+            soak.check()
+            checked = now
+        if now - restarted >= every:
+            soak.restart()
+            restarted = now
+    soak.check()
+
+
+def report(soak: Soak, watch: Watch) -> int:
+    """All lines; 1 where something was wrong."""
+    lines: dict[str, tuple[float, str]] = {f"soak_{name}": (n, "") for name, n in sorted(soak.done.items())}
+    lines |= {f"soak_wrong_{name}": (n, "") for name, n in sorted(soak.wrong.items())}
+    lines["soak_most_above"] = (soak.above, "bytes")
+    grows = []
+    for name in watch.names():
+        if not (slope := watch.slope(name)):
+            continue
+        unit = "KiB/min" if name.endswith("resident") else "/min"
+        lines[f"soak_slope_{name}"], lines[f"soak_within_{name}"] = (slope.value, unit), (slope.within, unit)
+        if name.endswith("resident") and slope.value > SLOPE_KIB and not slope.may_be_none:
+            grows.append(name)
+    record("soak", lines)
+    print(f"soak_grows {' '.join(grows) or 'nothing'}")
+    return 1 if grows or any(soak.wrong.values()) else 0
+
+
+def main() -> int:
+    """Reads the command line, soaks, prints."""
+    parser = argparse.ArgumentParser(description=" ".join((__doc__ or "").split("\n\n")[0].split()))
+    parser.add_argument("minutes", type=float, nargs="?", default=10.0)
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
+    parser.add_argument("--restart-every", type=float, help="seconds (a fifth of all, 20 minutes at most)")
+    given = parser.parse_args()
+    every = given.restart_every or min(1200.0, given.minutes * 60 / 5)
+    print(f"soak_seed {given.seed}", flush=True)
+    harness.compile_programs()
+    end_in_order()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        service = Service(work)
+
+        def pids() -> dict[str, int]:
+            agent = [service.agent.pid] if service.agent else []
+            gatekeepers = sorted(service.gatekeepers())  # for a moment there may be two
+            return dict(zip(("agent", "gatekeeper"), (*agent, *gatekeepers), strict=False))
+
+        watch = Watch(pids)
+        try:
+            if not REAL:
+                service.start_driver()
+            service.start_agent()
+            soak = Soak(service, work, given.seed)
+            watch.start()
+            try:
+                run(soak, given.minutes * 60, every)
+            finally:
+                watch.end()
+                soak.close()
+        except (AssertionError, OSError) as error:
+            print(f"bench soak: {error}\n{service.log.read_text()[-2000:]}", file=sys.stderr)
+            return 1
+        finally:
+            service.stop()
+    code = report(soak, watch)
+    out = harness.BUILD / "bench"
+    watch.write(out / "soak.csv")
+    plot(watch, [name for name in SHOWN if name in watch.names()], out / "soak.svg")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
