@@ -68,16 +68,22 @@ _Path = Annotated[str, AfterValidator(_absolute), Field(max_length=4096)]
 class HostDocument(Model):
     """`agent.yaml`"""
 
-    listen: Annotated[str, AfterValidator(_address)] = absent()
-    overcommit: Literal["forbid", "allow"] = "forbid"
-    loader: Annotated[list[str], Field(min_length=1, max_length=16), AfterValidator(_program)] = absent()
-    driver_root: _Path = absent()
-    policy_folder: _Path = absent()
-    metric_labels: MetricLabels = absent()
-    engines: Annotated[list[Annotated[str, AfterValidator(_engine)]], Field(max_length=16)] = absent()
-    log_format: Literal["text", "json", "journal"] = "text"
-    cdi_folder: _Path = absent()
-    shares: Annotated[list[Annotated[str, AfterValidator(_share)]], Field(max_length=256)] = absent()
+    listen: Annotated[str, AfterValidator(_address)] = absent("The address of /metrics.")
+    overcommit: Literal["forbid", "allow"] = Field("forbid", description="`allow`: limits may sum past a device.")
+    loader: Annotated[list[str], Field(min_length=1, max_length=16), AfterValidator(_program)] = absent(
+        "The interpreter that sees BCC, and its arguments."
+    )
+    driver_root: _Path = absent("Where the NVIDIA driver's libraries are.")
+    policy_folder: _Path = absent("Where the policies are.")
+    metric_labels: MetricLabels = absent("Labels that every tenant's metrics carry.")
+    engines: Annotated[list[Annotated[str, AfterValidator(_engine)]], Field(max_length=16)] = absent(
+        "Who is asked for labels, as `docker:`, `podman:` or `cri:` and a socket; `[]` asks nobody."
+    )
+    log_format: Literal["text", "json", "journal"] = Field("text", description="How the agent's log is written.")
+    cdi_folder: _Path = absent("Where container engines look for devices.")
+    shares: Annotated[list[Annotated[str, AfterValidator(_share)]], Field(max_length=256)] = absent(
+        "What containers may ask for by name."
+    )
 
 
 def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[Fault, ...]]:

@@ -30,21 +30,24 @@ from fgpu_ebpf.policyvalues import (
 from fgpu_ebpf.quantities import amount_text
 
 _EXAMPLE = {"cgroup": ["system.slice/docker-*.scope"]}
+_USUAL = policy.Compute()
 _EVERY_DEVICE = policy.DeviceChoice("*", model=name_globs(["*"]))
 
 
 class Metadata(Model):
     """What the policy is called."""
 
-    name: PolicyName = Field(examples=["notebooks"])
+    name: PolicyName = Field(description="Unique over all files.", examples=["notebooks"])
 
 
 class MatchExpression(Model):
     """One question about one label; a label that is not there is NotIn everything."""
 
-    key: LabelKey = Field(examples=["tier"])
-    operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
-    values: Annotated[list[str], Several] = absent()
+    key: LabelKey = Field(description="The label's name.", examples=["tier"])
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist"] = Field(
+        description="A label that is not there is `NotIn` everything."
+    )
+    values: Annotated[list[str], Several] = absent("For `In` and `NotIn`, and for them alone.", ["a", "b"])
 
     @model_validator(mode="after")
     def _has_values(self) -> Self:
@@ -61,12 +64,16 @@ class Selector(Model):
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
-    cgroup: Paths = absent()
-    namespace: Names = absent()
-    image: Images = absent()
-    unit: Names = absent()
-    match_labels: Annotated[dict[LabelKey, str], Several] = absent()
-    match_expressions: Annotated[list[MatchExpression], Several] = absent()
+    cgroup: Paths = absent(
+        "The cgroup's path below the hierarchy's root: `*` and `?` stay within a folder, `**` stands for any folders.",
+        "system.slice/docker-*.scope",
+        "kubepods.slice/**/cri-containerd-*.scope",
+    )
+    namespace: Names = absent("The pod's namespace.", "team-*")
+    image: Images = absent("The container's image; `*` crosses `/`.", "registry.example/*")
+    unit: Names = absent("The innermost systemd service or scope, with systemd's escapes.", "jupyter-*.service")
+    match_labels: Annotated[dict[LabelKey, str], Several] = absent("Labels, all of them.", {"tier": "notebook"})
+    match_expressions: Annotated[list[MatchExpression], Several] = absent("Questions about labels, all of them.")
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -78,8 +85,11 @@ class Selector(Model):
 class Memory(Model):
     """The limit on each device, and how far the workload's own label fgpu.dev/memory may go."""
 
-    limit: Bytes = Field(examples=["8GiB"])
-    max: Bytes = absent()
+    limit: Bytes = Field(
+        description="What it may hold on each device; a percentage is of what tenants can get there, cut to 2 MiB.",
+        examples=["8GiB", "50%"],
+    )
+    max: Bytes = absent("How far the workload's own label may go; without it as far as `limit`.", "16GiB")
 
     @model_validator(mode="after")
     def _max_is_not_less(self) -> Self:
@@ -94,38 +104,50 @@ class Memory(Model):
 class Compute(Model):
     """The share of a device's time; without it the workload is not gated."""
 
-    limit: Ceiling = absent()
-    weight: Annotated[int, Field(ge=1, le=10_000)] = 100
-    priority: Literal["high", "normal", "low"] = "normal"
-    quantum: Quantum = absent()
+    limit: Ceiling = absent("The most of a device's time, even of an idle one; without it no ceiling.", "50%")
+    weight: Annotated[int, Field(ge=1, le=10_000)] = Field(100, description="Its part of contended time.")
+    priority: Literal["high", "normal", "low"] = Field("normal", description="Who comes first.")
+    quantum: Quantum = absent(
+        "The length of a turn, from 1ms to 1s; up to twice as long among tenants that never pause. Without it"
+        f" {_USUAL.quantum_ns // 1_000_000}ms.",
+        "5ms",
+    )
 
 
 class Views(Model):
     """What the workload is shown."""
 
-    utilization: Literal["device", "own"] = "device"
+    utilization: Literal["device", "own"] = Field("device", description="What the whole GPU does, or the workload.")
 
 
 class Spec(Model):
     """Whom the policy is for, and what they get."""
 
-    mode: Literal["observe", "enforce"] = "enforce"
-    selector: Selector = Field(examples=[_EXAMPLE])
-    devices: Devices = absent()
-    memory: Memory = absent()
-    compute: Compute = absent()
-    on_bypass: Literal["report", "kill"] = "report"
-    views: Views = absent()
-    metric_labels: MetricLabels = absent()
+    mode: Literal["observe", "enforce"] = Field(
+        "enforce", description="`observe` admits everything, counts what it would have refused, and narrows no view."
+    )
+    selector: Selector = Field(description="Whom the policy is for.", examples=[_EXAMPLE])
+    devices: Devices = absent(
+        "Indices, UUIDs or their beginnings, models; without it every device.", [0], "GPU-1f3a", "*H200*"
+    )
+    memory: Memory = absent("The limit of memory; without it there is none, and the workload is only counted.")
+    compute: Compute = absent("The share of time; without it the workload takes no part in time slices.")
+    on_bypass: Literal["report", "kill"] = Field(
+        "report",
+        description="What happens to a process that goes around the shim and would exceed the limit; `kill` waits while"
+        " a process that is older than fgpu is in the tenant.",
+    )
+    views: Views = absent("What the workload is shown.")
+    metric_labels: MetricLabels = absent("Labels of the workload that its metrics carry.", ["team"])
 
 
 class GpuPolicy(Model):
     """One policy: the first whose selector matches a workload decides."""
 
-    api_version: Literal["fgpu.dev/v1alpha1"]
-    kind: Literal["GpuPolicy"]
-    metadata: Metadata
-    spec: Spec = Field(examples=[{"selector": _EXAMPLE}])
+    api_version: Literal["fgpu.dev/v1alpha1"] = Field(description="The version of this format.")
+    kind: Literal["GpuPolicy"] = Field(description="There is no other.")
+    metadata: Metadata = Field(description="What the policy is called.")
+    spec: Spec = Field(description="Whom it is for, and what they get.", examples=[{"selector": _EXAMPLE}])
 
 
 def json_schema() -> dict[str, Any]:
@@ -168,10 +190,9 @@ def _selector(model: Selector) -> policy.Selector:
 
 
 def _compute(model: Compute) -> policy.Compute:
-    usual = policy.Compute()
     return policy.Compute(
-        limit_ratio=model.limit or usual.limit_ratio,
+        limit_ratio=model.limit or _USUAL.limit_ratio,
         weight=model.weight,
         priority=policy.Priority(model.priority),
-        quantum_ns=model.quantum or usual.quantum_ns,
+        quantum_ns=model.quantum or _USUAL.quantum_ns,
     )

@@ -59,9 +59,9 @@ class _OrOne:
         return {"anyOf": [schema["items"], schema]}
 
 
-def absent() -> Any:
+def absent(description: str, *examples: Any) -> Any:
     """A key that may be left out, but not left empty: the schema knows no null and no default."""
-    return Field(default=None, json_schema_extra=_without_default)
+    return Field(default=None, description=description, examples=list(examples) or None, json_schema_extra=_without_default)
 
 
 def _without_default(schema: dict[str, Any]) -> None:

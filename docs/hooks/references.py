@@ -1,0 +1,217 @@
+"""Reference pages, written from what the program itself goes by: the policy's model, the collector, the commands.
+
+Owns: how those look in Markdown. Never: says anything of a key, a metric or an option that the code does not. On
+failure: KeyError or AssertionError for what has no words here yet, which ends the build.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import BaseModel
+
+from fgpu_ebpf import hostfile, hostmodel, metrics, pages, policymodel, policyvalues, shimless
+from fgpu_ebpf.cli import main
+from fgpu_ebpf.faults import _model_in
+from fgpu_ebpf.snapshot import PoliciesView, Snapshot
+
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARDS = ROOT / "dashboards"
+# What a pattern of the schema means to people.
+PATTERNS = {
+    policyvalues._MEMORY: "bytes: `8GiB`, `8192MiB`",
+    policyvalues._PERCENT: "percentage: `50%`",
+    policyvalues._DURATION: "duration: `500us`, `20ms`, `1s`",
+    f"^{policyvalues._NAME}$": "up to 63 small letters, digits, `-` and `.`",
+    f"^{policyvalues._METRIC_LABEL}$": "name of a Prometheus label",
+}
+# Values of labels that the code has a list of.
+VALUES: Mapping[tuple[str, str], Iterable[str]] = {
+    ("fgpu_bypassing_processes", "how"): metrics._HOW,
+    ("fgpu_shimless_processes", "reason"): shimless.Reason,
+    ("fgpu_memory_refused", "reason"): [reason.name.lower() for reason in pages.Reason],
+    ("fgpu_anomalies", "kind"): [*(kind.name.lower() for kind in pages.Anomaly), "unprobed"],
+}
+
+
+def _table(*head: str) -> list[str]:
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+# -- documents -----------------------------------------------------------------------------------------------------
+
+
+def policy() -> str:
+    """Every key of a policy, with its type, default and examples."""
+    return "\n".join(_model(policymodel.GpuPolicy, "", 3))
+
+
+def host() -> str:
+    """Every key of agent.yaml; the defaults are those that hold without a file."""
+    usual = hostfile.HostSettings()
+    defaults = {field.name: _plain(field.name, getattr(usual, field.name)) for field in fields(usual)}
+    return "\n".join(_keys(hostmodel.HostDocument, defaults))
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name == "overcommit":
+        return "allow" if value else "forbid"
+    return list(value) if isinstance(value, tuple) else str(value)
+
+
+def _model(model: type[BaseModel], path: str, level: int) -> Iterator[str]:
+    title = f"`{path}`" if path else "The document"
+    yield from ("", f"{'#' * level} {title}", "", model.__doc__ or "", "")
+    yield from _keys(model, {})
+    for field in model.model_fields.values():
+        inner = _model_in(field.annotation)
+        if inner:
+            yield from _model(inner, f"{path}.{field.alias}".lstrip("."), level)
+
+
+def _keys(model: type[BaseModel], defaults: Mapping[str, Any]) -> Iterator[str]:
+    schema = model.model_json_schema()
+    yield from _table("key", "type", "default", "what it says")
+    for name, field in model.model_fields.items():
+        key = str(field.alias or name)
+        shown = schema["properties"][key]
+        default = defaults.get(name, shown.get("default"))
+        needed = "needed" if field.is_required() else ""
+        assert field.description, f"{model.__name__}.{name} does not say what it is"
+        examples = ", ".join(f"`{_written(example)}`" for example in field.examples or ())
+        said = field.description + (f" Such as {examples}." if examples and not _model_in(field.annotation) else "")
+        yield _row(f"`{key}`", _type(shown, schema), needed or _default(default), said)
+
+
+def _default(value: Any) -> str:
+    return "" if value is None else f"`{_written(value)}`"
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _type(shown: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    if "$ref" in shown:
+        return "mapping"
+    if "anyOf" in shown:
+        return " or ".join(dict.fromkeys(_type(one, schema) for one in shown["anyOf"]))
+    if "enum" in shown or "const" in shown:
+        return ", ".join(f"`{value}`" for value in shown.get("enum", [shown.get("const")]))
+    if "pattern" in shown:
+        return PATTERNS[shown["pattern"]]
+    match shown["type"]:
+        case "array":
+            return f"list of {_type(shown['items'], schema)}"
+        case "object":
+            return "mapping of labels"
+        case "integer" if "minimum" in shown:
+            return f"{shown['minimum']} to {shown['maximum']}"
+        case "integer":
+            return "number of bytes"
+        case found:
+            return {"string": "text"}[found]
+
+
+# -- metrics -------------------------------------------------------------------------------------------------------
+
+
+def families() -> list[Any]:
+    """Every family that the collector knows."""
+    everything = Snapshot(1.0, policies=PoliciesView(True, 1.0, 1, ()), gatekeeper_up=True)
+    return list(metrics.families(everything))
+
+
+def exposed(family: Any) -> str:
+    """Its name on the page: a counter's ends on _total."""
+    return f"{family.name}_total" if family.type == "counter" else str(family.name)
+
+
+def metric_table() -> str:
+    """Every family: type, labels, help, and who of dashboards/ asks for it."""
+    asked = _asked()
+    lines = _table("metric", "type", "labels", "what it is", "asked for by")
+    for family in families():
+        labels = [_label(family.name, label) for label in family._labelnames]
+        if family.name == "fgpu_tenant_info":
+            labels.append("`metricLabels`' own")
+        name = rf"\b{exposed(family)}(_bucket|_sum|_count)?\b"
+        users = ", ".join(who for who, text in asked.items() if re.search(name, text))
+        lines.append(_row(f"`{exposed(family)}`", family.type, ", ".join(labels), family.documentation, users))
+    return "\n".join(lines)
+
+
+def _label(metric: str, label: str) -> str:
+    values = VALUES.get((metric, label), ())
+    return f"`{label}`" + (f" ({', '.join(values)})" if values else "")
+
+
+def _asked() -> dict[str, str]:
+    found = {"alerts": (DASHBOARDS / "rules.yaml").read_text()}
+    for file in sorted(DASHBOARDS.rglob("*.json")):
+        found[json.loads(file.read_text())["title"].removeprefix("fgpu / ")] = file.read_text()
+    return found
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    """Every command of `fgpu` that is not hidden, with the words that call it."""
+    yield from _commands("fgpu", main)
+
+
+def _commands(words: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    yield words, command
+    if isinstance(command, click.Group):
+        for name, inner in sorted(command.commands.items()):
+            if not inner.hidden:
+                yield from _commands(f"{words} {name}", inner)
+
+
+def options(command: click.Command) -> list[click.Option]:
+    """Those that `--help` shows, but for itself."""
+    return [p for p in command.params if isinstance(p, click.Option) and not p.hidden and p.name != "help"]
+
+
+def command_pages() -> str:
+    """Every command: usage, what it does, its options."""
+    lines: list[str] = []
+    for words, command in commands():
+        context = click.Context(command, info_name=words)
+        usage = " ".join([words, *command.collect_usage_pieces(context)])
+        lines += ["", f"## {words}", "", "```text", usage, "```", "", *_help(command.help or "")]
+        if options(command):
+            lines += ["", *_table("option", "", "what it does")]
+            lines += [_row(*_option(option, context)) for option in options(command)]
+    return "\n".join(lines)
+
+
+def _option(option: click.Option, context: click.Context) -> tuple[str, str, str]:
+    said = option.help or ""
+    if option.show_default and option.default is not None:
+        said += f" `{option.default}` without it."
+    names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+    return names, "" if option.is_flag else f"`{option.make_metavar(context)}`", said
+
+
+def _help(text: str) -> Iterator[str]:
+    """Paragraphs as they are; those that click is told not to wrap, as text."""
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith("\b\n"):
+            yield from ("", "```text", paragraph[2:], "```")
+        else:
+            yield paragraph.strip()
+
+
+WRITERS = {"policy": policy, "host": host, "metrics": metric_table, "commands": command_pages}

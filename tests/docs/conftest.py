@@ -1,0 +1,47 @@
+"""The site as `./dev docs` builds it, and a host on which the quick start's commands can be typed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import engine_kit
+import harness
+import pytest
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built site; a warning of the build is a failure."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
+    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
+    """The simulated driver (16 GiB, one device) and the agent."""
+    with harness.Service.running(tmp_path_factory.mktemp("service"), "docker") as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def docker(service: harness.Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[engine_kit.Engine]:
+    """Docker where the agent asks for it, with an image `ubuntu:24.04`: a root with glibc and a shell."""
+    image = engine_kit.make_root(tmp_path_factory.mktemp("image") / "root")
+    work = service.engine.parent  # of its socket
+    cave = engine_kit.Cave(work, service.cdi)
+    try:
+        found = engine_kit.NewerDocker(cave, work)
+        try:
+            found.load(image, "plain")
+            found.call("tag", "plain:1", "ubuntu:24.04")
+            yield found
+        finally:
+            found.close()
+    finally:
+        cave.close()

@@ -1,0 +1,85 @@
+"""The quick start, typed: each command of its ```console blocks in turn, and what it prints beside what the page shows.
+
+What cannot be done here is left out, and has a test of its own: the demo (`test_demo_holds`), packages and systemd
+(`tests/packages`). Replaced is NVIDIA's part of `docker run --gpus`, and where Docker of the tests has its settings.
+"""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import engine_kit
+import harness
+import pytest
+
+PAGE = harness.ROOT / "docs/quickstart.md"
+ABSENT = ("./dev demo", "./dev package", "apt-get", "systemctl enable")
+ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+GPUS = [
+    *("--volume", f"{harness.BUILD}:/opt/build:ro", "--volume", "/run/fgpu-sim:/run/fgpu-sim"),
+    *("--env", "LD_LIBRARY_PATH=/opt/build/sim/lib", "--volume", f"{harness.SIM}/nvidia-smi:/usr/bin/nvidia-smi:ro"),
+]
+
+
+def steps(text: str) -> list[tuple[str, str]]:
+    """The commands of a page and what each prints: `$ ` begins one, `> ` goes on with it."""
+    found = []
+    for block in re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for one in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            first, *lines = one.splitlines()
+            more = [line[2:] for line in lines if line.startswith("> ")]
+            said = [line for line in lines if not line.startswith("> ")]
+            found.append(("\n".join([first, *more]), "".join(f"{line}\n" for line in said)))
+    return found
+
+
+@pytest.fixture
+def words(docker: engine_kit.Engine, service: harness.Service, tmp_path: Path) -> list[str]:
+    """What runs a line as typed on this host: its commands are found in a folder of our own first."""
+    run = " ".join(map(shlex.quote, map(str, (*docker.words(), "$@")))).replace("'$@'", '"$@"')
+    gpus = " ".join(map(shlex.quote, [*engine_kit.ALLOWED, *GPUS]))
+    fgpu = shlex.join(harness.FGPU)
+    environment = " ".join(f"{key}={shlex.quote(value)}" for key, value in docker.environment.items())
+    given = 'for word; do shift; [ "$word" != --gpus ] || { skip=1; continue; }; [ -z "$skip" ] || { skip=; set -- "$@" '
+    programs = {
+        "sudo": 'exec "$@"',
+        "systemctl": f'[ "$*" = "reload docker" ] && kill -HUP "$(cat {service.engine.parent}/pid)"',
+        "fgpu": f'[ "$1" != setup ] || set -- "$@" --file {docker.settings}\n'  # and cgroups are where the agent sees them
+        f'[ "$1" != run ] || exec nsenter --target={os.getpid()} --mount {fgpu} "$@"\nexec {fgpu} "$@"',
+        "docker": f'skip=\n{given}{gpus}; continue; }}; set -- "$@" "$word"; done\nexec env {environment} {run}',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    etc = ["sh", "-c", 'mkdir -p /etc/fgpu/policy.d && mount --bind "$1" /etc/fgpu/policy.d', "sh", service.policies]
+    subprocess.run([*docker.cave.prefix, *map(str, etc)], check=True, timeout=10)
+    path = {**harness.ENVIRONMENT, "PATH": f"{tmp_path}:{harness.ENVIRONMENT['PATH']}"}
+    return [*docker.cave.prefix, "env", f"--chdir={harness.ROOT}", *(f"{key}={value}" for key, value in path.items()), "bash", "-c"]
+
+
+def typed(words: list[str], command: str) -> str:
+    """What a command prints; a failure is one of the page."""
+    done = subprocess.run(
+        [*words, command], cwd=harness.ROOT, capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def test_every_command_prints_what_the_page_shows(words: list[str], service: harness.Service) -> None:
+    done = 0
+    for command, shown in steps(PAGE.read_text()):
+        if any(word in command for word in ABSENT):
+            continue
+        said = typed(words, command)
+        assert doctest.OutputChecker().check_output(shown, said, ALIKE), f"$ {command}\n{said}\nThe page has:\n{shown}"
+        if "policy.d" in command:
+            harness.eventually(lambda: harness.ask(verb="snapshot")["policies"]["count"], 10, "the page's policy")
+        done += 1
+    assert done >= 11, "the page has lost its commands"
+    service.check()
