@@ -1,0 +1,93 @@
+"""What pages say of the code: tests that hold a promise are there, every check of `fgpu doctor` is explained."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+import pytest
+from harness import ROOT
+
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "fgpu_ebpf"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_tests_that_a_page_names_are_there(page) -> None:
+    named = re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)`", page.read_text())
+    for file, test in named:
+        found = ast.parse((ROOT / "tests" / file).read_text()).body
+        assert test in {node.name for node in found if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
+
+
+def test_every_promise_has_tests() -> None:
+    promises = re.split(r"^\*\*(P\d)\.", (DOCS / "security.md").read_text().split("## How it is held")[0], flags=re.M)
+    assert promises[1::2] == [f"P{n}" for n in range(1, 9)]
+    assert all(text.count(".py::") >= 2 for text in promises[2::2])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_a_page_has_one_title(page) -> None:
+    text = re.sub(r"^(```|~~~).*?^\1", "", page.read_text(), flags=re.M | re.S)
+    assert len(re.findall(r"^# ", text, re.M)) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_what_a_page_calls_is_there(page) -> None:
+    """Suites and benchmarks that print a figure."""
+    text = page.read_text()
+    for name in re.findall(r"`\./dev bench (\w+)", text):
+        assert (ROOT / f"bench/{name}.py").exists(), name
+    for path in re.findall(r"`((?:bench|tests|deploy|dashboards|examples)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+# -- troubleshooting -----------------------------------------------------------------------------------------------
+
+
+def texts(node: ast.expr, around: ast.AST) -> Iterator[str]:
+    """What an expression is made of: constants, also those that a name was given in the same function or module."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            yield part.value
+        elif isinstance(part, ast.Name):
+            for given in ast.walk(around):
+                if isinstance(given, ast.Assign) and any(getattr(to, "id", "") == part.id for to in given.targets):
+                    yield from (c.value for c in ast.walk(given.value) if isinstance(getattr(c, "value", None), str))
+
+
+def failures() -> Iterator[tuple[str, str]]:
+    """The name of every check that may fail, and the words of its mend."""
+    for module in sorted(PACKAGE.glob("*.py")):
+        tree = ast.parse(module.read_text())
+        for function in ast.walk(tree):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for call in ast.walk(function):
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Check" and len(call.args) > 3:
+                    name, mend = call.args[0], call.args[3]
+                    known = name.value if isinstance(name, ast.Constant) else "docker"
+                    said = [*texts(mend, function)] or [*texts(mend, tree)]
+                    yield known, "\0".join(said)
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text.replace("`", "").replace("\\|", "|")).lower()
+
+
+def test_every_check_of_doctor_is_explained() -> None:
+    rows = {}
+    for line in (DOCS / "troubleshooting.md").read_text().splitlines():
+        names = re.match(r"\| (`[\w ]+`(?:, `\w+`)*) \|", line)
+        for name in re.findall(r"`([\w ]+)`", names[1] if names else ""):
+            rows[name] = plain(line)
+    found = list(failures())
+    assert len({name for name, _ in found}) > 20
+    for name, mend in found:
+        assert name in rows, f"doctor has a line {name!r}"
+        for words in re.split(r"[\0;]", mend):
+            told = [part for part in re.split(r"'.*?'|[:(,]", plain(words).strip(" :;,()")) if len(part.strip()) > 12]
+            for part in told:
+                assert part.strip() in rows[name], f"{name}: {part.strip()!r} is not in its row"
