@@ -61,7 +61,8 @@ class _OrOne:
 
 def absent(description: str, *examples: Any) -> Any:
     """A key that may be left out, but not left empty: the schema knows no null and no default."""
-    return Field(default=None, description=description, examples=list(examples) or None, json_schema_extra=_without_default)
+    shown = list(examples) or None
+    return Field(default=None, description=description, examples=shown, json_schema_extra=_without_default)
 
 
 def _without_default(schema: dict[str, Any]) -> None:

@@ -20,6 +20,29 @@ import pytest
 PAGE = harness.ROOT / "docs/quickstart.md"
 ABSENT = ("./dev demo", "./dev package", "apt-get", "systemctl enable")
 ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+# Commands of this host that are found first; each is a shell's.
+SUDO = 'exec "$@"'
+SYSTEMCTL = '[ "$*" = "reload docker" ] && kill -HUP "$(cat {pid})"'
+# The settings are not where Docker has them as a rule, and tenants' cgroups are where the agent sees them.
+FGPU = """
+case $1 in
+setup) exec {fgpu} "$@" --file {settings} ;;
+run) exec nsenter --target={outside} --mount {fgpu} "$@" ;;
+*) exec {fgpu} "$@" ;;
+esac
+"""
+# `--gpus all` brings the simulated driver as NVIDIA's toolkit brings the real one.
+DOCKER = """
+for word; do
+    shift
+    case $word in
+    --gpus) ;;
+    all) set -- "$@" {gpus} ;;
+    *) set -- "$@" "$word" ;;
+    esac
+done
+exec env {environment} {docker} "$@"
+"""
 GPUS = [
     *("--volume", f"{harness.BUILD}:/opt/build:ro", "--volume", "/run/fgpu-sim:/run/fgpu-sim"),
     *("--env", "LD_LIBRARY_PATH=/opt/build/sim/lib", "--volume", f"{harness.SIM}/nvidia-smi:/usr/bin/nvidia-smi:ro"),
@@ -40,33 +63,30 @@ def steps(text: str) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def words(docker: engine_kit.Engine, service: harness.Service, tmp_path: Path) -> list[str]:
-    """What runs a line as typed on this host: its commands are found in a folder of our own first."""
-    run = " ".join(map(shlex.quote, map(str, (*docker.words(), "$@")))).replace("'$@'", '"$@"')
-    gpus = " ".join(map(shlex.quote, [*engine_kit.ALLOWED, *GPUS]))
-    fgpu = shlex.join(harness.FGPU)
-    environment = " ".join(f"{key}={shlex.quote(value)}" for key, value in docker.environment.items())
-    given = 'for word; do shift; [ "$word" != --gpus ] || { skip=1; continue; }; [ -z "$skip" ] || { skip=; set -- "$@" '
+    """What runs a line as it is typed on this host."""
     programs = {
-        "sudo": 'exec "$@"',
-        "systemctl": f'[ "$*" = "reload docker" ] && kill -HUP "$(cat {service.engine.parent}/pid)"',
-        "fgpu": f'[ "$1" != setup ] || set -- "$@" --file {docker.settings}\n'  # and cgroups are where the agent sees them
-        f'[ "$1" != run ] || exec nsenter --target={os.getpid()} --mount {fgpu} "$@"\nexec {fgpu} "$@"',
-        "docker": f'skip=\n{given}{gpus}; continue; }}; set -- "$@" "$word"; done\nexec env {environment} {run}',
+        "sudo": SUDO,
+        "systemctl": SYSTEMCTL.format(pid=docker.work / "pid"),
+        "fgpu": FGPU.format(fgpu=shlex.join(harness.FGPU), settings=docker.settings, outside=os.getpid()),
+        "docker": DOCKER.format(
+            gpus=shlex.join([*engine_kit.ALLOWED, *GPUS]),
+            environment=shlex.join(f"{key}={value}" for key, value in docker.environment.items()),
+            docker=shlex.join(map(str, docker.words())),
+        ),
     }
     for name, text in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}")
         (tmp_path / name).chmod(0o755)
-    etc = ["sh", "-c", 'mkdir -p /etc/fgpu/policy.d && mount --bind "$1" /etc/fgpu/policy.d', "sh", service.policies]
-    subprocess.run([*docker.cave.prefix, *map(str, etc)], check=True, timeout=10)
-    path = {**harness.ENVIRONMENT, "PATH": f"{tmp_path}:{harness.ENVIRONMENT['PATH']}"}
-    return [*docker.cave.prefix, "env", f"--chdir={harness.ROOT}", *(f"{key}={value}" for key, value in path.items()), "bash", "-c"]
+    etc = 'mkdir -p /etc/fgpu/policy.d && mount --bind "$0" /etc/fgpu/policy.d'
+    subprocess.run([*docker.cave.prefix, "sh", "-c", etc, service.policies], check=True, timeout=10)
+    environment = {**harness.ENVIRONMENT, "PATH": f"{tmp_path}:{harness.ENVIRONMENT['PATH']}"}
+    given = [f"{key}={value}" for key, value in environment.items()]
+    return [*docker.cave.prefix, "env", f"--chdir={harness.ROOT}", *given, "bash", "-c"]
 
 
 def typed(words: list[str], command: str) -> str:
     """What a command prints; a failure is one of the page."""
-    done = subprocess.run(
-        [*words, command], cwd=harness.ROOT, capture_output=True, text=True, timeout=150, check=False
-    )
+    done = subprocess.run([*words, command], cwd=harness.ROOT, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
     return done.stdout
 

@@ -238,7 +238,7 @@ def test_demo_holds(service: Service) -> None:
 
 def test_help_lists_every_command() -> None:
     said = subprocess.run([ROOT / "dev", "help"], capture_output=True, text=True, timeout=10, check=True).stdout
-    for verb in ("setup", "build", "demo", "sim", "test", "lint", "bench"):
+    for verb in ("setup", "build", "demo", "sim", "test", "lint", "bench", "docs"):
         assert re.search(rf"^  {verb}\b", said, re.MULTILINE), verb
     wrong = subprocess.run([ROOT / "dev", "nonsense"], capture_output=True, text=True, timeout=10, check=False)
     assert wrong.returncode

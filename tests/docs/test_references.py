@@ -1,0 +1,87 @@
+"""Reference pages have all that there is, with words for each."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import references
+from harness import ROOT
+
+from fgpu_ebpf import hostmodel, policymodel
+
+
+@pytest.fixture(scope="module")
+def shown(site: Path) -> dict[str, str]:
+    """The reference pages as text."""
+    return {path.stem: path.read_text() for path in (site / "reference").glob("*.html")}
+
+
+def test_every_metric_is_shown(shown: dict[str, str]) -> None:
+    golden = (ROOT / "tests/unit/metrics.txt").read_text()
+    for name in re.findall(r"^# TYPE (\w+) ", golden, re.MULTILINE):
+        assert f"<code>{name}</code>" in shown["metrics"], name
+
+
+def test_every_metric_has_words_and_its_labels(shown: dict[str, str]) -> None:
+    for family in references.families():
+        assert family.documentation, family.name
+        for label in family._labelnames:
+            assert f"<code>{label}</code>" in shown["metrics"], (family.name, label)
+
+
+def test_every_metric_that_dashboards_ask_for_is_shown(shown: dict[str, str]) -> None:
+    files = [*(ROOT / "dashboards").rglob("*.json"), ROOT / "dashboards/rules.yaml"]
+    asked = {name for file in files for name in re.findall(r"\bfgpu_[a-z_]+\b", file.read_text())}
+    known = {references.exposed(family) for family in references.families()}
+    asked = {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked}
+    assert len(asked & known) > 20
+    recorded = set(re.findall(r"record: (\w+)", (ROOT / "dashboards/rules.yaml").read_text()))
+    assert asked - known - recorded == set()
+
+
+def keys(schema: object) -> set[str]:
+    """Every key that a schema knows."""
+    found: set[str] = set()
+    if isinstance(schema, dict):
+        found |= set(schema.get("properties", ()))
+        for inner in schema.values():
+            found |= keys(inner)
+    elif isinstance(schema, list):
+        for inner in schema:
+            found |= keys(inner)
+    return found
+
+
+def test_every_key_is_shown(shown: dict[str, str]) -> None:
+    wanted = keys(policymodel.json_schema()) | keys(hostmodel.HostDocument.model_json_schema())
+    assert len(wanted) > 30
+    for key in wanted:
+        assert f"<code>{key}</code>" in shown["policy"], key
+
+
+def test_editors_are_told_what_each_key_says() -> None:
+    """Descriptions are those of `fgpu policy schema`."""
+    schema = policymodel.json_schema()
+    for model in (schema, *schema["$defs"].values()):
+        for key, said in model["properties"].items():
+            assert said.get("description") or "$ref" in said, (model["title"], key)
+
+
+def test_every_command_and_option_has_words_and_is_shown(shown: dict[str, str]) -> None:
+    found = dict(references.commands())
+    assert len(found) > 20
+    for words, command in found.items():
+        assert command.help, words
+        assert f'id="{words.replace(" ", "-")}"' in shown["cli"], words
+        for option in references.options(command):
+            assert option.help, (words, option.name)
+            for name in option.opts:
+                assert f"<code>{name}</code>" in shown["cli"], (words, name)
+
+
+def test_a_key_without_words_ends_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policymodel.Views.model_fields["utilization"], "description", None)
+    with pytest.raises(AssertionError, match="utilization does not say what it is"):
+        references.policy()

@@ -1,0 +1,102 @@
+"""The built site: whole, in one piece, and nobody else is asked for any of it."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from harness import ROOT
+
+# What a browser fetches by itself, when it shows a page.
+FETCHED = {
+    "script": "src", "img": "src", "iframe": "src", "source": "src", "embed": "src", "object": "data", "use": "href",
+    "image": "href", "link": "href",
+}  # fmt: skip
+NOT_FETCHED = ("canonical", "next", "prev")  # kinds of <link>
+STYLE = re.compile(r"(?:url\(|@import\s+)[\"']?([^\"')\s]+)")
+
+
+class Page(HTMLParser):
+    """What a page fetches, where it leads, and what can be led to in it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.classes: set[str] = set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Called by the parser."""
+        found = {name: value or "" for name, value in attrs}
+        self.ids.add(found.get("id", ""))
+        self.classes |= set(found.get("class", "").split())
+        self.fetched += STYLE.findall(found.get("style", ""))
+        if tag in FETCHED and FETCHED[tag] in found and found.get("rel") not in NOT_FETCHED:
+            self.fetched.append(found[FETCHED[tag]])
+        if tag == "a" and "href" in found:
+            self.links.append(found["href"])
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Page]:
+    """Every page, by its file."""
+    return {path: Page(path) for path in sorted(site.rglob("*.html"))}
+
+
+def test_every_document_is_a_page(site: Path) -> None:
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert (site / path.relative_to(ROOT / "docs").with_suffix(".html")).exists(), path
+    assert (site / "contributing.html").exists()
+    assert not (site / "hooks").exists()
+
+
+def test_nobody_else_is_asked(site: Path, pages: dict[Path, Page]) -> None:
+    asked = {(path.name, target) for path, page in pages.items() for target in page.fetched}
+    for style in site.rglob("*.css"):
+        asked |= {(style.name, target) for target in STYLE.findall(style.read_text())}
+    assert len(asked) > 50
+    elsewhere = {(name, to) for name, to in asked if urlsplit(to).scheme not in ("", "data") or to.startswith("//")}
+    assert elsewhere == set()
+
+
+def test_no_page_has_what_the_theme_fetches_code_for(pages: dict[Path, Page]) -> None:
+    """Its script has the addresses of others for diagrams, and for counts of a repository; none is wanted."""
+    for path, page in pages.items():
+        assert not page.classes & {"mermaid", "md-source"}, path
+
+
+def test_links_lead_somewhere(site: Path, pages: dict[Path, Page]) -> None:
+    """Those within the site, with their anchors: mkdocs does not look at what hooks and the theme have made."""
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or path.name == "404.html":
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / "index.html" if target.is_dir() else target
+            assert target.exists(), f"{path.name}: {link}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].ids, f"{path.name}: {link}"
+
+
+def test_pictures_are_small_and_their_text_is_text(site: Path) -> None:
+    found = list((site / "pictures").glob("*.svg"))
+    assert len(found) == 3
+    for picture in found:
+        text = picture.read_text()
+        assert len(text) < 10_000, picture
+        assert text.count("<text") > 10
+        assert "prefers-color-scheme: dark" in text
+        assert "<title" in text
+
+
+def test_what_a_search_finds(site: Path) -> None:
+    """Generated parts too."""
+    index = (site / "search/search_index.json").read_text()
+    for word in ("fgpu_memory_refused_total", "matchExpressions", "--pidns", "fgpu doctor"):
+        assert word in index, word
