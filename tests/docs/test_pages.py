@@ -88,6 +88,6 @@ def test_every_check_of_doctor_is_explained() -> None:
     for name, mend in found:
         assert name in rows, f"doctor has a line {name!r}"
         for words in re.split(r"[\0;]", mend):
-            told = [part for part in re.split(r"'.*?'|[:(,]", plain(words).strip(" :;,()")) if len(part.strip()) > 12]
+            told = [part for part in re.split(r"'.*?'|[:(,]", plain(words).strip(" :;,()")) if len(part.strip()) > 8]
             for part in told:
                 assert part.strip() in rows[name], f"{name}: {part.strip()!r} is not in its row"
