@@ -38,10 +38,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for outside, name in OUTSIDE.items():
         files.append(File.generated(config, name, content=(ROOT / outside).read_text()))
     for path in sorted(linked - OUTSIDE.keys() - {""}):
-        if (ROOT / path).is_file():
+        if (ROOT / path).exists():
             files.append(File.generated(config, f"source/{path}.md", content=_shown(path)))
         else:
-            log.warning("a page links to %s, which is no file of this tree", path)
+            log.warning("a page links to %s, which is not in this tree", path)
     return files
 
 
@@ -52,9 +52,10 @@ def _outside(file: File, target: str) -> str:
 
 
 def _shown(path: str) -> str:
-    """A file as a page; a tilde fence, since sources have backticks."""
-    text = (ROOT / path).read_text()
-    lexer = LEXERS.get(Path(path).suffix, "text")
+    """A file as a page, or a folder as a list; a tilde fence, since sources have backticks."""
+    here, lexer = ROOT / path, LEXERS.get(Path(path).suffix, "text")
+    inside = sorted(str(found.relative_to(here)) for found in here.rglob("*") if found.is_file())
+    text = "\n".join(inside) if here.is_dir() else here.read_text()
     return f"# {path}\n\n~~~~~~{lexer}\n{text}\n~~~~~~\n"
 
 
