@@ -44,6 +44,17 @@ def test_what_a_page_calls_is_there(page) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_what_is_said_of_others_says_where_they_say_it() -> None:
+    text = (DOCS / "comparison.md").read_text()
+    rows = re.findall(r"^\| (?!\*\*fgpu)(\w.*?) \|(.*)\|$", text, re.MULTILINE)
+    assert len(rows) == 24
+    for name, cells in rows:
+        for cell in map(str.strip, cells.split("|")):
+            assert cell in ("", "not found") or "[^" in cell, f"{name}: {cell!r} has no source"
+    named = set(re.findall(r"\[\^([\w-]+)\](?!:)", text))
+    assert named == set(re.findall(r"^\[\^([\w-]+)\]: .*https://", text, re.MULTILINE))
+
+
 # -- troubleshooting -----------------------------------------------------------------------------------------------
 
 
