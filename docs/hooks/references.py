@@ -202,6 +202,8 @@ def _option(option: click.Option, context: click.Context) -> tuple[str, str, str
     if option.show_default and option.default is not None:
         said += f" `{option.default}` without it."
     names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+    if isinstance(option.type, click.Choice):
+        return names, ", ".join(f"`{choice}`" for choice in option.type.choices), said
     return names, "" if option.is_flag else f"`{option.make_metavar(context)}`", said
 
 

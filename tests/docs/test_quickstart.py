@@ -20,6 +20,7 @@ import pytest
 PAGE = harness.ROOT / "docs/quickstart.md"
 ABSENT = ("./dev demo", "./dev package", "apt-get", "systemctl enable")
 ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+BLOCK = re.compile(r'^```(?:yaml title="(.+?)"\n(.*?)|console\n(.*?))^```', re.MULTILINE | re.DOTALL)
 # Commands of this host that are found first; each is a shell's.
 SUDO = 'exec "$@"'
 SYSTEMCTL = '[ "$*" = "reload docker" ] && kill -HUP "$(cat {pid})"'
@@ -50,14 +51,14 @@ GPUS = [
 
 
 def steps(text: str) -> list[tuple[str, str]]:
-    """The commands of a page and what each prints: `$ ` begins one, `> ` goes on with it."""
+    """The commands of a page and what each prints; a block that is titled with a file's name is a file to write."""
     found = []
-    for block in re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for one in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            first, *lines = one.splitlines()
-            more = [line[2:] for line in lines if line.startswith("> ")]
-            said = [line for line in lines if not line.startswith("> ")]
-            found.append(("\n".join([first, *more]), "".join(f"{line}\n" for line in said)))
+    for path, content, session in BLOCK.findall(text):
+        if path:
+            found.append((f"sudo tee {path} <<'END' >/dev/null\n{content}END", ""))
+        for one in re.split(r"^\$ ", session, flags=re.MULTILINE)[1:]:
+            command, _, said = one.partition("\n")
+            found.append((command, said))
     return found
 
 
