@@ -32,6 +32,7 @@ from fgpu_ebpf.overruns import Overruns
 from fgpu_ebpf.policies import Policies
 from fgpu_ebpf.policyfolder import PolicyFolder, Reading
 from fgpu_ebpf.reconcile import Reconciler, Truth
+from fgpu_ebpf.shimless import Reasons
 from fgpu_ebpf.snapshot import Snapshot
 from fgpu_ebpf.view import take_snapshot
 from fgpu_ebpf.workloads import Workloads
@@ -102,6 +103,7 @@ class Agent:
         self.keeper = Keeper(settings.run_dir, settings.pins)
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
         self.reconciler: Reconciler | None = None
+        self._reasons = Reasons()
         self._policies: Policies | None = None
         self.marks: dict[str, float] = {}  # when each part of the start was done
         self._ended = False
@@ -341,7 +343,7 @@ class Agent:
         """A Snapshot of this moment."""
         found = take_snapshot(
             self.ledger, self.enforcer, self.nvml.devices, self._truth(), self.settings.run_dir, self._policies,
-            self.discovery,
+            self.discovery, self._reasons,
         )  # fmt: skip
         self.snapshot = replace(
             found, writes_refused=self.writes_refused, failures=self.failures, engines=self.engines.views()

@@ -1,15 +1,17 @@
 """Why a process that uses a device has no shim, so that somebody can do something about it.
 
-Owns: the reasons, and their words. Never: believes the process, or opens a file of its root. On failure: a process that
-has gone has none.
+Owns: the reasons, their words, and what was found of each process. Never: believes the process, or opens a file of its
+root. On failure: a process that has gone has none.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from enum import StrEnum
 
 from fgpu_ebpf import procfs
+from fgpu_ebpf.processes import Process
 
 LIST = "/etc/ld.so.preload"
 _MUSL = ("ld-musl", "libc.so")  # its loader is its library, and some distributions call it so
@@ -53,3 +55,25 @@ def reason(pid: int) -> Reason | None:
         return Reason.NOT_LOADED if procfs.has_mount(pid, LIST) else Reason.NOT_MOUNTED
     except OSError:
         return None
+
+
+class Reasons:
+    """What was found of each process, looked up once: whether it has a shim was settled when its program began.
+
+    By the kernel's entry of it (`generation`), which neither a reused pid nor the next program of a process shares.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, int], Reason] = {}
+
+    def of(self, pid: int, generation: int) -> Reason | None:
+        """As `reason`; what nobody could tell is looked up again."""
+        found = self._found.get((pid, generation)) or reason(pid)
+        if found:
+            self._found[pid, generation] = found
+        return found
+
+    def forget_ended(self, living: Mapping[int, Process]) -> None:
+        """Keep those of these processes alone."""
+        lives = {(pid, living[pid].generation) for pid, _ in self._found if pid in living}
+        self._found = {life: found for life, found in self._found.items() if life in lives}

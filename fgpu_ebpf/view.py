@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgpu_ebpf import keeper, pages, procfs, shimless
+from fgpu_ebpf import keeper, pages, procfs
 from fgpu_ebpf.devices import Device
 from fgpu_ebpf.discovery import Discovery
 from fgpu_ebpf.enforcer import Enforcer
@@ -23,6 +23,7 @@ from fgpu_ebpf.policy import Priority
 from fgpu_ebpf.processes import Process
 from fgpu_ebpf.reconcile import STALE_SECONDS, Truth
 from fgpu_ebpf.scheduler import MILLION
+from fgpu_ebpf.shimless import Reasons
 from fgpu_ebpf.snapshot import (
     ComputeView,
     DeviceView,
@@ -57,18 +58,21 @@ class _Look:
     unprobed: Set[int]
     standalone: Set[int]
     unenforced: str
+    reasons: Reasons
 
 
 def take_snapshot(
     ledger: Ledger, enforcer: Enforcer, devices: Sequence[Device], truth: Truth, run_dir: Path,
-    policies: Policies | None, discovery: Discovery,
+    policies: Policies | None, discovery: Discovery, reasons: Reasons,
 ) -> Snapshot:  # fmt: skip
     """One look at everything."""
     processes, counters = ledger.processes(), ledger.counters()
+    reasons.forget_ended(processes)
     turns, gatekeeper = ledger.times.turns(), _gatekeeper(run_dir)
     look = _Look(
         ledger, enforcer, devices, truth, enforcer.groups(), _by_level(processes), _by_place(counters), turns,
         time.monotonic_ns(), discovery.unprobed(), discovery.standalone(), discovery.unenforced(),
+        reasons,
     )  # fmt: skip
     anomalies = {a.name.lower(): _host_count(counters, pages.Kind.KINDS, a) for a in pages.Anomaly}
     return Snapshot(
@@ -117,7 +121,7 @@ def _host_count(counters: Mapping[Count, int], kind: int, reason: int) -> int:
 def _tenant(look: _Look, tenant: Tenant) -> TenantView:
     own = look.processes.get(tenant.cgroup, {})
     how = {tgid: _how(look, tgid, p) for tgid, p in own.items()}
-    why = {tgid: _why(tgid, p, how[tgid]) for tgid, p in own.items()}
+    why = {tgid: _why(look, tgid, p, how[tgid]) for tgid, p in own.items()}
     views = tuple(
         ProcessView(tgid, d.index, p.bytes[d.index], how[tgid], why[tgid])
         for tgid, p in own.items()
@@ -175,11 +179,11 @@ def _how(look: _Look, tgid: int, process: Process) -> str:
     return "outside_turns" if tgid in look.truth.turns.outside else ""
 
 
-def _why(tgid: int, process: Process, how: str) -> str:
+def _why(look: _Look, tgid: int, process: Process, how: str) -> str:
     """For what reason a process that goes around the shim has none; empty: it has, or it is not known."""
     if how not in _WITHOUT or process.flags & pages.Seen.SHIM:
         return ""
-    return shimless.reason(tgid) or ""
+    return look.reasons.of(tgid, process.generation) or ""
 
 
 def _tenant_device(look: _Look, tenant: Tenant, own: Iterable[int], device: Device) -> TenantDevice:

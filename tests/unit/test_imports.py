@@ -17,9 +17,8 @@ ORDER = (
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings"}
     | {"cgroupnames", "crimessages"},
     {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares"}
-    | {"shimless"}
     | {"events", "launch"},
-    {"policy", "configfile", "faults", "timebook", "places", "answers", "elders", "namesfile", "cdi"},
+    {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"},
     {"audit", "policyvalues", "clocks", "asker", "dockerapi", "criapi", "inject"},
     {"policymodel", "hostmodel", "turns", "engines", "enginesetup", "selinux"},
     {"policyfile"},

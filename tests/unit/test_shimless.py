@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fgpu_ebpf import service
-from fgpu_ebpf.shimless import LIST, Reason, reason
+from fgpu_ebpf.shimless import LIST, Reason, Reasons, reason
 
 SHIM = Path(__file__).parents[2] / "build/shim/libfgpu.so"
 SOURCE = '#include <stdio.h>\nint main(void) { puts("up"); fflush(stdout); return getchar(); }\n'
@@ -77,6 +79,30 @@ def test_gone() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     assert reason(ended.pid) is None
+
+
+def test_a_reason_is_looked_up_once_in_a_life(program: Any) -> None:
+    """Seen by what another lookup would find: the process has become another program meanwhile."""
+    reasons, ended = Reasons(), subprocess.Popen(["true"])
+    shell = 'echo up; read _; exec "$1"'
+    with subprocess.Popen(["sh", "-c", shell, "sh", program("gcc", "-static")], stdin=-1, stdout=-1) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == b"up\n"
+        assert reasons.of(process.pid, 1) is Reason.NOT_MOUNTED
+        os.write(process.stdin.fileno(), b"\n")
+        assert process.stdout.readline() == b"up\n"
+        reasons.forget_ended({process.pid: SimpleNamespace(generation=1)})  # type: ignore[dict-item]
+        assert reasons.of(process.pid, 1) is Reason.NOT_MOUNTED
+        assert reasons.of(process.pid, 2) is Reason.STATIC, "another life of that number"
+        reasons.forget_ended({process.pid: SimpleNamespace(generation=2)})  # type: ignore[dict-item]
+        assert reasons.of(process.pid, 1) is Reason.STATIC, "it was forgotten"
+        reasons.forget_ended({})
+        assert not reasons._found
+        process.communicate(b"\n", timeout=5)
+    ended.wait()
+    assert reasons.of(ended.pid, 1) is None
+    assert not reasons._found, "nobody can tell: not for good"
 
 
 def tenant(name: str, bypassing: dict[str, int], shimless: dict[str, int]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fgpu_ebpf import view
 from fgpu_ebpf.audit import Verdict
 from fgpu_ebpf.pages import Seen
 from fgpu_ebpf.reconcile import Truth
+from fgpu_ebpf.shimless import Reasons
 
 NOW = 1009.0
 
@@ -73,6 +74,6 @@ def test_who_goes_around_the_shim_is_alive(flags: int, bytes_: int, how: str) ->
     ("how", "flags", "told"), [("no_admission", 0, True), ("no_admission", Seen.SHIM, False), ("older", 0, False)]
 )
 def test_why_is_told_of_those_without_a_shim(how: str, flags: int, told: bool) -> None:
-    process = SimpleNamespace(flags=flags)
-    assert bool(view._why(os.getpid(), process, how)) == told  # type: ignore[arg-type]
-    assert view._why(1 << 22, process, how) == "", "it is gone"  # type: ignore[arg-type]
+    process, look = SimpleNamespace(flags=flags, generation=1), SimpleNamespace(reasons=Reasons())
+    assert bool(view._why(look, os.getpid(), process, how)) == told  # type: ignore[arg-type]
+    assert view._why(look, 1 << 22, process, how) == "", "it is gone"  # type: ignore[arg-type]
