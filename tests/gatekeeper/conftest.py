@@ -52,10 +52,10 @@ class Keeper:
             return self.counts()[name]
         return 0
 
-    def grows(self, name: str, by: int = 1) -> Callable[[], None]:
+    def grows(self, name: str, by: int = 1, patience: float = 3.0) -> Callable[[], None]:
         """Call it later: asserts that the count has grown by so many."""
         before = self.count(name)
-        return lambda: until(lambda: self.count(name) >= before + by)
+        return lambda: until(lambda: self.count(name) >= before + by, patience)
 
     def resident_kib(self) -> int:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4

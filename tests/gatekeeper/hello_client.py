@@ -64,9 +64,9 @@ def connect(run: Path, patience: float = 3.0) -> socket.socket:
     return sock
 
 
-def hello(run: Path, payload: bytes | None = None) -> Reply | None:
+def hello(run: Path, payload: bytes | None = None, patience: float = 3.0) -> Reply | None:
     """One hello; None: it was left unanswered."""
-    with connect(run) as sock:
+    with connect(run, patience) as sock:
         sock.send(request() if payload is None else payload)
         return receive(sock)
 

@@ -46,7 +46,7 @@ sys.exit(gatekeeper.main())
 PATIENT = """
 import sys
 from fgpu_ebpf import callers, gatekeeper
-callers.PATIENCE_NS *= 10
+callers.PATIENCE_NS *= 30
 sys.exit(gatekeeper.main())
 """
 
@@ -151,14 +151,17 @@ def test_the_agent_is_told_of_one_of_an_undecided_storm_and_of_the_next_when_tha
 
 
 def test_an_agent_that_could_not_be_told_yet_is_told_again(start: Callable[..., Keeper], cgroup: Make) -> None:
-    """The kernel keeps few words for who does not listen: ten, where nobody has asked for more."""
-    keeper = start(code=PATIENT)
-    failed = keeper.grows("discover_failed", 1)
+    """The kernel keeps few words for who does not listen: ten, where nobody has asked for more.
+
+    Everybody here is patient: who hangs up while the agent hears nobody is not told of afterwards.
+    """
+    keeper, patience = start(code=PATIENT), 20.0
+    failed = keeper.grows("discover_failed", 1, patience)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as agent:
         agent.bind(str(keeper.run / "discover.sock"))
-        agent.settimeout(5)
+        agent.settimeout(patience)
         room = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()) + 1
-        children = [Child(cgroup(), hello, keeper.run) for _ in range(room + 5)]
+        children = [Child(cgroup(), hello, keeper.run, None, patience) for _ in range(room + 5)]
         failed()
         assert {json.loads(agent.recv(100))["tgid"] for _ in children} == {child.pid for child in children}
         for child in children:
