@@ -23,6 +23,7 @@ from fgpu_ebpf.workloads import Workloads
 log = logging.getLogger("fgpu.agent")
 MOST_FILES = 32  # that are not the host's own, of one cgroup: each takes two descriptors, and time to end
 MOST_FILES_ALL = 2048
+MOST_MESSAGE = 65536  # bytes of the gatekeeper's
 MOST_NAMED = 1024  # files and cgroups whose fault has been said
 
 
@@ -264,11 +265,12 @@ class Discovery:
         return self._socket.fileno()
 
     def named(self) -> Iterator[int]:
-        """The processes that the gatekeeper has named."""
+        """The processes that the gatekeeper has named: one in a message, and `others` that came with it."""
         while True:
             try:
-                yield int(json.loads(self._socket.recv(4096))["tgid"])
+                said = json.loads(self._socket.recv(MOST_MESSAGE))
+                yield from [int(tgid) for tgid in (said["tgid"], *said.get("others", ()))]
             except BlockingIOError:
                 return
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue

@@ -56,6 +56,7 @@ class Gatekeeper:
         self._lock, self._open_ledger = lock, open_ledger
         self._run = lock.path.parent
         self._ledger: Ledger | None = None
+        self._untold: dict[int, Caller] = {}  # by tenant: of whom the agent is told at the end of this turn
         self._told: dict[int, int] = {}  # until when the agent is left to what it was told of a tenant
         self._deaf_ns = 0  # until when it is told nothing
         self._lineages = Lineages(root)
@@ -91,7 +92,7 @@ class Gatekeeper:
                 due[job] = monotonic_ns() // jobs[job] * jobs[job] + jobs[job]  # all on the beat: one wake-up
             for key, _ in self._selector.select(self._leisure_ns(due) / 1e9):
                 self._try(key.data)
-            for step in (self._callers.serve, self._readers.go):
+            for step in (self._callers.serve, self._tell_agent, self._readers.go):
                 self._try(step)
             self._end_glance()
         self._slicer.end()
@@ -193,17 +194,26 @@ class Gatekeeper:
         """The agent does not know this process yet: say so, once; of a tenant's many, of one at a time."""
         self._counts["hello_held"] += not caller.held
         caller.held = True
-        now_ns = monotonic_ns()
-        if caller.told or max(self._deaf_ns, self._told.get(caller.tenant, 0)) > now_ns:
+        if not caller.told and max(self._deaf_ns, self._told.get(caller.tenant, 0)) <= monotonic_ns():
+            self._untold.setdefault(caller.tenant, caller)
+
+    def _tell_agent(self) -> None:
+        """Of all tenants of this turn in one message: the kernel keeps ten for it, and hundreds may come at once."""
+        news, self._untold = self._untold, {}
+        if not news:
             return
+        now_ns = monotonic_ns()
+        first, *others = (caller.pid for caller in news.values())
         try:
-            self._agent.sendto(json.dumps({"tgid": caller.pid}).encode(), str(self._run / "discover.sock"))
-        except OSError:  # ten that it has not heard yet are as many as the kernel keeps for it
+            message = json.dumps({"tgid": first, "others": others})
+            self._agent.sendto(message.encode(), str(self._run / "discover.sock"))
+        except OSError:  # it has not heard yet what it was told before
             self._counts["discover_failed"] += 1
             self._deaf_ns = now_ns + AGAIN_NS
             return
-        caller.told = True
-        self._told[caller.tenant] = now_ns + TELL_NS
+        for caller in news.values():
+            caller.told = True
+        self._told |= dict.fromkeys(news, now_ns + TELL_NS)
 
     def _rung(self) -> None:
         self._bell.hush()

@@ -171,7 +171,7 @@ def test_the_undecided_are_held_and_the_agent_is_told(keeper: Keeper, ledger: Le
         agent.bind(str(keeper.run / "discover.sock"))
         agent.settimeout(2)
         child = Child(place, timed_hello, keeper.run)
-        assert json.loads(agent.recv(100)) == {"tgid": child.pid}
+        assert json.loads(agent.recv(100)) == {"tgid": child.pid, "others": []}
         time.sleep(0.2)
         ledger.set_limits([LevelLimits(place.stat().st_ino, {0: GIB})])
         ledger.resolve(place.stat().st_ino, managed=True)
