@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import os
 import selectors
 import time
 from collections.abc import Callable, Mapping
@@ -38,6 +39,7 @@ from fgpu_ebpf.view import take_snapshot
 from fgpu_ebpf.workloads import Workloads
 
 log = logging.getLogger("fgpu.agent")
+NICE = -10
 ROUND_SECONDS = 1.0
 HURRY_SECONDS = 0.1  # while there is no gatekeeper
 SNAPSHOT_SECONDS = 1.0  # no older than this is a Snapshot that is shown
@@ -274,6 +276,8 @@ class Agent:
 
     def run(self) -> None:
         """Ticks until end(): whenever something happens, and for a round."""
+        with contextlib.suppress(OSError):  # else, while 300 programs start, what they wait for is decided too late
+            os.setpriority(os.PRIO_PROCESS, 0, NICE)
         watchdog = notify.Watchdog()
         next_scan = time.monotonic() + RESCAN_SECONDS
         while not self._ended:
@@ -373,18 +377,14 @@ class Agent:
 
     def _look_at_named(self) -> None:
         """Of processes that the gatekeeper names: probe their files, decide about their cgroups."""
-        for pid in self.discovery.named():
-            self.discovery.look_at(pid)
-            path = procfs.cgroup_path(pid)
-            if path is None:
-                continue
-            self.manager.consider(procfs.and_above(path))  # it may be newer than what the kernel's events have told
-            levels = self.enforcer.levels(path)
-            if levels:
-                self.enforcer.use(levels[0])
-            else:
-                for cgroup in list(procfs.cgroup_ids(self.manager.workloads.root, path))[:1]:
-                    self.ledger.resolve(cgroup, False)
+        for pids in self.discovery.named():
+            for pid in pids:
+                self.discovery.look_at(pid)
+            paths = {path for pid in pids if (path := procfs.cgroup_path(pid)) is not None}
+            # They may be newer than what the kernel's events have told.
+            self.manager.consider({above for path in paths for above in procfs.and_above(path)})
+            for path in paths:
+                self.enforcer.answer(path)
 
     def detach(self) -> None:
         """Opens everything and leaves the host as it was; run() ends."""

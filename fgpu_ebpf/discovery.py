@@ -264,12 +264,12 @@ class Discovery:
         path.chmod(0o600)
         return self._socket.fileno()
 
-    def named(self) -> Iterator[int]:
-        """The processes that the gatekeeper has named: one in a message, and `others` that came with it."""
+    def named(self) -> Iterator[list[int]]:
+        """The processes that the gatekeeper names in one message: one, and `others` that came with it."""
         while True:
             try:
                 said = json.loads(self._socket.recv(MOST_MESSAGE))
-                yield from [int(tgid) for tgid in (said["tgid"], *said.get("others", ()))]
+                yield [int(tgid) for tgid in (said["tgid"], *said.get("others", ()))]
             except BlockingIOError:
                 return
             except (ValueError, KeyError, TypeError, AttributeError):

@@ -229,6 +229,15 @@ class Enforcer:
         for level in reversed(levels):
             self._ledger.resolve(level.cgroup, True)
 
+    def answer(self, path: str) -> None:
+        """Somebody in this cgroup waits for what was decided: its limit is used now, or it is known to have none."""
+        levels = self.levels(path)
+        if levels:
+            self.use(levels[0])
+        else:
+            for cgroup in list(procfs.cgroup_ids(self._workloads.root, path))[:1]:
+                self._ledger.resolve(cgroup, False)
+
     def _grant(self, tenant: Tenant) -> None:
         lack, had = self._lack(tenant), self._granted.get(tenant.cgroup)
         self._denied.pop(tenant.cgroup, None)

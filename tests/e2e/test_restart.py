@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,6 +53,13 @@ def restart(service: Service, number: int) -> None:
     if number % 3 == 1:
         service.kill_gatekeeper()
     service.start_agent()
+
+
+@pytest.mark.places("runc")
+def test_who_starts_with_many_others_is_not_kept_waiting_by_them(agent: Service) -> None:
+    """What decides about them comes before them on the processor."""
+    assert agent.agent
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in (agent.agent.pid, *agent.gatekeepers())} == {-10}
 
 
 @pytest.mark.places("host", "runc")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +43,22 @@ def test_who_holds_more_than_was_seen_is_looked_at_again(monkeypatch: pytest.Mon
     for holders, unseen in (([7, 8], set()), ([7, 8], set()), ([7, 8], {8, 9}), ([8], set()), ([7, 8], set())):
         found.look_at_new(holders, unseen)
     assert looks == [7, 8, 8, 7]
+
+
+def test_whatever_the_gatekeeper_says_it_is_taken_a_message_at_a_time(tmp_path: Path) -> None:
+    found = Discovery(SimpleNamespace(known=frozenset()), [])  # type: ignore[arg-type]
+    found.listen(tmp_path / "sock")
+    said = [
+        '{"tgid": 7}',
+        "[7]",
+        '{"others": [8]}',
+        '{"tgid": 7, "others": [8, "x"]}',
+        '{"tgid": 9, "others": [10, 11]}',
+    ]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as gatekeeper:
+        for message in said:
+            gatekeeper.sendto(message.encode(), str(tmp_path / "sock"))
+    assert list(found.named()) == [[7], [9, 10, 11]]
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
