@@ -256,6 +256,8 @@ TENANTS = [
     series("Waiting", "The part of the time for which it waited for its turns; entered when a turn begins.",
            "percentunit",
            Query(f"sum by (instance, gpu, tenant) (rate(fgpu_compute_wait_seconds_total{{{BOTH}}}[{RATE}]))", LEGEND)),
+    series("Waiting for a turn", "For how long it has waited for the turn that it has not got yet.", "s",
+           Query(f"max by (instance, gpu, tenant) (fgpu_compute_waiting_seconds{{{BOTH}}})", LEGEND)),
     series("Bypassing processes, by how", AROUND, "none", bypassing(TENANT, "tenant, how", "{{tenant}} {{how}}")),
     series("Processes without the shim, by reason", "Why they have none.", "none",
            Query(f"sum by (tenant, reason) (fgpu_shimless_processes{{{TENANT}}})", "{{tenant}} {{reason}}")),

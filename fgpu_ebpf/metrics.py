@@ -49,6 +49,7 @@ _COMPUTE_COUNTERS: tuple[tuple[str, str, Callable[[ComputeView], float | None]],
 _COMPUTE_GAUGES: tuple[tuple[str, str, Callable[[ComputeView], float | None]], ...] = (
     ("fgpu_compute_weight", "The tenant's part of contended time", lambda c: c.weight),
     ("fgpu_compute_limit_ratio", "The most of the device's time that the tenant may own", lambda c: c.limit_ratio),
+    ("fgpu_compute_waiting_seconds", "Waited so far for a turn that has not come", lambda c: c.waiting_seconds),
 )
 _SLICE_COUNTERS: tuple[tuple[str, str, Callable[[SlicesView], int]], ...] = (
     ("fgpu_slice_switches", "Turns that began on the device", lambda s: s.switches),

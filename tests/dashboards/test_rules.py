@@ -105,7 +105,21 @@ def test_every_alert_is_tried() -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("fires", [True, False])
 def test_what_fires_and_what_does_not(tmp_path: Path, name: str, fires: bool) -> None:
-    series = [{"series": key, "values": values} for key, values in CASES[name][not fires].items()]
+    assert_fires(tmp_path, name, CASES[name][not fires], fires)
+
+
+@pytest.mark.parametrize(("waiting", "fires"), [("0+60x20", True), ("30x20", False), ("_x20", False)])
+def test_a_turn_that_never_comes_is_starvation(tmp_path: Path, waiting: str, fires: bool) -> None:
+    """Its wait is entered nowhere until it ends."""
+    entered = {f"fgpu_compute_wait_seconds_total{{{ON}}}": "7x20", f"fgpu_compute_seconds_total{{{ON}}}": "1x20"}
+    shares = {f"fgpu_compute_limit_ratio{{{ON}}}": "1x20", f"fgpu_compute_weight{{{ON}}}": "100x20"}
+    series = entered | shares | {f"fgpu_compute_waiting_seconds{{{ON}}}": waiting}
+    assert_fires(tmp_path, "FgpuTenantStarved", series, fires)
+
+
+def assert_fires(tmp_path: Path, name: str, values: dict[str, str], fires: bool) -> None:
+    """By promtool, after 20 minutes of these series."""
+    series = [{"series": key, "values": value} for key, value in values.items()]
     firing = {"expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}})', "eval_time": "20m"}
     firing["exp_samples"] = [{"labels": "{}", "value": 1}] if fires else []
     test = {"interval": "1m", "input_series": series, "promql_expr_test": [firing]}
