@@ -52,7 +52,7 @@ def _shares(snapshot: Mapping[str, Any]) -> str:
     rows = [(t["tenant"], d["gpu"], d["compute"]) for t in snapshot["tenants"] for d in t["devices"] if d["compute"]]
     if not rows:
         return ""
-    table = _table("TENANT", "GPU", "TIME", "ENTITLED", "LIMIT", "WEIGHT", "PRIORITY", "WAITED", "OWNER")
+    table = _table("TENANT", "GPU", "SHARE", "ENTITLED", "LIMIT", "WEIGHT", "PRIORITY", "WAITED", "OWNER")
     for tenant, gpu, c in rows:
         parts = ("alone", "-") if c["free"] else (f"{c['had_ratio']:.1%}", f"{c['entitled_ratio']:.1%}")
         limit = f"{c['limit_ratio']:.0%}" if c["limit_ratio"] < 1 else "-"
@@ -77,8 +77,8 @@ def process_rows(snapshot: Mapping[str, Any]) -> list[dict[str, Any]]:
     for tenant in snapshot["tenants"]:
         for process in tenant["processes"]:
             share = next((d["compute"] for d in tenant["devices"] if d["gpu"] == process["gpu"]), None)
-            time_ = {"time_ratio": share["had_ratio"] if share and not share["free"] else None}
-            rows.append({"tenant": tenant["tenant"], **process, **time_, **_names(process["pid"])})
+            had = {"had_ratio": share["had_ratio"] if share and not share["free"] else None}
+            rows.append({"tenant": tenant["tenant"], **process, **had, **_names(process["pid"])})
     return rows
 
 
@@ -92,9 +92,9 @@ def _names(pid: int) -> dict[str, Any]:
 
 def processes(rows: list[dict[str, Any]]) -> str:
     """Processes by tenant."""
-    table = _table("TENANT", "PID", "GPU", "USED", "TIME", "USER", "NAME", "BYPASS")
+    table = _table("TENANT", "PID", "GPU", "USED", "SHARE", "USER", "NAME", "BYPASS")
     for row in rows:
-        part = "-" if row["time_ratio"] is None else f"{row['time_ratio']:.1%}"
+        part = "-" if row["had_ratio"] is None else f"{row['had_ratio']:.1%}"
         who = (row["user"] or "-", row["name"] or "(gone)")
         around = f"{row['how']} ({row['why']})" if row["why"] else row["how"] or "-"
         table.add_row(row["tenant"], str(row["pid"]), str(row["gpu"]), memory_text(row["bytes"]), part, *who, around)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -109,7 +110,8 @@ def test_an_owner_that_is_killed_is_followed_and_all_of_it_is_shown(start) -> No
     second.begin()
     eventually(lambda: first.compute()["waits"] or second.compute()["waits"], 5, "turns")
     eventually(lambda: ("fgpu_slice_switches_total", frozenset({("gpu", "0")})) in metrics(), 5, "metrics")
-    assert "ENTITLED" in fgpu("status").stdout
+    for table, beside in (("status", "ENTITLED"), ("ps", "USER")):  # the word that `top` has
+        assert re.search(rf"^TENANT .* SHARE +{beside} ", fgpu(table).stdout, re.MULTILINE)
     said = fgpu("explain", "second").stdout
     assert "time up to 50%, weight 200" in said
     first.close()
