@@ -7,6 +7,7 @@ settings are as they were.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -36,7 +37,8 @@ def set_up(engine: Engine, helper: Path, state: Path) -> bool:
     _put_beside(helper, wanted)
     if wanted.text == now:
         return False
-    _write(state, json.dumps({"file": str(engine.file), "before": before, "after": wanted.text}))
+    made = sorted({*kept["made"], *_missing_folders(engine.file)}, key=len, reverse=True)
+    _write(state, json.dumps({"file": str(engine.file), "before": before, "after": wanted.text, "made": made}))
     _write(engine.file, wanted.text)
     return True
 
@@ -47,6 +49,9 @@ def undo(engine: Engine, state: Path) -> bool:
     before = kept["before"] if now is not None and now == kept["after"] else _without(engine, now)
     if before != now:
         _restore(engine.file, before)
+    with contextlib.suppress(OSError):  # somebody else has put something there, or taken it away
+        for folder in kept["made"]:
+            Path(folder).rmdir()
     state.unlink(missing_ok=True)
     return before != now
 
@@ -64,6 +69,10 @@ def _without(engine: Engine, text: str | None) -> str | None:
     return engine.without(text) or None
 
 
+def _missing_folders(file: Path) -> list[str]:
+    return [str(folder) for folder in file.resolve().parents if not folder.exists()]
+
+
 def _put_beside(helper: Path, wanted: Wanted) -> None:
     """Links and files that the settings name, each whole or as it was."""
     for name, target in wanted.links.items():
@@ -78,11 +87,12 @@ def _put_beside(helper: Path, wanted: Wanted) -> None:
 
 
 def _kept(state: Path) -> dict[str, Any]:
+    """`made`: folders that were not there, innermost first."""
+    nothing: dict[str, Any] = {"file": str(state), "before": None, "after": None, "made": []}
     try:
-        kept: dict[str, Any] = json.loads(state.read_text(encoding="utf-8"))
+        return {**nothing, **json.loads(state.read_text(encoding="utf-8"))}
     except (FileNotFoundError, ValueError):
-        return {"file": str(state), "before": None, "after": None}
-    return kept
+        return nothing
 
 
 def _text(path: Path) -> str | None:

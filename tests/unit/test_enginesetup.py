@@ -115,6 +115,25 @@ def test_set_up_twice_and_undone_is_as_before(name, text, tmp_path, helper):
     assert not [p.name for p in helper.parent.rglob(".*")], "nothing half-written beside the helper"
 
 
+def test_folders_that_were_not_there_are_not_afterwards(tmp_path, helper):
+    """But one that somebody else uses by then."""
+    found, state = engine("podman", tmp_path, None), tmp_path / "state.json"
+    found = replace(found, file=tmp_path / "etc/containers/containers.conf.d/zz.conf")
+    assert set_up(found, helper, state)
+    found.file.unlink()  # so that it is set up anew
+    assert set_up(found, helper, state)
+    assert undo(found, state)
+    assert list((tmp_path / "etc").iterdir()) == []
+    assert set_up(found, helper, state)
+    (found.file.parent.parent / "theirs").touch()
+    assert undo(found, state)
+    assert [p.name for p in (tmp_path / "etc/containers").iterdir()] == ["theirs"]
+    found.file.parent.mkdir()
+    assert set_up(found, helper, state)
+    assert undo(found, state)
+    assert found.file.parent.exists(), "it was there before"
+
+
 @pytest.mark.parametrize(("name", "text"), [(n, t) for n, t in CASES if t])
 def test_what_others_change_meanwhile_stays(name, text, tmp_path, helper):
     found, state = engine(name, tmp_path, text), tmp_path / "x.json"
