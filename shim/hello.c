@@ -67,8 +67,20 @@ void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *n
 static bool agent_here(void)
 {
     struct stat status;
-    if (syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR, &status, 0)) return errno != ENOENT && errno != ENOTDIR;
+    if (syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR, &status, AT_SYMLINK_NOFOLLOW))
+        return errno != ENOENT && errno != ENOTDIR;
     return S_ISDIR(status.st_mode) && status.st_nlink;
+}
+
+/* An image that has a limit has a /run/fgpu in which anybody may put a folder, and a socket that keeps others waiting.
+ * The agent's is root's or mounted, whosesoever it is to a user namespace. */
+static bool anybodys(void)
+{
+    struct stat status, around;
+    if (syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR, &status, AT_SYMLINK_NOFOLLOW)) return false;
+    if (status.st_mode & (S_IWGRP | S_IWOTH)) return true;
+    if (!status.st_uid || syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR "/..", &around, 0)) return false;
+    return around.st_mode & (S_IWGRP | S_IWOTH) && status.st_dev == around.st_dev;
 }
 
 /* A gatekeeper that ends leaves its socket, and the next one renames its own over it. */
@@ -216,6 +228,7 @@ enum fgpu_outcome fgpu_hello(int *asked, uint64_t deadline, const struct fgpu_no
     /* The directory is looked for each time: it may go while we wait. */
     for (uint64_t step = FIRST_RETRY_NS;; step = step < LAST_RETRY_NS / 2 ? 2 * step : LAST_RETRY_NS) {
         if (!agent_here()) return FGPU_IS_ABSENT;
+        if (anybodys()) return FGPU_IS_EMPTY;
         int socket = *asked < 0 ? fgpu_knock(before) : *asked;
         *asked = -1;
         enum fgpu_outcome outcome = once(socket, deadline, set, note, levels);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from collections.abc import Callable
 
 import harness
@@ -92,6 +93,29 @@ def test_a_read_only_root_without(images: kit.Images) -> None:
         client.ok(f"alloc {LIMIT - CONTEXT}")
         assert client.do(f"alloc {2 * MIB}") == REFUSED
     assert kit.said(tenant) == {kit.BY_ITSELF}
+
+
+@pytest.mark.parametrize("how", ["own", "open", "link"])
+def test_a_neighbour_that_poses_as_a_gatekeeper_is_none(images: kit.Images, how: str) -> None:
+    """Where anybody may write in /run/fgpu, anybody can put a folder there, and a socket that never answers."""
+    tenant = images.tenant(None)
+    run = images.rootfs(tenant) / "run/fgpu"
+    place = run / "shim" if how != "link" else run.parent / "anybody"
+    for folder in (run, place):
+        folder.mkdir()
+        folder.chmod(0o1777 if how != "own" or folder is run else 0o755)
+    if how == "own":
+        os.chown(place, 1000, 1000)
+    if how == "link":
+        (run / "shim").symlink_to("/run/anybody")
+    descriptor = os.open(place, os.O_PATH)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"/proc/self/fd/{descriptor}/shim.sock")
+        os.close(descriptor)
+        (place / "shim.sock").chmod(0o666)
+        listener.listen(64)
+        fill(tenant)
+    assert kit.said(tenant) == {kit.TOGETHER}
 
 
 PROGRAM = """
