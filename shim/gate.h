@@ -50,8 +50,4 @@ HIDDEN void fgpu_context_made(CUcontext context);
 HIDDEN void fgpu_managed_made(CUdeviceptr at);
 HIDDEN bool fgpu_context_is_created(CUcontext context); /* and has not ended */
 
-/* -- link.c */
-HIDDEN uint64_t fgpu_clock(int which); /* a clock of Linux, in ns */
-HIDDEN uint64_t fgpu_now(void);
-
 #endif

@@ -10,8 +10,6 @@ struct fgpu_note { /* of the gatekeeper that gave a set of pages */
 };
 enum fgpu_outcome { FGPU_IS_SILENT, FGPU_IS_ABSENT, FGPU_IS_EMPTY, FGPU_IS_FREE, FGPU_IS_HELD, FGPU_IS_RETRY };
 
-HIDDEN uint64_t fgpu_clock(int which); /* a clock of Linux, in ns */
-HIDDEN uint64_t fgpu_now(void);
 HIDDEN void fgpu_say(const char *text);
 HIDDEN char *fgpu_set(unsigned set); /* control, status, usage pages leaf first; NULL before a hello succeeded */
 HIDDEN void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *note);

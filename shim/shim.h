@@ -247,6 +247,8 @@ HIDDEN struct fgpu_view fgpu_look(void);   /* hello if nobody has or it is due; 
 HIDDEN struct fgpu_view fgpu_glance(void); /* what is known: says nothing to anybody, reads no clock */
 HIDDEN struct fgpu_view fgpu_insist(void); /* hello again: the probes did not answer */
 HIDDEN uint64_t fgpu_ticket(void);
+HIDDEN uint64_t fgpu_clock(int which); /* a clock of Linux, in ns */
+HIDDEN uint64_t fgpu_now(void);
 HIDDEN int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
 
 /* -- admit.c */
