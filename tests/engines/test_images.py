@@ -22,6 +22,7 @@ from harness import CONTEXT, GIB, SHIM
 DOCKERFILE = harness.ROOT / "deploy/images/Dockerfile"
 IN_IMAGES = Path("/var/lib/fgpu/shim/current/libfgpu.so")
 OLDER = SHIM.read_bytes() + b"an older one"
+COUNTED = 512 * harness.MIB  # of a context, by the books of an image's own limit
 GB = 2
 LIMIT = GB * GIB
 FILLED = f"admitted {LIMIT - CONTEXT} bytes, then {harness.REFUSED}\n"
@@ -128,6 +129,22 @@ def test_a_size_that_is_none_makes_no_image(built: kit.Engine, context: Path, gb
     done = build(built, context, "none:1", gb)
     assert done.returncode
     assert f"GB={gb}: whole GiB, such as 8\n" in done.stdout + done.stderr
+
+
+# -- where none does, or it does not know of the container ---------------------------------------------------------
+
+
+def test_without_an_agent_its_programs_keep_its_limit_together(built: kit.Engine) -> None:
+    with (
+        container(built, "fgpu") as one,
+        one.starts("/opt/build/examples/fill", "--step", "2MiB", "--hold", "60") as fill,
+    ):
+        assert fill.stdout
+        assert fill.stdout.readline() == FILLED.replace(str(LIMIT - CONTEXT), str(LIMIT - COUNTED))
+        assert one.says("test -d /run/fgpu/shim || echo none; /opt/build/examples/fill --step 2MiB")[0] == "none"
+        driver = [sum(process[f"{kind}_bytes"] for kind in harness.KINDS) for process in harness.driver_books()]
+        assert driver == [LIMIT + CONTEXT - COUNTED], "the second got nothing"
+        assert any(f"{LIMIT // harness.MIB}MiB /" in line for line in one.says("/opt/build/sim/nvidia-smi"))
 
 
 # -- where an agent runs -------------------------------------------------------------------------------------------
