@@ -14,16 +14,15 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from fgpu_ebpf import ranking
+from fgpu_ebpf import bars, ranking
 from fgpu_ebpf.choice import Choice
 from fgpu_ebpf.feed import News
-from fgpu_ebpf.quantities import memory_text
-from fgpu_ebpf.ranking import COLUMNS, GPU, TENANT, Column, Row
+from fgpu_ebpf.ranking import COLUMNS, GPU, TENANT, Column, Mark, Row
+from fgpu_ebpf.snapshot import no_limit
 
 # What goes first where it is narrow.
 _LEFT_OUT = ("WAITED", "ENTITLED", "PEAK", "HELD BY", "REFUSED", "SHARE", "LIMIT", "USED")
 _NARROW_CELLS, _LEAST_BAR_CELLS, _MOST_BAR_CELLS = 100, 8, 40
-_FULL_RATIO = 0.95
 _USED, _COMMITTED, _UNMANAGED = "green", "blue", "yellow"
 
 
@@ -110,8 +109,8 @@ def _notices(news: News) -> list[Text]:
     if news.fault:
         when = time.strftime("%T", time.localtime(news.snapshot["time_seconds"]))
         said.append(Text(f"as of {when}: {news.fault}", style="bold red"))
-    if news.snapshot["unenforced"]:
-        said.append(Text(f"No limit is enforced: {news.snapshot['unenforced']}", style="bold red"))
+    if unenforced := no_limit(news.snapshot):
+        said.append(Text(unenforced, style="bold red"))
     return said
 
 
@@ -131,15 +130,11 @@ def _devices(snapshot: Mapping[str, Any], width: int, marks: Marks, most: int) -
 def _bars(devices: Sequence[Mapping[str, Any]], width: int, marks: Marks) -> Iterator[Text]:
     """`0 NVIDIA H200 ▕██▒░░    ▏ 40GiB/140GiB ░committed 100GiB ▒unmanaged 1GiB turn: alice`, one below the other."""
     gap = _gap(width)
-    used = [Text(f"{_bytes(d['used_bytes'])}/{memory_text(d['capacity_bytes'])}") for d in devices]
-    committed, unmanaged = (
-        [Text.assemble((mark, style), f"{word} {_bytes(d[f'{word}_bytes'])}") for d in devices]
-        for word, mark, style in (
-            ("committed", marks.committed, _COMMITTED),
-            ("unmanaged", marks.unmanaged, _UNMANAGED),
-        )
-    )
-    owner = [Text(f"turn: {d['owner']}" if d["owner"] else "", style="bold") for d in devices]
+    texts = [bars.figures(d) for d in devices]
+    used = [Text(text.used) for text in texts]
+    committed = [Text.assemble((marks.committed, _COMMITTED), text.committed) for text in texts]
+    unmanaged = [Text.assemble((marks.unmanaged, _UNMANAGED), text.unmanaged) for text in texts]
+    owner = [Text(text.turn, style="bold") for text in texts]
     indices = [Text(str(d["index"])) for d in devices]
     names = [Text(d["name"]) for d in devices]
     least = _widest(indices) + 1 + _LEAST_BAR_CELLS + 2
@@ -149,8 +144,8 @@ def _bars(devices: Sequence[Mapping[str, Any]], width: int, marks: Marks) -> Ite
             break
     is_named = left > _widest(names)
     cells = min(_LEAST_BAR_CELLS + max(0, left - (_widest(names) + 1 if is_named else 0)), _MOST_BAR_CELLS)
-    bars = [_bar(d, cells, marks) for d in devices]
-    before = [indices, names, bars] if is_named else [indices, bars]
+    drawn = [_bar(d, cells, marks) for d in devices]
+    before = [indices, names, drawn] if is_named else [indices, drawn]
     for line in range(len(devices)):
         head = Text(" ").join(_padded(texts, line) for texts in before)
         yield Text(gap).join([head, *(_padded(texts, line) for texts in figures)])
@@ -166,18 +161,12 @@ def _padded(texts: Sequence[Text], line: int) -> Text:
     return text
 
 
-def _bytes(number: int | None) -> str:
-    return "-" if number is None else memory_text(number)
-
-
 def _bar(device: Mapping[str, Any], cells: int, marks: Marks) -> Text:
     """What tenants hold, what others hold, what is promised beyond; the three together are as long as their sum."""
-    used, unmanaged = device["used_bytes"] or 0, device["unmanaged_bytes"] or 0
-    ends = (max(0, used - unmanaged), used, unmanaged + device["committed_bytes"])
     styles = ((marks.used, _USED), (marks.unmanaged, _UNMANAGED), (marks.committed, _COMMITTED))
     bar, at = Text(marks.ends[0]), 0
-    for end, (mark, style) in zip(ends, styles, strict=True):
-        stop = min(cells, round(cells * end / (device["capacity_bytes"] or 1)))
+    for end, (mark, style) in zip(bars.ends(device), styles, strict=True):
+        stop = round(cells * end)
         bar.append(mark * max(0, stop - at), style=style)
         at = max(at, stop)
     return bar.append(" " * (cells - at) + marks.ends[1])
@@ -223,10 +212,15 @@ def _heading(columns: Sequence[Column], widths: Mapping[str, int], gap: str, cho
 
 def _style(row: Row) -> str:
     """Red: nobody holds the limit. Yellow: it is all but reached. Dim: nothing is used."""
-    if row.tenant["enforcement"] in ("none", "cooperative"):
-        return "red"
-    used = row.device["used_bytes"]
-    return "dim" if not used else "yellow" if used >= _FULL_RATIO * row.device["limit_bytes"] else ""
+    match ranking.mark(row):
+        case Mark.UNHELD:
+            return "red"
+        case Mark.FULL:
+            return "yellow"
+        case Mark.IDLE:
+            return "dim"
+        case Mark.USUAL:
+            return ""
 
 
 # -- below it ------------------------------------------------------------------------------------------------------

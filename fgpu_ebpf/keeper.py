@@ -24,6 +24,10 @@ from fgpu_ebpf.checks import Check
 log = logging.getLogger("fgpu.agent")
 UP_SECONDS = 5.0
 PATIENCE_SECONDS = 2.0  # a shim's
+ABSENT = Check(
+    "gatekeeper", False, "there is none: programs that start get no memory",
+    "the agent starts another within a second, or systemctl restart fgpu-gatekeeper",
+)  # fmt: skip
 OWN_SECONDS, OTHERS_SECONDS = 0.5, 1.0  # without a gatekeeper, until the agent starts one
 
 
@@ -86,13 +90,12 @@ class Keeper:
 def check(run_dir: Path) -> Check:
     """A gatekeeper is there and answers, asked as a shim asks."""
     lock = run_dir / "gatekeeper.lock"
-    mend = "the agent starts another within a second, or systemctl restart fgpu-gatekeeper"
     if not locked(lock):
-        return Check("gatekeeper", False, "there is none: programs that start get no memory", mend)
+        return ABSENT
     pid = lock.read_text(encoding="ascii").strip()
     if not _greets(run_dir / "shim/shim.sock"):
         silent = f"pid {pid} does not answer within {PATIENCE_SECONDS:g} s: programs that start get no memory"
-        return Check("gatekeeper", False, silent, f"kill -9 {pid}: {mend}")
+        return Check("gatekeeper", False, silent, f"kill -9 {pid}: {ABSENT.mend}")
     return Check("gatekeeper", True, f"pid {pid}")
 
 

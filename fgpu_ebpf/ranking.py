@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 from fgpu_ebpf import pages
 from fgpu_ebpf.quantities import memory_text
 
 Value = float | str | None
+_FULL_RATIO = 0.95
 
 
 class Row(NamedTuple):
@@ -56,7 +58,8 @@ def _memory(name: str, field: str) -> Column:
     return _measured(name, 7, lambda row: row.device[field], memory_text)
 
 
-def _limit_bytes(row: Row) -> int | None:
+def limit_bytes(row: Row) -> int | None:
+    """None: it has none."""
     return pages.limit(row.device["limit_bytes"])
 
 
@@ -90,7 +93,7 @@ GPU = _measured("GPU", 3, lambda row: row.device["gpu"], str, falls=False)
 COLUMNS = (
     TENANT,
     GPU,
-    _measured("LIMIT", 7, _limit_bytes, memory_text),
+    _measured("LIMIT", 7, limit_bytes, memory_text),
     _memory("USED", "used_bytes"),
     _memory("PEAK", "peak_bytes"),
     Column("SHARE", 6, _part("had_ratio"), _share_text),
@@ -134,3 +137,20 @@ def ranked(found: Iterable[Row], order: Order) -> list[Row]:
     known = [row for row in by_name if value(row) is not None]
     known.sort(key=value, reverse=order.column.falls != order.is_reversed)  # type: ignore[arg-type]  # None is left out
     return known + [row for row in by_name if value(row) is None]
+
+
+class Mark(Enum):
+    """What one should see of a row at once."""
+
+    UNHELD = auto()
+    FULL = auto()
+    IDLE = auto()
+    USUAL = auto()
+
+
+def mark(row: Row) -> Mark:
+    """Nobody holds the limit; or it is all but reached; or nothing is used."""
+    if row.tenant["enforcement"] in ("none", "cooperative"):
+        return Mark.UNHELD
+    used = row.device["used_bytes"]
+    return Mark.IDLE if not used else Mark.FULL if used >= _FULL_RATIO * row.device["limit_bytes"] else Mark.USUAL

@@ -20,14 +20,14 @@ from typing import Any
 
 from prometheus_client import make_wsgi_app
 
-from fgpu_ebpf import explain, metrics, quantities, shares, snapshot, targets
+from fgpu_ebpf import explain, metrics, page, quantities, shares, snapshot, targets
 from fgpu_ebpf.agent import Agent, AgentError
 from fgpu_ebpf.control import RequestError
 from fgpu_ebpf.enforcer import RoomError
 from fgpu_ebpf.peers import Peers
 from fgpu_ebpf.policy import Priority
 from fgpu_ebpf.quantities import QuantityError
-from fgpu_ebpf.web import Web
+from fgpu_ebpf.web import Web, by_path
 from fgpu_ebpf.workloads import TargetError
 
 log = logging.getLogger("fgpu.server")
@@ -213,13 +213,19 @@ def _request(line: bytes) -> dict[str, Any]:
 
 
 def serve_metrics(agent: Agent) -> Web:
-    """Serves /metrics at settings.listen, each request in a thread. AgentError: the address is taken.
+    """Serves the status page (/) and /metrics at settings.listen, each request in a thread.
+
+    AgentError: the address is taken.
 
     The agent's own loop takes connections in, and looks around then: where nobody asks, nothing is spent.
     """
     host, _, port = agent.settings.listen.rpartition(":")
+    paths = {
+        "/": page.app(lambda: agent.snapshot),
+        "/metrics": make_wsgi_app(metrics.registry(lambda: agent.snapshot)),
+    }
     try:
-        web = Web(host.strip("[]"), int(port), make_wsgi_app(metrics.registry(lambda: agent.snapshot)))
+        web = Web(host.strip("[]"), int(port), by_path(paths))
     except (OSError, ValueError) as error:
         raise AgentError(f"cannot listen at {agent.settings.listen} ({error}): choose another with --listen") from error
 

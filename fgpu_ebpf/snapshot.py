@@ -5,7 +5,7 @@ Units stand in the names; None is a number that nobody measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,3 +176,41 @@ class Snapshot:
 def plain(view: Any) -> dict[str, Any]:
     """One of these as JSON has it, for json.dumps(…, default=plain); copies nothing, as dataclasses.asdict would."""
     return {name: getattr(view, name) for name in view.__slots__}
+
+
+class Fields(Mapping[str, Any]):
+    """One of these read as its JSON is, and nothing copied but what is asked for."""
+
+    __slots__ = ("_view",)
+
+    def __init__(self, view: Any) -> None:
+        self._view = view
+
+    def __getitem__(self, name: str) -> Any:
+        """KeyError: it has no such field."""
+        try:
+            return _read(getattr(self._view, name))
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._view.__slots__)
+
+    def __len__(self) -> int:
+        return len(self._view.__slots__)
+
+
+_VIEWS = frozenset({
+    Refusal, ComputeView, TenantDevice, ProcessView, TenantView, DeviceView, SlicesView, PoliciesView, EngineView
+})  # fmt: skip
+
+
+def _read(value: Any) -> Any:
+    if type(value) is tuple:
+        return [_read(part) for part in value]
+    return Fields(value) if type(value) in _VIEWS else value
+
+
+def no_limit(snapshot: Mapping[str, Any]) -> str:
+    """What has to be known of all else that a Snapshot's JSON says; empty: limits are in force."""
+    return f"No limit is enforced: {snapshot['unenforced']}" if snapshot["unenforced"] else ""

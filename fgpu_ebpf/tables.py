@@ -14,6 +14,7 @@ from rich.table import Table
 from fgpu_ebpf import pages
 from fgpu_ebpf.history import line_of
 from fgpu_ebpf.quantities import memory_text
+from fgpu_ebpf.snapshot import no_limit
 
 
 def _text(table: Table) -> str:
@@ -43,8 +44,8 @@ def status(snapshot: Mapping[str, Any]) -> str:
                 str(d["refused"]),
             )
             table.add_row(tenant["tenant"], tenant["kind"], str(d["gpu"]), *sizes, count, tenant["enforcement"])
-    why = f"\nNo limit is enforced: {snapshot['unenforced']}\n" if snapshot["unenforced"] else ""
-    return _text(table) + _shares(snapshot) + why
+    why = no_limit(snapshot)
+    return _text(table) + _shares(snapshot) + (f"\n{why}\n" if why else "")
 
 
 def _shares(snapshot: Mapping[str, Any]) -> str:

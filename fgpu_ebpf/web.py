@@ -8,13 +8,29 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterable, Mapping
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
-from wsgiref.types import WSGIApplication
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 MOST_CLIENTS = 8
 CLIENT_SECONDS = 10.0
+
+
+def by_path(apps: Mapping[str, WSGIApplication]) -> WSGIApplication:
+    """Each path has its own; any other is answered with 404 and the paths that there are."""
+    paths = f"no such path: {' '.join(apps)}\n".encode()
+
+    def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        app = apps.get(environ.get("PATH_INFO") or "/")
+        if app:
+            return app(environ, start)
+        headers = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
+        start("404 Not Found", [*headers, ("Content-Length", str(len(paths)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [paths]
+
+    return answer
 
 
 class _Quiet(WSGIRequestHandler):

@@ -30,9 +30,9 @@ ORDER = (
     {"roots"},
     {"devices", "trial", "glance", "discovery", "manager", "targets", "desks"},
     {"reconcile", "news", "detach", "policies", "explain", "callers", "slicer"},
-    {"view", "readers", "adoption"},
-    {"agent", "metrics", "tables", "gatekeeper", "keyboard", "ranking"},
-    {"choice", "feed"},
+    {"view", "readers", "adoption", "health"},
+    {"agent", "metrics", "tables", "gatekeeper", "keyboard", "ranking", "bars"},
+    {"choice", "feed", "page"},
     {"frame"},
     {"top"},
     {"server"},
@@ -75,7 +75,7 @@ def test_the_loader_imports_nothing_of_ours():
     ("module", "heavy"),
     [
         ("gatekeeper", {"bcc", "pynvml", "prometheus_client", "click", "rich", "psutil", "elftools", "asyncio"}),
-        ("service", {"bcc", "rich", "psutil", "click", "grpc", "google.protobuf"}),
+        ("service", {"bcc", "rich", "psutil", "click", "grpc", "google.protobuf", "jinja2"}),
         ("policywatch", {"pydantic", "asyncio", "watchfiles"}),  # until there is a file to read
         ("hostfile", {"pydantic"}),
         ("cli_policy", {"pydantic", "yaml", "watchfiles"}),

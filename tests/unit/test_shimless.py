@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fgpu_ebpf import service
+from fgpu_ebpf import health
 from fgpu_ebpf.shimless import LIST, Reason, Reasons, reason
 
 SHIM = Path(__file__).parents[2] / "build/shim/libfgpu.so"
@@ -110,8 +110,8 @@ def tenant(name: str, bypassing: dict[str, int], shimless: dict[str, int]) -> di
 
 
 def test_doctor_names_tenant_reason_and_mend() -> None:
-    assert service._shims([tenant("a", {}, {})]).ok
-    found = service._shims(
+    assert health._shims([tenant("a", {}, {})]).ok
+    found = health._shims(
         [tenant("b", {"no_admission": 2}, {"musl": 1, "static": 1}), tenant("a", {"older": 1}, {}), tenant("c", {}, {})]
     )
     assert (found.ok, found.found) == (False, "a (older), b (musl, static)")

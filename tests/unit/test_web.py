@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf import web
-from fgpu_ebpf.web import MOST_CLIENTS, Web
+from fgpu_ebpf.web import MOST_CLIENTS, Web, by_path
 
 
 def app(_: dict[str, Any], start: Any) -> Iterable[bytes]:
@@ -85,3 +85,16 @@ def test_both_families() -> None:
     one = Web("::1", 0, app)
     assert one.address_family == socket.AF_INET6
     one.server_close()
+
+
+def status_of(method: str, path: str) -> tuple[str, bytes]:
+    said: list[str] = []
+    answer = by_path({"/": app, "/metrics": app})
+    body = b"".join(answer({"REQUEST_METHOD": method, "PATH_INFO": path}, lambda status, _: said.append(status)))  # type: ignore[arg-type, return-value]
+    return said[0], body
+
+
+def test_paths() -> None:
+    assert status_of("GET", "/metrics") == status_of("GET", "/") == status_of("GET", "") == ("200 OK", b"fine")
+    assert status_of("GET", "/x") == ("404 Not Found", b"no such path: / /metrics\n")
+    assert status_of("HEAD", "/metrics/") == ("404 Not Found", b"")

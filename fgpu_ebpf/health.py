@@ -1,0 +1,57 @@
+"""What is wrong with the host by its Snapshot, and what mends it.
+
+Owns: the words, which `fgpu doctor` and the status page have in common. Never: asks or looks; what only a question
+tells, as whether the gatekeeper answers, doctor asks itself. Cannot fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fgpu_ebpf import reconcile, shimless
+from fgpu_ebpf.checks import Check
+
+
+def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
+    """Of a Snapshot's JSON: all that it can tell."""
+    tenants, policies = snapshot["tenants"], snapshot["policies"]
+    if policies and not policies["good"]:
+        yield Check("policies", False, "; ".join(policies["faults"][:3]), "fgpu policy check")
+    elif policies:
+        yield Check("policies", True, f"{policies['count']} in force, {len(tenants)} tenants")
+    yield from _engines(snapshot["engines"])
+    gone = snapshot["unenforced"]
+    yield Check("probes", not gone, gone or "all where they were put", "restart the agent, and see who does that")
+    ages = {d["index"]: d["reconcile_age_seconds"] for d in snapshot["devices"]}
+    yield reconcile.check(ages, snapshot["reconcile_failure"])
+    yield _shims(tenants)
+    denied = sorted(t["tenant"] for t in tenants if t["denied"])
+    yield Check("room", not denied, ", ".join(denied[:5]) or "for every tenant", "fgpu explain TARGET has the numbers")
+    failures = snapshot["failures"]
+    yield Check("mistakes", not failures, f"{failures} outlived", "report the traceback in the agent's log")
+
+
+def _shims(tenants: Sequence[Mapping[str, Any]]) -> Check:
+    """Every process that uses a device asks before it allocates, or why it does not."""
+    around = sorted((t for t in tenants if t["bypassing"]), key=lambda t: str(t["tenant"]))
+    if not around:
+        return Check("shim", True, "in every process that uses a device")
+    named = [f"{t['tenant']} ({', '.join(t['shimless']) or ', '.join(t['bypassing'])})" for t in around[:5]]
+    words = [f"{why}: {why.words}" for why in shimless.Reason if any(why in t["shimless"] for t in around)]
+    mend = "; ".join([*words, "fgpu explain TARGET, or onBypass: kill"])
+    return Check("shim", False, ", ".join(named), mend)
+
+
+def _engines(found: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+    """Every container's labels are known, or whose fault it is that they are not."""
+    there = {engine["name"] for engine in found if engine["is_there"]}
+    faulty = [engine for engine in found if engine["fault"]]
+    absent = [engine for engine in found if engine["waiting"] and engine["name"] not in there]
+    if not found:
+        return
+    said = [f"{e['name']} at {e['path']}: {e['fault']}" for e in faulty]
+    said += [f"{e['path']} is not there, {e['waiting']} containers wait for it" for e in absent if e not in faulty]
+    mend = "until then policies by cgroup hold; start the engine, or name its socket under engines: in agent.yaml"
+    asked = ", ".join(sorted(there)) or "no engine"
+    yield Check("labels", not said, "; ".join(said[:3]) or f"{asked} answers", mend if said else "")

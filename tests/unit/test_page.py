@@ -1,0 +1,250 @@
+"""The status page of given Snapshots: what it says, and that nothing that anybody is called is more than text."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+from wsgiref.util import setup_testing_defaults
+
+import pytest
+import top_kit as kit
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fgpu_ebpf import page
+from fgpu_ebpf.page import Asked
+from fgpu_ebpf.ranking import BY_WORD, Order
+from fgpu_ebpf.snapshot import Fields, PoliciesView, Snapshot
+
+ODD = [
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(1)</script>",
+    '"><b a="',
+    "{{ 7*7 }}",
+    "&amp;",
+    "</main>",
+]
+TEXTS = st.one_of(st.sampled_from(ODD), st.text(), st.builds("{}{}".format, st.sampled_from(ODD), st.text()))
+
+
+@pytest.fixture(autouse=True)
+def utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page.time, "localtime", page.time.gmtime)
+
+
+class Read(HTMLParser):
+    """A page's elements with their attributes' names, its texts but for style and script, its attributes' values."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, ...]] = []
+        self.texts: list[str] = []
+        self.values: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, *(name for name, _ in attrs)))
+        self.values += [value or "" for _, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        if self.elements and self.elements[-1][0] not in ("style", "script"):
+            self.texts.append(data)
+
+    @property
+    def words(self) -> str:
+        """All that can be read."""
+        return " ".join(" ".join(self.texts).split())
+
+
+def shown(snapshot: Snapshot, query: str = "", host: str = "gpu-3") -> Read:
+    return Read(page.html(Fields(snapshot), Asked.of(query), host))
+
+
+def snapshot(*tenants: Any, devices: Any = (), **more: Any) -> Snapshot:
+    known = tuple(replace(device, reconcile_age_seconds=0.1) for device in devices or (kit.device(),))
+    return Snapshot(1.0, known, tenants, **{"gatekeeper_up": True, **more})
+
+
+def rows(read: Read) -> list[str]:
+    """The names of the tenants in the table, one below the other."""
+    text = read.words
+    return re.findall(r"(?:^| )([\w/]+(?: \(group\))?) policy notebooks", text)
+
+
+# -- what it says
+
+
+def test_a_usual_host() -> None:
+    policies = PoliciesView(True, 1.0, 3, ())
+    words = shown(snapshot(*kit.ALL, policies=policies, events={"rate": 2, "full": 1})).words
+    assert "enforced agent up gatekeeper up 3 events lost 3 policies good as of 00:00:01 " in words
+    assert "0 NVIDIA H200 used 40GiB/160GiB committed 100GiB unmanaged 0B turn: bob" in words
+    assert "4 tenants , by used" in words or "4 tenants, by used" in words
+    assert "alice policy notebooks /batch/alice 8GiB 4GiB 4GiB 25.1% 25.0% 12.3s 3 kernel" in words
+    assert "carol policy notebooks /batch/carol - 0B 1MiB alone - 0.0s 0 kernel" in words
+    assert "mend:" not in words
+
+
+def test_rows_stand_as_fgpu_top_sorts_them() -> None:
+    host = snapshot(*kit.ALL)
+    assert rows(shown(host)) == ["batch (group)", "bob", "alice", "carol"]
+    assert rows(shown(host, "sort=refused")) == ["alice", "batch (group)", "bob", "carol"]
+    assert rows(shown(host, "sort=limit&reverse=1")) == ["alice", "batch (group)", "bob", "carol"]
+    assert rows(shown(host, "filter=ALI")) == ["alice"]
+    assert ", 1 with ALI" in shown(host, "filter=ALI").words.replace(" ,", ",")
+
+
+def test_one_device_needs_no_column() -> None:
+    both = kit.tenant("alice", kit.on(0, 5), kit.on(1, 7 * kit.MIB))
+    assert "TENANT GPU LIMIT" in shown(snapshot(both, devices=(kit.device(0), kit.device(1)))).words
+    assert "TENANT LIMIT" in shown(snapshot(kit.ALICE)).words
+
+
+def test_the_rest_is_counted() -> None:
+    many = [kit.tenant(f"t{number}", kit.on(0, number)) for number in range(1234)]
+    read = shown(snapshot(*many))
+    assert len(rows(read)) == page.MOST_ROWS
+    assert "and 1,134 more" in read.words
+    assert "1,234 tenants" in read.words
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"unenforced": "a probe has gone"}, "No limit is enforced: a probe has gone not enforced agent up"),
+        ({"gatekeeper_up": False}, "gatekeeper there is none: programs that start get no memory mend: the agent"),
+        ({"gatekeeper_up": None}, "gatekeeper unknown"),
+        (
+            {"policies": PoliciesView(False, 1.0, 2, ("a.yaml:3: memory: '8G'",))},
+            "policies a.yaml:3: memory: '8G' mend: fgpu policy check",
+        ),
+        ({"reconcile_failure": "no driver"}, "reconcile NVML answered; no driver mend: nvidia-smi"),
+        ({"failures": 3}, "mistakes 3 outlived mend: report"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_mend(more: dict[str, Any], said: str) -> None:
+    assert said in shown(snapshot(kit.ALICE, **more)).words
+
+
+def test_what_is_wrong_with_a_tenant() -> None:
+    around = replace(kit.ALICE, bypassing={"no_shim": 3}, shimless={"musl": 2, "static": 1}, notes=("no device B",))
+    denied = replace(kit.BOB, denied="8GiB are wanted, 1GiB is left")
+    words = shown(snapshot(around, denied)).words
+    assert "kernel goes around the shim: 3 no_shim (2 musl, 1 static) note: no device B" in words
+    assert "kernel gets nothing: 8GiB are wanted, 1GiB is left" in words
+    assert "shim alice (musl, static) mend: static: static programs have no loader" in words
+
+
+def test_notes_are_told_once_of_each_tenant() -> None:
+    both = replace(kit.tenant("alice", kit.on(0, 5), kit.on(1, 7)), denied="no room")
+    assert shown(snapshot(both, devices=(kit.device(0), kit.device(1)))).words.count("gets nothing") == 1
+
+
+def test_what_nobody_measured_is_a_dash() -> None:
+    words = shown(snapshot(kit.BATCH, devices=(kit.device(used=None, unmanaged=None, owner=None),))).words
+    assert "used -/160GiB committed 100GiB unmanaged -" in words
+    assert "turn:" not in words
+
+
+@pytest.mark.parametrize("none", [snapshot(), Snapshot(0.0), Snapshot(1.0, (kit.device(),), (kit.tenant("a"),))])
+def test_a_host_with_next_to_nothing(none: Snapshot) -> None:
+    assert "enforced" in shown(none).words
+
+
+# -- nothing is more than text
+
+
+def host_of(text: str) -> Snapshot:
+    """A host where everything that anybody may name is called so."""
+    one = replace(
+        kit.ALICE, tenant=text, path=text, policy=text, denied=text, notes=(text,), labels={"team": text, text: "x"}
+    )
+    policies = PoliciesView(False, 1.0, 1, (text,))
+    return snapshot(
+        one, devices=(replace(kit.device(owner=text), name=text),), policies=policies, reconcile_failure=text
+    )
+
+
+@given(TEXTS)
+def test_what_anybody_is_called_is_text(text: str) -> None:
+    text += "x"  # what is empty is left out, for good reason
+    read = Read(page.html(Fields(host_of(text)), Asked(filter=text), text))
+    plain = Read(page.html(Fields(host_of("x")), Asked(filter="x"), "x"))
+    assert read.elements == plain.elements
+    assert read.texts.count(text) == plain.texts.count("x")
+    assert read.values.count(text) == plain.values.count("x")
+
+
+def test_the_script_and_style_are_the_files() -> None:
+    """What a hash in the policy allows is what stands there."""
+    text = page.html(Fields(snapshot()), Asked(), "x")
+    (style,), (script,) = (
+        re.findall("<style>(.*?)</style>", text, re.S),
+        re.findall("<script>(.*?)</script>", text, re.S),
+    )
+    policy = page._files().policy
+    assert {page._digest(style), page._digest(script)} == set(re.findall(r"'sha256-[^']+'", policy))
+    assert "unsafe" not in policy
+    assert not re.search(r"""\s(?:on\w+|style)=|javascript:|https?://(?!www\.w3\.org/2000/svg)""", text)
+
+
+# -- questions and answers
+
+
+@pytest.mark.parametrize(
+    ("query", "asked"),
+    [
+        ("", Asked()),
+        ("sort=limit", Asked(Order(BY_WORD["limit"]))),
+        ("sort=limit&reverse=1&filter=%3Cb%3E+a", Asked(Order(BY_WORD["limit"], True), "<b> a")),
+        ("sort=nothing&x=y", Asked()),
+        ("&".join(["filter=a"] * 99), Asked()),
+        ("filter=" + "a" * 999, Asked(filter="a" * page.MOST_FILTER)),
+        ("filter=%ff%00", Asked(filter="\ufffd\0")),
+        ("\xff;;&&==", Asked()),
+    ],
+)
+def test_questions(query: str, asked: Asked) -> None:
+    assert Asked.of(query) == asked
+    assert Asked.of(asked.query[1:]) == asked
+
+
+def call(
+    method: str = "GET", latest: Callable[[], Snapshot] = snapshot, **more: str
+) -> tuple[str, dict[str, str], bytes]:
+    said: list[Any] = []
+    environ: dict[str, Any] = {"REQUEST_METHOD": method, **more}
+    setup_testing_defaults(environ)
+    body = b"".join(page.app(latest)(environ, lambda status, headers: said.extend((status, dict(headers)))))  # type: ignore[arg-type]
+    return said[0], said[1], body
+
+
+def test_answers() -> None:
+    status, headers, body = call()
+    assert (status, headers["Content-Length"]) == ("200 OK", str(len(body)))
+    assert headers["Content-Type"] == "text/html; charset=utf-8"
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'; ")
+    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    assert (headers["X-Content-Type-Options"], headers["Referrer-Policy"]) == ("nosniff", "no-referrer")
+    assert headers["Cache-Control"] == "no-store"
+    zipped, packed = call(HTTP_ACCEPT_ENCODING="br, gzip")[1:]
+    assert zipped["Content-Encoding"] == "gzip"
+    assert gzip.decompress(packed) == body
+    assert call("HEAD")[1:] == (headers, b"")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "nonsense"])
+def test_who_wants_to_write_is_refused(method: str) -> None:
+    status, headers, body = call(method)
+    assert (status, headers["Allow"], body) == ("405 Method Not Allowed", "GET, HEAD", b"")
+
+
+def test_a_path_that_is_no_text() -> None:
+    """Folders may be called anything."""
+    body = call(latest=lambda: snapshot(replace(kit.ALICE, path="/\udcff<b>")))[2]
+    assert b"/?&lt;b&gt;" in body
