@@ -1,4 +1,4 @@
-"""What a host with many tenants costs: start, status, scrape, a change of a limit, `fgpu top`, and doing nothing.
+"""What a host with many tenants costs: start, status, scrape, the page, a change of a limit, `fgpu top`, and nothing.
 
 Makes cgroups that one policy matches, and prints `scale_NAME VALUE UNIT` for --tenants of them (1,000), then what agent
 and gatekeeper spend with a tenth of them idle; writes build/bench/scale.json; 1 where a bar is missed. Starts and
@@ -35,12 +35,16 @@ spec:
   memory: {limit: 1GiB}
 """
 LISTEN = "127.0.0.1:19424"
+PAGE_SECONDS = 2  # as often as its script asks
 BARS = {
     "start_seconds": 3.0,
     "status_cold_ms": 1000.0,
     "status_warm_ms": 250.0,
     "scrape_ms": 150.0,
     "scrape_mb": 2.5,
+    "page_ms": 150.0,
+    "page_kb": 100.0,
+    "page_agent_percent": 5.0,
     "set_p99_ms": 100.0,
     "top_percent": 5.0,
     "agent_rss_mib": 80.0,
@@ -71,12 +75,27 @@ def milliseconds(what: list[str]) -> float:
     return 1e3 * (time.monotonic() - begun)
 
 
-def scrape() -> tuple[float, float]:
-    """Milliseconds and megabytes of /metrics."""
+def asked(path: str) -> tuple[float, int]:
+    """Milliseconds and bytes of an answer at the metrics address."""
     begun = time.monotonic()
-    with urllib.request.urlopen(f"http://{LISTEN}/metrics", timeout=30) as page:
-        size = len(page.read())
-    return 1e3 * (time.monotonic() - begun), size / 1e6
+    with urllib.request.urlopen(f"http://{LISTEN}{path}", timeout=30) as answer:
+        size = len(answer.read())
+    return 1e3 * (time.monotonic() - begun), size
+
+
+def page(seconds: float) -> dict[str, float]:
+    """The status page: the first that anybody sees, one later, and what the agent spends while one looks at it."""
+    pid = service_pids()["agent"]
+    held = resident_mib(pid)
+    first, size = asked("/")
+    found = {"page_cold_ms": first, "page_kb": size / 1e3}
+    found["page_ms"] = percentile([asked("/")[0] for _ in range(7)], 50)
+    found["page_grown_mib"] = resident_mib(pid) - held
+    before, begun = cpu_ms(pid), time.monotonic()
+    while time.monotonic() - begun < seconds:
+        time.sleep(PAGE_SECONDS)
+        asked("/")
+    return found | {"page_agent_percent": 100 * (cpu_ms(pid) - before) / (1e3 * (time.monotonic() - begun))}
 
 
 def sets(parent: Path, times: int) -> list[float]:
@@ -136,7 +155,7 @@ def resident_mib(pid: int) -> float:
 
 
 def many(options: list[str], count: int, watched_seconds: float) -> dict[str, float]:
-    """All tenants: start, status, scrape, set, top."""
+    """All tenants: start, status, scrape, page, set, top."""
     with cgroups(count) as parent, agent(options) as started:
         there = len(ask(verb="snapshot")["tenants"])
         if there != count:
@@ -144,9 +163,10 @@ def many(options: list[str], count: int, watched_seconds: float) -> dict[str, fl
         found = {"start_seconds": started, "status_cold_ms": milliseconds([*FGPU, "status", "--json"])}
         found["status_warm_ms"] = percentile([milliseconds([*FGPU, "status", "--json"]) for _ in range(7)], 50)
         time.sleep(1.5)
-        scrapes = [scrape() for _ in range(7)]
+        scrapes = [asked("/metrics") for _ in range(7)]
         found["scrape_ms"] = percentile([ms for ms, _ in scrapes], 50)
-        found["scrape_mb"] = scrapes[0][1]
+        found["scrape_mb"] = scrapes[0][1] / 1e6
+        found |= page(watched_seconds)
         found["set_p50_ms"] = percentile(taken := sets(parent, 300), 50)
         return found | {"set_p99_ms": percentile(taken, 99)} | top(watched_seconds)
 

@@ -57,7 +57,7 @@ def main(run_dir: Path) -> None:
 @main.command()
 @click.option("--driver-root", type=click.Path(path_type=Path), help="Where the NVIDIA driver's libraries are: /.")
 @click.option("--shim", type=click.Path(path_type=Path), help="The shim's file, if not the package's own.")
-@click.option("--listen", help="Address of /metrics: 127.0.0.1:9423.")
+@click.option("--listen", help="Address of the status page (/) and /metrics: 127.0.0.1:9423.")
 @click.option("--loader", help="The interpreter that sees BCC: /usr/bin/python3 -I.")
 @click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
 @click.option("--policies", type=click.Path(path_type=Path), help="The folder of policies: /etc/fgpu/policy.d.")

@@ -2,7 +2,7 @@
 // not look like those of now. Text becomes elements in the server alone, which escapes it.
 "use strict";
 
-const PERIOD_MS = 2000, PATIENCE_MS = 4000, SILENCE_MS = 6000;
+const PERIOD_MS = 2000, PATIENCE_MS = 4000, SILENCE_MS = 5000;
 const title = document.title, silence = document.getElementById("silence");
 let heard = Date.now(), asking = false;
 

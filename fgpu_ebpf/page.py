@@ -88,7 +88,7 @@ def state(snapshot: Mapping[str, Any]) -> list[str]:
     lost = sum(events.get(reason, 0) for reason in ("rate", "full"))
     said = ["not enforced" if snapshot["unenforced"] else "enforced", "agent up", up, f"{lost:,} events lost"]
     if policies:
-        said.append(f"{policies['count']} policies {'good' if policies['good'] else 'in force, the files have faults'}")
+        said.append(f"policies {'good' if policies['good'] else 'have faults'}, {policies['count']} in force")
     return said
 
 

@@ -12,6 +12,7 @@ import re
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +146,15 @@ def driver_bytes() -> list[int]:
     return [sum(process[f"{kind}_bytes"] for kind in KINDS) for process in books]
 
 
+def assert_page_shows(place: Installed, name: str) -> None:
+    """The status page, and all that it is made of, came along."""
+    with urllib.request.urlopen(f"http://{place.listen}/", timeout=20) as answer:
+        page = answer.read().decode()
+    assert f"<bdi>{name}</bdi>" in page
+    assert re.search(r"<style>[^<]{1000}", page)
+    assert re.search(r"<script>[^<]{1000}", page)
+
+
 def assert_enforced(place: Installed, name: str) -> None:
     """A tenant gets its limit and not a byte more, by the driver's books too; without fgpu the program gets more."""
     limit = GIB
@@ -157,6 +167,7 @@ def assert_enforced(place: Installed, name: str) -> None:
             (seen,) = next(t for t in status["tenants"] if t["tenant"] == name)["devices"]
             assert seen["admitted_bytes"] == seen["witnessed_bytes"] == limit - CONTEXT, seen  # enforcement is live
             assert (seen["limit_bytes"], seen["used_bytes"], seen["refused"]) == (limit, limit, 1), seen
+            assert_page_shows(place, name)
         finally:
             tenant.kill()
     got, why = place.filled()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import harness
 import pytest
-from page_kit import URL, Looker
+from page_kit import HOST, URL, Looker
 from playwright.sync_api import Browser, sync_playwright
 
+FOLDER = Path(__file__).parent
 CHROMIUM = "/usr/bin/chromium"  # the distribution's
 
 
@@ -19,14 +20,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--picture", type=Path, help="where to put a picture of the status page")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The picture alone where one is asked for, all but it else."""
+    is_asked = bool(config.getoption("picture", None))
+    left_out = [item for item in items if item.path.parent == FOLDER and (item.name == "test_picture") is not is_asked]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(scope="package")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
-    """The simulated driver (two devices of 16 GiB) and the agent."""
+    """The simulated driver (two devices of 140 GiB) and the agent, on a host that is called HOST."""
     harness.compile_programs()
+    service = harness.Service(tmp_path_factory.mktemp("service"), ["docker"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "GPUS", "2")
-        with harness.Service.running(tmp_path_factory.mktemp("service"), "docker") as service:
+        try:
+            service.start_driver("140GiB")
+            service.command = ["unshare", "--uts", "sh", "-c", f'hostname {HOST} && exec "$@"', "sh", *harness.FGPU]
+            service.start_agent()
             yield service
+        finally:
+            service.stop()
 
 
 @pytest.fixture(scope="package")

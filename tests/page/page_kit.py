@@ -11,6 +11,7 @@ from harness import LISTEN
 from playwright.sync_api import Browser, Locator, Page, expect
 
 URL = f"http://{LISTEN}/"
+HOST = "gpu-3"
 PATIENCE_MS = 30_000
 expect.set_options(timeout=PATIENCE_MS)
 

@@ -82,7 +82,7 @@ def rows(read: Read) -> list[str]:
 def test_a_usual_host() -> None:
     policies = PoliciesView(True, 1.0, 3, ())
     words = shown(snapshot(*kit.ALL, policies=policies, events={"rate": 2, "full": 1})).words
-    assert "enforced agent up gatekeeper up 3 events lost 3 policies good as of 00:00:01 " in words
+    assert "enforced agent up gatekeeper up 3 events lost policies good, 3 in force as of 00:00:01 " in words
     assert "0 NVIDIA H200 used 40GiB/160GiB committed 100GiB unmanaged 0B turn: bob" in words
     assert "4 tenants , by used" in words or "4 tenants, by used" in words
     assert "alice policy notebooks /batch/alice 8GiB 4GiB 4GiB 25.1% 25.0% 12.3s 3 kernel" in words
