@@ -110,7 +110,7 @@ def serve(options: Options) -> None:
         service.start()
         with _reachable(service):
             found = (len(service.nvml.devices), len(service.enforcer), service.settings.listen)
-            log.info("enforcing, %d devices, %d tenants, metrics http://%s/metrics", *found)
+            log.info("enforcing, %d devices, %d tenants, page and /metrics at http://%s/", *found)
             service.mark("answering")
             parts = ", ".join(f"{part} {at - begun:.2f}" for part, at in service.marks.items())
             log.info("ready after %.2f s: %s", time.monotonic() - begun, parts)
