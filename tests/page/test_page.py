@@ -35,6 +35,7 @@ def holder(place: Place) -> Tenant:
     client = tenant.client()
     client.ok(f"alloc {50 * MIB}")
     assert client.do(f"alloc {90 * MIB}") == REFUSED
+    assert tenant.memory()["refused"] == 1  # who looks from now on sees that too
     return tenant
 
 
@@ -77,9 +78,8 @@ def test_the_same_as_top(look: Look, holder: Tenant, other: Tenant) -> None:
         lines = [line.split() for line in fgpu("top", *words).stdout.splitlines()]
         rows = [line for line in lines if line[0] in (holder.name, other.name)]
         there = look(query)
-        cells = there.page.locator("tbody tr:not(.notes)").all()
-        found = [[cell.inner_text().split("\n")[0] for cell in row.locator("> *").all()] for row in cells]
-        assert found == rows
+        texts = "rows => rows.map(row => [...row.children].map(cell => cell.innerText.split('\\n')[0]))"
+        assert there.page.locator("tbody tr:not(.notes)").evaluate_all(texts) == rows
         heads = [name.strip() for name in there.page.locator("thead th").all_inner_texts()]
         assert " ".join(heads).split() == next(line for line in lines if line[0] == "TENANT")
 
