@@ -68,7 +68,7 @@ _Path = Annotated[str, AfterValidator(_absolute), Field(max_length=4096)]
 class HostDocument(Model):
     """`agent.yaml`"""
 
-    listen: Annotated[str, AfterValidator(_address)] = absent("The address of /metrics.")
+    listen: Annotated[str, AfterValidator(_address)] = absent("The address of the status page and /metrics.")
     overcommit: Literal["forbid", "allow"] = Field("forbid", description="`allow`: limits may sum past a device.")
     loader: Annotated[list[str], Field(min_length=1, max_length=16), AfterValidator(_program)] = absent(
         "The interpreter that sees BCC, and its arguments."

@@ -1,4 +1,4 @@
-"""The picture that the documentation shows: `./dev test page --picture docs/images/status-page.png`."""
+"""The picture that the documentation shows: `./dev test page --picture docs/pictures/status-page.png`."""
 
 from __future__ import annotations
 
