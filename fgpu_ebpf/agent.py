@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fgpu_ebpf import cdi, devices, inject, launch, notify, probes, procfs, programs, published, shares, trial
+from fgpu_ebpf import cdi, devices, inject, launch, notify, probes, procfs, profiles, programs, published, shares, trial
 from fgpu_ebpf.adoption import Adoption
 from fgpu_ebpf.detach import LOCK, NAMES, take_away
 from fgpu_ebpf.discovery import Discovery
@@ -32,6 +32,7 @@ from fgpu_ebpf.overrides import Overrides
 from fgpu_ebpf.overruns import Overruns
 from fgpu_ebpf.policies import Policies
 from fgpu_ebpf.policyfolder import PolicyFolder, Reading
+from fgpu_ebpf.profiles import Profile
 from fgpu_ebpf.reconcile import Reconciler, Truth
 from fgpu_ebpf.shimless import Reasons
 from fgpu_ebpf.snapshot import Snapshot
@@ -69,6 +70,7 @@ class Settings:
     helper: Path = Path()
     cdi_folder: Path = cdi.FOLDER
     shares: tuple[str, ...] = shares.USUAL
+    profiles: tuple[Profile, ...] = ()
 
 
 def package_file(*names: str) -> Path:
@@ -114,6 +116,7 @@ class Agent:
         self.chores: list[Callable[[], object]] = []  # of every round
         self._next_round = 0.0
         self._reload_wanted = False
+        self.parts: cdi.Parts | None = None  # what containers are given; None: nothing
 
     # -- start
 
@@ -233,7 +236,9 @@ class Agent:
         s = self.settings
         try:
             helper = s.helper if s.store is None else inject.publish_helper(s.helper)
-            inject.set_up(inject.parts(s.run_dir, self.shim, helper), s.cdi_folder, s.shares)
+            parts = inject.parts(s.run_dir, self.shim, helper)
+            inject.set_up(parts, s.cdi_folder, [*s.shares, *profiles.names(s.profiles, self.nvml.devices)])
+            self.parts = parts
         except (OSError, ValueError) as error:
             log.error("containers can ask for no share (%s): give the agent a cdiFolder that it may write", error)
 

@@ -63,11 +63,11 @@ def _share(parts: Parts, share: shares.Share) -> dict[str, Any]:
     hook = {
         "hookName": "createRuntime",
         "path": str(parts.helper),
-        "args": [parts.helper.name, "--run-dir", str(parts.run_dir), "share", share.name],
+        "args": [parts.helper.name, "--run-dir", str(parts.run_dir), "share", share.text],
         "timeout": HOOK_SECONDS,
     }
     # The variable informs; nothing of ours reads it.
-    return {"name": share.name, "containerEdits": {"env": [f"FGPU_SHARE={share.name}"], "hooks": [hook]}}
+    return {"name": share.text, "containerEdits": {"env": [f"FGPU_SHARE={share.name}"], "hooks": [hook]}}
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

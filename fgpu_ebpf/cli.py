@@ -21,6 +21,7 @@ from fgpu_ebpf import control
 from fgpu_ebpf.checks import Check
 from fgpu_ebpf.cli_completion import completion, tenants
 from fgpu_ebpf.cli_containers import cdi_group, setup
+from fgpu_ebpf.cli_kubernetes import device_plugin
 from fgpu_ebpf.cli_policy import policy
 
 RUN_DIR = Path("/run/fgpu")
@@ -286,6 +287,7 @@ main.add_command(completion)
 main.add_command(policy)
 main.add_command(cdi_group)
 main.add_command(setup)
+main.add_command(device_plugin)
 
 if __name__ == "__main__":
     os.umask(0o022)

@@ -56,7 +56,8 @@ def _device(spec: dict[str, Any], device: dict[str, Any]) -> dict[str, str]:
     share = shares.parse(device["name"])
     memory = [f"memory {share.memory}"] if share.memory else []
     compute = [f"compute up to {share.compute}"] if share.compute else []
-    return {"name": name, "gives": ", ".join(memory + compute)}
+    only = ["of that device alone"] if share.device else []
+    return {"name": name, "gives": ", ".join(memory + compute + only)}
 
 
 @cdi_group.command()

@@ -32,6 +32,28 @@ def call(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIE
             data = b"".join(iter(lambda: sock.recv(1 << 20), b""))
         except OSError as error:
             raise ConnectionError(f"no agent answers at {run_dir}/control.sock ({error.strerror or error})") from error
+    return _read(data)
+
+
+async def ask(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIENCE_SECONDS) -> Any:
+    """The same, for a process that has other things to do meanwhile. Raises ConnectionError, RequestError."""
+    import asyncio
+
+    try:
+        async with asyncio.timeout(patience_seconds):
+            reader, writer = await asyncio.open_unix_connection(str(run_dir / "control.sock"))
+            try:
+                writer.write(json.dumps(request).encode() + b"\n")
+                data = await reader.read()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError) as error:
+        why = "not in time" if isinstance(error, TimeoutError) else error.strerror or error
+        raise ConnectionError(f"no agent answers at {run_dir}/control.sock ({why})") from error
+    return _read(data)
+
+
+def _read(data: bytes) -> Any:
     if not data.endswith(b"\n"):
         raise ConnectionError("the agent hung up")
     answer = json.loads(data)

@@ -13,6 +13,7 @@ from typing import Literal
 from fgpu_ebpf import configfile
 from fgpu_ebpf.cdi import FOLDER as CDI_FOLDER
 from fgpu_ebpf.policyfolder import FOLDER
+from fgpu_ebpf.profiles import Profile
 from fgpu_ebpf.shares import USUAL
 from fgpu_ebpf.yamlfile import Fault, FaultError
 
@@ -31,7 +32,7 @@ ENGINES = (
 class HostSettings:
     """`overcommit`: limits may sum past a device. `loader`: the interpreter that sees BCC, and its arguments.
 
-    `engines`: who is asked for labels, as KIND:SOCKET.
+    `engines`: who is asked for labels, as KIND:SOCKET. `profiles`: what a device plugin offers.
     """
 
     listen: str = "127.0.0.1:9423"
@@ -44,6 +45,7 @@ class HostSettings:
     log_format: Literal["text", "json", "journal"] = "text"
     cdi_folder: Path = CDI_FOLDER
     shares: tuple[str, ...] = USUAL
+    profiles: tuple[Profile, ...] = ()
 
 
 def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None, tuple[Fault, ...]]:

@@ -15,7 +15,8 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from fgpu_ebpf import shares
 from fgpu_ebpf.faults import faults
-from fgpu_ebpf.policyvalues import MetricLabels, Model, absent
+from fgpu_ebpf.policyvalues import Devices, MetricLabels, Model, absent
+from fgpu_ebpf.profiles import MOST_COUNT, MOST_NAME_CHARACTERS, Profile
 from fgpu_ebpf.quantities import shown
 from fgpu_ebpf.yamlfile import Fault, FaultError, documents
 
@@ -59,10 +60,38 @@ def _engine(value: str) -> str:
 
 
 def _share(value: str) -> str:
-    return shares.parse(value).name
+    return shares.parse(value).text
+
+
+def _profile_share(value: str) -> str:
+    share = shares.parse(value)
+    if share.device or not share.memory:
+        raise ValueError(f"{shown(value)} is no profile: it names memory and no device, as 8gib or 8gib-50pct")
+    if len(value) > MOST_NAME_CHARACTERS:
+        raise ValueError(f"{shown(value)} is longer than {MOST_NAME_CHARACTERS} characters: kubelet's ids are short")
+    return value
+
+
+def _different(value: list[ProfileDocument]) -> list[ProfileDocument]:
+    names = [profile.share for profile in value]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{shown(twice)} is there twice: join them")
+    return value
 
 
 _Path = Annotated[str, AfterValidator(_absolute), Field(max_length=4096)]
+
+
+class ProfileDocument(Model):
+    """One of `profiles:`"""
+
+    share: Annotated[str, AfterValidator(_profile_share)] = Field(description="Memory, then a ceiling of time.")
+    count: Annotated[int, Field(ge=1, le=MOST_COUNT)] = absent("How many on each device; absent: as many as fit.")
+    devices: Devices = absent("Where: index, UUID or its beginning, or model; absent: on every device.")
+
+    def profile(self) -> Profile:
+        """As the agent knows it."""
+        return Profile(self.share, self.count, tuple(self.devices or ()))
 
 
 class HostDocument(Model):
@@ -83,6 +112,9 @@ class HostDocument(Model):
     cdi_folder: _Path = absent("Where container engines look for devices.")
     shares: Annotated[list[Annotated[str, AfterValidator(_share)]], Field(max_length=256)] = absent(
         "What containers may ask for by name."
+    )
+    profiles: Annotated[list[ProfileDocument], Field(max_length=64), AfterValidator(_different)] = absent(
+        "What a device plugin offers to Kubernetes, and how many of each."
     )
 
 
@@ -107,7 +139,9 @@ def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[Fault, ...]]:
 def _values(document: HostDocument) -> dict[str, Any]:
     values: dict[str, Any] = {name: getattr(document, name) for name in document.model_fields_set}
     for name, value in values.items():
-        if isinstance(value, list):
+        if name == "profiles":
+            values[name] = tuple(document.profile() for document in value)
+        elif isinstance(value, list):
             values[name] = tuple(value)
         elif name in _PATHS:
             values[name] = Path(value)

@@ -40,7 +40,7 @@ class Manager:
         self.workloads = workloads
         self.enforcer = enforcer
         self.policies = PolicySet(())
-        self._overrides = overrides
+        self.overrides = overrides
         self._devices = devices
         self._history = history
         self._awaited: dict[str, float] = {}  # own cgroups that nobody has entered yet: until when
@@ -50,7 +50,7 @@ class Manager:
     def decide(self, workload: Workload, override: Override | None = None) -> Decision:
         """What the policies say of a workload, and of the share that it has asked for."""
         decision = self.policies.resolve(workload, self._devices)
-        override = override or self._overrides.get(workload.cgroup)
+        override = override or self.overrides.get(workload.cgroup)
         if override is None or not override.share or decision.policy is None:
             return decision
         asked = requests(parse(override.share), decision.policy)
@@ -60,7 +60,7 @@ class Manager:
         workload = self.workloads.identify(path)
         if workload is None:
             return None
-        return tenant_of(self.decide(workload), self._overrides.get(workload.cgroup), self._devices)
+        return tenant_of(self.decide(workload), self.overrides.get(workload.cgroup), self._devices)
 
     def consider(self, paths: Iterable[str]) -> None:
         """Looks at these cgroups anew: managed, changed, or gone."""
@@ -105,7 +105,7 @@ class Manager:
             return
         cgroups = [tenant.cgroup for tenant in tenants]
         self.enforcer.release(cgroups)
-        self._overrides.drop(c for t, c in zip(tenants, cgroups, strict=True) if self.workloads.cgroup(t.path) != c)
+        self.overrides.drop(c for t, c in zip(tenants, cgroups, strict=True) if self.workloads.cgroup(t.path) != c)
 
     # -- by hand
 
@@ -118,33 +118,44 @@ class Manager:
         workload = self.workloads.identify(path)
         if workload is None:
             raise TargetError(f"no cgroup {path}")
-        before = self._overrides.get(workload.cgroup)
+        before = self.overrides.get(workload.cgroup)
         override = before or Override(workload.cgroup, workload.path, None, name, own)
-        override = replace(override, path=workload.path, **{"share": "", **asked})
+        override = replace(override, path=workload.path, **{"share": "", "devices": (), **asked})
         tenant = tenant_of(self.decide(workload, override), override, self._devices)
         assert tenant
         self.enforcer.put([tenant])
         try:
-            self._overrides.put(override)
+            self.overrides.put(override)
         except OSError:
             self._follow_what_is_left(path)
             raise
         return self.enforcer.get(tenant.cgroup) or tenant
 
     def share(self, path: str, share: Share) -> Tenant:
-        """A container asks for a share before it runs. TargetError: it has another; RoomError: it does not fit."""
+        """A container asks for a share before it runs; of several devices for the same share of each, one by one.
+
+        TargetError: it has another, or there is no such device for it; RoomError: it does not fit.
+        """
         cgroup = self.workloads.cgroup(path)
-        before = self._overrides.get(cgroup) if cgroup is not None else None
-        if before and before.share and before.share != share.name:
+        before = self.overrides.get(cgroup) if cgroup is not None else None
+        had = before.devices if before and before.share else ()
+        if before and before.share and (before.share, bool(had)) != (share.name, bool(share.device)):
             raise TargetError(f"it has fgpu.dev/share={before.share} already: ask for one")
-        return self.set(path, {"share": share.name})
+        if share.device and all(device.uuid_text != share.device for device in self._devices):
+            raise TargetError(f"this host has no {share.device}")
+        devices = tuple(dict.fromkeys((*had, share.device))) if share.device else ()
+        tenant = self.set(path, {"share": share.name, "devices": devices})
+        if devices and len(tenant.limits) < len(devices):
+            self.unset(path)
+            raise TargetError(f"policy {tenant.policy} does not give it {share.device}")
+        return tenant
 
     def unset(self, path: str) -> bool:
         """Takes away what was set by hand; a policy holds again, if one matches. False: nothing was set."""
         cgroup = self.workloads.cgroup(path)
-        if cgroup is None or self._overrides.get(cgroup) is None:
+        if cgroup is None or self.overrides.get(cgroup) is None:
             return False
-        self._overrides.drop([cgroup])
+        self.overrides.drop([cgroup])
         self._follow_what_is_left(path)
         return True
 
@@ -185,7 +196,7 @@ class Manager:
         now, gone = time.monotonic(), []
         for path in paths:
             cgroup = self.workloads.cgroup(path)
-            override = self._overrides.get(cgroup or 0)
+            override = self.overrides.get(cgroup or 0)
             if override is None or not override.own or now < self._awaited.get(path, 0.0):
                 continue
             if not self.workloads.is_populated(path) and self.workloads.remove(path):
@@ -207,4 +218,4 @@ class Manager:
 
     def tidy_all(self) -> None:
         """Removes every own cgroup that is empty: after a time when nobody told us."""
-        self.tidy([override.path for override in self._overrides if override.own])
+        self.tidy([override.path for override in self.overrides if override.own])

@@ -18,7 +18,7 @@ class Override:
     """What was said of one cgroup, on each device; None and "": nothing, so that a policy holds.
 
     `own`: the agent made the cgroup itself, for `fgpu run`. `share`: the container asked for it by name when it was
-    started; policies bound it.
+    started; policies bound it. `devices`: UUIDs of those that the share is of, and of no other; empty: of each.
     """
 
     cgroup: int
@@ -30,6 +30,7 @@ class Override:
     weight: int | None = None
     priority: str = ""
     share: str = ""
+    devices: tuple[str, ...] = ()
 
     @property
     def says_compute(self) -> bool:
@@ -67,9 +68,17 @@ class Overrides:
     def _read(self) -> Iterable[Override]:
         try:
             found = json.loads(self._file.read_text(encoding="utf-8"))
-            return [Override(**entry) for entry in found]
-        except (OSError, ValueError, TypeError, RecursionError):
+            return [Override(**{**entry, "devices": tuple(entry.get("devices", ()))}) for entry in found]
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return []
 
     def _write(self, overrides: Iterable[Override]) -> None:
-        wholefile.write(self._file, json.dumps([asdict(override) for override in overrides]))
+        wholefile.write(self._file, json.dumps([_entry(override) for override in overrides]))
+
+
+def _entry(override: Override) -> dict[str, object]:
+    """As the file has it: an agent that knows no shares of single devices reads those that are of none."""
+    entry = asdict(override)
+    if not override.devices:
+        del entry["devices"]
+    return entry

@@ -20,10 +20,11 @@ from typing import Any
 
 from prometheus_client import make_wsgi_app
 
-from fgpu_ebpf import explain, metrics, page, quantities, shares, snapshot, targets
+from fgpu_ebpf import cdi, explain, metrics, page, quantities, shares, snapshot, targets
 from fgpu_ebpf.agent import Agent, AgentError
 from fgpu_ebpf.control import RequestError
 from fgpu_ebpf.enforcer import RoomError
+from fgpu_ebpf.offers import Offers
 from fgpu_ebpf.peers import Peers
 from fgpu_ebpf.policy import Priority
 from fgpu_ebpf.quantities import QuantityError
@@ -33,7 +34,7 @@ from fgpu_ebpf.workloads import TargetError
 log = logging.getLogger("fgpu.server")
 MOST_WEIGHT = 10_000
 _COMPUTE_FIELDS = {"compute": "limit_millionths", "weight": "weight", "priority": "priority"}
-READS = {"snapshot", "metrics", "ping", "explain", "events"}
+READS = {"snapshot", "metrics", "ping", "explain", "events", "offers"}
 
 
 class ControlServer:
@@ -50,6 +51,7 @@ class ControlServer:
             "metrics": lambda _: metrics.text(agent.look()),
             "explain": self._explain,
             "events": lambda request: agent.history.since(_number(request, "since")),
+            "offers": lambda _: self._offers(),
             "reload": lambda _: agent.reload(),
             "put": self._put,
             "drop": self._drop,
@@ -115,6 +117,16 @@ class ControlServer:
         settings = self._agent.settings
         return {"pid": os.getpid(), "driver_root": str(settings.driver_root), "loader": shlex.join(settings.loader)}
 
+    def _offers(self) -> dict[str, Any]:
+        """For a device plugin."""
+        agent = self._agent
+        assert agent.reconciler
+        offers = Offers(
+            agent.settings.profiles, agent.nvml.devices, agent.enforcer, agent.reconciler.truth,
+            agent.discovery.unenforced(),
+        )  # fmt: skip
+        return offers.view(agent.manager.overrides, cdi.mounts(agent.parts) if agent.parts else ())
+
     def _may_write(self, peer: socket.socket) -> bool:
         pid, uid = _pid(peer), struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
         with contextlib.suppress(OSError):
@@ -150,7 +162,7 @@ class ControlServer:
         share = shares.parse(_text(request, "share"))
         path = targets.starting(request.get("pid"), request["peer"], self._agent.manager.workloads)
         tenant = self._agent.manager.share(path, share)
-        self._agent.history.add("share", tenant=tenant.name, text=share.name)
+        self._agent.history.add("share", tenant=tenant.name, text=share.text)
         return {"tenant": tenant.name, "path": tenant.path}
 
     def _run(self, request: dict[str, Any]) -> dict[str, Any]:

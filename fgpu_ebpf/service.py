@@ -85,6 +85,7 @@ def settings(options: Options) -> Settings:
         # Containers reach /run/fgpu alone: what an agent elsewhere offers is nothing for this host's engines.
         cdi_folder=host.cdi_folder if options.run_dir == Options().run_dir else options.run_dir / "cdi",
         shares=host.shares,
+        profiles=host.profiles,
     )
 
 
@@ -192,6 +193,10 @@ def checks(options: Options) -> list[Check]:
     agents = _agent(options.run_dir)
     if host and not any(check.name == "policies" for check in agents):
         agents.append(policyfolder.check(options.policies or host.policy_folder))
+    from fgpu_ebpf import kubelet  # here: asyncio is nothing for the agent
+
+    plugin = kubelet.check(options.run_dir)
+    agents += [plugin] if plugin else []
     return [*found, *agents, *enginesetup.checks(), *selinux.checks(options.run_dir)]
 
 

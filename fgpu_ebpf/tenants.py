@@ -101,7 +101,7 @@ def tenant_of(decision: Decision, override: Override | None, devices: Sequence[D
 
 def _by_hand(tenant: Tenant, override: Override, devices: Iterable[Device]) -> Tenant:
     if override.share:
-        return _by_share(tenant, parse(override.share), devices)
+        return _by_share(tenant, parse(override.share), override.devices, devices)
     chosen = tenant.limits or {device.index: pages.NO_LIMIT for device in devices}
     limits = chosen if override.memory_bytes is None else dict.fromkeys(chosen, override.memory_bytes)
     return replace(
@@ -121,12 +121,16 @@ def requests(share: Share, policy: Policy) -> dict[str, str]:
     return memory | compute
 
 
-def _by_share(tenant: Tenant, share: Share, devices: Iterable[Device]) -> Tenant:
-    """What the policy has not decided already, with requests() among the workload's labels."""
+def _by_share(tenant: Tenant, share: Share, of: Sequence[str], devices: Iterable[Device]) -> Tenant:
+    """What the policy has not decided already, with requests() among the workload's labels; on the devices of these
+    UUIDs alone, if any are named.
+    """
     limits = dict(tenant.limits or {device.index: pages.NO_LIMIT for device in devices})
     for device in devices:
         if share.amount and limits.get(device.index) == pages.NO_LIMIT:
             limits[device.index] = share.amount.of(device.usable_bytes)
+        if of and device.uuid_text not in of:
+            limits.pop(device.index, None)
     compute = tenant.compute
     if compute is None and share.limit_millionths:
         compute = Compute(limit_ratio=share.limit_millionths / MILLION)

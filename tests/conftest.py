@@ -11,7 +11,7 @@ import pytest
 SCALES = ("quick", "ci", "full")
 # Suites of whole processes that race each other and the clock of a shared machine: what fails there once in thousands
 # is tried a second time and printed in full, never passed over.
-LIVE = ("bpf", "dashboards", "e2e", "engines", "gatekeeper", "packages", "page", "shim", "standalone")
+LIVE = ("bpf", "dashboards", "e2e", "engines", "gatekeeper", "kubelet", "packages", "page", "shim", "standalone")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -68,6 +68,7 @@ static struct {
 static char *self;
 static const char *via;
 static CUcontext context;
+static int ordinal; /* of the device that it uses */
 static CUdeviceptr pointers[MOST_POINTERS];
 static unsigned count;
 
@@ -115,7 +116,7 @@ static CUresult need_context(void)
 {
     CUresult result;
     if (context) return CUDA_SUCCESS;
-    if ((result = cu.cuInit(0)) || (result = cu.cuDevicePrimaryCtxRetain(&context, 0))) return result;
+    if ((result = cu.cuInit(0)) || (result = cu.cuDevicePrimaryCtxRetain(&context, ordinal))) return result;
     return cu.cuCtxSetCurrent(context);
 }
 
@@ -165,6 +166,13 @@ static void one(enum how how, uint64_t bytes)
 }
 
 static void plain_answer(CUresult result) { answer("%s", result ? name_of(result) : "ok"); }
+
+static void do_device(const uint64_t *n)
+{
+    ordinal = (int)n[0];
+    context = NULL;
+    plain_answer(need_context());
+}
 
 static void do_context(const uint64_t *n)
 {
@@ -437,6 +445,7 @@ static const struct command {
                 {"dropcontext", do_drop_context},
                 {"alloc", do_alloc},
                 {"vmm", do_vmm},
+                {"device", do_device},
                 {"managed", do_managed},
                 {"create", do_create},
                 {"pitch", do_pitch},

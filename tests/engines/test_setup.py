@@ -203,9 +203,16 @@ def assert_share(engine: kit.Engine, name: str, limit: int) -> None:
 
 
 @with_cdi
-def test_an_engine_with_cdi_gives_shares(ready: kit.Engine) -> None:
+def test_an_engine_with_cdi_gives_shares(ready: kit.Engine, service: harness.Service) -> None:
     assert_share(ready, "2gib", 2 * GIB)
     assert_share(ready, "8gib", 3 * GIB)  # the policy allows no more
+    uuid = harness.ask(verb="snapshot")["devices"][0]["uuid"]
+    spec = service.cdi / "mine.json"
+    spec.write_text((service.cdi / "fgpu.dev-share.json").read_text().replace('"2gib"', f'"2gib:{uuid}"'))
+    try:
+        assert_share(ready, f"2gib:{uuid}", 2 * GIB)
+    finally:
+        spec.unlink()
     done = ready.run("none", "--device", "fgpu.dev/share=5gib")
     ready.remove("none")
     assert "unresolvable CDI devices fgpu.dev/share=5gib" in done.stderr, done.stderr

@@ -15,12 +15,25 @@ PACKAGE = Path(__file__).parent.parent.parent / "fgpu_ebpf"
 ORDER = (
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings"}
-    | {"cgroupnames", "crimessages"},
+    | {"cgroupnames", "messages"},
     {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares"}
+    | {"crimessages", "kubeletmessages", "slots"}
     | {"events", "launch"},
-    {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"},
-    {"audit", "policyvalues", "clocks", "asker", "dockerapi", "criapi", "inject"},
-    {"policymodel", "hostmodel", "turns", "engines", "enginesetup", "selinux"},
+    {
+        "policy",
+        "configfile",
+        "faults",
+        "shimless",
+        "timebook",
+        "places",
+        "answers",
+        "elders",
+        "namesfile",
+        "cdi",
+        "allocation",
+    },
+    {"audit", "policyvalues", "profiles", "endpoint", "clocks", "asker", "dockerapi", "criapi", "inject"},
+    {"policymodel", "hostmodel", "kubelet", "turns", "engines", "enginesetup", "selinux"},
     {"policyfile"},
     {"policyfolder"},
     {"policywatch", "hostfile"},
@@ -30,14 +43,14 @@ ORDER = (
     {"roots"},
     {"devices", "trial", "glance", "discovery", "manager", "targets", "desks"},
     {"reconcile", "news", "detach", "policies", "explain", "callers", "slicer"},
-    {"view", "readers", "adoption", "health"},
+    {"view", "readers", "adoption", "health", "offers"},
     {"agent", "metrics", "tables", "gatekeeper", "keyboard", "ranking", "bars"},
     {"choice", "feed", "page"},
     {"frame"},
     {"top"},
     {"server"},
     {"service"},
-    {"cli_policy", "cli_containers", "cli_completion"},
+    {"cli_policy", "cli_containers", "cli_kubernetes", "cli_completion"},
     {"cli"},
 )
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
@@ -75,7 +88,7 @@ def test_the_loader_imports_nothing_of_ours():
     ("module", "heavy"),
     [
         ("gatekeeper", {"bcc", "pynvml", "prometheus_client", "click", "rich", "psutil", "elftools", "asyncio"}),
-        ("service", {"bcc", "rich", "psutil", "click", "grpc", "google.protobuf", "jinja2"}),
+        ("service", {"bcc", "rich", "psutil", "click", "grpc", "google.protobuf", "jinja2", "asyncio"}),
         ("policywatch", {"pydantic", "asyncio", "watchfiles"}),  # until there is a file to read
         ("hostfile", {"pydantic"}),
         ("cli_policy", {"pydantic", "yaml", "watchfiles"}),

@@ -1,0 +1,1 @@
+"""The device plugin, as kubelet and pods meet it."""

@@ -1,0 +1,254 @@
+"""From kubelet's question to a container that has its share of its device, and nothing of any other."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import engine_kit
+import grpc
+import harness
+import kubelet_kit as kit
+import pytest
+from harness import CONTEXT, GIB, MIB, REFUSED
+
+NVIDIA = {
+    "cdiVersion": "0.5.0",
+    "kind": "nvidia.com/gpu",
+    "devices": [{"name": "1", "containerEdits": {"env": ["GPU=1"]}}, {"name": "all", "containerEdits": {}}],
+    "containerEdits": {"env": ["DRIVER=yes"]},
+}
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: first}
+spec:
+  selector: {cgroup: "fgpu-e2e/*"}
+  devices: ["0"]
+  memory: {limit: 1GiB, max: 2GiB}
+"""
+
+
+class Pods(engine_kit.Bundles):
+    """Containers that get what a container runtime makes of kubelet's answer."""
+
+    def __init__(self, work: Path, runtime: str, folders: list[Path]) -> None:
+        super().__init__(work, runtime)
+        self._folders = folders
+        self.names: list[str] = []
+        self.answer: Any = None
+
+    def pod(self, answer: Any = None, names: list[str] | None = None) -> harness.Tenant:
+        """One container with that answer of the plugin's, or with these CDI devices."""
+        self.answer, self.names = answer, names or [device.name for device in answer.cdi_devices]
+        return self.tenant(None)
+
+    def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
+        super()._bundle(bundle, name, folder)
+        path = bundle / "config.json"
+        config = json.loads(path.read_text())
+        if self.answer is not None:
+            config["process"]["env"] += [f"{key}={value}" for key, value in self.answer.envs.items()]
+        whole: list[dict[str, Any]] = []
+        for qualified in self.names:  # as the interface's library does: a specification's own edits once
+            kind, _, device = qualified.partition("=")
+            (spec,) = [spec for spec in self.specs() if spec["kind"] == kind and device in named(spec)]
+            common = {} if spec in whole else spec["containerEdits"]
+            whole.append(spec)
+            engine_kit.inject(config, {**spec, "containerEdits": common}, device)
+        path.write_text(json.dumps(config))
+
+    def specs(self) -> list[dict[str, Any]]:
+        """Everything that engines find."""
+        return [json.loads(path.read_text()) for folder in self._folders for path in folder.glob("*.json")]
+
+
+def named(spec: dict[str, Any]) -> list[str]:
+    """The devices of a specification."""
+    return [device["name"] for device in spec["devices"]]
+
+
+@pytest.fixture(params=["runc", "crun"])
+def pods(request: pytest.FixtureRequest, service: harness.Service, tmp_path: Path) -> Iterator[Pods]:
+    """Containers of each runtime."""
+    found = Pods(tmp_path, request.param, [service.cdi, tmp_path / "cdi"])
+    yield found
+    found.close()
+    harness.eventually(lambda: not harness.driver_books(), 20, "an empty driver")
+
+
+def assert_only(tenant: harness.Tenant, limits: dict[int, int]) -> None:
+    """The share holds to the byte on these devices, and others give nothing."""
+    for device in (0, 1):
+        client = tenant.client()
+        if device not in limits:
+            assert client.do(f"device {device}") == REFUSED
+            assert client.do(f"alloc {2 * MIB}") == REFUSED
+            continue
+        client.ok(f"device {device}")
+        assert client.ok("info") == [limits[device] - CONTEXT, limits[device]]
+        client.ok(f"alloc {limits[device] - CONTEXT}")
+        assert client.do(f"alloc {2 * MIB}") == REFUSED
+    harness.eventually(lambda: tenant.driver_by_device() == limits, 10, f"{limits} by the driver's own books")
+    assert shown(tenant) == limits
+
+
+def shown(tenant: harness.Tenant) -> dict[int, int]:
+    """Its limits by device; one that was asked and gives nothing is seen with none."""
+    return {seen["gpu"]: seen["limit_bytes"] for seen in tenant.view()["devices"] if seen["limit_bytes"]}
+
+
+def test_a_pod_has_its_share_of_its_device(
+    kubelet: kit.Kubelet, plugin: kit.Plugin, pods: Pods, uuids: list[str], service: harness.Service
+) -> None:
+    two = kubelet.resource("2gib-25pct")
+    answer = two.allocate(two.ids[3])
+    assert two.ids[3].startswith(uuids[1])
+    assert [device.name for device in answer.cdi_devices] == [f"fgpu.dev/share=2gib-25pct:{uuids[1]}"]
+    assert answer.envs == {"NVIDIA_VISIBLE_DEVICES": uuids[1]}
+    assert not answer.annotations
+    tenant = pods.pod(answer)
+    assert_only(tenant, {1: 2 * GIB})
+    said = json.loads(harness.fgpu("explain", tenant.path, "--json").stdout)
+    assert [level["compute"][0]["limit_ratio"] for level in said["levels"]] == [0.25]
+    service.kill_agent()
+    service.start_agent()
+    assert shown(tenant) == {1: 2 * GIB}
+    assert tenant.client().do("device 0") == REFUSED
+
+
+def test_a_pod_has_shares_of_two_devices(
+    kubelet: kit.Kubelet, plugin: kit.Plugin, pods: Pods, uuids: list[str]
+) -> None:
+    one = kubelet.resource("1gib")
+    answer = one.allocate(*one.preferred(2, one.ids))
+    assert [device.name for device in answer.cdi_devices] == [f"fgpu.dev/share=1gib:{uuid}" for uuid in uuids]
+    assert answer.envs["NVIDIA_VISIBLE_DEVICES"] == ",".join(uuids)
+    assert_only(pods.pod(answer), {0: GIB, 1: GIB})
+
+
+def test_what_is_taken_is_no_promise_any_more(
+    kubelet: kit.Kubelet, plugin: kit.Plugin, pods: Pods, uuids: list[str]
+) -> None:
+    """Two pods of a device, a third finds no id; when they have ended, both can be had again."""
+    two, one = kubelet.resource("2gib-25pct"), kubelet.resource("1gib")
+    ids = two.ids[:2]
+    tenants = [pods.pod(two.allocate(id_)) for id_ in ids]
+    assert [entry["taken"] for entry in harness.ask(verb="offers")["devices"][0]["profiles"]] == [2, 0]
+    free = harness.ask(verb="offers")["devices"][0]["free_bytes"]
+    assert free == harness.ask(verb="offers")["devices"][1]["free_bytes"] - 4 * GIB, "the other device is whole"
+    assert (two.healthy, one.healthy) == (two.ids, one.ids)
+    for tenant in tenants:
+        tenant.end()
+    pods.tenants.clear()
+    harness.eventually(lambda: harness.ask(verb="offers")["devices"][0]["profiles"][0]["taken"] == 0, 20, "the end")
+    again = pods.pod(two.allocate(ids[1]))
+    assert_only(again, {0: 2 * GIB})
+
+
+def test_shares_of_devices_do_not_sum_over_devices(
+    pods: Pods, uuids: list[str], service: harness.Service, tmp_path: Path
+) -> None:
+    """All but 1 GiB of each: together more than one device, and each device is told of its own alone."""
+    (tmp_path / "cdi").mkdir()
+    for uuid in uuids:
+        spec = (service.cdi / "fgpu.dev-share.json").read_text().replace(f"1gib:{uuid}", f"5gib:{uuid}")
+        own = json.loads(spec)
+        own["devices"] = [device for device in own["devices"] if device["name"] == f"5gib:{uuid}"]
+        (tmp_path / f"cdi/{uuid}.json").write_text(json.dumps(own))
+        for _ in range(3):
+            pods.pod(names=[f"fgpu.dev/share=5gib:{uuid}"])
+    with pytest.raises(AssertionError) as caught:
+        pods.pod(names=[f"fgpu.dev/share=5gib:{uuids[1]}"])
+    assert "do not fit on device 1" in str(caught.value) or pods._runtime == "crun"
+
+
+@pytest.mark.parametrize("other", ["4gib:1", "1gib:0", "2gib", "1gib:0 and a policy"])
+def test_shares_that_no_container_can_have_together(
+    pods: Pods, uuids: list[str], service: harness.Service, other: str
+) -> None:
+    """Of one name, all of single devices, and within what a policy gives."""
+    share, device = "1gib", uuids[1]
+    name = re.sub(r":(\d).*", lambda found: f":{uuids[int(found[1])]}", other)
+    policy = service.policies / "pods.yaml"
+    said = f"it has fgpu.dev/share={share} already: ask for one"
+    if other == "1gib:0":
+        pods.pod(names=[f"fgpu.dev/share={share}:{device}", f"fgpu.dev/share={name}"])
+        return
+    try:
+        if "policy" in other:
+            policy.write_text(POLICY)
+            harness.eventually(lambda: engine_kit.policies() == 1, 10, "the policy")
+            assert_only(pods.pod(names=[f"fgpu.dev/share={name}"]), {0: GIB})
+            said = f"policy first does not give it {device}"
+        with pytest.raises(AssertionError) as caught:
+            pods.pod(names=[f"fgpu.dev/share={share}:{device}", f"fgpu.dev/share={name}"])
+        assert said in str(caught.value) or pods._runtime == "crun", caught.value
+    finally:
+        policy.unlink(missing_ok=True)
+        harness.eventually(lambda: engine_kit.policies() == 0, 10, "no policy")
+
+
+# -- ways ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_device_comes_by_cdi_where_that_has_it(
+    kubelet: kit.Kubelet, plugin: kit.Plugin, pods: Pods, uuids: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "cdi").mkdir()
+    (tmp_path / "cdi/nvidia.json").write_text(json.dumps(NVIDIA))
+    (tmp_path / "cdi/broken.yaml").write_text("nvidia.com/gpu: [")
+    one = kubelet.resource("1gib")
+    answer = one.allocate(next(id_ for id_ in one.ids if id_.startswith(uuids[1])))
+    names = [device.name for device in answer.cdi_devices]
+    assert names == ["nvidia.com/gpu=1", f"fgpu.dev/share=1gib:{uuids[1]}"]
+    assert answer.envs == {"NVIDIA_VISIBLE_DEVICES": "void"}
+    tenant = pods.pod(answer)
+    assert tenant.run("printenv GPU DRIVER FGPU_SHARE").split() == ["1", "yes", "1gib"]
+    assert_only(tenant, {1: GIB})
+    assert one.allocate(one.ids[0]).envs["NVIDIA_VISIBLE_DEVICES"] != "void", "device 0 is not in it"
+
+
+def test_devices_by_annotation(
+    kubelet: kit.Kubelet, start: Callable[..., kit.Plugin], pods: Pods, uuids: list[str]
+) -> None:
+    """For a kubelet that knows nothing of CDI: the runtime reads the names there."""
+    start("--device-list-strategy", "cdi-annotations")
+    one = kubelet.resource("1gib")
+    answers = [one.allocate(one.ids[0]), one.allocate(one.ids[1])]
+    assert not answers[0].cdi_devices
+    (key, value), (other, _) = [next(iter(answer.annotations.items())) for answer in answers]
+    assert re.fullmatch(r"cdi\.k8s\.io/[A-Za-z0-9][A-Za-z0-9_.-]{0,61}[A-Za-z0-9]", key)
+    assert other != key, "two resources of a container are both heard"
+    assert value == f"fgpu.dev/share=1gib:{uuids[0]}"
+    assert_only(pods.pod(answers[0], value.split(",")), {0: GIB})
+
+
+def test_mounts_where_there_is_no_cdi(
+    kubelet: kit.Kubelet, start: Callable[..., kit.Plugin], service: harness.Service
+) -> None:
+    """The shim, and what a policy goes by."""
+    start("--device-list-strategy", "mounts", "--gpu-strategy", "none")
+    two = kubelet.resource("2gib-25pct")
+    answer = two.allocate(two.ids[0])
+    assert answer.annotations == {"fgpu.dev/memory": "2GiB", "fgpu.dev/compute": "25%"}
+    assert not answer.cdi_devices
+    assert not answer.envs
+    mounts = {mount.container_path: (mount.host_path, mount.read_only) for mount in answer.mounts}
+    spec = json.loads((service.cdi / "fgpu.dev-shim.json").read_text())
+    edits = spec["devices"][0]["containerEdits"]["mounts"]
+    assert mounts == {mount["containerPath"]: (mount["hostPath"], True) for mount in edits}
+
+
+def test_a_device_that_cdi_has_not_is_refused_where_it_must(
+    kubelet: kit.Kubelet, start: Callable[..., kit.Plugin]
+) -> None:
+    start("--gpu-strategy", "cdi")
+    one = kubelet.resource("1gib")
+    with pytest.raises(grpc.RpcError) as caught:
+        one.allocate(one.ids[0])
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "nvidia-ctk cdi generate" in caught.value.details()

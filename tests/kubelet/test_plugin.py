@@ -1,0 +1,277 @@
+"""What kubelet is told: resources, ids, health; and that neither side's end is the other's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import harness
+import kubelet_kit as kit
+import pytest
+
+Start = Callable[..., kit.Plugin]
+
+
+def caps(pid: int) -> set[str]:
+    """Every capability set of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {line.split()[1] for line in lines if line.startswith("Cap")}
+
+
+def test_a_resource_for_each_profile(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
+    two, one, four = (kubelet.resource(name) for name in ("2gib-25pct", "1gib", "4gib"))
+    assert sorted((r.version, r.resource_name) for r in kubelet.registrations) == [
+        ("v1beta1", f"fgpu.dev/{name}") for name in ("1gib", "2gib-25pct", "4gib")
+    ]
+    assert two.ids == [f"{uuid}::2gib-25pct::{number}" for uuid in uuids for number in range(2)]
+    assert one.ids == [f"{uuid}::1gib::{number}" for uuid in uuids for number in range(3)]
+    capacity = harness.ask(verb="offers")["devices"][1]["capacity_bytes"]
+    rest = (capacity - 2 * 2 * harness.GIB - 3 * harness.GIB) // (4 * harness.GIB)
+    assert four.ids == [f"{uuids[1]}::4gib::{number}" for number in range(rest)], "as many as fit beside the others"
+    for resource in (two, one, four):
+        assert resource.healthy == resource.ids
+        assert max(map(len, resource.ids)) <= 63
+        assert resource.options.get_preferred_allocation_available
+        assert not resource.options.pre_start_required
+    nodes = {device.ID[:40]: [node.ID for node in device.topology.nodes] for device in two.lists[-1]}
+    assert nodes == {uuid: [int(kit.NODES[index])] for index, uuid in enumerate(uuids)}
+    assert caps(plugin.process.pid) == {"0" * 16}
+
+
+def test_kubelet_starts_anew(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
+    before = kubelet.resource("1gib").ids
+    for _ in range(2):
+        kubelet.stop()
+        kubelet.registrations.clear()
+        kubelet.start()
+        harness.eventually(lambda: len(kubelet.registrations) == 3, 30, "three registrations")
+        assert kubelet.resource("1gib").ids == before
+        assert len(kubelet.registrations) == 3
+
+
+def test_the_plugin_starts_before_kubelet(kubelet: kit.Kubelet, start: Start) -> None:
+    kubelet.stop()
+    (kubelet.folder / "kubelet.sock").unlink(missing_ok=True)
+    plugin = start()
+    harness.eventually(lambda: "the agent offers" in plugin.said(), 30, "its first look")
+    kubelet.start()
+    assert kubelet.resource("1gib").healthy
+
+
+def test_a_socket_that_nobody_listens_at(kubelet: kit.Kubelet, start: Start) -> None:
+    """kubelet has died, and its socket is there; what the plugin's last life left is there as well."""
+    kubelet.stop()
+    (kubelet.folder / "kubelet.sock").unlink(missing_ok=True)
+    for name in ("kubelet.sock", "fgpu.dev-1gib.sock"):
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(str(kubelet.folder / name))
+    plugin = start()
+    harness.eventually(lambda: "unavailable" in plugin.said(), 30, "a registration that fails")
+    kubelet.start()
+    assert kubelet.resource("1gib").healthy
+
+
+def test_a_registration_that_is_refused_is_tried_again(kubelet: kit.Kubelet, start: Start) -> None:
+    kubelet.refusing = "not today"
+    plugin = start()
+    harness.eventually(lambda: "kubelet refuses: invalid_argument: not today" in plugin.said(), 30, "the refusal")
+    kubelet.refusing = ""
+    assert kubelet.resource("1gib").healthy
+
+
+def test_the_plugin_is_killed_and_comes_back(kubelet: kit.Kubelet, start: Start) -> None:
+    first = start()
+    before = kubelet.resource("2gib-25pct")
+    first.kill()
+    harness.eventually(lambda: before.ended, 20, "the end of the stream")
+    assert (kubelet.folder / "fgpu.dev-1gib.sock").exists(), "it had no time to take it away"
+    start()
+    after = harness.eventually(lambda: (r := kubelet.resource("2gib-25pct")) is not before and r, 30, "another one")
+    assert after.ids == before.ids
+
+
+def test_sigterm_ends_it_within_a_second(kubelet: kit.Kubelet, start: Start) -> None:
+    """Whatever goes on: streams are open, an allocation waits for an agent that is stopped."""
+    plugin = start()
+    resource = kubelet.resource("1gib")
+    agent = harness.ask(verb="ping")["pid"]
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        asked = kubelet.api.AllocateRequest(
+            container_requests=[kubelet.api.ContainerAllocateRequest(devices_ids=resource.ids[:1])]
+        )
+        pending = resource.plugin.Allocate.future(asked, timeout=30)
+        time.sleep(0.2)  # it is there, or comes too late: both are right
+        assert plugin.stop() < 1.5
+        assert pending.code() is not None
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    assert not list(kubelet.folder.glob("fgpu*"))
+
+
+def test_a_stream_that_nobody_reads_holds_nobody_up(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
+    """Many streams whose reader sleeps, and one call after the other goes on beside them."""
+    resource = kubelet.resource("1gib")
+    sleepers = [resource.plugin.ListAndWatch(kubelet.api.Empty()) for _ in range(50)]
+    for name in ("1gib", "2gib-25pct"):
+        found = kubelet.resource(name)
+        assert found.preferred(1, found.ids) == found.ids[:1]
+    for sleeper in sleepers:
+        assert len(next(sleeper).devices) == len(resource.ids)
+        sleeper.cancel()
+
+
+def test_what_it_is_asked_wrongly(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
+    one, two = kubelet.resource("1gib"), kubelet.resource("2gib-25pct")
+
+    def refusal(ask: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
+        with pytest.raises(grpc.RpcError) as caught:
+            ask()
+        return caught.value.code(), caught.value.details()
+
+    wrong = grpc.StatusCode.INVALID_ARGUMENT
+    for id_ in ("", "x", two.ids[0], one.ids[0] + "0", f"{uuids[0]}::1gib::-1", f"{uuids[0]}::1gib::{'9' * 5000}"):
+        code, text = refusal(lambda id_=id_: one.allocate(id_))
+        assert (code, "is no id of fgpu.dev/1gib" in text) == (wrong, True), (id_, text)
+        assert len(text) < 200
+    code, text = refusal(lambda: one.allocate(*one.ids[:2]))
+    assert (code, text) == (
+        wrong,
+        f"one container cannot have two shares of one device ({uuids[0]}): ask for a larger one",
+    )
+    raw = one.channel.unary_unary("/v1beta1.DevicePlugin/Allocate")
+    assert refusal(lambda: raw(b"\xff" * 9, timeout=10)) == (wrong, "is no AllocateRequest")
+    assert refusal(lambda: raw(b"\n" * (2 << 20), timeout=10))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    unknown = one.channel.unary_unary("/v1beta1.DevicePlugin/Deallocate")
+    assert refusal(lambda: unknown(b"", timeout=10))[0] is grpc.StatusCode.UNIMPLEMENTED
+    assert one.allocate(one.ids[0]).cdi_devices
+
+
+# -- which ids -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_preferred(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
+    """The fuller device first, and each of several from another."""
+    one = kubelet.resource("1gib")
+    first, second = [id_ for id_ in one.ids if id_.startswith(uuids[0])], [i for i in one.ids if i.startswith(uuids[1])]
+    assert one.preferred(1, one.ids) == first[:1], "both are empty"
+    assert one.preferred(2, one.ids) == [first[0], second[0]]
+    assert one.preferred(2, one.ids, must=(second[2],)) == [second[2], first[0]]
+    assert one.preferred(1, second) == second[:1]
+    one.allocate(second[0])
+    assert one.preferred(1, [*first, *second[1:]]) == second[1:2], "promised room counts"
+
+
+# -- health --------------------------------------------------------------------------------------------------------
+
+
+def test_without_an_agent_nothing_is_healthy(
+    kubelet: kit.Kubelet, plugin: kit.Plugin, service: harness.Service
+) -> None:
+    one = kubelet.resource("1gib")
+    service.kill_agent()
+    harness.eventually(lambda: not one.healthy, 30, "unhealthy")
+    assert one.ids, "they are still told"
+    with pytest.raises(grpc.RpcError) as caught:
+        one.allocate(one.ids[0])
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "no agent answers" in caught.value.details()
+    service.start_agent()
+    harness.eventually(lambda: one.healthy == one.ids, 30, "healthy")
+    assert kubelet.resource("1gib") is one, "the same registration"
+
+
+def test_an_agent_that_starts_anew_is_not_missed(
+    kubelet: kit.Kubelet, plugin: kit.Plugin, service: harness.Service
+) -> None:
+    one = kubelet.resource("1gib")
+    told = len(one.lists)
+    service.kill_agent()
+    service.start_agent()
+    assert one.allocate(one.ids[0]).cdi_devices
+    assert all(device.health == "Healthy" for each in one.lists[told:] for device in each)
+
+
+@pytest.fixture
+def tenants(tmp_path: Path) -> Iterator[harness.Place]:
+    place = harness.Cgroups(tmp_path)
+    yield place
+    place.close()
+
+
+def test_room_that_others_take_is_no_longer_offered(
+    kubelet: kit.Kubelet, plugin: kit.Plugin, tenants: harness.Place, uuids: list[str]
+) -> None:
+    """A tenant that is no pod takes all but 3 GiB of each device."""
+    two, one = kubelet.resource("2gib-25pct"), kubelet.resource("1gib")
+    capacity = min(device["capacity_bytes"] for device in harness.ask(verb="offers")["devices"])
+    tenant = tenants.tenant(capacity - 3 * harness.GIB)
+    harness.eventually(lambda: len(two.healthy) == 2, 30, "one of two on each")
+    assert [id_[:40] for id_ in two.healthy] == uuids
+    assert one.healthy == one.ids, "three of 1 GiB fit"
+    two.allocate(two.healthy[0])
+    harness.eventually(lambda: len(one.healthy) == 4, 30, "1 GiB is left beside the promise")
+    with pytest.raises(grpc.RpcError) as caught:
+        two.allocate(two.ids[1])
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert f"2GiB do not fit on {uuids[0]}: 3GiB of" in caught.value.details()
+    harness.fgpu("unset", tenant.path)
+    harness.eventually(lambda: two.healthy == two.ids, 30, "room again")
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+def sizes(count: int) -> str:
+    """Profiles of 2 to 5 MiB, so many of each on each device."""
+    return "[" + ", ".join(f"{{share: {size}mib, count: {count}}}" for size in range(2, 6)) + "]"
+
+
+@pytest.mark.parametrize(
+    ("profiles", "said"),
+    [
+        (sizes(124), ""),
+        (sizes(125), "fgpu: 1000 slots are too many for kubelet (1000): lower counts of profiles"),
+        ("[{share: 10gib, count: 2}]", "fgpu.kubelet: profiles: 2 of 10gib would take 20GiB of 15.4GiB on device 0"),
+        ("[]", "fgpu.kubelet: the agent offers nothing: list profiles in agent.yaml, and start it anew"),
+    ],
+)
+def test_more_than_there_may_be(
+    kubelet: kit.Kubelet, start: Start, service: harness.Service, profiles: str, said: str
+) -> None:
+    before = service.config.read_text()
+    service.config.write_text(before.replace(kit.PROFILES, profiles))
+    service.kill_agent()
+    service.start_agent()
+    try:
+        plugin = start()
+        if not said:
+            found = [kubelet.resource(f"{size}mib") for size in range(2, 6)]
+            assert [len(resource.healthy) for resource in found] == [248] * 4
+            answer = kubelet.api.ListAndWatchResponse(devices=found[0].lists[-1])
+            assert answer.ByteSize() * 4 < 4 << 20
+            return
+        harness.eventually(lambda: said in plugin.said(), 30, said)
+        assert not kubelet.registrations
+        if said.startswith("fgpu: "):
+            assert plugin.process.wait(20) == 1
+            assert plugin.said().splitlines()[-1] == said
+    finally:
+        service.config.write_text(before)
+        service.kill_agent()
+        service.start_agent()
+
+
+def test_doctor_says_whether_kubelet_hears_of_it(kubelet: kit.Kubelet, start: Start) -> None:
+    assert "FAIL  device plugin: nobody offers 2gib-25pct, 1gib, 4gib" in kit.doctor(kubelet.folder)
+    start()
+    for name in ("2gib-25pct", "1gib", "4gib"):
+        kubelet.resource(name)
+    assert "ok    device plugin: fgpu.dev/2gib-25pct: 4, fgpu.dev/1gib: 6, fgpu.dev/4gib: " in kit.doctor(
+        kubelet.folder
+    )

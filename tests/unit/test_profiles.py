@@ -1,0 +1,184 @@
+"""Profiles: what agent.yaml may list, how many a device holds, and what kubelet is told of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from fgpu_ebpf import hostfile, offers, profiles, shares, slots
+from fgpu_ebpf.profiles import Profile, ProfileError
+from fgpu_ebpf.slots import Book, Slot, SlotError, host_of
+
+GIB = 1 << 30
+ONE, TWO = (f"GPU-00000000-0000-4000-8000-00000000000{n}" for n in (1, 2))
+
+
+@dataclass(frozen=True)
+class Device:
+    index: int = 0
+    uuid_text: str = ONE
+    name: str = "NVIDIA T4"
+    usable_bytes: int = 16 * GIB
+
+
+def read(tmp_path, text: str) -> Any:
+    file = tmp_path / "agent.yaml"
+    file.write_text(text)
+    return hostfile.read(file, root_only=False)
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+def test_agent_yaml_lists_them(tmp_path):
+    host, faults = read(
+        tmp_path, "profiles: [{share: 8gib-50pct, count: 2}, {share: 4gib, devices: ['1', GPU-0000]}]\n"
+    )
+    assert not faults
+    first, second = host.profiles
+    assert (first, second.share, second.count) == (Profile("8gib-50pct", 2), "4gib", None)
+    assert [second.is_of(Device(index)) for index in (0, 1)] == [True, True], "the first by its UUID"
+    assert [second.is_of(Device(index, TWO.replace("0000", "1111", 1))) for index in (0, 1)] == [False, True]
+    assert hostfile.HostSettings().profiles == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("share: all-50pct", "'all-50pct' is no profile: it names memory"),
+        (f"share: '8gib:{ONE}'", "is no profile: it names memory and no device"),
+        ("share: 8gb", "'8gb' is no share"),
+        ("share: 1000.125gib-12.5pct", "is longer than 16 characters"),
+        ("share: 8gib, count: 0", "count"),
+        ("share: 8gib, count: 129", "count"),
+        ("share: 8gib, number: 2", "number"),
+        ("count: 2", "share"),
+        ("share: 8gib}, {share: 8gib", "'8gib' is there twice: join them"),
+    ],
+)
+def test_what_they_may_not_be(tmp_path, text, said):
+    host, faults = read(tmp_path, f"listen: 127.0.0.1:1\nprofiles:\n  [{{{text}}}]\n")
+    assert host is None
+    assert said in str(faults[0])
+    assert "agent.yaml:" in str(faults[0])
+
+
+# -- counts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("listed", "counted"),
+    [
+        ([Profile("8gib-50pct")], {"8gib-50pct": 2}),
+        ([Profile("1gib-50pct")], {"1gib-50pct": 2}),  # by time
+        ([Profile("1gib-50pct", 4)], {"1gib-50pct": 4}),  # a ceiling is no promise, if somebody says so
+        ([Profile("1gib")], {"1gib": 16}),
+        ([Profile("2mib")], {"2mib": profiles.MOST_COUNT}),
+        ([Profile("50pct", 1), Profile("3gib")], {"50pct": 1, "3gib": 2}),
+        ([Profile("8gib"), Profile("4gib")], {"8gib": 2, "4gib": 4}),  # each as if it were alone
+        ([Profile("8gib", 2), Profile("4gib")], {"8gib": 2}),
+        ([Profile("17gib")], {}),
+    ],
+)
+def test_how_many_a_device_holds(listed, counted):
+    assert profiles.counts(listed, Device(), overcommit=False) == counted
+
+
+def test_counts_that_do_not_fit_together():
+    listed = [Profile("8gib", 1), Profile("3gib", 3)]
+    with pytest.raises(ProfileError, match="1 of 8gib, 3 of 3gib would take 17GiB of 16GiB on device 0"):
+        profiles.counts(listed, Device(), overcommit=False)
+    assert profiles.counts(listed, Device(), overcommit=True) == {"8gib": 1, "3gib": 3}
+
+
+def test_containers_can_ask_for_each_of_each_device():
+    devices = [Device(), Device(1, TWO)]
+    found = profiles.names([Profile("8gib"), Profile("4gib", devices=())], devices)
+    assert found == [f"{share}:{uuid}" for share in ("8gib", "4gib") for uuid in (ONE, TWO)]
+    share = shares.parse(found[3])
+    assert (share.name, share.device, share.text) == ("4gib", TWO, found[3])
+
+
+def test_memory_nodes(tmp_path):
+    for name, text in (("0000:0f:00.0", "1\n"), ("0001:00:00.0", "-1\n"), ("0000:10:00.0", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "numa_node").write_text(text)
+    found = [offers.numa(pci, tmp_path) for pci in ("00000000:0F:00.0", "00000001:00:00.0", "0000:10:00.0", "?", "")]
+    assert found == [1, None, None, None, None]
+
+
+# -- slots ---------------------------------------------------------------------------------------------------------
+
+
+def told(free: int = 16, taken: int = 0, fault: str = "", overcommit: bool = False, **more: Any) -> slots.Host:
+    """A host of one device with two profiles that overlap."""
+
+    def profile(share: str, size: int, count: int, taken: int) -> dict[str, Any]:
+        fits = count if overcommit else free // size
+        sizes = {"bytes": size * GIB, "count": count, "taken": taken, "fits": fits}
+        return {"share": share, "memory": f"{size}GiB", "compute": "", **sizes}
+
+    both = [profile("8gib", 8, 2, taken), profile("4gib", 4, 4, 0)]
+    of = {"uuid": ONE, "index": 0, "numa": None, "fault": fault, "capacity_bytes": 16 * GIB}
+    return host_of({"fault": "", "mounts": [], "devices": [{**of, "free_bytes": free * GIB, "profiles": both}], **more})
+
+
+def numbers(found: set[Slot]) -> list[int]:
+    return sorted(slot.number for slot in found)
+
+
+def test_free_ids_are_as_many_as_there_is_room_for():
+    book = Book()
+    assert not book.healthy("8gib")
+    for free, taken, eights, fours in ((16, 0, 2, 4), (8, 1, 2, 2), (7, 1, 1, 1), (0, 2, 2, 0), (0, 0, 0, 0)):
+        book.look(told(free, taken))
+        assert (len(book.healthy("8gib")), len(book.healthy("4gib"))) == (eights, fours), (free, taken)
+    for unfit in (told(fault="lost"), replace(told(), fault="no agent")):
+        book.look(unfit)
+        assert not book.healthy("4gib")
+    book.look(told(free=0, overcommit=True))
+    assert numbers(book.healthy("8gib")) == [0, 1]
+
+
+def test_a_promise_holds_until_it_is_taken_or_old():
+    book = Book()
+    book.look(told(), now=0)
+    slot = Slot(ONE, "8gib", 1)
+    book.promise([slot], now=0)
+    assert numbers(book.healthy("8gib")) == [0, 1]
+    assert numbers(book.healthy("4gib")) == [0, 1]
+    assert not book.lack([slot]), "its own promise is nothing against it"
+    book.promise([Slot(ONE, "8gib", 0)], now=1)
+    assert "4GiB do not fit on" in book.lack([Slot(ONE, "4gib", 0)])
+    book.look(told(free=8, taken=1), now=2)
+    assert len(book.healthy("8gib")) == 2
+    assert not book.healthy("4gib"), "one is taken, the other promised"
+    book.look(told(free=8, taken=1), now=2 + slots.PROMISE_SECONDS)
+    assert numbers(book.healthy("4gib")) == [0, 1]
+
+
+def test_ids_that_were_given_stay_healthy():
+    """Of those that are taken nobody says which: kubelet has asked for the last, so that one is."""
+    book = Book()
+    book.look(told())
+    book.promise([Slot(ONE, "8gib", 1)])
+    book.look(told(free=0, taken=1))
+    assert numbers(book.healthy("8gib")) == [1]
+
+
+@pytest.mark.parametrize(
+    "id_", ["", "::", f"{ONE}::8gib::2", f"{ONE}::8gib::01", f"{ONE}::8gib::\u0661", f"{TWO}::8gib::0"]
+)
+def test_what_is_no_id(id_):
+    book = Book()
+    book.look(told())
+    with pytest.raises(SlotError, match=r"is no id of fgpu\.dev/8gib"):
+        book.read("8gib", [id_])
+
+
+def test_an_agent_of_another_version():
+    for answer in ({}, {"devices": [{}]}, {"fault": "", "devices": [{"uuid": ONE}], "mounts": []}, []):
+        with pytest.raises((KeyError, TypeError)):
+            host_of(answer)
