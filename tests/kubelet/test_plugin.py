@@ -237,7 +237,7 @@ def sizes(count: int) -> str:
     [
         (sizes(124), ""),
         (sizes(125), "fgpu: 1000 slots are too many for kubelet (1000): lower counts of profiles"),
-        ("[{share: 10gib, count: 2}]", "fgpu.kubelet: profiles: 2 of 10gib would take 20GiB of 15.4GiB on device 0"),
+        ("[{share: 10gib, count: 2}]", "fgpu.kubelet: profiles: 2 of 10gib would take 20GiB of "),
         ("[]", "fgpu.kubelet: the agent offers nothing: list profiles in agent.yaml, and start it anew"),
     ],
 )
