@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_kubelet_starts_anew(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
         harness.eventually(lambda: len(kubelet.registrations) == 3, 30, "three registrations")
         assert kubelet.resource("1gib").ids == before
         assert len(kubelet.registrations) == 3
+
+
+def test_kubelet_hangs_up(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
+    """It is the same one, and listens no longer: it has to be told again."""
+    for name in ("1gib", "2gib-25pct", "4gib"):
+        kubelet.resource(name)
+    kubelet.resources.pop("fgpu.dev/1gib").close()
+    assert kubelet.resource("1gib", 60).healthy
+    assert [r.resource_name for r in kubelet.registrations[3:]] == ["fgpu.dev/1gib"], "the others listen"
 
 
 def test_the_plugin_starts_before_kubelet(kubelet: kit.Kubelet, start: Start) -> None:
@@ -184,6 +194,21 @@ def test_without_an_agent_nothing_is_healthy(
     service.start_agent()
     harness.eventually(lambda: one.healthy == one.ids, 30, "healthy")
     assert kubelet.resource("1gib") is one, "the same registration"
+
+
+def test_devices_of_which_nvml_says_nothing(kubelet: kit.Kubelet, plugin: kit.Plugin, service: harness.Service) -> None:
+    """As when the driver hangs, or a device is lost."""
+    one = kubelet.resource("1gib")
+    simd = [harness.SIM / "fgpu-simd", "--fault"]
+    subprocess.run([*simd, "nvml-stall:120s"], check=True, timeout=10)
+    try:
+        harness.eventually(lambda: not one.healthy, 60, "unhealthy")
+        with pytest.raises(grpc.RpcError) as caught:
+            one.allocate(one.ids[0])
+        assert f"{one.ids[0][:40]}: NVML answered" in caught.value.details()
+    finally:
+        subprocess.run([*simd, "reset"], check=True, timeout=10)
+    harness.eventually(lambda: one.healthy == one.ids, 60, "healthy")
 
 
 def test_an_agent_that_starts_anew_is_not_missed(
