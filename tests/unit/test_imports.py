@@ -19,19 +19,8 @@ ORDER = (
     {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares"}
     | {"crimessages", "kubeletmessages", "slots"}
     | {"events", "launch"},
-    {
-        "policy",
-        "configfile",
-        "faults",
-        "shimless",
-        "timebook",
-        "places",
-        "answers",
-        "elders",
-        "namesfile",
-        "cdi",
-        "allocation",
-    },
+    {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
+    | {"allocation"},
     {"audit", "policyvalues", "profiles", "endpoint", "clocks", "asker", "dockerapi", "criapi", "inject"},
     {"policymodel", "hostmodel", "kubelet", "turns", "engines", "enginesetup", "selinux"},
     {"policyfile"},
