@@ -83,6 +83,12 @@ def package_file(*names: str) -> Path:
     raise AgentError(f"{'/'.join(names)} is not installed: reinstall fgpu, or run ./dev build in a checkout")
 
 
+def check_kernel(loading: programs.Loading, shim: Path) -> None:
+    """Before programs are used for the first time. AgentError: this kernel is not fit for them."""
+    if loading.begun and not trial.return_probes_survive_seccomp(str(shim)):
+        raise AgentError("return probes kill containers on this kernel (Linux 6.11 to 6.13): update it")
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     """What a start has before it attaches anything; `shim` is this version's file, perhaps not published yet."""
@@ -163,8 +169,7 @@ class Agent:
             self.nvml = devices.Nvml(root)
             self.mark("devices")
             contexts = devices.context_bytes(self.nvml, libraries[0], STATE)
-            if loading.begun and not trial.return_probes_survive_seccomp(str(shim)):
-                raise AgentError("return probes kill containers on this kernel (Linux 6.11 to 6.13): update it")
+            check_kernel(loading, shim)
             staged = published.stage(shim, store) if store else shim
             probes.look_up([staged, *libraries])
             policies, older = PolicyFolder(self.settings.policy_folder).read(), Elders.found(self.settings.run_dir)

@@ -80,6 +80,21 @@ def agent(log_format: str | None, **options: Any) -> None:
 
 
 @main.command()
+@click.option("--loader", help="The interpreter that sees BCC: /usr/bin/python3 -I.")
+@click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
+def load(**options: Any) -> None:
+    """Compile and pin the kernel's programs, and end: what an agent begins with where nobody has."""
+    from fgpu_ebpf import service
+    from fgpu_ebpf.agent import AgentError
+    from fgpu_ebpf.programs import ProgramError
+
+    try:
+        click.echo(service.load(service.Options(RUN_DIR, **{name: value for name, value in options.items() if value})))
+    except (AgentError, ProgramError) as error:
+        _fail(str(error), 1)
+
+
+@main.command()
 @click.option("--driver-root", type=click.Path(path_type=Path), help="If not the agent's, or the host's settings'.")
 @click.option("--loader", help="If not the agent's, or the host's settings'.")
 @click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")

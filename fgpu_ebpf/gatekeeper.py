@@ -23,6 +23,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from fgpu_ebpf.pages import Answer, Code, News
 from fgpu_ebpf.readers import Readers
 from fgpu_ebpf.slicer import Slicer
 
-MOST_LINES, NICE, TELL_NS = 10, -10, 50_000_000
+MOST_LINES, NICE, TELL_NS, LOCK_SECONDS = 10, -10, 50_000_000, 0.1
 AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 500_000_000, 250_000_000, 1_000_000_000
 ANSWER_BYTES = ctypes.sizeof(Answer)
 COUNTS = (
@@ -336,20 +337,26 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fgpu-gatekeeper", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pins", type=Path, default=PINS, help="where the ledger's maps are pinned")
     parser.add_argument("--run-dir", type=Path, default=Path("/run/fgpu"), help="where the socket's folder is made")
+    parser.add_argument("--wait", action="store_true", help="where another holds the lock, until it has let go")
     parser.add_argument("--ready-fd", type=int, help="a descriptor to write 1 to, once listening")
     return parser.parse_args(argv)
 
 
-def _prepare(lock: Lock) -> Path:
-    """Everything that may be missing, before the first promise; answers the root of the cgroups. Raises OSError."""
+def _prepare(lock: Lock, is_patient: bool) -> Path:
+    """Everything that may be missing, before the first promise; answers the root of the cgroups. Raises OSError.
+
+    `is_patient`: another gatekeeper is waited for. So the next one is there already when this one is to go.
+    """
     root = procfs.cgroup2_root()
     if root is None:
         raise OSError("no cgroup2 is mounted: boot with systemd.unified_cgroup_hierarchy=1")
     if not knows_peers():
         raise OSError("this kernel does not say who a pidfd's process is: Linux >= 6.13 is needed for now")
     os.umask(0o022)
-    if not lock.take():
-        raise OSError(f"another gatekeeper holds {lock.path}")
+    while not lock.take():
+        if not is_patient:
+            raise OSError(f"another gatekeeper holds {lock.path}")
+        time.sleep(LOCK_SECONDS)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with contextlib.suppress(OSError):  # else, while 300 programs start, they get the processor and we a 300th of it
@@ -364,7 +371,7 @@ def main(argv: Sequence[str] | None = None, ledger_factory: Callable[[Path], Led
     options = _options(argv)
     lock = Lock(options.run_dir)
     try:
-        root = _prepare(lock)
+        root = _prepare(lock, options.wait)
         gatekeeper = Gatekeeper(lock, partial(open_ledger, options.pins, ledger_factory), root)
     except OSError as error:
         print(f"fgpu gatekeeper: {error}", file=sys.stderr)

@@ -163,6 +163,23 @@ def _reachable(service: Agent) -> Iterator[None]:
         web.server_close()
 
 
+def load(options: Options) -> str:
+    """Pins the kernel's programs, as an agent's start would: a step of its own where the agent shall be small.
+
+    Answers their digest. AgentError: why not, and what mends it.
+    """
+    for check in (_privilege(), _kernel(), _uprobes()):
+        if not check.ok:
+            raise AgentError(f"{check.found}: {check.mend}")
+    s = settings(options)
+    loading = programs.Loading(s.sources, s.pins, s.loader)
+    try:
+        agent.check_kernel(loading, s.shim)
+        return loading.wait()
+    finally:
+        loading.end()
+
+
 def take_away(run_dir: Path) -> None:
     """`fgpu detach` where no agent runs. Raises OSError."""
     detach.take_away(run_dir, ledger.PINS)

@@ -2,10 +2,11 @@
  * fgpu-oci: what container engines call when a container starts.
  *
  *   fgpu-oci share NAME               OCI hook createRuntime: the container's cgroup gets this share before it runs
- *   fgpu-oci precreate                Podman's hook: a configuration on stdin, the same with the shim's mounts on
- * stdout fgpu-oci runtime RUNTIME ARGS…    an OCI runtime: the same edit in the bundle, then becomes RUNTIME
+ *   fgpu-oci precreate                Podman's hook: a configuration on stdin, with the shim's mounts on stdout
+ *   fgpu-oci runtime RUNTIME ARGS…    an OCI runtime: the same edit in the bundle, then becomes RUNTIME
  *   fgpu-runtime-NAME ARGS…           a link to it: as `fgpu-oci runtime NAME ARGS…`; where the link runtimes/NAME is
  *                                     beside the program, its target is the runtime
+ *   fgpu-oci knock                    Kubernetes' probe: 0, a gatekeeper takes connections in and looks at them
  *
  * Never: decides who gets what (the agent does), or lets a container start other than asked without saying why, on
  * stderr, in the runtime's own log and in the system's. Where no agent has set anything up, it edits nothing.
@@ -63,12 +64,12 @@ static int refuse(const char *what)
 
 /* -- fgpu-oci share */
 
-static int connect_to(const char *run)
+static int connect_to(const char *run, const char *name, int type)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     struct timeval patience = {.tv_sec = PATIENCE_SECONDS};
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    snprintf(address.sun_path, sizeof address.sun_path, "%s/control.sock", run);
+    int fd = socket(AF_UNIX, type | SOCK_CLOEXEC, 0);
+    snprintf(address.sun_path, sizeof address.sun_path, "%s/%s", run, name);
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     if (fd < 0 || !connect(fd, (struct sockaddr *)&address, sizeof address)) return fd;
@@ -87,7 +88,7 @@ static int share(const char *run, const char *name)
     char *state = file_read(AT_FDCWD, "-", MOST_OF_A_CONFIG);
     const char *pid = state ? json_member(state, "pid") : NULL;
     if (!pid || atoi(pid) <= 0 || !is_name(name)) return refuse("no share without a name and the runtime's state");
-    int agent = connect_to(run);
+    int agent = connect_to(run, "control.sock", SOCK_STREAM);
     if (agent < 0) return refuse("no agent answers that could limit it (start it: fgpu agent)");
     dprintf(agent, "{\"verb\":\"share\",\"pid\":%d,\"share\":\"%s\"}\n", atoi(pid), name);
     char answer[4096] = "";
@@ -99,6 +100,18 @@ static int share(const char *run, const char *name)
     char *why = json_text(json_member(answer, "error"));
     say("fgpu.dev/share=%s: %s", name, why ?: "the agent did not answer in time");
     return refuse("its share cannot be given");
+}
+
+/* -- fgpu-oci knock */
+
+/* Comes and goes: who says nothing is let go at once, whether or not an agent runs. */
+static int knock(const char *run)
+{
+    int gatekeeper = connect_to(run, "shim/shim.sock", SOCK_SEQPACKET);
+    char answer;
+    if (gatekeeper >= 0 && !shutdown(gatekeeper, SHUT_WR) && !read(gatekeeper, &answer, 1)) return 0;
+    fprintf(stderr, "fgpu: no gatekeeper answers at %s/shim/shim.sock\n", run);
+    return 1;
 }
 
 /* -- fgpu-oci precreate */
@@ -210,7 +223,8 @@ int main(int count, char **words)
     if (count > 2 && !strcmp(words[1], "--run-dir")) run = words[2], words += 2, count -= 2;
     if (count == 3 && !strcmp(words[1], "share")) return share(run, words[2]);
     if (count == 2 && !strcmp(words[1], "precreate")) return precreate(run);
+    if (count == 2 && !strcmp(words[1], "knock")) return knock(run);
     if (count > 2 && !strcmp(words[1], "runtime")) return runtime(run, words + 2);
-    dprintf(2, "usage: fgpu-oci [--run-dir DIR] share NAME | precreate | runtime RUNTIME [ARGS...]\n");
+    dprintf(2, "usage: fgpu-oci [--run-dir DIR] share NAME | precreate | knock | runtime RUNTIME [ARGS...]\n");
     return 2;
 }
