@@ -90,7 +90,7 @@ def load(**options: Any) -> None:
 
     try:
         click.echo(service.load(service.Options(RUN_DIR, **{name: value for name, value in options.items() if value})))
-    except (AgentError, ProgramError) as error:
+    except (AgentError, ProgramError, OSError) as error:
         _fail(str(error), 1)
 
 

@@ -1,0 +1,43 @@
+{{/* Instead of agent and gatekeeper: takes away what they leave on a node, and again if one of them was still there. */}}
+{{- define "fgpu.detach" -}}
+containers:
+  - name: detach
+    {{- include "fgpu.image.fields" . | nindent 4 }}
+    command:
+      - nsenter
+      - --cgroup=/proc/2/ns/cgroup
+      - --
+      - sh
+      - -c
+      - |
+        trap 'exit 0' TERM
+        while :; do
+            [ ! -e /run/fgpu ] || fgpu detach
+            rm -f /var/lib/fgpu/contexts.json
+            rmdir /var/lib/fgpu 2>/dev/null
+            sleep 2 & wait $!
+        done
+    securityContext:
+      {{- include "fgpu.security" . | nindent 6 }}
+      {{- include "fgpu.unconfined" . | nindent 6 }}
+      capabilities:
+        drop: [ALL]
+        # As the agent's. The gatekeeper's process is root's too: that needs none.
+        add: [BPF, DAC_READ_SEARCH, PERFMON, SYS_ADMIN, SYS_PTRACE]
+    resources: {{- toYaml .Values.agent.resources | nindent 6 }}
+    readinessProbe:
+      exec: {command: ["sh", "-c", "test ! -e /run/fgpu && test ! -e /sys/fs/bpf/fgpu"]}
+      periodSeconds: 2
+      timeoutSeconds: 5
+    volumeMounts:
+      - {name: bpf, mountPath: /sys/fs/bpf}
+      - {name: cgroup, mountPath: /sys/fs/cgroup}
+      - {name: run, mountPath: /run}
+      - {name: lib, mountPath: /var/lib}
+volumes:
+  - {name: bpf, hostPath: {path: /sys/fs/bpf, type: Directory}}
+  - {name: cgroup, hostPath: {path: /sys/fs/cgroup, type: Directory}}
+  # The folders themselves go, which no mount of theirs would let happen.
+  - {name: run, hostPath: {path: /run, type: Directory}}
+  - {name: lib, hostPath: {path: /var/lib, type: Directory}}
+{{- end }}

@@ -1,0 +1,153 @@
+"""deploy/kubernetes by a real containerd and runc, with the very rights that it names: no cluster, no kubectl.
+
+The tests follow each other on one node, from the first pod to a node as it was before.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import harness
+import node_kit
+import pytest
+from harness import CONTEXT, GIB, eventually
+
+# linux/capability.h
+CAPABILITIES = {"DAC_READ_SEARCH": 2, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "SYS_NICE": 23, "PERFMON": 38, "BPF": 39}
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: dev}}
+spec:
+  selector: {{namespace: [dev]}}
+  memory: {{limit: {limit}GiB, max: 4GiB}}
+"""
+PORT = 9423
+DETACH = harness.ROOT / "deploy/kubernetes/detach.yaml"
+
+
+@pytest.fixture(scope="module")
+def pods(node: node_kit.Node) -> dict[str, node_kit.Pod]:
+    """Both DaemonSets' pods, up by their own probes."""
+    return {name: node.apply(f"fgpu-{name}") for name in ("gatekeeper", "agent")}
+
+
+def limits() -> dict[str, int]:
+    """By tenant."""
+    return {t["tenant"]: t["devices"][0]["limit_bytes"] for t in harness.ask(verb="snapshot")["tenants"]}
+
+
+@pytest.fixture(scope="module")
+def tenant(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> harness.Tenant:
+    """A container of a pod in the namespace `dev`, with the three mounts."""
+    return node.run("train-0", {}, {}).container("main")
+
+
+def test_what_the_manifest_names_is_all_that_each_may(pods: dict[str, node_kit.Pod]) -> None:
+    for name in pods:
+        one = pods[name].containers[name]
+        facts, context = one.facts(), one.spec["securityContext"]
+        named = sum(1 << CAPABILITIES[capability] for capability in context["capabilities"]["add"])
+        assert int(facts["CapBnd"], 16) == int(facts["CapEff"], 16) == named, name
+        assert (facts["NoNewPrivs"], facts["Seccomp"], facts["Uid"].split()[0]) == ("1", "2", "0")
+        code, said = one.run("touch", "/usr/mine")
+        assert (code, "Read-only file system" in said) == (1, True), said
+
+
+def test_a_pod_gets_what_the_config_map_says_and_then_what_it_says_next(
+    node: node_kit.Node, tenant: harness.Tenant
+) -> None:
+    for limit in (1, 2):
+        node.publish("fgpu-policies", {"10-dev.yaml": POLICY.format(limit=limit)})
+        eventually(lambda limit=limit: limits().get(tenant.name) == limit * GIB, 30, f"{limits()}")
+    client = tenant.client()
+    assert client.ok("info")[1] == 2 * GIB
+    client.ok(f"alloc {GIB}")
+    assert client.do(f"alloc {GIB}") == harness.REFUSED
+    assert tenant.assert_exact() == GIB + CONTEXT
+    node.publish("fgpu-policies", {"10-dev.yaml": POLICY.format(limit=3)})
+    eventually(lambda: limits().get(tenant.name) == 3 * GIB, 30, f"{limits()}")
+    client.ok(f"alloc {GIB}")  # a program that runs sees it too
+    client.close()
+
+
+def test_a_pods_annotation_goes_as_far_as_the_policy_lets_it(node: node_kit.Node, tenant: harness.Tenant) -> None:
+    asking = node.run("train-1", {}, {"fgpu.dev/memory": "4GiB"}).container("main")
+    eventually(lambda: limits().get(asking.name) == 4 * GIB, 30, f"{limits()}")
+
+
+def test_metrics_name_the_tenant(node: node_kit.Node, tenant: harness.Tenant) -> None:
+    status, page = node.get(PORT, "/metrics")
+    assert status == 200
+    assert re.search(rf'fgpu_tenant_enforcement\{{[^}}]*tenant="{tenant.name}"[^}}]*\}} 1', page), page
+
+
+def test_the_gatekeeper_answers_and_limits_hold_while_there_is_no_agent(
+    pods: dict[str, node_kit.Pod], tenant: harness.Tenant
+) -> None:
+    gatekeeper = pods["gatekeeper"].containers["gatekeeper"]
+    before = gatekeeper.pid
+    pods["agent"].containers["agent"].kill()
+    pods["agent"].containers["agent"].ended()
+    assert gatekeeper.probe("livenessProbe")
+    client = tenant.client()
+    client.ok(f"alloc {2 * GIB}")
+    assert client.do(f"alloc {GIB}") == harness.REFUSED
+    client.close()
+    agent = pods["agent"].start("agent")
+    eventually(lambda: agent.probe("startupProbe"), 60, agent.log)
+    assert gatekeeper.pid == before
+    assert agent.probe("livenessProbe")
+    eventually(lambda: limits().get(tenant.name) == 3 * GIB, 30, f"{limits()}")
+
+
+def test_the_next_gatekeeper_waits_beside_the_last_and_follows_it(
+    node: node_kit.Node, pods: dict[str, node_kit.Pod], tenant: harness.Tenant
+) -> None:
+    """maxSurge: 1, as a DaemonSet rolls out."""
+    last = pods["gatekeeper"]
+    pods["gatekeeper"] = following = node.apply("fgpu-gatekeeper")
+    lock = Path("/run/fgpu/gatekeeper.lock")
+    assert int(lock.read_text()) == last.containers["gatekeeper"].pid
+    last.end()
+    eventually(lambda: int(lock.read_text() or 0) == following.containers["gatekeeper"].pid, 10, lock.read_text())
+    client = tenant.client()
+    assert client.ok("info")[1] == 3 * GIB
+    client.close()
+    assert "starting another" not in pods["agent"].containers["agent"].log
+
+
+def test_a_gatekeeper_that_hangs_fails_its_probe(pods: dict[str, node_kit.Pod]) -> None:
+    one = pods["gatekeeper"].containers["gatekeeper"]
+    os.kill(one.pid, signal.SIGSTOP)
+    try:
+        assert not one.probe("livenessProbe")
+    finally:
+        os.kill(one.pid, signal.SIGCONT)
+    assert one.probe("livenessProbe")
+
+
+def test_each_lives_within_its_limit_of_memory(pods: dict[str, node_kit.Pod]) -> None:
+    for pod in pods.values():
+        for name, one in pod.containers.items():
+            limit = int(one.spec["resources"]["limits"]["memory"].removesuffix("Mi")) << 20
+            peak = one.memory_peak_bytes()
+            print(f"{name} {peak / (1 << 20):.1f} MiB of {limit >> 20}")
+            assert peak < limit, name  # at the limit the kernel reclaims, or kills
+
+
+def test_detach_leaves_a_node_as_it_was(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> None:
+    left = [Path("/run/fgpu"), Path("/sys/fs/bpf/fgpu"), Path("/var/lib/fgpu"), Path("/run/cdi")]
+    assert [path.exists() for path in left] == [True] * 4
+    node.end_tenants()
+    pods["agent"].end()
+    node.objects |= {(one["kind"], one["metadata"]["name"]): one for one in node_kit.manifests(DETACH)}
+    detach = node.make("fgpu-agent").start("detach")
+    eventually(lambda: "gatekeeper: ends" in pods["gatekeeper"].containers["gatekeeper"].log, 60, detach.log)
+    pods["gatekeeper"].start("gatekeeper")  # as kubelet does until its DaemonSet is gone, a moment later
+    pods["gatekeeper"].end()
+    eventually(lambda: detach.probe("readinessProbe"), 60, detach.log)
+    assert [path for path in left if path.exists()] == []
