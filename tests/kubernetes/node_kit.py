@@ -105,7 +105,9 @@ class Container:
         answer = self.node.ask("ContainerStatus", message((1, self.id), (2, 1)))
         for number, value in fields(answer):
             if number == 2 and dict(fields(value)).get(1) == b"info":
-                return int(json.loads(dict(fields(value))[2])["pid"])
+                pid = int(json.loads(dict(fields(value))[2])["pid"])
+                assert pid > 1, f"{self.spec['name']} has ended: {self.log}"  # a signal to 0 is one to ourselves
+                return pid
         raise AssertionError("no pid")
 
     def facts(self) -> dict[str, str]:

@@ -26,6 +26,8 @@ spec:
   memory: {{limit: {limit}GiB, max: 4GiB}}
 """
 PORT = 9423
+FEW = 2
+TENANTS = 100 if os.environ.get("FGPU_TEST_SCALE") == "full" else FEW
 DETACH = harness.ROOT / "deploy/kubernetes/detach.yaml"
 
 
@@ -79,6 +81,14 @@ def test_a_pods_annotation_goes_as_far_as_the_policy_lets_it(node: node_kit.Node
     eventually(lambda: limits().get(asking.name) == 4 * GIB, 30, f"{limits()}")
 
 
+def test_a_tenant_is_found_by_its_process(pods: dict[str, node_kit.Pod], tenant: harness.Tenant) -> None:
+    """Whose cgroup is outside the agent's own, and so its path."""
+    client = tenant.client()
+    code, said = pods["agent"].containers["agent"].run("fgpu", "explain", f"pid/{client.pid}")
+    assert (code, tenant.path in said) == (0, True), said
+    client.close()
+
+
 def test_metrics_name_the_tenant(node: node_kit.Node, tenant: harness.Tenant) -> None:
     status, page = node.get(PORT, "/metrics")
     assert status == 200
@@ -130,12 +140,25 @@ def test_a_gatekeeper_that_hangs_fails_its_probe(pods: dict[str, node_kit.Pod]) 
     assert one.probe("livenessProbe")
 
 
-def test_each_lives_within_its_limit_of_memory(pods: dict[str, node_kit.Pod]) -> None:
+def test_each_lives_within_its_limit_of_memory(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> None:
+    """Beside tenants that all hold memory, and started with nothing of their files in the page cache."""
+    if TENANTS > FEW:
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+        for name, pod in pods.items():
+            pod.containers[name].kill()
+            pod.containers[name].ended()
+            one = pod.start(name)
+            eventually(lambda one=one: one.probe("startupProbe"), 60, one.log)
+    clients = [node.run(f"many-{n}", {}, {}).container("main").client() for n in range(TENANTS)]
+    for client in clients:
+        client.ok("alloc 2097152")
+        client.close()
+    assert pods["agent"].containers["agent"].probe("livenessProbe")
     for pod in pods.values():
         for name, one in pod.containers.items():
             limit = int(one.spec["resources"]["limits"]["memory"].removesuffix("Mi")) << 20
             peak = one.memory_peak_bytes()
-            print(f"{name} {peak / (1 << 20):.1f} MiB of {limit >> 20}")
+            print(f"{name} {peak / harness.MIB:.1f} MiB of {limit // harness.MIB}, {TENANTS} tenants")
             assert peak < limit, name  # at the limit the kernel reclaims, or kills
 
 
