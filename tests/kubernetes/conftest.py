@@ -21,10 +21,10 @@ MANIFESTS = harness.ROOT / "deploy/kubernetes"
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """fgpu-simd, 16 GiB, one device."""
+    """fgpu-simd, one device with room for a hundred tenants."""
     path = tmp_path_factory.mktemp("driver") / "log"
     with open(path, "wb") as log:
-        environment = {"FGPU_SIM_MEMORY": "16GiB", "FGPU_SIM_GPUS": "1"}
+        environment = {"FGPU_SIM_MEMORY": "512GiB", "FGPU_SIM_GPUS": "1"}
         driver = subprocess.Popen([harness.SIM / "fgpu-simd"], stdout=log, stderr=log, env=environment)
     try:
         harness.eventually(lambda: b"ready" in path.read_bytes(), 20, "the driver")
