@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ sys.path.append(str(harness.ROOT / "tests/packages"))
 import host_kit
 import package_kit
 
+IS_FULL = os.environ.get("FGPU_TEST_SCALE") == "full"  # building the image takes a minute or two
 MANIFESTS = harness.ROOT / "deploy/kubernetes"
 
 
@@ -34,12 +36,18 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         driver.wait(10)
 
 
+def _is_packaged() -> bool:
+    """As everything is now."""
+    folders = [harness.ROOT / name for name in ("bpf", "deploy/debian", "fgpu_ebpf", "oci", "shim")]
+    newest = max(path.stat().st_mtime for folder in folders for path in folder.rglob("*.[chp]*") if path.is_file())
+    found = list(package_kit.PACKAGES.glob("fgpu_*.deb"))
+    return len(found) == 1 and found[0].stat().st_mtime > newest
+
+
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The image of deploy/images/agent, of this tree's package."""
-    if not list(package_kit.PACKAGES.glob("fgpu_*.deb")):
-        package_kit.run(harness.ROOT / "dev", "package", "deb", timeout=170)
-    deb, work = package_kit.package("fgpu_*.deb"), tmp_path_factory.mktemp("image")
+    """That of deploy/images/agent, of this tree's package; short of a full run one that has what the checkout has."""
+    work = tmp_path_factory.mktemp("image")
     (name,) = {
         container["image"]
         for one in node_kit.manifests(MANIFESTS / "fgpu.yaml")
@@ -47,7 +55,11 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind in ("initContainers", "containers")
         for container in one["spec"]["template"]["spec"].get(kind, ())
     }
-    return image_kit.archive(host_kit.fresh_root(), deb, name, work)
+    if not IS_FULL:
+        return image_kit.thin(f"docker.io/library/{name}", work)
+    if not _is_packaged():
+        package_kit.run(harness.ROOT / "dev", "package", "deb", timeout=170)
+    return image_kit.archive(host_kit.fresh_root(), package_kit.package("fgpu_*.deb"), name, work)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +68,7 @@ def node(driver: None, image: Path, tmp_path_factory: pytest.TempPathFactory) ->
     harness.compile_programs()
     found = node_kit.manifests(MANIFESTS / "fgpu.yaml")
     node = node_kit.Node(tmp_path_factory.mktemp("node"), found)
+    node.beneath = () if IS_FULL else ("/usr", str(harness.ROOT), "/etc/ld.so.cache", "/etc/alternatives")
     try:
         node.load(image)
         yield node

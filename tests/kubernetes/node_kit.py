@@ -31,8 +31,7 @@ HOST_PIDS = 2  # NamespaceMode.NODE
 PROPAGATION = {"None": 0, "HostToContainer": 1, "Bidirectional": 2}
 LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 # What NVIDIA's runtime gives a container of its runtime class: libraries in the loader's folder, and the device.
-DRIVER = {f"{LIBRARIES}/{name}": str(SIM / "lib" / name) for name in ("libcuda.so.1", "libnvidia-ml.so.1")}
-DRIVER["/run/fgpu-sim"] = "/run/fgpu-sim"
+DRIVER = ("libcuda.so.1", "libnvidia-ml.so.1")
 # As kubelet has them for a container without a procMount of its own.
 MASKED = ("asound", "acpi", "kcore", "keys", "latency_stats", "timer_list", "timer_stats", "sched_debug", "scsi")
 READ_ONLY = ("bus", "fs", "irq", "sys", "sysrq-trigger")
@@ -198,6 +197,7 @@ class Node(Containerd):
     def __init__(self, work: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
         self.memory, self.pods_of_manifests = work / "memory", list[Pod]()
         self.objects = {(one["kind"], one["metadata"]["name"]): one for one in manifests}
+        self.beneath: tuple[str, ...] = ()  # of this machine, for an image that has none of it
         self._mounted: list[Path] = []
         self._attempts = itertools.count(1)  # no two containers of a pod have one
         (work / "sim").mkdir()
@@ -322,10 +322,13 @@ class Node(Containerd):
 
     def container_config(self, pod: Pod, spec: Mapping[str, Any]) -> bytes:
         """What the container runtime interface is told of a container."""
-        mounts = [self._mount_of(pod, mount) for mount in spec.get("volumeMounts", ())]
+        mounts = [message((1, path), (2, path), (3, 1)) for path in self.beneath]
+        mounts += [self._mount_of(pod, mount) for mount in spec.get("volumeMounts", ())]
         env = {one["name"]: one["value"] for one in spec.get("env", ())}
         if pod.spec.get("runtimeClassName") == "nvidia" and env.get("NVIDIA_VISIBLE_DEVICES"):
-            mounts += [message((1, to), (2, source), (3, 1)) for to, source in DRIVER.items()]
+            folder = "" if self.beneath else LIBRARIES  # nothing new can be put into this machine's own
+            mounts += [message((1, f"{folder}/{name}"), (2, str(SIM / "lib" / name)), (3, 1)) for name in DRIVER]
+            mounts += [message((1, "/run/fgpu-sim"), (2, "/run/fgpu-sim"), (3, 1))]
         limit = spec["resources"]["limits"]["memory"]
         assert limit.endswith("Mi")
         resources = message((4, int(limit[:-2]) << 20))
