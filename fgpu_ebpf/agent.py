@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import os
 import selectors
 import time
 from collections.abc import Callable, Mapping
@@ -32,15 +31,14 @@ from fgpu_ebpf.overrides import Overrides
 from fgpu_ebpf.overruns import Overruns
 from fgpu_ebpf.policies import Policies
 from fgpu_ebpf.policyfolder import PolicyFolder, Reading
-from fgpu_ebpf.profiles import Profile
 from fgpu_ebpf.reconcile import Reconciler, Truth
 from fgpu_ebpf.shimless import Reasons
 from fgpu_ebpf.snapshot import Snapshot
+from fgpu_ebpf.urgency import come_first
 from fgpu_ebpf.view import take_snapshot
 from fgpu_ebpf.workloads import Workloads
 
 log = logging.getLogger("fgpu.agent")
-NICE = -10
 ROUND_SECONDS = 1.0
 HURRY_SECONDS = 0.1  # while there is no gatekeeper
 SNAPSHOT_SECONDS = 1.0  # no older than this is a Snapshot that is shown
@@ -70,7 +68,7 @@ class Settings:
     helper: Path = Path()
     cdi_folder: Path = cdi.FOLDER
     shares: tuple[str, ...] = shares.USUAL
-    profiles: tuple[Profile, ...] = ()
+    profiles: tuple[profiles.Profile, ...] = ()
 
 
 def package_file(*names: str) -> Path:
@@ -286,8 +284,7 @@ class Agent:
 
     def run(self) -> None:
         """Ticks until end(): whenever something happens, and for a round."""
-        with contextlib.suppress(OSError):  # else, while 300 programs start, what they wait for is decided too late
-            os.setpriority(os.PRIO_PROCESS, 0, NICE)
+        come_first()
         watchdog = notify.Watchdog()
         next_scan = time.monotonic() + RESCAN_SECONDS
         while not self._ended:

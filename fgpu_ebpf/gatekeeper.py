@@ -40,8 +40,9 @@ from fgpu_ebpf.ledger import PINS, Ledger, LedgerMissing
 from fgpu_ebpf.pages import Answer, Code, News
 from fgpu_ebpf.readers import Readers
 from fgpu_ebpf.slicer import Slicer
+from fgpu_ebpf.urgency import come_first
 
-MOST_LINES, NICE, TELL_NS, LOCK_SECONDS = 10, -10, 50_000_000, 0.1
+MOST_LINES, TELL_NS, LOCK_SECONDS = 10, 50_000_000, 0.1
 AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 500_000_000, 250_000_000, 1_000_000_000
 ANSWER_BYTES = ctypes.sizeof(Answer)
 COUNTS = (
@@ -359,8 +360,7 @@ def _prepare(lock: Lock, is_patient: bool) -> Path:
         time.sleep(LOCK_SECONDS)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with contextlib.suppress(OSError):  # else, while 300 programs start, they get the processor and we a 300th of it
-        os.setpriority(os.PRIO_PROCESS, 0, NICE)
+    come_first()
     sys.setswitchinterval(0.0005)
     _thread.stack_size(256 * 1024)
     return root

@@ -28,7 +28,7 @@ from fgpu_ebpf.offers import Offers
 from fgpu_ebpf.peers import Peers
 from fgpu_ebpf.policy import Priority
 from fgpu_ebpf.quantities import QuantityError
-from fgpu_ebpf.web import Web, by_path
+from fgpu_ebpf.web import Web, by_path, health
 from fgpu_ebpf.workloads import TargetError
 
 log = logging.getLogger("fgpu.server")
@@ -225,9 +225,9 @@ def _request(line: bytes) -> dict[str, Any]:
 
 
 def serve_metrics(agent: Agent) -> Web:
-    """Serves the status page (/) and /metrics at settings.listen, each request in a thread.
+    """Serves the status page (/), /metrics, /healthz and /readyz at settings.listen, each request in a thread.
 
-    AgentError: the address is taken.
+    /healthz: the agent answers; /readyz: it enforces, else 503 and why not. AgentError: the address is taken.
 
     The agent's own loop takes connections in, and looks around then: where nobody asks, nothing is spent.
     """
@@ -235,6 +235,8 @@ def serve_metrics(agent: Agent) -> Web:
     paths = {
         "/": page.app(lambda: agent.snapshot),
         "/metrics": make_wsgi_app(metrics.registry(lambda: agent.snapshot)),
+        "/healthz": health(lambda: ""),
+        "/readyz": health(lambda: agent.snapshot.unenforced),
     }
     try:
         web = Web(host.strip("[]"), int(port), by_path(paths))
@@ -242,8 +244,10 @@ def serve_metrics(agent: Agent) -> Web:
         raise AgentError(f"cannot listen at {agent.settings.listen} ({error}): choose another with --listen") from error
 
     def take_in() -> None:
-        agent.fresh()
-        web.handle_request()
+        try:
+            agent.fresh()
+        finally:  # who is not taken in would ring again at once
+            web.handle_request()
 
     agent.selector.register(web, selectors.EVENT_READ, take_in)
     agent.chores.append(web.expire)

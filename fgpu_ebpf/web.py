@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -20,15 +20,32 @@ CLIENT_SECONDS = 10.0
 
 def by_path(apps: Mapping[str, WSGIApplication]) -> WSGIApplication:
     """Each path has its own; any other is answered with 404 and the paths that there are."""
-    paths = f"no such path: {' '.join(apps)}\n".encode()
+    missing = _said("404 Not Found", f"no such path: {' '.join(apps)}")
 
     def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
-        app = apps.get(environ.get("PATH_INFO") or "/")
-        if app:
-            return app(environ, start)
-        headers = [("Content-Type", "text/plain"), ("X-Content-Type-Options", "nosniff")]
-        start("404 Not Found", [*headers, ("Content-Length", str(len(paths)))])
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [paths]
+        return apps.get(environ.get("PATH_INFO") or "/", missing)(environ, start)
+
+    return answer
+
+
+def health(fault: Callable[[], str]) -> WSGIApplication:
+    """200 and "ok", or 503 and what is wrong."""
+
+    def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        wrong = fault()
+        said = _said("503 Service Unavailable", wrong) if wrong else _said("200 OK", "ok")
+        return said(environ, start)
+
+    return answer
+
+
+def _said(status: str, text: str) -> WSGIApplication:
+    body = f"{text}\n".encode()
+    headers = [("Content-Type", "text/plain; charset=utf-8"), ("X-Content-Type-Options", "nosniff")]
+
+    def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        start(status, [*headers, ("Content-Length", str(len(body)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
     return answer
 

@@ -27,6 +27,7 @@ NOISE = re.compile(
     r"var/(lib/dpkg|lib/apt|lib/python|lib/systemd|cache|log)(/|$)|etc/ld\.so\.cache$|etc/(alternatives|python3[.\d]*)(/|$)"
     r"|(etc|var)/\.updated$|etc/(group-|gshadow-|inputrc)$|usr/local/lib/python3[.\d]*(/|$)|usr/(lib|share)/python3[/.\d].*__pycache__(/|$)"
 )
+DEBOOTSTRAP_SECONDS = 280
 BUILD = Path("/opt/build")  # the checkout's build/, seen from inside
 
 # Becomes part of a cgroup, to make it the root of a cgroup namespace.
@@ -67,10 +68,12 @@ def fresh_root() -> Path:
     root = ROOTS / name
     if not root.exists():
         aside = ROOTS / f".{name}"
+        # What was cut off may have left this mounted, and nothing below it is ours to remove.
+        subprocess.run(["umount", "--quiet", aside / "proc"], check=False, timeout=10)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         command = ["debootstrap", "--variant=minbase", f"--include={BASE}", name, str(aside), mirror]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEBOOTSTRAP_SECONDS, check=False)
         assert done.returncode == 0, f"no {name} from {mirror}: {done.stdout[-500:]}{done.stderr[-500:]}"
         (aside / "opt/build").mkdir()
         (aside / "etc/machine-id").write_text(f"{os.urandom(16).hex()}\n")

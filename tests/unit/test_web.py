@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf import web
-from fgpu_ebpf.web import MOST_CLIENTS, Web, by_path
+from fgpu_ebpf.web import MOST_CLIENTS, Web, by_path, health
 
 
 def app(_: dict[str, Any], start: Any) -> Iterable[bytes]:
@@ -87,14 +87,23 @@ def test_both_families() -> None:
     one.server_close()
 
 
-def status_of(method: str, path: str) -> tuple[str, bytes]:
+def status_of(method: str, path: str, fault: str = "") -> tuple[str, bytes]:
     said: list[str] = []
-    answer = by_path({"/": app, "/metrics": app})
+    answer = by_path({"/": app, "/metrics": app, "/readyz": health(lambda: fault)})
     body = b"".join(answer({"REQUEST_METHOD": method, "PATH_INFO": path}, lambda status, _: said.append(status)))  # type: ignore[arg-type, return-value]
     return said[0], body
 
 
 def test_paths() -> None:
     assert status_of("GET", "/metrics") == status_of("GET", "/") == status_of("GET", "") == ("200 OK", b"fine")
-    assert status_of("GET", "/x") == ("404 Not Found", b"no such path: / /metrics\n")
+    assert status_of("GET", "/x") == ("404 Not Found", b"no such path: / /metrics /readyz\n")
     assert status_of("HEAD", "/metrics/") == ("404 Not Found", b"")
+
+
+def test_health() -> None:
+    assert status_of("GET", "/readyz") == ("200 OK", b"ok\n")
+    assert status_of("GET", "/readyz", "no driver: \u2026") == (
+        "503 Service Unavailable",
+        "no driver: \u2026\n".encode(),
+    )
+    assert status_of("HEAD", "/readyz", "no driver") == ("503 Service Unavailable", b"")
