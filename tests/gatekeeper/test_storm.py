@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import selectors
 import socket
-import struct
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,10 +19,11 @@ from typing import Any
 
 import pytest
 from conftest import Keeper
-from hello_client import Child, hello, in_cgroup, receive, request, until
+from hello_client import Child, hello, in_cgroup, request, until
+from storm import PATIENCE_SECONDS, STORM
 from test_abuse import prompt, waits
 
-from fgpu_ebpf import callers, procfs
+from fgpu_ebpf import callers, pages, procfs
 from fgpu_ebpf.callers import Caller, Callers
 from fgpu_ebpf.glance import Lineages, Standing
 from fgpu_ebpf.readers import MOST_WANTED, Readers
@@ -28,10 +31,6 @@ from fgpu_ebpf.readers import MOST_WANTED, Readers
 pytestmark = pytest.mark.timed
 
 Make = Callable[..., Path]
-STORM = 300
-PATIENCE_SECONDS = 2.0  # a shim's
-RESULT = struct.Struct("dII")
-SILENCE_SECONDS = 0.15  # a connection that says nothing for a little longer may be let go
 SLOW = """
 import sys, time
 from fgpu_ebpf import clients, gatekeeper
@@ -51,56 +50,28 @@ sys.exit(gatekeeper.main())
 """
 
 
-def attempt(run: Path, end: float) -> tuple[bool, float]:
-    """One as a shim makes it: no step of it waits but for the answer. And for how long it was kept from speaking."""
-    began = time.monotonic()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as sock:
-        try:
-            sock.connect(str(run / "shim" / "shim.sock"))
-            sock.send(request())
-            kept = time.monotonic() - began
-            sock.settimeout(max(0.001, end - time.monotonic()))
-            return receive(sock) is not None, kept
-        except OSError:
-            return False, time.monotonic() - began
+class Storm:
+    """300 processes of one cgroup that say hello at one moment (storm.py); it has begun."""
 
+    def __init__(self, run: Path, cgroup: Path, niceness: int = 0) -> None:
+        enter = f'echo $$ >"$0/cgroup.procs" && exec nice -n {niceness} "$@"'
+        program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("storm.py"))]
+        asked = [str(run / "shim/shim.sock"), request().hex(), str(ctypes.sizeof(pages.Answer))]
+        command = ["sh", "-c", enter, str(cgroup), *program, *asked]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout
+        assert self._process.stdout.readline() == "started\n"
 
-def say_hello(run: Path) -> tuple[float, int, int]:
-    """Seconds until it was answered, or -1, the attempts that took, and those in which it had no processor to speak."""
-    began, attempts, mute = time.monotonic(), 0, 0
-    while True:
-        answered, kept = attempt(run, began + PATIENCE_SECONDS)
-        attempts += 1
-        mute += kept > SILENCE_SECONDS
-        if answered or time.monotonic() - began > PATIENCE_SECONDS:
-            return time.monotonic() - began if answered else -1.0, attempts, mute
-        time.sleep(0.01)
-
-
-def storm(run: Path, started: Callable[[], object] = lambda: None) -> list[tuple[float, int, int]]:
-    """What each of 300 processes met that said hello at one moment; they live until all have said it."""
-    gate, results, stay = os.pipe(), os.pipe(), os.pipe()
-    for _ in range(STORM):
-        if os.fork() == 0:
-            os.close(gate[1])
-            os.close(stay[1])
-            os.read(gate[0], 1)
-            os.write(results[1], RESULT.pack(*say_hello(run)))
-            os.read(stay[0], 1)
-            os._exit(0)
-    time.sleep(0.1)  # all of them wait now
-    os.close(gate[1])
-    started()
-    met = [RESULT.unpack(os.read(results[0], RESULT.size)) for _ in range(STORM)]
-    os.close(stay[1])
-    for _ in range(STORM):
-        os.wait()
-    return met
+    def met(self) -> list[tuple[float, int, int]]:
+        """Of each: seconds until it was answered, or -1; attempts; those in which it had no processor to speak."""
+        said, _ = self._process.communicate(timeout=60)
+        assert self._process.returncode == 0
+        return [(seconds, attempts, mute) for seconds, attempts, mute in json.loads(said)]
 
 
 def test_a_storm_in_one_tenant_is_answered_at_once(start: Callable[..., Keeper], tenant: Make) -> None:
     keeper = start()
-    met = in_cgroup(tenant(), storm, keeper.run)
+    met = Storm(keeper.run, tenant()).met()
     assert len([seconds for seconds, *_ in met if 0 <= seconds < PATIENCE_SECONDS]) == STORM
     until(lambda: keeper.count("hello_managed") == STORM)
     assert [keeper.count(name) for name in ("dropped_total", "hello_unanswered")] == [0, 0]
@@ -112,17 +83,9 @@ def test_a_storm_in_one_tenant_does_not_delay_another(start: Callable[..., Keepe
     """Where a hello takes so long that the storm lasts for a second."""
     keeper = start(code=SLOW)
 
-    def nicely(write: int) -> int:
-        os.nice(5)  # what is measured is our queue, not how few processors there are
-        return len(storm(keeper.run, lambda: os.write(write, b".")))
-
-    read, write = os.pipe()
-    crowd = Child(tenant(), nicely, write)
-    os.close(write)
-    os.read(read, 1)
-    os.close(read)
+    crowd = Storm(keeper.run, tenant(), niceness=5)  # what is measured is our queue, not how few processors there are
     assert prompt(in_cgroup(tenant(), waits, keeper.run, 10))
-    assert crowd.result() == STORM
+    assert len(crowd.met()) == STORM
 
 
 def test_the_agent_is_told_of_one_of_an_undecided_storm_and_of_the_next_when_that_did_not_help(

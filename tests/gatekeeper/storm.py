@@ -1,0 +1,71 @@
+"""300 processes that say hello at one moment: `storm.py SOCKET HELLO ANSWER_BYTES`, HELLO in hexadecimal.
+
+Prints `started` when they begin, then a line of JSON: of each the seconds until it was answered (-1: it was not), the
+attempts that took, and those in which it had no processor to speak. A program of its own: copies of a test runner, with
+all that it has in memory, would be measured instead of the gatekeeper.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import sys
+import time
+
+STORM = 300
+PATIENCE_SECONDS = 2.0  # a shim's
+SILENCE_SECONDS = 0.15  # a connection that says nothing for a little longer may be let go
+RESULT = struct.Struct("dII")
+
+
+def attempt(path: str, hello: bytes, answer_bytes: int, end: float) -> tuple[bool, float]:
+    """One as a shim makes it: no step of it waits but for the answer. And for how long it was kept from speaking."""
+    began = time.monotonic()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as sock:
+        try:
+            sock.connect(path)
+            sock.send(hello)
+            kept = time.monotonic() - began
+            sock.settimeout(max(0.001, end - time.monotonic()))
+            return len(socket.recv_fds(sock, 512, 16)[0]) == answer_bytes, kept
+        except OSError:
+            return False, time.monotonic() - began
+
+
+def say_hello(path: str, hello: bytes, answer_bytes: int) -> tuple[float, int, int]:
+    """As a shim does, again and again until its patience ends."""
+    began, attempts, mute = time.monotonic(), 0, 0
+    while True:
+        answered, kept = attempt(path, hello, answer_bytes, began + PATIENCE_SECONDS)
+        attempts += 1
+        mute += kept > SILENCE_SECONDS
+        if answered or time.monotonic() - began > PATIENCE_SECONDS:
+            return time.monotonic() - began if answered else -1.0, attempts, mute
+        time.sleep(0.01)
+
+
+def main(path: str, hello: bytes, answer_bytes: int) -> None:
+    """All of them live until each has been answered, or not."""
+    gate, results, stay = os.pipe(), os.pipe(), os.pipe()
+    for _ in range(STORM):
+        if os.fork() == 0:
+            os.close(gate[1])
+            os.close(stay[1])
+            os.read(gate[0], 1)
+            os.write(results[1], RESULT.pack(*say_hello(path, hello, answer_bytes)))
+            os.read(stay[0], 1)
+            os._exit(0)
+    time.sleep(0.1)  # all of them wait now
+    os.close(gate[1])
+    print("started", flush=True)
+    met = [RESULT.unpack(os.read(results[0], RESULT.size)) for _ in range(STORM)]
+    os.close(stay[1])
+    for _ in range(STORM):
+        os.wait()
+    print(json.dumps(met), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], bytes.fromhex(sys.argv[2]), int(sys.argv[3]))
