@@ -14,6 +14,7 @@ import argparse
 import collections
 import contextlib
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -246,7 +247,7 @@ class Soak:
 
 def _is_there(runtime: str) -> bool:
     """Containers run on the simulator alone: their root has no real driver."""
-    return not REAL and any(Path(f, runtime).exists() for f in ("/usr/sbin", "/usr/bin"))
+    return not REAL and shutil.which(runtime) is not None
 
 
 def run(soak: Soak, seconds: float, every: float) -> None:
@@ -298,9 +299,10 @@ def main() -> int:
         service = Service(work)
 
         def pids() -> dict[str, int]:
-            agent = [service.agent.pid] if service.agent else []
-            gatekeepers = sorted(service.gatekeepers())  # for a moment there may be two
-            return dict(zip(("agent", "gatekeeper"), (*agent, *gatekeepers), strict=False))
+            found = {"agent": service.agent.pid} if service.agent else {}
+            for gatekeeper in sorted(service.gatekeepers())[:1]:  # for a moment there may be two
+                found["gatekeeper"] = gatekeeper
+            return found
 
         watch = Watch(pids)
         try:
