@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,16 +23,8 @@ MANIFESTS = harness.ROOT / "deploy/kubernetes"
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """fgpu-simd, one device with room for a hundred tenants."""
-    path = tmp_path_factory.mktemp("driver") / "log"
-    with open(path, "wb") as log:
-        environment = {"FGPU_SIM_MEMORY": "512GiB", "FGPU_SIM_GPUS": "1"}
-        driver = subprocess.Popen([harness.SIM / "fgpu-simd"], stdout=log, stderr=log, env=environment)
-    try:
-        harness.eventually(lambda: b"ready" in path.read_bytes(), 20, "the driver")
+    with package_kit.driver(tmp_path_factory.mktemp("driver") / "log", "512GiB", 20):
         yield
-    finally:
-        driver.terminate()
-        driver.wait(10)
 
 
 def _is_packaged() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,17 +13,8 @@ import pytest
 @pytest.fixture(scope="module")  # not the session's: other suites start one of their own
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """fgpu-simd, 16 GiB, one device."""
-    path = tmp_path_factory.mktemp("driver") / "log"
-    with open(path, "wb") as log:
-        environment = {"FGPU_SIM_MEMORY": "16GiB", "FGPU_SIM_GPUS": "1"}
-        driver = subprocess.Popen([kit.BUILD / "sim/fgpu-simd"], stdout=log, stderr=log, env=environment)
-    try:
-        kit.eventually(lambda: b"ready" in path.read_bytes() or driver.poll() is not None, 5, "the driver")
-        assert driver.poll() is None, path.read_text()
+    with kit.driver(tmp_path_factory.mktemp("driver") / "log", "16GiB", 5):
         yield
-    finally:
-        driver.terminate()
-        driver.wait(10)
 
 
 @pytest.fixture(scope="module")

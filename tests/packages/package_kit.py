@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +49,21 @@ def run(*command: str | Path, check: bool = True, **more: Any) -> subprocess.Com
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **more)
     assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
     return done
+
+
+@contextlib.contextmanager
+def driver(log: Path, memory: str, seconds: float) -> Iterator[None]:
+    """fgpu-simd with one device of `memory`, from when it is ready, at most `seconds` after its start."""
+    environment = {"FGPU_SIM_MEMORY": memory, "FGPU_SIM_GPUS": "1"}
+    with open(log, "wb") as out:
+        process = subprocess.Popen([BUILD / "sim/fgpu-simd"], stdout=out, stderr=out, env=environment)
+    try:
+        eventually(lambda: b"ready" in log.read_bytes() or process.poll() is not None, seconds, "the driver")
+        assert process.poll() is None, log.read_text()
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 def cgroup2() -> Path:
