@@ -5,7 +5,8 @@ Prints `soak_NAME VALUE UNIT`: what was done; what was wrong (bytes above a limi
 driver within their time, programs that said nothing); and for each size that was watched its slope a minute with half
 of its 95 % interval. Writes build/bench/soak.json, soak.csv and soak.svg. 1 where anything was wrong, or where the
 resident memory of agent or gatekeeper grows by more than 1 KiB a minute and no growth is not in the interval. Starts
-and stops driver and services itself; DRIVER_ROOT=/ takes the real driver.
+and stops driver and services itself; DRIVER_ROOT=/ takes the real driver, and trainings of TORCH_PYTHON, an interpreter
+that has torch, beside the other programs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import os
 import random
 import shutil
 import sys
@@ -23,15 +25,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/e2e"))
 import harness
-from harness import MIB, REFUSED, Client, Place, Service, Tenant, ask, eventually
+from harness import MIB, REFUSED, Client, Place, Program, Service, Tenant, ask, eventually
 from memory import end_in_order
 from slopes import Watch, plot
 from tenants import record
 
 REAL = harness.DRIVER_ROOT != harness.SIM
 GRANULE = 2 * MIB
-MOST_TENANTS, MOST_PROGRAMS = 10, 3
-SMALLEST, LARGEST = 600 * MIB, 1200 * MIB
+TORCH = os.environ.get("TORCH_PYTHON", "") if REAL else ""
+MOST_TENANTS, MOST_PROGRAMS, MOST_JOBS = 10, 3, 4
+SMALLEST, LARGEST = (2048 * MIB, 6144 * MIB) if TORCH else (600 * MIB, 1200 * MIB)
 CHECK_SECONDS, AGREE_SECONDS = 20.0, 10.0
 SLOPE_KIB = 1.0
 SHOWN = ("agent_resident", "gatekeeper_resident", "agent_descriptors", "map_processes", "map_allocations", "map_pages")
@@ -46,6 +49,22 @@ spec:
 """
 
 
+class Job(Client):
+    """bench/torch_job.py in a tenant."""
+
+    def __init__(self, tenant: Tenant, number: int) -> None:
+        job = Path(__file__).with_name("torch_job.py")
+        Program.__init__(self, tenant, f"job{number}", f"{TORCH} {job}")
+        self.steps = self.refused = 0
+        self._hello()
+
+    def go_on(self) -> tuple[int, int]:
+        """The steps that it has done since it was last asked, and those that it was refused."""
+        before = (self.steps, self.refused)
+        self.steps, self.refused = self.ok("how")
+        return self.steps - before[0], self.refused - before[1]
+
+
 class Soak:
     """The load: one thing after the other, chosen by a seed."""
 
@@ -58,6 +77,7 @@ class Soak:
             self.places.append(harness.place_of(kind, work / kind))
         self.tenants: dict[Tenant, list[Client]] = {}
         self.limits: dict[Tenant, int] = {}
+        self.jobs: list[Job] = []
         self.done: collections.Counter[str] = collections.Counter()
         self.wrong: collections.Counter[str] = collections.Counter()
         self.above = 0
@@ -67,6 +87,7 @@ class Soak:
             (self.arrive, 4), (self.work, 30), (self.fill, 6), (self.start, 6), (self.kill, 5), (self.leave, 4),
             (self.limit, 4), (self.policy, 1), (self.busy, 4), (self.calm, 3),
         ]  # fmt: skip
+        self._acts += [(self.train, 4), (self.ask_job, 6), (self.kill_job, 3)] if TORCH else []
 
     # -- what happens
 
@@ -138,9 +159,39 @@ class Soak:
             client.kill()
             self._lose(client)
 
+    def train(self) -> None:
+        """A training begins in a tenant."""
+        if (tenant := self._tenant()) and len(self.jobs) < MOST_JOBS:
+            try:
+                self.jobs.append(Job(tenant, self.done["train"]))
+            except AssertionError as why:
+                self.wrong["silent"] += 1
+                print(f"# train: {why}", flush=True)
+
+    def ask_job(self) -> None:
+        """A training is asked how it goes on."""
+        if self.jobs:
+            job = self.random.choice(self.jobs)
+            try:
+                steps, refused = job.go_on()
+            except AssertionError as why:
+                self.wrong["silent"] += 1
+                print(f"# job: {why}", flush=True)
+                self._end_job(job)
+            else:
+                self.done["job_steps"] += steps
+                self.done["job_refused"] += refused
+
+    def kill_job(self) -> None:
+        """kill -9 of a training, in the middle of whatever it does."""
+        if self.jobs:
+            self._end_job(self.random.choice(self.jobs))
+
     def leave(self) -> None:
         """A tenant goes with all its programs."""
         if tenant := self._tenant():
+            for job in [job for job in self.jobs if job.tenant is tenant]:
+                self._end_job(job)
             self._busy = [client for client in self._busy if client.tenant is not tenant]
             tenant.place.tenants.remove(tenant)
             del self.tenants[tenant], self.limits[tenant]
@@ -150,8 +201,9 @@ class Soak:
         """A tenant's limit changes, to more or to less than it has."""
         if tenant := self._tenant():
             limit = self.random.randrange(SMALLEST, LARGEST, MIB)
-            self.limits[tenant] = max(limit, tenant.memory()["used_bytes"])
+            before = tenant.memory()["used_bytes"]
             harness.fgpu("set", tenant.path, "--memory", str(limit))
+            self.limits[tenant] = max(limit, before, tenant.memory()["used_bytes"])  # trainings go on meanwhile
 
     def policy(self) -> None:
         """A policy file comes; it goes when the next one does."""
@@ -185,12 +237,11 @@ class Soak:
             if above > 0:
                 self.wrong["above"] += 1
                 self.above = max(self.above, above)
-            if not REAL:
-                try:
-                    tenant.assert_covered(AGREE_SECONDS)
-                except AssertionError as why:
-                    self.wrong["disagree"] += 1
-                    print(f"# {why}", flush=True)
+            try:
+                _agrees_with_nvml(tenant) if REAL else tenant.assert_covered(AGREE_SECONDS)
+            except AssertionError as why:
+                self.wrong["disagree"] += 1
+                print(f"# {why}", flush=True)
         self.wrong["failures"] = max(self.wrong["failures"], ask(verb="snapshot")["failures"])
         self.done["check"] += 1
 
@@ -236,6 +287,12 @@ class Soak:
             print(f"# {command}: {said}", flush=True)
         self.done["refused"] += said == REFUSED
 
+    def _end_job(self, job: Job) -> None:
+        self.jobs.remove(job)
+        with contextlib.suppress(ProcessLookupError):
+            job.kill()
+        job.close()
+
     def _lose(self, client: Client) -> None:
         if client in self._busy:
             self._busy.remove(client)
@@ -243,6 +300,18 @@ class Soak:
             if client in clients:
                 clients.remove(client)
         client.close()
+
+
+def _agrees_with_nvml(tenant: Tenant) -> None:
+    """The ledger holds what NVML says of the tenant's processes, but for rounding."""
+    import claims  # of pynvml, which is not where there is no GPU
+
+    def agree() -> bool:
+        pids = set(tenant.pids())
+        return abs(tenant.memory()["used_bytes"] - claims.nvml_bytes(pids)) <= GRANULE * max(1, len(pids))
+
+    said = f"{tenant.name}: {tenant.memory()}, NVML {claims.nvml_bytes(set(tenant.pids()))}"
+    eventually(agree, AGREE_SECONDS, said)
 
 
 def _is_there(runtime: str) -> bool:
@@ -294,6 +363,10 @@ def main() -> int:
     print(f"soak_seed {given.seed}", flush=True)
     harness.compile_programs()
     end_in_order()
+    if REAL:
+        import claims
+
+        claims.pynvml.nvmlInit()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         service = Service(work)

@@ -5,6 +5,7 @@ Each takes a Bench and prints its figures. Tenants are spins that stay from case
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -70,6 +71,9 @@ def limit(bench: Bench) -> None:
             got = 100 * said.done / bench.seconds / alone
             bench.line(f"limit_{percent}_{kernel}us_got", got, "%")
             bench.line(f"limit_{percent}_{kernel}us_error", abs(got - percent), "points", most=LIMIT_BAR)
+            ended = bench.times(program)  # what is lost where the whole machine pauses is not given back
+            pause = max((b - a for a, b in itertools.pairwise(ended)), default=0)
+            bench.line(f"limit_{percent}_{kernel}us_pause", pause / 1e6, "ms")
 
 
 def idle(bench: Bench) -> None:
