@@ -95,6 +95,7 @@ build() { # the shim, the OCI helper and the benchmarks' programs, as ./dev buil
     make -s -C shim OUT=/tmp/fgpu/tree/build/shim HEADERS=/tmp/fgpu/headers
     make -s -C oci OUT=/tmp/fgpu/tree/build/oci
     mkdir -p build/bench build/examples build/e2e
+    ln -sfn /tmp/fgpu/headers build/headers
     for source in bench/*.c examples/*.c; do
         gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o "build/${source%.c}" "$source" -ldl -pthread
     done
