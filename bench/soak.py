@@ -118,7 +118,7 @@ class Soak:
         """A program takes a little, in one of the ways that there are, and may give something back."""
         if not (client := self._client()):
             return
-        how = self.random.choice(("alloc", "vmm", "managed"))
+        how = self.random.choice(("alloc", "vmm", *(() if REAL else ("managed",))))  # NVML shows of it what was touched
         self._said(client, f"{how} {self.random.randrange(1, 17) * GRANULE}", also=(REFUSED,))
         if self.random.random() < 0.5:
             self._said(client, f"drop {self.random.randrange(1, 9)}")
@@ -247,6 +247,8 @@ class Soak:
 
     def close(self) -> None:
         """All tenants go; what the ledger has of processes then is wrong."""
+        for job in list(self.jobs):
+            self._end_job(job)
         for place in self.places:
             place.close()
         (self.service.policies / f"soak-{self._policies}.yaml").unlink(missing_ok=True)
