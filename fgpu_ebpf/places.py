@@ -13,7 +13,7 @@ from fgpu_ebpf import pages, scheduler
 from fgpu_ebpf.scheduler import Account, Share, Waiter
 
 BUCKETS_NS = tuple(int(ms * 1e6) for ms in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 512))
-LOOK_NS, MOST_LOOK_NS = 1_750_000, 20_000_000  # between looks at an owner that others wait for
+LOOK_NS, MOST_LOOK_NS = 1_750_000, 10_000_000  # between looks at an owner that others wait for
 BUSY_PARTS = 16  # of the time that it was busy without a pause, between two looks
 IDLE_NS = 500_000  # without anything to run for as long, it gives way
 GUESS_PARTS = 4  # such a part of how long work in flight should take may be wrong
