@@ -214,10 +214,8 @@ class Agent:
             self.discovery.look_into,
         )  # fmt: skip
         self._adoption = Adoption(self._truth, self.ledger, self.enforcer, self.history)
-        self.chores += [
-            self._adoption.look,
-            Overruns(self.ledger.times.turns, self.enforcer.name_of, self.history).look,
-        ]
+        overruns = Overruns(self.ledger.times.turns, self.enforcer.name_of, self.history)
+        self.chores += [self._adoption.look, overruns.look]
         self._policies = Policies(self.settings.policy_folder, self.manager, self.history)
         self._policies.begin(found.policies)
         self.manager.tidy_all()
@@ -252,6 +250,7 @@ class Agent:
         fd = self.discovery.listen(self.settings.run_dir / "discover.sock")
         self.selector.register(fd, selectors.EVENT_READ, self._look_at_named)
         self.selector.register(self.news, selectors.EVENT_READ, self.news.read)
+        self.selector.register(self.enforcer, selectors.EVENT_READ, self.enforcer.take_over_late)
         self.selector.register(self.reconciler, selectors.EVENT_READ, self._look_at_holders)
         self.selector.register(self._policies, selectors.EVENT_READ, self._policies.take)
         self.selector.register(self.engines, selectors.EVENT_READ, self._look_at_answered)

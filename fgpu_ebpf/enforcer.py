@@ -12,11 +12,13 @@ it is killed: none of them can have the shim.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fgpu_ebpf import pages, procfs
+from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.identity import NAME_CHARACTERS
 from fgpu_ebpf.ledger import Ledger, LevelLimits
@@ -54,6 +56,8 @@ class Enforcer:
         self._denied: dict[int, str] = {}
         self._inside: dict[str, int] = {}  # how many tenants lie below a path
         self._sums: dict[int, int] | None = None  # committed bytes by device, while known
+        self._bell = Bell()
+        self._seen: deque[tuple[set[int], int]] = deque()  # new levels, and how many processes there had been before
 
     # -- who is managed
 
@@ -109,7 +113,8 @@ class Enforcer:
             with self._unless_refused():
                 for tenant in changed:
                     self._enter(tenant)
-                self._ledger.set_limits([self._in_force(t) for t in changed])
+                so_far = self._ledger.processes_so_far()
+                self._ledger.set_limits([self._in_force(t) for t in changed], lambda new: self._see(new, so_far))
                 self._ledger.times.set_shares({t.cgroup: t.shares for t in changed})
         except OSError:
             self._ledger.remove(new)
@@ -181,6 +186,24 @@ class Enforcer:
     def _limits(self, tenant: Tenant) -> Mapping[int, int]:
         """What it asked for, unless it grew where there was no room: then it keeps what it had."""
         return self._granted.get(tenant.cgroup) or tenant.limits
+
+    def _see(self, cgroups: set[int], so_far: int) -> None:
+        """Every program in the kernel sees these levels; on any thread."""
+        self._seen.append((cgroups, so_far))
+        self._bell.ring()
+
+    def fileno(self) -> int:
+        """Readable when there may be somebody to take over, who was named when a level was being put in force."""
+        return self._bell.fileno()
+
+    def take_over_late(self) -> None:
+        """Of whom the kernel had looked up the levels just before there was one more, and entered them just after."""
+        self._bell.hush()
+        seen = [self._seen.popleft() for _ in range(len(self._seen))]
+        now = self._ledger.processes_so_far()
+        late = {cgroup for cgroups, so_far in seen if so_far != now for cgroup in cgroups}
+        if late:
+            self._take_over(late)
 
     def _take_over(self, cgroups: set[int]) -> None:
         """Charges that processes of new levels have already come along; the rest NVML shows at the next reconcile."""

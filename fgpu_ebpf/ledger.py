@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +93,7 @@ class Ledger:
 
     def close(self) -> None:
         """Closes every descriptor; what is pinned stays."""
+        self._shelf.close()
         for fd in (*self._maps.values(), self._adjust):
             if fd >= 0:
                 os.close(fd)
@@ -133,17 +134,18 @@ class Ledger:
         raw = bpf.lookup(self._maps["limits"], _LIMIT_KEY.pack(cgroup, device), _LIMIT.size)
         return None if raw is None else int(_LIMIT.unpack(raw)[0])
 
-    def set_limits(self, levels: Iterable[LevelLimits]) -> None:
+    def set_limits(self, levels: Iterable[LevelLimits], over: Callable[[set[int]], object] | None = None) -> None:
         """Puts limits in force, at all these levels. Raises OSError: E2BIG, there is no room for so many levels; none
         of them is changed then.
 
-        Makes the page of a level that has none. Charges stand in the page alone, so none is lost.
+        Makes the page of a level that has none. Charges stand in the page alone, so none is lost. `over` is told of
+        new levels, on another thread, when nobody is any more in the middle of finding that they are none.
         """
         levels = list(levels)
         new = [level for level in levels if self.page_missing(level.cgroup)]
         try:
             for at in range(0, len(new), PAGES_AT_ONCE):
-                self._make_pages(new[at : at + PAGES_AT_ONCE])
+                self._shelf.make([_new_page(level) for level in new[at : at + PAGES_AT_ONCE]], over)
         except OSError:
             self._forget_pages([level.cgroup for level in new])
             raise
@@ -162,30 +164,14 @@ class Ledger:
         for device in () if is_new else set(range(pages.DEVICES)) - level.bytes.keys():
             bpf.delete(self._maps["limits"], _LIMIT_KEY.pack(level.cgroup, device))
 
-    def _make_pages(self, levels: Sequence[LevelLimits]) -> None:
-        """Frozen before it is seen: whoever gets hold of it never could write it, wherever this ends."""
-        made: dict[int, int] = {}
-        places = self._shelf.take([level.cgroup for level in levels])
-        try:
-            for level, place in zip(levels, places, strict=True):
-                made[place] = bpf.create_array_page("fgpu_usage", ctypes.sizeof(pages.UsagePage))
-                page = pages.UsagePage(version=pages.LAYOUT, cgroup=level.cgroup, flags=level.flags, place=place)
-                for device, limit in level.bytes.items():  # before it is seen: 0 would deny
-                    page.devices[device].limit = limit
-                bpf.update(made[place], _ZERO, bytes(page))
-                bpf.freeze(made[place])
-            self._shelf.put(made)
-            found = zip(levels, made.values(), strict=True)
-            bpf.update_all(self._maps["pages"], {_U64.pack(level.cgroup): _U32.pack(fd) for level, fd in found})
-        finally:
-            for fd in made.values():
-                os.close(fd)
-
     def _forget_pages(self, cgroups: Collection[int]) -> None:
         for cgroup in cgroups:
             self._run(pages.Adjust.WITHDRAW, cgroup)
-        bpf.delete_all(self._maps["pages"], [_U64.pack(cgroup) for cgroup in cgroups])
-        self._shelf.give_back(cgroups)
+        self._shelf.take_away(cgroups, self._forget_counters)
+
+    def _forget_counters(self, cgroups: Collection[int]) -> None:
+        for count in [c for c in self.counters() if c.cgroup in cgroups and self.page_missing(c.cgroup)]:
+            bpf.delete(self._maps["counters"], _COUNTER_KEY.pack(count.cgroup, count.device, count.kind, count.reason))
 
     def remove(self, cgroups: Collection[int]) -> None:
         """Forgets levels: pages, limits and counters. Their processes must have been moved or be gone."""
@@ -196,8 +182,6 @@ class Ledger:
         self._forget_pages(cgroups)
         self.times.forget(cgroups)
         self.unresolve(cgroups)
-        for count in [c for c in self.counters() if c.cgroup in cgroups]:
-            bpf.delete(self._maps["counters"], _COUNTER_KEY.pack(count.cgroup, count.device, count.kind, count.reason))
 
     # -- identity
 
@@ -398,3 +382,10 @@ class Ledger:
     def _run(self, *arguments: int) -> int:
         """Runs `adjust`, which reads arguments that were not given as 0; answers 0 or -errno."""
         return bpf.run_raw_tracepoint(self._adjust, *arguments, *[0] * (12 - len(arguments)))
+
+
+def _new_page(level: LevelLimits) -> pages.UsagePage:
+    page = pages.UsagePage(version=pages.LAYOUT, cgroup=level.cgroup, flags=level.flags)
+    for device, limit in level.bytes.items():  # 0 would deny
+        page.devices[device].limit = limit
+    return page

@@ -791,6 +791,7 @@ def test_an_agent_that_ends_in_between_leaves_no_page_that_can_be_written(kernel
     child = os.fork()
     if not child:
         level.limit(MIB)
+        kernel.ledger.close()  # whatever is still on its way in the kernel is through then
         os._exit(0)
     monkeypatch.undo()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

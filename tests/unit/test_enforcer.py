@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import random
+import select
 from types import SimpleNamespace
 
 import pytest
@@ -24,12 +25,16 @@ class Books:
 
     def __init__(self):
         self.limits, self.shares, self.decided, self.calls = {}, {}, {}, 0
+        self.known, self.so_far, self.moved, self.over = {}, 0, [], []
 
     def page_missing(self, cgroup):
         return cgroup not in self.limits
 
-    def set_limits(self, levels):
+    def set_limits(self, levels, over=None):
         self.calls += 1
+        levels = list(levels)
+        new = {level.cgroup for level in levels} - {*self.limits}
+        self.over += [lambda: over(new)] if new and over else []
         self.limits |= {level.cgroup: (dict(level.bytes), level.flags) for level in levels}
 
     def remove(self, cgroups):
@@ -48,7 +53,13 @@ class Books:
         self.decided[cgroup] = managed
 
     def processes(self):
-        return {}
+        return self.known
+
+    def processes_so_far(self):
+        return self.so_far
+
+    def move(self, pid, generation, levels):
+        self.moved.append((pid, generation, levels))
 
 
 @pytest.fixture
@@ -95,6 +106,30 @@ def test_who_comes_when_there_is_no_room_gets_nothing_until_there_is(place, book
     assert (in_force(books, two), place.enforcer.denied(two.cgroup)) == (4 * GIB, "")
 
 
+def test_who_is_named_while_a_level_appears_is_taken_over_when_it_is_seen_by_all(place, books, monkeypatch):
+    pod, leaf = place.make("/pod", 8), place.make("/pod/c", 6)
+    place.enforcer.put([pod])
+    place.enforcer.put([leaf])  # and a program has looked for it a moment before
+    books.known, books.so_far = {23: SimpleNamespace(generation=7)}, 1
+    monkeypatch.setattr("fgpu_ebpf.enforcer.procfs.cgroup_path", {23: "/pod/c"}.get)
+    for tell in books.over:
+        tell()
+    assert select.select([place.enforcer], [], [], 0)[0]
+    place.enforcer.take_over_late()
+    assert books.moved == [(23, 7, (leaf.cgroup, pod.cgroup))]
+    assert not select.select([place.enforcer], [], [], 0)[0]
+
+
+def test_where_nobody_was_named_meanwhile_nobody_is_looked_at(place, books, monkeypatch):
+    books.known, books.so_far = {23: SimpleNamespace(generation=7)}, 1
+    monkeypatch.setattr("fgpu_ebpf.enforcer.procfs.cgroup_path", {}.get)
+    place.enforcer.put([place.make("/one", 8)])
+    monkeypatch.setattr(books, "processes", None)
+    for tell in books.over:
+        tell()
+    place.enforcer.take_over_late()
+
+
 def test_by_hand_it_is_refused_with_the_numbers_and_nothing_changes(place, books):
     one, two = place.make("/one", 8, Source.SET), place.make("/two", 4, Source.SET)
     place.enforcer.put([one])
@@ -109,7 +144,7 @@ def test_what_the_kernel_did_not_take_is_not_in_force_and_is_tried_again(place, 
     place.enforcer.put([one])
     before = dict(books.limits)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(books, "set_limits", lambda levels: (_ for _ in ()).throw(OSError(errno.E2BIG, "no room")))
+        patch.setattr(books, "set_limits", lambda *_: (_ for _ in ()).throw(OSError(errno.E2BIG, "no room")))
         with pytest.raises(OSError, match="no room"):
             place.enforcer.put([dataclasses.replace(one, limits={0: 3 * GIB}), group, leaf])
     assert (list(place.enforcer), place.enforcer.committed(0)) == ([one], 2 * GIB)

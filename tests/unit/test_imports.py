@@ -17,7 +17,7 @@ ORDER = (
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency"}
     | {"cgroupnames", "messages"},
     {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares"}
-    | {"crimessages", "kubeletmessages", "slots"}
+    | {"crimessages", "kubeletmessages", "slots", "graces"}
     | {"events", "launch"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
     | {"allocation"},
