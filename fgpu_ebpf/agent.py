@@ -61,6 +61,7 @@ class Settings:
     store: Path | None = None
     sources: Path = Path()
     listen: str = "127.0.0.1:9423"
+    listen_names: tuple[str, ...] = ()
     loader: tuple[str, ...] = programs.LOADER
     policy_folder: Path = Path("/etc/fgpu/policy.d")
     overcommit: bool = False

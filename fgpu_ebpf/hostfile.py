@@ -36,6 +36,7 @@ class HostSettings:
     """
 
     listen: str = "127.0.0.1:9423"
+    listen_names: tuple[str, ...] = ()
     overcommit: bool = False
     loader: tuple[str, ...] = ("/usr/bin/python3", "-I")
     driver_root: Path = Path("/")

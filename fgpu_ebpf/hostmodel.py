@@ -33,6 +33,12 @@ def _address(value: str) -> str:
     return value
 
 
+def _name(value: str) -> str:
+    if not _HOST.fullmatch(value):
+        raise ValueError(f"{shown(value)} is no name of a host: write it as gpu1.example, without a port")
+    return value
+
+
 def _is_ipv6(host: str) -> bool:
     try:
         return host.startswith("[") and host.endswith("]") and bool(ipaddress.IPv6Address(host[1:-1]))
@@ -98,6 +104,9 @@ class HostDocument(Model):
     """`agent.yaml`"""
 
     listen: Annotated[str, AfterValidator(_address)] = absent("The address of the status page and /metrics.")
+    listen_names: Annotated[list[Annotated[str, AfterValidator(_name)]], Field(max_length=64)] = absent(
+        "By which names it may be asked for; absent: by any, or where no other host reaches it, localhost alone."
+    )
     overcommit: Literal["forbid", "allow"] = Field("forbid", description="`allow`: limits may sum past a device.")
     loader: Annotated[list[str], Field(min_length=1, max_length=16), AfterValidator(_program)] = absent(
         "The interpreter that sees BCC, and its arguments."

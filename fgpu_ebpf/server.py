@@ -239,7 +239,7 @@ def serve_metrics(agent: Agent) -> Web:
         "/readyz": health(lambda: agent.snapshot.unenforced),
     }
     try:
-        web = Web(host.strip("[]"), int(port), by_path(paths))
+        web = Web(host.strip("[]"), int(port), by_path(paths), agent.settings.listen_names)
     except (OSError, ValueError) as error:
         raise AgentError(f"cannot listen at {agent.settings.listen} ({error}): choose another with --listen") from error
 

@@ -77,6 +77,7 @@ def settings(options: Options) -> Settings:
         store=options.store or (None if options.shim else published.STORE),
         sources=agent.package_file("bpf"),
         listen=options.listen or host.listen,
+        listen_names=host.listen_names,
         loader=tuple(shlex.split(options.loader)) if options.loader else host.loader,
         policy_folder=options.policies or host.policy_folder,
         overcommit=host.overcommit,

@@ -6,9 +6,10 @@ is hung up on. On failure: OSError, where the address is taken.
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -26,6 +27,34 @@ def by_path(apps: Mapping[str, WSGIApplication]) -> WSGIApplication:
         return apps.get(environ.get("PATH_INFO") or "/", missing)(environ, start)
 
     return answer
+
+
+def called(names: Collection[str], app: WSGIApplication) -> WSGIApplication:
+    """Whoever asks for the host by another name than these, localhost or an address is answered with 421.
+
+    Any page in a browser of this host may have its own name mean 127.0.0.1, and would read what is there.
+    """
+    known = {"localhost", *(name.lower().rstrip(".") for name in names)}
+    refused = _said("421 Misdirected Request", "ask by address, as localhost, or by a name that listenNames has")
+
+    def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        host = _host(environ.get("HTTP_HOST", "localhost"))  # a browser always says it
+        return (app if host in known or _is_address(host) else refused)(environ, start)
+
+    return answer
+
+
+def _host(said: str) -> str:
+    """Without the port."""
+    host, colon, port = said.rpartition(":")
+    return (host if colon and not port.endswith("]") else said).lower().rstrip(".")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        return False
 
 
 def health(fault: Callable[[], str]) -> WSGIApplication:
@@ -58,20 +87,24 @@ class _Quiet(WSGIRequestHandler):
 
 
 class Web(ThreadingMixIn, WSGIServer):
-    """Serves `app` at host:port: handle_request() takes in who is there, expire() ends who has been there too long."""
+    """Serves `app` at host:port: handle_request() takes in who is there, expire() ends who has been there too long.
+
+    `names`: what it may be asked for by; none: any name, or where no other host reaches it, localhost alone.
+    """
 
     daemon_threads = True
     block_on_close = False
     timeout = 0.0  # handle_request waits for nobody
 
-    def __init__(self, host: str, port: int, app: WSGIApplication) -> None:
+    def __init__(self, host: str, port: int, app: WSGIApplication, names: Collection[str] = ()) -> None:
         family, _, _, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         self.address_family = family
         self._here: dict[Any, float] = {}  # until when
         super().__init__(address[:2], _Quiet)  # type: ignore[arg-type]
-        self.set_app(app)
+        is_ours_alone = ipaddress.ip_address(address[0]).is_loopback
+        self.set_app(called(names, app) if names or is_ours_alone else app)
         self.socket.setblocking(False)  # who has hung up meanwhile must not be waited for
 
     def server_bind(self) -> None:

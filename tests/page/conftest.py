@@ -33,6 +33,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Servic
     """The simulated driver (two devices of 140 GiB) and the agent, on a host that is called HOST."""
     harness.compile_programs()
     service = harness.Service(tmp_path_factory.mktemp("service"), ["docker"])
+    service.config.write_text(f"{service.config.read_text()}listenNames: [page.example]\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "GPUS", "2")
         try:

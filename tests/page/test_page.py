@@ -201,13 +201,20 @@ def test_without_scripts(look: Look, holder: Tenant) -> None:
     expect(there.page.locator("noscript meta[http-equiv=refresh]")).to_have_count(1)
 
 
-def answer(method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+def answer(method: str, path: str, host: str = LISTEN) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection(LISTEN, timeout=10)
-    connection.request(method, path)
+    connection.request(method, path, headers={"Host": host})
     found = connection.getresponse()
     body = found.read()
     connection.close()
     return found.status, {name.lower(): value for name, value in found.getheaders()}, body
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics"])
+def test_a_page_elsewhere_whose_name_means_this_host_reads_nothing(service: Service, path: str) -> None:
+    status, _, body = answer("GET", path, host="rebound.example")
+    assert (status, body.count(b"\n")) == (421, 1)
+    assert answer("GET", path, host="page.example")[0] == 200, "listenNames has it"
 
 
 def test_answers(service: Service) -> None:

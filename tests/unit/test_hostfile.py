@@ -32,6 +32,7 @@ def test_without_a_file_and_with_an_empty_one_the_usual_holds(tmp_path, settings
 def test_everything_that_a_file_says_arrives(settings):
     text = """
 listen: "[::1]:9999"
+listenNames: [gpu1, gpu1.example]
 overcommit: allow
 loader: [/usr/bin/python3.12, -I, -B]
 driverRoot: /run/nvidia/driver
@@ -43,6 +44,7 @@ logFormat: journal
     assert settings(text) == (
         HostSettings(
             listen="[::1]:9999",
+            listen_names=("gpu1", "gpu1.example"),
             overcommit=True,
             loader=("/usr/bin/python3.12", "-I", "-B"),
             driver_root=Path("/run/nvidia/driver"),
@@ -86,6 +88,10 @@ def test_addresses(settings, address):
         ("driverroot: /", ":1: unknown key 'driverroot': did you mean driverRoot?"),
         ("driverRoot: run", ":1: driverRoot: 'run' is no absolute path: begin it with /"),
         ("metricLabels: [gpu]", ":1: metricLabels[0]: 'gpu' is taken by the metrics themselves: name another label"),
+        (
+            "listenNames: ['gpu1:80']",
+            ":1: listenNames[0]: 'gpu1:80' is no name of a host: write it as gpu1.example, without a port",
+        ),
         ("logFormat: yaml", ":1: logFormat: 'yaml' is none of text, json, journal: write one of them"),
         ("[]", ":1: is no mapping: write it as listen: 127.0.0.1:9423"),
         ("{}\n---\n{}", ":3: is a second document: there is one agent, join them"),

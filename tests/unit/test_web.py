@@ -21,10 +21,9 @@ def app(_: dict[str, Any], start: Any) -> Iterable[bytes]:
     return [b"fine"]
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    monkeypatch.setattr(web, "CLIENT_SECONDS", 1.0)
-    one = Web("127.0.0.1", 0, app)
+@contextlib.contextmanager
+def serving(one: Web) -> Iterator[Web]:
+    """As the agent's loop does."""
     ended = threading.Event()
 
     def loop() -> None:
@@ -34,10 +33,19 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 
     thread = threading.Thread(target=loop)
     thread.start()
-    yield one
-    ended.set()
-    thread.join()
-    one.server_close()
+    try:
+        yield one
+    finally:
+        ended.set()
+        thread.join()
+        one.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    monkeypatch.setattr(web, "CLIENT_SECONDS", 1.0)
+    with serving(Web("127.0.0.1", 0, app)) as one:
+        yield one
 
 
 def ask(server: Web) -> bytes:
@@ -107,3 +115,39 @@ def test_health() -> None:
         "no driver: \u2026\n".encode(),
     )
     assert status_of("HEAD", "/readyz", "no driver") == ("503 Service Unavailable", b"")
+
+
+def status(server: Web, host: str | None) -> int:
+    said = "" if host is None else f"Host: {host}\r\n"
+    with socket.create_connection(server.server_address[:2], timeout=5) as sock:
+        sock.sendall(f"GET / HTTP/1.0\r\n{said}\r\n".encode())
+        return int(sock.makefile("rb").readline().split()[1])
+
+
+OWN = ["localhost", "LocalHost:9423", "127.0.0.1", "127.0.0.1:9423", "[::1]:9423", "[::1]", "10.1.2.3:9423", None]
+STRANGE = [
+    "evil.example",
+    "evil.example:9423",
+    "localhost.evil.example",
+    "127.0.0.1.evil.example",
+    "[evil]:1",
+    "",
+    "a,b",
+]
+
+
+@pytest.mark.parametrize(
+    ("address", "names", "answered", "refused"),
+    [
+        ("127.0.0.1", (), OWN, STRANGE),
+        ("127.0.0.1", ("Gpu1.example",), [*OWN, "gpu1.example:80", "GPU1.example."], STRANGE),
+        ("0.0.0.0", (), [*OWN, *STRANGE], []),
+        ("", ("gpu1.example",), [*OWN, "gpu1.example"], STRANGE),
+    ],
+)
+def test_it_is_asked_for_by_its_names(
+    address: str, names: tuple[str, ...], answered: list[str | None], refused: list[str]
+) -> None:
+    with serving(Web(address, 0, app, names)) as server:
+        assert {host: status(server, host) for host in answered} == dict.fromkeys(answered, 200)
+        assert {host: status(server, host) for host in refused} == dict.fromkeys(refused, 421)
