@@ -95,6 +95,13 @@ class Nvml:
         except pynvml.NVMLError:
             return None
 
+    def in_mig_mode(self, index: int) -> bool:
+        """The device is divided into instances, of which the ledger knows none."""
+        try:
+            return bool(pynvml.nvmlDeviceGetMigMode(self._handles[index])[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
+        except pynvml.NVMLError:  # it has no such mode
+            return False
+
     def process_bytes(self, index: int) -> dict[int, int | None] | None:
         """Bytes by host pid on a device; None where NVML does not say: of one process ("N/A"), or of any."""
         try:
@@ -251,7 +258,17 @@ def checks(root: Path) -> list[Check]:
         missing = probes.missing_functions(str(path))
         if missing:
             return [Check("driver", False, found, f"{path} lacks {', '.join(missing)}: update the driver")]
-    return [Check("driver", True, found)]
+    return [Check("driver", True, found), *_mig(nvml)]
+
+
+def _mig(nvml: Nvml) -> list[Check]:
+    """Nothing where no device is in that mode: most have none."""
+    named = [f"{device.index} ({device.name})" for device in nvml.devices if nvml.in_mig_mode(device.index)]
+    if not named:
+        return []
+    found = f"MIG mode is on: device {', '.join(named)}; a tenant with a limit gets no memory on an instance"
+    mend = "leave it out of policies and shares (devices:), or nvidia-smi -i INDEX -mig 0"
+    return [Check("mig", False, found, mend)]
 
 
 def uuid_bytes(text: str) -> bytes:

@@ -44,6 +44,8 @@ static bool parse_one(const char *word, struct order *order)
         order->fault = SIM_FAULT_RESET;
     } else if (!strcmp(word, "nvml-na")) {
         order->fault = SIM_FAULT_NVML_NA;
+    } else if (!strcmp(word, "mig")) {
+        order->fault = SIM_FAULT_MIG;
     } else if (!strncmp(word, "nvml-stall:", 11)) {
         *order = (struct order){SIM_FAULT_NVML_STALL, parse_time(word + 11)};
     } else if (!strncmp(word, "slow-end:", 9)) {
@@ -68,9 +70,18 @@ static unsigned parse(const char *spec, struct order *orders)
             break;
         }
     if (!n)
-        fprintf(stderr, "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, alloc-fail:N, slow-end:3s, reset: %s\n",
+        fprintf(stderr,
+                "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, mig, alloc-fail:N, slow-end:3s, reset: %s\n",
                 spec);
     return n;
+}
+
+static void set_mig(bool is_on)
+{
+    for (uint32_t i = 0; i < server.n_gpus; i++) {
+        uint32_t *mig = &server.gpus[i].info.mig;
+        if (*mig) *mig = is_on ? 2 : 1;
+    }
 }
 
 void fault_set(uint32_t fault, uint64_t number)
@@ -79,12 +90,16 @@ void fault_set(uint32_t fault, uint64_t number)
     case SIM_FAULT_RESET:
         nvml_stalls_until_ns = fails_every = end_takes_ns = 0;
         nvml_is_blind = false;
+        set_mig(false);
         break;
     case SIM_FAULT_NVML_STALL:
         nvml_stalls_until_ns = now_ns() + number * 1000000u;
         break;
     case SIM_FAULT_NVML_NA:
         nvml_is_blind = true;
+        break;
+    case SIM_FAULT_MIG:
+        set_mig(true);
         break;
     case SIM_FAULT_ALLOC_FAIL:
         fails_every = number;

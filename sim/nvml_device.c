@@ -97,7 +97,7 @@ NVML_API nvmlDeviceGetMigMode(nvmlDevice_t device, unsigned int *current, unsign
     nvmlReturn_t result = nvml_enter(device, current, &d);
     if (result || !pending) return result ? result : NVML_ERROR_INVALID_ARGUMENT;
     if (!d->mig) return NVML_ERROR_NOT_SUPPORTED;
-    *current = *pending = NVML_DEVICE_MIG_DISABLE;
+    *current = *pending = d->mig > 1 ? NVML_DEVICE_MIG_ENABLE : NVML_DEVICE_MIG_DISABLE;
     return NVML_SUCCESS;
 }
 

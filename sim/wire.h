@@ -63,6 +63,7 @@ enum sim_fault {
     SIM_FAULT_NVML_STALL, /* NVML is not answered for this many milliseconds from now */
     SIM_FAULT_NVML_NA,    /* NVML does not know what a process uses */
     SIM_FAULT_ALLOC_FAIL, /* every n-th allocation finds no memory */
+    SIM_FAULT_MIG,        /* devices that can are in MIG mode, for NVML of processes that start from now on */
     SIM_FAULT_SLOW_END,   /* memory outlives its process by this many milliseconds, as where many end at once */
     SIM_FAULTS,
 };
@@ -156,7 +157,7 @@ struct sim_device {
     uint32_t power_mw, power_limit_mw, power_min_mw;
     uint32_t temperature;
     uint32_t pcie_generation;
-    uint32_t ecc, mig, fan; /* 1 = the board has it */
+    uint32_t ecc, mig, fan; /* 1 = the board has it; mig 2 = and is in that mode */
     uint64_t memory_total;
     uint64_t memory_reserved;
     uint64_t context_bytes;

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,6 +215,19 @@ def test_without_an_agent_the_policies_are_read_all_the_same(work: Path) -> None
     (work / "policy.d/bad.yaml").unlink()
     found = {one["name"]: one for one in json.loads(run([*command, "--driver-root", str(SIM)]).stdout)}
     assert found["policies"]["ok"]
+
+
+def test_a_device_in_mig_mode_is_named(service: Service, fault: Callable[[str], None]) -> None:
+    def said() -> list[str]:
+        done = fgpu("doctor", "--json", "--driver-root", SIM, check=False)
+        return [one["found"] for one in json.loads(done.stdout) if one["name"] == "mig" and not one["ok"]]
+
+    assert said() == []
+    fault("mig")
+    (found,) = said()
+    assert "MIG mode is on: device 0 (NVIDIA H200" in found
+    fault("reset")
+    assert said() == []
 
 
 def test_second_agent_is_turned_away(service: Service) -> None:

@@ -59,6 +59,17 @@ say(N.nvmlDeviceGetMemoryInfo(device).used > 500 << 20, info()[0] > 0)
         client.kill()
 
 
+@pytest.mark.parametrize(("model", "modes"), [("h200", ["[0, 0]", "[1, 1]", "[0, 0]"]), ("t4", [])])
+def test_mig_mode_where_a_board_has_it(make_machine: Callable[..., Machine], model: str, modes: list[str]) -> None:
+    pytest.importorskip("pynvml")
+    machine, found = make_machine(FGPU_SIM_MODEL=model), []
+    for spec in ("reset", "mig", "reset"):
+        order(machine, spec)
+        ask = "try: say(N.nvmlDeviceGetMigMode(device))\nexcept N.NVMLError_NotSupported: pass"
+        found += machine.python(NVML + ask)
+    assert found == modes
+
+
 def test_an_end_that_takes_long(machine: Machine) -> None:
     """NVML shows the process until the driver is done with it."""
     order(machine, "slow-end:1s")
@@ -125,7 +136,7 @@ def test_the_end_of_a_stall_by_order(machine: Machine) -> None:
     ],
 )
 def test_what_is_not_understood(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
-    line = f"fgpu-simd: fault is none of nvml-stall:60s, nvml-na, alloc-fail:N, slow-end:3s, reset: {spec}\n"
+    line = f"fgpu-simd: fault is none of nvml-stall:60s, nvml-na, mig, alloc-fail:N, slow-end:3s, reset: {spec}\n"
     asked = order(machine, spec, check=False)
     assert (asked.returncode, asked.stdout, asked.stderr) == (2, "", line)
     words = ["env", f"FGPU_SIM_FAULT={spec}", tools / "fgpu-simd", "--dir", tmp_path]
