@@ -24,6 +24,7 @@ log = logging.getLogger("fgpu.agent")
 MOST_FILES = 32  # that are not the host's own, of one cgroup: each takes two descriptors, and time to end
 MOST_FILES_ALL = 2048
 MOST_MESSAGE = 65536  # bytes of the gatekeeper's
+MOST_PIDS = 1 << 31
 MOST_NAMED = 1024  # files and cgroups whose fault has been said
 
 
@@ -269,8 +270,10 @@ class Discovery:
         while True:
             try:
                 said = json.loads(self._socket.recv(MOST_MESSAGE))
-                yield [int(tgid) for tgid in (said["tgid"], *said.get("others", ()))]
+                tgids = [int(tgid) for tgid in (said["tgid"], *said.get("others", ()))]
             except BlockingIOError:
                 return
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 continue
+            if all(0 < tgid < MOST_PIDS for tgid in tgids):
+                yield tgids

@@ -1,0 +1,75 @@
+"""Ten thousand messages that nobody has thought of, at the sockets of a real agent and a real gatekeeper.
+
+The same inputs as those of tests/fuzz, where these sockets' own code is looked at more closely. Whatever comes in, both
+go on, a tenant's program is answered as before, and neither has grown by a mebibyte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Callable
+
+import fuzz_kit
+import pytest
+from harness import CONTEXT, MIB, Service, ask, eventually
+
+COUNTS = 1_000, 10_000, 100_000
+ENDS_IT = b"detach", b"reload", b"run", b"put", b"share"  # what is understood is done: not what is looked for here
+
+
+def grown(pid: int, send: Callable[[bytes], None], mutator: fuzz_kit.Mutator, runs: int) -> int:
+    """By how many bytes, from a fifth of the messages on."""
+    for _ in range(runs // fuzz_kit.WARM_PART):
+        send(mutator())
+    before = fuzz_kit.resident_bytes(pid)
+    for _ in range(runs - runs // fuzz_kit.WARM_PART):
+        send(mutator())
+    return fuzz_kit.resident_bytes(pid) - before
+
+
+def say(data: bytes) -> None:
+    """One message to the gatekeeper, whatever comes back."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(10)
+        with contextlib.suppress(OSError):
+            sock.connect("/run/fgpu/shim/shim.sock")
+            sock.send(data[1:])
+
+
+def request(data: bytes) -> None:
+    """One line to the agent, as root; its answer is JSON, or it was no line."""
+    if any(word in data for word in ENDS_IT):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(30)
+        sock.connect("/run/fgpu/control.sock")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            sock.sendall(data[1:])
+            sock.shutdown(socket.SHUT_WR)
+        said = b"".join(iter(lambda: sock.recv(1 << 20), b""))
+    answer = json.loads(said)
+    assert ("ok" in answer) != ("error" in answer)
+    assert "mistake" not in str(answer.get("error")), (data, answer)
+
+
+@pytest.mark.places("host")
+@pytest.mark.slow
+def test_whatever_comes_in_both_go_on(service: Service, tenant, scale) -> None:
+    one = tenant(CONTEXT + 40 * MIB)
+    client = one.client()
+    client.ok("context")
+    assert service.agent is not None
+    (keeper,), runs = service.gatekeepers(), scale(*COUNTS)
+    hellos = fuzz_kit.Mutator(23, fuzz_kit.corpus("hello"))
+    lines = fuzz_kit.Mutator(101, fuzz_kit.corpus("control"))
+    assert grown(keeper, say, hellos, runs) <= fuzz_kit.MIB
+    assert grown(service.agent.pid, request, lines, runs) <= fuzz_kit.MIB
+    service.check()
+    assert service.gatekeepers() == {keeper}
+    assert ask(verb="snapshot")["failures"] == 0
+    eventually(lambda: len(os.listdir(f"/proc/{keeper}/fd")) < 60, 10, "the gatekeeper's descriptors")
+    with one.growing(20 * MIB):
+        client.ok(f"alloc {20 * MIB}")

@@ -1,0 +1,56 @@
+"""The fuzzers in C: which there are, and how they are built, by clang with libFuzzer or by gcc with drive.c.
+
+Both find what AddressSanitizer and UndefinedBehaviorSanitizer find. gcc is there wherever fgpu is built; clang looks at
+what an input reaches, and so finds more.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+_SANITIZED = ("-std=gnu11", "-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
+_CHECKS = "address,undefined"
+_SIMD = [
+    *("clients", "dump", "faults", "lanes", "ledger", "link"),
+    *("meters", "models", "requests", "shares", "turns", "views"),
+]
+
+
+@dataclass(frozen=True)
+class Harness:
+    """One fuzzer: its own source is `fuzz_NAME.c`; the project's sources that it runs beside those it includes."""
+
+    name: str
+    sources: tuple[str, ...]
+    flags: tuple[str, ...]
+
+    def build(self, out: Path, guided: bool = False) -> Path:
+        """The program; `guided`: by clang, with libFuzzer."""
+        files = [HERE / f"fuzz_{self.name}.c", *(ROOT / source for source in self.sources)]
+        compiler = (
+            ["clang", f"-fsanitize=fuzzer,{_CHECKS}", "-Wno-c2x-extensions"]
+            if guided
+            else ["gcc", f"-fsanitize={_CHECKS}"]
+        )
+        files += [] if guided else [HERE / "drive.c"]
+        headers = ["-isystem", ROOT / "build/headers"]
+        program = out / self.name
+        subprocess.run([*compiler, *_SANITIZED, *self.flags, *headers, *files, "-o", program], check=True, timeout=300)
+        return program
+
+
+HARNESSES = {
+    harness.name: harness
+    for harness in (
+        Harness(
+            "answer",
+            ("shim/processes.c", "shim/view.c", "shim/admit.c"),
+            (f"-I{ROOT}/shim", f"-I{ROOT}/bpf", "-fvisibility=hidden", "-fno-strict-aliasing"),
+        ),
+        Harness("server", tuple(f"sim/{part}.c" for part in _SIMD), (f"-I{ROOT}/sim", "-D_GNU_SOURCE", "-pthread")),
+    )
+}

@@ -1,0 +1,141 @@
+"""Whatever comes in at the control socket, from root: an answer that says ok, or what is wrong with the question.
+
+The control server, its peers, and all that it asks: policies, overrides, targets, on a folder of cgroups of its own. In
+the kernel's place a ledger that takes what it is told; a real agent is asked by tests/e2e. The first byte of an input
+says where it is cut in two on its way.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import shutil
+import socket
+import tempfile
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fuzz_policy import Gpu
+
+from fgpu_ebpf.enforcer import Enforcer
+from fgpu_ebpf.history import History
+from fgpu_ebpf.manager import Manager
+from fgpu_ebpf.overrides import Overrides
+from fgpu_ebpf.policy import PolicySet
+from fgpu_ebpf.policyfile import read
+from fgpu_ebpf.server import ControlServer
+from fgpu_ebpf.snapshot import Snapshot
+from fgpu_ebpf.workloads import Workloads
+
+VERBS = ("ping", "snapshot", "metrics", "explain", "events", "reload", "put", "drop", "run", "share", "detach")
+WORDS = (
+    *(f'"{verb}"'.encode() for verb in VERBS),
+    *(b'"verb"', b'"target"', b'"memory"', b'"compute"', b'"weight"', b'"priority"', b'"name"', b'"share"', b'"pid"'),
+    *(b'"since"', b'"8GiB"', b'"50%"', b'"high"', b'"pid/1"', b'"/a"', b'"/a/../b"', b'"unit/a"', b'"pod/a/b"'),
+    *(b'"c1f3a"', b'"8gib-50pct"', b'"\\u0000"', b'"\\ud800"', b'"pid/\xc2\xb2"', b'"pid/' + b"9" * 30 + b'"', b"true"),
+    *(b"1", b"-1", b"1e400", b"NaN", b"9" * 5000, b"{", b"}", b"[", b"]", b":", b",", b"[" * 3000, b"\n"),
+)  # fmt: skip
+POLICY = b"""apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: a}
+spec: {selector: {cgroup: ["/a/*", c1f3a]}, memory: {limit: 8GiB}, compute: {limit: 50%}}
+"""
+MOST_TENANTS = 64
+
+
+class Ledger:
+    """Takes everything, knows nobody."""
+
+    def __init__(self) -> None:
+        self._limits: set[int] = set()
+        self.times = SimpleNamespace(set_shares=lambda _: None, turns=dict, tell=lambda: None)
+
+    def page_missing(self, cgroup: int) -> bool:
+        return cgroup not in self._limits
+
+    def set_limits(self, levels: Any) -> None:
+        self._limits |= {level.cgroup for level in levels}
+
+    def remove(self, cgroups: Any) -> None:
+        self._limits -= set(cgroups)
+
+    def resolve(self, cgroup: int, managed: bool) -> None: ...
+
+    def processes(self) -> dict[int, Any]:
+        return {}
+
+    def usage(self, cgroup: int, devices: Any) -> list[Any]:
+        return []
+
+
+class Fuzzer:
+    """A control socket, at which this process asks as root."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="fgpu-fuzz-", dir="/dev/shm"))
+        self._begin()
+
+    def _begin(self) -> None:
+        run, cgroups = self._folder / "run", self._folder / "cgroups"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(cgroups, ignore_errors=True)
+        run.mkdir()
+        for inner in ("a/b", "a/c", "c1f3a.scope"):
+            (cgroups / inner).mkdir(parents=True)
+        workloads, history = Workloads(cgroups), History()
+        enforcer = Enforcer(Ledger(), workloads, [Gpu()], overcommit=False)  # type: ignore[arg-type]
+        manager = Manager(workloads, enforcer, Overrides(run / "overrides.json"), [Gpu()], history)
+        manager.reload(PolicySet(tuple(read("p.yaml", POLICY)[0])))
+        none = SimpleNamespace(unenforced=str, unprobed=frozenset, standalone=frozenset)
+        self._agent: Any = SimpleNamespace(
+            settings=SimpleNamespace(run_dir=run, driver_root=Path("/"), loader=("python3",)), chores=[],
+            selector=selectors.DefaultSelector(), history=history, manager=manager, enforcer=enforcer, ledger=Ledger(),
+            discovery=none, shim=Path("/libfgpu.so"), failures=0, writes_refused=0, reload=lambda: None,
+            detach=lambda: None, look=lambda: Snapshot(1.0),
+        )  # fmt: skip
+        self._server = ControlServer(self._agent)
+        self._server.open()
+
+    def _end(self) -> None:
+        self._server.close()
+        self._agent.selector.close()
+
+    def _turn(self) -> None:
+        for key, _ in self._agent.selector.select(0):
+            key.data()
+
+    def __call__(self, data: bytes) -> None:
+        cut, line = (data[0] if data else 0), data[1:]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(5)
+            sock.connect(str(self._agent.settings.run_dir / "control.sock"))
+            sock.sendall(line[:cut])
+            self._turn()
+            try:
+                sock.sendall(line[cut:])
+                sock.shutdown(socket.SHUT_WR)
+            except OSError:  # the first part was a line, and is answered
+                line = line[:cut]
+            for _ in range(4):
+                self._turn()
+            said = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+        self._judge(said)
+        if len(self._agent.enforcer) > MOST_TENANTS:
+            self._end()
+            self._begin()
+
+    def _judge(self, said: bytes) -> None:
+        assert said.endswith(b"\n"), said
+        answer = json.loads(said)
+        assert ("ok" in answer) != ("error" in answer)
+        assert "ok" in answer or answer["code"] in (1, 2, 4)
+        assert self._agent.failures == 0, answer
+        outside = Counter(path.name for path in self._folder.iterdir())
+        assert outside == {"run": 1, "cgroups": 1}, outside
+
+    def close(self) -> None:
+        """The folder goes."""
+        self._end()
+        shutil.rmtree(self._folder)

@@ -1,0 +1,80 @@
+"""Whatever comes in at the shim's socket: a hello is looked at once, all else costs its sender the connection, and
+nothing stays behind. The gatekeeper's own door and callers; what it would decide is not asked.
+
+The first byte of an input says how it is sent: with descriptors, in two messages, and whether who sent it hangs up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import struct
+import tempfile
+from pathlib import Path
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.callers import HELLO_BYTES, Caller, Callers
+from fgpu_ebpf.door import Door
+from fgpu_ebpf.glance import Standing
+
+HEAD = struct.pack("<IHH", pages.MAGIC, pages.LAYOUT, HELLO_BYTES)
+WORDS = (HEAD, HEAD[:4], bytes(HELLO_BYTES - 8), struct.pack("<H", pages.LAYOUT + 1), struct.pack("<H", 0xFFFF))
+FILES, TWICE, HANG_UP = 1, 2, 4
+
+
+class Fuzzer:
+    """A door of its own, at which this process knocks."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="fgpu-fuzz-")
+        self._selector = selectors.DefaultSelector()
+        self._counts = dict.fromkeys(
+            ("malformed", "gone", "silent", "hello_unanswered", "dropped_tenant", "dropped_total"), 0
+        )
+        self._heard: list[Caller] = []
+        standing = Standing(False, 7)
+        self._callers = Callers(self._selector, self._counts, lambda pid, cgroup: (1, standing), self._look)
+        self._door = Door(Path(self._folder.name))
+        self._door.open()
+        self._files = self._descriptors()
+
+    def _descriptors(self) -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def _look(self, caller: Caller) -> None:
+        self._heard.append(caller)
+        self._callers.drop(caller, "gone")
+
+    def __call__(self, data: bytes) -> None:
+        how, message = (data[0] if data else 0), data[1:]
+        before = self._counts["malformed"]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.setblocking(False)
+            sock.connect(f"{self._folder.name}/shim/shim.sock")
+            with contextlib.suppress(OSError):
+                socket.send_fds(sock, [message], [0, 1] if how & FILES else [])
+                if how & TWICE:
+                    sock.send(message)
+            if how & HANG_UP:
+                sock.close()
+            self._callers.accept(self._door.listener)
+            while self._callers.pending():  # a turn is short, by the clock
+                self._callers.serve()
+        for key, _ in self._selector.select(0):  # who sent nothing has hung up by now
+            key.data()
+        self._callers.forgive()
+        self._callers.turn()
+        is_hello = len(message) == HELLO_BYTES and message.startswith(HEAD)
+        assert len(self._heard) == is_hello, (len(self._heard), is_hello)
+        assert self._counts["malformed"] - before == bool(message and not is_hello)
+        assert len(self._callers) == 0
+        assert self._descriptors() == self._files
+        self._heard.clear()
+
+    def close(self) -> None:
+        """The folder goes."""
+        self._door.close()
+        self._selector.close()
+        self._folder.cleanup()

@@ -1,0 +1,57 @@
+"""Every fuzzer: its corpus, and ten thousand inputs more. `./dev test fuzz NAME` runs one of them for long."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fuzz_kit
+import pytest
+from fuzz_c import HARNESSES, ROOT
+from fuzz_kit import HERE
+
+PYTHON = sorted(
+    path.stem.removeprefix("fuzz_") for path in HERE.glob("fuzz_*.py") if path.stem not in ("fuzz_kit", "fuzz_c")
+)
+COUNTS = 1_000, 10_000, 100_000
+SAID = re.compile(r"(\d+) inputs, (\d+) runs, (-?\d+) bytes more")
+
+
+def run(*command: object) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ASAN_OPTIONS": "abort_on_error=0"}
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=280, env=environment, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_python(name: str, scale: Callable[[int, int, int], int]) -> None:
+    runs = scale(*COUNTS)
+    inputs, done, grown = map(int, SAID.findall(run(sys.executable, HERE / "fuzz_kit.py", name, runs))[0])
+    assert (inputs >= 6, done) == (True, runs)
+    assert grown <= fuzz_kit.MIB
+
+
+@pytest.mark.parametrize("name", HARNESSES)
+def test_c(name: str, scale: Callable[[int, int, int], int], tmp_path: Path) -> None:
+    runs = scale(*COUNTS)
+    program = HARNESSES[name].build(tmp_path)
+    inputs, done, grown = map(int, SAID.findall(run(program, fuzz_kit.CORPUS / name, runs))[0])
+    assert (inputs >= 6, done) == (True, runs)
+    assert grown <= fuzz_kit.MIB
+
+
+def test_every_corpus_has_its_fuzzer() -> None:
+    assert {path.name for path in fuzz_kit.CORPUS.iterdir()} == {*PYTHON, *HARNESSES}
+
+
+def test_growth_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tests above would prove nothing of it."""
+    kept: list[bytes] = []
+    assert fuzz_kit.run(lambda data: kept.append(data + bytes(4096)), "hello", 2_000) > fuzz_kit.MIB
