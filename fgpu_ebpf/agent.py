@@ -31,6 +31,7 @@ from fgpu_ebpf.overrides import Overrides
 from fgpu_ebpf.overruns import Overruns
 from fgpu_ebpf.policies import Policies
 from fgpu_ebpf.policyfolder import PolicyFolder, Reading
+from fgpu_ebpf.privileges import AGENT, keep_only
 from fgpu_ebpf.reconcile import Reconciler, Truth
 from fgpu_ebpf.shimless import Reasons
 from fgpu_ebpf.snapshot import Snapshot
@@ -133,6 +134,7 @@ class Agent:
         try:
             found = self._load()
             self.mark("loaded")
+            keep_only(AGENT)  # before there is a second thread
             self.ledger = Ledger(self.settings.pins)
             self._attach(found)
             self.mark("attached")
@@ -311,10 +313,8 @@ class Agent:
         self._do(self.keeper.keep)
         if self.keeper.is_missed:
             self._next_round = now + HURRY_SECONDS
-        self._do(self.manager.tidy_late)
-        self._do(self.discovery.mend)
-        self._do(self.discovery.let_go)
-        self._do(self.engines.keep)
+        for part in (self.manager.tidy_late, self.discovery.mend, self.discovery.let_go, self.engines.keep):
+            self._do(part)
 
     def _do(self, what: Callable[[], object]) -> None:
         """One part's mistake must not end the others; limits stand in the kernel either way."""

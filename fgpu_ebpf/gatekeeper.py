@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from time import monotonic_ns
 
-from fgpu_ebpf import notify, pages, procfs, wholefile
+from fgpu_ebpf import notify, pages, privileges, procfs, wholefile
 from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.callers import Caller, Callers, knows_peers
 from fgpu_ebpf.clients import Client, Clients, Head
@@ -361,6 +361,7 @@ def _prepare(lock: Lock, is_patient: bool) -> Path:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     come_first()
+    privileges.keep_only(privileges.GATEKEEPER)
     sys.setswitchinterval(0.0005)
     _thread.stack_size(256 * 1024)
     return root

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgpu_ebpf import bpf, elf, procfs, prologue
+from fgpu_ebpf import bpf, elf, innerpath, procfs, prologue
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.pages import Function
 
@@ -87,6 +87,7 @@ class Target:
     pinned: bool
     way: str
     through: bool = False  # `way` is a link of the kernel's own
+    root: str = ""  # where `way` begins, with no link on it; empty: nobody else has chosen it
 
     @classmethod
     def of(cls, path: str) -> Target:
@@ -96,7 +97,7 @@ class Target:
 
     def open(self) -> int:
         """A descriptor of this very file, whatever has been put in its place meanwhile. Raises OSError."""
-        fd = procfs.open_regular(self.way, self.through)
+        fd = self._open()
         try:
             if procfs.mapped_as(fd) != (self.dev, self.ino):
                 raise OSError(errno.ESTALE, "another file is in its place")
@@ -104,6 +105,15 @@ class Target:
             os.close(fd)
             raise
         return fd
+
+    def _open(self) -> int:
+        if not self.root:
+            return procfs.open_regular(self.way, self.through)
+        place = innerpath.find_mapped(self.root, self.way)
+        try:
+            return procfs.open_regular(f"/proc/self/fd/{place}", follow=True)
+        finally:
+            os.close(place)
 
 
 # -- finding -------------------------------------------------------------------------------------------------------
@@ -141,9 +151,9 @@ def target_of(pid: int, mapped: procfs.Mapping) -> Target:
     Paths are the process's own choice, so each is tried and what it opens compared; map_files leads to what is mapped.
     """
     ways = (
-        Target(mapped.path, mapped.dev, mapped.ino, True, mapped.path),
+        Target(mapped.path, mapped.dev, mapped.ino, True, mapped.path, root="/"),
         Target(mapped.path, mapped.dev, mapped.ino, False, f"/proc/{pid}/map_files/{mapped.place}", True),
-        Target(mapped.path, mapped.dev, mapped.ino, False, f"/proc/{pid}/root{mapped.path}"),
+        Target(mapped.path, mapped.dev, mapped.ino, False, mapped.path, root=f"/proc/{pid}/root"),
     )
     for target in ways[:-1]:
         with contextlib.suppress(OSError):

@@ -8,13 +8,12 @@ failure: nothing is found; whoever maps a libcuda is known by its hello, or by N
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import struct
 from collections.abc import Iterable, Iterator, Set
 
-from fgpu_ebpf import procfs
+from fgpu_ebpf import innerpath, procfs
 from fgpu_ebpf.probes import LIBRARY_FOLDERS, File, Target
 
 Root = tuple[int, int, int]  # mount namespace, by its number that no other ever has; dev and ino of /
@@ -22,9 +21,6 @@ NAMES = ("libcuda.so.1", "libcuda.so")
 FOLDERS = (*LIBRARY_FOLDERS, "usr/local/cuda/compat/lib")
 MOST_ROOTS = 4096
 _NS_GET_ID = 0x8008B705  # Linux 6.11
-_OPENAT2, _HOW = 437, struct.Struct("3Q")
-_NO_XDEV, _IN_ROOT = 0x01, 0x10
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Roots:
@@ -90,16 +86,8 @@ def libraries(pid: int) -> Iterator[Target]:
         root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, root)
         for path in (f"{folder}/{name}" for folder in FOLDERS for name in NAMES):
-            fd = _open_within(root, path)
-            if fd < 0:
-                continue
-            stack.callback(os.close, fd)
-            way = f"/proc/self/fd/{fd}"
             with contextlib.suppress(OSError):
+                fd = innerpath.find(root, path, innerpath.NO_XDEV)
+                stack.callback(os.close, fd)
+                way = f"/proc/self/fd/{fd}"
                 yield Target(os.path.normpath(f"/{path}"), *procfs.as_mapped(way), False, way, True)
-
-
-def _open_within(root: int, path: str) -> int:
-    """What a path leads to for who has that root, on its own file system; negative: nothing."""
-    how = ctypes.create_string_buffer(_HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, _NO_XDEV | _IN_ROOT))
-    return int(_LIBC.syscall(_OPENAT2, root, os.fsencode(path), how, _HOW.size))

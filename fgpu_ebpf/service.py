@@ -118,6 +118,8 @@ def serve(options: Options) -> None:
             log.info("ready after %.2f s: %s", time.monotonic() - begun, parts)
             notify.ready(f"{len(service.nvml.devices)} devices")
             service.run()
+    except PermissionError as error:
+        raise AgentError(f"{error}: give the agent all capabilities that docs/security.md names") from error
     finally:
         notify.stopping()
         service.stop()

@@ -20,7 +20,7 @@ static const uint64_t numbers[] = {
     1u << 31, 1ull << 32, 1ull << 62, UINT64_MAX, UINT64_MAX - 1, 1ull << 63, 3600000000u, 500};
 static struct sockaddr_un address = {.sun_family = AF_UNIX};
 static int listener, contents, programs[PROGRAMS];
-static const struct itimerval patience = {.it_value = {.tv_sec = 10}};
+static const struct itimerval patience = {.it_value = {.tv_sec = 60}};
 static uint64_t keys[2]; /* of what was shared last */
 
 static uint64_t number(uint8_t byte) { return numbers[byte % (sizeof numbers / sizeof *numbers)]; }

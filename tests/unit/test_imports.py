@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent.parent / "fgpu_ebpf"
 # Each module may import those of earlier rows alone.
 ORDER = (
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
-    | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency"}
+    | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
     | {"cgroupnames", "messages"},
     {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares"}
     | {"crimessages", "kubeletmessages", "slots", "graces"}

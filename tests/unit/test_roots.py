@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import procfs, roots
+from fgpu_ebpf import innerpath, procfs, roots
+from fgpu_ebpf.probes import target_of
 from fgpu_ebpf.roots import Roots
 
 Dweller = Callable[[Path], int]
@@ -117,3 +118,27 @@ def test_roots_do_not_pile_up(tmp_path: Path, dweller: Dweller, monkeypatch: pyt
     assert seen.enter(pids[2]) is None
     assert seen.dwellers({(1, n) for n in range(3)}, pids) == {(1, 1): pids[1], (1, 2): pids[2]}
     assert seen.enter(pids[0]), "the oldest is forgotten"
+
+
+@pytest.mark.parametrize("link", ["/etc", "../" * 20 + "etc"])
+def test_a_path_in_a_root_never_leads_to_a_file_of_the_host_s(tmp_path: Path, dweller: Dweller, link: str) -> None:
+    """The name that the kernel told is a link now: nothing is opened, the host's file least of all."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/passwd").write_text("its own")
+    (tmp_path / "way").symlink_to(link)
+    root = f"/proc/{dweller(tmp_path)}/root"
+    assert os.stat(f"{root}/way/passwd").st_ino == os.stat("/etc/passwd").st_ino, "so it would be by the path alone"
+    for inside in ("/way/passwd", "way/passwd"):
+        with pytest.raises(OSError, match="symbolic links"):
+            innerpath.find_mapped(root, inside)
+    found = innerpath.find_mapped(root, "/own/passwd")
+    assert os.stat(found).st_ino == (tmp_path / "own/passwd").stat().st_ino
+    os.close(found)
+
+
+def test_a_file_that_is_mapped_is_not_looked_for_behind_a_link(tmp_path: Path, dweller: Dweller) -> None:
+    """Where map_files leads nowhere, the way through its root is the last: of the host it sees nothing."""
+    (tmp_path / "way").symlink_to("/etc")
+    pid, here = dweller(tmp_path), procfs.as_mapped("/etc/passwd")
+    with pytest.raises(OSError, match=r"symbolic links|No such file"):
+        target_of(pid, procfs.Mapping("/way/passwd", *here, "0-0"))

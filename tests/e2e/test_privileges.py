@@ -1,0 +1,294 @@
+"""What agent and gatekeeper may do: just what is listed, none of it for nothing, and no program begun after the start.
+
+The line that each right is held against: a container whose programs are another user's is found, its limit holds, a
+libcuda of its own that only that user may read is probed, and a gatekeeper that is killed comes again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import (
+    CONTEXT,
+    FGPU,
+    MIB,
+    REFUSED,
+    ROOT,
+    RUN_DIR,
+    SIM,
+    Container,
+    Service,
+    Tenant,
+    Timeout,
+    cgroup_root,
+    eventually,
+    fgpu,
+    metrics,
+)
+from kernel_kit import is_probed
+
+GATEKEEPER = {"dac_read_search": 2, "sys_ptrace": 19, "sys_admin": 21}
+AGENT = GATEKEEPER | {"chown": 0, "sys_nice": 23}
+NOBODY = 65534
+FITS = 40 * MIB
+full = pytest.mark.skipif(os.environ.get("FGPU_TEST_SCALE") != "full", reason="in the full run: an agent for each")
+
+
+def mask(capabilities: dict[str, int]) -> int:
+    return sum(1 << number for number in capabilities.values())
+
+
+def rights(pid: int) -> list[dict[str, str]]:
+    """What the kernel says of each thread."""
+    found = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append(dict(re.findall(r"^(\w+):\s*(.*)$", (thread / "status").read_text(), re.MULTILINE)))
+    return found
+
+
+def assert_has_just(pid: int, capabilities: dict[str, int]) -> None:
+    wanted = mask(capabilities)
+    with contextlib.suppress(Timeout):  # it may just have been started
+        eventually(lambda: all(int(thread["CapPrm"], 16) == wanted for thread in rights(pid)))
+    for thread in rights(pid):
+        held = {name: int(thread[name], 16) for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")}
+        assert held == {"CapPrm": wanted, "CapEff": wanted, "CapInh": 0, "CapAmb": 0}, thread["Name"]
+        assert thread["NoNewPrivs"] == "1"
+        assert int(thread["CapBnd"], 16) == mask(AGENT)  # the agent's gatekeeper's too: it has no right to lower it
+
+
+class Nobodys(Container):
+    """Containers whose programs are nobody's, with a libcuda in their image that nobody else may read."""
+
+    def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
+        super()._bundle(bundle, name, folder)
+        own = bundle / "rootfs/own"
+        own.mkdir()
+        shutil.copy(SIM / "lib/libcuda.so.1", own / "libcuda.so.1")
+        for path, mode in ((own / "libcuda.so.1", 0o400), (own, 0o700), (folder, 0o700)):
+            path.chmod(mode)
+            os.chown(path, NOBODY, NOBODY)
+        spec = json.loads((bundle / "config.json").read_text())
+        spec["process"]["user"] = {"uid": NOBODY, "gid": NOBODY}
+        (bundle / "config.json").write_text(json.dumps(spec))
+
+
+@pytest.fixture
+def nobodys(unharmed: None, tmp_path: Path) -> Iterator[Nobodys]:
+    """A place for such containers; what passes lines to them is a file of root's that all may open."""
+    before = os.umask(0)
+    place = Nobodys(tmp_path, "runc")
+    yield place
+    place.close()
+    os.umask(before)
+
+
+def limit_holds(one: Tenant) -> None:
+    client = one.client()
+    client.ok("context", 30)
+    client.ok(f"alloc {FITS}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    one.assert_exact()
+    client.kill()
+    client.close()
+
+
+def own_libcuda_is_probed(one: Tenant) -> None:
+    client = one.client(before=f"env LD_LIBRARY_PATH=/own:{SIM}/lib")
+    assert " /own/libcuda.so.1\n" in Path(f"/proc/{client.pid}/maps").read_text()
+    client.ok("context", 30)  # whose hello is answered once its files are probed
+    assert is_probed(one.place.work / f"{one.name}.bundle/rootfs/own/libcuda.so.1")
+    client.kill()
+    client.close()
+
+
+def gatekeeper_comes_again(service: Service, one: Tenant) -> None:
+    service.kill_gatekeeper()
+    eventually(service.gatekeepers, 20, "another gatekeeper")
+    limit_holds(one)
+
+
+def comes_first(service: Service) -> None:
+    assert service.agent
+    pids = [service.agent.pid, *service.gatekeepers()]
+    assert all(os.getpriority(os.PRIO_PROCESS, pid) == -10 for pid in pids), "they wait like anybody"
+
+
+def first_failure(service: Service, place: Nobodys) -> str:
+    """What of the line does not work; empty: all of it does."""
+    try:
+        service.start_agent()
+    except AssertionError:
+        return "start"
+    try:
+        one = place.tenant(CONTEXT + FITS)
+    except AssertionError:
+        return "set"
+    steps = {
+        "priority": lambda: comes_first(service),
+        "limit": lambda: limit_holds(one),
+        "probe": lambda: own_libcuda_is_probed(one),
+        "gatekeeper": lambda: gatekeeper_comes_again(service, one),
+    }
+    for name, step in steps.items():
+        try:
+            step()
+        except (AssertionError, Timeout):
+            return name
+    return ""
+
+
+def end_agent(service: Service) -> None:
+    """What it has pinned stays: the next start takes a moment."""
+    assert service.agent
+    service.agent.terminate()
+    service.agent.wait(20)
+
+
+@contextlib.contextmanager
+def agents_with(service: Service, capabilities: set[str]) -> Iterator[None]:
+    """The agent does not run; who starts it has these capabilities and can get no others."""
+    listed = ",".join(f"+{name}" for name in sorted(capabilities))
+    end_agent(service)
+    service.command = ["setpriv", f"--bounding-set=-all,{listed}", "--inh-caps=-all", "--no-new-privs", *FGPU]
+    try:
+        yield
+    finally:
+        service.command = FGPU
+        end_agent(service)
+        service.start_agent()
+
+
+def test_started_as_root_both_keep_just_these(service: Service, unharmed: None) -> None:
+    assert service.agent
+    assert_has_just(service.agent.pid, AGENT)
+    (first,) = service.gatekeepers()
+    assert_has_just(first, GATEKEEPER)
+    service.kill_gatekeeper()
+    (second,) = eventually(service.gatekeepers, 20, "another gatekeeper")
+    assert_has_just(second, GATEKEEPER)
+
+
+@pytest.mark.slow
+def test_nothing_else_is_needed(service: Service, nobodys: Nobodys) -> None:
+    service.detach()  # so that the loader runs too
+    with agents_with(service, set(AGENT)):
+        assert first_failure(service, nobodys) == ""
+        nobodys.close()
+
+
+# Which step of the line fails where one is missing.
+MISSED = {"sys_admin": "set", "sys_ptrace": "set", "dac_read_search": "probe", "sys_nice": "priority"}
+
+
+@full
+@pytest.mark.parametrize("name", MISSED)
+def test_none_is_there_for_nothing(service: Service, nobodys: Nobodys, name: str) -> None:
+    with agents_with(service, set(AGENT) - {name}):
+        assert first_failure(service, nobodys) == MISSED[name]
+        nobodys.close()
+
+
+def test_each_is_missed_by_something() -> None:
+    assert {*MISSED, "chown"} == set(AGENT)  # chown: the next test
+
+
+@full
+@pytest.mark.parametrize("has", [True, False])
+def test_chown_is_for_the_group_that_may_read(service: Service, unharmed: None, has: bool) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix="group") as groups:
+        groups.write(Path("/etc/group").read_text() + "fgpu:x:65533:\n")
+        groups.flush()
+        with agents_with(service, set(AGENT) if has else set(AGENT) - {"chown"}):
+            alone = ["unshare", "--mount", "sh", "-c", f'mount --bind {groups.name} /etc/group && exec "$@"', "sh"]
+            service.command = [*alone, *service.command]
+            if not has:
+                with pytest.raises(AssertionError, match="the agent ended"):
+                    service.start_agent()
+                return
+            service.start_agent()
+            assert (RUN_DIR / "control.sock").stat().st_gid == 65533
+
+
+# -- what they execute
+
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: a}
+spec: {selector: {cgroup: nowhere}, memory: {limit: 1GiB}}
+"""
+
+
+class Watch:
+    """The programs that begin in a cgroup of its own, in which the agent is started."""
+
+    def __init__(self) -> None:
+        self.folder = cgroup_root() / f"fgpu-e2e-watch-{os.getpid()}"
+        self.folder.mkdir()
+        command = ["/usr/bin/python3", Path(__file__).with_name("exec_kit.py"), str(self.folder.stat().st_ino)]
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 # as long as the watch
+        self._kit: Any = subprocess.Popen([*command, ROOT / "bpf"], stdin=subprocess.PIPE, stdout=self._said)
+        eventually(lambda: self.began() == ["ready"], 30, "the watch")
+
+    def began(self) -> list[str]:
+        return os.pread(self._said.fileno(), 1 << 16, 0).decode().splitlines()
+
+    def enter(self) -> list[str]:
+        """What starts a program in it."""
+        return ["sh", "-c", f'echo $$ >{self.folder}/cgroup.procs && exec "$@"', "sh"]
+
+    def close(self) -> None:
+        self._kit.communicate()
+        self._said.close()
+        eventually(lambda: not (self.folder / "cgroup.procs").read_text(), 20, "an empty cgroup")
+        self.folder.rmdir()
+
+
+@pytest.fixture
+def watch(service: Service, unharmed: None) -> Iterator[Watch]:
+    """An agent that is watched, until the test's end."""
+    service.detach()
+    watch = Watch()
+    try:
+        service.command = [*watch.enter(), *FGPU]
+        service.start_agent()
+        yield watch
+    finally:
+        service.command = FGPU
+        service.detach()
+        watch.close()
+        service.start_agent()
+
+
+@pytest.mark.slow
+def test_no_program_begins_after_the_start_but_a_gatekeeper(service: Service, watch: Watch, nobodys: Nobodys) -> None:
+    """A whole life: tenants, limits, probes, policies, every question, a dead gatekeeper."""
+    assert len(watch.began()) > 2, "the loader and the gatekeeper are seen"
+    start = len(watch.began())
+    one = nobodys.tenant(CONTEXT + FITS)
+    limit_holds(one)
+    own_libcuda_is_probed(one)
+    for words in (["status"], ["ps"], ["metrics"], ["events"], ["explain", one.path], ["doctor"]):
+        fgpu(*words, check=False)
+    policy = service.policies / "a.yaml"
+    policy.write_text(POLICY)
+    policy.chmod(0o644)  # what others may write is refused
+    eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 20, "the policy")
+    policy.unlink()
+    assert watch.began()[start:] == []
+    gatekeeper_comes_again(service, one)
+    again = watch.began()[start:]
+    assert len(again) == 1, again
+    assert again[0].startswith("python"), again

@@ -1,0 +1,56 @@
+"""What a process has left when it has given up the rest, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf.privileges import AGENT, GATEKEEPER, Capability
+
+ROOT = Path(__file__).parents[2]
+SHOW = "print(open('/proc/self/status').read())"
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="who is not root has nothing to give up")
+
+
+def status(code: str, *before: str) -> dict[str, str]:
+    words = [*before, sys.executable, "-c", f"from fgpu_ebpf import privileges as p\n{code}"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(re.findall(r"^(\w+):\s*(.*)$", done.stdout, re.MULTILINE))
+
+
+def mask(kept: frozenset[Capability]) -> str:
+    return f"{sum(1 << capability for capability in kept):016x}"
+
+
+@pytest.mark.parametrize("kept", [AGENT, GATEKEEPER, frozenset()], ids=["agent", "gatekeeper", "none"])
+def test_all_others_are_gone_from_every_set(kept: frozenset[Capability]) -> None:
+    is_kept = f"frozenset(map(p.Capability, {sorted(map(int, kept))}))"
+    found = status(f"p.keep_only({is_kept}); {SHOW}")
+    assert {found[name] for name in ("CapPrm", "CapEff", "CapBnd")} == {mask(kept)}
+    assert (found["CapInh"], found["CapAmb"], found["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1")
+
+
+def test_what_it_starts_and_executes_has_no_more() -> None:
+    start = f"import subprocess, sys, threading\nsubprocess.run([sys.executable, '-c', {SHOW!r}])"
+    thread = f"import threading\nt = threading.Thread(target=lambda: exec({start!r})); t.start(); t.join()"
+    found = status(f"p.keep_only(p.GATEKEEPER)\n{thread}")
+    assert found["CapEff"] == found["CapPrm"] == mask(GATEKEEPER)
+
+
+def test_nothing_comes_back() -> None:
+    found = status(f"p.keep_only(p.GATEKEEPER); p.keep_only(p.AGENT | set(p.Capability)); {SHOW}")
+    assert found["CapEff"] == found["CapBnd"] == mask(GATEKEEPER)
+
+
+def test_who_may_not_lower_the_bounding_set_gives_up_its_own() -> None:
+    """As in a container or under a unit, which have done it: SETPCAP is not among what they leave."""
+    found = status(f"p.keep_only(p.GATEKEEPER); {SHOW}", "setpriv", "--bounding-set=-setpcap")
+    assert found["CapEff"] == found["CapPrm"] == mask(GATEKEEPER)
+    assert found["CapBnd"] != mask(GATEKEEPER)
