@@ -49,8 +49,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     subprocess.run(["gcc", *flags, "-o", str(driver), str(HERE / "driver.c")], check=True)
     pins = Path(f"/sys/fs/bpf/fgpu-test-{os.getpid()}")
     try:
-        sources = Path(os.environ.get("FGPU_TEST_SOURCES", REPOSITORY / "bpf"))
-        digest = programs.load(sources, pins)
+        digest = programs.load(REPOSITORY / "bpf", pins)
         ledger = Ledger(pins)
         ledger.set_device(0, bytes(range(16)))
         ledger.set_context_bytes(0, CONTEXT)

@@ -43,7 +43,7 @@ def compiled(arch: str) -> dict[str, list[Instruction]]:
     """Every program as BCC makes it for an architecture: operation, registers, offset, constant."""
     pins = Path(f"/sys/fs/bpf/fgpu-{arch}-{os.getpid()}")
     pins.mkdir()
-    sources = os.environ.get("FGPU_TEST_SOURCES", str(REPOSITORY / "bpf"))
+    sources = str(REPOSITORY / "bpf")
     command = [*SYSTEM_PYTHON, "-c", COMPILE, str(REPOSITORY / "fgpu_ebpf"), sources, str(pins)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={"ARCH": arch})

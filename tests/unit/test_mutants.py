@@ -1,18 +1,59 @@
-"""Every mutant of the kernel's side still has its place: one whose text has changed would break nothing."""
+"""What takes a defence away still applies, and every row of docs/security.md has a test that misses its defence."""
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1]))
-import mutants
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests/mutants"))
+from patches import Patch, patches  # noqa: E402
+from rules import RULES, Rule  # noqa: E402
+
+ROWS = [*(f"T{n}" for n in range(1, 25)), *(f"F{n}" for n in range(1, 18))]
+# Rows that nothing holds yet: each leaves its list with its first test, or patch.
+WITHOUT_TEST = "T2 T4 T5 T6 T10 T13 T18 T20 F1 F2 F3 F4 F5 F6 F7 F8 F9 F10 F11 F12 F13 F14 F15 F16 F17"
+WITHOUT_PATCH = "T1 T3 T8 T9 T11 T12 T14 T15 T16 T17 T19 T21 T22 T23 T24"
 
 
-@pytest.mark.parametrize("name", mutants.MUTANTS)
-def test_its_text_stands_once(name: str) -> None:
-    old, new = mutants.MUTANTS[name]
+def named_of_rows() -> dict[str, list[str]]:
+    """The tests that docs/security.md names in each row of its tables, in the order of the page."""
+    lines = re.findall(r"^\| ([TF]\d+) \|.*\| (.*) \|$", (ROOT / "docs/security.md").read_text(), re.MULTILINE)
+    return {row: [f"tests/{test}" for test in re.findall(r"`([\w/]+\.py::\w+)`", cell)] for row, cell in lines}
+
+
+def exists(test: str) -> bool:
+    file, _, name = test.partition("::")
+    found = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    return name in {node.name for node in found if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_row_has_tests_and_patches_or_is_known_to_lack_them() -> None:
+    named = named_of_rows()
+    assert list(named) == ROWS
+    untested = {row for row, tests in named.items() if not tests}
+    assert untested == set(WITHOUT_TEST.split())
+    assert set(ROWS) - untested - {patch.row for patch in patches()} == set(WITHOUT_PATCH.split())
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_tests_of_a_row_are_there(row: str) -> None:
+    for test in named_of_rows()[row]:
+        assert exists(test), test
+
+
+@pytest.mark.parametrize("patch", patches(), ids=lambda patch: patch.name)
+def test_a_patch_applies_and_names_a_test_of_its_row(patch: Patch) -> None:
+    patch.apply(ROOT, "--check")
+    assert patch.test.partition("[")[0] in named_of_rows()[patch.row]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_text_of_a_rule_stands_once(name: str) -> None:
+    old, new = RULES[name]
     assert old != new
-    assert mutants.place(name).name.endswith((".bpf.c", ".bpf.h"))
+    assert Rule(name).place(ROOT).name.endswith((".bpf.c", ".bpf.h"))

@@ -1,0 +1,84 @@
+"""Takes defences away one at a time and sees tests fail: a check that cannot fail is a defect.
+
+usage: python tests/mutants [NAME or ROW…], all without. A mutant is a patch beside this file, which removes what a row
+of docs/security.md promises (patches.py), or one broken rule of the kernel's ledger (rules.py). Each is tried in a
+copy of the tree (trees.py); its tests must pass without it and fail with it (judge.py says what failing is).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from judge import Outcome
+from patches import Patch, patches
+from rules import RULES, Rule
+from trees import Tree
+
+ROWS = 41
+Mutant = Patch | Rule
+
+
+def chosen(names: list[str]) -> list[Mutant]:
+    """Those named, by name or by row; SystemExit for what is neither."""
+    every: list[Mutant] = [*patches(), *map(Rule, RULES)]
+    for name in names:
+        if not any(name in (mutant.name, mutant.row) for mutant in every):
+            raise SystemExit(f"no mutant is called {name}, nor of such a row")
+    return [mutant for mutant in every if not names or {mutant.name, mutant.row} & set(names)]
+
+
+class Trial:
+    """One run of all that was asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.whole: dict[tuple[str, ...], bool] = {}  # tests -> they pass without a mutant
+
+    def killed(self, mutant: Mutant) -> bool:
+        """Says whether its tests told it from the tree, with what they printed where they did not."""
+        log = self.folder / f"{mutant.name}.log"
+        said = self._try(mutant, log)
+        print(f"{mutant.row or 'rule'} {mutant.name}: {said}", flush=True)
+        if said != "killed":
+            print(*log.read_text(errors="replace").splitlines()[-60:], sep="\n", flush=True)
+        return said == "killed"
+
+    def _try(self, mutant: Mutant, log: Path) -> str:
+        if not self._passes(mutant.tests, log):
+            return "its tests do not pass without it"
+        copy = self.folder / mutant.name
+        try:
+            tree = Tree(copy)
+            mutant.apply(copy)
+            if mutant.compiled and not tree.build(log):
+                return "does not compile"
+            outcome = tree.judge(*mutant.tests, once=True, log=log)
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+        if outcome in mutant.kills:
+            return "killed"
+        return "SURVIVED" if outcome is Outcome.PASSED else f"the tests {outcome.name.lower()}, which says nothing"
+
+    def _passes(self, tests: tuple[str, ...], log: Path) -> bool:
+        if tests not in self.whole:
+            self.whole[tests] = Tree().judge(*tests, once=False, log=log) is Outcome.PASSED
+        return self.whole[tests]
+
+
+def main() -> int:
+    """0 where every one was killed."""
+    mutants = chosen(sys.argv[1:])
+    with tempfile.TemporaryDirectory(prefix="fgpu-mutants-") as folder:
+        trial = Trial(Path(folder))
+        alive = [mutant for mutant in mutants if not trial.killed(mutant)]
+    print(f"{len(mutants) - len(alive)} killed, {len(alive)} not: {' '.join(mutant.name for mutant in alive)}")
+    held = {mutant.row for mutant in mutants if mutant.row} - {mutant.row for mutant in alive}
+    print(f"rows with a passing test whose mutant fails: {len(held)} of {ROWS}")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

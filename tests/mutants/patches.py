@@ -1,0 +1,62 @@
+"""Patches that take the defence of one row of docs/security.md away: NAME.patch beside this file.
+
+A patch begins with its header, lines `Key: value`, and is else what `git diff` prints:
+
+    Row: T7
+    Test: tests/gatekeeper/test_abuse.py::test_malformed_messages_cost_their_sender_the_connection
+    Removes: one sentence that says what is taken away
+
+The test's assertion must fail with it. Where it cannot but hang, the header says `Hangs:` and why.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from judge import Outcome
+
+HERE = Path(__file__).parent
+COMPILED = re.compile(r"^\+\+\+ b/(shim|sim|oci|examples|bench)/|^\+\+\+ b/bpf/fgpu\.h$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One patch and its header."""
+
+    name: str
+    row: str
+    test: str
+    removes: str
+    compiled: bool  # changes what `./dev build` makes
+    kills: frozenset[Outcome]
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        return (self.test,)
+
+    @property
+    def path(self) -> Path:
+        return HERE / f"{self.name}.patch"
+
+    def apply(self, root: Path, *how: str) -> None:
+        """Takes the defence away in the tree at `root`; CalledProcessError where it does not apply."""
+        subprocess.run(["git", "apply", *how, self.path], cwd=root, check=True, capture_output=True, text=True)
+
+
+def read(path: Path) -> Patch:
+    """The patch in a file; SystemExit where its header lacks something."""
+    text = path.read_text(encoding="utf-8")
+    head = dict(re.findall(r"^(\w+): (.+)$", text.partition("\ndiff --git ")[0], re.MULTILINE))
+    if not {"Row", "Test", "Removes"} <= head.keys() <= {"Row", "Test", "Removes", "Hangs"}:
+        raise SystemExit(f"{path}: its header has {', '.join(head)}")
+    kills = {Outcome.ASSERTED, Outcome.HUNG} if "Hangs" in head else {Outcome.ASSERTED}
+    return Patch(path.stem, head["Row"], head["Test"], head["Removes"], bool(COMPILED.search(text)), frozenset(kills))
+
+
+def patches() -> list[Patch]:
+    """All of them, in the order of their rows."""
+    found = [read(path) for path in sorted(HERE.glob("*.patch"))]
+    return sorted(found, key=lambda patch: (patch.row[:1] == "F", int(patch.row[1:]), patch.name))

@@ -1,0 +1,77 @@
+"""Copies of this tree in which tests run as if they were at home.
+
+A copy has the sources and what was built of them; what is large and never changed is shared with the tree. It is
+mounted over the tree in a mount namespace of its own, so that every path means the copy: those in .venv, those that
+tests print, the working directory. The tree itself is never written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from judge import Outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT = ("bench", "e2e", "examples", "headers", "oci", "shim", "sim")  # in build/; the rest is shared
+# The first argument is a copy, or nothing; then what it shares with the tree, up to `--`; then the command.
+ALONE = """
+root=$PWD copy=$1
+shift
+while [ "$1" != -- ]; do
+    mount --rbind "$root/$1" "$copy/$1" || exit 99
+    shift
+done
+shift
+[ -z "$copy" ] || mount --rbind "$copy" "$root" || exit 99
+cd "$root" && mkdir -p /run/fgpu /run/fgpu-sim && mount -t tmpfs tmpfs /run/fgpu &&
+    mount -t tmpfs tmpfs /run/fgpu-sim && mount -t bpf bpf /sys/fs/bpf && exec "$@"
+exit 99
+"""
+
+
+class Tree:
+    """The tree itself, or a copy of it in `copy`."""
+
+    def __init__(self, copy: Path | None = None) -> None:
+        self.copy = copy
+        self.shared = _copy(copy) if copy else []
+
+    def judge(self, *tests: str, once: bool, log: Path) -> Outcome:
+        """How these tests end here; what they print goes into `log`."""
+        judge = [sys.executable, "tests/mutants/judge.py", "once" if once else "retry"]
+        return Outcome(self._run(log, *judge, "-q", "-x", "--timeout=120", *tests))
+
+    def build(self, log: Path) -> bool:
+        """Compiles what is older than its source; False where that fails."""
+        return self._run(log, "./dev", "build") == 0
+
+    def _run(self, log: Path, *command: str) -> int:
+        inside = ["unshare", "--mount", "sh", "-c", ALONE, "sh", str(self.copy or ""), *self.shared, "--"]
+        environment = {**os.environ, "FGPU_DEV_ALONE": "1"}
+        with log.open("ab") as file:
+            done = subprocess.run([*inside, *command], cwd=ROOT, env=environment, stdout=file, stderr=file, check=False)
+        return done.returncode
+
+
+def _copy(copy: Path) -> list[str]:
+    """Copies sources and what was built; answers what is to be mounted instead, by its path in the tree."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if os.path.lexists(ROOT / name):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    shared = [name for name in (".git", ".venv") if (ROOT / name).is_dir()]
+    for path in (ROOT / "build").iterdir():
+        if path.name in BUILT:
+            shutil.copytree(path, copy / "build" / path.name, symlinks=True)  # times too: make looks at them
+        elif path.is_dir():
+            shared.append(f"build/{path.name}")
+    for name in shared:
+        (copy / name).mkdir(parents=True)
+    return shared
