@@ -1,0 +1,146 @@
+"""What a tenant may try against the kernel's ledger by calls alone: T6, T15, T16, T21, T22 of docs/security.md."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import HERE, MIB, REPOSITORY, Kernel, Level, anomalies, wait_until
+from test_events import events, fates, of  # noqa: F401
+
+from fgpu_ebpf import pages
+
+HELD = 64 * MIB  # by every attacker
+
+
+@pytest.fixture(scope="session")
+def attacker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("attacker") / "attacker"
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{REPOSITORY}/bpf"]
+    subprocess.run(["gcc", *flags, "-o", out, HERE / "attacker.c", "-ldl"], check=True)
+    return out
+
+
+@pytest.fixture
+def attack(kernel: Kernel, attacker: Path) -> Iterator[Callable[..., int]]:
+    """Runs it in a level to its end, which it reaches when the test does; answers what it found."""
+    started = []
+
+    def run(level: Level, way: str, times: int, seed: int = 1) -> int:
+        page = kernel.ledger.page_fd(level.cgroup)
+        command = [attacker, kernel.driver, kernel.shim, str(page), way, str(times), str(seed)]
+        enter = lambda: (level.path / "cgroup.procs").write_text(str(os.getpid()))  # noqa: E731
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=[page], preexec_fn=enter)
+        os.close(page)
+        started.append(child)
+        said = child.stdout.readline()
+        assert said, f"the attacker ended with {child.wait()}"
+        return int(said)
+
+    yield run
+    for child in started:
+        child.kill()
+        child.communicate()
+
+
+# -- T15, T16: floods -----------------------------------------------------------------------------------------------
+
+
+def test_a_flood_costs_its_neighbour_no_event(kernel, events, make_level, make_client, attack, scale):  # noqa: F811
+    """All that one level asks for is refused and counted; what is not told of it is counted too. Nothing is lost of
+    the other, which is refused as often as a level may tell of in a second."""
+    loud, quiet = make_level(100 * MIB), make_level(MIB)
+    client, times, asked = make_client(quiet), scale(20_000, 1_000_000, 1_000_000), 19
+    client(f"admit({2 * MIB})")
+    list(events.read())
+    before = fates(kernel)
+    assert attack(loud, "flood", times) == times
+    for _ in range(asked):
+        client(f"admit({2 * MIB})")
+    found = list(events.read())
+    assert len([e for e in found if e.cgroup == quiet.cgroup and e.kind == pages.News.REFUSED]) == asked
+    told = len([e for e in found if e.cgroup == loud.cgroup and e.kind == pages.News.REFUSED])
+    sent, rate, full = (now - was for now, was in zip(fates(kernel), before, strict=True))
+    assert (loud.usage().refused, full) == (times, 0)
+    assert told + rate >= times
+    assert sent >= told + asked
+
+
+# -- T21: anything at all -------------------------------------------------------------------------------------------
+
+
+def test_any_calls_never_make_it_less_than_the_driver_has(kernel, level, attack, scale):
+    before = anomalies(kernel)
+    assert attack(level, "noise", scale(20_000, 1_000_000, 10_000_000), seed=0xF69) == 0
+    after = anomalies(kernel)
+    assert {name for name in after if after[name] > before[name]} >= {"RELEASE", "DEVICE"}
+    assert HELD <= level.used <= level.usage().limit
+
+
+# -- T22: sizes -----------------------------------------------------------------------------------------------------
+
+
+def test_no_absurd_size_is_admitted(level, attack, scale):
+    times = scale(1000, 10_000, 100_000)
+    assert attack(level, "sizes", times, seed=23) == 0
+    assert (level.used, level.usage().refused) == (HELD, times)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        f"pitched(0x1000, {(1 << 64) - 1}, {(1 << 64) - 1}, {(1 << 64) - 1})",
+        f"pitched(0x1000, 1, {1 << 40}, {1 << 40})",
+        f"array3d(0x1000, {1 << 33}, {1 << 33}, {1 << 33}, 32, 4)",
+        f"array3d(0x1000, {(1 << 64) - 1}, {(1 << 64) - 1}, {(1 << 64) - 1}, 32, 4, levels=32)",
+        f"array(0x1000, {(1 << 64) - 1}, {(1 << 64) - 1}, 32, 4)",
+    ],
+)
+def test_products_of_sizes_are_charged_as_the_most_there_is(level, client, call):
+    """As the driver would never grant it. Nothing more fits then, and it goes with its process, to the byte."""
+    client(f"alloc(0x2000, {MIB})")
+    client(call)
+    assert level.used > level.usage().limit
+    assert client(f"admit({MIB})") == pages.Verdict.REFUSED
+    client.kill()
+    wait_until(lambda: level.used == 0)
+
+
+# -- T6: a pid that is used again -----------------------------------------------------------------------------------
+
+
+def test_a_pid_that_is_used_again_is_another_process(kernel, make_level, make_client, scale):
+    """What anybody still has to say of the process that had it is refused, and the newcomer is charged nothing."""
+    gone, here = make_level(1024 * MIB), make_level(1024 * MIB)
+    before, after = make_client(gone), make_client(here)
+    wanted, done = scale(20, 1000, 10_000), 0
+    for _ in range(10 * wanted):
+        pid = before(f"spawn({3 * MIB})")
+        entry = kernel.ledger.process(pid)
+        assert (entry.bytes[0], entry.levels) == (3 * MIB, (gone.cgroup,))
+        before("bury()")
+        if after(f"spawn({5 * MIB}, {pid})") == pid:
+            assert_own(kernel, pid, entry, gone, here)
+            done += 1
+        after("bury()")
+        assert here.used == 0
+        if done == wanted:
+            return
+    pytest.fail(f"only {done} of {wanted} pids were used again")
+
+
+def assert_own(kernel, pid, entry, gone, here):
+    """The newcomer is itself, whatever is said of the other."""
+    newcomer, ledger = kernel.ledger.process(pid), kernel.ledger
+    assert newcomer.generation != entry.generation
+    assert not ledger.overhead(pid, entry.generation, 0, 7 * MIB, entry.changes)
+    assert not ledger.raise_overhead(pid, entry.generation, 0, 7 * MIB)
+    assert not ledger.move(pid, entry.generation, (gone.cgroup,))
+    assert not ledger.reap(pid, entry.generation)
+    assert ledger.process(pid) == newcomer
+    assert (gone.used, here.used) == (0, 5 * MIB)

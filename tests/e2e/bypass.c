@@ -1,0 +1,100 @@
+/*
+ * bypass WAY [DRIVER]: a CUDA program that goes around the shim. Says `ready PID`; then, for each line `alloc BYTES`,
+ * ok or the driver's number of what was wrong. Made static it is one that a preload never sees.
+ *
+ * plain      dlopen and dlsym, as anybody does
+ * deepbind   the same, with RTLD_DEEPBIND
+ * dlvsym     the C library's own dlsym, by its version
+ * symbols    the driver's own table of symbols
+ * lies       by dlvsym too, after it has asked for a byte
+ * handles    as plain, memory without a context: a static program's libraries have no memory of their threads' own
+ */
+#define _GNU_SOURCE
+#include <cuda.h>
+#include <dlfcn.h>
+#include <elf.h>
+#include <link.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static void *driver;
+static const char *way;
+static void (*admit)(unsigned, uint64_t, unsigned, uint64_t);
+
+static void *by_symbols(const char *name)
+{
+    struct link_map *map;
+    const ElfW(Sym) *symbols = NULL;
+    const char *strings = NULL;
+    if (dlinfo(driver, RTLD_DI_LINKMAP, &map)) return NULL;
+    for (const ElfW(Dyn) *d = map->l_ld; d->d_tag; d++) {
+        if (d->d_tag == DT_SYMTAB) symbols = (void *)d->d_un.d_ptr;
+        if (d->d_tag == DT_STRTAB) strings = (void *)d->d_un.d_ptr;
+    }
+    for (; symbols && (const char *)symbols < strings; symbols++)
+        if (symbols->st_value && !strcmp(strings + symbols->st_name, name))
+            return (void *)(map->l_addr + symbols->st_value);
+    return NULL;
+}
+
+static void *by_version(const char *name)
+{
+    void *libc = dlopen("libc.so.6", RTLD_NOW);
+    void *(*look)(void *, const char *) = libc ? dlvsym(libc, "dlsym", "GLIBC_2.34") : NULL;
+    return look ? look(driver, name) : NULL;
+}
+
+static void *find(const char *name)
+{
+    void *found = !strcmp(way, "symbols")                          ? by_symbols(name)
+                  : !strcmp(way, "dlvsym") || !strcmp(way, "lies") ? by_version(name)
+                                                                   : dlsym(driver, name);
+    if (found) return found;
+    fprintf(stderr, "no %s\n", name);
+    exit(3);
+}
+
+#define CALL(name, ...) (((__typeof__(&name))find(#name))(__VA_ARGS__))
+
+static int take_handle(uint64_t bytes)
+{
+    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
+                                .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE}};
+    CUmemGenericAllocationHandle handle;
+    CUresult result = CALL(cuInit, 0);
+    return result ? (int)result : (int)CALL(cuMemCreate, &handle, bytes, &prop, 0);
+}
+
+static int take(uint64_t bytes)
+{
+    static CUcontext context;
+    static uint64_t ticket = 1 << 20;
+    CUdeviceptr pointer;
+    CUresult result = context ? CUDA_SUCCESS : CALL(cuInit, 0);
+    if (!result && !context) result = CALL(cuDevicePrimaryCtxRetain, &context, 0);
+    if (!result) result = CALL(cuCtxSetCurrent, context);
+    if (admit) admit(0, 1, 0, ++ticket);
+    return result ? (int)result : (int)CALL(cuMemAlloc_v2, &pointer, bytes);
+}
+
+int main(int argc, char **argv)
+{
+    unsigned long long bytes;
+    if (argc != 2 && argc != 3) return 2;
+    way = argv[1];
+    driver = dlopen(argc == 3 ? argv[2] : "libcuda.so.1", RTLD_NOW | (!strcmp(way, "deepbind") ? RTLD_DEEPBIND : 0));
+    if (!driver) {
+        fprintf(stderr, "%s\n", dlerror());
+        return 3;
+    }
+    if (!strcmp(way, "lies") && !(admit = dlsym(RTLD_DEFAULT, "fgpu_admit"))) return 4;
+    printf("ready %d\n", getpid());
+    for (fflush(stdout); scanf(" alloc %llu", &bytes) == 1; fflush(stdout)) {
+        int result = strcmp(way, "handles") ? take(bytes) : take_handle(bytes);
+        printf(result ? "CUDA_ERROR_%d\n" : "ok\n", result);
+    }
+    return 0;
+}

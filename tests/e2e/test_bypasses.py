@@ -1,0 +1,122 @@
+"""Ways around the shim, each in a program of its own: held all the same, or charged and named within a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import BUILD, CONTEXT, GIB, MIB, SIM, Client, Program, Service, Tenant, eventually, fgpu, metrics
+
+NOBODY = 65534
+BYPASS = f"{BUILD}/e2e/bypass"
+LIMIT = CONTEXT + 400 * MIB
+
+
+class Bypass(Client):
+    """A program that understands `alloc`, started by any command."""
+
+    def __init__(self, tenant: Tenant, name: str, command: str) -> None:
+        Program.__init__(self, tenant, name, command)
+        tenant._programs.append(self)
+        self._hello()
+
+
+def static(folder: Path) -> str:
+    """The same program with no loader that could preload anything; it loads the driver all the same."""
+    source, out = Path(__file__).with_name("bypass.c"), folder / "static"
+    flags = ["-std=gnu11", "-static", "-w", f"-I{BUILD}/headers"]
+    subprocess.run(["gcc", *flags, "-o", out, source], check=True, timeout=60)
+    return f"{out} handles"
+
+
+def private_copy(folder: Path) -> str:
+    """The driver's library where nobody knows it to be."""
+    (folder / "copy").mkdir()
+    shutil.copy(SIM / "lib/libcuda.so.1", folder / "copy/libcuda.so.1")
+    return f"env -u LD_PRELOAD LD_LIBRARY_PATH={folder}/copy:{SIM}/lib {BYPASS} plain"
+
+
+def setuid(folder: Path) -> str:
+    """Its loader reads no variables."""
+    out = folder / "setuid"
+    shutil.copy(BYPASS, out)
+    os.chown(out, NOBODY, NOBODY)
+    out.chmod(0o4755)
+    return f"{out} plain {SIM}/lib/libcuda.so.1"
+
+
+WAYS: dict[str, Callable[[Path], str]] = {
+    "unset": lambda _: f"env -u LD_PRELOAD {BYPASS} plain",
+    "dlvsym": lambda _: f"{BYPASS} dlvsym",
+    "symbols": lambda _: f"{BYPASS} symbols",
+    "deepbind": lambda _: f"{BYPASS} deepbind",
+    "procaddress": lambda _: f"{BUILD}/e2e/client via",
+    "static": static,
+    "copy": private_copy,
+    "setuid": setuid,
+    "lies": lambda _: f"{BYPASS} lies",
+    "raw": lambda _: f"{BUILD}/e2e/raw",
+}
+HELD = ("deepbind", "procaddress")
+
+
+TOLD = ("bypass", "adopted")
+
+
+def is_named(tenant: Tenant) -> bool:
+    """One of its processes is, in the metrics."""
+    return any(
+        name == "fgpu_bypassing_processes" and ("tenant", tenant.name) in labels and value == 1
+        for (name, labels), value in metrics().items()
+    )
+
+
+def assert_named(tenant: Tenant, client: Client) -> None:
+    """By tenant, pid and how, in metrics and events; all that it has is charged, and the tenant gets nothing more."""
+    eventually(lambda: is_named(tenant), 3, "its name")
+
+    def told() -> bool:
+        found = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
+        return any((e["tenant"], e.get("pid")) == (tenant.name, client.pid) for e in found if e["what"] in TOLD)
+
+    eventually(told, 5, "the event")
+    eventually(lambda: str(client.pid) in fgpu("ps").stdout, 3, "its line")
+    assert tenant.assert_exact(5) >= 700 * MIB
+    assert tenant.client().do("context").startswith("CUDA_ERROR_OUT_OF_MEMORY")
+
+
+@pytest.mark.places("cgroups")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_way_around_the_shim_is_held_or_named(service: Service, tenant, tmp_path: Path, way: str) -> None:
+    one = tenant(LIMIT)
+    tmp_path.chmod(0o755)
+    client = Bypass(one, "bypass", WAYS[way](tmp_path))
+    assert client.do(f"alloc {100 * MIB}").startswith("ok")
+    second = client.do(f"alloc {600 * MIB}")
+    if way in HELD:
+        assert not second.startswith("ok")
+        assert one.assert_exact() == CONTEXT + 100 * MIB
+        assert one.memory()["refused"] == 1
+        assert not is_named(one)
+    else:
+        assert second.startswith("ok"), "it is no way around the shim"
+        assert_named(one, client)
+
+
+@pytest.mark.places("runc")
+def test_who_is_executed_into_a_container_is_held(place, tenant) -> None:
+    one = tenant(LIMIT)
+    one.assert_enforced()
+    script = f"echo 'alloc {600 * MIB}' | {BYPASS} plain"
+    environment = [f"--env=LD_LIBRARY_PATH={SIM}/lib", f"--env=PATH={os.environ['PATH']}"]
+    done = subprocess.run(
+        place._command("exec", *environment, one.name, "sh", "-c", script), capture_output=True, text=True, timeout=60
+    )
+    assert "CUDA_ERROR_2" in done.stdout, done
+    assert one.memory()["refused"] == 1
+    assert one.memory()["peak_bytes"] <= LIMIT
