@@ -36,7 +36,9 @@ class Keeper:
 
     def __init__(self, run_dir: Path, pins: Path) -> None:
         self._run_dir = run_dir
-        self._command = [sys.executable, "-m", "fgpu_ebpf.gatekeeper", "--run-dir", str(run_dir), "--pins", str(pins)]
+        # -P: else modules would be looked for in the folder first that the agent was started in, whosever that is.
+        module = [sys.executable, "-P", "-m", "fgpu_ebpf.gatekeeper"]
+        self._command = [*module, "--run-dir", str(run_dir), "--pins", str(pins)]
         self._child: subprocess.Popen[bytes] | None = None
         self._seen = 0.0
         self.is_missed = False  # by keep()

@@ -101,10 +101,10 @@ def _carried(folder: str, name: str) -> Path:
 def serve(options: Options) -> None:
     """Enforces until SIGTERM. AgentError: why not, and what mends it."""
     begun = _process_start()
+    _clean_environment()
     for check in host_checks():
         if not check.ok and check.name not in options.skipped:
             raise AgentError(f"{check.found}: {check.mend}")
-    os.environ.pop("LD_PRELOAD", None)
     service = Agent(settings(options))
     service.mark("imported")
     _handle_signals(service)
@@ -123,6 +123,12 @@ def serve(options: Options) -> None:
     finally:
         notify.stopping()
         service.stop()
+
+
+def _clean_environment() -> None:
+    """What tells the loader, or Python, to bring code along is for no program that we start, whoever set it."""
+    for name in [name for name in os.environ if name.startswith(("LD_", "PYTHON"))]:
+        del os.environ[name]
 
 
 def _process_start() -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import BUILD, CONTEXT, GIB, MIB, SIM, Client, Program, Service, Tenant, eventually, fgpu, metrics
+from harness import BUILD, CONTEXT, MIB, SIM, Client, Program, Service, Tenant, eventually, fgpu, metrics
 
 NOBODY = 65534
 BYPASS = f"{BUILD}/e2e/bypass"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import itertools
 import json
 import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from harness import BUILD, ENVIRONMENT, FGPU, GIB, SIM, Service, ask, eventually, fgpu, metrics
+from harness import BUILD, ENVIRONMENT, FGPU, GIB, SIM, Service, ask, cgroup_root, eventually, fgpu, metrics
 from held_file import HeldFile
 
 pytestmark = pytest.mark.timed
@@ -194,18 +198,131 @@ def test_the_turn_of_who_is_killed_ends_before_the_driver_has_cleaned_up(start, 
         os.close(pidfd)
 
 
-def test_a_stopped_owner_costs_one_deadline_once(start) -> None:
-    owner, other = start("owner", "--weight", "100"), start("other", "--weight", "100")
-    owner.begin(60)
-    other.begin()
-    eventually(lambda: owner.compute().get("waits"), 2, "turns")
-    before = owner.compute()["overruns"]
+@contextlib.contextmanager
+def signalled(owner: Spin) -> Iterator[None]:
     owner.process.send_signal(signal.SIGSTOP)
-    beside = other.kernels()
-    assert owner.compute()["overruns"] - before <= 2
-    owner.close()
-    (alone,) = together(other)
-    assert beside > 0.4 * alone  # 0.15 if it had waited
+    yield
+    owner.process.send_signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def traced(owner: Spin) -> Iterator[None]:
+    """As by a debugger that has all its threads."""
+    pid, libc = owner.process.pid, ctypes.CDLL(None, use_errno=True)
+    threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+    for thread in threads:
+        for request in (0x4206, 0x4207):  # PTRACE_SEIZE, PTRACE_INTERRUPT
+            assert libc.ptrace(request, thread, None, None) == 0, os.strerror(ctypes.get_errno())
+        os.waitpid(thread, 0x40000000)  # __WALL
+    yield
+    for thread in threads:
+        libc.ptrace(17, thread, None, None)  # PTRACE_DETACH
+
+
+@contextlib.contextmanager
+def frozen(owner: Spin) -> Iterator[None]:
+    """As by `docker pause`."""
+    freezer = cgroup_root() / "fgpu" / owner.name / "cgroup.freeze"
+    freezer.write_text("1")
+    yield
+    freezer.write_text("0")
+
+
+def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
+    """By a signal, a debugger and a freezer in turn; what it stops with is its own overrun, told as such."""
+    owner, other = start("owner", "--weight", "100"), start("other", "--weight", "100")
+    other.begin(1)
+    alone, times = other.kernels(), scale(3, 20, 200)
+    owner.begin(600)
+    beside, first = 0.0, 0
+    for way in itertools.islice(itertools.cycle((signalled, traced, frozen)), times):
+        waits = owner.compute().get("waits", 0)
+        other.begin(0.1)
+        other.said()
+        eventually(lambda waits=waits: owner.compute().get("waits", 0) > waits, 15, "turns")
+        before = owner.compute()["overruns"]
+        with way(owner):
+            other.begin(0.2)
+            beside += other.kernels()
+            overruns = owner.compute()["overruns"]
+            assert overruns - before <= 2
+        first += overruns - before
+    assert beside > 0.4 * alone * 0.2 * times  # 0.15 if it had waited
+    assert first > 0
+
+
+def hold_silently(cgroup: Path, ready: int, end: int) -> None:
+    """Sixteen connections of a cgroup that say nothing; another in the place of each that is let go."""
+    (cgroup / "cgroup.procs").write_text("0")
+    kept: list[socket.socket] = []
+    while True:
+        while len(kept) < 16:
+            kept.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            kept[-1].settimeout(2)
+            with contextlib.suppress(OSError):
+                kept[-1].connect("/run/fgpu/shim/shim.sock")
+        os.write(ready, b".")
+        gone = select.select([end, *kept], [], [])[0]
+        if end in gone:
+            return
+        kept = [sock for sock in kept if sock not in gone]
+
+
+@contextlib.contextmanager
+def silent_clients(number: int) -> Iterator[None]:
+    """So many connections, sixteen of a cgroup, made anew all the while."""
+    parent, (look, ready), (end, stop), pids = cgroup_root() / "fgpu-silent", os.pipe(), os.pipe(), []
+    parent.mkdir()
+    try:
+        for place in range(-(-number // 16)):
+            (parent / str(place)).mkdir()
+            pids.append(os.fork())
+            if not pids[-1]:
+                os.close(stop)
+                try:
+                    hold_silently(parent / str(place), ready, end)
+                finally:
+                    os._exit(0)
+        for _ in pids:
+            os.read(look, 1)
+        yield
+    finally:
+        os.close(stop)
+        for pid in pids:
+            os.waitpid(pid, 0)
+        for folder in (*parent.iterdir(), parent):
+            if folder.is_dir():
+                eventually(lambda gone=folder: _removed(gone), 5, "an empty cgroup")
+        for fd in (look, ready, end):
+            os.close(fd)
+
+
+def _removed(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return not folder.exists()
+
+
+def test_silent_clients_change_no_turns(start, scale) -> None:
+    """As many turns beside a thousand of them, which are let go and counted."""
+
+    def switches() -> float:
+        return metrics().get(("fgpu_slice_switches_total", frozenset({("gpu", "0")})), 0)
+
+    def in_a_second() -> float:
+        before, begun = switches(), time.monotonic()
+        time.sleep(1.2)
+        return (switches() - before) / (time.monotonic() - begun)
+
+    one, two = start("one", "--weight", "100"), start("two", "--weight", "100")
+    one.begin(60)
+    two.begin(60)
+    eventually(lambda: one.compute().get("waits") and switches(), 5, "turns")
+    alone, before = in_a_second(), ask(verb="snapshot")["gatekeeper"]
+    with silent_clients(scale(200, 1000, 5000)):
+        beside = in_a_second()
+        eventually(lambda: ask(verb="snapshot")["gatekeeper"]["silent"] > before["silent"], 5, "their count")
+    assert beside > 0.5 * alone
 
 
 def test_an_overrun_is_told_with_whose_it_was(start) -> None:

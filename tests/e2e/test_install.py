@@ -135,6 +135,31 @@ def test_who_runs_already_is_adopted_and_reported_and_nothing_more_fits(service:
     younger.close()
 
 
+def test_twenty_in_the_middle_of_their_lives_are_adopted_to_the_byte(service: Service, before: Before, scale) -> None:
+    """Some have a context alone, some have begun to take memory, and take more while the probes are attached."""
+    for _ in range(scale(1, 1, 5)):
+        older = [before.program(f"older{number}") for number in range(20)]
+        held = 0
+        for number, program in enumerate(older):
+            program.ok("context")
+            if number % 3:
+                program.ok(f"alloc {number * 2 * MIB}")
+                held += number * 2 * MIB
+        install(service)
+        for program in older[::2]:
+            program.ok(f"alloc {10 * MIB}")
+        held += 10 * 10 * MIB
+        eventually(lambda: uses(20 * CONTEXT + held), 10, "all of it")  # noqa: B023
+        assert memory()["drift_bytes"] == 0
+        assert metrics()["fgpu_bypassing_processes", frozenset({("tenant", NAME), ("how", "older")})] == 20
+        eventually(lambda: len(events("adopted")) == 20, 10, "the events")
+        for program in older:
+            program.close()
+        eventually(lambda: uses(0), 10, "the end of all")
+        (service.policies / "install.yaml").unlink()
+        service.detach()
+
+
 def test_who_is_older_is_never_killed_and_who_is_not_is(service: Service, before: Before) -> None:
     older = before.program("older")
     older.ok("context")

@@ -35,7 +35,8 @@ class Trial:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.whole: dict[tuple[str, ...], bool] = {}  # tests -> they pass without a mutant
+        self.whole = Tree(folder / "whole")
+        self.passed: dict[tuple[str, ...], bool] = {}  # tests -> they pass without a mutant
 
     def killed(self, mutant: Mutant) -> bool:
         """Says whether its tests told it from the tree, with what they printed where they did not."""
@@ -51,7 +52,7 @@ class Trial:
             return "its tests do not pass without it"
         copy = self.folder / mutant.name
         try:
-            tree = Tree(copy)
+            tree = Tree(copy, of=self.whole)
             mutant.apply(copy)
             if mutant.compiled and not tree.build(log):
                 return "does not compile"
@@ -63,9 +64,9 @@ class Trial:
         return "SURVIVED" if outcome is Outcome.PASSED else f"the tests {outcome.name.lower()}, which says nothing"
 
     def _passes(self, tests: tuple[str, ...], log: Path) -> bool:
-        if tests not in self.whole:
-            self.whole[tests] = Tree().judge(*tests, once=False, log=log) is Outcome.PASSED
-        return self.whole[tests]
+        if tests not in self.passed:
+            self.passed[tests] = self.whole.judge(*tests, once=False, log=log) is Outcome.PASSED
+        return self.passed[tests]
 
 
 def main() -> int:

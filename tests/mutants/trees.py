@@ -17,7 +17,7 @@ from judge import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ("bench", "e2e", "examples", "headers", "oci", "shim", "sim")  # in build/; the rest is shared
-# The first argument is a copy, or nothing; then what it shares with the tree, up to `--`; then the command.
+# The first argument is a copy; then what it shares with the tree, up to `--`; then the command.
 ALONE = """
 root=$PWD copy=$1
 shift
@@ -26,7 +26,7 @@ while [ "$1" != -- ]; do
     shift
 done
 shift
-[ -z "$copy" ] || mount --rbind "$copy" "$root" || exit 99
+mount --rbind "$copy" "$root" || exit 99
 cd "$root" && mkdir -p /run/fgpu /run/fgpu-sim && mount -t tmpfs tmpfs /run/fgpu &&
     mount -t tmpfs tmpfs /run/fgpu-sim && mount -t bpf bpf /sys/fs/bpf && exec "$@"
 exit 99
@@ -34,11 +34,13 @@ exit 99
 
 
 class Tree:
-    """The tree itself, or a copy of it in `copy`."""
+    """A copy in `copy`, of the tree as it is now, or of another copy."""
 
-    def __init__(self, copy: Path | None = None) -> None:
+    def __init__(self, copy: Path, of: Tree | None = None) -> None:
         self.copy = copy
-        self.shared = _copy(copy) if copy else []
+        self.shared = of.shared if of else _copy(copy)
+        if of:
+            shutil.copytree(of.copy, copy, symlinks=True)  # times too: make looks at them
 
     def judge(self, *tests: str, once: bool, log: Path) -> Outcome:
         """How these tests end here; what they print goes into `log`."""
@@ -50,7 +52,7 @@ class Tree:
         return self._run(log, "./dev", "build") == 0
 
     def _run(self, log: Path, *command: str) -> int:
-        inside = ["unshare", "--mount", "sh", "-c", ALONE, "sh", str(self.copy or ""), *self.shared, "--"]
+        inside = ["unshare", "--mount", "sh", "-c", ALONE, "sh", str(self.copy), *self.shared, "--"]
         environment = {**os.environ, "FGPU_DEV_ALONE": "1"}
         with log.open("ab") as file:
             done = subprocess.run([*inside, *command], cwd=ROOT, env=environment, stdout=file, stderr=file, check=False)
@@ -69,7 +71,7 @@ def _copy(copy: Path) -> list[str]:
     shared = [name for name in (".git", ".venv") if (ROOT / name).is_dir()]
     for path in (ROOT / "build").iterdir():
         if path.name in BUILT:
-            shutil.copytree(path, copy / "build" / path.name, symlinks=True)  # times too: make looks at them
+            shutil.copytree(path, copy / "build" / path.name, symlinks=True)
         elif path.is_dir():
             shared.append(f"build/{path.name}")
     for name in shared:

@@ -1,0 +1,62 @@
+"""An agent started in an environment, and a folder, that somebody else has chosen: nothing that it starts has them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import CONTEXT, FGPU, MIB, REFUSED, Service, eventually
+
+MARK = """
+import os, sys
+if "agent" not in open("/proc/self/cmdline").read().split("\\0"):
+    open({folder!r} + "/mark." + {name!r}, "a").close()
+"""
+
+
+def poison(folder: Path) -> list[str]:
+    """What env(1) is told: a library to preload, modules of names that are imported, a folder full of them."""
+    library = folder / "evil.so"
+    source = Path(__file__).with_name("libraries") / "evil.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=60)
+    here = folder / "here"
+    for name in ("sitecustomize.py", "usercustomize.py", "bcc.py", "pynvml.py", "fgpu_ebpf/__init__.py"):
+        for where in (folder / "path", here):
+            (where / name).parent.mkdir(parents=True, exist_ok=True)
+            (where / name).write_text(MARK.format(folder=str(folder), name=name.replace("/", ".")))
+    (folder / "path/fgpu_ebpf/__init__.py").unlink()
+    (folder / "path/fgpu_ebpf").rmdir()
+    (folder / "path/pynvml.py").unlink()  # the agent's own, which whoever starts it may choose
+    variables = {"LD_PRELOAD": library, "PYTHONPATH": folder / "path", "PYTHONSTARTUP": here / "bcc.py"}
+    variables |= {"PYTHONINSPECT": "", "PYTHONBREAKPOINT": "bcc.breakpoint", "LD_AUDIT": library}
+    return ["env", f"--chdir={here}", *(f"{name}={value}" for name, value in variables.items())]
+
+
+@pytest.fixture
+def poisoned(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Path]:
+    """The agent, in such an environment; afterwards as ever."""
+    service.detach()  # else the programs were loaded, and nothing had to be started for them
+    service.command = [*poison(tmp_path), *FGPU]
+    service.start_agent()
+    yield tmp_path
+    service.command = FGPU
+    service.detach()
+    service.start_agent()
+
+
+@pytest.mark.places("host")
+def test_nothing_of_a_poisoned_environment_reaches_what_the_agent_starts(
+    poisoned: Path, service: Service, tenant
+) -> None:
+    one = tenant(CONTEXT + 20 * MIB)
+    client = one.client()
+    client.ok("context")
+    assert client.do(f"alloc {40 * MIB}") == REFUSED
+    service.kill_gatekeeper()
+    (keeper,) = eventually(service.gatekeepers, 5, "another gatekeeper")
+    environment = Path(f"/proc/{keeper}/environ").read_bytes()
+    assert str(poisoned).encode() not in environment
+    marks = [path for path in poisoned.iterdir() if "mark" in path.name]
+    assert [(path.name, path.read_bytes()) for path in marks] == []

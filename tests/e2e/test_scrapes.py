@@ -1,0 +1,64 @@
+"""The metrics address, by who may use it: many at once, who say nothing, and what is never in it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from harness import LISTEN, MIB, Service, ask, eventually, metrics_page
+
+MOST = 8
+HOST, PORT = LISTEN.split(":")
+SECRET = "a-secret-of-its-own"
+
+
+def scrape(_: int) -> bytes:
+    """The whole answer, or nothing where there was no place."""
+    with socket.create_connection((HOST, int(PORT)), timeout=20) as sock:
+        try:
+            sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            return b"".join(iter(lambda: sock.recv(1 << 16), b""))
+        except (BrokenPipeError, ConnectionResetError):
+            return b""
+
+
+def threads(service: Service) -> int:
+    assert service.agent
+    return len(os.listdir(f"/proc/{service.agent.pid}/task"))
+
+
+def test_many_scrapes_at_once_are_whole_or_hung_up_on(service: Service, scale) -> None:
+    """Eight at a time, and as many threads; the agent goes on beside them, and beside who asks for nothing."""
+    before, number = threads(service), scale(50, 200, 1000)
+    socks = [socket.create_connection((HOST, int(PORT)), timeout=20) for _ in range(number)]
+    eventually(lambda: threads(service) == before + MOST, 5, "threads of those who say nothing")
+    assert ask(verb="ping")["pid"] == service.agent.pid  # type: ignore[union-attr]
+    assert threads(service) <= before + MOST
+    for sock in socks:
+        sock.close()
+    eventually(lambda: threads(service) <= before, 15, "their end")
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        said = [answer for answer in pool.map(scrape, range(number)) if answer]
+    assert len(said) >= MOST
+    assert all(answer.startswith(b"HTTP/1.0 200 ") and answer.endswith(b"\n") for answer in said)
+    assert all(b"fgpu_build_info" in answer for answer in said)
+    eventually(lambda: threads(service) <= before, 5, "the end of all")
+
+
+@pytest.mark.places("host")
+def test_nobody_is_told_command_lines_or_environments(service: Service, tenant, tmp_path: Path) -> None:
+    assert HOST == "127.0.0.1", "for this machine alone, unless told otherwise"
+    one = tenant(600 * MIB)
+    client = one.client(before=f"env SECRET={SECRET}", via=SECRET)
+    client.ok("context")
+    assert SECRET in Path(f"/proc/{client.pid}/environ").read_text()
+    assert SECRET in Path(f"/proc/{client.pid}/cmdline").read_text()
+    with socket.create_connection((HOST, int(PORT)), timeout=20) as sock:
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        page = b"".join(iter(lambda: sock.recv(1 << 16), b"")).decode()
+    for shown in (metrics_page(), str(ask(verb="metrics")), page):
+        assert one.name in shown
+        assert SECRET not in shown

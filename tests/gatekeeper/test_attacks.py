@@ -1,0 +1,177 @@
+"""What is torn, handed on or raced for: T2, T4 and T10 of docs/security.md."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import ROOT, Keeper
+from hello_client import Child, Reply, connect, hello, in_cgroup, receive, request, until
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.door import Door
+from fgpu_ebpf.sealed import ControlMemory, row_bytes
+
+Make = Callable[..., Path]
+NOBODY = 65534
+LIBC = ctypes.CDLL(None)
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+MANY = 10_000  # between two looks whether the readers have ended
+
+
+# -- T2: half an update ---------------------------------------------------------------------------------------------
+
+
+def test_no_reader_sees_half_an_update(tmp_path: Path, scale: Callable[..., int]) -> None:
+    """Two readers as fast as they can, and the gatekeeper's own way to write, without a pause."""
+    reads, flags = scale(2_000_000, 50_000_000, 500_000_000), ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"]
+    reader, memory = tmp_path / "reader", ControlMemory()
+    command = ["gcc", *flags, f"-I{ROOT}/bpf", "-o", reader, Path(__file__).with_name("reader.c")]
+    subprocess.run(command, check=True)
+    states = 1
+    memory.show(row_bytes([(pid, 0, states) for pid in range(4)]))
+    read = [reader, str(memory.descriptor), str(reads)]
+    readers = [subprocess.Popen(read, stdout=subprocess.PIPE, text=True, pass_fds=[memory.descriptor]) for _ in "12"]
+    while any(reader.poll() is None for reader in readers):
+        for _ in range(MANY):
+            states += 1
+            memory.show(row_bytes([(pid, 0, states) for pid in range(4)]))
+    found = [[int(word) for word in reader.communicate()[0].split()] for reader in readers]
+    assert [(torn, empty) for torn, empty, _, _ in found] == [(0, 0)] * 2
+    assert all(1 < seen <= states for _, _, seen, _ in found)
+    memory.close()
+
+
+# -- T4: somebody else's socket, somebody else's pages --------------------------------------------------------------
+
+
+def use_sockets(channel: socket.socket) -> int:
+    """Says hello on every socket that comes; answers how many were answered with pages of `channel`'s other end."""
+    right = 0
+    while data := socket.recv_fds(channel, 8, 1):
+        word, fds, _, _ = data
+        if not word:
+            return right
+        with socket.socket(fileno=fds[0]) as sock:
+            sock.send(request())
+            reply = receive(sock)
+        right += bool(reply) and reply.page(2, pages.UsagePage).cgroup == int.from_bytes(word, "little")
+        if reply:
+            reply.maps.pop().close()
+            reply.close()
+        channel.send(b".")
+    return right
+
+
+def test_who_connects_is_who_is_answered_whoever_uses_the_socket(
+    keeper: Keeper, tenant: Make, scale: Callable[..., int]
+) -> None:
+    mine, other, times = tenant(), tenant(), scale(20, 1000, 10_000)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    user = Child(other, lambda: (ours.close(), use_sockets(theirs))[1])
+    theirs.close()
+
+    def hand_on() -> int:
+        for _ in range(times):
+            with connect(keeper.run) as sock:
+                socket.send_fds(ours, [mine.stat().st_ino.to_bytes(8, "little")], [sock.fileno()])
+            assert ours.recv(1) == b"."
+        return times
+
+    assert in_cgroup(mine, hand_on) == times
+    ours.close()
+    assert user.result() == times
+
+
+def test_pages_that_are_handed_on_end_with_whose_they_are(keeper: Keeper, tenant: Make) -> None:
+    """Their heart stops beating with the process that they were made for, and the gatekeeper lets go of them."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def owner() -> None:
+        with connect(keeper.run) as sock:
+            sock.send(request())
+            reply = receive(sock)
+        assert reply
+        socket.send_fds(theirs, [b"."], [reply.fds[0]])
+        signal.pause()
+
+    owning = Child(tenant(), owner)
+    _, fds, _, _ = socket.recv_fds(ours, 8, 1)
+    until(lambda: keeper.count("processes") == 1)
+    owning.kill()
+    until(lambda: keeper.count("processes") == 0)
+
+    def watch() -> bool:
+        """As long as a page of our own beats twice."""
+        theirs, own = Reply(pages.Answer(), fds).page(0), hello(keeper.run)
+        assert own
+        page, last = own.page(0), theirs.heartbeat_ns
+        for _ in range(2):
+            beat = page.heartbeat_ns
+            until(lambda beat=beat: page.heartbeat_ns != beat)
+        return bool(theirs.heartbeat_ns == last)
+
+    assert in_cgroup(tenant(), watch)
+    os.close(fds[0])
+
+
+# -- T10: a race for the folder -------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> list[tuple[str, int]]:
+    return sorted((entry.name, entry.inode()) for entry in os.scandir(folder))
+
+
+def test_nothing_of_others_is_bound_or_removed_in_a_race_for_the_folder(
+    tmp_path: Path, scale: Callable[..., int]
+) -> None:
+    """A folder of root's behind a link, one of another user, and ours, in turn in one place, as fast as can be."""
+    run, linked, foreign = tmp_path / "run", tmp_path / "linked", tmp_path / "foreign"
+    for folder in (run, linked, foreign):
+        folder.mkdir()
+    for folder in (linked, foreign):
+        for name in ("shim.sock", ".shim.sock"):
+            (folder / name).touch()
+    os.chown(foreign, NOBODY, NOBODY)
+    before = files(linked), files(foreign)
+
+    (run / "link").symlink_to(linked)
+    foreign.rename(run / "foreign")
+    (run / "shim").mkdir()
+    racer = os.fork()
+    if racer == 0:
+        swap_for_ever(run)
+    door, opened, refused = Door(run), 0, 0
+    try:
+        for _ in range(scale(100, 1000, 10_000)):
+            try:
+                door.open()
+                opened += 1
+            except OSError:
+                refused += 1
+        assert os.waitpid(racer, os.WNOHANG) == (0, 0), "nobody raced"
+    finally:
+        os.kill(racer, signal.SIGKILL)
+        os.waitpid(racer, 0)
+        door.close()
+    swapped = (run / "shim").stat().st_uid == NOBODY and not (run / "shim").is_symlink()
+    assert (files(linked), files(run / ("shim" if swapped else "foreign"))) == before
+    assert refused > 0
+    assert opened > 0
+
+
+def swap_for_ever(run: Path) -> None:
+    """What is at `shim` is a link, then the folder again, then another user's, then the folder again."""
+    try:
+        for name in itertools.cycle((b"link", b"link", b"foreign", b"foreign")):
+            here, there = os.fsencode(run / "shim"), os.fsencode(run) + b"/" + name
+            if LIBC.renameat2(AT_FDCWD, here, AT_FDCWD, there, RENAME_EXCHANGE):
+                break
+    finally:
+        os._exit(1)
