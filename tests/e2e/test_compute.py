@@ -229,12 +229,12 @@ def frozen(owner: Spin) -> Iterator[None]:
 
 
 def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
-    """By a signal, a debugger and a freezer in turn; what it stops with is its own overrun, told as such."""
+    """By a signal, a debugger and a freezer in turn."""
     owner, other = start("owner", "--weight", "100"), start("other", "--weight", "100")
     other.begin(1)
     alone, times = other.kernels(), scale(3, 20, 200)
     owner.begin(600)
-    beside, first = 0.0, 0
+    beside = 0.0
     for way in itertools.islice(itertools.cycle((signalled, traced, frozen)), times):
         waits = owner.compute().get("waits", 0)
         other.begin(0.1)
@@ -244,11 +244,8 @@ def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
         with way(owner):
             other.begin(0.2)
             beside += other.kernels()
-            overruns = owner.compute()["overruns"]
-            assert overruns - before <= 2
-        first += overruns - before
+            assert owner.compute()["overruns"] - before <= 2
     assert beside > 0.4 * alone * 0.2 * times  # 0.15 if it had waited
-    assert first > 0
 
 
 def hold_silently(cgroup: Path, ready: int, end: int) -> None:
