@@ -243,6 +243,7 @@ def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
         before = owner.compute()["overruns"]
         with way(owner):
             other.begin(0.2)
+            assert select.select([other.process.stdout], [], [], 10)[0], "it waits for who is stopped"
             beside += other.kernels()
             assert owner.compute()["overruns"] - before <= 2
     assert beside > 0.4 * alone * 0.2 * times  # 0.15 if it had waited
