@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,13 +63,13 @@ def test_who_starts_with_many_others_is_not_kept_waiting_by_them(agent: Service)
     assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in (agent.agent.pid, *agent.gatekeepers())} == {-10}
 
 
-@pytest.mark.places("host", "runc")
+@pytest.mark.places("runc")  # on the host: test_failpoints.py
 def test_restarts_are_not_noticed(agent: Service, tenant, scale) -> None:
     tenants = [tenant(2 * CONTEXT + ROOM) for _ in range(2)]
     for one in tenants:
         one.assert_enforced()
     stops = [load(one)[1] for one in tenants]
-    for number in range(scale(3, 5, 20)):
+    for number in range(scale(3, 3, 20)):
         restart(agent, number + 1)
         for one in tenants:
             one.assert_enforced()
@@ -103,20 +104,33 @@ def test_limits_stand_while_nobody_is_there(agent: Service, tenant) -> None:
     assert client.do(f"alloc {2 * MIB}") == REFUSED
 
 
-@pytest.mark.slow
-@pytest.mark.places("host", "runc")
-def test_what_ends_while_nobody_is_there_is_forgotten(agent: Service, tenant) -> None:
-    one = tenant(2 * CONTEXT + ROOM)
-    stays, goes = one.client(), one.client()
-    stays.ok("context")
-    with one.growing(ROOM):
-        goes.ok(f"alloc {ROOM}")
-    agent.kill_agent()
-    agent.kill_gatekeeper()
-    goes.kill()
-    eventually(lambda: stays.ok("info")[0] == CONTEXT + ROOM, 1, "released by the kernel")
-    agent.start_agent()
-    assert one.assert_exact() == CONTEXT
+@pytest.mark.timeout(900)
+@pytest.mark.places("runc")
+def test_whoever_ends_with_all_the_others_is_forgotten_by_the_next_start(agent: Service, tenant, scale) -> None:
+    """F3: agent, gatekeeper and programs are killed at one moment; the kernel releases, the next start is exact."""
+    one = tenant(4 * CONTEXT + 2 * ROOM)
+    stays = one.client()
+    with one.growing():
+        stays.ok(f"alloc {ROOM}")
+    for _ in range(scale(3, 20, 200)):
+        goes = [one.client() for _ in range(2)]
+        goes[0].ok(f"alloc {ROOM}")
+        goes[1].ok("context")
+        goes[1].send(f"ask {4 * MIB} 0")
+        assert agent.agent
+        for pid in (agent.agent.pid, *agent.gatekeepers(), *(client.pid for client in goes)):
+            os.kill(pid, signal.SIGKILL)
+        agent.agent.wait(10)
+        eventually(lambda: not {client.pid for client in goes} & set(one.pids()), 5, "their end")  # noqa: B023
+        eventually(lambda: stays.ok("info")[0] == 3 * CONTEXT + ROOM, 1, "released by the kernel")
+        eventually(lambda: not agent.gatekeepers(), 5, "the gatekeeper's end")
+        agent.start_agent()
+        memory = one.memory()
+        assert memory["used_bytes"] == CONTEXT + ROOM
+        for client in goes:
+            client.close()
+    assert one.assert_exact() == CONTEXT + ROOM
+    assert len(one.view()["processes"]) == 1
 
 
 @pytest.mark.places("host", "runc")

@@ -50,6 +50,8 @@ def test_install_enforce_purge(host: host_kit.Host, deb: Path, tmp_path: Path) -
     kit.assert_enforced(host, "deb")
     assert host.run("dpkg", "--verify", "fgpu").stdout == ""
     assert host.left(before), "the package brings nothing?"
+    for_tests = host.run("grep", "-rli", "failpoint", "/usr/lib/fgpu/site/fgpu_ebpf", "/usr/bin/fgpu", check=False)
+    assert (for_tests.returncode, for_tests.stdout) == (1, ""), "what tests alone have"
     assert host.pins()
     assert host.run("bash", "-c", COMPLETION).stdout == "status\n"
     for shell, file in (("zsh", "zsh/vendor-completions/_fgpu"), ("fish", "fish/vendor_completions.d/fgpu.fish")):

@@ -64,6 +64,12 @@ def test_nothing_of_the_checkout_comes_along(wheel: Path) -> None:
         assert not [name for name in file.namelist() if "test" in name or name.endswith(".pyc")]
 
 
+def test_nobody_can_order_it_to_end(wheel: Path) -> None:
+    """The points at which tests end it are put in by tests/failpoints.py; what is installed has none and reads none."""
+    with zipfile.ZipFile(wheel) as file:
+        assert [name for name in file.namelist() if b"failpoint" in (name.encode() + file.read(name)).lower()] == []
+
+
 def test_enforces_without_the_systems_packages(place: kit.Installed, tmp_path: Path) -> None:
     python = str(Path(place.fgpu).with_name("python"))
     assert kit.run(python, "-c", "import bcc", check=False).returncode, "the environment sees the system's packages"

@@ -1,0 +1,191 @@
+"""Ends a program of fgpu in the middle of a change, at the point that FGPU_FAILPOINT names: kill -9, as by no accident.
+
+Owns: the points, each a place in agent, gatekeeper or loader where something is half changed. Nothing of them is in
+the programs themselves, nor in a package: they are put in from here before the program begins, and a point whose place
+is no longer there ends this at once, with what is missing. A program that is started in any other way has none.
+
+usage: FGPU_FAILPOINT=NAME python tests/failpoints.py agent|gatekeeper|LOADER [ARGUMENT…]
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+Judge = Callable[..., bool]
+
+
+def die() -> None:
+    """Here it ends."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(holder: Any, name: str, wanted: Judge = lambda *_, **__: True) -> None:
+    """Ends the process in front of the first call that is wanted. AttributeError: there is no such function."""
+    function = getattr(holder, name)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **more: Any) -> Any:
+        if wanted(*arguments):
+            die()
+        return function(*arguments, **more)
+
+    setattr(holder, name, call)
+
+
+def after(holder: Any, name: str) -> None:
+    """Ends the process behind the first call. AttributeError: there is no such function."""
+    function = getattr(holder, name)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **more: Any) -> Any:
+        function(*arguments, **more)
+        die()
+
+    setattr(holder, name, call)
+
+
+def later(wanted: Judge) -> Judge:
+    """Not the first that is wanted, but the second."""
+    seen = itertools.count()
+    return lambda *arguments: wanted(*arguments) and next(seen) == 1
+
+
+def named(name: str) -> Judge:
+    """Of a function whose first argument is a path."""
+    return lambda path, *_, **__: str(path).endswith(name)
+
+
+# -- the agent
+
+
+def publishes(_: object, what: int = 0, *__: int) -> bool:
+    """Of Ledger._run: the limits of a level are about to be seen."""
+    from fgpu_ebpf import pages
+
+    return what == pages.Adjust.PUBLISH
+
+
+def limit_unpublished() -> None:
+    """The agent alone knows a level's new limit: its page still has the one before."""
+    from fgpu_ebpf.ledger import Ledger
+
+    before(Ledger, "_run", publishes)
+
+
+def policy_half() -> None:
+    """Of the levels that a policy changes one has its new limit."""
+    from fgpu_ebpf.ledger import Ledger
+
+    before(Ledger, "_run", later(publishes))
+
+
+def page_unannounced() -> None:
+    """A new level has its page, and nobody knows that it is managed."""
+    from fgpu_ebpf.ledger import Ledger
+
+    after(Ledger, "_make_pages")
+
+
+def charges_behind() -> None:
+    """A new level is in force, without the charges of who is in it already."""
+    from fgpu_ebpf.enforcer import Enforcer
+
+    before(Enforcer, "_take_over")
+
+
+def level_half_gone() -> None:
+    """A level that is managed no longer has lost its limits and keeps its page."""
+    from fgpu_ebpf.ledger import Ledger
+
+    before(Ledger, "_forget_pages")
+
+
+def state_unrenamed() -> None:
+    """What was set by hand is in force, and written beside its file."""
+    from fgpu_ebpf import wholefile
+
+    before(wholefile.os, "replace", named(".overrides.json.new"))
+
+
+def links_half() -> None:
+    """A driver's returns are probed, its entries not yet."""
+    from fgpu_ebpf import probes
+
+    before(probes.Probes, "_link", lambda _, __, ___, program, *____: program == probes.DRIVER_PROGRAMS[1])
+
+
+def detach_half() -> None:
+    """What was pinned is gone, all else is there."""
+    from fgpu_ebpf import probes
+
+    after(probes, "detach")
+
+
+# -- the gatekeeper
+
+
+def socket_unrenamed() -> None:
+    """Its socket is bound and listens, beside the place where shims look for it."""
+    from fgpu_ebpf import door
+
+    before(door.os, "rename", named(".shim.sock"))
+
+
+def hello_unanswered() -> None:
+    """A process has its pages, and was not told."""
+    from fgpu_ebpf.slicer import Slicer
+
+    after(Slicer, "greet")
+
+
+# -- the loader, which is run as a file
+
+
+def programs_half(loader: ModuleType) -> None:
+    """One program is the new one, another is pinned beside its place, the others are those before."""
+    before(loader.os, "rename", later(named("-new")))
+
+
+AGENT = (limit_unpublished, policy_half, page_unannounced, charges_behind, level_half_gone, state_unrenamed)
+AGENT += (links_half, detach_half)
+GATEKEEPER, LOADER = (socket_unrenamed, hello_unanswered), (programs_half,)
+
+
+def run_loader(file: str, point: str) -> int:
+    """As `python3 -I loader.py` would."""
+    spec = importlib.util.spec_from_file_location("loader", file)
+    assert spec
+    assert spec.loader
+    loader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loader)
+    {made.__name__: made for made in LOADER}[point](loader)
+    return int(loader.main())
+
+
+def main() -> int:
+    """Puts the point in, and becomes the program."""
+    point, program = os.environ.pop("FGPU_FAILPOINT"), sys.argv.pop(1)
+    if program == "agent":
+        from fgpu_ebpf import cli
+
+        {made.__name__: made for made in AGENT}[point]()
+        return int(cli.main(["agent", *sys.argv[1:]]) or 0)
+    if program == "gatekeeper":
+        from fgpu_ebpf import gatekeeper
+
+        {made.__name__: made for made in GATEKEEPER}[point]()
+        return gatekeeper.main(sys.argv[1:])
+    return run_loader(program, point)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
