@@ -85,8 +85,8 @@ def package_file(*names: str) -> Path:
 
 def check_kernel(loading: programs.Loading, shim: Path) -> None:
     """Before programs are used for the first time. AgentError: this kernel is not fit for them."""
-    if loading.begun and not trial.return_probes_survive_seccomp(str(shim)):
-        raise AgentError("return probes kill containers on this kernel (Linux 6.11 to 6.13): update it")
+    if loading.begun and (why := trial.unfit(str(shim))):
+        raise AgentError(why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +117,8 @@ class Agent:
         self._policies: Policies | None = None
         self.marks: dict[str, float] = {}  # when each part of the start was done
         self._ended = False
-        self.failures = 0
-        self.writes_refused = 0
+        self.failures = self.writes_refused = 0
+        self._lists = inject.Lists(settings.run_dir)
         self.chores: list[Callable[[], object]] = []  # of every round
         self._next_round = 0.0
         self._reload_wanted = False
@@ -332,7 +332,7 @@ class Agent:
         self.discovery.look_around()
         self._look_into_roots()
         self.discovery.sweep(self.ledger, self.manager.workloads)
-        inject.sweep(self.settings.run_dir)
+        self._lists.sweep()
         self._look_for_orphans()
 
     def _look_into_roots(self) -> None:

@@ -61,12 +61,25 @@ def set_up(of: Parts, folder: Path, names: Sequence[str]) -> None:
     wholefile.write(of.run_dir / "containers", f"shim {of.shim}\nsocket {of.socket}\npreload {of.preload}\n")
 
 
-def sweep(run_dir: Path) -> None:
-    """Removes lists of images' own preloads that nobody has asked for of late: who runs keeps what it has mounted."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(run_dir / "preload.d") as lists:
-        for entry in lists:
-            if time.time() - entry.stat().st_mtime > UNUSED_SECONDS:
-                os.unlink(entry.path)
+class Lists:
+    """The lists of images' own preloads, as long as somebody asks for them; by no clock that can be set."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = run_dir / "preload.d"
+        self._asked: dict[str, tuple[int, float]] = {}  # time stamp, and since when it is that one
+
+    def sweep(self) -> None:
+        """Removes those that nobody has asked for of late: who runs keeps what it has mounted."""
+        now, asked = time.monotonic(), dict[str, tuple[int, float]]()
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as lists:
+            for entry in lists:
+                stamp = entry.stat().st_mtime_ns
+                known, since = self._asked.get(entry.path, (stamp, now))
+                asked[entry.path] = stamp, since if known == stamp else now
+                if now - asked[entry.path][1] > UNUSED_SECONDS:
+                    os.unlink(entry.path)
+                    del asked[entry.path]
+        self._asked = asked
 
 
 def take_away(run_dir: Path) -> Path | None:

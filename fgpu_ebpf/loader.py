@@ -88,7 +88,8 @@ def load_program(bcc: ModuleType, module: Any, name: str) -> int:
     except Exception as error:
         if name in OPTIONAL:
             return -1
-        raise LoadError(f"this kernel refuses the program {name}: {error}") from error
+        release = os.uname().release
+        raise LoadError(f"Linux {release} refuses the program {name} ({error}): update the kernel, or fgpu") from error
 
 
 def load(sources: str, pins: str) -> None:

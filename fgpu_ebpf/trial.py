@@ -30,15 +30,29 @@ libc.prctl({_PR_SET_SECCOMP}, {_SECCOMP_MODE_FILTER}, filter, 0, 0)
 shim.fgpu_release(0, 0, 0, 0)
 """
 
+KILLS = "return probes kill containers on this kernel (Linux 6.11 to 6.13): update it"
+CAPABLE = "run it without a container, or give that CAP_SYS_ADMIN, CAP_BPF and CAP_PERFMON"
+
 
 def return_probes_survive_seccomp(shim: str, denied: int = _URETPROBE_CALL) -> bool:
     """Whether a process under Docker's seccomp profile outlives a return probe.
 
     From Linux 6.11 to early 6.13 the trampoline is a system call that the profile refuses, and the process dies.
     """
+    command = [sys.executable, "-I", "-c", _TRIAL, shim, str(denied)]
     event = bpf.open_uprobe(shim, symbol_offsets(shim, ["fgpu_release"])["fgpu_release"], True)
     try:
-        done = subprocess.run([sys.executable, "-I", "-c", _TRIAL, shim], capture_output=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=30, check=False)
     finally:
         os.close(event)
-    return done.returncode >= 0
+    if done.returncode > 0:  # it did not come to the probe
+        raise OSError(f"the trial says {done.stderr.decode(errors='replace').strip()[-200:]}")
+    return done.returncode == 0
+
+
+def unfit(shim: str) -> str:
+    """Why this kernel is not fit for the programs, and what mends it; empty: it is."""
+    try:
+        return "" if return_probes_survive_seccomp(shim) else KILLS
+    except OSError as error:
+        return f"root may use no uprobes here ({error}): {CAPABLE}"

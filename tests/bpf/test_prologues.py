@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import HERE, MIB, Client, Kernel, Level
 
-from fgpu_ebpf import probes
+from fgpu_ebpf import probes, trial
 
 BEGINNING = """
     .globl {0}
@@ -77,3 +77,10 @@ def test_calls_are_seen_with_what_they_ask_for_and_answer(other: Kernel, level: 
     client(f"unmap(0x100000, {2 * MIB})")
     assert level.used == 0
     client.kill()
+
+
+def test_the_trial_of_return_probes_comes_to_its_end(kernel: Kernel) -> None:
+    """One that fails before it would take every kernel for fit."""
+    assert trial.return_probes_survive_seccomp(str(kernel.shim))
+    with pytest.raises(OSError, match="the trial says"):
+        trial.return_probes_survive_seccomp(str(kernel.shim), -1)

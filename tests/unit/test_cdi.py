@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from pathlib import Path
 
 import jsonschema
@@ -170,16 +169,27 @@ def test_written_and_gone(parts, tmp_path):
     inject.take_away(parts.run_dir)
 
 
-def test_lists_that_nobody_asks_for_are_swept(parts):
+def test_lists_that_nobody_asks_for_are_swept(parts, monkeypatch):
     """Else images could use all of them up, and later ones not start."""
-    inject.sweep(parts.run_dir)
-    lists = parts.run_dir / "preload.d"
+    now = 1000.0
+    monkeypatch.setattr(inject.time, "monotonic", lambda: now)
+    swept, lists = inject.Lists(parts.run_dir), parts.run_dir / "preload.d"
+    swept.sweep()
     lists.mkdir(parents=True)
-    for name, age in (("old", inject.UNUSED_SECONDS + 60), ("new", inject.UNUSED_SECONDS - 60)):
+    for name in ("unused", "used"):
         (lists / name).touch()
-        os.utime(lists / name, (0, time.time() - age))
-    inject.sweep(parts.run_dir)
-    assert os.listdir(lists) == ["new"]
+    swept.sweep()
+    now += inject.UNUSED_SECONDS - 1
+    swept.sweep()
+    os.utime(lists / "used", (0, 0))  # whoever asks touches it, whatever the wall clock says just then
+    swept.sweep()
+    assert sorted(os.listdir(lists)) == ["unused", "used"]
+    now += 2
+    swept.sweep()
+    assert os.listdir(lists) == ["used"]
+    now += inject.UNUSED_SECONDS - 1
+    swept.sweep()
+    assert os.listdir(lists) == []
 
 
 def test_what_is_no_longer_wanted_goes(parts, tmp_path):

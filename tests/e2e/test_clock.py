@@ -1,0 +1,123 @@
+"""F8: the wall clock jumps, and nothing that is decided by time notices.
+
+Only the programs under test see it jump: agent, gatekeeper and tenants have a library preloaded that moves what they
+are told. The kernel's own timers are of the monotonic clock, as tests/unit/test_clocks.py holds our sources to it.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import (
+    CONTEXT,
+    FGPU,
+    MIB,
+    REFUSED,
+    ROOT,
+    RUN_DIR,
+    Service,
+    ask,
+    eventually,
+    fgpu,
+    metrics,
+)
+
+HOUR, YEAR = 3600, 31_557_600
+LIMIT = 3 * CONTEXT + 60 * MIB
+STEP = 2 * MIB
+
+
+class Clock:
+    """The wall clock of whoever has the library."""
+
+    def __init__(self, work: Path) -> None:
+        self._file, self._library = work / "ahead", work / "clock.so"
+        self.ahead = 0
+        self.set(0)
+        source = Path(__file__).parent / "preloads/clock.c"
+        flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        subprocess.run(["gcc", *flags, "-o", self._library, source, "-ldl"], check=True, timeout=60)
+
+    def set(self, seconds: int) -> None:
+        """From now on it is so many seconds ahead of the machine's."""
+        self.ahead = seconds
+        if not self._file.exists():
+            self._file.write_bytes(bytes(8))
+        with open(self._file, "r+b") as file:
+            file.write(struct.pack("q", seconds))
+
+    def words(self) -> list[str]:
+        """What starts a program that has it."""
+        return ["env", f"LD_PRELOAD={self._library}", f"FGPU_TEST_CLOCK={self._file}"]
+
+
+@pytest.fixture
+def clock(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Clock]:
+    """That of agent and gatekeeper, which are the usual ones again afterwards."""
+    clock = Clock(tmp_path)
+    tmp_path.chmod(0o755)
+    service.kill_agent()
+    service.kill_gatekeeper()
+    with open(service.log, "ab") as log:
+        command = [*clock.words(), ROOT / ".venv/bin/python", "-m", "fgpu_ebpf.gatekeeper", "--run-dir", RUN_DIR]
+        gatekeeper = subprocess.Popen(command, stdout=log, stderr=log, cwd="/")
+    service.command = [*clock.words(), *FGPU]
+    try:
+        service.start_agent()
+        yield clock
+    finally:
+        service.command = FGPU
+        service.kill_agent()
+        if service.gatekeepers():
+            service.kill_gatekeeper()
+        gatekeeper.wait(10)
+        service.start_agent()
+
+
+def age() -> float:
+    """Seconds since NVML answered, as it is shown."""
+    return metrics()["fgpu_reconcile_age_seconds", frozenset({("gpu", "0")})]
+
+
+@pytest.mark.places("host")
+def test_the_wall_clock_may_jump(service: Service, clock: Clock, tenant, scale: Callable[[int, int, int], int]) -> None:
+    one, chance = tenant(LIMIT), random.Random(8)
+    before = " ".join(clock.words())
+    client = one.client(before=before)
+    client.ok("context")
+    busy = one.client(before=before)
+    busy.ok("context")
+    busy.send(f"ask {STEP} 0")
+    one.assert_enforced()
+    for number in range(scale(20, 100, 1000)):
+        clock.set(chance.choice([-1, 1]) * chance.choice([1, 60, HOUR, YEAR]))
+        (taken,) = client.ok(f"alloc {20 * MIB}")
+        assert client.do(f"alloc {CONTEXT + 100 * MIB}") == REFUSED
+        client.ok(f"free {taken}")
+        if number % 10 == 0:
+            limit = LIMIT + number % 20 * STEP
+            fgpu("set", one.path, "--memory", str(limit))
+            assert client.ok("info")[1] == limit
+            shown = ask(verb="snapshot")["time_seconds"]
+            assert abs(shown - time.time() - clock.ahead) < 10, "they do not see it jump: nothing was tried"
+            eventually(lambda: 0 <= age() < 3, 5, "what NVML says")
+    clock.set(-YEAR)
+    eventually(lambda: 0 <= age() < 3, 5, "what NVML says")
+    service.kill_gatekeeper()
+    eventually(service.gatekeepers, 5, "another gatekeeper")
+    late = one.client(before=before)
+    assert late.do("info").startswith("ok")
+    busy.send("context")
+    got, refused, other = busy.numbers(busy.receive())
+    assert busy.receive() == "ok"
+    assert got
+    assert (refused, other) == (0, 0), "the one that fits noticed"
+    late.kill()
+    eventually(lambda: late.pid not in one.pids(), 5, "its end")
+    assert one.assert_exact() == 2 * CONTEXT

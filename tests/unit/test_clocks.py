@@ -1,0 +1,42 @@
+"""F8: whatever is decided by time is decided by a clock that nobody sets; the wall clock is for people, and for others
+who count by it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OF_THE_WALL = {"time", "time_ns", "now", "utcnow", "today", "CLOCK_REALTIME", "CLOCK_REALTIME_COARSE", "CLOCK_TAI"}
+SHOWN = {
+    # where it is looked at, and how often: what for
+    "agent.py": 1,  # when the first Snapshot was taken
+    "history.py": 1,  # when something happened
+    "policies.py": 1,  # when policies were read last
+    "policyfolder.py": 1,  # whether a file has just been written: by the kernel's stamp of it, and for half a second
+    "reconcile.py": 1,  # NVML stamps its samples with it
+    "view.py": 1,  # when a Snapshot was taken
+}
+C_OF_THE_WALL = re.compile(r"CLOCK_REALTIME|CLOCK_TAI|gettimeofday|\btime\(|ktime_get_(real|tai)|FUTEX_CLOCK_REALTIME")
+SOURCES = [path for folder in ("shim", "bpf", "oci") for path in (ROOT / folder).glob("*.[chS]")]
+
+
+def wall_clocks(path: Path) -> int:
+    """How often a module looks at the wall clock."""
+    names = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
+    holders = {"time", "datetime", "date"}
+    return sum(n.attr in OF_THE_WALL and isinstance(n.value, ast.Name) and n.value.id in holders for n in names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fgpu_ebpf").glob("*.py")), ids=lambda path: path.stem)
+def test_the_wall_clock_decides_nothing(path: Path) -> None:
+    assert wall_clocks(path) == SHOWN.get(path.name, 0)
+    assert not re.search(r"from (time|datetime) import .*\b(time|time_ns|datetime)\b", path.read_text())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_c_never_looks_at_it(path: Path) -> None:
+    assert not C_OF_THE_WALL.search(path.read_text())
