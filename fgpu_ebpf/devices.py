@@ -28,6 +28,7 @@ _NVML = "libnvidia-ml.so.1"
 MEASURE_SECONDS = 30.0  # eight devices that nobody has used since boot take twenty
 _END_SECONDS = 5.0
 _NOT_SAID = pynvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value
+_LOST = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 _TRIES = 4  # while more and more processes come
 log = logging.getLogger("fgpu.agent")
 
@@ -92,7 +93,8 @@ class Nvml:
         """Bytes in use on a device, the driver's own included."""
         try:
             return int(pynvml.nvmlDeviceGetMemoryInfo(self._handles[index]).used)
-        except pynvml.NVMLError:
+        except pynvml.NVMLError as error:
+            self._find_again(error)
             return None
 
     def in_mig_mode(self, index: int) -> bool:
@@ -102,17 +104,39 @@ class Nvml:
         except pynvml.NVMLError:  # it has no such mode
             return False
 
+    def unnamed_bytes(self, index: int, held: Mapping[int, int | None]) -> int | None:
+        """Bytes in use beyond those of these processes, on a device; None where NVML does not say."""
+        used, device = self.used_bytes(index), self.devices[index]
+        known = [bytes_ for bytes_ in held.values() if bytes_ is not None]
+        if used is None or len(known) < len(held):
+            return None
+        return used - (device.capacity_bytes - device.usable_bytes) - sum(known)
+
     def process_bytes(self, index: int) -> dict[int, int | None] | None:
         """Bytes by host pid on a device; None where NVML does not say: of one process ("N/A"), or of any."""
         try:
             found = self._holders.ask(self._handles[index])
-        except pynvml.NVMLError:
+        except pynvml.NVMLError as error:
+            self._find_again(error)
             return None
         held: dict[int, int | None] = {}
         for pid, more in found:
             before = held.get(pid, 0)
             held[pid] = None if before is None or more is None else before + more
         return held
+
+    def _find_again(self, error: pynvml.NVMLError) -> None:
+        """A device that was lost, or reset, is another one to NVML: it must begin anew to find it."""
+        if error.value not in _LOST:
+            return
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+        try:
+            pynvml.nvmlInit()
+            self._handles = [pynvml.nvmlDeviceGetHandleByUUID(device.uuid_text) for device in self.devices]
+        except pynvml.NVMLError:
+            return  # not yet: the next question tries again
+        log.warning("NVML had lost a device, and has found it again")
 
     def process_percent(self, index: int, since: float) -> dict[int, int] | None:
         """Percent of a device's time by host pid that had kernels running, of the last sample since that moment.

@@ -25,6 +25,7 @@ PERIOD_SECONDS = 0.5
 DEVICE_SECONDS = 1.0  # what a whole device holds is for people
 RETRIES = 3
 STALE_SECONDS = 5.0  # ten looks
+GONE = 3  # looks in a row at which a process with a context is not named, nor its memory in use
 NEVER_QUIET = 9  # looks in a row at which a process was in the middle of something
 _NOBODY_SAYS = {0: None}
 
@@ -84,6 +85,7 @@ class Reconciler:
         self._audit = Audit(nvml.process_percent)
         self._ended = 0  # processes, when it was last swept
         self._orphans: set[int] = set()
+        self._gone: dict[tuple[int, int, int], int] = {}  # looks at which nobody had what they should hold
         self._guesses: dict[tuple[int, int, int], list[int]] = {}  # of processes that are never quiet
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
         self.truth = Truth()
@@ -174,15 +176,18 @@ class Reconciler:
 
         Between the read of a process and its correction nothing may be charged, released, admitted or in a call: the
         kernel refuses the correction where another change has begun. None: NVML does not say. Where it says of one
-        process that nobody knows, that one stays as it was witnessed; so does one that has a context and is not named.
+        process that nobody knows, that one stays as it was witnessed; so does one that has a context and is not named,
+        unless its memory is nowhere on the device: that was lost or reset under it.
         """
         before = self._known = self._ledger.processes()
         sample = self._nvml.process_bytes(device)
         if sample is None:
             return None, False
         unquiet: dict[int, tuple[Process, int]] = {}
+        self._look_for_the_unnamed(device, sample, before)
         for tgid, process in before.items():
-            held = sample.get(tgid, None if process.contexts[device] else 0)
+            is_there = process.contexts[device] and self._gone.get((tgid, process.generation, device), 0) < GONE
+            held = sample.get(tgid, None if is_there else 0)
             if held is None or (tgid not in sample and process.bytes[device] and not _alive(tgid)):
                 continue
             if tgid not in sample and not process.bytes[device]:
@@ -194,6 +199,17 @@ class Reconciler:
         chronic = {key for key, kept in self._guesses.items() if len(kept) >= NEVER_QUIET}  # another look is no use
         self._raise_the_unquiet(device, unquiet)
         return sample, any((tgid, before[tgid].generation, device) not in chronic for tgid in unquiet)
+
+    def _look_for_the_unnamed(self, device: int, sample: Sample, known: Mapping[int, Process]) -> None:
+        """Counts the looks at which less is in use on the device than a process holds that should be named."""
+        unnamed = {tgid: p for tgid, p in known.items() if p.contexts[device] and tgid not in sample}
+        left = self._nvml.unnamed_bytes(device, sample) if unnamed else None
+        counts = {key: n for key, n in self._gone.items() if key[2] != device}
+        for tgid, process in unnamed.items():
+            key = (tgid, process.generation, device)
+            if left is not None and left < process.witnessed(device):
+                counts[key] = self._gone.get(key, 0) + 1
+        self._gone = counts
 
     def _correct_process(
         self, tgid: int, process: Process, device: int, held: int, drift: dict[tuple[int, int], int]

@@ -163,6 +163,17 @@ void client_drop(struct client *client, const char *why)
     client_end(client);
 }
 
+/* Whoever computes has an error from now on at every call, and holds nothing; whoever only looks must begin anew. */
+void clients_lose_devices(void)
+{
+    for (uint32_t slot = 0; slot < SIM_MAX_CLIENTS; slot++) {
+        struct client *client = &server.clients[slot];
+        if (client->state != CLIENT_LIVE) continue;
+        client->is_stale = true;
+        if (client->attached) client_drop(client, "its device is lost");
+    }
+}
+
 void client_sweep(void)
 {
     uint64_t now = server.n_ended ? now_ns() : 0;

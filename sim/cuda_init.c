@@ -93,7 +93,8 @@ static CUresult initialise(void)
     for (uint32_t i = 0; i < n; i++)
         if (sim_ask(SIM_DEVICE, (struct sim_request){.device = i}, &driver.devices[i], sizeof driver.devices[i]))
             return CUDA_ERROR_NO_DEVICE;
-    if (sim_ask(SIM_ATTACH, (struct sim_request){0}, NULL, 0)) return CUDA_ERROR_OUT_OF_MEMORY;
+    int status = sim_ask(SIM_ATTACH, (struct sim_request){0}, NULL, 0);
+    if (status) return status == SIM_LOST ? CUDA_ERROR_NO_DEVICE : CUDA_ERROR_OUT_OF_MEMORY;
     /* Only when nothing can fail any more: a second attempt must find the list as empty as the first did. */
     for (uint32_t i = 0; i < n; i++) {
         driver.primary[i] = (struct context){.device = (int)i, .primary = true, .next = driver.contexts};

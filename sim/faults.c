@@ -17,7 +17,7 @@ struct order {
 };
 
 static uint64_t nvml_stalls_until_ns, fails_every, n_allocations, end_takes_ns;
-static bool nvml_is_blind;
+static bool nvml_is_blind, devices_are_lost;
 
 /* `60s` or `500ms`, in milliseconds; 0: neither. */
 static uint64_t parse_time(const char *text)
@@ -46,6 +46,10 @@ static bool parse_one(const char *word, struct order *order)
         order->fault = SIM_FAULT_NVML_NA;
     } else if (!strcmp(word, "mig")) {
         order->fault = SIM_FAULT_MIG;
+    } else if (!strcmp(word, "device-reset")) {
+        order->fault = SIM_FAULT_DEVICE_RESET;
+    } else if (!strcmp(word, "device-lost")) {
+        order->fault = SIM_FAULT_DEVICE_LOST;
     } else if (!strncmp(word, "nvml-stall:", 11)) {
         *order = (struct order){SIM_FAULT_NVML_STALL, parse_time(word + 11)};
     } else if (!strncmp(word, "slow-end:", 9)) {
@@ -71,7 +75,8 @@ static unsigned parse(const char *spec, struct order *orders)
         }
     if (!n)
         fprintf(stderr,
-                "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, mig, alloc-fail:N, slow-end:3s, reset: %s\n",
+                "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, mig, alloc-fail:N, slow-end:3s, "
+                "device-reset, device-lost, reset: %s\n",
                 spec);
     return n;
 }
@@ -89,7 +94,7 @@ void fault_set(uint32_t fault, uint64_t number)
     switch (fault) {
     case SIM_FAULT_RESET:
         nvml_stalls_until_ns = fails_every = end_takes_ns = 0;
-        nvml_is_blind = false;
+        nvml_is_blind = devices_are_lost = false;
         set_mig(false);
         break;
     case SIM_FAULT_NVML_STALL:
@@ -108,6 +113,13 @@ void fault_set(uint32_t fault, uint64_t number)
     case SIM_FAULT_SLOW_END:
         end_takes_ns = number * 1000000u;
         break;
+    case SIM_FAULT_DEVICE_LOST:
+        devices_are_lost = true;
+        clients_lose_devices();
+        break;
+    case SIM_FAULT_DEVICE_RESET:
+        clients_lose_devices();
+        break;
     }
 }
 
@@ -125,6 +137,8 @@ uint64_t fault_end_takes_ns(void) { return end_takes_ns; }
 uint64_t fault_nvml_until_ns(void) { return nvml_stalls_until_ns; }
 
 bool fault_nvml_is_blind(void) { return nvml_is_blind; }
+
+bool fault_devices_are_lost(void) { return devices_are_lost; }
 
 /* Contexts and code are not counted: a test that fails the third allocation means one of the program's own. */
 bool fault_fails(uint32_t kind)

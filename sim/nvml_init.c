@@ -34,7 +34,8 @@ nvmlReturn_t nvml_ask(uint32_t op, uint32_t device, struct sim_reply *reply, voi
     char mine[16];
     snprintf(mine, sizeof mine, "%d", (int)getpid());
     if (length > 0 && strcmp(self, mine)) request.flags |= SIM_FLAG_FOREIGN_PROC;
-    return link_call(&connection, request, reply, payload, room) == SIM_OK ? NVML_SUCCESS : NVML_ERROR_UNKNOWN;
+    int status = link_call(&connection, request, reply, payload, room);
+    return status == SIM_OK ? NVML_SUCCESS : status == SIM_LOST ? NVML_ERROR_GPU_IS_LOST : NVML_ERROR_UNKNOWN;
 }
 
 nvmlReturn_t nvml_enter(nvmlDevice_t handle, const void *out, const struct sim_device **device)

@@ -113,6 +113,14 @@ static struct answer answer_look(const struct client *client, const struct sim_r
     return (struct answer){.size = sizeof payload.time};
 }
 
+/* The dump is of the simulator, which loses nothing. */
+static bool is_lost_on(const struct client *client, const struct sim_request *request)
+{
+    bool lost = fault_devices_are_lost();
+    if (request->flags & SIM_FLAG_NVML) return lost || client->is_stale;
+    return lost && (request->op == SIM_ATTACH || request->op == SIM_TAKE);
+}
+
 static struct answer answer(struct client *client, const struct sim_request *request, int sent)
 {
     if (request->op == SIM_HELLO) return (struct answer){.count = server.n_gpus};
@@ -120,6 +128,7 @@ static struct answer answer(struct client *client, const struct sim_request *req
     if (request->op == SIM_FAULT) return answer_fault(client, request);
     if (request->device >= server.n_gpus) return (struct answer){.status = SIM_NO_DEVICE};
     if (request->kind >= SIM_KINDS) return (struct answer){.wrong = "unknown kind of memory"};
+    if (is_lost_on(client, request)) return (struct answer){.status = SIM_LOST};
     switch (request->op) {
     case SIM_SHARE:
     case SIM_OPEN:

@@ -42,6 +42,7 @@ struct client {
     bool attached;
     bool own_user; /* may ask for the dump */
     bool is_root;  /* may order faults */
+    bool is_stale; /* knows the devices as they were before they were lost */
     bool is_held;  /* a request of NVML waits for the end of a stall */
     struct sim_request held;
     struct holding own[SIM_MAX_DEVICES]; /* what belongs to no context */
@@ -75,6 +76,7 @@ void client_end(struct client *client); /* the process or its connection is gone
 void client_sweep(void);                /* frees what is due */
 int client_timeout_ms(void);            /* until the next one is due; -1: none */
 void client_drop(struct client *client, const char *why); /* it broke the protocol */
+void clients_lose_devices(void);
 
 /* ledger.c */
 enum sim_status ledger_attach(struct client *client);
@@ -137,6 +139,7 @@ void fault_set(uint32_t fault, uint64_t number);
 uint64_t fault_nvml_until_ns(void);
 uint64_t fault_end_takes_ns(void);
 bool fault_nvml_is_blind(void);
+bool fault_devices_are_lost(void);
 bool fault_fails(uint32_t kind);
 
 /* dump.c */

@@ -51,7 +51,7 @@ enum sim_op {
 
 enum sim_kind { SIM_CONTEXT, SIM_BLOCK, SIM_VMM, SIM_MANAGED, SIM_POOL, SIM_MODULE, SIM_GRAPH, SIM_KINDS };
 
-enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED };
+enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED, SIM_LOST };
 
 /* The asker's /proc belongs to another pid namespace: the real driver then lists no process at all. */
 #define SIM_FLAG_FOREIGN_PROC 1u
@@ -59,12 +59,14 @@ enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED };
 #define SIM_FLAG_NVML 2u
 
 enum sim_fault {
-    SIM_FAULT_RESET,      /* none of them any more */
-    SIM_FAULT_NVML_STALL, /* NVML is not answered for this many milliseconds from now */
-    SIM_FAULT_NVML_NA,    /* NVML does not know what a process uses */
-    SIM_FAULT_ALLOC_FAIL, /* every n-th allocation finds no memory */
-    SIM_FAULT_MIG,        /* devices that can are in MIG mode, for NVML of processes that start from now on */
-    SIM_FAULT_SLOW_END,   /* memory outlives its process by this many milliseconds, as where many end at once */
+    SIM_FAULT_RESET,        /* none of them any more */
+    SIM_FAULT_NVML_STALL,   /* NVML is not answered for this many milliseconds from now */
+    SIM_FAULT_NVML_NA,      /* NVML does not know what a process uses */
+    SIM_FAULT_ALLOC_FAIL,   /* every n-th allocation finds no memory */
+    SIM_FAULT_MIG,          /* devices that can are in MIG mode, for NVML of processes that start from now on */
+    SIM_FAULT_SLOW_END,     /* memory outlives its process by this many milliseconds, as where many end at once */
+    SIM_FAULT_DEVICE_RESET, /* who uses the devices has lost them; NVML finds them again when it is initialised anew */
+    SIM_FAULT_DEVICE_LOST,  /* the same, and nobody finds them until the end of all faults */
     SIM_FAULTS,
 };
 

@@ -109,6 +109,40 @@ def test_nvml_that_stalls(machine: Machine) -> None:
     assert machine.ticks() - ticks < 10
 
 
+@pytest.mark.parametrize("fault", ["device-reset", "device-lost"])
+def test_a_device_that_is_lost(machine: Machine, fault: str) -> None:
+    """Who computes is left with an error and nothing, who looks must begin anew."""
+    pytest.importorskip("pynvml")
+    script = (
+        NVML
+        + """
+import sys
+look = lambda: say(type(N.nvmlDeviceGetMemoryInfo(device)).__name__)
+def failing():
+    try: look()
+    except N.NVMLError as error: say(type(error).__name__)
+start(); alloc(5 << 20); look(); sys.stdin.readline()
+say([L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(1)) > 0 for _ in range(2)])
+failing(); sys.stdin.readline(); failing()
+N.nvmlShutdown(); N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0); look()
+"""
+    )
+    with machine.spawn(script) as client:
+        assert client.stdout
+        assert client.stdin
+        assert client.stdout.readline() == "c_nvmlMemory_t\n"
+        order(machine, fault)
+        machine.settles_at(0)
+        client.stdin.write("\n")
+        client.stdin.flush()
+        assert [client.stdout.readline() for _ in range(2)] == ["[True, True]\n", "NVMLError_GpuIsLost\n"]
+        order(machine, "reset")
+        client.stdin.write("\n")
+        client.stdin.flush()
+        assert [client.stdout.readline() for _ in range(2)] == ["NVMLError_GpuIsLost\n", "c_nvmlMemory_t\n"]
+    assert machine.python("start(); alloc(1); say('fine')") == ["fine"]
+
+
 def test_the_end_of_a_stall_by_order(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     order(machine, "nvml-stall:60s")
@@ -136,7 +170,8 @@ def test_the_end_of_a_stall_by_order(machine: Machine) -> None:
     ],
 )
 def test_what_is_not_understood(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
-    line = f"fgpu-simd: fault is none of nvml-stall:60s, nvml-na, mig, alloc-fail:N, slow-end:3s, reset: {spec}\n"
+    known = "nvml-stall:60s, nvml-na, mig, alloc-fail:N, slow-end:3s, device-reset, device-lost, reset"
+    line = f"fgpu-simd: fault is none of {known}: {spec}\n"
     asked = order(machine, spec, check=False)
     assert (asked.returncode, asked.stdout, asked.stderr) == (2, "", line)
     words = ["env", f"FGPU_SIM_FAULT={spec}", tools / "fgpu-simd", "--dir", tmp_path]

@@ -19,7 +19,7 @@ from fgpu_ebpf import devices, pages
 from fgpu_ebpf.devices import Nvml
 from fgpu_ebpf.pages import Seen
 from fgpu_ebpf.processes import Process
-from fgpu_ebpf.reconcile import NEVER_QUIET, Reconciler, check, overhead_for
+from fgpu_ebpf.reconcile import GONE, NEVER_QUIET, Reconciler, check, overhead_for
 
 MIB = 1 << 20
 LEADERLESS = """
@@ -75,12 +75,13 @@ class Books:
         raise AssertionError("nobody has died")
 
 
-def reconciler(books: Books, says) -> Reconciler:
+def reconciler(books: Books, says, left: int | None = None) -> Reconciler:
     nvml = SimpleNamespace(
         devices=[SimpleNamespace(index=0)],
         used_bytes=lambda _: 1,
         process_bytes=lambda _: says() if callable(says) else says,
         process_percent=lambda *_: None,
+        unnamed_bytes=lambda *_: left,
     )
     return Reconciler(nvml, books, lambda _: (5,))
 
@@ -274,6 +275,7 @@ def test_each_device_is_as_old_as_its_own_last_answer():
         devices=[SimpleNamespace(index=i) for i in answers],
         used_bytes=used.get,
         process_bytes=answers.get,
+        unnamed_bytes=lambda *_: None,
         process_percent=lambda *_: None,
     )
     one = Reconciler(nvml, Books(process(0)), lambda _: (5,))
@@ -327,3 +329,16 @@ def test_it_rings_for_others_than_before_and_for_those_who_have_no_shim():
         one.hush()
     assert rung == [True, False, True, True, False]
     assert one.truth.strangers() == set()
+
+
+@pytest.mark.parametrize(("left", "kept"), [(899 * MIB, 0), (900 * MIB, 900 * MIB), (None, 900 * MIB)])
+def test_what_a_device_lost_under_a_process_is_charged_no_more(left, kept):
+    """NVML does not name it, and it is let go of where its memory is nowhere, and is so a few times in a row."""
+    books = Books(process(900 * MIB))
+    one = reconciler(books, {}, left)
+    for _ in range(GONE - 1):
+        one.look()
+        assert books.entry.bytes[0] == 900 * MIB
+    for _ in range(2):
+        one.look()
+        assert books.entry.bytes[0] == kept
