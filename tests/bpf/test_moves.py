@@ -126,3 +126,48 @@ def test_there_and_back_waits_for_those_who_were_late(kernel, two, make_client):
     one("free(0x1000)")
     assert first.used == 0
     assert anomalies(kernel)["RELEASE"] == before
+
+
+def test_releases_follow_the_levels_that_were_charged(kernel, make_level, make_client, scale):
+    """F5: cgroups that a process is moved to, that go and are made again, and limits that come after the charges."""
+    group = make_level(None)
+    home = make_level(64 * MIB, group)
+    one, strange = make_client(home), anomalies(kernel)["RELEASE"]
+    empty = [make_level(64 * MIB)]
+    for number in range(scale(100, 1000, 10_000)):
+        one(f"alloc(0x1000, {4 * MIB})")
+        if number % 10 == 0:
+            (empty[0].path / "cgroup.procs").write_text(str(one.pid))  # nobody tells the ledger
+        if number % 3 == 0:
+            group.limit(64 * MIB)  # what is charged already is not below it
+        assert home.used == 4 * MIB
+        assert one("free(0x1000)") == 0
+        assert (home.used, empty[0].used) == (0, 0)
+        assert not kernel.ledger.usage(group.cgroup) or group.used == 0
+        kernel.ledger.remove([group.cgroup])
+        if number % 10 == 0:
+            (home.path / "cgroup.procs").write_text(str(one.pid))
+            empty[0].path.rmdir()
+            empty[0].path.mkdir()  # of the same name, another cgroup
+            kernel.ledger.remove([empty[0].cgroup])
+            empty[0].cgroup = empty[0].path.stat().st_ino
+            empty[0].limit(64 * MIB)
+    assert anomalies(kernel)["RELEASE"] == strange
+    one.kill()
+
+
+def test_another_level_in_its_page_s_place_is_not_released_from(kernel, make_level, make_client):
+    """F5: a level goes while a process of it holds memory, and another takes its place."""
+    gone = make_level(64 * MIB)
+    one = make_client(gone)
+    one(f"alloc(0x1000, {4 * MIB})")
+    kernel.ledger.remove([gone.cgroup])
+    newcomer = make_level(64 * MIB)
+    other = make_client(newcomer)
+    other(f"alloc(0x1000, {6 * MIB})")
+    one("free(0x1000)")
+    assert newcomer.used == 6 * MIB
+    one.kill()
+    assert newcomer.used == 6 * MIB
+    other("free(0x1000)")
+    assert newcomer.used == 0

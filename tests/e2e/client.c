@@ -427,6 +427,33 @@ static void do_brood(const uint64_t *n)
     answer("ok %" PRIu64, good);
 }
 
+static _Noreturn void be_busy(uint64_t bytes, int report)
+{
+    CUdeviceptr at;
+    char good = need_context() == CUDA_SUCCESS;
+    if (write(report, &good, 1) != 1) _exit(1);
+    for (;;)
+        if (!cu.cuMemAlloc_v2(&at, bytes)) cu.cuMemFree_v2(at);
+}
+
+/* bustle N BYTES: N children take and free BYTES without a pause until they are killed. */
+static void do_bustle(const uint64_t *n)
+{
+    int ends[2];
+    uint64_t good = 0;
+    char byte;
+    if (context || pipe(ends)) {
+        answer("children come before any context");
+        return;
+    }
+    for (uint64_t i = 0; i < n[0]; i++)
+        if (fork() == 0) be_busy(n[1], ends[1]);
+    for (uint64_t i = 0; i < n[0] && read(ends[0], &byte, 1) == 1; i++) good += byte == 1;
+    close(ends[0]);
+    close(ends[1]);
+    answer("ok %" PRIu64, good);
+}
+
 /* reap: buries every child that has ended. */
 static void do_reap(const uint64_t *n)
 {
@@ -462,6 +489,7 @@ static const struct command {
                 {"exec", do_exec},
                 {"fork", do_fork},
                 {"brood", do_brood},
+                {"bustle", do_bustle},
                 {"reap", do_reap},
                 {"reuse", do_reuse},
                 {"leap", do_leap},

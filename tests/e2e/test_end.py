@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from harness import (
+    BUILD,
     CONTEXT,
     ENVIRONMENT,
     FGPU,
@@ -22,7 +23,9 @@ from harness import (
     MIB,
     REFUSED,
     Client,
+    Program,
     Tenant,
+    ask,
     driver_books,
     eventually,
     fgpu,
@@ -60,6 +63,12 @@ def breed(one: Tenant, count: int) -> tuple[Client, list[int]]:
     return parent, [pid for pid in one.pids() if pid not in before]
 
 
+def anomalies() -> dict[str, int]:
+    """What should not happen, as the kernel has counted it."""
+    found = ask(verb="snapshot")["anomalies"]
+    return {kind: found[kind] for kind in ("release", "full", "device", "lost")}
+
+
 def kill_all(pids: list[int]) -> None:
     """kill -9, all at once."""
     for pid in pids:
@@ -88,6 +97,29 @@ def test_killed_processes_release_within_a_second(tenant, scale) -> None:
     for one in tenants:
         assert one.assert_exact() == CONTEXT
         assert {p["pid"] for p in one.view()["processes"]} & killed == set()
+
+
+@pytest.mark.places("runc")
+def test_who_is_killed_in_a_call_or_an_admission_leaves_nothing(tenant, scale) -> None:
+    """F2: each takes and frees without a pause, so that few of them are killed in between."""
+    one = tenant(16 * GIB)
+    watcher = bystander(one)
+    free, before = watcher.ok("info")[0], anomalies()
+    for _ in range(scale(1, 7, 120)):
+        parent = one.client()
+        others = set(one.pids())
+        assert parent.ok(f"bustle 8 {HELD}") == [8]
+        pids = [pid for pid in one.pids() if pid not in others]
+        assert len(pids) == 8
+        seen = one.memory()["witnessed_bytes"]
+        eventually(lambda seen=seen: one.memory()["witnessed_bytes"] > seen + 800 * MIB, 10, "work")  # type: ignore[misc]
+        kill_all(pids)
+        assert released_in(watcher, free) < 1
+        assert parent.ok("reap") == [8]
+        parent.close()
+        eventually(lambda parent=parent: parent.pid not in one.pids(), 5, "its end")  # type: ignore[misc]
+    assert one.assert_exact() == CONTEXT
+    assert anomalies() == before
 
 
 @pytest.mark.slow
@@ -197,6 +229,24 @@ def test_fork_changes_nothing_of_the_parent(tenant) -> None:
     with one.growing(40 * MIB):
         client.ok(f"alloc {40 * MIB}")
     assert client.do(f"alloc {2 * MIB}") == REFUSED
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.places("runc")
+def test_each_process_of_a_tree_is_itself(tenant, scale) -> None:
+    """F4: fork, vfork, posix_spawn, exec, twice forked, daemons that close every descriptor."""
+    count = scale(60, 500, 10_000)
+    one = tenant(2 * CONTEXT + 3 * HELD)  # one that holds, and one more: whoever is charged for another is refused
+    program = Program(one, "trees", f"{BUILD}/e2e/trees {count} {HELD}")
+    good, before, after = Client.numbers(program.receive(count))
+    assert good == count, "refused, or not themselves"
+    assert before == after == CONTEXT + 2 * HELD, "the parent's books"
+    assert one.assert_exact() == CONTEXT + HELD
+    taken = count - count // 2 - len(range(3, count - count // 2, 4))  # but for those that only forked
+    taken += count // 2 + len(range(3, count // 2, 6)) + 1  # some twice, before an exec and after
+    assert one.memory()["witnessed_bytes"] == taken * HELD
+    assert len(one.view()["processes"]) == 1
+    program.close()
 
 
 @pytest.mark.places("host", "runc")

@@ -135,9 +135,9 @@ def test_containers_that_are_gone_leave_nothing(service: Service, layered: Layer
         removed(layered, started(layered, made, with_own))
     eventually(lambda: not made.left(layered), 10, "nothing left of the first")
     before, files = descriptors(service), written(service).keys()
-    count, live, took = scale(4, 12, 500), collections.deque[Tenant](), []
+    count, live, took = scale(4, 50, 500), collections.deque[Tenant](), []
     for number in range(count):
-        live.append(started(layered, made, number % 2 == 0))
+        live.append(started(layered, made, number % 10 > 0))
         if len(live) > LIVE:
             took.append(removed(layered, live.popleft()))
     assert set(OF_CGROUPS[:3]) < set(made.left(layered)), "what is looked for is found"

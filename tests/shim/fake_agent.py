@@ -24,6 +24,7 @@ os.environ["BCC_KERNEL_SOURCE"] = STUBS
 from bcc import BPF  # noqa: E402
 
 LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
+TAIL = 64 + 16 * 32 + 128 * 8  # of a usage page: behind its verdicts
 MANAGED, SETTLE = 1, 2
 GATES, BUDGETS, FUTEX = 64 + 16 * 32, 0x290 + 16 * 128, 202 if os.uname().machine == "x86_64" else 98
 STATUS = "waiting", "drained", "launches", "in_flight", "busy_until", "wanted", "idle", "bell", "begun", "ended"
@@ -117,7 +118,7 @@ class Agent:
             pass
         self.answer, self.flags, self.levels, self.epoch = "managed", 0, 1, 7
         self.boot, self.beats, self.delay, self.rows = b"B" * 16, True, 0, []
-        self.uuids = list(UUIDS)
+        self.uuids, self.versions = list(UUIDS), {}
         self.hellos.clear()
         self.gates, self.budgets = {}, {}
         self.controls.clear()
@@ -170,6 +171,11 @@ class Agent:
         m, at = self.maps[what.get("level", 0)], 64 + 32 * what.get("device", 3)
         struct.pack_into("<QQ", m, at, what.get("limit", NO_LIMIT), what.get("used", 0))
         struct.pack_into("<Q", m, 16, what.get("flags", 0))
+
+    def grow(self, _):
+        """Pages say more behind all that the shim knows of them."""
+        for m in self.maps:
+            m[TAIL:] = b"\xff" * (LEVEL_SIZE - TAIL)
 
     def version(self, what):
         struct.pack_into("<Q", self.maps[what["level"]], 0, what["version"])
@@ -244,7 +250,7 @@ class Agent:
         os.ftruncate(fd, 4096)
         m = mmap.mmap(fd, 4096)
         flags = self.flags | (0 if self.answer == "unmanaged" else MANAGED)
-        version = 99 if self.answer == "control_version" else LAYOUT
+        version = self.versions.get("control", 99 if self.answer == "control_version" else LAYOUT)
         struct.pack_into("<II16sQQI", m, 0, version, flags, self.boot, time.monotonic_ns(), self.epoch, len(self.uuids))
         for i, uuid in enumerate(self.uuids):
             struct.pack_into("<16sI", m, 0x40 + 32 * i, uuid, 3 + i)
@@ -287,7 +293,7 @@ class Agent:
         data = struct.pack(
             "<IHHIIIIQ",
             1 if how == "magic" else MAGIC,
-            99 if how == "version" else LAYOUT,
+            self.versions.get("answer", 99 if how == "version" else LAYOUT),
             size,
             code,
             levels,

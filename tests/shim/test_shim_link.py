@@ -1,10 +1,11 @@
 """Hello, and all that can go wrong with it: the state it leaves, the time it takes, a program that never notices."""
 
+import re
 import time
 from collections.abc import Callable
 
 import pytest
-from shim_kit import DEADLINE, IN_A_FRESH_CHILD, PREAMBLE, SYSTEM_PYTHON, Agent, Build
+from shim_kit import DEADLINE, IN_A_FRESH_CHILD, PREAMBLE, ROOT, SYSTEM_PYTHON, Agent, Build
 
 MEMORY, HELLO, OOM = 0, 3, 2
 
@@ -147,6 +148,31 @@ def test_a_usage_page_of_another_version_is_no_answer(agent: Agent) -> None:
     agent.do("version", level=0, version=99)
     agent.do("start")
     assert agent.python("out(alloc(1))") == [[OOM]]
+
+
+@pytest.mark.parametrize("what", ["answer", "control", "usage"])
+@pytest.mark.parametrize("ahead", [-2, -1, 0, 1, 2])
+def test_versions_that_do_not_know_each_other_refuse_and_say_so(agent: Agent, what: str, ahead: int) -> None:
+    """F16: an agent so many layouts older or newer; none of them is guessed at."""
+    layout = int(re.findall(r"#define FGPU_LAYOUT (\d+)", (ROOT / "bpf/fgpu.h").read_text())[0])
+    if what == "usage":
+        agent.do("version", level=0, version=layout + ahead)
+    else:
+        agent.do("set", versions={what: layout + ahead})
+    agent.do("start")
+    said, err = agent.run(SYSTEM_PYTHON, "-c", PREAMBLE + "out(alloc(1), info()[1])")
+    if ahead:
+        assert (said, err) == ("[2, 0]\n", "fgpu: the agent does not answer: device memory is refused\n")
+    else:
+        assert (said, err) == (f"[0, {(1 << 30) - 512}]\n", "")
+
+
+def test_pages_that_have_grown_at_their_end_are_read_as_before(agent: Agent) -> None:
+    """F16: a newer kernel side, of the same layout, says more."""
+    agent.do("grow")
+    agent.do("set", answer="longer")
+    agent.do("start")
+    assert agent.python("out(alloc(1), info()[1:], alloc(1 << 30))") == [[0, [(1 << 30) - 512, 1 << 30], OOM]]
 
 
 def test_a_newer_gatekeeper_may_say_more(agent: Agent) -> None:
