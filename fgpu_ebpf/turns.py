@@ -44,7 +44,7 @@ class Turns:
         self._here: dict[int, Place] = {}  # those that have processes
         self._running: dict[int, Place] = {}  # those that have a turn
         self._queue: dict[int, Place] = {}  # those that want one
-        self._users_changed = self._is_dry = False
+        self._users_changed, self._is_dry, self._stepped_ns = False, False, 0
 
     # -- what the slicer asks
 
@@ -95,7 +95,7 @@ class Turns:
 
     def step(self, news: Mapping[int, Seen], now_ns: int) -> set[int]:
         """What is new of these; answers the tenants whose gates are others now."""
-        waiting = (*self._queue.values(), *self._coming_back())
+        self._stepped_ns, waiting = now_ns, (*self._queue.values(), *self._coming_back())
         wanted = {device for place in waiting for device in place.seen.devices}
         for tenant, seen in news.items():
             place = self.places.get(tenant)
@@ -130,9 +130,8 @@ class Turns:
         due = NEVER_NS
         waiting = self._coming_back()
         for place in self._queue.values():
-            at_ns = place.ripe_ns()
-            if at_ns > now_ns:
-                due = min(due, at_ns)
+            if place.ripe_ns() > self._stepped_ns:  # and may be ripe by now, of which no step has been told
+                due = min(due, place.ripe_ns())
             else:
                 waiting.append(place)
         for place in self._running.values():

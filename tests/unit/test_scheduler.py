@@ -68,6 +68,17 @@ def test_rests_are_not_charged_however_they_fall_between_our_looks(work_us, peri
     assert counts.owned_ns == pytest.approx(tenant.done_ns, rel=0.01)
 
 
+def test_who_comes_to_be_ripe_between_a_step_and_what_follows_is_not_forgotten():
+    """Counts are published in between, say. Nobody rings for it: it was asleep until something else was due."""
+    it = World(Tenant(1, Share(limit_millionths=250_000))).run(1.0)
+    place = it.turns.places[1]
+    while place.turn or place.ripe_ns() < it.now + 5 * MS:
+        it.run(0.001)
+    ripe_ns = place.ripe_ns()
+    assert not it.turns.step({}, ripe_ns - US)
+    assert it.turns.due_ns(ripe_ns + MS) <= ripe_ns + 2 * MS
+
+
 def test_idle_time_is_no_credit_under_a_limit():
     tenant = Tenant(1, Share(limit_millionths=750_000), steps=Steps(60 * S, 1, 6 * S))
     World(tenant).run(5.0 + 2.0)
