@@ -90,9 +90,9 @@ def policy_half() -> None:
 
 def page_unannounced() -> None:
     """A new level has its page, and nobody knows that it is managed."""
-    from fgpu_ebpf.ledger import Ledger
+    from fgpu_ebpf.shelf import Shelf
 
-    after(Ledger, "_make_pages")
+    after(Shelf, "make")
 
 
 def charges_behind() -> None:
@@ -104,9 +104,9 @@ def charges_behind() -> None:
 
 def level_half_gone() -> None:
     """A level that is managed no longer has lost its limits and keeps its page."""
-    from fgpu_ebpf.ledger import Ledger
+    from fgpu_ebpf.shelf import Shelf
 
-    before(Ledger, "_forget_pages")
+    before(Shelf, "take_away")
 
 
 def state_unrenamed() -> None:
