@@ -12,7 +12,6 @@ import errno
 import functools
 import os
 import subprocess
-import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +68,6 @@ LIBRARY_FOLDERS = (
 
 File = tuple[int, int]  # (dev, ino), as /proc/PID/maps names it
 _ALL = (*SHIM, *REQUIRED, *OPTIONAL)
-_NTH = "+"  # bpffs allows no dot: of a program's links to one file, before the numbers of the second and later ones
 
 
 class ProbeError(Exception):
@@ -226,8 +224,7 @@ class Probes:
             there.setdefault((int(dev, 16), int(ino, 16)), set()).add(what)
         self._ledger.forget_files()
         for file, kinds in there.items():
-            programs = {kind.partition(_NTH)[0] for kind in kinds}
-            if any(programs == {*whole, "end"} for whole in (DRIVER_PROGRAMS, SHIM.values())):
+            if any(kinds == {*whole, "end"} for whole in (DRIVER_PROGRAMS, SHIM.values())):
                 self._ledger.enter_file(*file)
                 self._pinned[file] = {f"{self._name(file)}-{what}" for what in kinds - {"end"}}
             else:
@@ -264,7 +261,9 @@ class Probes:
             except FileNotFoundError as error:
                 raise ProbeError(f"{self._programs / program} is no longer pinned: restart the agent") from error
             except OSError as error:
-                raise ProbeError(f"this kernel's {event} does not tell a process's end: {error}") from error
+                raise ProbeError(
+                    f"this kernel's {event} does not tell a process's end (Linux >= 6.16 does): {error}"
+                ) from error
         for program, event in OPTIONAL_TRACEPOINTS.items():
             with contextlib.suppress(OSError):  # the slow look at the cgroups stands in
                 self._attach_tracepoint(program, event)
@@ -327,27 +326,21 @@ class Probes:
     def _link(
         self, target: Target, opens: str, program: str, places: Sequence[tuple[int, int]], at_return: bool = False
     ) -> None:
-        file = target.dev, target.ino
-        path = self._links / f"{self._name(file)}-{program}"
-        if target.pinned and path.exists():
-            self._pinned.setdefault(file, set()).update(there.name for there in self._links.glob(f"{path.name}*"))
-            return
+        path = self._links / f"{self._name((target.dev, target.ino))}-{program}"
+        if target.pinned:
+            self._pinned.setdefault((target.dev, target.ino), set()).add(path.name)
+            if path.exists():
+                return
         fd = bpf.pinned(self._programs / program)
         try:
-            links = bpf.attach_uprobes(fd, opens, places, at_return)
+            link = bpf.attach_uprobes(fd, opens, places, at_return)
         finally:
             os.close(fd)
-        self._held.setdefault(file, []).extend(links)
         if target.pinned:
-            self._pin(file, path, links)
-
-    def _pin(self, file: File, path: Path, links: Iterable[int]) -> None:
-        for n, link in enumerate(links):
-            place = path.with_name(f"{path.name}{_NTH}{n}") if n else path
-            bpf.pin(link, place)
-            self._pinned.setdefault(file, set()).add(place.name)
-            self._held[file].remove(link)
+            bpf.pin(link, path)
             os.close(link)
+        else:
+            self._held.setdefault((target.dev, target.ino), []).append(link)
 
     def drop_older(self) -> None:
         """Takes away the links of earlier programs; these ones see everything already."""
@@ -361,21 +354,11 @@ class Probes:
     def let_go(self, file: File) -> None:
         """Ends the probes of a file: they keep its mount busy."""
         self._pinned.pop(file, None)
-        if file in self._held:
-            _close_aside(self._held.pop(file))
+        for link in self._held.pop(file, ()):
+            os.close(link)
         remove_links(self._links.glob(f"{self._name(file)}-*"))
         self._ledger.forget_file(*file)
         self._known.discard(file)
-
-
-def _close_aside(links: Collection[int]) -> None:
-    """Where each place of a file has a link of its own, all of them take seconds to close."""
-
-    def close() -> None:
-        for link in links:
-            os.close(link)
-
-    threading.Thread(target=close, daemon=True).start()
 
 
 def _need(target: Target, wanted: Iterable[str], offsets: Mapping[str, int]) -> None:

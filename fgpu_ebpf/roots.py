@@ -8,7 +8,6 @@ failure: nothing is found; whoever maps a libcuda is known by its hello, or by N
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import struct
@@ -17,13 +16,11 @@ from collections.abc import Iterable, Iterator, Set
 from fgpu_ebpf import innerpath, procfs
 from fgpu_ebpf.probes import LIBRARY_FOLDERS, File, Target
 
-# Mount namespace, by its number that no other ever has, or by its inode, which another may come to have (Linux before
-# 6.11: whoever comes to have the same / as well is known by its hello alone); dev and ino of /.
-Root = tuple[int, int, int]
+Root = tuple[int, int, int]  # mount namespace, by its number that no other ever has; dev and ino of /
 NAMES = ("libcuda.so.1", "libcuda.so")
 FOLDERS = (*LIBRARY_FOLDERS, "usr/local/cuda/compat/lib")
 MOST_ROOTS = 4096
-_NS_GET_ID, _ID = 0x8008B705, struct.Struct("Q")  # Linux 6.11
+_NS_GET_ID = 0x8008B705  # Linux 6.11
 
 
 class Roots:
@@ -66,25 +63,16 @@ class Roots:
 
 
 def root_of(pid: int) -> Root | None:
-    """What a process has as its root. None: it is gone."""
+    """What a process has as its root. None: it is gone, or the kernel is too old to tell."""
     try:
         space = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            number = _number(space)
+            (number,) = struct.unpack("Q", fcntl.ioctl(space, _NS_GET_ID, bytes(8)))
         finally:
             os.close(space)
         return number, *_place(f"/proc/{pid}/root")
     except OSError:
         return None
-
-
-def _number(space: int) -> int:
-    try:
-        return int(_ID.unpack(fcntl.ioctl(space, _NS_GET_ID, bytes(8)))[0])
-    except OSError as error:
-        if error.errno not in (errno.ENOTTY, errno.EINVAL):
-            raise
-    return os.fstat(space).st_ino
 
 
 def _place(path: str) -> tuple[int, int]:

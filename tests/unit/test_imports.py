@@ -13,10 +13,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent.parent / "fgpu_ebpf"
 # Each module may import those of earlier rows alone.
 ORDER = (
-    {"mappings"},
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
-    | {"cgroupnames", "messages", "visitors"},
+    | {"cgroupnames", "messages"},
     {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares"}
     | {"crimessages", "kubeletmessages", "slots", "graces"}
     | {"events", "launch"},
