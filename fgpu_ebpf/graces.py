@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
 
 from fgpu_ebpf import bpf
 
@@ -20,6 +19,14 @@ _ID_BYTES = 4
 
 def _nothing() -> None:
     """Nobody wants to know that a change is over."""
+
+
+class _Change:
+    """One that is made, or failed, once it has ended. (concurrent.futures would bring logging into the gatekeeper.)"""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.error: Exception | None = None
 
 
 class Graces:
@@ -55,7 +62,7 @@ class Graces:
             thread.join()
 
     def _change(self, make: Callable[[], None], is_made: Callable[[], bool], over: Callable[[], object]) -> None:
-        change: Future[None] = Future()
+        change = _Change()
         self._room.acquire()
         thread = threading.Thread(target=self._make, args=(make, change, over), name="grace")
         self._held.add(thread)
@@ -64,18 +71,19 @@ class Graces:
         except RuntimeError:  # no more threads are allowed: then we are held
             self._held.discard(thread)
             self._make(make, change, over)
-        while not wait([change], LOOK_SECONDS).done and not is_made():
+        while not change.ended.wait(LOOK_SECONDS) and not is_made():
             pass
-        if change.done():
-            change.result()
+        if change.error:
+            raise change.error
 
-    def _make(self, make: Callable[[], None], change: Future[None], over: Callable[[], object]) -> None:
+    def _make(self, make: Callable[[], None], change: _Change, over: Callable[[], object]) -> None:
         try:
             make()
         except Exception as error:  # whoever asked is told
-            change.set_exception(error)
+            change.error = error
+            change.ended.set()
         else:
-            change.set_result(None)
+            change.ended.set()
             over()
         finally:
             self._held.discard(threading.current_thread())
