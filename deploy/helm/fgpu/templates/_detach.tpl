@@ -23,7 +23,7 @@ containers:
       capabilities:
         drop: [ALL]
         # As the agent's. The gatekeeper's process is root's too: that needs none.
-        add: [BPF, DAC_READ_SEARCH, PERFMON, SYS_ADMIN, SYS_PTRACE]
+        add: [DAC_READ_SEARCH, SYS_ADMIN, SYS_PTRACE]
     resources: {{- toYaml .Values.agent.resources | nindent 6 }}
     readinessProbe:
       exec: {command: ["sh", "-c", "test ! -e /run/fgpu && test ! -e /sys/fs/bpf/fgpu"]}
