@@ -55,8 +55,11 @@ class Ledger:
     def page_missing(self, cgroup: int) -> bool:
         return cgroup not in self._limits
 
-    def set_limits(self, levels: Any) -> None:
+    def set_limits(self, levels: Any, over: Any = None) -> None:
         self._limits |= {level.cgroup for level in levels}
+
+    def processes_so_far(self) -> int:
+        return 0
 
     def remove(self, cgroups: Any) -> None:
         self._limits -= set(cgroups)
