@@ -34,7 +34,7 @@ def test_many_scrapes_at_once_are_whole_or_hung_up_on(service: Service, scale) -
     """Eight at a time, and as many threads; the agent goes on beside them, and beside who asks for nothing."""
     before, number = threads(service), scale(50, 200, 1000)
     socks = [socket.create_connection((HOST, int(PORT)), timeout=20) for _ in range(number)]
-    eventually(lambda: threads(service) == before + MOST, 5, "threads of those who say nothing")
+    eventually(lambda: threads(service) >= before + MOST, 20, "threads of those who say nothing")
     assert ask(verb="ping")["pid"] == service.agent.pid  # type: ignore[union-attr]
     assert threads(service) <= before + MOST
     for sock in socks:
