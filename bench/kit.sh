@@ -5,8 +5,8 @@
 #   bench/kit.sh unpack FOLDER    there, as root, in this tree, with gcc and a Python of $PYTHON_VERSION (3.12): builds a
 #                                 copy of the tree in /tmp/fgpu and writes /tmp/fgpu/env, to be sourced before a benchmark
 #
-# Nothing of the host is replaced: packages are unpacked below /tmp. Its interpreter and its linker learn of BCC there: the
-# agent's loader looks into no environment.
+# Nothing of the host is replaced: packages are unpacked below /tmp. Its interpreter and its linker learn of them there:
+# the agent's loader and its gatekeeper look into no environment.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -50,7 +50,7 @@ bcc() { # bcc DEBS: the shared objects that BCC needs, none of libc's
         find /tmp/fgpu/bcc -name "lib$name*.so*" -exec ln -sf -t /tmp/fgpu/lib {} +
     done
     site=$(/usr/bin/python3 -Ic 'import os, site; print(next(d for d in site.getsitepackages() if os.path.isdir(d)))')
-    echo /tmp/fgpu/bcc/usr/lib/python3/dist-packages >"$site/fgpu-bcc.pth"
+    printf '%s\n' /tmp/fgpu/tree /tmp/fgpu/site /tmp/fgpu/bcc/usr/lib/python3/dist-packages >"$site/fgpu.pth"
     echo /tmp/fgpu/lib >/etc/ld.so.conf.d/zz-fgpu-bcc.conf
     ldconfig
     /usr/bin/python3 -I -W ignore -c 'import bcc; bcc.BPF' || { echo "kit.sh: /usr/bin/python3 sees no BCC" >&2 && exit 1; }
