@@ -130,8 +130,9 @@ class Turns:
         due = NEVER_NS
         waiting = self._coming_back()
         for place in self._queue.values():
-            if place.ripe_ns() > self._stepped_ns:  # and may be ripe by now, of which no step has been told
-                due = min(due, place.ripe_ns())
+            at_ns = place.ripe_ns()
+            if at_ns > self._stepped_ns:  # and may be ripe by now, of which no step has been told
+                due = min(due, at_ns)
             else:
                 waiting.append(place)
         for place in self._running.values():
