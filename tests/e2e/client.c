@@ -409,26 +409,9 @@ static _Noreturn void be_child(uint64_t bytes, bool leaderless, int report)
     for (;;) pause();
 }
 
-/* brood N BYTES: N children hold BYTES each until they are killed; in every other one the first thread is gone. */
-static void do_brood(const uint64_t *n)
+static _Noreturn void be_busy(uint64_t bytes, bool odd, int report)
 {
-    int ends[2];
-    uint64_t good = 0;
-    char byte;
-    if (context || pipe(ends)) {
-        answer("a brood comes before any context");
-        return;
-    }
-    for (uint64_t i = 0; i < n[0]; i++)
-        if (fork() == 0) be_child(n[1], i & 1, ends[1]);
-    for (uint64_t i = 0; i < n[0] && read(ends[0], &byte, 1) == 1; i++) good += byte == 1;
-    close(ends[0]);
-    close(ends[1]);
-    answer("ok %" PRIu64, good);
-}
-
-static _Noreturn void be_busy(uint64_t bytes, int report)
-{
+    (void)odd;
     CUdeviceptr at;
     char good = need_context() == CUDA_SUCCESS;
     if (write(report, &good, 1) != 1) _exit(1);
@@ -436,8 +419,8 @@ static _Noreturn void be_busy(uint64_t bytes, int report)
         if (!cu.cuMemAlloc_v2(&at, bytes)) cu.cuMemFree_v2(at);
 }
 
-/* bustle N BYTES: N children take and free BYTES without a pause until they are killed. */
-static void do_bustle(const uint64_t *n)
+/* N children, which are what `be` makes of them, with how many took what they wanted. */
+static void bear(const uint64_t *n, void (*be)(uint64_t bytes, bool odd, int report))
 {
     int ends[2];
     uint64_t good = 0;
@@ -447,12 +430,18 @@ static void do_bustle(const uint64_t *n)
         return;
     }
     for (uint64_t i = 0; i < n[0]; i++)
-        if (fork() == 0) be_busy(n[1], ends[1]);
+        if (fork() == 0) be(n[1], i & 1, ends[1]);
     for (uint64_t i = 0; i < n[0] && read(ends[0], &byte, 1) == 1; i++) good += byte == 1;
     close(ends[0]);
     close(ends[1]);
     answer("ok %" PRIu64, good);
 }
+
+/* brood N BYTES: N children hold BYTES each until they are killed; in every other one the first thread is gone. */
+static void do_brood(const uint64_t *n) { bear(n, be_child); }
+
+/* bustle N BYTES: N children take and free BYTES without a pause until they are killed. */
+static void do_bustle(const uint64_t *n) { bear(n, be_busy); }
 
 /* reap: buries every child that has ended. */
 static void do_reap(const uint64_t *n)
