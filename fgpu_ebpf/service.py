@@ -105,6 +105,7 @@ def serve(options: Options) -> None:
     for check in host_checks():
         if not check.ok and check.name not in options.skipped:
             raise AgentError(f"{check.found}: {check.mend}")
+    workloads.make_run_folder()  # the agent gives up what that takes
     service = Agent(settings(options))
     service.mark("imported")
     _handle_signals(service)

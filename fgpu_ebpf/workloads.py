@@ -98,7 +98,10 @@ class Workloads:
         if name and not _NAME.fullmatch(name):
             raise TargetError(f"{name!r} is no name: letters, digits, '.', '_' and '-', at most 101")
         parent = self.root / RUN_FOLDER
-        parent.mkdir(exist_ok=True)
+        try:
+            parent.mkdir(exist_ok=True)
+        except PermissionError as error:
+            raise TargetError(f"{parent} is gone: restart the agent, which makes it when it starts") from error
         for number in range(1, 100_000):
             folder = parent / (name or f"run-{number}")
             try:
@@ -119,6 +122,17 @@ class Workloads:
         except OSError:
             return False
         return True
+
+
+def make_run_folder() -> None:
+    """The folder of `fgpu run`, while we may: nobody may write the hierarchy's root, root overrides that.
+
+    Where the hierarchy is read-only there is no `fgpu run`.
+    """
+    root = procfs.cgroup2_root()
+    if root:
+        with contextlib.suppress(OSError):
+            (root / RUN_FOLDER).mkdir(exist_ok=True)
 
 
 def checks() -> list[Check]:

@@ -180,6 +180,19 @@ def test_started_as_root_both_keep_just_these(service: Service, unharmed: None) 
     assert_has_just(second, GATEKEEPER)
 
 
+def test_the_first_tenant_of_a_host_that_never_had_one(service: Service, unharmed: None) -> None:
+    end_agent(service)
+    folder = cgroup_root() / "fgpu"
+    for left in [*filter(Path.is_dir, folder.glob("*")), folder]:
+        if left.exists():
+            left.rmdir()
+    service.start_agent()
+    assert service.agent
+    assert_has_just(service.agent.pid, AGENT)
+    assert fgpu("run", "--memory", "1GiB", "echo", "began").stdout == "began\n"
+    assert fgpu("run", "--memory", "1GiB", "echo", "again").stdout == "again\n"
+
+
 @pytest.mark.slow
 def test_nothing_else_is_needed(service: Service, nobodys: Nobodys) -> None:
     service.detach()  # so that the loader runs too
