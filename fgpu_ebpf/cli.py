@@ -123,6 +123,9 @@ def detach() -> None:
     """Open everything, take away what was pinned and set up, end the agent."""
     try:
         control.call(RUN_DIR, {"verb": "detach"})
+        from fgpu_ebpf import workloads
+
+        workloads.remove_run_folder()
     except ConnectionError:
         from fgpu_ebpf import service
 

@@ -15,8 +15,9 @@ import pytest
 UNITS = ("fgpu-agent.service", "fgpu-gatekeeper.service")
 AGENT, GATEKEEPER = UNITS
 # linux/capability.h
-CAPABILITIES = {"CHOWN": 0, "DAC_READ_SEARCH": 2, "SYS_PTRACE": 19, "SYS_ADMIN": 21}
-ALLOWED = {GATEKEEPER: {"DAC_READ_SEARCH", "SYS_PTRACE", "SYS_ADMIN"}, AGENT: set(CAPABILITIES)}
+CAPABILITIES = {"CHOWN": 0, "DAC_OVERRIDE": 1, "DAC_READ_SEARCH": 2, "SYS_PTRACE": 19, "SYS_ADMIN": 21}
+TO_START = {GATEKEEPER: {"DAC_READ_SEARCH", "SYS_PTRACE", "SYS_ADMIN"}, AGENT: set(CAPABILITIES)}
+KEPT = {unit: names - {"DAC_OVERRIDE"} for unit, names in TO_START.items()}
 FITS = kit.GIB - kit.CONTEXT
 
 
@@ -102,8 +103,8 @@ def test_start_enforces_confined(running: host_kit.Host) -> None:
     for unit in UNITS:
         status = running.run("cat", f"/proc/{pid(running, unit)}/status").stdout
         facts = dict(re.findall(r"^(\w+):\s*(.*)$", status, re.MULTILINE))
-        bits = int(facts["CapBnd"], 16)
-        assert bits == sum(1 << CAPABILITIES[name] for name in ALLOWED[unit]), unit
+        for field, names in (("CapBnd", TO_START[unit]), ("CapPrm", KEPT[unit])):
+            assert int(facts[field], 16) == sum(1 << CAPABILITIES[name] for name in names), (unit, field)
         assert (facts["NoNewPrivs"], facts["Seccomp"]) == ("1", "2")
     assert "another gatekeeper" not in running.run("journalctl", "--unit", AGENT).stdout  # the unit's is enough
 
