@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/e2e"))
@@ -132,32 +132,27 @@ class Soak:
     def busy(self) -> None:
         """A program allocates and frees without pause, from now on."""
         if client := self._client():
-            client.send(f"ask {GRANULE} 0")
             self._busy.append(client)
+            with self._speaking("busy", client):
+                client.send(f"ask {GRANULE} 0")
 
     def calm(self) -> None:
         """One of those does so no more."""
         if not self._busy:
             return
         client = self._busy.pop(self.random.randrange(len(self._busy)))
-        client.send("info")  # any word ends it, and is answered next
-        try:
+        with self._speaking("calm", client):
+            client.send("info")  # any word ends it, and is answered next
             if (said := client.receive(60)) != REFUSED:  # a context, and so everything
                 self.wrong["busy"] += client.numbers(said, "ask")[2]
             client.receive(60)
-        except AssertionError as why:
-            self.wrong["silent"] += 1
-            print(f"# busy: {why}", flush=True)
-            client.kill()
-            self._lose(client)
 
     def kill(self) -> None:
         """kill -9 of a program, whatever it holds or does."""
         clients = [client for mine in self.tenants.values() for client in mine]
         if clients:
             client = self.random.choice(clients)
-            client.kill()
-            self._lose(client)
+            self._end(client)
 
     def train(self) -> None:
         """A training begins in a tenant."""
@@ -172,26 +167,21 @@ class Soak:
         """A training is asked how it goes on."""
         if self.jobs:
             job = self.random.choice(self.jobs)
-            try:
+            with self._speaking("job", job):
                 steps, refused = job.go_on()
-            except AssertionError as why:
-                self.wrong["silent"] += 1
-                print(f"# job: {why}", flush=True)
-                self._end_job(job)
-            else:
                 self.done["job_steps"] += steps
                 self.done["job_refused"] += refused
 
     def kill_job(self) -> None:
         """kill -9 of a training, in the middle of whatever it does."""
         if self.jobs:
-            self._end_job(self.random.choice(self.jobs))
+            self._end(self.random.choice(self.jobs))
 
     def leave(self) -> None:
         """A tenant goes with all its programs."""
         if tenant := self._tenant():
             for job in [job for job in self.jobs if job.tenant is tenant]:
-                self._end_job(job)
+                self._end(job)
             self._busy = [client for client in self._busy if client.tenant is not tenant]
             tenant.place.tenants.remove(tenant)
             del self.tenants[tenant], self.limits[tenant]
@@ -248,7 +238,7 @@ class Soak:
     def close(self) -> None:
         """All tenants go; what the ledger has of processes then is wrong."""
         for job in list(self.jobs):
-            self._end_job(job)
+            self._end(job)
         for place in self.places:
             place.close()
         (self.service.policies / f"soak-{self._policies}.yaml").unlink(missing_ok=True)
@@ -276,29 +266,30 @@ class Soak:
         self._said(client, "context", also=(REFUSED,))
 
     def _said(self, client: Client, command: str, also: tuple[str, ...] = ()) -> None:
-        try:
+        with self._speaking(command, client):
             said = client.do(command)
+            if said.split()[0] != "ok" and said not in also:
+                self.wrong["answers"] += 1
+                print(f"# {command}: {said}", flush=True)
+            self.done["refused"] += said == REFUSED
+
+    @contextlib.contextmanager
+    def _speaking(self, what: str, client: Client) -> Iterator[None]:
+        """A program that says nothing, or has ended by itself, is wrong; and nobody speaks to it any more."""
+        try:
+            yield
         except AssertionError as why:
             self.wrong["silent"] += 1
-            print(f"# {command}: {why}", flush=True)
+            print(f"# {what}: {why}", flush=True)
+            self._end(client)
+
+    def _end(self, client: Client) -> None:
+        """kill -9; whoever ended before without being told to is wrong."""
+        try:
             client.kill()
-            self._lose(client)
-            return
-        if said.split()[0] != "ok" and said not in also:
-            self.wrong["answers"] += 1
-            print(f"# {command}: {said}", flush=True)
-        self.done["refused"] += said == REFUSED
-
-    def _end_job(self, job: Job) -> None:
-        self.jobs.remove(job)
-        with contextlib.suppress(ProcessLookupError):
-            job.kill()
-        job.close()
-
-    def _lose(self, client: Client) -> None:
-        if client in self._busy:
-            self._busy.remove(client)
-        for clients in self.tenants.values():
+        except ProcessLookupError:
+            self.wrong["ended"] += 1
+        for clients in (self._busy, self.jobs, *self.tenants.values()):
             if client in clients:
                 clients.remove(client)
         client.close()

@@ -1,5 +1,6 @@
 """A training that takes memory as it likes until it is killed: says "ready PID", then answers every line of stdin with
-"ok STEPS REFUSED", of all its steps those that torch ended with its own out-of-memory. It knows nothing of fgpu.
+"ok STEPS REFUSED", of all its steps those that found no memory, in torch or below it. Anything else that torch raises it
+says, "failed WHY", and ends. It knows nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 
 MIB = 1 << 20
 BATCHES = (32, 128, 512)
+# What is no OutOfMemoryError but the same: of the driver (a context, a kernel's code), and of cuBLAS (its workspace).
+NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 
 
 def main() -> None:
@@ -35,7 +38,10 @@ def main() -> None:
                 torch.cuda.empty_cache()
             torch.cuda.synchronize()
             steps += 1
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not any(words in str(error) for words in NO_MEMORY):
+                print(f"failed {type(error).__name__}: {' '.join(str(error).split())}", flush=True)
+                raise
             refused += 1
             torch.cuda.empty_cache()
         if select.select([sys.stdin], [], [], 0)[0]:

@@ -301,7 +301,10 @@ class Program:
 
     def send(self, line: str) -> None:
         """One line to its stdin."""
-        os.write(self._in, line.encode() + b"\n")
+        try:
+            os.write(self._in, line.encode() + b"\n")
+        except BrokenPipeError as error:
+            raise AssertionError(f"it has ended: {line} is read by nobody, {self._left!r}") from error
 
     def receive(self, seconds: float = 20) -> str:
         """One line of its stdout."""
