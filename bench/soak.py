@@ -55,14 +55,15 @@ class Job(Client):
     def __init__(self, tenant: Tenant, number: int) -> None:
         job = Path(__file__).with_name("torch_job.py")
         Program.__init__(self, tenant, f"job{number}", f"{TORCH} {job}")
-        self.steps = self.refused = 0
+        self._before = [0, 0, 0]
         self._hello()
 
-    def go_on(self) -> tuple[int, int]:
-        """The steps that it has done since it was last asked, and those that it was refused."""
-        before = (self.steps, self.refused)
-        self.steps, self.refused = self.ok("how")
-        return self.steps - before[0], self.refused - before[1]
+    def go_on(self) -> list[int]:
+        """Since it was last asked: steps done, steps without memory, steps that failed otherwise."""
+        now = self.ok("how")
+        since = [n - before for n, before in zip(now, self._before, strict=True)]
+        self._before = now
+        return since
 
 
 class Soak:
@@ -168,9 +169,11 @@ class Soak:
         if self.jobs:
             job = self.random.choice(self.jobs)
             with self._speaking("job", job):
-                steps, refused = job.go_on()
+                steps, refused, failed = job.go_on()
                 self.done["job_steps"] += steps
                 self.done["job_refused"] += refused
+                self.wrong["job_failed"] += failed
+                assert not failed, "a training failed, and not for memory"
 
     def kill_job(self) -> None:
         """kill -9 of a training, in the middle of whatever it does."""
@@ -280,7 +283,7 @@ class Soak:
             yield
         except AssertionError as why:
             self.wrong["silent"] += 1
-            print(f"# {what}: {why}", flush=True)
+            print(f"# {what}: {why}\n{client.complaints()[-2000:]}", flush=True)
             self._end(client)
 
     def _end(self, client: Client) -> None:

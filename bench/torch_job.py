@@ -1,6 +1,6 @@
 """A training that takes memory as it likes until it is killed: says "ready PID", then answers every line of stdin with
-"ok STEPS REFUSED", of all its steps those that found no memory, in torch or below it. Anything else that torch raises it
-says, "failed WHY", and ends. It knows nothing of fgpu.
+"ok STEPS REFUSED FAILED": of all its steps those that found no memory, in torch or below it, and those that torch ended
+with anything else, whose tracebacks are on stderr. It goes on after both, and knows nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import random
 import select
 import sys
+import traceback
 
 import torch
 
@@ -21,7 +22,7 @@ NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_I
 def main() -> None:
     """Trains, and takes up to 3 GiB more for a moment, now and then."""
     print(f"ready {os.getpid()}", flush=True)
-    steps = refused = 0
+    steps = refused = failed = 0
     model = optimizer = None
     while True:
         try:
@@ -40,14 +41,15 @@ def main() -> None:
             steps += 1
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not any(words in str(error) for words in NO_MEMORY):
-                print(f"failed {type(error).__name__}: {' '.join(str(error).split())}", flush=True)
-                raise
-            refused += 1
+                failed += 1
+                traceback.print_exc()
+            else:
+                refused += 1
             torch.cuda.empty_cache()
         if select.select([sys.stdin], [], [], 0)[0]:
             if not sys.stdin.readline():
                 return
-            print(f"ok {steps} {refused}", flush=True)
+            print(f"ok {steps} {refused} {failed}", flush=True)
 
 
 if __name__ == "__main__":

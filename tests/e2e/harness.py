@@ -292,6 +292,7 @@ class Program:
     def __init__(self, tenant: Tenant, name: str, command: str) -> None:
         self.tenant = tenant
         self._left = b""
+        self._errors = tenant.folder / f"{name}.err"
         ends = [tenant.folder / f"{name}.in", tenant.folder / f"{name}.out"]
         for end in ends:
             os.mkfifo(end, 0o666)
@@ -304,14 +305,14 @@ class Program:
         try:
             os.write(self._in, line.encode() + b"\n")
         except BrokenPipeError as error:
-            raise AssertionError(f"it has ended: {line} is read by nobody, {self._left!r}") from error
+            raise AssertionError(f"it has ended, nobody reads {line!r}: {self.complaints()}") from error
 
     def receive(self, seconds: float = 20) -> str:
         """One line of its stdout."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._left:
             if not self._more(deadline - time.monotonic()):
-                raise AssertionError(f"it ended, or said nothing within {seconds} s: {self._left!r}")
+                raise AssertionError(f"it ended, or said nothing within {seconds} s: {self._left!r}{self.complaints()}")
         line, self._left = self._left.split(b"\n", 1)
         return line.decode()
 
@@ -336,6 +337,10 @@ class Program:
             pass
         assert time.monotonic() < deadline, f"it did not end within {seconds} s: {self._left!r}"
         return self._left.decode()
+
+    def complaints(self) -> str:
+        """What it has said on stderr."""
+        return self._errors.read_text(errors="replace") if self._errors.exists() else ""
 
     def close(self) -> None:
         """Lets go of both pipes; a program that reads stdin ends."""
