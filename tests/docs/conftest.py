@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import engine_kit
@@ -23,10 +23,20 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Fresh(harness.Service):
+    """As a package leaves a host: `/etc/fgpu/policy.d` is not there yet."""
+
+    def __init__(self, work: Path, asked: Sequence[str]) -> None:
+        super().__init__(work, asked)
+        self.policies.rmdir()
+        self.policies = work / "etc/policy.d"
+        self.policies.parent.mkdir()
+
+
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
     """The simulated driver (16 GiB, one device) and the agent."""
-    with harness.Service.running(tmp_path_factory.mktemp("service"), "docker") as service:
+    with Fresh.running(tmp_path_factory.mktemp("service"), "docker") as service:
         yield service
 
 

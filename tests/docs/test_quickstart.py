@@ -2,6 +2,7 @@
 
 What cannot be done here is left out, and has a test of its own: the demo (`test_demo_holds`), packages and systemd
 (`tests/packages`). Replaced is NVIDIA's part of `docker run --gpus`, and where Docker of the tests has its settings.
+Whoever types is in no group yet: what is root's wants `sudo`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ ABSENT = ("./dev demo", "./dev package", "apt-get", "systemctl enable")
 ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 BLOCK = re.compile(r'^```(?:yaml title="(.+?)"\n(.*?)|console\n(.*?))^```', re.MULTILINE | re.DOTALL)
 # Commands of this host that are found first; each is a shell's.
-SUDO = 'exec "$@"'
+SUDO = 'BY_SUDO=yes; export BY_SUDO; exec "$@"'
+ASKS = '[ "${BY_SUDO:-}" ] || { echo "$0: root alone may, or a group that nobody is in yet" >&2; exit 1; }'
 SYSTEMCTL = '[ "$*" = "reload docker" ] && kill -HUP "$(cat {pid})"'
 # The settings are not where Docker has them as a rule, and tenants' cgroups are where the agent sees them.
 FGPU = """
@@ -76,10 +78,10 @@ def words(docker: engine_kit.Engine, service: harness.Service, tmp_path: Path) -
         ),
     }
     for name, text in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}")
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text if name == 'sudo' else ASKS + chr(10) + text}")
         (tmp_path / name).chmod(0o755)
-    etc = 'mkdir -p /etc/fgpu/policy.d && mount --bind "$0" /etc/fgpu/policy.d'
-    subprocess.run([*docker.cave.prefix, "sh", "-c", etc, service.policies], check=True, timeout=10)
+    etc = 'mkdir -p /etc/fgpu && mount --bind "$0" /etc/fgpu'
+    subprocess.run([*docker.cave.prefix, "sh", "-c", etc, service.policies.parent], check=True, timeout=10)
     environment = {**harness.ENVIRONMENT, "PATH": f"{tmp_path}:{harness.ENVIRONMENT['PATH']}"}
     given = [f"{key}={value}" for key, value in environment.items()]
     return [*docker.cave.prefix, "env", f"--chdir={harness.ROOT}", *given, "bash", "-c"]
@@ -99,7 +101,7 @@ def test_every_command_prints_what_the_page_shows(words: list[str], service: har
             continue
         said = typed(words, command)
         assert doctest.OutputChecker().check_output(shown, said, ALIKE), f"$ {command}\n{said}\nThe page has:\n{shown}"
-        if "policy.d" in command:
+        if "policy.d/" in command:
             harness.eventually(lambda: harness.ask(verb="snapshot")["policies"]["count"], 10, "the page's policy")
         done += 1
     assert done >= 11, "the page has lost its commands"
