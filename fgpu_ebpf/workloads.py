@@ -136,7 +136,7 @@ def make_run_folder() -> None:
 
 
 def remove_run_folder() -> None:
-    """Takes the folder of `fgpu run` away, unless somebody is left in it; whoever made it must do it, not the agent."""
+    """Takes the folder of `fgpu run` away, unless somebody is in it, or we may not: an agent that has started."""
     root = procfs.cgroup2_root()
     if root:
         with contextlib.suppress(OSError):
