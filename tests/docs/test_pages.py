@@ -7,11 +7,17 @@ import re
 from collections.abc import Iterator
 
 import pytest
+import references
 from harness import ROOT
 
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "fgpu_ebpf"
-PAGES = sorted(DOCS.rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+TEST = re.compile(r"^def (test_\w+)", re.MULTILINE)
+SELECTS = re.compile(r'\./dev test (\w+)(?: -s)? -k ("[^"]+"|\w+)')
+# In a line of its own that is indented or has a prompt, or in a text.
+TYPED = re.compile(r"(?:`|^ {4}(?:\$ )?|^\$ )(?:sudo )?fgpu ([a-z][^`|#&\n]*)", re.MULTILINE)
+OPTIONS = {words: {name for p in command.params for name in p.opts} for words, command in references.commands()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
@@ -29,6 +35,33 @@ def test_every_promise_has_tests() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_what_a_page_selects_is_there(page) -> None:
+    """Each word of `./dev test SUITE -k WORDS` is in the name of a test or of its file."""
+    for suite, words in SELECTS.findall(page.read_text()):
+        folder = ROOT / "tests" / ("" if suite == "full" else suite)
+        files = {path: path.read_text() for path in folder.rglob("test_*.py")}
+        named = [f"{path.stem} {name}" for path, text in files.items() for name in TEST.findall(text)]
+        for word in set(re.findall(r"\w+", words)) - {"and", "or", "not"}:
+            assert any(word in name for name in named), f"-k {words}: {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_metrics_that_a_page_names_are_there(page) -> None:
+    named = set(re.findall(r"`(fgpu_[a-z_]*[a-z])[`{]", page.read_text())) - {"fgpu_ebpf", "fgpu_admit"}
+    assert named - {references.exposed(family) for family in references.families()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_commands_and_options_that_a_page_types_are_there(page) -> None:
+    for said in TYPED.findall(page.read_text()):
+        words = ["fgpu", *said.split(" -- ")[0].split()]
+        command = next((known for n in (3, 2) if (known := " ".join(words[:n])) in OPTIONS), "")
+        assert command, f"no command: fgpu {said}"
+        for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
+            assert option in OPTIONS[command], f"{command} has no {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_a_page_has_one_title(page) -> None:
     text = re.sub(r"^(```|~~~).*?^\1", "", page.read_text(), flags=re.M | re.S)
     assert len(re.findall(r"^# ", text, re.M)) == 1
@@ -41,7 +74,7 @@ def test_what_a_page_calls_is_there(page) -> None:
     for name in re.findall(r"`\./dev bench (\w+)", text):
         assert (ROOT / f"bench/{name}.py").exists(), name
     for path in re.findall(r"`((?:bench|tests|deploy|dashboards|examples)/[\w./-]+)`", text):
-        assert (ROOT / path).exists(), path
+        assert any(ROOT.glob(path.replace("NAME", "*"))), path
 
 
 def test_what_is_said_of_others_says_where_they_say_it() -> None:
