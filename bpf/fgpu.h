@@ -231,7 +231,7 @@ struct fgpu_process {
     __u64 turn;       /* moves so far: its last bit is the side that is charged */
     __u64 moved_ns;   /* when the last of them was */
     __u32 level_count;
-    __u32 flags; /* FGPU_SEEN_SHIM, FGPU_SEEN_BYPASS */
+    __u32 flags; /* FGPU_SEEN_SHIM and its kin */
     __u32 last_device;
     __u32 spare;
     struct fgpu_level sides[FGPU_BOTH_LEVELS]; /* `levels` of this move and of the one before */

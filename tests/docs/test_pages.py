@@ -77,6 +77,15 @@ def test_what_a_page_calls_is_there(page) -> None:
         assert any(ROOT.glob(path.replace("NAME", "*"))), path
 
 
+@pytest.mark.parametrize(
+    ("page", "label"),
+    [("runbooks", ("fgpu_bypassing_processes", "how")), ("containers", ("fgpu_shimless_processes", "reason"))],
+)
+def test_every_value_of_a_label_is_explained(page, label) -> None:
+    rows = [line.split("|")[1] for line in (DOCS / f"{page}.md").read_text().splitlines() if line.startswith("| `")]
+    assert {f"`{value}`" for value in references.VALUES[label]} - set(re.findall(r"`\w+`", " ".join(rows))) == set()
+
+
 def test_what_is_said_of_others_says_where_they_say_it() -> None:
     text = (DOCS / "comparison.md").read_text()
     rows = re.findall(r"^\| (?!\*\*fgpu)(\w.*?) \|(.*)\|$", text, re.MULTILINE)
