@@ -1,8 +1,8 @@
 """What containers get from this host: the shim's list, `fgpu-oci` and the CDI specifications.
 
-Owns: RUN/containers (what `fgpu-oci` reads), RUN/container.preload, the published helper, and which CDI files are
-ours. Never: touches an engine's own settings (`enginesetup` does, when told to). On failure: OSError; a container that
-starts meanwhile has what was there before.
+Owns: RUN/containers (what `fgpu-oci` reads), RUN/container.preload, how long a list of RUN/preload.d stays, the
+published helper, and which CDI files are ours. Never: touches an engine's own settings (`enginesetup` does, when told
+to). On failure: OSError; a container that starts meanwhile has what was there before.
 """
 
 from __future__ import annotations
