@@ -68,9 +68,21 @@ mount --move "$1/root" "$4"
 """
 
 
-def policies() -> int:
-    """How many are in force."""
-    return int(harness.ask(verb="snapshot")["policies"]["count"])
+@contextlib.contextmanager
+def policy(service: harness.Service, file: str, text: str) -> Iterator[None]:
+    """One policy more, in force as long as this lasts."""
+
+    def in_force() -> int:
+        return int(harness.ask(verb="snapshot")["policies"]["count"])
+
+    path, others = service.policies / file, in_force()
+    path.write_text(text)
+    try:
+        harness.eventually(lambda: in_force() == others + 1, 10, f"{file} in force")
+        yield
+    finally:
+        path.unlink()
+        harness.eventually(lambda: in_force() == others, 10, f"{file} in force no more")
 
 
 def unpacked() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,18 +47,10 @@ class SetUp(Containerd):
 @pytest.fixture
 def containerd(service: harness.Service, unharmed: None, tmp_path: Path) -> Iterator[SetUp]:
     """containerd, and a policy for its pods."""
-    policy = service.policies / "pods.yaml"
-    policy.write_text(POLICY)
-    harness.eventually(lambda: harness.ask(verb="snapshot")["policies"]["count"] == 1, 5, "the policy")
-    cave = kit.Cave(tmp_path, service.cdi)
-    try:
+    with kit.policy(service, "pods.yaml", POLICY), contextlib.closing(kit.Cave(tmp_path, service.cdi)) as cave:
         place = SetUp(tmp_path, service, cave)
         yield place
         place.close()
-    finally:
-        cave.close()
-        policy.unlink()
-        harness.eventually(lambda: harness.ask(verb="snapshot")["policies"]["count"] == 0, 5, "no policy")
 
 
 def test_pods_have_the_shim_with_no_flag_at_all(containerd: SetUp) -> None:

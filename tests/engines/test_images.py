@@ -153,18 +153,13 @@ def test_without_an_agent_its_programs_keep_its_limit_together(built: kit.Engine
 @pytest.fixture(scope="module")
 def managed(built: kit.Engine, service: harness.Service) -> Iterator[kit.Engine]:
     """The engine as `fgpu setup` leaves it; the agent asks it for labels; a policy leaves the limit to images."""
-    path = service.policies / "10-images.yaml"  # before those of other tests
-    others = kit.policies()
-    path.write_text(POLICY.format(group=built.group))
-    harness.eventually(lambda: kit.policies() == others + 1, 5, "the policy")
-    built.setup()
-    built.apply()
-    with answering(built, service):
-        yield built
-    built.setup("--undo")
-    built.apply()
-    path.unlink()
-    harness.eventually(lambda: kit.policies() == others, 5, "no policy")
+    with kit.policy(service, "10-images.yaml", POLICY.format(group=built.group)):  # before those of other tests
+        built.setup()
+        built.apply()
+        with answering(built, service):
+            yield built
+        built.setup("--undo")
+        built.apply()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,21 +26,12 @@ spec:
 def anna(service: harness.Service, image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Rootless]:
     """A user with an engine, and a policy for her slice."""
     work = tmp_path_factory.mktemp("rootless")
-    policy, others = service.policies / "anna.yaml", kit.policies()
-    policy.write_text(POLICY)
-    cave = kit.Cave(work, service.cdi)
-    try:
-        found = kit.Rootless(cave, work)
-        try:
-            found.load(image, "plain")
-            harness.eventually(lambda: kit.policies() == others + 1, 5, "the policy")
-            yield found
-        finally:
-            found.close()
-    finally:
-        cave.close()
-        policy.unlink()
-        harness.eventually(lambda: kit.policies() == others, 5, "no policy")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kit.policy(service, "anna.yaml", POLICY))
+        cave = stack.enter_context(contextlib.closing(kit.Cave(work, service.cdi)))
+        found = stack.enter_context(contextlib.closing(kit.Rootless(cave, work)))
+        found.load(image, "plain")
+        yield found
 
 
 @pytest.fixture

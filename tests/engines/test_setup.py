@@ -31,14 +31,10 @@ spec:
 @pytest.fixture(scope="package")
 def set_up(engine: kit.Engine, service: harness.Service) -> Iterator[kit.Engine]:
     """An engine set up as `fgpu setup` does, with a policy for its containers."""
-    path = service.policies / "engine.yaml"
-    path.write_text(POLICY.format(group=engine.group))
-    harness.eventually(lambda: harness.ask(verb="snapshot")["policies"]["count"] == 1, 5, "the policy")
-    engine.setup()
-    engine.apply()
-    yield engine
-    path.unlink()
-    harness.eventually(lambda: harness.ask(verb="snapshot")["policies"]["count"] == 0, 5, "no policy")
+    with kit.policy(service, "engine.yaml", POLICY.format(group=engine.group)):
+        engine.setup()
+        engine.apply()
+        yield engine
 
 
 @pytest.fixture
@@ -119,14 +115,8 @@ spec:
 def labelled(ready: kit.Podman, service: harness.Service, image: Path) -> Iterator[kit.Podman]:
     """Podman's socket, where the agent looks for it, a policy by label, and an image with labels of its own."""
     ready.load(image, "asks", {"tier": "notebook", "fgpu.dev/memory": "2GiB"})
-    policy = service.policies / "a-label.yaml"
-    policy.write_text(BY_LABEL)
-    try:
-        with ready.serving(service.podman):
-            yield ready
-    finally:
-        policy.unlink()
-        harness.eventually(lambda: harness.ask(verb="snapshot")["policies"]["count"] == 1, 5, "the other policy")
+    with kit.policy(service, "a-label.yaml", BY_LABEL), ready.serving(service.podman):
+        yield ready
 
 
 @podman_alone

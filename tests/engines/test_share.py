@@ -36,13 +36,8 @@ def bundles(
 @pytest.fixture
 def policy(service: harness.Service) -> Iterator[None]:
     """1 GiB, and up to 3 for those who ask."""
-    path = service.policies / "engines.yaml"
-    others = kit.policies()
-    path.write_text(POLICY)
-    harness.eventually(lambda: kit.policies() == others + 1, 5, "the policy")
-    yield
-    path.unlink()
-    harness.eventually(lambda: kit.policies() == others, 5, "no policy")
+    with kit.policy(service, "engines.yaml", POLICY):
+        yield
 
 
 def assert_held(tenant: harness.Tenant, limit: int) -> None:

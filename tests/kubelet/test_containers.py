@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -173,23 +174,18 @@ def test_shares_that_no_container_can_have_together(
     """Of one name, all of single devices, and within what a policy gives."""
     share, device = "1gib", uuids[1]
     name = re.sub(r":(\d).*", lambda found: f":{uuids[int(found[1])]}", other)
-    policy = service.policies / "pods.yaml"
     said = f"it has fgpu.dev/share={share} already: ask for one"
     if other == "1gib:0":
         pods.pod(names=[f"fgpu.dev/share={share}:{device}", f"fgpu.dev/share={name}"])
         return
-    try:
-        if "policy" in other:
-            policy.write_text(POLICY)
-            harness.eventually(lambda: engine_kit.policies() == 1, 10, "the policy")
+    by_policy = "policy" in other
+    with engine_kit.policy(service, "pods.yaml", POLICY) if by_policy else contextlib.nullcontext():
+        if by_policy:
             assert_only(pods.pod(names=[f"fgpu.dev/share={name}"]), {0: GIB})
             said = f"policy first does not give it {device}"
         with pytest.raises(AssertionError) as caught:
             pods.pod(names=[f"fgpu.dev/share={share}:{device}", f"fgpu.dev/share={name}"])
         assert said in str(caught.value) or pods._runtime == "crun", caught.value
-    finally:
-        policy.unlink(missing_ok=True)
-        harness.eventually(lambda: engine_kit.policies() == 0, 10, "no policy")
 
 
 # -- ways ----------------------------------------------------------------------------------------------------------
