@@ -327,6 +327,8 @@ class Enforcer:
         tenant = self._tenants.get(cgroup)
         if tenant and len(self.around(tenant)) >= pages.LEVELS:
             return f"at most {pages.LEVELS} levels: the limits of the groups around it hold, its own does not"
+        if tenant and tenant.path.count("/") > pages.DEEPEST:
+            return f"it lies more than {pages.DEEPEST} cgroups below the root: the kernel's programs do not look there"
         return (tenant and cgroup in self._denied and self._lack(tenant)) or self._denied.get(cgroup, "")
 
 

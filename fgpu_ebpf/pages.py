@@ -22,6 +22,7 @@ LAYOUT = 3
 PAGE_BYTES = 4096
 DEVICES = 16
 LEVELS = 4
+DEEPEST = 15  # below the hierarchy's root: as far as the kernel's programs look for levels
 SHARED = 3
 BOTH_LEVELS = 2 * LEVELS
 VERDICTS = 128

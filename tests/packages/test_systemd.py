@@ -109,6 +109,11 @@ def test_start_enforces_confined(running: host_kit.Host) -> None:
     assert "another gatekeeper" not in running.run("journalctl", "--unit", AGENT).stdout  # the unit's is enough
 
 
+def test_engines_start_their_containers_after_it(running: host_kit.Host) -> None:
+    (before,) = running.unit(AGENT, "Before")
+    assert {f"{name}.service" for name in ("containerd", "crio", "docker", "podman-restart")} <= set(before.split())
+
+
 def test_lines_in_the_journal_have_fields(running: host_kit.Host) -> None:
     fills(running)
     running.call("set", "/fgpu", "--memory", "3GiB")

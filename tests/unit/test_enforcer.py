@@ -266,6 +266,13 @@ def test_levels_are_leaf_first(place):
     assert place.enforcer.levels("/pod/c/inside") == (leaf, pod)
 
 
+def test_one_too_deep_for_the_kernel_s_programs_is_told(place):
+    deep = ["/d" * 15, "/d" * 16]
+    place.enforcer.put([place.make(path, 2) for path in deep])
+    found, lost = (place.enforcer.denied(place.enforcer.at(path).cgroup) for path in deep)
+    assert (found, lost) == ("", "it lies more than 15 cgroups below the root: the kernel's programs do not look there")
+
+
 def test_levels_that_are_too_many_are_left_out_on_the_inside_and_it_is_said(place, books):
     paths = ["/b", "/b/1", "/b/1/2", "/b/1/2/3", "/b/1/2/3/4"]
     place.enforcer.put([place.make(path, 2) for path in reversed(paths)])
