@@ -10,10 +10,12 @@
 
 #define MAX_FAULTS 8
 #define MAX_STALL_MS 3600000u
+#define MAX_XID 1023u
 
 struct order {
     enum sim_fault fault;
     uint64_t number;
+    uint32_t device;
 };
 
 static uint64_t nvml_stalls_until_ns, fails_every, n_allocations, end_takes_ns;
@@ -37,6 +39,16 @@ static uint64_t parse_count(const char *text)
     return errno || *end || text[0] < '0' || text[0] > '9' ? 0 : n;
 }
 
+/* `79`, of the first device, or `79:1`; number 0: neither. */
+static struct order parse_xid(const char *text)
+{
+    unsigned xid = 0, device = 0;
+    int alone = 0, with_device = 0;
+    int n = sscanf(text, "%4u%n:%2u%n", &xid, &alone, &device, &with_device);
+    bool is_right = n > 0 && !text[n == 2 ? with_device : alone] && xid <= MAX_XID && device < SIM_MAX_DEVICES;
+    return (struct order){SIM_FAULT_XID, is_right ? xid : 0, device};
+}
+
 static bool parse_one(const char *word, struct order *order)
 {
     *order = (struct order){.number = 1};
@@ -51,11 +63,13 @@ static bool parse_one(const char *word, struct order *order)
     } else if (!strcmp(word, "device-lost")) {
         order->fault = SIM_FAULT_DEVICE_LOST;
     } else if (!strncmp(word, "nvml-stall:", 11)) {
-        *order = (struct order){SIM_FAULT_NVML_STALL, parse_time(word + 11)};
+        *order = (struct order){.fault = SIM_FAULT_NVML_STALL, .number = parse_time(word + 11)};
     } else if (!strncmp(word, "slow-end:", 9)) {
-        *order = (struct order){SIM_FAULT_SLOW_END, parse_time(word + 9)};
+        *order = (struct order){.fault = SIM_FAULT_SLOW_END, .number = parse_time(word + 9)};
     } else if (!strncmp(word, "alloc-fail:", 11)) {
-        *order = (struct order){SIM_FAULT_ALLOC_FAIL, parse_count(word + 11)};
+        *order = (struct order){.fault = SIM_FAULT_ALLOC_FAIL, .number = parse_count(word + 11)};
+    } else if (!strncmp(word, "xid=", 4)) {
+        *order = parse_xid(word + 4);
     } else {
         return false;
     }
@@ -76,7 +90,7 @@ static unsigned parse(const char *spec, struct order *orders)
     if (!n)
         fprintf(stderr,
                 "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, mig, alloc-fail:N, slow-end:3s, "
-                "device-reset, device-lost, reset: %s\n",
+                "device-reset, device-lost, xid=79[:DEVICE], reset: %s\n",
                 spec);
     return n;
 }
@@ -89,7 +103,18 @@ static void set_mig(bool is_on)
     }
 }
 
-void fault_set(uint32_t fault, uint64_t number)
+static void report_xid(struct gpu *gpu, uint32_t xid) { gpu->xids[gpu->n_xids++ % SIM_KEPT_XIDS] = xid; }
+
+struct sim_xid fault_xid(uint32_t device, uint64_t known)
+{
+    const struct gpu *gpu = &server.gpus[device];
+    uint64_t oldest = gpu->n_xids < SIM_KEPT_XIDS ? 0 : gpu->n_xids - SIM_KEPT_XIDS;
+    uint64_t next = known < oldest ? oldest : known;
+    if (next >= gpu->n_xids) return (struct sim_xid){.count = gpu->n_xids};
+    return (struct sim_xid){gpu->n_xids, next + 1, gpu->xids[next % SIM_KEPT_XIDS]};
+}
+
+void fault_set(uint32_t fault, uint32_t device, uint64_t number)
 {
     switch (fault) {
     case SIM_FAULT_RESET:
@@ -120,6 +145,9 @@ void fault_set(uint32_t fault, uint64_t number)
     case SIM_FAULT_DEVICE_RESET:
         clients_lose_devices();
         break;
+    case SIM_FAULT_XID:
+        report_xid(&server.gpus[device], (uint32_t)number);
+        break;
     }
 }
 
@@ -128,7 +156,7 @@ int fault_start(const char *spec)
     struct order orders[MAX_FAULTS];
     unsigned n = spec ? parse(spec, orders) : 0;
     if (spec && !n) return -1;
-    for (unsigned i = 0; i < n; i++) fault_set(orders[i].fault, orders[i].number);
+    for (unsigned i = 0; i < n; i++) fault_set(orders[i].fault, orders[i].device, orders[i].number);
     return 0;
 }
 
@@ -161,10 +189,15 @@ int fault_send(const char *dir, const char *spec)
         return 1;
     }
     for (unsigned i = 0; i < n && !rc; i++) {
-        struct sim_request request = {.op = SIM_FAULT, .kind = orders[i].fault, .bytes = orders[i].number};
-        if (link_call(&link, request, NULL, NULL, 0) != SIM_OK) rc = 1;
+        struct sim_request request = {
+            .op = SIM_FAULT, .kind = orders[i].fault, .device = orders[i].device, .bytes = orders[i].number};
+        int status = link_call(&link, request, NULL, NULL, 0);
+        if (status == SIM_OK) continue;
+        const char *why = status == SIM_NO_DEVICE ? "there is no such device"
+                                                  : "faults are for root, in the server's own pid namespace";
+        fprintf(stderr, "fgpu-simd: %s: %s\n", dir, why);
+        rc = 1;
     }
-    if (rc) fprintf(stderr, "fgpu-simd: %s: faults are for root, in the server's own pid namespace\n", dir);
     link_close(&link);
     return rc;
 }

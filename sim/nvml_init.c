@@ -19,23 +19,33 @@ uint32_t nvml_count(void) { return n_devices; }
 
 const struct sim_device *nvml_device(uint32_t index) { return &devices[index]; }
 
-nvmlReturn_t nvml_ask(uint32_t op, uint32_t device, struct sim_reply *reply, void *payload, size_t room)
+static nvmlReturn_t ask(struct sim_request request, struct sim_reply *reply, void *payload, size_t room)
 {
-    struct sim_request request = {.op = op, .device = device, .flags = SIM_FLAG_NVML};
     uint32_t n;
     char self[16] = "";
+    request.flags = SIM_FLAG_NVML;
     if (connection.owner != getpid()) {
         pthread_mutex_init(&connection.lock, NULL); /* another thread of the parent may have held it at the fork */
         if (link_open(&connection, FGPU_SIM_DIR, &n)) return NVML_ERROR_UNKNOWN;
     }
     /* Where /proc is another pid namespace's, the pids in a list would mean other processes: the driver then gives
      * none. */
-    ssize_t length = op == SIM_PROCESSES ? readlink("/proc/self", self, sizeof self - 1) : 0;
+    ssize_t length = request.op == SIM_PROCESSES ? readlink("/proc/self", self, sizeof self - 1) : 0;
     char mine[16];
     snprintf(mine, sizeof mine, "%d", (int)getpid());
     if (length > 0 && strcmp(self, mine)) request.flags |= SIM_FLAG_FOREIGN_PROC;
     int status = link_call(&connection, request, reply, payload, room);
     return status == SIM_OK ? NVML_SUCCESS : status == SIM_LOST ? NVML_ERROR_GPU_IS_LOST : NVML_ERROR_UNKNOWN;
+}
+
+nvmlReturn_t nvml_ask(uint32_t op, uint32_t device, struct sim_reply *reply, void *payload, size_t room)
+{
+    return ask((struct sim_request){.op = op, .device = device}, reply, payload, room);
+}
+
+nvmlReturn_t nvml_ask_after(uint32_t op, uint32_t device, uint64_t known, void *payload, size_t room)
+{
+    return ask((struct sim_request){.op = op, .device = device, .requested = known}, NULL, payload, room);
 }
 
 nvmlReturn_t nvml_enter(nvmlDevice_t handle, const void *out, const struct sim_device **device)

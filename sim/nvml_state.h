@@ -20,6 +20,8 @@ bool nvml_is_ready(void);
 /* One request about a device. A process that forked gets a connection of its own: the server knows processes by theirs.
  */
 nvmlReturn_t nvml_ask(uint32_t op, uint32_t device, struct sim_reply *reply, void *payload, size_t room);
+/* The same, of what comes after something that is known. */
+nvmlReturn_t nvml_ask_after(uint32_t op, uint32_t device, uint64_t known, void *payload, size_t room);
 nvmlReturn_t nvml_text(char *out, unsigned int length, const char *text);
 uint32_t nvml_count(void);
 const struct sim_device *nvml_device(uint32_t index);

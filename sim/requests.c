@@ -19,6 +19,7 @@ static union {
     struct sim_share share;
     struct sim_time time;
     struct sim_lane lane;
+    struct sim_xid xid;
 } payload;
 
 struct answer {
@@ -60,8 +61,16 @@ static struct answer answer_fault(const struct client *client, const struct sim_
 {
     if (!client->is_root) return (struct answer){.status = SIM_NOT_ALLOWED};
     if (request->kind >= SIM_FAULTS) return (struct answer){.wrong = "unknown fault"};
-    fault_set(request->kind, request->bytes);
+    if (request->kind == SIM_FAULT_XID && request->device >= server.n_gpus)
+        return (struct answer){.status = SIM_NO_DEVICE};
+    fault_set(request->kind, request->device, request->bytes);
     return (struct answer){0};
+}
+
+static struct answer answer_xid(const struct sim_request *request)
+{
+    payload.xid = fault_xid(request->device, request->requested);
+    return (struct answer){.size = sizeof payload.xid};
 }
 
 static struct answer answer_share(struct client *client, const struct sim_request *request, int sent)
@@ -151,6 +160,8 @@ static struct answer answer(struct client *client, const struct sim_request *req
         return answer_memory(request->device);
     case SIM_PROCESSES:
         return answer_processes(client, request);
+    case SIM_XID:
+        return answer_xid(request);
     case SIM_WORK:
     case SIM_QUEUE:
         return answer_work(client, request);

@@ -54,6 +54,8 @@ struct gpu {
     struct sim_device info;
     uint64_t used;
     uint64_t driver; /* of it, what is in no process's name */
+    uint64_t n_xids;
+    uint32_t xids[SIM_KEPT_XIDS]; /* the last ones, each at its number modulo their room */
 };
 
 struct server {
@@ -135,7 +137,8 @@ void requests_held_serve(void); /* those whose stall is over */
 /* faults.c */
 int fault_start(const char *spec); /* -1: not understood, and said so */
 int fault_send(const char *dir, const char *spec);
-void fault_set(uint32_t fault, uint64_t number);
+void fault_set(uint32_t fault, uint32_t device, uint64_t number);
+struct sim_xid fault_xid(uint32_t device, uint64_t known);
 uint64_t fault_nvml_until_ns(void);
 uint64_t fault_end_takes_ns(void);
 bool fault_nvml_is_blind(void);

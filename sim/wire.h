@@ -17,6 +17,7 @@
 #define SIM_MAX_CONTEXTS 512 /* per client and over all its devices */
 #define SIM_MAX_SHARES 1024
 #define SIM_MAX_EXPORTS 1024
+#define SIM_KEPT_XIDS 64
 #define SIM_ATTRIBUTES 148
 #define SIM_DRIVER_VERSION "580.159.04"
 #define SIM_NVML_VERSION "13.580.159.04"
@@ -42,10 +43,11 @@ enum sim_op {
     SIM_EXPORT,    /* context, requested = a key; a descriptor that stands for it */
     SIM_IMPORT,    /* sends such a descriptor; struct sim_share, and the file */
     SIM_DROP,      /* context, requested = a key; one less of shared, opened, imported */
-    SIM_FAULT,     /* kind = enum sim_fault, bytes = its number; for root */
+    SIM_FAULT,     /* kind = enum sim_fault, bytes = its number, of one device where it says so; for root */
     SIM_LOOK,      /* requested = a moment of the context's clock; struct sim_time */
     SIM_QUEUE,     /* work as in SIM_WORK, in a lane, behind what is there; struct sim_lane */
     SIM_LOOK_LANE, /* struct sim_lane */
+    SIM_XID,       /* requested = how many of the device's are known; struct sim_xid */
     SIM_OPS,
 };
 
@@ -67,6 +69,7 @@ enum sim_fault {
     SIM_FAULT_SLOW_END,     /* memory outlives its process by this many milliseconds, as where many end at once */
     SIM_FAULT_DEVICE_RESET, /* who uses the devices has lost them; NVML finds them again when it is initialised anew */
     SIM_FAULT_DEVICE_LOST,  /* the same, and nobody finds them until the end of all faults */
+    SIM_FAULT_XID, /* one device reports this XID, and goes on as before; the end of all faults takes none back */
     SIM_FAULTS,
 };
 
@@ -121,6 +124,13 @@ struct sim_share {
     uint64_t key[2];
     uint64_t bytes;
     uint32_t device, kind;
+};
+
+/* The first of a device's XIDs that is not known, and is kept still. */
+struct sim_xid {
+    uint64_t count;  /* of all that there were */
+    uint64_t number; /* its own, from 1 on */
+    uint64_t xid;    /* 0: there is none */
 };
 
 struct sim_process {

@@ -95,7 +95,7 @@ static void ask(const uint8_t *data)
     struct sim_request request = {.magic = data[0] & 0x80 ? 0 : SIM_MAGIC,
                                   .op = data[1] % (SIM_OPS + 1),
                                   .device = data[2] % 4,
-                                  .kind = data[3] % (SIM_KINDS + 1),
+                                  .kind = data[3] % (SIM_FAULTS + 1),
                                   .context = number(data[4]),
                                   .bytes = number(data[5]),
                                   .requested = number(data[6]),
@@ -124,7 +124,7 @@ static void check_devices(void)
 static void end_all(void)
 {
     struct epoll_event events[64];
-    fault_set(SIM_FAULT_RESET, 0);
+    fault_set(SIM_FAULT_RESET, 0, 0);
     for (int i = 0; i < PROGRAMS; i++) {
         close(programs[i]);
         client_end(&server.clients[i]);

@@ -59,6 +59,7 @@ void check_sharing(void);
 int sharing_child(int sock); /* what the other process of it does */
 void check_lookup(void);
 void check_nvml(void);
+void check_events(void);
 void check_unready(void); /* before cuInit, by anybody */
 void check_forked(void);
 void check_contextless(void);

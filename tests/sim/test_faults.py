@@ -143,6 +143,107 @@ N.nvmlShutdown(); N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0); look()
     assert machine.python("start(); alloc(1); say('fine')") == ["fine"]
 
 
+EVENTS = (
+    NVML
+    + """
+import sys
+XID = N.nvmlEventTypeXidCriticalError
+def watching(*types):
+    found = N.nvmlEventSetCreate()
+    for i in range(N.nvmlDeviceGetCount()):
+        N.nvmlDeviceRegisterEvents(N.nvmlDeviceGetHandleByIndex(i), sum(types), found)
+    return found
+def come(found, ms=0):
+    try: event = N.nvmlEventSetWait_v2(found, ms)
+    except N.NVMLError as error: return type(error).__name__
+    assert (event.eventType, event.gpuInstanceId, event.computeInstanceId) == (XID, 2**32 - 1, 2**32 - 1)
+    return N.nvmlDeviceGetIndex(event.device), event.eventData
+"""
+)
+
+
+def test_xids_come_to_who_has_registered_for_them(make_machine: Callable[..., Machine]) -> None:
+    """In each device's order, once to each set, and none from before."""
+    pytest.importorskip("pynvml")
+    machine = make_machine(FGPU_SIM_GPUS="2")
+    script = """
+first, other = watching(XID), watching(N.nvmlEventTypePState)
+say(come(first)); sys.stdin.readline()
+second = watching(XID)
+say([come(first) for _ in range(4)], come(second), come(other)); sys.stdin.readline()
+say(come(first), come(second), come(other))
+"""
+    order(machine, "xid=48")
+    with machine.spawn(EVENTS + script) as client:
+        assert client.stdout
+        assert client.stdin
+        for specs, said in (
+            (["xid=79:1,xid=13", "xid=31"], "NVMLError_Timeout"),
+            (["xid=94:1"], "[(0, 13), (0, 31), (1, 79), 'NVMLError_Timeout'] NVMLError_Timeout NVMLError_Timeout"),
+            ([], "(1, 94) (1, 94) NVMLError_Timeout"),
+        ):
+            assert client.stdout.readline() == f"{said}\n"
+            for spec in specs:
+                order(machine, spec)
+            client.stdin.write("\n")
+            client.stdin.flush()
+
+
+def test_who_waits_for_an_xid_hears_of_it(machine: Machine) -> None:
+    """And others ask of the device meanwhile; only the last 64 that nobody takes are kept."""
+    pytest.importorskip("pynvml")
+    script = """
+import threading
+found, heard = watching(XID), []
+waiting = threading.Thread(target=lambda: heard.append(come(found, 60000))); waiting.start()
+say(N.nvmlDeviceGetMemoryInfo(device).total > 0, heard); waiting.join(); say(heard); sys.stdin.readline()
+many = [come(found) for _ in range(66)]
+say(many[0], many[63], many[64:])
+"""
+    with machine.spawn(EVENTS + script) as client:
+        assert client.stdout
+        assert client.stdin
+        assert client.stdout.readline() == "True []\n"
+        order(machine, "xid=63")
+        assert client.stdout.readline() == "[(0, 63)]\n"
+        for first in range(1, 71, 7):
+            order(machine, ",".join(f"xid={number}" for number in range(first, first + 7)))
+        client.stdin.write("\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == "(0, 7) (0, 70) ['NVMLError_Timeout', 'NVMLError_Timeout']\n"
+
+
+def test_events_of_a_device_that_is_lost(machine: Machine) -> None:
+    pytest.importorskip("pynvml")
+    script = """
+found = watching(XID); say("there"); sys.stdin.readline()
+say(come(found))
+try: N.nvmlDeviceRegisterEvents(device, XID, found)
+except N.NVMLError as error: say(type(error).__name__)
+"""
+    with machine.spawn(EVENTS + script) as client:
+        assert client.stdout
+        assert client.stdin
+        assert client.stdout.readline() == "there\n"
+        order(machine, "xid=79,device-lost")
+        client.stdin.write("\n")
+        client.stdin.flush()
+        assert [client.stdout.readline() for _ in range(2)] == ["NVMLError_GpuIsLost\n"] * 2
+
+
+def test_which_events_a_board_has(machine: Machine) -> None:
+    pytest.importorskip("pynvml")
+    ask = "say(N.nvmlDeviceGetSupportedEventTypes(device), watching(XID) is not None)"
+    assert machine.python(EVENTS + ask) == [f"{0x1F} True"]
+    ask = "\ntry: watching(N.nvmlEventTypePowerSourceChange)\nexcept N.NVMLError_NotSupported: say('none')"
+    assert machine.python(EVENTS + ask) == ["none"]
+
+
+def test_an_xid_of_no_device(machine: Machine) -> None:
+    done = order(machine, "xid=79:1", check=False)
+    assert (done.returncode, done.stderr) == (1, "fgpu-simd: /run/fgpu-sim: there is no such device\n")
+
+
 def test_the_end_of_a_stall_by_order(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     order(machine, "nvml-stall:60s")
@@ -166,11 +267,19 @@ def test_the_end_of_a_stall_by_order(machine: Machine) -> None:
         "alloc-fail:x",
         "slow-end:3",
         "nvml-na,",
+        "xid",
+        "xid=",
+        "xid=0",
+        "xid=1024",
+        "xid=79:",
+        "xid=79:16",
+        "xid=79:1x",
+        "xid=-1",
         "x" * 300,
     ],
 )
 def test_what_is_not_understood(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
-    known = "nvml-stall:60s, nvml-na, mig, alloc-fail:N, slow-end:3s, device-reset, device-lost, reset"
+    known = "nvml-stall:60s, nvml-na, mig, alloc-fail:N, slow-end:3s, device-reset, device-lost, xid=79[:DEVICE], reset"
     line = f"fgpu-simd: fault is none of {known}: {spec}\n"
     asked = order(machine, spec, check=False)
     assert (asked.returncode, asked.stdout, asked.stderr) == (2, "", line)
