@@ -49,9 +49,10 @@ class Panel:
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
-def stat(title: str, description: str, unit: str, expr: str, **defaults: Any) -> Panel:
+def stat(title: str, description: str, unit: str, expr: str, width: int = 4, **defaults: Any) -> Panel:
     """One number; of what has never happened there is no series, and the number is 0."""
-    return Panel(title, description, unit, [Query(expr)], "stat", (4, 4), {"noValue": "0", "decimals": 0} | defaults)
+    more = {"noValue": "0", "decimals": 0} | defaults
+    return Panel(title, description, unit, [Query(expr)], "stat", (width, 4), more)
 
 
 def gauge(title: str, description: str, expr: str) -> Panel:
@@ -122,6 +123,12 @@ CAPACITY = "fgpu_device_memory_capacity_bytes"
 REFUSED = "fgpu_memory_refused_total"
 ASKED = "Allocations that were refused in the time shown. Those that `mode: observe` let through are among them."
 AROUND = "Processes that use CUDA without the shim now. They are charged; they ask nobody."
+DEVICES = [  # a row of its own
+    stat("Devices failed", "That have reported an XID which no program causes: no share of them is offered.", "none",
+         f"count(fgpu_device_healthy{{{DEVICE}}}) - sum(fgpu_device_healthy{{{DEVICE}}})", width=12),
+    stat("XIDs", "Errors that devices have reported in the time shown, those that programs cause among them.", "none",
+         grown("fgpu_device_xids_total", DEVICE), width=12),
+]  # fmt: skip
 UNMANAGED = "Held by processes outside any tenant: no limit holds for them."
 
 CLUSTER = [
@@ -143,6 +150,7 @@ CLUSTER = [
          f"count(fgpu_gatekeeper_up{{{NODE}}}) - sum(fgpu_gatekeeper_up{{{NODE}}})"),
     stat("Policies rejected", "Nodes whose policy files have a fault: the last good set is in force.", "none",
          f"count(fgpu_config_last_reload_successful{{{NODE}}}) - sum(fgpu_config_last_reload_successful{{{NODE}}})"),
+    *DEVICES,
     series("Memory", "Of all devices, by NVML; what tenants may take of it together; and what is outside any tenant.",
            "bytes", *device_memory("", "")),
     series("Memory used, by node", "Of all devices of each node, by NVML, as a part of their memory.", "percentunit",
@@ -186,6 +194,7 @@ NODES = [
          grown("fgpu_agent_failures_total", NODE)),
     stat("Writes refused", "On the control socket, in the time shown: by users who may only look.", "none",
          grown("fgpu_control_refused_total", NODE)),
+    *DEVICES,
     series("Memory, by device", "By NVML; what tenants may take of it together; and what is outside any tenant.",
            "bytes", *device_memory(" by (instance, gpu)", "{{instance}} {{gpu}} ")),
     series("Memory, by tenant", "Charged to each tenant, groups aside.", "bytes",

@@ -38,6 +38,7 @@ from fgpu_ebpf.snapshot import Snapshot
 from fgpu_ebpf.urgency import come_first
 from fgpu_ebpf.view import take_snapshot
 from fgpu_ebpf.workloads import Workloads
+from fgpu_ebpf.xidnews import XidNews
 
 log = logging.getLogger("fgpu.agent")
 ROUND_SECONDS = 1.0
@@ -71,6 +72,7 @@ class Settings:
     cdi_folder: Path = cdi.FOLDER
     shares: tuple[str, ...] = shares.USUAL
     profiles: tuple[profiles.Profile, ...] = ()
+    ignored_xids: tuple[int, ...] = ()
 
 
 def package_file(*names: str) -> Path:
@@ -116,12 +118,11 @@ class Agent:
         self._reasons = Reasons()
         self._policies: Policies | None = None
         self.marks: dict[str, float] = {}  # when each part of the start was done
-        self._ended = False
+        self._ended = self._reload_wanted = False
         self.failures = self.writes_refused = 0
         self._lists = inject.Lists(settings.run_dir)
         self.chores: list[Callable[[], object]] = []  # of every round
         self._next_round = 0.0
-        self._reload_wanted = False
         self.parts: cdi.Parts | None = None  # what containers are given; None: nothing
 
     # -- start
@@ -211,14 +212,14 @@ class Agent:
         overrides = Overrides(self.settings.run_dir / "overrides.json")
         self.enforcer = Enforcer(self.ledger, workloads, self.nvml.devices, self.settings.overcommit, found.older)
         self.manager = Manager(workloads, self.enforcer, overrides, self.nvml.devices, self.history)
-        self.reconciler = Reconciler(self.nvml, self.ledger, self.enforcer.levels)
+        self.reconciler = Reconciler(self.nvml, self.ledger, self.enforcer.levels, self.settings.ignored_xids)
         self.news = Newsreader(
             self.ledger, self.manager, self.history, self.reconciler.orphaned, lambda: self._truth().held,
             self.discovery.look_into,
         )  # fmt: skip
         self._adoption = Adoption(self._truth, self.ledger, self.enforcer, self.history)
         overruns = Overruns(self.ledger.times.turns, self.enforcer.name_of, self.history)
-        self.chores += [self._adoption.look, overruns.look]
+        self.chores += [self._adoption.look, overruns.look, XidNews(self._truth, self.history).look]
         self._policies = Policies(self.settings.policy_folder, self.manager, self.history)
         self._policies.begin(found.policies)
         self.manager.tidy_all()
@@ -308,9 +309,8 @@ class Agent:
     def _round(self, now: float) -> None:
         """What nobody tells of."""
         self._next_round = now + ROUND_SECONDS
-        for chore in self.chores:
+        for chore in (*self.chores, self.keeper.keep):
             self._do(chore)
-        self._do(self.keeper.keep)
         if self.keeper.is_missed:
             self._next_round = now + HURRY_SECONDS
         for part in (self.manager.tidy_late, self.discovery.mend, self.discovery.let_go, self.engines.keep):

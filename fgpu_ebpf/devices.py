@@ -13,7 +13,7 @@ import logging
 import select
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ _END_SECONDS = 5.0
 _NOT_SAID = pynvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value
 _LOST = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 _TRIES = 4  # while more and more processes come
+_MOST_EVENTS = 64  # at one look; the others stay for the next
 log = logging.getLogger("fgpu.agent")
 
 
@@ -66,6 +67,9 @@ class Nvml:
             self._holders = Holders(ctypes.CDLL(_NVML))
             self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(min(count, pages.DEVICES))]
             self.devices = [self._device(i) for i in range(len(self._handles))]
+            self._events: Events | None = None
+            self._lost: set[int] = set()
+            self._came: list[tuple[int, int | None]] = []
         except (pynvml.NVMLError, OSError) as error:
             raise DriverError(
                 f"no NVIDIA driver answers under {root} ({error}): install it, or name --driver-root"
@@ -129,6 +133,8 @@ class Nvml:
         """A device that was lost, or reset, is another one to NVML: it must begin anew to find it."""
         if error.value not in _LOST:
             return
+        self._lost.update(i for i, handle in enumerate(self._handles) if _is_lost(handle))
+        self._look_no_more()
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
         try:
@@ -136,7 +142,32 @@ class Nvml:
             self._handles = [pynvml.nvmlDeviceGetHandleByUUID(device.uuid_text) for device in self.devices]
         except pynvml.NVMLError:
             return  # not yet: the next question tries again
+        self._came += [(device, None) for device in sorted(self._lost)]
+        self._lost.clear()
         log.warning("NVML had lost a device, and has found it again")
+
+    def watched(self) -> frozenset[int]:
+        """The devices whose XIDs NVML tells, from the first look for them on."""
+        return self._events.watched if self._events else frozenset()
+
+    def xids(self) -> list[tuple[int, int | None]]:
+        """Device and XID in their order, since the last look; None: the device was lost or reset and is found again.
+
+        NVML is asked without waiting, on the caller's thread: a wait could not bear that NVML begins anew meanwhile.
+        """
+        try:
+            self._events = self._events or Events(self._handles)
+            for event in self._events.take():
+                self._came.append(event)
+        except pynvml.NVMLError:
+            self._look_no_more()  # until the next look
+        came, self._came = self._came, []
+        return came
+
+    def _look_no_more(self) -> None:
+        if self._events:
+            self._events.end()
+        self._events = None
 
     def process_percent(self, index: int, since: float) -> dict[int, int] | None:
         """Percent of a device's time by host pid that had kernels running, of the last sample since that moment.
@@ -151,6 +182,54 @@ class Nvml:
             return None
         latest = {sample.pid: sample for sample in sorted(found, key=lambda sample: int(sample.timeStamp))}
         return {pid: min(100, int(sample.smUtil)) for pid, sample in latest.items()}
+
+
+class Events:
+    """XIDs as NVML tells them to who has registered: each once, and none from before. Raises NVMLError."""
+
+    def __init__(self, handles: Sequence[object]) -> None:
+        self._handles = handles
+        self._set = pynvml.nvmlEventSetCreate()
+        self.watched = frozenset(i for i, handle in enumerate(handles) if self._register(handle))
+
+    def _register(self, handle: object) -> bool:
+        try:
+            pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, self._set)
+        except pynvml.NVMLError:  # it is lost, or too old
+            return False
+        return True
+
+    def take(self) -> Iterator[tuple[int, int]]:
+        """Device and XID of those that have come. Raises NVMLError."""
+        for _ in range(_MOST_EVENTS):
+            try:
+                event = pynvml.nvmlEventSetWait_v2(self._set, 0)
+            except pynvml.NVMLError_Timeout:
+                return
+            if event.eventType == pynvml.nvmlEventTypeXidCriticalError:
+                yield from ((device, int(event.eventData)) for device in self._of(event.device))
+
+    def _of(self, handle: object) -> Sequence[int]:
+        """Its index; all, where NVML names a device by a handle that nobody was given."""
+        at = [_address(one) for one in self._handles]
+        return [at.index(_address(handle))] if _address(handle) in at else range(len(at))
+
+    def end(self) -> None:
+        """What has not been taken is not told any more."""
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlEventSetFree(self._set)
+
+
+def _address(handle: Any) -> int | None:
+    return ctypes.cast(handle, ctypes.c_void_p).value
+
+
+def _is_lost(handle: object) -> bool:
+    try:
+        pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except pynvml.NVMLError as error:
+        return error.value in _LOST
+    return False
 
 
 class Holders:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fgpu_ebpf import reconcile, shimless
+from fgpu_ebpf import reconcile, shimless, xids
 from fgpu_ebpf.checks import Check
 
 
@@ -25,6 +25,7 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     yield Check("probes", not gone, gone or "all where they were put", "restart the agent, and see who does that")
     ages = {d["index"]: d["reconcile_age_seconds"] for d in snapshot["devices"]}
     yield reconcile.check(ages, snapshot["reconcile_failure"])
+    yield xids.check(snapshot["devices"])
     yield _shims(tenants)
     denied = sorted(t["tenant"] for t in tenants if t["denied"])
     yield Check("room", not denied, ", ".join(denied[:5]) or "for every tenant", "fgpu explain TARGET has the numbers")

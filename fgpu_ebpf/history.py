@@ -1,4 +1,4 @@
-"""What happened of late, for `fgpu events`: refusals, bypasses, adoptions, kills, overruns, reloads, what was set.
+"""What happened, for `fgpu events`: refusals, bypasses, adoptions, kills, overruns, XIDs, reloads, what was set.
 
 Owns: the last thousand, and their numbers. Never: grows, or tells the same more than once a second, unless somebody
 did it by hand: what was left out is counted in the next one. Cannot fail.

@@ -15,6 +15,7 @@ from fgpu_ebpf.cdi import FOLDER as CDI_FOLDER
 from fgpu_ebpf.policyfolder import FOLDER
 from fgpu_ebpf.profiles import Profile
 from fgpu_ebpf.shares import USUAL
+from fgpu_ebpf.xids import OF_PROGRAMS
 from fgpu_ebpf.yamlfile import Fault, FaultError
 
 FILE = Path("/etc/fgpu/agent.yaml")
@@ -33,6 +34,7 @@ class HostSettings:
     """`overcommit`: limits may sum past a device. `loader`: the interpreter that sees BCC, and its arguments.
 
     `engines`: who is asked for labels, as KIND:SOCKET. `profiles`: what a device plugin offers.
+    `ignored_xids`: after which it goes on to offer a device.
     """
 
     listen: str = "127.0.0.1:9423"
@@ -47,6 +49,7 @@ class HostSettings:
     cdi_folder: Path = CDI_FOLDER
     shares: tuple[str, ...] = USUAL
     profiles: tuple[Profile, ...] = ()
+    ignored_xids: tuple[int, ...] = OF_PROGRAMS
 
 
 def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None, tuple[Fault, ...]]:

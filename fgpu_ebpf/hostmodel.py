@@ -20,6 +20,7 @@ from fgpu_ebpf.profiles import MOST_COUNT, MOST_NAME_CHARACTERS, Profile
 from fgpu_ebpf.quantities import shown
 from fgpu_ebpf.yamlfile import Fault, FaultError, documents
 
+MOST_XID = 1023
 _PATHS = ("driver_root", "policy_folder", "cdi_folder")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
@@ -124,6 +125,9 @@ class HostDocument(Model):
     )
     profiles: Annotated[list[ProfileDocument], Field(max_length=64), AfterValidator(_different)] = absent(
         "What a device plugin offers to Kubernetes, and how many of each."
+    )
+    ignored_xids: Annotated[list[Annotated[int, Field(ge=1, le=MOST_XID)]], Field(max_length=256)] = absent(
+        "XIDs after which it goes on to offer the device; absent: those that programs cause."
     )
 
 

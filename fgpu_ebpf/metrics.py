@@ -34,6 +34,11 @@ _DEVICE_GAUGES: tuple[tuple[str, str, Callable[[DeviceView], int | None]], ...] 
     ("fgpu_device_memory_committed_bytes", "Sum of the tenants' limits", lambda d: d.committed_bytes),
     ("fgpu_device_memory_unmanaged_bytes", "Held by processes outside any tenant", lambda d: d.unmanaged_bytes),
     ("fgpu_device_unmanaged_processes", "That hold memory outside any tenant", lambda d: d.unmanaged_processes),
+    (
+        "fgpu_device_healthy",
+        "1: it has reported no XID but programs' own; 0: it has, and no share of it is offered",
+        lambda d: None if d.xids is None else d.fatal_xid is None,
+    ),
 )
 
 
@@ -149,7 +154,18 @@ def _devices(snapshot: Snapshot, since_seconds: float) -> Iterator[Metric]:
     age = GaugeMetricFamily("fgpu_reconcile_age_seconds", "Since NVML last answered for the device", labels=["gpu"])
     ages = (([str(d.index)], d.reconcile_age_seconds) for d in snapshot.devices)
     yield _filled(age, ((gpu, None if at is None else at + since_seconds) for gpu, at in ages))
+    yield _xids(snapshot.devices)
     yield from _slices(snapshot)
+
+
+def _xids(devices: Iterable[DeviceView]) -> Metric:
+    """By whose mistake and not by number: so both are there from 0 on."""
+    xids = CounterMetricFamily("fgpu_device_xids", "XIDs that the device has reported", labels=["gpu", "cause"])
+    for device in devices:
+        if device.xids is not None:
+            xids.add_metric([str(device.index), "program"], device.ignored_xids)
+            xids.add_metric([str(device.index), "device"], sum(device.xids.values()) - device.ignored_xids)
+    return xids
 
 
 def _host(snapshot: Snapshot) -> Iterator[Metric]:

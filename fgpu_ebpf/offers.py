@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgpu_ebpf import profiles, shares
+from fgpu_ebpf import profiles, shares, xids
 from fgpu_ebpf.devices import Device
 from fgpu_ebpf.enforcer import Enforcer
 from fgpu_ebpf.overrides import Override
@@ -67,7 +67,12 @@ class Offers:
         return {"share": name, "bytes": size, "count": count, "taken": taken, "fits": fits, **says}
 
     def _fault(self, index: int) -> str:
-        """Why nothing may be given of a device; empty: it answers. One that is lost does not."""
+        """Why nothing may be given of a device; empty: it answers, and has reported no XID but programs'
+        own. One that is lost does not answer.
+        """
+        reported = self.truth.xids.get(index)
+        if reported and reported.fatal is not None:
+            return xids.fault(reported.fatal)
         at = self.truth.answered.get(index)
         if at is None:
             return f"NVML has not answered for it: {self.truth.failure}" if self.truth.failure else "NVML is asked"

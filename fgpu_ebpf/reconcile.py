@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from fgpu_ebpf import pages, procfs
+from fgpu_ebpf import pages, procfs, xids
 from fgpu_ebpf.audit import Audit, Verdict
 from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.checks import Check
@@ -37,7 +37,8 @@ class Truth:
     """What NVML said last: bytes by device and host pid (None: "N/A"), and the drift of each process compared.
 
     `turns`: who does not keep to them. `answered`: when NVML last did, device by device, on the monotonic clock.
-    `failure`: why the last look has none. `processes`: those of the ledger, just before.
+    `failure`: why the last look has none. `processes`: those of the ledger, just before. `xids`: what devices reported,
+    of those of which NVML tells it.
     """
 
     answered: Mapping[int, float] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Truth:
     turns: Verdict = field(default_factory=Verdict)
     failure: str = ""
     processes: Mapping[int, Process] = field(default_factory=dict)
+    xids: Mapping[int, xids.Reported] = field(default_factory=dict)
 
     def pids(self) -> set[int]:
         """Who holds memory."""
@@ -73,7 +75,13 @@ def check(ages: Mapping[int, float | None], failure: str) -> Check:
 class Reconciler:
     """Runs on its own thread from start() to stop()."""
 
-    def __init__(self, nvml: Nvml, ledger: Ledger, levels: Callable[[str], tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        nvml: Nvml,
+        ledger: Ledger,
+        levels: Callable[[str], tuple[int, ...]],
+        ignored_xids: Collection[int] = xids.OF_PROGRAMS,
+    ) -> None:
         self._nvml = nvml
         self._ledger = ledger
         self._levels = levels
@@ -83,6 +91,7 @@ class Reconciler:
         self._known: Mapping[int, Process] = {}
         self._used_at = -DEVICE_SECONDS
         self._audit = Audit(nvml.process_percent)
+        self._tally = xids.Tally(ignored_xids)
         self._ended = 0  # processes, when it was last swept
         self._orphans: set[int] = set()
         self._gone: dict[tuple[int, int, int], int] = {}  # looks at which nobody had what they should hold
@@ -144,9 +153,15 @@ class Reconciler:
         now, used = time.monotonic(), self._used()
         answered = dict.fromkeys((device for device in held if used[device] is not None), now)
         answered, turns = {**self.truth.answered, **answered}, self._turns(now)
-        before, self.truth = self.truth, Truth(answered, used, held, drift, turns, processes=self._known)
+        reported = self._reported()
+        before = self.truth
+        self.truth = Truth(answered, used, held, drift, turns, processes=self._known, xids=reported)
         if self.truth.pids() != before.pids() or self.truth.strangers():
             self._bell.ring()
+
+    def _reported(self) -> Mapping[int, xids.Reported]:
+        came = self._nvml.xids()
+        return self._tally.take(self._nvml.watched(), came)
 
     def _turns(self, now: float) -> Verdict:
         if not self._audit.due(now):

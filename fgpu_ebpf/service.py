@@ -87,6 +87,7 @@ def settings(options: Options) -> Settings:
         cdi_folder=host.cdi_folder if options.run_dir == Options().run_dir else options.run_dir / "cdi",
         shares=host.shares,
         profiles=host.profiles,
+        ignored_xids=host.ignored_xids,
     )
 
 

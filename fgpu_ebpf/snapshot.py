@@ -112,6 +112,9 @@ class DeviceView:
     owner: str | None = None  # whose turn it is
     reconcile_age_seconds: float | None = None  # since NVML answered for it
     unmanaged_processes: int | None = None
+    xids: Mapping[int, int] | None = None  # how often each was reported since the agent began; None: NVML tells of none
+    ignored_xids: int = 0  # how many of them all a program causes
+    fatal_xid: int | None = None  # the one after which no share of it is offered; None: there was none
 
 
 @dataclass(frozen=True, slots=True)

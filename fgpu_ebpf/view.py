@@ -37,6 +37,7 @@ from fgpu_ebpf.snapshot import (
 )
 from fgpu_ebpf.tenants import Tenant
 from fgpu_ebpf.timebook import TurnCounts
+from fgpu_ebpf.xids import Reported
 
 NS = 1e9
 _WITHOUT = ("no_admission", "no_shim", "unwitnessed")
@@ -247,8 +248,12 @@ def _device(device: Device, look: _Look, processes: Mapping[int, Process], gatek
         device.index, device.uuid_text, device.name, device.pci_bus_id, device.capacity_bytes,
         truth.used.get(device.index), enforcer.committed(device.index), unmanaged,
         _slices(gatekeeper, device.index), _owner(look, device.index), _age(look, device.index),
-        None if held is None else len(outside),
+        None if held is None else len(outside), *_xids(truth.xids.get(device.index)),
     )  # fmt: skip
+
+
+def _xids(reported: Reported | None) -> tuple[Mapping[int, int] | None, int, int | None]:
+    return (reported.counts, reported.ignored, reported.fatal) if reported else (None, 0, None)
 
 
 def _policies(policies: Policies | None) -> PoliciesView | None:

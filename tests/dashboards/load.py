@@ -23,6 +23,7 @@ AROUND_LIMIT, AROUND_USED = 2 * GIB, CONTEXT + 32 * MIB
 BUSY_LIMIT = GIB
 STRANGER = CONTEXT + 128 * MIB
 REFUSALS = 5  # few: by how much Prometheus extrapolates is a part of them
+FATAL_XIDS, XIDS = 1, 3
 WEIGHTS = {"heavy": 300, "light": 100}
 CEILINGS = {"heavy": 0.9, "light": 0.1}
 DUE = {"heavy": 0.75, "light": 0.1}  # by weight; by its ceiling
@@ -39,6 +40,11 @@ class Load:
         """REFUSALS allocations that are too large."""
         for _ in range(REFUSALS):
             assert self.full.do(f"alloc {64 * MIB}") == REFUSED
+
+    def report_xids(self) -> None:
+        """FATAL_XIDS of the device's own, the others a program's."""
+        faults = ["xid=79"] * FATAL_XIDS + ["xid=31"] * (XIDS - FATAL_XIDS)
+        subprocess.run([SIM / "fgpu-simd", "--fault", ",".join(faults)], check=True, timeout=10)
 
     @property
     def committed(self) -> int:

@@ -19,6 +19,7 @@ from .prometheus_kit import CLUSTER, JOB, Labels, Prometheus, scraping
 
 CHOSEN = {"__rate_interval": "10s", "__range": "5m", "cluster": ".*", "job": ".+", "instance": ".+", "gpu": ".+"}
 PATIENCE_SECONDS = 30
+XIDS = "fgpu_device_xids_total"
 SILENT = {"Tenants not held by the kernel", "Containers that wait for labels"}  # no such tenant, and no engine
 
 
@@ -39,8 +40,11 @@ def prometheus(load: known.Load, tmp_path_factory: pytest.TempPathFactory) -> It
     with scraping(harness.LISTEN, tmp_path_factory.mktemp("prometheus")) as prometheus:
         refusals = f'sum(fgpu_memory_refused_total{{tenant="{load.tenants["full"].name}"}})'
         eventually(lambda: prometheus.ask(refusals) == {frozenset(): 0}, PATIENCE_SECONDS, "a scrape before")
+        eventually(lambda: set(prometheus.ask(XIDS).values()) == {0}, PATIENCE_SECONDS, "a device without XIDs")
         load.refuse()
+        load.report_xids()
         eventually(lambda: prometheus.ask(refusals) == {frozenset(): known.REFUSALS}, PATIENCE_SECONDS, "the refusals")
+        eventually(lambda: sum(prometheus.ask(XIDS).values()) == known.XIDS, PATIENCE_SECONDS, "the XIDs")
         yield prometheus
 
 
@@ -66,6 +70,8 @@ def totals(load: known.Load) -> dict[str, dict[str, Expected]]:
         "Memory committed": load.committed / known.CAPACITY,
         "Memory unmanaged": known.STRANGER,
         "Tenants": 4,
+        "Devices failed": 1,
+        "XIDs": known.XIDS,
     }
     cluster = memory | {
         "Nodes": 1, "Nodes down": 0, "Devices": 1, "Gatekeepers down": 0, "Policies rejected": 0,

@@ -54,6 +54,10 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {f'fgpu_reconcile_age_seconds{{{HERE},gpu="0"}}': "0+60x20"},
         {f'fgpu_reconcile_age_seconds{{{HERE},gpu="0"}}': "0.5x20"},
     ),
+    "FgpuDeviceFailed": (
+        {f'fgpu_device_healthy{{{HERE},gpu="0"}}': "1x10 0x9"},
+        {f'fgpu_device_healthy{{{HERE},gpu="0"}}': "1x20"},
+    ),
     "FgpuTenantStarved": (
         {
             f"fgpu_compute_seconds_total{{{ON}}}": "0+6x20",  # a tenth of the time

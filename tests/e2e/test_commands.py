@@ -44,6 +44,8 @@ FAMILIES = {
     "fgpu_device_memory_committed_bytes": {"gpu"},
     "fgpu_device_memory_unmanaged_bytes": {"gpu"},
     "fgpu_device_unmanaged_processes": {"gpu"},
+    "fgpu_device_healthy": {"gpu"},
+    "fgpu_device_xids_total": {"gpu", "cause"},
 }
 
 

@@ -211,6 +211,49 @@ def test_devices_of_which_nvml_says_nothing(kubelet: kit.Kubelet, plugin: kit.Pl
     harness.eventually(lambda: one.healthy == one.ids, 60, "healthy")
 
 
+def test_a_device_that_reports_an_xid(
+    kubelet: kit.Kubelet, plugin: kit.Plugin, service: harness.Service, uuids: list[str]
+) -> None:
+    """One that programs cause is counted; another makes every id of the device unhealthy, until it is reset."""
+    one, two = kubelet.resource("1gib"), kubelet.resource("2gib-25pct")
+    order = lambda spec: subprocess.run([harness.SIM / "fgpu-simd", "--fault", spec], check=True, timeout=10)  # noqa: E731
+
+    def counted(cause: str) -> float:
+        return harness.metrics()["fgpu_device_xids_total", frozenset({("gpu", "1"), ("cause", cause)})]
+
+    def healthy() -> list[float]:
+        return [harness.metrics()["fgpu_device_healthy", frozenset({("gpu", gpu)})] for gpu in "01"]
+
+    def said(name: str) -> str:
+        (line,) = [line for line in harness.fgpu("doctor", check=False).stdout.splitlines() if f" {name}: " in line]
+        return line
+
+    before = {cause: counted(cause) for cause in ("program", "device")}
+    order("xid=31:1,xid=13:1")
+    harness.eventually(lambda: counted("program") == before["program"] + 2, 20, "two that programs cause")
+    assert healthy() == [1, 1]
+    assert (one.healthy, two.healthy) == (one.ids, two.ids)
+    assert said("xids").startswith("ok ")
+    order("xid=79:1")
+    try:
+        harness.eventually(lambda: {id_[:40] for id_ in (*one.healthy, *two.healthy)} == {uuids[0]}, 20, "unhealthy")
+        assert len(one.healthy) == 3, "the other device is offered as before"
+        with pytest.raises(grpc.RpcError) as caught:
+            one.allocate(one.ids[5])
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert caught.value.details() == f"{uuids[1]}: it has reported XID 79"
+        assert one.allocate(one.ids[0]).cdi_devices
+        assert (healthy(), counted("device")) == ([1, 0], before["device"] + 1)
+        assert said("xids") == "FAIL  xids: device 1: it has reported XID 79"
+        told = [event["text"] for event in harness.ask(verb="events")["events"] if event["what"] == "xid"]
+        assert told[-1] == "79: no share of the device is offered"
+        assert "healthy, it has reported XID 79" in plugin.said()
+    finally:
+        order("device-reset")
+    harness.eventually(lambda: (one.healthy, two.healthy) == (one.ids, two.ids), 20, "healthy")
+    assert healthy() == [1, 1]
+
+
 def test_an_agent_that_starts_anew_is_not_missed(
     kubelet: kit.Kubelet, plugin: kit.Plugin, service: harness.Service
 ) -> None:

@@ -40,6 +40,7 @@ policyFolder: /srv/policies
 metricLabels: [team]
 engines: ["docker:/srv/docker.sock", "cri:/srv/containerd.sock"]
 logFormat: journal
+ignoredXids: [13, 94]
 """
     assert settings(text) == (
         HostSettings(
@@ -52,6 +53,7 @@ logFormat: journal
             metric_labels=("team",),
             engines=("docker:/srv/docker.sock", "cri:/srv/containerd.sock"),
             log_format="journal",
+            ignored_xids=(13, 94),
         ),
         [],
     )

@@ -16,7 +16,7 @@ ORDER = (
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
     | {"cgroupnames", "messages"},
-    {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares"}
+    {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares", "xids"}
     | {"crimessages", "kubeletmessages", "slots", "graces"}
     | {"events", "launch"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
@@ -32,7 +32,7 @@ ORDER = (
     {"roots"},
     {"devices", "trial", "glance", "discovery", "manager", "targets", "desks"},
     {"reconcile", "news", "detach", "policies", "explain", "callers", "slicer"},
-    {"view", "readers", "adoption", "health", "offers"},
+    {"view", "readers", "adoption", "health", "offers", "xidnews"},
     {"agent", "metrics", "tables", "gatekeeper", "keyboard", "ranking", "bars"},
     {"choice", "feed", "page"},
     {"frame"},

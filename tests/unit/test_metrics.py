@@ -27,7 +27,8 @@ GOLDEN = Path(__file__).with_name("metrics.txt")
 
 def snapshot(name: str = "notebook") -> Snapshot:
     device = DeviceView(0, "GPU-1", "NVIDIA H200", "00000000:06:00.0", 150754820096, 644939776, 8 << 30, 23,
-                        SlicesView(907, 2, 1.5, (0.001, 0.004), (811, 89, 5)), name, 0.25, 2)  # fmt: skip
+                        SlicesView(907, 2, 1.5, (0.001, 0.004), (811, 89, 5)), name, 0.25, 2,
+                        {31: 3, 79: 1}, 3, 79)  # fmt: skip
     compute = ComputeView(0.5, 300, "high", 12.5, 71, 3.25, 11, 2, True, 0.45, 0.5, False, 1.5)
     memory = TenantDevice(0, 8 << 30, 101, 1009, 5, 303, 202, -7, (Refusal("memory", "limit", 5),), compute)
     processes = (ProcessView(11, 0, 90), ProcessView(12, 0, 11))
@@ -58,7 +59,17 @@ def test_what_nobody_measured_is_absent():
     empty = Snapshot(1.0, (DeviceView(0, "GPU-1", "x", "y", 1, None, 0, None),))
     shown = {sample.name for family in metrics.families(empty) for sample in family.samples}
     assert "fgpu_device_memory_capacity_bytes" in shown
-    assert not shown & {"fgpu_device_memory_used_bytes", "fgpu_reconcile_age_seconds"}
+    assert not shown & {"fgpu_device_memory_used_bytes", "fgpu_reconcile_age_seconds", "fgpu_device_healthy"}
+    assert "fgpu_device_xids_total" not in shown
+
+
+def test_xids_begin_at_zero():
+    """So that the first is an increase."""
+    quiet = DeviceView(0, "GPU-1", "x", "y", 1, None, 0, None, xids={})
+    families = list(metrics.families(Snapshot(1.0, (quiet,))))
+    shown = [s for f in families for s in f.samples if s.name == "fgpu_device_xids_total"]
+    assert [(s.labels["cause"], s.value) for s in shown] == [("program", 0), ("device", 0)]
+    assert [s.value for f in families for s in f.samples if s.name == "fgpu_device_healthy"] == [1]
 
 
 def test_a_tenant_without_a_limit_shows_none():

@@ -82,6 +82,8 @@ def reconciler(books: Books, says, left: int | None = None) -> Reconciler:
         process_bytes=lambda _: says() if callable(says) else says,
         process_percent=lambda *_: None,
         unnamed_bytes=lambda *_: left,
+        xids=list,
+        watched=frozenset,
     )
     return Reconciler(nvml, books, lambda _: (5,))
 
@@ -277,6 +279,8 @@ def test_each_device_is_as_old_as_its_own_last_answer():
         process_bytes=answers.get,
         unnamed_bytes=lambda *_: None,
         process_percent=lambda *_: None,
+        xids=list,
+        watched=frozenset,
     )
     one = Reconciler(nvml, Books(process(0)), lambda _: (5,))
     one.look()

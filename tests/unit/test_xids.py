@@ -1,0 +1,190 @@
+"""XIDs: what NVML tells of them, whose mistake each is, and what is said of it."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import pynvml
+import pytest
+
+from fgpu_ebpf import snapshot, xids
+from fgpu_ebpf.devices import Device, Nvml
+from fgpu_ebpf.history import History
+from fgpu_ebpf.offers import Offers
+from fgpu_ebpf.reconcile import Truth
+from fgpu_ebpf.xidnews import XidNews
+from fgpu_ebpf.xids import Reported, Tally
+
+XID = pynvml.nvmlEventTypeXidCriticalError
+HANDLES = [pynvml.c_nvmlDevice_t(pynvml.struct_c_nvmlDevice_t()) for _ in range(3)]
+
+
+class Library:
+    """NVML as Nvml uses it for events: what comes, who may be registered, and which sets were made and freed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.coming: list[Any] = []
+        self.refused: set[int] = set()
+        self.lost: set[int] = set()
+        self.made = self.freed = 0
+        for name in ("EventSetCreate", "EventSetFree", "DeviceRegisterEvents", "EventSetWait_v2", "Shutdown", "Init"):
+            monkeypatch.setattr(pynvml, f"nvml{name}", getattr(self, name, lambda: None))
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", self.DeviceGetMemoryInfo)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: HANDLES[int(uuid[4:12])])
+        self.nvml = Nvml.__new__(Nvml)
+        self.nvml._handles, self.nvml._events, self.nvml._lost, self.nvml._came = list(HANDLES), None, set(), []
+        self.nvml.devices = [Device(i, i.to_bytes(4) + bytes(12), "", "", 1, 1) for i in range(len(HANDLES))]
+
+    def EventSetCreate(self) -> int:
+        self.made += 1
+        return self.made
+
+    def EventSetFree(self, one: int) -> None:
+        assert one == self.made, "the last"
+        self.freed += 1
+
+    def DeviceRegisterEvents(self, handle: object, types: int, one: int) -> None:
+        assert (types, one) == (XID, self.made)
+        if HANDLES.index(handle) in self.refused:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    def EventSetWait_v2(self, one: int, milliseconds: int) -> object:
+        assert (one, milliseconds) == (self.made, 0), "nobody is held up"
+        came = self.coming.pop(0) if self.coming else pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT)
+        if isinstance(came, Exception):
+            raise came
+        return came
+
+    def DeviceGetMemoryInfo(self, handle: object) -> None:
+        if HANDLES.index(handle) in self.lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+
+def event(device: int, xid: int, kind: int = XID) -> SimpleNamespace:
+    """The handle in it is another object at the same address, as NVML's is."""
+    handle = ctypes.cast(HANDLES[device], ctypes.POINTER(pynvml.struct_c_nvmlDevice_t))
+    return SimpleNamespace(device=handle, eventType=kind, eventData=xid)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    return Library(monkeypatch)
+
+
+def test_events_are_taken_in_their_order_and_once(library: Library) -> None:
+    library.coming = [event(2, 79), event(0, 31), event(1, 5, pynvml.nvmlEventTypePState), event(0, 31)]
+    assert library.nvml.xids() == [(2, 79), (0, 31), (0, 31)]
+    assert library.nvml.xids() == []
+    assert (library.nvml.watched(), library.made) == ({0, 1, 2}, 1)
+
+
+def test_a_flood_of_events_ends_a_look_and_no_event(library: Library) -> None:
+    library.coming = [event(0, 13)] * 150
+    assert [len(library.nvml.xids()) for _ in range(4)] == [64, 64, 22, 0]
+
+
+def test_a_device_that_tells_of_none_is_not_watched(library: Library) -> None:
+    library.refused = {1}
+    library.nvml.xids()
+    assert library.nvml.watched() == {0, 2}
+
+
+def test_an_event_of_a_handle_that_nobody_knows_is_every_devices(library: Library) -> None:
+    library.coming = [SimpleNamespace(device=ctypes.c_void_p(1), eventType=XID, eventData=79)]
+    assert library.nvml.xids() == [(0, 79), (1, 79), (2, 79)]
+
+
+def test_what_came_before_an_error_is_not_lost_and_the_next_look_registers_anew(library: Library) -> None:
+    library.coming = [event(1, 79), pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST), event(0, 48)]
+    assert library.nvml.xids() == [(1, 79)]
+    assert library.nvml.watched() == set()
+    assert (library.made, library.freed) == (1, 1)
+    assert library.nvml.xids() == [(0, 48)]
+    assert library.made == 2
+
+
+def test_those_that_were_lost_are_told_once_they_are_found_again(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.nvml.xids()
+    library.lost = {1}
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: library.DeviceGetMemoryInfo(HANDLES[1]))
+    assert library.nvml.used_bytes(1) is None
+    assert library.nvml.xids() == [], "not found yet"
+    library.lost = set()
+    error = pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+    library.nvml._find_again(error)
+    assert library.nvml.xids() == [(1, None)]
+    assert library.freed == library.made - 1, "the one in use"
+
+
+def test_who_cannot_make_a_set_watches_nothing(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that is too old, or a driver that is gone."""
+
+    def refuse() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlEventSetCreate", refuse)
+    assert (library.nvml.xids(), library.nvml.watched()) == ([], frozenset())
+
+
+# -- whose mistake -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("xid", [13, 31, 43, 45, 68, 109])
+def test_what_programs_cause_is_counted_and_no_more(xid: int) -> None:
+    assert Tally().take([0], [(0, xid), (0, xid)]) == {0: Reported({xid: 2}, 2)}
+
+
+def test_the_first_that_no_program_causes_stays_until_the_device_is_found_again() -> None:
+    tally = Tally()
+    assert tally.take([0, 1], []) == {0: Reported({}), 1: Reported({})}
+    assert tally.take([0, 1], [(1, 31), (1, 48), (1, 79)])[1] == Reported({31: 1, 48: 1, 79: 1}, 1, 48)
+    assert tally.take([], [])[1].fatal == 48, "not watched for a moment"
+    assert tally.take([0, 1], [(1, None)])[1] == Reported({31: 1, 48: 1, 79: 1}, 1)
+    assert tally.take([0, 1], [(1, 79)])[1] == Reported({31: 1, 48: 1, 79: 2}, 1, 79)
+
+
+def test_which_are_ignored_is_the_hosts_to_say() -> None:
+    tally = Tally([94])
+    assert tally.take([0], [(0, 94), (0, 31)])[0] == Reported({94: 1, 31: 1}, 1, 31)
+
+
+# -- what is said ---------------------------------------------------------------------------------------------------
+
+
+def view(index: int, **more: Any) -> dict[str, Any]:
+    shown = snapshot.DeviceView(index, "GPU-1", "x", "y", 1, None, 0, None, **more)
+    return snapshot.plain(shown)
+
+
+def test_doctor_names_the_device_and_the_xid() -> None:
+    failed = xids.check([view(0, xids={}), view(1, xids={79: 1}, fatal_xid=79), view(2)])
+    assert (failed.ok, failed.found) == (False, "device 1: it has reported XID 79")
+    assert "dmesg" in failed.mend
+    assert xids.check([view(0, xids={31: 2}, ignored_xids=2)]).ok
+    assert xids.check([view(0)]).found == "NVML tells of none"
+
+
+def test_no_share_of_it_is_offered_though_nvml_answers() -> None:
+    truth = Truth(
+        answered={0: float("inf"), 1: float("inf")}, xids={0: Reported({79: 1}, 0, 79), 1: Reported({31: 1}, 1)}
+    )
+    offers = Offers([], [], SimpleNamespace(), truth, "")  # type: ignore[arg-type]
+    assert [offers._fault(index) for index in (0, 1)] == ["it has reported XID 79", ""]
+
+
+def test_events_tell_of_each_and_how_often() -> None:
+    before, after = Truth(xids={0: Reported({31: 2}, 2)}), Truth(xids={0: Reported({31: 3, 79: 1}, 3, 79)})
+    truths, history = iter([before, before, after]), History()
+    news = XidNews(lambda: next(truths), history)
+    for _ in range(3):
+        news.look()
+    told = [(happening["what"], happening["gpu"], happening["text"]) for happening in history.since(0)["events"]]
+    assert told == [
+        ("xid", 0, "31, 2 times"),
+        ("xid", 0, "31"),
+        ("xid", 0, "79: no share of the device is offered"),
+    ]
