@@ -36,12 +36,18 @@ def _is_packaged() -> bool:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def manifest() -> Path:
+    """What is applied; a module may have another."""
+    return MANIFESTS / "fgpu.yaml"
+
+
+@pytest.fixture(scope="module")
+def image(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That of deploy/images/agent, of this tree's package; short of a full run one that has what the checkout has."""
     work = tmp_path_factory.mktemp("image")
     (name,) = {
         container["image"]
-        for one in node_kit.manifests(MANIFESTS / "fgpu.yaml")
+        for one in node_kit.manifests(manifest)
         if one["kind"] == "DaemonSet"
         for kind in ("initContainers", "containers")
         for container in one["spec"]["template"]["spec"].get(kind, ())
@@ -54,11 +60,12 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def node(driver: None, image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[node_kit.Node]:
+def node(
+    driver: None, manifest: Path, image: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[node_kit.Node]:
     """containerd, with the image."""
     harness.compile_programs()
-    found = node_kit.manifests(MANIFESTS / "fgpu.yaml")
-    node = node_kit.Node(tmp_path_factory.mktemp("node"), found)
+    node = node_kit.Node(tmp_path_factory.mktemp("node"), node_kit.manifests(manifest))
     node.beneath = () if IS_FULL else ("/usr", str(harness.ROOT), "/etc/ld.so.cache", "/etc/alternatives")
     try:
         node.load(image)

@@ -27,7 +27,7 @@ from harness import SIM, cgroup_root, eventually
 SOCKET = Path("/run/containerd/containerd.sock")
 STATE = Path("/var/lib/fgpu")
 OWN_FOLDERS = (Path("/run"), Path("/var/lib"))  # of the node; on this machine they are others'
-HOST_PIDS = 2  # NamespaceMode.NODE
+OWN_PIDS, HOST_PIDS = 1, 2  # NamespaceMode.CONTAINER, NODE
 PROPAGATION = {"None": 0, "HostToContainer": 1, "Bidirectional": 2}
 LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 # What NVIDIA's runtime gives a container of its runtime class: libraries in the loader's folder, and the device.
@@ -277,7 +277,7 @@ class Node(Containerd):
         path = f"{self.group}/pod{uid}"
         (cgroup_root() / path.lstrip("/")).mkdir(parents=True)
         own = {f"io.kubernetes.pod.{k}": v for k, v in (("uid", uid), ("name", name), ("namespace", "fgpu-system"))}
-        pid = HOST_PIDS if spec.get("hostPID") else 0
+        pid = HOST_PIDS if spec.get("hostPID") else OWN_PIDS
         security = message((1, message((1, HOST_NETWORK), (2, pid))))
         config = message(
             (1, message((1, name), (2, uid), (3, "fgpu-system"))), (3, str(self.work)),
@@ -376,7 +376,7 @@ def _security(pod: Pod, context: Mapping[str, Any]) -> bytes:
         *((1, name) for name in context["capabilities"].get("add", ())),
         *((2, name) for name in context["capabilities"]["drop"]),
     )
-    pid = HOST_PIDS if pod.spec.get("hostPID") else 0
+    pid = HOST_PIDS if pod.spec.get("hostPID") else OWN_PIDS
     seccomp = {"RuntimeDefault": 0, "Unconfined": 1}[context["seccompProfile"]["type"]]
     masked = [*(f"/proc/{name}" for name in MASKED), "/sys/firmware", "/sys/devices/virtual/powercap"]
     return message(
