@@ -67,8 +67,8 @@ class Offers:
         return {"share": name, "bytes": size, "count": count, "taken": taken, "fits": fits, **says}
 
     def _fault(self, index: int) -> str:
-        """Why nothing may be given of a device; empty: it answers, and has reported no XID but programs'
-        own. One that is lost does not answer.
+        """Why nothing may be given of a device; empty: it answers, as one that is lost does not, and has reported no
+        XID but programs' own.
         """
         reported = self.truth.xids.get(index)
         if reported and reported.fatal is not None:
