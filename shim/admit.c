@@ -35,11 +35,19 @@ void fgpu_unrelax(CUstreamCaptureMode mode)
     if (exchange && mode != CU_STREAM_CAPTURE_MODE_RELAXED) exchange(&mode);
 }
 
+/* Of pages that are made from the books, another thread may be writing it. */
+static bool is_uuid(const uint8_t its[16], const uint8_t uuid[16])
+{
+    const uint64_t *at = (const uint64_t *)(const void *)its;
+    uint64_t words[2] = {__atomic_load_n(&at[0], __ATOMIC_RELAXED), __atomic_load_n(&at[1], __ATOMIC_RELAXED)};
+    return !memcmp(words, uuid, sizeof words);
+}
+
 int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uuid[16])
 {
     unsigned count = control->device_count;
     for (unsigned i = 0; i < count && i < FGPU_DEVICES; i++)
-        if (!memcmp(control->devices[i].uuid, uuid, 16))
+        if (is_uuid(control->devices[i].uuid, uuid))
             return control->devices[i].index < FGPU_DEVICES ? (int)control->devices[i].index : -1;
     return control->flags & FGPU_STANDALONE ? fgpu_stand_device(uuid) : -1;
 }
@@ -200,7 +208,7 @@ uint64_t fgpu_room(CUdevice ordinal)
         const struct fgpu_usage *usage = &view.usage[level].devices[index];
         uint64_t limit = __atomic_load_n(&usage->limit, __ATOMIC_RELAXED);
         uint64_t used = __atomic_load_n(&usage->used, __ATOMIC_RELAXED), left = limit > used ? limit - used : 0;
-        if (limit != FGPU_NO_LIMIT && !(view.usage[level].flags & FGPU_OBSERVE) && left < room) room = left;
+        if (limit != FGPU_NO_LIMIT && !fgpu_observes(&view.usage[level]) && left < room) room = left;
     }
     return room;
 }

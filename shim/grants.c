@@ -23,6 +23,7 @@
 struct entry {
     _Atomic uint64_t key; /* 0: free */
     _Atomic uint64_t references;
+    _Atomic uint64_t whose; /* as in the grant, which nobody looks at without taking it */
     struct fgpu_grant grant;
 };
 
@@ -32,6 +33,7 @@ static _Atomic uint64_t contexts; /* made so far: each has a number, since handl
 
 /* No address has its highest bits set. */
 static uint64_t key_of(enum fgpu_space space, uint64_t handle) { return handle ^ ((uint64_t)space + 2) << 60; }
+static enum fgpu_space space_of(uint64_t key) { return (enum fgpu_space)((key >> 60) - 2); }
 
 static size_t buckets(unsigned table) { return (size_t)FIRST_BUCKETS << table; }
 
@@ -72,6 +74,7 @@ static bool put(struct entry *entry, uint64_t key, const struct fgpu_grant *gran
     if (atomic_load_explicit(&entry->key, memory_order_relaxed)) return false;
     if (!atomic_compare_exchange_strong(&entry->key, &nobody, BUSY)) return false;
     entry->grant = *grant;
+    atomic_store_explicit(&entry->whose, grant->whose, memory_order_relaxed);
     atomic_store_explicit(&entry->references, 1, memory_order_relaxed);
     atomic_store_explicit(&entry->key, key, memory_order_release);
     return true;
@@ -154,7 +157,7 @@ static uint64_t number_of(uint64_t context)
 {
     uint64_t key = key_of(FGPU_SPACE_CONTEXT, context), number;
     for (struct entry *entry; context && (entry = find(key));) {
-        number = entry->grant.whose;
+        number = atomic_load_explicit(&entry->whose, memory_order_relaxed);
         atomic_thread_fence(memory_order_acquire);
         if (atomic_load_explicit(&entry->key, memory_order_relaxed) == key) return number;
     }
@@ -201,9 +204,9 @@ void fgpu_primary_leaves(struct fgpu_ending *ending, CUdevice ordinal)
     fgpu_grant_take(FGPU_SPACE_CONTEXT, ending->name.whose, &ending->of);
 }
 
-static bool is_of(const struct fgpu_grant *grant, uint64_t context)
+static bool is_of(enum fgpu_space space, uint64_t whose, uint64_t context)
 {
-    return grant->space == FGPU_SPACE_POINTER && grant->whose == context;
+    return space == FGPU_SPACE_POINTER && whose == context;
 }
 
 static void release_all_of(uint64_t context)
@@ -214,8 +217,9 @@ static void release_all_of(uint64_t context)
         for (size_t i = 0; i < buckets(table) * BUCKET; i++) {
             uint64_t key = atomic_load_explicit(&entries[i].key, memory_order_acquire);
             struct fgpu_grant grant;
-            if (key <= BUSY || !is_of(&entries[i].grant, context) || !take(&entries[i], key, &grant)) continue;
-            if (is_of(&grant, context))
+            uint64_t whose = atomic_load_explicit(&entries[i].whose, memory_order_relaxed);
+            if (key <= BUSY || !is_of(space_of(key), whose, context) || !take(&entries[i], key, &grant)) continue;
+            if (is_of(grant.space, grant.whose, context))
                 fgpu_stand_release(grant.index, grant.bytes);
             else
                 fgpu_grant_keep(grant); /* another one by now */

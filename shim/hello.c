@@ -57,9 +57,10 @@ static bool reserve(void)
 void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *note)
 {
     const uint64_t *boot = (const uint64_t *)(const void *)control->boot;
-    note->boot[0] = __atomic_load_n(&boot[0], __ATOMIC_RELAXED);
-    note->boot[1] = __atomic_load_n(&boot[1], __ATOMIC_RELAXED);
-    note->epoch = __atomic_load_n(&control->epoch, __ATOMIC_RELAXED);
+    uint64_t epoch = __atomic_load_n(&control->epoch, __ATOMIC_RELAXED);
+    for (int i = 0; i < 2; i++)
+        atomic_store_explicit(&note->boot[i], __atomic_load_n(&boot[i], __ATOMIC_RELAXED), memory_order_relaxed);
+    atomic_store_explicit(&note->epoch, epoch, memory_order_relaxed);
 }
 
 /* A host without the service has no such directory. Where it was removed under a mount it is still there, linked
@@ -123,7 +124,8 @@ static bool ask(int socket, const struct fgpu_note *before)
 {
     static const struct sockaddr_un address = {.sun_family = AF_UNIX, .sun_path = FGPU_SOCKET};
     struct fgpu_hello hello = {.magic = FGPU_MAGIC, .version = FGPU_LAYOUT, .size = sizeof hello};
-    memcpy(hello.boot, before->boot, sizeof hello.boot);
+    const uint64_t boot[2] = {before->boot[0], before->boot[1]};
+    memcpy(hello.boot, boot, sizeof hello.boot);
     if (syscall(SYS_connect, socket, &address, sizeof address)) return false;
     return syscall(SYS_sendto, socket, &hello, sizeof hello, MSG_NOSIGNAL, NULL, 0) == sizeof hello;
 }

@@ -2,11 +2,14 @@
 #ifndef FGPU_LINK_H
 #define FGPU_LINK_H
 
+#include <stdatomic.h>
+
 #include "shim.h"
 
-struct fgpu_note { /* of the gatekeeper that gave a set of pages */
-    uint64_t boot[2];
-    uint64_t epoch;
+/* Of the gatekeeper that gave a set of pages. Who has slept over two hellos may read it while it is written anew. */
+struct fgpu_note {
+    _Atomic uint64_t boot[2];
+    _Atomic uint64_t epoch;
 };
 enum fgpu_outcome { FGPU_IS_SILENT, FGPU_IS_ABSENT, FGPU_IS_EMPTY, FGPU_IS_FREE, FGPU_IS_HELD, FGPU_IS_RETRY };
 

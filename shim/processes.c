@@ -17,6 +17,14 @@ struct rows {
     struct fgpu_row row[FGPU_ROWS];
 };
 
+/* Whole words of what somebody may be writing. */
+static struct fgpu_row read_row(const struct fgpu_row *row)
+{
+    return (struct fgpu_row){.pid = __atomic_load_n(&row->pid, __ATOMIC_RELAXED),
+                             .device = __atomic_load_n(&row->device, __ATOMIC_RELAXED),
+                             .bytes = __atomic_load_n(&row->bytes, __ATOMIC_RELAXED)};
+}
+
 /* A copy that no writer was in the middle of; after many attempts against a dead writer: nobody. */
 static void read_rows(struct fgpu_view view, int index, struct rows *rows)
 {
@@ -32,7 +40,7 @@ static void read_rows(struct fgpu_view view, int index, struct rows *rows)
         if (before & 1) continue;
         unsigned count = __atomic_load_n(&page->row_count, __ATOMIC_RELAXED), kept = 0;
         for (unsigned j = 0; j < count && j < FGPU_ROWS; j++) {
-            memcpy(&rows->row[kept], &page->rows[j], sizeof rows->row[kept]);
+            rows->row[kept] = read_row(&page->rows[j]);
             kept += rows->row[kept].device == (uint32_t)index;
         }
         __atomic_thread_fence(__ATOMIC_ACQUIRE);

@@ -228,7 +228,10 @@ int fgpu_stand_device(const uint8_t uuid[16])
 {
     struct place *place = here();
     int index = fgpu_books_device(&place->books, uuid);
-    if (index >= 0) memcpy(place->control.devices[index].uuid, uuid, 16);
+    if (index < 0) return index;
+    uint64_t words[2], *to = (uint64_t *)(void *)place->control.devices[index].uuid;
+    memcpy(words, uuid, sizeof words);
+    for (int i = 0; i < 2; i++) __atomic_store_n(&to[i], words[i], __ATOMIC_RELAXED);
     return index;
 }
 
