@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("timed"):
             item.add_marker(pytest.mark.flaky(reruns=2))
-        elif item.path.parent.name in LIVE:
+        elif item.path.parent.name in LIVE and not item.get_closest_marker("flaky"):
             item.add_marker(pytest.mark.flaky(reruns=1))
     if os.environ.get("FGPU_TEST_SCALE") != "quick":
         return

@@ -8,16 +8,33 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import engine_kit as kit
 import pytest
+import sanitizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SHIM = "/var/lib/fgpu/shim/current/libfgpu.so"
 LIBC, IN_OPEN = ctypes.CDLL(None), 0x20
+
+
+@pytest.fixture(scope="module", autouse=True, params=["as it is", "sanitized"])
+def helper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All of this twice: whatever sanitizers report is a fault, but memory that lasts as long as the helper."""
+    if request.param == "as it is":
+        yield
+        return
+    reports = tmp_path_factory.mktemp("reports")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kit, "HELPER", sanitizers.ADDRESS.make("oci") / "fgpu-oci")
+        for name, value in sanitizers.ADDRESS.environment(reports, leaks=False).items():
+            patch.setenv(name, value)
+        yield
+    assert not (text := sanitizers.reported(reports)), text
 
 
 @pytest.fixture

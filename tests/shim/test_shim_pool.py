@@ -495,7 +495,7 @@ out(alloc(1))"""
 
 def test_pools_and_graphs_are_free_of_undefined_behaviour(build: Build, held: Agent, tmp_path: Path) -> None:
     """The library again, built to die of the first undefined operation."""
-    trapping = build.make(tmp_path, "SANITIZE=-fsanitize=undefined -fsanitize-undefined-trap-on-error")
+    trapping = build.make(tmp_path, "CFLAGS=-O2 -g -fsanitize=undefined -fsanitize-undefined-trap-on-error")
     script = (
         POOLS
         + """

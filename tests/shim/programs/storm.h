@@ -1,0 +1,33 @@
+/* storm.h: between storm.c (a program that does everything at once) and storm_world.c (the gatekeeper, the kernel and
+ * the operator around it, all in the same process, so that a sanitizer sees both sides of every page). */
+#ifndef STORM_H
+#define STORM_H
+
+#define __CUDA_API_VERSION_INTERNAL
+#define NVML_NO_UNVERSIONED_FUNC_DEFS
+#include <cuda.h>
+#include <nvml.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "fgpu.h"
+
+#define DEVICES 2
+#define LIMIT (1ULL << 30)
+#define ALMOST_NONE (64ULL << 20)
+
+extern _Atomic bool storm_over;
+
+struct storm_counts { /* that something happened at all */
+    _Atomic unsigned long hellos, asked, refused, changes;
+};
+extern struct storm_counts storm_counts;
+
+void storm_nap(long us);
+void storm_world_begin(void *shim);                     /* before the shim is first called: whose probes are ours */
+void storm_world_knows(int device, const CUuuid *uuid); /* the ledger's index of it is device + 3 */
+void storm_world_turns(void);                           /* begins to change the pages, in a thread of its own */
+void storm_world_end(void);
+
+#endif

@@ -1,0 +1,194 @@
+"""The whole shim under sanitizers, on the simulated driver under the same: programs/storm.c does everything at once.
+
+Where there is a gatekeeper it is inside that program, which writes pages where the shim reads them: ThreadSanitizer
+takes two mappings of one page for two places.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sanitizers import ADDRESS, ROOT, THREAD, UNRANDOM, Sanitizer, reported
+from shim_kit import HERE
+
+pytestmark = [
+    pytest.mark.skipif(bool(os.geteuid()), reason="mount namespaces need root"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="probe symbols are diverted in x86-64"),
+    pytest.mark.slow,
+    pytest.mark.flaky(reruns=0),  # what was found once is there
+]
+PROGRAMS = HERE / "programs"
+THREADS, DEADLINE = 6, 120
+Scale = Callable[[int, int, int], int]
+
+
+@dataclass(frozen=True)
+class Under:
+    """What one sanitizer needs to look on: the parts built for it."""
+
+    by: Sanitizer
+    storm: Path
+    early: Path
+
+    def run(self, shim: Path, reports: Path, milliseconds: int, image: str | None = None) -> dict[str, int]:
+        """A storm; `image`: it brings this limit and nobody else decides, else there is a gatekeeper within it."""
+        inside = [] if image else [shim]
+        variables = {
+            "LD_LIBRARY_PATH": str(self.by.folder / "sim" / "lib"),
+            "LD_PRELOAD": ":".join(map(str, (self.by.runtime, self.early, shim))),
+        }
+        with self._driver(reports, image) as there:
+            words = [f"{name}={value}" for name, value in variables.items()]
+            command = [*there, *UNRANDOM, "env", *words, self.storm, milliseconds, THREADS, *inside]
+            done = subprocess.run(
+                [str(word) for word in command],
+                capture_output=True,
+                text=True,
+                timeout=DEADLINE,
+                env={**os.environ, **self.by.environment(reports)},
+                check=False,
+            )
+        assert not (text := reported(reports)), text
+        assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+        return dict(json.loads(done.stdout))
+
+    @contextmanager
+    def _driver(self, reports: Path, image: str | None) -> Iterator[list[str]]:
+        """A simulated driver in a mount namespace; what leads a command there. Its own faults are reported too."""
+        setup = "mount -t tmpfs -o mode=755 none /run; "
+        if image:
+            etc = reports / "etc"
+            (etc / "fgpu").mkdir(parents=True, mode=0o755)
+            (etc / "fgpu" / "limit").write_text(image)
+            shutil.copy("/etc/ld.so.cache", etc)
+            setup += f"mount --bind {etc} /etc; "
+        server = subprocess.Popen(
+            ["unshare", "--mount", *UNRANDOM, "sh", "-c", f'{setup} exec "$0"', self.by.folder / "sim" / "fgpu-simd"],
+            env={**os.environ, **self.by.environment(reports), "FGPU_SIM_GPUS": "2", "FGPU_SIM_MODEL": "t4"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert server.stdout
+        try:
+            assert server.stdout.readline() == "ready\n"
+            yield ["nsenter", f"--mount=/proc/{server.pid}/ns/mnt", "--"]
+        finally:
+            server.terminate()
+            server.communicate(timeout=20)
+        assert server.returncode == 0, reported(reports)
+
+
+def built(by: Sanitizer) -> Under:
+    for part in ("sim", "shim"):
+        by.make(part)
+    sources = [PROGRAMS / "storm.c", PROGRAMS / "storm_world.c", f"-I{ROOT}/bpf", "-ldl", "-pthread"]
+    early = by.folder / "early.so"
+    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", PROGRAMS / "early.c", "-o", early], check=True, timeout=60)
+    return Under(by, by.compile(by.folder / "storm", *sources), early)
+
+
+@pytest.fixture(scope="module", params=[ADDRESS, THREAD], ids=lambda by: by.name)
+def under(request: pytest.FixtureRequest) -> Under:
+    return built(request.param)
+
+
+def test_nothing_is_found_while_pages_change(under: Under, tmp_path: Path, scale: Scale) -> None:
+    """Limits, gates, budgets and lists change every few milliseconds, and pages are given anew by each hello."""
+    counts = under.run(under.by.folder / "shim" / "libfgpu.so", tmp_path, scale(0, 4000, 60_000))
+    print(under.by.name, counts)
+    assert counts["hellos"] > counts["forks"] + 1
+    assert all(counts.values())
+
+
+def test_nothing_is_found_where_the_image_decides(under: Under, tmp_path: Path, scale: Scale) -> None:
+    counts = under.run(under.by.folder / "shim" / "libfgpu.so", tmp_path, scale(0, 3000, 60_000), "2GiB")
+    print(under.by.name, counts)
+    assert all(counts[what] for what in ("calls", "forks", "launches", "graphs"))
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A fault, put into a copy of the shim, and what is said of it."""
+
+    by: Sanitizer
+    file: str
+    was: str
+    becomes: str
+    said: str
+    image: str | None = None
+
+
+NOWHERE = "    CUdevice device;\n    int index = -1;\n"
+PLANTS = {
+    "freed": Plant(
+        ADDRESS,
+        "view.c",
+        NOWHERE,
+        NOWHERE + "char *volatile gone = __builtin_malloc(8); __builtin_free(gone); gone[0] = 1;\n",
+        "heap-use-after-free",
+    ),
+    "overflow": Plant(
+        ADDRESS, "view.c", NOWHERE, NOWHERE + "volatile int n = 0x7fffffff; n = n + 1;\n", "signed integer overflow"
+    ),
+    # What was found in it once.
+    "flags": Plant(
+        THREAD,
+        "admit.c",
+        "!fgpu_observes(&view.usage[level])",
+        "!(view.usage[level].flags & FGPU_OBSERVE)",
+        "data race",
+    ),
+    "rows": Plant(
+        THREAD, "processes.c", "= read_row(&page->rows[j]);", "= ((void)read_row, page->rows[j]);", "data race"
+    ),
+    "note": Plant(
+        THREAD,
+        "link.c",
+        "seen.epoch != note->epoch",
+        "seen.epoch != *(volatile uint64_t *)&note->epoch",
+        "data race",
+    ),
+    "whose": Plant(
+        THREAD,
+        "grants.c",
+        "atomic_load_explicit(&entries[i].whose, memory_order_relaxed)",
+        "entries[i].grant.whose",
+        "data race",
+        "2GiB",
+    ),
+    "uuid": Plant(
+        THREAD,
+        "admit.c",
+        "if (is_uuid(control->devices[i].uuid, uuid))",
+        "if (((void)is_uuid, !memcmp(control->devices[i].uuid, uuid, 16)))",
+        "data race",
+        "2GiB",
+    ),
+}
+
+
+@pytest.mark.skipif(os.environ.get("FGPU_TEST_SCALE") != "full", reason="each builds a shim: ./dev test full")
+@pytest.mark.parametrize("name", PLANTS)
+def test_what_is_planted_is_found(name: str, tmp_path: Path) -> None:
+    plant = PLANTS[name]
+    under = built(plant.by)
+    for part in ("shim", "bpf"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    shutil.copytree(plant.by.folder / "shim", tmp_path / "out")
+    file = tmp_path / "shim" / plant.file
+    text = file.read_text()
+    assert text.count(plant.was) == 1
+    file.write_text(text.replace(plant.was, plant.becomes))
+    out = plant.by.make("shim", tmp_path / "shim", tmp_path / "out")
+    (tmp_path / "reports").mkdir()
+    with pytest.raises(AssertionError, match=plant.said):
+        under.run(out / "libfgpu.so", tmp_path / "reports", 30_000, plant.image)

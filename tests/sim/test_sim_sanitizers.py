@@ -1,0 +1,62 @@
+"""The simulated driver under sanitizers: server, both libraries and nvidia-smi, on every question of the conformance
+program. Threads at it all at once are in shim/test_shim_sanitizers.py, any bytes for the server in fuzz/test_fuzz.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sanitizers import ADDRESS, reported
+
+from .conftest import HERE, Machine
+from .test_conformance import NO_DEVICE, REAL, WAITING
+
+pytestmark = pytest.mark.slow
+LISTINGS = (
+    ["-L"],
+    [],
+    ["-q"],
+    ["pmon", "-c", "1"],
+    ["--query-gpu=name,memory.used,utilization.gpu", "--format=csv"],
+    ["--query-compute-apps=pid,used_memory", "--format=csv,noheader"],
+    ["--query-nothing"],
+)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The conformance program, with what must be there before the libraries."""
+    out = tmp_path_factory.mktemp("sanitized") / "conformance"
+    return ADDRESS.compile(out, "-std=c11", *sorted(HERE.glob("conformance*.c")), "-ldl")
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    settings = ADDRESS.environment(tmp_path)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    machine = Machine(ADDRESS.make("sim"), {"FGPU_SIM_GPUS": "2", **settings})
+    yield machine
+    code = machine.stop()
+    assert not (text := reported(tmp_path)), text
+    assert code == 0
+
+
+@pytest.mark.parametrize("section", REAL | WAITING | NO_DEVICE)
+def test_nothing_is_found_by_any_question(machine: Machine, program: Path, section: str) -> None:
+    done = machine.run(program, section, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_nothing_is_found_in_any_listing(machine: Machine) -> None:
+    preload = ("env", f"LD_PRELOAD={ADDRESS.runtime}")
+    with machine.spawn("start(); alloc(100 << 20); say('holding'); wait()", preload) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "holding\n"
+        for words in LISTINGS:
+            done = machine.run(machine.tools / "nvidia-smi", *words, check=False)
+            assert done.stdout + done.stderr, words
+        holder.kill()
