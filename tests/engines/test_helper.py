@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -211,6 +212,15 @@ def test_the_reason_reaches_the_engine(run_dir: Path, tmp_path: Path) -> None:
     said = json.loads(log.read_text())
     assert said["level"] == "error"
     assert "the shim cannot be put in" in said["msg"]
+
+
+def test_hardened_and_in_need_of_no_library() -> None:
+    helper = kit.harness.BUILD / "oci/fgpu-oci"
+    text = subprocess.run(["readelf", "-dlW", helper], check=True, capture_output=True, text=True).stdout
+    assert "GNU_RELRO" in text
+    assert not re.search(r"GNU_STACK.*E", text)
+    assert "NEEDED" not in text
+    assert "INTERP" not in text
 
 
 def test_called_by_a_runtimes_name(tmp_path: Path) -> None:

@@ -69,6 +69,16 @@ def test_sonames(tools: Path, library: str) -> None:
     assert (tools / "lib" / library.removesuffix(".1")).resolve() == (tools / "lib" / library).resolve()
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_hardened(tools: Path, library: str) -> None:
+    command = ["readelf", "-dlW", tools / "lib" / library]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "BIND_NOW" in text
+    assert "GNU_RELRO" in text
+    assert "TEXTREL" not in text
+    assert not re.search(r"GNU_STACK.*E", text)
+
+
 def table() -> list[tuple[str, int, str]]:
     text = (ROOT / "sim" / "cuda_symbols.h").read_text()
     rows = re.findall(r"^(?:LEGACY|BOTH|EACH)\((\w+), (\d+), (\w+)", text, re.M)
