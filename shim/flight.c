@@ -138,12 +138,12 @@ static void add(struct visit *here, const struct fgpu_launch *launch, uint64_t b
         will_call(here);
         fgpu_mark(device, lane, lane->key); /* a graph is measured by itself */
     }
-    if (!lane->open) lane->first_ns = now;
+    if (!lane->open) atomic_store_explicit(&lane->first_ns, now, memory_order_relaxed);
     lane->open++;
-    lane->last_ns = now;
-    lane->cost_ns += cost_ns;
+    atomic_store_explicit(&lane->last_ns, now, memory_order_relaxed);
+    atomic_store_explicit(&lane->cost_ns, lane->cost_ns + cost_ns, memory_order_relaxed);
     uint64_t had_ns = atomic_load(&device->cost_ns);
-    if (!had_ns) device->base_ns = now;
+    if (!had_ns) atomic_store_explicit(&device->base_ns, now, memory_order_relaxed);
     atomic_store_explicit(&device->cost_ns, had_ns + cost_ns, memory_order_relaxed);
     if (!wants_mark(launch, lane, budget_ns)) return;
     will_call(here);

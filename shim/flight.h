@@ -8,25 +8,26 @@
 #define MARKS 64
 #define GUESSES 64
 
+/* All of it atomics: a turn may run out, and then two are in here. */
 struct lane { /* a stream, between two marks */
-    uint64_t key;
-    CUstream stream;
-    CUcontext context;
-    _Atomic uint64_t open; /* launches */
-    uint64_t cost_ns;      /* what they should take */
-    uint64_t first_ns, last_ns;
+    _Atomic uint64_t key;
+    _Atomic(CUstream) stream;
+    _Atomic(CUcontext) context;
+    _Atomic uint64_t open;    /* launches */
+    _Atomic uint64_t cost_ns; /* what they should take */
+    _Atomic uint64_t first_ns, last_ns;
 };
 struct mark { /* a batch */
     _Atomic(CUevent) event;
-    CUcontext context;
-    uint64_t key, guess_key;
+    _Atomic(CUcontext) context;
+    _Atomic uint64_t key, guess_key;
     _Atomic uint64_t launches; /* 0: free */
-    uint64_t cost_ns;
-    uint64_t first_ns, recorded_ns;
-    uint64_t unready_ns; /* when it was last seen not to be done */
+    _Atomic uint64_t cost_ns;
+    _Atomic uint64_t first_ns, recorded_ns;
+    _Atomic uint64_t unready_ns; /* when it was last seen not to be done */
 };
 struct guess {
-    uint64_t key, ns;
+    _Atomic uint64_t key, ns;
 };
 struct device {
     _Atomic uint64_t busy_until_ns; /* the turn of a thread; runs out by itself */
@@ -34,9 +35,9 @@ struct device {
     _Atomic uint64_t done_at_ns;
     _Atomic uint64_t cost_ns; /* of all that is in flight, as guessed */
     _Atomic uint32_t marks_taken;
-    uint64_t base_ns;      /* what is in flight has run since then */
-    uint64_t last_done_ns; /* of the last batch, where that is known closely, and when it was not done yet */
-    uint64_t last_unready_ns;
+    _Atomic uint64_t base_ns;      /* what is in flight has run since then */
+    _Atomic uint64_t last_done_ns; /* of the last batch, where that is known closely, and when it was not done yet */
+    _Atomic uint64_t last_unready_ns;
     struct lane lanes[LANES];
     struct mark marks[MARKS];
     struct guess guesses[GUESSES];

@@ -22,7 +22,10 @@ static uint64_t later(uint64_t a, uint64_t b) { return a > b ? a : b; }
 struct guess *fgpu_guess_of(struct device *device, uint64_t key)
 {
     struct guess *guess = &device->guesses[(key * 0x9e3779b97f4a7c15ULL) >> 58];
-    if (guess->key != key) *guess = (struct guess){key, FIRST_NS};
+    if (guess->key != key) {
+        guess->key = key;
+        guess->ns = FIRST_NS;
+    }
     return guess;
 }
 _Static_assert(GUESSES == 64, "six bits");

@@ -28,6 +28,8 @@ pytestmark = [
 ]
 PROGRAMS = HERE / "programs"
 THREADS, DEADLINE = 6, 120
+HELLO_MS, NEVER = 1000, 1 << 30
+IS_FULL = os.environ.get("FGPU_TEST_SCALE") == "full"
 Scale = Callable[[int, int, int], int]
 
 
@@ -39,11 +41,17 @@ class Under:
     storm: Path
     early: Path
 
-    def run(self, shim: Path, reports: Path, milliseconds: int, image: str | None = None) -> dict[str, int]:
-        """A storm; `image`: it brings this limit and nobody else decides, else there is a gatekeeper within it."""
-        inside = [] if image else [shim]
+    def run(
+        self, shim: Path, reports: Path, milliseconds: int, image: str | None = None, late: bool = False
+    ) -> dict[str, int]:
+        """A storm; `image`: it brings this limit and nobody else decides, else there is a gatekeeper within it.
+
+        `late`: the driver takes longer now and then than a turn lasts, and pages are given once: whoever is in it for
+        so long would else come back to others.
+        """
+        inside = [] if image else [shim, NEVER if late else HELLO_MS]
         variables = {
-            "LD_LIBRARY_PATH": str(self.by.folder / "sim" / "lib"),
+            "LD_LIBRARY_PATH": str(self._late() if late else self.by.folder / "sim" / "lib"),
             "LD_PRELOAD": ":".join(map(str, (self.by.runtime, self.early, shim))),
         }
         with self._driver(reports, image) as there:
@@ -60,6 +68,17 @@ class Under:
         assert not (text := reported(reports)), text
         assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
         return dict(json.loads(done.stdout))
+
+    def _late(self) -> Path:
+        folder = self.by.folder / "late"
+        folder.mkdir(exist_ok=True)
+        libraries = self.by.folder / "sim" / "lib"
+        shutil.copy(libraries / "libnvidia-ml.so.1", folder)
+        driver = (libraries / "libcuda.so.1").read_bytes()
+        (folder / "libcudX.so.1").write_bytes(driver.replace(b"libcuda.so.1\0", b"libcudX.so.1\0"))
+        linked = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1,--no-as-needed", folder / "libcudX.so.1", "-ldl"]
+        self.by.compile(folder / "libcuda.so.1", PROGRAMS / "slow_driver.c", "-w", *linked)
+        return folder
 
     @contextmanager
     def _driver(self, reports: Path, image: str | None) -> Iterator[list[str]]:
@@ -115,6 +134,13 @@ def test_nothing_is_found_where_the_image_decides(under: Under, tmp_path: Path, 
     assert all(counts[what] for what in ("calls", "forks", "launches", "graphs"))
 
 
+@pytest.mark.skipif(not IS_FULL, reason="a driver that takes its time: ./dev test full")
+def test_nothing_is_found_where_the_driver_answers_late(under: Under, tmp_path: Path) -> None:
+    """A thread's turn runs out while it is in the driver, and then two of them see to what is in flight."""
+    counts = under.run(under.by.folder / "shim" / "libfgpu.so", tmp_path, 60_000, late=True)
+    assert counts["launches"]
+
+
 @dataclass(frozen=True)
 class Plant:
     """A fault, put into a copy of the shim, and what is said of it."""
@@ -125,6 +151,7 @@ class Plant:
     becomes: str
     said: str
     image: str | None = None
+    late: bool = False
 
 
 NOWHERE = "    CUdevice device;\n    int index = -1;\n"
@@ -173,10 +200,11 @@ PLANTS = {
         "data race",
         "2GiB",
     ),
+    "turn": Plant(THREAD, "flight.h", "_Atomic uint64_t base_ns;", "uint64_t base_ns;", "data race", late=True),
 }
 
 
-@pytest.mark.skipif(os.environ.get("FGPU_TEST_SCALE") != "full", reason="each builds a shim: ./dev test full")
+@pytest.mark.skipif(not IS_FULL, reason="each builds a shim: ./dev test full")
 @pytest.mark.parametrize("name", PLANTS)
 def test_what_is_planted_is_found(name: str, tmp_path: Path) -> None:
     plant = PLANTS[name]
@@ -191,4 +219,4 @@ def test_what_is_planted_is_found(name: str, tmp_path: Path) -> None:
     out = plant.by.make("shim", tmp_path / "shim", tmp_path / "out")
     (tmp_path / "reports").mkdir()
     with pytest.raises(AssertionError, match=plant.said):
-        under.run(out / "libfgpu.so", tmp_path / "reports", 30_000, plant.image)
+        under.run(out / "libfgpu.so", tmp_path / "reports", 30_000, plant.image, plant.late)

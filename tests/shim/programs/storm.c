@@ -1,8 +1,8 @@
 /*
- * storm MILLISECONDS THREADS [SHIM]: a program that does everything at once, for sanitizers: threads that allocate in
- * every way, free what others allocated, launch, capture, wait, look, make contexts and pools, and fork. SHIM, the
- * file that was preloaded: within it there is a gatekeeper too, who changes limits, gates and lists all the while and
- * wants a new hello now and then; without, whatever is around it decides.
+ * storm MILLISECONDS THREADS [SHIM HELLO_MILLISECONDS]: a program that does everything at once, for sanitizers: threads
+ * that allocate in every way, free what others allocated, launch, capture, wait, look, make contexts and pools, and
+ * fork. SHIM, the file that was preloaded: within it there is a gatekeeper too, who changes limits, gates and lists all
+ * the while and wants a new hello every so often; without, whatever is around it decides.
  *
  * It cares for no result. Says what happened, as JSON; 0 where every child ended well.
  */
@@ -300,7 +300,7 @@ static void *doze(void *unused)
     size_t total;
     while (!is_over()) {
         cu.cuDeviceTotalMem_v2(&total, 0);
-        for (int i = 0; i < 160 && !is_over(); i++) storm_nap(10000);
+        for (int i = 0; i < 250 && !is_over(); i++) storm_nap(10000);
     }
     return unused;
 }
@@ -312,7 +312,7 @@ static void *library(const char *name)
     return found;
 }
 
-static void begin(const char *shim)
+static void begin(const char *shim, long again_us)
 {
     CUuuid uuid;
     driver = library("libcuda.so.1");
@@ -326,17 +326,17 @@ static void begin(const char *shim)
     if (cu.cuInit(0) || cu.nvmlInit_v2()) exit(3);
     for (int i = 0; shim && i < DEVICES; i++)
         if (!cu.cuDeviceGetUuid_v2(&uuid, i)) storm_world_knows(i, &uuid);
-    if (shim) storm_world_turns();
+    if (shim) storm_world_turns(again_us);
 }
 
 int main(int count, char **words)
 {
     static struct life lives[MOST_THREADS];
-    const char *shim = count > 3 ? words[3] : NULL;
+    const char *shim = count > 4 ? words[3] : NULL;
     if (count < 3) return 2;
     int threads = atoi(words[2]) < MOST_THREADS ? atoi(words[2]) : MOST_THREADS;
     pthread_t dozer;
-    begin(shim);
+    begin(shim, shim ? 1000 * atol(words[4]) : 0);
     pthread_create(&dozer, NULL, doze, NULL);
     for (int t = 0; t < threads; t++) {
         lives[t].random = (uint64_t)t * 0x9e3779b97f4a7c15u + 1;

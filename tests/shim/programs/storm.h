@@ -27,7 +27,7 @@ extern struct storm_counts storm_counts;
 void storm_nap(long us);
 void storm_world_begin(void *shim);                     /* before the shim is first called: whose probes are ours */
 void storm_world_knows(int device, const CUuuid *uuid); /* the ledger's index of it is device + 3 */
-void storm_world_turns(void);                           /* begins to change the pages, in a thread of its own */
+void storm_world_turns(long again_us);                  /* begins to change the pages, in a thread of its own */
 void storm_world_end(void);
 
 #endif

@@ -24,8 +24,6 @@
 
 #define LEVELS 2
 #define FIRST_INDEX 3
-#define ROUNDS 60
-#define AGAIN_US 600000 /* between two hellos: whoever looks at pages that are two hellos old has slept that long */
 #define MOST_PAGES 64
 
 struct storm_counts storm_counts;
@@ -41,6 +39,7 @@ static _Atomic uint32_t gate = 1 << FGPU_GATE_SHIFT | FGPU_GATED | FGPU_GATE_OPE
 static _Atomic unsigned mapped; /* hellos whose pages the shim has */
 static pthread_t turning;
 static pid_t self;
+static long again_us; /* between two hellos */
 
 static void must(bool it, const char *what)
 {
@@ -262,7 +261,7 @@ static void *take_turns(void *unused)
         seen = atomic_load(&mapped);
         if (storm_over) break;
         struct places here = find();
-        for (uint64_t began = now_ns(); !storm_over && now_ns() - began < AGAIN_US * 1000ULL; round++) {
+        for (uint64_t began = now_ns(); !storm_over && now_ns() - began < (uint64_t)again_us * 1000; round++) {
             beat(here.control);
             turn(here, round);
             show_rows(here.control, round);
@@ -276,8 +275,9 @@ static void *take_turns(void *unused)
     return unused;
 }
 
-void storm_world_turns(void)
+void storm_world_turns(long us)
 {
+    again_us = us;
     atomic_fetch_add(&epoch, 1);
     for (int i = 0; i < MOST_PAGES; i++)
         if (controls[i]) PUT(controls[i]->epoch, epoch);
