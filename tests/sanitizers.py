@@ -63,6 +63,7 @@ class Sanitizer:
 
 ADDRESS = Sanitizer("address", "address,undefined", "libasan.so")
 THREAD = Sanitizer("thread", "thread", "libtsan.so")
+SANITIZERS = {by.name: by for by in (ADDRESS, THREAD)}
 
 
 def reported(reports: Path) -> str:

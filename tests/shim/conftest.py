@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sanitizers import SANITIZERS
 from shim_kit import DEADLINE, HERE, ROOT, SYSTEM_PYTHON, Agent, Build, Simulator
 
 
@@ -19,8 +20,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     headers = ROOT / "build" / "headers"
     if not (headers / "cuda.h").exists():
         subprocess.run([ROOT / "sim" / "headers.sh", headers], check=True, timeout=120)
-    made = Build(folder, folder / "libfgpu.so", headers)
-    shutil.copy(made.make(folder / "out"), made.shim)
+    under = os.environ.get("FGPU_SHIM_UNDER")  # a shim for a sanitizer, built by test_shim_sanitizers.py
+    first = (SANITIZERS[under].runtime, SANITIZERS[under].folder / "early.so") if under else ()
+    made = Build(folder, folder / "libfgpu.so", headers, first)
+    shutil.copy(SANITIZERS[under].make("shim") / "libfgpu.so" if under else made.make(folder / "out"), made.shim)
     pools = str(HERE / "programs" / "pools.c")
     made.library("libcuda.c", "driver/libcuda.so.1", pools, "-Wl,-Bsymbolic,-soname,libcuda.so.1")
     made.library("libcuda.c", "old/libcuda.so.1", "-DOLD", "-Wl,-Bsymbolic,-soname,libcuda.so.1")

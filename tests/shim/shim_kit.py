@@ -41,6 +41,7 @@ class Build:
     folder: Path
     shim: Path
     headers: Path
+    first: tuple[Path, ...] = ()  # what is preloaded before all else
 
     def compile(self, source: str | Path, target: str, *flags: str) -> Path:
         path = self.folder / target
@@ -92,7 +93,7 @@ class Agent:
     def popen(
         self, *command: Any, preload: tuple[Any, ...] = (), driver: Any = "driver", libraries: Any = None, **more: Any
     ) -> Any:
-        libraries = ":".join(map(str, libraries or (*preload, self.build.shim)))
+        libraries = ":".join(map(str, (*self.build.first, *(libraries or (*preload, self.build.shim)))))
         inside = ["nsenter", f"--mount=/proc/{self.process.pid}/ns/mnt", "--", "env", f"LD_PRELOAD={libraries}"]
         return subprocess.Popen(
             [*inside, f"LD_LIBRARY_PATH={self.build.folder / driver}", *map(str, command)],

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,6 +140,32 @@ def test_nothing_is_found_where_the_driver_answers_late(under: Under, tmp_path: 
     """A thread's turn runs out while it is in the driver, and then two of them see to what is in flight."""
     counts = under.run(under.by.folder / "shim" / "libfgpu.so", tmp_path, 60_000, late=True)
     assert counts["launches"]
+
+
+# Those whose programs preload nothing else, which would be there before what a sanitizer needs.
+SUITE = ("array", "capture", "flight", "gate", "graph", "memory", "pool", "simulator", "view")
+
+
+@pytest.mark.skipif(not IS_FULL, reason="the suite once more: ./dev test full")
+@pytest.mark.timeout(1200)
+def test_nothing_is_found_in_the_suite(under: Under, tmp_path: Path) -> None:
+    files = [HERE / f"test_shim_{name}.py" for name in SUITE]
+    command = [*UNRANDOM, sys.executable, "-m", "pytest", "-q", "--tb=short", "-k", "not undefined", *files]
+    settings = {
+        "FGPU_SHIM_UNDER": under.by.name,
+        "FGPU_TEST_SCALE": "ci",
+        **under.by.environment(tmp_path, leaks=False),
+    }
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=1100,
+        env={**os.environ, **settings},
+        check=False,
+    )
+    assert not (text := reported(tmp_path)), text
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 @dataclass(frozen=True)
