@@ -113,7 +113,7 @@ static void turn_over(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ct
     p->level_count = ctx->args[3];
     for (u32 d = 0; d < FGPU_DEVICES; d++) {
         s64 bytes = *(volatile s64 *)charged(p, turn, d);
-        before.bytes[d] = bytes & ~(bytes >> 63); /* not below 0 */
+        before.bytes[d] = forget(bytes & ~(bytes >> 63), p->generation); /* not below 0 */
         alter_levels(p, turn + 1, d, before.bytes[d], 0);
         __sync_fetch_and_add(charged(p, turn + 1, d), before.bytes[d]);
     }

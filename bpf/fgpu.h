@@ -20,6 +20,7 @@
 #define FGPU_ROWS 128
 #define FGPU_SHARED 3
 #define FGPU_PATH 192
+#define FGPU_ENDS 65536       /* a power of two */
 #define FGPU_NO_LIMIT (~0ULL) /* 0, what a fresh page holds, means deny */
 #define FGPU_MOST_BYTES (1ULL << 48)
 #define FGPU_LEASE_NS 2000000000ULL

@@ -37,6 +37,9 @@ BPF_TABLE_PINNED("array", u32, u64, host, 8, PINS "host");
 BPF_TABLE_PINNED("hash", struct fgpu_counter_key, u64, counters, 65536, PINS "counters", SPARSE);
 BPF_TABLE_PINNED("array", u32, u64, incidents, 2 * FGPU_REASONS, PINS "incidents");
 BPF_TABLE_PINNED("percpu_array", u32, u64, hits, FGPU_HITS, PINS "hits");
+#if ENDS /* when a process of such a pid has ended last, or of another that shares its place */
+BPF_TABLE_PINNED("array", u32, u64, ends, FGPU_ENDS, PINS "ends");
+#endif
 /* As BPF_RINGBUF_OUTPUT of BCC, which cannot pin. */
 struct events_table_t {
     int key;

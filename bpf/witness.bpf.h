@@ -148,10 +148,18 @@ static u64 extent(u64 n, u32 level)
     return n | none >> 63;
 }
 
+/* All ones or none, without a branch. */
+static u64 below(u64 i, u64 n)
+{
+    s64 less = i - n;
+    __asm__ volatile("" : "+r"(less));
+    return less >> 63;
+}
+
 static u64 at_most(u64 n) { return n > MOST_EXTENT ? MOST_EXTENT : n; }
 
 /* At least these bytes: for a call that nobody asked about. The driver pads; NVML tells by how much. */
-static u64 shape_bytes(u64 function, void *descriptor, u32 levels)
+static u64 shape_bytes(u64 function, void *descriptor, u32 levels, u64 any)
 {
     struct shape s = {.depth = 1};
     u64 bytes = 0, element;
@@ -163,10 +171,11 @@ static u64 shape_bytes(u64 function, void *descriptor, u32 levels)
     }
     if (s.flags & NO_MEMORY_YET) return 0;
     if (function != FGPU_FUNCTION_ARRAY_MIPMAPPED) levels = 1;
-    element = element_bytes(s.format) * (s.channels & 7);
-    u64 width = at_most(s.width), height = at_most(s.height), depth = at_most(s.depth);
-    for (u32 i = 0; i < 18 && i < levels; i++)
-        bytes += extent(width, i) * extent(height, i) * extent(depth, i) * element;
+    element = forget(element_bytes(s.format) * (s.channels & 7), any);
+    u64 width = forget(at_most(s.width), any), height = forget(at_most(s.height), any);
+    u64 depth = forget(at_most(s.depth), any), count = forget(levels, any);
+    for (u32 i = 0; i < 18; i++) /* no way out before the end, for the same reason: Linux 6.1 follows each */
+        bytes += extent(width, i) * extent(height, i) * extent(depth, i) * element & below(i, count);
     return bytes;
 }
 
@@ -186,8 +195,8 @@ static u64 pitch_bytes(u64 pitch, u64 height)
 }
 
 /* What the driver is asked for, as far as its arguments say, and on which device: CUDA's ordinal, which an admission
- * replaces by the ledger's index. */
-static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f)
+ * replaces by the ledger's index. `any` is for forget(). */
+static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f, u64 any)
 {
     f->device = FGPU_DEVICES; /* not said: the process's last */
     switch (f->function) {
@@ -199,7 +208,7 @@ static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f)
     case FGPU_FUNCTION_ARRAY:
     case FGPU_FUNCTION_ARRAY_3D:
     case FGPU_FUNCTION_ARRAY_MIPMAPPED:
-        return shape_bytes(f->function, (void *)PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
+        return shape_bytes(f->function, (void *)PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx), any);
     case FGPU_FUNCTION_CREATE:
         return create_bytes(f, (void *)PT_REGS_PARM3(ctx));
     case FGPU_FUNCTION_RETAIN:
@@ -243,7 +252,7 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
         if (!settles && same_call(&t->call, &now)) return;
         put_back(p, tgid, &t->call); /* a call left by longjmp */
     }
-    u64 any = p->generation, bytes = forget(asked_bytes(ctx, &now), any); /* each function leaves other values */
+    u64 any = p->generation, bytes = forget(asked_bytes(ctx, &now, any), any); /* each function leaves other values */
     now.function = forget(now.function, any);
     now.device = forget(now.device, any);
     if (settles) take_over(&t->admission, &now);

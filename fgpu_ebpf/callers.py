@@ -9,12 +9,10 @@ is counted.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import selectors
 import socket
-import struct
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +23,12 @@ from fgpu_ebpf import pages, procfs
 from fgpu_ebpf.clients import take_one
 from fgpu_ebpf.glance import Standing
 from fgpu_ebpf.pages import Hello
+from fgpu_ebpf.visitors import Visitors, pid_of
 
 MOST_CONNECTIONS, MOST_PER_TENANT, MOST_SILENT, MOST_HINTS, AT_ONCE = 1024, 512, 16, 4096, 64
 PATIENCE_NS, SILENCE_NS, TURN_NS = 1_000_000_000, 200_000_000, 4_000_000
 WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000  # of our time: the last at every heartbeat
 STORM_NS = 1_000_000_000  # instead of WAIT_NS, for a process that is new: to make one costs its tenant what it costs us
-SO_PEERPIDFD = 77
 HELLO_BYTES = ctypes.sizeof(Hello)
 
 
@@ -58,7 +56,8 @@ class Caller:
 class Callers:
     """All connections, oldest first.
 
-    `stand` says what a process's cgroup means, and at which epoch; `look` is given who said hello, until it drops them.
+    `stand` says what a process's cgroup means, and at which epoch; `look` is given who said hello, until it drops them;
+    `ended_ns` is for Visitors.
     """
 
     def __init__(
@@ -67,8 +66,10 @@ class Callers:
         counts: dict[str, int],
         stand: Callable[[int, int], tuple[int, Standing]],
         look: Callable[[Caller], None],
+        ended_ns: Callable[[int], int | None],
     ) -> None:
         self._selector, self._counts, self._stand, self._look = selector, counts, stand, look
+        self._visitors = Visitors(ended_ns)
         self._callers: dict[Caller, None] = {}
         self._load: Counter[int] = Counter()  # connections of a tenant
         self._ready: dict[int, dict[Caller, None]] = {}  # tenants whose turn comes, each with who is to be looked at
@@ -83,13 +84,18 @@ class Callers:
     def accept(self, listener: socket.socket) -> None:
         """Take in who has come, some at a time."""
         began_ns = thread_time_ns()
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(AT_ONCE):  # then the others' turn
-                began_ns = self._admit(listener.accept()[0], began_ns)
+        for _ in range(AT_ONCE):  # then the others' turn
+            now_ns = monotonic_ns()
+            try:
+                sock = listener.accept()[0]
+            except BlockingIOError:
+                self._visitors.alone(now_ns)
+                return
+            began_ns = self._admit(sock, began_ns)
 
     def _admit(self, sock: socket.socket, began_ns: int) -> int:
         """Answers when that was done, in our processor time."""
-        hint = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        hint = pid_of(sock)
         known = self._hints.get(hint, -1)
         if self._load[known] >= MOST_PER_TENANT or self._spent_ns[known] > REFUSE_NS:
             return self._refuse(sock, "dropped_tenant")
@@ -123,7 +129,7 @@ class Callers:
 
     def _identify(self, sock: socket.socket, new: bool) -> Caller | None:
         try:
-            pidfd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+            pidfd = self._visitors.pidfd(sock)
         except OSError:
             return None
         try:
@@ -242,19 +248,3 @@ def well_formed(data: bytes) -> bool:
         return False
     hello = Hello.from_buffer_copy(data)
     return bool((hello.magic, hello.version, hello.size) == (pages.MAGIC, pages.LAYOUT, HELLO_BYTES))
-
-
-def knows_peers() -> bool:
-    """Does this kernel say who is at the other end (Linux 6.5), and who that is (6.13)?"""
-    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with one, other:
-        try:
-            pidfd = one.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
-        except OSError:
-            return False
-    try:
-        return procfs.identity(pidfd)[0] == os.getpid()
-    except OSError:
-        return False
-    finally:
-        os.close(pidfd)

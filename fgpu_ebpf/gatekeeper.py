@@ -5,7 +5,7 @@ tenant says (identity is the peer's pidfd and what the kernel says of it), write
 When it fails: it ends, pages stop beating and shims open their gates after the lease; limits stand in the kernel. It
 ends by itself where its run folder is no longer the one that it locked, since nobody would find it there.
 
-Run as `python -m fgpu_ebpf.gatekeeper`; one a host, by flock. Needs Linux 6.13 (what a pidfd says of its process).
+Run as `python -m fgpu_ebpf.gatekeeper`; one a host, by flock.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from time import monotonic_ns
 
 from fgpu_ebpf import notify, pages, privileges, procfs, wholefile
 from fgpu_ebpf.bell import Bell
-from fgpu_ebpf.callers import Caller, Callers, knows_peers
+from fgpu_ebpf.callers import Caller, Callers
 from fgpu_ebpf.clients import Client, Clients, Head
 from fgpu_ebpf.door import Door, Lock
 from fgpu_ebpf.events import Events
@@ -75,7 +75,7 @@ class Gatekeeper:
         self._bell = Bell()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._bell, selectors.EVENT_READ, self._rung)
-        self._callers = Callers(self._selector, self._counts, self._stand, self._look)
+        self._callers = Callers(self._selector, self._counts, self._stand, self._look, self._ended_ns)
         self._clients = Clients(self._selector, boot)
         self._readers = Readers(self._bell.ring)
         self._slicer = Slicer()
@@ -145,6 +145,9 @@ class Gatekeeper:
 
     def _accept(self) -> None:
         self._callers.accept(self._door.listener)
+
+    def _ended_ns(self, pid: int) -> int | None:
+        return self._ledger.times.ended_ns(pid) if self._ledger else None
 
     def _now(self, ledger: Ledger) -> Glance:
         """What the ledger says in this turn."""
@@ -315,6 +318,7 @@ class Gatekeeper:
             return
         if not self._door.intact():
             self._open_door()
+        self._accept()  # there may be nobody: that is known then
         self._slicer.heed()  # whatever was missed
         self._counts["processes"] = len(self._clients)
         said = {**self._counts, **self._facts, "slices": self._slicer.counts()}
@@ -351,8 +355,6 @@ def _prepare(lock: Lock, is_patient: bool) -> Path:
     root = procfs.cgroup2_root()
     if root is None:
         raise OSError("no cgroup2 is mounted: boot with systemd.unified_cgroup_hierarchy=1")
-    if not knows_peers():
-        raise OSError("this kernel does not say who a pidfd's process is: Linux >= 6.13 is needed for now")
     os.umask(0o022)
     while not lock.take():
         if not is_patient:

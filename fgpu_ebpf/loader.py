@@ -16,8 +16,12 @@ from typing import Any
 
 # They read the names of cgroups in the kernel's memory, which lockdown=confidentiality refuses.
 OPTIONAL = {"cgroup_attach", "cgroup_made", "cgroup_populated", "cgroup_removed"}
-UPROBE_MULTI = 48  # BPF_TRACE_UPROBE_MULTI: one link for all places of a file
+UPROBE_MULTI, MULTI_FROM = 48, (6, 6)  # BPF_TRACE_UPROBE_MULTI: one link for all places of a file
 SPARSE_FROM = (6, 1)  # BPF_F_NO_PREALLOC in tracing programs
+PEER_PIDFD_FROM = (6, 5)  # a socket says by a pidfd who connected: before that, whether a pid was another's since
+GROUP_DEAD_FROM = (6, 16)  # sched_process_exit says when a process ends with its thread
+TYPES = "/sys/kernel/btf/vmlinux"
+BTF_STRUCT = 4  # BTF_KIND_STRUCT
 RAW_TRACEPOINTS = {"process_exit", "process_exec", "program_began", "adjust"} | OPTIONAL
 # The same programs for half the work: debugging information that nobody reads, a second optimiser (BCC runs LLVM's own
 # over whatever clang hands it), and the table of all kernel symbols anew wherever a program names this helper.
@@ -46,6 +50,37 @@ def kernel_release() -> tuple[int, int]:
     return int(major), int("".join(c for c in minor if c.isdigit()))
 
 
+def member_offset(bcc: ModuleType, struct: str, member: str) -> int:
+    """Where a member lies in a struct of the running kernel, in bytes. LoadError: the kernel does not tell."""
+    import ctypes
+
+    library = bcc.lib  # finds libbpf's functions too, which it is linked with
+    library.btf__load_vmlinux_btf.restype = library.btf__type_by_id.restype = ctypes.c_void_p
+    library.btf__name_by_offset.restype = ctypes.c_char_p
+    types = ctypes.c_void_p(library.btf__load_vmlinux_btf() if os.path.exists(TYPES) else None)
+    number = library.btf__find_by_name_kind(types, struct.encode(), BTF_STRUCT) if types else -1
+    if number > 0:
+        at = library.btf__type_by_id(types, number)
+        _, info, _ = (ctypes.c_uint32 * 3).from_address(at)
+        for i in range(info & 0xFFFF):
+            name, _, bits = (ctypes.c_uint32 * 3).from_address(at + 12 * (i + 1))
+            if library.btf__name_by_offset(types, name) == member.encode():
+                return (bits & 0xFFFFFF) // 8
+    raise LoadError(
+        f"this kernel does not say where {struct}.{member} is ({TYPES}): one with CONFIG_DEBUG_INFO_BTF=y is needed"
+    )
+
+
+def kernel_flags(bcc: ModuleType) -> list[str]:
+    """What the programs do otherwise on this kernel."""
+    release = kernel_release()
+    flags = [f"-DSPARSE={int(release >= SPARSE_FROM)}", f"-DENDS={int(release < PEER_PIDFD_FROM)}"]
+    if release < GROUP_DEAD_FROM:
+        places = (member_offset(bcc, "task_struct", "signal"), member_offset(bcc, "signal_struct", "live"))
+        flags += [f"-DSIGNAL_AT={places[0]}", f"-DLIVE_AT={places[1]}"]
+    return flags
+
+
 def whole_text(sources: str) -> str:
     """The programs with their parts in place: BCC rewrites what stands in the main file alone."""
 
@@ -59,8 +94,7 @@ def whole_text(sources: str) -> str:
 def compile_programs(bcc: ModuleType, sources: str, maps: str) -> Any:
     """Compiles; maps that are pinned already are used as they are."""
     os.environ["BCC_KERNEL_SOURCE"] = sources  # its include/ holds the stub headers
-    sparse = int(kernel_release() >= SPARSE_FROM)
-    flags = ["-I" + sources, f'-DPINS="{maps}/"', f"-DSPARSE={sparse}", "-Wno-everything", *LEAN]
+    flags = ["-I" + sources, f'-DPINS="{maps}/"', *kernel_flags(bcc), "-Wno-everything", *LEAN]
     try:
         return bcc.BPF(text=whole_text(sources), cflags=flags)
     except Exception as error:  # bcc raises no class of its own
@@ -82,9 +116,11 @@ def pin_program(bcc: ModuleType, fd: int, path: str) -> None:
 
 def load_program(bcc: ModuleType, module: Any, name: str) -> int:
     """A descriptor of the program; -1: this kernel refuses one that can be done without."""
-    kind = bcc.BPF.RAW_TRACEPOINT if name in RAW_TRACEPOINTS else bcc.BPF.KPROBE
+    kind, attach_type = bcc.BPF.KPROBE, UPROBE_MULTI if kernel_release() >= MULTI_FROM else -1
+    if name in RAW_TRACEPOINTS:
+        kind, attach_type = bcc.BPF.RAW_TRACEPOINT, -1
     try:
-        return int(module.load_func(name, kind, attach_type=-1 if name in RAW_TRACEPOINTS else UPROBE_MULTI).fd)
+        return int(module.load_func(name, kind, attach_type=attach_type).fd)
     except Exception as error:
         if name in OPTIONAL:
             return -1

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgpu_ebpf import bpf, elf, innerpath, procfs, prologue
+from fgpu_ebpf import bpf, elf, innerpath, links, procfs, prologue
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.pages import Function
 
@@ -224,11 +224,12 @@ class Probes:
             there.setdefault((int(dev, 16), int(ino, 16)), set()).add(what)
         self._ledger.forget_files()
         for file, kinds in there.items():
-            if any(kinds == {*whole, "end"} for whole in (DRIVER_PROGRAMS, SHIM.values())):
+            programs = {links.program_of(kind) for kind in kinds}
+            if any(programs == {*whole, "end"} for whole in (DRIVER_PROGRAMS, SHIM.values())):
                 self._ledger.enter_file(*file)
                 self._pinned[file] = {f"{self._name(file)}-{what}" for what in kinds - {"end"}}
             else:
-                remove_links(self._links.glob(f"{self._name(file)}-*"))
+                links.remove(self._links.glob(f"{self._name(file)}-*"))
         return set(self._pinned)  # type: ignore[arg-type]
 
     def lost(self) -> frozenset[File | None]:
@@ -261,9 +262,7 @@ class Probes:
             except FileNotFoundError as error:
                 raise ProbeError(f"{self._programs / program} is no longer pinned: restart the agent") from error
             except OSError as error:
-                raise ProbeError(
-                    f"this kernel's {event} does not tell a process's end (Linux >= 6.16 does): {error}"
-                ) from error
+                raise ProbeError(f"this kernel's {event} does not tell a process's end: {error}") from error
         for program, event in OPTIONAL_TRACEPOINTS.items():
             with contextlib.suppress(OSError):  # the slow look at the cgroups stands in
                 self._attach_tracepoint(program, event)
@@ -326,25 +325,24 @@ class Probes:
     def _link(
         self, target: Target, opens: str, program: str, places: Sequence[tuple[int, int]], at_return: bool = False
     ) -> None:
-        path = self._links / f"{self._name((target.dev, target.ino))}-{program}"
-        if target.pinned:
-            self._pinned.setdefault((target.dev, target.ino), set()).add(path.name)
-            if path.exists():
+        file = target.dev, target.ino
+        path = self._links / f"{self._name(file)}-{program}"
+        there = links.pinned(path) if target.pinned else set()
+        if not there:
+            fd = bpf.pinned(self._programs / program)
+            try:
+                made = bpf.attach_uprobes(fd, opens, places, at_return)
+            finally:
+                os.close(fd)
+            if not target.pinned:
+                self._held.setdefault(file, []).extend(made)
                 return
-        fd = bpf.pinned(self._programs / program)
-        try:
-            link = bpf.attach_uprobes(fd, opens, places, at_return)
-        finally:
-            os.close(fd)
-        if target.pinned:
-            bpf.pin(link, path)
-            os.close(link)
-        else:
-            self._held.setdefault((target.dev, target.ino), []).append(link)
+            there = links.pin(made, path)
+        self._pinned.setdefault(file, set()).update(there)
 
     def drop_older(self) -> None:
         """Takes away the links of earlier programs; these ones see everything already."""
-        remove_links(path for path in self._links.iterdir() if not path.name.startswith(self._digest))
+        links.remove(path for path in self._links.iterdir() if not path.name.startswith(self._digest))
 
     def drop_unused(self, used: Set[File]) -> None:
         """Takes away the links to files that nobody can be using any more."""
@@ -354,9 +352,8 @@ class Probes:
     def let_go(self, file: File) -> None:
         """Ends the probes of a file: they keep its mount busy."""
         self._pinned.pop(file, None)
-        for link in self._held.pop(file, ()):
-            os.close(link)
-        remove_links(self._links.glob(f"{self._name(file)}-*"))
+        links.close(self._held.pop(file, ()))
+        links.remove(self._links.glob(f"{self._name(file)}-*"))
         self._ledger.forget_file(*file)
         self._known.discard(file)
 
@@ -365,12 +362,6 @@ def _need(target: Target, wanted: Iterable[str], offsets: Mapping[str, int]) -> 
     missing = sorted(set(wanted) - set(offsets))
     if missing:
         raise ProbeError(f"{target.path} lacks {', '.join(missing)}: no driver that fgpu knows")
-
-
-def remove_links(paths: Iterable[Path]) -> None:
-    """Unpins; the kernel detaches aside."""
-    for path in list(paths):
-        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def folders_of_other_layouts(pins: Path) -> list[Path]:
@@ -385,7 +376,7 @@ def detach(pins: Path) -> None:
     """Takes away everything that is pinned."""
     for folder in (pins / "links", pins / "programs", pins / "maps"):
         if folder.is_dir():
-            remove_links(folder.iterdir())
+            links.remove(folder.iterdir())
             folder.rmdir()
     for stamp in pins.glob("loaded-*"):
         stamp.rmdir()

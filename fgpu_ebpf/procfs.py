@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
 
-MOST_MAPPED = 1 << 15  # executable mappings of files
+from fgpu_ebpf import mappings
+
 MOST_MOUNTS = 1 << 14
 DEEPEST = 32  # cgroups further in are taken for this one; the kernel side walks 16
 NS_GET_PARENT = 0xB702
@@ -33,12 +34,12 @@ _LIBC = ctypes.CDLL(None)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _MAP_FAILED = 2 ** (8 * ctypes.sizeof(ctypes.c_void_p)) - 1
-_PROCMAP_QUERY, _QUERY = 0xC0686611, struct.Struct("9Q4I2Q")  # Linux 6.11: struct procmap_query
-_FILE_HERE, _NEXT_EXECUTABLE_FILE, _NEXT_SHARED_FILE, _LONGEST_PATH = 0x20, 0x34, 0x3A, 4096
 _AUX, _AT_BASE = struct.Struct("2Q"), 7
 _PIDFD_GET_PID_NAMESPACE = 0xFF05  # Linux 6.11
 _PIDFD_GET_INFO, _INFO = 0xC040FF0B, struct.Struct("QQII40x")  # Linux 6.13: struct pidfd_info
 _INFO_PID_AND_CGROUP = 0b101
+_UNKNOWN_TO_PIDFDS = (errno.ENOTTY, errno.EINVAL)
+_TRIES = 10
 _PF_EXITING = 0x4  # of a task's flags: set before its end is told to anybody
 
 
@@ -127,14 +128,46 @@ def and_above(path: str) -> Iterator[str]:
 
 def identity(pidfd: int) -> tuple[int, int]:
     """The process of a pidfd, as we call it, and the id of its cgroup. Raises OSError: it is gone."""
-    said = fcntl.ioctl(pidfd, _PIDFD_GET_INFO, _INFO.pack(_INFO_PID_AND_CGROUP, 0, 0, 0))
+    try:
+        said = fcntl.ioctl(pidfd, _PIDFD_GET_INFO, _INFO.pack(_INFO_PID_AND_CGROUP, 0, 0, 0))
+    except OSError as error:
+        if error.errno not in _UNKNOWN_TO_PIDFDS:
+            raise
+        return _identity_by_name(pidfd)
     _, cgroup, _, tgid = _INFO.unpack(said)
     return tgid, cgroup
 
 
+def _identity_by_name(pidfd: int) -> tuple[int, int]:
+    """What /proc says under its pid: of this process, if it lives on after that."""
+    pid, root = _pid_of(pidfd), cgroup2_root()
+    for _ in range(_TRIES):
+        path = _cgroup(pid)
+        with contextlib.suppress(FileNotFoundError):  # it has moved, and the cgroup is gone
+            cgroup = os.stat(f"{root}{path}").st_ino
+            if path == _cgroup(pid) and alive(pidfd):
+                return pid, cgroup
+    raise OSError(errno.ESRCH, "it is gone, or never stays in a cgroup")
+
+
+def _pid_of(pidfd: int) -> int:
+    pid = int(_field(read(f"/proc/self/fdinfo/{pidfd}"), b"Pid:") or -1)
+    if pid <= 0:
+        raise OSError(errno.ESRCH, "it is gone")
+    return pid
+
+
 def pid_space(pidfd: int) -> int:
     """The inode of the pid namespace of a pidfd's process. Raises OSError: it is gone."""
-    space = fcntl.ioctl(pidfd, _PIDFD_GET_PID_NAMESPACE)
+    try:
+        space = fcntl.ioctl(pidfd, _PIDFD_GET_PID_NAMESPACE)
+    except OSError as error:
+        if error.errno not in _UNKNOWN_TO_PIDFDS:
+            raise
+        ino = os.stat(f"/proc/{_pid_of(pidfd)}/ns/pid").st_ino
+        if not alive(pidfd):
+            raise OSError(errno.ESRCH, "it is gone") from error
+        return ino
     try:
         return os.fstat(space).st_ino
     finally:
@@ -184,12 +217,11 @@ def loader(pid: int) -> str:
     if not base:  # or the loader itself was called, with the program as an argument
         name = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
         return name if name.startswith("ld-") else ""
-    maps, room = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC), ctypes.create_string_buffer(_LONGEST_PATH)
+    maps = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _mapping_at(maps, base, _FILE_HERE, ctypes.addressof(room))
+        return os.fsdecode(mappings.find(maps, base).path.rpartition(b"/")[2])
     finally:
         os.close(maps)
-    return os.fsdecode(room.value.rpartition(b"/")[2])
 
 
 def has_mount(pid: int, place: str) -> bool:
@@ -236,7 +268,7 @@ def keeps_books(pid: int) -> bool:
     except OSError:
         return False
     try:
-        return any(path.endswith(BOOKS) for path, *_ in _mapped(fd, _NEXT_SHARED_FILE))
+        return any(found.path.endswith(BOOKS) for found in mappings.each(fd, mappings.NEXT_SHARED))
     except OSError:
         return False
     finally:
@@ -281,7 +313,8 @@ def mapped_as(fd: int) -> tuple[int, int]:
     try:
         maps = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return _mapping_at(maps, at, _FILE_HERE)[2:]
+            found = mappings.find(maps, at, named=False)
+            return found.dev, found.ino
         finally:
             os.close(maps)
     finally:
@@ -296,31 +329,11 @@ def has_memory(pid: int) -> bool:
         return False
 
 
-def _mapping_at(maps: int, at: int, which: int, name: int = 0) -> tuple[int, int, int, int]:
-    """(start, end, dev, ino) of a mapping, and its path into the room at `name`. OSError: ENOENT, there is none."""
-    query = bytearray(_QUERY.size)
-    _QUERY.pack_into(query, 0, _QUERY.size, which, at, *(0,) * 8, _LONGEST_PATH if name else 0, 0, name, 0)
-    fcntl.ioctl(maps, _PROCMAP_QUERY, query)
-    _, _, _, start, end, _, _, _, ino, major, minor, *_ = _QUERY.unpack(query)
-    return start, end, os.makedev(major, minor), ino
-
-
-def _mapped(maps: int, which: int) -> Iterator[tuple[bytes, int, int, int, int]]:
-    """(path, start, end, dev, ino) of one mapping after the other."""
-    room, at = ctypes.create_string_buffer(_LONGEST_PATH), 0
-    for _ in range(MOST_MAPPED):
-        try:
-            start, at, dev, ino = _mapping_at(maps, at, which, ctypes.addressof(room))
-        except FileNotFoundError:  # that was the last
-            return
-        yield room.value, start, at, dev, ino
-    raise OSError(errno.E2BIG, "too many mappings")
-
-
 def _with_cuda_names(maps: int) -> Iterator[Mapping]:
-    for path, start, end, dev, ino in _mapped(maps, _NEXT_EXECUTABLE_FILE):
-        if path.rpartition(b"/")[2].startswith(CUDA_NAMES):
-            yield Mapping(os.fsdecode(path.removesuffix(b" (deleted)")), dev, ino, f"{start:x}-{end:x}")
+    for found in mappings.each(maps, mappings.NEXT_EXECUTABLE):
+        if found.path.rpartition(b"/")[2].startswith(CUDA_NAMES):
+            path = os.fsdecode(found.path.removesuffix(b" (deleted)"))
+            yield Mapping(path, found.dev, found.ino, f"{found.start:x}-{found.end:x}")
 
 
 # -- its cgroup -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ failure: nothing is found; whoever maps a libcuda is known by its hello, or by N
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -16,11 +17,13 @@ from collections.abc import Iterable, Iterator, Set
 from fgpu_ebpf import innerpath, procfs
 from fgpu_ebpf.probes import LIBRARY_FOLDERS, File, Target
 
-Root = tuple[int, int, int]  # mount namespace, by its number that no other ever has; dev and ino of /
+# Mount namespace, by its number that no other ever has, or by its inode, which another may come to have (Linux before
+# 6.11: whoever comes to have the same / as well is known by its hello alone); dev and ino of /.
+Root = tuple[int, int, int]
 NAMES = ("libcuda.so.1", "libcuda.so")
 FOLDERS = (*LIBRARY_FOLDERS, "usr/local/cuda/compat/lib")
 MOST_ROOTS = 4096
-_NS_GET_ID = 0x8008B705  # Linux 6.11
+_NS_GET_ID, _ID = 0x8008B705, struct.Struct("Q")  # Linux 6.11
 
 
 class Roots:
@@ -63,16 +66,25 @@ class Roots:
 
 
 def root_of(pid: int) -> Root | None:
-    """What a process has as its root. None: it is gone, or the kernel is too old to tell."""
+    """What a process has as its root. None: it is gone."""
     try:
         space = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            (number,) = struct.unpack("Q", fcntl.ioctl(space, _NS_GET_ID, bytes(8)))
+            number = _number(space)
         finally:
             os.close(space)
         return number, *_place(f"/proc/{pid}/root")
     except OSError:
         return None
+
+
+def _number(space: int) -> int:
+    try:
+        return int(_ID.unpack(fcntl.ioctl(space, _NS_GET_ID, bytes(8)))[0])
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EINVAL):
+            raise
+    return os.fstat(space).st_ino
 
 
 def _place(path: str) -> tuple[int, int]:

@@ -58,6 +58,12 @@ class Timebook:
         fd = self._maps.get("bell")
         return None if fd is None else Events(os.dup(fd))
 
+    def ended_ns(self, pid: int) -> int | None:
+        """No process of this pid has ended since then, by the kernel's clock. None: nothing that is pinned knows."""
+        ends = self._maps.get("ends")
+        raw = None if ends is None else bpf.lookup(ends, _U32.pack(pid % pages.ENDS), 8)
+        return None if raw is None else int(_U64.unpack(raw)[0])
+
     def epoch(self) -> int:
         """Changes whenever a share does."""
         raw = bpf.lookup(self._maps["host"], _U32.pack(HOST_SHARES), 8)

@@ -228,7 +228,7 @@ def test_a_second_probe_on_one_file_counts_nothing_twice(kernel, level, client):
     for name, at_return in (("call_return", True), ("call_enter", False)):
         program = bpf.pinned(kernel.pins / "programs" / name)
         places = [(offset, pages.Function.ALLOC)]
-        links += [bpf.attach_uprobes(program, str(kernel.driver), places, at_return), program]
+        links += [*bpf.attach_uprobes(program, str(kernel.driver), places, at_return), program]
     try:
         client(f"admit({4 * MIB})")
         client(f"alloc(0x1000, {4 * MIB})")
@@ -542,7 +542,7 @@ def test_programs_of_two_versions_give_back_once(kernel, level, client):
     offsets = probes.symbol_offsets(str(kernel.shim), probes.SHIM)
     for symbol, name in probes.SHIM.items():
         program = bpf.pinned(kernel.pins / "programs" / name)
-        links += [bpf.attach_uprobes(program, str(kernel.shim), [(offsets[symbol], 0)], False), program]
+        links += [*bpf.attach_uprobes(program, str(kernel.shim), [(offsets[symbol], 0)], False), program]
     try:
         for ticket in (1, 2):
             client(f"admit({32 * MIB}, kind={int(POOL)})")

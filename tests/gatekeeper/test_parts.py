@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from hello_client import until
 
-from fgpu_ebpf import bpf, pages, procfs
+from fgpu_ebpf import bpf, mappings, pages, procfs
 from fgpu_ebpf.callers import well_formed
 from fgpu_ebpf.clients import Client, Clients, Head, by_tenant
 from fgpu_ebpf.desks import Desk, seen_of
@@ -169,7 +169,7 @@ def test_files_are_those_mapped_executable(tmp_path: Path, monkeypatch: pytest.M
     assert {m.path for m in mapped} == {str(tmp_path / name) for name in names[:2]}
     assert {(m.dev, m.ino) for m in mapped} == found
     assert cuda_files(2**22) == procfs.UNKNOWABLE
-    monkeypatch.setattr(procfs, "MOST_MAPPED", 3)
+    monkeypatch.setattr(mappings, "MOST", 3)
     assert cuda_files(os.getpid()) == procfs.UNKNOWABLE
 
 
@@ -188,7 +188,7 @@ def test_no_files_is_not_the_same_as_nobody_can_tell(monkeypatch: pytest.MonkeyP
     try:
         until(lambda: fgpu_mappings(sleeper.pid) == [])
         assert procfs.has_memory(sleeper.pid)
-        monkeypatch.setattr(procfs, "MOST_MAPPED", 1)
+        monkeypatch.setattr(mappings, "MOST", 1)
         until(lambda: fgpu_mappings(sleeper.pid) is None)
     finally:
         sleeper.kill()

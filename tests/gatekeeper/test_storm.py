@@ -156,7 +156,7 @@ class Peers:
         self.listener.bind(str(folder / "sock"))
         self.listener.listen(64)
         self.counts: Counter[str] = Counter()
-        self.callers = Callers(selectors.DefaultSelector(), self.counts, self._stand, self._look)
+        self.callers = Callers(selectors.DefaultSelector(), self.counts, self._stand, self._look, lambda _: 0)
         self.socks = [self._say_hello(folder) for _ in tenants]
         self.callers.accept(self.listener)
 

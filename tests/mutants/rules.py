@@ -21,7 +21,7 @@ RULES = {
         " || refused_by_a_level(h, device, bytes, kind)",
         "",
     ),
-    "leader-is-the-process": ("if (!ctx->args[1]) return 0;", "if (id >> 32 != (u32)id) return 0;"),
+    "leader-is-the-process": ("if (!is_last(ctx)) return 0;", "if (id >> 32 != (u32)id) return 0;"),
     "exec-forgotten": (
         "became the leader */\n    end_process(id >> 32);\n",
         "became the leader */\n",

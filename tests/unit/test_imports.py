@@ -13,9 +13,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent.parent / "fgpu_ebpf"
 # Each module may import those of earlier rows alone.
 ORDER = (
+    {"mappings"},
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
-    | {"cgroupnames", "messages"},
+    | {"cgroupnames", "messages", "visitors"},
     {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares", "xids"}
     | {"crimessages", "kubeletmessages", "slots", "graces"}
     | {"events", "launch"},
@@ -26,7 +27,7 @@ ORDER = (
     {"policyfile"},
     {"policyfolder"},
     {"policywatch", "hostfile"},
-    {"programs", "door", "usage", "shelf", "sealed", "overrides", "history", "keeper"},
+    {"programs", "door", "usage", "shelf", "sealed", "overrides", "history", "keeper", "links"},
     {"ledger", "tenants", "workloads", "overruns"},
     {"probes", "clients", "enforcer"},
     {"roots"},

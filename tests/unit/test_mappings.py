@@ -1,0 +1,71 @@
+"""The mapped files of a process: the kernel's answers, and the same out of the text."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf import mappings
+
+NAMES = ("plain", "with a space", "with\nnewlines\n", "with\rreturns", "back\\slash", "back\\134slash")
+
+
+@pytest.fixture
+def maps(tmp_path: Path):
+    """Our own mappings, with files of odd names among them, one of them deleted."""
+    held = []
+    for name in NAMES:
+        path = tmp_path / name
+        path.write_bytes(bytes(mmap.PAGESIZE))
+        with path.open("r+b") as file:
+            held.append(mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED))
+    (tmp_path / NAMES[0]).unlink()
+    fd = os.open("/proc/self/maps", os.O_RDONLY)
+    yield fd
+    os.close(fd)
+    for mapped in held:
+        mapped.close()
+
+
+@pytest.fixture
+def unasked(monkeypatch: pytest.MonkeyPatch):
+    """A kernel that does not know the question."""
+    return lambda: monkeypatch.setattr(mappings, "_PROCMAP_QUERY", 0xC0686699)
+
+
+@pytest.mark.parametrize("which", [mappings.NEXT_EXECUTABLE, mappings.NEXT_SHARED])
+def test_the_text_says_what_the_kernel_answers(maps, unasked, which):
+    asked = list(mappings.each(maps, which))
+    unasked()
+    assert list(mappings.each(maps, which)) == asked
+    assert asked
+
+
+def test_every_name_is_read(maps, unasked, tmp_path):
+    unasked()
+    found = [os.fsdecode(mapped.path) for mapped in mappings.each(maps, mappings.NEXT_SHARED)]
+    # The kernel escapes a newline and nothing else, so a name with that very text in it is taken for one.
+    assert {path.removeprefix(f"{tmp_path}/") for path in found} >= {"plain (deleted)", *NAMES[1:]}
+
+
+def test_one_mapping_is_found(maps, unasked):
+    inside = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value
+    asked = mappings.find(maps, inside)
+    unasked()
+    assert mappings.find(maps, inside) == asked
+    assert asked.start <= inside < asked.end
+    with pytest.raises(FileNotFoundError):
+        mappings.find(maps, 0)
+
+
+def test_absurdly_much_text_is_refused(maps, unasked, monkeypatch):
+    unasked()
+    monkeypatch.setattr(mappings, "MOST_BYTES", 1000)
+    with pytest.raises(OSError, match="too many") as refused:
+        list(mappings.each(maps, mappings.NEXT_EXECUTABLE))
+    assert refused.value.errno == errno.E2BIG

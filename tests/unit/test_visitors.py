@@ -1,0 +1,74 @@
+"""Whose socket it is, on kernels whose sockets know a pid alone, and what /proc says of a pidfd there."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from time import monotonic_ns
+
+import pytest
+
+from fgpu_ebpf import procfs, visitors
+from fgpu_ebpf.visitors import Visitors
+
+
+@pytest.fixture
+def sock(monkeypatch: pytest.MonkeyPatch):
+    """A connection from this process, on a kernel before Linux 6.5."""
+    monkeypatch.setattr(visitors, "SO_PEERPIDFD", 9999)
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other:
+        yield one
+
+
+@pytest.fixture
+def by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel whose pidfds answer nothing."""
+    monkeypatch.setattr(procfs, "_PIDFD_GET_INFO", 0xC040EE0B)
+    monkeypatch.setattr(procfs, "_PIDFD_GET_PID_NAMESPACE", 0xEE05)
+
+
+def test_nobody_of_that_pid_has_ended_since(sock):
+    pidfd = Visitors(lambda pid: 0 if pid == os.getpid() else None).pidfd(sock)
+    assert procfs.identity(pidfd)[0] == os.getpid()
+    os.close(pidfd)
+
+
+@pytest.mark.parametrize("ended", [monotonic_ns, lambda: None], ids=["ended since", "nobody knows"])
+def test_who_may_be_another_is_nobody(sock, ended):
+    found = Visitors(lambda _: ended())
+    with pytest.raises(ProcessLookupError):
+        found.pidfd(sock)
+
+
+def test_an_end_before_it_connected_is_another_s(sock):
+    ended_ns = monotonic_ns()
+    found = Visitors(lambda _: ended_ns)
+    found.alone(monotonic_ns())
+    os.close(found.pidfd(sock))
+
+
+def test_what_proc_says_is_what_the_pidfd_says(monkeypatch):
+    pidfd = os.pidfd_open(os.getpid())
+    said = procfs.identity(pidfd), procfs.pid_space(pidfd)
+    monkeypatch.setattr(procfs, "_PIDFD_GET_INFO", 0xC040EE0B)
+    monkeypatch.setattr(procfs, "_PIDFD_GET_PID_NAMESPACE", 0xEE05)
+    assert (procfs.identity(pidfd), procfs.pid_space(pidfd)) == said
+    os.close(pidfd)
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_who_has_ended_is_nobody(by_name, reaped):
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    pidfd = os.pidfd_open(child.pid)
+    child.stdin.close()
+    if reaped:
+        child.wait()
+    else:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    for ask in (procfs.identity, procfs.pid_space):
+        with pytest.raises(OSError, match=r"gone|No such"):
+            ask(pidfd)
+    os.close(pidfd)
+    child.wait()
