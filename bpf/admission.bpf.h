@@ -88,6 +88,7 @@ int admit(struct pt_regs *ctx)
     struct held h = {};
     struct fgpu_process *p = own_process(id >> 32, &h);
     struct fgpu_thread *t = p ? own_thread(p, id) : 0;
+    own_stack(ctx);
     hit(FGPU_HIT_ADMIT);
     if (!UNLIKELY(!p)) look_up(p, &h);
     if (!h.page[0]) return 0;
@@ -129,6 +130,7 @@ int give_back(struct pt_regs *ctx)
     u64 id = bpf_get_current_pid_tgid(), bytes = PT_REGS_PARM2(ctx);
     u32 device = PT_REGS_PARM1(ctx), kind = PT_REGS_PARM3(ctx), tgid = id >> 32;
     struct fgpu_process *p = processes.lookup(&tgid);
+    own_stack(ctx);
     hit(FGPU_HIT_GIVE_BACK);
     if (!p || p->state != READY || (kind & ~FGPU_FULL) != FGPU_POOL || device >= FGPU_DEVICES) return 0;
     if (given_back(p, id, PT_REGS_PARM4(ctx))) return 0;

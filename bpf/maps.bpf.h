@@ -18,6 +18,7 @@
 #define IDLE (1ULL << 63)                            /* beside the generation that a thread belongs to */
 #define OBSERVED 4                                   /* beside the verdicts: admitted because nobody enforces */
 
+BPF_PROG_ARRAY(nowhere, 1);
 BPF_F_TABLE("array", u32, struct fgpu_usage_page, page_template, 1, 1U << 10 /* BPF_F_MMAPABLE */);
 BPF_TABLE_PINNED("hash_of_maps$page_template", u64, int, pages, 4096, PINS "pages");
 BPF_TABLE_PINNED("array_of_maps$page_template", u32, int, shelf, 4096, PINS "shelf"); /* the same, by place */
@@ -75,6 +76,16 @@ static u64 forget(u64 value, u64 any)
     value ^= any;
     __asm__ volatile("" : "+r"(value));
     return value ^ any;
+}
+
+/* Linux 6.13 gives a large program one stack for each processor, unless it may call on to another program. At a uprobe
+ * a program can be preempted: the next one to run there would write over its pointers. So this call is there, for the
+ * kernel to see when it loads the program; it is never made. */
+static void own_stack(struct pt_regs *ctx)
+{
+    u64 ever = 0;
+    __asm__ volatile("" : "+r"(ever));
+    if (ever) nowhere.call(ctx, 0);
 }
 
 static void hit(u32 probe)

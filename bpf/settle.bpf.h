@@ -306,6 +306,7 @@ int call_return(struct pt_regs *ctx)
     u64 id = bpf_get_current_pid_tgid();
     u32 tgid = id >> 32;
     struct fgpu_thread *t = threads.lookup(&id);
+    own_stack(ctx);
     if (!t || !t->call.function || t->call.function != bpf_get_attach_cookie(ctx)) return 0;
     struct fgpu_call f = t->call;
     struct fgpu_process *p = processes.lookup(&tgid);

@@ -272,6 +272,7 @@ int call_enter(struct pt_regs *ctx)
     struct held nobody;
     struct fgpu_process *p = own_process(tgid, &nobody);
     struct fgpu_thread *t = p ? own_thread(p, id) : 0;
+    own_stack(ctx);
     hit(bpf_get_attach_cookie(ctx));
     if (UNLIKELY(!p) && processes.lookup(&tgid)) anomaly(FGPU_ANOMALY_LOST);
     if (!t) return 0;

@@ -84,3 +84,11 @@ def test_the_trial_of_return_probes_comes_to_its_end(kernel: Kernel) -> None:
     assert trial.return_probes_survive_seccomp(str(kernel.shim))
     with pytest.raises(OSError, match="the trial says"):
         trial.return_probes_survive_seccomp(str(kernel.shim), -1)
+
+
+def test_who_dies_at_a_return_probe_makes_the_kernel_unfit(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As everybody under such a profile does from Linux 6.11 to early 6.13: by SIGILL, at the probe's return."""
+    monkeypatch.setattr(trial, "_TRIAL", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    assert trial.unfit(str(kernel.shim)) == trial.KILLS
+    monkeypatch.undo()
+    assert trial.unfit(str(kernel.shim)) == ""
