@@ -1,0 +1,80 @@
+"""`./dev test kernels [VERSION…]`: what tells most of the kernel's side, and the thinnest line through the product, in
+a machine that QEMU emulates, with a kernel of a distribution's.
+
+The guest's root is this machine's, below a layer in its memory; the kernel is all that differs. Without KVM, which
+CI's machines lack: some twenty times slower than this machine, so nothing here is part of `./dev test`, and tests are
+chosen by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from datetime import date
+
+import guest
+import images
+
+
+def _only(names: Iterable[str], *files: str) -> tuple[str, ...]:
+    return (*files, "-k", " or ".join(names))
+
+
+_HELLO = (
+    "test_a_managed_process_gets_all_its_pages",
+    "test_rows_carry_the_pids_of_the_readers_namespace",
+    "test_death_gives_back_every_descriptor_and_page",
+    "test_who_connects_is_who_is_answered",
+    "test_a_socket_whose_process_has_gone_gets_nothing",
+    "test_pages_that_are_handed_on_end_with_whose_they_are",
+)
+_PRODUCT = (
+    "(test_limit_to_the_byte and (2MiB-and or vmm or managed))",
+    "test_context_is_counted_and_given_back",
+    "test_full_tenant_leaves_its_neighbour_alone",
+    "test_killed_processes_release_within_a_second",
+    "test_exec_releases",
+    "test_first_thread_may_leave",
+    "test_limits_stand_while_nobody_is_there",
+    "test_process_started_without_a_gatekeeper_gets_no_memory",
+    "test_restarts_are_not_noticed",
+)
+_LINKS = ("test_the_layer_is_let_go_with_its_last_mapper", "test_links_that_are_gone_are_there_again")
+# Name -> what pytest is given. The ledger's tests are all of them, of the others those that tell most.
+SUITES = {
+    guest.VERIFIER: ("tests/kernels/verify_programs.py",),
+    "ledger": ("tests/bpf/test_ledger.py",),
+    "gatekeeper": _only(_HELLO, "tests/gatekeeper/test_hello.py", "tests/gatekeeper/test_attacks.py"),
+    "product": _only(_PRODUCT, *(f"tests/e2e/test_{name}.py" for name in ("limit", "end", "restart"))),
+    "links": _only(_LINKS, "tests/e2e/test_private_copies.py", "tests/e2e/test_unpinned.py"),
+}
+
+
+def main() -> int:
+    """One kernel after the other; 1 where a test failed. Prints a table as docs/matrix.md has it."""
+    parser = argparse.ArgumentParser(prog="./dev test kernels", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("versions", nargs="*", default=list(images.SOURCES), metavar="VERSION")
+    parser.add_argument("--suite", action="append", help=f"one of {', '.join(SUITES)}, or a test as pytest names it")
+    parser.add_argument("--minutes", type=int, default=120, help="for each kernel (default: 120)")
+    options = parser.parse_args()
+    if unknown := set(options.versions) - images.SOURCES.keys():
+        parser.error(f"no kernel {', '.join(unknown)}: {', '.join(images.SOURCES)}")
+    suites = dict(_suite(name) for name in options.suite) if options.suite else SUITES
+    rows, good = ["| kernel | suite | passed | failed | skipped |", "|---|---|---|---|---|"], True
+    for version in options.versions:
+        image = images.image(version)
+        for name, done in guest.run(image, suites, options.minutes * 60).items():
+            good = good and done.good
+            rows.append(f"| {image.release} | {name} | {done.passed} | {done.failed} | {done.skipped} |")
+            print(rows[-1], *done.reasons, sep="\n", flush=True)
+    print(f"\n{date.today():%d %B %Y}, {' '.join(['./dev test kernels', *options.versions])}\n", *rows, sep="\n")
+    return 0 if good else 1
+
+
+def _suite(name: str) -> tuple[str, tuple[str, ...]]:
+    return (name, SUITES[name]) if name in SUITES else (name.replace("/", "-"), (name,))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Kernels of distributions, fetched by apt into build/kernels and never installed, each with an initramfs."""
+
+from __future__ import annotations
+
+import lzma
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parent.parent / "build/kernels"
+KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
+DEBIAN, SECURITY = "http://deb.debian.org/debian", "http://deb.debian.org/debian-security"
+META = "linux-image-amd64"
+SOURCES = {
+    "6.1": ((DEBIAN, "bookworm"), (SECURITY, "bookworm-security")),
+    "6.12": ((DEBIAN, "trixie"), (SECURITY, "trixie-security")),
+    "newest": ((DEBIAN, "sid"),),
+}
+BUSYBOX = "busybox-static"
+MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What a guest boots; `modules` is its /lib/modules."""
+
+    release: str
+    kernel: Path
+    initramfs: Path
+    modules: Path
+
+
+def image(version: str) -> Image:
+    """The newest kernel of that name at the time of the first call; build/kernels/VERSION keeps it."""
+    folder = KERNELS / version
+    if not (folder / "initramfs").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        _fetch(folder, SOURCES[version])
+    modules = next(path for path in (folder / "root/lib/modules", folder / "root/usr/lib/modules") if path.is_dir())
+    release = next(modules.iterdir()).name
+    kernel = next((folder / "root").rglob("vmlinuz*"))
+    found = Image(release, kernel, folder / "initramfs", modules)
+    if not found.initramfs.exists():
+        found.initramfs.write_bytes(_initramfs(folder, modules / release))
+    return found
+
+
+# -- packages ------------------------------------------------------------------------------------------------------
+
+
+def _fetch(folder: Path, sources: tuple[tuple[str, str], ...]) -> None:
+    for part in ("apt/lists/partial", "apt/archives/partial", "packages", "root"):
+        (folder / part).mkdir(parents=True)
+    lines = [f"deb [signed-by={KEYS}] {address} {suite} main\n" for address, suite in sources]
+    (folder / "apt/sources.list").write_text("".join(lines))
+    _apt(folder, "get", "-qq", "update")
+    wanted = _apt(folder, "cache", "depends", "--recurse", "--no-suggests", "--no-recommends", META).splitlines()
+    parts = ("linux-image-", "linux-binary-", "linux-modules-")
+    packages = {name for name in wanted if name.startswith(parts) and not name.endswith("-unsigned")}
+    _apt(folder, "get", "-qq", "download", BUSYBOX, *sorted(packages - {META}))
+    for package in (folder / "packages").glob("*.deb"):
+        subprocess.run(["dpkg-deb", "-x", package, folder / "root"], check=True)
+        package.unlink()
+    shutil.rmtree(folder / "apt")
+
+
+def _apt(folder: Path, tool: str, *arguments: str) -> str:
+    """apt with lists of its own: the host's are left alone."""
+    apt = folder / "apt"
+    options = {
+        "Dir::Etc::sourcelist": apt / "sources.list",
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::State::lists": apt / "lists",
+        "Dir::Cache": apt,
+        "Acquire::Languages": "none",
+        "APT::Sandbox::User": "root",
+    }
+    words = [f"-o{key}={value}" for key, value in options.items()]
+    command = [f"apt-{tool}", *words, *arguments]
+    return subprocess.run(command, cwd=folder / "packages", check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+# -- initramfs -----------------------------------------------------------------------------------------------------
+
+
+def _initramfs(folder: Path, modules: Path) -> bytes:
+    """busybox, the modules that the root needs, and init: as cpio has it."""
+    busybox = next(path for path in (folder / "root/bin/busybox", folder / "root/usr/bin/busybox") if path.exists())
+    base = modules.parent.parent.parent
+    subprocess.run([busybox, "depmod", "-b", base, modules.name], check=True)
+    loaded = [_plain(modules / name) for name in _in_order(modules)]
+    names = [f"{n}.ko" for n in range(len(loaded))]
+    entries = [_entry(name, 0o40755, b"") for name in ("bin", "proc", "sys", "dev", "lower", "upper", "root", "m")]
+    entries.append(_entry("bin/busybox", 0o100755, busybox.read_bytes()))
+    entries += [
+        _entry(f"bin/{name}", 0o120777, b"busybox") for name in ("sh", "mount", "mkdir", "insmod", "switch_root")
+    ]
+    entries += [_entry(f"m/{name}", 0o100644, data) for name, data in zip(names, loaded, strict=True)]
+    entries.append(_entry("m/order", 0o100644, "".join(f"{name}\n" for name in names).encode()))
+    init = (HERE / "init.sh").read_bytes()
+    return b"".join([*entries, _entry("init", 0o100755, init), _entry("TRAILER!!!", 0, b"")])
+
+
+def _in_order(modules: Path) -> list[str]:
+    """Paths of modules that are none of the kernel's own, each behind those that it needs."""
+    needs = dict(line.split(":") for line in (modules / "modules.dep").read_text().splitlines())
+    paths = {Path(path).name.partition(".ko")[0]: path for path in needs}
+
+    def walk(path: str) -> Iterator[str]:
+        for needed in reversed(needs[path].split()):
+            yield from walk(needed)
+        yield path
+
+    return list(dict.fromkeys(path for name in MODULES if name in paths for path in walk(paths[name])))
+
+
+def _plain(module: Path) -> bytes:
+    return lzma.decompress(module.read_bytes()) if module.suffix == ".xz" else module.read_bytes()
+
+
+def _entry(name: str, mode: int, data: bytes) -> bytes:
+    fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
+    head = b"070701" + "".join(f"{field:08X}" for field in fields).encode() + name.encode() + b"\0"
+    return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
