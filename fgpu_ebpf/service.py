@@ -44,7 +44,7 @@ from fgpu_ebpf.checks import Check
 from fgpu_ebpf.yamlfile import Fault
 
 log = logging.getLogger("fgpu agent")
-LINUX = (6, 16)  # sched_process_exit says there when the last thread of a process has gone
+LINUX = (6, 12)  # the oldest on which the product has been tested: docs/matrix.md
 HOST_PIDS = 0xEFFFFFFC  # PROC_PID_INIT_INO: the inode of the first pid namespace, always
 
 
