@@ -163,15 +163,25 @@ void client_drop(struct client *client, const char *why)
     client_end(client);
 }
 
-/* Whoever computes has an error from now on at every call, and holds nothing; whoever only looks must begin anew. */
+/* Whoever looks must begin anew. */
+void clients_lose_nvml(void)
+{
+    for (struct client *client = server.clients; client < server.clients + SIM_MAX_CLIENTS; client++)
+        if (client->state == CLIENT_LIVE) client->is_stale = true;
+}
+
+/* The same, and whoever computes has an error from now on at every call, and holds nothing. */
 void clients_lose_devices(void)
 {
-    for (uint32_t slot = 0; slot < SIM_MAX_CLIENTS; slot++) {
-        struct client *client = &server.clients[slot];
-        if (client->state != CLIENT_LIVE) continue;
-        client->is_stale = true;
-        if (client->attached) client_drop(client, "its device is lost");
-    }
+    clients_lose_nvml();
+    for (struct client *client = server.clients; client < server.clients + SIM_MAX_CLIENTS; client++)
+        if (client->state == CLIENT_LIVE && client->attached) client_drop(client, "its device is lost");
+}
+
+void clients_meet_ecc(void)
+{
+    for (struct client *client = server.clients; client < server.clients + SIM_MAX_CLIENTS; client++)
+        if (client->state == CLIENT_LIVE && client->attached) client->met_ecc = true;
 }
 
 void client_sweep(void)

@@ -67,6 +67,8 @@ CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint6
     case SIM_NO_MEMORY:
     case SIM_NOT_ALLOWED:
         return CUDA_ERROR_OUT_OF_MEMORY;
+    case SIM_ECC:
+        return CUDA_ERROR_ECC_UNCORRECTABLE;
     default:
         return CUDA_ERROR_UNKNOWN;
     }

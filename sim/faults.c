@@ -19,7 +19,7 @@ struct order {
 };
 
 static uint64_t nvml_stalls_until_ns, fails_every, n_allocations, end_takes_ns;
-static bool nvml_is_blind, devices_are_lost;
+static bool nvml_is_blind, nvml_is_gone, devices_are_lost;
 
 /* `60s` or `500ms`, in milliseconds; 0: neither. */
 static uint64_t parse_time(const char *text)
@@ -62,6 +62,10 @@ static bool parse_one(const char *word, struct order *order)
         order->fault = SIM_FAULT_DEVICE_RESET;
     } else if (!strcmp(word, "device-lost")) {
         order->fault = SIM_FAULT_DEVICE_LOST;
+    } else if (!strcmp(word, "ecc")) {
+        order->fault = SIM_FAULT_ECC;
+    } else if (!strcmp(word, "nvml-gone")) {
+        order->fault = SIM_FAULT_NVML_GONE;
     } else if (!strncmp(word, "nvml-stall:", 11)) {
         *order = (struct order){.fault = SIM_FAULT_NVML_STALL, .number = parse_time(word + 11)};
     } else if (!strncmp(word, "slow-end:", 9)) {
@@ -89,8 +93,8 @@ static unsigned parse(const char *spec, struct order *orders)
         }
     if (!n)
         fprintf(stderr,
-                "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, mig, alloc-fail:N, slow-end:3s, "
-                "device-reset, device-lost, xid=79[:DEVICE], reset: %s\n",
+                "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, nvml-gone, mig, alloc-fail:N, slow-end:3s, "
+                "device-reset, device-lost, ecc, xid=79[:DEVICE], reset: %s\n",
                 spec);
     return n;
 }
@@ -119,7 +123,7 @@ void fault_set(uint32_t fault, uint32_t device, uint64_t number)
     switch (fault) {
     case SIM_FAULT_RESET:
         nvml_stalls_until_ns = fails_every = end_takes_ns = 0;
-        nvml_is_blind = devices_are_lost = false;
+        nvml_is_blind = nvml_is_gone = devices_are_lost = false;
         set_mig(false);
         break;
     case SIM_FAULT_NVML_STALL:
@@ -148,6 +152,13 @@ void fault_set(uint32_t fault, uint32_t device, uint64_t number)
     case SIM_FAULT_XID:
         report_xid(&server.gpus[device], (uint32_t)number);
         break;
+    case SIM_FAULT_ECC:
+        clients_meet_ecc();
+        break;
+    case SIM_FAULT_NVML_GONE:
+        nvml_is_gone = true;
+        clients_lose_nvml();
+        break;
     }
 }
 
@@ -165,6 +176,8 @@ uint64_t fault_end_takes_ns(void) { return end_takes_ns; }
 uint64_t fault_nvml_until_ns(void) { return nvml_stalls_until_ns; }
 
 bool fault_nvml_is_blind(void) { return nvml_is_blind; }
+
+bool fault_nvml_is_gone(void) { return nvml_is_gone; }
 
 bool fault_devices_are_lost(void) { return devices_are_lost; }
 

@@ -126,7 +126,7 @@ static struct answer answer_look(const struct client *client, const struct sim_r
 static bool is_lost_on(const struct client *client, const struct sim_request *request)
 {
     bool lost = fault_devices_are_lost();
-    if (request->flags & SIM_FLAG_NVML) return lost || client->is_stale;
+    if (request->flags & SIM_FLAG_NVML) return lost || fault_nvml_is_gone() || client->is_stale;
     return lost && (request->op == SIM_ATTACH || request->op == SIM_TAKE);
 }
 
@@ -138,6 +138,7 @@ static struct answer answer(struct client *client, const struct sim_request *req
     if (request->device >= server.n_gpus) return (struct answer){.status = SIM_NO_DEVICE};
     if (request->kind >= SIM_KINDS) return (struct answer){.wrong = "unknown kind of memory"};
     if (is_lost_on(client, request)) return (struct answer){.status = SIM_LOST};
+    if (client->met_ecc && request->op == SIM_TAKE) return (struct answer){.status = SIM_ECC};
     switch (request->op) {
     case SIM_SHARE:
     case SIM_OPEN:

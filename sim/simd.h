@@ -43,6 +43,7 @@ struct client {
     bool own_user; /* may ask for the dump */
     bool is_root;  /* may order faults */
     bool is_stale; /* knows the devices as they were before they were lost */
+    bool met_ecc;  /* an error that ends whatever it computes */
     bool is_held;  /* a request of NVML waits for the end of a stall */
     struct sim_request held;
     struct holding own[SIM_MAX_DEVICES]; /* what belongs to no context */
@@ -79,6 +80,8 @@ void client_sweep(void);                /* frees what is due */
 int client_timeout_ms(void);            /* until the next one is due; -1: none */
 void client_drop(struct client *client, const char *why); /* it broke the protocol */
 void clients_lose_devices(void);
+void clients_lose_nvml(void);
+void clients_meet_ecc(void);
 
 /* ledger.c */
 enum sim_status ledger_attach(struct client *client);
@@ -142,6 +145,7 @@ struct sim_xid fault_xid(uint32_t device, uint64_t known);
 uint64_t fault_nvml_until_ns(void);
 uint64_t fault_end_takes_ns(void);
 bool fault_nvml_is_blind(void);
+bool fault_nvml_is_gone(void);
 bool fault_devices_are_lost(void);
 bool fault_fails(uint32_t kind);
 

@@ -53,7 +53,7 @@ enum sim_op {
 
 enum sim_kind { SIM_CONTEXT, SIM_BLOCK, SIM_VMM, SIM_MANAGED, SIM_POOL, SIM_MODULE, SIM_GRAPH, SIM_KINDS };
 
-enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED, SIM_LOST };
+enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED, SIM_LOST, SIM_ECC };
 
 /* The asker's /proc belongs to another pid namespace: the real driver then lists no process at all. */
 #define SIM_FLAG_FOREIGN_PROC 1u
@@ -69,7 +69,9 @@ enum sim_fault {
     SIM_FAULT_SLOW_END,     /* memory outlives its process by this many milliseconds, as where many end at once */
     SIM_FAULT_DEVICE_RESET, /* who uses the devices has lost them; NVML finds them again when it is initialised anew */
     SIM_FAULT_DEVICE_LOST,  /* the same, and nobody finds them until the end of all faults */
-    SIM_FAULT_XID, /* one device reports this XID, and goes on as before; the end of all faults takes none back */
+    SIM_FAULT_XID,       /* one device reports this XID, and goes on as before; the end of all faults takes none back */
+    SIM_FAULT_ECC,       /* who uses the devices is given nothing more, and keeps what it has until it ends */
+    SIM_FAULT_NVML_GONE, /* NVML finds no device until all faults end, and must then begin anew; CUDA goes on */
     SIM_FAULTS,
 };
 

@@ -13,7 +13,7 @@ PERIODS = 2.0  # seconds: four reconciles
 
 
 @pytest.mark.places("host")
-@pytest.mark.parametrize("kind", ["nvml-na", "nvml-stall:60s"])
+@pytest.mark.parametrize("kind", ["nvml-na", "nvml-stall:60s", "nvml-gone"])
 def test_charges_stay_while_nvml_is_blind(service: Service, fault: Callable[[str], None], tenant, kind: str) -> None:
     one = tenant(LIMIT)
     one.assert_enforced()

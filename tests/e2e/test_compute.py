@@ -249,6 +249,17 @@ def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
     assert beside > 0.4 * alone * 0.2 * times  # 0.15 if it had waited
 
 
+def test_turns_go_on_while_nvml_is_blind(start, fault) -> None:
+    heavy, light = start("heavy", "--weight", "300"), start("light", "--weight", "100")
+    for kind in ("nvml-na", "nvml-stall:60s", "nvml-gone"):
+        fault(kind)
+        before = heavy.compute().get("waits", 0)
+        done = together(heavy, light)
+        assert heavy.compute()["waits"] > before, kind
+        assert done[0] / sum(done) == pytest.approx(0.75, abs=0.05), kind
+        fault("reset")
+
+
 def hold_silently(cgroup: Path, ready: int, end: int) -> None:
     """Sixteen connections of a cgroup that say nothing; another in the place of each that is let go."""
     (cgroup / "cgroup.procs").write_text("0")

@@ -1,15 +1,20 @@
-"""F10: a device is reset, or lost, under agent and programs: it is found again, and the ledger forgets what is gone."""
+"""F10: under agent and programs a device is reset, lost, put into MIG mode, or has an ECC error: it is found again, and
+the ledger forgets what is gone."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 
 import pytest
-from harness import CONTEXT, MIB, REFUSED, Service, eventually, metrics
+from harness import CONTEXT, MIB, REFUSED, Client, Service, Tenant, eventually, metrics
 
 LIMIT = CONTEXT + 40 * MIB
 AGE = "fgpu_reconcile_age_seconds", frozenset({("gpu", "0")})
+REFUSALS = "fgpu_memory_refused_total"
+RESETS = ("device-reset", "mig,device-reset")  # the mode changes with a reset, and goes with the fault
+Scale = Callable[[int, int, int], int]
 
 
 def is_seen() -> bool:
@@ -17,7 +22,20 @@ def is_seen() -> bool:
     return metrics()[AGE] < 0.6
 
 
-def lives_as_ever(one) -> None:
+def begin(one: Tenant) -> Client:
+    """A program of the tenant that holds something."""
+    client = one.client()
+    client.ok(f"alloc {20 * MIB}")
+    return client
+
+
+def assert_gone(one: Tenant, client: Client) -> None:
+    """A program that has ended, or whose end is about to come."""
+    client.close()
+    eventually(lambda: client.pid not in one.pids(), 5, "its end")
+
+
+def lives_as_ever(one: Tenant) -> None:
     """A program of the tenant gets its share, and no more."""
     client = one.client()
     client.ok(f"alloc {40 * MIB}")
@@ -31,42 +49,70 @@ def lives_as_ever(one) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.places("host")
 def test_a_device_that_is_reset_is_found_again(
-    service: Service, fault: Callable[[str], None], tenant, scale: Callable[[int, int, int], int]
+    service: Service, fault: Callable[[str], None], tenant, scale: Scale
 ) -> None:
+    """In another mode or in the same, and whether programs of before go on or end."""
     one = tenant(LIMIT)
     one.assert_enforced()
-    for number in range(scale(2, 5, 100)):
-        client = one.client()
-        client.ok(f"alloc {20 * MIB}")
-        fault("device-reset")
+    for how, goes_on in itertools.islice(itertools.cycle(itertools.product(RESETS, (True, False))), scale(2, 10, 50)):
+        client = begin(one)
+        fault(how)
         assert not client.do(f"alloc {2 * MIB}").startswith("ok"), "its device is gone"
-        if number % 2:
+        if not goes_on:
             client.kill()
         eventually(lambda: one.memory()["used_bytes"] == 0 == one.driver(), 10, "a ledger that has forgotten it")
         eventually(is_seen, 5, "what NVML says")
         assert not one.view()["bypassing"]
-        client.close()
-        eventually(lambda gone=client: gone.pid not in one.pids(), 5, "its end")  # type: ignore[misc]
+        assert_gone(one, client)
         lives_as_ever(one)
+        fault("reset")
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.places("host")
 def test_while_a_device_is_lost_limits_stand_and_its_age_is_shown(
-    service: Service, fault: Callable[[str], None], tenant
+    service: Service, fault: Callable[[str], None], tenant, scale: Scale
 ) -> None:
     one = tenant(LIMIT)
     one.assert_enforced()
-    client = one.client()
-    client.ok(f"alloc {20 * MIB}")
-    fault("device-lost")
-    assert not client.do(f"alloc {2 * MIB}").startswith("ok")
-    eventually(lambda: metrics()[AGE] > 2, 10, "its age")
-    assert one.memory()["limit_bytes"] == LIMIT
-    assert one.memory()["used_bytes"] == CONTEXT + 20 * MIB, "nobody says that it is gone"
-    service.check()
-    fault("reset")
-    eventually(is_seen, 5, "what NVML says")
-    eventually(lambda: one.memory()["used_bytes"] == 0, 10, "a ledger that has forgotten it")
-    client.close()
-    eventually(lambda: client.pid not in one.pids(), 5, "its end")
-    lives_as_ever(one)
+    for _ in range(scale(1, 3, 15)):
+        client = begin(one)
+        fault("device-lost")
+        assert not client.do(f"alloc {2 * MIB}").startswith("ok")
+        eventually(lambda: metrics()[AGE] > 2, 10, "its age")
+        assert one.memory()["limit_bytes"] == LIMIT
+        assert one.memory()["used_bytes"] == CONTEXT + 20 * MIB, "nobody says that it is gone"
+        service.check()
+        fault("reset")
+        eventually(is_seen, 5, "what NVML says")
+        eventually(lambda: one.memory()["used_bytes"] == 0, 10, "a ledger that has forgotten it")
+        assert_gone(one, client)
+        lives_as_ever(one)
+
+
+def refusals(one: Tenant) -> float:
+    """Of the tenant, for any reason."""
+    return sum(n for (name, labels), n in metrics().items() if name == REFUSALS and ("tenant", one.name) in labels)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.places("host")
+def test_who_met_an_ecc_error_is_charged_until_it_ends(
+    service: Service, fault: Callable[[str], None], tenant, scale: Scale
+) -> None:
+    """An error is nobody's out-of-memory, and the next program lives as ever beside the one that hangs on."""
+    one = tenant(2 * LIMIT)
+    one.assert_enforced()
+    for _ in range(scale(1, 7, 35)):
+        client, refused = begin(one), refusals(one)
+        fault("ecc")
+        assert client.do(f"alloc {2 * MIB}") == "CUDA_ERROR_ECC_UNCORRECTABLE"
+        assert refusals(one) == refused
+        later = begin(one)
+        assert one.assert_exact(5) == 2 * (CONTEXT + 20 * MIB)
+        client.kill()
+        eventually(lambda: one.memory()["used_bytes"] == CONTEXT + 20 * MIB, 1, "what it held")
+        assert one.assert_exact(5) == CONTEXT + 20 * MIB
+        assert_gone(one, client)
+        assert_gone(one, later)
+        eventually(lambda: one.memory()["used_bytes"] == 0, 1, "released")

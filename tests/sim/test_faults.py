@@ -244,6 +244,56 @@ def test_an_xid_of_no_device(machine: Machine) -> None:
     assert (done.returncode, done.stderr) == (1, "fgpu-simd: /run/fgpu-sim: there is no such device\n")
 
 
+def test_a_client_that_met_an_ecc_error(machine: Machine) -> None:
+    """It is given nothing more and keeps what it has; NVML goes on, and so does who comes later."""
+    ask = "L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(5 << 20))"
+    script = f"import sys; start(); alloc(5 << 20); say(); sys.stdin.readline(); say({ask}); wait()"
+    with machine.spawn(script) as client:
+        assert client.stdout
+        assert client.stdin
+        client.stdout.readline()
+        held = machine.used()
+        order(machine, "ecc")
+        client.stdin.write("\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == "214\n"
+        assert machine.used() == held > 0
+        assert machine.python(f"start(); say({ask})") == ["0"]
+        client.kill()
+    machine.settles_at(0)
+
+
+def test_nvml_that_is_gone(machine: Machine) -> None:
+    """CUDA goes on; who looks must begin anew once it is back."""
+    pytest.importorskip("pynvml")
+    script = (
+        NVML
+        + """
+import sys
+def look():
+    try: say(type(N.nvmlDeviceGetMemoryInfo(device)).__name__)
+    except N.NVMLError as error: say(type(error).__name__)
+look(); sys.stdin.readline(); look(); sys.stdin.readline(); look()
+N.nvmlShutdown(); N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0); look()
+"""
+    )
+    with machine.spawn(script) as client:
+        assert client.stdout
+        assert client.stdin
+        assert client.stdout.readline() == "c_nvmlMemory_t\n"
+        order(machine, "nvml-gone")
+        client.stdin.write("\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == "NVMLError_GpuIsLost\n"
+        assert machine.python("start(); alloc(1); say('fine')") == ["fine"]
+        begin = "\ntry: N.nvmlInit()\nexcept N.NVMLError as error: say(type(error).__name__)"
+        assert machine.python("import pynvml as N" + begin) == ["NVMLError_DriverNotLoaded"]
+        order(machine, "reset")
+        client.stdin.write("\n")
+        client.stdin.flush()
+        assert [client.stdout.readline() for _ in range(2)] == ["NVMLError_GpuIsLost\n", "c_nvmlMemory_t\n"]
+
+
 def test_the_end_of_a_stall_by_order(machine: Machine) -> None:
     pytest.importorskip("pynvml")
     order(machine, "nvml-stall:60s")
@@ -279,7 +329,8 @@ def test_the_end_of_a_stall_by_order(machine: Machine) -> None:
     ],
 )
 def test_what_is_not_understood(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
-    known = "nvml-stall:60s, nvml-na, mig, alloc-fail:N, slow-end:3s, device-reset, device-lost, xid=79[:DEVICE], reset"
+    known = "nvml-stall:60s, nvml-na, nvml-gone, mig, alloc-fail:N, slow-end:3s, "
+    known += "device-reset, device-lost, ecc, xid=79[:DEVICE], reset"
     line = f"fgpu-simd: fault is none of {known}: {spec}\n"
     asked = order(machine, spec, check=False)
     assert (asked.returncode, asked.stdout, asked.stderr) == (2, "", line)
