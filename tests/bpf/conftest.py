@@ -41,21 +41,20 @@ class Kernel:
     probes: probes.Probes
 
 
-@pytest.fixture(scope="session")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
-    folder = tmp_path_factory.mktemp("bpf")
+@contextlib.contextmanager
+def loaded(folder: Path, sources: Path, shim: Path) -> Iterator[Kernel]:
+    """The programs of `sources`, attached to a driver of their own in `folder` and to that shim."""
     driver = folder / "libcuda.so.1"
     flags = ["-O1", "-shared", "-fPIC", "-w", "-fno-omit-frame-pointer", "-fcf-protection=none", "-pthread"]
     subprocess.run(["gcc", *flags, "-o", str(driver), str(HERE / "driver.c")], check=True)
-    pins = Path(f"/sys/fs/bpf/fgpu-test-{os.getpid()}")
+    pins = Path(f"/sys/fs/bpf/fgpu-test-{os.getpid()}-{folder.name}")
     try:
-        digest = programs.load(REPOSITORY / "bpf", pins)
+        digest = programs.load(sources, pins)
         ledger = Ledger(pins)
         ledger.set_device(0, bytes(range(16)))
         ledger.set_context_bytes(0, CONTEXT)
         attached = probes.Probes(pins, digest, ledger)
         attached.attach_process_ends()
-        shim = REPOSITORY / "build/shim/libfgpu.so"
         for path in (driver, shim):
             attached.attach(probes.Target.of(str(path)))
         root = procfs.cgroup2_root()
@@ -63,6 +62,12 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
         yield Kernel(ledger, pins, driver, shim, root, attached)
     finally:
         probes.detach(pins)
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    with loaded(tmp_path_factory.mktemp("bpf"), REPOSITORY / "bpf", REPOSITORY / "build/shim/libfgpu.so") as kernel:
+        yield kernel
 
 
 class Level:

@@ -1,0 +1,100 @@
+"""T16: maps of 64 entries and a ring of one page, into which everything goes: what is there and what is lost is all."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+
+import pytest
+from conftest import MIB, REPOSITORY, Kernel, anomalies, entries, loaded, wait_until
+from test_abused_calls import attack, attacker  # noqa: F401
+from test_events import events, fates  # noqa: F401
+
+ENTRIES, PART = 64, 16
+PAGE_EVENTS = 4096 // 64  # at most
+ROUNDS = 10  # of a flood, each by another process
+SMALL = {
+    "MOST_ALLOCATIONS": ENTRIES,
+    "MOST_THREADS": ENTRIES,
+    "MOST_PROCESSES": ENTRIES,
+    "EVENT_BYTES": 4096,
+    "EVENTS_A_SECOND": 1 << 30,  # none is left out for its rate: the ring alone loses any
+    "CGROUPS_A_SECOND": 0,  # what else this host does is no matter
+}
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    """In the place of the suite's."""
+    folder = tmp_path_factory.mktemp("small")
+    sources = folder / "bpf"
+    shutil.copytree(REPOSITORY / "bpf", sources)
+    for name, value in SMALL.items():
+        found = [path for path in sources.glob("*.h") if re.search(rf"(?m)^#define {name} ", path.read_text())]
+        assert len(found) == 1, name
+        text = re.sub(rf"(?m)^(#define {name}) .*$", rf"\1 {value}", found[0].read_text())
+        found[0].write_text(text)
+    shim = folder / "libfgpu.so"
+    shutil.copy(REPOSITORY / "build/shim/libfgpu.so", shim)
+    with loaded(folder, sources, shim) as kernel:
+        yield kernel
+
+
+class Listener(threading.Thread):
+    """Reads a ring to the end of the block: all the while, or not until then."""
+
+    def __init__(self, events, listens: bool) -> None:  # noqa: F811
+        super().__init__()
+        self._events, self._listens, self._over = events, listens, threading.Event()
+        self.told = 0
+
+    def run(self) -> None:
+        while self._listens and not self._over.is_set():
+            self.told += sum(1 for _ in self._events.read())
+
+    def __enter__(self) -> Listener:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+        self.told += sum(1 for _ in self._events.read())
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["heard", "unheard"])
+def test_what_is_told_of_a_flood_and_what_is_lost_of_it_is_all(kernel, events, level, attack, scale, heard):  # noqa: F811
+    """Beside a reader, and where nobody reads until the end."""
+    each = scale(20_000, 100_000, 1_000_000) // ROUNDS
+    list(events.read())
+    before = fates(kernel)
+    with Listener(events, heard) as listener:
+        for _ in range(ROUNDS):
+            assert attack(level, "flood", each) == each
+    sent, _, full = (now - was for now, was in zip(fates(kernel), before, strict=True))
+    assert listener.told == sent
+    assert (sent > 3 * PAGE_EVENTS) == heard
+    assert full > 0
+    assert ROUNDS * each <= sent + full < ROUNDS * (each + 100), "and that they began"
+    assert level.usage().refused == ROUNDS * each
+
+
+def test_what_has_an_entry_and_what_found_none_is_all(kernel, make_level, make_client):
+    """Four levels have their parts of the map, which is full then; all that the driver gave is charged."""
+    kernel.ledger.sweep()
+    before, levels = anomalies(kernel)["FULL"], [make_level(MIB) for _ in range(ENTRIES // PART + 1)]
+    clients = [make_client(level) for level in levels]
+    for client in clients:
+        client("cuda.allocate_many(u64(0x1000), u64(23))")
+    assert [entries(kernel, level) for level in levels] == [PART, PART, PART, PART, 0]
+    assert [level.used for level in levels] == [23] * len(levels)
+    assert anomalies(kernel)["FULL"] - before == 23 * len(levels) - ENTRIES
+    for client in clients:
+        client("cuda.free_many(u64(0x1000), u64(23))")
+    assert [entries(kernel, level) for level in levels] == [0] * len(levels)
+    assert [level.used for level in levels] == [23 - PART] * 4 + [23], "nobody knows how much that was"
+    for client in clients:
+        client.kill()
+    wait_until(lambda: not any(level.used for level in levels))
