@@ -98,7 +98,7 @@ def test_nothing_waits_for_a_log_that_nobody_reads(dead: Service, tenant, scale)
         for one in tenants:
             one.assert_enforced()
         fits, hopeless = busy(tenants[0], f"ask {STEP} 0"), busy(tenants[1], f"ask {GIB * 8} 0")
-        print(live_for(scale(2, 10, 60), tenants))
+        print(live_for(scale(2, 60, 60), tenants))
         got, *others = answered(fits)
         assert got
         assert others == [0, 0], "the one that fits noticed"
