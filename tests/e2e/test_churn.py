@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import BUILD, ENVIRONMENT, MIB, SHIM, Service, ask, cgroup_root, eventually, metrics, metrics_page
+from harness import BUILD, ENVIRONMENT, SHIM, Service, ask, cgroup_root, eventually, metrics, metrics_page
 from kernel_kit import entries
 from test_malformed import GOOD, SOCKET
 
 LIVE = 200
-GROWTH = 5 * MIB
+GROWTH_KIB = 5 * 1024
+WARM, SOME = 1000, 500  # tenants: until the first look at what is left of them, and between two
 MAPS = ("pages", "resolved", "limits", "shares", "turns", "processes", "threads", "allocations")
 ODD = ('quo"te', "back\\slash", "a\ttab", "{}=,", "é" * 100, "x" * 200, "-", " ", "\x7f\x01", "..x")
 POLICY = """
@@ -110,13 +111,21 @@ def assert_maps_empty(known: dict[str, int]) -> None:
         eventually(lambda of=name: entries(of) <= known[of], 10, what)  # type: ignore[misc]
 
 
-def sizes(service: Service) -> dict[str, tuple[int, int]]:
-    """Resident bytes and descriptors of agent and gatekeeper."""
+def assert_never_more(numbers: list[int], what: str) -> None:
+    """They go up and down, and no more up than down: what leaks one in SOME tenants is found in ten looks."""
+    some = max(2, len(numbers) // 4)
+    assert min(numbers[-some:]) <= max(numbers[:some]), f"{what}: {numbers}"
+
+
+def sizes(service: Service) -> dict[str, int]:
+    """Resident KiB, descriptors and threads of agent and gatekeeper, and what the kernel keeps of the last tenants."""
     assert service.agent
-    found = {}
+    found = {f"entries of {name}": entries(name) for name in MAPS}
     for name, pid in (("agent", service.agent.pid), ("gatekeeper", *service.gatekeepers())):
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        found[name] = (pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd")))
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        found[f"KiB of the {name}"] = int(fields["VmRSS"].split()[0])
+        found[f"threads of the {name}"] = int(fields["Threads"])
+        found[f"descriptors of the {name}"] = len(os.listdir(f"/proc/{pid}/fd"))
     return found
 
 
@@ -124,25 +133,20 @@ def sizes(service: Service) -> dict[str, tuple[int, int]]:
 @pytest.mark.timeout(7200)  # the full count takes half an hour
 def test_tenants_come_and_go_and_leave_nothing(service: Service, parent: Path, scale) -> None:
     known = {name: entries(name) for name in MAPS}  # who has said hello without being anybody's stays known
-    churn(parent, range(300))  # until whatever is cached is
-    assert_none_left(60)
-    assert_maps_empty(known)
-    before, counters = sizes(service), entries("counters")
-    count = scale(500, 4000, 100_000)
-    for first in range(1000, 1000 + count, 500):
-        churn(parent, range(first, first + 500))
-    assert_none_left(60)
-    assert_maps_empty(known)
+    looks, counters = [], entries("counters")
+    for first in range(0, WARM + scale(500, 10_000, 100_000), SOME):
+        churn(parent, range(first, first + SOME))
+        assert_none_left(60)
+        assert_maps_empty(known)
+        looks.append(sizes(service))
+    looks = looks[WARM // SOME - 1 :]  # until whatever is cached is
+    print(f"{SOME} tenants between two of:", *({n: x for n, x in look.items() if x} for look in looks), sep="\n")
+    for what, before in looks[0].items():
+        if what.startswith("KiB"):
+            assert looks[-1][what] - before <= GROWTH_KIB, f"{what}: grown"
+        else:
+            assert_never_more([look[what] for look in looks], what)
     assert entries("counters") <= counters + 5, "what was counted of tenants that are gone"
-    after = sizes(service)
-    print(
-        count,
-        "tenants:",
-        {name: (after[name][0] - before[name][0], after[name][1] - before[name][1]) for name in before},
-    )
-    for name in before:
-        assert after[name][0] - before[name][0] <= GROWTH, f"{name} has grown"
-        assert after[name][1] <= before[name][1] + 4, f"descriptors of the {name}"
     assert ask(verb="snapshot")["failures"] == 0
 
 
