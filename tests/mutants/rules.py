@@ -112,6 +112,16 @@ RULES = {
     "orphan-untold": ("    if (orphaned && some) tell(", "    if (0) tell("),
     "released-from-no-level": ("            subtract(&page->devices[slot(device)].used, some);\n", "            {}\n"),
     "orphan-kept-by-no-level": ("__sync_fetch_and_add(&page->orphaned[slot(device)], some);", "{}"),
+    "no-room-uncounted": (
+        "    anomaly(FGPU_ANOMALY_FULL);\n    return 0;\n}\n\nstatic void delete_allocation",
+        "    return 0;\n}\n\nstatic void delete_allocation",
+    ),
+    "charged-what-no-driver-has": (" || bytes > FGPU_MOST_BYTES) return;", ") return;"),
+    "rows-wrap-around": (
+        "return pitch < FGPU_MOST_BYTES && height < MOST_HEIGHT ? pitch * height : pitch;",
+        "return pitch * height;",
+    ),
+    "extents-wrap-around": ("return n > MOST_EXTENT ? MOST_EXTENT : n;", "return n;"),
     "no-extent-is-none": ("return n | none >> 63;", "return n;"),
     "export-forgotten-at-unmap": (
         "    let_go(p, device, bytes, !!exported);",
