@@ -16,7 +16,7 @@ ORDER = (
     {"mappings"},
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
-    | {"cgroupnames", "messages", "visitors"},
+    | {"cgroupnames", "messages", "visitors", "heap"},
     {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares", "xids"}
     | {"crimessages", "kubeletmessages", "slots", "graces"}
     | {"events", "launch"},
