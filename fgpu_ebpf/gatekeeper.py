@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from time import monotonic_ns
 
-from fgpu_ebpf import notify, pages, privileges, procfs, wholefile
+from fgpu_ebpf import heap, notify, pages, privileges, procfs, wholefile
 from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.callers import Caller, Callers
 from fgpu_ebpf.clients import Client, Clients, Head
@@ -364,6 +364,7 @@ def _prepare(lock: Lock, is_patient: bool) -> Path:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     come_first()
     privileges.keep_only(privileges.GATEKEEPER)
+    heap.share_one_arena()
     sys.setswitchinterval(0.0005)
     _thread.stack_size(256 * 1024)
     return root
