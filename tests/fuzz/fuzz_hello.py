@@ -35,7 +35,9 @@ class Fuzzer:
         )
         self._heard: list[Caller] = []
         standing = Standing(False, 7)
-        self._callers = Callers(self._selector, self._counts, lambda pid, cgroup: (1, standing), self._look)
+        self._callers = Callers(
+            self._selector, self._counts, lambda pid, cgroup: (1, standing), self._look, lambda pid: None
+        )
         self._door = Door(Path(self._folder.name))
         self._door.open()
         self._files = self._descriptors()
