@@ -57,7 +57,7 @@ class Sanitizer:
         return {
             "ASAN_OPTIONS": f"{where}:detect_leaks={int(leaks)}:abort_on_error=0",
             "UBSAN_OPTIONS": f"{where}:print_stacktrace=1",
-            "TSAN_OPTIONS": f"{where}:halt_on_error=1:history_size=4",
+            "TSAN_OPTIONS": f"{where}:halt_on_error=1:history_size=4:suppressions={ROOT}/tests/tsan.suppressions",
         }
 
 

@@ -288,6 +288,7 @@ void storm_world_turns(long us)
 void storm_world_end(void)
 {
     pthread_join(turning, NULL);
+    atomic_store(&gate, 0); /* who says hello yet once more finds it open too */
     for (int i = 0; i < MOST_PAGES; i++)
         for (int d = 0; controls[i] && d < FGPU_DEVICES; d++) {
             PUT(controls[i]->gates[d], 0);
