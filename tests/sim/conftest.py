@@ -65,6 +65,13 @@ def launch(function, stream=None):
 """
 
 
+def say(client: subprocess.Popen[str], text: str = "") -> None:
+    """A line to a script that waits for one."""
+    assert client.stdin
+    client.stdin.write(f"{text}\n")
+    client.stdin.flush()
+
+
 class Machine:
     """A machine with simulated GPUs: a server, and a way to run programs that see it."""
 
@@ -115,9 +122,7 @@ class Machine:
             assert one.stdout is not None
             assert one.stdout.readline() == "ready\n"
         for one in running:
-            assert one.stdin is not None
-            one.stdin.write("\n")
-            one.stdin.flush()
+            say(one)
             time.sleep(apart)
         return running
 

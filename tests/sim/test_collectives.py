@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from .conftest import Machine
+from .conftest import Machine, say
 
 pytestmark = pytest.mark.timed
 
@@ -94,13 +94,11 @@ for _ in range(2):
 """
     with pair.spawn(PAIR + script) as other:
         assert other.stdout is not None
-        assert other.stdin is not None
         beside = float(other.stdout.readline())
         hog.kill()
         hog.communicate()
         time.sleep(0.2)
-        other.stdin.write("\n\n")
-        other.stdin.flush()
+        say(other, "\n")
         alone = float(other.stdout.readline())
         other.communicate(timeout=30)
     assert 0.19 <= beside < 0.26

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Machine
+from .conftest import Machine, say
 
 NVML = """
 import pynvml as N
@@ -129,16 +129,13 @@ N.nvmlShutdown(); N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0); look()
     )
     with machine.spawn(script) as client:
         assert client.stdout
-        assert client.stdin
         assert client.stdout.readline() == "c_nvmlMemory_t\n"
         order(machine, fault)
         machine.settles_at(0)
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         assert [client.stdout.readline() for _ in range(2)] == ["[True, True]\n", "NVMLError_GpuIsLost\n"]
         order(machine, "reset")
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         assert [client.stdout.readline() for _ in range(2)] == ["NVMLError_GpuIsLost\n", "c_nvmlMemory_t\n"]
     assert machine.python("start(); alloc(1); say('fine')") == ["fine"]
 
@@ -176,7 +173,6 @@ say(come(first), come(second), come(other))
     order(machine, "xid=48")
     with machine.spawn(EVENTS + script) as client:
         assert client.stdout
-        assert client.stdin
         for specs, said in (
             (["xid=79:1,xid=13", "xid=31"], "NVMLError_Timeout"),
             (["xid=94:1"], "[(0, 13), (0, 31), (1, 79), 'NVMLError_Timeout'] NVMLError_Timeout NVMLError_Timeout"),
@@ -185,8 +181,7 @@ say(come(first), come(second), come(other))
             assert client.stdout.readline() == f"{said}\n"
             for spec in specs:
                 order(machine, spec)
-            client.stdin.write("\n")
-            client.stdin.flush()
+            say(client)
 
 
 def test_who_waits_for_an_xid_hears_of_it(machine: Machine) -> None:
@@ -202,14 +197,12 @@ say(many[0], many[63], many[64:])
 """
     with machine.spawn(EVENTS + script) as client:
         assert client.stdout
-        assert client.stdin
         assert client.stdout.readline() == "True []\n"
         order(machine, "xid=63")
         assert client.stdout.readline() == "[(0, 63)]\n"
         for first in range(1, 71, 7):
             order(machine, ",".join(f"xid={number}" for number in range(first, first + 7)))
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         assert client.stdout.readline() == "(0, 7) (0, 70) ['NVMLError_Timeout', 'NVMLError_Timeout']\n"
 
 
@@ -223,11 +216,9 @@ except N.NVMLError as error: say(type(error).__name__)
 """
     with machine.spawn(EVENTS + script) as client:
         assert client.stdout
-        assert client.stdin
         assert client.stdout.readline() == "there\n"
         order(machine, "xid=79,device-lost")
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         assert [client.stdout.readline() for _ in range(2)] == ["NVMLError_GpuIsLost\n"] * 2
 
 
@@ -250,12 +241,10 @@ def test_a_client_that_met_an_ecc_error(machine: Machine) -> None:
     script = f"import sys; start(); alloc(5 << 20); say(); sys.stdin.readline(); say({ask}); wait()"
     with machine.spawn(script) as client:
         assert client.stdout
-        assert client.stdin
         client.stdout.readline()
         held = machine.used()
         order(machine, "ecc")
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         assert client.stdout.readline() == "214\n"
         assert machine.used() == held > 0
         assert machine.python(f"start(); say({ask})") == ["0"]
@@ -279,18 +268,15 @@ N.nvmlShutdown(); N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0); look()
     )
     with machine.spawn(script) as client:
         assert client.stdout
-        assert client.stdin
         assert client.stdout.readline() == "c_nvmlMemory_t\n"
         order(machine, "nvml-gone")
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         assert client.stdout.readline() == "NVMLError_GpuIsLost\n"
         assert machine.python("start(); alloc(1); say('fine')") == ["fine"]
         begin = "\ntry: N.nvmlInit()\nexcept N.NVMLError as error: say(type(error).__name__)"
         assert machine.python("import pynvml as N" + begin) == ["NVMLError_DriverNotLoaded"]
         order(machine, "reset")
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         assert [client.stdout.readline() for _ in range(2)] == ["NVMLError_GpuIsLost\n", "c_nvmlMemory_t\n"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import MIB, Machine
+from .conftest import MIB, Machine, say
 
 BINDINGS = """
 from cuda.bindings import driver as D
@@ -205,12 +205,10 @@ need("cuMemFreeAsync", at, s); need("cuDeviceGraphMemTrim", 0)
 say(held() - before)
 """
     with machine.spawn(script) as client:
-        assert client.stdin is not None
         assert client.stdout is not None
         assert [client.stdout.readline() for _ in range(2)] == ["0\n", "128\n"]
         assert machine.process(client.pid)["graph_bytes"] == 128 * MIB
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         assert client.stdout.readline() == "0\n"
 
 
@@ -225,12 +223,10 @@ need("cuGraphInstantiateWithFlags", C.byref(exec_), graph, C.c_ulonglong(0))
 need("cuGraphLaunch", exec_, s); say("up"); wait(); {end}
 """
     with machine.spawn(script) as client:
-        assert client.stdin is not None
         assert client.stdout is not None
         client.stdout.readline()
         assert machine.process(client.pid)["graph_bytes"] == 128 * MIB
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         start = time.monotonic()
         while any(p["bytes"] for p in machine.dump()["processes"]):
             assert time.monotonic() - start < 1

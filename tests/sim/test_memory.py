@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from .conftest import CLIENT, MIB, Machine
+from .conftest import CLIENT, MIB, Machine, say
 
 CONTEXT = 518 * MIB
 # What an H200 loses besides, in no process's name: for each context, and once while anybody is initialised.
@@ -66,11 +66,9 @@ def test_exec_and_closed_descriptors_give_back(machine: Machine) -> None:
     """A process that drops its connection has dropped the device, whether it lives on or not."""
     for end in ("os.execvp('sleep', ['sleep', '5'])", "os.closerange(3, 1000); wait()"):
         with machine.spawn(f"start(); alloc(1 << 30); say('holding'); wait(); {end}") as client:
-            assert client.stdin is not None
             assert client.stdout is not None
             client.stdout.readline()
-            client.stdin.write("\n")
-            client.stdin.flush()
+            say(client)
             machine.settles_at(0)
             assert client.poll() is None
             client.kill()
@@ -223,14 +221,12 @@ for child in children:
 """
     before = machine.descriptors()
     with machine.spawn(forking) as client:
-        assert client.stdin is not None
         assert client.stdout is not None
         assert client.stdout.readline() == "holding\n"
         processes = machine.dump()["processes"]
         assert len(processes) == 200
         assert {p["bytes"] for p in processes} == {CONTEXT + 2 * MIB}
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         client.wait(timeout=30)
     machine.settles_at(0)
     resident = machine.resident()
@@ -283,12 +279,10 @@ say(L.cuInit(0), N.nvmlInit_v2())
     with machine.spawn(
         "start(); say('up'); wait(); say(L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(1)) > 0)"
     ) as client:
-        assert client.stdin is not None
         assert client.stdout is not None
         client.stdout.readline()
         assert machine.stop() == 0
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         assert client.stdout.readline() == "True\n"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Machine
+from .conftest import Machine, say
 
 HELD = """
 before = None
@@ -36,14 +36,12 @@ need("cuModuleUnload", module); say(held())
 say([L.cuModuleLoadData(C.byref(C.c_void_p()), image) for image in (b"fgpu-module xMiB", b"fgpu-module 1GiB", None)])
 """
     with machine.spawn(HELD + script) as client:
-        assert client.stdin is not None
         assert client.stdout is not None
         assert [client.stdout.readline() for _ in range(3)] == ["0.0\n", "301.0 0\n", "up\n"]
         process = machine.process(client.pid)
         assert process["module_bytes"] == 301 << 20
         assert process["block_bytes"] == 0
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         assert [client.stdout.readline() for _ in range(2)] == ["0.0\n", "[0, 0, 1]\n"]
 
 

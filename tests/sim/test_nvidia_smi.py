@@ -11,7 +11,7 @@ from pathlib import Path
 from subprocess import Popen
 from xml.etree import ElementTree
 
-from .conftest import Machine
+from .conftest import Machine, say
 
 
 def test_nvidia_smi_table(machine: Machine, holder: Popen[str]) -> None:
@@ -155,15 +155,13 @@ def test_nvidia_smi_pmon(machine: Machine) -> None:
     idle = "    0          -     -      -      -      -      -      -      -    -              "
     assert machine.run(smi, "pmon", "-c", "1").stdout.splitlines() == [*heading, idle]
     with machine.spawn("start(); say('up'); wait(); launch(kernel('spin_9000000us')[1]); say('up'); wait()") as client:
-        assert client.stdin is not None
         assert client.stdout is not None
         client.stdout.readline()
         assert machine.run(smi, "pmon", "-c", "1").stdout.splitlines() == [
             *heading,
             f"    0 {client.pid:>10}     C      -      -      -      -      -      -    {name:<15.15}",
         ]
-        client.stdin.write("\n")
-        client.stdin.flush()
+        say(client)
         client.stdout.readline()
         time.sleep(1.2)  # what is shown is of the last second
         assert machine.run(smi, "pmon", "-c", "1").stdout.splitlines()[2].split()[3:5] == ["100", "0"]

@@ -6,7 +6,7 @@ from subprocess import Popen
 
 import pytest
 
-from .conftest import MIB, Machine
+from .conftest import MIB, Machine, say
 
 # A handle goes from one process to the other as text; a descriptor through a socket with a name.
 SHARING = """
@@ -57,12 +57,6 @@ def receive_fd(name):
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); sock.connect("\\0" + name)
     fd = socket.recv_fds(sock, 1, 1)[1][0]; sock.send(b"x"); return fd
 """
-
-
-def say(client: Popen[str], text: str = "") -> None:
-    assert client.stdin is not None
-    client.stdin.write(text + "\n")
-    client.stdin.flush()
 
 
 def hear(client: Popen[str]) -> str:

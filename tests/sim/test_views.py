@@ -8,7 +8,7 @@ from subprocess import Popen
 
 import pytest
 
-from .conftest import CLIENT, MIB, Machine
+from .conftest import CLIENT, MIB, Machine, say
 
 pytest.importorskip("pynvml")
 
@@ -52,7 +52,6 @@ def test_pid_namespace_sees_its_own(machine: Machine, holder: Popen[str]) -> Non
     script = "start(); alloc(5 << 20); say(os.getpid(), processes()); say('up'); wait()"
     words = in_pid_namespace(script)
     with machine.spawn("", prefix=[*words, "--"]) as inside:
-        assert inside.stdin is not None
         assert inside.stdout is not None
         assert inside.stdout.readline() == "1 [(1, 524)]\n"
         inside.stdout.readline()
@@ -61,8 +60,7 @@ def test_pid_namespace_sees_its_own(machine: Machine, holder: Popen[str]) -> Non
         assert len(pids) == 2
         listed = machine.python(NVML + "say(processes())")[0]
         assert re.findall(r"\((\d+),", listed) == [str(pid) for pid in sorted(pids)]
-        inside.stdin.write("\n")
-        inside.stdin.flush()
+        say(inside)
 
 
 def test_sibling_namespaces_do_not_see_each_other(machine: Machine) -> None:
@@ -73,16 +71,12 @@ def test_sibling_namespaces_do_not_see_each_other(machine: Machine) -> None:
             assert client.stdout is not None
             assert client.stdout.readline() == "up\n"
         for client in (one, other):
-            assert client.stdin is not None
             assert client.stdout is not None
-            client.stdin.write("\n")
-            client.stdin.flush()
+            say(client)
             assert client.stdout.readline() == "[(1, 518)]\n"
             client.stdout.readline()
         for client in (one, other):
-            assert client.stdin is not None
-            client.stdin.write("\n")
-            client.stdin.flush()
+            say(client)
 
 
 def test_foreign_proc_lists_nobody(machine: Machine, holder: Popen[str]) -> None:
