@@ -121,11 +121,10 @@ def _check_line(check: Check) -> str:
 @main.command()
 def detach() -> None:
     """Open everything, take away what was pinned and set up, end the agent."""
+    from fgpu_ebpf import workloads
+
     try:
         control.call(RUN_DIR, {"verb": "detach"})
-        from fgpu_ebpf import workloads
-
-        workloads.remove_run_folder()
     except ConnectionError:
         from fgpu_ebpf import service
 
@@ -135,6 +134,7 @@ def detach() -> None:
             _fail(f"cannot detach: {error}", 1)
     except control.RequestError as error:
         _fail(str(error), error.code)
+    workloads.remove_run_folder()
 
 
 def _limits(command: Callable[..., None]) -> Callable[..., None]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from fgpu_ebpf import enginesetup, inject, keeper, launch, probes, procfs, programs, published
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.overrides import Overrides
-from fgpu_ebpf.workloads import Workloads, remove_run_folder
+from fgpu_ebpf.workloads import Workloads
 
 LOCK, NAMES = "agent.lock", "engines.json"
 _FILES = (
@@ -52,7 +52,6 @@ def _cgroups(run_dir: Path) -> None:
     for override in Overrides(run_dir / "overrides.json"):
         if override.own:
             Workloads(root).remove(override.path)
-    remove_run_folder()
 
 
 def _published(shim: Path) -> None:
