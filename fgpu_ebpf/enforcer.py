@@ -327,8 +327,10 @@ class Enforcer:
         tenant = self._tenants.get(cgroup)
         if tenant and len(self.around(tenant)) >= pages.LEVELS:
             return f"at most {pages.LEVELS} levels: the limits of the groups around it hold, its own does not"
-        if tenant and tenant.path.count("/") > pages.DEEPEST:
-            return f"it lies more than {pages.DEEPEST} cgroups below the root: the kernel's programs do not look there"
+        if tenant and tenant.path.count("/") >= pages.DEPTH:
+            return (
+                f"it lies more than {pages.DEPTH - 1} cgroups below the root: the kernel's programs do not look there"
+            )
         return (tenant and cgroup in self._denied and self._lack(tenant)) or self._denied.get(cgroup, "")
 
 

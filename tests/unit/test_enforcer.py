@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import random
 import select
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -267,6 +268,8 @@ def test_levels_are_leaf_first(place):
 
 
 def test_one_too_deep_for_the_kernel_s_programs_is_told(place):
+    programs = Path(__file__).parents[2] / "bpf/maps.bpf.h"
+    assert f"#define DEPTH {pages.DEPTH} " in programs.read_text()
     deep = ["/d" * 15, "/d" * 16]
     place.enforcer.put([place.make(path, 2) for path in deep])
     found, lost = (place.enforcer.denied(place.enforcer.at(path).cgroup) for path in deep)
