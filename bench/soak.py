@@ -173,7 +173,7 @@ class Soak:
                 self.done["job_steps"] += steps
                 self.done["job_refused"] += refused
                 self.wrong["job_failed"] += failed
-                assert not failed, "a training failed, and not for memory"
+                assert not failed, f"a training failed, and not for memory: {job.complaints()[-2000:]}"
 
     def kill_job(self) -> None:
         """kill -9 of a training, in the middle of whatever it does."""
@@ -283,7 +283,7 @@ class Soak:
             yield
         except AssertionError as why:
             self.wrong["silent"] += 1
-            print(f"# {what}: {why}\n{client.complaints()[-2000:]}", flush=True)
+            print(f"# {what}: {why}", flush=True)
             self._end(client)
 
     def _end(self, client: Client) -> None:
