@@ -169,7 +169,7 @@ class Manager:
     def run(self, asked: Mapping[str, Any], name: str) -> Tenant:
         """A new cgroup with its limit in force before anybody is in it."""
         if name:
-            self._clear_place(f"/fgpu/{name}")
+            self._clear_place(self.workloads.place(name))
         path = self.workloads.make(name)
         self._awaited[path] = time.monotonic() + ENTER_SECONDS
         try:

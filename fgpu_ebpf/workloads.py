@@ -93,10 +93,16 @@ class Workloads:
 
     # -- cgroups of `fgpu run`
 
-    def make(self, name: str) -> str:
-        """A new cgroup for `fgpu run`; answers its path. TargetError: the name is none, or taken."""
-        if name and not _NAME.fullmatch(name):
+    def place(self, name: str) -> str:
+        """Where the cgroup of a `fgpu run` of that name is. TargetError: it is no name."""
+        if not _NAME.fullmatch(name):
             raise TargetError(f"{name!r} is no name: letters, digits, '.', '_' and '-', at most 101")
+        return f"/{RUN_FOLDER}/{name}"
+
+    def make(self, name: str) -> str:
+        """A new cgroup for `fgpu run`; answers its path. TargetError: the name is none (empty: any will do), or taken."""
+        if name:
+            self.place(name)
         parent = self.root / RUN_FOLDER
         try:
             parent.mkdir(exist_ok=True)
@@ -110,7 +116,7 @@ class Workloads:
                 if name:
                     raise TargetError(f"a tenant {name!r} is there already") from error
                 continue
-            return f"/{RUN_FOLDER}/{folder.name}"
+            return self.place(folder.name)
         raise TargetError("too many tenants")
 
     def remove(self, path: str) -> bool:

@@ -1,12 +1,11 @@
-/* Events that a program waits for. Of those that a board may have, XIDs alone ever come here, by order (faults.c); a
+/* Events that a program waits for. A board has all that the library knows; XIDs alone ever come here, by order (faults.c). A
  * registration for the others is taken, as the real library takes it. */
 #include "nvml_state.h"
 
 #include <stdlib.h>
 #include <time.h>
 
-#define EVERY_BOARD (nvmlEventTypePState | nvmlEventTypeXidCriticalError | nvmlEventTypeClock)
-#define WITH_ECC (nvmlEventTypeSingleBitEccError | nvmlEventTypeDoubleBitEccError)
+#define OF_ECC ((uint64_t)(nvmlEventTypeSingleBitEccError | nvmlEventTypeDoubleBitEccError))
 /* Between two looks of one that waits: the server answers at once, and others use the connection meanwhile. */
 #define LOOK_MS 10
 
@@ -16,7 +15,7 @@ struct nvmlEventSet_st {
     uint64_t known[SIM_MAX_DEVICES];
 };
 
-static uint64_t supported(const struct sim_device *device) { return EVERY_BOARD | (device->ecc ? WITH_ECC : 0); }
+static uint64_t supported(const struct sim_device *device) { return nvmlEventTypeAll & ~(device->ecc ? 0 : OF_ECC); }
 
 NVML_API nvmlDeviceGetSupportedEventTypes(nvmlDevice_t device, unsigned long long *eventTypes)
 {
@@ -53,7 +52,6 @@ NVML_API nvmlDeviceRegisterEvents(nvmlDevice_t device, unsigned long long eventT
     const struct sim_device *d;
     nvmlReturn_t result = nvml_enter(device, set, &d);
     if (result) return result;
-    if (eventTypes & ~(unsigned long long)nvmlEventTypeAll) return NVML_ERROR_INVALID_ARGUMENT;
     if (eventTypes & ~supported(d)) return NVML_ERROR_NOT_SUPPORTED;
     struct sim_xid last;
     result = ask_xid(d->index, UINT64_MAX, &last);

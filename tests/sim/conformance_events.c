@@ -44,7 +44,7 @@ void check_events(void)
     TRY("create", nvmlEventSetCreate, &set);
     TRY("create.null", nvmlEventSetCreate, NULL);
     wait_in_vain(set);
-    TRY("register.unsupported", nvmlDeviceRegisterEvents, device, nvmlEventTypePowerSourceChange, set);
+    TRY("register.power", nvmlDeviceRegisterEvents, device, nvmlEventTypePowerSourceChange, set);
     TRY("register.unknown", nvmlDeviceRegisterEvents, device, 1ULL << 60, set);
     TRY("register.handle", nvmlDeviceRegisterEvents, NULL, nvmlEventTypeXidCriticalError, set);
     TRY("register.null", nvmlDeviceRegisterEvents, device, nvmlEventTypeXidCriticalError, NULL);

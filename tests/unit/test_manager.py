@@ -13,7 +13,7 @@ from fgpu_ebpf.enforcer import Enforcer
 from fgpu_ebpf.history import History
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.overrides import Overrides
-from fgpu_ebpf.workloads import Workloads
+from fgpu_ebpf.workloads import TargetError, Workloads
 
 
 class SmallBooks(Books):
@@ -52,6 +52,13 @@ def test_a_run_that_the_kernel_has_no_room_for_leaves_nothing(host):
     nothing_is_left(host)
     host.books.room = 1
     assert host.manager.run({"memory_bytes": GIB}, "mine").path == "/fgpu/mine"
+
+
+@pytest.mark.parametrize("name", ["../mine", "\ud800"])
+def test_a_run_by_a_name_that_is_none_is_refused(host, name):
+    with pytest.raises(TargetError, match="is no name"):
+        host.manager.run({"memory_bytes": GIB}, name)
+    assert not list(host.root.iterdir())
 
 
 def test_a_run_that_cannot_be_remembered_leaves_nothing(host, monkeypatch):
