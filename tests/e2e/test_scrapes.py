@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -30,13 +31,22 @@ def threads(service: Service) -> int:
     return len(os.listdir(f"/proc/{service.agent.pid}/task"))
 
 
+def lasting(service: Service) -> int:
+    """Threads but for those that are there for a moment: what an earlier client or a new limit was answered by."""
+    found = []
+    for _ in range(20):
+        found.append(threads(service))
+        time.sleep(0.02)
+    return min(found)
+
+
 def test_many_scrapes_at_once_are_whole_or_hung_up_on(service: Service, scale) -> None:
     """Eight at a time, and as many threads; the agent goes on beside them, and beside who asks for nothing."""
-    before, number = threads(service), scale(50, 200, 1000)
+    before, number = lasting(service), scale(50, 200, 1000)
     socks = [socket.create_connection((HOST, int(PORT)), timeout=20) for _ in range(number)]
     eventually(lambda: threads(service) >= before + MOST, 20, "threads of those who say nothing")
     assert ask(verb="ping")["pid"] == service.agent.pid  # type: ignore[union-attr]
-    assert threads(service) <= before + MOST
+    assert lasting(service) <= before + MOST
     for sock in socks:
         sock.close()
     eventually(lambda: threads(service) <= before, 15, "their end")
