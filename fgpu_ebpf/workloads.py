@@ -100,7 +100,7 @@ class Workloads:
         return f"/{RUN_FOLDER}/{name}"
 
     def make(self, name: str) -> str:
-        """A new cgroup for `fgpu run`; answers its path. TargetError: the name is none (empty: any will do), or taken."""
+        """A new cgroup for `fgpu run`; answers its path. TargetError: the name is none, or taken. Empty: any."""
         if name:
             self.place(name)
         parent = self.root / RUN_FOLDER
