@@ -29,9 +29,10 @@ Found = dict[str, list[float]]
 
 
 def pairs(given: argparse.Namespace, found: Found) -> str:
-    """Batches of a program in a tenant and of one outside, in turn; how they allocate."""
+    """Batches of a program in a tenant and of one outside, in turn and on the same processor; how they allocate."""
     with ending() as programs:
-        command = [str(given.program), *([given.runtime] if given.runtime else [])]
+        processor = str(max(os.sched_getaffinity(0)))  # one may be half as fast as the next
+        command = ["taskset", "--cpu-list", processor, str(given.program), *([given.runtime] if given.runtime else [])]
         which = {"native": Program(command), "managed": Program(command, given.limit, "steady-pairs")}
         programs += which.values()
         ways = {program.hear() for program in programs}
