@@ -7,6 +7,7 @@ guesses between two. On failure: TargetError with what to name instead.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 
 from fgpu_ebpf import procfs
@@ -15,6 +16,7 @@ from fgpu_ebpf.identity import Workload
 from fgpu_ebpf.workloads import TargetError, Workloads
 
 SHORTEST_ID = 4
+_PID = re.compile(r"pid/([0-9]{1,10})")
 _PAYLOADS = ("container", "payload")  # where crun puts the processes, inside the container's own folder
 
 
@@ -23,10 +25,10 @@ def find(target: str, enforcer: Enforcer, workloads: Workloads) -> str:
     if target.startswith("/"):
         workloads.folder(target)
         return "/" + "/".join(part for part in target.split("/") if part)
-    if target.startswith("pid/") and target[4:].isdigit():
-        path = procfs.cgroup_path(int(target[4:]))
+    if pid := _PID.fullmatch(target):
+        path = procfs.cgroup_path(int(pid[1]))
         if path is None:
-            raise TargetError(f"no process {target[4:]}")
+            raise TargetError(f"no process {pid[1]}")
         return path
     tenant = enforcer.named(target)
     if tenant:
