@@ -7,6 +7,7 @@
 struct pool {
     int device;
     bool is_default;
+    bool is_destroyed; /* by its program, while something of it was in use */
     uint64_t reserved, used, reserved_high, used_high;
     uint64_t threshold;
     int reuse[3]; /* event dependencies, opportunistic, internal dependencies */
@@ -39,7 +40,7 @@ static struct pool *default_pool(int device)
 static bool pool_is_known(const struct pool *pool)
 {
     for (const struct pool *p = pools; p; p = p->next)
-        if (p == pool) return true;
+        if (p == pool) return !p->is_destroyed;
     return false;
 }
 
@@ -54,17 +55,33 @@ static void trim(struct pool *pool, uint64_t keep)
     pool->reserved = floor;
 }
 
-/* Freed memory goes back to the device when somebody waits for the device, as measured: not at the free itself. */
+/* Of destroyed pools, those that have nothing any more. */
+static void drop_the_empty(void)
+{
+    for (struct pool **at = &pools, *p; (p = *at);) {
+        if (!p->is_destroyed || p->reserved) {
+            at = &p->next;
+            continue;
+        }
+        *at = p->next;
+        free(p);
+    }
+}
+
+/* Freed memory goes back to the device when somebody waits for the device, as measured: not at the free itself. What a
+ * destroyed pool was told to keep is for nobody. */
 void pools_settle(int device)
 {
     for (struct pool *p = pools; p; p = p->next)
-        if (p->device == device) trim(p, p->threshold);
+        if (p->device == device) trim(p, p->is_destroyed ? 0 : p->threshold);
+    drop_the_empty();
 }
 
 void pools_end(int device)
 {
     for (struct pool *p = pools; p; p = p->next)
         if (p->device == device) trim(p, 0);
+    drop_the_empty();
 }
 
 void pool_freed(struct range *range) { range->pool->used -= range->size; }
@@ -252,17 +269,11 @@ API cuMemPoolDestroy(CUmemoryPool handle)
     struct pool *pool;
     CUresult result = enter_pool(handle, &pool);
     if (result) return result;
-    /* With allocations outstanding the memory must stay until they are freed; then it is kept as an unreachable pool.
-     */
     if (pool->is_default) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    trim(pool, 0);
+    trim(pool, 0); /* with allocations outstanding the memory stays until they are freed */
     if (current_pool[pool->device] == pool) current_pool[pool->device] = NULL;
-    struct pool **at = &pools;
-    while (*at != pool) at = &(*at)->next;
-    if (!pool->used) {
-        *at = pool->next;
-        free(pool);
-    }
+    pool->is_destroyed = true;
+    drop_the_empty();
     return sim_leave(CUDA_SUCCESS);
 }
 

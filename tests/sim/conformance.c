@@ -193,6 +193,7 @@ int main(int argc, char **argv)
                     {"apart", check_apart},
                     {"accounts", check_accounts},
                     {"green_context", check_green_contexts},
+                    {"destroyed", check_destroyed_pools},
                     {"fork", check_fork}};
     cuda = dlopen("libcuda.so.1", RTLD_NOW);
     management = dlopen("libnvidia-ml.so.1", RTLD_NOW);

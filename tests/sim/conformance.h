@@ -78,5 +78,6 @@ void check_relaxed(void);
 void check_lost_graphs(void);
 void check_asides(void);
 void check_apart(void);
+void check_destroyed_pools(void);
 
 #endif

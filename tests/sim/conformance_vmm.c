@@ -171,6 +171,30 @@ void check_pools(void)
     TRY("destroy", cuMemPoolDestroy, other);
 }
 
+/* A pool that ends before what it gave: the memory goes when that is freed, whatever the pool was told to keep. */
+void check_destroyed_pools(void)
+{
+    section("destroyed");
+    use_primary();
+    CUdeviceptr ptr = 0;
+    CUmemoryPool pool = NULL;
+    CUmemPoolProps props;
+    cuuint64_t threshold = 128 * MIB;
+    memset(&props, 0, sizeof props);
+    props.allocType = CU_MEM_ALLOCATION_TYPE_PINNED;
+    props.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+    mark();
+    TRY("create", cuMemPoolCreate, &pool, &props);
+    TRY("threshold", cuMemPoolSetAttribute, pool, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, &threshold);
+    TRY("alloc", cuMemAllocFromPoolAsync, &ptr, 40 * MIB, pool, NULL);
+    say("alloc.mib", taken_mib());
+    TRY("destroy", cuMemPoolDestroy, pool);
+    say("destroy.mib", taken_mib());
+    TRY("free", cuMemFreeAsync, ptr, NULL);
+    CALL(cuStreamSynchronize, NULL);
+    say("free.mib", taken_mib());
+}
+
 static const char image[] = ".version 6.0\n.target sm_50\n.address_size 64\n.visible .entry spin_0us() { ret; }\n";
 
 static void check_kernels(void)
