@@ -189,14 +189,15 @@ static void context_made(struct fgpu_process *p, struct fgpu_call *f, struct fgp
     out->new = 1;
 }
 
-/* Bytes that are known only now: of a pitched allocation; of a context that nobody asked about. */
+/* Bytes that are known only now: of a pitched allocation; of a context that nobody asked about. Else those that did not
+ * fit when the call began, if there were any. */
 static u64 late_bytes(struct fgpu_process *p, struct fgpu_call *f)
 {
     u64 pitch = 0, *known;
     u32 device = f->device & DEVICE_MASK;
     switch (f->function) {
     case FGPU_FUNCTION_ALLOC_PITCH:
-        if (!f->bytes) return 0;
+        if (!f->bytes && !f->uncovered) return 0;
         bpf_probe_read_user(&pitch, sizeof(pitch), (void *)f->arguments[1]);
         return pitch_bytes(pitch, f->arguments[2]);
     case FGPU_FUNCTION_RETAIN:
@@ -207,7 +208,7 @@ static u64 late_bytes(struct fgpu_process *p, struct fgpu_call *f)
         known = contexts.lookup(&device);
         return !f->admitted && !(p->flags & FGPU_SEEN_SHIM) && known ? *known : 0;
     default:
-        return 0;
+        return f->uncovered;
     }
 }
 
@@ -315,7 +316,7 @@ int call_return(struct pt_regs *ctx)
     if (!UNLIKELY((u32)PT_REGS_RC(ctx))) {
         struct fgpu_allocation_key key = {.tgid = tgid, .generation = p->generation};
         struct outcome out = {};
-        cover(p, &f, late_bytes(p, &f));
+        cover(p, &f, late_bytes(p, &f), 1);
         out.freed = settle(p, &f, &key, &out);
         if (out.new) keep(p, &key, out.bytes, f.device, out.owner);
         for (int i = 0; i < 2; i++) let_go(p, f.device, i ? out.orphaned : out.freed, i);

@@ -89,34 +89,47 @@ static u32 operation_of(struct fgpu_call *f)
     }
 }
 
-/* Under onBypass: kill a call that nobody asked about and that would exceed ends its process before the driver runs. */
-static int killed(struct held *h, struct fgpu_call *f, u64 bytes)
+static int kills(struct fgpu_usage_page *page)
+{
+    return page && page->flags & FGPU_KILL && !(page->flags & FGPU_OBSERVE);
+}
+
+/* A level that has no room for so much more, one that kills before any other; 0: it fits. */
+static struct fgpu_usage_page *exceeded(struct held *h, u32 device, u64 bytes)
 {
     struct fgpu_usage_page *who = 0;
     EACH_LEVEL
     {
         struct fgpu_usage_page *page = h->page[i];
-        if (!page || !(page->flags & FGPU_KILL) || page->flags & FGPU_OBSERVE || fits(page, f->device, bytes)) continue;
-        who = page;
+        if (page && !kills(who) && !fits(page, device, bytes)) who = page;
     }
-    if (!who) return 0;
+    return who;
+}
+
+/* Under onBypass: kill a call that nobody asked about and that would exceed ends its process before the driver runs. */
+static void kill_caller(struct fgpu_usage_page *who, struct fgpu_call *f, u64 bytes)
+{
     __sync_fetch_and_add(&who->devices[slot(f->device)].refused, 1);
     count(who->cgroup, f->device, operation_of(f), FGPU_REASON_LIMIT);
     tell(who, FGPU_NEWS_KILLED, f->device, bytes, operation_of(f), FGPU_REASON_LIMIT);
     bpf_send_signal(SIGKILL);
-    return 1;
 }
 
-/* The witnessed size, if larger than what was admitted, is charged all the same: the driver will hand it out. */
-static void cover(struct fgpu_process *p, struct fgpu_call *f, u64 bytes)
+/* The witnessed size, if larger than what was admitted, is charged all the same: the driver hands it out. What does not
+ * fit is charged when it `has`: calls that can but fail would keep others from what fits. */
+static void cover(struct fgpu_process *p, struct fgpu_call *f, u64 bytes, int has)
 {
     if (!UNLIKELY(bytes > f->bytes) || bytes > FGPU_MOST_BYTES) return;
     struct held h;
     look_up(p, &h);
     f->uncovered = bytes;
-    if (killed(&h, f, bytes - f->bytes)) return;
-    charge(p, &h, f->device, bytes - f->bytes, 1);
-    f->bytes = bytes;
+    struct fgpu_usage_page *who = exceeded(&h, f->device, bytes - f->bytes);
+    if (kills(who))
+        kill_caller(who, f, bytes - f->bytes);
+    else if (has || !who) {
+        charge(p, &h, f->device, bytes - f->bytes, 1);
+        f->bytes = bytes;
+    }
 }
 
 static int same_call(struct fgpu_call *a, struct fgpu_call *b)
@@ -260,7 +273,7 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
     if (frees(now.function))
         take_entry(p, tgid, &now);
     else
-        cover(p, &now, bytes);
+        cover(p, &now, bytes, 0);
     if (now.function == FGPU_FUNCTION_RETAIN) __sync_fetch_and_add(&on(p, now.device)->retained, 1);
     t->call = now;
 }

@@ -70,6 +70,22 @@ def test_a_flood_costs_its_neighbour_no_event(kernel, events, make_level, make_c
     assert sent >= told + asked
 
 
+@pytest.mark.parametrize(("code", "holds"), [(201, 0), (0, 4096 * MIB)])
+def test_what_does_not_fit_refuses_nobody_while_the_driver_decides(kernel, make_level, make_client, code, holds):
+    """Of a call that nobody asked about: it may fail for ever, and be made for ever. What was handed out is charged."""
+    group = make_level(1024 * MIB)
+    one, other = make_client(make_level(512 * MIB, parent=group)), make_client(make_level(512 * MIB, parent=group))
+    one("import time")
+    one("pause = ctypes.CFUNCTYPE(None)(lambda: time.sleep(1))")
+    one("ctypes.c_void_p.in_dll(cuda, 'inside').value = ctypes.cast(pause, ctypes.c_void_p).value")
+    one.send(f"alloc(0x1000, {4096 * MIB}, code={code})")
+    wait_until(lambda: (process := one.entry(kernel)) and process.flags & pages.Seen.CALL)
+    assert other(f"admit({4 * MIB})") == pages.Verdict.ADMITTED
+    assert one.process.stdout.readline() == f"{code}\n"
+    assert group.used == holds + 4 * MIB
+    assert group.usage().peak == group.used
+
+
 # -- T21: anything at all -------------------------------------------------------------------------------------------
 
 

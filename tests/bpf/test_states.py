@@ -251,9 +251,11 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(who=whom, size=sizes)
     def leave(self, who: int, size: int) -> None:
-        """A call that never returns."""
+        """A call that never returns: of what it was not admitted it is charged what fitted when it began."""
         program = self.calls(who)
-        program.life.called = self.settle(program, size)
+        admitted, fits = program.life.admitted, self.fits(program, size - program.life.admitted)
+        charged = self.settle(program, size)
+        program.life.called = charged if fits else admitted
         program.client(f"cuda.allocate_and_leap(u64({size}))")
 
     @precondition(lambda self: self.programs)

@@ -32,6 +32,8 @@ RULES = {
         "}\n\nstatic u32 operation_of",
     ),
     "failed-free-not-put-back": ("    if (!f->references) return;\n", "    return;\n"),
+    "hopeless-call-charged": ("    else if (has || !who) {", "    else if (1) {"),
+    "handed-out-not-charged": ("    default:\n        return f->uncovered;", "    default:\n        return 0;"),
     "failed-call-kept": ("        release(p, f->device, f->bytes);\n        return;", "        return;"),
     "longjmp-ignored": ("&& a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];", ";"),
     "given-back-by-two-versions": ("if (t->call.arguments[0] == ticket) return 1;", ""),
