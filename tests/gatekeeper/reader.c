@@ -1,7 +1,8 @@
 /*
- * reader PAGE READS: reads the rows of a control page as a shim does, while somebody writes them. All rows of one state
- * hold the same number of bytes, which only grows. Says how many reads were torn, how many were of nothing, how many
- * states were seen, and how many reads were begun anew.
+ * reader PAGE READS STATES: reads the rows of a control page as a shim does, while somebody writes them, at least so
+ * often and until it has seen so many states. All rows of one state hold the same number of bytes, which only grows.
+ * Says how many reads were torn, how many were of nothing, how many states were seen, and how many reads were begun
+ * anew.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,10 +32,11 @@ int main(int argc, char **argv)
 {
     struct fgpu_row rows[ROWS];
     unsigned long torn = 0, empty = 0, states = 0, last = 0;
-    if (argc != 3) return 2;
+    if (argc != 4) return 2;
     page = mmap(NULL, 4096, PROT_READ, MAP_SHARED, atoi(argv[1]), 0);
     if (page == MAP_FAILED) return 3;
-    for (long left = atol(argv[2]); left > 0; left--) {
+    unsigned long wanted = strtoul(argv[3], NULL, 10);
+    for (long left = atol(argv[2]); left > 0 || states < wanted; left--) {
         unsigned count = read_rows(rows);
         unsigned long bytes = rows[0].bytes;
         empty += count != ROWS || !bytes;

@@ -23,6 +23,7 @@ NOBODY = 65534
 LIBC = ctypes.CDLL(None)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 MANY = 10_000  # between two looks whether the readers have ended
+STATES = 1000  # that a reader sees: where a reader and the writer take turns on a processor, reads alone prove nothing
 
 
 # -- T2: half an update ---------------------------------------------------------------------------------------------
@@ -36,15 +37,19 @@ def test_no_reader_sees_half_an_update(tmp_path: Path, scale: Callable[..., int]
     subprocess.run(command, check=True)
     states = 1
     memory.show(row_bytes([(pid, 0, states) for pid in range(4)]))
-    read = [reader, str(memory.descriptor), str(reads)]
+    read = [reader, str(memory.descriptor), str(reads), str(STATES)]
     readers = [subprocess.Popen(read, stdout=subprocess.PIPE, text=True, pass_fds=[memory.descriptor]) for _ in "12"]
-    while any(reader.poll() is None for reader in readers):
-        for _ in range(MANY):
-            states += 1
-            memory.show(row_bytes([(pid, 0, states) for pid in range(4)]))
+    try:
+        while any(reader.poll() is None for reader in readers):
+            for _ in range(MANY):
+                states += 1
+                memory.show(row_bytes([(pid, 0, states) for pid in range(4)]))
+    finally:
+        for process in readers:
+            process.kill()
     found = [[int(word) for word in reader.communicate()[0].split()] for reader in readers]
     assert [(torn, empty) for torn, empty, _, _ in found] == [(0, 0)] * 2
-    assert all(1 < seen <= states for _, _, seen, _ in found)
+    assert all(STATES <= seen <= states for _, _, seen, _ in found)
     memory.close()
 
 
