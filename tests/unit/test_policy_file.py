@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import time
@@ -20,6 +21,7 @@ BAD = sorted((Path(__file__).parent / "policies/bad").glob("*.yaml"))
 DOCS = Path(__file__).parent.parent.parent / "docs"
 SCHEMA = jsonschema.Draft202012Validator(policymodel.json_schema())
 MIB = 1 << 20
+EXAMPLES = 2000 if os.environ.get("FGPU_TEST_SCALE") == "full" else 500
 
 
 def first_fault(data: bytes) -> str:
@@ -166,7 +168,7 @@ def _places(value, way=()):
         yield from _places(inner, (*way, key))
 
 
-@settings(max_examples=500)
+@settings(max_examples=EXAMPLES)
 @given(spoilt())
 def test_a_spoilt_document_is_a_policy_or_faults_with_their_lines(document):
     data = kit.as_yaml(document)
@@ -176,6 +178,7 @@ def test_a_spoilt_document_is_a_policy_or_faults_with_their_lines(document):
         assert re.fullmatch(r"p\.yaml:1: ([^\n:]+: )?[^\n]{4,400}", str(fault))
 
 
+@settings(max_examples=EXAMPLES)
 @given(st.one_of(st.binary(max_size=200), st.text("[]{}:,-?&*!|>'\"%@` \nab1~<", max_size=60).map(str.encode)))
 def test_any_bytes_are_policies_or_faults(data):
     policies, faults = policyfile.read("p.yaml", data)
