@@ -4,7 +4,12 @@ Owns: the points, each a place in agent, gatekeeper or loader where something is
 the programs themselves, nor in a package: they are put in from here before the program begins, and a point whose place
 is no longer there ends this at once, with what is missing. A program that is started in any other way has none.
 
-usage: FGPU_FAILPOINT=NAME python tests/failpoints.py agent|gatekeeper|LOADER [ARGUMENT…]
+usage: FGPU_FAILPOINT=NAME python tests/failpoints.py LOADER ARGUMENT…
+       python tests/failpoints.py nursery
+
+A nursery has imported what agent and gatekeeper do, and forks them, which spares each start most of its time. It takes
+and answers one line of JSON at a time: ["POINT", "agent"|"gatekeeper", ARGUMENT…], "" for no point, is answered by the
+pid, and that by null, or by how it has ended. Whoever still lives ends with it.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import json
 import os
 import signal
 import sys
@@ -171,21 +177,55 @@ def run_loader(file: str, point: str) -> int:
     return int(loader.main())
 
 
-def main() -> int:
-    """Puts the point in, and becomes the program."""
-    point, program = os.environ.pop("FGPU_FAILPOINT"), sys.argv.pop(1)
+def become(point: str, program: str, words: list[str]) -> int:
+    """Agent or gatekeeper, with the point in it."""
+    from fgpu_ebpf import cli, gatekeeper
+
+    if point:
+        {made.__name__: made for made in (*AGENT, *GATEKEEPER)}[point]()
     if program == "agent":
-        from fgpu_ebpf import cli
+        return int(cli.main(["agent", *words]) or 0)
+    return gatekeeper.main(words)
 
-        {made.__name__: made for made in AGENT}[point]()
-        return int(cli.main(["agent", *sys.argv[1:]]) or 0)
-    if program == "gatekeeper":
-        from fgpu_ebpf import gatekeeper
 
-        {made.__name__: made for made in GATEKEEPER}[point]()
-        return gatekeeper.main(sys.argv[1:])
-    return run_loader(program, point)
+def bear() -> int:
+    """A child that has nothing of the nursery's but what is imported and the log; its pid, 0 in itself."""
+    if pid := os.fork():
+        return pid
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    return 0
+
+
+def end_of(pid: int) -> int | None:
+    """How a child has ended; None: it lives."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def nurse() -> int:
+    """Answers until its stdin ends."""
+    importlib.import_module("fgpu_ebpf.service")  # with it comes all that an agent is made of
+
+    living: set[int] = set()
+    for line in sys.stdin:
+        match json.loads(line):
+            case [point, program, *words]:
+                answer: int | None = bear()
+                if not answer:
+                    return become(point, program, words)
+                living.add(answer)
+            case pid:
+                answer = end_of(pid)
+                living -= {pid} if answer is not None else set()
+        print(json.dumps(answer), flush=True)
+    for pid in living:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1] == "nursery":
+        sys.exit(nurse())
+    sys.exit(run_loader(sys.argv.pop(1), os.environ.pop("FGPU_FAILPOINT")))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,15 +16,10 @@ from pathlib import Path
 import pytest
 from harness import (
     CONTEXT,
-    DRIVER_ROOT,
     ENVIRONMENT,
-    FGPU,
     GIB,
-    LISTEN,
     MIB,
-    ROOT,
     RUN_DIR,
-    SHIM,
     Client,
     Service,
     Tenant,
@@ -35,26 +29,30 @@ from harness import (
     fgpu,
     metrics,
 )
+from nursery_kit import FAILPOINTS, Child, Children, children_of
 
-FAILPOINTS = ROOT / "tests/failpoints.py"
 BUSY = 3  # clients of a tenant that always fit; one more never does
 LIMIT = (BUSY + 2) * CONTEXT + 64 * MIB  # one that comes later is the fifth
 STEP = 2 * MIB
-POLICY = """
+GATEKEEPERS, AGENTS = 5, 3  # that end in their start, one after another
+LEVEL = f"fgpu-half-{os.getpid()}-"  # what its levels are called, and no other run's
+POLICY = f"""
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy
 metadata: {{name: half}}
 spec:
-  selector: {{cgroup: ["fgpu-half-*"]}}
-  memory: {{limit: {0}MiB}}
+  selector: {{cgroup: ["{LEVEL}*"]}}
+  memory: {{limit: %dMiB}}
 """
 
 
 class Host:
-    """The service, and what changes on this host while it is away: levels come and go, and get other limits."""
+    """The service, those in its place, and what changes on this host while they are away: levels come and go, and get
+    other limits.
+    """
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, children: Children) -> None:
+        self.service, self.children = service, children
         self._number, self._limit = 0, 0
         self._levels: list[Path] = []
         self._people: list[subprocess.Popen[bytes]] = []
@@ -63,14 +61,14 @@ class Host:
         """Two levels have another limit, a third comes to be, the oldest goes."""
         self._limit = 512 + self._number % 64
         self._number += 1
-        (self.service.policies / "half.yaml").write_text(POLICY.format(self._limit))
+        (self.service.policies / "half.yaml").write_text(POLICY % self._limit)
         while len(self._levels) < 4:
             self._add()
         self._remove(0)
         self._add()
 
     def _add(self) -> None:
-        level = cgroup_root() / f"fgpu-half-{os.getpid()}-{time.monotonic_ns()}"
+        level = cgroup_root() / f"{LEVEL}{time.monotonic_ns()}"
         level.mkdir()
         self._levels.append(level)
         self._people.append(subprocess.Popen(["sleep", "infinity"], env=ENVIRONMENT))
@@ -88,13 +86,16 @@ class Host:
         wanted = {f"/{level.name}": self._limit * MIB for level in self._levels}
 
         def limits() -> dict[str, int]:
-            here = (t for t in ask(verb="snapshot")["tenants"] if t["path"].startswith("/fgpu-half-"))
+            here = (t for t in ask(verb="snapshot")["tenants"] if t["path"].startswith(f"/{LEVEL}"))
             return {t["path"]: t["devices"][0]["limit_bytes"] for t in here}
 
         eventually(lambda: limits() == wanted, 5, f"the policy's limits, not {limits()}")
 
     def close(self) -> None:
-        """Nothing is left of it."""
+        """Nothing is left of it, and the service is itself again."""
+        self.children.end()
+        if self.service.agent is None or self.service.agent.poll() is not None:
+            self.service.start_agent()
         while self._levels:
             self._remove(0)
         (self.service.policies / "half.yaml").unlink(missing_ok=True)
@@ -103,82 +104,71 @@ class Host:
 
 @pytest.fixture
 def host(service: Service, unharmed: None) -> Iterator[Host]:
-    """Afterwards the service is as it was."""
-    host = Host(service)
-    yield host
-    if service.agent is None or service.agent.poll() is not None:
-        service.start_agent()
-    host.close()
+    """Without an agent. Afterwards the service is as it was."""
+    with children_of(service) as children:
+        host = Host(service, children)
+        service.kill_agent()
+        yield host
+        host.close()
 
 
-# -- ends, each at its point
+# -- ends, each at its point: there is no agent before, nor after
 
 
-def begin(host: Host, point: str, program: str, *options: str | Path) -> subprocess.Popen[bytes]:
-    """A program of ours that will end there; no point: one as it is installed."""
-    command = [sys.executable, FAILPOINTS, program, *options] if point else [*FGPU, program, *options]
-    environment = {"PATH": ENVIRONMENT["PATH"], "FGPU_FAILPOINT": point}
-    with open(host.service.log, "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
-
-
-def begin_agent(host: Host, point: str, *options: str | Path) -> subprocess.Popen[bytes]:
-    """The agent, in the place of the service's, which must be away."""
-    files = ("--config", host.service.config, "--policies", host.service.policies)
-    where = ("--driver-root", DRIVER_ROOT, "--shim", SHIM, "--listen", LISTEN)
-    return begin(host, point, "agent", *where, *files, *options)
-
-
-def assert_killed(program: subprocess.Popen[bytes]) -> None:
+def assert_killed(program: Child) -> None:
     """It came to its point."""
     assert program.wait(30) == -signal.SIGKILL, "it ended, but not at its point"
 
 
 def at_start(host: Host, tenant: Tenant, point: str) -> None:
     """The agent ends at what has changed since the last one ended."""
-    host.service.kill_agent()
     host.change()
-    assert_killed(begin_agent(host, point))
+    assert_killed(host.children.begin("agent", point))
+
+
+def at_any_moment(host: Host, tenant: Tenant, point: str) -> None:
+    """A gatekeeper at its work ends, and some in their starts; then agents do."""
+    host.children.kill_gatekeeper()
+    for _ in range(GATEKEEPERS):
+        host.children.start_and_kill("gatekeeper")
+    host.children.start("gatekeeper")
+    for _ in range(AGENTS):
+        host.change()
+        host.children.start_and_kill("agent")
 
 
 def at_a_set(host: Host, tenant: Tenant, point: str) -> None:
     """The agent ends when somebody sets a limit, who is told; what is not kept is not in force afterwards."""
-    host.service.kill_agent()
-    agent = begin_agent(host, point)
-    eventually(lambda: agent.poll() is not None or not fgpu("status", check=False).returncode, 30, "an agent")
+    agent = host.children.start("agent", point)
     assert fgpu("set", tenant.path, "--memory", "15GiB", check=False).returncode
     assert_killed(agent)
 
 
 def at_a_gatekeepers_start(host: Host, tenant: Tenant, point: str) -> None:
-    host.service.kill_agent()
-    host.service.kill_gatekeeper()
-    assert_killed(begin(host, point, "gatekeeper", "--run-dir", RUN_DIR))
+    host.children.kill_gatekeeper()
+    assert_killed(host.children.begin("gatekeeper", point))
 
 
 def at_a_hello(host: Host, tenant: Tenant, point: str) -> None:
     """The gatekeeper ends before it answers; who asked is answered by the next one."""
-    host.service.kill_agent()
-    host.service.kill_gatekeeper()
-    gatekeeper = begin(host, point, "gatekeeper", "--run-dir", RUN_DIR)
-    host.service.start_agent()
+    host.children.kill_gatekeeper()
+    gatekeeper = host.children.start("gatekeeper", point)
+    host.children.start()
     assert_killed(gatekeeper)  # by the busy ones, who say hello again
     newcomer = tenant.client()
     eventually(lambda: newcomer.do("context") == "ok", 5, "a context once there is a gatekeeper")
     newcomer.kill()
     eventually(lambda: newcomer.pid not in tenant.pids(), 5, "its end")
-    host.service.kill_agent()
+    host.children.kill_agent()
 
 
 def at_a_load(host: Host, tenant: Tenant, point: str) -> None:
     """The loader ends; the agent says so and gives up."""
-    host.service.kill_agent()
     for stamp in Path("/sys/fs/bpf/fgpu").glob("v*/loaded-*"):
         stamp.rmdir()
     said = host.service.log.stat().st_size
     loader = f"/usr/bin/env FGPU_FAILPOINT={point} /usr/bin/python3 -I {FAILPOINTS}"
-    agent = begin_agent(host, "", "--loader", loader)
-    assert agent.wait(60) == 1
+    assert host.children.begin("agent", "", "--loader", loader).wait(60) == 1
     assert b"the loader ended with -9" in host.service.log.read_bytes()[said:]
 
 
@@ -188,6 +178,7 @@ POINTS: dict[str, Callable[[Host, Tenant, str], None]] = {
     "page_unannounced": at_start,
     "charges_behind": at_start,
     "level_half_gone": at_start,
+    "any_moment": at_any_moment,
     "state_unrenamed": at_a_set,
     "socket_unrenamed": at_a_gatekeepers_start,
     "hello_unanswered": at_a_hello,
@@ -234,16 +225,18 @@ class Load:
 @pytest.mark.timeout(7200)
 @pytest.mark.places("host")
 def test_whoever_ends_at_any_point_harms_nobody_and_leaves_nothing(host: Host, tenant, scale) -> None:
+    """Eighteen ends at all points together, nine of them at any moment: a hundred in all, or a thousand."""
+    host.children.start()
     tenants = [tenant(LIMIT) for _ in range(2)]
     for one in tenants:
         one.assert_enforced()
     loads = [Load(one) for one in tenants]
-    for number in range(scale(len(POINTS), len(POINTS), 1000)):
-        point = list(POINTS)[number % len(POINTS)]
+    for point in [*POINTS] * scale(1, 1, 50) + ["any_moment"] * scale(0, 10, 13):
+        host.children.kill_agent()
         POINTS[point](host, tenants[0], point)
         for one in tenants:
             assert one.driver() <= LIMIT, f"beyond the limit after {point}"
-        host.service.start_agent()
+        host.children.start()
         for one in tenants:
             one.assert_enforced()
             memory = one.memory()
@@ -258,11 +251,12 @@ def test_whoever_ends_at_any_point_harms_nobody_and_leaves_nothing(host: Host, t
 @pytest.fixture
 def held(host: Host, tenant) -> tuple[Tenant, Client]:
     """A tenant and its client, which has 20 of 64 MiB; no agent."""
+    host.children.start()
     one = tenant(CONTEXT + 64 * MIB)
     client = one.client()
     with one.growing():
         client.ok(f"alloc {20 * MIB}")
-    host.service.kill_agent()
+    host.children.kill_agent()
     return one, client
 
 
@@ -278,8 +272,7 @@ def assert_taken_up(one: Tenant, client: Client) -> None:
 @pytest.mark.places("host")
 def test_a_detach_that_ends_half_way_is_ended_by_the_command(host: Host, held: tuple[Tenant, Client]) -> None:
     one, client = held
-    agent = begin_agent(host, "detach_half")
-    eventually(lambda: agent.poll() is not None or not fgpu("status", check=False).returncode, 30, "an agent")
+    agent = host.children.start("agent", "detach_half")
     fgpu("detach")
     assert_killed(agent)
     assert not list(Path("/sys/fs/bpf").glob("fgpu/*"))
@@ -292,6 +285,6 @@ def test_a_detach_that_ends_half_way_is_ended_by_the_command(host: Host, held: t
 @pytest.mark.places("host")
 def test_a_driver_that_is_half_probed_is_probed_by_the_next_start(host: Host, held: tuple[Tenant, Client]) -> None:
     subprocess.run(["rm", "-r", *Path("/sys/fs/bpf/fgpu").glob("v*/links")], check=True)
-    assert_killed(begin_agent(host, "links_half"))
+    assert_killed(host.children.begin("agent", "links_half"))
     host.service.start_agent()
     assert_taken_up(*held)

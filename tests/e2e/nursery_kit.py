@@ -1,0 +1,147 @@
+"""Agents and gatekeepers in the place of the service's: forked, so that they begin at once, and ended at a point that
+tests/failpoints.py puts in, or somewhere in their start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness import DRIVER_ROOT, ENVIRONMENT, LISTEN, ROOT, RUN_DIR, SHIM, Service, ask, eventually
+
+FAILPOINTS = ROOT / "tests/failpoints.py"
+
+
+def listens() -> bool:
+    """A gatekeeper does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        return sock.connect_ex(f"{RUN_DIR}/shim/shim.sock") == 0
+
+
+def answers() -> bool:
+    """An agent does, whose limits are in force."""
+    with contextlib.suppress(OSError, ValueError):
+        return bool(ask(verb="ping"))
+    return False
+
+
+class Nursery:
+    """The process that they are forked from."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def ask(self, what: object) -> Any:
+        """One line to it, its answer."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+class Child:
+    """An agent or a gatekeeper; of subprocess.Popen it has what tests need."""
+
+    def __init__(self, nursery: Nursery, point: str, program: str, *words: str | Path) -> None:
+        self._nursery = nursery
+        self._ended: int | None = None
+        self.pid: int = nursery.ask([point, program, *map(str, words)])
+
+    def poll(self) -> int | None:
+        """How it has ended; None: it lives."""
+        if self._ended is None:
+            self._ended = self._nursery.ask(self.pid)
+        return self._ended
+
+    def wait(self, seconds: float) -> int:
+        """Its end, and how it was."""
+        eventually(lambda: self.poll() is not None, seconds, f"the end of {self.pid}")
+        assert self._ended is not None
+        return self._ended
+
+    def kill(self) -> None:
+        """kill -9, if it lives."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(30)
+
+
+class Children:
+    """One agent and one gatekeeper at a time, as the service would start them."""
+
+    def __init__(self, nursery: Nursery, service: Service) -> None:
+        self._nursery, self._service = nursery, service
+        self._agent: Child | None = None
+        self._gatekeeper: Child | None = None
+        self._seconds = {"agent": 0.2, "gatekeeper": 0.1}  # that a start takes
+
+    def begin(self, program: str, point: str = "", *options: str | Path) -> Child:
+        """One that will end there; no point: nowhere."""
+        if program == "gatekeeper":
+            return Child(self._nursery, point, program, "--run-dir", RUN_DIR)
+        files = ("--config", self._service.config, "--policies", self._service.policies)
+        where = ("--driver-root", DRIVER_ROOT, "--shim", SHIM, "--listen", LISTEN)
+        return Child(self._nursery, point, program, *where, *files, *options)
+
+    def start(self, program: str = "agent", point: str = "") -> Child:
+        """The same; returns when it answers. An agent has its gatekeeper then, and limits are in force."""
+        if program == "agent" and not listens():
+            self.start("gatekeeper")
+        begun, child = time.monotonic(), self.begin(program, point)
+        is_up = answers if program == "agent" else listens
+        eventually(lambda: child.poll() is not None or is_up(), 30, f"the {program}")
+        assert child.poll() is None, f"the {program} ended before it was asked anything"
+        self._seconds[program] = time.monotonic() - begun
+        if program == "agent":
+            self._agent = child
+        else:
+            self._gatekeeper = child
+        return child
+
+    def start_and_kill(self, program: str) -> None:
+        """kill -9 somewhere in its start."""
+        child = self.begin(program)
+        time.sleep(random.uniform(0, self._seconds[program]))
+        child.kill()
+
+    def kill_agent(self) -> None:
+        """kill -9."""
+        assert self._agent
+        self._agent.kill()
+
+    def kill_gatekeeper(self) -> None:
+        """kill -9, whosever it is."""
+        if self._gatekeeper and self._gatekeeper.poll() is None:
+            self._gatekeeper.kill()
+        else:
+            self._service.kill_gatekeeper()
+
+    def end(self) -> None:
+        """None of them is left."""
+        for child in (self._agent, self._gatekeeper):
+            if child:
+                child.kill()
+
+
+@contextlib.contextmanager
+def children_of(service: Service) -> Iterator[Children]:
+    """What they say comes into the service's log; who still lives ends with it."""
+    command = [sys.executable, FAILPOINTS, "nursery"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with open(service.log, "ab") as log:
+        process = subprocess.Popen(command, stderr=log, env={"PATH": ENVIRONMENT["PATH"]}, cwd=ROOT, **pipes)
+    try:
+        yield Children(Nursery(process), service)
+    finally:
+        process.communicate(timeout=30)
