@@ -13,6 +13,7 @@ import mmap
 import os
 import platform
 import struct
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,11 +24,23 @@ _UPDATE_BATCH, _DELETE_BATCH = 26, 27
 _PERF_EVENT, _TRACE_UPROBE_MULTI = 41, 48
 _ATTR_BYTES = 128
 _PERF_ATTR_BYTES = 128
+_ID_BYTES = 4
 _PERF_FLAG_FD_CLOEXEC = 8
 ARRAY = 2
 MMAPABLE = 1 << 10
+MOST_INNER = 4096  # of a map of maps
 UPROBE_TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
 UPROBE_RETURN_BIT = Path("/sys/bus/event_source/devices/uprobe/format/retprobe")
+
+
+def kernel_release() -> tuple[int, int]:
+    """(major, minor) of the running kernel."""
+    major, minor = (int("".join(filter(str.isdigit, part)) or 0) for part in os.uname().release.split(".")[:2])
+    return major, minor
+
+
+# Whoever looks up an entry of a map of maps is held as by a change, 10 to 30 ms, and who changes many for each.
+HOLDS_LOOKERS = kernel_release() < (6, 8)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -98,6 +111,15 @@ def delete(fd: int, key: bytes) -> bool:
             return False
         raise
     return True
+
+
+def inner_id(fd: int, key: bytes) -> int | None:
+    """The id of a map in a hash of maps, or None where the key is not there. Nobody is held."""
+    if not HOLDS_LOOKERS:
+        raw = lookup(fd, key, _ID_BYTES)
+        return None if raw is None else int.from_bytes(raw, sys.byteorder)
+    found = (value for there, value in items(fd, len(key), _ID_BYTES, MOST_INNER) if there == key)
+    return next((int.from_bytes(value, sys.byteorder) for value in found), None)
 
 
 def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterator[tuple[bytes, bytes]]:

@@ -108,10 +108,10 @@ class Ledger:
 
         It goes to the tenant, so what it could do with that is looked at here.
         """
-        raw = bpf.lookup(self._maps["pages"], _U64.pack(cgroup), 4)
-        if raw is None:
+        page = bpf.inner_id(self._maps["pages"], _U64.pack(cgroup))
+        if page is None:
             return None
-        fd = bpf.map_by_id(_U32.unpack(raw)[0])
+        fd = bpf.map_by_id(page)
         if bpf.frozen(fd):
             return fd
         os.close(fd)
@@ -119,7 +119,7 @@ class Ledger:
 
     def page_missing(self, cgroup: int) -> bool:
         """The level has no page yet."""
-        return bpf.lookup(self._maps["pages"], _U64.pack(cgroup), 4) is None
+        return bpf.inner_id(self._maps["pages"], _U64.pack(cgroup)) is None
 
     def tenants(self) -> list[int]:
         """Cgroup ids of every level that has a page."""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fgpu_ebpf import (
     agent,
+    bpf,
     control,
     detach,
     devices,
@@ -244,8 +245,7 @@ def _privilege() -> Check:
 
 def _kernel() -> Check:
     release = os.uname().release
-    major, minor = (int("".join(filter(str.isdigit, part)) or 0) for part in release.split(".")[:2])
-    if (major, minor) >= LINUX:
+    if bpf.kernel_release() >= LINUX:
         return Check("kernel", True, release)
     return Check("kernel", False, f"Linux {release} is too old", f"Linux {LINUX[0]}.{LINUX[1]} or later is needed")
 

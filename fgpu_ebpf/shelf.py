@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from fgpu_ebpf import bpf, pages
 from fgpu_ebpf.graces import Graces
 
-PLACES = 4096
+PLACES = bpf.MOST_INNER
 _U32 = struct.Struct("I")
 _U64 = struct.Struct("Q")
 
@@ -79,12 +79,17 @@ class Shelf:
     def _look(self) -> dict[int, int]:
         """What an agent before this one has placed."""
         if self._places is None:
-            on_it = {page: place for place, page in self._entries("shelf", _U32)}
-            held = ((cgroup, on_it.get(page)) for cgroup, page in self._entries("pages", _U64))
-            self._places = {cgroup: place for cgroup, place in held if place is not None}
+            found = bpf.items(self._maps["pages"], _U64.size, _U32.size, PLACES)
+            self._places = {_U64.unpack(cgroup)[0]: _place(_U32.unpack(page)[0]) for cgroup, page in found}
             self._free = sorted({*range(PLACES)} - {*self._places.values()})  # a heap
         return self._places
 
-    def _entries(self, name: str, key: struct.Struct) -> list[tuple[int, int]]:
-        found = bpf.items(self._maps[name], key.size, _U32.size, PLACES)
-        return [(key.unpack(k)[0], _U32.unpack(page)[0]) for k, page in found]
+
+def _place(page: int) -> int:
+    """Where the page is, by its map's id: it says so itself, and was put there before its cgroup led to it."""
+    fd = bpf.map_by_id(page)
+    try:
+        raw = bpf.lookup(fd, _U32.pack(0), ctypes.sizeof(pages.UsagePage))
+    finally:
+        os.close(fd)
+    return int(pages.UsagePage.from_buffer_copy(raw or b"").place)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from fgpu_ebpf.ledger import _COUNTER_KEY, Count, Ledger, LevelLimits
 
 MIB = 1 << 20
 PATIENCE_SECONDS = 30.0
+ARRAY_OF_MAPS, HASH_OF_MAPS = 12, 13
 
 
 @pytest.fixture
@@ -142,6 +144,81 @@ def test_as_many_are_held_as_may_be_and_the_next_waits(monkeypatch):
     late.join(PATIENCE_SECONDS)
     graces.close()
     assert (b"late" in entries, held_threads()) == (True, [])
+
+
+@pytest.fixture
+def held_lookers(monkeypatch):
+    """As before Linux 6.8: nobody who waits for an answer may look into a map of maps, where each look takes 20 ms."""
+
+    def kind(fd):
+        said = Path(f"/proc/self/fdinfo/{fd}").read_text()
+        return next(int(line.split()[1]) for line in said.splitlines() if line.startswith("map_type:"))
+
+    def refusing(call, *kinds):
+        def look(fd, *rest):
+            assert kind(fd) not in kinds, "held at each look"
+            return call(fd, *rest)
+
+        return look
+
+    monkeypatch.setattr(bpf, "HOLDS_LOOKERS", True)
+    monkeypatch.setattr(bpf, "lookup", refusing(bpf.lookup, ARRAY_OF_MAPS, HASH_OF_MAPS))
+    monkeypatch.setattr(bpf, "items", refusing(bpf.items, ARRAY_OF_MAPS))
+
+
+def test_where_the_kernel_holds_who_looks_nobody_does(kernel, held_lookers, level, make_level, make_client):
+    one = make_client(level)
+    one(f"alloc(0x1000, {4 * MIB})")
+    other = make_level(None)
+    with contextlib.closing(Ledger(kernel.pins)) as own:
+        assert own.page_missing(other.cgroup)
+        own.set_limits([LevelLimits(other.cgroup, {0: 64 * MIB})])
+        assert not own.page_missing(other.cgroup)
+        one(f"alloc(0x2000, {6 * MIB})")
+        assert (level.used, own.usage(other.cgroup)[0].limit, other.used) == (10 * MIB, 64 * MIB, 0)
+        own.remove([other.cgroup])
+        assert (own.page_missing(other.cgroup), own.page_fd(other.cgroup)) == (True, None)
+
+
+def test_where_the_kernel_holds_for_each_change_several_wait_at_once(monkeypatch, held_lookers, kernel, make_level):
+    monkeypatch.setattr("fgpu_ebpf.graces.MOST_HELD", 3)
+    together = threading.Barrier(3)
+
+    def held(call):
+        def change(fd, part):
+            call(fd, part)
+            together.wait(PATIENCE_SECONDS)
+
+        return change
+
+    levels, seen = [make_level(None) for _ in range(5)], []
+    with contextlib.closing(Ledger(kernel.pins)) as own:
+        for name in ("update_all", "delete_all"):
+            monkeypatch.setattr(bpf, name, held(getattr(bpf, name)))
+        own.set_limits([LevelLimits(level.cgroup, {0: 8 * MIB}) for level in levels], seen.append)
+        assert [level.usage().limit for level in levels] == [8 * MIB] * 5
+        own.remove([level.cgroup for level in levels])
+        assert all(own.page_missing(level.cgroup) for level in levels)
+    monkeypatch.undo()
+    kernel.ledger.remove([level.cgroup for level in levels])
+    assert seen == [{level.cgroup for level in levels}]
+
+
+def test_one_part_of_a_change_that_fails_fails_all_of_it(monkeypatch):
+    monkeypatch.setattr(bpf, "HOLDS_LOOKERS", True)
+    made, seen = [], []
+
+    def change(_, part):
+        if b"bad" in part:
+            raise OSError(errno.E2BIG, "no room")
+        made.extend(part)
+
+    monkeypatch.setattr(bpf, "update_all", change)
+    graces = Graces()
+    with pytest.raises(OSError, match="no room"):
+        graces.put(7, dict.fromkeys([b"one", b"bad", b"two"], b"page"), lambda: seen.append("over"))
+    graces.close()
+    assert (sorted(made), seen, held_threads()) == ([b"one", b"two"], [], [])
 
 
 def test_a_ledger_that_is_closed_leaves_no_descriptor(kernel, make_level):
