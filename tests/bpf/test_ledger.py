@@ -70,7 +70,7 @@ def test_a_failed_call_gives_the_admission_back(level, client):
 def test_a_thread_that_ends_gives_its_admission_back(level, client):
     client(f"cuda.thread_admits_and_ends(u64({30 * MIB}))")
     assert level.usage().peak == 30 * MIB
-    assert level.used == 0
+    wait_until(lambda: level.used == 0)  # before Linux 6.16 who joins a thread may come before the kernel tells its end
 
 
 @pytest.mark.parametrize("bytes_", [1 << 48, 1 << 62, (1 << 64) - 1, 1 << 63])
