@@ -1,5 +1,5 @@
-/* Events that a program waits for. A board has all that the library knows; XIDs alone ever come here, by order (faults.c). A
- * registration for the others is taken, as the real library takes it. */
+/* Events that a program waits for. A board has all that the library knows; XIDs alone ever come here, by order
+ * (faults.c). A registration for the others is taken, as the real library takes it. */
 #include "nvml_state.h"
 
 #include <stdlib.h>
