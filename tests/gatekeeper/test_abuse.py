@@ -360,7 +360,12 @@ def test_silent_clients_are_let_go_and_bother_nobody(keeper: Keeper, tenant: Mak
 @pytest.mark.timed
 @pytest.mark.parametrize("processes", [1, 40])
 def test_a_tenant_has_sixteen_connections(keeper: Keeper, tenant: Make, processes: int) -> None:
+    ready, start = os.pipe(), os.pipe()
+
     def still_open(number: int) -> int:
+        os.close(start[1])
+        os.write(ready[1], b".")
+        os.read(start[0], 1)  # all together: else the first have gone, and left their places, when the last come
         socks = [connect(keeper.run) for _ in range(number)]
         time.sleep(0.4)
         return sum(not select.select([sock], [], [], 0)[0] for sock in socks)
@@ -368,8 +373,13 @@ def test_a_tenant_has_sixteen_connections(keeper: Keeper, tenant: Make, processe
     place = tenant()
     counted = keeper.grows("dropped_tenant", 24)
     crowd = [Child(place, still_open, 40 // processes) for _ in range(processes)]
+    for _ in crowd:
+        os.read(ready[0], 1)
+    os.close(start[1])
     assert sum(child.result() for child in crowd) == 16
     counted()
+    for end in (*ready, start[0]):
+        os.close(end)
 
 
 @pytest.mark.timed
