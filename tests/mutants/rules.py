@@ -140,11 +140,8 @@ RULES = {
         "    } else {\n        if (UNLIKELY(f.uncovered)) name_bypass(p, &f);\n",
     ),
     "kill-nobody": ("    bpf_send_signal(SIGKILL);\n", ""),
-    "kill-who-fits": (" || fits(page, f->device, bytes)) continue;", ") continue;"),
-    "kill-under-observe": (
-        "!(page->flags & FGPU_KILL) || page->flags & FGPU_OBSERVE ||",
-        "!(page->flags & FGPU_KILL) ||",
-    ),
+    "kill-who-fits": ("!kills(who) && !fits(page, device, bytes)", "!kills(who)"),
+    "kill-under-observe": ("page->flags & FGPU_KILL && !(page->flags & FGPU_OBSERVE)", "page->flags & FGPU_KILL"),
     "every-failure-is-the-device-s": ("== OUT_OF_MEMORY && f.bytes)", "&& f.bytes)"),
     "device-full-of-a-pool-forgotten": ("    if (kind & FGPU_FULL) device_full(p, device, FGPU_POOL, bytes);\n", ""),
     "flood": ("    return __sync_fetch_and_add(n, 1) < most;\n", "    return 1;\n"),
