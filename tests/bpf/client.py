@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 import sys
+import time
 
 cuda = ctypes.CDLL(sys.argv[1])
 shim = ctypes.CDLL(sys.argv[2])
@@ -18,6 +19,13 @@ ticket = 1 << 30
 def use_page(fd):
     global page
     page = mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ)
+
+
+def linger(seconds):
+    """Every call of the driver takes so long from now on."""
+    global inside
+    inside = ctypes.CFUNCTYPE(None)(lambda: time.sleep(seconds))
+    ctypes.c_void_p.in_dll(cuda, "inside").value = ctypes.cast(inside, ctypes.c_void_p).value
 
 
 def admit(bytes_, kind=0, device=0, again=False):

@@ -75,9 +75,7 @@ def test_what_does_not_fit_refuses_nobody_while_the_driver_decides(kernel, make_
     """Of a call that nobody asked about: it may fail for ever, and be made for ever. What was handed out is charged."""
     group = make_level(1024 * MIB)
     one, other = make_client(make_level(512 * MIB, parent=group)), make_client(make_level(512 * MIB, parent=group))
-    one("import time")
-    one("pause = ctypes.CFUNCTYPE(None)(lambda: time.sleep(1))")
-    one("ctypes.c_void_p.in_dll(cuda, 'inside').value = ctypes.cast(pause, ctypes.c_void_p).value")
+    one("linger(1)")
     one.send(f"alloc(0x1000, {4096 * MIB}, code={code})")
     wait_until(lambda: (process := one.entry(kernel)) and process.flags & pages.Seen.CALL)
     assert other(f"admit({4 * MIB})") == pages.Verdict.ADMITTED

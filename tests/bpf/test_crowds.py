@@ -201,9 +201,7 @@ def test_who_is_out_of_its_cgroups_is_counted_anew_when_it_is_back(kernel, level
 
 def test_a_call_ends_in_the_life_in_which_it_began(kernel, level, client):
     before = anomalies(kernel)["RELEASE"]
-    client("import time")
-    client("pause = ctypes.CFUNCTYPE(None)(lambda: time.sleep(0.5))")
-    client("ctypes.c_void_p.in_dll(cuda, 'inside').value = ctypes.cast(pause, ctypes.c_void_p).value")
+    client("linger(0.5)")
     client.send(f"alloc(0x1000, {4 * MIB})")
     wait_until(lambda: level.used == 4 * MIB)
     assert kernel.ledger.move(client.pid, client.entry(kernel).generation, ())

@@ -180,9 +180,7 @@ def test_what_had_an_entry_is_given_back_as_ever(kernel, allocations, level, cli
 def test_a_refused_free_whose_room_is_gone_meanwhile(allocations, counted, level, client):
     allocations.make(1)
     client(f"alloc(0x1000, {4 * MIB})")
-    client("import time")
-    client("pause = ctypes.CFUNCTYPE(None)(lambda: time.sleep(0.5))")
-    client("ctypes.c_void_p.in_dll(cuda, 'inside').value = ctypes.cast(pause, ctypes.c_void_p).value")
+    client("linger(0.5)")
     client.send("free(0x1000, code=1)")
     time.sleep(0.2)
     allocations.fill()
