@@ -34,7 +34,7 @@ UPROBE_RETURN_BIT = Path("/sys/bus/event_source/devices/uprobe/format/retprobe")
 
 
 def kernel_release() -> tuple[int, int]:
-    """(major, minor) of the running kernel."""
+    """(major, minor) of the running kernel. The loader has this too: it imports nothing of fgpu."""
     major, minor = (int("".join(filter(str.isdigit, part)) or 0) for part in os.uname().release.split(".")[:2])
     return major, minor
 
