@@ -217,7 +217,6 @@ def _number(request: dict[str, Any], name: str) -> int:
 def _request(line: bytes) -> dict[str, Any]:
     try:
         request = json.loads(line) if line.endswith(b"\n") else None
-        json.dumps(request, ensure_ascii=False).encode()  # half a surrogate is no text: no file can be named by it
     except (ValueError, RecursionError) as error:
         raise RequestError("one JSON object a line, please", 2) from error
     if not isinstance(request, dict):
