@@ -16,7 +16,7 @@ from fgpu_ebpf.quantities import memory_text
 
 log = logging.getLogger("fgpu.events")
 MOST = 1000
-MOST_KINDS = 4096
+MOST_KINDS, FEW_KINDS = 4096, 256
 AGAIN_SECONDS = 1.0
 BY_HAND = {"set", "unset"}
 
@@ -48,6 +48,7 @@ class History:
         self._last: deque[Happening] = deque(maxlen=MOST)
         self._number = 0
         self._told: dict[tuple[str, str, str, str], tuple[float, int]] = {}  # when last, and how many since
+        self._room = FEW_KINDS  # in the former, until it is looked through
 
     def add(self, what: str, **more: Any) -> None:
         """Notes one and logs it, unless the same was told just now."""
@@ -58,14 +59,20 @@ class History:
         if now - last < AGAIN_SECONDS and what not in BY_HAND:
             self._told[kind] = (last, untold + 1)
             return
-        if len(self._told) >= MOST_KINDS:
-            self._told.clear()
+        if len(self._told) >= self._room:
+            self._forget(now)
         self._told[kind] = (now, 0)
         self._number += 1
         happening = replace(happening, more=untold)
         self._last.append(happening)
         fields = asdict(happening)
         log.info("%s", line_of(fields), extra={name: value for name, value in fields.items() if value})
+
+    def _forget(self, now: float) -> None:
+        """Whose last was told long ago and left nothing untold is as one that never was. Most tenants come once."""
+        kept = {kind: told for kind, told in self._told.items() if told[1] or now - told[0] < AGAIN_SECONDS}
+        self._told = kept if len(kept) < MOST_KINDS else {}
+        self._room = min(MOST_KINDS, max(FEW_KINDS, 2 * len(self._told)))
 
     def since(self, number: int) -> dict[str, Any]:
         """Those after `number`, and how many were forgotten before anybody asked."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fgpu_ebpf import history
-from fgpu_ebpf.history import MOST, History
+from fgpu_ebpf.history import AGAIN_SECONDS, FEW_KINDS, MOST, MOST_KINDS, History
 
 
 def told(one: History) -> list[tuple[str, int, int]]:
@@ -28,6 +28,31 @@ def test_what_is_done_by_hand_is_told_every_time() -> None:
     for bytes_ in (1, 2, 2):
         one.add("set", tenant="a", bytes=bytes_)
     assert told(one) == [("set", 1, 0), ("set", 2, 0), ("set", 2, 0)]
+
+
+def test_of_tenants_that_are_gone_only_what_was_not_told_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, now = History(), 100.0
+    monkeypatch.setattr(history.time, "monotonic", lambda: now)
+    for _ in range(3):
+        one.add("refused", tenant="often")
+    for number in range(100 * FEW_KINDS):
+        now += AGAIN_SECONDS
+        one.add("refused", tenant=str(number))
+    assert len(one._told) <= FEW_KINDS
+    one.add("refused", tenant="often", bytes=7)
+    assert told(one)[-1] == ("refused", 7, 2)
+
+
+def test_many_at_once_are_told_once_a_second_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = History()
+    monkeypatch.setattr(history.time, "monotonic", lambda: 100.0)
+    for _ in range(2):
+        for number in range(10 * FEW_KINDS):
+            one.add("refused", tenant=str(number))
+    assert one.since(0)["last"] == 10 * FEW_KINDS
+    for number in range(2 * MOST_KINDS):
+        one.add("refused", tenant=str(number))
+    assert len(one._told) <= MOST_KINDS
 
 
 def test_it_does_not_grow() -> None:
