@@ -22,7 +22,7 @@ from fgpu_ebpf.probes import LIBRARY_FOLDERS, File, Target
 Root = tuple[int, int, int]
 NAMES = ("libcuda.so.1", "libcuda.so")
 FOLDERS = (*LIBRARY_FOLDERS, "usr/local/cuda/compat/lib")
-MOST_ROOTS = 4096
+MOST_ROOTS = 1024  # whichever is forgotten is looked into again when a program begins there
 _NS_GET_ID, _ID = 0x8008B705, struct.Struct("Q")  # Linux 6.11
 
 
