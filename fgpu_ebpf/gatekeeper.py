@@ -313,6 +313,7 @@ class Gatekeeper:
             self._lines, more = 0, self._lines - MOST_LINES
             self._say(f"{more} more lines left out")
         self._lines = 0
+        self._lineages.forget()
         if not self._lock.held():
             self._ended = self._lost = True
             return

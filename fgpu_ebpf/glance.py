@@ -17,7 +17,7 @@ from fgpu_ebpf.clients import Head
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.pages import ControlFlag
 
-MOST_LINEAGES, MOST_PAGES = 4096, 256
+MOST_PAGES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def standing(ledger: Decisions | None, ids: Sequence[int]) -> Standing:
 
 
 class Lineages:
-    """The cgroups around each: the kernel never gives a cgroup another parent, or its id to another."""
+    """The cgroups around each, until `forget`: the kernel never gives a cgroup another parent, or its id to another."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -74,11 +74,13 @@ class Lineages:
         known = self._known.get(cgroup)
         if known is None:
             known = tuple(procfs.cgroups(pid, self._root))
-            if len(self._known) >= MOST_LINEAGES:
-                self._known.clear()
             if known[:1] == (cgroup,):  # else it has just moved
                 self._known[cgroup] = known
         return known
+
+    def forget(self) -> None:
+        """To be called now and then, since most cgroups never come again."""
+        self._known.clear()
 
 
 class Glance:

@@ -273,3 +273,6 @@ def test_the_cgroups_around_one_are_read_once(monkeypatch: pytest.MonkeyPatch, t
     assert [lineages.of(pid, 7) for pid in (71, 72)] == [(7, 1)] * 2
     assert [lineages.of(pid, 8) for pid in (91, 92)] == [(9, 1)] * 2, "it has just moved: nothing is kept"
     assert asked == [71, 91, 92]
+    lineages.forget()
+    assert lineages.of(73, 7) == (7, 1)
+    assert asked == [71, 91, 92, 73]
