@@ -6,6 +6,7 @@ OSError, and those that were not pinned yet are closed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import queue
@@ -19,23 +20,12 @@ _NTH = "+"  # bpffs allows no dot: before the numbers of the second and later on
 _FEW = 2  # of a file's, where each program has one
 
 
-def program_of(kind: str) -> str:
-    """The program's name, out of the end of a pinned link's."""
-    return kind.partition(_NTH)[0]
-
-
-def pinned(path: Path) -> set[str]:
-    """Names of the links that pin() has made for `path`."""
-    return {path.name, *(there.name for there in path.parent.glob(f"{path.name}{_NTH}*"))} if path.exists() else set()
-
-
 def pin(links: Iterable[int], path: Path) -> set[str]:
     """Leaves them to the kernel, as `path` and beside it. Raises OSError; all descriptors are closed either way."""
     rest = list(links)
-    # The first one last: where it is, all are.
     places = [path, *(path.with_name(f"{path.name}{_NTH}{n}") for n in range(1, len(rest)))]
     try:
-        for link, place in reversed(list(zip(rest, places, strict=True))):
+        for link, place in zip(rest, places, strict=True):
             bpf.pin(link, place)
     finally:
         for link in rest:
@@ -44,9 +34,10 @@ def pin(links: Iterable[int], path: Path) -> set[str]:
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Unpins; the kernel detaches aside."""
+    """Unpins; the kernel detaches aside. Somebody else may be at it too."""
     for path in list(paths):
-        path.rmdir() if path.is_dir() else path.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def close(links: Collection[int]) -> None:

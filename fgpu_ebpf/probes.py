@@ -224,10 +224,9 @@ class Probes:
             there.setdefault((int(dev, 16), int(ino, 16)), set()).add(what)
         self._ledger.forget_files()
         for file, kinds in there.items():
-            programs = {links.program_of(kind) for kind in kinds}
-            if any(programs == {*whole, "end"} for whole in (DRIVER_PROGRAMS, SHIM.values())):
+            if _all_of(len(kinds) - 1) in kinds:
                 self._ledger.enter_file(*file)
-                self._pinned[file] = {f"{self._name(file)}-{what}" for what in kinds - {"end"}}
+                self._pinned[file] = {f"{self._name(file)}-{what}" for what in kinds}
             else:
                 links.remove(self._links.glob(f"{self._name(file)}-*"))
         return set(self._pinned)  # type: ignore[arg-type]
@@ -296,7 +295,7 @@ class Probes:
             finally:
                 os.close(fd)
             if target.pinned:
-                (self._links / f"{self._name(file)}-end").mkdir(exist_ok=True)
+                self._mark(file)
             self._ledger.enter_file(*file)
             self._known.add(file)
         except (elf.ElfError, OSError) as error:
@@ -319,6 +318,13 @@ class Probes:
         self._link(target, path, returns, places, at_return=True)
         self._link(target, path, entries, places)
 
+    def _mark(self, file: File) -> None:
+        """That all of its links are there, and how many these are, for the next agent."""
+        pinned = self._pinned[file]
+        mark = self._links / f"{self._name(file)}-{_all_of(len(pinned))}"
+        mark.mkdir(exist_ok=True)
+        pinned.add(mark.name)
+
     def _name(self, file: File) -> str:
         return f"{self._digest}-{file[0]:x}-{file[1]:x}"
 
@@ -326,19 +332,16 @@ class Probes:
         self, target: Target, opens: str, program: str, places: Sequence[tuple[int, int]], at_return: bool = False
     ) -> None:
         file = target.dev, target.ino
-        path = self._links / f"{self._name(file)}-{program}"
-        there = links.pinned(path) if target.pinned else set()
-        if not there:
-            fd = bpf.pinned(self._programs / program)
-            try:
-                made = bpf.attach_uprobes(fd, opens, places, at_return)
-            finally:
-                os.close(fd)
-            if not target.pinned:
-                self._held.setdefault(file, []).extend(made)
-                return
-            there = links.pin(made, path)
-        self._pinned.setdefault(file, set()).update(there)
+        fd = bpf.pinned(self._programs / program)
+        try:
+            made = bpf.attach_uprobes(fd, opens, places, at_return)
+        finally:
+            os.close(fd)
+        if target.pinned:
+            names = links.pin(made, self._links / f"{self._name(file)}-{program}")
+            self._pinned.setdefault(file, set()).update(names)
+        else:
+            self._held.setdefault(file, []).extend(made)
 
     def drop_older(self) -> None:
         """Takes away the links of earlier programs; these ones see everything already."""
@@ -356,6 +359,11 @@ class Probes:
         links.remove(self._links.glob(f"{self._name(file)}-*"))
         self._ledger.forget_file(*file)
         self._known.discard(file)
+
+
+def _all_of(count: int) -> str:
+    """What stands beside so many links of a file when they are all."""
+    return f"all{count}"
 
 
 def _need(target: Target, wanted: Iterable[str], offsets: Mapping[str, int]) -> None:

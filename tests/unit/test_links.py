@@ -36,28 +36,27 @@ def is_open(fd: int) -> bool:
 
 
 @pytest.mark.parametrize("count", [1, 2, 23])
-def test_where_the_first_is_all_are(tmp_path: Path, pinned: list[str], count: int) -> None:
-    path, made = tmp_path / "call", opened(count)
-    names = links.pin(made, path)
-    assert names == links.pinned(path) == set(pinned) == set(os.listdir(tmp_path))
-    assert (len(names), pinned[-1]) == (count, "call")
-    assert {links.program_of(name) for name in names} == {"call"}
+def test_each_is_left_under_a_name_of_its_own(tmp_path: Path, pinned: list[str], count: int) -> None:
+    made = opened(count)
+    names = links.pin(made, tmp_path / "call")
+    assert names == set(pinned) == set(os.listdir(tmp_path))
+    assert (len(names), pinned[0]) == (count, "call")
     assert not any(map(is_open, made))
 
 
-def test_half_of_them_count_for_none(tmp_path: Path, pinned: list[str]) -> None:
-    path, made = tmp_path / "call-full", opened(3)
+def test_where_one_cannot_be_left_none_stays_open(tmp_path: Path, pinned: list[str]) -> None:
+    made = opened(3)
     with pytest.raises(OSError, match="no room"):
-        links.pin(made, path)
-    assert pinned == ["call-full+2"]
-    assert links.pinned(path) == set()
+        links.pin(made, tmp_path / "call-full")
+    assert pinned == ["call-full"]
     assert not any(map(is_open, made))
 
 
-def test_another_program_s_name_is_not_taken_for_this_one_s(tmp_path: Path, pinned: list[str]) -> None:
-    links.pin(opened(2), tmp_path / "call-return")
-    links.pin(opened(2), tmp_path / "call")
-    assert links.pinned(tmp_path / "call") == {"call", "call+1"}
+def test_what_somebody_else_takes_away_meanwhile_is_away(tmp_path: Path) -> None:
+    (tmp_path / "mark").mkdir()
+    (tmp_path / "call").touch()
+    links.remove([tmp_path / "gone", tmp_path / "mark", tmp_path / "call"])
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("count", [0, 2, 23])
