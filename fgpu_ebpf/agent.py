@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fgpu_ebpf import cdi, devices, inject, launch, notify, probes, procfs, profiles, programs, published, shares, trial
+from fgpu_ebpf import cdi, devices, inject, launch, notify, probes, procfs, profiles, programs, published, trial
 from fgpu_ebpf.adoption import Adoption
 from fgpu_ebpf.detach import LOCK, NAMES, take_away
 from fgpu_ebpf.discovery import Discovery
@@ -24,7 +24,7 @@ from fgpu_ebpf.enforcer import Enforcer
 from fgpu_ebpf.engines import Engines, api_of
 from fgpu_ebpf.history import History
 from fgpu_ebpf.keeper import Keeper
-from fgpu_ebpf.ledger import PINS, Ledger
+from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.news import Newsreader
 from fgpu_ebpf.overrides import Overrides
@@ -33,6 +33,7 @@ from fgpu_ebpf.policies import Policies
 from fgpu_ebpf.policyfolder import PolicyFolder, Reading
 from fgpu_ebpf.privileges import AGENT, keep_only
 from fgpu_ebpf.reconcile import Reconciler, Truth
+from fgpu_ebpf.settings import Settings
 from fgpu_ebpf.shimless import Reasons
 from fgpu_ebpf.snapshot import Snapshot
 from fgpu_ebpf.urgency import come_first
@@ -50,29 +51,6 @@ STATE = Path("/var/lib/fgpu/contexts.json")
 
 class AgentError(Exception):
     """Why there is no enforcement, and what mends it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Where things are. `loader` is the interpreter that sees BCC; no `store`: tenants get `shim` itself."""
-
-    run_dir: Path = Path("/run/fgpu")
-    pins: Path = PINS
-    driver_root: Path = Path("/")
-    shim: Path = Path()
-    store: Path | None = None
-    sources: Path = Path()
-    listen: str = "127.0.0.1:9423"
-    listen_names: tuple[str, ...] = ()
-    loader: tuple[str, ...] = programs.LOADER
-    policy_folder: Path = Path("/etc/fgpu/policy.d")
-    overcommit: bool = False
-    engines: tuple[str, ...] = ()
-    helper: Path = Path()
-    cdi_folder: Path = cdi.FOLDER
-    shares: tuple[str, ...] = shares.USUAL
-    profiles: tuple[profiles.Profile, ...] = ()
-    ignored_xids: tuple[int, ...] = ()
 
 
 def package_file(*names: str) -> Path:

@@ -40,9 +40,10 @@ from fgpu_ebpf import (
     server,
     workloads,
 )
-from fgpu_ebpf.agent import Agent, AgentError, Settings
+from fgpu_ebpf.agent import Agent, AgentError
 from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.checks import Check
+from fgpu_ebpf.settings import Settings
 from fgpu_ebpf.yamlfile import Fault
 
 log = logging.getLogger("fgpu agent")

@@ -32,7 +32,7 @@ ORDER = (
     {"probes", "clients", "enforcer"},
     {"roots"},
     {"devices", "trial", "glance", "discovery", "manager", "targets", "desks"},
-    {"reconcile", "news", "detach", "policies", "explain", "callers", "slicer"},
+    {"settings", "reconcile", "news", "detach", "policies", "explain", "callers", "slicer"},
     {"view", "readers", "adoption", "health", "offers", "xidnews"},
     {"agent", "metrics", "tables", "gatekeeper", "keyboard", "ranking", "bars"},
     {"choice", "feed", "page"},
