@@ -56,8 +56,8 @@ class Program:
     def word(self):
         return self.page.gates[0]
 
-    def is_open(self):
-        return bool(self.word() & Gate.OPEN)
+    def is_open(self, device=0):
+        return bool(self.page.gates[device] & Gate.OPEN)
 
     def ring(self):
         self.status.bell += 1
@@ -393,5 +393,5 @@ def test_a_gang_that_is_closed_between_kernels_that_wait_for_each_other_lets_the
         status.flights[device].in_flight, status.devices[device].drained = 0, program.word() >> 2
     status.devices[1].launches = 8
     program.ring()
-    it.until(program.is_open)
+    it.until(lambda: program.is_open(0) and program.is_open(1))
     assert not any(passes)
