@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
 from collections.abc import Callable
 
 import hypothesis
@@ -12,6 +14,13 @@ SCALES = ("quick", "ci", "full")
 # Suites of whole processes that race each other and the clock of a shared machine: what fails there once in thousands
 # is tried a second time and printed in full, never passed over.
 LIVE = ("bpf", "dashboards", "e2e", "engines", "gatekeeper", "kubelet", "packages", "page", "shim", "standalone")
+# Suites that need nothing of what a host has one of. The whole run has a process for these and one for all others.
+ASIDE = ("fuzz", "shim", "sim", "unit")
+CLONE_NEWNS = 0x20000
+OWN = """
+mount --make-rprivate /
+mount -t tmpfs tmpfs /run/fgpu && mount -t tmpfs tmpfs /run/fgpu-sim && mount -t bpf bpf /sys/fs/bpf
+"""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,11 +36,20 @@ def pytest_configure(config: pytest.Config) -> None:
         "fgpu", derandomize=which != "full"
     )  # what is new is looked for in the full run
     hypothesis.settings.load_profile("fgpu")
+    if hasattr(config, "workerinput"):
+        _leave_the_others()
+
+
+def _leave_the_others() -> None:
+    """What this process and its children have in /run and of pinned maps is their own."""
+    assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+    subprocess.run(["sh", "-ec", OWN], check=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Quick leaves out what is marked slow, and says how many; what is at the mercy of the clock may be tried again."""
     for item in items:
+        item.add_marker(pytest.mark.xdist_group("aside" if item.path.parent.name in ASIDE else "host"))
         if item.get_closest_marker("timed"):
             item.add_marker(pytest.mark.flaky(reruns=2))
         elif item.path.parent.name in LIVE and not item.get_closest_marker("flaky"):
