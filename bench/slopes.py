@@ -25,6 +25,7 @@ import kernel_kit
 EVERY_SECONDS = 2.0
 SETTLING_SECONDS = 60.0  # of a life: until whatever is cached is
 MINUTE = 60.0
+MOST_POINTS = 300  # of a line that is drawn: the picture is a page's
 MAPS = ("pages", "resolved", "limits", "shares", "turns", "processes", "threads", "allocations", "counters", "files")
 Key = tuple[str, int]  # what is watched, and in which life
 
@@ -140,7 +141,8 @@ def plot(watch: Watch, names: list[str], path: Path) -> None:
     figure, rows = pyplot.subplots(len(names), 1, sharex=True, figsize=(9, 1.6 * len(names)), layout="constrained")
     for name, row in zip(names, rows, strict=True):
         for life in watch.lives(name):
-            row.plot([seconds / MINUTE for seconds, _ in life], [value for _, value in life], linewidth=0.8)
+            shown = life[:: -(-len(life) // MOST_POINTS)]
+            row.plot([seconds / MINUTE for seconds, _ in shown], [value for _, value in shown], linewidth=0.8)
         row.set_ylabel(name.replace("_", "\n", 1), rotation=0, ha="right", va="center")
         row.margins(x=0)
     rows[-1].set_xlabel("minutes")
