@@ -114,13 +114,13 @@ def _preload_the_shim(preload: Path) -> None:
 def _drop_to_caller() -> None:
     """Under sudo the program runs as whoever typed it."""
     uid, gid = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_GID", "")
-    if os.geteuid() or not uid.isdigit() or not gid.isdigit() or uid == "0":
+    if os.geteuid() or not uid.isdecimal() or not gid.isdecimal() or uid == "0":
         return
     try:
         name = pwd.getpwuid(int(uid)).pw_name
-    except KeyError as error:
-        raise LaunchError(f"SUDO_UID {uid} is no user") from error
-    os.initgroups(name, int(gid))
+        os.initgroups(name, int(gid))
+    except (KeyError, OverflowError) as error:
+        raise LaunchError(f"SUDO_UID {uid} and SUDO_GID {gid} are no user") from error
     os.setgid(int(gid))
     os.setuid(int(uid))
 

@@ -156,6 +156,18 @@ def test_exit_codes(service: Service, words: list[str], code: int) -> None:
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("uid", "gid", "said"),
+    [("65534", "65534", "65534"), ("", "", "0"), ("0", "0", "0"), ("\u00b2", "1", "0"), ("4294967294", "1", "no user")],
+)
+def test_under_sudo_a_program_runs_as_who_typed_it(service: Service, uid: str, gid: str, said: str) -> None:
+    environment = {**ENVIRONMENT, "SUDO_UID": uid, "SUDO_GID": gid}
+    done = fgpu("run", "--memory", "1GiB", "--", "id", "-u", env=environment, check=False)
+    assert "Traceback" not in done.stderr
+    assert said in (done.stderr if done.returncode else done.stdout)
+    assert done.returncode == (125 if said == "no user" else 0)
+
+
 GARBAGE = [
     b"{}\n",
     b"[1]\n",
