@@ -47,7 +47,7 @@ from fgpu_ebpf.settings import Settings
 from fgpu_ebpf.yamlfile import Fault
 
 log = logging.getLogger("fgpu agent")
-LINUX = (6, 12)  # the oldest on which the product has been tested: docs/matrix.md
+LINUX = (6, 1)  # the oldest on which the product has been tested: docs/matrix.md
 HOST_PIDS = 0xEFFFFFFC  # PROC_PID_INIT_INO: the inode of the first pid namespace, always
 
 

@@ -218,7 +218,7 @@ LINES = {
     ),
     "old-kernel": (
         old_kernel,
-        f"fgpu: Linux {OLD} is too old: Linux 6.12 or later is needed",
+        f"fgpu: Linux {OLD} is too old: Linux 6.1 or later is needed",
     ),
     "driver-without-a-function": (
         driver_without_a_function,
