@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import hypothesis
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 SCALES = ("quick", "ci", "full")
 # Suites of whole processes that race each other and the clock of a shared machine: what fails there once in thousands
@@ -40,6 +42,18 @@ def pytest_configure(config: pytest.Config) -> None:
         _leave_the_others()
 
 
+class Lanes(LoadScopeScheduling):
+    """One process for the suites of ASIDE, and one for all others, each in the order of the suites."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "aside" if nodeid.split("/")[1] in ASIDE else "host"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
+    """Whatever `--dist` says."""
+    return Lanes(config, log)
+
+
 def _leave_the_others() -> None:
     """What this process and its children have in /run and of pinned maps is their own."""
     assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
@@ -49,7 +63,6 @@ def _leave_the_others() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Quick leaves out what is marked slow, and says how many; what is at the mercy of the clock may be tried again."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("aside" if item.path.parent.name in ASIDE else "host"))
         if item.get_closest_marker("timed"):
             item.add_marker(pytest.mark.flaky(reruns=2))
         elif item.path.parent.name in LIVE and not item.get_closest_marker("flaky"):
