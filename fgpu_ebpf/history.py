@@ -17,7 +17,7 @@ from fgpu_ebpf.quantities import memory_text
 log = logging.getLogger("fgpu.events")
 MOST = 1000
 MOST_KINDS, FEW_KINDS = 4096, 256
-AGAIN_SECONDS = 1.0
+AGAIN_SECONDS, REMEMBERED_SECONDS = 1.0, 60.0
 BY_HAND = {"set", "unset"}
 
 
@@ -25,7 +25,7 @@ BY_HAND = {"set", "unset"}
 class Happening:
     """One line. `number` grows by one each; `time_seconds` since the epoch; what is not known is empty or 0.
 
-    `more`: how many of the same kind and tenant went untold before this one.
+    `more`: how many of the same kind and tenant went untold before this one, if that was within a minute.
     """
 
     number: int
@@ -55,7 +55,9 @@ class History:
         happening = Happening(self._number + 1, time.time(), what, **more)
         kind = (what, happening.tenant, happening.reason, happening.operation + happening.text)
         now = time.monotonic()
-        last, untold = self._told.get(kind, (-AGAIN_SECONDS, 0))
+        last, untold = self._told.get(kind, (-REMEMBERED_SECONDS, 0))
+        if now - last >= REMEMBERED_SECONDS:
+            untold = 0
         if now - last < AGAIN_SECONDS and what not in BY_HAND:
             self._told[kind] = (last, untold + 1)
             return
@@ -69,8 +71,8 @@ class History:
         log.info("%s", line_of(fields), extra={name: value for name, value in fields.items() if value})
 
     def _forget(self, now: float) -> None:
-        """Whose last was told long ago and left nothing untold is as one that never was. Most tenants come once."""
-        kept = {kind: told for kind, told in self._told.items() if told[1] or now - told[0] < AGAIN_SECONDS}
+        """Most tenants come once, and end in the middle of what they are refused."""
+        kept = {kind: told for kind, told in self._told.items() if now - told[0] < _remembered(told[1])}
         self._told = kept if len(kept) < MOST_KINDS else {}
         self._room = min(MOST_KINDS, max(FEW_KINDS, 2 * len(self._told)))
 
@@ -79,6 +81,10 @@ class History:
         found = [asdict(h) for h in self._last if h.number > number]
         first = self._last[0].number if self._last else self._number + 1
         return {"events": found, "last": self._number, "forgotten": max(0, first - number - 1)}
+
+
+def _remembered(untold: int) -> float:
+    return REMEMBERED_SECONDS if untold else AGAIN_SECONDS
 
 
 def line_of(happening: dict[str, Any]) -> str:

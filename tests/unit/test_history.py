@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fgpu_ebpf import history
-from fgpu_ebpf.history import AGAIN_SECONDS, FEW_KINDS, MOST, MOST_KINDS, History
+from fgpu_ebpf.history import AGAIN_SECONDS, FEW_KINDS, MOST, MOST_KINDS, REMEMBERED_SECONDS, History
 
 
 def told(one: History) -> list[tuple[str, int, int]]:
@@ -30,17 +30,27 @@ def test_what_is_done_by_hand_is_told_every_time() -> None:
     assert told(one) == [("set", 1, 0), ("set", 2, 0), ("set", 2, 0)]
 
 
-def test_of_tenants_that_are_gone_only_what_was_not_told_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_tenants_that_are_gone_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, now = History(), 100.0
+    monkeypatch.setattr(history.time, "monotonic", lambda: now)
+    for number in range(100 * FEW_KINDS):
+        now += AGAIN_SECONDS
+        one.add("refused", tenant=str(number))
+        one.add("refused", tenant=str(number))
+    assert len(one._told) <= FEW_KINDS
+
+
+@pytest.mark.parametrize(("seconds", "more"), [(REMEMBERED_SECONDS - 1, 2), (REMEMBERED_SECONDS, 0)])
+def test_how_often_it_was_is_known_for_a_minute(monkeypatch: pytest.MonkeyPatch, seconds: float, more: int) -> None:
     one, now = History(), 100.0
     monkeypatch.setattr(history.time, "monotonic", lambda: now)
     for _ in range(3):
         one.add("refused", tenant="often")
-    for number in range(100 * FEW_KINDS):
-        now += AGAIN_SECONDS
+    now += seconds
+    for number in range(FEW_KINDS):
         one.add("refused", tenant=str(number))
-    assert len(one._told) <= FEW_KINDS
     one.add("refused", tenant="often", bytes=7)
-    assert told(one)[-1] == ("refused", 7, 2)
+    assert told(one)[-1] == ("refused", 7, more)
 
 
 def test_many_at_once_are_told_once_a_second_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
