@@ -7,6 +7,7 @@ folder, or part of one. On failure: faults and no set; whoever has a good one ke
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,7 @@ class PolicyFolder:
             if len(faults) >= MOST_FAULTS or len(policies) > MOST_POLICIES:
                 break
         faults += whole(policies)
+        re.purge()  # it keeps hundreds of patterns that policies have had
         read = State(state.way, tuple(stamps.items()))
         return Reading(None if faults else PolicySet(tuple(policies)), tuple(faults[:MOST_FAULTS]), read)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import policy_kit as kit
@@ -79,6 +81,16 @@ def test_what_is_no_file_holds_nobody_up(tmp_path):
         "/c.yaml: is no regular file: remove it",
         "/d.yaml: cannot be read: No such file or directory",
     ]
+
+
+def test_patterns_that_no_policy_has_any_more_are_gone(tmp_path):
+    (tmp_path / "a.yaml").write_text(kit.text("a", "{selector: {cgroup: first/*}}"))
+    reading = folder(tmp_path).read()
+    known = weakref.ref(reading.policies.policies[0].selector.cgroup._compiled)
+    assert known()
+    del reading
+    gc.collect()
+    assert not known()
 
 
 def test_a_gigabyte_is_refused_unread(tmp_path):
