@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -83,3 +85,13 @@ def scale() -> Callable[[int, int, int], int]:
         return counts[which]
 
     return choose
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _entered_by_anybody(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Folders of tests are root's alone, but for those that a test opens; what is above them is everybody's."""
+    base, end = tmp_path_factory.getbasetemp(), Path(tempfile.gettempdir())
+    for folder in (base, *base.parents):
+        if folder == end:
+            break
+        folder.chmod(0o755)
