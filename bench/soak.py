@@ -384,17 +384,22 @@ def main() -> int:
                 run(soak, given.minutes * 60, every)
             finally:
                 watch.end()
+                _keep(watch)
                 soak.close()
         except (AssertionError, OSError) as error:
             print(f"bench soak: {error}\n{service.log.read_text()[-2000:]}", file=sys.stderr)
             return 1
         finally:
             service.stop()
-    code = report(soak, watch)
+    return report(soak, watch)
+
+
+def _keep(watch: Watch) -> None:
+    """What was seen, of a soak that ended early too."""
     out = harness.BUILD / "bench"
     watch.write(out / "soak.csv")
-    plot(watch, [name for name in SHOWN if name in watch.names()], out / "soak.svg")
-    return code
+    if names := [name for name in SHOWN if name in watch.names()]:
+        plot(watch, names, out / "soak.svg")
 
 
 if __name__ == "__main__":

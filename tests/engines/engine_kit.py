@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -284,14 +285,20 @@ class Podman(Engine):
         self.settings = cave.etc / "containers/containers.conf.d/zz-fgpu.conf"
         (work / ".config/containers").mkdir(parents=True)
         (work / ".config/containers/policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+        self._state = Path(tempfile.mkdtemp(prefix="fgpu-"))  # it takes no more than 50 characters
 
     def words(self) -> list[str | Path]:
         """See Engine."""
-        places = ["--root", self.work / "store", "--runroot", self.work / "state"]
+        places = ["--root", self.work / "store", "--runroot", self._state]
         kinds = ["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "file"]
         conmon = shutil.which("conmon", path=self.environment["PATH"])
         programs = ["--runtime", self.runtime, "--conmon", conmon]
         return ["podman", *places, *kinds, *programs]
+
+    def close(self) -> None:
+        """See Engine."""
+        super().close()
+        shutil.rmtree(self._state, ignore_errors=True)
 
     @contextlib.contextmanager
     def serving(self, place: Path) -> Iterator[None]:
@@ -325,7 +332,8 @@ class Rootless(Podman):
 
     def words(self) -> list[str | Path]:
         """See Engine."""
-        places = [str(word).replace(str(self.work), str(self.home)) for word in super().words()]
+        mine = {str(self._state): f"{self.home}/state", str(self.work): str(self.home)}
+        places = [re.sub("|".join(map(re.escape, mine)), lambda of: mine[of[0]], str(w)) for w in super().words()]
         place = f"/sys/fs/cgroup/{self.group}/session-1.scope"
         session = ["sh", "-c", 'echo $$ >"$0"/cgroup.procs; cd /; exec "$@"', place]
         user = ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--clear-groups", "--inh-caps=-all"]
