@@ -213,7 +213,6 @@ class Agent:
         assert self.reconciler
         for tenant in self.enforcer:
             self.reconciler.orphaned(tenant.cgroup)
-        self.reconciler.nudge()
 
     def _inject(self) -> None:
         """What containers are given when they start. A host where that cannot be written still enforces."""
