@@ -332,8 +332,9 @@ class Rootless(Podman):
 
     def words(self) -> list[str | Path]:
         """See Engine."""
-        mine = {str(self._state): f"{self.home}/state", str(self.work): str(self.home)}
-        places = [re.sub("|".join(map(re.escape, mine)), lambda of: mine[of[0]], str(w)) for w in super().words()]
+        home = str(self.home)
+        usual = (str(word).replace(str(self._state), f"{home}/state") for word in super().words())
+        places = [word.replace(str(self.work), home) for word in usual]
         place = f"/sys/fs/cgroup/{self.group}/session-1.scope"
         session = ["sh", "-c", 'echo $$ >"$0"/cgroup.procs; cd /; exec "$@"', place]
         user = ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--clear-groups", "--inh-caps=-all"]
