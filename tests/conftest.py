@@ -21,10 +21,7 @@ LIVE = ("bpf", "dashboards", "e2e", "engines", "gatekeeper", "kubelet", "package
 # Suites that need nothing of what a host has one of. The whole run has a process for these and one for all others.
 ASIDE = ("fuzz", "shim", "sim", "unit")
 CLONE_NEWNS = 0x20000
-OWN = """
-mount --make-rprivate /
-mount -t tmpfs tmpfs /run/fgpu && mount -t tmpfs tmpfs /run/fgpu-sim && mount -t bpf bpf /sys/fs/bpf
-"""
+WORLD = Path(__file__).with_name("world.sh")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,7 +56,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
 def _leave_the_others() -> None:
     """What this process and its children have in /run and of pinned maps is their own."""
     assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
-    subprocess.run(["sh", "-ec", OWN], check=True)
+    subprocess.run(["sh", WORLD, "true"], check=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import lzma
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,16 +11,40 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "build/kernels"
-KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
-DEBIAN, SECURITY = "http://deb.debian.org/debian", "http://deb.debian.org/debian-security"
-META = "linux-image-amd64"
-SOURCES = {
-    "6.1": ((DEBIAN, "bookworm"), (SECURITY, "bookworm-security")),
-    "6.12": ((DEBIAN, "trixie"), (SECURITY, "trixie-security")),
-    "newest": ((DEBIAN, "sid"),),
-}
 BUSYBOX = "busybox-static"
 MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a kernel is: `package` leads to it by what it depends on."""
+
+    keys: Path
+    archives: tuple[tuple[str, str], ...]  # address and suite
+    package: str
+
+
+def _debian(*suites: str, package: str = "linux-image-amd64") -> Source:
+    kinds = {suite: "debian-security" if suite.endswith("-security") else "debian" for suite in suites}
+    archives = tuple((f"http://deb.debian.org/{kind}", suite) for suite, kind in kinds.items())
+    return Source(Path("/usr/share/keyrings/debian-archive-keyring.gpg"), archives, package)
+
+
+def _ubuntu(suite: str, package: str) -> Source:
+    archives = tuple(("http://archive.ubuntu.com/ubuntu", name) for name in (suite, f"{suite}-updates"))
+    return Source(UBUNTU_KEYS, archives, package)
+
+
+UBUNTU_KEYS = KERNELS / "keys/root/usr/share/keyrings/ubuntu-archive-keyring.gpg"
+KEYRING = _debian("sid", package="ubuntu-keyring")  # so that what Debian signed says what Ubuntu did
+SOURCES = {
+    "6.1": _debian("bookworm", "bookworm-security"),
+    "6.8": _ubuntu("noble", "linux-image-generic"),
+    "6.11": _ubuntu("noble", "linux-image-6.11.0-29-generic"),
+    "6.12": _debian("trixie", "trixie-security"),
+    "hwe": _ubuntu("noble", "linux-image-generic-hwe-24.04"),
+    "newest": _debian("sid"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +75,32 @@ def image(version: str) -> Image:
 # -- packages ------------------------------------------------------------------------------------------------------
 
 
-def _fetch(folder: Path, sources: tuple[tuple[str, str], ...]) -> None:
+def _fetch(folder: Path, source: Source) -> None:
+    """What of its packages a guest needs, in folder/root."""
+    if not source.keys.exists():
+        _fetch(KERNELS / "keys", KEYRING)
     for part in ("apt/lists/partial", "apt/archives/partial", "packages", "root"):
         (folder / part).mkdir(parents=True)
-    lines = [f"deb [signed-by={KEYS}] {address} {suite} main\n" for address, suite in sources]
+    lines = [f"deb [signed-by={source.keys}] {address} {suite} main\n" for address, suite in source.archives]
     (folder / "apt/sources.list").write_text("".join(lines))
     _apt(folder, "get", "-qq", "update")
-    wanted = _apt(folder, "cache", "depends", "--recurse", "--no-suggests", "--no-recommends", META).splitlines()
-    parts = ("linux-image-", "linux-binary-", "linux-modules-")
-    packages = {name for name in wanted if name.startswith(parts) and not name.endswith("-unsigned")}
-    _apt(folder, "get", "-qq", "download", BUSYBOX, *sorted(packages - {META}))
+    _apt(folder, "get", "-qq", "download", *(_kernel(folder, source) if source is not KEYRING else [source.package]))
     for package in (folder / "packages").glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", package, folder / "root"], check=True)
         package.unlink()
     shutil.rmtree(folder / "apt")
+
+
+def _kernel(folder: Path, source: Source) -> list[str]:
+    """Names of its packages, without modules for devices that no guest has."""
+    found: set[str] = set()
+    asked = {source.package}
+    while asked:
+        said = _apt(folder, "cache", "depends", *sorted(asked))
+        named = re.findall(r"^ *Depends: (linux-(?:image|binary|modules)-\d\S*)$", said, re.MULTILINE)
+        found |= asked
+        asked = set(named) - found
+    return [BUSYBOX, *sorted(found)]
 
 
 def _apt(folder: Path, tool: str, *arguments: str) -> str:
@@ -90,7 +126,7 @@ def _initramfs(folder: Path, modules: Path) -> bytes:
     """busybox, the modules that the root needs, and init: as cpio has it."""
     busybox = next(path for path in (folder / "root/bin/busybox", folder / "root/usr/bin/busybox") if path.exists())
     base = modules.parent.parent.parent
-    subprocess.run([busybox, "depmod", "-b", base, modules.name], check=True)
+    subprocess.run(["/usr/sbin/depmod", "-b", base, modules.name], check=True)
     loaded = [_plain(modules / name) for name in _in_order(modules)]
     names = [f"{n}.ko" for n in range(len(loaded))]
     entries = [_entry(name, 0o40755, b"") for name in ("bin", "proc", "sys", "dev", "lower", "upper", "root", "m")]
@@ -118,7 +154,8 @@ def _in_order(modules: Path) -> list[str]:
 
 
 def _plain(module: Path) -> bytes:
-    return lzma.decompress(module.read_bytes()) if module.suffix == ".xz" else module.read_bytes()
+    reads = {".xz": ["xz", "-dc"], ".zst": ["zstd", "-dcq"]}.get(module.suffix, ["cat"])
+    return subprocess.run([*reads, module], check=True, stdout=subprocess.PIPE).stdout
 
 
 def _entry(name: str, mode: int, data: bytes) -> bytes:
