@@ -184,7 +184,8 @@ def freeze(fd: int) -> None:
 
 def frozen(fd: int) -> bool:
     """No process may write the map. (A descriptor that is read-only could not be mapped as shared at all.)"""
-    return "frozen:\t1" in Path(f"/proc/self/fdinfo/{fd}").read_text()
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as said:
+        return "frozen:\t1" in said.read()
 
 
 def map_by_id(identity: int) -> int:

@@ -92,7 +92,7 @@ class PolicyFolder:
 
     def _stamp(self, name: str) -> Stamp | None:
         try:
-            return Stamp.of(os.stat(self.path / name))
+            return Stamp.of(os.stat(f"{self.path}/{name}"))
         except OSError:
             return None
 

@@ -22,7 +22,7 @@ from fgpu_ebpf.probes import LIBRARY_FOLDERS, File, Target
 Root = tuple[int, int, int]
 NAMES = ("libcuda.so.1", "libcuda.so")
 FOLDERS = (*LIBRARY_FOLDERS, "usr/local/cuda/compat/lib")
-MOST_ROOTS = 1024  # whichever is forgotten is looked into again when a program begins there
+MOST_ROOTS = 256  # whichever no program has begun in for longest is forgotten, and looked into when one does
 _NS_GET_ID, _ID = 0x8008B705, struct.Struct("Q")  # Linux 6.11
 
 
@@ -38,9 +38,13 @@ class Roots:
     def enter(self, pid: int) -> Root | None:
         """The root of a process; None: somebody has been there, or it is the host's, or gone."""
         root = root_of(pid)
-        if root is None or root[1:] == self._own or root in self._seen:
+        if root is None or root[1:] == self._own:
             return None
-        self._seen[root] = None
+        is_known = root in self._seen
+        self._seen.pop(root, None)
+        self._seen[root] = None  # the last to be forgotten
+        if is_known:
+            return None
         if len(self._seen) > MOST_ROOTS:
             self._forget_root(next(iter(self._seen)))
         return root

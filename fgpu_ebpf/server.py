@@ -169,7 +169,7 @@ class ControlServer:
         tenant = self._agent.manager.run(_asked(request), str(request.get("name") or ""))
         return {
             "tenant": tenant.name,
-            "folder": str(self._agent.manager.workloads.folder(tenant.path)),
+            "folder": self._agent.manager.workloads.folder(tenant.path),
             "preload": str(self._agent.settings.run_dir / "ld.so.preload"),
             "shim": str(self._agent.shim),
         }

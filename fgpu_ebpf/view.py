@@ -265,7 +265,8 @@ def _policies(policies: Policies | None) -> PoliciesView | None:
 
 def _gatekeeper(run_dir: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run_dir / "gatekeeper.json").read_text(encoding="utf-8"))
+        with open(f"{run_dir}/gatekeeper.json", encoding="utf-8") as file:
+            found = json.load(file)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

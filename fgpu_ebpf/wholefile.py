@@ -5,18 +5,21 @@ Owns: nothing. Never: leaves half a file, or what it wrote aside. On failure: OS
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 
 def write(path: Path, text: str, mode: int = 0o644) -> None:
     """Puts the text in the file's place, whatever the umask. One writer at a time."""
-    aside = path.with_name(f".{path.name}.new")
+    folder, name = os.path.split(path)
+    aside = os.path.join(folder, f".{name}.new")
     try:
         with open(aside, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             os.fchmod(file.fileno(), mode)
             file.write(text)
         os.replace(aside, path)
     except OSError:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
         raise

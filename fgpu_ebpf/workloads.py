@@ -63,10 +63,10 @@ class Workloads:
         """Why an engine has not said who this is; empty: it has, or none is to be asked."""
         return self._namer.missing(workload) if self._namer else ""
 
-    def folder(self, path: str) -> Path:
+    def folder(self, path: str) -> str:
         """The folder of a cgroup, which must be there: `/a/b` below the hierarchy's root. TargetError."""
         parts = [part for part in path.split("/") if part]
-        if ".." in parts or not (folder := self.root.joinpath(*parts)).is_dir():
+        if ".." in parts or not os.path.isdir(folder := os.path.join(self.root, *parts)):
             raise TargetError(f"no cgroup {path} under {self.root}")
         return folder
 
@@ -122,7 +122,7 @@ class Workloads:
     def remove(self, path: str) -> bool:
         """Removes an empty cgroup of `fgpu run`; False: somebody is in it."""
         try:
-            self.folder(path).rmdir()
+            os.rmdir(self.folder(path))
         except TargetError:
             return True
         except OSError:

@@ -117,7 +117,10 @@ def test_roots_do_not_pile_up(tmp_path: Path, dweller: Dweller, monkeypatch: pyt
         seen.found((1, n), root)
     assert seen.enter(pids[2]) is None
     assert seen.dwellers({(1, n) for n in range(3)}, pids) == {(1, 1): pids[1], (1, 2): pids[2]}
+    assert seen.enter(pids[1]) is None
     assert seen.enter(pids[0]), "the oldest is forgotten"
+    assert seen.enter(pids[1]) is None, "a program has begun there since"
+    assert seen.enter(pids[2])
 
 
 @pytest.mark.parametrize("link", ["/etc", "../" * 20 + "etc"])
