@@ -40,6 +40,7 @@ _PRODUCT = (
     "test_process_started_without_a_gatekeeper_gets_no_memory",
     "test_restarts_are_not_noticed",
 )
+_REFUSED = "tests/kernels/refused.py"
 _LINKS = ("test_the_layer_is_let_go_with_its_last_mapper", "test_links_that_are_gone_are_there_again")
 # Name -> what pytest is given. The ledger's tests are all of them, of the others those that tell most.
 SUITES = {
@@ -49,6 +50,7 @@ SUITES = {
     "product": _only(_PRODUCT, *(f"tests/e2e/test_{name}.py" for name in ("limit", "end", "restart"))),
     "links": _only(_LINKS, "tests/e2e/test_private_copies.py", "tests/e2e/test_unpinned.py"),
 }
+UNFIT = {"5.15": "old", "6.11.0-17": "return_probes"}  # the agent does not start there: why, as refused.py names it
 
 
 def main() -> int:
@@ -64,7 +66,8 @@ def main() -> int:
     rows, good = ["| kernel | suite | passed | failed | skipped |", "|---|---|---|---|---|"], True
     for version in options.versions:
         image = images.image(version)
-        for name, done in guest.run(image, suites, options.minutes * 60).items():
+        chosen = suites if options.suite or version not in UNFIT else {"refused": _only([UNFIT[version]], _REFUSED)}
+        for name, done in guest.run(image, chosen, options.minutes * 60).items():
             good = good and done.good
             rows.append(f"| {image.release} | {name} | {done.passed} | {done.failed} | {done.skipped} |")
             print(rows[-1], *done.reasons, sep="\n", flush=True)

@@ -38,9 +38,11 @@ def _ubuntu(suite: str, package: str) -> Source:
 UBUNTU_KEYS = KERNELS / "keys/root/usr/share/keyrings/ubuntu-archive-keyring.gpg"
 KEYRING = _debian("sid", package="ubuntu-keyring")  # so that what Debian signed says what Ubuntu did
 SOURCES = {
+    "5.15": _ubuntu("jammy", "linux-image-generic"),
     "6.1": _debian("bookworm", "bookworm-security"),
     "6.8": _ubuntu("noble", "linux-image-generic"),
     "6.11": _ubuntu("noble", "linux-image-6.11.0-29-generic"),
+    "6.11.0-17": _ubuntu("noble", "linux-image-6.11.0-17-generic"),
     "6.12": _debian("trixie", "trixie-security"),
     "hwe": _ubuntu("noble", "linux-image-generic-hwe-24.04"),
     "newest": _debian("sid"),

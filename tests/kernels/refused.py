@@ -1,0 +1,25 @@
+"""Where the product cannot work the agent does not start, and says why; on kernels that are chosen for that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import harness
+import pytest
+
+REASONS = {
+    "old": r"Linux \S+ is too old",
+    "return_probes": "return probes kill containers on this kernel",
+}
+
+
+@pytest.mark.parametrize("why", REASONS)
+def test_the_agent_does_not_start(why: str, tmp_path: Path) -> None:
+    service = harness.Service(tmp_path)
+    service.start_driver()
+    try:
+        with pytest.raises(AssertionError, match=f"the agent ended: fgpu: {REASONS[why]}"):
+            service.start_agent()
+    finally:
+        service.agent = None
+        service.stop()
