@@ -365,7 +365,7 @@ def _prepare(lock: Lock, is_patient: bool) -> Path:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     come_first()
     privileges.keep_only(privileges.GATEKEEPER)
-    heap.share_one_arena()
+    heap.keep_small()
     sys.setswitchinterval(0.0005)
     _thread.stack_size(256 * 1024)
     return root

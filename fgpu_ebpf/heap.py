@@ -1,6 +1,6 @@
-"""The C library's memory of this process, which all of its threads share.
+"""The C library's memory of this process, so that what is freed goes back to the system, for months.
 
-Owns: that they share it. Never: limits it. When it fails: a C library that knows no arenas has none to share.
+Owns: two of its settings. Never: limits it. When it fails: a C library that does not know them goes on without.
 """
 
 from __future__ import annotations
@@ -8,11 +8,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-_M_ARENA_MAX = -8  # of <malloc.h>
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of <malloc.h>
+_LARGE_BYTES = 128 << 10  # what it is at first
 
 
-def share_one_arena() -> None:
-    """To be called before there are threads. Else as many of them as ever allocate at one time (a scrape, a request)
-    leave an arena behind each, of half a megabyte, up to eight for a processor."""
+def keep_small() -> None:
+    """To be called before there are threads.
+
+    All of them share one arena. Else as many as ever allocate at one time (a scrape, a request) leave one behind each,
+    of half a megabyte, up to eight for a processor. And what is large stays a mapping of its own: the first of those
+    that is freed would make all of its size parts of the heap, which leave holes there.
+    """
     with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

@@ -110,7 +110,7 @@ def serve(options: Options) -> None:
         if not check.ok and check.name not in options.skipped:
             raise AgentError(f"{check.found}: {check.mend}")
     workloads.make_run_folder()  # the agent gives up what that takes
-    heap.share_one_arena()
+    heap.keep_small()
     service = Agent(settings(options))
     service.mark("imported")
     _handle_signals(service)

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from fgpu_ebpf import heap
+
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
 MOST_BYTES = 1 << 12
@@ -116,6 +118,7 @@ def _inputs(inputs: Sequence[bytes], runs: int, more: Callable[[], bytes]) -> It
 def main() -> int:
     """fuzz_kit.py NAME RUNS [SEED]: one fuzzer in Python."""
     logging.disable(logging.CRITICAL)
+    heap.keep_small()  # as agent and gatekeeper do
     name, runs, *seed = sys.argv[1:]
     module = importlib.import_module(f"fuzz_{name}")
     fuzzer = module.Fuzzer()

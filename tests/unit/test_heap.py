@@ -1,4 +1,4 @@
-"""Threads share the C library's memory, once they are told to."""
+"""What is freed goes back to the system, once the C library has been told so."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
 libc.malloc_info(0, file)
 libc.fclose(file)
 """
+LARGE = """
+import ctypes
+from fgpu_ebpf import heap
+{before}
+class Mallinfo(ctypes.Structure):
+    _fields_ = [("above", ctypes.c_size_t * 4), ("mapped", ctypes.c_size_t), ("below", ctypes.c_size_t * 5)]
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.mallinfo2.restype = ctypes.c_void_p, Mallinfo
+libc.free(ctypes.c_void_p(libc.malloc(1 << 20)))
+before = libc.mallinfo2().mapped
+libc.malloc(1 << 19)
+print(libc.mallinfo2().mapped - before)
+"""
 
 
 def arenas(before: str, out: Path) -> int:
@@ -32,5 +45,16 @@ def arenas(before: str, out: Path) -> int:
 
 
 def test_threads_share_one_arena(tmp_path: Path) -> None:
-    assert arenas("heap.share_one_arena()", tmp_path / "one") == 1
+    assert arenas("heap.keep_small()", tmp_path / "one") == 1
     assert arenas("", tmp_path / "many") > 1
+
+
+def mapped_bytes(before: str) -> int:
+    """How much of half a megabyte is a mapping of its own, after a megabyte was freed."""
+    command = [sys.executable, "-c", LARGE.format(before=before)]
+    return int(subprocess.run(command, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+
+
+def test_what_is_large_stays_a_mapping_of_its_own() -> None:
+    assert mapped_bytes("heap.keep_small()") >= 1 << 19
+    assert mapped_bytes("") == 0
