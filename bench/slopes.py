@@ -78,9 +78,11 @@ class Watch(threading.Thread):
         """The samples (seconds, value) of each life."""
         return [rows for (what, _), rows in self.samples.items() if what == name]
 
-    def slope(self, name: str) -> Slope | None:
-        """Of what was watched; None: too few minutes."""
-        return slope([_minutes(rows) for rows in self.lives(name)])
+    def slope(self, name: str, late: bool = False) -> Slope | None:
+        """Of what was watched; `late`: in the second half of each life, when tables of so many entries are full. None:
+        too few minutes.
+        """
+        return slope([_minutes(rows, late) for rows in self.lives(name)])
 
     def write(self, path: Path) -> None:
         """All samples, as `what,life,seconds,value`."""
@@ -102,9 +104,9 @@ def _sizes(pid: int) -> dict[str, float]:
     }
 
 
-def _minutes(rows: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _minutes(rows: list[tuple[float, float]], late: bool) -> list[tuple[float, float]]:
     """(minutes, mean) of every whole minute of a life, after it has settled."""
-    begun = rows[0][0] + SETTLING_SECONDS
+    begun = rows[0][0] + max(SETTLING_SECONDS, (rows[-1][0] - rows[0][0]) / 2 if late else 0)
     found = collections.defaultdict(list)
     for seconds, value in rows:
         if seconds >= begun:

@@ -3,10 +3,10 @@ policies change and agent and gatekeeper are killed and restarted.
 
 Prints `soak_NAME VALUE UNIT`: what was done; what was wrong (bytes above a limit, ledgers that did not agree with the
 driver within their time, programs that said nothing); and for each size that was watched its slope a minute with half
-of its 95 % interval. Writes build/bench/soak.json, soak.csv and soak.svg. 1 where anything was wrong, or where the
-resident memory of agent or gatekeeper grows by more than 1 KiB a minute and no growth is not in the interval. Starts
-and stops driver and services itself; DRIVER_ROOT=/ takes the real driver, and trainings of TORCH_PYTHON, an interpreter
-that has torch, beside the other programs.
+of its 95 % interval, and the same of the second half of each life (`late`). Writes build/bench/soak.json, soak.csv and
+soak.svg. 1 where anything was wrong, or where the resident memory of agent or gatekeeper grows by more than 1 KiB a
+minute and no growth is not in the interval. Starts and stops driver and services itself; DRIVER_ROOT=/ takes the real
+driver, and trainings of TORCH_PYTHON, an interpreter that has torch, beside the other programs.
 """
 
 from __future__ import annotations
@@ -337,12 +337,13 @@ def report(soak: Soak, watch: Watch) -> int:
     lines["soak_most_above"] = (soak.above, "bytes")
     grows = []
     for name in watch.names():
-        if not (slope := watch.slope(name)):
-            continue
         unit = "KiB/min" if name.endswith("resident") else "/min"
-        lines[f"soak_slope_{name}"], lines[f"soak_within_{name}"] = (slope.value, unit), (slope.within, unit)
-        if name.endswith("resident") and slope.value > SLOPE_KIB and not slope.may_be_none:
-            grows.append(name)
+        for part, late in (("", False), ("late_", True)):
+            if slope := watch.slope(name, late):
+                lines[f"soak_{part}slope_{name}"] = (slope.value, unit)
+                lines[f"soak_{part}within_{name}"] = (slope.within, unit)
+                if name.endswith("resident") and slope.value > SLOPE_KIB and not slope.may_be_none and not late:
+                    grows.append(name)
     record("soak", lines)
     print(f"soak_grows {' '.join(grows) or 'nothing'}")
     return 1 if grows or any(soak.wrong.values()) else 0
