@@ -63,7 +63,6 @@ def image(version: str) -> Image:
     """The newest kernel of that name at the time of the first call; build/kernels/VERSION keeps it."""
     folder = KERNELS / version
     if not (folder / "initramfs").exists():
-        shutil.rmtree(folder, ignore_errors=True)
         _fetch(folder, SOURCES[version])
     modules = next(path for path in (folder / "root/lib/modules", folder / "root/usr/lib/modules") if path.is_dir())
     release = next(modules.iterdir()).name
@@ -81,6 +80,7 @@ def _fetch(folder: Path, source: Source) -> None:
     """What of its packages a guest needs, in folder/root."""
     if not source.keys.exists():
         _fetch(KERNELS / "keys", KEYRING)
+    shutil.rmtree(folder, ignore_errors=True)
     for part in ("apt/lists/partial", "apt/archives/partial", "packages", "root"):
         (folder / part).mkdir(parents=True)
     lines = [f"deb [signed-by={source.keys}] {address} {suite} main\n" for address, suite in source.archives]
