@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Set
 
 from fgpu_ebpf import innerpath, procfs
@@ -32,7 +33,7 @@ class Roots:
     def __init__(self, own: str = "/") -> None:
         """`own`: the host's root, whose files are found otherwise."""
         self._own = _place(own)
-        self._seen: dict[Root, None] = {}
+        self._seen: OrderedDict[Root, None] = OrderedDict()
         self._found: dict[File, set[Root]] = {}
 
     def enter(self, pid: int) -> Root | None:
@@ -40,11 +41,10 @@ class Roots:
         root = root_of(pid)
         if root is None or root[1:] == self._own:
             return None
-        is_known = root in self._seen
-        self._seen.pop(root, None)
-        self._seen[root] = None  # the last to be forgotten
-        if is_known:
+        if root in self._seen:
+            self._seen.move_to_end(root)
             return None
+        self._seen[root] = None
         if len(self._seen) > MOST_ROOTS:
             self._forget_root(next(iter(self._seen)))
         return root
