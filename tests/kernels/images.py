@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 import shutil
 import subprocess
@@ -63,7 +64,7 @@ def image(version: str) -> Image:
     """The newest kernel of that name at the time of the first call; build/kernels/VERSION keeps it."""
     folder = KERNELS / version
     if not (folder / "initramfs").exists():
-        _fetch(folder, SOURCES[version])
+        _fetch(folder, SOURCES[version], BUSYBOX)
     modules = next(path for path in (folder / "root/lib/modules", folder / "root/usr/lib/modules") if path.is_dir())
     release = next(modules.iterdir()).name
     kernel = next((folder / "root").rglob("vmlinuz*"))
@@ -76,8 +77,8 @@ def image(version: str) -> Image:
 # -- packages ------------------------------------------------------------------------------------------------------
 
 
-def _fetch(folder: Path, source: Source) -> None:
-    """What of its packages a guest needs, in folder/root."""
+def _fetch(folder: Path, source: Source, *more: str) -> None:
+    """In folder/root what is in its packages, and in these."""
     if not source.keys.exists():
         _fetch(KERNELS / "keys", KEYRING)
     shutil.rmtree(folder, ignore_errors=True)
@@ -86,15 +87,15 @@ def _fetch(folder: Path, source: Source) -> None:
     lines = [f"deb [signed-by={source.keys}] {address} {suite} main\n" for address, suite in source.archives]
     (folder / "apt/sources.list").write_text("".join(lines))
     _apt(folder, "get", "-qq", "update")
-    _apt(folder, "get", "-qq", "download", *(_kernel(folder, source) if source is not KEYRING else [source.package]))
+    _apt(folder, "get", "-qq", "download", *more, *sorted(_packages(folder, source)))
     for package in (folder / "packages").glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", package, folder / "root"], check=True)
         package.unlink()
     shutil.rmtree(folder / "apt")
 
 
-def _kernel(folder: Path, source: Source) -> list[str]:
-    """Names of its packages, without modules for devices that no guest has."""
+def _packages(folder: Path, source: Source) -> set[str]:
+    """Names: without a kernel's modules for devices that no guest has."""
     found: set[str] = set()
     asked = {source.package}
     while asked:
@@ -102,7 +103,7 @@ def _kernel(folder: Path, source: Source) -> list[str]:
         named = re.findall(r"^ *Depends: (linux-(?:image|binary|modules)-\d\S*)$", said, re.MULTILINE)
         found |= asked
         asked = set(named) - found
-    return [BUSYBOX, *sorted(found)]
+    return found
 
 
 def _apt(folder: Path, tool: str, *arguments: str) -> str:
@@ -156,8 +157,11 @@ def _in_order(modules: Path) -> list[str]:
 
 
 def _plain(module: Path) -> bytes:
-    reads = {".xz": ["xz", "-dc"], ".zst": ["zstd", "-dcq"]}.get(module.suffix, ["cat"])
-    return subprocess.run([*reads, module], check=True, stdout=subprocess.PIPE).stdout
+    if module.suffix == ".xz":
+        return lzma.decompress(module.read_bytes())
+    if module.suffix == ".zst":
+        return subprocess.run(["zstd", "-dcq", module], check=True, stdout=subprocess.PIPE).stdout
+    return module.read_bytes()
 
 
 def _entry(name: str, mode: int, data: bytes) -> bytes:
