@@ -16,9 +16,11 @@ for entry in /run/*; do
     if [ -h "$entry" ]; then
         cp -P "$entry" "$inside"
     elif [ -d "$entry" ]; then
-        mkdir "$inside" && mount --rbind "$entry" "$inside"
+        mkdir "$inside"
+        mount --rbind "$entry" "$inside"
     elif [ -e "$entry" ]; then
-        : >"$inside" && mount --bind "$entry" "$inside"
+        : >"$inside"
+        mount --bind "$entry" "$inside"
     fi
 done
 mount --move "$own" /run
