@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/e2e"))
 import harness
 from harness import MIB, REFUSED, Client, Place, Program, Service, Tenant, ask, eventually
 from memory import end_in_order
-from slopes import Watch, plot
+from slopes import Slope, Watch, plot
 from tenants import record
 
 REAL = harness.DRIVER_ROOT != harness.SIM
@@ -335,18 +335,20 @@ def report(soak: Soak, watch: Watch) -> int:
     lines: dict[str, tuple[float, str]] = {f"soak_{name}": (n, "") for name, n in sorted(soak.done.items())}
     lines |= {f"soak_wrong_{name}": (n, "") for name, n in sorted(soak.wrong.items())}
     lines["soak_most_above"] = (soak.above, "bytes")
-    grows = []
     for name in watch.names():
         unit = "KiB/min" if name.endswith("resident") else "/min"
         for part, late in (("", False), ("late_", True)):
             if slope := watch.slope(name, late):
                 lines[f"soak_{part}slope_{name}"] = (slope.value, unit)
                 lines[f"soak_{part}within_{name}"] = (slope.within, unit)
-                if name.endswith("resident") and slope.value > SLOPE_KIB and not slope.may_be_none and not late:
-                    grows.append(name)
+    grows = [name for name in watch.names() if name.endswith("resident") and _grows(watch.slope(name))]
     record("soak", lines)
     print(f"soak_grows {' '.join(grows) or 'nothing'}")
     return 1 if grows or any(soak.wrong.values()) else 0
+
+
+def _grows(slope: Slope | None) -> bool:
+    return slope is not None and slope.value > SLOPE_KIB and not slope.may_be_none
 
 
 def main() -> int:
