@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/e2e"))
 import harness
 from harness import MIB, REFUSED, Client, Place, Program, Service, Tenant, ask, eventually
 from memory import end_in_order
-from slopes import Slope, Watch, plot
+from slopes import SETTLING_SECONDS, Slope, Watch, plot
 from tenants import record
 
 REAL = harness.DRIVER_ROOT != harness.SIM
@@ -36,6 +36,7 @@ TORCH = os.environ.get("TORCH_PYTHON", "") if REAL else ""
 MOST_TENANTS, MOST_PROGRAMS, MOST_JOBS = 10, 3, 4
 SMALLEST, LARGEST = (2048 * MIB, 6144 * MIB) if TORCH else (600 * MIB, 1200 * MIB)
 CHECK_SECONDS, AGREE_SECONDS = 20.0, 10.0
+SETS = 10  # of one tenant in a crowd
 SLOPE_KIB = 1.0
 SHOWN = ("agent_resident", "gatekeeper_resident", "agent_descriptors", "map_processes", "map_allocations", "map_pages")
 POLICY = """
@@ -109,6 +110,16 @@ class Soak:
         self._start(tenant)
         if self.random.random() < 0.5:
             harness.fgpu("set", tenant.path, "--weight", str(self.random.randrange(50, 400)))
+
+    def crowd(self) -> None:
+        """A tenant that is refused at once, and whose limit is set time and again."""
+        self.arrive()
+        tenant = next(reversed(self.tenants))
+        for client in self.tenants[tenant]:
+            self._said(client, f"fill {8 * MIB} 0", also=(REFUSED,))
+        for _ in range(SETS):
+            ask(verb="put", target=tenant.path, memory=str(self.limits[tenant]))
+        self.done["crowd"] += 1
 
     def start(self) -> None:
         """A program more in a tenant."""
@@ -316,8 +327,14 @@ def _is_there(runtime: str) -> bool:
 
 
 def run(soak: Soak, seconds: float, every: float) -> None:
-    """Things happen for so long; a restart comes every `every` seconds."""
+    """Things happen for so long; a restart comes every `every` seconds.
+
+    The first of them are a crowd, so that whatever is kept of so many tenants or events is full when sizes are first
+    looked at: else they would seem to grow for as long as that takes.
+    """
     begun = time.monotonic()
+    while time.monotonic() < begun + min(SETTLING_SECONDS, seconds / 2):
+        soak.crowd()
     checked, restarted = begun, begun
     while (now := time.monotonic()) < begun + seconds:
         soak.step()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fgpu_ebpf import cdi, devices, inject, launch, notify, probes, procfs, profiles, programs, published, trial
+from fgpu_ebpf import cdi, devices, heap, inject, launch, notify, probes, procfs, profiles, programs, published, trial
 from fgpu_ebpf.adoption import Adoption
 from fgpu_ebpf.detach import LOCK, NAMES, take_away
 from fgpu_ebpf.discovery import Discovery
@@ -283,6 +283,7 @@ class Agent:
                 if now >= next_scan or self.news.lost():
                     next_scan = now + RESCAN_SECONDS
                     self._do(self.rescan)
+                    self._do(heap.give_back)
 
     def _round(self, now: float) -> None:
         """What nobody tells of."""

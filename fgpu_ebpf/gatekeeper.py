@@ -44,6 +44,7 @@ from fgpu_ebpf.urgency import come_first
 
 MOST_LINES, TELL_NS, LOCK_SECONDS = 10, 50_000_000, 0.1
 AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 500_000_000, 250_000_000, 1_000_000_000
+GIVE_BACK_NS = 30_000_000_000
 ANSWER_BYTES = ctypes.sizeof(Answer)
 COUNTS = (
     *("hello_managed", "hello_unmanaged", "hello_held", "hello_unanswered", "malformed", "silent", "gone", "unread"),
@@ -86,6 +87,7 @@ class Gatekeeper:
     def run(self) -> bool:
         """Serve until `end`; folder and socket file stay. False: it ended because its lock was lost."""
         jobs = {self._again: AGAIN_NS, self._show: ROWS_NS, self._beat: HEARTBEAT_NS, self._keep_up: UPKEEP_NS}
+        jobs[heap.give_back] = GIVE_BACK_NS
         due = dict.fromkeys(jobs, 0)
         while not self._ended:
             now_ns = monotonic_ns()

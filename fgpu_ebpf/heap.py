@@ -1,6 +1,7 @@
 """The C library's memory of this process, so that what is freed goes back to the system, for months.
 
-Owns: two of its settings. Never: limits it. When it fails: a C library that does not know them goes on without.
+Owns: two of its settings, and when it is asked to. Never: limits it. When it fails: a C library that knows none of
+this goes on without.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of <malloc.h>
 _LARGE_BYTES = 128 << 10  # what it is at first
+_libc = ctypes.CDLL(None)
 
 
 def keep_small() -> None:
@@ -20,6 +22,15 @@ def keep_small() -> None:
     that is freed would make all of its size parts of the heap, which leave holes there.
     """
     with contextlib.suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
+        mallopt = _libc.mallopt
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+def give_back() -> None:
+    """Every whole page that nothing lies on, also in the middle of the heap; to be called now and then.
+
+    By itself only the heap's end is given back, and one small block there keeps all the rest.
+    """
+    with contextlib.suppress(AttributeError):
+        _libc.malloc_trim(0)

@@ -92,21 +92,26 @@ def resident_bytes(pid: int | str = "self") -> int:
     return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def kept_bytes() -> int:
+    """Of this process's memory, once what it need not have has been given back, as agent and gatekeeper do."""
+    gc.collect()
+    heap.give_back()
+    return resident_bytes()
+
+
 def run(one: Callable[[bytes], object], name: str, runs: int, words: Sequence[bytes] = (), seed: int = 0) -> int:
     """The corpus, then so many more; answers by how many bytes this process has grown after it had become warm."""
     inputs = corpus(name)
     warm = 0
     for number, data in enumerate(_inputs(inputs, runs, Mutator(seed, inputs, words))):
         if number == len(inputs) + runs // WARM_PART:
-            gc.collect()
-            warm = resident_bytes()
+            warm = kept_bytes()
         try:
             one(data)
         except BaseException:
             print(f"input {number} of fuzzer {name}: {data!r}")
             raise
-    gc.collect()
-    return resident_bytes() - warm
+    return kept_bytes() - warm
 
 
 def _inputs(inputs: Sequence[bytes], runs: int, more: Callable[[], bytes]) -> Iterator[bytes]:

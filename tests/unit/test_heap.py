@@ -37,6 +37,21 @@ libc.malloc(1 << 19)
 print(libc.mallinfo2().mapped - before)
 """
 
+HOLES = """
+import ctypes, os
+from fgpu_ebpf import heap
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def resident():
+    with open("/proc/self/statm") as file: return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+blocks = [ctypes.c_void_p(libc.malloc(4000)) for _ in range(2000)]
+for block in blocks: ctypes.memset(block, 1, 4000)
+for block in blocks[:-1]: libc.free(block)
+before = resident()
+{after}
+print(before - resident())
+"""
+
 
 def arenas(before: str, out: Path) -> int:
     """How many a process has in which eight threads have memory at one time."""
@@ -58,3 +73,14 @@ def mapped_bytes(before: str) -> int:
 def test_what_is_large_stays_a_mapping_of_its_own() -> None:
     assert mapped_bytes("heap.keep_small()") >= 1 << 19
     assert mapped_bytes("") == 0
+
+
+def given_back_bytes(after: str) -> int:
+    """Of 8 MB that were freed below a block that was not."""
+    command = [sys.executable, "-c", HOLES.format(after=after)]
+    return int(subprocess.run(command, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+
+
+def test_what_is_free_below_what_is_not_goes_back_too() -> None:
+    assert given_back_bytes("heap.give_back()") >= 7 << 20
+    assert given_back_bytes("") < 1 << 20
