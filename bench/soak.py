@@ -1,5 +1,5 @@
 """Everything at once for MINUTES: tenants of every kind come, allocate, are refused, killed and go, while limits and
-policies change and agent and gatekeeper are killed and restarted.
+policies change, agent and gatekeeper are killed and restarted, and so is a Docker with containers of its own.
 
 Prints `soak_NAME VALUE UNIT`: what was done; what was wrong (bytes above a limit, ledgers that did not agree with the
 driver within their time, programs that said nothing); and for each size that was watched its slope a minute with half
@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/e2e"))
 import harness
+from engine import Engine
 from harness import MIB, REFUSED, Client, Place, Program, Service, Tenant, ask, eventually
 from memory import end_in_order
 from slopes import SETTLING_SECONDS, Slope, Watch, plot
@@ -37,6 +38,7 @@ MOST_TENANTS, MOST_PROGRAMS, MOST_JOBS = 10, 3, 4
 SMALLEST, LARGEST = (2048 * MIB, 6144 * MIB) if TORCH else (600 * MIB, 1200 * MIB)
 CHECK_SECONDS, AGREE_SECONDS = 20.0, 10.0
 SETS = 10  # of one tenant in a crowd
+ENGINE_SECONDS = 45.0
 SLOPE_KIB = 1.0
 SHOWN = ("agent_resident", "gatekeeper_resident", "agent_descriptors", "map_processes", "map_allocations", "map_pages")
 POLICY = """
@@ -70,8 +72,8 @@ class Job(Client):
 class Soak:
     """The load: one thing after the other, chosen by a seed."""
 
-    def __init__(self, service: Service, work: Path, seed: int) -> None:
-        self.service, self.random = service, random.Random(seed)
+    def __init__(self, service: Service, work: Path, engine: Engine | None, seed: int) -> None:
+        self.service, self.engine, self.random = service, engine, random.Random(seed)
         kinds = ["pidns", "host", "cgroups", *(runtime for runtime in ("runc", "crun") if _is_there(runtime))]
         self.places: list[Place] = []
         for kind in kinds:
@@ -90,6 +92,7 @@ class Soak:
             (self.limit, 4), (self.policy, 1), (self.busy, 4), (self.calm, 3),
         ]  # fmt: skip
         self._acts += [(self.train, 4), (self.ask_job, 6), (self.kill_job, 3)] if TORCH else []
+        self._acts += [(self.contain, 1)] if engine else []
 
     # -- what happens
 
@@ -216,6 +219,21 @@ class Soak:
         text = POLICY.format(number=self._policies, limit=f"{self.random.randrange(1, 9)}GiB", weight=100)
         (self.service.policies / f"soak-{self._policies}.yaml").write_text(text)
 
+    def contain(self) -> None:
+        """A container of the engine, which takes all of its share."""
+        assert self.engine
+        try:
+            self.engine.start()
+        except AssertionError as why:
+            self.wrong["engine"] += 1
+            print(f"# engine: {why}", flush=True)
+
+    def restart_engine(self) -> None:
+        """The engine ends, killed or not, and comes back; none of its containers does."""
+        if self.engine:
+            self.engine.restart(is_killed := self.random.random() < 0.5)
+            self.done["restart_engine_killed" if is_killed else "restart_engine"] += 1
+
     def restart(self) -> None:
         """kill -9 of agent, gatekeeper or both; the agent starts the other one anew."""
         which = self.random.choice(("agent", "gatekeeper", "both"))
@@ -246,13 +264,25 @@ class Soak:
             except AssertionError as why:
                 self.wrong["disagree"] += 1
                 print(f"# {why}", flush=True)
+        self._check_engine()
         self.wrong["failures"] = max(self.wrong["failures"], ask(verb="snapshot")["failures"])
         self.done["check"] += 1
+
+    def _check_engine(self) -> None:
+        """Whom the engine has started is known by its name, and has its share and no more."""
+        if engine := self.engine:
+            try:
+                eventually(lambda: not engine.wrong(), AGREE_SECONDS, "the engine's containers, with their share")
+            except AssertionError as why:
+                self.wrong["engine"] += 1
+                print(f"# {why}: {engine.wrong()}", flush=True)
 
     def close(self) -> None:
         """All tenants go; what the ledger has of processes then is wrong."""
         for job in list(self.jobs):
             self._end(job)
+        if self.engine:
+            self.engine.close()
         for place in self.places:
             place.close()
         (self.service.policies / f"soak-{self._policies}.yaml").unlink(missing_ok=True)
@@ -327,7 +357,7 @@ def _is_there(runtime: str) -> bool:
 
 
 def run(soak: Soak, seconds: float, every: float) -> None:
-    """Things happen for so long; a restart comes every `every` seconds.
+    """Things happen for so long; a restart of ours comes every `every` seconds, and of the engine more often.
 
     The first of them are a crowd, so that whatever is kept of so many tenants or events is full when sizes are first
     looked at: else they would seem to grow for as long as that takes.
@@ -335,7 +365,8 @@ def run(soak: Soak, seconds: float, every: float) -> None:
     begun = time.monotonic()
     while time.monotonic() < begun + min(SETTLING_SECONDS, seconds / 2):
         soak.crowd()
-    checked, restarted = begun, begun
+    checked = restarted = engine_restarted = begun
+    engine_every = min(ENGINE_SECONDS, seconds / 4)
     while (now := time.monotonic()) < begun + seconds:
         soak.step()
         if now - checked >= CHECK_SECONDS:
@@ -344,6 +375,9 @@ def run(soak: Soak, seconds: float, every: float) -> None:
         if now - restarted >= every:
             soak.restart()
             restarted = now
+        if now - engine_restarted >= engine_every:
+            soak.restart_engine()
+            engine_restarted = now
     soak.check()
 
 
@@ -396,9 +430,9 @@ def main() -> int:
         watch = Watch(pids)
         try:
             if not REAL:
-                service.start_driver()
+                service.start_driver("24GiB")  # whatever all of them may take together, and their contexts
             service.start_agent()
-            soak = Soak(service, work, given.seed)
+            soak = Soak(service, work, None if REAL else Engine(service, work), given.seed)
             watch.start()
             try:
                 run(soak, given.minutes * 60, every)

@@ -121,10 +121,6 @@ class Reconciler:
         """The level has bytes of which only NVML can tell who holds them now."""
         self._orphans.add(cgroup)
 
-    def nudge(self) -> None:
-        """Looks now instead of at the end of the period."""
-        self._wake.set()
-
     def _run(self) -> None:
         while not self._stopping:
             try:

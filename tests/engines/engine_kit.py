@@ -48,7 +48,7 @@ mount --bind "$1/cdi" /run/cdi
 mount -t tmpfs tmpfs /var/lib/fgpu
 [ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 none /sys/fs/cgroup
 echo ready
-exec sleep 600
+exec cat
 """
 
 # A home for a user, and a way to the programs and the shim where these lie in somebody's own folder.
@@ -164,7 +164,7 @@ class Cave:
         self.etc = work / "cave/etc"
         command = ["unshare", "--mount", "sh", "-c", CAVE, "sh", str(work / "cave")]
         self._made = [path for path in MADE if not path.exists()]
-        self._holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._holder.stdout
         assert self._holder.stdout.readline() == "ready\n", "no mount namespace"
         self.prefix = ["nsenter", f"--target={self._holder.pid}", "--mount"]
@@ -361,9 +361,10 @@ class Docker(Engine):
         super().__init__(cave, work)
         self.settings = work / "daemon.json"
         self.settings.write_text(self.before)
-        self._start()
+        self.begin()
 
-    def _start(self) -> None:
+    def begin(self) -> None:
+        """The daemon; returns when it answers."""
         work = self.work
         places = ["--data-root", work / "data", "--exec-root", work / "exec", "--pidfile", work / "pid"]
         kinds = ["--iptables=false", "--bridge=none", "--storage-driver=vfs", "--config-file", self.settings]
@@ -388,18 +389,19 @@ class Docker(Engine):
         if default:
             os.kill(int((self.work / "pid").read_text()), signal.SIGHUP)
         else:
-            self._stop()
-            self._start()
+            self.end()
+            self.begin()
         shown = ["info", "--format", "{{.DefaultRuntime}}"]
         harness.eventually(lambda: self.call(*shown).stdout.strip() == (default or "runc"), 10, f"runtime {default}")
 
-    def _stop(self) -> None:
-        self._daemon.terminate()
+    def end(self, is_killed: bool = False) -> None:
+        """The daemon, and with it its containers: at once, or when it is begun again where it was killed."""
+        self._daemon.send_signal(signal.SIGKILL if is_killed else signal.SIGTERM)
         self._daemon.wait(20)
 
     def close(self) -> None:
         """See Engine."""
-        self._stop()
+        self.end()
         super().close()
 
 

@@ -298,7 +298,6 @@ def test_a_look_that_fails_says_why_and_makes_nothing_fresh():
 
     one = reconciler(Books(process(0)), fails)
     one.start()
-    one.nudge()
     deadline = time.monotonic() + 5
     while not one.truth.failure and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -1,0 +1,73 @@
+"""A Docker of its own for long runs: containers that ask for a share and hold all of it, and a daemon that ends.
+
+Owns: its mount namespace, at most MOST containers, the daemon. When one does not start: AssertionError with what Docker
+says. Imports nothing of fgpu.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/engines"))
+import engine_kit as kit
+import harness
+
+MOST = 3
+SHARE_BYTES, SHARE = 2 * harness.GIB, "fgpu.dev/share=2gib"
+HOLD = kit.FILL.replace("--hold 60", "--hold 3600")
+
+
+class Engine:
+    """Docker with CDI, where the agent looks for it."""
+
+    def __init__(self, service: harness.Service, work: Path) -> None:
+        """`work`: the folder of the service, in which Docker's socket is the one that the agent asks."""
+        self.names: list[str] = []
+        self._number = 0
+        self._cave = kit.Cave(work, service.cdi)
+        try:
+            self._docker = kit.NewerDocker(self._cave, work)
+            assert service.engine == work / "docker.sock"
+            self._docker.load(kit.make_root(work / "image"), "plain")
+        except BaseException:
+            self._cave.close()
+            raise
+
+    def start(self) -> None:
+        """One container more; where there are enough, the oldest goes first."""
+        if len(self.names) >= MOST:
+            self._docker.remove(self.names.pop(0))
+        self._number += 1
+        name = f"soak-{self._number}"
+        self.names.append(name)
+        done = self._docker.run(name, "--device", SHARE, command=HOLD)
+        assert done.returncode == 0, done.stderr
+
+    def restart(self, is_killed: bool) -> None:
+        """The daemon ends by SIGTERM or SIGKILL and is started again; its containers end with it."""
+        self._docker.end(is_killed)
+        self._docker.begin()
+        for name in self.names:
+            self._docker.remove(name)
+        self.names.clear()
+
+    def wrong(self) -> list[str]:
+        """Containers that the agent does not know by their names, with their limit and no more than that, in use."""
+        shown = {tenant["tenant"]: tenant for tenant in harness.ask(verb="snapshot")["tenants"]}
+        return [name for name in self.names if not _is_held(shown.get(name))]
+
+    def close(self) -> None:
+        """Containers and daemon end."""
+        for name in self.names:
+            self._docker.remove(name)
+        self._docker.close()
+        self._cave.close()
+
+
+def _is_held(tenant: dict[str, Any] | None) -> bool:
+    if tenant is None:
+        return False
+    (device,) = tenant["devices"]
+    return bool(device["limit_bytes"] == device["used_bytes"] == SHARE_BYTES)

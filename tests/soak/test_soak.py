@@ -1,0 +1,29 @@
+"""Everything at once: for a moment here, for ten minutes in the full run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DONE = ("refused", "kill", "leave", "limit", "contain", "check")  # some of each, or it was no soak
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_soak_finds_nothing(scale) -> None:
+    """Its status says that nothing was wrong, and after some minutes that nothing grew."""
+    seconds = scale(20, 40, 600)
+    command = [sys.executable, ROOT / "bench/soak.py", str(seconds / 60), "--restart-every", str(seconds / 4)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: float(value) for name, value in re.findall(r"(?m)^soak_(\w+) (\S+) *(?:\S*)$", done.stdout)}
+    assert all(found[name] for name in DONE), found
+    assert any(name.startswith("restart_engine") for name in found), found
+    assert any(name in found for name in ("restart_agent", "restart_gatekeeper", "restart_both")), found
+    assert not any(value for name, value in found.items() if name.startswith("wrong_")), found
+    assert found["most_above"] == 0
