@@ -37,7 +37,7 @@ TORCH = os.environ.get("TORCH_PYTHON", "") if REAL else ""
 MOST_TENANTS, MOST_PROGRAMS, MOST_JOBS = 10, 3, 4
 SMALLEST, LARGEST = (2048 * MIB, 6144 * MIB) if TORCH else (600 * MIB, 1200 * MIB)
 CHECK_SECONDS, AGREE_SECONDS = 20.0, 10.0
-SETS = 10  # of one tenant in a crowd
+SETS = 20  # of one tenant in a crowd
 ENGINE_SECONDS = 45.0
 SLOPE_KIB = 1.0
 SHOWN = ("agent_resident", "gatekeeper_resident", "agent_descriptors", "map_processes", "map_allocations", "map_pages")
@@ -89,7 +89,7 @@ class Soak:
         self._busy: list[Client] = []
         self._acts: list[tuple[Callable[[], None], int]] = [
             (self.arrive, 4), (self.work, 30), (self.fill, 6), (self.start, 6), (self.kill, 5), (self.leave, 4),
-            (self.limit, 4), (self.policy, 1), (self.busy, 4), (self.calm, 3),
+            (self.limit, 4), (self.policy, 1), (self.busy, 4), (self.calm, 3), (self.scrape, 1),
         ]  # fmt: skip
         self._acts += [(self.train, 4), (self.ask_job, 6), (self.kill_job, 3)] if TORCH else []
         self._acts += [(self.contain, 1)] if engine else []
@@ -115,11 +115,14 @@ class Soak:
             harness.fgpu("set", tenant.path, "--weight", str(self.random.randrange(50, 400)))
 
     def crowd(self) -> None:
-        """A tenant that is refused at once, and whose limit is set time and again."""
+        """A tenant that has all its programs and is refused at once, and whose limit is set time and again."""
         self.arrive()
         tenant = next(reversed(self.tenants))
+        while len(self.tenants[tenant]) < MOST_PROGRAMS:
+            self._start(tenant)
         for client in self.tenants[tenant]:
             self._said(client, f"fill {8 * MIB} 0", also=(REFUSED,))
+        self.scrape()
         for _ in range(SETS):
             ask(verb="put", target=tenant.path, memory=str(self.limits[tenant]))
         self.done["crowd"] += 1
@@ -227,6 +230,10 @@ class Soak:
         except AssertionError as why:
             self.wrong["engine"] += 1
             print(f"# engine: {why}", flush=True)
+
+    def scrape(self) -> None:
+        """Somebody reads the metrics."""
+        harness.metrics_page()
 
     def restart_engine(self) -> None:
         """The engine ends, killed or not, and comes back; none of its containers does."""

@@ -132,7 +132,7 @@ class PolicyFolder:
 
     def _read_file(self, name: str, policies: list[Policy], faults: list[Fault]) -> Stamp | None:
         """What stamp the file had when it was read; None where it was not."""
-        path = str(self.path / name)
+        path = f"{self.path}/{name}"
         try:
             data, stamp = configfile.load(path, path, self._root_only)
         except FaultError as error:

@@ -103,20 +103,20 @@ class Workloads:
         """A new cgroup for `fgpu run`; answers its path. TargetError: the name is none, or taken. Empty: any."""
         if name:
             self.place(name)
-        parent = self.root / RUN_FOLDER
+        parent = f"{self.root}/{RUN_FOLDER}"
         try:
-            parent.mkdir(exist_ok=True)
+            os.makedirs(parent, exist_ok=True)
         except PermissionError as error:
             raise TargetError(f"{parent} is gone: restart the agent, which makes it when it starts") from error
         for number in range(1, 100_000):
-            folder = parent / (name or f"run-{number}")
+            found = name or f"run-{number}"
             try:
-                folder.mkdir()
+                os.mkdir(f"{parent}/{found}")
             except FileExistsError as error:
                 if name:
                     raise TargetError(f"a tenant {name!r} is there already") from error
                 continue
-            return self.place(folder.name)
+            return self.place(found)
         raise TargetError("too many tenants")
 
     def remove(self, path: str) -> bool:

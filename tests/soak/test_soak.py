@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+FIGURES = ROOT / "build/bench/soak.json"
 DONE = ("refused", "kill", "leave", "limit", "contain", "check")  # some of each, or it was no soak
 
 
@@ -21,9 +22,9 @@ def test_a_soak_finds_nothing(scale) -> None:
     command = [sys.executable, ROOT / "bench/soak.py", str(seconds / 60), "--restart-every", str(seconds / 4)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {name: float(value) for name, value in re.findall(r"(?m)^soak_(\w+) (\S+) *(?:\S*)$", done.stdout)}
-    assert all(found[name] for name in DONE), found
-    assert any(name.startswith("restart_engine") for name in found), found
-    assert any(name in found for name in ("restart_agent", "restart_gatekeeper", "restart_both")), found
-    assert not any(value for name, value in found.items() if name.startswith("wrong_")), found
-    assert found["most_above"] == 0
+    found = {name: line["value"] for name, line in json.loads(FIGURES.read_text()).items()}
+    assert all(found[f"soak_{name}"] for name in DONE), found
+    assert any(name.startswith("soak_restart_engine") for name in found), found
+    assert any(f"soak_restart_{which}" in found for which in ("agent", "gatekeeper", "both")), found
+    assert not any(value for name, value in found.items() if name.startswith("soak_wrong_")), found
+    assert found["soak_most_above"] == 0

@@ -6,6 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from fgpu_ebpf import keeper, wholefile
+from fgpu_ebpf.policyfolder import PolicyFolder
+from fgpu_ebpf.workloads import Workloads
+
 THREADS = """
 import ctypes, sys, threading
 from fgpu_ebpf import heap
@@ -84,3 +90,27 @@ def given_back_bytes(after: str) -> int:
 def test_what_is_free_below_what_is_not_goes_back_too() -> None:
     assert given_back_bytes("heap.give_back()") >= 7 << 20
     assert given_back_bytes("") < 1 << 20
+
+
+def test_names_that_come_and_go_are_not_interned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's table of them never shrinks, and a Path puts every part of itself there."""
+    (tmp_path / "run/shim").mkdir(parents=True)
+    (tmp_path / "policy.d").mkdir()
+    (tmp_path / "policy.d/some.yaml").write_text("")
+    cgroups, run, policies = Workloads(tmp_path), tmp_path / "run", PolicyFolder(tmp_path / "policy.d", False, 0)
+    interned: list[str] = []
+    intern = sys.intern
+    monkeypatch.setattr(sys, "intern", lambda text: (interned.append(text), intern(text))[1])
+    _ = tmp_path / "seen"
+    assert interned.pop() == "seen", "this test sees none"
+    interned.clear()
+
+    tenant = cgroups.make("tenant")
+    assert list(cgroups.walk())
+    for asked in (cgroups.identify, cgroups.folder, cgroups.pids, cgroups.is_populated):
+        asked(tenant)
+    assert cgroups.remove(tenant)
+    policies.read()
+    wholefile.write(f"{run}/one", "")
+    keeper.is_up(run)
+    assert interned == []
