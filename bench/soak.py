@@ -373,7 +373,7 @@ def run(soak: Soak, seconds: float, every: float) -> None:
     while time.monotonic() < begun + min(SETTLING_SECONDS, seconds / 2):
         soak.crowd()
     checked = restarted = engine_restarted = begun
-    engine_every = min(ENGINE_SECONDS, seconds / 4)
+    engine_every = min(ENGINE_SECONDS, seconds / 3)
     while (now := time.monotonic()) < begun + seconds:
         soak.step()
         if now - checked >= CHECK_SECONDS:

@@ -11,15 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "build/bench/soak.json"
-DONE = ("refused", "kill", "leave", "limit", "contain", "check")  # some of each, or it was no soak
+DONE = ("refused", "leave", "work", "contain", "check")  # some of each, or it was no soak
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_soak_finds_nothing(scale) -> None:
     """Its status says that nothing was wrong, and after some minutes that nothing grew."""
-    seconds = scale(20, 40, 600)
-    command = [sys.executable, ROOT / "bench/soak.py", str(seconds / 60), "--restart-every", str(seconds / 4)]
+    seconds = scale(20, 60, 600)
+    command = [sys.executable, ROOT / "bench/soak.py", str(seconds / 60), "--restart-every", str(seconds / 3)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {name: line["value"] for name, line in json.loads(FIGURES.read_text()).items()}
