@@ -1,8 +1,8 @@
 """What fgpu adds to a program's calls: each call timed without fgpu on the host, and in a tenant, in turn.
 
 Prints `NAME_pNN_WHICH VALUE us`, WHICH being native (no agent, no probe, no shim), managed (a tenant of `fgpu run`) and
-added (the difference), and writes the same to build/bench/memory.json. Starts and stops the agent itself, so none may
-be running. The command `fgpu` may be given in $FGPU.
+added (the difference), all on the same processor, and writes the same to build/bench/memory.json. Starts and stops the
+agent itself, so none may be running. The command `fgpu` may be given in $FGPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -100,6 +100,11 @@ def measure(command: list[str]) -> dict[str, list[float]]:
     return found
 
 
+def on_one_processor(command: Sequence[str]) -> list[str]:
+    """The command, on the same one each time: one may be half as fast as the next."""
+    return ["taskset", "--cpu-list", str(max(os.sched_getaffinity(0))), *command]
+
+
 def percentile(values: list[float], percent: int) -> float:
     """The value that `percent` of all are below."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
@@ -124,17 +129,18 @@ def run(rounds: int, memory: str, options: list[str], program: Path) -> tuple[di
     samples: dict[str, dict[str, list[float]]] = {"native": {}, "managed": {}}
     starts: list[float] = []
     for _ in range(rounds):
-        found = {"native": measure([str(program)]), "managed": managed(memory, options, program, starts)}
+        command = on_one_processor([str(program)])
+        found = {"native": measure(command), "managed": managed(memory, options, command, starts)}
         for which, call in ((w, c) for w in found for c in found[w]):
             samples[which].setdefault(call, []).extend(found[which][call])
     return table(samples), starts
 
 
-def managed(memory: str, options: list[str], program: Path, starts: list[float]) -> dict[str, list[float]]:
+def managed(memory: str, options: list[str], command: list[str], starts: list[float]) -> dict[str, list[float]]:
     """The same as a tenant."""
     with agent(options) as seconds:
         starts.append(seconds)
-        return measure([*FGPU, "run", "--memory", memory, "--", str(program)])
+        return measure([*FGPU, "run", "--memory", memory, "--", *command])
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from cudart import libcudart
-from memory import ROOT, BenchError, agent
+from memory import ROOT, BenchError, agent, on_one_processor
 from tenants import Program, ending, record
 
 ADDED_US, RATIO_PERCENT = 0.1, 99.0
@@ -31,8 +31,7 @@ Found = dict[str, list[float]]
 def pairs(given: argparse.Namespace, found: Found) -> str:
     """Batches of a program in a tenant and of one outside, in turn and on the same processor; how they allocate."""
     with ending() as programs:
-        processor = str(max(os.sched_getaffinity(0)))  # one may be half as fast as the next
-        command = ["taskset", "--cpu-list", processor, str(given.program), *([given.runtime] if given.runtime else [])]
+        command = on_one_processor([str(given.program), *([given.runtime] if given.runtime else [])])
         which = {"native": Program(command), "managed": Program(command, given.limit, "steady-pairs")}
         programs += which.values()
         ways = {program.hear() for program in programs}
