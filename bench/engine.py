@@ -6,6 +6,7 @@ says. Imports nothing of fgpu.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ class Engine:
         """`work`: the folder of the service, in which Docker's socket is the one that the agent asks."""
         self.names: list[str] = []
         self._number = 0
-        self._cave = kit.Cave(work, service.cdi)
-        try:
-            self._docker = kit.NewerDocker(self._cave, work)
+        with contextlib.ExitStack() as closing:
+            cave = kit.Cave(work, service.cdi)
+            closing.callback(cave.close)
+            self._docker = kit.NewerDocker(cave, work)
+            closing.callback(self._docker.close)
             assert service.engine == work / "docker.sock"
             self._docker.load(kit.make_root(work / "image"), "plain")
-        except BaseException:
-            self._cave.close()
-            raise
+            self._closing = closing.pop_all()
 
     def start(self) -> None:
         """One container more; where there are enough, the oldest goes first."""
@@ -62,8 +63,7 @@ class Engine:
         """Containers and daemon end."""
         for name in self.names:
             self._docker.remove(name)
-        self._docker.close()
-        self._cave.close()
+        self._closing.close()
 
 
 def _is_held(tenant: dict[str, Any] | None) -> bool:
