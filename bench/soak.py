@@ -227,6 +227,7 @@ class Soak:
         assert self.engine
         try:
             self.engine.start()
+            self.done["contained"] += 1
         except AssertionError as why:
             self.wrong["engine"] += 1
             print(f"# engine: {why}", flush=True)
@@ -236,10 +237,11 @@ class Soak:
         harness.metrics_page()
 
     def restart_engine(self) -> None:
-        """The engine ends, killed or not, and comes back; none of its containers does."""
+        """The engine ends, killed or not, and comes back without its containers, and starts another."""
         if self.engine:
             self.engine.restart(is_killed := self.random.random() < 0.5)
             self.done["restart_engine_killed" if is_killed else "restart_engine"] += 1
+            self.contain()
 
     def restart(self) -> None:
         """kill -9 of agent, gatekeeper or both; the agent starts the other one anew."""

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "build/bench/soak.json"
-DONE = ("refused", "leave", "work", "contain", "check")  # some of each, or it was no soak
+DONE = ("refused", "leave", "work", "contained", "check")  # some of each, or it was no soak
 
 
 @pytest.mark.slow
