@@ -123,7 +123,9 @@ def inner_id(fd: int, key: bytes) -> int | None:
 
 
 def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterator[tuple[bytes, bytes]]:
-    """All entries of a hash map, in batches: an entry that changes meanwhile is seen at most once."""
+    """All entries of a hash map, in batches of whole buckets: an entry that changes meanwhile is seen at most once, and
+    one that has been seen may be deleted.
+    """
     token, first = ctypes.create_string_buffer(8), True
     keys, values = _room(key_bytes * chunk), _room(value_bytes * chunk)
     while True:

@@ -346,7 +346,7 @@ class Ledger:
     def sweep(self) -> int:
         """Deletes allocations whose process or era is gone; answers how many."""
         processes, swept = self.processes(), Counter[int]()
-        for raw_key, raw in list(bpf.items(self._maps["allocations"], _ALLOCATION_KEY, _ALLOCATION, 1024)):
+        for raw_key, raw in bpf.items(self._maps["allocations"], _ALLOCATION_KEY, _ALLOCATION, 1024):
             key = pages.AllocationKey.from_buffer_copy(raw_key)
             owner = processes.get(key.tgid) or self.process(key.tgid)
             if owner is None or owner.generation != key.generation:
