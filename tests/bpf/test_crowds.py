@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
@@ -86,6 +87,18 @@ def test_entries_of_who_has_ended_count_until_they_are_swept(kernel, level, clie
     assert entries(kernel, level) == 101
     assert kernel.ledger.sweep() >= 101
     assert entries(kernel, level) == 0
+
+
+def test_a_sweep_holds_a_part_of_all_entries_at_a_time(kernel, level, client):
+    client("cuda.allocate_many(u64(0x1000), u64(20000))")
+    tracemalloc.start()
+    try:
+        kernel.ledger.sweep()
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert entries(kernel, level) == 20000
+    assert most <= MIB, "some 200 bytes of each"
 
 
 # -- threads and processes
