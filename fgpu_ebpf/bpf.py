@@ -70,7 +70,8 @@ def _room(bytes_: int) -> ctypes.Array[ctypes.c_char]:
 
 
 def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
-    return ctypes.create_string_buffer(data, max(1, len(data)))
+    """For the kernel to read. Of few lengths: each is a type of its own to ctypes, of some KiB, for long."""
+    return ctypes.create_string_buffer(data, max(8, 1 << (len(data) - 1).bit_length()))
 
 
 # -- maps ----------------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def run_raw_tracepoint(program: int, *arguments: int) -> int:
     context = _buffer(struct.pack(f"{len(arguments)}Q", *(a & (2**64 - 1) for a in arguments)))
     attr = ctypes.create_string_buffer(_ATTR_BYTES)
     struct.pack_into("IIIIQQII", attr, 0, program, 0, 0, 0, 0, 0, 0, 0)
-    struct.pack_into("IIQQ", attr, 40, len(context), 0, _address(context), 0)
+    struct.pack_into("IIQQ", attr, 40, 8 * len(arguments), 0, _address(context), 0)
     _syscall("bpf(PROG_TEST_RUN)", _BPF, _TEST_RUN, attr, _ATTR_BYTES)
     result: int = struct.unpack_from("i", attr, 4)[0]
     return result

@@ -20,6 +20,7 @@ _EVERYBODY = 2**31 - 1
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 Word = ctypes.c_uint32
+_Form = ctypes.c_uint64 * (3 * (1 + MOST_WORDS))  # value, address, flags
 
 
 def wake(address: int) -> None:
@@ -44,7 +45,7 @@ class Bells:
         """These words from now on, at most MOST_WORDS; what was heard of each is to be told anew."""
         every = (ctypes.addressof(self._nudge), *addresses[:MOST_WORDS])
         self._count = len(every)
-        self._form = (ctypes.c_uint64 * (3 * len(every)))()  # value, address, flags
+        self._form = _Form()
         for place, address in enumerate(every):
             self._form[3 * place + 1], self._form[3 * place + 2] = address, _SIZE_U32
         self._form[0] = self._nudge.value

@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterable
+from itertools import islice
 
 from fgpu_ebpf.pages import LAYOUT, PAGE_BYTES, ROWS, ControlPage, Row, StatusPage
 
@@ -119,5 +120,4 @@ def _unmap(memory: mmap.mmap) -> None:
 
 def row_bytes(rows: Iterable[tuple[int, int, int]]) -> bytes:
     """`(pid, device, bytes)` of each process and device, as `ControlMemory.show` wants them; at most ROWS are kept."""
-    kept = list(rows)[:ROWS]
-    return bytes((Row * len(kept))(*(Row(*row) for row in kept)))
+    return b"".join(bytes(Row(*row)) for row in islice(rows, ROWS))
