@@ -55,7 +55,7 @@ def _syscall(name: str, number: int, *arguments: object) -> int:
 
 
 def _bpf(name: str, command: int, layout: str, *values: int) -> int:
-    attr = ctypes.create_string_buffer(struct.pack(layout, *values), _ATTR_BYTES)
+    attr = _buffer(struct.pack(layout, *values), _ATTR_BYTES)
     return _syscall(f"bpf({name})", _BPF, command, attr, _ATTR_BYTES)
 
 
@@ -63,15 +63,23 @@ def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
     return ctypes.addressof(buffer)
 
 
+@functools.cache
+def _bytes(length: int) -> type[ctypes.Array[ctypes.c_char]]:
+    """To ctypes each length is a type, of some KiB and in cycles: kept, else it is garbage soon, and made anew."""
+    return ctypes.c_char * length
+
+
 def _room(bytes_: int) -> ctypes.Array[ctypes.c_char]:
     """For the kernel to fill: pages that it does not touch cost nothing."""
     room = mmap.mmap(-1, max(bytes_, 1))
-    return (ctypes.c_char * len(room)).from_buffer(room)
+    return _bytes(len(room)).from_buffer(room)
 
 
-def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
-    """For the kernel to read. Of few lengths: each is a type of its own to ctypes, of some KiB, for long."""
-    return ctypes.create_string_buffer(data, max(8, 1 << (len(data) - 1).bit_length()))
+def _buffer(data: bytes, bytes_: int = 0) -> ctypes.Array[ctypes.c_char]:
+    """For the kernel to read, and zeros after it: up to `bytes_`, or to one of few lengths."""
+    buffer = _bytes(bytes_ or max(8, 1 << (len(data) - 1).bit_length()))()
+    buffer.value = data
+    return buffer
 
 
 # -- maps ----------------------------------------------------------------------------------------------------------
@@ -80,13 +88,13 @@ def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
 def create_array_page(name: str, bytes_: int) -> int:
     """Creates a one-element array map that can be mapped; answers its descriptor."""
     attr = struct.pack("6I", ARRAY, 4, bytes_, 1, MMAPABLE, 0) + struct.pack("I16s", 0, name.encode()[:15])
-    buffer = ctypes.create_string_buffer(attr, _ATTR_BYTES)
+    buffer = _buffer(attr, _ATTR_BYTES)
     return _syscall("bpf(MAP_CREATE)", _BPF, _MAP_CREATE, buffer, _ATTR_BYTES)
 
 
 def lookup(fd: int, key: bytes, value_bytes: int) -> bytes | None:
     """One value of a map, or None where the key is not there."""
-    k, v = _buffer(key), ctypes.create_string_buffer(value_bytes)
+    k, v = _buffer(key), _bytes(value_bytes)()
     try:
         _bpf("MAP_LOOKUP", _LOOKUP, "IIQQQ", fd, 0, _address(k), _address(v), 0)
     except OSError as error:
@@ -127,10 +135,10 @@ def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterat
     """All entries of a hash map, in batches of whole buckets: an entry that changes meanwhile is seen at most once, and
     one that has been seen may be deleted.
     """
-    token, first = ctypes.create_string_buffer(8), True
+    token, first = _bytes(8)(), True
     keys, values = _room(key_bytes * chunk), _room(value_bytes * chunk)
     while True:
-        attr = ctypes.create_string_buffer(_ATTR_BYTES)
+        attr = _bytes(_ATTR_BYTES)()
         start = 0 if first else _address(token)
         batch = (start, _address(token), _address(keys), _address(values), chunk, fd, 0, 0)
         struct.pack_into("QQQQIIQQ", attr, 0, *batch)
@@ -175,7 +183,7 @@ def delete_all(fd: int, keys: Sequence[bytes]) -> None:
 
 def _batch(name: str, command: int, fd: int, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
     k, v = _buffer(b"".join(keys)), _buffer(b"".join(values))
-    attr = ctypes.create_string_buffer(_ATTR_BYTES)
+    attr = _bytes(_ATTR_BYTES)()
     struct.pack_into("QQQQIIQQ", attr, 0, 0, 0, _address(k), _address(v), len(keys), fd, 0, 0)
     _syscall(f"bpf({name})", _BPF, command, attr, _ATTR_BYTES)
 
@@ -214,7 +222,7 @@ def pin(fd: int, path: Path) -> None:
 def run_raw_tracepoint(program: int, *arguments: int) -> int:
     """Runs a raw tracepoint program once with up to 12 arguments; answers its return value, signed."""
     context = _buffer(struct.pack(f"{len(arguments)}Q", *(a & (2**64 - 1) for a in arguments)))
-    attr = ctypes.create_string_buffer(_ATTR_BYTES)
+    attr = _bytes(_ATTR_BYTES)()
     struct.pack_into("IIIIQQII", attr, 0, program, 0, 0, 0, 0, 0, 0, 0)
     struct.pack_into("IIQQ", attr, 40, 8 * len(arguments), 0, _address(context), 0)
     _syscall("bpf(PROG_TEST_RUN)", _BPF, _TEST_RUN, attr, _ATTR_BYTES)
@@ -236,7 +244,7 @@ def open_uprobe(path: str, offset: int, at_return: bool) -> int:
     except FileNotFoundError as error:
         raise OSError(errno.ENODEV, "the kernel has no uprobe PMU") from error
     name = _buffer(os.fsencode(path) + b"\0")
-    attr = ctypes.create_string_buffer(_PERF_ATTR_BYTES)
+    attr = _bytes(_PERF_ATTR_BYTES)()
     struct.pack_into("IIQQQQ", attr, 0, pmu, _PERF_ATTR_BYTES, int(at_return) << bit, 1, 0, 0)
     struct.pack_into("QQ", attr, 56, _address(name), offset)
     return _syscall("perf_event_open", _PERF_EVENT_OPEN, attr, -1, 0, -1, _PERF_FLAG_FD_CLOEXEC)
@@ -275,7 +283,7 @@ def _attach_one(program: int, path: str, offset: int, cookie: int, at_return: bo
 def _attach_multi(program: int, path: str, places: Sequence[tuple[int, int]], at_return: bool) -> int:
     name = _buffer(os.fsencode(path) + b"\0")
     offsets, cookies = (_buffer(struct.pack(f"{len(places)}Q", *column)) for column in zip(*places, strict=True))
-    attr = ctypes.create_string_buffer(_ATTR_BYTES)
+    attr = _bytes(_ATTR_BYTES)()
     struct.pack_into("IIII", attr, 0, program, 0, _TRACE_UPROBE_MULTI, 0)
     where = (_address(name), _address(offsets), 0, _address(cookies), len(places), int(at_return), 0)
     struct.pack_into("QQQQIII", attr, 16, *where)

@@ -20,7 +20,7 @@ def find(root: int, path: str, resolve: int) -> int:
 
     `resolve`: what else must not be on the way.
     """
-    how = ctypes.create_string_buffer(_HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, resolve | IN_ROOT))
+    how = _HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, resolve | IN_ROOT)
     place = int(_LIBC.syscall(_OPENAT2, root, os.fsencode(path), how, _HOW.size))
     if place < 0:
         code = ctypes.get_errno()

@@ -23,6 +23,7 @@ _OR_NEXT = 0x10
 _MODES = {0x02: b"w", 0x04: b"x", 0x08: b"s"}
 _PROCMAP_QUERY, _QUERY = 0xC0686611, struct.Struct("9Q4I2Q")  # Linux 6.11: struct procmap_query
 _LONGEST_PATH, _CHUNK = 4096, 1 << 16
+_Path = ctypes.c_char * _LONGEST_PATH
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def each(maps: int, which: int) -> Iterator[Mapped]:
 
 
 def _ask(maps: int, at: int, which: int, named: bool = True) -> Mapped:
-    room, query = ctypes.create_string_buffer(_LONGEST_PATH if named else 1), bytearray(_QUERY.size)
+    room, query = _Path(), bytearray(_QUERY.size)
     name = ctypes.addressof(room) if named else 0
     _QUERY.pack_into(query, 0, _QUERY.size, which, at, *(0,) * 8, _LONGEST_PATH if named else 0, 0, name, 0)
     fcntl.ioctl(maps, _PROCMAP_QUERY, query)

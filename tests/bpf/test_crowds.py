@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from collections.abc import Callable
 
 import pytest
 from conftest import MIB, Client, Kernel, Level, anomalies, entries, wait_until
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import pages, procfs
 
 Shared = pages.Shared
 REFUSED, ADMITTED = 0, 1
@@ -99,6 +100,22 @@ def test_a_sweep_holds_a_part_of_all_entries_at_a_time(kernel, level, client):
         tracemalloc.stop()
     assert entries(kernel, level) == 20000
     assert most <= MIB, "some 200 bytes of each"
+
+
+def test_looking_leaves_no_garbage(kernel, level, client):
+    """What only the collector of cycles frees stays for hours."""
+    client("alloc(0x1000, 1)")
+
+    def look() -> None:
+        kernel.ledger.usage(level.cgroup)
+        kernel.ledger.sweep()
+        kernel.ledger.counters()
+        procfs.fgpu_mappings(client.pid)
+
+    look()
+    gc.collect()
+    look()
+    assert gc.collect() == 0
 
 
 # -- threads and processes
