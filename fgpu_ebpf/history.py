@@ -6,10 +6,12 @@ did it by hand: what was left out is counted in the next one. Cannot fail.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 from fgpu_ebpf.quantities import memory_text
@@ -45,7 +47,7 @@ class History:
     """The last MOST happenings."""
 
     def __init__(self) -> None:
-        self._last: deque[Happening] = deque(maxlen=MOST)
+        self._last: deque[bytes] = deque(maxlen=MOST)  # JSON: one object each, not ten that come and go between others
         self._number = 0
         self._told: dict[tuple[str, str, str, str], tuple[float, int]] = {}  # when last, and how many since
         self._room = FEW_KINDS  # in the former, until it is looked through
@@ -66,8 +68,8 @@ class History:
         self._told[kind] = (now, 0)
         self._number += 1
         happening = replace(happening, more=untold)
-        self._last.append(happening)
         fields = asdict(happening)
+        self._last.append(json.dumps(fields).encode())
         log.info("%s", line_of(fields), extra={name: value for name, value in fields.items() if value})
 
     def _forget(self, now: float) -> None:
@@ -78,8 +80,8 @@ class History:
 
     def since(self, number: int) -> dict[str, Any]:
         """Those after `number`, and how many were forgotten before anybody asked."""
-        found = [asdict(h) for h in self._last if h.number > number]
-        first = self._last[0].number if self._last else self._number + 1
+        first = self._number + 1 - len(self._last)
+        found = [json.loads(kept) for kept in islice(self._last, max(0, number + 1 - first), None)]
         return {"events": found, "last": self._number, "forgotten": max(0, first - number - 1)}
 
 
