@@ -18,7 +18,7 @@ DONE = ("refused", "leave", "work", "contained", "check")  # some of each, or it
 @pytest.mark.timeout(1200)
 def test_a_soak_finds_nothing(scale) -> None:
     """Its status says that nothing was wrong, and after some minutes that nothing grew."""
-    seconds = scale(20, 60, 600)
+    seconds = scale(20, 40, 600)
     command = [sys.executable, ROOT / "bench/soak.py", str(seconds / 60), "--restart-every", str(seconds / 3)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
