@@ -98,6 +98,7 @@ def test_names_that_come_and_go_are_not_interned(tmp_path: Path, monkeypatch: py
     (tmp_path / "policy.d").mkdir()
     (tmp_path / "policy.d/some.yaml").write_text("")
     cgroups, run, policies = Workloads(tmp_path), tmp_path / "run", PolicyFolder(tmp_path / "policy.d", False, 0)
+    policies.read()  # what it takes is imported the first time
     interned: list[str] = []
     intern = sys.intern
     monkeypatch.setattr(sys, "intern", lambda text: (interned.append(text), intern(text))[1])
