@@ -17,7 +17,6 @@ import harness
 
 MOST = 3
 SHARE_BYTES, SHARE = 2 * harness.GIB, "fgpu.dev/share=2gib"
-HOLD = kit.FILL.replace("--hold 60", "--hold 3600")
 
 
 class Engine:
@@ -43,16 +42,14 @@ class Engine:
         self._number += 1
         name = f"soak-{self._number}"
         self.names.append(name)
-        done = self._docker.run(name, "--device", SHARE, command=HOLD)
+        done = self._docker.run(name, "--device", SHARE, command=f"{kit.HOLD} 3600")
         assert done.returncode == 0, done.stderr
 
     def restart(self, is_killed: bool) -> None:
         """The daemon ends by SIGTERM or SIGKILL and is started again; its containers end with it."""
         self._docker.end(is_killed)
         self._docker.begin()
-        for name in self.names:
-            self._docker.remove(name)
-        self.names.clear()
+        self._remove_all()
 
     def wrong(self) -> list[str]:
         """Containers that the agent does not know by their names, with their limit and no more than that, in use."""
@@ -61,9 +58,12 @@ class Engine:
 
     def close(self) -> None:
         """Containers and daemon end."""
-        for name in self.names:
-            self._docker.remove(name)
+        self._remove_all()
         self._closing.close()
+
+    def _remove_all(self) -> None:
+        while self.names:
+            self._docker.remove(self.names.pop())
 
 
 def _is_held(tenant: dict[str, Any] | None) -> bool:

@@ -128,8 +128,8 @@ def run(rounds: int, memory: str, options: list[str], program: Path) -> tuple[di
     """Native, managed, native, managed, …"""
     samples: dict[str, dict[str, list[float]]] = {"native": {}, "managed": {}}
     starts: list[float] = []
+    command = on_one_processor([str(program)])
     for _ in range(rounds):
-        command = on_one_processor([str(program)])
         found = {"native": measure(command), "managed": managed(memory, options, command, starts)}
         for which, call in ((w, c) for w in found for c in found[w]):
             samples[which].setdefault(call, []).extend(found[which][call])

@@ -99,7 +99,10 @@ class Soak:
     def step(self) -> None:
         """One thing."""
         acts, often = zip(*self._acts, strict=True)
-        act = self.random.choices(acts, often)[0]
+        self.do(self.random.choices(acts, often)[0])
+
+    def do(self, act: Callable[[], None]) -> None:
+        """This, and counts it."""
         act()
         self.done[act.__name__] += 1
 
@@ -118,14 +121,13 @@ class Soak:
         """A tenant that has all its programs and is refused at once, and whose limit is set time and again."""
         self.arrive()
         tenant = next(reversed(self.tenants))
-        while len(self.tenants[tenant]) < MOST_PROGRAMS:
+        for _ in range(MOST_PROGRAMS - 1):
             self._start(tenant)
-        for client in self.tenants[tenant]:
+        for client in list(self.tenants[tenant]):  # who says nothing is taken out of it
             self._said(client, f"fill {8 * MIB} 0", also=(REFUSED,))
         self.scrape()
         for _ in range(SETS):
             ask(verb="put", target=tenant.path, memory=str(self.limits[tenant]))
-        self.done["crowd"] += 1
 
     def start(self) -> None:
         """A program more in a tenant."""
@@ -373,20 +375,14 @@ def run(soak: Soak, seconds: float, every: float) -> None:
     """
     begun = time.monotonic()
     while time.monotonic() < begun + min(SETTLING_SECONDS, seconds / 2):
-        soak.crowd()
-    checked = restarted = engine_restarted = begun
-    engine_every = min(ENGINE_SECONDS, seconds / 3)
+        soak.do(soak.crowd)
+    often = {soak.check: CHECK_SECONDS, soak.restart: every, soak.restart_engine: min(ENGINE_SECONDS, seconds / 3)}
+    due = {act: begun + each for act, each in often.items()}
     while (now := time.monotonic()) < begun + seconds:
         soak.step()
-        if now - checked >= CHECK_SECONDS:
-            soak.check()
-            checked = now
-        if now - restarted >= every:
-            soak.restart()
-            restarted = now
-        if now - engine_restarted >= engine_every:
-            soak.restart_engine()
-            engine_restarted = now
+        for act in [act for act, at in due.items() if at <= now]:
+            act()
+            due[act] = now + often[act]
     soak.check()
 
 

@@ -86,8 +86,10 @@ class Gatekeeper:
 
     def run(self) -> bool:
         """Serve until `end`; folder and socket file stay. False: it ended because its lock was lost."""
-        jobs = {self._again: AGAIN_NS, self._show: ROWS_NS, self._beat: HEARTBEAT_NS, self._keep_up: UPKEEP_NS}
-        jobs[heap.give_back] = GIVE_BACK_NS
+        jobs = {
+            self._again: AGAIN_NS, self._show: ROWS_NS, self._beat: HEARTBEAT_NS, self._keep_up: UPKEEP_NS,
+            heap.give_back: GIVE_BACK_NS,
+        }  # fmt: skip
         due = dict.fromkeys(jobs, 0)
         while not self._ended:
             now_ns = monotonic_ns()

@@ -247,7 +247,7 @@ class Ledger:
 
     def forget_files(self) -> None:
         """No file is probed any more."""
-        for key, _ in list(bpf.items(self._maps["files"], _FILE.size, 4)):
+        for key, _ in bpf.items(self._maps["files"], _FILE.size, 4):
             bpf.delete(self._maps["files"], key)
 
     # -- devices

@@ -157,6 +157,5 @@ def test_a_bpffs_that_the_agent_mounted_goes_with_it(service: Service, tmp_path:
     assert " /sys/fs/bpf " in during, (tmp_path / "log").read_text()
     assert after == before
     assert not (tmp_path / "run").exists()
-    (cgroup_root() / "fgpu").mkdir(
-        exist_ok=True
-    )  # the service's too, which may not make it again: a host has one agent
+    # It has taken the service's too, which may not make it again: a host has one agent.
+    (cgroup_root() / "fgpu").mkdir(exist_ok=True)

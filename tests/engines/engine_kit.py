@@ -25,7 +25,8 @@ HELPER = harness.BUILD / "oci/fgpu-oci"
 PACKAGES = ("podman", "docker.io")
 FIRST_WITH_CDI = 25  # of Docker; Debian 12 has 20.10
 NEWER = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main\n"
-FILL = "/opt/build/examples/fill --step 2MiB --hold 60"
+HOLD = "/opt/build/examples/fill --step 2MiB --hold"  # so many seconds
+FILL = f"{HOLD} 60"
 # What an engine may do where it lacks privileges over the whole host.
 ALLOWED = ("--network", "none", "--pids-limit", "-1", "--ulimit", "nproc=100:100", "--ulimit", "nofile=1024:1024")
 ANSWER = re.compile(r"admitted (\d+) bytes, then CUDA_ERROR_OUT_OF_MEMORY")
