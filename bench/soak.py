@@ -118,7 +118,7 @@ class Soak:
             harness.fgpu("set", tenant.path, "--weight", str(self.random.randrange(50, 400)))
 
     def crowd(self) -> None:
-        """A tenant that has all its programs and is refused at once, and whose limit is set time and again."""
+        """A tenant that has all its programs and is refused at once, and whose limit is set time and again; a policy."""
         self.arrive()
         tenant = next(reversed(self.tenants))
         for _ in range(MOST_PROGRAMS - 1):
@@ -128,6 +128,7 @@ class Soak:
         self.scrape()
         for _ in range(SETS):
             ask(verb="put", target=tenant.path, memory=str(self.limits[tenant]))
+        self.policy()
 
     def start(self) -> None:
         """A program more in a tenant."""

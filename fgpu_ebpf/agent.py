@@ -266,6 +266,7 @@ class Agent:
     def run(self) -> None:
         """Ticks until end(): whenever something happens, and for a round."""
         come_first()
+        heap.settle()
         watchdog = notify.Watchdog()
         next_scan = time.monotonic() + RESCAN_SECONDS
         while not self._ended:

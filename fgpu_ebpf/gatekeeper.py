@@ -91,6 +91,7 @@ class Gatekeeper:
             heap.give_back: GIVE_BACK_NS,
         }  # fmt: skip
         due = dict.fromkeys(jobs, 0)
+        heap.settle()
         while not self._ended:
             now_ns = monotonic_ns()
             for job in [job for job, at_ns in due.items() if at_ns <= now_ns]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import keeper, wholefile
+from fgpu_ebpf import heap, keeper, wholefile
 from fgpu_ebpf.policyfolder import PolicyFolder
 from fgpu_ebpf.workloads import Workloads
 
@@ -90,6 +92,34 @@ def given_back_bytes(after: str) -> int:
 def test_what_is_free_below_what_is_not_goes_back_too() -> None:
     assert given_back_bytes("heap.give_back()") >= 7 << 20
     assert given_back_bytes("") < 1 << 20
+
+
+class Thing:
+    """May lie in a cycle."""
+
+
+def test_cycles_that_nobody_holds_are_freed() -> None:
+    thing = Thing()
+    thing.itself = thing  # type: ignore[attr-defined]
+    gc.collect()  # what is older is looked at more seldom
+    seen = weakref.ref(thing)
+    del thing
+    gc.collect(1)
+    assert seen()
+    heap.give_back()
+    assert not seen()
+
+
+def looked_at(before: str) -> int:
+    """At how many objects the collector of cycles looks, of 100,000 lists and whatever else there is."""
+    program = f"import gc; from fgpu_ebpf import heap; stay = [[] for _ in range(100_000)]; {before}"
+    command = [sys.executable, "-c", f"{program}; print(len(gc.get_objects()))"]
+    return int(subprocess.run(command, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+
+
+def test_what_stays_is_not_looked_at() -> None:
+    assert looked_at("heap.settle()") < 1000
+    assert looked_at("pass") > 100_000
 
 
 def test_names_that_come_and_go_are_not_interned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
