@@ -118,7 +118,7 @@ class Soak:
             harness.fgpu("set", tenant.path, "--weight", str(self.random.randrange(50, 400)))
 
     def crowd(self) -> None:
-        """A tenant that has all its programs and is refused at once, and whose limit is set time and again; a policy."""
+        """A tenant that has all its programs, is refused at once, and whose limit is set often; and a policy."""
         self.arrive()
         tenant = next(reversed(self.tenants))
         for _ in range(MOST_PROGRAMS - 1):
