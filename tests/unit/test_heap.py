@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fgpu_ebpf import heap, keeper, wholefile
+from fgpu_ebpf.globs import path_globs
 from fgpu_ebpf.policyfolder import PolicyFolder
 from fgpu_ebpf.workloads import Workloads
 
@@ -106,6 +107,13 @@ def test_cycles_that_nobody_holds_are_freed() -> None:
     del thing
     gc.collect(1)
     assert seen()
+    heap.give_back()
+    assert not seen()
+
+
+def test_patterns_of_policies_that_are_gone_are_freed() -> None:
+    seen = weakref.ref(path_globs(["some/*"])._compiled)
+    assert seen(), "this test sees none: nobody kept it"
     heap.give_back()
     assert not seen()
 
