@@ -18,7 +18,7 @@ from fgpu_ebpf.quantities import memory_text
 
 log = logging.getLogger("fgpu.events")
 MOST = 1000
-MOST_KINDS, FEW_KINDS = 4096, 256
+MOST_KINDS, FEW_KINDS = 4096, 128
 AGAIN_SECONDS, REMEMBERED_SECONDS = 1.0, 60.0
 BY_HAND = {"set", "unset"}
 

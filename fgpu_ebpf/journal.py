@@ -27,7 +27,8 @@ from typing import Any, Protocol
 
 JOURNAL = "/run/systemd/journal/socket"
 MOST_LINE_BYTES = 4096  # a pipe takes as much at once or not at all
-MOST_LINES, WINDOW_SECONDS, MOST_STATEMENTS = 10, 10.0, 256
+MOST_LINES, WINDOW_SECONDS = 10, 10.0
+MOST_STATEMENTS, FEW_STATEMENTS = 256, 32
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 _USUAL = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName", "left_out"}
 
@@ -156,6 +157,7 @@ class Handler(logging.Handler):
         super().__init__()
         self._sink, self._form, self._now = sink, form, now
         self._said: dict[tuple[object, ...], tuple[float, int]] = {}
+        self._room = FEW_STATEMENTS  # in the former, until it is looked through
         self._told = 0
         self.dropped = self.left_out = 0
 
@@ -184,10 +186,11 @@ class Handler(logging.Handler):
         untold = 0
         if now - begun >= WINDOW_SECONDS:
             untold, begun, count = max(0, count - MOST_LINES), now, 0
-        if statement not in self._said and len(self._said) >= MOST_STATEMENTS:
+        if statement not in self._said and len(self._said) >= self._room:
             self._said = {known: seen for known, seen in self._said.items() if now - seen[0] < WINDOW_SECONDS}
             if len(self._said) >= MOST_STATEMENTS:
                 return None
+            self._room = min(MOST_STATEMENTS, max(FEW_STATEMENTS, 2 * len(self._said)))
         self._said[statement] = (begun, count + 1)
         return untold if count < MOST_LINES else None
 

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import os
 import struct
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Set
 
 from fgpu_ebpf import innerpath, procfs
@@ -33,7 +32,7 @@ class Roots:
     def __init__(self, own: str = "/") -> None:
         """`own`: the host's root, whose files are found otherwise."""
         self._own = _place(own)
-        self._seen: OrderedDict[Root, None] = OrderedDict()
+        self._seen: dict[Root, None] = {}  # who was entered last comes last
         self._found: dict[File, set[Root]] = {}
 
     def enter(self, pid: int) -> Root | None:
@@ -42,7 +41,7 @@ class Roots:
         if root is None or root[1:] == self._own:
             return None
         if root in self._seen:
-            self._seen.move_to_end(root)
+            self._seen[root] = self._seen.pop(root)
             return None
         self._seen[root] = None
         if len(self._seen) > MOST_ROOTS:

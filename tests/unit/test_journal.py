@@ -227,6 +227,17 @@ def test_many_tenants_lines_are_bounded_too(log, tmp_path) -> None:
     assert path.read_text().splitlines()[-1] == "fgpu.test: again"
 
 
+def test_of_tenants_that_are_gone_nothing_is_kept(log) -> None:
+    clock = [100.0]
+    with open(os.devnull, "wb") as nobody:
+        handler = journal.Handler(journal.Descriptor(nobody.fileno()), journal.Text(), lambda: clock[0])
+        log.addHandler(handler)
+        for number in range(100 * journal.FEW_STATEMENTS):
+            clock[0] += 1
+            log.info("%s", number, extra={"tenant": f"tenant-{number}"})
+    assert (handler.left_out, len(handler._said) <= journal.FEW_STATEMENTS) == (0, True)
+
+
 # -- set-up ---------------------------------------------------------------------------------------------------------
 
 
