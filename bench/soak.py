@@ -1,12 +1,13 @@
 """Everything at once for MINUTES: tenants of every kind come, allocate, are refused, killed and go, while limits and
 policies change, agent and gatekeeper are killed and restarted, and so is a Docker with containers of its own.
 
-Prints `soak_NAME VALUE UNIT`: what was done; what was wrong (bytes above a limit, ledgers that did not agree with the
-driver within their time, programs that said nothing); and for each size that was watched its slope a minute with half
-of its 95 % interval, and the same of the second half of each life (`late`). Writes build/bench/soak.json, soak.csv and
-soak.svg. 1 where anything was wrong, or where the resident memory of agent or gatekeeper grows by more than 1 KiB a
-minute and no growth is not in the interval. Starts and stops driver and services itself; DRIVER_ROOT=/ takes the real
-driver, and trainings of TORCH_PYTHON, an interpreter that has torch, beside the other programs.
+Prints `soak_NAME VALUE UNIT`: what was done; what was wrong (bytes above a limit, but for those of a training's
+kernels, ledgers that did not agree with the driver within their time, programs that said nothing); and for each size
+that was watched its slope a minute with half of its 95 % interval, and the same of the second half of each life
+(`late`). Writes build/bench/soak.json, soak.csv and soak.svg. 1 where anything was wrong, or where the resident memory
+of agent or gatekeeper grows by more than 1 KiB a minute and no growth is not in the interval. Starts and stops driver
+and services itself; DRIVER_ROOT=/ takes the real driver, and trainings of TORCH_PYTHON, an interpreter that has torch,
+beside the other programs.
 """
 
 from __future__ import annotations
@@ -267,10 +268,7 @@ class Soak:
             self.calm()
         for tenant in list(self.tenants):
             seen = tenant.memory()
-            above = seen["used_bytes"] - max(self.limits[tenant], seen["limit_bytes"])
-            if above > 0:
-                self.wrong["above"] += 1
-                self.above = max(self.above, above)
+            self._look_at_limit(tenant, seen["used_bytes"] - max(self.limits[tenant], seen["limit_bytes"]))
             try:
                 _agrees_with_nvml(tenant) if REAL else tenant.assert_covered(AGREE_SECONDS)
             except AssertionError as why:
@@ -279,6 +277,17 @@ class Soak:
         self._check_engine()
         self.wrong["failures"] = max(self.wrong["failures"], ask(verb="snapshot")["failures"])
         self.done["check"] += 1
+
+    def _look_at_limit(self, tenant: Tenant, above: int) -> None:
+        """Of a training the driver alone knows what kernels take when they are first used: charged, not admitted."""
+        if above <= 0:
+            return
+        print(f"# above its limit: {tenant.view()}", flush=True)
+        if above <= _modules(sum(job.tenant is tenant for job in self.jobs)):
+            self.done["above_by_modules"] += 1
+        else:
+            self.wrong["above"] += 1
+            self.above = max(self.above, above)
 
     def _check_engine(self) -> None:
         """Whom the engine has started is known by its name, and has its share and no more."""
@@ -351,9 +360,18 @@ class Soak:
         client.close()
 
 
+def _modules(trainings: int) -> int:
+    """Bytes that so many may come to hold of kernels."""
+    if not trainings:
+        return 0
+    import claims  # of pynvml, which is not where there is no GPU
+
+    return trainings * claims.MODULE
+
+
 def _agrees_with_nvml(tenant: Tenant) -> None:
     """The ledger holds what NVML says of the tenant's processes, but for rounding."""
-    import claims  # of pynvml, which is not where there is no GPU
+    import claims
 
     def agree() -> bool:
         pids = set(tenant.pids())

@@ -19,27 +19,34 @@ BATCHES = (32, 128, 512)
 NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 
 
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Twenty steps. Takes up to 3 GiB more for a moment, and gives back what torch keeps, now and then."""
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(random.choice(BATCHES), 1024, device="cuda")).square().mean().backward()
+        optimizer.step()
+    if random.random() < 0.05:
+        torch.empty(random.randrange(16, 3072) * MIB, dtype=torch.uint8, device="cuda").fill_(1)
+    if random.random() < 0.05:
+        torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+
+
 def main() -> None:
-    """Trains, and takes up to 3 GiB more for a moment, now and then."""
+    """Trains until nobody asks any more."""
     print(f"ready {os.getpid()}", flush=True)
     steps = refused = failed = 0
     model = optimizer = None
     while True:
         try:
-            if model is None or optimizer is None:
+            if model is None:
                 model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(4)]).cuda()
+            if optimizer is None:
                 optimizer = torch.optim.Adam(model.parameters())
-            for _ in range(20):
-                optimizer.zero_grad()
-                model(torch.randn(random.choice(BATCHES), 1024, device="cuda")).square().mean().backward()
-                optimizer.step()
-            if random.random() < 0.05:
-                torch.empty(random.randrange(16, 3072) * MIB, dtype=torch.uint8, device="cuda").fill_(1)
-            if random.random() < 0.05:
-                torch.cuda.empty_cache()
-            torch.cuda.synchronize()
+            train(model, optimizer)
             steps += 1
         except RuntimeError as error:  # torch.OutOfMemoryError is one
+            optimizer = None  # of a parameter it may have half of what it keeps, and not look at that again
             if not any(words in str(error) for words in NO_MEMORY):
                 failed += 1
                 traceback.print_exc()
