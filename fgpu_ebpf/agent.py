@@ -46,6 +46,7 @@ ROUND_SECONDS = 1.0
 HURRY_SECONDS = 0.1  # while there is no gatekeeper
 SNAPSHOT_SECONDS = 1.0  # no older than this is a Snapshot that is shown
 RESCAN_SECONDS = 30.0  # for what no event tells: attributes of a cgroup that change later
+AHEAD_BYTES = 1 << 20  # of small objects: what requests, scrapes and rescans of one moment take
 STATE = Path("/var/lib/fgpu/contexts.json")
 
 
@@ -266,7 +267,7 @@ class Agent:
     def run(self) -> None:
         """Ticks until end(): whenever something happens, and for a round."""
         come_first()
-        heap.settle()
+        heap.settle(AHEAD_BYTES)
         watchdog = notify.Watchdog()
         next_scan = time.monotonic() + RESCAN_SECONDS
         while not self._ended:

@@ -45,6 +45,7 @@ from fgpu_ebpf.urgency import come_first
 MOST_LINES, TELL_NS, LOCK_SECONDS = 10, 50_000_000, 0.1
 AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 500_000_000, 250_000_000, 1_000_000_000
 GIVE_BACK_NS = 30_000_000_000
+AHEAD_BYTES = 256 << 10  # of small objects: what the hellos of one moment take
 ANSWER_BYTES = ctypes.sizeof(Answer)
 COUNTS = (
     *("hello_managed", "hello_unmanaged", "hello_held", "hello_unanswered", "malformed", "silent", "gone", "unread"),
@@ -91,7 +92,7 @@ class Gatekeeper:
             heap.give_back: GIVE_BACK_NS,
         }  # fmt: skip
         due = dict.fromkeys(jobs, 0)
-        heap.settle()
+        heap.settle(AHEAD_BYTES)
         while not self._ended:
             now_ns = monotonic_ns()
             for job in [job for job, at_ns in due.items() if at_ns <= now_ns]:

@@ -1,7 +1,7 @@
 """The memory of this process, C library's and Python's, so that what is freed goes back to the system, for months.
 
-Owns: two settings of the C library, and when both are asked to. Never: limits it. When it fails: a C library that knows
-none of this goes on without.
+Owns: two settings of the C library, what is taken ahead, and when both are asked to. Never: limits it. When it fails: a
+C library that knows none of this goes on without.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import re
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of <malloc.h>
 _LARGE_BYTES = 128 << 10  # what it is at first
+_SMALL_BYTES, _STAYS_EVERY_BYTES = 400, 256 << 10  # of what is taken ahead
+_stays: list[bytes] = []
 _libc = ctypes.CDLL(None)
 
 
@@ -29,13 +31,17 @@ def keep_small() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
-def settle() -> None:
+def settle(ahead_bytes: int) -> None:
     """To be called once all is there that stays: the collector of cycles looks at it no more.
 
-    So it has little to look at, and does so soon: else it waits until a quarter as much as all of that has come.
+    So it has little to look at, and does so soon: else it waits until a quarter as much as all of that has come. And
+    so much is had for small objects at once: Python gives none of it back but by the mebibyte, in each of which
+    something comes to lie that stays, and a process would grow with each moment that is greater than all before.
     """
     gc.collect()
     gc.freeze()
+    taken = [bytes(_SMALL_BYTES) for _ in range(ahead_bytes // _SMALL_BYTES)]
+    _stays.extend(taken[:: _STAYS_EVERY_BYTES // _SMALL_BYTES])
 
 
 def give_back() -> None:

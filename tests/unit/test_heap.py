@@ -62,6 +62,18 @@ print(before - resident())
 """
 
 
+CROWD = """
+import os
+from fgpu_ebpf import heap
+def resident():
+    with open("/proc/self/statm") as file: return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+{before}
+before = resident()
+crowd = [[str(number), [number]] for number in range(4000)]
+print(resident() - before)
+"""
+
+
 def arenas(before: str, out: Path) -> int:
     """How many a process has in which eight threads have memory at one time."""
     subprocess.run([sys.executable, "-c", THREADS.format(before=before), out], check=True, timeout=30)
@@ -126,8 +138,19 @@ def looked_at(before: str) -> int:
 
 
 def test_what_stays_is_not_looked_at() -> None:
-    assert looked_at("heap.settle()") < 1000
+    assert looked_at("heap.settle(0)") < 1000
     assert looked_at("pass") > 100_000
+
+
+def grown_bytes(before: str) -> int:
+    """By a moment's 900 KB of small objects."""
+    command = [sys.executable, "-c", CROWD.format(before=before)]
+    return int(subprocess.run(command, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+
+
+def test_a_crowd_finds_what_it_takes() -> None:
+    assert grown_bytes("heap.settle(1 << 20)") < 1 << 17
+    assert grown_bytes("heap.settle(0)") > 1 << 19
 
 
 def test_names_that_come_and_go_are_not_interned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
