@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from harness import (
     SHIM,
     SIM,
     Service,
+    cgroup_root,
     eventually,
     fgpu,
     free_port,
@@ -241,10 +243,20 @@ def test_what_the_kernel_or_the_driver_lacks_is_one_line_with_the_mend(service: 
     assert done.stderr.replace(str(work), "WORK") == f"{line}\n"
 
 
+def is_anothers(cgroup: Path) -> bool:
+    """It is a container's, by its name: at this moment none of these tests runs any under an engine."""
+    return re.fullmatch(r"([a-z-]+-)?[0-9a-f]{64}(\.scope)?", cgroup.name) is not None
+
+
 def test_doctor_finds_nothing_wrong_here(service: Service) -> None:
-    done = fgpu("doctor")  # the agent knows where the driver is
-    assert all(line.startswith("ok ") for line in done.stdout.splitlines()), done.stdout
-    assert len(done.stdout.splitlines()) >= 5
+    """Nothing but that it asks the tests' sockets in vain, where others run containers on this host."""
+    strangers = any(is_anothers(folder) for folder in cgroup_root().rglob("*") if folder.is_dir())
+    done = fgpu("doctor", check=False)  # the agent knows where the driver is
+    lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
+    wrong = [line for line in lines if not line.startswith("ok ")]
+    assert not wrong or (strangers and all(line.startswith("FAIL  labels: ") for line in wrong)), done.stdout
+    assert done.returncode == (1 if wrong else 0)
+    assert len(lines) >= 5
 
 
 def failures(*options: str) -> dict[str, dict[str, str]]:

@@ -64,7 +64,7 @@ def test_links_that_are_gone_are_there_again(service: Service, tenant, alive: bo
 def test_that_nothing_is_enforced_is_shown(whole: Service, place) -> None:
     one = place.tenant(CONTEXT + 40 * MIB)
     one.assert_enforced()
-    assert "ok    probes" in fgpu("doctor", "--driver-root", SIM).stdout
+    assert "ok    probes" in fgpu("doctor", "--driver-root", SIM, check=False).stdout
     unpin(pins() / "programs")
     unpin(pins() / "links")
     mode = "fgpu_tenant_enforcement", frozenset({("tenant", one.name), ("mode", "none")})
