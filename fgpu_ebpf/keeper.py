@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import heap, pages
 from fgpu_ebpf.checks import Check
 
 log = logging.getLogger("fgpu.agent")
@@ -48,7 +48,7 @@ class Keeper:
         self._seen = time.monotonic()
         if locked(self._run_dir / "gatekeeper.lock"):
             return
-        environment = {"PATH": os.defpath, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        environment = {"PATH": os.defpath, "PYTHONPATH": str(Path(__file__).parent.parent), **heap.ENVIRONMENT}
         self._child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, env=environment)
 
     def keep(self) -> None:

@@ -42,6 +42,8 @@ ENVIRONMENT = {
     "LD_LIBRARY_PATH": str(SIM / "lib"),
     "HOME": "/root",
 }
+# What the units and the chart give agent and gatekeeper.
+SERVICE_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 # Starts a program for every line "NAME COMMAND", its stdin and stdout being the pipes NAME.in and NAME.out.
 HUB = 'while read -r name command; do (exec $command <"$name.in" >"$name.out" 2>"$name.err") & done; wait'
 T = TypeVar("T")
@@ -211,7 +213,7 @@ class Service:
         with open(self.log, "ab") if stderr is None else open(stderr, "wb", closefd=False) as log:
             command = [*self.command, "agent", "--driver-root", DRIVER_ROOT, "--shim", SHIM, "--listen", LISTEN]
             command += ["--config", self.config, "--policies", self.policies, *options]
-            environment = {k: v for k, v in ENVIRONMENT.items() if k != "LD_LIBRARY_PATH"}
+            environment = {k: v for k, v in ENVIRONMENT.items() if k != "LD_LIBRARY_PATH"} | SERVICE_ENVIRONMENT
             self.agent = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
         def enforcing() -> bool:

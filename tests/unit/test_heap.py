@@ -62,11 +62,22 @@ print(before - resident())
 """
 
 
+KEPT = """
+import ctypes
+class Mallinfo(ctypes.Structure):
+    _fields_ = [("above", ctypes.c_size_t * 7), ("used", ctypes.c_size_t), ("below", ctypes.c_size_t * 2)]
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.mallinfo2.restype = ctypes.c_void_p, Mallinfo
+blocks = [ctypes.c_void_p(libc.malloc(size)) for size in range(200, 1000, 16) for _ in range(7)]
+before = libc.mallinfo2().used
+for block in blocks: libc.free(block)
+print(before - libc.mallinfo2().used)
+"""
 CROWD = """
-import os
 from fgpu_ebpf import heap
-def resident():
-    with open("/proc/self/statm") as file: return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident():  # statm's may be some pages for each processor behind
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("Rss:"))
 {before}
 before = resident()
 crowd = [[str(number), [number]] for number in range(4000)]
@@ -105,6 +116,31 @@ def given_back_bytes(after: str) -> int:
 def test_what_is_free_below_what_is_not_goes_back_too() -> None:
     assert given_back_bytes("heap.give_back()") >= 7 << 20
     assert given_back_bytes("") < 1 << 20
+
+
+def given_up_bytes(environment: dict[str, str]) -> int:
+    """Of 210 KB that a thread has freed, in pieces of all sizes: what it does not keep for itself."""
+    command = [sys.executable, "-c", KEPT]
+    return int(subprocess.run(command, env=environment, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+
+
+def test_a_thread_keeps_nothing_that_it_has_freed() -> None:
+    assert given_up_bytes(heap.ENVIRONMENT) > 180_000
+    assert given_up_bytes({}) < 30_000
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "systemd/fgpu-agent.service",
+        "systemd/fgpu-gatekeeper.service",
+        "helm/fgpu/templates/agent.yaml",
+        "helm/fgpu/templates/gatekeeper.yaml",
+    ],
+)
+def test_whoever_starts_a_service_says_so(file: str) -> None:
+    (setting,) = heap.ENVIRONMENT.values()
+    assert setting in (Path(__file__).resolve().parents[2] / "deploy" / file).read_text()
 
 
 class Thing:
