@@ -6,11 +6,12 @@ import ctypes
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from trials import Trials
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -20,6 +21,7 @@ SCALES = ("quick", "ci", "full")
 LIVE = ("bpf", "dashboards", "e2e", "engines", "gatekeeper", "kubelet", "packages", "page", "shim", "standalone")
 # Suites that need nothing of what a host has one of. The whole run has a process for these and one for all others.
 ASIDE = ("fuzz", "shim", "sim", "unit")
+TRIALS = pytest.StashKey[Trials]()
 CLONE_NEWNS = 0x20000
 WORLD = Path(__file__).with_name("world.sh")
 
@@ -63,14 +65,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Quick leaves out what is marked slow, and says how many; what is at the mercy of the clock may be tried again."""
     for item in items:
         if item.get_closest_marker("timed"):
-            item.add_marker(pytest.mark.flaky(reruns=2))
+            _try_again(item, 2)
         elif item.path.parent.name in LIVE and not item.get_closest_marker("flaky"):
-            item.add_marker(pytest.mark.flaky(reruns=1))
+            _try_again(item, 1)
     if os.environ.get("FGPU_TEST_SCALE") != "quick":
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
     items[:] = [item for item in items if item not in slow]
     config.hook.pytest_deselected(items=slow)
+
+
+def _try_again(item: pytest.Item, own: int) -> None:
+    """So often where the processors were the machine's own, and later where they were not."""
+    item.stash[TRIALS] = Trials(own)
+    item.add_marker(item.stash[TRIALS].marker())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is taken from the processors from here on is taken from this trial."""
+    if trials := item.stash.get(TRIALS, None):
+        trials.begin()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With the traceback of what failed stands how much of the processors was taken away."""
+    report = yield
+    trials = item.stash.get(TRIALS, None)
+    if report.failed and trials and hasattr(report.longrepr, "addsection"):
+        report.longrepr.addsection("processors", f"{trials.stolen_share():.0%} of them was given to other machines")
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,65 @@
+"""How often a test that failed is tried again.
+
+Processors that a hypervisor gave to other machines meanwhile (`steal` of /proc/stat) make any program late, and no
+failure of such a trial says whose it was. It is printed in full as all are, but not counted; the next one comes later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import pytest
+
+STOLEN_SHARE = 0.05  # of what all processors have to give, from the start of a trial; a quiet machine loses a hundredth
+MOST_STOLEN = 10  # of one test: after that what fails has failed
+FIRST_DELAY_SECONDS, BACKOFF = 1, 1.5  # ten of them wait for two minutes
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What all processors had to give, and what was taken from them, in seconds since the machine was started."""
+
+    passed: float
+    stolen: float
+
+    @classmethod
+    def now(cls) -> Clock:
+        return cls(time.monotonic() * (psutil.cpu_count() or 1), psutil.cpu_times().steal)
+
+    def stolen_share_since(self, before: Clock) -> float:
+        return (self.stolen - before.stolen) / max(self.passed - before.passed, 1e-9)
+
+
+class Trials:
+    """One test's. `own` is how often it may be tried again where the machine was its own."""
+
+    def __init__(self, own: int, clock: Callable[[], Clock] = Clock.now) -> None:
+        self.own, self.stolen, self.clock = own, MOST_STOLEN, clock
+        self.began = clock()
+
+    def marker(self) -> pytest.MarkDecorator:
+        """For pytest-rerunfailures."""
+        return pytest.mark.flaky(
+            reruns=self.own + MOST_STOLEN,
+            reruns_delay=FIRST_DELAY_SECONDS,
+            reruns_delay_backoff_factor=BACKOFF,
+            condition=self.is_another_due,
+        )
+
+    def begin(self) -> None:
+        self.began = self.clock()
+
+    def stolen_share(self) -> float:
+        """Of what the processors had to give since the trial began."""
+        return self.clock().stolen_share_since(self.began)
+
+    def is_another_due(self) -> bool:
+        """Asked after each trial; of one that passed nobody uses the answer."""
+        if self.stolen and self.stolen_share() >= STOLEN_SHARE:
+            self.stolen -= 1
+            return True
+        self.own -= 1
+        return self.own >= 0

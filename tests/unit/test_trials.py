@@ -1,0 +1,89 @@
+"""A test that failed is tried again so often, and more where the machine's processors were taken away meanwhile."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from trials import MOST_STOLEN, STOLEN_SHARE, Clock, Trials
+
+TESTS = Path(__file__).parents[1]
+# Too late on a machine of its own, where a test of time has three trials.
+FOURTH = """
+import pytest
+count = 0
+@pytest.mark.timed
+def test_fourth():
+    global count
+    count += 1
+    assert count == 4
+"""
+# As if a hypervisor had taken this much of every trial; the real one may.
+TAKEN = """
+import trials
+trials.FIRST_DELAY_SECONDS = 0
+trials.Clock.stolen_share_since = lambda *_: {share}
+"""
+
+
+class Taken:
+    """A clock by which so much of each second of two processors is taken."""
+
+    def __init__(self, share: float) -> None:
+        self.share, self.seconds = share, 0
+
+    def __call__(self) -> Clock:
+        self.seconds += 1
+        return Clock(passed=2.0 * self.seconds, stolen=2.0 * self.seconds * self.share)
+
+
+def tries(trials: Trials) -> int:
+    """How often it is tried again, if it fails every time."""
+    for count in range(100):
+        if not trials.is_another_due():
+            return count
+        trials.begin()
+    raise AssertionError("for ever")
+
+
+@pytest.mark.parametrize(("share", "more"), [(0.0, 0), (0.9 * STOLEN_SHARE, 0), (1.1 * STOLEN_SHARE, MOST_STOLEN)])
+def test_what_is_taken_away_is_not_counted(share: float, more: int) -> None:
+    for own in (0, 1, 2):
+        assert tries(Trials(own, Taken(share))) == own + more
+
+
+def test_what_was_taken_before_the_trial_is_nothing_to_it() -> None:
+    clock = Taken(0.9)
+    trials = Trials(0, clock)
+    assert trials.stolen_share() == pytest.approx(0.9)
+    trials.begin()
+    clock.share = clock.share * clock.seconds / (clock.seconds + 1)  # nothing more of the next second
+    assert trials.stolen_share() == pytest.approx(0.0)
+
+
+def test_the_kernels_clock() -> None:
+    """Of what has passed since the machine was started nothing is left out and little is invented."""
+    before = psutil.cpu_times().steal
+    now = Clock.now()
+    assert before <= now.stolen <= now.passed
+    assert now.passed == pytest.approx(sum(psutil.cpu_times()[:8]), rel=0.2)
+
+
+@pytest.mark.parametrize(("share", "end"), [(0.3, "1 passed, 3 rerun"), (0.0, "1 failed, 2 rerun")])
+def test_pytest_asks(tmp_path: Path, share: float, end: str) -> None:
+    """With the suites' own conftest.py, around a test that passes the fourth time."""
+    folder = tmp_path / "tests/sim"
+    folder.mkdir(parents=True)
+    for name in ("conftest.py", "trials.py"):
+        shutil.copy(TESTS / name, folder.parent)
+    (folder / "conftest.py").write_text(TAKEN.format(share=share))
+    (folder / "test_fourth.py").write_text(FOURTH)
+    command = [sys.executable, "-m", "pytest", "--rerun-show-tracebacks", f"--rootdir={tmp_path}", "tests"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False).stdout
+    assert re.search(rf"\b{end}\b", out), out
+    assert out.count(f"{share:.0%} of them was given to other machines") == 3, out
