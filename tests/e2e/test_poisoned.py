@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, FGPU, MIB, REFUSED, Service, eventually
+from harness import CONTEXT, FGPU, MIB, REFUSED, SERVICE_ENVIRONMENT, Service, eventually
 
 MARK = """
 import os, sys
@@ -58,5 +58,6 @@ def test_nothing_of_a_poisoned_environment_reaches_what_the_agent_starts(
     (keeper,) = eventually(service.gatekeepers, 5, "another gatekeeper")
     environment = Path(f"/proc/{keeper}/environ").read_bytes()
     assert str(poisoned).encode() not in environment
+    assert all(f"{name}={value}".encode() in environment.split(b"\0") for name, value in SERVICE_ENVIRONMENT.items())
     marks = [path for path in poisoned.iterdir() if "mark" in path.name]
     assert [(path.name, path.read_bytes()) for path in marks] == []

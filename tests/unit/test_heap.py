@@ -32,27 +32,31 @@ file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
 libc.malloc_info(0, file)
 libc.fclose(file)
 """
-LARGE = """
+MALLINFO = """
 import ctypes
-from fgpu_ebpf import heap
-{before}
-class Mallinfo(ctypes.Structure):
-    _fields_ = [("above", ctypes.c_size_t * 4), ("mapped", ctypes.c_size_t), ("below", ctypes.c_size_t * 5)]
+class Mallinfo(ctypes.Structure):  # of <malloc.h>: hblkhd and uordblks
+    _fields_ = [(name, ctypes.c_size_t) for name in ("a", "b", "c", "d", "mapped", "e", "f", "used", "g", "h")]
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.mallinfo2.restype = ctypes.c_void_p, Mallinfo
+"""
+RESIDENT = """
+def resident():  # statm's may be some pages for each processor behind
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("Rss:"))
+"""
+LARGE = """
+from fgpu_ebpf import heap
+{before}
 libc.free(ctypes.c_void_p(libc.malloc(1 << 20)))
 before = libc.mallinfo2().mapped
 libc.malloc(1 << 19)
 print(libc.mallinfo2().mapped - before)
 """
-
 HOLES = """
-import ctypes, os
+import ctypes
 from fgpu_ebpf import heap
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
-def resident():
-    with open("/proc/self/statm") as file: return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 blocks = [ctypes.c_void_p(libc.malloc(4000)) for _ in range(2000)]
 for block in blocks: ctypes.memset(block, 1, 4000)
 for block in blocks[:-1]: libc.free(block)
@@ -60,14 +64,7 @@ before = resident()
 {after}
 print(before - resident())
 """
-
-
 KEPT = """
-import ctypes
-class Mallinfo(ctypes.Structure):
-    _fields_ = [("above", ctypes.c_size_t * 7), ("used", ctypes.c_size_t), ("below", ctypes.c_size_t * 2)]
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.mallinfo2.restype = ctypes.c_void_p, Mallinfo
 blocks = [ctypes.c_void_p(libc.malloc(size)) for size in range(200, 1000, 16) for _ in range(7)]
 before = libc.mallinfo2().used
 for block in blocks: libc.free(block)
@@ -75,9 +72,6 @@ print(before - libc.mallinfo2().used)
 """
 CROWD = """
 from fgpu_ebpf import heap
-def resident():  # statm's may be some pages for each processor behind
-    with open("/proc/self/smaps_rollup") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("Rss:"))
 {before}
 before = resident()
 crowd = [[str(number), [number]] for number in range(4000)]
@@ -98,7 +92,7 @@ def test_threads_share_one_arena(tmp_path: Path) -> None:
 
 def mapped_bytes(before: str) -> int:
     """How much of half a megabyte is a mapping of its own, after a megabyte was freed."""
-    command = [sys.executable, "-c", LARGE.format(before=before)]
+    command = [sys.executable, "-c", MALLINFO + LARGE.format(before=before)]
     return int(subprocess.run(command, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
 
 
@@ -109,7 +103,7 @@ def test_what_is_large_stays_a_mapping_of_its_own() -> None:
 
 def given_back_bytes(after: str) -> int:
     """Of 8 MB that were freed below a block that was not."""
-    command = [sys.executable, "-c", HOLES.format(after=after)]
+    command = [sys.executable, "-c", RESIDENT + HOLES.format(after=after)]
     return int(subprocess.run(command, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
 
 
@@ -120,7 +114,7 @@ def test_what_is_free_below_what_is_not_goes_back_too() -> None:
 
 def given_up_bytes(environment: dict[str, str]) -> int:
     """Of 210 KB that a thread has freed, in pieces of all sizes: what it does not keep for itself."""
-    command = [sys.executable, "-c", KEPT]
+    command = [sys.executable, "-c", MALLINFO + KEPT]
     return int(subprocess.run(command, env=environment, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
 
 
@@ -180,7 +174,7 @@ def test_what_stays_is_not_looked_at() -> None:
 
 def grown_bytes(before: str) -> int:
     """By a moment's 900 KB of small objects."""
-    command = [sys.executable, "-c", CROWD.format(before=before)]
+    command = [sys.executable, "-c", RESIDENT + CROWD.format(before=before)]
     return int(subprocess.run(command, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
 
 
