@@ -19,6 +19,7 @@
 
 #include "edits.h"
 #include "json.h"
+#include "reasons.h"
 
 #define PRELOAD "/etc/ld.so.preload"
 #define FILE_NAME "libfgpu.so"

@@ -14,4 +14,3 @@ char *edits_apply(const struct setup *setup, const char *config, const char *bun
 
 char *file_read(int folder, const char *path, size_t most); /* for free(); NULL: errno */
 int file_write(const char *path, const char *text);         /* as a whole or not at all; -1: errno */
-void say(const char *format, ...) __attribute__((format(printf, 1, 2)));

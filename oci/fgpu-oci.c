@@ -15,52 +15,20 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/un.h>
-#include <syslog.h>
 #include <unistd.h>
 
 #include "edits.h"
 #include "json.h"
+#include "reasons.h"
 
 #define MOST_OF_A_CONFIG (16 << 20)
 #define PATIENCE_SECONDS 5
-
-static const char *runtime_log; /* where the engine looks for the reason */
-static char said[1024];         /* the last of it */
-
-/* Not on stderr: a runtime's is the container's own. */
-void say(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(said, sizeof said, format, arguments);
-    va_end(arguments);
-    openlog("fgpu-oci", LOG_PID, LOG_DAEMON);
-    syslog(LOG_WARNING, "%s", said);
-}
-
-/* The last message of level error in the runtime's log is what containerd, and so Docker, shows. */
-static int refuse(const char *what)
-{
-    char text[2 * sizeof said];
-    snprintf(text, sizeof text, "%s%s%s", what, *said ? ": " : "", said);
-    syslog(LOG_ERR, "container not started: %s", text);
-    dprintf(2, "fgpu: %s\n", text);
-    for (char *at = text; *at; at++)
-        if (*at == '"' || *at == '\\' || (unsigned char)*at < ' ') *at = '\'';
-    int fd = runtime_log ? open(runtime_log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : -1;
-    if (fd >= 0) {
-        dprintf(fd, "{\"level\":\"error\",\"msg\":\"fgpu: %s\"}\n", text);
-        close(fd);
-    }
-    return 1;
-}
 
 /* -- fgpu-oci share */
 
@@ -189,7 +157,7 @@ static int runtime(const char *run, char **words)
     const char *name = words[0] ? strrchr(words[0], '/') : NULL;
     name = name ? name + 1 : words[0];
     if (!name || !strncmp(name, "fgpu-", 5)) return refuse("no runtime is named that could start it");
-    runtime_log = option(words, "--log", NULL);
+    reasons_log = option(words, "--log", NULL);
     if (starts_a_container(words + 1) && edit_bundle(run, option(words, "--bundle", "-b") ?: ".")) return 1;
     execvp(words[0], words);
     say("%s: %s", words[0], strerror(errno));
