@@ -11,7 +11,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from trials import Trials
+from trials import Patience, Trials
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -63,11 +63,12 @@ def _leave_the_others() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Quick leaves out what is marked slow, and says how many; what is at the mercy of the clock may be tried again."""
+    patience = Patience()
     for item in items:
         if item.get_closest_marker("timed"):
-            _try_again(item, 2)
+            _try_again(item, 2, patience)
         elif item.path.parent.name in LIVE and not item.get_closest_marker("flaky"):
-            _try_again(item, 1)
+            _try_again(item, 1, patience)
     if os.environ.get("FGPU_TEST_SCALE") != "quick":
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
@@ -75,9 +76,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=slow)
 
 
-def _try_again(item: pytest.Item, own: int) -> None:
+def _try_again(item: pytest.Item, own: int, patience: Patience) -> None:
     """So often where the processors were the machine's own, and later where they were not."""
-    item.stash[TRIALS] = Trials(own)
+    item.stash[TRIALS] = Trials(own, patience)
     item.add_marker(item.stash[TRIALS].marker())
 
 

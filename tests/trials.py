@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 STOLEN_SHARE = 0.05  # of what all processors have to give, from the start of a trial; a quiet machine loses a hundredth
-MOST_STOLEN = 10  # of one test: after that what fails has failed
+MOST_STOLEN, MOST_STOLEN_OF_ALL = 10, 60  # of one test, and of a process of pytest's: after that what fails has failed
 FIRST_DELAY_SECONDS, BACKOFF = 1, 1.5  # ten of them wait for two minutes
 
 
@@ -33,11 +33,18 @@ class Clock:
         return (self.stolen - before.stolen) / max(self.passed - before.passed, 1e-9)
 
 
+@dataclass
+class Patience:
+    """How many stolen trials all tests together may still have: a run has to end."""
+
+    left: int = MOST_STOLEN_OF_ALL
+
+
 class Trials:
     """One test's. `own` is how often it may be tried again where the machine was its own."""
 
-    def __init__(self, own: int, clock: Callable[[], Clock] = Clock.now) -> None:
-        self.own, self.stolen, self.clock = own, MOST_STOLEN, clock
+    def __init__(self, own: int, patience: Patience, clock: Callable[[], Clock] = Clock.now) -> None:
+        self.own, self.stolen, self.patience, self.clock = own, MOST_STOLEN, patience, clock
         self.began = clock()
 
     def marker(self) -> pytest.MarkDecorator:
@@ -58,8 +65,9 @@ class Trials:
 
     def is_another_due(self) -> bool:
         """Asked after each trial; of one that passed nobody uses the answer."""
-        if self.stolen and self.stolen_share() >= STOLEN_SHARE:
+        if self.stolen and self.patience.left and self.stolen_share() >= STOLEN_SHARE:
             self.stolen -= 1
+            self.patience.left -= 1
             return True
         self.own -= 1
         return self.own >= 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from trials import MOST_STOLEN, STOLEN_SHARE, Clock, Trials
+from trials import MOST_STOLEN, STOLEN_SHARE, Clock, Patience, Trials
 
 TESTS = Path(__file__).parents[1]
 # Too late on a machine of its own, where a test of time has three trials.
@@ -28,6 +28,7 @@ TAKEN = """
 import trials
 trials.FIRST_DELAY_SECONDS = 0
 trials.Clock.stolen_share_since = lambda *_: {share}
+trials.Trials.begin = lambda _: print("begun")
 """
 
 
@@ -54,12 +55,17 @@ def tries(trials: Trials) -> int:
 @pytest.mark.parametrize(("share", "more"), [(0.0, 0), (0.9 * STOLEN_SHARE, 0), (1.1 * STOLEN_SHARE, MOST_STOLEN)])
 def test_what_is_taken_away_is_not_counted(share: float, more: int) -> None:
     for own in (0, 1, 2):
-        assert tries(Trials(own, Taken(share))) == own + more
+        assert tries(Trials(own, Patience(), Taken(share))) == own + more
+
+
+def test_a_run_ends() -> None:
+    patience = Patience(MOST_STOLEN + 3)
+    assert [tries(Trials(1, patience, Taken(0.3))) for _ in range(3)] == [MOST_STOLEN + 1, 4, 1]
 
 
 def test_what_was_taken_before_the_trial_is_nothing_to_it() -> None:
     clock = Taken(0.9)
-    trials = Trials(0, clock)
+    trials = Trials(0, Patience(), clock)
     assert trials.stolen_share() == pytest.approx(0.9)
     trials.begin()
     clock.share = clock.share * clock.seconds / (clock.seconds + 1)  # nothing more of the next second
@@ -83,7 +89,8 @@ def test_pytest_asks(tmp_path: Path, share: float, end: str) -> None:
         shutil.copy(TESTS / name, folder.parent)
     (folder / "conftest.py").write_text(TAKEN.format(share=share))
     (folder / "test_fourth.py").write_text(FOURTH)
-    command = [sys.executable, "-m", "pytest", "--rerun-show-tracebacks", f"--rootdir={tmp_path}", "tests"]
+    command = [sys.executable, "-m", "pytest", "-s", "--rerun-show-tracebacks", f"--rootdir={tmp_path}", "tests"]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False).stdout
     assert re.search(rf"\b{end}\b", out), out
+    assert out.count("begun") == sum(map(int, re.findall(r"\d", end))), out
     assert out.count(f"{share:.0%} of them was given to other machines") == 3, out
