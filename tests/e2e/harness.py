@@ -43,7 +43,7 @@ ENVIRONMENT = {
     "HOME": "/root",
 }
 # What the units and the chart give agent and gatekeeper.
-SERVICE_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+SERVICE_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.pthread.stack_cache_size=0"}
 # Starts a program for every line "NAME COMMAND", its stdin and stdout being the pipes NAME.in and NAME.out.
 HUB = 'while read -r name command; do (exec $command <"$name.in" >"$name.out" 2>"$name.err") & done; wait'
 T = TypeVar("T")

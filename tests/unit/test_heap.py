@@ -70,6 +70,25 @@ before = libc.mallinfo2().used
 for block in blocks: libc.free(block)
 print(before - libc.mallinfo2().used)
 """
+STACKS = """
+import threading
+from fgpu_ebpf import heap
+heap.keep_small()
+threading.stack_size(1 << 18)  # 40 MiB of them are kept
+def mappings():
+    with open("/proc/self/maps") as file:
+        return len(file.readlines())
+def together(count):
+    all_there = threading.Barrier(count)
+    threads = [threading.Thread(target=all_there.wait) for _ in range(count)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+together(1)
+before = mappings()
+together(32)
+for _ in range(3): together(1)  # who ends frees what those before have left, never its own
+print(mappings() - before)
+"""
 CROWD = """
 from fgpu_ebpf import heap
 {before}
@@ -121,6 +140,17 @@ def given_up_bytes(environment: dict[str, str]) -> int:
 def test_a_thread_keeps_nothing_that_it_has_freed() -> None:
     assert given_up_bytes(heap.ENVIRONMENT) > 180_000
     assert given_up_bytes({}) < 30_000
+
+
+def stacks_left(environment: dict[str, str]) -> int:
+    """After 32 threads at one time: mappings, two a stack."""
+    command = [sys.executable, "-c", STACKS]
+    return int(subprocess.run(command, env=environment, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+
+
+def test_threads_that_have_ended_leave_no_stacks() -> None:
+    assert stacks_left(heap.ENVIRONMENT) < 8
+    assert stacks_left({}) > 48
 
 
 @pytest.mark.parametrize(
