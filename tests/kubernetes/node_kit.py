@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import containerd_kit
+import grpc
 import yaml
 from containerd_kit import HOST_NETWORK, PRIVATE_MOUNTS, Containerd, message
 from harness import SIM, cgroup_root, eventually
@@ -182,13 +183,28 @@ class Pod:
 
     def end(self) -> None:
         """As kubelet ends a pod."""
+        grace = (2, self.spec["terminationGracePeriodSeconds"])
         for one in self.containers.values():
-            self.node.call("StopContainer", message((1, one.id), (2, self.spec["terminationGracePeriodSeconds"])))
-        self.node.call("StopPodSandbox", message((1, self.sandbox)))
+            self._ask("StopContainer", message((1, one.id), grace))
+        self._ask("StopPodSandbox", message((1, self.sandbox)))
         self.node.call("RemovePodSandbox", message((1, self.sandbox)))
         folder = cgroup_root() / self.path.lstrip("/")
         eventually(lambda: not folder.exists() or folder.rmdir() is None, 20, "an empty pod")
         self.node.pods_of_manifests.remove(self)
+
+    def _ask(self, method: str, request: bytes) -> None:
+        """A container may end by itself, and its shim with it, while containerd calls that: then kubelet asks again."""
+
+        def is_done() -> bool:
+            try:
+                self.node.call(method, request)
+            except grpc.RpcError as error:
+                if "ttrpc: closed" not in str(error):
+                    raise
+                return False
+            return True
+
+        eventually(is_done, 20, method)
 
 
 class Node(Containerd):
