@@ -63,8 +63,10 @@ class Trials:
         """Of what the processors had to give since the trial began."""
         return self.clock().stolen_share_since(self.began)
 
-    def is_another_due(self) -> bool:
-        """Asked after each trial; of one that passed nobody uses the answer."""
+    def is_another_due(self, error: BaseException | None) -> bool:
+        """Asked after each trial; one that passed has no error, and costs nobody's patience."""
+        if not error:
+            return False
         if self.stolen and self.patience.left and self.stolen_share() >= STOLEN_SHARE:
             self.stolen -= 1
             self.patience.left -= 1
