@@ -102,6 +102,11 @@ class Soak:
         acts, often = zip(*self._acts, strict=True)
         self.do(self.random.choices(acts, often)[0])
 
+    def each(self) -> None:
+        """Every thing that may happen, once."""
+        for act, _ in self._acts:
+            self.do(act)
+
     def do(self, act: Callable[[], None]) -> None:
         """This, and counts it."""
         act()
@@ -390,14 +395,17 @@ def run(soak: Soak, seconds: float, every: float) -> None:
     """Things happen for so long; a restart of ours comes every `every` seconds, and of the engine more often.
 
     The first of them are a crowd, so that whatever is kept of so many tenants or events is full when sizes are first
-    looked at: else they would seem to grow for as long as that takes.
+    looked at: else they would seem to grow for as long as that takes. Then comes each once and, however slow the crowd
+    was, half of the time for the others: a short soak has some of all too.
     """
     begun = time.monotonic()
     while time.monotonic() < begun + min(SETTLING_SECONDS, seconds / 2):
         soak.do(soak.crowd)
+    end = max(begun + seconds, time.monotonic() + seconds / 2)
+    soak.each()
     often = {soak.check: CHECK_SECONDS, soak.restart: every, soak.restart_engine: min(ENGINE_SECONDS, seconds / 3)}
     due = {act: begun + each for act, each in often.items()}
-    while (now := time.monotonic()) < begun + seconds:
+    while (now := time.monotonic()) < end:
         soak.step()
         for act in [act for act, at in due.items() if at <= now]:
             act()

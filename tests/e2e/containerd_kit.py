@@ -154,6 +154,27 @@ class Containerd(Place):
         answer = self._channel.unary_unary(f"/runtime.v1.RuntimeService/{method}")(request, timeout=60)
         return answer[2 : 2 + answer[1]].decode() if answer else ""
 
+    def stop(self, method: str, request: bytes) -> None:
+        """A container may end by itself, and its shim with it, while containerd calls that: then kubelet asks again."""
+
+        def is_done() -> bool:
+            try:
+                self.call(method, request)
+            except grpc.RpcError as error:
+                if "ttrpc: closed" not in str(error):
+                    raise
+                return False
+            return True
+
+        eventually(is_done, 20, method)
+
+    def end_pod(self, sandbox: str, path: str, seconds: float) -> None:
+        """With whatever still runs in it, and its folder."""
+        self.stop("StopPodSandbox", message((1, sandbox)))
+        self.call("RemovePodSandbox", message((1, sandbox)))
+        folder = cgroup_root() / path.lstrip("/")
+        eventually(lambda: not folder.exists() or folder.rmdir() is None, seconds, "an empty pod")
+
     def _image(self, labels: Mapping[str, str]) -> Path:
         """An archive as `docker save` makes it: one static program, which waits, and the links of this host."""
         root, out = self.work / "image", self.work / "archive"
@@ -198,10 +219,7 @@ class Containerd(Place):
         """Every pod, its folder, and the engine."""
         try:
             for pod in self._running:
-                self.call("StopPodSandbox", message((1, pod.sandbox)))
-                self.call("RemovePodSandbox", message((1, pod.sandbox)))
-                folder = cgroup_root() / pod.path.lstrip("/")
-                eventually(lambda at=folder: not at.exists() or at.rmdir() is None, 5, "an empty pod")
+                self.end_pod(pod.sandbox, pod.path, 5)
         finally:
             self._stop()
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import containerd_kit
-import grpc
 import yaml
 from containerd_kit import HOST_NETWORK, PRIVATE_MOUNTS, Containerd, message
 from harness import SIM, cgroup_root, eventually
@@ -185,26 +184,9 @@ class Pod:
         """As kubelet ends a pod."""
         grace = (2, self.spec["terminationGracePeriodSeconds"])
         for one in self.containers.values():
-            self._ask("StopContainer", message((1, one.id), grace))
-        self._ask("StopPodSandbox", message((1, self.sandbox)))
-        self.node.call("RemovePodSandbox", message((1, self.sandbox)))
-        folder = cgroup_root() / self.path.lstrip("/")
-        eventually(lambda: not folder.exists() or folder.rmdir() is None, 20, "an empty pod")
+            self.node.stop("StopContainer", message((1, one.id), grace))
+        self.node.end_pod(self.sandbox, self.path, 20)
         self.node.pods_of_manifests.remove(self)
-
-    def _ask(self, method: str, request: bytes) -> None:
-        """A container may end by itself, and its shim with it, while containerd calls that: then kubelet asks again."""
-
-        def is_done() -> bool:
-            try:
-                self.node.call(method, request)
-            except grpc.RpcError as error:
-                if "ttrpc: closed" not in str(error):
-                    raise
-                return False
-            return True
-
-        eventually(is_done, 20, method)
 
 
 class Node(Containerd):
@@ -366,10 +348,7 @@ class Node(Containerd):
     def end_tenants(self) -> None:
         """Every other pod."""
         for pod in self._running:
-            self.call("StopPodSandbox", message((1, pod.sandbox)))
-            self.call("RemovePodSandbox", message((1, pod.sandbox)))
-            folder = cgroup_root() / pod.path.lstrip("/")
-            eventually(lambda at=folder: not at.exists() or at.rmdir() is None, 20, "an empty pod")
+            self.end_pod(pod.sandbox, pod.path, 20)
         self._running.clear()
 
     def close(self) -> None:

@@ -109,10 +109,15 @@ def test_threads_share_one_arena(tmp_path: Path) -> None:
     assert arenas("", tmp_path / "many") > 1
 
 
+def printed(program: str, environment: dict[str, str] | None = None) -> int:
+    """The number that a process of its own prints."""
+    command = [sys.executable, "-c", program]
+    return int(subprocess.run(command, env=environment, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+
+
 def mapped_bytes(before: str) -> int:
     """How much of half a megabyte is a mapping of its own, after a megabyte was freed."""
-    command = [sys.executable, "-c", MALLINFO + LARGE.format(before=before)]
-    return int(subprocess.run(command, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+    return printed(MALLINFO + LARGE.format(before=before))
 
 
 def test_what_is_large_stays_a_mapping_of_its_own() -> None:
@@ -122,8 +127,7 @@ def test_what_is_large_stays_a_mapping_of_its_own() -> None:
 
 def given_back_bytes(after: str) -> int:
     """Of 8 MB that were freed below a block that was not."""
-    command = [sys.executable, "-c", RESIDENT + HOLES.format(after=after)]
-    return int(subprocess.run(command, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+    return printed(RESIDENT + HOLES.format(after=after))
 
 
 def test_what_is_free_below_what_is_not_goes_back_too() -> None:
@@ -133,8 +137,7 @@ def test_what_is_free_below_what_is_not_goes_back_too() -> None:
 
 def given_up_bytes(environment: dict[str, str]) -> int:
     """Of 210 KB that a thread has freed, in pieces of all sizes: what it does not keep for itself."""
-    command = [sys.executable, "-c", MALLINFO + KEPT]
-    return int(subprocess.run(command, env=environment, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+    return printed(MALLINFO + KEPT, environment)
 
 
 def test_a_thread_keeps_nothing_that_it_has_freed() -> None:
@@ -144,8 +147,7 @@ def test_a_thread_keeps_nothing_that_it_has_freed() -> None:
 
 def stacks_left(environment: dict[str, str]) -> int:
     """After 32 threads at one time: mappings, two a stack."""
-    command = [sys.executable, "-c", STACKS]
-    return int(subprocess.run(command, env=environment, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+    return printed(STACKS, environment)
 
 
 def test_threads_that_have_ended_leave_no_stacks() -> None:
@@ -193,8 +195,7 @@ def test_patterns_of_policies_that_are_gone_are_freed() -> None:
 def looked_at(before: str) -> int:
     """At how many objects the collector of cycles looks, of 100,000 lists and whatever else there is."""
     program = f"import gc; from fgpu_ebpf import heap; stay = [[] for _ in range(100_000)]; {before}"
-    command = [sys.executable, "-c", f"{program}; print(len(gc.get_objects()))"]
-    return int(subprocess.run(command, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+    return printed(f"{program}; print(len(gc.get_objects()))")
 
 
 def test_what_stays_is_not_looked_at() -> None:
@@ -204,8 +205,7 @@ def test_what_stays_is_not_looked_at() -> None:
 
 def grown_bytes(before: str) -> int:
     """By a moment's 900 KB of small objects."""
-    command = [sys.executable, "-c", RESIDENT + CROWD.format(before=before)]
-    return int(subprocess.run(command, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
+    return printed(RESIDENT + CROWD.format(before=before))
 
 
 def test_a_crowd_finds_what_it_takes() -> None:
