@@ -11,7 +11,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from trials import Patience, Trials
+from trials import Again, Patience, Trials
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -24,6 +24,11 @@ ASIDE = ("fuzz", "shim", "sim", "unit")
 TRIALS = pytest.StashKey[Trials]()
 CLONE_NEWNS = 0x20000
 WORLD = Path(__file__).with_name("world.sh")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """A trial that fails leaves something: nobody sees what, on a machine where all pass."""
+    parser.addoption("--again", action="store_true", help="a test that may be tried again fails once, at its end")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -87,6 +92,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """What is taken from the processors from here on is taken from this trial."""
     if trials := item.stash.get(TRIALS, None):
         trials.begin()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """With `--again`, no first trial is the last."""
+    yield
+    trials = item.stash.get(TRIALS, None)
+    if trials and trials.trials == 1 and item.config.getoption("again"):
+        raise Again
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,6 +18,10 @@ MOST_STOLEN, MOST_STOLEN_OF_ALL = 10, 60  # of one test, and of a process of pyt
 FIRST_DELAY_SECONDS, BACKOFF = 1, 1.5  # ten of them wait for two minutes
 
 
+class Again(Exception):
+    """The end of a trial that passed, where `--again` wants to see another: it finds what this one has left."""
+
+
 @dataclass(frozen=True)
 class Clock:
     """What all processors had to give, and what was taken from them, in seconds since the machine was started."""
@@ -46,11 +50,12 @@ class Trials:
     def __init__(self, own: int, patience: Patience, clock: Callable[[], Clock] = Clock.now) -> None:
         self.own, self.stolen, self.patience, self.clock = own, MOST_STOLEN, patience, clock
         self.began = clock()
+        self.trials = 0
 
     def marker(self) -> pytest.MarkDecorator:
         """For pytest-rerunfailures."""
         return pytest.mark.flaky(
-            reruns=self.own + MOST_STOLEN,
+            reruns=self.own + MOST_STOLEN + 1,
             reruns_delay=FIRST_DELAY_SECONDS,
             reruns_delay_backoff_factor=BACKOFF,
             condition=self.is_another_due,
@@ -58,6 +63,7 @@ class Trials:
 
     def begin(self) -> None:
         self.began = self.clock()
+        self.trials += 1
 
     def stolen_share(self) -> float:
         """Of what the processors had to give since the trial began."""
@@ -67,6 +73,8 @@ class Trials:
         """Asked after each trial; one that passed has no error, and costs nobody's patience."""
         if not error:
             return False
+        if isinstance(error, Again):
+            return True
         if self.stolen and self.patience.left and self.stolen_share() >= STOLEN_SHARE:
             self.stolen -= 1
             self.patience.left -= 1

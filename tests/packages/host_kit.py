@@ -7,6 +7,7 @@ What cannot be downloaded is a failure that names the mirror, never a test left 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -179,6 +180,10 @@ class Host(kit.Installed):
         command = ["apt-get", "-y", "-q", "--no-install-recommends", "-o", "APT::Sandbox::User=root"]
         return self.run(*command, *words, check=check, env=environment, timeout=170)
 
+    def install(self, deb: Path) -> None:
+        """A package of build/, also after one that was newer."""
+        self.apt("install", "--allow-downgrades", BUILD / deb.relative_to(kit.BUILD))
+
     @contextlib.contextmanager
     def gatekeeper(self) -> Iterator[None]:
         """The gatekeeper as its unit starts it, until the end of the block."""
@@ -228,6 +233,10 @@ class Host(kit.Installed):
         self._init.wait(10)
         self._init, self.prefix = None, self._chroot
 
+    def version(self) -> str:
+        """Of the package that is installed there."""
+        return self.run("dpkg-query", "--show", "--showformat=${Version}", "fgpu").stdout
+
     def unit(self, name: str, *properties: str) -> list[str]:
         """What systemd says of a unit: the values of these properties."""
         words = [f"--property={name}" for name in properties]
@@ -235,14 +244,18 @@ class Host(kit.Installed):
         return [shown[name] for name in properties]
 
 
+_majors = itertools.count(10)  # none twice: a host may have been upgraded by a trial that failed
+
+
 def newer(deb: Path, folder: Path, work: Path) -> str:
-    """Puts a package with a higher version and another shim into a host's /tmp; its path there."""
-    tree, name = work / "tree", "fgpu_9.deb"
+    """Puts a package with a version above all before and another shim into a host's /tmp; its path there."""
+    major = next(_majors)
+    tree, name = work / "tree", f"fgpu_{major}.deb"
     kit.run("dpkg-deb", "-R", deb, tree)
     control = tree / "DEBIAN/control"
-    control.write_text(control.read_text().replace("Version: ", "Version: 9"))
+    control.write_text(re.sub(r"^Version: \d+", f"Version: {major}", control.read_text(), count=1, flags=re.MULTILINE))
     with open(next(tree.rglob("libfgpu.so")), "ab") as shim:
-        shim.write(b"another")
+        shim.write(f"another {major}".encode())
     kit.run("dpkg-deb", "-Znone", "--root-owner-group", "--build", tree, folder / name)
     return f"/tmp/{name}"
 

@@ -38,11 +38,11 @@ echo "${COMPREPLY[@]}"
 
 def test_install_enforce_purge(host: host_kit.Host, deb: Path, tmp_path: Path) -> None:
     settings = host.root / "etc/docker/daemon.json"
-    settings.parent.mkdir()
+    settings.parent.mkdir(exist_ok=True)
     settings.write_text('{"debug": true}')
     before, accounts, mounts = host_kit.listing(host.root), host.accounts(), Path("/proc/mounts").read_text()
     begun = time.monotonic()
-    host.apt("install", host_kit.BUILD / deb.relative_to(kit.BUILD))
+    host.install(deb)
     installed = time.monotonic() - begun
     started = host.start_agent(tmp_path / "log")
     print(f"installed in {installed:.1f} s, enforcing {started:.1f} s later")
@@ -70,7 +70,7 @@ def test_install_enforce_purge(host: host_kit.Host, deb: Path, tmp_path: Path) -
 
 def test_purge_takes_away_what_a_dead_agent_left(host: host_kit.Host, deb: Path, tmp_path: Path) -> None:
     before = host_kit.listing(host.root)
-    host.apt("install", host_kit.BUILD / deb.relative_to(kit.BUILD))
+    host.install(deb)
     host.start_agent(tmp_path / "log")
     assert host.agent is not None
     host.agent.kill()
@@ -84,7 +84,7 @@ def test_purge_takes_away_what_a_dead_agent_left(host: host_kit.Host, deb: Path,
 
 def test_upgrade_under_load(host: host_kit.Host, deb: Path, tmp_path: Path) -> None:
     """One tenant holds its limit all the time, one starts program after program: neither notices."""
-    host.apt("install", host_kit.BUILD / deb.relative_to(kit.BUILD))
+    host.install(deb)
     fits = f"admitted {kit.GIB - kit.CONTEXT} bytes, then CUDA_ERROR_OUT_OF_MEMORY\n"
     with contextlib.ExitStack() as old:
         old.enter_context(host.gatekeeper())

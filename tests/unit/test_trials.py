@@ -27,12 +27,23 @@ def test_fourth():
     count += 1
     assert count == 4
 """
+# The second cannot be tried again, for what it has left.
+LEFT = """
+import pytest
+@pytest.mark.timed
+def test_leaves_nothing():
+    pass
+@pytest.mark.timed
+def test_leaves_a_folder(tmp_path):
+    (tmp_path.parent / "folder").mkdir()
+"""
 # As if a hypervisor had taken this much of every trial; the real one may.
 TAKEN = """
 import trials
 trials.FIRST_DELAY_SECONDS = 0
 trials.Clock.stolen_share_since = lambda *_: {share}
-trials.Trials.begin = lambda _: print("begun")
+begin = trials.Trials.begin
+trials.Trials.begin = lambda self: print("begun") or begin(self)
 """
 
 
@@ -84,17 +95,29 @@ def test_the_kernels_clock() -> None:
     assert now.passed == pytest.approx(sum(psutil.cpu_times()[:8]), rel=0.2)
 
 
-@pytest.mark.parametrize(("share", "end"), [(0.3, "81 passed, 3 rerun"), (0.0, "1 failed, 80 passed, 2 rerun")])
-def test_pytest_asks(tmp_path: Path, share: float, end: str) -> None:
-    """With the suites' own conftest.py, around a test that passes the fourth time."""
-    folder = tmp_path / "tests/sim"
+def asked(work: Path, tests: str, share: float, *options: str) -> str:
+    """What pytest prints of these tests under the suites' own conftest.py."""
+    folder = work / "tests/sim"
     folder.mkdir(parents=True)
     for name in ("conftest.py", "trials.py"):
         shutil.copy(TESTS / name, folder.parent)
     (folder / "conftest.py").write_text(TAKEN.format(share=share))
-    (folder / "test_fourth.py").write_text(FOURTH)
-    command = [sys.executable, "-m", "pytest", "-s", "--rerun-show-tracebacks", f"--rootdir={tmp_path}", "tests"]
-    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False).stdout
+    (folder / "test_some.py").write_text(tests)
+    words = ["-s", "--rerun-show-tracebacks", f"--rootdir={work}", *options, "tests"]
+    command = [sys.executable, "-m", "pytest", *words]
+    return subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+@pytest.mark.parametrize(("share", "end"), [(0.3, "81 passed, 3 rerun"), (0.0, "1 failed, 80 passed, 2 rerun")])
+def test_pytest_asks(tmp_path: Path, share: float, end: str) -> None:
+    out = asked(tmp_path, FOURTH, share)
     assert re.search(rf"\b{end}\b", out), out
     assert out.count("begun") == sum(map(int, re.findall(r"\d+", end))), out
     assert out.count(f"{share:.0%} of them was given to other machines") == 3, out
+
+
+def test_what_a_trial_leaves_is_found(tmp_path: Path) -> None:
+    assert re.search(r"\b2 passed\b", asked(tmp_path / "once", LEFT, 0.0))
+    out = asked(tmp_path / "again", LEFT, 0.0, "--again")
+    assert re.search(r"\b1 failed, 1 passed, 4 rerun\b", out), out
+    assert "FileExistsError" in out
