@@ -70,10 +70,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Quick leaves out what is marked slow, and says how many; what is at the mercy of the clock may be tried again."""
     patience = Patience()
     for item in items:
-        if item.get_closest_marker("timed"):
-            _try_again(item, 2, patience)
-        elif item.path.parent.name in LIVE and not item.get_closest_marker("flaky"):
-            _try_again(item, 1, patience)
+        if not item.get_closest_marker("flaky"):
+            _try_again(item, patience)
     if os.environ.get("FGPU_TEST_SCALE") != "quick":
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
@@ -81,10 +79,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=slow)
 
 
-def _try_again(item: pytest.Item, own: int, patience: Patience) -> None:
-    """So often where the processors were the machine's own, and later where they were not."""
-    item.stash[TRIALS] = Trials(own, patience)
-    item.add_marker(item.stash[TRIALS].marker())
+def _try_again(item: pytest.Item, patience: Patience) -> None:
+    """Twice, once or never where the processors were the machine's own; later, of any suite, where they were not."""
+    own = 2 if item.get_closest_marker("timed") else int(item.path.parent.name in LIVE)
+    trials = item.stash[TRIALS] = Trials(own, patience)
+    delay = {"delay_seconds": 0} if item.config.getoption("again") else {}  # nobody took anything
+    item.add_marker(trials.marker(**delay))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -99,7 +99,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """With `--again`, no first trial is the last."""
     yield
     trials = item.stash.get(TRIALS, None)
-    if trials and trials.trials == 1 and item.config.getoption("again"):
+    if trials and trials.begun == 1 and item.config.getoption("again"):
         raise Again
 
 

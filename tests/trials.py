@@ -50,20 +50,20 @@ class Trials:
     def __init__(self, own: int, patience: Patience, clock: Callable[[], Clock] = Clock.now) -> None:
         self.own, self.stolen, self.patience, self.clock = own, MOST_STOLEN, patience, clock
         self.began = clock()
-        self.trials = 0
+        self.begun = 0
 
-    def marker(self) -> pytest.MarkDecorator:
+    def marker(self, delay_seconds: float = FIRST_DELAY_SECONDS) -> pytest.MarkDecorator:
         """For pytest-rerunfailures."""
         return pytest.mark.flaky(
             reruns=self.own + MOST_STOLEN + 1,
-            reruns_delay=FIRST_DELAY_SECONDS,
+            reruns_delay=delay_seconds,
             reruns_delay_backoff_factor=BACKOFF,
             condition=self.is_another_due,
         )
 
     def begin(self) -> None:
         self.began = self.clock()
-        self.trials += 1
+        self.begun += 1
 
     def stolen_share(self) -> float:
         """Of what the processors had to give since the trial began."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from conftest import MIB, Client, Kernel, Level, anomalies, entries, wait_until
@@ -16,6 +16,13 @@ REFUSED, ADMITTED = 0, 1
 PART = 262144 // 4
 PARTS = {Shared.THREADS: 65536 // 4, Shared.PROCESSES: 16384 // 4}
 MORE = 101  # than the part
+
+
+@pytest.fixture(autouse=True)
+def swept(kernel: Kernel) -> Iterator[None]:
+    """What the dead have left is taken away, as an agent does twice a second: the next crowd has room."""
+    yield
+    kernel.ledger.sweep()
 
 
 @pytest.fixture
