@@ -119,9 +119,16 @@ def test_a_free_that_nobody_saw_is_noticed_when_the_pointer_comes_again(kernel, 
 
 
 @pytest.fixture(scope="module")
-def allocations(kernel) -> Iterator[Full]:
+def filled(kernel) -> Iterator[Full]:
     with full(kernel, "allocations") as whole:
         yield whole
+
+
+@pytest.fixture
+def allocations(filled: Full) -> Full:
+    """Full, however much room the last test has made."""
+    filled.fill()
+    return filled
 
 
 def test_memory_without_an_entry_stays_charged_to_the_end(kernel, allocations, counted, level, client):
@@ -174,7 +181,6 @@ def test_what_had_an_entry_is_given_back_as_ever(kernel, allocations, level, cli
         client(f"free({0x1000 * (i + 1)})")
     assert level.used == 0
     assert anomalies(kernel)["FULL"] == before
-    allocations.fill()
 
 
 def test_a_refused_free_whose_room_is_gone_meanwhile(allocations, counted, level, client):

@@ -29,7 +29,8 @@ def service(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def unharmed(service: harness.Service) -> Iterator[None]:
-    """After the test: agent and gatekeeper stand, no process is left in the ledger or the driver."""
+    """Agent and gatekeeper stand; after the test they still do, and no process is left in the ledger or the driver."""
+    service.stand()
     yield
     service.check()
     assert service.gatekeepers(), "no gatekeeper"

@@ -231,6 +231,12 @@ class Service:
         here = os.readlink("/proc/self/ns/mnt")
         return {pid for pid in gatekeepers_of(RUN_DIR) if _reads(f"/proc/{pid}/ns/mnt") == here}
 
+    def stand(self) -> None:
+        """There is an agent, also after a trial that failed between two of them."""
+        assert self.agent is not None
+        if self.agent.poll() is not None:
+            self.start_agent()
+
     def kill_agent(self) -> None:
         """kill -9."""
         assert self.agent is not None
@@ -266,9 +272,7 @@ class Service:
 
     def detach(self) -> None:
         """`fgpu detach`; a gatekeeper that stays all the same is ended."""
-        assert self.agent is not None
-        if self.agent.poll() is not None:
-            self.start_agent()
+        self.stand()
         fgpu("detach")
         self.agent.wait(10)
         for pid in self.gatekeepers():

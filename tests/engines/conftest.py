@@ -20,7 +20,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Servic
 
 @pytest.fixture
 def unharmed(service: harness.Service) -> Iterator[None]:
-    """After the test: agent and gatekeeper stand, and the driver is empty."""
+    """Agent and gatekeeper stand; after the test they still do, and the driver is empty."""
+    service.stand()
     yield
     service.check()
     assert service.gatekeepers(), "no gatekeeper"

@@ -55,7 +55,7 @@ def test_no_warning_is_silenced() -> None:
 
 
 def test_types_are_strict() -> None:
-    mypy = SETTINGS["mypy"]
+    mypy = dict(SETTINGS["mypy"])
     assert mypy.pop("strict") is True
     assert mypy.pop("files") == ["fgpu_ebpf"]
     assert mypy.pop("overrides")[0].keys() == {"module", "ignore_missing_imports"}
