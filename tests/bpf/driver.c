@@ -152,10 +152,14 @@ void gather(uint64_t n, int processes)
     crowd = calloc(n, sizeof *crowd);
     crowd_size = processes ? 0 : n;
     there = dispersed = 0;
-    for (uint64_t i = 0; i < n; i++) {
-        int failed = processes ? clone(be_seen, (char *)malloc(STACK) + STACK, CLONE_VM | SIGCHLD, &there) < 0
-                               : pthread_create(&crowd[i], &small, be_seen_as_a_thread, 0);
-        if (failed) abort();
+    for (uint64_t i = 0, waits = 0; i < n; i++) {
+        char *stack = processes ? malloc(STACK) : 0;
+        /* The pids of a crowd before, as long as nobody has reaped it, are too many for another. */
+        while (processes ? clone(be_seen, stack + STACK, CLONE_VM | SIGCHLD, &there) < 0
+                         : pthread_create(&crowd[i], &small, be_seen_as_a_thread, 0)) {
+            if (++waits > 10000) abort();
+            usleep(1000);
+        }
     }
     while (there < n) usleep(1000);
 }
