@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import pytest_timeout
 from trials import Again, Patience, Trials
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -22,6 +23,7 @@ LIVE = ("bpf", "dashboards", "e2e", "engines", "gatekeeper", "kubelet", "package
 # Suites that need nothing of what a host has one of. The whole run has a process for these and one for all others.
 ASIDE = ("fuzz", "shim", "sim", "unit")
 TRIALS = pytest.StashKey[Trials]()
+TIMER = pytest.StashKey[pytest_timeout.Settings]()
 CLONE_NEWNS = 0x20000
 WORLD = Path(__file__).with_name("world.sh")
 
@@ -82,16 +84,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _try_again(item: pytest.Item, patience: Patience) -> None:
     """Twice, once or never where the processors were the machine's own; later, of any suite, where they were not."""
     own = 2 if item.get_closest_marker("timed") else int(item.path.parent.name in LIVE)
-    trials = item.stash[TRIALS] = Trials(own, patience)
-    delay = {"delay_seconds": 0} if item.config.getoption("again") else {}  # nobody took anything
-    item.add_marker(trials.marker(**delay))
+    item.stash[TRIALS] = Trials(own, patience)
+    item.add_marker(item.stash[TRIALS].marker())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> None:
+    """pytest-timeout starts one timer for a test, which ends with the first trial that fails."""
+    item.stash[TIMER] = settings
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What is taken from the processors from here on is taken from this trial."""
+    """What is taken from the processors from here on is taken from this trial, and its time to end in begins."""
     if trials := item.stash.get(TRIALS, None):
+        timer = item.stash.get(TIMER, None)
+        if timer:
+            item.ihook.pytest_timeout_cancel_timer(item=item)
         trials.begin()
+        if timer:
+            item.ihook.pytest_timeout_set_timer(item=item, settings=timer)
 
 
 @pytest.hookimpl(wrapper=True)

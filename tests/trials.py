@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 STOLEN_SHARE = 0.05  # of what all processors have to give, from the start of a trial; a quiet machine loses a hundredth
-MOST_STOLEN, MOST_STOLEN_OF_ALL = 10, 60  # of one test, and of a process of pytest's: after that what fails has failed
-FIRST_DELAY_SECONDS, BACKOFF = 1, 1.5  # ten of them wait for two minutes
+MOST_STOLEN = 10  # of one test: after that what fails has failed
+FIRST_WAIT_SECONDS, BACKOFF = 1, 1.75  # ten wait for six minutes: others were seen to take five in a row
+MOST_WAITS_SECONDS = 600  # of a process of pytest's, which has to end
 
 
 class Again(Exception):
@@ -39,9 +40,9 @@ class Clock:
 
 @dataclass
 class Patience:
-    """How many stolen trials all tests together may still have: a run has to end."""
+    """How long all tests together may still wait for processors of their own: a run has to end."""
 
-    left: int = MOST_STOLEN_OF_ALL
+    seconds: float = MOST_WAITS_SECONDS
 
 
 class Trials:
@@ -51,17 +52,16 @@ class Trials:
         self.own, self.stolen, self.patience, self.clock = own, MOST_STOLEN, patience, clock
         self.began = clock()
         self.begun = 0
+        self.wait_seconds = 0.0  # before the next
 
-    def marker(self, delay_seconds: float = FIRST_DELAY_SECONDS) -> pytest.MarkDecorator:
+    def marker(self) -> pytest.MarkDecorator:
         """For pytest-rerunfailures."""
-        return pytest.mark.flaky(
-            reruns=self.own + MOST_STOLEN + 1,
-            reruns_delay=delay_seconds,
-            reruns_delay_backoff_factor=BACKOFF,
-            condition=self.is_another_due,
-        )
+        return pytest.mark.flaky(reruns=self.own + MOST_STOLEN + 1, condition=self.is_another_due)
 
     def begin(self) -> None:
+        """Waits first, where the last one was stolen."""
+        time.sleep(self.wait_seconds)
+        self.wait_seconds = 0
         self.began = self.clock()
         self.begun += 1
 
@@ -75,9 +75,11 @@ class Trials:
             return False
         if isinstance(error, Again):
             return True
-        if self.stolen and self.patience.left and self.stolen_share() >= STOLEN_SHARE:
+        wait = FIRST_WAIT_SECONDS * BACKOFF ** (MOST_STOLEN - self.stolen)
+        if self.stolen and wait <= self.patience.seconds and self.stolen_share() >= STOLEN_SHARE:
             self.stolen -= 1
-            self.patience.left -= 1
+            self.patience.seconds -= wait
+            self.wait_seconds = wait
             return True
         self.own -= 1
         return self.own >= 0

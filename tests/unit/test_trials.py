@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from trials import MOST_STOLEN, STOLEN_SHARE, Clock, Patience, Trials
+from trials import MOST_STOLEN, MOST_WAITS_SECONDS, STOLEN_SHARE, Clock, Patience, Trials
 
 TESTS = Path(__file__).parents[1]
 # The last is too late on a machine of its own, where a test of time has three trials. Those before cost no patience.
@@ -27,6 +27,19 @@ def test_fourth():
     count += 1
     assert count == 4
 """
+# The first failure is the end of pytest-timeout's timer.
+HANGS = """
+import time
+import pytest
+count = 0
+@pytest.mark.timed
+def test_hangs():
+    global count
+    count += 1
+    if count == 2:
+        time.sleep(1000)
+    assert count == 3
+"""
 # The second cannot be tried again, for what it has left.
 LEFT = """
 import pytest
@@ -40,7 +53,7 @@ def test_leaves_a_folder(tmp_path):
 # As if a hypervisor had taken this much of every trial; the real one may.
 TAKEN = """
 import trials
-trials.FIRST_DELAY_SECONDS = 0
+trials.FIRST_WAIT_SECONDS = 0
 trials.Clock.stolen_share_since = lambda *_: {share}
 begin = trials.Trials.begin
 trials.Trials.begin = lambda self: print("begun") or begin(self)
@@ -58,6 +71,14 @@ class Taken:
         return Clock(passed=2.0 * self.seconds, stolen=2.0 * self.seconds * self.share)
 
 
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of each wait, which take none."""
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    return waits
+
+
 def tries(trials: Trials) -> int:
     """How often it is tried again, if it fails every time."""
     for count in range(100):
@@ -68,14 +89,24 @@ def tries(trials: Trials) -> int:
 
 
 @pytest.mark.parametrize(("share", "more"), [(0.0, 0), (0.9 * STOLEN_SHARE, 0), (1.1 * STOLEN_SHARE, MOST_STOLEN)])
-def test_what_is_taken_away_is_not_counted(share: float, more: int) -> None:
+def test_what_is_taken_away_is_not_counted(waits: list[float], share: float, more: int) -> None:
     for own in (0, 1, 2):
         assert tries(Trials(own, Patience(), Taken(share))) == own + more
 
 
-def test_a_run_ends() -> None:
-    patience = Patience(MOST_STOLEN + 3)
-    assert [tries(Trials(1, patience, Taken(0.3))) for _ in range(3)] == [MOST_STOLEN + 1, 4, 1]
+def test_only_a_stolen_trial_is_waited_after_and_longer_each_time(waits: list[float]) -> None:
+    assert tries(Trials(2, Patience(), Taken(0.3))) == MOST_STOLEN + 2
+    stolen, own = waits[:MOST_STOLEN], waits[MOST_STOLEN:]
+    assert stolen[0] <= 1
+    assert stolen == sorted(set(stolen))
+    assert 300 < sum(stolen) < MOST_WAITS_SECONDS
+    assert own == [0, 0]
+
+
+def test_a_run_ends(waits: list[float]) -> None:
+    patience = Patience()
+    assert [tries(Trials(1, patience, Taken(0.3))) for _ in range(40)][-1] == 1
+    assert sum(waits) <= MOST_WAITS_SECONDS
 
 
 def test_what_was_taken_before_the_trial_is_nothing_to_it() -> None:
@@ -114,6 +145,12 @@ def test_pytest_asks(tmp_path: Path, share: float, end: str) -> None:
     assert re.search(rf"\b{end}\b", out), out
     assert out.count("begun") == sum(map(int, re.findall(r"\d+", end))), out
     assert out.count(f"{share:.0%} of them was given to other machines") == 3, out
+
+
+def test_each_trial_has_a_time_to_end_in(tmp_path: Path) -> None:
+    out = asked(tmp_path, HANGS, 0.0, "--timeout=2")
+    assert re.search(r"\b1 passed, 2 rerun\b", out), out
+    assert "Timeout (>2.0s)" in out
 
 
 def test_what_a_trial_leaves_is_found(tmp_path: Path) -> None:
