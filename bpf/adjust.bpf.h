@@ -36,7 +36,7 @@ static void enter_overhead(struct fgpu_process *p, u32 device, s64 more)
     if (more < 0) release(p, device, -more);
     add_overhead(p, device, more);
     if (more > 0) take_cut(p, device, more);
-    if (more < 0) __sync_fetch_and_add(&on(p, device)->cut, -more);
+    if (more < 0) __sync_fetch_and_add(&on(p, device)->doubtful, -more);
     end(p);
 }
 

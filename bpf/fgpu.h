@@ -32,7 +32,17 @@
 /* A verdict word is `ticket << 2 | verdict`, stored at once in slot `ticket & (FGPU_VERDICTS - 1)`. */
 enum fgpu_verdict { FGPU_REFUSED, FGPU_ADMITTED, FGPU_AGAIN, FGPU_UNLIMITED };
 enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGPU_KINDS, FGPU_EVENTS };
-#define FGPU_FULL 0x100 /* beside a kind that is given back: the driver had no room for it */
+/* Beside a kind. */
+#define FGPU_KIND_MASK 0xff
+#define FGPU_FULL 0x100    /* of what is given back: the driver had no room for it */
+#define FGPU_TAGGED 0x200  /* of a question: the answer goes to `answers`, with the tag of the process that asks */
+#define FGPU_PATIENT 0x400 /* of a question: refused for bytes that may be freed soon, it is not counted as a refusal  \
+                            */
+/* An answer word is `tag << 34 | (ticket & FGPU_TICKET_BITS) << 2 | verdict`, in slot `ticket & (FGPU_VERDICTS - 1)`.
+ * The kernel program chooses the tag, so no process can write the answer that another one waits for. */
+#define FGPU_TICKET_BITS 0xffffffffULL
+#define FGPU_TAG_SHIFT 34
+#define FGPU_TAG_BITS 0x3fffffffU
 enum fgpu_reason {
     FGPU_REASON_LIMIT,
     FGPU_REASON_DEVICE_FULL,
@@ -70,14 +80,18 @@ struct fgpu_usage_page {
     struct fgpu_usage devices[FGPU_DEVICES];
     __u64 verdicts[FGPU_VERDICTS];
     struct fgpu_tally tallies[FGPU_DEVICES];
-    __u64 orphaned[FGPU_DEVICES]; /* within `used`: exported by who has let go, until NVML tells who holds it now */
+    __u64 orphaned[FGPU_DEVICES]; /* within `used`: of processes that ended or exported it, and may still be held */
     __u64 event_second;           /* of the events that this level has caused, so that none floods the ring */
     __u64 event_count;
     __u64 process_second;       /* of the last that told of a process */
     __u64 entries[FGPU_SHARED]; /* that its processes have in the maps that all tenants share */
     __u64 exec_second;          /* of the programs that began here and were told */
     __u64 exec_count;
-    __u64 tail[256];
+    __u64 orphaned_ns[FGPU_DEVICES]; /* when bytes of this level were orphaned last; 0: never */
+    __u64 doubtful[FGPU_DEVICES];    /* within `used`: perhaps freed already; NVML's next answer decides */
+    __u64 answers[FGPU_VERDICTS];    /* answer words, see FGPU_TAGGED */
+    __u64 orphans;                   /* entries of this level in the map `orphans` */
+    __u64 tail[95];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
@@ -100,7 +114,8 @@ struct fgpu_control_page {
     __u64 heartbeat_ns;
     __u64 epoch; /* has changed: say hello again */
     __u32 device_count;
-    __u32 spare[5];
+    __u32 tag; /* of this process's answers, see FGPU_TAGGED; 0: it asks without one */
+    __u32 spare[4];
     struct fgpu_device devices[FGPU_DEVICES];
     __u32 gates[FGPU_DEVICES]; /* turn << FGPU_GATE_SHIFT | FGPU_GATED | FGPU_GATE_OPEN; a futex each */
     __u32 sequence;            /* odd while the rows change */
@@ -219,9 +234,9 @@ struct fgpu_holding { /* of a process on one device; what every allocation touch
     __u64 primary;  /* 1: the primary context is there; a reset ends it and leaves its references */
     __u64 exported; /* pointers that another process may have open */
     __u64 exported_vmm;
-    __u64 owed; /* of `charged`: released, and not found there in the middle of a move */
-    __u64 cut;  /* by how much NVML lowered `overhead`: allocations whose end nobody saw, perhaps */
-    __u64 spare;
+    __u64 owed;     /* of `charged`: released, and not found there in the middle of a move */
+    __u64 doubtful; /* within `overhead`: perhaps freed already; NVML's next answer decides */
+    __u64 peak;     /* the most that `bytes` has been since the agent last looked (FGPU_MARK) */
 };
 /* processes: tgid -> ; a multiple of 64 bytes, so that the kernel lays each field on the same part of a cache line */
 struct fgpu_process {
@@ -234,18 +249,21 @@ struct fgpu_process {
     __u32 level_count;
     __u32 flags; /* FGPU_SEEN_SHIM and its kin */
     __u32 last_device;
-    __u32 spare;
+    __u32 tag; /* in the answers to its questions; no other living process of the host has it */
     struct fgpu_level sides[FGPU_BOTH_LEVELS]; /* `levels` of this move and of the one before */
     __u64 levels[FGPU_LEVELS];                 /* cgroup ids, leaf first */
     struct fgpu_level counted;                 /* in whose part of the map it is, and its threads of theirs */
     __s64 threads;                             /* so many of them; below 0: it counts none any more */
-    __u64 spare2;
+    __u64 space;                               /* its address space, by the kernel's address of it; 0: not known */
     struct fgpu_holding devices[FGPU_DEVICES];
 };
 #define FGPU_SEEN_SHIM 1
 #define FGPU_SEEN_BYPASS 2
-#define FGPU_SEEN_CALL 8   /* by a probe: not only by NVML */
-#define FGPU_SEEN_EXPORT 4 /* of memory that has no entry: any of it may be open elsewhere */
+#define FGPU_SEEN_EXPORT 4       /* of memory that has no entry: any of it may be open elsewhere */
+#define FGPU_SEEN_CALL 8         /* by a probe: not only by NVML */
+#define FGPU_SEEN_POOL_EXPORT 16 /* pool bytes that it gives back may be open elsewhere */
+#define FGPU_SEEN_IMPORT 32      /* it has opened memory of other processes */
+#define FGPU_SEEN_CONTEXT_END 64 /* a context, not its last: what was in it is freed, and NVML alone knows how much */
 enum fgpu_space { FGPU_SPACE_POINTER, FGPU_SPACE_HANDLE, FGPU_SPACE_MAPPING, FGPU_SPACE_CONTEXT, FGPU_SPACE_ARRAY };
 struct fgpu_allocation_key {
     __u32 tgid;
@@ -262,6 +280,21 @@ struct fgpu_allocation {
     __u64 exported;          /* 1: another process may have it open */
     struct fgpu_level level; /* whose entry it is: the leaf that its process was in when it came to be; 0: nobody's */
 };
+/* orphans: bytes of a process that has ended, or that it exported and released. They stay charged to these levels until
+ * the agent finds that the device does not hold them any more. */
+struct fgpu_orphan_key {
+    __u32 tgid;
+    __u32 device;
+    __u64 generation; /* of the process, as its entry had it */
+    __u64 turn;       /* its moves so far: other levels may be charged after each */
+};
+struct fgpu_orphan {
+    __u64 bytes;
+    __u64 since_ns; /* the first of them */
+    __u64 ended_ns; /* when its process ended, or executed another program; 0: it lives */
+    __u64 spare;
+    struct fgpu_level levels[FGPU_LEVELS]; /* that are charged, leaf first */
+};
 struct fgpu_admission { /* that no driver call has settled yet; ticket 0: none */
     __u64 ticket;
     __u64 bytes;
@@ -269,7 +302,16 @@ struct fgpu_admission { /* that no driver call has settled yet; ticket 0: none *
     __u32 kind;
     __u64 verdict;
 };
-/* What a probe on the driver is attached to: the cookie of both its probes. */
+/* How far calls of a library are believed: see docs/architecture.md, library classes. */
+enum fgpu_class {
+    FGPU_CLASS_HOST,    /* the host driver's own file: what it frees is freed */
+    FGPU_CLASS_LISTED,  /* a file that the host's administrator trusts: likewise */
+    FGPU_CLASS_UNKNOWN, /* what it frees stays charged until NVML shows that it is freed */
+};
+/* What a probe on the driver is attached to. The cookie of both its probes is `function | class << FGPU_CLASS_SHIFT`.
+ */
+#define FGPU_FUNCTION_MASK 0xff
+#define FGPU_CLASS_SHIFT 8
 enum fgpu_function {
     FGPU_FUNCTION_NONE,
     FGPU_FUNCTION_ALLOC,
@@ -290,10 +332,13 @@ enum fgpu_function {
     FGPU_FUNCTION_CONTEXT_V2,
     FGPU_FUNCTION_CONTEXT_V3,
     FGPU_FUNCTION_CONTEXT_V4,
-    FGPU_FUNCTION_FREE, /* from here on: what takes an entry out of the allocations */
+    FGPU_FUNCTION_FREE, /* from here to DESTROY: what takes an entry out of the allocations */
     FGPU_FUNCTION_RELEASE,
     FGPU_FUNCTION_ARRAY_DESTROY,
     FGPU_FUNCTION_DESTROY,
+    FGPU_FUNCTION_EXPORT_RANGE, /* cuMemGetHandleForAddressRange */
+    FGPU_FUNCTION_EXPORT_POOL,
+    FGPU_FUNCTION_IMPORT, /* of memory, a pool or an allocation in one */
 };
 /* hits: how often each probe ran, by function at its entry; the shim's own two come last. */
 #define FGPU_HITS 32
@@ -330,11 +375,14 @@ enum fgpu_adjust {
                       on */
     FGPU_MOVE,     /* tgid, generation (0: make the entry), count, levels leaf first: charges follow */
     FGPU_REAP,     /* tgid, generation: the process is gone and nothing said so */
-    FGPU_DISOWN,   /* cgroup, device, bytes: so much of what was orphaned is charged to whoever holds it, or freed */
+    FGPU_DISOWN,   /* cgroup, device, bytes: so many orphaned bytes that have no entry in `orphans` are held no more */
     FGPU_RAISE,    /* tgid, generation, device, bytes: adds to what NVML alone knows, whatever goes on */
     FGPU_WITHDRAW, /* cgroup: its page is about to be taken away */
     FGPU_SWEPT,    /* cgroup, n: so many allocations of the level's were deleted, which nobody would ever free */
     FGPU_RING,     /* whoever sleeps on the bell wakes up: shares have changed */
+    FGPU_LET_GO,   /* tgid, device, generation, turn, bytes: so many of these orphaned bytes are held no more */
+    FGPU_MARK,     /* tgid, generation, device: its `peak` begins anew */
+    FGPU_ENTER,    /* tgid, count, levels leaf first: makes the entry of a process that has none yet */
 };
 
 /* -- events: a ring buffer of what is rare; what does not get in is counted ---------------------------------------- */
@@ -350,6 +398,7 @@ enum fgpu_news {
     FGPU_NEWS_REMOVED,
     FGPU_NEWS_ENDED, /* on the bell: a process that had a context runs no more; the driver may still be busy with it */
     FGPU_NEWS_EXECUTED, /* a program begins in the level `cgroup`; the first few of a second */
+    FGPU_NEWS_WANTED,   /* the level `cgroup` was asked for bytes that it would have, were doubtful ones freed */
 };
 enum fgpu_fate { FGPU_FATE_SENT, FGPU_FATE_RATE, FGPU_FATE_FULL };
 struct fgpu_event {

@@ -56,7 +56,7 @@ static u64 end_context(struct fgpu_process *p, u32 device, u64 *orphaned)
     }
     u64 open = p->flags & FGPU_SEEN_EXPORT ? bytes : on(p, device)->exported;
     on(p, device)->overhead = 0;
-    on(p, device)->cut = 0;
+    on(p, device)->doubtful = 0;
     on(p, device)->managed = 0;
     on(p, device)->pool = 0;
     on(p, device)->exported = 0;

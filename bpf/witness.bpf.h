@@ -14,7 +14,7 @@ static int takes(u64 function)
 /* Up to so many bytes of what NVML took out of the overhead; who is disturbed gets none. */
 static u64 take_cut(struct fgpu_process *p, u32 device, u64 most)
 {
-    u64 *cut = &on(p, device)->cut, had = *cut, taken = had < most ? had : most;
+    u64 *cut = &on(p, device)->doubtful, had = *cut, taken = had < most ? had : most;
     return __sync_val_compare_and_swap(cut, had, had - taken) == had ? taken : 0;
 }
 

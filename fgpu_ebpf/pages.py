@@ -28,7 +28,9 @@ BOTH_LEVELS = 2 * LEVELS
 VERDICTS = 128
 ROWS, PATH = 128, 192
 ENDS = 65536
-FULL = 0x100
+KIND_MASK, FULL, TAGGED, PATIENT = 0xFF, 0x100, 0x200, 0x400
+TICKET_BITS, TAG_SHIFT, TAG_BITS = 0xFFFFFFFF, 34, 0x3FFFFFFF
+FUNCTION_MASK, CLASS_SHIFT = 0xFF, 8
 REASONS = 8
 HITS, HIT_ADMIT, HIT_GIVE_BACK = 32, 30, 31
 NO_LIMIT = 2**64 - 1
@@ -52,18 +54,19 @@ Function = IntEnum(
     "Function",
     "NONE ALLOC ALLOC_MANAGED ALLOC_PITCH ARRAY ARRAY_3D ARRAY_MIPMAPPED CREATE MAP UNMAP RETAIN_HANDLE "
     "EXPORT EXPORT_POINTER RETAIN PRIMARY_RELEASE PRIMARY_RESET CONTEXT_V2 CONTEXT_V3 CONTEXT_V4 "
-    "FREE RELEASE ARRAY_DESTROY DESTROY",
+    "FREE RELEASE ARRAY_DESTROY DESTROY EXPORT_RANGE EXPORT_POOL IMPORT",
     start=0,
 )
-Adjust = IntEnum("Adjust", "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING", start=0)
-News = IntEnum("News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED", start=0)
+Class = IntEnum("Class", "HOST LISTED UNKNOWN", start=0)
+Adjust = IntEnum("Adjust", "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER", start=0)
+News = IntEnum("News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED WANTED", start=0)
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
 # Bits, from 1: of a limit and a usage page; of a control page and an answer; of a gate; of a process.
 LimitFlag = IntFlag("LimitFlag", "OBSERVE KILL")
 ControlFlag = IntFlag("ControlFlag", "MANAGED SETTLE")
 Gate = IntFlag("Gate", "OPEN GATED")  # below GATE_SHIFT; above it the number of the turn
-Seen = IntFlag("Seen", "SHIM BYPASS EXPORT CALL")
+Seen = IntFlag("Seen", "SHIM BYPASS EXPORT CALL POOL_EXPORT IMPORT CONTEXT_END")
 
 
 def limit(bytes_: int) -> int | None:
@@ -102,7 +105,11 @@ class UsagePage(Structure):
         ("entries", u64 * SHARED),
         ("exec_second", u64),
         ("exec_count", u64),
-        ("tail", u64 * 256),
+        ("orphaned_ns", u64 * DEVICES),
+        ("doubtful", u64 * DEVICES),
+        ("answers", u64 * VERDICTS),
+        ("orphans", u64),
+        ("tail", u64 * 95),
     )
 
 
@@ -128,7 +135,8 @@ class ControlPage(Structure):
         ("heartbeat_ns", u64),
         ("epoch", u64),
         ("device_count", u32),
-        ("spare", u32 * 5),
+        ("tag", u32),
+        ("spare", u32 * 4),
         ("devices", Device * DEVICES),
         ("gates", u32 * DEVICES),
         ("sequence", u32),
@@ -248,8 +256,8 @@ class Holding(Structure):
         ("exported", u64),
         ("exported_vmm", u64),
         ("owed", u64),
-        ("cut", u64),
-        ("spare", u64),
+        ("doubtful", u64),
+        ("peak", u64),
     )
 
 
@@ -266,12 +274,12 @@ class Process(Structure):
         ("level_count", u32),
         ("flags", u32),
         ("last_device", u32),
-        ("spare", u32),
+        ("tag", u32),
         ("sides", Level * BOTH_LEVELS),
         ("levels", u64 * LEVELS),
         ("counted", Level),
         ("threads", s64),
-        ("spare2", u64),
+        ("space", u64),
         ("devices", Holding * DEVICES),
     )
 
@@ -293,6 +301,24 @@ class Allocation(Structure):
         ("owner", u64),
         ("exported", u64),
         ("level", Level),
+    )
+
+
+class OrphanKey(Structure):
+    """Key of `orphans`."""
+
+    _fields_ = (("tgid", u32), ("device", u32), ("generation", u64), ("turn", u64))
+
+
+class Orphan(Structure):
+    """Value of `orphans`: bytes that stay charged after their process has ended, or has exported and released them."""
+
+    _fields_ = (
+        ("bytes", u64),
+        ("since_ns", u64),
+        ("ended_ns", u64),
+        ("spare", u64),
+        ("levels", Level * LEVELS),
     )
 
 

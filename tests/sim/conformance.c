@@ -194,6 +194,12 @@ int main(int argc, char **argv)
                     {"accounts", check_accounts},
                     {"green_context", check_green_contexts},
                     {"destroyed", check_destroyed_pools},
+                    {"outlives", check_outlives},
+                    {"endings", check_endings},
+                    {"grows", check_grows},
+                    {"queues", check_queues},
+                    {"resident", check_resident},
+                    {"pool_handles", check_pool_handles},
                     {"fork", check_fork}};
     cuda = dlopen("libcuda.so.1", RTLD_NOW);
     management = dlopen("libnvidia-ml.so.1", RTLD_NOW);
@@ -202,6 +208,7 @@ int main(int argc, char **argv)
         return 1;
     }
     if (argc == 3 && !strcmp(argv[1], "--sharing-child")) return sharing_child(atoi(argv[2]));
+    if (argc == 3 && !strcmp(argv[1], "--actor")) return actor_begins(atoi(argv[2]));
     for (size_t i = 0; i < sizeof sections / sizeof *sections; i++) {
         int wanted = argc == 1 || !strcmp(sections[i].name, "uninitialised");
         for (int a = 1; a < argc; a++) wanted = wanted || !strcmp(argv[a], sections[i].name);

@@ -79,5 +79,12 @@ void check_lost_graphs(void);
 void check_asides(void);
 void check_apart(void);
 void check_destroyed_pools(void);
+void check_outlives(void);
+int actor_begins(int sock); /* what each process of it does */
+void check_endings(void);
+void check_grows(void);
+void check_queues(void);
+void check_resident(void);
+void check_pool_handles(void);
 
 #endif
