@@ -17,12 +17,36 @@ ORDER = (
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
     | {"cgroupnames", "messages", "visitors", "heap"},
-    {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares", "xids"}
+    {
+        "identity",
+        "journal",
+        "notify",
+        "published",
+        "processes",
+        "orphans",
+        "scheduler",
+        "futex",
+        "peers",
+        "web",
+        "shares",
+        "xids",
+    }
     | {"crimessages", "kubeletmessages", "slots", "graces"}
     | {"events", "launch"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
     | {"allocation"},
-    {"audit", "policyvalues", "profiles", "endpoint", "clocks", "asker", "dockerapi", "criapi", "inject"},
+    {
+        "audit",
+        "device_balance",
+        "policyvalues",
+        "profiles",
+        "endpoint",
+        "clocks",
+        "asker",
+        "dockerapi",
+        "criapi",
+        "inject",
+    },
     {"policymodel", "hostmodel", "kubelet", "turns", "engines", "enginesetup", "selinux"},
     {"policyfile"},
     {"policyfolder"},
@@ -32,6 +56,8 @@ ORDER = (
     {"probes", "clients", "enforcer"},
     {"roots"},
     {"devices", "trial", "glance", "discovery", "manager", "targets", "desks"},
+    {"device_sample"},
+    {"corrections", "orphan_release"},
     {"settings", "reconcile", "news", "detach", "policies", "explain", "callers", "slicer"},
     {"view", "readers", "adoption", "health", "offers", "xidnews"},
     {"agent", "metrics", "tables", "gatekeeper", "keyboard", "ranking", "bars"},
