@@ -17,16 +17,20 @@ from pathlib import Path
 
 from fgpu_ebpf import cdi, devices, heap, inject, launch, notify, probes, procfs, profiles, programs, published, trial
 from fgpu_ebpf.adoption import Adoption
+from fgpu_ebpf.bypass_killer import BypassKiller
 from fgpu_ebpf.detach import LOCK, NAMES, take_away
 from fgpu_ebpf.discovery import Discovery
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.enforcer import Enforcer
 from fgpu_ebpf.engines import Engines, api_of
+from fgpu_ebpf.gone_tenants import GoneTenants, left_behind
 from fgpu_ebpf.history import History
 from fgpu_ebpf.keeper import Keeper
+from fgpu_ebpf.keepers import Keepers
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.news import Newsreader
+from fgpu_ebpf.orphan_reports import OrphanReports
 from fgpu_ebpf.overrides import Overrides
 from fgpu_ebpf.overruns import Overruns
 from fgpu_ebpf.policies import Policies
@@ -36,6 +40,7 @@ from fgpu_ebpf.reconcile import Reconciler, Truth
 from fgpu_ebpf.settings import Settings
 from fgpu_ebpf.shimless import Reasons
 from fgpu_ebpf.snapshot import Snapshot
+from fgpu_ebpf.unwitnessed import Unwitnessed
 from fgpu_ebpf.urgency import come_first
 from fgpu_ebpf.view import take_snapshot
 from fgpu_ebpf.workloads import Workloads
@@ -95,6 +100,8 @@ class Agent:
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
         self.reconciler: Reconciler | None = None
         self._reasons = Reasons()
+        self._unwitnessed = Unwitnessed({})
+        self.keepers = Keepers()
         self._policies: Policies | None = None
         self.marks: dict[str, float] = {}  # when each part of the start was done
         self._ended = self._reload_wanted = False
@@ -164,6 +171,7 @@ class Agent:
         for device in self.nvml.devices:
             self.ledger.set_device(device.index, device.uuid)
             self.ledger.set_context_bytes(device.index, found.context_bytes[device.index])
+        self._unwitnessed = Unwitnessed(found.context_bytes)
         attached = probes.Probes(self.settings.pins, found.digest, self.ledger)
         attached.attach_process_ends()
         self._publish(attached, found)
@@ -190,21 +198,28 @@ class Agent:
         workloads = Workloads(root, self.engines)
         overrides = Overrides(self.settings.run_dir / "overrides.json")
         self.enforcer = Enforcer(self.ledger, workloads, self.nvml.devices, self.settings.overcommit, found.older)
-        self.manager = Manager(workloads, self.enforcer, overrides, self.nvml.devices, self.history)
+        gone = GoneTenants(self.ledger)
+        self.manager = Manager(workloads, self.enforcer, overrides, self.nvml.devices, self.history, gone)
         self.reconciler = Reconciler(self.nvml, self.ledger, self.enforcer.levels, self.settings.ignored_xids)
         self.news = Newsreader(
             self.ledger, self.manager, self.history, self.reconciler.orphaned, lambda: self._truth().held,
             self.discovery.look_into,
         )  # fmt: skip
-        self._adoption = Adoption(self._truth, self.ledger, self.enforcer, self.history)
+        self._adoption = Adoption(self._truth, self.ledger, self.enforcer, self.history, self._unwitnessed)
         overruns = Overruns(self.ledger.times.turns, self.enforcer.name_of, self.history)
-        self.chores += [self._adoption.look, overruns.look, XidNews(self._truth, self.history).look]
+        orphans = OrphanReports(self._truth, self.manager, self.keepers, self.history)
+        killer = BypassKiller(self._truth, self.ledger, self.enforcer, self._unwitnessed, self.history)
+        self.chores += [
+            self._adoption.look, overruns.look, XidNews(self._truth, self.history).look, orphans.look, killer.look
+        ]  # fmt: skip
         self._policies = Policies(self.settings.policy_folder, self.manager, self.history)
         self._policies.begin(found.policies)
         self.manager.tidy_all()
         self.manager.consider_all()
         known = {tenant.cgroup for tenant in self.enforcer}
-        self.enforcer.release([cgroup for cgroup in self.ledger.tenants() if cgroup not in known])
+        unknown = [cgroup for cgroup in self.ledger.tenants() if cgroup not in known]
+        alive = {workloads.cgroup(path) for path in workloads.walk()}
+        self.enforcer.release(unknown, gone.keep(left_behind(c) for c in unknown if c not in alive))
         self.ledger.times.tell()
         self._look_for_orphans()
         self._look_into_roots()
@@ -294,7 +309,8 @@ class Agent:
             self._do(chore)
         if self.keeper.is_missed:
             self._next_round = now + HURRY_SECONDS
-        for part in (self.manager.tidy_late, self.discovery.mend, self.discovery.let_go, self.engines.keep):
+        tidies = (self.manager.tidy_late, self.manager.gone.tidy)
+        for part in (*tidies, self.discovery.mend, self.discovery.let_go, self.engines.keep):
             self._do(part)
 
     def _do(self, what: Callable[[], object]) -> None:
@@ -335,7 +351,7 @@ class Agent:
         """A Snapshot of this moment."""
         found = take_snapshot(
             self.ledger, self.enforcer, self.nvml.devices, self._truth(), self.settings.run_dir, self._policies,
-            self.discovery, self._reasons,
+            self.discovery, self._reasons, self.manager.gone, self._unwitnessed, self.keepers,
         )  # fmt: skip
         self.snapshot = replace(
             found, writes_refused=self.writes_refused, failures=self.failures, engines=self.engines.views()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from fgpu_ebpf import pages, shimless
+from fgpu_ebpf import orphan_text, pages, shimless
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.policy import Priority
@@ -27,11 +27,12 @@ def explain(
     unenforced: str = "",
     unprobed: Set[int] = frozenset(),
     standalone: Set[int] = frozenset(),
+    orphans: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """As plain values; `lines` are for people. TargetError: the cgroup is gone.
 
     `unenforced`: why none is in force; `unprobed`: processes with a libcuda that the kernel does not see; `standalone`:
-    those that keep their image's own limit, because they find no agent.
+    those that keep their image's own limit, because they find no agent; `orphans`: of the tenant, as in a Snapshot.
     """
     workload = manager.workloads.identify(path)
     if workload is None:
@@ -62,6 +63,7 @@ def explain(
         "enforcement": "none" if unenforced else _enforcement(levels, [*unseen, *alone]),
         "unenforced": unenforced,
         "stronger": [*_stronger(levels, manager, ledger), *_seen(unseen), *_joined(alone)],
+        "orphans": [dict(orphan) for orphan in orphans],
     }
     return answer | {"lines": _lines(answer, tenant)}
 
@@ -170,6 +172,7 @@ def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:
             lines.append(f"    gets nothing: {level['denied']}")
     why = f": {answer['unenforced']}" if answer["unenforced"] else ""
     lines.append(f"  enforcement: {answer['enforcement']}{why}")
+    lines += [f"  orphaned: {orphan_text.sentence(orphan)}" for orphan in orphan_text.lasting(answer["orphans"])]
     lines += [f"  stronger: {text}" for text in answer["stronger"]]
     return lines
 

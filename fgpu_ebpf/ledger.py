@@ -329,9 +329,14 @@ class Ledger:
         """Lets the peak of a process on a device begin anew; False where the process has ended."""
         return self._run(pages.Adjust.MARK, tgid, generation, device) == 0
 
-    def enter(self, tgid: int, levels: tuple[int, ...]) -> bool:
-        """Makes the entry of a process, if it has none; False where its level has as many as it may have."""
-        return self._run(pages.Adjust.ENTER, tgid, 0, len(levels), *levels) == 0
+    def tag(self, tgid: int, levels: tuple[int, ...]) -> int:
+        """The tag in the kernel's answers to a process, whose entry is made where it has none.
+
+        0: its level has as many entries as it may have; the process asks without a tag.
+        """
+        self._run(pages.Adjust.ENTER, tgid, 0, len(levels), *levels)
+        process = self.process(tgid)
+        return process.tag if process else 0
 
     def events(self) -> Events:
         """A reader of the kernel's rare events; there should be one."""

@@ -147,7 +147,9 @@ class ControlServer:
     def _explain(self, request: dict[str, Any]) -> dict[str, Any]:
         agent = self._agent
         found, path = agent.discovery, self._find(request)
-        around = found.unprobed(), found.standalone()
+        tenants = [tenant for tenant in agent.fresh().tenants if tenant.path == path]
+        orphans = [snapshot.plain(orphan) for tenant in tenants for orphan in tenant.orphans]
+        around = found.unprobed(), found.standalone(), orphans
         return explain.explain(path, agent.manager, agent.ledger, found.unenforced(), *around)
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from harness import (
 from kernel_kit import is_probed
 
 GATEKEEPER = {"dac_read_search": 2, "sys_ptrace": 19, "sys_admin": 21}
-AGENT = GATEKEEPER | {"chown": 0, "sys_nice": 23}
+AGENT = GATEKEEPER | {"chown": 0, "kill": 5, "sys_nice": 23}
 NOBODY = 65534
 FITS = 40 * MIB
 full = pytest.mark.skipif(os.environ.get("FGPU_TEST_SCALE") != "full", reason="in the full run: an agent for each")

@@ -20,6 +20,8 @@ ORDER = (
     {
         "identity",
         "journal",
+        "keepers",
+        "orphan_text",
         "notify",
         "published",
         "processes",
@@ -34,7 +36,7 @@ ORDER = (
     | {"crimessages", "kubeletmessages", "slots", "graces"}
     | {"events", "launch"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
-    | {"allocation"},
+    | {"allocation", "unwitnessed"},
     {
         "audit",
         "device_balance",
@@ -53,13 +55,13 @@ ORDER = (
     {"policywatch", "hostfile"},
     {"programs", "door", "usage", "shelf", "sealed", "overrides", "history", "keeper", "links"},
     {"ledger", "tenants", "workloads", "overruns"},
-    {"probes", "clients", "enforcer"},
+    {"probes", "clients", "enforcer", "gone_tenants"},
     {"roots"},
     {"devices", "trial", "glance", "discovery", "manager", "targets", "desks"},
     {"device_sample"},
     {"corrections", "orphan_release"},
     {"settings", "reconcile", "news", "detach", "policies", "explain", "callers", "slicer"},
-    {"view", "readers", "adoption", "health", "offers", "xidnews"},
+    {"view", "readers", "adoption", "health", "offers", "xidnews", "orphan_reports", "bypass_killer"},
     {"agent", "metrics", "tables", "gatekeeper", "keyboard", "ranking", "bars"},
     {"choice", "feed", "page"},
     {"frame"},
