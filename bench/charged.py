@@ -3,7 +3,7 @@
 Each scenario (bench/charged_*.c) is a tenant of its own with a limit of 8 GiB. At each of its marks prints, in MiB, the
 device's memory in use since before the scenario and what the ledger has for the tenant, for how many milliseconds after
 the mark the ledger was lower, or higher, than the device's part, and NVML's rows by process. Then prints `charged_NAME
-VALUE UNIT`; writes build/bench/charged.json. 1 where both still differ SECONDS after a mark, or where what is beyond the
+VALUE UNIT`; writes build/bench/charged.json. 1 where both differ SECONDS after a mark, or where what is beyond the
 limit was not refused. Starts and stops the agent itself, unless one runs. Nothing else may use the device.
 """
 
