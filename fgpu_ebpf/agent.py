@@ -25,6 +25,9 @@ from fgpu_ebpf.engines import Engines, api_of
 from fgpu_ebpf.history import History
 from fgpu_ebpf.keeper import Keeper
 from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.libraries import trusted
+from fgpu_ebpf.library_class import Role
+from fgpu_ebpf.library_files import driver_libraries
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.news import Newsreader
 from fgpu_ebpf.overrides import Overrides
@@ -32,6 +35,7 @@ from fgpu_ebpf.overruns import Overruns
 from fgpu_ebpf.policies import Policies
 from fgpu_ebpf.policyfolder import PolicyFolder, Reading
 from fgpu_ebpf.privileges import AGENT, keep_only
+from fgpu_ebpf.probe_plan import ProbeError, look_up
 from fgpu_ebpf.reconcile import Reconciler, Truth
 from fgpu_ebpf.settings import Settings
 from fgpu_ebpf.shimless import Reasons
@@ -118,7 +122,7 @@ class Agent:
             self.ledger = Ledger(self.settings.pins)
             self._attach(found)
             self.mark("attached")
-        except (devices.DriverError, probes.ProbeError, programs.ProgramError) as error:
+        except (devices.DriverError, ProbeError, programs.ProgramError) as error:
             raise AgentError(str(error)) from error
         self.keeper.start()
         self._take_up(found)
@@ -141,7 +145,7 @@ class Agent:
     def _load(self) -> _Found:
         """What needs no programs is done while they are compiled. Raises what the parts raise."""
         root, shim, store = self.settings.driver_root, self.settings.shim, self.settings.store
-        libraries = probes.driver_libraries(root, "libcuda.so.1")
+        libraries = driver_libraries(root, "libcuda.so.1")
         if not libraries:
             devices.Nvml(root)  # says it better where there is no driver at all
             raise AgentError(f"no libcuda.so.1 under {root}: install the driver's CUDA library")
@@ -152,7 +156,7 @@ class Agent:
             contexts = devices.context_bytes(self.nvml, libraries[0], STATE)
             check_kernel(loading, shim)
             staged = published.stage(shim, store) if store else shim
-            probes.look_up([staged, *libraries])
+            look_up([staged, *libraries])
             policies, older = PolicyFolder(self.settings.policy_folder).read(), Elders.found(self.settings.run_dir)
             self.mark("prepared")
             return _Found(loading.wait(), libraries, staged, contexts, policies, older)
@@ -175,7 +179,9 @@ class Agent:
         store = self.settings.store
         self.shim = published.stable_path(store) if store else found.shim
         before = [self.shim] if store and self.shim.exists() else []
-        self.discovery = Discovery(attached, [found.shim, *before, *found.libraries])
+        own = dict.fromkeys([found.shim, *before], Role.SHIM) | dict.fromkeys(found.libraries, Role.HOST)
+        trust = trusted(found.shim, store, self.settings.trusted_drivers)
+        self.discovery = Discovery(attached, own, trust)
         used = self.discovery.start()
         if store:
             published.publish(found.shim)
@@ -232,6 +238,7 @@ class Agent:
         assert self._policies
         fd = self.discovery.listen(self.settings.run_dir / "discover.sock")
         self.selector.register(fd, selectors.EVENT_READ, self._look_at_named)
+        self.selector.register(self.discovery, selectors.EVENT_READ, self.discovery.take)
         self.selector.register(self.news, selectors.EVENT_READ, self.news.read)
         self.selector.register(self.enforcer, selectors.EVENT_READ, self.enforcer.take_over_late)
         self.selector.register(self.reconciler, selectors.EVENT_READ, self._look_at_holders)
@@ -294,7 +301,7 @@ class Agent:
             self._do(chore)
         if self.keeper.is_missed:
             self._next_round = now + HURRY_SECONDS
-        for part in (self.manager.tidy_late, self.discovery.mend, self.discovery.let_go, self.engines.keep):
+        for part in (self.manager.tidy_late, self.discovery.mend, self.discovery.keep, self.engines.keep):
             self._do(part)
 
     def _do(self, what: Callable[[], object]) -> None:
@@ -338,10 +345,16 @@ class Agent:
             self.discovery, self._reasons,
         )  # fmt: skip
         self.snapshot = replace(
-            found, writes_refused=self.writes_refused, failures=self.failures, engines=self.engines.views()
-        )
+            found, writes_refused=self.writes_refused, failures=self.failures, engines=self.engines.views(),
+            libraries=self.discovery.libraries(self._tenant_of), trusted=self.settings.trusted_drivers,
+        )  # fmt: skip
         self._taken = time.monotonic()
         return self.snapshot
+
+    def _tenant_of(self, path: str) -> str:
+        """The name of the tenant that this cgroup is in; empty: it is in none."""
+        levels = self.enforcer.levels(path)
+        return self.enforcer.name_of(levels[0]) if levels else ""
 
     def fresh(self) -> Snapshot:
         """The last Snapshot, or one of this moment where that is too old to be shown."""

@@ -59,7 +59,9 @@ Function = IntEnum(
 )
 Class = IntEnum("Class", "HOST LISTED UNKNOWN", start=0)
 Adjust = IntEnum("Adjust", "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER", start=0)
-News = IntEnum("News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED WANTED", start=0)
+News = IntEnum(
+    "News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED WANTED", start=0
+)
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
 # Bits, from 1: of a limit and a usage page; of a control page and an answer; of a gate; of a process.

@@ -91,6 +91,7 @@ def settings(options: Options) -> Settings:
         shares=host.shares,
         profiles=host.profiles,
         ignored_xids=host.ignored_xids,
+        trusted_drivers=host.trusted_drivers,
     )
 
 

@@ -16,10 +16,11 @@ ORDER = (
     {"mappings"},
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
-    | {"cgroupnames", "messages", "visitors", "heap"},
+    | {"cgroupnames", "messages", "visitors", "heap", "workers"},
     {"identity", "journal", "notify", "published", "processes", "scheduler", "futex", "peers", "web", "shares", "xids"}
-    | {"crimessages", "kubeletmessages", "slots", "graces"}
-    | {"events", "launch"},
+    | {"crimessages", "kubeletmessages", "slots", "graces", "breakpoints", "file_budget"}
+    | {"library_class", "library_files"},
+    {"probe_plan"} | {"events", "launch"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
     | {"allocation"},
     {"audit", "policyvalues", "profiles", "endpoint", "clocks", "asker", "dockerapi", "criapi", "inject"},
@@ -29,8 +30,9 @@ ORDER = (
     {"policywatch", "hostfile"},
     {"programs", "door", "usage", "shelf", "sealed", "overrides", "history", "keeper", "links"},
     {"ledger", "tenants", "workloads", "overruns"},
-    {"probes", "clients", "enforcer"},
-    {"roots"},
+    {"probes", "clients", "enforcer", "roots", "library_search"},
+    {"library_worker"},
+    {"libraries"},
     {"devices", "trial", "glance", "discovery", "manager", "targets", "desks"},
     {"settings", "reconcile", "news", "detach", "policies", "explain", "callers", "slicer"},
     {"view", "readers", "adoption", "health", "offers", "xidnews"},
