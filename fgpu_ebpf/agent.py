@@ -32,6 +32,7 @@ from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.news import Newsreader
 from fgpu_ebpf.overrides import Overrides
 from fgpu_ebpf.overruns import Overruns
+from fgpu_ebpf.pages import Seen
 from fgpu_ebpf.policies import Policies
 from fgpu_ebpf.policyfolder import PolicyFolder, Reading
 from fgpu_ebpf.privileges import AGENT, keep_only
@@ -98,7 +99,7 @@ class Agent:
         self.keeper = Keeper(settings.run_dir, settings.pins)
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
         self.reconciler: Reconciler | None = None
-        self._reasons = Reasons()
+        self._reasons = Reasons(lambda dev, ino: self.discovery.is_shim(dev, ino), lambda: self.discovery.hidden())
         self._policies: Policies | None = None
         self.marks: dict[str, float] = {}  # when each part of the start was done
         self._ended = self._reload_wanted = False
@@ -330,12 +331,13 @@ class Agent:
                 self.discovery.look_into(pid)
 
     def _look_at_holders(self) -> None:
-        """Whoever holds memory by NVML maps a libcuda, perhaps one that nobody has probed: a copy of its own."""
+        """Probe the libraries of processes that NVML lists; those that hold more than was seen may hide one."""
         assert self.reconciler
         self.reconciler.hush()
         truth = self._truth()
+        uncalled = {pid for pid, process in truth.processes.items() if not process.flags & Seen.CALL}
         unseen = {pid for (pid, _), drift in truth.drift.items() if drift < 0}
-        self.discovery.look_at_new(truth.pids(), unseen)
+        self.discovery.look_at_new(truth.pids(), unseen | uncalled)
         self._adoption.look()
 
     def look(self) -> Snapshot:

@@ -104,6 +104,11 @@ class Discovery:
         """Why, for each of these processes."""
         return self._libraries.outside()
 
+    def is_shim(self, dev: int, ino: int) -> bool:
+        """Whether this file is probed as one of our shims."""
+        found = self._probes.of((dev, ino))
+        return found is not None and found.role is Role.SHIM
+
     def hidden(self) -> frozenset[int]:
         """Processes that hold memory that no probe saw taken, and execute memory that no file backs."""
         return frozenset(self._hidden)

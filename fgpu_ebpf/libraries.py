@@ -176,7 +176,7 @@ class Libraries:
         self._coming += Counter()  # without those of which none is examined
         error = examined.error or self.enter(whose, examined)
         if error:
-            self._fail(pid, whose, one, error)
+            self._fail(pid, whose, one, error, examined.is_file_s)
         else:
             self._succeed(pid, one)
         for other, its in waiting.items():
@@ -212,11 +212,11 @@ class Libraries:
             self._read(file)
             self._change(file)
 
-    def _fail(self, pid: int, whose: str, one: procfs.Mapping, error: str) -> None:
+    def _fail(self, pid: int, whose: str, one: procfs.Mapping, error: str, is_file_s: bool) -> None:
         if not procfs.has_memory(pid):
             return
         file = one.dev, one.ino
-        if not self._probes.of(file):
+        if is_file_s and not self._probes.of(file):
             self._refused[file] = error
             self._budget.enter(file, whose)
         self._put_outside(pid, file, error)

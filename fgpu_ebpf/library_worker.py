@@ -19,16 +19,21 @@ from fgpu_ebpf.probes import Attachment, MadeLinks, Probes
 from fgpu_ebpf.procfs import Mapping
 
 MOST_FAILED = 4096  # files whose failure is remembered
-UNREACHABLE = (
-    "is not the file that can be opened there: its layer was changed after it was mapped, or it is mapped shared"
-)
+
+
+class Unreachable(Exception):
+    """A process maps another file than the one that can be opened by the same name and number."""
+
+    def __str__(self) -> str:
+        return "what it maps cannot be opened: its layer was changed after it was mapped, or it is mapped shared"
 
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """What became of a file. `before`: its probes when it was examined; no `plan`: those do. `error`: it has none.
+    """What became of a file. `before`: its probes when it was examined; no `plan`: those do.
 
-    `beside`: the probes before stay, since they are on another inode that some processes still map.
+    `beside`: the probes before stay, since they are on another inode that some processes still map. `error`: no probes
+    see what the process calls; `is_file_s`: nor what any other process calls that maps this file.
     """
 
     file: File
@@ -39,6 +44,7 @@ class Examined:
     stamp: Stamp | None = None
     beside: bool = False
     error: str = ""
+    is_file_s: bool = True
 
 
 class Examiner:
@@ -53,7 +59,8 @@ class Examiner:
         try:
             return self._examine(target_of(pid, one), pid)
         except Exception as error:  # whatever a tenant has made of its file
-            return Examined((one.dev, one.ino), error=str(error) or repr(error))
+            is_file_s = not isinstance(error, Unreachable)
+            return Examined((one.dev, one.ino), error=str(error) or repr(error), is_file_s=is_file_s)
 
     def found(self, target: Target) -> Examined:
         """A file that processes may come to map."""
@@ -107,7 +114,8 @@ class Examiner:
 
     def _examine_open(self, fd: int, target: Target, pid: int | None) -> Examined:
         file, stamp = (target.dev, target.ino), Stamp.of(fd)
-        before, role = self._probes.of(file), self._role(file, fd, stamp)
+        before = self._probes.of(file)
+        role = self._role(file, fd, stamp, before)
         sees = before is not None and _sees(pid, file, before.check)
         if before and sees and (before.role, before.stamp) == (role, stamp):
             return Examined(file, before)
@@ -118,12 +126,13 @@ class Examiner:
         links = self._probes.make(fd, plan)
         if not _sees(pid, file, plan.check):
             probes.drop(links)
-            raise ProbeError(f"{target.path} {UNREACHABLE}")
+            raise Unreachable
         return Examined(file, before, target, plan, links, stamp, beside)
 
-    def _role(self, file: File, fd: int, stamp: Stamp) -> Role:
-        """What a file is. One that is as long as a shim of ours is read at once: it is short."""
-        if self._trust.may_be_a_shim(stamp) and self._trust.digest(file, stamp) is None:
+    def _role(self, file: File, fd: int, stamp: Stamp, before: Attachment | None) -> Role:
+        """What a file is. It is read at once where it may be a shim, which is short, or an earlier agent trusted it."""
+        was_trusted = before is not None and before.stamp is None and before.role is Role.LISTED
+        if self._trust.digest(file, stamp) is None and (was_trusted or self._trust.may_be_a_shim(stamp)):
             self._trust.learn(file, stamp, library_class.digest(fd, stamp))
         return self._trust.role(file, stamp)
 

@@ -290,8 +290,8 @@ def with_cuda_names(maps: int) -> Iterator[mappings.Mapped]:
 def open_regular(path: str, follow: bool = False) -> int:
     """Opens a file for reading that may have been put there for us to find. OSError: it is not regular.
 
-    It is looked at before it is opened: a fifo would make us wait, a device do whatever it does. No lease is waited for.
-    `follow`: the last name may be a link.
+    It is looked at before it is opened: a fifo would make us wait, a device do whatever it does. No lease is waited
+    for. `follow`: the last name may be a link.
     """
     place = os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     try:

@@ -147,7 +147,7 @@ class ControlServer:
     def _explain(self, request: dict[str, Any]) -> dict[str, Any]:
         agent = self._agent
         found, path = agent.discovery, self._find(request)
-        around = found.unprobed(), found.standalone()
+        around = found.reasons(), found.standalone(), found.is_shim
         return explain.explain(path, agent.manager, agent.ledger, found.unenforced(), *around)
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def test_a_table_beyond_all_measure_is_not_read(tmp_path: Path, library: Path, w
     broken = tmp_path / "libcuda.so.1"
     broken.write_bytes(text)
     os.truncate(broken, 1 << 40)  # sparse: it really is that long
-    with pytest.raises(elf.ElfError, match="longer than|more than"):
+    with pytest.raises(elf.ElfError, match=r"longer than|more than"):
         parse(broken)
 
 
