@@ -6,8 +6,9 @@ import os
 import time
 from collections.abc import Callable, Set
 
+from fgpu_ebpf import probe_plan
 from fgpu_ebpf.discovery import Discovery
-from fgpu_ebpf.library_class import Stamp
+from fgpu_ebpf.library_class import Role, Stamp
 from fgpu_ebpf.library_files import Target
 from fgpu_ebpf.mappings import File
 from fgpu_ebpf.probe_plan import Plan
@@ -29,6 +30,11 @@ class Stage:
 
     def of(self, file: File) -> Attachment | None:
         return self.files.get(file)
+
+    def attach(self, target: Target, role: Role) -> None:
+        fd = target.open()
+        self.enter(target, probe_plan.plan(fd, target.path, role), [], Stamp.of(fd))
+        os.close(fd)
 
     def make(self, fd: int, plan: Plan) -> MadeLinks:
         if self._bad and self._bad in os.readlink(f"/proc/self/fd/{fd}"):
