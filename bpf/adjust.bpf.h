@@ -35,8 +35,6 @@ static void enter_overhead(struct fgpu_process *p, u32 device, s64 more)
     if (more > 0) charge(p, &h, device, more, 1);
     if (more < 0) release(p, device, -more);
     add_overhead(p, device, more);
-    if (more > 0) take_cut(p, device, more);
-    if (more < 0) __sync_fetch_and_add(&on(p, device)->doubtful, -more);
     end(p);
 }
 
@@ -147,26 +145,20 @@ static int move(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
     return 0;
 }
 
-/* An entry for a process that no probe has seen, and that holds memory: beyond its level's part of the map too. */
-static int adopt(u32 tgid, struct bpf_raw_tracepoint_args *ctx)
+/* An entry for a process that no probe has seen. One that holds memory, by NVML's word, has its entry beyond its
+ * level's part of the map too. */
+static int adopt(u32 tgid, struct bpf_raw_tracepoint_args *ctx, u64 part)
 {
-    u32 zero = 0;
-    struct fgpu_process *p, *blank = blanks.lookup(&zero);
-    struct fgpu_level leaf;
-    if (!blank) return -3;
-    enter_level(&leaf, ctx->args[4]);
-    take_place(&leaf, FGPU_PROCESSES, ~0ULL);
-    processes.insert(&tgid, blank);
-    p = processes.lookup(&tgid);
-    int claimed = p && !__sync_val_compare_and_swap(&p->state, 0, 1);
-    if (!claimed) give_place(&leaf, FGPU_PROCESSES);
-    if (!p) return -7;
-    if (!claimed) return -11;
-    p->counted = leaf;
     u64 levels[FGPU_LEVELS] = {ctx->args[4], ctx->args[5], ctx->args[6], ctx->args[7]};
-    name_process(p, levels, ctx->args[3]);
-    count_processes();
-    return 0;
+    int found;
+    if (make_process(tgid, levels, ctx->args[3], part, &found)) return 0;
+    return found ? -11 : -7;
+}
+
+/* Before its first question: the gatekeeper tells a process its tag, which the entry has. */
+static int enter_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
+{
+    return processes.lookup(&tgid) ? 0 : adopt(tgid, ctx, PART(MOST_PROCESSES));
 }
 
 /* It may end under our hands, and what is entered after that is nobody's: so its state is looked at last. */
@@ -174,7 +166,7 @@ static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
     int done = 0;
-    if (!p) return ctx->args[0] == FGPU_MOVE && !ctx->args[2] ? adopt(tgid, ctx) : -3;
+    if (!p) return ctx->args[0] == FGPU_MOVE && !ctx->args[2] ? adopt(tgid, ctx, ~0ULL) : -3;
     if (p->generation != ctx->args[2]) return -3;
     if (ctx->args[0] == FGPU_REAP) __sync_fetch_and_add(&p->state, 1);
     if (ctx->args[0] == FGPU_OVERHEAD || ctx->args[0] == FGPU_RAISE) {
@@ -183,10 +175,18 @@ static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
         if (!done) enter_overhead(p, ctx->args[3], more);
     }
     if (ctx->args[0] == FGPU_MOVE) done = move(p, ctx);
+    if (ctx->args[0] == FGPU_MARK) on(p, ctx->args[3])->peak = *(volatile u64 *)&on(p, ctx->args[3])->bytes;
     int ended = *(volatile u64 *)&p->state != READY, managed = p->level_count;
-    if (ended) release_all(p);
+    if (ended) orphan_all(p, tgid);
     if (ctx->args[0] == FGPU_REAP || !managed) delete_process(tgid, p);
     return done;
+}
+
+static int let_orphan_go(struct bpf_raw_tracepoint_args *ctx)
+{
+    struct fgpu_orphan_key key = {
+        .tgid = ctx->args[1], .device = ctx->args[2], .generation = ctx->args[3], .turn = ctx->args[4]};
+    return let_go(&key, ctx->args[5]);
 }
 
 static int disown(u64 cgroup, u32 device, u64 bytes)
@@ -226,6 +226,10 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
         return withdraw(ctx->args[1]);
     case FGPU_DISOWN:
         return disown(ctx->args[1], ctx->args[2], ctx->args[3]);
+    case FGPU_LET_GO:
+        return let_orphan_go(ctx);
+    case FGPU_ENTER:
+        return enter_process(ctx, ctx->args[1]);
     case FGPU_SWEPT:
         return swept(ctx->args[1], ctx->args[2]);
     case FGPU_RING:
@@ -234,6 +238,7 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
     case FGPU_MOVE:
     case FGPU_REAP:
     case FGPU_RAISE:
+    case FGPU_MARK:
         return adjust_process(ctx, ctx->args[1]);
     default:
         return -22;

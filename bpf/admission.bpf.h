@@ -27,14 +27,27 @@ static void grant(struct fgpu_process *p, struct held *h, struct fgpu_admission 
         a->bytes = bytes;
 }
 
+static void add_overhead(struct fgpu_process *p, u32 device, u64 bytes)
+{
+    __sync_fetch_and_add((u64 *)&on(p, device)->overhead, bytes);
+}
+
+/* An admission that no call of the driver settled: the memory may have been taken where no probe is. So it stays
+ * charged, as overhead, until NVML shows that the process does not have it. */
+static void leave_unsettled(struct fgpu_process *p, struct fgpu_admission *a)
+{
+    if (a->bytes) add_overhead(p, a->device, a->bytes);
+    a->bytes = 0;
+}
+
+/* `kind` may have FGPU_PATIENT beside it. */
 static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u32 device, u64 bytes, u32 kind,
                u64 ticket)
 {
     struct fgpu_admission *a = &t->admission;
-    if (UNLIKELY(a->bytes)) {
-        release(p, a->device, a->bytes); /* an older one that nothing settled */
-        a->bytes = 0;
-    }
+    u32 patient = kind & FGPU_PATIENT;
+    kind &= FGPU_KIND_MASK;
+    if (UNLIKELY(a->bytes)) leave_unsettled(p, a);
     a->ticket = ticket;
     a->device = device;
     a->kind = kind;
@@ -48,7 +61,8 @@ static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u3
         bytes = known ? *known : 0;
     }
     if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES; /* fits nowhere, and no sum with it overflows */
-    if (crowded(h->page[0], device, bytes, kind) || refused_by_a_level(h, device, bytes, kind)) return FGPU_REFUSED;
+    if (crowded(h->page[0], device, bytes, kind)) return FGPU_REFUSED;
+    if (refused_by_a_level(h, device, bytes, kind, patient)) return FGPU_REFUSED;
     a->verdict = charge(p, h, device, bytes, 0);
     if (granted(a->verdict)) grant(p, h, a, device, bytes);
     return a->verdict;
@@ -81,18 +95,37 @@ static u64 without_entry(struct held *h, u32 device, u64 bytes, u32 kind)
     return FGPU_REFUSED;
 }
 
+/* One store of an aligned word. With a tag no process can write what another one waits for; a process without an entry
+ * has none, and is answered where it does not look: it says hello again. */
+static void publish_answer(struct fgpu_usage_page *page, struct fgpu_process *p, u32 flags, u64 ticket, u64 verdict)
+{
+    u64 slot_of_ticket = ticket & VERDICT_MASK;
+    if (!(flags & FGPU_TAGGED))
+        *(volatile u64 *)&page->verdicts[slot_of_ticket] = ticket << 2 | verdict;
+    else if (p)
+        *(volatile u64 *)&page->answers[slot_of_ticket] =
+            (u64)p->tag << FGPU_TAG_SHIFT | (ticket & FGPU_TICKET_BITS) << 2 | verdict;
+}
+
+/* A number that means no kind is taken for memory. */
+static u32 known_kind(u64 said)
+{
+    u32 kind = said & FGPU_KIND_MASK;
+    return kind < FGPU_KINDS ? kind : FGPU_MEMORY;
+}
+
 int admit(struct pt_regs *ctx)
 {
     u64 id = bpf_get_current_pid_tgid(), ticket = PT_REGS_PARM4(ctx) & TICKET_MASK, verdict = FGPU_ADMITTED;
-    u32 kind = PT_REGS_PARM3(ctx);
+    u32 kind = known_kind(PT_REGS_PARM3(ctx)), flags = PT_REGS_PARM3(ctx) & (FGPU_TAGGED | FGPU_PATIENT);
+    u32 tgid = id >> 32;
     struct held h = {};
-    struct fgpu_process *p = own_process(id >> 32, &h);
+    struct fgpu_process *p = own_process(&tgid, &h);
     struct fgpu_thread *t = p ? own_thread(p, id) : 0;
     own_stack(ctx);
     hit(FGPU_HIT_ADMIT);
     if (!UNLIKELY(!p)) look_up(p, &h);
     if (!h.page[0]) return 0;
-    if (kind != FGPU_HELLO && kind >= FGPU_KINDS) kind = FGPU_MEMORY;
     if (kind == FGPU_HELLO) {
         if (!p) return 0;
         p->flags |= FGPU_SEEN_SHIM;
@@ -100,9 +133,9 @@ int admit(struct pt_regs *ctx)
         verdict = without_entry(&h, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), kind);
         if (verdict == FGPU_AGAIN) return 0; /* the shim says hello again */
     } else {
-        verdict = answer(p, &h, t, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), kind, ticket);
+        verdict = answer(p, &h, t, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), kind | (flags & FGPU_PATIENT), ticket);
     }
-    *(volatile u64 *)&h.page[0]->verdicts[ticket & VERDICT_MASK] = ticket << 2 | verdict;
+    publish_answer(h.page[0], p, flags, ticket, verdict);
     return 0;
 }
 
@@ -129,7 +162,7 @@ int give_back(struct pt_regs *ctx)
 {
     u64 id = bpf_get_current_pid_tgid(), bytes = PT_REGS_PARM2(ctx);
     u32 device = PT_REGS_PARM1(ctx), kind = PT_REGS_PARM3(ctx), tgid = id >> 32;
-    struct fgpu_process *p = processes.lookup(&tgid);
+    struct fgpu_process *p = owner_of(&tgid);
     own_stack(ctx);
     hit(FGPU_HIT_GIVE_BACK);
     if (!p || p->state != READY || (kind & ~FGPU_FULL) != FGPU_POOL || device >= FGPU_DEVICES) return 0;
@@ -140,7 +173,10 @@ int give_back(struct pt_regs *ctx)
         u64 was = *(volatile u64 *)&on(p, device)->pool, less = bytes < was ? bytes : was;
         if (__sync_val_compare_and_swap(&on(p, device)->pool, was, was - less) != was) continue;
         if (less < bytes) anomaly(FGPU_ANOMALY_RELEASE);
-        release(p, device, less);
+        if (p->flags & (FGPU_SEEN_POOL_EXPORT | FGPU_SEEN_EXPORT))
+            orphan_part(p, tgid, device, less); /* an importer may have it open */
+        else
+            release(p, device, less);
         break;
     }
     end(p);

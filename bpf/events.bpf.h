@@ -7,6 +7,9 @@
 #define HOST_SECOND 2
 #define HOST_COUNT 3
 #define HOST_PROCESSES 5
+#define HOST_ORPHANED 6
+#define HOST_TAGS 7
+#define ORPHANS_TOLD_NS 2000000
 
 #define WAKE_UP 2 /* BPF_RB_FORCE_WAKEUP */
 
@@ -47,6 +50,25 @@ static void tell(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, 
 {
     if (page && spend(&page->event_second, &page->event_count, EVENTS_A_SECOND))
         send(page, kind, device, bytes, operation, reason);
+}
+
+/* Of a bypass, or of a process that is killed: with a budget of its own, so that refusals cannot use it up. Returns 1
+ * where it was sent. */
+static int tell_urgently(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, u16 operation, u16 reason)
+{
+    if (!page || !spend(&page->urgent_second, &page->urgent_count, EVENTS_A_SECOND)) return 0;
+    send(page, kind, device, bytes, operation, reason);
+    return 1;
+}
+
+/* The agent looks at NVML again and again while orphans are new, so it needs to be told of the first ones only. */
+static void tell_of_orphans(struct fgpu_usage_page *page, u32 device, u64 bytes)
+{
+    u32 at = HOST_ORPHANED;
+    u64 now = bpf_ktime_get_ns(), *told = host.lookup(&at);
+    if (!page || !told || now - *told < ORPHANS_TOLD_NS) return;
+    *told = now;
+    send(page, FGPU_NEWS_ORPHANED, device, bytes, FGPU_MEMORY, 0);
 }
 
 /* The agent wants to know that somebody of the level is there: once, when many come at a time. */

@@ -12,6 +12,7 @@
 #include "maps.bpf.h"
 #include "events.bpf.h"
 #include "levels.bpf.h"
+#include "orphans.bpf.h"
 #include "processes.bpf.h"
 #include "admission.bpf.h"
 #include "witness.bpf.h"

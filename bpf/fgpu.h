@@ -32,12 +32,13 @@
 /* A verdict word is `ticket << 2 | verdict`, stored at once in slot `ticket & (FGPU_VERDICTS - 1)`. */
 enum fgpu_verdict { FGPU_REFUSED, FGPU_ADMITTED, FGPU_AGAIN, FGPU_UNLIMITED };
 enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGPU_KINDS, FGPU_EVENTS };
-/* Beside a kind. */
+/* Beside a kind. FULL, of bytes that are given back: the driver had no room for them. TAGGED, of a question: the answer
+ * goes to `answers`, with the tag of the process that asks. PATIENT, of a question: a refusal for orphaned bytes alone
+ * is not counted. */
 #define FGPU_KIND_MASK 0xff
-#define FGPU_FULL 0x100    /* of what is given back: the driver had no room for it */
-#define FGPU_TAGGED 0x200  /* of a question: the answer goes to `answers`, with the tag of the process that asks */
-#define FGPU_PATIENT 0x400 /* of a question: refused for bytes that may be freed soon, it is not counted as a refusal  \
-                            */
+#define FGPU_FULL 0x100
+#define FGPU_TAGGED 0x200
+#define FGPU_PATIENT 0x400
 /* An answer word is `tag << 34 | (ticket & FGPU_TICKET_BITS) << 2 | verdict`, in slot `ticket & (FGPU_VERDICTS - 1)`.
  * The kernel program chooses the tag, so no process can write the answer that another one waits for. */
 #define FGPU_TICKET_BITS 0xffffffffULL
@@ -88,10 +89,11 @@ struct fgpu_usage_page {
     __u64 exec_second;          /* of the programs that began here and were told */
     __u64 exec_count;
     __u64 orphaned_ns[FGPU_DEVICES]; /* when bytes of this level were orphaned last; 0: never */
-    __u64 doubtful[FGPU_DEVICES];    /* within `used`: perhaps freed already; NVML's next answer decides */
     __u64 answers[FGPU_VERDICTS];    /* answer words, see FGPU_TAGGED */
     __u64 orphans;                   /* entries of this level in the map `orphans` */
-    __u64 tail[95];
+    __u64 urgent_second;             /* of events that must not be lost behind refusals */
+    __u64 urgent_count;
+    __u64 tail[109];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
@@ -234,9 +236,9 @@ struct fgpu_holding { /* of a process on one device; what every allocation touch
     __u64 primary;  /* 1: the primary context is there; a reset ends it and leaves its references */
     __u64 exported; /* pointers that another process may have open */
     __u64 exported_vmm;
-    __u64 owed;     /* of `charged`: released, and not found there in the middle of a move */
-    __u64 doubtful; /* within `overhead`: perhaps freed already; NVML's next answer decides */
-    __u64 peak;     /* the most that `bytes` has been since the agent last looked (FGPU_MARK) */
+    __u64 owed;  /* of `charged`: released, and not found there in the middle of a move */
+    __u64 ended; /* contexts that ended while others went on: NVML alone knows how much was in them */
+    __u64 peak;  /* the most that `bytes` has been since the agent last looked (FGPU_MARK) */
 };
 /* processes: tgid -> ; a multiple of 64 bytes, so that the kernel lays each field on the same part of a cache line */
 struct fgpu_process {
@@ -263,7 +265,7 @@ struct fgpu_process {
 #define FGPU_SEEN_CALL 8         /* by a probe: not only by NVML */
 #define FGPU_SEEN_POOL_EXPORT 16 /* pool bytes that it gives back may be open elsewhere */
 #define FGPU_SEEN_IMPORT 32      /* it has opened memory of other processes */
-#define FGPU_SEEN_CONTEXT_END 64 /* a context, not its last: what was in it is freed, and NVML alone knows how much */
+#define FGPU_TOLD_BYPASS 64      /* the event of its first call without an admission was sent */
 enum fgpu_space { FGPU_SPACE_POINTER, FGPU_SPACE_HANDLE, FGPU_SPACE_MAPPING, FGPU_SPACE_CONTEXT, FGPU_SPACE_ARRAY };
 struct fgpu_allocation_key {
     __u32 tgid;
@@ -382,7 +384,7 @@ enum fgpu_adjust {
     FGPU_RING,     /* whoever sleeps on the bell wakes up: shares have changed */
     FGPU_LET_GO,   /* tgid, device, generation, turn, bytes: so many of these orphaned bytes are held no more */
     FGPU_MARK,     /* tgid, generation, device: its `peak` begins anew */
-    FGPU_ENTER,    /* tgid, count, levels leaf first: makes the entry of a process that has none yet */
+    FGPU_ENTER,    /* tgid, 0, count, levels leaf first: makes the entry of a process that has none yet */
 };
 
 /* -- events: a ring buffer of what is rare; what does not get in is counted ---------------------------------------- */
@@ -398,7 +400,6 @@ enum fgpu_news {
     FGPU_NEWS_REMOVED,
     FGPU_NEWS_ENDED, /* on the bell: a process that had a context runs no more; the driver may still be busy with it */
     FGPU_NEWS_EXECUTED, /* a program begins in the level `cgroup`; the first few of a second */
-    FGPU_NEWS_WANTED,   /* the level `cgroup` was asked for bytes that it would have, were doubtful ones freed */
 };
 enum fgpu_fate { FGPU_FATE_SENT, FGPU_FATE_RATE, FGPU_FATE_FULL };
 struct fgpu_event {

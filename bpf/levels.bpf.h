@@ -8,6 +8,13 @@ static int fits(struct fgpu_usage_page *page, u32 device, u64 bytes)
     return used + bytes <= limit;
 }
 
+/* A peak that a race leaves too low is raised by the next charge. */
+static void raise_peak(u64 *peak, u64 now)
+{
+    u64 was = *(volatile u64 *)peak;
+    if (UNLIKELY(now > was)) __sync_val_compare_and_swap(peak, was, now);
+}
+
 /* Takes only what fits: to add first and undo later would fail neighbours that fit. */
 static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
 {
@@ -17,8 +24,7 @@ static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
         int over = now > limit;
         if (UNLIKELY(over) && !force && !(page->flags & FGPU_OBSERVE)) return FGPU_REFUSED;
         if (UNLIKELY(__sync_val_compare_and_swap(&usage->used, used, now) != used)) continue;
-        u64 peak = *(volatile u64 *)&usage->peak;
-        if (UNLIKELY(now > peak)) __sync_val_compare_and_swap(&usage->peak, peak, now);
+        raise_peak(&usage->peak, now);
         return over ? OBSERVED : limit == FGPU_NO_LIMIT ? FGPU_UNLIMITED : FGPU_ADMITTED;
     }
     if (!force) return FGPU_AGAIN;
@@ -70,9 +76,19 @@ static void give_back_levels(struct held *h, u32 device, u64 bytes, u32 below)
     EACH_LEVEL if (i < below && h->page[i]) subtract(&h->page[i]->devices[slot(device)].used, bytes);
 }
 
-/* All levels are looked at before any is touched, so that an asker who never fits disturbs nobody. Told once, behind
- * the loop: what stands in it is compiled for every level. */
-static int refused_by_a_level(struct held *h, u32 device, u64 bytes, u32 kind)
+/* It would fit if the level's orphaned bytes were gone. */
+static int fits_without_orphans(struct fgpu_usage_page *page, u32 device, u64 bytes)
+{
+    struct fgpu_usage *usage = &page->devices[slot(device)];
+    u64 used = *(volatile u64 *)&usage->used, limit = *(volatile u64 *)&usage->limit;
+    u64 orphaned = *(volatile u64 *)&page->orphaned[slot(device)];
+    return orphaned <= used && used - orphaned + bytes <= limit;
+}
+
+/* All levels are looked at before any is touched, so that a request that never fits disturbs no other one. Told once,
+ * behind the loop: what stands in it is compiled for every level. A patient request that fits but for orphaned bytes is
+ * refused without a word: the shim asks again. */
+static int refused_by_a_level(struct held *h, u32 device, u64 bytes, u32 kind, u32 patient)
 {
     struct fgpu_usage_page *who = 0;
     u16 reason = FGPU_REASON_OBSERVED;
@@ -87,6 +103,7 @@ static int refused_by_a_level(struct held *h, u32 device, u64 bytes, u32 kind)
             reason = FGPU_REASON_LIMIT;
     }
     if (!UNLIKELY(who)) return 0;
+    if (patient && reason == FGPU_REASON_LIMIT && fits_without_orphans(who, device, bytes)) return 1;
     tell(who, FGPU_NEWS_REFUSED, device, bytes, kind, reason);
     if (reason != FGPU_REASON_LIMIT) return 0;
     __sync_fetch_and_add(&who->devices[slot(device)].refused, 1);
@@ -152,7 +169,7 @@ static int charge(struct fgpu_process *p, struct held *h, u32 device, u64 bytes,
     int verdict = take_levels(h, device, bytes, force);
     if (verdict == FGPU_AGAIN) return verdict;
     __sync_fetch_and_add(charged(p, h->side, device), bytes);
-    __sync_fetch_and_add(&on(p, device)->bytes, bytes);
+    raise_peak(&on(p, device)->peak, __sync_fetch_and_add(&on(p, device)->bytes, bytes) + bytes);
     return verdict;
 }
 
@@ -165,30 +182,3 @@ static u64 draw(struct fgpu_process *p, u64 side, u32 device, u64 bytes)
     __sync_fetch_and_add(has, bytes - was);
     return was;
 }
-
-/* What the side does not have any more has been moved in this very moment: its levels hold it until the agent's next
- * look. Orphaned bytes may be open in another process: the levels keep them, and the agent lets go when NVML has told
- * who holds them. It is told of the leaf, and looks at the groups around as well. One level after the other: pages of
- * all at once, each there or not, are sixteen ways for the verifier to follow. */
-static void let_go(struct fgpu_process *p, u32 device, u64 bytes, int orphaned)
-{
-    u64 side = *(volatile u64 *)&p->turn;
-    struct fgpu_level *levels = levels_of(p, side);
-    device &= DEVICE_MASK;
-    if (!bytes) return;
-    subtract(&on(p, device)->bytes, bytes);
-    u64 some = draw(p, side, device, bytes);
-    if (UNLIKELY(some != bytes)) __sync_fetch_and_add(&on(p, device)->owed, bytes - some);
-    EACH_LEVEL
-    {
-        struct fgpu_usage_page *page = levels[i].cgroup ? page_at(&levels[i]) : 0;
-        if (!page) continue;
-        if (orphaned)
-            __sync_fetch_and_add(&page->orphaned[slot(device)], some);
-        else
-            subtract(&page->devices[slot(device)].used, some);
-    }
-    if (orphaned && some) tell(page_at(&levels[0]), FGPU_NEWS_ORPHANED, device, some, FGPU_MEMORY, 0);
-}
-
-static void release(struct fgpu_process *p, u32 device, u64 bytes) { let_go(p, device, bytes, 0); }

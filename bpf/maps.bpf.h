@@ -8,6 +8,8 @@
 #define MOST_ALLOCATIONS 262144
 #define MOST_THREADS 65536
 #define MOST_PROCESSES 16384
+#define MOST_ORPHANS 65536
+#define MOST_BORROWERS 4096
 #define PART(most) ((most) / 4) /* of a map that all share: what one level may have of it */
 #define SPAN 32                 /* mappings that one unmap may cover */
 #define READY 2
@@ -30,10 +32,16 @@ BPF_TABLE_PINNED("hash", u32, struct fgpu_process, processes, MOST_PROCESSES, PI
 BPF_TABLE_PINNED("hash", struct fgpu_allocation_key, struct fgpu_allocation, allocations, MOST_ALLOCATIONS,
                  PINS "allocations", SPARSE);
 BPF_TABLE_PINNED("hash", u64, struct fgpu_thread, threads, MOST_THREADS, PINS "threads", SPARSE);
+BPF_TABLE_PINNED("hash", struct fgpu_orphan_key, struct fgpu_orphan, orphans, MOST_ORPHANS, PINS "orphans", SPARSE);
+BPF_TABLE_PINNED("hash", u64, u32, spaces, MOST_PROCESSES, PINS "spaces", SPARSE); /* address space -> its process */
+/* Processes that live in the address space of another one (vfork), which is charged for what they do. */
+BPF_TABLE_PINNED("hash", u32, u32, borrowers, MOST_BORROWERS, PINS "borrowers", SPARSE);
+BPF_TABLE_PINNED("array", u32, u64, managed_freed, FGPU_DEVICES, PINS "managed_freed"); /* bytes, ever growing */
 BPF_TABLE_PINNED("array", u32, u64, contexts, FGPU_DEVICES, PINS "contexts");
 BPF_TABLE_PINNED("array", u32, struct fgpu_device, devices, FGPU_DEVICES, PINS "devices");
 BPF_TABLE_PINNED("hash", struct fgpu_file, u32, files, 4096, PINS "files", SPARSE);
-/* 0: epoch, 1: flags for control pages, 2, 3: events of cgroups, 4: epoch of shares, 5: processes so far */
+/* 0: epoch, 1: flags for control pages, 2, 3: events of cgroups, 4: epoch of shares, 5: processes so far, 6: when the
+ * agent was last told of orphans, 7: tags so far */
 BPF_TABLE_PINNED("array", u32, u64, host, 8, PINS "host");
 BPF_TABLE_PINNED("hash", struct fgpu_counter_key, u64, counters, 65536, PINS "counters", SPARSE);
 BPF_TABLE_PINNED("array", u32, u64, incidents, 2 * FGPU_REASONS, PINS "incidents");
@@ -111,17 +119,6 @@ static struct fgpu_usage_page *page_at(struct fgpu_level *level)
     return page && page->cgroup == level->cgroup ? page : 0;
 }
 
-static void count(u64 cgroup, u32 device, u16 kind, u16 reason)
-{
-    struct fgpu_counter_key key = {.cgroup = cgroup, .device = device, .kind = kind, .reason = reason};
-    u64 zero = 0, *n = counters.lookup(&key);
-    if (!n) {
-        counters.insert(&key, &zero);
-        n = counters.lookup(&key);
-    }
-    if (n) __sync_fetch_and_add(n, 1);
-}
-
 /* Of the host: it stands in so many places that to look for a counter, or make it, would be a third of all code. */
 static void incident(u32 at)
 {
@@ -130,6 +127,20 @@ static void incident(u32 at)
 }
 
 static void anomaly(u32 what) { incident(what); }
+
+static void count(u64 cgroup, u32 device, u16 kind, u16 reason)
+{
+    struct fgpu_counter_key key = {.cgroup = cgroup, .device = device, .kind = kind, .reason = reason};
+    u64 zero = 0, *n = counters.lookup(&key);
+    if (!n) {
+        counters.insert(&key, &zero);
+        n = counters.lookup(&key);
+    }
+    if (n)
+        __sync_fetch_and_add(n, 1);
+    else
+        anomaly(FGPU_ANOMALY_FULL);
+}
 
 /* One less, never below 0: answers how many are left, or -1 where there was none. */
 static s64 one_less(u64 *n)

@@ -15,6 +15,25 @@ static u32 find_levels(u64 *levels)
     return n;
 }
 
+/* The address space of the current task, by the kernel's address of it; 0: this kernel does not say where it is. */
+static u64 current_space(void)
+{
+    u64 space = 0;
+#ifdef MM_AT
+    bpf_probe_read_kernel(&space, sizeof(space), (void *)bpf_get_current_task() + MM_AT);
+#endif
+    return space;
+}
+
+/* A number that no other living process has: a counter that comes round after 2^30 processes. */
+static u32 next_tag(void)
+{
+    u32 at = HOST_TAGS;
+    u64 *n = host.lookup(&at);
+    u64 tag = n ? (__sync_fetch_and_add(n, 1) + 1) & FGPU_TAG_BITS : 0;
+    return tag ? tag : 1;
+}
+
 static void name_process(struct fgpu_process *p, u64 *levels, u32 n)
 {
     EACH_LEVEL
@@ -23,68 +42,99 @@ static void name_process(struct fgpu_process *p, u64 *levels, u32 n)
         enter_level(&p->sides[i], levels[i]);
     }
     p->level_count = n;
+    p->tag = next_tag();
     p->generation = bpf_ktime_get_ns();
     __sync_fetch_and_add(&p->state, 1); /* claimed -> ready; orders the stores before it */
 }
 
-/* The entry of the current process, made when it is managed and has none; 0: unmanaged, or there is no room for it, of
- * its level's part or at all: then `h` has its pages. Of several threads, the one that names it keeps its place. */
-static struct fgpu_process *own_process(u32 tgid, struct held *h)
+/* Makes and names an entry; `part`: of the map, that its leaf may have. 0: there is no room, or another thread is
+ * naming it, and then `*found` is 1. */
+static struct fgpu_process *make_process(u32 tgid, u64 *levels, u32 n, u64 part, int *found)
 {
-    struct fgpu_process *p = processes.lookup(&tgid), *blank;
-    if (!UNLIKELY(!p)) return p->state == READY ? p : 0;
-    u64 levels[FGPU_LEVELS] = {};
+    struct fgpu_process *p, *blank;
     struct fgpu_level leaf;
-    u32 zero = 0, n = find_levels(levels);
-    if (!n) return 0;
+    u32 zero = 0;
     blank = blanks.lookup(&zero);
+    *found = 1;
     if (!blank) return 0;
     enter_level(&leaf, levels[0]);
-    int placed = take_place(&leaf, FGPU_PROCESSES, PART(MOST_PROCESSES));
+    int placed = take_place(&leaf, FGPU_PROCESSES, part);
     if (placed) processes.insert(&tgid, blank);
     p = processes.lookup(&tgid);
-    if (!p) {
-        anomaly(FGPU_ANOMALY_FULL);
-        EACH_LEVEL h->page[i] = levels[i] ? page_of(levels[i]) : 0;
-    }
-    if (!p || !placed || __sync_val_compare_and_swap(&p->state, 0, 1)) { /* or another thread is naming it */
+    *found = !!p;
+    if (!p || !placed || __sync_val_compare_and_swap(&p->state, 0, 1)) {
         if (placed) give_place(&leaf, FGPU_PROCESSES);
         return 0;
     }
     p->counted = leaf;
     name_process(p, levels, n);
     count_processes();
+    return p;
+}
+
+/* From now on this process is charged for all that happens in its address space. */
+static void claim_space(struct fgpu_process *p, u32 tgid, u64 space)
+{
+    if (!space || spaces.update(&space, &tgid)) return;
+    p->space = space;
+}
+
+/* A process that was made by vfork, or by clone with CLONE_VM, works in the address space of another one, and the
+ * memory that it takes is that one's: so that one is charged, and its entry returned. `*tgid` becomes its pid. */
+static struct fgpu_process *lender(u32 *tgid, u64 space)
+{
+    u32 *owner = space ? spaces.lookup(&space) : 0, borrower = *tgid;
+    if (!owner || *owner == borrower) return 0;
+    u32 whose = *owner;
+    struct fgpu_process *p = processes.lookup(&whose);
+    if (!p || p->state != READY || p->space != space) return 0;
+    borrowers.update(&borrower, &whose);
+    *tgid = whose;
+    return p;
+}
+
+/* The entry that a process is charged to, if there is one; `*tgid` becomes the pid that the entry has. */
+static struct fgpu_process *owner_of(u32 *tgid)
+{
+    struct fgpu_process *p = processes.lookup(tgid);
+    u32 *owner = p ? 0 : borrowers.lookup(tgid);
+    if (!owner) return p;
+    *tgid = *owner;
+    return processes.lookup(tgid);
+}
+
+/* The entry that the current process is charged to, made when it is managed and has none; 0: unmanaged, or there is no
+ * room for it, of its level's part or at all: then `h` has its pages. Of several threads, the one that names it keeps
+ * its place. `*tgid` becomes the pid that the entry has. */
+static struct fgpu_process *own_process(u32 *tgid, struct held *h)
+{
+    struct fgpu_process *p = processes.lookup(tgid);
+    u64 levels[FGPU_LEVELS] = {}, space;
+    u32 n;
+    int found;
+    if (!UNLIKELY(!p)) {
+        if (p->state != READY) return 0;
+        if (UNLIKELY(!p->space)) claim_space(p, *tgid, current_space());
+        return p;
+    }
+    n = find_levels(levels);
+    if (!n) return 0;
+    space = current_space();
+    p = lender(tgid, space);
+    if (p) return p;
+    p = make_process(*tgid, levels, n, PART(MOST_PROCESSES), &found);
+    if (!found) {
+        anomaly(FGPU_ANOMALY_FULL);
+        EACH_LEVEL h->page[i] = levels[i] ? page_of(levels[i]) : 0;
+    }
+    if (!p) return 0;
+    claim_space(p, *tgid, space);
     tell_of_process(page_of(levels[0]));
     return p;
 }
 
-/* May be done twice: what the second finds, somebody has added after the first. */
-static void release_side(struct fgpu_process *p, u64 side, int now)
-{
-    struct fgpu_level *levels = levels_of(p, side);
-    for (u32 d = 0; d < FGPU_DEVICES; d++) {
-        s64 bytes = __sync_lock_test_and_set(charged(p, side, d), 0);
-        if (bytes <= 0) continue;
-        u64 left = p->flags & FGPU_SEEN_EXPORT ? bytes : now ? on(p, d)->exported + on(p, d)->exported_vmm : 0;
-        if (left > bytes) left = bytes;
-        EACH_LEVEL
-        {
-            struct fgpu_usage_page *page = levels[i].cgroup ? page_at(&levels[i]) : 0;
-            if (!page) continue;
-            __sync_fetch_and_add(&page->orphaned[slot(d)], left);
-            subtract(&page->devices[slot(d)].used, bytes - left);
-        }
-        if (left) tell(page_at(&levels[0]), FGPU_NEWS_ORPHANED, d, left, FGPU_MEMORY, 0);
-    }
-}
-
-static void release_all(struct fgpu_process *p)
-{
-    release_side(p, p->turn, 1);
-    release_side(p, p->turn + 1, 0);
-}
-
-static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f);
+static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f);
+static void leave_unsettled(struct fgpu_process *p, struct fgpu_admission *a);
 
 #define NO_MORE (-1LL << 62) /* however many add to it */
 
@@ -111,21 +161,24 @@ static void end_thread(u64 id)
     struct fgpu_thread *t = threads.lookup(&id);
     u32 tgid = id >> 32;
     if (!t) return;
-    struct fgpu_process *p = processes.lookup(&tgid);
+    struct fgpu_process *p = owner_of(&tgid);
     if (p && belongs(p, t)) {
         busy(p, t);
-        release(p, t->admission.device, t->admission.bytes);
-        if (t->call.function) put_back(p, tgid, &t->call);
+        leave_unsettled(p, &t->admission);
+        if (t->call.function) give_up(p, tgid, &t->call);
         end(p);
         uncount_thread(p);
     }
     threads.delete(&id);
 }
 
-/* Its threads that live on, where it is only out of its cgroups, are nobody's. */
+/* Threads that live on, where the process is only out of its cgroups, belong to no process then. */
 static void delete_process(u32 tgid, struct fgpu_process *p)
 {
     struct fgpu_level level = p->counted;
+    u64 space = p->space;
+    u32 *owner = space ? spaces.lookup(&space) : 0;
+    if (owner && *owner == tgid) spaces.delete(&space);
     s64 n = __sync_lock_test_and_set((u64 *)&p->threads, NO_MORE);
     if (n > 0) give_places(&level, FGPU_THREADS, n);
     if (!processes.delete(&tgid)) give_place(&level, FGPU_PROCESSES);
@@ -138,14 +191,15 @@ static int has_context(struct fgpu_process *p)
     return n != 0;
 }
 
-/* Answers whether it had a context: nobody without one has a turn. */
+/* Returns whether it had a context: a process without one has no turn. */
 static int end_process(u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
+    borrowers.delete(&tgid);
     if (!p) return 0;
     int had_context = has_context(p);
     __sync_fetch_and_add(&p->state, 1); /* not ready: before its bytes are looked at */
-    release_all(p);
+    orphan_all(p, tgid);
     delete_process(tgid, p);
     return had_context;
 }

@@ -1,35 +1,64 @@
 /* settle.bpf.h: how a driver call ended: what it adds is entered, what it frees is answered, in bytes. */
 
+/* What comes of a call that succeeded: bytes freed on its device, bytes that it let go of and that the device may still
+ * hold, and a handle that is new. */
+struct outcome {
+    u64 freed, orphaned;
+    u64 bytes, owner;
+    int new;
+};
+
 /* What is told apart within a process's bytes, less what is freed of it. */
 static void lower_parts(struct fgpu_process *p, u32 device, u64 bytes, int handle, u64 managed, u64 exported)
 {
     struct fgpu_holding *has = on(p, device);
     if (!bytes) return;
     if (handle || managed) subtract(handle ? &has->vmm : &has->managed, bytes);
+    if (managed && !handle) free_managed(p, device, bytes);
     if (exported) subtract(handle ? &has->exported_vmm : &has->exported, bytes);
 }
 
-/* A charge whose end nobody saw. NVML may have taken it out of the overhead already, unless it was managed: then that
- * comes back, and nothing is released twice. */
-static void let_stale_go(struct fgpu_process *p, int handle, struct fgpu_allocation *old)
+/* What one of two charges of the same name has, whose end was not seen: as overhead, which NVML corrects. What others
+ * may have open is orphaned. */
+static void leave_stale(struct fgpu_process *p, u32 tgid, int handle, struct fgpu_allocation *old)
 {
-    u64 back = !handle && old->owner ? 0 : take_cut(p, old->device, old->bytes);
-    anomaly(FGPU_ANOMALY_STALE);
-    add_overhead(p, old->device, back);
-    lower_parts(p, old->device, old->bytes, handle, old->owner, old->exported);
-    let_go(p, old->device, old->bytes - back, !!old->exported);
+    lower_parts(p, old->device, old->bytes, handle, 0, old->exported);
+    if (old->exported)
+        orphan_part(p, tgid, old->device, old->bytes);
+    else
+        add_overhead(p, old->device, old->bytes);
 }
 
-/* Enters a new handle; an older charge of the same name is one whose end nobody saw. */
+/* Two charges of one name: a free was not seen, or the name that a call returned is a lie. A tenant gains nothing by
+ * it: nothing is released here. Managed memory stays charged until the process ends, and what is freed by the name
+ * later is the smaller of two managed charges, or the one that is not managed, which NVML corrects. */
+static void keep_one(struct fgpu_process *p, struct fgpu_allocation_key *key, struct fgpu_allocation *old,
+                     struct fgpu_allocation *new)
+{
+    int handle = key->space == FGPU_SPACE_HANDLE;
+    u64 is_managed = !handle && new->owner, was_managed = !handle && old->owner;
+    anomaly(FGPU_ANOMALY_STALE);
+    new->level = old->level;
+    if (is_managed && was_managed && new->bytes > old->bytes) new->bytes = old->bytes;
+    if (is_managed && !was_managed) return;
+    if (!was_managed) leave_stale(p, key->tgid, handle, old);
+    allocations.update(key, new);
+}
+
+/* Enters a new handle. An older charge of the same name went with its context, or is in doubt. */
 static void keep(struct fgpu_process *p, struct fgpu_allocation_key *key, u64 bytes, u32 device, u64 owner)
 {
     struct fgpu_allocation value = {
         .bytes = bytes, .device = device, .era = on(p, device)->era, .references = 1, .owner = owner};
     if (!UNLIKELY(enter_allocation(key, &value, levels_of(p, p->turn)))) return;
-    struct fgpu_allocation *old = allocations.lookup(key);
-    if (!old) return;
-    if (old->bytes && old->era == on(p, old->device)->era) let_stale_go(p, key->space == FGPU_SPACE_HANDLE, old);
-    value.level = old->level;
+    struct fgpu_allocation *there = allocations.lookup(key);
+    if (!there) return;
+    struct fgpu_allocation old = *there;
+    if (old.bytes && (old.era == on(p, old.device)->era || key->space == FGPU_SPACE_HANDLE)) {
+        keep_one(p, key, &old, &value);
+        return;
+    }
+    value.level = old.level;
     allocations.update(key, &value);
 }
 
@@ -39,39 +68,49 @@ static void tally_witnessed(struct fgpu_process *p, u32 device, u64 bytes)
     if (page) __sync_fetch_and_add(&page->tallies[slot(device)].witnessed, bytes);
 }
 
-/* All that lived in the device's contexts is gone with the last; VMM handles belong to the process. */
-static u64 end_context(struct fgpu_process *p, u32 device, u64 *orphaned)
+/* What lived in the device's contexts is gone with the last of them. Handles and pools outlive it, and so does what
+ * other processes may have open. A library that is not trusted frees nothing by it: `out->kept` tells how much is
+ * orphaned instead, and its managed memory stays. */
+static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *out, int trusted)
 {
-    u64 *known, bytes = on(p, device)->bytes, vmm = on(p, device)->vmm;
-    device &= DEVICE_MASK;
-    s64 left = one_less(&on(p, device)->contexts);
-    if (left < 0) return 0;
-    if (left) {
-        known = contexts.lookup(&device);
-        s64 overhead = on(p, device)->overhead, own = known ? *known : 0;
-        if (own > overhead) own = overhead;
-        if (own <= 0) return 0;
-        add_overhead(p, device, -own);
-        return own;
+    struct fgpu_holding *has = on(p, device);
+    u64 kept = has->vmm + has->pool, bytes = has->bytes, managed = has->managed;
+    u64 open = p->flags & FGPU_SEEN_EXPORT || !trusted ? bytes : has->exported;
+    if (!trusted) kept += managed;
+    has->overhead = 0;
+    has->exported = 0;
+    has->era++;
+    if (trusted) {
+        has->managed = 0;
+        free_managed(p, device, managed);
     }
-    u64 open = p->flags & FGPU_SEEN_EXPORT ? bytes : on(p, device)->exported;
-    on(p, device)->overhead = 0;
-    on(p, device)->doubtful = 0;
-    on(p, device)->managed = 0;
-    on(p, device)->pool = 0;
-    on(p, device)->exported = 0;
-    on(p, device)->era++;
-    bytes = bytes > vmm ? bytes - vmm : 0;
+    bytes = bytes > kept ? bytes - kept : 0;
     if (open > bytes) open = bytes;
-    *orphaned = open;
+    out->orphaned = open;
     return bytes - open;
 }
 
-static u64 end_primary(struct fgpu_process *p, u32 device, u64 *orphaned)
+/* Of a context that is not the last, its own bytes go at once; NVML tells how much was in it. */
+static u64 end_context(struct fgpu_process *p, u32 device, struct outcome *out, int trusted)
+{
+    device &= DEVICE_MASK;
+    s64 left = one_less(&on(p, device)->contexts);
+    if (left < 0) return 0;
+    if (!left) return end_last_context(p, device, out, trusted);
+    u64 *known = contexts.lookup(&device);
+    s64 overhead = on(p, device)->overhead, own = known ? *known : 0;
+    __sync_fetch_and_add(&on(p, device)->ended, 1);
+    if (own > overhead) own = overhead;
+    if (own <= 0 || !trusted) return 0;
+    add_overhead(p, device, -own);
+    return own;
+}
+
+static u64 end_primary(struct fgpu_process *p, u32 device, struct outcome *out, int trusted)
 {
     device &= DEVICE_MASK;
     if (!__sync_val_compare_and_swap(&on(p, device)->primary, 1, 0)) return 0;
-    return end_context(p, device, orphaned);
+    return end_context(p, device, out, trusted);
 }
 
 /* A context has come to be. Its bytes are overhead: NVML corrects them. */
@@ -108,8 +147,8 @@ static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allo
     enter_allocation(key, &value, levels_of(p, p->turn));
 }
 
-/* One reference less; the last one frees the memory. */
-static void drop_reference(struct fgpu_process *p, struct fgpu_allocation_key *key)
+/* One reference less; the last one frees the memory, if it is not open elsewhere. */
+static void drop_reference(struct fgpu_process *p, struct fgpu_allocation_key *key, int trusted)
 {
     struct fgpu_allocation *a = allocations.lookup(key);
     if (!a || __sync_fetch_and_add(&a->references, -1ULL) != 1) return;
@@ -118,11 +157,14 @@ static void drop_reference(struct fgpu_process *p, struct fgpu_allocation_key *k
     delete_allocation(key, a);
     subtract(&on(p, device)->vmm, bytes);
     if (exported) subtract(&on(p, device)->exported_vmm, bytes);
-    let_go(p, device, bytes, !!exported);
+    if (exported || p->flags & FGPU_SEEN_EXPORT || !trusted)
+        orphan_part(p, key->tgid, device, bytes);
+    else
+        release(p, device, bytes);
 }
 
 /* (pointer, bytes): may cover several mappings, one after the other. */
-static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
+static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, int trusted)
 {
     u64 at = f->arguments[0], end = at + f->arguments[1];
     for (int i = 0; i < SPAN && at < end; i++) {
@@ -134,7 +176,7 @@ static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_al
         delete_allocation(key, mapping);
         key->space = FGPU_SPACE_HANDLE;
         key->handle = owner;
-        drop_reference(p, key);
+        drop_reference(p, key, trusted);
         at += bytes;
     }
 }
@@ -154,14 +196,6 @@ static u64 given(struct fgpu_call *f)
     bpf_probe_read_user(&handle, sizeof(handle), (void *)f->arguments[0]);
     return handle;
 }
-
-/* What comes of a call that succeeded: bytes freed on its device, and those freed that others may have open; and a
- * handle that is new. */
-struct outcome {
-    u64 freed, orphaned;
-    u64 bytes, owner;
-    int new;
-};
 
 static void allocated(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, struct outcome *out)
 {
@@ -212,11 +246,11 @@ static u64 late_bytes(struct fgpu_process *p, struct fgpu_call *f)
     }
 }
 
-static u64 freed(struct fgpu_process *p, struct fgpu_call *f, u64 *orphaned)
+static u64 freed(struct fgpu_process *p, struct fgpu_call *f, u64 *orphaned, int trusted)
 {
     int handle = f->function == FGPU_FUNCTION_RELEASE;
     lower_parts(p, f->device, f->bytes, handle, f->arguments[2], f->exported);
-    if (!f->exported && !(p->flags & FGPU_SEEN_EXPORT)) return f->bytes;
+    if (trusted && !f->exported && !(p->flags & FGPU_SEEN_EXPORT)) return f->bytes;
     *orphaned = f->bytes;
     return 0;
 }
@@ -237,22 +271,23 @@ static void exported(struct fgpu_process *p, struct fgpu_allocation_key *key, u3
     __sync_fetch_and_add(sum, a->bytes);
 }
 
-/* The call succeeded; answers the bytes that it freed. `key` has the process's name. */
-static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, struct outcome *out)
+/* The call succeeded; returns the bytes that it freed. `key` has the process's name. */
+static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, struct outcome *out,
+                  int trusted)
 {
     u64 bytes;
     switch (f->function) {
     case FGPU_FUNCTION_FREE:
     case FGPU_FUNCTION_RELEASE:
     case FGPU_FUNCTION_ARRAY_DESTROY:
-        return freed(p, f, &out->orphaned);
+        return freed(p, f, &out->orphaned, trusted);
     case FGPU_FUNCTION_DESTROY:
-        return f->references ? end_context(p, f->device, &out->orphaned) : 0;
+        return f->references ? end_context(p, f->device, out, trusted) : 0;
     case FGPU_FUNCTION_MAP:
         mapped(p, f, key);
         return 0;
     case FGPU_FUNCTION_UNMAP:
-        unmapped(p, f, key);
+        unmapped(p, f, key, trusted);
         return 0;
     case FGPU_FUNCTION_RETAIN_HANDLE: {
         key->space = FGPU_SPACE_HANDLE;
@@ -265,7 +300,14 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
         exported(p, key, FGPU_SPACE_HANDLE, f->arguments[1]);
         return 0;
     case FGPU_FUNCTION_EXPORT_POINTER:
+    case FGPU_FUNCTION_EXPORT_RANGE:
         exported(p, key, FGPU_SPACE_POINTER, f->arguments[1]);
+        return 0;
+    case FGPU_FUNCTION_EXPORT_POOL:
+        p->flags |= FGPU_SEEN_POOL_EXPORT;
+        return 0;
+    case FGPU_FUNCTION_IMPORT:
+        p->flags |= FGPU_SEEN_IMPORT;
         return 0;
     case FGPU_FUNCTION_RETAIN:
         bytes = retained(p, f);
@@ -275,11 +317,11 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
         return bytes;
     case FGPU_FUNCTION_PRIMARY_RESET: /* its references stay */
         f->device = device_of_ordinal(p, key, f->arguments[0]);
-        return end_primary(p, f->device, &out->orphaned);
+        return end_primary(p, f->device, out, trusted);
     case FGPU_FUNCTION_PRIMARY_RELEASE:
         f->device = device_of_ordinal(p, key, f->arguments[0]);
         if (one_less(&on(p, f->device)->retained)) return 0;
-        return end_primary(p, f->device, &out->orphaned);
+        return end_primary(p, f->device, out, trusted);
     case FGPU_FUNCTION_CONTEXT_V2:
     case FGPU_FUNCTION_CONTEXT_V3:
     case FGPU_FUNCTION_CONTEXT_V4:
@@ -293,13 +335,15 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
 
 #define OUT_OF_MEMORY 2 /* CUDA_ERROR_OUT_OF_MEMORY */
 
-/* It succeeded, and nobody had asked, or for less. A call that fails (after a fork, without a context) names nobody. */
+/* It succeeded without an admission, or with a smaller one. A call that fails (after a fork, without a context) is no
+ * bypass. Told once: it counts as told when it was sent. */
 static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
 {
-    u32 known = p->flags & FGPU_SEEN_BYPASS;
     p->flags |= FGPU_SEEN_BYPASS;
     anomaly(FGPU_ANOMALY_BYPASS);
-    if (!known) tell(page_of(p->levels[0]), FGPU_NEWS_BYPASS, f->device, f->uncovered, operation_of(f), 0);
+    if (p->flags & FGPU_TOLD_BYPASS) return;
+    if (tell_urgently(page_of(p->levels[0]), FGPU_NEWS_BYPASS, f->device, f->uncovered, operation_of(f), 0))
+        p->flags |= FGPU_TOLD_BYPASS;
 }
 
 int call_return(struct pt_regs *ctx)
@@ -308,18 +352,20 @@ int call_return(struct pt_regs *ctx)
     u32 tgid = id >> 32;
     struct fgpu_thread *t = threads.lookup(&id);
     own_stack(ctx);
-    if (!t || !t->call.function || t->call.function != bpf_get_attach_cookie(ctx)) return 0;
+    u64 cookie = bpf_get_attach_cookie(ctx);
+    if (!t || !t->call.function || t->call.function != (cookie & FGPU_FUNCTION_MASK)) return 0;
     struct fgpu_call f = t->call;
-    struct fgpu_process *p = processes.lookup(&tgid);
+    struct fgpu_process *p = owner_of(&tgid);
     if (!p || p->state != READY || t->open != p->generation) return 0; /* charged to an earlier life */
     t->call.function = FGPU_FUNCTION_NONE;
     if (!UNLIKELY((u32)PT_REGS_RC(ctx))) {
         struct fgpu_allocation_key key = {.tgid = tgid, .generation = p->generation};
         struct outcome out = {};
         cover(p, &f, late_bytes(p, &f), 1);
-        out.freed = settle(p, &f, &key, &out);
+        out.freed = settle(p, &f, &key, &out, is_trusted(cookie));
         if (out.new) keep(p, &key, out.bytes, f.device, out.owner);
-        for (int i = 0; i < 2; i++) let_go(p, f.device, i ? out.orphaned : out.freed, i);
+        release(p, f.device, out.freed);
+        orphan_part(p, tgid, f.device, out.orphaned);
         if (UNLIKELY(f.uncovered)) name_bypass(p, &f);
     } else {
         if ((u32)PT_REGS_RC(ctx) == OUT_OF_MEMORY && f.bytes) device_full(p, f.device, operation_of(&f), f.bytes);

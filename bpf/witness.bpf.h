@@ -1,24 +1,15 @@
 /* witness.bpf.h: a driver call begins: what it was admitted, what it asks for, what it is about to free. */
 
-static void add_overhead(struct fgpu_process *p, u32 device, u64 bytes)
-{
-    __sync_fetch_and_add((u64 *)&on(p, device)->overhead, bytes);
-}
-
 static int takes(u64 function)
 {
     return function <= FGPU_FUNCTION_CREATE || function == FGPU_FUNCTION_RETAIN ||
            (function >= FGPU_FUNCTION_CONTEXT_V2 && function <= FGPU_FUNCTION_CONTEXT_V4);
 }
 
-/* Up to so many bytes of what NVML took out of the overhead; who is disturbed gets none. */
-static u64 take_cut(struct fgpu_process *p, u32 device, u64 most)
-{
-    u64 *cut = &on(p, device)->doubtful, had = *cut, taken = had < most ? had : most;
-    return __sync_val_compare_and_swap(cut, had, had - taken) == had ? taken : 0;
-}
+static int frees(u64 function) { return function >= FGPU_FUNCTION_FREE && function <= FGPU_FUNCTION_DESTROY; }
 
-static int frees(u64 function) { return function >= FGPU_FUNCTION_FREE; }
+/* What a library of the tenant's own says of memory that it frees may be a lie. */
+static int is_trusted(u64 cookie) { return cookie >> FGPU_CLASS_SHIFT != FGPU_CLASS_UNKNOWN; }
 
 static u32 space_of(u64 function)
 {
@@ -28,14 +19,9 @@ static u32 space_of(u64 function)
                                                      : FGPU_SPACE_POINTER;
 }
 
-/* A call that failed, or will never be seen to end: what it was charged goes, what it took comes back. */
-static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
+/* The allocation that a call was about to free is there again. */
+static void enter_again(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
-    if (!frees(f->function)) {
-        if (f->function == FGPU_FUNCTION_RETAIN) one_less(&on(p, f->device)->retained);
-        release(p, f->device, f->bytes);
-        return;
-    }
     if (!f->references) return;
     struct fgpu_allocation_key key = {
         .tgid = tgid, .space = space_of(f->function), .generation = p->generation, .handle = f->arguments[0]};
@@ -52,14 +38,42 @@ static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         enter_allocation(&key, &value, levels_of(p, p->turn));
 }
 
+/* A call that failed: what it was charged goes, what it took comes back. */
+static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
+{
+    if (frees(f->function)) {
+        enter_again(p, tgid, f);
+        return;
+    }
+    if (f->function == FGPU_FUNCTION_RETAIN) one_less(&on(p, f->device)->retained);
+    release(p, f->device, f->bytes);
+}
+
+/* A call whose end is not seen (its thread has ended, or has left it by longjmp): the driver may have done it. What it
+ * was charged stays charged: as managed memory, of which NVML says nothing, until the process ends; else as overhead,
+ * which NVML corrects. */
+static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
+{
+    if (frees(f->function)) {
+        enter_again(p, tgid, f);
+        return;
+    }
+    if (f->function == FGPU_FUNCTION_RETAIN) one_less(&on(p, f->device)->retained);
+    if (f->function == FGPU_FUNCTION_ALLOC_MANAGED)
+        __sync_fetch_and_add(&on(p, f->device)->managed, f->bytes);
+    else
+        add_overhead(p, f->device, f->bytes);
+}
+
 /* Takes one reference of the allocation into the flight; the last one takes the entry, before the driver can hand
- * the same pointer to another thread. */
-static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
+ * the same pointer to another thread. Of managed memory NVML says nothing, so a library that is not trusted frees none:
+ * it stays charged until the process ends. */
+static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, int trusted)
 {
     struct fgpu_allocation_key key = {
         .tgid = tgid, .space = space_of(f->function), .generation = p->generation, .handle = f->arguments[0]};
     struct fgpu_allocation *a = allocations.lookup(&key);
-    if (!a) return;
+    if (!a || (!trusted && f->function == FGPU_FUNCTION_FREE && a->owner)) return;
     f->device = a->device;
     f->references = 1;
     f->bytes = a->bytes;
@@ -111,7 +125,7 @@ static void kill_caller(struct fgpu_usage_page *who, struct fgpu_call *f, u64 by
 {
     __sync_fetch_and_add(&who->devices[slot(f->device)].refused, 1);
     count(who->cgroup, f->device, operation_of(f), FGPU_REASON_LIMIT);
-    tell(who, FGPU_NEWS_KILLED, f->device, bytes, operation_of(f), FGPU_REASON_LIMIT);
+    tell_urgently(who, FGPU_NEWS_KILLED, f->device, bytes, operation_of(f), FGPU_REASON_LIMIT);
     bpf_send_signal(SIGKILL);
 }
 
@@ -255,7 +269,8 @@ static void take_over(struct fgpu_admission *a, struct fgpu_call *f)
 
 static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struct fgpu_thread *t)
 {
-    struct fgpu_call now = {.function = bpf_get_attach_cookie(ctx)};
+    u64 cookie = bpf_get_attach_cookie(ctx);
+    struct fgpu_call now = {.function = cookie & FGPU_FUNCTION_MASK};
     now.arguments[0] = PT_REGS_PARM1(ctx);
     now.arguments[1] = PT_REGS_PARM2(ctx);
     now.arguments[2] = PT_REGS_PARM4(ctx); /* of a mapping: the handle; of a pitched allocation: the height */
@@ -263,7 +278,7 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
     if (UNLIKELY(t->call.function)) {
         /* A second probe on one file; or a call left by longjmp and made again, for which the old entry serves. */
         if (!settles && same_call(&t->call, &now)) return;
-        put_back(p, tgid, &t->call); /* a call left by longjmp */
+        give_up(p, tgid, &t->call); /* a call left by longjmp */
     }
     u64 any = p->generation, bytes = forget(asked_bytes(ctx, &now, any), any); /* each function leaves other values */
     now.function = forget(now.function, any);
@@ -271,7 +286,7 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
     if (settles) take_over(&t->admission, &now);
     if (now.device >= FGPU_DEVICES) now.device = p->last_device & DEVICE_MASK;
     if (frees(now.function))
-        take_entry(p, tgid, &now);
+        take_entry(p, tgid, &now, is_trusted(cookie));
     else
         cover(p, &now, bytes, 0);
     if (now.function == FGPU_FUNCTION_RETAIN) __sync_fetch_and_add(&on(p, now.device)->retained, 1);
@@ -282,11 +297,11 @@ int call_enter(struct pt_regs *ctx)
 {
     u64 id = bpf_get_current_pid_tgid();
     u32 tgid = id >> 32;
-    struct held nobody;
-    struct fgpu_process *p = own_process(tgid, &nobody);
+    struct held unused;
+    struct fgpu_process *p = own_process(&tgid, &unused);
     struct fgpu_thread *t = p ? own_thread(p, id) : 0;
     own_stack(ctx);
-    hit(bpf_get_attach_cookie(ctx));
+    hit(bpf_get_attach_cookie(ctx) & FGPU_FUNCTION_MASK);
     if (UNLIKELY(!p) && processes.lookup(&tgid)) anomaly(FGPU_ANOMALY_LOST);
     if (!t) return 0;
     if (!(p->flags & FGPU_SEEN_CALL)) p->flags |= FGPU_SEEN_CALL;

@@ -15,18 +15,27 @@ from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.processes import Process
 from fgpu_ebpf.quantities import memory_text
 from fgpu_ebpf.reconcile import Truth
+from fgpu_ebpf.unwitnessed import Unwitnessed
 
 _Who = tuple[int, int]  # pid, generation
 
 
 class Adoption:
-    """`truth` answers NVML's last look."""
+    """`truth` returns NVML's last look."""
 
-    def __init__(self, truth: Callable[[], Truth], ledger: Ledger, enforcer: Enforcer, history: History) -> None:
+    def __init__(
+        self,
+        truth: Callable[[], Truth],
+        ledger: Ledger,
+        enforcer: Enforcer,
+        history: History,
+        unwitnessed: Unwitnessed,
+    ) -> None:
         self._truth = truth
         self._ledger = ledger
         self._enforcer = enforcer
         self._history = history
+        self._unwitnessed = unwitnessed
         self._last: Truth | None = None
         self._told: set[_Who] = set()
         self._held: set[_Who] = set()  # at the last look
@@ -42,20 +51,22 @@ class Adoption:
             return
         self._last = truth
         self._enforcer.spare_elders()
-        known = {pid: p for pid in truth.strangers() if (p := self._ledger.process(pid)) and p.levels}
+        beyond = self._unwitnessed.find(truth.processes, truth.orphans)
+        strangers = truth.strangers() | {pid for pid, _ in beyond}
+        known = {pid: p for pid in strangers if (p := self._ledger.process(pid)) and p.levels}
         self._told &= {(pid, p.generation) for pid, p in known.items()}
         before, self._held = self._held, {(pid, p.generation) for pid, p in known.items() if any(p.bytes)}
         for who in self._held - self._told:
             if who in before or who[0] in self._enforcer.elders:
                 self._told.add(who)
-                self._tell(who[0], known[who[0]])
+                self._tell(who[0], known[who[0]], any(pid == who[0] for pid, _ in beyond))
 
-    def _tell(self, pid: int, process: Process) -> None:
+    def _tell(self, pid: int, process: Process, is_beyond: bool) -> None:
         tenant = self._enforcer.get(process.levels[0])
         is_elder = pid in self._enforcer.elders
-        if tenant is None or process.flags & pages.Seen.SHIM or (process.flags & pages.Seen.CALL and not is_elder):
+        if tenant is None or procfs.ended(pid):
             return
-        if procfs.ended(pid):
+        if process.flags & (pages.Seen.SHIM | pages.Seen.CALL) and not is_elder and not is_beyond:
             return
         for device, bytes_ in enumerate(process.bytes):
             if bytes_:

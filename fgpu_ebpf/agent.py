@@ -17,22 +17,23 @@ from pathlib import Path
 
 from fgpu_ebpf import cdi, devices, heap, inject, launch, notify, probes, procfs, profiles, programs, published, trial
 from fgpu_ebpf.adoption import Adoption
+from fgpu_ebpf.bypass_killer import BypassKiller
 from fgpu_ebpf.detach import LOCK, NAMES, take_away
 from fgpu_ebpf.discovery import Discovery
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.enforcer import Enforcer
 from fgpu_ebpf.engines import Engines, api_of
+from fgpu_ebpf.gone_tenants import GoneTenants, left_behind
 from fgpu_ebpf.history import History
 from fgpu_ebpf.keeper import Keeper
+from fgpu_ebpf.keepers import Keepers
 from fgpu_ebpf.ledger import Ledger
-from fgpu_ebpf.libraries import trusted
-from fgpu_ebpf.library_class import Role
 from fgpu_ebpf.library_files import driver_libraries
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.news import Newsreader
+from fgpu_ebpf.orphan_reports import OrphanReports
 from fgpu_ebpf.overrides import Overrides
 from fgpu_ebpf.overruns import Overruns
-from fgpu_ebpf.pages import Seen
 from fgpu_ebpf.policies import Policies
 from fgpu_ebpf.policyfolder import PolicyFolder, Reading
 from fgpu_ebpf.privileges import AGENT, keep_only
@@ -41,6 +42,7 @@ from fgpu_ebpf.reconcile import Reconciler, Truth
 from fgpu_ebpf.settings import Settings
 from fgpu_ebpf.shimless import Reasons
 from fgpu_ebpf.snapshot import Snapshot
+from fgpu_ebpf.unwitnessed import Unwitnessed
 from fgpu_ebpf.urgency import come_first
 from fgpu_ebpf.view import take_snapshot
 from fgpu_ebpf.workloads import Workloads
@@ -100,6 +102,8 @@ class Agent:
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
         self.reconciler: Reconciler | None = None
         self._reasons = Reasons(lambda dev, ino: self.discovery.is_shim(dev, ino), lambda: self.discovery.hidden())
+        self._unwitnessed = Unwitnessed({})
+        self.keepers = Keepers()
         self._policies: Policies | None = None
         self.marks: dict[str, float] = {}  # when each part of the start was done
         self._ended = self._reload_wanted = False
@@ -169,6 +173,7 @@ class Agent:
         for device in self.nvml.devices:
             self.ledger.set_device(device.index, device.uuid)
             self.ledger.set_context_bytes(device.index, found.context_bytes[device.index])
+        self._unwitnessed = Unwitnessed(found.context_bytes)
         attached = probes.Probes(self.settings.pins, found.digest, self.ledger)
         attached.attach_process_ends()
         self._publish(attached, found)
@@ -177,12 +182,10 @@ class Agent:
 
     def _publish(self, attached: probes.Probes, found: _Found) -> None:
         """Programs that start get the new shim from when it is probed on, and until then the one before."""
-        store = self.settings.store
+        store, listed = self.settings.store, self.settings.trusted_drivers
         self.shim = published.stable_path(store) if store else found.shim
         before = [self.shim] if store and self.shim.exists() else []
-        own = dict.fromkeys([found.shim, *before], Role.SHIM) | dict.fromkeys(found.libraries, Role.HOST)
-        trust = trusted(found.shim, store, self.settings.trusted_drivers)
-        self.discovery = Discovery(attached, own, trust)
+        self.discovery = Discovery.of_host(attached, found.libraries, [found.shim, *before], store, listed)
         used = self.discovery.start()
         if store:
             published.publish(found.shim)
@@ -197,21 +200,28 @@ class Agent:
         workloads = Workloads(root, self.engines)
         overrides = Overrides(self.settings.run_dir / "overrides.json")
         self.enforcer = Enforcer(self.ledger, workloads, self.nvml.devices, self.settings.overcommit, found.older)
-        self.manager = Manager(workloads, self.enforcer, overrides, self.nvml.devices, self.history)
+        gone = GoneTenants(self.ledger)
+        self.manager = Manager(workloads, self.enforcer, overrides, self.nvml.devices, self.history, gone)
         self.reconciler = Reconciler(self.nvml, self.ledger, self.enforcer.levels, self.settings.ignored_xids)
         self.news = Newsreader(
             self.ledger, self.manager, self.history, self.reconciler.orphaned, lambda: self._truth().held,
             self.discovery.look_into,
         )  # fmt: skip
-        self._adoption = Adoption(self._truth, self.ledger, self.enforcer, self.history)
+        self._adoption = Adoption(self._truth, self.ledger, self.enforcer, self.history, self._unwitnessed)
         overruns = Overruns(self.ledger.times.turns, self.enforcer.name_of, self.history)
-        self.chores += [self._adoption.look, overruns.look, XidNews(self._truth, self.history).look]
+        orphans = OrphanReports(self._truth, self.manager, self.keepers, self.history)
+        killer = BypassKiller(self._truth, self.ledger, self.enforcer, self._unwitnessed, self.history)
+        self.chores += [
+            self._adoption.look, overruns.look, XidNews(self._truth, self.history).look, orphans.look, killer.look
+        ]  # fmt: skip
         self._policies = Policies(self.settings.policy_folder, self.manager, self.history)
         self._policies.begin(found.policies)
         self.manager.tidy_all()
         self.manager.consider_all()
         known = {tenant.cgroup for tenant in self.enforcer}
-        self.enforcer.release([cgroup for cgroup in self.ledger.tenants() if cgroup not in known])
+        unknown = [cgroup for cgroup in self.ledger.tenants() if cgroup not in known]
+        alive = {workloads.cgroup(path) for path in workloads.walk()}
+        self.enforcer.release(unknown, gone.keep(left_behind(c) for c in unknown if c not in alive))
         self.ledger.times.tell()
         self._look_for_orphans()
         self._look_into_roots()
@@ -302,7 +312,8 @@ class Agent:
             self._do(chore)
         if self.keeper.is_missed:
             self._next_round = now + HURRY_SECONDS
-        for part in (self.manager.tidy_late, self.discovery.mend, self.discovery.keep, self.engines.keep):
+        tidies = (self.manager.tidy_late, self.manager.gone.tidy)
+        for part in (*tidies, self.discovery.mend, self.discovery.keep, self.engines.keep):
             self._do(part)
 
     def _do(self, what: Callable[[], object]) -> None:
@@ -335,28 +346,21 @@ class Agent:
         assert self.reconciler
         self.reconciler.hush()
         truth = self._truth()
-        uncalled = {pid for pid, process in truth.processes.items() if not process.flags & Seen.CALL}
-        unseen = {pid for (pid, _), drift in truth.drift.items() if drift < 0}
-        self.discovery.look_at_new(truth.pids(), unseen | uncalled)
+        self.discovery.look_at_holders(truth.pids(), truth.drift, truth.processes)
         self._adoption.look()
 
     def look(self) -> Snapshot:
         """A Snapshot of this moment."""
         found = take_snapshot(
             self.ledger, self.enforcer, self.nvml.devices, self._truth(), self.settings.run_dir, self._policies,
-            self.discovery, self._reasons,
+            self.discovery, self._reasons, self.manager.gone, self._unwitnessed, self.keepers,
         )  # fmt: skip
         self.snapshot = replace(
             found, writes_refused=self.writes_refused, failures=self.failures, engines=self.engines.views(),
-            libraries=self.discovery.libraries(self._tenant_of), trusted=self.settings.trusted_drivers,
+            libraries=self.discovery.libraries(self.enforcer.name_at), trusted=self.settings.trusted_drivers,
         )  # fmt: skip
         self._taken = time.monotonic()
         return self.snapshot
-
-    def _tenant_of(self, path: str) -> str:
-        """The name of the tenant that this cgroup is in; empty: it is in none."""
-        levels = self.enforcer.levels(path)
-        return self.enforcer.name_of(levels[0]) if levels else ""
 
     def fresh(self) -> Snapshot:
         """The last Snapshot, or one of this moment where that is too old to be shown."""

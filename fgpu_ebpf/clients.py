@@ -106,7 +106,7 @@ class Clients:
         self._members[tenant] += 1
         return client
 
-    def settle_in(self, client: Client, tenant: int, head: Head) -> None:
+    def settle_in(self, client: Client, tenant: int, levels: tuple[int, ...], head: Head) -> None:
         """Make pages say what the next answer will: a new head is a new page. Raises OSError."""
         if client.head != head:
             control = self._control(head)
@@ -119,6 +119,7 @@ class Clients:
             take_one(self._members, client.tenant)
             self._members[tenant] += 1
             client.tenant = tenant
+        client.levels = levels
         if head.flags:
             client.status = client.status or StatusMemory()
             client.show(self._rows(client.tenant, client.space))

@@ -108,13 +108,10 @@ class Nvml:
         except pynvml.NVMLError:  # it has no such mode
             return False
 
-    def unnamed_bytes(self, index: int, held: Mapping[int, int | None]) -> int | None:
-        """Bytes in use beyond those of these processes, on a device; None where NVML does not say."""
+    def taken_bytes(self, index: int) -> int | None:
+        """Bytes of what tenants can get that are in use on a device; None where NVML does not say."""
         used, device = self.used_bytes(index), self.devices[index]
-        known = [bytes_ for bytes_ in held.values() if bytes_ is not None]
-        if used is None or len(known) < len(held):
-            return None
-        return used - (device.capacity_bytes - device.usable_bytes) - sum(known)
+        return None if used is None else used - (device.capacity_bytes - device.usable_bytes)
 
     def process_bytes(self, index: int) -> dict[int, int | None] | None:
         """Bytes by host pid on a device; None where NVML does not say: of one process ("N/A"), or of any."""
@@ -233,10 +230,10 @@ def _is_lost(handle: object) -> bool:
 
 
 class Holders:
-    """Who computes on a device. In one call of the driver: pynvml makes two, and asks first for how many there are."""
+    """Processes that compute on a device, by one call of the driver: pynvml makes two, to ask for a number first."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._ask: Any = getattr(library, "nvmlDeviceGetComputeRunningProcesses_v3", None)
+    def __init__(self, library: ctypes.CDLL, question: str = "nvmlDeviceGetComputeRunningProcesses_v3") -> None:
+        self._ask: Any = getattr(library, question, None)
         self._rows: Any = _room(64)
 
     def ask(self, handle: object) -> list[tuple[int, int | None]]:

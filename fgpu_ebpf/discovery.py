@@ -17,13 +17,15 @@ from time import monotonic
 
 from fgpu_ebpf import procfs, roots
 from fgpu_ebpf.ledger import Ledger
-from fgpu_ebpf.libraries import Libraries, Taken
+from fgpu_ebpf.libraries import Libraries, Taken, trusted
 from fgpu_ebpf.library_class import Role, Trust
 from fgpu_ebpf.library_search import Found, Search
 from fgpu_ebpf.library_worker import Examined
 from fgpu_ebpf.mappings import File
+from fgpu_ebpf.pages import Seen
 from fgpu_ebpf.probe_plan import ProbeError
 from fgpu_ebpf.probes import Probes
+from fgpu_ebpf.processes import Process
 from fgpu_ebpf.roots import Root, Roots
 from fgpu_ebpf.snapshot import LibraryView
 from fgpu_ebpf.workloads import Workloads
@@ -51,6 +53,14 @@ class Discovery:
         self._hopeless = ""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self.fileno, self.take = self._libraries.fileno, self._libraries.take
+
+    @classmethod
+    def of_host(
+        cls, attached: Probes, drivers: Iterable[Path], shims: Sequence[Path], store: Path | None, listed: Iterable[str]
+    ) -> Discovery:
+        """For these drivers and published shims; the first is of this version. `listed`: digests from agent.yaml."""
+        own = dict.fromkeys(shims, Role.SHIM) | dict.fromkeys(drivers, Role.HOST)
+        return cls(attached, own, trusted(shims[0], store, listed))
 
     def start(self) -> Set[File] | None:
         """Probes the host's own files and all that are mapped now, and drops what no process maps any more.
@@ -126,6 +136,13 @@ class Discovery:
     def look_at(self, pid: int) -> None:
         """Probes what a process maps, and sees that the probes are in its memory."""
         self._ask(pid)
+
+    def look_at_holders(
+        self, pids: Iterable[int], drift: Mapping[tuple[int, int], int], processes: Mapping[int, Process]
+    ) -> None:
+        """As look_at_new, of processes that NVML lists; `drift` and `processes` are those of its last look."""
+        uncalled = {pid for pid, process in processes.items() if not process.flags & Seen.CALL}
+        self.look_at_new(pids, {pid for (pid, _), bytes_ in drift.items() if bytes_ < 0} | uncalled)
 
     def look_at_new(self, pids: Iterable[int], again: Set[int] = frozenset()) -> None:
         """Probes what these processes map: they use a device, NVML says. Those that were not looked at yet.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +56,7 @@ class Enforcer:
         self._denied: dict[int, str] = {}
         self._inside: dict[str, int] = {}  # how many tenants lie below a path
         self._sums: dict[int, int] | None = None  # committed bytes by device, while known
+        self.held_elsewhere: Callable[[int], int] = lambda _: 0  # bytes of a device that tenants left behind
         self._bell = Bell()
         self._seen: deque[tuple[set[int], int]] = deque()  # new levels, and how many processes there had been before
 
@@ -75,6 +76,11 @@ class Enforcer:
         """The tenant's; empty where there is none."""
         tenant = self._tenants.get(cgroup)
         return tenant.name if tenant else ""
+
+    def name_at(self, path: str) -> str:
+        """The name of the tenant that this cgroup is in; empty: it is in none."""
+        levels = self.levels(path)
+        return self.name_of(levels[0]) if levels else ""
 
     def at(self, path: str) -> Tenant | None:
         """The tenant whose cgroup is exactly there."""
@@ -214,13 +220,16 @@ class Enforcer:
             if cgroups & set(levels):
                 self._ledger.move(pid, process.generation, levels)
 
-    def release(self, cgroups: Collection[int]) -> None:
-        """These are managed no longer; their processes' charges stay with the levels that are left."""
+    def release(self, cgroups: Collection[int], kept: Set[int] = frozenset()) -> None:
+        """These are managed no longer; their processes' charges stay with the levels that are left.
+
+        `kept`: cgroups whose pages stay in the kernel, for what is orphaned there.
+        """
         gone = set(cgroups)
         for pid, process in self._ledger.processes().items():
             if gone & set(process.levels):
                 self._ledger.move(pid, process.generation, tuple(c for c in process.levels if c not in gone))
-        self._ledger.remove(gone)
+        self._ledger.remove(gone - kept)
         for cgroup in gone:
             self._forget(cgroup)
         self._try_those_who_lack()
@@ -292,7 +301,7 @@ class Enforcer:
         if self.overcommit or not _counts(tenant) or any(_counts(group) for group in self.around(tenant)):
             return ""
         for index, limit in tenant.limits.items():
-            others = self.committed(index, tenant)
+            others = self.committed(index, tenant) + self.held_elsewhere(index)
             capacity = self._capacity.get(index, 0)
             if limit != pages.NO_LIMIT and others + min(limit, capacity) > capacity:
                 return (

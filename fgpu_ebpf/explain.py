@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
 
-from fgpu_ebpf import pages, shimless
+from fgpu_ebpf import orphan_text, pages, shimless
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.policy import Priority
@@ -28,13 +28,14 @@ def explain(
     unenforced: str = "",
     unprobed: Mapping[int, str] = MappingProxyType({}),
     standalone: Set[int] = frozenset(),
+    orphans: Sequence[Mapping[str, Any]] = (),
     is_shim: shimless.IsShim = lambda *_: True,
 ) -> dict[str, Any]:
     """As plain values; `lines` are for people. TargetError: the cgroup is gone.
 
     `unenforced`: why none is in force; `unprobed`: processes with a libcuda that the kernel does not see, each with the
-    reason; `standalone`: those that keep their image's own limit, because they find no agent; `is_shim`: as shimless
-    has it.
+    reason; `standalone`: those that keep their image's own limit, because they find no agent; `orphans`: of the tenant,
+    as in a Snapshot; `is_shim`: as shimless has it.
     """
     workload = manager.workloads.identify(path)
     if workload is None:
@@ -69,6 +70,7 @@ def explain(
             *_seen({pid: unprobed[pid] for pid in unseen}),
             *_joined(alone),
         ],
+        "orphans": [dict(orphan) for orphan in orphans],
     }
     return answer | {"lines": _lines(answer, tenant)}
 
@@ -178,6 +180,7 @@ def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:
             lines.append(f"    gets nothing: {level['denied']}")
     why = f": {answer['unenforced']}" if answer["unenforced"] else ""
     lines.append(f"  enforcement: {answer['enforcement']}{why}")
+    lines += [f"  orphaned: {orphan_text.sentence(orphan)}" for orphan in orphan_text.lasting(answer["orphans"])]
     lines += [f"  stronger: {text}" for text in answer["stronger"]]
     return lines
 

@@ -72,7 +72,6 @@ class Gatekeeper:
         self._facts = {"started_ns": monotonic_ns(), "boot": boot.hex()}
         self._written: dict[str, object] = {}
         self._lines = 0
-        self._watchdog = notify.Watchdog()
         self._agent = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._bell = Bell()
         self._selector = selectors.DefaultSelector()
@@ -80,7 +79,7 @@ class Gatekeeper:
         self._callers = Callers(self._selector, self._counts, self._stand, self._look, self._ended_ns)
         self._clients = Clients(self._selector, boot)
         self._readers = Readers(self._bell.ring)
-        self._slicer = Slicer()
+        self._watchdog, self._slicer = notify.Watchdog(), Slicer()
         self._clients.parted = self._slicer.part
         self._door = Door(self._run)
         self._open_door()
@@ -269,8 +268,9 @@ class Gatekeeper:
                 return None
             caller.pidfd = -1
             self._say(f"process {client.pid} of cgroup {tenant}: {'managed' if head.flags else 'unmanaged'}")
-        self._clients.settle_in(client, tenant, head)
-        client.levels = caller.standing.levels
+        self._clients.settle_in(client, tenant, caller.standing.levels, head)
+        if self._ledger and client.levels:
+            client.control.page.tag = self._ledger.tag(client.pid, client.levels)
         self._slicer.greet(client)
         return client
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fgpu_ebpf import bpf, pages
 from fgpu_ebpf.events import Events
+from fgpu_ebpf.orphans import OrphanMap
 from fgpu_ebpf.processes import Process, process_of
 from fgpu_ebpf.shelf import Shelf
 from fgpu_ebpf.timebook import Timebook
@@ -68,7 +69,7 @@ class Count:
 
 
 class Ledger:
-    """The pinned maps of one layout. Not for several threads at once, but for `processes`, `overhead` and `move`."""
+    """The pinned maps of one layout. For one thread, except `processes`, `overhead`, `move` and `orphans`."""
 
     def __init__(self, pins: Path = PINS) -> None:
         self._adjust = -1
@@ -78,6 +79,7 @@ class Ledger:
         self._usage = UsagePages(self.page_fd)
         self._shelf = Shelf(self._maps)
         self.times = Timebook(self._maps, lambda: self._run(pages.Adjust.RING))
+        self.orphans = OrphanMap(self._maps, self._run, self.page_fd)
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._open(pins)
@@ -327,21 +329,18 @@ class Ledger:
         """Ends a process of whose end the kernel said nothing."""
         return self._run(pages.Adjust.REAP, tgid, generation) == 0
 
-    def orphaned(self, cgroup: int) -> dict[int, int]:
-        """Orphaned bytes of a level, by device, where there are any."""
-        fd = self.page_fd(cgroup)
-        if fd is None:
-            return {}
-        try:
-            raw = bpf.lookup(fd, _ZERO, ctypes.sizeof(pages.UsagePage))
-        finally:
-            os.close(fd)
-        page = pages.UsagePage.from_buffer_copy(raw or b"")
-        return {device: bytes_ for device, bytes_ in enumerate(page.orphaned) if bytes_}
+    def mark(self, tgid: int, generation: int, device: int) -> bool:
+        """Lets the peak of a process on a device begin anew; False where the process has ended."""
+        return self._run(pages.Adjust.MARK, tgid, generation, device) == 0
 
-    def disown(self, cgroup: int, device: int, bytes_: int) -> bool:
-        """Lets go of orphaned bytes of a level: NVML has told who holds them now, or nobody does."""
-        return self._run(pages.Adjust.DISOWN, cgroup, device, bytes_) == 0
+    def tag(self, tgid: int, levels: tuple[int, ...]) -> int:
+        """The tag in the kernel's answers to a process, whose entry is made where it has none.
+
+        0: its level has as many entries as it may have; the process asks without a tag.
+        """
+        self._run(pages.Adjust.ENTER, tgid, 0, len(levels), *levels)
+        process = self.process(tgid)
+        return process.tag if process else 0
 
     def events(self) -> Events:
         """A reader of the kernel's rare events; there should be one."""

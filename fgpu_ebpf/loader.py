@@ -7,6 +7,7 @@ On failure: one line on stderr that names the mend, exit 1, and nothing half pin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -78,6 +79,8 @@ def kernel_flags(bcc: ModuleType) -> list[str]:
     if release < GROUP_DEAD_FROM:
         places = (member_offset(bcc, "task_struct", "signal"), member_offset(bcc, "signal_struct", "live"))
         flags += [f"-DSIGNAL_AT={places[0]}", f"-DLIVE_AT={places[1]}"]
+    with contextlib.suppress(LoadError):  # without it, a process made by vfork is charged by itself
+        flags.append(f"-DMM_AT={member_offset(bcc, 'task_struct', 'mm')}")
     return flags
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from fgpu_ebpf.enforcer import Enforcer, RoomError
+from fgpu_ebpf.gone_tenants import GoneTenants
 from fgpu_ebpf.history import History
 from fgpu_ebpf.identity import Workload
 from fgpu_ebpf.overrides import Override, Overrides
@@ -36,6 +37,7 @@ class Manager:
         overrides: Overrides,
         devices: Sequence[Device],
         history: History,
+        gone: GoneTenants,
     ) -> None:
         self.workloads = workloads
         self.enforcer = enforcer
@@ -43,6 +45,8 @@ class Manager:
         self.overrides = overrides
         self._devices = devices
         self._history = history
+        self.gone = gone
+        enforcer.held_elsewhere = gone.held_bytes
         self._awaited: dict[str, float] = {}  # own cgroups that nobody has entered yet: until when
 
     # -- deciding
@@ -103,9 +107,9 @@ class Manager:
     def _let_go(self, tenants: Sequence[Tenant]) -> None:
         if not tenants:
             return
-        cgroups = [tenant.cgroup for tenant in tenants]
-        self.enforcer.release(cgroups)
-        self.overrides.drop(c for t, c in zip(tenants, cgroups, strict=True) if self.workloads.cgroup(t.path) != c)
+        removed = [t for t in tenants if self.workloads.cgroup(t.path) != t.cgroup]
+        self.enforcer.release([tenant.cgroup for tenant in tenants], self.gone.keep(removed))
+        self.overrides.drop(tenant.cgroup for tenant in removed)
 
     # -- by hand
 

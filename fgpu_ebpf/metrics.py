@@ -23,6 +23,11 @@ _TENANT_GAUGES: tuple[tuple[str, str, Callable[[TenantDevice], int | None]], ...
     ("fgpu_memory_used_bytes", "Bytes charged to the tenant on the device", lambda d: d.used_bytes),
     ("fgpu_memory_peak_bytes", "Most bytes charged at once", lambda d: d.peak_bytes),
     ("fgpu_memory_drift_bytes", "Ledger minus driver, for what NVML shows", lambda d: d.drift_bytes),
+    (
+        "fgpu_memory_orphaned_bytes",
+        "Of the charged bytes, those of ended processes and of freed exports; shown while there are some",
+        lambda d: d.orphaned_bytes or None,
+    ),
 )
 _TENANT_COUNTERS: tuple[tuple[str, str, Callable[[TenantDevice], int]], ...] = (
     ("fgpu_memory_admitted_bytes", "Bytes admitted, contexts aside", lambda d: d.admitted_bytes),
@@ -33,6 +38,12 @@ _DEVICE_GAUGES: tuple[tuple[str, str, Callable[[DeviceView], int | None]], ...] 
     ("fgpu_device_memory_used_bytes", "Memory in use on the device, by NVML", lambda d: d.used_bytes),
     ("fgpu_device_memory_committed_bytes", "Sum of the tenants' limits", lambda d: d.committed_bytes),
     ("fgpu_device_memory_unmanaged_bytes", "Held by processes outside any tenant", lambda d: d.unmanaged_bytes),
+    ("fgpu_device_memory_orphaned_bytes", "Charged for processes that have ended", lambda d: d.orphaned_bytes),
+    (
+        "fgpu_device_memory_unexplained_bytes",
+        "In use on the device, and neither of a process nor orphaned nor the driver's own",
+        lambda d: d.unexplained_bytes,
+    ),
     ("fgpu_device_unmanaged_processes", "That hold memory outside any tenant", lambda d: d.unmanaged_processes),
     (
         "fgpu_device_healthy",

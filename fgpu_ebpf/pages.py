@@ -28,6 +28,7 @@ BOTH_LEVELS = 2 * LEVELS
 VERDICTS = 128
 ROWS, PATH = 128, 192
 ENDS = 65536
+TOLD_BYPASS = 64
 KIND_MASK, FULL, TAGGED, PATIENT = 0xFF, 0x100, 0x200, 0x400
 TICKET_BITS, TAG_SHIFT, TAG_BITS = 0xFFFFFFFF, 34, 0x3FFFFFFF
 FUNCTION_MASK, CLASS_SHIFT = 0xFF, 8
@@ -59,16 +60,14 @@ Function = IntEnum(
 )
 Class = IntEnum("Class", "HOST LISTED UNKNOWN", start=0)
 Adjust = IntEnum("Adjust", "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER", start=0)
-News = IntEnum(
-    "News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED WANTED", start=0
-)
+News = IntEnum("News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED", start=0)
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
 # Bits, from 1: of a limit and a usage page; of a control page and an answer; of a gate; of a process.
 LimitFlag = IntFlag("LimitFlag", "OBSERVE KILL")
 ControlFlag = IntFlag("ControlFlag", "MANAGED SETTLE")
 Gate = IntFlag("Gate", "OPEN GATED")  # below GATE_SHIFT; above it the number of the turn
-Seen = IntFlag("Seen", "SHIM BYPASS EXPORT CALL POOL_EXPORT IMPORT CONTEXT_END")
+Seen = IntFlag("Seen", "SHIM BYPASS EXPORT CALL POOL_EXPORT IMPORT")
 
 
 def limit(bytes_: int) -> int | None:
@@ -108,10 +107,11 @@ class UsagePage(Structure):
         ("exec_second", u64),
         ("exec_count", u64),
         ("orphaned_ns", u64 * DEVICES),
-        ("doubtful", u64 * DEVICES),
         ("answers", u64 * VERDICTS),
         ("orphans", u64),
-        ("tail", u64 * 95),
+        ("urgent_second", u64),
+        ("urgent_count", u64),
+        ("tail", u64 * 109),
     )
 
 
@@ -258,7 +258,7 @@ class Holding(Structure):
         ("exported", u64),
         ("exported_vmm", u64),
         ("owed", u64),
-        ("doubtful", u64),
+        ("ended", u64),
         ("peak", u64),
     )
 

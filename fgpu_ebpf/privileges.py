@@ -23,13 +23,14 @@ class Capability(enum.IntEnum):
 
     CHOWN = 0  # the group of the control socket
     DAC_READ_SEARCH = 2  # files and folders of tenants, whoever owns them
+    KILL = 5  # processes that take memory where no probe is, under onBypass: kill
     SYS_PTRACE = 19  # what a process of any user has mapped, its root and its namespaces
     SYS_ADMIN = 21  # BPF's maps by id, uprobes, what map_files leads to; BPF and PERFMON are part of it
     SYS_NICE = 23  # to come first on the processor: the agent while it runs, the gatekeeper before it gives it up
 
 
 GATEKEEPER = frozenset({Capability.DAC_READ_SEARCH, Capability.SYS_PTRACE, Capability.SYS_ADMIN})
-AGENT = GATEKEEPER | {Capability.CHOWN, Capability.SYS_NICE}
+AGENT = GATEKEEPER | {Capability.CHOWN, Capability.KILL, Capability.SYS_NICE}
 
 
 def keep_only(kept: Set[Capability]) -> None:

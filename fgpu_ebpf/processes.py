@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from fgpu_ebpf import pages
 
-_HEAD, _LEVELS = struct.Struct("6Q2I"), struct.Struct(f"{pages.LEVELS}Q")
-_HOLDING = struct.Struct("Q2q16x2QqQ32xQ16x")
+_HEAD, _LEVELS = struct.Struct("6Q4I"), struct.Struct(f"{pages.LEVELS}Q")
+_HOLDING = struct.Struct("Q2q16x2QqQ16x5Q")
+_ZEROES = (0,) * pages.DEVICES
 assert _HOLDING.size == ctypes.sizeof(pages.Holding)
 
 
@@ -20,7 +21,9 @@ assert _HOLDING.size == ctypes.sizeof(pages.Holding)
 class Process:
     """What one process is charged, in bytes per ledger index.
 
-    `quiet`: none of its threads is between an admission and what settles it, or in a call that is witnessed.
+    `quiet`: none of its threads is between an admission and what settles it, or in a call that is witnessed. `changes`
+    and `begun` count changes that are done and that have begun. `exported`: what other processes may have open.
+    `ended`: contexts that ended while others went on. `peak`: the most that `bytes` was since the agent marked it.
     """
 
     generation: int
@@ -34,6 +37,11 @@ class Process:
     pool: tuple[int, ...]
     contexts: tuple[int, ...]
     late: bool = False  # for its last move: some of it was charged or released in the middle of that
+    begun: int = 0
+    tag: int = 0
+    exported: tuple[int, ...] = _ZEROES
+    ended: tuple[int, ...] = _ZEROES
+    peak: tuple[int, ...] = _ZEROES
 
     def witnessed(self, device: int) -> int:
         """Bytes that NVML should show for it, but for what NVML alone knows."""
@@ -42,12 +50,14 @@ class Process:
 
 def process_of(raw: bytes) -> Process:
     """A value of the map."""
-    _, generation, changes, begun, turn, _, level_count, flags = _HEAD.unpack_from(raw)
+    _, generation, changes, begun, turn, _, level_count, flags, _, tag = _HEAD.unpack_from(raw)
     levels = _LEVELS.unpack_from(raw, pages.Process.levels.offset)[:level_count]
-    # Of each device: bytes, charged on either side, managed, pool, overhead, contexts, owed.
-    rows = _HOLDING.iter_unpack(raw[pages.Process.devices.offset :])
-    bytes_, left, right, managed, pool, overhead, contexts, owed = zip(*rows, strict=True)
-    late = any(owed) or any(left if turn & 1 else right)
+    # Of each device, in the order of struct fgpu_holding; `one` and `other` are charged on either side.
+    rows = zip(*_HOLDING.iter_unpack(raw[pages.Process.devices.offset :]), strict=True)
+    bytes_, one, other, managed, pool, overhead, contexts, pointers, handles, owed, ended, peak = rows
+    late = any(owed) or any(one if turn & 1 else other)
+    exported = tuple(map(sum, zip(pointers, handles, strict=True)))
     return Process(
-        generation, levels, flags, changes, begun == changes, bytes_, overhead, managed, pool, contexts, late
-    )
+        generation, levels, flags, changes, begun == changes, bytes_, overhead, managed, pool, contexts, late,
+        begun, tag, exported, ended, peak,
+    )  # fmt: skip

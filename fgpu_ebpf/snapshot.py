@@ -57,6 +57,8 @@ class TenantDevice:
     drift_bytes: int | None
     refusals: tuple[Refusal, ...] = ()
     compute: ComputeView | None = None
+    orphaned_bytes: int = 0  # of used_bytes: of processes that have ended, or that exported and freed it
+    unwitnessed_bytes: int = 0  # of used_bytes: taken by no call that a probe has seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,27 @@ class ProcessView:
 
 
 @dataclass(frozen=True, slots=True)
+class OrphanView:
+    """Bytes on one device that stay charged after process `pid` has let go of them, for `seconds` now.
+
+    `ended`: the process has ended, or executed another program; else it exported the bytes and freed them. `keepers`:
+    processes that have descriptors of the driver open and may keep the memory; empty: none was found.
+    """
+
+    pid: int
+    gpu: int
+    bytes: int
+    seconds: float
+    ended: bool
+    keepers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TenantView:
-    """A managed cgroup; `kind` is tenant or group. `denied`: why it gets nothing although a policy gives it some."""
+    """A managed cgroup; `kind` is tenant or group, or gone: the cgroup is, and memory of it is still held.
+
+    `denied`: why it gets nothing although a policy gives it some.
+    """
 
     tenant: str
     kind: str
@@ -94,6 +115,7 @@ class TenantView:
     devices: tuple[TenantDevice, ...]
     processes: tuple[ProcessView, ...]
     shimless: Mapping[str, int] = field(default_factory=dict)  # processes by the reason
+    orphans: tuple[OrphanView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +137,8 @@ class DeviceView:
     xids: Mapping[int, int] | None = None  # how often each was reported since the agent began; None: NVML tells of none
     ignored_xids: int = 0  # how many of them all a program causes
     fatal_xid: int | None = None  # the one after which no share of it is offered; None: there was none
+    orphaned_bytes: int = 0
+    unexplained_bytes: int | None = None  # in use, and of no process, orphan or known rest; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +244,8 @@ class Fields(Mapping[str, Any]):
 
 
 _VIEWS = frozenset({
-    Refusal, ComputeView, TenantDevice, ProcessView, TenantView, DeviceView, SlicesView, PoliciesView, EngineView,
-    LibraryView,
+    Refusal, ComputeView, TenantDevice, ProcessView, OrphanView, TenantView, DeviceView, SlicesView, PoliciesView,
+    EngineView, LibraryView,
 })  # fmt: skip
 
 

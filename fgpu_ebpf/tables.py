@@ -11,7 +11,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import orphan_text, pages
 from fgpu_ebpf.history import line_of
 from fgpu_ebpf.quantities import memory_text
 from fgpu_ebpf.snapshot import no_limit
@@ -45,7 +45,18 @@ def status(snapshot: Mapping[str, Any]) -> str:
             )
             table.add_row(tenant["tenant"], tenant["kind"], str(d["gpu"]), *sizes, count, tenant["enforcement"])
     why = no_limit(snapshot)
-    return _text(table) + _shares(snapshot) + (f"\n{why}\n" if why else "")
+    return _text(table) + _shares(snapshot) + _orphans(snapshot) + (f"\n{why}\n" if why else "")
+
+
+def _orphans(snapshot: Mapping[str, Any]) -> str:
+    """Memory that outlives its process; of a group, its members tell. Empty: there is none."""
+    lines = [
+        f"{tenant['tenant']}: {orphan_text.sentence(orphan)}"
+        for tenant in snapshot["tenants"]
+        for orphan in orphan_text.lasting(tenant["orphans"])
+        if tenant["kind"] != "group"
+    ]
+    return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
 
 
 def _shares(snapshot: Mapping[str, Any]) -> str:
@@ -80,7 +91,17 @@ def process_rows(snapshot: Mapping[str, Any]) -> list[dict[str, Any]]:
             share = next((d["compute"] for d in tenant["devices"] if d["gpu"] == process["gpu"]), None)
             had = {"had_ratio": share["had_ratio"] if share and not share["free"] else None}
             rows.append({"tenant": tenant["tenant"], **process, **had, **_names(process["pid"])})
+        rows += [_orphan_row(tenant["tenant"], orphan) for orphan in orphan_text.lasting(tenant["orphans"])]
     return rows
+
+
+def _orphan_row(tenant: str, orphan: Mapping[str, Any]) -> dict[str, Any]:
+    """Memory of a process that is gone, as a row of its own."""
+    state = "(ended)" if orphan["ended"] else "(exported)"
+    return {
+        "tenant": tenant, "pid": orphan["pid"], "gpu": orphan["gpu"], "bytes": orphan["bytes"], "how": "orphaned",
+        "why": orphan_text.keepers(orphan), "had_ratio": None, "name": state, "user": None, "started": None,
+    }  # fmt: skip
 
 
 def _names(pid: int) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from fgpu_ebpf import keeper, pages, procfs
 from fgpu_ebpf.devices import Device
 from fgpu_ebpf.discovery import Discovery
 from fgpu_ebpf.enforcer import Enforcer
+from fgpu_ebpf.keepers import Keepers
 from fgpu_ebpf.ledger import Count, Ledger
+from fgpu_ebpf.orphans import Orphan
 from fgpu_ebpf.policies import Policies
 from fgpu_ebpf.policy import Priority
 from fgpu_ebpf.processes import Process
@@ -27,6 +29,7 @@ from fgpu_ebpf.shimless import Reasons
 from fgpu_ebpf.snapshot import (
     ComputeView,
     DeviceView,
+    OrphanView,
     PoliciesView,
     ProcessView,
     Refusal,
@@ -37,6 +40,7 @@ from fgpu_ebpf.snapshot import (
 )
 from fgpu_ebpf.tenants import Tenant
 from fgpu_ebpf.timebook import TurnCounts
+from fgpu_ebpf.unwitnessed import Unwitnessed
 from fgpu_ebpf.xids import Reported
 
 NS = 1e9
@@ -60,27 +64,31 @@ class _Look:
     standalone: Set[int]
     unenforced: str
     reasons: Reasons
+    unwitnessed: Mapping[tuple[int, int], int]
+    keepers: Keepers
 
 
 def take_snapshot(
     ledger: Ledger, enforcer: Enforcer, devices: Sequence[Device], truth: Truth, run_dir: Path,
-    policies: Policies | None, discovery: Discovery, reasons: Reasons,
+    policies: Policies | None, discovery: Discovery, reasons: Reasons, gone: Iterable[Tenant], unwitnessed: Unwitnessed,
+    keepers: Keepers,
 ) -> Snapshot:  # fmt: skip
     """One look at everything."""
     processes, counters = ledger.processes(), ledger.counters()
+    orphaned = _orphaned(truth.orphans)
     reasons.forget_ended(processes)
     turns, gatekeeper = ledger.times.turns(), _gatekeeper(run_dir)
     look = _Look(
         ledger, enforcer, devices, truth, enforcer.groups(), _by_level(processes), _by_place(counters), turns,
         time.monotonic_ns(), discovery.unprobed(), discovery.standalone(), discovery.unenforced(),
-        reasons,
+        reasons, unwitnessed.find(processes, truth.orphans), keepers,
     )  # fmt: skip
     anomalies = {a.name.lower(): _host_count(counters, pages.Kind.KINDS, a) for a in pages.Anomaly}
     return Snapshot(
         time_seconds=time.time(),
         taken_seconds=look.now_ns / NS,
-        devices=tuple(_device(d, look, processes, gatekeeper) for d in devices),
-        tenants=tuple(_tenant(look, tenant) for tenant in enforcer),
+        devices=tuple(_device(d, look, processes, gatekeeper, orphaned.get(d.index, 0)) for d in devices),
+        tenants=tuple(_tenant(look, tenant) for tenant in [*enforcer, *gone]),
         anomalies=anomalies | {"unprobed": discovery.refusals},
         reconcile_failure=truth.failure,
         unenforced=look.unenforced,
@@ -133,7 +141,7 @@ def _tenant(look: _Look, tenant: Tenant) -> TenantView:
     workload = tenant.workload
     return TenantView(
         tenant=tenant.name,
-        kind="group" if tenant.cgroup in look.groups else "tenant",
+        kind=_kind(look, tenant),
         path=tenant.path,
         cgroup=tenant.cgroup,
         source=tenant.source,
@@ -149,7 +157,27 @@ def _tenant(look: _Look, tenant: Tenant) -> TenantView:
         devices=tuple(_tenant_device(look, tenant, own, device) for device in look.devices),
         processes=views,
         shimless=dict(Counter(filter(None, why.values()))),
+        orphans=tuple(_orphan(look, orphan) for orphan in look.truth.orphans if tenant.cgroup in orphan.levels),
     )
+
+
+def _kind(look: _Look, tenant: Tenant) -> str:
+    if look.enforcer.get(tenant.cgroup) is None:
+        return "gone"
+    return "group" if tenant.cgroup in look.groups else "tenant"
+
+
+def _orphaned(orphans: Iterable[Orphan]) -> dict[int, int]:
+    found: Counter[int] = Counter()
+    for orphan in orphans:
+        found[orphan.device] += orphan.bytes
+    return dict(found)
+
+
+def _orphan(look: _Look, orphan: Orphan) -> OrphanView:
+    seconds = max(0.0, (look.now_ns - orphan.since_ns) / NS)
+    keepers = look.keepers.of(orphan.tgid)
+    return OrphanView(orphan.tgid, orphan.device, orphan.bytes, seconds, bool(orphan.ended_ns), keepers)
 
 
 def _enforcement(unenforced: str, observe: bool, bypassing: Mapping[str, int]) -> str:
@@ -177,6 +205,8 @@ def _how(look: _Look, tgid: int, process: Process) -> str:
         return "no_admission"
     if not process.flags & pages.Seen.SHIM and any(process.bytes) and not procfs.ended(tgid):
         return "no_shim" if process.flags & pages.Seen.CALL else "unwitnessed"
+    if any((tgid, d.index) in look.unwitnessed for d in look.devices):
+        return "unwitnessed"
     return "outside_turns" if tgid in look.truth.turns.outside else ""
 
 
@@ -192,7 +222,9 @@ def _tenant_device(look: _Look, tenant: Tenant, own: Iterable[int], device: Devi
     refusals = tuple(look.refusals.get((tenant.cgroup, device.index), ()))
     compute, drift = _compute(look, tenant, device.index), _drift(look, own, device.index)
     numbers = (u.limit, u.used, u.peak, u.refused, u.admitted, u.witnessed) if u else (0,) * 6
-    return TenantDevice(device.index, *numbers, drift, refusals, compute)
+    unwitnessed = sum(look.unwitnessed.get((tgid, device.index), 0) for tgid in own)
+    orphaned = u.orphaned if u else 0
+    return TenantDevice(device.index, *numbers, drift, refusals, compute, orphaned, unwitnessed)
 
 
 def _drift(look: _Look, own: Iterable[int], device: int) -> int | None:
@@ -238,17 +270,24 @@ def _owner(look: _Look, device: int) -> str | None:
     return next((tenant.name for tenant in owners if tenant), None)
 
 
-def _device(device: Device, look: _Look, processes: Mapping[int, Process], gatekeeper: Mapping[str, Any]) -> DeviceView:
+def _device(
+    device: Device, look: _Look, processes: Mapping[int, Process], gatekeeper: Mapping[str, Any], orphaned: int
+) -> DeviceView:
     truth, enforcer = look.truth, look.enforcer
-    held = truth.held.get(device.index)
-    strangers = [pid for pid in held or () if pid not in processes and not procfs.ended(pid)]  # NVML was asked before
-    outside = [None] if held is None else [held[pid] for pid in strangers]
+    held, ended = truth.held.get(device.index), truth.ended.get(device.index, {})
+    outside = [None] if held is None else [
+        bytes_ if bytes_ is None else bytes_ - ended.get(pid, 0)
+        for pid, bytes_ in held.items()
+        if pid not in processes and (bytes_ is None or bytes_ > ended.get(pid, 0))
+        and not procfs.ended(pid)  # NVML was asked before
+    ]  # fmt: skip
     unmanaged = None if None in outside else sum(filter(None, outside))
     return DeviceView(
         device.index, device.uuid_text, device.name, device.pci_bus_id, device.capacity_bytes,
         truth.used.get(device.index), enforcer.committed(device.index), unmanaged,
         _slices(gatekeeper, device.index), _owner(look, device.index), _age(look, device.index),
-        None if held is None else len(outside), *_xids(truth.xids.get(device.index)),
+        None if held is None else len(outside), *_xids(truth.xids.get(device.index)), orphaned,
+        truth.unexplained.get(device.index),
     )  # fmt: skip
 
 

@@ -10,20 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import BUILD, CONTEXT, MIB, SIM, Client, Program, Service, Tenant, eventually, fgpu, metrics
+from bypass_kit import BYPASS, RAW, Bypass
+from harness import BUILD, CONTEXT, MIB, SIM, Client, Service, Tenant, eventually, fgpu, metrics
 
 NOBODY = 65534
-BYPASS = f"{BUILD}/e2e/bypass"
 LIMIT = CONTEXT + 400 * MIB
-
-
-class Bypass(Client):
-    """A program that understands `alloc`, started by any command."""
-
-    def __init__(self, tenant: Tenant, name: str, command: str) -> None:
-        Program.__init__(self, tenant, name, command)
-        tenant._programs.append(self)
-        self._hello()
 
 
 def static(folder: Path) -> str:
@@ -60,7 +51,7 @@ WAYS: dict[str, Callable[[Path], str]] = {
     "copy": private_copy,
     "setuid": setuid,
     "lies": lambda _: f"{BYPASS} lies",
-    "raw": lambda _: f"{BUILD}/e2e/raw",
+    "raw": lambda _: RAW,
 }
 HELD = ("deepbind", "procaddress")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from bypass_kit import RAW, Bypass
 from harness import (
     CONTEXT,
     ENVIRONMENT,
@@ -207,6 +208,23 @@ def test_on_bypass_kill_ends_it_before_the_driver_runs(write: Write, container) 
     assert behaved.do(f"alloc {2 * GIB}") == REFUSED  # who asks is refused, not killed
     behaved.ok(f"alloc {2 * MIB}")
     client.close()
+
+
+@pytest.mark.places("runc")
+def test_on_bypass_kill_ends_a_process_that_no_probe_sees(write: Write, container) -> None:
+    write("memory: {limit: 1GiB}\n  onBypass: kill")
+    one = container()
+    one.assert_enforced()
+    unseen = Bypass(one, "raw", RAW)
+    unseen.ok(f"alloc {100 * MIB}")
+    assert one.assert_exact(5) >= 100 * MIB
+    assert not _is_zombie(unseen.pid), "it is within the limit"
+    unseen.send(f"alloc {2 * GIB}")
+    eventually(lambda: _is_zombie(unseen.pid), 5, "its end")
+    events = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
+    assert any((e["what"], e["pid"], e["reason"]) == ("killed", unseen.pid, "onBypass") for e in events)
+    unseen.close()
+    eventually(lambda: one.client().do("context").startswith("ok"), 5, "room for another")
 
 
 def _is_zombie(pid: int) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bypass_kit import RAW, Bypass
 from harness import (
     CONTEXT,
     FGPU,
@@ -38,7 +39,7 @@ from harness import (
 from kernel_kit import is_probed
 
 GATEKEEPER = {"dac_read_search": 2, "sys_ptrace": 19, "sys_admin": 21}
-AGENT = GATEKEEPER | {"chown": 0, "sys_nice": 23}
+AGENT = GATEKEEPER | {"chown": 0, "kill": 5, "sys_nice": 23}
 NOBODY = 65534
 FITS = 40 * MIB
 full = pytest.mark.skipif(os.environ.get("FGPU_TEST_SCALE") != "full", reason="in the full run: an agent for each")
@@ -214,7 +215,7 @@ def test_none_is_there_for_nothing(service: Service, nobodys: Nobodys, name: str
 
 
 def test_each_is_missed_by_something() -> None:
-    assert {*MISSED, "chown"} == set(AGENT)  # chown: the next test
+    assert {*MISSED, "chown", "kill"} == set(AGENT)  # these two: the next tests
 
 
 @full
@@ -232,6 +233,46 @@ def test_chown_is_for_the_group_that_may_read(service: Service, unharmed: None, 
                 return
             service.start_agent()
             assert (RUN_DIR / "control.sock").stat().st_gid == 65533
+
+
+KILLING = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {name: kills}
+spec:
+  selector: {cgroup: ["fgpu-e2e/*"]}
+  memory: {limit: 1GiB}
+  onBypass: kill
+"""
+
+
+def is_killed(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(") ")[2].startswith("Z")
+
+
+@full
+@pytest.mark.parametrize("has", [True, False])
+def test_kill_is_for_what_no_probe_sees(service: Service, nobodys: Nobodys, has: bool) -> None:
+    with agents_with(service, set(AGENT) if has else set(AGENT) - {"kill"}):
+        policy = service.policies / "kills.yaml"
+        policy.write_text(KILLING)
+        try:
+            service.start_agent()
+            one = nobodys.tenant(None)
+            unseen = Bypass(one, "raw", RAW)
+            unseen.send(f"alloc {2 << 30}")
+            try:
+                eventually(lambda: is_killed(unseen.pid), 5, "its end")
+            except Timeout:
+                assert not has
+            else:
+                assert has, "it was killed without the right to"
+            unseen.kill()
+            unseen.close()
+        finally:
+            policy.unlink()
+            nobodys.close()
 
 
 # -- what they execute

@@ -71,14 +71,14 @@ def test_who_executes_another_program_is_another_client() -> None:
     child = subprocess.Popen(["sleep", "100"])
     first = clients.enrol(child.pid, os.pidfd_open(child.pid), 4, Head(1, ((0, bytes(16)),)))
     assert first
-    clients.settle_in(first, 4, first.head)
+    clients.settle_in(first, 4, (), first.head)
     page, lives = first.control.page, [SimpleNamespace(generation=n, bytes=(5,), levels=(4,)) for n in (23, 101)]
     page.gates[0], epoch = 6, page.epoch
     clients.show({})
     for _ in range(2):
         clients.show({child.pid: lives[0]})
     assert (parted, clients.get(child.pid), page.gates[0]) == ([], first, 6)
-    clients.settle_in(first, 4, first.head)  # it has said hello since
+    clients.settle_in(first, 4, (), first.head)  # it has said hello since
     clients.show({child.pid: lives[1]})
     assert not parted
     clients.show({})

@@ -16,7 +16,15 @@ import pytest
 from harness import CONTEXT, GIB, eventually
 
 # linux/capability.h
-CAPABILITIES = {"DAC_READ_SEARCH": 2, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "SYS_NICE": 23, "PERFMON": 38, "BPF": 39}
+CAPABILITIES = {
+    "DAC_READ_SEARCH": 2,
+    "KILL": 5,
+    "SYS_PTRACE": 19,
+    "SYS_ADMIN": 21,
+    "SYS_NICE": 23,
+    "PERFMON": 38,
+    "BPF": 39,
+}
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy

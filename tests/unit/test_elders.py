@@ -18,8 +18,10 @@ from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.history import History
 from fgpu_ebpf.processes import Process
 from fgpu_ebpf.reconcile import Truth
+from fgpu_ebpf.unwitnessed import Unwitnessed
 
 MIB = 1 << 20
+CONTEXT, MODULES = 3 * MIB, 9 * MIB
 ME = os.getpid()
 
 
@@ -100,7 +102,7 @@ class Host:
         enforcer = SimpleNamespace(
             elders=known or Elders(), get={7: SimpleNamespace(name="a", cgroup=7)}.get, spare_elders=self._spare
         )
-        self.adoption = Adoption(lambda: self.truth, ledger, enforcer, self.history)
+        self.adoption = Adoption(lambda: self.truth, ledger, enforcer, self.history, Unwitnessed({0: CONTEXT}, MODULES))
 
     def _spare(self) -> None:
         self.spared += 1
@@ -151,6 +153,20 @@ def test_whom_the_kernel_has_seen_it_tells_of_itself(flags: int) -> None:
     assert host.told() == []
     host.truth = Truth(held={0: {ME: 5 * MIB}})
     assert host.told() == []
+
+
+def test_memory_that_no_probe_has_seen_is_told_of_with_a_shim_too() -> None:
+    """A second library, under a name that is not libcuda's, beside the one that has the shim."""
+    host = Host(pages.Seen.SHIM | pages.Seen.CALL)
+    for overhead, told in (
+        (CONTEXT + MODULES, []),
+        (CONTEXT + MODULES + 1, [("adopted", "unwitnessed", 5 * MIB, BEYOND)]),
+    ):
+        process = replace(host.process, overhead=(overhead, *[0] * 15), contexts=(1, *[0] * 15))
+        for _ in range(2):
+            host.process, host.truth = process, replace(host.truth, processes={ME: process})
+            found = host.told()
+        assert found == told
 
 
 def test_whoever_has_the_shim_is_not_looked_up() -> None:

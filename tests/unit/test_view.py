@@ -55,7 +55,10 @@ def test_who_keeps_the_limits(unenforced: str, observe: bool, bypassing: dict[st
     [(0, 5, "unwitnessed"), (Seen.CALL, 5, "no_shim"), (Seen.CALL, 0, ""), (Seen.SHIM | Seen.CALL, 5, "")],
 )
 def test_who_goes_around_the_shim_is_alive(flags: int, bytes_: int, how: str) -> None:
-    look = SimpleNamespace(unprobed=set(), standalone=set(), truth=Truth(), enforcer=SimpleNamespace(elders=()))
+    look = SimpleNamespace(
+        unprobed=set(), standalone=set(), truth=Truth(), enforcer=SimpleNamespace(elders=()),
+        devices=[SimpleNamespace(index=0)], unwitnessed={},
+    )  # fmt: skip
     process = SimpleNamespace(flags=flags, bytes=(bytes_,))
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -63,7 +66,9 @@ def test_who_goes_around_the_shim_is_alive(flags: int, bytes_: int, how: str) ->
     assert view._how(look, ended.pid, process) == ""  # type: ignore[arg-type]
     look.truth = Truth(turns=Verdict(outside=frozenset({os.getpid()})))
     assert view._how(look, os.getpid(), process) == (how or "outside_turns")  # type: ignore[arg-type]
-    look.truth, look.standalone = Truth(), {os.getpid()}
+    look.truth, look.unwitnessed = Truth(), {(os.getpid(), 0): 1}
+    assert view._how(look, os.getpid(), process) == (how or "unwitnessed")  # type: ignore[arg-type]
+    look.standalone, look.unwitnessed = {os.getpid()}, {}
     assert view._how(look, os.getpid(), process) == ("standalone" if bytes_ and not flags & Seen.SHIM else how)  # type: ignore[arg-type]
     look.enforcer.elders = (os.getpid(), ended.pid)
     assert view._how(look, os.getpid(), process) == ("older" if bytes_ else "")  # type: ignore[arg-type]

@@ -1,0 +1,128 @@
+/* orphans.bpf.h: bytes that leave a process: released, or orphaned where the device may still hold them.
+ *
+ * The driver keeps memory as long as a descriptor refers to it: of its own file, in a forked child or unread in a
+ * socket's queue, or of an export. So what a process held at its end, and what it exported and then freed, stays
+ * charged to its levels, under the process's pid and generation, until the agent finds that the device does not hold
+ * it. */
+
+/* Bytes that one level of a process still has go to the other side's with the next move. */
+static u64 take_from_process(struct fgpu_process *p, u32 device, u64 bytes)
+{
+    subtract(&on(p, device)->bytes, bytes);
+    u64 some = draw(p, *(volatile u64 *)&p->turn, device, bytes);
+    if (UNLIKELY(some != bytes)) __sync_fetch_and_add(&on(p, device)->owed, bytes - some);
+    return some;
+}
+
+/* One level after the other: pages of all at once, each there or not, are sixteen ways for the verifier to follow. */
+static void release(struct fgpu_process *p, u32 device, u64 bytes)
+{
+    struct fgpu_level *levels = levels_of(p, *(volatile u64 *)&p->turn);
+    device &= DEVICE_MASK;
+    if (!bytes) return;
+    u64 some = take_from_process(p, device, bytes);
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = levels[i].cgroup ? page_at(&levels[i]) : 0;
+        if (page) subtract(&page->devices[slot(device)].used, some);
+    }
+}
+
+/* 0: there is no room, in the level's part of the map or at all. */
+static struct fgpu_orphan *make_orphan(struct fgpu_process *p, struct fgpu_orphan_key *key)
+{
+    struct fgpu_level *levels = levels_of(p, key->turn);
+    struct fgpu_orphan fresh = {.since_ns = bpf_ktime_get_ns()};
+    struct fgpu_usage_page *leaf = page_at(&levels[0]);
+    EACH_LEVEL fresh.levels[i] = levels[i];
+    if (leaf && __sync_fetch_and_add(&leaf->orphans, 1) >= PART(MOST_ORPHANS)) {
+        one_less(&leaf->orphans);
+        return 0;
+    }
+    if (orphans.insert(key, &fresh) && leaf) one_less(&leaf->orphans);
+    return orphans.lookup(key);
+}
+
+/* The entry first and the pages second: the agent reads the pages first, so it never takes an entry's bytes for bytes
+ * that have none. Without an entry the bytes are orphaned all the same, and the agent knows the level's sum alone. */
+static void orphan(struct fgpu_process *p, u32 tgid, u64 turn, u32 device, u64 bytes, int ended)
+{
+    struct fgpu_orphan_key key = {.tgid = tgid, .device = device, .generation = p->generation, .turn = turn};
+    struct fgpu_level *levels = levels_of(p, turn);
+    struct fgpu_orphan *known = orphans.lookup(&key);
+    u64 now = bpf_ktime_get_ns();
+    if (!known) known = make_orphan(p, &key);
+    if (known) {
+        if (ended) known->ended_ns = now;
+        __sync_fetch_and_add(&known->bytes, bytes);
+    } else {
+        anomaly(FGPU_ANOMALY_FULL);
+    }
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = levels[i].cgroup ? page_at(&levels[i]) : 0;
+        if (!page) continue;
+        __sync_fetch_and_add(&page->orphaned[slot(device)], bytes);
+        page->orphaned_ns[slot(device)] = now;
+    }
+    tell_of_orphans(page_at(&levels[0]), device, bytes);
+}
+
+/* Of a process that lives. */
+static void orphan_part(struct fgpu_process *p, u32 tgid, u32 device, u64 bytes)
+{
+    device &= DEVICE_MASK;
+    if (!bytes) return;
+    u64 turn = *(volatile u64 *)&p->turn, some = take_from_process(p, device, bytes);
+    if (some) orphan(p, tgid, turn, device, some, 0);
+}
+
+/* Managed memory that is freed may have been on the device, and NVML names no process for it: the agent knows by this
+ * how much less of the device it may explain. */
+static void free_managed(struct fgpu_process *p, u32 device, u64 bytes)
+{
+    u32 at = device & DEVICE_MASK;
+    u64 *n = managed_freed.lookup(&at);
+    if (n && bytes) __sync_fetch_and_add(n, bytes);
+}
+
+/* May be done twice: what the second finds, another program has added after the first. */
+static void orphan_side(struct fgpu_process *p, u32 tgid, u64 turn)
+{
+    for (u32 d = 0; d < FGPU_DEVICES; d++) {
+        s64 bytes = __sync_lock_test_and_set(charged(p, turn, d), 0);
+        if (bytes > 0) orphan(p, tgid, turn, d, bytes, 1);
+    }
+}
+
+static void orphan_all(struct fgpu_process *p, u32 tgid)
+{
+    u64 turn = *(volatile u64 *)&p->turn;
+    for (u32 d = 0; d < FGPU_DEVICES; d++) free_managed(p, d, __sync_lock_test_and_set(&on(p, d)->managed, 0));
+    orphan_side(p, tgid, turn);
+    if (turn) orphan_side(p, tgid, turn - 1);
+}
+
+/* The device does not hold so many of these bytes any more. Never more than the level has orphaned: its page may be
+ * another one, made since. */
+static int let_go(struct fgpu_orphan_key *key, u64 bytes)
+{
+    struct fgpu_orphan *known = orphans.lookup(key);
+    if (!known) return -3;
+    struct fgpu_orphan was = *known;
+    u64 left = was.bytes < bytes ? 0 : was.bytes - bytes;
+    if (__sync_val_compare_and_swap(&known->bytes, was.bytes, left) != was.bytes) return -11;
+    EACH_LEVEL
+    {
+        struct fgpu_usage_page *page = was.levels[i].cgroup ? page_at(&was.levels[i]) : 0;
+        if (!page) continue;
+        u64 *orphaned = &page->orphaned[slot(key->device)], has = *(volatile u64 *)orphaned;
+        u64 some = was.bytes - left < has ? was.bytes - left : has;
+        __sync_fetch_and_add(orphaned, -some);
+        subtract(&page->devices[slot(key->device)].used, some);
+    }
+    if (left) return 0;
+    struct fgpu_usage_page *leaf = page_at(&was.levels[0]);
+    if (!orphans.delete(key) && leaf) one_less(&leaf->orphans);
+    return 0;
+}

@@ -1,0 +1,146 @@
+"""Overheads: what NVML shows of a process beyond what was witnessed, entered in the ledger.
+
+Runs in the reconcile thread. A quiet process is set to exactly what NVML shows. Of one that is never quiet (a thread is
+always between an admission and its call), the least that must be missing is added at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+from fgpu_ebpf import procfs
+from fgpu_ebpf.device_sample import Sample
+from fgpu_ebpf.devices import Nvml
+from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.processes import Process
+
+GONE = 3  # looks in a row at which a process with a context is not named, nor its memory in use
+
+Drift = dict[tuple[int, int], int]  # (pid, device) -> ledger less NVML, in bytes
+_Life = tuple[int, int, int]  # pid, generation, device
+
+
+class Corrections:
+    """`levels` returns the levels of a cgroup path, for processes that no probe has seen."""
+
+    def __init__(self, nvml: Nvml, ledger: Ledger, levels: Callable[[str], tuple[int, ...]]) -> None:
+        self._nvml = nvml
+        self._ledger = ledger
+        self._levels = levels
+        self._gone: dict[_Life, int] = {}  # looks at which no memory was in use that the process should have
+        self._exact: dict[_Life, int] = {}  # contexts that had ended when the process was last set exactly
+
+    def mark(self, device: int) -> None:
+        """Before NVML is asked: peaks of processes that are in the middle of something begin anew."""
+        for tgid, process in self._ledger.processes().items():
+            if not process.quiet:
+                self._ledger.mark(tgid, process.generation, device)
+
+    def look(self, device: int, sample: Sample, ended: Mapping[int, int], drift: Drift) -> bool:
+        """One correction of all processes of a device; True: some were not quiet, so another look may be exact.
+
+        `ended`: bytes by pid that belong to ended processes. Between the read of a process and its correction nothing
+        may be charged, released, admitted or in a call: the kernel refuses the correction where a change has begun.
+        """
+        known, is_unquiet = sample.processes, False
+        self._look_for_the_unnamed(device, sample)
+        for tgid, process in known.items():
+            held = self._held(tgid, process, device, sample)
+            if held is None:
+                continue
+            held = max(0, held - ended.get(tgid, 0))
+            if not process.bytes[device] and not held:
+                drift[tgid, device] = 0
+            elif not process.quiet or not self._correct(tgid, process, device, held, drift):
+                is_unquiet = True
+                self._raise(tgid, process, device, held, drift)
+        self._adopt(sample, ended)
+        return is_unquiet
+
+    def _held(self, tgid: int, process: Process, device: int, sample: Sample) -> int | None:
+        """Bytes that NVML shows for a process; None: it says nothing of it.
+
+        NVML names processes with a context alone. One that has a context and is not named stays as it was witnessed,
+        unless its memory is nowhere on the device: that was lost or reset. So does one without a context: its handles
+        and pools are on the device, in no row.
+        """
+        if tgid in sample.rows:
+            return sample.rows[tgid]
+        if process.bytes[device] and not _is_alive(tgid):
+            return None
+        if process.contexts[device]:
+            return 0 if self._gone.get((tgid, process.generation, device), 0) >= GONE else None
+        return max(0, process.witnessed(device))
+
+    def _look_for_the_unnamed(self, device: int, sample: Sample) -> None:
+        """Counts the looks at which less is in use on the device than a process holds that should be named."""
+        unnamed = {t: p for t, p in sample.processes.items() if p.contexts[device] and t not in sample.rows}
+        left = self._left(device, sample) if unnamed else None
+        counts = {life: n for life, n in self._gone.items() if life[2] != device}
+        for tgid, process in unnamed.items():
+            life = (tgid, process.generation, device)
+            if left is not None and left < process.witnessed(device):
+                counts[life] = self._gone.get(life, 0) + 1
+        self._gone = counts
+
+    def _left(self, device: int, sample: Sample) -> int | None:
+        """Bytes in use beyond all rows; None: NVML does not say."""
+        known = [bytes_ for bytes_ in sample.rows.values() if bytes_ is not None]
+        in_use = self._nvml.taken_bytes(device)
+        return None if in_use is None or len(known) < len(sample.rows) else in_use - sum(known)
+
+    def _correct(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> bool:
+        """Sets one overhead; what is left of the drift is told either way."""
+        exact, life = held - process.witnessed(device), (tgid, process.generation, device)
+        has_ended = process.ended[device] != self._exact.get(life, 0)
+        target = exact if has_ended else overhead_for(exact, process.pool[device])
+        before = process.overhead[device]
+        done = target == before or self._ledger.overhead(tgid, process.generation, device, target, process.changes)
+        if done and has_ended:
+            self._exact[life] = process.ended[device]
+        drift[tgid, device] = (target if done else before) - exact
+        return done
+
+    def _raise(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> None:
+        """Charges what must be missing, though the process is in the middle of something: NVML shows more than it was
+        ever charged since it was marked.
+        """
+        now = self._ledger.process(tgid)
+        if now is None or now.generation != process.generation:
+            return
+        managed = min(process.managed[device], now.managed[device])
+        witnessed = max(now.peak[device], now.bytes[device]) - now.overhead[device] - managed
+        more = held - witnessed - now.overhead[device]
+        if more > 0 and self._ledger.raise_overhead(tgid, now.generation, device, more):
+            drift[tgid, device] = 0
+
+    def _adopt(self, sample: Sample, ended: Mapping[int, int]) -> None:
+        """Enters processes of managed cgroups that hold memory and that no probe has seen.
+
+        Not those that are ending: the driver takes a tenth of a second to free what they held, and they bypass nothing.
+        """
+        for pid, held in sample.rows.items():
+            if pid in sample.processes or held is None or held <= ended.get(pid, 0):
+                continue
+            path = procfs.cgroup_path(pid)
+            levels = self._levels(path) if path else ()
+            if levels and not procfs.ended(pid):
+                self._ledger.move(pid, 0, levels)
+
+    def forget_ended(self, living: Mapping[int, Process]) -> None:
+        """Keeps what is known of these processes alone."""
+        lives = {(tgid, process.generation) for tgid, process in living.items()}
+        self._exact = {life: n for life, n in self._exact.items() if life[:2] in lives}
+
+
+def overhead_for(exact: int, pool: int) -> int:
+    """The overhead that makes the ledger what NVML shows, but for pool bytes that the driver has given back meanwhile:
+
+    the shim spends those again without asking, so they stay charged until it gives them back itself.
+    """
+    return max(exact, min(0, exact + pool))
+
+
+def _is_alive(tgid: int) -> bool:
+    return os.path.exists(f"/proc/{tgid}")

@@ -1,0 +1,124 @@
+"""Lets go of orphaned bytes when a device does not hold them any more.
+
+Runs in the reconcile thread, after the overheads of a look are corrected: memory that an importer's row shows now is
+charged to the importer before the exporter's orphan is let go.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from fgpu_ebpf.device_balance import Balance, Charges, Reading, surplus
+from fgpu_ebpf.device_sample import Rows, Sample
+from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.orphans import Orphan
+from fgpu_ebpf.processes import Process
+
+# Bytes in use that no process's row has, as an H200 showed: for each context (5.6 MiB), and once for a device (3 MiB
+# for the driver, up to 25 MiB that it keeps of managed memory). What is too much here lets orphaned bytes go too early.
+CONTEXT_REST_BYTES = 6 << 20
+DEVICE_REST_BYTES = 32 << 20
+
+
+class EndedRows:
+    """Which part of NVML's row of a pid belongs to processes of that pid that have ended, on one device.
+
+    The pid may be that of another process now, or of the same one with another program.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[int, int]] = {}  # pid -> row, ended part
+
+    def look(self, rows: Rows, live: Mapping[int, Process], device: int, orphans: Iterable[Orphan]) -> dict[int, int]:
+        """Bytes by pid, for pids of ended processes that NVML still names."""
+        kept: dict[int, int] = defaultdict(int)
+        for orphan in orphans:
+            kept[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
+        found = {}
+        for pid, most in kept.items():
+            row = rows.get(pid) or 0
+            own = self._own(pid, row, most, live.get(pid), device)
+            found[pid] = max(0, min(most, row - own))
+        self._last = {pid: (rows.get(pid) or 0, ended) for pid, ended in found.items()}
+        return {pid: ended for pid, ended in found.items() if ended}
+
+    def _own(self, pid: int, row: int, most: int, process: Process | None, device: int) -> int:
+        """What a process that lives with this pid has of the row: by the ledger, or what the row has grown by since."""
+        if process:
+            return process.bytes[device] - process.managed[device]
+        row_then, ended_then = self._last.get(pid, (row, most))
+        fallen = max(0, row_then - row)
+        return row - max(0, ended_then - fallen)
+
+
+class OrphanRelease:
+    """The orphans of one device."""
+
+    def __init__(self, ledger: Ledger, device: int) -> None:
+        self._ledger = ledger
+        self._device = device
+        self._rows = EndedRows()
+        self._without: dict[int, int] = {}  # level -> orphaned bytes without an entry, at the last look
+        self.balance = Balance()
+
+    def ended_rows(self, sample: Sample, orphans: Sequence[Orphan]) -> dict[int, int]:
+        """Bytes by pid that NVML shows for processes that have ended."""
+        return self._rows.look(sample.rows, sample.processes, self._device, orphans)
+
+    def look(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> int | None:
+        """Lets go of what the device does not hold. Returns how many orphaned bytes it may hold beyond those that have
+        entries; None: it cannot tell yet.
+        """
+        if not sample.taken:
+            self.balance.forget()
+            return None
+        room = self.balance.room(self._reading(sample, ended), orphans, self._charges(sample, orphans))
+        if room is None:
+            return None
+        for orphan, bytes_ in surplus(orphans, ended, room):
+            self._ledger.orphans.let_go(orphan, bytes_)
+        return max(0, room - sum(orphan.bytes for orphan in orphans))
+
+    def look_without_entries(self, levels: Iterable[int], room: int) -> None:
+        """The same for orphaned bytes that had no room in the map: of each level that has had some for two looks."""
+        entered: dict[int, int] = defaultdict(int)
+        pages = {level: self._ledger.orphans.of_level(level) for level in levels}  # first: see orphans.bpf.h
+        for orphan in self._ledger.orphans.entries():
+            for level in orphan.levels if orphan.device == self._device else ():
+                entered[level] += orphan.bytes
+        now = {level: found[self._device] - entered[level] for level, found in pages.items() if found}
+        for level, bytes_ in now.items():
+            lasting = min(bytes_, self._without.get(level, 0))
+            if lasting > room:
+                self._ledger.orphans.disown(level, self._device, lasting - room)
+        self._without = {level: bytes_ for level, bytes_ in now.items() if bytes_ > 0}
+
+    def _reading(self, sample: Sample, ended: Mapping[int, int]) -> Reading:
+        device, live = self._device, sample.processes
+        contexts = sum(max(1, live[pid].contexts[device]) if pid in live else 1 for pid in sample.rows)
+        rest = contexts * CONTEXT_REST_BYTES + DEVICE_REST_BYTES
+        most = max(taken.in_use - self._shown(taken.least, live, ended) for taken in sample.taken)
+        least = min(taken.in_use - self._taken(taken.greatest, live, ended) for taken in sample.taken)
+        return Reading(max(0, most - rest), max(0, least - rest), sample.calm)
+
+    def _shown(self, rows: Mapping[int, int], live: Mapping[int, Process], ended: Mapping[int, int]) -> int:
+        """Bytes of live processes by NVML, and handles and pools of those that have no context and so no row."""
+        device = self._device
+        named = sum(max(0, row - ended.get(pid, 0)) for pid, row in rows.items())
+        unnamed = (p for pid, p in live.items() if not rows.get(pid) and not p.contexts[device])
+        return named + sum(max(0, p.witnessed(device)) for p in unnamed)
+
+    def _taken(self, rows: Mapping[int, int], live: Mapping[int, Process], ended: Mapping[int, int]) -> int:
+        """The same, and what a process is charged where that is more: it may just be taking it."""
+        device = self._device
+        shown = {pid: max(0, row - ended.get(pid, 0)) for pid, row in rows.items()}
+        charged = {pid: p.bytes[device] - p.managed[device] for pid, p in live.items()}
+        return sum(max(shown.get(pid, 0), charged.get(pid, 0)) for pid in shown.keys() | charged.keys())
+
+    def _charges(self, sample: Sample, orphans: Iterable[Orphan]) -> Charges:
+        device, live = self._device, sample.processes
+        known = live.keys() | {orphan.tgid for orphan in orphans}
+        managed = sum(p.managed[device] for p in live.values())
+        freed = self._ledger.orphans.managed_freed(device)
+        return Charges(managed, freed, any(pid not in known for pid in sample.rows))

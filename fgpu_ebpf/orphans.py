@@ -1,0 +1,88 @@
+"""Orphaned bytes: what stays charged after its process has ended, or has exported and freed it.
+
+The kernel's map `orphans` has one entry for each process, device and move of the process; BPF programs alone change it.
+The agent's reconcile thread reads it and says what is let go.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fgpu_ebpf import bpf, pages
+
+_KEY, _VALUE = struct.Struct("IIQQ"), struct.Struct(f"4Q{2 * pages.LEVELS}Q")
+_U32, _U64 = struct.Struct("I"), struct.Struct("Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """Bytes on one device; `tgid` and `generation` name the process that had them, `turn` its moves until then.
+
+    `since_ns`: when the first of them were orphaned. `ended_ns`: when the process ended or executed another program; 0:
+    it lives. `levels`: the cgroups that are charged, leaf first. Times are CLOCK_MONOTONIC.
+    """
+
+    tgid: int
+    device: int
+    generation: int
+    turn: int
+    bytes: int
+    since_ns: int
+    ended_ns: int
+    levels: tuple[int, ...]
+
+
+def orphan_of(raw_key: bytes, raw: bytes) -> Orphan:
+    """An entry of the map."""
+    tgid, device, generation, turn = _KEY.unpack(raw_key)
+    bytes_, since_ns, ended_ns, _, *levels = _VALUE.unpack(raw)
+    return Orphan(tgid, device, generation, turn, bytes_, since_ns, ended_ns, tuple(filter(None, levels[::2])))
+
+
+class OrphanMap:
+    """The map, by the ledger's descriptors.
+
+    `run` runs the BPF program `adjust` with these arguments. `open_page` returns a new descriptor of a level's usage
+    page, or None.
+    """
+
+    def __init__(
+        self, maps: Mapping[str, int], run: Callable[..., int], open_page: Callable[[int], int | None]
+    ) -> None:
+        self._maps = maps
+        self._run = run
+        self._open_page = open_page
+
+    def entries(self) -> list[Orphan]:
+        """All entries."""
+        found = bpf.items(self._maps["orphans"], _KEY.size, _VALUE.size)
+        return [orphan_of(key, raw) for key, raw in found]
+
+    def let_go(self, orphan: Orphan, bytes_: int) -> bool:
+        """Releases so many bytes of an orphan at its levels; False where it has changed or is gone: read it again."""
+        key = orphan.tgid, orphan.device, orphan.generation, orphan.turn
+        return self._run(pages.Adjust.LET_GO, *key, bytes_) == 0
+
+    def of_level(self, cgroup: int) -> list[int]:
+        """Orphaned bytes of a level by device, those without an entry included; empty: it has no page."""
+        fd = self._open_page(cgroup)
+        if fd is None:
+            return []
+        try:
+            raw = bpf.lookup(fd, _U32.pack(0), ctypes.sizeof(pages.UsagePage))
+        finally:
+            os.close(fd)
+        return list(pages.UsagePage.from_buffer_copy(raw).orphaned) if raw else []
+
+    def disown(self, cgroup: int, device: int, bytes_: int) -> bool:
+        """Releases orphaned bytes of a level that have no entry."""
+        return self._run(pages.Adjust.DISOWN, cgroup, device, bytes_) == 0
+
+    def managed_freed(self, device: int) -> int:
+        """Bytes of managed memory that were ever freed on a device."""
+        raw = bpf.lookup(self._maps["managed_freed"], _U32.pack(device), _U64.size)
+        return int(_U64.unpack(raw)[0]) if raw else 0

@@ -1,0 +1,44 @@
+"""Memory that a process has and that no probe has seen it take, beyond what the driver takes by itself.
+
+NVML shows it. A process of a tenant that has more than contexts and modules explain uses a driver library that is not
+probed, whether or not it has the shim. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.orphans import Orphan
+from fgpu_ebpf.processes import Process
+
+MODULES_BYTES = 1 << 30  # of code and data that a program loads, which NVML shows and no call tells in advance
+
+
+class Unwitnessed:
+    """`contexts`: bytes of one context by ledger index. `modules`: bytes that code and data of a process may take."""
+
+    def __init__(self, contexts: Mapping[int, int], modules: int = MODULES_BYTES) -> None:
+        self._contexts = contexts
+        self._modules = modules
+
+    def find(self, processes: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[tuple[int, int], int]:
+        """Bytes by (pid, device), for processes that have more than all that explains it.
+
+        A process that has opened memory of others may have all that other processes export, or exported and left.
+        """
+        exported = {d: sum(p.exported[d] for p in processes.values()) for d in self._contexts}
+        for orphan in orphans:
+            if orphan.device in exported:
+                exported[orphan.device] += orphan.bytes
+        found = {
+            (pid, device): self._beyond(process, device, exported[device] - process.exported[device])
+            for pid, process in processes.items()
+            for device in self._contexts
+        }
+        return {where: bytes_ for where, bytes_ in found.items() if bytes_ > 0}
+
+    def _beyond(self, process: Process, device: int, importable: int) -> int:
+        imported = importable if process.flags & pages.Seen.IMPORT else 0
+        contexts = process.contexts[device] * self._contexts[device]
+        return process.overhead[device] - contexts - imported - self._modules

@@ -1,0 +1,17 @@
+"""Programs of a tenant that go around the shim."""
+
+from __future__ import annotations
+
+from harness import BUILD, Client, Program, Tenant
+
+BYPASS = f"{BUILD}/e2e/bypass"
+RAW = f"{BUILD}/e2e/raw"  # needs no library of the driver
+
+
+class Bypass(Client):
+    """A program that understands `alloc`, started by any command."""
+
+    def __init__(self, tenant: Tenant, name: str, command: str) -> None:
+        Program.__init__(self, tenant, name, command)
+        tenant._programs.append(self)
+        self._hello()

@@ -1,0 +1,65 @@
+"""Orphans, tenants and a ledger that knows nothing but usage, for tests of what is made of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.identity import Workload
+from fgpu_ebpf.orphans import Orphan
+from fgpu_ebpf.processes import Process
+from fgpu_ebpf.tenants import Source, Tenant
+
+MIB = 1 << 20
+ZEROES = (0,) * pages.DEVICES
+
+
+def first(bytes_: int) -> tuple[int, ...]:
+    """So many bytes on the first device."""
+    return bytes_, *ZEROES[1:]
+
+
+def orphan(
+    tgid: int = 11, bytes_: int = MIB, since_ns: int = 0, ended_ns: int = 1, levels: tuple[int, ...] = (7,)
+) -> Orphan:
+    return Orphan(tgid, 0, 5, 0, bytes_, since_ns, ended_ns, levels)
+
+
+def process(
+    flags: int = 0,
+    bytes_: int = 0,
+    overhead: int = 0,
+    contexts: int = 0,
+    levels: tuple[int, ...] = (7,),
+    exported: int = 0,
+) -> Process:
+    return Process(
+        9, levels, flags, 0, True, first(bytes_), first(overhead), ZEROES, ZEROES, first(contexts),
+        exported=first(exported),
+    )  # fmt: skip
+
+
+def tenant(cgroup: int = 7, path: str = "/a", **more: Any) -> Tenant:
+    workload = Workload(path=path, cgroup=cgroup, name="a")
+    return Tenant(workload, workload.name, Source.POLICY, "", {0: 4 * MIB}, **more)
+
+
+class Books:
+    """A ledger. `orphaned`: bytes of each level on the first device; `removed`: levels whose pages were taken away."""
+
+    def __init__(self) -> None:
+        self.orphaned: dict[int, int] = {}
+        self.processes: dict[int, Process] = {}
+        self.used = self.limit = 0
+        self.removed: list[int] = []
+        self.orphans = SimpleNamespace(of_level=lambda level: first(self.orphaned.get(level, 0)))
+
+    def remove(self, levels: list[int]) -> None:
+        self.removed += levels
+
+    def process(self, pid: int) -> Process | None:
+        return self.processes.get(pid)
+
+    def usage(self, _: int) -> list[Any]:
+        return [SimpleNamespace(used=self.used, limit=self.limit)]

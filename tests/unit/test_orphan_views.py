@@ -1,0 +1,232 @@
+"""Memory that outlives its process: where its keepers are found, when it is told of, and in which words."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from orphan_kit import MIB, Books, orphan, tenant
+
+from fgpu_ebpf import orphan_text, procfs
+from fgpu_ebpf.gone_tenants import FRESH_SECONDS, GoneTenants, left_behind
+from fgpu_ebpf.history import History
+from fgpu_ebpf.keepers import Held, Keepers, descriptors, find
+from fgpu_ebpf.orphan_reports import TOLD_AGE_NS, OrphanReports
+from fgpu_ebpf.reconcile import Truth
+
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    """What stands for a device node of the driver."""
+    path = tmp_path / "nvidiactl"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def keeper(node: Path) -> Iterator[Start]:
+    """Starts processes that have the node open."""
+    started = []
+
+    def start(**options: Any) -> subprocess.Popen[bytes]:
+        with node.open() as file:
+            started.append(subprocess.Popen(["sleep", "60"], pass_fds=[file.fileno()], **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def here() -> str:
+    path = procfs.cgroup_path(os.getpid())
+    assert path
+    return path
+
+
+# -- keepers
+
+
+def test_a_process_that_has_the_node_open_is_found_and_others_are_not(keeper: Start) -> None:
+    kept = keeper()
+    with subprocess.Popen(["sleep", "60"]) as other:
+        found = find(Held(1 << 22, (here(),)))
+        other.kill()
+    assert kept.pid in found
+    assert other.pid not in found
+
+
+def test_a_relative_of_the_ended_process_is_named_alone(keeper: Start) -> None:
+    keeper()
+    child = keeper(start_new_session=True)
+    assert find(Held(child.pid, (here(),))) == (child.pid,)
+
+
+def test_a_folder_of_another_name_s_beginning_is_another_cgroup(keeper: Start) -> None:
+    keeper()
+    assert find(Held(1 << 22, (here()[:-1] or "/x",))) == ()
+
+
+def test_the_next_cgroup_is_searched_where_the_innermost_has_no_keeper(keeper: Start) -> None:
+    kept = keeper()
+    assert kept.pid in find(Held(1 << 22, ("/no/such/cgroup", "/")))
+
+
+def test_descriptors_of_a_process_that_is_gone_are_none() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert descriptors(ended.pid, 9) == []
+
+
+def test_no_more_descriptors_are_read_than_asked_for() -> None:
+    with socket.socket(), socket.socket():
+        assert len(descriptors(os.getpid(), 2)) == 2
+
+
+def test_a_thread_finds_them_and_forgets_them(keeper: Start) -> None:
+    kept, keepers = keeper(start_new_session=True), Keepers()
+    assert keepers.of(kept.pid) == ()
+    keepers.look([Held(kept.pid, (here(),))])
+    deadline = time.monotonic() + 20
+    while not keepers.of(kept.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert keepers.of(kept.pid) == (kept.pid,)
+    keepers.look([])
+    assert keepers.of(kept.pid) == ()
+
+
+# -- reports
+
+
+class Reports:
+    """OrphanReports of one tenant, with a list of what the search was asked for."""
+
+    def __init__(self, *gone: Any) -> None:
+        self.truth, self.history, self.asked = Truth(), History(), list[list[Held]]()
+        manager = SimpleNamespace(enforcer=[tenant()], gone=gone)
+        keepers = SimpleNamespace(look=self.asked.append, of=lambda pid: (4711,) if pid == 11 else ())
+        self._reports = OrphanReports(lambda: self.truth, manager, keepers, self.history)  # type: ignore[arg-type]
+
+    def told(self) -> list[dict[str, Any]]:
+        self._reports.look()
+        return list(self.history.since(0)["events"])
+
+
+def aged(age_ns: int) -> int:
+    return time.monotonic_ns() - age_ns
+
+
+def test_an_orphan_is_told_of_once_when_it_is_old_enough() -> None:
+    reports = Reports()
+    reports.truth = Truth(orphans=(orphan(since_ns=aged(TOLD_AGE_NS // 2)),))
+    assert reports.told() == []
+    assert reports.asked == [[Held(11, ("/a", "/"))]], "keepers are searched before anything is told"
+    reports.truth = Truth(orphans=(orphan(since_ns=aged(2 * TOLD_AGE_NS)),))
+    for _ in range(2):
+        (event,) = reports.told()
+    named = {key: event[key] for key in ("what", "tenant", "pid", "gpu", "bytes", "reason", "text")}
+    assert named == {
+        "what": "orphaned", "tenant": "a", "pid": 11, "gpu": 0, "bytes": MIB, "reason": "ended",
+        "text": "kept by pid 4711",
+    }  # fmt: skip
+
+
+def test_keepers_of_a_process_that_has_just_ended_are_not_searched() -> None:
+    reports = Reports()
+    reports.truth = Truth(orphans=(orphan(since_ns=aged(0)),))
+    reports.told()
+    assert reports.asked == [[]]
+
+
+def test_an_export_without_a_keeper_is_told_of_as_that() -> None:
+    reports = Reports()
+    reports.truth = Truth(orphans=(orphan(tgid=12, ended_ns=0, since_ns=aged(2 * TOLD_AGE_NS)),))
+    (event,) = reports.told()
+    assert (event["reason"], event["text"]) == ("exported", "no process that keeps it was found")
+
+
+def test_a_tenant_whose_cgroup_is_gone_is_named() -> None:
+    reports = Reports(tenant(cgroup=9, path="/b"))
+    reports.truth = Truth(orphans=(orphan(levels=(9,), since_ns=aged(2 * TOLD_AGE_NS)),))
+    assert [event["tenant"] for event in reports.told()] == ["a"]
+    assert reports.asked[-1] == [Held(11, ("/b", "/"))]
+
+
+# -- words
+
+
+def row(**more: Any) -> dict[str, Any]:
+    return {"pid": 11, "gpu": 0, "bytes": 5 * MIB, "seconds": 2.0, "ended": True, "keepers": (4711,)} | more
+
+
+@pytest.mark.parametrize(
+    ("orphan_row", "sentence"),
+    [
+        (
+            row(),
+            "5MiB on gpu 0 stay charged for process 11, which has ended: kept by pid 4711; "
+            "end it, or have the descriptors of the driver closed",
+        ),
+        (
+            row(ended=False, keepers=(1, 2)),
+            "5MiB on gpu 0 stay charged for process 11, which exported and freed them: kept by pid 1, 2; "
+            "end them, or have the descriptors of the driver closed",
+        ),
+        (
+            row(keepers=()),
+            "5MiB on gpu 0 stay charged for process 11, which has ended: kept by a descriptor that no process of its "
+            "cgroups has; it may lie unread in a socket, or another container has it",
+        ),
+    ],
+)
+def test_what_people_read_says_what_to_do(orphan_row: dict[str, Any], sentence: str) -> None:
+    assert orphan_text.sentence(orphan_row) == sentence
+
+
+def test_a_process_that_the_driver_is_taking_down_is_not_shown() -> None:
+    assert orphan_text.lasting([row(seconds=0.4), row(seconds=1.1)]) == [row(seconds=1.1)]
+
+
+# -- tenants whose cgroup is gone
+
+
+def test_a_tenant_is_kept_while_the_device_holds_memory_of_its() -> None:
+    books = Books()
+    gone, kept = GoneTenants(books), tenant()  # type: ignore[arg-type]
+    books.orphaned = {7: MIB}
+    assert gone.keep([kept, tenant(cgroup=8)]) == {7}
+    assert [(t.cgroup, t.name) for t in gone] == [(7, "a-7")]
+    gone.tidy()
+    assert [t.cgroup for t in gone] == [7]
+    books.orphaned = {}
+    gone.tidy()
+    assert (list(gone), books.removed) == ([], [7])
+
+
+def test_what_is_held_for_long_counts_against_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    books = Books()
+    books.orphaned = {7: MIB}
+    gone = GoneTenants(books)  # type: ignore[arg-type]
+    gone.keep([tenant()])
+    assert gone.held_bytes(0) == 0, "a process that has just ended makes no room scarce"
+    later = time.monotonic() + FRESH_SECONDS + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert (gone.held_bytes(0), gone.held_bytes(1)) == (MIB, 0)
+
+
+def test_a_level_that_an_earlier_agent_left_has_a_name_of_its_own() -> None:
+    books = Books()
+    books.orphaned = {9: MIB}
+    gone = GoneTenants(books)  # type: ignore[arg-type]
+    gone.keep([left_behind(9)])
+    assert [(t.cgroup, t.name, t.path) for t in gone] == [(9, "gone-9", "")]

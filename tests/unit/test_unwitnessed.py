@@ -1,0 +1,121 @@
+"""Memory that no probe has seen a process take: how much there is, and what `onBypass: kill` does about it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from orphan_kit import MIB, Books, orphan, process, tenant
+
+from fgpu_ebpf.bypass_killer import BypassKiller
+from fgpu_ebpf.history import History
+from fgpu_ebpf.pages import Seen
+from fgpu_ebpf.reconcile import Truth
+from fgpu_ebpf.unwitnessed import Unwitnessed
+
+CONTEXT, MODULES = 3 * MIB, 2 * MIB
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "60"]) as started:
+        yield started
+        started.kill()
+
+
+def found(**facts: Any) -> int:
+    return Unwitnessed({0: CONTEXT}, MODULES).find({1: process(**facts)}, ()).get((1, 0), 0)
+
+
+def test_contexts_and_modules_explain_what_nvml_alone_shows() -> None:
+    assert found(overhead=2 * CONTEXT + MODULES, contexts=2) == 0
+    assert found(overhead=2 * CONTEXT + MODULES + 7, contexts=2) == 7
+
+
+@pytest.mark.parametrize(("flags", "beyond"), [(0, 4 * MIB), (Seen.IMPORT, 0)])
+def test_an_importer_may_have_what_others_export(flags: int, beyond: int) -> None:
+    exporter = process(exported=3 * MIB)
+    importer = process(flags=flags, overhead=MODULES + 4 * MIB)
+    unwitnessed = Unwitnessed({0: CONTEXT}, MODULES)
+    assert unwitnessed.find({1: exporter, 2: importer}, [orphan(bytes_=MIB)]).get((2, 0), 0) == beyond
+
+
+def test_what_a_process_exports_itself_explains_nothing() -> None:
+    assert found(flags=Seen.IMPORT, overhead=MODULES + 4 * MIB, exported=4 * MIB) == 4 * MIB
+
+
+# -- under onBypass: kill
+
+
+class Host:
+    """One tenant with a process, beyond its limit."""
+
+    def __init__(self, pid: int, **facts: Any) -> None:
+        self.books, self.history, self.is_spared = Books(), History(), False
+        self.books.used, self.books.limit = 5 * MIB, 4 * MIB
+        self.pid, self.process = pid, process(**facts)
+        self.books.processes = {pid: self.process}
+
+    def look(self, **options: Any) -> None:
+        one = tenant(**{"kill": True} | options)
+
+        class Enforcer(list):  # type: ignore[type-arg]
+            spares = staticmethod(lambda _: self.is_spared)
+
+        truth = Truth(processes={self.pid: self.process})
+        unwitnessed = Unwitnessed({0: CONTEXT}, MODULES)
+        BypassKiller(lambda: truth, self.books, Enforcer([one]), unwitnessed, self.history).look()  # type: ignore[arg-type]
+
+    def killed(self) -> list[int]:
+        return [event["pid"] for event in self.history.since(0)["events"] if event["what"] == "killed"]
+
+
+def is_killed(child: subprocess.Popen[bytes]) -> bool:
+    try:
+        return child.wait(0.2) == -signal.SIGKILL
+    except subprocess.TimeoutExpired:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("facts", "dies"),
+    [
+        ({"bytes_": 5 * MIB, "overhead": 5 * MIB}, True),  # no call of it was seen at all
+        ({"flags": Seen.CALL, "bytes_": 6 * MIB, "overhead": MODULES + 1}, True),
+        ({"flags": Seen.CALL, "bytes_": 6 * MIB, "overhead": MODULES}, False),  # the kernel's programs see to it
+        ({"flags": Seen.SHIM, "bytes_": 6 * MIB, "overhead": MODULES + 1}, True),
+        ({"bytes_": 0}, False),
+    ],
+)
+def test_a_process_beyond_its_limit_by_what_no_probe_saw_is_killed(
+    child: subprocess.Popen[bytes], facts: dict[str, Any], dies: bool
+) -> None:
+    host = Host(child.pid, **facts)
+    host.look()
+    assert is_killed(child) == dies
+    assert host.killed() == [child.pid] * dies
+
+
+@pytest.mark.parametrize("why", ["report", "observe", "spared", "within", "elsewhere", "another"])
+def test_it_lives(child: subprocess.Popen[bytes], why: str) -> None:
+    host = Host(child.pid, bytes_=5 * MIB, overhead=5 * MIB, levels=(8,) if why == "elsewhere" else (7,))
+    host.is_spared = why == "spared"
+    if why == "within":
+        host.books.used = host.books.limit
+    if why == "another":  # the pid's ledger entry is of a later program
+        host.books.processes = {child.pid: SimpleNamespace(generation=10)}  # type: ignore[dict-item]
+    host.look(kill=why != "report", observe=why == "observe")
+    assert not is_killed(child)
+    assert host.killed() == []
+
+
+def test_a_process_that_is_gone_is_no_error() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = Host(ended.pid, bytes_=5 * MIB)
+    host.look()
+    assert host.killed() == []
