@@ -77,8 +77,8 @@ def bypasses(one: Tenant) -> dict[str, float]:
 def test_an_honest_program_is_refused_nothing_whatever_its_libcuda_is(
     service: Service, compat: Path, tenant, contents: bytes, scale
 ) -> None:
-    """It takes 80 % of its limit and gives it back, again and again. What it frees by an unknown library counts once NVML
-    shows it, so that its next allocation waits.
+    """It takes 80 % of its limit and frees it, again and again. What it frees by an unknown library counts once NVML
+    shows it, so its next allocation waits.
     """
     with compat.open("ab") as file:
         file.write(contents)
