@@ -139,9 +139,9 @@ def test_doctor_names_tenant_reason_and_mend() -> None:
 
 
 def test_doctor_names_unknown_libraries_of_tenants_and_the_line_that_trusts_them() -> None:
-    def library(role: str, owner: str, letter: str = "", pid: int = 7) -> dict[str, Any]:
-        return {"path": f"/{letter}", "digest": f"sha256:{letter * 64}" if letter else "", "role": role, "tenant": owner,
-                "pids": [pid, pid + 1]}  # fmt: skip
+    def library(role: str, owner: str, letter: str = "") -> dict[str, Any]:
+        digest = f"sha256:{letter * 64}" if letter else ""
+        return {"path": f"/{letter}", "digest": digest, "role": role, "tenant": owner, "pids": [7, 8]}
 
     assert health._libraries([], []).ok
     known = health._libraries([library("listed", "a", "a"), library("unknown", "", "b")], [])
