@@ -149,5 +149,6 @@ def test_its_own_mappings_are_all_found(tmp_path: Path) -> None:
     ctypes.CDLL(str(library))
     with library.open("rb") as file:
         kept = mmap.mmap(file.fileno(), 4096, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC)
-        assert [one.path for one in Search(lambda _: False).by_contents(os.getpid()).files or ()] == [str(library)]
+        found = [one.path for one in Search(lambda _: False).by_contents(os.getpid()).files or ()]
+        assert found.count(str(library)) == 1
         kept.close()
