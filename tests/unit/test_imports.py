@@ -22,6 +22,7 @@ ORDER = (
         "journal",
         "keepers",
         "orphan_text",
+        "process_rows",
         "notify",
         "published",
         "processes",
