@@ -20,7 +20,7 @@ from typing import Any
 
 import pynvml
 
-from fgpu_ebpf import pages, probes, wholefile
+from fgpu_ebpf import library_files, pages, probe_plan, wholefile
 from fgpu_ebpf.checks import Check
 from fgpu_ebpf.process_rows import ProcessRows
 
@@ -79,7 +79,7 @@ class Nvml:
     @staticmethod
     def _preload(root: Path) -> None:
         """Loads this root's library, which pynvml then finds by its soname."""
-        for path in probes.driver_libraries(root, _NVML):
+        for path in library_files.driver_libraries(root, _NVML):
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
             return
         if root != Path("/"):
@@ -318,11 +318,11 @@ def checks(root: Path) -> list[Check]:
     except DriverError as error:
         return [Check("driver", False, "no driver", str(error))]
     found = f"{nvml.driver_version}, {len(nvml.devices)} device(s)"
-    libraries = probes.driver_libraries(root, "libcuda.so.1")
+    libraries = library_files.driver_libraries(root, "libcuda.so.1")
     if not libraries:
         return [Check("driver", False, found, f"no libcuda.so.1 under {root}: install the driver's CUDA library")]
     for path in libraries:
-        missing = probes.missing_functions(str(path))
+        missing = probe_plan.missing_functions(str(path))
         if missing:
             return [Check("driver", False, found, f"{path} lacks {', '.join(missing)}: update the driver")]
     return [Check("driver", True, found), *_mig(nvml)]

@@ -19,6 +19,8 @@ import pytest
 
 from fgpu_ebpf import bpf, pages, probes, procfs, programs
 from fgpu_ebpf.ledger import Ledger, LevelLimits
+from fgpu_ebpf.library_class import Role
+from fgpu_ebpf.library_files import Target
 from fgpu_ebpf.usage import Usage
 
 HERE = Path(__file__).parent
@@ -55,8 +57,8 @@ def loaded(folder: Path, sources: Path, shim: Path) -> Iterator[Kernel]:
         ledger.set_context_bytes(0, CONTEXT)
         attached = probes.Probes(pins, digest, ledger)
         attached.attach_process_ends()
-        for path in (driver, shim):
-            attached.attach(probes.Target.of(str(path)))
+        for path, role in ((driver, Role.HOST), (shim, Role.SHIM)):
+            attached.attach(Target.of(str(path)), role)
         root = procfs.cgroup2_root()
         assert root is not None
         yield Kernel(ledger, pins, driver, shim, root, attached)
