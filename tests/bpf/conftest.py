@@ -6,11 +6,12 @@ import ast
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 
 from fgpu_ebpf import bpf, pages, probes, procfs, programs
 from fgpu_ebpf.ledger import Ledger, LevelLimits
+from fgpu_ebpf.orphans import Orphan
 from fgpu_ebpf.usage import Usage
 
 HERE = Path(__file__).parent
@@ -26,12 +28,21 @@ REPOSITORY = HERE.parent.parent
 MIB = 1 << 20
 CONTEXT = 518 * MIB
 SECONDS = 5.0
+EXPORTS = {
+    "cuMemGetHandleForAddressRange": pages.Function.EXPORT_RANGE,
+    "cuMemPoolExportToShareableHandle": pages.Function.EXPORT_POOL,
+    "cuMemImportFromShareableHandle": pages.Function.IMPORT,
+}
+FUNCTIONS = probes.REQUIRED | probes.OPTIONAL | EXPORTS
 GONE_SECONDS = 60.0  # for thousands of killed processes to leave a cgroup
 
 
 @dataclass
 class Kernel:
-    """Programs pinned and attached to the test's own driver library and to the shim."""
+    """Programs pinned and attached to the test's own driver library and to the shim.
+
+    `unknown`: a copy of the driver library that is not trusted.
+    """
 
     ledger: Ledger
     pins: Path
@@ -39,6 +50,7 @@ class Kernel:
     shim: Path
     root: Path
     probes: probes.Probes
+    unknown: Path
 
 
 @contextlib.contextmanager
@@ -57,11 +69,32 @@ def loaded(folder: Path, sources: Path, shim: Path) -> Iterator[Kernel]:
         attached.attach_process_ends()
         for path in (driver, shim):
             attached.attach(probes.Target.of(str(path)))
+        unknown = folder / "unknown" / driver.name
+        unknown.parent.mkdir()
+        shutil.copy(driver, unknown)
         root = procfs.cgroup2_root()
         assert root is not None
-        yield Kernel(ledger, pins, driver, shim, root, attached)
+        with (
+            probed(pins, driver, pages.Class.HOST, EXPORTS.keys() - probes.OPTIONAL.keys()),
+            probed(pins, unknown, pages.Class.UNKNOWN, FUNCTIONS.keys()),
+        ):
+            yield Kernel(ledger, pins, driver, shim, root, attached, unknown)
     finally:
         probes.detach(pins)
+
+
+@contextlib.contextmanager
+def probed(pins: Path, library: Path, class_: pages.Class, symbols: Collection[str]) -> Iterator[None]:
+    """Functions of a driver library, whose calls are believed as far as those of this class."""
+    offsets = probes.symbol_offsets(str(library), symbols)
+    places = [(offset, FUNCTIONS[name] | class_ << pages.CLASS_SHIFT) for name, offset in offsets.items()]
+    with contextlib.ExitStack() as attached:
+        for name in probes.DRIVER_PROGRAMS:
+            program = bpf.pinned(pins / "programs" / name)
+            attached.callback(os.close, program)
+            for link in bpf.attach_uprobes(program, str(library), places, name == "call_return"):
+                attached.callback(os.close, link)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +126,31 @@ class Level:
 
     @property
     def used(self) -> int:
+        """All that is charged, in bytes."""
         return self.usage().used
+
+    @property
+    def orphaned(self) -> int:
+        """Charged bytes of processes that have ended, or that have exported and freed them."""
+        return self.usage().orphaned
+
+    @property
+    def held(self) -> int:
+        """Charged bytes of processes that live."""
+        usage = self.usage()
+        return usage.used - usage.orphaned
+
+    def orphans(self) -> list[Orphan]:
+        """Entries of the map `orphans` that this level is charged for, the oldest first."""
+        found = [orphan for orphan in self.kernel.ledger.orphans.entries() if self.cgroup in orphan.levels]
+        return sorted(found, key=lambda orphan: orphan.since_ns)
+
+    def let_go(self) -> int:
+        """Releases all orphans of the level, as the agent does when the device holds nothing of them; their bytes."""
+        orphans = self.orphans()
+        for orphan in orphans:
+            assert self.kernel.ledger.orphans.let_go(orphan, orphan.bytes)
+        return sum(orphan.bytes for orphan in orphans)
 
     def remove(self) -> None:
         deadline = time.monotonic() + GONE_SECONDS
@@ -102,6 +159,7 @@ class Level:
             time.sleep(0.01)  # who asks without a pause keeps the lock that those who leave need
             with contextlib.suppress(OSError):
                 self.path.rmdir()
+        self.let_go()
         self.kernel.ledger.remove([self.cgroup])
 
 
@@ -187,6 +245,20 @@ def level(make_level: Callable[..., Level]) -> Level:
 @pytest.fixture
 def client(make_client: Callable[..., Client], level: Level) -> Client:
     return make_client(level)
+
+
+def assert_left(level: Level, bytes_: int) -> None:
+    """The processes of a level have ended and held so much; it is charged until it is let go, and no longer."""
+    wait_until(lambda: level.held == 0)
+    assert (level.used, level.orphaned) == (bytes_, bytes_)
+    assert level.let_go() == bytes_
+    assert (level.used, level.orphaned) == (0, 0)
+
+
+def assert_corrected(kernel: Kernel, client: Client, overhead: int) -> None:
+    """NVML shows that a quiet process has so many bytes beyond the witnessed ones, and the ledger follows."""
+    process = client.entry(kernel)
+    assert kernel.ledger.overhead(client.pid, process.generation, 0, overhead, process.changes)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = SECONDS) -> None:
