@@ -268,12 +268,17 @@ def wait_until(condition: Callable[[], bool], seconds: float = SECONDS) -> None:
         time.sleep(0.001)
 
 
-def entries(kernel: Kernel, level: Level, shared: pages.Shared = pages.Shared.ALLOCATIONS) -> int:
+def page_of(kernel: Kernel, level: Level) -> pages.UsagePage:
+    """The level's usage page as it is now."""
     fd = kernel.ledger.page_fd(level.cgroup)
     assert fd is not None
-    raw = bpf.lookup(fd, bytes(4), 4096)
+    raw = bpf.lookup(fd, bytes(4), pages.PAGE_BYTES)
     os.close(fd)
-    return pages.UsagePage.from_buffer_copy(raw or b"").entries[shared]
+    return pages.UsagePage.from_buffer_copy(raw or b"")
+
+
+def entries(kernel: Kernel, level: Level, shared: pages.Shared = pages.Shared.ALLOCATIONS) -> int:
+    return page_of(kernel, level).entries[shared]
 
 
 def anomalies(kernel: Kernel) -> dict[str, int]:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from conftest import MIB, REPOSITORY, Kernel, anomalies, entries, loaded, wait_until
+from conftest import MIB, REPOSITORY, Kernel, anomalies, assert_left, entries, loaded
 from test_abused_calls import attack, attacker  # noqa: F401
 from test_events import events, fates  # noqa: F401
 
@@ -97,4 +97,5 @@ def test_what_has_an_entry_and_what_found_none_is_all(kernel, make_level, make_c
     assert [level.used for level in levels] == [23 - PART] * 4 + [23], "nobody knows how much that was"
     for client in clients:
         client.kill()
-    wait_until(lambda: not any(level.used for level in levels))
+    for level in levels:
+        assert_left(level, level.used)
