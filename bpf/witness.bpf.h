@@ -255,6 +255,9 @@ static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f, u64 any)
     }
 }
 
+/* Pool bytes are committed at once, and no call settles them. */
+static int is_for_a_call(struct fgpu_admission *a) { return a->ticket && a->kind != FGPU_POOL; }
+
 /* The call takes over what its thread was admitted. */
 static void take_over(struct fgpu_admission *a, struct fgpu_call *f)
 {
@@ -274,7 +277,7 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
     now.arguments[0] = PT_REGS_PARM1(ctx);
     now.arguments[1] = PT_REGS_PARM2(ctx);
     now.arguments[2] = PT_REGS_PARM4(ctx); /* of a mapping: the handle; of a pitched allocation: the height */
-    int settles = t->admission.ticket && takes(now.function);
+    int settles = is_for_a_call(&t->admission) && takes(now.function);
     if (UNLIKELY(t->call.function)) {
         /* A second probe on one file; or a call left by longjmp and made again, for which the old entry serves. */
         if (!settles && same_call(&t->call, &now)) return;

@@ -453,6 +453,13 @@ def test_a_retain_that_fails_leaves_no_reference(level, client):
     assert level.used == 0
 
 
+def test_pool_bytes_are_no_admission_of_a_context(kernel, level, client):
+    client(f"admit({MIB}, kind={int(POOL)})")
+    client("retain()")
+    assert level.used == CONTEXT + MIB
+    assert client.entry(kernel).flags & pages.Seen.BYPASS
+
+
 def test_a_refused_context(level, client):
     level.limit(100 * MIB)
     assert client(f"admit(0, kind={int(CONTEXT_KIND)})") == REFUSED
