@@ -18,30 +18,40 @@ static void lower_parts(struct fgpu_process *p, u32 device, u64 bytes, int handl
     if (exported) subtract(handle ? &has->exported_vmm : &has->exported, bytes);
 }
 
-/* What one of two charges of the same name has, whose end was not seen: as overhead, which NVML corrects. What others
- * may have open is orphaned. */
-static void leave_stale(struct fgpu_process *p, u32 tgid, int handle, struct fgpu_allocation *old)
+/* What one of two charges of the same name has, but for what its entry keeps, and whose end was not seen: as overhead,
+ * which NVML corrects. What others may have open is orphaned. */
+static void leave_stale(struct fgpu_process *p, u32 tgid, struct fgpu_allocation *old, u64 kept)
 {
-    lower_parts(p, old->device, old->bytes, handle, 0, old->exported);
+    lower_parts(p, old->device, old->exported ? old->bytes : 0, 0, 0, old->exported);
     if (old->exported)
         orphan_part(p, tgid, old->device, old->bytes);
     else
-        add_overhead(p, old->device, old->bytes);
+        add_overhead(p, old->device, old->bytes - kept);
+}
+
+/* Bytes that are freed by a name that two charges have: of what is on one device and not open elsewhere, the smaller,
+ * whichever of the two the driver frees. */
+static u64 least_of(struct fgpu_allocation *old, struct fgpu_allocation *new)
+{
+    if (old->exported || old->device != new->device) return 0;
+    return new->bytes < old->bytes ? new->bytes : old->bytes;
 }
 
 /* Two charges of one name: a free was not seen, or the name that a call returned is a lie. A tenant gains nothing by
- * it: nothing is released here. Managed memory stays charged until the process ends, and what is freed by the name
- * later is the smaller of two managed charges, or the one that is not managed, which NVML corrects. */
+ * it: nothing is released here, and no free by this name releases more than the driver frees. The rest has no entry: of
+ * managed memory and handles it stays charged until the process ends, of all else NVML corrects it. */
 static void keep_one(struct fgpu_process *p, struct fgpu_allocation_key *key, struct fgpu_allocation *old,
                      struct fgpu_allocation *new)
 {
     int handle = key->space == FGPU_SPACE_HANDLE;
-    u64 is_managed = !handle && new->owner, was_managed = !handle && old->owner;
+    u64 is_managed = !handle && new->owner, was_managed = !handle && old->owner, least = least_of(old, new);
     anomaly(FGPU_ANOMALY_STALE);
+    if (!handle && !was_managed) leave_stale(p, key->tgid, old, is_managed ? least : 0);
+    if (!handle && !is_managed) add_overhead(p, new->device, new->bytes - least);
+    new->bytes = least;
+    new->owner = is_managed &&was_managed;
+    new->references = old->references;
     new->level = old->level;
-    if (is_managed && was_managed && new->bytes > old->bytes) new->bytes = old->bytes;
-    if (is_managed && !was_managed) return;
-    if (!was_managed) leave_stale(p, key->tgid, handle, old);
     allocations.update(key, new);
 }
 
@@ -54,7 +64,8 @@ static void keep(struct fgpu_process *p, struct fgpu_allocation_key *key, u64 by
     struct fgpu_allocation *there = allocations.lookup(key);
     if (!there) return;
     struct fgpu_allocation old = *there;
-    if (old.bytes && (old.era == on(p, old.device)->era || key->space == FGPU_SPACE_HANDLE)) {
+    int is_there = old.era == on(p, old.device)->era || key->space == FGPU_SPACE_HANDLE;
+    if (is_there && key->space != FGPU_SPACE_CONTEXT) {
         keep_one(p, key, &old, &value);
         return;
     }
