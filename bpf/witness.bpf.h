@@ -49,20 +49,61 @@ static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     release(p, f->device, f->bytes);
 }
 
-/* A call whose end is not seen (its thread has ended, or has left it by longjmp): the driver may have done it. What it
- * was charged stays charged: as managed memory, of which NVML says nothing, until the process ends; else as overhead,
- * which NVML corrects. */
+static void make_primary(struct fgpu_process *p, u32 device)
+{
+    if (!__sync_val_compare_and_swap(&on(p, device)->primary, 0, 1)) __sync_fetch_and_add(&on(p, device)->contexts, 1);
+}
+
+static void hold_handle(struct fgpu_process *p, u32 tgid, u64 handle)
+{
+    struct fgpu_allocation_key key = {
+        .tgid = tgid, .space = FGPU_SPACE_HANDLE, .generation = p->generation, .handle = handle};
+    struct fgpu_allocation *a = allocations.lookup(&key);
+    if (a) __sync_fetch_and_add(&a->references, 1);
+}
+
+/* A call whose end is not seen (its thread has ended, or has left it by longjmp or for another call): the driver may
+ * have done it. What it was charged stays charged: as managed memory or a handle, of which NVML may say nothing, until
+ * the process ends; else as overhead, which NVML corrects. A context that it may have made keeps another one from being
+ * the last, a mapping its handle, and an export what is freed later. */
 static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
-    if (frees(f->function)) {
+    switch (f->function) {
+    case FGPU_FUNCTION_FREE:
+    case FGPU_FUNCTION_RELEASE:
+    case FGPU_FUNCTION_ARRAY_DESTROY:
+    case FGPU_FUNCTION_DESTROY:
         enter_again(p, tgid, f);
         return;
-    }
-    if (f->function == FGPU_FUNCTION_RETAIN) one_less(&on(p, f->device)->retained);
-    if (f->function == FGPU_FUNCTION_ALLOC_MANAGED)
+    case FGPU_FUNCTION_ALLOC_MANAGED:
         __sync_fetch_and_add(&on(p, f->device)->managed, f->bytes);
-    else
-        add_overhead(p, f->device, f->bytes);
+        return;
+    case FGPU_FUNCTION_CREATE:
+        __sync_fetch_and_add(&on(p, f->device)->vmm, f->bytes);
+        return;
+    case FGPU_FUNCTION_MAP:
+        hold_handle(p, tgid, f->arguments[2]);
+        return;
+    case FGPU_FUNCTION_RETAIN: /* its reference is counted already */
+        make_primary(p, f->device);
+        break;
+    case FGPU_FUNCTION_CONTEXT_V2:
+    case FGPU_FUNCTION_CONTEXT_V3:
+    case FGPU_FUNCTION_CONTEXT_V4:
+        __sync_fetch_and_add(&on(p, f->device)->contexts, 1);
+        break;
+    case FGPU_FUNCTION_EXPORT:
+    case FGPU_FUNCTION_EXPORT_POINTER:
+    case FGPU_FUNCTION_EXPORT_RANGE:
+        p->flags |= FGPU_SEEN_EXPORT;
+        break;
+    case FGPU_FUNCTION_EXPORT_POOL:
+        p->flags |= FGPU_SEEN_POOL_EXPORT;
+        break;
+    default:
+        break;
+    }
+    add_overhead(p, f->device, f->bytes);
 }
 
 /* Takes one reference of the allocation into the flight; the last one takes the entry, before the driver can hand

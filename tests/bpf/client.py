@@ -29,11 +29,16 @@ def use_page(fd):
     page = mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ)
 
 
-def linger(seconds):
-    """Every call of the driver takes so long from now on."""
+def meanwhile(call):
+    """This is called in the middle of this thread's next call of the driver."""
     global inside
-    inside = ctypes.CFUNCTYPE(None)(lambda: time.sleep(seconds))
+    inside = ctypes.CFUNCTYPE(None)(call)
     ctypes.c_void_p.in_dll(cuda, "inside").value = ctypes.cast(inside, ctypes.c_void_p).value
+
+
+def linger(seconds):
+    """The next call of the driver takes so long."""
+    meanwhile(lambda: time.sleep(seconds))
 
 
 def admit(bytes_, kind=0, device=0, again=False):

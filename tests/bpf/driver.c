@@ -22,12 +22,17 @@ __thread int result;
 __thread uint64_t answer, second_answer;
 __thread void (*inside)(void);
 
+void set(int code, uint64_t a, uint64_t b) { result = code, answer = a, second_answer = b; }
+
 static int end(void)
 {
     if (inside) {
         void (*hook)(void) = inside;
+        int code = result;
+        uint64_t first = answer;
         inside = 0;
-        hook();
+        hook(); /* it may make calls of its own */
+        set(code, first, second_answer);
     }
     return result;
 }
@@ -65,8 +70,6 @@ int cuMipmappedArrayCreate(uint64_t *a, const void *shape, unsigned levels) { re
 int cuArrayDestroy(uint64_t a) { return end(); }
 int cuMipmappedArrayDestroy(uint64_t a) { return end(); }
 int cuCtxDestroy_v2(uint64_t c) { return end(); }
-
-void set(int code, uint64_t a, uint64_t b) { result = code, answer = a, second_answer = b; }
 
 /* -- things that Python cannot do ------------------------------------------------------------------------------- */
 
