@@ -95,10 +95,10 @@ static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     case FGPU_FUNCTION_EXPORT:
     case FGPU_FUNCTION_EXPORT_POINTER:
     case FGPU_FUNCTION_EXPORT_RANGE:
-        p->flags |= FGPU_SEEN_EXPORT;
+        note(p, FGPU_SEEN_EXPORT);
         break;
     case FGPU_FUNCTION_EXPORT_POOL:
-        p->flags |= FGPU_SEEN_POOL_EXPORT;
+        note(p, FGPU_SEEN_POOL_EXPORT);
         break;
     default:
         break;
@@ -106,15 +106,21 @@ static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     add_overhead(p, f->device, f->bytes);
 }
 
+/* Of managed memory NVML says nothing, and which context is the last decides about all of it: a library that is not
+ * trusted ends neither. They stay charged until the process ends, or another library ends them. */
+static int is_ended(u64 function, struct fgpu_allocation *a, int trusted)
+{
+    return trusted || (function != FGPU_FUNCTION_DESTROY && !(function == FGPU_FUNCTION_FREE && a->owner));
+}
+
 /* Takes one reference of the allocation into the flight; the last one takes the entry, before the driver can hand
- * the same pointer to another thread. Of managed memory NVML says nothing, so a library that is not trusted frees none:
- * it stays charged until the process ends. */
+ * the same pointer to another thread. */
 static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, int trusted)
 {
     struct fgpu_allocation_key key = {
         .tgid = tgid, .space = space_of(f->function), .generation = p->generation, .handle = f->arguments[0]};
     struct fgpu_allocation *a = allocations.lookup(&key);
-    if (!a || (!trusted && f->function == FGPU_FUNCTION_FREE && a->owner)) return;
+    if (!a || !is_ended(f->function, a, trusted)) return;
     f->device = a->device;
     f->references = 1;
     f->bytes = a->bytes;
@@ -348,7 +354,7 @@ int call_enter(struct pt_regs *ctx)
     hit(bpf_get_attach_cookie(ctx) & FGPU_FUNCTION_MASK);
     if (UNLIKELY(!p) && processes.lookup(&tgid)) anomaly(FGPU_ANOMALY_LOST);
     if (!t) return 0;
-    if (!(p->flags & FGPU_SEEN_CALL)) p->flags |= FGPU_SEEN_CALL;
+    if (!(p->flags & FGPU_SEEN_CALL)) note(p, FGPU_SEEN_CALL);
     busy(p, t);
     entered(ctx, p, tgid, t);
     return 0;

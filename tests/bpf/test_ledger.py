@@ -72,7 +72,7 @@ def test_a_failed_call_gives_the_admission_back(level, client):
 
 def test_the_admission_of_a_thread_that_ends_stays_charged_until_nvml_shows_that_it_was_not_used(kernel, level, client):
     client(f"cuda.thread_admits_and_ends(u64({30 * MIB}))")
-    wait_until(lambda: client.entry(kernel).quiet)  # before Linux 6.16 a join may return before the kernel tells the end
+    wait_until(lambda: client.entry(kernel).quiet)  # before Linux 6.16 a join may return before the end is told
     assert (level.used, client.entry(kernel).overhead[0]) == (30 * MIB, 30 * MIB)
     assert_corrected(kernel, client, 0)
     assert level.used == 0
