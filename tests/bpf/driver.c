@@ -3,6 +3,7 @@
  * middle of it. For tests of the kernel side alone, which need failures, reused pointers and calls that never return.
  */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -14,7 +15,6 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 void (*admit)(unsigned, uint64_t, unsigned, uint64_t);
@@ -105,23 +105,26 @@ void thread_ends_inside(uint64_t n, int managed)
     pthread_join(thread, 0);
 }
 
-/* Takes memory in a child that has this address space, and waits for its end; returns the child's pid. */
-static uint64_t child_bytes;
-static int allocate_as_child(void *pointer)
+/* A child that has this address space, or a copy of it. Orders come by the FIFO `orders`: a: it takes child_bytes; e:
+ * it executes another program; x: it ends. */
+static uint64_t child_bytes, child_pointer;
+static int obey(void *orders)
 {
     uint64_t p;
-    set(0, (uint64_t)pointer, 0);
-    cuMemAlloc_v2(&p, child_bytes);
+    int fd = open(orders, O_RDONLY);
+    for (char order; read(fd, &order, 1) == 1;) {
+        set(0, child_pointer++, 0);
+        if (order == 'a') cuMemAlloc_v2(&p, child_bytes);
+        if (order == 'e') execl("/bin/sleep", "sleep", "100", NULL);
+        if (order == 'x') break;
+    }
     _exit(0);
 }
-int allocate_in_child(uint64_t pointer, uint64_t n, int flags)
+int start_child(char *orders, int flags, uint64_t pointer, uint64_t n)
 {
     char *stack = malloc(1 << 20);
-    child_bytes = n;
-    int pid = clone(allocate_as_child, stack + (1 << 20), CLONE_VM | SIGCHLD | flags, (void *)pointer);
-    waitpid(pid, 0, 0);
-    free(stack);
-    return pid;
+    child_pointer = pointer, child_bytes = n;
+    return clone(obey, stack + (1 << 20), SIGCHLD | flags, orders);
 }
 
 static uint64_t reused;

@@ -105,6 +105,24 @@ def test_a_bypass_is_told_once_a_process(kernel, events, level, client):
     assert anomalies(kernel)["BYPASS"] >= 2
 
 
+def test_refusals_do_not_use_up_what_a_bypass_is_told_with(events, level, client):
+    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has only begun
+    for _ in range(101):
+        client(f"admit({2048 * MIB})")
+    client(f"alloc(0x1000, {MIB})")
+    assert [event.tgid for event in of(events, level, News.BYPASS)] == [client.pid]
+
+
+def test_a_bypass_that_was_not_told_is_told_at_a_later_call(events, level, client):
+    """More processes at once than a level may tell of in a second."""
+    twice = "(alloc(0x1000, 4096), time.sleep(2.2), alloc(0x2000, 4096), os._exit(0))"
+    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has only begun
+    children = client(f"[os.fork() or {twice} for _ in range(25)]")
+    client(f"[os.waitpid(pid, 0) for pid in {children}]")
+    told = [event.tgid for event in of(events, level, News.BYPASS)]
+    assert sorted(told) == sorted(children)
+
+
 def test_a_call_that_fails_names_nobody(kernel, events, level, client):
     before = anomalies(kernel)["BYPASS"]
     client(f"alloc(0x1000, {MIB}, code=3)")  # a forked child's, which has no context

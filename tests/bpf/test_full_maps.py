@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import struct
 import time
 from collections.abc import Iterator
 
@@ -18,7 +19,12 @@ from fgpu_ebpf import bpf, pages
 ADMITTED = 1
 CONTEXT_KIND = pages.Kind.CONTEXT
 NOBODY = 1 << 23  # above every pid
-VALUES = {"allocations": pages.Allocation, "threads": pages.Thread, "processes": pages.Process}
+VALUES = {
+    "allocations": pages.Allocation,
+    "threads": pages.Thread,
+    "processes": pages.Process,
+    "counters": ctypes.c_uint64,
+}
 
 
 class NoRoom(Exception):
@@ -38,6 +44,8 @@ class Full:
         n = self._entered
         if self._name == "allocations":
             return bytes(pages.AllocationKey(tgid=NOBODY, generation=1, handle=n))
+        if self._name == "counters":
+            return struct.pack("QQ", NOBODY, n)
         return (
             (NOBODY << 32 | n).to_bytes(8, "little") if self._name == "threads" else (NOBODY + n).to_bytes(4, "little")
         )
@@ -111,10 +119,19 @@ def test_a_free_that_nobody_saw_is_noticed_when_the_pointer_comes_again(kernel, 
         client("(thread.start(), thread.join())")
         assert level.used == 4 * MIB
     client(f"alloc(0x1000, {6 * MIB})")
-    assert (level.used, client.entry(kernel).overhead[0]) == (10 * MIB, 4 * MIB)
-    assert_corrected(kernel, client, 0)
+    assert (level.used, client.entry(kernel).overhead[0]) == (10 * MIB, 6 * MIB)
+    assert_corrected(kernel, client, 2 * MIB)
     client.kill()
     assert_left(level, 6 * MIB)
+
+
+# -- counters
+
+
+def test_a_refusal_that_has_no_counter_is_counted_all_the_same(kernel, counted, level, client):
+    with full(kernel, "counters"):
+        assert client(f"admit({2048 * MIB})") == 0
+    assert level.usage().refused == 1
 
 
 # -- allocations
