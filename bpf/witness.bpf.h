@@ -130,8 +130,10 @@ static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, in
         f->bytes = 0;
         return;
     }
-    if (a->era != on(p, a->device)->era && f->function != FGPU_FUNCTION_RELEASE)
-        f->bytes = 0; /* went with its context */
+    if (a->era != on(p, a->device)->era && f->function != FGPU_FUNCTION_RELEASE) {
+        f->bytes = 0;                                                /* went with its context */
+        if (f->function != FGPU_FUNCTION_DESTROY) f->references = 0; /* and does not come back where the free fails */
+    }
     delete_allocation(&key, a);
 }
 

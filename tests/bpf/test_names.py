@@ -126,6 +126,17 @@ def test_a_name_of_an_ended_context_is_another_s(kernel, level, client):
     assert level.used == 0
 
 
+def test_a_name_of_an_ended_context_is_another_s_though_its_free_failed(kernel, level, client):
+    """The driver refuses to free what went with the context."""
+    client("retain()")
+    client(f"managed(0x1000, {4 * MIB})")
+    client("primary_release()")
+    client("free(0x1000, code=1)")
+    client(f"managed(0x1000, {6 * MIB})")
+    client("free(0x1000)")
+    assert (level.used, client.entry(kernel).managed[0]) == (0, 0)
+
+
 def test_a_context_s_name_that_comes_again_is_a_context_more(kernel, level, client):
     for _ in range(2):
         client("context(0xabc)")
