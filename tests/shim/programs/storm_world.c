@@ -80,8 +80,7 @@ static void answer(unsigned kind, uint64_t ticket, uint64_t verdict)
 {
     uint64_t slot = ticket & (FGPU_VERDICTS - 1);
     if (kind & FGPU_TAGGED)
-        PUT(usage[0]->answers[slot],
-            (uint64_t)getpid() << FGPU_TAG_SHIFT | (ticket & FGPU_TICKET_BITS) << 2 | verdict);
+        PUT(usage[0]->answers[slot], (uint64_t)getpid() << FGPU_TAG_SHIFT | (ticket & FGPU_TICKET_BITS) << 2 | verdict);
     else
         PUT(usage[0]->verdicts[slot], ticket << 2 | verdict);
 }
@@ -94,6 +93,7 @@ static void admit(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticke
     storm_counts.refused += !granted;
     if (is_hello && getpid() == self) atomic_fetch_add(&mapped, 1);
     storm_counts.tagged += !!(kind & FGPU_TAGGED);
+    storm_counts.patient += !!(kind & FGPU_PATIENT);
     answer(kind, ticket, granted ? FGPU_ADMITTED : FGPU_REFUSED);
 }
 
@@ -272,6 +272,11 @@ static void limit(struct fgpu_usage_page *pages, unsigned round)
         PUT(pages[1].devices[i].limit, 2 * LIMIT);
         if (!(round % 9)) PUT(pages[0].devices[i].used, 0); /* most of what was granted is free again by now */
     }
+    for (int i = FIRST_INDEX; i < FIRST_INDEX + DEVICES; i++) /* what is waited for, a moment each time */
+        for (int level = 0; level < LEVELS; level++) {
+            PUT(pages[level].orphaned[i], round % 3 ? LIMIT / (round % 5 + 1) : 0);
+            PUT(pages[level].orphaned_ns[i], now_ns() - 3950000000u);
+        }
     PUT(pages[0].flags, round % 6 ? 0 : FGPU_OBSERVE);
     PUT(pages[1].flags, round % 10 ? 0 : FGPU_OBSERVE);
 }
