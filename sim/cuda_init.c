@@ -4,12 +4,14 @@
 #include "cuda_state.h"
 #include "link.h"
 
+#include <fcntl.h>
 #include <string.h>
 #include <unistd.h>
 
 struct driver driver;
 
 static struct link connection = LINK_INIT;
+static int node = -1; /* open until the process ends, as the real library's descriptors of /dev/nvidiactl */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 void sim_lock(void) { pthread_mutex_lock(&lock); }
@@ -92,6 +94,8 @@ static CUresult initialise(void)
 {
     uint32_t n;
     if (link_open(&connection, FGPU_SIM_DIR, &n) || !n) return CUDA_ERROR_NO_DEVICE;
+    if (node < 0) node = open(FGPU_SIM_DIR "/" SIM_NODE_NAME, O_RDONLY | O_CLOEXEC);
+    if (node < 0) return CUDA_ERROR_NO_DEVICE;
     for (uint32_t i = 0; i < n; i++)
         if (sim_ask(SIM_DEVICE, (struct sim_request){.device = i}, &driver.devices[i], sizeof driver.devices[i]))
             return CUDA_ERROR_NO_DEVICE;

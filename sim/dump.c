@@ -26,9 +26,9 @@ static void print_process(const struct sim_record *r, const char *before)
         bytes += r->bytes[kind];
         requested += r->requested[kind];
     }
-    printf("%s\n    {\"pid\": %u, \"device\": %u, \"contexts\": %u, \"bytes\": %" PRIu64
+    printf("%s\n    {\"pid\": %u, \"device\": %u, \"ended\": %s, \"contexts\": %u, \"bytes\": %" PRIu64
            ", \"requested_bytes\": %" PRIu64,
-           before, r->pid, r->device, r->contexts, bytes, requested);
+           before, r->pid, r->device, r->has_ended ? "true" : "false", r->contexts, bytes, requested);
     for (int kind = 0; kind < SIM_KINDS; kind++) {
         /* Managed memory takes nothing from the device, so what was asked is all there is to tell. */
         printf(", \"%s_bytes\": %" PRIu64, kinds[kind], kind == SIM_MANAGED ? r->requested[kind] : r->bytes[kind]);

@@ -10,8 +10,11 @@
 #define FGPU_SIM_DIR "/run/fgpu-sim"
 #endif
 #define SIM_SOCKET_NAME "driver"
+/* What every CUDA program has open besides, as it has the real driver's nodes: by this name tools on the host recognise
+ * a process that has descriptors of the driver. */
+#define SIM_NODE_NAME "nvidiactl"
 
-#define SIM_MAGIC 0x66677331u /* "fgs1": the digit is the version */
+#define SIM_MAGIC 0x66677332u /* "fgs2": the digit is the version */
 #define SIM_MAX_DEVICES 16
 #define SIM_MAX_CLIENTS 1024
 #define SIM_MAX_CONTEXTS 512 /* per client and over all its devices */
@@ -146,7 +149,7 @@ struct sim_record {
     uint32_t pid;
     uint32_t device;
     uint32_t contexts;
-    uint32_t spare;
+    uint32_t has_ended; /* the process, whose connection another one has */
     uint64_t total;
     uint64_t reserved;
     uint64_t used;
