@@ -56,14 +56,9 @@ int sim_ask_file(uint32_t op, struct sim_request request, void *payload, size_t 
     return link_call_file(&connection, request, NULL, payload, room, file);
 }
 
-CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested)
+CUresult sim_result(int status)
 {
-    struct sim_request request = {.device = (uint32_t)device,
-                                  .kind = kind,
-                                  .context = context ? context->id : 0,
-                                  .bytes = bytes,
-                                  .requested = requested};
-    switch (sim_ask(SIM_TAKE, request, NULL, 0)) {
+    switch (status) {
     case SIM_OK:
         return CUDA_SUCCESS;
     case SIM_NO_MEMORY:
@@ -74,6 +69,16 @@ CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint6
     default:
         return CUDA_ERROR_UNKNOWN;
     }
+}
+
+CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested)
+{
+    struct sim_request request = {.device = (uint32_t)device,
+                                  .kind = kind,
+                                  .context = context ? context->id : 0,
+                                  .bytes = bytes,
+                                  .requested = requested};
+    return sim_result(sim_ask(SIM_TAKE, request, NULL, 0));
 }
 
 /* No result: the server drops a client that gives back what it does not hold, so a failure here is a defect of this

@@ -14,8 +14,8 @@ static void print_device(const struct sim_record *r, const struct sim_device *de
 {
     printf("%s\n    {\"index\": %u, \"uuid\": \"%s\", \"name\": \"%s\", \"total_bytes\": %" PRIu64
            ", \"reserved_bytes\": %" PRIu64 ", \"used_bytes\": %" PRIu64 ", \"driver_bytes\": %" PRIu64
-           ", \"free_bytes\": %" PRIu64 ", \"context_bytes\": %" PRIu64 "}",
-           before, r->device, device->uuid, device->name, r->total, r->reserved, r->used, r->driver,
+           ", \"exported_bytes\": %" PRIu64 ", \"free_bytes\": %" PRIu64 ", \"context_bytes\": %" PRIu64 "}",
+           before, r->device, device->uuid, device->name, r->total, r->reserved, r->used, r->driver, r->exported,
            r->total - r->reserved - r->used, device->context_bytes);
 }
 

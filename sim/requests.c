@@ -85,11 +85,15 @@ static struct answer answer_share(struct client *client, const struct sim_reques
         a.status = share_open(client, key, &payload.share, &a.file);
         break;
     case SIM_IMPORT:
-        a.status = share_import(client, sent, &payload.share, &a.file);
+        a.status = share_import(client, request->kind, sent, &payload.share, &a.file);
         break;
     case SIM_EXPORT:
-        a.status = share_export(client, key, &a.file);
+        a.status = share_export(client, key, request->flags & SIM_FLAG_RANGE, &a.file);
         a.is_ours = true;
+        a.size = 0;
+        break;
+    case SIM_RESIZE:
+        a.status = share_resize(client, key, request->bytes);
         a.size = 0;
         break;
     default:
@@ -145,6 +149,7 @@ static struct answer answer(struct client *client, const struct sim_request *req
     case SIM_EXPORT:
     case SIM_IMPORT:
     case SIM_DROP:
+    case SIM_RESIZE:
         return answer_share(client, request, sent);
     case SIM_DEVICE:
         payload.device = server.gpus[request->device].info;

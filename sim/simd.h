@@ -61,7 +61,8 @@ struct client {
 struct gpu {
     struct sim_device info;
     uint64_t used;
-    uint64_t driver; /* of it, what is in no process's name */
+    uint64_t driver;   /* of it, what is in no process's row */
+    uint64_t exported; /* of that, what several processes may hold */
     uint64_t n_xids;
     uint32_t xids[SIM_KEPT_XIDS]; /* the last ones, each at its number modulo their room */
 };
@@ -102,15 +103,18 @@ bool ledger_close(struct client *client, const struct sim_request *request);
 void ledger_forget(struct client *client);
 
 struct holding *ledger_holding(struct client *client, uint32_t device, uint32_t kind, uint64_t context);
-void ledger_keep(uint32_t device, uint64_t bytes); /* in no process's name */
-void ledger_let_go(uint32_t device, uint64_t bytes);
+void ledger_unname(uint32_t device, uint64_t bytes); /* in no process's row any more, and again */
+void ledger_name(uint32_t device, uint64_t bytes);
+bool ledger_take_unnamed(uint32_t device, uint64_t bytes); /* from the device; false: it has no room */
+void ledger_free_unnamed(uint32_t device, uint64_t bytes);
 
 /* shares.c: memory of several processes. Descriptors that come in stay the caller's, those that go out too. */
-#define TAG_EXPORT (1ull << 32) /* of the event that says that nobody has an exported descriptor any more */
+#define TAG_EXPORT (1ull << 32) /* of the event that says that an exported descriptor was closed for the last time */
 enum sim_status share_new(struct client *client, const struct sim_request *request, int file, struct sim_share *out);
 enum sim_status share_open(struct client *client, const uint64_t *key, struct sim_share *out, int *file);
-enum sim_status share_import(struct client *client, int descriptor, struct sim_share *out, int *file);
-enum sim_status share_export(const struct client *client, const uint64_t *key, int *descriptor);
+enum sim_status share_import(struct client *client, uint32_t kind, int descriptor, struct sim_share *out, int *file);
+enum sim_status share_export(const struct client *client, const uint64_t *key, bool is_range, int *descriptor);
+enum sim_status share_resize(struct client *client, const uint64_t *key, uint64_t bytes);
 bool share_drop(struct client *client, const uint64_t *key);
 void share_export_ends(uint32_t index);
 void shares_leave_context(struct client *client, uint64_t context);

@@ -68,7 +68,8 @@ uint32_t view_dump(struct sim_record *out, uint32_t room)
                                        .total = gpu->info.memory_total,
                                        .reserved = gpu->info.memory_reserved,
                                        .used = gpu->used,
-                                       .driver = gpu->driver};
+                                       .driver = gpu->driver,
+                                       .exported = gpu->exported};
     }
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
         for (uint32_t device = 0; c->state != CLIENT_FREE && device < server.n_gpus; device++) {

@@ -118,7 +118,8 @@ static void ask(const uint8_t *data)
 static void check_devices(void)
 {
     for (uint32_t i = 0; i < server.n_gpus; i++)
-        CHECK(server.gpus[i].used <= server.gpus[i].info.memory_total && server.gpus[i].driver <= server.gpus[i].used);
+        CHECK(server.gpus[i].used <= server.gpus[i].info.memory_total && server.gpus[i].driver <= server.gpus[i].used &&
+              server.gpus[i].exported <= server.gpus[i].driver);
 }
 
 /* What hangs up is heard, as in the server's own loop; what they held comes back at once. */
@@ -133,7 +134,8 @@ static void end_all(void)
     for (int n; (n = epoll_wait(server.epoll, events, 64, 0)) > 0;)
         for (int i = 0; i < n; i++)
             if (events[i].data.u64 >= TAG_EXPORT) share_export_ends((uint32_t)(events[i].data.u64 - TAG_EXPORT));
-    for (uint32_t i = 0; i < server.n_gpus; i++) CHECK(!server.gpus[i].used && !server.gpus[i].driver);
+    for (uint32_t i = 0; i < server.n_gpus; i++)
+        CHECK(!server.gpus[i].used && !server.gpus[i].driver && !server.gpus[i].exported);
     CHECK(!server.n_closed && !server.n_attached && !server.n_held && !lanes_any());
 }
 

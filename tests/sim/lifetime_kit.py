@@ -11,6 +11,7 @@ from collections.abc import Callable
 from subprocess import Popen
 
 from .conftest import Machine, say
+from .sharing_kit import hear
 
 SYS_PIDFD_GETFD = 438
 
@@ -37,11 +38,6 @@ def serve():
                 files = driver_files(); sock.connect("\\0" + more[0]); socket.send_fds(sock, [b"x"], files)
             say("sent")
 """
-
-
-def hear(client: Popen[str]) -> str:
-    assert client.stdout is not None
-    return client.stdout.readline().strip()
 
 
 def get_descriptor(pid: int, fd: int) -> int:

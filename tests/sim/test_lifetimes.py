@@ -11,7 +11,8 @@ import time
 import pytest
 
 from .conftest import CLIENT, MIB, Machine, say
-from .lifetime_kit import FILES, KEEPERS, compute_rows, hear
+from .lifetime_kit import FILES, KEEPERS, compute_rows
+from .sharing_kit import hear
 from .test_server import BLOCK, TAKE, request
 
 CONTEXT = 518
