@@ -128,7 +128,7 @@ int admit(struct pt_regs *ctx)
     if (!h.page[0]) return 0;
     if (kind == FGPU_HELLO) {
         if (!p) return 0;
-        p->flags |= FGPU_SEEN_SHIM;
+        note(p, FGPU_SEEN_SHIM);
     } else if (UNLIKELY(!t)) {
         verdict = without_entry(&h, PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), kind);
         if (verdict == FGPU_AGAIN) return 0; /* the shim says hello again */

@@ -261,7 +261,7 @@ struct fgpu_process {
 };
 #define FGPU_SEEN_SHIM 1
 #define FGPU_SEEN_BYPASS 2
-#define FGPU_SEEN_EXPORT 4       /* of memory that has no entry: any of it may be open elsewhere */
+#define FGPU_SEEN_EXPORT 4       /* of memory that has no entry: what it frees may be open elsewhere */
 #define FGPU_SEEN_CALL 8         /* by a probe: not only by NVML */
 #define FGPU_SEEN_POOL_EXPORT 16 /* pool bytes that it gives back may be open elsewhere */
 #define FGPU_SEEN_IMPORT 32      /* it has opened memory of other processes */

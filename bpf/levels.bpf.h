@@ -43,6 +43,10 @@ static u64 side_of(u64 turn)
 
 static struct fgpu_level *levels_of(struct fgpu_process *p, u64 side) { return &p->sides[side_of(side) * FGPU_LEVELS]; }
 
+/* Two threads may note something at once, and neither may be lost. LLVM 14 has this for 64 bits alone: the flags are
+ * the upper half of the word that begins with `level_count`. */
+static void note(struct fgpu_process *p, u64 flag) { __sync_fetch_and_or((u64 *)&p->level_count, flag << 32); }
+
 static struct fgpu_holding *on(struct fgpu_process *p, u64 device) { return &p->devices[slot(device)]; }
 static s64 *charged(struct fgpu_process *p, u64 side, u32 device) { return &on(p, device)->charged[side_of(side)]; }
 

@@ -18,30 +18,40 @@ static void lower_parts(struct fgpu_process *p, u32 device, u64 bytes, int handl
     if (exported) subtract(handle ? &has->exported_vmm : &has->exported, bytes);
 }
 
-/* What one of two charges of the same name has, whose end was not seen: as overhead, which NVML corrects. What others
- * may have open is orphaned. */
-static void leave_stale(struct fgpu_process *p, u32 tgid, int handle, struct fgpu_allocation *old)
+/* What one of two charges of the same name has, but for what its entry keeps, and whose end was not seen: as overhead,
+ * which NVML corrects. What others may have open is orphaned. */
+static void leave_stale(struct fgpu_process *p, u32 tgid, struct fgpu_allocation *old, u64 kept)
 {
-    lower_parts(p, old->device, old->bytes, handle, 0, old->exported);
+    lower_parts(p, old->device, old->exported ? old->bytes : 0, 0, 0, old->exported);
     if (old->exported)
         orphan_part(p, tgid, old->device, old->bytes);
     else
-        add_overhead(p, old->device, old->bytes);
+        add_overhead(p, old->device, old->bytes - kept);
+}
+
+/* Bytes that are freed by a name that two charges have: of what is on one device and not open elsewhere, the smaller,
+ * whichever of the two the driver frees. */
+static u64 least_of(struct fgpu_allocation *old, struct fgpu_allocation *new)
+{
+    if (old->exported || old->device != new->device) return 0;
+    return new->bytes < old->bytes ? new->bytes : old->bytes;
 }
 
 /* Two charges of one name: a free was not seen, or the name that a call returned is a lie. A tenant gains nothing by
- * it: nothing is released here. Managed memory stays charged until the process ends, and what is freed by the name
- * later is the smaller of two managed charges, or the one that is not managed, which NVML corrects. */
+ * it: nothing is released here, and no free by this name releases more than the driver frees. The rest has no entry: of
+ * managed memory and handles it stays charged until the process ends, of all else NVML corrects it. */
 static void keep_one(struct fgpu_process *p, struct fgpu_allocation_key *key, struct fgpu_allocation *old,
                      struct fgpu_allocation *new)
 {
     int handle = key->space == FGPU_SPACE_HANDLE;
-    u64 is_managed = !handle && new->owner, was_managed = !handle && old->owner;
+    u64 is_managed = !handle && new->owner, was_managed = !handle && old->owner, least = least_of(old, new);
     anomaly(FGPU_ANOMALY_STALE);
+    if (!handle && !was_managed) leave_stale(p, key->tgid, old, is_managed ? least : 0);
+    if (!handle && !is_managed) add_overhead(p, new->device, new->bytes - least);
+    new->bytes = least;
+    new->owner = is_managed &&was_managed;
+    new->references = old->references;
     new->level = old->level;
-    if (is_managed && was_managed && new->bytes > old->bytes) new->bytes = old->bytes;
-    if (is_managed && !was_managed) return;
-    if (!was_managed) leave_stale(p, key->tgid, handle, old);
     allocations.update(key, new);
 }
 
@@ -54,7 +64,8 @@ static void keep(struct fgpu_process *p, struct fgpu_allocation_key *key, u64 by
     struct fgpu_allocation *there = allocations.lookup(key);
     if (!there) return;
     struct fgpu_allocation old = *there;
-    if (old.bytes && (old.era == on(p, old.device)->era || key->space == FGPU_SPACE_HANDLE)) {
+    int is_there = old.era == on(p, old.device)->era || key->space == FGPU_SPACE_HANDLE;
+    if (is_there && key->space != FGPU_SPACE_CONTEXT) {
         keep_one(p, key, &old, &value);
         return;
     }
@@ -69,21 +80,17 @@ static void tally_witnessed(struct fgpu_process *p, u32 device, u64 bytes)
 }
 
 /* What lived in the device's contexts is gone with the last of them. Handles and pools outlive it, and so does what
- * other processes may have open. A library that is not trusted frees nothing by it: `out->kept` tells how much is
- * orphaned instead, and its managed memory stays. */
-static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *out, int trusted)
+ * other processes may have open. */
+static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *out)
 {
     struct fgpu_holding *has = on(p, device);
     u64 kept = has->vmm + has->pool, bytes = has->bytes, managed = has->managed;
-    u64 open = p->flags & FGPU_SEEN_EXPORT || !trusted ? bytes : has->exported;
-    if (!trusted) kept += managed;
+    u64 open = p->flags & FGPU_SEEN_EXPORT ? bytes : has->exported;
     has->overhead = 0;
     has->exported = 0;
+    has->managed = 0;
     has->era++;
-    if (trusted) {
-        has->managed = 0;
-        free_managed(p, device, managed);
-    }
+    free_managed(p, device, managed);
     bytes = bytes > kept ? bytes - kept : 0;
     if (open > bytes) open = bytes;
     out->orphaned = open;
@@ -91,26 +98,26 @@ static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *
 }
 
 /* Of a context that is not the last, its own bytes go at once; NVML tells how much was in it. */
-static u64 end_context(struct fgpu_process *p, u32 device, struct outcome *out, int trusted)
+static u64 end_context(struct fgpu_process *p, u32 device, struct outcome *out)
 {
     device &= DEVICE_MASK;
     s64 left = one_less(&on(p, device)->contexts);
     if (left < 0) return 0;
-    if (!left) return end_last_context(p, device, out, trusted);
+    if (!left) return end_last_context(p, device, out);
     u64 *known = contexts.lookup(&device);
     s64 overhead = on(p, device)->overhead, own = known ? *known : 0;
     __sync_fetch_and_add(&on(p, device)->ended, 1);
     if (own > overhead) own = overhead;
-    if (own <= 0 || !trusted) return 0;
+    if (own <= 0) return 0;
     add_overhead(p, device, -own);
     return own;
 }
 
-static u64 end_primary(struct fgpu_process *p, u32 device, struct outcome *out, int trusted)
+static u64 end_primary(struct fgpu_process *p, u32 device, struct outcome *out)
 {
     device &= DEVICE_MASK;
     if (!__sync_val_compare_and_swap(&on(p, device)->primary, 1, 0)) return 0;
-    return end_context(p, device, out, trusted);
+    return end_context(p, device, out);
 }
 
 /* A context has come to be. Its bytes are overhead: NVML corrects them. */
@@ -148,7 +155,7 @@ static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allo
 }
 
 /* One reference less; the last one frees the memory, if it is not open elsewhere. */
-static void drop_reference(struct fgpu_process *p, struct fgpu_allocation_key *key, int trusted)
+static void drop_reference(struct fgpu_process *p, struct fgpu_allocation_key *key)
 {
     struct fgpu_allocation *a = allocations.lookup(key);
     if (!a || __sync_fetch_and_add(&a->references, -1ULL) != 1) return;
@@ -157,14 +164,14 @@ static void drop_reference(struct fgpu_process *p, struct fgpu_allocation_key *k
     delete_allocation(key, a);
     subtract(&on(p, device)->vmm, bytes);
     if (exported) subtract(&on(p, device)->exported_vmm, bytes);
-    if (exported || p->flags & FGPU_SEEN_EXPORT || !trusted)
+    if (exported || p->flags & FGPU_SEEN_EXPORT)
         orphan_part(p, key->tgid, device, bytes);
     else
         release(p, device, bytes);
 }
 
 /* (pointer, bytes): may cover several mappings, one after the other. */
-static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, int trusted)
+static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
     u64 at = f->arguments[0], end = at + f->arguments[1];
     for (int i = 0; i < SPAN && at < end; i++) {
@@ -176,7 +183,7 @@ static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_al
         delete_allocation(key, mapping);
         key->space = FGPU_SPACE_HANDLE;
         key->handle = owner;
-        drop_reference(p, key, trusted);
+        drop_reference(p, key);
         at += bytes;
     }
 }
@@ -262,13 +269,20 @@ static void exported(struct fgpu_process *p, struct fgpu_allocation_key *key, u3
     key->handle = handle;
     struct fgpu_allocation *a = allocations.lookup(key);
     if (!a) {
-        p->flags |= FGPU_SEEN_EXPORT;
+        note(p, FGPU_SEEN_EXPORT);
         return;
     }
     if (a->exported) return;
     a->exported = 1;
     u64 *sum = space == FGPU_SPACE_HANDLE ? &on(p, a->device)->exported_vmm : &on(p, a->device)->exported;
     __sync_fetch_and_add(sum, a->bytes);
+}
+
+/* A reference that a library of the tenant's own has dropped may be there in truth, and keep memory that a trusted
+ * library seems to free: so nothing of this process is taken for freed from now on. */
+static void distrust(struct fgpu_process *p, u64 function)
+{
+    if (function == FGPU_FUNCTION_UNMAP || function == FGPU_FUNCTION_RELEASE) note(p, FGPU_SEEN_EXPORT);
 }
 
 /* The call succeeded; returns the bytes that it freed. `key` has the process's name. */
@@ -282,12 +296,12 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
     case FGPU_FUNCTION_ARRAY_DESTROY:
         return freed(p, f, &out->orphaned, trusted);
     case FGPU_FUNCTION_DESTROY:
-        return f->references ? end_context(p, f->device, out, trusted) : 0;
+        return f->references ? end_context(p, f->device, out) : 0;
     case FGPU_FUNCTION_MAP:
         mapped(p, f, key);
         return 0;
     case FGPU_FUNCTION_UNMAP:
-        unmapped(p, f, key, trusted);
+        unmapped(p, f, key);
         return 0;
     case FGPU_FUNCTION_RETAIN_HANDLE: {
         key->space = FGPU_SPACE_HANDLE;
@@ -304,10 +318,10 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
         exported(p, key, FGPU_SPACE_POINTER, f->arguments[1]);
         return 0;
     case FGPU_FUNCTION_EXPORT_POOL:
-        p->flags |= FGPU_SEEN_POOL_EXPORT;
+        note(p, FGPU_SEEN_POOL_EXPORT);
         return 0;
     case FGPU_FUNCTION_IMPORT:
-        p->flags |= FGPU_SEEN_IMPORT;
+        note(p, FGPU_SEEN_IMPORT);
         return 0;
     case FGPU_FUNCTION_RETAIN:
         bytes = retained(p, f);
@@ -316,12 +330,14 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
         out->new = 1;
         return bytes;
     case FGPU_FUNCTION_PRIMARY_RESET: /* its references stay */
+        if (!trusted) return 0;
         f->device = device_of_ordinal(p, key, f->arguments[0]);
-        return end_primary(p, f->device, out, trusted);
+        return end_primary(p, f->device, out);
     case FGPU_FUNCTION_PRIMARY_RELEASE:
+        if (!trusted) return 0;
         f->device = device_of_ordinal(p, key, f->arguments[0]);
         if (one_less(&on(p, f->device)->retained)) return 0;
-        return end_primary(p, f->device, out, trusted);
+        return end_primary(p, f->device, out);
     case FGPU_FUNCTION_CONTEXT_V2:
     case FGPU_FUNCTION_CONTEXT_V3:
     case FGPU_FUNCTION_CONTEXT_V4:
@@ -339,11 +355,11 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
  * bypass. Told once: it counts as told when it was sent. */
 static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
 {
-    p->flags |= FGPU_SEEN_BYPASS;
+    note(p, FGPU_SEEN_BYPASS);
     anomaly(FGPU_ANOMALY_BYPASS);
     if (p->flags & FGPU_TOLD_BYPASS) return;
     if (tell_urgently(page_of(p->levels[0]), FGPU_NEWS_BYPASS, f->device, f->uncovered, operation_of(f), 0))
-        p->flags |= FGPU_TOLD_BYPASS;
+        note(p, FGPU_TOLD_BYPASS);
 }
 
 int call_return(struct pt_regs *ctx)
@@ -362,6 +378,7 @@ int call_return(struct pt_regs *ctx)
         struct fgpu_allocation_key key = {.tgid = tgid, .generation = p->generation};
         struct outcome out = {};
         cover(p, &f, late_bytes(p, &f), 1);
+        if (!is_trusted(cookie)) distrust(p, f.function);
         out.freed = settle(p, &f, &key, &out, is_trusted(cookie));
         if (out.new) keep(p, &key, out.bytes, f.device, out.owner);
         release(p, f.device, out.freed);

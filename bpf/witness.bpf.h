@@ -49,31 +49,78 @@ static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     release(p, f->device, f->bytes);
 }
 
-/* A call whose end is not seen (its thread has ended, or has left it by longjmp): the driver may have done it. What it
- * was charged stays charged: as managed memory, of which NVML says nothing, until the process ends; else as overhead,
- * which NVML corrects. */
+static void make_primary(struct fgpu_process *p, u32 device)
+{
+    if (!__sync_val_compare_and_swap(&on(p, device)->primary, 0, 1)) __sync_fetch_and_add(&on(p, device)->contexts, 1);
+}
+
+static void hold_handle(struct fgpu_process *p, u32 tgid, u64 handle)
+{
+    struct fgpu_allocation_key key = {
+        .tgid = tgid, .space = FGPU_SPACE_HANDLE, .generation = p->generation, .handle = handle};
+    struct fgpu_allocation *a = allocations.lookup(&key);
+    if (a) __sync_fetch_and_add(&a->references, 1);
+}
+
+/* A call whose end is not seen (its thread has ended, or has left it by longjmp or for another call): the driver may
+ * have done it. What it was charged stays charged: as managed memory or a handle, of which NVML may say nothing, until
+ * the process ends; else as overhead, which NVML corrects. A context that it may have made keeps another one from being
+ * the last, a mapping its handle, and an export what is freed later. */
 static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
-    if (frees(f->function)) {
+    switch (f->function) {
+    case FGPU_FUNCTION_FREE:
+    case FGPU_FUNCTION_RELEASE:
+    case FGPU_FUNCTION_ARRAY_DESTROY:
+    case FGPU_FUNCTION_DESTROY:
         enter_again(p, tgid, f);
         return;
-    }
-    if (f->function == FGPU_FUNCTION_RETAIN) one_less(&on(p, f->device)->retained);
-    if (f->function == FGPU_FUNCTION_ALLOC_MANAGED)
+    case FGPU_FUNCTION_ALLOC_MANAGED:
         __sync_fetch_and_add(&on(p, f->device)->managed, f->bytes);
-    else
-        add_overhead(p, f->device, f->bytes);
+        return;
+    case FGPU_FUNCTION_CREATE:
+        __sync_fetch_and_add(&on(p, f->device)->vmm, f->bytes);
+        return;
+    case FGPU_FUNCTION_MAP:
+        hold_handle(p, tgid, f->arguments[2]);
+        return;
+    case FGPU_FUNCTION_RETAIN: /* its reference is counted already */
+        make_primary(p, f->device);
+        break;
+    case FGPU_FUNCTION_CONTEXT_V2:
+    case FGPU_FUNCTION_CONTEXT_V3:
+    case FGPU_FUNCTION_CONTEXT_V4:
+        __sync_fetch_and_add(&on(p, f->device)->contexts, 1);
+        break;
+    case FGPU_FUNCTION_EXPORT:
+    case FGPU_FUNCTION_EXPORT_POINTER:
+    case FGPU_FUNCTION_EXPORT_RANGE:
+        note(p, FGPU_SEEN_EXPORT);
+        break;
+    case FGPU_FUNCTION_EXPORT_POOL:
+        note(p, FGPU_SEEN_POOL_EXPORT);
+        break;
+    default:
+        break;
+    }
+    add_overhead(p, f->device, f->bytes);
+}
+
+/* Of managed memory NVML says nothing, and which context is the last decides about all of it: a library that is not
+ * trusted ends neither. They stay charged until the process ends, or another library ends them. */
+static int is_ended(u64 function, struct fgpu_allocation *a, int trusted)
+{
+    return trusted || (function != FGPU_FUNCTION_DESTROY && !(function == FGPU_FUNCTION_FREE && a->owner));
 }
 
 /* Takes one reference of the allocation into the flight; the last one takes the entry, before the driver can hand
- * the same pointer to another thread. Of managed memory NVML says nothing, so a library that is not trusted frees none:
- * it stays charged until the process ends. */
+ * the same pointer to another thread. */
 static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, int trusted)
 {
     struct fgpu_allocation_key key = {
         .tgid = tgid, .space = space_of(f->function), .generation = p->generation, .handle = f->arguments[0]};
     struct fgpu_allocation *a = allocations.lookup(&key);
-    if (!a || (!trusted && f->function == FGPU_FUNCTION_FREE && a->owner)) return;
+    if (!a || !is_ended(f->function, a, trusted)) return;
     f->device = a->device;
     f->references = 1;
     f->bytes = a->bytes;
@@ -83,8 +130,10 @@ static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, in
         f->bytes = 0;
         return;
     }
-    if (a->era != on(p, a->device)->era && f->function != FGPU_FUNCTION_RELEASE)
-        f->bytes = 0; /* went with its context */
+    if (a->era != on(p, a->device)->era && f->function != FGPU_FUNCTION_RELEASE) {
+        f->bytes = 0;                                                /* went with its context */
+        if (f->function != FGPU_FUNCTION_DESTROY) f->references = 0; /* and does not come back where the free fails */
+    }
     delete_allocation(&key, a);
 }
 
@@ -255,6 +304,9 @@ static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f, u64 any)
     }
 }
 
+/* Pool bytes are committed at once, and no call settles them. */
+static int is_for_a_call(struct fgpu_admission *a) { return a->ticket && a->kind != FGPU_POOL; }
+
 /* The call takes over what its thread was admitted. */
 static void take_over(struct fgpu_admission *a, struct fgpu_call *f)
 {
@@ -274,7 +326,7 @@ static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struc
     now.arguments[0] = PT_REGS_PARM1(ctx);
     now.arguments[1] = PT_REGS_PARM2(ctx);
     now.arguments[2] = PT_REGS_PARM4(ctx); /* of a mapping: the handle; of a pitched allocation: the height */
-    int settles = t->admission.ticket && takes(now.function);
+    int settles = is_for_a_call(&t->admission) && takes(now.function);
     if (UNLIKELY(t->call.function)) {
         /* A second probe on one file; or a call left by longjmp and made again, for which the old entry serves. */
         if (!settles && same_call(&t->call, &now)) return;
@@ -304,7 +356,7 @@ int call_enter(struct pt_regs *ctx)
     hit(bpf_get_attach_cookie(ctx) & FGPU_FUNCTION_MASK);
     if (UNLIKELY(!p) && processes.lookup(&tgid)) anomaly(FGPU_ANOMALY_LOST);
     if (!t) return 0;
-    if (!(p->flags & FGPU_SEEN_CALL)) p->flags |= FGPU_SEEN_CALL;
+    if (!(p->flags & FGPU_SEEN_CALL)) note(p, FGPU_SEEN_CALL);
     busy(p, t);
     entered(ctx, p, tgid, t);
     return 0;

@@ -17,7 +17,7 @@ from fgpu_ebpf.audit import Audit, Verdict
 from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.checks import Check
 from fgpu_ebpf.corrections import Corrections, Drift
-from fgpu_ebpf.device_sample import Rows
+from fgpu_ebpf.device_sample import Rows, Sample
 from fgpu_ebpf.devices import Nvml
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.orphan_release import OrphanRelease
@@ -181,8 +181,7 @@ class Reconciler:
 
         Overheads are corrected before orphans are let go: what an importer's row shows is charged to it first.
         """
-        self._corrections.mark(device)
-        sample = device_sample.take(self._nvml, self._ledger, device)
+        sample = self._sample(device)
         for n in range(tries):
             if sample is None:
                 release.balance.forget()
@@ -192,12 +191,17 @@ class Reconciler:
             is_unquiet = self._corrections.look(device, sample, ended[device], drift)
             if not is_unquiet or n == tries - 1:
                 break
-            sample = device_sample.take(self._nvml, self._ledger, device)
+            sample = self._sample(device)
         assert sample
         room = release.look(sample, orphans, ended[device])
         if room is not None and self._levels:
             release.look_without_entries(list(self._levels), room)
         return sample.rows
+
+    def _sample(self, device: int) -> Sample | None:
+        """Marked before each: what a process has at most afterwards explains what this sample shows of it."""
+        self._corrections.mark(device)
+        return device_sample.take(self._nvml, self._ledger, device)
 
     def _full(self, now: Truth, so_far: int) -> Truth:
         """What is asked less often."""

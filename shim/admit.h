@@ -12,6 +12,7 @@ struct admission {
     int index;        /* the ledger's, where something was granted; else -1 */
     bool settles;     /* no return probe on this kernel: we say how it went */
     bool by_books;    /* granted by the container's own: they too are told how it went */
+    bool patient;     /* refused for now: bytes of ended processes may make room, and nothing was counted */
     unsigned kind;
     uint64_t ticket, bytes;
 };
@@ -21,7 +22,18 @@ struct admission {
 HIDDEN CUstreamCaptureMode fgpu_relax(void);
 HIDDEN void fgpu_unrelax(CUstreamCaptureMode mode);
 
+/* -- reclaim.c: asks, and where it is refused makes what room it can and asks again. It may wait for memory of ended
+ * processes; `patience` says how much longer, for all the questions of one call. NULL: not at all. */
+struct patience {
+    uint64_t until_ns; /* 0: nothing was waited for yet */
+};
 HIDDEN struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind);
+HIDDEN struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal, uint64_t bytes, unsigned kind);
+
+/* -- admit.c: one question. What begins is asked, as often as it makes sense, and ends. */
+HIDDEN struct admission fgpu_admission_begin(struct fgpu_view view, CUdevice ordinal, uint64_t bytes, unsigned kind);
+HIDDEN void fgpu_ask_once(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, bool patient);
+HIDDEN void fgpu_admission_end(struct admission *admission, struct fgpu_view view);
 HIDDEN CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle);
 HIDDEN void fgpu_settled_books(const struct admission *admission, CUresult result, uint64_t handle);
 HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);

@@ -249,6 +249,8 @@ HIDDEN struct fgpu_view fgpu_insist(void); /* hello again: the probes did not an
 HIDDEN uint64_t fgpu_ticket(void);
 HIDDEN uint64_t fgpu_clock(int which); /* a clock of Linux, in ns */
 HIDDEN uint64_t fgpu_now(void);
+
+/* -- verdict.c. A verdict, or -1: the kernel does not answer. */
 HIDDEN int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
 
 /* -- admit.c */

@@ -111,6 +111,7 @@ uint8_t *range_touch(struct range *range, uintptr_t at, size_t length)
         range->block->backed = true;
         return (uint8_t *)at;
     }
+    if (range->is_foreign) return (uint8_t *)at;
     if (range->kind != RANGE_DEVICE && range->kind != RANGE_POOL && range->kind != RANGE_GRAPH)
         return range->kind == RANGE_MAPPED && !(range->access & CU_MEM_ACCESS_FLAGS_PROT_READ) ? NULL : (uint8_t *)at;
     size_t needed = page_up(at + length - range->start);

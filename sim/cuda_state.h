@@ -131,6 +131,7 @@ struct range {
     int device;
     uint64_t id;
     uint64_t key[2]; /* not 0: other processes may have it, or it is theirs */
+    bool is_foreign; /* RANGE_POOL: of an imported pool */
     struct context *context;
     struct block *block;
     struct vmm_handle *handle;
@@ -160,6 +161,7 @@ void sim_unlock(void);
 void sim_lock(void);
 int sim_ask(uint32_t op, struct sim_request request, void *payload, size_t room);
 int sim_ask_file(uint32_t op, struct sim_request request, void *payload, size_t room, int *file); /* as link.h */
+CUresult sim_result(int status); /* of a server that was asked for memory */
 CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested);
 void sim_give(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested);
 bool sim_is_device(CUdevice device);
@@ -186,10 +188,19 @@ bool block_return(struct context *context, struct block *block, uintptr_t start,
 CUresult memory_allocate(struct context *context, size_t size, CUdeviceptr *out);
 CUresult memory_free(uintptr_t at);
 
-/* cuda_share.c */
+/* cuda_share.c: what other processes may have is known by a key */
+static inline bool has_key(const uint64_t *key) { return key[0] || key[1]; }
 CUresult share_memory(struct sim_request request, void *start, size_t size, size_t filled, uint64_t *key);
+CUresult share_range(struct range *range, uint64_t *key);
+CUresult share_export(const uint64_t *key, uint32_t flags, int *descriptor);
+CUresult share_import(int descriptor, enum sim_kind kind, struct sim_share *share, int *file);
 CUresult share_open(const uint64_t *key, struct sim_share *share, int *file);
+CUresult share_resize(const uint64_t *key, uint64_t bytes); /* of a pool */
 void share_drop(const uint64_t *key);
+void *share_map(int file, size_t size);
+
+/* cuda_vmm.c */
+CUresult vmm_key(const struct range *range, uint64_t *key); /* of the memory that is mapped there */
 
 /* cuda_ipc.c */
 void ipc_forget(struct range *range); /* of a context that ends */

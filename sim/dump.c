@@ -14,8 +14,8 @@ static void print_device(const struct sim_record *r, const struct sim_device *de
 {
     printf("%s\n    {\"index\": %u, \"uuid\": \"%s\", \"name\": \"%s\", \"total_bytes\": %" PRIu64
            ", \"reserved_bytes\": %" PRIu64 ", \"used_bytes\": %" PRIu64 ", \"driver_bytes\": %" PRIu64
-           ", \"free_bytes\": %" PRIu64 ", \"context_bytes\": %" PRIu64 "}",
-           before, r->device, device->uuid, device->name, r->total, r->reserved, r->used, r->driver,
+           ", \"exported_bytes\": %" PRIu64 ", \"free_bytes\": %" PRIu64 ", \"context_bytes\": %" PRIu64 "}",
+           before, r->device, device->uuid, device->name, r->total, r->reserved, r->used, r->driver, r->exported,
            r->total - r->reserved - r->used, device->context_bytes);
 }
 
@@ -26,9 +26,9 @@ static void print_process(const struct sim_record *r, const char *before)
         bytes += r->bytes[kind];
         requested += r->requested[kind];
     }
-    printf("%s\n    {\"pid\": %u, \"device\": %u, \"contexts\": %u, \"bytes\": %" PRIu64
+    printf("%s\n    {\"pid\": %u, \"device\": %u, \"ended\": %s, \"contexts\": %u, \"bytes\": %" PRIu64
            ", \"requested_bytes\": %" PRIu64,
-           before, r->pid, r->device, r->contexts, bytes, requested);
+           before, r->pid, r->device, r->has_ended ? "true" : "false", r->contexts, bytes, requested);
     for (int kind = 0; kind < SIM_KINDS; kind++) {
         /* Managed memory takes nothing from the device, so what was asked is all there is to tell. */
         printf(", \"%s_bytes\": %" PRIu64, kinds[kind], kind == SIM_MANAGED ? r->requested[kind] : r->bytes[kind]);

@@ -46,9 +46,32 @@ static void let_go(struct gpu *gpu, uint64_t bytes)
     gpu->driver -= bytes;
 }
 
-void ledger_keep(uint32_t device, uint64_t bytes) { keep(&server.gpus[device], bytes); }
+/* Memory that several processes may hold, as far as it is in no process's row. */
+void ledger_unname(uint32_t device, uint64_t bytes)
+{
+    server.gpus[device].driver += bytes;
+    server.gpus[device].exported += bytes;
+}
 
-void ledger_let_go(uint32_t device, uint64_t bytes) { let_go(&server.gpus[device], bytes); }
+void ledger_name(uint32_t device, uint64_t bytes)
+{
+    server.gpus[device].driver -= bytes;
+    server.gpus[device].exported -= bytes;
+}
+
+bool ledger_take_unnamed(uint32_t device, uint64_t bytes)
+{
+    if (!fits(&server.gpus[device], bytes)) return false;
+    server.gpus[device].used += bytes;
+    ledger_unname(device, bytes);
+    return true;
+}
+
+void ledger_free_unnamed(uint32_t device, uint64_t bytes)
+{
+    server.gpus[device].used -= bytes;
+    ledger_name(device, bytes);
+}
 
 static enum sim_status open_context(struct client *client, const struct sim_request *request)
 {

@@ -85,11 +85,15 @@ static struct answer answer_share(struct client *client, const struct sim_reques
         a.status = share_open(client, key, &payload.share, &a.file);
         break;
     case SIM_IMPORT:
-        a.status = share_import(client, sent, &payload.share, &a.file);
+        a.status = share_import(client, request->kind, sent, &payload.share, &a.file);
         break;
     case SIM_EXPORT:
-        a.status = share_export(client, key, &a.file);
+        a.status = share_export(client, key, request->flags & SIM_FLAG_RANGE, &a.file);
         a.is_ours = true;
+        a.size = 0;
+        break;
+    case SIM_RESIZE:
+        a.status = share_resize(client, key, request->bytes);
         a.size = 0;
         break;
     default:
@@ -145,6 +149,7 @@ static struct answer answer(struct client *client, const struct sim_request *req
     case SIM_EXPORT:
     case SIM_IMPORT:
     case SIM_DROP:
+    case SIM_RESIZE:
         return answer_share(client, request, sent);
     case SIM_DEVICE:
         payload.device = server.gpus[request->device].info;
@@ -208,29 +213,22 @@ static void reply_to(struct client *client, const struct sim_request *request, i
     if (a.is_ours) close(a.file);
 }
 
-/* Nothing more is read from it meanwhile; that it ended is still heard. */
-static void listen_to(const struct client *client, bool listens)
-{
-    struct epoll_event event = {.events = listens ? EPOLLIN : 0, .data.u64 = (uint64_t)(client - server.clients) << 1};
-    epoll_ctl(server.epoll, EPOLL_CTL_MOD, client->sock, &event);
-}
-
 static void hold(struct client *client, const struct sim_request *request)
 {
     client->held = *request;
     client->is_held = true;
     server.n_held++;
-    listen_to(client, false);
+    client_listen(client, false);
 }
 
 void requests_held_serve(void)
 {
     if (!server.n_held || now_ns() < fault_nvml_until_ns()) return;
     for (struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS && server.n_held; c++) {
-        if (c->state != CLIENT_LIVE || !c->is_held) continue;
+        if (c->state != CLIENT_OPEN || !c->is_held) continue;
         c->is_held = false;
         server.n_held--;
-        listen_to(c, true);
+        client_listen(c, true);
         reply_to(c, &c->held, -1);
     }
 }
@@ -260,18 +258,19 @@ static void serve(struct client *client, const struct sim_request *request, ssiz
         reply_to(client, request, sent);
 }
 
-void request_serve(struct client *client)
+/* Where a client waits, or its process has ended, the end of the connection is all that counts. */
+void request_serve(struct client *client, bool is_hung_up)
 {
     struct sim_request request;
     int sent;
-    if (client->is_held) { /* it hung up */
-        client_end(client);
+    if (client->is_held || client->has_ended) {
+        if (is_hung_up) client_close(client);
         return;
     }
     ssize_t got = receive(client->sock, &request, &sent);
     if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (got <= 0)
-        client_end(client);
+        client_close(client);
     else
         serve(client, &request, got, sent);
     if (sent >= 0) close(sent);

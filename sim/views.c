@@ -8,9 +8,9 @@
  */
 pid_t view_pid(const struct client *of, const struct client *asker)
 {
-    int level = asker->who.depth - 1;
-    if (level < 0 || of->who.depth <= level || of->who.ns[level] != asker->who.ns[level]) return 0;
-    return of->who.pid[level];
+    int level = asker->process.depth - 1;
+    if (level < 0 || of->process.depth <= level || of->process.ns[level] != asker->process.ns[level]) return 0;
+    return of->process.pid[level];
 }
 
 /* Managed memory holds no bytes of the device and so never shows. */
@@ -68,13 +68,15 @@ uint32_t view_dump(struct sim_record *out, uint32_t room)
                                        .total = gpu->info.memory_total,
                                        .reserved = gpu->info.memory_reserved,
                                        .used = gpu->used,
-                                       .driver = gpu->driver};
+                                       .driver = gpu->driver,
+                                       .exported = gpu->exported};
     }
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
         for (uint32_t device = 0; c->state != CLIENT_FREE && device < server.n_gpus; device++) {
             if (n == room) return n;
             struct sim_record *record = &out[n];
-            *record = (struct sim_record){.pid = (uint32_t)c->who.pid[0], .device = device};
+            *record =
+                (struct sim_record){.pid = (uint32_t)c->process.pid[0], .device = device, .has_ended = c->has_ended};
             add_holding(record, &c->own[device]);
             for (uint32_t i = 0; i < c->n_contexts; i++) {
                 if (c->contexts[i].device != device) continue;
@@ -92,6 +94,6 @@ uint64_t view_busy_us(uint32_t device)
     uint64_t sum = 0;
     turns_catch_up(device);
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++)
-        if (c->state == CLIENT_LIVE) sum += meter_busy_us(device, c);
+        if (c->state == CLIENT_OPEN) sum += meter_busy_us(device, c);
     return sum < 1000000 ? sum : 1000000; /* two may have shared the last of its slots */
 }

@@ -6,11 +6,19 @@ import os
 import sys
 import time
 
-cuda = ctypes.CDLL(sys.argv[1])
 shim = ctypes.CDLL(sys.argv[2])
-cuda.set.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64]
-ctypes.c_void_p.in_dll(cuda, "admit").value = ctypes.cast(shim.fgpu_admit, ctypes.c_void_p).value
 u64 = ctypes.c_uint64
+
+
+def use_driver(path):
+    """Every call from now on is one of this driver library."""
+    global cuda
+    cuda = ctypes.CDLL(path)
+    cuda.set.argtypes = [ctypes.c_int, u64, u64]
+    ctypes.c_void_p.in_dll(cuda, "admit").value = ctypes.cast(shim.fgpu_admit, ctypes.c_void_p).value
+
+
+use_driver(sys.argv[1])
 verdicts = (u64 * 128).from_buffer_copy(bytes(1024))
 page = None
 ticket = 1 << 30
@@ -21,11 +29,16 @@ def use_page(fd):
     page = mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ)
 
 
-def linger(seconds):
-    """Every call of the driver takes so long from now on."""
+def meanwhile(call):
+    """This is called in the middle of this thread's next call of the driver."""
     global inside
-    inside = ctypes.CFUNCTYPE(None)(lambda: time.sleep(seconds))
+    inside = ctypes.CFUNCTYPE(None)(call)
     ctypes.c_void_p.in_dll(cuda, "inside").value = ctypes.cast(inside, ctypes.c_void_p).value
+
+
+def linger(seconds):
+    """The next call of the driver takes so long."""
+    meanwhile(lambda: time.sleep(seconds))
 
 
 def admit(bytes_, kind=0, device=0, again=False):
@@ -35,6 +48,25 @@ def admit(bytes_, kind=0, device=0, again=False):
     shim.fgpu_admit(device, u64(bytes_), kind, u64(ticket))
     word = int.from_bytes(page[64 + 512 + 8 * (ticket & 127) :][:8], "little")
     return word & 3 if word >> 2 == ticket else None
+
+
+TAGGED, PATIENT = 0x200, 0x400
+
+
+def ask(tag, bytes_, at, kind=0, patient=False):
+    """Asks for an answer with a tag, which is looked for from `at` on; its verdict, or None where there is none."""
+    global ticket
+    ticket += 1
+    shim.fgpu_admit(0, u64(bytes_), kind | TAGGED | (PATIENT if patient else 0), u64(ticket))
+    word = int.from_bytes(page[at + 8 * (ticket & 127) :][:8], "little")
+    return word & 3 if word >> 2 == tag << 32 | ticket & 0xFFFFFFFF else None
+
+
+def give_back(bytes_):
+    """Of a pool."""
+    global ticket
+    ticket += 1
+    shim.fgpu_release(0, u64(bytes_), 1, u64(ticket))
 
 
 def alloc(pointer, bytes_, code=0):
@@ -86,6 +118,21 @@ def export(handle, code=0):
 def export_pointer(pointer, code=0):
     cuda.set(code, 0, 0)
     return cuda.cuIpcGetMemHandle(None, u64(pointer))
+
+
+def export_range(pointer, code=0):
+    cuda.set(code, 0, 0)
+    return cuda.cuMemGetHandleForAddressRange(None, u64(pointer), u64(4096), 1, u64(0))
+
+
+def export_pool(code=0):
+    cuda.set(code, 0, 0)
+    return cuda.cuMemPoolExportToShareableHandle(None, u64(0xB001), 1, u64(0))
+
+
+def import_(handle, code=0):
+    cuda.set(code, handle, 0)
+    return cuda.cuMemImportFromShareableHandle(ctypes.byref(u64()), None, 1)
 
 
 def retain_handle(handle, pointer):

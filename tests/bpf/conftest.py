@@ -6,6 +6,7 @@ import ast
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from fgpu_ebpf import bpf, pages, probes, procfs, programs
 from fgpu_ebpf.ledger import Ledger, LevelLimits
 from fgpu_ebpf.library_class import Role
 from fgpu_ebpf.library_files import Target
+from fgpu_ebpf.orphans import Orphan
 from fgpu_ebpf.usage import Usage
 
 HERE = Path(__file__).parent
@@ -33,7 +35,10 @@ GONE_SECONDS = 60.0  # for thousands of killed processes to leave a cgroup
 
 @dataclass
 class Kernel:
-    """Programs pinned and attached to the test's own driver library and to the shim."""
+    """Programs pinned and attached to the test's own driver library and to the shim.
+
+    `unknown`: a copy of the driver library that is not trusted.
+    """
 
     ledger: Ledger
     pins: Path
@@ -41,6 +46,7 @@ class Kernel:
     shim: Path
     root: Path
     probes: probes.Probes
+    unknown: Path
 
 
 @contextlib.contextmanager
@@ -57,11 +63,14 @@ def loaded(folder: Path, sources: Path, shim: Path) -> Iterator[Kernel]:
         ledger.set_context_bytes(0, CONTEXT)
         attached = probes.Probes(pins, digest, ledger)
         attached.attach_process_ends()
-        for path, role in ((driver, Role.HOST), (shim, Role.SHIM)):
+        unknown = folder / "unknown" / driver.name
+        unknown.parent.mkdir()
+        shutil.copy(driver, unknown)
+        for path, role in ((driver, Role.HOST), (unknown, Role.UNKNOWN), (shim, Role.SHIM)):
             attached.attach(Target.of(str(path)), role)
         root = procfs.cgroup2_root()
         assert root is not None
-        yield Kernel(ledger, pins, driver, shim, root, attached)
+        yield Kernel(ledger, pins, driver, shim, root, attached, unknown)
     finally:
         probes.detach(pins)
 
@@ -95,7 +104,31 @@ class Level:
 
     @property
     def used(self) -> int:
+        """All that is charged, in bytes."""
         return self.usage().used
+
+    @property
+    def orphaned(self) -> int:
+        """Charged bytes of processes that have ended, or that have exported and freed them."""
+        return self.usage().orphaned
+
+    @property
+    def held(self) -> int:
+        """Charged bytes of processes that live."""
+        usage = self.usage()
+        return usage.used - usage.orphaned
+
+    def orphans(self) -> list[Orphan]:
+        """Entries of the map `orphans` that this level is charged for, the oldest first."""
+        found = [orphan for orphan in self.kernel.ledger.orphans.entries() if self.cgroup in orphan.levels]
+        return sorted(found, key=lambda orphan: orphan.since_ns)
+
+    def let_go(self) -> int:
+        """Releases all orphans of the level, as the agent does when the device holds nothing of them; their bytes."""
+        orphans = self.orphans()
+        for orphan in orphans:
+            assert self.kernel.ledger.orphans.let_go(orphan, orphan.bytes)
+        return sum(orphan.bytes for orphan in orphans)
 
     def remove(self) -> None:
         deadline = time.monotonic() + GONE_SECONDS
@@ -104,6 +137,7 @@ class Level:
             time.sleep(0.01)  # who asks without a pause keeps the lock that those who leave need
             with contextlib.suppress(OSError):
                 self.path.rmdir()
+        self.let_go()
         self.kernel.ledger.remove([self.cgroup])
 
 
@@ -191,6 +225,20 @@ def client(make_client: Callable[..., Client], level: Level) -> Client:
     return make_client(level)
 
 
+def assert_left(level: Level, bytes_: int) -> None:
+    """The processes of a level have ended and held so much; it is charged until it is let go, and no longer."""
+    wait_until(lambda: level.held == 0)
+    assert (level.used, level.orphaned) == (bytes_, bytes_)
+    assert level.let_go() == bytes_
+    assert (level.used, level.orphaned) == (0, 0)
+
+
+def assert_corrected(kernel: Kernel, client: Client, overhead: int) -> None:
+    """NVML shows that a quiet process has so many bytes beyond the witnessed ones, and the ledger follows."""
+    process = client.entry(kernel)
+    assert kernel.ledger.overhead(client.pid, process.generation, 0, overhead, process.changes)
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -198,12 +246,17 @@ def wait_until(condition: Callable[[], bool], seconds: float = SECONDS) -> None:
         time.sleep(0.001)
 
 
-def entries(kernel: Kernel, level: Level, shared: pages.Shared = pages.Shared.ALLOCATIONS) -> int:
+def page_of(kernel: Kernel, level: Level) -> pages.UsagePage:
+    """The level's usage page as it is now."""
     fd = kernel.ledger.page_fd(level.cgroup)
     assert fd is not None
-    raw = bpf.lookup(fd, bytes(4), 4096)
+    raw = bpf.lookup(fd, bytes(4), pages.PAGE_BYTES)
     os.close(fd)
-    return pages.UsagePage.from_buffer_copy(raw or b"").entries[shared]
+    return pages.UsagePage.from_buffer_copy(raw or b"")
+
+
+def entries(kernel: Kernel, level: Level, shared: pages.Shared = pages.Shared.ALLOCATIONS) -> int:
+    return page_of(kernel, level).entries[shared]
 
 
 def anomalies(kernel: Kernel) -> dict[str, int]:

@@ -3,6 +3,7 @@
  * middle of it. For tests of the kernel side alone, which need failures, reused pointers and calls that never return.
  */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -11,6 +12,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -20,12 +22,17 @@ __thread int result;
 __thread uint64_t answer, second_answer;
 __thread void (*inside)(void);
 
+void set(int code, uint64_t a, uint64_t b) { result = code, answer = a, second_answer = b; }
+
 static int end(void)
 {
     if (inside) {
         void (*hook)(void) = inside;
+        int code = result;
+        uint64_t first = answer;
         inside = 0;
-        hook();
+        hook(); /* it may make calls of its own */
+        set(code, first, second_answer);
     }
     return result;
 }
@@ -49,6 +56,9 @@ int cuMemUnmap(uint64_t p, uint64_t n) { return end(); }
 int cuMemRelease(uint64_t h) { return end(); }
 int cuMemExportToShareableHandle(int *file, uint64_t h, int type, uint64_t flags) { return end(); }
 int cuIpcGetMemHandle(void *handle, uint64_t p) { return end(); }
+int cuMemGetHandleForAddressRange(void *file, uint64_t p, uint64_t n, int type, uint64_t flags) { return end(); }
+int cuMemPoolExportToShareableHandle(void *file, uint64_t pool, int type, uint64_t flags) { return end(); }
+int cuMemImportFromShareableHandle(uint64_t *h, void *file, int type) { return give(h); }
 int cuMemRetainAllocationHandle(uint64_t *h, uint64_t p) { return give(h); }
 int cuDevicePrimaryCtxRetain(uint64_t *c, int device) { return give(c); }
 int cuDevicePrimaryCtxRelease_v2(int device) { return end(); }
@@ -61,18 +71,60 @@ int cuArrayDestroy(uint64_t a) { return end(); }
 int cuMipmappedArrayDestroy(uint64_t a) { return end(); }
 int cuCtxDestroy_v2(uint64_t c) { return end(); }
 
-void set(int code, uint64_t a, uint64_t b) { result = code, answer = a, second_answer = b; }
-
 /* -- things that Python cannot do ------------------------------------------------------------------------------- */
 
 static __thread jmp_buf out;
 static void leap(void) { longjmp(out, 1); }
-void allocate_and_leap(uint64_t n)
+void allocate_and_leap(uint64_t n, int managed)
 {
     uint64_t p;
     if (setjmp(out)) return;
     inside = leap;
-    cuMemAlloc_v2(&p, n);
+    managed ? cuMemAllocManaged(&p, n, 1) : cuMemAlloc_v2(&p, n);
+}
+static void leave_thread(void) { pthread_exit(0); }
+static void *allocate_and_end(void *bytes)
+{
+    uint64_t p;
+    inside = leave_thread;
+    cuMemAlloc_v2(&p, (uint64_t)bytes);
+    return 0;
+}
+static void *allocate_managed_and_end(void *bytes)
+{
+    uint64_t p;
+    inside = leave_thread;
+    cuMemAllocManaged(&p, (uint64_t)bytes, 1);
+    return 0;
+}
+/* A thread ends while the driver is at its call. */
+void thread_ends_inside(uint64_t n, int managed)
+{
+    pthread_t thread;
+    pthread_create(&thread, 0, managed ? allocate_managed_and_end : allocate_and_end, (void *)n);
+    pthread_join(thread, 0);
+}
+
+/* A child that has this address space, or a copy of it. Orders come by the FIFO `orders`: a: it takes child_bytes; e:
+ * it executes another program; x: it ends. */
+static uint64_t child_bytes, child_pointer;
+static int obey(void *orders)
+{
+    uint64_t p;
+    int fd = open(orders, O_RDONLY);
+    for (char order; read(fd, &order, 1) == 1;) {
+        set(0, child_pointer++, 0);
+        if (order == 'a') cuMemAlloc_v2(&p, child_bytes);
+        if (order == 'e') execl("/bin/sleep", "sleep", "100", NULL);
+        if (order == 'x') break;
+    }
+    _exit(0);
+}
+int start_child(char *orders, int flags, uint64_t pointer, uint64_t n)
+{
+    char *stack = malloc(1 << 20);
+    child_pointer = pointer, child_bytes = n;
+    return clone(obey, stack + (1 << 20), SIGCHLD | flags, orders);
 }
 
 static uint64_t reused;
@@ -128,45 +180,59 @@ void free_many(uint64_t first, uint64_t n)
 }
 
 /* Threads, or processes, each of which is seen once by a probe and then waits; answers when all are there. */
-static _Atomic uint64_t there;
-static _Atomic int dispersed;
-static int be_seen(void *is_process)
+struct gathering {
+    _Atomic uint64_t there;
+    _Atomic int dispersed;
+};
+static struct gathering *here; /* of parent and children */
+static void be_seen(void)
 {
-    if (is_process) prctl(PR_SET_PDEATHSIG, SIGKILL);
     admit(0, 0, 3, 77);
-    there++;
-    while (is_process) pause();
-    while (!dispersed) syscall(SYS_futex, &dispersed, FUTEX_WAIT, 0, 0, 0, 0);
-    return 0;
+    here->there++;
+    while (!here->dispersed) syscall(SYS_futex, &here->dispersed, FUTEX_WAIT, 0, 0, 0, 0);
 }
-static void *be_seen_as_a_thread(void *unused) { return be_seen(0), unused; }
+static void *be_seen_as_a_thread(void *unused) { return be_seen(), unused; }
 
-#define STACK 32768
+/* The pids of the crowd before, as long as they are not reaped, are too many for another. */
+static void fork_to_be_seen(void)
+{
+    int waits = 0, pid;
+    while ((pid = fork()) < 0) {
+        if (++waits > 10000) abort();
+        usleep(1000);
+    }
+    if (pid) return;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    be_seen();
+    _exit(0);
+}
 static pthread_t *crowd;
 static uint64_t crowd_size;
-void gather(uint64_t n, int processes)
+static void start_to_be_seen(pthread_t *thread)
 {
     pthread_attr_t small;
     pthread_attr_init(&small);
-    pthread_attr_setstacksize(&small, STACK);
+    pthread_attr_setstacksize(&small, 32768);
+    for (int waits = 0; pthread_create(thread, &small, be_seen_as_a_thread, 0); usleep(1000))
+        if (++waits > 10000) abort();
+}
+void gather(uint64_t n, int processes)
+{
+    if (!here) here = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    here->there = here->dispersed = 0;
     crowd = calloc(n, sizeof *crowd);
     crowd_size = processes ? 0 : n;
-    there = dispersed = 0;
-    for (uint64_t i = 0, waits = 0; i < n; i++) {
-        char *stack = processes ? malloc(STACK) : 0;
-        /* The pids of a crowd before, as long as nobody has reaped it, are too many for another. */
-        while (processes ? clone(be_seen, stack + STACK, CLONE_VM | SIGCHLD, &there) < 0
-                         : pthread_create(&crowd[i], &small, be_seen_as_a_thread, 0)) {
-            if (++waits > 10000) abort();
-            usleep(1000);
-        }
-    }
-    while (there < n) usleep(1000);
+    for (uint64_t i = 0; i < n; i++)
+        if (processes)
+            fork_to_be_seen();
+        else
+            start_to_be_seen(&crowd[i]);
+    while (here->there < n) usleep(1000);
 }
 void disperse(void)
 {
-    dispersed = 1;
-    syscall(SYS_futex, &dispersed, FUTEX_WAKE, crowd_size, 0, 0, 0);
+    here->dispersed = 1;
+    syscall(SYS_futex, &here->dispersed, FUTEX_WAKE, crowd_size, 0, 0, 0);
     for (uint64_t i = 0; i < crowd_size; i++) pthread_join(crowd[i], 0);
 }
 

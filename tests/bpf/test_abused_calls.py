@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import HERE, MIB, REPOSITORY, Kernel, Level, anomalies, wait_until
+from conftest import HERE, MIB, REPOSITORY, Kernel, Level, anomalies, assert_left, wait_until
 from test_events import events, fates, of  # noqa: F401
 
 from fgpu_ebpf import pages
@@ -113,13 +113,14 @@ def test_no_absurd_size_is_admitted(level, attack, scale):
     ],
 )
 def test_products_of_sizes_do_not_wrap_around(level, client, call):
-    """They are charged as too much for any limit. Nothing more fits then, and it goes with its process, to the byte."""
+    """They are charged as too much for any limit. Nothing more fits then, and all of it is let go, to the byte."""
     client(f"alloc(0x2000, {MIB})")
     client(call)
-    assert level.used > level.usage().limit
+    charged = level.used
+    assert charged > level.usage().limit
     assert client(f"admit({MIB})") == pages.Verdict.REFUSED
     client.kill()
-    wait_until(lambda: level.used == 0)
+    assert_left(level, charged)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_what_no_driver_has_is_not_charged(level, client, call):
 
 
 def test_a_pid_that_is_used_again_is_another_process(kernel, make_level, make_client, scale):
-    """What anybody still has to say of the process that had it is refused, and the newcomer is charged nothing."""
+    """The kernel refuses what is said of the earlier process, and the later one is not charged for its orphans."""
     gone, here = make_level(1024 * MIB), make_level(1024 * MIB)
     before, after = make_client(gone), make_client(here)
     wanted, done = scale(20, 1000, 10_000), 0
@@ -155,7 +156,8 @@ def test_a_pid_that_is_used_again_is_another_process(kernel, make_level, make_cl
             assert_own(kernel, pid, entry, gone, here)
             done += 1
         after("bury()")
-        assert here.used == 0
+        assert (gone.let_go(), here.let_go()) == (3 * MIB, 5 * MIB)
+        assert (gone.used, here.used) == (0, 0)
         if done == wanted:
             return
     pytest.fail(f"only {done} of {wanted} pids were used again")
@@ -170,4 +172,6 @@ def assert_own(kernel, pid, entry, gone, here):
     assert not ledger.move(pid, entry.generation, (gone.cgroup,))
     assert not ledger.reap(pid, entry.generation)
     assert ledger.process(pid) == newcomer
-    assert (gone.used, here.used) == (0, 5 * MIB)
+    (orphan,) = gone.orphans()
+    assert (orphan.tgid, orphan.generation, orphan.bytes) == (pid, entry.generation, 3 * MIB)
+    assert (gone.held, here.used, here.orphaned) == (0, 5 * MIB, 0)

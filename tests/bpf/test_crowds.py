@@ -7,7 +7,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import MIB, Client, Kernel, Level, anomalies, entries, wait_until
+from conftest import MIB, Client, Kernel, Level, anomalies, assert_left, entries, wait_until
 
 from fgpu_ebpf import pages, procfs
 
@@ -91,7 +91,7 @@ def test_entries_stay_where_they_came_to_be(kernel, level, make_level, client):
 def test_entries_of_who_has_ended_count_until_they_are_swept(kernel, level, client):
     client("cuda.allocate_many(u64(0x1000), u64(101))")
     client.kill()
-    wait_until(lambda: level.used == 0, 1.0)
+    assert_left(level, 101)
     assert entries(kernel, level) == 101
     assert kernel.ledger.sweep() >= 101
     assert entries(kernel, level) == 0

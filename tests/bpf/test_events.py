@@ -105,6 +105,24 @@ def test_a_bypass_is_told_once_a_process(kernel, events, level, client):
     assert anomalies(kernel)["BYPASS"] >= 2
 
 
+def test_refusals_do_not_use_up_what_a_bypass_is_told_with(events, level, client):
+    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has only begun
+    for _ in range(101):
+        client(f"admit({2048 * MIB})")
+    client(f"alloc(0x1000, {MIB})")
+    assert [event.tgid for event in of(events, level, News.BYPASS)] == [client.pid]
+
+
+def test_a_bypass_that_was_not_told_is_told_at_a_later_call(events, level, client):
+    """More processes at once than a level may tell of in a second."""
+    twice = "(alloc(0x1000, 4096), time.sleep(2.2), alloc(0x2000, 4096), os._exit(0))"
+    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has only begun
+    children = client(f"[os.fork() or {twice} for _ in range(25)]")
+    client(f"[os.waitpid(pid, 0) for pid in {children}]")
+    told = [event.tgid for event in of(events, level, News.BYPASS)]
+    assert sorted(told) == sorted(children)
+
+
 def test_a_call_that_fails_names_nobody(kernel, events, level, client):
     before = anomalies(kernel)["BYPASS"]
     client(f"alloc(0x1000, {MIB}, code=3)")  # a forked child's, which has no context
@@ -149,8 +167,8 @@ def test_kill_ends_who_would_exceed_before_the_driver_runs(kernel, events, level
     client.send(f"alloc(0x2000, {60 * MIB})")
     client.process.wait(5)
     assert client.process.returncode == -signal.SIGKILL
-    assert [e.kind for e in of(events, level)] == [News.BYPASS, News.KILLED]
-    assert (level.used, level.usage().refused, level.usage().peak) == (0, 1, 60 * MIB)
+    assert [e.kind for e in of(events, level)] == [News.BYPASS, News.KILLED, News.ORPHANED]
+    assert (level.orphaned, level.usage().refused, level.usage().peak) == (60 * MIB, 1, 60 * MIB)
 
 
 def test_kill_never_ends_who_asks(level, client):
@@ -165,88 +183,6 @@ def test_observe_kills_nobody(level, client):
     level.limit(MIB, pages.LimitFlag.KILL | pages.LimitFlag.OBSERVE)
     client(f"alloc(0x1000, {60 * MIB})")
     assert level.used == 60 * MIB
-
-
-# -- memory that another process may have open
-
-
-def end_of_export(how, client):
-    if how == "exit":
-        client.kill()
-    else:
-        client(how)
-
-
-@pytest.mark.parametrize("how", ["exit", "release(0x77)"])
-def test_an_exported_handle_stays_charged_to_the_level(kernel, events, level, client, how):
-    client(f"create(0x77, {8 * MIB})")
-    client(f"create(0x78, {16 * MIB})")
-    client("export(0x77)")
-    client("export(0x77)")
-    end_of_export(how, client)
-    wait_until(lambda: level.used == (8 if how == "exit" else 24) * MIB)
-    assert level.usage().orphaned == 8 * MIB
-    (event,) = of(events, level, News.ORPHANED)
-    assert event.bytes == 8 * MIB
-    assert not kernel.ledger.disown(level.cgroup, 0, 9 * MIB)
-    assert kernel.ledger.disown(level.cgroup, 0, 8 * MIB)
-    assert (level.used, level.usage().orphaned) == (0 if how == "exit" else 16 * MIB, 0)
-
-
-def test_an_exported_handle_goes_with_its_last_mapping(kernel, level, client):
-    client(f"create(0x77, {8 * MIB})")
-    client("export(0x77)")
-    client(f"map_(0x10000000, {8 * MIB}, 0x77)")
-    client("release(0x77)")
-    assert level.usage().orphaned == 0
-    client(f"unmap(0x10000000, {8 * MIB})")
-    assert (level.used, level.usage().orphaned) == (8 * MIB, 8 * MIB)
-    assert kernel.ledger.disown(level.cgroup, 0, 8 * MIB)
-
-
-@pytest.mark.parametrize("how", ["exit", "free(0x1000)", "primary_release()"])
-def test_an_exported_pointer_stays_charged_to_the_level(kernel, level, client, how):
-    client("retain()")
-    client(f"alloc(0x1000, {8 * MIB})")
-    client(f"alloc(0x2000, {16 * MIB})")
-    client("export_pointer(0x1000)")
-    before = level.used
-    end_of_export(how, client)
-    wait_until(lambda: level.used < before or how.startswith("free"))
-    assert level.usage().orphaned == 8 * MIB
-    assert level.used == (before if how.startswith("free") else 8 * MIB)
-    assert kernel.ledger.disown(level.cgroup, 0, 8 * MIB)
-    assert level.used == (before - 8 * MIB if how.startswith("free") else 0)
-
-
-def test_an_export_that_failed_is_none(level, client):
-    client(f"alloc(0x1000, {8 * MIB})")
-    client("export_pointer(0x1000, code=1)")
-    client("free(0x1000)")
-    assert (level.used, level.usage().orphaned) == (0, 0)
-
-
-def test_an_export_of_what_has_no_entry_holds_all(kernel, level, client):
-    client(f"alloc(0x1000, {8 * MIB})")
-    client("export_pointer(0x1200)")
-    client.kill()
-    wait_until(lambda: level.usage().orphaned == 8 * MIB)
-    assert kernel.ledger.disown(level.cgroup, 0, 8 * MIB)
-    assert level.used == 0
-
-
-def test_orphans_are_charged_at_every_level(kernel, make_level, make_client):
-    group = make_level(1024 * MIB)
-    leaf = make_level(512 * MIB, group)
-    client = make_client(leaf)
-    client(f"create(0x77, {8 * MIB})")
-    client("export(0x77)")
-    client.kill()
-    wait_until(lambda: leaf.usage().orphaned == 8 * MIB)
-    assert (group.used, group.usage().orphaned) == (8 * MIB, 8 * MIB)
-    for level in (leaf, group):
-        assert kernel.ledger.disown(level.cgroup, 0, 8 * MIB)
-        assert level.used == 0
 
 
 # -- cgroups

@@ -1,4 +1,5 @@
-"""Maps without room: counted, never silent; who has no entry is refused, what has none stays charged to the end."""
+"""Maps without room: counted, never silent. A process without an entry is refused; an allocation without one stays
+charged until its process ends."""
 
 from __future__ import annotations
 
@@ -6,18 +7,24 @@ import contextlib
 import ctypes
 import errno
 import os
+import struct
 import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import CONTEXT, MIB, Kernel, anomalies, wait_until
+from conftest import CONTEXT, MIB, Kernel, anomalies, assert_corrected, assert_left
 
 from fgpu_ebpf import bpf, pages
 
 ADMITTED = 1
 CONTEXT_KIND = pages.Kind.CONTEXT
 NOBODY = 1 << 23  # above every pid
-VALUES = {"allocations": pages.Allocation, "threads": pages.Thread, "processes": pages.Process}
+VALUES = {
+    "allocations": pages.Allocation,
+    "threads": pages.Thread,
+    "processes": pages.Process,
+    "counters": ctypes.c_uint64,
+}
 
 
 class NoRoom(Exception):
@@ -37,6 +44,8 @@ class Full:
         n = self._entered
         if self._name == "allocations":
             return bytes(pages.AllocationKey(tgid=NOBODY, generation=1, handle=n))
+        if self._name == "counters":
+            return struct.pack("QQ", NOBODY, n)
         return (
             (NOBODY << 32 | n).to_bytes(8, "little") if self._name == "threads" else (NOBODY + n).to_bytes(4, "little")
         )
@@ -99,7 +108,7 @@ def test_who_cannot_be_entered_is_not_admitted(kernel, counted, level, client, n
     client("free(0x1000)")
     assert level.used == 4 * MIB
     client.kill()
-    wait_until(lambda: level.used == 0, 1.0)
+    assert_left(level, 4 * MIB)
 
 
 def test_a_free_that_nobody_saw_is_noticed_when_the_pointer_comes_again(kernel, counted, level, client):
@@ -110,9 +119,19 @@ def test_a_free_that_nobody_saw_is_noticed_when_the_pointer_comes_again(kernel, 
         client("(thread.start(), thread.join())")
         assert level.used == 4 * MIB
     client(f"alloc(0x1000, {6 * MIB})")
-    assert level.used == 6 * MIB
+    assert (level.used, client.entry(kernel).overhead[0]) == (10 * MIB, 6 * MIB)
+    assert_corrected(kernel, client, 2 * MIB)
     client.kill()
-    wait_until(lambda: level.used == 0, 1.0)
+    assert_left(level, 6 * MIB)
+
+
+# -- counters
+
+
+def test_a_refusal_that_has_no_counter_is_counted_all_the_same(kernel, counted, level, client):
+    with full(kernel, "counters"):
+        assert client(f"admit({2048 * MIB})") == 0
+    assert level.usage().refused == 1
 
 
 # -- allocations
@@ -147,7 +166,7 @@ def test_memory_without_an_entry_stays_charged_to_the_end(kernel, allocations, c
     assert client(f"admit({1024 * MIB - held + 1})") != ADMITTED
     assert client(f"admit({1024 * MIB - held})") == ADMITTED
     client.kill()
-    wait_until(lambda: level.used == 0, 1.0)
+    assert_left(level, 1024 * MIB)
 
 
 def test_a_mapping_without_an_entry_holds_its_memory(kernel, allocations, counted, level, client):
@@ -158,7 +177,7 @@ def test_a_mapping_without_an_entry_holds_its_memory(kernel, allocations, counte
     client(f"unmap(0x100000, {4 * MIB})")
     assert level.used == 4 * MIB
     client.kill()
-    wait_until(lambda: level.used == 0, 1.0)
+    assert_left(level, 4 * MIB)
 
 
 def test_a_context_without_an_entry(allocations, counted, level, client):
@@ -168,7 +187,7 @@ def test_a_context_without_an_entry(allocations, counted, level, client):
     client("destroy(0xabc)")
     assert level.used == CONTEXT + 4 * MIB
     client.kill()
-    wait_until(lambda: level.used == 0, 1.0)
+    assert_left(level, CONTEXT + 4 * MIB)
 
 
 def test_what_had_an_entry_is_given_back_as_ever(kernel, allocations, level, client):
@@ -196,4 +215,4 @@ def test_a_refused_free_whose_room_is_gone_meanwhile(allocations, counted, level
     client("free(0x1000)")
     assert level.used == 4 * MIB, "nobody knows how much that was"
     client.kill()
-    wait_until(lambda: level.used == 0, 1.0)
+    assert_left(level, 4 * MIB)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from conftest import MIB, Client, Kernel, Level, anomalies, wait_until
+from conftest import MIB, Client, Kernel, Level, anomalies, assert_left
 
 from fgpu_ebpf import bpf, pages
 
@@ -78,11 +78,11 @@ def test_a_charge_that_was_late_for_a_move(kernel, two, make_client):
     move(kernel, one, second)
     assert (first.used, second.used) == (6 * MIB, 7 * MIB)
     one.kill()
-    wait_until(lambda: second.used == 0, 1.0)
-    assert first.used == 6 * MIB
+    assert_left(second, 7 * MIB)
+    assert (first.used, first.orphaned) == (6 * MIB, 0)
 
 
-def test_who_ends_in_the_middle_of_a_move_leaves_nothing(kernel, two, make_client):
+def test_a_process_that_ends_in_the_middle_of_a_move_leaves_orphans_at_both_levels(kernel, two, make_client):
     first, second = two
     other, one = make_client(first), make_client(first)
     other(f"alloc(0x1000, {9 * MIB})")
@@ -95,8 +95,9 @@ def test_who_ends_in_the_middle_of_a_move_leaves_nothing(kernel, two, make_clien
 
     change(kernel, one, charge_late)
     one.kill()
-    wait_until(lambda: second.used == 0, 1.0)
-    assert first.used == 6 * MIB, "what it had charged there is back"
+    assert (first.used, first.orphaned) == (9 * MIB, 3 * MIB)
+    assert first.let_go() == 3 * MIB
+    assert_left(second, 4 * MIB)
 
 
 def test_a_group_above_both_notices_nothing(kernel, make_level, make_client):

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from conftest import MIB, REPOSITORY, Kernel, anomalies, entries, loaded, wait_until
+from conftest import MIB, REPOSITORY, Client, Kernel, Level, anomalies, assert_left, entries, loaded, page_of
 from test_abused_calls import attack, attacker  # noqa: F401
 from test_events import events, fates  # noqa: F401
 
@@ -19,6 +19,8 @@ SMALL = {
     "MOST_ALLOCATIONS": ENTRIES,
     "MOST_THREADS": ENTRIES,
     "MOST_PROCESSES": ENTRIES,
+    "MOST_ORPHANS": ENTRIES,
+    "MOST_BORROWERS": 1,
     "EVENT_BYTES": 4096,
     "EVENTS_A_SECOND": 1 << 30,  # none is left out for its rate: the ring alone loses any
     "CGROUPS_A_SECOND": 0,  # what else this host does is no matter
@@ -81,6 +83,42 @@ def test_what_is_told_of_a_flood_and_what_is_lost_of_it_is_all(kernel, events, l
     assert level.usage().refused == ROUNDS * each
 
 
+def leave(client: Client, orphans: int) -> None:
+    """So many children take a MiB for their pools, which have no entries, and end."""
+    for _ in range(orphans):
+        client(f"fork() or (admit({MIB}, kind=1), os._exit(0))")
+
+
+def test_orphans_without_room_are_charged_and_let_go_level_by_level(kernel, make_level, make_client):
+    """A level has its part of the map; four have filled it. What has no entry is on the page alone."""
+    orphans, levels = kernel.ledger.orphans, [make_level(64 * MIB) for _ in range(ENTRIES // PART + 1)]
+    before = anomalies(kernel)["FULL"]
+    for level in levels:
+        leave(make_client(level), PART + 3)
+    with_entries = [PART] * (ENTRIES // PART) + [0]
+    assert [len(level.orphans()) for level in levels] == with_entries
+    assert [page_of(kernel, level).orphans for level in levels] == with_entries
+    assert [(level.used, level.orphaned) for level in levels] == [((PART + 3) * MIB,) * 2] * len(levels)
+    assert anomalies(kernel)["FULL"] - before == (PART + 3) * len(levels) - ENTRIES
+    for level, n in zip(levels, with_entries, strict=True):
+        assert level.let_go() == n * MIB
+        assert level.used == level.orphaned == (PART + 3 - n) * MIB
+        assert orphans.disown(level.cgroup, 0, level.orphaned)
+        assert (level.used, page_of(kernel, level).orphans) == (0, 0)
+
+
+def test_where_one_was_let_go_there_is_room_for_another(kernel, level: Level, client):
+    leave(client, PART)
+    (first, *_) = level.orphans()
+    assert kernel.ledger.orphans.let_go(first, MIB)
+    before = anomalies(kernel)["FULL"]
+    leave(client, 1)
+    assert (len(level.orphans()), anomalies(kernel)["FULL"]) == (PART, before)
+    leave(client, 1)
+    assert (len(level.orphans()), anomalies(kernel)["FULL"]) == (PART, before + 1)
+    assert kernel.ledger.orphans.disown(level.cgroup, 0, MIB)
+
+
 def test_what_has_an_entry_and_what_found_none_is_all(kernel, make_level, make_client):
     """Four levels have their parts of the map, which is full then; all that the driver gave is charged."""
     kernel.ledger.sweep()
@@ -97,4 +135,5 @@ def test_what_has_an_entry_and_what_found_none_is_all(kernel, make_level, make_c
     assert [level.used for level in levels] == [23 - PART] * 4 + [23], "nobody knows how much that was"
     for client in clients:
         client.kill()
-    wait_until(lambda: not any(level.used for level in levels))
+    for level in levels:
+        assert_left(level, level.used)

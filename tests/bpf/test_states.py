@@ -12,55 +12,25 @@ from dataclasses import dataclass, field
 
 import hypothesis
 import hypothesis.strategies as st
+import model
 import pytest
-from conftest import SECONDS, Client, Kernel, Level, anomalies, entries, wait_until
+from conftest import CONTEXT, SECONDS, Client, Kernel, Level, anomalies, entries, wait_until
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from model import Call, Entry, Life
 
 from fgpu_ebpf import pages
 from fgpu_ebpf.pages import Shared
+from fgpu_ebpf.processes import Process
 
 MOST_PROGRAMS = 2
-POOL = int(pages.Kind.POOL)
+POOL, CONTEXT_KIND = int(pages.Kind.POOL), int(pages.Kind.CONTEXT)
 IMPOSSIBLE = ("RELEASE", "FULL", "DEVICE", "LOST")
 sizes = st.integers(1, 1 << 20)
 limits = st.integers(1 << 18, 1 << 22)
-whom = st.integers(0, MOST_PROGRAMS - 1)
+programs = st.integers(0, MOST_PROGRAMS - 1)
 places = st.integers(0, 1)  # pointers and handles, few: they come again
 outcomes = st.sampled_from([0, 0, 0, 1])  # of a call: most succeed
-
-
-@dataclass
-class Entry:
-    """An allocation, as the ledger should have it."""
-
-    bytes: int
-    home: int  # the level that counts it
-    managed: bool = False
-    exported: bool = False
-    references: int = 1
-    owner: int = -1  # of a mapping: its handle
-
-
-@dataclass
-class Life:
-    """A process from its first call to its end, or until nobody manages it."""
-
-    admitted: int = 0  # and not settled
-    called: int = 0  # by a call that never returned
-    pool: int = 0
-    overhead: int = 0
-    home: int = -1  # the level that counts it; below 0: it has not called yet
-    pointers: dict[int, Entry] = field(default_factory=dict)
-    handles: dict[int, Entry] = field(default_factory=dict)
-    mappings: dict[int, Entry] = field(default_factory=dict)
-
-    def of_calls(self) -> list[Entry]:
-        """What holds bytes."""
-        return [*self.pointers.values(), *self.handles.values()]
-
-    def bytes(self) -> int:
-        """All that is charged."""
-        return sum(e.bytes for e in self.of_calls()) + self.admitted + self.called + self.pool + self.overhead
+libraries = st.sampled_from([True, True, True, False])  # most calls are of the host's library
 
 
 @dataclass
@@ -70,6 +40,18 @@ class Program:
     client: Client
     tenant: int
     life: Life = field(default_factory=Life)
+    is_host: bool = True  # the library that it calls
+
+
+@dataclass
+class Left:
+    """Bytes that one process has left at the levels that it had then."""
+
+    tgid: int
+    number: int  # of the process's life
+    turn: int
+    bytes: int
+    levels: tuple[int, ...]
 
 
 class States(RuleBasedStateMachine):
@@ -83,8 +65,11 @@ class States(RuleBasedStateMachine):
         self.limits = [4 << 20, 4 << 20, 6 << 20]
         self.programs: list[Program] = []
         self.orphaned = [0, 0, 0]
+        self.orphans: list[Left] = []
         self.left: Counter[int] = Counter()  # entries of the ended, by level
+        self.managed_freed = kernel.ledger.orphans.managed_freed(0)
         self.numbers = itertools.count(1)
+        self.lives = itertools.count(1)
         self.before = anomalies(kernel)
 
     # -- the model
@@ -96,35 +81,51 @@ class States(RuleBasedStateMachine):
     def fits(self, program: Program, bytes_: int) -> bool:
         return all(self.used(level) + bytes_ <= self.limits[level] for level in (program.tenant, 2))
 
-    def orphan(self, program: Program, bytes_: int) -> None:
-        for level in (program.tenant, 2):
+    def orphan(self, program: Program, bytes_: int, tgid: int = 0, number: int = 0) -> None:
+        """Of a program, or of a child of its own."""
+        tgid, number, turn = tgid or program.client.pid, number or program.life.number, program.life.turn
+        if not bytes_:
+            return
+        levels = (program.tenant, 2)
+        for level in levels:
             self.orphaned[level] += bytes_
+        for one in self.orphans:
+            if (one.tgid, one.number, one.turn) == (tgid, number, turn if number == program.life.number else 0):
+                one.bytes += bytes_
+                return
+        self.orphans.append(Left(tgid, number, turn if number == program.life.number else 0, bytes_, levels))
 
-    def some(self, who: int) -> Program:
-        return self.programs[who % len(self.programs)]
+    def some(self, which: int) -> Program:
+        return self.programs[which % len(self.programs)]
 
-    def calls(self, who: int, enters: bool = True) -> Program:
-        """One that calls; what it was in the middle of is over, if this is a call of the driver."""
-        program = self.some(who)
+    def seen(self, which: int) -> Program:
+        """One that is known to the kernel from now on."""
+        program = self.some(which)
         if program.life.home < 0:
-            program.life.home = program.tenant
-        if enters:
-            program.life.called = 0
+            program.life = Life(number=next(self.lives), home=program.tenant)
+        return program
+
+    def calls(self, which: int, is_host: bool = True) -> Program:
+        """One that calls the driver, by this library."""
+        program = self.seen(which)
+        program.life.enter()
+        if program.is_host != is_host:
+            program.is_host = is_host
+            program.client(f"use_driver({str(self.kernel.driver if is_host else self.kernel.unknown)!r})")
         return program
 
     def end(self, program: Program) -> None:
-        """Its life is over; what others may have open is nobody's yet."""
+        """Its life is over, and all that it held is orphaned."""
         life = program.life
-        self.orphan(program, sum(e.bytes for e in life.of_calls() if e.exported))
-        for entry in (*life.of_calls(), *life.mappings.values()):
+        self.orphan(program, life.bytes())
+        self.managed_freed += life.managed
+        self.forget_life(program)
+
+    def forget_life(self, program: Program) -> None:
+        self.managed_freed += program.life.managed_freed
+        for entry in program.life.entries():
             self.left[entry.home] += 1
         program.life = Life()
-
-    def settle(self, program: Program, bytes_: int) -> int:
-        """What a call that was asked for or not is charged."""
-        charged = max(program.life.admitted, bytes_)
-        program.life.admitted = 0
-        return charged
 
     # -- programs
 
@@ -135,170 +136,195 @@ class States(RuleBasedStateMachine):
         self.programs.append(Program(client, tenant))
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom)
-    def kill(self, who: int) -> None:
-        program = self.some(who)
+    @rule(which=programs)
+    def kill(self, which: int) -> None:
+        program = self.some(which)
         program.client.kill()
         self.end(program)
         self.programs.remove(program)
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom)
-    def execute(self, who: int) -> None:
-        program = self.some(who)
+    @rule(which=programs)
+    def execute(self, which: int) -> None:
+        program = self.some(which)
         program.client.send("os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])")
         program.client.begin(self.levels[program.tenant].cgroup)
+        program.is_host = True
         self.end(program)
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom, size=sizes)
-    def fork(self, who: int, size: int) -> None:
+    @rule(which=programs, size=sizes, call=st.sampled_from(["alloc", "managed"]))
+    def fork(self, which: int, size: int, call: str) -> None:
         """A child takes memory and ends with it."""
-        program = self.some(who)
-        program.client(f"fork() or (alloc(0x1000, {size}), os._exit(0))")
+        program = self.some(which)
+        child = program.client(f"fork() or ({call}(0x1000, {size}), os._exit(0))")
+        self.orphan(program, size, child, next(self.lives))
+        self.managed_freed += size if call == "managed" else 0
         self.left[program.tenant] += 1
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom)
-    def move(self, who: int) -> None:
+    @rule(which=programs)
+    def move(self, which: int) -> None:
         """To the other tenant, and the agent follows."""
-        program = self.some(who)
+        program = self.some(which)
         program.tenant = 1 - program.tenant
         level = self.levels[program.tenant]
         (level.path / "cgroup.procs").write_text(str(program.client.pid))
         process = program.client.entry(self.kernel)
         if process:
-            assert self.kernel.ledger.move(
-                program.client.pid, process.generation, (level.cgroup, self.levels[2].cgroup)
-            )
+            levels = (level.cgroup, self.levels[2].cgroup)
+            assert self.kernel.ledger.move(program.client.pid, process.generation, levels)
+            program.life.turn += 1
         program.client(f"use_page({program.client.pages[level.cgroup]})")
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom)
-    def forget(self, who: int) -> None:
-        """Nobody manages it until it calls again."""
-        program = self.some(who)
+    @rule(which=programs)
+    def forget(self, which: int) -> None:
+        """It is in no managed cgroup until it calls again, and takes its charges along."""
+        program = self.some(which)
         process = program.client.entry(self.kernel)
         if process:
             assert self.kernel.ledger.move(program.client.pid, process.generation, ())
-            for entry in program.life.of_calls():
-                entry.exported = False
-            self.end(program)
+            self.forget_life(program)
 
     # -- asking
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom, size=sizes, kind=st.sampled_from([0, POOL]))
-    def admit(self, who: int, size: int, kind: int) -> None:
-        program = self.calls(who, enters=False)
-        program.life.admitted = 0
+    @rule(which=programs, size=sizes, kind=st.sampled_from([0, POOL, CONTEXT_KIND]))
+    def admit(self, which: int, size: int, kind: int) -> None:
+        program = self.seen(which)
+        life = program.life
+        life.leave_unsettled()
+        size = model.CONTEXT if kind == CONTEXT_KIND else size
         fits = self.fits(program, size)
         verdict = program.client(f"admit({size}, kind={kind})")
         assert verdict == (pages.Verdict.ADMITTED if fits else pages.Verdict.REFUSED)
+        life.asked, life.granted = kind != POOL, fits
         if fits and kind == POOL:
-            program.life.pool += size
+            life.pool += size
         elif fits:
-            program.life.admitted = size
+            life.admitted = size
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom, size=sizes)
-    def give_back(self, who: int, size: int) -> None:
+    @rule(which=programs, size=sizes)
+    def give_back(self, which: int, size: int) -> None:
         """Of a pool, what there is of it."""
-        program = self.some(who)
-        if program.life.home < 0 or program.life.pool < size:
-            return
-        program.client(f"shim.fgpu_release(0, u64({size}), {POOL}, u64({next(self.numbers)}))")
-        program.life.pool -= size
+        program = self.some(which)
+        if program.life.pool >= size:
+            program.client(f"give_back({size})")
+            self.orphan(program, program.life.give_back(size))
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom, size=sizes)
-    def ask_in_a_thread_that_ends(self, who: int, size: int) -> None:
-        program = self.calls(who, enters=False) if self.some(who).life.home >= 0 else None
-        if program:
-            program.client(f"cuda.thread_admits_and_ends(u64({size}))")
+    @rule(which=programs, size=sizes)
+    def ask_in_a_thread_that_ends(self, which: int, size: int) -> None:
+        program = self.seen(which)
+        if self.fits(program, size):
+            program.life.overhead += size
+        program.client(f"cuda.thread_admits_and_ends(u64({size}))")
+        self.wait_for_threads(program)
+
+    @precondition(lambda self: self.programs)
+    @rule(which=programs, size=sizes, managed=st.integers(0, 1))
+    def end_a_thread_in_a_call(self, which: int, size: int, managed: int) -> None:
+        """It is charged what fitted when the call began."""
+        program = self.seen(which)
+        charged = size if self.fits(program, size) else 0
+        program.life.loose_managed += charged if managed else 0
+        program.life.overhead += 0 if managed else charged
+        program.client(f"cuda.thread_ends_inside(u64({size}), {managed})")
+        self.wait_for_threads(program)
+
+    def wait_for_threads(self, program: Program) -> None:
+        """Before Linux 6.16 a thread may be joined before the kernel tells its end."""
+        busy = 1 if program.life.admitted or program.life.call else 0
+        wait_until(lambda: (p := program.client.entry(self.kernel)) and p.begun - p.changes == busy)
 
     # -- pointers
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom, at=places, size=sizes, call=st.sampled_from(["alloc", "managed"]), code=outcomes)
-    def allocate(self, who: int, at: int, size: int, call: str, code: int) -> None:
-        """A pointer that is in use already had an end that nobody saw."""
-        program = self.calls(who)
+    @rule(
+        which=programs, at=places, size=sizes, call=st.sampled_from(["alloc", "managed"]), code=outcomes, host=libraries
+    )
+    def allocate(self, which: int, at: int, size: int, call: str, code: int, host: bool) -> None:
+        """A pointer that is in use already had an end that was not seen, or is a lie."""
+        program = self.calls(which, host)
         code = code if call == "alloc" else 0
-        charged = self.settle(program, size)
+        charged = max(program.life.take_over() or 0, size)
         program.client(f"{call}({0x1000 * (at + 1)}, {size}{', code=1' if code else ''})")
         if not code:
-            old = program.life.pointers.get(at)
-            if old and old.exported:
-                self.orphan(program, old.bytes)
-            home = old.home if old else program.tenant
-            program.life.pointers[at] = Entry(charged, home, managed=call == "managed")
+            new = Entry(charged, program.tenant, managed=call == "managed")
+            self.orphan(program, program.life.name_pointer(at, new))
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom, at=places, code=outcomes)
-    def free(self, who: int, at: int, code: int) -> None:
+    @rule(which=programs, at=places, code=outcomes, host=libraries)
+    def free(self, which: int, at: int, code: int, host: bool) -> None:
         """Of something or nothing."""
-        program = self.calls(who)
+        program = self.calls(which, host)
         program.client(f"free({0x1000 * (at + 1)}, code={code})")
-        entry = program.life.pointers.get(at)
-        if entry and code:
-            entry.home = program.tenant  # it has been entered anew
-        elif entry:
-            del program.life.pointers[at]
-            if entry.exported:
-                self.orphan(program, entry.bytes)
+        if code:
+            program.life.fail_to_free(at, host, program.tenant)
+        else:
+            self.orphan(program, program.life.free(at, host))
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom, size=sizes)
-    def leave(self, who: int, size: int) -> None:
+    @rule(which=programs, size=sizes, managed=st.booleans())
+    def leave(self, which: int, size: int, managed: bool) -> None:
         """A call that never returns: of what it was not admitted it is charged what fitted when it began."""
-        program = self.calls(who)
-        admitted, fits = program.life.admitted, self.fits(program, size - program.life.admitted)
-        charged = self.settle(program, size)
-        program.life.called = charged if fits else admitted
-        program.client(f"cuda.allocate_and_leap(u64({size}))")
+        call = self.some(which).life.call
+        size += bool(call and call.asked == size)  # the same call again is the same call to the ledger
+        program = self.calls(which)
+        admitted = program.life.take_over() or 0
+        fits = self.fits(program, max(0, size - admitted) + admitted)
+        program.life.call = Call(max(admitted, size) if fits else admitted, size, managed)
+        program.client(f"cuda.allocate_and_leap(u64({size}), {int(managed)})")
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom, at=places)
-    def export(self, who: int, at: int) -> None:
+    @rule(which=programs, at=places, code=outcomes, export=st.sampled_from(["export_pointer", "export_range"]))
+    def export(self, which: int, at: int, code: int, export: str) -> None:
         """To somebody, perhaps."""
-        program = self.some(who)
-        if at in program.life.pointers:
-            self.calls(who).client(f"export_pointer({0x1000 * (at + 1)})")
-            program.life.pointers[at].exported = True
+        entry = self.some(which).life.pointers.get(at)
+        if entry and not entry.gone:
+            self.calls(which).client(f"{export}({0x1000 * (at + 1)}, code={code})")
+            entry.exported = entry.exported or not code
+
+    @precondition(lambda self: self.programs)
+    @rule(which=programs, code=outcomes)
+    def export_a_pool(self, which: int, code: int) -> None:
+        program = self.calls(which)
+        program.client(f"export_pool(code={code})")
+        program.life.exports_pools = program.life.exports_pools or not code
 
     # -- handles
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom, size=sizes, code=outcomes)
-    def create(self, who: int, size: int, code: int) -> None:
-        program = self.calls(who)
-        handle = next(self.numbers)
-        charged = self.settle(program, size)
+    @rule(which=programs, size=sizes, code=outcomes, at=places, again=outcomes, host=libraries)
+    def create(self, which: int, size: int, code: int, at: int, again: int, host: bool) -> None:
+        """Seldom one of a name that there is."""
+        program = self.calls(which, host)
+        known = self.handle_of(program, at) if again else None
+        handle = next(self.numbers) if known is None else known
+        charged = max(program.life.take_over() or 0, size)
         program.client(f"create({handle}, {size}, code={code})")
         if not code:
-            program.life.handles[handle] = Entry(charged, program.tenant)
+            program.life.name_handle(handle, Entry(charged, program.tenant))
 
     def handle_of(self, program: Program, at: int) -> int | None:
         handles = sorted(program.life.handles)
         return handles[at % len(handles)] if handles else None
 
-    def drop(self, program: Program, handle: int) -> None:
-        entry = program.life.handles[handle]
-        entry.references -= 1
-        if not entry.references:
-            del program.life.handles[handle]
-            if entry.exported:
-                self.orphan(program, entry.bytes)
-
     @precondition(lambda self: self.programs)
-    @rule(who=whom, at=places, what=st.sampled_from(["map", "retain", "release", "export"]), code=outcomes)
-    def use_handle(self, who: int, at: int, what: str, code: int) -> None:
-        program = self.some(who)
-        handle = self.handle_of(program, at)
+    @rule(
+        which=programs,
+        at=places,
+        what=st.sampled_from(["map", "retain", "release", "export"]),
+        code=outcomes,
+        host=libraries,
+    )
+    def use_handle(self, which: int, at: int, what: str, code: int, host: bool) -> None:
+        handle = self.handle_of(self.some(which), at)
         if handle is None:
             return
-        self.calls(who)
+        program = self.calls(which, host)
         entry = program.life.handles[handle]
         match what:
             case "map":
@@ -313,7 +339,8 @@ class States(RuleBasedStateMachine):
             case "release":
                 program.client(f"release({handle}, code={code})")
                 if not code:
-                    self.drop(program, handle)
+                    program.life.frees_nothing = program.life.frees_nothing or not host
+                    self.orphan(program, program.life.drop(handle))
                 elif entry.references == 1:
                     entry.home = program.tenant
             case "export":
@@ -321,17 +348,69 @@ class States(RuleBasedStateMachine):
                 entry.exported = entry.exported or not code
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom, at=places, code=outcomes)
-    def unmap(self, who: int, at: int, code: int) -> None:
-        program = self.some(who)
-        mapped = sorted(program.life.mappings)
+    @rule(which=programs, at=places, code=outcomes, host=libraries)
+    def unmap(self, which: int, at: int, code: int, host: bool) -> None:
+        mapped = sorted(self.some(which).life.mappings)
         if not mapped:
             return
-        self.calls(who)
+        program = self.calls(which, host)
         pointer = mapped[at % len(mapped)]
         program.client(f"unmap({pointer}, 4096, code={code})")
         if not code:
-            self.drop(program, program.life.mappings.pop(pointer).owner)
+            program.life.frees_nothing = program.life.frees_nothing or not host
+            self.orphan(program, program.life.drop(program.life.mappings.pop(pointer).owner))
+
+    # -- contexts
+
+    @precondition(lambda self: self.programs)
+    @rule(which=programs, code=outcomes, host=libraries)
+    def retain(self, which: int, code: int, host: bool) -> None:
+        program = self.calls(which, host)
+        admitted = program.life.take_over()
+        program.client(f"retain(code={code})")
+        if not code:
+            program.life.retain(admitted)
+            program.life.context_entries.setdefault(0, Entry(0, program.tenant))
+
+    @precondition(lambda self: self.programs)
+    @rule(which=programs, code=outcomes, host=libraries)
+    def make_context(self, which: int, code: int, host: bool) -> None:
+        program = self.calls(which, host)
+        admitted, handle = program.life.take_over(), next(self.numbers)
+        program.client(f"context({handle}, code={code})")
+        if not code:
+            program.life.begin_context(model.CONTEXT if admitted is None else admitted)
+            program.life.context_entries[handle] = Entry(0, program.tenant)
+
+    @precondition(lambda self: self.programs)
+    @rule(
+        which=programs,
+        at=places,
+        what=st.sampled_from(["primary_release", "primary_reset", "destroy"]),
+        code=outcomes,
+        host=libraries,
+    )
+    def end_context(self, which: int, at: int, what: str, code: int, host: bool) -> None:
+        """Not in the middle of something: that would be over with the last of them, and charged anew."""
+        life = self.some(which).life
+        handles = sorted(life.context_entries.keys() - {0})
+        if life.admitted or (what == "destroy" and not handles):
+            return
+        program = self.calls(which, host)
+        if what == "destroy":
+            self.destroy(program, handles[at % len(handles)], code, host)
+        else:
+            program.client(f"{what}()")
+            end = program.life.release_primary if what == "primary_release" else program.life.end_primary
+            self.orphan(program, end() if host else 0)
+
+    def destroy(self, program: Program, handle: int, code: int, host: bool) -> None:
+        program.client(f"destroy({handle}, code={code})")
+        if code and host:
+            program.life.context_entries[handle].home = program.tenant
+        elif host:
+            del program.life.context_entries[handle]
+            self.orphan(program, program.life.end_context())
 
     # -- the agent
 
@@ -341,24 +420,39 @@ class States(RuleBasedStateMachine):
         self.limits[level] = bytes_
 
     @precondition(lambda self: self.programs)
-    @rule(who=whom, size=sizes)
-    def correct(self, who: int, size: int) -> None:
+    @rule(which=programs, size=sizes)
+    def correct(self, which: int, size: int) -> None:
         """What NVML alone knows; refused in the middle of anything."""
-        program = self.some(who)
+        program = self.some(which)
         process = program.client.entry(self.kernel)
         if not process:
             return
-        quiet = not program.life.admitted and not program.life.called
+        quiet = not program.life.admitted and not program.life.call
         done = self.kernel.ledger.overhead(program.client.pid, process.generation, 0, size, process.changes)
         assert done == quiet == process.quiet
         if done:
             program.life.overhead = size
 
+    @precondition(lambda self: self.orphans)
+    @rule(which=st.integers(0, 100), size=sizes)
+    def let_go(self, which: int, size: int) -> None:
+        """A part of an orphan, or all of it."""
+        left = self.orphans[which % len(self.orphans)]
+        orphans = {(o.tgid, o.turn, o.bytes): o for o in self.kernel.ledger.orphans.entries()}
+        orphan = orphans[left.tgid, left.turn, left.bytes]
+        assert self.kernel.ledger.orphans.let_go(orphan, size)
+        some = min(size, left.bytes)
+        left.bytes -= some
+        if not left.bytes:
+            self.orphans.remove(left)
+        for level in left.levels:
+            self.orphaned[level] -= min(some, self.orphaned[level])
+
     @rule(level=st.integers(0, 2))
     def disown(self, level: int) -> None:
         if self.orphaned[level]:
-            assert not self.kernel.ledger.disown(self.levels[level].cgroup, 0, self.orphaned[level] + 1)
-            assert self.kernel.ledger.disown(self.levels[level].cgroup, 0, self.orphaned[level])
+            assert not self.kernel.ledger.orphans.disown(self.levels[level].cgroup, 0, self.orphaned[level] + 1)
+            assert self.kernel.ledger.orphans.disown(self.levels[level].cgroup, 0, self.orphaned[level])
             self.orphaned[level] = 0
 
     @rule()
@@ -368,7 +462,7 @@ class States(RuleBasedStateMachine):
 
     # -- at each check
 
-    def seen(self) -> list[tuple[int, ...]]:
+    def seen_levels(self) -> list[tuple[int, ...]]:
         """Of each level: bytes, orphaned bytes, entries in each map."""
         found = []
         for level in self.levels:
@@ -377,22 +471,30 @@ class States(RuleBasedStateMachine):
             found.append((usage.used, usage.orphaned, *(entries(self.kernel, level, shared) for shared in Shared)))
         return found
 
-    def modelled(self) -> list[tuple[int, ...]]:
+    def modelled_levels(self) -> list[tuple[int, ...]]:
         of = Counter(self.left)
         for program in self.programs:
-            of.update(e.home for e in (*program.life.of_calls(), *program.life.mappings.values()))
+            of.update(entry.home for entry in program.life.entries())
         homes = Counter(program.life.home for program in self.programs)
         return [(self.used(n), self.orphaned[n], of[n], homes[n], homes[n]) for n in range(3)]
 
     @invariant()
     def agree(self) -> None:
-        assert self.seen() == self.modelled()
+        assert self.seen_levels() == self.modelled_levels()
         for program in self.programs:
-            process = program.client.entry(self.kernel)
-            managed = sum(e.bytes for e in program.life.pointers.values() if e.managed)
-            assert (process.managed[0] if process else 0) == managed
+            assert_same(program.client.entry(self.kernel), program.life)
+        freed = self.managed_freed + sum(program.life.managed_freed for program in self.programs)
+        assert self.kernel.ledger.orphans.managed_freed(0) == freed
+        self.agree_on_orphans()
         after = anomalies(self.kernel)
         assert {kind: after[kind] - self.before[kind] for kind in IMPOSSIBLE} == dict.fromkeys(IMPOSSIBLE, 0)
+
+    def agree_on_orphans(self) -> None:
+        cgroups = [level.cgroup for level in self.levels]
+        of_ours = [o for o in self.kernel.ledger.orphans.entries() if o.levels[-1] == cgroups[2]]
+        found = sorted((o.tgid, o.turn, o.bytes, o.levels) for o in of_ours)
+        expected = [(o.tgid, o.turn, o.bytes, tuple(cgroups[n] for n in o.levels)) for o in self.orphans]
+        assert found == sorted(expected)
 
     def teardown(self) -> None:
         for program in self.programs:
@@ -401,10 +503,20 @@ class States(RuleBasedStateMachine):
         self.programs.clear()
         self.sweep()
         try:
-            wait_until(lambda: self.seen() == self.modelled(), SECONDS)
+            wait_until(lambda: self.seen_levels() == self.modelled_levels(), SECONDS)
         finally:
             for level in self.levels:
                 level.remove()
+
+
+def assert_same(process: Process | None, life: Life) -> None:
+    """Of one process, what the kernel tells apart; a call that never returned, when it is given up."""
+    modelled = life.bytes(), life.managed, life.pool, life.overhead, life.contexts, life.ended
+    found = (0,) * len(modelled)
+    if process:
+        each = process.bytes, process.managed, process.pool, process.overhead, process.contexts, process.ended
+        found = tuple(numbers[0] for numbers in each)
+    assert found == modelled
 
 
 @pytest.mark.timeout(3600)
@@ -415,4 +527,8 @@ def test_the_ledger_is_its_model(kernel: Kernel, scale: Callable[[int, int, int]
         deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    run_state_machine_as_test(lambda: States(kernel), settings=settings)
+    kernel.ledger.set_context_bytes(0, model.CONTEXT)
+    try:
+        run_state_machine_as_test(lambda: States(kernel), settings=settings)
+    finally:
+        kernel.ledger.set_context_bytes(0, CONTEXT)

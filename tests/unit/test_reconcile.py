@@ -15,11 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf import devices, pages
-from fgpu_ebpf.devices import Nvml
+from fgpu_ebpf import pages
+from fgpu_ebpf.corrections import GONE, overhead_for
+from fgpu_ebpf.device_balance import CALM_LOOKS
+from fgpu_ebpf.orphan_release import CONTEXT_REST_BYTES, DEVICE_REST_BYTES, SLACK_AFTER_NS
+from fgpu_ebpf.orphans import Orphan
 from fgpu_ebpf.pages import Seen
 from fgpu_ebpf.processes import Process
-from fgpu_ebpf.reconcile import GONE, NEVER_QUIET, Reconciler, check, overhead_for
+from fgpu_ebpf.reconcile import ORPHAN_PERIODS, PERIOD_SECONDS, Reconciler, _period, check
 
 MIB = 1 << 20
 LEADERLESS = """
@@ -31,11 +34,57 @@ ctypes.CDLL(None).syscall(60 if __import__("platform").machine() == "x86_64" els
 ME = os.getpid()
 
 
+def one(bytes_: int) -> tuple[int, ...]:
+    return (bytes_, *[0] * 15)
+
+
 def process(
-    charged: int, overhead: int = 0, managed: int = 0, pool: int = 0, changes: int = 7, quiet: bool = True
+    charged: int,
+    overhead: int = 0,
+    managed: int = 0,
+    pool: int = 0,
+    changes: int = 7,
+    quiet: bool = True,
 ) -> Process:
-    one = lambda n: (n, *[0] * 15)  # noqa: E731
     return Process(1, (5,), 0, changes, quiet, one(charged), one(overhead), one(managed), one(pool), one(1))
+
+
+def orphan(bytes_: int, tgid: int = 9, since_ns: int = 1, ended_ns: int = 1) -> Orphan:
+    return Orphan(tgid, 0, 3, 0, bytes_, since_ns, ended_ns, (5,))
+
+
+class Orphans:
+    """The map `orphans`, of a level that has `without` orphaned bytes more that have no entry."""
+
+    def __init__(self) -> None:
+        self.all: list[Orphan] = []
+        self.without = self.freed = 0
+
+    def entries(self):
+        return list(self.all)
+
+    def let_go(self, orphan, bytes_):
+        if orphan not in self.all:
+            return False
+        self.all.remove(orphan)
+        if orphan.bytes > bytes_:
+            self.all.append(replace(orphan, bytes=orphan.bytes - bytes_))
+        return True
+
+    def of_level(self, _):
+        return list(one(self.without + sum(orphan.bytes for orphan in self.all)))
+
+    def disown(self, _, device, bytes_):
+        assert (device, bytes_ <= self.without) == (0, True)
+        self.without -= bytes_
+        return True
+
+    def managed_freed(self, _):
+        return self.freed
+
+    @property
+    def bytes(self):
+        return sum(orphan.bytes for orphan in self.all)
 
 
 class Books:
@@ -45,21 +94,35 @@ class Books:
         self.entry, self.moved, self.refuses = entry, [], 0
         self.times = SimpleNamespace(shared=dict, turns=dict)
         self.so_far, self.swept = 1, 0
+        self.orphans = Orphans()
+        self.marked: list[tuple[int, int]] = []
+        self.churn = 0  # bytes that the process takes and frees between two looks at it
 
     def processes(self):
         return {ME: self.entry}
+
+    def process(self, tgid):
+        return self.processes().get(tgid)
+
+    def mark(self, tgid, generation, device):
+        self.marked.append((tgid, device))
+        self.entry = replace(self.entry, peak=one(self.entry.bytes[0] + self.churn))
+        return True
 
     def overhead(self, tgid, generation, device, bytes_, changes):
         if self.refuses or changes != self.entry.changes:
             self.refuses -= 1
             return False
-        more = bytes_ - self.entry.overhead[0]
-        charged = (self.entry.bytes[0] + more, *[0] * 15)
-        self.entry = replace(self.entry, bytes=charged, overhead=(bytes_, *[0] * 15))
+        self._set(bytes_)
         return True
 
+    def _set(self, overhead):
+        more = overhead - self.entry.overhead[0]
+        self.entry = replace(self.entry, bytes=one(self.entry.bytes[0] + more), overhead=one(overhead))
+
     def raise_overhead(self, tgid, generation, device, more):
-        return self.overhead(tgid, generation, device, self.entry.overhead[0] + more, self.entry.changes)
+        self._set(self.entry.overhead[0] + more)
+        return True
 
     def move(self, pid, generation, levels):
         self.moved.append((pid, levels))
@@ -72,16 +135,17 @@ class Books:
         return 0
 
     def reap(self, tgid, generation):
-        raise AssertionError("nobody has died")
+        raise AssertionError("no process has ended")
 
 
-def reconciler(books: Books, says, left: int | None = None) -> Reconciler:
+def reconciler(books: Books, says, in_use=None) -> Reconciler:
+    """NVML has these rows, and so many bytes in use."""
     nvml = SimpleNamespace(
         devices=[SimpleNamespace(index=0)],
         used_bytes=lambda _: 1,
         process_bytes=lambda _: says() if callable(says) else says,
         process_percent=lambda *_: None,
-        unnamed_bytes=lambda *_: left,
+        taken_bytes=lambda _: in_use() if callable(in_use) else in_use,
         xids=list,
         watched=frozenset,
     )
@@ -118,9 +182,17 @@ def test_a_refused_correction_is_tried_again_and_what_is_left_is_told():
     one.look()
     assert books.entry.bytes[0] == 950 * MIB
     books.refuses = 99
+    one = reconciler(books, {ME: 930 * MIB})
+    one.look()
+    assert (books.entry.bytes[0], one.truth.drift) == (950 * MIB, {(ME, 0): 20 * MIB})
+
+
+def test_what_a_process_lacks_is_charged_though_each_correction_is_refused():
+    books = Books(process(900 * MIB))
+    books.refuses = 99
     one = reconciler(books, {ME: 970 * MIB})
     one.look()
-    assert one.truth.drift == {(ME, 0): -20 * MIB}
+    assert (books.entry.bytes[0], one.truth.drift) == (970 * MIB, {(ME, 0): 0})
 
 
 @pytest.mark.parametrize("says", [None, {ME: None}, {}], ids=["no list", "N/A", "has a context and is not named"])
@@ -129,7 +201,7 @@ def test_where_nvml_says_nothing_nothing_is_decided(says, quiet):
     """Above all not that a tenant holds nothing."""
     books = Books(process(900 * MIB, 512 * MIB, quiet=quiet))
     one = reconciler(books, says)
-    for _ in range(NEVER_QUIET + 1):
+    for _ in range(3):
         one.look()
     assert books.entry.bytes[0] == 900 * MIB
     assert books.entry.overhead[0] == 512 * MIB
@@ -137,12 +209,160 @@ def test_where_nvml_says_nothing_nothing_is_decided(says, quiet):
     assert books.moved == []
 
 
-def test_who_has_no_context_and_is_not_named_holds_nothing():
-    books = Books(replace(process(900 * MIB, 512 * MIB), contexts=(0,) * 16))
+def test_a_process_without_a_context_that_is_not_named_holds_what_was_witnessed():
+    """Its handles and pools are on the device, in no row; modules went with the context."""
+    books = Books(replace(process(900 * MIB, 512 * MIB, managed=100 * MIB), contexts=(0,) * 16))
     one = reconciler(books, {})
     one.look()
-    assert books.entry.bytes[0] == 0
+    assert (books.entry.bytes[0], books.entry.overhead[0]) == (388 * MIB, 0)
     assert one.truth.drift == {(ME, 0): 0}
+
+
+# -- a process that is never quiet
+
+
+def test_what_a_process_never_had_is_charged_though_it_is_not_quiet():
+    books = Books(process(900 * MIB, 100 * MIB, quiet=False))
+    books.churn = 50 * MIB
+    one = reconciler(books, {ME: 1000 * MIB})
+    one.look()
+    assert (books.entry.bytes[0], books.entry.overhead[0]) == (950 * MIB, 150 * MIB), "to the byte beyond its peak"
+    assert set(books.marked) == {(ME, 0)}
+    one.look()
+    assert books.entry.bytes[0] == 950 * MIB
+
+
+@pytest.mark.parametrize("churn", [100 * MIB, 500 * MIB])
+def test_what_a_process_had_since_it_was_marked_may_be_what_nvml_shows(churn):
+    books = Books(process(900 * MIB, quiet=False))
+    books.churn = churn
+    reconciler(books, {ME: 1000 * MIB}).look()
+    assert books.entry.bytes[0] == 900 * MIB
+
+
+def test_managed_memory_does_not_explain_what_nvml_shows_of_one_that_is_not_quiet():
+    books = Books(process(900 * MIB, managed=300 * MIB, quiet=False))
+    reconciler(books, {ME: 700 * MIB}).look()
+    assert books.entry.overhead[0] == 100 * MIB
+
+
+def test_one_that_is_quiet_is_not_marked():
+    books = Books(process(900 * MIB))
+    reconciler(books, {ME: 900 * MIB}).look()
+    assert books.marked == []
+
+
+# -- orphans: what is let go is tested in test_orphan_release.py
+
+
+@pytest.mark.parametrize(("age_ns", "left"), [(0, 40), (2 * SLACK_AFTER_NS, 8)])
+def test_what_a_driver_may_keep_for_itself_is_let_go_of_old_orphans_alone(age_ns, left):
+    books, since_ns = Books(process(900 * MIB)), time.monotonic_ns() - age_ns
+    books.orphans.all = [orphan(64 * MIB, since_ns=since_ns)]
+    one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(40 * MIB))
+    for _ in range(3 * CALM_LOOKS):
+        one.look()
+    assert books.orphans.bytes == left * MIB
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_slack_is_taken_of_no_young_orphan_though_nvml_names_it_no_more(named):
+    books = Books(process(900 * MIB))
+    old = orphan(64 * MIB, tgid=8, since_ns=1)
+    young = orphan(64 * MIB, since_ns=time.monotonic_ns())
+    books.orphans.all, rows = [old, young], {ME: 900 * MIB} | ({8: 64 * MIB} if named else {})
+    rest = CONTEXT_REST_BYTES if named else 0
+    one = reconciler(books, rows, lambda: held_beside_the_rest(128 * MIB) + rest)
+    for _ in range(3 * CALM_LOOKS):
+        one.look()
+    assert {o.tgid: o.bytes // MIB for o in books.orphans.all} == {8: 32, 9: 64}
+
+
+def held_beside_the_rest(bytes_: int) -> int:
+    """In use, where the one process has 900 MiB and so many bytes have no owner."""
+    return 900 * MIB + CONTEXT_REST_BYTES + DEVICE_REST_BYTES + bytes_
+
+
+def test_orphans_are_let_go_when_the_device_does_not_hold_them():
+    books, in_use = Books(process(900 * MIB)), [held_beside_the_rest(64 * MIB)]
+    held = orphan(64 * MIB, since_ns=time.monotonic_ns())
+    books.orphans.all = [held]
+    one = reconciler(books, {ME: 900 * MIB}, lambda: in_use[0])
+    for _ in range(CALM_LOOKS + 1):
+        one.look()
+    assert books.orphans.bytes == 64 * MIB
+    in_use[0] = held_beside_the_rest(24 * MIB)
+    for _ in range(CALM_LOOKS):
+        one.look()
+    assert books.orphans.bytes == 24 * MIB
+    assert one.truth.orphans == [held], "as they were before the look"
+    assert one.truth.unexplained == {0: 0}
+
+
+@pytest.mark.parametrize(
+    ("says", "in_use"),
+    [
+        pytest.param(None, 0, id="no rows"),
+        pytest.param({ME: 900 * MIB}, None, id="no bytes in use"),
+        pytest.param({ME: 900 * MIB, 1: None}, 0, id="a row is N/A"),
+    ],
+)
+def test_orphans_are_kept_where_nvml_does_not_say_enough(says, in_use):
+    books = Books(process(900 * MIB))
+    books.orphans.all, books.orphans.without = [orphan(64 * MIB)], 3 * MIB
+    one = reconciler(books, says, in_use)
+    one.orphaned(5)
+    for _ in range(3 * CALM_LOOKS):
+        one.look()
+    assert (books.orphans.bytes, books.orphans.without) == (64 * MIB, 3 * MIB)
+
+
+def test_an_importer_is_charged_before_the_orphan_of_the_exporter_is_let_go():
+    books = Books(process(512 * MIB))
+    books.orphans.all, told = [orphan(64 * MIB, ended_ns=0)], []
+    books.orphans.let_go = lambda *_: told.append(books.entry.bytes[0]) or True
+    one = reconciler(books, {ME: 576 * MIB}, lambda: 576 * MIB + CONTEXT_REST_BYTES + DEVICE_REST_BYTES)
+    for _ in range(CALM_LOOKS):
+        one.look()
+    assert told == [576 * MIB]
+
+
+def test_what_has_no_entry_is_looked_for_at_levels_that_were_told_of():
+    books = Books(process(900 * MIB))
+    books.orphans.without = 64 * MIB
+    one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(0))
+    for _ in range(2 * CALM_LOOKS):
+        one.look()
+    assert books.orphans.without == 64 * MIB
+    one.orphaned(5)
+    for _ in range(2):
+        one.look()
+    assert books.orphans.without == 0
+
+
+def test_an_ended_process_s_row_charges_no_later_process_of_its_pid():
+    books = Books(process(100 * MIB))
+    books.orphans.all = [orphan(64 * MIB, tgid=ME)]
+    one = reconciler(books, {ME: 164 * MIB}, lambda: held_beside_the_rest(0))
+    one.look()
+    assert (books.entry.bytes[0], books.orphans.bytes) == (100 * MIB, 64 * MIB)
+    assert one.truth.ended == {0: {ME: 64 * MIB}}
+
+
+def test_a_dead_pid_that_nvml_still_names_is_no_process():
+    books = Books(process(100 * MIB))
+    books.orphans.all = [orphan(64 * MIB, tgid=1 << 22)]
+    one = reconciler(books, {ME: 100 * MIB, 1 << 22: 64 * MIB}, lambda: held_beside_the_rest(0))
+    one.look()
+    assert (books.moved, one.truth.pids()) == ([], {ME})
+
+
+def test_the_younger_an_orphan_is_the_more_often_is_nvml_asked():
+    now = time.monotonic_ns()
+    ages = [0, 10 * 10**9, 100 * 10**9]
+    assert [_period([orphan(1, since_ns=now - age)]) for age in ages] == [seconds for _, seconds in ORPHAN_PERIODS]
+    assert _period([orphan(1, since_ns=now - age) for age in ages]) == ORPHAN_PERIODS[0][1]
+    assert _period([]) == PERIOD_SECONDS
 
 
 def test_one_of_whom_nvml_says_nothing_does_not_hide_the_others():
@@ -151,63 +371,6 @@ def test_one_of_whom_nvml_says_nothing_does_not_hide_the_others():
     one.look()
     assert books.entry.bytes[0] == 1000 * MIB
     assert books.moved == [], "adopted with nobody knows what"
-
-
-@pytest.mark.parametrize(("says", "left"), [(None, 7), ({ME: 5, 1: None}, 7), ({ME: 5}, 0)])
-def test_orphans_are_let_go_only_where_all_holders_are_known(says, left):
-    books = Books(process(5))
-    orphans = {0: 7}
-    books.orphaned = lambda _: dict(orphans)
-    books.disown = lambda _, device, bytes_: orphans.update({device: orphans[device] - bytes_})
-    one = reconciler(books, says)
-    one.orphaned(5)
-    one.look()
-    assert orphans == {0: left}
-
-
-@pytest.mark.parametrize(
-    ("said", "held"),
-    [([(7, 5), (7, 6), (8, 9)], {7: 11, 8: 9}), ([(7, 5), (7, None), (8, 9)], {7: None, 8: 9}),
-     ([(7, None), (7, 5)], {7: None}), ([], {})],
-)  # fmt: skip
-def test_na_of_one_process_is_not_nothing(said, held):
-    assert nvml_that_says(said).process_bytes(0) == held
-
-
-def nvml_that_says(said, code=0):
-    """A library's function, as NVML has it: bytes None are "N/A"."""
-    calls = []
-
-    def ask(_, n, rows):
-        room, n._obj.value = n._obj.value, len(said)
-        calls.append(room)
-        if room < len(said):
-            return devices.pynvml.NVML_ERROR_INSUFFICIENT_SIZE
-        for row, (pid, bytes_) in zip(rows, said, strict=False):
-            row.pid, row.usedGpuMemory = pid, 2**64 - 1 if bytes_ is None else bytes_
-        return code
-
-    nvml = Nvml.__new__(Nvml)
-    nvml._handles = [None]
-    nvml._holders = devices.Holders(SimpleNamespace(nvmlDeviceGetComputeRunningProcesses_v3=ask))
-    nvml.calls = calls
-    return nvml
-
-
-def test_nvml_is_asked_once_however_many_there_are():
-    nvml = nvml_that_says([(pid, pid) for pid in range(300)])
-    for _ in range(3):
-        assert nvml.process_bytes(0) == {pid: pid for pid in range(300)}
-    assert len(nvml.calls) == 2 + 1 + 1  # once more, to have room
-    few = nvml_that_says([(7, 5)])
-    assert (few.process_bytes(0), len(few.calls)) == ({7: 5}, 1)
-
-
-def test_an_nvml_that_refuses_or_lacks_the_function_says_nothing():
-    assert nvml_that_says([], code=3).process_bytes(0) is None
-    nvml = nvml_that_says([])
-    nvml._holders = devices.Holders(SimpleNamespace())
-    assert nvml.process_bytes(0) is None
 
 
 def test_one_that_has_ended_is_not_adopted_though_the_driver_still_holds_its_memory():
@@ -277,7 +440,7 @@ def test_each_device_is_as_old_as_its_own_last_answer():
         devices=[SimpleNamespace(index=i) for i in answers],
         used_bytes=used.get,
         process_bytes=answers.get,
-        unnamed_bytes=lambda *_: None,
+        taken_bytes=lambda _: None,
         process_percent=lambda *_: None,
         xids=list,
         watched=frozenset,
@@ -334,14 +497,25 @@ def test_it_rings_for_others_than_before_and_for_those_who_have_no_shim():
     assert one.truth.strangers() == set()
 
 
-@pytest.mark.parametrize(("left", "kept"), [(899 * MIB, 0), (900 * MIB, 900 * MIB), (None, 900 * MIB)])
-def test_what_a_device_lost_under_a_process_is_charged_no_more(left, kept):
-    """NVML does not name it, and it is let go of where its memory is nowhere, and is so a few times in a row."""
+@pytest.mark.parametrize(("in_use", "kept"), [(899 * MIB, 0), (900 * MIB, 900 * MIB), (None, 900 * MIB)])
+def test_what_a_device_lost_under_a_process_is_charged_no_more(in_use, kept):
+    """NVML does not name it, and its memory is nowhere on the device, for a few looks in a row."""
     books = Books(process(900 * MIB))
-    one = reconciler(books, {}, left)
+    one = reconciler(books, {}, in_use)
     for _ in range(GONE - 1):
         one.look()
         assert books.entry.bytes[0] == 900 * MIB
     for _ in range(2):
         one.look()
         assert books.entry.bytes[0] == kept
+
+
+def test_the_end_of_a_context_is_corrected_exactly_once_for_each():
+    """Pool bytes that the driver has given back stay charged, but for what went with a context."""
+    books = Books(replace(process(900 * MIB, pool=300 * MIB), ended=one(1)))
+    reconciler_ = reconciler(books, {ME: 700 * MIB})
+    reconciler_.look()
+    assert books.entry.bytes[0] == 700 * MIB
+    books.entry = replace(books.entry, bytes=one(900 * MIB), overhead=one(0))
+    reconciler_.look()
+    assert books.entry.bytes[0] == 900 * MIB

@@ -1,0 +1,229 @@
+"""What the kernel's ledger should have of a process, as plainly as it can be said. No I/O.
+
+A call that may orphan bytes returns how many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+CONTEXT = 1 << 17  # bytes of a context that was not asked for
+
+
+@dataclass
+class Entry:
+    """An allocation, a handle, a mapping or a context."""
+
+    bytes: int
+    home: int  # the level that counts it
+    managed: bool = False
+    exported: bool = False
+    references: int = 1
+    owner: int = -1  # of a mapping: its handle
+    gone: bool = False  # with the last context
+
+
+@dataclass
+class Call:
+    """One that never returned."""
+
+    bytes: int  # charged
+    asked: int
+    managed: bool
+
+
+@dataclass
+class Life:
+    """A process from its first call to its end, or until it is in no managed cgroup."""
+
+    number: int = 0
+    turn: int = 0
+    home: int = -1  # the level that counts it; below 0: it has not called yet
+    asked: bool = False  # for memory or a context, and no call has settled it
+    granted: bool = False
+    admitted: int = 0
+    call: Call | None = None
+    pool: int = 0
+    overhead: int = 0
+    loose_managed: int = 0  # bytes without an entry
+    loose_handles: int = 0
+    contexts: int = 0
+    ended: int = 0
+    retained: int = 0
+    primary: bool = False
+    frees_nothing: bool = False
+    exports_pools: bool = False
+    managed_freed: int = 0
+    pointers: dict[int, Entry] = field(default_factory=dict)
+    handles: dict[int, Entry] = field(default_factory=dict)
+    mappings: dict[int, Entry] = field(default_factory=dict)
+    context_entries: dict[int, Entry] = field(default_factory=dict)
+
+    # -- sums
+
+    @property
+    def managed(self) -> int:
+        """Managed bytes that are charged as such."""
+        return self.loose_managed + sum(e.bytes for e in self.there() if e.managed)
+
+    @property
+    def vmm(self) -> int:
+        """Bytes of handles."""
+        return self.loose_handles + sum(e.bytes for e in self.handles.values())
+
+    def there(self) -> list[Entry]:
+        """Pointers that did not go with a context."""
+        return [entry for entry in self.pointers.values() if not entry.gone]
+
+    def entries(self) -> list[Entry]:
+        """All that have room in the kernel's map."""
+        spaces = self.pointers, self.handles, self.mappings, self.context_entries
+        return [entry for space in spaces for entry in space.values()]
+
+    def bytes(self) -> int:
+        """All that is charged."""
+        plain = sum(e.bytes for e in self.there() if not e.managed)
+        in_flight = self.admitted + (self.call.bytes if self.call else 0)
+        return plain + self.managed + self.vmm + self.pool + self.overhead + in_flight
+
+    # -- what is in flight
+
+    def leave_unsettled(self) -> None:
+        """Another question, or the end of the thread."""
+        self.overhead += self.admitted
+        self.admitted, self.asked = 0, False
+
+    def enter(self) -> None:
+        """Another call: the one before has no end that was seen."""
+        call, self.call = self.call, None
+        if call and call.managed:
+            self.loose_managed += call.bytes
+        elif call:
+            self.overhead += call.bytes
+
+    def take_over(self) -> int | None:
+        """What the thread was admitted for the call that begins; None: nothing."""
+        found = self.admitted if self.asked and self.granted else None
+        self.admitted, self.asked = 0, False
+        return found
+
+    # -- pointers and handles
+
+    def name_pointer(self, at: int, new: Entry) -> int:
+        """A call returned this pointer, which may be in use already."""
+        old = self.pointers.get(at)
+        self.pointers[at] = new
+        if not old:
+            return 0
+        new.home = old.home
+        if old.gone:
+            return 0
+        new.references = old.references
+        least = 0 if old.exported else min(old.bytes, new.bytes)
+        both, orphaned = old.managed and new.managed, 0
+        if old.managed:
+            self.loose_managed += old.bytes - (least if both else 0)
+        elif old.exported:
+            orphaned = old.bytes
+        else:
+            self.overhead += old.bytes - (least if new.managed else 0)
+        if not new.managed:
+            self.overhead += new.bytes - least
+        else:
+            self.loose_managed += new.bytes
+        new.bytes, new.managed = least, both
+        return orphaned
+
+    def name_handle(self, at: int, new: Entry) -> None:
+        """The same for a handle."""
+        old = self.handles.get(at)
+        self.handles[at] = new
+        if not old:
+            return
+        least = 0 if old.exported else min(old.bytes, new.bytes)
+        self.loose_handles += old.bytes + new.bytes - least
+        new.bytes, new.home, new.references = least, old.home, old.references
+
+    def free(self, at: int, is_trusted: bool) -> int:
+        """A free that succeeded."""
+        entry = self.pointers.get(at)
+        if not entry or (entry.managed and not is_trusted):
+            return 0
+        del self.pointers[at]
+        if entry.gone:
+            return 0
+        if entry.managed:
+            self.managed_freed += entry.bytes
+        return entry.bytes if entry.exported or self.frees_nothing or not is_trusted else 0
+
+    def fail_to_free(self, at: int, is_trusted: bool, home: int) -> None:
+        """It is entered anew, unless it went with a context."""
+        entry = self.pointers.get(at)
+        if not entry or (entry.managed and not is_trusted):
+            return
+        if entry.gone:
+            del self.pointers[at]
+        else:
+            entry.home = home
+
+    def drop(self, handle: int) -> int:
+        """One reference less."""
+        entry = self.handles[handle]
+        entry.references -= 1
+        if entry.references:
+            return 0
+        del self.handles[handle]
+        return entry.bytes if entry.exported or self.frees_nothing else 0
+
+    def give_back(self, bytes_: int) -> int:
+        """Pool bytes."""
+        some = min(bytes_, self.pool)
+        self.pool -= some
+        return some if self.exports_pools or self.frees_nothing else 0
+
+    # -- contexts
+
+    def begin_context(self, bytes_: int) -> None:
+        """Made, and charged so many bytes."""
+        self.overhead += bytes_
+        self.contexts += 1
+
+    def retain(self, admitted: int | None) -> None:
+        """A reference to the primary context, which may be the first."""
+        self.retained += 1
+        if not self.primary:
+            self.primary = True
+            self.begin_context(CONTEXT if admitted is None else admitted)
+
+    def release_primary(self) -> int:
+        """One reference less."""
+        if not self.retained:
+            return 0
+        self.retained -= 1
+        return 0 if self.retained else self.end_primary()
+
+    def end_primary(self) -> int:
+        """By its last reference, or a reset."""
+        if not self.primary:
+            return 0
+        self.primary = False
+        return self.end_context()
+
+    def end_context(self) -> int:
+        """Whichever it was."""
+        self.contexts -= 1
+        if not self.contexts:
+            return self.end_last_context()
+        self.ended += 1
+        self.overhead -= max(0, min(CONTEXT, self.overhead))
+        return 0
+
+    def end_last_context(self) -> int:
+        """Handles and pools outlive it."""
+        lost = self.bytes() - self.vmm - self.pool
+        exported = sum(e.bytes for e in self.there() if e.exported)
+        self.managed_freed += self.managed
+        self.overhead = self.loose_managed = 0
+        for entry in self.pointers.values():
+            entry.gone = True
+        return min(lost, self.bytes() + lost if self.frees_nothing else exported)

@@ -1,0 +1,181 @@
+"""Answers with a tag, which no other process can have written; and requests that wait for orphaned memory."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from conftest import MIB, Client, Kernel, Level, entries, page_of, wait_until
+from test_events import events, of, reasons  # noqa: F401
+
+from fgpu_ebpf import bpf, pages
+from fgpu_ebpf.ledger import HOST_PROCESSES
+
+REFUSED, ADMITTED = pages.Verdict.REFUSED, pages.Verdict.ADMITTED
+AT = pages.UsagePage.answers.offset
+HOST_TAGS = 7
+
+
+def ask(kernel: Kernel, client: Client, bytes_: int, patient: bool = False) -> int | None:
+    """A question with the client's own tag."""
+    return client(f"ask({client.entry(kernel).tag}, {bytes_}, {AT}, patient={patient})")
+
+
+@pytest.fixture
+def known(kernel: Kernel, level: Level, client: Client) -> Client:
+    assert kernel.ledger.tag(client.pid, (level.cgroup,)) == client.entry(kernel).tag
+    return client
+
+
+# -- tags
+
+
+def test_a_tagged_question_is_answered_with_the_tag_and_nowhere_else(kernel, level, known):
+    before = list(page_of(kernel, level).verdicts)
+    assert ask(kernel, known, 10 * MIB) == ADMITTED
+    assert ask(kernel, known, 1024 * MIB) == REFUSED
+    assert list(page_of(kernel, level).verdicts) == before
+    known(f"alloc(0x1000, {4 * MIB})")
+    assert (level.usage().refused, level.used) == (1, 14 * MIB)
+
+
+def test_a_question_without_a_tag_is_answered_without_one(kernel, level, known):
+    before = list(page_of(kernel, level).answers)
+    assert known(f"admit({10 * MIB})") == ADMITTED
+    assert list(page_of(kernel, level).answers) == before
+
+
+def test_each_life_of_each_process_has_another_tag(kernel, level, make_client):
+    tags = []
+    for _ in range(3):
+        client = make_client(level)
+        client(f"admit({MIB})")
+        tags.append(client.entry(kernel).tag)
+        client.send("os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])")
+        client.begin(level.cgroup)
+        client(f"admit({MIB})")
+        tags.append(client.entry(kernel).tag)
+    assert len(set(tags)) == 6
+    assert 0 not in tags
+
+
+def test_tags_come_round_without_0(kernel, level, make_client):
+    host = bpf.pinned(kernel.pins / "maps/host")
+    try:
+        bpf.update(host, HOST_TAGS.to_bytes(4, "little"), (2 * (pages.TAG_BITS + 1) - 2).to_bytes(8, "little"))
+    finally:
+        os.close(host)
+    clients = [make_client(level) for _ in range(3)]
+    for client in clients:
+        client(f"admit({MIB})")
+    assert [client.entry(kernel).tag for client in clients] == [pages.TAG_BITS, 1, 1]
+
+
+def test_no_question_of_another_process_makes_the_word_that_one_waits_for(kernel, level, known, make_client, scale):
+    """It knows the victim's tag and ticket, and asks by the same page; the victim asks nothing meanwhile."""
+    attacker, tag, ticket = make_client(level), known.entry(kernel).tag, 0x123456789
+    attacker(f"admit({MIB})")
+    choose = random.Random(7)
+    for _ in range(scale(200, 2000, 20_000)):
+        said = choose.choice([ticket, tag << 32 | ticket & pages.TICKET_BITS, choose.getrandbits(64)])
+        kind = choose.choice([pages.TAGGED, pages.TAGGED | pages.PATIENT, 0, choose.getrandbits(32)])
+        attacker(
+            f"shim.fgpu_admit({choose.choice([0, 0, 7, 99])}, u64({choose.choice([0, MIB])}), {kind}, u64({said}))"
+        )
+    page = page_of(kernel, level)
+    found = {word >> pages.TAG_SHIFT for word in page.answers if word}
+    assert found == {attacker.entry(kernel).tag}
+
+
+def test_a_ticket_s_upper_bits_never_reach_the_tag(kernel, level, known):
+    known(f"shim.fgpu_admit(0, u64({MIB}), {pages.TAGGED}, u64({(1 << 62) - 5}))")
+    word = page_of(kernel, level).answers[(1 << 62) - 5 & (pages.VERDICTS - 1)]
+    tag = known.entry(kernel).tag
+    assert word == tag << pages.TAG_SHIFT | (((1 << 62) - 5) & pages.TICKET_BITS) << 2 | ADMITTED
+
+
+def test_a_process_without_an_entry_gets_no_tagged_answer(kernel, level, make_level, make_client):
+    outside = make_client(make_level(None), page_of=level)
+    assert outside(f"ask(1, {MIB}, {AT})") is None
+    assert not any(page_of(kernel, level).answers)
+
+
+# -- entries that the gatekeeper asks for
+
+
+def test_an_entry_is_made_once_and_its_tag_stays(kernel, level, client):
+    so_far = kernel.ledger._number("host", HOST_PROCESSES)
+    tag = kernel.ledger.tag(client.pid, (level.cgroup,))
+    assert tag == client.entry(kernel).tag == kernel.ledger.tag(client.pid, (level.cgroup,))
+    assert client.entry(kernel).levels == (level.cgroup,)
+    assert kernel.ledger._number("host", HOST_PROCESSES) == so_far + 1
+    assert entries(kernel, level, pages.Shared.PROCESSES) == 1
+    client(f"alloc(0x1000, {MIB})")
+    assert (client.entry(kernel).tag, level.used) == (tag, MIB)
+
+
+# -- patience
+
+
+@pytest.fixture
+def full(level: Level, make_client) -> Level:
+    """A level of 1024 MiB, 1000 of which are orphaned."""
+    one = make_client(level)
+    one(f"alloc(0x1000, {1000 * MIB})")
+    one.kill()
+    return level
+
+
+def test_a_patient_request_that_orphans_alone_keep_from_fitting_is_refused_silently(kernel, events, full, known):  # noqa: F811
+    list(events.read())
+    assert ask(kernel, known, 1024 * MIB, patient=True) == REFUSED
+    assert (full.usage().refused, reasons(kernel, full), of(events, full)) == (0, {}, [])
+    assert ask(kernel, known, 1024 * MIB) == REFUSED
+    assert (full.usage().refused, len(of(events, full))) == (1, 1)
+    full.let_go()
+    assert ask(kernel, known, 1024 * MIB, patient=True) == ADMITTED
+
+
+def test_a_patient_request_that_would_not_fit_in_any_case_is_refused_and_counted(kernel, events, full, known):  # noqa: F811
+    list(events.read())
+    assert ask(kernel, known, 1024 * MIB + 1, patient=True) == REFUSED
+    known(f"alloc(0x2000, {20 * MIB})")
+    assert ask(kernel, known, 1005 * MIB, patient=True) == REFUSED
+    assert full.usage().refused == 2
+    assert [event.kind for event in of(events, full, pages.News.REFUSED)] == [pages.News.REFUSED] * 2
+
+
+def test_orphans_of_a_neighbour_in_the_group_are_waited_for_too(kernel, make_level, make_client):
+    group = make_level(100 * MIB)
+    leaf, other = make_level(80 * MIB, group), make_level(80 * MIB, group)
+    one, neighbour = make_client(leaf), make_client(other)
+    neighbour(f"alloc(0x1000, {60 * MIB})")
+    neighbour.kill()
+    one(f"admit({MIB})")
+    assert ask(kernel, one, 79 * MIB, patient=True) == REFUSED
+    assert (leaf.usage().refused, group.usage().refused) == (0, 0)
+    assert ask(kernel, one, 80 * MIB, patient=True) == REFUSED
+    assert (leaf.usage().refused, group.usage().refused) == (1, 0), "its own level has no orphans"
+
+
+# -- what a process had at most
+
+
+def test_the_peak_of_a_process_begins_anew_when_it_is_marked(kernel, level, client):
+    def peak() -> int:
+        return client.entry(kernel).peak[0] // MIB
+
+    client(f"alloc(0x1000, {8 * MIB})")
+    client(f"alloc(0x2000, {4 * MIB})")
+    client("free(0x1000)")
+    assert peak() == 12
+    generation = client.entry(kernel).generation
+    assert kernel.ledger.mark(client.pid, generation, 0)
+    assert peak() == 4
+    client(f"alloc(0x1000, {2 * MIB})")
+    client("free(0x1000)")
+    assert peak() == 6
+    assert not kernel.ledger.mark(client.pid, generation + 1, 0)
+    client.kill()
+    wait_until(lambda: not kernel.ledger.mark(client.pid, generation, 0))

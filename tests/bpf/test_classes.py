@@ -1,0 +1,177 @@
+"""Libraries that are not trusted: what they take is charged as ever; what they say to free may be there still.
+
+A tenant may bring a file of its own that exports the driver's names and does nothing. The agent probes it, because it
+may be a driver, and a call of it must not release what the real driver holds.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import CONTEXT, MIB, Client, Kernel, assert_left
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.library_class import Role
+from fgpu_ebpf.library_files import Target
+
+
+@pytest.fixture
+def other(kernel: Kernel, client: Client) -> Client:
+    """Calls the unknown library from now on, after what was done with the host's."""
+    client(f"def host(): use_driver({str(kernel.driver)!r})")
+    client(f"def unknown(): use_driver({str(kernel.unknown)!r})")
+    return client
+
+
+def test_what_an_unknown_library_takes_is_charged(kernel, level, other):
+    other("unknown()")
+    other(f"alloc(0x1000, {4 * MIB})")
+    assert (level.used, other.entry(kernel).flags & pages.Seen.BYPASS) == (4 * MIB, pages.Seen.BYPASS)
+    other(f"admit({6 * MIB})")
+    other(f"create(7, {6 * MIB})")
+    other(f"admit({8 * MIB})")
+    other(f"alloc(0x2000, {8 * MIB}, code=2)")
+    assert level.used == 10 * MIB, "a call that failed took nothing"
+
+
+@pytest.mark.parametrize(
+    ("take", "give"),
+    [
+        (f"alloc(0x1000, {4 * MIB})", "free(0x1000)"),
+        (f"pitched(0x1000, 1024, {4 * 1024}, 1024)", "free(0x1000)"),
+        ("array(7, 2048, 2048, 1, 1)", "array_destroy(7)"),
+        (f"create(7, {4 * MIB})", "release(7)"),
+    ],
+)
+@pytest.mark.parametrize("with_", ["host()", "unknown()"])
+def test_what_an_unknown_library_frees_is_orphaned(level, other, take, give, with_):
+    other(with_)
+    other(take)
+    other("unknown()")
+    other(give.replace(")", ", code=1)"))
+    assert (level.used, level.orphaned) == (4 * MIB, 0)
+    other(give)
+    assert (level.used, level.orphaned) == (4 * MIB, 4 * MIB)
+    other("host()")
+    other(give)
+    assert_left(level, 4 * MIB)
+
+
+def test_a_mapping_that_an_unknown_library_ends_orphans_what_it_held(level, other):
+    other(f"create(7, {4 * MIB})")
+    other(f"map_(0x100000, {4 * MIB}, 7)")
+    other("release(7)")
+    other("unknown()")
+    other(f"unmap(0x100000, {4 * MIB})")
+    assert_left(level, 4 * MIB)
+
+
+@pytest.mark.parametrize(("first", "last"), [("release(7)", "unmap"), ("unmap", "release(7)")])
+def test_a_reference_that_an_unknown_library_dropped_may_still_hold_the_memory(level, other, first, last):
+    unmap = f"unmap(0x100000, {4 * MIB})"
+    other(f"create(7, {4 * MIB})")
+    other(f"map_(0x100000, {4 * MIB}, 7)")
+    other("unknown()")
+    other(unmap if first == "unmap" else first)
+    assert (level.used, level.orphaned) == (4 * MIB, 0)
+    other("host()")
+    other(unmap if last == "unmap" else last)
+    assert_left(level, 4 * MIB)
+
+
+def test_managed_memory_is_not_freed_by_an_unknown_library(kernel, level, other):
+    freed = kernel.ledger.orphans.managed_freed(0)
+    other(f"managed(0x1000, {4 * MIB})")
+    other("unknown()")
+    other(f"managed(0x2000, {2 * MIB})")
+    for pointer in (0x1000, 0x2000):
+        other(f"free({pointer})")
+    assert (level.used, level.orphaned, other.entry(kernel).managed[0]) == (6 * MIB, 0, 6 * MIB)
+    other("host()")
+    other("free(0x1000)")
+    assert (level.used, other.entry(kernel).managed[0]) == (2 * MIB, 2 * MIB)
+    assert kernel.ledger.orphans.managed_freed(0) == freed + 4 * MIB
+    other.kill()
+    assert kernel.ledger.orphans.managed_freed(0) == freed + 6 * MIB
+    assert_left(level, 2 * MIB)
+
+
+# -- contexts
+
+
+@pytest.fixture
+def held(other: Client) -> int:
+    """Memory of every kind, beside the primary context; its bytes."""
+    other("retain()")
+    other(f"alloc(0x1000, {2 * MIB})")
+    other(f"managed(0x2000, {3 * MIB})")
+    other(f"create(7, {4 * MIB})")
+    return CONTEXT + 9 * MIB
+
+
+@pytest.mark.parametrize("end", ["primary_release()", "primary_reset()"])
+def test_an_unknown_library_ends_no_context(kernel, level, other, held, end):
+    other("unknown()")
+    other(end)
+    entry = other.entry(kernel)
+    assert (level.used, level.orphaned) == (held, 0)
+    assert (entry.contexts[0], entry.managed[0], entry.overhead[0]) == (1, 3 * MIB, CONTEXT)
+    other("host()")
+    other("primary_release()")
+    assert (level.used, level.orphaned) == (4 * MIB, 0), "it was the last one all along"
+
+
+def test_a_context_that_an_unknown_library_ended_keeps_another_from_being_the_last(kernel, level, other, held):
+    """Which is made and ended with the real driver: it would take the memory of the first along."""
+    other("context(0xabc)")
+    other("primary_release()")
+    before = level.used
+    other("unknown()")
+    other("destroy(0xabc)")
+    other("host()")
+    other("context(0xdef)")
+    other("destroy(0xdef)")
+    assert (other.entry(kernel).contexts[0], other.entry(kernel).managed[0]) == (1, 3 * MIB)
+    assert level.used == before
+
+
+def test_a_reference_that_an_unknown_library_gave_back_keeps_the_primary_context(kernel, level, other, held):
+    other("retain()")
+    other("unknown()")
+    other("primary_release()")
+    other("host()")
+    other("primary_release()")
+    assert (level.used, other.entry(kernel).contexts[0]) == (held, 1)
+    other("primary_release()")
+    assert level.used == 4 * MIB
+
+
+def test_names_of_before_an_unknown_library_s_end_of_a_context_are_still_in_use(kernel, level, other, held):
+    """A small piece of managed memory must not come to free a large one by its name."""
+    other("unknown()")
+    other("primary_release()")
+    other("host()")
+    other(f"managed(0x2000, {64 * MIB})")
+    other("free(0x2000)")
+    assert other.entry(kernel).managed[0] == 64 * MIB
+
+
+# -- listed files
+
+
+def test_a_listed_library_is_believed_like_the_host_s(kernel, level, client, tmp_path: Path):
+    listed = tmp_path / "libcuda.so.1"
+    shutil.copy(kernel.driver, listed)
+    kernel.probes.attach(Target.of(str(listed)), Role.LISTED)
+    client(f"use_driver({str(listed)!r})")
+    client("retain()")
+    client(f"managed(0x1000, {2 * MIB})")
+    client("free(0x1000)")
+    client(f"alloc(0x1000, {2 * MIB})")
+    client("free(0x1000)")
+    assert (level.used, level.orphaned) == (CONTEXT, 0)
+    client(f"alloc(0x1000, {2 * MIB})")
+    client("primary_release()")
+    assert (level.used, level.orphaned) == (0, 0)

@@ -1,0 +1,174 @@
+"""Two charges of one name: a free that was not seen, or a tenant that overwrites the pointer which a call returned.
+
+Whatever the tenant does, no free by that name releases more than the driver library frees.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import HERE, MIB, REPOSITORY, Client, Kernel, Level, anomalies, assert_corrected, assert_left
+
+from fgpu_ebpf.ledger import LevelLimits
+
+
+def charges(kernel: Kernel, client: Client, level: Level) -> dict[str, int]:
+    """Bytes, in MiB."""
+    entry = client.entry(kernel)
+    found = {"used": level.used, "managed": entry.managed[0], "overhead": entry.overhead[0], "orphaned": level.orphaned}
+    return {name: bytes_ // MIB for name, bytes_ in found.items() if bytes_}
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 6), (6, 4)])
+@pytest.mark.parametrize(
+    ("first", "second", "overhead", "managed"),
+    [
+        pytest.param("alloc", "alloc", 6, 0, id="both-plain"),
+        pytest.param("managed", "managed", 0, 10, id="both-managed"),
+        pytest.param("alloc", "managed", None, None, id="plain-then-managed"),
+        pytest.param("managed", "alloc", None, None, id="managed-then-plain"),
+    ],
+)
+def test_nothing_is_released_and_the_name_frees_the_smaller(
+    kernel, level, client, old, new, first, second, overhead, managed
+):
+    before = anomalies(kernel)["STALE"]
+    client(f"{first}(0x1000, {old * MIB})")
+    client(f"{second}(0x1000, {new * MIB})")
+    assert anomalies(kernel)["STALE"] == before + 1
+    if managed is None:
+        managed = new if second == "managed" else old
+        overhead = 10 - managed - 4
+    expected = {"used": 10, "managed": managed, "overhead": overhead}
+    assert charges(kernel, client, level) == {name: n for name, n in expected.items() if n}
+    client("free(0x1000)")
+    expected["used"] = 6
+    if first == second == "managed":
+        expected["managed"] = 6
+    assert charges(kernel, client, level) == {name: n for name, n in expected.items() if n}
+    client("free(0x1000)")
+    assert level.used == 6 * MIB
+    client.kill()
+    assert_left(level, 6 * MIB)
+
+
+def test_nvml_corrects_what_has_no_entry_any_more(kernel, level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    client(f"alloc(0x1000, {6 * MIB})")  # the driver has freed the first
+    assert_corrected(kernel, client, 2 * MIB)
+    assert level.used == 6 * MIB
+    client("free(0x1000)")
+    assert_corrected(kernel, client, 0)
+    assert level.used == 0
+
+
+def test_a_name_that_comes_a_third_time_frees_the_smallest(level, client):
+    for bytes_ in (6, 2, 8):
+        client(f"managed(0x1000, {bytes_ * MIB})")
+    client("free(0x1000)")
+    assert level.used == 14 * MIB
+
+
+def test_a_name_of_two_devices_frees_nothing(kernel, level, client):
+    kernel.ledger.set_limits([LevelLimits(level.cgroup, {0: 64 * MIB, 1: 64 * MIB})])
+    client(f"admit({4 * MIB}, device=1)")
+    client(f"managed(0x1000, {4 * MIB})")
+    client(f"managed(0x1000, {6 * MIB})")
+    client(f"managed(0x1000, {8 * MIB})")
+    client("free(0x1000)")
+    entry = client.entry(kernel)
+    assert (entry.managed[:2], entry.bytes[:2]) == ((14 * MIB, 4 * MIB), (14 * MIB, 4 * MIB))
+
+
+def test_an_exported_name_frees_nothing(level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("export_pointer(0x1000)")
+    client(f"alloc(0x1000, {6 * MIB})")
+    assert (level.used, level.orphaned) == (10 * MIB, 4 * MIB)
+    client("free(0x1000)")
+    assert (level.used, level.orphaned) == (10 * MIB, 4 * MIB)
+    client.kill()
+    assert_left(level, 10 * MIB)
+
+
+def test_a_handle_that_is_not_in_its_entry_outlives_the_context(kernel, level, client):
+    """NVML shows nothing of a process without a context, so nothing would correct overhead."""
+    client(f"create(7, {8 * MIB})")
+    client(f"create(7, {2 * MIB})")
+    client("retain()")
+    client("primary_release()")
+    assert (level.used, client.entry(kernel).overhead[0]) == (10 * MIB, 0)
+    client("release(7)")
+    assert level.used == 8 * MIB
+
+
+def test_the_mappings_of_a_handle_hold_its_entry_when_it_comes_again(level, client):
+    client(f"create(7, {4 * MIB})")
+    client(f"map_(0x100000, {4 * MIB}, 7)")
+    client(f"create(7, {4 * MIB})")
+    client("release(7)")
+    assert level.used == 8 * MIB
+    client(f"unmap(0x100000, {4 * MIB})")
+    assert level.used == 4 * MIB
+
+
+def test_a_name_of_an_ended_context_is_another_s(kernel, level, client):
+    before = anomalies(kernel)["STALE"]
+    client("retain()")
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("primary_release()")
+    client(f"alloc(0x1000, {6 * MIB})")
+    assert (level.used, anomalies(kernel)["STALE"]) == (6 * MIB, before)
+    client("free(0x1000)")
+    assert level.used == 0
+
+
+def test_a_name_of_an_ended_context_is_another_s_though_its_free_failed(kernel, level, client):
+    """The driver refuses to free what went with the context."""
+    client("retain()")
+    client(f"managed(0x1000, {4 * MIB})")
+    client("primary_release()")
+    client("free(0x1000, code=1)")
+    client(f"managed(0x1000, {6 * MIB})")
+    client("free(0x1000)")
+    assert (level.used, client.entry(kernel).managed[0]) == (0, 0)
+
+
+def test_a_context_s_name_that_comes_again_is_a_context_more(kernel, level, client):
+    for _ in range(2):
+        client("context(0xabc)")
+    client("destroy(0xabc)")
+    assert client.entry(kernel).contexts[0] == 1
+
+
+# -- a thread that overwrites what calls return
+
+
+@pytest.fixture(scope="session")
+def liar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("liar") / "liar"
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{REPOSITORY}/bpf", "-pthread"]
+    subprocess.run(["gcc", *flags, "-o", out, HERE / "liar.c", "-ldl"], check=True)
+    return out
+
+
+@pytest.mark.parametrize("library", ["driver", "unknown"])
+@pytest.mark.parametrize("seed", [0xF69, 0xBEEF])
+def test_no_lie_about_a_name_makes_less_charged_than_the_driver_gave(kernel, make_level, liar, scale, library, seed):
+    level = make_level(1 << 40)
+    page, before = kernel.ledger.page_fd(level.cgroup), anomalies(kernel)
+    command = [liar, getattr(kernel, library), str(page), str(scale(2000, 20_000, 1_000_000)), str(seed)]
+    enter = lambda: (level.path / "cgroup.procs").write_text(str(os.getpid()))  # noqa: E731
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=[page], preexec_fn=enter) as child:
+        os.close(page)
+        below, given = map(int, child.stdout.readline().split())
+        assert (below, level.used >= given) == (0, True)
+        child.kill()
+    assert level.orphaned >= given
+    after = anomalies(kernel)
+    assert after["STALE"] - before["STALE"] > scale(10, 100, 1000), "lies that the kernel believed"
+    assert after["RELEASE"] == before["RELEASE"]

@@ -1,0 +1,337 @@
+"""Memory that outlives its process, or that another process may have open: charged until the agent lets it go."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from conftest import CONTEXT, MIB, Kernel, Level, assert_left, page_of, wait_until
+from test_events import events, of  # noqa: F401
+
+from fgpu_ebpf import pages
+
+News = pages.News
+POOL = int(pages.Kind.POOL)
+
+
+# -- the end of a process
+
+
+def test_an_orphan_says_which_process_had_it_and_when_that_ended(kernel, level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    client(f"managed(0x2000, {6 * MIB})")
+    client(f"create(7, {8 * MIB})")
+    client("retain()")
+    client(f"admit({10 * MIB}, kind={POOL})")
+    generation, before = client.entry(kernel).generation, time.monotonic_ns()
+    held = level.used
+    assert held == 28 * MIB + CONTEXT
+    client.kill()
+    (orphan,) = level.orphans()
+    assert (orphan.tgid, orphan.device, orphan.generation, orphan.turn) == (client.pid, 0, generation, 0)
+    assert (orphan.bytes, orphan.levels) == (held, (level.cgroup,))
+    assert before < orphan.since_ns <= orphan.ended_ns < time.monotonic_ns()
+    assert before < page_of(kernel, level).orphaned_ns[0] < time.monotonic_ns()
+    assert_left(level, held)
+
+
+def test_while_a_process_ends_there_is_no_moment_with_less_charged(level, client):
+    client(f"alloc(0x1000, {700 * MIB})")
+    client.process.kill()
+    least = level.used
+    while client.process.poll() is None:
+        least = min(least, level.used)
+    assert least == level.used == 700 * MIB
+
+
+def test_managed_memory_that_ends_with_its_process_is_counted_as_freed(kernel, client):
+    before = kernel.ledger.orphans.managed_freed(0)
+    client(f"managed(0x1000, {6 * MIB})")
+    client(f"managed(0x2000, {5 * MIB})")
+    client(f"alloc(0x3000, {4 * MIB})")
+    client("free(0x1000, code=1)")
+    assert kernel.ledger.orphans.managed_freed(0) == before
+    client("free(0x1000)")
+    assert kernel.ledger.orphans.managed_freed(0) == before + 6 * MIB
+    client.kill()
+    assert kernel.ledger.orphans.managed_freed(0) == before + 11 * MIB
+
+
+def test_the_first_of_several_is_told(events, level, client, make_client):  # noqa: F811
+    """The agent looks again and again as long as orphans are new."""
+    other = make_client(level)
+    for each in (client, other):
+        each(f"alloc(0x1000, {8 * MIB})")
+    for each in (client, other):
+        each.kill()
+    told = of(events, level, News.ORPHANED)
+    assert 1 <= len(told) <= 2, "the second, where it ends more than 2 ms later"
+    assert (told[0].bytes, told[0].device) == (8 * MIB, 0)
+
+
+def test_orphans_are_charged_at_every_level(make_level, make_client):
+    group = make_level(1024 * MIB)
+    leaf = make_level(512 * MIB, group)
+    client = make_client(leaf)
+    client(f"alloc(0x1000, {8 * MIB})")
+    client.kill()
+    (orphan,) = leaf.orphans()
+    assert orphan.levels == (leaf.cgroup, group.cgroup)
+    assert [(each.used, each.orphaned) for each in (leaf, group)] == [(8 * MIB, 8 * MIB)] * 2
+    assert leaf.let_go() == 8 * MIB
+    assert [(each.used, each.orphaned) for each in (leaf, group)] == [(0, 0)] * 2
+
+
+def test_a_process_that_executes_another_program_leaves_an_orphan_and_begins_anew(kernel, level, client):
+    client(f"alloc(0x1000, {8 * MIB})")
+    first = client.entry(kernel).generation
+    client.send("os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])")
+    client.begin(level.cgroup)
+    client(f"alloc(0x2000, {2 * MIB})")
+    second = client.entry(kernel).generation
+    client("free(0x1000)")
+    assert (level.used, level.orphaned) == (10 * MIB, 8 * MIB), "the pointer was another program's"
+    client.kill()
+    found = [(orphan.tgid, orphan.generation, orphan.bytes) for orphan in level.orphans()]
+    assert found == [(client.pid, first, 8 * MIB), (client.pid, second, 2 * MIB)]
+
+
+# -- letting go
+
+
+def test_an_orphan_is_let_go_in_parts_and_never_more_of_it_than_it_has(kernel, level, client):
+    client(f"alloc(0x1000, {8 * MIB})")
+    client.kill()
+    (orphan,) = level.orphans()
+    assert kernel.ledger.orphans.let_go(orphan, 0)
+    for left in (5 * MIB, 4 * MIB):
+        assert kernel.ledger.orphans.let_go(orphan, level.orphans()[0].bytes - left)
+        assert (level.used, level.orphaned, level.orphans()[0].bytes) == (left, left, left)
+    assert page_of(kernel, level).orphans == 1
+    assert kernel.ledger.orphans.let_go(orphan, 99 * MIB)
+    assert (level.used, level.orphaned, level.orphans()) == (0, 0, [])
+    assert page_of(kernel, level).orphans == 0
+    assert not kernel.ledger.orphans.let_go(orphan, 1), "it is gone"
+
+
+def test_what_is_let_go_is_room_for_others_and_no_more_of_it(kernel, make_level, make_client):
+    level = make_level(100 * MIB)
+    one, other = make_client(level), make_client(level)
+    one(f"alloc(0x1000, {80 * MIB})")
+    one.kill()
+    assert other(f"admit({21 * MIB})") == pages.Verdict.REFUSED
+    assert kernel.ledger.orphans.let_go(level.orphans()[0], 30 * MIB)
+    assert other(f"admit({51 * MIB})") == pages.Verdict.REFUSED
+    assert other(f"admit({50 * MIB})") == pages.Verdict.ADMITTED
+
+
+def test_a_level_that_was_made_anew_is_not_released_from(kernel, make_level, make_client):
+    """Its cgroup is the same; what was charged to the page before went with that."""
+    level, newcomer = make_level(1024 * MIB), make_level(1024 * MIB)
+    one = make_client(level)
+    one(f"alloc(0x1000, {8 * MIB})")
+    one.kill()
+    (orphan,) = level.orphans()
+    kernel.ledger.remove([level.cgroup])
+    level.limit(1024 * MIB)
+    make_client(level)(f"alloc(0x1000, {3 * MIB})")
+    make_client(newcomer)(f"alloc(0x1000, {5 * MIB})")
+    assert kernel.ledger.orphans.let_go(orphan, 8 * MIB)
+    assert (level.used, level.orphaned, newcomer.used) == (3 * MIB, 0, 5 * MIB)
+
+
+def test_bytes_without_an_entry_are_disowned_and_never_more_than_there_are(kernel, level, client):
+    client(f"alloc(0x1000, {8 * MIB})")
+    client.kill()
+    assert not kernel.ledger.orphans.disown(level.cgroup, 0, 9 * MIB)
+    assert kernel.ledger.orphans.disown(level.cgroup, 0, 3 * MIB)
+    assert (level.used, level.orphaned) == (5 * MIB, 5 * MIB)
+    assert kernel.ledger.orphans.of_level(level.cgroup)[0] == 5 * MIB
+    level.let_go()
+    assert (level.used, level.orphaned) == (0, 0), "the entry has more than the level by now"
+
+
+# -- what other processes may have open
+
+
+@pytest.mark.parametrize("how", ["exit", "release(0x77)"])
+def test_an_exported_handle_stays_charged_to_the_level(kernel, level, client, how):
+    client(f"create(0x77, {8 * MIB})")
+    client(f"create(0x78, {16 * MIB})")
+    client("export(0x77)")
+    client("export(0x77)")
+    client.kill() if how == "exit" else client(how)
+    (orphan,) = level.orphans()
+    assert bool(orphan.ended_ns) == (how == "exit")
+    assert (level.used, level.orphaned) == (24 * MIB, 24 * MIB if how == "exit" else 8 * MIB)
+    level.let_go()
+    assert (level.used, level.orphaned) == (0 if how == "exit" else 16 * MIB, 0)
+
+
+def test_what_a_process_exported_and_freed_is_one_orphan_with_what_it_leaves(kernel, level, client):
+    for handle, bytes_ in ((0x77, 8 * MIB), (0x78, 16 * MIB), (0x79, 32 * MIB)):
+        client(f"create({handle}, {bytes_})")
+        client(f"export({handle})")
+    client("release(0x77)")
+    (first,) = level.orphans()
+    client("release(0x78)")
+    (orphan,) = level.orphans()
+    assert (orphan.bytes, orphan.since_ns, orphan.ended_ns) == (24 * MIB, first.since_ns, 0)
+    client.kill()
+    (orphan,) = level.orphans()
+    assert (orphan.bytes, orphan.since_ns) == (56 * MIB, first.since_ns)
+    assert orphan.ended_ns
+    assert_left(level, 56 * MIB)
+
+
+def test_an_exported_handle_goes_with_its_last_mapping(level, client):
+    client(f"create(0x77, {8 * MIB})")
+    client("export(0x77)")
+    client(f"map_(0x10000000, {8 * MIB}, 0x77)")
+    client("release(0x77)")
+    assert level.orphaned == 0
+    client(f"unmap(0x10000000, {8 * MIB})")
+    assert_left(level, 8 * MIB)
+
+
+@pytest.mark.parametrize("export", ["export_pointer(0x1000)", "export_range(0x1000)"])
+@pytest.mark.parametrize("how", ["exit", "free(0x1000)", "primary_release()"])
+def test_an_exported_pointer_stays_charged_to_the_level(level, client, export, how):
+    client("retain()")
+    client(f"alloc(0x1000, {8 * MIB})")
+    client(f"alloc(0x2000, {16 * MIB})")
+    client(export)
+    held = level.used
+    client.kill() if how == "exit" else client(how)
+    used = {"exit": held, "free(0x1000)": held, "primary_release()": 8 * MIB}[how]
+    orphaned = held if how == "exit" else 8 * MIB
+    assert (level.used, level.orphaned) == (used, orphaned)
+    assert level.let_go() == orphaned
+    assert level.used == used - orphaned
+
+
+@pytest.mark.parametrize("export", ["export_pointer", "export_range"])
+def test_an_export_that_failed_is_none(level, client, export):
+    client(f"alloc(0x1000, {8 * MIB})")
+    client(f"{export}(0x1000, code=1)")
+    client("free(0x1000)")
+    assert (level.used, level.orphaned) == (0, 0)
+
+
+@pytest.mark.parametrize("export", ["export_pointer", "export_range"])
+def test_after_an_export_of_what_has_no_entry_nothing_is_freed(level, client, export):
+    client(f"alloc(0x1000, {8 * MIB})")
+    client(f"{export}(0x1200)")
+    client("free(0x1000)")
+    assert_left(level, 8 * MIB)
+
+
+def test_pool_bytes_are_orphaned_once_a_pool_is_exported(kernel, level, client):
+    client(f"admit({32 * MIB}, kind={POOL})")
+    client("export_pool(code=1)")
+    client(f"give_back({8 * MIB})")
+    assert (level.used, level.orphaned) == (24 * MIB, 0)
+    client("export_pool()")
+    client(f"give_back({8 * MIB})")
+    assert (level.used, level.orphaned, client.entry(kernel).pool[0]) == (24 * MIB, 8 * MIB, 16 * MIB)
+    client(f"give_back({99 * MIB})")
+    assert_left(level, 24 * MIB)
+
+
+def test_an_import_is_noted(kernel, level, client):
+    client("import_(9, code=1)")
+    assert not client.entry(kernel).flags & pages.Seen.IMPORT
+    client("import_(9)")
+    assert client.entry(kernel).flags & pages.Seen.IMPORT
+    assert level.used == 0, "the exporter is charged"
+
+
+# -- the end of a context
+
+
+def test_the_last_context_takes_plain_and_managed_memory_and_leaves_handles_and_pools(kernel, level, client):
+    freed = kernel.ledger.orphans.managed_freed(0)
+    client("retain()")
+    client(f"alloc(0x1000, {2 * MIB})")
+    client(f"alloc(0x2000, {3 * MIB})")
+    client("export_pointer(0x2000)")
+    client(f"managed(0x3000, {4 * MIB})")
+    client(f"create(7, {5 * MIB})")
+    client(f"create(8, {6 * MIB})")
+    client("export(8)")
+    client(f"admit({7 * MIB}, kind={POOL})")
+    client("primary_release()")
+    entry = client.entry(kernel)
+    assert (entry.bytes[0], entry.pool[0], entry.managed[0], entry.overhead[0]) == (18 * MIB, 7 * MIB, 0, 0)
+    assert (level.used, level.orphaned) == (21 * MIB, 3 * MIB), "of what it freed, what others may have open"
+    assert kernel.ledger.orphans.managed_freed(0) == freed + 4 * MIB
+    client("free(0x1000)")
+    client("free(0x3000)")
+    assert level.used == 21 * MIB, "they went with the context"
+    client("release(7)")
+    client("release(8)")
+    client(f"give_back({7 * MIB})")
+    assert (level.used, level.orphaned) == (9 * MIB, 9 * MIB)
+
+
+def test_the_end_of_another_context_is_counted_for_the_agent(kernel, level, client):
+    client("retain()")
+    client("context(0xabc)")
+    client(f"alloc(0x1000, {2 * MIB})")
+    assert level.used == 2 * CONTEXT + 2 * MIB
+    client("destroy(0xabc)")
+    entry = client.entry(kernel)
+    assert (entry.contexts[0], entry.ended[0], level.used) == (1, 1, CONTEXT + 2 * MIB)
+    client("primary_release()")
+    assert (client.entry(kernel).ended[0], level.used) == (1, 0)
+
+
+# -- moves
+
+
+def test_orphans_of_several_moves_are_charged_where_they_came_to_be(kernel, make_level, make_client):
+    group = make_level(1024 * MIB)
+    levels = [make_level(512 * MIB, group) for _ in range(2)]
+    one = make_client(levels[0])
+    for turn in range(4):
+        leave_one(kernel, one, levels[turn % 2], group, turn)
+    assert [(level.used, level.orphaned) for level in levels] == [(4 * MIB, 4 * MIB), (6 * MIB, 6 * MIB)]
+    one.kill()
+    found = sorted((orphan.turn, orphan.bytes, orphan.levels) for orphan in group.orphans())
+    assert found == [(n, (n + 1) * MIB, (levels[n % 2].cgroup, group.cgroup)) for n in range(4)]
+    for orphan in group.orphans():
+        before = [level.used for level in levels]
+        assert kernel.ledger.orphans.let_go(orphan, orphan.bytes)
+        gone = [was - level.used for was, level in zip(before, levels, strict=True)]
+        assert gone[orphan.turn % 2] == orphan.bytes == sum(gone)
+    assert [level.used for level in (*levels, group)] == [0, 0, 0]
+
+
+def leave_one(kernel: Kernel, one, level: Level, group: Level, turn: int) -> None:
+    """The process is of the level now; it exports and frees one MiB more each turn."""
+    if turn:
+        assert kernel.ledger.move(one.pid, one.entry(kernel).generation, (level.cgroup, group.cgroup))
+    one(f"create({turn + 7}, {(turn + 1) * MIB})")
+    one(f"export({turn + 7})")
+    one(f"release({turn + 7})")
+
+
+def test_a_process_that_moved_and_ends_leaves_one_orphan_at_its_levels(kernel, make_level, make_client):
+    first, second = make_level(1024 * MIB), make_level(1024 * MIB)
+    one = make_client(first)
+    one(f"alloc(0x1000, {4 * MIB})")
+    assert kernel.ledger.move(one.pid, one.entry(kernel).generation, (second.cgroup,))
+    one.kill()
+    assert (first.used, second.used) == (0, 4 * MIB)
+    (orphan,) = second.orphans()
+    assert (orphan.turn, orphan.levels) == (1, (second.cgroup,))
+    assert_left(second, 4 * MIB)
+
+
+def test_an_entry_whose_end_nothing_told_is_reaped_into_an_orphan(kernel, level, client):
+    client(f"alloc(0x1000, {4 * MIB})")
+    assert kernel.ledger.reap(client.pid, client.entry(kernel).generation)
+    wait_until(lambda: client.entry(kernel) is None)
+    (orphan,) = level.orphans()
+    assert orphan.ended_ns
+    assert_left(level, 4 * MIB)

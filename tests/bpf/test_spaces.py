@@ -1,0 +1,170 @@
+"""Processes that share an address space (vfork, clone with CLONE_VM): what one of them takes, the others have too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import MIB, Client, Kernel, Level, assert_left, entries, wait_until
+
+from fgpu_ebpf import bpf, pages
+
+CLONE_VM, CLONE_FILES, CLONE_VFORK = 0x100, 0x400, 0x4000
+
+
+class Child:
+    """A child of a client, made by clone() with these flags; order() has it do something and returns at once."""
+
+    def __init__(self, client: Client, fifo: Path, flags: int, bytes_: int) -> None:
+        os.mkfifo(fifo)
+        line = f"cuda.start_child({bytes(fifo)!r}, {flags}, u64(0x70000), u64({bytes_}))"
+        waits = flags & CLONE_VFORK
+        client.send(line) if waits else None
+        self.pid = 0 if waits else int(client(line))
+        self._orders = fifo.open("wb", buffering=0)  # opens when the child does
+
+    def order(self, what: str) -> None:
+        self._orders.write(what.encode())
+
+    def close(self) -> None:
+        self._orders.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    made: list[Child] = []
+
+    def start(client: Client, flags: int, bytes_: int = 4 * MIB) -> Child:
+        made.append(Child(client, tmp_path / f"orders{len(made)}", flags, bytes_))
+        return made[-1]
+
+    yield start
+    for child in made:
+        child.close()
+
+
+def reap(client: Client, child: Child) -> None:
+    client(f"os.waitpid({child.pid}, 0)[0]")
+
+
+def borrowers(kernel: Kernel) -> dict[int, int]:
+    fd = bpf.pinned(kernel.pins / "maps/borrowers")
+    try:
+        return {int.from_bytes(k, "little"): int.from_bytes(v, "little") for k, v in bpf.items(fd, 4, 4)}
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def known(kernel: Kernel, client: Client) -> Client:
+    """A process that has an entry."""
+    client(f"alloc(0x1000, {MIB})")
+    return client
+
+
+def test_a_vforked_child_takes_memory_for_its_parent(kernel, level, known, start):
+    child = start(known, CLONE_VM | CLONE_VFORK)
+    child.order("a")
+    wait_until(lambda: level.used == 5 * MIB)
+    assert len(kernel.ledger.processes().keys() & set(cgroup_pids(level))) == 1
+    child.order("x")
+    assert known.process.stdout.readline(), "the child's pid: its parent goes on"
+    assert (level.used, level.orphaned, known.entry(kernel).bytes[0]) == (5 * MIB, 0, 5 * MIB)
+    known("free(0x70000)")
+    assert level.used == MIB
+    assert borrowers(kernel) == {}
+
+
+def cgroup_pids(level: Level) -> list[int]:
+    return [int(pid) for pid in (level.path / "cgroup.procs").read_text().split()]
+
+
+@pytest.mark.parametrize("flags", [CLONE_VM, CLONE_VM | CLONE_FILES])
+def test_a_child_with_the_same_memory_takes_memory_for_its_parent(kernel, level, known, start, flags):
+    child = start(known, flags)
+    child.order("a")
+    wait_until(lambda: level.used == 5 * MIB)
+    assert kernel.ledger.process(child.pid) is None
+    assert borrowers(kernel) == {child.pid: known.pid}
+    child.order("x")
+    reap(known, child)
+    assert (level.used, level.orphaned, borrowers(kernel)) == (5 * MIB, 0, {})
+    assert entries(kernel, level, pages.Shared.PROCESSES) == 1
+    wait_until(lambda: entries(kernel, level, pages.Shared.THREADS) == 1)
+    known.kill()
+    assert_left(level, 5 * MIB)
+
+
+def test_a_child_with_a_copy_of_the_memory_is_another_process(kernel, level, known, start):
+    child = start(known, 0)
+    child.order("a")
+    wait_until(lambda: level.used == 5 * MIB)
+    assert kernel.ledger.process(child.pid).bytes[0] == 4 * MIB
+    child.order("x")
+    reap(known, child)
+    assert (level.used, level.orphaned) == (5 * MIB, 4 * MIB)
+
+
+def test_a_child_that_executes_a_program_is_its_own_from_then_on(kernel, level, known, start):
+    child = start(known, CLONE_VM)
+    child.order("a")
+    wait_until(lambda: level.used == 5 * MIB)
+    child.order("e")
+    wait_until(lambda: borrowers(kernel) == {})
+    assert (level.used, level.orphaned, known.entry(kernel).bytes[0]) == (5 * MIB, 0, 5 * MIB)
+    known(f"os.kill({child.pid}, 9)")
+    reap(known, child)
+    assert (level.used, level.orphaned) == (5 * MIB, 0)
+
+
+def test_a_child_in_another_level_is_charged_to_its_parent_s(kernel, level, known, start, make_level):
+    """The memory is the parent's, wherever the child has been moved to."""
+    other, child = make_level(1024 * MIB), start(known, CLONE_VM)
+    (other.path / "cgroup.procs").write_text(str(child.pid))
+    child.order("a")
+    wait_until(lambda: level.used == 5 * MIB)
+    assert other.used == 0
+    child.order("x")
+    reap(known, child)
+    assert (level.used, level.orphaned) == (5 * MIB, 0)
+
+
+def test_a_child_that_outlives_its_parent_is_charged_itself(kernel, level, known, start):
+    child = start(known, CLONE_VM)
+    child.order("a")
+    wait_until(lambda: level.used == 5 * MIB)
+    known.kill()
+    assert (level.used, level.orphaned) == (5 * MIB, 5 * MIB)
+    child.order("a")
+    wait_until(lambda: level.used == 9 * MIB)
+    assert kernel.ledger.process(child.pid).bytes[0] == 4 * MIB
+    child.order("x")
+    wait_until(lambda: level.held == 0)
+    assert_left(level, 9 * MIB)
+
+
+def test_the_first_of_them_that_calls_is_charged_for_all(kernel, level, client, start):
+    child = start(client, CLONE_VM)
+    child.order("a")
+    wait_until(lambda: level.used == 4 * MIB)
+    client(f"alloc(0x1000, {MIB})")
+    assert client.entry(kernel) is None
+    assert kernel.ledger.process(child.pid).bytes[0] == 5 * MIB
+    child.order("x")
+    reap(client, child)
+    assert (level.used, level.orphaned) == (5 * MIB, 5 * MIB), "which the device still holds"
+    client(f"alloc(0x2000, {2 * MIB})")
+    assert (level.used, client.entry(kernel).bytes[0]) == (7 * MIB, 2 * MIB)
+
+
+def test_an_address_space_that_is_used_again_is_another_process_s(kernel, level, make_client):
+    """The kernel soon has another one at the same address; the process that had it is charged for nothing of that."""
+    for _ in range(20):
+        one = make_client(level)
+        one(f"alloc(0x1000, {MIB})")
+        assert one.entry(kernel).bytes[0] == MIB
+        one.kill()
+    assert_left(level, 20 * MIB)
+    assert borrowers(kernel) == {}

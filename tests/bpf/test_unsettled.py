@@ -1,0 +1,127 @@
+"""Admissions that no call settles, and calls whose end is not seen: the driver may have done them, so they stay
+charged."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import CONTEXT, MIB, assert_corrected, assert_left, wait_until
+
+from fgpu_ebpf import pages
+
+REFUSED, ADMITTED = pages.Verdict.REFUSED, pages.Verdict.ADMITTED
+
+
+def test_a_loop_of_admissions_that_are_never_used_reaches_the_limit(kernel, level, client):
+    """And it holds: the memory may have been taken where no probe is."""
+    asked = [client(f"admit({100 * MIB})") for _ in range(23)]
+    assert asked == [ADMITTED] * 10 + [REFUSED] * 13
+    assert (level.used, client.entry(kernel).overhead[0]) == (1000 * MIB, 1000 * MIB)
+    assert client.entry(kernel).quiet
+    assert_corrected(kernel, client, 0)
+    assert client(f"admit({1024 * MIB})") == ADMITTED
+
+
+def test_an_admission_that_is_not_used_before_the_next_one_is_not_quiet(kernel, level, client):
+    client(f"admit({4 * MIB})")
+    client(f"admit({6 * MIB})")
+    entry = client.entry(kernel)
+    assert (entry.quiet, entry.bytes[0], entry.overhead[0]) == (False, 10 * MIB, 4 * MIB)
+
+
+def test_what_threads_were_admitted_when_they_ended_is_all_charged(kernel, level, client):
+    for _ in range(7):
+        client(f"cuda.thread_admits_and_ends(u64({4 * MIB}))")
+    wait_until(lambda: client.entry(kernel).quiet)
+    assert (level.used, client.entry(kernel).overhead[0]) == (28 * MIB, 28 * MIB)
+    client.kill()
+    assert_left(level, 28 * MIB)
+
+
+@pytest.mark.parametrize("how", ["allocate_and_leap", "thread_ends_inside"])
+@pytest.mark.parametrize(("managed", "corrected"), [(0, 0), (1, 6 * MIB)])
+def test_memory_of_a_call_that_was_left_stays_charged(kernel, level, client, how, managed, corrected):
+    """Of managed memory NVML says nothing, so nothing but the end of the process shows that it is not there."""
+    client(f"cuda.{how}(u64({6 * MIB}), {managed})")
+    client("free(0x9999)")  # another call
+    wait_until(lambda: client.entry(kernel).quiet)
+    entry = client.entry(kernel)
+    assert (level.used, entry.managed[0], entry.overhead[0]) == (6 * MIB, corrected, 6 * MIB - corrected)
+    assert_corrected(kernel, client, 0)
+    assert level.used == corrected
+    client.kill()
+    assert_left(level, corrected)
+
+
+def test_an_admitted_call_that_was_left_stays_charged_with_all_that_was_admitted(kernel, level, client):
+    client(f"admit({8 * MIB})")
+    client(f"cuda.thread_ends_inside(u64({6 * MIB}), 1)")  # another thread: not its admission
+    client(f"cuda.allocate_and_leap(u64({6 * MIB}), 1)")
+    client("free(0x9999)")
+    entry = client.entry(kernel)
+    assert (level.used, entry.managed[0]) == (14 * MIB, 14 * MIB)
+
+
+# -- a call of another library in the middle of one: what came of the first is not seen
+
+
+def left(client, call: str) -> None:
+    """A signal's handler calls the driver in the middle of that call, which succeeds."""
+    client(f"meanwhile(lambda: free(0x9999, code=1)) or {call}")
+
+
+def test_a_context_whose_end_was_not_seen_keeps_another_from_being_the_last(kernel, level, client):
+    client("retain()")
+    client(f"managed(0x1000, {4 * MIB})")
+    left(client, "context(0xabc)")
+    client("primary_release()")
+    assert (client.entry(kernel).contexts[0], client.entry(kernel).managed[0]) == (1, 4 * MIB)
+    assert level.used >= 4 * MIB
+
+
+def test_a_reference_whose_end_was_not_seen_keeps_the_primary_context(kernel, level, client):
+    client("retain()")
+    client(f"managed(0x1000, {4 * MIB})")
+    left(client, "retain()")
+    client("primary_release()")
+    assert level.used == CONTEXT + 4 * MIB
+    client("primary_release()")
+    assert level.used == 0
+
+
+def test_a_first_reference_whose_end_was_not_seen_is_a_context(kernel, level, client):
+    left(client, "retain()")
+    client("context(0xabc)")
+    client(f"managed(0x1000, {4 * MIB})")
+    client("destroy(0xabc)")
+    assert (client.entry(kernel).contexts[0], client.entry(kernel).managed[0]) == (1, 4 * MIB)
+
+
+def test_a_handle_whose_making_was_not_seen_outlives_the_last_context(kernel, level, client):
+    left(client, f"create(7, {4 * MIB})")
+    client("retain()")
+    client("primary_release()")
+    assert (level.used, client.entry(kernel).overhead[0]) == (4 * MIB, 0)
+
+
+def test_a_mapping_that_was_not_seen_holds_its_handle(kernel, level, client):
+    client(f"create(7, {4 * MIB})")
+    left(client, f"map_(0x100000, {4 * MIB}, 7)")
+    client("release(7)")
+    assert level.used == 4 * MIB
+
+
+@pytest.mark.parametrize("export", ["export_pointer(0x1000)", "export_range(0x1000)", "export(7)"])
+def test_after_an_export_that_was_not_seen_nothing_is_freed(level, client, export):
+    client(f"alloc(0x1000, {2 * MIB})")
+    client(f"create(7, {4 * MIB})")
+    left(client, export)
+    client("free(0x1000)")
+    client("release(7)")
+    assert (level.used, level.orphaned) == (6 * MIB, 6 * MIB)
+
+
+def test_after_an_export_of_a_pool_that_was_not_seen_its_bytes_are_orphaned(level, client):
+    client(f"admit({8 * MIB}, kind={int(pages.Kind.POOL)})")
+    left(client, "export_pool()")
+    client(f"give_back({8 * MIB})")
+    assert_left(level, 8 * MIB)
