@@ -86,9 +86,9 @@ void ranges_end(struct context *context)
     struct range *next;
     for (struct range *range = context->ranges; range; range = next) {
         next = range->next;
-        /* Mapped memory belongs to the process and outlives the context, and so do the books of pools and graphs. */
-        if (range->kind == RANGE_MAPPED || range->kind == RANGE_GRAPH) continue;
-        if (range->kind == RANGE_POOL) pool_freed(range);
+        /* Mapped memory and that of pools belong to the process and outlive the context, and so do the books of graphs.
+         */
+        if (range->kind == RANGE_MAPPED || range->kind == RANGE_POOL || range->kind == RANGE_GRAPH) continue;
         if (range->kind == RANGE_IPC) ipc_forget(range);
         range_drop(range);
     }

@@ -214,7 +214,6 @@ void arrays_end(const struct context *context);
 /* cuda_pool.c */
 void pool_freed(struct range *range);
 void pools_settle(int device); /* what a synchronisation gives back */
-void pools_end(int device);
 
 /* cuda_time.c: moments of a context's own clock, which others' turns on the device make stand still */
 uint64_t context_now(const struct context *context); /* at most */

@@ -24,8 +24,25 @@ static uint64_t physical(const struct client *client, uint32_t device)
     return sum;
 }
 
+static bool has_context(const struct client *client, uint32_t device)
+{
+    for (uint32_t i = 0; i < client->n_contexts; i++)
+        if (client->contexts[i].device == device) return true;
+    return false;
+}
+
+/* Rows of processes that have no context on the device are left out, whatever they hold there. */
+static uint32_t drop_rows(struct sim_process *rows, const bool *kept, uint32_t n)
+{
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < n; i++)
+        if (kept[i]) rows[left++] = rows[i];
+    return left;
+}
+
 uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_process *out, uint32_t room)
 {
+    static bool computes[SIM_MAX_CLIENTS];
     uint32_t n = 0;
     turns_catch_up(device);
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
@@ -36,11 +53,15 @@ uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_
         uint32_t i = 0;
         while (i < n && out[i].pid != (uint32_t)pid) i++;
         if (i == room) break;
-        if (i == n) out[n++] = (struct sim_process){.pid = (uint32_t)pid};
+        if (i == n) {
+            computes[n] = false;
+            out[n++] = (struct sim_process){.pid = (uint32_t)pid};
+        }
         out[i].bytes += bytes;
         out[i].busy_us += meter_busy_us(device, c);
+        computes[i] = computes[i] || has_context(c, device);
     }
-    return n;
+    return drop_rows(out, computes, n);
 }
 
 static void add_holding(struct sim_record *record, const struct holding *holding)
