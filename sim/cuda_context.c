@@ -36,6 +36,7 @@ static CUresult context_begin(struct context *context, int device, unsigned flag
     context->device = device;
     context->flags = flags;
     memcpy(context->limits, default_limits, sizeof default_limits);
+    growth_begins(context);
     context->legacy = context->per_thread = (struct stream){.context = context};
     context->lost_ns = context->work_ns = context->expected_ns = context->n_losses = 0;
     memset(context->engines_ns, 0, sizeof context->engines_ns);

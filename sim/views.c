@@ -13,14 +13,19 @@ pid_t view_pid(const struct client *of, const struct client *asker)
     return of->process.pid[level];
 }
 
-/* Managed memory holds no bytes of the device and so never shows. */
-static uint64_t physical(const struct client *client, uint32_t device)
+static uint64_t listed(const struct holding *holding)
 {
     uint64_t sum = 0;
-    for (int kind = 0; kind < SIM_KINDS; kind++) sum += client->own[device].bytes[kind];
+    for (uint32_t kind = 0; kind < SIM_KINDS; kind++)
+        if (ledger_is_listed(kind)) sum += holding->bytes[kind];
+    return sum;
+}
+
+static uint64_t listed_bytes(const struct client *client, uint32_t device)
+{
+    uint64_t sum = listed(&client->own[device]);
     for (uint32_t i = 0; i < client->n_contexts; i++)
-        if (client->contexts[i].device == device)
-            for (int kind = 0; kind < SIM_KINDS; kind++) sum += client->contexts[i].holding.bytes[kind];
+        if (client->contexts[i].device == device) sum += listed(&client->contexts[i].holding);
     return sum;
 }
 
@@ -47,7 +52,7 @@ uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_
     turns_catch_up(device);
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
         pid_t pid = c->state == CLIENT_FREE ? 0 : view_pid(c, asker);
-        uint64_t bytes = pid ? physical(c, device) : 0;
+        uint64_t bytes = pid ? listed_bytes(c, device) : 0;
         if (!bytes) continue;
         /* Two connections of one process (a second copy of the library) are one line. */
         uint32_t i = 0;
@@ -66,16 +71,14 @@ uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_
 
 static void add_holding(struct sim_record *record, const struct holding *holding)
 {
-    for (int kind = 0; kind < SIM_KINDS; kind++) {
-        record->bytes[kind] += holding->bytes[kind];
-        record->requested[kind] += holding->requested[kind];
-    }
+    for (int kind = 0; kind < SIM_KINDS; kind++) record->bytes[kind] += holding->bytes[kind];
+    for (int kind = 0; kind < SIM_ASKED; kind++) record->requested[kind] += holding->requested[kind];
 }
 
 static bool is_empty(const struct sim_record *record)
 {
     for (int kind = 0; kind < SIM_KINDS; kind++)
-        if (record->bytes[kind] || record->requested[kind]) return false;
+        if (record->bytes[kind] || (kind < SIM_ASKED && record->requested[kind])) return false;
     return !record->contexts;
 }
 
