@@ -13,7 +13,6 @@
 #include "local_memory.h"
 
 #include <errno.h>
-#include <sys/mman.h>
 
 #include "gate.h"
 
@@ -34,23 +33,12 @@ struct table { /* mapped at the first launch; zero after a fork, for the child h
     struct fgpu_area areas[CONTEXTS];
     _Atomic uint64_t threads[FGPU_DEVICES]; /* that a device can have resident; 0: not asked yet */
 };
-_Atomic(struct fgpu_functions *) fgpu_functions; /* the table */
-static _Atomic unsigned contexts;                /* made so far */
+_Atomic(void *) fgpu_functions;   /* the table */
+static _Atomic unsigned contexts; /* made so far */
 
-static struct table *known_table(void) { return (void *)atomic_load_explicit(&fgpu_functions, memory_order_acquire); }
+static struct table *known_table(void) { return atomic_load_explicit(&fgpu_functions, memory_order_acquire); }
 
-static struct table *own_table(void)
-{
-    struct table *found = known_table();
-    struct fgpu_functions *none = NULL;
-    if (found) return found;
-    found = mmap(NULL, sizeof *found, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (found == MAP_FAILED) return NULL;
-    madvise(found, sizeof *found, MADV_WIPEONFORK);
-    if (atomic_compare_exchange_strong(&fgpu_functions, &none, &found->functions)) return found;
-    munmap(found, sizeof *found);
-    return (void *)none;
-}
+static struct table *own_table(void) { return fgpu_table(&fgpu_functions, sizeof(struct table)); }
 
 /* -- sizes */
 
@@ -119,6 +107,7 @@ static void give_back(struct fgpu_area *area, uint64_t bytes)
  * much goes back with the context. */
 static CUresult grow(struct fgpu_growth *growth, struct fgpu_area *area, CUdevice ordinal, uint64_t more)
 {
+    if (more <= atomic_load(&area->more)) return CUDA_SUCCESS;
     uint64_t turn = fgpu_take_turn(&area->busy_until_ns), from = atomic_load(&area->more);
     uint64_t bytes = more > from ? bytes_beyond(ordinal, more) - bytes_beyond(ordinal, from) : 0;
     struct admission admission = {.index = -1};
@@ -158,14 +147,6 @@ void fgpu_area_ends(uint64_t context)
     fgpu_functions_forget();
 }
 
-/* -- where a limit is in force, in a context whose area is known */
-
-static bool is_limited(void)
-{
-    struct fgpu_view view = fgpu_look();
-    return view.link == FGPU_HELD && fgpu_is_limited(view);
-}
-
 static bool current_context(CUcontext *context)
 {
     __typeof__(&cuCtxGetCurrent) get = REAL(cuCtxGetCurrent);
@@ -183,7 +164,7 @@ CUresult fgpu_stack_begins(struct fgpu_growth *growth, size_t bytes)
     CUstreamCaptureMode mode = fgpu_relax();
     *growth = (struct fgpu_growth){.area = NULL};
     if (bytes <= MOST_BYTES && fgpu_current(&ordinal) && ordinal < FGPU_DEVICES && current_context(&context) &&
-        is_limited()) {
+        fgpu_is_held()) {
         struct fgpu_area *area = area_of(context);
         growth->area = area;
         if (area) refusal = grow(growth, area, ordinal, more_of(bytes));
@@ -238,13 +219,14 @@ static enum handle local_bytes(CUfunction function, CUdevice ordinal, uint64_t *
 {
     static const CUfunction_attribute which = CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES;
     __typeof__(&cuFuncGetAttribute) of_function = REAL(cuFuncGetAttribute);
-    __typeof__(&cuKernelGetAttribute) of_kernel = REAL(cuKernelGetAttribute);
     enum handle handle = NO_HANDLE;
     int value = 0;
-    if (of_function && of_function(&value, which, function) == CUDA_SUCCESS)
+    if (of_function && of_function(&value, which, function) == CUDA_SUCCESS) {
         handle = FUNCTION;
-    else if (of_kernel && of_kernel(&value, which, (CUkernel)function, ordinal) == CUDA_SUCCESS)
-        handle = KERNEL;
+    } else { /* looked up here alone: old drivers lack it, and have no kernels */
+        __typeof__(&cuKernelGetAttribute) of_kernel = REAL(cuKernelGetAttribute);
+        if (of_kernel && of_kernel(&value, which, (CUkernel)function, ordinal) == CUDA_SUCCESS) handle = KERNEL;
+    }
     *bytes = handle != NO_HANDLE && value > 0 ? (uint64_t)value : 0;
     return handle;
 }
@@ -272,9 +254,12 @@ static CUresult begin(struct fgpu_first *first, CUfunction function)
     if (handle == NO_HANDLE) return CUDA_SUCCESS;
     first->place = place;
     first->key = handle == KERNEL && is_several() ? key_in(key, context) : key;
-    if (more_of(bytes) == 0 || !is_limited()) return CUDA_SUCCESS;
+    CUresult refusal = CUDA_SUCCESS;
+    if (handle == KERNEL) refusal = fgpu_load_of_library_begins(&first->load, fgpu_library_of((CUkernel)function));
+    if (refusal || more_of(bytes) == 0 || !fgpu_is_held()) return refusal;
     struct fgpu_area *area = area_of(context);
-    return area ? grow(&first->growth, area, ordinal, more_of(bytes)) : CUDA_SUCCESS;
+    if (area) refusal = grow(&first->growth, area, ordinal, more_of(bytes));
+    return refusal ? fgpu_load_ends(&first->load, refusal, 0) : CUDA_SUCCESS;
 }
 
 CUresult fgpu_first_begins(struct fgpu_first *first, CUfunction function)
@@ -295,6 +280,7 @@ CUresult fgpu_first_begins(struct fgpu_first *first, CUfunction function)
 CUresult fgpu_first_ends(const struct fgpu_first *first, CUresult result)
 {
     int saved = errno;
+    fgpu_load_ends(&first->load, result, 0);
     if (result != CUDA_SUCCESS)
         shrink_again(&first->growth);
     else if (first->place)

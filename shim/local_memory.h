@@ -2,7 +2,7 @@
 #ifndef FGPU_LOCAL_MEMORY_H
 #define FGPU_LOCAL_MEMORY_H
 
-#include "admit.h"
+#include "module_data.h"
 
 #define FGPU_FUNCTIONS 1024 /* a power of two */
 #define FGPU_EPOCH_SHIFT 48 /* no address has these bits */
@@ -13,7 +13,7 @@ struct fgpu_functions {
     _Atomic uint64_t epoch;
     _Atomic uint64_t known[FGPU_FUNCTIONS];
 };
-extern HIDDEN _Atomic(struct fgpu_functions *) fgpu_functions; /* NULL: nothing was launched yet */
+extern HIDDEN _Atomic(void *) fgpu_functions; /* a table of them; NULL: nothing was launched yet */
 
 static inline _Atomic uint64_t *fgpu_function_place(struct fgpu_functions *functions, uint64_t function)
 {
@@ -42,6 +42,7 @@ struct fgpu_growth { /* of one context's area, admitted before the driver takes 
 };
 struct fgpu_first { /* a launch of a function that is not known */
     struct fgpu_growth growth;
+    struct fgpu_load load;   /* of its library */
     _Atomic uint64_t *place; /* NULL: it stays unknown */
     uint64_t key;            /* as it is going to be known */
 };
