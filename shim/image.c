@@ -204,16 +204,17 @@ static uint64_t read_variables(struct reader *r, uint64_t bytes)
 static uint64_t data_of_text(const char *text, uint64_t most)
 {
     struct reader r = {text, most, 0};
-    uint64_t bytes = 0;
+    uint64_t bytes = 0, heap = 0;
     bool is_elsewhere = false;
     next(&r);
     if (!is(&r, ".version")) return 0; /* with which all assembly begins, after remarks */
     for (; r.length; next(&r)) {
+        if (is(&r, "malloc")) heap = FGPU_USES_HEAP;
         uint64_t more = is(&r, ".global") ? read_variables(&r, bytes) : bytes;
         if (!is_elsewhere) bytes = more;
         is_elsewhere = is(&r, ".extern");
     }
-    return bytes;
+    return bytes | heap;
 }
 
 /* -- binaries: fields at their places, whatever their alignment. `size`: of all that may be read */
@@ -240,22 +241,34 @@ static bool has_name(const struct binary *b, uint64_t offset, const char *name)
 #define ELF_SECTION_SIZE 0x3a
 #define ELF_SECTION_COUNT 0x3c
 #define ELF_NAMES 0x3e
+#define SECTION_TYPE 4
+#define STRINGS 3
 #define SECTION_OFFSET 0x18
 #define SECTION_SIZE 0x20
 #define SECTION_ALIGNMENT 0x30
 
+/* Of a function that stands elsewhere, in a table of strings. */
+static bool names_malloc(const struct binary *b, uint64_t at, uint64_t size)
+{
+    for (uint64_t end = at <= b->size ? at + least_of(size, b->size - at) : 0; at < end; at++)
+        if (at + 8 <= end && !memcmp(b->start + at, "\0malloc", 8)) return true;
+    return false;
+}
+
 static uint64_t data_of_elf(const struct binary *b)
 {
     uint64_t sections = field(b, ELF_SECTIONS, 8), step = field(b, ELF_SECTION_SIZE, 2), bytes = 0;
-    uint64_t count = field(b, ELF_SECTION_COUNT, 2), names = field(b, ELF_NAMES, 2);
+    uint64_t heap = 0, count = field(b, ELF_SECTION_COUNT, 2), names = field(b, ELF_NAMES, 2);
     if (sections > b->size || count * step > b->size - sections) return 0;
     uint64_t text = field(b, sections + names * step + SECTION_OFFSET, 8);
     for (uint64_t i = 0, at = sections; text <= b->size && i < count; i++, at += step) {
-        uint64_t name = text + field(b, at, 4);
+        uint64_t name = text + field(b, at, 4), size = field(b, at + SECTION_SIZE, 8);
+        if (field(b, at + SECTION_TYPE, 4) == STRINGS && names_malloc(b, field(b, at + SECTION_OFFSET, 8), size))
+            heap = FGPU_USES_HEAP;
         if (!has_name(b, name, ".nv.global") && !has_name(b, name, ".nv.global.init")) continue;
-        bytes = add(bytes, capped(field(b, at + SECTION_SIZE, 8)), field(b, at + SECTION_ALIGNMENT, 8));
+        bytes = add(bytes, capped(size), field(b, at + SECTION_ALIGNMENT, 8));
     }
-    return bytes;
+    return bytes | heap;
 }
 
 /* -- fat binaries: the same code for several devices, one part each. All of them have the same data as a rule, so what
@@ -287,16 +300,19 @@ static bool data_of_part(const struct binary *part, uint64_t *bytes)
 
 static uint64_t data_of_fatbin(const struct binary *b)
 {
-    uint64_t at = field(b, FATBIN_HEADER_SIZE, 2), least = FGPU_MOST_BYTES, bytes;
+    uint64_t at = field(b, FATBIN_HEADER_SIZE, 2), least = FGPU_MOST_BYTES, heap = 0, bytes;
     while (at < b->size && b->size - at >= PART_HEAD) {
         struct binary rest = {b->start + at, b->size - at};
         uint64_t head = field(&rest, PART_HEADER_SIZE, 4), size = field(&rest, PART_SIZE, 8);
         if (head < PART_HEAD || head > rest.size || size > rest.size - head) break;
         rest.size = head + size;
-        if (data_of_part(&rest, &bytes) && bytes < least) least = bytes;
+        if (data_of_part(&rest, &bytes)) {
+            heap |= bytes & FGPU_USES_HEAP;
+            least = least_of(least, bytes & ~FGPU_USES_HEAP);
+        }
         at += rest.size;
     }
-    return least == FGPU_MOST_BYTES ? 0 : least;
+    return heap | (least == FGPU_MOST_BYTES ? 0 : least);
 }
 
 /* -- any of them */

@@ -6,7 +6,8 @@
 
 #include "shim.h"
 
-/* Bytes that the variables of code take; 0: none that could be read. */
+/* Bytes that the variables of code take; 0: none that could be read. With FGPU_USES_HEAP where it calls malloc. */
+#define FGPU_USES_HEAP (1ULL << 62)
 HIDDEN uint64_t fgpu_code_data(const void *code); /* as it is given to the driver */
 HIDDEN uint64_t fgpu_image_data(const void *image, uint64_t most);
 

@@ -40,9 +40,14 @@ struct fgpu_growth { /* of one context's area, admitted before the driver takes 
     uint64_t bytes;    /* granted; 0: the area does not grow */
     int index;
 };
+struct fgpu_heap {          /* of device code, admitted before the driver takes it */
+    struct fgpu_area *area; /* NULL: none is taken */
+    uint64_t limit;
+};
 struct fgpu_first { /* a launch of a function that is not known */
     struct fgpu_growth growth;
-    struct fgpu_load load;   /* of its library */
+    struct fgpu_load load; /* of its library */
+    struct fgpu_heap heap;
     _Atomic uint64_t *place; /* NULL: it stays unknown */
     uint64_t key;            /* as it is going to be known */
 };
@@ -52,6 +57,8 @@ HIDDEN CUresult fgpu_first_begins(struct fgpu_first *first, CUfunction function)
 HIDDEN CUresult fgpu_first_ends(const struct fgpu_first *first, CUresult result); /* returns `result` */
 HIDDEN CUresult fgpu_stack_begins(struct fgpu_growth *growth, size_t bytes);
 HIDDEN CUresult fgpu_stack_ends(const struct fgpu_growth *growth, CUresult result, size_t bytes); /* likewise */
+
+HIDDEN void fgpu_heap_limited(size_t bytes); /* of the current context */
 
 HIDDEN void fgpu_functions_forget(void); /* handles of functions may come again, or areas became smaller */
 HIDDEN void fgpu_area_begins(void);      /* a context was made */

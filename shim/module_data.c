@@ -29,7 +29,8 @@ struct fgpu_loaded {
     _Atomic uint64_t handle;  /* 0: free */
     _Atomic uint64_t context; /* 0: of a library: what each context will take */
     _Atomic uint64_t bytes;
-    _Atomic int index; /* the ledger's */
+    _Atomic int index; /* the ledger's; -1: nothing was asked for */
+    _Atomic bool uses_heap;
 };
 static _Atomic(void *) list;
 
@@ -102,25 +103,30 @@ static uint64_t whole(uint64_t bytes, uint64_t granule)
     return granule ? (bytes + granule - 1) & ~(granule - 1) : bytes;
 }
 
-static CUresult ask(struct fgpu_load *load, uint64_t bytes)
+static bool matters(uint64_t data) { return data >= LEAST_BYTES; } /* the heap's bit is a higher one */
+
+static CUresult ask(struct fgpu_load *load, uint64_t data)
 {
+    uint64_t bytes = data & ~FGPU_USES_HEAP;
     __typeof__(&cuCtxGetCurrent) get = REAL(cuCtxGetCurrent);
     CUcontext context;
     CUdevice ordinal;
-    if (bytes < LEAST_BYTES || !fgpu_current(&ordinal) || !get || get(&context) != CUDA_SUCCESS ||
+    if (!matters(data) || !fgpu_current(&ordinal) || !get || get(&context) != CUDA_SUCCESS ||
         !fgpu_context_is_known(context))
         return CUDA_SUCCESS;
     if (load->handle && find(load->handle, (uint64_t)context)) return CUDA_SUCCESS;
     struct fgpu_loaded *entry = claim();
     if (!entry) return CUDA_SUCCESS;
-    struct admission admission = fgpu_admission(ordinal, whole(bytes, fgpu_granule(ordinal)), FGPU_POOL);
-    if (admission.index < 0) {
+    struct admission admission = {.index = -1};
+    if (bytes >= LEAST_BYTES) admission = fgpu_admission(ordinal, whole(bytes, fgpu_granule(ordinal)), FGPU_POOL);
+    if (admission.refusal) {
         atomic_store(&entry->handle, 0);
         return admission.refusal;
     }
     atomic_store(&entry->context, (uint64_t)context);
-    atomic_store(&entry->bytes, admission.bytes);
+    atomic_store(&entry->bytes, admission.index < 0 ? 0 : admission.bytes);
     atomic_store(&entry->index, admission.index);
+    atomic_store(&entry->uses_heap, data & FGPU_USES_HEAP);
     load->entry = entry;
     load->context = (uint64_t)context;
     return CUDA_SUCCESS;
@@ -173,12 +179,13 @@ CUlibrary fgpu_library_of(CUkernel kernel)
     return is_known ? library : NULL;
 }
 
-static void keep(CUlibrary library, uint64_t bytes)
+static void keep(CUlibrary library, uint64_t data)
 {
-    struct fgpu_loaded *entry = bytes >= LEAST_BYTES ? claim() : NULL;
+    struct fgpu_loaded *entry = matters(data) ? claim() : NULL;
     if (!entry) return;
     atomic_store(&entry->context, 0);
-    atomic_store(&entry->bytes, bytes);
+    atomic_store(&entry->bytes, data);
+    atomic_store(&entry->uses_heap, data & FGPU_USES_HEAP);
     atomic_store(&entry->handle, (uint64_t)library);
 }
 
@@ -187,6 +194,13 @@ void fgpu_library_made(CUlibrary library, const void *code)
     int saved = errno;
     if (code && fgpu_is_held()) keep(library, fgpu_code_data(code));
     errno = saved;
+}
+
+/* Code that could not be read is taken to use none. */
+bool fgpu_code_uses_heap(uint64_t handle, uint64_t context)
+{
+    const struct fgpu_loaded *entry = handle ? find(handle, context) : NULL;
+    return entry && atomic_load(&entry->uses_heap);
 }
 
 /* -- files: read as a whole into memory of our own, for they may change */

@@ -19,6 +19,7 @@ HIDDEN CUresult fgpu_load_of_library_begins(struct fgpu_load *load, CUlibrary li
 HIDDEN CUresult fgpu_load_ends(const struct fgpu_load *load, CUresult result, uint64_t module); /* returns `result` */
 
 HIDDEN CUlibrary fgpu_library_of(CUkernel kernel);                  /* NULL: the driver does not say */
+HIDDEN bool fgpu_code_uses_heap(uint64_t handle, uint64_t context); /* a module or library that was loaded there */
 HIDDEN void fgpu_library_made(CUlibrary library, const void *code); /* its data is taken when a context first uses it */
 HIDDEN void fgpu_library_of_file_made(CUlibrary library, const char *path);
 

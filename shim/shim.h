@@ -182,6 +182,7 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     NEED(cuDeviceGetAttribute)                                                                                         \
     NEED(cuFuncGetAttribute)                                                                                           \
     NEED(cuKernelGetAttribute)                                                                                         \
+    NEED(cuFuncGetModule)                                                                                              \
     NEED(cuKernelGetLibrary)                                                                                           \
     NEED(cuCtxGetDevice)                                                                                               \
     NEED(cuDeviceGetUuid)                                                                                              \
