@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from fgpu_ebpf import procfs
 from fgpu_ebpf.device_balance import Balance, Charges, Reading, surplus
 from fgpu_ebpf.device_sample import Rows, Sample
 from fgpu_ebpf.ledger import Ledger
@@ -47,6 +48,8 @@ class EndedRows:
         """What a process that lives with this pid has of the row: by the ledger, or what the row has grown by since."""
         if process:
             return process.bytes[device] - process.managed[device]
+        if procfs.ended(pid):
+            return 0
         row_then, ended_then = self._last.get(pid, (row, most))
         fallen = max(0, row_then - row)
         return row - max(0, ended_then - fallen)
