@@ -28,6 +28,7 @@ from fgpu_ebpf.history import History
 from fgpu_ebpf.keeper import Keeper
 from fgpu_ebpf.keepers import Keepers
 from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.library_files import driver_libraries
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.news import Newsreader
 from fgpu_ebpf.orphan_reports import OrphanReports
@@ -36,6 +37,7 @@ from fgpu_ebpf.overruns import Overruns
 from fgpu_ebpf.policies import Policies
 from fgpu_ebpf.policyfolder import PolicyFolder, Reading
 from fgpu_ebpf.privileges import AGENT, keep_only
+from fgpu_ebpf.probe_plan import ProbeError, look_up
 from fgpu_ebpf.reconcile import Reconciler, Truth
 from fgpu_ebpf.settings import Settings
 from fgpu_ebpf.shimless import Reasons
@@ -99,7 +101,7 @@ class Agent:
         self.keeper = Keeper(settings.run_dir, settings.pins)
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
         self.reconciler: Reconciler | None = None
-        self._reasons = Reasons()
+        self._reasons = Reasons(lambda dev, ino: self.discovery.is_shim(dev, ino), lambda: self.discovery.hidden())
         self._unwitnessed = Unwitnessed({})
         self.keepers = Keepers()
         self._policies: Policies | None = None
@@ -125,7 +127,7 @@ class Agent:
             self.ledger = Ledger(self.settings.pins)
             self._attach(found)
             self.mark("attached")
-        except (devices.DriverError, probes.ProbeError, programs.ProgramError) as error:
+        except (devices.DriverError, ProbeError, programs.ProgramError) as error:
             raise AgentError(str(error)) from error
         self.keeper.start()
         self._take_up(found)
@@ -148,7 +150,7 @@ class Agent:
     def _load(self) -> _Found:
         """What needs no programs is done while they are compiled. Raises what the parts raise."""
         root, shim, store = self.settings.driver_root, self.settings.shim, self.settings.store
-        libraries = probes.driver_libraries(root, "libcuda.so.1")
+        libraries = driver_libraries(root, "libcuda.so.1")
         if not libraries:
             devices.Nvml(root)  # says it better where there is no driver at all
             raise AgentError(f"no libcuda.so.1 under {root}: install the driver's CUDA library")
@@ -159,7 +161,7 @@ class Agent:
             contexts = devices.context_bytes(self.nvml, libraries[0], STATE)
             check_kernel(loading, shim)
             staged = published.stage(shim, store) if store else shim
-            probes.look_up([staged, *libraries])
+            look_up([staged, *libraries])
             policies, older = PolicyFolder(self.settings.policy_folder).read(), Elders.found(self.settings.run_dir)
             self.mark("prepared")
             return _Found(loading.wait(), libraries, staged, contexts, policies, older)
@@ -180,10 +182,10 @@ class Agent:
 
     def _publish(self, attached: probes.Probes, found: _Found) -> None:
         """Programs that start get the new shim from when it is probed on, and until then the one before."""
-        store = self.settings.store
+        store, listed = self.settings.store, self.settings.trusted_drivers
         self.shim = published.stable_path(store) if store else found.shim
         before = [self.shim] if store and self.shim.exists() else []
-        self.discovery = Discovery(attached, [found.shim, *before, *found.libraries])
+        self.discovery = Discovery.of_host(attached, found.libraries, [found.shim, *before], store, listed)
         used = self.discovery.start()
         if store:
             published.publish(found.shim)
@@ -247,6 +249,7 @@ class Agent:
         assert self._policies
         fd = self.discovery.listen(self.settings.run_dir / "discover.sock")
         self.selector.register(fd, selectors.EVENT_READ, self._look_at_named)
+        self.selector.register(self.discovery, selectors.EVENT_READ, self.discovery.take)
         self.selector.register(self.news, selectors.EVENT_READ, self.news.read)
         self.selector.register(self.enforcer, selectors.EVENT_READ, self.enforcer.take_over_late)
         self.selector.register(self.reconciler, selectors.EVENT_READ, self._look_at_holders)
@@ -310,7 +313,7 @@ class Agent:
         if self.keeper.is_missed:
             self._next_round = now + HURRY_SECONDS
         tidies = (self.manager.tidy_late, self.manager.gone.tidy)
-        for part in (*tidies, self.discovery.mend, self.discovery.let_go, self.engines.keep):
+        for part in (*tidies, self.discovery.mend, self.discovery.keep, self.engines.keep):
             self._do(part)
 
     def _do(self, what: Callable[[], object]) -> None:
@@ -339,12 +342,11 @@ class Agent:
                 self.discovery.look_into(pid)
 
     def _look_at_holders(self) -> None:
-        """Whoever holds memory by NVML maps a libcuda, perhaps one that nobody has probed: a copy of its own."""
+        """Probe the libraries of processes that NVML lists; those that hold more than was seen may hide one."""
         assert self.reconciler
         self.reconciler.hush()
         truth = self._truth()
-        unseen = {pid for (pid, _), drift in truth.drift.items() if drift < 0}
-        self.discovery.look_at_new(truth.pids(), unseen)
+        self.discovery.look_at_holders(truth.pids(), truth.drift, truth.processes)
         self._adoption.look()
 
     def look(self) -> Snapshot:
@@ -354,8 +356,9 @@ class Agent:
             self.discovery, self._reasons, self.manager.gone, self._unwitnessed, self.keepers,
         )  # fmt: skip
         self.snapshot = replace(
-            found, writes_refused=self.writes_refused, failures=self.failures, engines=self.engines.views()
-        )
+            found, writes_refused=self.writes_refused, failures=self.failures, engines=self.engines.views(),
+            libraries=self.discovery.libraries(self.enforcer.name_at), trusted=self.settings.trusted_drivers,
+        )  # fmt: skip
         self._taken = time.monotonic()
         return self.snapshot
 

@@ -14,7 +14,7 @@ import os
 import selectors
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic_ns, thread_time_ns
@@ -22,6 +22,7 @@ from time import monotonic_ns, thread_time_ns
 from fgpu_ebpf import pages, procfs
 from fgpu_ebpf.clients import take_one
 from fgpu_ebpf.glance import Standing
+from fgpu_ebpf.mappings import File
 from fgpu_ebpf.pages import Hello
 from fgpu_ebpf.visitors import Visitors, pid_of
 
@@ -50,7 +51,9 @@ class Caller:
     told: bool = False  # the agent, of it
     watched: bool = False  # by the selector, for a hello or an end
     reading: bool = False
-    files: frozenset[tuple[int, int]] | None = None
+    files: Mapping[File, int] | None = (
+        None  # that it maps, each with the offset at which its breakpoint was seen, else 0
+    )
 
 
 class Callers:

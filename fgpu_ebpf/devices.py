@@ -20,16 +20,15 @@ from typing import Any
 
 import pynvml
 
-from fgpu_ebpf import pages, probes, wholefile
+from fgpu_ebpf import library_files, pages, probe_plan, wholefile
 from fgpu_ebpf.checks import Check
+from fgpu_ebpf.process_rows import ProcessRows
 
 DEFAULT_CONTEXT_BYTES = 512 << 20
 _NVML = "libnvidia-ml.so.1"
 MEASURE_SECONDS = 30.0  # eight devices that nobody has used since boot take twenty
 _END_SECONDS = 5.0
-_NOT_SAID = pynvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value
 _LOST = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-_TRIES = 4  # while more and more processes come
 _MOST_EVENTS = 64  # at one look; the others stay for the next
 log = logging.getLogger("fgpu.agent")
 
@@ -64,7 +63,7 @@ class Nvml:
             pynvml.nvmlInit()
             self.driver_version = str(pynvml.nvmlSystemGetDriverVersion())
             count = pynvml.nvmlDeviceGetCount()
-            self._holders = Holders(ctypes.CDLL(_NVML))
+            self._rows = ProcessRows(ctypes.CDLL(_NVML))
             self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(min(count, pages.DEVICES))]
             self.devices = [self._device(i) for i in range(len(self._handles))]
             self._events: Events | None = None
@@ -80,7 +79,7 @@ class Nvml:
     @staticmethod
     def _preload(root: Path) -> None:
         """Loads this root's library, which pynvml then finds by its soname."""
-        for path in probes.driver_libraries(root, _NVML):
+        for path in library_files.driver_libraries(root, _NVML):
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
             return
         if root != Path("/"):
@@ -116,15 +115,10 @@ class Nvml:
     def process_bytes(self, index: int) -> dict[int, int | None] | None:
         """Bytes by host pid on a device; None where NVML does not say: of one process ("N/A"), or of any."""
         try:
-            found = self._holders.ask(self._handles[index])
+            return self._rows.ask(self._handles[index])
         except pynvml.NVMLError as error:
             self._find_again(error)
             return None
-        held: dict[int, int | None] = {}
-        for pid, more in found:
-            before = held.get(pid, 0)
-            held[pid] = None if before is None or more is None else before + more
-        return held
 
     def _find_again(self, error: pynvml.NVMLError) -> None:
         """A device that was lost, or reset, is another one to NVML: it must begin anew to find it."""
@@ -229,33 +223,6 @@ def _is_lost(handle: object) -> bool:
     return False
 
 
-class Holders:
-    """Processes that compute on a device, by one call of the driver: pynvml makes two, to ask for a number first."""
-
-    def __init__(self, library: ctypes.CDLL, question: str = "nvmlDeviceGetComputeRunningProcesses_v3") -> None:
-        self._ask: Any = getattr(library, question, None)
-        self._rows: Any = _room(64)
-
-    def ask(self, handle: object) -> list[tuple[int, int | None]]:
-        """Process and bytes, None where the driver does not say. Raises NVMLError."""
-        code, n = pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, ctypes.c_uint()
-        for _ in range(_TRIES if self._ask else 0):
-            n.value = len(self._rows)
-            code = self._ask(handle, ctypes.byref(n), self._rows)
-            if code != pynvml.NVML_ERROR_INSUFFICIENT_SIZE:
-                break
-            self._rows = _room(2 * max(n.value, len(self._rows)))
-        if code != pynvml.NVML_SUCCESS:
-            raise pynvml.NVMLError(code)
-        found = [(row.pid, row.usedGpuMemory) for row in self._rows[: n.value]]
-        return [(pid, None if held == _NOT_SAID else held) for pid, held in found]
-
-
-def _room(rows: int) -> ctypes.Array[Any]:
-    room: ctypes.Array[Any] = (pynvml.c_nvmlProcessInfo_v3_t * rows)()
-    return room
-
-
 def _reserved_bytes(handle: object) -> int:
     """What the driver keeps for itself; 0 where it does not say."""
     try:
@@ -351,11 +318,11 @@ def checks(root: Path) -> list[Check]:
     except DriverError as error:
         return [Check("driver", False, "no driver", str(error))]
     found = f"{nvml.driver_version}, {len(nvml.devices)} device(s)"
-    libraries = probes.driver_libraries(root, "libcuda.so.1")
+    libraries = library_files.driver_libraries(root, "libcuda.so.1")
     if not libraries:
         return [Check("driver", False, found, f"no libcuda.so.1 under {root}: install the driver's CUDA library")]
     for path in libraries:
-        missing = probes.missing_functions(str(path))
+        missing = probe_plan.missing_functions(str(path))
         if missing:
             return [Check("driver", False, found, f"{path} lacks {', '.join(missing)}: update the driver")]
     return [Check("driver", True, found), *_mig(nvml)]

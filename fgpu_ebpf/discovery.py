@@ -1,8 +1,8 @@
-"""Which files of libcuda and the shim are in use, and that all of them are probed.
+"""Finds the files of libcuda and the shim that are in use, by the processes that map them or may come to.
 
-Owns: the socket at which the gatekeeper names processes that nobody has looked at, and how many files one cgroup may
-have probed. Never: answers a shim; lets what one tenant maps keep it from looking at others. On failure: a file that
-cannot be probed is named once and stays unknown, so its processes get no memory.
+Owns: which process maps which of them, and the socket at which the gatekeeper names processes. Runs in: the agent's
+loop; the mappings of a process that was named, and a container's root, are read by the workers of `libraries`. Never:
+answers a shim; lets what one cgroup maps keep it from looking at others.
 """
 
 from __future__ import annotations
@@ -10,79 +10,90 @@ from __future__ import annotations
 import json
 import logging
 import socket
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from functools import partial
 from pathlib import Path
+from time import monotonic
 
 from fgpu_ebpf import procfs, roots
 from fgpu_ebpf.ledger import Ledger
-from fgpu_ebpf.probes import File, ProbeError, Probes, Target, target_of
-from fgpu_ebpf.roots import Roots
+from fgpu_ebpf.libraries import Libraries, Taken, trusted
+from fgpu_ebpf.library_class import Role, Trust
+from fgpu_ebpf.library_search import Found, Search
+from fgpu_ebpf.library_worker import Examined
+from fgpu_ebpf.mappings import File
+from fgpu_ebpf.pages import Seen
+from fgpu_ebpf.probe_plan import ProbeError
+from fgpu_ebpf.probes import Probes
+from fgpu_ebpf.processes import Process
+from fgpu_ebpf.roots import Root, Roots
+from fgpu_ebpf.snapshot import LibraryView
 from fgpu_ebpf.workloads import Workloads
 
 log = logging.getLogger("fgpu.agent")
-MOST_FILES = 32  # that are not the host's own, of one cgroup: each takes two descriptors, and time to end
-MOST_FILES_ALL = 2048
 MOST_MESSAGE = 65536  # bytes of the gatekeeper's
 MOST_PIDS = 1 << 31
-MOST_NAMED = 1024  # files and cgroups whose fault has been said
+SEARCH_SECONDS = 5.0  # before a process is searched again
 
 
 class Discovery:
-    """Finds files by who maps them."""
+    """`own`: the host driver's libraries and the published shims; `trust`: whatever else is known to be good."""
 
-    def __init__(self, probes: Probes, own: Sequence[Path]) -> None:
-        self._probes = probes
-        self._own = [Target.of(str(path)) for path in own]
-        self._own_files = frozenset((target.dev, target.ino) for target in self._own)
+    def __init__(self, attached: Probes, own: Mapping[Path, Role], trust: Trust | None = None) -> None:
+        trust = trust or Trust()
+        self._probes = attached
+        self._libraries = Libraries(attached, own, trust)
+        self._search = Search(lambda file: attached.of(file) is not None)
         self._looked_at: set[int] = set()
-        self._mappers: dict[File, set[int]] = {}  # of strays: who maps them, or may yet
+        self._searched: dict[int, float] = {}  # processes, and when their mappings were searched
         self._roots = Roots()
         self._root = procfs.cgroup2_root() or Path("/")
-        self._whose: dict[File, str] = {}  # strays, and files that could not be probed -> who mapped them first
-        self._has = Counter[str]()
-        self._refused: set[File] = set()  # until the next look around
-        self._named: set[object] = set()
-        self._outside: set[int] = set()  # processes that map a file that is not probed
         self._standalone: set[int] = set()  # processes that keep an image's limit among themselves
+        self._hidden: set[int] = set()  # processes that execute memory of no file, and hold memory that no probe saw
         self._hopeless = ""
-        self.refusals = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.fileno, self.take = self._libraries.fileno, self._libraries.take
+
+    @classmethod
+    def of_host(
+        cls, attached: Probes, drivers: Iterable[Path], shims: Sequence[Path], store: Path | None, listed: Iterable[str]
+    ) -> Discovery:
+        """For these drivers and published shims; the first is of this version. `listed`: digests from agent.yaml."""
+        own = dict.fromkeys(shims, Role.SHIM) | dict.fromkeys(drivers, Role.HOST)
+        return cls(attached, own, trusted(shims[0], store, listed))
 
     def start(self) -> Set[File] | None:
-        """Probes the host's own files and all that are mapped now, and drops what nobody maps any more.
+        """Probes the host's own files and all that are mapped now, and drops what no process maps any more.
 
-        Answers (dev, ino) of all that are mapped; None: that cannot be told of everybody. Raises ProbeError: one of the
-        host's own cannot be probed.
+        Returns (dev, ino) of all that are mapped; None: that cannot be told of every process. Raises ProbeError: one of
+        the host's own cannot be probed.
         """
-        self._attach_own()
-        used, unreadable = self._attach_mapped(procfs.pids())
+        self._libraries.attach_own()
+        used, unreadable = self._see_mapped(procfs.pids())
+        self._libraries.settle()  # until then the programs of an earlier agent see what these files are called for
         self._probes.drop_older()
+        self._libraries.read_own()
         if unreadable:
             log.info("the mappings of process %s cannot be read: probes of files that are gone stay", unreadable)
             return None
-        self._probes.drop_unused(used | self._own_files)
+        self._probes.drop_unused(used | self._libraries.own_files)
         return used
-
-    def _attach_own(self) -> None:
-        for target in self._own:
-            self._probes.attach(target)
 
     def unenforced(self) -> str:
         """Why nothing is enforced: probes of the host's own files are not there any more. Empty: they are."""
-        if not self._probes.lost() and self._own_files <= self._probes.known:
+        if not self._probes.lost() and self._libraries.own_files <= self._probes.known:
             return ""
-        return f"probes are gone: somebody unpinned them{self._hopeless}"
+        return f"probes are gone: another process has unpinned them{self._hopeless}"
 
     def mend(self) -> None:
-        """Attaches again what somebody has taken away; what was allocated meanwhile NVML shows at the next look."""
+        """Attaches again what was taken away; what was allocated meanwhile NVML shows at the next look."""
         lost = self._probes.lost()
-        if not lost and self._own_files <= self._probes.known:
+        if not lost and self._libraries.own_files <= self._probes.known:
             return
         log.warning("probes of %d files are gone: attaching them again", len(lost))
         try:
             self._probes.attach_again(lost)
-            self._attach_own()
+            self._libraries.attach_own()
         except (ProbeError, OSError) as error:
             self._hopeless = f", and they cannot be attached again ({error})"
             log.warning("%s", self.unenforced())
@@ -90,163 +101,160 @@ class Discovery:
         self._hopeless = ""
         self.look_around()
 
+    @property
+    def refusals(self) -> int:
+        """How often a file was found that could not be probed."""
+        return self._libraries.refusals
+
     def unprobed(self) -> frozenset[int]:
-        """Processes that were found to map a libcuda or shim file that is not probed."""
-        return frozenset(self._outside)
+        """Processes that map a libcuda or shim file and that its probes do not see."""
+        return frozenset(self._libraries.unprobed())
+
+    def reasons(self) -> Mapping[int, str]:
+        """Why, for each of these processes."""
+        return self._libraries.unprobed()
+
+    def is_shim(self, dev: int, ino: int) -> bool:
+        """Whether this file is probed as one of our shims."""
+        found = self._probes.of((dev, ino))
+        return found is not None and found.role is Role.SHIM
+
+    def hidden(self) -> frozenset[int]:
+        """Processes that hold memory that no probe saw taken, and execute memory that no file backs."""
+        return frozenset(self._hidden)
+
+    def libraries(self, tenant_of: Callable[[str], str]) -> tuple[LibraryView, ...]:
+        """The drivers that processes map and that are not the host's own; `tenant_of` names a cgroup's tenant."""
+        return self._libraries.views(tenant_of)
 
     def standalone(self) -> frozenset[int]:
-        """Processes that were found to keep books of their image's own limit: what they ask nobody answers here."""
+        """Processes that keep books of their image's own limit: they do not ask the agent."""
         return frozenset(self._standalone)
 
+    # -- processes
+
     def look_at(self, pid: int) -> None:
-        """Probes what a process maps."""
-        self._attach_mapped([pid])
+        """Probes what a process maps, and sees that the probes are in its memory."""
+        self._ask(pid)
+
+    def look_at_holders(
+        self, pids: Iterable[int], drift: Mapping[tuple[int, int], int], processes: Mapping[int, Process]
+    ) -> None:
+        """As look_at_new, of processes that NVML lists; `drift` and `processes` are those of its last look."""
+        uncalled = {pid for pid, process in processes.items() if not process.flags & Seen.CALL}
+        self.look_at_new(pids, {pid for (pid, _), bytes_ in drift.items() if bytes_ < 0} | uncalled)
 
     def look_at_new(self, pids: Iterable[int], again: Set[int] = frozenset()) -> None:
         """Probes what these processes map: they use a device, NVML says. Those that were not looked at yet.
 
-        `again`: those that hold more than the kernel has seen.
+        `again`: those that hold more than the kernel has seen. All that they execute is searched for libcuda.
         """
-        pids = set(pids)
-        new = pids - (self._looked_at - again)
-        self._looked_at = pids
-        self._attach_mapped(sorted(new))
+        pids, now = set(pids), monotonic()
+        self._looked_at &= pids
+        self._searched = {pid: at for pid, at in self._searched.items() if pid in pids}
+        for pid in sorted(pids):
+            is_due = now - self._searched.get(pid, -SEARCH_SECONDS) >= SEARCH_SECONDS
+            if pid in again and is_due and self._ask(pid, search=True):
+                self._searched[pid] = now
+                self._looked_at.add(pid)
+            elif pid not in self._looked_at and self._ask(pid):
+                self._looked_at.add(pid)
+
+    def _ask(self, pid: int, search: bool = False) -> bool:
+        """Have a worker read what a process maps."""
+        cgroup = self._cgroup(pid)
+        return self._libraries.work(cgroup, partial(self._read, pid, cgroup, search))
+
+    def _read(self, pid: int, cgroup: str, search: bool) -> Taken:
+        found = self._search.by_contents(pid) if search else self._search.by_name(pid)
+        return partial(self._take_read, pid, cgroup, found, search)
+
+    def _take_read(self, pid: int, cgroup: str, found: Found, search: bool) -> None:
+        if search:
+            (self._hidden.add if found.code else self._hidden.discard)(pid)
+        self._see(pid, cgroup, found, verify=True)
+
+    def _cgroup(self, pid: int) -> str:
+        """The cgroup for which the work counts that this process makes."""
+        return procfs.delegated(self._root, procfs.cgroup_path(pid) or "/")
 
     def look_around(self) -> None:
-        """Probes what anybody maps: for what nothing else has told. What could not be probed is tried once more."""
-        for file in self._refused:
-            self._forget(file)
-        self._refused.clear()
-        self._attach_mapped(procfs.pids())
+        """Probes what any process maps: for what nothing else has told. What could not be probed is tried once more."""
+        self._libraries.look_around()
+        self._see_mapped(procfs.pids())
 
-    def look_into(self, pid: int) -> None:
-        """Probes what a process that begins may come to map: what its root has, where nobody has looked there yet.
-
-        Said is nothing of what cannot be probed: that is, when somebody maps it.
-        """
-        root = self._roots.enter(pid)
-        if root is None:
-            return
-        whose = procfs.delegated(self._root, procfs.cgroup_path(pid) or "/")
-        for target in roots.libraries(pid):
-            file = target.dev, target.ino
-            if file in self._own_files or not (file in self._probes.known or self._probe_early(target, whose)):
-                continue
-            self._mappers.setdefault(file, set()).add(pid)
-            self._roots.found(file, root)
-
-    def _probe_early(self, target: Target, whose: str) -> bool:
-        if not self._room(whose):
-            return False
-        try:
-            self._probes.attach(target)
-        except Exception:  # whatever it is, nobody has used it
-            return False
-        self._enter((target.dev, target.ino), whose)
-        log.info("probed %a for who comes to map it", target.path, extra={"tenant": whose})
-        return True
-
-    def let_go(self) -> None:
-        """Ends the probes of files that are not the host's own and that nobody maps any more."""
-        strays = self._strays()
-        self._mappers = {f: {p for p in self._mappers.get(f, ()) if procfs.has_memory(p)} for f in strays}
-        self._outside = {pid for pid in self._outside if procfs.has_memory(pid)}
-        self._standalone = {pid for pid in self._standalone if procfs.has_memory(pid)}
-        left = {file for file, pids in self._mappers.items() if not pids}
-        if left:  # perhaps somebody else has come to map them; who cannot be read gets no answer to a hello either
-            pids = procfs.pids()
-            used, _ = self._attach_mapped(pids)
-            kept = self._roots.dwellers(left - used, pids)
-            self._mappers |= {file: {pid} for file, pid in kept.items()}
-            for file in left - used - kept.keys():
-                self._probes.let_go(file)
-                self._roots.forget(file)
-                self._forget(file)
-
-    def _strays(self) -> frozenset[File]:
-        """Files in containers' layers, or anywhere else: a probe keeps their mount busy."""
-        return self._probes.known - self._own_files
-
-    def _attach_mapped(self, pids: Sequence[int]) -> tuple[set[File], int]:
-        """Answers the files that are mapped, and a process of which that cannot be told."""
+    def _see_mapped(self, pids: Sequence[int]) -> tuple[set[File], int]:
+        """Returns the files that are mapped, and a process of which that cannot be told."""
         used: set[File] = set()
         unreadable = 0
         for pid in pids:
-            mapped = procfs.fgpu_mappings(pid)
-            if mapped is None and procfs.has_memory(pid):
+            found = self._search.by_name(pid)
+            if found.files is None and procfs.has_memory(pid):
                 unreadable = pid
-            files = {(m.dev, m.ino) for m in mapped or ()}
-            used |= files
-            self._outside.discard(pid)
-            self._standalone.discard(pid)
-            if files and procfs.keeps_books(pid):
-                self._standalone.add(pid)
-            if files and not self._attach_all(pid, mapped or ()):
-                self._outside.add(pid)
-            for file in files & self._strays() if files else ():
-                self._mappers.setdefault(file, set()).add(pid)
+            used |= {(one.dev, one.ino) for one in found.files or ()}
+            self._see(pid, "", found)
         return used, unreadable
 
-    def _attach_all(self, pid: int, mapped: Iterable[procfs.Mapping]) -> bool:
-        """Probes what a process maps; all of it is probed now."""
-        missing, whose = False, ""
-        for one in mapped:
-            file = one.dev, one.ino
-            if file in self._probes.known and (file in self._whose or file in self._own_files):
-                continue
-            whose = whose or procfs.delegated(self._root, procfs.cgroup_path(pid) or "/")
-            if file in self._probes.known:  # by an agent before this one
-                self._enter(file, whose)
-            elif file in self._refused:
-                missing = True
-            elif not self._has_room(whose, pid):
-                return False
-            else:
-                missing |= not self._attach(pid, one, whose)
-        return not missing
+    def _see(self, pid: int, cgroup: str, found: Found, verify: bool = False) -> None:
+        """A process maps these files. `cgroup`: its own, if known; `verify`: also look at those that are probed."""
+        self._standalone.discard(pid)
+        if found.books:
+            self._standalone.add(pid)
+        for one in found.files or ():
+            if not self._libraries.knows(pid, one) or verify:
+                cgroup = cgroup or self._cgroup(pid)
+                self._libraries.want(pid, cgroup, one)
 
-    def _attach(self, pid: int, mapped: procfs.Mapping, whose: str) -> bool:
-        """Whatever a tenant has made of its file, it is no reason to leave the others unprobed."""
-        file = mapped.dev, mapped.ino
-        try:
-            self._probes.attach(target_of(pid, mapped))
-        except Exception as error:
-            if procfs.has_memory(pid):
-                self._refused.add(file)
-                self._enter(file, whose)
-                self._refuse(file, whose, f"{mapped.path!a} of process {pid}: {error}")
-            return False
-        self._enter(file, whose)
-        log.info("probed %a", mapped.path, extra={"tenant": whose})
-        return True
+    # -- roots
 
-    def _enter(self, file: File, whose: str) -> None:
-        self._whose[file] = whose
-        self._has[whose] += 1
+    def look_into(self, pid: int) -> None:
+        """Probes what a process that begins may come to map: what its root has, if none has begun there before.
 
-    def _forget(self, file: File) -> None:
-        whose = self._whose.pop(file, None)
-        if whose is not None:
-            self._has[whose] -= 1
-            self._has += Counter()  # those with nothing left
+        Nothing is logged of what cannot be probed there: that is, when a process maps it.
+        """
+        cgroup = self._cgroup(pid)
+        if self._libraries.room(cgroup):
+            self._libraries.work(cgroup, partial(self._search_root, pid, cgroup, self._libraries.room(cgroup)))
 
-    def _has_room(self, whose: str, pid: int) -> bool:
-        """For one more file of this cgroup; of who may make cgroups of its own, of all those together."""
-        if self._room(whose):
-            return True
-        many = f"{self._has[whose]} files of libcuda's or the shim's name in it, {len(self._whose)} in all"
-        self._refuse(whose, whose, f"what else processes of {whose!a} map, such as {pid}: {many}")
-        return False
+    def _search_root(self, pid: int, cgroup: str, room: int) -> Taken:
+        root = roots.root_of(pid)
+        found: dict[File, Examined] = {}
+        if root is not None and root not in self._roots:
+            for target in roots.libraries(pid):
+                file = target.dev, target.ino
+                if file not in found and len(found) < room and file not in self._libraries.own_files:
+                    found[file] = self._libraries.examiner.found(target)
+        return partial(self._take_root, pid, cgroup, root, found.values())
 
-    def _room(self, whose: str) -> bool:
-        return self._has[whose] < MOST_FILES and len(self._whose) < MOST_FILES_ALL
+    def _take_root(self, pid: int, cgroup: str, root: Root | None, found: Iterable[Examined]) -> None:
+        if root is not None:
+            self._roots.enter(root)
+        for examined in found:
+            if root is not None and not examined.error and not self._libraries.enter(cgroup, examined):
+                self._libraries.awaits(examined.file, pid)
+                self._roots.found(examined.file, root)
 
-    def _refuse(self, what: object, whose: str, text: str) -> None:
-        """Counted each time, said once."""
-        self.refusals += 1
-        if what not in self._named and len(self._named) < MOST_NAMED:
-            self._named.add(what)
-            log.warning("not probed: %s", text, extra={"tenant": whose})
+    # -- in every round
+
+    def keep(self) -> None:
+        """Sees that what is believed is as it was, and ends the probes of files that no process maps any more."""
+        self._libraries.keep()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Ends the probes of files that are not the host's own and that no process maps any more."""
+        left = self._libraries.unmapped()
+        self._standalone = {pid for pid in self._standalone if procfs.has_memory(pid)}
+        self._hidden = {pid for pid in self._hidden if procfs.has_memory(pid)}
+        if left:  # perhaps others have come to map them; a process that cannot be read gets no answer to a hello either
+            pids = procfs.pids()
+            used, _ = self._see_mapped(pids)
+            kept = self._roots.dwellers(left - used, pids)
+            for file, pid in kept.items():
+                self._libraries.awaits(file, pid)
+            for file in left - used - kept.keys():
+                self._libraries.let_go(file)
+                self._roots.forget(file)
 
     def sweep(self, ledger: Ledger, workloads: Workloads) -> None:
         """Forgets unmanaged cgroups that are gone, so that the map holds live ones only."""
@@ -259,7 +267,7 @@ class Discovery:
     # -- the gatekeeper's questions
 
     def listen(self, path: Path) -> int:
-        """Binds; answers a descriptor that is readable when the gatekeeper has named somebody."""
+        """Binds; returns a descriptor that is readable when the gatekeeper has named a process."""
         path.unlink(missing_ok=True)
         self._socket.bind(str(path))
         path.chmod(0o600)

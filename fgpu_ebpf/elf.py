@@ -1,78 +1,198 @@
-"""Where a shared library's exported functions are in its file. The file may be a tenant's, and say anything.
+"""A shared library as its dynamic segment describes it, which is what a loader goes by: its name, and where its
+functions are in its file. The file may be a tenant's, and say anything.
 
-Owns: as much of the ELF format as that takes. Never: reads more than a driver library needs, or takes longer for it
-than for one. When a file is not like one: ElfError, with what is wrong; no other error but OSError.
+Section headers are not looked at: a loader ignores them, so they can be absent or lie. Every read is bounded, and the
+work for one name is: no file takes longer than a driver's library. Raises ElfError, with what is wrong with the file;
+no other error but OSError.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
-MOST_SEGMENTS, MOST_SECTIONS, MOST_SYMBOLS, MOST_NAME_BYTES = 64, 1024, 1 << 16, 1 << 22
+MOST_SEGMENTS, MOST_ENTRIES, MOST_SYMBOLS, MOST_NAME_BYTES = 64, 1024, 1024, 256
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SEGMENT = struct.Struct("<IIQQQQQQ")
-_SECTION = struct.Struct("<IIQQQQIIQQ")
+_ENTRY = struct.Struct("<QQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
+_GNU, _SYSV = struct.Struct("<4I"), struct.Struct("<2I")
+_WORD = struct.Struct("<I")
 _IDENT = b"\x7fELF\x02\x01"  # 64 bits, the least significant byte first
-_LOAD, _EXECUTABLE, _DYNSYM = 1, 1, 11
+_LOAD, _DYNAMIC, _EXECUTABLE = 1, 2, 1
+_HASH, _STRTAB, _SYMTAB, _SONAME, _GNU_HASH = 4, 5, 6, 14, 0x6FFFFEF5
+_32_BITS = (1 << 32) - 1
 
 
 class ElfError(Exception):
-    """What keeps a file from being a library whose functions can be found."""
+    """The file is no library in which functions can be found; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the file that a loader maps."""
+
+    offset: int
+    address: int
+    bytes: int
+    executable: bool
 
 
 def function_offsets(fd: int, names: Collection[str]) -> dict[str, int]:
     """File offsets of those of these functions that the library exports. Raises ElfError, OSError."""
-    head = _read(fd, 0, _HEADER.size)
-    ident, *_, segments_at, sections_at, _, _, _, n_segments, _, n_sections, _ = _HEADER.unpack(head)
-    if not ident.startswith(_IDENT):
-        raise ElfError("no ELF file of 64 bits")
-    code = [
-        (address, bytes_, at - address)
-        for kind, flags, at, address, _, bytes_, _, _ in _table(fd, _SEGMENT, segments_at, n_segments, MOST_SEGMENTS)
-        if kind == _LOAD and flags & _EXECUTABLE
-    ]
-    sections = _table(fd, _SECTION, sections_at, n_sections, MOST_SECTIONS)
-    symbols, text = _symbols(fd, sections)
-    wanted, found = {name.encode(): name for name in names}, {}
-    longest = max(map(len, wanted), default=0) + 1
-    for at, _, _, section, address, _ in symbols:
-        name = wanted.get(text[at : at + longest].partition(b"\0")[0])
-        if name and section and address:
-            found[name] = _offset(name, address, code)
-    return found
+    library = Library(fd)
+    found = {name: library.offset(name) for name in names}
+    return {name: offset for name, offset in found.items() if offset is not None}
 
 
-def _symbols(fd: int, sections: list[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], bytes]:
-    """The dynamic symbols, and the text that their names are in."""
-    table = next((section for section in sections if section[1] == _DYNSYM), None)
-    if table is None or not 0 < table[6] < len(sections):
-        raise ElfError("no dynamic symbols: is it a driver library?")
-    _, _, _, _, text_at, text_bytes, *_ = sections[table[6]]
-    if text_bytes > MOST_NAME_BYTES:
-        raise ElfError(f"{text_bytes} bytes of names are more than the {MOST_NAME_BYTES} that are looked through")
-    return _table(fd, _SYMBOL, table[4], table[5] // _SYMBOL.size, MOST_SYMBOLS), _read(fd, text_at, text_bytes)
+class Library:
+    """An open file. Raises ElfError: it is no shared library; OSError."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        ident, *_, at, _, _, _, _, count, _, _, _ = _HEADER.unpack(self._read_file(0, _HEADER.size))
+        if not ident.startswith(_IDENT):
+            raise ElfError("no ELF file of 64 bits")
+        rows = list(self._segments(at, count))
+        self._loaded = [Segment(offset, address, bytes_, bool(flags & _EXECUTABLE))
+                        for kind, flags, offset, address, _, bytes_, _, _ in rows if kind == _LOAD]  # fmt: skip
+        dynamic = next(((row[3], row[5]) for row in rows if row[0] == _DYNAMIC), None)
+        if dynamic is None:
+            raise ElfError("no dynamic segment: is it a driver library?")
+        self._entries = dict(self._dynamic(*dynamic))
+
+    def _segments(self, at: int, count: int) -> Iterator[tuple[int, ...]]:
+        if count > MOST_SEGMENTS:
+            raise ElfError(f"{count} segments are more than the {MOST_SEGMENTS} that are looked through")
+        return _SEGMENT.iter_unpack(self._read_file(at, count * _SEGMENT.size))
+
+    def _dynamic(self, address: int, bytes_: int) -> Iterator[tuple[int, int]]:
+        if bytes_ > MOST_ENTRIES * _ENTRY.size:
+            raise ElfError(
+                f"a dynamic segment of {bytes_} bytes is longer than the {MOST_ENTRIES} entries looked through"
+            )
+        for tag, value in _ENTRY.iter_unpack(self._read(address, bytes_ // _ENTRY.size * _ENTRY.size)):
+            if not tag:
+                return
+            yield tag, value
+
+    # -- its names
+
+    @property
+    def name(self) -> str:
+        """DT_SONAME: by which name a program that needs it asks for it; empty: it has none."""
+        at = self._entries.get(_SONAME)
+        return "" if at is None else self._text(at).decode(errors="replace")
+
+    def offset(self, name: str) -> int | None:
+        """Where in the file this exported function is; None: there is no such. Raises ElfError: it lies in no code."""
+        for address in map(self._defined_at, self._candidates(name.encode())):
+            if address:
+                return self._code_offset(name, address)
+        return None
+
+    def _candidates(self, name: bytes) -> Iterator[int]:
+        """Indices of the symbols that have this name."""
+        chain = self._gnu_chain(name) if _GNU_HASH in self._entries else self._sysv_chain(name)
+        for index in chain:
+            (at, *_) = _SYMBOL.unpack(self._symbol(index))
+            if self._read(self._entry(_STRTAB) + at, len(name) + 1) == name + b"\0":
+                yield index
+
+    def _defined_at(self, index: int) -> int:
+        """The address of a symbol; 0: it is another library's."""
+        _, _, _, section, address, _ = _SYMBOL.unpack(self._symbol(index))
+        return int(address) if section else 0
+
+    def _symbol(self, index: int) -> bytes:
+        return self._read(self._entry(_SYMTAB) + index * _SYMBOL.size, _SYMBOL.size)
+
+    def _gnu_chain(self, name: bytes) -> Iterator[int]:
+        table, wanted = self._entry(_GNU_HASH), gnu_hash(name)
+        buckets, first, words, _ = _GNU.unpack(self._read(table, _GNU.size))
+        if not buckets:
+            raise ElfError("a hash table without buckets")
+        at = table + _GNU.size + words * 8
+        index = self._word(at + wanted % buckets * _WORD.size)
+        if index < first:  # the bucket is empty
+            return
+        at += buckets * _WORD.size
+        for n in range(index, index + MOST_SYMBOLS):
+            found = self._word(at + (n - first) * _WORD.size)
+            if found | 1 == wanted | 1:
+                yield n
+            if found & 1:
+                return
+        raise ElfError(f"more than {MOST_SYMBOLS} symbols in one chain")
+
+    def _sysv_chain(self, name: bytes) -> Iterator[int]:
+        table = self._entry(_HASH)
+        buckets, chains = _SYSV.unpack(self._read(table, _SYSV.size))
+        if not buckets:
+            raise ElfError("a hash table without buckets")
+        at = table + _SYSV.size
+        index = self._word(at + sysv_hash(name) % buckets * _WORD.size)
+        for _ in range(MOST_SYMBOLS):
+            if not index or index >= chains:
+                return
+            yield index
+            index = self._word(at + (buckets + index) * _WORD.size)
+        raise ElfError(f"more than {MOST_SYMBOLS} symbols in one chain")
+
+    # -- its bytes
+
+    def _entry(self, tag: int) -> int:
+        try:
+            return self._entries[tag]
+        except KeyError:
+            raise ElfError(f"no entry {tag} in its dynamic segment: no symbol can be found") from None
+
+    def _code_offset(self, name: str, address: int) -> int:
+        for s in self._loaded:
+            if s.executable and s.address <= address < s.address + s.bytes:
+                return s.offset + address - s.address
+        raise ElfError(f"{name} lies in no code")
+
+    def _text(self, at: int) -> bytes:
+        """A name; of one that is longer, its beginning."""
+        address = self._entry(_STRTAB) + at
+        room = next(
+            (s.address + s.bytes - address for s in self._loaded if s.address <= address < s.address + s.bytes), 0
+        )
+        return self._read(address, min(room, MOST_NAME_BYTES)).partition(b"\0")[0]
+
+    def _word(self, address: int) -> int:
+        return int(_WORD.unpack(self._read(address, _WORD.size))[0])
+
+    def _read(self, address: int, bytes_: int) -> bytes:
+        for s in self._loaded:
+            if s.address <= address and address + bytes_ <= s.address + s.bytes:
+                return self._read_file(s.offset + address - s.address, bytes_)
+        raise ElfError("points out of what is loaded")
+
+    def _read_file(self, at: int, bytes_: int) -> bytes:
+        if at + bytes_ >= 1 << 63:
+            raise ElfError("points out of any file")
+        found = os.pread(self._fd, bytes_, at)
+        if len(found) < bytes_:
+            raise ElfError("ends too early")
+        return found
 
 
-def _offset(name: str, address: int, code: list[tuple[int, int, int]]) -> int:
-    for begin, bytes_, shift in code:
-        if begin <= address < begin + bytes_ and address + shift >= 0:
-            return address + shift
-    raise ElfError(f"{name} lies in no code")
+def gnu_hash(name: bytes) -> int:
+    """The hash of DT_GNU_HASH."""
+    value = 5381
+    for byte in name:
+        value = value * 33 + byte & _32_BITS
+    return value
 
 
-def _table(fd: int, row: struct.Struct, at: int, count: int, most: int) -> list[tuple[int, ...]]:
-    if count > most:
-        raise ElfError(f"a table of {count} rows is longer than the {most} that are looked through")
-    return list(row.iter_unpack(_read(fd, at, count * row.size)))
-
-
-def _read(fd: int, at: int, bytes_: int) -> bytes:
-    if at + bytes_ >= 1 << 63:
-        raise ElfError("points out of any file")
-    found = os.pread(fd, bytes_, at)
-    if len(found) < bytes_:
-        raise ElfError("ends too early")
-    return found
+def sysv_hash(name: bytes) -> int:
+    """The hash of DT_HASH."""
+    value = 0
+    for byte in name:
+        value = (value << 4) + byte
+        value = (value ^ (value >> 24 & 0xF0)) & 0x0FFFFFFF
+    return value

@@ -77,6 +77,11 @@ class Enforcer:
         tenant = self._tenants.get(cgroup)
         return tenant.name if tenant else ""
 
+    def name_at(self, path: str) -> str:
+        """The name of the tenant that this cgroup is in; empty: it is in none."""
+        levels = self.levels(path)
+        return self.name_of(levels[0]) if levels else ""
+
     def at(self, path: str) -> Tenant | None:
         """The tenant whose cgroup is exactly there."""
         return self._tenants.get(self._paths.get(path, -1))

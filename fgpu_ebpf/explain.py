@@ -6,6 +6,7 @@ Owns: the words. Never: decides. Cannot fail: a cgroup that nobody manages is ex
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any
 
 from fgpu_ebpf import orphan_text, pages, shimless
@@ -25,14 +26,16 @@ def explain(
     manager: Manager,
     ledger: Ledger,
     unenforced: str = "",
-    unprobed: Set[int] = frozenset(),
+    unprobed: Mapping[int, str] = MappingProxyType({}),
     standalone: Set[int] = frozenset(),
     orphans: Sequence[Mapping[str, Any]] = (),
+    is_shim: shimless.IsShim = lambda *_: True,
 ) -> dict[str, Any]:
     """As plain values; `lines` are for people. TargetError: the cgroup is gone.
 
-    `unenforced`: why none is in force; `unprobed`: processes with a libcuda that the kernel does not see; `standalone`:
-    those that keep their image's own limit, because they find no agent; `orphans`: of the tenant, as in a Snapshot.
+    `unenforced`: why none is in force; `unprobed`: processes with a libcuda that the kernel does not see, each with the
+    reason; `standalone`: those that keep their image's own limit, because they find no agent; `orphans`: of the tenant,
+    as in a Snapshot; `is_shim`: as shimless has it.
     """
     workload = manager.workloads.identify(path)
     if workload is None:
@@ -41,7 +44,7 @@ def explain(
     tenant = manager.enforcer.at(path)
     levels = [t for c in manager.enforcer.levels(path) if (t := manager.enforcer.get(c))]
     known = ledger.processes() if levels and (unprobed or standalone) else {}
-    unseen = _those(levels, known, unprobed)
+    unseen = _those(levels, known, unprobed.keys())
     alone = [pid for pid in _those(levels, known, standalone) if not known[pid].flags & pages.Seen.SHIM]
     answer: dict[str, Any] = {
         "path": path,
@@ -62,7 +65,11 @@ def explain(
         "levels": [_level(level, manager, ledger) for level in levels],
         "enforcement": "none" if unenforced else _enforcement(levels, [*unseen, *alone]),
         "unenforced": unenforced,
-        "stronger": [*_stronger(levels, manager, ledger), *_seen(unseen), *_joined(alone)],
+        "stronger": [
+            *_stronger(levels, manager, ledger, is_shim),
+            *_seen({pid: unprobed[pid] for pid in unseen}),
+            *_joined(alone),
+        ],
         "orphans": [dict(orphan) for orphan in orphans],
     }
     return answer | {"lines": _lines(answer, tenant)}
@@ -115,12 +122,13 @@ def _those(levels: list[Tenant], known: Mapping[int, Process], pids: Set[int]) -
     return sorted(pid for pid in pids & known.keys() if levels[0].cgroup in known[pid].levels and any(known[pid].bytes))
 
 
-def _seen(unseen: Sequence[int]) -> list[str]:
+def _seen(unseen: Mapping[int, str]) -> list[str]:
     if not unseen:
         return []
-    pids = ", ".join(map(str, unseen[:5]))
-    why = "held as far as its shim asks, and charged by NVML afterwards"
-    return [f"a libcuda of pid {pids} cannot be probed (the agent's log says why): {why}; use a driver that fgpu knows"]
+    pids = ", ".join(map(str, list(unseen)[:5]))
+    why = "; ".join(list(dict.fromkeys(unseen.values()))[:5])
+    what = "held as far as its shim asks, and charged by NVML afterwards"
+    return [f"a libcuda of pid {pids} cannot be probed ({why}): {what}; use a driver that fgpu knows"]
 
 
 def _joined(alone: Sequence[int]) -> list[str]:
@@ -130,7 +138,7 @@ def _joined(alone: Sequence[int]) -> list[str]:
     return [f"pid {pids} found no agent and keeps the limit of its image: mount /run/fgpu/shim into its container"]
 
 
-def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger) -> list[str]:
+def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: shimless.IsShim) -> list[str]:
     """What would make it stronger."""
     if not levels:
         return ["no policy matches: write one, or `fgpu set`"]
@@ -147,7 +155,7 @@ def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger) -> list[st
         found.append(f"older than fgpu: pid {pids}: charged, never stopped; start them anew")
     bypassing = [pid for pid in bypassing if pid not in elders]
     if bypassing and around:
-        reasons = {pid: shimless.reason(pid) for pid in sorted(bypassing)[:5]}
+        reasons = {pid: shimless.reason(pid, is_shim) for pid in sorted(bypassing)[:5]}
         pids = ", ".join(f"{pid} ({reason})" if reason else str(pid) for pid, reason in reasons.items())
         found.append(f"without the shim: pid {pids}: charged, not stopped; mount the shim, or onBypass: kill")
         found += [f"{reason}: {reason.words}" for reason in dict.fromkeys(filter(None, reasons.values()))]

@@ -193,9 +193,9 @@ class Gatekeeper:
         elif caller.standing.managed is None:
             self._tell(caller)
         elif caller.files is None:
-            caller.reading = True
             self._readers.want(caller)
-        elif not all(glance.probed(file) for file in caller.files):
+        elif not glance.probed(caller.files):
+            caller.files = None  # read again at its next turn: what it maps may be probed by then
             self._tell(caller)
         elif offer := glance.offer(caller.standing.levels):  # else decided, but not in force yet
             self._answer(caller, Code.MANAGED, offer)
@@ -227,10 +227,8 @@ class Gatekeeper:
 
     def _rung(self) -> None:
         self._bell.hush()
-        for read in self._readers.take():
-            caller, caller.files = read.caller, read.files
-            caller.reading = False
-            self._callers.charge(caller.tenant, read.took_ns)
+        for caller, took_ns in self._readers.take():
+            self._callers.charge(caller.tenant, took_ns)
             self._callers.ready(caller)
 
     def _devices(self, epoch: int, ledger: Ledger) -> list[tuple[int, bytes]]:
@@ -282,7 +280,7 @@ class Gatekeeper:
         if self._ledger is None:
             self._ledger = self._open_ledger()
             if self._ledger:
-                self._slicer.ledger = self._ledger
+                self._slicer.ledger, self._readers.check = self._ledger, self._ledger.file_check
                 self._listen(self._ledger)
                 self._say("has the ledger")
                 self._beat()

@@ -7,7 +7,7 @@ was decided before a process connected must hold for its hello. When it fails: O
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,7 @@ from typing import Protocol
 from fgpu_ebpf import pages, procfs
 from fgpu_ebpf.clients import Head
 from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.mappings import File
 from fgpu_ebpf.pages import ControlFlag
 
 MOST_PAGES = 256
@@ -92,7 +93,7 @@ class Glance:
         self._resolved: dict[int, bool | None] = {}
         self._missing: dict[int, bool] = {}
         self._standings: dict[int, Standing] = {}
-        self._files: dict[tuple[int, int], bool] = {}
+        self._files: dict[File, int | None] = {}
         self._offers: dict[tuple[int, ...], Offer | None] = {}
         self._fds: list[int] = []
 
@@ -127,10 +128,13 @@ class Glance:
             self._missing[cgroup] = self._ledger.page_missing(cgroup)
         return self._missing[cgroup]
 
-    def probed(self, file: tuple[int, int]) -> bool:
-        """Is this file (dev, ino) probed?"""
+    def probed(self, files: Mapping[File, int]) -> bool:
+        """Whether all these files are probed, and the breakpoint of each was seen at the offset given with it."""
+        return all(self._check(file) == seen for file, seen in files.items())
+
+    def _check(self, file: File) -> int | None:
         if file not in self._files:
-            self._files[file] = self._ledger.file_known(*file)
+            self._files[file] = self._ledger.file_check(*file)
         return self._files[file]
 
     def offer(self, levels: tuple[int, ...]) -> Offer | None:

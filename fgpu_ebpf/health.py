@@ -6,6 +6,7 @@ tells, as whether the gatekeeper answers, doctor asks itself. Cannot fail.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     yield reconcile.check(ages, snapshot["reconcile_failure"])
     yield xids.check(snapshot["devices"])
     yield _shims(tenants)
+    yield _libraries(snapshot["libraries"], snapshot["trusted"])
     denied = sorted(t["tenant"] for t in tenants if t["denied"])
     yield Check("room", not denied, ", ".join(denied[:5]) or "for every tenant", "fgpu explain TARGET has the numbers")
     failures = snapshot["failures"]
@@ -42,6 +44,21 @@ def _shims(tenants: Sequence[Mapping[str, Any]]) -> Check:
     words = [f"{why}: {why.words}" for why in shimless.Reason if any(why in t["shimless"] for t in around)]
     mend = "; ".join([*words, "fgpu explain TARGET, or onBypass: kill"])
     return Check("shim", False, ", ".join(named), mend)
+
+
+def _libraries(found: Sequence[Mapping[str, Any]], trusted: Sequence[str]) -> Check:
+    """Every driver that tenants' processes map is the host's own or trusted, or which is not."""
+    unknown = [one for one in found if one["role"] == "unknown" and one["tenant"]]
+    if not unknown:
+        listed = sum(one["role"] == "listed" for one in found)
+        return Check(
+            "libraries", True, f"the host's driver, and {listed} trusted files" if listed else "the host's driver"
+        )
+    named = [f"{one['path']!a} of process {one['pids'][0]} in {one['tenant']}" for one in unknown[:5]]
+    digests = sorted({*trusted, *(one["digest"] for one in unknown if one["digest"])})
+    line = f"drivers: {{trusted: {json.dumps(digests)}}}"
+    mend = f"what they free stays charged until NVML shows it; if you trust them, write in agent.yaml: {line}"
+    return Check("libraries", False, ", ".join(named), mend)
 
 
 def _engines(found: Sequence[Mapping[str, Any]]) -> Iterator[Check]:

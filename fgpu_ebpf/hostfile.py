@@ -34,7 +34,7 @@ class HostSettings:
     """`overcommit`: limits may sum past a device. `loader`: the interpreter that sees BCC, and its arguments.
 
     `engines`: who is asked for labels, as KIND:SOCKET. `profiles`: what a device plugin offers.
-    `ignored_xids`: after which it goes on to offer a device.
+    `ignored_xids`: after which it goes on to offer a device. `trusted_drivers`: digests of files, as `sha256:…`.
     """
 
     listen: str = "127.0.0.1:9423"
@@ -50,6 +50,7 @@ class HostSettings:
     shares: tuple[str, ...] = USUAL
     profiles: tuple[Profile, ...] = ()
     ignored_xids: tuple[int, ...] = OF_PROGRAMS
+    trusted_drivers: tuple[str, ...] = ()
 
 
 def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None, tuple[Fault, ...]]:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from fgpu_ebpf import shares
 from fgpu_ebpf.faults import faults
+from fgpu_ebpf.library_class import DIGEST
 from fgpu_ebpf.policyvalues import Devices, MetricLabels, Model, absent
 from fgpu_ebpf.profiles import MOST_COUNT, MOST_NAME_CHARACTERS, Profile
 from fgpu_ebpf.quantities import shown
@@ -79,6 +80,12 @@ def _profile_share(value: str) -> str:
     return value
 
 
+def _digest(value: str) -> str:
+    if not DIGEST.fullmatch(value):
+        raise ValueError(f"{shown(value)} is no digest: write it as sha256: and 64 digits, 0 to 9 and a to f")
+    return value
+
+
 def _different(value: list[ProfileDocument]) -> list[ProfileDocument]:
     names = [profile.share for profile in value]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -99,6 +106,14 @@ class ProfileDocument(Model):
     def profile(self) -> Profile:
         """As the agent knows it."""
         return Profile(self.share, self.count, tuple(self.devices or ()))
+
+
+class DriversDocument(Model):
+    """`drivers:`"""
+
+    trusted: Annotated[list[Annotated[str, AfterValidator(_digest)]], Field(max_length=256)] = absent(
+        "SHA-256 of files of libcuda that are believed as the host's own; `fgpu doctor` prints the line."
+    )
 
 
 class HostDocument(Model):
@@ -129,6 +144,7 @@ class HostDocument(Model):
     ignored_xids: Annotated[list[Annotated[int, Field(ge=1, le=MOST_XID)]], Field(max_length=256)] = absent(
         "XIDs after which it goes on to offer the device; absent: those that programs cause."
     )
+    drivers: DriversDocument = absent("Which files of libcuda are trusted beside the host's own.")
 
 
 def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[Fault, ...]]:
@@ -158,6 +174,8 @@ def _values(document: HostDocument) -> dict[str, Any]:
             values[name] = tuple(value)
         elif name in _PATHS:
             values[name] = Path(value)
+    if "drivers" in values:
+        values["trusted_drivers"] = tuple(values.pop("drivers").trusted or ())
     if "overcommit" in values:
         values["overcommit"] = values["overcommit"] == "allow"
     return values

@@ -235,13 +235,17 @@ class Ledger:
     def _set_host(self, index: int, value: int) -> None:
         bpf.update(self._maps["host"], _U32.pack(index), _U64.pack(value))
 
-    def file_known(self, dev: int, ino: int) -> bool:
-        """The file is probed."""
-        return bpf.lookup(self._maps["files"], _FILE.pack(dev, ino), 4) is not None
+    def file_check(self, dev: int, ino: int) -> int | None:
+        """The file offset of a probed instruction, 1 where it is not known; None: the file is not probed.
 
-    def enter_file(self, dev: int, ino: int) -> None:
-        """Records a file as probed."""
-        bpf.update(self._maps["files"], _FILE.pack(dev, ino), _U32.pack(1))
+        Safe to call from any thread.
+        """
+        raw = bpf.lookup(self._maps["files"], _FILE.pack(dev, ino), 4)
+        return None if raw is None else int(_U32.unpack(raw)[0])
+
+    def enter_file(self, dev: int, ino: int, check: int = 1) -> None:
+        """Records a file as probed; `check` is the file offset of a probed instruction, 1 where it is not known."""
+        bpf.update(self._maps["files"], _FILE.pack(dev, ino), _U32.pack(check))
 
     def forget_file(self, dev: int, ino: int) -> None:
         """The file is no longer probed."""

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 
 MOST = 1 << 15
 MOST_BYTES = 1 << 24  # of text: 100,000 lines
-# Which one: that at the address, or the first behind it that is executable, or that is shared and may be written.
-AT, NEXT_EXECUTABLE, NEXT_SHARED = 0x20, 0x34, 0x3A
-_OR_NEXT = 0x10
+File = tuple[int, int]  # (dev, ino), as /proc/PID/maps names it
+# Which one: that at the address, or the first behind it that is executable, or that is shared and may be written; all
+# three of files alone, and then the first executable one of a file or of none.
+AT, NEXT_EXECUTABLE, NEXT_SHARED, NEXT_CODE = 0x20, 0x34, 0x3A, 0x14
+_OR_NEXT, _OF_FILES = 0x10, 0x20
 _MODES = {0x02: b"w", 0x04: b"x", 0x08: b"s"}
 _PROCMAP_QUERY, _QUERY = 0xC0686611, struct.Struct("9Q4I2Q")  # Linux 6.11: struct procmap_query
 _LONGEST_PATH, _CHUNK = 4096, 1 << 16
@@ -28,13 +30,17 @@ _Path = ctypes.c_char * _LONGEST_PATH
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A mapping of a file, as the kernel names it: `path` may end in ` (deleted)`, and is empty where nobody asked."""
+    """A mapping, as the kernel names it: `path` may end in ` (deleted)`, and is empty where it was not asked for.
+
+    `offset`: where in the file it begins. A mapping of no file has the inode 0.
+    """
 
     start: int
     end: int
     dev: int
     ino: int
     path: bytes
+    offset: int = 0
 
 
 def find(maps: int, at: int, which: int = AT, named: bool = True) -> Mapped:
@@ -73,20 +79,20 @@ def _ask(maps: int, at: int, which: int, named: bool = True) -> Mapped:
     name = ctypes.addressof(room) if named else 0
     _QUERY.pack_into(query, 0, _QUERY.size, which, at, *(0,) * 8, _LONGEST_PATH if named else 0, 0, name, 0)
     fcntl.ioctl(maps, _PROCMAP_QUERY, query)
-    _, _, _, start, end, _, _, _, ino, major, minor, *_ = _QUERY.unpack(query)
-    return Mapped(start, end, os.makedev(major, minor), ino, room.value)
+    _, _, _, start, end, _, _, offset, ino, major, minor, *_ = _QUERY.unpack(query)
+    return Mapped(start, end, os.makedev(major, minor), ino, room.value, offset)
 
 
 def _read(maps: int, which: int) -> Iterator[Mapped]:
     wanted = [mode for bit, mode in _MODES.items() if which & bit]
     for line in _text(maps).split(b"\n")[:-1]:  # names may have other ends of lines
-        place, modes, _, device, ino, *path = line.split(None, 5)
-        if ino == b"0" or not all(mode in modes for mode in wanted):
+        place, modes, offset, device, ino, *path = line.split(None, 5)
+        if (which & _OF_FILES and ino == b"0") or not all(mode in modes for mode in wanted):
             continue
         start, end = (int(word, 16) for word in place.split(b"-"))
         major, minor = (int(word, 16) for word in device.split(b":"))
         name = path[0].replace(b"\\012", b"\n") if path else b""  # the one character that is escaped there
-        yield Mapped(start, end, os.makedev(major, minor), int(ino), name)
+        yield Mapped(start, end, os.makedev(major, minor), int(ino), name, int(offset, 16))
 
 
 def _text(maps: int) -> bytes:

@@ -6,20 +6,33 @@ charged to the importer before the exporter's orphan is let go.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from fgpu_ebpf import procfs
 from fgpu_ebpf.device_balance import Balance, Charges, Reading, surplus
 from fgpu_ebpf.device_sample import Rows, Sample
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.orphans import Orphan
 from fgpu_ebpf.processes import Process
 
-# Bytes in use that no process's row has, as an H200 showed: for each context (5.6 MiB), and once for a device (3 MiB
-# for the driver, up to 25 MiB that it keeps of managed memory). What is too much here lets orphaned bytes go too early.
+# Bytes in use that no process's row has, as an H200 showed: for each context (5.6 MiB), and once for a device (3.2).
+# What is too much here lets orphaned bytes go too early.
 CONTEXT_REST_BYTES = 6 << 20
-DEVICE_REST_BYTES = 32 << 20
+DEVICE_REST_BYTES = 4 << 20
+# What the driver may have besides, once for a device: up to 25 MiB that it keeps of managed memory, page tables of
+# registered host memory. So much of an orphan is let go when it has outlived the time in which a driver ends processes.
+SLACK_BYTES = 32 << 20
+SLACK_AFTER_NS = 5_000_000_000
+
+
+class _Row(NamedTuple):
+    """What NVML showed of a pid, how much of it was of ended processes, and what was orphaned of them."""
+
+    bytes: int
+    ended: int
+    orphaned: int
 
 
 class EndedRows:
@@ -29,30 +42,40 @@ class EndedRows:
     """
 
     def __init__(self) -> None:
-        self._last: dict[int, tuple[int, int]] = {}  # pid -> row, ended part
+        self._last: dict[int, _Row] = {}
 
     def look(self, rows: Rows, live: Mapping[int, Process], device: int, orphans: Iterable[Orphan]) -> dict[int, int]:
         """Bytes by pid, for pids of ended processes that NVML still names."""
-        kept: dict[int, int] = defaultdict(int)
+        orphaned: dict[int, int] = defaultdict(int)
         for orphan in orphans:
-            kept[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
-        found = {}
-        for pid, most in kept.items():
-            row = rows.get(pid) or 0
-            own = self._own(pid, row, most, live.get(pid), device)
-            found[pid] = max(0, min(most, row - own))
-        self._last = {pid: (rows.get(pid) or 0, ended) for pid, ended in found.items()}
-        return {pid: ended for pid, ended in found.items() if ended}
+            orphaned[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
+        self._last = {
+            pid: _Row(rows.get(pid) or 0, self._ended(pid, rows.get(pid) or 0, bytes_, live.get(pid), device), bytes_)
+            for pid, bytes_ in orphaned.items()
+        }
+        return {pid: row.ended for pid, row in self._last.items() if row.ended}
 
-    def _own(self, pid: int, row: int, most: int, process: Process | None, device: int) -> int:
-        """What a process that lives with this pid has of the row: by the ledger, or what the row has grown by since."""
-        if process:
-            return process.bytes[device] - process.managed[device]
-        if procfs.ended(pid):
-            return 0
-        row_then, ended_then = self._last.get(pid, (row, most))
-        fallen = max(0, row_then - row)
-        return row - max(0, ended_then - fallen)
+    def _ended(self, pid: int, row: int, orphaned: int, process: Process | None, device: int) -> int:
+        """Never more than it was, but by what was orphaned since: what the row has grown by is of a living process."""
+        then = self._last.get(pid)
+        if then is None and process is None:
+            return row
+        bytes_then, ended_then, orphaned_then = then or _Row(row, 0, 0)
+        most = ended_then + max(0, orphaned - orphaned_then)
+        own = process.bytes[device] - process.managed[device] if process else 0
+        fallen = 0 if process else max(0, bytes_then - row)
+        return max(0, min(most - fallen, row - own))
+
+
+def excess(orphans: Sequence[Orphan], ended: Mapping[int, int], room: int) -> list[tuple[Orphan, int]]:
+    """Which orphans to let go, and how many bytes of each: what the device has no room for; else the slack, of old."""
+    found = surplus(orphans, ended, room)
+    if found:
+        return found
+    until_ns = time.monotonic_ns() - SLACK_AFTER_NS
+    old = [orphan for orphan in orphans if orphan.since_ns < until_ns]
+    beyond = max(0, sum(orphan.bytes for orphan in orphans) - max(0, room - SLACK_BYTES))
+    return surplus(old, ended, max(0, sum(orphan.bytes for orphan in old) - beyond))
 
 
 class OrphanRelease:
@@ -79,7 +102,7 @@ class OrphanRelease:
         room = self.balance.room(self._reading(sample, ended), orphans, self._charges(sample, orphans))
         if room is None:
             return None
-        for orphan, bytes_ in surplus(orphans, ended, room):
+        for orphan, bytes_ in excess(orphans, ended, room):
             self._ledger.orphans.let_go(orphan, bytes_)
         return max(0, room - sum(orphan.bytes for orphan in orphans))
 

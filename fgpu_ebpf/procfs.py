@@ -28,7 +28,6 @@ DEEPEST = 32  # cgroups further in are taken for this one; the kernel side walks
 NS_GET_PARENT = 0xB702
 BOOKS = b"/run/fgpu/books"  # where the shim of an image with a limit of its own keeps them
 CUDA_NAMES = (b"libcuda.so", b"libfgpu.so")
-UNKNOWABLE = frozenset({(0, 0)})  # a file that nobody will ever have probed
 
 _LIBC = ctypes.CDLL(None)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -242,6 +241,12 @@ class Mapping:
     ino: int
     place: str = field(default="", compare=False)
 
+    @classmethod
+    def of(cls, found: mappings.Mapped) -> Mapping:
+        """The file of one mapping."""
+        path = os.fsdecode(found.path.removesuffix(b" (deleted)"))
+        return cls(path, found.dev, found.ino, f"{found.start:x}-{found.end:x}")
+
 
 def fgpu_mappings(pid: int) -> list[Mapping] | None:
     """The libcuda and shim files that a process has mapped executable, each once.
@@ -254,7 +259,7 @@ def fgpu_mappings(pid: int) -> list[Mapping] | None:
     except OSError:
         return None
     try:
-        return list(dict.fromkeys(_with_cuda_names(fd)))
+        return list(dict.fromkeys(map(Mapping.of, with_cuda_names(fd))))
     except OSError:
         return None
     finally:
@@ -275,17 +280,18 @@ def keeps_books(pid: int) -> bool:
         os.close(fd)
 
 
-def cuda_files(pid: int) -> frozenset[tuple[int, int]]:
-    """(dev, ino) of every libcuda and shim mapped executable; UNKNOWABLE where nobody can tell."""
-    found = fgpu_mappings(pid)
-    return UNKNOWABLE if found is None else frozenset((mapped.dev, mapped.ino) for mapped in found)
+def with_cuda_names(maps: int) -> Iterator[mappings.Mapped]:
+    """The executable mappings of libcuda and shim files in an open /proc/PID/maps. Raises OSError."""
+    for found in mappings.each(maps, mappings.NEXT_EXECUTABLE):
+        if found.path.rpartition(b"/")[2].startswith(CUDA_NAMES):
+            yield found
 
 
 def open_regular(path: str, follow: bool = False) -> int:
-    """Opens a file for reading that may have been put there for us to find: it is regular, or OSError.
+    """Opens a file for reading that may have been put there for us to find. OSError: it is not regular.
 
-    It is looked at before it is opened: a fifo would make us wait, a device do whatever it does. No lease of somebody
-    else's is waited for. `follow`: the last name may be a link.
+    It is looked at before it is opened: a fifo would make us wait, a device do whatever it does. No lease is waited
+    for. `follow`: the last name may be a link.
     """
     place = os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     try:
@@ -307,16 +313,25 @@ def as_mapped(path: str) -> tuple[int, int]:
 
 def mapped_as(fd: int) -> tuple[int, int]:
     """(dev, ino) of an open file as /proc/PID/maps names it. Raises OSError."""
-    at = _LIBC.mmap(None, mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, 0)
-    if at == _MAP_FAILED:
-        raise OSError(errno.ENODEV, "cannot be mapped")
-    try:
+    with a_page_of(fd, 0) as at:
         maps = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
         try:
             found = mappings.find(maps, at, named=False)
             return found.dev, found.ino
         finally:
             os.close(maps)
+
+
+@contextlib.contextmanager
+def a_page_of(fd: int, offset: int) -> Iterator[int]:
+    """Map one page of an open file, private, at the address that this yields. Raises OSError. It is to be read by
+    /proc/self/mem: touching it would kill this process where the file has been cut shorter.
+    """
+    at = _LIBC.mmap(None, mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, offset)
+    if at == _MAP_FAILED:
+        raise OSError(errno.ENODEV, "cannot be mapped")
+    try:
+        yield at
     finally:
         _LIBC.munmap(ctypes.c_void_p(at), ctypes.c_size_t(mmap.PAGESIZE))
 
@@ -327,13 +342,6 @@ def has_memory(pid: int) -> bool:
         return not read(f"/proc/{pid}/statm").startswith(b"0 ")
     except OSError:
         return False
-
-
-def _with_cuda_names(maps: int) -> Iterator[Mapping]:
-    for found in mappings.each(maps, mappings.NEXT_EXECUTABLE):
-        if found.path.rpartition(b"/")[2].startswith(CUDA_NAMES):
-            path = os.fsdecode(found.path.removesuffix(b" (deleted)"))
-            yield Mapping(path, found.dev, found.ino, f"{found.start:x}-{found.end:x}")
 
 
 # -- its cgroup -----------------------------------------------------------------------------------------------------

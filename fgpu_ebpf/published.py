@@ -3,9 +3,10 @@
     STORE/<digest>/libfgpu.so    what a version is; never written again
     STORE/current -> <digest>    what starts now gets; containers mount STORE/current/libfgpu.so
     STORE/previous -> <digest>   what was published before
+    STORE/versions               SHA-256 and size of every version that was ever staged: images may carry any of them
 
 Owns: those files, and that a reader of `current` sees the old version or the new, never none and never half of one.
-Never: probes, or decides when a version is fit; whoever calls publish() has probed the file that stage() answered.
+Never: probes, or decides when a version is fit; publish() is called once the file that stage() returned is probed.
 When it fails: OSError, and what was published before stays published.
 """
 
@@ -18,10 +19,11 @@ import shutil
 from collections.abc import Set
 from pathlib import Path
 
-from fgpu_ebpf import procfs
+from fgpu_ebpf import procfs, wholefile
 
 STORE = Path("/var/lib/fgpu/shim")  # neither /run nor /tmp: hosts mount them noexec
 FILE = "libfgpu.so"
+VERSIONS, MOST_VERSIONS = "versions", 256
 
 
 def stable_path(store: Path = STORE) -> Path:
@@ -34,6 +36,7 @@ def stage(shim: Path, store: Path = STORE) -> Path:
     content = shim.read_bytes()
     folder = store / hashlib.sha256(content).hexdigest()[:16]
     staged = folder / FILE
+    _record(store, content)
     if staged.is_file() and staged.read_bytes() == content:
         return staged
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -47,6 +50,34 @@ def stage(shim: Path, store: Path = STORE) -> Path:
     _sync(folder)
     _sync(store)
     return staged
+
+
+def genuine(shim: Path, store: Path | None = None) -> dict[str, int]:
+    """SHA-256 and size of this shim and of every version in the store or ever staged there: what is one of ours."""
+    folders = _versions(store) if store else []
+    contents = [path.read_bytes() for path in (shim, *(folder / FILE for folder in folders)) if path.is_file()]
+    return _recorded(store) | {hashlib.sha256(content).hexdigest(): len(content) for content in contents}
+
+
+def files(store: Path) -> list[Path]:
+    """Every version that is there."""
+    return [path for folder in _versions(store) if (path := folder / FILE).is_file()]
+
+
+def _recorded(store: Path | None) -> dict[str, int]:
+    with contextlib.suppress(OSError, ValueError):
+        lines = (store / VERSIONS).read_text(encoding="ascii").splitlines() if store else []
+        return {digest: int(size) for digest, size in map(str.split, lines)}
+    return {}
+
+
+def _record(store: Path, content: bytes) -> None:
+    known, digest = _recorded(store), hashlib.sha256(content).hexdigest()
+    if digest in known:
+        return
+    kept = [*known.items(), (digest, len(content))][-MOST_VERSIONS:]
+    store.mkdir(mode=0o755, parents=True, exist_ok=True)
+    wholefile.write(store / VERSIONS, "".join(f"{digest} {size}\n" for digest, size in kept))
 
 
 def publish(staged: Path) -> Path:
@@ -91,7 +122,10 @@ def remove(store: Path, used: Set[tuple[int, int]]) -> bool:
     for link in ("current", "previous"):
         if not (store / link).exists():
             (store / link).unlink(missing_ok=True)
-    return not _versions(store)
+    if _versions(store):
+        return False
+    (store / VERSIONS).unlink(missing_ok=True)
+    return True
 
 
 def _versions(store: Path) -> list[Path]:

@@ -149,7 +149,7 @@ class ControlServer:
         found, path = agent.discovery, self._find(request)
         tenants = [tenant for tenant in agent.fresh().tenants if tenant.path == path]
         orphans = [snapshot.plain(orphan) for tenant in tenants for orphan in tenant.orphans]
-        around = found.unprobed(), found.standalone(), orphans
+        around = found.reasons(), found.standalone(), orphans, found.is_shim
         return explain.explain(path, agent.manager, agent.ledger, found.unenforced(), *around)
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from fgpu_ebpf.yamlfile import Fault
 
 log = logging.getLogger("fgpu agent")
 LINUX = (6, 1)  # the oldest on which the product has been tested: docs/matrix.md
+PTRACE_SCOPE, NO_PTRACE = Path("/proc/sys/kernel/yama/ptrace_scope"), 3
 HOST_PIDS = 0xEFFFFFFC  # PROC_PID_INIT_INO: the inode of the first pid namespace, always
 
 
@@ -91,6 +92,7 @@ def settings(options: Options) -> Settings:
         shares=host.shares,
         profiles=host.profiles,
         ignored_xids=host.ignored_xids,
+        trusted_drivers=host.trusted_drivers,
     )
 
 
@@ -205,7 +207,7 @@ def take_away(run_dir: Path) -> None:
 
 def host_checks() -> list[Check]:
     """Privilege, kernel and cgroups: what must be right before anything is tried."""
-    return [_privilege(), _kernel(), _pid_namespace(), _uprobes(), *workloads.checks()]
+    return [_privilege(), _kernel(), _pid_namespace(), _uprobes(), _ptrace(), *workloads.checks()]
 
 
 def checks(options: Options) -> list[Check]:
@@ -265,6 +267,18 @@ def _uprobes() -> Check:
     return Check(
         "uprobes", False, "the kernel has no uprobe PMU", "a kernel with CONFIG_UPROBE_EVENTS=y, and sysfs at /sys"
     )
+
+
+def _ptrace() -> Check:
+    """The memory of processes is read to see that they have the breakpoints of the probes."""
+    try:
+        scope = int(PTRACE_SCOPE.read_text(encoding="ascii"))
+    except OSError:  # this kernel has no such setting
+        scope = 0
+    if scope < NO_PTRACE:
+        return Check("ptrace", True, "memory of processes can be read")
+    fix = "kernel.yama.ptrace_scope=2 in sysctl.d, or less, and a reboot"
+    return Check("ptrace", False, f"kernel.yama.ptrace_scope={scope} lets no process read another's memory", fix)
 
 
 def _bpffs() -> Check:

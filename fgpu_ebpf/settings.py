@@ -34,3 +34,4 @@ class Settings:
     shares: tuple[str, ...] = shares.USUAL
     profiles: tuple[profiles.Profile, ...] = ()
     ignored_xids: Collection[int] = xids.OF_PROGRAMS
+    trusted_drivers: tuple[str, ...] = ()  # digests, as sha256:…

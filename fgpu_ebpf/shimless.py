@@ -1,13 +1,13 @@
-"""Why a process that uses a device has no shim, so that somebody can do something about it.
+"""Why a process that uses a device has no shim, and what can be done about it.
 
 Owns: the reasons, their words, and what was found of each process. Never: believes the process, or opens a file of its
-root. On failure: a process that has gone has none.
+root. A process that has gone has no reason.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from enum import StrEnum
 
 from fgpu_ebpf import procfs
@@ -15,6 +15,8 @@ from fgpu_ebpf.processes import Process
 
 LIST = "/etc/ld.so.preload"
 _MUSL = ("ld-musl", "libc.so")  # its loader is its library, and some distributions call it so
+
+IsShim = Callable[[int, int], bool]
 
 
 class Reason(StrEnum):
@@ -24,6 +26,8 @@ class Reason(StrEnum):
     MUSL = "musl"
     NOT_MOUNTED = "not_mounted"
     NOT_LOADED = "not_loaded"
+    FOREIGN = "foreign"
+    HIDDEN = "hidden"
     UNUSED = "unused"
 
     @property
@@ -38,18 +42,25 @@ class Reason(StrEnum):
                 return f"nothing is mounted at {LIST}: fgpu setup, or --device fgpu.dev/shim=all"
             case Reason.NOT_LOADED:
                 return f"what is mounted at {LIST} has not brought it: does it name it, and is that there?"
+            case Reason.FOREIGN:
+                return (
+                    "their libfgpu.so is none that this host has published: mount the host's, or build the image anew"
+                )
+            case Reason.HIDDEN:
+                return "they have it, and execute memory of no file, in which a copy of libcuda cannot be probed"
             case Reason.UNUSED:
                 return "they have it and call the driver around it"
 
 
-def reason(pid: int) -> Reason | None:
-    """Of a process that asks for nothing; None: it is gone, or nobody can tell."""
+def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
+    """Why a process asks for nothing; None: it has gone, or cannot be read. `is_shim`: a (dev, ino) is one of ours."""
     try:
         loader = procfs.loader(pid)
         if not loader:
             return Reason.STATIC
-        if any(os.path.basename(mapped.path).startswith("libfgpu.so") for mapped in procfs.fgpu_mappings(pid) or ()):
-            return Reason.UNUSED
+        named = [one for one in procfs.fgpu_mappings(pid) or () if os.path.basename(one.path).startswith("libfgpu.so")]
+        if named:
+            return Reason.UNUSED if any(is_shim(one.dev, one.ino) for one in named) else Reason.FOREIGN
         if loader.startswith(_MUSL):
             return Reason.MUSL
         return Reason.NOT_LOADED if procfs.has_mount(pid, LIST) else Reason.NOT_MOUNTED
@@ -61,19 +72,21 @@ class Reasons:
     """What was found of each process, looked up once: whether it has a shim was settled when its program began.
 
     By the kernel's entry of it (`generation`), which neither a reused pid nor the next program of a process shares.
+    `is_shim` is as for reason(); `hidden` returns the processes that execute memory of no file.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_shim: IsShim = lambda *_: True, hidden: Callable[[], Set[int]] = frozenset) -> None:
+        self._is_shim, self._hidden = is_shim, hidden
         self._found: dict[tuple[int, int], Reason] = {}
 
     def of(self, pid: int, generation: int) -> Reason | None:
-        """As `reason`; what nobody could tell is looked up again."""
-        found = self._found.get((pid, generation)) or reason(pid)
+        """As reason(); where there was none, it is looked up again."""
+        found = self._found.get((pid, generation)) or reason(pid, self._is_shim)
         if found:
             self._found[pid, generation] = found
-        return found
+        return Reason.HIDDEN if found is Reason.UNUSED and pid in self._hidden() else found
 
     def forget_ended(self, living: Mapping[int, Process]) -> None:
-        """Keep those of these processes alone."""
+        """Keep what was found of these processes alone."""
         lives = {(pid, living[pid].generation) for pid, _ in self._found if pid in living}
         self._found = {life: found for life, found in self._found.items() if life in lives}

@@ -180,6 +180,20 @@ class EngineView:
 
 
 @dataclass(frozen=True, slots=True)
+class LibraryView:
+    """A driver that processes map and that is not the host's own; `digest` is empty until its contents have been read.
+
+    `role`: listed or unknown. `tenant`: of one of the processes; empty: it is in none.
+    """
+
+    path: str
+    digest: str
+    role: str
+    tenant: str
+    pids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The host at one moment; `time_seconds` since the epoch, `taken_seconds` the same on the monotonic clock."""
 
@@ -192,6 +206,8 @@ class Snapshot:
     policies: PoliciesView | None = None
     probe_hits: Mapping[str, int] = field(default_factory=dict)
     engines: tuple[EngineView, ...] = ()
+    libraries: tuple[LibraryView, ...] = ()
+    trusted: tuple[str, ...] = ()  # digests that agent.yaml lists
     writes_refused: int = 0  # on the control socket, by whom it may not
     failures: int = 0  # mistakes of ours that the agent has outlived
     taken_seconds: float = 0.0
@@ -229,7 +245,7 @@ class Fields(Mapping[str, Any]):
 
 _VIEWS = frozenset({
     Refusal, ComputeView, TenantDevice, ProcessView, OrphanView, TenantView, DeviceView, SlicesView, PoliciesView,
-    EngineView,
+    EngineView, LibraryView,
 })  # fmt: skip
 
 

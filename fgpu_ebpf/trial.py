@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from fgpu_ebpf import bpf
-from fgpu_ebpf.probes import symbol_offsets
+from fgpu_ebpf.probe_plan import symbol_offsets
 
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 _URETPROBE_CALL, _ALLOW, _ERRNO_EPERM = 335, 0x7FFF0000, 0x00050001

@@ -3,11 +3,12 @@
  * processes keep together. Owns what it learned about the devices; keeps no books.
  *
  * Asked is the size that the driver will take, so that what was admitted is what will be charged. A refusal is the
- * driver's own out-of-memory. An error of the driver stays the driver's: the kernel sees the return and gives the
- * admission back.
+ * driver's own out-of-memory; whether there is more to do about it than to return it, reclaim.c decides. An error of
+ * the driver stays the driver's: the kernel sees the return and gives the admission back.
  */
 #include "admit.h"
 #include "books.h"
+#include "orphans.h"
 
 #include <errno.h>
 #include <stdatomic.h>
@@ -123,6 +124,15 @@ uint64_t fgpu_taken(uint64_t bytes, uint64_t granule)
     return (bytes + unit - 1) & ~(unit - 1);
 }
 
+/* While nothing answers, nothing is to be had: that is a limit too. */
+bool fgpu_is_limited(struct fgpu_view view)
+{
+    if (view.link != FGPU_HELD) return view.link == FGPU_CLOSED;
+    for (unsigned level = 0; level < view.levels; level++)
+        if (!fgpu_observes(&view.usage[level])) return true;
+    return false;
+}
+
 /* What a thread was granted by the books for a call that it never came back from. */
 static __thread struct admission left __attribute__((tls_model("initial-exec")));
 
@@ -138,17 +148,25 @@ static int ask_books(int index, struct admission *admission)
     return FGPU_ADMITTED;
 }
 
+/* A patient question is one for which bytes of ended processes may make room: its refusal is not the last word. */
+static int ask_probe(struct fgpu_view view, int index, struct admission *admission, bool patient)
+{
+    patient = patient && fgpu_has_orphans(view, index);
+    unsigned kind = admission->kind | (patient ? FGPU_PATIENT : 0);
+    int verdict = fgpu_ask(view, (unsigned)index, admission->bytes, kind, admission->ticket);
+    admission->patient = patient && verdict == FGPU_REFUSED;
+    return verdict;
+}
+
 /* The ledger's index of the device is the answer beside the verdict: what is given back later names it. */
-static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, struct admission *admission)
+static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, struct admission *admission, bool patient)
 {
     for (int round = 0; round < 2; round++) {
         if (view->link == FGPU_OPEN || view->link == FGPU_UNMANAGED) return CUDA_SUCCESS;
         if (view->link != FGPU_HELD) return CUDA_ERROR_OUT_OF_MEMORY;
         int index = fgpu_index(view->control, ordinal); /* not the tenant's: nothing of it is to be had */
         if (index < 0) return CUDA_ERROR_OUT_OF_MEMORY;
-        int verdict = view->cooperative
-                          ? ask_books(index, admission)
-                          : fgpu_ask(*view, (unsigned)index, admission->bytes, admission->kind, admission->ticket);
+        int verdict = view->cooperative ? ask_books(index, admission) : ask_probe(*view, index, admission, patient);
         if (verdict >= 0) {
             admission->index = verdict == FGPU_REFUSED ? -1 : index;
             return verdict == FGPU_REFUSED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
@@ -158,35 +176,27 @@ static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, struct admi
     return CUDA_ERROR_OUT_OF_MEMORY;
 }
 
-/* The pools are the first driver's, whichever is called. */
-static bool yields(CUdevice ordinal)
+void fgpu_ask_once(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, bool patient)
 {
-    bool called = fgpu_beside;
-    fgpu_beside = false;
-    bool something = fgpu_pools_yield(ordinal);
-    fgpu_beside = called;
-    return something;
+    admission->ticket = fgpu_ticket();
+    admission->patient = false;
+    admission->refusal = ask_kernel(view, ordinal, admission, patient);
 }
 
 /* Open and unmanaged links cost one look at the state; nothing is rounded, asked or counted for them. */
-struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind)
+struct admission fgpu_admission_begin(struct fgpu_view view, CUdevice ordinal, uint64_t bytes, unsigned kind)
 {
     struct admission admission = {.refusal = CUDA_SUCCESS, .index = -1, .kind = kind, .bytes = bytes};
-    struct fgpu_view view = fgpu_look();
     if (view.link == FGPU_OPEN || view.link == FGPU_UNMANAGED) return admission;
-    if (view.link != FGPU_HELD) {
-        admission.refusal = CUDA_ERROR_OUT_OF_MEMORY;
-        return admission;
-    }
+    if (view.link != FGPU_HELD) admission.refusal = CUDA_ERROR_OUT_OF_MEMORY;
     if (kind == FGPU_MEMORY || kind == FGPU_POOL) admission.bytes = fgpu_taken(bytes, fgpu_granule(ordinal));
-    admission.ticket = fgpu_ticket();
-    admission.refusal = ask_kernel(&view, ordinal, &admission);
-    if (admission.refusal && view.link == FGPU_HELD && yields(ordinal)) {
-        admission.ticket = fgpu_ticket();
-        admission.refusal = ask_kernel(&view, ordinal, &admission);
-    }
-    admission.settles = kind != FGPU_POOL && !admission.by_books && view.control && view.control->flags & FGPU_SETTLE;
     return admission;
+}
+
+void fgpu_admission_end(struct admission *admission, struct fgpu_view view)
+{
+    bool pooled = admission->kind == FGPU_POOL;
+    admission->settles = !pooled && !admission->by_books && view.control && view.control->flags & FGPU_SETTLE;
 }
 
 /* Of pools: to whoever counts now. */
@@ -254,11 +264,13 @@ CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64
     return result;
 }
 
+/* Of a context that has ended the driver names the device all the same, and refuses whatever needs the context. */
 bool fgpu_current(CUdevice *device)
 {
     __typeof__(&cuCtxGetDevice) get = REAL(cuCtxGetDevice);
     int saved = errno;
     bool known = get && get(device) == CUDA_SUCCESS;
+    if (atomic_load_explicit(&fgpu_contexts_ended, memory_order_relaxed)) known = known && !fgpu_current_is_gone();
     errno = saved;
     return known;
 }

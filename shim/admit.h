@@ -2,6 +2,8 @@
 #ifndef FGPU_ADMIT_H
 #define FGPU_ADMIT_H
 
+#include <stdatomic.h>
+
 #include "shim.h"
 
 #define SMALL_ALIGNMENT 512ULL
@@ -12,6 +14,7 @@ struct admission {
     int index;        /* the ledger's, where something was granted; else -1 */
     bool settles;     /* no return probe on this kernel: we say how it went */
     bool by_books;    /* granted by the container's own: they too are told how it went */
+    bool patient;     /* refused for now: bytes of ended processes may make room, and nothing was counted */
     unsigned kind;
     uint64_t ticket, bytes;
 };
@@ -21,7 +24,18 @@ struct admission {
 HIDDEN CUstreamCaptureMode fgpu_relax(void);
 HIDDEN void fgpu_unrelax(CUstreamCaptureMode mode);
 
+/* -- reclaim.c: asks, and where it is refused makes what room it can and asks again. It may wait for memory of ended
+ * processes; `patience` says how much longer, for all the questions of one call. NULL: not at all. */
+struct patience {
+    uint64_t until_ns; /* 0: nothing was waited for yet */
+};
 HIDDEN struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind);
+HIDDEN struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal, uint64_t bytes, unsigned kind);
+
+/* -- admit.c: one question. What begins is asked, as often as it makes sense, and ends. */
+HIDDEN struct admission fgpu_admission_begin(struct fgpu_view view, CUdevice ordinal, uint64_t bytes, unsigned kind);
+HIDDEN void fgpu_ask_once(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, bool patient);
+HIDDEN void fgpu_admission_end(struct admission *admission, struct fgpu_view view);
 HIDDEN CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle);
 HIDDEN void fgpu_settled_books(const struct admission *admission, CUresult result, uint64_t handle);
 HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);
@@ -32,9 +46,12 @@ HIDDEN uint64_t fgpu_granule(CUdevice ordinal);
 HIDDEN uint64_t fgpu_taken(uint64_t bytes, uint64_t granule);
 
 /* -- reserve.c */
-HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: something went back to the kernel */
-HIDDEN void fgpu_pools_leave(CUdevice ordinal); /* around the end of a context; < 0: of any device */
-HIDDEN void fgpu_pools_return(CUdevice ordinal);
+HIDDEN bool fgpu_pools_yield(CUdevice ordinal);   /* true: something went back to the kernel */
+HIDDEN void fgpu_pools_measure(CUdevice ordinal); /* a context has ended; < 0: on any device */
+
+/* -- contexts.c */
+extern HIDDEN _Atomic bool fgpu_contexts_ended; /* some context of this process did */
+HIDDEN bool fgpu_current_is_gone(void);
 
 /* -- pool.c */
 HIDDEN void fgpu_pools_seen(CUdevice ordinal); /* a context is there */

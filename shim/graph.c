@@ -138,12 +138,12 @@ static bool give_back_above(struct graph_memory *m, uint64_t keep)
     return false;
 }
 
-static CUresult ask_up_to(int ordinal, uint64_t need)
+static CUresult ask_up_to(int ordinal, uint64_t need, struct patience *patience)
 {
     struct graph_memory *m = &memory[ordinal];
     uint64_t admitted = atomic_load(&m->admitted);
     if (need <= admitted) return CUDA_SUCCESS;
-    struct admission admission = fgpu_admission(ordinal, need - admitted, FGPU_POOL);
+    struct admission admission = fgpu_admission_with(patience, ordinal, need - admitted, FGPU_POOL);
     if (admission.index >= 0) {
         atomic_store(&m->index, admission.index);
         atomic_fetch_add(&m->admitted, admission.bytes);
@@ -156,7 +156,7 @@ static void follow(int ordinal)
 {
     uint64_t used, reserved;
     if (!measure(ordinal, &used, &reserved)) return;
-    if (!ask_up_to(ordinal, reserved)) give_back_above(&memory[ordinal], reserved);
+    if (!ask_up_to(ordinal, reserved, NULL)) give_back_above(&memory[ordinal], reserved);
 }
 
 /* Graphs that never run at once share memory, so the sum of their peaks is not what they need. Where that sum does not
@@ -165,13 +165,15 @@ static void follow(int ordinal)
 static CUresult ask_for(int ordinal, uint64_t peak)
 {
     uint64_t used, reserved;
-    if (!measure(ordinal, &used, &reserved)) return ask_up_to(ordinal, atomic_load(&memory[ordinal].admitted) + peak);
+    struct patience patience = {0};
+    if (!measure(ordinal, &used, &reserved))
+        return ask_up_to(ordinal, atomic_load(&memory[ordinal].admitted) + peak, &patience);
     uint64_t need = used + peak > reserved ? used + peak : reserved;
     uint64_t admitted = atomic_load(&memory[ordinal].admitted);
     if (need > admitted && need - admitted > fgpu_room(ordinal) &&
         peak + atomic_load(&memory[ordinal].kept) <= reserved && reserved <= admitted)
         return CUDA_SUCCESS;
-    return ask_up_to(ordinal, need);
+    return ask_up_to(ordinal, need, &patience);
 }
 
 static void forget_places(CUdevice ordinal)
@@ -195,13 +197,8 @@ bool fgpu_graphs_yield(CUdevice ordinal)
     return more;
 }
 
-void fgpu_graphs_leave(CUdevice ordinal)
-{
-    for (int i = 0; i < FGPU_DEVICES; i++)
-        if (ordinal < 0 || ordinal == i) give_back_above(&memory[i], 0);
-}
-
-void fgpu_graphs_return(CUdevice ordinal)
+/* A context has ended, or the program has trimmed: what the device holds for graphs now is what stays charged. */
+void fgpu_graphs_measure(CUdevice ordinal)
 {
     if (!atomic_load(&allocates)) return;
     int saved = errno;
@@ -218,7 +215,7 @@ EXPORT CUresult cuDeviceGraphMemTrim(CUdevice device)
     __typeof__(&cuDeviceGraphMemTrim) driver = REAL(cuDeviceGraphMemTrim);
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
     CUresult result = driver(device);
-    if (result == CUDA_SUCCESS && device >= 0 && device < FGPU_DEVICES) fgpu_graphs_return(device);
+    if (result == CUDA_SUCCESS && device >= 0 && device < FGPU_DEVICES) fgpu_graphs_measure(device);
     return result;
 }
 
@@ -285,7 +282,7 @@ static CUresult before_instantiate(CUgraph graph, unsigned long long flags, stru
         if (refusal) return refusal;                                                                                   \
         CUresult result = driver(__VA_ARGS__);                                                                         \
         if (result == CUDA_SUCCESS) keep(*phGraphExec, &reading);                                                      \
-        if (reading.peak && (flags)&CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD) fgpu_graphs_return(reading.ordinal);           \
+        if (reading.peak && (flags)&CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD) fgpu_graphs_measure(reading.ordinal);          \
         return result;                                                                                                 \
     } while (0)
 

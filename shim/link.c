@@ -37,13 +37,6 @@
 #define CLOSED_NS (SECOND / 10)   /* this thread's allocation waits for it */
 #define AGAIN_NS (SECOND / 50)    /* the pages at hand still hold: nobody should notice */
 #define ABANDONED_NS (5 * SECOND) /* a signal handler may have jumped out of a hello */
-#define ASKS 64
-
-#ifdef __x86_64__
-#define RELAX() __builtin_ia32_pause()
-#else
-#define RELAX() __asm__ volatile("yield")
-#endif
 
 /* Zero after a fork, by MADV_WIPEONFORK: the child is another process to the kernel's ledger and says its own hello. */
 struct own {
@@ -116,35 +109,6 @@ static bool take(uint64_t now, uint64_t until)
 {
     uint64_t was = atomic_load(&own->busy_until_ns);
     return was <= now && atomic_compare_exchange_strong(&own->busy_until_ns, &was, until);
-}
-
-/* Two that ask in one slot at one pace may each overwrite what the other is about to read, again and again: each waits
- * for a time of its own, longer every time, and at last asleep. */
-static void step_aside(uint64_t ticket, int asked)
-{
-    uint64_t random = (ticket + (uint64_t)asked) * 0x9e3779b97f4a7c15ULL >> 32;
-    if (asked < ASKS / 2) {
-        for (uint64_t i = random & ((1u << (asked < 8 ? asked : 8)) - 1); i; i--) RELAX();
-        return;
-    }
-    int saved = errno;
-    struct timespec moment = {0, 20000 + (long)(random & 0x1ffff)};
-    syscall(SYS_nanosleep, &moment, NULL);
-    errno = saved;
-}
-
-/* A verdict, or -1: nobody answers. */
-int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket)
-{
-    for (int i = 0; i < ASKS; i++) {
-        step_aside(ticket, i);
-        /* The probe runs inside this call. Another asker may have written the slot since: then the same ticket again.
-         */
-        fgpu_admit_here(device, bytes, kind, ticket);
-        uint64_t word = __atomic_load_n(&view.usage->verdicts[ticket & (FGPU_VERDICTS - 1)], __ATOMIC_RELAXED);
-        if (LIKELY(word >> 2 == ticket) && (word & 3) != FGPU_AGAIN) return word & 3;
-    }
-    return -1;
 }
 
 /* 40 random bits and a counter: threads and processes that share a page never share a ticket. */

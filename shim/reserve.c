@@ -65,11 +65,12 @@ static bool give_back_above(struct pool *pool, uint64_t keep)
 }
 
 /* Up to `need`. The grant may be more than was asked: it is what the driver takes for that. */
-static CUresult ask_up_to(struct pool *pool, uint64_t need)
+static CUresult ask_up_to(struct pool *pool, uint64_t need, struct patience *patience)
 {
     uint64_t admitted = atomic_load(&pool->admitted);
     if (need <= admitted) return CUDA_SUCCESS;
-    struct admission admission = fgpu_admission(atomic_load(&pool->ordinal), need - admitted, FGPU_POOL);
+    CUdevice ordinal = atomic_load(&pool->ordinal);
+    struct admission admission = fgpu_admission_with(patience, ordinal, need - admitted, FGPU_POOL);
     if (admission.index >= 0) {
         atomic_store(&pool->index, admission.index);
         atomic_fetch_add(&pool->admitted, admission.bytes);
@@ -106,18 +107,19 @@ static uint64_t room_left(const struct pool *pool)
 /* With the turn, or after waiting long enough for it: then both may ask too much, which the next measure gives back. */
 static CUresult grow(struct pool *pool)
 {
+    struct patience patience = {0};
     uint64_t exact, need;
-    if (!forecast(pool, &exact, &need)) return ask_up_to(pool, atomic_load(&pool->spent));
+    if (!forecast(pool, &exact, &need)) return ask_up_to(pool, atomic_load(&pool->spent), &patience);
     if (need + FGPU_BLOCK <= atomic_load(&pool->admitted)) give_back_above(pool, need); /* trimmed since */
-    if (fits(pool, need)) return ask_up_to(pool, need);
+    if (fits(pool, need)) return ask_up_to(pool, need, &patience);
     fgpu_pools_yield(atomic_load(&pool->ordinal));
     if (!forecast(pool, &exact, &need)) return CUDA_ERROR_OUT_OF_MEMORY;
-    if (fits(pool, need)) return ask_up_to(pool, need);
+    if (fits(pool, need)) return ask_up_to(pool, need, &patience);
     /* Too near the limit for a whole block: what is in use may still fit. All that is left is asked for, since the pool
      * takes its block all the same. More than a block beyond what was granted is memory that the pool took in some
      * other way, and no reason to hand out more. */
-    CUresult refusal = ask_up_to(pool, larger(exact, atomic_load(&pool->admitted) + room_left(pool)));
-    if (refusal) refusal = ask_up_to(pool, exact);
+    CUresult refusal = ask_up_to(pool, larger(exact, atomic_load(&pool->admitted) + room_left(pool)), &patience);
+    if (refusal) refusal = ask_up_to(pool, exact, &patience);
     return !refusal && need >= atomic_load(&pool->admitted) + FGPU_BLOCK ? CUDA_ERROR_OUT_OF_MEMORY : refusal;
 }
 
@@ -163,7 +165,7 @@ void fgpu_pool_grown(struct pool *pool, uint64_t bytes)
     int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
     if (measure(pool, &used, &reserved) && reserved >= atomic_load(&pool->admitted) + FGPU_BLOCK &&
-        ask_up_to(pool, reserved))
+        ask_up_to(pool, reserved, NULL))
         atomic_store(&pool->spent, atomic_load(&pool->admitted)); /* none goes by unmeasured from here */
     fgpu_unrelax(mode);
     errno = saved;
@@ -216,33 +218,19 @@ bool fgpu_pools_yield(CUdevice ordinal)
     return more;
 }
 
-/* The kernel forgets pool bytes when it sees a device's last context end, and not otherwise. We cannot tell which it
- * will be, so all is given back before and what pools still hold is asked for after. */
-void fgpu_pools_leave(CUdevice ordinal)
+/* A pool and its memory outlive contexts. What was freed in one that ended goes then, and its streams have no credit
+ * any more: their handles may be others' next. `ordinal` < 0: of any device. */
+void fgpu_pools_measure(CUdevice ordinal)
 {
-    fgpu_graphs_leave(ordinal);
-    struct pool *pool;
-    for (unsigned i = 0; (pool = fgpu_pool_number(i)); i++)
-        if (is_on(pool, ordinal)) {
-            forget_credits(pool);
-            give_back_above(pool, 0);
-        }
-}
-
-void fgpu_pools_return(CUdevice ordinal)
-{
-    fgpu_graphs_return(ordinal);
-    struct pool *pool = fgpu_pool_number(0);
-    if (!pool) return;
+    fgpu_graphs_measure(ordinal);
     int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
+    struct pool *pool;
     fgpu_forget_current();
     for (unsigned i = 0; (pool = fgpu_pool_number(i)); i++) {
-        uint64_t used, reserved;
-        int its = atomic_load(&pool->ordinal);
-        if (its < 0 || (ordinal >= 0 && its != ordinal)) continue;
+        if (!is_on(pool, ordinal)) continue;
         forget_credits(pool);
-        if (measure(pool, &used, &reserved)) ask_up_to(pool, reserved);
+        settle_down(pool);
         atomic_store(&pool->spent, atomic_load(&pool->admitted)); /* the next call measures */
     }
     fgpu_unrelax(mode);

@@ -249,12 +249,16 @@ HIDDEN struct fgpu_view fgpu_insist(void); /* hello again: the probes did not an
 HIDDEN uint64_t fgpu_ticket(void);
 HIDDEN uint64_t fgpu_clock(int which); /* a clock of Linux, in ns */
 HIDDEN uint64_t fgpu_now(void);
+
+/* -- verdict.c. A verdict, or -1: the kernel does not answer. */
 HIDDEN int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
 
 /* -- admit.c */
 HIDDEN int fgpu_index(const struct fgpu_control_page *control, CUdevice device); /* the ledger's, or -1 */
 HIDDEN bool fgpu_current(CUdevice *device);                                      /* that of the current context */
 HIDDEN int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uuid[16]);
+
+HIDDEN bool fgpu_is_limited(struct fgpu_view view); /* a limit may be in force: asked is then what will be taken */
 
 /* -- view.c */
 HIDDEN int fgpu_nvml_index(struct fgpu_view view, nvmlDevice_t device);

@@ -1,5 +1,6 @@
-/* Who is connected: accepting, knowing a process by its pidfd, and cleaning up after it as late as the real driver
- * does. */
+/* Connections: accepting them, identifying each one's process by its pidfd, and freeing what a client has as late as
+ * the real driver does. A client has its memory until the last descriptor of its connection is closed, in whatever
+ * process or socket's queue that is; the end of the client's own process alone frees nothing. */
 #include "simd.h"
 
 #include <errno.h>
@@ -61,36 +62,36 @@ static int read_pids(int pidfd, pid_t *pids)
 }
 
 /* False for a process that is gone already, or that lives in a pid namespace outside the server's. */
-static bool identify(int pidfd, struct identity *who)
+static bool identify(int pidfd, struct identity *process)
 {
     char path[64];
     struct stat st;
-    who->depth = read_pids(pidfd, who->pid);
-    if (!who->depth) return false;
-    snprintf(path, sizeof path, "/proc/%d/ns/pid", who->pid[0]);
+    process->depth = read_pids(pidfd, process->pid);
+    if (!process->depth) return false;
+    snprintf(path, sizeof path, "/proc/%d/ns/pid", process->pid[0]);
     int ns = open(path, O_RDONLY | O_CLOEXEC);
-    for (int level = who->depth - 1; level >= 0; level--) {
+    for (int level = process->depth - 1; level >= 0; level--) {
         if (ns < 0 || fstat(ns, &st)) {
             if (ns >= 0) close(ns);
             return false;
         }
-        who->ns[level] = st.st_ino;
+        process->ns[level] = st.st_ino;
         int parent = level ? ioctl(ns, NS_GET_PARENT) : -1;
         close(ns);
         ns = parent;
     }
     /* Still the same process, or its pid may have named another one meanwhile. */
     pid_t again[MAX_DEPTH];
-    return read_pids(pidfd, again) == who->depth;
+    return read_pids(pidfd, again) == process->depth;
 }
 
 /* The dump shows every process with its host pid, which a container must not learn, and nobody in a container may break
  * the driver, whoever he is there. */
-static bool is_here_as(int sock, const struct identity *who, uid_t uid)
+static bool is_here_as(int sock, const struct identity *process, uid_t uid)
 {
     struct ucred cred;
     socklen_t size = sizeof cred;
-    return who->depth == 1 && !getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &size) && cred.uid == uid;
+    return process->depth == 1 && !getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &size) && cred.uid == uid;
 }
 
 static bool watch(int fd, uint64_t tag)
@@ -109,20 +110,20 @@ void client_accept(int listener)
     }
     uint32_t slot = 0;
     while (slot < SIM_MAX_CLIENTS && server.clients[slot].state != CLIENT_FREE) slot++;
-    struct identity who;
+    struct identity process;
     int pidfd = slot < SIM_MAX_CLIENTS ? peer_pidfd(sock) : -1;
-    if (pidfd < 0 || !identify(pidfd, &who) || !watch(sock, (uint64_t)slot << 1) ||
+    if (pidfd < 0 || !identify(pidfd, &process) || !watch(sock, (uint64_t)slot << 1) ||
         !watch(pidfd, (uint64_t)slot << 1 | 1)) {
         if (pidfd >= 0) close(pidfd);
         close(sock);
         return;
     }
-    bool is_root = is_here_as(sock, &who, 0);
-    server.clients[slot] = (struct client){.state = CLIENT_LIVE,
+    bool is_root = is_here_as(sock, &process, 0);
+    server.clients[slot] = (struct client){.state = CLIENT_OPEN,
                                            .sock = sock,
                                            .pidfd = pidfd,
-                                           .who = who,
-                                           .own_user = is_root || is_here_as(sock, &who, geteuid()),
+                                           .process = process,
+                                           .own_user = is_root || is_here_as(sock, &process, geteuid()),
                                            .is_root = is_root};
 }
 
@@ -134,22 +135,54 @@ static bool holds_anything(const struct client *client)
     return client->n_contexts > 0 || client->attached;
 }
 
-/* The descriptors go at once, the books later: meanwhile the slot is taken and the memory still counts, as on a real
- * device. */
-void client_end(struct client *client)
+void client_listen(const struct client *client, bool listens)
 {
-    if (client->state != CLIENT_LIVE) return;
+    struct epoll_event event = {.events = listens ? EPOLLIN : 0, .data.u64 = (uint64_t)(client - server.clients) << 1};
+    epoll_ctl(server.epoll, EPOLL_CTL_MOD, client->sock, &event);
+}
+
+static void forget_held(struct client *client)
+{
     server.n_held -= client->is_held;
     client->is_held = false;
-    close(client->sock);
-    close(client->pidfd);
-    client->sock = client->pidfd = -1;
-    client->state = CLIENT_ENDED;
+}
+
+/* Requests of another process that has the connection now are not read any more. */
+void client_process_ends(struct client *client)
+{
+    epoll_ctl(server.epoll, EPOLL_CTL_DEL, client->pidfd, NULL);
+    client->has_ended = true;
+    if (client->state != CLIENT_OPEN) return;
+    forget_held(client);
+    client_listen(client, false);
     turns_leave(client, 0);
-    server.n_ended++;
+}
+
+/* The connection goes at once, the books later: meanwhile the slot is taken and the memory still counts, as on a real
+ * device. The pidfd stays until then: with it the kernel keeps the process's pid namespaces, so that no new namespace
+ * gets the inode of one of them and sees the process as its own. */
+void client_close(struct client *client)
+{
+    if (client->state != CLIENT_OPEN) return;
+    forget_held(client);
+    close(client->sock);
+    client->sock = -1;
+    client->state = CLIENT_CLOSED;
+    turns_leave(client, 0);
+    server.n_closed++;
     uint64_t now = now_ns();
     client->free_at_ns =
         holds_anything(client) ? now + CLEANUP_MIN_NS + now % CLEANUP_SPREAD_NS + fault_end_takes_ns() : now;
+}
+
+void client_free(struct client *client)
+{
+    client_close(client);
+    if (client->state != CLIENT_CLOSED) return;
+    ledger_forget(client);
+    close(client->pidfd);
+    client->state = CLIENT_FREE;
+    server.n_closed--;
 }
 
 void client_drop(struct client *client, const char *why)
@@ -157,52 +190,49 @@ void client_drop(struct client *client, const char *why)
     /* A hostile peer can be dropped as fast as it connects; the log must not follow at that rate. */
     static uint64_t quiet_until_ns;
     if (now_ns() >= quiet_until_ns) {
-        fprintf(stderr, "fgpu-simd: pid %d dropped: %s\n", client->who.pid[0], why);
+        fprintf(stderr, "fgpu-simd: pid %d dropped: %s\n", client->process.pid[0], why);
         quiet_until_ns = now_ns() + 1000000000u;
     }
-    client_end(client);
+    client_close(client);
 }
 
-/* Whoever looks must begin anew. */
+/* Every user of NVML must begin anew. */
 void clients_lose_nvml(void)
 {
     for (struct client *client = server.clients; client < server.clients + SIM_MAX_CLIENTS; client++)
-        if (client->state == CLIENT_LIVE) client->is_stale = true;
+        if (client->state == CLIENT_OPEN) client->is_stale = true;
 }
 
-/* The same, and whoever computes has an error from now on at every call, and holds nothing. */
+/* The same, and every CUDA program gets an error from every call from now on, and loses its memory. */
 void clients_lose_devices(void)
 {
     clients_lose_nvml();
     for (struct client *client = server.clients; client < server.clients + SIM_MAX_CLIENTS; client++)
-        if (client->state == CLIENT_LIVE && client->attached) client_drop(client, "its device is lost");
+        if (client->state == CLIENT_OPEN && client->attached) client_drop(client, "its device is lost");
 }
 
 void clients_meet_ecc(void)
 {
     for (struct client *client = server.clients; client < server.clients + SIM_MAX_CLIENTS; client++)
-        if (client->state == CLIENT_LIVE && client->attached) client->met_ecc = true;
+        if (client->state == CLIENT_OPEN && client->attached) client->met_ecc = true;
 }
 
 void client_sweep(void)
 {
-    uint64_t now = server.n_ended ? now_ns() : 0;
-    for (uint32_t slot = 0; slot < SIM_MAX_CLIENTS && server.n_ended; slot++) {
+    uint64_t now = server.n_closed ? now_ns() : 0;
+    for (uint32_t slot = 0; slot < SIM_MAX_CLIENTS && server.n_closed; slot++) {
         struct client *client = &server.clients[slot];
-        if (client->state != CLIENT_ENDED || client->free_at_ns > now) continue;
-        ledger_forget(client);
-        client->state = CLIENT_FREE;
-        server.n_ended--;
+        if (client->state == CLIENT_CLOSED && client->free_at_ns <= now) client_free(client);
     }
 }
 
 /* Rounded up: an epoll that returns a little too early would spin until the moment comes. */
 int client_timeout_ms(void)
 {
-    if (!server.n_ended && !server.n_held) return -1;
+    if (!server.n_closed && !server.n_held) return -1;
     uint64_t next = server.n_held ? fault_nvml_until_ns() : UINT64_MAX, now = now_ns();
     for (uint32_t slot = 0; slot < SIM_MAX_CLIENTS; slot++)
-        if (server.clients[slot].state == CLIENT_ENDED && server.clients[slot].free_at_ns < next)
+        if (server.clients[slot].state == CLIENT_CLOSED && server.clients[slot].free_at_ns < next)
             next = server.clients[slot].free_at_ns;
     return next <= now ? 0 : (int)((next - now) / 1000000 + 1);
 }

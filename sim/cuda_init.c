@@ -4,12 +4,14 @@
 #include "cuda_state.h"
 #include "link.h"
 
+#include <fcntl.h>
 #include <string.h>
 #include <unistd.h>
 
 struct driver driver;
 
 static struct link connection = LINK_INIT;
+static int node = -1; /* open until the process ends, as the real library's descriptors of /dev/nvidiactl */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 void sim_lock(void) { pthread_mutex_lock(&lock); }
@@ -54,14 +56,9 @@ int sim_ask_file(uint32_t op, struct sim_request request, void *payload, size_t 
     return link_call_file(&connection, request, NULL, payload, room, file);
 }
 
-CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested)
+CUresult sim_result(int status)
 {
-    struct sim_request request = {.device = (uint32_t)device,
-                                  .kind = kind,
-                                  .context = context ? context->id : 0,
-                                  .bytes = bytes,
-                                  .requested = requested};
-    switch (sim_ask(SIM_TAKE, request, NULL, 0)) {
+    switch (status) {
     case SIM_OK:
         return CUDA_SUCCESS;
     case SIM_NO_MEMORY:
@@ -72,6 +69,16 @@ CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint6
     default:
         return CUDA_ERROR_UNKNOWN;
     }
+}
+
+CUresult sim_take(struct context *context, int device, enum sim_kind kind, uint64_t bytes, uint64_t requested)
+{
+    struct sim_request request = {.device = (uint32_t)device,
+                                  .kind = kind,
+                                  .context = context ? context->id : 0,
+                                  .bytes = bytes,
+                                  .requested = requested};
+    return sim_result(sim_ask(SIM_TAKE, request, NULL, 0));
 }
 
 /* No result: the server drops a client that gives back what it does not hold, so a failure here is a defect of this
@@ -92,6 +99,8 @@ static CUresult initialise(void)
 {
     uint32_t n;
     if (link_open(&connection, FGPU_SIM_DIR, &n) || !n) return CUDA_ERROR_NO_DEVICE;
+    if (node < 0) node = open(FGPU_SIM_DIR "/" SIM_NODE_NAME, O_RDONLY | O_CLOEXEC);
+    if (node < 0) return CUDA_ERROR_NO_DEVICE;
     for (uint32_t i = 0; i < n; i++)
         if (sim_ask(SIM_DEVICE, (struct sim_request){.device = i}, &driver.devices[i], sizeof driver.devices[i]))
             return CUDA_ERROR_NO_DEVICE;

@@ -30,28 +30,6 @@ static struct opened *opens;
 
 static bool is_same(const uint64_t *a, const uint64_t *b) { return a[0] == b[0] && a[1] == b[1]; }
 
-static bool has_key(const uint64_t *key) { return key[0] || key[1]; }
-
-/* The granules behind an allocation, which may be there for others too, get a key at the first question. */
-static CUresult key_of(struct range *range, uint64_t *key)
-{
-    struct block *block = range->block;
-    uint64_t *of = block ? block->key : range->key;
-    CUresult result = CUDA_SUCCESS;
-    if (!has_key(of)) {
-        struct sim_request request = {.device = (uint32_t)range->device,
-                                      .kind = SIM_BLOCK,
-                                      .context = range->context->id,
-                                      .bytes = block ? GRANULE : range->physical};
-        void *start = (void *)(block ? block->start : range->start);
-        size_t filled = block ? (block->backed ? GRANULE : 0) : range->backed;
-        result = share_memory(request, start, request.bytes, filled, of);
-    }
-    key[0] = of[0];
-    key[1] = of[1];
-    return result;
-}
-
 API cuIpcGetMemHandle(CUipcMemHandle *pHandle, CUdeviceptr dptr)
 {
     struct context *context;
@@ -61,7 +39,7 @@ API cuIpcGetMemHandle(CUipcMemHandle *pHandle, CUdeviceptr dptr)
     if (!pHandle || !range || range->kind != RANGE_DEVICE) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     struct ticket ticket = {.sign = SIGN, .device = (uint32_t)range->device, .size = range->size};
     ticket.offset = range->block ? range->start - range->block->start : 0;
-    result = key_of(range, ticket.key);
+    result = share_range(range, ticket.key);
     if (!result) memcpy(pHandle, &ticket, sizeof ticket);
     return sim_leave(result);
 }
@@ -85,16 +63,6 @@ static struct opened *find(const struct context *context, const struct ticket *t
     return NULL;
 }
 
-static void *map_file(int file, size_t size)
-{
-    uintptr_t start = space_reserve(size, GRANULE, false);
-    void *map = start
-                    ? mmap((void *)start, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, file, 0)
-                    : MAP_FAILED;
-    if (start && map == MAP_FAILED) space_return(start, size);
-    return map == MAP_FAILED ? NULL : map;
-}
-
 static CUresult open_new(struct context *context, const struct ticket *ticket, struct opened **out)
 {
     struct sim_share share;
@@ -103,7 +71,7 @@ static CUresult open_new(struct context *context, const struct ticket *ticket, s
     if (result) return result;
     bool inside = ticket->size <= share.bytes && ticket->offset <= share.bytes - ticket->size;
     struct opened *opened = inside ? calloc(1, sizeof *opened) : NULL;
-    void *map = opened ? map_file(file, share.bytes) : NULL;
+    void *map = opened ? share_map(file, share.bytes) : NULL;
     struct range *range = map ? range_new(context, (uintptr_t)map + ticket->offset, ticket->size) : NULL;
     close(file);
     if (!range) {

@@ -1,23 +1,15 @@
 /* Stream-ordered allocation. A pool takes memory from the device in steps of 32 MiB and gives it back at a
- * synchronisation, down to its release threshold; in between, allocating and freeing is this process's affair alone. */
+ * synchronisation, down to its release threshold; in between, allocating and freeing is this process's affair alone.
+ * The ends of contexts, the last one's too, leave pools and their allocations as they are. */
+#include "cuda_pool.h"
 #include "cuda_graph.h"
 
 #include <stdlib.h>
 
-struct pool {
-    int device;
-    bool is_default;
-    bool is_destroyed; /* by its program, while something of it was in use */
-    uint64_t reserved, used, reserved_high, used_high;
-    uint64_t threshold;
-    int reuse[3]; /* event dependencies, opportunistic, internal dependencies */
-    struct pool *next;
-};
-
 static struct pool *pools;
 static struct pool *current_pool[SIM_MAX_DEVICES];
 
-static struct pool *pool_new(int device)
+struct pool *pool_new(int device)
 {
     struct pool *pool = calloc(1, sizeof *pool);
     if (!pool) return NULL;
@@ -37,7 +29,7 @@ static struct pool *default_pool(int device)
     return pool;
 }
 
-static bool pool_is_known(const struct pool *pool)
+bool pool_is_known(const struct pool *pool)
 {
     for (const struct pool *p = pools; p; p = p->next)
         if (p == pool) return !p->is_destroyed;
@@ -46,13 +38,25 @@ static bool pool_is_known(const struct pool *pool)
 
 static uint64_t steps(uint64_t bytes) { return (bytes + POOL_STEP - 1) / POOL_STEP * POOL_STEP; }
 
+/* What other processes may have is not given back, but the server is told what of it this process still has. */
+static CUresult set_reserved(struct pool *pool, uint64_t bytes)
+{
+    CUresult result = CUDA_SUCCESS;
+    if (has_key(pool->key))
+        result = share_resize(pool->key, bytes);
+    else if (bytes > pool->reserved)
+        result = sim_take(NULL, pool->device, SIM_POOL, bytes - pool->reserved, bytes - pool->reserved);
+    else
+        sim_give(NULL, pool->device, SIM_POOL, pool->reserved - bytes, pool->reserved - bytes);
+    if (!result) pool->reserved = bytes;
+    return result;
+}
+
 /* Whole steps only, and never below what is in use: fragmentation within a pool is not modelled. */
 static void trim(struct pool *pool, uint64_t keep)
 {
     uint64_t floor = steps(pool->used > keep ? pool->used : keep);
-    if (pool->reserved <= floor) return;
-    sim_give(NULL, pool->device, SIM_POOL, pool->reserved - floor, pool->reserved - floor);
-    pool->reserved = floor;
+    if (pool->reserved > floor) set_reserved(pool, floor);
 }
 
 /* Of destroyed pools, those that have nothing any more. */
@@ -64,6 +68,7 @@ static void drop_the_empty(void)
             continue;
         }
         *at = p->next;
+        if (has_key(p->key)) share_drop(p->key);
         free(p);
     }
 }
@@ -77,25 +82,22 @@ void pools_settle(int device)
     drop_the_empty();
 }
 
-void pools_end(int device)
+void pool_freed(struct range *range)
 {
-    for (struct pool *p = pools; p; p = p->next)
-        if (p->device == device) trim(p, 0);
-    drop_the_empty();
+    if (has_key(range->key)) share_drop(range->key);
+    if (range->is_foreign)
+        range->pool->n_imported--;
+    else
+        range->pool->used -= range->size;
 }
-
-void pool_freed(struct range *range) { range->pool->used -= range->size; }
 
 /* The server hears of it only when the pool must grow: half a microsecond on a real machine, and never probed. */
 static CUresult allocate(struct context *context, struct pool *pool, size_t size, CUdeviceptr *out)
 {
     if (size > 1ull << 46) return CUDA_ERROR_OUT_OF_MEMORY;
     uint64_t needed = steps(pool->used + size);
-    if (needed > pool->reserved) {
-        CUresult result = sim_take(NULL, pool->device, SIM_POOL, needed - pool->reserved, needed - pool->reserved);
-        if (result) return result;
-        pool->reserved = needed;
-    }
+    CUresult result = needed > pool->reserved ? set_reserved(pool, needed) : CUDA_SUCCESS;
+    if (result) return result;
     size_t span = (size + 4095) / 4096 * 4096;
     uintptr_t start = space_reserve(span, 4096, false);
     struct range *range = start ? range_new(context, start, size) : NULL;
@@ -159,7 +161,7 @@ static CUresult alloc_async(CUdeviceptr *dptr, size_t size, struct pool *pool, C
     *dptr = 0;
     if (!size) return sim_leave(CUDA_SUCCESS); /* unlike cuMemAlloc */
     if (!pool) pool = current_pool[context->device] ? current_pool[context->device] : default_pool(context->device);
-    if (!pool || !pool_is_known(pool)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!pool || !pool_is_known(pool) || pool->is_imported) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (stream->capture) return sim_leave(capture_alloc(stream, pool->device, size, dptr));
     result = capture_permits(); /* those of other streams */
     return sim_leave(result ? result : allocate(context, pool, size, dptr));
@@ -209,7 +211,7 @@ API cuDeviceGetDefaultMemPool(CUmemoryPool *pool_out, CUdevice dev) { return get
 
 API cuDeviceGetMemPool(CUmemoryPool *pool, CUdevice dev) { return get_pool(pool, dev, true); }
 
-static CUresult enter_pool(CUmemoryPool handle, struct pool **pool)
+CUresult pool_enter(CUmemoryPool handle, struct pool **pool)
 {
     CUresult result = sim_enter_init();
     if (result) return result;
@@ -220,9 +222,9 @@ static CUresult enter_pool(CUmemoryPool handle, struct pool **pool)
 static CUresult set_pool(CUdevice dev, CUmemoryPool handle)
 {
     struct pool *pool;
-    CUresult result = enter_pool(handle, &pool);
+    CUresult result = pool_enter(handle, &pool);
     if (result) return result;
-    if (pool->device != dev) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (pool->device != dev || pool->is_imported) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     current_pool[dev] = pool;
     return sim_leave(CUDA_SUCCESS);
 }
@@ -260,6 +262,7 @@ API cuMemPoolCreate(CUmemoryPool *out, const CUmemPoolProps *props)
     if (!sim_is_device(props->location.id)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
     struct pool *pool = pool_new(props->location.id);
     if (!pool) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+    pool->is_shareable = props->handleTypes & CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
     *out = (CUmemoryPool)pool;
     return sim_leave(CUDA_SUCCESS);
 }
@@ -267,9 +270,10 @@ API cuMemPoolCreate(CUmemoryPool *out, const CUmemPoolProps *props)
 API cuMemPoolDestroy(CUmemoryPool handle)
 {
     struct pool *pool;
-    CUresult result = enter_pool(handle, &pool);
+    CUresult result = pool_enter(handle, &pool);
     if (result) return result;
-    if (pool->is_default) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    /* Memory of its own outlives a pool, imported memory does not. */
+    if (pool->is_default || pool->n_imported) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     trim(pool, 0); /* with allocations outstanding the memory stays until they are freed */
     if (current_pool[pool->device] == pool) current_pool[pool->device] = NULL;
     pool->is_destroyed = true;
@@ -280,7 +284,7 @@ API cuMemPoolDestroy(CUmemoryPool handle)
 API cuMemPoolTrimTo(CUmemoryPool handle, size_t minBytesToKeep)
 {
     struct pool *pool;
-    CUresult result = enter_pool(handle, &pool);
+    CUresult result = pool_enter(handle, &pool);
     if (result) return result;
     result = capture_permits();
     if (!result) trim(pool, minBytesToKeep);
@@ -308,7 +312,7 @@ static uint64_t *counter(struct pool *pool, CUmemPool_attribute attr)
 API cuMemPoolGetAttribute(CUmemoryPool handle, CUmemPool_attribute attr, void *value)
 {
     struct pool *pool;
-    CUresult result = enter_pool(handle, &pool);
+    CUresult result = pool_enter(handle, &pool);
     if (result) return result;
     result = capture_permits();
     if (result) return sim_leave(result);
@@ -324,7 +328,7 @@ API cuMemPoolGetAttribute(CUmemoryPool handle, CUmemPool_attribute attr, void *v
 API cuMemPoolSetAttribute(CUmemoryPool handle, CUmemPool_attribute attr, void *value)
 {
     struct pool *pool;
-    CUresult result = enter_pool(handle, &pool);
+    CUresult result = pool_enter(handle, &pool);
     if (result) return result;
     uint64_t *number = counter(pool, attr);
     bool is_current = attr == CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT || attr == CU_MEMPOOL_ATTR_USED_MEM_CURRENT;

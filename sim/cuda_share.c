@@ -39,6 +39,17 @@ static int map_over(void *start, size_t size, size_t filled, int file)
     return filled ? mprotect(start, filled, PROT_READ | PROT_WRITE) : 0;
 }
 
+/* Another view of such a file, at addresses of its own. */
+void *share_map(int file, size_t size)
+{
+    uintptr_t start = space_reserve(size, GRANULE, false);
+    void *map = start
+                    ? mmap((void *)start, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, file, 0)
+                    : MAP_FAILED;
+    if (start && map == MAP_FAILED) space_return(start, size);
+    return map == MAP_FAILED ? NULL : map;
+}
+
 CUresult share_memory(struct sim_request request, void *start, size_t size, size_t filled, uint64_t *key)
 {
     struct sim_share share;
@@ -49,7 +60,7 @@ CUresult share_memory(struct sim_request request, void *start, size_t size, size
     }
     bool shared = !sim_ask_file(SIM_SHARE, request, &share, sizeof share, &sent);
     if (sent >= 0) close(sent);
-    if (shared && map_over(start, size, filled, file)) {
+    if (shared && size && map_over(start, size, filled, file)) {
         share_drop(share.key); /* it counts no more, though it is still there: there is no memory left on this host */
         shared = false;
     }
@@ -61,12 +72,55 @@ CUresult share_memory(struct sim_request request, void *start, size_t size, size
     return CUDA_SUCCESS;
 }
 
+/* The granules behind an allocation of cuMemAlloc, in which others may be too, get a key when it is first needed. */
+CUresult share_range(struct range *range, uint64_t *key)
+{
+    struct block *block = range->block;
+    uint64_t *of = block ? block->key : range->key;
+    CUresult result = CUDA_SUCCESS;
+    if (!has_key(of)) {
+        struct sim_request request = {.device = (uint32_t)range->device,
+                                      .kind = SIM_BLOCK,
+                                      .context = range->context->id,
+                                      .bytes = block ? GRANULE : range->physical};
+        void *start = (void *)(block ? block->start : range->start);
+        size_t filled = block ? (block->backed ? GRANULE : 0) : range->backed;
+        result = share_memory(request, start, request.bytes, filled, of);
+    }
+    key[0] = of[0];
+    key[1] = of[1];
+    return result;
+}
+
+/* A descriptor that stands for what has the key. */
+CUresult share_export(const uint64_t *key, uint32_t flags, int *descriptor)
+{
+    struct sim_request request = {.context = key[0], .requested = key[1], .flags = flags};
+    *descriptor = -1;
+    bool failed = sim_ask_file(SIM_EXPORT, request, NULL, 0, descriptor) || *descriptor < 0;
+    return failed ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
+}
+
+/* What such a descriptor stands for, where that is memory of the kind. */
+CUresult share_import(int descriptor, enum sim_kind kind, struct sim_share *share, int *file)
+{
+    *file = descriptor;
+    bool failed = sim_ask_file(SIM_IMPORT, (struct sim_request){.kind = kind}, share, sizeof *share, file) || *file < 0;
+    return failed ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+
 CUresult share_open(const uint64_t *key, struct sim_share *share, int *file)
 {
     struct sim_request request = {.context = key[0], .requested = key[1]};
     *file = -1;
     if (!sim_ask_file(SIM_OPEN, request, share, sizeof *share, file) && *file >= 0) return CUDA_SUCCESS;
     return CUDA_ERROR_INVALID_HANDLE;
+}
+
+CUresult share_resize(const uint64_t *key, uint64_t bytes)
+{
+    return sim_result(
+        sim_ask(SIM_RESIZE, (struct sim_request){.context = key[0], .requested = key[1], .bytes = bytes}, NULL, 0));
 }
 
 void share_drop(const uint64_t *key)

@@ -41,7 +41,7 @@ static void settle(struct vmm_handle *handle)
     while (*at != handle) at = &(*at)->next;
     *at = handle->next;
     munmap(handle->contents, handle->size);
-    if (handle->key[0] || handle->key[1]) {
+    if (has_key(handle->key)) {
         if (!handle->is_foreign) sim_give(NULL, handle->prop.location.id, SIM_VMM, 0, handle->size);
         share_drop(handle->key);
     } else {
@@ -300,7 +300,7 @@ static CUresult map_again(const struct vmm_handle *handle)
 
 static CUresult share(struct vmm_handle *handle)
 {
-    if (handle->key[0] || handle->key[1]) return CUDA_SUCCESS;
+    if (has_key(handle->key)) return CUDA_SUCCESS;
     struct sim_request request = {.device = (uint32_t)handle->prop.location.id, .kind = SIM_VMM, .bytes = handle->size};
     if (mprotect(handle->contents, handle->size, PROT_READ)) return CUDA_ERROR_OUT_OF_MEMORY;
     CUresult result = share_memory(request, handle->contents, handle->size, handle->size, handle->key);
@@ -317,21 +317,27 @@ API cuMemExportToShareableHandle(void *shareableHandle, CUmemGenericAllocationHa
     if (!shareableHandle || !handle || flags || handleType != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR ||
         !(handle->prop.requestedHandleTypes & CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR))
         return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    int descriptor = -1;
+    int descriptor;
     result = share(handle);
-    struct sim_request request = {.context = handle->key[0], .requested = handle->key[1]};
-    if (!result && (sim_ask_file(SIM_EXPORT, request, NULL, 0, &descriptor) || descriptor < 0))
-        result = CUDA_ERROR_OUT_OF_MEMORY;
+    if (!result) result = share_export(handle->key, 0, &descriptor);
     if (!result) *(int *)shareableHandle = descriptor;
     return sim_leave(result);
+}
+
+CUresult vmm_key(const struct range *range, uint64_t *key)
+{
+    CUresult result = share(range->handle);
+    key[0] = range->handle->key[0];
+    key[1] = range->handle->key[1];
+    return result;
 }
 
 static CUresult import(struct vmm_handle *handle, int descriptor)
 {
     struct sim_share share;
-    int file = descriptor;
-    if (sim_ask_file(SIM_IMPORT, (struct sim_request){0}, &share, sizeof share, &file) || file < 0)
-        return CUDA_ERROR_INVALID_VALUE;
+    int file;
+    CUresult result = share_import(descriptor, SIM_VMM, &share, &file);
+    if (result) return result;
     handle->contents = mmap(NULL, share.bytes, PROT_NONE, MAP_SHARED | MAP_NORESERVE, file, 0);
     close(file);
     if (handle->contents == MAP_FAILED) {

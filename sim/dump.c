@@ -8,31 +8,33 @@
 
 #define MAX_RECORDS (SIM_MAX_CLIENTS + SIM_MAX_DEVICES)
 
-static const char *const kinds[SIM_KINDS] = {"context", "block", "vmm", "managed", "pool", "module", "graph"};
+static const char *const kinds[SIM_KINDS] = {"context", "block", "vmm",     "managed", "pool", "module",
+                                             "graph",   "local", "runtime", "launch",  "pages"};
 
 static void print_device(const struct sim_record *r, const struct sim_device *device, const char *before)
 {
     printf("%s\n    {\"index\": %u, \"uuid\": \"%s\", \"name\": \"%s\", \"total_bytes\": %" PRIu64
            ", \"reserved_bytes\": %" PRIu64 ", \"used_bytes\": %" PRIu64 ", \"driver_bytes\": %" PRIu64
-           ", \"free_bytes\": %" PRIu64 ", \"context_bytes\": %" PRIu64 "}",
-           before, r->device, device->uuid, device->name, r->total, r->reserved, r->used, r->driver,
+           ", \"exported_bytes\": %" PRIu64 ", \"free_bytes\": %" PRIu64 ", \"context_bytes\": %" PRIu64 "}",
+           before, r->device, device->uuid, device->name, r->total, r->reserved, r->used, r->driver, r->exported,
            r->total - r->reserved - r->used, device->context_bytes);
 }
 
+/* What is listed is what NVML shows of the process; the other kinds are in the device's driver_bytes. */
 static void print_process(const struct sim_record *r, const char *before)
 {
     uint64_t bytes = 0, requested = 0;
-    for (int kind = 0; kind < SIM_KINDS; kind++) {
-        bytes += r->bytes[kind];
-        requested += r->requested[kind];
+    for (uint32_t kind = 0; kind < SIM_KINDS; kind++) {
+        if (kind != SIM_PAGES) bytes += r->bytes[kind];
+        if (kind < SIM_ASKED) requested += r->requested[kind];
     }
-    printf("%s\n    {\"pid\": %u, \"device\": %u, \"contexts\": %u, \"bytes\": %" PRIu64
+    printf("%s\n    {\"pid\": %u, \"device\": %u, \"ended\": %s, \"contexts\": %u, \"bytes\": %" PRIu64
            ", \"requested_bytes\": %" PRIu64,
-           before, r->pid, r->device, r->contexts, bytes, requested);
+           before, r->pid, r->device, r->has_ended ? "true" : "false", r->contexts, bytes, requested);
     for (int kind = 0; kind < SIM_KINDS; kind++) {
         /* Managed memory takes nothing from the device, so what was asked is all there is to tell. */
         printf(", \"%s_bytes\": %" PRIu64, kinds[kind], kind == SIM_MANAGED ? r->requested[kind] : r->bytes[kind]);
-        if (kind != SIM_CONTEXT && kind != SIM_MANAGED)
+        if (kind != SIM_CONTEXT && kind != SIM_MANAGED && kind < SIM_ASKED)
             printf(", \"%s_requested_bytes\": %" PRIu64, kinds[kind], r->requested[kind]);
     }
     printf("}");

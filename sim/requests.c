@@ -85,11 +85,15 @@ static struct answer answer_share(struct client *client, const struct sim_reques
         a.status = share_open(client, key, &payload.share, &a.file);
         break;
     case SIM_IMPORT:
-        a.status = share_import(client, sent, &payload.share, &a.file);
+        a.status = share_import(client, request->kind, sent, &payload.share, &a.file);
         break;
     case SIM_EXPORT:
-        a.status = share_export(client, key, &a.file);
+        a.status = share_export(client, key, request->flags & SIM_FLAG_RANGE, &a.file);
         a.is_ours = true;
+        a.size = 0;
+        break;
+    case SIM_RESIZE:
+        a.status = share_resize(client, key, request->bytes);
         a.size = 0;
         break;
     default:
@@ -127,7 +131,7 @@ static bool is_lost_on(const struct client *client, const struct sim_request *re
 {
     bool lost = fault_devices_are_lost();
     if (request->flags & SIM_FLAG_NVML) return lost || fault_nvml_is_gone() || client->is_stale;
-    return lost && (request->op == SIM_ATTACH || request->op == SIM_TAKE);
+    return lost && (request->op == SIM_ATTACH || request->op == SIM_TAKE || request->op == SIM_SET_LOCAL);
 }
 
 static struct answer answer(struct client *client, const struct sim_request *request, int sent)
@@ -138,13 +142,15 @@ static struct answer answer(struct client *client, const struct sim_request *req
     if (request->device >= server.n_gpus) return (struct answer){.status = SIM_NO_DEVICE};
     if (request->kind >= SIM_KINDS) return (struct answer){.wrong = "unknown kind of memory"};
     if (is_lost_on(client, request)) return (struct answer){.status = SIM_LOST};
-    if (client->met_ecc && request->op == SIM_TAKE) return (struct answer){.status = SIM_ECC};
+    bool takes = request->op == SIM_TAKE || request->op == SIM_SET_LOCAL;
+    if (client->met_ecc && takes) return (struct answer){.status = SIM_ECC};
     switch (request->op) {
     case SIM_SHARE:
     case SIM_OPEN:
     case SIM_EXPORT:
     case SIM_IMPORT:
     case SIM_DROP:
+    case SIM_RESIZE:
         return answer_share(client, request, sent);
     case SIM_DEVICE:
         payload.device = server.gpus[request->device].info;
@@ -153,6 +159,8 @@ static struct answer answer(struct client *client, const struct sim_request *req
         return (struct answer){.status = ledger_attach(client)};
     case SIM_TAKE:
         return (struct answer){.status = ledger_take(client, request)};
+    case SIM_SET_LOCAL:
+        return (struct answer){.status = local_set(client, request)};
     case SIM_GIVE:
         return (struct answer){.wrong = ledger_give(client, request) ? NULL : "gives back what it does not hold"};
     case SIM_CLOSE:
@@ -208,29 +216,22 @@ static void reply_to(struct client *client, const struct sim_request *request, i
     if (a.is_ours) close(a.file);
 }
 
-/* Nothing more is read from it meanwhile; that it ended is still heard. */
-static void listen_to(const struct client *client, bool listens)
-{
-    struct epoll_event event = {.events = listens ? EPOLLIN : 0, .data.u64 = (uint64_t)(client - server.clients) << 1};
-    epoll_ctl(server.epoll, EPOLL_CTL_MOD, client->sock, &event);
-}
-
 static void hold(struct client *client, const struct sim_request *request)
 {
     client->held = *request;
     client->is_held = true;
     server.n_held++;
-    listen_to(client, false);
+    client_listen(client, false);
 }
 
 void requests_held_serve(void)
 {
     if (!server.n_held || now_ns() < fault_nvml_until_ns()) return;
     for (struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS && server.n_held; c++) {
-        if (c->state != CLIENT_LIVE || !c->is_held) continue;
+        if (c->state != CLIENT_OPEN || !c->is_held) continue;
         c->is_held = false;
         server.n_held--;
-        listen_to(c, true);
+        client_listen(c, true);
         reply_to(c, &c->held, -1);
     }
 }
@@ -260,18 +261,19 @@ static void serve(struct client *client, const struct sim_request *request, ssiz
         reply_to(client, request, sent);
 }
 
-void request_serve(struct client *client)
+/* Where a client waits, or its process has ended, the end of the connection is all that counts. */
+void request_serve(struct client *client, bool is_hung_up)
 {
     struct sim_request request;
     int sent;
-    if (client->is_held) { /* it hung up */
-        client_end(client);
+    if (client->is_held || client->has_ended) {
+        if (is_hung_up) client_close(client);
         return;
     }
     ssize_t got = receive(client->sock, &request, &sent);
     if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (got <= 0)
-        client_end(client);
+        client_close(client);
     else
         serve(client, &request, got, sent);
     if (sent >= 0) close(sent);

@@ -1,6 +1,7 @@
-/* Memory that several processes hold. It counts for the one that made it while that one holds it, then for the one that
- * came next; a descriptor that stands for it keeps it alive too, in nobody's name. When the last of them has gone, so
- * has the memory. Contents are a file that the processes map; nobody looks at it here. */
+/* Memory that several processes hold, and descriptors that stand for it. While its maker holds it, it is in the maker's
+ * row; after that in no row as long as a descriptor is open anywhere, and then in the row of the newest of those that
+ * hold it. Memory of pools is in no row but its maker's. When neither a holder nor a descriptor is left, it is free.
+ * Contents are a file that the processes map; the server never reads it. */
 #include "simd.h"
 
 #include <fcntl.h>
@@ -22,15 +23,18 @@ struct share {
     bool exists;
     struct sim_share is;
     int file;
-    struct holder *holders; /* oldest first: the memory counts for that one */
+    struct holder *holders; /* oldest first */
     uint32_t n_holders;
     uint32_t n_exports;
+    const struct client *named; /* the holder in whose row it is; NULL: none */
+    uint64_t named_bytes;       /* of a pool, this can be a part */
 };
 
 struct export
 {
     bool exists;
-    int end; /* ours of a pair of sockets */
+    bool is_range; /* of addresses, for other devices: nothing that CUDA imports */
+    int end;       /* ours of a pair of sockets */
     ino_t inode;
     struct share *share;
 };
@@ -59,46 +63,49 @@ static struct holding *holding_of(const struct share *share, const struct holder
     return ledger_holding(holder->client, share->is.device, share->is.kind, holder->context);
 }
 
-static void count_for(const struct share *share, const struct holder *holder)
+/* So many of its bytes are in the row of the client that is named, the others in none. */
+static void set_named_bytes(struct share *share, uint64_t bytes)
 {
-    struct holding *holding = holding_of(share, holder);
-    holding->bytes[share->is.kind] += share->is.bytes;
-    holding->shared[share->is.kind] += share->is.bytes;
+    struct holding *holding = holding_of(share, find_holder(share, share->named));
+    uint64_t before = share->named_bytes;
+    holding->bytes[share->is.kind] += bytes - before;
+    holding->shared[share->is.kind] += bytes - before;
+    if (bytes > before)
+        ledger_name(share->is.device, bytes - before);
+    else
+        ledger_unname(share->is.device, before - bytes);
+    share->named_bytes = bytes;
 }
 
-static void count_no_more(const struct share *share, const struct holder *holder)
+/* Has a holder or a descriptor gone, this says what becomes of the memory. */
+static void settle(struct share *share)
 {
-    struct holding *holding = holding_of(share, holder);
-    holding->bytes[share->is.kind] -= share->is.bytes;
-    holding->shared[share->is.kind] -= share->is.bytes;
+    if (share->n_exports) return;
+    if (!share->n_holders) {
+        ledger_free_unnamed(share->is.device, share->is.bytes);
+        close(share->file);
+        free(share->holders);
+        *share = (struct share){0};
+    } else if (share->is.kind == SIM_POOL) {
+        bool is_shared = !share->named || share->n_holders > 1 || share->holders->refs > 1;
+        if (is_shared || share->is.bytes == share->named_bytes) return;
+        ledger_free_unnamed(share->is.device, share->is.bytes - share->named_bytes);
+        share->is.bytes = share->named_bytes;
+    } else if (!share->named) {
+        share->named = share->holders[share->n_holders - 1].client;
+        set_named_bytes(share, share->is.bytes);
+    }
 }
 
-static void end_if_unheld(struct share *share)
-{
-    if (share->n_holders || share->n_exports) return;
-    ledger_let_go(share->is.device, share->is.bytes);
-    close(share->file);
-    free(share->holders);
-    *share = (struct share){0};
-}
-
-/* A device's total stays as it is; only in whose name the memory is changes. The driver's own is its total less all
- * names, so `used` moves with it. */
 static void leave(struct share *share, struct holder *holder)
 {
-    bool was_first = holder == share->holders;
-    if (was_first) count_no_more(share, holder);
+    if (share->named == holder->client) {
+        set_named_bytes(share, 0);
+        share->named = NULL;
+    }
     share->n_holders--;
     memmove(holder, holder + 1, (size_t)(share->holders + share->n_holders - holder) * sizeof *holder);
-    if (!was_first) return;
-    server.gpus[share->is.device].used -= share->is.bytes;
-    if (share->n_holders) {
-        count_for(share, share->holders);
-        server.gpus[share->is.device].used += share->is.bytes;
-    } else {
-        ledger_keep(share->is.device, share->is.bytes);
-        end_if_unheld(share);
-    }
+    settle(share);
 }
 
 static enum sim_status join(struct share *share, struct client *client)
@@ -112,21 +119,23 @@ static enum sim_status join(struct share *share, struct client *client)
     if (!grown) return SIM_NO_MEMORY;
     share->holders = grown;
     grown[share->n_holders++] = (struct holder){.client = client, .refs = 1};
-    if (share->n_holders > 1) return SIM_OK;
-    ledger_let_go(share->is.device, share->is.bytes);
-    server.gpus[share->is.device].used += share->is.bytes;
-    count_for(share, grown);
     return SIM_OK;
+}
+
+/* What a pool has reserved may be nothing yet, and so may the memory of an allocation within it: only contents. */
+static bool can_be_shared(const struct holding *holding, const struct sim_request *request)
+{
+    uint32_t kind = request->kind;
+    bool has_kind = kind == SIM_BLOCK || kind == SIM_VMM || kind == SIM_POOL;
+    return holding && has_kind && (request->bytes || kind == SIM_POOL) &&
+           holding->bytes[kind] - holding->shared[kind] >= request->bytes;
 }
 
 enum sim_status share_new(struct client *client, const struct sim_request *request, int file, struct sim_share *out)
 {
     struct holding *holding = ledger_holding(client, request->device, request->kind, request->context);
     uint32_t kind = request->kind;
-    bool shareable = kind == SIM_BLOCK || kind == SIM_VMM;
-    if (!holding || !shareable || !request->bytes || file < 0 ||
-        holding->bytes[kind] - holding->shared[kind] < request->bytes)
-        return SIM_NOT_ALLOWED;
+    if (!can_be_shared(holding, request) || file < 0) return SIM_NOT_ALLOWED;
     struct share *share = shares;
     while (share < shares + SIM_MAX_SHARES && share->exists) share++;
     if (share == shares + SIM_MAX_SHARES) return SIM_NO_MEMORY;
@@ -140,6 +149,8 @@ enum sim_status share_new(struct client *client, const struct sim_request *reque
     }
     made.holders[0] = (struct holder){.client = client, .context = request->context, .refs = 1};
     made.n_holders = 1;
+    made.named = client;
+    made.named_bytes = request->bytes;
     holding->shared[kind] += request->bytes;
     *share = made;
     *out = made.is;
@@ -161,16 +172,17 @@ enum sim_status share_open(struct client *client, const uint64_t *key, struct si
 }
 
 /* A socket's inode is its own while it is open, and it is open: the peer has just sent it. */
-enum sim_status share_import(struct client *client, int descriptor, struct sim_share *out, int *file)
+enum sim_status share_import(struct client *client, uint32_t kind, int descriptor, struct sim_share *out, int *file)
 {
     struct stat st;
     if (descriptor < 0 || fstat(descriptor, &st) || !S_ISSOCK(st.st_mode)) return SIM_NOT_ALLOWED;
     for (const struct export *e = exports; e < exports + SIM_MAX_EXPORTS; e++)
-        if (e->exists && e->inode == st.st_ino) return hand_out(e->share, client, out, file);
+        if (e->exists && e->inode == st.st_ino && e->share->is.kind == kind && !e->is_range)
+            return hand_out(e->share, client, out, file);
     return SIM_NOT_ALLOWED;
 }
 
-enum sim_status share_export(const struct client *client, const uint64_t *key, int *descriptor)
+enum sim_status share_export(const struct client *client, const uint64_t *key, bool is_range, int *descriptor)
 {
     struct share *share = find(key);
     if (!share || !find_holder(share, client)) return SIM_NOT_ALLOWED;
@@ -186,7 +198,7 @@ enum sim_status share_export(const struct client *client, const uint64_t *key, i
         close(ends[1]);
         return SIM_NO_MEMORY;
     }
-    *export = (struct export){.exists = true, .end = ends[0], .inode = st.st_ino, .share = share};
+    *export = (struct export){.exists = true, .is_range = is_range, .end = ends[0], .inode = st.st_ino, .share = share};
     share->n_exports++;
     *descriptor = ends[1];
     return SIM_OK;
@@ -199,7 +211,7 @@ void share_export_ends(uint32_t index)
     close(export->end);
     export->exists = false;
     export->share->n_exports--;
-    end_if_unheld(export->share);
+    settle(export->share);
 }
 
 /* False: it holds no such thing. */
@@ -208,8 +220,28 @@ bool share_drop(struct client *client, const uint64_t *key)
     struct share *share = find(key);
     struct holder *holder = share ? find_holder(share, client) : NULL;
     if (!holder) return false;
-    if (!--holder->refs) leave(share, holder);
+    if (--holder->refs)
+        settle(share);
+    else
+        leave(share, holder);
     return true;
+}
+
+/* Of a pool, by its maker: so many bytes of it are reserved now. More than there are come from the device; those that
+ * are not reserved any more stay as long as others have the pool. */
+enum sim_status share_resize(struct client *client, const uint64_t *key, uint64_t bytes)
+{
+    struct share *share = find(key);
+    if (!share || share->is.kind != SIM_POOL || share->named != client) return SIM_NOT_ALLOWED;
+    if (bytes > share->named_bytes && fault_fails(SIM_POOL)) return SIM_NO_MEMORY;
+    if (bytes > share->is.bytes) {
+        if (!ledger_take_unnamed(share->is.device, bytes - share->is.bytes)) return SIM_NO_MEMORY;
+        share->is.bytes = bytes;
+    }
+    client->own[share->is.device].requested[SIM_POOL] += bytes - share->named_bytes;
+    set_named_bytes(share, bytes);
+    settle(share);
+    return SIM_OK;
 }
 
 /* The context's memory goes as a whole, whatever else its process has opened. */

@@ -100,6 +100,17 @@ static int lock_directory(const char *dir)
     return lock;
 }
 
+static int make_node(const char *dir)
+{
+    char path[256];
+    if (snprintf(path, sizeof path, "%s/" SIM_NODE_NAME, dir) >= (int)sizeof path) return -1;
+    int node = open(path, O_RDONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0444);
+    if (node < 0) return -1;
+    int result = fchmod(node, 0444); /* whatever the umask is */
+    close(node);
+    return result;
+}
+
 static int watch(int fd, uint64_t tag)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.u64 = tag};
@@ -134,11 +145,11 @@ static void loop(int listener)
                 continue;
             }
             struct client *client = &server.clients[tag >> 1];
-            if (client->state != CLIENT_LIVE) continue;
+            if (client->state == CLIENT_FREE) continue;
             if (tag & 1)
-                client_end(client);
-            else
-                request_serve(client);
+                client_process_ends(client);
+            else if (client->state == CLIENT_OPEN)
+                request_serve(client, events[i].events & (EPOLLHUP | EPOLLERR));
         }
         requests_held_serve();
         /* Slots are filled again only here, where no event of their last owner can be left in the batch. */
@@ -157,6 +168,7 @@ static int serve(const char *dir)
     if (fcntl(0, F_GETFD) < 0) open("/dev/null", O_RDONLY);
     int lock = lock_directory(dir);
     if (lock < 0) return fail(dir, lock == -2 ? "another server is running here" : strerror(errno));
+    if (make_node(dir)) return fail(dir, strerror(errno));
     /* Two descriptors a client, one a share and an export. */
     const rlim_t wanted = 2 * SIM_MAX_CLIENTS + SIM_MAX_SHARES + SIM_MAX_EXPORTS + 64;
     struct rlimit files = {wanted, wanted}, now;
@@ -172,10 +184,7 @@ static int serve(const char *dir)
     fflush(stdout);
     loop(listener);
     unlink(socket_path);
-    for (struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
-        client_end(c);
-        ledger_forget(c);
-    }
+    for (struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) client_free(c);
     shares_end();
     close(listener);
     close(sigfd);

@@ -31,14 +31,21 @@ struct context {
     struct holding holding;
 };
 
-enum client_state { CLIENT_FREE, CLIENT_LIVE, CLIENT_ENDED };
+/* A client's memory belongs to its open connection, not to its process: a forked child, an executed program or a
+ * socket's queue may keep the descriptor of it after the process has ended. */
+enum client_state {
+    CLIENT_FREE,
+    CLIENT_OPEN,   /* some process or queue has the other end of the connection */
+    CLIENT_CLOSED, /* the last descriptor of it was closed; the memory goes at free_at_ns */
+};
 
 struct client {
     enum client_state state;
     int sock;
     int pidfd;
-    uint64_t free_at_ns; /* CLIENT_ENDED: when the driver is done cleaning up */
-    struct identity who;
+    uint64_t free_at_ns; /* CLIENT_CLOSED: when the driver is done cleaning up */
+    struct identity process;
+    bool has_ended; /* its process; nothing more is served */
     bool attached;
     bool own_user; /* may ask for the dump */
     bool is_root;  /* may order faults */
@@ -54,7 +61,8 @@ struct client {
 struct gpu {
     struct sim_device info;
     uint64_t used;
-    uint64_t driver; /* of it, what is in no process's name */
+    uint64_t driver;   /* of it, what is in no process's row */
+    uint64_t exported; /* of that, what several processes may hold */
     uint64_t n_xids;
     uint32_t xids[SIM_KEPT_XIDS]; /* the last ones, each at its number modulo their room */
 };
@@ -63,7 +71,7 @@ struct server {
     struct gpu gpus[SIM_MAX_DEVICES];
     uint32_t n_gpus;
     struct client clients[SIM_MAX_CLIENTS];
-    uint32_t n_ended;
+    uint32_t n_closed;   /* clients whose memory is about to go */
     uint32_t n_attached; /* clients that said cuInit */
     uint32_t n_held;     /* clients that wait for the end of a stall */
     int epoll;
@@ -75,10 +83,14 @@ uint64_t now_ns(void);
 
 /* clients.c */
 void client_accept(int listener);
-void client_end(struct client *client); /* the process or its connection is gone; memory follows later */
-void client_sweep(void);                /* frees what is due */
-int client_timeout_ms(void);            /* until the next one is due; -1: none */
-void client_drop(struct client *client, const char *why); /* it broke the protocol */
+void client_process_ends(
+    struct client *client);               /* nothing more is served; the memory stays while the connection does */
+void client_close(struct client *client); /* the connection is gone; the memory goes later */
+void client_free(struct client *client);  /* with all its memory, at once */
+void client_listen(const struct client *client, bool listens); /* for requests; the connection's end is always heard */
+void client_sweep(void);                                       /* frees what is due */
+int client_timeout_ms(void);                                   /* until the next one is due; -1: none */
+void client_drop(struct client *client, const char *why);      /* it broke the protocol */
 void clients_lose_devices(void);
 void clients_lose_nvml(void);
 void clients_meet_ecc(void);
@@ -90,16 +102,24 @@ bool ledger_give(struct client *client, const struct sim_request *request);
 bool ledger_close(struct client *client, const struct sim_request *request);
 void ledger_forget(struct client *client);
 
+bool ledger_fits(uint32_t device, uint64_t bytes);
+bool ledger_is_listed(uint32_t kind);
 struct holding *ledger_holding(struct client *client, uint32_t device, uint32_t kind, uint64_t context);
-void ledger_keep(uint32_t device, uint64_t bytes); /* in no process's name */
-void ledger_let_go(uint32_t device, uint64_t bytes);
+void ledger_unname(uint32_t device, uint64_t bytes); /* in no process's row any more, and again */
+void ledger_name(uint32_t device, uint64_t bytes);
+bool ledger_take_unnamed(uint32_t device, uint64_t bytes); /* from the device; false: it has no room */
+void ledger_free_unnamed(uint32_t device, uint64_t bytes);
+
+/* local.c */
+enum sim_status local_set(struct client *client, const struct sim_request *request);
 
 /* shares.c: memory of several processes. Descriptors that come in stay the caller's, those that go out too. */
-#define TAG_EXPORT (1ull << 32) /* of the event that says that nobody has an exported descriptor any more */
+#define TAG_EXPORT (1ull << 32) /* of the event that says that an exported descriptor was closed for the last time */
 enum sim_status share_new(struct client *client, const struct sim_request *request, int file, struct sim_share *out);
 enum sim_status share_open(struct client *client, const uint64_t *key, struct sim_share *out, int *file);
-enum sim_status share_import(struct client *client, int descriptor, struct sim_share *out, int *file);
-enum sim_status share_export(const struct client *client, const uint64_t *key, int *descriptor);
+enum sim_status share_import(struct client *client, uint32_t kind, int descriptor, struct sim_share *out, int *file);
+enum sim_status share_export(const struct client *client, const uint64_t *key, bool is_range, int *descriptor);
+enum sim_status share_resize(struct client *client, const uint64_t *key, uint64_t bytes);
 bool share_drop(struct client *client, const uint64_t *key);
 void share_export_ends(uint32_t index);
 void shares_leave_context(struct client *client, uint64_t context);
@@ -134,7 +154,7 @@ uint32_t lanes_run(uint32_t device, const struct client *client, uint64_t contex
 void lanes_leave(const struct client *client, uint64_t context); /* 0: all of them */
 
 /* requests.c */
-void request_serve(struct client *client);
+void request_serve(struct client *client, bool is_hung_up);
 void requests_held_serve(void); /* those whose stall is over */
 
 /* faults.c */

@@ -10,8 +10,11 @@
 #define FGPU_SIM_DIR "/run/fgpu-sim"
 #endif
 #define SIM_SOCKET_NAME "driver"
+/* What every CUDA program has open besides, as it has the real driver's nodes: by this name tools on the host recognise
+ * a process that has descriptors of the driver. */
+#define SIM_NODE_NAME "nvidiactl"
 
-#define SIM_MAGIC 0x66677331u /* "fgs1": the digit is the version */
+#define SIM_MAGIC 0x66677332u /* "fgs2": the digit is the version */
 #define SIM_MAX_DEVICES 16
 #define SIM_MAX_CLIENTS 1024
 #define SIM_MAX_CONTEXTS 512 /* per client and over all its devices */
@@ -41,17 +44,34 @@ enum sim_op {
     SIM_SHARE,     /* memory it holds gets a key; sends the file with its contents; struct sim_share */
     SIM_OPEN,      /* context, requested = a key; struct sim_share, and the file */
     SIM_EXPORT,    /* context, requested = a key; a descriptor that stands for it */
-    SIM_IMPORT,    /* sends such a descriptor; struct sim_share, and the file */
+    SIM_IMPORT,    /* sends such a descriptor, of memory of the kind; struct sim_share, and the file */
     SIM_DROP,      /* context, requested = a key; one less of shared, opened, imported */
     SIM_FAULT,     /* kind = enum sim_fault, bytes = its number, of one device where it says so; for root */
     SIM_LOOK,      /* requested = a moment of the context's clock; struct sim_time */
     SIM_QUEUE,     /* work as in SIM_WORK, in a lane, behind what is there; struct sim_lane */
     SIM_LOOK_LANE, /* struct sim_lane */
     SIM_XID,       /* requested = how many of the device's are known; struct sim_xid */
+    SIM_RESIZE,    /* context, requested = the key of a pool that it made; bytes = what that has reserved now */
+    SIM_SET_LOCAL, /* bytes = local memory of each thread that the context has room for from now on */
     SIM_OPS,
 };
 
-enum sim_kind { SIM_CONTEXT, SIM_BLOCK, SIM_VMM, SIM_MANAGED, SIM_POOL, SIM_MODULE, SIM_GRAPH, SIM_KINDS };
+enum sim_kind {
+    SIM_CONTEXT,
+    SIM_BLOCK,
+    SIM_VMM,
+    SIM_MANAGED,
+    SIM_POOL,
+    SIM_MODULE,
+    SIM_GRAPH,
+    SIM_LOCAL,   /* local memory of threads, as far as it exceeds what a context has for it */
+    SIM_RUNTIME, /* what device code calls: its heap, and what printf writes to */
+    SIM_LAUNCH,  /* what launching takes: streams, nodes of graphs */
+    SIM_PAGES,   /* page tables of registered host memory: in no process's row */
+    SIM_KINDS,
+};
+
+#define SIM_ASKED SIM_LOCAL /* programs ask for kinds before this one by a size; the others come by themselves */
 
 enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED, SIM_LOST, SIM_ECC };
 
@@ -59,6 +79,8 @@ enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED, SIM_LOS
 #define SIM_FLAG_FOREIGN_PROC 1u
 /* The asker is NVML: what a stall of NVML holds up, and nothing else. */
 #define SIM_FLAG_NVML 2u
+/* With SIM_EXPORT: for another device's driver, and not to be imported. */
+#define SIM_FLAG_RANGE 4u
 
 enum sim_fault {
     SIM_FAULT_RESET,        /* none of them any more */
@@ -146,13 +168,18 @@ struct sim_record {
     uint32_t pid;
     uint32_t device;
     uint32_t contexts;
-    uint32_t spare;
-    uint64_t total;
-    uint64_t reserved;
-    uint64_t used;
-    uint64_t driver; /* the part of used that is in no process's name */
+    uint32_t has_ended; /* the process, whose connection another one has */
     uint64_t bytes[SIM_KINDS];
-    uint64_t requested[SIM_KINDS];
+    union {
+        uint64_t requested[SIM_ASKED];
+        struct {
+            uint64_t total;
+            uint64_t reserved;
+            uint64_t used;
+            uint64_t driver;   /* the part of used that is in no process's row */
+            uint64_t exported; /* the part of that which several processes may hold */
+        };
+    };
 };
 
 struct sim_device {

@@ -123,10 +123,10 @@ def state_unrenamed() -> None:
 
 
 def links_half() -> None:
-    """A driver's returns are probed, its entries not yet."""
-    from fgpu_ebpf import probes
+    """Of a driver's links those of the returns are pinned, those of the entries not yet."""
+    from fgpu_ebpf import probe_plan, probes
 
-    before(probes.Probes, "_link", lambda _, __, ___, program, *____: program == probes.DRIVER_PROGRAMS[1])
+    before(probes.Probes, "_pin", lambda _, program, *__: program == probe_plan.DRIVER_PROGRAMS[1])
 
 
 def detach_half() -> None:

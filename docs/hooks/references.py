@@ -60,7 +60,9 @@ def host() -> str:
     """Every key of agent.yaml; the defaults are those that hold without a file."""
     usual = hostfile.HostSettings()
     defaults = {field.name: _plain(field.name, getattr(usual, field.name)) for field in fields(usual)}
-    return "\n".join([*_keys(hostmodel.HostDocument, defaults), *_model(hostmodel.ProfileDocument, "profiles[]", 3)])
+    keys = _keys(hostmodel.HostDocument, defaults)
+    parts = (hostmodel.ProfileDocument, "profiles[]"), (hostmodel.DriversDocument, "drivers")
+    return "\n".join([*keys, *(line for model, path in parts for line in _model(model, path, 3))])
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import pytest
 
 from fgpu_ebpf import bpf, pages, probes, procfs, programs
 from fgpu_ebpf.ledger import Ledger, LevelLimits
+from fgpu_ebpf.library_class import Role
+from fgpu_ebpf.library_files import Target
 from fgpu_ebpf.orphans import Orphan
 from fgpu_ebpf.usage import Usage
 
@@ -28,12 +30,6 @@ REPOSITORY = HERE.parent.parent
 MIB = 1 << 20
 CONTEXT = 518 * MIB
 SECONDS = 5.0
-EXPORTS = {
-    "cuMemGetHandleForAddressRange": pages.Function.EXPORT_RANGE,
-    "cuMemPoolExportToShareableHandle": pages.Function.EXPORT_POOL,
-    "cuMemImportFromShareableHandle": pages.Function.IMPORT,
-}
-FUNCTIONS = probes.REQUIRED | probes.OPTIONAL | EXPORTS
 GONE_SECONDS = 60.0  # for thousands of killed processes to leave a cgroup
 
 
@@ -67,34 +63,16 @@ def loaded(folder: Path, sources: Path, shim: Path) -> Iterator[Kernel]:
         ledger.set_context_bytes(0, CONTEXT)
         attached = probes.Probes(pins, digest, ledger)
         attached.attach_process_ends()
-        for path in (driver, shim):
-            attached.attach(probes.Target.of(str(path)))
         unknown = folder / "unknown" / driver.name
         unknown.parent.mkdir()
         shutil.copy(driver, unknown)
+        for path, role in ((driver, Role.HOST), (unknown, Role.UNKNOWN), (shim, Role.SHIM)):
+            attached.attach(Target.of(str(path)), role)
         root = procfs.cgroup2_root()
         assert root is not None
-        with (
-            probed(pins, driver, pages.Class.HOST, EXPORTS.keys() - probes.OPTIONAL.keys()),
-            probed(pins, unknown, pages.Class.UNKNOWN, FUNCTIONS.keys()),
-        ):
-            yield Kernel(ledger, pins, driver, shim, root, attached, unknown)
+        yield Kernel(ledger, pins, driver, shim, root, attached, unknown)
     finally:
         probes.detach(pins)
-
-
-@contextlib.contextmanager
-def probed(pins: Path, library: Path, class_: pages.Class, symbols: Collection[str]) -> Iterator[None]:
-    """Functions of a driver library, whose calls are believed as far as those of this class."""
-    offsets = probes.symbol_offsets(str(library), symbols)
-    places = [(offset, FUNCTIONS[name] | class_ << pages.CLASS_SHIFT) for name, offset in offsets.items()]
-    with contextlib.ExitStack() as attached:
-        for name in probes.DRIVER_PROGRAMS:
-            program = bpf.pinned(pins / "programs" / name)
-            attached.callback(os.close, program)
-            for link in bpf.attach_uprobes(program, str(library), places, name == "call_return"):
-                attached.callback(os.close, link)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from fgpu_ebpf import probes
+from fgpu_ebpf import probe_plan
 
 SYSTEM_PYTHON = ("/usr/bin/python3", "-I")  # sees the distribution's BCC
 CROSS = "aarch64-linux-gnu-gcc"
@@ -130,5 +130,5 @@ def test_shim_takes_of_libc_what_every_glibc_has(shim: Path) -> None:
 
 @pytest.mark.parametrize("name", ["fgpu_admit", "fgpu_release", "fgpu_settle"])
 def test_probe_symbols_are_a_nop_and_a_return(shim: Path, name: str) -> None:
-    offset = probes.symbol_offsets(str(shim), [name])[name]
+    offset = probe_plan.symbol_offsets(str(shim), [name])[name]
     assert struct.unpack_from("<2I", shim.read_bytes(), offset) == (0xD503201F, 0xD65F03C0)

@@ -10,9 +10,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CONTEXT, FUNCTIONS, MIB, Client, Kernel, assert_left, probed
+from conftest import CONTEXT, MIB, Client, Kernel, assert_left
 
 from fgpu_ebpf import pages
+from fgpu_ebpf.library_class import Role
+from fgpu_ebpf.library_files import Target
 
 
 @pytest.fixture
@@ -162,14 +164,14 @@ def test_names_of_before_an_unknown_library_s_end_of_a_context_are_still_in_use(
 def test_a_listed_library_is_believed_like_the_host_s(kernel, level, client, tmp_path: Path):
     listed = tmp_path / "libcuda.so.1"
     shutil.copy(kernel.driver, listed)
-    with probed(kernel.pins, listed, pages.Class.LISTED, FUNCTIONS):
-        client(f"use_driver({str(listed)!r})")
-        client("retain()")
-        client(f"managed(0x1000, {2 * MIB})")
-        client("free(0x1000)")
-        client(f"alloc(0x1000, {2 * MIB})")
-        client("free(0x1000)")
-        assert (level.used, level.orphaned) == (CONTEXT, 0)
-        client(f"alloc(0x1000, {2 * MIB})")
-        client("primary_release()")
-        assert (level.used, level.orphaned) == (0, 0)
+    kernel.probes.attach(Target.of(str(listed)), Role.LISTED)
+    client(f"use_driver({str(listed)!r})")
+    client("retain()")
+    client(f"managed(0x1000, {2 * MIB})")
+    client("free(0x1000)")
+    client(f"alloc(0x1000, {2 * MIB})")
+    client("free(0x1000)")
+    assert (level.used, level.orphaned) == (CONTEXT, 0)
+    client(f"alloc(0x1000, {2 * MIB})")
+    client("primary_release()")
+    assert (level.used, level.orphaned) == (0, 0)

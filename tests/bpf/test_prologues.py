@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import HERE, MIB, Client, Kernel, Level
 
-from fgpu_ebpf import probes, trial
+from fgpu_ebpf import probe_plan, trial
+from fgpu_ebpf.library_class import Role
+from fgpu_ebpf.library_files import Target
 
 BEGINNING = """
     .globl {0}
@@ -46,8 +48,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def other(kernel: Kernel, library: Path) -> Iterator[Kernel]:
-    target = probes.Target.of(str(library))
-    kernel.probes.attach(target)
+    target = Target.of(str(library))
+    kernel.probes.attach(target, Role.HOST)
     yield replace(kernel, driver=library)
     kernel.probes.let_go((target.dev, target.ino))
 
@@ -56,7 +58,7 @@ def test_probed_behind_the_comparison(library: Path) -> None:
     symbols = {
         line.split()[2]: int(line.split()[0], 16) for line in run("nm", "-D", library).splitlines() if " T " in line
     }
-    found = probes.symbol_offsets(str(library), ["cuMemAlloc_v2", "cuMemFree_v2"])
+    found = probe_plan.symbol_offsets(str(library), ["cuMemAlloc_v2", "cuMemFree_v2"])
     assert found["cuMemFree_v2"] - found["cuMemAlloc_v2"] == symbols["cuMemFree_v2"] - symbols["cuMemAlloc_v2"]
     code = library.read_bytes()
     for at in found.values():

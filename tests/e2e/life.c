@@ -1,11 +1,13 @@
 /* life: a CUDA program that lives at random. `life SEED THREADS WAYS` says "ready RESULT PID" and then answers, one
  * line each: "N" after N operations of each thread with "ok OPERATIONS REFUSED CONTEXTS", "exec SEED" with another
- * "ready", "leave" when its first thread has ended. It takes and gives back memory in every way there is, exports it,
- * asks for nonsense, leaps out of calls, forks, ends its contexts and lets threads race for others, and never cares
- * which call failed: whether the books are right is asked elsewhere.
+ * "ready", "leave" when its first thread has ended, "close" when no descriptor shares memory of its any more. It takes
+ * and gives back memory in every way there is, shares it with other lives, asks for nonsense, leaps out of calls,
+ * forks, ends its contexts and lets threads race for others, and never cares which call failed: whether the books are
+ * right is asked elsewhere.
  *
- * WAYS: `plain`; `pools` for memory in streams and graphs too; `shown` for none that NVML does not show; `whole` for
- * whole granules alone, without leaps and races; `once` for a few operations and an end with all it has.
+ * WAYS: `plain`; `pools` for memory in streams and graphs too; `shared` for all of that, and sharing, modules and
+ * stacks; `shown` for none that NVML does not show; `whole` for whole granules alone, without leaps and races; `once`
+ * for a few operations and an end with all it has.
  */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
@@ -40,7 +42,11 @@
     X(cuMemPoolDestroy) X(cuMemPoolSetAttribute) X(cuMemPoolTrimTo) X(cuDeviceGetDefaultMemPool) X(cuCtxSynchronize)    \
     X(cuStreamCreate) X(cuStreamSynchronize) X(cuStreamBeginCapture_v2) X(cuStreamEndCapture) X(cuStreamDestroy_v2)     \
     X(cuGraphInstantiateWithFlags) X(cuGraphLaunch) X(cuGraphExecDestroy) X(cuGraphDestroy) X(cuDeviceGraphMemTrim) \
-    X(cuDevicePrimaryCtxRelease_v2) X(cuDevicePrimaryCtxReset_v2) X(cuIpcGetMemHandle)
+    X(cuDevicePrimaryCtxRelease_v2) X(cuDevicePrimaryCtxReset_v2) X(cuIpcGetMemHandle)                                  \
+    X(cuMemExportToShareableHandle) X(cuMemImportFromShareableHandle) X(cuMemGetHandleForAddressRange)                  \
+    X(cuMemSetAccess) X(cuMemPoolExportToShareableHandle) X(cuMemPoolImportFromShareableHandle)                         \
+    X(cuMemPoolExportPointer) X(cuMemPoolImportPointer) X(cuModuleLoadData) X(cuModuleUnload) X(cuModuleGetFunction)    \
+    X(cuLaunchKernel) X(cuCtxSetLimit)
 /* clang-format on */
 
 static struct {
@@ -48,7 +54,7 @@ static struct {
     DRIVER(SLOT)
 } cu;
 
-enum kind { NOTHING, POINTER, MANAGED, ARRAY, MIPMAPPED, MAPPED, CONTEXT, POOLED };
+enum kind { NOTHING, POINTER, MANAGED, ARRAY, MIPMAPPED, MAPPED, CONTEXT, POOLED, IMPORTED_POOL, DESCRIPTOR, MODULE };
 struct slot {
     enum kind kind;
     CUdeviceptr pointer;
@@ -58,6 +64,9 @@ struct slot {
     CUmemGenericAllocationHandle handle;
     int references; /* of the handle, held by us */
     CUcontext context;
+    CUmemoryPool pool;
+    CUmodule module;
+    int file;
 };
 struct life {
     uint64_t random;
@@ -90,6 +99,8 @@ static bool took(CUresult result)
 }
 
 static bool is_whole(void) { return !strcmp(ways, "whole"); }
+static bool is_shared(void) { return !strcmp(ways, "shared"); }
+static bool has_pools(void) { return is_shared() || !strcmp(ways, "pools"); }
 
 /* From a few bytes to sixteen megabytes, small ones more often. */
 static size_t size(struct life *life)
@@ -97,13 +108,16 @@ static size_t size(struct life *life)
     return is_whole() ? (1 + draw(life, 8)) * GRANULE : 1 + draw(life, 1ULL << (4 + draw(life, 21)));
 }
 
+#include "life_modules.h"
 #include "life_pools.h"
 #include "life_races.h"
+#include "life_shares.h"
 
 static void map(struct life *life, struct slot *slot)
 {
     CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
                                 .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = life->device}};
+    if (is_shared()) prop.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
     slot->bytes = (1 + draw(life, 4)) * GRANULE;
     if (!took(cu.cuMemCreate(&slot->handle, slot->bytes, &prop, 0))) return;
     slot->references = 1;
@@ -258,7 +272,11 @@ static void be_odd(struct life *life, struct slot *slot)
 static void take(struct life *life, struct slot *slot)
 {
     size_t pitch, row, rows;
-    if (!strcmp(ways, "pools") && draw(life, 2)) {
+    if (is_shared() && !draw(life, 3)) {
+        draw(life, 8) ? share(life, slot) : draw(life, 4) ? load(life, slot) : set_stack(life);
+        return;
+    }
+    if (has_pools() && draw(life, 2)) {
         take_in_stream(life, slot);
         return;
     }
@@ -287,7 +305,8 @@ static void take(struct life *life, struct slot *slot)
         be_odd(life, slot);
         return;
     default:
-        if (took(cu.cuMemAlloc_v2(&slot->pointer, size(life)))) slot->kind = POINTER;
+        slot->bytes = size(life);
+        if (took(cu.cuMemAlloc_v2(&slot->pointer, slot->bytes))) slot->kind = POINTER;
     }
 }
 
@@ -317,6 +336,17 @@ static void give(struct life *life, struct slot *slot)
     case POOLED:
         give_pooled(life, slot);
         break;
+    case IMPORTED_POOL:
+        cu.cuMemFreeAsync(slot->pointer, NULL);
+        cu.cuCtxSynchronize();
+        cu.cuMemPoolDestroy(slot->pool);
+        break;
+    case DESCRIPTOR:
+        close(slot->file);
+        break;
+    case MODULE:
+        cu.cuModuleUnload(slot->module);
+        break;
     default:
         break;
     }
@@ -327,7 +357,7 @@ static void give(struct life *life, struct slot *slot)
 static void *live(void *argument)
 {
     struct life *life = argument;
-    bool pools = !strcmp(ways, "pools");
+    bool pools = has_pools();
     cu.cuCtxSetCurrent(primary[life->device]);
     if (pools) cu.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING);
     for (uint64_t i = 0; i < goal; i++) {
@@ -354,6 +384,7 @@ static void *execute_again(void *seed)
 {
     char count[8];
     snprintf(count, sizeof count, "%u", threads);
+    if (is_shared() && atoi((char *)seed) % 3 == 0) keep_driver_files();
     execl(self, self, (char *)seed, count, ways, (char *)NULL);
     exit(3);
 }
@@ -373,6 +404,11 @@ static void *serve(void *unused)
             puts("ok 0 0 0");
             fflush(stdout);
             syscall(SYS_exit, 0);
+        } else if (!strcmp(line, "close")) {
+            close_all_shared();
+            puts("ok 0 0 0");
+            fflush(stdout);
+            continue;
         }
         goal = strtoull(line, NULL, 10);
         live_all();
@@ -406,6 +442,8 @@ int main(int count, char **arguments)
     DRIVER(FIND)
     sigaction(SIGSEGV, &action, NULL);
     self = arguments[0];
+    inheriteds = driver_files(inherited, MOST_INHERITED);
+    open_mailbox();
     threads = (unsigned)atoi(arguments[2]) % (MOST_THREADS + 1);
     ways = arguments[3];
     CUresult result = be_born(strtoull(arguments[1], NULL, 10));

@@ -42,13 +42,17 @@ static void free_managed(void)
         if (handed[t]) cu.cuMemFree_v2(handed[t]);
 }
 
-/* What went with the primary contexts, by all who had it. */
+/* What went with the primary contexts. */
+static bool is_gone(enum kind kind)
+{
+    return kind == POINTER || kind == MANAGED || kind == ARRAY || kind == MIPMAPPED || kind == MODULE;
+}
+
 static void forget(void)
 {
     for (unsigned t = 0; t < threads; t++)
         for (int i = 0; i < SLOTS; i++)
-            if (lives[t].slots[i].kind != MAPPED && lives[t].slots[i].kind != CONTEXT)
-                lives[t].slots[i] = (struct slot){0};
+            if (is_gone(lives[t].slots[i].kind)) lives[t].slots[i] = (struct slot){0};
     for (unsigned t = 0; t < MOST_THREADS; t++) handed[t] = 0;
 }
 

@@ -72,6 +72,29 @@ def bypasses(one: Tenant) -> dict[str, float]:
     return {dict(labels)["how"]: value for (_, labels), value in mine.items() if value}
 
 
+@pytest.mark.places("runc")
+@pytest.mark.parametrize("contents", [b"", b"another"], ids=["the host's", "unknown"])
+def test_an_honest_program_is_refused_nothing_whatever_its_libcuda_is(
+    service: Service, compat: Path, tenant, contents: bytes, scale
+) -> None:
+    """It takes 80 % of its limit and frees it, again and again. What it frees by an unknown library counts once NVML
+    shows it, so its next allocation waits.
+    """
+    with compat.open("ab") as file:
+        file.write(contents)
+    one = tenant(CONTEXT + ROOM)
+    client = one.client(before=f"env LD_LIBRARY_PATH={COMPAT}:{SIM}/lib")
+    client.ok("context")
+    role = "UNKNOWN" if contents else "LISTED"
+    eventually(lambda: f"probed '{COMPAT}/libcuda.so.1' as {role}" in service.log.read_text(), 5, "its class")
+    for _ in range(scale(20, 100, 1000) if contents else 1000):
+        (pointer,) = client.ok(f"alloc {ROOM // 5 * 4}")
+        client.ok(f"free {pointer}")
+    assert one.memory()["refused"] == 0
+    assert not bypasses(one)
+    eventually(lambda: one.assert_exact() == CONTEXT, 5, "what it has given back")
+
+
 class Several(Client):
     """tests/e2e/pair.c: a program with several drivers in it."""
 

@@ -100,7 +100,7 @@ class Versions:
 
     def stored(self) -> list[Path]:
         """The shims that are kept."""
-        return sorted(path for path in self._store.iterdir() if not path.is_symlink())
+        return sorted(path for path in self._store.iterdir() if path.is_dir() and not path.is_symlink())
 
     def published(self) -> Path:
         """The one that starts now get."""

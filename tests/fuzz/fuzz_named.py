@@ -18,7 +18,7 @@ class Fuzzer:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fgpu-fuzz-")
-        self._discovery = Discovery(SimpleNamespace(), [])  # type: ignore[arg-type] # nothing is probed
+        self._discovery = Discovery(SimpleNamespace(known=frozenset()), {})  # type: ignore[arg-type] # nothing is probed
         self._discovery.listen(Path(self._folder.name, "discover.sock"))
         self._keeper = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._keeper.connect(f"{self._folder.name}/discover.sock")

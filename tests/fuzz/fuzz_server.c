@@ -45,7 +45,7 @@ static void connect_all(void)
         programs[i] = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
         CHECK(!connect(programs[i], (struct sockaddr *)&address, sizeof address));
         client_accept(listener);
-        CHECK(server.clients[i].state == CLIENT_LIVE);
+        CHECK(server.clients[i].state == CLIENT_OPEN);
     }
 }
 
@@ -107,17 +107,19 @@ static void ask(const uint8_t *data)
         request.context = keys[0];
         request.requested = keys[1];
     }
-    if (client->state != CLIENT_LIVE) return;
+    if (client->state != CLIENT_OPEN) return;
+    if (data[1] == 255) client_process_ends(client);
     send_one(programs[data[0] % PROGRAMS], &request, data[0] & 0x40 ? data[11] % sizeof request : sizeof request,
              data[11] & 2);
-    request_serve(client);
+    request_serve(client, false);
     take_reply(programs[data[0] % PROGRAMS]);
 }
 
 static void check_devices(void)
 {
     for (uint32_t i = 0; i < server.n_gpus; i++)
-        CHECK(server.gpus[i].used <= server.gpus[i].info.memory_total && server.gpus[i].driver <= server.gpus[i].used);
+        CHECK(server.gpus[i].used <= server.gpus[i].info.memory_total && server.gpus[i].driver <= server.gpus[i].used &&
+              server.gpus[i].exported <= server.gpus[i].driver);
 }
 
 /* What hangs up is heard, as in the server's own loop; what they held comes back at once. */
@@ -127,15 +129,14 @@ static void end_all(void)
     fault_set(SIM_FAULT_RESET, 0, 0);
     for (int i = 0; i < PROGRAMS; i++) {
         close(programs[i]);
-        client_end(&server.clients[i]);
-        server.clients[i].free_at_ns = 0;
+        client_free(&server.clients[i]);
     }
-    client_sweep();
     for (int n; (n = epoll_wait(server.epoll, events, 64, 0)) > 0;)
         for (int i = 0; i < n; i++)
             if (events[i].data.u64 >= TAG_EXPORT) share_export_ends((uint32_t)(events[i].data.u64 - TAG_EXPORT));
-    for (uint32_t i = 0; i < server.n_gpus; i++) CHECK(!server.gpus[i].used && !server.gpus[i].driver);
-    CHECK(!server.n_ended && !server.n_attached && !server.n_held && !lanes_any());
+    for (uint32_t i = 0; i < server.n_gpus; i++)
+        CHECK(!server.gpus[i].used && !server.gpus[i].driver && !server.gpus[i].exported);
+    CHECK(!server.n_closed && !server.n_attached && !server.n_held && !lanes_any());
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

@@ -473,13 +473,13 @@ def test_a_peer_whose_mappings_hang_hangs_alone(start: Callable[..., Keeper], te
     """Reading /proc/PID/maps can wait for that process; the others must not wait for it."""
     code = """
 import sys, time
-from fgpu_ebpf import gatekeeper, procfs
-real = procfs.cuda_files
-def stuck(pid):
+from fgpu_ebpf import breakpoints, gatekeeper
+real = breakpoints.of_process
+def stuck(pid, check):
     if open("/proc/%d/comm" % pid).read() == "stuck\\n":
         time.sleep(60)
-    return real(pid)
-procfs.cuda_files = stuck
+    return real(pid, check)
+breakpoints.of_process = stuck
 sys.exit(gatekeeper.main())
 """
     keeper = start(code=code)

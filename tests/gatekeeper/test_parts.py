@@ -19,13 +19,14 @@ import pytest
 from hello_client import until
 
 from fgpu_ebpf import bpf, mappings, pages, procfs
+from fgpu_ebpf.breakpoints import UNCHECKED, of_process
 from fgpu_ebpf.callers import well_formed
 from fgpu_ebpf.clients import Client, Clients, Head, by_tenant
 from fgpu_ebpf.desks import Desk, seen_of
 from fgpu_ebpf.door import Lock
 from fgpu_ebpf.glance import Standing, standing
 from fgpu_ebpf.ledger import Ledger, LedgerMissing
-from fgpu_ebpf.procfs import cgroup_ids, cgroup_path, cgroups, cuda_files, fgpu_mappings, pid_names
+from fgpu_ebpf.procfs import cgroup_ids, cgroup_path, cgroups, fgpu_mappings, pid_names
 from fgpu_ebpf.sealed import ControlMemory, StatusMemory
 
 
@@ -161,16 +162,18 @@ def test_files_are_those_mapped_executable(tmp_path: Path, monkeypatch: pytest.M
             kept.append(mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ | executable))
     (tmp_path / "libfgpu.so").unlink()
     status = (tmp_path / names[0]).stat()
-    found = cuda_files(os.getpid())
+    found = of_process(os.getpid(), lambda *_: UNCHECKED)
+    assert found == dict.fromkeys(found, UNCHECKED)
     assert (status.st_dev, status.st_ino) in found
     assert len(found) == 2
     mapped = fgpu_mappings(os.getpid())
     assert mapped is not None
     assert {m.path for m in mapped} == {str(tmp_path / name) for name in names[:2]}
-    assert {(m.dev, m.ino) for m in mapped} == found
-    assert cuda_files(2**22) == procfs.UNKNOWABLE
+    assert {(m.dev, m.ino) for m in mapped} == set(found)
+    nobody_s = {(0, 0): 0}
+    assert of_process(2**22, lambda *_: UNCHECKED) == nobody_s
     monkeypatch.setattr(mappings, "MOST", 3)
-    assert cuda_files(os.getpid()) == procfs.UNKNOWABLE
+    assert of_process(os.getpid(), lambda *_: UNCHECKED) == nobody_s
 
 
 def test_mappings_are_named_as_in_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,11 @@ from hello_client import Child, hello, in_cgroup, request, until
 from storm import PATIENCE_SECONDS, STORM
 from test_abuse import prompt, waits
 
-from fgpu_ebpf import callers, pages, procfs
+from fgpu_ebpf import breakpoints, callers, pages, procfs
 from fgpu_ebpf.callers import Caller, Callers
 from fgpu_ebpf.glance import Lineages, Standing
-from fgpu_ebpf.readers import MOST_WANTED, Readers
+from fgpu_ebpf.readers import Readers
+from fgpu_ebpf.workers import MOST_WANTED
 
 pytestmark = pytest.mark.timed
 
@@ -225,10 +226,10 @@ def wanting(tenant: int, number: int) -> list[Any]:
 def test_readers_that_hang_hold_up_their_tenants_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     let_go, rung = threading.Event(), threading.Event()
 
-    def files(pid: int) -> frozenset[tuple[int, int]]:
+    def files(pid: int, _: object) -> dict[tuple[int, int], int]:
         if pid == 0:
             let_go.wait(10)
-        return frozenset({(pid, pid)})
+        return {(pid, pid): 23}
 
     def found(number: int) -> list[tuple[int, int]]:
         seen: list[tuple[int, int]] = []
@@ -237,10 +238,12 @@ def test_readers_that_hang_hold_up_their_tenants_alone(monkeypatch: pytest.Monke
             readers.go()
             rung.wait(0.002)
             rung.clear()
-            seen += [(read.caller.tenant, read.caller.pid) for read in readers.take()]
+            for caller, _ in readers.take():
+                assert (caller.files, caller.reading) == ({(caller.pid, caller.pid): 23}, False)
+                seen.append((caller.tenant, caller.pid))
         return sorted(seen)
 
-    monkeypatch.setattr(procfs, "cuda_files", files)
+    monkeypatch.setattr(breakpoints, "of_process", files)
     readers = Readers(rung.set)
     for tenant in range(20):
         for caller in wanting(tenant, 3):
@@ -257,8 +260,13 @@ def test_a_tenant_whose_reading_hangs_is_remembered_within_bounds(monkeypatch: p
     readers = Readers(lambda: None)
     for caller in wanting(7, 10 * MOST_WANTED):
         readers.want(caller)
+        assert caller.reading
         caller.here = False
-    assert len(readers._wanted[7]) <= MOST_WANTED
+    staying = wanting(8, 2 * MOST_WANTED)
+    for caller in staying:
+        readers.want(caller)
+    assert not staying[-1].reading, "it is asked for again at its next turn"
+    assert max(map(len, readers._workers._wanted.values())) <= MOST_WANTED
 
 
 def test_the_cgroups_around_one_are_read_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

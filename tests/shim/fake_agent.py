@@ -24,7 +24,8 @@ os.environ["BCC_KERNEL_SOURCE"] = STUBS
 from bcc import BPF  # noqa: E402
 
 LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
-TAIL = 64 + 16 * 32 + 128 * 8  # of a usage page: behind its verdicts
+ORPHANED, ORPHANED_NS, TAIL = 1856, 2048, 3224  # in a usage page; TAIL: behind all that the shim knows of
+TAG = 44  # in a control page
 MANAGED, SETTLE = 1, 2
 GATES, BUDGETS, FUTEX = 64 + 16 * 32, 0x290 + 16 * 128, 202 if os.uname().machine == "x86_64" else 98
 STATUS = "waiting", "drained", "launches", "in_flight", "busy_until", "wanted", "idle", "bell", "begun", "ended"
@@ -32,18 +33,15 @@ with open(os.path.join(STUBS, "fgpu.h"), encoding="utf-8") as header:
     LAYOUT = int(re.search(r"#define FGPU_LAYOUT (\d+)", header.read())[1])
 UUIDS = [bytes([0x10 + i] * 16) for i in range(2)]
 SOURCE = r"""
-struct usage { u64 limit; u64 used; u64 peak; u64 refused; };
-struct page {
-    u64 version; u64 cgroup; u64 flags; u64 spare[5];
-    struct usage devices[16]; u64 verdicts[128]; u64 tail[312];
-};
-struct call { u64 kind; u64 device; u64 bytes; u64 ticket; u64 tgid; u64 result; };
-struct knobs { u64 mute; u64 again; u64 fixed; };
-BPF_F_TABLE("array", u32, struct page, leaf, 1, 1U << 10);
-BPF_F_TABLE("array", u32, struct page, group, 1, 1U << 10);
+#include "fgpu.h"
+struct call { u64 kind; u64 flags; u64 device; u64 bytes; u64 ticket; u64 tgid; u64 result; };
+struct knobs { u64 mute; u64 again; u64 fixed; u64 outer; u64 old; };
+BPF_F_TABLE("array", u32, struct fgpu_usage_page, leaf, 1, 1U << 10);
+BPF_F_TABLE("array", u32, struct fgpu_usage_page, group, 1, 1U << 10);
 BPF_TABLE("array", u32, struct knobs, knob, 1);
 BPF_TABLE("array", u32, struct call, calls, 4096);
 BPF_TABLE("array", u32, u64, seen, 2);
+BPF_TABLE("hash", u32, u32, tags, 1024);
 
 static void log_call(u64 kind, u64 device, u64 bytes, u64 ticket, u64 result) {
     u32 zero = 0;
@@ -52,30 +50,46 @@ static void log_call(u64 kind, u64 device, u64 bytes, u64 ticket, u64 result) {
     u32 at = __sync_fetch_and_add(n, 1) & 4095;
     struct call *c = calls.lookup(&at);
     if (!c) return;
-    c->kind = kind; c->device = device; c->bytes = bytes; c->ticket = ticket; c->result = result;
+    c->kind = kind & FGPU_KIND_MASK; c->flags = kind & ~(u64)FGPU_KIND_MASK;
+    c->device = device; c->bytes = bytes; c->ticket = ticket; c->result = result;
     c->tgid = bpf_get_current_pid_tgid() >> 32;
+}
+static int room(struct fgpu_usage_page *p, u32 device, u64 bytes) {
+    return p->devices[device].used + bytes <= p->devices[device].limit;
+}
+static void answer(struct fgpu_usage_page *p, u64 kind, u64 ticket, u64 verdict) {
+    u32 tgid = bpf_get_current_pid_tgid() >> 32, *tag = tags.lookup(&tgid);
+    if (!(kind & FGPU_TAGGED))
+        *(volatile u64 *)&p->verdicts[ticket & 127] = ticket << 2 | verdict;
+    else if (tag)
+        *(volatile u64 *)&p->answers[ticket & 127] =
+            (u64)*tag << FGPU_TAG_SHIFT | (ticket & FGPU_TICKET_BITS) << 2 | verdict;
 }
 int admit(struct pt_regs *ctx) {
     u32 zero = 0, device = PT_REGS_PARM1(ctx) & 15;
     u64 bytes = PT_REGS_PARM2(ctx), kind = PT_REGS_PARM3(ctx), ticket = PT_REGS_PARM4(ctx), verdict = 0;
-    struct page *p = leaf.lookup(&zero);
+    struct fgpu_usage_page *p = leaf.lookup(&zero), *outer = group.lookup(&zero);
     struct knobs *k = knob.lookup(&zero);
-    if (!p || !k) return 0;
+    if (!p || !outer || !k) return 0;
     log_call(kind, PT_REGS_PARM1(ctx), bytes, ticket, 0);
-    if (k->mute) return 0;
+    if (k->old) kind = kind < FGPU_KINDS ? kind : FGPU_MEMORY;
+    if (k->mute == 1 || k->mute == bpf_get_current_pid_tgid() >> 32) return 0;
     if (k->again) { k->again--; verdict = 2; }
     else if (k->fixed) verdict = k->fixed - 1;
-    else if (kind == 3 || bytes <= p->devices[device].limit - p->devices[device].used) {
+    else if ((kind & FGPU_KIND_MASK) == FGPU_HELLO) verdict = 1;
+    else if (room(p, device, bytes) && (!k->outer || room(outer, device, bytes))) {
         verdict = 1;
         __sync_fetch_and_add(&p->devices[device].used, bytes);
+    } else if (!(kind & FGPU_PATIENT)) {
+        __sync_fetch_and_add(&p->devices[device].refused, 1);
     }
-    *(volatile u64 *)&p->verdicts[ticket & 127] = ticket << 2 | verdict;
+    answer(p, kind, ticket, verdict);
     return 0;
 }
 int give_back(struct pt_regs *ctx) {
     u32 zero = 0, device = PT_REGS_PARM1(ctx) & 15;
     u64 bytes = PT_REGS_PARM2(ctx);
-    struct page *p = leaf.lookup(&zero);
+    struct fgpu_usage_page *p = leaf.lookup(&zero);
     log_call(101, PT_REGS_PARM1(ctx), bytes, PT_REGS_PARM4(ctx), PT_REGS_PARM3(ctx));
     if (p && (PT_REGS_PARM3(ctx) & ~0x100) == 1) __sync_fetch_and_add(&p->devices[device].used, -bytes);
     return 0;
@@ -98,13 +112,14 @@ def private_run():
 
 class Agent:
     def __init__(self):
-        self.bpf = BPF(text=SOURCE)
+        self.bpf = BPF(text=SOURCE, cflags=[f"-I{STUBS}"])
         self.bpf.attach_uprobe(name=SHIM, sym="fgpu_admit", fn_name="admit")
         self.bpf.attach_uprobe(name=SHIM, sym="fgpu_release", fn_name="give_back")
         self.bpf.attach_uprobe(name=SHIM, sym="fgpu_settle", fn_name="settle")
         self.pages = [self.bpf[n].map_fd for n in ("leaf", "group")]
         self.maps = [mmap.mmap(fd, LEVEL_SIZE) for fd in self.pages]
         self.listener = None
+        self.given_tags = 0x3FFFFF00  # the first of them have all their bits in use
         self.hellos = []
         self.controls, self.statuses, self.gates, self.budgets = [], [], {}, {}
         self.reset({})
@@ -118,7 +133,8 @@ class Agent:
             pass
         self.answer, self.flags, self.levels, self.epoch = "managed", 0, 1, 7
         self.boot, self.beats, self.delay, self.rows = b"B" * 16, True, 0, []
-        self.uuids, self.versions = list(UUIDS), {}
+        self.uuids, self.versions, self.tagged = list(UUIDS), {}, False
+        self.bpf["tags"].clear()
         self.hellos.clear()
         self.gates, self.budgets = {}, {}
         self.controls.clear()
@@ -167,10 +183,14 @@ class Agent:
             setattr(self, name, [bytes.fromhex(u) for u in value] if name == "uuids" else value)
 
     def limit(self, what):
-        """{limit, used, level, device, flags}"""
-        m, at = self.maps[what.get("level", 0)], 64 + 32 * what.get("device", 3)
+        """{limit, used, level, device, flags, orphaned, age_ms: since the last of them was}"""
+        device = what.get("device", 3)
+        m, at = self.maps[what.get("level", 0)], 64 + 32 * device
         struct.pack_into("<QQ", m, at, what.get("limit", NO_LIMIT), what.get("used", 0))
         struct.pack_into("<Q", m, 16, what.get("flags", 0))
+        struct.pack_into("<Q", m, ORPHANED + 8 * device, what.get("orphaned", 0))
+        orphaned_ns = time.monotonic_ns() - 1_000_000 * what["age_ms"] if "age_ms" in what else 0
+        struct.pack_into("<Q", m, ORPHANED_NS + 8 * device, orphaned_ns)
 
     def grow(self, _):
         """Pages say more behind all that the shim knows of them."""
@@ -182,7 +202,13 @@ class Agent:
 
     def knobs(self, what):
         k = self.bpf["knob"]
-        k[ctypes.c_int(0)] = k.Leaf(what.get("mute", 0), what.get("again", 0), what.get("fixed", 0))
+        k[ctypes.c_int(0)] = k.Leaf(*(what.get(name, 0) for name in ("mute", "again", "fixed", "outer", "old")))
+
+    def tag(self, what):
+        """{pid, tag}: in the kernel's answers to that process from now on; {page}: and in the page that it has."""
+        self.bpf["tags"][ctypes.c_uint32(what["pid"])] = ctypes.c_uint32(what["tag"])
+        if "page" in what:
+            ctypes.c_uint32.from_buffer(self.controls[what["page"]], TAG).value = what["tag"]
 
     def bump(self, what):
         """Writes into the control pages in use."""
@@ -227,13 +253,14 @@ class Agent:
         n = self.bpf["seen"][ctypes.c_int(0)].value
         calls = self.bpf["calls"]
         rows = [calls[ctypes.c_int(i)] for i in range(min(n, 4096))]
-        names = ("kind", "device", "bytes", "ticket", "tgid", "result")
-        used = struct.unpack_from("<Q", self.maps[0], 64 + 32 * 3 + 8)[0]
+        names = ("kind", "flags", "device", "bytes", "ticket", "tgid", "result")
+        used, _, refused = struct.unpack_from("<QQQ", self.maps[0], 64 + 32 * 3 + 8)
         return {
             "calls": [{k: getattr(r, k) for k in names} for r in rows],
             "hellos": len(self.hellos),
             "boots": [h[8:24].hex() for h in self.hellos],
             "used": used,
+            "refused": refused,
             "sizes": [len(h) for h in self.hellos],
         }
 
@@ -245,7 +272,7 @@ class Agent:
                 ctypes.c_uint64.from_buffer(c, 24).value = time.monotonic_ns()  # at once: pack_into shows zeros
             time.sleep(0.1)
 
-    def control(self):
+    def control(self, pid):
         fd = os.memfd_create("control", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, 4096)
         m = mmap.mmap(fd, 4096)
@@ -257,6 +284,10 @@ class Agent:
         struct.pack_into("<II", m, 0x280, 2, len(self.rows))
         for i, (pid, device, size) in enumerate(self.rows):
             struct.pack_into("<IIQ", m, 0x290 + 16 * i, pid, device, size)
+        if self.tagged:
+            self.given_tags += 1
+            struct.pack_into("<I", m, TAG, self.given_tags)
+            self.bpf["tags"][ctypes.c_uint32(pid)] = ctypes.c_uint32(self.given_tags)
         self.write_gates(m)
         self.controls.append(m)
         if len(self.controls) > 64:
@@ -284,7 +315,8 @@ class Agent:
             peer.settimeout(5)
             peer.recv(1)
             return
-        control, status = self.control(), os.memfd_create("status", os.MFD_CLOEXEC)
+        pid = struct.unpack("i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4])[0]
+        control, status = self.control(pid), os.memfd_create("status", os.MFD_CLOEXEC)
         os.ftruncate(status, 4096)
         self.statuses = [*self.statuses[-63:], mmap.mmap(status, 4096)]
         code = {"unmanaged": 2, "refused": 0, "unknown_code": 9}.get(how, 1)

@@ -15,19 +15,19 @@
 static const char noop_code[] = HEAD ".visible .entry noop()\n{\n ret;\n}\n";
 
 /* With so many bytes of local memory, none of which a compiler can do without. */
-static const char local_code[] = HEAD
-    ".visible .entry lmem(.param .u64 p, .param .u32 n)\n{\n .local .align 16 .b8 buf[%u];\n .reg .b64 %%rd<8>;\n"
-    " .reg .b32 %%r<4>;\n ld.param.u32 %%r1, [n];\n mov.u64 %%rd1, buf;\n cvt.u64.u32 %%rd2, %%r1;\n"
-    " add.u64 %%rd4, %%rd1, %%rd2;\n st.local.u32 [%%rd4], %%r1;\n ld.local.u32 %%r2, [%%rd1+16];\n"
-    " ld.param.u64 %%rd5, [p];\n cvta.to.global.u64 %%rd6, %%rd5;\n st.global.u32 [%%rd6], %%r2;\n ret;\n}\n";
+static const char local_code[] =
+    HEAD ".visible .entry lmem(.param .u64 p, .param .u32 n)\n{\n .local .align 16 .b8 buf[%u];\n .reg .b64 %%rd<8>;\n"
+         " .reg .b32 %%r<4>;\n ld.param.u32 %%r1, [n];\n mov.u64 %%rd1, buf;\n cvt.u64.u32 %%rd2, %%r1;\n"
+         " add.u64 %%rd4, %%rd1, %%rd2;\n st.local.u32 [%%rd4], %%r1;\n ld.local.u32 %%r2, [%%rd1+16];\n"
+         " ld.param.u64 %%rd5, [p];\n cvta.to.global.u64 %%rd6, %%rd5;\n st.global.u32 [%%rd6], %%r2;\n ret;\n}\n";
 
-static const char printf_code[] = HEAD
-    ".extern .func (.param .b32 r) vprintf (.param .b64 f, .param .b64 a);\n"
-    ".global .align 4 .b8 fmt[4] = {0, 0, 0, 0};\n"
-    ".visible .entry pr()\n{\n .reg .b64 %rd<4>;\n .reg .b32 %r<2>;\n mov.u64 %rd1, fmt;\n"
-    " cvta.global.u64 %rd2, %rd1;\n mov.u64 %rd3, 0;\n {\n .param .b64 a0;\n st.param.b64 [a0+0], %rd2;\n"
-    " .param .b64 a1;\n st.param.b64 [a1+0], %rd3;\n .param .b32 rv;\n call.uni (rv), vprintf, (a0, a1);\n"
-    " ld.param.b32 %r1, [rv+0];\n }\n ret;\n}\n";
+static const char printf_code[] =
+    HEAD ".extern .func (.param .b32 r) vprintf (.param .b64 f, .param .b64 a);\n"
+         ".global .align 4 .b8 fmt[4] = {0, 0, 0, 0};\n"
+         ".visible .entry pr()\n{\n .reg .b64 %rd<4>;\n .reg .b32 %r<2>;\n mov.u64 %rd1, fmt;\n"
+         " cvta.global.u64 %rd2, %rd1;\n mov.u64 %rd3, 0;\n {\n .param .b64 a0;\n st.param.b64 [a0+0], %rd2;\n"
+         " .param .b64 a1;\n st.param.b64 [a1+0], %rd3;\n .param .b32 rv;\n call.uni (rv), vprintf, (a0, a1);\n"
+         " ld.param.b32 %r1, [rv+0];\n }\n ret;\n}\n";
 
 static const char malloc_code[] = HEAD
     ".extern .func (.param .b64 r) malloc (.param .b64 s);\n"
@@ -35,10 +35,10 @@ static const char malloc_code[] = HEAD
     " st.param.b64 [a0+0], %rd1;\n .param .b64 rv;\n call.uni (rv), malloc, (a0);\n ld.param.b64 %rd2, [rv+0];\n }\n"
     " ld.param.u64 %rd3, [p];\n cvta.to.global.u64 %rd4, %rd3;\n st.global.u64 [%rd4], %rd2;\n ret;\n}\n";
 
-static const char data_code[] = HEAD
-    ".visible .global .align 16 .b8 big[%u];\n"
-    ".visible .entry glob()\n{\n .reg .b64 %%rd<2>;\n .reg .b32 %%r<2>;\n mov.u64 %%rd1, big;\n mov.u32 %%r1, 7;\n"
-    " st.global.u32 [%%rd1], %%r1;\n ret;\n}\n";
+static const char data_code[] =
+    HEAD ".visible .global .align 16 .b8 big[%u];\n"
+         ".visible .entry glob()\n{\n .reg .b64 %%rd<2>;\n .reg .b32 %%r<2>;\n mov.u64 %%rd1, big;\n mov.u32 %%r1, 7;\n"
+         " st.global.u32 [%%rd1], %%r1;\n ret;\n}\n";
 
 static void say_number(const char *what, unsigned number, const char *of, long long value)
 {

@@ -22,42 +22,44 @@
 #define MOST_FILES 250
 #define ACTORS 4
 #define ROWS 64
-#define SETTLED_MS 400 /* the driver takes up to 100 ms for what a process leaves behind */
+#ifndef SETTLED_MS
+#define SETTLED_MS 400 /* the driver takes up to 100 ms to free what a process leaves behind */
+#endif
 
 /* What an actor is told to do. Each answers with one letter; `number` is MiB, a result, a pid or a count. */
 enum act {
     ACT_BEGIN,    /* cuInit and the primary context */
     ACT_ALLOCATE, /* cuMemAlloc */
     ACT_FREE,
-    ACT_MANAGED,  /* cuMemAllocManaged, and a memset over all of it */
-    ACT_CREATE,   /* cuMemCreate, for descriptors */
-    ACT_MAP,      /* what was created or imported */
+    ACT_MANAGED, /* cuMemAllocManaged, and a memset over all of it */
+    ACT_CREATE,  /* cuMemCreate, for descriptors */
+    ACT_MAP,     /* what was created or imported */
     ACT_UNMAP,
     ACT_RELEASE,
-    ACT_EXPORT,        /* sends the descriptor, and keeps none */
-    ACT_EXPORT_KEEP,   /* keeps it */
-    ACT_IMPORT,        /* of the descriptor that came along, which it keeps */
-    ACT_CLOSE,         /* the descriptor that it kept */
-    ACT_DMABUF,        /* of what was allocated; sends it, and keeps none */
+    ACT_EXPORT,      /* sends the descriptor, and keeps none */
+    ACT_EXPORT_KEEP, /* keeps it */
+    ACT_IMPORT,      /* of the descriptor that came along, which it keeps */
+    ACT_CLOSE,       /* the descriptor that it kept */
+    ACT_DMABUF,      /* of what was allocated; sends it, and keeps none */
     ACT_IPC_GET,
     ACT_IPC_OPEN,
     ACT_IPC_CLOSE,
-    ACT_POOL,          /* a pool for descriptors, and an allocation in it */
-    ACT_POOL_EXPORT,   /* sends the descriptor and the pointer, and keeps none */
-    ACT_POOL_IMPORT,   /* the descriptor stays open */
+    ACT_POOL,        /* a pool for descriptors, and an allocation in it */
+    ACT_POOL_EXPORT, /* sends the descriptor and the pointer, and keeps none */
+    ACT_POOL_IMPORT, /* the descriptor stays open */
     ACT_POOL_POINTER,
     ACT_POOL_FREE,
     ACT_POOL_DESTROY,
-    ACT_FORK,          /* a child takes over, with all descriptors; the parent waits for its end */
-    ACT_SEND_FILES,    /* the driver's descriptors to a socket that nobody reads */
-    ACT_CLOSE_FILES,   /* the driver's descriptors */
-    ACT_EXECUTE,       /* another program, with the driver's descriptors */
-    ACT_RETAIN,        /* the primary context again */
+    ACT_FORK,        /* a child takes over, with all descriptors; the parent waits for its end */
+    ACT_SEND_FILES,  /* the driver's descriptors to a socket that nobody reads */
+    ACT_CLOSE_FILES, /* the driver's descriptors */
+    ACT_EXECUTE,     /* another program, with the driver's descriptors */
+    ACT_RETAIN,      /* the primary context again */
     ACT_RESET,
-    ACT_LEAVE,         /* the primary context, for the last time */
-    ACT_CONTEXT,       /* a second context, which is current from then on */
+    ACT_LEAVE,   /* the primary context, for the last time */
+    ACT_CONTEXT, /* a second context, which is current from then on */
     ACT_DESTROY,
-    ACT_ASYNC,         /* cuMemAllocAsync, from the default pool */
+    ACT_ASYNC, /* cuMemAllocAsync, from the default pool */
     ACT_END,
 };
 
@@ -121,7 +123,14 @@ static struct {
     int kept, unread[2];
 } actor = {.kept = -1, .unread = {-1, -1}};
 
-/* Descriptors of the driver: its nodes; those of the simulated one are sockets. */
+/* The driver's nodes; the simulated one has a socket besides. */
+static int is_of_driver(const char *target)
+{
+    const char *name = strrchr(target, '/');
+    return !strncmp(name ? name + 1 : target, "nvidia", 6) || !strncmp(target, "socket:", 7);
+}
+
+/* This process's descriptors of the driver, and how many there are. */
 static unsigned driver_files(int *files)
 {
     DIR *list = opendir("/proc/self/fd");
@@ -133,7 +142,7 @@ static unsigned driver_files(int *files)
         ssize_t length = readlink(path, target, sizeof target - 1);
         if (length <= 0 || fd == actor.sock || fd == actor.unread[0] || fd == actor.unread[1]) continue;
         target[length] = 0;
-        if (fd < 3 || (strncmp(target, "/dev/nvidia", 11) && strncmp(target, "socket:", 7))) continue;
+        if (fd < 3 || !is_of_driver(target)) continue;
         if (n < MOST_FILES) files[n++] = fd;
     }
     if (list) closedir(list);
@@ -164,8 +173,8 @@ static long long export(struct order *order, int *file)
     if (order->act == ACT_DMABUF)
         return CALL(cuMemGetHandleForAddressRange, file, actor.at, actor.size, CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD, 0);
     if (order->act == ACT_POOL_EXPORT) {
-        CUresult result = CALL(cuMemPoolExportToShareableHandle, file, actor.pool,
-                               CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+        CUresult result =
+            CALL(cuMemPoolExportToShareableHandle, file, actor.pool, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
         return result ? result : CALL(cuMemPoolExportPointer, &order->pointer, actor.pooled);
     }
     return CALL(cuMemExportToShareableHandle, file, actor.handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
@@ -350,8 +359,10 @@ int actor_begins(int sock)
         order.number = do_it(&order, came, &goes);
         if (came >= 0 && came != actor.kept) close(came);
         post(sock, &order, &goes, goes >= 0);
-        if (order.act == ACT_EXPORT_KEEP) actor.kept = goes;
-        else if (goes >= 0) close(goes);
+        if (order.act == ACT_EXPORT_KEEP)
+            actor.kept = goes;
+        else if (goes >= 0)
+            close(goes);
     }
 }
 
@@ -454,7 +465,10 @@ static long long tell(struct role *role, enum act act, long long number)
 }
 
 /* Says the result too, under the name of the step. */
-static void ask(const char *what, struct role *role, enum act act, long long number) { say(what, tell(role, act, number)); }
+static void ask(const char *what, struct role *role, enum act act, long long number)
+{
+    say(what, tell(role, act, number));
+}
 
 static void ask_with(const char *what, struct role *role, enum act act, const struct role *from)
 {

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 REQUEST = struct.Struct("<IIIIQQQIIQQ")
-MAGIC = 0x66677331
+MAGIC = 0x66677332
 HELLO, DEVICE, ATTACH, TAKE, GIVE, CLOSE, MEMORY, PROCESSES, DUMP, WORK = range(10)
 SHARE, OPEN, EXPORT, IMPORT, DROP, FAULT = range(10, 16)
 CONTEXT, BLOCK = 0, 1
@@ -303,6 +303,41 @@ def test_connections_are_bounded(server: Server) -> None:
             sock.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     time.sleep(0.05)
+    with server.connect() as sock:
+        assert ask(sock, request(HELLO)) == (0, 1)
+
+
+def keep_dead(server: Server) -> socket.socket:
+    """A connection whose process has ended."""
+    here, there = socket.socketpair()
+    child = os.fork()
+    if not child:
+        sock = server.connect()
+        ask(sock, request(ATTACH))
+        socket.send_fds(there, [b"x"], [sock.fileno()])
+        os._exit(0)
+    there.close()
+    (fd,) = socket.recv_fds(here, 1, 1)[1]
+    here.close()
+    os.waitpid(child, 0)
+    return socket.socket(fileno=fd)
+
+
+def test_connections_of_ended_processes_are_bounded_too(server: Server) -> None:
+    """They have their slots for as long as they are kept, and not longer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    kept = [keep_dead(server) for _ in range(1024)]
+    try:
+        with server.connect() as sock:
+            assert is_turned_away(sock)
+        assert server.process.poll() is None
+    finally:
+        for sock in kept:
+            sock.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    time.sleep(0.2)
+    assert used(server) == 0
     with server.connect() as sock:
         assert ask(sock, request(HELLO)) == (0, 1)
 

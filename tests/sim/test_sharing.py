@@ -7,61 +7,7 @@ from subprocess import Popen
 import pytest
 
 from .conftest import MIB, Machine, say
-
-# A handle goes from one process to the other as text; a descriptor through a socket with a name.
-SHARING = """
-import socket
-class Handle(C.Structure):
-    _fields_ = [("bytes", C.c_char * 64)]
-class Prop(C.Structure):
-    _fields_ = [("type", C.c_int), ("handles", C.c_int), ("where", C.c_int), ("id", C.c_int), ("spare", C.c_uint64 * 2)]
-class Access(C.Structure):
-    _fields_ = [("where", C.c_int), ("id", C.c_int), ("flags", C.c_int)]
-def ask():
-    return sys.stdin.readline().strip()
-def export(pointer):
-    handle = Handle()
-    need("cuIpcGetMemHandle", C.byref(handle), pointer)
-    return C.string_at(C.byref(handle), 64).hex()
-def opened(text, flags=1):
-    handle, pointer = Handle.from_buffer_copy(bytes.fromhex(text)), C.c_uint64()
-    return L.cuIpcOpenMemHandle_v2(C.byref(pointer), handle, flags), pointer
-def put(pointer, text):
-    need("cuMemcpyHtoD_v2", pointer, text, C.c_size_t(len(text)))
-def get(pointer, n):
-    out = C.create_string_buffer(n)
-    need("cuMemcpyDtoH_v2", out, pointer, C.c_size_t(n))
-    return out.raw.decode()
-def create(size, handles=1):
-    handle = C.c_uint64()
-    need("cuMemCreate", C.byref(handle), C.c_size_t(size), C.byref(Prop(1, handles, 1, 0)), C.c_uint64(0))
-    return handle
-def mapped(handle, size):
-    pointer = C.c_uint64()
-    need("cuMemAddressReserve", C.byref(pointer), C.c_size_t(size), C.c_size_t(0), C.c_uint64(0), C.c_uint64(0))
-    need("cuMemMap", pointer, C.c_size_t(size), C.c_size_t(0), handle, C.c_uint64(0))
-    need("cuMemSetAccess", pointer, C.c_size_t(size), C.byref(Access(1, 0, 3)), C.c_size_t(1))
-    return pointer
-def descriptor(handle):
-    fd = C.c_int(-1)
-    need("cuMemExportToShareableHandle", C.byref(fd), handle, 1, C.c_uint64(0))
-    return fd.value
-def imported(fd):
-    handle = C.c_uint64()
-    return L.cuMemImportFromShareableHandle(C.byref(handle), C.c_void_p(fd), 1), handle
-def send_fd(fd, name):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind("\\0" + name); listener.listen(1); say("up"); sock, _ = listener.accept()
-        socket.send_fds(sock, [b"x"], [fd]); sock.recv(1)
-def receive_fd(name):
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); sock.connect("\\0" + name)
-    fd = socket.recv_fds(sock, 1, 1)[1][0]; sock.send(b"x"); return fd
-"""
-
-
-def hear(client: Popen[str]) -> str:
-    assert client.stdout is not None
-    return client.stdout.readline().strip()
+from .sharing_kit import SHARING, hear
 
 
 def bytes_of(machine: Machine, client: Popen[str]) -> dict[str, int]:
@@ -94,7 +40,7 @@ need("cuIpcCloseMemHandle", p); say(get(p, 6)); need("cuIpcCloseMemHandle", p); 
     "end", ["need('cuMemFree_v2', p)", "os._exit(0)", "need('cuDevicePrimaryCtxReset_v2', 0)", "os.closerange(3, 999)"]
 )
 def test_memory_outlives_its_maker(machine: Machine, end: str) -> None:
-    """It is the maker's while that has it, then the next one's, and gone when nobody has it."""
+    """It is in the maker's row while the maker has it, then in the other's, and gone when neither has it."""
     owner = f"start(); p = alloc(100 << 20); put(p, b'kept'); say(export(p)); ask(); {end}; say('done'); ask()"
     guest = (
         "start(); result, p = opened(ask()); say(result); ask(); say(get(p, 4)); need('cuIpcCloseMemHandle', p)\nask()"
@@ -195,7 +141,7 @@ p = mapped(h, 6 << 20); say(one, two, h.value != i.value, get(p, 6)); put(p, b"a
 
 
 def test_a_descriptor_keeps_memory_alive(machine: Machine) -> None:
-    """In nobody's name, until it is closed or imported again."""
+    """In no process's row, until all are closed: then it is free, or in the row of the process that imported it."""
     script = """
 start(); h = create(6 << 20); fd = descriptor(h); other = os.dup(fd); need("cuMemRelease", h); say("held"); ask()
 os.close(fd); result, h = imported(other); os.close(other); say(result); ask()
@@ -205,11 +151,13 @@ fd = descriptor(h); need("cuMemRelease", h); os.close(fd); say("closed"); ask()
         assert hear(client) == "held"
         base = machine.process(client.pid)["bytes"]
         driver = machine.dump()["devices"][0]["driver_bytes"]
+        assert machine.dump()["devices"][0]["exported_bytes"] == 6 * MIB
         assert bytes_of(machine, client)["vmm"] == 0
         say(client)
         assert hear(client) == "0"
         assert machine.process(client.pid)["bytes"] == base + 6 * MIB
         assert machine.dump()["devices"][0]["driver_bytes"] == driver - 6 * MIB
+        assert machine.dump()["devices"][0]["exported_bytes"] == 0
         say(client)
         assert hear(client) == "closed"
         machine.settles_at(base + driver - 6 * MIB)

@@ -7,12 +7,13 @@ import os
 import random
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from discovery_kit import Stage, quiet
 
-from fgpu_ebpf import probes, procfs
+from fgpu_ebpf import probe_plan, procfs
 from fgpu_ebpf.discovery import Discovery
+from fgpu_ebpf.library_search import Found, Search
 from fgpu_ebpf.procfs import Mapping
 
 MAPPED = {7: [Mapping("/nowhere/libcuda.so.1", 1, 23)], 8: [], 9: None}
@@ -26,27 +27,35 @@ MAPPED = {7: [Mapping("/nowhere/libcuda.so.1", 1, 23)], 8: [], 9: None}
 def test_probes_are_dropped_only_if_all_is_known(
     monkeypatch: pytest.MonkeyPatch, with_memory: set[int], dropped: list[set[tuple[int, int]]]
 ) -> None:
-    said: list[set[tuple[int, int]]] = []
     monkeypatch.setattr(procfs, "pids", lambda: [7, 8, 9])
     monkeypatch.setattr(procfs, "fgpu_mappings", MAPPED.get)
     monkeypatch.setattr(procfs, "has_memory", with_memory.__contains__)
-    attached = SimpleNamespace(known=frozenset(), drop_older=lambda: None, drop_unused=said.append)
-    Discovery(attached, []).start()  # type: ignore[arg-type]
-    assert said == dropped
+    stage = Stage()
+    Discovery(stage, {}).start()  # type: ignore[arg-type]
+    assert stage.dropped == dropped
 
 
 def test_who_holds_more_than_was_seen_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have loaded another library since."""
-    looks: list[int] = []
-    monkeypatch.setattr(procfs, "fgpu_mappings", lambda pid: looks.append(pid) or [])
-    found = Discovery(SimpleNamespace(known=frozenset()), [])  # type: ignore[arg-type]
-    for holders, unseen in (([7, 8], set()), ([7, 8], set()), ([7, 8], {8, 9}), ([8], set()), ([7, 8], set())):
+    """It may have loaded another library since; and it is searched for one, at most every few seconds."""
+    looks: list[tuple[int, str]] = []
+    monkeypatch.setattr(Search, "by_name", lambda _, pid: looks.append((pid, "name")) or Found([]))
+    monkeypatch.setattr(Search, "by_contents", lambda _, pid: looks.append((pid, "contents")) or Found([]))
+    found = Discovery(Stage(), {})  # type: ignore[arg-type]
+    for holders, unseen in (
+        ([7, 8], set()),
+        ([7, 8], set()),
+        ([7, 8], {8, 9}),
+        ([7, 8], {8}),
+        ([8], set()),
+        ([7], set()),
+    ):
         found.look_at_new(holders, unseen)
-    assert looks == [7, 8, 8, 7]
+        quiet(found, 0.05)
+    assert looks == [(7, "name"), (8, "name"), (8, "contents"), (7, "name")]
 
 
 def test_whatever_the_gatekeeper_says_it_is_taken_a_message_at_a_time(tmp_path: Path) -> None:
-    found = Discovery(SimpleNamespace(known=frozenset()), [])  # type: ignore[arg-type]
+    found = Discovery(Stage(), {})  # type: ignore[arg-type]
     found.listen(tmp_path / "sock")
     said = [
         '{"tgid": 7}',
@@ -68,8 +77,8 @@ def test_what_lies_where_a_library_was_is_not_waited_for(tmp_path: Path, make) -
     make(path)
     with pytest.raises(OSError, match="no regular file"):
         procfs.as_mapped(path)
-    with pytest.raises(probes.ProbeError, match="cannot be read"):
-        probes.symbol_offsets(path, ["cuInit"])
+    with pytest.raises(probe_plan.ProbeError, match="cannot be read"):
+        probe_plan.symbol_offsets(path, ["cuInit"])
 
 
 def test_whatever_a_library_holds_it_is_refused_in_words(tmp_path: Path, scale) -> None:
@@ -80,5 +89,5 @@ def test_whatever_a_library_holds_it_is_refused_in_words(tmp_path: Path, scale) 
         for _ in range(chance.randrange(1, 23)):
             spoilt[chance.randrange(min(len(spoilt), 4096))] = chance.randrange(256)
         path.write_bytes(spoilt[: chance.choice((64, 4096, len(spoilt)))])
-        with contextlib.suppress(probes.ProbeError):
-            probes.symbol_offsets(str(path), ["fgpu_admit"])
+        with contextlib.suppress(probe_plan.ProbeError):
+            probe_plan.symbol_offsets(str(path), ["fgpu_admit"])

@@ -41,7 +41,8 @@ metricLabels: [team]
 engines: ["docker:/srv/docker.sock", "cri:/srv/containerd.sock"]
 logFormat: journal
 ignoredXids: [13, 94]
-"""
+drivers: {trusted: ["sha256:%s"]}
+""" % ("0a" * 32)
     assert settings(text) == (
         HostSettings(
             listen="[::1]:9999",
@@ -54,9 +55,18 @@ ignoredXids: [13, 94]
             engines=("docker:/srv/docker.sock", "cri:/srv/containerd.sock"),
             log_format="journal",
             ignored_xids=(13, 94),
+            trusted_drivers=(f"sha256:{'0a' * 32}",),
         ),
         [],
     )
+
+
+@pytest.mark.parametrize("digest", ["0A" * 32, "0a" * 31, "0a" * 33, "0g" * 32])
+def test_a_digest_has_64_small_hexadecimal_digits(settings, digest):
+    found, faults = settings(f"drivers: {{trusted: ['sha256:{digest}']}}")
+    assert found is None
+    assert "is no digest: write it as sha256: and 64 digits" in faults[0]
+    assert settings("drivers: {trusted: []}")[0] == settings("drivers: {}")[0] == HostSettings()
 
 
 def test_one_key_leaves_the_others_alone(settings):
@@ -71,6 +81,11 @@ def test_addresses(settings, address):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
+        (
+            "drivers: {trusted: [0a0a]}",
+            ":1: drivers.trusted[0]: '0a0a' is no digest: write it as sha256: and 64 digits, 0 to 9 and a to f",
+        ),
+        ("drivers: {any: true}", ":1: drivers: unknown key 'any': known here are trusted"),
         ("listen: 9423", ":1: listen: must be text: write it in quotes"),
         ("listen: localhost", ":1: listen: 'localhost' has no port: write it as 127.0.0.1:9423"),
         ("listen: ':9423'", ":1: listen: ':9423' has no address: write it as 127.0.0.1:9423 or [::1]:9423"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import resource
@@ -15,11 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from discovery_kit import Stage, quiet, settled
 
-from fgpu_ebpf import discovery, elf, probes, procfs
+from fgpu_ebpf import breakpoints, elf, file_budget, library_files, probe_plan, procfs
 from fgpu_ebpf.discovery import Discovery
 
-NAMES = list(probes.REQUIRED)
+NAMES = list(probe_plan.REQUIRED)
 HOLD = """
 import mmap, os, sys
 held = []
@@ -107,7 +109,7 @@ def test_what_is_opened_is_what_was_mapped(tmp_path: Path, library: Path, mapper
 
     def look() -> None:
         (mapped,) = procfs.fgpu_mappings(pid) or ()
-        fd = probes.target_of(pid, mapped).open()
+        fd = library_files.target_of(pid, mapped).open()
         opened.append((procfs.mapped_as(fd), len(elf.function_offsets(fd, NAMES))))
         os.close(fd)
 
@@ -168,50 +170,89 @@ def test_a_broken_library_is_an_elf_error_and_takes_no_longer_than_a_whole_one(t
         assert time.process_time() - begun < 1
 
 
-def test_a_table_beyond_all_measure_is_not_read(tmp_path: Path, library: Path) -> None:
+def segments_of(text: bytes) -> Iterator[tuple[int, int]]:
+    """Where each row of the program headers is, and its kind."""
+    (at,), (count,) = struct.unpack_from("<Q", text, 0x20), struct.unpack_from("<H", text, 56)
+    for row in range(at, at + 56 * count, 56):
+        yield row, struct.unpack_from("<I", text, row)[0]
+
+
+@pytest.mark.parametrize("what", ["dynamic", "segments"])
+def test_a_table_beyond_all_measure_is_not_read(tmp_path: Path, library: Path, what: str) -> None:
     text = bytearray(library.read_bytes())
-    (at,) = struct.unpack_from("<Q", text, 0x28)
-    (count,) = struct.unpack_from("<H", text, 60)
-    for section in range(count):
-        if struct.unpack_from("<I", text, at + 64 * section + 4) == (11,):
-            struct.pack_into("<Q", text, at + 64 * section + 32, 24 << 40)
+    if what == "dynamic":
+        (row,) = [row for row, kind in segments_of(text) if kind == 2]
+        struct.pack_into("<Q", text, row + 32, 24 << 40)
+    else:
+        struct.pack_into("<H", text, 56, 65535)
     broken = tmp_path / "libcuda.so.1"
     broken.write_bytes(text)
     os.truncate(broken, 1 << 40)  # sparse: it really is that long
-    with pytest.raises(elf.ElfError, match="longer than"):
+    with pytest.raises(elf.ElfError, match=r"longer than|more than"):
         parse(broken)
 
 
-class Stage:
-    """Probes that attach to nothing."""
+def test_an_endless_chain_of_symbols_is_left(tmp_path: Path, library: Path) -> None:
+    """A hash table whose one chain has no end, and names that are all the wanted one's hash."""
+    text = bytearray(library.read_bytes())
+    (row,) = [row for row, kind in segments_of(text) if kind == 2]
+    offset, _, _, size = struct.unpack_from("<4Q", text, row + 8)
+    at = next(n for n in range(offset, offset + size, 16) if struct.unpack_from("<Q", text, n)[0] == 0x6FFFFEF5)
+    wanted = elf.gnu_hash(NAMES[0].encode()) & ~1
+    table = len(text) + -len(text) % 4096
+    spare = next(row for row, kind in segments_of(text) if kind == 0x6474E551)  # of the stack
+    struct.pack_into("<IIQQQQQ", text, spare, 1, 4, table, 1 << 30, 1 << 30, 1 << 20, 1 << 20)
+    struct.pack_into("<Q", text, at + 8, 1 << 30)
+    text += bytes(table - len(text)) + struct.pack("<5I", 1, 1, 0, 0, 1) + struct.pack("<I", wanted) * 100_003
+    (tmp_path / "libcuda.so.1").write_bytes(text + bytes(table + (1 << 20) - len(text)))
+    begun = time.process_time()
+    with pytest.raises(elf.ElfError, match=f"more than {elf.MOST_SYMBOLS} symbols in one chain"):
+        parse(tmp_path / "libcuda.so.1")
+    assert time.process_time() - begun < 1
 
-    def __init__(self, bad: str = "") -> None:
-        self.known: frozenset[tuple[int, int]] = frozenset()
-        self.attached: list[str] = []
-        self._bad = bad
 
-    def attach(self, target: probes.Target) -> None:
-        if self._bad and self._bad in target.path:
-            raise ZeroDivisionError("whatever a file makes of us")
-        self.attached.append(target.path)
-        self.known |= {(target.dev, target.ino)}
+def test_a_library_is_read_as_its_loader_does(tmp_path: Path, library: Path) -> None:
+    """Section headers are not needed, and lies in them are not believed; either hash table will do."""
+    text, expected = bytearray(library.read_bytes()), parse(library)
+    struct.pack_into("<Q", text, 0x28, 0)
+    struct.pack_into("<3H", text, 58, 0, 0, 0)
+    bare = tmp_path / "libcuda.so.1"
+    bare.write_bytes(text)
+    ctypes.CDLL(str(bare))  # a loader takes it
+    assert parse(bare) == expected
+    source = tmp_path / "cuda.c"
+    source.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in NAMES))
+    for style in ("sysv", "gnu"):
+        made = tmp_path / f"{style}.so"
+        flags = ["-shared", "-fPIC", f"-Wl,--hash-style={style},-soname,libcuda.so.1"]
+        subprocess.run(["gcc", *flags, "-o", made, source], check=True, timeout=30)
+        assert sorted(parse(made)) == sorted(NAMES)
+        with made.open("rb") as file:
+            assert elf.Library(file.fileno()).name == "libcuda.so.1"
+            assert elf.Library(file.fileno()).offset("cuMemAllocHost_v2") is None
 
-    def let_go(self, file: tuple[int, int]) -> None:
-        self.known -= {file}
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes that attach to nothing are seen in every process."""
+    monkeypatch.setattr(breakpoints, "is_set", lambda *_: True)
 
 
 def test_one_bad_file_does_not_hide_the_others_and_is_named_once(
-    tmp_path: Path, library: Path, mapper: Mapper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    tmp_path: Path, library: Path, mapper: Mapper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    seen: None,
+) -> None:  # fmt: skip
     bad, good = (copy(library, tmp_path / name) for name in ("libcuda.so.bad\n1", "libcuda.so.1"))
     pids = [mapper(bad).pid, mapper(good).pid]
     monkeypatch.setattr(procfs, "pids", lambda: pids)
     stage = Stage("libcuda.so.bad")
-    looks = Discovery(stage, [])  # type: ignore[arg-type]
-    for _ in range(3):
+    looks = Discovery(stage, {})  # type: ignore[arg-type]
+    for n in range(3):
         looks.look_around()
+        settled(looks, lambda n=n: looks.refusals == n + 1 and stage.attached)
     assert stage.attached == [str(good)]
     assert looks.unprobed() == {pids[0]}
+    assert looks.reasons() == {pids[0]: "whatever a file makes of us"}
     assert looks.refusals == 3
     (said,) = [record.getMessage() for record in caplog.records if "not probed" in record.getMessage()]
     assert "whatever a file makes of us" in said
@@ -219,28 +260,31 @@ def test_one_bad_file_does_not_hide_the_others_and_is_named_once(
 
 
 def test_a_cgroup_has_so_many_files_probed_and_no_more(
-    tmp_path: Path, library: Path, mapper: Mapper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(discovery, "MOST_FILES", 5)
+    tmp_path: Path, library: Path, mapper: Mapper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    seen: None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(file_budget, "MOST_FILES", 5)
     greedy = [mapper(*(copy(library, tmp_path / f"libcuda.so.{n}.{k}") for k in range(7))) for n in range(2)]
     other = mapper(copy(library, tmp_path / "libcuda.so.1"))
     cgroups = {process.pid: "/greedy" for process in greedy} | {other.pid: "/other"}
     monkeypatch.setattr(procfs, "pids", lambda: list(cgroups))
     monkeypatch.setattr(procfs, "cgroup_path", cgroups.get)
     stage = Stage()
-    looks = Discovery(stage, [])  # type: ignore[arg-type]
+    looks = Discovery(stage, {})  # type: ignore[arg-type]
     for _ in range(3):
         looks.look_around()
-    assert len(stage.attached) == 5 + 1
+        settled(looks, lambda: len(stage.attached) == 5 + 1)
     assert looks.unprobed() == {process.pid for process in greedy}
     assert len([record for record in caplog.records if "/greedy" in record.getMessage()]) == 1
     for process in greedy:
         process.communicate()
+    quiet(looks)
     looks.let_go()
     assert len(stage.known) == 1
     again = mapper(*(copy(library, tmp_path / f"libcuda.so.again.{k}") for k in range(5)))
     cgroups[again.pid] = "/greedy"
     looks.look_at(again.pid)
+    settled(looks, lambda: len(stage.known) == 1 + 5)
     assert again.pid not in looks.unprobed()
 
 

@@ -16,12 +16,13 @@ ORDER = (
     {"mappings"},
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
-    | {"cgroupnames", "messages", "visitors", "heap"},
+    | {"cgroupnames", "messages", "visitors", "heap", "workers"},
     {
         "identity",
         "journal",
         "keepers",
         "orphan_text",
+        "process_rows",
         "notify",
         "published",
         "processes",
@@ -33,8 +34,9 @@ ORDER = (
         "shares",
         "xids",
     }
-    | {"crimessages", "kubeletmessages", "slots", "graces"}
-    | {"events", "launch"},
+    | {"crimessages", "kubeletmessages", "slots", "graces", "breakpoints", "file_budget"}
+    | {"library_class", "library_files"},
+    {"probe_plan"} | {"events", "launch"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
     | {"allocation", "unwitnessed"},
     {
@@ -55,8 +57,9 @@ ORDER = (
     {"policywatch", "hostfile"},
     {"programs", "door", "usage", "shelf", "sealed", "overrides", "history", "keeper", "links"},
     {"ledger", "tenants", "workloads", "overruns"},
-    {"probes", "clients", "enforcer", "gone_tenants"},
-    {"roots"},
+    {"probes", "clients", "enforcer", "gone_tenants", "roots", "library_search"},
+    {"library_worker"},
+    {"libraries"},
     {"devices", "trial", "glance", "discovery", "manager", "targets", "desks"},
     {"device_sample"},
     {"corrections", "orphan_release"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -134,3 +135,23 @@ def test_readers_see_one_or_the_other(tmp_path, store, scale) -> None:
         assert reader.poll() is None, "a reader found no shim, or half of one"
         assert reader.stdout.readline(), "it read"
         reader.kill()
+
+
+def test_every_version_that_was_ever_staged_is_one_of_ours(tmp_path, store, monkeypatch) -> None:
+    """Images carry copies of them, and containers hold files of versions that were removed since."""
+    for content in (b"one", b"two", b"three", b"two"):
+        publish(version(tmp_path, store, content))
+    assert retire(store, set()), "one is removed"
+    assert len(published.files(store)) == 2
+    mine = shim(tmp_path, b"mine")
+    known = published.genuine(mine, store)
+    assert known == {hashlib.sha256(text).hexdigest(): len(text) for text in (b"one", b"two", b"three", b"mine")}
+    assert published.genuine(mine) == {hashlib.sha256(b"mine").hexdigest(): 4}
+    (store / published.VERSIONS).write_text("nonsense")
+    assert set(known) > set(published.genuine(mine, store)) > {hashlib.sha256(b"mine").hexdigest()}
+    monkeypatch.setattr(published, "MOST_VERSIONS", 3)
+    for n in range(10):
+        version(tmp_path, store, b"%d" % n)
+    assert len((store / published.VERSIONS).read_text().splitlines()) == 3
+    assert published.remove(store, set())
+    assert not list(store.iterdir())

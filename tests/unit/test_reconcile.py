@@ -15,11 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf import devices, pages
+from fgpu_ebpf import pages
 from fgpu_ebpf.corrections import GONE, overhead_for
 from fgpu_ebpf.device_balance import CALM_LOOKS
-from fgpu_ebpf.devices import Nvml
-from fgpu_ebpf.orphan_release import DEVICE_REST_BYTES
+from fgpu_ebpf.orphan_release import CONTEXT_REST_BYTES, DEVICE_REST_BYTES, SLACK_AFTER_NS
 from fgpu_ebpf.orphans import Orphan
 from fgpu_ebpf.pages import Seen
 from fgpu_ebpf.processes import Process
@@ -256,14 +255,38 @@ def test_one_that_is_quiet_is_not_marked():
 # -- orphans: what is let go is tested in test_orphan_release.py
 
 
+@pytest.mark.parametrize(("age_ns", "left"), [(0, 40), (2 * SLACK_AFTER_NS, 8)])
+def test_what_a_driver_may_keep_for_itself_is_let_go_of_old_orphans_alone(age_ns, left):
+    books, since_ns = Books(process(900 * MIB)), time.monotonic_ns() - age_ns
+    books.orphans.all = [orphan(64 * MIB, since_ns=since_ns)]
+    one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(40 * MIB))
+    for _ in range(3 * CALM_LOOKS):
+        one.look()
+    assert books.orphans.bytes == left * MIB
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_slack_is_taken_of_no_young_orphan_though_nvml_names_it_no_more(named):
+    books = Books(process(900 * MIB))
+    old = orphan(64 * MIB, tgid=8, since_ns=1)
+    young = orphan(64 * MIB, since_ns=time.monotonic_ns())
+    books.orphans.all, rows = [old, young], {ME: 900 * MIB} | ({8: 64 * MIB} if named else {})
+    rest = CONTEXT_REST_BYTES if named else 0
+    one = reconciler(books, rows, lambda: held_beside_the_rest(128 * MIB) + rest)
+    for _ in range(3 * CALM_LOOKS):
+        one.look()
+    assert {o.tgid: o.bytes // MIB for o in books.orphans.all} == {8: 32, 9: 64}
+
+
 def held_beside_the_rest(bytes_: int) -> int:
     """In use, where the one process has 900 MiB and so many bytes have no owner."""
-    return 900 * MIB + 6 * MIB + DEVICE_REST_BYTES + bytes_
+    return 900 * MIB + CONTEXT_REST_BYTES + DEVICE_REST_BYTES + bytes_
 
 
 def test_orphans_are_let_go_when_the_device_does_not_hold_them():
     books, in_use = Books(process(900 * MIB)), [held_beside_the_rest(64 * MIB)]
-    books.orphans.all = [orphan(64 * MIB)]
+    held = orphan(64 * MIB, since_ns=time.monotonic_ns())
+    books.orphans.all = [held]
     one = reconciler(books, {ME: 900 * MIB}, lambda: in_use[0])
     for _ in range(CALM_LOOKS + 1):
         one.look()
@@ -272,7 +295,7 @@ def test_orphans_are_let_go_when_the_device_does_not_hold_them():
     for _ in range(CALM_LOOKS):
         one.look()
     assert books.orphans.bytes == 24 * MIB
-    assert one.truth.orphans == [orphan(64 * MIB)], "as they were before the look"
+    assert one.truth.orphans == [held], "as they were before the look"
     assert one.truth.unexplained == {0: 0}
 
 
@@ -298,7 +321,7 @@ def test_an_importer_is_charged_before_the_orphan_of_the_exporter_is_let_go():
     books = Books(process(512 * MIB))
     books.orphans.all, told = [orphan(64 * MIB, ended_ns=0)], []
     books.orphans.let_go = lambda *_: told.append(books.entry.bytes[0]) or True
-    one = reconciler(books, {ME: 576 * MIB}, lambda: 576 * MIB + 6 * MIB + DEVICE_REST_BYTES)
+    one = reconciler(books, {ME: 576 * MIB}, lambda: 576 * MIB + CONTEXT_REST_BYTES + DEVICE_REST_BYTES)
     for _ in range(CALM_LOOKS):
         one.look()
     assert told == [576 * MIB]
@@ -348,51 +371,6 @@ def test_one_of_whom_nvml_says_nothing_does_not_hide_the_others():
     one.look()
     assert books.entry.bytes[0] == 1000 * MIB
     assert books.moved == [], "adopted with nobody knows what"
-
-
-@pytest.mark.parametrize(
-    ("said", "held"),
-    [([(7, 5), (7, 6), (8, 9)], {7: 11, 8: 9}), ([(7, 5), (7, None), (8, 9)], {7: None, 8: 9}),
-     ([(7, None), (7, 5)], {7: None}), ([], {})],
-)  # fmt: skip
-def test_na_of_one_process_is_not_nothing(said, held):
-    assert nvml_that_says(said).process_bytes(0) == held
-
-
-def nvml_that_says(said, code=0):
-    """A library's function, as NVML has it: bytes None are "N/A"."""
-    calls = []
-
-    def ask(_, n, rows):
-        room, n._obj.value = n._obj.value, len(said)
-        calls.append(room)
-        if room < len(said):
-            return devices.pynvml.NVML_ERROR_INSUFFICIENT_SIZE
-        for row, (pid, bytes_) in zip(rows, said, strict=False):
-            row.pid, row.usedGpuMemory = pid, 2**64 - 1 if bytes_ is None else bytes_
-        return code
-
-    nvml = Nvml.__new__(Nvml)
-    nvml._handles = [None]
-    nvml._holders = devices.Holders(SimpleNamespace(nvmlDeviceGetComputeRunningProcesses_v3=ask))
-    nvml.calls = calls
-    return nvml
-
-
-def test_nvml_is_asked_once_however_many_there_are():
-    nvml = nvml_that_says([(pid, pid) for pid in range(300)])
-    for _ in range(3):
-        assert nvml.process_bytes(0) == {pid: pid for pid in range(300)}
-    assert len(nvml.calls) == 2 + 1 + 1  # once more, to have room
-    few = nvml_that_says([(7, 5)])
-    assert (few.process_bytes(0), len(few.calls)) == ({7: 5}, 1)
-
-
-def test_an_nvml_that_refuses_or_lacks_the_function_says_nothing():
-    assert nvml_that_says([], code=3).process_bytes(0) is None
-    nvml = nvml_that_says([])
-    nvml._holders = devices.Holders(SimpleNamespace())
-    assert nvml.process_bytes(0) is None
 
 
 def test_one_that_has_ended_is_not_adopted_though_the_driver_still_holds_its_memory():

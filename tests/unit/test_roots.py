@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fgpu_ebpf import innerpath, procfs, roots
-from fgpu_ebpf.probes import target_of
+from fgpu_ebpf.library_files import target_of
 from fgpu_ebpf.roots import Roots
 
 Dweller = Callable[[Path], int]
@@ -85,42 +85,44 @@ def test_nothing_is_opened_that_is_not_the_root_s_own(tmp_path: Path, dweller: D
 
 
 def test_every_root_is_entered_once_and_the_host_s_never(tmp_path: Path, dweller: Dweller) -> None:
-    seen, first = Roots(), dweller(tmp_path)
-    assert seen.enter(os.getpid()) is None
-    assert seen.enter(1 << 22) is None, "there is no such process"
-    root = seen.enter(first)
-    assert root
-    assert seen.enter(first) is None
-    other = seen.enter(dweller(tmp_path))
-    assert other, "a container of the same image"
-    assert other != root
+    seen, first = Roots(), roots.root_of(dweller(tmp_path))
+    here = roots.root_of(os.getpid())
+    assert here in seen
+    assert roots.root_of(1 << 22) is None, "there is no such process"
+    assert first not in seen
+    seen.enter(first)
+    assert first in seen
+    other = roots.root_of(dweller(tmp_path))
+    assert other not in seen, "a container of the same image"
+    assert other != first
 
 
 def test_a_file_is_awaited_as_long_as_somebody_lives_in_its_root(tmp_path: Path, dweller: Dweller) -> None:
     seen, pid = Roots(), dweller(tmp_path)
-    root = seen.enter(pid)
+    root = roots.root_of(pid)
     assert root
+    seen.enter(root)
     seen.found((1, 23), root)
     assert seen.dwellers({(1, 23), (1, 24)}, [os.getpid(), pid]) == {(1, 23): pid}
     assert seen.dwellers({(1, 23)}, [os.getpid()]) == {}
     seen.forget((1, 23))
     assert seen.dwellers({(1, 23)}, [pid]) == {}
-    assert seen.enter(pid) == root, "what is probed no more may have to be again"
+    assert root not in seen, "what is probed no more may have to be again"
 
 
 def test_roots_do_not_pile_up(tmp_path: Path, dweller: Dweller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roots, "MOST_ROOTS", 2)
     seen, pids = Roots(), [dweller(tmp_path) for _ in range(3)]
-    for n, pid in enumerate(pids):
-        root = seen.enter(pid)
+    places = [roots.root_of(pid) for pid in pids]
+    for n, root in enumerate(places):
         assert root
+        seen.enter(root)
         seen.found((1, n), root)
-    assert seen.enter(pids[2]) is None
+    assert [root in seen for root in places] == [False, True, True], "the oldest is forgotten"
     assert seen.dwellers({(1, n) for n in range(3)}, pids) == {(1, 1): pids[1], (1, 2): pids[2]}
-    assert seen.enter(pids[1]) is None
-    assert seen.enter(pids[0]), "the oldest is forgotten"
-    assert seen.enter(pids[1]) is None, "a program has begun there since"
-    assert seen.enter(pids[2])
+    seen.enter(places[1])  # type: ignore[arg-type]
+    seen.enter(places[0])  # type: ignore[arg-type]
+    assert [root in seen for root in places] == [True, True, False], "a program has begun in the other since"
 
 
 @pytest.mark.parametrize("link", ["/etc", "../" * 20 + "etc"])

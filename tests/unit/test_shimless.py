@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fgpu_ebpf import health
+from fgpu_ebpf import health, procfs
 from fgpu_ebpf.shimless import LIST, Reason, Reasons, reason
 
 SHIM = Path(__file__).parents[2] / "build/shim/libfgpu.so"
@@ -75,6 +76,24 @@ def test_there_and_not_used(program: Any, reason_of: Any) -> None:
     assert reason_of(program("gcc"), LD_PRELOAD=str(SHIM)) is Reason.UNUSED
 
 
+def test_a_shim_that_is_none_of_ours(program: Any, tmp_path: Path) -> None:
+    """By what the file is, not by what it is called."""
+    copy = Path(shutil.copy(SHIM, tmp_path / "libfgpu.so"))
+    environment = {"LD_PRELOAD": str(copy)}
+    with subprocess.Popen([program("gcc")], stdin=-1, stdout=-1, env=environment) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"up\n"
+        ours = procfs.as_mapped(str(SHIM))
+        assert reason(process.pid, lambda *file: file == ours) is Reason.FOREIGN
+        assert Reasons(lambda *file: file == procfs.as_mapped(str(copy))).of(process.pid, 1) is Reason.UNUSED
+        hidden: set[int] = set()
+        reasons = Reasons(hidden=lambda: hidden)
+        assert reasons.of(process.pid, 1) is Reason.UNUSED
+        hidden.add(process.pid)
+        assert reasons.of(process.pid, 1) is Reason.HIDDEN, "that was found since"
+        process.communicate(b"\n", timeout=5)
+
+
 def test_gone() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -117,3 +136,18 @@ def test_doctor_names_tenant_reason_and_mend() -> None:
     assert (found.ok, found.found) == (False, "a (older), b (musl, static)")
     assert f"musl: {Reason.MUSL.words}; fgpu explain" in found.mend
     assert "not_mounted" not in found.mend
+
+
+def test_doctor_names_unknown_libraries_of_tenants_and_the_line_that_trusts_them() -> None:
+    def library(role: str, owner: str, letter: str = "") -> dict[str, Any]:
+        digest = f"sha256:{letter * 64}" if letter else ""
+        return {"path": f"/{letter}", "digest": digest, "role": role, "tenant": owner, "pids": [7, 8]}
+
+    assert health._libraries([], []).ok
+    known = health._libraries([library("listed", "a", "a"), library("unknown", "", "b")], [])
+    assert (known.ok, known.found) == (True, "the host's driver, and 1 trusted files"), "the other is no tenant's"
+    found = health._libraries(
+        [library("unknown", "a", "c"), library("unknown", "b"), library("listed", "a", "a")], ["sha256:x"]
+    )
+    assert (found.ok, found.found) == (False, "'/c' of process 7 in a, '/' of process 7 in b")
+    assert found.mend.endswith(f'write in agent.yaml: drivers: {{trusted: ["sha256:{"c" * 64}", "sha256:x"]}}')

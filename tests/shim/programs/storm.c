@@ -349,8 +349,8 @@ int main(int count, char **words)
     for (int t = 0; t < threads; t++) pthread_join(lives[t].thread, NULL);
     pthread_join(dozer, NULL);
     printf("{\"calls\": %lu, \"forks\": %lu, \"launches\": %lu, \"graphs\": %lu, \"hellos\": %lu, \"asked\": %lu, "
-           "\"refused\": %lu, \"changes\": %lu}\n",
+           "\"refused\": %lu, \"changes\": %lu, \"tagged\": %lu, \"patient\": %lu}\n",
            calls, forks, launches, captures, storm_counts.hellos, storm_counts.asked, storm_counts.refused,
-           storm_counts.changes);
+           storm_counts.changes, storm_counts.tagged, storm_counts.patient);
     return failed;
 }

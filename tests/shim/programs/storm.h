@@ -20,7 +20,7 @@
 extern _Atomic bool storm_over;
 
 struct storm_counts { /* that something happened at all */
-    _Atomic unsigned long hellos, asked, refused, changes;
+    _Atomic unsigned long hellos, asked, refused, changes, tagged, patient;
 };
 extern struct storm_counts storm_counts;
 

@@ -75,14 +75,26 @@ static bool fits(struct fgpu_usage *u, uint64_t bytes)
     return true;
 }
 
+/* A process's tag is its pid. */
+static void answer(unsigned kind, uint64_t ticket, uint64_t verdict)
+{
+    uint64_t slot = ticket & (FGPU_VERDICTS - 1);
+    if (kind & FGPU_TAGGED)
+        PUT(usage[0]->answers[slot], (uint64_t)getpid() << FGPU_TAG_SHIFT | (ticket & FGPU_TICKET_BITS) << 2 | verdict);
+    else
+        PUT(usage[0]->verdicts[slot], ticket << 2 | verdict);
+}
+
 static void admit(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket)
 {
-    bool is_hello = kind == FGPU_HELLO;
+    bool is_hello = (kind & FGPU_KIND_MASK) == FGPU_HELLO;
     bool granted = is_hello || (device < FGPU_DEVICES && fits(&usage[0]->devices[device], bytes));
     storm_counts.asked += !is_hello;
     storm_counts.refused += !granted;
     if (is_hello && getpid() == self) atomic_fetch_add(&mapped, 1);
-    PUT(usage[0]->verdicts[ticket & (FGPU_VERDICTS - 1)], ticket << 2 | (granted ? FGPU_ADMITTED : FGPU_REFUSED));
+    storm_counts.tagged += !!(kind & FGPU_TAGGED);
+    storm_counts.patient += !!(kind & FGPU_PATIENT);
+    answer(kind, ticket, granted ? FGPU_ADMITTED : FGPU_REFUSED);
 }
 
 /* Nobody frees by our books: what is given back is what was granted for pools. */
@@ -119,7 +131,16 @@ static void *new_page(const char *name, int *file)
     return page;
 }
 
-static int new_control(void)
+/* Every other page is of a gatekeeper that gives no tags. */
+static uint32_t tag_of(int peer)
+{
+    struct ucred of;
+    socklen_t size = sizeof of;
+    must(!getsockopt(peer, SOL_SOCKET, SO_PEERCRED, &of, &size), "peer");
+    return given % 2 ? (uint32_t)of.pid : 0;
+}
+
+static int new_control(uint32_t tag)
 {
     int file;
     struct fgpu_control_page *page = new_page("control", &file);
@@ -129,6 +150,7 @@ static int new_control(void)
     page->heartbeat_ns = now_ns();
     page->epoch = epoch;
     page->device_count = known;
+    page->tag = tag;
     memcpy(page->devices, devices, sizeof devices);
     for (int i = FIRST_INDEX; i < FIRST_INDEX + DEVICES; i++) page->gates[i] = gate;
     struct fgpu_control_page *before = atomic_exchange(&controls[atomic_fetch_add(&given, 1) % MOST_PAGES], page);
@@ -140,7 +162,7 @@ static void greet(int peer)
 {
     struct fgpu_hello hello;
     if (recv(peer, &hello, sizeof hello, 0) != sizeof hello) return;
-    int status, files[2 + LEVELS] = {new_control(), -1, usage_files[0], usage_files[1]};
+    int status, files[2 + LEVELS] = {new_control(tag_of(peer)), -1, usage_files[0], usage_files[1]};
     munmap(new_page("status", &status), FGPU_PAGE_BYTES);
     files[1] = status;
     struct fgpu_answer answer = {.magic = FGPU_MAGIC,
@@ -250,6 +272,11 @@ static void limit(struct fgpu_usage_page *pages, unsigned round)
         PUT(pages[1].devices[i].limit, 2 * LIMIT);
         if (!(round % 9)) PUT(pages[0].devices[i].used, 0); /* most of what was granted is free again by now */
     }
+    for (int i = FIRST_INDEX; i < FIRST_INDEX + DEVICES; i++) /* what is waited for, a moment each time */
+        for (int level = 0; level < LEVELS; level++) {
+            PUT(pages[level].orphaned[i], round % 3 ? LIMIT / (round % 5 + 1) : 0);
+            PUT(pages[level].orphaned_ns[i], now_ns() - 3950000000u);
+        }
     PUT(pages[0].flags, round % 6 ? 0 : FGPU_OBSERVE);
     PUT(pages[1].flags, round % 10 ? 0 : FGPU_OBSERVE);
 }

@@ -1,0 +1,229 @@
+"""Whether all memory that the device holds is charged: sharing, ends of processes, what the driver takes by itself.
+
+Each scenario (bench/charged_*.c) is a tenant of its own with a limit of 8 GiB. At each of its marks prints, in MiB, the
+device's memory in use since before the scenario and what the ledger has for the tenant, for how many milliseconds after
+the mark the ledger was lower, or higher, than the device's part, and NVML's rows by process. Then prints `charged_NAME
+VALUE UNIT`; writes build/bench/charged.json. 1 where both differ SECONDS after a mark, or where what is beyond the
+limit was not refused. Starts and stops the agent itself, unless one runs. Nothing else may use the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pynvml
+from memory import ROOT, BenchError, agent, end_in_order
+from tenants import Program, ask, ending, record
+
+MIB = 1 << 20
+LIMIT = 8 << 30
+DRIVER_REST = 64 * MIB  # of a context or of managed memory, which NVML shows of no process: facts of one H200
+ROUNDING = 2 * MIB
+PERIOD_SECONDS, SETTLED_SECONDS = 0.02, 0.3
+SCENARIOS = {
+    "shared": ("exp_fd", "exp_dead", "imp_dead", "ipc_free", "ipc_dead", "dma_buf", "pool_exp"),
+    "kept": ("fork_fd", "fork_managed", "scm", "exec_keep", "reuse", "leader"),
+    "alone": (
+        "stack", "lmem", "heap", "fifo", "globals", "managed", "hostreg", "streams", "graph_nodes", "reset", "contexts",
+        "graph_mem",
+    ),
+}  # fmt: skip
+PROGRAM_OF = {name: f"charged_{program}" for program, names in SCENARIOS.items() for name in names}
+REFUSED = {"exp_fd": "cuMemCreate returns 2", "stack": "cuCtxSetLimit returns 2"}
+
+
+@dataclass(slots=True)
+class Row:
+    """One mark. `lower_ms`, `higher_ms`: for how long after it the ledger was; `wrong`: what it still is at the end."""
+
+    text: str
+    device: int = 0
+    rows: str = ""
+    ledger: int = 0
+    lower_ms: float = 0.0
+    higher_ms: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        """As it is printed."""
+        times = f"lower {self.lower_ms:4.0f} ms, higher {self.higher_ms:4.0f} ms"
+        wrong = f"  <-- {', '.join(self.wrong)}" if self.wrong else ""
+        return f"   {self.text:<48} {self.device:>7} {self.ledger:>7}  {times}  {self.rows}{wrong}"
+
+
+def device_bytes() -> int:
+    """Memory in use on device 0."""
+    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+
+
+def rows_of(roles: dict[int, str]) -> str:
+    """What NVML shows of each process on device 0."""
+    found = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+    shown = [f"{roles.get(p.pid, p.pid)}:{(p.usedGpuMemory or 0) // MIB}" for p in sorted(found, key=lambda p: p.pid)]
+    return " ".join(shown) or "none"
+
+
+def tenant_bytes(name: str) -> int:
+    """What the ledger has for a tenant, whose cgroup may be gone, on device 0."""
+    tenants = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == name or t["tenant"].startswith(f"{name}-")]
+    return sum(int(tenant["devices"][0]["used_bytes"]) for tenant in tenants)
+
+
+def bypasses(name: str) -> int:
+    """How many processes of a tenant are named as bypassing."""
+    return sum(sum(t["bypassing"].values()) for t in ask(verb="snapshot")["tenants"] if t["tenant"] == name)
+
+
+class Scenario:
+    """One scenario in a tenant, and the rows of its marks."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self._name, self._seconds = name, seconds
+        self._tenant = f"charged-{name.replace('_', '-')}"
+        self._victim = f"{self._tenant}-victim"
+        self._notes: list[str] = []
+        self.rows: list[Row] = []
+        self._before = device_bytes()
+
+    def run(self) -> None:
+        """Prints its rows as they come. BenchError: it did not come to its end."""
+        with ending() as programs:
+            program = Program([str(ROOT / "build/bench" / PROGRAM_OF[self._name]), self._name], LIMIT, self._tenant)
+            programs.append(program)
+            threading.Thread(target=program.process.wait, daemon=True).start()  # its parent must reap it
+            print(f"== {self._name}", flush=True)
+            while self._answer(program, programs):
+                pass
+        self._look("after its end", {}, 0)
+        refused = REFUSED.get(self._name)
+        if refused and not any(note.startswith(refused) for note in self._notes):
+            self.rows[-1].wrong.append(f"no {refused}")
+            print(f"   <-- no {refused}")
+
+    def _answer(self, program: Program, programs: list[Program]) -> bool:
+        kind, text, roles, host = program.hear(20).split("|")
+        if kind == "note":
+            self._notes.append(text)
+            print(f"   . {text}", flush=True)
+        if kind == "reuse":
+            programs.append(self._reuse(int(roles.split()[0].partition("=")[2])))
+        if kind == "mark":
+            pids = {int(pid): role for role, _, pid in (part.partition("=") for part in roles.split())}
+            self._look(text, pids, int(host))
+            program.say("")
+        return kind != "end"
+
+    def _look(self, text: str, roles: dict[int, str], host: int) -> None:
+        """Follows device and ledger until they have agreed for a while, or the time is over."""
+        row, begun = Row(text), time.monotonic()
+        agreed = None
+        while True:
+            row.device, row.ledger = (device_bytes() - self._before) // MIB, tenant_bytes(self._tenant) // MIB
+            now = time.monotonic()
+            lower = row.device - row.ledger > DRIVER_REST // MIB
+            higher = row.ledger - row.device > (ROUNDING + host) // MIB
+            row.lower_ms = 1000 * (now - begun) if lower else row.lower_ms
+            row.higher_ms = 1000 * (now - begun) if higher else row.higher_ms
+            agreed = None if lower or higher else agreed or now
+            if (agreed and now - agreed >= SETTLED_SECONDS) or now - begun >= self._seconds:
+                break
+            time.sleep(PERIOD_SECONDS)
+        row.rows = rows_of(roles)
+        row.wrong = [word for word, is_so in (("lower", lower), ("higher", higher)) if is_so] + self._harmed()
+        self.rows.append(row)
+        print(row.line(), flush=True)
+
+    def _harmed(self) -> list[str]:
+        """What another tenant has of it, if there is one: it must have nothing."""
+        charged = sum(
+            t["devices"][0]["used_bytes"] for t in ask(verb="snapshot")["tenants"] if t["tenant"] == self._victim
+        )
+        harm = [f"another tenant is charged {charged // MIB}"] if charged else []
+        return [*harm, "another tenant is named"] if bypasses(self._victim) else harm
+
+    def _reuse(self, pid: int) -> Program:
+        """A process of another tenant that has this pid, which has ended. BenchError: it was not to be had."""
+        for _ in range(100):
+            Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+            victim = Program(["sleep", "60"], MIB, self._victim)
+            if victim.process.pid == pid:
+                time.sleep(1.0)  # until it is a tenant
+                return victim
+            victim.end()
+        raise BenchError(f"pid {pid} is another's")
+
+
+def measure(names: list[str], seconds: float) -> dict[str, list[Row] | str]:
+    """All scenarios, one after the other; of one that fails, why."""
+    found: dict[str, list[Row] | str] = {}
+    print(f"{'MiB since before':<52}{'device':>7} {'ledger':>7}")
+    for name in names:
+        scenario = Scenario(name, seconds)
+        try:
+            scenario.run()
+            found[name] = scenario.rows
+        except (BenchError, OSError, subprocess.SubprocessError) as error:
+            print(f"   <-- failed: {error}", flush=True)
+            found[name] = f"{error}"
+    return found
+
+
+def report(found: dict[str, list[Row] | str]) -> int:
+    """The figures; 1 where a bar is missed."""
+    rows = [row for said in found.values() if not isinstance(said, str) for row in said]
+    failed = sum(isinstance(said, str) for said in found.values())
+    wrong = sum(bool(row.wrong) for row in rows)
+    lines: dict[str, tuple[float, str]] = {
+        "charged_scenarios": (len(found), "of them failed: " + str(failed)),
+        "charged_rows": (len(rows), "marks"),
+        "charged_wrong": (wrong, "marks"),
+        "charged_lower_longest": (max((row.lower_ms for row in rows), default=0.0), "ms"),
+        "charged_higher_longest": (max((row.higher_ms for row in rows), default=0.0), "ms"),
+    }
+    record("charged", lines)
+    return 1 if wrong or failed else 0
+
+
+@contextlib.contextmanager
+def service(given: argparse.Namespace) -> Iterator[None]:
+    """The agent, unless one runs."""
+    if given.running:
+        end_in_order()
+        yield
+        return
+    with agent(["--driver-root", given.driver_root, "--shim", str(given.shim)]):
+        yield
+
+
+def main() -> int:
+    """Reads the command line, measures, prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("scenarios", nargs="*", help=f"of {', '.join(PROGRAM_OF)}")
+    parser.add_argument("--seconds", type=float, default=1.0, help="in which device and ledger must agree")
+    parser.add_argument("--running", action="store_true", help="an agent runs already")
+    parser.add_argument("--driver-root", default="/")
+    parser.add_argument("--shim", type=Path, default=ROOT / "build/shim/libfgpu.so")
+    given = parser.parse_args()
+    unknown = set(given.scenarios) - set(PROGRAM_OF)
+    if unknown:
+        parser.error(f"no scenario {', '.join(sorted(unknown))}")
+    try:
+        pynvml.nvmlInit()
+        with service(given):
+            found = measure(given.scenarios or list(PROGRAM_OF), given.seconds)
+    except (BenchError, OSError, pynvml.NVMLError) as error:
+        print(f"bench charged: {error}", file=sys.stderr)
+        return 1
+    return report(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

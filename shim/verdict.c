@@ -1,0 +1,60 @@
+/*
+ * verdict.c: one question to the kernel's probe, and its answer on the usage page. Owns nothing; reads the pages.
+ *
+ * Processes of one level share the page and its slots. A tagged answer is found where the kernel's program alone chose
+ * the tag, so no process can have written what this one waits for. A control page without a tag is of a gatekeeper that
+ * is older: then the answer is the ticket alone.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "shim.h"
+
+#define ASKS 64
+
+#ifdef __x86_64__
+#define RELAX() __builtin_ia32_pause()
+#else
+#define RELAX() __asm__ volatile("yield")
+#endif
+
+/* Two threads that ask in one slot at one pace may each overwrite what the other is about to read, again and again:
+ * each waits for a time of its own, longer every time, and in the end asleep. */
+static void step_aside(uint64_t ticket, int asked)
+{
+    uint64_t random = (ticket + (uint64_t)asked) * 0x9e3779b97f4a7c15ULL >> 32;
+    if (asked < ASKS / 2) {
+        for (uint64_t i = random & ((1u << (asked < 8 ? asked : 8)) - 1); i; i--) RELAX();
+        return;
+    }
+    int saved = errno;
+    struct timespec moment = {0, 20000 + (long)(random & 0x1ffff)};
+    syscall(SYS_nanosleep, &moment, NULL);
+    errno = saved;
+}
+
+/* An answer to this very ticket, or FGPU_AGAIN. `tag` 0: of a question without one. */
+static int answer(const struct fgpu_usage_page *page, uint64_t ticket, uint64_t tag)
+{
+    const uint64_t *slots = (const uint64_t *)(tag ? page->answers : page->verdicts);
+    uint64_t wanted = tag ? tag << (FGPU_TAG_SHIFT - 2) | (ticket & FGPU_TICKET_BITS) : ticket;
+    uint64_t word = __atomic_load_n(&slots[ticket & (FGPU_VERDICTS - 1)], __ATOMIC_RELAXED);
+    return LIKELY(word >> 2 == wanted) ? (int)(word & 3) : FGPU_AGAIN;
+}
+
+/* The probe runs inside fgpu_admit_here. Where another thread or process has written the slot since, the same ticket is
+ * asked again, and the kernel answers it as before. The tag is read each time: a page may have another one by now. */
+int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket)
+{
+    for (int i = 0; i < ASKS; i++) {
+        step_aside(ticket, i);
+        uint64_t tag = __atomic_load_n(&view.control->tag, __ATOMIC_RELAXED);
+        fgpu_admit_here(device, bytes, tag ? kind | FGPU_TAGGED : kind, ticket);
+        int verdict = answer(view.usage, ticket, tag);
+        if (LIKELY(verdict != FGPU_AGAIN)) return verdict;
+    }
+    return -1;
+}

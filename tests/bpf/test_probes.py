@@ -1,0 +1,112 @@
+"""Probes as a later agent finds them: names of pinned links say what each file is, and where its breakpoints are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Kernel
+
+from fgpu_ebpf import breakpoints, pages, probe_plan, probes
+from fgpu_ebpf.library_class import Role, Stamp
+from fgpu_ebpf.library_files import Target
+from fgpu_ebpf.mappings import File
+
+ROLES = [Role.HOST, Role.LISTED, Role.UNKNOWN]
+
+
+@pytest.fixture
+def library(kernel: Kernel, tmp_path: Path) -> Iterator[Target]:
+    """Another file with the tests' driver in it. Its probes end with the test."""
+    target = Target.of(shutil.copy(kernel.driver, tmp_path / "libcuda.so.1"))
+    yield target
+    kernel.probes.let_go((target.dev, target.ino))
+
+
+def later(kernel: Kernel) -> probes.Probes:
+    """What an agent has that starts now."""
+    return probes.Probes(kernel.pins, kernel.probes._digest, kernel.ledger)
+
+
+def file_of(target: Target) -> File:
+    return target.dev, target.ino
+
+
+def pinned(kernel: Kernel, target: Target) -> set[str]:
+    return {path.name for path in (kernel.pins / "links").glob(f"*-{target.dev:x}-{target.ino:x}-*")}
+
+
+def cookies(target: Target, role: Role) -> set[int]:
+    fd = target.open()
+    try:
+        plan = probe_plan.plan(fd, target.path, role)
+    finally:
+        os.close(fd)
+    return {cookie for _, places, _ in plan.programs for _, cookie in places}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_later_agent_finds_what_each_file_is_and_where_its_breakpoints_are(
+    kernel: Kernel, library: Target, role: Role
+) -> None:
+    kernel.probes.attach(library, role)
+    before = kernel.probes.of(file_of(library))
+    assert before
+    assert {cookie >> pages.CLASS_SHIFT for cookie in cookies(library, role)} == {ROLES.index(role)}
+    found = later(kernel).of(file_of(library))
+    assert found
+    assert (found.role, found.check, found.pinned, found.stamp) == (role, before.check, before.pinned, None)
+    assert kernel.ledger.file_check(*file_of(library)) == before.check > breakpoints.UNCHECKED
+    fd = library.open()
+    assert breakpoints.is_set_in_new_mappings(fd, found.check)
+    os.close(fd)
+
+
+def test_a_file_that_is_something_else_now_is_attached_anew(kernel: Kernel, library: Target) -> None:
+    kernel.probes.attach(library, Role.LISTED)
+    before = pinned(kernel, library)
+    agent = later(kernel)
+    agent.attach(library, Role.LISTED)
+    assert pinned(kernel, library) == before, "it has them already"
+    agent.attach(library, Role.UNKNOWN)
+    now = pinned(kernel, library)
+    assert not now & before
+    found = later(kernel).of(file_of(library))
+    assert found
+    assert found.role is Role.UNKNOWN
+
+
+def test_links_that_are_not_all_there_are_removed(kernel: Kernel, library: Target) -> None:
+    kernel.probes.attach(library, Role.LISTED)
+    next((kernel.pins / "links").glob(f"*-{library.dev:x}-{library.ino:x}-*-call_enter")).unlink()
+    agent = later(kernel)
+    assert agent.of(file_of(library)) is None
+    assert not pinned(kernel, library)
+    assert kernel.ledger.file_check(*file_of(library)) is None
+
+
+def test_names_that_no_agent_gives_are_removed(kernel: Kernel, library: Target) -> None:
+    stranger = kernel.pins / "links" / f"{kernel.probes._digest}-a-b-all3"  # of an agent before there were classes
+    stranger.mkdir()
+    later(kernel)
+    assert not stranger.exists()
+
+
+def test_probes_of_two_inodes_are_kept_beside_one_another(kernel: Kernel, library: Target) -> None:
+    """The last ones say where processes that start have the breakpoint; those before go when there are too many."""
+    kernel.probes.attach(library, Role.UNKNOWN)
+    fd = library.open()
+    plan, stamp = probe_plan.plan(fd, library.path, Role.UNKNOWN), Stamp.of(fd)
+    for _ in range(probes.MOST_BESIDE + 3):
+        kernel.probes.enter(library, plan, kernel.probes.make(fd, plan), stamp, beside=True)
+    marks = {name for name in pinned(kernel, library) if "-all" in name}
+    assert len(marks) == probes.MOST_BESIDE
+    agent = later(kernel)
+    assert len(agent._files[file_of(library)]) == probes.MOST_BESIDE
+    agent.enter(library, plan, agent.make(fd, plan), stamp)
+    assert len({name for name in pinned(kernel, library) if "-all" in name}) == 1
+    os.close(fd)
+    kernel.probes._files.update(agent._files)

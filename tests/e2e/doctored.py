@@ -1,0 +1,71 @@
+"""Libraries that a tenant has made of the driver's: other names for its functions, as a loader takes them.
+
+Owns: the format, as much of it as renaming exported functions takes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+_DYNAMIC, _STRTAB, _SYMTAB, _GNU_HASH = 2, 5, 6, 0x6FFFFEF5
+_SYMBOL_BYTES = 24
+
+
+def with_other_names(library: bytes, names: Mapping[str, str]) -> bytes:
+    """The library with these exported functions under other names, which are no longer."""
+    text = bytearray(library)
+    tables = _dynamic(text)
+    strings, symbols, table = (_offset(text, tables[tag]) for tag in (_STRTAB, _SYMTAB, _GNU_HASH))
+    buckets, first, words = struct.unpack_from("<3I", text, table)
+    count = _count(text, table, buckets, first, words)
+    places = [struct.unpack_from("<I", text, symbols + n * _SYMBOL_BYTES)[0] for n in range(count)]
+    for name, other in names.items():
+        at = text.index(b"\0" + name.encode() + b"\0", strings) + 1
+        assert len(other) <= len(name)
+        assert not any(at - strings < place <= at - strings + len(name) for place in places), "others end on this name"
+        text[at : at + len(name)] = other.encode().ljust(len(name), b"\0")
+    _hash_anew(text, table, first, words, [_name(text, strings + place) for place in places[first:]])
+    return bytes(text)
+
+
+def _dynamic(text: bytes) -> dict[int, int]:
+    at, count = struct.unpack_from("<Q", text, 0x20)[0], struct.unpack_from("<H", text, 56)[0]
+    rows = [struct.unpack_from("<IIQQQQ", text, at + 56 * n) for n in range(count)]
+    offset, size = next((row[2], row[5]) for row in rows if row[0] == _DYNAMIC)
+    return dict(struct.iter_unpack("<QQ", text[offset : offset + size]))
+
+
+def _offset(text: bytes, address: int) -> int:
+    at, count = struct.unpack_from("<Q", text, 0x20)[0], struct.unpack_from("<H", text, 56)[0]
+    rows = [struct.unpack_from("<IIQQQQ", text, at + 56 * n) for n in range(count)]
+    return next(row[2] + address - row[3] for row in rows if row[0] == 1 and row[3] <= address < row[3] + row[5])
+
+
+def _count(text: bytes, table: int, buckets: int, first: int, words: int) -> int:
+    """How many dynamic symbols there are: the last chain ends with the last of them."""
+    at = table + 16 + words * 8
+    last = max(struct.unpack_from(f"<{buckets}I", text, at))
+    while not struct.unpack_from("<I", text, at + 4 * (buckets + last - first))[0] & 1:
+        last += 1
+    return last + 1
+
+
+def _name(text: bytes, at: int) -> bytes:
+    return bytes(text[at : text.index(b"\0", at)])
+
+
+def _hash_anew(text: bytearray, table: int, first: int, words: int, names: list[bytes]) -> None:
+    """One bucket with all of them, in place of many: no more room than before."""
+    struct.pack_into("<I", text, table, 1)
+    text[table + 16 : table + 16 + words * 8] = b"\xff" * (words * 8)
+    chain = [_hash(name) & ~1 for name in names]
+    chain[-1] |= 1
+    struct.pack_into(f"<{1 + len(chain)}I", text, table + 16 + words * 8, first, *chain)
+
+
+def _hash(name: bytes) -> int:
+    value = 5381
+    for byte in name:
+        value = (value * 33 + byte) & 0xFFFFFFFF
+    return value

@@ -1,0 +1,121 @@
+"""A libcuda that overlayfs copies up while programs use it: (dev, ino) stay as they are, and the probes with them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import CONTEXT, MIB, SIM, Client, Container, Place, Service, Tenant, eventually, fgpu, metrics
+
+COMPAT = "/usr/local/cuda/compat"
+ROOM = 96 * MIB
+
+
+@pytest.fixture
+def layers(place: Place, tmp_path: Path) -> Iterator[Path]:
+    """The driver's libraries in the lower layer of an overlay, which a container has as its compatibility libraries."""
+    names = ("lower", "upper", "work", "merged")
+    for name in names:
+        (tmp_path / name).mkdir()
+    driver = (SIM / "lib/libcuda.so.1").read_bytes()
+    (tmp_path / "lower/libcuda.so.1").write_bytes(driver + b"another")  # not the host's: what it is does not change
+    options = ",".join(f"{name}dir={tmp_path / name}" for name in names[:3])
+    merged = tmp_path / "merged"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", merged], check=True)
+    if isinstance(place, Container):
+        place.mounts = [
+            {"source": "tmpfs", "destination": "/usr/local", "type": "tmpfs"},
+            {"source": str(merged), "destination": COMPAT, "type": "bind", "options": ["bind", "rw"]},
+        ]
+    yield merged
+    place.close()
+    subprocess.run(["umount", "--lazy", merged], check=True)
+
+
+def before(place: Place, layers: Path) -> str:
+    """What a program is started with."""
+    return f"env LD_LIBRARY_PATH={COMPAT if isinstance(place, Container) else layers}:{SIM}/lib"
+
+
+def copy_up(layers: Path) -> None:
+    """As `: >>libcuda.so.1` in the container does."""
+    library = layers / "libcuda.so.1"
+    was = library.stat()
+    with library.open("ab"):
+        pass
+    assert (layers.parent / "upper/libcuda.so.1").exists()
+    assert (was.st_dev, was.st_ino) == (library.stat().st_dev, library.stat().st_ino), "it is told by neither"
+
+
+def take(client: Client, pieces: int) -> list[int]:
+    """So many pieces of 2 MiB."""
+    return [client.ok(f"alloc {2 * MIB}")[0] for _ in range(pieces)]
+
+
+def bypasses(one: Tenant) -> dict[str, float]:
+    """How its processes go around the shim, and how many of them do."""
+    mine = {k: v for k, v in metrics().items() if k[0] == "fgpu_bypassing_processes" and ("tenant", one.name) in k[1]}
+    return {dict(labels)["how"]: value for (_, labels), value in mine.items() if value}
+
+
+@pytest.mark.places("host", "runc")
+def test_programs_that_start_after_it_have_their_limit_from_the_first_byte(layers: Path, place: Place, tenant) -> None:
+    one = tenant(2 * CONTEXT + ROOM)
+    one.assert_enforced()
+    first = one.client(before=before(place, layers))
+    pieces = take(first, 5)
+    copy_up(layers)
+    second = one.client(before=before(place, layers))
+    with one.growing(ROOM - 10 * MIB):
+        assert second.ok(f"fill {2 * MIB} 0") == [(ROOM - 10 * MIB) // (2 * MIB)]
+    for piece in pieces:  # the probes of the first are where they were
+        first.ok(f"free {piece}")
+    eventually(lambda: one.assert_exact() == 2 * CONTEXT + ROOM - 10 * MIB, 3, "what NVML shows of them")
+    assert second.ok(f"fill {2 * MIB} 0") == [5]
+    second.ok("drop 7")
+    eventually(lambda: one.assert_exact() == 2 * CONTEXT + ROOM - 14 * MIB, 3, "what NVML shows of them")
+    assert one.memory()["peak_bytes"] == 2 * CONTEXT + ROOM
+    assert not bypasses(one)
+
+
+@pytest.mark.places("host")
+def test_an_agent_that_starts_later_keeps_the_probes_of_both_inodes(
+    service: Service, layers: Path, place: Place, tenant
+) -> None:
+    """Their links are pinned: the host sees these files too."""
+    one = tenant(2 * CONTEXT + ROOM)
+    clients = [one.client(before=before(place, layers))]
+    clients[0].ok("context")
+    copy_up(layers)
+    clients.append(one.client(before=before(place, layers)))
+    clients[1].ok("context")
+    service.kill_agent()
+    service.start_agent()
+    for client in clients:
+        with one.growing(10 * MIB):
+            take(client, 5)
+    assert one.assert_exact() == 2 * CONTEXT + 20 * MIB
+    assert not bypasses(one)
+
+
+@pytest.mark.places("runc")
+def test_a_process_whose_file_cannot_be_reached_any_more_gets_no_memory_and_is_named(
+    service: Service, layers: Path, place: Place, tenant
+) -> None:
+    """It has mapped the file of the lower layer, which no path leads to, before any agent saw that."""
+    one = tenant(2 * CONTEXT + ROOM)
+    service.kill_agent()
+    client = one.client(before=before(place, layers))
+    copy_up(layers)
+    service.start_agent()
+    assert client.do("context").startswith("CUDA_ERROR_OUT_OF_MEMORY")
+    log = eventually(
+        lambda: [line for line in service.log.read_text().splitlines() if f"process {client.pid}:" in line]
+    )
+    assert "not probed" in log[0]
+    assert "its layer was changed after it was mapped" in log[0]
+    assert one.memory()["used_bytes"] == one.driver() == 0
+    one.client(before=before(place, layers)).ok("context")  # others have what the layer holds now
+    assert "enforcement: kernel" in fgpu("explain", one.path).stdout

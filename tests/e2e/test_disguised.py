@@ -1,0 +1,225 @@
+"""Libraries that are not what their names say, and what each of them is believed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from doctored import with_other_names
+from harness import BUILD, CONTEXT, MIB, SHIM, SIM, Client, Program, Service, Tenant, eventually, fgpu, metrics
+from kernel_kit import is_probed
+
+BYPASS = f"{BUILD}/e2e/bypass"
+ROOM = 96 * MIB
+DRIVER = (SIM / "lib/libcuda.so.1").resolve()
+MEMORY = """
+import os, sys
+fd = os.memfd_create("x", 0)
+os.write(fd, open(sys.argv[1], "rb").read())
+os.execv(sys.argv[2], [*sys.argv[2:], f"/proc/self/fd/{fd}"])
+"""
+
+
+class Calls(Client):
+    """A program that understands `alloc`, started by any command."""
+
+    def __init__(self, tenant: Tenant, name: str, command: str) -> None:
+        Program.__init__(self, tenant, name, command)
+        tenant._programs.append(self)
+        self._hello()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """That every process of the test's tenants can read."""
+    tmp_path.chmod(0o755)
+    place = tmp_path / "own"
+    place.mkdir()
+    return place
+
+
+def shortly(look, what: str) -> None:  # type: ignore[no-untyped-def]
+    eventually(look, 5, what)
+
+
+def log_of(service: Service, since: int = 0) -> str:
+    return service.log.read_bytes()[since:].decode()
+
+
+# -- S8: what has the names of both
+
+
+@pytest.mark.places("host")
+def test_a_driver_with_the_shim_s_functions_is_probed_as_a_driver(tenant, folder: Path) -> None:
+    """In it the functions of the shim are others of the driver's: what makes a shim is what this host has published."""
+    names = {"cuDeviceGetLuid": "fgpu_admit", "cuDeviceGetByPCIBusId": "fgpu_release"}
+    library = folder / "libcuda.so.1"
+    library.write_bytes(with_other_names(DRIVER.read_bytes(), names))
+    said = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout
+    assert "T fgpu_admit" in said
+    one = tenant(CONTEXT + ROOM)
+    one.assert_enforced()
+    client = one.client(before=f"env LD_LIBRARY_PATH={folder}")
+    with one.growing(ROOM):
+        assert client.ok(f"fill {2 * MIB} 0") == [ROOM // (2 * MIB)]
+    assert one.assert_exact() == CONTEXT + ROOM
+    assert not one.view()["bypassing"]
+
+
+@pytest.mark.places("cgroups")
+def test_a_copy_of_a_published_shim_is_one_until_it_is_changed(service: Service, tenant, folder: Path) -> None:
+    """As an image carries it: what is believed are its contents."""
+    copy = Path(shutil.copy(SHIM, folder / "libfgpu.so"))
+    one = tenant(CONTEXT + ROOM)
+    one.assert_enforced()
+    client = one.client(before=f"env LD_PRELOAD={copy}")
+    with one.growing(ROOM):
+        assert client.ok(f"fill {2 * MIB} 0") == [ROOM // (2 * MIB)]
+    assert not one.view()["bypassing"]
+    assert f"probed '{copy}' as SHIM" in log_of(service)
+    with copy.open("ab") as file:
+        file.write(b"\0")
+    shortly(lambda: f"probed '{copy}' as UNKNOWN" in log_of(service), "its end as a shim")
+
+
+@pytest.mark.places("cgroups")
+def test_a_shim_that_this_host_has_not_published_is_none(tenant, folder: Path) -> None:
+    """Its admissions count for nothing: its process is one without the shim, and the reason is named."""
+    source = folder / "foreign.c"
+    source.write_text("void fgpu_admit(void) {}\nvoid fgpu_release(void) {}\n")
+    foreign = folder / "libfgpu.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", foreign, source], check=True, timeout=30)
+    one = tenant(CONTEXT + ROOM)
+    client = Calls(one, "foreign", f"env LD_PRELOAD={foreign} {BYPASS} lies")
+    assert client.do(f"alloc {10 * MIB}") == "ok"
+    key = "fgpu_shimless_processes", frozenset({("tenant", one.name), ("reason", "foreign")})
+    shortly(lambda: metrics().get(key) == 1, "the reason")
+    assert one.view()["bypassing"] == {"no_admission": 1}
+    assert one.assert_exact() == CONTEXT + 10 * MIB
+    assert "foreign: their libfgpu.so is none that this host has published" in fgpu("explain", one.path).stdout
+
+
+# -- S1: a copy under another name
+
+
+def renamed(folder: Path) -> str:
+    return f"{BYPASS} symbols {shutil.copy(DRIVER, folder / 'x.so')}"
+
+
+def renamed_within(folder: Path) -> str:
+    """Nor does it call itself libcuda."""
+    other = DRIVER.read_bytes().replace(b"\0libcuda.so.1\0", b"\0libother.so1\0")
+    assert other != DRIVER.read_bytes()
+    (folder / "x.so").write_bytes(other)
+    return f"{BYPASS} symbols {folder}/x.so"
+
+
+def without_sections(folder: Path) -> str:
+    """As no linker makes it, and loaders take it."""
+    text = bytearray(DRIVER.read_bytes())
+    text[0x28:0x30], text[58:64] = bytes(8), bytes(6)
+    (folder / "x.so").write_bytes(text)
+    return f"{BYPASS} symbols {folder}/x.so"
+
+
+def in_memory(folder: Path) -> str:
+    (folder / "memory.py").write_text(MEMORY)
+    return f"{sys.executable} {folder}/memory.py {DRIVER} {BYPASS} symbols"
+
+
+@pytest.mark.timed
+@pytest.mark.places("host")
+@pytest.mark.parametrize("how", [renamed, renamed_within, without_sections, in_memory])
+def test_a_copy_under_another_name_is_witnessed_once_nvml_shows_what_it_took(
+    service: Service, tenant, folder: Path, how
+) -> None:  # type: ignore[no-untyped-def]
+    one = tenant(2 * CONTEXT + 4 * ROOM)
+    one.assert_enforced()
+    said = service.log.stat().st_size
+    client = Calls(one, "copy", how(folder))
+    assert client.do(f"alloc {10 * MIB}") == "ok"
+    shortly(lambda: re.search(r"probed '(\S+/x\.so|/memfd:x)' as", log_of(service, said)), "its probes")
+    before = one.memory()["witnessed_bytes"]
+    assert client.do(f"alloc {50 * MIB}") == "ok"
+    assert one.memory()["witnessed_bytes"] == before + 50 * MIB
+    shortly(lambda: one.view()["bypassing"] == {"no_admission": 1}, "its name")
+    assert one.assert_exact() == CONTEXT + 60 * MIB
+
+
+@pytest.mark.places("host")
+def test_a_copy_that_was_deleted_is_probed_like_any_other(service: Service, tenant, folder: Path) -> None:
+    one = tenant(2 * CONTEXT + ROOM)
+    said = service.log.stat().st_size
+    client = Calls(one, "deleted", renamed(folder))
+    (folder / "x.so").unlink()
+    assert client.do(f"alloc {10 * MIB}") == "ok"
+    shortly(lambda: f"probed '{folder}/x.so' as" in log_of(service, said), "its probes")
+    assert client.do(f"alloc {10 * MIB}") == "ok"
+    assert one.assert_exact() == CONTEXT + 20 * MIB
+
+
+# -- classes
+
+
+def doctor() -> dict[str, object]:
+    """Its line about libraries."""
+    found = json.loads(fgpu("doctor", "--driver-root", SIM, "--json", check=False).stdout)
+    return next(check for check in found if check["name"] == "libraries")
+
+
+@pytest.fixture
+def settings(service: Service):  # type: ignore[no-untyped-def]
+    """The host's settings, which are as before after the test."""
+    before = service.config.read_text()
+    yield service.config
+    service.config.write_text(before)
+    service.kill_agent()
+    service.start_agent()
+
+
+@pytest.mark.places("host")
+def test_an_unknown_library_is_named_and_trusted_once_it_is_listed(
+    service: Service, tenant, folder: Path, settings: Path
+) -> None:
+    library = folder / "libcuda.so.1"
+    library.write_bytes(DRIVER.read_bytes() + b"another")
+    one = tenant(CONTEXT + ROOM)
+    client = one.client(before=f"env LD_LIBRARY_PATH={folder}")
+    client.ok("context")
+    digest = subprocess.run(["sha256sum", library], capture_output=True, text=True, check=True).stdout.split()[0]
+    line = f'drivers: {{trusted: ["sha256:{digest}"]}}'
+    shortly(lambda: line in str(doctor()["mend"]), "the line to paste")
+    assert doctor()["found"] == f"'{library}' of process {client.pid} in {one.name}"
+    assert f"probed '{library}' as UNKNOWN" in log_of(service)
+    settings.write_text(f"{settings.read_text()}{line}\n")
+    service.kill_agent()
+    said = service.log.stat().st_size
+    service.start_agent()
+    shortly(lambda: f"probed '{library}' as LISTED" in log_of(service, said), "its probes as another")
+    assert doctor()["ok"]
+    with one.growing(ROOM):
+        assert client.ok(f"fill {2 * MIB} 0") == [ROOM // (2 * MIB)]
+    service.kill_agent()
+    said = service.log.stat().st_size
+    service.start_agent()
+    shortly(lambda: "1 trusted" in str(doctor()["found"]), "what an agent finds that starts later")
+    assert "as LISTED" not in log_of(service, said), "its links are pinned, and their names say what they are"
+    with library.open("ab") as file:
+        file.write(b"\0")
+    shortly(lambda: f"probed '{library}' as UNKNOWN" in log_of(service, said), "the end of its trust")
+    client.ok("drop 5")
+    assert is_probed(library)
+
+
+@pytest.mark.places("host")
+def test_a_copy_of_the_host_s_driver_is_trusted(service: Service, tenant, folder: Path) -> None:
+    library = Path(shutil.copy(DRIVER, folder / "libcuda.so.1"))
+    one = tenant(CONTEXT + ROOM)
+    one.client(before=f"env LD_LIBRARY_PATH={folder}").ok("context")
+    shortly(lambda: f"probed '{library}' as LISTED" in log_of(service), "its class")
+    assert doctor()["ok"]

@@ -1,0 +1,217 @@
+"""A file counts as probed for a process only where the process's own memory has the breakpoint."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Keeper
+from hello_client import Child, hello, in_cgroup, until
+
+from fgpu_ebpf import bpf, breakpoints, pages, procfs
+from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.mappings import File
+
+Make = Callable[..., Path]
+PUSH, PAGE = b"\x55", mmap.PAGESIZE
+CHECK = PAGE + 23  # a probed instruction: the file's second page
+LIBC = ctypes.CDLL(None)
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+HOLD = """
+import mmap, os, sys
+with open(sys.argv[1], "rb") as file:
+    held = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """Three pages of an instruction that can be probed."""
+    path = tmp_path / "libcuda.so.1"
+    path.write_bytes(PUSH * (3 * PAGE))
+    return path
+
+
+@pytest.fixture
+def probe() -> Iterator[Callable[..., None]]:
+    """Puts a breakpoint into a file."""
+    events: list[int] = []
+    yield lambda path, at=CHECK: events.append(bpf.open_uprobe(str(path), at, False))
+    for event in events:
+        os.close(event)
+
+
+def file_of(path: Path) -> File:
+    return procfs.as_mapped(str(path))
+
+
+def map_file(path: Path, flags: int = mmap.MAP_PRIVATE, offset: int = 0, bytes_: int = 3 * PAGE) -> None:
+    """Until this process ends."""
+    protection = mmap.PROT_READ | mmap.PROT_EXEC
+    with path.open("rb") as file:
+        assert LIBC.mmap(None, bytes_, protection, flags, file.fileno(), offset) not in (None, 2**64 - 1)
+
+
+def privately(path: Path) -> None:
+    map_file(path)
+
+
+def twice(path: Path) -> None:
+    map_file(path, bytes_=PAGE)
+    map_file(path, offset=PAGE, bytes_=PAGE)
+
+
+def shared(path: Path) -> None:
+    map_file(path, mmap.MAP_SHARED)
+
+
+def in_part(path: Path) -> None:
+    """All but the page with the breakpoint."""
+    map_file(path, bytes_=PAGE)
+
+
+def once_good_once_shared(path: Path) -> None:
+    map_file(path)
+    map_file(path, mmap.MAP_SHARED)
+
+
+def written_over(path: Path) -> None:
+    """As a process may do with its own memory: the instruction is as it was."""
+    with path.open("rb") as file:
+        at = LIBC.mmap(None, 3 * PAGE, mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_PRIVATE, file.fileno(), 0)
+    assert LIBC.mprotect(ctypes.c_void_p(at), 3 * PAGE, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) == 0
+    assert ctypes.string_at(at + CHECK, 1) == breakpoints.CODE
+    ctypes.memmove(at + CHECK, PUSH, 1)
+
+
+def too_often(path: Path) -> None:
+    for _ in range(breakpoints.MOST_MAPPINGS + 1):
+        map_file(path, bytes_=PAGE)
+        LIBC.mmap(None, PAGE, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)  # so that none are joined
+
+
+SEEN = {privately: True, twice: True, shared: False, in_part: False, once_good_once_shared: False,
+        written_over: False, too_often: False}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SEEN, ids=lambda how: how.__name__)
+def test_a_process_is_answered_where_its_memory_has_the_breakpoints(
+    keeper: Keeper, ledger: Ledger, tenant: Make, library: Path, probe: Callable[..., None], how: Callable[[Path], None]
+) -> None:
+    probe(library)
+    ledger.enter_file(*file_of(library), CHECK)
+
+    def ask() -> int:
+        how(library)
+        reply = hello(keeper.run)
+        return reply.answer.code if reply else -1
+
+    held = keeper.count("hello_held")
+    assert in_cgroup(tenant(), ask) == (pages.Code.MANAGED if SEEN[how] else -1)
+    if not SEEN[how]:
+        until(lambda: keeper.count("hello_held") == held + 1)
+    ledger.forget_file(*file_of(library))
+
+
+def test_a_process_that_waits_is_answered_once_the_breakpoint_is_there(
+    keeper: Keeper, ledger: Ledger, tenant: Make, library: Path, probe: Callable[..., None]
+) -> None:
+    """It has the file mapped already; what its memory has of it is read again and again."""
+    ledger.enter_file(*file_of(library), CHECK)
+    read, write = os.pipe()
+
+    def ask() -> tuple[int, float]:
+        map_file(library)
+        os.write(write, b"x")
+        begun = time.monotonic()
+        reply = hello(keeper.run)
+        return reply.answer.code if reply else -1, time.monotonic() - begun
+
+    child = Child(tenant(), ask)
+    os.read(read, 1)
+    time.sleep(0.2)
+    probe(library)
+    code, seconds = child.result()
+    assert (code, seconds > 0.1) == (pages.Code.MANAGED, True)
+    ledger.forget_file(*file_of(library))
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Iterator[Path]:
+    """A container's root on two layers."""
+    for folder in ("lower", "upper", "work", "root"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "lower/libcuda.so.1").write_bytes(PUSH * (3 * PAGE))
+    layers = ",".join(f"{name}dir={tmp_path / name}" for name in ("lower", "upper", "work"))
+    subprocess.run(["mount", "-t", "overlay", "-o", layers, "overlay", tmp_path / "root"], check=True)
+    yield tmp_path / "root/libcuda.so.1"
+    subprocess.run(["umount", "--lazy", tmp_path / "root"], check=True)
+
+
+def holder(path: Path) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"\n"
+    return process
+
+
+def test_a_file_that_was_copied_up_is_another_one_for_processes_that_start(
+    overlay: Path, probe: Callable[..., None]
+) -> None:
+    """Overlayfs keeps (dev, ino): the breakpoints stay on the inode of the lower layer."""
+    probe(overlay)
+    file, before = file_of(overlay), holder(overlay)
+    with overlay.open("ab"):  # as `: >>libcuda.so.1` does
+        pass
+    assert file_of(overlay) == file
+    after = holder(overlay)
+    seen = {name: breakpoints.is_set(process.pid, file, CHECK) for name, process in (("old", before), ("new", after))}
+    assert seen == {"old": True, "new": False}
+    with overlay.open("rb") as opened:
+        assert not breakpoints.is_set_in_new_mappings(opened.fileno(), CHECK)
+        probe(overlay)
+        assert breakpoints.is_set_in_new_mappings(opened.fileno(), CHECK)
+    assert [breakpoints.is_set(process.pid, file, CHECK) for process in (before, after)] == [True, True]
+    for process in (before, after):
+        process.communicate()
+
+
+def test_what_a_file_says_of_itself_is_no_breakpoint(library: Path) -> None:
+    library.write_bytes(breakpoints.CODE * (3 * PAGE))
+    with library.open("rb") as file:
+        assert not breakpoints.is_set_in_new_mappings(file.fileno(), CHECK)
+        assert breakpoints.choose(file.fileno(), [CHECK]) is None
+
+
+def test_where_a_breakpoint_proves_a_probe(library: Path) -> None:
+    """Not at a no-operation of five bytes, which the kernel may replace by a call; nor at an offset that the map cannot
+    hold, or that means something else there.
+    """
+    text = bytearray(PUSH * (3 * PAGE))
+    text[100:105] = b"\x0f\x1f\x44\x00\x00"
+    text[200:201] = breakpoints.CODE
+    library.write_bytes(text)
+    with library.open("rb") as file:
+        assert breakpoints.choose(file.fileno(), [breakpoints.UNCHECKED, 100, 200, 300, 400]) == 300
+        assert breakpoints.choose(file.fileno(), [1 << 32]) is None
+
+
+def test_a_file_that_is_cut_short_ends_nobody(library: Path) -> None:
+    with library.open("r+b") as file:
+        file.truncate(0)
+        assert not breakpoints.is_set_in_new_mappings(file.fileno(), CHECK)
+
+
+def test_a_process_that_maps_it_no_more_is_no_failure(library: Path) -> None:
+    assert breakpoints.is_set(os.getpid(), file_of(library), CHECK) is None
+    assert breakpoints.is_set(1 << 22, file_of(library), CHECK) is None

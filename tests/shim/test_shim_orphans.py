@@ -1,0 +1,179 @@
+"""A request that fits but for memory of ended processes waits for that: as long as it may help, and no longer."""
+
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from shim_kit import DEADLINE, ROOT, Agent, Build
+from test_shim_pool import POOLS
+
+MEMORY, POOL, CONTEXT, PATIENT, OBSERVE, OOM = 0, 1, 2, 0x400, 1, 2
+MIB, GIB = 1 << 20, 1 << 30
+FULL = {"limit": GIB, "used": GIB, "orphaned": GIB // 2, "age_ms": 0}
+EMPTY = {"limit": GIB, "used": GIB // 2}
+# Says how long the call took, in ms.
+TIMED = """
+L.cuInit(0); alloc(0); out("ready"); sys.stdin.readline()
+def timed(call):
+    began = time.monotonic(); result = call(); return result, round(1000 * (time.monotonic() - began))
+out(*timed(lambda: {call}))
+"""
+
+
+def call_while(agent: Agent, call: str, *, then: Callable[[], Any] = lambda: None, setup: str = "") -> tuple[int, int]:
+    """The result of a program's call and its milliseconds; `then` is done 0.2 s after its beginning."""
+    with agent.start_python(setup + TIMED.format(call=call)) as program:
+        assert program.stdout.readline() == '["ready"]\n'
+        program.stdin.write("\n")
+        program.stdin.flush()
+        time.sleep(0.2)
+        then()
+        said, _ = program.communicate(timeout=DEADLINE)
+    result, ms = said.strip(" []\n").split(", ")
+    return int(result), int(ms)
+
+
+def asked(agent: Agent, kind: int = MEMORY) -> list[bool]:
+    """Of each question of the kind, whether it was patient."""
+    return [bool(c["flags"] & PATIENT) for c in agent.calls(kind)]
+
+
+def test_waits_until_the_device_has_let_go(held: Agent) -> None:
+    held.do("limit", **FULL)
+    result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
+    assert result == 0
+    assert 190 <= ms < 1000
+    assert held.do("look")["refused"] == 0
+    assert 3 <= len(asked(held)) <= 9  # every 50 ms or so
+    assert asked(held)[:-1] == [True] * (len(asked(held)) - 1)
+
+
+@pytest.mark.parametrize("age_ms", [3500, 3900])
+def test_what_is_not_let_go_in_time_refuses(held: Agent, age_ms: int) -> None:
+    held.do("limit", **{**FULL, "age_ms": age_ms})
+    result, ms = call_while(held, "alloc(256 * MiB)")
+    assert result == OOM
+    assert ms <= 4000 - age_ms + 100
+    assert held.do("look")["refused"] == 1  # once: the last question alone
+    assert asked(held)[-1] is False
+
+
+HOPELESS = {
+    "it would not fit without them": {"used": GIB, "orphaned": 255 * MIB, "age_ms": 0},
+    "they are old": {**FULL, "age_ms": 4001},
+    "nothing is orphaned": {"used": GIB, "age_ms": 0},
+    "they are said to be of no time": {"used": GIB, "orphaned": GIB // 2},
+}
+
+
+@pytest.mark.parametrize("why", HOPELESS)
+def test_does_not_wait_where_it_cannot_help(held: Agent, why: str) -> None:
+    held.do("limit", **{"limit": GIB, **HOPELESS[why]})
+    result, ms = call_while(held, "alloc(256 * MiB)")
+    assert (result, held.do("look")["refused"]) == (OOM, 1)
+    assert ms < 100
+    assert len(asked(held)) <= 2
+
+
+def test_a_level_that_only_observes_is_not_waited_for(held: Agent) -> None:
+    held.do("limit", **FULL, flags=OBSERVE)
+    assert held.python("out(alloc(256 * MiB))") == [[OOM]]  # said by this kernel all the same
+    assert asked(held) == [False]
+
+
+def test_the_outer_level_may_be_the_one_that_is_full(held: Agent) -> None:
+    held.do("set", levels=2)
+    held.do("limit", level=1, **FULL)
+    held.do("knobs", outer=1)
+    result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", level=1, **EMPTY))
+    assert result == 0
+    assert 190 <= ms < 1000
+
+
+def test_room_that_the_page_shows_and_the_kernel_does_not_give_is_asked_for_twice(held: Agent) -> None:
+    held.do("knobs", fixed=1)
+    held.do("limit", limit=GIB, used=0, orphaned=0)
+    held.do("limit", **{**FULL, "used": GIB // 2, "orphaned": 1})
+    result, ms = call_while(held, "alloc(256 * MiB)")
+    assert result == OOM
+    assert ms < 100
+    assert asked(held) == [True, True, False]
+
+
+def test_a_context_waits_too(held: Agent) -> None:
+    held.do("knobs", fixed=1)
+    held.do("limit", **FULL)
+    call = "L.cuDevicePrimaryCtxRetain(C.byref(C.c_void_p()), 0)"
+    result, ms = call_while(held, call, then=lambda: held.do("knobs"))
+    assert result == 0
+    assert 190 <= ms < 1000
+    assert asked(held, CONTEXT)[0]
+
+
+def test_a_pool_waits_too(held: Agent) -> None:
+    held.do("limit", **FULL)
+    call = "int(new(256 * MiB) < 1000)"
+    result, ms = call_while(held, call, then=lambda: held.do("limit", **EMPTY), setup=POOLS)
+    assert result == 0
+    assert 190 <= ms < 1000
+
+
+def test_a_pool_that_asks_twice_waits_once(held: Agent) -> None:
+    """It asks for less where it is refused a whole block; both questions together have the time of one."""
+    held.do("limit", **{**FULL, "age_ms": -100_000})
+    result, ms = call_while(held, "new(256 * MiB)", setup=POOLS)
+    assert result == OOM
+    assert 3900 <= ms < 4500
+    assert held.do("look")["refused"] >= 1
+
+
+def test_a_pool_gives_back_before_anything_is_waited_for(held: Agent) -> None:
+    held.do("limit", limit=GIB, used=GIB // 2, orphaned=GIB // 2, age_ms=0)
+    setup = POOLS + "p = new(448 * MiB); drop(p)\n"
+    result, ms = call_while(held, "(L.fake_sync(), alloc(448 * MiB))[1]", setup=setup)
+    assert result == 0
+    assert ms < 100
+
+
+def test_signals_and_errno_stay_the_programs(held: Agent) -> None:
+    held.do("limit", **FULL)
+    setup = """
+import signal
+seen = []
+signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
+def call():
+    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01); C.set_errno(77)
+    r = alloc(256 * MiB); e = C.get_errno()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return r or (0 if e == 77 and seen else 1000)
+"""
+    result, ms = call_while(held, "call()", then=lambda: held.do("limit", **EMPTY), setup=setup)
+    assert result == 0
+    assert 190 <= ms < 1000
+
+
+def test_many_that_wait_share_what_comes(held: Agent) -> None:
+    """Eight threads for room of four: each that fits is admitted, and those that do not are refused in time."""
+    held.do("limit", **{**FULL, "age_ms": 3000})
+    script = """
+got = []
+def work(): got.append(alloc(128 * MiB))
+ts = [threading.Thread(target=work) for _ in range(8)]
+out("ready"); [t.start() for t in ts]; [t.join() for t in ts]; out(sorted(got))
+"""
+    with held.start_python(script) as program:
+        assert program.stdout.readline() == '["ready"]\n'
+        time.sleep(0.2)
+        held.do("limit", **EMPTY)
+        assert program.communicate(timeout=DEADLINE)[0] == f"[[0, 0, 0, 0, {', '.join([str(OOM)] * 4)}]]\n"
+
+
+def test_no_page_and_no_kernel_holds_a_call_longer(build: Build, scale: Callable[[int, int, int], int]) -> None:
+    flags = (f"-I{ROOT}/shim", f"-I{ROOT}/bpf", "-O2", "-fsanitize=undefined", "-fno-sanitize-recover=all")
+    program = build.compile("orphans.c", "orphans", *flags)
+    done = subprocess.run(
+        [program, str(scale(3000, 30_000, 3_000_000))], capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done

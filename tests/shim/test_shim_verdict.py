@@ -1,0 +1,110 @@
+"""The answer to one question: found where no other process of the level can write it, by pages of both kinds."""
+
+import subprocess
+from collections.abc import Callable
+
+import pytest
+from shim_kit import DEADLINE, PREAMBLE, ROOT, SYSTEM_PYTHON, Agent, Build
+
+MEMORY, HELLO, TAGGED, OOM = 0, 3, 0x200, 2
+MIB = 1 << 20
+TALK = "L.cuInit(0); out(os.getpid())\nfor line in sys.stdin: out(alloc(512))\n"
+
+
+@pytest.fixture
+def tagged(agent: Agent) -> Agent:
+    """As `held`, by a gatekeeper that gives each process a tag."""
+    agent.do("set", tagged=True)
+    agent.do("start")
+    return agent
+
+
+def test_asked_with_its_tag_and_answered_there(tagged: Agent) -> None:
+    assert tagged.python("out(alloc(MiB), alloc(2 * GiB), info()[2] >> 30)") == [[0, OOM, 1]]
+    assert [(c["kind"], c["flags"]) for c in tagged.calls()] == [(HELLO, TAGGED), (MEMORY, TAGGED), (MEMORY, TAGGED)]
+
+
+def test_without_a_tag_it_is_asked_as_ever(held: Agent) -> None:
+    assert held.python("out(alloc(MiB))") == [[0]]
+    assert {c["flags"] for c in held.calls()} == {0}
+
+
+# A process of the same level asks for nothing by the ticket that its neighbour will use next, and is admitted.
+FORGE = """
+before, count = int(sys.argv[1]), int(sys.argv[2])
+S = C.CDLL("{shim}"); L.cuInit(0)
+for i in range(count): S.fgpu_admit(3, C.c_uint64(0), {kind}, C.c_uint64(before + 1 + i))
+out(1)
+"""
+
+
+@pytest.mark.parametrize("kind", [MEMORY, MEMORY | TAGGED])
+def test_another_process_cannot_answer_for_it(build: Build, tagged: Agent, kind: int) -> None:
+    """The kernel is made to say nothing to the victim: all that stands on the page is of the forger."""
+    script = TALK.replace("alloc(512)", "alloc(512), os.getpid()")
+    with tagged.start_python(script) as victim:
+        pid = int(victim.stdout.readline().strip(" []\n"))
+        ticket = next(c["ticket"] for c in tagged.calls() if c["tgid"] == pid)
+        forge = FORGE.format(shim=build.shim, kind=kind)
+        tagged.run(SYSTEM_PYTHON, "-c", PREAMBLE + forge, ticket, 100)
+        tagged.do("knobs", mute=pid)
+        out, _ = victim.communicate("\n", timeout=DEADLINE)
+    assert out == f"[{OOM}, {pid}]\n"
+
+
+def test_a_tag_of_another_process_in_its_page_is_no_key(tagged: Agent) -> None:
+    """Of a gatekeeper that is wrong: refused, never another process's verdict."""
+    with tagged.start_python(TALK) as program:
+        pid = int(program.stdout.readline().strip(" []\n"))
+        tagged.do("tag", pid=pid, tag=77)
+        out, _ = program.communicate("\n", timeout=DEADLINE)
+    assert out == "[0]\n"  # after another hello, whose pages have the right one
+    assert tagged.do("look")["hellos"] == 2
+
+
+def test_a_tag_that_changes_in_the_page_in_use(tagged: Agent) -> None:
+    with tagged.start_python(TALK) as program:
+        pid = int(program.stdout.readline().strip(" []\n"))
+        tagged.do("tag", pid=pid, tag=78, page=0)
+        assert program.communicate("\n" * 3, timeout=DEADLINE)[0] == "[0]\n" * 3
+    assert tagged.do("look")["hellos"] == 1
+    assert len(tagged.calls(MEMORY)) == 3
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["upgrade", "downgrade"])
+def test_a_gatekeeper_of_the_other_kind_takes_over(agent: Agent, first: bool) -> None:
+    agent.do("set", tagged=first)
+    agent.do("start")
+    with agent.start_python(TALK) as program:
+        program.stdout.readline()
+        for epoch, now in ((8, not first), (9, first)):
+            agent.do("set", tagged=now, epoch=epoch)
+            agent.do("bump", epoch=epoch)
+            said = ""
+            while agent.do("look")["hellos"] < epoch - 6:
+                program.stdin.write("\n")
+                program.stdin.flush()
+                said = program.stdout.readline()
+                assert said == "[0]\n"
+            program.stdin.write("\n")
+            program.stdin.flush()
+            assert program.stdout.readline() == "[0]\n"
+            assert agent.calls(MEMORY)[-1]["flags"] == (TAGGED if now else 0)
+
+
+def test_an_older_kernel_side_behind_newer_pages_is_met_by_a_hello(tagged: Agent) -> None:
+    """A downgrade: its programs know no tags and answer where they always did, and its gatekeeper gives no tags."""
+    with tagged.start_python(TALK) as program:
+        program.stdout.readline()
+        tagged.do("knobs", old=1)
+        tagged.do("set", tagged=False)
+        assert program.communicate("\n", timeout=DEADLINE)[0] == "[0]\n"
+    look = tagged.do("look")
+    assert look["hellos"] == 2
+    assert look["calls"][-1]["flags"] == 0
+
+
+def test_one_bit_more_or_less_is_no_answer(build: Build, scale: Callable[[int, int, int], int]) -> None:
+    program = build.compile("verdict.c", "verdict", f"-I{ROOT}/shim", f"-I{ROOT}/bpf", "-O2")
+    done = subprocess.run([program, str(scale(3, 10, 100))], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "")

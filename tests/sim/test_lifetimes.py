@@ -1,0 +1,202 @@
+"""How long memory lives: as long as any process or socket queue has a descriptor of its client's connection."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+
+from .conftest import CLIENT, MIB, Machine, say
+from .lifetime_kit import FILES, KEEPERS, compute_rows
+from .sharing_kit import hear
+from .test_server import BLOCK, TAKE, request
+
+CONTEXT = 518
+OVERHEAD = 3407872 + 5832704  # in no process's row: once, and for a context
+HOLD = f"{FILES}\nstart(); alloc(100 << 20); say('holding'); serve()"
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_memory_stays_until_the_last_close(machine: Machine, seed: int) -> None:
+    """Up to four keepers, and a kill among the ends of them: each order."""
+    chance = random.Random(seed)
+    with machine.spawn(HOLD) as client:
+        assert hear(client) == "holding"
+        held = machine.used()
+        ends = [KEEPERS[way](client) for way in chance.choices(list(KEEPERS), k=seed % 5)]
+        ends.insert(chance.randrange(len(ends) + 1), client.kill)
+        for number, end in enumerate(ends):
+            end()
+            if number == len(ends) - 1:
+                break
+            time.sleep(0.15)
+            row = machine.process(client.pid)
+            assert (row["bytes"], row["ended"]) == ((CONTEXT + 100) * MIB, client.poll() is not None)
+            assert compute_rows(machine) == {client.pid: CONTEXT + 100}
+            assert machine.used() == held
+    machine.settles_at(0)
+    assert compute_rows(machine) == {}
+
+
+@pytest.mark.timed
+def test_memory_goes_some_time_after_the_last_close(machine: Machine) -> None:
+    with machine.spawn(HOLD) as client:
+        hear(client)
+        held = machine.used()
+        end = KEEPERS["other"](client)
+        client.kill()
+        client.wait()
+        time.sleep(0.2)
+        end()
+        closed = time.monotonic()
+        assert machine.used() == held
+        machine.settles_at(0)
+        assert 0.08 <= time.monotonic() - closed < 0.2
+
+
+def test_each_client_has_the_driver_s_node_open(machine: Machine) -> None:
+    """From cuInit on, under a name by which host tools find it; not beyond an exec, but in forked children."""
+    script = (
+        FILES
+        + """
+say(driver_files()); start(); say(len(driver_files()), [os.get_inheritable(fd) for fd in driver_files()])
+say(sorted(os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in driver_files()), flush=True)
+if not os.fork():
+    say(len(driver_files())); os._exit(0)
+os.wait(); need("cuDevicePrimaryCtxRelease_v2", 0); say(len(driver_files()))
+"""
+    ).replace(", flush=True", "")
+    expected = ["[]", "2 [False, False]", "['/run/fgpu-sim/nvidiactl', 'socket']", "2", "2"]
+    assert machine.python(script) == expected
+
+
+def executing(script: str) -> str:
+    """Goes on as another program, which has the driver's descriptors too."""
+    return f"""
+for fd in driver_files(): os.set_inheritable(fd, True)
+os.execv(sys.executable, [sys.executable, "-c", {CLIENT + FILES + script!r}])
+"""
+
+
+def test_a_program_that_is_executed_with_the_descriptors(machine: Machine) -> None:
+    """The process lives on under its pid, and has the memory until it closes them or ends."""
+    executed = executing("say('there'); serve()")
+    with machine.spawn(f"{FILES}\nstart(); alloc(100 << 20); {executed}") as client:
+        assert hear(client) == "there"
+        time.sleep(0.15)
+        assert compute_rows(machine) == {client.pid: CONTEXT + 100}
+        assert machine.process(client.pid)["ended"] is False
+        client.kill()
+    machine.settles_at(0)
+
+
+def test_an_executed_program_with_a_connection_of_its_own(machine: Machine) -> None:
+    """One row, of both connections."""
+    executed = executing("start(); alloc(20 << 20); say('again'); wait()")
+    with machine.spawn(f"{FILES}\nstart(); alloc(100 << 20); {executed}") as client:
+        assert hear(client) == "again"
+        assert compute_rows(machine) == {client.pid: 2 * CONTEXT + 120}
+        assert [p["pid"] for p in machine.dump()["processes"]] == [client.pid] * 2
+        say(client)
+    machine.settles_at(0)
+
+
+def test_an_ended_process_is_served_nothing(machine: Machine) -> None:
+    """Requests that another process sends on its connection are not read."""
+    message = request(TAKE, kind=BLOCK, context=1, size=50 * MIB).hex()
+    child = f"""
+import select
+(fd,) = [fd for fd in driver_files() if os.readlink(f"/proc/self/fd/{{fd}}").startswith("socket:")]
+ask = lambda: (os.write(fd, bytes.fromhex({message!r})), len(select.select([fd], [], [], 0.3)[0]))[1]
+if not os.fork():
+    say(ask()); os.read(fd, 4096); wait(); say(ask()); wait(); os._exit(0)
+time.sleep(60)
+"""
+    with machine.spawn(f"{FILES}\nstart(); alloc(100 << 20); {child}") as client:
+        assert hear(client) == "1"  # its parent lives, and the driver cannot tell them apart
+        held = machine.used()
+        kill(client.pid)
+        time.sleep(0.15)
+        say(client)
+        assert hear(client) == "0"
+        assert machine.used() == held
+        assert machine.python("start(); say('served')") == ["served"]
+        say(client)
+    machine.settles_at(0)
+
+
+def test_an_ended_process_computes_no_more(machine: Machine) -> None:
+    pytest.importorskip("pynvml")
+    busy = """
+import pynvml as N
+N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0)
+try: say([p.pid for p in N.nvmlDeviceGetProcessUtilization(device, 0)])
+except N.NVMLError as error: say(error)
+"""
+    with machine.spawn(f"{FILES}\nstart(); launch(kernel('spin_9000000us')[1]); say('busy'); serve()") as client:
+        assert hear(client) == "busy"
+        end = KEEPERS["other"](client)
+        time.sleep(0.3)
+        assert machine.python(busy) == [str([client.pid])]
+        client.kill()
+        client.wait()
+        time.sleep(0.05)
+        assert machine.python(busy) == ["Not Found"]
+        assert compute_rows(machine) == {client.pid: CONTEXT}
+        end()
+    machine.settles_at(0)
+
+
+NAMESPACE = """
+import pynvml as N
+N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0)
+rows = lambda: sorted((p.pid, p.usedGpuMemory >> 20) for p in N.nvmlDeviceGetComputeRunningProcesses(device))
+"""
+
+
+def test_an_ended_process_keeps_its_number_in_every_namespace(machine: Machine) -> None:
+    pytest.importorskip("pynvml")
+    script = f"""
+{NAMESPACE}
+holder = os.fork()
+if not holder:
+    start(); alloc(100 << 20); say("holding")
+    if os.fork(): time.sleep(60)
+    time.sleep(60)
+sys.stdin.readline(); os.kill(holder, 9); os.wait(); time.sleep(0.15); say(rows(), holder)
+sys.stdin.readline()
+"""
+    prefix = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    with machine.spawn(script, prefix=prefix) as client:
+        assert hear(client) == "holding"
+        (outside,) = compute_rows(machine)
+        say(client)
+        assert hear(client) == "[(2, 618)] 2"
+        assert compute_rows(machine) == {outside: CONTEXT + 100}
+        say(client)
+    machine.settles_at(0)
+
+
+def test_a_new_namespace_sees_no_process_of_one_that_is_gone(machine: Machine) -> None:
+    """The kernel gives inodes of pid namespaces again, but not those of processes that the driver still lists."""
+    pytest.importorskip("pynvml")
+    prefix = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    machine.run(machine.tools / "fgpu-simd", "--fault", "slow-end:3s")
+    with machine.spawn("start(); say('holding'); wait()", prefix=prefix) as client:
+        assert hear(client) == "holding"
+        (pid,) = compute_rows(machine)
+        kill(pid)
+    time.sleep(0.15)
+    for _ in range(3):
+        words = [*prefix, sys.executable, "-c", CLIENT + NAMESPACE + "say(rows())"]
+        assert machine.run(*words).stdout == "[]\n"
+    assert compute_rows(machine) == {pid: CONTEXT}
+    machine.settles_at(0, 4)

@@ -1,0 +1,42 @@
+"""What one cgroup may have of probes and of the agent's time."""
+
+from __future__ import annotations
+
+import pytest
+
+from fgpu_ebpf import file_budget
+from fgpu_ebpf.file_budget import BURST_NS, MOST_FILES, REFILL_NS, FileBudget
+
+
+def test_a_cgroup_has_so_many_files_and_no_more() -> None:
+    budget = FileBudget()
+    for n in range(MOST_FILES):
+        assert budget.room("/a") == MOST_FILES - n
+        budget.enter((1, n), "/a")
+    budget.enter((1, 0), "/b")  # it counts for the first
+    assert (budget.room("/a"), budget.room("/b"), budget.has("/a")) == (0, MOST_FILES, (MOST_FILES, MOST_FILES))
+    assert budget.cgroup_of((1, 0)) == "/a"
+    budget.forget((1, 0))
+    budget.forget((1, 0))
+    assert (budget.room("/a"), (1, 0) in budget, budget.cgroup_of((1, 0))) == (1, False, "")
+
+
+def test_all_together_have_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_budget, "MOST_FILES_ALL", 23)
+    budget = FileBudget()
+    for n in range(23):
+        budget.enter((1, n), f"/{n}")
+    assert budget.room("/new") == 0
+
+
+def test_time_that_was_taken_is_forgiven_little_by_little() -> None:
+    budget = FileBudget()
+    budget.charge("/a", BURST_NS + 2 * REFILL_NS)
+    assert (budget.has_time("/a"), budget.has_time("/b")) == (False, True)
+    budget.forgive()
+    assert not budget.has_time("/a")
+    budget.forgive()
+    assert budget.has_time("/a")
+    for _ in range(BURST_NS // REFILL_NS):
+        budget.forgive()
+    assert not budget._spent_ns, "nothing is kept of a cgroup that takes nothing"

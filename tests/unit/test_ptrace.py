@@ -1,0 +1,22 @@
+"""A host that lets no process read another's memory is named before anything is tried."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf import service
+
+
+@pytest.mark.parametrize(("scope", "ok"), [("0\n", True), ("1\n", True), ("2\n", True), ("3\n", False), (None, True)])
+def test_where_no_memory_can_be_read_the_setting_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str | None, ok: bool
+) -> None:
+    path = tmp_path / "ptrace_scope"
+    if scope:
+        path.write_text(scope)
+    monkeypatch.setattr(service, "PTRACE_SCOPE", path)
+    (found,) = [check for check in service.host_checks() if check.name == "ptrace"]
+    assert found.ok is ok
+    assert ok or ("kernel.yama.ptrace_scope=3" in found.found and "kernel.yama.ptrace_scope=2" in found.mend)
