@@ -199,6 +199,35 @@ RULES = {
         "        anomaly(FGPU_ANOMALY_FULL);\n    }\n    EACH_LEVEL",
         "        anomaly(FGPU_ANOMALY_FULL);\n        return;\n    }\n    EACH_LEVEL",
     ),
+    "patience-is-counted": (
+        "    if (patient && reason == FGPU_REASON_LIMIT && fits_without_orphans(who, device, bytes)) return 1;\n",
+        "",
+    ),
+    "patience-without-orphans": (
+        "reason == FGPU_REASON_LIMIT && fits_without_orphans(who, device, bytes)",
+        "reason == FGPU_REASON_LIMIT",
+    ),
+    "shared-address-space-unseen": ("    p = lender(tgid, space);\n    if (p) return p;\n", ""),
+    "borrower-not-forgotten": ("    borrowers.delete(&tgid);\n", ""),
+    "address-space-outlives-its-process": ("    if (owner && *owner == tgid) spaces.delete(&space);\n", ""),
+    "managed-memory-of-the-ended-not-counted": ("__sync_lock_test_and_set(&on(p, d)->managed, 0)", "0"),
+    "exported-pool-released": ("(FGPU_SEEN_POOL_EXPORT | FGPU_SEEN_EXPORT)", "FGPU_SEEN_EXPORT"),
+    "context-without-an-end-is-none": (
+        "->contexts, 1);\n        break;\n    case FGPU_FUNCTION_EXPORT:",
+        "->contexts, 0);\n        break;\n    case FGPU_FUNCTION_EXPORT:",
+    ),
+    "first-reference-without-an-end-is-none": ("        make_primary(p, f->device);\n", ""),
+    "mapping-without-an-end-holds-nothing": ("        hold_handle(p, tgid, f->arguments[2]);\n", ""),
+    "export-without-an-end-is-none": ("        note(p, FGPU_SEEN_EXPORT);\n        break;\n", "        break;\n"),
+    "failed-free-brings-an-ended-context-s-memory-back": (
+        "if (f->function != FGPU_FUNCTION_DESTROY) f->references = 0;",
+        "",
+    ),
+    "orphan-of-a-living-process-has-an-end": (
+        "        if (ended) known->ended_ns = now;\n",
+        "        known->ended_ns = now;\n",
+    ),
+    "orphans-of-one-level-fill-the-map": (">= PART(MOST_ORPHANS)", ">= MOST_ORPHANS"),
     "disown-anything": ("    if (bytes > *(volatile u64 *)orphaned) return -22;\n", ""),
     "failed-call-names": (
         "        if (UNLIKELY(f.uncovered)) name_bypass(p, &f);\n    } else {\n",
