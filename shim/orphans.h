@@ -4,7 +4,9 @@
 
 #include "shim.h"
 
-#define FGPU_PATIENCE_NS 4000000000ULL /* the device lets go of what a process held within this, or not by itself */
+/* The device has freed what an ended process held within 4 s, or does not by itself; an agent that is replaced begins to
+ * look again within 10 s. */
+#define FGPU_PATIENCE_NS 10000000000ULL
 
 enum fgpu_prospect { FGPU_FITS, FGPU_FITS_SOON, FGPU_FITS_NEVER };
 
