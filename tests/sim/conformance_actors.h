@@ -1,5 +1,5 @@
-/* Processes that hold memory of the device and are told what to do with it: this program again, ordered about over a
- * socket, because this process has called the driver itself and its forks could not. */
+/* Processes that hold memory of the device and are told what to do with it: this program again, with orders that come
+ * by a socket, because this process has called the driver itself and its forks could not. */
 #ifndef FGPU_CONFORMANCE_ACTORS_H
 #define FGPU_CONFORMANCE_ACTORS_H
 

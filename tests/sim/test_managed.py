@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from subprocess import Popen
@@ -130,8 +131,7 @@ def test_it_stays_until_the_last_close(machine: Machine, way: str) -> None:
         end = KEEPERS[way](client)
         client.kill()
         client.wait()
-        with pytest.raises(AssertionError):
-            machine.settles_at(0, within=0.3)
+        time.sleep(0.3)
         assert books(machine)["managed_chunk_bytes"] == 2 * CHUNK * MIB
         assert compute_rows(machine) == {client.pid: CONTEXT}
         end()
