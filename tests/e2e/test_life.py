@@ -255,7 +255,7 @@ class World:
         for life in self.lives:
             if life.ways == "shared":
                 life.close_shared()
-        eventually(_nothing_outlives, 5, f"what ended processes held: {unnamed_bytes()}, {self._books()}")
+        eventually(_nothing_outlives, 5, "what ended processes held is gone")
         for one in self.tenants:
             pools = any(life.ways in ("pools", "shared") for life in self.lives if life.tenant is one)
             agree = one.assert_never_below if self.crowded else one.assert_covered if pools else one.assert_exact
@@ -285,7 +285,8 @@ class World:
 
 
 def _nothing_outlives() -> bool:
-    return not unnamed_bytes() and not any(t["orphans"] for t in ask(verb="snapshot")["tenants"])
+    orphans = [orphan for tenant in ask(verb="snapshot")["tenants"] for orphan in tenant["orphans"]]
+    return not unnamed_bytes() and not orphans
 
 
 def _lost() -> float:
