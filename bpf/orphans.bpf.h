@@ -50,8 +50,8 @@ static void orphan(struct fgpu_process *p, u32 tgid, u64 turn, u32 device, u64 b
     struct fgpu_orphan_key key = {.tgid = tgid, .device = device, .generation = p->generation, .turn = turn};
     struct fgpu_level *levels = levels_of(p, turn);
     struct fgpu_orphan *known = orphans.lookup(&key);
-    u64 now = bpf_ktime_get_ns();
     if (!known) known = make_orphan(p, &key);
+    u64 now = bpf_ktime_get_ns(); /* not before the entry's `since_ns` */
     if (known) {
         if (!*(volatile u64 *)&known->bytes) known->since_ns = now;
         if (ended) known->ended_ns = now;
