@@ -99,7 +99,7 @@ class OrphanRelease:
         if not sample.taken:
             self.balance.forget()
             return None
-        room = self.balance.room(self._reading(sample, ended), orphans, self._charges(sample, orphans))
+        room = self.balance.room(self._reading(sample, ended), self._charges(sample, orphans))
         if room is None:
             return None
         for orphan, bytes_ in excess(orphans, ended, room):
@@ -122,18 +122,31 @@ class OrphanRelease:
 
     def _reading(self, sample: Sample, ended: Mapping[int, int]) -> Reading:
         device, live = self._device, sample.processes
-        contexts = sum(max(1, live[pid].contexts[device]) if pid in live else 1 for pid in sample.rows)
-        rest = contexts * CONTEXT_REST_BYTES + DEVICE_REST_BYTES
-        most = max(taken.in_use - self._shown(taken.least, live, ended) for taken in sample.taken)
+        rest = self._contexts(sample) * CONTEXT_REST_BYTES + DEVICE_REST_BYTES
+        unnamed = self._unnamed(sample)
+        most = max(taken.in_use - self._shown(taken.least, ended) for taken in sample.taken) - unnamed
         least = min(taken.in_use - self._taken(taken.greatest, live, ended) for taken in sample.taken)
         return Reading(max(0, most - rest), max(0, least - rest), sample.calm)
 
-    def _shown(self, rows: Mapping[int, int], live: Mapping[int, Process], ended: Mapping[int, int]) -> int:
-        """Bytes of live processes by NVML, and handles and pools of those that have no context and so no row."""
+    def _contexts(self, sample: Sample) -> int:
+        """Of all processes with a row. A library of a tenant's own may say of any number that it made them: no more
+        count than NVML shows bytes for.
+        """
+        device, size = self._device, self._ledger.context_bytes(self._device)
+        claimed = (sample.processes.get(pid) for pid in sample.rows)
+        return sum(max(1, min(p.contexts[device], p.overhead[device] // size)) if p and size else 1 for p in claimed)
+
+    def _shown(self, rows: Mapping[int, int], ended: Mapping[int, int]) -> int:
+        """Bytes of live processes by NVML."""
+        return sum(max(0, row - ended.get(pid, 0)) for pid, row in rows.items())
+
+    def _unnamed(self, sample: Sample) -> int:
+        """Handles of processes without a context, which have no row. What such a process is admitted, is about to take
+        or has not freed yet need not be on the device, nor all of its pool bytes.
+        """
         device = self._device
-        named = sum(max(0, row - ended.get(pid, 0)) for pid, row in rows.items())
-        unnamed = (p for pid, p in live.items() if not rows.get(pid) and not p.contexts[device])
-        return named + sum(max(0, p.witnessed(device)) for p in unnamed)
+        sure = (p for pid, p in sample.processes.items() if not sample.rows.get(pid) and not p.contexts[device])
+        return sum(max(0, min(p.handles[device], p.witnessed(device))) for p in sure if p.quiet) if sample.calm else 0
 
     def _taken(self, rows: Mapping[int, int], live: Mapping[int, Process], ended: Mapping[int, int]) -> int:
         """The same, and what a process is charged where that is more: it may just be taking it."""
@@ -142,9 +155,16 @@ class OrphanRelease:
         charged = {pid: p.bytes[device] - p.managed[device] for pid, p in live.items()}
         return sum(max(shown.get(pid, 0), charged.get(pid, 0)) for pid in shown.keys() | charged.keys())
 
-    def _charges(self, sample: Sample, orphans: Iterable[Orphan]) -> Charges:
+    def _charges(self, sample: Sample, orphans: Sequence[Orphan]) -> Charges:
+        """Orphans are read again: what was orphaned before the processes were read is in either list."""
         device, live = self._device, sample.processes
-        known = live.keys() | {orphan.tgid for orphan in orphans}
-        managed = sum(p.managed[device] for p in live.values())
-        freed = self._ledger.orphans.managed_freed(device)
-        return Charges(managed, freed, any(pid not in known for pid in sample.rows))
+        now = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == device]
+        known = live.keys() | {orphan.tgid for orphan in (*orphans, *now)}
+        having = [p for p in live.values() if p.managed[device]]
+        return Charges(
+            kept=max(sum(orphan.bytes for orphan in found) for found in (orphans, now)),
+            managed=sum(p.managed[device] for p in having),
+            managed_freed=self._ledger.orphans.managed_freed(device),
+            is_settled=all(p.quiet for p in having),
+            strangers=frozenset(pid for pid in sample.rows if pid not in known),
+        )

@@ -1,0 +1,246 @@
+"""Ways to have orphaned memory released while the device holds it. Each takes a tenant's own calls, and none works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from device_kit import CONTEXT, Client, Handle, World
+from orphan_kit import MIB
+
+from fgpu_ebpf import corrections, device_sample, procfs, reconcile
+from fgpu_ebpf.device_balance import CALM_LOOKS, LOOKS
+from fgpu_ebpf.reconcile import Reconciler
+
+GIB = 1024 * MIB
+HELD = 8 * GIB
+REST = 32 * MIB  # what the device has besides
+
+
+class Attack:
+    """A tenant that has exported memory, which a descriptor keeps, and the reconcile thread."""
+
+    def __init__(self) -> None:
+        self.world = World(lambda: self.between())
+        self.between: Callable[[], None] = lambda: None
+        self.reconciler = Reconciler(self.world.nvml, self.world.ledger, lambda _: ())
+        self.exporter = self.tenant()
+
+    def tenant(self, has_context: bool = True) -> Client:
+        client = self.world.begin()
+        if has_context:
+            list(self.world.make_context(client))
+        return client
+
+    def keep_memory(self, bytes_: int = HELD) -> Handle:
+        """In no process's name."""
+        list(self.world.create(self.exporter, bytes_))
+        handle = self.world.device.handles[-1]
+        handle.is_exported, handle.descriptors = True, 1
+        list(self.world.release(self.exporter, handle))
+        return handle
+
+    def look(self, n: int = CALM_LOOKS + 1) -> None:
+        for _ in range(n):
+            self.reconciler.look(False)
+
+    def escaped(self) -> int:
+        """Bytes that tenants have beyond what is charged."""
+        return max(0, self.world.device.of_tenants() - self.world.ledger.total() - REST)
+
+
+@pytest.fixture
+def attack(monkeypatch: pytest.MonkeyPatch) -> Attack:
+    found = Attack()
+    monkeypatch.setattr(device_sample, "APART_SECONDS", 0)
+    monkeypatch.setattr(procfs, "cgroup_path", lambda _: None)
+    monkeypatch.setattr(corrections, "_is_alive", found.world.is_alive)
+    monkeypatch.setattr(reconcile, "_alive", found.world.is_alive)
+    return found
+
+
+def test_without_an_attack_it_stays_and_goes_with_its_descriptor(attack: Attack) -> None:
+    handle = attack.keep_memory()
+    attack.look(LOOKS)
+    assert attack.world.ledger.orphaned() == HELD
+    handle.descriptors = 0
+    attack.world.device.free_unused(handle)
+    attack.look()
+    assert attack.world.ledger.orphaned() == 0
+
+
+def test_pool_bytes_that_are_admitted_and_not_taken(attack: Attack) -> None:
+    """By a process without a context, which has no row."""
+    attack.keep_memory()
+    other = attack.tenant(has_context=False)
+    attack.world.admit_pool(other, HELD)
+    attack.look()
+    attack.world.give_back_pool(other, HELD)
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_an_admission_that_no_call_follows(attack: Attack) -> None:
+    attack.keep_memory()
+    other = attack.tenant(has_context=False)
+    admission = attack.world.admit(other, HELD)
+    next(admission)
+    attack.look()
+    list(admission)
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_a_release_that_stands_still(attack: Attack) -> None:
+    """Its thread is stopped when the driver has freed the memory, before the call returns."""
+    attack.keep_memory()
+    other = attack.tenant(has_context=False)
+    list(attack.world.create(other, HELD))
+    attack.look()
+    release = attack.world.release(other, attack.world.device.handles[-1])
+    next(release), next(release)
+    attack.look()
+    list(release)
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_a_create_that_stands_still_and_fails(attack: Attack) -> None:
+    attack.keep_memory()
+    other = attack.tenant(has_context=False)
+    take = attack.world.take(other, HELD, False)
+    next(take)
+    attack.look()
+    list(take)
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_contexts_that_a_library_only_claims_to_have_made(attack: Attack) -> None:
+    """Each would explain the bytes that a driver needs for one."""
+    attack.keep_memory()
+    attack.world.ledger.entries[attack.exporter.pid].contexts += 2000
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_a_free_of_managed_memory_that_stands_still(attack: Attack) -> None:
+    list(attack.world.take_managed(attack.exporter, HELD))
+    managed = attack.exporter.managed[0]
+    managed.resident = HELD
+    attack.look()
+    attack.keep_memory()
+    attack.look()
+    free = attack.world.free_managed(attack.exporter, managed)
+    next(free), next(free)
+    attack.look()
+    list(free)
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_the_end_of_a_context_with_managed_memory_that_stands_still(attack: Attack) -> None:
+    other = attack.tenant()
+    list(attack.world.take_managed(other, HELD))
+    other.managed[0].resident = HELD
+    attack.look()
+    attack.keep_memory()
+    attack.look()
+    end = attack.world.end_context(other)
+    next(end), next(end)
+    attack.look()
+    list(end)
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_an_export_between_the_look_at_orphans_and_the_look_at_processes(attack: Attack) -> None:
+    """Managed memory that is charged and was never touched is not on the device."""
+    list(attack.world.take_managed(attack.exporter, HELD))
+    attack.look()
+    attack.between = lambda: (setattr(attack, "between", lambda: None), attack.keep_memory())  # type: ignore[assignment]
+    attack.look()
+    list(attack.world.free_managed(attack.exporter, attack.exporter.managed[0]))
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_the_end_of_an_exporter_between_the_look_at_orphans_and_the_look_at_processes(attack: Attack) -> None:
+    other = attack.tenant()
+    list(attack.world.take_managed(other, HELD))
+    list(attack.world.create(attack.exporter, HELD))
+    handle = attack.world.device.handles[-1]
+    handle.is_exported, handle.descriptors = True, 1
+    attack.look()
+
+    def end() -> None:
+        attack.between = lambda: None
+        attack.world.end(attack.exporter, 0, 0)
+        attack.world.device.clean(attack.exporter)
+
+    attack.between = end
+    attack.look()
+    list(attack.world.free_managed(other, other.managed[0]))
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_managed_memory_of_a_stranger_that_ends(attack: Attack) -> None:
+    """A process that is in no managed cgroup."""
+    stranger = attack.world.begin(is_stranger=True)
+    stranger.contexts, stranger.grown = 1, 0
+    stranger.managed = [attack_managed(HELD)]
+    attack.look(LOOKS + 1)
+    attack.keep_memory()
+    attack.look()
+    attack.world.device.clean(stranger)
+    attack.look(LOOKS + 1)
+    assert attack.escaped() == 0
+
+
+def test_managed_memory_of_a_stranger_that_frees_it(attack: Attack) -> None:
+    stranger = attack.world.begin(is_stranger=True)
+    stranger.contexts = 1
+    stranger.managed = [attack_managed(HELD)]
+    attack.look(LOOKS + 1)
+    attack.keep_memory()
+    attack.look()
+    stranger.managed = []
+    attack.look(LOOKS + 1)
+    assert attack.escaped() == 0
+
+
+def test_a_stranger_s_managed_memory_is_not_taken_for_a_tenant_s(attack: Attack) -> None:
+    list(attack.world.take_managed(attack.exporter, HELD))
+    stranger = attack.world.begin(is_stranger=True)
+    stranger.contexts = 1
+    stranger.managed = [attack_managed(HELD)]
+    attack.look()
+    attack.keep_memory()
+    attack.look()
+    attack.world.device.clean(stranger)
+    attack.look()
+    list(attack.world.free_managed(attack.exporter, attack.exporter.managed[0]))
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def attack_managed(bytes_: int):
+    from device_kit import Managed
+
+    return Managed(bytes_, bytes_)
+
+
+def test_memory_of_one_s_own_that_others_orphans_are_charged_for(attack: Attack) -> None:
+    """A neighbour's process ends and the driver frees all it had, while this tenant's memory is kept."""
+    attack.keep_memory()
+    neighbour = attack.tenant()
+    list(attack.world.take(neighbour, HELD, True))
+    attack.look()
+    attack.world.end(neighbour, 0, 0)
+    attack.look()
+    attack.world.device.clean(neighbour)
+    attack.look()
+    kept = {pid: orphan.bytes for (pid, _), orphan in attack.world.ledger.kept.items()}
+    assert kept == {attack.exporter.pid: HELD}
+    assert CONTEXT
