@@ -83,7 +83,7 @@ class Discovery:
         """Why nothing is enforced: probes of the host's own files are not there any more. Empty: they are."""
         if not self._probes.lost() and self._libraries.own_files <= self._probes.known:
             return ""
-        return f"probes are gone: somebody unpinned them{self._hopeless}"
+        return f"probes are gone: another process has unpinned them{self._hopeless}"
 
     def mend(self) -> None:
         """Attaches again what was taken away; what was allocated meanwhile NVML shows at the next look."""
@@ -107,12 +107,12 @@ class Discovery:
         return self._libraries.refusals
 
     def unprobed(self) -> frozenset[int]:
-        """Processes that map a libcuda or shim file whose probes do not see what they call."""
-        return frozenset(self._libraries.outside())
+        """Processes that map a libcuda or shim file and that its probes do not see."""
+        return frozenset(self._libraries.unprobed())
 
     def reasons(self) -> Mapping[int, str]:
         """Why, for each of these processes."""
-        return self._libraries.outside()
+        return self._libraries.unprobed()
 
     def is_shim(self, dev: int, ino: int) -> bool:
         """Whether this file is probed as one of our shims."""
@@ -162,17 +162,17 @@ class Discovery:
 
     def _ask(self, pid: int, search: bool = False) -> bool:
         """Have a worker read what a process maps."""
-        whose = self._cgroup(pid)
-        return self._libraries.work(whose, partial(self._read, pid, whose, search))
+        cgroup = self._cgroup(pid)
+        return self._libraries.work(cgroup, partial(self._read, pid, cgroup, search))
 
-    def _read(self, pid: int, whose: str, search: bool) -> Taken:
+    def _read(self, pid: int, cgroup: str, search: bool) -> Taken:
         found = self._search.by_contents(pid) if search else self._search.by_name(pid)
-        return partial(self._take_read, pid, whose, found, search)
+        return partial(self._take_read, pid, cgroup, found, search)
 
-    def _take_read(self, pid: int, whose: str, found: Found, search: bool) -> None:
+    def _take_read(self, pid: int, cgroup: str, found: Found, search: bool) -> None:
         if search:
             (self._hidden.add if found.code else self._hidden.discard)(pid)
-        self._see(pid, whose, found, verify=True)
+        self._see(pid, cgroup, found, verify=True)
 
     def _cgroup(self, pid: int) -> str:
         """The cgroup for which the work counts that this process makes."""
@@ -195,15 +195,15 @@ class Discovery:
             self._see(pid, "", found)
         return used, unreadable
 
-    def _see(self, pid: int, whose: str, found: Found, verify: bool = False) -> None:
-        """A process maps these files. `whose`: its cgroup, if known; `verify`: also look at those that are probed."""
+    def _see(self, pid: int, cgroup: str, found: Found, verify: bool = False) -> None:
+        """A process maps these files. `cgroup`: its own, if known; `verify`: also look at those that are probed."""
         self._standalone.discard(pid)
         if found.books:
             self._standalone.add(pid)
         for one in found.files or ():
             if not self._libraries.knows(pid, one) or verify:
-                whose = whose or self._cgroup(pid)
-                self._libraries.want(pid, whose, one)
+                cgroup = cgroup or self._cgroup(pid)
+                self._libraries.want(pid, cgroup, one)
 
     # -- roots
 
@@ -212,11 +212,11 @@ class Discovery:
 
         Nothing is logged of what cannot be probed there: that is, when a process maps it.
         """
-        whose = self._cgroup(pid)
-        if self._libraries.room(whose):
-            self._libraries.work(whose, partial(self._search_root, pid, whose, self._libraries.room(whose)))
+        cgroup = self._cgroup(pid)
+        if self._libraries.room(cgroup):
+            self._libraries.work(cgroup, partial(self._search_root, pid, cgroup, self._libraries.room(cgroup)))
 
-    def _search_root(self, pid: int, whose: str, room: int) -> Taken:
+    def _search_root(self, pid: int, cgroup: str, room: int) -> Taken:
         root = roots.root_of(pid)
         found: dict[File, Examined] = {}
         if root is not None and root not in self._roots:
@@ -224,13 +224,13 @@ class Discovery:
                 file = target.dev, target.ino
                 if file not in found and len(found) < room and file not in self._libraries.own_files:
                     found[file] = self._libraries.examiner.found(target)
-        return partial(self._take_root, pid, whose, root, found.values())
+        return partial(self._take_root, pid, cgroup, root, found.values())
 
-    def _take_root(self, pid: int, whose: str, root: Root | None, found: Iterable[Examined]) -> None:
+    def _take_root(self, pid: int, cgroup: str, root: Root | None, found: Iterable[Examined]) -> None:
         if root is not None:
             self._roots.enter(root)
         for examined in found:
-            if root is not None and not examined.error and not self._libraries.enter(whose, examined):
+            if root is not None and not examined.error and not self._libraries.enter(cgroup, examined):
                 self._libraries.awaits(examined.file, pid)
                 self._roots.found(examined.file, root)
 

@@ -27,7 +27,7 @@ _32_BITS = (1 << 32) - 1
 
 
 class ElfError(Exception):
-    """What keeps a file from being a library whose functions can be found."""
+    """The file is no library in which functions can be found; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)

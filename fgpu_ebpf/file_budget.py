@@ -19,46 +19,46 @@ class FileBudget:
     """What each cgroup has and has taken."""
 
     def __init__(self) -> None:
-        self._whose: dict[File, str] = {}
+        self._cgroups: dict[File, str] = {}
         self._has = Counter[str]()
         self._spent_ns = Counter[str]()
 
     def __contains__(self, file: File) -> bool:
         """Whether it is counted."""
-        return file in self._whose
+        return file in self._cgroups
 
-    def whose(self, file: File) -> str:
+    def cgroup_of(self, file: File) -> str:
         """The cgroup that it counts for; empty: none."""
-        return self._whose.get(file, "")
+        return self._cgroups.get(file, "")
 
-    def room(self, whose: str) -> int:
+    def room(self, cgroup: str) -> int:
         """How many more files of this cgroup may be probed."""
-        return max(0, min(MOST_FILES - self._has[whose], MOST_FILES_ALL - len(self._whose)))
+        return max(0, min(MOST_FILES - self._has[cgroup], MOST_FILES_ALL - len(self._cgroups)))
 
-    def has(self, whose: str) -> tuple[int, int]:
+    def has(self, cgroup: str) -> tuple[int, int]:
         """How many files the cgroup has, and all have."""
-        return self._has[whose], len(self._whose)
+        return self._has[cgroup], len(self._cgroups)
 
-    def enter(self, file: File, whose: str) -> None:
+    def enter(self, file: File, cgroup: str) -> None:
         """The file counts for this cgroup, unless it does for another."""
-        if file not in self._whose:
-            self._whose[file] = whose
-            self._has[whose] += 1
+        if file not in self._cgroups:
+            self._cgroups[file] = cgroup
+            self._has[cgroup] += 1
 
     def forget(self, file: File) -> None:
         """The file counts no more."""
-        whose = self._whose.pop(file, None)
-        if whose is not None:
-            self._has[whose] -= 1
+        cgroup = self._cgroups.pop(file, None)
+        if cgroup is not None:
+            self._has[cgroup] -= 1
             self._has += Counter()  # without those that have nothing left
 
-    def charge(self, whose: str, took_ns: int) -> None:
+    def charge(self, cgroup: str, took_ns: int) -> None:
         """Work for this cgroup took so much of the processor."""
-        self._spent_ns[whose] += took_ns
+        self._spent_ns[cgroup] += took_ns
 
-    def has_time(self, whose: str) -> bool:
+    def has_time(self, cgroup: str) -> bool:
         """Whether more work may be done for it."""
-        return self._spent_ns[whose] <= BURST_NS
+        return self._spent_ns[cgroup] <= BURST_NS
 
     def forgive(self) -> None:
         """To be called in every round, once a second."""

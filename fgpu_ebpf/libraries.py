@@ -26,8 +26,9 @@ from fgpu_ebpf.snapshot import LibraryView
 from fgpu_ebpf.workers import Workers
 
 log = logging.getLogger("fgpu.agent")
-MOST_NAMED = 1024  # files and cgroups whose refusal has been logged
+MOST_NAMED = 1024  # files and cgroups for which a refusal has been logged
 MOST_JOBS = 64  # of one cgroup, that wait for a worker
+THREADS = 4  # that work at once where none hangs: to read a file takes tenths of a second
 NICE = 10  # of the workers: what they do is for processes that have not been shown to be honest
 SETTLE_SECONDS = 5.0
 
@@ -53,15 +54,16 @@ class Libraries:
             trust.trust_file((target.dev, target.ino), role)
         self.examiner, self._budget, self._bell = Examiner(attached, trust), FileBudget(), Bell()
         self._workers: Workers[str, Job, Taken] = Workers(
-            lambda job: job(), lambda _: True, self._bell.ring, MOST_JOBS, NICE
+            lambda job: job(), lambda _: True, self._bell.ring, MOST_JOBS, NICE, THREADS
         )
         self._results: deque[Taken] = deque()
         self._examining: dict[tuple[File, str], dict[int, procfs.Mapping]] = {}  # with the processes that wait for it
         self._coming = Counter[str]()  # how many of these are of each cgroup
-        self._reading: set[File] = set()  # files whose contents are being read
-        self._mappers: dict[File, dict[int, procfs.Mapping | None]] = {}  # of strays; None: a process that may come to
+        self._reading: set[File] = set()  # files that are being read
+        # Of each tenant's file the processes that map it; None: a process that may come to.
+        self._mappers: dict[File, dict[int, procfs.Mapping | None]] = {}
         self._refused: dict[File, str] = {}  # until the next look around
-        self._outside: dict[int, dict[File, str]] = {}  # processes that map files whose probes do not see them, and why
+        self._unprobed: dict[int, dict[File, str]] = {}  # processes that map files without being seen, and why
         self._named: set[object] = set()
         self.refusals = 0
 
@@ -84,7 +86,7 @@ class Libraries:
     def _take_own(self, digest: str) -> None:
         if digest:
             self._trust.trust_contents(digest)
-            for file in self.strays():
+            for file in self.tenant_files():
                 self._change(file)
 
     # -- work in threads
@@ -93,11 +95,11 @@ class Libraries:
         """Readable when there is something for take()."""
         return self._bell.fileno()
 
-    def work(self, whose: str, job: Job) -> bool:
+    def work(self, cgroup: str, job: Job) -> bool:
         """Queue work for a cgroup; empty: for the host. False: it has too much queued, or has had too much done."""
-        if whose and not self._budget.has_time(whose):
+        if cgroup and not self._budget.has_time(cgroup):
             return False
-        queued = self._workers.want(whose, job)
+        queued = self._workers.want(cgroup, job)
         self._workers.go()
         return queued
 
@@ -125,7 +127,7 @@ class Libraries:
     def keep(self) -> None:
         """To be called in every round: sees that files that are believed by their contents still have these."""
         self._budget.forgive()
-        for file in self.strays():
+        for file in self.tenant_files():
             now = self._probes.of(file)
             if now and now.role in (Role.SHIM, Role.LISTED) and self._trust.role(file) is not now.role:
                 self._look_again(file)
@@ -133,7 +135,7 @@ class Libraries:
 
     # -- files that processes map
 
-    def strays(self) -> frozenset[File]:
+    def tenant_files(self) -> frozenset[File]:
         """Files in containers' layers, or anywhere else: a probe keeps their mount busy."""
         return self._probes.known - self.own_files
 
@@ -147,94 +149,94 @@ class Libraries:
         self._read(file)
         return now.stamp is not None and file in self._budget
 
-    def want(self, pid: int, whose: str, one: procfs.Mapping) -> None:
+    def want(self, pid: int, cgroup: str, one: procfs.Mapping) -> None:
         """Have a file probed that a process of this cgroup maps, so that the probes are in this very process."""
         file = one.dev, one.ino
         if self._probes.of(file) or file in self.own_files:
             if file not in self.own_files:
-                self._budget.enter(file, whose)
-            self._examine(pid, whose, one)
+                self._budget.enter(file, cgroup)
+            self._examine(pid, cgroup, one)
         elif file in self._refused:
-            self._put_outside(pid, file, self._refused[file])
-        elif self._has_room(file, whose, pid):
-            self._examine(pid, whose, one)
+            self._note_unprobed(pid, file, self._refused[file])
+        elif self._has_room(file, cgroup, pid):
+            self._examine(pid, cgroup, one)
 
-    def _examine(self, pid: int, whose: str, one: procfs.Mapping) -> None:
-        key = (one.dev, one.ino), whose
+    def _examine(self, pid: int, cgroup: str, one: procfs.Mapping) -> None:
+        key = (one.dev, one.ino), cgroup
         if key in self._examining:
             self._examining[key].setdefault(pid, one)
-        elif self.work(whose, partial(self._examined, pid, whose, one)):
+        elif self.work(cgroup, partial(self._examined, pid, cgroup, one)):
             self._examining[key] = {}
-            self._coming[whose] += 1
+            self._coming[cgroup] += 1
 
-    def _examined(self, pid: int, whose: str, one: procfs.Mapping) -> Taken:
-        return partial(self._take, pid, whose, one, self.examiner.mapped(pid, one))
+    def _examined(self, pid: int, cgroup: str, one: procfs.Mapping) -> Taken:
+        return partial(self._take, pid, cgroup, one, self.examiner.mapped(pid, one))
 
-    def _take(self, pid: int, whose: str, one: procfs.Mapping, examined: Examined) -> None:
-        waiting = self._examining.pop((examined.file, whose), {})
-        self._coming[whose] -= 1
+    def _take(self, pid: int, cgroup: str, one: procfs.Mapping, examined: Examined) -> None:
+        waiting = self._examining.pop((examined.file, cgroup), {})
+        self._coming[cgroup] -= 1
         self._coming += Counter()  # without those of which none is examined
-        error = examined.error or self.enter(whose, examined)
+        error = examined.error or self.enter(cgroup, examined)
         if error:
-            self._fail(pid, whose, one, error, examined.is_file_s)
+            self._fail(pid, cgroup, one, error, examined.is_file_s)
         else:
             self._succeed(pid, one)
         for other, its in waiting.items():
-            self.want(other, whose, its)
+            self.want(other, cgroup, its)
 
-    def enter(self, whose: str, examined: Examined) -> str:
+    def enter(self, cgroup: str, examined: Examined) -> str:
         """Takes over the probes that a worker has attached; why not, where it cannot."""
         file = examined.file
         if self._probes.of(file) is not examined.before:  # another worker was faster
             probes.drop(examined.links)
             return ""
-        if file not in self.own_files and not (file in self._budget or self._budget.room(whose)):
+        if file not in self.own_files and not (file in self._budget or self._budget.room(cgroup)):
             probes.drop(examined.links)
-            return self._many(whose)
+            return self._many(cgroup)
         if examined.plan and examined.target:
             try:
                 self._probes.enter(examined.target, examined.plan, examined.links, examined.stamp, examined.beside)
             except OSError as error:
                 return f"cannot be probed ({error})"
-            log.info("probed %a as %s", examined.target.path, examined.plan.role.name, extra={"tenant": whose})
+            log.info("probed %a as %s", examined.target.path, examined.plan.role.name, extra={"tenant": cgroup})
         elif examined.before and examined.stamp:
             examined.before.stamp = examined.stamp
         if file not in self.own_files:
-            self._budget.enter(file, whose)
+            self._budget.enter(file, cgroup)
         return ""
 
     def _succeed(self, pid: int, one: procfs.Mapping) -> None:
         file = one.dev, one.ino
         self._refused.pop(file, None)
-        self._outside.get(pid, {}).pop(file, None)
+        self._unprobed.get(pid, {}).pop(file, None)
         if file not in self.own_files:
             self._mappers.setdefault(file, {})[pid] = one
             self._read(file)
             self._change(file)
 
-    def _fail(self, pid: int, whose: str, one: procfs.Mapping, error: str, is_file_s: bool) -> None:
+    def _fail(self, pid: int, cgroup: str, one: procfs.Mapping, error: str, is_file_s: bool) -> None:
         if not procfs.has_memory(pid):
             return
         file = one.dev, one.ino
         if is_file_s and not self._probes.of(file):
             self._refused[file] = error
-            self._budget.enter(file, whose)
-        self._put_outside(pid, file, error)
-        self._refuse(file, whose, f"{one.path!a} of process {pid}: {error}")
+            self._budget.enter(file, cgroup)
+        self._note_unprobed(pid, file, error)
+        self._refuse(file, cgroup, f"{one.path!a} of process {pid}: {error}")
 
     # -- what they are
 
     def _mapped(self, file: File) -> tuple[int, procfs.Mapping] | None:
-        """A process that maps a stray, and how."""
+        """A process that maps a tenant's file, and how."""
         return next(((pid, one) for pid, one in self._mappers.get(file, {}).items() if one), None)
 
     def _read(self, file: File) -> None:
-        """Have the contents of a stray driver read, once: by them it may be trusted, and doctor names it."""
+        """Have the contents of a driver of a tenant's read, once: by them it may be trusted, and doctor names it."""
         now, mapped = self._probes.of(file), self._mapped(file)
         if not now or not mapped or not now.role.is_driver or file in self._reading:
             return
         unread = self._trust.digest(file, now.stamp) is None
-        if unread and self.work(self._budget.whose(file), partial(self._contents, file, *mapped)):
+        if unread and self.work(self._budget.cgroup_of(file), partial(self._contents, file, *mapped)):
             self._reading.add(file)
 
     def _contents(self, file: File, pid: int, one: procfs.Mapping) -> Taken:
@@ -246,15 +248,15 @@ class Libraries:
         self._change(file)
 
     def _change(self, file: File) -> None:
-        """Have a stray probed as what it is, where that is not what it is probed as."""
+        """Have such a file probed as what it is, where that is not what it is probed as."""
         now, mapped = self._probes.of(file), self._mapped(file)
         if now and mapped and self._trust.role(file, now.stamp) is not now.role is not Role.NONE:
-            self._examine(mapped[0], self._budget.whose(file), mapped[1])
+            self._examine(mapped[0], self._budget.cgroup_of(file), mapped[1])
 
     def _look_again(self, file: File) -> None:
-        """Have a stray's size and times looked at."""
+        """Have such a file's size and times looked at."""
         if mapped := self._mapped(file):
-            self.work(self._budget.whose(file), partial(self._stamped, file, *mapped))
+            self.work(self._budget.cgroup_of(file), partial(self._stamped, file, *mapped))
 
     def _stamped(self, file: File, pid: int, one: procfs.Mapping) -> Taken:
         return partial(self._take_stamp, file, self.examiner.stamp(pid, one))
@@ -262,14 +264,14 @@ class Libraries:
     def _take_stamp(self, file: File, stamp: Stamp | None) -> None:
         now, mapped = self._probes.of(file), self._mapped(file)
         if now and mapped and stamp and stamp != now.stamp:
-            self._examine(mapped[0], self._budget.whose(file), mapped[1])
+            self._examine(mapped[0], self._budget.cgroup_of(file), mapped[1])
 
     def views(self, tenant_of: Callable[[str], str]) -> tuple[LibraryView, ...]:
         """The drivers that processes map and that are not the host's own; `tenant_of` names a cgroup's tenant."""
         return tuple(self._views(tenant_of))
 
     def _views(self, tenant_of: Callable[[str], str]) -> Iterator[LibraryView]:
-        for file in sorted(self.strays()):
+        for file in sorted(self.tenant_files()):
             now, mapped = self._probes.of(file), self._mapped(file)
             if now and mapped and now.role.is_driver:
                 digest = self._trust.digest(file, now.stamp) or ""
@@ -280,57 +282,57 @@ class Libraries:
     # -- when they go, and what is refused
 
     def look_around(self) -> None:
-        """Forget what was refused, so that it is tried once more, and have all strays looked at again."""
+        """Forget what was refused, so that it is tried once more, and have all tenant_files looked at again."""
         for file in self._refused:
             self._budget.forget(file)
         self._refused.clear()
-        for file in self.strays():
+        for file in self.tenant_files():
             self._look_again(file)
             self._read(file)
 
     def unmapped(self) -> set[File]:
         """Strays that none of the processes that are known to map them can be using any more."""
-        mappers = {file: self._mappers.get(file, {}) for file in self.strays()}
+        mappers = {file: self._mappers.get(file, {}) for file in self.tenant_files()}
         self._mappers = {f: {p: one for p, one in its.items() if procfs.has_memory(p)} for f, its in mappers.items()}
-        self._outside = {pid: why for pid, why in self._outside.items() if why and procfs.has_memory(pid)}
+        self._unprobed = {pid: why for pid, why in self._unprobed.items() if why and procfs.has_memory(pid)}
         return {file for file, pids in self._mappers.items() if not pids}
 
     def awaits(self, file: File, pid: int) -> None:
-        """A process may come to map a stray."""
+        """A process may come to map a tenant's file."""
         self._mappers.setdefault(file, {}).setdefault(pid, None)
 
     def let_go(self, file: File) -> None:
-        """Ends the probes of a stray."""
+        """Ends the probes of a tenant's file."""
         self._probes.let_go(file)
         self._trust.forget(file)
         self._budget.forget(file)
         self._mappers.pop(file, None)
 
-    def outside(self) -> Mapping[int, str]:
-        """Processes that map a file whose probes do not see what they call, each with the reason."""
-        return {pid: "; ".join(why.values()) for pid, why in self._outside.items() if why}
+    def unprobed(self) -> Mapping[int, str]:
+        """Processes that map a file and that its probes do not see, each with the reason."""
+        return {pid: "; ".join(why.values()) for pid, why in self._unprobed.items() if why}
 
-    def room(self, whose: str) -> int:
+    def room(self, cgroup: str) -> int:
         """How many more files of this cgroup may be probed."""
-        return self._budget.room(whose)
+        return self._budget.room(cgroup)
 
-    def _has_room(self, file: File, whose: str, pid: int) -> bool:
-        if self._budget.room(whose) > self._coming[whose]:
+    def _has_room(self, file: File, cgroup: str, pid: int) -> bool:
+        if self._budget.room(cgroup) > self._coming[cgroup]:
             return True
-        self._put_outside(pid, file, self._many(whose))
-        self._refuse(whose, whose, f"what else processes of {whose!a} map, such as {pid}: {self._many(whose)}")
+        self._note_unprobed(pid, file, self._many(cgroup))
+        self._refuse(cgroup, cgroup, f"what else processes of {cgroup!a} map, such as {pid}: {self._many(cgroup)}")
         return False
 
-    def _many(self, whose: str) -> str:
-        its, all_ = self._budget.has(whose)
+    def _many(self, cgroup: str) -> str:
+        its, all_ = self._budget.has(cgroup)
         return f"{its} files of libcuda's or the shim's name in it, {all_} in all"
 
-    def _put_outside(self, pid: int, file: File, why: str) -> None:
-        self._outside.setdefault(pid, {})[file] = why
+    def _note_unprobed(self, pid: int, file: File, why: str) -> None:
+        self._unprobed.setdefault(pid, {})[file] = why
 
-    def _refuse(self, what: object, whose: str, text: str) -> None:
+    def _refuse(self, what: object, cgroup: str, text: str) -> None:
         """Counted each time, logged once."""
         self.refusals += 1
         if what not in self._named and len(self._named) < MOST_NAMED:
             self._named.add(what)
-            log.warning("not probed: %s", text, extra={"tenant": whose})
+            log.warning("not probed: %s", text, extra={"tenant": cgroup})

@@ -1,6 +1,6 @@
 """How far a file of libcuda or the shim is believed, and by what.
 
-Roles: SHIM, one of ours; HOST, the host driver's own file; LISTED, a file whose contents are those of a host driver's
+Roles: SHIM, one of ours; HOST, the host driver's own file; LISTED, a file with the contents of a host driver's
 file or are listed in agent.yaml; UNKNOWN, every other libcuda; NONE, a file that has libfgpu's name and is neither.
 What a driver of the first two classes frees is freed; of the third a release counts once NVML shows it.
 
@@ -23,8 +23,8 @@ from fgpu_ebpf.mappings import File
 from fgpu_ebpf.pages import CLASS_SHIFT, Class, Function
 
 DIGEST = re.compile("sha256:[0-9a-f]{64}")
-MOST_KNOWN = 4096  # files whose digest is kept
-MOST_BYTES = 1 << 29  # of a file whose contents are looked at: five times a driver's
+MOST_KNOWN = 4096  # digests that are kept
+MOST_BYTES = 1 << 29  # of a file that is read: five times a driver's
 TICK_SECONDS = 0.05  # longer than the steps in which file systems count time
 _CHUNK = 1 << 20
 

@@ -35,7 +35,7 @@ class Target:
     pinned: bool
     way: str
     through: bool = False  # `way` is a link of the kernel's own
-    root: str = ""  # where `way` begins, with no link on it; empty: nobody else has chosen it
+    root: str = ""  # where `way` begins, with no link on it; empty: no container has chosen it
 
     @classmethod
     def of(cls, path: str) -> Target:

@@ -18,7 +18,7 @@ from fgpu_ebpf.probe_plan import Plan, ProbeError
 from fgpu_ebpf.probes import Attachment, MadeLinks, Probes
 from fgpu_ebpf.procfs import Mapping
 
-MOST_FAILED = 4096  # files whose failure is remembered
+MOST_FAILED = 4096  # failures that are remembered
 
 
 class Unreachable(Exception):

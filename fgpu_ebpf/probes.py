@@ -32,7 +32,7 @@ OPTIONAL_TRACEPOINTS = {
     "cgroup_populated": "cgroup_notify_populated",
     "cgroup_removed": "cgroup_rmdir",
 }
-MOST_BESIDE = 8  # sets of probes of one file, whose inode has changed as often
+MOST_BESIDE = 8  # sets of probes of one file; its inode has changed as often
 _NAME = re.compile("([0-9a-f]+)-([0-9a-f]+)-([a-z])([0-9a-f]+)-(.+)")  # dev, ino, role, number, what it is
 _MARK = re.compile("all([0-9]+)at([0-9a-f]+)")
 
@@ -69,7 +69,7 @@ class Probes:
         self._take_up_pinned()
 
     def _take_up_pinned(self) -> None:
-        """Take up the probes whose links have all survived an earlier agent; remove all others."""
+        """Take up the probes of an earlier agent if all their links are there; remove all others."""
         names: dict[tuple[File, Role, int], set[str]] = {}
         for path in self._links.glob(f"{self._digest}-*-*-*"):
             if named := _NAME.fullmatch(path.name.removeprefix(f"{self._digest}-")):
@@ -88,7 +88,7 @@ class Probes:
                 self._ledger.enter_file(*file, check)
 
     def lost(self) -> frozenset[File | None]:
-        """Files some of whose pinned links are there no more, so that the kernel sees nothing; None: process events."""
+        """Files with pinned links that are gone, so that the kernel does not see all calls; None: process events."""
         try:
             there = set(os.listdir(self._links))
         except FileNotFoundError:
@@ -251,7 +251,7 @@ def _check_of(there: Set[str]) -> int | None:
 
 
 def folders_of_other_layouts(pins: Path) -> list[Path]:
-    """Pinned folders beside this one: of a version with other structs, whose probes count for nobody."""
+    """Pinned folders beside this one: of a version with other structs; its probes count nothing here."""
     try:
         return [entry for entry in pins.parent.iterdir() if entry.name.startswith("v") and entry != pins]
     except OSError:

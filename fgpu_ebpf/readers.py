@@ -1,7 +1,7 @@
 """Reads, in threads, which libcuda and shim files callers have mapped, and whether those have our breakpoints there.
 
-Reading /proc/PID/maps or /proc/PID/mem can wait for the process. A process whose memory hangs keeps one thread and its
-tenant's queue (`workers`).
+Reading /proc/PID/maps or /proc/PID/mem can wait for the process. A process that cannot be read holds up one thread and
+its tenant's queue (`workers`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Readers:
         caller.reading = self._workers.want(caller.tenant, caller)
 
     def take(self) -> list[tuple[Caller, int]]:
-        """The callers whose mappings were read since, and what each took of the processor."""
+        """The callers that have been read since, and the processor time that each took."""
         found = self._workers.take()
         for done in found:
             done.job.files, done.job.reading = done.result, False

@@ -31,7 +31,7 @@ class Roots:
     """Each is looked into once, as long as what was found there is probed."""
 
     def __init__(self, own: str = "/") -> None:
-        """`own`: the host's root, whose files are found otherwise."""
+        """`own`: the host's root. Its files are found otherwise."""
         self._own = _place(own)
         self._seen: dict[Root, None] = {}  # the last to be entered comes last
         self._found: dict[File, set[Root]] = {}

@@ -1,8 +1,8 @@
 """Threads for work that can wait for another party's process or file, so that the loop never does.
 
-Jobs have owners. Those of one owner are done one after the other, so an owner whose job hangs keeps one thread and its
-own queue; jobs of the next owners get another thread. One thread is at work as long as jobs are done; more are started
-only where no job has been finished for STALLED_NS.
+Jobs have owners. Those of one owner are done one after the other, so a job that hangs holds up one thread and the
+queue of its owner; jobs of the next owners get another thread. A few threads are at work as long as jobs are done;
+more are started only where no job has been finished for STALLED_NS.
 
 Used by: the gatekeeper (what processes have mapped) and the agent (files of libcuda). `want`, `due_ns`, `go` and `take`
 are called in the loop; `work` runs in the threads and must not raise. OSError: the system has no thread left.
@@ -40,14 +40,17 @@ class Done(Generic[Owner, Job, Result]):
 class Workers(Generic[Owner, Job, Result]):
     """All threads. `ring` is called by a thread when there is something for `take`; jobs not `wanted` are left out.
 
-    `most`: so many jobs of one owner may be queued. `nice`: of the threads, where it is not 0.
+    `most`: so many jobs of one owner may be queued. `nice`: of the threads, where it is not 0. `few`: so many threads
+    are started without waiting for those that are at work.
     """
 
     def __init__(
         self, work: Callable[[Job], Result], wanted: Callable[[Job], bool], ring: Callable[[], None],
-        most: int = MOST_WANTED, nice: int = 0,
+        most: int = MOST_WANTED, nice: int = 0, few: int = 1,
     ) -> None:  # fmt: skip
-        self._work, self._is_wanted, self._ring, self._most, self._nice = work, wanted, ring, most, nice
+        self._work, self._is_wanted, self._ring, self._most, self._nice, self._few = (
+            work, wanted, ring, most, nice, few
+        )  # fmt: skip
         self._wanted: dict[Owner, deque[Job]] = {}
         self._queued = 0
         self._busy: set[Owner] = set()  # owners in `_jobs` or at a thread: the rest of theirs stays in `_wanted`
@@ -93,7 +96,7 @@ class Workers(Generic[Owner, Job, Result]):
         """When `go` should be called, on the monotonic clock; None: it has nothing to do."""
         if not self._jobs or self._active >= MOST_THREADS:
             return None
-        return self._moved_ns + STALLED_NS if self._active else 0
+        return self._moved_ns + STALLED_NS if self._active >= self._few else 0
 
     def go(self) -> None:
         """See that threads are at work: one, or more where jobs hang. Raises OSError: no thread can be started."""
@@ -101,7 +104,8 @@ class Workers(Generic[Owner, Job, Result]):
         if due_ns is None or monotonic_ns() < due_ns:
             return
         self._moved_ns = monotonic_ns()
-        for _ in range(min(MORE_THREADS, len(self._jobs), MOST_THREADS - self._active) if self._active else 1):
+        more = min(MORE_THREADS, len(self._jobs), MOST_THREADS - self._active) if self._active >= self._few else 1
+        for _ in range(more):
             try:
                 _thread.start_new_thread(self._run, ())  # threading would wait until it runs
             except RuntimeError as error:

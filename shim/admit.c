@@ -124,6 +124,15 @@ uint64_t fgpu_taken(uint64_t bytes, uint64_t granule)
     return (bytes + unit - 1) & ~(unit - 1);
 }
 
+/* While nothing answers, nothing is to be had: that is a limit too. */
+bool fgpu_is_limited(struct fgpu_view view)
+{
+    if (view.link != FGPU_HELD) return view.link == FGPU_CLOSED;
+    for (unsigned level = 0; level < view.levels; level++)
+        if (!fgpu_observes(&view.usage[level])) return true;
+    return false;
+}
+
 /* What a thread was granted by the books for a call that it never came back from. */
 static __thread struct admission left __attribute__((tls_model("initial-exec")));
 
@@ -255,11 +264,13 @@ CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64
     return result;
 }
 
+/* Of a context that has ended the driver names the device all the same, and refuses whatever needs the context. */
 bool fgpu_current(CUdevice *device)
 {
     __typeof__(&cuCtxGetDevice) get = REAL(cuCtxGetDevice);
     int saved = errno;
     bool known = get && get(device) == CUDA_SUCCESS;
+    if (atomic_load_explicit(&fgpu_contexts_ended, memory_order_relaxed)) known = known && !fgpu_current_is_gone();
     errno = saved;
     return known;
 }

@@ -2,6 +2,8 @@
 #ifndef FGPU_ADMIT_H
 #define FGPU_ADMIT_H
 
+#include <stdatomic.h>
+
 #include "shim.h"
 
 #define SMALL_ALIGNMENT 512ULL
@@ -44,9 +46,12 @@ HIDDEN uint64_t fgpu_granule(CUdevice ordinal);
 HIDDEN uint64_t fgpu_taken(uint64_t bytes, uint64_t granule);
 
 /* -- reserve.c */
-HIDDEN bool fgpu_pools_yield(CUdevice ordinal); /* true: something went back to the kernel */
-HIDDEN void fgpu_pools_leave(CUdevice ordinal); /* around the end of a context; < 0: of any device */
-HIDDEN void fgpu_pools_return(CUdevice ordinal);
+HIDDEN bool fgpu_pools_yield(CUdevice ordinal);   /* true: something went back to the kernel */
+HIDDEN void fgpu_pools_measure(CUdevice ordinal); /* a context has ended; < 0: on any device */
+
+/* -- contexts.c */
+extern HIDDEN _Atomic bool fgpu_contexts_ended; /* some context of this process did */
+HIDDEN bool fgpu_current_is_gone(void);
 
 /* -- pool.c */
 HIDDEN void fgpu_pools_seen(CUdevice ordinal); /* a context is there */

@@ -32,16 +32,6 @@ void *fgpu_real_beside(enum fgpu_name at) { return fgpu_symbol(atomic_load(&furt
         return result;                                                                                                 \
     }
 
-static bool is_limited(void)
-{
-    struct fgpu_view view = fgpu_look();
-    if (view.link == FGPU_OPEN || view.link == FGPU_UNMANAGED) return false;
-    bool limited = view.link != FGPU_HELD;
-    for (unsigned level = 0; view.link == FGPU_HELD && level < view.levels; level++)
-        limited = limited || !fgpu_observes(&view.usage[level]);
-    return limited;
-}
-
 /* The shim's books of pools are of one driver's. */
 #define POOL(name, params, args)                                                                                       \
     static CUresult name##_beside params                                                                               \
@@ -50,7 +40,7 @@ static bool is_limited(void)
         fgpu_beside = true;                                                                                            \
         __typeof__(&name) driver = REAL(name);                                                                         \
         fgpu_beside = before;                                                                                          \
-        return driver && !is_limited() ? driver args : CUDA_ERROR_NOT_SUPPORTED;                                       \
+        return driver && !fgpu_is_limited(fgpu_look()) ? driver args : CUDA_ERROR_NOT_SUPPORTED;                       \
     }
 
 #define ENTRIES(ENTRY, POOL)                                                                                           \

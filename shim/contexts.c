@@ -14,6 +14,11 @@
 static _Atomic uint64_t created[CREATED], managed[MANAGED];
 static _Atomic unsigned creations, takings;
 
+/* Contexts that ended last: one that is current in a thread all the same. */
+static _Atomic uint64_t ended[CREATED], primaries[FGPU_DEVICES];
+static _Atomic unsigned endings;
+_Atomic bool fgpu_contexts_ended;
+
 static _Atomic uint64_t *place_of(_Atomic uint64_t *list, unsigned n, uint64_t what)
 {
     for (unsigned i = 0; i < n; i++)
@@ -30,7 +35,46 @@ static void keep(_Atomic uint64_t *list, unsigned n, _Atomic unsigned *turn, uin
     atomic_store(&list[atomic_fetch_add(turn, 1) % n], what);
 }
 
-void fgpu_context_made(CUcontext context) { keep(created, CREATED, &creations, (uint64_t)context); }
+static void forget(_Atomic uint64_t *list, unsigned n, uint64_t what)
+{
+    _Atomic uint64_t *place = place_of(list, n, what);
+    if (place) atomic_compare_exchange_strong(place, &what, 0);
+}
+
+static void note_end(uint64_t context)
+{
+    if (!context) return;
+    keep(ended, CREATED, &endings, context);
+    atomic_store(&fgpu_contexts_ended, true);
+}
+
+/* The driver is asked too: a handle may be another context's by now. */
+bool fgpu_current_is_gone(void)
+{
+    __typeof__(&cuCtxGetCurrent) get = REAL(cuCtxGetCurrent);
+    __typeof__(&cuMemGetInfo_v2) ask = REAL(cuMemGetInfo_v2);
+    CUcontext context;
+    size_t available, total;
+    if (!get || !ask || get(&context) != CUDA_SUCCESS || !context) return false;
+    if (!place_of(ended, CREATED, (uint64_t)context)) return false;
+    CUstreamCaptureMode mode = fgpu_relax();
+    bool is_gone = ask(&available, &total) != CUDA_SUCCESS;
+    fgpu_unrelax(mode);
+    return is_gone;
+}
+
+void fgpu_primary_seen(CUdevice device, CUcontext context)
+{
+    if (device < 0 || device >= FGPU_DEVICES) return;
+    atomic_store(&primaries[device], (uint64_t)context);
+    forget(ended, CREATED, (uint64_t)context);
+}
+
+void fgpu_context_made(CUcontext context)
+{
+    forget(ended, CREATED, (uint64_t)context);
+    keep(created, CREATED, &creations, (uint64_t)context);
+}
 void fgpu_managed_made(CUdeviceptr at) { keep(managed, MANAGED, &takings, at); }
 bool fgpu_context_is_created(CUcontext context) { return context && place_of(created, CREATED, (uint64_t)context); }
 
@@ -69,12 +113,12 @@ static void leave(CUcontext context)
         __typeof__(&name) driver = REAL(name);                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
         struct fgpu_ending ending;                                                                                     \
-        fgpu_pools_leave(-1);                                                                                          \
         leave(ctx);                                                                                                    \
         fgpu_context_leaves(&ending, ctx);                                                                             \
         CUresult result = driver(ctx);                                                                                 \
         fgpu_context_left(&ending, result == CUDA_SUCCESS);                                                            \
-        fgpu_pools_return(-1);                                                                                         \
+        if (result == CUDA_SUCCESS) note_end((uint64_t)ctx);                                                           \
+        fgpu_pools_measure(-1);                                                                                        \
         return result;                                                                                                 \
     }
 END_CREATED(cuCtxDestroy)
@@ -91,19 +135,24 @@ static bool is_active(CUdevice device)
     return known && active;
 }
 
+static void end_primary(CUdevice device)
+{
+    fgpu_primary_ends(device);
+    if (device < FGPU_DEVICES) note_end(atomic_load(&primaries[device]));
+}
+
 #define END_PRIMARY(name)                                                                                              \
     EXPORT CUresult name(CUdevice dev)                                                                                 \
     {                                                                                                                  \
         __typeof__(&name) driver = REAL(name);                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
         struct fgpu_ending ending;                                                                                     \
-        fgpu_pools_leave(dev);                                                                                         \
         fgpu_primary_leaves(&ending, dev);                                                                             \
         CUresult result = driver(dev);                                                                                 \
-        bool ended = dev >= 0 && !is_active(dev);                                                                      \
-        if (ended) fgpu_primary_ends(dev);                                                                             \
-        fgpu_context_left(&ending, ended);                                                                             \
-        fgpu_pools_return(dev);                                                                                        \
+        bool ends = dev >= 0 && !is_active(dev);                                                                       \
+        if (ends) end_primary(dev);                                                                                    \
+        fgpu_context_left(&ending, ends);                                                                              \
+        fgpu_pools_measure(dev);                                                                                       \
         return result;                                                                                                 \
     }
 END_PRIMARY(cuDevicePrimaryCtxRelease)
@@ -133,7 +182,6 @@ EXPORT CUresult cuGreenCtxDestroy(CUgreenCtx hCtx)
 {
     __typeof__(&cuGreenCtxDestroy) driver = REAL(cuGreenCtxDestroy);
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
-    fgpu_pools_leave(-1);
     bool flies = leave_green(hCtx);
     CUresult result = driver(hCtx);
     for (CUdevice device = 0; (flies || fgpu_has_grants()) && device < FGPU_DEVICES; device++) {
@@ -141,8 +189,8 @@ EXPORT CUresult cuGreenCtxDestroy(CUgreenCtx hCtx)
         if (is_active(device)) continue;
         fgpu_primary_leaves(&ending, device);
         fgpu_context_left(&ending, true);
-        fgpu_primary_ends(device);
+        end_primary(device);
     }
-    fgpu_pools_return(-1);
+    fgpu_pools_measure(-1);
     return result;
 }

@@ -47,6 +47,7 @@ HIDDEN void fgpu_flight_mark(int index, uint64_t key, bool ends);
 
 /* -- contexts.c */
 HIDDEN void fgpu_context_made(CUcontext context);
+HIDDEN void fgpu_primary_seen(CUdevice device, CUcontext context); /* retained */
 HIDDEN void fgpu_managed_made(CUdeviceptr at);
 HIDDEN bool fgpu_context_is_created(CUcontext context); /* and has not ended */
 

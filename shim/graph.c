@@ -197,13 +197,8 @@ bool fgpu_graphs_yield(CUdevice ordinal)
     return more;
 }
 
-void fgpu_graphs_leave(CUdevice ordinal)
-{
-    for (int i = 0; i < FGPU_DEVICES; i++)
-        if (ordinal < 0 || ordinal == i) give_back_above(&memory[i], 0);
-}
-
-void fgpu_graphs_return(CUdevice ordinal)
+/* A context has ended, or the program has trimmed: what the device holds for graphs now is what stays charged. */
+void fgpu_graphs_measure(CUdevice ordinal)
 {
     if (!atomic_load(&allocates)) return;
     int saved = errno;
@@ -220,7 +215,7 @@ EXPORT CUresult cuDeviceGraphMemTrim(CUdevice device)
     __typeof__(&cuDeviceGraphMemTrim) driver = REAL(cuDeviceGraphMemTrim);
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
     CUresult result = driver(device);
-    if (result == CUDA_SUCCESS && device >= 0 && device < FGPU_DEVICES) fgpu_graphs_return(device);
+    if (result == CUDA_SUCCESS && device >= 0 && device < FGPU_DEVICES) fgpu_graphs_measure(device);
     return result;
 }
 
@@ -287,7 +282,7 @@ static CUresult before_instantiate(CUgraph graph, unsigned long long flags, stru
         if (refusal) return refusal;                                                                                   \
         CUresult result = driver(__VA_ARGS__);                                                                         \
         if (result == CUDA_SUCCESS) keep(*phGraphExec, &reading);                                                      \
-        if (reading.peak && (flags)&CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD) fgpu_graphs_return(reading.ordinal);           \
+        if (reading.peak && (flags)&CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD) fgpu_graphs_measure(reading.ordinal);          \
         return result;                                                                                                 \
     } while (0)
 

@@ -109,12 +109,15 @@ EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
     /* One more reference takes nothing; a device that does not exist is the driver's to refuse. */
     if (!pctx || known != CUDA_SUCCESS || active) {
         if (active) fgpu_pools_seen(dev);
-        return driver(pctx, dev);
+        CUresult result = driver(pctx, dev);
+        if (result == CUDA_SUCCESS && pctx) fgpu_primary_seen(dev, *pctx);
+        return result;
     }
     struct admission admission = fgpu_admission(dev, 0, FGPU_CONTEXT);
     if (admission.refusal) return admission.refusal;
     CUresult result = driver(pctx, dev);
     if (result == CUDA_SUCCESS) fgpu_pools_seen(dev);
+    if (result == CUDA_SUCCESS) fgpu_primary_seen(dev, *pctx);
     fgpu_settled(&admission, result, result ? 0 : (uint64_t)*pctx);
     if (result == CUDA_SUCCESS) fgpu_primary_made(dev, (uint64_t)*pctx);
     return result;

@@ -7,6 +7,7 @@
  */
 #include <errno.h>
 
+#include "books.h"
 #include "gate.h"
 
 #define NOTES 256
@@ -146,12 +147,20 @@ static bool take_note(CUdeviceptr pointer, struct order *order)
 
 /* -- around the driver's calls */
 
+/* A default stream is the current context's. Without one the driver refuses the call, and nothing is asked for it. */
+static bool has_no_context(uint64_t stream)
+{
+    CUdevice device;
+    return (stream == (uint64_t)CU_STREAM_LEGACY || stream == this_thread()) && !fgpu_current(&device);
+}
+
 static CUresult before(struct order *order, size_t size)
 {
     struct pool *pool = order->pool;
-    if (!pool || atomic_load_explicit(&pool->ordinal, memory_order_relaxed) == FGPU_HOST_POOL) {
+    int ordinal = pool ? atomic_load_explicit(&pool->ordinal, memory_order_relaxed) : FGPU_HOST_POOL;
+    if (ordinal < 0) {
         order->pool = NULL;
-        return CUDA_SUCCESS;
+        return ordinal == FGPU_HOST_POOL || !fgpu_is_limited(fgpu_look()) ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
     }
     order->bytes = size > FGPU_MOST_BYTES ? TOO_MUCH : (size + SMALL_ALIGNMENT - 1) & ~(SMALL_ALIGNMENT - 1);
     if (use_credit(pool, order->stream, order->bytes)) {
@@ -160,6 +169,7 @@ static CUresult before(struct order *order, size_t size)
     }
     uint64_t spent = atomic_fetch_add_explicit(&pool->spent, order->bytes, memory_order_relaxed) + order->bytes;
     if (LIKELY(spent <= atomic_load_explicit(&pool->admitted, memory_order_relaxed))) return CUDA_SUCCESS;
+    if (has_no_context(order->stream)) return CUDA_SUCCESS;
     order->grown = true;
     uint64_t had = take_credit(pool, order->stream); /* too little alone, but the pool can join it to what it takes */
     CUresult refusal = fgpu_pool_grow(pool, order->bytes);
@@ -176,6 +186,7 @@ static CUresult after(const struct order *order, CUresult result, CUdeviceptr po
         write_note(pointer, order);
     else if (order->on_credit)
         give_credit(order->pool, order->stream, order->bytes);
+    if (result && order->grown) fgpu_pool_trimmed(order->pool);
     if (result) fgpu_failed(atomic_load_explicit(&order->pool->index, memory_order_relaxed), 0, result);
     return result;
 }
@@ -212,12 +223,25 @@ EXPORT CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr *dptr, size_t bytesize,
     ALLOCATE(cuMemAllocFromPoolAsync_ptsz, true, pool ? fgpu_pool_of(pool) : NULL, dptr, bytesize, pool, hStream);
 }
 
+/* A pointer that no pool gave, or that has no note any more. Most are of cuMemAlloc: freed in the order of the stream,
+ * where cuMemFree would wait for all that uses the memory, so that call cannot stand for this one. The kernel has no
+ * probe here, and such a pointer stays charged until NVML shows that the process holds less. The books of a container
+ * that limits itself are told, for nothing else corrects them. */
+static CUresult free_unknown(__typeof__(&cuMemFreeAsync) driver, CUdeviceptr pointer, CUstream stream)
+{
+    struct fgpu_grant grant;
+    bool held = fgpu_has_grants() && fgpu_grant_take(FGPU_SPACE_POINTER, pointer, &grant);
+    CUresult result = driver(pointer, stream);
+    if (held) fgpu_grant_ended(&grant, result);
+    return result;
+}
+
 #define FREE(name, per_thread)                                                                                         \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
         struct order order;                                                                                            \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
-        if (!take_note(dptr, &order)) return driver(dptr, hStream);                                                    \
+        if (!take_note(dptr, &order)) return free_unknown(driver, dptr, hStream);                                      \
         bool captured = fgpu_is_capturing(hStream, per_thread); /* freed when the graph runs, if ever */               \
         CUresult result = driver(dptr, hStream);                                                                       \
         if (result != CUDA_SUCCESS)                                                                                    \

@@ -16,7 +16,7 @@ struct credit { /* what one stream freed: it alone may be handed that again at o
 /* A pool's part of the ledger. `admitted` is what the kernel granted and this process has not given back. */
 struct pool {
     _Atomic uint64_t handle;     /* 0: no pool; of an overflow entry always */
-    _Atomic int ordinal;         /* the driver's device, or FGPU_HOST_POOL */
+    _Atomic int ordinal;         /* the driver's device, FGPU_HOST_POOL or FGPU_NO_TABLE */
     _Atomic int index;           /* the ledger's, once something was granted */
     _Atomic uint32_t generation; /* one more whenever the entry goes to another pool */
     _Atomic uint64_t admitted;
@@ -29,6 +29,7 @@ struct pool {
 };
 #define FGPU_SYNCS 8        /* after a free: others wait for other streams in between */
 #define FGPU_HOST_POOL (-2) /* not device memory: not charged */
+#define FGPU_NO_TABLE (-3)  /* no memory for the table: nothing is to be had where a limit holds */
 
 /* -- pools.c */
 HIDDEN struct pool *fgpu_pool_of(CUmemoryPool handle);
@@ -53,7 +54,6 @@ HIDDEN uint64_t fgpu_stream_key(CUstream stream, bool per_thread); /* never 0 */
 
 /* -- graph.c */
 HIDDEN bool fgpu_graphs_yield(CUdevice ordinal);
-HIDDEN void fgpu_graphs_leave(CUdevice ordinal);
-HIDDEN void fgpu_graphs_return(CUdevice ordinal);
+HIDDEN void fgpu_graphs_measure(CUdevice ordinal); /* < 0: on all devices */
 
 #endif

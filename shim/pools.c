@@ -1,5 +1,6 @@
 /*
- * pools.c: which pool is meant. Owns the table of this process's pools; reserve.c keeps their part of the ledger.
+ * pools.c: which pool is meant. Owns the table of this process's pools, mapped when the first one is used; reserve.c
+ * keeps their part of the ledger.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -9,56 +10,75 @@
 
 #define POOLS 32
 
-/* Zero after a fork: the child has no driver, and nothing of its own is admitted. */
-static union {
-    struct {
-        struct pool pools[POOLS + FGPU_DEVICES]; /* the last ones: all further pools of a device in one */
-        _Atomic(struct pool *) current[FGPU_DEVICES];
-        _Atomic bool used;
-    };
-    char pages[3 * FGPU_PAGE_BYTES];
-} all __attribute__((aligned(FGPU_PAGE_BYTES)));
-static _Atomic uint32_t generations; /* goes on after a fork, so that the parent's notes are worth nothing */
-_Static_assert(sizeof all == 3 * FGPU_PAGE_BYTES, "the table outgrew its pages");
+struct table {
+    struct pool pools[POOLS + FGPU_DEVICES]; /* the last ones: all further pools of a device in one */
+    _Atomic(struct pool *) current[FGPU_DEVICES];
+};
+static _Atomic(struct table *) table; /* mapped when a first pool is used; most programs use none */
+static _Atomic uint32_t generations;  /* goes on after a fork, so that the parent's notes are worth nothing */
+static struct pool nowhere = {.ordinal = FGPU_NO_TABLE};
 
-unsigned fgpu_pool_slot(const struct pool *pool) { return (unsigned)(pool - all.pools); }
+static struct table *known_table(void) { return atomic_load_explicit(&table, memory_order_acquire); }
+
+/* Zero after a fork: the child has no driver, and nothing of its own is admitted. On older kernels that cannot wipe it
+ * the child's driver refuses all calls anyway. */
+static struct table *own_table(void)
+{
+    struct table *found = known_table(), *none = NULL;
+    if (LIKELY(found)) return found;
+    int saved = errno;
+    found = mmap(NULL, sizeof *found, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (found == MAP_FAILED) {
+        found = NULL;
+    } else {
+        madvise(found, sizeof *found, MADV_WIPEONFORK);
+        if (!atomic_compare_exchange_strong(&table, &none, found)) {
+            munmap(found, sizeof *found);
+            found = none;
+        }
+    }
+    errno = saved;
+    return found;
+}
+
+unsigned fgpu_pool_slot(const struct pool *pool) { return (unsigned)(pool - known_table()->pools); }
 
 struct pool *fgpu_pool_number(unsigned n)
 {
-    return n < POOLS + FGPU_DEVICES && atomic_load(&all.used) ? &all.pools[n] : NULL;
+    struct table *known = known_table();
+    return known && n < POOLS + FGPU_DEVICES ? &known->pools[n] : NULL;
 }
 
 struct pool *fgpu_pool_at(unsigned slot, uint32_t generation)
 {
-    struct pool *pool = slot < POOLS + FGPU_DEVICES ? &all.pools[slot] : NULL;
+    struct pool *pool = fgpu_pool_number(slot);
     return pool && atomic_load_explicit(&pool->generation, memory_order_relaxed) == generation ? pool : NULL;
 }
 
 static struct pool *find(CUmemoryPool handle)
 {
-    for (unsigned i = 0; i < POOLS; i++)
-        if (atomic_load_explicit(&all.pools[i].handle, memory_order_acquire) == (uint64_t)handle) return &all.pools[i];
+    struct pool *pools = fgpu_pool_number(0);
+    for (unsigned i = 0; pools && i < POOLS; i++)
+        if (atomic_load_explicit(&pools[i].handle, memory_order_acquire) == (uint64_t)handle) return &pools[i];
     return NULL;
 }
 
 /* All pools of a device that found no room, as one that cannot be measured: what it was granted only grows. */
 static struct pool *rest_of(CUdevice ordinal)
 {
-    if (ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;
-    struct pool *rest = &all.pools[POOLS + ordinal];
+    struct pool *pools = fgpu_pool_number(0);
+    if (!pools || ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;
+    struct pool *rest = &pools[POOLS + ordinal];
     atomic_store(&rest->ordinal, ordinal);
     return rest;
 }
 
 static struct pool *enter(CUmemoryPool handle, CUdevice ordinal)
 {
-    if (!atomic_exchange(&all.used, true)) {
-        int saved = errno;
-        madvise(&all, sizeof all, MADV_WIPEONFORK); /* older kernels: the child's driver refuses all calls anyway */
-        errno = saved;
-    }
+    struct table *own = own_table();
+    if (!own) return &nowhere;
     for (unsigned i = 0; i < POOLS; i++) {
-        struct pool *pool = &all.pools[i];
+        struct pool *pool = &own->pools[i];
         uint64_t none = 0;
         if (!atomic_compare_exchange_strong(&pool->handle, &none, 1)) continue; /* 1: no handle that a driver gives */
         atomic_store(&pool->ordinal, ordinal);
@@ -93,7 +113,9 @@ struct pool *fgpu_pool_of(CUmemoryPool handle)
 struct pool *fgpu_current_pool(CUdevice ordinal)
 {
     if (ordinal < 0 || ordinal >= FGPU_DEVICES) return NULL;
-    struct pool *pool = atomic_load_explicit(&all.current[ordinal], memory_order_relaxed);
+    struct table *own = own_table();
+    if (!own) return &nowhere;
+    struct pool *pool = atomic_load_explicit(&own->current[ordinal], memory_order_relaxed);
     if (LIKELY(pool)) return pool;
     __typeof__(&cuDeviceGetMemPool) get = REAL(cuDeviceGetMemPool);
     CUmemoryPool handle;
@@ -105,13 +127,14 @@ struct pool *fgpu_current_pool(CUdevice ordinal)
     if (result != CUDA_SUCCESS) return NULL;
     pool = find(handle);
     if (!pool) pool = enter(handle, ordinal);
-    atomic_store_explicit(&all.current[ordinal], pool, memory_order_relaxed);
+    atomic_store_explicit(&own->current[ordinal], pool, memory_order_relaxed);
     return pool;
 }
 
 void fgpu_forget_current(void)
 {
-    for (int i = 0; i < FGPU_DEVICES; i++) atomic_store(&all.current[i], NULL);
+    struct table *known = known_table();
+    for (int i = 0; known && i < FGPU_DEVICES; i++) atomic_store(&known->current[i], NULL);
 }
 
 /* -- pools themselves */

@@ -218,33 +218,19 @@ bool fgpu_pools_yield(CUdevice ordinal)
     return more;
 }
 
-/* The kernel forgets pool bytes when it sees a device's last context end, and not otherwise. We cannot tell which it
- * will be, so all is given back before and what pools still hold is asked for after. */
-void fgpu_pools_leave(CUdevice ordinal)
+/* A pool and its memory outlive contexts. What was freed in one that ended goes then, and its streams have no credit
+ * any more: their handles may be others' next. `ordinal` < 0: of any device. */
+void fgpu_pools_measure(CUdevice ordinal)
 {
-    fgpu_graphs_leave(ordinal);
-    struct pool *pool;
-    for (unsigned i = 0; (pool = fgpu_pool_number(i)); i++)
-        if (is_on(pool, ordinal)) {
-            forget_credits(pool);
-            give_back_above(pool, 0);
-        }
-}
-
-void fgpu_pools_return(CUdevice ordinal)
-{
-    fgpu_graphs_return(ordinal);
-    struct pool *pool = fgpu_pool_number(0);
-    if (!pool) return;
+    fgpu_graphs_measure(ordinal);
     int saved = errno;
     CUstreamCaptureMode mode = fgpu_relax();
+    struct pool *pool;
     fgpu_forget_current();
     for (unsigned i = 0; (pool = fgpu_pool_number(i)); i++) {
-        uint64_t used, reserved;
-        int its = atomic_load(&pool->ordinal);
-        if (its < 0 || (ordinal >= 0 && its != ordinal)) continue;
+        if (!is_on(pool, ordinal)) continue;
         forget_credits(pool);
-        if (measure(pool, &used, &reserved)) ask_up_to(pool, reserved, NULL);
+        settle_down(pool);
         atomic_store(&pool->spent, atomic_load(&pool->admitted)); /* the next call measures */
     }
     fgpu_unrelax(mode);

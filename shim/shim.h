@@ -258,6 +258,8 @@ HIDDEN int fgpu_index(const struct fgpu_control_page *control, CUdevice device);
 HIDDEN bool fgpu_current(CUdevice *device);                                      /* that of the current context */
 HIDDEN int fgpu_index_of_uuid(const struct fgpu_control_page *control, const uint8_t uuid[16]);
 
+HIDDEN bool fgpu_is_limited(struct fgpu_view view); /* a limit may be in force: asked is then what will be taken */
+
 /* -- view.c */
 HIDDEN int fgpu_nvml_index(struct fgpu_view view, nvmlDevice_t device);
 /* A level that only counts: nothing may look other than without it. */

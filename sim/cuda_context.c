@@ -36,6 +36,7 @@ static CUresult context_begin(struct context *context, int device, unsigned flag
     context->device = device;
     context->flags = flags;
     memcpy(context->limits, default_limits, sizeof default_limits);
+    growth_begins(context);
     context->legacy = context->per_thread = (struct stream){.context = context};
     context->lost_ns = context->work_ns = context->expected_ns = context->n_losses = 0;
     memset(context->engines_ns, 0, sizeof context->engines_ns);
@@ -47,7 +48,7 @@ static CUresult context_begin(struct context *context, int device, unsigned flag
 }
 
 /* Order matters: what is in the context first, while the server still knows it, then the context with whatever is left.
- */
+ * Pools, and what was allocated from them, belong to the process. */
 static void context_stop(struct context *context)
 {
     peers_end(context);
@@ -60,9 +61,7 @@ static void context_stop(struct context *context)
     bool last = true;
     for (const struct context *c = driver.contexts; c; c = c->next)
         last = last && !(c->alive && c->device == context->device);
-    if (!last) return;
-    pools_end(context->device);
-    graph_memory_end(context->device);
+    if (last) graph_memory_end(context->device);
 }
 
 static CUresult enter_create(const CUcontext *pctx, unsigned flags, CUdevice dev)

@@ -105,8 +105,8 @@ API cuCtxSetLimit(CUlimit limit, size_t value)
     CUresult result = sim_enter(&context);
     if (result) return result;
     if (limit >= N_LIMITS || limit == CU_LIMIT_DEV_RUNTIME_SYNC_DEPTH) return sim_leave(CUDA_ERROR_UNSUPPORTED_LIMIT);
-    context->limits[limit] = value;
-    return sim_leave(CUDA_SUCCESS);
+    result = capture_permits();
+    return sim_leave(result ? result : growth_limit(context, limit, value));
 }
 
 API cuCtxGetStreamPriorityRange(int *leastPriority, int *greatestPriority)

@@ -24,7 +24,7 @@ struct fill {
 struct kernel {
     CUfunction function;
     struct shape shape;
-    uint64_t ns;
+    struct kernel_run run;
 };
 
 /* Memory of an allocation node: its address is fixed when the node is made, there is memory behind it between a launch

@@ -16,8 +16,10 @@ struct exec {
     struct plan plan;
     uint64_t shared[SIM_MAX_DEVICES]; /* the most that is live at once, without what a launch leaves behind */
     uint64_t left[SIM_MAX_DEVICES];   /* which is this */
-    uint64_t stream;                  /* of the last launch; 0: none yet */
-    uint64_t done_ns;                 /* by the clock of the context in which it was launched */
+    struct context *home;             /* where it was made, if that context is still there by its id */
+    uint64_t home_id;
+    uint64_t stream;  /* of the last launch; 0: none yet */
+    uint64_t done_ns; /* by the clock of the context in which it was launched */
     struct context *context;
     struct exec *next;
 };
@@ -121,6 +123,7 @@ static void exec_free(struct exec *exec)
     while (*at && *at != exec) at = &(*at)->next;
     if (*at) *at = exec->next;
     if (exec->graph) exec->graph->exec = NULL;
+    if (exec->home && exec->home->id == exec->home_id) growth_nodes_end(exec->home, exec->n_ops);
     for (size_t i = 0; i < exec->n_ops; i++)
         if (is_memory(&exec->ops[i])) graph_memory_drop(exec->ops[i].memory);
     free(exec->ops);
@@ -153,12 +156,15 @@ static CUresult instantiate(CUgraphExec *out, CUgraph handle, CUDA_GRAPH_INSTANT
     if (!exec) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
     exec->flags = flags;
     result = order(graph, exec);
+    if (!result) result = growth_nodes(context, exec->n_ops);
     if (result) {
         if (result == CUDA_ERROR_INVALID_VALUE) params->result_out = CUDA_GRAPH_INSTANTIATE_INVALID_STRUCTURE;
         exec->n_ops = 0; /* none of them holds its memory yet */
         exec_free(exec);
         return sim_leave(result);
     }
+    exec->home = context;
+    exec->home_id = context->id;
     measure(exec);
     if (graph->has_memory) {
         exec->graph = graph;
@@ -313,7 +319,10 @@ static CUresult launch(CUgraphExec handle, CUstream stream_handle, bool per_thre
     struct exec *exec;
     CUresult result = enter_launch(handle, stream_handle, per_thread, &context, &stream, &exec);
     if (result) return result;
-    result = set_live(exec, true);
+    for (size_t i = 0; !result && i < exec->n_ops; i++)
+        if (exec->ops[i].type == CU_GRAPH_NODE_TYPE_KERNEL)
+            result = growth_launch(context, &exec->ops[i].kernel.run.needs);
+    if (!result) result = set_live(exec, true);
     if (result) return sim_leave(result);
     result = reserve_for(exec, stream);
     if (result) {

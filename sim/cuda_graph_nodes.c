@@ -52,7 +52,7 @@ static CUresult add_kernel(struct place place, struct kernel kernel)
     struct graph *graph;
     CUresult result = enter_place(&place, &context, &graph);
     if (result) return result;
-    result = kernel_check(context, kernel.function, &kernel.shape, false, &kernel.ns, NULL);
+    result = kernel_check(context, kernel.function, &kernel.shape, false, &kernel.run);
     if (result) return sim_leave(result);
     struct node *node = add(&place, graph, CU_GRAPH_NODE_TYPE_KERNEL);
     if (node) node->kernel = kernel;
@@ -182,7 +182,9 @@ static CUresult add_free(struct place place, CUdeviceptr at)
             {{(p)->gridDimX, (p)->gridDimY, (p)->gridDimZ},                                                            \
              {(p)->blockDimX, (p)->blockDimY, (p)->blockDimZ},                                                         \
              (p)->sharedMemBytes},                                                                                     \
+        {                                                                                                              \
             0                                                                                                          \
+        }                                                                                                              \
     }
 
 API cuGraphAddEmptyNode(PARAMS) { return add_empty(PLACE); }

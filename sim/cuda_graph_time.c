@@ -7,7 +7,7 @@ uint64_t node_ns(const struct node *node)
 {
     switch (node->type) {
     case CU_GRAPH_NODE_TYPE_KERNEL:
-        return node->kernel.ns;
+        return node->kernel.run.ns;
     case CU_GRAPH_NODE_TYPE_MEMCPY:
         return transfer_ns(&node->copy);
     case CU_GRAPH_NODE_TYPE_MEMSET:
@@ -20,7 +20,7 @@ uint64_t node_ns(const struct node *node)
 static int compare_start(const void *a, const void *b)
 {
     const struct node *one = a, *other = b;
-    uint64_t from = one->until - one->kernel.ns, other_from = other->until - other->kernel.ns;
+    uint64_t from = one->until - one->kernel.run.ns, other_from = other->until - other->kernel.run.ns;
     return (from > other_from) - (from < other_from);
 }
 
@@ -31,11 +31,11 @@ CUresult plan_make(struct plan *plan, const struct node *ops, size_t n_ops)
     struct node *kernels = calloc(n_ops + 1, sizeof *kernels);
     if (!kernels) return CUDA_ERROR_OUT_OF_MEMORY;
     for (size_t i = 0; i < n_ops; i++)
-        if (ops[i].type == CU_GRAPH_NODE_TYPE_KERNEL && ops[i].kernel.ns) kernels[n++] = ops[i];
+        if (ops[i].type == CU_GRAPH_NODE_TYPE_KERNEL && ops[i].kernel.run.ns) kernels[n++] = ops[i];
     qsort(kernels, n, sizeof *kernels, compare_start);
     for (size_t i = 0; i < n; i++) {
         struct span *last = plan->n ? &plan->spans[plan->n - 1] : NULL;
-        uint64_t from = kernels[i].until - kernels[i].kernel.ns;
+        uint64_t from = kernels[i].until - kernels[i].kernel.run.ns;
         if (!last || (from > last->until && plan->n < MAX_SPANS))
             plan->spans[plan->n++] = (struct span){from, kernels[i].until};
         else if (kernels[i].until > last->until)

@@ -1,6 +1,6 @@
 /* Images: what is to be known of code before it is loaded. One that begins with `fgpu-module <N>MiB` takes N MiB of the
- * device, any other nothing that could be seen: the context has room for small code. Assembly has the kernels that it
- * has, any other image every kernel that it is asked for. */
+ * device when it is first used. Assembly has the kernels and the data that it declares; any other image has every
+ * kernel that it is asked for, and takes nothing that could be seen: the context has room for small code. */
 #include "cuda_module.h"
 
 #include <ctype.h>
@@ -33,56 +33,70 @@ static bool is_assembly(const char *image)
     }
 }
 
-static bool is_in_name(char c) { return isalnum((unsigned char)c) || c == '_' || c == '$' || c == '%'; }
-
-/* The names after each `.entry`, one after the other, and an empty one at the end. */
-static char *entries_of(const char *text)
+bool symbol_new(struct symbol **list, const char *name, size_t length, uint64_t size, uint64_t offset)
 {
-    static const char sign[] = ".entry";
-    char *names = calloc(1, strlen(text) + 2), *to = names;
-    for (const char *at = text; names && (at = strstr(at, sign));) {
-        at += sizeof sign - 1;
-        if (!isspace((unsigned char)*at)) continue;
-        while (isspace((unsigned char)*at)) at++;
-        const char *name = at;
-        while (is_in_name(*at)) *to++ = *at++;
-        if (at != name) *to++ = 0;
+    struct symbol *symbol = calloc(1, sizeof *symbol + length + 1);
+    if (!symbol) return false;
+    memcpy(symbol->name, name, length);
+    symbol->size = size;
+    symbol->offset = offset;
+    symbol->next = *list;
+    *list = symbol;
+    return true;
+}
+
+const struct symbol *symbol_find(const struct symbol *list, const char *name)
+{
+    while (list && strcmp(list->name, name)) list = list->next;
+    return list;
+}
+
+static void symbols_free(struct symbol *list)
+{
+    for (struct symbol *next; list; list = next) {
+        next = list->next;
+        free(list);
     }
-    return names;
 }
 
-CUresult image_read(const void *data, struct image *out)
+CUresult image_new(const void *data, struct image **out)
 {
-    *out = (struct image){.bytes = bytes_of(data)};
-    if (!is_assembly(data)) return CUDA_SUCCESS;
-    out->entries = entries_of(data);
-    return out->entries ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+    struct image *image = calloc(1, sizeof *image);
+    if (!image) return CUDA_ERROR_OUT_OF_MEMORY;
+    image->users = 1;
+    image->bytes = bytes_of(data);
+    image->is_assembly = is_assembly(data);
+    CUresult result = image->is_assembly ? ptx_read(data, image) : CUDA_SUCCESS;
+    if (result)
+        image_drop(image);
+    else
+        *out = image;
+    return result;
 }
 
-CUresult image_copy(const struct image *image, struct image *out)
+struct image *image_use(struct image *image)
 {
-    size_t length = 0;
-    *out = *image;
-    if (!image->entries) return CUDA_SUCCESS;
-    while (image->entries[length]) length += strlen(image->entries + length) + 1;
-    out->entries = malloc(length + 1);
-    if (!out->entries) return CUDA_ERROR_OUT_OF_MEMORY;
-    memcpy(out->entries, image->entries, length + 1);
-    return CUDA_SUCCESS;
+    image->users++;
+    return image;
 }
 
-void image_clear(struct image *image)
+void image_drop(struct image *image)
 {
-    free(image->entries);
-    *image = (struct image){0};
+    if (--image->users) return;
+    symbols_free(image->entries);
+    symbols_free(image->globals);
+    free(image);
 }
 
 bool image_has(const struct image *image, const char *name)
 {
-    if (!image->entries) return true;
-    for (const char *entry = image->entries; *entry; entry += strlen(entry) + 1)
-        if (!strcmp(entry, name)) return true;
-    return false;
+    return !image->is_assembly || symbol_find(image->entries, name);
+}
+
+uint64_t image_local(const struct image *image, const char *name)
+{
+    const struct symbol *entry = symbol_find(image->entries, name);
+    return entry ? entry->size : 0;
 }
 
 /* The whole file, as text. Before the lock is taken. */

@@ -38,13 +38,14 @@ bool block_is_possible(int device, const unsigned *block)
            (uint64_t)block[0] * block[1] * block[2] <= (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK];
 }
 
-/* May it be launched so, and for how long will it run? Its module is loaded by that. All blocks of a kernel that
- * cooperates are on the device at once; with too much shared memory none can be. */
+/* May it be launched so, and what will it take? Its module is loaded by that. All blocks of a kernel that cooperates
+ * are on the device at once; with too much shared memory none can be. */
 CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, bool cooperates,
-                      uint64_t *ns, struct party *party)
+                      struct kernel_run *run)
 {
-    struct function *function = function_find(context, handle);
-    if (!function) return CUDA_ERROR_INVALID_HANDLE;
+    struct function *function;
+    CUresult result = function_get(context, handle, &function);
+    if (result) return result;
     const int32_t *limits = driver.devices[context->device].attributes;
     if (!are_within(shape->grid, &limits[CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X]) ||
         !block_is_possible(context->device, shape->block))
@@ -52,20 +53,24 @@ CUresult kernel_check(struct context *context, CUfunction handle, const struct s
     bool has_room = shape->shared <= function->shared_most;
     if (cooperates && !(has_room && are_at_once(limits, shape))) return CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
     if (!has_room) return CUDA_ERROR_INVALID_VALUE;
-    *ns = function->ns;
-    if (party) *party = function->party;
+    *run = (struct kernel_run){function->ns, function->party, function->needs};
     return module_load(function->module);
+}
+
+CUresult kernel_begin(struct context *context, struct stream *stream, const struct kernel_run *run)
+{
+    CUresult result = growth_launch(context, &run->needs);
+    return result ? result : stream_work(context, stream, run->ns, &run->party);
 }
 
 CUresult kernel_launch(CUfunction handle, struct shape shape, CUstream stream_handle, bool per_thread, bool cooperates)
 {
     struct context *context;
     struct stream *stream;
-    struct kernel kernel = {handle, shape, 0};
-    struct party party;
+    struct kernel kernel = {.function = handle, .shape = shape};
     CUresult result = stream_enter_work(stream_handle, per_thread, &context, &stream);
     if (result) return result;
-    result = kernel_check(context, handle, &shape, cooperates, &kernel.ns, &party);
+    result = kernel_check(context, handle, &shape, cooperates, &kernel.run);
     if (result) return sim_leave(result);
     if (stream->capture) {
         struct node *node;
@@ -73,7 +78,7 @@ CUresult kernel_launch(CUfunction handle, struct shape shape, CUstream stream_ha
         if (!result) node->kernel = kernel;
         return sim_leave(result);
     }
-    return sim_leave(stream_work(context, stream, kernel.ns, &party));
+    return sim_leave(kernel_begin(context, stream, &kernel.run));
 }
 
 #define SHAPE(s)                                                                                                       \
@@ -127,27 +132,36 @@ static CUresult enter_function(CUfunction handle, struct function **function)
     struct context *context;
     CUresult result = sim_enter(&context);
     if (result) return result;
-    *function = function_find(context, handle);
-    return *function ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    result = function_get(context, handle, function);
+    return result ? sim_leave(result) : CUDA_SUCCESS;
 }
 
-/* As a small kernel of the newest kind would answer. */
-API cuFuncGetAttribute(int *pi, CUfunction_attribute attrib, CUfunction hfunc)
+/* Of a kernel of the newest kind, with so much local memory and room for so much shared memory. */
+int kernel_attribute(int device, CUfunction_attribute attribute, int shared, uint64_t local)
 {
-    struct function *function;
-    CUresult result = enter_function(hfunc, &function);
-    if (result) return result;
-    if (!pi || (unsigned)attrib >= CU_FUNC_ATTRIBUTE_MAX) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    const int32_t *a = driver.devices[function->module->context->device].attributes;
+    const int32_t *a = driver.devices[device].attributes;
     int capability =
         a[CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR] * 10 + a[CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR];
+    return attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK           ? a[CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK]
+           : attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES ? shared
+           : attribute == CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES              ? (int)local
+           : attribute == CU_FUNC_ATTRIBUTE_NUM_REGS                      ? 8
+           : attribute == CU_FUNC_ATTRIBUTE_BINARY_VERSION                ? capability
+           : attribute == CU_FUNC_ATTRIBUTE_PTX_VERSION                   ? capability
+                                                                          : 0;
+}
+
+/* A kernel of a library has questions of its own, and is no function here. */
+API cuFuncGetAttribute(int *pi, CUfunction_attribute attrib, CUfunction hfunc)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    struct function *function = function_find(context, hfunc);
+    if (!function) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    if (!pi || (unsigned)attrib >= CU_FUNC_ATTRIBUTE_MAX) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     result = module_load(function->module);
-    *pi = attrib == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK           ? a[CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK]
-          : attrib == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES ? (int)function->shared_most
-          : attrib == CU_FUNC_ATTRIBUTE_NUM_REGS                      ? 8
-          : attrib == CU_FUNC_ATTRIBUTE_BINARY_VERSION                ? capability
-          : attrib == CU_FUNC_ATTRIBUTE_PTX_VERSION                   ? capability
-                                                                      : 0;
+    *pi = kernel_attribute(context->device, attrib, (int)function->shared_most, function->needs.local);
     return sim_leave(result);
 }
 

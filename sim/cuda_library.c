@@ -1,5 +1,4 @@
-/* Libraries: code that belongs to no context until one of its kernels is used there; and the linker, as far as programs
- * call it before they load what it made. */
+/* Libraries: code and data that belong to no context until one of their kernels is used there. */
 #include "cuda_module.h"
 
 #include <stdlib.h>
@@ -18,7 +17,7 @@ struct placed {
 };
 
 struct library {
-    struct image image;
+    struct image *image;
     struct kernel_entry *kernels;
     struct placed *placed;
     struct library *next;
@@ -48,7 +47,7 @@ static CUresult place(struct library *library, struct context *context, struct m
         if (p->module->context == context) return CUDA_SUCCESS;
     }
     struct placed *placed = calloc(1, sizeof *placed);
-    CUresult result = placed ? module_new(context, &library->image, &placed->module) : CUDA_ERROR_OUT_OF_MEMORY;
+    CUresult result = placed ? module_new(context, library->image, &placed->module) : CUDA_ERROR_OUT_OF_MEMORY;
     if (result) {
         free(placed);
         return result;
@@ -60,12 +59,15 @@ static CUresult place(struct library *library, struct context *context, struct m
     return CUDA_SUCCESS;
 }
 
-/* NULL: no such kernel, or no memory for it. */
-struct function *library_function(struct context *context, CUkernel handle)
+CUresult library_function(struct context *context, CUkernel handle, struct function **out)
 {
     struct kernel_entry *kernel = find_kernel(handle);
     struct module *module;
-    return kernel && !place(kernel->library, context, &module) ? module_function(module, kernel->name) : NULL;
+    if (!kernel) return CUDA_ERROR_INVALID_HANDLE;
+    CUresult result = place(kernel->library, context, &module);
+    if (result) return result;
+    *out = module_function(module, kernel->name);
+    return *out ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
 }
 
 /* Forgets the modules of a context that is about to free them. */
@@ -91,7 +93,7 @@ static CUresult load(CUlibrary *out, const void *code)
     if (!out || !code) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     struct library *library = calloc(1, sizeof *library);
     if (!library) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
-    result = image_read(code, &library->image);
+    result = image_new(code, &library->image);
     if (result) {
         free(library);
         return sim_leave(result);
@@ -146,7 +148,7 @@ API cuLibraryUnload(CUlibrary handle)
     struct library **at = &libraries;
     while (*at != library) at = &(*at)->next;
     *at = library->next;
-    image_clear(&library->image);
+    image_drop(library->image);
     free(library);
     return sim_leave(CUDA_SUCCESS);
 }
@@ -161,7 +163,7 @@ API cuLibraryGetKernel(CUkernel *pKernel, CUlibrary handle, const char *name)
     struct kernel_entry *kernel = library->kernels;
     while (kernel && strcmp(kernel->name, name)) kernel = kernel->next;
     if (!kernel) {
-        bool is_there = image_has(&library->image, name) && strlen(name) < sizeof kernel->name;
+        bool is_there = image_has(library->image, name) && strlen(name) < sizeof kernel->name;
         kernel = is_there ? calloc(1, sizeof *kernel) : NULL;
         if (!kernel) return sim_leave(CUDA_ERROR_NOT_FOUND);
         strcpy(kernel->name, name);
@@ -187,25 +189,45 @@ API cuLibraryGetModule(CUmodule *pMod, CUlibrary handle)
     return sim_leave(result);
 }
 
-API cuLibraryGetGlobal(CUdeviceptr *dptr, size_t *bytes, CUlibrary library, const char *name)
+API cuLibraryGetGlobal(CUdeviceptr *dptr, size_t *bytes, CUlibrary handle, const char *name)
 {
     struct context *context;
+    struct module *module;
     CUresult result = sim_enter(&context);
     if (result) return result;
     if (!name || (!dptr && !bytes)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    return sim_leave(find(library) ? CUDA_ERROR_NOT_FOUND : CUDA_ERROR_INVALID_HANDLE);
+    struct library *library = find(handle);
+    if (!library) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    if (!symbol_find(library->image->globals, name)) return sim_leave(CUDA_ERROR_NOT_FOUND);
+    result = place(library, context, &module);
+    return sim_leave(result ? result : module_global(module, name, dptr, bytes));
 }
 
 API cuKernelGetFunction(CUfunction *pFunc, CUkernel kernel)
 {
     struct context *context;
+    struct function *function;
     CUresult result = sim_enter(&context);
     if (result) return result;
     if (!pFunc) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    if (!find_kernel(kernel)) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
-    struct function *function = library_function(context, kernel);
-    if (function) *pFunc = (CUfunction)function;
-    return sim_leave(function ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY);
+    result = library_function(context, kernel, &function);
+    if (!result) *pFunc = (CUfunction)function;
+    return sim_leave(result);
+}
+
+/* Without a context: nothing is loaded by the question. */
+API cuKernelGetAttribute(int *pi, CUfunction_attribute attrib, CUkernel handle, CUdevice dev)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    const struct kernel_entry *kernel = find_kernel(handle);
+    if (!pi || (unsigned)attrib >= CU_FUNC_ATTRIBUTE_MAX) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!kernel) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    if (!sim_is_device(dev)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
+    const int32_t *limits = driver.devices[dev].attributes;
+    int shared = limits[CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK];
+    *pi = kernel_attribute(dev, attrib, shared, image_local(kernel->library->image, kernel->name));
+    return sim_leave(CUDA_SUCCESS);
 }
 
 API cuKernelGetName(const char **name, CUkernel hfunc)

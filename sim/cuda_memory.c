@@ -7,8 +7,6 @@
 #define PITCH 512u
 #define MAX_ALLOCATION (1ull << 46) /* past any address space; sums below cannot wrap */
 
-static size_t granules(size_t size) { return (size + GRANULE - 1) / GRANULE * GRANULE; }
-
 /* The server is asked first, with the bytes of a new granule if one will be needed: nothing here is changed by a
  * refusal. */
 static CUresult allocate_small(struct context *context, size_t size, struct range **out)
@@ -243,7 +241,9 @@ API cuMemHostRegister_v2(void *p, size_t bytesize, unsigned int flags)
     struct range *range = range_new(context, (uintptr_t)p, bytesize);
     if (!range) return sim_leave(CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED);
     range->kind = RANGE_REGISTERED;
-    return sim_leave(CUDA_SUCCESS);
+    result = growth_register(context, bytesize);
+    if (result) range_drop(range);
+    return sim_leave(result);
 }
 
 API cuMemHostUnregister(void *p)
@@ -254,6 +254,7 @@ API cuMemHostUnregister(void *p)
     struct range *range = range_find((uintptr_t)p);
     if (!range || range->kind != RANGE_REGISTERED || range->start != (uintptr_t)p)
         return sim_leave(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED);
+    growth_unregister(range->context, range->size);
     range_drop(range);
     return sim_leave(CUDA_SUCCESS);
 }

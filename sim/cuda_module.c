@@ -1,4 +1,5 @@
-/* Modules and their functions. `spin_<N>us` keeps its stream busy for N microseconds, all others are done at once. */
+/* Modules, their data and their functions. `spin_<N>us` keeps its stream busy for N microseconds, all others are done
+ * at once. */
 #include "cuda_module.h"
 
 #include <stdio.h>
@@ -16,7 +17,7 @@ static bool is_eager(void)
 CUresult module_load(struct module *module)
 {
     if (module->is_loaded) return CUDA_SUCCESS;
-    uint64_t bytes = module->image.bytes;
+    uint64_t bytes = module->image->bytes;
     struct context *context = module->context;
     CUresult result = bytes ? sim_take(context, context->device, SIM_MODULE, bytes, bytes) : CUDA_SUCCESS;
     module->is_loaded = !result;
@@ -26,7 +27,7 @@ CUresult module_load(struct module *module)
 static void unload(struct module *module)
 {
     struct context *context = module->context;
-    uint64_t bytes = module->is_loaded ? module->image.bytes : 0;
+    uint64_t bytes = module->is_loaded ? module->image->bytes : 0;
     module->is_loaded = false;
     if (bytes) sim_give(context, context->device, SIM_MODULE, bytes, bytes);
 }
@@ -38,18 +39,56 @@ static void module_free(struct module *module)
         module->functions = function->next;
         free(function);
     }
-    image_clear(&module->image);
+    image_drop(module->image);
     free(module);
 }
 
-CUresult module_new(struct context *context, const struct image *image, struct module **out)
+/* Its data: in granules that nothing else has a part in. */
+static CUresult place_data(struct module *module)
+{
+    struct context *context = module->context;
+    uint64_t bytes = module->image->data, physical = granules(bytes);
+    if (!bytes) return CUDA_SUCCESS;
+    CUresult result = sim_take(context, context->device, SIM_MODULE, physical, bytes);
+    if (result) return result;
+    uintptr_t start = space_reserve(physical, GRANULE, false);
+    module->data = start ? range_new(context, start, bytes) : NULL;
+    if (!module->data) {
+        if (start) space_return(start, physical);
+        sim_give(context, context->device, SIM_MODULE, physical, bytes);
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    module->data->kind = RANGE_DATA;
+    module->data->span = physical;
+    return CUDA_SUCCESS;
+}
+
+static void remove_data(struct module *module)
+{
+    if (!module->data) return;
+    struct context *context = module->context;
+    sim_give(context, context->device, SIM_MODULE, module->data->span, module->data->size);
+    range_drop(module->data);
+    module->data = NULL;
+}
+
+static CUresult place(struct module *module)
+{
+    CUresult result = growth_code(module->context, module->image->has_malloc, module->image->has_printf);
+    if (!result) result = place_data(module);
+    if (!result && is_eager()) result = module_load(module);
+    return result;
+}
+
+CUresult module_new(struct context *context, struct image *image, struct module **out)
 {
     struct module *module = calloc(1, sizeof *module);
     if (!module) return CUDA_ERROR_OUT_OF_MEMORY;
     module->context = context;
-    CUresult result = image_copy(image, &module->image);
-    if (!result && is_eager()) result = module_load(module);
+    module->image = image_use(image);
+    CUresult result = place(module);
     if (result) {
+        remove_data(module);
         module_free(module);
         return result;
     }
@@ -65,10 +104,11 @@ void module_drop(struct module *module)
     while (*at != module) at = &(*at)->next;
     *at = module->next;
     unload(module);
+    remove_data(module);
     module_free(module);
 }
 
-/* The server forgets what a context holds as a whole. */
+/* The server forgets what a context holds as a whole, and data goes with the context's other ranges. */
 void modules_end(struct context *context)
 {
     libraries_end(context);
@@ -86,12 +126,18 @@ static struct module *find_module(const struct context *context, CUmodule handle
     return module;
 }
 
-struct function *function_find(struct context *context, CUfunction handle)
+struct function *function_find(const struct context *context, CUfunction handle)
 {
     for (const struct module *m = context->modules; m; m = m->next)
         for (struct function *f = m->functions; f; f = f->next)
             if (f == (struct function *)handle) return f;
-    return library_function(context, (CUkernel)handle);
+    return NULL;
+}
+
+CUresult function_get(struct context *context, CUfunction handle, struct function **out)
+{
+    *out = function_find(context, handle);
+    return *out ? CUDA_SUCCESS : library_function(context, (CUkernel)handle, out);
 }
 
 /* The rest of the image is not looked at: programs here bring whatever they were built with, and none of it can run. */
@@ -99,14 +145,15 @@ static CUresult load(CUmodule *out, const void *data)
 {
     struct context *context;
     struct module *module;
-    struct image image;
+    struct image *image;
     CUresult result = sim_enter(&context);
     if (result) return result;
     if (!out || !data) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    result = image_read(data, &image);
-    if (!result) result = module_new(context, &image, &module);
+    result = image_new(data, &image);
+    if (result) return sim_leave(result);
+    result = module_new(context, image, &module);
+    image_drop(image);
     if (!result) *out = (CUmodule)module;
-    image_clear(&image);
     return sim_leave(result);
 }
 
@@ -180,6 +227,8 @@ struct function *module_function(struct module *module, const char *name)
     const int32_t *limits = driver.devices[module->context->device].attributes;
     function->shape = (struct shape){.block = {1, 1, 1}};
     function->shared_most = (unsigned)limits[CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK];
+    function->needs =
+        (struct needs){image_local(module->image, name), module->image->has_malloc, module->image->has_printf};
     function->module = module;
     function->next = module->functions;
     module->functions = function;
@@ -194,19 +243,28 @@ API cuModuleGetFunction(CUfunction *hfunc, CUmodule hmod, const char *name)
     struct module *module = find_module(context, hmod);
     if (!hfunc || !name || !*name) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (!module) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
-    struct function *function = image_has(&module->image, name) ? module_function(module, name) : NULL;
+    struct function *function = image_has(module->image, name) ? module_function(module, name) : NULL;
     if (!function) return sim_leave(CUDA_ERROR_NOT_FOUND);
     result = module_load(module);
     if (!result) *hfunc = (CUfunction)function;
     return sim_leave(result);
 }
 
-/* Images here have code and nothing else. */
+CUresult module_global(const struct module *module, const char *name, CUdeviceptr *at, size_t *bytes)
+{
+    const struct symbol *symbol = symbol_find(module->image->globals, name);
+    if (!symbol) return CUDA_ERROR_NOT_FOUND;
+    if (at) *at = module->data->start + symbol->offset;
+    if (bytes) *bytes = symbol->size;
+    return CUDA_SUCCESS;
+}
+
 API cuModuleGetGlobal_v2(CUdeviceptr *dptr, size_t *bytes, CUmodule hmod, const char *name)
 {
     struct context *context;
     CUresult result = sim_enter(&context);
     if (result) return result;
     if (!name || (!dptr && !bytes)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    return sim_leave(find_module(context, hmod) ? CUDA_ERROR_NOT_FOUND : CUDA_ERROR_INVALID_HANDLE);
+    const struct module *module = find_module(context, hmod);
+    return sim_leave(module ? module_global(module, name, dptr, bytes) : CUDA_ERROR_INVALID_HANDLE);
 }

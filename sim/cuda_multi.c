@@ -11,7 +11,7 @@ static struct stream *find_anywhere(CUstream handle)
 }
 
 /* Each on a device and in a stream of its own, of one shape. */
-static CUresult check(const CUDA_LAUNCH_PARAMS *list, unsigned n, struct stream **streams, uint64_t *ns)
+static CUresult check(const CUDA_LAUNCH_PARAMS *list, unsigned n, struct stream **streams, struct kernel_run *runs)
 {
     for (unsigned i = 0; i < n; i++) {
         const CUDA_LAUNCH_PARAMS *p = &list[i];
@@ -25,8 +25,9 @@ static CUresult check(const CUDA_LAUNCH_PARAMS *list, unsigned n, struct stream 
             capture_break(streams[i]->capture);
             return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
         }
-        CUresult result = kernel_check(streams[i]->context, p->function, &shape, true, &ns[i], NULL);
+        CUresult result = kernel_check(streams[i]->context, p->function, &shape, true, &runs[i]);
         if (result) return result;
+        runs[i].party = (struct party){0}; /* they meet by this call */
     }
     return CUDA_SUCCESS;
 }
@@ -47,7 +48,7 @@ API cuLaunchCooperativeKernelMultiDevice(CUDA_LAUNCH_PARAMS *launchParamsList, u
                                          unsigned int flags)
 {
     struct stream *streams[SIM_MAX_DEVICES];
-    uint64_t ns[SIM_MAX_DEVICES];
+    struct kernel_run runs[SIM_MAX_DEVICES];
     if (!__atomic_load_n(&driver.ready, __ATOMIC_ACQUIRE)) return CUDA_ERROR_NOT_INITIALIZED;
     if (!launchParamsList || !numDevices || numDevices > driver.n_devices || flags & ~3u)
         return CUDA_ERROR_INVALID_VALUE;
@@ -55,9 +56,9 @@ API cuLaunchCooperativeKernelMultiDevice(CUDA_LAUNCH_PARAMS *launchParamsList, u
         if (!launchParamsList[i].hStream) return CUDA_ERROR_INVALID_HANDLE;
     CUresult result = sim_enter_init();
     if (result) return result;
-    result = check(launchParamsList, numDevices, streams, ns);
+    result = check(launchParamsList, numDevices, streams, runs);
     if (!result) meet(streams, numDevices);
     for (unsigned i = 0; i < numDevices && !result; i++)
-        result = stream_work(streams[i]->context, streams[i], ns[i], NULL);
+        result = kernel_begin(streams[i]->context, streams[i], &runs[i]);
     return sim_leave(result);
 }

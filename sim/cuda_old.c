@@ -55,8 +55,8 @@ static CUresult enter_function(CUfunction handle, struct function **function)
     struct context *context;
     CUresult result = sim_enter(&context);
     if (result) return result;
-    *function = function_find(context, handle);
-    return *function ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    result = function_get(context, handle, function);
+    return result ? sim_leave(result) : CUDA_SUCCESS;
 }
 
 API cuFuncSetBlockShape(CUfunction hfunc, int x, int y, int z)
@@ -85,19 +85,18 @@ static CUresult launch_grid(CUfunction handle, int width, int height, CUstream s
 {
     struct context *context;
     struct stream *stream;
-    struct party party;
-    uint64_t ns;
+    struct kernel_run run;
+    struct function *function;
     CUresult result = stream_enter(stream_handle, false, &context, &stream);
     if (result) return result;
-    const struct function *function = function_find(context, handle);
-    if (!function) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
-    result = capture_permits();
+    result = function_get(context, handle, &function);
+    if (!result) result = capture_permits();
     if (result) return sim_leave(result);
     if (width <= 0 || height <= 0) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     struct shape shape = function->shape;
     memcpy(shape.grid, (unsigned[]){(unsigned)width, (unsigned)height, 1}, sizeof shape.grid);
-    result = kernel_check(context, handle, &shape, false, &ns, &party);
-    return sim_leave(result ? result : stream_work(context, stream, ns, &party));
+    result = kernel_check(context, handle, &shape, false, &run);
+    return sim_leave(result ? result : kernel_begin(context, stream, &run));
 }
 
 API cuLaunch(CUfunction f) { return launch_grid(f, 1, 1, NULL); }

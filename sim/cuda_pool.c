@@ -1,5 +1,6 @@
 /* Stream-ordered allocation. A pool takes memory from the device in steps of 32 MiB and gives it back at a
- * synchronisation, down to its release threshold; in between, allocating and freeing is this process's affair alone. */
+ * synchronisation, down to its release threshold; in between, allocating and freeing is this process's affair alone.
+ * The ends of contexts, the last one's too, leave pools and their allocations as they are. */
 #include "cuda_pool.h"
 #include "cuda_graph.h"
 
@@ -78,13 +79,6 @@ void pools_settle(int device)
 {
     for (struct pool *p = pools; p; p = p->next)
         if (p->device == device) trim(p, p->is_destroyed ? 0 : p->threshold);
-    drop_the_empty();
-}
-
-void pools_end(int device)
-{
-    for (struct pool *p = pools; p; p = p->next)
-        if (p->device == device) trim(p, 0);
     drop_the_empty();
 }
 

@@ -86,9 +86,9 @@ void ranges_end(struct context *context)
     struct range *next;
     for (struct range *range = context->ranges; range; range = next) {
         next = range->next;
-        /* Mapped memory belongs to the process and outlives the context, and so do the books of pools and graphs. */
-        if (range->kind == RANGE_MAPPED || range->kind == RANGE_GRAPH) continue;
-        if (range->kind == RANGE_POOL) pool_freed(range);
+        /* Mapped memory and that of pools belong to the process and outlive the context, and so do the books of graphs.
+         */
+        if (range->kind == RANGE_MAPPED || range->kind == RANGE_POOL || range->kind == RANGE_GRAPH) continue;
         if (range->kind == RANGE_IPC) ipc_forget(range);
         range_drop(range);
     }
@@ -112,7 +112,9 @@ uint8_t *range_touch(struct range *range, uintptr_t at, size_t length)
         return (uint8_t *)at;
     }
     if (range->is_foreign) return (uint8_t *)at;
-    if (range->kind != RANGE_DEVICE && range->kind != RANGE_POOL && range->kind != RANGE_GRAPH)
+    bool has_contents = range->kind == RANGE_DEVICE || range->kind == RANGE_POOL || range->kind == RANGE_GRAPH ||
+                        range->kind == RANGE_DATA;
+    if (!has_contents)
         return range->kind == RANGE_MAPPED && !(range->access & CU_MEM_ACCESS_FLAGS_PROT_READ) ? NULL : (uint8_t *)at;
     size_t needed = page_up(at + length - range->start);
     if (needed > range->span) needed = range->span;

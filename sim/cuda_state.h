@@ -74,9 +74,30 @@ struct shape {
     unsigned grid[3], block[3], shared;
 };
 
+/* What a kernel takes of its context when it is launched. */
+struct needs {
+    uint64_t local;     /* bytes a thread */
+    bool heap, printer; /* calls the device's malloc, or printf */
+};
+
+struct kernel_run {
+    uint64_t ns;
+    struct party party;
+    struct needs needs;
+};
+
 /* At this moment of a context's clock so much had been lost. */
 struct loss {
     uint64_t at_ns, lost_ns;
+};
+
+/* What it has taken by itself. Nothing of this is given back before the context's end but what is registered. */
+struct growth {
+    uint64_t local;            /* bytes a thread that there is room for */
+    bool has_malloc, has_heap; /* code that calls malloc was loaded; was launched */
+    bool has_printf, has_printed;
+    uint64_t streams, nodes, registered; /* how many there are, and of what size */
+    uint64_t stream_bytes, node_bytes, page_bytes;
 };
 
 struct context {
@@ -92,6 +113,7 @@ struct context {
     struct module *modules;
     struct peer *peers; /* whose memory may be used from here */
     size_t limits[N_LIMITS];
+    struct growth growth;
     uint64_t engines_ns[ENGINES];                     /* when each will have done its last copy */
     uint64_t lost_ns, reached_ns;                     /* its clock: at least that far behind, has said at least that */
     uint64_t work_ns;                                 /* when all its work will be done, by that clock */
@@ -119,6 +141,7 @@ enum range_kind {
     RANGE_MAPPED,
     RANGE_GRAPH,
     RANGE_IPC,
+    RANGE_DATA, /* of a module */
 };
 
 struct range {
@@ -173,6 +196,7 @@ CUresult primary_retain(int device);
 void primary_leave(int device);
 
 /* cuda_space.c */
+static inline size_t granules(size_t size) { return (size + GRANULE - 1) / GRANULE * GRANULE; }
 uintptr_t space_reserve(size_t size, size_t alignment, bool usable);
 void space_return(uintptr_t start, size_t size);
 struct range *range_find(uintptr_t at);
@@ -205,6 +229,18 @@ CUresult vmm_key(const struct range *range, uint64_t *key); /* of the memory tha
 /* cuda_ipc.c */
 void ipc_forget(struct range *range); /* of a context that ends */
 
+/* cuda_growth.c: what contexts take by themselves */
+void growth_begins(struct context *context);
+CUresult growth_limit(struct context *context, CUlimit limit, size_t value);
+CUresult growth_code(struct context *context, bool has_malloc, bool has_printf);
+CUresult growth_launch(struct context *context, const struct needs *needs);
+CUresult growth_stream(struct context *context); /* one more */
+void growth_stream_ends(struct context *context);
+CUresult growth_nodes(struct context *context, uint64_t n);
+void growth_nodes_end(struct context *context, uint64_t n);
+CUresult growth_register(struct context *context, uint64_t bytes);
+void growth_unregister(struct context *context, uint64_t bytes);
+
 /* cuda_peer.c */
 void peers_end(struct context *context);
 
@@ -214,7 +250,6 @@ void arrays_end(const struct context *context);
 /* cuda_pool.c */
 void pool_freed(struct range *range);
 void pools_settle(int device); /* what a synchronisation gives back */
-void pools_end(int device);
 
 /* cuda_time.c: moments of a context's own clock, which others' turns on the device make stand still */
 uint64_t context_now(const struct context *context); /* at most */
@@ -269,7 +304,8 @@ void graph_memory_end(int device);
 /* cuda_module.c */
 void modules_end(struct context *context);
 CUresult kernel_check(struct context *context, CUfunction handle, const struct shape *shape, bool cooperates,
-                      uint64_t *ns, struct party *party);
+                      struct kernel_run *run);
+CUresult kernel_begin(struct context *context, struct stream *stream, const struct kernel_run *run);
 CUresult kernel_launch(CUfunction handle, struct shape shape, CUstream stream, bool per_thread, bool cooperates);
 bool block_is_possible(int device, const unsigned *block); /* of threads in three directions */
 

@@ -107,7 +107,11 @@ static CUresult create(CUstream *out, unsigned flags, int priority)
     if (result) return result;
     if (!out || flags & ~(unsigned)CU_STREAM_NON_BLOCKING) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     struct stream *stream = calloc(1, sizeof *stream);
-    if (!stream) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+    result = stream ? growth_stream(context) : CUDA_ERROR_OUT_OF_MEMORY;
+    if (result) {
+        free(stream);
+        return sim_leave(result);
+    }
     stream->flags = flags;
     stream->priority = priority > 0 ? 0 : priority < -5 ? -5 : priority;
     stream->id = ++driver.next_id + 2;
@@ -140,6 +144,7 @@ static CUresult destroy(CUstream hStream)
     while (*at != stream) at = &(*at)->next;
     *at = stream->next;
     free(stream);
+    growth_stream_ends(context);
     return sim_leave(CUDA_SUCCESS);
 }
 

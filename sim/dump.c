@@ -8,7 +8,8 @@
 
 #define MAX_RECORDS (SIM_MAX_CLIENTS + SIM_MAX_DEVICES)
 
-static const char *const kinds[SIM_KINDS] = {"context", "block", "vmm", "managed", "pool", "module", "graph"};
+static const char *const kinds[SIM_KINDS] = {"context", "block", "vmm",     "managed", "pool", "module",
+                                             "graph",   "local", "runtime", "launch",  "pages"};
 
 static void print_device(const struct sim_record *r, const struct sim_device *device, const char *before)
 {
@@ -19,12 +20,13 @@ static void print_device(const struct sim_record *r, const struct sim_device *de
            r->total - r->reserved - r->used, device->context_bytes);
 }
 
+/* What is listed is what NVML shows of the process; the other kinds are in the device's driver_bytes. */
 static void print_process(const struct sim_record *r, const char *before)
 {
     uint64_t bytes = 0, requested = 0;
-    for (int kind = 0; kind < SIM_KINDS; kind++) {
-        bytes += r->bytes[kind];
-        requested += r->requested[kind];
+    for (uint32_t kind = 0; kind < SIM_KINDS; kind++) {
+        if (kind != SIM_PAGES) bytes += r->bytes[kind];
+        if (kind < SIM_ASKED) requested += r->requested[kind];
     }
     printf("%s\n    {\"pid\": %u, \"device\": %u, \"ended\": %s, \"contexts\": %u, \"bytes\": %" PRIu64
            ", \"requested_bytes\": %" PRIu64,
@@ -32,7 +34,7 @@ static void print_process(const struct sim_record *r, const char *before)
     for (int kind = 0; kind < SIM_KINDS; kind++) {
         /* Managed memory takes nothing from the device, so what was asked is all there is to tell. */
         printf(", \"%s_bytes\": %" PRIu64, kinds[kind], kind == SIM_MANAGED ? r->requested[kind] : r->bytes[kind]);
-        if (kind != SIM_CONTEXT && kind != SIM_MANAGED)
+        if (kind != SIM_CONTEXT && kind != SIM_MANAGED && kind < SIM_ASKED)
             printf(", \"%s_requested_bytes\": %" PRIu64, kinds[kind], r->requested[kind]);
     }
     printf("}");

@@ -181,10 +181,10 @@ bool fault_nvml_is_gone(void) { return nvml_is_gone; }
 
 bool fault_devices_are_lost(void) { return devices_are_lost; }
 
-/* Contexts and code are not counted: a test that fails the third allocation means one of the program's own. */
+/* Only what a program asks for is counted: a test that fails the third allocation means one of the program's own. */
 bool fault_fails(uint32_t kind)
 {
-    if (!fails_every || kind == SIM_CONTEXT || kind == SIM_MODULE) return false;
+    if (!fails_every || kind == SIM_CONTEXT || kind == SIM_MODULE || kind >= SIM_ASKED) return false;
     return ++n_allocations % fails_every == 0;
 }
 

@@ -33,6 +33,11 @@ static uint64_t usable(const struct gpu *gpu) { return gpu->info.memory_total - 
 
 static bool fits(const struct gpu *gpu, uint64_t bytes) { return bytes <= usable(gpu) - gpu->used; }
 
+bool ledger_fits(uint32_t device, uint64_t bytes) { return fits(&server.gpus[device], bytes); }
+
+/* In the row of the process that has it. */
+bool ledger_is_listed(uint32_t kind) { return kind != SIM_PAGES; }
+
 /* The driver's own: the device loses it, but no process list shows it. */
 static void keep(struct gpu *gpu, uint64_t bytes)
 {
@@ -44,6 +49,18 @@ static void let_go(struct gpu *gpu, uint64_t bytes)
 {
     gpu->used -= bytes;
     gpu->driver -= bytes;
+}
+
+static void take(struct gpu *gpu, uint32_t kind, uint64_t bytes)
+{
+    if (!ledger_is_listed(kind)) gpu->driver += bytes;
+    gpu->used += bytes;
+}
+
+static void give(struct gpu *gpu, uint32_t kind, uint64_t bytes)
+{
+    if (!ledger_is_listed(kind)) gpu->driver -= bytes;
+    gpu->used -= bytes;
 }
 
 /* Memory that several processes may hold, as far as it is in no process's row. */
@@ -126,7 +143,7 @@ enum sim_status ledger_take(struct client *client, const struct sim_request *req
         return SIM_NOT_ALLOWED;
     struct gpu *gpu = &server.gpus[request->device];
     if (fault_fails(request->kind) || !fits(gpu, request->bytes)) return SIM_NO_MEMORY;
-    gpu->used += request->bytes;
+    take(gpu, request->kind, request->bytes);
     holding->bytes[request->kind] += request->bytes;
     holding->requested[request->kind] += request->requested;
     return SIM_OK;
@@ -140,7 +157,7 @@ bool ledger_give(struct client *client, const struct sim_request *request)
     if (!holding || holding->bytes[request->kind] - holding->shared[request->kind] < request->bytes ||
         holding->requested[request->kind] < request->requested)
         return false;
-    server.gpus[request->device].used -= request->bytes;
+    give(&server.gpus[request->device], request->kind, request->bytes);
     holding->bytes[request->kind] -= request->bytes;
     holding->requested[request->kind] -= request->requested;
     return true;
@@ -148,7 +165,7 @@ bool ledger_give(struct client *client, const struct sim_request *request)
 
 static void release(uint32_t device, const struct holding *holding)
 {
-    for (int kind = 0; kind < SIM_KINDS; kind++) server.gpus[device].used -= holding->bytes[kind];
+    for (uint32_t kind = 0; kind < SIM_KINDS; kind++) give(&server.gpus[device], kind, holding->bytes[kind]);
 }
 
 static void release_context(const struct context *context)

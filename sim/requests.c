@@ -131,7 +131,7 @@ static bool is_lost_on(const struct client *client, const struct sim_request *re
 {
     bool lost = fault_devices_are_lost();
     if (request->flags & SIM_FLAG_NVML) return lost || fault_nvml_is_gone() || client->is_stale;
-    return lost && (request->op == SIM_ATTACH || request->op == SIM_TAKE);
+    return lost && (request->op == SIM_ATTACH || request->op == SIM_TAKE || request->op == SIM_SET_LOCAL);
 }
 
 static struct answer answer(struct client *client, const struct sim_request *request, int sent)
@@ -142,7 +142,8 @@ static struct answer answer(struct client *client, const struct sim_request *req
     if (request->device >= server.n_gpus) return (struct answer){.status = SIM_NO_DEVICE};
     if (request->kind >= SIM_KINDS) return (struct answer){.wrong = "unknown kind of memory"};
     if (is_lost_on(client, request)) return (struct answer){.status = SIM_LOST};
-    if (client->met_ecc && request->op == SIM_TAKE) return (struct answer){.status = SIM_ECC};
+    bool takes = request->op == SIM_TAKE || request->op == SIM_SET_LOCAL;
+    if (client->met_ecc && takes) return (struct answer){.status = SIM_ECC};
     switch (request->op) {
     case SIM_SHARE:
     case SIM_OPEN:
@@ -158,6 +159,8 @@ static struct answer answer(struct client *client, const struct sim_request *req
         return (struct answer){.status = ledger_attach(client)};
     case SIM_TAKE:
         return (struct answer){.status = ledger_take(client, request)};
+    case SIM_SET_LOCAL:
+        return (struct answer){.status = local_set(client, request)};
     case SIM_GIVE:
         return (struct answer){.wrong = ledger_give(client, request) ? NULL : "gives back what it does not hold"};
     case SIM_CLOSE:

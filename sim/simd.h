@@ -102,11 +102,16 @@ bool ledger_give(struct client *client, const struct sim_request *request);
 bool ledger_close(struct client *client, const struct sim_request *request);
 void ledger_forget(struct client *client);
 
+bool ledger_fits(uint32_t device, uint64_t bytes);
+bool ledger_is_listed(uint32_t kind);
 struct holding *ledger_holding(struct client *client, uint32_t device, uint32_t kind, uint64_t context);
 void ledger_unname(uint32_t device, uint64_t bytes); /* in no process's row any more, and again */
 void ledger_name(uint32_t device, uint64_t bytes);
 bool ledger_take_unnamed(uint32_t device, uint64_t bytes); /* from the device; false: it has no room */
 void ledger_free_unnamed(uint32_t device, uint64_t bytes);
+
+/* local.c */
+enum sim_status local_set(struct client *client, const struct sim_request *request);
 
 /* shares.c: memory of several processes. Descriptors that come in stay the caller's, those that go out too. */
 #define TAG_EXPORT (1ull << 32) /* of the event that says that an exported descriptor was closed for the last time */

@@ -13,48 +13,72 @@ pid_t view_pid(const struct client *of, const struct client *asker)
     return of->process.pid[level];
 }
 
-/* Managed memory holds no bytes of the device and so never shows. */
-static uint64_t physical(const struct client *client, uint32_t device)
+static uint64_t listed(const struct holding *holding)
 {
     uint64_t sum = 0;
-    for (int kind = 0; kind < SIM_KINDS; kind++) sum += client->own[device].bytes[kind];
-    for (uint32_t i = 0; i < client->n_contexts; i++)
-        if (client->contexts[i].device == device)
-            for (int kind = 0; kind < SIM_KINDS; kind++) sum += client->contexts[i].holding.bytes[kind];
+    for (uint32_t kind = 0; kind < SIM_KINDS; kind++)
+        if (ledger_is_listed(kind)) sum += holding->bytes[kind];
     return sum;
+}
+
+static uint64_t listed_bytes(const struct client *client, uint32_t device)
+{
+    uint64_t sum = listed(&client->own[device]);
+    for (uint32_t i = 0; i < client->n_contexts; i++)
+        if (client->contexts[i].device == device) sum += listed(&client->contexts[i].holding);
+    return sum;
+}
+
+static bool has_context(const struct client *client, uint32_t device)
+{
+    for (uint32_t i = 0; i < client->n_contexts; i++)
+        if (client->contexts[i].device == device) return true;
+    return false;
+}
+
+/* Rows of processes that have no context on the device are left out, whatever they hold there. */
+static uint32_t drop_rows(struct sim_process *rows, const bool *kept, uint32_t n)
+{
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < n; i++)
+        if (kept[i]) rows[left++] = rows[i];
+    return left;
 }
 
 uint32_t view_processes(const struct client *asker, uint32_t device, struct sim_process *out, uint32_t room)
 {
+    static bool computes[SIM_MAX_CLIENTS];
     uint32_t n = 0;
     turns_catch_up(device);
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
         pid_t pid = c->state == CLIENT_FREE ? 0 : view_pid(c, asker);
-        uint64_t bytes = pid ? physical(c, device) : 0;
+        uint64_t bytes = pid ? listed_bytes(c, device) : 0;
         if (!bytes) continue;
         /* Two connections of one process (a second copy of the library) are one line. */
         uint32_t i = 0;
         while (i < n && out[i].pid != (uint32_t)pid) i++;
         if (i == room) break;
-        if (i == n) out[n++] = (struct sim_process){.pid = (uint32_t)pid};
+        if (i == n) {
+            computes[n] = false;
+            out[n++] = (struct sim_process){.pid = (uint32_t)pid};
+        }
         out[i].bytes += bytes;
         out[i].busy_us += meter_busy_us(device, c);
+        computes[i] = computes[i] || has_context(c, device);
     }
-    return n;
+    return drop_rows(out, computes, n);
 }
 
 static void add_holding(struct sim_record *record, const struct holding *holding)
 {
-    for (int kind = 0; kind < SIM_KINDS; kind++) {
-        record->bytes[kind] += holding->bytes[kind];
-        record->requested[kind] += holding->requested[kind];
-    }
+    for (int kind = 0; kind < SIM_KINDS; kind++) record->bytes[kind] += holding->bytes[kind];
+    for (int kind = 0; kind < SIM_ASKED; kind++) record->requested[kind] += holding->requested[kind];
 }
 
 static bool is_empty(const struct sim_record *record)
 {
     for (int kind = 0; kind < SIM_KINDS; kind++)
-        if (record->bytes[kind] || record->requested[kind]) return false;
+        if (record->bytes[kind] || (kind < SIM_ASKED && record->requested[kind])) return false;
     return !record->contexts;
 }
 

@@ -52,10 +52,26 @@ enum sim_op {
     SIM_LOOK_LANE, /* struct sim_lane */
     SIM_XID,       /* requested = how many of the device's are known; struct sim_xid */
     SIM_RESIZE,    /* context, requested = the key of a pool that it made; bytes = what that has reserved now */
+    SIM_SET_LOCAL, /* bytes = local memory of each thread that the context has room for from now on */
     SIM_OPS,
 };
 
-enum sim_kind { SIM_CONTEXT, SIM_BLOCK, SIM_VMM, SIM_MANAGED, SIM_POOL, SIM_MODULE, SIM_GRAPH, SIM_KINDS };
+enum sim_kind {
+    SIM_CONTEXT,
+    SIM_BLOCK,
+    SIM_VMM,
+    SIM_MANAGED,
+    SIM_POOL,
+    SIM_MODULE,
+    SIM_GRAPH,
+    SIM_LOCAL,   /* local memory of threads, as far as it exceeds what a context has for it */
+    SIM_RUNTIME, /* what device code calls: its heap, and what printf writes to */
+    SIM_LAUNCH,  /* what launching takes: streams, nodes of graphs */
+    SIM_PAGES,   /* page tables of registered host memory: in no process's row */
+    SIM_KINDS,
+};
+
+#define SIM_ASKED SIM_LOCAL /* programs ask for kinds before this one by a size; the others come by themselves */
 
 enum sim_status { SIM_OK, SIM_NO_MEMORY, SIM_NO_DEVICE, SIM_NOT_ALLOWED, SIM_LOST, SIM_ECC };
 
@@ -153,13 +169,17 @@ struct sim_record {
     uint32_t device;
     uint32_t contexts;
     uint32_t has_ended; /* the process, whose connection another one has */
-    uint64_t total;
-    uint64_t reserved;
-    uint64_t used;
-    uint64_t driver;   /* the part of used that is in no process's row */
-    uint64_t exported; /* the part of that which several processes may hold */
     uint64_t bytes[SIM_KINDS];
-    uint64_t requested[SIM_KINDS];
+    union {
+        uint64_t requested[SIM_ASKED];
+        struct {
+            uint64_t total;
+            uint64_t reserved;
+            uint64_t used;
+            uint64_t driver;   /* the part of used that is in no process's row */
+            uint64_t exported; /* the part of that which several processes may hold */
+        };
+    };
 };
 
 struct sim_device {

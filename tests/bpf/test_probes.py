@@ -20,7 +20,7 @@ ROLES = [Role.HOST, Role.LISTED, Role.UNKNOWN]
 
 @pytest.fixture
 def library(kernel: Kernel, tmp_path: Path) -> Iterator[Target]:
-    """Another file with the tests' driver in it, whose probes end with the test."""
+    """Another file with the tests' driver in it. Its probes end with the test."""
     target = Target.of(shutil.copy(kernel.driver, tmp_path / "libcuda.so.1"))
     yield target
     kernel.probes.let_go((target.dev, target.ino))

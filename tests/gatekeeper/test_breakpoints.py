@@ -194,7 +194,9 @@ def test_what_a_file_says_of_itself_is_no_breakpoint(library: Path) -> None:
 
 
 def test_where_a_breakpoint_proves_a_probe(library: Path) -> None:
-    """Not at a no-operation of five bytes, in whose place the kernel may put a call; nor at what the map means else."""
+    """Not at a no-operation of five bytes, which the kernel may replace by a call; nor at an offset that the map cannot
+    hold, or that means something else there.
+    """
     text = bytearray(PUSH * (3 * PAGE))
     text[100:105] = b"\x0f\x1f\x44\x00\x00"
     text[200:201] = breakpoints.CODE

@@ -25,6 +25,26 @@ def test_what_is_freed_is_there_again(build: Build) -> None:
     assert container(build).python(code) == [[0, 0, 0, OOM, 0]]
 
 
+def test_what_is_freed_in_the_order_of_a_stream_is_there_again(build: Build) -> None:
+    """Plain memory: the driver takes it. Managed memory it refuses, and that stays charged."""
+    code = """
+p = C.c_uint64()
+def free(at): return L.cuMemFreeAsync(C.c_uint64(at), None)
+out(alloc(700 * MiB), free(0xd00000), alloc(1024 * MiB), alloc(512), free(0xd00000))
+out(L.cuMemAllocManaged(C.byref(p), C.c_size_t(700 * MiB), 1), free(0xe00000), alloc(1024 * MiB), alloc(324 * MiB))"""
+    assert container(build).python(code) == [[0, 0, 0, OOM, 0], [0, 801, OOM, 0]]
+
+
+def test_a_pool_keeps_its_charge_when_contexts_end(build: Build) -> None:
+    code = """
+c, p = C.c_void_p(), C.c_uint64()
+L.cuDevicePrimaryCtxRetain(C.byref(c), 0); r = L.cuMemAllocAsync(C.byref(p), C.c_size_t(480 * MiB), None)
+before = info()[1]; L.fake_active(0); L.cuDevicePrimaryCtxReset_v2(0)
+out(r, (info()[1] - before) // MiB, alloc(600 * MiB), alloc(500 * MiB))
+L.cuMemFreeAsync(p, None); L.cuCtxSynchronize(); out(alloc(512 * MiB))"""
+    assert container(build, "1536MiB").python(code) == [[0, 512, 0, OOM], [0]]
+
+
 @pytest.mark.parametrize(
     ("text", "bytes_"),
     [("8GiB\n", 8 << 30), ("8Gi", 8 << 30), ("512 MiB\n", 512 << 20), ("1073741824", 1 << 30), ("4096KiB\n", 4 << 20)],

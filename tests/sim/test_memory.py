@@ -164,21 +164,6 @@ say(base == info()[0])
     assert machine.python(script) == ["True"]
 
 
-def test_context_end_empties_its_pool(machine: Machine) -> None:
-    script = """
-start()
-for _ in range(5):
-    need("cuMemAllocAsync", C.byref(C.c_uint64()), C.c_size_t(10 << 20), None)
-need("cuDevicePrimaryCtxReset_v2", 0)
-say("reset"); wait()
-"""
-    with machine.spawn(script) as client:
-        assert client.stdout is not None
-        client.stdout.readline()
-        assert machine.dump()["processes"] == []
-        client.kill()
-
-
 def test_room_in_pieces_is_no_room(machine: Machine) -> None:
     """A granule with enough bytes free, but nowhere enough in a row, is passed over, and the next one is its own."""
     script = """

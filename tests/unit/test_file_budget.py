@@ -15,10 +15,10 @@ def test_a_cgroup_has_so_many_files_and_no_more() -> None:
         budget.enter((1, n), "/a")
     budget.enter((1, 0), "/b")  # it counts for the first
     assert (budget.room("/a"), budget.room("/b"), budget.has("/a")) == (0, MOST_FILES, (MOST_FILES, MOST_FILES))
-    assert budget.whose((1, 0)) == "/a"
+    assert budget.cgroup_of((1, 0)) == "/a"
     budget.forget((1, 0))
     budget.forget((1, 0))
-    assert (budget.room("/a"), (1, 0) in budget, budget.whose((1, 0))) == (1, False, "")
+    assert (budget.room("/a"), (1, 0) in budget, budget.cgroup_of((1, 0))) == (1, False, "")
 
 
 def test_all_together_have_so_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,7 +234,7 @@ def test_a_file_that_fails_is_looked_through_once_while_it_stays_as_it_is(
     assert len(plans) == 2
 
 
-# -- nobody waits for another
+# -- what hangs or costs much
 
 
 def test_a_file_that_hangs_holds_up_its_cgroup_alone(
@@ -261,6 +261,25 @@ def test_a_file_that_hangs_holds_up_its_cgroup_alone(
     settled(looks, lambda: stage.attached == [str(tmp_path / "libcuda.so.1")], 2)
     let_go.set()
     settled(looks, lambda: len(stage.attached) == 6)
+
+
+def test_a_job_that_takes_long_does_not_keep_the_next_waiting() -> None:
+    """Though nothing happens in the loop meanwhile."""
+    looks, let_go, done = Discovery(Stage(), {}), threading.Event(), threading.Event()  # type: ignore[arg-type]
+
+    def long() -> libraries.Taken:
+        let_go.wait(20)
+        return lambda: None
+
+    def short() -> libraries.Taken:
+        done.set()
+        return lambda: None
+
+    for n in range(libraries.THREADS - 1):
+        looks._libraries.work(f"/{n}", long)
+    looks._libraries.work("/other", short)
+    assert done.wait(2)
+    let_go.set()
 
 
 def test_a_cgroup_that_has_used_its_time_waits_until_some_is_forgiven(

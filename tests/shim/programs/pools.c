@@ -58,18 +58,12 @@ static void trim(struct pool *p)
     uint64_t keep = blocks(p->used + all_held(p));
     if (p->reserved > keep) p->reserved = keep;
 }
-static int lazy; /* a wait releases nothing */
+static int lazy; /* neither a wait nor the end of a context releases anything */
 void fake_lazy(int on) { lazy = on; }
 void fake_sync(void)
 {
     if (lazy) return;
     for (int i = 0; i < made; i++) memset(pools[i].held, 0, sizeof pools[i].held), trim(&pools[i]);
-}
-void fake_reset(void)
-{
-    memset(pools, 0, sizeof pools);
-    memset(graph_reserved, 0, sizeof graph_reserved);
-    graph_kept = 0;
 }
 static struct pool *pool_of(CUmemoryPool h)
 {
@@ -105,6 +99,8 @@ static CUresult give(CUdeviceptr pointer, CUstream stream)
 {
     uint64_t at = (pointer - 0x700000000000ull) / 4096;
     if (next_result) return next_result;
+    if (pointer == 0xd00000) return CUDA_SUCCESS;             /* of cuMemAlloc */
+    if (pointer == 0xe00000) return CUDA_ERROR_NOT_SUPPORTED; /* managed */
     if (at > 65535 || !given[at].bytes) return CUDA_ERROR_INVALID_VALUE;
     struct pool *p = &pools[given[at].pool];
     p->used -= given[at].bytes;
@@ -316,9 +312,20 @@ CUresult cuDeviceGraphMemTrim(CUdevice d)
         if (peak_of(&graphs[i], &left) && !left) graphs[i].launched = 0;
     return graph_reserved[d] = d ? 0 : graph_kept, CUDA_SUCCESS;
 }
-CUresult cuDevicePrimaryCtxReset_v2(CUdevice d) { return (void)d, fake_reset(), CUDA_SUCCESS; }
-CUresult cuDevicePrimaryCtxRelease_v2(CUdevice d) { return (void)d, CUDA_SUCCESS; }
-CUresult cuCtxDestroy_v2(CUcontext c) { return (void)c, CUDA_SUCCESS; }
+/* A context ends: its streams hold nothing any more, and pools stay. */
+static void end_context(int with_graphs)
+{
+    for (int i = 0; i < made; i++) {
+        memset(pools[i].held, 0, sizeof pools[i].held);
+        if (!lazy) trim(&pools[i]);
+    }
+    if (!with_graphs) return;
+    memset(graph_reserved, 0, sizeof graph_reserved);
+    graph_kept = 0;
+}
+CUresult cuDevicePrimaryCtxReset_v2(CUdevice d) { return (void)d, end_context(1), CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice d) { return (void)d, end_context(1), CUDA_SUCCESS; }
+CUresult cuCtxDestroy_v2(CUcontext c) { return (void)c, end_context(0), CUDA_SUCCESS; }
 CUresult cuGreenCtxCreate(CUgreenCtx *c, CUdevResourceDesc r, CUdevice d, unsigned f)
 {
     return *c = (CUgreenCtx)0x55, (void)r, (void)d, (void)f, CUDA_SUCCESS;
