@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from fgpu_ebpf.device_balance import Balance, Charges, Reading, surplus
+from fgpu_ebpf.device_balance import Balance, Charges, Life, Reading, surplus
 from fgpu_ebpf.device_sample import Rows, Sample
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.orphans import Orphan
@@ -25,6 +25,7 @@ DEVICE_REST_BYTES = 4 << 20
 # registered host memory. So much of an orphan is let go when it has outlived the time in which a driver ends processes.
 SLACK_BYTES = 32 << 20
 SLACK_AFTER_NS = 5_000_000_000
+FALL_COUNTS_NS = 2_000_000_000  # longer than the looks take that a release needs
 
 
 class _Row(NamedTuple):
@@ -43,17 +44,41 @@ class EndedRows:
 
     def __init__(self) -> None:
         self._last: dict[int, _Row] = {}
+        self._rows: Rows = {}  # all of the last look
+        self._fell: dict[int, int] = {}  # pid -> when the ended part of its row was last seen to be less
 
     def look(self, rows: Rows, live: Mapping[int, Process], device: int, orphans: Iterable[Orphan]) -> dict[int, int]:
         """Bytes by pid, for pids of ended processes that NVML still names."""
         orphaned: dict[int, int] = defaultdict(int)
         for orphan in orphans:
             orphaned[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
-        self._last = {
+        last = {
             pid: _Row(rows.get(pid) or 0, self._ended(pid, rows.get(pid) or 0, bytes_, live.get(pid), device), bytes_)
             for pid, bytes_ in orphaned.items()
         }
-        return {pid: row.ended for pid, row in self._last.items() if row.ended}
+        now = time.monotonic_ns()
+        fell = {pid: now if row.ended < self._before(pid) else self._fell.get(pid, 0) for pid, row in last.items()}
+        self._last, self._rows, self._fell = last, rows, fell
+        return {pid: row.ended for pid, row in last.items() if row.ended}
+
+    def _before(self, pid: int) -> int:
+        """What the last look showed of a process that has ended; it may have been alive then."""
+        return self._last[pid].ended if pid in self._last else self._rows.get(pid) or 0
+
+    def in_order(self, orphans: Iterable[Orphan]) -> list[Orphan]:
+        """The first is the most likely to be what the device has just freed.
+
+        A process's row has fallen a moment ago; else the youngest: a driver frees most memory at once, so what has
+        stayed for long is held by something. Memory that NVML still names comes last.
+        """
+        since_ns = time.monotonic_ns() - FALL_COUNTS_NS
+
+        def key(orphan: Orphan) -> tuple[bool, bool, int]:
+            row, fell = self._last.get(orphan.tgid), self._fell.get(orphan.tgid, 0) if orphan.ended_ns else 0
+            is_named = bool(orphan.ended_ns and row and row.ended)
+            return is_named, fell < since_ns, -max(fell, orphan.ended_ns or orphan.since_ns)
+
+        return sorted(orphans, key=key)
 
     def _ended(self, pid: int, row: int, orphaned: int, process: Process | None, device: int) -> int:
         """Never more than it was, but by what was orphaned since: what the row has grown by is of a living process."""
@@ -67,15 +92,18 @@ class EndedRows:
         return max(0, min(most - fallen, row - own))
 
 
-def excess(orphans: Sequence[Orphan], ended: Mapping[int, int], room: int) -> list[tuple[Orphan, int]]:
-    """Which orphans to let go, and how many bytes of each: what the device has no room for; else the slack, of old."""
-    found = surplus(orphans, ended, room)
+def excess(orphans: Sequence[Orphan], room: int) -> list[tuple[Orphan, int]]:
+    """Which orphans to release, and how many bytes of each: what the device has no room for; else the slack, of old.
+
+    The first are released first.
+    """
+    found = surplus(orphans, room)
     if found:
         return found
     until_ns = time.monotonic_ns() - SLACK_AFTER_NS
     old = [orphan for orphan in orphans if orphan.since_ns < until_ns]
     beyond = max(0, sum(orphan.bytes for orphan in orphans) - max(0, room - SLACK_BYTES))
-    return surplus(old, ended, max(0, sum(orphan.bytes for orphan in old) - beyond))
+    return surplus(old, max(0, sum(orphan.bytes for orphan in old) - beyond))
 
 
 class OrphanRelease:
@@ -102,7 +130,7 @@ class OrphanRelease:
         room = self.balance.room(self._reading(sample, ended), self._charges(sample, orphans))
         if room is None:
             return None
-        for orphan, bytes_ in excess(orphans, ended, room):
+        for orphan, bytes_ in excess(self._rows.in_order(orphans), room):
             self._ledger.orphans.let_go(orphan, bytes_)
         return max(0, room - sum(orphan.bytes for orphan in orphans))
 
@@ -121,50 +149,50 @@ class OrphanRelease:
         self._without = {level: bytes_ for level, bytes_ in now.items() if bytes_ > 0}
 
     def _reading(self, sample: Sample, ended: Mapping[int, int]) -> Reading:
-        device, live = self._device, sample.processes
         rest = self._contexts(sample) * CONTEXT_REST_BYTES + DEVICE_REST_BYTES
-        unnamed = self._unnamed(sample)
-        most = max(taken.in_use - self._shown(taken.least, ended) for taken in sample.taken) - unnamed
-        least = min(taken.in_use - self._taken(taken.greatest, live, ended) for taken in sample.taken)
+        most = max(taken.in_use - sum(_shown(taken.least, ended).values()) for taken in sample.taken)
+        least = min(taken.in_use - self._taken(_shown(taken.greatest, ended), sample) for taken in sample.taken)
         return Reading(max(0, most - rest), max(0, least - rest), sample.calm)
 
     def _contexts(self, sample: Sample) -> int:
-        """Of all processes with a row. A library of a tenant's own may say of any number that it made them: no more
-        count than NVML shows bytes for.
+        """Of all processes with a row. A library of a tenant's own may claim to have made any number: only as many count
+        as NVML shows bytes for.
         """
         device, size = self._device, self._ledger.context_bytes(self._device)
         claimed = (sample.processes.get(pid) for pid in sample.rows)
         return sum(max(1, min(p.contexts[device], p.overhead[device] // size)) if p and size else 1 for p in claimed)
 
-    def _shown(self, rows: Mapping[int, int], ended: Mapping[int, int]) -> int:
-        """Bytes of live processes by NVML."""
-        return sum(max(0, row - ended.get(pid, 0)) for pid, row in rows.items())
-
-    def _unnamed(self, sample: Sample) -> int:
-        """Handles of processes without a context, which have no row. What such a process is admitted, is about to take
-        or has not freed yet need not be on the device, nor all of its pool bytes.
-        """
-        device = self._device
-        sure = (p for pid, p in sample.processes.items() if not sample.rows.get(pid) and not p.contexts[device])
-        return sum(max(0, min(p.handles[device], p.witnessed(device))) for p in sure if p.quiet) if sample.calm else 0
-
-    def _taken(self, rows: Mapping[int, int], live: Mapping[int, Process], ended: Mapping[int, int]) -> int:
-        """The same, and what a process is charged where that is more: it may just be taking it."""
-        device = self._device
-        shown = {pid: max(0, row - ended.get(pid, 0)) for pid, row in rows.items()}
-        charged = {pid: p.bytes[device] - p.managed[device] for pid, p in live.items()}
-        return sum(max(shown.get(pid, 0), charged.get(pid, 0)) for pid in shown.keys() | charged.keys())
+    def _taken(self, shown: Mapping[int, int], sample: Sample) -> int:
+        """The most that processes may have in use beside managed memory."""
+        charged = {pid: p.bytes[self._device] - p.managed[self._device] for pid, p in sample.processes.items()}
+        pairs = ((pid, shown.get(pid, 0), charged.get(pid, 0)) for pid in shown.keys() | charged.keys())
+        return sum(row + max(0, own) if pid in sample.busy else max(row, own) for pid, row, own in pairs)
 
     def _charges(self, sample: Sample, orphans: Sequence[Orphan]) -> Charges:
         """Orphans are read again: what was orphaned before the processes were read is in either list."""
         device, live = self._device, sample.processes
         now = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == device]
         known = live.keys() | {orphan.tgid for orphan in (*orphans, *now)}
-        having = [p for p in live.values() if p.managed[device]]
         return Charges(
             kept=max(sum(orphan.bytes for orphan in found) for found in (orphans, now)),
-            managed=sum(p.managed[device] for p in having),
+            managed=sum(p.managed[device] for p in live.values()),
+            managed_busy=sum(p.managed[device] for pid, p in live.items() if pid in sample.busy),
             managed_freed=self._ledger.orphans.managed_freed(device),
-            is_settled=all(p.quiet for p in having),
-            strangers=frozenset(pid for pid in sample.rows if pid not in known),
+            handles=self._hidden_handles(sample),
+            has_strangers=any(pid not in known for pid in sample.rows),
         )
+
+    def _hidden_handles(self, sample: Sample) -> dict[Life, int]:
+        """Of processes without a context, which have no row."""
+        device = self._device
+        return {
+            (pid, p.generation, p.changes): min(p.handles[device], p.witnessed(device))
+            for pid, p in sample.processes.items()
+            if pid not in sample.busy and not sample.rows.get(pid) and not p.contexts[device]
+            if min(p.handles[device], p.witnessed(device)) > 0
+        }
+
+
+def _shown(rows: Mapping[int, int], ended: Mapping[int, int]) -> dict[int, int]:
+    """Bytes of live processes by NVML."""
+    return {pid: max(0, row - ended.get(pid, 0)) for pid, row in rows.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from device_kit import CONTEXT, Client, Handle, World
+from device_kit import Client, Handle, Managed, World
 from orphan_kit import MIB
 
 from fgpu_ebpf import corrections, device_sample, procfs, reconcile
@@ -87,6 +87,56 @@ def test_an_admission_that_no_call_follows(attack: Attack) -> None:
     next(admission)
     attack.look()
     list(admission)
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_handles_that_a_library_only_claims_to_have_made(attack: Attack) -> None:
+    """By a process without a context, which has no row."""
+    attack.keep_memory()
+    other = attack.tenant(has_context=False)
+    entry = attack.world.ledger.entries[other.pid]
+    entry.charge(HELD)
+    entry.vmm += HELD
+    attack.look()
+    entry.bytes, entry.vmm = 0, 0
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_handles_that_are_freed_and_then_only_claimed(attack: Attack) -> None:
+    """Between two looks, so that as much is charged as before."""
+    other = attack.tenant(has_context=False)
+    list(attack.world.create(other, HELD))
+    attack.look()
+    attack.keep_memory()
+    attack.look()
+    list(attack.world.release(other, next(one for one in attack.world.device.handles if one.maker is other)))
+    entry = attack.world.ledger.entries[other.pid]
+    entry.charge(HELD)
+    entry.vmm += HELD
+    entry.begun, entry.changes = entry.begun + 1, entry.changes + 1
+    attack.look()
+    entry.bytes, entry.vmm = 0, 0
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_a_handle_that_is_given_up_by_a_process_that_has_more_than_it_is_charged(attack: Attack) -> None:
+    """It stays in the call: what it is charged there and what only the driver knows are not one memory."""
+    other = attack.tenant()
+    list(attack.world.take_managed(other, HELD))
+    list(attack.world.create(attack.exporter, HELD))
+    handle = attack.world.device.handles[-1]
+    handle.is_exported, handle.descriptors = True, 1
+    attack.look()
+    release = attack.world.release(attack.exporter, handle)
+    next(release), next(release)
+    attack.exporter.grown = HELD
+    attack.look()
+    list(release)
+    attack.look()
+    list(attack.world.free_managed(other, other.managed[0]))
     attack.look()
     assert attack.escaped() == 0
 
@@ -189,7 +239,7 @@ def test_managed_memory_of_a_stranger_that_ends(attack: Attack) -> None:
     """A process that is in no managed cgroup."""
     stranger = attack.world.begin(is_stranger=True)
     stranger.contexts, stranger.grown = 1, 0
-    stranger.managed = [attack_managed(HELD)]
+    stranger.managed = [Managed(HELD, HELD)]
     attack.look(LOOKS + 1)
     attack.keep_memory()
     attack.look()
@@ -201,7 +251,7 @@ def test_managed_memory_of_a_stranger_that_ends(attack: Attack) -> None:
 def test_managed_memory_of_a_stranger_that_frees_it(attack: Attack) -> None:
     stranger = attack.world.begin(is_stranger=True)
     stranger.contexts = 1
-    stranger.managed = [attack_managed(HELD)]
+    stranger.managed = [Managed(HELD, HELD)]
     attack.look(LOOKS + 1)
     attack.keep_memory()
     attack.look()
@@ -214,7 +264,7 @@ def test_a_stranger_s_managed_memory_is_not_taken_for_a_tenant_s(attack: Attack)
     list(attack.world.take_managed(attack.exporter, HELD))
     stranger = attack.world.begin(is_stranger=True)
     stranger.contexts = 1
-    stranger.managed = [attack_managed(HELD)]
+    stranger.managed = [Managed(HELD, HELD)]
     attack.look()
     attack.keep_memory()
     attack.look()
@@ -223,12 +273,6 @@ def test_a_stranger_s_managed_memory_is_not_taken_for_a_tenant_s(attack: Attack)
     list(attack.world.free_managed(attack.exporter, attack.exporter.managed[0]))
     attack.look()
     assert attack.escaped() == 0
-
-
-def attack_managed(bytes_: int):
-    from device_kit import Managed
-
-    return Managed(bytes_, bytes_)
 
 
 def test_memory_of_one_s_own_that_others_orphans_are_charged_for(attack: Attack) -> None:
@@ -243,4 +287,3 @@ def test_memory_of_one_s_own_that_others_orphans_are_charged_for(attack: Attack)
     attack.look()
     kept = {pid: orphan.bytes for (pid, _), orphan in attack.world.ledger.kept.items()}
     assert kept == {attack.exporter.pid: HELD}
-    assert CONTEXT
