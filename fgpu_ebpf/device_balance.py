@@ -3,11 +3,11 @@
     in use = rows of live processes + known rest + hidden memory + orphans that are held + unexplained
 
 NVML gives the first number and the rows. Hidden memory is in no row: managed memory, of which an unknown part is on the
-device, and handles of processes without a context, which a library of a tenant's own may only claim to have made. So it
-is estimated from below: the estimate rises when more is in use than orphans can explain, and falls by all hidden memory
-that is freed. What is left limits the orphans. An error of the estimate keeps orphans longer than necessary; it releases
-none that the device holds. Managed memory of a process that the ledger does not know explains nothing: no witness tells
-when that process frees it.
+device, and handles of processes without a context, which a library of a tenant's own may only claim to have made. It is
+therefore estimated from below: the estimate rises when more is in use than orphans can explain, and falls by all hidden
+memory that is freed. What is left limits the orphans. An error of the estimate keeps orphans longer than necessary; it
+releases none that the device holds. Managed memory of a process that the ledger does not know explains nothing: no
+witness tells when that process frees it.
 
 One Balance for each device, used by the reconcile thread. No I/O.
 """
@@ -48,8 +48,8 @@ class Charges(NamedTuple):
     `kept`: all orphaned bytes. `managed`: bytes of managed memory that live processes are charged, and `managed_busy`
     those of processes that are in a call or changed something during the look: the driver may have freed them.
     `managed_freed`: bytes, ever growing. `handles`: bytes of handles by (pid, generation, changes), of processes that
-    have no context and are not busy. `has_strangers`: processes that the ledger does not know have memory there, some of
-    which may be managed.
+    have no context and are not busy. `has_strangers`: processes that the ledger does not know have memory there, and
+    some of it may be managed.
     """
 
     kept: int = 0

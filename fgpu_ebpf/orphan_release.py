@@ -155,8 +155,8 @@ class OrphanRelease:
         return Reading(max(0, most - rest), max(0, least - rest), sample.calm)
 
     def _contexts(self, sample: Sample) -> int:
-        """Of all processes with a row. A library of a tenant's own may claim to have made any number: only as many count
-        as NVML shows bytes for.
+        """Of all processes with a row. A library of a tenant's own may claim to have made any number: no more count
+        than NVML shows bytes for.
         """
         device, size = self._device, self._ledger.context_bytes(self._device)
         claimed = (sample.processes.get(pid) for pid in sample.rows)
