@@ -52,6 +52,7 @@ class Client:
     is_alive: bool = True
     keepers: int = 0
     contexts: int = 0
+    is_ending_context: bool = False
     plain: list[int] = field(default_factory=list)
     managed: list[Managed] = field(default_factory=list)
     pool: int = 0
@@ -260,6 +261,7 @@ class World:
         """The last one takes plain and managed memory along."""
         entry = self._entry(client)
         entry.begun += 1
+        client.is_ending_context = True
         yield
         client.contexts -= 1
         if not client.contexts:
@@ -275,6 +277,7 @@ class World:
             self.ledger.freed += entry.managed
             entry.overhead = entry.managed = 0
             entry.bytes = min(entry.bytes, entry.vmm + entry.pool)
+        client.is_ending_context = False
         entry.changes += 1
 
     def admit_pool(self, client: Client, bytes_: int) -> None:

@@ -73,8 +73,9 @@ class Machine(RuleBasedStateMachine):
         return [client for client in self.world.device.clients if client.is_alive and not client.is_stranger]
 
     def some(self, n: int) -> Client | None:
-        living = self.living()
-        return living[n % len(living)] if living else None
+        """That is not just ending a context, which would take along what another call adds."""
+        found = [client for client in self.living() if not client.is_ending_context]
+        return found[n % len(found)] if found else None
 
     def busy(self, client: Client) -> bool:
         return any(one[0] is client for one in self.running)
@@ -96,8 +97,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=whom, keepers=st.sampled_from([0, 0, 1]))
     def kill(self, n: int, keepers: int) -> None:
-        client = self.some(n)
-        if client:
+        for client in self.living()[n : n + 1]:
             self.disturbed = self.disturbed or bool(self.world.device.in_no_row(client))
             managed = sum(one[2] for one in self.running if one[0] is client)
             self.running = [one for one in self.running if one[0] is not client]
@@ -105,8 +105,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=whom, keepers=st.sampled_from([0, 0, 1]))
     def execute(self, n: int, keepers: int) -> None:
-        client = self.some(n)
-        if client:
+        for client in self.living()[n : n + 1]:
             self.kill(n, keepers)
             list(self.world.make_context(self.world.begin(client.pid)))
 
