@@ -122,13 +122,12 @@ def _most_hidden(charges: Charges) -> int:
     return (charges.managed + CHUNK_BYTES if charges.managed else 0) + sum(charges.handles.values())
 
 
-def surplus(orphans: Sequence[Orphan], room: int) -> list[tuple[Orphan, int]]:
-    """Which orphans to release, and how many bytes of each, so that `room` bytes are left of all: the first ones."""
-    excess, found = sum(orphan.bytes for orphan in orphans) - room, []
-    for orphan in orphans:
-        if excess <= 0:
-            break
-        bytes_ = min(orphan.bytes, excess)
-        found.append((orphan, bytes_))
-        excess -= bytes_
+def surplus(spare: Sequence[tuple[Orphan, int]], excess: int) -> list[tuple[Orphan, int]]:
+    """So many bytes of the first ones."""
+    found = []
+    for orphan, most in spare:
+        bytes_ = min(most, excess)
+        if bytes_ > 0:
+            found.append((orphan, bytes_))
+            excess -= bytes_
     return found

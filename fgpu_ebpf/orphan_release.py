@@ -65,20 +65,24 @@ class EndedRows:
         """What the last look showed of a process that has ended; it may have been alive then."""
         return self._last[pid].ended if pid in self._last else self._rows.get(pid) or 0
 
-    def in_order(self, orphans: Iterable[Orphan]) -> list[Orphan]:
-        """The first is the most likely to be what the device has just freed.
+    def spare(self, orphans: Iterable[Orphan]) -> list[tuple[Orphan, int]]:
+        """How many bytes of each orphan the device may have freed: all but what a row proves that it holds.
 
-        A process's row has fallen a moment ago; else the youngest: a driver frees most memory at once, so what has
-        stayed for long is held by something. Memory that NVML still names comes last.
+        The first is the most likely one. A process's row has fallen a moment ago; else the youngest: a driver frees
+        most memory at once, so what has stayed for long is held by something. A process that NVML names comes last.
         """
-        since_ns = time.monotonic_ns() - FALL_COUNTS_NS
+        proven, found = {pid: row.ended for pid, row in self._last.items()}, []
+        for orphan in sorted(orphans, key=self._key):
+            held = min(orphan.bytes, proven.get(orphan.tgid, 0)) if orphan.ended_ns else 0
+            proven[orphan.tgid] = proven.get(orphan.tgid, 0) - held
+            found.append((orphan, orphan.bytes - held))
+        return found
 
-        def key(orphan: Orphan) -> tuple[bool, bool, int]:
-            row, fell = self._last.get(orphan.tgid), self._fell.get(orphan.tgid, 0) if orphan.ended_ns else 0
-            is_named = bool(orphan.ended_ns and row and row.ended)
-            return is_named, fell < since_ns, -max(fell, orphan.ended_ns or orphan.since_ns)
-
-        return sorted(orphans, key=key)
+    def _key(self, orphan: Orphan) -> tuple[bool, bool, int]:
+        row, fell = self._last.get(orphan.tgid), self._fell.get(orphan.tgid, 0) if orphan.ended_ns else 0
+        is_named = bool(orphan.ended_ns and row and row.ended)
+        is_old = fell < time.monotonic_ns() - FALL_COUNTS_NS
+        return is_named, is_old, -max(fell, orphan.ended_ns or orphan.since_ns)
 
     def _ended(self, pid: int, row: int, orphaned: int, process: Process | None, device: int) -> int:
         """Never more than it was, but by what was orphaned since: what the row has grown by is of a living process."""
@@ -92,18 +96,17 @@ class EndedRows:
         return max(0, min(most - fallen, row - own))
 
 
-def excess(orphans: Sequence[Orphan], room: int) -> list[tuple[Orphan, int]]:
+def excess(spare: Sequence[tuple[Orphan, int]], room: int) -> list[tuple[Orphan, int]]:
     """Which orphans to release, and how many bytes of each: what the device has no room for; else the slack, of old.
 
-    The first are released first.
+    `spare`: how many bytes of each the device may have freed, the first ones first; of the slack it may be any.
     """
-    found = surplus(orphans, room)
-    if found:
-        return found
+    kept = sum(orphan.bytes for orphan, _ in spare)
+    if kept > room:
+        return surplus(spare, kept - room)
     until_ns = time.monotonic_ns() - SLACK_AFTER_NS
-    old = [orphan for orphan in orphans if orphan.since_ns < until_ns]
-    beyond = max(0, sum(orphan.bytes for orphan in orphans) - max(0, room - SLACK_BYTES))
-    return surplus(old, max(0, sum(orphan.bytes for orphan in old) - beyond))
+    old = [(orphan, orphan.bytes) for orphan, _ in spare if orphan.since_ns < until_ns]
+    return surplus(old, kept - max(0, room - SLACK_BYTES))
 
 
 class OrphanRelease:
@@ -130,7 +133,7 @@ class OrphanRelease:
         room = self.balance.room(self._reading(sample, ended), self._charges(sample, orphans))
         if room is None:
             return None
-        for orphan, bytes_ in excess(self._rows.in_order(orphans), room):
+        for orphan, bytes_ in excess(self._rows.spare(orphans), room):
             self._ledger.orphans.let_go(orphan, bytes_)
         return max(0, room - sum(orphan.bytes for orphan in orphans))
 

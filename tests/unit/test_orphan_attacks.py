@@ -287,3 +287,27 @@ def test_memory_of_one_s_own_that_others_orphans_are_charged_for(attack: Attack)
     attack.look()
     kept = {pid: orphan.bytes for (pid, _), orphan in attack.world.ledger.kept.items()}
     assert kept == {attack.exporter.pid: HELD}
+
+
+def test_admissions_that_end_with_their_process_beside_memory_that_nvml_names(attack: Attack) -> None:
+    """A forked child keeps what a dead process had: its row proves that the device holds it."""
+    doomed, kept = attack.tenant(), attack.tenant()
+    list(attack.world.take(kept, HELD, True))
+    next(attack.world.admit(doomed, HELD))
+    attack.world.end(doomed, 0, 1)
+    attack.world.end(kept, 0, 1)
+    attack.look(2 * CALM_LOOKS)
+    assert attack.escaped() == 0
+
+
+def test_memory_that_nvml_names_is_not_what_a_neighbour_s_process_had(attack: Attack) -> None:
+    """The neighbour's older process has no row; its memory is freed, and both orphans are as large."""
+    kept, neighbour = attack.tenant(), attack.tenant(has_context=False)
+    list(attack.world.create(neighbour, HELD))
+    list(attack.world.take(kept, HELD, True))
+    attack.world.end(neighbour, 0, 0)
+    attack.world.end(kept, 0, 1)
+    attack.look()
+    attack.world.device.clean(neighbour)
+    attack.look()
+    assert {pid for pid, _ in attack.world.ledger.kept} == {kept.pid}
