@@ -57,6 +57,7 @@ class Client:
     managed: list[Managed] = field(default_factory=list)
     pool: int = 0
     grown: int = 0  # stacks, modules: what only the driver knows
+    never_seen: int = 0  # of an ended one: what it had and was not charged, as NVML was not asked in time
 
     def own_bytes(self) -> int:
         """On the device, but for handles and managed memory."""
@@ -77,9 +78,12 @@ class Device:
         found: dict[int, int | None] = {}
         for client in self.clients:
             if client.contexts:
-                handles = sum(handle.bytes for handle in self.handles if handle.named() is client)
-                found[client.pid] = (found.get(client.pid) or 0) + client.own_bytes() + handles
+                found[client.pid] = (found.get(client.pid) or 0) + self.in_row(client)
         return found
+
+    def in_row(self, client: Client) -> int:
+        """Of a client that has a context."""
+        return client.own_bytes() + sum(handle.bytes for handle in self.handles if handle.named() is client)
 
     def in_use(self) -> int:
         contexts = sum(client.contexts for client in self.clients)
@@ -91,8 +95,7 @@ class Device:
 
     def in_no_row(self, client: Client) -> int:
         """Bytes of a client that lives: its managed memory, and all it has if it has no context."""
-        handles = sum(handle.bytes for handle in self.handles if handle.named() is client)
-        return client.is_alive * (client.resident() + (0 if client.contexts else handles + client.pool))
+        return client.is_alive * (client.resident() + (0 if client.contexts else self.in_row(client)))
 
     def pools_in_no_row(self) -> int:
         """Which nothing estimates."""
