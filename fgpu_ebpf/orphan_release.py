@@ -91,7 +91,7 @@ class EndedRows:
             return row
         bytes_then, ended_then, orphaned_then = then or _Row(row, 0, 0)
         most = ended_then + max(0, orphaned - orphaned_then)
-        own = process.bytes[device] - process.managed[device] if process else 0
+        own = process.bytes[device] - process.managed[device] - process.handles_in_no_row(device) if process else 0
         fallen = 0 if process else max(0, bytes_then - row)
         return max(0, min(most - fallen, row - own))
 
@@ -130,7 +130,7 @@ class OrphanRelease:
         if not sample.taken:
             self.balance.forget()
             return None
-        room = self.balance.room(self._reading(sample, ended), self._charges(sample, orphans))
+        room = self.balance.room(self._reading(sample, ended), self._charges(sample, orphans, ended))
         if room is None:
             return None
         for orphan, bytes_ in excess(self._rows.spare(orphans), room):
@@ -171,7 +171,7 @@ class OrphanRelease:
         pairs = ((pid, shown.get(pid, 0), charged.get(pid, 0)) for pid in shown.keys() | charged.keys())
         return sum(row + max(0, own) if pid in sample.busy else max(row, own) for pid, row, own in pairs)
 
-    def _charges(self, sample: Sample, orphans: Sequence[Orphan]) -> Charges:
+    def _charges(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> Charges:
         """Orphans are read again: what was orphaned before the processes were read is in either list."""
         device, live = self._device, sample.processes
         now = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == device]
@@ -181,19 +181,19 @@ class OrphanRelease:
             managed=sum(p.managed[device] for p in live.values()),
             managed_busy=sum(p.managed[device] for pid, p in live.items() if pid in sample.busy),
             managed_freed=self._ledger.orphans.managed_freed(device),
-            handles=self._hidden_handles(sample),
+            handles=self._hidden_handles(sample, ended),
             has_strangers=any(pid not in known for pid in sample.rows),
         )
 
-    def _hidden_handles(self, sample: Sample) -> dict[Life, int]:
+    def _hidden_handles(self, sample: Sample, ended: Mapping[int, int]) -> dict[Life, int]:
         """Of processes without a context, which have no row."""
-        device = self._device
-        return {
-            (pid, p.generation, p.changes): min(p.handles[device], p.witnessed(device))
-            for pid, p in sample.processes.items()
-            if pid not in sample.busy and not sample.rows.get(pid) and not p.contexts[device]
-            if min(p.handles[device], p.witnessed(device)) > 0
-        }
+        device, found = self._device, {}
+        for pid, process in sample.processes.items():
+            has_row = (sample.rows.get(pid) or 0) > ended.get(pid, 0)
+            handles = process.handles_in_no_row(device)
+            if handles and not has_row and pid not in sample.busy:
+                found[pid, process.generation, process.changes] = handles
+        return found
 
 
 def _shown(rows: Mapping[int, int], ended: Mapping[int, int]) -> dict[int, int]:

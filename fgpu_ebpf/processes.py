@@ -49,6 +49,10 @@ class Process:
         """Bytes that NVML should show for it, but for what NVML alone knows."""
         return self.bytes[device] - self.overhead[device] - self.managed[device]
 
+    def handles_in_no_row(self, device: int) -> int:
+        """NVML names no process without a context; a row with its pid is of an ended process."""
+        return 0 if self.contexts[device] else max(0, min(self.handles[device], self.witnessed(device)))
+
 
 def process_of(raw: bytes) -> Process:
     """A value of the map."""

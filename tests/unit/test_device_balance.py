@@ -45,6 +45,7 @@ class Machine(RuleBasedStateMachine):
         self.world = World(self.between)
         self.running: list[tuple[Client, Operation, int]] = []
         self.steps: list[int] = []
+        self.is_slow = False
         self.disturbed = False
         self.reconciler = Reconciler(self.world.nvml, self.world.ledger, lambda _: ())
         corrections._is_alive = reconcile._alive = self.world.is_alive
@@ -66,8 +67,11 @@ class Machine(RuleBasedStateMachine):
 
     def start(self, client: Client, operation: Operation, managed: int = 0) -> None:
         self.disturb_hidden(client)
-        next(operation)
-        self.running.append((client, operation, managed))
+        if self.is_slow:
+            next(operation)
+            self.running.append((client, operation, managed))
+        else:
+            list(operation)
 
     def living(self) -> list[Client]:
         return [client for client in self.world.device.clients if client.is_alive and not client.is_stranger]
@@ -103,7 +107,7 @@ class Machine(RuleBasedStateMachine):
     def kill(self, n: int, keepers: int) -> None:
         for client in self.living()[n : n + 1]:
             self.disturbed = self.disturbed or bool(self.world.device.in_no_row(client))
-            client.never_seen = max(0, min(client.grown + client.pool, self.missing()))
+            client.never_seen = min(client.grown + client.pool, max(self.uncharged(client), self.missing()))
             managed = sum(one[2] for one in self.running if one[0] is client)
             self.running = [one for one in self.running if one[0] is not client]
             self.world.end(client, managed, keepers)
@@ -127,6 +131,11 @@ class Machine(RuleBasedStateMachine):
             kept[n % len(kept)].keepers = 0
 
     # -- memory
+
+    @rule(is_slow=st.booleans())
+    def pace(self, is_slow: bool) -> None:
+        """Operations that begin from now on may be interrupted, or are done at once."""
+        self.is_slow = is_slow
 
     @precondition(lambda self: self.running)
     @rule(n=which)

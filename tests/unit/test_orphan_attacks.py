@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from device_kit import Client, Handle, Managed, World
+from ledger_kit import CONTEXT
 from orphan_kit import MIB
 
 from fgpu_ebpf import corrections, device_sample, procfs, reconcile
@@ -293,7 +294,7 @@ def test_admissions_that_end_with_their_process_beside_memory_that_nvml_names(at
     """A forked child keeps what a dead process had: its row proves that the device holds it."""
     doomed, kept = attack.tenant(), attack.tenant()
     list(attack.world.take(kept, HELD, True))
-    next(attack.world.admit(doomed, HELD))
+    next(attack.world.admit(doomed, HELD + CONTEXT))
     attack.world.end(doomed, 0, 1)
     attack.world.end(kept, 0, 1)
     attack.look(2 * CALM_LOOKS)
@@ -311,3 +312,11 @@ def test_memory_that_nvml_names_is_not_what_a_neighbour_s_process_had(attack: At
     attack.world.device.clean(neighbour)
     attack.look()
     assert {pid for pid, _ in attack.world.ledger.kept} == {kept.pid}
+
+
+def test_handles_of_a_process_whose_pid_an_ended_one_had(attack: Attack) -> None:
+    """The row of the ended process says nothing of them, as the later process has no context."""
+    attack.world.end(attack.exporter, 0, 1)
+    list(attack.world.create(attack.world.begin(attack.exporter.pid), HELD))
+    attack.look()
+    assert attack.escaped() == 0
