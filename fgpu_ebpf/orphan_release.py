@@ -42,18 +42,20 @@ class EndedRows:
     The pid may be that of another process now, or of the same one with another program.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ledger: Ledger, device: int) -> None:
+        self._ledger = ledger
+        self._device = device
         self._last: dict[int, _Row] = {}
-        self._rows: Rows = {}  # all of the last look
+        self._rows: Rows | None = None  # all of the last look
         self._fell: dict[int, int] = {}  # pid -> when the ended part of its row was last seen to be less
 
-    def look(self, rows: Rows, live: Mapping[int, Process], device: int, orphans: Iterable[Orphan]) -> dict[int, int]:
+    def look(self, rows: Rows, live: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[int, int]:
         """Bytes by pid, for pids of ended processes that NVML still names."""
         orphaned: dict[int, int] = defaultdict(int)
         for orphan in orphans:
             orphaned[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
         last = {
-            pid: _Row(rows.get(pid) or 0, self._ended(pid, rows.get(pid) or 0, bytes_, live.get(pid), device), bytes_)
+            pid: _Row(rows.get(pid) or 0, self._ended(pid, rows.get(pid) or 0, bytes_, live.get(pid)), bytes_)
             for pid, bytes_ in orphaned.items()
         }
         now = time.monotonic_ns()
@@ -63,7 +65,7 @@ class EndedRows:
 
     def _before(self, pid: int) -> int:
         """What the last look showed of a process that has ended; it may have been alive then."""
-        return self._last[pid].ended if pid in self._last else self._rows.get(pid) or 0
+        return self._last[pid].ended if pid in self._last else (self._rows or {}).get(pid) or 0
 
     def spare(self, orphans: Iterable[Orphan]) -> list[tuple[Orphan, int]]:
         """How many bytes of each orphan the device may have freed: all but what a row proves that it holds.
@@ -84,16 +86,29 @@ class EndedRows:
         is_old = fell < time.monotonic_ns() - FALL_COUNTS_NS
         return is_named, is_old, -max(fell, orphan.ended_ns or orphan.since_ns)
 
-    def _ended(self, pid: int, row: int, orphaned: int, process: Process | None, device: int) -> int:
-        """Never more than it was, but by what was orphaned since: what the row has grown by is of a living process."""
+    def _ended(self, pid: int, row: int, orphaned: int, process: Process | None) -> int:
+        """Never more than it was, but by what was orphaned since and was in the row before: what the row has grown by is
+        of a living process, and of what ended without a context there was no row.
+        """
         then = self._last.get(pid)
         if then is None and process is None:
             return row
         bytes_then, ended_then, orphaned_then = then or _Row(row, 0, 0)
-        most = ended_then + max(0, orphaned - orphaned_then)
-        own = process.bytes[device] - process.managed[device] - process.handles_in_no_row(device) if process else 0
+        more = max(0, orphaned - orphaned_then)
+        if self._rows is not None:
+            more = min(more, max(0, (self._rows.get(pid) or 0) - ended_then))
+        most = ended_then + more
+        own = self._own(process) if process else 0
         fallen = 0 if process else max(0, bytes_then - row)
         return max(0, min(most - fallen, row - own))
+
+    def _own(self, process: Process) -> int:
+        """What the row has of a living process. Its overhead may be an admission that no call followed, which goes with
+        its last context: no more of that counts than one context.
+        """
+        device = self._device
+        size = self._ledger.context_bytes(device) if process.contexts[device] else 0
+        return process.witnessed(device) - process.handles_in_no_row(device) + min(process.overhead[device], size)
 
 
 def excess(spare: Sequence[tuple[Orphan, int]], room: int) -> list[tuple[Orphan, int]]:
@@ -115,13 +130,13 @@ class OrphanRelease:
     def __init__(self, ledger: Ledger, device: int) -> None:
         self._ledger = ledger
         self._device = device
-        self._rows = EndedRows()
+        self._rows = EndedRows(ledger, device)
         self._without: dict[int, int] = {}  # level -> orphaned bytes without an entry, at the last look
         self.balance = Balance()
 
     def ended_rows(self, sample: Sample, orphans: Sequence[Orphan]) -> dict[int, int]:
         """Bytes by pid that NVML shows for processes that have ended."""
-        return self._rows.look(sample.rows, sample.processes, self._device, orphans)
+        return self._rows.look(sample.rows, sample.processes, orphans)
 
     def look(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> int | None:
         """Lets go of what the device does not hold. Returns how many orphaned bytes it may hold beyond those that have

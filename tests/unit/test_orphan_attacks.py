@@ -320,3 +320,30 @@ def test_handles_of_a_process_whose_pid_an_ended_one_had(attack: Attack) -> None
     list(attack.world.create(attack.world.begin(attack.exporter.pid), HELD))
     attack.look()
     assert attack.escaped() == 0
+
+
+def test_an_admission_of_a_process_whose_pid_an_ended_one_had(attack: Attack) -> None:
+    """It becomes overhead, which goes with the last context. The row that it seemed to explain is another process's."""
+    list(attack.world.take(attack.exporter, HELD, True))
+    attack.look()
+    attack.world.end(attack.exporter, 0, 1)
+    later = attack.world.begin(attack.exporter.pid)
+    list(attack.world.make_context(later))
+    list(attack.world.admit(later, HELD))
+    attack.look()
+    list(attack.world.end_context(later))
+    attack.look()
+    assert attack.escaped() == 0
+
+
+def test_what_only_the_driver_knows_of_a_process_whose_pid_an_ended_one_had(attack: Attack) -> None:
+    """The ended one had handles and no context: what its pid's row shows is the later one's alone."""
+    other = attack.tenant(has_context=False)
+    list(attack.world.create(other, HELD))
+    attack.look()
+    attack.world.end(other, 0, 1)
+    later = attack.world.begin(other.pid)
+    list(attack.world.make_context(later))
+    later.grown = HELD
+    attack.look()
+    assert attack.escaped() == 0
