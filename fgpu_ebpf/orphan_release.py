@@ -87,8 +87,8 @@ class EndedRows:
         return is_named, is_old, -max(fell, orphan.ended_ns or orphan.since_ns)
 
     def _ended(self, pid: int, row: int, orphaned: int, process: Process | None) -> int:
-        """Never more than it was, but by what was orphaned since and was in the row before: by the rest it has grown for
-        a living process. What ended without a context had no row.
+        """Never more than it was, but by what was orphaned since and was in the row before: the rest has grown
+        for a living process. What ended without a context had no row.
         """
         then = self._last.get(pid)
         if then is None and process is None:

@@ -333,7 +333,7 @@ class Machine(RuleBasedStateMachine):
 
 def test_what_is_released_is_what_the_device_let_go_of(scale: Callable[[int, int, int], int]) -> None:
     settings = hypothesis.settings(
-        max_examples=scale(30, 200, 5000),
+        max_examples=scale(30, 300, 5000),
         stateful_step_count=60,
         deadline=None,
         phases=set(hypothesis.Phase) - {hypothesis.Phase.explain},
