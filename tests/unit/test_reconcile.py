@@ -140,6 +140,9 @@ class Books:
     def processes_so_far(self):
         return self.so_far
 
+    def context_bytes(self, _):
+        return 512 * MIB
+
     def sweep(self):
         self.swept += 1
         return 0
