@@ -67,6 +67,12 @@ class EndedRows:
         """What the last look showed of a process that has ended; it may have been alive then."""
         return self._last[pid].ended if pid in self._last else (self._rows or {}).get(pid) or 0
 
+    def released(self, orphan: Orphan, bytes_: int) -> None:
+        """So that what is orphaned until the next look is not taken for these."""
+        row = self._last.get(orphan.tgid)
+        if row and orphan.ended_ns:
+            self._last[orphan.tgid] = row._replace(orphaned=row.orphaned - bytes_)
+
     def spare(self, orphans: Iterable[Orphan]) -> list[tuple[Orphan, int]]:
         """How many bytes of each orphan the device may have freed: all but what a row proves that it holds.
 
@@ -95,7 +101,7 @@ class EndedRows:
             return row
         bytes_then, ended_then, orphaned_then = then or _Row(row, 0, 0)
         more = max(0, orphaned - orphaned_then)
-        if self._rows is not None:
+        if process and self._rows is not None:
             more = min(more, max(0, (self._rows.get(pid) or 0) - ended_then))
         most = ended_then + more
         own = self._own(process) if process else 0
@@ -149,7 +155,8 @@ class OrphanRelease:
         if room is None:
             return None
         for orphan, bytes_ in excess(self._rows.spare(orphans), room):
-            self._ledger.orphans.let_go(orphan, bytes_)
+            if self._ledger.orphans.let_go(orphan, bytes_):
+                self._rows.released(orphan, bytes_)
         return max(0, room - sum(orphan.bytes for orphan in orphans))
 
     def look_without_entries(self, levels: Iterable[int], room: int) -> None:

@@ -10,7 +10,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 from device_kit import Client, Handle, Managed, Operation, World
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from orphan_kit import MIB
 
 from fgpu_ebpf import corrections, device_sample, orphan_release, procfs, reconcile
@@ -92,6 +92,16 @@ class Machine(RuleBasedStateMachine):
             self.disturb()
 
     # -- processes
+
+    @initialize(has_managed=st.booleans(), has_orphan=st.booleans())
+    def populate(self, has_managed: bool, has_orphan: bool) -> None:
+        """Most ways to go wrong need an orphan that is held, beside something else."""
+        self.begin(False, True)
+        self.begin(False, True)
+        if has_managed:
+            self.take_managed(0, 4 * SIZE)
+        if has_orphan:
+            self.kill(1, 1)
 
     @precondition(lambda self: len(self.living()) < MOST_CLIENTS)
     @rule(reuses=st.booleans(), makes_context=st.booleans())
