@@ -49,7 +49,7 @@ class Corrections:
             held = self._held(tgid, process, device, sample)
             if held is None:
                 continue
-            held = max(0, held - ended.get(tgid, 0))
+            held = max(process.handles_in_no_row(device), held - ended.get(tgid, 0))
             if not process.bytes[device] and not held:
                 drift[tgid, device] = 0
             elif not process.quiet or not self._correct(tgid, process, device, held, drift):

@@ -151,6 +151,14 @@ def test_bytes_without_an_entry_are_disowned_and_never_more_than_there_are(kerne
     assert (level.used, level.orphaned) == (0, 0), "the entry has more than the level by now"
 
 
+def test_a_look_is_noted_on_the_page(kernel, level):
+    before = time.monotonic_ns()
+    kernel.ledger.orphans.looked(level.cgroup, 2)
+    looked = page_of(kernel, level).looked_ns
+    assert before <= looked[2] <= time.monotonic_ns()
+    assert looked[0] == 0
+
+
 # -- what other processes may have open
 
 

@@ -22,7 +22,7 @@ from fgpu_ebpf.orphan_release import CONTEXT_REST_BYTES, DEVICE_REST_BYTES, SLAC
 from fgpu_ebpf.orphans import Orphan
 from fgpu_ebpf.pages import Seen
 from fgpu_ebpf.processes import Process
-from fgpu_ebpf.reconcile import ORPHAN_PERIODS, PERIOD_SECONDS, Reconciler, _period, check
+from fgpu_ebpf.reconcile import ORPHAN_PERIODS, PERIOD_SECONDS, VAIN_NS, Reconciler, _period, check
 
 MIB = 1 << 20
 LEADERLESS = """
@@ -58,6 +58,7 @@ class Orphans:
 
     def __init__(self) -> None:
         self.all: list[Orphan] = []
+        self.seen: list[tuple[int, int]] = []  # levels and devices that were looked at in vain
         self.without = self.freed = 0
 
     def entries(self):
@@ -81,6 +82,12 @@ class Orphans:
 
     def managed_freed(self, _):
         return self.freed
+
+    def forget_empty(self, living):
+        assert not [o for o in self.all if not o.bytes]
+
+    def looked(self, level, device):
+        self.seen.append((level, device))
 
     @property
     def bytes(self):
@@ -127,8 +134,14 @@ class Books:
     def move(self, pid, generation, levels):
         self.moved.append((pid, levels))
 
+    def tenants(self):
+        return []
+
     def processes_so_far(self):
         return self.so_far
+
+    def context_bytes(self, _):
+        return 512 * MIB
 
     def sweep(self):
         self.swept += 1
@@ -276,6 +289,16 @@ def test_slack_is_taken_of_no_young_orphan_though_nvml_names_it_no_more(named):
     for _ in range(3 * CALM_LOOKS):
         one.look()
     assert {o.tgid: o.bytes // MIB for o in books.orphans.all} == {8: 32, 9: 64}
+
+
+@pytest.mark.parametrize(("age_ns", "seen"), [(0, set()), (VAIN_NS, {(5, 0)})])
+def test_levels_are_told_of_a_look_when_the_device_should_have_let_go(age_ns, seen):
+    books = Books(process(900 * MIB))
+    books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns() - age_ns)]
+    one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(64 * MIB))
+    for _ in range(CALM_LOOKS):
+        one.look()
+    assert set(books.orphans.seen) == seen
 
 
 def held_beside_the_rest(bytes_: int) -> int:
