@@ -46,6 +46,9 @@ HIDDEN uint64_t fgpu_granule(CUdevice ordinal);
 HIDDEN uint64_t fgpu_taken(uint64_t bytes, uint64_t granule);
 
 /* -- reserve.c */
+/* One thread at a time asks for more, as a rule: a turn runs out by itself. 0: it could not be had in time. */
+HIDDEN uint64_t fgpu_take_turn(_Atomic uint64_t *busy_until_ns);
+HIDDEN void fgpu_end_turn(_Atomic uint64_t *busy_until_ns, uint64_t turn);
 HIDDEN bool fgpu_pools_yield(CUdevice ordinal);   /* true: something went back to the kernel */
 HIDDEN void fgpu_pools_measure(CUdevice ordinal); /* a context has ended; < 0: on any device */
 

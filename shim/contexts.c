@@ -6,6 +6,7 @@
 
 #include "books.h"
 #include "gate.h"
+#include "local_memory.h"
 
 #define CREATED 16
 #define MANAGED 128
@@ -44,6 +45,7 @@ static void forget(_Atomic uint64_t *list, unsigned n, uint64_t what)
 static void note_end(uint64_t context)
 {
     if (!context) return;
+    fgpu_area_ends(context);
     keep(ended, CREATED, &endings, context);
     atomic_store(&fgpu_contexts_ended, true);
 }
@@ -66,7 +68,7 @@ bool fgpu_current_is_gone(void)
 void fgpu_primary_seen(CUdevice device, CUcontext context)
 {
     if (device < 0 || device >= FGPU_DEVICES) return;
-    atomic_store(&primaries[device], (uint64_t)context);
+    if (atomic_exchange(&primaries[device], (uint64_t)context) != (uint64_t)context) fgpu_area_begins();
     forget(ended, CREATED, (uint64_t)context);
 }
 
@@ -74,9 +76,14 @@ void fgpu_context_made(CUcontext context)
 {
     forget(ended, CREATED, (uint64_t)context);
     keep(created, CREATED, &creations, (uint64_t)context);
+    fgpu_area_begins();
 }
 void fgpu_managed_made(CUdeviceptr at) { keep(managed, MANAGED, &takings, at); }
 bool fgpu_context_is_created(CUcontext context) { return context && place_of(created, CREATED, (uint64_t)context); }
+bool fgpu_context_is_known(CUcontext context)
+{
+    return fgpu_context_is_created(context) || (context && place_of(primaries, FGPU_DEVICES, (uint64_t)context));
+}
 
 /* NVML never shows managed memory, and the kernel sees no context become current: so whose it is, only the driver can
  * tell. It is freed before its context takes it along, by a call that the kernel sees. Both wait for the same work. */

@@ -50,5 +50,6 @@ HIDDEN void fgpu_context_made(CUcontext context);
 HIDDEN void fgpu_primary_seen(CUdevice device, CUcontext context); /* retained */
 HIDDEN void fgpu_managed_made(CUdeviceptr at);
 HIDDEN bool fgpu_context_is_created(CUcontext context); /* and has not ended */
+HIDDEN bool fgpu_context_is_known(CUcontext context);   /* likewise, or a primary one that was retained */
 
 #endif

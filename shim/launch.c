@@ -4,26 +4,33 @@
  * Also what tells that work has ended or a stream does: hooked here where no other file of the shim needs to know.
  */
 #include "gate.h"
+#include "local_memory.h"
 
-#define PASS(name, enter, ...)                                                                                         \
+/* Memory that a first launch takes is asked for before the gate: a launch that waits for it holds no turn. */
+#define PASS(name, function, enter, ...)                                                                               \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
         if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
         struct fgpu_launch launch = {.index = -1};                                                                     \
+        struct fgpu_first first;                                                                                       \
+        bool is_known = fgpu_function_is_known(function);                                                              \
+        CUresult result = LIKELY(is_known) ? CUDA_SUCCESS : fgpu_first_begins(&first, function);                       \
+        if (result) return result;                                                                                     \
         if (!LIKELY(!fgpu_is_gated())) enter;                                                                          \
-        CUresult result = driver(__VA_ARGS__);                                                                         \
+        result = driver(__VA_ARGS__);                                                                                  \
+        if (!LIKELY(is_known)) fgpu_first_ends(&first, result);                                                        \
         return LIKELY(launch.index < 0) ? result : fgpu_gate_leave(&launch, result);                                   \
     } while (0)
 
-#define LAUNCH(name, stream, per_thread, ...)                                                                          \
-    PASS(name, fgpu_gate_enter(&launch, stream, per_thread, NULL), __VA_ARGS__)
+#define LAUNCH(name, function, stream, per_thread, ...)                                                                \
+    PASS(name, function, fgpu_gate_enter(&launch, stream, per_thread, NULL), __VA_ARGS__)
 
 #define KERNEL(name, per_thread)                                                                                       \
     EXPORT CUresult name(CUfunction f, unsigned int gridDimX, unsigned int gridDimY, unsigned int gridDimZ,            \
                          unsigned int blockDimX, unsigned int blockDimY, unsigned int blockDimZ,                       \
                          unsigned int sharedMemBytes, CUstream hStream, void **kernelParams, void **extra)             \
     {                                                                                                                  \
-        LAUNCH(name, hStream, per_thread, f, gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ,            \
+        LAUNCH(name, f, hStream, per_thread, f, gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ,         \
                sharedMemBytes, hStream, kernelParams, extra);                                                          \
     }
 KERNEL(cuLaunchKernel, false)
@@ -32,7 +39,7 @@ KERNEL(cuLaunchKernel_ptsz, true)
 #define KERNEL_EX(name, per_thread)                                                                                    \
     EXPORT CUresult name(const CUlaunchConfig *config, CUfunction f, void **kernelParams, void **extra)                \
     {                                                                                                                  \
-        LAUNCH(name, config ? config->hStream : NULL, per_thread, config, f, kernelParams, extra);                     \
+        LAUNCH(name, f, config ? config->hStream : NULL, per_thread, config, f, kernelParams, extra);                  \
     }
 KERNEL_EX(cuLaunchKernelEx, false)
 KERNEL_EX(cuLaunchKernelEx_ptsz, true)
@@ -42,14 +49,14 @@ KERNEL_EX(cuLaunchKernelEx_ptsz, true)
                          unsigned int blockDimX, unsigned int blockDimY, unsigned int blockDimZ,                       \
                          unsigned int sharedMemBytes, CUstream hStream, void **kernelParams)                           \
     {                                                                                                                  \
-        LAUNCH(name, hStream, per_thread, f, gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ,            \
+        LAUNCH(name, f, hStream, per_thread, f, gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ,         \
                sharedMemBytes, hStream, kernelParams);                                                                 \
     }
 COOPERATIVE(cuLaunchCooperativeKernel, false)
 COOPERATIVE(cuLaunchCooperativeKernel_ptsz, true)
 
 /* One kernel on several devices: at the gate of each in turn, and counted where it has passed. Their tenant owns all of
- * them at once, or none. */
+ * them at once, or none. Local memory in contexts that are not current is not asked for: NVML charges it. */
 EXPORT CUresult cuLaunchCooperativeKernelMultiDevice(CUDA_LAUNCH_PARAMS *launchParamsList, unsigned int numDevices,
                                                      unsigned int flags)
 {
@@ -74,16 +81,16 @@ static void enter_uncaptured(struct fgpu_launch *launch, CUstream stream)
     fgpu_gate_enter(launch, captures ? CU_STREAM_PER_THREAD : stream, captures, NULL);
 }
 
-EXPORT CUresult cuLaunch(CUfunction f) { PASS(cuLaunch, enter_uncaptured(&launch, NULL), f); }
+EXPORT CUresult cuLaunch(CUfunction f) { PASS(cuLaunch, f, enter_uncaptured(&launch, NULL), f); }
 
 EXPORT CUresult cuLaunchGrid(CUfunction f, int grid_width, int grid_height)
 {
-    PASS(cuLaunchGrid, enter_uncaptured(&launch, NULL), f, grid_width, grid_height);
+    PASS(cuLaunchGrid, f, enter_uncaptured(&launch, NULL), f, grid_width, grid_height);
 }
 
 EXPORT CUresult cuLaunchGridAsync(CUfunction f, int grid_width, int grid_height, CUstream hStream)
 {
-    PASS(cuLaunchGridAsync, enter_uncaptured(&launch, hStream), f, grid_width, grid_height, hStream);
+    PASS(cuLaunchGridAsync, f, enter_uncaptured(&launch, hStream), f, grid_width, grid_height, hStream);
 }
 
 /* -- questions whose answer may be that nothing is in flight any more */

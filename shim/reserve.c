@@ -123,14 +123,19 @@ static CUresult grow(struct pool *pool)
     return !refusal && need >= atomic_load(&pool->admitted) + FGPU_BLOCK ? CUDA_ERROR_OUT_OF_MEMORY : refusal;
 }
 
-static uint64_t take_turn(struct pool *pool)
+uint64_t fgpu_take_turn(_Atomic uint64_t *busy_until_ns)
 {
     for (int i = 0; i < TURN_TRIES; i++) {
-        uint64_t now = fgpu_now(), until = now + TURN_NS, was = atomic_load(&pool->busy_until_ns);
-        if (was <= now && atomic_compare_exchange_strong(&pool->busy_until_ns, &was, until)) return until;
+        uint64_t now = fgpu_now(), until = now + TURN_NS, was = atomic_load(busy_until_ns);
+        if (was <= now && atomic_compare_exchange_strong(busy_until_ns, &was, until)) return until;
         syscall(SYS_sched_yield);
     }
     return 0;
+}
+
+void fgpu_end_turn(_Atomic uint64_t *busy_until_ns, uint64_t turn)
+{
+    if (turn) atomic_compare_exchange_strong(busy_until_ns, &turn, 0);
 }
 
 CUresult fgpu_pool_grow(struct pool *pool, uint64_t bytes)
@@ -145,9 +150,9 @@ CUresult fgpu_pool_grow(struct pool *pool, uint64_t bytes)
     if (link == FGPU_HELD && bytes <= FGPU_MOST_BYTES) {
         int saved = errno;
         CUstreamCaptureMode mode = fgpu_relax();
-        uint64_t turn = take_turn(pool);
+        uint64_t turn = fgpu_take_turn(&pool->busy_until_ns);
         refusal = grow(pool);
-        if (turn) atomic_compare_exchange_strong(&pool->busy_until_ns, &turn, 0);
+        fgpu_end_turn(&pool->busy_until_ns, turn);
         fgpu_unrelax(mode);
         errno = saved;
     }

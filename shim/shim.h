@@ -152,11 +152,27 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     HOOK(cuLaunch)                                                                                                     \
     HOOK(cuLaunchGrid)                                                                                                 \
     HOOK(cuLaunchGridAsync)                                                                                            \
+    HOOK(cuGraphAddKernelNode)                                                                                         \
+    HOOK(cuGraphAddKernelNode_v2)                                                                                      \
+    HOOK(cuGraphAddNode)                                                                                               \
+    HOOK(cuGraphAddNode_v2)                                                                                            \
+    HOOK(cuGraphKernelNodeSetParams)                                                                                   \
+    HOOK(cuGraphKernelNodeSetParams_v2)                                                                                \
+    HOOK(cuGraphNodeSetParams)                                                                                         \
+    HOOK(cuGraphExecKernelNodeSetParams)                                                                               \
+    HOOK(cuGraphExecKernelNodeSetParams_v2)                                                                            \
+    HOOK(cuGraphExecNodeSetParams)                                                                                     \
+    HOOK(cuCtxSetLimit)                                                                                                \
+    HOOK(cuModuleUnload)                                                                                               \
+    HOOK(cuLibraryUnload)                                                                                              \
     HOOK(cuStreamQuery)                                                                                                \
     HOOK(cuStreamQuery_ptsz)                                                                                           \
     HOOK(cuEventQuery)                                                                                                 \
     HOOK(cuStreamDestroy)                                                                                              \
     HOOK(cuStreamDestroy_v2)                                                                                           \
+    NEED(cuDeviceGetAttribute)                                                                                         \
+    NEED(cuFuncGetAttribute)                                                                                           \
+    NEED(cuKernelGetAttribute)                                                                                         \
     NEED(cuCtxGetDevice)                                                                                               \
     NEED(cuDeviceGetUuid)                                                                                              \
     NEED(cuDeviceGetUuid_v2)                                                                                           \

@@ -102,8 +102,8 @@ static bool is_whole(void) { return !strcmp(ways, "whole"); }
 static bool is_shared(void) { return !strcmp(ways, "shared"); }
 static bool has_pools(void) { return is_shared() || !strcmp(ways, "pools"); }
 
-/* It makes and ends contexts in ways that no probe sees whole. Then managed memory, which NVML does not show either, would
- * stay charged until the process ends, so such a life has none. */
+/* It makes and ends contexts in ways that no probe sees whole. Then managed memory, which NVML does not show either,
+ * would stay charged until the process ends, so such a life has none. */
 static bool leaves_unseen(void) { return !strcmp(ways, "plain") || !strcmp(ways, "shown"); }
 
 /* From a few bytes to sixteen megabytes, small ones more often. */

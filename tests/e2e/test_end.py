@@ -159,7 +159,7 @@ def held_up(pid: int) -> Iterator[None]:
 
 @pytest.mark.places("host", "runc")
 def test_one_that_takes_long_to_end_is_not_adopted(tenant, fault) -> None:
-    """Its memory stays charged, as orphaned, while the driver has yet to take it down; the process itself is in no list."""
+    """Its memory stays charged, as orphaned, while the driver has yet to take it down; the process is in no list."""
     one = tenant(4 * GIB)
     one.assert_enforced()
     client = one.client()

@@ -4,8 +4,8 @@ A life that uses pools may be charged more than the driver holds: what a destroy
 granted and the driver took back. That much, and no more, is its drift.
 
 Lives also share memory, and leave some behind: descriptors of exports in sockets, forked children and executed programs
-that keep the driver's descriptors. Before a check every living process closes what it shares. What is then left of ended
-processes is orphaned, and must be gone as soon as the driver has freed it.
+that keep the driver's descriptors. Before a check every living process closes what it shares. What is then left of
+ended processes is orphaned, and must be gone as soon as the driver has freed it.
 
 FGPU_TEST_SEED repeats a run, FGPU_TEST_ROUNDS makes it longer or shorter.
 """

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+from area_kit import FUNCTIONS
 from gate_kit import KIT, driver_behind, end, said, shut, tell, unlock, until
 from shim_kit import ROOT, Simulator
 
@@ -105,6 +106,7 @@ def test_what_may_harm_is_asked_in_relaxed_mode(simulator: Simulator) -> None:
         KIT
         + SECOND
         + CAPTURE.replace("FLAGS", "1")
+        + FUNCTIONS
         + """
 L.modes_name.restype = C.c_char_p
 def own(*call): L.modes_note(0); need(*call); L.modes_note(1)
@@ -129,6 +131,10 @@ def graphs():
     need("cuMemFreeAsync", p, s); need("cuStreamEndCapture", s, C.byref(g))
     need("cuGraphInstantiateWithFlags", C.byref(e), g, C.c_ulonglong(0)); need("cuGraphLaunch", e, t)
     need("cuStreamSynchronize", t); need("cuGraphExecDestroy", e)
+def firsts():
+    "Functions and kernels that no area has room for yet."
+    need("cuLaunchKernel", of(2048), *[1] * 6, 0, t, None, None)
+    need("cuLaunchKernel", entry(library(local(3000))), *[1] * 6, 0, t, None, None); stack(1024)
 def contexts():
     made, p = V(), C.c_uint64(); need("cuCtxCreate_v2", C.byref(made), 0, 1)
     need("cuMemAllocManaged", C.byref(p), C.c_size_t(MiB), 1); need("cuCtxDestroy_v2", made)
@@ -138,7 +144,7 @@ def contexts():
 x = V(); need("cuCtxCreate_v2", C.byref(x), 0, 0); fx = kernel(1); crowd = [stream() for _ in range(40)]
 need("cuCtxSetCurrent", c); L.modes_note(1); alloc(1)
 many, pools = [stream() for _ in range(40)], [pool_of(0)]
-kept = V(); own("cuDeviceGetDefaultMemPool", C.byref(kept), 1); graphs(); memory(); contexts()
+kept = V(); own("cuDeviceGetDefaultMemPool", C.byref(kept), 1); graphs(); memory(); firsts(); contexts()
 for u in many[:3]: launch(f, u)
 on(d, lambda: launch(f1, s1)); out("ready"); line()
 def other(): need("cuCtxSetCurrent", c); launch(f, t)

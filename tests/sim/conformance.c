@@ -200,6 +200,7 @@ int main(int argc, char **argv)
                     {"queues", check_queues},
                     {"resident", check_resident},
                     {"pool_handles", check_pool_handles},
+                    {"hooks2", check_hooks},
                     {"fork", check_fork}};
     cuda = dlopen("libcuda.so.1", RTLD_NOW);
     management = dlopen("libnvidia-ml.so.1", RTLD_NOW);

@@ -86,5 +86,6 @@ void check_grows(void);
 void check_queues(void);
 void check_resident(void);
 void check_pool_handles(void);
+void check_hooks(void);
 
 #endif

@@ -158,11 +158,30 @@ static void ask_frees(void)
     TRY("cuMipmappedArrayDestroy", cuMipmappedArrayDestroy, NULL);
 }
 
+static void ask_growth(void)
+{
+    CUgraphNode node;
+    CUDA_KERNEL_NODE_PARAMS_v1 old;
+    CUDA_KERNEL_NODE_PARAMS_v2 params;
+    CUgraphNodeParams any;
+    memset(&old, 0, sizeof old);
+    memset(&params, 0, sizeof params);
+    memset(&any, 0, sizeof any);
+    TRY("cuCtxSetLimit", cuCtxSetLimit, CU_LIMIT_STACK_SIZE, 2048);
+    TRY("cuModuleUnload", cuModuleUnload, NULL);
+    TRY("cuLibraryUnload", cuLibraryUnload, NULL);
+    TRY("cuGraphAddKernelNode", cuGraphAddKernelNode, &node, graph, NULL, 0, &old);
+    TRY("cuGraphAddKernelNode_v2", cuGraphAddKernelNode_v2, &node, graph, NULL, 0, &params);
+    TRY("cuGraphAddNode", cuGraphAddNode, &node, graph, NULL, 0, &any);
+    TRY("cuGraphAddNode_v2", cuGraphAddNode_v2, &node, graph, NULL, NULL, 0, &any);
+}
+
 void check_unready(void)
 {
     section("unready");
     ask_all();
     ask_frees();
+    ask_growth();
 }
 
 void check_forked(void)

@@ -31,6 +31,10 @@ def world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orphan_release, "SLACK_AFTER_NS", 1 << 62)
     monkeypatch.setattr(procfs, "cgroup_path", lambda _: None)
     monkeypatch.setattr(procfs, "ended", lambda _: False)
+    monkeypatch.setattr(
+        corrections, "_is_alive", corrections._is_alive
+    )  # each machine has its own: put back afterwards
+    monkeypatch.setattr(reconcile, "_alive", reconcile._alive)
 
 
 class Machine(RuleBasedStateMachine):

@@ -123,6 +123,31 @@ CUresult cuCtxCreate_v4(CUcontext *c, CUctxCreateParams *a, unsigned f, CUdevice
 #endif
 CUresult cuLaunchKernel_fake(void) { return CUDA_SUCCESS; }
 CUresult cuCtxGetCurrent(CUcontext *c) { return *c = (CUcontext)0x99, CUDA_SUCCESS; }
+CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d)
+{
+    errno = 36;
+    return *v = a == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT ? 2 : 1024, (void)d, CUDA_SUCCESS;
+}
+CUresult cuFuncGetAttribute(int *v, CUfunction_attribute a, CUfunction f)
+{
+    errno = 37;
+    return *v = 2048, (void)a, (void)f, CUDA_SUCCESS;
+}
+CUresult cuGraphKernelNodeSetParams(CUgraphNode n, const CUDA_KERNEL_NODE_PARAMS_v1 *p) { return (void)n, count(); }
+CUresult cuGraphKernelNodeSetParams_v2(CUgraphNode n, const CUDA_KERNEL_NODE_PARAMS_v2 *p) { return (void)n, count(); }
+CUresult cuGraphExecKernelNodeSetParams(CUgraphExec e, CUgraphNode n, const CUDA_KERNEL_NODE_PARAMS_v1 *p)
+{
+    return (void)n, count();
+}
+CUresult cuGraphExecKernelNodeSetParams_v2(CUgraphExec e, CUgraphNode n, const CUDA_KERNEL_NODE_PARAMS_v2 *p)
+{
+    return (void)n, count();
+}
+#ifndef OLD
+CUresult cuGraphNodeSetParams(CUgraphNode n, CUgraphNodeParams *p) { return (void)n, count(); }
+CUresult cuGraphExecNodeSetParams(CUgraphExec e, CUgraphNode n, CUgraphNodeParams *p) { return (void)n, count(); }
+#endif
+CUresult cuCtxSetLimit(CUlimit l, size_t n) { return (void)l, (void)n, count(); }
 CUresult cuEventCreate(CUevent *e, unsigned flags) { return *e = (CUevent)0x98, (void)flags, CUDA_SUCCESS; }
 CUresult cuEventRecord(CUevent e, CUstream s) { return (void)e, (void)s, CUDA_SUCCESS; }
 CUresult cuEventQuery(CUevent e) { return (void)e, CUDA_SUCCESS; }
