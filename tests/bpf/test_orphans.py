@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from conftest import CONTEXT, MIB, Kernel, Level, assert_left, page_of, wait_until
+from conftest import CONTEXT, MIB, Kernel, Level, assert_left, forget_empty, page_of, wait_until
 from test_events import events, of  # noqa: F401
 
 from fgpu_ebpf import pages
@@ -110,6 +110,8 @@ def test_an_orphan_is_let_go_in_parts_and_never_more_of_it_than_it_has(kernel, l
     assert page_of(kernel, level).orphans == 1
     assert kernel.ledger.orphans.let_go(orphan, 99 * MIB)
     assert (level.used, level.orphaned, level.orphans()) == (0, 0, [])
+    assert page_of(kernel, level).orphans == 1, "it stays while its process may add to it"
+    forget_empty(kernel)
     assert page_of(kernel, level).orphans == 0
     assert not kernel.ledger.orphans.let_go(orphan, 1), "it is gone"
 

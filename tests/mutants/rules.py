@@ -228,6 +228,11 @@ RULES = {
         "        known->ended_ns = now;\n",
     ),
     "orphans-of-one-level-fill-the-map": (">= PART(MOST_ORPHANS)", ">= MOST_ORPHANS"),
+    "empty-orphan-of-a-living-process-deleted": ("    if (was.bytes) return 0;\n", "    if (left) return 0;\n"),
+    "orphan-is-older-than-its-bytes": (
+        "        if (!*(volatile u64 *)&known->bytes) known->since_ns = now;\n",
+        "",
+    ),
     "disown-anything": ("    if (bytes > *(volatile u64 *)orphaned) return -22;\n", ""),
     "failed-call-names": (
         "        if (UNLIKELY(f.uncovered)) name_bypass(p, &f);\n    } else {\n",
