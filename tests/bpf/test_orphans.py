@@ -194,6 +194,18 @@ def test_what_a_process_exported_and_freed_is_one_orphan_with_what_it_leaves(ker
     assert_left(level, 56 * MIB)
 
 
+def test_an_orphan_whose_bytes_were_released_begins_anew(kernel, level, client):
+    for handle in (0x77, 0x78):
+        before = time.monotonic_ns()
+        client(f"create({handle}, {8 * MIB})")
+        client(f"export({handle})")
+        client(f"release({handle})")
+        (orphan,) = level.orphans()
+        assert (orphan.bytes, orphan.since_ns > before) == (8 * MIB, True)
+        level.let_go()
+    assert page_of(kernel, level).orphans == 1, "the entry of a process that lives"
+
+
 def test_an_exported_handle_goes_with_its_last_mapping(level, client):
     client(f"create(0x77, {8 * MIB})")
     client("export(0x77)")
