@@ -6,8 +6,8 @@
  * right is asked elsewhere.
  *
  * WAYS: `plain`; `pools` for memory in streams and graphs too; `shared` for all of that, and sharing, modules and
- * stacks; `shown` for none that NVML does not show; `whole` for whole granules alone, without leaps and races; `once`
- * for a few operations and an end with all it has.
+ * stacks; `real` for that without what crashes a real driver; `shown` for none that NVML does not show; `whole` for
+ * whole granules alone, without leaps and races; `once` for a few operations and an end with all it has.
  */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
@@ -99,7 +99,8 @@ static bool took(CUresult result)
 }
 
 static bool is_whole(void) { return !strcmp(ways, "whole"); }
-static bool is_shared(void) { return !strcmp(ways, "shared"); }
+static bool is_real(void) { return !strcmp(ways, "real"); }
+static bool is_shared(void) { return is_real() || !strcmp(ways, "shared"); }
 static bool has_pools(void) { return is_shared() || !strcmp(ways, "pools"); }
 
 /* It makes and ends contexts in ways that no probe sees whole. Then managed memory, which NVML does not show either,
@@ -308,7 +309,7 @@ static void take(struct life *life, struct slot *slot)
         return;
     case 6:
     case 7:
-        be_odd(life, slot);
+        if (!is_real()) be_odd(life, slot);
         return;
     default:
         slot->bytes = size(life);
