@@ -2,9 +2,9 @@
 
 LIVES programs, each in a tenant, take, share and give back memory in every way that a real driver bears, for MINUTES;
 some are killed in the middle of it. At each check all of them close what they share. Then nothing may be orphaned, and
-the ledger may have neither less than NVML shows of a tenant's processes nor, over all tenants, less than the device has in
-use since before, but for the driver's own part. Prints `lives_NAME VALUE UNIT`; writes build/bench/lives.json; 1 where
-a check fails. Starts and stops the agent itself. Nothing else may use the device.
+the ledger may have neither less than NVML shows of a tenant's processes nor, over all tenants, less than the device has
+in use since before, but for the driver's own part. Prints `lives_NAME VALUE UNIT`; writes build/bench/lives.json; 1
+where a check fails. Starts and stops the agent itself. Nothing else may use the device.
 """
 
 from __future__ import annotations
