@@ -39,6 +39,11 @@ def device() -> object:
     return pynvml.nvmlDeviceGetHandleByIndex(0)
 
 
+def device_bytes() -> int:
+    """Memory in use on device 0, by NVML."""
+    return int(pynvml.nvmlDeviceGetMemoryInfo(device()).used)
+
+
 def nvml_bytes(pids: set[int]) -> int:
     """What NVML says that these processes hold, by host pid."""
     found = pynvml.nvmlDeviceGetComputeRunningProcesses(device())

@@ -99,7 +99,9 @@ build() { # the shim, the OCI helper and the benchmarks' programs, as ./dev buil
     for source in bench/*.c examples/*.c; do
         gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o "build/${source%.c}" "$source" -ldl -pthread
     done
-    gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o build/e2e/client tests/e2e/client.c -ldl -pthread
+    for program in client life; do
+        gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o build/e2e/$program tests/e2e/$program.c -ldl -pthread
+    done
 }
 
 [ $# = 2 ] || { echo "usage: bench/kit.sh pack|unpack FOLDER" >&2 && exit 2; }

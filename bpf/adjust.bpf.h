@@ -200,6 +200,14 @@ static int disown(u64 cgroup, u32 device, u64 bytes)
     return 0;
 }
 
+static int looked(u64 cgroup, u32 device)
+{
+    struct fgpu_usage_page *page = page_of(cgroup);
+    if (!page) return -2;
+    page->looked_ns[slot(device)] = bpf_ktime_get_ns();
+    return 0;
+}
+
 /* Not below 0: the level may be another that has come to its cgroup. */
 static int swept(u64 cgroup, u64 n)
 {
@@ -226,6 +234,8 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
         return withdraw(ctx->args[1]);
     case FGPU_DISOWN:
         return disown(ctx->args[1], ctx->args[2], ctx->args[3]);
+    case FGPU_LOOKED:
+        return looked(ctx->args[1], ctx->args[2]);
     case FGPU_LET_GO:
         return let_orphan_go(ctx);
     case FGPU_ENTER:

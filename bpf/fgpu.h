@@ -93,7 +93,8 @@ struct fgpu_usage_page {
     __u64 orphans;                   /* entries of this level in the map `orphans` */
     __u64 urgent_second;             /* of events that must not be lost behind refusals */
     __u64 urgent_count;
-    __u64 tail[109];
+    __u64 looked_ns[FGPU_DEVICES]; /* when the agent last saw what the device still holds of `orphaned`; 0: never */
+    __u64 tail[93];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
@@ -382,9 +383,10 @@ enum fgpu_adjust {
     FGPU_WITHDRAW, /* cgroup: its page is about to be taken away */
     FGPU_SWEPT,    /* cgroup, n: so many allocations of the level's were deleted, which nobody would ever free */
     FGPU_RING,     /* whoever sleeps on the bell wakes up: shares have changed */
-    FGPU_LET_GO,   /* tgid, device, generation, turn, bytes: so many of these orphaned bytes are held no more */
+    FGPU_LET_GO,   /* tgid, device, generation, turn, bytes: so many of these bytes are held no more; 0: it may go */
     FGPU_MARK,     /* tgid, generation, device: its `peak` begins anew */
     FGPU_ENTER,    /* tgid, 0, count, levels leaf first: makes the entry of a process that has none yet */
+    FGPU_LOOKED,   /* cgroup, device: the agent has seen what the device still holds of `orphaned` */
 };
 
 /* -- events: a ring buffer of what is rare; what does not get in is counted ---------------------------------------- */

@@ -50,9 +50,10 @@ static void orphan(struct fgpu_process *p, u32 tgid, u64 turn, u32 device, u64 b
     struct fgpu_orphan_key key = {.tgid = tgid, .device = device, .generation = p->generation, .turn = turn};
     struct fgpu_level *levels = levels_of(p, turn);
     struct fgpu_orphan *known = orphans.lookup(&key);
-    u64 now = bpf_ktime_get_ns();
     if (!known) known = make_orphan(p, &key);
+    u64 now = bpf_ktime_get_ns(); /* not before the entry's `since_ns` */
     if (known) {
+        if (!*(volatile u64 *)&known->bytes) known->since_ns = now;
         if (ended) known->ended_ns = now;
         __sync_fetch_and_add(&known->bytes, bytes);
     } else {
@@ -104,7 +105,8 @@ static void orphan_all(struct fgpu_process *p, u32 tgid)
 }
 
 /* The device does not hold so many of these bytes any more. Never more than the level has orphaned: its page may be
- * another one, made since. */
+ * another one, made since. An entry without bytes stays while its process may add to it; the agent ends it by letting
+ * go of no bytes. */
 static int let_go(struct fgpu_orphan_key *key, u64 bytes)
 {
     struct fgpu_orphan *known = orphans.lookup(key);
@@ -121,7 +123,7 @@ static int let_go(struct fgpu_orphan_key *key, u64 bytes)
         __sync_fetch_and_add(orphaned, -some);
         subtract(&page->devices[slot(key->device)].used, some);
     }
-    if (left) return 0;
+    if (was.bytes) return 0;
     struct fgpu_usage_page *leaf = page_at(&was.levels[0]);
     if (!orphans.delete(key) && leaf) one_less(&leaf->orphans);
     return 0;

@@ -29,7 +29,7 @@ class Corrections:
         self._ledger = ledger
         self._levels = levels
         self._gone: dict[_Life, int] = {}  # looks at which no memory was in use that the process should have
-        self._exact: dict[_Life, int] = {}  # contexts that had ended when the process was last set exactly
+        self._exact: dict[_Life, tuple[int, int]] = {}  # when the process was last set exactly: see _correct
 
     def mark(self, device: int) -> None:
         """Before NVML is asked: peaks of processes that are in the middle of something begin anew."""
@@ -49,7 +49,7 @@ class Corrections:
             held = self._held(tgid, process, device, sample)
             if held is None:
                 continue
-            held = max(0, held - ended.get(tgid, 0))
+            held = max(process.handles_in_no_row(device), held - ended.get(tgid, 0))
             if not process.bytes[device] and not held:
                 drift[tgid, device] = 0
             elif not process.quiet or not self._correct(tgid, process, device, held, drift):
@@ -91,14 +91,20 @@ class Corrections:
         return None if in_use is None or len(known) < len(sample.rows) else in_use - sum(known)
 
     def _correct(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> bool:
-        """Sets one overhead; what is left of the drift is told either way."""
+        """Sets one overhead; what is left of the drift is told either way.
+
+        Exactly where a context has ended while others go on: nothing told which memory went with it. That part is below
+        0, and stays so.
+        """
         exact, life = held - process.witnessed(device), (tgid, process.generation, device)
-        has_ended = process.ended[device] != self._exact.get(life, 0)
-        target = exact if has_ended else overhead_for(exact, process.pool[device])
+        contexts_ended, gone = self._exact.get(life, (0, 0))
+        has_ended = process.ended[device] != contexts_ended
+        gone = gone if process.contexts[device] else 0
+        target = exact if has_ended else overhead_for(exact, process.pool[device], gone)
         before = process.overhead[device]
         done = target == before or self._ledger.overhead(tgid, process.generation, device, target, process.changes)
         if done and has_ended:
-            self._exact[life] = process.ended[device]
+            self._exact[life] = process.ended[device], min(0, exact)
         drift[tgid, device] = (target if done else before) - exact
         return done
 
@@ -134,12 +140,13 @@ class Corrections:
         self._exact = {life: n for life, n in self._exact.items() if life[:2] in lives}
 
 
-def overhead_for(exact: int, pool: int) -> int:
+def overhead_for(exact: int, pool: int, gone: int = 0) -> int:
     """The overhead that makes the ledger what NVML shows, but for pool bytes that the driver has given back meanwhile:
 
-    the shim spends those again without asking, so they stay charged until it gives them back itself.
+    the shim spends those again without asking, so they stay charged until it gives them back itself. `gone`: bytes, 0
+    or less, by which the overhead was below 0 already for memory that went with contexts.
     """
-    return max(exact, min(0, exact + pool))
+    return max(exact, min(gone, exact + pool))
 
 
 def _is_alive(tgid: int) -> bool:

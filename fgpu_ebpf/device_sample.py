@@ -35,13 +35,14 @@ class Taken(NamedTuple):
 class Sample:
     """`rows`: of the last question. `calm`: no process took or freed memory meanwhile.
 
-    `processes`: of the ledger, as they were before.
+    `processes`: of the ledger, as they were before. `busy`: those that were in a call then, or changed something since.
     """
 
     rows: Rows
     taken: tuple[Taken, ...]
     calm: bool
     processes: Mapping[int, Process]
+    busy: frozenset[int] = frozenset()
 
 
 def take(nvml: Nvml, ledger: Ledger, device: int, samples: int = SAMPLES) -> Sample | None:
@@ -65,7 +66,10 @@ def take(nvml: Nvml, ledger: Ledger, device: int, samples: int = SAMPLES) -> Sam
         if taken is None:
             return Sample(rows, (), False, before)
         found.append(taken)
-    return Sample(rows, tuple(found), _is_same(before, ledger.processes()), before)
+    after = ledger.processes()
+    changed = {pid for pid in before.keys() | after.keys() if _state(before.get(pid)) != _state(after.get(pid))}
+    in_call = {pid for pid, process in before.items() if not process.quiet}
+    return Sample(rows, tuple(found), not changed, before, frozenset(changed | in_call))
 
 
 def _taken(in_use: int, before: Rows, after: Rows) -> Taken | None:
@@ -78,8 +82,5 @@ def _taken(in_use: int, before: Rows, after: Rows) -> Taken | None:
     return Taken(in_use, least, greatest)
 
 
-def _is_same(before: Mapping[int, Process], after: Mapping[int, Process]) -> bool:
-    def changes(processes: Mapping[int, Process]) -> dict[int, tuple[int, int, int]]:
-        return {tgid: (p.generation, p.begun, p.changes) for tgid, p in processes.items()}
-
-    return changes(before) == changes(after)
+def _state(process: Process | None) -> tuple[int, int, int] | None:
+    return (process.generation, process.begun, process.changes) if process else None

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from fgpu_ebpf.device_balance import Balance, Charges, Reading, surplus
+from fgpu_ebpf.device_balance import Balance, Charges, Life, Reading, surplus
 from fgpu_ebpf.device_sample import Rows, Sample
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.orphans import Orphan
@@ -25,6 +25,7 @@ DEVICE_REST_BYTES = 4 << 20
 # registered host memory. So much of an orphan is let go when it has outlived the time in which a driver ends processes.
 SLACK_BYTES = 32 << 20
 SLACK_AFTER_NS = 5_000_000_000
+FALL_COUNTS_NS = 2_000_000_000  # longer than the looks take that a release needs
 
 
 class _Row(NamedTuple):
@@ -41,41 +42,92 @@ class EndedRows:
     The pid may be that of another process now, or of the same one with another program.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ledger: Ledger, device: int) -> None:
+        self._ledger = ledger
+        self._device = device
         self._last: dict[int, _Row] = {}
+        self._rows: Rows | None = None  # all of the last look
+        self._fell: dict[int, int] = {}  # pid -> when the ended part of its row was last seen to be less
 
-    def look(self, rows: Rows, live: Mapping[int, Process], device: int, orphans: Iterable[Orphan]) -> dict[int, int]:
+    def look(self, rows: Rows, live: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[int, int]:
         """Bytes by pid, for pids of ended processes that NVML still names."""
         orphaned: dict[int, int] = defaultdict(int)
         for orphan in orphans:
             orphaned[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
-        self._last = {
-            pid: _Row(rows.get(pid) or 0, self._ended(pid, rows.get(pid) or 0, bytes_, live.get(pid), device), bytes_)
+        last = {
+            pid: _Row(rows.get(pid) or 0, self._ended(pid, rows.get(pid) or 0, bytes_, live.get(pid)), bytes_)
             for pid, bytes_ in orphaned.items()
         }
-        return {pid: row.ended for pid, row in self._last.items() if row.ended}
+        now = time.monotonic_ns()
+        fell = {pid: now if row.ended < self._before(pid) else self._fell.get(pid, 0) for pid, row in last.items()}
+        self._last, self._rows, self._fell = last, rows, fell
+        return {pid: row.ended for pid, row in last.items() if row.ended}
 
-    def _ended(self, pid: int, row: int, orphaned: int, process: Process | None, device: int) -> int:
-        """Never more than it was, but by what was orphaned since: what the row has grown by is of a living process."""
+    def _before(self, pid: int) -> int:
+        """What the last look showed of a process that has ended; it may have been alive then."""
+        return self._last[pid].ended if pid in self._last else (self._rows or {}).get(pid) or 0
+
+    def released(self, orphan: Orphan, bytes_: int) -> None:
+        """So that what is orphaned until the next look is not taken for these."""
+        row = self._last.get(orphan.tgid)
+        if row and orphan.ended_ns:
+            self._last[orphan.tgid] = row._replace(orphaned=row.orphaned - bytes_)
+
+    def spare(self, orphans: Iterable[Orphan]) -> list[tuple[Orphan, int]]:
+        """How many bytes of each orphan the device may have freed: all but what a row proves that it holds.
+
+        The first is the most likely one. A process's row has fallen a moment ago; else the youngest: a driver frees
+        most memory at once, so what has stayed for long is held by something. A process that NVML names comes last.
+        """
+        proven, found = {pid: row.ended for pid, row in self._last.items()}, []
+        for orphan in sorted(orphans, key=self._key):
+            held = min(orphan.bytes, proven.get(orphan.tgid, 0)) if orphan.ended_ns else 0
+            proven[orphan.tgid] = proven.get(orphan.tgid, 0) - held
+            found.append((orphan, orphan.bytes - held))
+        return found
+
+    def _key(self, orphan: Orphan) -> tuple[bool, bool, int]:
+        row, fell = self._last.get(orphan.tgid), self._fell.get(orphan.tgid, 0) if orphan.ended_ns else 0
+        is_named = bool(orphan.ended_ns and row and row.ended)
+        is_old = fell < time.monotonic_ns() - FALL_COUNTS_NS
+        return is_named, is_old, -max(fell, orphan.ended_ns or orphan.since_ns)
+
+    def _ended(self, pid: int, row: int, orphaned: int, process: Process | None) -> int:
+        """Never more than it was, but by what was orphaned since and was in the row before: the rest has grown
+        for a living process. What ended without a context had no row.
+        """
         then = self._last.get(pid)
         if then is None and process is None:
             return row
         bytes_then, ended_then, orphaned_then = then or _Row(row, 0, 0)
-        most = ended_then + max(0, orphaned - orphaned_then)
-        own = process.bytes[device] - process.managed[device] if process else 0
+        more = max(0, orphaned - orphaned_then)
+        if process and self._rows is not None:
+            more = min(more, max(0, (self._rows.get(pid) or 0) - ended_then))
+        most = ended_then + more
+        own = self._own(process) if process else 0
         fallen = 0 if process else max(0, bytes_then - row)
         return max(0, min(most - fallen, row - own))
 
+    def _own(self, process: Process) -> int:
+        """What the row has of a living process. Its overhead may be an admission that no call followed, which goes with
+        its last context: no more of that counts than one context.
+        """
+        device = self._device
+        size = self._ledger.context_bytes(device) if process.contexts[device] else 0
+        return process.witnessed(device) - process.handles_in_no_row(device) + min(process.overhead[device], size)
 
-def excess(orphans: Sequence[Orphan], ended: Mapping[int, int], room: int) -> list[tuple[Orphan, int]]:
-    """Which orphans to let go, and how many bytes of each: what the device has no room for; else the slack, of old."""
-    found = surplus(orphans, ended, room)
-    if found:
-        return found
+
+def excess(spare: Sequence[tuple[Orphan, int]], room: int) -> list[tuple[Orphan, int]]:
+    """Which orphans to release, and how many bytes of each: what the device has no room for; else the slack, of old.
+
+    `spare`: how many bytes of each the device may have freed, the first ones first; of the slack it may be any.
+    """
+    kept = sum(orphan.bytes for orphan, _ in spare)
+    if kept > room:
+        return surplus(spare, kept - room)
     until_ns = time.monotonic_ns() - SLACK_AFTER_NS
-    old = [orphan for orphan in orphans if orphan.since_ns < until_ns]
-    beyond = max(0, sum(orphan.bytes for orphan in orphans) - max(0, room - SLACK_BYTES))
-    return surplus(old, ended, max(0, sum(orphan.bytes for orphan in old) - beyond))
+    old = [(orphan, orphan.bytes) for orphan, _ in spare if orphan.since_ns < until_ns]
+    return surplus(old, kept - max(0, room - SLACK_BYTES))
 
 
 class OrphanRelease:
@@ -84,13 +136,13 @@ class OrphanRelease:
     def __init__(self, ledger: Ledger, device: int) -> None:
         self._ledger = ledger
         self._device = device
-        self._rows = EndedRows()
+        self._rows = EndedRows(ledger, device)
         self._without: dict[int, int] = {}  # level -> orphaned bytes without an entry, at the last look
         self.balance = Balance()
 
     def ended_rows(self, sample: Sample, orphans: Sequence[Orphan]) -> dict[int, int]:
         """Bytes by pid that NVML shows for processes that have ended."""
-        return self._rows.look(sample.rows, sample.processes, self._device, orphans)
+        return self._rows.look(sample.rows, sample.processes, orphans)
 
     def look(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> int | None:
         """Lets go of what the device does not hold. Returns how many orphaned bytes it may hold beyond those that have
@@ -99,11 +151,12 @@ class OrphanRelease:
         if not sample.taken:
             self.balance.forget()
             return None
-        room = self.balance.room(self._reading(sample, ended), orphans, self._charges(sample, orphans))
+        room = self.balance.room(self._reading(sample, ended), self._charges(sample, orphans, ended))
         if room is None:
             return None
-        for orphan, bytes_ in excess(orphans, ended, room):
-            self._ledger.orphans.let_go(orphan, bytes_)
+        for orphan, bytes_ in excess(self._rows.spare(orphans), room):
+            if self._ledger.orphans.let_go(orphan, bytes_):
+                self._rows.released(orphan, bytes_)
         return max(0, room - sum(orphan.bytes for orphan in orphans))
 
     def look_without_entries(self, levels: Iterable[int], room: int) -> None:
@@ -121,30 +174,50 @@ class OrphanRelease:
         self._without = {level: bytes_ for level, bytes_ in now.items() if bytes_ > 0}
 
     def _reading(self, sample: Sample, ended: Mapping[int, int]) -> Reading:
-        device, live = self._device, sample.processes
-        contexts = sum(max(1, live[pid].contexts[device]) if pid in live else 1 for pid in sample.rows)
-        rest = contexts * CONTEXT_REST_BYTES + DEVICE_REST_BYTES
-        most = max(taken.in_use - self._shown(taken.least, live, ended) for taken in sample.taken)
-        least = min(taken.in_use - self._taken(taken.greatest, live, ended) for taken in sample.taken)
+        rest = self._contexts(sample) * CONTEXT_REST_BYTES + DEVICE_REST_BYTES
+        most = max(taken.in_use - sum(_shown(taken.least, ended).values()) for taken in sample.taken)
+        least = min(taken.in_use - self._taken(_shown(taken.greatest, ended), sample) for taken in sample.taken)
         return Reading(max(0, most - rest), max(0, least - rest), sample.calm)
 
-    def _shown(self, rows: Mapping[int, int], live: Mapping[int, Process], ended: Mapping[int, int]) -> int:
-        """Bytes of live processes by NVML, and handles and pools of those that have no context and so no row."""
-        device = self._device
-        named = sum(max(0, row - ended.get(pid, 0)) for pid, row in rows.items())
-        unnamed = (p for pid, p in live.items() if not rows.get(pid) and not p.contexts[device])
-        return named + sum(max(0, p.witnessed(device)) for p in unnamed)
+    def _contexts(self, sample: Sample) -> int:
+        """Of all processes with a row. A library of a tenant's own may claim to have made any number: no more count
+        than NVML shows bytes for.
+        """
+        device, size = self._device, self._ledger.context_bytes(self._device)
+        claimed = (sample.processes.get(pid) for pid in sample.rows)
+        return sum(max(1, min(p.contexts[device], p.overhead[device] // size)) if p and size else 1 for p in claimed)
 
-    def _taken(self, rows: Mapping[int, int], live: Mapping[int, Process], ended: Mapping[int, int]) -> int:
-        """The same, and what a process is charged where that is more: it may just be taking it."""
-        device = self._device
-        shown = {pid: max(0, row - ended.get(pid, 0)) for pid, row in rows.items()}
-        charged = {pid: p.bytes[device] - p.managed[device] for pid, p in live.items()}
-        return sum(max(shown.get(pid, 0), charged.get(pid, 0)) for pid in shown.keys() | charged.keys())
+    def _taken(self, shown: Mapping[int, int], sample: Sample) -> int:
+        """The most that processes may have in use beside managed memory."""
+        charged = {pid: p.bytes[self._device] - p.managed[self._device] for pid, p in sample.processes.items()}
+        pairs = ((pid, shown.get(pid, 0), charged.get(pid, 0)) for pid in shown.keys() | charged.keys())
+        return sum(row + max(0, own) if pid in sample.busy else max(row, own) for pid, row, own in pairs)
 
-    def _charges(self, sample: Sample, orphans: Iterable[Orphan]) -> Charges:
+    def _charges(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> Charges:
+        """Orphans are read again: what was orphaned before the processes were read is in either list."""
         device, live = self._device, sample.processes
-        known = live.keys() | {orphan.tgid for orphan in orphans}
-        managed = sum(p.managed[device] for p in live.values())
-        freed = self._ledger.orphans.managed_freed(device)
-        return Charges(managed, freed, any(pid not in known for pid in sample.rows))
+        now = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == device]
+        known = live.keys() | {orphan.tgid for orphan in (*orphans, *now)}
+        return Charges(
+            kept=max(sum(orphan.bytes for orphan in found) for found in (orphans, now)),
+            managed=sum(p.managed[device] for p in live.values()),
+            managed_busy=sum(p.managed[device] for pid, p in live.items() if pid in sample.busy),
+            managed_freed=self._ledger.orphans.managed_freed(device),
+            handles=self._hidden_handles(sample, ended),
+            has_strangers=any(pid not in known for pid in sample.rows),
+        )
+
+    def _hidden_handles(self, sample: Sample, ended: Mapping[int, int]) -> dict[Life, int]:
+        """Of processes without a context, which have no row."""
+        device, found = self._device, {}
+        for pid, process in sample.processes.items():
+            has_row = (sample.rows.get(pid) or 0) > ended.get(pid, 0)
+            handles = process.handles_in_no_row(device)
+            if handles and not has_row and pid not in sample.busy:
+                found[pid, process.generation, process.changes] = handles
+        return found
+
+
+def _shown(rows: Mapping[int, int], ended: Mapping[int, int]) -> dict[int, int]:
+    """Bytes of live processes by NVML."""
+    return {pid: max(0, row - ended.get(pid, 0)) for pid, row in rows.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 from fgpu_ebpf import bpf, pages
@@ -57,10 +57,19 @@ class OrphanMap:
         self._run = run
         self._open_page = open_page
 
-    def entries(self) -> list[Orphan]:
-        """All entries."""
+    def _all(self) -> list[Orphan]:
         found = bpf.items(self._maps["orphans"], _KEY.size, _VALUE.size)
         return [orphan_of(key, raw) for key, raw in found]
+
+    def entries(self) -> list[Orphan]:
+        """All that have bytes."""
+        return [orphan for orphan in self._all() if orphan.bytes]
+
+    def forget_empty(self, living: Container[tuple[int, int]]) -> None:
+        """Deletes entries without bytes of all but these processes, by pid and generation, which may add to theirs."""
+        for orphan in self._all():
+            if not orphan.bytes and (orphan.tgid, orphan.generation) not in living:
+                self.let_go(orphan, 0)
 
     def let_go(self, orphan: Orphan, bytes_: int) -> bool:
         """Releases so many bytes of an orphan at its levels; False where it has changed or is gone: read it again."""
@@ -81,6 +90,10 @@ class OrphanMap:
     def disown(self, cgroup: int, device: int, bytes_: int) -> bool:
         """Releases orphaned bytes of a level that have no entry."""
         return self._run(pages.Adjust.DISOWN, cgroup, device, bytes_) == 0
+
+    def looked(self, cgroup: int, device: int) -> None:
+        """Notes on a level's page that what is orphaned there is what the device still holds."""
+        self._run(pages.Adjust.LOOKED, cgroup, device)
 
     def managed_freed(self, device: int) -> int:
         """Bytes of managed memory that were ever freed on a device."""

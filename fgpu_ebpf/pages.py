@@ -59,7 +59,9 @@ Function = IntEnum(
     start=0,
 )
 Class = IntEnum("Class", "HOST LISTED UNKNOWN", start=0)
-Adjust = IntEnum("Adjust", "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER", start=0)
+Adjust = IntEnum(
+    "Adjust", "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER LOOKED", start=0
+)
 News = IntEnum("News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED", start=0)
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
@@ -111,7 +113,8 @@ class UsagePage(Structure):
         ("orphans", u64),
         ("urgent_second", u64),
         ("urgent_count", u64),
-        ("tail", u64 * 109),
+        ("looked_ns", u64 * DEVICES),
+        ("tail", u64 * 93),
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fgpu_ebpf import pages
 
 _HEAD, _LEVELS = struct.Struct("6Q4I"), struct.Struct(f"{pages.LEVELS}Q")
-_HOLDING = struct.Struct("Q2q16x2QqQ16x5Q")
+_HOLDING = struct.Struct("Q2q8x3QqQ16x5Q")
 _ZEROES = (0,) * pages.DEVICES
 assert _HOLDING.size == ctypes.sizeof(pages.Holding)
 
@@ -24,6 +24,7 @@ class Process:
     `quiet`: none of its threads is between an admission and what settles it, or in a call that is witnessed. `changes`
     and `begun` count changes that are done and that have begun. `exported`: what other processes may have open.
     `ended`: contexts that ended while others went on. `peak`: the most that `bytes` was since the agent marked it.
+    `handles`: bytes of VMM handles.
     """
 
     generation: int
@@ -42,10 +43,15 @@ class Process:
     exported: tuple[int, ...] = _ZEROES
     ended: tuple[int, ...] = _ZEROES
     peak: tuple[int, ...] = _ZEROES
+    handles: tuple[int, ...] = _ZEROES
 
     def witnessed(self, device: int) -> int:
         """Bytes that NVML should show for it, but for what NVML alone knows."""
         return self.bytes[device] - self.overhead[device] - self.managed[device]
+
+    def handles_in_no_row(self, device: int) -> int:
+        """NVML names no process without a context; a row with its pid is of an ended process."""
+        return 0 if self.contexts[device] else max(0, min(self.handles[device], self.witnessed(device)))
 
 
 def process_of(raw: bytes) -> Process:
@@ -54,10 +60,10 @@ def process_of(raw: bytes) -> Process:
     levels = _LEVELS.unpack_from(raw, pages.Process.levels.offset)[:level_count]
     # Of each device, in the order of struct fgpu_holding; `one` and `other` are charged on either side.
     rows = zip(*_HOLDING.iter_unpack(raw[pages.Process.devices.offset :]), strict=True)
-    bytes_, one, other, managed, pool, overhead, contexts, pointers, handles, owed, ended, peak = rows
+    bytes_, one, other, handles, managed, pool, overhead, contexts, pointers, shared, owed, ended, peak = rows
     late = any(owed) or any(one if turn & 1 else other)
-    exported = tuple(map(sum, zip(pointers, handles, strict=True)))
+    exported = tuple(map(sum, zip(pointers, shared, strict=True)))
     return Process(
         generation, levels, flags, changes, begun == changes, bytes_, overhead, managed, pool, contexts, late,
-        begun, tag, exported, ended, peak,
+        begun, tag, exported, ended, peak, handles,
     )  # fmt: skip

@@ -25,11 +25,13 @@ from fgpu_ebpf.orphans import Orphan
 from fgpu_ebpf.processes import Process
 
 PERIOD_SECONDS = 0.5
+LEVELS_AT_A_TIME = 64
 RETRIES = 3
 STALE_SECONDS = 5.0  # ten looks
 # How often NVML is asked while a device may hold orphaned bytes, by the age of the youngest of them.
 ORPHAN_PERIODS = ((5.0, 0.02), (60.0, 0.1), (float("inf"), 0.25))
 NS = 1_000_000_000
+VAIN_NS = 4 * NS  # FGPU_PATIENCE_NS: what the device still holds then, it does not free by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class Reconciler:
         self._tally = xids.Tally(ignored_xids)
         self._ended = 0  # processes, when it was last swept
         self._levels: set[int] = set()  # that have, or may have, orphaned bytes without an entry
+        self._level = 0  # in the ledger's list, the next to be looked at
         self._corrections = Corrections(nvml, ledger, levels)
         self._releases = {d.index: OrphanRelease(ledger, d.index) for d in nvml.devices}
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
@@ -196,7 +199,16 @@ class Reconciler:
         room = release.look(sample, orphans, ended[device])
         if room is not None and self._levels:
             release.look_without_entries(list(self._levels), room)
+        if room is not None:
+            self._note_look(device, orphans)
         return sample.rows
+
+    def _note_look(self, device: int, orphans: Sequence[Orphan]) -> None:
+        """Requests wait for orphaned bytes no longer than an agent needs that has looked in vain."""
+        until_ns = time.monotonic_ns() - VAIN_NS
+        levels = {level for orphan in orphans if orphan.since_ns < until_ns for level in orphan.levels}
+        for level in levels | self._levels:
+            self._ledger.orphans.looked(level, device)
 
     def _sample(self, device: int) -> Sample | None:
         """Marked before each: what a process has at most afterwards explains what this sample shows of it."""
@@ -206,7 +218,7 @@ class Reconciler:
     def _full(self, now: Truth, so_far: int) -> Truth:
         """What is asked less often."""
         self._sweep(so_far)
-        self._forget_levels()
+        self._choose_levels()
         at = time.monotonic()
         used = {device.index: self._nvml.used_bytes(device.index) for device in self._nvml.devices}
         answered = dict.fromkeys((device for device in now.held if used[device] is not None), at)
@@ -215,7 +227,11 @@ class Reconciler:
             xids=self._reported(), failure="",
         )  # fmt: skip
 
-    def _forget_levels(self) -> None:
+    def _choose_levels(self) -> None:
+        """Of many levels some at a time: an event that tells of orphaned bytes may be lost."""
+        cgroups = self._ledger.tenants()
+        self._levels.update(cgroups[self._level : self._level + LEVELS_AT_A_TIME])
+        self._level = self._level + LEVELS_AT_A_TIME if self._level < len(cgroups) else 0
         for cgroup in list(self._levels):
             if not any(self._ledger.orphans.of_level(cgroup)):
                 self._levels.discard(cgroup)
@@ -241,6 +257,7 @@ class Reconciler:
         for tgid, generation in now:
             if not _alive(tgid) or (not self._known[tgid].flags and procfs.ended(tgid)):  # adopted on its way out
                 self._ledger.reap(tgid, generation)
+        self._ledger.orphans.forget_empty(now)
         ended = so_far - len(now)
         if ended != self._ended:
             self._ended = ended

@@ -9,6 +9,7 @@
 
 struct room { /* of one level on one device, by one look at its page */
     uint64_t now, later, orphaned, orphaned_ns;
+    bool is_seen; /* the agent has looked when the device should have freed all of them */
 };
 
 /* False: this level refuses nothing. */
@@ -20,6 +21,8 @@ static bool room_of(const struct fgpu_usage_page *page, int index, struct room *
     uint64_t used = __atomic_load_n(&usage->used, __ATOMIC_RELAXED);
     room->orphaned = __atomic_load_n(&page->orphaned[index], __ATOMIC_RELAXED);
     room->orphaned_ns = __atomic_load_n(&page->orphaned_ns[index], __ATOMIC_RELAXED);
+    uint64_t looked_ns = __atomic_load_n(&page->looked_ns[index], __ATOMIC_RELAXED);
+    room->is_seen = looked_ns > room->orphaned_ns && looked_ns - room->orphaned_ns >= FGPU_PATIENCE_NS;
     uint64_t others = used > room->orphaned ? used - room->orphaned : 0;
     room->now = limit > used ? limit - used : 0;
     room->later = limit > others ? limit - others : 0;
@@ -34,6 +37,16 @@ bool fgpu_has_orphans(struct fgpu_view view, int index)
     return false;
 }
 
+/* Whether some of the orphaned bytes may be freed before long: little time has passed since the last of them, or no
+ * agent has looked since then. */
+static enum fgpu_prospect freed(const struct room *room, uint64_t now_ns)
+{
+    if (!room->orphaned) return FGPU_FITS_NEVER;
+    if (now_ns < room->orphaned_ns + FGPU_PATIENCE_NS) return FGPU_FITS_SOON;
+    if (!room->is_seen && now_ns < room->orphaned_ns + FGPU_ABSENCE_NS) return FGPU_FITS_AFTER_A_LOOK;
+    return FGPU_FITS_NEVER;
+}
+
 /* How much a context takes only the kernel knows, so any level that has orphans may be the one that refuses it. */
 enum fgpu_prospect fgpu_prospect(struct fgpu_view view, int index, uint64_t bytes, unsigned kind, uint64_t now_ns)
 {
@@ -41,10 +54,10 @@ enum fgpu_prospect fgpu_prospect(struct fgpu_view view, int index, uint64_t byte
     struct room room;
     for (unsigned level = 0; level < view.levels; level++) {
         if (!room_of(&view.usage[level], index, &room)) continue;
-        bool may_leave = room.orphaned && now_ns < room.orphaned_ns + FGPU_PATIENCE_NS;
-        if (kind == FGPU_CONTEXT ? !may_leave : bytes <= room.now) continue;
-        if (!may_leave || bytes > room.later) return FGPU_FITS_NEVER;
-        prospect = FGPU_FITS_SOON;
+        enum fgpu_prospect soon = freed(&room, now_ns);
+        if (kind == FGPU_CONTEXT ? soon == FGPU_FITS_NEVER : bytes <= room.now) continue;
+        if (soon == FGPU_FITS_NEVER || bytes > room.later) return FGPU_FITS_NEVER;
+        if (soon > prospect) prospect = soon;
     }
     return prospect;
 }

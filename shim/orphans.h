@@ -4,9 +4,10 @@
 
 #include "shim.h"
 
-#define FGPU_PATIENCE_NS 4000000000ULL /* the device lets go of what a process held within this, or not by itself */
+#define FGPU_PATIENCE_NS 4000000000ULL /* within this the device frees what a process held, or does not by itself */
+#define FGPU_ABSENCE_NS 30000000000ULL /* an agent that is replaced looks again within this */
 
-enum fgpu_prospect { FGPU_FITS, FGPU_FITS_SOON, FGPU_FITS_NEVER };
+enum fgpu_prospect { FGPU_FITS, FGPU_FITS_SOON, FGPU_FITS_AFTER_A_LOOK, FGPU_FITS_NEVER };
 
 HIDDEN bool fgpu_has_orphans(struct fgpu_view view, int index); /* at a level that enforces a limit */
 HIDDEN enum fgpu_prospect fgpu_prospect(struct fgpu_view view, int index, uint64_t bytes, unsigned kind,

@@ -3,7 +3,7 @@
  * process give back what they do not use, then bytes of processes that have ended are waited for. Owns nothing.
  *
  * The pages decide whether to wait and the clock decides how long, so no page and no kernel can hold a program for
- * longer than FGPU_PATIENCE_NS in one call.
+ * longer in one call than FGPU_PATIENCE_NS, or FGPU_ABSENCE_NS while the page shows no look of an agent.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -42,6 +42,12 @@ static enum fgpu_prospect prospect(struct fgpu_view view, CUdevice ordinal, cons
     return index < 0 ? FGPU_FITS_NEVER : fgpu_prospect(view, index, admission->bytes, admission->kind, now);
 }
 
+static bool is_over(enum fgpu_prospect soon, uint64_t until_ns, uint64_t now)
+{
+    if (soon == FGPU_FITS_AFTER_A_LOOK) until_ns += FGPU_ABSENCE_NS - FGPU_PATIENCE_NS;
+    return soon == FGPU_FITS_NEVER || now >= until_ns;
+}
+
 /* Asks now and then until the request is admitted, has no prospect, or `until_ns` has come. Where the page shows room
  * twice in a row and the kernel refuses, something else stands against the request. */
 static void wait_for_orphans(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, uint64_t until_ns)
@@ -51,7 +57,7 @@ static void wait_for_orphans(struct admission *admission, struct fgpu_view *view
     for (unsigned round = 0; admission->refusal && admission->patient; round++) {
         uint64_t now = fgpu_now();
         enum fgpu_prospect soon = prospect(*view, ordinal, admission, now);
-        if (now >= until_ns || soon == FGPU_FITS_NEVER || (soon == FGPU_FITS && had_room)) return;
+        if (is_over(soon, until_ns, now) || (soon == FGPU_FITS && had_room)) return;
         had_room = soon == FGPU_FITS;
         if (had_room || now - asked_ns >= ASK_NS) {
             fgpu_ask_once(admission, view, ordinal, true);

@@ -129,9 +129,11 @@ void client_accept(int listener)
 
 static bool holds_anything(const struct client *client)
 {
-    for (uint32_t device = 0; device < server.n_gpus; device++)
+    for (uint32_t device = 0; device < server.n_gpus; device++) {
+        if (client->resident[device]) return true;
         for (int kind = 0; kind < SIM_KINDS; kind++)
             if (client->own[device].bytes[kind]) return true;
+    }
     return client->n_contexts > 0 || client->attached;
 }
 

@@ -20,6 +20,7 @@ static struct place find_place(uintptr_t at, size_t size, enum side side)
     if (!range || at + size > range->start + range->size || at + size < at) return (struct place){NULL, false};
     if (range->kind == RANGE_MAPPED && !(range->access & CU_MEM_ACCESS_FLAGS_PROT_READ))
         return (struct place){NULL, false};
+    managed_touch(range, at, size);
     return (struct place){range_touch(range, at, size), true};
 }
 
@@ -172,6 +173,7 @@ static CUresult set(CUdeviceptr at, uint32_t value, size_t width, size_t n)
     /* Zeroing memory that nobody has written would only make it cost something. */
     if (!value && !range->block && range->span && range->kind == RANGE_DEVICE && at - range->start >= range->backed)
         return CUDA_SUCCESS;
+    managed_touch(range, at, size);
     uint8_t *to = range_touch(range, at, size);
     if (to) fill(to, value, width, n);
     return CUDA_SUCCESS;

@@ -104,7 +104,8 @@ API cuCtxSetLimit(CUlimit limit, size_t value)
     struct context *context;
     CUresult result = sim_enter(&context);
     if (result) return result;
-    if (limit >= N_LIMITS || limit == CU_LIMIT_DEV_RUNTIME_SYNC_DEPTH) return sim_leave(CUDA_ERROR_UNSUPPORTED_LIMIT);
+    if (limit >= N_LIMITS) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (limit == CU_LIMIT_DEV_RUNTIME_SYNC_DEPTH) return sim_leave(CUDA_ERROR_UNSUPPORTED_LIMIT);
     result = capture_permits();
     return sim_leave(result ? result : growth_limit(context, limit, value));
 }

@@ -1,5 +1,54 @@
-/* Managed memory: where a program would like it to be. It takes nothing from a device here, wherever it is. */
+/* Managed memory: where a program would like it to be, and where it is. A device has the granules that were touched
+ * there, or brought there, until the memory is freed: also those that went back to the host. */
 #include "cuda_state.h"
+
+#include <stdlib.h>
+
+_Static_assert(SIM_MAX_DEVICES <= 16, "a bit for each in struct range's places");
+
+static uint64_t resident[SIM_MAX_DEVICES];
+
+/* False: the device has no room. The memory is then left with the host, from where devices can use it too. */
+static bool set_resident(int device, uint64_t bytes)
+{
+    struct sim_request request = {.device = (uint32_t)device, .bytes = bytes};
+    if (bytes == resident[device]) return true;
+    if (sim_ask(SIM_RESIDENT, request, NULL, 0) != SIM_OK) return false;
+    resident[device] = bytes;
+    return true;
+}
+
+static uint64_t count_places(const struct range *range, size_t first, size_t end, int device)
+{
+    uint64_t n = 0;
+    for (size_t i = first; i < end; i++) n += range->places[i] >> device & 1;
+    return n;
+}
+
+static void move_to(struct range *range, uintptr_t at, size_t size, int device)
+{
+    size_t first = (at - range->start) / GRANULE, end = granules(at + size - range->start) / GRANULE;
+    if (!range->places) range->places = calloc(range->span / GRANULE, sizeof *range->places);
+    if (!range->places) return;
+    uint64_t missing = end - first - count_places(range, first, end, device);
+    if (!set_resident(device, resident[device] + missing * GRANULE)) return;
+    for (size_t i = first; i < end; i++) range->places[i] |= (uint16_t)(1u << device);
+}
+
+/* By the device of the current context. Memory of other kinds is where it is. */
+void managed_touch(struct range *range, uintptr_t at, size_t size)
+{
+    const struct context *context = context_current();
+    if (range->kind == RANGE_MANAGED && size) move_to(range, at, size, context ? context->device : range->device);
+}
+
+void managed_drop(struct range *range)
+{
+    for (int device = 0; range->places && device < (int)driver.n_devices; device++)
+        set_resident(device, resident[device] - count_places(range, 0, range->span / GRANULE, device) * GRANULE);
+    free(range->places);
+    range_drop(range);
+}
 
 static bool is_place(CUmemLocation location)
 {
@@ -39,9 +88,13 @@ static CUresult prefetch(CUdeviceptr at, size_t count, CUmemLocation location, u
     if (flags || !is_managed(at, count)) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (location.type == CU_MEM_LOCATION_TYPE_INVALID) return sim_leave(CUDA_ERROR_INVALID_VALUE);
     if (!is_place(location)) return sim_leave(CUDA_ERROR_INVALID_DEVICE);
-    if (!stream->capture) return sim_leave(CUDA_SUCCESS);
-    capture_break(stream->capture);
-    return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    if (stream->capture) {
+        capture_break(stream->capture);
+        return sim_leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    }
+    /* To the host there is nothing to do: a device keeps what it was once given. */
+    if (location.type == CU_MEM_LOCATION_TYPE_DEVICE) move_to(range_find(at), at, count, location.id);
+    return sim_leave(CUDA_SUCCESS);
 }
 
 TWICE(_ptsz, cuMemPrefetchAsync, (CUdeviceptr devPtr, size_t count, CUdevice dstDevice, CUstream hStream),

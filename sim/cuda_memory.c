@@ -82,7 +82,7 @@ CUresult memory_free(uintptr_t at)
         return CUDA_SUCCESS;
     case RANGE_MANAGED:
         sim_give(range->context, range->device, SIM_MANAGED, 0, range->size);
-        range_drop(range);
+        managed_drop(range);
         return CUDA_SUCCESS;
     case RANGE_POOL:
         pool_freed(range);
@@ -144,7 +144,7 @@ API cuMemAllocManaged(CUdeviceptr *dptr, size_t bytesize, unsigned int flags)
     if (result) return result;
     if (!dptr || !bytesize || (flags != CU_MEM_ATTACH_GLOBAL && flags != CU_MEM_ATTACH_HOST))
         return sim_leave(CUDA_ERROR_INVALID_VALUE);
-    /* The device loses nothing: pages move there when kernels touch them, and NVML never shows them. */
+    /* The device loses nothing yet: pages move there when they are touched, and NVML never shows them. */
     result = bytesize > MAX_ALLOCATION ? CUDA_ERROR_OUT_OF_MEMORY
                                        : sim_take(context, context->device, SIM_MANAGED, 0, bytesize);
     if (result) return sim_leave(result);

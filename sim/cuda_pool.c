@@ -189,6 +189,8 @@ static CUresult free_async(CUdeviceptr dptr, CUstream handle, bool per_thread)
     CUresult result = stream_enter_work(handle, per_thread, &context, &stream);
     if (result) return result;
     if (stream->capture) return sim_leave(dptr ? capture_free(stream, dptr) : CUDA_SUCCESS);
+    const struct range *range = range_find(dptr);
+    if (range && range->start == dptr && range->kind == RANGE_MANAGED) return sim_leave(CUDA_ERROR_NOT_SUPPORTED);
     return sim_leave(dptr ? memory_free(dptr) : CUDA_SUCCESS);
 }
 

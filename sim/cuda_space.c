@@ -90,7 +90,10 @@ void ranges_end(struct context *context)
          */
         if (range->kind == RANGE_MAPPED || range->kind == RANGE_POOL || range->kind == RANGE_GRAPH) continue;
         if (range->kind == RANGE_IPC) ipc_forget(range);
-        range_drop(range);
+        if (range->kind == RANGE_MANAGED)
+            managed_drop(range);
+        else
+            range_drop(range);
     }
     while (context->blocks) {
         struct block *block = context->blocks;

@@ -159,6 +159,7 @@ struct range {
     struct block *block;
     struct vmm_handle *handle;
     struct pool *pool;
+    uint16_t *places;          /* RANGE_MANAGED: of each granule the devices that it is on, as bits; NULL: on none */
     unsigned access;           /* RANGE_MAPPED: CUmemAccess_flags; RANGE_HOST: flags of its making */
     struct range *prev, *next; /* in its context */
 };
@@ -228,6 +229,10 @@ CUresult vmm_key(const struct range *range, uint64_t *key); /* of the memory tha
 
 /* cuda_ipc.c */
 void ipc_forget(struct range *range); /* of a context that ends */
+
+/* cuda_managed.c: which managed memory is on a device */
+void managed_touch(struct range *range, uintptr_t at, size_t size);
+void managed_drop(struct range *range);
 
 /* cuda_growth.c: what contexts take by themselves */
 void growth_begins(struct context *context);

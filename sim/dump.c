@@ -15,9 +15,10 @@ static void print_device(const struct sim_record *r, const struct sim_device *de
 {
     printf("%s\n    {\"index\": %u, \"uuid\": \"%s\", \"name\": \"%s\", \"total_bytes\": %" PRIu64
            ", \"reserved_bytes\": %" PRIu64 ", \"used_bytes\": %" PRIu64 ", \"driver_bytes\": %" PRIu64
-           ", \"exported_bytes\": %" PRIu64 ", \"free_bytes\": %" PRIu64 ", \"context_bytes\": %" PRIu64 "}",
+           ", \"exported_bytes\": %" PRIu64 ", \"managed_resident_bytes\": %" PRIu64
+           ", \"managed_chunk_bytes\": %" PRIu64 ", \"free_bytes\": %" PRIu64 ", \"context_bytes\": %" PRIu64 "}",
            before, r->device, device->uuid, device->name, r->total, r->reserved, r->used, r->driver, r->exported,
-           r->total - r->reserved - r->used, device->context_bytes);
+           r->resident, r->managed, r->total - r->reserved - r->used, device->context_bytes);
 }
 
 /* What is listed is what NVML shows of the process; the other kinds are in the device's driver_bytes. */
@@ -32,12 +33,12 @@ static void print_process(const struct sim_record *r, const char *before)
            ", \"requested_bytes\": %" PRIu64,
            before, r->pid, r->device, r->has_ended ? "true" : "false", r->contexts, bytes, requested);
     for (int kind = 0; kind < SIM_KINDS; kind++) {
-        /* Managed memory takes nothing from the device, so what was asked is all there is to tell. */
+        /* Of managed memory, this is what was asked for; what of it is on the device follows. */
         printf(", \"%s_bytes\": %" PRIu64, kinds[kind], kind == SIM_MANAGED ? r->requested[kind] : r->bytes[kind]);
         if (kind != SIM_CONTEXT && kind != SIM_MANAGED && kind < SIM_ASKED)
             printf(", \"%s_requested_bytes\": %" PRIu64, kinds[kind], r->requested[kind]);
     }
-    printf("}");
+    printf(", \"managed_resident_bytes\": %" PRIu64 "}", r->resident);
 }
 
 static int print_all(struct link *link, const struct sim_record *records, uint32_t n)

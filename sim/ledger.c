@@ -191,6 +191,7 @@ void ledger_forget(struct client *client)
     shares_leave(client);
     for (uint32_t i = 0; i < client->n_contexts; i++) release_context(&client->contexts[i]);
     for (uint32_t device = 0; device < server.n_gpus; device++) release(device, &client->own[device]);
+    managed_leave(client);
     detach(client);
     free(client->contexts);
     client->contexts = NULL;

@@ -126,12 +126,19 @@ static struct answer answer_look(const struct client *client, const struct sim_r
     return (struct answer){.size = sizeof payload.time};
 }
 
+/* Asks for memory, by whichever request. */
+static bool is_taking(const struct client *client, const struct sim_request *request)
+{
+    if (request->op == SIM_RESIDENT) return request->bytes > client->resident[request->device];
+    return request->op == SIM_TAKE || request->op == SIM_SET_LOCAL;
+}
+
 /* The dump is of the simulator, which loses nothing. */
 static bool is_lost_on(const struct client *client, const struct sim_request *request)
 {
     bool lost = fault_devices_are_lost();
     if (request->flags & SIM_FLAG_NVML) return lost || fault_nvml_is_gone() || client->is_stale;
-    return lost && (request->op == SIM_ATTACH || request->op == SIM_TAKE || request->op == SIM_SET_LOCAL);
+    return lost && (request->op == SIM_ATTACH || is_taking(client, request));
 }
 
 static struct answer answer(struct client *client, const struct sim_request *request, int sent)
@@ -142,8 +149,7 @@ static struct answer answer(struct client *client, const struct sim_request *req
     if (request->device >= server.n_gpus) return (struct answer){.status = SIM_NO_DEVICE};
     if (request->kind >= SIM_KINDS) return (struct answer){.wrong = "unknown kind of memory"};
     if (is_lost_on(client, request)) return (struct answer){.status = SIM_LOST};
-    bool takes = request->op == SIM_TAKE || request->op == SIM_SET_LOCAL;
-    if (client->met_ecc && takes) return (struct answer){.status = SIM_ECC};
+    if (client->met_ecc && is_taking(client, request)) return (struct answer){.status = SIM_ECC};
     switch (request->op) {
     case SIM_SHARE:
     case SIM_OPEN:
@@ -161,6 +167,8 @@ static struct answer answer(struct client *client, const struct sim_request *req
         return (struct answer){.status = ledger_take(client, request)};
     case SIM_SET_LOCAL:
         return (struct answer){.status = local_set(client, request)};
+    case SIM_RESIDENT:
+        return (struct answer){.status = managed_set(client, request->device, request->bytes)};
     case SIM_GIVE:
         return (struct answer){.wrong = ledger_give(client, request) ? NULL : "gives back what it does not hold"};
     case SIM_CLOSE:

@@ -54,6 +54,7 @@ struct client {
     bool is_held;  /* a request of NVML waits for the end of a stall */
     struct sim_request held;
     struct holding own[SIM_MAX_DEVICES]; /* what belongs to no context */
+    uint64_t resident[SIM_MAX_DEVICES];  /* managed memory that is on the device */
     struct context *contexts;
     uint32_t n_contexts, room;
 };
@@ -63,6 +64,7 @@ struct gpu {
     uint64_t used;
     uint64_t driver;   /* of it, what is in no process's row */
     uint64_t exported; /* of that, what several processes may hold */
+    uint64_t resident; /* managed memory of all clients, which takes whole chunks */
     uint64_t n_xids;
     uint32_t xids[SIM_KEPT_XIDS]; /* the last ones, each at its number modulo their room */
 };
@@ -112,6 +114,11 @@ void ledger_free_unnamed(uint32_t device, uint64_t bytes);
 
 /* local.c */
 enum sim_status local_set(struct client *client, const struct sim_request *request);
+
+/* managed.c */
+enum sim_status managed_set(struct client *client, uint32_t device, uint64_t bytes);
+uint64_t managed_bytes(uint32_t device); /* what the device has given out for it */
+void managed_leave(struct client *client);
 
 /* shares.c: memory of several processes. Descriptors that come in stay the caller's, those that go out too. */
 #define TAG_EXPORT (1ull << 32) /* of the event that says that an exported descriptor was closed for the last time */

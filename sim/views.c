@@ -79,7 +79,7 @@ static bool is_empty(const struct sim_record *record)
 {
     for (int kind = 0; kind < SIM_KINDS; kind++)
         if (record->bytes[kind] || (kind < SIM_ASKED && record->requested[kind])) return false;
-    return !record->contexts;
+    return !record->contexts && !record->resident;
 }
 
 /* Devices first, so that they are there even where the processes do not all fit. */
@@ -93,14 +93,18 @@ uint32_t view_dump(struct sim_record *out, uint32_t room)
                                        .reserved = gpu->info.memory_reserved,
                                        .used = gpu->used,
                                        .driver = gpu->driver,
-                                       .exported = gpu->exported};
+                                       .exported = gpu->exported,
+                                       .managed = managed_bytes(device),
+                                       .resident = gpu->resident};
     }
     for (const struct client *c = server.clients; c < server.clients + SIM_MAX_CLIENTS; c++) {
         for (uint32_t device = 0; c->state != CLIENT_FREE && device < server.n_gpus; device++) {
             if (n == room) return n;
             struct sim_record *record = &out[n];
-            *record =
-                (struct sim_record){.pid = (uint32_t)c->process.pid[0], .device = device, .has_ended = c->has_ended};
+            *record = (struct sim_record){.pid = (uint32_t)c->process.pid[0],
+                                          .device = device,
+                                          .has_ended = c->has_ended,
+                                          .resident = c->resident[device]};
             add_holding(record, &c->own[device]);
             for (uint32_t i = 0; i < c->n_contexts; i++) {
                 if (c->contexts[i].device != device) continue;

@@ -53,6 +53,7 @@ enum sim_op {
     SIM_XID,       /* requested = how many of the device's are known; struct sim_xid */
     SIM_RESIZE,    /* context, requested = the key of a pool that it made; bytes = what that has reserved now */
     SIM_SET_LOCAL, /* bytes = local memory of each thread that the context has room for from now on */
+    SIM_RESIDENT,  /* bytes = managed memory of the process that is on the device from now on */
     SIM_OPS,
 };
 
@@ -169,6 +170,7 @@ struct sim_record {
     uint32_t device;
     uint32_t contexts;
     uint32_t has_ended; /* the process, whose connection another one has */
+    uint64_t resident;  /* managed memory that is on the device */
     uint64_t bytes[SIM_KINDS];
     union {
         uint64_t requested[SIM_ASKED];
@@ -178,6 +180,7 @@ struct sim_record {
             uint64_t used;
             uint64_t driver;   /* the part of used that is in no process's row */
             uint64_t exported; /* the part of that which several processes may hold */
+            uint64_t managed;  /* and the part that has been given out for managed memory */
         };
     };
 };

@@ -94,6 +94,16 @@ def test_an_exported_name_frees_nothing(level, client):
     assert_left(level, 10 * MIB)
 
 
+def test_exported_memory_whose_name_comes_again_is_orphaned_once(level, client):
+    client("retain()")
+    client(f"alloc(0x1000, {4 * MIB})")
+    client("export_pointer(0x1000)")
+    client(f"alloc(0x1000, {6 * MIB})")
+    assert level.orphaned == 4 * MIB
+    client("primary_release()")
+    assert (level.used, level.orphaned) == (4 * MIB, 4 * MIB), "the rest went with the context"
+
+
 def test_a_handle_that_is_not_in_its_entry_outlives_the_context(kernel, level, client):
     """NVML shows nothing of a process without a context, so nothing would correct overhead."""
     client(f"create(7, {8 * MIB})")

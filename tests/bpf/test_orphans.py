@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from conftest import CONTEXT, MIB, Kernel, Level, assert_left, page_of, wait_until
+from conftest import CONTEXT, MIB, Kernel, Level, assert_left, forget_empty, page_of, wait_until
 from test_events import events, of  # noqa: F401
 
 from fgpu_ebpf import pages
@@ -110,6 +110,8 @@ def test_an_orphan_is_let_go_in_parts_and_never_more_of_it_than_it_has(kernel, l
     assert page_of(kernel, level).orphans == 1
     assert kernel.ledger.orphans.let_go(orphan, 99 * MIB)
     assert (level.used, level.orphaned, level.orphans()) == (0, 0, [])
+    assert page_of(kernel, level).orphans == 1, "it stays while its process may add to it"
+    forget_empty(kernel)
     assert page_of(kernel, level).orphans == 0
     assert not kernel.ledger.orphans.let_go(orphan, 1), "it is gone"
 
@@ -151,6 +153,14 @@ def test_bytes_without_an_entry_are_disowned_and_never_more_than_there_are(kerne
     assert (level.used, level.orphaned) == (0, 0), "the entry has more than the level by now"
 
 
+def test_a_look_is_noted_on_the_page(kernel, level):
+    before = time.monotonic_ns()
+    kernel.ledger.orphans.looked(level.cgroup, 2)
+    looked = page_of(kernel, level).looked_ns
+    assert before <= looked[2] <= time.monotonic_ns()
+    assert looked[0] == 0
+
+
 # -- what other processes may have open
 
 
@@ -182,6 +192,18 @@ def test_what_a_process_exported_and_freed_is_one_orphan_with_what_it_leaves(ker
     assert (orphan.bytes, orphan.since_ns) == (56 * MIB, first.since_ns)
     assert orphan.ended_ns
     assert_left(level, 56 * MIB)
+
+
+def test_an_orphan_whose_bytes_were_released_begins_anew(kernel, level, client):
+    for handle in (0x77, 0x78):
+        before = time.monotonic_ns()
+        client(f"create({handle}, {8 * MIB})")
+        client(f"export({handle})")
+        client(f"release({handle})")
+        (orphan,) = level.orphans()
+        assert (orphan.bytes, orphan.since_ns > before) == (8 * MIB, True)
+        level.let_go()
+    assert page_of(kernel, level).orphans == 1, "the entry of a process that lives"
 
 
 def test_an_exported_handle_goes_with_its_last_mapping(level, client):

@@ -8,7 +8,19 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from conftest import MIB, REPOSITORY, Client, Kernel, Level, anomalies, assert_left, entries, loaded, page_of
+from conftest import (
+    MIB,
+    REPOSITORY,
+    Client,
+    Kernel,
+    Level,
+    anomalies,
+    assert_left,
+    entries,
+    forget_empty,
+    loaded,
+    page_of,
+)
 from test_abused_calls import attack, attacker  # noqa: F401
 from test_events import events, fates  # noqa: F401
 
@@ -111,6 +123,7 @@ def test_where_one_was_let_go_there_is_room_for_another(kernel, level: Level, cl
     leave(client, PART)
     (first, *_) = level.orphans()
     assert kernel.ledger.orphans.let_go(first, MIB)
+    forget_empty(kernel)
     before = anomalies(kernel)["FULL"]
     leave(client, 1)
     assert (len(level.orphans()), anomalies(kernel)["FULL"]) == (PART, before)

@@ -49,12 +49,21 @@ def reap(client: Client, child: Child) -> None:
     client(f"os.waitpid({child.pid}, 0)[0]")
 
 
-def borrowers(kernel: Kernel) -> dict[int, int]:
-    fd = bpf.pinned(kernel.pins / "maps/borrowers")
+def owners(kernel: Kernel, name: str, key_bytes: int) -> dict[int, int]:
+    """What a map of pids holds."""
+    fd = bpf.pinned(kernel.pins / "maps" / name)
     try:
-        return {int.from_bytes(k, "little"): int.from_bytes(v, "little") for k, v in bpf.items(fd, 4, 4)}
+        return {int.from_bytes(k, "little"): int.from_bytes(v, "little") for k, v in bpf.items(fd, key_bytes, 4)}
     finally:
         os.close(fd)
+
+
+def borrowers(kernel: Kernel) -> dict[int, int]:
+    return owners(kernel, "borrowers", 4)
+
+
+def has_space(kernel: Kernel, client: Client) -> bool:
+    return client.pid in owners(kernel, "spaces", 8).values()
 
 
 @pytest.fixture
@@ -165,6 +174,8 @@ def test_an_address_space_that_is_used_again_is_another_process_s(kernel, level,
         one = make_client(level)
         one(f"alloc(0x1000, {MIB})")
         assert one.entry(kernel).bytes[0] == MIB
+        assert has_space(kernel, one)
         one.kill()
+        assert not has_space(kernel, one), "or the map would fill up"
     assert_left(level, 20 * MIB)
     assert borrowers(kernel) == {}

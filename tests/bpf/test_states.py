@@ -98,6 +98,10 @@ class States(RuleBasedStateMachine):
     def some(self, which: int) -> Program:
         return self.programs[which % len(self.programs)]
 
+    def known(self) -> list[Program]:
+        """Those whose first thread has called."""
+        return [program for program in self.programs if program.life.home >= 0]
+
     def seen(self, which: int) -> Program:
         """One that is known to the kernel from now on."""
         program = self.some(which)
@@ -117,6 +121,7 @@ class States(RuleBasedStateMachine):
     def end(self, program: Program) -> None:
         """Its life is over, and all that it held is orphaned."""
         life = program.life
+        life.enter()
         self.orphan(program, life.bytes())
         self.managed_freed += life.managed
         self.forget_life(program)
@@ -214,20 +219,20 @@ class States(RuleBasedStateMachine):
             program.client(f"give_back({size})")
             self.orphan(program, program.life.give_back(size))
 
-    @precondition(lambda self: self.programs)
+    @precondition(lambda self: self.known())
     @rule(which=programs, size=sizes)
     def ask_in_a_thread_that_ends(self, which: int, size: int) -> None:
-        program = self.seen(which)
+        program = self.known()[which % len(self.known())]
         if self.fits(program, size):
             program.life.overhead += size
         program.client(f"cuda.thread_admits_and_ends(u64({size}))")
         self.wait_for_threads(program)
 
-    @precondition(lambda self: self.programs)
+    @precondition(lambda self: self.known())
     @rule(which=programs, size=sizes, managed=st.integers(0, 1))
     def end_a_thread_in_a_call(self, which: int, size: int, managed: int) -> None:
         """It is charged what fitted when the call began."""
-        program = self.seen(which)
+        program = self.known()[which % len(self.known())]
         charged = size if self.fits(program, size) else 0
         program.life.loose_managed += charged if managed else 0
         program.life.overhead += 0 if managed else charged

@@ -34,7 +34,8 @@ FGPU = shlex.split(os.environ.get("FGPU", str(ROOT / ".venv/bin/fgpu")))
 RUN_DIR = Path("/run/fgpu")
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 CONTEXT = 518 * MIB  # what a context takes of the simulated device
-KINDS = ("context", "block", "vmm", "managed", "pool", "module", "graph")  # of memory, as the driver's books have them
+# Of memory, as the driver's books have them.
+KINDS = ("context", "block", "vmm", "managed", "pool", "module", "graph", "local", "runtime", "launch")
 GPUS = os.environ.get("FGPU_TEST_GPUS", "1")
 REFUSED = "CUDA_ERROR_OUT_OF_MEMORY"
 ENVIRONMENT = {
@@ -152,6 +153,13 @@ def driver_books() -> list[dict[str, Any]]:
     """What the driver itself holds: one entry a process and device."""
     done = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, text=True, check=True, timeout=10)
     return json.loads(done.stdout)["processes"]
+
+
+def unnamed_bytes() -> int:
+    """Bytes on all devices that are in no living process's name: of ended ones, or held by an export alone."""
+    said = json.loads(subprocess.run([SIM / "fgpu-simd", "--dump"], check=True, capture_output=True, timeout=10).stdout)
+    ended = sum(entry["bytes"] for entry in said["processes"] if entry["ended"])
+    return ended + sum(device["exported_bytes"] for device in said["devices"])
 
 
 def gatekeepers_of(run_dir: Path) -> set[int]:

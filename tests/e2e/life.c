@@ -6,8 +6,8 @@
  * right is asked elsewhere.
  *
  * WAYS: `plain`; `pools` for memory in streams and graphs too; `shared` for all of that, and sharing, modules and
- * stacks; `shown` for none that NVML does not show; `whole` for whole granules alone, without leaps and races; `once`
- * for a few operations and an end with all it has.
+ * stacks; `real` for that without what crashes a real driver; `shown` for none that NVML does not show; `whole` for
+ * whole granules alone, without leaps and races; `once` for a few operations and an end with all it has.
  */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
@@ -99,14 +99,21 @@ static bool took(CUresult result)
 }
 
 static bool is_whole(void) { return !strcmp(ways, "whole"); }
-static bool is_shared(void) { return !strcmp(ways, "shared"); }
+static bool is_real(void) { return !strcmp(ways, "real"); }
+static bool is_shared(void) { return is_real() || !strcmp(ways, "shared"); }
 static bool has_pools(void) { return is_shared() || !strcmp(ways, "pools"); }
+
+/* It makes and ends contexts in ways that no probe sees whole. Then managed memory, which NVML does not show either,
+ * would stay charged until the process ends, so such a life has none. */
+static bool leaves_unseen(void) { return !strcmp(ways, "plain") || !strcmp(ways, "shown"); }
 
 /* From a few bytes to sixteen megabytes, small ones more often. */
 static size_t size(struct life *life)
 {
     return is_whole() ? (1 + draw(life, 8)) * GRANULE : 1 + draw(life, 1ULL << (4 + draw(life, 21)));
 }
+
+static void give(struct life *life, struct slot *slot);
 
 #include "life_modules.h"
 #include "life_pools.h"
@@ -183,7 +190,7 @@ static void leave_a_call(struct life *life)
     CUcontext context;
     if (!sigsetjmp(out, 1)) {
         leaping = 1;
-        if (draw(life, 4))
+        if (draw(life, 4) || !leaves_unseen())
             cu.cuMemAlloc_v2((CUdeviceptr *)NOWHERE, size(life));
         else
             cu.cuCtxCreate_v4(&context, (CUctxCreateParams *)NOWHERE, 0, life->device);
@@ -287,7 +294,7 @@ static void take(struct life *life, struct slot *slot)
         if (took(cu.cuMemAllocPitch_v2(&slot->pointer, &pitch, row, rows, 4))) slot->kind = POINTER;
         return;
     case 1:
-        if (!strcmp(ways, "shown")) return;
+        if (leaves_unseen()) return;
         /* Whole granules: no driver tells what it rounds managed memory to. */
         if (took(cu.cuMemAllocManaged(&slot->pointer, (1 + draw(life, 4)) * GRANULE, CU_MEM_ATTACH_GLOBAL)))
             slot->kind = MANAGED;
@@ -302,7 +309,7 @@ static void take(struct life *life, struct slot *slot)
         return;
     case 6:
     case 7:
-        be_odd(life, slot);
+        if (!is_real()) be_odd(life, slot);
         return;
     default:
         slot->bytes = size(life);
@@ -443,9 +450,9 @@ int main(int count, char **arguments)
     sigaction(SIGSEGV, &action, NULL);
     self = arguments[0];
     inheriteds = driver_files(inherited, MOST_INHERITED);
-    open_mailbox();
     threads = (unsigned)atoi(arguments[2]) % (MOST_THREADS + 1);
     ways = arguments[3];
+    if (is_shared()) open_mailbox();
     CUresult result = be_born(strtoull(arguments[1], NULL, 10));
     if (!strcmp(ways, "once")) {
         goal = 20;

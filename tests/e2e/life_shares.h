@@ -218,17 +218,19 @@ static void leave_a_keeper(struct life *life)
     _exit(0);
 }
 
-/* Nothing of this life is shared by a descriptor any more. */
+/* This process keeps nothing of others by a descriptor any more, nor their pools: an importer's part of those is in no
+ * row of NVML. */
 static void close_all_shared(void)
 {
     struct letter letter;
     close_inherited();
-    for (unsigned t = 0; t < threads; t++)
+    for (unsigned t = 0; t < threads; t++) {
+        cu.cuCtxSetCurrent(primary[lives[t].device]);
         for (int i = 0; i < SLOTS; i++) {
-            if (lives[t].slots[i].kind != DESCRIPTOR) continue;
-            close(lives[t].slots[i].file);
-            lives[t].slots[i] = (struct slot){0};
+            struct slot *slot = &lives[t].slots[i];
+            if (slot->kind == DESCRIPTOR || slot->kind == IMPORTED_POOL) give(&lives[t], slot);
         }
+    }
     for (int file;; close(file))
         if ((file = receive(&letter)) < 0 && errno == EAGAIN) break;
     while (waitpid(-1, NULL, 0) > 0) continue;

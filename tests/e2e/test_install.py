@@ -174,6 +174,7 @@ def test_who_is_older_is_never_killed_and_who_is_not_is(service: Service, before
     assert events("killed") == []
     older.close()
     eventually(lambda: "onBypass: kill waits" not in fgpu("explain", f"/{NAME}").stdout, 3, "the end of the older one")
+    eventually(lambda: uses(0), 3, "the release of what it held")
     younger = before.program("younger")
     younger.ok("context")
     younger.send(f"alloc {HELD}")

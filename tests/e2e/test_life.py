@@ -3,6 +3,10 @@
 A life that uses pools may be charged more than the driver holds: what a destroyed pool still had in use, or what it has
 granted and the driver took back. That much, and no more, is its drift.
 
+Lives also share memory, and leave some behind: descriptors of exports in sockets, forked children and executed programs
+that keep the driver's descriptors. Before a check every living process closes what it shares. What is then left of
+ended processes is orphaned, and must be gone as soon as the driver has freed it.
+
 FGPU_TEST_SEED repeats a run, FGPU_TEST_ROUNDS makes it longer or shorter.
 """
 
@@ -38,6 +42,7 @@ from harness import (
     eventually,
     fgpu,
     metrics,
+    unnamed_bytes,
 )
 
 LIMIT = 6 * GIB
@@ -78,6 +83,11 @@ class Life(Program):
         self.busy = False
         self.refused, self.contexts = int(refused), int(contexts)
         return int(done)
+
+    def close_shared(self) -> None:
+        """It has no descriptor any more that keeps memory, and its forked children have ended."""
+        self.send("close")
+        assert self.receive().split()[0] == "ok"
 
     def execute_again(self, seed: int) -> None:
         """exec of itself, by the first thread or another, with all that it holds."""
@@ -242,8 +252,12 @@ class World:
     def check(self) -> None:
         """The books of every tenant against the driver's, and of the group against its members'."""
         held = 0
+        for life in self.lives:
+            if life.ways == "shared":
+                life.close_shared()
+        eventually(_nothing_outlives, 5, "what ended processes held is gone")
         for one in self.tenants:
-            pools = any(life.ways == "pools" for life in self.lives if life.tenant is one)
+            pools = any(life.ways in ("pools", "shared") for life in self.lives if life.tenant is one)
             agree = one.assert_never_below if self.crowded else one.assert_covered if pools else one.assert_exact
             held += agree(5)
             assert not one.view()["bypassing"]
@@ -268,6 +282,11 @@ class World:
             life.close()
         for one in self.tenants:
             assert one.assert_exact() == 0, "held by nobody"
+
+
+def _nothing_outlives() -> bool:
+    orphans = [orphan for tenant in ask(verb="snapshot")["tenants"] for orphan in tenant["orphans"]]
+    return not unnamed_bytes() and not orphans
 
 
 def _lost() -> float:
@@ -311,8 +330,8 @@ def rounds(scale: Callable[[int, int, int], int]) -> Callable[[int, int, int], i
 def world(
     service: Service, place: Place, chance: random.Random, scale: Callable[[int, int, int], int]
 ) -> Iterator[World]:
-    """Three lives in two tenants; one of them uses pools."""
-    world = World(service, place, chance, ("plain", "plain", "pools"), scale(A_FEW, MANY, MOST))
+    """Three lives in two tenants; two of them use pools, and share memory."""
+    world = World(service, place, chance, ("plain", "shared", "shared"), scale(A_FEW, MANY, MOST))
     yield world
     if world.grouped:
         fgpu("unset", place.group)

@@ -127,6 +127,7 @@ class Machine(RuleBasedStateMachine):
         life.lose_all()
         self.all.remove(life)
         eventually(lambda: life.client.pid not in self.tenant.pids(), 5, "its end")
+        self.tenant.assert_exact()
         life.client.close()
 
     @rule(life=lives)
@@ -180,11 +181,12 @@ class Machine(RuleBasedStateMachine):
 
     @rule(life=lives, size=granules, brief=st.booleans())
     def leap(self, life: Life, size: int, brief: bool) -> None:
-        """Leaves a call that was admitted; the end of its thread, or the next call, settles it."""
+        """Leaves a call that was admitted: it is charged until NVML shows that the driver took nothing."""
         if self._ready(life) and self.used + size * GRANULE <= self.limit:
             assert life.client.do(f"{'brieflyleap' if brief else 'leap'} {size * GRANULE}") == "ok"
             if not brief:
                 assert not life.client.do("free 4096").startswith("ok")
+            self.tenant.assert_exact()
 
     # -- limits
 

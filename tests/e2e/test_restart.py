@@ -107,7 +107,8 @@ def test_limits_stand_while_nobody_is_there(agent: Service, tenant) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.places("runc")
 def test_whoever_ends_with_all_the_others_is_forgotten_by_the_next_start(agent: Service, tenant, scale) -> None:
-    """F3: agent, gatekeeper and programs are killed at one moment; the kernel releases, the next start is exact."""
+    """F3: agent, gatekeeper and programs are killed at one moment; what these held stays charged to the next start,
+    which releases it."""
     one = tenant(4 * CONTEXT + 2 * ROOM)
     stays = one.client()
     with one.growing():
@@ -122,11 +123,10 @@ def test_whoever_ends_with_all_the_others_is_forgotten_by_the_next_start(agent: 
             os.kill(pid, signal.SIGKILL)
         agent.agent.wait(10)
         eventually(lambda: not {client.pid for client in goes} & set(one.pids()), 5, "their end")  # noqa: B023
-        eventually(lambda: stays.ok("info")[0] == 3 * CONTEXT + ROOM, 1, "released by the kernel")
+        assert stays.ok("info")[0] <= 2 * CONTEXT, "it was released while no agent could ask the driver"
         eventually(lambda: not agent.gatekeepers(), 5, "the gatekeeper's end")
         agent.start_agent()
-        memory = one.memory()
-        assert memory["used_bytes"] == CONTEXT + ROOM
+        eventually(lambda: one.memory()["used_bytes"] == CONTEXT + ROOM, 1, "released")
         for client in goes:
             client.close()
     assert one.assert_exact() == CONTEXT + ROOM

@@ -15,7 +15,7 @@ ROOT = HERE.parents[1]
 _SANITIZED = ("-std=gnu11", "-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 _CHECKS = "address,undefined"
 _SIMD = [
-    *("clients", "dump", "faults", "lanes", "ledger", "link", "local"),
+    *("clients", "dump", "faults", "lanes", "ledger", "link", "local", "managed"),
     *("meters", "models", "requests", "shares", "turns", "views"),
 ]
 

@@ -119,7 +119,7 @@ static void check_devices(void)
 {
     for (uint32_t i = 0; i < server.n_gpus; i++)
         CHECK(server.gpus[i].used <= server.gpus[i].info.memory_total && server.gpus[i].driver <= server.gpus[i].used &&
-              server.gpus[i].exported <= server.gpus[i].driver);
+              server.gpus[i].exported + managed_bytes(i) <= server.gpus[i].driver);
 }
 
 /* What hangs up is heard, as in the server's own loop; what they held comes back at once. */
@@ -135,7 +135,7 @@ static void end_all(void)
         for (int i = 0; i < n; i++)
             if (events[i].data.u64 >= TAG_EXPORT) share_export_ends((uint32_t)(events[i].data.u64 - TAG_EXPORT));
     for (uint32_t i = 0; i < server.n_gpus; i++)
-        CHECK(!server.gpus[i].used && !server.gpus[i].driver && !server.gpus[i].exported);
+        CHECK(!server.gpus[i].used && !server.gpus[i].driver && !server.gpus[i].exported && !server.gpus[i].resident);
     CHECK(!server.n_closed && !server.n_attached && !server.n_held && !lanes_any());
 }
 

@@ -11,14 +11,26 @@ from pathlib import Path
 from judge import Outcome
 
 TESTS = ("tests/bpf", "--ignore=tests/bpf/test_arm64.py")  # which compares compilers, and takes half of the time
+RELEASES_ALL = """\
+    u32 tgid = id >> 32;
+    struct fgpu_process *p = processes.lookup(&tgid);
+    for (u32 d = 0; p && d < FGPU_DEVICES; d++) release(p, d, on(p, d)->bytes);
+"""
 RULES = {
     "limit-off-by-one": ("int over = now > limit;", "int over = now > limit + 1;"),
     "limit-not-looked-at": ("return used + bytes <= limit;", "return 1;"),
     "overflow": ("if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES;", ""),
     "ticket-charged-anew": ("if (a->ticket == ticket && a->verdict != FGPU_AGAIN) return a->verdict;", ""),
-    "old-admission-kept": ("        release(p, a->device, a->bytes); /* an older one that nothing settled */\n", ""),
-    "leaf-kept-when-the-group-refuses": (
-        " || refused_by_a_level(h, device, bytes, kind)",
+    "unsettled-admission-released": (
+        "    if (UNLIKELY(a->bytes)) leave_unsettled(p, a);\n",
+        "    if (UNLIKELY(a->bytes)) release(p, a->device, a->bytes);\n    a->bytes = 0;\n",
+    ),
+    "unsettled-admission-is-no-overhead": (
+        "    if (a->bytes) add_overhead(p, a->device, a->bytes);\n    a->bytes = 0;",
+        "    a->bytes = 0;",
+    ),
+    "levels-not-asked-before-one-is-charged": (
+        "    if (refused_by_a_level(h, device, bytes, kind, patient)) return FGPU_REFUSED;\n",
         "",
     ),
     "leader-is-the-process": ("if (!is_last(ctx)) return 0;", "if (id >> 32 != (u32)id) return 0;"),
@@ -34,7 +46,7 @@ RULES = {
     "failed-free-not-put-back": ("    if (!f->references) return;\n", "    return;\n"),
     "hopeless-call-charged": ("    else if (has || !who) {", "    else if (1) {"),
     "handed-out-not-charged": ("    default:\n        return f->uncovered;", "    default:\n        return 0;"),
-    "failed-call-kept": ("        release(p, f->device, f->bytes);\n        return;", "        return;"),
+    "failed-call-kept": ("retained);\n    release(p, f->device, f->bytes);\n", "retained);\n"),
     "longjmp-ignored": ("&& a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];", ";"),
     "given-back-by-two-versions": ("if (t->call.arguments[0] == ticket) return 1;", ""),
     "second-probe-counts": ("if (!settles && same_call(&t->call, &now)) return;", ""),
@@ -43,23 +55,30 @@ RULES = {
         "    struct fgpu_allocation value",
     ),
     "retained-handle-holds-nothing": ("        if (a) __sync_fetch_and_add(&a->references, 1);\n", ""),
-    "context-never-ends": ("    if (left) {", "    if (1) {"),
+    "context-never-ends": ("    if (!left) return end_last_context(p, device, out);\n", ""),
     "second-reference-is-a-context": ("->primary, 0, 1)) return f->bytes;", "->primary, 0, 1) & 0) return f->bytes;"),
-    "failed-retain-counts": ("one_less(&on(p, f->device)->retained);\n        release", "{}\n        release"),
-    "crowd-admitted": ("crowded(h->page[0], device, bytes, kind) || ", ""),
+    "failed-retain-counts": (
+        "    if (f->function == FGPU_FUNCTION_RETAIN) one_less(&on(p, f->device)->retained);\n",
+        "",
+    ),
+    "crowd-admitted": ("    if (crowded(h->page[0], device, bytes, kind)) return FGPU_REFUSED;\n", ""),
     "entries-never-counted-back": (
         "    if (!allocations.delete(key)) give_place",
         "    if (allocations.delete(key)) give_place",
     ),
-    "stale-parts-kept": ("    lower_parts(p, old->device, old->bytes, handle, old->owner, old->exported);\n", ""),
+    "stale-parts-kept": ("    lower_parts(p, old->device, old->exported ? old->bytes : 0, 0, 0, old->exported);\n", ""),
     "stale-export-released": (
-        "let_go(p, old->device, old->bytes - back, !!old->exported);",
-        "release(p, old->device, old->bytes - back);",
+        "        orphan_part(p, tgid, old->device, old->bytes);\n",
+        "        release(p, old->device, old->bytes);\n",
     ),
-    "every-call-settles": ("t->admission.ticket && takes(now.function)", "t->admission.ticket && !frees(now.function)"),
+    "every-call-settles": ("&& takes(now.function)", "&& !frees(now.function)"),
     "crowd-of-threads-admitted": ("PART(MOST_THREADS))) return 1;", "~0ULL)) return 1;"),
-    "crowd-of-processes-admitted": ("PART(MOST_PROCESSES));\n    if (placed)", "~0ULL);\n    if (placed)"),
-    "agent-s-word-not-counted": ("    take_place(&leaf, FGPU_PROCESSES, ~0ULL);\n", ""),
+    "crowd-of-processes-admitted": ("levels, n, PART(MOST_PROCESSES), &found", "levels, n, ~0ULL, &found"),
+    "adopted-process-not-counted": (
+        "placed = take_place(&leaf, FGPU_PROCESSES, part);",
+        "placed = !~part || take_place(&leaf, FGPU_PROCESSES, part);",
+    ),
+    "adoption-refused-beyond-the-part": ("adopt(tgid, ctx, ~0ULL)", "adopt(tgid, ctx, PART(MOST_PROCESSES))"),
     "crowd-refused-under-observe": ("    if (observed) return FGPU_ADMITTED;\n", ""),
     "crowd-that-observes-is-free": ("observed &= h->page[i]->flags;", "observed |= h->page[i]->flags;"),
     "crowd-refused-unnamed": ("    refuse_entry(leaf, device, bytes, kind);\n", ""),
@@ -76,10 +95,18 @@ RULES = {
     "thread-of-an-earlier-life-counts": ("if (p && belongs(p, t)) {", "if (p) {"),
     "call-of-an-earlier-life": (" || t->open != p->generation) return 0;", ") return 0;"),
     "reset-leaves-the-context": ("->primary, 1, 0)) return 0;", "->primary, 1, 1)) return 0;"),
-    "vmm-dies-with-the-context": ("bytes = bytes > vmm ? bytes - vmm : 0;", ""),
-    "era-forgotten": ("on(p, device)->era++;", ""),
-    "stale-released-twice": ("0 : take_cut(p, old->device, old->bytes);", "0 : 0;"),
-    "cut-never-put-back": ("    if (more > 0) take_cut(p, device, more);\n", ""),
+    "vmm-dies-with-the-context": ("kept = has->vmm + has->pool", "kept = has->pool"),
+    "pool-dies-with-the-context": ("kept = has->vmm + has->pool", "kept = has->vmm"),
+    "era-forgotten": ("    has->era++;\n", ""),
+    "stale-name-frees-the-larger": (
+        "return new->bytes < old->bytes ? new->bytes : old->bytes;",
+        "return new->bytes < old->bytes ? old->bytes : new->bytes;",
+    ),
+    "stale-name-of-two-devices-frees": ("old->exported || old->device != new->device", "old->exported"),
+    "call-without-an-end-is-no-overhead": (
+        "        break;\n    }\n    add_overhead(p, f->device, f->bytes);\n}",
+        "        break;\n    }\n}",
+    ),
     "bypass-not-charged": ("    charge(p, &h, f->device, bytes - f->bytes, 1);\n", ""),
     "pool-without-bottom": ("less = bytes < was ? bytes : was;", "less = bytes;"),
     "overhead-in-a-race": (
@@ -90,17 +117,17 @@ RULES = {
     "late-charge-stays-behind": ("        shift(p, turn + 1, d, 0);\n", ""),
     "late-release-never-made-good": ("__sync_lock_test_and_set(&on(p, d)->owed, 0)", "0"),
     "common-level-counted-twice": ("own[i].cgroup & -(apart | all)", "own[i].cgroup"),
-    "late-charge-outlives-its-process": ("    release_side(p, p->turn + 1, 0);\n", ""),
-    "move-waits-for-nobody": ("    if (bpf_ktime_get_ns() - p->moved_ns < STRAGGLER_NS) return -11;\n", ""),
+    "late-charge-has-no-orphan": ("    if (turn) orphan_side(p, tgid, turn - 1);\n", ""),
+    "move-does-not-wait": ("    if (bpf_ktime_get_ns() - p->moved_ns < STRAGGLER_NS) return -11;\n", ""),
     "place-believed": ("return page && page->cgroup == level->cgroup ? page : 0;", "return page;"),
     "page-not-withdrawn": ("    *(volatile u64 *)&page->cgroup = 0;\n", ""),
     "places-never-looked-for-again": ("    EACH_LEVEL enter_level(&own[i], own[i].cgroup);\n", ""),
     "quiet-in-a-call": ("if (t->admission.bytes || t->call.function || t->open", "if (t->admission.bytes || t->open"),
     "quiet-after-an-admission": ("if (t->admission.bytes || t->call", "if (t->call"),
     "never-quiet-again": ("| IDLE;\n    end(p);\n", "| IDLE;\n"),
-    "who-comes-uncounted": ("    count_processes();\n    tell_of", "    tell_of"),
+    "new-process-not-counted": ("    count_processes();\n    return p;", "    return p;"),
     "every-process-told": ("if (!page || page->process_second == now) return;", "if (!page) return;"),
-    "reap-anybody": ("    if (p->generation != ctx->args[2]) return -3;\n", ""),
+    "reap-of-another-generation": ("    if (p->generation != ctx->args[2]) return -3;\n", ""),
     "device-unchecked": (
         "    if (UNLIKELY(device >= FGPU_DEVICES)) {\n        anomaly",
         "    if (0) {\n        anomaly",
@@ -109,11 +136,22 @@ RULES = {
         "    if (kind == FGPU_HELLO) {\n",
         "    if (t && kind == FGPU_HELLO) t->admission.bytes = 0;\n    if (kind == FGPU_HELLO) {\n",
     ),
-    "export-forgotten-at-exit": ("        if (left > bytes) left = bytes;\n", "        left = 0;\n"),
+    "memory-released-at-exit": (
+        "    note_end(id >> 32);\n",
+        "    note_end(id >> 32);\n" + RELEASES_ALL,
+    ),
+    "memory-released-at-exec": (
+        "became the leader */\n    end_process(id >> 32);\n",
+        "became the leader */\n" + RELEASES_ALL + "    end_process(tgid);\n",
+    ),
+    "exported-memory-released": ("trusted && !f->exported && ", "trusted && "),
     "export-forgotten-at-release": ("    *orphaned = f->bytes;\n    return 0;", "    return f->bytes;"),
-    "orphan-untold": ("    if (orphaned && some) tell(", "    if (0) tell("),
-    "released-from-no-level": ("            subtract(&page->devices[slot(device)].used, some);\n", "            {}\n"),
-    "orphan-kept-by-no-level": ("__sync_fetch_and_add(&page->orphaned[slot(device)], some);", "{}"),
+    "orphan-untold": ("    tell_of_orphans(page_at(&levels[0]), device, bytes);\n", ""),
+    "released-from-no-level": (
+        "        if (page) subtract(&page->devices[slot(device)].used, some);\n",
+        "        (void)page;\n",
+    ),
+    "orphan-counted-by-no-level": ("        __sync_fetch_and_add(&page->orphaned[slot(device)], bytes);\n", ""),
     "no-room-uncounted": (
         "    anomaly(FGPU_ANOMALY_FULL);\n    return 0;\n}\n\nstatic void delete_allocation",
         "    return 0;\n}\n\nstatic void delete_allocation",
@@ -125,22 +163,83 @@ RULES = {
     ),
     "extents-wrap-around": ("return n > MOST_EXTENT ? MOST_EXTENT : n;", "return n;"),
     "no-extent-is-none": ("return n | none >> 63;", "return n;"),
-    "export-forgotten-at-unmap": (
-        "    let_go(p, device, bytes, !!exported);",
-        "    let_go(p, device, bytes, 0);",
+    "export-forgotten-at-unmap": ("if (exported || p->flags & FGPU_SEEN_EXPORT)", "if (p->flags & FGPU_SEEN_EXPORT)"),
+    "export-forgotten-with-the-context": ("    out->orphaned = open;\n    return bytes - open;", "    return bytes;"),
+    "pointer-without-entry-is-not-exported": ("    if (!a) {\n        note(p, FGPU_SEEN_EXPORT);\n", "    if (!a) {\n"),
+    "unknown-library-s-free-believed": ("if (trusted && !f->exported", "if (!f->exported"),
+    "unknown-library-frees-managed-memory": ("return trusted || (function", "return 1 || (function"),
+    "unknown-library-resets-the-context": (
+        "/* its references stay */\n        if (!trusted) return 0;\n",
+        "/* its references stay */\n",
     ),
-    "export-forgotten-with-the-context": (
-        "    *orphaned = open;\n    return bytes - open;",
-        "    return bytes;",
+    "unknown-library-drops-references": ("    if (!is_trusted(cookie)) distrust(p, f.function);\n", ""),
+    "bypass-told-from-the-budget-of-refusals": (
+        "spend(&page->urgent_second, &page->urgent_count,",
+        "spend(&page->event_second, &page->event_count,",
     ),
-    "pointer-without-entry-is-not-exported": ("        p->flags |= FGPU_SEEN_EXPORT;\n", ""),
+    "unsent-bypass-counts-as-told": (
+        "    if (p->flags & FGPU_TOLD_BYPASS) return;\n",
+        "    if (p->flags & FGPU_TOLD_BYPASS) return;\n    note(p, FGPU_TOLD_BYPASS);\n",
+    ),
+    "process-without-an-entry-admitted": (
+        "if (verdict == FGPU_AGAIN) return 0; /* the shim",
+        "if (verdict == FGPU_AGAIN) verdict = FGPU_ADMITTED; /* the shim",
+    ),
+    "crowd-without-an-entry-admitted": (
+        "    refuse_entry(leaf, device, bytes, kind);\n    return FGPU_REFUSED;",
+        "    refuse_entry(leaf, device, bytes, kind);\n    return FGPU_ADMITTED;",
+    ),
+    "counter-without-room-uncounted": (
+        "        __sync_fetch_and_add(n, 1);\n    else\n        anomaly(FGPU_ANOMALY_FULL);\n",
+        "        __sync_fetch_and_add(n, 1);\n",
+    ),
+    "tag-of-the-question-believed": ("(u64)p->tag << FGPU_TAG_SHIFT", "(ticket >> 32) << FGPU_TAG_SHIFT"),
+    "more-let-go-than-orphaned": ("was.bytes < bytes ? 0 : was.bytes - bytes;", "was.bytes - bytes;"),
+    "orphan-without-room-not-counted": (
+        "        anomaly(FGPU_ANOMALY_FULL);\n    }\n    EACH_LEVEL",
+        "        anomaly(FGPU_ANOMALY_FULL);\n        return;\n    }\n    EACH_LEVEL",
+    ),
+    "patience-is-counted": (
+        "    if (patient && reason == FGPU_REASON_LIMIT && fits_without_orphans(who, device, bytes)) return 1;\n",
+        "",
+    ),
+    "patience-without-orphans": (
+        "reason == FGPU_REASON_LIMIT && fits_without_orphans(who, device, bytes)",
+        "reason == FGPU_REASON_LIMIT",
+    ),
+    "shared-address-space-unseen": ("    p = lender(tgid, space);\n    if (p) return p;\n", ""),
+    "borrower-not-forgotten": ("    borrowers.delete(&tgid);\n", ""),
+    "address-space-outlives-its-process": ("    if (owner && *owner == tgid) spaces.delete(&space);\n", ""),
+    "managed-memory-of-the-ended-not-counted": ("__sync_lock_test_and_set(&on(p, d)->managed, 0)", "0"),
+    "exported-pool-released": ("(FGPU_SEEN_POOL_EXPORT | FGPU_SEEN_EXPORT)", "FGPU_SEEN_EXPORT"),
+    "context-without-an-end-is-none": (
+        "->contexts, 1);\n        break;\n    case FGPU_FUNCTION_EXPORT:",
+        "->contexts, 0);\n        break;\n    case FGPU_FUNCTION_EXPORT:",
+    ),
+    "first-reference-without-an-end-is-none": ("        make_primary(p, f->device);\n", ""),
+    "mapping-without-an-end-holds-nothing": ("        hold_handle(p, tgid, f->arguments[2]);\n", ""),
+    "export-without-an-end-is-none": ("        note(p, FGPU_SEEN_EXPORT);\n        break;\n", "        break;\n"),
+    "failed-free-brings-an-ended-context-s-memory-back": (
+        "if (f->function != FGPU_FUNCTION_DESTROY) f->references = 0;",
+        "",
+    ),
+    "orphan-of-a-living-process-has-an-end": (
+        "        if (ended) known->ended_ns = now;\n",
+        "        known->ended_ns = now;\n",
+    ),
+    "orphans-of-one-level-fill-the-map": (">= PART(MOST_ORPHANS)", ">= MOST_ORPHANS"),
+    "empty-orphan-of-a-living-process-deleted": ("    if (was.bytes) return 0;\n", "    if (left) return 0;\n"),
+    "orphan-is-older-than-its-bytes": (
+        "        if (!*(volatile u64 *)&known->bytes) known->since_ns = now;\n",
+        "",
+    ),
     "disown-anything": ("    if (bytes > *(volatile u64 *)orphaned) return -22;\n", ""),
     "failed-call-names": (
         "        if (UNLIKELY(f.uncovered)) name_bypass(p, &f);\n    } else {\n",
         "    } else {\n        if (UNLIKELY(f.uncovered)) name_bypass(p, &f);\n",
     ),
-    "kill-nobody": ("    bpf_send_signal(SIGKILL);\n", ""),
-    "kill-who-fits": ("!kills(who) && !fits(page, device, bytes)", "!kills(who)"),
+    "exceeding-call-not-killed": ("    bpf_send_signal(SIGKILL);\n", ""),
+    "fitting-call-killed": ("!kills(who) && !fits(page, device, bytes)", "!kills(who)"),
     "kill-under-observe": ("page->flags & FGPU_KILL && !(page->flags & FGPU_OBSERVE)", "page->flags & FGPU_KILL"),
     "every-failure-is-the-device-s": ("== OUT_OF_MEMORY && f.bytes)", "&& f.bytes)"),
     "device-full-of-a-pool-forgotten": ("    if (kind & FGPU_FULL) device_full(p, device, FGPU_POOL, bytes);\n", ""),

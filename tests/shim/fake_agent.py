@@ -24,7 +24,8 @@ os.environ["BCC_KERNEL_SOURCE"] = STUBS
 from bcc import BPF  # noqa: E402
 
 LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
-ORPHANED, ORPHANED_NS, TAIL = 1856, 2048, 3224  # in a usage page; TAIL: behind all that the shim knows of
+# In a usage page; TAIL: behind all that the shim knows of.
+ORPHANED, ORPHANED_NS, LOOKED_NS, TAIL = 1856, 2048, 3224, 3352
 TAG = 44  # in a control page
 MANAGED, SETTLE = 1, 2
 GATES, BUDGETS, FUTEX = 64 + 16 * 32, 0x290 + 16 * 128, 202 if os.uname().machine == "x86_64" else 98
@@ -183,7 +184,7 @@ class Agent:
             setattr(self, name, [bytes.fromhex(u) for u in value] if name == "uuids" else value)
 
     def limit(self, what):
-        """{limit, used, level, device, flags, orphaned, age_ms: since the last of them was}"""
+        """{limit, used, level, device, flags, orphaned, age_ms: since the last of them was, away: no agent looks}"""
         device = what.get("device", 3)
         m, at = self.maps[what.get("level", 0)], 64 + 32 * device
         struct.pack_into("<QQ", m, at, what.get("limit", NO_LIMIT), what.get("used", 0))
@@ -191,6 +192,7 @@ class Agent:
         struct.pack_into("<Q", m, ORPHANED + 8 * device, what.get("orphaned", 0))
         orphaned_ns = time.monotonic_ns() - 1_000_000 * what["age_ms"] if "age_ms" in what else 0
         struct.pack_into("<Q", m, ORPHANED_NS + 8 * device, orphaned_ns)
+        struct.pack_into("<Q", m, LOOKED_NS + 8 * device, 0 if what.get("away") else 2**64 - 1)
 
     def grow(self, _):
         """Pages say more behind all that the shim knows of them."""

@@ -63,6 +63,7 @@ def test_what_is_not_let_go_in_time_refuses(held: Agent, age_ms: int) -> None:
 HOPELESS = {
     "it would not fit without them": {"used": GIB, "orphaned": 255 * MIB, "age_ms": 0},
     "they are old": {**FULL, "age_ms": 4001},
+    "they are old, and no agent will look": {**FULL, "age_ms": 30_001, "away": True},
     "nothing is orphaned": {"used": GIB, "age_ms": 0},
     "they are said to be of no time": {"used": GIB, "orphaned": GIB // 2},
 }
@@ -118,6 +119,13 @@ def test_a_pool_waits_too(held: Agent) -> None:
     result, ms = call_while(held, call, then=lambda: held.do("limit", **EMPTY), setup=POOLS)
     assert result == 0
     assert 190 <= ms < 1000
+
+
+def test_while_an_agent_is_replaced_it_is_waited_for(held: Agent) -> None:
+    held.do("limit", **{**FULL, "age_ms": 29_000, "away": True})
+    result, ms = call_while(held, "alloc(256 * MiB)")
+    assert result == OOM
+    assert 900 <= ms < 1500
 
 
 def test_a_pool_that_asks_twice_waits_once(held: Agent) -> None:

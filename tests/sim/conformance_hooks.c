@@ -84,13 +84,25 @@ void check_hooks(void)
     check_limits();
     CALL(cuModuleLoadData, &module, code);
     CALL(cuModuleGetFunction, &function, module, "noop");
-    check_loads();
     CALL(cuLibraryLoadData, &library, code, NULL, NULL, 0, NULL, NULL, 0);
     CALL(cuLibraryGetKernel, &kernel, library, "noop");
     check_nodes(function, kernel);
-    check_library(library, kernel);
     TRY("module.unload", cuModuleUnload, module);
     TRY("module.unload.null", cuModuleUnload, NULL);
     TRY("library.unload", cuLibraryUnload, library);
     TRY("library.unload.null", cuLibraryUnload, NULL);
+}
+
+/* Loads in every way, and what makes a context take a library's data. */
+void check_code(void)
+{
+    CUlibrary library;
+    CUkernel kernel;
+    section("hooks3");
+    use_primary();
+    check_loads();
+    CALL(cuLibraryLoadData, &library, code, NULL, NULL, 0, NULL, NULL, 0);
+    CALL(cuLibraryGetKernel, &kernel, library, "noop");
+    check_library(library, kernel);
+    CALL(cuLibraryUnload, library);
 }

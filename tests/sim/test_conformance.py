@@ -108,7 +108,8 @@ def test_the_shim_changes_no_answer(
 def test_every_question_has_an_answer(machine: Machine, program: Path) -> None:
     """Asked of all sections: nothing that is asked for is missing, and the program comes to its end."""
     answers = machine.run(program).stdout.splitlines()
-    assert [line for line in answers if line.split(" ")[1] == "999"] == ["sharing.import.closed 999"]
+    unknown = ["sharing.import.closed 999", "pool_handles.import.closed 999"]  # an error that the card returns too
+    assert [line for line in answers if line.split(" ")[1] == "999"] == unknown
     assert answers[-1] == "fork.status 0"
     assert "array.create 0" in answers  # no capture was left open
     asked = {line.split(".", 1)[0] for line in answers}

@@ -19,6 +19,7 @@ REQUEST = struct.Struct("<IIIIQQQIIQQ")
 MAGIC = 0x66677332
 HELLO, DEVICE, ATTACH, TAKE, GIVE, CLOSE, MEMORY, PROCESSES, DUMP, WORK = range(10)
 SHARE, OPEN, EXPORT, IMPORT, DROP, FAULT = range(10, 16)
+RESIDENT = 22
 CONTEXT, BLOCK = 0, 1
 
 
@@ -361,3 +362,22 @@ def test_nothing_leaks(tools: Path, tmp_path: Path) -> None:
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         code, errors = server.stop()
     assert code == 0, errors
+
+
+def test_a_client_that_lies_of_managed_memory(server: Server) -> None:
+    """It is refused more than the device has, whatever that would add up to, and leaves nothing."""
+    mib, chunk = 1 << 20, 128 << 20
+    with server.connect() as sock:
+        assert ask(sock, request(RESIDENT, size=5 * mib)) == (0, 0)
+        for size in (1 << 50, 2**64 - 1, 2**64 - 5 * mib, 2**63):
+            assert ask(sock, request(RESIDENT, size=size)) == (1, 0)
+        assert used(server) == chunk
+        assert ask(sock, request(RESIDENT)) == (0, 0)
+        assert used(server) == 0
+        assert ask(sock, request(RESIDENT, size=200 * mib)) == (0, 0)
+        assert ask(sock, request(RESIDENT, device=99, size=mib)) == (2, 0)
+        assert used(server) == 2 * chunk
+    deadline = time.monotonic() + 1
+    while used(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -53,7 +53,9 @@ class Books:
         self.processes: dict[int, Process] = {}
         self.used = self.limit = 0
         self.removed: list[int] = []
-        self.orphans = SimpleNamespace(of_level=lambda level: first(self.orphaned.get(level, 0)))
+        self.orphans = SimpleNamespace(
+            of_level=lambda level: first(self.orphaned.get(level, 0)), looked=lambda *_: None
+        )
 
     def remove(self, levels: list[int]) -> None:
         self.removed += levels

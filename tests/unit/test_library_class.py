@@ -14,6 +14,7 @@ from fgpu_ebpf import library_class, pages
 from fgpu_ebpf.library_class import DIGEST, Role, Stamp, Trust
 
 FILE, OTHER, SHIM = (1, 23), (1, 101), (2, 7)
+TWIN = (2, 23)  # FILE's inode number on another file system
 STAMP = Stamp(5, 1, 2)
 A, B, C = (f"sha256:{letter * 64}" for letter in "abc")
 
@@ -29,7 +30,8 @@ def opened(tmp_path: Path) -> Iterator[int]:
 
 def test_the_host_s_own_files_are_known_by_their_place_and_others_by_their_contents() -> None:
     trust = Trust({FILE: Role.HOST, SHIM: Role.SHIM}, {"a" * 64: 5}, [B])
-    assert [trust.role(file) for file in (FILE, SHIM, OTHER)] == [Role.HOST, Role.SHIM, Role.UNKNOWN]
+    found = [trust.role(file) for file in (FILE, SHIM, OTHER, TWIN)]
+    assert found == [Role.HOST, Role.SHIM, Role.UNKNOWN, Role.UNKNOWN]
     for digest, role in ((A, Role.SHIM), (B, Role.LISTED), (C, Role.UNKNOWN), ("", Role.UNKNOWN)):
         trust.learn(OTHER, STAMP, digest)
         assert trust.role(OTHER, STAMP) is role

@@ -43,6 +43,7 @@ static void claim_anything(void)
         usage[level].devices[0].used = any();
         usage[level].orphaned[0] = any();
         usage[level].orphaned_ns[0] = draw(2) ? now - draw(5000) * MS : any();
+        usage[level].looked_ns[0] = draw(2) ? now - draw(5000) * MS : any();
         usage[level].flags = draw(4) ? 0 : FGPU_OBSERVE;
     }
 }
@@ -134,8 +135,8 @@ static int wrong(const char *what, uint64_t ms)
 
 static int check(uint64_t began, bool refused, uint64_t questions)
 {
-    uint64_t ms = (now - began) / MS;
-    if (ms > 4000 + 10 + 4 * questions * SLOWEST_MS) return wrong("too long", ms);
+    uint64_t ms = (now - began) / MS, most_ms = kernel == TEMPTS ? 4000 : 30000;
+    if (ms > most_ms + 10 + 4 * questions * SLOWEST_MS) return wrong("too long", ms);
     if (asked > ms / 50 + 5 * questions) return wrong("too often", ms);
     if (refused && !impatient) return wrong("its refusal is counted nowhere", ms);
     if (naps_cooperative) return wrong("waits in a cooperative container", ms);
@@ -177,24 +178,28 @@ static int ask_the_honest(void)
     kernel = draw(2) ? KEEPS : LEAVES;
     memset(usage, 0, sizeof usage);
     uint64_t limit = 1 + draw(1 << 20), used = draw(2 << 20), orphaned = draw(used + 1), others = used - orphaned;
-    uint64_t bytes = draw(2) && limit > others ? limit - others : 1 + draw(2 << 20), age_ms = draw(6000), began = now;
+    uint64_t bytes = draw(2) && limit > others ? limit - others : 1 + draw(2 << 20), began = now;
+    bool is_away = !draw(4); /* the agent */
+    uint64_t most_ms = is_away ? 30000 : 4000, age_ms = draw(3 * most_ms / 2);
     usage[0].devices[0] = (struct fgpu_usage){.limit = limit, .used = used};
     usage[0].orphaned[0] = orphaned;
     usage[0].orphaned_ns[0] = now - age_ms * MS;
+    usage[0].looked_ns[0] = is_away ? draw(now) : ~0ULL;
+    if (is_away && usage[0].looked_ns[0] >= usage[0].orphaned_ns[0] + 4000 * MS) usage[0].looked_ns[0] = 0;
     usage[1].flags = FGPU_OBSERVE;
     usage[1].devices[0].used = used;
     usage[2].devices[0].limit = FGPU_NO_LIMIT;
     leaves_ns = now + draw(3000) * MS;
     bool fits_now = used <= limit && bytes <= limit - used, fits_later = others <= limit && bytes <= limit - others;
-    bool may_wait = !fits_now && fits_later && age_ms < 4000;
+    bool may_wait = !fits_now && fits_later && age_ms < most_ms;
     bool refused = fgpu_admission(0, bytes, FGPU_MEMORY).refusal;
-    uint64_t ms = (now - began) / MS, leaves_ms = (leaves_ns - began) / MS, last_ms = 4000 - age_ms - 10;
-    bool leaves = kernel == LEAVES && may_wait && age_ms + 4 * SLOWEST_MS < 4000 && leaves_ms + SLOWEST_MS < last_ms;
+    uint64_t ms = (now - began) / MS, leaves_ms = (leaves_ns - began) / MS, last_ms = most_ms - age_ms - 10;
+    bool leaves = kernel == LEAVES && may_wait && age_ms + 4 * SLOWEST_MS < most_ms && leaves_ms + SLOWEST_MS < last_ms;
     if (naps && !may_wait) return wrong("waits in vain", ms);
     if (leaves && (refused || ms > leaves_ms + 10 + 4 * SLOWEST_MS)) return wrong("not when there was room", ms);
     if (kernel == KEEPS && refused == fits_now) return wrong("the wrong answer", ms);
-    if (kernel == KEEPS && !naps && may_wait && age_ms + 2 * SLOWEST_MS < 4000) return wrong("does not wait", ms);
-    if (refused && naps && ms + age_ms > 4000 + 10 + 3 * SLOWEST_MS) return wrong("beyond their time", ms);
+    if (kernel == KEEPS && !naps && may_wait && age_ms + 2 * SLOWEST_MS < most_ms) return wrong("does not wait", ms);
+    if (refused && naps && ms + age_ms > most_ms + 10 + 3 * SLOWEST_MS) return wrong("beyond their time", ms);
     return check(began, refused, 1);
 }
 

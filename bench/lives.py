@@ -1,0 +1,193 @@
+"""Random lives (tests/e2e/life.c) on a real GPU: is all memory charged at every check, and does nothing stay behind?
+
+LIVES programs, each in a tenant, take, share and give back memory in every way that a real driver bears, for MINUTES;
+some are killed in the middle of it. At each check all of them close what they share. Then nothing may be orphaned, and
+the ledger may have neither less than NVML shows of a tenant's processes nor, over all tenants, less than the device has
+in use since before, but for the driver's own part. Prints `lives_NAME VALUE UNIT`; writes build/bench/lives.json; 1
+where a check fails. Starts and stops the agent itself. Nothing else may use the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pynvml
+from charged import MIB, device_bytes
+from memory import ROOT, BenchError, agent
+from tenants import Program, ask, cgroup_root, ending, record
+
+LIMIT = 24 << 30
+CONTEXT_REST, DEVICE_REST = 6 * MIB, 32 * MIB  # of the driver alone, in no process's row: facts of one H200
+THREADS, OPERATIONS = 2, 200
+SETTLED_SECONDS, ROUND_SECONDS = 5.0, 120.0
+NAME = "lives-"
+
+
+class Life(Program):
+    """One program. `tenant`: the name of its tenant."""
+
+    def __init__(self, tenant: str, chance: random.Random, way: str) -> None:
+        self.tenant = tenant
+        command = [str(ROOT / "build/e2e/life"), str(chance.randrange(1 << 30)), str(THREADS), way]
+        super().__init__(command, LIMIT, tenant)
+        self.pid = int(self.hear().split()[2])
+
+    def finish(self) -> int | None:
+        """Waits for the end of the round, and closes what is shared; operations, or None where the program ended."""
+        try:
+            done = int(self.hear(ROUND_SECONDS).split()[1])
+            self.say("close")
+            self.hear(ROUND_SECONDS)
+        except BenchError:
+            return None
+        return done
+
+    def kill(self) -> None:
+        """kill -9."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.end()
+
+
+def snapshot() -> list[dict[str, Any]]:
+    """The tenants, also those whose cgroup is gone."""
+    return [t for t in ask(verb="snapshot")["tenants"] if t["tenant"].startswith(NAME)]
+
+
+def pids_of(tenant: str) -> set[int]:
+    """By its cgroup."""
+    with contextlib.suppress(FileNotFoundError):
+        return set(map(int, (cgroup_root() / "fgpu" / tenant / "cgroup.procs").read_text().split()))
+    return set()
+
+
+def shown(pids: set[int]) -> int:
+    """Bytes that NVML shows of them on device 0."""
+    found = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+    return sum(process.usedGpuMemory or 0 for process in found if process.pid in pids)
+
+
+@dataclass(slots=True)
+class Run:
+    """What was done and found."""
+
+    before: int
+    operations: int = 0
+    checks: int = 0
+    kills: int = 0
+    crashed: int = 0
+    drift: int = 0
+    settled: float = 0.0
+
+    def wrong(self, contexts: int) -> str:
+        """What is not as it must be; empty: all is."""
+        tenants = snapshot()
+        if any(t["orphans"] for t in tenants):
+            return f"orphaned: {[(t['tenant'], t['orphans']) for t in tenants]}"
+        used = {t["tenant"]: int(t["devices"][0]["used_bytes"]) for t in tenants}
+        for tenant, bytes_ in used.items():
+            rows = shown(pids_of(tenant))
+            if bytes_ < rows:
+                return f"{tenant} has {rows} bytes by NVML and is charged {bytes_}"
+        beyond = device_bytes() - self.before - sum(used.values()) - contexts * CONTEXT_REST - DEVICE_REST
+        if beyond > 0:
+            return f"{beyond} bytes in use are charged to no tenant"
+        drifts = [t["devices"][0]["drift_bytes"] for t in tenants]
+        self.drift = max([self.drift, *(drift for drift in drifts if drift is not None)])
+        return ""
+
+    def check(self, contexts: int) -> None:
+        """BenchError: something is still wrong after SETTLED_SECONDS."""
+        self.checks += 1
+        self.settled = max(self.settled, _until_right(lambda: self.wrong(contexts)))
+
+
+def _until_right(look: Callable[[], str]) -> float:
+    begun = time.monotonic()
+    while wrong := look():
+        if time.monotonic() - begun > SETTLED_SECONDS:
+            raise BenchError(wrong)
+        time.sleep(0.02)
+    return time.monotonic() - begun
+
+
+def live(minutes: float, lives: int, seed: int, way: str) -> Run:
+    """All rounds. BenchError: a check failed."""
+    chance, run = random.Random(seed), Run(device_bytes())
+    with ending() as programs:
+        all_: list[Life] = []
+
+        def begin(tenant: str) -> None:
+            all_.append(Life(tenant, chance, way))
+            programs.append(all_[-1])
+
+        for number in range(lives):
+            begin(f"{NAME}{number}")
+        until = time.monotonic() + 60 * minutes
+        while time.monotonic() < until:
+            for life in all_:
+                life.say(str(OPERATIONS))
+            if chance.randrange(2):
+                time.sleep(chance.random() * 0.2)
+                victim = all_.pop(chance.randrange(len(all_)))
+                victim.kill()
+                run.kills += 1
+                begin(victim.tenant)
+                all_[-1].say(str(OPERATIONS))
+            for life in list(all_):
+                if (done := life.finish()) is None:  # the driver crashed under it
+                    all_.remove(life)
+                    life.end()
+                    run.crashed += 1
+                    begin(life.tenant)
+                else:
+                    run.operations += done
+            run.check(THREADS * lives)
+    run.check(0)
+    return run
+
+
+def main() -> int:
+    """Reads the command line, lives, prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--lives", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
+    parser.add_argument("--way", default="real", help="of tests/e2e/life.c")
+    parser.add_argument("--driver-root", default="/")
+    parser.add_argument("--shim", type=Path, default=ROOT / "build/shim/libfgpu.so")
+    given = parser.parse_args()
+    print(f"lives_seed {given.seed} ", flush=True)
+    try:
+        pynvml.nvmlInit()
+        with agent(["--driver-root", given.driver_root, "--shim", str(given.shim)]):
+            run = live(given.minutes, given.lives, given.seed, given.way)
+    except (BenchError, OSError, subprocess.SubprocessError, pynvml.NVMLError) as error:
+        print(f"bench lives: {error}", file=sys.stderr)
+        return 1
+    record(
+        "lives",
+        {
+            "lives_operations": (run.operations, ""),
+            "lives_checks": (run.checks, ""),
+            "lives_killed": (run.kills, ""),
+            "lives_crashed": (run.crashed, ""),
+            "lives_pool_drift": (run.drift, "bytes"),
+            "lives_settled_longest": (run.settled, "s"),
+        },
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
