@@ -1,8 +1,11 @@
-"""One finding about this host, and what mends it."""
+"""One finding about this host, and what fixes it."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+
+FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO: its inode, always
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,3 +16,8 @@ class Check:
     ok: bool
     found: str
     mend: str = ""
+
+
+def has_host_pids() -> bool:
+    """Whether this process names processes as the kernel's programs do: it is in the host's first pid namespace."""
+    return os.stat("/proc/self/ns/pid").st_ino == FIRST_PID_NAMESPACE

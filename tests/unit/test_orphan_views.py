@@ -79,7 +79,7 @@ def test_a_folder_of_another_name_s_beginning_is_another_cgroup(keeper: Start) -
 
 def test_the_next_cgroup_is_searched_where_the_innermost_has_no_keeper(keeper: Start) -> None:
     kept = keeper()
-    assert kept.pid in find(Held(1 << 22, ("/no/such/cgroup", "/")))
+    assert kept.pid in find(Held(1 << 22, ("/no/such/cgroup", here())))
 
 
 def test_descriptors_of_a_process_that_is_gone_are_none() -> None:
