@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from fgpu_ebpf import device_sample, pages, procfs, xids
 from fgpu_ebpf.audit import Audit, Verdict
 from fgpu_ebpf.bell import Bell
-from fgpu_ebpf.checks import Check
+from fgpu_ebpf.checks import Check, has_host_pids
 from fgpu_ebpf.corrections import Corrections, Drift
 from fgpu_ebpf.device_sample import Rows, Sample
 from fgpu_ebpf.devices import Nvml
@@ -254,7 +254,7 @@ class Reconciler:
         for tgid, process in self._known.items():
             if process.late:
                 self._ledger.move(tgid, process.generation, process.levels)
-        for tgid, generation in now:
+        for tgid, generation in now if has_host_pids() else ():  # else nothing here tells that one has ended
             if not _alive(tgid) or (not self._known[tgid].flags and procfs.ended(tgid)):  # adopted on its way out
                 self._ledger.reap(tgid, generation)
         self._ledger.orphans.forget_empty(now)
