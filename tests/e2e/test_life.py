@@ -255,7 +255,7 @@ class World:
         for life in self.lives:
             if life.ways == "shared":
                 life.close_shared()
-        eventually(_nothing_outlives, 5, "what ended processes held is gone")
+        eventually(_nothing_outlives, 15, "what ended processes held is gone")
         for one in self.tenants:
             pools = any(life.ways in ("pools", "shared") for life in self.lives if life.tenant is one)
             agree = one.assert_never_below if self.crowded else one.assert_covered if pools else one.assert_exact

@@ -95,12 +95,14 @@ class Fuzzer:
         overrides = Overrides(run / "overrides.json")
         manager = Manager(workloads, enforcer, overrides, [Gpu()], history, GoneTenants(ledger))
         manager.reload(PolicySet(tuple(read("p.yaml", POLICY)[0])))
-        none = SimpleNamespace(unenforced=str, unprobed=frozenset, standalone=frozenset)
+        none = SimpleNamespace(
+            unenforced=str, unprobed=frozenset, standalone=frozenset, reasons=dict, is_shim=lambda *_: False
+        )
         self._agent: Any = SimpleNamespace(
             settings=SimpleNamespace(run_dir=run, driver_root=Path("/"), loader=("python3",)), chores=[],
             selector=selectors.DefaultSelector(), history=history, manager=manager, enforcer=enforcer, ledger=Ledger(),
             discovery=none, shim=Path("/libfgpu.so"), failures=0, writes_refused=0, reload=lambda: None,
-            detach=lambda: None, look=lambda: Snapshot(1.0),
+            detach=lambda: None, look=lambda: Snapshot(1.0), fresh=lambda: Snapshot(1.0),
         )  # fmt: skip
         self._server = ControlServer(self._agent)
         self._server.open()
