@@ -42,6 +42,7 @@ from harness import (
     eventually,
     fgpu,
     metrics,
+    orphans,
     unnamed_bytes,
 )
 
@@ -285,8 +286,7 @@ class World:
 
 
 def _nothing_outlives() -> bool:
-    orphans = [orphan for tenant in ask(verb="snapshot")["tenants"] for orphan in tenant["orphans"]]
-    return not unnamed_bytes() and not orphans
+    return not unnamed_bytes() and not orphans()
 
 
 def _lost() -> float:

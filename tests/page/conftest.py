@@ -72,5 +72,4 @@ def place(service: harness.Service, tmp_path: Path) -> Iterator[harness.Place]:
     yield place
     place.close()
     # Tenants whose cgroup is gone are shown as long as the driver holds memory of theirs.
-    orphans = lambda: [orphan for t in harness.ask(verb="snapshot")["tenants"] for orphan in t["orphans"]]  # noqa: E731
-    harness.eventually(lambda: not orphans(), 10, "the release of what they held")
+    harness.eventually(lambda: not harness.orphans(), 10, "the release of what they held")
