@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import nvml
 import pynvml
 from memory import ROOT, BenchError, agent, end_in_order
 from tenants import Program, ask, ending, record
@@ -59,15 +60,9 @@ class Row:
         return f"   {self.text:<48} {self.device:>7} {self.ledger:>7}  {times}  {self.rows}{wrong}"
 
 
-def device_bytes() -> int:
-    """Memory in use on device 0."""
-    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
-
-
 def rows_of(roles: dict[int, str]) -> str:
     """What NVML shows of each process on device 0."""
-    found = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
-    shown = [f"{roles.get(p.pid, p.pid)}:{(p.usedGpuMemory or 0) // MIB}" for p in sorted(found, key=lambda p: p.pid)]
+    shown = [f"{roles.get(pid, pid)}:{bytes_ // MIB}" for pid, bytes_ in sorted(nvml.bytes_by_pid().items())]
     return " ".join(shown) or "none"
 
 
@@ -91,7 +86,7 @@ class Scenario:
         self._victim = f"{self._tenant}-victim"
         self._notes: list[str] = []
         self.rows: list[Row] = []
-        self._before = device_bytes()
+        self._before = nvml.bytes_in_use()
 
     def run(self) -> None:
         """Prints its rows as they come. BenchError: it did not come to its end."""
@@ -126,7 +121,7 @@ class Scenario:
         row, begun = Row(text), time.monotonic()
         agreed = None
         while True:
-            row.device, row.ledger = (device_bytes() - self._before) // MIB, tenant_bytes(self._tenant) // MIB
+            row.device, row.ledger = (nvml.bytes_in_use() - self._before) // MIB, tenant_bytes(self._tenant) // MIB
             now = time.monotonic()
             lower = row.device - row.ledger > DRIVER_REST // MIB
             higher = row.ledger - row.device > (ROUNDING + host) // MIB

@@ -1,4 +1,4 @@
-"""What claims on a real GPU are made with: numbers, needs, what NVML says, and the hands of the end-to-end tests."""
+"""What claims on a real GPU are made with: numbers, needs, and the hands of the end-to-end tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ.setdefault("DRIVER_ROOT", "/")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/e2e"))
 import harness
-import pynvml
+import nvml
 from harness import MIB, Tenant
 
 harness.ENVIRONMENT = dict(os.environ)
@@ -31,25 +31,6 @@ def need(held: bool, what: str) -> None:
     print(f"ok   {what}", flush=True)
 
 
-# -- the driver's own view
-
-
-def device() -> object:
-    """The first GPU."""
-    return pynvml.nvmlDeviceGetHandleByIndex(0)
-
-
-def device_bytes() -> int:
-    """Memory in use on device 0, by NVML."""
-    return int(pynvml.nvmlDeviceGetMemoryInfo(device()).used)
-
-
-def nvml_bytes(pids: set[int]) -> int:
-    """What NVML says that these processes hold, by host pid."""
-    found = pynvml.nvmlDeviceGetComputeRunningProcesses(device())
-    return sum(p.usedGpuMemory or 0 for p in found if p.pid in pids)
-
-
 class Skip(Exception):
     """What this machine lacks."""
 
@@ -67,7 +48,7 @@ class Sampler(threading.Thread):
     def run(self) -> None:
         while not self._ended.wait(0.01):
             for tenant in self.tenants:
-                self.most[tenant.name] = max(self.most[tenant.name], nvml_bytes(set(tenant.pids())))
+                self.most[tenant.name] = max(self.most[tenant.name], nvml.bytes_of(set(tenant.pids())))
             self.samples += 1
 
     def end(self, limits: dict[str, int]) -> None:

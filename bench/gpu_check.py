@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nvml
 import pynvml
-from claims import GRANULE, PYTHON, Sampler, Skip, device_bytes, harness, need, nvml_bytes, say
+from claims import GRANULE, PYTHON, Sampler, Skip, harness, need, say
 from gpu_runtimes import runtimes
 from gpu_views import views
 from harness import GIB, MIB, REFUSED, Client, Place, Service, eventually
@@ -71,8 +72,8 @@ def fill(service: Service, place: Place) -> None:
         need(memory["refused"] >= 2, f"{name}: refused")
         grown = {k: memory[f"{k}_bytes"] - before[f"{k}_bytes"] for k in ("admitted", "witnessed")}
         need(len(set(grown.values())) == 1, f"{name}: admitted and witnessed agree: {grown}")
-        say(f"{name}_ledger_minus_nvml", memory["used_bytes"] - nvml_bytes({client.pid}), "bytes")
-        need(abs(memory["used_bytes"] - nvml_bytes({client.pid})) <= GRANULE, f"{name}: ledger and NVML agree")
+        say(f"{name}_ledger_minus_nvml", memory["used_bytes"] - nvml.bytes_of({client.pid}), "bytes")
+        need(abs(memory["used_bytes"] - nvml.bytes_of({client.pid})) <= GRANULE, f"{name}: ledger and NVML agree")
         client.kill()
 
 
@@ -199,13 +200,13 @@ def kills(service: Service, place: Place) -> None:
     free, worst, longest = watcher.ok("info")[0], 0.0, 0.0
     for _ in range(4):
         parent = one.client()
-        before, in_use = set(one.pids()), device_bytes()
+        before, in_use = set(one.pids()), nvml.bytes_in_use()
         parent.send(f"brood 50 {4 * MIB}")
         need(parent.numbers(parent.receive(120), "brood") == [50], "50 processes hold memory")
         for pid in set(one.pids()) - before:
             os.kill(pid, 9)
         begun = time.monotonic()
-        eventually(lambda most=in_use + GRANULE: device_bytes() <= most, 20, "the driver's end of them")
+        eventually(lambda most=in_use + GRANULE: nvml.bytes_in_use() <= most, 20, "the driver's end of them")
         freed = time.monotonic()
         eventually(lambda: watcher.ok("info")[0] >= free - GRANULE, 20, "released")
         worst, longest = max(worst, time.monotonic() - freed), max(longest, freed - begun)
@@ -215,7 +216,7 @@ def kills(service: Service, place: Place) -> None:
     say("released_after", f"{worst:.3f}", "s")
     need(worst < 1, "released within a second after the driver freed it")
     eventually(lambda: len(one.view()["processes"]) == 1, 3, "no entry left")
-    drift = one.memory()["used_bytes"] - nvml_bytes({watcher.pid})
+    drift = one.memory()["used_bytes"] - nvml.bytes_of({watcher.pid})
     say("ledger_minus_nvml", drift, "bytes")
     need(abs(drift) <= GRANULE, "ledger and NVML agree")
     told = map(json.loads, harness.fgpu("events", "--json").stdout.splitlines())
@@ -247,7 +248,7 @@ def restarts(service: Service, place: Place) -> None:
     need(results[0][0] > 0 and results[0][1:] == [0, 0], "the one that fits noticed nothing")
     need(results[1][0] == 0 and results[1][2] == 0, "the hopeless one got nothing")
     eventually(lambda: not one.memory()["drift_bytes"], 5, "no drift")
-    drift = one.memory()["used_bytes"] - nvml_bytes({fits.pid, hopeless.pid})
+    drift = one.memory()["used_bytes"] - nvml.bytes_of({fits.pid, hopeless.pid})
     say("ledger_minus_nvml", drift, "bytes")
     need(abs(drift) <= 2 * GRANULE, "ledger and NVML agree")
 
@@ -262,7 +263,7 @@ def orphan(service: Service, place: Place) -> None:
     said = client.do("context")
     print(said)
     need(said == REFUSED, "out-of-memory, never memory")
-    need(nvml_bytes({client.pid}) == 0, "nothing held")
+    need(nvml.bytes_of({client.pid}) == 0, "nothing held")
     service.start_agent()
     eventually(lambda: client.do("context") == "ok", 5, "memory once there is a gatekeeper")
     need(True, "memory once there is a gatekeeper")

@@ -9,7 +9,8 @@ import subprocess
 import time
 from xml.etree import ElementTree
 
-from claims import GRANULE, PYTHON, need, nvml_bytes, say
+import nvml
+from claims import GRANULE, PYTHON, need, say
 from harness import GIB, MIB, Place, Service, Tenant, eventually
 
 LIMIT = 8 * GIB
@@ -73,7 +74,7 @@ def views(service: Service, place: Place) -> None:
     client, neighbour = one.client(), other.client()
     neighbour.ok(f"alloc {300 * MIB}")
     client.ok(f"alloc {GIB}")
-    eventually(lambda: abs(one.memory()["used_bytes"] - nvml_bytes({client.pid})) < GRANULE, 5, "the context's size")
+    eventually(lambda: abs(one.memory()["used_bytes"] - nvml.bytes_of({client.pid})) < GRANULE, 5, "the context's size")
     used = one.memory()["used_bytes"] // MIB
     time.sleep(0.5)  # rows of processes come five times a second
     need(client.ok("info")[1] == LIMIT, "cuMemGetInfo shows the limit")

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nvml
 import pynvml
-from charged import MIB, device_bytes
+from charged import MIB
 from memory import ROOT, BenchError, agent
 from tenants import Program, ask, cgroup_root, ending, record
 
@@ -64,17 +65,11 @@ def snapshot() -> list[dict[str, Any]]:
     return [t for t in ask(verb="snapshot")["tenants"] if t["tenant"].startswith(NAME)]
 
 
-def pids_of(tenant: str) -> set[int]:
-    """By its cgroup."""
+def shown(tenant: str) -> int:
+    """Bytes that NVML shows of a tenant's processes; 0 where its cgroup is gone."""
     with contextlib.suppress(FileNotFoundError):
-        return set(map(int, (cgroup_root() / "fgpu" / tenant / "cgroup.procs").read_text().split()))
-    return set()
-
-
-def shown(pids: set[int]) -> int:
-    """Bytes that NVML shows of them on device 0."""
-    found = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
-    return sum(process.usedGpuMemory or 0 for process in found if process.pid in pids)
+        return nvml.bytes_of(nvml.pids_of(cgroup_root() / "fgpu" / tenant))
+    return 0
 
 
 @dataclass(slots=True)
@@ -96,10 +91,10 @@ class Run:
             return f"orphaned: {[(t['tenant'], t['orphans']) for t in tenants]}"
         used = {t["tenant"]: int(t["devices"][0]["used_bytes"]) for t in tenants}
         for tenant, bytes_ in used.items():
-            rows = shown(pids_of(tenant))
+            rows = shown(tenant)
             if bytes_ < rows:
                 return f"{tenant} has {rows} bytes by NVML and is charged {bytes_}"
-        beyond = device_bytes() - self.before - sum(used.values()) - contexts * CONTEXT_REST - DEVICE_REST
+        beyond = nvml.bytes_in_use() - self.before - sum(used.values()) - contexts * CONTEXT_REST - DEVICE_REST
         if beyond > 0:
             return f"{beyond} bytes in use are charged to no tenant"
         drifts = [t["devices"][0]["drift_bytes"] for t in tenants]
@@ -123,7 +118,7 @@ def _until_right(look: Callable[[], str]) -> float:
 
 def live(minutes: float, lives: int, seed: int, way: str) -> Run:
     """All rounds. BenchError: a check failed."""
-    chance, run = random.Random(seed), Run(device_bytes())
+    chance, run = random.Random(seed), Run(nvml.bytes_in_use())
     with ending() as programs:
         all_: list[Life] = []
 

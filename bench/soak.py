@@ -376,13 +376,13 @@ def _modules(trainings: int) -> int:
 
 def _agrees_with_nvml(tenant: Tenant) -> None:
     """The ledger holds what NVML says of the tenant's processes, but for rounding."""
-    import claims
+    import nvml
 
     def agree() -> bool:
         pids = set(tenant.pids())
-        return abs(tenant.memory()["used_bytes"] - claims.nvml_bytes(pids)) <= GRANULE * max(1, len(pids))
+        return abs(tenant.memory()["used_bytes"] - nvml.bytes_of(pids)) <= GRANULE * max(1, len(pids))
 
-    said = f"{tenant.name}: {tenant.memory()}, NVML {claims.nvml_bytes(set(tenant.pids()))}"
+    said = f"{tenant.name}: {tenant.memory()}, NVML {nvml.bytes_of(set(tenant.pids()))}"
     eventually(agree, AGREE_SECONDS, said)
 
 
@@ -446,9 +446,9 @@ def main() -> int:
     harness.compile_programs()
     end_in_order()
     if REAL:
-        import claims
+        import pynvml
 
-        claims.pynvml.nvmlInit()
+        pynvml.nvmlInit()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         service = Service(work)

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import nvml
 import pynvml
 from memory import ROOT, BenchError, agent
 from phases import FRAMEWORKS
@@ -39,9 +40,7 @@ class Phase:
 
 def nvml_bytes(tenant: str) -> int:
     """What NVML shows of the processes of a tenant's cgroup, on device 0."""
-    pids = {int(pid) for pid in (cgroup_root() / "fgpu" / tenant / "cgroup.procs").read_text().split()}
-    found = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
-    return sum(process.usedGpuMemory or 0 for process in found if process.pid in pids)
+    return nvml.bytes_of(nvml.pids_of(cgroup_root() / "fgpu" / tenant))
 
 
 def phases(program: Program) -> list[Phase] | str:
@@ -63,10 +62,10 @@ def _phases(program: Program) -> list[Phase] | str:
         if "end" in said:
             return found
         time.sleep(AFTER_SECONDS)
-        ledger, nvml = memory_of(program.name)["used_bytes"], nvml_bytes(program.name)
-        if nvml < said["least"]:
-            raise BenchError(f"{said['phase']}: NVML shows {nvml} of {said['least']} bytes")
-        found.append(Phase(said["phase"], ledger, nvml))
+        ledger, shown = memory_of(program.name)["used_bytes"], nvml_bytes(program.name)
+        if shown < said["least"]:
+            raise BenchError(f"{said['phase']}: NVML shows {shown} of {said['least']} bytes")
+        found.append(Phase(said["phase"], ledger, shown))
 
 
 def measure(names: list[str], given: argparse.Namespace) -> dict[str, list[Phase] | str]:

@@ -256,7 +256,7 @@ class Agent:
         self.selector.register(self._policies, selectors.EVENT_READ, self._policies.take)
         self.selector.register(self.engines, selectors.EVENT_READ, self._look_at_answered)
         self._policies.start()
-        self.reconciler.start()
+        self.reconciler.start(ROUND_SECONDS)
 
     def wait_for_gatekeeper(self) -> None:
         """AgentError: none came up."""

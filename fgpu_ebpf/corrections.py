@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from fgpu_ebpf import procfs
+from fgpu_ebpf.checks import has_host_pids
 from fgpu_ebpf.device_sample import Sample
 from fgpu_ebpf.devices import Nvml
 from fgpu_ebpf.ledger import Ledger
@@ -125,7 +126,10 @@ class Corrections:
         """Enters processes of managed cgroups that hold memory and that no probe has seen.
 
         Not those that are ending: the driver takes a tenth of a second to free what they held, and they bypass nothing.
+        Nor any where NVML's pids are not the kernel's.
         """
+        if not has_host_pids():
+            return
         for pid, held in sample.rows.items():
             if pid in sample.processes or held is None or held <= ended.get(pid, 0):
                 continue

@@ -18,14 +18,16 @@ FRESH_SECONDS = 5.0  # the driver takes down what an ended process held: that so
 
 
 class GoneTenants:
-    """By cgroup id; each is named after its cgroup, since its name may be another tenant's by now."""
+    """By cgroup id; each is named after its cgroup, since its name may be another tenant's by now. Those without memory
+    are not shown, and forgotten soon.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._tenants: dict[int, tuple[Tenant, float]] = {}  # and since when it is gone
 
     def __iter__(self) -> Iterator[Tenant]:
-        return iter([tenant for tenant, _ in self._tenants.values()])
+        return iter([t for t, _ in self._tenants.values() if any(self._ledger.orphans.of_level(t.cgroup))])
 
     def keep(self, tenants: Iterable[Tenant]) -> set[int]:
         """Keeps those of these tenants that have orphaned bytes; returns their cgroups."""

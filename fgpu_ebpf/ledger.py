@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fgpu_ebpf import bpf, pages
+from fgpu_ebpf.checks import has_host_pids
 from fgpu_ebpf.events import Events
 from fgpu_ebpf.orphans import OrphanMap
 from fgpu_ebpf.processes import Process, process_of
@@ -336,8 +337,10 @@ class Ledger:
     def tag(self, tgid: int, levels: tuple[int, ...]) -> int:
         """The tag in the kernel's answers to a process, whose entry is made where it has none.
 
-        0: its level has as many entries as it may have; the process asks without a tag.
+        0: its level has as many entries as it may have, or the kernel's pids are not ours; it asks without a tag.
         """
+        if not has_host_pids():
+            return 0
         self._run(pages.Adjust.ENTER, tgid, 0, len(levels), *levels)
         process = self.process(tgid)
         return process.tag if process else 0

@@ -282,7 +282,7 @@ class Libraries:
     # -- when they go, and what is refused
 
     def look_around(self) -> None:
-        """Forget what was refused, so that it is tried once more, and have all tenant_files looked at again."""
+        """Forget what was refused, so that it is tried once more, and have all tenants' files looked at again."""
         for file in self._refused:
             self._budget.forget(file)
         self._refused.clear()
@@ -291,7 +291,7 @@ class Libraries:
             self._read(file)
 
     def unmapped(self) -> set[File]:
-        """Strays that none of the processes that are known to map them can be using any more."""
+        """Tenants' files that none of the processes that are known to map them can be using any more."""
         mappers = {file: self._mappers.get(file, {}) for file in self.tenant_files()}
         self._mappers = {f: {p: one for p, one in its.items() if procfs.has_memory(p)} for f, its in mappers.items()}
         self._unprobed = {pid: why for pid, why in self._unprobed.items() if why and procfs.has_memory(pid)}

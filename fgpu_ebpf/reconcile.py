@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from fgpu_ebpf import device_sample, pages, procfs, xids
 from fgpu_ebpf.audit import Audit, Verdict
 from fgpu_ebpf.bell import Bell
-from fgpu_ebpf.checks import Check
+from fgpu_ebpf.checks import Check, has_host_pids
 from fgpu_ebpf.corrections import Corrections, Drift
 from fgpu_ebpf.device_sample import Rows, Sample
 from fgpu_ebpf.devices import Nvml
@@ -106,12 +106,14 @@ class Reconciler:
         self._level = 0  # in the ledger's list, the next to be looked at
         self._corrections = Corrections(nvml, ledger, levels)
         self._releases = {d.index: OrphanRelease(ledger, d.index) for d in nvml.devices}
+        self._has_looked = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
         self.truth = Truth()
 
-    def start(self) -> None:
-        """Begins; the first look is at once."""
+    def start(self, seconds: float = 0.0) -> None:
+        """Begins; the first look is at once, and waited for so long."""
         self._thread.start()
+        self._has_looked.wait(seconds)
 
     def stop(self) -> None:
         """Ends, unless NVML hangs: then the thread is left behind."""
@@ -143,6 +145,7 @@ class Reconciler:
                 self.look(is_full)
             except Exception as error:  # a thread that ends would stop the truth; the next look may work
                 self.truth = replace(self.truth, failure=f"{type(error).__name__}: {error}")
+            self._has_looked.set()
             self._wait(full_at)
 
     def _wait(self, full_at: float) -> None:
@@ -254,7 +257,7 @@ class Reconciler:
         for tgid, process in self._known.items():
             if process.late:
                 self._ledger.move(tgid, process.generation, process.levels)
-        for tgid, generation in now:
+        for tgid, generation in now if has_host_pids() else ():  # else nothing here tells that one has ended
             if not _alive(tgid) or (not self._known[tgid].flags and procfs.ended(tgid)):  # adopted on its way out
                 self._ledger.reap(tgid, generation)
         self._ledger.orphans.forget_empty(now)

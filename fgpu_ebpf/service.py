@@ -42,14 +42,13 @@ from fgpu_ebpf import (
 )
 from fgpu_ebpf.agent import Agent, AgentError
 from fgpu_ebpf.bell import Bell
-from fgpu_ebpf.checks import Check
+from fgpu_ebpf.checks import Check, has_host_pids
 from fgpu_ebpf.settings import Settings
 from fgpu_ebpf.yamlfile import Fault
 
 log = logging.getLogger("fgpu agent")
 LINUX = (6, 1)  # the oldest on which the product has been tested: docs/matrix.md
 PTRACE_SCOPE, NO_PTRACE = Path("/proc/sys/kernel/yama/ptrace_scope"), 3
-HOST_PIDS = 0xEFFFFFFC  # PROC_PID_INIT_INO: the inode of the first pid namespace, always
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +254,7 @@ def _kernel() -> Check:
 
 def _pid_namespace() -> Check:
     """The kernel's programs name processes as the host does: elsewhere every one of them would be taken for ended."""
-    if os.stat("/proc/self/ns/pid").st_ino == HOST_PIDS:
+    if has_host_pids():
         return Check("pid namespace", True, "the host's")
     mend = "run the agent in the host's pid namespace (hostPID: true, --pid=host); tenants need none of that"
     return Check("pid namespace", False, "the agent sees only the processes of a container", mend)

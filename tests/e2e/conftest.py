@@ -37,7 +37,7 @@ def unharmed(service: harness.Service) -> Iterator[None]:
     harness.eventually(lambda: not harness.driver_books(), 20, "an empty driver")
 
     def none_left() -> bool:
-        return not any(t["processes"] for t in harness.ask(verb="snapshot")["tenants"])
+        return not any(t["processes"] or t["orphans"] for t in harness.ask(verb="snapshot")["tenants"])
 
     harness.eventually(none_left, 10, "an empty ledger")
 

@@ -149,17 +149,26 @@ def metrics_page() -> str:
         return str(page.read().decode())
 
 
+def _driver_dump() -> dict[str, Any]:
+    done = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, text=True, check=True, timeout=10)
+    return dict(json.loads(done.stdout))
+
+
 def driver_books() -> list[dict[str, Any]]:
     """What the driver itself holds: one entry a process and device."""
-    done = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, text=True, check=True, timeout=10)
-    return json.loads(done.stdout)["processes"]
+    return list(_driver_dump()["processes"])
 
 
 def unnamed_bytes() -> int:
     """Bytes on all devices that are in no living process's name: of ended ones, or held by an export alone."""
-    said = json.loads(subprocess.run([SIM / "fgpu-simd", "--dump"], check=True, capture_output=True, timeout=10).stdout)
+    said = _driver_dump()
     ended = sum(entry["bytes"] for entry in said["processes"] if entry["ended"])
     return ended + sum(device["exported_bytes"] for device in said["devices"])
+
+
+def orphans() -> list[dict[str, Any]]:
+    """All memory that is charged for processes that have ended, or that have exported and freed it."""
+    return [orphan for tenant in ask(verb="snapshot")["tenants"] for orphan in tenant["orphans"]]
 
 
 def gatekeepers_of(run_dir: Path) -> set[int]:

@@ -42,6 +42,7 @@ from harness import (
     eventually,
     fgpu,
     metrics,
+    orphans,
     unnamed_bytes,
 )
 
@@ -255,7 +256,7 @@ class World:
         for life in self.lives:
             if life.ways == "shared":
                 life.close_shared()
-        eventually(_nothing_outlives, 5, "what ended processes held is gone")
+        eventually(_nothing_outlives, 15, "what ended processes held is gone")
         for one in self.tenants:
             pools = any(life.ways in ("pools", "shared") for life in self.lives if life.tenant is one)
             agree = one.assert_never_below if self.crowded else one.assert_covered if pools else one.assert_exact
@@ -285,8 +286,7 @@ class World:
 
 
 def _nothing_outlives() -> bool:
-    orphans = [orphan for tenant in ask(verb="snapshot")["tenants"] for orphan in tenant["orphans"]]
-    return not unnamed_bytes() and not orphans
+    return not unnamed_bytes() and not orphans()
 
 
 def _lost() -> float:

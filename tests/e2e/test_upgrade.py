@@ -196,6 +196,8 @@ def test_upgrades_under_load_refuse_nobody_and_miss_nothing(versions: Versions, 
     for _ in range(scale(3, 20, 100)):
         versions.install()
         counts.append(starts.count)
+        # Each start needs what the one before it held, which an agent must have seen the driver free.
+        eventually(lambda: starts.count > counts[-1] + 1, 30, "a start with this version")
         for one in (busy, full, starting):
             memory = one.memory()
             assert memory["used_bytes"] <= memory["peak_bytes"] <= memory["limit_bytes"] == limit

@@ -11,6 +11,7 @@
 
 #include "../../shim/admit.h"
 #include "../../shim/books.h"
+#include "../../shim/orphans.h"
 
 #define FILES 10
 #define USAGE (2 * FGPU_PAGE_BYTES)
@@ -47,6 +48,9 @@ int fgpu_stand_device(const uint8_t wanted[16]) { return (void)wanted, -1; }
 #define NEVER(type, name, ...)                                                                                         \
     type name(__VA_ARGS__) { __builtin_trap(); }
 __thread bool fgpu_beside;
+_Atomic bool fgpu_contexts_ended;
+NEVER(bool, fgpu_current_is_gone, void)
+NEVER(bool, fgpu_has_orphans, struct fgpu_view, int)
 NEVER(struct fgpu_view, fgpu_glance, void)
 NEVER(struct fgpu_view, fgpu_insist, void)
 NEVER(uint64_t, fgpu_ticket, void)

@@ -20,6 +20,7 @@ from typing import Any
 from fuzz_policy import Gpu
 
 from fgpu_ebpf.enforcer import Enforcer
+from fgpu_ebpf.gone_tenants import GoneTenants
 from fgpu_ebpf.history import History
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.overrides import Overrides
@@ -50,6 +51,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._limits: set[int] = set()
+        self.orphans = SimpleNamespace(of_level=lambda _: [])
         self.times = SimpleNamespace(set_shares=lambda _: None, turns=dict, tell=lambda: None)
 
     def page_missing(self, cgroup: int) -> bool:
@@ -88,15 +90,19 @@ class Fuzzer:
         for inner in ("a/b", "a/c", "c1f3a.scope"):
             (cgroups / inner).mkdir(parents=True)
         workloads, history = Workloads(cgroups), History()
-        enforcer = Enforcer(Ledger(), workloads, [Gpu()], overcommit=False)  # type: ignore[arg-type]
-        manager = Manager(workloads, enforcer, Overrides(run / "overrides.json"), [Gpu()], history)
+        ledger: Any = Ledger()
+        enforcer = Enforcer(ledger, workloads, [Gpu()], overcommit=False)
+        overrides = Overrides(run / "overrides.json")
+        manager = Manager(workloads, enforcer, overrides, [Gpu()], history, GoneTenants(ledger))
         manager.reload(PolicySet(tuple(read("p.yaml", POLICY)[0])))
-        none = SimpleNamespace(unenforced=str, unprobed=frozenset, standalone=frozenset)
+        none = SimpleNamespace(
+            unenforced=str, unprobed=frozenset, standalone=frozenset, reasons=dict, is_shim=lambda *_: False
+        )
         self._agent: Any = SimpleNamespace(
             settings=SimpleNamespace(run_dir=run, driver_root=Path("/"), loader=("python3",)), chores=[],
             selector=selectors.DefaultSelector(), history=history, manager=manager, enforcer=enforcer, ledger=Ledger(),
             discovery=none, shim=Path("/libfgpu.so"), failures=0, writes_refused=0, reload=lambda: None,
-            detach=lambda: None, look=lambda: Snapshot(1.0),
+            detach=lambda: None, look=lambda: Snapshot(1.0), fresh=lambda: Snapshot(1.0),
         )  # fmt: skip
         self._server = ControlServer(self._agent)
         self._server.open()

@@ -15,7 +15,7 @@ import pytest
 UNITS = ("fgpu-agent.service", "fgpu-gatekeeper.service")
 AGENT, GATEKEEPER = UNITS
 # linux/capability.h
-CAPABILITIES = {"CHOWN": 0, "DAC_OVERRIDE": 1, "DAC_READ_SEARCH": 2, "SYS_PTRACE": 19, "SYS_ADMIN": 21}
+CAPABILITIES = {"CHOWN": 0, "DAC_OVERRIDE": 1, "DAC_READ_SEARCH": 2, "KILL": 5, "SYS_PTRACE": 19, "SYS_ADMIN": 21}
 TO_START = {GATEKEEPER: {"DAC_READ_SEARCH", "SYS_PTRACE", "SYS_ADMIN"}, AGENT: set(CAPABILITIES)}
 KEPT = {unit: names - {"DAC_OVERRIDE"} for unit, names in TO_START.items()}
 FITS = kit.GIB - kit.CONTEXT

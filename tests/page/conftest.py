@@ -71,3 +71,5 @@ def place(service: harness.Service, tmp_path: Path) -> Iterator[harness.Place]:
     place = harness.Place(tmp_path)
     yield place
     place.close()
+    # Tenants whose cgroup is gone are shown as long as the driver holds memory of theirs.
+    harness.eventually(lambda: not harness.orphans(), 10, "the release of what they held")

@@ -10,6 +10,7 @@ from policy_kit import GIB, Gpu, policies
 from test_enforcer import Books
 
 from fgpu_ebpf.enforcer import Enforcer
+from fgpu_ebpf.gone_tenants import GoneTenants
 from fgpu_ebpf.history import History
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.overrides import Overrides
@@ -20,6 +21,7 @@ class SmallBooks(Books):
     """A ledger with room for so many levels."""
 
     room = 100
+    orphans = SimpleNamespace(of_level=lambda _: [])
 
     def set_limits(self, levels, over=None):
         if len({*self.limits, *(level.cgroup for level in levels)}) > self.room:
@@ -34,7 +36,7 @@ def host(tmp_path):
     books, devices = SmallBooks(), [Gpu(0)]
     workloads, overrides = Workloads(root), Overrides(tmp_path / "overrides.json")
     enforcer = Enforcer(books, workloads, devices, overcommit=False)
-    manager = Manager(workloads, enforcer, overrides, devices, History())
+    manager = Manager(workloads, enforcer, overrides, devices, History(), GoneTenants(books))
     return SimpleNamespace(root=root, books=books, enforcer=enforcer, overrides=overrides, manager=manager)
 
 

@@ -33,11 +33,16 @@ class Attack:
             list(self.world.make_context(client))
         return client
 
-    def keep_memory(self, bytes_: int = HELD) -> Handle:
-        """In no process's name."""
+    def export_memory(self, bytes_: int = HELD) -> Handle:
+        """The exporter's own, of which a descriptor is open."""
         list(self.world.create(self.exporter, bytes_))
         handle = self.world.device.handles[-1]
         handle.is_exported, handle.descriptors = True, 1
+        return handle
+
+    def keep_memory(self, bytes_: int = HELD) -> Handle:
+        """In no process's name."""
+        handle = self.export_memory(bytes_)
         list(self.world.release(self.exporter, handle))
         return handle
 
@@ -127,9 +132,7 @@ def test_a_handle_that_is_given_up_by_a_process_that_has_more_than_it_is_charged
     """It stays in the call: what it is charged there and what only the driver knows are not one memory."""
     other = attack.tenant()
     list(attack.world.take_managed(other, HELD))
-    list(attack.world.create(attack.exporter, HELD))
-    handle = attack.world.device.handles[-1]
-    handle.is_exported, handle.descriptors = True, 1
+    handle = attack.export_memory()
     attack.look()
     release = attack.world.release(attack.exporter, handle)
     next(release), next(release)
@@ -219,9 +222,7 @@ def test_an_export_between_the_look_at_orphans_and_the_look_at_processes(attack:
 def test_the_end_of_an_exporter_between_the_look_at_orphans_and_the_look_at_processes(attack: Attack) -> None:
     other = attack.tenant()
     list(attack.world.take_managed(other, HELD))
-    list(attack.world.create(attack.exporter, HELD))
-    handle = attack.world.device.handles[-1]
-    handle.is_exported, handle.descriptors = True, 1
+    attack.export_memory()
     attack.look()
 
     def end() -> None:
