@@ -133,6 +133,12 @@ bool fgpu_is_limited(struct fgpu_view view)
     return false;
 }
 
+bool fgpu_is_held(void)
+{
+    struct fgpu_view view = fgpu_look();
+    return view.link == FGPU_HELD && fgpu_is_limited(view);
+}
+
 /* What a thread was granted by the books for a call that it never came back from. */
 static __thread struct admission left __attribute__((tls_model("initial-exec")));
 

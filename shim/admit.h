@@ -24,6 +24,9 @@ struct admission {
 HIDDEN CUstreamCaptureMode fgpu_relax(void);
 HIDDEN void fgpu_unrelax(CUstreamCaptureMode mode);
 
+/* -- tables.c: the table, mapped where there is none; NULL: there is no memory for it */
+HIDDEN void *fgpu_table(_Atomic(void *) *table, size_t bytes);
+
 /* -- reclaim.c: asks, and where it is refused makes what room it can and asks again. It may wait for memory of ended
  * processes; `patience` says how much longer, for all the questions of one call. NULL: not at all. */
 struct patience {
@@ -40,6 +43,7 @@ HIDDEN CUresult fgpu_settled(const struct admission *admission, CUresult result,
 HIDDEN void fgpu_settled_books(const struct admission *admission, CUresult result, uint64_t handle);
 HIDDEN void fgpu_failed(int index, uint64_t bytes, CUresult result);
 HIDDEN void fgpu_give_back(int index, uint64_t bytes); /* of pools */
+HIDDEN bool fgpu_is_held(void);                        /* to a limit, by an agent that answers or by the books */
 HIDDEN bool fgpu_is_device(CUdevice ordinal);
 HIDDEN uint64_t fgpu_room(CUdevice ordinal); /* that the ledger has left; all there is where no limit is in force */
 HIDDEN uint64_t fgpu_granule(CUdevice ordinal);

@@ -46,6 +46,7 @@ static void note_end(uint64_t context)
 {
     if (!context) return;
     fgpu_area_ends(context);
+    fgpu_data_of_context_ends(context);
     keep(ended, CREATED, &endings, context);
     atomic_store(&fgpu_contexts_ended, true);
 }

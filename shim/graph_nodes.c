@@ -6,15 +6,21 @@
  */
 #include "local_memory.h"
 
+/* True: the driver may be called, and what it returns be told to fgpu_first_ends. */
+static bool begins(struct fgpu_first *first, CUfunction function, CUresult *refusal)
+{
+    bool is_known = !function || fgpu_function_is_known(function);
+    *refusal = fgpu_first_begins(first, is_known ? NULL : function);
+    return *refusal == CUDA_SUCCESS;
+}
+
 #define NODE(name, function, ...)                                                                                      \
     do {                                                                                                               \
         __typeof__(&name) driver = REAL(name);                                                                         \
         struct fgpu_first first;                                                                                       \
-        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
-        CUfunction its = function;                                                                                     \
-        if (!its || fgpu_function_is_known(its)) return driver(__VA_ARGS__);                                           \
-        CUresult refusal = fgpu_first_begins(&first, its);                                                             \
-        return refusal ? refusal : fgpu_first_ends(&first, driver(__VA_ARGS__));                                       \
+        CUresult refusal = CUDA_ERROR_NOT_SUPPORTED;                                                                   \
+        if (!driver || !begins(&first, function, &refusal)) return refusal;                                            \
+        return fgpu_first_ends(&first, driver(__VA_ARGS__));                                                           \
     } while (0)
 
 static CUfunction of_old(const CUDA_KERNEL_NODE_PARAMS_v1 *params) { return params ? params->func : NULL; }

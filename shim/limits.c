@@ -1,5 +1,6 @@
 /*
- * limits.c: cuCtxSetLimit. Owns nothing. The stack's limit takes memory at once; that of printf takes none.
+ * limits.c: cuCtxSetLimit. Owns nothing. The stack's limit takes memory at once, the heap's at the first launch of code
+ * that uses it, that of printf none.
  */
 #include "local_memory.h"
 
@@ -8,7 +9,11 @@ EXPORT CUresult cuCtxSetLimit(CUlimit limit, size_t value)
     __typeof__(&cuCtxSetLimit) driver = REAL(cuCtxSetLimit);
     struct fgpu_growth growth;
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
-    if (limit != CU_LIMIT_STACK_SIZE) return driver(limit, value);
+    if (limit != CU_LIMIT_STACK_SIZE) {
+        CUresult result = driver(limit, value);
+        if (limit == CU_LIMIT_MALLOC_HEAP_SIZE && result == CUDA_SUCCESS) fgpu_heap_limited(value);
+        return result;
+    }
     CUresult refusal = fgpu_stack_begins(&growth, value);
     return refusal ? refusal : fgpu_stack_ends(&growth, driver(limit, value), value);
 }

@@ -13,7 +13,6 @@
 #include "local_memory.h"
 
 #include <errno.h>
-#include <sys/mman.h>
 
 #include "gate.h"
 
@@ -21,36 +20,31 @@
 #define FIRST_BYTES 1024ULL /* of a thread, in a new context */
 #define MOST_BYTES (512ULL << 10)
 #define UNIT 16ULL
+#define FIRST_HEAP (8ULL << 20) /* the limit in a new context */
+#define HEAP_UNIT (64ULL << 10)
+#define HEAP_HEAD (2ULL << 20) /* beyond the limit */
 
 struct fgpu_area {
     _Atomic uint64_t context; /* 0: free */
     _Atomic uint64_t more;    /* bytes of a thread beyond the first, as far as is known */
     _Atomic uint64_t granted;
     _Atomic uint64_t busy_until_ns;
-    _Atomic int index; /* the ledger's, once something was granted */
+    _Atomic uint64_t heap_limit; /* 0: as in a new context, or it has its heap */
+    _Atomic uint64_t heap;       /* granted */
+    _Atomic int index;           /* the ledger's, once something was granted */
 };
 struct table { /* mapped at the first launch; zero after a fork, for the child has no context */
     struct fgpu_functions functions;
     struct fgpu_area areas[CONTEXTS];
     _Atomic uint64_t threads[FGPU_DEVICES]; /* that a device can have resident; 0: not asked yet */
 };
-_Atomic(struct fgpu_functions *) fgpu_functions; /* the table */
-static _Atomic unsigned contexts;                /* made so far */
+_Atomic(void *) fgpu_functions;   /* the table */
+static _Atomic bool heaps;        /* some context has another limit for it than a new one */
+static _Atomic unsigned contexts; /* made so far */
 
-static struct table *known_table(void) { return (void *)atomic_load_explicit(&fgpu_functions, memory_order_acquire); }
+static struct table *known_table(void) { return atomic_load_explicit(&fgpu_functions, memory_order_acquire); }
 
-static struct table *own_table(void)
-{
-    struct table *found = known_table();
-    struct fgpu_functions *none = NULL;
-    if (found) return found;
-    found = mmap(NULL, sizeof *found, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (found == MAP_FAILED) return NULL;
-    madvise(found, sizeof *found, MADV_WIPEONFORK);
-    if (atomic_compare_exchange_strong(&fgpu_functions, &none, &found->functions)) return found;
-    munmap(found, sizeof *found);
-    return (void *)none;
-}
+static struct table *own_table(void) { return fgpu_table(&fgpu_functions, sizeof(struct table)); }
 
 /* -- sizes */
 
@@ -119,6 +113,7 @@ static void give_back(struct fgpu_area *area, uint64_t bytes)
  * much goes back with the context. */
 static CUresult grow(struct fgpu_growth *growth, struct fgpu_area *area, CUdevice ordinal, uint64_t more)
 {
+    if (more <= atomic_load(&area->more)) return CUDA_SUCCESS;
     uint64_t turn = fgpu_take_turn(&area->busy_until_ns), from = atomic_load(&area->more);
     uint64_t bytes = more > from ? bytes_beyond(ordinal, more) - bytes_beyond(ordinal, from) : 0;
     struct admission admission = {.index = -1};
@@ -152,18 +147,12 @@ void fgpu_area_ends(uint64_t context)
     for (struct fgpu_area *area = known ? known->areas : NULL; area && area < known->areas + CONTEXTS; area++) {
         if (atomic_load(&area->context) != context) continue;
         give_back(area, FGPU_MOST_BYTES);
+        fgpu_give_back(atomic_load(&area->index), atomic_exchange(&area->heap, 0));
+        atomic_store(&area->heap_limit, 0);
         atomic_store(&area->more, 0);
         atomic_compare_exchange_strong(&area->context, &context, 0);
     }
     fgpu_functions_forget();
-}
-
-/* -- where a limit is in force, in a context whose area is known */
-
-static bool is_limited(void)
-{
-    struct fgpu_view view = fgpu_look();
-    return view.link == FGPU_HELD && fgpu_is_limited(view);
 }
 
 static bool current_context(CUcontext *context)
@@ -183,7 +172,7 @@ CUresult fgpu_stack_begins(struct fgpu_growth *growth, size_t bytes)
     CUstreamCaptureMode mode = fgpu_relax();
     *growth = (struct fgpu_growth){.area = NULL};
     if (bytes <= MOST_BYTES && fgpu_current(&ordinal) && ordinal < FGPU_DEVICES && current_context(&context) &&
-        is_limited()) {
+        fgpu_is_held()) {
         struct fgpu_area *area = area_of(context);
         growth->area = area;
         if (area) refusal = grow(growth, area, ordinal, more_of(bytes));
@@ -214,6 +203,53 @@ CUresult fgpu_stack_ends(const struct fgpu_growth *growth, CUresult result, size
     return result;
 }
 
+/* -- the heap of device code: there from the first launch of code that uses it, to the context's end */
+
+void fgpu_heap_limited(size_t bytes)
+{
+    CUcontext context;
+    int saved = errno;
+    struct fgpu_area *area = fgpu_is_held() && current_context(&context) ? area_of(context) : NULL;
+    if (area && bytes <= FGPU_MOST_BYTES) {
+        uint64_t limit = (bytes + HEAP_UNIT - 1) & ~(HEAP_UNIT - 1);
+        atomic_store(&area->heap_limit, limit > FIRST_HEAP ? limit : 0);
+        atomic_store(&heaps, true);
+        fgpu_functions_forget();
+    }
+    errno = saved;
+}
+
+static bool uses_heap(CUfunction function, bool is_kernel, CUcontext context)
+{
+    __typeof__(&cuFuncGetModule) get = REAL(cuFuncGetModule);
+    CUmodule module;
+    if (is_kernel) return fgpu_code_uses_heap((uint64_t)fgpu_library_of((CUkernel)function), 0);
+    return get && get(&module, function) == CUDA_SUCCESS && fgpu_code_uses_heap((uint64_t)module, (uint64_t)context);
+}
+
+static CUresult take_heap(struct fgpu_heap *heap, struct fgpu_area *area, CUdevice ordinal)
+{
+    uint64_t limit = atomic_exchange(&area->heap_limit, 0);
+    if (!limit) return CUDA_SUCCESS;
+    struct admission admission = fgpu_admission(ordinal, limit + HEAP_HEAD, FGPU_POOL);
+    if (admission.refusal) {
+        atomic_store(&area->heap_limit, limit);
+        return CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES;
+    }
+    if (admission.index < 0) return CUDA_SUCCESS;
+    atomic_store(&area->index, admission.index);
+    atomic_store(&area->heap, admission.bytes);
+    *heap = (struct fgpu_heap){area, limit};
+    return CUDA_SUCCESS;
+}
+
+static void heap_was_not_taken(const struct fgpu_heap *heap)
+{
+    if (!heap->area) return;
+    fgpu_give_back(atomic_load(&heap->area->index), atomic_exchange(&heap->area->heap, 0));
+    atomic_store(&heap->area->heap_limit, heap->limit);
+}
+
 /* -- functions */
 
 /* A number that was used so many epochs ago finds none of that time's entries. */
@@ -238,13 +274,14 @@ static enum handle local_bytes(CUfunction function, CUdevice ordinal, uint64_t *
 {
     static const CUfunction_attribute which = CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES;
     __typeof__(&cuFuncGetAttribute) of_function = REAL(cuFuncGetAttribute);
-    __typeof__(&cuKernelGetAttribute) of_kernel = REAL(cuKernelGetAttribute);
     enum handle handle = NO_HANDLE;
     int value = 0;
-    if (of_function && of_function(&value, which, function) == CUDA_SUCCESS)
+    if (of_function && of_function(&value, which, function) == CUDA_SUCCESS) {
         handle = FUNCTION;
-    else if (of_kernel && of_kernel(&value, which, (CUkernel)function, ordinal) == CUDA_SUCCESS)
-        handle = KERNEL;
+    } else { /* looked up here alone: old drivers lack it, and have no kernels */
+        __typeof__(&cuKernelGetAttribute) of_kernel = REAL(cuKernelGetAttribute);
+        if (of_kernel && of_kernel(&value, which, (CUkernel)function, ordinal) == CUDA_SUCCESS) handle = KERNEL;
+    }
     *bytes = handle != NO_HANDLE && value > 0 ? (uint64_t)value : 0;
     return handle;
 }
@@ -272,9 +309,16 @@ static CUresult begin(struct fgpu_first *first, CUfunction function)
     if (handle == NO_HANDLE) return CUDA_SUCCESS;
     first->place = place;
     first->key = handle == KERNEL && is_several() ? key_in(key, context) : key;
-    if (more_of(bytes) == 0 || !is_limited()) return CUDA_SUCCESS;
+    CUresult refusal = CUDA_SUCCESS;
+    if (handle == KERNEL) refusal = fgpu_load_of_library_begins(&first->load, fgpu_library_of((CUkernel)function));
+    bool has_heaps = atomic_load_explicit(&heaps, memory_order_relaxed);
+    if (refusal || (!has_heaps && !more_of(bytes)) || !fgpu_is_held()) return refusal;
     struct fgpu_area *area = area_of(context);
-    return area ? grow(&first->growth, area, ordinal, more_of(bytes)) : CUDA_SUCCESS;
+    if (area) refusal = grow(&first->growth, area, ordinal, more_of(bytes));
+    if (area && !refusal && has_heaps && uses_heap(function, handle == KERNEL, context))
+        refusal = take_heap(&first->heap, area, ordinal);
+    if (refusal) fgpu_first_ends(first, CUDA_ERROR_NOT_PERMITTED); /* no out-of-memory of the driver's */
+    return refusal;
 }
 
 CUresult fgpu_first_begins(struct fgpu_first *first, CUfunction function)
@@ -295,9 +339,11 @@ CUresult fgpu_first_begins(struct fgpu_first *first, CUfunction function)
 CUresult fgpu_first_ends(const struct fgpu_first *first, CUresult result)
 {
     int saved = errno;
-    if (result != CUDA_SUCCESS)
+    fgpu_load_ends(&first->load, result, 0);
+    if (result != CUDA_SUCCESS) {
         shrink_again(&first->growth);
-    else if (first->place)
+        heap_was_not_taken(&first->heap);
+    } else if (first->place)
         atomic_store_explicit(first->place, first->key, memory_order_relaxed);
     errno = saved;
     return result;

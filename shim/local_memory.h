@@ -2,7 +2,7 @@
 #ifndef FGPU_LOCAL_MEMORY_H
 #define FGPU_LOCAL_MEMORY_H
 
-#include "admit.h"
+#include "module_data.h"
 
 #define FGPU_FUNCTIONS 1024 /* a power of two */
 #define FGPU_EPOCH_SHIFT 48 /* no address has these bits */
@@ -13,7 +13,7 @@ struct fgpu_functions {
     _Atomic uint64_t epoch;
     _Atomic uint64_t known[FGPU_FUNCTIONS];
 };
-extern HIDDEN _Atomic(struct fgpu_functions *) fgpu_functions; /* NULL: nothing was launched yet */
+extern HIDDEN _Atomic(void *) fgpu_functions; /* a table of them; NULL: nothing was launched yet */
 
 static inline _Atomic uint64_t *fgpu_function_place(struct fgpu_functions *functions, uint64_t function)
 {
@@ -40,8 +40,14 @@ struct fgpu_growth { /* of one context's area, admitted before the driver takes 
     uint64_t bytes;    /* granted; 0: the area does not grow */
     int index;
 };
+struct fgpu_heap {          /* of device code, admitted before the driver takes it */
+    struct fgpu_area *area; /* NULL: none is taken */
+    uint64_t limit;
+};
 struct fgpu_first { /* a launch of a function that is not known */
     struct fgpu_growth growth;
+    struct fgpu_load load; /* of its library */
+    struct fgpu_heap heap;
     _Atomic uint64_t *place; /* NULL: it stays unknown */
     uint64_t key;            /* as it is going to be known */
 };
@@ -51,6 +57,8 @@ HIDDEN CUresult fgpu_first_begins(struct fgpu_first *first, CUfunction function)
 HIDDEN CUresult fgpu_first_ends(const struct fgpu_first *first, CUresult result); /* returns `result` */
 HIDDEN CUresult fgpu_stack_begins(struct fgpu_growth *growth, size_t bytes);
 HIDDEN CUresult fgpu_stack_ends(const struct fgpu_growth *growth, CUresult result, size_t bytes); /* likewise */
+
+HIDDEN void fgpu_heap_limited(size_t bytes); /* of the current context */
 
 HIDDEN void fgpu_functions_forget(void); /* handles of functions may come again, or areas became smaller */
 HIDDEN void fgpu_area_begins(void);      /* a context was made */

@@ -18,7 +18,7 @@ struct note { /* of a pointer: which pool gave it, and how much that was */
     uint64_t bytes;
     uint32_t slot, generation;
 };
-static struct note notes[NOTES];
+static _Atomic(void *) notes; /* a table of NOTES */
 
 static _Atomic int sole;      /* 0: no context seen yet; n + 1: on device n alone; -1: on several */
 static _Atomic bool captures; /* this program captures streams: what is captured takes nothing from a pool */
@@ -117,13 +117,13 @@ static uint64_t take_credit(struct pool *pool, uint64_t stream)
     return atomic_exchange_explicit(&credit->bytes, 0, memory_order_relaxed);
 }
 
-static struct note *note_of(CUdeviceptr pointer) { return &notes[mix(pointer) >> 56]; }
+static struct note *note_of(struct note *table, CUdeviceptr pointer) { return &table[mix(pointer) >> 56]; }
 
 /* The newest wins: an older pointer in the same place gives no credit when it is freed. */
 static void write_note(CUdeviceptr pointer, const struct order *order)
 {
-    struct note *note = note_of(pointer);
-    uint64_t was = atomic_load_explicit(&note->pointer, memory_order_relaxed);
+    struct note *table = fgpu_table(&notes, NOTES * sizeof *table), *note = table ? note_of(table, pointer) : NULL;
+    uint64_t was = note ? atomic_load_explicit(&note->pointer, memory_order_relaxed) : BUSY;
     if (was == BUSY || !atomic_compare_exchange_strong(&note->pointer, &was, BUSY)) return;
     note->bytes = order->bytes;
     note->slot = fgpu_pool_slot(order->pool);
@@ -134,8 +134,10 @@ static void write_note(CUdeviceptr pointer, const struct order *order)
 /* Taken before the driver can hand the pointer out again. */
 static bool take_note(CUdeviceptr pointer, struct order *order)
 {
-    struct note *note = note_of(pointer);
+    struct note *table = atomic_load_explicit(&notes, memory_order_acquire), *note;
     uint64_t its = pointer;
+    if (!table) return false;
+    note = note_of(table, pointer);
     if (atomic_load_explicit(&note->pointer, memory_order_relaxed) != pointer ||
         !atomic_compare_exchange_strong(&note->pointer, &its, BUSY))
         return false;

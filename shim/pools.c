@@ -4,7 +4,6 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <sys/mman.h>
 
 #include "pool.h"
 
@@ -14,31 +13,16 @@ struct table {
     struct pool pools[POOLS + FGPU_DEVICES]; /* the last ones: all further pools of a device in one */
     _Atomic(struct pool *) current[FGPU_DEVICES];
 };
-static _Atomic(struct table *) table; /* mapped when a first pool is used; most programs use none */
-static _Atomic uint32_t generations;  /* goes on after a fork, so that the parent's notes are worth nothing */
+static _Atomic(void *) table;        /* mapped when a first pool is used; most programs use none */
+static _Atomic uint32_t generations; /* goes on after a fork, so that the parent's notes are worth nothing */
 static struct pool nowhere = {.ordinal = FGPU_NO_TABLE};
 
 static struct table *known_table(void) { return atomic_load_explicit(&table, memory_order_acquire); }
 
-/* Zero after a fork: the child has no driver, and nothing of its own is admitted. On older kernels that cannot wipe it
- * the child's driver refuses all calls anyway. */
 static struct table *own_table(void)
 {
-    struct table *found = known_table(), *none = NULL;
-    if (LIKELY(found)) return found;
-    int saved = errno;
-    found = mmap(NULL, sizeof *found, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (found == MAP_FAILED) {
-        found = NULL;
-    } else {
-        madvise(found, sizeof *found, MADV_WIPEONFORK);
-        if (!atomic_compare_exchange_strong(&table, &none, found)) {
-            munmap(found, sizeof *found);
-            found = none;
-        }
-    }
-    errno = saved;
-    return found;
+    struct table *known = known_table();
+    return LIKELY(known) ? known : fgpu_table(&table, sizeof *known);
 }
 
 unsigned fgpu_pool_slot(const struct pool *pool) { return (unsigned)(pool - known_table()->pools); }

@@ -163,6 +163,15 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     HOOK(cuGraphExecKernelNodeSetParams_v2)                                                                            \
     HOOK(cuGraphExecNodeSetParams)                                                                                     \
     HOOK(cuCtxSetLimit)                                                                                                \
+    HOOK(cuModuleLoad)                                                                                                 \
+    HOOK(cuModuleLoadData)                                                                                             \
+    HOOK(cuModuleLoadDataEx)                                                                                           \
+    HOOK(cuModuleLoadFatBinary)                                                                                        \
+    HOOK(cuLibraryLoadData)                                                                                            \
+    HOOK(cuLibraryLoadFromFile)                                                                                        \
+    HOOK(cuLibraryGetModule)                                                                                           \
+    HOOK(cuLibraryGetGlobal)                                                                                           \
+    HOOK(cuKernelGetFunction)                                                                                          \
     HOOK(cuModuleUnload)                                                                                               \
     HOOK(cuLibraryUnload)                                                                                              \
     HOOK(cuStreamQuery)                                                                                                \
@@ -173,6 +182,8 @@ nvmlReturn_t nvmlDeviceGetAccountingStats_v2(nvmlDevice_t device, nvmlAccounting
     NEED(cuDeviceGetAttribute)                                                                                         \
     NEED(cuFuncGetAttribute)                                                                                           \
     NEED(cuKernelGetAttribute)                                                                                         \
+    NEED(cuFuncGetModule)                                                                                              \
+    NEED(cuKernelGetLibrary)                                                                                           \
     NEED(cuCtxGetDevice)                                                                                               \
     NEED(cuDeviceGetUuid)                                                                                              \
     NEED(cuDeviceGetUuid_v2)                                                                                           \

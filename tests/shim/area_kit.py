@@ -16,6 +16,8 @@ FUNCTIONS = r"""
 HEAD = ".version 7.0\n.target sm_70\n.address_size 64\n"
 def local(size, name="lmem"):
     return HEAD + ".visible .entry %s(.param .u64 p)\n{\n .local .align 16 .b8 buf[%d];\n ret;\n}\n" % (name, size)
+def data(size, name="glob"):
+    return HEAD + ".visible .global .align 16 .b8 big[%d];\n.visible .entry %s()\n{\n ret;\n}\n" % (size, name)
 def load(code):
     m = C.c_void_p(); need("cuModuleLoadData", C.byref(m), code.encode()); return m
 def function(module, name="lmem"):

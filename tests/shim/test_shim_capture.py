@@ -132,9 +132,11 @@ def graphs():
     need("cuGraphInstantiateWithFlags", C.byref(e), g, C.c_ulonglong(0)); need("cuGraphLaunch", e, t)
     need("cuStreamSynchronize", t); need("cuGraphExecDestroy", e)
 def firsts():
-    "Functions and kernels that no area has room for yet."
+    "Functions and kernels that no area has room for yet, and data."
     need("cuLaunchKernel", of(2048), *[1] * 6, 0, t, None, None)
     need("cuLaunchKernel", entry(library(local(3000))), *[1] * 6, 0, t, None, None); stack(1024)
+    k = entry(library(data(4 * MiB)), "glob"); need("cuKernelGetFunction", C.byref(V()), k); launch(k, t)
+    need("cuCtxSetLimit", 2, C.c_size_t(16 * MiB)); launch(of(100), t)
 def contexts():
     made, p = V(), C.c_uint64(); need("cuCtxCreate_v2", C.byref(made), 0, 1)
     need("cuMemAllocManaged", C.byref(p), C.c_size_t(MiB), 1); need("cuCtxDestroy_v2", made)

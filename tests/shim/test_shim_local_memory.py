@@ -95,11 +95,12 @@ def test_each_context_has_an_area_of_its_own(simulator: Simulator) -> None:
     """Kernels of a library have one handle for all of them."""
     script = """
 k = entry(library(local(4096))); out(*[launch(k) for _ in range(3)])
-inner = another(); out(*[launch(k) for _ in range(3)]); need("cuCtxSetCurrent", c); out(launch(k))
+inner = another(); innermost = another(); out(*[launch(k) for _ in range(3)])
+need("cuCtxSetCurrent", inner); out(launch(k)); need("cuCtxSetCurrent", c); out(launch(k))
 need("cuCtxDestroy_v2", inner); out(launch(k))
 """
-    assert said(simulator, script) == [[0, 0, 0], [0, 0, 0], [0], [0]]
-    assert asked(simulator.agent) == [area(4096), area(4096), -area(4096)]
+    assert said(simulator, script) == [[0, 0, 0], [0, 0, 0], [0], [0], [0]]
+    assert asked(simulator.agent) == [area(4096)] * 3 + [-area(4096)]
 
 
 def test_captured_launches_are_asked_for(simulator: Simulator) -> None:

@@ -201,6 +201,7 @@ int main(int argc, char **argv)
                     {"resident", check_resident},
                     {"pool_handles", check_pool_handles},
                     {"hooks2", check_hooks},
+                    {"hooks3", check_code},
                     {"fork", check_fork}};
     cuda = dlopen("libcuda.so.1", RTLD_NOW);
     management = dlopen("libnvidia-ml.so.1", RTLD_NOW);

@@ -87,5 +87,6 @@ void check_queues(void);
 void check_resident(void);
 void check_pool_handles(void);
 void check_hooks(void);
+void check_code(void);
 
 #endif

@@ -49,6 +49,30 @@ static void check_nodes(CUfunction function, CUkernel kernel)
     CALL(cuGraphDestroy, graph);
 }
 
+static void check_loads(void)
+{
+    CUmodule module = NULL;
+    CUlibrary library;
+    TRY("load.file.none", cuModuleLoad, &module, "/nowhere");
+    TRY("load.ex", cuModuleLoadDataEx, &module, code, 0, NULL, NULL);
+    CALL(cuModuleUnload, module);
+    TRY("load.fat.text", cuModuleLoadFatBinary, &module, code);
+    TRY("library.file.none", cuLibraryLoadFromFile, &library, "/nowhere", NULL, NULL, 0, NULL, NULL, 0);
+}
+
+static void check_library(CUlibrary library, CUkernel kernel)
+{
+    CUmodule module;
+    CUfunction function;
+    CUdeviceptr at;
+    size_t size;
+    TRY("library.module", cuLibraryGetModule, &module, library);
+    TRY("library.module.null", cuLibraryGetModule, &module, NULL);
+    TRY("library.global.none", cuLibraryGetGlobal, &at, &size, library, "none");
+    TRY("library.function", cuKernelGetFunction, &function, kernel);
+    TRY("library.function.null", cuKernelGetFunction, &function, NULL);
+}
+
 void check_hooks(void)
 {
     CUmodule module;
@@ -67,4 +91,18 @@ void check_hooks(void)
     TRY("module.unload.null", cuModuleUnload, NULL);
     TRY("library.unload", cuLibraryUnload, library);
     TRY("library.unload.null", cuLibraryUnload, NULL);
+}
+
+/* Loads in every way, and what makes a context take a library's data. */
+void check_code(void)
+{
+    CUlibrary library;
+    CUkernel kernel;
+    section("hooks3");
+    use_primary();
+    check_loads();
+    CALL(cuLibraryLoadData, &library, code, NULL, NULL, 0, NULL, NULL, 0);
+    CALL(cuLibraryGetKernel, &kernel, library, "noop");
+    check_library(library, kernel);
+    CALL(cuLibraryUnload, library);
 }

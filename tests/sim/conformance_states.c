@@ -161,6 +161,9 @@ static void ask_frees(void)
 static void ask_growth(void)
 {
     CUgraphNode node;
+    CUmodule module;
+    CUlibrary library;
+    CUfunction function;
     CUDA_KERNEL_NODE_PARAMS_v1 old;
     CUDA_KERNEL_NODE_PARAMS_v2 params;
     CUgraphNodeParams any;
@@ -168,6 +171,15 @@ static void ask_growth(void)
     memset(&params, 0, sizeof params);
     memset(&any, 0, sizeof any);
     TRY("cuCtxSetLimit", cuCtxSetLimit, CU_LIMIT_STACK_SIZE, 2048);
+    TRY("cuModuleLoad", cuModuleLoad, &module, "/proc/self/exe");
+    TRY("cuModuleLoadData", cuModuleLoadData, &module, ".version 7.0\n");
+    TRY("cuModuleLoadDataEx", cuModuleLoadDataEx, &module, ".version 7.0\n", 0, NULL, NULL);
+    TRY("cuModuleLoadFatBinary", cuModuleLoadFatBinary, &module, ".version 7.0\n");
+    TRY("cuLibraryLoadData", cuLibraryLoadData, &library, ".version 7.0\n", NULL, NULL, 0, NULL, NULL, 0);
+    TRY("cuLibraryLoadFromFile", cuLibraryLoadFromFile, &library, "/proc/self/exe", NULL, NULL, 0, NULL, NULL, 0);
+    TRY("cuLibraryGetModule", cuLibraryGetModule, &module, NULL);
+    TRY("cuLibraryGetGlobal", cuLibraryGetGlobal, &at, &size, NULL, "none");
+    TRY("cuKernelGetFunction", cuKernelGetFunction, &function, NULL);
     TRY("cuModuleUnload", cuModuleUnload, NULL);
     TRY("cuLibraryUnload", cuLibraryUnload, NULL);
     TRY("cuGraphAddKernelNode", cuGraphAddKernelNode, &node, graph, NULL, 0, &old);

@@ -20,6 +20,8 @@
 #define MOST_THREADS 16
 #define SLOTS 24
 #define MIB (1ULL << 20)
+#define ONE 1, 1, 1, 1, 1, 1
+#define ONE_BLOCK .gridDimX = 1, .gridDimY = 1, .gridDimZ = 1, .blockDimX = 1, .blockDimY = 1, .blockDimZ = 1
 
 /* clang-format off */
 #define DRIVER(X)                                                                                                      \
@@ -32,7 +34,8 @@
     X(cuStreamSynchronize) X(cuEventCreate) X(cuEventRecord) X(cuEventQuery) X(cuEventSynchronize)                     \
     X(cuEventDestroy_v2) X(cuModuleLoadData) X(cuModuleGetFunction) X(cuLaunchKernel) X(cuStreamBeginCapture_v2)       \
     X(cuStreamEndCapture) X(cuGraphInstantiateWithFlags) X(cuGraphLaunch) X(cuGraphExecDestroy) X(cuGraphDestroy)      \
-    X(cuDeviceGraphMemTrim) X(cuMemGetInfo_v2) X(cuDeviceTotalMem_v2) X(cuGetProcAddress_v2)
+    X(cuDeviceGraphMemTrim) X(cuCtxSetLimit) X(cuModuleUnload) X(cuLibraryLoadData) X(cuLibraryGetKernel)               \
+    X(cuLibraryGetModule) X(cuLibraryUnload) X(cuGraphCreate) X(cuGraphAddKernelNode_v2) X(cuMemGetInfo_v2) X(cuDeviceTotalMem_v2) X(cuGetProcAddress_v2)
 #define MANAGEMENT(X)                                                                                                  \
     X(nvmlInit_v2) X(nvmlDeviceGetHandleByIndex_v2) X(nvmlDeviceGetMemoryInfo)                                         \
     X(nvmlDeviceGetComputeRunningProcesses_v3)
@@ -205,6 +208,42 @@ static void capture(struct life *life)
     if (!draw(life, 4)) cu.cuDeviceGraphMemTrim(life->device);
 }
 
+/* Kernels with local memory and data of their own, each of them new. */
+static void use_code(struct life *life)
+{
+    static const char format[] = ".version 7.0\n.target sm_70\n.address_size 64\n.global .b8 big[%u];\n"
+                                 ".visible .entry f()\n{\n .local .align 16 .b8 buf[%u];\n ret;\n}\n";
+    char code[256];
+    CUmodule module;
+    CUlibrary library;
+    CUkernel kernel;
+    CUfunction function;
+    CUgraph graph;
+    CUgraphNode node;
+    snprintf(code, sizeof code, format, 1 + (unsigned)draw(life, 8 * MIB), 1 + (unsigned)draw(life, 3000));
+    if (!draw(life, 3)) cu.cuCtxSetLimit(CU_LIMIT_STACK_SIZE, draw(life, 3000));
+    if (draw(life, 2)) {
+        if (cu.cuModuleLoadData(&module, code)) return;
+        if (!cu.cuModuleGetFunction(&function, module, "f"))
+            for (int i = 0; i < 3; i++) launches += !cu.cuLaunchKernel(function, ONE, 0, life->stream, NULL, NULL);
+        cu.cuStreamSynchronize(life->stream);
+        cu.cuModuleUnload(module);
+        return;
+    }
+    if (cu.cuLibraryLoadData(&library, code, NULL, NULL, 0, NULL, NULL, 0)) return;
+    if (!cu.cuLibraryGetKernel(&kernel, library, "f")) {
+        CUDA_KERNEL_NODE_PARAMS params = {.kern = kernel, ONE_BLOCK};
+        if (!cu.cuGraphCreate(&graph, 0)) {
+            cu.cuGraphAddKernelNode_v2(&node, graph, NULL, 0, &params);
+            cu.cuGraphDestroy(graph);
+        }
+        launches += !cu.cuLaunchKernel((CUfunction)kernel, ONE, 0, life->stream, NULL, NULL);
+        cu.cuStreamSynchronize(life->stream);
+        cu.cuLibraryGetModule(&module, library);
+    }
+    cu.cuLibraryUnload(library);
+}
+
 static void other_context(struct life *life)
 {
     CUcontext context;
@@ -262,8 +301,8 @@ static void *live(void *argument)
 {
     struct life *life = argument;
     static void (*const ways[])(struct life *) = {
-        take,   take,   take,   make_array, map,  take_in_stream, take_in_stream, take_in_stream,
-        launch, launch, launch, rest,       rest, capture,        look,           look,
+        take,   take,   take, make_array, map,     take_in_stream, take_in_stream, take_in_stream, launch,
+        launch, launch, rest, rest,       capture, look,           look,           use_code,
     };
     CUmodule module;
     while (cu.cuDevicePrimaryCtxRetain(&life->primary, life->device)) storm_nap(1000); /* until its device is known */

@@ -1,0 +1,201 @@
+"""Variables of device code: asked for before the driver takes memory for them, given back when the code is unloaded."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from area_kit import MIB, asked, said
+from shim_kit import DEADLINE, ROOT, Build, Simulator
+
+OOM, GIB = 2, 1 << 30
+LARGE = 2 << 30
+
+LOADS = {
+    "cuModuleLoadData": "L.cuModuleLoadData(C.byref(m), data(n).encode())",
+    "cuModuleLoadDataEx": "L.cuModuleLoadDataEx(C.byref(m), data(n).encode(), 0, None, None)",
+    "cuModuleLoadFatBinary": "L.cuModuleLoadFatBinary(C.byref(m), data(n).encode())",
+    "cuModuleLoad": "L.cuModuleLoad(C.byref(m), file(n))",
+}
+BEGIN = """
+import tempfile
+m = C.c_void_p()
+def file(n):
+    global kept
+    kept = tempfile.NamedTemporaryFile(); kept.write(data(n).encode()); kept.flush(); return kept.name.encode()
+"""
+
+
+@pytest.mark.parametrize("way", LOADS)
+def test_a_load_is_asked_for_and_given_back(simulator: Simulator, way: str) -> None:
+    script = f"n = 5 * MiB; out({LOADS[way]}, L.cuModuleUnload(m)); n = 100; out({LOADS[way]}, L.cuModuleUnload(m))"
+    assert said(simulator, BEGIN + script) == [[0, 0], [0, 0]]
+    assert asked(simulator.agent) == [6 * MIB, -6 * MIB]
+
+
+@pytest.mark.parametrize("way", LOADS)
+def test_a_load_that_does_not_fit_is_refused(simulator: Simulator, way: str) -> None:
+    script = f"n = 2 * GiB; out({LOADS[way]}, m.value); n = 4 * MiB; out({LOADS[way]})"
+    assert said(simulator, BEGIN + script) == [[OOM, None], [0]]
+    assert asked(simulator.agent) == [LARGE, 4 * MIB]
+
+
+USES = {
+    "cuLibraryGetModule": "L.cuLibraryGetModule(C.byref(m), l)",
+    "cuLibraryGetGlobal": 'L.cuLibraryGetGlobal(C.byref(p), C.byref(size), l, b"big")',
+    "cuKernelGetFunction": "L.cuKernelGetFunction(C.byref(m), k)",
+    "cuLaunchKernel": "launch(k)",
+}
+MADE = {
+    "data": "l = library(data(n))",
+    "file": """
+l = C.c_void_p(); need("cuLibraryLoadFromFile", C.byref(l), file(n), None, None, 0, None, None, 0)
+""",
+}
+
+
+@pytest.mark.parametrize("way", USES)
+@pytest.mark.parametrize("made", MADE)
+def test_a_library_s_first_use_is_asked_for(simulator: Simulator, way: str, made: str) -> None:
+    """In each context; what the library is made of is not there by then."""
+    script = f"""
+p, size, n = C.c_uint64(), C.c_size_t(), 5 * MiB; {MADE[made]}
+k = entry(l, "glob"); out(1); out(*[{USES[way]} for _ in range(2)])
+inner = another(); out({USES[way]}); need("cuCtxDestroy_v2", inner); need("cuCtxSetCurrent", c)
+out({USES[way]}, L.cuLibraryUnload(l))
+"""
+    assert said(simulator, BEGIN + script) == [[1], [0, 0], [0], [0, 0]]
+    assert asked(simulator.agent) == [6 * MIB, 6 * MIB, -6 * MIB, -6 * MIB]
+
+
+@pytest.mark.parametrize("way", USES)
+def test_a_library_that_does_not_fit_is_refused_when_it_is_used(simulator: Simulator, way: str) -> None:
+    script = "p, size, n = C.c_uint64(), C.c_size_t(), 2 * GiB; l = library(data(n)); k = entry(l, 'glob')\n"
+    assert said(simulator, BEGIN + script + f"out({USES[way]}, {USES[way]}, L.cuLibraryUnload(l))") == [[OOM, OOM, 0]]
+    assert asked(simulator.agent) == [LARGE, LARGE]
+
+
+def test_a_context_s_end_gives_back_what_its_modules_had(simulator: Simulator) -> None:
+    script = """
+load(data(5 * MiB)); inner = another(); load(data(9 * MiB)); need("cuCtxDestroy_v2", inner); out(1)
+need("cuDevicePrimaryCtxReset_v2", 0); out(1)
+"""
+    assert said(simulator, script) == [[1], [1]]
+    assert asked(simulator.agent) == [6 * MIB, 10 * MIB, -10 * MIB, -6 * MIB]
+
+
+def test_what_the_driver_refuses_is_given_back(simulator: Simulator) -> None:
+    """It has no room itself; and while a stream captures in the strictest mode nothing is unloaded."""
+    script = """
+m = load(data(5 * MiB)); s, g, n = stream(), C.c_void_p(), C.c_void_p()
+out(L.cuModuleLoadData(C.byref(n), data(100 * GiB).encode())); need("cuStreamBeginCapture_v2", s, 0)
+out(L.cuModuleUnload(m)); L.cuStreamEndCapture(s, C.byref(g)); out(L.cuModuleUnload(m), L.cuModuleUnload(m))
+"""
+    simulator.agent.do("limit", limit=1 << 40)
+    assert said(simulator, script) == [[OOM], [900], [0, 400]]
+    assert asked(simulator.agent) == [6 * MIB, 100 * GIB, -100 * GIB, -6 * MIB]
+
+
+def test_more_modules_than_there_is_room_for(simulator: Simulator) -> None:
+    """The last ones are not asked for, and none is given back twice."""
+    script = "ms = [load(data(2 * MiB)) for _ in range(300)]; out(*{L.cuModuleUnload(m) for m in ms})"
+    assert said(simulator, script) == [[0]]
+    assert asked(simulator.agent) == [2 * MIB] * 256 + [-2 * MIB] * 256
+
+
+@pytest.mark.parametrize("how", ["observed", "unmanaged"])
+def test_nothing_is_asked_where_no_limit_holds(simulator: Simulator, how: str) -> None:
+    agent = simulator.agent
+    agent.do("limit", limit=GIB, flags=1) if how == "observed" else agent.do("set", answer="unmanaged")
+    assert said(simulator, "m = load(data(2 * GiB)); out(L.cuModuleUnload(m))") == [[0]]
+    assert asked(agent) == []
+
+
+# -- what is read of code
+
+
+def cubin(*sections: tuple[str, int, int]) -> bytes:
+    """An ELF file with these sections: name, size, alignment."""
+    names = b"\0" + b"".join(name.encode() + b"\0" for name, _, _ in sections) + b".shstrtab\0"
+    headers = [bytes(64)]
+    at = 1
+    for name, size, alignment in sections:
+        headers.append(struct.pack("<IIQQQQIIQQ", at, 8, 0, 0, 64, size, 0, 0, alignment, 0))
+        at += len(name) + 1
+    headers.append(struct.pack("<IIQQQQIIQQ", at, 3, 0, 0, 64, len(names), 0, 0, 1, 0))
+    begin = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + struct.pack(
+        "<HHIQQQIHHHHHH", 2, 190, 1, 0, 0, 64 + len(names), 0, 64, 0, 0, 64, len(headers), len(headers) - 1
+    )
+    return begin + names + b"".join(headers)
+
+
+def part(kind: int, content: bytes, flags: int = 0) -> bytes:
+    return struct.pack("<HHIQIIHHIIIQQQ", kind, 0x101, 64, len(content), 0, 0, 0, 0, 90, 0, 0, flags, 0, 0) + content
+
+
+def fatbin(*parts: bytes) -> bytes:
+    whole = b"".join(parts)
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(whole)) + whole
+
+
+VERSION = b".version 7.0\n"
+
+
+def text(mib: int) -> bytes:
+    return VERSION + f".target sm_70\n.global .b8 a[{mib << 20}];\0".encode()
+
+
+FOUR = cubin((".text.f", 9 << 20, 1), (".nv.global", 3 << 20, 16), (".nv.global.init", 1 << 20, 256))
+IMAGES: dict[str, tuple[bytes, int]] = {
+    "cubin": (FOUR, 4),
+    "cubin without": (cubin((".text.f", 9 << 20, 1), (".nv.globals", 9 << 20, 1)), 0),
+    "aligned": (cubin((".nv.global", 1, 1), (".nv.global.init", 2 << 20, 2 << 20)), 4),
+    "fat": (fatbin(part(2, FOUR)), 4),
+    "the least part": (fatbin(part(2, FOUR), part(1, text(6)), part(1, text(8))), 4),
+    "compressed": (fatbin(part(2, b"\xf0\xff" * 32, 0x2011), part(1, b"\xf0\xff" * 32, 0x8011)), 0),
+    "one compressed": (fatbin(part(1, b"\xf0\xff" * 32, 0x2011), part(2, FOUR)), 4),
+    "assembly": (text(6), 6),
+    "remarks": (b"// .global .b8 x[9999999];\n/* .global .b8 y[9999999]; */" + text(4), 4),
+    "instructions": (VERSION + b".visible .entry f() { st.global.u32 [a], 1; ld.global.b8 b, [a]; }" + text(2), 2),
+    "types": (VERSION + b".global .align 8 .f64 b[1024][512]; .global .v4 .f32 c[131072];" + text(2), 8),
+    "values": (VERSION + b".global .align 1 .b8 a[4] = {0, 1, {2}, 3}, b[2097152], c = 7;" + text(2), 6),
+    "elsewhere": (VERSION + b".extern .global .b8 a[8388608]; .global .b8 b[];" + text(2), 2),
+    "numbers": (VERSION + b".global .b8 a[0x200000]; .global .b8 b[010000000];" + text(2), 6),
+    "empty": (b"\0", 0),
+    "no assembly": (b".global .b8 a[9999999];", 0),
+    "a sign alone": (b"\x7fE\0", 0),
+    "nonsense": (VERSION + b'.global ;;; .global .align .b8 } { ) ( [ [ ] " .global .b8 a[9999999];', 0),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_what_is_read_of_code(simulator: Simulator, name: str) -> None:
+    image, mib = IMAGES[name]
+    script = f"m = C.c_void_p(); L.cuModuleLoadData(C.byref(m), bytes.fromhex('{(image + bytes(64)).hex()}')); out(1)"
+    assert said(simulator, script) == [[1]]
+    assert [size for size in asked(simulator.agent) if size > 0] == ([mib * MIB] if mib else [])
+
+
+def test_no_byte_is_read_beyond_an_image(build: Build, tmp_path: Path) -> None:
+    """Images with any bytes changed or missing, under sanitizers, in memory that ends where they do."""
+    folders = (f"-I{ROOT / 'shim'}", f"-I{ROOT / 'bpf'}")
+    program = build.compile("image.c", "image", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *folders)
+    for n, (image, _) in enumerate(IMAGES.values()):
+        (tmp_path / f"{n:02}").write_bytes(image)
+    command = [program, 1009, 3000, *sorted(tmp_path.iterdir())]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    read = [-(-int(size) // (2 * MIB)) * 2 for size in done.stdout.split()]
+    assert read == [mib for _, mib in IMAGES.values()]
+
+
+def test_a_fat_binary_in_its_wrapper(simulator: Simulator) -> None:
+    script = f"""
+inside = C.create_string_buffer(bytes.fromhex('{fatbin(part(2, FOUR)).hex()}'))
+wrapper, m = (C.c_uint64 * 3)(1 << 32 | 0x466243B1, C.addressof(inside)), C.c_void_p()
+out(L.cuModuleLoadFatBinary(C.byref(m), wrapper))
+"""
+    assert said(simulator, script) == [[0]]
+    assert asked(simulator.agent) == [4 * MIB]
