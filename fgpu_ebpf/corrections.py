@@ -32,9 +32,9 @@ class Corrections:
         self._gone: dict[_Life, int] = {}  # looks at which no memory was in use that the process should have
         self._exact: dict[_Life, tuple[int, int]] = {}  # when the process was last set exactly: see _correct
 
-    def mark(self, device: int) -> None:
+    def mark(self, device: int, processes: Mapping[int, Process]) -> None:
         """Before NVML is asked: peaks of processes that are in the middle of something begin anew."""
-        for tgid, process in self._ledger.processes().items():
+        for tgid, process in processes.items():
             if not process.quiet:
                 self._ledger.mark(tgid, process.generation, device)
 

@@ -187,7 +187,8 @@ class Reconciler:
 
         Overheads are corrected before orphans are let go: what an importer's row shows is charged to it first.
         """
-        sample = self._sample(device)
+        is_orphaned = bool(orphans or self._levels)
+        sample = self._sample(device, is_orphaned)
         for n in range(tries):
             if sample is None:
                 release.balance.forget()
@@ -197,7 +198,7 @@ class Reconciler:
             is_unquiet = self._corrections.look(device, sample, ended[device], drift)
             if not is_unquiet or n == tries - 1:
                 break
-            sample = self._sample(device)
+            sample = self._sample(device, is_orphaned)
         assert sample
         room = release.look(sample, orphans, ended[device])
         if room is not None and self._levels:
@@ -213,10 +214,11 @@ class Reconciler:
         for level in levels | self._levels:
             self._ledger.orphans.looked(level, device)
 
-    def _sample(self, device: int) -> Sample | None:
+    def _sample(self, device: int, is_orphaned: bool) -> Sample | None:
         """Marked before each: what a process has at most afterwards explains what this sample shows of it."""
-        self._corrections.mark(device)
-        return device_sample.take(self._nvml, self._ledger, device)
+        processes = self._ledger.processes()
+        self._corrections.mark(device, processes)
+        return device_sample.take(self._nvml, self._ledger, device, processes, is_orphaned)
 
     def _full(self, now: Truth, so_far: int) -> Truth:
         """What is asked less often."""

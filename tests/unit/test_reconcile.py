@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import device_sample, pages
 from fgpu_ebpf.corrections import GONE, overhead_for
 from fgpu_ebpf.device_balance import CALM_LOOKS
 from fgpu_ebpf.orphan_release import CONTEXT_REST_BYTES, DEVICE_REST_BYTES, SLACK_AFTER_NS
@@ -350,6 +350,16 @@ def test_an_importer_is_charged_before_the_orphan_of_the_exporter_is_let_go():
     assert told == [576 * MIB]
 
 
+def test_only_orphaned_bytes_need_more_than_one_sample():
+    books, asked = Books(process(900 * MIB)), []
+    one = reconciler(books, {ME: 900 * MIB}, lambda: asked.append(1) or held_beside_the_rest(0))
+    one.look(False)
+    assert len(asked) == 1
+    books.orphans.all = [orphan(64 * MIB)]
+    one.look(False)
+    assert len(asked) == 1 + device_sample.SAMPLES
+
+
 def test_what_has_no_entry_is_looked_for_at_levels_that_were_told_of():
     books = Books(process(900 * MIB))
     books.orphans.without = 64 * MIB
@@ -358,7 +368,7 @@ def test_what_has_no_entry_is_looked_for_at_levels_that_were_told_of():
         one.look()
     assert books.orphans.without == 64 * MIB
     one.orphaned(5)
-    for _ in range(2):
+    for _ in range(CALM_LOOKS + 1):  # the looks before it was told are no evidence
         one.look()
     assert books.orphans.without == 0
 
