@@ -9,6 +9,7 @@
 #define HOST_PROCESSES 5
 #define HOST_ORPHANED 6
 #define HOST_TAGS 7
+#define HOST_ORPHANS 8
 #define ORPHANS_TOLD_NS 2000000
 
 #define WAKE_UP 2 /* BPF_RB_FORCE_WAKEUP */
@@ -88,10 +89,9 @@ static void tell_of_program(struct fgpu_usage_page *page)
         send(page, FGPU_NEWS_EXECUTED, 0, 0, 0, 0);
 }
 
-/* Behind every process that comes: who reads this, and then the map, knows when to read it again. */
-static void count_processes(void)
+/* After each new entry of a map: a reader of this number, and then of the map, knows when to read the map again. */
+static void count_entry(u32 at)
 {
-    u32 at = HOST_PROCESSES;
     u64 *n = host.lookup(&at);
     if (n) __sync_fetch_and_add(n, 1);
 }

@@ -41,8 +41,8 @@ BPF_TABLE_PINNED("array", u32, u64, contexts, FGPU_DEVICES, PINS "contexts");
 BPF_TABLE_PINNED("array", u32, struct fgpu_device, devices, FGPU_DEVICES, PINS "devices");
 BPF_TABLE_PINNED("hash", struct fgpu_file, u32, files, 4096, PINS "files", SPARSE);
 /* 0: epoch, 1: flags for control pages, 2, 3: events of cgroups, 4: epoch of shares, 5: processes so far, 6: when the
- * agent was last told of orphans, 7: tags so far */
-BPF_TABLE_PINNED("array", u32, u64, host, 8, PINS "host");
+ * agent was last told of orphans, 7: tags so far, 8: entries of `orphans` so far */
+BPF_TABLE_PINNED("array", u32, u64, host, 9, PINS "host");
 BPF_TABLE_PINNED("hash", struct fgpu_counter_key, u64, counters, 65536, PINS "counters", SPARSE);
 BPF_TABLE_PINNED("array", u32, u64, incidents, 2 * FGPU_REASONS, PINS "incidents");
 BPF_TABLE_PINNED("percpu_array", u32, u64, hits, FGPU_HITS, PINS "hits");

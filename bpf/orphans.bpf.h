@@ -39,7 +39,11 @@ static struct fgpu_orphan *make_orphan(struct fgpu_process *p, struct fgpu_orpha
         one_less(&leaf->orphans);
         return 0;
     }
-    if (orphans.insert(key, &fresh) && leaf) one_less(&leaf->orphans);
+    if (orphans.insert(key, &fresh)) {
+        if (leaf) one_less(&leaf->orphans);
+    } else {
+        count_entry(HOST_ORPHANS);
+    }
     return orphans.lookup(key);
 }
 

@@ -68,7 +68,7 @@ static struct fgpu_process *make_process(u32 tgid, u64 *levels, u32 n, u64 part,
     }
     p->counted = leaf;
     name_process(p, levels, n);
-    count_processes();
+    count_entry(HOST_PROCESSES);
     return p;
 }
 

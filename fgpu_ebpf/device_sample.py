@@ -46,22 +46,22 @@ class Sample:
 
 
 def take(
-    nvml: Nvml, ledger: Ledger, device: int, before: Mapping[int, Process], is_orphaned: bool = True
+    nvml: Nvml, ledger: Ledger, device: int, before: Mapping[int, Process], samples: int = SAMPLES
 ) -> Sample | None:
     """Asks NVML about a device; None: it does not answer. `before`: the ledger's processes.
 
-    `taken` is empty where NVML does not give the bytes in use, or the row of some process. It has SAMPLES, of which one
-    may be off, where orphaned bytes depend on them: `is_orphaned`, or memory in no row.
+    `taken` has so many samples: none where NVML does not give the bytes in use, or the row of some process.
     """
     rows = nvml.process_bytes(device)
     if rows is None:
         return None
-    samples = SAMPLES if is_orphaned or any(_is_hidden(process, device) for process in before.values()) else 1
+    if not samples:
+        return Sample(rows, (), False, before)
     found = []
     for n in range(samples):
         if n:
             time.sleep(random.uniform(0, APART_SECONDS))
-        in_use, then = nvml.taken_bytes(device), nvml.process_bytes(device) if samples > 1 else rows
+        in_use, then = nvml.taken_bytes(device), nvml.process_bytes(device)
         if then is None:
             return None
         taken = None if in_use is None else _taken(in_use, rows, then)
@@ -75,7 +75,7 @@ def take(
     return Sample(rows, tuple(found), not changed, before, frozenset(changed | in_call))
 
 
-def _is_hidden(process: Process, device: int) -> bool:
+def is_hidden(process: Process, device: int) -> bool:
     """It may have memory that NVML shows in no row."""
     return bool(process.managed[device] or process.handles_in_no_row(device))
 

@@ -27,6 +27,7 @@ from fgpu_ebpf.processes import Process
 PERIOD_SECONDS = 0.5
 LEVELS_AT_A_TIME = 64
 RETRIES = 3
+DEVICE_SECONDS = 1.0  # between two looks at what a device has in use, while no orphaned bytes depend on it
 STALE_SECONDS = 5.0  # ten looks
 # How often NVML is asked while a device may hold orphaned bytes, by the age of the youngest of them.
 ORPHAN_PERIODS = ((5.0, 0.02), (60.0, 0.1), (float("inf"), 0.25))
@@ -102,6 +103,7 @@ class Reconciler:
         self._audit = Audit(nvml.process_percent)
         self._tally = xids.Tally(ignored_xids)
         self._ended = 0  # processes, when it was last swept
+        self._devices_at = 0.0  # when it is time for the devices' bytes in use
         self._levels: set[int] = set()  # that have, or may have, orphaned bytes without an entry
         self._level = 0  # in the ledger's list, the next to be looked at
         self._corrections = Corrections(nvml, ledger, levels)
@@ -150,14 +152,13 @@ class Reconciler:
 
     def _wait(self, full_at: float) -> None:
         """Until the next look: at the latest the next full one. New orphans wake it, but not without a pause."""
-        pause = _period(self.truth.orphans)
-        time.sleep(min(pause, ORPHAN_PERIODS[0][1]))
-        left = min(full_at - time.monotonic(), pause - ORPHAN_PERIODS[0][1])
-        if left > 0:
-            self._wake.wait(left)
+        looked = time.monotonic()
+        if self._wake.wait(max(0.0, min(full_at - looked, _period(self.truth.orphans)))):
+            time.sleep(max(0.0, looked + ORPHAN_PERIODS[0][1] - time.monotonic()))
 
     def look(self, is_full: bool = True) -> None:
         """One reconcile: correct, adopt, and let orphans go; a full one sweeps too, and asks NVML about the rest."""
+        is_due = is_full and time.monotonic() >= self._devices_at
         drift: Drift = {}
         held: dict[int, Rows] = {}
         ended: dict[int, Mapping[int, int]] = {}
@@ -165,12 +166,12 @@ class Reconciler:
         orphans, so_far = self._ledger.orphans.entries(), self._ledger.processes_so_far()
         for device, release in self._releases.items():
             own = [orphan for orphan in orphans if orphan.device == device]
-            rows = self._look_at(device, release, own, drift, ended, RETRIES if is_full else 1)
+            rows = self._look_at(device, release, own, drift, ended, RETRIES if is_full else 1, is_due)
             if rows is not None:
                 held[device], unexplained[device] = rows, release.balance.unexplained
         before = self.truth
         now = replace(before, held=held, drift=drift, orphans=orphans, ended=ended, unexplained=unexplained)
-        self.truth = self._full(now, so_far) if is_full else replace(now, processes=self._known, failure="")
+        self.truth = self._full(now, so_far, is_due) if is_full else replace(now, processes=self._known, failure="")
         if self.truth.pids() != before.pids() or (is_full and self.truth.strangers()):
             self._bell.ring()
 
@@ -182,13 +183,15 @@ class Reconciler:
         drift: Drift,
         ended: dict[int, Mapping[int, int]],
         tries: int,
+        is_due: bool,
     ) -> Rows | None:
-        """Looks at one device; None: NVML does not say.
+        """Looks at one device; None: NVML does not say. `is_due`: at its bytes in use even if no orphans depend on it.
 
         Overheads are corrected before orphans are let go: what an importer's row shows is charged to it first.
         """
-        is_orphaned = bool(orphans or self._levels)
-        sample = self._sample(device, is_orphaned)
+        has_hidden = any(device_sample.is_hidden(process, device) for process in self._known.values())
+        samples = device_sample.SAMPLES if orphans or self._levels or has_hidden else 0
+        sample = self._sample(device, samples)
         for n in range(tries):
             if sample is None:
                 release.balance.forget()
@@ -198,8 +201,10 @@ class Reconciler:
             is_unquiet = self._corrections.look(device, sample, ended[device], drift)
             if not is_unquiet or n == tries - 1:
                 break
-            sample = self._sample(device, is_orphaned)
+            sample = self._sample(device, samples)
         assert sample
+        if is_due and not samples:
+            sample = self._sample(device, 1) or sample
         room = release.look(sample, orphans, ended[device])
         if room is not None and self._levels:
             release.look_without_entries(list(self._levels), room)
@@ -214,18 +219,20 @@ class Reconciler:
         for level in levels | self._levels:
             self._ledger.orphans.looked(level, device)
 
-    def _sample(self, device: int, is_orphaned: bool) -> Sample | None:
+    def _sample(self, device: int, samples: int) -> Sample | None:
         """Marked before each: what a process has at most afterwards explains what this sample shows of it."""
         processes = self._ledger.processes()
         self._corrections.mark(device, processes)
-        return device_sample.take(self._nvml, self._ledger, device, processes, is_orphaned)
+        return device_sample.take(self._nvml, self._ledger, device, processes, samples)
 
-    def _full(self, now: Truth, so_far: int) -> Truth:
+    def _full(self, now: Truth, so_far: int, is_due: bool) -> Truth:
         """What is asked less often."""
         self._sweep(so_far)
-        self._choose_levels()
-        at = time.monotonic()
-        used = {device.index: self._nvml.used_bytes(device.index) for device in self._nvml.devices}
+        at, used = time.monotonic(), now.used
+        if is_due:
+            self._choose_levels()
+            used = {device.index: self._nvml.used_bytes(device.index) for device in self._nvml.devices}
+            self._devices_at = at + DEVICE_SECONDS
         answered = dict.fromkeys((device for device in now.held if used[device] is not None), at)
         return replace(
             now, answered={**now.answered, **answered}, used=used, turns=self._turns(at), processes=self._known,

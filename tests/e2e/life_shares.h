@@ -163,7 +163,9 @@ static void import_one(struct life *life, struct slot *slot)
     int file = receive(&letter);
     if (file < 0) return;
     if (letter.sort == MEMORY) import_memory(life, slot, &letter, file);
-    if (letter.sort == POOL) import_pool(slot, &letter, file);
+    /* A real driver (580.159, without agent and shim too) crashes later in cuCtxSynchronize where the pointer was freed
+     * before its import. */
+    if (letter.sort == POOL && !is_real()) import_pool(slot, &letter, file);
     if (slot->kind == NOTHING && draw(life, 2)) /* it was no use, and is kept all the same */
         *slot = (struct slot){.kind = DESCRIPTOR, .file = file};
     else
