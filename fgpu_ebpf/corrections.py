@@ -56,6 +56,8 @@ class Corrections:
             elif not process.quiet or not self._correct(tgid, process, device, held, drift):
                 is_unquiet = True
                 self._raise(tgid, process, device, held, drift)
+            if tgid not in sample.rows and not process.contexts[device] and process.bytes[device]:
+                drift.pop((tgid, device), None)  # its handles are in no row: nothing here says how much the driver has
         self._adopt(sample, ended)
         return is_unquiet
 

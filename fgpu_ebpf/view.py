@@ -228,7 +228,7 @@ def _tenant_device(look: _Look, tenant: Tenant, own: Iterable[int], device: Devi
 
 
 def _drift(look: _Look, own: Iterable[int], device: int) -> int | None:
-    """None unless there was somebody to compare, and everybody was, not long ago."""
+    """None unless NVML showed each process that has memory, not long ago."""
     age = _age(look, device)
     known = [look.truth.drift.get((tgid, device)) for tgid in own]
     if not known or None in known or age is None or age > STALE_SECONDS:
