@@ -143,7 +143,7 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="Whose turn comes first."),
         click.option("--weight", type=int, help="Part of contended time: 100 is usual."),
         click.option("--compute", help="Ceiling of each device's time, e.g. 50%."),
-        click.option("--memory", help="Limit on each device, e.g. 8GiB."),
+        click.option("--memory", help="Limit on each device, e.g. 8GiB or 50%."),
     ):
         command = option(command)
     return command
