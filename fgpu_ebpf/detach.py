@@ -12,12 +12,12 @@ import os
 import shutil
 from pathlib import Path
 
-from fgpu_ebpf import enginesetup, inject, keeper, launch, probes, procfs, programs, published
+from fgpu_ebpf import control, enginesetup, inject, keeper, launch, probes, procfs, programs, published
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.overrides import Overrides
 from fgpu_ebpf.workloads import Workloads
 
-LOCK, NAMES = "agent.lock", "engines.json"
+LOCK, NAMES = control.LOCK, "engines.json"
 _FILES = (
     *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", NAMES, Elders.FILE),
     *("gatekeeper.json", "gatekeeper.lock"),
