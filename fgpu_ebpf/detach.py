@@ -12,15 +12,15 @@ import os
 import shutil
 from pathlib import Path
 
-from fgpu_ebpf import control, enginesetup, inject, keeper, launch, probes, procfs, programs, published
+from fgpu_ebpf import control, enginesetup, inject, keeper, launch, probes, procfs, programs, published, tenant_names
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.overrides import Overrides
 from fgpu_ebpf.workloads import Workloads
 
-LOCK, NAMES = control.LOCK, "engines.json"
+LOCK, NAMES, TENANT_NAMES = control.LOCK, "engines.json", tenant_names.FILE
 _FILES = (
     *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", NAMES, Elders.FILE),
-    *("gatekeeper.json", "gatekeeper.lock"),
+    *("gatekeeper.json", "gatekeeper.lock", TENANT_NAMES),
 )
 
 

@@ -87,6 +87,7 @@ class Manager:
         self.consider_all()
 
     def _enforce(self, tenants: Sequence[Tenant]) -> None:
+        tenants = self.enforcer.names.named(tenants)  # before they are put in force one by one
         by_hand = [tenant for tenant in tenants if tenant.by_hand]
         for tenant in by_hand:
             self._put([tenant])
