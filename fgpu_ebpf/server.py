@@ -234,7 +234,7 @@ def serve_metrics(agent: Agent) -> Web:
 
     /healthz: the agent answers; /readyz: it enforces, else 503 and why not. AgentError: the address is taken.
 
-    The agent's own loop takes connections in, and looks around then: where nobody asks, nothing is spent.
+    The agent's own loop takes connections in, and takes a Snapshot when a whole request is there.
     """
     host, _, port = agent.settings.listen.rpartition(":")
     paths = {
@@ -249,10 +249,11 @@ def serve_metrics(agent: Agent) -> Web:
         raise AgentError(f"cannot listen at {agent.settings.listen} ({error}): choose another with --listen") from error
 
     def take_in() -> None:
-        try:
-            agent.fresh()
-        finally:  # who is not taken in would ring again at once
-            web.handle_request()
+        if web.hear():
+            try:
+                agent.fresh()
+            finally:
+                web.answer()
 
     agent.selector.register(web, selectors.EVENT_READ, take_in)
     agent.chores.append(web.expire)
