@@ -133,7 +133,7 @@ class Soak:
             self._said(client, f"fill {8 * MIB} 0", also=(REFUSED,))
         self.scrape()
         for _ in range(SETS):
-            ask(verb="put", target=tenant.path, memory=str(self.limits[tenant]))
+            ask(verb="put", target=tenant.path, memory=f"{self.limits[tenant]}B")
         self.policy()
 
     def start(self) -> None:
@@ -221,7 +221,7 @@ class Soak:
         if tenant := self._tenant():
             limit = self.random.randrange(SMALLEST, LARGEST, MIB)
             before = tenant.memory()["used_bytes"]
-            harness.fgpu("set", tenant.path, "--memory", str(limit))
+            harness.fgpu("set", tenant.path, "--memory", f"{limit}B")
             self.limits[tenant] = max(limit, before, tenant.memory()["used_bytes"])  # trainings go on meanwhile
 
     def policy(self) -> None:

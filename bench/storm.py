@@ -148,7 +148,7 @@ def with_agent(asked: Storms, options: list[str]) -> None:
     with agent(options), ending() as programs:
         greeted(asked, programs, ("unmanaged", "unmanaged"))
         for folder in asked.folders:
-            ask(verb="put", target=f"/{folder.relative_to(cgroup_root())}", memory=str(LIMIT))
+            ask(verb="put", target=f"/{folder.relative_to(cgroup_root())}", memory=f"{LIMIT}B")
         greeted(asked, programs, ("managed", "shared", "shared", "managed"))
 
 

@@ -75,7 +75,7 @@ class Program:
     def __init__(self, command: list[str], limit: int | None = None, name: str = "") -> None:
         self.name = name or Path(command[0]).name
         self._cgroup = None if limit is None else cgroup_root() / "fgpu" / name
-        run = [] if limit is None else [*FGPU, "run", "--memory", str(limit), "--name", name, "--"]
+        run = [] if limit is None else [*FGPU, "run", "--memory", f"{limit}B", "--name", name, "--"]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([*run, *command], stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True)
         self._left = b""

@@ -18,7 +18,7 @@ from pathlib import Path
 from fgpu_ebpf import cdi, devices, heap, inject, launch, notify, probes, procfs, profiles, programs, published, trial
 from fgpu_ebpf.adoption import Adoption
 from fgpu_ebpf.bypass_killer import BypassKiller
-from fgpu_ebpf.detach import LOCK, NAMES, take_away
+from fgpu_ebpf.detach import LOCK, NAMES, TENANT_NAMES, take_away
 from fgpu_ebpf.discovery import Discovery
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.enforcer import Enforcer
@@ -200,7 +200,8 @@ class Agent:
         workloads = Workloads(root, self.engines)
         overrides = Overrides(self.settings.run_dir / "overrides.json")
         self.enforcer = Enforcer(self.ledger, workloads, self.nvml.devices, self.settings.overcommit, found.older)
-        gone = GoneTenants(self.ledger)
+        self.enforcer.names.keep_in(self.settings.run_dir / TENANT_NAMES, workloads.cgroup)
+        gone = GoneTenants(self.ledger, self.enforcer.names)
         self.manager = Manager(workloads, self.enforcer, overrides, self.nvml.devices, self.history, gone)
         self.reconciler = Reconciler(self.nvml, self.ledger, self.enforcer.levels, self.settings.ignored_xids)
         self.news = Newsreader(
@@ -218,8 +219,7 @@ class Agent:
         self._policies.begin(found.policies)
         self.manager.tidy_all()
         self.manager.consider_all()
-        known = {tenant.cgroup for tenant in self.enforcer}
-        unknown = [cgroup for cgroup in self.ledger.tenants() if cgroup not in known]
+        unknown = [cgroup for cgroup in self.ledger.tenants() if self.enforcer.get(cgroup) is None]
         alive = {workloads.cgroup(path) for path in workloads.walk()}
         self.enforcer.release(unknown, gone.keep(left_behind(c) for c in unknown if c not in alive))
         self.ledger.times.tell()

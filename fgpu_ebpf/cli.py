@@ -34,11 +34,15 @@ def _fail(text: str, code: int) -> None:
     sys.exit(code)
 
 
+def _no_answer(error: ConnectionError) -> str:
+    return f"{error}: {error.fix}" if isinstance(error, control.NoAnswerError) else str(error)
+
+
 def _call(request: dict[str, Any], code_without_agent: int = 3) -> Any:
     try:
         return control.call(RUN_DIR, request)
     except ConnectionError as error:
-        return _fail(f"{error}: start it with `fgpu agent`", code_without_agent)
+        return _fail(_no_answer(error), code_without_agent)
     except control.RequestError as error:
         return _fail(str(error), error.code)
 
@@ -125,7 +129,9 @@ def detach() -> None:
 
     try:
         control.call(RUN_DIR, {"verb": "detach"})
-    except ConnectionError:
+    except ConnectionError as error:
+        if isinstance(error, control.NoAnswerError) and error.denied:
+            _fail(_no_answer(error), 3)
         from fgpu_ebpf import service
 
         try:
@@ -143,7 +149,7 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="Whose turn comes first."),
         click.option("--weight", type=int, help="Part of contended time: 100 is usual."),
         click.option("--compute", help="Ceiling of each device's time, e.g. 50%."),
-        click.option("--memory", help="Limit on each device, e.g. 8GiB."),
+        click.option("--memory", help="Limit on each device, e.g. 8GiB or 50%."),
     ):
         command = option(command)
     return command
@@ -182,7 +188,7 @@ def run(name: str, pidns: bool, command: tuple[str, ...], **limits: Any) -> None
         place = launch.Place(Path(answer["folder"]), Path(answer["preload"]), pidns)
         sys.exit(launch.run(place, command))
     except ConnectionError as error:
-        _fail(f"{error}: not started", 125)
+        _fail(f"not started: {_no_answer(error)}", 125)
     except (control.RequestError, launch.LaunchError) as error:
         _fail(f"{error}: not started", 125)
 
@@ -256,7 +262,7 @@ def top(once: bool, sort: str, reverse: bool, filter_: str) -> None:
         else:
             sys.exit(terminal.watch(ask, choice))
     except ConnectionError as error:
-        _fail(f"{error}: start it with `fgpu agent`", 3)
+        _fail(_no_answer(error), 3)
     except control.RequestError as error:
         _fail(str(error), error.code)
 

@@ -35,14 +35,14 @@ def cdi_group() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON list.")
 def list_devices(as_json: bool) -> None:
     """List the devices that engines find on this host now."""
-    from fgpu_ebpf import inject
+    from fgpu_ebpf import control, inject
 
     found = [_device(spec, device) for spec in inject.written(_run_dir()) for device in spec["devices"]]
     if as_json:
         click.echo(json.dumps(found))
         return
     if not found:
-        _fail("no agent has written any: start it with `fgpu agent`")
+        _fail(f"no agent has written any: start it with `{control.agent_command()}`")
     for device in found:
         click.echo(f"{device['name']:<32} {device['gives']}")
 

@@ -1,17 +1,26 @@
-"""The control socket, as who asks sees it.
+"""Client side of the control socket.
 
-Owns: one request and its answer. Never: imports what the agent needs: a command has to be there at once. On failure:
-ConnectionError where no agent answers, RequestError where it says no.
+Owns: one request and its answer, and the reason where there is none. Never: imports what the agent needs: a command has
+to be there at once. On failure: NoAnswerError (a ConnectionError) with what fixes it, RequestError where the agent
+refuses.
 """
 
 from __future__ import annotations
 
+import grp
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any
 
 PATIENCE_SECONDS = 30.0
+LOCK = "agent.lock"  # locked by the agent as long as it runs
+GROUP = "fgpu"  # its members may read
+UNIT = "fgpu-agent"
+_UNIT_FILES = (Path("/etc/systemd/system"), Path("/usr/lib/systemd/system"), Path("/lib/systemd/system"))
+_BOOTED = Path("/run/systemd/system")  # systemd is this host's init
+_LOCKS = Path("/proc/locks")
 
 
 class RequestError(Exception):
@@ -20,6 +29,22 @@ class RequestError(Exception):
     def __init__(self, text: str, code: int = 1) -> None:
         super().__init__(text)
         self.code = code
+
+
+class NoAnswerError(ConnectionError):
+    """No answer came; `fix` is what to do about it. `denied`: an agent runs, and this user may not ask it."""
+
+    def __init__(self, text: str, fix: str, denied: bool = False) -> None:
+        super().__init__(text)
+        self.fix = fix
+        self.denied = denied
+
+
+def agent_command(verb: str = "start") -> str:
+    """Return what starts (or restarts) the agent on this host: its unit where the package is installed."""
+    if _BOOTED.is_dir() and any((folder / f"{UNIT}.service").exists() for folder in _UNIT_FILES):
+        return f"systemctl {verb} {UNIT}"
+    return "fgpu agent"
 
 
 def call(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIENCE_SECONDS) -> Any:
@@ -31,12 +56,12 @@ def call(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIE
             sock.sendall(json.dumps(request).encode() + b"\n")
             data = b"".join(iter(lambda: sock.recv(1 << 20), b""))
         except OSError as error:
-            raise ConnectionError(f"no agent answers at {run_dir}/control.sock ({error.strerror or error})") from error
+            raise _no_answer(run_dir, error) from error
     return _read(data)
 
 
 async def ask(run_dir: Path, request: dict[str, Any], patience_seconds: float = PATIENCE_SECONDS) -> Any:
-    """The same, for a process that has other things to do meanwhile. Raises ConnectionError, RequestError."""
+    """Ask the agent without blocking the process's loop. Raises ConnectionError, RequestError."""
     import asyncio
 
     try:
@@ -48,9 +73,36 @@ async def ask(run_dir: Path, request: dict[str, Any], patience_seconds: float = 
             finally:
                 writer.close()
     except (OSError, TimeoutError) as error:
-        why = "not in time" if isinstance(error, TimeoutError) else error.strerror or error
-        raise ConnectionError(f"no agent answers at {run_dir}/control.sock ({why})") from error
+        raise _no_answer(run_dir, error) from error
     return _read(data)
+
+
+def _no_answer(run_dir: Path, error: OSError) -> NoAnswerError:
+    """Tell a user without permission from a host without an agent: the kernel checks the permission first."""
+    if isinstance(error, PermissionError) and _is_running(run_dir):
+        text = f"the agent runs, but this user may not ask it ({run_dir}/control.sock: {error.strerror})"
+        return NoAnswerError(text, _permission(), denied=True)
+    why = "not in time" if isinstance(error, TimeoutError) else error.strerror or error
+    return NoAnswerError(f"no agent answers at {run_dir}/control.sock ({why})", f"start it with `{agent_command()}`")
+
+
+def _is_running(run_dir: Path) -> bool:
+    """True if a process holds the agent's lock. /proc/locks has the inode of each locked file, for every user."""
+    try:
+        inode = os.stat(run_dir / LOCK).st_ino
+        locked = {line.split()[-3].rpartition(":")[2] for line in _LOCKS.read_text(encoding="ascii").splitlines()}
+    except (OSError, IndexError):
+        return True  # unknown: permission is what is certainly missing
+    return str(inode) in locked
+
+
+def _permission() -> str:
+    """Return how a user comes to the permission to read."""
+    try:
+        grp.getgrnam(GROUP)
+    except KeyError:
+        return "use sudo"
+    return f"use sudo, or `sudo usermod -aG {GROUP} $USER` and log in again"
 
 
 def _read(data: bytes) -> Any:

@@ -12,22 +12,21 @@ import os
 import shutil
 from pathlib import Path
 
-from fgpu_ebpf import enginesetup, inject, keeper, launch, probes, procfs, programs, published
+from fgpu_ebpf import control, enginesetup, inject, keeper, launch, probes, procfs, programs, published, tenant_names
 from fgpu_ebpf.elders import Elders
-from fgpu_ebpf.overrides import Overrides
 from fgpu_ebpf.workloads import Workloads
 
-LOCK, NAMES = "agent.lock", "engines.json"
+LOCK, NAMES, TENANT_NAMES = control.LOCK, "engines.json", tenant_names.FILE
 _FILES = (
     *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", NAMES, Elders.FILE),
-    *("gatekeeper.json", "gatekeeper.lock"),
+    *("gatekeeper.json", "gatekeeper.lock", TENANT_NAMES),
 )
 
 
 def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     """Opens everything, unpins it and removes what was set up. `by_agent`: whoever holds the lock does it."""
     keeper.end_any(run_dir)
-    _cgroups(run_dir)
+    _cgroups()
     for folder in (pins, *probes.folders_of_other_layouts(pins)):
         probes.detach(folder)
     _remove_empty(pins.parent)
@@ -44,14 +43,14 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     _remove_empty(run_dir)
 
 
-def _cgroups(run_dir: Path) -> None:
-    """Those of `fgpu run` that nobody is in any more; the others are removed by whoever comes next."""
+def _cgroups() -> None:
+    """Remove empty cgroups of `fgpu run`; a later agent removes the others when their programs have ended."""
     root = procfs.cgroup2_root()
     if root is None:
         return
-    for override in Overrides(run_dir / "overrides.json"):
-        if override.own:
-            Workloads(root).remove(override.path)
+    workloads = Workloads(root)
+    for path in workloads.own():
+        workloads.remove(path)
 
 
 def _published(shim: Path) -> None:

@@ -14,16 +14,15 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
 from typing import Any
 
 from fgpu_ebpf import pages, procfs
 from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.elders import Elders
-from fgpu_ebpf.identity import NAME_CHARACTERS
 from fgpu_ebpf.ledger import Ledger, LevelLimits
 from fgpu_ebpf.policy import Device
 from fgpu_ebpf.quantities import memory_text
+from fgpu_ebpf.tenant_names import TenantNames
 from fgpu_ebpf.tenants import Tenant
 from fgpu_ebpf.workloads import Workloads
 
@@ -50,7 +49,7 @@ class Enforcer:
         self._capacity = {device.index: device.usable_bytes for device in devices}
         self.overcommit = overcommit
         self._tenants: dict[int, Tenant] = {}
-        self._names: dict[str, int] = {}
+        self.names = TenantNames()
         self._paths: dict[str, int] = {}
         self._granted: dict[int, Mapping[int, int]] = {}  # what counts, by cgroup
         self._denied: dict[int, str] = {}
@@ -88,7 +87,7 @@ class Enforcer:
 
     def named(self, name: str) -> Tenant | None:
         """The tenant of that name."""
-        return self._tenants.get(self._names.get(name, -1))
+        return self._tenants.get(self.names.owner(name) or -1)
 
     def levels(self, path: str) -> tuple[int, ...]:
         """The managed cgroups of a path, leaf first, as the kernel would find them: of too many, the outermost."""
@@ -108,7 +107,7 @@ class Enforcer:
         """Puts these in force, their present processes included. RoomError: one set by hand does not fit; OSError: the
         kernel has no room; none is then.
         """
-        changed = [t for t in map(self._with_own_name, tenants) if self._tenants.get(t.cgroup) != t]
+        changed = [t for t in self.names.named(tenants) if self._tenants.get(t.cgroup) != t]
         for tenant in changed:
             if tenant.by_hand and (lack := self._lack(tenant)):
                 raise RoomError(lack)
@@ -125,6 +124,7 @@ class Enforcer:
         except OSError:
             self._ledger.remove(new)
             raise
+        self.names.enter(changed)
         if new:
             self._take_over(new)
         for tenant in changed:
@@ -135,7 +135,7 @@ class Enforcer:
     @contextlib.contextmanager
     def _unless_refused(self) -> Iterator[None]:
         """What the kernel does not take was never entered, so that it is tried again."""
-        book, promises = (self._tenants, self._names, self._paths, self._inside), (self._granted, self._denied)
+        book, promises = (self._tenants, self._paths, self._inside), (self._granted, self._denied)
         held: Sequence[dict[Any, Any]] = [*book, *promises]
         before = [dict(entries) for entries in held]
         try:
@@ -147,22 +147,14 @@ class Enforcer:
             self._sums = None
             raise
 
-    def _with_own_name(self, tenant: Tenant) -> Tenant:
-        """Two of one name: the later one has its cgroup's id behind it."""
-        if self._names.get(tenant.name, tenant.cgroup) == tenant.cgroup:
-            return tenant
-        return replace(tenant, name=f"{tenant.name[: NAME_CHARACTERS - 21]}-{tenant.cgroup}")
-
     def _enter(self, tenant: Tenant) -> None:
         before = self._tenants.get(tenant.cgroup)
         if before:
-            self._names.pop(before.name, None)
             self._count_inside(before.path, -1)
         self._count_inside(tenant.path, 1)
         if before and before.path != tenant.path:
             self._sums = None
         self._tenants[tenant.cgroup] = tenant
-        self._names[tenant.name] = tenant.cgroup
         self._paths[tenant.path] = tenant.cgroup
         if tenant.cgroup in self._granted or tenant.cgroup in self._denied:
             self._grant(tenant)
@@ -232,6 +224,7 @@ class Enforcer:
         self._ledger.remove(gone - kept)
         for cgroup in gone:
             self._forget(cgroup)
+        self.names.forget(gone - kept)
         self._try_those_who_lack()
 
     def _forget(self, cgroup: int) -> None:
@@ -241,7 +234,6 @@ class Enforcer:
         self._sums = None
         if tenant:
             self._count_inside(tenant.path, -1)
-            self._names.pop(tenant.name, None)
             if self._paths.get(tenant.path) == cgroup:
                 del self._paths[tenant.path]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import replace
 
 from fgpu_ebpf.identity import Workload
 from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.tenant_names import TenantNames
 from fgpu_ebpf.tenants import Source, Tenant
 
 FRESH_SECONDS = 5.0  # the driver takes down what an ended process held: that soon makes room for others
@@ -22,8 +22,9 @@ class GoneTenants:
     are not shown, and forgotten soon.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, names: TenantNames | None = None) -> None:
         self._ledger = ledger
+        self._names = names or TenantNames()
         self._tenants: dict[int, tuple[Tenant, float]] = {}  # and since when it is gone
 
     def __iter__(self) -> Iterator[Tenant]:
@@ -33,7 +34,7 @@ class GoneTenants:
         """Keeps those of these tenants that have orphaned bytes; returns their cgroups."""
         now, held = time.monotonic(), [t for t in tenants if any(self._ledger.orphans.of_level(t.cgroup))]
         for tenant in held:
-            self._tenants[tenant.cgroup] = replace(tenant, name=f"{tenant.name}-{tenant.cgroup}"), now
+            self._tenants[tenant.cgroup] = self._names.outlive(tenant), now
         return {tenant.cgroup for tenant in held}
 
     def tidy(self) -> None:
@@ -46,6 +47,7 @@ class GoneTenants:
         known = [cgroup for cgroup in cgroups if self._tenants.pop(cgroup, None)]
         if known:
             self._ledger.remove(known)
+            self._names.forget(known)
 
     def held_bytes(self, index: int) -> int:
         """Bytes of a device that the device has held for longer than it takes to end a process."""

@@ -62,7 +62,9 @@ def set_up(of: Parts, folder: Path, names: Sequence[str]) -> None:
 
 
 class Lists:
-    """The lists of images' own preloads, as long as somebody asks for them; by no clock that can be set."""
+    """Lists of images' own preloads that `fgpu-oci precreate` keeps, which knows no bundle that they could be in; as
+    long as containers start with them, by no clock that can be set.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / "preload.d"

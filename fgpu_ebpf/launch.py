@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import pwd
+import select
 import signal
 import stat
 from collections.abc import Sequence
@@ -151,9 +152,11 @@ def run(place: Place, command: Sequence[str]) -> int:
         _drop_to_caller()
         _exec(command)
     _check(_libc.unshare(_NEWPID), "unshare")
+    waiting = os.pidfd_open(os.getpid())
     child = os.fork()
     if child == 0:
-        _become_init(command)
+        _become_init(command, waiting)
+    os.close(waiting)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda n, _: os.kill(child, n))
     _, status = os.waitpid(child, 0)
@@ -161,11 +164,19 @@ def run(place: Place, command: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _become_init(command: Sequence[str]) -> NoReturn:
+def _end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends; it forgets that at every change of the uid."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if select.select([parent], [], [], 0)[0]:
+        os._exit(125)  # the parent has ended before
+
+
+def _become_init(command: Sequence[str], parent: int) -> NoReturn:
+    """`parent`: a pidfd of the process that waits for this one."""
     try:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         _mount("proc", "/proc", "proc", 0)
         _drop_to_caller()
+        _end_with(parent)
     except (LaunchError, OSError) as error:
         os.write(2, f"fgpu: {error}\n".encode())
         os._exit(125)

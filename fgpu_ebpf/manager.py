@@ -87,6 +87,7 @@ class Manager:
         self.consider_all()
 
     def _enforce(self, tenants: Sequence[Tenant]) -> None:
+        tenants = self.enforcer.names.named(tenants)  # before they are put in force one by one
         by_hand = [tenant for tenant in tenants if tenant.by_hand]
         for tenant in by_hand:
             self._put([tenant])
@@ -201,7 +202,8 @@ class Manager:
         for path in paths:
             cgroup = self.workloads.cgroup(path)
             override = self.overrides.get(cgroup or 0)
-            if override is None or not override.own or now < self._awaited.get(path, 0.0):
+            own = override.own if override else self.workloads.is_own(path)  # without one: of an agent before a detach
+            if cgroup is None or not own or now < self._awaited.get(path, 0.0):
                 continue
             if not self.workloads.is_populated(path) and self.workloads.remove(path):
                 self._awaited.pop(path, None)
@@ -221,5 +223,5 @@ class Manager:
         self.tidy(late)
 
     def tidy_all(self) -> None:
-        """Removes every own cgroup that is empty: after a time when nobody told us."""
-        self.tidy([override.path for override in self.overrides if override.own])
+        """Removes every own cgroup that is empty: events may have been lost, or have come while no agent ran."""
+        self.tidy(self.workloads.own())

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fgpu_ebpf import wholefile
+from fgpu_ebpf.quantities import Amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,14 @@ class Override:
     priority: str = ""
     share: str = ""
     devices: tuple[str, ...] = ()
+    memory_millionths: int | None = None  # of each device, in place of memory_bytes
+
+    @property
+    def memory(self) -> Amount | None:
+        """The limit of memory; None: nothing is said of it."""
+        if self.memory_bytes is None and self.memory_millionths is None:
+            return None
+        return Amount(self.memory_bytes or 0, self.memory_millionths or 0)
 
     @property
     def says_compute(self) -> bool:
@@ -77,8 +86,10 @@ class Overrides:
 
 
 def _entry(override: Override) -> dict[str, object]:
-    """As the file has it: an agent that knows no shares of single devices reads those that are of none."""
+    """As the file has it: without fields that say nothing and that an older agent does not know."""
     entry = asdict(override)
     if not override.devices:
         del entry["devices"]
+    if override.memory_millionths is None:
+        del entry["memory_millionths"]
     return entry

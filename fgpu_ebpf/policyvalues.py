@@ -40,7 +40,7 @@ RESERVED_LABELS = frozenset(
 _NAME = r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?"
 _METRIC_LABEL = r"[a-zA-Z_][a-zA-Z0-9_]{0,63}"
 _UUID = re.compile(r"gpu-[0-9a-f-]{1,36}")
-_MEMORY = r"^\s*[0-9]+(\.[0-9]+)?\s*(B|[KMGT]iB?)?\s*$"
+_MEMORY = r"^\s*[0-9]+(\.[0-9]+)?\s*(B|[KMGT]iB?)\s*$"
 _PERCENT = r"^\s*[0-9]{1,3}(\.[0-9]{1,4})?\s*%\s*$"
 _DURATION = r"^\s*[0-9]+(\.[0-9]+)?\s*(us|ms|s)\s*$"
 
@@ -81,7 +81,7 @@ def _device_listed(value: Any) -> Any:
 
 
 def _written(value: Any, example: str) -> str:
-    """A quantity, which may be a bare number."""
+    """A quantity's text; YAML reads one without a unit as a number, which is then told what is missing."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"is no quantity: write it as {example}")
     return str(value)
@@ -165,7 +165,7 @@ def _device(value: Any) -> DeviceChoice:
 # -- types ---------------------------------------------------------------------------------------------------------
 
 _TEXT, _WHOLE = {"type": "string"}, {"type": "integer"}
-_QUANTITY = {"anyOf": [{**_TEXT, "pattern": _MEMORY}, {**_TEXT, "pattern": _PERCENT}, _WHOLE]}
+_QUANTITY = {"anyOf": [{**_TEXT, "pattern": _MEMORY}, {**_TEXT, "pattern": _PERCENT}]}
 _DEVICE = {"anyOf": [{**_TEXT, "minLength": 1}, {**_WHOLE, "minimum": 0, "maximum": pages.DEVICES - 1}]}
 
 Bytes = Annotated[Amount, PlainValidator(_amount), WithJsonSchema(_QUANTITY)]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_UNITS = {"": 1, "B": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_UNITS = {"B": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_SHIFTS = (("GiB", 30), ("MiB", 20), ("B", 0))
 _TIMES = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 _QUANTITY = re.compile(r"(?P<number>[0-9]{1,20}(?:\.[0-9]{1,20})?)\s{0,4}(?P<unit>[A-Za-z]{0,20})")
 _FRACTION = re.compile(r"(?P<whole>[0-9]{1,4})(?:\.(?P<part>[0-9]{1,6}))?")
@@ -47,19 +48,44 @@ def shown(text: str) -> str:
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
-def memory_bytes(text: str) -> int:
-    """`8GiB`, `8Gi`, `8192MiB`, `1.5GiB` or plain bytes -> bytes. Decimal units are refused: nobody means them."""
+def amount(text: str) -> Amount:
+    """Parse `8GiB`, `1.5GiB`, `8Gi`, `8192MiB`, `8589934592B` or `50%`: in files, labels and on the command line.
+
+    A number needs a unit, binary ones alone (8GB would be 7.45GiB), and two mebibytes at least, which is what the
+    driver allocates at once. Raises QuantityError.
+    """
+    if text.rstrip().endswith("%"):
+        return Amount(millionths=millionths(text))
     match = _QUANTITY.fullmatch(text.strip())
     if match is None:
-        raise QuantityError(f"{shown(text)} is no quantity of memory: write it as 8GiB or 8192MiB")
-    number, unit = match["number"], match["unit"]
+        raise QuantityError(f"{shown(text)} is no quantity of memory: write it as 8GiB or 50%")
+    bytes_ = _bytes(text, match["number"], match["unit"])
+    if bytes_ < GRANULE:
+        raise QuantityError(f"{shown(text)} is less than a device gives out at once: write 2MiB at least")
+    return Amount(bytes_)
+
+
+def _bytes(text: str, number: str, unit: str) -> int:
+    if not 0 < float(number) <= MOST_BYTES:
+        raise QuantityError(f"{shown(text)} is not between 1 byte and 128 TiB")
+    if not unit:
+        raise QuantityError(f"{shown(text)} has no unit: did you mean {_with_unit(number)}?")
     unit = unit.removesuffix("B") if unit.endswith("iB") else unit
     if unit not in _UNITS:
         raise QuantityError(_decimal_hint(text, number, unit))
     value = float(number) * _UNITS[unit] if "." in number else int(number) * _UNITS[unit]
-    if not 0 < value <= MOST_BYTES or value != int(value):
+    if not 1 <= value <= MOST_BYTES or value != int(value):
         raise QuantityError(f"{shown(text)} is not between 1 byte and 128 TiB")
     return int(value)
+
+
+def _with_unit(number: str) -> str:
+    """Guess the unit of a number that has none, by its size: gibibytes, mebibytes or bytes."""
+    if float(number) < 1024:
+        return f"{number}GiB"
+    if float(number) < GRANULE or "." in number:
+        return f"{number}MiB"
+    return next((f"{int(number) >> shift}{unit}" for unit, shift in _SHIFTS if not int(number) % (1 << shift)), "")
 
 
 def _decimal_hint(text: str, number: str, unit: str) -> str:
@@ -75,20 +101,6 @@ def memory_text(bytes_: int) -> str:
         if abs(bytes_) >= size:
             return f"{bytes_ / size:.1f}".removesuffix(".0") + unit
     return f"{bytes_}B"
-
-
-def amount(text: str) -> Amount:
-    """`8GiB` or `50%` -> Amount, which no device could hold less of than one granule."""
-    if text.rstrip().endswith("%"):
-        return Amount(millionths=millionths(text))
-    if not _QUANTITY.fullmatch(text.strip()):
-        raise QuantityError(f"{shown(text)} is no quantity of memory: write it as 8GiB or 50%")
-    bytes_ = memory_bytes(text)
-    if bytes_ < GRANULE:
-        number = text.strip()
-        hint = f"did you mean {number}GiB?" if number.isdigit() and bytes_ < 1024 else "write 2MiB at least"
-        raise QuantityError(f"{shown(text)} is less than a device gives out at once: {hint}")
-    return Amount(bytes_)
 
 
 def amount_text(amount: Amount) -> str:

@@ -137,8 +137,10 @@ class ControlServer:
         path = self._find(request)
         asked = _asked(request)
         tenant = self._agent.manager.set(path, asked)
-        said = [f"{name} {asked[field]}" for name, field in _COMPUTE_FIELDS.items() if field in asked]
-        self._agent.history.add("set", tenant=tenant.name, bytes=asked.get("memory_bytes", 0), text=", ".join(said))
+        said = [f"memory {request['memory']}"] if asked.get("memory_millionths") else []
+        said += [f"{name} {asked[field]}" for name, field in _COMPUTE_FIELDS.items() if field in asked]
+        bytes_ = asked.get("memory_bytes") or 0
+        self._agent.history.add("set", tenant=tenant.name, bytes=bytes_, text=", ".join(said))
         return {"tenant": tenant.name, "path": tenant.path, **asked}
 
     def _find(self, request: dict[str, Any]) -> str:
@@ -185,7 +187,8 @@ def _asked(request: dict[str, Any]) -> dict[str, Any]:
     """The limits that a request names, as fields of an Override."""
     asked: dict[str, Any] = {}
     if request.get("memory") is not None:
-        asked["memory_bytes"] = quantities.memory_bytes(_text(request, "memory"))
+        memory = quantities.amount(_text(request, "memory"))
+        asked |= {"memory_bytes": memory.bytes or None, "memory_millionths": memory.millionths or None}
     if request.get("compute") is not None:
         asked["limit_millionths"] = quantities.millionths(_text(request, "compute"))
     weight, priority = request.get("weight"), request.get("priority")
@@ -231,7 +234,7 @@ def serve_metrics(agent: Agent) -> Web:
 
     /healthz: the agent answers; /readyz: it enforces, else 503 and why not. AgentError: the address is taken.
 
-    The agent's own loop takes connections in, and looks around then: where nobody asks, nothing is spent.
+    The agent's own loop takes connections in, and takes a Snapshot when a whole request is there.
     """
     host, _, port = agent.settings.listen.rpartition(":")
     paths = {
@@ -246,10 +249,11 @@ def serve_metrics(agent: Agent) -> Web:
         raise AgentError(f"cannot listen at {agent.settings.listen} ({error}): choose another with --listen") from error
 
     def take_in() -> None:
-        try:
-            agent.fresh()
-        finally:  # who is not taken in would ring again at once
-            web.handle_request()
+        if web.hear():
+            try:
+                agent.fresh()
+            finally:
+                web.answer()
 
     agent.selector.register(web, selectors.EVENT_READ, take_in)
     agent.chores.append(web.expire)

@@ -291,10 +291,10 @@ def _agent(run_dir: Path) -> list[Check]:
     try:
         answer = control.call(run_dir, {"verb": "ping"})
         snapshot = control.call(run_dir, {"verb": "snapshot"})
-    except ConnectionError as error:
-        return [Check("agent", False, str(error), "start it: fgpu agent")]
-    except (control.RequestError, subprocess.SubprocessError) as error:
-        return [Check("agent", False, str(error), "restart it: fgpu agent")]
+    except control.NoAnswerError as error:
+        return [Check("agent", False, str(error), error.fix)]
+    except (ConnectionError, control.RequestError, subprocess.SubprocessError) as error:
+        return [Check("agent", False, str(error), f"restart it with `{control.agent_command('restart')}`")]
     return [
         Check("agent", True, f"pid {answer['pid']}"),
         keeper.check(run_dir),

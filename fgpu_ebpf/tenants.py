@@ -13,6 +13,7 @@ from fgpu_ebpf import pages
 from fgpu_ebpf.identity import COMPUTE_LABEL, MEMORY_LABEL, NAME_CHARACTERS, Workload, safe_name
 from fgpu_ebpf.overrides import Override
 from fgpu_ebpf.policy import Compute, Decision, Device, Policy, Priority
+from fgpu_ebpf.quantities import Amount
 from fgpu_ebpf.scheduler import MILLION
 from fgpu_ebpf.scheduler import Share as TimeShare
 from fgpu_ebpf.shares import Share, parse
@@ -99,19 +100,25 @@ def tenant_of(decision: Decision, override: Override | None, devices: Sequence[D
     return tenant if override is None else _by_hand(tenant, override, devices)
 
 
-def _by_hand(tenant: Tenant, override: Override, devices: Iterable[Device]) -> Tenant:
+def _by_hand(tenant: Tenant, override: Override, devices: Sequence[Device]) -> Tenant:
     if override.share:
         return _by_share(tenant, parse(override.share), override.devices, devices)
     chosen = tenant.limits or {device.index: pages.NO_LIMIT for device in devices}
-    limits = chosen if override.memory_bytes is None else dict.fromkeys(chosen, override.memory_bytes)
     return replace(
         tenant,
         name=override.name or tenant.name,
         source=Source.RUN if override.own else Source.SET,
-        limits=limits,
+        limits=_memory_by_hand(chosen, override.memory, devices),
         compute=_compute_by_hand(tenant.compute, override),
         notes=(),
     )
+
+
+def _memory_by_hand(limits: Mapping[int, int], memory: Amount | None, devices: Iterable[Device]) -> Mapping[int, int]:
+    """Replace the limit on each device that the tenant may use; None: keep them."""
+    if memory is None:
+        return limits
+    return {device.index: memory.of(device.usable_bytes) for device in devices if device.index in limits}
 
 
 def requests(share: Share, policy: Policy) -> dict[str, str]:

@@ -99,6 +99,18 @@ class Workloads:
             raise TargetError(f"{name!r} is no name: letters, digits, '.', '_' and '-', at most 101")
         return f"/{RUN_FOLDER}/{name}"
 
+    def is_own(self, path: str) -> bool:
+        """True for a cgroup directly below the folder of `fgpu run`."""
+        return os.path.dirname(path) == f"/{RUN_FOLDER}"
+
+    def own(self) -> list[str]:
+        """The paths of all cgroups of `fgpu run`, those of earlier agents included."""
+        try:
+            with os.scandir(f"{self.root}/{RUN_FOLDER}") as entries:
+                return [f"/{RUN_FOLDER}/{entry.name}" for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            return []
+
     def make(self, name: str) -> str:
         """A new cgroup for `fgpu run`; answers its path. TargetError: the name is none, or taken. Empty: any."""
         if name:

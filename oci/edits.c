@@ -1,7 +1,8 @@
 /*
- * edits.c: the mounts that a container needs, put into an OCI configuration. Owns RUN/preload.d, lists that join an
- * image's own preloads with ours. Never changes a byte of the configuration that is not its own; never takes away a
- * mount that somebody else asked for. On failure: said, and no configuration.
+ * edits.c: the mounts that a container needs, put into an OCI configuration. Owns lists that join an image's own
+ * preloads with ours: in the container's bundle, or in RUN/preload.d where the caller knows no bundle. Never changes a
+ * byte of the configuration that is not its own; never takes away a mount that somebody else asked for. On failure:
+ * said, and no configuration.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -15,6 +16,8 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/xattr.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "edits.h"
@@ -25,6 +28,9 @@
 #define FILE_NAME "libfgpu.so"
 #define MOST_OF_A_LIST (64 << 10)
 #define MOST_LISTS 256 /* images bring them: no host has that many kinds */
+#define FRESH_SECONDS 10
+#define LIST_NAME "fgpu.preload" /* in the bundle */
+#define LABEL "security.selinux"
 
 /* -- files */
 
@@ -159,37 +165,78 @@ static char *joined(const char *own, const char *shim)
     return NULL;
 }
 
-static int lists_in(const char *folder)
+static int is_plain(const char *path)
 {
-    DIR *open = opendir(folder);
-    int count = 0;
-    for (struct dirent *entry; open && (entry = readdir(open));) count += *entry->d_name != '.';
-    if (open) closedir(open);
-    return count;
+    for (; *path; path++)
+        if (*path == '"' || *path == '\\' || (unsigned char)*path < ' ') return 0;
+    return 1;
 }
 
-/* Named by what is in it: one file for all containers of all images that have the same. */
-static int keep_list(const struct setup *setup, const char *text, char *path, size_t size)
+/* A bundle is one container's alone, and is removed with it. */
+static int keep_in_bundle(const struct setup *setup, const char *bundle, const char *text, char *path, size_t size)
+{
+    char label[256], *folder = realpath(bundle, NULL);
+    int length = folder ? snprintf(path, size, "%s/" LIST_NAME, folder) : -1;
+    free(folder);
+    if (length < 0) return -1;
+    if ((size_t)length >= size || !is_plain(path)) {
+        errno = ENAMETOOLONG; /* or has characters that no configuration could carry as they are */
+        return -1;
+    }
+    if (file_write(path, text)) return -1;
+    ssize_t labelled = lgetxattr(setup->preload, LABEL, label, sizeof label);
+    if (labelled > 0)
+        lsetxattr(path, LABEL, label, (size_t)labelled, 0); /* with the folder's, no container may read it */
+    return 0;
+}
+
+/* 0: there is a place for one more list, if need be that of the list that was asked for longest ago. */
+static int make_place(const char *folder)
+{
+    char oldest[NAME_MAX + 1] = "";
+    struct stat found;
+    time_t since = time(NULL) - FRESH_SECONDS;
+    int count = 0, at = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *lists = at >= 0 ? fdopendir(at) : NULL;
+    for (struct dirent *entry; lists && (entry = readdir(lists));) {
+        if (*entry->d_name == '.' || fstatat(at, entry->d_name, &found, AT_SYMLINK_NOFOLLOW)) continue;
+        count++;
+        if (found.st_mtime >= since) continue; /* its container may not have mounted it yet */
+        since = found.st_mtime;
+        strcpy(oldest, entry->d_name);
+    }
+    int failed = count >= MOST_LISTS && (!*oldest || unlinkat(at, oldest, 0));
+    if (lists) closedir(lists);
+    return failed;
+}
+
+/* Where no bundle is known. Named by what is in it: one file for all containers of all images that have the same. */
+static int keep_shared(const struct setup *setup, const char *text, char *path, size_t size)
 {
     uint64_t hash = 0xcbf29ce484222325ULL;
     for (const char *at = text; *at; at++) hash = (hash ^ (unsigned char)*at) * 0x100000001b3ULL;
-    snprintf(path, size, "%s/preload.d", setup->run);
-    if (mkdir(path, 0755) && errno != EEXIST) return -1;
-    int many = lists_in(path) >= MOST_LISTS;
+    char folder[PATH_MAX];
+    snprintf(folder, sizeof folder, "%s/preload.d", setup->run);
+    if (mkdir(folder, 0755) && errno != EEXIST) return -1;
     snprintf(path, size, "%s/preload.d/%016llx", setup->run, (unsigned long long)hash);
     char *before = file_read(AT_FDCWD, path, 2 * MOST_OF_A_LIST);
     int same = before && !strcmp(before, text);
+    errno = before ? EEXIST : EDQUOT;
+    int taken = before && !same;
     free(before);
-    errno = before ? EEXIST : many ? EDQUOT : 0;
-    if (same) utimensat(AT_FDCWD, path, NULL, 0); /* what nobody has asked for of late is swept */
-    return same ? 0 : before || many ? -1 : file_write(path, text);
+    if (same) utimensat(AT_FDCWD, path, NULL, 0); /* the agent removes those that were asked for long ago */
+    if (same || taken) return same ? 0 : -1;
+    if (!make_place(folder)) return file_write(path, text);
+    errno = EDQUOT;
+    return -1;
 }
 
-static int list_for(const struct setup *setup, const char *root, char *path, size_t size)
+static int list_for(const struct setup *setup, const char *bundle, const char *root, char *path, size_t size)
 {
     snprintf(path, size, "%s", setup->preload);
     char *own = own_list(root), *text = own ? joined(own, setup->shim) : NULL;
-    int failed = text && keep_list(setup, text, path, size);
+    int failed =
+        text && (bundle ? keep_in_bundle(setup, bundle, text, path, size) : keep_shared(setup, text, path, size));
     if (failed) say("the image's own " PRELOAD " cannot be joined with the shim: %s", strerror(errno));
     free(own);
     free(text);
@@ -251,9 +298,9 @@ char *edits_apply(const struct setup *setup, const char *config, const char *bun
         return NULL;
     }
     char path[PATH_MAX], list[PATH_MAX], entries[6 * PATH_MAX], *to = entries;
-    snprintf(path, sizeof path, "%s%s%s", *root == '/' ? "" : bundle, *root == '/' ? "" : "/", root);
+    snprintf(path, sizeof path, "%s%s%s", *root == '/' || !bundle ? "" : bundle, *root == '/' ? "" : "/", root);
     free(root);
-    if (list_for(setup, path, list, sizeof list)) return NULL;
+    if (list_for(setup, bundle, path, list, sizeof list)) return NULL;
     *to = 0;
     mount_entry(&to, mounts, setup->shim, setup->shim, "");
     mount_entry(&to, mounts, setup->socket, "/run/fgpu/shim", ",\"noexec\"");

@@ -102,7 +102,7 @@ static int precreate(const char *run)
     int is_set_up = setup_read(&setup, run);
     if (is_set_up < 0) return refuse("the shim's place is not known");
     if (!is_set_up) say("no agent runs here: the container starts without a limit");
-    char *edited = is_set_up ? edits_apply(&setup, config, "/") : config;
+    char *edited = is_set_up ? edits_apply(&setup, config, NULL) : config;
     if (!edited || put_out(edited)) return refuse("the shim cannot be put in");
     return 0;
 }

@@ -45,14 +45,15 @@ static int open_roots(void)
 
 static bool is_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 
-/* `8GiB`, `8Gi`, `8192MiB` or bytes, as in a policy; 0: none of these, and then nothing is to be had. */
+/* Parse `8GiB`, `8Gi`, `8192MiB` or `8589934592B`, as a policy has them: a number needs a unit. 0: none of these, and
+ * then no memory is admitted. */
 static uint64_t parse(const char *text)
 {
     static const struct {
         char name[4];
         unsigned shift;
-    } units[] = {{"", 0},     {"B", 0},   {"Ki", 10},  {"KiB", 10}, {"Mi", 20},
-                 {"MiB", 20}, {"Gi", 30}, {"GiB", 30}, {"Ti", 40},  {"TiB", 40}};
+    } units[] = {{"B", 0},   {"Ki", 10},  {"KiB", 10}, {"Mi", 20}, {"MiB", 20},
+                 {"Gi", 30}, {"GiB", 30}, {"Ti", 40},  {"TiB", 40}};
     uint64_t number = 0;
     while (*text == ' ' || *text == '\t') text++;
     if (*text < '0' || *text > '9') return 0;

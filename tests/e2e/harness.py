@@ -577,7 +577,7 @@ class Place:
         return tenant
 
     def _make(self, name: str, folder: Path, memory: int | None) -> Tenant:
-        command = [*FGPU, "run", *self._options, "--name", name, "--memory", str(memory), "--", "sh", "-c", HUB]
+        command = [*FGPU, "run", *self._options, "--name", name, "--memory", f"{memory}B", "--", "sh", "-c", HUB]
         hub = subprocess.Popen(command, stdin=subprocess.PIPE, env=ENVIRONMENT, cwd=folder)
         return Tenant(self, name, f"/fgpu/{name}", folder, hub)
 
@@ -613,7 +613,7 @@ class Cgroups(Place):
         cgroup = cgroup_root() / path.lstrip("/")
         cgroup.mkdir(parents=True)
         if memory is not None:
-            fgpu("set", path, "--memory", str(memory))
+            fgpu("set", path, "--memory", f"{memory}B")
         enter = ["sh", "-c", f'echo $$ >{cgroup}/cgroup.procs && exec sh -c "$0"', HUB]
         environment = {**ENVIRONMENT, "LD_PRELOAD": str(SHIM)}
         return Tenant(
@@ -665,7 +665,7 @@ class Container(Place):
         tenant = Tenant(self, name, path, folder, hub)
         try:
             if memory is not None:
-                fgpu("set", path, "--memory", str(memory))
+                fgpu("set", path, "--memory", f"{memory}B")
             self._call("start", name)
         except BaseException:
             self.end(tenant)
@@ -729,7 +729,7 @@ def _bind(source: str | Path, target: str | Path | None = None, read_only: bool 
 @contextlib.contextmanager
 def group(place: Place, memory: int) -> Iterator[Callable[[], dict[str, Any]]]:
     """A limit on the cgroup above all tenants of a place; yields a look at its memory."""
-    fgpu("set", place.group, "--memory", str(memory))
+    fgpu("set", place.group, "--memory", f"{memory}B")
     try:
 
         def look() -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_the_wall_clock_may_jump(service: Service, clock: Clock, tenant, scale: 
         client.ok(f"free {taken}")
         if number % 10 == 0:
             limit = LIMIT + number % 20 * STEP
-            fgpu("set", one.path, "--memory", str(limit))
+            fgpu("set", one.path, "--memory", f"{limit}B")
             assert client.ok("info")[1] == limit
             shown = ask(verb="snapshot")["time_seconds"]
             assert abs(shown - time.time() - clock.ahead) < 10, "they do not see it jump: nothing was tried"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 from harness import (
@@ -133,7 +134,10 @@ def test_metrics_page_is_for_this_machine_alone(service: Service) -> None:
         (["set", "/fgpu", "--memory", "8GB"], 2),
         (["set", "/fgpu", "--memory", "-1"], 2),
         (["set", "/fgpu", "--memory", "much"], 2),
-        (["set", "/fgpu", "--memory", str(2**64)], 2),
+        (["set", "/fgpu", "--memory", "6"], 2),
+        (["set", "/fgpu", "--memory", "101%"], 2),
+        (["run", "--memory", "6", "--", "true"], 125),
+        (["set", "/fgpu", "--memory", f"{2**64}B"], 2),
         (["run", "--memory", "8GB", "--", "true"], 125),
         (["run", "--memory", "1GiB"], 125),
         (["run", "--priority", "highest", "--", "true"], 125),
@@ -169,6 +173,58 @@ def test_under_sudo_a_program_runs_as_who_typed_it(service: Service, uid: str, g
     assert "Traceback" not in done.stderr
     assert said in (done.stderr if done.returncode else done.stdout)
     assert done.returncode == (125 if said == "no user" else 0)
+
+
+# -- without the permission to ask
+
+OUTSIDER = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
+
+def as_outsider(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command, as a user outside root and the group `fgpu`."""
+    command = [*OUTSIDER, *FGPU, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, env=ENVIRONMENT, cwd="/", check=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        *[([word], 3) for word in ("status", "ps", "top", "events", "metrics", "reload", "detach")],
+        (["set", "/fgpu", "--memory", "1GiB"], 3),
+        (["run", "--memory", "1GiB", "--", "true"], 125),
+    ],
+    ids=str,
+)
+def test_a_user_without_permission_is_told_that_the_agent_runs(service: Service, words: list[str], code: int) -> None:
+    done = as_outsider(*words)
+    assert done.returncode == code
+    assert len(done.stderr.splitlines()) == 1
+    assert "the agent runs, but this user may not ask it" in done.stderr
+    assert "use sudo" in done.stderr
+    assert "start it" not in done.stderr
+    assert fgpu("status").returncode == 0, "it still runs"
+
+
+def test_doctor_tells_a_user_without_permission_so(service: Service) -> None:
+    (found,) = [one for one in json.loads(as_outsider("doctor", "--json").stdout) if one["name"] == "agent"]
+    assert not found["ok"]
+    assert "the agent runs" in found["found"]
+    assert "use sudo" in found["mend"]
+
+
+def test_a_socket_that_an_agent_has_left_is_no_agent(service: Service, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for folder in (tmp_path, run_dir):
+        folder.chmod(0o755)
+    (run_dir / "agent.lock").touch()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(run_dir / "control.sock"))
+        (run_dir / "control.sock").chmod(0o600)
+        done = as_outsider("--run-dir", str(run_dir), "status")
+    assert done.returncode == 3
+    assert "no agent answers" in done.stderr
+    assert "start it with `" in done.stderr
 
 
 GARBAGE = [

@@ -41,7 +41,7 @@ class Spin:
     def __init__(
         self, program: Path, name: str, *limits: str, kernel_us: int = 200, stderr: IO[bytes] | None = None
     ) -> None:
-        command = [*FGPU, "run", "--memory", str(GIB), "--name", name, *limits, "--", program, str(kernel_us), "burst"]
+        command = [*FGPU, "run", "--memory", f"{GIB}B", "--name", name, *limits, "--", program, str(kernel_us), "burst"]
         self.name = name
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -131,7 +131,7 @@ def driver_offset(name: str) -> str:
 
 def test_who_runs_outside_its_turns_is_named(start, programs: None) -> None:
     honest = start("honest", "--weight", "100")
-    liar = [*FGPU, "run", "--memory", str(GIB), "--name", "liar", "--weight", "100", "--"]
+    liar = [*FGPU, "run", "--memory", f"{GIB}B", "--name", "liar", "--weight", "100", "--"]
     command = [*liar, BUILD / "e2e/liar", driver_offset("cuLaunchKernel")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         try:

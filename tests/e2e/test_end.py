@@ -283,3 +283,30 @@ def test_run_ends_with_its_program(unharmed, tmp_path: Path) -> None:
         run.terminate()
         assert run.wait(5) == 3
     assert told.read_text() == "term\n"
+
+
+@pytest.mark.parametrize("uid", ["0", "65534"])
+def test_a_program_ends_with_the_command_that_runs_it(unharmed, uid: str) -> None:
+    """Under sudo too, where the program runs as another user; the command is killed, and passes nothing on."""
+    environment = {**ENVIRONMENT, "SUDO_UID": uid, "SUDO_GID": uid}
+    command = [*FGPU, "run", "--pidns", "--memory", "1GiB", "--", "sh", "-c", "echo up; exec sleep 77"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        try:
+            assert run.stdout
+            assert run.stdout.readline() == "up\n"
+            (child,) = map(int, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split())
+            assert Path(f"/proc/{child}").stat().st_uid == int(uid)
+        finally:
+            run.kill()
+    try:
+        eventually(lambda: not _lives(child), 5, "the program's end")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False

@@ -278,7 +278,7 @@ def test_a_detach_that_ends_half_way_is_ended_by_the_command(host: Host, held: t
     assert not list(Path("/sys/fs/bpf").glob("fgpu/*"))
     assert not (RUN_DIR / "overrides.json").exists()
     host.service.start_agent()
-    fgpu("set", one.path, "--memory", str(CONTEXT + 64 * MIB))
+    fgpu("set", one.path, "--memory", f"{CONTEXT + 64 * MIB}B")
     assert_taken_up(one, client)
 
 

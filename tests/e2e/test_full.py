@@ -74,7 +74,7 @@ def live_for(seconds: float, tenants: list[Tenant]) -> dict[str, float]:
     while time.monotonic() < end:
         number += 1
         begun = time.monotonic()
-        fgpu("set", tenants[0].path, "--memory", str(LIMIT + number % 2 * STEP))
+        fgpu("set", tenants[0].path, "--memory", f"{LIMIT + number % 2 * STEP}B")
         longest["set"] = timed("fgpu set", longest["set"], begun)
         begun = time.monotonic()
         client = tenants[0].client()
@@ -108,7 +108,7 @@ def test_nothing_waits_for_a_log_that_nobody_reads(dead: Service, tenant, scale)
         assert [one.assert_exact() for one in tenants] == [CONTEXT, CONTEXT]
         assert set(os.read(reader, 4096)) == set(b"."), "what was in the pipe from the beginning, and nothing else"
         os.set_blocking(reader, False)
-        fgpu("set", tenants[1].path, "--memory", str(LIMIT + 7 * STEP))  # the other has had its lines by now
+        fgpu("set", tenants[1].path, "--memory", f"{LIMIT + 7 * STEP}B")  # the other has had its lines by now
 
         def told() -> bytes:
             with contextlib.suppress(BlockingIOError):
@@ -154,7 +154,7 @@ def test_a_full_disk_stops_nobody_and_what_cannot_be_kept_is_refused(dead: Servi
     one.assert_enforced()
     fits = busy(one, f"ask {STEP} 0")
     fill(full)
-    done = fgpu("set", one.path, "--memory", str(2 * LIMIT), check=False)
+    done = fgpu("set", one.path, "--memory", f"{2 * LIMIT}B", check=False)
     assert (done.returncode, "No space left" in done.stderr) == (1, True), done
     assert one.memory()["limit_bytes"] == LIMIT, "what is not kept is not in force"
     done = fgpu("run", "--name", f"e2e-full-{os.getpid()}", "--memory", "1GiB", "--", "true", check=False)
@@ -174,5 +174,5 @@ def test_a_full_disk_stops_nobody_and_what_cannot_be_kept_is_refused(dead: Servi
     assert others == [0, 0]
     assert one.assert_exact() == CONTEXT
     full.unlink()
-    fgpu("set", one.path, "--memory", str(2 * LIMIT))
+    fgpu("set", one.path, "--memory", f"{2 * LIMIT}B")
     assert one.memory()["limit_bytes"] == 2 * LIMIT

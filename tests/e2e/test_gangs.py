@@ -39,7 +39,7 @@ class Pairs:
     """bench/meet.c in a tenant, or at no gate: pairs of kernels on devices 0 and 1 that spin for each other."""
 
     def __init__(self, program: Path, key: int, name: str = "") -> None:
-        run = [*FGPU, "run", "--memory", str(GIB), "--weight", "100", "--name", name, "--"] if name else []
+        run = [*FGPU, "run", "--memory", f"{GIB}B", "--weight", "100", "--name", name, "--"] if name else []
         pipe = subprocess.PIPE
         self.name, self.command = name, [*run, program, str(key)]
         self.process = subprocess.Popen(
@@ -117,7 +117,7 @@ def test_a_gang_and_a_neighbour_on_one_of_its_devices(start: Callable[..., Pairs
     subprocess.run(["gcc", *flags, "-o", spin, ROOT / "bench/spin.c", "-ldl"], check=True, timeout=60)
     gang, alone = start("gang-1"), start()
     (free,) = together(alone)
-    command = [*FGPU, "run", "--memory", str(GIB), "--weight", "100", "--name", "single", "--", spin]
+    command = [*FGPU, "run", "--memory", f"{GIB}B", "--weight", "100", "--name", "single", "--", spin]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=ENVIRONMENT) as single:
         assert single.stdin

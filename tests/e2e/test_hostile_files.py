@@ -126,7 +126,7 @@ def test_many_files_of_one_cgroup_use_nothing_up(service: Service, mapper: Mappe
     assert len(links()) < 3 * 40
     assert metrics()["fgpu_anomalies_total", frozenset({("kind", "unprobed")})] > 0
     assert service.log.read_bytes()[said:].count(b"what else processes of") == 1
-    assert fgpu("run", "--memory", str(CONTEXT), "--", "true").returncode == 0
+    assert fgpu("run", "--memory", f"{CONTEXT}B", "--", "true").returncode == 0
     one = tenant(CONTEXT + 40 * MIB)
     with one.growing(40 * MIB):
         one.client().ok(f"fill {2 * MIB} 0")

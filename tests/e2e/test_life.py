@@ -164,7 +164,7 @@ class World:
         if self.grouped:
             fgpu("set", self.place.group, "--memory", "16GiB")
         for one in self.tenants:
-            fgpu("set", one.path, "--memory", str(LIMIT))
+            fgpu("set", one.path, "--memory", f"{LIMIT}B")
 
     def execute(self) -> None:
         """A life that is not at work becomes another one in the same process."""

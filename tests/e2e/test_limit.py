@@ -182,11 +182,11 @@ def test_limit_can_be_changed_while_a_program_runs(tenant) -> None:
     client.ok("context")
     with one.growing(20 * MIB):
         client.ok(f"fill {2 * MIB} {PLAIN}")
-    fgpu("set", one.path, "--memory", str(CONTEXT + 50 * MIB))
+    fgpu("set", one.path, "--memory", f"{CONTEXT + 50 * MIB}B")
     assert client.ok("info") == [30 * MIB, CONTEXT + 50 * MIB]
     with one.growing(30 * MIB):
         client.ok(f"fill {2 * MIB} {PLAIN}")
-    fgpu("set", one.path, "--memory", str(CONTEXT + 10 * MIB))  # below what it holds
+    fgpu("set", one.path, "--memory", f"{CONTEXT + 10 * MIB}B")  # below what it holds
     free, total = client.ok("info")
     assert (free, total) == (0, CONTEXT + 50 * MIB)  # max(limit, used)
     assert client.do(f"alloc {2 * MIB}") == REFUSED
@@ -194,6 +194,24 @@ def test_limit_can_be_changed_while_a_program_runs(tenant) -> None:
     with one.growing(2 * MIB):
         client.ok(f"alloc {2 * MIB}")
     assert client.do(f"alloc {2 * MIB}") == REFUSED
+
+
+@pytest.mark.places("host")
+def test_a_number_without_a_unit_changes_nothing_and_a_percentage_is_of_the_device(tenant) -> None:
+    one = tenant(GIB)
+    one.client()  # so that the tenant is there
+    for words in (["set", one.path], ["run"]):
+        command = [] if words[0] == "set" else ["--", "true"]
+        done = fgpu(*words, "--memory", "6", *command, check=False)
+        assert "'6' has no unit: did you mean 6GiB?" in done.stderr, done
+    assert one.memory()["limit_bytes"] == GIB
+    asked = ask(verb="put", target=one.path, memory="50%")
+    usable = next(device for device in ask(verb="snapshot")["devices"])["capacity_bytes"]
+    assert usable // 2 - 64 * MIB <= one.memory()["limit_bytes"] <= usable // 2, asked
+    fgpu("set", one.path, "--memory", "2GiB")
+    assert one.memory()["limit_bytes"] == 2 * GIB, "of the two the last one holds"
+    done = fgpu("run", "--memory", "12.5%", "--", "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader")
+    assert 1900 <= int(done.stdout.split()[0]) <= 2048, done
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_set_and_unset_reach_a_running_program(policy, tenant) -> None:
     for number in range(5):
         fgpu("set", one.path, "--memory", f"{HIGH // MIB + number}MiB")
         assert_follows(client, HIGH + number * MIB)
-        fgpu("set", one.path, "--memory", str(LOW))
+        fgpu("set", one.path, "--memory", f"{LOW}B")
         assert_follows(client, LOW)
     fgpu("unset", one.path)
     assert_follows(client, HIGH)
@@ -104,7 +104,7 @@ def test_a_reload_reaches_a_running_program(service: Service, policy, tenant, ho
     key = "fgpu_config_last_reload_success_timestamp_seconds", frozenset()
     eventually(lambda: metrics()[key] > before, 5, "the policy in force")
     for limit in (HIGH, LOW):
-        os.setxattr(Path(one.cgroup), "user.fgpu.memory", str(limit).encode())
+        os.setxattr(Path(one.cgroup), "user.fgpu.memory", f"{limit}B".encode())
         if how == "reload":
             ask(verb="reload")
         else:

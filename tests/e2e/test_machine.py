@@ -83,7 +83,7 @@ class Machine(RuleBasedStateMachine):
         self._limit_to(LIMIT)
 
     def _limit_to(self, bytes_: int) -> None:
-        fgpu("set", self.tenant.path, "--memory", str(bytes_))
+        fgpu("set", self.tenant.path, "--memory", f"{bytes_}B")
         self.limit = bytes_
 
     @property

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, GIB, MIB, REFUSED, Client, Service, Tenant, eventually, fgpu
+from harness import (
+    CONTEXT,
+    ENVIRONMENT,
+    FGPU,
+    GIB,
+    MIB,
+    REFUSED,
+    Client,
+    Service,
+    Tenant,
+    cgroup_root,
+    eventually,
+    fgpu,
+)
 
 ROOM = 40 * MIB
 
@@ -162,6 +176,26 @@ def test_agent_enforces_within_three_seconds(agent: Service) -> None:
 
 
 @pytest.mark.timed
+@pytest.mark.places("host")
+@pytest.mark.parametrize("ends", ["while no agent runs", "after the next start"])
+def test_the_cgroup_of_a_program_that_outlives_a_detach_is_removed_later(agent: Service, ends: str) -> None:
+    name = f"outlives-{os.getpid()}-{ends.count(' ')}"
+    cgroup = cgroup_root() / "fgpu" / name
+    run = subprocess.Popen([*FGPU, "run", "--memory", "1GiB", "--name", name, "--", "sleep", "60"], env=ENVIRONMENT)
+    try:
+        eventually(lambda: cgroup.exists() and (cgroup / "cgroup.procs").read_text(), 10, "the program")
+        agent.detach()
+        assert cgroup.exists()
+        if ends == "after the next start":
+            agent.start_agent()
+            assert cgroup.exists()
+    finally:
+        run.kill()
+        run.wait(10)
+    agent.stand()
+    eventually(lambda: not cgroup.exists(), 5, "the end of its cgroup")
+
+
 @pytest.mark.slow
 @pytest.mark.places("host")
 def test_gatekeeper_comes_back_within_a_second(agent: Service, tenant) -> None:

@@ -291,7 +291,7 @@ def test_limit_lowered_below_use(tenant: Callable[[int], Tenant]) -> None:
         (pointer,) = client.ok(f"alloc {100 * MIB}")
     assert one.assert_exact() == HELD
     assert numbers(one, client) == share(LIMIT, LIMIT - HELD, HELD)
-    fgpu("set", one.path, "--memory", str(HELD - 1))
+    fgpu("set", one.path, "--memory", f"{HELD - 1}B")
     assert numbers(one, client) == share(HELD, 0, HELD)
     client.ok(f"free {pointer}")
     assert numbers(one, client) == share(HELD - 1, HELD - 1 - CONTEXT, CONTEXT)

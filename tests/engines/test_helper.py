@@ -169,14 +169,51 @@ def test_what_is_no_file_is_not_even_opened(run_dir: Path, tmp_path: Path) -> No
 
 
 def test_images_cannot_fill_the_host(run_dir: Path, tmp_path: Path) -> None:
+    """Podman's hook knows no bundle: 256 lists at most are kept for it, and one that is no longer new makes room."""
     (tmp_path / "root/etc").mkdir(parents=True)
-    codes = []
-    for number in range(258):
+
+    def code(number: int) -> int:
         (tmp_path / "root/etc/ld.so.preload").write_text(f"lib{number}.so")
-        done = precreate(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}}))
-        codes.append(done.returncode)
-    assert codes == [0] * 256 + [1] * 2
-    assert len(os.listdir(run_dir / "preload.d")) == 256
+        return precreate(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}})).returncode
+
+    assert [code(number) for number in range(257)] == [0] * 256 + [1]
+    lists = sorted((run_dir / "preload.d").iterdir())
+    assert len(lists) == 256
+    for age, name in enumerate(lists[:3], 20):
+        os.utime(name, (time.time() - age, time.time() - age))
+    assert code(257) == 0
+    assert sorted(name in set((run_dir / "preload.d").iterdir()) for name in lists[:3]) == [False, True, True]
+    assert not lists[2].exists(), "the oldest"
+
+
+def test_many_images_with_lists_of_their_own_keep_no_other_from_starting(run_dir: Path, tmp_path: Path) -> None:
+    """Each list is in its container's bundle, and goes with it; nothing is kept beside the agent's own files."""
+    own = sorted(os.listdir(run_dir))
+    for number in range(300):
+        bundle = tmp_path / f"bundle {number}"
+        (bundle / "rootfs/etc").mkdir(parents=True)
+        (bundle / "rootfs/etc/ld.so.preload").write_text(f"lib{number}.so")
+        (bundle / "config.json").write_text('{"root":{"path":"rootfs"}}')
+        command = [kit.HELPER, "--run-dir", run_dir, "runtime", "/bin/true", "create", "--bundle", bundle.name, "name"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, (number, done.stderr)
+        (mount,) = [
+            m for m in json.loads((bundle / "config.json").read_text())["mounts"] if m["destination"] == OURS[2]
+        ]
+        assert mount["source"] == f"{bundle}/fgpu.preload"
+        assert Path(mount["source"]).read_text() == f"lib{number}.so\n{SHIM}\n"
+        assert Path(mount["source"]).stat().st_mode & 0o777 == 0o644
+    assert sorted(os.listdir(run_dir)) == own
+
+
+def test_a_bundle_whose_path_no_configuration_can_carry_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / 'a"b'
+    (bundle / "rootfs/etc").mkdir(parents=True)
+    (bundle / "rootfs/etc/ld.so.preload").write_text("lib.so")
+    (bundle / "config.json").write_text('{"root":{"path":"rootfs"}}')
+    command = [kit.HELPER, "--run-dir", run_dir, "runtime", "/bin/true", "create", "--bundle", bundle, "name"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+    assert (bundle / "config.json").read_text() == '{"root":{"path":"rootfs"}}'
 
 
 def test_a_list_that_is_asked_for_again_is_new_again(run_dir: Path, tmp_path: Path) -> None:

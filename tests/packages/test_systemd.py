@@ -88,6 +88,8 @@ def test_installation_starts_nothing(service: host_kit.Host) -> None:
     for unit in UNITS:
         assert service.unit(unit, "LoadState", "ActiveState", "UnitFileState") == ["loaded", "inactive", "disabled"]
     assert not (service.root / "run/fgpu").exists()
+    done = service.run("fgpu", "status", check=False)
+    assert (done.returncode, "start it with `systemctl start fgpu-agent`" in done.stderr) == (3, True), done
 
 
 def test_units_are_sound(service: host_kit.Host) -> None:

@@ -47,13 +47,15 @@ L.cuMemFreeAsync(p, None); L.cuCtxSynchronize(); out(alloc(512 * MiB))"""
 
 @pytest.mark.parametrize(
     ("text", "bytes_"),
-    [("8GiB\n", 8 << 30), ("8Gi", 8 << 30), ("512 MiB\n", 512 << 20), ("1073741824", 1 << 30), ("4096KiB\n", 4 << 20)],
+    [("8GiB\n", 8 << 30), ("8Gi", 8 << 30), ("512 MiB\n", 512 << 20), ("1073741824B", 1 << 30), ("4096KiB\n", 4 << 20)],
 )
 def test_quantities_are_those_of_policies(build: Build, text: str, bytes_: int) -> None:
     assert container(build, text).python("out(info()[2])") == [[bytes_]]
 
 
-@pytest.mark.parametrize("text", ["", "\n", "lots", "8GB", "-1", "8GiB 9GiB", "1" + "0" * 30, "0x10", "9" * 80])
+@pytest.mark.parametrize(
+    "text", ["", "\n", "lots", "8GB", "-1", "6", "1073741824", "8GiB 9GiB", "1" + "0" * 30, "0x10", "9" * 80]
+)
 def test_a_limit_that_makes_no_sense_is_none_to_anybody(build: Build, text: str) -> None:
     assert container(build, text).python("out(alloc(512), info()[1])") == [[OOM, 0]]
 

@@ -81,7 +81,7 @@ selectors = st.fixed_dictionaries(
         "matchExpressions": st.lists(expressions, min_size=1, max_size=3),
     },
 ).filter(bool)
-sizes = st.one_of(st.integers(2, 64).map("{}GiB".format), st.integers(1, 100).map("{}%".format), st.just(8 * GIB))
+sizes = st.one_of(st.integers(2, 64).map("{}GiB".format), st.integers(1, 100).map("{}%".format), st.just(f"{8 * GIB}B"))
 memories = st.one_of(
     st.fixed_dictionaries({"limit": sizes}),
     st.builds(lambda a, b: {"limit": f"{a}GiB", "max": f"{a + b}GiB"}, st.integers(1, 64), st.integers(0, 64)),

@@ -57,6 +57,7 @@ ORDER = (
     {"policywatch", "hostfile"},
     {"programs", "door", "usage", "shelf", "sealed", "overrides", "history", "keeper", "links"},
     {"ledger", "tenants", "workloads", "overruns"},
+    {"tenant_names"},
     {"probes", "clients", "enforcer", "gone_tenants", "roots", "library_search"},
     {"library_worker"},
     {"libraries"},

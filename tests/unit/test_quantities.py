@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf.quantities import QuantityError, memory_bytes, memory_text
+from fgpu_ebpf.quantities import MOST_BYTES, Amount, QuantityError, amount, memory_text
 
 
 @pytest.mark.parametrize(
@@ -15,13 +15,12 @@ from fgpu_ebpf.quantities import QuantityError, memory_bytes, memory_text
         ("8192MiB", 8 << 30),
         ("1.5GiB", 3 << 29),
         ("1TiB", 1 << 40),
-        ("4096", 4096),
-        ("4096B", 4096),
-        (" 2 KiB ", 2048),
+        ("4194304B", 4 << 20),
+        (" 2048 KiB ", 2 << 20),
     ],
 )
 def test_quantities(text, bytes_):
-    assert memory_bytes(text) == bytes_
+    assert amount(text) == Amount(bytes_)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +31,14 @@ def test_quantities(text, bytes_):
         ("8gb", "did you mean 8GiB?"),
         ("512m", "did you mean 512MiB?"),
         ("8 apples", "unknown unit"),
-        ("50%", "no quantity"),
+        ("6", "'6' has no unit: did you mean 6GiB?"),
+        ("0.5", "did you mean 0.5GiB?"),
+        ("8192", "did you mean 8192MiB?"),
+        ("8589934592", "did you mean 8GiB?"),
+        ("8592031744", "did you mean 8194MiB?"),
+        ("8589934593", "did you mean 8589934593B?"),
+        ("6B", "is less than a device gives out at once: write 2MiB at least"),
+        ("150%", "is not above 0% and up to 100%"),
         ("-1GiB", "no quantity"),
         ("", "no quantity"),
         ("NaN", "no quantity"),
@@ -44,21 +50,30 @@ def test_quantities(text, bytes_):
 )
 def test_what_is_wrong_is_said(text, hint):
     with pytest.raises(QuantityError, match=hint):
-        memory_bytes(text)
+        amount(text)
 
 
 @given(st.text(max_size=40))
 def test_any_text_is_a_quantity_or_a_quantity_error(text):
     try:
-        good = 0 < memory_bytes(text) <= 2**47
+        good = amount(text).of(MOST_BYTES) > 0
     except QuantityError as error:
         good = bool(str(error))
     assert good
 
 
-@given(st.integers(1, 2**47))
-def test_plain_bytes_are_exact(bytes_):
-    assert memory_bytes(str(bytes_)) == bytes_
+@given(st.integers(2 << 20, 2**47))
+def test_bytes_are_exact(bytes_):
+    assert amount(f"{bytes_}B") == Amount(bytes_)
+
+
+@given(st.decimals(0, MOST_BYTES, places=3).map(str) | st.integers(0, MOST_BYTES).map(str))
+def test_a_number_without_a_unit_is_refused_with_a_suggestion_that_can_be_typed(number):
+    with pytest.raises(QuantityError) as refused:
+        amount(number)
+    if float(number):
+        suggestion = str(refused.value).removesuffix("?").split("did you mean ")[1]
+        assert suggestion.startswith(number) or amount(suggestion) == Amount(int(number))
 
 
 def test_for_people():

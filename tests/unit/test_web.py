@@ -1,4 +1,4 @@
-"""The metrics address: eight at a time, each for a few seconds, and answers for all who ask properly."""
+"""The metrics address: eight requests at a time; connections that have sent no whole request keep none out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fgpu_ebpf import web
-from fgpu_ebpf.web import MOST_CLIENTS, Web, by_path, health
+from fgpu_ebpf.web import HEAD_SECONDS, MOST_CLIENTS, MOST_WAITING, Web, by_path, health
 
 
 def app(_: dict[str, Any], start: Any) -> Iterable[bytes]:
@@ -53,6 +53,13 @@ def ask(server: Web) -> bytes:
         return bytes(answer.read())
 
 
+def tried(server: Web) -> bytes:
+    """What it answers; nothing where it hangs up."""
+    with contextlib.suppress(OSError):
+        return ask(server)
+    return b""
+
+
 def silent(server: Web) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.server_port), timeout=5)
 
@@ -61,18 +68,95 @@ def test_it_answers(server: Web) -> None:
     assert ask(server) == b"fine"
 
 
-def test_silent_clients_are_few_and_go(server: Web) -> None:
+def test_connections_that_say_nothing_have_no_thread_and_go(server: Web) -> None:
     before = threading.active_count()
-    socks = [silent(server) for _ in range(60)]
+    socks = [silent(server) for _ in range(3 * MOST_WAITING)]
     time.sleep(0.2)
-    assert 0 < threading.active_count() - before <= MOST_CLIENTS
-    end = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < end:
-        time.sleep(0.05)
     assert threading.active_count() == before
     assert ask(server) == b"fine"
+    time.sleep(HEAD_SECONDS + 0.2)
+    assert not server._waiting
     for sock in socks:
         sock.close()
+
+
+def test_connections_that_drip_keep_no_request_out(server: Web) -> None:
+    """As many as may wait, and each comes back at once when it is hung up on."""
+    ended = threading.Event()
+
+    def drip() -> None:
+        socks = [silent(server) for _ in range(MOST_WAITING // 4)]
+        while not ended.wait(0.01):
+            for number, sock in enumerate(socks):
+                try:
+                    sock.sendall(b"G")
+                except OSError:
+                    sock.close()
+                    socks[number] = silent(server)
+        for sock in socks:
+            sock.close()
+
+    drippers = [threading.Thread(target=drip) for _ in range(6)]
+    for dripper in drippers:
+        dripper.start()
+    try:
+        time.sleep(0.2)
+        assert [tried(server) for _ in range(50)] == [b"fine"] * 50
+    finally:
+        ended.set()
+        for dripper in drippers:
+            dripper.join()
+
+
+def test_requests_beyond_eight_wait_for_a_place() -> None:
+    go, most = threading.Event(), 0
+    before = threading.active_count()
+
+    def slow(_: dict[str, Any], start: Any) -> Iterable[bytes]:
+        nonlocal most
+        most = max(most, threading.active_count() - before - 1)  # the loop's own
+        go.wait(0.5)
+        start("200 OK", [("Content-Type", "text/plain")])
+        return [b"fine"]
+
+    with serving(Web("127.0.0.1", 0, slow)) as server:
+        socks = [silent(server) for _ in range(3 * MOST_CLIENTS)]
+        for sock in socks:
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        time.sleep(0.2)
+        assert len(server._here) == MOST_CLIENTS
+        go.set()
+        assert all(sock.makefile("rb").read().endswith(b"fine") for sock in socks)
+        for sock in socks:
+            sock.close()
+    assert most == MOST_CLIENTS
+
+
+def test_clients_that_do_not_take_their_answers_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "SLOW_SECONDS", 0.3)
+
+    def large(_: dict[str, Any], start: Any) -> Iterable[bytes]:
+        start("200 OK", [("Content-Type", "text/plain")])
+        return [b"x" * (64 << 20)]
+
+    with serving(Web("127.0.0.1", 0, large)) as server:
+        socks = [silent(server) for _ in range(MOST_CLIENTS)]
+        for sock in socks:
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        time.sleep(0.2)
+        assert len(ask(server)) == 64 << 20
+        for sock in socks:
+            sock.close()
+
+
+@pytest.mark.parametrize("head", [b"G" * (1 << 20), b"\0" * 100_000, b"GET / HTTP/1.0\r\nX: " + b"y" * (1 << 20)])
+def test_a_head_without_end_is_hung_up_on(server: Web, head: bytes) -> None:
+    with silent(server) as sock:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            sock.sendall(head)
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1 << 16) == b""
+    assert ask(server) == b"fine"
 
 
 def test_one_that_drips_goes_too(server: Web) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from fgpu_ebpf import targets
 from fgpu_ebpf.overrides import Override, Overrides
+from fgpu_ebpf.quantities import Amount
 from fgpu_ebpf.workloads import TargetError, Workloads
 
 ID = "1f3a" + "0" * 60
@@ -71,6 +72,15 @@ def test_the_file_brings_overrides_back(tmp_path):
     overrides.put(Override(29, "/a", 7))
     overrides.drop([29, 31])
     assert list(Overrides(tmp_path / "overrides.json")) == [one]
+
+
+def test_a_percentage_is_kept_and_an_older_agent_reads_a_file_that_has_none(tmp_path):
+    file = tmp_path / "overrides.json"
+    overrides = Overrides(file)
+    overrides.put(Override(23, "/a", 4 << 20))
+    assert "millionths" not in file.read_text().replace("limit_millionths", "")
+    overrides.put(Override(29, "/b", None, memory_millionths=125_000))
+    assert [one.memory for one in Overrides(file)] == [Amount(4 << 20), Amount(millionths=125_000)]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '[{"cgroup": 1}]', "null", "[" * 1000])

@@ -1,0 +1,80 @@
+"""Cgroups whose folders have one name, as a service of several users has: each tenant has a name of its own."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+
+import pytest
+from harness import GIB, RUN_DIR, Service, cgroup_root, eventually, fgpu, metrics_page
+
+GROUP = f"fgpu-names-{os.getpid()}"
+POLICY = f"""
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: names}}
+spec:
+  selector: {{cgroup: ["{GROUP}/*/job"]}}
+  memory: {{limit: 2GiB}}
+"""
+USERS = ("zoe", "yan", "ann", "bob")  # in the order in which their cgroups are made
+
+
+@pytest.fixture
+def jobs(service: Service, unharmed: None) -> Iterator[list[str]]:
+    """The paths of cgroups that a policy matches, oldest first."""
+    root = cgroup_root() / GROUP
+    file = service.policies / "50-names.yaml"
+    file.write_text(POLICY)
+    try:
+        for user in USERS:
+            (root / user / "job").mkdir(parents=True)
+        yield [f"/{GROUP}/{user}/job" for user in USERS]
+    finally:
+        file.unlink()
+        for user in USERS:
+            for folder in (root / user / "job", root / user):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        root.rmdir()
+
+
+def names() -> dict[str, str]:
+    found = json.loads(fgpu("status", "--json").stdout)["tenants"]
+    return {tenant["path"]: tenant["tenant"] for tenant in found if tenant["path"].startswith(f"/{GROUP}/")}
+
+
+def assert_each_has_its_own(jobs: list[str], had: dict[str, str]) -> None:
+    eventually(lambda: len(names()) == len(jobs), 10, "all of them managed")
+    assert names() == had
+    samples = collections.Counter(re.findall(r"^(\w+(?:\{.*\})?) ", metrics_page(), re.MULTILINE))
+    assert [sample for sample, times in samples.items() if times > 1] == []
+    for path, name in had.items():
+        fgpu("set", name, "--memory", "1GiB")
+        found = json.loads(fgpu("status", "--json").stdout)["tenants"]
+        limited = [one["path"] for one in found if any(d["limit_bytes"] == GIB for d in one["devices"])]
+        assert limited == [path]
+        fgpu("unset", name)
+
+
+def test_cgroups_of_one_name_keep_names_of_their_own_over_restarts(service: Service, jobs: list[str]) -> None:
+    ids = [(cgroup_root() / path.lstrip("/")).stat().st_ino for path in jobs]
+    eventually(lambda: len(names()) == len(jobs), 10, "all of them managed")
+    in_order = dict(zip(jobs, ["job", *(f"job-{number}" for number in ids[1:])], strict=True))
+    assert_each_has_its_own(jobs, in_order)
+    for forgotten in (False, True):
+        service.kill_agent()
+        if forgotten:  # what a first start after an upgrade finds
+            (RUN_DIR / "tenants.json").unlink()
+        service.start_agent()
+        assert_each_has_its_own(jobs, in_order)
+    (cgroup_root() / jobs.pop(0).lstrip("/")).rmdir()
+    left = {path: name for path, name in in_order.items() if path in jobs}
+    eventually(lambda: names() == left, 5, "the end of one")
+    service.kill_agent()
+    service.start_agent()
+    assert_each_has_its_own(jobs, left)

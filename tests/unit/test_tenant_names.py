@@ -1,0 +1,121 @@
+"""Names of tenants: unique after any history, kept over restarts, given in the order in which cgroups were made."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fgpu_ebpf.identity import NAME_CHARACTERS, Workload
+from fgpu_ebpf.tenant_names import FILE, TenantNames
+from fgpu_ebpf.tenants import Source, Tenant
+
+
+def tenant(cgroup: int, name: str) -> Tenant:
+    return Tenant(Workload(cgroup, f"/{cgroup}", name), name, Source.POLICY, "", {})
+
+
+def put(names: TenantNames, *tenants: Tenant) -> dict[int, str]:
+    named = names.named(tenants)
+    names.enter(named)
+    return {one.cgroup: one.name for one in named}
+
+
+def anywhere(path: str) -> int:
+    """Every cgroup of tenant() lives."""
+    return int(path[1:])
+
+
+# Few names, so that they meet; some look like what another tenant's would be with its id behind it.
+words = st.sampled_from(["job", "job-2", "job-3", "job-2-2", "job-3.2", "x" * NAME_CHARACTERS])
+batches = st.lists(
+    st.tuples(
+        st.dictionaries(st.integers(1, 6), words, max_size=6),  # put
+        st.sets(st.integers(1, 6), max_size=3),  # then forgotten
+        st.sets(st.integers(1, 6), max_size=2),  # then gone, with memory left behind
+        st.booleans(),  # then a restart
+    ),
+    max_size=6,
+)
+
+
+@given(batches, st.randoms())
+def test_names_are_unique_after_any_history(tmp_path_factory, history, chance: random.Random):
+    file = tmp_path_factory.mktemp("run") / FILE
+    names, have, ended = TenantNames(), dict[int, str](), set[int]()
+    names.keep_in(file, anywhere)
+    for batch, forgotten, gone, restart in history:
+        tenants = [tenant(cgroup, word) for cgroup, word in batch.items() if cgroup not in ended]
+        chance.shuffle(tenants)
+        have |= put(names, *tenants)
+        names.forget(forgotten)
+        have = {cgroup: name for cgroup, name in have.items() if cgroup not in forgotten}
+        for cgroup in gone & have.keys() - ended:
+            have[cgroup] = names.outlive(tenant(cgroup, have[cgroup])).name
+        ended |= gone
+        if restart:
+            have = {cgroup: name for cgroup, name in have.items() if cgroup not in ended}
+            names = TenantNames()
+            names.keep_in(file, {f"/{cgroup}": cgroup for cgroup in range(1, 7) if cgroup not in ended}.get)
+        assert len(set(have.values())) == len(have)
+        assert {name: names.owner(name) for name in have.values()} == {name: c for c, name in have.items()}
+        assert all(len(name) <= NAME_CHARACTERS for name in have.values())
+
+
+def test_the_oldest_cgroup_of_a_batch_has_the_name_itself():
+    for order in ((2, 3, 5), (5, 3, 2), (3, 5, 2)):
+        assert put(TenantNames(), *(tenant(c, "job") for c in order)) == {2: "job", 3: "job-3", 5: "job-5"}
+
+
+def test_a_restart_gives_each_the_name_that_it_had(tmp_path):
+    names = TenantNames()
+    names.keep_in(tmp_path / FILE, anywhere)
+    for cgroup in (3, 2, 5):
+        put(names, tenant(cgroup, "job"))
+    put(names, tenant(7, "job"))
+    names.forget([5])
+    again = TenantNames()
+    again.keep_in(tmp_path / FILE, anywhere)
+    assert put(again, *(tenant(c, "job") for c in (2, 7, 3, 9))) == {3: "job", 2: "job-2", 7: "job-7", 9: "job-9"}
+
+
+def test_a_cgroup_that_is_gone_keeps_no_name(tmp_path):
+    names = TenantNames()
+    names.keep_in(tmp_path / FILE, anywhere)
+    put(names, tenant(2, "job"))
+    again = TenantNames()
+    again.keep_in(tmp_path / FILE, lambda _: 11)  # another cgroup is there now
+    assert put(again, tenant(3, "job")) == {3: "job"}
+
+
+def test_a_name_follows_what_the_tenant_is_called():
+    names = TenantNames()
+    put(names, tenant(2, "job"), tenant(3, "job"))
+    assert put(names, tenant(3, "team/pod")) == {3: "team/pod"}
+    assert put(names, tenant(5, "job-3")) == {5: "job-3"}
+
+
+def test_the_end_of_one_leaves_the_others_theirs():
+    names = TenantNames()
+    put(names, tenant(2, "job"), tenant(3, "job"))
+    names.forget([3])
+    assert names.owner("job") == 2
+    names.forget([2])
+    assert put(names, tenant(5, "job")) == {5: "job"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[[1]]", '[["x", 1, 2]]', "null", "[" * 1000, "5"])
+def test_a_file_that_cannot_be_read_has_no_names(tmp_path, text):
+    (tmp_path / FILE).write_text(text)
+    names = TenantNames()
+    names.keep_in(tmp_path / FILE, anywhere)
+    assert put(names, tenant(2, "job")) == {2: "job"}
+
+
+def test_a_file_that_cannot_be_written_ends_nothing(tmp_path, caplog):
+    names = TenantNames()
+    names.keep_in(tmp_path / "nowhere" / FILE, anywhere)
+    assert put(names, tenant(2, "job"), tenant(3, "job")) == {2: "job", 3: "job-3"}
+    assert "not kept over a restart" in caplog.text
