@@ -17,6 +17,7 @@ LOOK_NS, MOST_LOOK_NS = 1_750_000, 10_000_000  # between looks at an owner that 
 BUSY_PARTS = 16  # of the time that it was busy without a pause, between two looks
 IDLE_NS = 500_000  # without anything to run for as long, it gives way
 GUESS_PARTS = 4  # such a part of how long work in flight should take may be wrong
+FLOOR_TURN_NS = 4_000_000  # what the floor lifts a tenant for, before a higher priority may come again
 START_NS = 3_000_000  # what a thread at the gate has to come through it
 MOST_FLIGHT_NS = 1_000_000_000  # of what a tenant says is in flight
 LATE_NS = 200_000  # so long after work in flight should have ended it may be waiting for other work
@@ -25,6 +26,7 @@ MORE_NS = 250_000  # or a little earlier, of what was launched while the gate cl
 SOON_NS = 1_000_000  # before something else is due nobody is looked at
 LASTING_NS = 1_000_000_000  # busy for as long without a pause, it is no more impatient than others that are
 SPAN_NS, SPAN_PARTS = 500_000, 40  # believed of a turn's beginning and end: so long, or such a part of the quantum
+NEVER_NS = 2**63
 _OPEN, _GATED = int(pages.Gate.OPEN), int(pages.Gate.GATED)
 
 
@@ -203,6 +205,21 @@ class Place:
         look_ns = max(idle_ns, now_ns + min(MOST_LOOK_NS, max(LOOK_NS, self.busy_ns // BUSY_PARTS)))
         return look_ns if look_ns < due_ns - SOON_NS else due_ns
 
+    def turn_due_ns(self, turn: Turn, waiting: Iterable[Place], now_ns: int) -> int:
+        """When something about its turn is due, if these wait for one."""
+        if self.comes_back():
+            return NEVER_NS
+        rivals = wanting(turn, waiting)
+        if turn.closing_ns:
+            return self.drain_due_ns(turn, bool(rivals), now_ns)
+        due, limited = self.ends_ns(turn, rivals), self.share.limited
+        if limited:
+            due = min(due, self.account.spent_ns(self.share))
+        if rivals or limited:
+            due = self.look_due_ns(turn, now_ns, due)
+        floor_ns = turn.opened_ns + FLOOR_TURN_NS
+        return min(due, floor_ns) if rivals and turn.floor and floor_ns > now_ns else due
+
     # A turn costs from the first launch to the end of the last, as far as the tenant is to be believed: what passes
     # until a thread has woken up, and until we have, is nobody's, and a limit of 75 % is 75 % of what it could do.
 
@@ -228,3 +245,23 @@ class Place:
 def wanting(turn: Turn, places: Iterable[Place]) -> list[Place]:
     """Those that want a device which that turn is on."""
     return [place for place in places if not place.seen.devices.isdisjoint(turn.devices)]
+
+
+def missing(running: Iterable[Place], but: Place | None = None) -> set[int]:
+    """Devices that owners have begun to use beside those of their turn: these come next, before all others."""
+    return {
+        device
+        for place in running
+        if place is not but and place.turn and not place.turn.closing_ns
+        for device in place.seen.devices - place.turn.devices
+    }
+
+
+def taken(running: Iterable[Place], now_ns: int) -> set[int]:
+    """Devices of which the turn is not near its end."""
+    return {
+        device
+        for place in running
+        if place.turn and not place.is_passing(place.turn, now_ns)
+        for device in place.turn.devices
+    }

@@ -23,6 +23,7 @@ _SHARE = struct.Struct("4Q")
 _TURN = struct.Struct("11Q")
 _U32, _U64 = struct.Struct("I"), struct.Struct("Q")
 HOST_SHARES = 4
+_MOST_WORD = 2**64 - 1
 FEW = 24  # shares whose outcomes are looked up faster than a map is walked
 assert (_SHARE.size, _TURN.size) == (ctypes.sizeof(pages.Share), ctypes.sizeof(pages.Turn))
 
@@ -116,8 +117,9 @@ class Timebook:
         return {key: _counts(value) for key, value in looked_up if value}
 
     def set_turns(self, level: int, device: int, counts: TurnCounts) -> None:
-        """What came of a share, so far."""
-        bpf.update(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*astuple(counts)))
+        """What came of a share, so far. A number that no word can hold is written as the nearest one that it can."""
+        words = (min(max(0, number), _MOST_WORD) for number in astuple(counts))
+        bpf.update(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*words))
 
 
 def _counts(raw: bytes) -> TurnCounts:

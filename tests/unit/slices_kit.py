@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fgpu_ebpf import pages
-from fgpu_ebpf.places import Seen
+from fgpu_ebpf.places import NEVER_NS, Seen
 from fgpu_ebpf.scheduler import Share
-from fgpu_ebpf.turns import NEVER_NS, Turns
+from fgpu_ebpf.turns import Turns
 
 US, MS, S = 1_000, 1_000_000, 1_000_000_000
 BELL_NS = 200 * US  # until the gatekeeper has heard

@@ -46,6 +46,7 @@ ORDER = (
         "profiles",
         "endpoint",
         "clocks",
+        "claims",
         "asker",
         "dockerapi",
         "criapi",

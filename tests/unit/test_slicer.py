@@ -279,6 +279,28 @@ def test_a_ledger_that_cannot_be_read_is_asked_again(world):
     it.until(lambda: programs[0].word() >> 2 > (word >> 2) + 2)
 
 
+@pytest.mark.parametrize("part", ["_look", "_turns._look"])
+def test_a_defect_that_one_tenant_finds_does_not_stop_the_others(world, monkeypatch, part):
+    it = world(t7=Share(), t8=Share(), t9=Share())
+    programs = [it.greet(1, 7), it.greet(2, 8), it.greet(3, 9)]
+    it.until(lambda: all(p.word() & Gate.GATED for p in programs))
+    owner, name = (it.slicer._turns, "_look") if "." in part else (it.slicer, "_look")
+    real = getattr(owner, name)
+
+    def look(who, *more):
+        if getattr(who, "tenant", who) == 7:
+            raise OverflowError("a number that nothing was made for")
+        return real(who, *more)
+
+    monkeypatch.setattr(owner, name, look)
+    programs[0].ring()
+    it.until(lambda: it.slicer.counts()["faults"])
+    for program in programs[1:]:
+        number = program.word() >> 2
+        it.until(lambda program=program, number=number: program.word() >> 2 > number + 2)
+    assert not programs[0].is_open(), "its gate is closed: of what it says nothing is relied on"
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_fault_of_ours_ends_the_process_so_that_gates_open(world, monkeypatch):
