@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from fgpu_ebpf import pages
 from fgpu_ebpf.pages import StatusPage
-from fgpu_ebpf.places import MOST_FLIGHT_NS
+from fgpu_ebpf.trust import MOST_FLIGHT_NS
 
 Words = ctypes.c_uint64 * (ctypes.sizeof(StatusPage) // 8)
 Row = tuple[int, int, int, int]  # a device, and where on a status page its parts begin

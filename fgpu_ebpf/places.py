@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from fgpu_ebpf import pages, scheduler
 from fgpu_ebpf.scheduler import Account, Share, Waiter
+from fgpu_ebpf.trust import MOST_FLIGHT_NS, Trust
 
 BUCKETS_NS = tuple(int(ms * 1e6) for ms in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 512))
 LOOK_NS, MOST_LOOK_NS = 1_750_000, 10_000_000  # between looks at an owner that others wait for
@@ -19,7 +20,6 @@ IDLE_NS = 500_000  # without anything to run for as long, it gives way
 GUESS_PARTS = 4  # such a part of how long work in flight should take may be wrong
 FLOOR_TURN_NS = 4_000_000  # what the floor lifts a tenant for, before a higher priority may come again
 START_NS = 3_000_000  # what a thread at the gate has to come through it
-MOST_FLIGHT_NS = 1_000_000_000  # of what a tenant says is in flight
 LATE_NS = 200_000  # so long after work in flight should have ended it may be waiting for other work
 LEAD_NS = 1_000_000  # so near the end of a drain the next turn may begin
 MORE_NS = 250_000  # or a little earlier, of what was launched while the gate closed: to look again costs more
@@ -123,6 +123,7 @@ class Place:
     busy_ns: int = 0  # of its turns, without a pause in them
     held_back: bool = False
     counts: Counts = field(default_factory=Counts)
+    trust: Trust = field(default_factory=Trust)
 
     def waiter(self, now_ns: int) -> Waiter:
         """As the scheduler sees it; who wants nothing yet wants it now."""
@@ -146,9 +147,13 @@ class Place:
         """When it may begin a turn."""
         return max(self.account.ripe_ns(self.share), self.shy_until_ns)
 
-    def flight_ns(self, now_ns: int) -> int:
-        """How long its work in flight should take from now."""
+    def claim_ns(self, now_ns: int) -> int:
+        """How long its work in flight takes from now, it says."""
         return min(max(0, self.seen.busy_until_ns - now_ns), MOST_FLIGHT_NS) if self.seen.in_flight else 0
+
+    def flight_ns(self, now_ns: int) -> int:
+        """The same, as far as it is believed."""
+        return min(self.claim_ns(now_ns), self.trust.believed_ns(now_ns))
 
     def is_passing(self, turn: Turn, now_ns: int) -> bool:
         """Its turn is so near its end that the next one may begin."""

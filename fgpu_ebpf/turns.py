@@ -153,7 +153,9 @@ class Turns:
         place = self.places[tenant]
         for places in (self._here, self._running, self._queue):
             places.pop(tenant, None)
-        self.places[tenant] = Place(tenant, place.share, place.account, number=place.number, counts=place.counts)
+        self.places[tenant] = Place(
+            tenant, place.share, place.account, number=place.number, counts=place.counts, trust=place.trust
+        )
         self._changed.add(tenant)
         self._users_changed = True
 
@@ -166,6 +168,7 @@ class Turns:
         if place.late_ns and seen.drained:
             self._charge(place, min(now_ns - place.late_ns, MOST_LATE_NS))
             place.late_ns = place.shy_ns = place.shy_until_ns = 0
+            place.trust.ended(seen.ended_ns, now_ns)
         turn, place.cut = place.turn, False
         if turn and turn.closing_ns:
             if seen.drained or now_ns >= turn.deadline_ns:
@@ -317,6 +320,7 @@ class Turns:
         times = (now_ns, begins_ns, begins_ns, begins_ns + place.share.quantum_ns, now_ns)
         place.turn = Turn(set(grant.devices), self._number, grant.floor, *times, place.seen.launches)
         place.number, place.late_ns = self._number, 0
+        place.trust.begins_again(place.seen.busy_until_ns, now_ns)
         place.account = place.account.at(now_ns, place.share)
         place.counts.switches += 1
         for device in grant.devices:
@@ -344,6 +348,7 @@ class Turns:
         turn.closing_ns, turn.cut = now_ns, not place.is_idle(turn, now_ns)
         self._is_dry |= not place.seen.in_flight
         turn.deadline_ns = now_ns + max(place.flight_ns(now_ns), pages.BUDGET_NS) + SILENCE_NS
+        place.trust.claims(now_ns, place.claim_ns(now_ns))
         self._changed.add(place.tenant)
 
     def _finish(self, place: Place, turn: Turn, now_ns: int) -> None:
@@ -360,6 +365,8 @@ class Turns:
                 self._clocks.count(device).add(passed_ns - turn.closing_ns, overrun)
             place.counts.overruns += overrun
             place.late_ns = now_ns if overrun else 0
+            if overrun:
+                place.trust.overran(now_ns)
         if turn.floor:
             over_ns = passed_ns - turn.opened_ns - FLOOR_TURN_NS - pages.BUDGET_NS
             place.unlifted_ns = passed_ns + FLOOR_PARTS * max(0, over_ns)

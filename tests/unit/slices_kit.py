@@ -59,6 +59,7 @@ class Tenant:
     rested_ns: int = 0  # since the last look
     said: tuple[Any, ...] = ()
     longest_wait_ns: int = 0
+    waits_ns: list[int] = field(default_factory=list)
 
     def rests_ns(self, now_ns: int) -> int:
         """When it wants to launch next; 0: now."""
@@ -76,6 +77,29 @@ class Tenant:
         self.tell()
         rested, self.rested_ns = self.rested_ns, 0
         return Seen(self.devices, *self.said, rested)
+
+
+@dataclass(eq=False)
+class Hog(Tenant):
+    """Launches nothing, and says at all times that work of `claim_ns` is in flight.
+
+    `cunning`: in turns that begin when that is believed; else it says at once that it has drained.
+    """
+
+    claim_ns: int = 990 * MS
+    cunning: bool = False
+    lies: bool = True
+
+    def act(self, now_ns: int, is_open: bool, believed_ns: int) -> None:
+        """Says at `now_ns` what it says."""
+        if is_open:
+            self.launches += 1
+            self.lies = not self.cunning or believed_ns >= self.claim_ns
+        until_ns = now_ns + self.claim_ns if self.lies else 0
+        self.said = (self.waiting, self.launches, int(self.lies), until_ns, not self.lies, now_ns, 0, 0)
+
+    def tell(self) -> None:
+        """It has said it."""
 
 
 class World:
@@ -101,7 +125,7 @@ class World:
             if due <= self.now or (self.bell is not None and self.bell <= self.now):
                 self.bell = None
                 due = self.step()
-            times = [due, self.bell or NEVER_NS, end, *(self._act(t) for t in self.tenants.values() if not t.dead)]
+            times = [due, self.bell or NEVER_NS, end, *(self._ask(t) for t in self.tenants.values() if not t.dead)]
             if self.bell is not None:
                 times.append(self.bell)
             self.now = max(self.now + 1, min(times))
@@ -141,6 +165,20 @@ class World:
             if place.turn and not place.turn.closing_ns:
                 assert place.turn.devices == place.seen.devices
 
+    def _ask(self, tenant: Tenant) -> int:
+        return self._act_hog(tenant) if isinstance(tenant, Hog) else self._act(tenant)
+
+    def _act_hog(self, hog: Hog) -> int:
+        is_open, trust = self.is_open(hog), self.turns.places[hog.key].trust
+        before = hog.said[4:5]
+        hog.waiting = not is_open
+        hog.act(self.now, is_open, trust.believed_ns(self.now))
+        if not is_open and (hog.waited_from is None or before != hog.said[4:5]):
+            self._begin_to_wait(hog)
+        if is_open:
+            hog.waited_from = None
+        return self.now + MS // 2
+
     def _act(self, tenant: Tenant) -> int:
         """Launches what it may; answers when to ask it again."""
         if (later := tenant.rests_ns(self.now)) > self.now:
@@ -153,6 +191,7 @@ class World:
         if tenant.wakes_ns > self.now:
             return min([tenant.wakes_ns, *tenant.flights])
         if tenant.waited_from is not None:
+            tenant.waits_ns.append(self.now - tenant.waited_from)
             tenant.waited_from, tenant.begun_ns, tenant.wanted_ns = None, self.now, self.now
         while not tenant.flights or len(tenant.flights) * tenant.kernel_ns < BUDGET_NS:
             if tenant.steps:
@@ -182,7 +221,7 @@ class World:
             if tenant.flights or tenant.silent:
                 return
             tenant.ended_ns = self.now
-            if place and place.turn and place.turn.closing_ns:
+            if place and (place.late_ns or (place.turn and place.turn.closing_ns)):
                 self._ring(tenant)
 
     def _ring(self, who: Tenant | None = None) -> None:

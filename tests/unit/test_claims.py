@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from fgpu_ebpf import claims, pages, timebook
 from fgpu_ebpf.desks import Desk, let_meet, seen_of
 from fgpu_ebpf.pages import StatusPage
-from fgpu_ebpf.places import MOST_FLIGHT_NS, Seen
+from fgpu_ebpf.places import Seen
 from fgpu_ebpf.scheduler import Share
 from fgpu_ebpf.sealed import ControlMemory, StatusMemory
 from fgpu_ebpf.slicer import _counts
+from fgpu_ebpf.trust import MOST_FLIGHT_NS
 from fgpu_ebpf.turns import Turns
 
 US, MS, S = 1_000, 1_000_000, 1_000_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from slices_kit import MS, US, S, Steps, Tenant, World
+from slices_kit import MS, US, Hog, S, Steps, Tenant, World
 
 from fgpu_ebpf import pages, scheduler
 from fgpu_ebpf.places import Seen
@@ -327,6 +327,42 @@ def test_a_lie_about_a_turn_gains_a_twentieth_at_most(quantum_ms):
     share = Share(quantum_ns=quantum_ms * MS)
     got = World(Tenant(1, share, lies=True), Tenant(2, share)).run(SECONDS).shares()
     assert got[1] == pytest.approx(0.5, abs=0.0125 + 0.005)
+
+
+def p99(waits_ns):
+    return sorted(waits_ns)[len(waits_ns) * 99 // 100]
+
+
+@pytest.mark.parametrize("cunning", [False, True])
+def test_work_that_is_said_to_be_in_flight_and_is_not_costs_others_little(cunning):
+    """It says so for as long as that is believed, and costs its neighbour a second each time."""
+    honest, hog = Tenant(1), Hog(2, cunning=cunning)
+    it = World(honest, hog).run(5.0)
+    honest.waits_ns.clear()
+    before, overruns = honest.done_ns, it.turns.places[2].counts.overruns
+    it.run(60.0)
+    assert it.turns.places[2].counts.overruns > overruns, "it lies"
+    assert p99(honest.waits_ns) <= (2 * 20 + 5 + 3) * MS, "two quanta, the shortest deadline, two bells"
+    assert honest.done_ns - before >= 0.4 * 60 * S
+
+
+@pytest.mark.parametrize("kernel_ms", [50, 400])
+def test_one_with_long_kernels_is_believed_again_after_it_was_stopped(kernel_ms):
+    """What it had in flight ended while it was stopped; then each of its drains ends as it says."""
+    long, other = Tenant(1, kernel_ns=kernel_ms * MS), Tenant(2)
+    it = World(long, other).run(2.0)
+    while not (it.turns.places[1].turn and long.flights):
+        it.run(0.001)
+    long.stopped = True
+    it.run(1.0)
+    assert it.turns.places[1].trust.believed_ns(it.now) < kernel_ms * MS
+    long.stopped = False
+    it.run(10.0)
+    assert it.turns.places[1].trust.believed_ns(it.now) >= kernel_ms * MS
+    done = long.done_ns, other.done_ns
+    it.run(20.0)
+    part = (long.done_ns - done[0], other.done_ns - done[1])
+    assert part[0] / sum(part) == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_changed_share_holds_at_once():
