@@ -1,7 +1,8 @@
 """Whether tenants keep to their turns: how much of a device NVML says they ran on, beside how much of it they owned.
 
-Owns: the last ten seconds of both, of tenants that are gated. Never: acts, or names a tenant on less. When it fails:
-where NVML does not say what a process ran, nothing is known of any tenant there.
+Owns: the last ten seconds of both, of tenants that are gated; what the gatekeeper is told of NVML, every second. Never:
+acts, or names a tenant on less than ten. When it fails: where NVML does not say what a process ran, nothing is known of
+any tenant there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fgpu_ebpf.processes import Process
 from fgpu_ebpf.timebook import Key, Timebook, TurnCounts
 
 LOOK_SECONDS = 1.0
+MOST_SECONDS = 2 * LOOK_SECONDS  # that a look speaks for, where the one before it was late
 LOOKS = 10
 MUCH = 0.1  # of a device: twice what a lie about a turn can gain there
 NOTHING_PARTS = 50  # to run on less than such a part of what one owned is to run nothing
@@ -63,6 +65,7 @@ class Audit:
             percent = self._percent(device, epoch - LOOK_SECONDS)
             for place in (place for place in gated if place[1] == device):
                 self._enter(place, now, gated[place].owned_ns, percent, processes)
+                self._tell(place, times)
         known = {place: looks for place, looks in self._looks.items() if len(looks) > LOOKS}
         beyond = {place: _ran(looks) - _owned(looks) for place, looks in known.items()}
         outside = (known[place][-1].pids for place, part in beyond.items() if part > MUCH)
@@ -80,6 +83,13 @@ class Audit:
         if looks and owned_ns < looks[-1].owned_ns:  # counted anew
             looks.clear()
         looks.append(_Look(now, owned_ns, min(1.0, sum(own.values()) / 100), frozenset(own)))
+
+    def _tell(self, place: Key, times: Timebook) -> None:
+        """The gatekeeper is told what NVML saw: it is the floor of what a tenant with a ceiling is charged."""
+        looks = self._looks.get(place)
+        if looks and len(looks) > 1:
+            seconds = min(MOST_SECONDS, looks[-1].at - looks[-2].at)
+            times.add_ran(*place, int(looks[-1].ran * seconds * NS))
 
 
 def _owned(looks: deque[_Look]) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fgpu_ebpf import pages, scheduler
+from fgpu_ebpf.observed import Observed
 from fgpu_ebpf.scheduler import Account, Share, Waiter
 from fgpu_ebpf.trust import MOST_FLIGHT_NS, Trust
 
@@ -124,6 +125,7 @@ class Place:
     held_back: bool = False
     counts: Counts = field(default_factory=Counts)
     trust: Trust = field(default_factory=Trust)
+    observed: Observed = field(default_factory=Observed)
 
     def waiter(self, now_ns: int) -> Waiter:
         """As the scheduler sees it; who wants nothing yet wants it now."""

@@ -312,6 +312,7 @@ class Slicer:
         self._measured = (now_ns, {t: places[t].counts.owned_ns for t in self._desks})
         wanted, self._wanted = self._wanted & set(places), set()
         for tenant, place in places.items():
+            self._observe(tenant, place, ledger, now_ns)
             rivals = {t: places[t].share for t in wanted | {tenant} if places[t].seen.devices & place.seen.devices}
             rivals[tenant] = place.share
             had = max(0, place.counts.owned_ns - owned.get(tenant, place.counts.owned_ns))  # its place may be a new one
@@ -321,6 +322,12 @@ class Slicer:
             for device in place.seen.devices | self._shown.get(tenant, frozenset()):  # its last, where all have gone
                 ledger.times.set_turns(tenant, device, _counts(place, device, part if is_here else 0, entitled))
         self._shown = {tenant: places[tenant].seen.devices for tenant in self._desks}
+
+    def _observe(self, tenant: int, place: Place, ledger: Ledger, now_ns: int) -> None:
+        if place.share.limited:
+            ran = [ns for device in place.seen.devices if (ns := ledger.times.ran_ns(tenant, device)) is not None]
+            if ran:
+                self._turns.observed(tenant, max(ran), now_ns)
 
     def counts(self) -> dict[str, Any]:
         """Of every device, as plain values."""

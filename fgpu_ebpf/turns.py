@@ -77,6 +77,13 @@ class Turns:
         place.seen, place.free_on, place.late_ns, place.busy_ns = NOTHING, frozenset(), 0, 0
         self._users_changed = True
 
+    def observed(self, tenant: int, ran_ns: int, now_ns: int) -> None:
+        """NVML has seen it run for so long in all: with a ceiling it is charged that at the least."""
+        place = self.places[tenant]
+        if place.share.limited:
+            place.account = place.account.at(now_ns, place.share)
+            self._charge(place, place.observed.short_ns(ran_ns, place.counts.owned_ns, now_ns))
+
     def in_question(self) -> list[int]:
         """Those whose turn it is, or was cut a moment ago: of these every step is to be told."""
         return [*self._running, *(tenant for tenant, place in self._queue.items() if place.cut)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,7 @@ class Tenant:
     doubt_ns: int = 0  # work in flight should take so much longer than it does
     silent: bool = False  # never tells that it has drained
     lies: bool = False  # its turns begin late and end at once, it says
+    restless: bool = False  # it has rested all the time, it says
     stopped: bool = False
     dead: bool = False
     flights: list[int] = field(default_factory=list)
@@ -75,7 +77,7 @@ class Tenant:
 
     def seen(self) -> Seen:
         self.tell()
-        rested, self.rested_ns = self.rested_ns, 0
+        rested, self.rested_ns = 10 * S if self.restless else self.rested_ns, 0
         return Seen(self.devices, *self.said, rested)
 
 
@@ -113,6 +115,7 @@ class World:
         self.free_at: dict[int, int] = {}
         self.bell: int | None = self.now
         self.rung = set(self.tenants)
+        self.nvml = dict.fromkeys(self.tenants, 0)
         self.steps = 0
 
     def is_open(self, tenant: Tenant) -> bool:
@@ -154,6 +157,17 @@ class World:
             if tenant.waiting and self.is_open(tenant):
                 tenant.waiting, tenant.wakes_ns = False, self.now + WAKE_NS
         return self.turns.due_ns(self.now)
+
+    def run_observed(self, seconds: int, error: Callable[[int], float] = lambda _: 0.0) -> World:
+        """As `run`, while NVML is asked once a second; it says so much of a device too much or too little."""
+        for second in range(seconds):
+            before = {key: tenant.done_ns for key, tenant in self.tenants.items()}
+            self.run(1.0)
+            for key, tenant in self.tenants.items():
+                part = (tenant.done_ns - before[key]) / S + error(second)
+                self.nvml[key] += int(min(1.0, max(0.0, part)) * S)
+                self.turns.observed(key, self.nvml[key], self.now)
+        return self
 
     def check(self) -> None:
         """At most one owner a device beside who should be about to have drained, all of a gang's or none."""

@@ -25,6 +25,10 @@ class Host:
         self.silent, self.part = False, 0.5
         self.audit = Audit(lambda device, since: self.percent)
         self.shared = lambda: {HONEST, LIAR}
+        self.ran = dict.fromkeys((HONEST, LIAR), 0)
+
+    def add_ran(self, level, device, ns):
+        self.ran[level, device] += ns
 
     def looks(self, number):
         for _ in range(number):
@@ -57,6 +61,17 @@ def test_who_owns_little_need_not_run():
     host = Host({71: 48})
     host.part = 0.05
     assert host.looks(11).empty == set()
+
+
+def test_the_gatekeeper_is_told_what_nvml_saw_from_the_second_look_on():
+    host = Host({71: 48, 81: 60, 82: 35, 99: 100})
+    host.looks(1)
+    assert host.ran == {HONEST: 0, LIAR: 0}
+    host.looks(10)
+    assert host.ran == pytest.approx({HONEST: 4.8e9, LIAR: 9.5e9})
+    host.now += 60
+    host.looks(1)
+    assert host.ran[HONEST] == pytest.approx(4.8e9 + 2 * 0.48e9), "a look that is late speaks for two seconds"
 
 
 def test_two_processes_do_not_run_for_more_than_all_the_time():

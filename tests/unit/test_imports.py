@@ -35,7 +35,7 @@ ORDER = (
         "xids",
     }
     | {"crimessages", "kubeletmessages", "slots", "graces", "breakpoints", "file_budget"}
-    | {"library_class", "library_files", "trust"},
+    | {"library_class", "library_files", "trust", "observed"},
     {"probe_plan"} | {"events", "launch"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
     | {"allocation", "unwitnessed"},

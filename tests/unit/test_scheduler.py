@@ -365,6 +365,30 @@ def test_one_with_long_kernels_is_believed_again_after_it_was_stopped(kernel_ms)
     assert part[0] / sum(part) == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.parametrize("percent", [25, 50])
+def test_a_limit_holds_for_one_that_says_it_rests_all_the_time(percent):
+    """Within the slack of what NVML says."""
+    liar = Tenant(1, Share(limit_millionths=percent * 10_000), restless=True)
+    it = World(liar).run_observed(5)
+    before = liar.done_ns
+    it.run_observed(30)
+    assert (liar.done_ns - before) / (30 * S) <= (percent + 10) / 100 + 0.03
+
+
+@pytest.mark.parametrize(
+    "steps", [None, Steps(2 * MS, 10 * MS), Steps(100 * MS, 1_000 * MS), Steps(900 * MS, 5_000 * MS)]
+)
+def test_what_nvml_says_costs_an_honest_tenant_nothing_though_it_errs(steps):
+    made = []
+    for error in (lambda _: 0.0, lambda second: (0.06, -0.06, 0.03, 0.08, -0.08)[second % 5]):
+        copy = steps and Steps(steps.work_ns, steps.period_ns)
+        made.append(Tenant(1, Share(limit_millionths=250_000), steps=copy))
+        World(made[-1]).run_observed(30, error)
+    plain = Tenant(1, Share(limit_millionths=250_000), steps=steps and Steps(steps.work_ns, steps.period_ns))
+    World(plain).run(30.0)
+    assert [tenant.done_ns for tenant in made] == pytest.approx([plain.done_ns] * 2, rel=0.01)
+
+
 def test_a_changed_share_holds_at_once():
     it = world((1, 1)).run(2.0)
     before = {key: t.done_ns for key, t in it.tenants.items()}

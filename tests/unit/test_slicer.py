@@ -25,7 +25,7 @@ class Ledger:
     """Shares by level, on device 0; the contexts of every process."""
 
     def __init__(self, **shares):
-        self.told, self.version = {}, 1
+        self.told, self.version, self.ran = {}, 1, {}
         self.given = {(int(level[1:]), 0): share for level, share in shares.items()}
         self.times = self
 
@@ -37,6 +37,9 @@ class Ledger:
 
     def set_turns(self, level, device, counts):
         self.told[level, device] = counts
+
+    def ran_ns(self, level, device):
+        return self.ran.get((level, device))
 
     def process(self, pid):
         return SimpleNamespace(contexts=[1])
@@ -186,6 +189,17 @@ def test_alone_and_without_a_ceiling_it_is_free(world):
     it = world(t7=Share())
     program = it.greet(1, 7)
     it.until(lambda: program.word() == Gate.OPEN)
+
+
+def test_what_nvml_saw_is_the_floor_of_what_a_tenant_with_a_ceiling_is_charged(world):
+    it = world(t7=Share(limit_millionths=500_000))
+    it.greet(1, 7)
+    told, ran = it.slicer.ledger.told, it.slicer.ledger.ran
+    it.until(lambda: (7, 0) in told)
+    ran[7, 0] = 0
+    it.run(0.6)  # until it is published again
+    before, ran[7, 0] = told[7, 0].owned_ns, 60 * 10**9
+    it.until(lambda: told[7, 0].owned_ns - before > 50 * 10**9)
 
 
 def test_one_owner_at_a_time_each_with_its_turn(world):
