@@ -89,13 +89,15 @@ class Timebook:
         """What these levels get, by device; a device left out is not gated. The gatekeeper is told."""
         known = {key: share for key, share in self.shares().items() if key[0] in wanted}
         asked = {(level, device): share for level, by in wanted.items() for device, share in by.items()}
+        for key in asked:
+            self._begin_ran(*key)
         if known == asked:
             return
         try:
             for key in known.keys() - asked.keys():
+                self._forget_ran(*key)
                 bpf.delete(self._maps["shares"], _KEY.pack(*key))
                 bpf.delete(self._maps["turns"], _KEY.pack(*key))
-                self._forget_ran(*key)
             for key, share in asked.items():
                 bpf.update(self._maps["shares"], _KEY.pack(*key), _SHARE.pack(*astuple(share)))
         finally:
@@ -126,17 +128,21 @@ class Timebook:
         bpf.update(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*words))
 
     def ran_ns(self, level: int, device: int) -> int | None:
-        """For how long NVML has seen a level run there; None: it has not said so far."""
+        """For how long NVML has seen a level run there; None: it has no share, or the map is not pinned."""
         ran = self._ran()
         raw = None if ran is None else bpf.lookup(ran, _KEY.pack(level, device), _U64.size)
         return None if raw is None else int(_U64.unpack(raw)[0])
 
     def add_ran(self, level: int, device: int, ns: int) -> None:
-        """NVML has seen the level run there for so much longer."""
+        """NVML has seen the level run there for so much longer. Nothing where it has no share any more."""
+        ran, before_ns = self._ran(), self.ran_ns(level, device)
+        if ran is not None and before_ns is not None:
+            bpf.replace(ran, _KEY.pack(level, device), _U64.pack((before_ns + ns) & _MOST_WORD))
+
+    def _begin_ran(self, level: int, device: int) -> None:
         ran = self._ran()
         if ran is not None:
-            sum_ns = (self.ran_ns(level, device) or 0) + ns
-            bpf.update(ran, _KEY.pack(level, device), _U64.pack(sum_ns % (_MOST_WORD + 1)))
+            bpf.insert(ran, _KEY.pack(level, device), _U64.pack(0))
 
     def _forget_ran(self, level: int, device: int) -> None:
         ran = self._ran()

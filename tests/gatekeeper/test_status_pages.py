@@ -127,3 +127,17 @@ def test_whatever_tenants_write_the_gatekeeper_goes_on_and_their_neighbour_has_t
     assert min(rounds) > 50
     assert turns > 10
     assert keeper.counts()["slices"]["faults"] == 0
+
+
+def test_what_nvml_saw_is_kept_as_long_as_the_share(ledger: Ledger, tenant: Make) -> None:
+    """Else a thread that is late leaves an entry of a level that is gone."""
+    level, times = tenant().stat().st_ino, ledger.times
+    times.add_ran(level, 0, 5)
+    assert times.ran_ns(level, 0) is None
+    for _ in range(2):
+        times.set_shares({level: {0: Share()}})
+        times.add_ran(level, 0, 5)
+    assert times.ran_ns(level, 0) == 10
+    times.forget([level])
+    times.add_ran(level, 0, 5)
+    assert times.ran_ns(level, 0) is None
