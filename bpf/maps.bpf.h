@@ -28,6 +28,8 @@ BPF_TABLE_PINNED("hash", u64, u32, resolved, 16384, PINS "resolved", SPARSE);
 BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_limit, limits, 65536, PINS "limits", SPARSE);
 BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_share, shares, 65536, PINS "shares", SPARSE);
 BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_turn, turns, 65536, PINS "turns", SPARSE);
+/* Nanoseconds for which NVML has seen processes of a level run on a device, ever growing. */
+BPF_TABLE_PINNED("hash", struct fgpu_level_device, u64, ran, 65536, PINS "ran", SPARSE);
 BPF_TABLE_PINNED("hash", u32, struct fgpu_process, processes, MOST_PROCESSES, PINS "processes", SPARSE);
 BPF_TABLE_PINNED("hash", struct fgpu_allocation_key, struct fgpu_allocation, allocations, MOST_ALLOCATIONS,
                  PINS "allocations", SPARSE);

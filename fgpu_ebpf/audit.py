@@ -1,21 +1,24 @@
 """Whether tenants keep to their turns: how much of a device NVML says they ran on, beside how much of it they owned.
 
-Owns: the last ten seconds of both, of tenants that are gated. Never: acts, or blames on less. When it fails: where NVML
-does not say what a process ran, nothing is known of any tenant there.
+Owns: the last ten seconds of both, of tenants that are gated; what the gatekeeper is told of NVML, every second. Never:
+acts, or names a tenant on less than ten. When it fails: where NVML does not say what a process ran, nothing is known of
+any tenant there.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from fgpu_ebpf.processes import Process
 from fgpu_ebpf.timebook import Key, Timebook, TurnCounts
 
 LOOK_SECONDS = 1.0
+MOST_SECONDS = 2 * LOOK_SECONDS  # that a look speaks for, where the one before it was late
 LOOKS = 10
 MUCH = 0.1  # of a device: twice what a lie about a turn can gain there
+NOTHING_PARTS = 50  # to run on less than such a part of what one owned is to run nothing
 NS = 1_000_000_000
 Percent: TypeAlias = Mapping[int, int]  # host pid -> of a device's time, as NVML has it
 
@@ -23,11 +26,13 @@ Percent: TypeAlias = Mapping[int, int]  # host pid -> of a device's time, as NVM
 class Verdict(NamedTuple):
     """`beyond`: the part of a device's time that a tenant ran on outside its turns, of those watched for ten seconds.
 
-    Less than nothing is usual: a turn is not all kernels. `outside`: host pids that run while it is much.
+    Less than nothing is usual: a turn is not all kernels. `outside`: host pids that run while it is much. `empty`: host
+    pids with contexts on a device of which their tenant owned much, and on which it ran nothing.
     """
 
     beyond: Mapping[Key, float] = {}
     outside: frozenset[int] = frozenset()
+    empty: frozenset[int] = frozenset()
 
 
 class _Look(NamedTuple):
@@ -60,9 +65,12 @@ class Audit:
             percent = self._percent(device, epoch - LOOK_SECONDS)
             for place in (place for place in gated if place[1] == device):
                 self._enter(place, now, gated[place].owned_ns, percent, processes)
-        beyond = {place: _beyond(looks) for place, looks in self._looks.items() if len(looks) > LOOKS}
-        outside = (self._looks[place][-1].pids for place, part in beyond.items() if part > MUCH)
-        return Verdict(beyond, frozenset().union(*outside))
+                self._tell(place, times)
+        known = {place: looks for place, looks in self._looks.items() if len(looks) > LOOKS}
+        beyond = {place: _ran(looks) - _owned(looks) for place, looks in known.items()}
+        outside = (known[place][-1].pids for place, part in beyond.items() if part > MUCH)
+        empty = [place for place, looks in known.items() if _is_empty(looks)]
+        return Verdict(beyond, frozenset().union(*outside), _with_contexts(empty, processes))
 
     def _enter(
         self, place: Key, now: float, owned_ns: int, percent: Percent | None, processes: Mapping[int, Process]
@@ -76,8 +84,33 @@ class Audit:
             looks.clear()
         looks.append(_Look(now, owned_ns, min(1.0, sum(own.values()) / 100), frozenset(own)))
 
+    def _tell(self, place: Key, times: Timebook) -> None:
+        """The gatekeeper is told what NVML saw: it is the floor of what a tenant with a ceiling is charged."""
+        looks = self._looks.get(place)
+        if looks and len(looks) > 1:
+            seconds = min(MOST_SECONDS, looks[-1].at - looks[-2].at)
+            times.add_ran(*place, int(looks[-1].ran * seconds * NS))
 
-def _beyond(looks: deque[_Look]) -> float:
-    first, *rest = looks
-    owned = (rest[-1].owned_ns - first.owned_ns) / NS / (rest[-1].at - first.at)
-    return sum(look.ran for look in rest) / len(rest) - owned
+
+def _owned(looks: deque[_Look]) -> float:
+    first, last = looks[0], looks[-1]
+    return (last.owned_ns - first.owned_ns) / NS / (last.at - first.at)
+
+
+def _ran(looks: deque[_Look]) -> float:
+    _, *rest = looks
+    return sum(look.ran for look in rest) / len(rest)
+
+
+def _is_empty(looks: deque[_Look]) -> bool:
+    owned = _owned(looks)
+    return owned > MUCH and _ran(looks) < owned / NOTHING_PARTS
+
+
+def _with_contexts(places: Iterable[Key], processes: Mapping[int, Process]) -> frozenset[int]:
+    return frozenset(
+        pid
+        for level, device in places
+        for pid, process in processes.items()
+        if level in process.levels and process.contexts[device]
+    )

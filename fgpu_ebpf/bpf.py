@@ -21,6 +21,7 @@ _BPF, _PERF_EVENT_OPEN = {"x86_64": (321, 298), "aarch64": (280, 241)}.get(platf
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _OBJ_PIN, _OBJ_GET, _TEST_RUN = 0, 1, 2, 3, 6, 7, 10
 _MAP_GET_FD_BY_ID, _RAW_TRACEPOINT_OPEN, _FREEZE, _LOOKUP_BATCH, _LINK_CREATE = 14, 17, 22, 24, 28
 _UPDATE_BATCH, _DELETE_BATCH = 26, 27
+_ANY, _NOEXIST, _EXIST = 0, 1, 2
 _PERF_EVENT, _TRACE_UPROBE_MULTI = 41, 48
 _ATTR_BYTES = 128
 _PERF_ATTR_BYTES = 128
@@ -106,8 +107,32 @@ def lookup(fd: int, key: bytes, value_bytes: int) -> bytes | None:
 
 def update(fd: int, key: bytes, value: bytes) -> None:
     """Inserts or replaces one entry. Raises OSError (E2BIG: the map is full)."""
+    _update(fd, key, value, _ANY)
+
+
+def insert(fd: int, key: bytes, value: bytes) -> bool:
+    """Inserts one entry; False where there is one. Raises OSError (E2BIG: the map is full)."""
+    return _update_unless(errno.EEXIST, fd, key, value, _NOEXIST)
+
+
+def replace(fd: int, key: bytes, value: bytes) -> bool:
+    """Replaces one entry; False where there is none. Raises OSError."""
+    return _update_unless(errno.ENOENT, fd, key, value, _EXIST)
+
+
+def _update_unless(refused: int, fd: int, key: bytes, value: bytes, flag: int) -> bool:
+    try:
+        _update(fd, key, value, flag)
+    except OSError as error:
+        if error.errno == refused:
+            return False
+        raise
+    return True
+
+
+def _update(fd: int, key: bytes, value: bytes, flag: int) -> None:
     k, v = _buffer(key), _buffer(value)
-    _bpf("MAP_UPDATE", _UPDATE, "IIQQQ", fd, 0, _address(k), _address(v), 0)
+    _bpf("MAP_UPDATE", _UPDATE, "IIQQQ", fd, 0, _address(k), _address(v), flag)
 
 
 def delete(fd: int, key: bytes) -> bool:

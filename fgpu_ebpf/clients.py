@@ -1,7 +1,8 @@
-"""The processes that have pages: who they are, their control and status pages, the rows and heartbeats shown there.
+"""The managed processes: their control and status pages, the rows and heartbeats shown there.
 
-Owns: every control and status page, from a process's first answer to its end, which its pidfd tells. Never: decides who
-gets which page, reads what a tenant wrote. When it fails: OSError; pages that no longer beat open shims' gates.
+Owns: every control and status page, from a process's first answer to its end, which its pidfd tells; a few control
+pages that all unmanaged processes share, so that none of those takes a place. Never: decides which process gets which
+page, reads what a tenant wrote. When it fails: OSError; pages that no longer beat open shims' gates.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from fgpu_ebpf.processes import Process
 from fgpu_ebpf.sealed import ControlMemory, StatusMemory, row_bytes
 
 MOST_PROCESSES, PROCESSES_PER_TENANT = 8192, 1024
+MOST_CLOCKS = 16  # of unmanaged processes
+FEW_PROCESSES = 64  # half of all places are kept for tenants that have no more
 Held = tuple[int, int, int, int]  # tgid, generation, device, bytes
 
 
@@ -78,6 +81,7 @@ class Clients:
         self._held: dict[int, list[Held]] = {}
         self._names: dict[tuple[int, int], dict[int, int]] = {}
         self._tables: dict[tuple[int, int], bytes] = {}  # rows of a tenant, as a pid namespace names them
+        self._shared: dict[int | None, ControlMemory] = {}  # by how far the clock is ahead of ours
         self.epoch = 0
         self.parted: Callable[[Client], None] = lambda _: None  # is told of everyone who has gone, once or twice
 
@@ -93,8 +97,8 @@ class Clients:
         return client
 
     def enrol(self, pid: int, pidfd: int, tenant: int, head: Head) -> Client | None:
-        """A new client, which takes the pidfd over; None: there is no place. Raises OSError, the pidfd not taken."""
-        if self._members[tenant] >= PROCESSES_PER_TENANT or len(self._clients) >= self._most:
+        """A new client, which takes the pidfd over; None: it has no place. Raises OSError, the pidfd not taken."""
+        if not self._has_place(tenant):
             return None
         client = Client(pid, pidfd, tenant, procfs.pid_space(pidfd), head, self._control(head))
         try:
@@ -105,6 +109,42 @@ class Clients:
         self._clients[pid] = client
         self._members[tenant] += 1
         return client
+
+    def _has_place(self, tenant: int) -> bool:
+        own, taken = self._members[tenant], len(self._clients)
+        if own >= PROCESSES_PER_TENANT or taken >= self._most:
+            return False
+        return own < FEW_PROCESSES or taken < self._most // 2
+
+    def page_of_unmanaged(self, pid: int) -> ControlMemory:
+        """The control page that this process shares with all unmanaged ones of the same clock. Raises OSError.
+
+        For a clock that is one too many there is a page without a heartbeat: to its processes the gatekeeper seems to
+        have ended, and they say hello again and again.
+        """
+        ahead_ns: int | None = procfs.clock_ahead_ns(pid)
+        if ahead_ns not in self._shared and len(self._shared) >= MOST_CLOCKS:
+            ahead_ns = None
+        if ahead_ns not in self._shared:
+            self._shared[ahead_ns] = self._control(Head())
+        self._beat_shared(self._shared[ahead_ns], ahead_ns)  # never behind the answer
+        return self._shared[ahead_ns]
+
+    def _beat_shared(self, control: ControlMemory, ahead_ns: int | None) -> None:
+        control.page.epoch = self.epoch
+        if ahead_ns is not None:
+            control.page.heartbeat_ns = monotonic_ns() + ahead_ns
+
+    def release(self, pid: int) -> None:
+        """This process is unmanaged from now on: it has no pages of its own any more, and its gates are open."""
+        client = self._clients.get(pid)
+        if client:
+            client.control.page.gates[:] = [pages.Gate.OPEN] * pages.DEVICES
+            self._bury(client)
+
+    def is_owed_beats(self) -> bool:
+        """Whether any process has a page that must go on beating."""
+        return bool(self._clients or self._shared)
 
     def settle_in(self, client: Client, tenant: int, levels: tuple[int, ...], head: Head) -> None:
         """Make pages say what the next answer will: a new head is a new page. Raises OSError."""
@@ -197,6 +237,8 @@ class Clients:
         for client in self._clients.values():
             client.control.page.epoch = self.epoch
             client.beat()
+        for ahead_ns, control in self._shared.items():
+            self._beat_shared(control, ahead_ns)
 
 
 def take_one(count: Counter[int], key: int) -> None:

@@ -17,7 +17,6 @@ import ctypes
 import json
 import os
 import resource
-import select
 import selectors
 import signal
 import socket
@@ -37,12 +36,13 @@ from fgpu_ebpf.door import Door, Lock
 from fgpu_ebpf.events import Events
 from fgpu_ebpf.glance import Glance, Lineages, Offer, Standing, standing
 from fgpu_ebpf.ledger import PINS, Ledger, LedgerMissing
+from fgpu_ebpf.log_lines import LogLines
 from fgpu_ebpf.pages import Answer, Code, News
 from fgpu_ebpf.readers import Readers
 from fgpu_ebpf.slicer import Slicer
 from fgpu_ebpf.urgency import come_first
 
-MOST_LINES, TELL_NS, LOCK_SECONDS = 10, 50_000_000, 0.1
+TELL_NS, LOCK_SECONDS = 50_000_000, 0.1
 AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 500_000_000, 250_000_000, 1_000_000_000
 GIVE_BACK_NS = 30_000_000_000
 AHEAD_BYTES = 256 << 10  # of small objects: what the hellos of one moment take
@@ -71,7 +71,7 @@ class Gatekeeper:
         self._counts = dict.fromkeys(COUNTS, 0)
         self._facts = {"started_ns": monotonic_ns(), "boot": boot.hex()}
         self._written: dict[str, object] = {}
-        self._lines = 0
+        self._log = LogLines("fgpu gatekeeper")
         self._agent = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._bell = Bell()
         self._selector = selectors.DefaultSelector()
@@ -104,7 +104,7 @@ class Gatekeeper:
             self._end_glance()
         self._slicer.end()
         self._door.close()
-        self._say(f"{self._lock.path} is no longer the one that was locked: ends" if self._lost else "ends")
+        self._log.say(f"{self._lock.path} is no longer the one that was locked: ends" if self._lost else "ends")
         return not self._lost
 
     def _leisure_ns(self, due: dict[Callable[[], None], int]) -> int:
@@ -118,8 +118,8 @@ class Gatekeeper:
         return max(0, min(wakes_ns if reading_ns is None else [*wakes_ns, reading_ns]) - monotonic_ns())
 
     def _forgotten(self) -> bool:
-        """Nobody has a page, and nobody is owed anything."""
-        return not self._clients and not self._callers.owing() and not self._told
+        """No process has a page, and none is owed anything."""
+        return not self._clients.is_owed_beats() and not self._callers.owing() and not self._told
 
     def end(self, *_: object) -> None:
         """Leave `run` at its next turn: a signal handler."""
@@ -131,13 +131,7 @@ class Gatekeeper:
             job()
         except OSError as error:
             self._counts["errors"] += 1
-            self._say(f"{getattr(job, '__name__', 'a peer')}: {error}")
-
-    def _say(self, line: str) -> None:
-        self._lines += 1
-        with contextlib.suppress(OSError, ValueError):  # a log that nobody reads must not be waited for
-            if self._lines <= MOST_LINES and select.select([], [2], [], 0)[1]:
-                os.write(2, f"fgpu gatekeeper: {line}\n".encode())
+            self._log.say(f"{getattr(job, '__name__', 'a peer')}: {error}")
 
     # -- a hello, step by step
 
@@ -146,7 +140,7 @@ class Gatekeeper:
             self._selector.unregister(self._door.listener)
         self._door.open()
         self._selector.register(self._door.listener, selectors.EVENT_READ, self._accept)
-        self._say(f"listens in {self._run}/shim")
+        self._log.say(f"listens in {self._run}/shim")
 
     def _accept(self) -> None:
         self._callers.accept(self._door.listener)
@@ -189,7 +183,7 @@ class Gatekeeper:
         if caller.epoch != glance.epoch or caller.standing.managed is None:
             caller.epoch, caller.standing = glance.epoch, glance.standing(*procfs.identity(caller.pidfd))
         if caller.standing.managed is False:
-            self._answer(caller, Code.UNMANAGED, Offer(Head(), ()))
+            self._answer_unmanaged(caller)
         elif caller.standing.managed is None:
             self._tell(caller)
         elif caller.files is None:
@@ -198,7 +192,7 @@ class Gatekeeper:
             caller.files = None  # read again at its next turn: what it maps may be probed by then
             self._tell(caller)
         elif offer := glance.offer(caller.standing.levels):  # else decided, but not in force yet
-            self._answer(caller, Code.MANAGED, offer)
+            self._answer_managed(caller, offer)
 
     def _tell(self, caller: Caller) -> None:
         """The agent does not know this process yet: say so, once; of a tenant's many, of one at a time."""
@@ -237,15 +231,21 @@ class Gatekeeper:
             self._listed = (epoch, ledger.devices())
         return self._listed[1]
 
-    def _answer(self, caller: Caller, code: Code, offer: Offer) -> None:
+    def _answer_unmanaged(self, caller: Caller) -> None:
+        """With a page that all unmanaged processes share, so that they take no place from a tenant, however many."""
+        self._clients.release(caller.pid)
+        control = self._clients.page_of_unmanaged(caller.pid)
+        self._answer(caller, Code.UNMANAGED, Offer(Head(), ()), [control.descriptor])
+
+    def _answer_managed(self, caller: Caller, offer: Offer) -> None:
+        client = self._client(caller, offer.head)
+        if client and client.status:
+            descriptors = [client.control.descriptor, client.status.descriptor, *offer.usage]
+            self._answer(caller, Code.MANAGED, offer, descriptors)
+
+    def _answer(self, caller: Caller, code: Code, offer: Offer, fds: Sequence[int]) -> None:
         head, usage = offer.head, offer.usage
-        client = self._client(caller, head)
-        if client is None:
-            return
         form = (pages.MAGIC, pages.LAYOUT, ANSWER_BYTES, code, len(usage), len(head.devices), head.flags, caller.epoch)
-        fds = [client.control.descriptor]
-        if client.status and usage:
-            fds += [client.status.descriptor, *usage]
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
         try:
             caller.sock.sendmsg([bytes(Answer(*form))], [rights], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -267,7 +267,7 @@ class Gatekeeper:
                 self._callers.drop(caller, "dropped_process")
                 return None
             caller.pidfd = -1
-            self._say(f"process {client.pid} of cgroup {tenant}: {'managed' if head.flags else 'unmanaged'}")
+            self._log.say(f"process {client.pid} of cgroup {tenant}: managed")
         self._clients.settle_in(client, tenant, caller.standing.levels, head)
         if self._ledger and client.levels:
             client.control.page.tag = self._ledger.tag(client.pid, client.levels)
@@ -282,7 +282,7 @@ class Gatekeeper:
             if self._ledger:
                 self._slicer.ledger, self._readers.check = self._ledger, self._ledger.file_check
                 self._listen(self._ledger)
-                self._say("has the ledger")
+                self._log.say("has the ledger")
                 self._beat()
                 self._show()
         self._callers.turn()
@@ -313,10 +313,7 @@ class Gatekeeper:
         self._clients.beat()
 
     def _keep_up(self) -> None:
-        if self._lines > MOST_LINES:
-            self._lines, more = 0, self._lines - MOST_LINES
-            self._say(f"{more} more lines left out")
-        self._lines = 0
+        self._log.renew()
         self._lineages.forget()
         if not self._lock.held():
             self._ended = self._lost = True

@@ -79,7 +79,7 @@ class Ledger:
         self._maps: dict[str, int] = {}
         self._usage = UsagePages(self.page_fd)
         self._shelf = Shelf(self._maps)
-        self.times = Timebook(self._maps, lambda: self._run(pages.Adjust.RING))
+        self.times = Timebook(self._maps, lambda: self._run(pages.Adjust.RING), pins / "maps")
         self.orphans = OrphanMap(self._maps, self._run, self.page_fd)
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)

@@ -73,7 +73,7 @@ _SLICE_COUNTERS: tuple[tuple[str, str, Callable[[SlicesView], int]], ...] = (
 )
 _INFO_LABELS = ("tenant", "kind", "policy", "namespace", "pod", "container", "cgroup_path")
 _FIRST_REFUSAL = ("memory", "limit")  # shown before there is one: an increase is seen from 0 on, not from nothing
-_HOW = ("no_admission", "no_shim", "unwitnessed", "unprobed", "standalone", "older", "outside_turns")
+_HOW = ("no_admission", "no_shim", "unwitnessed", "unprobed", "standalone", "older", "outside_turns", "empty_turns")
 
 
 def families(snapshot: Snapshot, since_seconds: float = 0.0) -> Iterator[Metric]:

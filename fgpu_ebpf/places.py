@@ -10,21 +10,24 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fgpu_ebpf import pages, scheduler
+from fgpu_ebpf.observed import Observed
 from fgpu_ebpf.scheduler import Account, Share, Waiter
+from fgpu_ebpf.trust import MOST_FLIGHT_NS, Trust
 
 BUCKETS_NS = tuple(int(ms * 1e6) for ms in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 512))
 LOOK_NS, MOST_LOOK_NS = 1_750_000, 10_000_000  # between looks at an owner that others wait for
 BUSY_PARTS = 16  # of the time that it was busy without a pause, between two looks
 IDLE_NS = 500_000  # without anything to run for as long, it gives way
 GUESS_PARTS = 4  # such a part of how long work in flight should take may be wrong
+FLOOR_TURN_NS = 4_000_000  # what the floor lifts a tenant for, before a higher priority may come again
 START_NS = 3_000_000  # what a thread at the gate has to come through it
-MOST_FLIGHT_NS = 1_000_000_000  # of what a tenant says is in flight
 LATE_NS = 200_000  # so long after work in flight should have ended it may be waiting for other work
 LEAD_NS = 1_000_000  # so near the end of a drain the next turn may begin
 MORE_NS = 250_000  # or a little earlier, of what was launched while the gate closed: to look again costs more
 SOON_NS = 1_000_000  # before something else is due nobody is looked at
 LASTING_NS = 1_000_000_000  # busy for as long without a pause, it is no more impatient than others that are
 SPAN_NS, SPAN_PARTS = 500_000, 40  # believed of a turn's beginning and end: so long, or such a part of the quantum
+NEVER_NS = 2**63
 _OPEN, _GATED = int(pages.Gate.OPEN), int(pages.Gate.GATED)
 
 
@@ -121,6 +124,8 @@ class Place:
     busy_ns: int = 0  # of its turns, without a pause in them
     held_back: bool = False
     counts: Counts = field(default_factory=Counts)
+    trust: Trust = field(default_factory=Trust)
+    observed: Observed = field(default_factory=Observed)
 
     def waiter(self, now_ns: int) -> Waiter:
         """As the scheduler sees it; who wants nothing yet wants it now."""
@@ -144,9 +149,13 @@ class Place:
         """When it may begin a turn."""
         return max(self.account.ripe_ns(self.share), self.shy_until_ns)
 
-    def flight_ns(self, now_ns: int) -> int:
-        """How long its work in flight should take from now."""
+    def claim_ns(self, now_ns: int) -> int:
+        """How long its work in flight takes from now, it says."""
         return min(max(0, self.seen.busy_until_ns - now_ns), MOST_FLIGHT_NS) if self.seen.in_flight else 0
+
+    def flight_ns(self, now_ns: int) -> int:
+        """The same, as far as it is believed."""
+        return min(self.claim_ns(now_ns), self.trust.believed_ns(now_ns))
 
     def is_passing(self, turn: Turn, now_ns: int) -> bool:
         """Its turn is so near its end that the next one may begin."""
@@ -203,6 +212,21 @@ class Place:
         look_ns = max(idle_ns, now_ns + min(MOST_LOOK_NS, max(LOOK_NS, self.busy_ns // BUSY_PARTS)))
         return look_ns if look_ns < due_ns - SOON_NS else due_ns
 
+    def turn_due_ns(self, turn: Turn, waiting: Iterable[Place], now_ns: int) -> int:
+        """When something about its turn is due, if these wait for one."""
+        if self.comes_back():
+            return NEVER_NS
+        rivals = wanting(turn, waiting)
+        if turn.closing_ns:
+            return self.drain_due_ns(turn, bool(rivals), now_ns)
+        due, limited = self.ends_ns(turn, rivals), self.share.limited
+        if limited:
+            due = min(due, self.account.spent_ns(self.share))
+        if rivals or limited:
+            due = self.look_due_ns(turn, now_ns, due)
+        floor_ns = turn.opened_ns + FLOOR_TURN_NS
+        return min(due, floor_ns) if rivals and turn.floor and floor_ns > now_ns else due
+
     # A turn costs from the first launch to the end of the last, as far as the tenant is to be believed: what passes
     # until a thread has woken up, and until we have, is nobody's, and a limit of 75 % is 75 % of what it could do.
 
@@ -228,3 +252,23 @@ class Place:
 def wanting(turn: Turn, places: Iterable[Place]) -> list[Place]:
     """Those that want a device which that turn is on."""
     return [place for place in places if not place.seen.devices.isdisjoint(turn.devices)]
+
+
+def missing(running: Iterable[Place], but: Place | None = None) -> set[int]:
+    """Devices that owners have begun to use beside those of their turn: these come next, before all others."""
+    return {
+        device
+        for place in running
+        if place is not but and place.turn and not place.turn.closing_ns
+        for device in place.seen.devices - place.turn.devices
+    }
+
+
+def taken(running: Iterable[Place], now_ns: int) -> set[int]:
+    """Devices of which the turn is not near its end."""
+    return {
+        device
+        for place in running
+        if place.turn and not place.is_passing(place.turn, now_ns)
+        for device in place.turn.devices
+    }

@@ -22,10 +22,10 @@ from fgpu_ebpf import futex, pages, scheduler
 from fgpu_ebpf.clients import Client
 from fgpu_ebpf.desks import Desk, let_meet, seen_of
 from fgpu_ebpf.ledger import Ledger
-from fgpu_ebpf.places import BUCKETS_NS, Place, Seen
+from fgpu_ebpf.places import BUCKETS_NS, NEVER_NS, Place, Seen
 from fgpu_ebpf.scheduler import Share
 from fgpu_ebpf.timebook import TurnCounts
-from fgpu_ebpf.turns import MS, NEVER_NS, Turns
+from fgpu_ebpf.turns import MS, Turns
 
 SHARES_NS, PUBLISH_NS, AGAIN_NS = 100 * MS, 500 * MS, 10 * MS
 CROWD_LOOK_NS = 5 * MS  # at those whose bells are not watched
@@ -203,10 +203,10 @@ class Slicer:
         is_new, is_other = True, False
         while is_new:
             self._news.update(self._turns.in_question())
-            now_ns, news = monotonic_ns(), {}
+            now_ns, news = monotonic_ns(), dict[int, Seen]()
             for tenant in self._news:
                 if self._desks.get(tenant):
-                    news[tenant] = self._look(tenant)
+                    self._try_to_look(tenant, news)
                 else:
                     self._turns.leave(tenant, now_ns)
                     self._desks.pop(tenant, None)
@@ -220,7 +220,7 @@ class Slicer:
             if is_new:
                 futex.fence()  # who counts as in flight after this has seen its gate closed
         for tenant in self._turns.to_meet(monotonic_ns()):
-            let_meet(self._desks.get(tenant, ()))
+            let_meet(self._desks.get(tenant, ()), monotonic_ns())
         if not self._is_watching:
             self._watch()
             is_other = True
@@ -265,6 +265,15 @@ class Slicer:
                 if desk.place >= 0:
                     self._bells.mute(desk.place, tenant in self._unheard)
 
+    def _try_to_look(self, tenant: int, news: dict[int, Seen]) -> None:
+        try:
+            news[tenant] = self._look(tenant)
+        except OSError:
+            raise  # of the ledger: tried again
+        except Exception:  # a defect that this tenant has found must not stop the others
+            self._turns.faults += 1
+            self._turns.forget(tenant)
+
     def _look(self, tenant: int) -> Seen:
         desks, place, used = self._desks[tenant], self._turns.places[tenant], self._used.get(tenant)
         for desk in desks:
@@ -273,7 +282,8 @@ class Slicer:
                 used = None
         if used is None:
             used = self._used[tenant] = frozenset().union(*(desk.used for desk in desks))
-        seen = seen_of(desks, used, place.number, place.turn.opened_ns if place.turn else 0)
+        since_ns = place.turn.opened_ns if place.turn else 0
+        seen = seen_of(desks, used, place.number, since_ns, monotonic_ns())
         if seen.waiting or place.turn:
             self._wanted.add(tenant)
         return seen
@@ -302,6 +312,7 @@ class Slicer:
         self._measured = (now_ns, {t: places[t].counts.owned_ns for t in self._desks})
         wanted, self._wanted = self._wanted & set(places), set()
         for tenant, place in places.items():
+            self._observe(tenant, place, ledger, now_ns)
             rivals = {t: places[t].share for t in wanted | {tenant} if places[t].seen.devices & place.seen.devices}
             rivals[tenant] = place.share
             had = max(0, place.counts.owned_ns - owned.get(tenant, place.counts.owned_ns))  # its place may be a new one
@@ -312,6 +323,12 @@ class Slicer:
                 ledger.times.set_turns(tenant, device, _counts(place, device, part if is_here else 0, entitled))
         self._shown = {tenant: places[tenant].seen.devices for tenant in self._desks}
 
+    def _observe(self, tenant: int, place: Place, ledger: Ledger, now_ns: int) -> None:
+        if place.share.limited:
+            ran = [ns for device in place.seen.devices if (ns := ledger.times.ran_ns(tenant, device)) is not None]
+            if ran:
+                self._turns.observed(tenant, max(ran), now_ns)
+
     def counts(self) -> dict[str, Any]:
         """Of every device, as plain values."""
         with self._lock:
@@ -319,6 +336,7 @@ class Slicer:
                 "bounds_ns": list(BUCKETS_NS),
                 "devices": {str(device): asdict(counts) for device, counts in self._turns.devices.items()},
                 "errors": self._errors,
+                "faults": self._turns.faults,
             }
 
     def end(self) -> None:

@@ -1,16 +1,18 @@
-"""Shares of devices' time, and what came of them: the maps `shares` and `turns`.
+"""Shares of devices' time, what came of them, and what NVML saw of them: the maps `shares`, `turns` and `ran`.
 
-Owns: what their keys and values mean; the agent writes shares, the gatekeeper turns. Never: decides either. On failure:
-OSError of bpf(2).
+Owns: what their keys and values mean; the agent writes `shares` and `ran`, the gatekeeper `turns`. Never: decides what
+stands there. On failure: OSError of bpf(2).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 from fgpu_ebpf import bpf, pages
@@ -23,6 +25,7 @@ _SHARE = struct.Struct("4Q")
 _TURN = struct.Struct("11Q")
 _U32, _U64 = struct.Struct("I"), struct.Struct("Q")
 HOST_SHARES = 4
+_MOST_WORD = 2**64 - 1
 FEW = 24  # shares whose outcomes are looked up faster than a map is walked
 assert (_SHARE.size, _TURN.size) == (ctypes.sizeof(pages.Share), ctypes.sizeof(pages.Turn))
 
@@ -45,10 +48,11 @@ class TurnCounts:
 
 
 class Timebook:
-    """`maps` are the ledger's open maps, by name; `ring` has the kernel wake whoever sleeps on `bell`."""
+    """`maps` are the ledger's open maps, by name, and `pins` their folder; `ring` has the kernel wake the threads that
+    sleep on `bell`."""
 
-    def __init__(self, maps: Mapping[str, int], ring: Callable[[], object]) -> None:
-        self._maps, self._ring = maps, ring
+    def __init__(self, maps: dict[str, int], ring: Callable[[], object], pins: Path = Path("/nowhere")) -> None:
+        self._maps, self._ring, self._pins = maps, ring, pins
         self._told = 0
         self._shared: tuple[int, Collection[Key]] = (-1, ())
 
@@ -85,10 +89,13 @@ class Timebook:
         """What these levels get, by device; a device left out is not gated. The gatekeeper is told."""
         known = {key: share for key, share in self.shares().items() if key[0] in wanted}
         asked = {(level, device): share for level, by in wanted.items() for device, share in by.items()}
+        for key in asked:
+            self._begin_ran(*key)
         if known == asked:
             return
         try:
             for key in known.keys() - asked.keys():
+                self._forget_ran(*key)
                 bpf.delete(self._maps["shares"], _KEY.pack(*key))
                 bpf.delete(self._maps["turns"], _KEY.pack(*key))
             for key, share in asked.items():
@@ -116,8 +123,38 @@ class Timebook:
         return {key: _counts(value) for key, value in looked_up if value}
 
     def set_turns(self, level: int, device: int, counts: TurnCounts) -> None:
-        """What came of a share, so far."""
-        bpf.update(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*astuple(counts)))
+        """What came of a share, so far. A number that no word can hold is written as the nearest one that it can."""
+        words = (min(max(0, number), _MOST_WORD) for number in astuple(counts))
+        bpf.update(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*words))
+
+    def ran_ns(self, level: int, device: int) -> int | None:
+        """For how long NVML has seen a level run there; None: it has no share, or the map is not pinned."""
+        ran = self._ran()
+        raw = None if ran is None else bpf.lookup(ran, _KEY.pack(level, device), _U64.size)
+        return None if raw is None else int(_U64.unpack(raw)[0])
+
+    def add_ran(self, level: int, device: int, ns: int) -> None:
+        """NVML has seen the level run there for so much longer. Nothing where it has no share any more."""
+        ran, before_ns = self._ran(), self.ran_ns(level, device)
+        if ran is not None and before_ns is not None:
+            bpf.replace(ran, _KEY.pack(level, device), _U64.pack((before_ns + ns) & _MOST_WORD))
+
+    def _begin_ran(self, level: int, device: int) -> None:
+        ran = self._ran()
+        if ran is not None:
+            bpf.insert(ran, _KEY.pack(level, device), _U64.pack(0))
+
+    def _forget_ran(self, level: int, device: int) -> None:
+        ran = self._ran()
+        if ran is not None:
+            bpf.delete(ran, _KEY.pack(level, device))
+
+    def _ran(self) -> int | None:
+        """The map, which a loader may have pinned after the others: an agent that is newer than what was there."""
+        if "ran" not in self._maps:
+            with contextlib.suppress(OSError):
+                self._maps["ran"] = bpf.pinned(self._pins / "ran")
+        return self._maps.get("ran")
 
 
 def _counts(raw: bytes) -> TurnCounts:

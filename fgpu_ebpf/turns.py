@@ -17,11 +17,10 @@ from collections.abc import Iterable, Mapping
 
 from fgpu_ebpf import pages, scheduler
 from fgpu_ebpf.clocks import Clocks
-from fgpu_ebpf.places import NOTHING, Place, Seen, Turn, wanting
+from fgpu_ebpf.places import FLOOR_TURN_NS, NEVER_NS, NOTHING, Place, Seen, Turn, missing, taken, wanting
 from fgpu_ebpf.scheduler import Grant, Share
 
 MS = 1_000_000
-FLOOR_TURN_NS = 4 * MS  # what the floor lifts somebody for, before a higher priority may come again
 FLOOR_PARTS = scheduler.FLOOR_NS // FLOOR_TURN_NS  # whose turn was longer than that is lifted so much later
 LEAST_NS = 100_000  # between two looks that nobody rang for
 REST_NS = 100 * MS  # idle for as long with nobody waiting: the gate closes, and nobody looks any more
@@ -29,7 +28,6 @@ SILENCE_NS = 1 * MS  # beyond the work in flight
 MOST_LATE_NS = 100 * MS  # charged of work that went on after the turn had passed
 SHY_NS, MOST_SHY_NS = 1 * MS, 500 * MS  # not asked again, after a turn of which nothing came
 STOPPED_NS = 10_000 * MS  # the same, where something is in flight all the while: until that has drained, as a rule
-NEVER_NS = 2**63
 
 
 class Turns:
@@ -39,6 +37,7 @@ class Turns:
         self.places: dict[int, Place] = {}
         self._clocks = Clocks()
         self.devices = self._clocks.counts
+        self.faults = 0  # tenants that were forgotten
         self._number = 0
         self._changed: set[int] = set()
         self._here: dict[int, Place] = {}  # those that have processes
@@ -78,6 +77,13 @@ class Turns:
         place.seen, place.free_on, place.late_ns, place.busy_ns = NOTHING, frozenset(), 0, 0
         self._users_changed = True
 
+    def observed(self, tenant: int, ran_ns: int, now_ns: int) -> None:
+        """NVML has seen it run for so long in all: with a ceiling it is charged that at the least."""
+        place = self.places[tenant]
+        if place.share.limited:
+            place.account = place.account.at(now_ns, place.share)
+            self._charge(place, place.observed.short_ns(ran_ns, place.counts.owned_ns, now_ns))
+
     def in_question(self) -> list[int]:
         """Those whose turn it is, or was cut a moment ago: of these every step is to be told."""
         return [*self._running, *(tenant for tenant, place in self._queue.items() if place.cut)]
@@ -100,7 +106,7 @@ class Turns:
         for tenant, seen in news.items():
             place = self.places.get(tenant)
             if place:
-                self._look(place, seen, wanted, now_ns)
+                self._try_to_look(place, seen, wanted, now_ns)
         if self._users_changed:
             self._set_all_free(now_ns)
         ripe = self._ripe(now_ns)
@@ -137,10 +143,28 @@ class Turns:
                 waiting.append(place)
         for place in self._running.values():
             if place.turn:
-                due = min(due, self._turn_due_ns(place, place.turn, waiting, now_ns))
+                due = min(due, place.turn_due_ns(place.turn, waiting, now_ns))
         return max(due, now_ns + LEAST_NS)
 
     # -- looking
+
+    def _try_to_look(self, place: Place, seen: Seen, wanted: set[int], now_ns: int) -> None:
+        try:
+            self._look(place, seen, wanted, now_ns)
+        except Exception:  # a defect that this tenant has found must not stop the others
+            self.faults += 1
+            self.forget(place.tenant)
+
+    def forget(self, tenant: int) -> None:
+        """Nothing that this tenant has said is relied on any more, and its turn ends. Its account stays: debts do."""
+        place = self.places[tenant]
+        for places in (self._here, self._running, self._queue):
+            places.pop(tenant, None)
+        self.places[tenant] = Place(
+            tenant, place.share, place.account, number=place.number, counts=place.counts, trust=place.trust
+        )
+        self._changed.add(tenant)
+        self._users_changed = True
 
     def _look(self, place: Place, seen: Seen, wanted: set[int], now_ns: int) -> None:
         if seen.launches != place.seen.launches:
@@ -151,6 +175,7 @@ class Turns:
         if place.late_ns and seen.drained:
             self._charge(place, min(now_ns - place.late_ns, MOST_LATE_NS))
             place.late_ns = place.shy_ns = place.shy_until_ns = 0
+            place.trust.ended(seen.ended_ns, now_ns)
         turn, place.cut = place.turn, False
         if turn and turn.closing_ns:
             if seen.drained or now_ns >= turn.deadline_ns:
@@ -173,7 +198,7 @@ class Turns:
         turn.rest_ns = 0 if seen.in_flight else max(0, now_ns - seen.ended_ns)
         place.account = place.account.at(now_ns, place.share)
         self._charge(place, max(0, until_ns - since_ns - idle_ns))
-        place.busy_ns = 0 if place.is_idle(turn, now_ns) else place.busy_ns + now_ns - turn.charged_ns
+        place.busy_ns = 0 if place.is_idle(turn, now_ns) else place.busy_ns + max(0, now_ns - turn.charged_ns)
         turn.charged_ns = max(turn.charged_ns, now_ns)
 
     def _look_at_waiter(self, place: Place, now_ns: int) -> None:
@@ -193,8 +218,8 @@ class Turns:
         self._queue.pop(place.tenant, None)
 
     def _charge(self, place: Place, ns: int) -> None:
-        place.account = place.account.charged(ns, place.share)
-        place.counts.owned_ns += ns
+        place.account = place.account.charged(max(0, ns), place.share)
+        place.counts.owned_ns += max(0, ns)
 
     # -- free or not
 
@@ -232,15 +257,6 @@ class Turns:
                 found.append(place)
         return found
 
-    def _missing(self, but: Place | None = None) -> set[int]:
-        """Devices that owners have begun to use beside those of their turn: theirs next, before anybody's."""
-        return {
-            device
-            for place in self._running.values()
-            if place is not but and place.turn and not place.turn.closing_ns
-            for device in place.seen.devices - place.turn.devices
-        }
-
     def _let_run_or_close(self, place: Place, ripe: list[Place], now_ns: int) -> None:
         turn = place.turn
         if turn is None or turn.closing_ns:
@@ -250,7 +266,7 @@ class Turns:
             place.held_back = True
             place.counts.throttled += 1
             self._close(place, turn, now_ns)
-        elif turn.devices & self._missing(but=place):
+        elif turn.devices & missing(self._running.values(), but=place):
             if now_ns >= turn.ends_ns or place.is_idle(turn, now_ns):
                 self._close(place, turn, now_ns)
         elif not rivals:
@@ -280,9 +296,8 @@ class Turns:
         flight_ns = place.flight_ns(now_ns)  # it pays for that in any case
         again = place.waiter(now_ns)._replace(virtual_ns=place.account.charged(flight_ns, place.share).virtual_ns)
         waiters = [*(one.waiter(now_ns) for one in ripe), again]
-        found = scheduler.next_turns(
-            waiters, scheduler.wanted(waiters) - self._taken(now_ns) | turn.devices, self._clocks.floors, now_ns
-        )
+        free = scheduler.wanted(waiters) - taken(self._running.values(), now_ns) | turn.devices
+        found = scheduler.next_turns(waiters, free, self._clocks.floors, now_ns)
         return any(grant.tenant == place.tenant for grant in found)
 
     def _extend(self, place: Place, turn: Turn, now_ns: int) -> None:
@@ -292,26 +307,18 @@ class Turns:
 
     # -- a turn, from beginning to end
 
-    def _taken(self, now_ns: int) -> set[int]:
-        return {
-            device
-            for place in self._running.values()
-            if place.turn and not place.is_passing(place.turn, now_ns)
-            for device in place.turn.devices
-        }
-
     def _grant(self, ripe: list[Place], now_ns: int) -> None:
-        taken = self._taken(now_ns)
-        if not self._missing() and not any(place.seen.devices.isdisjoint(taken) for place in ripe):
+        in_use = taken(self._running.values(), now_ns)
+        if not missing(self._running.values()) and not any(place.seen.devices.isdisjoint(in_use) for place in ripe):
             return
         for place in self._running.values():
             turn = place.turn
             if turn and not turn.closing_ns and (more := (place.seen.devices - turn.devices)):
-                turn.devices |= more - taken
-                taken |= more
+                turn.devices |= more - in_use
+                in_use |= more
                 self._changed.add(place.tenant)
         waiters = [place.waiter(now_ns) for place in ripe]
-        for grant in scheduler.next_turns(waiters, scheduler.wanted(waiters) - taken, self._clocks.floors, now_ns):
+        for grant in scheduler.next_turns(waiters, scheduler.wanted(waiters) - in_use, self._clocks.floors, now_ns):
             self._open(self.places[grant.tenant], grant, now_ns)
 
     def _open(self, place: Place, grant: Grant, now_ns: int) -> None:
@@ -320,13 +327,14 @@ class Turns:
         times = (now_ns, begins_ns, begins_ns, begins_ns + place.share.quantum_ns, now_ns)
         place.turn = Turn(set(grant.devices), self._number, grant.floor, *times, place.seen.launches)
         place.number, place.late_ns = self._number, 0
+        place.trust.begins_again(place.seen.busy_until_ns, now_ns)
         place.account = place.account.at(now_ns, place.share)
         place.counts.switches += 1
         for device in grant.devices:
             self._clocks.count(device).switches += 1
         if place.since_ns is not None:
             place.counts.waits += 1
-            place.counts.wait_ns += now_ns - place.since_ns
+            place.counts.wait_ns += max(0, now_ns - place.since_ns)
             self._stand_back(place)
         lifted_ns = now_ns if grant.floor else 0
         self._clocks.turn_begins(grant.devices, place.share.rank, place.account.virtual_ns, lifted_ns)
@@ -347,6 +355,7 @@ class Turns:
         turn.closing_ns, turn.cut = now_ns, not place.is_idle(turn, now_ns)
         self._is_dry |= not place.seen.in_flight
         turn.deadline_ns = now_ns + max(place.flight_ns(now_ns), pages.BUDGET_NS) + SILENCE_NS
+        place.trust.claims(now_ns, place.claim_ns(now_ns))
         self._changed.add(place.tenant)
 
     def _finish(self, place: Place, turn: Turn, now_ns: int) -> None:
@@ -363,6 +372,8 @@ class Turns:
                 self._clocks.count(device).add(passed_ns - turn.closing_ns, overrun)
             place.counts.overruns += overrun
             place.late_ns = now_ns if overrun else 0
+            if overrun:
+                place.trust.overran(now_ns)
         if turn.floor:
             over_ns = passed_ns - turn.opened_ns - FLOOR_TURN_NS - pages.BUDGET_NS
             place.unlifted_ns = passed_ns + FLOOR_PARTS * max(0, over_ns)
@@ -375,7 +386,7 @@ class Turns:
         if turn.cut and place.seen.drained:  # it comes back: nobody has to be woken up for that
             place.cut = True
             self._join(place, now_ns)
-            place.since_ns = passed_ns
+            place.since_ns = min(passed_ns, now_ns)
 
     def _begin_earlier(self, before: Turn, ended_ns: int) -> None:
         """Of the turns that were to begin when that one should have drained: it has drained now."""
@@ -384,17 +395,3 @@ class Turns:
             if turn and turn is not before and turn.begins_ns == before.handed_ns and turn.devices & before.devices:
                 since_ns = max(ended_ns, place.begun_ns(turn))
                 self._charge(place, max(0, turn.begins_ns - since_ns))
-
-    def _turn_due_ns(self, place: Place, turn: Turn, waiting: Iterable[Place], now_ns: int) -> int:
-        if place.comes_back():
-            return NEVER_NS
-        rivals = wanting(turn, waiting)
-        if turn.closing_ns:
-            return place.drain_due_ns(turn, bool(rivals), now_ns)
-        due, limited = place.ends_ns(turn, rivals), place.share.limited
-        if limited:
-            due = min(due, place.account.spent_ns(place.share))
-        if rivals or limited:
-            due = place.look_due_ns(turn, now_ns, due)
-        floor_ns = turn.opened_ns + FLOOR_TURN_NS
-        return min(due, floor_ns) if rivals and turn.floor and floor_ns > now_ns else due

@@ -192,8 +192,8 @@ def _how(look: _Look, tgid: int, process: Process) -> str:
     """In what way a process goes around the shim: its calls are seen and nobody asked; or no call of it is seen.
 
     Or it was there before fgpu; or it maps a library that could not be probed, so that nobody knows what it calls; or
-    it found no agent and keeps its image's own limit; or NVML sees it run when that is not its turn. One that ends as
-    it is adopted does none of that: it is swept soon.
+    it found no agent and keeps its image's own limit; or NVML sees it run when that is not its turn, or run nothing in
+    its turns. One that ends as it is adopted does none of that: it is swept soon.
     """
     if tgid in look.enforcer.elders and any(process.bytes) and not procfs.ended(tgid):
         return "older"
@@ -207,7 +207,9 @@ def _how(look: _Look, tgid: int, process: Process) -> str:
         return "no_shim" if process.flags & pages.Seen.CALL else "unwitnessed"
     if any((tgid, d.index) in look.unwitnessed for d in look.devices):
         return "unwitnessed"
-    return "outside_turns" if tgid in look.truth.turns.outside else ""
+    if tgid in look.truth.turns.outside:
+        return "outside_turns"
+    return "empty_turns" if tgid in look.truth.turns.empty else ""
 
 
 def _why(look: _Look, tgid: int, process: Process, how: str) -> str:

@@ -18,7 +18,7 @@ from test_malformed import GOOD, SOCKET
 LIVE = 200
 GROWTH_KIB = 5 * 1024
 WARM, SOME = 1000, 500  # tenants: until the first look at what is left of them, and between two
-MAPS = ("pages", "resolved", "limits", "shares", "turns", "processes", "threads", "allocations")
+MAPS = ("pages", "resolved", "limits", "shares", "turns", "ran", "processes", "threads", "allocations")
 ODD = ('quo"te', "back\\slash", "a\ttab", "{}=,", "é" * 100, "x" * 200, "-", " ", "\x7f\x01", "..x")
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1

@@ -13,12 +13,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import pytest
-from harness import BUILD, ENVIRONMENT, FGPU, GIB, SIM, Service, ask, cgroup_root, eventually, fgpu, metrics
+from harness import BUILD, ENVIRONMENT, FGPU, GIB, ROOT, SIM, Service, ask, cgroup_root, eventually, fgpu, metrics
 from held_file import HeldFile
 
 pytestmark = pytest.mark.timed
@@ -39,9 +39,16 @@ class Spin:
     """A running spin, in a tenant of its own."""
 
     def __init__(
-        self, program: Path, name: str, *limits: str, kernel_us: int = 200, stderr: IO[bytes] | None = None
+        self,
+        program: Path,
+        name: str,
+        *limits: str,
+        kernel_us: int = 200,
+        stderr: IO[bytes] | None = None,
+        before: Sequence[str] = (),
     ) -> None:
-        command = [*FGPU, "run", "--memory", f"{GIB}B", "--name", name, *limits, "--", program, str(kernel_us), "burst"]
+        command = [*FGPU, "run", "--memory", f"{GIB}B", "--name", name, *limits, "--"]
+        command += [*before, program, str(kernel_us), "burst"]
         self.name = name
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -148,6 +155,28 @@ def test_who_runs_outside_its_turns_is_named(start, programs: None) -> None:
             assert named == [who[1]]
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def restless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What starts a program that says of itself that it rests all the time."""
+    source, out = Path(__file__).parent / "preloads/restless.c", tmp_path_factory.mktemp("restless") / "restless.so"
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{ROOT}/bpf"]
+    subprocess.run(["gcc", *flags, "-o", out, source, "-lpthread"], check=True, timeout=60)
+    return ["env", f"LD_PRELOAD={out}"]
+
+
+def test_a_ceiling_holds_for_one_that_says_it_rests_all_the_time(start, restless: list[str]) -> None:
+    """Within the tenth of a device that NVML's word may be off."""
+    liar = start("restless", before=restless)
+    (free,) = together(liar)
+    fgpu("set", "restless", "--compute", "25%")
+    liar.begin(4)  # until NVML has been asked
+    liar.said()
+    liar.begin(8)
+    assert liar.kernels() / 8 / (free / SECONDS) <= 0.25 + 0.1 + 0.06
+    assert liar.compute()["throttled"] > 0
+    assert liar.compute()["owned_seconds"] > 1
 
 
 # -- faults

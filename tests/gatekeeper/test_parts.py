@@ -100,11 +100,11 @@ def test_times_on_a_page_are_by_the_clock_of_its_process() -> None:
         flight.in_flight, flight.busy_until_ns, flight.wanted_ns = 1, 2_000_005 + ahead, 2_000_003 + ahead
         span.begun_ns, span.ended_ns = 2_000_001 + ahead, 2_000_002 + ahead
         client.ahead_ns = ahead
-        seen.append(seen_of([desk], frozenset({0}), 1, 2_000_000))
+        seen.append(seen_of([desk], frozenset({0}), 1, 2_000_000, 2_000_009))
     assert seen[0] == seen[1] == seen[2]
     ctypes.memset(ctypes.addressof(flight), 0, ctypes.sizeof(flight))
     ctypes.memset(ctypes.addressof(span), 0, ctypes.sizeof(span))
-    assert seen_of([desk], frozenset({0}), 1, 2_000_000)[-4:] == (0, 0, 0, 0), "what never was is no time"
+    assert seen_of([desk], frozenset({0}), 1, 2_000_000, 2_000_009)[-4:] == (0, 0, 0, 0), "what never was is no time"
     assert (seen[0].busy_until_ns, seen[0].wanted_ns) == (2_000_005, 2_000_003)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from fgpu_ebpf import pages
-from fgpu_ebpf.places import Seen
+from fgpu_ebpf.places import NEVER_NS, Seen
 from fgpu_ebpf.scheduler import Share
-from fgpu_ebpf.turns import NEVER_NS, Turns
+from fgpu_ebpf.turns import Turns
 
 US, MS, S = 1_000, 1_000_000, 1_000_000_000
 BELL_NS = 200 * US  # until the gatekeeper has heard
@@ -44,6 +45,7 @@ class Tenant:
     doubt_ns: int = 0  # work in flight should take so much longer than it does
     silent: bool = False  # never tells that it has drained
     lies: bool = False  # its turns begin late and end at once, it says
+    restless: bool = False  # it has rested all the time, it says
     stopped: bool = False
     dead: bool = False
     flights: list[int] = field(default_factory=list)
@@ -59,6 +61,7 @@ class Tenant:
     rested_ns: int = 0  # since the last look
     said: tuple[Any, ...] = ()
     longest_wait_ns: int = 0
+    waits_ns: list[int] = field(default_factory=list)
 
     def rests_ns(self, now_ns: int) -> int:
         """When it wants to launch next; 0: now."""
@@ -74,8 +77,31 @@ class Tenant:
 
     def seen(self) -> Seen:
         self.tell()
-        rested, self.rested_ns = self.rested_ns, 0
+        rested, self.rested_ns = 10 * S if self.restless else self.rested_ns, 0
         return Seen(self.devices, *self.said, rested)
+
+
+@dataclass(eq=False)
+class Hog(Tenant):
+    """Launches nothing, and says at all times that work of `claim_ns` is in flight.
+
+    `cunning`: in turns that begin when that is believed; else it says at once that it has drained.
+    """
+
+    claim_ns: int = 990 * MS
+    cunning: bool = False
+    lies: bool = True
+
+    def act(self, now_ns: int, is_open: bool, believed_ns: int) -> None:
+        """Says at `now_ns` what it says."""
+        if is_open:
+            self.launches += 1
+            self.lies = not self.cunning or believed_ns >= self.claim_ns
+        until_ns = now_ns + self.claim_ns if self.lies else 0
+        self.said = (self.waiting, self.launches, int(self.lies), until_ns, not self.lies, now_ns, 0, 0)
+
+    def tell(self) -> None:
+        """It has said it."""
 
 
 class World:
@@ -89,6 +115,7 @@ class World:
         self.free_at: dict[int, int] = {}
         self.bell: int | None = self.now
         self.rung = set(self.tenants)
+        self.nvml = dict.fromkeys(self.tenants, 0)
         self.steps = 0
 
     def is_open(self, tenant: Tenant) -> bool:
@@ -101,7 +128,7 @@ class World:
             if due <= self.now or (self.bell is not None and self.bell <= self.now):
                 self.bell = None
                 due = self.step()
-            times = [due, self.bell or NEVER_NS, end, *(self._act(t) for t in self.tenants.values() if not t.dead)]
+            times = [due, self.bell or NEVER_NS, end, *(self._ask(t) for t in self.tenants.values() if not t.dead)]
             if self.bell is not None:
                 times.append(self.bell)
             self.now = max(self.now + 1, min(times))
@@ -131,6 +158,17 @@ class World:
                 tenant.waiting, tenant.wakes_ns = False, self.now + WAKE_NS
         return self.turns.due_ns(self.now)
 
+    def run_observed(self, seconds: int, error: Callable[[int], float] = lambda _: 0.0) -> World:
+        """As `run`, while NVML is asked once a second; it says so much of a device too much or too little."""
+        for second in range(seconds):
+            before = {key: tenant.done_ns for key, tenant in self.tenants.items()}
+            self.run(1.0)
+            for key, tenant in self.tenants.items():
+                part = (tenant.done_ns - before[key]) / S + error(second)
+                self.nvml[key] += int(min(1.0, max(0.0, part)) * S)
+                self.turns.observed(key, self.nvml[key], self.now)
+        return self
+
     def check(self) -> None:
         """At most one owner a device beside who should be about to have drained, all of a gang's or none."""
         turns = [place.turn for place in self.turns.places.values() if place.turn]
@@ -140,6 +178,20 @@ class World:
         for place in self.turns.places.values():
             if place.turn and not place.turn.closing_ns:
                 assert place.turn.devices == place.seen.devices
+
+    def _ask(self, tenant: Tenant) -> int:
+        return self._act_hog(tenant) if isinstance(tenant, Hog) else self._act(tenant)
+
+    def _act_hog(self, hog: Hog) -> int:
+        is_open, trust = self.is_open(hog), self.turns.places[hog.key].trust
+        before = hog.said[4:5]
+        hog.waiting = not is_open
+        hog.act(self.now, is_open, trust.believed_ns(self.now))
+        if not is_open and (hog.waited_from is None or before != hog.said[4:5]):
+            self._begin_to_wait(hog)
+        if is_open:
+            hog.waited_from = None
+        return self.now + MS // 2
 
     def _act(self, tenant: Tenant) -> int:
         """Launches what it may; answers when to ask it again."""
@@ -153,6 +205,7 @@ class World:
         if tenant.wakes_ns > self.now:
             return min([tenant.wakes_ns, *tenant.flights])
         if tenant.waited_from is not None:
+            tenant.waits_ns.append(self.now - tenant.waited_from)
             tenant.waited_from, tenant.begun_ns, tenant.wanted_ns = None, self.now, self.now
         while not tenant.flights or len(tenant.flights) * tenant.kernel_ns < BUDGET_NS:
             if tenant.steps:
@@ -182,7 +235,7 @@ class World:
             if tenant.flights or tenant.silent:
                 return
             tenant.ended_ns = self.now
-            if place and place.turn and place.turn.closing_ns:
+            if place and (place.late_ns or (place.turn and place.turn.closing_ns)):
                 self._ring(tenant)
 
     def _ring(self, who: Tenant | None = None) -> None:

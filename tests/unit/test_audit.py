@@ -10,7 +10,11 @@ from fgpu_ebpf.audit import Audit, Verdict
 from fgpu_ebpf.timebook import TurnCounts
 
 HONEST, LIAR = (7, 0), (8, 0)
-PROCESSES = {71: SimpleNamespace(levels=(7, 1)), 81: SimpleNamespace(levels=(8, 1)), 82: SimpleNamespace(levels=(8,))}
+PROCESSES = {
+    71: SimpleNamespace(levels=(7, 1), contexts=(1,)),
+    81: SimpleNamespace(levels=(8, 1), contexts=(1,)),
+    82: SimpleNamespace(levels=(8,), contexts=(0,)),
+}
 
 
 class Host:
@@ -18,14 +22,18 @@ class Host:
 
     def __init__(self, percent):
         self.percent, self.now, self.free = percent, 1000.0, 0
-        self.silent = False
+        self.silent, self.part = False, 0.5
         self.audit = Audit(lambda device, since: self.percent)
         self.shared = lambda: {HONEST, LIAR}
+        self.ran = dict.fromkeys((HONEST, LIAR), 0)
+
+    def add_ran(self, level, device, ns):
+        self.ran[level, device] += ns
 
     def looks(self, number):
         for _ in range(number):
             self.now += 1.0
-            counts = TurnCounts(owned_ns=int(self.now * 5e8), free=self.free)
+            counts = TurnCounts(owned_ns=int(self.now * self.part * 1e9), free=self.free)
             told = {HONEST: counts} if self.silent else {HONEST: counts, LIAR: counts}
             self.turns = lambda told=told: told
             said = self.audit.look(self.now, self.now, self, PROCESSES)
@@ -39,6 +47,31 @@ def test_who_runs_beyond_its_turns_is_known_after_ten_seconds():
     assert host.looks(1).outside == {81, 82}
     host.percent = {71: 48, 82: 50}
     assert host.looks(10).outside == set()
+
+
+def test_a_tenant_that_owns_much_and_runs_nothing_is_named_by_its_processes_with_contexts():
+    host = Host({71: 48})
+    assert host.looks(10).empty == set()
+    assert host.looks(1).empty == {81}
+    host.percent = {71: 48, 81: 3}
+    assert host.looks(10).empty == set(), "little is not nothing"
+
+
+def test_who_owns_little_need_not_run():
+    host = Host({71: 48})
+    host.part = 0.05
+    assert host.looks(11).empty == set()
+
+
+def test_the_gatekeeper_is_told_what_nvml_saw_from_the_second_look_on():
+    host = Host({71: 48, 81: 60, 82: 35, 99: 100})
+    host.looks(1)
+    assert host.ran == {HONEST: 0, LIAR: 0}
+    host.looks(10)
+    assert host.ran == pytest.approx({HONEST: 4.8e9, LIAR: 9.5e9})
+    host.now += 60
+    host.looks(1)
+    assert host.ran[HONEST] == pytest.approx(4.8e9 + 2 * 0.48e9), "a look that is late speaks for two seconds"
 
 
 def test_two_processes_do_not_run_for_more_than_all_the_time():

@@ -16,7 +16,7 @@ ORDER = (
     {"mappings"},
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
-    | {"cgroupnames", "messages", "visitors", "heap", "workers"},
+    | {"cgroupnames", "messages", "visitors", "heap", "workers", "log_lines"},
     {
         "identity",
         "journal",
@@ -35,7 +35,7 @@ ORDER = (
         "xids",
     }
     | {"crimessages", "kubeletmessages", "slots", "graces", "breakpoints", "file_budget"}
-    | {"library_class", "library_files"},
+    | {"library_class", "library_files", "trust", "observed"},
     {"probe_plan"} | {"events", "launch"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
     | {"allocation", "unwitnessed"},
@@ -46,6 +46,7 @@ ORDER = (
         "profiles",
         "endpoint",
         "clocks",
+        "claims",
         "asker",
         "dockerapi",
         "criapi",

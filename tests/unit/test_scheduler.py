@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from slices_kit import MS, US, S, Steps, Tenant, World
+from slices_kit import MS, US, Hog, S, Steps, Tenant, World
 
 from fgpu_ebpf import pages, scheduler
 from fgpu_ebpf.places import Seen
@@ -327,6 +327,66 @@ def test_a_lie_about_a_turn_gains_a_twentieth_at_most(quantum_ms):
     share = Share(quantum_ns=quantum_ms * MS)
     got = World(Tenant(1, share, lies=True), Tenant(2, share)).run(SECONDS).shares()
     assert got[1] == pytest.approx(0.5, abs=0.0125 + 0.005)
+
+
+def p99(waits_ns):
+    return sorted(waits_ns)[len(waits_ns) * 99 // 100]
+
+
+@pytest.mark.parametrize("cunning", [False, True])
+def test_work_that_is_said_to_be_in_flight_and_is_not_costs_others_little(cunning):
+    """It says so for as long as that is believed, and costs its neighbour a second each time."""
+    honest, hog = Tenant(1), Hog(2, cunning=cunning)
+    it = World(honest, hog).run(5.0)
+    honest.waits_ns.clear()
+    before, overruns = honest.done_ns, it.turns.places[2].counts.overruns
+    it.run(60.0)
+    assert it.turns.places[2].counts.overruns > overruns, "it lies"
+    assert p99(honest.waits_ns) <= (2 * 20 + 5 + 3) * MS, "two quanta, the shortest deadline, two bells"
+    assert honest.done_ns - before >= 0.4 * 60 * S
+
+
+@pytest.mark.parametrize("kernel_ms", [50, 400])
+def test_one_with_long_kernels_is_believed_again_after_it_was_stopped(kernel_ms):
+    """What it had in flight ended while it was stopped; then each of its drains ends as it says."""
+    long, other = Tenant(1, kernel_ns=kernel_ms * MS), Tenant(2)
+    it = World(long, other).run(2.0)
+    while not (it.turns.places[1].turn and long.flights):
+        it.run(0.001)
+    long.stopped = True
+    it.run(1.0)
+    assert it.turns.places[1].trust.believed_ns(it.now) < kernel_ms * MS
+    long.stopped = False
+    it.run(10.0)
+    assert it.turns.places[1].trust.believed_ns(it.now) >= kernel_ms * MS
+    done = long.done_ns, other.done_ns
+    it.run(20.0)
+    part = (long.done_ns - done[0], other.done_ns - done[1])
+    assert part[0] / sum(part) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("percent", [25, 50])
+def test_a_limit_holds_for_one_that_says_it_rests_all_the_time(percent):
+    """Within the slack of what NVML says."""
+    liar = Tenant(1, Share(limit_millionths=percent * 10_000), restless=True)
+    it = World(liar).run_observed(5)
+    before = liar.done_ns
+    it.run_observed(30)
+    assert (liar.done_ns - before) / (30 * S) <= (percent + 10) / 100 + 0.03
+
+
+@pytest.mark.parametrize(
+    "steps", [None, Steps(2 * MS, 10 * MS), Steps(100 * MS, 1_000 * MS), Steps(900 * MS, 5_000 * MS)]
+)
+def test_what_nvml_says_costs_an_honest_tenant_nothing_though_it_errs(steps):
+    made = []
+    for error in (lambda _: 0.0, lambda second: (0.06, -0.06, 0.03, 0.08, -0.08)[second % 5]):
+        copy = steps and Steps(steps.work_ns, steps.period_ns)
+        made.append(Tenant(1, Share(limit_millionths=250_000), steps=copy))
+        World(made[-1]).run_observed(30, error)
+    plain = Tenant(1, Share(limit_millionths=250_000), steps=steps and Steps(steps.work_ns, steps.period_ns))
+    World(plain).run(30.0)
+    assert [tenant.done_ns for tenant in made] == pytest.approx([plain.done_ns] * 2, rel=0.01)
 
 
 def test_a_changed_share_holds_at_once():

@@ -25,7 +25,7 @@ class Ledger:
     """Shares by level, on device 0; the contexts of every process."""
 
     def __init__(self, **shares):
-        self.told, self.version = {}, 1
+        self.told, self.version, self.ran = {}, 1, {}
         self.given = {(int(level[1:]), 0): share for level, share in shares.items()}
         self.times = self
 
@@ -37,6 +37,9 @@ class Ledger:
 
     def set_turns(self, level, device, counts):
         self.told[level, device] = counts
+
+    def ran_ns(self, level, device):
+        return self.ran.get((level, device))
 
     def process(self, pid):
         return SimpleNamespace(contexts=[1])
@@ -188,6 +191,17 @@ def test_alone_and_without_a_ceiling_it_is_free(world):
     it.until(lambda: program.word() == Gate.OPEN)
 
 
+def test_what_nvml_saw_is_the_floor_of_what_a_tenant_with_a_ceiling_is_charged(world):
+    it = world(t7=Share(limit_millionths=500_000))
+    it.greet(1, 7)
+    told, ran = it.slicer.ledger.told, it.slicer.ledger.ran
+    it.until(lambda: (7, 0) in told)
+    ran[7, 0] = 0
+    it.run(0.6)  # until it is published again
+    before, ran[7, 0] = told[7, 0].owned_ns, 60 * 10**9
+    it.until(lambda: told[7, 0].owned_ns - before > 50 * 10**9)
+
+
 def test_one_owner_at_a_time_each_with_its_turn(world):
     it = world(t7=Share(), t8=Share())
     programs = [it.greet(1, 7), it.greet(2, 8)]
@@ -277,6 +291,28 @@ def test_a_ledger_that_cannot_be_read_is_asked_again(world):
     it.slicer.ledger.epoch = epoch
     word = programs[0].word()
     it.until(lambda: programs[0].word() >> 2 > (word >> 2) + 2)
+
+
+@pytest.mark.parametrize("part", ["_look", "_turns._look"])
+def test_a_defect_that_one_tenant_finds_does_not_stop_the_others(world, monkeypatch, part):
+    it = world(t7=Share(), t8=Share(), t9=Share())
+    programs = [it.greet(1, 7), it.greet(2, 8), it.greet(3, 9)]
+    it.until(lambda: all(p.word() & Gate.GATED for p in programs))
+    owner, name = (it.slicer._turns, "_look") if "." in part else (it.slicer, "_look")
+    real = getattr(owner, name)
+
+    def look(who, *more):
+        if getattr(who, "tenant", who) == 7:
+            raise OverflowError("a number that nothing was made for")
+        return real(who, *more)
+
+    monkeypatch.setattr(owner, name, look)
+    programs[0].ring()
+    it.until(lambda: it.slicer.counts()["faults"])
+    for program in programs[1:]:
+        number = program.word() >> 2
+        it.until(lambda program=program, number=number: program.word() >> 2 > number + 2)
+    assert not programs[0].is_open(), "its gate is closed: of what it says nothing is relied on"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

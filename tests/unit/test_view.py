@@ -66,6 +66,8 @@ def test_who_goes_around_the_shim_is_alive(flags: int, bytes_: int, how: str) ->
     assert view._how(look, ended.pid, process) == ""  # type: ignore[arg-type]
     look.truth = Truth(turns=Verdict(outside=frozenset({os.getpid()})))
     assert view._how(look, os.getpid(), process) == (how or "outside_turns")  # type: ignore[arg-type]
+    look.truth = Truth(turns=Verdict(empty=frozenset({os.getpid()})))
+    assert view._how(look, os.getpid(), process) == (how or "empty_turns")  # type: ignore[arg-type]
     look.truth, look.unwitnessed = Truth(), {(os.getpid(), 0): 1}
     assert view._how(look, os.getpid(), process) == (how or "unwitnessed")  # type: ignore[arg-type]
     look.standalone, look.unwitnessed = {os.getpid()}, {}

@@ -1,0 +1,143 @@
+"""Whatever tenants write on their status pages, a real gatekeeper goes on, and their neighbour has its turns."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import random
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+from conftest import Keeper
+from hello_client import Child, Reply, hello
+
+from fgpu_ebpf import futex, pages
+from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.pages import Gate, StatusPage
+from fgpu_ebpf.scheduler import Share
+from fgpu_ebpf.timebook import TurnCounts
+
+pytestmark = pytest.mark.timed
+
+Make = Callable[..., Path]
+MS, WORD = 1_000_000, 2**64 - 1
+SECONDS = 3.0
+
+
+class Pages:
+    """The pages of this process, as its program has them: one to read, one to write."""
+
+    def __init__(self, run: Path) -> None:
+        reply = hello(run)
+        assert reply
+        self._reply: Reply = reply
+        self._control = mmap.mmap(reply.fds[0], pages.PAGE_BYTES, prot=mmap.PROT_READ)
+        self.memory = mmap.mmap(reply.fds[1], pages.PAGE_BYTES)
+        self.status = StatusPage.from_buffer(self.memory)
+
+    def gate(self) -> int:
+        return int(struct.unpack_from("I", self._control, pages.ControlPage.gates.offset)[0])
+
+    def ring(self) -> None:
+        self.status.bell = (self.status.bell + 1) & 0xFFFFFFFF
+        futex.wake(ctypes.addressof(self.status) + StatusPage.bell.offset)
+
+    def wait_until(self, is_open: bool, end: float) -> None:
+        while bool(self.gate() & Gate.OPEN) != is_open and time.monotonic() < end:
+            time.sleep(0.0001)
+
+
+def write_anything(run: Path, seed: int) -> int:
+    """Arbitrary bytes, words that are nearly right, and rings, as fast as it can. Returns how often."""
+    mine, draw, end, rounds = Pages(run), random.Random(seed), time.monotonic() + SECONDS, 0
+    while time.monotonic() < end:
+        rounds += 1
+        if draw.random() < 0.3:
+            mine.memory[64:1088] = draw.randbytes(1024)
+        now_ns, device = time.monotonic_ns(), mine.status.devices[0]
+        device.waiting, device.drained = draw.randrange(2), draw.choice((mine.gate() >> 2, 0, 2**32 - 1))
+        for part in (mine.status.flights[0], mine.status.spans[0]):
+            for name, _ in part._fields_:
+                setattr(part, name, draw.choice((0, 1, WORD, 2**63, now_ns + draw.randrange(-20, 20) * MS // 10)))
+        mine.ring()
+        time.sleep(draw.choice((0.0, 0.0001, 0.001, 0.01)))
+    return rounds
+
+
+def take_turns(run: Path) -> int:
+    """An honest program that always has something to launch. Returns how many turns it had."""
+    mine, end, turns = Pages(run), time.monotonic() + SECONDS, 0
+    device = mine.status.devices[0]
+    while time.monotonic() < end:
+        device.waiting, device.drained = 1, mine.gate() >> 2
+        mine.ring()
+        mine.wait_until(True, end)
+        device.waiting, turns = 0, turns + 1
+        while mine.gate() & Gate.OPEN and time.monotonic() < end:
+            device.launches += 1
+            time.sleep(0.0005)
+    return turns
+
+
+@pytest.fixture
+def sharing(ledger: Ledger, tenant: Make) -> Iterator[Callable[..., Path]]:
+    """Makes a managed cgroup with a share of device 0."""
+    made: list[int] = []
+
+    def make(share: Share) -> Path:
+        path = tenant()
+        made.append(path.stat().st_ino)
+        ledger.times.set_shares({made[-1]: {0: share}})
+        return path
+
+    yield make
+    ledger.times.forget(made)
+
+
+def followed(keeper: Keeper, ledger: Ledger, *children: Child) -> list[int]:
+    """What they return; meanwhile all counts are looked at, which may grow and do nothing else."""
+    pid, before = keeper.process.pid, dict[tuple[int, int], TurnCounts]()
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        assert keeper.process.poll() is None, keeper.log.read_text()
+        for key, counts in ledger.times.turns().items():
+            last = before.get(key, TurnCounts())
+            assert all(old <= new < 2**62 for old, new in zip(astuple(last)[:6], astuple(counts)[:6], strict=True))
+            before[key] = counts
+        time.sleep(0.05)
+    assert any(counts.waits for counts in before.values())
+    assert os.path.exists(f"/proc/{pid}")
+    return [child.result() for child in children]
+
+
+def test_whatever_tenants_write_the_gatekeeper_goes_on_and_their_neighbour_has_turns(
+    keeper: Keeper, ledger: Ledger, sharing: Callable[..., Path]
+) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    liars = [Share(), Share(limit_millionths=250_000), Share(rank=2)]
+    children = [Child(sharing(share), write_anything, keeper.run, seed + n) for n, share in enumerate(liars)]
+    honest = Child(sharing(Share()), take_turns, keeper.run)
+    *rounds, turns = followed(keeper, ledger, *children, honest)
+    assert min(rounds) > 50
+    assert turns > 10
+    assert keeper.counts()["slices"]["faults"] == 0
+
+
+def test_what_nvml_saw_is_kept_as_long_as_the_share(ledger: Ledger, tenant: Make) -> None:
+    """Else a thread that is late leaves an entry of a level that is gone."""
+    level, times = tenant().stat().st_ino, ledger.times
+    times.add_ran(level, 0, 5)
+    assert times.ran_ns(level, 0) is None
+    for _ in range(2):
+        times.set_shares({level: {0: Share()}})
+        times.add_ran(level, 0, 5)
+    assert times.ran_ns(level, 0) == 10
+    times.forget([level])
+    times.add_ran(level, 0, 5)
+    assert times.ran_ns(level, 0) is None
