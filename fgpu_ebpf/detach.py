@@ -12,14 +12,23 @@ import os
 import shutil
 from pathlib import Path
 
-from fgpu_ebpf import enginesetup, inject, keeper, launch, probes, procfs, programs, published
+from fgpu_ebpf import enginesetup, inject, keeper, last_good, launch, probes, procfs, programs, published
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.overrides import Overrides
 from fgpu_ebpf.workloads import Workloads
 
 LOCK, NAMES = "agent.lock", "engines.json"
 _FILES = (
-    *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", NAMES, Elders.FILE),
+    *(
+        "shim/shim.sock",
+        "control.sock",
+        "discover.sock",
+        "ld.so.preload",
+        "overrides.json",
+        "overrides.json.bad",
+        NAMES,
+        Elders.FILE,
+    ),
     *("gatekeeper.json", "gatekeeper.lock"),
 )
 
@@ -36,6 +45,7 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     launch.take_away_what_was_made(run_dir)
     if shim:
         _published(shim)
+    last_good.FILE.unlink(missing_ok=True)
     for name in _FILES:
         (run_dir / name).unlink(missing_ok=True)
     if by_agent or not keeper.locked(run_dir / LOCK):
