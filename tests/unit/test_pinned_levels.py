@@ -90,8 +90,8 @@ def test_what_is_not_understood_keeps_limit_flags_and_share(host, why):
     if why == "overrides":
         host.file.write_text("")
     manager = host.start(**({} if why == "overrides" else {why: "not known"}))
+    assert [(t.cgroup, t.source) for t in manager.enforcer] == [(one, "kept")]
     (tenant,) = manager.enforcer
-    assert (tenant.cgroup, tenant.source) == (one, "kept")
     assert (dict(host.books.limits), dict(host.books.shares)) == before
     assert (tenant.kill, tenant.shares[0].limit_millionths) == (True, 500_000)
     assert tenant.name in doubts("", manager.enforcer)
