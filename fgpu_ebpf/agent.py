@@ -23,7 +23,7 @@ from fgpu_ebpf.discovery import Discovery
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.enforcer import Enforcer
 from fgpu_ebpf.engines import Engines, api_of
-from fgpu_ebpf.gone_tenants import GoneTenants, left_behind
+from fgpu_ebpf.gone_tenants import GoneTenants
 from fgpu_ebpf.history import History
 from fgpu_ebpf.keeper import Keeper
 from fgpu_ebpf.keepers import Keepers
@@ -34,8 +34,8 @@ from fgpu_ebpf.news import Newsreader
 from fgpu_ebpf.orphan_reports import OrphanReports
 from fgpu_ebpf.overrides import Overrides
 from fgpu_ebpf.overruns import Overruns
-from fgpu_ebpf.policies import Policies
-from fgpu_ebpf.policyfolder import PolicyFolder, Reading
+from fgpu_ebpf.pinned_levels import doubts, take_up
+from fgpu_ebpf.policies import Policies, Start, at_start
 from fgpu_ebpf.privileges import AGENT, keep_only
 from fgpu_ebpf.probe_plan import ProbeError, look_up
 from fgpu_ebpf.reconcile import Reconciler, Truth
@@ -47,6 +47,7 @@ from fgpu_ebpf.urgency import come_first
 from fgpu_ebpf.view import take_snapshot
 from fgpu_ebpf.workloads import Workloads
 from fgpu_ebpf.xidnews import XidNews
+from fgpu_ebpf.yamlfile import Fault
 
 log = logging.getLogger("fgpu.agent")
 ROUND_SECONDS = 1.0
@@ -85,7 +86,7 @@ class _Found:
     libraries: list[Path]
     shim: Path
     context_bytes: Mapping[int, int]
-    policies: Reading
+    policies: Start
     older: Elders
 
 
@@ -162,7 +163,7 @@ class Agent:
             check_kernel(loading, shim)
             staged = published.stage(shim, store) if store else shim
             look_up([staged, *libraries])
-            policies, older = PolicyFolder(self.settings.policy_folder).read(), Elders.found(self.settings.run_dir)
+            policies, older = at_start(self.settings.policy_folder), Elders.found(self.settings.run_dir)
             self.mark("prepared")
             return _Found(loading.wait(), libraries, staged, contexts, policies, older)
         finally:
@@ -217,11 +218,7 @@ class Agent:
         ]  # fmt: skip
         self._policies = Policies(self.settings.policy_folder, self.manager, self.history)
         self._policies.begin(found.policies)
-        self.manager.tidy_all()
-        self.manager.consider_all()
-        unknown = [cgroup for cgroup in self.ledger.tenants() if self.enforcer.get(cgroup) is None]
-        alive = {workloads.cgroup(path) for path in workloads.walk()}
-        self.enforcer.release(unknown, gone.keep(left_behind(c) for c in unknown if c not in alive))
+        take_up(self.ledger, self.manager, gone)
         self.ledger.times.tell()
         self._look_for_orphans()
         self._look_into_roots()
@@ -269,10 +266,13 @@ class Agent:
         """Leave run() at the next tick; for signal handlers too."""
         self._ended = True
 
-    def reload(self) -> None:
-        """Read the policies again."""
-        if self._policies:
-            self._policies.ask()
+    def reload(self) -> tuple[Fault, ...]:
+        """Reads the policies again; returns the errors because of which the last good set stays in force."""
+        return self._policies.ask() if self._policies else ()
+
+    def lacks_policies(self) -> str:
+        """Why no policies are enforced but what was pinned; empty: they are."""
+        return self._policies.trouble if self._policies and self.manager.policies_unknown else ""
 
     def reload_soon(self, *_: object) -> None:
         """At the next tick; for SIGHUP, whose handler may come in the middle of anything."""
@@ -357,6 +357,7 @@ class Agent:
         )  # fmt: skip
         self.snapshot = replace(
             found, writes_refused=self.writes_refused, failures=self.failures, engines=self.engines.views(),
+            incomplete=doubts(self._policies.trouble if self._policies else "", self.enforcer),
             libraries=self.discovery.libraries(self.enforcer.name_at), trusted=self.settings.trusted_drivers,
         )  # fmt: skip
         self._taken = time.monotonic()
@@ -371,12 +372,9 @@ class Agent:
 
     def stop(self) -> None:
         """Ends what this agent started, however far it came; what is in force stays so."""
-        if self._policies:
-            self._policies.stop()
-        self.engines.stop()
-        if self.reconciler:
-            self.reconciler.stop()
-        self.keeper.stop()
+        for part in (self._policies, self.engines, self.reconciler, self.keeper):
+            if part:
+                self._do(part.stop)
 
     def _look_at_answered(self) -> None:
         """Of cgroups that an engine has named: another policy may be theirs, or their own label count."""

@@ -31,7 +31,7 @@ class Stamp:
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def load(path: str, name: str, root_only: bool) -> tuple[bytes, Stamp]:
+def load(path: str, name: str, root_only: bool, most_bytes: int = MOST_BYTES) -> tuple[bytes, Stamp]:
     """A file's content and stamp; faults call it `name`. Raises FaultError, OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a fifo must not hold us up
     try:
@@ -41,7 +41,7 @@ def load(path: str, name: str, root_only: bool) -> tuple[bytes, Stamp]:
         if root_only:
             _check_owner(name, os.readlink(f"/proc/self/fd/{fd}"), found, read_only(fd))
         with open(fd, "rb", closefd=False) as file:
-            return file.read(MOST_BYTES + 1), Stamp.of(found)
+            return file.read(most_bytes + 1), Stamp.of(found)
     finally:
         os.close(fd)
 

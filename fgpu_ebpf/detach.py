@@ -12,14 +12,26 @@ import os
 import shutil
 from pathlib import Path
 
-from fgpu_ebpf import control, enginesetup, inject, keeper, launch, probes, procfs, programs, published, tenant_names
+from fgpu_ebpf import (
+    control,
+    enginesetup,
+    inject,
+    keeper,
+    last_good,
+    launch,
+    probes,
+    procfs,
+    programs,
+    published,
+    tenant_names,
+)
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.workloads import Workloads
 
 LOCK, NAMES, TENANT_NAMES = control.LOCK, "engines.json", tenant_names.FILE
 _FILES = (
-    *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", NAMES, Elders.FILE),
-    *("gatekeeper.json", "gatekeeper.lock", TENANT_NAMES),
+    *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", "overrides.json.bad"),
+    *(NAMES, Elders.FILE, "gatekeeper.json", "gatekeeper.lock", TENANT_NAMES),
 )
 
 
@@ -35,6 +47,7 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     launch.take_away_what_was_made(run_dir)
     if shim:
         _published(shim)
+    last_good.FILE.unlink(missing_ok=True)
     for name in _FILES:
         (run_dir / name).unlink(missing_ok=True)
     if by_agent or not keeper.locked(run_dir / LOCK):

@@ -25,6 +25,7 @@ from fgpu_ebpf.checks import Check
 from fgpu_ebpf.process_rows import ProcessRows
 
 DEFAULT_CONTEXT_BYTES = 512 << 20
+MOST_CONTEXT_BYTES = 1 << 40  # more than any device has
 _NVML = "libnvidia-ml.so.1"
 MEASURE_SECONDS = 30.0  # eight devices that nobody has used since boot take twenty
 _END_SECONDS = 5.0
@@ -298,9 +299,10 @@ def context_bytes(nvml: Nvml, libcuda: Path, state: Path) -> dict[int, int]:
 def _read_sizes(state: Path) -> dict[str, int]:
     try:
         found = json.loads(state.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return {str(k): int(v) for k, v in found.items()} if isinstance(found, Mapping) else {}
+    known = found.items() if isinstance(found, Mapping) else ()
+    return {key: size for key, size in known if type(size) is int and 0 < size < MOST_CONTEXT_BYTES}
 
 
 def _write_sizes(state: Path, sizes: Mapping[str, int]) -> None:

@@ -3,8 +3,9 @@
 Owns: the managed cgroups, and what each is granted. Never: decides what a tenant should get (`tenants` does), or adds
 to `used`. On failure: RoomError where a limit that was set by hand does not fit; OSError of the kernel.
 
-A limit counts against its device once it is used: when the first process of the tenant says hello or is seen, or when
-it was set by hand. Until then `resolved` says nothing of the cgroup, and the gatekeeper sends the first hello to us.
+A limit counts against its device once it is used: when the first process of the tenant says hello or is charged, or
+when it was set by hand; what was granted before a restart of the agent stays granted. Until then `resolved` says
+nothing of the cgroup, and the gatekeeper sends the first hello to us.
 Inside a group that has a limit only the group counts. While a process that is older than fgpu is in a tenant, nobody in
 it is killed: none of them can have the shim.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 from fgpu_ebpf import pages, procfs
@@ -103,6 +105,22 @@ class Enforcer:
 
     # -- putting in force
 
+    def adopt(self, tenant: Tenant, is_used: bool) -> None:
+        """Enters a level as the kernel has it pinned, and writes nothing: what it was granted stays granted."""
+        (tenant,) = self.names.named([tenant])
+        self._enter(tenant)
+        self.names.enter([tenant])
+        if is_used and any(tenant.limits.values()):
+            self._granted[tenant.cgroup] = tenant.limits
+        elif is_used:
+            self._denied[tenant.cgroup] = "there was no room for it when the agent ended"
+        self._sums = None
+
+    def keep(self, tenant: Tenant) -> None:
+        """An adopted level stays as it is pinned; only what is said of it changes."""
+        before = self._tenants[tenant.cgroup]
+        self._tenants[tenant.cgroup] = replace(before, workload=tenant.workload, notes=tenant.notes)
+
     def put(self, tenants: Iterable[Tenant]) -> None:
         """Puts these in force, their present processes included. RoomError: one set by hand does not fit; OSError: the
         kernel has no room; none is then.
@@ -127,10 +145,18 @@ class Enforcer:
         self.names.enter(changed)
         if new:
             self._take_over(new)
+            self._ask_again([tenant for tenant in changed if tenant.cgroup in new])
+        used = {level for process in self._ledger.processes().values() for level in process.levels}
         for tenant in changed:
-            if tenant.by_hand or tenant.cgroup in self._granted or self._workloads.is_populated(tenant.path):
+            if tenant.by_hand or tenant.cgroup in self._granted or tenant.cgroup in used:
                 self.use(tenant.cgroup)
         self._try_those_who_lack()
+
+    def _ask_again(self, new: Sequence[Tenant]) -> None:
+        """What was decided of a cgroup before it was a tenant does not hold; programs in it say hello again."""
+        self._ledger.unresolve([tenant.cgroup for tenant in new])
+        if any(self._workloads.is_populated(tenant.path) for tenant in new):
+            self._ledger.new_epoch()
 
     @contextlib.contextmanager
     def _unless_refused(self) -> Iterator[None]:

@@ -55,6 +55,7 @@ class Engines:
         kept = namesfile.read(file) if file else {}
         self._entries = {subject: _Entry(now, names=names) for subject, names in kept.items()}
         self._written: object = None
+        self._unwritten = ""  # why the file could not be written, when last tried
         self._answers = 0
         self._changed: set[str] = set()
         self._lock = threading.Lock()
@@ -102,11 +103,13 @@ class Engines:
             state = (self._answers, len(known))
         if self._file is None or state == self._written:
             return
-        self._written = state
         try:
             namesfile.write(self._file, known)
-        except OSError as error:
-            log.warning("what engines have said will not outlive the agent: %s", error)
+            self._written, self._unwritten = state, ""
+        except OSError as error:  # tried again at the next call
+            if str(error) != self._unwritten:
+                self._unwritten = str(error)
+                log.warning("what engines have said will not outlive the agent: %s", error)
 
     def views(self) -> tuple[EngineView, ...]:
         """How each engine stands: those that were asked, or could be."""

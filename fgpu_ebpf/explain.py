@@ -16,7 +16,7 @@ from fgpu_ebpf.policy import Priority
 from fgpu_ebpf.processes import Process
 from fgpu_ebpf.quantities import memory_text
 from fgpu_ebpf.scheduler import MILLION
-from fgpu_ebpf.tenants import Tenant
+from fgpu_ebpf.tenants import Source, Tenant
 from fgpu_ebpf.timebook import TurnCounts
 from fgpu_ebpf.workloads import TargetError
 
@@ -56,6 +56,7 @@ def explain(
             *decision.notes,
             *filter(None, [manager.workloads.missing(workload)]),
             *_left_out(tenant, levels, manager),
+            *[note for t in levels if t.source is Source.KEPT for note in t.notes],
             *[
                 f"onBypass: kill waits: older than fgpu are some in {t.name}"
                 for t in levels
@@ -85,7 +86,7 @@ def _level(tenant: Tenant, manager: Manager, ledger: Ledger) -> dict[str, Any]:
     return {
         "tenant": tenant.name,
         "path": tenant.path,
-        "by": tenant.source if tenant.by_hand else tenant.policy,
+        "by": tenant.policy if tenant.source is Source.POLICY else tenant.source,
         "denied": manager.enforcer.denied(tenant.cgroup),
         "devices": [
             {"gpu": device, "limit_bytes": u.limit, "used_bytes": u.used, "refused": u.refused}

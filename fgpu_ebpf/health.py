@@ -19,8 +19,13 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     tenants, policies = snapshot["tenants"], snapshot["policies"]
     if policies and not policies["good"]:
         yield Check("policies", False, "; ".join(policies["faults"][:3]), "fgpu policy check")
+    elif policies and policies["unsaved"]:
+        yield Check("policies", False, policies["unsaved"], "make room there: a start with an error in a file needs it")
     elif policies:
         yield Check("policies", True, f"{policies['count']} in force, {len(tenants)} tenants")
+    kept = [f"{t['tenant']}: {'; '.join(t['notes'])}" for t in tenants if t["source"] == "kept"]
+    fix = "fix what is named; or say what is wanted: fgpu set TARGET, or fgpu unset TARGET, after which policies hold"
+    yield Check("start", not kept, ", ".join(kept[:5]) or "every limit from before it was understood", fix)
     yield from _engines(snapshot["engines"])
     gone = snapshot["unenforced"]
     yield Check("probes", not gone, gone or "all where they were put", "restart the agent, and see who does that")

@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +34,7 @@ _ALLOCATION_KEY = ctypes.sizeof(pages.AllocationKey)
 _ALLOCATION = ctypes.sizeof(pages.Allocation)
 _PROCESS = ctypes.sizeof(pages.Process)
 _THREAD = ctypes.sizeof(pages.Thread)
-_LIMIT = struct.Struct("QQ")
-_LIMIT_KEY = struct.Struct("QQ")
+_LIMIT, _LIMIT_KEY = struct.Struct("QQ"), struct.Struct("QQ")
 _COUNTER_KEY = struct.Struct("QIHH")
 _FILE = struct.Struct("QQ")
 _DEVICE = ctypes.sizeof(pages.Device)
@@ -136,6 +135,11 @@ class Ledger:
         """The level's limit on a device in bytes; None: the level may not use it."""
         raw = bpf.lookup(self._maps["limits"], _LIMIT_KEY.pack(cgroup, device), _LIMIT.size)
         return None if raw is None else int(_LIMIT.unpack(raw)[0])
+
+    def limits(self) -> Iterator[tuple[int, int, int, int]]:
+        """Level, device, bytes and flags of every limit in force."""
+        found = bpf.items(self._maps["limits"], _LIMIT_KEY.size, _LIMIT.size)
+        yield from ((*_LIMIT_KEY.unpack(key), *_LIMIT.unpack(value)) for key, value in found)
 
     def set_limits(self, levels: Iterable[LevelLimits], over: Callable[[set[int]], object] | None = None) -> None:
         """Puts limits in force, at all these levels. Raises OSError: E2BIG, there is no room for so many levels; none
@@ -270,8 +274,7 @@ class Ledger:
 
     def set_device(self, index: int, uuid: bytes) -> None:
         """Names the device at a ledger index."""
-        device = pages.Device(uuid=(ctypes.c_uint8 * 16)(*uuid), index=index)
-        bpf.update(self._maps["devices"], _U32.pack(index), bytes(device))
+        bpf.update(self._maps["devices"], _U32.pack(index), bytes(pages.Device((ctypes.c_uint8 * 16)(*uuid), index)))
 
     def context_bytes(self, device: int) -> int:
         """What a new context on this device is charged until NVML says better."""

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from fgpu_ebpf.enforcer import Enforcer, RoomError
@@ -20,7 +21,7 @@ from fgpu_ebpf.identity import Workload
 from fgpu_ebpf.overrides import Override, Overrides
 from fgpu_ebpf.policy import Decision, Device, PolicySet
 from fgpu_ebpf.shares import Share, parse
-from fgpu_ebpf.tenants import Tenant, requests, tenant_of
+from fgpu_ebpf.tenants import Source, Tenant, requests, tenant_of
 from fgpu_ebpf.workloads import TargetError, Workloads
 
 log = logging.getLogger("fgpu.agent")
@@ -42,6 +43,7 @@ class Manager:
         self.workloads = workloads
         self.enforcer = enforcer
         self.policies = PolicySet(())
+        self.policies_unknown = ""  # why it is not known what policies want; empty: it is
         self.overrides = overrides
         self._devices = devices
         self._history = history
@@ -54,21 +56,40 @@ class Manager:
     def decide(self, workload: Workload, override: Override | None = None) -> Decision:
         """What the policies say of a workload, and of the share that it has asked for."""
         decision = self.policies.resolve(workload, self._devices)
-        override = override or self.overrides.get(workload.cgroup)
+        override = override or self._override(workload.cgroup)
         if override is None or not override.share or decision.policy is None:
             return decision
         asked = requests(parse(override.share), decision.policy)
         return self.policies.resolve(replace(workload, labels={**workload.labels, **asked}), self._devices)
 
     def _tenant(self, path: str) -> Tenant | None:
+        """What a cgroup is to be; one of source KEPT stays as it is pinned."""
         workload = self.workloads.identify(path)
         if workload is None:
             return None
-        return tenant_of(self.decide(workload), self.overrides.get(workload.cgroup), self._devices)
+        tenant = tenant_of(self.decide(workload), self._override(workload.cgroup), self._devices)
+        before = self.enforcer.get(workload.cgroup)
+        if before is None or before.source is not Source.KEPT:
+            return tenant
+        doubt = self._doubt(workload)
+        if not doubt or (tenant and tenant.is_in_force_as(before)):
+            return tenant
+        return replace(before, workload=workload, notes=(doubt,))
+
+    def _override(self, cgroup: int) -> Override | None:
+        override = self.overrides.get(cgroup)
+        return None if override is None or override.kept else override
+
+    def _doubt(self, workload: Workload) -> str:
+        """Why it is not known whether something wants the limits that are pinned for a cgroup; empty: it is known."""
+        override = self.overrides.get(workload.cgroup)
+        said = override.kept if override else ""
+        unknown = self.overrides.unknown(workload.cgroup)
+        return said or unknown or self.policies_unknown or self.workloads.missing(workload)
 
     def consider(self, paths: Iterable[str]) -> None:
         """Looks at these cgroups anew: managed, changed, or gone."""
-        wanted = {path: self._tenant(path) for path in paths}
+        wanted = {path: self._tenant(path) for path in sorted(paths)}
         gone = []
         for path, tenant in wanted.items():
             before = self.enforcer.at(path)
@@ -87,11 +108,18 @@ class Manager:
         self.consider_all()
 
     def _enforce(self, tenants: Sequence[Tenant]) -> None:
+        """Groups before those inside them, and of one depth the oldest first: inside a group only the group counts."""
         tenants = self.enforcer.names.named(tenants)  # before they are put in force one by one
-        by_hand = [tenant for tenant in tenants if tenant.by_hand]
-        for tenant in by_hand:
-            self._put([tenant])
-        self._put([tenant for tenant in tenants if not tenant.by_hand])
+        for tenant in tenants:
+            if tenant.source is Source.KEPT:
+                self.enforcer.keep(tenant)
+        known = sorted((t for t in tenants if t.source is not Source.KEPT), key=lambda t: (_depth(t), t.cgroup))
+        for _, of_one_depth in groupby(known, _depth):
+            level = list(of_one_depth)
+            for tenant in level:
+                if tenant.by_hand:
+                    self._put([tenant])
+            self._put([tenant for tenant in level if not tenant.by_hand])
 
     def _put(self, tenants: Sequence[Tenant]) -> None:
         """Those for whom there is no room, on a device or in the kernel, must not keep the others out."""
@@ -104,6 +132,9 @@ class Manager:
                 self._put(tenants[half:])
             else:
                 self._history.add("no room", tenant=tenants[0].name, text=str(error))
+                before = self.enforcer.get(tenants[0].cgroup)
+                if before and before.source is Source.KEPT:
+                    self.enforcer.keep(replace(before, notes=(str(error),)))
 
     def _let_go(self, tenants: Sequence[Tenant]) -> None:
         if not tenants:
@@ -123,9 +154,8 @@ class Manager:
         workload = self.workloads.identify(path)
         if workload is None:
             raise TargetError(f"no cgroup {path}")
-        before = self.overrides.get(workload.cgroup)
-        override = before or Override(workload.cgroup, workload.path, None, name, own)
-        override = replace(override, path=workload.path, **{"share": "", "devices": (), **asked})
+        override = self._override(workload.cgroup) or Override(workload.cgroup, workload.path, None, name, own)
+        override = replace(override, path=workload.path, **asked)
         tenant = tenant_of(self.decide(workload, override), override, self._devices)
         assert tenant
         self.enforcer.put([tenant])
@@ -151,18 +181,46 @@ class Manager:
         devices = tuple(dict.fromkeys((*had, share.device))) if share.device else ()
         tenant = self.set(path, {"share": share.name, "devices": devices})
         if devices and len(tenant.limits) < len(devices):
-            self.unset(path)
+            self._forget(path, tenant.cgroup)
             raise TargetError(f"policy {tenant.policy} does not give it {share.device}")
         return tenant
 
     def unset(self, path: str) -> bool:
-        """Takes away what was set by hand; a policy holds again, if one matches. False: nothing was set."""
+        """Takes away what was set by hand, or is only kept; the container's share or a policy holds again, if there is
+        one. False: nothing was set.
+        """
         cgroup = self.workloads.cgroup(path)
-        if cgroup is None or self.overrides.get(cgroup) is None:
+        tenant = self.enforcer.get(cgroup) if cgroup is not None else None
+        override = self.overrides.get(cgroup) if cgroup is not None else None
+        is_kept = tenant is not None and tenant.source is Source.KEPT
+        if cgroup is None or not (is_kept or override):
             return False
-        self.overrides.drop([cgroup])
-        self._follow_what_is_left(path)
+        if override and override.share and override.says_limits:
+            said = Override(cgroup, override.path, None, share=override.share, devices=override.devices)
+            self.overrides.put(said)
+            self._follow_what_is_left(path)
+        else:
+            self._forget(path, cgroup, is_kept)
         return True
+
+    def _forget(self, path: str, cgroup: int, is_kept: bool = False) -> None:
+        """Nothing is said of the cgroup any more."""
+        self.overrides.drop([cgroup])
+        if is_kept:
+            self.enforcer.release([cgroup])
+        self._follow_what_is_left(path)
+
+    def settle(self) -> None:
+        """The start has decided about every cgroup: what it could not learn of overrides stays so until `unset`."""
+        kept = [
+            Override(tenant.cgroup, tenant.path, None, kept=why)
+            for tenant in self.enforcer
+            if tenant.source is Source.KEPT and (why := self.overrides.unknown(tenant.cgroup))
+        ]
+        try:
+            self.overrides.settle(kept)
+        except OSError as error:
+            log.error("what is kept of earlier limits is not written down: %s", error)
 
     def _follow_what_is_left(self, path: str) -> None:
         """What was set by hand before, or else a policy, holds; where nothing does, it is managed no longer."""
@@ -225,3 +283,7 @@ class Manager:
     def tidy_all(self) -> None:
         """Removes every own cgroup that is empty: events may have been lost, or have come while no agent ran."""
         self.tidy(self.workloads.own())
+
+
+def _depth(tenant: Tenant) -> int:
+    return tenant.path.count("/")

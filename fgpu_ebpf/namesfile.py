@@ -1,13 +1,15 @@
 """What engines have said, kept over restarts of the agent: limits by label hold although the engine is down then.
 
-Owns: one file under /run. Never: decides what is still of use. On failure: a file that cannot be read is none.
+Owns: one file under /run. Never: decides what is still of use. On failure: what cannot be understood is left out, and
+the log says so; the engine is asked for it again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from fgpu_ebpf import wholefile
 from fgpu_ebpf.cgroupnames import Engine
 from fgpu_ebpf.identity import Names, Subject
 
+log = logging.getLogger("fgpu.engines")
 MOST_BYTES = 64 << 20
 
 
@@ -23,8 +26,11 @@ def read(file: Path) -> dict[Subject, Names]:
     try:
         with file.open("rb") as opened:
             found = json.loads(opened.read(MOST_BYTES))
-        return {_subject(entry.pop("of")): Names(**entry) for entry in found}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return dict(_entry(entry) for entry in found)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        log.error("%s cannot be read, engines are asked again: %s", file, error)
         return {}
 
 
@@ -32,6 +38,19 @@ def write(file: Path, known: Mapping[Subject, Names]) -> None:
     """All of it, in the file's place; readable for root alone. Raises OSError."""
     entries = [{"of": [s.engine, s.id, s.is_pod], **asdict(names)} for s, names in known.items()]
     wholefile.write(file, json.dumps(entries), 0o600)
+
+
+def _entry(entry: Any) -> tuple[Subject, Names]:
+    """Fields that this version does not know are left out. Raises ValueError and others."""
+    names = Names(**{field.name: entry[field.name] for field in fields(Names) if field.name in entry})
+    if not isinstance(names.name, str) or not all(
+        text is None or isinstance(text, str) for text in (names.pod, names.namespace, names.image)
+    ):
+        raise ValueError(f"{names!r} is no set of names")
+    for labels in (names.labels, names.image_asks):
+        if not isinstance(labels, dict) or not all(isinstance(word, str) for word in (*labels, *labels.values())):
+            raise ValueError(f"{labels!r} are no labels")
+    return _subject(entry["of"]), names
 
 
 def _subject(of: Any) -> Subject:

@@ -86,7 +86,8 @@ def state(snapshot: Mapping[str, Any]) -> list[str]:
     policies, events = snapshot["policies"], snapshot["events"]
     up = {True: "gatekeeper up", False: "gatekeeper down", None: "gatekeeper unknown"}[snapshot["gatekeeper_up"]]
     lost = sum(events.get(reason, 0) for reason in ("rate", "full"))
-    said = ["not enforced" if snapshot["unenforced"] else "enforced", "agent up", up, f"{lost:,} events lost"]
+    held = "not enforced" if snapshot["unenforced"] else "in part" if snapshot["incomplete"] else "enforced"
+    said = [held, "agent up", up, f"{lost:,} events lost"]
     if policies:
         said.append(f"policies {'good' if policies['good'] else 'have faults'}, {policies['count']} in force")
     return said

@@ -208,9 +208,10 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class PolicySet:
-    """All policies, in the order in which they are asked."""
+    """All policies, in the order in which they are asked. `files`: names and contents that they were read from."""
 
     policies: tuple[Policy, ...] = field(default=())
+    files: tuple[tuple[str, bytes], ...] = field(default=(), compare=False, repr=False)
 
     def resolve(self, workload: Workload, devices: Sequence[Device]) -> Decision:
         """The first policy that matches decides; without one the workload is unmanaged."""

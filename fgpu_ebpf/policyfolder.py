@@ -70,7 +70,7 @@ class PolicyFolder:
         for _ in range(TRIES):
             before = self.state()
             if before is None:
-                return Reading(PolicySet(), (), None) if may_be_missing else self._fault(_GONE)
+                return Reading(PolicySet(), (), None) if may_be_missing else self.gone()
             if unsettled := self._unsettled_seconds(before):
                 time.sleep(min(unsettled, self._settle_seconds))
                 continue
@@ -105,6 +105,10 @@ class PolicyFolder:
                 if stamp and (age := (time.time_ns() - stamp.ctime_ns) / 1e9) >= 0]  # fmt: skip
         return max([0.0, *left])
 
+    def gone(self) -> Reading:
+        """The reading of a folder that was there before and is not there now."""
+        return self._fault(_GONE)
+
     def _fault(self, text: str, state: State | None = None) -> Reading:
         return Reading(None, (Fault(str(self.path), 0, "", text),), state)
 
@@ -120,17 +124,20 @@ class PolicyFolder:
             return self._fault(f"cannot be read: {error.strerror}", state)
         policies: list[Policy] = []
         faults: list[Fault] = []
+        files: list[tuple[str, bytes]] = []
         stamps = dict(state.files)
         for name in stamps:
-            stamps[name] = self._read_file(name, policies, faults) or stamps[name]
+            stamps[name] = self._read_file(name, policies, faults, files) or stamps[name]
             if len(faults) >= MOST_FAULTS or len(policies) > MOST_POLICIES:
                 break
         faults += whole(policies)
         re.purge()  # it keeps hundreds of patterns that policies have had
         read = State(state.way, tuple(stamps.items()))
-        return Reading(None if faults else PolicySet(tuple(policies)), tuple(faults[:MOST_FAULTS]), read)
+        return Reading(None if faults else PolicySet(tuple(policies), tuple(files)), tuple(faults[:MOST_FAULTS]), read)
 
-    def _read_file(self, name: str, policies: list[Policy], faults: list[Fault]) -> Stamp | None:
+    def _read_file(
+        self, name: str, policies: list[Policy], faults: list[Fault], files: list[tuple[str, bytes]]
+    ) -> Stamp | None:
         """What stamp the file had when it was read; None where it was not."""
         path = f"{self.path}/{name}"
         try:
@@ -141,6 +148,7 @@ class PolicyFolder:
         except OSError as error:
             faults.append(Fault(path, 0, "", f"cannot be read: {error.strerror}"))
             return None
+        files.append((path, data))
         found, wrong = parse(path, data)
         policies += found
         faults += wrong

@@ -39,7 +39,7 @@ class PolicyWatch:
         """`last` is what is in force already; only what differs from it is told."""
         self._folder = folder
         self._last = last
-        self._had = last.state is not None
+        self.had = last.state is not None or last.policies is None  # there was a folder at some time
         self._changed = changed
         self._end = threading.Event()
         self._end_bell = Bell()
@@ -107,9 +107,9 @@ class PolicyWatch:
         """Tells of the folder if it is not as it was."""
         if self._folder.state() == self._last.state:
             return
-        reading = self._folder.read(may_be_missing=not self._had)
+        reading = self._folder.read(may_be_missing=not self.had)
         before, self._last = self._last, reading
-        self._had |= reading.state is not None
+        self.had |= reading.state is not None
         if reading.policies is not None or reading.faults != before.faults:
             self._changed(reading.policies, reading.faults)
 

@@ -121,7 +121,8 @@ class Reconciler:
         """Ends, unless NVML hangs: then the thread is left behind."""
         self._stopping = True
         self._wake.set()
-        self._thread.join(2.0)
+        if self._thread.ident is not None:
+            self._thread.join(2.0)
 
     def fileno(self) -> int:
         """Readable when other processes hold memory than before, or one without the shim does, until hush()."""

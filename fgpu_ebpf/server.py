@@ -52,7 +52,7 @@ class ControlServer:
             "explain": self._explain,
             "events": lambda request: agent.history.since(_number(request, "since")),
             "offers": lambda _: self._offers(),
-            "reload": lambda _: agent.reload(),
+            "reload": lambda _: self._reload(),
             "put": self._put,
             "drop": self._drop,
             "run": self._run,
@@ -132,6 +132,10 @@ class ControlServer:
         with contextlib.suppress(OSError):
             return uid == 0 and os.stat(f"/proc/{pid}/ns/user").st_ino == self._own_namespace
         return False
+
+    def _reload(self) -> None:
+        if faults := self._agent.reload():
+            raise RequestError("\n".join(["the policies in force stay:", *map(str, faults)]), 1)
 
     def _put(self, request: dict[str, Any]) -> dict[str, Any]:
         path = self._find(request)
@@ -232,7 +236,8 @@ def _request(line: bytes) -> dict[str, Any]:
 def serve_metrics(agent: Agent) -> Web:
     """Serves the status page (/), /metrics, /healthz and /readyz at settings.listen, each request in a thread.
 
-    /healthz: the agent answers; /readyz: it enforces, else 503 and why not. AgentError: the address is taken.
+    /healthz: the agent answers; /readyz: it enforces what was asked for, else 503 and why not.
+    AgentError: the address is taken.
 
     The agent's own loop takes connections in, and takes a Snapshot when a whole request is there.
     """
@@ -241,7 +246,7 @@ def serve_metrics(agent: Agent) -> Web:
         "/": page.app(lambda: agent.snapshot),
         "/metrics": make_wsgi_app(metrics.registry(lambda: agent.snapshot)),
         "/healthz": health(lambda: ""),
-        "/readyz": health(lambda: agent.snapshot.unenforced),
+        "/readyz": health(lambda: agent.snapshot.unenforced or agent.snapshot.incomplete),
     }
     try:
         web = Web(host.strip("[]"), int(port), by_path(paths), agent.settings.listen_names)

@@ -119,7 +119,10 @@ def serve(options: Options) -> None:
         service.start()
         with _reachable(service):
             found = (len(service.nvml.devices), len(service.enforcer), service.settings.listen)
-            log.info("enforcing, %d devices, %d tenants, page and /metrics at http://%s/", *found)
+            if lacks := service.lacks_policies():
+                log.error("not enforcing policies: %s", lacks)
+            else:
+                log.info("enforcing, %d devices, %d tenants, page and /metrics at http://%s/", *found)
             service.mark("answering")
             parts = ", ".join(f"{part} {at - begun:.2f}" for part, at in service.marks.items())
             log.info("ready after %.2f s: %s", time.monotonic() - begun, parts)

@@ -154,12 +154,16 @@ class SlicesView:
 
 @dataclass(frozen=True, slots=True)
 class PoliciesView:
-    """The last reading of the policy files; `loaded_seconds` since the epoch is that of the last good one."""
+    """The last reading of the policy files; `loaded_seconds` since the epoch is that of the last good one.
+
+    `unsaved`: why the set in force is not kept on disk for the next start; empty: it is.
+    """
 
     good: bool
     loaded_seconds: float
     count: int
     faults: tuple[str, ...]
+    unsaved: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +217,7 @@ class Snapshot:
     taken_seconds: float = 0.0
     reconcile_failure: str = ""
     unenforced: str = ""  # why no limit is in force; empty: they are
+    incomplete: str = ""  # why it is not known that all that was asked for is in force; empty: it is
     gatekeeper_up: bool | None = None
 
 
@@ -257,4 +262,6 @@ def _read(value: Any) -> Any:
 
 def no_limit(snapshot: Mapping[str, Any]) -> str:
     """What has to be known of all else that a Snapshot's JSON says; empty: limits are in force."""
-    return f"No limit is enforced: {snapshot['unenforced']}" if snapshot["unenforced"] else ""
+    if snapshot["unenforced"]:
+        return f"No limit is enforced: {snapshot['unenforced']}"
+    return f"Not all is in force: {snapshot['incomplete']}" if snapshot["incomplete"] else ""

@@ -26,6 +26,7 @@ class Source(StrEnum):
     SET = "set"
     RUN = "run"
     SHARE = "share"
+    KEPT = "kept"  # the kernel has it pinned, and a start does not know whether something else is wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +75,13 @@ class Tenant:
 
     @property
     def by_hand(self) -> bool:
-        """Somebody said so for this one."""
-        return self.source is not Source.POLICY
+        """It was set for this cgroup alone."""
+        return self.source not in (Source.POLICY, Source.KEPT)
+
+    def is_in_force_as(self, other: Tenant) -> bool:
+        """Both come to the same in the kernel."""
+        mine, its = (self.limits, self.observe, self.kill), (other.limits, other.observe, other.kill)
+        return mine == its and self.shares == other.shares
 
 
 def tenant_of(decision: Decision, override: Override | None, devices: Sequence[Device]) -> Tenant | None:
@@ -100,17 +106,33 @@ def tenant_of(decision: Decision, override: Override | None, devices: Sequence[D
     return tenant if override is None else _by_hand(tenant, override, devices)
 
 
+def kept_tenant(workload: Workload, limits: Mapping[int, int], flags: int, share: TimeShare | None) -> Tenant:
+    """What the kernel has pinned for a cgroup."""
+    compute = None
+    if share:
+        priority = list(Priority)[min(share.rank, len(Priority) - 1)]
+        compute = Compute(share.limit_millionths / MILLION, share.weight, priority, share.quantum_ns)
+    return Tenant(
+        workload, _name(workload), Source.KEPT, "", limits, compute=compute,
+        observe=bool(flags & pages.LimitFlag.OBSERVE), kill=bool(flags & pages.LimitFlag.KILL),
+    )  # fmt: skip
+
+
 def _by_hand(tenant: Tenant, override: Override, devices: Sequence[Device]) -> Tenant:
+    """What was set wins field by field; what was not set stays as the share has it, or else the policy."""
     if override.share:
-        return _by_share(tenant, parse(override.share), override.devices, devices)
-    chosen = tenant.limits or {device.index: pages.NO_LIMIT for device in devices}
+        tenant = _by_share(tenant, parse(override.share), override.devices, devices)
+        if not override.says_limits:
+            return tenant
+    chosen = tenant.limits if _is_chosen(tenant) else dict.fromkeys((d.index for d in devices), pages.NO_LIMIT)
+    limits = _memory_by_hand(chosen, override.memory, devices)
     return replace(
         tenant,
         name=override.name or tenant.name,
         source=Source.RUN if override.own else Source.SET,
-        limits=_memory_by_hand(chosen, override.memory, devices),
+        limits=limits,
         compute=_compute_by_hand(tenant.compute, override),
-        notes=(),
+        notes=() if limits else tenant.notes,
     )
 
 
@@ -119,6 +141,11 @@ def _memory_by_hand(limits: Mapping[int, int], memory: Amount | None, devices: I
     if memory is None:
         return limits
     return {device.index: memory.of(device.usable_bytes) for device in devices if device.index in limits}
+
+
+def _is_chosen(tenant: Tenant) -> bool:
+    """A policy or a share says which devices it may use, which may be none of this host's."""
+    return bool(tenant.policy) or tenant.source is Source.SHARE
 
 
 def requests(share: Share, policy: Policy) -> dict[str, str]:
@@ -132,7 +159,7 @@ def _by_share(tenant: Tenant, share: Share, of: Sequence[str], devices: Iterable
     """What the policy has not decided already, with requests() among the workload's labels; on the devices of these
     UUIDs alone, if any are named.
     """
-    limits = dict(tenant.limits or {device.index: pages.NO_LIMIT for device in devices})
+    limits = dict(tenant.limits if tenant.policy else {device.index: pages.NO_LIMIT for device in devices})
     for device in devices:
         if share.amount and limits.get(device.index) == pages.NO_LIMIT:
             limits[device.index] = share.amount.of(device.usable_bytes)

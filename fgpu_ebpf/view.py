@@ -301,7 +301,7 @@ def _policies(policies: Policies | None) -> PoliciesView | None:
     if policies is None:
         return None
     faults = tuple(str(fault) for fault in policies.faults)
-    return PoliciesView(policies.good, policies.loaded_seconds, policies.count, faults)
+    return PoliciesView(policies.good, policies.loaded_seconds, policies.count, faults, policies.unsaved)
 
 
 def _gatekeeper(run_dir: Path) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 from docker_kit import Docker
-from harness import GIB, MIB, REFUSED, Service, Tenant, ask, eventually, fgpu, metrics
+from harness import GIB, MIB, REFUSED, RUN_DIR, Service, Tenant, ask, eventually, fgpu, metrics
 
 HEAD = "apiVersion: fgpu.dev/v1alpha1\nkind: GpuPolicy\n"
 BY_LABEL = f"""---
@@ -191,6 +193,32 @@ def test_a_limit_by_label_outlives_the_agent_although_the_engine_is_down(docker:
         assert client.do(f"alloc {2 * MIB}") == REFUSED
         time.sleep(0.05)
     assert one.assert_exact() == 3 * GIB
+
+
+def add_a_key(file: Path) -> None:
+    file.write_text(json.dumps([entry | {"colour": "blue"} for entry in json.loads(file.read_text())]))
+
+
+@pytest.mark.parametrize(
+    "damage", [add_a_key, Path.unlink, lambda file: file.write_text("[{")], ids=["later version", "gone", "garbage"]
+)
+def test_a_limit_by_label_outlives_the_file_of_names(
+    docker: Docker, service: Service, damage: Callable[[Path], object]
+) -> None:
+    one = docker.container({"tier": "notebook"})
+    becomes(one, "notebooks", 3 * GIB)
+    client = one.client()
+    client.ok(f"fill {2 * MIB} 0")
+    time.sleep(1.5)  # what is known is written down once a second
+    docker.socket.stall()
+    service.kill_agent()
+    damage(RUN_DIR / "engines.json")
+    service.start_agent()
+    assert one.memory()["limit_bytes"] == 3 * GIB, "neither more nor what a container without labels gets"
+    assert client.ok("info")[1] == 3 * GIB
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    docker.socket.go_on()
+    becomes(one, "notebooks", 3 * GIB, 10)
 
 
 def test_five_containers_come_and_go_and_leave_nothing(docker: Docker, record: Callable[[str], None]) -> None:

@@ -26,6 +26,7 @@ class Books:
 
     def __init__(self):
         self.limits, self.shares, self.decided, self.calls = {}, {}, {}, 0
+        self.epoch = 0
         self.known, self.so_far, self.moved, self.over = {}, 0, [], []
 
     def page_missing(self, cgroup):
@@ -52,6 +53,13 @@ class Books:
 
     def resolve(self, cgroup, managed):
         self.decided[cgroup] = managed
+
+    def unresolve(self, cgroups):
+        for cgroup in cgroups:
+            self.decided.pop(cgroup, None)
+
+    def new_epoch(self):
+        self.epoch += 1
 
     def processes(self):
         return self.known
@@ -111,7 +119,7 @@ def test_who_is_named_while_a_level_appears_is_taken_over_when_it_is_seen_by_all
     pod, leaf = place.make("/pod", 8), place.make("/pod/c", 6)
     place.enforcer.put([pod])
     place.enforcer.put([leaf])  # and a program has looked for it a moment before
-    books.known, books.so_far = {23: SimpleNamespace(generation=7)}, 1
+    books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
     monkeypatch.setattr("fgpu_ebpf.enforcer.procfs.cgroup_path", {23: "/pod/c"}.get)
     for tell in books.over:
         tell()
@@ -122,7 +130,7 @@ def test_who_is_named_while_a_level_appears_is_taken_over_when_it_is_seen_by_all
 
 
 def test_where_nobody_was_named_meanwhile_nobody_is_looked_at(place, books, monkeypatch):
-    books.known, books.so_far = {23: SimpleNamespace(generation=7)}, 1
+    books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
     monkeypatch.setattr("fgpu_ebpf.enforcer.procfs.cgroup_path", {}.get)
     place.enforcer.put([place.make("/one", 8)])
     monkeypatch.setattr(books, "processes", None)

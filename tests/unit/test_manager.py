@@ -14,6 +14,7 @@ from fgpu_ebpf.gone_tenants import GoneTenants
 from fgpu_ebpf.history import History
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.overrides import Overrides
+from fgpu_ebpf.shares import parse
 from fgpu_ebpf.workloads import TargetError, Workloads
 
 
@@ -83,3 +84,48 @@ def test_of_many_by_policy_those_come_in_for_whom_there_is_room(host):
     host.books.room = 7
     host.manager.consider_all()
     assert len(host.enforcer) == len(host.books.limits) == 7
+
+
+# -- what is left out of `fgpu set` stays as it was
+
+
+@pytest.fixture
+def container(host):
+    (host.root / "job").mkdir()
+    return "/job"
+
+
+def in_force(host, path):
+    tenant = host.enforcer.at(path)
+    return tenant.limits, tenant.compute and tenant.compute.limit_ratio
+
+
+@pytest.mark.parametrize("policy", ["", "{selector: {cgroup: ['job']}, memory: {limit: 4GiB, max: 4GiB}}"])
+def test_a_share_stays_beside_what_is_set(host, container, policy):
+    if policy:
+        host.manager.reload(policies(policy))
+    host.manager.share(container, parse("2gib-50pct"))
+    by_share = in_force(host, container)
+    assert by_share == ({0: 2 * GIB}, 0.5)
+    host.manager.set(container, {"limit_millionths": 250_000})
+    assert in_force(host, container) == ({0: 2 * GIB}, 0.25)
+    host.manager.set(container, {"memory_bytes": GIB})
+    assert in_force(host, container) == ({0: GIB}, 0.25)
+    assert Overrides(host.overrides._file).get(host.enforcer.at(container).cgroup).share == "2gib-50pct"
+    assert host.manager.unset(container)
+    assert in_force(host, container) == by_share
+    assert host.enforcer.at(container).source == "share"
+    assert host.manager.unset(container)
+    assert bool(policy) is (host.enforcer.at(container) is not None)
+    assert not list(host.overrides)
+
+
+@pytest.mark.parametrize("asked", [{"limit_millionths": 500_000}, {"memory_bytes": GIB}])
+def test_a_policy_whose_devices_are_not_here_gives_none_by_hand(host, container, asked):
+    host.manager.reload(policies("{selector: {cgroup: ['job']}, devices: [7], memory: {limit: 2GiB}}"))
+    host.manager.set(container, asked)
+    assert host.enforcer.at(container).limits == {}
+    assert "no device 7" in host.enforcer.at(container).notes[0]
+    host.manager.unset(container)
+    host.manager.share(container, parse("1gib"))
+    assert host.enforcer.at(container).limits == {}

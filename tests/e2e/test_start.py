@@ -1,0 +1,430 @@
+"""What a start does not understand is kept: no state file, policy file or want of room opens or closes a limit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import (
+    GIB,
+    LISTEN,
+    MIB,
+    REFUSED,
+    RUN_DIR,
+    Client,
+    Place,
+    Service,
+    Tenant,
+    ask,
+    eventually,
+    fgpu,
+    metrics,
+)
+
+LAST_GOOD = Path("/var/lib/fgpu/policies.json")
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: {name}}}
+spec:
+  selector: {{cgroup: ["{cgroup}"]}}
+  {rest}
+"""
+
+
+def loaded_seconds() -> float:
+    return metrics()["fgpu_config_last_reload_success_timestamp_seconds", frozenset()]
+
+
+def readiness() -> tuple[int, str]:
+    """What /readyz says to Kubernetes."""
+    try:
+        with urllib.request.urlopen(f"http://{LISTEN}/readyz", timeout=5) as page:
+            return page.status, page.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def doctor_says(name: str) -> str:
+    """The line of `fgpu doctor` about this, from its first word on."""
+    lines = fgpu("doctor", check=False).stdout.splitlines()
+    return next(line for line in lines if f" {name}" in line[:20])
+
+
+class Host:
+    """The service whose files a test damages, and the tenants on it."""
+
+    def __init__(self, service: Service, place: Place) -> None:
+        self.service, self.place = service, place
+        self.policies = service.policies
+
+    def policy(self, rest: str, cgroup: str = "", name: str = "test", file: str = "50.yaml") -> None:
+        """Writes a policy for the tenants of this place; returns when it is in force."""
+        before = loaded_seconds()
+        path = cgroup or f"{self.place.group.lstrip('/')}/*"
+        (self.policies / file).write_text(POLICY.format(name=name, cgroup=path, rest=rest))
+        eventually(lambda: loaded_seconds() > before, 5, "the policy in force")
+
+    def stop(self) -> None:
+        """The agent ends; with it its gatekeeper, as systemd would have it."""
+        self.service.kill_agent()
+        self.service.kill_gatekeeper()
+
+    def restart(self) -> None:
+        self.stop()
+        self.service.start_agent()
+
+    def at_its_limit(self, memory: int | None = None) -> tuple[Tenant, Client]:
+        """A tenant with a program that has filled its limit."""
+        tenant = self.place.tenant(memory)
+        client = tenant.client()
+        client.ok("context")
+        client.ok(f"fill {2 * MIB} 0", 120)
+        return tenant, client
+
+
+@pytest.fixture
+def host(service: Service, place: Place) -> Iterator[Host]:
+    """Afterwards the policies' folder is empty, and an agent runs that has understood everything."""
+    config = service.config.read_text()
+    host = Host(service, place)
+    yield host
+    service.config.write_text(config)
+    place.close()
+    service.policies.mkdir(exist_ok=True)
+    for file in service.policies.iterdir():
+        file.unlink()
+    if service.agent and service.agent.poll() is None:
+        host.stop()
+    service.start_agent()
+
+
+def assert_same_limit(tenant: Tenant, client: Client, limit: int) -> None:
+    """Neither the running program nor the next in its cgroup gets a byte beyond the limit, and none is lost."""
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert client.ok("info")[1] == limit
+    client.ok("drop 1")
+    client.ok(f"alloc {2 * MIB}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    other = tenant.client()
+    assert other.do("context") == REFUSED
+    assert other.do(f"alloc {2 * GIB}") == REFUSED
+    other.close()
+    assert tenant.driver() <= limit
+    assert tenant.memory()["limit_bytes"] == limit
+
+
+def no_file(host: Host) -> None:
+    (host.policies / "60.yaml").write_text("x: [")
+
+
+def no_folder(host: Host) -> None:
+    shutil.rmtree(host.policies)
+
+
+# -- policies
+
+
+@pytest.mark.places("cgroups")
+@pytest.mark.parametrize("damage", [no_file, no_folder])
+def test_policies_that_cannot_be_read_at_a_start_are_the_last_good_ones(
+    host: Host, damage: Callable[[Host], None]
+) -> None:
+    host.policy("memory: {limit: 2GiB}\n  compute: {limit: 50%}")
+    tenant, client = host.at_its_limit()
+    host.stop()
+    damage(host)
+    host.service.start_agent()
+    assert_same_limit(tenant, client, 2 * GIB)
+    newcomer = host.place.tenant(None)
+    assert newcomer.client().ok("info")[1] == 2 * GIB
+    assert newcomer.view()["devices"][0]["compute"]["limit_ratio"] == 0.5
+    eventually(lambda: readiness()[0] == 503, 5, "not ready")
+    assert "last good set" in readiness()[1]
+    assert "last good set" in fgpu("status").stdout
+    assert "FAIL" in doctor_says("policies")
+    told = fgpu("reload", check=False)
+    assert told.returncode == 1
+    assert str(host.policies) in told.stderr
+    host.policies.mkdir(exist_ok=True)
+    (host.policies / "60.yaml").unlink(missing_ok=True)
+    (host.policies / "50.yaml").write_text(
+        POLICY.format(name="test", cgroup=f"{host.place.group.lstrip('/')}/*", rest="memory: {limit: 3GiB}")
+    )
+    assert fgpu("reload").returncode == 0
+    eventually(lambda: readiness()[0] == 200, 5, "ready")
+    assert client.ok("info")[1] == 3 * GIB
+
+
+@pytest.mark.places("cgroups")
+def test_a_reboot_with_a_typo_in_a_policy_starts_with_the_last_good_ones(host: Host) -> None:
+    host.policy("memory: {limit: 2GiB}")
+    fgpu("status")
+    kept = LAST_GOOD.read_bytes()
+    fgpu("detach")  # a boot finds neither pins nor /run/fgpu, and /var as it was
+    assert host.service.agent
+    host.service.agent.wait(10)
+    LAST_GOOD.write_bytes(kept)
+    no_file(host)
+    host.service.start_agent()
+    assert host.place.tenant(None).client().ok("info")[1] == 2 * GIB
+    assert readiness()[0] == 503
+
+
+@pytest.mark.places("cgroups")
+def test_without_a_last_good_set_what_is_pinned_stays_and_nothing_is_claimed(host: Host) -> None:
+    host.policy("memory: {limit: 2GiB}\n  compute: {limit: 50%}")
+    tenant, client = host.at_its_limit()
+    host.stop()
+    no_file(host)
+    LAST_GOOD.unlink()
+    said = host.service.log.stat().st_size
+    host.service.start_agent()
+    text = host.service.log.read_text()[said:]
+    assert "not enforcing policies" in text
+    assert " enforcing, " not in text
+    assert_same_limit(tenant, client, 2 * GIB)
+    assert tenant.view()["source"] == "kept"
+    assert tenant.view()["devices"][0]["compute"]["limit_ratio"] == 0.5
+    eventually(lambda: readiness()[0] == 503, 5, "not ready")
+    assert "FAIL" in doctor_says("start")
+    assert "kept" in fgpu("explain", tenant.path).stdout
+    (host.policies / "60.yaml").unlink()
+    assert fgpu("reload").returncode == 0
+    assert tenant.view()["source"] == "policy"
+    eventually(lambda: readiness()[0] == 200, 5, "ready")
+
+
+@pytest.mark.places("cgroups")
+def test_a_reload_without_the_folder_says_so_and_changes_nothing(host: Host) -> None:
+    host.policy("memory: {limit: 2GiB}")
+    tenant, client = host.at_its_limit()
+    no_folder(host)
+    for _ in range(2):
+        told = fgpu("reload", check=False)
+        assert (told.returncode, "is gone" in told.stderr) == (1, True), told
+        assert_same_limit(tenant, client, 2 * GIB)
+
+
+@pytest.mark.places("cgroups")
+def test_a_policy_that_was_taken_away_while_no_agent_ran_holds_no_longer(host: Host) -> None:
+    host.policy("memory: {limit: 2GiB}")
+    tenant, client = host.at_its_limit()
+    host.stop()
+    (host.policies / "50.yaml").unlink()
+    host.service.start_agent()
+    assert not [t for t in ask(verb="snapshot")["tenants"] if t["path"] == tenant.path]
+    eventually(lambda: client.ok("info")[1] > 15 * GIB, 3, "the device's own size")
+    eventually(lambda: readiness()[0] == 200, 5, "ready")
+
+
+# -- state files
+
+
+def empty(file: Path) -> None:
+    file.write_text("")
+
+
+def garbage(file: Path) -> None:
+    file.write_text("[{")
+
+
+def no_list(file: Path) -> None:
+    file.write_text(json.dumps({"version": 9, "overrides": []}))
+
+
+def gone(file: Path) -> None:
+    file.unlink()
+
+
+def folder_in_its_place(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def of_every_entry(**fields: object) -> Callable[[Path], None]:
+    """Each entry of the file has these fields too."""
+
+    def change(file: Path) -> None:
+        file.write_text(json.dumps([entry | fields for entry in json.loads(file.read_text())]))
+
+    return change
+
+
+LOST = {
+    "empty": empty,
+    "garbage": garbage,
+    "newer": no_list,
+    "gone": gone,
+    "folder": folder_in_its_place,
+    "wrong number": of_every_entry(memory_bytes="2GiB"),
+    "below zero": of_every_entry(memory_bytes=-1),
+    "unknown priority": of_every_entry(priority="urgent"),
+    "unknown share": of_every_entry(share="8gib-50pct-high"),
+}
+
+
+@pytest.mark.places("cgroups")
+@pytest.mark.parametrize("damage", LOST.values(), ids=LOST)
+def test_a_limit_by_hand_outlives_a_file_that_cannot_be_understood(host: Host, damage: Callable[[Path], None]) -> None:
+    tenant, client = host.at_its_limit(2 * GIB)
+    host.stop()
+    damage(RUN_DIR / "overrides.json")
+    for _ in range(2):  # the second start finds what the first one has written
+        host.service.start_agent()
+        assert_same_limit(tenant, client, 2 * GIB)
+        assert tenant.view()["source"] == "kept"
+        assert "overrides.json" in " ".join(tenant.view()["notes"])
+        eventually(lambda: readiness()[0] == 503, 5, "not ready")
+        assert "overrides.json" in doctor_says("start")
+        host.stop()
+    host.service.start_agent()
+    fgpu("set", tenant.path, "--memory", "3GiB")
+    assert tenant.view()["source"] == "set"
+    assert client.ok("info")[1] == 3 * GIB
+    eventually(lambda: readiness()[0] == 200, 5, "ready")
+    host.service.check()
+
+
+@pytest.mark.places("cgroups")
+def test_a_kept_limit_goes_when_it_is_unset(host: Host) -> None:
+    tenant, client = host.at_its_limit(2 * GIB)
+    host.stop()
+    empty(RUN_DIR / "overrides.json")
+    host.service.start_agent()
+    fgpu("unset", tenant.path)
+    eventually(lambda: client.ok("info")[1] > 15 * GIB, 3, "the device's own size")
+    host.restart()
+    assert client.ok("info")[1] > 15 * GIB
+
+
+@pytest.mark.places("cgroups")
+def test_what_a_later_version_adds_to_a_limit_by_hand_is_ignored(host: Host) -> None:
+    tenant, client = host.at_its_limit(2 * GIB)
+    host.stop()
+    of_every_entry(colour="blue")(RUN_DIR / "overrides.json")
+    host.service.start_agent()
+    assert tenant.view()["source"] == "set"
+    assert_same_limit(tenant, client, 2 * GIB)
+
+
+@pytest.mark.places("cgroups")
+@pytest.mark.parametrize("text", ["", "[{", "[]", '{"x": "much"}', '{"x": -1}', "9" * 10_000])
+def test_a_broken_cache_is_only_a_cache(host: Host, text: str) -> None:
+    tenant, client = host.at_its_limit(2 * GIB)
+    host.stop()
+    sizes = Path("/var/lib/fgpu/contexts.json")
+    known = json.loads(sizes.read_text())
+    sizes.write_text(text.replace("x", next(iter(known))))
+    host.service.start_agent()
+    assert_same_limit(tenant, client, 2 * GIB)
+    assert json.loads(sizes.read_text()) == known
+    host.service.check()
+
+
+# -- room
+
+
+def forbid_overcommit(host: Host) -> None:
+    text = host.service.config.read_text()
+    host.service.config.write_text(text.replace("overcommit: allow", "overcommit: forbid"))
+    host.restart()
+
+
+def limits(tenants: list[Tenant]) -> list[int]:
+    return [tenant.memory()["limit_bytes"] for tenant in tenants]
+
+
+@pytest.mark.places("cgroups")
+def test_a_restart_grants_first_what_was_granted_before(host: Host) -> None:
+    """Tenants that never touch the device take no room from those that do."""
+    forbid_overcommit(host)
+    host.policy("memory: {limit: 6GiB}")
+    idle = [host.place.tenant(None) for _ in range(4)]
+    busy = [host.place.tenant(None) for _ in range(2)]
+    clients = [tenant.client() for tenant in busy]
+    for client in clients:
+        client.ok(f"alloc {2 * GIB}")
+    idle += [host.place.tenant(None) for _ in range(4)]
+    for _ in range(3):
+        host.restart()
+        assert limits(busy) == [6 * GIB] * 2
+        for client in clients:
+            client.ok(f"alloc {64 * MIB}")
+    assert not any(tenant.view()["denied"] for tenant in [*idle, *busy])
+    assert idle[0].client().do("context") == REFUSED
+    assert idle[0].view()["denied"]
+    host.restart()
+    assert limits([*busy, idle[0]]) == [6 * GIB, 6 * GIB, 0]
+
+
+@pytest.mark.places("cgroups")
+def test_a_limit_that_was_raised_in_vain_stays_what_it_was(host: Host) -> None:
+    forbid_overcommit(host)
+    host.policy("memory: {limit: 6GiB}")
+    tenants = [host.place.tenant(None) for _ in range(2)]
+    clients = [tenant.client() for tenant in tenants]
+    for client in clients:
+        client.ok(f"alloc {2 * GIB}")
+    host.policy("memory: {limit: 12GiB}")
+    for _ in range(2):
+        assert limits(tenants) == [6 * GIB] * 2
+        for client in clients:
+            client.ok(f"alloc {64 * MIB}")
+        host.restart()
+
+
+@pytest.mark.places("cgroups")
+def test_a_limit_by_hand_without_room_at_a_restart_is_kept(host: Host) -> None:
+    tenants = [host.place.tenant(9 * GIB) for _ in range(2)]
+    clients = [tenant.client() for tenant in tenants]
+    for client in clients:
+        client.ok("context")
+        assert client.ok("info")[1] == 9 * GIB
+    forbid_overcommit(host)
+    assert limits(tenants) == [9 * GIB] * 2
+    for client in clients:
+        assert client.do(f"alloc {9 * GIB}") == REFUSED
+    eventually(lambda: readiness()[0] == 503, 5, "not ready")
+    assert "do not fit" in doctor_says("start")
+    assert fgpu("set", tenants[0].path, "--memory", "10GiB", check=False).returncode == 1
+    assert limits(tenants) == [9 * GIB] * 2
+    fgpu("set", tenants[0].path, "--memory", "4GiB")
+    host.restart()
+    assert limits(tenants) == [4 * GIB, 9 * GIB]
+    eventually(lambda: readiness()[0] == 200, 5, "ready")
+
+
+@pytest.mark.places("cgroups")
+def test_limits_by_hand_inside_a_group_with_a_limit_fit_after_a_restart(host: Host) -> None:
+    forbid_overcommit(host)
+    host.policy("memory: {limit: 12GiB}", cgroup=host.place.group.lstrip("/"))
+    tenants = [host.place.tenant(6 * GIB) for _ in range(3)]
+    clients = [tenant.client() for tenant in tenants]
+    for client in clients:
+        client.ok("context")
+    for _ in range(2):
+        host.restart()
+        assert limits(tenants) == [6 * GIB] * 3
+        assert {tenant.view()["source"] for tenant in tenants} == {"set"}
+    assert readiness()[0] == 200
+
+
+# -- what is left out of `fgpu set` stays as it was
+
+
+@pytest.mark.places("cgroups")
+def test_a_policy_for_devices_that_are_not_here_gives_none_by_hand(host: Host) -> None:
+    host.policy("devices: [7]\n  memory: {limit: 2GiB}")
+    tenant = host.place.tenant(None)
+    for asked in (("--compute", "50%"), ("--memory", "4GiB")):
+        fgpu("set", tenant.path, *asked)
+        assert limits([tenant]) == [0]
+        assert tenant.client().do("context") != "ok"
+        host.restart()
+    assert limits([tenant]) == [0]

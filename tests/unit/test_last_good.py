@@ -1,0 +1,100 @@
+"""The last good set of policies on disk: what a start has where the files have an error or the folder is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+from policy_kit import text
+
+from fgpu_ebpf import last_good
+from fgpu_ebpf.policies import at_start
+from fgpu_ebpf.policyfolder import PolicyFolder
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with one policy, and the file in which it was kept."""
+    folder, file = tmp_path / "policy.d", tmp_path / "state" / "policies.json"
+    folder.mkdir()
+    (folder / "50.yaml").write_text(text("mine", "{selector: {cgroup: a}, devices: [1], memory: {limit: 1GiB}}"))
+    last_good.write(file, folder, PolicyFolder(folder, settle_seconds=0).read().policies)
+    return folder, file
+
+
+def damaged(folder, how):
+    match how:
+        case "typo":
+            (folder / "60.yaml").write_text("x: [")
+        case "gone":
+            shutil.rmtree(folder)
+        case "a file":
+            shutil.rmtree(folder)
+            folder.write_text("")
+        case "others' file":
+            (folder / "50.yaml").chmod(0o666)
+
+
+@pytest.mark.parametrize("how", ["typo", "gone", "a file", "others' file"])
+def test_a_start_that_cannot_read_the_policies_has_the_last_good_ones(place, how):
+    folder, file = place
+    good = at_start(folder, file).reading.policies
+    damaged(folder, how)
+    start = at_start(folder, file)
+    assert start.reading.policies is None
+    assert start.reading.faults
+    assert start.kept == good
+
+
+def test_good_files_and_an_empty_folder_come_before_what_was_kept(place):
+    folder, file = place
+    (folder / "50.yaml").unlink()
+    start = at_start(folder, file)
+    assert (start.reading.policies.policies, start.kept) == ((), None)
+
+
+def test_a_host_that_never_had_the_folder_has_no_policies_and_no_error(tmp_path):
+    start = at_start(tmp_path / "none", tmp_path / "state" / "policies.json")
+    assert (start.reading.policies.policies, start.reading.faults, start.kept) == ((), (), None)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["", "[", "[]", "null", "{}",
+     '{"version": 2, "folder": "%s", "files": []}', '{"version": 1, "folder": "/else", "files": []}',
+     '{"version": 1, "folder": "%s", "files": [["a.yaml", "x: ["]]}', '{"version": 1, "folder": "%s", "files": 3}'],
+)  # fmt: skip
+def test_what_was_kept_and_makes_no_sense_is_no_set(place, said):
+    folder, file = place
+    file.write_text(said.replace("%s", str(folder)))
+    damaged(folder, "typo")
+    assert at_start(folder, file).kept is None
+
+
+def test_what_others_than_root_may_write_is_not_believed(place):
+    folder, file = place
+    file.chmod(0o666)
+    damaged(folder, "typo")
+    assert at_start(folder, file).kept is None
+    file.chmod(0o644)
+    os.chown(file, 4711, 4711)
+    assert at_start(folder, file).kept is None
+
+
+def test_a_full_disk_leaves_the_set_before(place, monkeypatch):
+    folder, file = place
+    before = file.read_text()
+    (folder / "50.yaml").write_text(text("other"))
+    policies = PolicyFolder(folder, settle_seconds=0).read().policies
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        last_good.write(file, folder, policies)
+    assert file.read_text() == before
+    assert os.listdir(file.parent) == [file.name]
+    assert json.loads(before)["version"] == last_good.VERSION

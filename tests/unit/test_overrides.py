@@ -1,0 +1,73 @@
+"""The file of what was set by hand: what of it cannot be understood is said to be unknown, never taken for absent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fgpu_ebpf.overrides import Override, Overrides
+
+ONE, TWO = Override(5, "/a", 1 << 30), Override(6, "/b", None, share="2gib", devices=("GPU-x",))
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "overrides.json"
+    overrides = Overrides(path)
+    for override in (ONE, TWO):
+        overrides.put(override)
+    return path
+
+
+def test_what_was_put_is_read_and_known(file):
+    read = Overrides(file)
+    assert list(read) == [ONE, TWO]
+    assert not read.unknown(5)
+    assert not read.unknown(7)
+
+
+@pytest.mark.parametrize("text", ["", "[{", "{}", "null", "7", '["x"]', "[" * 100_000])
+def test_nothing_is_known_where_the_file_makes_no_sense(file, text):
+    file.write_text(text)
+    assert all(str(file) in Overrides(file).unknown(cgroup) for cgroup in (5, 6, 7))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"memory_bytes": "2GiB"}, {"memory_bytes": -1}, {"weight": 1.5}, {"priority": "urgent"}, {"share": "8gib-50pct-x"},
+     {"path": None}, {"own": 1}, {"devices": [1]}, {"devices": 3}, {"limit_millionths": True}],
+)  # fmt: skip
+def test_of_one_bad_entry_only_its_cgroup_is_unknown(file, wrong):
+    entries = json.loads(file.read_text())
+    entries[0] |= wrong
+    file.write_text(json.dumps(entries))
+    read = Overrides(file)
+    assert list(read) == [TWO]
+    assert read.unknown(5)
+    assert not read.unknown(6)
+
+
+def test_fields_of_a_later_version_are_left_out(file):
+    file.write_text(json.dumps([entry | {"colour": "blue"} for entry in json.loads(file.read_text())]))
+    assert list(Overrides(file)) == [ONE, TWO]
+    assert not Overrides(file).unknown(5)
+
+
+def test_what_a_start_could_not_learn_is_written_down_and_the_old_file_stays_beside(file):
+    file.write_text("[{")
+    read = Overrides(file)
+    kept = Override(5, "/a", None, kept=read.unknown(5))
+    read.settle([kept])
+    assert not read.unknown(5)
+    assert list(Overrides(file)) == [kept]
+    assert file.with_name("overrides.json.bad").read_text() == "[{"
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_without_an_exception(tmp_path_factory, data):
+    file = tmp_path_factory.mktemp("any") / "overrides.json"
+    file.write_bytes(data)
+    Overrides(file)

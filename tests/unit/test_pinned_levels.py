@@ -1,0 +1,201 @@
+"""What becomes of pinned levels at a start: nothing is released of which it is not known that nothing wants it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from policy_kit import GIB, Gpu, policies
+from test_enforcer import Books
+
+from fgpu_ebpf import pages
+from fgpu_ebpf.enforcer import Enforcer
+from fgpu_ebpf.gone_tenants import GoneTenants
+from fgpu_ebpf.history import History
+from fgpu_ebpf.manager import Manager
+from fgpu_ebpf.overrides import Overrides
+from fgpu_ebpf.pinned_levels import doubts, take_up
+from fgpu_ebpf.scheduler import Share
+from fgpu_ebpf.workloads import Workloads
+
+
+class Ledger:
+    """The calls that take_up makes beside those of an enforcer."""
+
+    def __init__(self, books):
+        self.books = books
+
+    def __getattr__(self, name):
+        return getattr(self.books, name)
+
+    def limits(self):
+        for cgroup, (bytes_, flags) in self.books.limits.items():
+            yield from ((cgroup, device, limit, flags) for device, limit in bytes_.items())
+
+    def tenants(self):
+        return list(self.books.limits)
+
+    def usage(self, _cgroup):
+        return []
+
+    def resolved(self, cgroup):
+        return self.books.decided.get(cgroup)
+
+    @property
+    def times(self):
+        return SimpleNamespace(shares=lambda: {(c, d): s for c, by in self.books.shares.items() for d, s in by.items()})
+
+
+@pytest.fixture
+def host(tmp_path):
+    """start(policies, …) -> the manager of an agent that has just started on what the one before left."""
+    root, books, file = tmp_path / "cgroups", Books(), tmp_path / "overrides.json"
+    root.mkdir()
+    books.orphans = SimpleNamespace(of_level=lambda _: [])
+    file.write_text("[]")
+
+    def start(spec="", unknown="", missing=""):
+        namer = SimpleNamespace(named=lambda workload: workload, missing=lambda _: missing)
+        workloads = Workloads(root, namer)
+        enforcer = Enforcer(books, workloads, [Gpu(0, usable_bytes=16 * GIB)], overcommit=False)
+        gone = GoneTenants(books)
+        manager = Manager(workloads, enforcer, Overrides(file), [Gpu(0, usable_bytes=16 * GIB)], History(), gone)
+        manager.policies, manager.policies_unknown = policies(*([spec] if spec else [])), unknown
+        take_up(Ledger(books), manager, gone)
+        return manager
+
+    def cgroup(name):
+        (root / name).mkdir(parents=True)
+        return (root / name).stat().st_ino
+
+    return SimpleNamespace(start=start, cgroup=cgroup, books=books, file=file, root=root)
+
+
+SIX = "{selector: {cgroup: ['c*']}, memory: {limit: 6GiB}, compute: {limit: 50%}}"
+
+
+def test_what_nothing_wants_is_released(host):
+    host.cgroup("c1")
+    host.start(SIX)
+    assert host.books.limits
+    assert not list(host.start().enforcer)
+    assert not host.books.limits
+
+
+@pytest.mark.parametrize("why", ["unknown", "missing", "overrides"])
+def test_what_is_not_understood_keeps_limit_flags_and_share(host, why):
+    one = host.cgroup("c1")
+    host.start("{selector: {cgroup: ['c*']}, memory: {limit: 6GiB}, compute: {limit: 50%}, onBypass: kill}")
+    before = dict(host.books.limits), dict(host.books.shares)
+    if why == "overrides":
+        host.file.write_text("")
+    manager = host.start(**({} if why == "overrides" else {why: "not known"}))
+    assert [(t.cgroup, t.source) for t in manager.enforcer] == [(one, "kept")]
+    (tenant,) = manager.enforcer
+    assert (dict(host.books.limits), dict(host.books.shares)) == before
+    assert (tenant.kill, tenant.shares[0].limit_millionths) == (True, 500_000)
+    assert tenant.name in doubts("", manager.enforcer)
+    manager.consider_all()
+    assert [t.source for t in manager.enforcer] == ["kept"]
+    assert manager.unset("/c1")
+    assert not host.books.limits
+
+
+def test_what_comes_to_the_same_is_not_in_doubt(host):
+    host.cgroup("c1")
+    host.start(SIX)
+    host.file.write_text("")
+    assert [t.source for t in host.start(SIX).enforcer] == ["policy"]
+
+
+def test_a_kept_level_is_decided_once_its_policies_are_known(host):
+    host.cgroup("c1")
+    host.start(SIX)
+    manager = host.start(unknown="not known")
+    manager.policies_unknown = ""
+    manager.reload(policies(SIX.replace("6GiB", "3GiB")))
+    assert [t.source for t in manager.enforcer] == ["policy"]
+    assert [limits for limits, _ in host.books.limits.values()] == [{0: 3 * GIB}]
+
+
+def test_what_was_granted_is_granted_first_whatever_else_there_is(host):
+    idle = [host.cgroup(f"c{n}") for n in range(4)]
+    used = [host.cgroup(f"c{n}") for n in (8, 9)]
+    manager = host.start(SIX)
+    for cgroup in used:
+        manager.enforcer.use(cgroup)
+    for _ in range(2):
+        manager = host.start(SIX)
+        assert [host.books.limits[c][0][0] for c in used] == [6 * GIB] * 2
+        assert manager.enforcer.committed(0) == 12 * GIB
+    manager.enforcer.use(idle[0])
+    assert host.books.limits[idle[0]][0] == {0: 0}
+    written = _written(host, lambda: host.start(SIX))
+    assert host.books.limits[idle[0]][0] == {0: 0}
+    assert [by for cgroup, by in written if cgroup == idle[0]] == [{0: 0}], "it is not open for a moment"
+
+
+def _written(host, act):
+    """Cgroup and limits of all that is put in force meanwhile."""
+    seen, set_limits = [], host.books.set_limits
+
+    def noted(levels, over=None):
+        levels = list(levels)
+        seen.extend((level.cgroup, dict(level.bytes)) for level in levels)
+        set_limits(levels, over)
+
+    host.books.set_limits = noted
+    act()
+    del host.books.set_limits
+    return seen
+
+
+def test_a_limit_that_grew_in_vain_is_what_it_was_after_a_start(host):
+    used = [host.cgroup(f"c{n}") for n in range(2)]
+    manager = host.start(SIX)
+    for cgroup in used:
+        manager.enforcer.use(cgroup)
+    for _ in range(2):
+        host.start(SIX.replace("6GiB", "12GiB"))
+        assert [host.books.limits[c][0][0] for c in used] == [6 * GIB] * 2
+
+
+def test_a_limit_by_hand_that_does_not_fit_any_more_is_kept_and_named(host):
+    for name in ("c1", "c2"):
+        host.cgroup(name)
+    manager = host.start()
+    manager.enforcer.overcommit = True
+    for name in ("/c1", "/c2"):
+        manager.set(name, {"memory_bytes": 9 * GIB})
+    manager = host.start()
+    assert [limits for limits, _ in host.books.limits.values()] == [{0: 9 * GIB}] * 2
+    assert "do not fit" in doubts("", manager.enforcer)
+
+
+def test_members_by_hand_of_a_group_with_a_limit_are_put_after_it(host):
+    host.cgroup("c")
+    group = "{selector: {cgroup: ['c']}, memory: {limit: 12GiB}}"
+    for name in ("c/a", "c/b", "c/d"):
+        host.cgroup(name)
+    manager = host.start(group)
+    for name in ("/c/a", "/c/b", "/c/d"):
+        manager.set(name, {"memory_bytes": 6 * GIB})
+    assert {t.source for t in host.start(group).enforcer} == {"policy", "set"}
+    host.books.limits.clear()  # pins are lost, the file is not
+    assert len(list(host.start(group).enforcer)) == 4
+
+
+def test_levels_whose_cgroups_are_gone_are_released_whatever_is_not_known(host):
+    host.cgroup("c1")
+    host.start(SIX)
+    (host.root / "c1").rmdir()
+    host.start(unknown="not known")
+    assert not host.books.limits
+
+
+def test_a_level_without_a_limit_stays_without(host):
+    host.cgroup("c1")
+    host.start("{selector: {cgroup: ['c*']}, compute: {limit: 50%}}")
+    host.start(unknown="not known")
+    assert [limits for limits, _ in host.books.limits.values()] == [{0: pages.NO_LIMIT}]
+    assert [by[0] for by in host.books.shares.values()] == [Share(500_000, 100, 1, 20_000_000)]
