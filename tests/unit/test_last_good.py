@@ -62,7 +62,8 @@ def test_a_host_that_never_had_the_folder_has_no_policies_and_no_error(tmp_path)
 
 @pytest.mark.parametrize(
     "said",
-    ["", "[", "[]", "null", "{}", '{"version": 2, "folder": "%s", "files": []}', '{"version": 1, "folder": "/else", "files": []}',
+    ["", "[", "[]", "null", "{}",
+     '{"version": 2, "folder": "%s", "files": []}', '{"version": 1, "folder": "/else", "files": []}',
      '{"version": 1, "folder": "%s", "files": [["a.yaml", "x: ["]]}', '{"version": 1, "folder": "%s", "files": 3}'],
 )  # fmt: skip
 def test_what_was_kept_and_makes_no_sense_is_no_set(place, said):
