@@ -22,7 +22,7 @@ from fgpu_ebpf.overrides import Override, Overrides
 from fgpu_ebpf.policy import Decision, Device, PolicySet
 from fgpu_ebpf.shares import Share, parse
 from fgpu_ebpf.tenants import Source, Tenant, requests, tenant_of
-from fgpu_ebpf.workloads import TargetError, Workloads
+from fgpu_ebpf.workloads import TargetError, Workloads, is_of_run
 
 log = logging.getLogger("fgpu.agent")
 ENTER_SECONDS = 10.0
@@ -148,12 +148,15 @@ class Manager:
     def set(self, path: str, asked: Mapping[str, Any], name: str = "", own: bool = False) -> Tenant:
         """Puts limits in force on a cgroup: fields of Override; what is left out stays as it was set before.
 
-        TargetError: there is none; RoomError: it does not fit; OSError: it could not be kept, or the kernel has no
-        room. Then all is as it was.
+        TargetError: there is none, or a part of the limits that it keeps would be lost; RoomError: it does not fit;
+        OSError: it could not be kept, or the kernel has no room. Then all is as it was.
         """
         workload = self.workloads.identify(path)
         if workload is None:
             raise TargetError(f"no cgroup {path}")
+        before = self.enforcer.get(workload.cgroup)
+        if before and before.source is Source.KEPT and asked.get("memory_bytes") is None:
+            raise TargetError(f"{before.name} keeps limits from before the start: say --memory too, or fgpu unset it")
         override = self._override(workload.cgroup) or Override(workload.cgroup, workload.path, None, name, own)
         override = replace(override, path=workload.path, **asked)
         tenant = tenant_of(self.decide(workload, override), override, self._devices)
@@ -213,7 +216,7 @@ class Manager:
     def settle(self) -> None:
         """The start has decided about every cgroup: what it could not learn of overrides stays so until `unset`."""
         kept = [
-            Override(tenant.cgroup, tenant.path, None, kept=why)
+            Override(tenant.cgroup, tenant.path, None, own=is_of_run(tenant.path), kept=why)
             for tenant in self.enforcer
             if tenant.source is Source.KEPT and (why := self.overrides.unknown(tenant.cgroup))
         ]

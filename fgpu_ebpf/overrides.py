@@ -107,9 +107,9 @@ class Overrides:
             self._file.rmdir()
         elif self._file.exists():
             os.replace(self._file, self._file.with_name(f"{self._file.name}.bad"))
-        after = self._all | {override.cgroup: override for override in kept}
-        self._write(after.values())
-        self._all, self._fault, self._faults = after, "", {}
+        self._all |= {override.cgroup: override for override in kept}  # written with the next one, if not now
+        self._write(self._all.values())
+        self._fault, self._faults = "", {}
 
     def _read(self) -> None:
         try:

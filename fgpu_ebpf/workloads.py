@@ -142,6 +142,11 @@ class Workloads:
         return True
 
 
+def is_of_run(path: str) -> bool:
+    """The agent made this cgroup itself, for `fgpu run`."""
+    return os.path.dirname(path) == f"/{RUN_FOLDER}"
+
+
 def make_run_folder() -> None:
     """The folder of `fgpu run`, while we may: nobody may write the hierarchy's root, root overrides that.
 

@@ -89,7 +89,7 @@ def place(tmp_path, books):
         limit = pages.NO_LIMIT if gib is None else gib * GIB
         return Tenant(workload, folder.name, source, "p", {0: limit}, **more)
 
-    return SimpleNamespace(make=make, enforcer=enforcer)
+    return SimpleNamespace(make=make, enforcer=enforcer, root=tmp_path)
 
 
 def in_force(books, tenant):
@@ -256,6 +256,18 @@ def test_nothing_is_written_for_what_stays_as_it_is(place, books):
     calls = books.calls
     place.enforcer.put([one])
     assert books.calls == calls
+
+
+def test_what_was_decided_before_a_cgroup_was_a_tenant_does_not_hold(place, books):
+    one = place.make("/one", 4)
+    books.decided[one.cgroup] = False  # a program has said hello there, and no policy matched
+    place.enforcer.put([one])
+    assert one.cgroup not in books.decided
+    assert not books.epoch, "nothing is in it that could ask again"
+    (place.root / "one" / "cgroup.events").write_text("populated 1\n")
+    place.enforcer.release([one.cgroup])
+    place.enforcer.put([one])
+    assert (books.epoch, place.enforcer.committed(0)) == (1, 0), "a process in it may never use the device"
 
 
 def test_names_are_unique(place):

@@ -117,6 +117,7 @@ def test_the_rest_is_counted() -> None:
     ("more", "said"),
     [
         ({"unenforced": "a probe has gone"}, "No limit is enforced: a probe has gone not enforced agent up"),
+        ({"incomplete": "a typo"}, "Not all is in force: a typo in part agent up"),
         ({"gatekeeper_up": False}, "gatekeeper there is none: programs that start get no memory mend: the agent"),
         ({"gatekeeper_up": None}, "gatekeeper unknown"),
         (

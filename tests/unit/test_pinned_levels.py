@@ -16,7 +16,7 @@ from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.overrides import Overrides
 from fgpu_ebpf.pinned_levels import doubts, take_up
 from fgpu_ebpf.scheduler import Share
-from fgpu_ebpf.workloads import Workloads
+from fgpu_ebpf.workloads import TargetError, Workloads
 
 
 class Ledger:
@@ -99,6 +99,41 @@ def test_what_is_not_understood_keeps_limit_flags_and_share(host, why):
     assert [t.source for t in manager.enforcer] == ["kept"]
     assert manager.unset("/c1")
     assert not host.books.limits
+
+
+def test_of_what_is_kept_nothing_is_lost_by_setting_something_else(host):
+    host.cgroup("c1")
+    host.start(SIX)
+    manager = host.start(unknown="not known")
+    with pytest.raises(TargetError, match="say --memory too"):
+        manager.set("/c1", {"limit_millionths": 250_000})
+    assert [limits for limits, _ in host.books.limits.values()] == [{0: 6 * GIB}]
+    manager.set("/c1", {"memory_bytes": GIB})
+    assert [limits for limits, _ in host.books.limits.values()] == [{0: GIB}]
+
+
+def test_what_is_kept_is_written_down_with_the_next_setting_where_the_disk_was_full(host, monkeypatch):
+    for name in ("c1", "c2"):
+        host.cgroup(name)
+    host.start(SIX)
+    host.file.write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(Overrides, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        manager = host.start()
+    assert [t.source for t in manager.enforcer] == ["kept"] * 2
+    manager.set("/c2", {"memory_bytes": GIB})
+    assert {t.name: t.source for t in host.start().enforcer} == {"c1": "kept", "c2": "set"}
+
+
+def test_the_cgroup_of_a_run_that_is_kept_goes_with_its_program(host):
+    manager = host.start()
+    path = manager.run({"memory_bytes": GIB}, "mine").path
+    host.file.write_text("")
+    manager = host.start()
+    assert manager.enforcer.at(path).source == "kept"
+    manager.tidy_all()
+    assert not list(manager.enforcer)
+    assert not (host.root / "fgpu" / "mine").exists()
 
 
 def test_what_comes_to_the_same_is_not_in_doubt(host):

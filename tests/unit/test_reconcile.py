@@ -165,6 +165,11 @@ def reconciler(books: Books, says, in_use=None) -> Reconciler:
     return Reconciler(nvml, books, lambda _: (5,))
 
 
+def test_one_that_was_never_started_can_be_stopped():
+    """An agent that cannot start stops all its parts, and its error must not be hidden by another."""
+    Reconciler(SimpleNamespace(devices=[], process_percent=None), Books(process(0)), lambda _: ()).stop()
+
+
 def test_what_nvml_shows_beyond_the_witnessed_is_overhead():
     books = Books(process(900 * MIB, 512 * MIB))
     one = reconciler(books, {ME: 1000 * MIB})
