@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from harness import (
     ENVIRONMENT,
     FGPU,
     LISTEN,
+    RUN_DIR,
     SHIM,
     SIM,
     Service,
@@ -362,3 +364,32 @@ def test_bpffs_is_mounted_where_it_is_missing(service: Service, work: Path) -> N
         eventually(lambda: b"enforcing" in (work / "log").read_bytes() or agent.poll() is not None, 20, "the agent")
         assert agent.poll() is None, (work / "log").read_text()
     assert "Traceback" not in (work / "log").read_text()
+
+
+def test_an_agent_that_is_started_under_a_strict_umask_serves_every_user(service: Service, unharmed: None) -> None:
+    store = Path(f"/var/lib/fgpu-e2e-{os.getpid()}/shim")
+    service.detach()
+    before = os.umask(0o077)
+    try:
+        service.start_agent(None, "--store", str(store))
+    finally:
+        os.umask(before)
+    try:
+        user = {**ENVIRONMENT, "SUDO_UID": "65534", "SUDO_GID": "65534"}
+        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader"]
+        done = fgpu("run", "--memory", "1GiB", "--", *query, env=user)
+        assert (done.stdout, done.stderr) == ("1024 MiB\n", "")
+        assert "preload" not in failures()
+        for folder in (store, RUN_DIR):
+            folder.chmod(0o700)
+            try:
+                found = failures()["preload"]
+            finally:
+                folder.chmod(0o755)
+            assert str(folder) in found["found"]
+            assert found["mend"] == f"chmod o+x {folder}"
+        assert "preload" not in failures()
+    finally:
+        service.detach()
+        shutil.rmtree(store.parent, ignore_errors=True)  # detach has removed it
+        service.start_agent()
