@@ -170,14 +170,14 @@ def _handle_signals(service: Agent) -> None:
 def _reachable(service: Agent) -> Iterator[None]:
     """Control socket and metrics address, open once everything is in force."""
     commands = server.ControlServer(service)
-    web = server.serve_metrics(service)
+    web = server.MetricsAddress(service)
     try:
         service.wait_for_gatekeeper()
         commands.open()
         yield
     finally:
         commands.close()
-        web.server_close()
+        web.close()
 
 
 def load(options: Options) -> str:
