@@ -214,6 +214,7 @@ class Snapshot:
     reconcile_failure: str = ""
     unenforced: str = ""  # why no limit is in force; empty: they are
     gatekeeper_up: bool | None = None
+    lacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # beside enforcement: what is missing, its fix
 
 
 def plain(view: Any) -> dict[str, Any]:
