@@ -18,6 +18,7 @@ from pathlib import Path
 from fgpu_ebpf import cdi, devices, heap, inject, launch, notify, probes, procfs, profiles, programs, published, trial
 from fgpu_ebpf.adoption import Adoption
 from fgpu_ebpf.bypass_killer import BypassKiller
+from fgpu_ebpf.checks import Check
 from fgpu_ebpf.detach import LOCK, NAMES, TENANT_NAMES, take_away
 from fgpu_ebpf.discovery import Discovery
 from fgpu_ebpf.elders import Elders
@@ -96,22 +97,20 @@ class Agent:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.snapshot = Snapshot(time.time())
-        self._taken = -SNAPSHOT_SECONDS
+        self._taken, self._next_round = -SNAPSHOT_SECONDS, 0.0
         self.selector = selectors.DefaultSelector()
-        self.history = History()
+        self.history, self.lacks = History(), dict[str, Check]()  # what is missing beside enforcement
         self.keeper = Keeper(settings.run_dir, settings.pins)
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
         self.reconciler: Reconciler | None = None
         self._reasons = Reasons(lambda dev, ino: self.discovery.is_shim(dev, ino), lambda: self.discovery.hidden())
-        self._unwitnessed = Unwitnessed({})
-        self.keepers = Keepers()
+        self._unwitnessed, self.keepers = Unwitnessed({}), Keepers()
         self._policies: Policies | None = None
         self.marks: dict[str, float] = {}  # when each part of the start was done
         self._ended = self._reload_wanted = False
         self.failures = self.writes_refused = 0
         self._lists = inject.Lists(settings.run_dir)
         self.chores: list[Callable[[], object]] = []  # of every round
-        self._next_round = 0.0
         self.parts: cdi.Parts | None = None  # what containers are given; None: nothing
 
     # -- start
@@ -150,7 +149,7 @@ class Agent:
 
     def _load(self) -> _Found:
         """What needs no programs is done while they are compiled. Raises what the parts raise."""
-        root, shim, store = self.settings.driver_root, self.settings.shim, self.settings.store
+        root, shim = self.settings.driver_root, self.settings.shim
         libraries = driver_libraries(root, "libcuda.so.1")
         if not libraries:
             devices.Nvml(root)  # says it better where there is no driver at all
@@ -161,11 +160,11 @@ class Agent:
             self.mark("devices")
             contexts = devices.context_bytes(self.nvml, libraries[0], STATE)
             check_kernel(loading, shim)
-            staged = published.stage(shim, store) if store else shim
-            look_up([staged, *libraries])
+            self._release = published.Release(shim, self.settings.store)
+            look_up([self._release.file, *libraries])
             policies, older = at_start(self.settings.policy_folder), Elders.found(self.settings.run_dir)
             self.mark("prepared")
-            return _Found(loading.wait(), libraries, staged, contexts, policies, older)
+            return _Found(loading.wait(), libraries, self._release.file, contexts, policies, older)
         finally:
             loading.end()
 
@@ -184,15 +183,13 @@ class Agent:
     def _publish(self, attached: probes.Probes, found: _Found) -> None:
         """Programs that start get the new shim from when it is probed on, and until then the one before."""
         store, listed = self.settings.store, self.settings.trusted_drivers
-        self.shim = published.stable_path(store) if store else found.shim
-        before = [self.shim] if store and self.shim.exists() else []
-        self.discovery = Discovery.of_host(attached, found.libraries, [found.shim, *before], store, listed)
+        self.discovery = Discovery.of_host(attached, found.libraries, self._release.files(), store, listed)
         used = self.discovery.start()
-        if store:
-            published.publish(found.shim)
-            if used is not None:
-                with contextlib.suppress(OSError):  # they only take room
-                    published.retire(store, used)
+        self.shim = self._release.publish()
+        self.lacks |= self._release.lacks()
+        if store and used is not None:
+            with contextlib.suppress(OSError):  # they only take room
+                published.retire(store, used)
 
     def _take_up(self, found: _Found) -> None:
         """Brings kernel, policies and what was set by hand together: the files say, the kernel follows."""
@@ -359,6 +356,7 @@ class Agent:
             found, writes_refused=self.writes_refused, failures=self.failures, engines=self.engines.views(),
             incomplete=doubts(self._policies.trouble if self._policies else "", self.enforcer),
             libraries=self.discovery.libraries(self.enforcer.name_at), trusted=self.settings.trusted_drivers,
+            lacks={name: (check.found, check.mend) for name, check in self.lacks.items()},
         )  # fmt: skip
         self._taken = time.monotonic()
         return self.snapshot

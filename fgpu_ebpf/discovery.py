@@ -28,6 +28,7 @@ from fgpu_ebpf.probes import Probes
 from fgpu_ebpf.processes import Process
 from fgpu_ebpf.roots import Root, Roots
 from fgpu_ebpf.snapshot import LibraryView
+from fgpu_ebpf.sockets import make_way
 from fgpu_ebpf.workloads import Workloads
 
 log = logging.getLogger("fgpu.agent")
@@ -268,6 +269,7 @@ class Discovery:
 
     def listen(self, path: Path) -> int:
         """Binds; returns a descriptor that is readable when the gatekeeper has named a process."""
+        make_way(str(path))
         path.unlink(missing_ok=True)
         self._socket.bind(str(path))
         path.chmod(0o600)

@@ -13,6 +13,8 @@ import socket
 import time
 from pathlib import Path
 
+from fgpu_ebpf.sockets import make_way
+
 LOOKS, LOOK_SECONDS = 10, 0.01
 BACKLOG = 512  # a storm's worth; each is taken in, or turned away, in some 20 us, so a flood of them is 10 ms
 
@@ -52,6 +54,7 @@ class Door:
         listener.bind(aside)
         os.chmod(aside, 0o666)  # everybody may ask; who asks is what the kernel says
         listener.listen(BACKLOG)
+        make_way(f"/proc/self/fd/{folder}/shim.sock")
         os.rename(".shim.sock", "shim.sock", src_dir_fd=folder, dst_dir_fd=folder)
 
     def _look(self) -> tuple[int, ...]:

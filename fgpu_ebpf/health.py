@@ -36,6 +36,8 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     yield _libraries(snapshot["libraries"], snapshot["trusted"])
     denied = sorted(t["tenant"] for t in tenants if t["denied"])
     yield Check("room", not denied, ", ".join(denied[:5]) or "for every tenant", "fgpu explain TARGET has the numbers")
+    for name, (found, fix) in snapshot.get("lacks", {}).items():
+        yield Check(name, False, found, fix)
     failures = snapshot["failures"]
     yield Check("mistakes", not failures, f"{failures} outlived", "report the traceback in the agent's log")
 

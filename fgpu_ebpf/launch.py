@@ -26,6 +26,7 @@ MARK = "made-ld.so.preload"
 _NEWNS, _NEWPID = 0x00020000, 0x20000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG = 1
+_AGAIN = "restart the agent: it puts the shim in place again"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -83,22 +84,34 @@ def write_preload(run_dir: Path, shim: Path) -> None:
 
 
 def check(run_dir: Path) -> Check:
-    """Every file that programs are to preload is there, and anybody may read it: else they run without the shim."""
+    """Any user's program can read every file that it is to preload, and reach the gatekeeper's socket."""
     lists = [path for name in ("ld.so.preload", "container.preload") if (path := run_dir / name).exists()]
     files = {Path(line.strip()) for path in lists for line in path.read_text(encoding="utf-8").splitlines() if line}
-    wrong = sorted(str(file) for file in files if not _is_for_all(file))
-    if not lists or wrong:
-        found = f"{', '.join(wrong)}: not there, or not for everybody to read" if wrong else "no list is there"
-        return Check("preload", False, found, "restart the agent: it puts the shim in place again")
-    return Check("preload", True, ", ".join(sorted(map(str, files))))
+    if not lists:
+        return Check("preload", False, "no list is there", _AGAIN)
+    wanted = [*((file, stat.S_IROTH) for file in (*lists, *sorted(files))), (run_dir / "shim/shim.sock", stat.S_IWOTH)]
+    closed = {place: None for file, right in wanted if (place := _closed_to_others(file, right))}
+    if not closed:
+        return Check("preload", True, ", ".join(sorted(map(str, files))))
+    found = f"{', '.join(map(str, closed))}: not there, or closed to users other than root"
+    folders = " ".join(str(place) for place in closed if place.is_dir())
+    return Check("preload", False, found, f"chmod o+x {folders}" if folders else _AGAIN)
 
 
-def _is_for_all(file: Path) -> bool:
-    try:
-        mode = file.stat().st_mode
-    except OSError:
-        return False
-    return stat.S_ISREG(mode) and bool(mode & stat.S_IROTH)
+def _closed_to_others(file: Path, right: int) -> Path | None:
+    """The first place on the way to this file that stops users other than root and its group; None: they have `right`.
+
+    Links on the way count with the folders that they lead through.
+    """
+    for path in (file, Path(os.path.realpath(file))):
+        for place, needed in (*((folder, stat.S_IXOTH) for folder in reversed(path.parents)), (path, right)):
+            try:
+                mode = place.stat().st_mode
+            except OSError:
+                return place
+            if not mode & needed or (place == path and stat.S_ISDIR(mode)):
+                return place
+    return None
 
 
 def _preload_the_shim(preload: Path) -> None:

@@ -20,6 +20,8 @@ from collections.abc import Set
 from pathlib import Path
 
 from fgpu_ebpf import procfs, wholefile
+from fgpu_ebpf.checks import Check
+from fgpu_ebpf.sockets import make_way
 
 STORE = Path("/var/lib/fgpu/shim")  # neither /run nor /tmp: hosts mount them noexec
 FILE = "libfgpu.so"
@@ -93,6 +95,45 @@ def publish(staged: Path) -> Path:
     return stable_path(store)
 
 
+class Release:
+    """The version that one start of the agent puts in force: its own; where the store cannot be written, what is
+    published already; where none is, the package's own file. `fault`: why it is not its own, or not in the store.
+    """
+
+    def __init__(self, shim: Path, store: Path | None) -> None:
+        self._store = store
+        self.fault, self.file = "", shim
+        if store:
+            try:
+                self.file = stage(shim, store)
+            except OSError as error:
+                self.fault = f"this version's shim cannot be put into {store}: {error}"
+                self.file = self._stable() or shim
+
+    def files(self) -> list[Path]:
+        """What programs may get, to be probed: this file, and what is published until publish()."""
+        stable = self._stable()
+        return [self.file, stable] if stable else [self.file]
+
+    def publish(self) -> Path:
+        """From now on programs get this version; returns the path that they are told."""
+        if self._store and not self.fault:
+            try:
+                publish(self.file)
+            except OSError as error:
+                self.fault = f"this version's shim cannot be published in {self._store}: {error}"
+        return self._stable() or self.file
+
+    def lacks(self) -> dict[str, Check]:
+        """What `fgpu doctor` says; nothing where all is as it should be."""
+        fix = "make room on its file system, or make it writable, and restart the agent: limits are enforced meanwhile"
+        return {"store": Check("store", False, self.fault, fix)} if self.fault else {}
+
+    def _stable(self) -> Path | None:
+        path = stable_path(self._store) if self._store else None
+        return path if path and path.is_file() else None
+
+
 def published(store: Path = STORE) -> str | None:
     """The digest of the published version."""
     return _pointed(store / "current")
@@ -151,6 +192,7 @@ def _point(link: Path, version: str) -> None:
     """Makes the link beside and renames it over: there is never a moment without one."""
     aside = link.with_name(f".{link.name}.{os.getpid()}")
     aside.unlink(missing_ok=True)
+    make_way(str(link))
     os.symlink(version, aside)
     try:
         os.replace(aside, link)

@@ -17,17 +17,20 @@ import socket
 import struct
 from collections.abc import Callable
 from typing import Any
+from wsgiref.types import WSGIApplication
 
 from prometheus_client import make_wsgi_app
 
 from fgpu_ebpf import cdi, explain, metrics, page, quantities, shares, snapshot, targets
 from fgpu_ebpf.agent import Agent, AgentError
+from fgpu_ebpf.checks import Check
 from fgpu_ebpf.control import RequestError
 from fgpu_ebpf.enforcer import RoomError
 from fgpu_ebpf.offers import Offers
 from fgpu_ebpf.peers import Peers
 from fgpu_ebpf.policy import Priority
 from fgpu_ebpf.quantities import QuantityError
+from fgpu_ebpf.sockets import make_way
 from fgpu_ebpf.web import Web, by_path, health
 from fgpu_ebpf.workloads import TargetError
 
@@ -64,6 +67,7 @@ class ControlServer:
         """Listens at <run>/control.sock, 0660 root:fgpu where that group is."""
         path = self._agent.settings.run_dir / "control.sock"
         aside = path.with_name(".control.sock")
+        make_way(str(path))
         aside.unlink(missing_ok=True)
         listener = self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         listener.bind(str(aside))
@@ -233,33 +237,59 @@ def _request(line: bytes) -> dict[str, Any]:
     return request
 
 
-def serve_metrics(agent: Agent) -> Web:
-    """Serves the status page (/), /metrics, /healthz and /readyz at settings.listen, each request in a thread.
+class MetricsAddress:
+    """The status page (/), /metrics, /healthz and /readyz at settings.listen, each request in a thread.
 
-    /healthz: the agent answers; /readyz: it enforces what was asked for, else 503 and why not.
-    AgentError: the address is taken.
-
-    The agent's own loop takes connections in, and takes a Snapshot when a whole request is there.
+    /healthz: the agent answers; /readyz: it enforces what was asked for, else 503 and why not. Enforcement does not depend on
+    the address: where it is taken, `fgpu doctor` says so, and it is tried again each round.
     """
-    host, _, port = agent.settings.listen.rpartition(":")
-    paths = {
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._web: Web | None = None
+        agent.chores.append(self._keep)
+        self._open()
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self._web:
+            self._web.server_close()
+
+    def _open(self) -> None:
+        agent, listen = self._agent, self._agent.settings.listen
+        host, _, port = listen.rpartition(":")
+        try:
+            self._web = Web(host.strip("[]"), int(port), by_path(_paths(agent)), agent.settings.listen_names)
+        except (OSError, ValueError, OverflowError) as error:
+            if "metrics" not in agent.lacks:
+                log.error("cannot listen at %s: %s; limits are enforced without metrics", listen, error)
+            fix = "end what listens there, or name another address: listen in agent.yaml"
+            agent.lacks["metrics"] = Check("metrics", False, f"cannot listen at {listen}: {error}", fix)
+            return
+        if agent.lacks.pop("metrics", None):
+            log.info("metrics at http://%s/", listen)
+        agent.selector.register(self._web, selectors.EVENT_READ, self._take_in)
+
+    def _keep(self) -> None:
+        if self._web:
+            self._web.expire()
+        else:
+            self._open()
+
+    def _take_in(self) -> None:
+        """Take connections in, and a Snapshot when a whole request is there."""
+        assert self._web
+        if self._web.hear():
+            try:
+                self._agent.fresh()
+            finally:
+                self._web.answer()
+
+
+def _paths(agent: Agent) -> dict[str, WSGIApplication]:
+    return {
         "/": page.app(lambda: agent.snapshot),
         "/metrics": make_wsgi_app(metrics.registry(lambda: agent.snapshot)),
         "/healthz": health(lambda: ""),
         "/readyz": health(lambda: agent.snapshot.unenforced or agent.snapshot.incomplete),
     }
-    try:
-        web = Web(host.strip("[]"), int(port), by_path(paths), agent.settings.listen_names)
-    except (OSError, ValueError) as error:
-        raise AgentError(f"cannot listen at {agent.settings.listen} ({error}): choose another with --listen") from error
-
-    def take_in() -> None:
-        if web.hear():
-            try:
-                agent.fresh()
-            finally:
-                web.answer()
-
-    agent.selector.register(web, selectors.EVENT_READ, take_in)
-    agent.chores.append(web.expire)
-    return web

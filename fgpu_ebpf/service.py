@@ -106,6 +106,7 @@ def _carried(folder: str, name: str) -> Path:
 def serve(options: Options) -> None:
     """Enforces until SIGTERM. AgentError: why not, and what mends it."""
     begun = _process_start()
+    os.umask(0o022)  # what others are to reach must not depend on how the agent was started
     _clean_environment()
     for check in host_checks():
         if not check.ok and check.name not in options.skipped:
@@ -172,14 +173,14 @@ def _handle_signals(service: Agent) -> None:
 def _reachable(service: Agent) -> Iterator[None]:
     """Control socket and metrics address, open once everything is in force."""
     commands = server.ControlServer(service)
-    web = server.serve_metrics(service)
+    web = server.MetricsAddress(service)
     try:
         service.wait_for_gatekeeper()
         commands.open()
         yield
     finally:
         commands.close()
-        web.server_close()
+        web.close()
 
 
 def load(options: Options) -> str:
@@ -187,6 +188,7 @@ def load(options: Options) -> str:
 
     Answers their digest. AgentError: why not, and what mends it.
     """
+    os.umask(0o022)
     for check in (_privilege(), _kernel(), _uprobes()):
         if not check.ok:
             raise AgentError(f"{check.found}: {check.mend}")

@@ -219,6 +219,7 @@ class Snapshot:
     unenforced: str = ""  # why no limit is in force; empty: they are
     incomplete: str = ""  # why it is not known that all that was asked for is in force; empty: it is
     gatekeeper_up: bool | None = None
+    lacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # beside enforcement: what is missing, its fix
 
 
 def plain(view: Any) -> dict[str, Any]:

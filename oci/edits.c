@@ -17,7 +17,6 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/xattr.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "edits.h"
@@ -27,8 +26,7 @@
 #define PRELOAD "/etc/ld.so.preload"
 #define FILE_NAME "libfgpu.so"
 #define MOST_OF_A_LIST (64 << 10)
-#define MOST_LISTS 256 /* images bring them: no host has that many kinds */
-#define FRESH_SECONDS 10
+#define MOST_LISTS 256           /* images bring them: no host has that many kinds */
 #define LIST_NAME "fgpu.preload" /* in the bundle */
 #define LABEL "security.selinux"
 
@@ -190,22 +188,26 @@ static int keep_in_bundle(const struct setup *setup, const char *bundle, const c
     return 0;
 }
 
+static int is_before(const struct timespec *one, const struct timespec *other)
+{
+    return one->tv_sec < other->tv_sec || (one->tv_sec == other->tv_sec && one->tv_nsec < other->tv_nsec);
+}
+
 /* 0: there is a place for one more list, if need be that of the list that was asked for longest ago. */
 static int make_place(const char *folder)
 {
     char oldest[NAME_MAX + 1] = "";
     struct stat found;
-    time_t since = time(NULL) - FRESH_SECONDS;
+    struct timespec since = {0};
     int count = 0, at = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     DIR *lists = at >= 0 ? fdopendir(at) : NULL;
     for (struct dirent *entry; lists && (entry = readdir(lists));) {
         if (*entry->d_name == '.' || fstatat(at, entry->d_name, &found, AT_SYMLINK_NOFOLLOW)) continue;
-        count++;
-        if (found.st_mtime >= since) continue; /* its container may not have mounted it yet */
-        since = found.st_mtime;
+        if (count++ && !is_before(&found.st_mtim, &since)) continue;
+        since = found.st_mtim;
         strcpy(oldest, entry->d_name);
     }
-    int failed = count >= MOST_LISTS && (!*oldest || unlinkat(at, oldest, 0));
+    int failed = count >= MOST_LISTS && unlinkat(at, oldest, 0);
     if (lists) closedir(lists);
     return failed;
 }

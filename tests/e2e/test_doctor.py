@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from harness import (
     ENVIRONMENT,
     FGPU,
     LISTEN,
+    RUN_DIR,
     SHIM,
     SIM,
     Service,
@@ -24,7 +27,7 @@ from harness import (
     eventually,
     fgpu,
     free_port,
-    gatekeepers_of,
+    metrics_page,
 )
 
 
@@ -326,20 +329,41 @@ def test_second_agent_is_turned_away(service: Service) -> None:
     assert done.stderr.strip() == "fgpu: an agent is running on this host already"
 
 
-@pytest.mark.slow
-def test_taken_address_is_named(service: Service, work: Path) -> None:
-    command = Host().call(work, "agent", "--shim", SHIM, "--pins", pins(work), "--listen", LISTEN, "--driver-root", SIM)
-    private = in_private_mounts("mount -t bpf bpf /sys/fs/bpf")
-    with open(work / "log", "wb") as log:
-        done = subprocess.run([*private, *command], stdout=log, stderr=log, timeout=30, check=False, env=ENVIRONMENT)
-    left = gatekeepers_of(work / "run")
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    said = (work / "log").read_text()
-    assert done.returncode == 1
-    assert "Traceback" not in said
-    assert f"cannot listen at {LISTEN}" in said
-    assert not left, "the agent has left its gatekeeper behind"
+def test_a_taken_metrics_address_keeps_no_limit_from_being_enforced(service: Service, unharmed: None) -> None:
+    """An agent that ended for it would end once a second, and new containers would have no limit or no memory."""
+    host, port = LISTEN.split(":")
+    service.kill_agent()
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((host, int(port)))
+        taken.listen()
+        service.start_agent()
+        found = failures()["metrics"]
+        assert f"cannot listen at {LISTEN}" in found["found"]
+        assert "agent.yaml" in found["mend"]
+        done = fgpu("run", "--memory", "1GiB", "--", "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader")
+        assert done.stdout == "1024 MiB\n"
+    eventually(lambda: "metrics" not in failures(), 5, "the address, once it is free")
+    assert "fgpu_build_info" in metrics_page()
+
+
+def test_folders_where_sockets_should_be_are_taken_away(service: Service, unharmed: None) -> None:
+    """Docker makes them for bind mounts of containers that it starts at boot, before the agent is there."""
+    places = [RUN_DIR / name for name in ("control.sock", "discover.sock", "shim/shim.sock")]
+    service.kill_agent()
+    service.kill_gatekeeper()
+    for place in places:
+        place.unlink(missing_ok=True)
+        place.mkdir()
+    (places[0] / "something").touch()
+    service.start_agent()
+    assert all(place.is_socket() for place in places)
+    assert fgpu("status").returncode == 0
+    done = fgpu("run", "--memory", "1GiB", "--", "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader")
+    assert done.stdout == "1024 MiB\n"
+    (moved,) = RUN_DIR.glob("control.sock.moved-*")
+    assert (moved / "something").exists(), "what is in one is kept"
+    shutil.rmtree(moved)
 
 
 @pytest.mark.slow
@@ -362,3 +386,72 @@ def test_bpffs_is_mounted_where_it_is_missing(service: Service, work: Path) -> N
         eventually(lambda: b"enforcing" in (work / "log").read_bytes() or agent.poll() is not None, 20, "the agent")
         assert agent.poll() is None, (work / "log").read_text()
     assert "Traceback" not in (work / "log").read_text()
+
+
+def test_an_agent_that_is_started_under_a_strict_umask_serves_every_user(service: Service, unharmed: None) -> None:
+    store = Path(f"/var/lib/fgpu-e2e-{os.getpid()}/shim")
+    service.detach()
+    before = os.umask(0o077)
+    try:
+        service.start_agent(None, "--store", str(store))
+    finally:
+        os.umask(before)
+    try:
+        user = {**ENVIRONMENT, "SUDO_UID": "65534", "SUDO_GID": "65534"}
+        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader"]
+        done = fgpu("run", "--memory", "1GiB", "--", *query, env=user)
+        assert (done.stdout, done.stderr) == ("1024 MiB\n", "")
+        assert "preload" not in failures()
+        for folder in (store, RUN_DIR):
+            folder.chmod(0o700)
+            try:
+                found = failures()["preload"]
+            finally:
+                folder.chmod(0o755)
+            assert str(folder) in found["found"]
+            assert found["mend"] == f"chmod o+x {folder}"
+        assert "preload" not in failures()
+    finally:
+        service.detach()
+        shutil.rmtree(store.parent, ignore_errors=True)  # detach has removed it
+        service.start_agent()
+
+
+def test_a_store_that_cannot_be_written_keeps_no_limit_from_being_enforced(service: Service, unharmed: None) -> None:
+    """A full or read-only /var: the version that is published goes on, or the package's own where none is."""
+    store = Path(f"/var/lib/fgpu-e2e-{os.getpid()}/shim")
+    newer = store.parent / "newer.so"
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader"]
+    mount = ["mount", "--bind", store, store]
+    ending = ["umount", "--lazy", store]
+
+    def start(*options: str) -> str:
+        service.start_agent(None, "--store", str(store), *options)
+        assert fgpu("run", "--memory", "1GiB", "--", *query).stdout == "1024 MiB\n"
+        found = failures().get("store", {}).get("found", "")
+        service.kill_agent()
+        return found
+
+    service.detach()
+    store.mkdir(parents=True)
+    newer.write_bytes(SHIM.read_bytes() + b"newer")
+    try:
+        subprocess.run(mount, check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", store], check=True)
+        assert "Read-only" in start(), "a first start"
+        subprocess.run(["mount", "-o", "remount,bind,rw", store], check=True)
+        assert start() == ""
+        before = os.readlink(store / "current")
+        subprocess.run(["mount", "-o", "remount,bind,ro", store], check=True)
+        assert "Read-only" in start("--shim", str(newer)), "an upgrade"
+        assert os.readlink(store / "current") == before
+        subprocess.run(["mount", "-o", "remount,bind,rw", store], check=True)
+        (store / "current").unlink()
+        (store / "current/libfgpu.so").mkdir(parents=True)  # as Docker makes it for a bind mount
+        assert start("--shim", str(newer)) == ""
+        assert os.readlink(store / "current") != before
+    finally:
+        subprocess.run(ending, check=False)
+        service.detach()
+        shutil.rmtree(store.parent, ignore_errors=True)
+        service.start_agent()

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from fgpu_ebpf import claims, pages, timebook
 from fgpu_ebpf.desks import Desk, let_meet, seen_of
-from fgpu_ebpf.pages import StatusPage
+from fgpu_ebpf.pages import ControlPage, StatusPage
 from fgpu_ebpf.places import Seen
 from fgpu_ebpf.scheduler import Share
-from fgpu_ebpf.sealed import ControlMemory, StatusMemory
 from fgpu_ebpf.slicer import _counts
 from fgpu_ebpf.trust import MOST_FLIGHT_NS
 from fgpu_ebpf.turns import Turns
@@ -72,8 +71,8 @@ class Program:
     """A process of a tenant, the words on whose status page are the test's."""
 
     def __init__(self) -> None:
-        self.status = StatusMemory()
-        client = SimpleNamespace(control=ControlMemory(), status=self.status, ahead_ns=0)
+        self.status = SimpleNamespace(page=StatusPage())  # no memory file: hypothesis makes thousands of them
+        client = SimpleNamespace(control=SimpleNamespace(page=ControlPage()), status=self.status, ahead_ns=0)
         self.desk = Desk(client)
         self.desk.may_use([0, 1])
 

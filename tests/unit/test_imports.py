@@ -16,7 +16,7 @@ ORDER = (
     {"mappings"},
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
-    | {"cgroupnames", "messages", "visitors", "heap", "workers", "log_lines"},
+    | {"cgroupnames", "messages", "visitors", "heap", "workers", "log_lines", "sockets"},
     {
         "identity",
         "journal",
