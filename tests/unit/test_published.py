@@ -155,3 +155,44 @@ def test_every_version_that_was_ever_staged_is_one_of_ours(tmp_path, store, monk
     assert len((store / published.VERSIONS).read_text().splitlines()) == 3
     assert published.remove(store, set())
     assert not list(store.iterdir())
+
+
+# -- where the store cannot be written
+
+
+def a_shim(tmp_path: Path, text: str = "newer") -> Path:
+    shim = tmp_path / f"{text}.so"
+    shim.write_text(text)
+    return shim
+
+
+def test_a_release_goes_on_with_the_package_s_own_file_where_nothing_is_published(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    shim = a_shim(tmp_path)
+    release = published.Release(shim, tmp_path / "file/store")
+    assert (release.file, release.files(), release.publish()) == (shim, [shim], shim)
+    assert "cannot be put into" in release.lacks()["store"].found
+
+
+def test_a_release_goes_on_with_what_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    older = published.Release(a_shim(tmp_path, "older"), store)
+    assert older.publish() == published.stable_path(store)
+    assert older.lacks() == {}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(published, "_write_durably", full)
+    newer = published.Release(a_shim(tmp_path), store)
+    assert newer.publish() == published.stable_path(store)
+    assert newer.file.read_text() == "older"
+    assert "No space left" in newer.lacks()["store"].found
+
+
+def test_a_folder_in_the_link_s_place_is_moved_aside(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    (store / "current/libfgpu.so").mkdir(parents=True)
+    release = published.Release(a_shim(tmp_path), store)
+    assert release.publish().read_text() == "newer"
+    assert release.lacks() == {}
