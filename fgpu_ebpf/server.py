@@ -240,8 +240,8 @@ def _request(line: bytes) -> dict[str, Any]:
 class MetricsAddress:
     """The status page (/), /metrics, /healthz and /readyz at settings.listen, each request in a thread.
 
-    /healthz: the agent answers; /readyz: it enforces what was asked for, else 503 and why not. Enforcement does not depend on
-    the address: where it is taken, `fgpu doctor` says so, and it is tried again each round.
+    /healthz: the agent answers; /readyz: it enforces what was asked for, else 503 and why not. Enforcement does not
+    depend on the address: where it is taken, `fgpu doctor` says so, and it is tried again each round.
     """
 
     def __init__(self, agent: Agent) -> None:

@@ -129,9 +129,8 @@ def test_the_cgroup_of_a_run_that_is_kept_goes_with_its_program(host):
     manager = host.start()
     path = manager.run({"memory_bytes": GIB}, "mine").path
     host.file.write_text("")
-    manager = host.start()
-    assert manager.enforcer.at(path).source == "kept"
-    manager.tidy_all()
+    manager = host.start()  # which removes empty cgroups of runs, though it cannot read of them
+    assert manager.enforcer.at(path) is None
     assert not list(manager.enforcer)
     assert not (host.root / "fgpu" / "mine").exists()
 
