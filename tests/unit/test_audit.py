@@ -57,7 +57,7 @@ def test_a_tenant_that_owns_much_and_runs_nothing_is_named_by_its_processes_with
     assert host.looks(10).empty == set(), "little is not nothing"
 
 
-def test_who_owns_little_need_not_run():
+def test_a_tenant_that_owns_little_need_not_run():
     host = Host({71: 48})
     host.part = 0.05
     assert host.looks(11).empty == set()

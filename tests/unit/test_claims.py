@@ -68,7 +68,7 @@ def test_a_count_that_no_word_holds_is_written_as_the_nearest_that_one_does(numb
 
 
 class Program:
-    """A process of a tenant, the words on whose status page are the test's."""
+    """A process of a tenant. The test writes its status page."""
 
     def __init__(self) -> None:
         self.status = SimpleNamespace(page=StatusPage())  # no memory file: hypothesis makes thousands of them
@@ -162,7 +162,7 @@ def test_whatever_pages_say_one_after_the_other_no_count_is_negative_or_shrinks(
 @settings(phases=(Phase.explicit, Phase.generate), deadline=None)
 @example(1_200, 500)
 @given(st.integers(0, 3_000), st.integers(0, 3_000))
-def test_who_drains_before_the_time_it_told_has_not_waited_since_the_future(ahead_us, rings_us):
+def test_one_that_drains_before_the_time_it_told_has_not_waited_since_the_future(ahead_us, rings_us):
     """A says at the end of its turn that it is busy for a little longer, and drains at once; B wants nothing."""
     host = Host([Share(), Share()])
     for tenant in (0, 1):

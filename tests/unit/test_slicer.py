@@ -301,10 +301,10 @@ def test_a_defect_that_one_tenant_finds_does_not_stop_the_others(world, monkeypa
     owner, name = (it.slicer._turns, "_look") if "." in part else (it.slicer, "_look")
     real = getattr(owner, name)
 
-    def look(who, *more):
-        if getattr(who, "tenant", who) == 7:
+    def look(place, *more):
+        if getattr(place, "tenant", place) == 7:
             raise OverflowError("a number that nothing was made for")
-        return real(who, *more)
+        return real(place, *more)
 
     monkeypatch.setattr(owner, name, look)
     programs[0].ring()
