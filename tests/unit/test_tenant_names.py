@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fgpu_ebpf.identity import NAME_CHARACTERS, Workload
@@ -41,6 +41,7 @@ batches = st.lists(
 )
 
 
+@settings(deadline=None)  # it writes files
 @given(batches, st.randoms())
 def test_names_are_unique_after_any_history(tmp_path_factory, history, chance: random.Random):
     file = tmp_path_factory.mktemp("run") / FILE
