@@ -24,8 +24,10 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     elif policies:
         yield Check("policies", True, f"{policies['count']} in force, {len(tenants)} tenants")
     kept = [f"{t['tenant']}: {'; '.join(t['notes'])}" for t in tenants if t["source"] == "kept"]
-    fix = "fix what is named; or say what is wanted: fgpu set TARGET, or fgpu unset TARGET, after which policies hold"
-    yield Check("start", not kept, ", ".join(kept[:5]) or "every limit from before it was understood", fix)
+    yield Check(
+        "start", not kept, ", ".join(kept[:5]) or "every limit from before it was understood",
+        "fix what is named; or say what is wanted: fgpu set TARGET, or fgpu unset TARGET, after which policies hold",
+    )  # fmt: skip
     yield from _engines(snapshot["engines"])
     gone = snapshot["unenforced"]
     yield Check("probes", not gone, gone or "all where they were put", "restart the agent, and see who does that")

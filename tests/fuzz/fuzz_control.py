@@ -68,6 +68,8 @@ class Ledger:
 
     def resolve(self, cgroup: int, managed: bool) -> None: ...
 
+    def unresolve(self, cgroups: Any) -> None: ...
+
     def processes(self) -> dict[int, Any]:
         return {}
 
