@@ -155,7 +155,8 @@ class Manager:
         if workload is None:
             raise TargetError(f"no cgroup {path}")
         before = self.enforcer.get(workload.cgroup)
-        if before and before.source is Source.KEPT and asked.get("memory_bytes") is None:
+        says_memory = any(asked.get(field) is not None for field in ("memory_bytes", "memory_millionths"))
+        if before and before.source is Source.KEPT and not says_memory:
             raise TargetError(f"{before.name} keeps limits from before the start: say --memory too, or fgpu unset it")
         override = self._override(workload.cgroup) or Override(workload.cgroup, workload.path, None, name, own)
         override = replace(override, path=workload.path, **asked)

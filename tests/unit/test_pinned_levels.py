@@ -101,15 +101,16 @@ def test_what_is_not_understood_keeps_limit_flags_and_share(host, why):
     assert not host.books.limits
 
 
-def test_of_what_is_kept_nothing_is_lost_by_setting_something_else(host):
+@pytest.mark.parametrize("memory", [{"memory_bytes": 4 * GIB}, {"memory_bytes": None, "memory_millionths": 250_000}])
+def test_of_what_is_kept_nothing_is_lost_by_setting_something_else(host, memory):
     host.cgroup("c1")
     host.start(SIX)
     manager = host.start(unknown="not known")
     with pytest.raises(TargetError, match="say --memory too"):
         manager.set("/c1", {"limit_millionths": 250_000})
     assert [limits for limits, _ in host.books.limits.values()] == [{0: 6 * GIB}]
-    manager.set("/c1", {"memory_bytes": GIB})
-    assert [limits for limits, _ in host.books.limits.values()] == [{0: GIB}]
+    manager.set("/c1", memory)
+    assert [limits for limits, _ in host.books.limits.values()] == [{0: 4 * GIB}]
 
 
 def test_what_is_kept_is_written_down_with_the_next_setting_where_the_disk_was_full(host, monkeypatch):
