@@ -132,15 +132,6 @@ static CUresult ask(struct fgpu_load *load, uint64_t data)
     return CUDA_SUCCESS;
 }
 
-CUresult fgpu_load_begins(struct fgpu_load *load, const void *code)
-{
-    int saved = errno;
-    *load = (struct fgpu_load){.entry = NULL};
-    CUresult refusal = code && fgpu_is_held() ? ask(load, fgpu_code_data(code)) : CUDA_SUCCESS;
-    errno = saved;
-    return refusal;
-}
-
 CUresult fgpu_load_of_library_begins(struct fgpu_load *load, CUlibrary library)
 {
     struct fgpu_loaded *entry = library ? find((uint64_t)library, 0) : NULL;
@@ -189,13 +180,6 @@ static void keep(CUlibrary library, uint64_t data)
     atomic_store(&entry->handle, (uint64_t)library);
 }
 
-void fgpu_library_made(CUlibrary library, const void *code)
-{
-    int saved = errno;
-    if (code && fgpu_is_held()) keep(library, fgpu_code_data(code));
-    errno = saved;
-}
-
 /* Code that could not be read is taken to use none. */
 bool fgpu_code_uses_heap(uint64_t handle, uint64_t context)
 {
@@ -220,7 +204,7 @@ static uint64_t data_of_descriptor(int file)
     return bytes;
 }
 
-static uint64_t data_of_file(const char *path)
+static uint64_t data_of_file(const void *path)
 {
     int file = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDONLY | O_NONBLOCK | O_CLOEXEC, 0);
     if (file < 0) return 0;
@@ -229,18 +213,28 @@ static uint64_t data_of_file(const char *path)
     return bytes;
 }
 
-CUresult fgpu_load_of_file_begins(struct fgpu_load *load, const char *path)
+/* -- code as it is given to the driver, or the path of its file */
+
+static CUresult begin(struct fgpu_load *load, const void *source, uint64_t (*data_of)(const void *))
 {
     int saved = errno;
     *load = (struct fgpu_load){.entry = NULL};
-    CUresult refusal = path && fgpu_is_held() ? ask(load, data_of_file(path)) : CUDA_SUCCESS;
+    CUresult refusal = source && fgpu_is_held() ? ask(load, data_of(source)) : CUDA_SUCCESS;
     errno = saved;
     return refusal;
 }
 
-void fgpu_library_of_file_made(CUlibrary library, const char *path)
+CUresult fgpu_load_begins(struct fgpu_load *load, const void *code) { return begin(load, code, fgpu_code_data); }
+
+CUresult fgpu_load_of_file_begins(struct fgpu_load *load, const char *path) { return begin(load, path, data_of_file); }
+
+static void made(CUlibrary library, const void *source, uint64_t (*data_of)(const void *))
 {
     int saved = errno;
-    if (path && fgpu_is_held()) keep(library, data_of_file(path));
+    if (source && fgpu_is_held()) keep(library, data_of(source));
     errno = saved;
 }
+
+void fgpu_library_made(CUlibrary library, const void *code) { made(library, code, fgpu_code_data); }
+
+void fgpu_library_of_file_made(CUlibrary library, const char *path) { made(library, path, data_of_file); }
