@@ -105,6 +105,12 @@ def lookup(fd: int, key: bytes, value_bytes: int) -> bytes | None:
     return v.raw
 
 
+def number(fd: int, index: int) -> int:
+    """One 64-bit number of an array map; 0 where the array is shorter. Raises OSError."""
+    raw = lookup(fd, struct.pack("I", index), 8)
+    return 0 if raw is None else int.from_bytes(raw, sys.byteorder)
+
+
 def update(fd: int, key: bytes, value: bytes) -> None:
     """Inserts or replaces one entry. Raises OSError (E2BIG: the map is full)."""
     _update(fd, key, value, _ANY)

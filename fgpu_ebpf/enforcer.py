@@ -23,6 +23,7 @@ from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.ledger import Ledger, LevelLimits
 from fgpu_ebpf.policy import Device
+from fgpu_ebpf.processes import levels_of
 from fgpu_ebpf.quantities import memory_text
 from fgpu_ebpf.tenant_names import TenantNames
 from fgpu_ebpf.tenants import Tenant
@@ -146,11 +147,16 @@ class Enforcer:
         if new:
             self._take_over(new)
             self._ask_again([tenant for tenant in changed if tenant.cgroup in new])
-        used = {level for process in self._ledger.processes().values() for level in process.levels}
-        for tenant in changed:
-            if tenant.by_hand or tenant.cgroup in self._granted or tenant.cgroup in used:
-                self.use(tenant.cgroup)
+        for cgroup in self._in_use(changed):
+            self.use(cgroup)
         self._try_those_who_lack()
+
+    def _in_use(self, tenants: Iterable[Tenant]) -> list[int]:
+        """Cgroups of tenants with a limit that counts from now on. Processes are read only if the result needs them."""
+        certain = {t.cgroup for t in tenants if t.by_hand or t.cgroup in self._granted}
+        open_ = [t.cgroup for t in tenants if t.cgroup not in certain]
+        charged = levels_of(self._ledger.processes()) if open_ else set()
+        return [t.cgroup for t in tenants if t.cgroup in certain or t.cgroup in charged]
 
     def _ask_again(self, new: Sequence[Tenant]) -> None:
         """What was decided of a cgroup before it was a tenant does not hold; programs in it say hello again."""

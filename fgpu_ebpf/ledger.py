@@ -234,8 +234,7 @@ class Ledger:
         return bool(self._number("host", HOST_FLAGS) & pages.ControlFlag.SETTLE)
 
     def _number(self, array: str, index: int) -> int:
-        raw = bpf.lookup(self._maps[array], _U32.pack(index), 8)
-        return _U64.unpack(raw or bytes(8))[0]  # type: ignore[no-any-return]
+        return bpf.number(self._maps[array], index)
 
     def _set_host(self, index: int, value: int) -> None:
         bpf.update(self._maps["host"], _U32.pack(index), _U64.pack(value))

@@ -152,9 +152,10 @@ class OrphanRelease:
             self.balance.forget()
             return None
         room = self.balance.room(self._reading(sample, ended), self._charges(sample, orphans, ended))
-        if len(sample.taken) == 1:  # no evidence for a release
+        if len(sample.taken) == 1:  # enough for what nothing explains, and no evidence for a release
             self.balance.forget()
-        if room is None or len(sample.taken) == 1:
+            return None
+        if room is None:
             return None
         for orphan, bytes_ in excess(self._rows.spare(orphans), room):
             if self._ledger.orphans.let_go(orphan, bytes_):

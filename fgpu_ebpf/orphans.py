@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from fgpu_ebpf import bpf, pages
 
 _KEY, _VALUE = struct.Struct("IIQQ"), struct.Struct(f"4Q{2 * pages.LEVELS}Q")
-_U32, _U64 = struct.Struct("I"), struct.Struct("Q")
-HOST_ORPHANS = 8
+_U32 = struct.Struct("I")
+HOST_ORPHANS = 8  # of the array `host`: entries that have ever been made
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +57,16 @@ class OrphanMap:
         self._maps = maps
         self._run = run
         self._open_page = open_page
-        self._empty_as_of = -1  # so many entries so far
+        self._empty_as_of = -1  # it was empty when so many entries had ever been made
 
     def _all(self) -> list[Orphan]:
         """To read an empty map costs as much as a full one, so it is read again when entries have come."""
-        so_far = self._so_far()
+        so_far = bpf.number(self._maps["host"], HOST_ORPHANS)
         if so_far == self._empty_as_of:
             return []
         found = [orphan_of(key, raw) for key, raw in bpf.items(self._maps["orphans"], _KEY.size, _VALUE.size)]
         self._empty_as_of = -1 if found else so_far
         return found
-
-    def _so_far(self) -> int:
-        """How many entries there have ever been."""
-        raw = bpf.lookup(self._maps["host"], _U32.pack(HOST_ORPHANS), _U64.size)
-        return int(_U64.unpack(raw)[0]) if raw else 0
 
     def entries(self) -> list[Orphan]:
         """All that have bytes."""
@@ -109,5 +104,4 @@ class OrphanMap:
 
     def managed_freed(self, device: int) -> int:
         """Bytes of managed memory that were ever freed on a device."""
-        raw = bpf.lookup(self._maps["managed_freed"], _U32.pack(device), _U64.size)
-        return int(_U64.unpack(raw)[0]) if raw else 0
+        return bpf.number(self._maps["managed_freed"], device)

@@ -1,8 +1,8 @@
 """Taking up the levels that the kernel has pinned when the agent starts.
 
-Owns: the order of a start: first every level whose cgroup lives is entered as it is pinned, then policies and overrides
-are put in force, then what nothing wants is released. Never: releases a level of which it is not known whether
-something wants it: that keeps its limits, as a tenant of source `kept`, and `doubts` says so.
+Owns: the order of a start: first every level of a cgroup that exists is entered as it is pinned, then policies and
+overrides are put in force, then what nothing wants is released. Never: releases a level of which it is not known
+whether something wants it: that keeps its limits, as a tenant of source `kept`, and `doubts` says so.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from fgpu_ebpf.gone_tenants import GoneTenants, left_behind
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.manager import Manager
+from fgpu_ebpf.processes import levels_of
 from fgpu_ebpf.scheduler import Share
 from fgpu_ebpf.tenants import Source, Tenant, kept_tenant
 
@@ -40,7 +41,7 @@ def take_up(ledger: Ledger, manager: Manager, gone: GoneTenants) -> None:
 
 
 def _pinned(ledger: Ledger, manager: Manager, alive: dict[int, str]) -> Iterator[Tenant]:
-    """Every pinned level whose cgroup lives, as the kernel has it; the oldest first."""
+    """Every pinned level of a cgroup that exists, as the kernel has it; the oldest first."""
     limits: dict[int, dict[int, int]] = defaultdict(dict)
     flags: dict[int, int] = {}
     for cgroup, device, bytes_, said in ledger.limits():
@@ -54,8 +55,8 @@ def _pinned(ledger: Ledger, manager: Manager, alive: dict[int, str]) -> Iterator
 
 
 def _used(ledger: Ledger) -> set[int]:
-    """Levels that count: a process of theirs has said hello, or is charged."""
-    used = {level for process in ledger.processes().values() for level in process.levels}
+    """Levels that count: one of the processes in them has said hello, or is charged."""
+    used = levels_of(ledger.processes())
     for cgroup in ledger.tenants():
         if ledger.resolved(cgroup) or any(usage.used for usage in ledger.usage(cgroup) or ()):
             used.add(cgroup)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fgpu_ebpf import pages
@@ -52,6 +53,11 @@ class Process:
     def handles_in_no_row(self, device: int) -> int:
         """NVML names no process without a context; a row with its pid is of an ended process."""
         return 0 if self.contexts[device] else max(0, min(self.handles[device], self.witnessed(device)))
+
+
+def levels_of(processes: Mapping[int, Process]) -> set[int]:
+    """Every level that one of these is charged to."""
+    return {level for process in processes.values() for level in process.levels}
 
 
 def process_of(raw: bytes) -> Process:

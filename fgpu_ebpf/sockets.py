@@ -13,7 +13,7 @@ import time
 def make_way(path: str) -> None:
     """Take a folder away from where a socket or link is to be; move it aside if something is in it.
 
-    Docker makes one for a bind mount whose source is not there yet, as of a container that starts before the agent.
+    Docker makes one for a bind mount with a source that is not there yet: of a container that starts before the agent.
     """
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

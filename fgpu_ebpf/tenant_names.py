@@ -1,8 +1,8 @@
 """Names of tenants: which cgroup has which name. Metrics, commands and events know tenants by these names.
 
 Owns: the assignment, and one file under /run that keeps it over restarts of the agent. Used by the enforcer and the
-manager, in the agent's main loop. Never: two tenants of one name, or another name for a tenant whose own word for
-itself has not changed. On failure: a file that cannot be read or written keeps no names; they are then assigned in the
+manager, in the agent's main loop. Never: two tenants of one name, or another name for a tenant that is called
+the same as before. On failure: a file that cannot be read or written keeps no names; they are then assigned in the
 order of cgroup ids, which is the order in which the kernel made them.
 """
 
@@ -64,7 +64,7 @@ class TenantNames:
             self._write()
 
     def outlive(self, tenant: Tenant) -> Tenant:
-        """Rename a tenant whose cgroup is gone, so that its name is free for another."""
+        """Rename a tenant without a cgroup, so that its name is free for another."""
         self._remove(tenant.cgroup)
         (renamed,) = self.named([replace(tenant, name=_behind(tenant.name, tenant.cgroup))])
         self._enter(renamed.cgroup, renamed.path, renamed.name)

@@ -70,8 +70,7 @@ class Timebook:
 
     def epoch(self) -> int:
         """Changes whenever a share does."""
-        raw = bpf.lookup(self._maps["host"], _U32.pack(HOST_SHARES), 8)
-        return int(_U64.unpack(raw or bytes(8))[0])
+        return bpf.number(self._maps["host"], HOST_SHARES)
 
     def shares(self) -> dict[Key, Share]:
         """All of them, by level and device."""
