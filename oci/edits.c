@@ -1,7 +1,7 @@
 /*
  * edits.c: the mounts that a container needs, put into an OCI configuration. Owns lists that join an image's own
  * preloads with ours: in the container's bundle, or in RUN/preload.d where the caller knows no bundle. Never changes a
- * byte of the configuration that is not its own; never takes away a mount that somebody else asked for. On failure:
+ * byte of the configuration that is not its own; never takes away a mount that it did not add. On failure:
  * said, and no configuration.
  */
 #define _GNU_SOURCE

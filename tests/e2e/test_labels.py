@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from docker_kit import Docker
-from harness import GIB, MIB, REFUSED, RUN_DIR, Service, Tenant, ask, eventually, fgpu, metrics
+from harness import GIB, MIB, REFUSED, RUN_DIR, Client, Service, Tenant, ask, eventually, fgpu, metrics
 
 HEAD = "apiVersion: fgpu.dev/v1alpha1\nkind: GpuPolicy\n"
 BY_LABEL = f"""---
@@ -68,6 +68,19 @@ def becomes(one: Tenant, policy: str, limit: int, seconds: float = 5) -> None:
     """It gets that limit, under its name."""
     eventually(lambda: limit_of(one) == (policy, limit), seconds, f"{policy} for {one.name}: {limit_of(one)}")
     one.assert_enforced()
+
+
+def full_by_label(docker: Docker, service: Service) -> tuple[Tenant, Client]:
+    """A container at the limit that its label gives it; then its engine stands still, and the agent is killed."""
+    one = docker.container({"tier": "notebook"})
+    eventually(lambda: [t for t in ask(verb="snapshot")["tenants"] if t["path"] == one.path], 5, "a tenant")
+    becomes(one, "notebooks", 3 * GIB)
+    client = one.client()
+    client.ok(f"fill {2 * MIB} 0")
+    time.sleep(1.5)  # what is known is written down once a second
+    docker.socket.stall()
+    service.kill_agent()
+    return one, client
 
 
 def test_a_label_chooses_the_policy_and_the_kernel_holds_its_limit(docker: Docker) -> None:
@@ -178,14 +191,7 @@ def test_an_engine_that_goes_and_comes_back(docker: Docker) -> None:
 
 def test_a_limit_by_label_outlives_the_agent_although_the_engine_is_down(docker: Docker, service: Service) -> None:
     write(service, BY_LABEL)
-    one = docker.container({"tier": "notebook"})
-    eventually(lambda: [t for t in ask(verb="snapshot")["tenants"] if t["path"] == one.path], 5, "a tenant")
-    becomes(one, "notebooks", 3 * GIB)
-    client = one.client()
-    client.ok(f"fill {2 * MIB} 0")
-    time.sleep(1.5)  # what is known is written down once a second
-    docker.socket.stall()
-    service.kill_agent()
+    one, client = full_by_label(docker, service)
     assert client.do(f"alloc {2 * MIB}") == REFUSED
     service.start_agent()
     assert limit_of(one) == ("notebooks", 3 * GIB)
@@ -205,13 +211,7 @@ def add_a_key(file: Path) -> None:
 def test_a_limit_by_label_outlives_the_file_of_names(
     docker: Docker, service: Service, damage: Callable[[Path], object]
 ) -> None:
-    one = docker.container({"tier": "notebook"})
-    becomes(one, "notebooks", 3 * GIB)
-    client = one.client()
-    client.ok(f"fill {2 * MIB} 0")
-    time.sleep(1.5)  # what is known is written down once a second
-    docker.socket.stall()
-    service.kill_agent()
+    one, client = full_by_label(docker, service)
     damage(RUN_DIR / "engines.json")
     service.start_agent()
     assert one.memory()["limit_bytes"] == 3 * GIB, "neither more nor what a container without labels gets"

@@ -57,7 +57,7 @@ def doctor_says(name: str) -> str:
 
 
 class Host:
-    """The service whose files a test damages, and the tenants on it."""
+    """The service with the files that a test damages, and the tenants on it."""
 
     def __init__(self, service: Service, place: Place) -> None:
         self.service, self.place = service, place

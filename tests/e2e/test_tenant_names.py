@@ -1,4 +1,4 @@
-"""Cgroups whose folders have one name, as a service of several users has: each tenant has a name of its own."""
+"""Cgroups with folders of one name, as a service of several users has: each tenant has a name of its own."""
 
 from __future__ import annotations
 
