@@ -7,7 +7,6 @@ in force in the kernel; the next agent takes up what is pinned.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import selectors
 import time
@@ -19,7 +18,7 @@ from fgpu_ebpf import cdi, devices, heap, inject, launch, notify, probes, procfs
 from fgpu_ebpf.adoption import Adoption
 from fgpu_ebpf.bypass_killer import BypassKiller
 from fgpu_ebpf.checks import Check
-from fgpu_ebpf.detach import LOCK, NAMES, TENANT_NAMES, take_away
+from fgpu_ebpf.detach import NAMES, TENANT_NAMES, take_away
 from fgpu_ebpf.discovery import Discovery
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.enforcer import Enforcer
@@ -30,6 +29,8 @@ from fgpu_ebpf.keeper import Keeper
 from fgpu_ebpf.keepers import Keepers
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.library_files import driver_libraries
+from fgpu_ebpf.locks import AGENT as LOCK
+from fgpu_ebpf.locks import FileLock
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.news import Newsreader
 from fgpu_ebpf.orphan_reports import OrphanReports
@@ -141,11 +142,9 @@ class Agent:
         self.marks[part] = time.monotonic()
 
     def _lock(self) -> None:
-        self._lock_file = open(self.settings.run_dir / LOCK, "w", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise AgentError("an agent is running on this host already") from error
+        self._lock_file = FileLock(self.settings.run_dir / LOCK)
+        if not self._lock_file.take():
+            raise AgentError("an agent is running on this host already")
 
     def _load(self) -> _Found:
         """What needs no programs is done while they are compiled. Raises what the parts raise."""

@@ -14,8 +14,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from fgpu_ebpf import locks
+
 PATIENCE_SECONDS = 30.0
-LOCK = "agent.lock"  # locked by the agent as long as it runs
 GROUP = "fgpu"  # its members may read
 UNIT = "fgpu-agent"
 _UNIT_FILES = (Path("/etc/systemd/system"), Path("/usr/lib/systemd/system"), Path("/lib/systemd/system"))
@@ -89,7 +90,7 @@ def _no_answer(run_dir: Path, error: OSError) -> NoAnswerError:
 def _is_running(run_dir: Path) -> bool:
     """True if a process holds the agent's lock. /proc/locks has the inode of each locked file, for every user."""
     try:
-        inode = os.stat(run_dir / LOCK).st_ino
+        inode = os.stat(run_dir / locks.AGENT).st_ino
         locked = {line.split()[-3].rpartition(":")[2] for line in _LOCKS.read_text(encoding="ascii").splitlines()}
     except (OSError, IndexError):
         return True  # unknown: permission is what is certainly missing

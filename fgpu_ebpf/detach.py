@@ -13,12 +13,12 @@ import shutil
 from pathlib import Path
 
 from fgpu_ebpf import (
-    control,
     enginesetup,
     inject,
     keeper,
     last_good,
     launch,
+    locks,
     probes,
     procfs,
     programs,
@@ -28,10 +28,10 @@ from fgpu_ebpf import (
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.workloads import Workloads
 
-LOCK, NAMES, TENANT_NAMES = control.LOCK, "engines.json", tenant_names.FILE
+NAMES, TENANT_NAMES = "engines.json", tenant_names.FILE
 _FILES = (
     *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", "overrides.json.bad"),
-    *(NAMES, Elders.FILE, "gatekeeper.json", "gatekeeper.lock", TENANT_NAMES),
+    *(NAMES, Elders.FILE, "gatekeeper.json", locks.GATEKEEPER, locks.NEXT, TENANT_NAMES),
 )
 
 
@@ -50,8 +50,8 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     last_good.FILE.unlink(missing_ok=True)
     for name in _FILES:
         (run_dir / name).unlink(missing_ok=True)
-    if by_agent or not keeper.locked(run_dir / LOCK):
-        (run_dir / LOCK).unlink(missing_ok=True)
+    if by_agent or not locks.is_locked(run_dir / locks.AGENT):
+        (run_dir / locks.AGENT).unlink(missing_ok=True)
     _remove_empty(run_dir / "shim")
     _remove_empty(run_dir)
 

@@ -1,21 +1,18 @@
-"""Where shims find the gatekeeper: the socket in its folder, and the lock of the run folder.
+"""Where shims find the gatekeeper: the socket in its folder.
 
-Owns: `<run>/shim/shim.sock` and `<run>/gatekeeper.lock`. Never: reads what comes in, follows a link, takes a folder of
-another user. When it fails: OSError; folder and socket file stay behind, so that shims that find nobody there refuse.
+Owns: `<run>/shim/shim.sock`. Never: reads what comes in, follows a link, takes a folder of another user. When
+it fails: OSError; folder and socket file stay behind, so that shims that find nobody there refuse.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
-import time
 from pathlib import Path
 
 from fgpu_ebpf.sockets import make_way
 
-LOOKS, LOOK_SECONDS = 10, 0.01
 BACKLOG = 512  # a storm's worth; each is taken in, or turned away, in some 20 us, so a flood of them is 10 ms
 
 
@@ -74,43 +71,3 @@ class Door:
         if self._folder >= 0:
             os.close(self._folder)
             self._folder = -1
-
-
-class Lock:
-    """`<run>/gatekeeper.lock`, held until this process ends: one gatekeeper a folder."""
-
-    def __init__(self, run: Path) -> None:
-        self.path = run / "gatekeeper.lock"
-        self._file = -1
-
-    def take(self) -> bool:
-        """Make the folder and lock it; False: another holds it. Raises OSError."""
-        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        if not _locked_at_last(fd):
-            os.close(fd)
-            return False
-        self._file = fd
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)  # for whoever has to end us
-        return True
-
-    def held(self) -> bool:
-        """Is the file that we locked the one that the next gatekeeper would lock? Raises OSError."""
-        try:
-            there = os.lstat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return os.path.samestat(there, os.fstat(self._file))
-
-
-def _locked_at_last(fd: int) -> bool:
-    """Whoever only looks whether there is a gatekeeper (keeper.locked) holds the lock for that moment."""
-    for _ in range(LOOKS):
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(LOOK_SECONDS)
-        else:
-            return True
-    return False

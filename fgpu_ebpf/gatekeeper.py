@@ -10,39 +10,37 @@ Run as `python -m fgpu_ebpf.gatekeeper`; one a host, by flock.
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import contextlib
 import ctypes
 import json
 import os
-import resource
 import selectors
 import signal
 import socket
 import struct
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from time import monotonic_ns
 
-from fgpu_ebpf import heap, notify, pages, privileges, procfs, wholefile
+from fgpu_ebpf import heap, locks, notify, pages, procfs, wholefile
 from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.callers import Caller, Callers
 from fgpu_ebpf.clients import Client, Clients, Head
-from fgpu_ebpf.door import Door, Lock
+from fgpu_ebpf.door import Door
 from fgpu_ebpf.events import Events
+from fgpu_ebpf.gatekeeper_start import open_ledger, prepare
 from fgpu_ebpf.glance import Glance, Lineages, Offer, Standing, standing
-from fgpu_ebpf.ledger import PINS, Ledger, LedgerMissing
+from fgpu_ebpf.ledger import PINS, Ledger
+from fgpu_ebpf.locks import FileLock
 from fgpu_ebpf.log_lines import LogLines
 from fgpu_ebpf.pages import Answer, Code, News
 from fgpu_ebpf.readers import Readers
 from fgpu_ebpf.slicer import Slicer
-from fgpu_ebpf.urgency import come_first
 
-TELL_NS, LOCK_SECONDS = 50_000_000, 0.1
+TELL_NS = 50_000_000
 AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 500_000_000, 250_000_000, 1_000_000_000
 GIVE_BACK_NS = 30_000_000_000
 AHEAD_BYTES = 256 << 10  # of small objects: what the hellos of one moment take
@@ -56,8 +54,10 @@ COUNTS = (
 class Gatekeeper:
     """One selector, one thread (and those of Readers); `run` returns after `end`. No peer can raise."""
 
-    def __init__(self, lock: Lock, open_ledger: Callable[[], Ledger | None], root: Path) -> None:
-        self._lock, self._open_ledger = lock, open_ledger
+    def __init__(
+        self, lock: FileLock, open_ledger: Callable[[], Ledger | None], root: Path, is_stand_in: bool = False
+    ) -> None:
+        self._lock, self._open_ledger, self._is_stand_in = lock, open_ledger, is_stand_in
         self._run = lock.path.parent
         self._ledger: Ledger | None = None
         self._untold: dict[int, Caller] = {}  # by tenant: of whom the agent is told at the end of this turn
@@ -65,7 +65,7 @@ class Gatekeeper:
         self._deaf_ns = 0  # until when it is told nothing
         self._lineages = Lineages(root)
         self._glance: Glance | None = None
-        self._ended = self._lost = False
+        self._ended, self._lost, self._last_word = False, False, "ends"
         self._listed: tuple[int, list[tuple[int, bytes]]] = (-1, [])
         boot = os.urandom(16)
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -104,7 +104,7 @@ class Gatekeeper:
             self._end_glance()
         self._slicer.end()
         self._door.close()
-        self._log.say(f"{self._lock.path} is no longer the one that was locked: ends" if self._lost else "ends")
+        self._log.say(self._last_word)
         return not self._lost
 
     def _leisure_ns(self, due: dict[Callable[[], None], int]) -> int:
@@ -315,8 +315,12 @@ class Gatekeeper:
     def _keep_up(self) -> None:
         self._log.renew()
         self._lineages.forget()
-        if not self._lock.held():
+        if not self._lock.is_held():
             self._ended = self._lost = True
+            self._last_word = f"{self._lock.path} is no longer the one that was locked: ends"
+            return
+        if self._is_stand_in and locks.is_locked(self._run / locks.NEXT):
+            self._ended, self._last_word = True, "a service's gatekeeper is here: ends"
             return
         if not self._door.intact():
             self._open_door()
@@ -332,53 +336,23 @@ class Gatekeeper:
 # -- start ----------------------------------------------------------------------------------------------------------
 
 
-def open_ledger(pins: Path, factory: Callable[[Path], Ledger]) -> Ledger | None:
-    """The ledger, or None while the loader has not pinned all of it."""
-    try:
-        return factory(pins)
-    except LedgerMissing:
-        return None
-
-
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fgpu-gatekeeper", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pins", type=Path, default=PINS, help="where the ledger's maps are pinned")
     parser.add_argument("--run-dir", type=Path, default=Path("/run/fgpu"), help="where the socket's folder is made")
     parser.add_argument("--wait", action="store_true", help="where another holds the lock, until it has let go")
+    parser.add_argument("--stand-in", action="store_true", help="end as soon as another one waits")
     parser.add_argument("--ready-fd", type=int, help="a descriptor to write 1 to, once listening")
     return parser.parse_args(argv)
-
-
-def _prepare(lock: Lock, is_patient: bool) -> Path:
-    """Everything that may be missing, before the first promise; answers the root of the cgroups. Raises OSError.
-
-    `is_patient`: another gatekeeper is waited for. So the next one is there already when this one is to go.
-    """
-    root = procfs.cgroup2_root()
-    if root is None:
-        raise OSError("no cgroup2 is mounted: boot with systemd.unified_cgroup_hierarchy=1")
-    os.umask(0o022)
-    while not lock.take():
-        if not is_patient:
-            raise OSError(f"another gatekeeper holds {lock.path}")
-        time.sleep(LOCK_SECONDS)
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    come_first()
-    privileges.keep_only(privileges.GATEKEEPER)
-    heap.keep_small()
-    sys.setswitchinterval(0.0005)
-    _thread.stack_size(256 * 1024)
-    return root
 
 
 def main(argv: Sequence[str] | None = None, ledger_factory: Callable[[Path], Ledger] = Ledger) -> int:
     """Serve until SIGTERM; 1 and one line where it cannot, or can no longer."""
     options = _options(argv)
-    lock = Lock(options.run_dir)
+    lock = FileLock(options.run_dir / locks.GATEKEEPER)
     try:
-        root = _prepare(lock, options.wait)
-        gatekeeper = Gatekeeper(lock, partial(open_ledger, options.pins, ledger_factory), root)
+        root = prepare(lock, options.wait)
+        gatekeeper = Gatekeeper(lock, partial(open_ledger, options.pins, ledger_factory), root, options.stand_in)
     except OSError as error:
         print(f"fgpu gatekeeper: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import logging
 import os
 import signal
@@ -18,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from fgpu_ebpf import heap, pages
+from fgpu_ebpf import heap, locks, pages
 from fgpu_ebpf.checks import Check
 
 log = logging.getLogger("fgpu.agent")
@@ -35,10 +34,10 @@ class Keeper:
     """At most one gatekeeper of ours."""
 
     def __init__(self, run_dir: Path, pins: Path) -> None:
-        self._run_dir = run_dir
+        self._run_dir, self._lock = run_dir, run_dir / locks.GATEKEEPER
         # -P: else modules would be looked for in the folder first that the agent was started in, whosever that is.
         module = [sys.executable, "-P", "-m", "fgpu_ebpf.gatekeeper"]
-        self._command = [*module, "--run-dir", str(run_dir), "--pins", str(pins)]
+        self._command = [*module, "--stand-in", "--run-dir", str(run_dir), "--pins", str(pins)]
         self._child: subprocess.Popen[bytes] | None = None
         self._seen = 0.0
         self.is_missed = False  # by keep()
@@ -46,7 +45,7 @@ class Keeper:
     def start(self) -> None:
         """Starts one, unless there is one that a service runs or that outlived an agent."""
         self._seen = time.monotonic()
-        if locked(self._run_dir / "gatekeeper.lock"):
+        if locks.is_locked(self._lock):
             return
         environment = {"PATH": os.defpath, "PYTHONPATH": str(Path(__file__).parent.parent), **heap.ENVIRONMENT}
         self._child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, env=environment)
@@ -54,7 +53,7 @@ class Keeper:
     def keep(self) -> None:
         """Starts one where there is none; where a service ran one, it has the time to do so again."""
         own, was_missed = self._child and self._child.poll() is None, self.is_missed
-        self.is_missed = not own and not locked(self._run_dir / "gatekeeper.lock")
+        self.is_missed = not own and not locks.is_locked(self._lock)
         if not self.is_missed or not (was_missed or self._child):  # others' may have been there until a moment ago
             self._seen = time.monotonic()
         if not self.is_missed:
@@ -91,10 +90,10 @@ class Keeper:
 
 def check(run_dir: Path) -> Check:
     """A gatekeeper is there and answers, asked as a shim asks."""
-    lock = run_dir / "gatekeeper.lock"
-    if not locked(lock):
+    lock = run_dir / locks.GATEKEEPER
+    if not locks.is_locked(lock):
         return ABSENT
-    pid = lock.read_text(encoding="ascii").strip()
+    pid = locks.holder(lock)
     if not _greets(run_dir / "shim/shim.sock"):
         silent = f"pid {pid} does not answer within {PATIENCE_SECONDS:g} s: programs that start get no memory"
         return Check("gatekeeper", False, silent, f"kill -9 {pid}: {ABSENT.mend}")
@@ -116,27 +115,14 @@ def _greets(place: Path) -> bool:
 
 def is_up(run_dir: Path) -> bool:
     """A gatekeeper holds its lock and its socket; whether it answers takes a question (`check`)."""
-    # Strings, as wherever paths are made all the time: a Path interns its parts, and that table grows by a megabyte.
-    return locked(f"{run_dir}/gatekeeper.lock") and os.path.exists(f"{run_dir}/shim/shim.sock")
+    # Strings: see is_locked.
+    return locks.is_locked(f"{run_dir}/{locks.GATEKEEPER}") and os.path.exists(f"{run_dir}/shim/shim.sock")
 
 
 def end_any(run_dir: Path) -> None:
     """Ends whichever gatekeeper holds the lock, an earlier agent's too: it would make its folder again."""
-    lock, deadline = run_dir / "gatekeeper.lock", time.monotonic() + UP_SECONDS
-    with contextlib.suppress(OSError, ValueError):
-        pid = int(lock.read_text(encoding="ascii"))
-        while locked(lock) and time.monotonic() < deadline:
+    lock, deadline = run_dir / locks.GATEKEEPER, time.monotonic() + UP_SECONDS
+    with contextlib.suppress(OSError):
+        while (pid := locks.holder(lock)) and locks.is_locked(lock) and time.monotonic() < deadline:
             os.kill(pid, signal.SIGTERM)
             time.sleep(0.02)
-
-
-def locked(path: str | Path) -> bool:
-    """Somebody holds the file's lock."""
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False

@@ -620,6 +620,19 @@ def test_overhead_is_refused_when_anything_happened_since(kernel, level, client)
     assert level.used == 4 * MIB
 
 
+@pytest.mark.parametrize("kind", [0, pages.PATIENT], ids=["once", "patient"])
+def test_a_refused_question_is_no_change(kernel, level, client, kind):
+    """Programs that wait for room ask all the time: the agent would have no look without a change."""
+    client(f"admit({4 * MIB})")
+    client(f"alloc(0x1000, {4 * MIB})")
+    before = client.entry(kernel)
+    for _ in range(3):
+        assert client(f"admit({2048 * MIB}, kind={kind})") == REFUSED
+    assert client.entry(kernel) == before
+    client(f"admit({4 * MIB})")
+    assert client.entry(kernel).begun == before.begun + 1
+
+
 def quiet(kernel, client):
     return client.entry(kernel).quiet
 

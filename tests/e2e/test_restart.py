@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,9 @@ from harness import (
     GIB,
     MIB,
     REFUSED,
+    ROOT,
+    RUN_DIR,
+    SERVICE_ENVIRONMENT,
     Client,
     Service,
     Tenant,
@@ -194,6 +198,56 @@ def test_the_cgroup_of_a_program_that_outlives_a_detach_is_removed_later(agent: 
         run.wait(10)
     agent.stand()
     eventually(lambda: not cgroup.exists(), 5, "the end of its cgroup")
+
+
+@pytest.mark.places("host")
+def test_no_user_keeps_the_agent_from_starting(agent: Service, tenant) -> None:
+    """T45: flock takes no more than permission to read."""
+    one = tenant(CONTEXT + ROOM)
+    one.assert_enforced()
+    for name in ("agent.lock", "gatekeeper.lock"):
+        (RUN_DIR / name).chmod(0o644)  # as an earlier version left it
+    agent.kill_agent()
+    agent.kill_gatekeeper()
+    agent.start_agent()
+    for name in ("agent.lock", "gatekeeper.lock"):
+        file = RUN_DIR / name
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "flock", "--nonblock", file, "true"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        assert (done.returncode, "Permission denied" in done.stderr) == (66, True), (name, done)
+    with one.growing(ROOM):
+        one.client().ok(f"alloc {ROOM}")
+
+
+@contextlib.contextmanager
+def service_gatekeeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A gatekeeper as its unit or its pod starts it, until the end of the block."""
+    command = [ROOT / ".venv/bin/python", "-m", "fgpu_ebpf.gatekeeper", "--wait", "--run-dir", RUN_DIR]
+    with subprocess.Popen(command, env={"PATH": os.environ["PATH"]} | SERVICE_ENVIRONMENT) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+@pytest.mark.places("host")
+def test_the_agent_s_gatekeeper_ends_when_a_service_s_comes(agent: Service, tenant) -> None:
+    """F35: one that systemd or a pod starts never waits for the agent to end."""
+    one = tenant(2 * CONTEXT + ROOM)
+    one.assert_enforced()
+    (own,) = agent.gatekeepers()
+    held = one.client()
+    held.ok(f"alloc {ROOM // 2}")
+    with service_gatekeeper() as other:
+        assert other.pid != own
+        eventually(lambda: agent.gatekeepers() == {other.pid}, 5, "the service's gatekeeper alone")
+        with one.growing(ROOM // 2):
+            one.client().ok(f"alloc {ROOM // 2}")
+        time.sleep(2)  # the agent starts one where it sees none for a second
+        assert agent.gatekeepers() == {other.pid}
+    eventually(lambda: agent.gatekeepers() - {other.pid}, 5, "the agent's gatekeeper in its place")
+    assert one.client().do(f"alloc {2 * MIB}") == REFUSED  # the limit is still known
+    assert one.assert_exact() == 2 * CONTEXT + ROOM
 
 
 @pytest.mark.slow

@@ -23,7 +23,6 @@ from fgpu_ebpf.breakpoints import UNCHECKED, of_process
 from fgpu_ebpf.callers import well_formed
 from fgpu_ebpf.clients import Client, Clients, Head, by_tenant
 from fgpu_ebpf.desks import Desk, seen_of
-from fgpu_ebpf.door import Lock
 from fgpu_ebpf.glance import Standing, standing
 from fgpu_ebpf.ledger import Ledger, LedgerMissing
 from fgpu_ebpf.procfs import cgroup_ids, cgroup_path, cgroups, fgpu_mappings, pid_names
@@ -262,14 +261,6 @@ def test_only_a_hello_is_well_formed() -> None:
     for place in range(8):
         assert not well_formed(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
     assert not any(well_formed(dice.randbytes(dice.randrange(200))) for _ in range(10_000))
-
-
-def test_a_lock_is_held_while_its_file_is_there(tmp_path: Path) -> None:
-    first, second = Lock(tmp_path / "run"), Lock(tmp_path / "run")
-    assert (first.take(), first.held(), second.take()) == (True, True, False)
-    first.path.unlink()
-    assert not first.held()
-    assert (second.take(), second.held(), first.held()) == (True, True, False)
 
 
 def test_a_missing_ledger_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

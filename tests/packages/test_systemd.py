@@ -145,6 +145,21 @@ def test_one_that_hangs_is_replaced(running: host_kit.Host, unit: str) -> None:
     fills(running)
 
 
+def test_the_agent_s_gatekeeper_makes_room_for_the_unit_s(running: host_kit.Host) -> None:
+    """F35: as after a kill on a host where a start takes longer than a second. The unit never waits for the agent."""
+
+    def holder() -> str:
+        number = running.run("cat", "/run/fgpu/gatekeeper.lock").stdout.strip()
+        return running.run("cat", f"/proc/{number}/cmdline", check=False).stdout
+
+    running.run("systemctl", "stop", GATEKEEPER)
+    kit.eventually(lambda: "--stand-in" in holder(), 10, "a gatekeeper of the agent")
+    running.run("systemctl", "start", GATEKEEPER)
+    assert running.unit(GATEKEEPER, "ActiveState", "NRestarts") == ["active", "0"]
+    assert "--wait" in holder()
+    fills(running)
+
+
 def test_reload_is_no_restart(running: host_kit.Host) -> None:
     old = pid(running, AGENT)
     running.run("systemctl", "reload", AGENT)

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent.parent / "fgpu_ebpf"
 # Each module may import those of earlier rows alone.
 ORDER = (
-    {"mappings"},
+    {"mappings", "locks"},
     {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
     | {"cgroupnames", "messages", "visitors", "heap", "workers", "log_lines", "sockets"},
@@ -62,7 +62,7 @@ ORDER = (
     {"probes", "clients", "enforcer", "gone_tenants", "roots", "library_search"},
     {"library_worker"},
     {"libraries"},
-    {"devices", "trial", "glance", "discovery", "manager", "targets", "desks"},
+    {"devices", "trial", "glance", "discovery", "manager", "targets", "desks", "gatekeeper_start"},
     {"device_sample"},
     {"corrections", "orphan_release"},
     {"settings", "reconcile", "news", "detach", "explain", "callers", "slicer", "pinned_levels"},

@@ -25,7 +25,7 @@ def world(monkeypatch, tmp_path):
         it.started += 1
         return subprocess.CompletedProcess([], 0)
 
-    monkeypatch.setattr(keeper, "locked", lambda _: it.is_locked)
+    monkeypatch.setattr(keeper.locks, "is_locked", lambda _: it.is_locked)
     monkeypatch.setattr(keeper.time, "monotonic", lambda: it.now)
     monkeypatch.setattr(keeper.subprocess, "Popen", start)
     it.keeper.start()

@@ -1,0 +1,88 @@
+"""Files of the run folder that one process at a time holds locked (flock).
+
+Owns: their creation and permissions. A lock takes no more than permission to read the file, so that root alone has it:
+a local user could keep the agent from starting otherwise. On failure: OSError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from pathlib import Path
+
+AGENT, GATEKEEPER = "agent.lock", "gatekeeper.lock"
+NEXT = "gatekeeper.next"  # held by a gatekeeper that waits for GATEKEEPER
+MODE = 0o600
+LOOKS, LOOK_SECONDS = 10, 0.01
+
+
+class FileLock:
+    """One file, locked from take() until release() or the end of the process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = -1
+
+    def take(self) -> bool:
+        """Create the folder and the file, lock the file and write this process's pid into it.
+
+        Returns False if another process holds it. Raises OSError.
+        """
+        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, MODE)
+        os.fchmod(fd, MODE)  # earlier versions let every user read it
+        if not _locked_at_last(fd):
+            os.close(fd)
+            return False
+        self._file = fd
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        return True
+
+    def is_held(self) -> bool:
+        """Return whether the path still is the file that take() has locked. Raises OSError."""
+        try:
+            there = os.lstat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return os.path.samestat(there, os.fstat(self._file))
+
+    def release(self) -> None:
+        """Let go of the lock; the file stays. Without a lock, nothing."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def is_locked(path: str | Path) -> bool:
+    """Return whether a process holds the file's lock; False also where there is no such file. Raises OSError."""
+    # A string, as wherever paths are made all the time: a Path interns its parts, and that table grows by a megabyte.
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def holder(path: Path) -> int | None:
+    """Return the pid that the last holder wrote, in its own pid namespace; None if the file has none."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(path.read_text(encoding="ascii"))
+    return None
+
+
+def _locked_at_last(fd: int) -> bool:
+    """Try for LOOKS * LOOK_SECONDS: is_locked() of another process holds the lock for a moment."""
+    for _ in range(LOOKS):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOOK_SECONDS)
+        else:
+            return True
+    return False

@@ -1,0 +1,81 @@
+"""Lock files: one holder, for root alone, and a look at one keeps no process from taking it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf.locks import FileLock, holder, is_locked
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run/fgpu.lock"
+
+
+def test_a_look_keeps_no_process_out(path: Path) -> None:
+    path.parent.mkdir()
+    path.touch()
+    with open(path, "rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.03, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        assert FileLock(path).take(), "a look was taken for a holder"
+
+
+def test_a_second_one_is_told_soon(path: Path) -> None:
+    first, begun = FileLock(path), time.monotonic()
+    assert first.take()
+    assert not FileLock(path).take()
+    assert time.monotonic() - begun < 2
+    assert (is_locked(path), holder(path)) == (True, os.getpid())
+
+
+def test_what_is_released_can_be_taken(path: Path) -> None:
+    first, second = FileLock(path), FileLock(path)
+    assert first.take()
+    first.release()
+    first.release()
+    assert not is_locked(path)
+    assert second.take()
+
+
+def test_another_file_in_its_place_is_not_held(path: Path) -> None:
+    lock = FileLock(path)
+    assert lock.take()
+    assert lock.is_held()
+    path.unlink()
+    assert not lock.is_held()
+    other = FileLock(path)
+    assert other.take()
+    assert (lock.is_held(), other.is_held()) == (False, True)
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["new", "of an earlier version"])
+def test_no_other_user_can_lock_it(path: Path, is_there: bool) -> None:
+    """flock takes no more than permission to read: a local user could keep the agent from starting."""
+    path.parent.mkdir(mode=0o755)
+    if is_there:
+        path.touch()
+        path.chmod(0o644)
+    lock = FileLock(path)
+    assert lock.take()
+    lock.release()
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--clear-groups", "flock", "--nonblock", path, "true"], capture_output=True
+    )
+    assert done.returncode != 0
+    assert FileLock(path).take()
+
+
+@pytest.mark.parametrize("text", ["", "x\n"])
+def test_a_file_without_a_pid_has_no_holder(path: Path, text: str) -> None:
+    path.parent.mkdir()
+    assert holder(path) is None
+    path.write_text(text)
+    assert holder(path) is None
