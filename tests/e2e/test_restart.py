@@ -212,7 +212,8 @@ def test_no_user_keeps_the_agent_from_starting(agent: Service, tenant) -> None:
     agent.start_agent()
     for name in ("agent.lock", "gatekeeper.lock"):
         file = RUN_DIR / name
-        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "flock", "--nonblock", file, "true"]
+        lock = ["flock", "--nonblock", file, "true"]
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *lock]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
         assert (done.returncode, "Permission denied" in done.stderr) == (66, True), (name, done)
     with one.growing(ROOM):
