@@ -1,8 +1,8 @@
 """Finds the files of libcuda and the shim that are in use, by the processes that map them or may come to.
 
 Owns: which process maps which of them, and the socket at which the gatekeeper names processes. Runs in: the agent's
-loop; the mappings of a process that was named, and a container's root, are read by the workers of `libraries`. Never:
-answers a shim; lets what one cgroup maps keep it from looking at others.
+loop; mappings of processes and containers' roots are read by the workers of `libraries`. Never: answers a shim; lets
+what one cgroup maps keep it from looking at others.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from time import monotonic
 
 from fgpu_ebpf import procfs, roots
+from fgpu_ebpf.host_scan import HostScan, Scanned
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.libraries import Libraries, Taken, trusted
 from fgpu_ebpf.library_class import Role, Trust
@@ -52,6 +53,7 @@ class Discovery:
         self._standalone: set[int] = set()  # processes that keep an image's limit among themselves
         self._hidden: set[int] = set()  # processes that execute memory of no file, and hold memory that no probe saw
         self._hopeless = ""
+        self._scan = HostScan(self._libraries.work, self._cgroup, self._search.by_name, self._see)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self.fileno, self.take = self._libraries.fileno, self._libraries.take
 
@@ -70,15 +72,18 @@ class Discovery:
         the host's own cannot be probed.
         """
         self._libraries.attach_own()
-        used, unreadable = self._see_mapped(procfs.pids())
-        self._libraries.settle()  # until then the programs of an earlier agent see what these files are called for
+        scanned: list[Scanned] = []
+        self._scan.begin(scanned.append)
+        self._libraries.settle(lambda: bool(scanned))
+        # Until then the programs of an earlier agent see what these files are called for.
         self._probes.drop_older()
         self._libraries.read_own()
-        if unreadable:
-            log.info("the mappings of process %s cannot be read: probes of files that are gone stay", unreadable)
+        if not scanned or not scanned[0].is_whole or scanned[0].left_out:
+            which = scanned[0].left_out[:1] if scanned else "all"
+            log.info("not every process can be looked at (%s): probes of files that are gone stay", which)
             return None
-        self._probes.drop_unused(used | self._libraries.own_files)
-        return used
+        self._probes.drop_unused(scanned[0].used | self._libraries.own_files)
+        return scanned[0].used
 
     def unenforced(self) -> str:
         """Why nothing is enforced: probes of the host's own files are not there any more. Empty: they are."""
@@ -182,19 +187,7 @@ class Discovery:
     def look_around(self) -> None:
         """Probes what any process maps: for what nothing else has told. What could not be probed is tried once more."""
         self._libraries.look_around()
-        self._see_mapped(procfs.pids())
-
-    def _see_mapped(self, pids: Sequence[int]) -> tuple[set[File], int]:
-        """Returns the files that are mapped, and a process of which that cannot be told."""
-        used: set[File] = set()
-        unreadable = 0
-        for pid in pids:
-            found = self._search.by_name(pid)
-            if found.files is None and procfs.has_memory(pid):
-                unreadable = pid
-            used |= {(one.dev, one.ino) for one in found.files or ()}
-            self._see(pid, "", found)
-        return used, unreadable
+        self._scan.begin(lambda _: None)
 
     def _see(self, pid: int, cgroup: str, found: Found, verify: bool = False) -> None:
         """A process maps these files. `cgroup`: its own, if known; `verify`: also look at those that are probed."""
@@ -245,17 +238,20 @@ class Discovery:
     def let_go(self) -> None:
         """Ends the probes of files that are not the host's own and that no process maps any more."""
         left = self._libraries.unmapped()
+        if left:  # perhaps other processes have come to map them
+            self._scan.begin(partial(self._let_go, left))
         self._standalone = {pid for pid in self._standalone if procfs.has_memory(pid)}
         self._hidden = {pid for pid in self._hidden if procfs.has_memory(pid)}
-        if left:  # perhaps others have come to map them; a process that cannot be read gets no answer to a hello either
-            pids = procfs.pids()
-            used, _ = self._see_mapped(pids)
-            kept = self._roots.dwellers(left - used, pids)
-            for file, pid in kept.items():
-                self._libraries.awaits(file, pid)
-            for file in left - used - kept.keys():
-                self._libraries.let_go(file)
-                self._roots.forget(file)
+
+    def _let_go(self, left: set[File], scanned: Scanned) -> None:
+        """A process that is left out gets no answer to a hello either, so that the files are not kept for it."""
+        left = (left & self._libraries.unmapped()) - scanned.used if scanned.is_whole else set()
+        kept = self._roots.dwellers(left, scanned.pids)
+        for file, pid in kept.items():
+            self._libraries.awaits(file, pid)
+        for file in left - kept.keys():
+            self._libraries.let_go(file)
+            self._roots.forget(file)
 
     def sweep(self, ledger: Ledger, workloads: Workloads) -> None:
         """Forgets unmanaged cgroups that are gone, so that the map holds live ones only."""

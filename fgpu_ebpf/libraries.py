@@ -117,10 +117,10 @@ class Libraries:
             if self._results:
                 self._bell.ring()
 
-    def settle(self) -> None:
-        """Wait for the probes of all files that are asked for, for as long as honest files may take."""
+    def settle(self, is_ready: Callable[[], bool]) -> None:
+        """Wait until that is so and all files that are asked for are probed, for as long as honest ones may take."""
         end = monotonic() + SETTLE_SECONDS
-        while self._examining and monotonic() < end:
+        while (self._examining or not is_ready()) and monotonic() < end:
             sleep(0.001)
             self.take()
 

@@ -36,6 +36,17 @@ class _Row(NamedTuple):
     orphaned: int
 
 
+class Spare(NamedTuple):
+    """How many bytes of an orphan the device may have freed, by what NVML shows.
+
+    `slack`: how many of an old one may be let go without further evidence.
+    """
+
+    orphan: Orphan
+    freed: int
+    slack: int
+
+
 class EndedRows:
     """Which part of NVML's row of a pid belongs to processes of that pid that have ended, on one device.
 
@@ -47,6 +58,7 @@ class EndedRows:
         self._device = device
         self._last: dict[int, _Row] = {}
         self._rows: Rows | None = None  # all of the last look
+        self._living: frozenset[int] = frozenset()  # pids of ended processes that are those of living ones too
         self._fell: dict[int, int] = {}  # pid -> when the ended part of its row was last seen to be less
 
     def look(self, rows: Rows, live: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[int, int]:
@@ -61,6 +73,7 @@ class EndedRows:
         now = time.monotonic_ns()
         fell = {pid: now if row.ended < self._before(pid) else self._fell.get(pid, 0) for pid, row in last.items()}
         self._last, self._rows, self._fell = last, rows, fell
+        self._living = frozenset(live.keys() & last.keys())
         return {pid: row.ended for pid, row in last.items() if row.ended}
 
     def _before(self, pid: int) -> int:
@@ -73,17 +86,21 @@ class EndedRows:
         if row and orphan.ended_ns:
             self._last[orphan.tgid] = row._replace(orphaned=row.orphaned - bytes_)
 
-    def spare(self, orphans: Iterable[Orphan]) -> list[tuple[Orphan, int]]:
+    def spare(self, orphans: Iterable[Orphan]) -> list[Spare]:
         """How many bytes of each orphan the device may have freed: all but what a row proves that it holds.
 
         The first is the most likely one. A process's row has fallen a moment ago; else the youngest: a driver frees
         most memory at once, so what has stayed for long is held by something. A process that NVML names comes last.
+
+        A row that is also a living process's proves less: a driver rounds up what that process has. Slack that is let
+        go there is charged to the living process, as all that its row has beyond the orphans.
         """
         proven, found = {pid: row.ended for pid, row in self._last.items()}, []
         for orphan in sorted(orphans, key=self._key):
             held = min(orphan.bytes, proven.get(orphan.tgid, 0)) if orphan.ended_ns else 0
             proven[orphan.tgid] = proven.get(orphan.tgid, 0) - held
-            found.append((orphan, orphan.bytes - held))
+            slack = orphan.bytes if orphan.tgid in self._living else orphan.bytes - held
+            found.append(Spare(orphan, orphan.bytes - held, slack))
         return found
 
     def _key(self, orphan: Orphan) -> tuple[bool, bool, int]:
@@ -103,7 +120,7 @@ class EndedRows:
         more = max(0, orphaned - orphaned_then)
         if process and self._rows is not None:
             more = min(more, max(0, (self._rows.get(pid) or 0) - ended_then))
-        most = ended_then + more
+        most = min(ended_then + more, orphaned) if process else ended_then + more
         own = self._own(process) if process else 0
         fallen = 0 if process else max(0, bytes_then - row)
         return max(0, min(most - fallen, row - own))
@@ -117,17 +134,18 @@ class EndedRows:
         return process.witnessed(device) - process.handles_in_no_row(device) + min(process.overhead[device], size)
 
 
-def excess(spare: Sequence[tuple[Orphan, int]], room: int) -> list[tuple[Orphan, int]]:
+def excess(spare: Sequence[Spare], room: int) -> list[tuple[Orphan, int]]:
     """Which orphans to release, and how many bytes of each: what the device has no room for; else the slack, of old.
 
-    `spare`: how many bytes of each the device may have freed, the first ones first; of the slack it may be any.
+    `spare`: the first ones first.
     """
-    kept = sum(orphan.bytes for orphan, _ in spare)
-    if kept > room:
-        return surplus(spare, kept - room)
+    kept = sum(one.orphan.bytes for one in spare)
+    found = surplus([(one.orphan, one.freed) for one in spare], kept - room)
+    if found:
+        return found
     until_ns = time.monotonic_ns() - SLACK_AFTER_NS
-    old = [(orphan, orphan.bytes) for orphan, _ in spare if orphan.since_ns < until_ns]
-    return surplus(old, kept - max(0, room - SLACK_BYTES))
+    old = [(one.orphan, one.slack) for one in spare if one.orphan.since_ns < until_ns]
+    return surplus(old, min(SLACK_BYTES, kept - max(0, room - SLACK_BYTES)))
 
 
 class OrphanRelease:

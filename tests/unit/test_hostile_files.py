@@ -280,7 +280,7 @@ def test_a_cgroup_has_so_many_files_probed_and_no_more(
         process.communicate()
     quiet(looks)
     looks.let_go()
-    assert len(stage.known) == 1
+    settled(looks, lambda: len(stage.known) == 1)
     again = mapper(*(copy(library, tmp_path / f"libcuda.so.again.{k}") for k in range(5)))
     cgroups[again.pid] = "/greedy"
     looks.look_at(again.pid)

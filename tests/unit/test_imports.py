@@ -61,7 +61,7 @@ ORDER = (
     {"tenant_names"},
     {"probes", "clients", "enforcer", "gone_tenants", "roots", "library_search"},
     {"library_worker"},
-    {"libraries"},
+    {"libraries", "host_scan"},
     {"devices", "trial", "glance", "discovery", "manager", "targets", "desks", "gatekeeper_start"},
     {"device_sample"},
     {"corrections", "orphan_release"},

@@ -1,0 +1,61 @@
+"""What local users do who are no tenants: the agent goes on to serve its own."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import BUILD, CONTEXT, MIB, Service, ask
+
+PROCESSES, MAPPINGS = 100, 30_000  # together 10 s of one processor to look at
+ROOM = 40 * MIB
+# Without them a start takes 0.6 s and an answer 0.01 s.
+START_SECONDS, PING_SECONDS = 7.0, 1.0
+
+
+@pytest.fixture
+def agent(service: Service, unharmed: None) -> Iterator[Service]:
+    """The service, started again if a test leaves it dead."""
+    yield service
+    service.stand()
+
+
+@pytest.fixture
+def crowd(tmp_path: Path) -> Iterator[None]:
+    """Processes of user 65534 whose mappings take long to read."""
+    file = tmp_path / "mapped"
+    file.write_bytes(bytes(3 * 4096))
+    file.chmod(0o644)
+    command = [f"{BUILD}/e2e/crowd_of_maps", str(PROCESSES), str(MAPPINGS), file]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+            yield
+        finally:
+            process.kill()
+
+
+@pytest.mark.places("host")
+def test_mappings_without_number_keep_no_tenant_waiting(agent: Service, tenant, crowd: None, scale) -> None:
+    """T46: the agent looks at all processes of the host when it starts, and every half minute."""
+    agent.kill_agent()
+    seconds = agent.start_agent()
+    worst, end = 0.0, time.monotonic() + scale(4, 33, 66)
+    while time.monotonic() < end:
+        one = tenant(CONTEXT + ROOM)
+        one.assert_enforced()
+        with one.growing(ROOM):
+            one.client().ok(f"alloc {ROOM}")
+        one.end()
+        for _ in range(10):
+            begun = time.monotonic()
+            ask(verb="ping")
+            worst = max(worst, time.monotonic() - begun)
+            time.sleep(0.05)
+    print(f"start {seconds:.1f} s, worst answer {worst:.3f} s")
+    assert worst < PING_SECONDS
+    assert seconds < START_SECONDS

@@ -1,0 +1,159 @@
+"""A look at every process of the host waits for none of them, and one cgroup's keep it from no other's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf import host_scan, procfs
+from fgpu_ebpf.host_scan import HostScan, Scanned
+from fgpu_ebpf.library_search import Found
+from fgpu_ebpf.procfs import Mapping
+from fgpu_ebpf.workers import Workers
+
+HOSTILE, HONEST = "/user/hostile", "/honest"
+ONE = Mapping("/lib/libcuda.so.1", 1, 2)
+Read = Callable[[int], Found]
+
+
+class World:
+    """Processes of two cgroups, and threads that look at them; `share` is how many jobs a cgroup may have in all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, read: Read, share: int = 1000) -> None:
+        self.pids = {10: HOSTILE, 11: HOSTILE, 12: HOSTILE, 20: HONEST, 21: HONEST}
+        self.jobs, self.share = Counter[str](), share
+        self.seen: list[int] = []
+        self.ended: list[Scanned] = []
+        self.workers = Workers[str, host_scan.Job, host_scan.Taken](
+            lambda job: job(), lambda _: True, lambda: None, few=2
+        )
+        self.scan = HostScan(self.work, self.pids.__getitem__, read, lambda pid, _, found: self.seen.append(pid))
+        monkeypatch.setattr(procfs, "pids", lambda: list(self.pids))
+        monkeypatch.setattr(procfs, "has_memory", lambda _: True)
+
+    def work(self, cgroup: str, job: host_scan.Job) -> bool:
+        self.jobs[cgroup] += 1
+        if self.jobs[cgroup] > self.share:
+            return False
+        queued = self.workers.want(cgroup, job)
+        self.workers.go()
+        return queued
+
+    def begin(self) -> None:
+        self.scan.begin(self.ended.append)
+
+    def until(self, true: Callable[[], object], seconds: float = 5) -> None:
+        """Take over what the threads find until this is true."""
+        end = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < end, f"not within {seconds} s"
+            time.sleep(0.002)
+            self.workers.go()
+            for done in self.workers.take():
+                done.result()
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What hangs does so until this is set."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_every_process_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, lambda pid: Found([ONE] if pid == 20 else []))
+    world.begin()
+    world.until(lambda: world.ended)
+    (found,) = world.ended
+    assert sorted(found.pids) == sorted(world.seen) == [10, 11, 12, 20, 21]
+    assert (found.used, found.left_out, found.is_whole) == ({(1, 2)}, [], True)
+
+
+def test_one_look_at_a_time(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> None:
+    world = World(monkeypatch, lambda pid: Found([]) if gate.wait(5) else Found(None))
+    world.begin()
+    world.begin()
+    gate.set()
+    world.until(lambda: world.ended)
+    assert (len(world.ended), world.jobs[""]) == (1, 1)
+    world.begin()
+    world.until(lambda: len(world.ended) == 2)
+
+
+def test_processes_that_take_long_are_looked_at_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_scan, "SLICE_SECONDS", 0.0)
+    world = World(monkeypatch, lambda pid: Found([]))
+    world.begin()
+    world.until(lambda: world.ended)
+    assert world.jobs == {"": 1, HOSTILE: 3, HONEST: 2}
+    assert sorted(world.seen) == [10, 11, 12, 20, 21]
+
+
+def test_a_cgroup_that_has_had_its_share_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_scan, "SLICE_SECONDS", 0.0)
+    world = World(monkeypatch, lambda pid: Found([]), share=2)
+    world.begin()
+    world.until(lambda: world.ended)
+    assert sorted(world.seen) == [10, 11, 20, 21]
+    assert (world.ended[0].left_out, world.ended[0].is_whole) == ([12], True)
+
+
+def test_a_process_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, lambda pid: Found(None if pid == 21 else []))
+    world.begin()
+    world.until(lambda: world.ended)
+    assert world.ended[0].left_out == [21]
+
+
+@pytest.mark.parametrize("where", ["of all", "of one"])
+def test_a_job_that_fails_ends_its_cgroup_s_part_alone(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def read(pid: int) -> Found:
+        if world.pids[pid] == HOSTILE:
+            raise OSError("too many open files")
+        return Found([])
+
+    world = World(monkeypatch, read)
+    if where == "of all":
+        monkeypatch.setattr(procfs, "pids", lambda: [1 / 0])
+    world.begin()
+    world.until(lambda: world.ended)
+    (found,) = world.ended
+    assert (found.is_whole, sorted(found.left_out)) == ((True, [10, 11, 12]) if where == "of one" else (False, []))
+    assert world.seen == ([20, 21] if where == "of one" else [])
+    world.begin()
+    world.until(lambda: len(world.ended) == 2)
+
+
+def test_a_process_that_hangs_keeps_no_other_from_being_looked_at(
+    monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+) -> None:
+    monkeypatch.setattr(host_scan, "MOST_SECONDS", 0.3)
+
+    def read(pid: int) -> Found:
+        if pid == 11:
+            gate.wait(20)
+        return Found([])
+
+    world = World(monkeypatch, read)
+    world.begin()
+    world.until(lambda: sorted(world.seen) == [20, 21])
+    assert not world.ended
+    time.sleep(0.3)
+    world.begin()  # the one before is given up
+    assert (sorted(world.ended[0].left_out), world.ended[0].is_whole) == ([10, 11, 12], True)
+    world.until(lambda: sorted(world.seen) == [20, 20, 21, 21])
+    gate.set()
+    world.until(lambda: len(world.ended) == 2)
+    assert world.ended[1].left_out == []
+
+
+def test_nothing_is_known_where_no_look_can_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    world = World(monkeypatch, lambda _: Found([]), share=0)
+    world.begin()
+    assert (world.ended[0].is_whole, world.ended[0].used) == (False, set())
