@@ -216,8 +216,8 @@ struct fgpu_turn { /* turns: {level, device} -> what came of it, ever growing un
     __u64 free;                /* 1: nobody to share with, and no ceiling: it is not gated, nor measured */
     __u64 since_ns;            /* it has waited; 0: it does not */
 };
-/* owners: slot -> how much an owner of bounds (a workload with all levels inside it) has of the maps that all share, and
- * may have. The entries of slot 0 are all that owners have claimed: an owner claims some at a time. */
+/* owners: slot -> how much an owner of bounds (a workload with all levels inside it) has of the maps that all share,
+ * and may have. The entries of slot 0 are all that owners have claimed: an owner claims some at a time. */
 #define FGPU_OWNERS 4096
 #define FGPU_OWNED 4         /* the maps of enum fgpu_shared, and then: */
 #define FGPU_OWNED_ORPHANS 3 /* `orphans` */

@@ -10,10 +10,10 @@
 #define MOST_PROCESSES 16384
 #define MOST_ORPHANS 65536
 #define MOST_BORROWERS 4096
-#define PART(most) ((most) / 4) /* of a map that all share: what one level may have of it */
-#define RESERVE(most) ((most) / 8)                        /* of it, for owners that have few entries */
+#define PART(most) ((most) / 4)                       /* of a map that all share: what one level may have of it */
+#define RESERVE(most) ((most) / 8)                    /* of it, for owners that have few entries */
 #define FEW(most) ((most) < 1024 ? 1 : (most) / 1024) /* that an owner claims at a time */
-#define SPAN 32                 /* mappings that one unmap may cover */
+#define SPAN 32                                       /* mappings that one unmap may cover */
 #define READY 2
 #define SIGKILL 9
 #define EVENT_BYTES (1 << 20)

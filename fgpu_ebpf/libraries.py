@@ -46,9 +46,7 @@ def trusted(shim: Path, store: Path | None, listed: Iterable[str]) -> Trust:
 class Libraries:
     """`own`: the host driver's files and the published shims."""
 
-    def __init__(
-        self, attached: Probes, own: Mapping[Path, Role], trust: Trust, most_files: int = MOST_FILES
-    ) -> None:
+    def __init__(self, attached: Probes, own: Mapping[Path, Role], trust: Trust, most_files: int = MOST_FILES) -> None:
         self._probes, self._trust = attached, trust
         self._own = [(Target.of(str(path)), role) for path, role in own.items()]
         self.own_files = frozenset((target.dev, target.ino) for target, _ in self._own)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from fgpu_ebpf import procfs
 from fgpu_ebpf.enforcer import Enforcer, RoomError
 from fgpu_ebpf.gone_tenants import GoneTenants
 from fgpu_ebpf.history import History
@@ -156,6 +157,12 @@ class Manager:
         self.enforcer.release([tenant.cgroup for tenant in tenants], self.gone.keep(removed))
         self.overrides.drop(tenant.cgroup for tenant in removed)
         self._has_freed_places = True
+
+    def bounds_met(self, path: str) -> list[str]:
+        """Which bounds keep this cgroup, or one around it, from a limit or from entries."""
+        wanted = [tenant for around in procfs.and_above(path) if (tenant := self._tenant(around))]
+        _, lacks = self.enforcer.places.divide(tenant for tenant in wanted if not self.enforcer.get(tenant.cgroup))
+        return [*lacks.values(), *self.enforcer.places.crowds([path])]
 
     def retry_refused(self) -> None:
         """Levels are gone: some of the cgroups that found no place may find one. All are tried at a full look."""

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 from discovery_kit import Stage, quiet, settled
 
-from fgpu_ebpf import breakpoints, elf, file_budget, library_files, probe_plan, procfs
+from fgpu_ebpf import breakpoints, elf, library_files, probe_plan, procfs
 from fgpu_ebpf.discovery import Discovery
 
 NAMES = list(probe_plan.REQUIRED)
@@ -285,7 +285,6 @@ def test_a_cgroup_has_so_many_files_probed_and_no_more(
     looks.look_at(again.pid)
     settled(looks, lambda: len(stage.known) == 1 + 5)
     assert again.pid not in looks.unprobed()
-
 
 
 def test_the_descriptor_limit_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

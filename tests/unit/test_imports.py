@@ -70,6 +70,7 @@ ORDER = (
     {"corrections", "orphan_release"},
     {"settings", "reconcile", "news", "detach", "explain", "callers", "slicer", "pinned_levels"},
     {"policies", "questions"},
+    {"map_views"},
     {"view", "readers", "adoption", "health", "offers", "xidnews", "orphan_reports", "bypass_killer"},
     {"agent", "metrics", "tables", "gatekeeper", "keyboard", "ranking", "bars"},
     {"choice", "feed", "page"},
