@@ -151,3 +151,47 @@ def crowd() -> Iterator[Callable[[Path, int], int]]:
         process.wait(30)
     for _, cgroup in made:
         eventually(lambda cgroup=cgroup: not (cgroup / "cgroup.procs").read_text(), 30, "its end")  # type: ignore[misc]
+
+
+# -- a workload without a limit
+
+
+STRANGER = """
+import os, socket, struct, sys
+folder, number = sys.argv[1], int(sys.argv[2])
+hello = struct.pack("<IHH56x", 0x75706766, 3, 64)
+codes = []
+for n in range(number):
+    os.mkdir(f"{folder}/{n}")
+    with open(f"{folder}/{n}/cgroup.procs", "w") as file:
+        file.write("0")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(5)
+        sock.connect("/run/fgpu/shim/shim.sock")
+        sock.send(hello)
+        codes.append(struct.unpack_from("<IHHI", sock.recv(4096))[3])
+print(*sorted(set(codes)), flush=True)
+"""
+UNMANAGED = 1024  # cgroups of one workload without a limit that are remembered, by default
+
+
+@pytest.mark.timeout(180)
+def test_a_user_without_a_limit_asks_from_cgroups_without_number(
+    write: Write,  # noqa: F811
+    folder: Folder,
+) -> None:
+    """Of those that one user makes, the oldest are forgotten, so the table keeps room for cgroups with limits."""
+    write("memory: {limit: 1GiB}", selector=NAMES)
+    number = UNMANAGED + 300
+    stranger = folder.root / "stranger"
+    stranger.mkdir()
+    os.chown(stranger, 65534, 65534)
+    before = table("resolved")
+    done = subprocess.run(
+        ["python3", "-c", STRANGER, stranger, str(number)], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.stdout.split() == ["2"], done.stdout + done.stderr  # unmanaged, each of them
+    assert UNMANAGED <= table("resolved") - before <= UNMANAGED + 8
+    modest = folder.start("modest").client()
+    assert modest.ok("info")[1] == GIB
+    modest.ok(f"alloc {MIB}")
