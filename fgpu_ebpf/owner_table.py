@@ -80,7 +80,8 @@ class OwnerTable:
     def _look(self) -> dict[int, int]:
         """Those that an agent before this one has entered."""
         if self._slots is None:
-            found = {slot: self._share(slot).cgroup for slot in range(1, pages.OWNERS)}
+            read = bpf.items(self._maps["owners"], _U32.size, _BYTES)
+            found = {_U32.unpack(key)[0]: pages.Owner.from_buffer_copy(raw).cgroup for key, raw in read}
             self._slots = {cgroup: slot for slot, cgroup in found.items() if cgroup}
-            self._free = sorted(slot for slot, cgroup in found.items() if not cgroup)
+            self._free = sorted(slot for slot, cgroup in found.items() if slot and not cgroup)
         return self._slots
