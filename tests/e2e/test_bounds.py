@@ -129,8 +129,10 @@ def test_processes_of_four_cgroups_leave_their_neighbour_an_entry(
     modest = folder.start("modest").client()
     assert modest.ok("info")[1] == GIB
     modest.ok(f"alloc {MIB}")
-    said = fgpu("explain", f"/{GROUP}/greedy/3").stdout
-    assert re.search(rf"/{GROUP}/greedy \(.*has 4096 of 4096 processes .*bounds.processes in agent.yaml", said)
+    late = folder.start("greedy/3").client()
+    assert late.do(f"alloc {MIB}") == REFUSED
+    for said in (fgpu("explain", f"/{GROUP}/greedy/3").stdout, fgpu("events").stdout):
+        assert re.search(rf"/{GROUP}/greedy \(.*has 4096 of 4096 processes .*bounds.processes in agent.yaml", said)
 
 
 @pytest.fixture
