@@ -216,12 +216,30 @@ static int swept(u64 cgroup, u64 n, u64 place)
     return 0;
 }
 
+/* What an owner has claimed beyond its entries, but for one claim, goes back. */
+static void trim(struct fgpu_owner *owner, u32 shared)
+{
+    u64 few = FEW(most_of(shared)), *all = claims_on(shared), claimed = *(volatile u64 *)&owner->claimed[shared];
+    u64 left = *(volatile u64 *)&owner->entries[shared], needed = left ? (left + 2 * few - 1) & -few : 0;
+    if (needed >= claimed || !all) return;
+    if (__sync_val_compare_and_swap(&owner->claimed[shared], claimed, needed) == claimed)
+        __sync_fetch_and_add(all, needed - claimed);
+}
+
+static int trim_owner(u32 slot_of_owner)
+{
+    struct fgpu_owner *owner = owner_in(slot_of_owner);
+    if (!owner) return -22;
+    _Pragma("unroll") for (u32 i = 0; i < FGPU_SHARED; i++) trim(owner, i);
+    return 0;
+}
+
 static int own(struct bpf_raw_tracepoint_args *ctx)
 {
     u32 at = ctx->args[2];
     struct fgpu_owner *owner = owner_in(at);
     struct fgpu_usage_page *page = page_of(ctx->args[1]);
-    if (!owner) return -22;
+    if (!owner || !at || at == FGPU_OWNERS - 1) return -22;
     owner->cgroup = ctx->args[3];
     for (int i = 0; i < FGPU_OWNED; i++) *(volatile u64 *)&owner->most[i] = ctx->args[4 + i];
     if (page) page->owner = at;
@@ -255,6 +273,8 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
         return swept(ctx->args[1], ctx->args[2], ctx->args[3]);
     case FGPU_OWN:
         return own(ctx);
+    case FGPU_TRIM:
+        return trim_owner(ctx->args[1]);
     case FGPU_RING:
         return ring();
     case FGPU_OVERHEAD:

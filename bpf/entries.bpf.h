@@ -2,19 +2,18 @@
 
 static u64 most_of(u32 shared)
 {
-    return shared == FGPU_ALLOCATIONS ? MOST_ALLOCATIONS
-           : shared == FGPU_THREADS   ? MOST_THREADS
-           : shared == FGPU_PROCESSES ? MOST_PROCESSES
-                                      : MOST_ORPHANS;
+    return shared == FGPU_ALLOCATIONS ? MOST_ALLOCATIONS : shared == FGPU_THREADS ? MOST_THREADS : MOST_PROCESSES;
 }
 
-static struct fgpu_owner *owner_in(u32 slot_of_owner) { return slot_of_owner ? owners.lookup(&slot_of_owner) : 0; }
+/* Slot 0, of levels without an owner, counts too and has no bound: to look whether it is 0 would be a branch in every
+ * place, and the verifier follows each both ways. */
+static struct fgpu_owner *owner_in(u32 slot_of_owner) { return owners.lookup(&slot_of_owner); }
 
 /* All that owners have claimed of a map. */
 static u64 *claims_on(u32 shared)
 {
-    u32 zero = 0;
-    struct fgpu_owner *all = owners.lookup(&zero);
+    u32 last = FGPU_OWNERS - 1;
+    struct fgpu_owner *all = owners.lookup(&last);
     return all ? &all->entries[shared] : 0;
 }
 
@@ -24,8 +23,9 @@ static int is_scarce(u64 claimed_by_all, u32 shared)
     return claimed_by_all + FEW(most_of(shared)) > most_of(shared) - RESERVE(most_of(shared));
 }
 
-/* Claims some entries more for an owner, which knows no bound but the map's reserve. Several threads may each claim
- * some at once: what is too much goes back with the next entry that is given back. */
+/* Claims some entries more for an owner, within the map's reserve. Several threads may each claim some at once. The
+ * agent takes claims back that entries do not need any more (`trim`): in each program that frees, that would cost much.
+ */
 static int claim(struct fgpu_owner *owner, u32 shared, int force)
 {
     u64 few = FEW(most_of(shared)), *all = claims_on(shared);
@@ -41,8 +41,9 @@ static int claim(struct fgpu_owner *owner, u32 shared, int force)
 
 static int own_entry(struct fgpu_owner *owner, u32 shared, int force)
 {
-    u64 was = __sync_fetch_and_add(&owner->entries[shared], 1);
-    if (force || was < *(volatile u64 *)&owner->most[shared]) {
+    u64 was = __sync_fetch_and_add(&owner->entries[shared], 1), most = *(volatile u64 *)&owner->most[shared];
+    if (!most) return 1;
+    if (force || was < most) {
         if (!UNLIKELY(was >= *(volatile u64 *)&owner->claimed[shared])) return 1;
         if (claim(owner, shared, force)) return 1;
     }
@@ -50,25 +51,14 @@ static int own_entry(struct fgpu_owner *owner, u32 shared, int force)
     return 0;
 }
 
-/* One claim stays beyond what the entries need: who frees and allocates by turns does not touch the sum of all. */
-static void disown_entries(struct fgpu_owner *owner, u32 shared, u64 n)
-{
-    u64 few = FEW(most_of(shared)), *all = claims_on(shared);
-    lower(&owner->entries[shared], n);
-    u64 claimed = *(volatile u64 *)&owner->claimed[shared], left = *(volatile u64 *)&owner->entries[shared];
-    u64 needed = left ? (left + 2 * few - 1) & -few : 0;
-    if (!UNLIKELY(needed < claimed) || !all) return;
-    if (__sync_val_compare_and_swap(&owner->claimed[shared], claimed, needed) == claimed)
-        __sync_fetch_and_add(all, needed - claimed);
-}
-
 /* An owner has as many entries as it may have now. */
 static int owner_is_full(struct fgpu_usage_page *page, u32 shared)
 {
     struct fgpu_owner *owner = owner_in(page->owner);
-    if (!owner) return 0;
+    u64 most = owner ? *(volatile u64 *)&owner->most[shared] : 0;
+    if (!owner || !most) return 0;
     u64 has = *(volatile u64 *)&owner->entries[shared], claimed = *(volatile u64 *)&owner->claimed[shared];
-    if (UNLIKELY(has >= *(volatile u64 *)&owner->most[shared])) return 1;
+    if (UNLIKELY(has >= most)) return 1;
     if (!UNLIKELY(has >= claimed && claimed)) return 0;
     u64 *all = claims_on(shared);
     return all && is_scarce(*(volatile u64 *)all, shared);
@@ -91,7 +81,7 @@ static int take_place(struct fgpu_level *level, u32 shared, int force)
     if (owner && !own_entry(owner, shared, force)) return 0;
     if (!page || __sync_fetch_and_add(&page->entries[shared], 1) < PART(most_of(shared)) || force) return 1;
     one_less(&page->entries[shared]);
-    if (owner) disown_entries(owner, shared, 1);
+    if (owner) lower(&owner->entries[shared], 1);
     return 0;
 }
 
@@ -100,7 +90,7 @@ static void give_places(struct fgpu_level *level, u32 shared, u64 n)
     struct fgpu_usage_page *page = level->cgroup ? page_at(level) : 0;
     struct fgpu_owner *owner = owner_in(level->place >> 32);
     if (page) lower(&page->entries[shared], n);
-    if (owner) disown_entries(owner, shared, n);
+    if (owner) lower(&owner->entries[shared], n);
 }
 
 static void give_place(struct fgpu_level *level, u32 shared) { give_places(level, shared, 1); }
@@ -126,22 +116,23 @@ static void delete_allocation(struct fgpu_allocation_key *key, struct fgpu_alloc
     if (!allocations.delete(key)) give_place(&level, FGPU_ALLOCATIONS);
 }
 
-/* The same for an entry of `orphans`, which a page counts apart. */
-static int take_orphan_place(struct fgpu_level *leaf)
-{
-    struct fgpu_usage_page *page = page_at(leaf);
-    struct fgpu_owner *owner = owner_in(leaf->place >> 32);
-    if (owner && !own_entry(owner, FGPU_OWNED_ORPHANS, 0)) return 0;
-    if (!page || __sync_fetch_and_add(&page->orphans, 1) < PART(MOST_ORPHANS)) return 1;
-    one_less(&page->orphans);
-    if (owner) disown_entries(owner, FGPU_OWNED_ORPHANS, 1);
-    return 0;
-}
-
 static void give_orphan_place(struct fgpu_level *leaf)
 {
     struct fgpu_usage_page *page = page_at(leaf);
     struct fgpu_owner *owner = owner_in(leaf->place >> 32);
-    if (page) one_less(&page->orphans);
-    if (owner) disown_entries(owner, FGPU_OWNED_ORPHANS, 1);
+    if (page) lower(&page->orphans, 1);
+    if (owner) lower(&owner->entries[FGPU_OWNED_ORPHANS], 1);
+}
+
+/* The same for an entry of `orphans`, which a page counts apart; none of that map is kept for owners that have few. */
+static int take_orphan_place(struct fgpu_level *leaf)
+{
+    struct fgpu_usage_page *page = page_at(leaf);
+    struct fgpu_owner *owner = owner_in(leaf->place >> 32);
+    u64 others = owner ? __sync_fetch_and_add(&owner->entries[FGPU_OWNED_ORPHANS], 1) : 0;
+    u64 own = page ? __sync_fetch_and_add(&page->orphans, 1) : 0;
+    u64 most = owner ? *(volatile u64 *)&owner->most[FGPU_OWNED_ORPHANS] : 0;
+    if (own < PART(MOST_ORPHANS) && (!most || others < most)) return 1;
+    give_orphan_place(leaf);
+    return 0;
 }

@@ -217,7 +217,8 @@ struct fgpu_turn { /* turns: {level, device} -> what came of it, ever growing un
     __u64 since_ns;            /* it has waited; 0: it does not */
 };
 /* owners: slot -> how much an owner of bounds (a workload with all levels inside it) has of the maps that all share,
- * and may have. The entries of slot 0 are all that owners have claimed: an owner claims some at a time. */
+ * and may have. The entries of the last slot are all that owners have claimed: an owner claims
+ * some at a time. Slot 0 is that of levels without an owner. */
 #define FGPU_OWNERS 4096
 #define FGPU_OWNED 4         /* the maps of enum fgpu_shared, and then: */
 #define FGPU_OWNED_ORPHANS 3 /* `orphans` */
@@ -403,6 +404,7 @@ enum fgpu_adjust {
     FGPU_LOOKED,   /* cgroup, device: the agent has seen what the device still holds of `orphaned` */
     FGPU_OWN,      /* cgroup, slot, owner, most[FGPU_OWNED]: the level's bounds are those of this owner; cgroup 0: only
                       the slot is written */
+    FGPU_TRIM,     /* slot: what its owner has claimed and does not need goes back */
 };
 
 /* -- events: a ring buffer of what is rare; what does not get in is counted ---------------------------------------- */

@@ -313,7 +313,7 @@ class Agent:
             self._do(chore)
         if self.keeper.is_missed:
             self._next_round = now + HURRY_SECONDS
-        tidies = (self.manager.tidy_late, self.manager.gone.tidy, self.manager.retry_refused)
+        tidies = (self.manager.tidy_late, self.manager.gone.tidy, self.manager.retry_refused, self.ledger.owners.trim)
         for part in (*tidies, self.discovery.mend, self.discovery.keep, self.engines.keep):
             self._do(part)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from fgpu_ebpf import bpf
 from fgpu_ebpf.bound_owner import Owner, owner_of
 from fgpu_ebpf.bounds import Bounds, refusal
-from fgpu_ebpf.owner_table import OwnerTable
+from fgpu_ebpf.owner_table import COUNTED, OwnerTable
 from fgpu_ebpf.tenants import Tenant
 
 PLACES = bpf.MOST_INNER
@@ -125,6 +125,6 @@ class LevelPlaces:
 
     def _crowds(self, owner: Owner) -> list[str]:
         share = self._table.share(owner.cgroup) if self._table else None
-        keys = zip(("allocations", "threads", "processes", "orphans"), self.bounds.entries(), strict=True)
+        keys = zip((*COUNTED, "orphans"), self.bounds.entries(), strict=True)
         has = share.entries if share else ()
         return [refusal(str(owner), key, n, most) for (key, most), n in zip(keys, has, strict=False) if n >= most]

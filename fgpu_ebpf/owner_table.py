@@ -10,11 +10,13 @@ import ctypes
 import errno
 import heapq
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from fgpu_ebpf import bpf, pages
 
+# Maps of which owners claim parts, and their sizes: as in maps.bpf.h, in the order of fgpu.h.
+COUNTED = {"allocations": 262_144, "threads": 65_536, "processes": 16_384}
 _U32 = struct.Struct("I")
 _BYTES = ctypes.sizeof(pages.Owner)
 
@@ -53,7 +55,17 @@ class OwnerTable:
 
     def claimed(self) -> tuple[int, ...]:
         """Entries of each map that all owners together have claimed."""
-        return self._share(0).entries
+        return self._share(pages.OWNERS - 1).entries
+
+    def trim(self) -> None:
+        """Takes back what owners have claimed and do not need; to be called now and then. Raises OSError."""
+        claimed = self.claimed()
+        if any(2 * n > most for n, most in zip(claimed, COUNTED.values(), strict=False)):
+            self._trim(self._look().values())
+
+    def _trim(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._run(pages.Adjust.TRIM, slot)
 
     def _slot(self, owner: int, in_use: Collection[int]) -> int:
         slots = self._look()
@@ -66,6 +78,7 @@ class OwnerTable:
     def _reclaim(self, in_use: Collection[int]) -> None:
         """Frees the slots of owners that have no level and no entries."""
         slots = self._look()
+        self._trim(slots.values())
         for owner, slot in list(slots.items()):
             if owner not in in_use and not any(self._share(slot).entries):
                 heapq.heappush(self._free, slots.pop(owner))
@@ -83,5 +96,5 @@ class OwnerTable:
             read = bpf.items(self._maps["owners"], _U32.size, _BYTES)
             found = {_U32.unpack(key)[0]: pages.Owner.from_buffer_copy(raw).cgroup for key, raw in read}
             self._slots = {cgroup: slot for slot, cgroup in found.items() if cgroup}
-            self._free = sorted(slot for slot, cgroup in found.items() if slot and not cgroup)
+            self._free = sorted(slot for slot, cgroup in found.items() if 0 < slot < pages.OWNERS - 1 and not cgroup)
         return self._slots

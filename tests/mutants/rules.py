@@ -230,7 +230,7 @@ RULES = {
     ),
     "orphans-of-one-level-fill-the-map": ("< PART(MOST_ORPHANS)", "< MOST_ORPHANS"),
     "claims-of-owners-never-given-back": ("        __sync_fetch_and_add(all, needed - claimed);\n", "        ;\n"),
-    "entries-of-owners-never-given-back": ("    lower(&owner->entries[shared], n);\n", ""),
+    "entries-of-owners-never-given-back": ("    if (owner) lower(&owner->entries[shared], n);\n", ""),
     "empty-orphan-of-a-living-process-deleted": ("    if (was.bytes) return 0;\n", "    if (left) return 0;\n"),
     "orphan-is-older-than-its-bytes": (
         "        if (!*(volatile u64 *)&known->bytes) known->since_ns = now;\n",
