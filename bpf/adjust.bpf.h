@@ -147,18 +147,18 @@ static int move(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
 
 /* An entry for a process that no probe has seen. One that holds memory, by NVML's word, has its entry beyond its
  * level's part of the map too. */
-static int adopt(u32 tgid, struct bpf_raw_tracepoint_args *ctx, u64 part)
+static int adopt(u32 tgid, struct bpf_raw_tracepoint_args *ctx, int force)
 {
     u64 levels[FGPU_LEVELS] = {ctx->args[4], ctx->args[5], ctx->args[6], ctx->args[7]};
     int found;
-    if (make_process(tgid, levels, ctx->args[3], part, &found)) return 0;
+    if (make_process(tgid, levels, ctx->args[3], force, &found)) return 0;
     return found ? -11 : -7;
 }
 
 /* Before its first question: the gatekeeper tells a process its tag, which the entry has. */
 static int enter_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
 {
-    return processes.lookup(&tgid) ? 0 : adopt(tgid, ctx, PART(MOST_PROCESSES));
+    return processes.lookup(&tgid) ? 0 : adopt(tgid, ctx, 0);
 }
 
 /* It may end under our hands, and what is entered after that is nobody's: so its state is looked at last. */
@@ -166,7 +166,7 @@ static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
     int done = 0;
-    if (!p) return ctx->args[0] == FGPU_MOVE && !ctx->args[2] ? adopt(tgid, ctx, ~0ULL) : -3;
+    if (!p) return ctx->args[0] == FGPU_MOVE && !ctx->args[2] ? adopt(tgid, ctx, 1) : -3;
     if (p->generation != ctx->args[2]) return -3;
     if (ctx->args[0] == FGPU_REAP) __sync_fetch_and_add(&p->state, 1);
     if (ctx->args[0] == FGPU_OVERHEAD || ctx->args[0] == FGPU_RAISE) {
@@ -208,12 +208,41 @@ static int looked(u64 cgroup, u32 device)
     return 0;
 }
 
-/* Not below 0: the level may be another that has come to its cgroup. */
-static int swept(u64 cgroup, u64 n)
+/* Not below 0: the level may be another that has come to its cgroup, or gone. */
+static int swept(u64 cgroup, u64 n, u64 place)
 {
-    struct fgpu_usage_page *page = page_of(cgroup);
-    if (!page) return -2;
-    lower(&page->entries[FGPU_ALLOCATIONS], n);
+    struct fgpu_level level = {.cgroup = cgroup, .place = place};
+    give_places(&level, FGPU_ALLOCATIONS, n);
+    return 0;
+}
+
+/* What an owner has claimed beyond its entries, but for one claim, goes back. */
+static void trim(struct fgpu_owner *owner, u32 shared)
+{
+    u64 few = FEW(most_of(shared)), *all = claims_on(shared), claimed = *(volatile u64 *)&owner->claimed[shared];
+    u64 left = *(volatile u64 *)&owner->entries[shared], needed = left ? (left + 2 * few - 1) & -few : 0;
+    if (needed >= claimed || !all) return;
+    if (__sync_val_compare_and_swap(&owner->claimed[shared], claimed, needed) == claimed)
+        __sync_fetch_and_add(all, needed - claimed);
+}
+
+static int trim_owner(u32 slot_of_owner)
+{
+    struct fgpu_owner *owner = owner_in(slot_of_owner);
+    if (!owner) return -22;
+    _Pragma("unroll") for (u32 i = 0; i < FGPU_SHARED; i++) trim(owner, i);
+    return 0;
+}
+
+static int own(struct bpf_raw_tracepoint_args *ctx)
+{
+    u32 at = ctx->args[2];
+    struct fgpu_owner *owner = owner_in(at);
+    struct fgpu_usage_page *page = page_of(ctx->args[1]);
+    if (!owner || !at || at == FGPU_OWNERS - 1) return -22;
+    owner->cgroup = ctx->args[3];
+    for (int i = 0; i < FGPU_OWNED; i++) *(volatile u64 *)&owner->most[i] = ctx->args[4 + i];
+    if (page) page->owner = at;
     return 0;
 }
 
@@ -241,7 +270,11 @@ int adjust(struct bpf_raw_tracepoint_args *ctx)
     case FGPU_ENTER:
         return enter_process(ctx, ctx->args[1]);
     case FGPU_SWEPT:
-        return swept(ctx->args[1], ctx->args[2]);
+        return swept(ctx->args[1], ctx->args[2], ctx->args[3]);
+    case FGPU_OWN:
+        return own(ctx);
+    case FGPU_TRIM:
+        return trim_owner(ctx->args[1]);
     case FGPU_RING:
         return ring();
     case FGPU_OVERHEAD:

@@ -88,9 +88,7 @@ static u64 without_entry(struct held *h, u32 device, u64 bytes, u32 kind)
     EACH_LEVEL if (h->page[i]) observed &= h->page[i]->flags;
     if (observed) return FGPU_ADMITTED;
     if (device >= FGPU_DEVICES) return FGPU_REFUSED;
-    if (*(volatile u64 *)&leaf->entries[FGPU_THREADS] < PART(MOST_THREADS) &&
-        *(volatile u64 *)&leaf->entries[FGPU_PROCESSES] < PART(MOST_PROCESSES))
-        return FGPU_AGAIN;
+    if (!is_crowded(leaf, FGPU_THREADS) && !is_crowded(leaf, FGPU_PROCESSES)) return FGPU_AGAIN;
     refuse_entry(leaf, device, bytes, kind);
     return FGPU_REFUSED;
 }

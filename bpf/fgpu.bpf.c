@@ -10,6 +10,7 @@
 #include "fgpu.h"
 // clang-format off
 #include "maps.bpf.h"
+#include "entries.bpf.h"
 #include "events.bpf.h"
 #include "levels.bpf.h"
 #include "orphans.bpf.h"

@@ -94,7 +94,8 @@ struct fgpu_usage_page {
     __u64 urgent_second;             /* of events that must not be lost behind refusals */
     __u64 urgent_count;
     __u64 looked_ns[FGPU_DEVICES]; /* when the agent last saw what the device still holds of `orphaned`; 0: never */
-    __u64 tail[93];
+    __u64 owner;                   /* slot in `owners` of the owner of this level's bounds; 0: it has none */
+    __u64 tail[92];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
@@ -215,13 +216,27 @@ struct fgpu_turn { /* turns: {level, device} -> what came of it, ever growing un
     __u64 free;                /* 1: nobody to share with, and no ceiling: it is not gated, nor measured */
     __u64 since_ns;            /* it has waited; 0: it does not */
 };
+/* owners: slot -> how much an owner of bounds (a workload with all levels inside it) has of the maps that all share,
+ * and may have. The entries of the last slot are all that owners have claimed: an owner claims
+ * some at a time. Slot 0 is that of levels without an owner. */
+#define FGPU_OWNERS 4096
+#define FGPU_OWNED 4         /* the maps of enum fgpu_shared, and then: */
+#define FGPU_OWNED_ORPHANS 3 /* `orphans` */
+struct fgpu_owner {
+    __u64 cgroup; /* 0: the slot is free */
+    __u64 entries[FGPU_OWNED];
+    __u64 claimed[FGPU_OWNED];
+    __u64 most[FGPU_OWNED];
+    __u64 spare[3];
+};
 struct fgpu_file { /* key of files, as /proc/PID/maps names a file */
     __u64 dev;
     __u64 ino;
 };
 struct fgpu_level { /* of a process */
     __u64 cgroup;   /* 0: none */
-    __u64 place;    /* of its usage page in `shelf`, as of when the process came to it */
+    __u64 place;    /* of its usage page in `shelf`, as of when the process came to it; its owner's slot in the upper
+                       half */
 };
 struct fgpu_holding { /* of a process on one device; what every allocation touches comes first */
     __u64 bytes;      /* all that is charged, what follows included */
@@ -381,12 +396,15 @@ enum fgpu_adjust {
     FGPU_DISOWN,   /* cgroup, device, bytes: so many orphaned bytes that have no entry in `orphans` are held no more */
     FGPU_RAISE,    /* tgid, generation, device, bytes: adds to what NVML alone knows, whatever goes on */
     FGPU_WITHDRAW, /* cgroup: its page is about to be taken away */
-    FGPU_SWEPT,    /* cgroup, n: so many allocations of the level's were deleted, which nobody would ever free */
+    FGPU_SWEPT,    /* cgroup, n, place: so many allocations of the level's were deleted, which no free would delete */
     FGPU_RING,     /* whoever sleeps on the bell wakes up: shares have changed */
     FGPU_LET_GO,   /* tgid, device, generation, turn, bytes: so many of these bytes are held no more; 0: it may go */
     FGPU_MARK,     /* tgid, generation, device: its `peak` begins anew */
     FGPU_ENTER,    /* tgid, 0, count, levels leaf first: makes the entry of a process that has none yet */
     FGPU_LOOKED,   /* cgroup, device: the agent has seen what the device still holds of `orphaned` */
+    FGPU_OWN,      /* cgroup, slot, owner, most[FGPU_OWNED]: the level's bounds are those of this owner; cgroup 0: only
+                      the slot is written */
+    FGPU_TRIM,     /* slot: what its owner has claimed and does not need goes back */
 };
 
 /* -- events: a ring buffer of what is rare; what does not get in is counted ---------------------------------------- */

@@ -54,7 +54,7 @@ static s64 *charged(struct fgpu_process *p, u64 side, u32 device) { return &on(p
 static void enter_level(struct fgpu_level *level, u64 cgroup)
 {
     struct fgpu_usage_page *page = cgroup ? page_of(cgroup) : 0;
-    level->place = page ? page->place : 0;
+    level->place = page ? page->place | page->owner << 32 : 0;
     level->cgroup = cgroup;
 }
 
@@ -122,11 +122,11 @@ static void refuse_entry(struct fgpu_usage_page *page, u32 device, u64 bytes, u3
     count(page->cgroup, device, kind, FGPU_REASON_ENTRIES);
 }
 
-/* Of a map that all share, the leaf has its part already: of any size, one more would have no entry. */
+/* Of a map that all share, the leaf or its owner has its part already: of any size, one more would have no entry. */
 static int crowded(struct fgpu_usage_page *page, u32 device, u64 bytes, u32 kind)
 {
     if (!page || kind == FGPU_POOL || page->flags & FGPU_OBSERVE) return 0;
-    if (*(volatile u64 *)&page->entries[FGPU_ALLOCATIONS] < PART(MOST_ALLOCATIONS)) return 0;
+    if (!is_crowded(page, FGPU_ALLOCATIONS)) return 0;
     refuse_entry(page, device, bytes, kind);
     return 1;
 }

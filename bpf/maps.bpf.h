@@ -10,8 +10,10 @@
 #define MOST_PROCESSES 16384
 #define MOST_ORPHANS 65536
 #define MOST_BORROWERS 4096
-#define PART(most) ((most) / 4) /* of a map that all share: what one level may have of it */
-#define SPAN 32                 /* mappings that one unmap may cover */
+#define PART(most) ((most) / 4)                       /* of a map that all share: what one level may have of it */
+#define RESERVE(most) ((most) / 8)                    /* of it, for owners that have few entries */
+#define FEW(most) ((most) < 1024 ? 1 : (most) / 1024) /* that an owner claims at a time */
+#define SPAN 32                                       /* mappings that one unmap may cover */
 #define READY 2
 #define SIGKILL 9
 #define EVENT_BYTES (1 << 20)
@@ -38,6 +40,7 @@ BPF_TABLE_PINNED("hash", struct fgpu_orphan_key, struct fgpu_orphan, orphans, MO
 BPF_TABLE_PINNED("hash", u64, u32, spaces, MOST_PROCESSES, PINS "spaces", SPARSE); /* address space -> its process */
 /* Processes that live in the address space of another one (vfork), which is charged for what they do. */
 BPF_TABLE_PINNED("hash", u32, u32, borrowers, MOST_BORROWERS, PINS "borrowers", SPARSE);
+BPF_TABLE_PINNED("array", u32, struct fgpu_owner, owners, FGPU_OWNERS, PINS "owners");
 BPF_TABLE_PINNED("array", u32, u64, managed_freed, FGPU_DEVICES, PINS "managed_freed"); /* bytes, ever growing */
 BPF_TABLE_PINNED("array", u32, u64, contexts, FGPU_DEVICES, PINS "contexts");
 BPF_TABLE_PINNED("array", u32, struct fgpu_device, devices, FGPU_DEVICES, PINS "devices");
@@ -168,44 +171,4 @@ static void lower(u64 *word, u64 n)
 {
     u64 was = __sync_fetch_and_add(word, -n);
     if (was < n) __sync_fetch_and_add(word, n - was);
-}
-
-/* Takes a place for one entry more in a map that all share; 0: the level has as many as one may. A level whose page is
- * gone counts nothing. */
-static int take_place(struct fgpu_level *level, u32 shared, u64 part)
-{
-    struct fgpu_usage_page *page = page_at(level);
-    if (UNLIKELY(!page)) level->cgroup = 0;
-    if (!page || __sync_fetch_and_add(&page->entries[shared], 1) < part) return 1;
-    one_less(&page->entries[shared]);
-    return 0;
-}
-
-static void give_places(struct fgpu_level *level, u32 shared, u64 n)
-{
-    struct fgpu_usage_page *page = level->cgroup ? page_at(level) : 0;
-    if (page) lower(&page->entries[shared], n);
-}
-
-static void give_place(struct fgpu_level *level, u32 shared) { give_places(level, shared, 1); }
-
-/* Answers 1 where there is an entry of that name already, and leaves it. Without a place, or in a full map, there is
- * none: charged until the process ends. */
-static int enter_allocation(struct fgpu_allocation_key *key, struct fgpu_allocation *value, struct fgpu_level *leaf)
-{
-    value->level = *leaf;
-    if (take_place(&value->level, FGPU_ALLOCATIONS, PART(MOST_ALLOCATIONS))) {
-        int failed = allocations.insert(key, value);
-        if (!UNLIKELY(failed)) return 0;
-        give_place(&value->level, FGPU_ALLOCATIONS);
-    }
-    if (allocations.lookup(key)) return 1;
-    anomaly(FGPU_ANOMALY_FULL);
-    return 0;
-}
-
-static void delete_allocation(struct fgpu_allocation_key *key, struct fgpu_allocation *value)
-{
-    struct fgpu_level level = value->level;
-    if (!allocations.delete(key)) give_place(&level, FGPU_ALLOCATIONS);
 }

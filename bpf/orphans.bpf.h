@@ -33,14 +33,10 @@ static struct fgpu_orphan *make_orphan(struct fgpu_process *p, struct fgpu_orpha
 {
     struct fgpu_level *levels = levels_of(p, key->turn);
     struct fgpu_orphan fresh = {.since_ns = bpf_ktime_get_ns()};
-    struct fgpu_usage_page *leaf = page_at(&levels[0]);
     EACH_LEVEL fresh.levels[i] = levels[i];
-    if (leaf && __sync_fetch_and_add(&leaf->orphans, 1) >= PART(MOST_ORPHANS)) {
-        one_less(&leaf->orphans);
-        return 0;
-    }
+    if (!take_orphan_place(&fresh.levels[0])) return 0;
     if (orphans.insert(key, &fresh)) {
-        if (leaf) one_less(&leaf->orphans);
+        give_orphan_place(&fresh.levels[0]);
     } else {
         count_entry(HOST_ORPHANS);
     }
@@ -128,7 +124,6 @@ static int let_go(struct fgpu_orphan_key *key, u64 bytes)
         subtract(&page->devices[slot(key->device)].used, some);
     }
     if (was.bytes) return 0;
-    struct fgpu_usage_page *leaf = page_at(&was.levels[0]);
-    if (!orphans.delete(key) && leaf) one_less(&leaf->orphans);
+    if (!orphans.delete(key)) give_orphan_place(&was.levels[0]);
     return 0;
 }

@@ -47,9 +47,9 @@ static void name_process(struct fgpu_process *p, u64 *levels, u32 n)
     __sync_fetch_and_add(&p->state, 1); /* claimed -> ready; orders the stores before it */
 }
 
-/* Makes and names an entry; `part`: of the map, that its leaf may have. 0: there is no room, or another thread is
- * naming it, and then `*found` is 1. */
-static struct fgpu_process *make_process(u32 tgid, u64 *levels, u32 n, u64 part, int *found)
+/* Makes and names an entry; `force`: whatever part of the map its leaf and its owner have. 0: there is no room, or
+ * another thread is naming it, and then `*found` is 1. */
+static struct fgpu_process *make_process(u32 tgid, u64 *levels, u32 n, int force, int *found)
 {
     struct fgpu_process *p, *blank;
     struct fgpu_level leaf;
@@ -58,7 +58,7 @@ static struct fgpu_process *make_process(u32 tgid, u64 *levels, u32 n, u64 part,
     *found = 1;
     if (!blank) return 0;
     enter_level(&leaf, levels[0]);
-    int placed = take_place(&leaf, FGPU_PROCESSES, part);
+    int placed = take_place(&leaf, FGPU_PROCESSES, force);
     if (placed) processes.insert(&tgid, blank);
     p = processes.lookup(&tgid);
     *found = !!p;
@@ -122,7 +122,7 @@ static struct fgpu_process *own_process(u32 *tgid, struct held *h)
     space = current_space();
     p = lender(tgid, space);
     if (p) return p;
-    p = make_process(*tgid, levels, n, PART(MOST_PROCESSES), &found);
+    p = make_process(*tgid, levels, n, 0, &found);
     if (!found) {
         anomaly(FGPU_ANOMALY_FULL);
         EACH_LEVEL h->page[i] = levels[i] ? page_of(levels[i]) : 0;
@@ -142,7 +142,7 @@ static void leave_unsettled(struct fgpu_process *p, struct fgpu_admission *a);
 static int count_thread(struct fgpu_process *p)
 {
     if (__sync_fetch_and_add((u64 *)&p->threads, 1) >> 63) return 0;
-    if (take_place(&p->counted, FGPU_THREADS, PART(MOST_THREADS))) return 1;
+    if (take_place(&p->counted, FGPU_THREADS, 0)) return 1;
     one_less((u64 *)&p->threads);
     return 0;
 }

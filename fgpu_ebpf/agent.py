@@ -28,6 +28,7 @@ from fgpu_ebpf.history import History
 from fgpu_ebpf.keeper import Keeper
 from fgpu_ebpf.keepers import Keepers
 from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf.level_places import LevelPlaces
 from fgpu_ebpf.library_files import driver_libraries
 from fgpu_ebpf.locks import AGENT as LOCK
 from fgpu_ebpf.locks import FileLock
@@ -182,7 +183,8 @@ class Agent:
     def _publish(self, attached: probes.Probes, found: _Found) -> None:
         """Programs that start get the new shim from when it is probed on, and until then the one before."""
         store, listed = self.settings.store, self.settings.trusted_drivers
-        self.discovery = Discovery.of_host(attached, found.libraries, self._release.files(), store, listed)
+        shims, most = self._release.files(), self.settings.bounds.files
+        self.discovery = Discovery.of_host(attached, found.libraries, shims, store, listed, most)
         used = self.discovery.start()
         self.shim = self._release.publish()
         self.lacks |= self._release.lacks()
@@ -192,11 +194,13 @@ class Agent:
 
     def _take_up(self, found: _Found) -> None:
         """Brings kernel, policies and what was set by hand together: the files say, the kernel follows."""
-        root = procfs.cgroup2_root()
+        s, root = self.settings, procfs.cgroup2_root()
         assert root  # a host check
         workloads = Workloads(root, self.engines)
         overrides = Overrides(self.settings.run_dir / "overrides.json")
-        self.enforcer = Enforcer(self.ledger, workloads, self.nvml.devices, self.settings.overcommit, found.older)
+        places = LevelPlaces(root, s.bounds, self.ledger.owners, self.ledger.levels_taken)
+        self.enforcer = Enforcer(self.ledger, workloads, self.nvml.devices, s.overcommit, found.older, places)
+        self.enforcer.answered.forget_earlier()
         self.enforcer.names.keep_in(self.settings.run_dir / TENANT_NAMES, workloads.cgroup)
         gone = GoneTenants(self.ledger, self.enforcer.names)
         self.manager = Manager(workloads, self.enforcer, overrides, self.nvml.devices, self.history, gone)
@@ -308,7 +312,7 @@ class Agent:
             self._do(chore)
         if self.keeper.is_missed:
             self._next_round = now + HURRY_SECONDS
-        tidies = (self.manager.tidy_late, self.manager.gone.tidy)
+        tidies = (self.manager.tidy_late, self.manager.gone.tidy, self.manager.retry_refused, self.ledger.owners.trim)
         for part in (*tidies, self.discovery.mend, self.discovery.keep, self.engines.keep):
             self._do(part)
 
@@ -327,7 +331,7 @@ class Agent:
         self.news.follow_all()
         self.discovery.look_around()
         self._look_into_roots()
-        self.discovery.sweep(self.ledger, self.manager.workloads)
+        self.manager.sweep()
         self._lists.sweep()
         self._look_for_orphans()
 
@@ -384,9 +388,9 @@ class Agent:
                 self.discovery.look_at(pid)
             paths = {path for pid in pids if (path := procfs.cgroup_path(pid)) is not None}
             # They may be newer than what the kernel's events have told.
-            self.manager.consider({above for path in paths for above in procfs.and_above(path)})
+            lacking = self.manager.consider({above for path in paths for above in procfs.and_above(path)})
             for path in paths:
-                self.enforcer.answer(path)
+                self.enforcer.answer(path, lacking)
 
     def detach(self) -> None:
         """Opens everything and leaves the host as it was; run() ends."""

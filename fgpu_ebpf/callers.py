@@ -1,10 +1,10 @@
 """Connections of peers: who is at the other end, how far the hello has come, whose turn it is.
 
-Owns: the connections, at most 512 a tenant, and 16 that stay silent; the fair order: tenants take turns, one hello
-each; the accounts: a tenant may take 40 ms of our time in 250 ms, and for processes that are new a second in advance,
-so that a storm is answered in one go and a flood waits, then goes. Never: believes a peer, whom its pidfd and the
-kernel name, waits for one, or says what it is answered. When it fails: OSError, but no peer can make it; whoever goes
-is counted.
+Owns: the connections, at most 512 of a workload (the owner of its processes' bounds), and 16 that stay silent; the fair
+order: workloads take turns, one hello each; the accounts: a workload may take 40 ms of our time in 250 ms, and for
+processes that are new a second in advance, so that a storm is answered in one go and a flood waits, then goes. Never:
+believes a peer, whom its pidfd and the kernel name, waits for one, or says what it is answered. When it fails: OSError,
+but no peer can make it; whoever goes is counted.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Callers:
         except OSError:
             os.close(pidfd)
             return None
-        return Caller(sock, pidfd, pid, stands.tenant, stands, epoch, monotonic_ns(), new)
+        return Caller(sock, pidfd, pid, stands.owner or stands.tenant, stands, epoch, monotonic_ns(), new)
 
     def _watch(self, caller: Caller) -> None:
         self._selector.register(caller.sock, selectors.EVENT_READ, partial(self._hear, caller))

@@ -42,6 +42,7 @@ class CgroupName:
     pod_depth: int = 0
 
 
+RUN_FOLDER = "fgpu"  # where the cgroups of `fgpu run` are
 _ID = r"(?P<id>[0-9a-f]{12,64})"
 _PREFIXES = {
     "docker": Engine.DOCKER,
@@ -71,6 +72,12 @@ _POD = re.compile(
     r"(?P<uid>[0-9a-f]{8}(?:[_-]?[0-9a-f]{4}){3}[_-]?[0-9a-f]{12})(?:\.slice.*)?"
 )
 _UNITS = (".service", ".scope")
+# Folders for workloads: systemd's slices, those of engines and of kubelet. Engines whose containers are inside their
+# own unit, where the driver of cgroups is not systemd.
+_FOLDERS = frozenset({*_BARE_PARENTS, "kubepods", "burstable", "besteffort", RUN_FOLDER, "lxc", "machine"})
+_ENGINE_UNITS = re.compile(
+    r"(?:docker|containerd|crio|cri-docker|podman|buildkit|nerdctl|k3s|k3s-agent|rke2-server|rke2-agent|k0s.*)\.service"
+)
 
 _Found = tuple[Engine | None, str]
 
@@ -131,6 +138,22 @@ def _container(part: str, above: str) -> _Found | None:
 def is_container(part: str, above: str) -> bool:
     """The folder is a container's own; `above` is the one around it."""
     return _container(part, above) is not None
+
+
+def is_pod(part: str) -> bool:
+    """The folder is a pod's own."""
+    return _pod_uid(part) is not None
+
+
+def is_unit(part: str) -> bool:
+    """The folder is a service or scope of systemd, and not one that has an engine's containers inside."""
+    return part.endswith(_UNITS) and not _ENGINE_UNITS.fullmatch(part)
+
+
+def is_folder(part: str) -> bool:
+    """The folder is for several workloads: a limit on it is their group's."""
+    is_slice = part.endswith(".slice") and not is_pod(part)
+    return is_slice or part in _FOLDERS or _ENGINE_UNITS.fullmatch(part) is not None
 
 
 def _pod_uid(part: str) -> str | None:

@@ -20,9 +20,9 @@ from fgpu_ebpf import pages, procfs
 from fgpu_ebpf.processes import Process
 from fgpu_ebpf.sealed import ControlMemory, StatusMemory, row_bytes
 
-MOST_PROCESSES, PROCESSES_PER_TENANT = 8192, 1024
+MOST_PROCESSES, PROCESSES_PER_OWNER = 8192, 1024
 MOST_CLOCKS = 16  # of unmanaged processes
-FEW_PROCESSES = 64  # half of all places are kept for tenants that have no more
+FEW_PROCESSES = 64  # half of all places are kept for owners that have no more
 Held = tuple[int, int, int, int]  # tgid, generation, device, bytes
 
 
@@ -41,6 +41,7 @@ class Client:
     pid: int
     pidfd: int
     tenant: int
+    owner: int  # of its bounds: the cgroup whose place it takes
     space: int  # inode of its pid namespace
     head: Head
     control: ControlMemory
@@ -77,7 +78,7 @@ class Clients:
         self._selector, self._boot = selector, boot
         self._most = min(MOST_PROCESSES, max(16, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 3072) // 5))
         self._clients: dict[int, Client] = {}  # by pid, which is theirs while we hold the pidfd
-        self._members: Counter[int] = Counter()  # clients of a tenant
+        self._members: Counter[int] = Counter()  # clients of an owner
         self._held: dict[int, list[Held]] = {}
         self._names: dict[tuple[int, int], dict[int, int]] = {}
         self._tables: dict[tuple[int, int], bytes] = {}  # rows of a tenant, as a pid namespace names them
@@ -96,23 +97,23 @@ class Clients:
             return None
         return client
 
-    def enrol(self, pid: int, pidfd: int, tenant: int, head: Head) -> Client | None:
+    def enrol(self, pid: int, pidfd: int, tenant: int, owner: int, head: Head) -> Client | None:
         """A new client, which takes the pidfd over; None: it has no place. Raises OSError, the pidfd not taken."""
-        if not self._has_place(tenant):
+        if not self._has_place(owner):
             return None
-        client = Client(pid, pidfd, tenant, procfs.pid_space(pidfd), head, self._control(head))
+        client = Client(pid, pidfd, tenant, owner, procfs.pid_space(pidfd), head, self._control(head))
         try:
             self._selector.register(pidfd, selectors.EVENT_READ, partial(self._bury, client))
         except OSError:
             client.control.close()
             raise
         self._clients[pid] = client
-        self._members[tenant] += 1
+        self._members[owner] += 1
         return client
 
-    def _has_place(self, tenant: int) -> bool:
-        own, taken = self._members[tenant], len(self._clients)
-        if own >= PROCESSES_PER_TENANT or taken >= self._most:
+    def _has_place(self, owner: int) -> bool:
+        own, taken = self._members[owner], len(self._clients)
+        if own >= PROCESSES_PER_OWNER or taken >= self._most:
             return False
         return own < FEW_PROCESSES or taken < self._most // 2
 
@@ -146,7 +147,7 @@ class Clients:
         """Whether any process has a page that must go on beating."""
         return bool(self._clients or self._shared)
 
-    def settle_in(self, client: Client, tenant: int, levels: tuple[int, ...], head: Head) -> None:
+    def settle_in(self, client: Client, tenant: int, owner: int, levels: tuple[int, ...], head: Head) -> None:
         """Make pages say what the next answer will: a new head is a new page. Raises OSError."""
         if client.head != head:
             control = self._control(head)
@@ -155,10 +156,11 @@ class Clients:
         client.control.page.epoch = self.epoch  # never behind the answer
         client.ahead_ns, client.generation = procfs.clock_ahead_ns(client.pid), 0
         client.beat()
-        if client.tenant != tenant:
-            take_one(self._members, client.tenant)
-            self._members[tenant] += 1
-            client.tenant = tenant
+        if client.owner != owner:
+            take_one(self._members, client.owner)
+            self._members[owner] += 1
+            client.owner = owner
+        client.tenant = tenant
         client.levels = levels
         if head.flags:
             client.status = client.status or StatusMemory()
@@ -203,7 +205,7 @@ class Clients:
         self._selector.unregister(client.pidfd)
         self.parted(client)
         client.close()
-        take_one(self._members, client.tenant)
+        take_one(self._members, client.owner)
 
     def show(self, processes: Mapping[int, Process]) -> None:
         """Bring the rows of every managed client up to what the ledger says, and part with those that it has ended."""

@@ -16,8 +16,9 @@ from pathlib import Path
 from time import monotonic
 
 from fgpu_ebpf import procfs, roots
+from fgpu_ebpf.bound_owner import owner_of
+from fgpu_ebpf.file_budget import MOST_FILES
 from fgpu_ebpf.host_scan import HostScan, Scanned
-from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.libraries import Libraries, Taken, trusted
 from fgpu_ebpf.library_class import Role, Trust
 from fgpu_ebpf.library_search import Found, Search
@@ -30,7 +31,6 @@ from fgpu_ebpf.processes import Process
 from fgpu_ebpf.roots import Root, Roots
 from fgpu_ebpf.snapshot import LibraryView
 from fgpu_ebpf.sockets import make_way
-from fgpu_ebpf.workloads import Workloads
 
 log = logging.getLogger("fgpu.agent")
 MOST_MESSAGE = 65536  # bytes of the gatekeeper's
@@ -41,10 +41,12 @@ SEARCH_SECONDS = 5.0  # before a process is searched again
 class Discovery:
     """`own`: the host driver's libraries and the published shims; `trust`: whatever else is known to be good."""
 
-    def __init__(self, attached: Probes, own: Mapping[Path, Role], trust: Trust | None = None) -> None:
+    def __init__(
+        self, attached: Probes, own: Mapping[Path, Role], trust: Trust | None = None, most_files: int = MOST_FILES
+    ) -> None:
         trust = trust or Trust()
         self._probes = attached
-        self._libraries = Libraries(attached, own, trust)
+        self._libraries = Libraries(attached, own, trust, most_files)
         self._search = Search(lambda file: attached.of(file) is not None)
         self._looked_at: set[int] = set()
         self._searched: dict[int, float] = {}  # processes, and when their mappings were searched
@@ -59,11 +61,12 @@ class Discovery:
 
     @classmethod
     def of_host(
-        cls, attached: Probes, drivers: Iterable[Path], shims: Sequence[Path], store: Path | None, listed: Iterable[str]
-    ) -> Discovery:
+        cls, attached: Probes, drivers: Iterable[Path], shims: Sequence[Path], store: Path | None,
+        listed: Iterable[str], most_files: int,
+    ) -> Discovery:  # fmt: skip
         """For these drivers and published shims; the first is of this version. `listed`: digests from agent.yaml."""
         own = dict.fromkeys(shims, Role.SHIM) | dict.fromkeys(drivers, Role.HOST)
-        return cls(attached, own, trusted(shims[0], store, listed))
+        return cls(attached, own, trusted(shims[0], store, listed), most_files)
 
     def start(self) -> Set[File] | None:
         """Probes the host's own files and all that are mapped now, and drops what no process maps any more.
@@ -182,7 +185,7 @@ class Discovery:
 
     def _cgroup(self, pid: int) -> str:
         """The cgroup for which the work counts that this process makes."""
-        return procfs.delegated(self._root, procfs.cgroup_path(pid) or "/")
+        return owner_of(self._root, procfs.cgroup_path(pid) or "/").path
 
     def look_around(self) -> None:
         """Probes what any process maps: for what nothing else has told. What could not be probed is tried once more."""
@@ -252,14 +255,6 @@ class Discovery:
         for file in left - kept.keys():
             self._libraries.let_go(file)
             self._roots.forget(file)
-
-    def sweep(self, ledger: Ledger, workloads: Workloads) -> None:
-        """Forgets unmanaged cgroups that are gone, so that the map holds live ones only."""
-        decided = set(ledger.unmanaged())
-        if decided:
-            live = {workloads.cgroup(path) for path in ("", *workloads.walk())}
-            for cgroup in decided - live:
-                ledger.forget(cgroup)
 
     # -- the gatekeeper's questions
 

@@ -16,12 +16,15 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from fgpu_ebpf import pages, procfs
+from fgpu_ebpf.answered import Answered
 from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.ledger import Ledger, LevelLimits
+from fgpu_ebpf.level_places import LevelPlaces
 from fgpu_ebpf.policy import Device
 from fgpu_ebpf.processes import levels_of
 from fgpu_ebpf.quantities import memory_text
@@ -44,6 +47,7 @@ class Enforcer:
         devices: Sequence[Device],
         overcommit: bool,
         elders: Elders | None = None,
+        places: LevelPlaces | None = None,
     ) -> None:
         self.elders = elders or Elders()
         self._spared = self.elders.places()
@@ -51,6 +55,8 @@ class Enforcer:
         self._workloads = workloads
         self._capacity = {device.index: device.usable_bytes for device in devices}
         self.overcommit = overcommit
+        self.places = places or LevelPlaces(workloads.root)
+        self.answered = Answered(ledger, self.places.bounds.unmanaged)
         self._tenants: dict[int, Tenant] = {}
         self.names = TenantNames()
         self._paths: dict[str, int] = {}
@@ -132,6 +138,9 @@ class Enforcer:
                 raise RoomError(lack)
         if not changed:
             return
+        _, lacks = self.places.divide(changed)
+        if lacks:
+            raise RoomError(next(iter(lacks.values())))
         new = {t.cgroup for t in changed if self._ledger.page_missing(t.cgroup)}
         try:
             with self._unless_refused():
@@ -176,11 +185,13 @@ class Enforcer:
             for entries, were in zip(held, before, strict=True):
                 entries.clear()
                 entries.update(were)
+            self.places.keep_only(self._tenants.keys())
             self._sums = None
             raise
 
     def _enter(self, tenant: Tenant) -> None:
         before = self._tenants.get(tenant.cgroup)
+        self.places.enter(tenant.cgroup, tenant.path)
         if before:
             self._count_inside(before.path, -1)
         self._count_inside(tenant.path, 1)
@@ -200,7 +211,7 @@ class Enforcer:
     def _in_force(self, tenant: Tenant) -> LevelLimits:
         limits = dict.fromkeys(tenant.limits, 0) if tenant.cgroup in self._denied else self._limits(tenant)
         spared = pages.LimitFlag.KILL if tenant.path in self._spared else 0
-        return LevelLimits(tenant.cgroup, limits, tenant.flags & ~spared)
+        return LevelLimits(tenant.cgroup, limits, tenant.flags & ~spared, self.places.slot(tenant.cgroup))
 
     def spares(self, tenant: Tenant) -> bool:
         """It would be onBypass: kill, but for those in it that are older than fgpu."""
@@ -261,6 +272,7 @@ class Enforcer:
 
     def _forget(self, cgroup: int) -> None:
         tenant = self._tenants.pop(cgroup, None)
+        self.places.leave(cgroup)
         self._granted.pop(cgroup, None)
         self._denied.pop(cgroup, None)
         self._sums = None
@@ -285,14 +297,21 @@ class Enforcer:
         for level in reversed(levels):
             self._ledger.resolve(level.cgroup, True)
 
-    def answer(self, path: str) -> None:
-        """Somebody in this cgroup waits for what was decided: its limit is used now, or it is known to have none."""
-        levels = self.levels(path)
-        if levels:
+    def answer(self, path: str, lacking: Mapping[str, int] = MappingProxyType({})) -> None:
+        """A program in this cgroup waits for what was decided: its limit is used now, or it is known to have none.
+
+        `lacking`: cgroups that are to have a limit and have no place for it, by path: whatever holds around one, its
+        programs get no memory. Raises OSError.
+        """
+        levels, owner = self.levels(path), self.places.owner(path).cgroup
+        refused = [around for around in procfs.and_above(path) if around in lacking]
+        for around in refused:
+            self.answered.refuse(owner, lacking[around], around)
+        if levels and not refused:
             self.use(levels[0])
-        else:
+        elif not refused:
             for cgroup in list(procfs.cgroup_ids(self._workloads.root, path))[:1]:
-                self._ledger.resolve(cgroup, False)
+                self.answered.unmanaged(owner, cgroup)
 
     def _grant(self, tenant: Tenant) -> None:
         lack, had = self._lack(tenant), self._granted.get(tenant.cgroup)

@@ -56,6 +56,7 @@ def explain(
             *decision.notes,
             *filter(None, [manager.workloads.missing(workload)]),
             *_left_out(tenant, levels, manager),
+            *manager.bounds_met(path),
             *[note for t in levels if t.source is Source.KEPT for note in t.notes],
             *[
                 f"onBypass: kill waits: older than fgpu are some in {t.name}"

@@ -1,7 +1,7 @@
 """How many files of libcuda each cgroup may have probed, and how much of the processor looking at them may take.
 
-A cgroup in which others may make cgroups of their own counts as one, with all that is in it (`procfs.delegated`). What
-is beyond is refused, which means that its processes get no memory; files of the host's own count for no cgroup.
+A workload counts as one, with all cgroups inside it (`bound_owner`). What is beyond is refused, which means that its
+processes get no memory; files of the host's own count for no cgroup.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from collections import Counter
 
 from fgpu_ebpf.mappings import File
 
-MOST_FILES = 32  # of one cgroup: each takes two descriptors, and time to end
+MOST_FILES = 128  # of one workload (Bounds.files): each takes two descriptors, and time to end
 MOST_FILES_ALL = 2048
 BURST_NS, REFILL_NS = 3_000_000_000, 50_000_000  # of a cgroup: what it may take at once, and after that in each round
 
 
 class FileBudget:
-    """What each cgroup has and has taken."""
+    """What each cgroup has and has taken. `most`: files of one cgroup."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST_FILES) -> None:
+        self.most = most
         self._cgroups: dict[File, str] = {}
         self._has = Counter[str]()
         self._spent_ns = Counter[str]()
@@ -33,7 +34,7 @@ class FileBudget:
 
     def room(self, cgroup: str) -> int:
         """How many more files of this cgroup may be probed."""
-        return max(0, min(MOST_FILES - self._has[cgroup], MOST_FILES_ALL - len(self._cgroups)))
+        return max(0, min(self.most - self._has[cgroup], MOST_FILES_ALL - len(self._cgroups)))
 
     def has(self, cgroup: str) -> tuple[int, int]:
         """How many files the cgroup has, and all have."""

@@ -37,17 +37,17 @@ from fgpu_ebpf.ledger import PINS, Ledger
 from fgpu_ebpf.locks import FileLock
 from fgpu_ebpf.log_lines import LogLines
 from fgpu_ebpf.pages import Answer, Code, News
+from fgpu_ebpf.questions import Questions
 from fgpu_ebpf.readers import Readers
 from fgpu_ebpf.slicer import Slicer
 
-TELL_NS = 50_000_000
 AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 500_000_000, 250_000_000, 1_000_000_000
 GIVE_BACK_NS = 30_000_000_000
 AHEAD_BYTES = 256 << 10  # of small objects: what the hellos of one moment take
 ANSWER_BYTES = ctypes.sizeof(Answer)
 COUNTS = (
-    *("hello_managed", "hello_unmanaged", "hello_held", "hello_unanswered", "malformed", "silent", "gone", "unread"),
-    *("dropped_tenant", "dropped_total", "dropped_process", "discover_failed", "errors", "processes"),
+    *("hello_managed", "hello_unmanaged", "hello_refused", "hello_held", "hello_unanswered", "malformed", "silent"),
+    *("gone", "unread", "dropped_tenant", "dropped_total", "dropped_process", "discover_failed", "errors", "processes"),
 )
 
 
@@ -60,9 +60,7 @@ class Gatekeeper:
         self._lock, self._open_ledger, self._is_stand_in = lock, open_ledger, is_stand_in
         self._run = lock.path.parent
         self._ledger: Ledger | None = None
-        self._untold: dict[int, Caller] = {}  # by tenant: of whom the agent is told at the end of this turn
-        self._told: dict[int, int] = {}  # until when the agent is left to what it was told of a tenant
-        self._deaf_ns = 0  # until when it is told nothing
+        self._questions = Questions(lock.path.parent)
         self._lineages = Lineages(root)
         self._glance: Glance | None = None
         self._ended, self._lost, self._last_word = False, False, "ends"
@@ -72,7 +70,6 @@ class Gatekeeper:
         self._facts = {"started_ns": monotonic_ns(), "boot": boot.hex()}
         self._written: dict[str, object] = {}
         self._log = LogLines("fgpu gatekeeper")
-        self._agent = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._bell = Bell()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._bell, selectors.EVENT_READ, self._rung)
@@ -99,7 +96,7 @@ class Gatekeeper:
                 due[job] = monotonic_ns() // jobs[job] * jobs[job] + jobs[job]  # all on the beat: one wake-up
             for key, _ in self._selector.select(self._leisure_ns(due) / 1e9):
                 self._try(key.data)
-            for step in (self._callers.serve, self._tell_agent, self._readers.go):
+            for step in (self._callers.serve, self._ask_agent, self._readers.go):
                 self._try(step)
             self._end_glance()
         self._slicer.end()
@@ -119,7 +116,7 @@ class Gatekeeper:
 
     def _forgotten(self) -> bool:
         """No process has a page, and none is owed anything."""
-        return not self._clients.is_owed_beats() and not self._callers.owing() and not self._told
+        return not self._clients.is_owed_beats() and not self._callers.owing() and not self._questions
 
     def end(self, *_: object) -> None:
         """Leave `run` at its next turn: a signal handler."""
@@ -182,7 +179,9 @@ class Gatekeeper:
     def _decide(self, caller: Caller, glance: Glance) -> None:
         if caller.epoch != glance.epoch or caller.standing.managed is None:
             caller.epoch, caller.standing = glance.epoch, glance.standing(*procfs.identity(caller.pidfd))
-        if caller.standing.managed is False:
+        if caller.standing.refused:
+            self._answer_refused(caller)
+        elif caller.standing.managed is False:
             self._answer_unmanaged(caller)
         elif caller.standing.managed is None:
             self._tell(caller)
@@ -195,29 +194,13 @@ class Gatekeeper:
             self._answer_managed(caller, offer)
 
     def _tell(self, caller: Caller) -> None:
-        """The agent does not know this process yet: say so, once; of a tenant's many, of one at a time."""
+        """The agent does not know this process yet: it is asked, and the caller waits."""
         self._counts["hello_held"] += not caller.held
         caller.held = True
-        if not caller.told and max(self._deaf_ns, self._told.get(caller.tenant, 0)) <= monotonic_ns():
-            self._untold.setdefault(caller.tenant, caller)
+        self._questions.add(caller)
 
-    def _tell_agent(self) -> None:
-        """Of all tenants of this turn in one message: the kernel keeps ten for it, and hundreds may come at once."""
-        news, self._untold = self._untold, {}
-        if not news:
-            return
-        now_ns = monotonic_ns()
-        first, *others = (caller.pid for caller in news.values())
-        try:
-            message = json.dumps({"tgid": first, "others": others})
-            self._agent.sendto(message.encode(), str(self._run / "discover.sock"))
-        except OSError:  # it has not heard yet what it was told before
-            self._counts["discover_failed"] += 1
-            self._deaf_ns = now_ns + AGAIN_NS
-            return
-        for caller in news.values():
-            caller.told = True
-        self._told |= dict.fromkeys(news, now_ns + TELL_NS)
+    def _ask_agent(self) -> None:
+        self._counts["discover_failed"] += not self._questions.send()
 
     def _rung(self) -> None:
         self._bell.hush()
@@ -237,6 +220,11 @@ class Gatekeeper:
         control = self._clients.page_of_unmanaged(caller.pid)
         self._answer(caller, Code.UNMANAGED, Offer(Head(), ()), [control.descriptor])
 
+    def _answer_refused(self, caller: Caller) -> None:
+        """A limit is wanted for it that could not be put in force: it gets no memory."""
+        self._clients.release(caller.pid)
+        self._answer(caller, Code.REFUSED, Offer(Head(), ()), [])
+
     def _answer_managed(self, caller: Caller, offer: Offer) -> None:
         client = self._client(caller, offer.head)
         if client and client.status:
@@ -246,13 +234,13 @@ class Gatekeeper:
     def _answer(self, caller: Caller, code: Code, offer: Offer, fds: Sequence[int]) -> None:
         head, usage = offer.head, offer.usage
         form = (pages.MAGIC, pages.LAYOUT, ANSWER_BYTES, code, len(usage), len(head.devices), head.flags, caller.epoch)
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
         try:
-            caller.sock.sendmsg([bytes(Answer(*form))], [rights], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            caller.sock.sendmsg([bytes(Answer(*form))], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError:
             self._callers.drop(caller, "unread")
             return
-        self._callers.drop(caller, "hello_managed" if usage else "hello_unmanaged")
+        self._callers.drop(caller, f"hello_{code.name.lower()}")
 
     def _client(self, caller: Caller, head: Head) -> Client | None:
         """The pages of this process, made or made anew where needed; None: it is gone or has no place, and dropped."""
@@ -260,15 +248,15 @@ class Gatekeeper:
         if not procfs.alive(caller.pidfd) or (client and client.has_ended):
             self._callers.drop(caller, "gone")
             return None
-        tenant = caller.standing.tenant
+        tenant, owner = caller.standing.tenant, caller.standing.owner
         if client is None:
-            client = self._clients.enrol(caller.pid, caller.pidfd, tenant, head)
+            client = self._clients.enrol(caller.pid, caller.pidfd, tenant, owner, head)
             if client is None:
                 self._callers.drop(caller, "dropped_process")
                 return None
             caller.pidfd = -1
             self._log.say(f"process {client.pid} of cgroup {tenant}: managed")
-        self._clients.settle_in(client, tenant, caller.standing.levels, head)
+        self._clients.settle_in(client, tenant, owner, caller.standing.levels, head)
         if self._ledger and client.levels:
             client.control.page.tag = self._ledger.tag(client.pid, client.levels)
         self._slicer.greet(client)
@@ -306,7 +294,7 @@ class Gatekeeper:
     def _beat(self) -> None:
         self._watchdog.ping()
         self._callers.forgive()
-        self._told.clear()
+        self._questions.forget()
         self._listed = (-1, [])
         if self._ledger:
             self._clients.epoch = self._ledger.epoch()

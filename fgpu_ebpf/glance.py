@@ -7,27 +7,35 @@ was decided before a process connected must hold for its hello. When it fails: O
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from fgpu_ebpf import pages, procfs
+from fgpu_ebpf.bound_owner import owner_of
 from fgpu_ebpf.clients import Head
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.mappings import File
 from fgpu_ebpf.pages import ControlFlag
+from fgpu_ebpf.resolutions import Resolution
 
 MOST_PAGES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the ledger says of a process's cgroups; `managed` is None while nobody has decided."""
+    """What the ledger says of a process's cgroups; `managed` is None while nothing is decided.
+
+    `refused`: a limit is wanted that could not be put in force. `owner`: the cgroup whose bounds are the process's; 0:
+    not known.
+    """
 
     managed: bool | None
     tenant: int
     levels: tuple[int, ...] = ()
+    refused: bool = False
+    owner: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +49,21 @@ class Offer:
 class Decisions(Protocol):
     """The part of the ledger that tells who is managed."""
 
-    def resolved(self, cgroup: int) -> bool | None:
-        """True: managed, False: unmanaged, None: not decided."""
+    def resolved(self, cgroup: int) -> Resolution | None:
+        """What is decided about it; None: nothing."""
 
     def page_missing(self, cgroup: int) -> bool:
         """The level has no page."""
 
 
 def standing(ledger: Decisions | None, ids: Sequence[int]) -> Standing:
-    """Managed if any level is, with all that are, leaf first; else unmanaged if the cgroup itself is known to be: one
-    that is new in an unmanaged one may be a tenant's, and the agent has not looked yet. Raises OSError.
+    """Refused if any level is. Managed if any level is, with all that are, leaf first; else unmanaged if the cgroup
+    itself is known to be: one that is new in an unmanaged one may be a tenant's, and the agent has not looked yet.
+    Raises OSError.
     """
     said = {cgroup: ledger.resolved(cgroup) for cgroup in ids} if ledger else {}
+    if Resolution.REFUSED in said.values():
+        return Standing(False, ids[0], refused=True)
     in_force = (c for c in said if said[c] or (said[c] is None and ledger and not ledger.page_missing(c)))
     levels = tuple(in_force)[-pages.LEVELS :]  # as the kernel finds them: of too many, the outermost
     if any(said[cgroup] is None for cgroup in levels):
@@ -69,6 +80,7 @@ class Lineages:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._known: dict[int, tuple[int, ...]] = {}
+        self._owners: dict[int, int] = {}
 
     def of(self, pid: int, cgroup: int) -> tuple[int, ...]:
         """Ids of this process's cgroup and those around it, leaf first. Raises OSError: it is gone."""
@@ -79,9 +91,17 @@ class Lineages:
                 self._known[cgroup] = known
         return known
 
+    def owner(self, pid: int, cgroup: int, levels: Collection[int]) -> int:
+        """The cgroup whose bounds are this process's; `levels`: those around it."""
+        if cgroup not in self._owners:
+            path = procfs.cgroup_path(pid)
+            self._owners[cgroup] = owner_of(self._root, path, levels.__contains__).cgroup if path else cgroup
+        return self._owners[cgroup]
+
     def forget(self) -> None:
         """To be called now and then, since most cgroups never come again."""
         self._known.clear()
+        self._owners.clear()
 
 
 class Glance:
@@ -90,7 +110,7 @@ class Glance:
     def __init__(self, ledger: Ledger, epoch: int, devices: Sequence[tuple[int, bytes]], lineages: Lineages) -> None:
         self._ledger, self.epoch, self._devices, self._lineages = ledger, epoch, devices, lineages
         self._flags = ControlFlag.MANAGED | (ControlFlag.SETTLE if ledger.settle() else 0)
-        self._resolved: dict[int, bool | None] = {}
+        self._resolved: dict[int, Resolution | None] = {}
         self._missing: dict[int, bool] = {}
         self._standings: dict[int, Standing] = {}
         self._files: dict[File, int | None] = {}
@@ -112,14 +132,15 @@ class Glance:
         if known is None:
             ids = self._lineages.of(pid, cgroup)
             known = standing(self, ids)
+            known = replace(known, owner=self._lineages.owner(pid, cgroup, known.levels))
             if ids[:1] == (cgroup,):
                 self._standings[cgroup] = known
         return known
 
-    def resolved(self, cgroup: int) -> bool | None:
-        """True: managed, False: unmanaged, None: not decided."""
+    def resolved(self, cgroup: int) -> Resolution | None:
+        """What is decided about it; None: nothing."""
         if cgroup not in self._resolved:
-            self._resolved[cgroup] = self._ledger.resolved(cgroup)
+            self._resolved[cgroup] = self._ledger.resolution(cgroup)
         return self._resolved[cgroup]
 
     def page_missing(self, cgroup: int) -> bool:

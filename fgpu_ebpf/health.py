@@ -13,6 +13,8 @@ from typing import Any
 from fgpu_ebpf import reconcile, shimless, xids
 from fgpu_ebpf.checks import Check
 
+FULL_PARTS = 0.75  # as the alert FgpuTableFilling
+
 
 def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     """Of a Snapshot's JSON: all that it can tell."""
@@ -38,10 +40,17 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     yield _libraries(snapshot["libraries"], snapshot["trusted"])
     denied = sorted(t["tenant"] for t in tenants if t["denied"])
     yield Check("room", not denied, ", ".join(denied[:5]) or "for every tenant", "fgpu explain TARGET has the numbers")
+    full = [f"{m['name']}: {m['entries']} of {m['most']}" for m in snapshot.get("maps", ()) if _is_filling(m)]
+    fix = "what is full is refused to new programs: `fgpu events` names the workload, bounds: in agent.yaml its bounds"
+    yield Check("tables", not full, ", ".join(full) or "have room", fix)
     for name, (found, fix) in snapshot.get("lacks", {}).items():
         yield Check(name, False, found, fix)
     failures = snapshot["failures"]
     yield Check("mistakes", not failures, f"{failures} outlived", "report the traceback in the agent's log")
+
+
+def _is_filling(table: Mapping[str, Any]) -> bool:
+    return bool(table["entries"] > FULL_PARTS * table["most"])
 
 
 def _shims(tenants: Sequence[Mapping[str, Any]]) -> Check:

@@ -6,11 +6,12 @@ that loads BPF. On failure: faults and no settings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from fgpu_ebpf import configfile
+from fgpu_ebpf.bounds import Bounds
 from fgpu_ebpf.cdi import FOLDER as CDI_FOLDER
 from fgpu_ebpf.policyfolder import FOLDER
 from fgpu_ebpf.profiles import Profile
@@ -35,6 +36,7 @@ class HostSettings:
 
     `engines`: who is asked for labels, as KIND:SOCKET. `profiles`: what a device plugin offers.
     `ignored_xids`: after which it goes on to offer a device. `trusted_drivers`: digests of files, as `sha256:…`.
+    `bounds`: how much one workload may have.
     """
 
     listen: str = "127.0.0.1:9423"
@@ -51,6 +53,7 @@ class HostSettings:
     profiles: tuple[Profile, ...] = ()
     ignored_xids: tuple[int, ...] = OF_PROGRAMS
     trusted_drivers: tuple[str, ...] = ()
+    bounds: Bounds = field(default_factory=Bounds)
 
 
 def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None, tuple[Fault, ...]]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from fgpu_ebpf import shares
+from fgpu_ebpf.bounds import Bounds
 from fgpu_ebpf.faults import faults
 from fgpu_ebpf.library_class import DIGEST
 from fgpu_ebpf.policyvalues import Devices, MetricLabels, Model, absent
@@ -116,6 +117,20 @@ class DriversDocument(Model):
     )
 
 
+class BoundsDocument(Model):
+    """`bounds:`"""
+
+    levels: Annotated[int, Field(ge=1, le=4096)] = absent("Cgroups of one workload that may have limits of their own.")
+    allocations: Annotated[int, Field(ge=1, le=262_144)] = absent("Allocations of one workload that are known.")
+    threads: Annotated[int, Field(ge=1, le=65_536)] = absent("Threads of one workload that use a device.")
+    processes: Annotated[int, Field(ge=1, le=16_384)] = absent("Processes of one workload that use a device.")
+    orphans: Annotated[int, Field(ge=1, le=65_536)] = absent("Ended processes of one workload whose memory is held.")
+    files: Annotated[int, Field(ge=1, le=2_048)] = absent("Files of libcuda that are probed for one workload.")
+    unmanaged: Annotated[int, Field(ge=1, le=8_192)] = absent(
+        "Cgroups of one workload without a limit that the kernel's map keeps."
+    )
+
+
 class HostDocument(Model):
     """`agent.yaml`"""
 
@@ -145,6 +160,7 @@ class HostDocument(Model):
         "XIDs after which it goes on to offer the device; absent: those that programs cause."
     )
     drivers: DriversDocument = absent("Which files of libcuda are trusted beside the host's own.")
+    bounds: BoundsDocument = absent("How much one workload may have, with all cgroups that are inside it.")
 
 
 def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[Fault, ...]]:
@@ -176,6 +192,8 @@ def _values(document: HostDocument) -> dict[str, Any]:
             values[name] = Path(value)
     if "drivers" in values:
         values["trusted_drivers"] = tuple(values.pop("drivers").trusted or ())
+    if "bounds" in values:
+        values["bounds"] = Bounds(**values["bounds"].model_dump(exclude_unset=True))
     if "overcommit" in values:
         values["overcommit"] = values["overcommit"] == "allow"
     return values

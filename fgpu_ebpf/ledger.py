@@ -22,7 +22,9 @@ from fgpu_ebpf import bpf, pages
 from fgpu_ebpf.checks import has_host_pids
 from fgpu_ebpf.events import Events
 from fgpu_ebpf.orphans import OrphanMap
+from fgpu_ebpf.owner_table import OwnerTable
 from fgpu_ebpf.processes import Process, process_of
+from fgpu_ebpf.resolutions import Resolutions
 from fgpu_ebpf.shelf import Shelf
 from fgpu_ebpf.timebook import Timebook
 from fgpu_ebpf.usage import Usage, UsagePages
@@ -51,11 +53,14 @@ class LedgerMissing(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LevelLimits:
-    """What a level may hold: bytes per ledger index; an index left out is denied. `flags` are pages.LimitFlag."""
+    """What a level may hold: bytes per ledger index; an index left out is denied. `flags` are pages.LimitFlag, `owner`
+    is the slot of the owner of its bounds.
+    """
 
     cgroup: int
     bytes: Mapping[int, int]
     flags: int = 0
+    owner: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,12 @@ class Ledger:
         self._shelf = Shelf(self._maps)
         self.times = Timebook(self._maps, lambda: self._run(pages.Adjust.RING), pins / "maps")
         self.orphans = OrphanMap(self._maps, self._run, self.page_fd)
+        self.owners, self.levels_taken = OwnerTable(self._maps, self._run), self._shelf.taken
+        told = self.resolutions = Resolutions(self._maps, self.new_epoch)
+        self.resolution, self.resolved, self.resolve = told.resolution, told.resolved, told.resolve
+        self.not_managed, self.refuse, self.forget, self.unresolve = (
+            told.not_managed, told.refuse, told.forget, told.unresolve
+        )  # fmt: skip
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._open(pins)
@@ -191,35 +202,6 @@ class Ledger:
         self.unresolve(cgroups)
 
     # -- identity
-
-    def resolved(self, cgroup: int) -> bool | None:
-        """True: managed, False: unmanaged, None: the agent has not decided yet."""
-        raw = bpf.lookup(self._maps["resolved"], _U64.pack(cgroup), 4)
-        return None if raw is None else bool(_U32.unpack(raw)[0])
-
-    def resolve(self, cgroup: int, managed: bool) -> None:
-        """Says what a cgroup is. The epoch moves on, so that shims say hello again, unless this answers a new one."""
-        before = self.resolved(cgroup)
-        if before is managed:
-            return
-        bpf.update(self._maps["resolved"], _U64.pack(cgroup), _U32.pack(managed))
-        if managed or before is not None:
-            self.new_epoch()
-
-    def forget(self, cgroup: int) -> None:
-        """Deletes what was decided about an unmanaged cgroup that is gone: nobody needs to ask anew."""
-        bpf.delete(self._maps["resolved"], _U64.pack(cgroup))
-
-    def unresolve(self, cgroups: Iterable[int]) -> None:
-        """Forgets cgroups: who asks from one of them now is looked at anew."""
-        known = [cgroup for cgroup in cgroups if bpf.delete(self._maps["resolved"], _U64.pack(cgroup))]
-        if known:
-            self.new_epoch()
-
-    def unmanaged(self) -> list[int]:
-        """Cgroup ids that were found to be unmanaged."""
-        found = bpf.items(self._maps["resolved"], 8, 4)
-        return [_U64.unpack(key)[0] for key, value in found if not _U32.unpack(value)[0]]
 
     def epoch(self) -> int:
         """Changes whenever `resolved` does."""
@@ -353,15 +335,15 @@ class Ledger:
 
     def sweep(self) -> int:
         """Deletes allocations whose process or era is gone; answers how many."""
-        processes, swept = self.processes(), Counter[int]()
+        processes, swept = self.processes(), Counter[tuple[int, int]]()
         for raw_key, raw in bpf.items(self._maps["allocations"], _ALLOCATION_KEY, _ALLOCATION, 1024):
             key = pages.AllocationKey.from_buffer_copy(raw_key)
             owner = processes.get(key.tgid) or self.process(key.tgid)
             if owner is None or owner.generation != key.generation:
-                level = pages.Allocation.from_buffer_copy(raw).level.cgroup
-                swept[level] += bpf.delete(self._maps["allocations"], raw_key)
-        for level, n in swept.items():
-            self._run(pages.Adjust.SWEPT, level, n)
+                level = pages.Allocation.from_buffer_copy(raw).level
+                swept[level.cgroup, level.place] += bpf.delete(self._maps["allocations"], raw_key)
+        for (cgroup, place), n in swept.items():
+            self._run(pages.Adjust.SWEPT, cgroup, n, place)
         return swept.total()
 
     def entries(self, name: str) -> int:
@@ -393,7 +375,7 @@ class Ledger:
 
 
 def _new_page(level: LevelLimits) -> pages.UsagePage:
-    page = pages.UsagePage(version=pages.LAYOUT, cgroup=level.cgroup, flags=level.flags)
+    page = pages.UsagePage(version=pages.LAYOUT, cgroup=level.cgroup, flags=level.flags, owner=level.owner)
     for device, limit in level.bytes.items():  # 0 would deny
         page.devices[device].limit = limit
     return page

@@ -16,7 +16,7 @@ from time import monotonic, sleep
 
 from fgpu_ebpf import probes, procfs, published
 from fgpu_ebpf.bell import Bell
-from fgpu_ebpf.file_budget import FileBudget
+from fgpu_ebpf.file_budget import MOST_FILES, FileBudget
 from fgpu_ebpf.library_class import Role, Stamp, Trust
 from fgpu_ebpf.library_files import Target
 from fgpu_ebpf.library_worker import Examined, Examiner
@@ -46,13 +46,13 @@ def trusted(shim: Path, store: Path | None, listed: Iterable[str]) -> Trust:
 class Libraries:
     """`own`: the host driver's files and the published shims."""
 
-    def __init__(self, attached: Probes, own: Mapping[Path, Role], trust: Trust) -> None:
+    def __init__(self, attached: Probes, own: Mapping[Path, Role], trust: Trust, most_files: int = MOST_FILES) -> None:
         self._probes, self._trust = attached, trust
         self._own = [(Target.of(str(path)), role) for path, role in own.items()]
         self.own_files = frozenset((target.dev, target.ino) for target, _ in self._own)
         for target, role in self._own:
             trust.trust_file((target.dev, target.ino), role)
-        self.examiner, self._budget, self._bell = Examiner(attached, trust), FileBudget(), Bell()
+        self.examiner, self._budget, self._bell = Examiner(attached, trust), FileBudget(most_files), Bell()
         self._workers: Workers[str, Job, Taken] = Workers(
             lambda job: job(), lambda _: True, self._bell.ring, MOST_JOBS, NICE, THREADS
         )
@@ -325,7 +325,10 @@ class Libraries:
 
     def _many(self, cgroup: str) -> str:
         its, all_ = self._budget.has(cgroup)
-        return f"{its} files of libcuda's or the shim's name in it, {all_} in all"
+        return (
+            f"{its} of {self._budget.most} files of libcuda's or the shim's name in it, {all_} in all (bounds.files in "
+            "agent.yaml)"
+        )
 
     def _note_unprobed(self, pid: int, file: File, why: str) -> None:
         self._unprobed.setdefault(pid, {})[file] = why

@@ -14,10 +14,12 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from fgpu_ebpf import procfs
 from fgpu_ebpf.enforcer import Enforcer, RoomError
 from fgpu_ebpf.gone_tenants import GoneTenants
 from fgpu_ebpf.history import History
 from fgpu_ebpf.identity import Workload
+from fgpu_ebpf.level_refusals import LevelRefusals
 from fgpu_ebpf.overrides import Override, Overrides
 from fgpu_ebpf.policy import Decision, Device, PolicySet
 from fgpu_ebpf.shares import Share, parse
@@ -26,6 +28,7 @@ from fgpu_ebpf.workloads import TargetError, Workloads, is_of_run
 
 log = logging.getLogger("fgpu.agent")
 ENTER_SECONDS = 10.0
+MOST_RETRIED = 64  # refused cgroups at a time
 
 
 class Manager:
@@ -47,6 +50,8 @@ class Manager:
         self.overrides = overrides
         self._devices = devices
         self._history = history
+        self.refusals = LevelRefusals(history, enforcer.places)
+        self._has_freed_places = False
         self.gone = gone
         enforcer.held_elsewhere = gone.held_bytes
         self._awaited: dict[str, float] = {}  # own cgroups that nobody has entered yet: until when
@@ -87,8 +92,10 @@ class Manager:
         unknown = self.overrides.unknown(workload.cgroup)
         return said or unknown or self.policies_unknown or self.workloads.missing(workload)
 
-    def consider(self, paths: Iterable[str]) -> None:
-        """Looks at these cgroups anew: managed, changed, or gone."""
+    def consider(self, paths: Iterable[str]) -> dict[str, int]:
+        """Looks at these cgroups anew: managed, changed, or gone. Returns those that are to have a limit and have no
+        place for it, by path.
+        """
         wanted = {path: self._tenant(path) for path in sorted(paths)}
         gone = []
         for path, tenant in wanted.items():
@@ -97,6 +104,11 @@ class Manager:
                 gone.append(before)
         self._let_go(gone)
         self._enforce([tenant for tenant in wanted.values() if tenant])
+        found = {path: tenant.cgroup for path, tenant in wanted.items() if tenant}
+        lacking = {path: cgroup for path, cgroup in found.items() if self.enforcer.get(cgroup) is None}
+        for path in wanted.keys() & {*self.enforcer.answered.refused} - lacking.keys():
+            self.enforcer.answered.admit(path, self.workloads.cgroup(path) is None)
+        return lacking
 
     def consider_all(self) -> None:
         """Looks at every cgroup that there is, and at every tenant whether it still is."""
@@ -122,17 +134,19 @@ class Manager:
             self._put([tenant for tenant in level if not tenant.by_hand])
 
     def _put(self, tenants: Sequence[Tenant]) -> None:
-        """Those for whom there is no room, on a device or in the kernel, must not keep the others out."""
+        """Those for which there is no room, on a device or in the kernel, must not keep the others out."""
+        fit, lacks = self.enforcer.places.divide(tenants)
+        self.refusals.tell({t.path: lacks[t.cgroup] for t in tenants if t.cgroup in lacks})
         try:
-            self.enforcer.put(tenants)
+            self.enforcer.put(fit)
         except (RoomError, OSError) as error:
-            half = len(tenants) // 2
+            half = len(fit) // 2
             if half:
-                self._put(tenants[:half])
-                self._put(tenants[half:])
+                self._put(fit[:half])
+                self._put(fit[half:])
             else:
-                self._history.add("no room", tenant=tenants[0].name, text=str(error))
-                before = self.enforcer.get(tenants[0].cgroup)
+                self._history.add("no room", tenant=fit[0].name, text=str(error))
+                before = self.enforcer.get(fit[0].cgroup)
                 if before and before.source is Source.KEPT:
                     self.enforcer.keep(replace(before, notes=(str(error),)))
 
@@ -142,6 +156,24 @@ class Manager:
         removed = [t for t in tenants if self.workloads.cgroup(t.path) != t.cgroup]
         self.enforcer.release([tenant.cgroup for tenant in tenants], self.gone.keep(removed))
         self.overrides.drop(tenant.cgroup for tenant in removed)
+        self._has_freed_places = True
+
+    def bounds_met(self, path: str) -> list[str]:
+        """Which bounds keep this cgroup, or one around it, from a limit or from entries."""
+        wanted = [tenant for around in procfs.and_above(path) if (tenant := self._tenant(around))]
+        _, lacks = self.enforcer.places.divide(tenant for tenant in wanted if not self.enforcer.get(tenant.cgroup))
+        return [*lacks.values(), *self.enforcer.places.crowds([path])]
+
+    def retry_refused(self) -> None:
+        """Levels are gone: some of the cgroups that found no place may find one. All are tried at a full look."""
+        if self._has_freed_places:
+            self._has_freed_places = False
+            self.consider(self.enforcer.answered.refused[:MOST_RETRIED])
+
+    def sweep(self) -> None:
+        """What was answered to programs of cgroups that are gone is forgotten."""
+        live = {self.workloads.cgroup(path) for path in ("", *self.workloads.walk())}
+        self.enforcer.answered.keep_only({cgroup for cgroup in live if cgroup is not None})
 
     # -- by hand
 

@@ -206,10 +206,20 @@ def _host(snapshot: Snapshot) -> Iterator[Metric]:
             snapshot.policies.loaded_seconds,
         )
         yield GaugeMetricFamily("fgpu_policies", "Policies in force", snapshot.policies.count)
+    yield from _maps(snapshot)
     yield from _engines(snapshot)
     build = GaugeMetricFamily("fgpu_build_info", "Version of the agent", labels=["version"])
     build.add_metric([fgpu_ebpf.__version__], 1)
     yield build
+
+
+def _maps(snapshot: Snapshot) -> Iterator[Metric]:
+    entries = GaugeMetricFamily("fgpu_map_entries", "Taken of a table that all tenants share", labels=["map"])
+    most = GaugeMetricFamily("fgpu_map_entries_limit", "Entries that the table may have", labels=["map"])
+    for view in snapshot.maps:
+        entries.add_metric([view.name], view.entries)
+        most.add_metric([view.name], view.most)
+    yield from (entries, most)
 
 
 def _engines(snapshot: Snapshot) -> Iterator[Metric]:

@@ -78,16 +78,22 @@ class Newsreader:
                 for level in [tenant, *self._enforcer.around(tenant)] if tenant else []:
                     self._orphaned(level.cgroup)
             case News.REFUSED:
-                self._note("refused", event, pages.Reason(event.reason).name.lower())
+                self._note("refused", event, pages.Reason(event.reason).name.lower(), self._bounds_met(event))
             case News.BYPASS:
                 self._note("bypass", event, "no admission")
             case News.KILLED:
                 self._note("killed", event, "onBypass")
 
-    def _note(self, what: str, event: Event, reason: str) -> None:
+    def _bounds_met(self, event: Event) -> str:
+        """Which bounds of which workload refuse entries to this level; empty: it was refused for bytes."""
+        tenant = self._enforcer.get(event.cgroup) if event.reason == pages.Reason.ENTRIES else None
+        return "; ".join(self._enforcer.places.crowds([tenant.path])) if tenant else ""
+
+    def _note(self, what: str, event: Event, reason: str, text: str = "") -> None:
         self._history.add(
             what, tenant=self._enforcer.name_of(event.cgroup), pid=event.tgid, gpu=event.device,
             operation=_OPERATION.get(event.operation, ""), reason=reason, bytes=event.bytes,
+            text=text,
         )  # fmt: skip
 
     # -- cgroups

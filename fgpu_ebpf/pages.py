@@ -24,6 +24,7 @@ DEVICES = 16
 LEVELS = 4
 DEPTH = 16  # cgroups from the hierarchy's root on in which the kernel's programs look for levels
 SHARED = 3
+OWNERS, OWNED, OWNED_ORPHANS = 4096, 4, 3
 BOTH_LEVELS = 2 * LEVELS
 VERDICTS = 128
 ROWS, PATH = 128, 192
@@ -60,7 +61,7 @@ Function = IntEnum(
 )
 Class = IntEnum("Class", "HOST LISTED UNKNOWN", start=0)
 Adjust = IntEnum(
-    "Adjust", "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER LOOKED", start=0
+    "Adjust", "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER LOOKED OWN TRIM", start=0
 )
 News = IntEnum("News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED", start=0)
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
@@ -114,7 +115,8 @@ class UsagePage(Structure):
         ("urgent_second", u64),
         ("urgent_count", u64),
         ("looked_ns", u64 * DEVICES),
-        ("tail", u64 * 93),
+        ("owner", u64),
+        ("tail", u64 * 92),
     )
 
 
@@ -216,6 +218,14 @@ class Limit(Structure):
     """Value of `limits`."""
 
     _fields_ = (("bytes", u64), ("flags", u64))
+
+
+class Owner(Structure):
+    """Value of `owners`, by slot: what an owner of bounds has of each map that all tenants share, and may have."""
+
+    _fields_ = (
+        ("cgroup", u64), ("entries", u64 * OWNED), ("claimed", u64 * OWNED), ("most", u64 * OWNED), ("spare", u64 * 3),
+    )  # fmt: skip
 
 
 class Share(Structure):

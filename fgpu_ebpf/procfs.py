@@ -382,16 +382,6 @@ def cgroups(pid: int, root: Path) -> list[int]:
     return [os.stat(folder).st_ino for folder in _folders(root, inside)]
 
 
-def delegated(root: Path, path: str) -> str:
-    """The outermost cgroup on the way to this one that is not root's, and in which others may make more; else this."""
-    inside = list(accumulate(filter(None, path.split("/")[:DEEPEST]), "{}/{}".format, initial=""))[1:]
-    for around in inside:
-        with contextlib.suppress(OSError):
-            if os.stat(f"{root}{around}").st_uid:
-                return around
-    return inside[-1] if inside else "/"
-
-
 def _cgroup(pid: int) -> str:
     return os.fsdecode(_field(read(f"/proc/{pid}/cgroup"), b"0::"))
 

@@ -92,6 +92,7 @@ def settings(options: Options) -> Settings:
         profiles=host.profiles,
         ignored_xids=host.ignored_xids,
         trusted_drivers=host.trusted_drivers,
+        bounds=host.bounds,
     )
 
 

@@ -6,10 +6,11 @@ Owns: the defaults. Never: reads a file, or checks that anything is there (`serv
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fgpu_ebpf import cdi, profiles, programs, shares, xids
+from fgpu_ebpf.bounds import Bounds
 from fgpu_ebpf.ledger import PINS
 
 
@@ -35,3 +36,4 @@ class Settings:
     profiles: tuple[profiles.Profile, ...] = ()
     ignored_xids: Collection[int] = xids.OF_PROGRAMS
     trusted_drivers: tuple[str, ...] = ()  # digests, as sha256:…
+    bounds: Bounds = field(default_factory=Bounds)

@@ -67,6 +67,10 @@ class Shelf:
         for place in [places.pop(cgroup) for cgroup in gone if cgroup in places]:
             heapq.heappush(self._free, place)
 
+    def taken(self) -> int:
+        """How many pages there are."""
+        return len(self._look())
+
     def _take(self, cgroups: Sequence[int]) -> list[int]:
         """A place for the page of each."""
         places = self._look()

@@ -198,6 +198,15 @@ class LibraryView:
 
 
 @dataclass(frozen=True, slots=True)
+class MapView:
+    """A table that all tenants share: `entries` of it are taken, or kept for a workload, and there may be `most`."""
+
+    name: str
+    entries: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The host at one moment; `time_seconds` since the epoch, `taken_seconds` the same on the monotonic clock."""
 
@@ -220,6 +229,7 @@ class Snapshot:
     incomplete: str = ""  # why it is not known that all that was asked for is in force; empty: it is
     gatekeeper_up: bool | None = None
     lacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # beside enforcement: what is missing, its fix
+    maps: tuple[MapView, ...] = ()
 
 
 def plain(view: Any) -> dict[str, Any]:
@@ -251,7 +261,7 @@ class Fields(Mapping[str, Any]):
 
 _VIEWS = frozenset({
     Refusal, ComputeView, TenantDevice, ProcessView, OrphanView, TenantView, DeviceView, SlicesView, PoliciesView,
-    EngineView, LibraryView,
+    EngineView, LibraryView, MapView,
 })  # fmt: skip
 
 

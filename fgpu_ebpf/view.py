@@ -19,6 +19,7 @@ from fgpu_ebpf.discovery import Discovery
 from fgpu_ebpf.enforcer import Enforcer
 from fgpu_ebpf.keepers import Keepers
 from fgpu_ebpf.ledger import Count, Ledger
+from fgpu_ebpf.map_views import maps
 from fgpu_ebpf.orphans import Orphan
 from fgpu_ebpf.policies import Policies
 from fgpu_ebpf.policy import Priority
@@ -97,6 +98,7 @@ def take_snapshot(
         events={fate.name.lower(): _host_count(counters, pages.Kind.EVENTS, fate) for fate in pages.Fate},
         policies=_policies(policies),
         probe_hits=_hits(ledger.hits()),
+        maps=maps(ledger),
     )
 
 

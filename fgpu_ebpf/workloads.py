@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from fgpu_ebpf import procfs
+from fgpu_ebpf.cgroupnames import RUN_FOLDER
 from fgpu_ebpf.checks import Check
 from fgpu_ebpf.identity import Workload, identify
 
-RUN_FOLDER = "fgpu"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 
 

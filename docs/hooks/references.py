@@ -61,7 +61,11 @@ def host() -> str:
     usual = hostfile.HostSettings()
     defaults = {field.name: _plain(field.name, getattr(usual, field.name)) for field in fields(usual)}
     keys = _keys(hostmodel.HostDocument, defaults)
-    parts = (hostmodel.ProfileDocument, "profiles[]"), (hostmodel.DriversDocument, "drivers")
+    parts = (
+        (hostmodel.ProfileDocument, "profiles[]"),
+        (hostmodel.DriversDocument, "drivers"),
+        (hostmodel.BoundsDocument, "bounds"),
+    )
     return "\n".join([*keys, *(line for model, path in parts for line in _model(model, path, 3))])
 
 

@@ -249,3 +249,113 @@ def test_a_call_ends_in_the_life_in_which_it_began(kernel, level, client):
     assert (level.used, client.entry(kernel).late, anomalies(kernel)["RELEASE"]) == (0, False, before)
     client(f"alloc(0x1000, {6 * MIB})")
     assert level.used == 6 * MIB
+
+
+# -- several levels of one owner
+
+
+@pytest.fixture
+def owned(kernel: Kernel) -> Callable[..., None]:
+    """owned(owner, levels, most): these levels' bounds are those of this owner, which may have so many of each."""
+
+    def own(owner: Level, levels: list[Level], most: int = 1 << 30) -> None:
+        for level in levels:
+            kernel.ledger.owners.attach(level.cgroup, owner.cgroup, (most,) * 4, ())
+
+    return own
+
+
+def share_of(kernel: Kernel, owner: Level, shared: pages.Shared) -> int:
+    share = kernel.ledger.owners.share(owner.cgroup)
+    assert share
+    return share.entries[shared]
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["siblings", "nested"])
+def test_levels_of_one_owner_have_one_part_together(kernel, make_level, make_client, owned, shared, nested):
+    """As many as it may have, from four levels, whether a level is around them or not."""
+    owner = make_level(1024 * MIB)
+    levels = [make_level(1024 * MIB, owner if nested else None) for _ in range(4)]
+    each = PARTS[shared] // 4 - 50
+    owned(owner, [owner, *levels], 3 * each)
+    clients = [make_client(level) for level in levels]
+    for client in clients:
+        client(f"cuda.gather(u64({each + 23}), {int(shared == Shared.PROCESSES)})")
+    found = [entries(kernel, level, shared) for level in levels]
+    assert sum(found) == share_of(kernel, owner, shared) == 3 * each
+    assert clients[3](f"admit({MIB})") == REFUSED
+    assert reasons(kernel, levels[3]) == {(0, pages.Reason.ENTRIES): 1}
+    assert make_client(make_level(1024 * MIB))(f"admit({MIB})") == ADMITTED, "of another owner"
+    for client in clients:
+        client.kill()
+    wait_until(lambda: share_of(kernel, owner, shared) == 0)
+    assert make_client(levels[3])(f"admit({MIB})") == ADMITTED
+    assert kernel.ledger.owners.claimed()[shared] >= 1
+
+
+@pytest.mark.parametrize("shared", [Shared.ALLOCATIONS, Shared.PROCESSES], ids=["allocations", "processes"])
+def test_what_owners_leave_is_for_those_that_have_few(kernel, make_level, make_client, owned, shared):
+    """Owners that may have the whole map leave an eighth of it, for owners that have little."""
+    part = PARTS.get(shared, PART)
+    owners = [make_level(1024 * MIB) for _ in range(5)]
+    for owner in owners:
+        owned(owner, [owner])
+    clients = [make_client(owner) for owner in owners]
+    most = 4 * part
+    before = kernel.ledger.owners.claimed()[shared]
+
+    def take(client: Client, n: int) -> None:
+        if shared is Shared.PROCESSES:
+            client(f"cuda.gather(u64({n}), 1)")
+        else:
+            client(f"cuda.allocate_many(u64(0x1000), u64({n}))")
+
+    for client in clients[:4]:
+        take(client, part + 23)
+    claimed = kernel.ledger.owners.claimed()[shared]
+    assert most - most // 8 - most // 1024 < claimed <= most - most // 8 + 4 * most // 1024
+    assert sum(share_of(kernel, owner, shared) for owner in owners) <= claimed - before + 5 * (most // 1024)
+    assert clients[3](f"admit({MIB})") == REFUSED
+    take(clients[4], most // 1024 - 2)
+    assert clients[4](f"admit({MIB})") == ADMITTED
+    for client in clients:
+        client.kill()
+    kernel.ledger.sweep()
+    wait_until(lambda: not any(share_of(kernel, owner, shared) for owner in owners))
+    kernel.ledger.owners.trim()
+    assert kernel.ledger.owners.claimed()[shared] <= before
+
+
+def test_allocations_of_levels_that_are_gone_count_for_their_owner_until_they_are_swept(
+    kernel, make_level, make_client, owned
+):
+    owner, level = make_level(1024 * MIB), make_level(1024 * MIB)
+    owned(owner, [owner, level])
+    client = make_client(level)
+    client("cuda.allocate_many(u64(0x1000), u64(1009))")
+    assert share_of(kernel, owner, Shared.ALLOCATIONS) == 1009
+    client("cuda.free_many(u64(0x1000), u64(9))")
+    assert share_of(kernel, owner, Shared.ALLOCATIONS) == 1000
+    client.kill()
+    level.remove()
+    assert share_of(kernel, owner, Shared.ALLOCATIONS) == 1000
+    kernel.ledger.sweep()
+    assert share_of(kernel, owner, Shared.ALLOCATIONS) == 0
+
+
+def test_a_slot_is_another_owner_s_when_nothing_counts_there(kernel, make_level, make_client, owned, monkeypatch):
+    one, two = make_level(1024 * MIB), make_level(1024 * MIB)
+    owned(one, [one])
+    client = make_client(one)
+    client("alloc(0x1000, 1)")
+    table = kernel.ledger.owners
+    others = [cgroup for cgroup in table._look() if cgroup != one.cgroup]
+    monkeypatch.setattr(table, "_free", [])
+    with pytest.raises(OSError, match="bounds"):
+        table.attach(two.cgroup, two.cgroup, (1,) * 4, others)
+    client.kill()
+    assert_left(one, 1)
+    kernel.ledger.sweep()
+    assert not any(table.share(one.cgroup).entries)
+    table.attach(two.cgroup, two.cgroup, (1,) * 4, others)
+    assert table.share(two.cgroup)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import CONTEXT, MIB, Kernel, anomalies, assert_corrected, assert_left
 
-from fgpu_ebpf import bpf, pages
+from fgpu_ebpf import bpf, pages, resolutions
 
 ADMITTED = 1
 CONTEXT_KIND = pages.Kind.CONTEXT
@@ -216,3 +216,42 @@ def test_a_refused_free_whose_room_is_gone_meanwhile(allocations, counted, level
     assert level.used == 4 * MIB, "nobody knows how much that was"
     client.kill()
     assert_left(level, 4 * MIB)
+
+
+# -- what was decided about cgroups
+
+
+def test_cgroups_that_are_not_managed_make_room_for_one_that_is(kernel, level):
+    ledger, first = kernel.ledger, NOBODY << 8
+    values = {first + n: n % 2 * 2 for n in range(resolutions.MOST)}  # unmanaged, refused
+    fd = bpf.pinned(kernel.pins / "maps/resolved")
+    with contextlib.suppress(OSError):
+        for cgroup, value in values.items():
+            bpf.update(fd, struct.pack("Q", cgroup), struct.pack("I", value))
+    try:
+        assert ledger.resolutions.count() == resolutions.MOST
+        with contextlib.suppress(OSError):
+            ledger.resolve(level.cgroup, True)
+        assert ledger.resolved(level.cgroup) is True
+        ledger.resolve(first - 1, False)
+        assert ledger.resolved(first - 1) is False
+        assert ledger.resolutions.count() > resolutions.MOST // 2
+    finally:
+        for cgroup in [*values, first - 1]:
+            bpf.delete(fd, struct.pack("Q", cgroup))
+        os.close(fd)
+
+
+def test_managed_cgroups_make_no_room(kernel):
+    fd = bpf.pinned(kernel.pins / "maps/resolved")
+    known = [NOBODY << 8 | n for n in range(resolutions.MOST)]
+    with contextlib.suppress(OSError):
+        for cgroup in known:
+            bpf.update(fd, struct.pack("Q", cgroup), struct.pack("I", 1))
+    try:
+        with pytest.raises(OSError, match=r"\[Errno 7\]"):
+            kernel.ledger.resolve(NOBODY, False)
+    finally:
+        for cgroup in known:
+            bpf.delete(fd, struct.pack("Q", cgroup))
+        os.close(fd)

@@ -77,6 +77,13 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {f'fgpu_events_lost_total{{{HERE},reason="rate"}}': "0+1x20"},
         {f'fgpu_events_lost_total{{{HERE},reason="rate"}}': "7x20"},
     ),
+    "FgpuTableFilling": tuple(  # type: ignore[dict-item]
+        {
+            f'fgpu_map_entries{{{HERE},map="levels"}}': f"{entries}x20",
+            f'fgpu_map_entries_limit{{{HERE},map="levels"}}': "4096x20",
+        }
+        for entries in (3073, 3072)
+    ),
     "FgpuPolicyRejected": (
         {f"fgpu_config_last_reload_successful{{{HERE}}}": "0x20"},
         {f"fgpu_config_last_reload_successful{{{HERE}}}": "1x20"},

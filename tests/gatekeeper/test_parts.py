@@ -68,16 +68,16 @@ def test_who_executes_another_program_is_another_client() -> None:
     clients = Clients(selector, bytes(16))
     clients.parted = parted.append
     child = subprocess.Popen(["sleep", "100"])
-    first = clients.enrol(child.pid, os.pidfd_open(child.pid), 4, Head(1, ((0, bytes(16)),)))
+    first = clients.enrol(child.pid, os.pidfd_open(child.pid), 4, 4, Head(1, ((0, bytes(16)),)))
     assert first
-    clients.settle_in(first, 4, (), first.head)
+    clients.settle_in(first, 4, 4, (), first.head)
     page, lives = first.control.page, [SimpleNamespace(generation=n, bytes=(5,), levels=(4,)) for n in (23, 101)]
     page.gates[0], epoch = 6, page.epoch
     clients.show({})
     for _ in range(2):
         clients.show({child.pid: lives[0]})
     assert (parted, clients.get(child.pid), page.gates[0]) == ([], first, 6)
-    clients.settle_in(first, 4, (), first.head)  # it has said hello since
+    clients.settle_in(first, 4, 4, (), first.head)  # it has said hello since
     clients.show({child.pid: lives[1]})
     assert not parted
     clients.show({})
@@ -236,7 +236,7 @@ def test_the_kernel_s_word_of_an_end_is_of_who_was_there_before_it() -> None:
         clients, parted = Clients(selector, bytes(16)), list[Client]()
         clients.parted = parted.append
         before_ns = time.monotonic_ns()
-        client = clients.enrol(process.pid, os.pidfd_open(process.pid), 7, Head())
+        client = clients.enrol(process.pid, os.pidfd_open(process.pid), 7, 7, Head())
         assert client
         clients.end(process.pid, before_ns)  # of another process that had this pid
         clients.end(process.pid + 1, time.monotonic_ns())

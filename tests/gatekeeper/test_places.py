@@ -12,7 +12,7 @@ from conftest import Keeper
 from hello_client import hello, in_cgroup, request, until
 
 from fgpu_ebpf import pages
-from fgpu_ebpf.clients import FEW_PROCESSES, PROCESSES_PER_TENANT, Client, Clients, Head
+from fgpu_ebpf.clients import FEW_PROCESSES, PROCESSES_PER_OWNER, Client, Clients, Head
 from fgpu_ebpf.ledger import Ledger
 
 Make = Callable[..., Path]
@@ -22,7 +22,7 @@ CGROUPS = 8
 class Crowd:
     """Processes of a cgroup that have said hello and live on."""
 
-    def __init__(self, program: Path, run: Path, cgroup: Path, number: int = PROCESSES_PER_TENANT) -> None:
+    def __init__(self, program: Path, run: Path, cgroup: Path, number: int = PROCESSES_PER_OWNER) -> None:
         enter = 'echo $$ >"$0/cgroup.procs" && exec "$@"'
         asked = [program, run / "shim/shim.sock", request().hex(), str(number)]
         command = ["sh", "-c", enter, cgroup, *asked]
@@ -51,7 +51,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def crowd(program: Path) -> Iterator[Callable[..., Crowd]]:
     made: list[Crowd] = []
 
-    def make(run: Path, cgroup: Path, number: int = PROCESSES_PER_TENANT) -> Crowd:
+    def make(run: Path, cgroup: Path, number: int = PROCESSES_PER_OWNER) -> Crowd:
         made.append(Crowd(program, run, cgroup, number))
         return made[-1]
 
@@ -69,8 +69,8 @@ def test_unmanaged_processes_without_number_take_no_place_of_a_tenant(
         ledger.resolve(place.stat().st_ino, managed=False)
     before = keeper.descriptors()
     for place in places:
-        assert crowd(keeper.run, place).answered() == PROCESSES_PER_TENANT
-    until(lambda: keeper.count("hello_unmanaged") == CGROUPS * PROCESSES_PER_TENANT)
+        assert crowd(keeper.run, place).answered() == PROCESSES_PER_OWNER
+    until(lambda: keeper.count("hello_unmanaged") == CGROUPS * PROCESSES_PER_OWNER)
     for _ in range(4):
         reply = in_cgroup(tenant(), lambda: (found := hello(keeper.run)) and found.answer.code)
         assert reply == pages.Code.MANAGED
@@ -87,7 +87,7 @@ def test_half_of_the_places_are_for_tenants_that_have_few(monkeypatch: pytest.Mo
         pid = len(made) + 1
         if not clients._has_place(tenant):
             return False
-        made.append(Client(pid, -1, tenant, 0, Head(1), clients._control(Head(1))))
+        made.append(Client(pid, -1, tenant, tenant, 0, Head(1), clients._control(Head(1))))
         clients._clients[pid] = made[-1]
         clients._members[tenant] += 1
         return True

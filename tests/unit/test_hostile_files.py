@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 from discovery_kit import Stage, quiet, settled
 
-from fgpu_ebpf import breakpoints, elf, file_budget, library_files, probe_plan, procfs
+from fgpu_ebpf import breakpoints, elf, library_files, probe_plan, procfs
 from fgpu_ebpf.discovery import Discovery
 
 NAMES = list(probe_plan.REQUIRED)
@@ -263,14 +263,13 @@ def test_a_cgroup_has_so_many_files_probed_and_no_more(
     tmp_path: Path, library: Path, mapper: Mapper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     seen: None,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(file_budget, "MOST_FILES", 5)
     greedy = [mapper(*(copy(library, tmp_path / f"libcuda.so.{n}.{k}") for k in range(7))) for n in range(2)]
     other = mapper(copy(library, tmp_path / "libcuda.so.1"))
     cgroups = {process.pid: "/greedy" for process in greedy} | {other.pid: "/other"}
     monkeypatch.setattr(procfs, "pids", lambda: list(cgroups))
     monkeypatch.setattr(procfs, "cgroup_path", cgroups.get)
     stage = Stage()
-    looks = Discovery(stage, {})  # type: ignore[arg-type]
+    looks = Discovery(stage, {}, most_files=5)  # type: ignore[arg-type]
     for _ in range(3):
         looks.look_around()
         settled(looks, lambda: len(stage.attached) == 5 + 1)
@@ -286,16 +285,6 @@ def test_a_cgroup_has_so_many_files_probed_and_no_more(
     looks.look_at(again.pid)
     settled(looks, lambda: len(stage.known) == 1 + 5)
     assert again.pid not in looks.unprobed()
-
-
-def test_whose_cgroup_it_is(tmp_path: Path) -> None:
-    """Who may make cgroups of its own is not given room for each."""
-    for folder in ("system", "user", "user/1000", "user/1000/a", "user/1000/a/b"):
-        (tmp_path / folder).mkdir()
-    os.chown(tmp_path / "user/1000", 1000, 1000)
-    assert procfs.delegated(tmp_path, "/user/1000/a/b") == procfs.delegated(tmp_path, "/user/1000") == "/user/1000"
-    assert procfs.delegated(tmp_path, "/system") == "/system"
-    assert procfs.delegated(tmp_path, "/gone/away") == "/gone/away"
 
 
 def test_the_descriptor_limit_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,11 @@ PACKAGE = Path(__file__).parent.parent.parent / "fgpu_ebpf"
 # Each module may import those of earlier rows alone.
 ORDER = (
     {"mappings", "locks"},
-    {"pages", "bpf", "elf", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
+    {"pages", "bpf", "elf", "bounds", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
     | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
     | {"cgroupnames", "messages", "visitors", "heap", "workers", "log_lines", "sockets"},
     {
+        "bound_owner",
         "identity",
         "journal",
         "keepers",
@@ -35,6 +36,7 @@ ORDER = (
         "xids",
     }
     | {"crimessages", "kubeletmessages", "slots", "graces", "breakpoints", "file_budget"}
+    | {"owner_table", "resolutions"}
     | {"library_class", "library_files", "trust", "observed"},
     {"probe_plan"} | {"events", "launch"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
@@ -58,7 +60,8 @@ ORDER = (
     {"policywatch", "hostfile", "last_good"},
     {"programs", "door", "usage", "shelf", "sealed", "overrides", "history", "keeper", "links"},
     {"ledger", "tenants", "workloads", "overruns"},
-    {"tenant_names"},
+    {"tenant_names", "level_places"},
+    {"answered", "level_refusals"},
     {"probes", "clients", "enforcer", "gone_tenants", "roots", "library_search"},
     {"library_worker"},
     {"libraries", "host_scan"},
@@ -66,7 +69,8 @@ ORDER = (
     {"device_sample"},
     {"corrections", "orphan_release"},
     {"settings", "reconcile", "news", "detach", "explain", "callers", "slicer", "pinned_levels"},
-    {"policies"},
+    {"policies", "questions"},
+    {"map_views"},
     {"view", "readers", "adoption", "health", "offers", "xidnews", "orphan_reports", "bypass_killer"},
     {"agent", "metrics", "tables", "gatekeeper", "keyboard", "ranking", "bars"},
     {"choice", "feed", "page"},

@@ -13,6 +13,7 @@ from fgpu_ebpf.snapshot import (
     ComputeView,
     DeviceView,
     EngineView,
+    MapView,
     PoliciesView,
     ProcessView,
     Refusal,
@@ -41,7 +42,7 @@ def snapshot(name: str = "notebook") -> Snapshot:
     hits = {"alloc": 23, "admit": 101}
     docker = EngineView("docker", "/run/docker.sock", True, "", 2, 31, 1, 4)
     return Snapshot(1.0, (device,), (tenant,), {"release": 0, "bypass": 3}, {}, events, policies, hits, (docker,),
-                    gatekeeper_up=True)  # fmt: skip
+                    gatekeeper_up=True, maps=(MapView("levels", 101, 4096),))  # fmt: skip
 
 
 def test_the_text_is_the_golden_one():

@@ -1,0 +1,138 @@
+/* entries.bpf.h: what levels, and the owners of their bounds, have of the maps that all tenants share. */
+
+static u64 most_of(u32 shared)
+{
+    return shared == FGPU_ALLOCATIONS ? MOST_ALLOCATIONS : shared == FGPU_THREADS ? MOST_THREADS : MOST_PROCESSES;
+}
+
+/* Slot 0, of levels without an owner, counts too and has no bound: to look whether it is 0 would be a branch in every
+ * place, and the verifier follows each both ways. */
+static struct fgpu_owner *owner_in(u32 slot_of_owner) { return owners.lookup(&slot_of_owner); }
+
+/* All that owners have claimed of a map. */
+static u64 *claims_on(u32 shared)
+{
+    u32 last = FGPU_OWNERS - 1;
+    struct fgpu_owner *all = owners.lookup(&last);
+    return all ? &all->entries[shared] : 0;
+}
+
+/* The rest of the map is for owners that have claimed nothing yet. */
+static int is_scarce(u64 claimed_by_all, u32 shared)
+{
+    return claimed_by_all + FEW(most_of(shared)) > most_of(shared) - RESERVE(most_of(shared));
+}
+
+/* Claims some entries more for an owner, within the map's reserve. Several threads may each claim some at once. The
+ * agent takes claims back that entries do not need any more (`trim`): in each program that frees, that would cost much.
+ */
+static int claim(struct fgpu_owner *owner, u32 shared, int force)
+{
+    u64 few = FEW(most_of(shared)), *all = claims_on(shared);
+    if (!all) return 0;
+    u64 was = __sync_fetch_and_add(all, few);
+    if (!force && *(volatile u64 *)&owner->claimed[shared] && is_scarce(was, shared)) {
+        __sync_fetch_and_add(all, -few);
+        return 0;
+    }
+    __sync_fetch_and_add(&owner->claimed[shared], few);
+    return 1;
+}
+
+static int own_entry(struct fgpu_owner *owner, u32 shared, int force)
+{
+    u64 was = __sync_fetch_and_add(&owner->entries[shared], 1), most = *(volatile u64 *)&owner->most[shared];
+    if (!most) return 1;
+    if (force || was < most) {
+        if (!UNLIKELY(was >= *(volatile u64 *)&owner->claimed[shared])) return 1;
+        if (claim(owner, shared, force)) return 1;
+    }
+    one_less(&owner->entries[shared]);
+    return 0;
+}
+
+/* An owner has as many entries as it may have now. */
+static int owner_is_full(struct fgpu_usage_page *page, u32 shared)
+{
+    struct fgpu_owner *owner = owner_in(page->owner);
+    u64 most = owner ? *(volatile u64 *)&owner->most[shared] : 0;
+    if (!owner || !most) return 0;
+    u64 has = *(volatile u64 *)&owner->entries[shared], claimed = *(volatile u64 *)&owner->claimed[shared];
+    if (UNLIKELY(has >= most)) return 1;
+    if (!UNLIKELY(has >= claimed && claimed)) return 0;
+    u64 *all = claims_on(shared);
+    return all && is_scarce(*(volatile u64 *)all, shared);
+}
+
+/* A level, or its owner, has as many entries as it may have now. */
+static int is_crowded(struct fgpu_usage_page *page, u32 shared)
+{
+    if (UNLIKELY(*(volatile u64 *)&page->entries[shared] >= PART(most_of(shared)))) return 1;
+    return owner_is_full(page, shared);
+}
+
+/* Takes a place for one entry more in a map that all share; 0: the level, or its owner, has as many as it may.
+ * A level whose page is gone counts nothing itself. */
+static int take_place(struct fgpu_level *level, u32 shared, int force)
+{
+    struct fgpu_usage_page *page = page_at(level);
+    struct fgpu_owner *owner = owner_in(level->place >> 32);
+    if (UNLIKELY(!page)) level->cgroup = 0;
+    if (owner && !own_entry(owner, shared, force)) return 0;
+    if (!page || __sync_fetch_and_add(&page->entries[shared], 1) < PART(most_of(shared)) || force) return 1;
+    one_less(&page->entries[shared]);
+    if (owner) lower(&owner->entries[shared], 1);
+    return 0;
+}
+
+static void give_places(struct fgpu_level *level, u32 shared, u64 n)
+{
+    struct fgpu_usage_page *page = level->cgroup ? page_at(level) : 0;
+    struct fgpu_owner *owner = owner_in(level->place >> 32);
+    if (page) lower(&page->entries[shared], n);
+    if (owner) lower(&owner->entries[shared], n);
+}
+
+static void give_place(struct fgpu_level *level, u32 shared) { give_places(level, shared, 1); }
+
+/* Answers 1 where there is an entry of that name already, and leaves it. Without a place, or in a full map, there is
+ * none: charged until the process ends. */
+static int enter_allocation(struct fgpu_allocation_key *key, struct fgpu_allocation *value, struct fgpu_level *leaf)
+{
+    value->level = *leaf;
+    if (take_place(&value->level, FGPU_ALLOCATIONS, 0)) {
+        int failed = allocations.insert(key, value);
+        if (!UNLIKELY(failed)) return 0;
+        give_place(&value->level, FGPU_ALLOCATIONS);
+    }
+    if (allocations.lookup(key)) return 1;
+    anomaly(FGPU_ANOMALY_FULL);
+    return 0;
+}
+
+static void delete_allocation(struct fgpu_allocation_key *key, struct fgpu_allocation *value)
+{
+    struct fgpu_level level = value->level;
+    if (!allocations.delete(key)) give_place(&level, FGPU_ALLOCATIONS);
+}
+
+static void give_orphan_place(struct fgpu_level *leaf)
+{
+    struct fgpu_usage_page *page = page_at(leaf);
+    struct fgpu_owner *owner = owner_in(leaf->place >> 32);
+    if (page) lower(&page->orphans, 1);
+    if (owner) lower(&owner->entries[FGPU_OWNED_ORPHANS], 1);
+}
+
+/* The same for an entry of `orphans`, which a page counts apart; none of that map is kept for owners that have few. */
+static int take_orphan_place(struct fgpu_level *leaf)
+{
+    struct fgpu_usage_page *page = page_at(leaf);
+    struct fgpu_owner *owner = owner_in(leaf->place >> 32);
+    u64 others = owner ? __sync_fetch_and_add(&owner->entries[FGPU_OWNED_ORPHANS], 1) : 0;
+    u64 own = page ? __sync_fetch_and_add(&page->orphans, 1) : 0;
+    u64 most = owner ? *(volatile u64 *)&owner->most[FGPU_OWNED_ORPHANS] : 0;
+    if (own < PART(MOST_ORPHANS) && (!most || others < most)) return 1;
+    give_orphan_place(leaf);
+    return 0;
+}

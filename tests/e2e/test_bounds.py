@@ -1,0 +1,202 @@
+"""T41 to T43: workloads that make cgroups, processes and hellos without number take nothing from their neighbours."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import (
+    BUILD,
+    ENVIRONMENT,
+    GIB,
+    HUB,
+    MIB,
+    REFUSED,
+    SHIM,
+    Place,
+    Tenant,
+    ask,
+    cgroup_root,
+    eventually,
+    fgpu,
+    metrics,
+)
+from test_policies import Write, write  # noqa: F401
+
+GROUP = "fgpu-bounds"
+LEVELS = 512  # of one workload, by default
+NAMES = f'{{cgroup: ["{GROUP}/greedy/**", "{GROUP}/greedy", "{GROUP}/modest"]}}'
+
+
+class Folder(Place):
+    """Cgroups in one folder, made by hand, with the shim and without a limit of their own."""
+
+    def __init__(self, work: Path) -> None:
+        super().__init__(work)
+        self.root = cgroup_root() / GROUP
+        self.root.mkdir()
+
+    def start(self, path: str) -> Tenant:
+        """A hub in the cgroup of that path in the folder, made where there is none."""
+        cgroup = self.root / path
+        cgroup.mkdir(parents=True, exist_ok=True)
+        folder = self.work / path.replace("/", "-")
+        folder.mkdir()
+        enter = ["sh", "-c", f'echo $$ >{cgroup}/cgroup.procs && exec sh -c "$0"', HUB]
+        environment = {**ENVIRONMENT, "LD_PRELOAD": str(SHIM)}
+        hub = subprocess.Popen(enter, stdin=subprocess.PIPE, env=environment, cwd=folder)
+        self.tenants.append(Tenant(self, path, f"/{GROUP}/{path}", folder, hub))
+        return self.tenants[-1]
+
+    def close(self) -> None:
+        """Ends every program and removes every cgroup."""
+        super().close()
+        for folder, _, _ in os.walk(self.root, topdown=False):
+            os.rmdir(folder)
+
+
+@pytest.fixture
+def folder(unharmed: None, tmp_path: Path) -> Iterator[Folder]:
+    found = Folder(tmp_path)
+    yield found
+    found.close()
+
+
+def levels_of_greedy() -> int:
+    return sum(t["path"].startswith(f"/{GROUP}/greedy") for t in ask(verb="snapshot")["tenants"])
+
+
+def table(name: str) -> float:
+    return metrics()["fgpu_map_entries", frozenset({("map", name)})]
+
+
+@pytest.mark.timeout(180)
+def test_cgroups_without_number_leave_their_neighbour_its_limit(
+    write: Write,  # noqa: F811
+    folder: Folder,
+) -> None:
+    """More cgroups than the kernel has pages for, inside one workload: what is beyond its bound gets no memory."""
+    write("memory: {limit: 1GiB}", selector=NAMES)
+    before = table("levels")
+    for n in range(4200):
+        (folder.root / f"greedy/{n}").mkdir(parents=True)
+    eventually(lambda: table("levels") >= before + LEVELS, 30, "the levels that it may have")
+    time.sleep(1)
+    assert table("levels") == before + LEVELS
+    modest = folder.start("modest").client()
+    assert modest.ok("info")[1] == GIB
+    assert modest.do(f"alloc {GIB}") == REFUSED
+    beyond = folder.start("greedy/4199").client()
+    assert beyond.do(f"alloc {MIB}") == REFUSED
+    inside = folder.start("greedy/4198/more").client()
+    assert inside.do(f"alloc {MIB}") == REFUSED
+    for said in (fgpu("explain", f"/{GROUP}/greedy/4199").stdout, fgpu("events").stdout):
+        assert re.search(rf"/{GROUP}/greedy \(.*has {LEVELS} of {LEVELS} levels .*bounds.levels in agent.yaml", said)
+
+
+@pytest.mark.timeout(180)
+def test_a_cgroup_that_was_refused_is_served_when_there_is_room(
+    write: Write,  # noqa: F811
+    folder: Folder,
+) -> None:
+    write("memory: {limit: 1GiB}", selector=NAMES)
+    for n in range(LEVELS + 10):
+        (folder.root / f"greedy/{n}").mkdir(parents=True)
+    eventually(lambda: levels_of_greedy() == LEVELS, 30, "the levels that it may have")
+    late = folder.start(f"greedy/{LEVELS + 9}")
+    client = late.client()
+    assert client.do(f"alloc {MIB}") == REFUSED
+    for n in range(20):
+        (folder.root / f"greedy/{n}").rmdir()
+    eventually(lambda: client.do(f"alloc {MIB}").startswith("ok"), 20, "its limit")
+    assert client.ok("info")[1] == GIB
+
+
+def test_processes_of_four_cgroups_leave_their_neighbour_an_entry(
+    write: Write,  # noqa: F811
+    folder: Folder,
+    crowd: Callable[[Path, int], int],
+) -> None:
+    """Each cgroup has less than a level may have; together they are one workload."""
+    write("memory: {limit: 1GiB}", selector=NAMES)
+    for n in range(4):
+        (folder.root / f"greedy/{n}").mkdir(parents=True)
+    eventually(lambda: len([t for t in ask(verb="snapshot")["tenants"] if t["path"].startswith(f"/{GROUP}/")]) == 5)
+    for n in range(4):
+        crowd(folder.root / f"greedy/{n}", 2000)
+    modest = folder.start("modest").client()
+    assert modest.ok("info")[1] == GIB
+    modest.ok(f"alloc {MIB}")
+    late = folder.start("greedy/3").client()
+    assert late.do(f"alloc {MIB}") == REFUSED
+    words = rf"/{GROUP}/greedy \(.*has 4096 of 4096 processes .*bounds.processes in agent.yaml"
+    assert re.search(words, fgpu("explain", f"/{GROUP}/greedy/3").stdout)
+
+
+@pytest.fixture
+def crowd() -> Iterator[Callable[[Path, int], int]]:
+    """crowd(cgroup, number): processes that only call the shim's question; they live until the end of the test."""
+    made: list[tuple[subprocess.Popen[str], Path]] = []
+
+    def make(cgroup: Path, number: int) -> int:
+        process = subprocess.Popen([BUILD / "e2e/throng", SHIM, cgroup, str(number)], stdout=subprocess.PIPE, text=True)
+        made.append((process, cgroup))
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        return process.pid
+
+    yield make
+    for process, cgroup in made:
+        (cgroup / "cgroup.kill").write_text("1")
+        process.wait(30)
+    for _, cgroup in made:
+        eventually(lambda cgroup=cgroup: not (cgroup / "cgroup.procs").read_text(), 30, "its end")  # type: ignore[misc]
+
+
+# -- a workload without a limit
+
+
+STRANGER = """
+import os, socket, struct, sys
+folder, number = sys.argv[1], int(sys.argv[2])
+hello = struct.pack("<IHH56x", 0x75706766, 3, 64)
+codes = []
+for n in range(number):
+    os.mkdir(f"{folder}/{n}")
+    with open(f"{folder}/{n}/cgroup.procs", "w") as file:
+        file.write("0")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(5)
+        sock.connect("/run/fgpu/shim/shim.sock")
+        sock.send(hello)
+        codes.append(struct.unpack_from("<IHHI", sock.recv(4096))[3])
+print(*sorted(set(codes)), flush=True)
+"""
+UNMANAGED = 1024  # cgroups of one workload without a limit that are remembered, by default
+
+
+@pytest.mark.timeout(180)
+def test_a_user_without_a_limit_asks_from_cgroups_without_number(
+    write: Write,  # noqa: F811
+    folder: Folder,
+) -> None:
+    """Of those that one user makes, the oldest are forgotten, so the table keeps room for cgroups with limits."""
+    write("memory: {limit: 1GiB}", selector=NAMES)
+    number = UNMANAGED + 300
+    stranger = folder.root / "stranger"
+    stranger.mkdir()
+    os.chown(stranger, 65534, 65534)
+    before = table("resolved")
+    done = subprocess.run(
+        ["python3", "-c", STRANGER, stranger, str(number)], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.stdout.split() == ["2"], done.stdout + done.stderr  # unmanaged, each of them
+    assert UNMANAGED <= table("resolved") - before <= UNMANAGED + 8
+    modest = folder.start("modest").client()
+    assert modest.ok("info")[1] == GIB
+    modest.ok(f"alloc {MIB}")
