@@ -211,7 +211,8 @@ class Agent:
         orphans = OrphanReports(self._truth, self.manager, self.keepers, self.history)
         killer = BypassKiller(self._truth, self.ledger, self.enforcer, self._unwitnessed, self.history)
         self.chores += [
-            self._adoption.look, overruns.look, XidNews(self._truth, self.history).look, orphans.look, killer.look
+            overrides.write_again, self._adoption.look, overruns.look, XidNews(self._truth, self.history).look,
+            orphans.look, killer.look,
         ]  # fmt: skip
         self._policies = Policies(self.settings.policy_folder, self.manager, self.history)
         self._policies.begin(found.policies)
