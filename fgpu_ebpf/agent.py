@@ -11,15 +11,17 @@ import fcntl
 import logging
 import selectors
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fgpu_ebpf import cdi, devices, heap, inject, launch, notify, probes, procfs, profiles, programs, published, trial
+from fgpu_ebpf import cdi, devices, heap, inject, launch, notify, probes, procfs, profiles, programs, published
 from fgpu_ebpf.adoption import Adoption
 from fgpu_ebpf.bypass_killer import BypassKiller
 from fgpu_ebpf.checks import Check
+from fgpu_ebpf.context_sizes import context_bytes
 from fgpu_ebpf.detach import LOCK, NAMES, TENANT_NAMES, take_away
+from fgpu_ebpf.device_indexes import pinned
 from fgpu_ebpf.discovery import Discovery
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.enforcer import Enforcer
@@ -28,6 +30,7 @@ from fgpu_ebpf.gone_tenants import GoneTenants
 from fgpu_ebpf.history import History
 from fgpu_ebpf.keeper import Keeper
 from fgpu_ebpf.keepers import Keepers
+from fgpu_ebpf.late_devices import LateDevices
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.library_files import driver_libraries
 from fgpu_ebpf.manager import Manager
@@ -43,6 +46,7 @@ from fgpu_ebpf.reconcile import Reconciler, Truth
 from fgpu_ebpf.settings import Settings
 from fgpu_ebpf.shimless import Reasons
 from fgpu_ebpf.snapshot import Snapshot
+from fgpu_ebpf.start_checks import AgentError, check_kernel
 from fgpu_ebpf.unwitnessed import Unwitnessed
 from fgpu_ebpf.urgency import come_first
 from fgpu_ebpf.view import take_snapshot
@@ -59,26 +63,6 @@ AHEAD_BYTES = 1 << 20  # of small objects: what requests, scrapes and rescans of
 STATE = Path("/var/lib/fgpu/contexts.json")
 
 
-class AgentError(Exception):
-    """Why there is no enforcement, and what mends it."""
-
-
-def package_file(*names: str) -> Path:
-    """A file that the package carries, or that a checkout has built."""
-    package = Path(__file__).parent
-    for base in (package, package.parent, package.parent / "build"):
-        path = base.joinpath(*names)
-        if path.exists():
-            return path
-    raise AgentError(f"{'/'.join(names)} is not installed: reinstall fgpu, or run ./dev build in a checkout")
-
-
-def check_kernel(loading: programs.Loading, shim: Path) -> None:
-    """Before programs are used for the first time. AgentError: this kernel is not fit for them."""
-    if loading.begun and (why := trial.unfit(str(shim))):
-        raise AgentError(why)
-
-
 @dataclass(frozen=True, slots=True)
 class _Found:
     """What a start has before it attaches anything; `shim` is this version's file, perhaps not published yet."""
@@ -86,7 +70,7 @@ class _Found:
     digest: str
     libraries: list[Path]
     shim: Path
-    context_bytes: Mapping[int, int]
+    contexts: dict[int, int]
     policies: Start
     older: Elders
 
@@ -156,9 +140,9 @@ class Agent:
             raise AgentError(f"no libcuda.so.1 under {root}: install the driver's CUDA library")
         loading = programs.Loading(self.settings.sources, self.settings.pins, self.settings.loader)
         try:
-            self.nvml = devices.Nvml(root)
+            self.nvml = devices.Nvml(root, pinned(self.settings.pins))
             self.mark("devices")
-            contexts = devices.context_bytes(self.nvml, libraries[0], STATE)
+            contexts = context_bytes(self.nvml, libraries[0], STATE)
             check_kernel(loading, shim)
             self._release = published.Release(shim, self.settings.store)
             look_up([self._release.file, *libraries])
@@ -172,8 +156,8 @@ class Agent:
         """Names the devices, and probes every file in use. Raises what the parts raise."""
         for device in self.nvml.devices:
             self.ledger.set_device(device.index, device.uuid)
-            self.ledger.set_context_bytes(device.index, found.context_bytes[device.index])
-        self._unwitnessed = Unwitnessed(found.context_bytes)
+            self.ledger.set_context_bytes(device.index, found.contexts[device.index])
+        self._unwitnessed = Unwitnessed(found.contexts)
         attached = probes.Probes(self.settings.pins, found.digest, self.ledger)
         attached.attach_process_ends()
         self._publish(attached, found)
@@ -209,10 +193,12 @@ class Agent:
         self._adoption = Adoption(self._truth, self.ledger, self.enforcer, self.history, self._unwitnessed)
         overruns = Overruns(self.ledger.times.turns, self.enforcer.name_of, self.history)
         orphans = OrphanReports(self._truth, self.manager, self.keepers, self.history)
+        contexts, lacks = found.contexts, self.lacks
+        late = LateDevices(self.nvml, self.ledger, self.manager, self.reconciler, self.history, contexts, lacks)
         killer = BypassKiller(self._truth, self.ledger, self.enforcer, self._unwitnessed, self.history)
         self.chores += [
             overrides.write_again, self._adoption.look, overruns.look, XidNews(self._truth, self.history).look,
-            orphans.look, killer.look,
+            orphans.look, killer.look, late.look,
         ]  # fmt: skip
         self._policies = Policies(self.settings.policy_folder, self.manager, self.history)
         self._policies.begin(found.policies)
@@ -326,6 +312,7 @@ class Agent:
         """Looks at everything: for what no event told."""
         self.manager.tidy_all()
         self.manager.consider_all()
+        self.engines.rescanned()
         self.news.follow_all()
         self.discovery.look_around()
         self._look_into_roots()

@@ -74,7 +74,7 @@ def agent(log_format: str | None, **options: Any) -> None:
     """Enforce limits on this host: loader, gatekeeper and agent."""
 
     from fgpu_ebpf import journal, service
-    from fgpu_ebpf.agent import AgentError
+    from fgpu_ebpf.start_checks import AgentError
 
     journal.configure(journal.Format(log_format) if log_format else None)
     try:
@@ -89,8 +89,8 @@ def agent(log_format: str | None, **options: Any) -> None:
 def load(**options: Any) -> None:
     """Compile and pin the kernel's programs, and end: what an agent begins with where nobody has."""
     from fgpu_ebpf import service
-    from fgpu_ebpf.agent import AgentError
     from fgpu_ebpf.programs import ProgramError
+    from fgpu_ebpf.start_checks import AgentError
 
     try:
         click.echo(service.load(service.Options(RUN_DIR, **{name: value for name, value in options.items() if value})))

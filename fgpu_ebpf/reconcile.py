@@ -132,6 +132,10 @@ class Reconciler:
         """All processes that hold memory by now are known."""
         self._bell.hush()
 
+    def add_device(self, index: int) -> None:
+        """Looks at this one too from now on."""
+        self._releases = {**self._releases, index: OrphanRelease(self._ledger, index)}
+
     def orphaned(self, cgroup: int) -> None:
         """A level has orphaned bytes: looks at once."""
         self._levels.add(cgroup)
@@ -232,9 +236,10 @@ class Reconciler:
         at, used = time.monotonic(), now.used
         if is_due:
             self._choose_levels()
+            self._nvml.look_for_missing()
             used = {device.index: self._nvml.used_bytes(device.index) for device in self._nvml.devices}
             self._devices_at = at + DEVICE_SECONDS
-        answered = dict.fromkeys((device for device in now.held if used[device] is not None), at)
+        answered = dict.fromkeys((device for device in now.held if used.get(device) is not None), at)
         return replace(
             now, answered={**now.answered, **answered}, used=used, turns=self._turns(at), processes=self._known,
             xids=self._reported(), failure="",

@@ -22,7 +22,7 @@ from wsgiref.types import WSGIApplication
 from prometheus_client import make_wsgi_app
 
 from fgpu_ebpf import cdi, explain, metrics, page, quantities, shares, snapshot, targets
-from fgpu_ebpf.agent import Agent, AgentError
+from fgpu_ebpf.agent import Agent
 from fgpu_ebpf.checks import Check
 from fgpu_ebpf.control import RequestError
 from fgpu_ebpf.enforcer import RoomError
@@ -31,6 +31,7 @@ from fgpu_ebpf.peers import Peers
 from fgpu_ebpf.policy import Priority
 from fgpu_ebpf.quantities import QuantityError
 from fgpu_ebpf.sockets import make_way
+from fgpu_ebpf.start_checks import AgentError
 from fgpu_ebpf.web import Web, by_path, health
 from fgpu_ebpf.workloads import TargetError
 

@@ -34,8 +34,11 @@ class Library:
         monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", self.DeviceGetMemoryInfo)
         monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: HANDLES[int(uuid[4:12])])
         self.nvml = Nvml.__new__(Nvml)
-        self.nvml._handles, self.nvml._events, self.nvml._lost, self.nvml._came = list(HANDLES), None, set(), []
+        self.nvml._handles = dict(enumerate(HANDLES))
+        self.nvml._events, self.nvml._lost, self.nvml._came = None, set(), []
+        self.nvml._begin_at = 0.0
         self.nvml.devices = [Device(i, i.to_bytes(4) + bytes(12), "", "", 1, 1) for i in range(len(HANDLES))]
+        self.nvml._known = {device.uuid: device.index for device in self.nvml.devices}
 
     def EventSetCreate(self) -> int:
         self.made += 1
