@@ -15,7 +15,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fgpu_ebpf import cdi, devices, heap, inject, launch, notify, probes, procfs, profiles, programs, published
+from fgpu_ebpf import (
+    cdi,
+    devices,
+    heap,
+    inject,
+    launch,
+    notify,
+    probes,
+    procfs,
+    profiles,
+    programs,
+    published,
+    xid_record,
+)
 from fgpu_ebpf.adoption import Adoption
 from fgpu_ebpf.bypass_killer import BypassKiller
 from fgpu_ebpf.checks import Check
@@ -51,6 +64,7 @@ from fgpu_ebpf.unwitnessed import Unwitnessed
 from fgpu_ebpf.urgency import come_first
 from fgpu_ebpf.view import take_snapshot
 from fgpu_ebpf.workloads import Workloads
+from fgpu_ebpf.xid_record import XidRecord
 from fgpu_ebpf.xidnews import XidNews
 from fgpu_ebpf.yamlfile import Fault
 
@@ -185,7 +199,9 @@ class Agent:
         self.enforcer.names.keep_in(self.settings.run_dir / TENANT_NAMES, workloads.cgroup)
         gone = GoneTenants(self.ledger, self.enforcer.names)
         self.manager = Manager(workloads, self.enforcer, overrides, self.nvml.devices, self.history, gone)
-        self.reconciler = Reconciler(self.nvml, self.ledger, self.enforcer.levels, self.settings.ignored_xids)
+        record = XidRecord(self.settings.run_dir / xid_record.FILE, xid_record.lifetime())
+        tally = record.tally(self.settings.ignored_xids, self.nvml.devices)
+        self.reconciler = Reconciler(self.nvml, self.ledger, self.enforcer.levels, tally)
         self.news = Newsreader(
             self.ledger, self.manager, self.history, self.reconciler.orphaned, lambda: self._truth().held,
             self.discovery.look_into,
@@ -198,7 +214,7 @@ class Agent:
         killer = BypassKiller(self._truth, self.ledger, self.enforcer, self._unwitnessed, self.history)
         self.chores += [
             overrides.write_again, self._adoption.look, overruns.look, XidNews(self._truth, self.history).look,
-            orphans.look, killer.look, late.look,
+            orphans.look, killer.look, late.look, lambda: record.keep(self._truth().xids, self.nvml.devices),
         ]  # fmt: skip
         self._policies = Policies(self.settings.policy_folder, self.manager, self.history)
         self._policies.begin(found.policies)

@@ -209,6 +209,18 @@ def unset(target: str) -> None:
     _call({"verb": "drop", "target": target})
 
 
+@main.group()
+def device() -> None:
+    """Say what only an operator knows of a device."""
+
+
+@device.command()
+@click.argument("gpu")
+def clear(gpu: str) -> None:
+    """Offer GPU (an index or a UUID) again: it was repaired after the XID that it has reported."""
+    _call({"verb": "clear", "device": gpu})
+
+
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="The whole Snapshot.")
 def status(as_json: bool) -> None:

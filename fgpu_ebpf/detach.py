@@ -31,7 +31,7 @@ from fgpu_ebpf.workloads import Workloads
 LOCK, NAMES, TENANT_NAMES = control.LOCK, "engines.json", tenant_names.FILE
 _FILES = (
     *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", "overrides.json.bad"),
-    *(NAMES, Elders.FILE, "gatekeeper.json", "gatekeeper.lock", TENANT_NAMES),
+    *(NAMES, Elders.FILE, "gatekeeper.json", "gatekeeper.lock", TENANT_NAMES, "xids.json"),
 )
 
 

@@ -124,6 +124,7 @@ class Nvml:
         with contextlib.suppress(pynvml.NVMLError):
             found, self.missing = self._find()
             self._arrived += found
+            self._came += [(device.index, None) for device in found]
 
     def arrived(self) -> list[Device]:
         """Devices that look_for_missing() has found since the last call; they are not in `devices` yet."""

@@ -61,6 +61,7 @@ class ControlServer:
             "drop": self._drop,
             "run": self._run,
             "share": self._share,
+            "clear": self._clear,
             "detach": lambda _: agent.detach(),
         }
 
@@ -169,6 +170,16 @@ class ControlServer:
             raise TargetError(f"no limit was set by hand on {path}")
         self._agent.history.add("unset", text=path)
         return {"path": path}
+
+    def _clear(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A device has been repaired, whatever it has reported."""
+        agent, said = self._agent, _text(request, "device")
+        device = next((d for d in agent.nvml.devices if said in (str(d.index), d.uuid_text)), None)
+        if device is None or agent.reconciler is None:
+            raise TargetError(f"no device {said}: fgpu status --json names them by index and uuid")
+        agent.reconciler.repaired(device.index)
+        agent.history.add("device cleared", gpu=device.index, text=device.uuid_text)
+        return {"device": device.index}
 
     def _share(self, request: dict[str, Any]) -> dict[str, Any]:
         """A hook of a container that an engine is about to start, of which only `pid` is there yet."""

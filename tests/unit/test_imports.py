@@ -67,7 +67,8 @@ ORDER = (
     {"corrections", "orphan_release"},
     {"settings", "reconcile", "news", "detach", "explain", "callers", "slicer", "pinned_levels"},
     {"policies"},
-    {"view", "late_devices", "readers", "adoption", "health", "offers", "xidnews", "orphan_reports", "bypass_killer"},
+    {"view", "readers", "adoption", "health", "offers", "xidnews", "orphan_reports", "bypass_killer"}
+    | {"late_devices", "xid_record"},
     {"agent", "metrics", "tables", "gatekeeper", "keyboard", "ranking", "bars"},
     {"choice", "feed", "page"},
     {"frame"},
