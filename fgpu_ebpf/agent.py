@@ -59,6 +59,7 @@ from fgpu_ebpf.reconcile import Reconciler, Truth
 from fgpu_ebpf.settings import Settings
 from fgpu_ebpf.shimless import Reasons
 from fgpu_ebpf.snapshot import Snapshot
+from fgpu_ebpf.stale_mounts import StaleMounts
 from fgpu_ebpf.start_checks import AgentError, check_kernel
 from fgpu_ebpf.unwitnessed import Unwitnessed
 from fgpu_ebpf.urgency import come_first
@@ -198,6 +199,7 @@ class Agent:
         self.enforcer = Enforcer(self.ledger, workloads, self.nvml.devices, self.settings.overcommit, found.older)
         self.enforcer.names.keep_in(self.settings.run_dir / TENANT_NAMES, workloads.cgroup)
         gone = GoneTenants(self.ledger, self.enforcer.names)
+        self._stale_mounts = StaleMounts(workloads.pids, self.history, self.lacks)
         self.manager = Manager(workloads, self.enforcer, overrides, self.nvml.devices, self.history, gone)
         record = XidRecord(self.settings.run_dir / xid_record.FILE, xid_record.lifetime())
         tally = record.tally(self.settings.ignored_xids, self.nvml.devices)
@@ -220,14 +222,7 @@ class Agent:
         self._policies.begin(found.policies)
         take_up(self.ledger, self.manager, gone)
         self.ledger.times.tell()
-        self._look_for_orphans()
-        self._look_into_roots()
-
-    def _look_for_orphans(self) -> None:
-        """Of every tenant: whoever told of them may not have been heard."""
-        assert self.reconciler
-        for tenant in self.enforcer:
-            self.reconciler.orphaned(tenant.cgroup)
+        self._look_at_tenants()
 
     def _inject(self) -> None:
         """What containers are given when they start. A host where that cannot be written still enforces."""
@@ -331,16 +326,18 @@ class Agent:
         self.engines.rescanned()
         self.news.follow_all()
         self.discovery.look_around()
-        self._look_into_roots()
+        self._look_at_tenants()
         self.discovery.sweep(self.ledger, self.manager.workloads)
         self._lists.sweep()
-        self._look_for_orphans()
 
-    def _look_into_roots(self) -> None:
-        """Of every tenant's first process: of those that began when nobody was told."""
+    def _look_at_tenants(self) -> None:
+        """At each one's first process, which may have begun when no agent was there, and at its orphaned bytes."""
+        assert self.reconciler
         for tenant in self.enforcer:
+            self.reconciler.orphaned(tenant.cgroup)
             for pid in self.manager.workloads.pids(tenant.path)[:1]:
                 self.discovery.look_into(pid)
+        self._stale_mounts.look(self.enforcer)
 
     def _look_at_holders(self) -> None:
         """Probe the libraries of processes that NVML lists; those that hold more than was seen may hide one."""

@@ -35,7 +35,7 @@ ORDER = (
         "xids",
     }
     | {"crimessages", "kubeletmessages", "slots", "graces", "breakpoints", "file_budget"}
-    | {"library_class", "library_files", "trust", "observed"},
+    | {"library_class", "library_files", "trust", "observed", "shim_mounts"},
     {"probe_plan"} | {"events", "launch"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
     | {"allocation", "unwitnessed"},
@@ -58,7 +58,7 @@ ORDER = (
     {"policywatch", "hostfile", "last_good"},
     {"programs", "door", "usage", "shelf", "sealed", "overrides", "history", "keeper", "links"},
     {"ledger", "tenants", "workloads", "overruns"},
-    {"tenant_names"},
+    {"tenant_names", "stale_mounts"},
     {"probes", "device_indexes", "clients", "enforcer", "gone_tenants", "roots", "library_search"},
     {"library_worker"},
     {"libraries"},
