@@ -17,7 +17,7 @@ from patches import Patch, patches
 from rules import RULES, Rule
 from trees import Tree
 
-ROWS = 68
+ROWS = 72
 Mutant = Patch | Rule
 
 
