@@ -261,9 +261,8 @@ class Reconciler:
                 self._levels.discard(cgroup)
 
     def _reported(self) -> Mapping[int, xids.Reported]:
-        came = self._nvml.xids()
-        came += [(self._repaired.popleft(), None) for _ in range(len(self._repaired))]
-        return self._tally.take(self._nvml.watched(), came)
+        repaired = [(self._repaired.popleft(), None) for _ in range(len(self._repaired))]  # before what comes meanwhile
+        return self._tally.take(self._nvml.watched(), [*repaired, *self._nvml.xids()])
 
     def _turns(self, now: float) -> Verdict:
         if not self._audit.due(now):

@@ -67,7 +67,7 @@ def test_programs_of_a_container_that_ran_across_a_detach_are_held_by_the_next_a
 @pytest.mark.places("runc")
 def test_the_folder_goes_with_a_detach_that_no_container_outlives(again: Service, place: Place) -> None:
     again.detach()
-    assert not RUN_DIR.exists()
+    assert not SHIM_FOLDER.exists()
 
 
 @pytest.mark.places("runc")
