@@ -10,15 +10,30 @@ import contextlib
 import logging
 import selectors
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fgpu_ebpf import cdi, devices, heap, inject, launch, notify, probes, procfs, profiles, programs, published, trial
+from fgpu_ebpf import (
+    cdi,
+    devices,
+    heap,
+    inject,
+    launch,
+    notify,
+    probes,
+    procfs,
+    profiles,
+    programs,
+    published,
+    xid_record,
+)
 from fgpu_ebpf.adoption import Adoption
 from fgpu_ebpf.bypass_killer import BypassKiller
 from fgpu_ebpf.checks import Check
+from fgpu_ebpf.context_sizes import context_bytes
 from fgpu_ebpf.detach import NAMES, TENANT_NAMES, take_away
+from fgpu_ebpf.device_indexes import pinned
 from fgpu_ebpf.discovery import Discovery
 from fgpu_ebpf.elders import Elders
 from fgpu_ebpf.enforcer import Enforcer
@@ -27,6 +42,7 @@ from fgpu_ebpf.gone_tenants import GoneTenants
 from fgpu_ebpf.history import History
 from fgpu_ebpf.keeper import Keeper
 from fgpu_ebpf.keepers import Keepers
+from fgpu_ebpf.late_devices import LateDevices
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.level_places import LevelPlaces
 from fgpu_ebpf.library_files import driver_libraries
@@ -45,10 +61,13 @@ from fgpu_ebpf.reconcile import Reconciler, Truth
 from fgpu_ebpf.settings import Settings
 from fgpu_ebpf.shimless import Reasons
 from fgpu_ebpf.snapshot import Snapshot
+from fgpu_ebpf.stale_mounts import StaleMounts
+from fgpu_ebpf.start_checks import AgentError, check_kernel
 from fgpu_ebpf.unwitnessed import Unwitnessed
 from fgpu_ebpf.urgency import come_first
 from fgpu_ebpf.view import take_snapshot
 from fgpu_ebpf.workloads import Workloads
+from fgpu_ebpf.xid_record import XidRecord
 from fgpu_ebpf.xidnews import XidNews
 from fgpu_ebpf.yamlfile import Fault
 
@@ -61,26 +80,6 @@ AHEAD_BYTES = 1 << 20  # of small objects: what requests, scrapes and rescans of
 STATE = Path("/var/lib/fgpu/contexts.json")
 
 
-class AgentError(Exception):
-    """Why there is no enforcement, and what mends it."""
-
-
-def package_file(*names: str) -> Path:
-    """A file that the package carries, or that a checkout has built."""
-    package = Path(__file__).parent
-    for base in (package, package.parent, package.parent / "build"):
-        path = base.joinpath(*names)
-        if path.exists():
-            return path
-    raise AgentError(f"{'/'.join(names)} is not installed: reinstall fgpu, or run ./dev build in a checkout")
-
-
-def check_kernel(loading: programs.Loading, shim: Path) -> None:
-    """Before programs are used for the first time. AgentError: this kernel is not fit for them."""
-    if loading.begun and (why := trial.unfit(str(shim))):
-        raise AgentError(why)
-
-
 @dataclass(frozen=True, slots=True)
 class _Found:
     """What a start has before it attaches anything; `shim` is this version's file, perhaps not published yet."""
@@ -88,7 +87,7 @@ class _Found:
     digest: str
     libraries: list[Path]
     shim: Path
-    context_bytes: Mapping[int, int]
+    contexts: dict[int, int]
     policies: Start
     older: Elders
 
@@ -156,9 +155,9 @@ class Agent:
             raise AgentError(f"no libcuda.so.1 under {root}: install the driver's CUDA library")
         loading = programs.Loading(self.settings.sources, self.settings.pins, self.settings.loader)
         try:
-            self.nvml = devices.Nvml(root)
+            self.nvml = devices.Nvml(root, pinned(self.settings.pins))
             self.mark("devices")
-            contexts = devices.context_bytes(self.nvml, libraries[0], STATE)
+            contexts = context_bytes(self.nvml, libraries[0], STATE)
             check_kernel(loading, shim)
             self._release = published.Release(shim, self.settings.store)
             look_up([self._release.file, *libraries])
@@ -172,8 +171,8 @@ class Agent:
         """Names the devices, and probes every file in use. Raises what the parts raise."""
         for device in self.nvml.devices:
             self.ledger.set_device(device.index, device.uuid)
-            self.ledger.set_context_bytes(device.index, found.context_bytes[device.index])
-        self._unwitnessed = Unwitnessed(found.context_bytes)
+            self.ledger.set_context_bytes(device.index, found.contexts[device.index])
+        self._unwitnessed = Unwitnessed(found.contexts)
         attached = probes.Probes(self.settings.pins, found.digest, self.ledger)
         attached.attach_process_ends()
         self._publish(attached, found)
@@ -203,8 +202,11 @@ class Agent:
         self.enforcer.answered.forget_earlier()
         self.enforcer.names.keep_in(self.settings.run_dir / TENANT_NAMES, workloads.cgroup)
         gone = GoneTenants(self.ledger, self.enforcer.names)
+        self._stale_mounts = StaleMounts(workloads.pids, self.history, self.lacks)
         self.manager = Manager(workloads, self.enforcer, overrides, self.nvml.devices, self.history, gone)
-        self.reconciler = Reconciler(self.nvml, self.ledger, self.enforcer.levels, self.settings.ignored_xids)
+        record = XidRecord(self.settings.run_dir / xid_record.FILE, xid_record.lifetime())
+        tally = record.tally(self.settings.ignored_xids, self.nvml.devices)
+        self.reconciler = Reconciler(self.nvml, self.ledger, self.enforcer.levels, tally)
         self.news = Newsreader(
             self.ledger, self.manager, self.history, self.reconciler.orphaned, lambda: self._truth().held,
             self.discovery.look_into,
@@ -212,22 +214,18 @@ class Agent:
         self._adoption = Adoption(self._truth, self.ledger, self.enforcer, self.history, self._unwitnessed)
         overruns = Overruns(self.ledger.times.turns, self.enforcer.name_of, self.history)
         orphans = OrphanReports(self._truth, self.manager, self.keepers, self.history)
+        contexts, lacks = found.contexts, self.lacks
+        late = LateDevices(self.nvml, self.ledger, self.manager, self.reconciler, self.history, contexts, lacks)
         killer = BypassKiller(self._truth, self.ledger, self.enforcer, self._unwitnessed, self.history)
         self.chores += [
-            self._adoption.look, overruns.look, XidNews(self._truth, self.history).look, orphans.look, killer.look
+            overrides.write_again, self._adoption.look, overruns.look, XidNews(self._truth, self.history).look,
+            orphans.look, killer.look, late.look, lambda: record.keep(self._truth().xids, self.nvml.devices),
         ]  # fmt: skip
         self._policies = Policies(self.settings.policy_folder, self.manager, self.history)
         self._policies.begin(found.policies)
         take_up(self.ledger, self.manager, gone)
         self.ledger.times.tell()
-        self._look_for_orphans()
-        self._look_into_roots()
-
-    def _look_for_orphans(self) -> None:
-        """Of every tenant: whoever told of them may not have been heard."""
-        assert self.reconciler
-        for tenant in self.enforcer:
-            self.reconciler.orphaned(tenant.cgroup)
+        self._look_at_tenants()
 
     def _inject(self) -> None:
         """What containers are given when they start. A host where that cannot be written still enforces."""
@@ -328,18 +326,21 @@ class Agent:
         """Looks at everything: for what no event told."""
         self.manager.tidy_all()
         self.manager.consider_all()
+        self.engines.rescanned()
         self.news.follow_all()
         self.discovery.look_around()
-        self._look_into_roots()
+        self._look_at_tenants()
         self.manager.sweep()
         self._lists.sweep()
-        self._look_for_orphans()
 
-    def _look_into_roots(self) -> None:
-        """Of every tenant's first process: of those that began when nobody was told."""
+    def _look_at_tenants(self) -> None:
+        """At each one's first process, which may have begun when no agent was there, and at its orphaned bytes."""
+        assert self.reconciler
         for tenant in self.enforcer:
+            self.reconciler.orphaned(tenant.cgroup)
             for pid in self.manager.workloads.pids(tenant.path)[:1]:
                 self.discovery.look_into(pid)
+        self._stale_mounts.look(self.enforcer)
 
     def _look_at_holders(self) -> None:
         """Probe the libraries of processes that NVML lists; those that hold more than was seen may hide one."""

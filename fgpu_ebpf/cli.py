@@ -74,7 +74,7 @@ def agent(log_format: str | None, **options: Any) -> None:
     """Enforce limits on this host: loader, gatekeeper and agent."""
 
     from fgpu_ebpf import journal, service
-    from fgpu_ebpf.agent import AgentError
+    from fgpu_ebpf.start_checks import AgentError
 
     journal.configure(journal.Format(log_format) if log_format else None)
     try:
@@ -89,8 +89,8 @@ def agent(log_format: str | None, **options: Any) -> None:
 def load(**options: Any) -> None:
     """Compile and pin the kernel's programs, and end: what an agent begins with where nobody has."""
     from fgpu_ebpf import service
-    from fgpu_ebpf.agent import AgentError
     from fgpu_ebpf.programs import ProgramError
+    from fgpu_ebpf.start_checks import AgentError
 
     try:
         click.echo(service.load(service.Options(RUN_DIR, **{name: value for name, value in options.items() if value})))
@@ -207,6 +207,18 @@ def set_limits(target: str, **limits: Any) -> None:
 def unset(target: str) -> None:
     """Take TARGET's limit away."""
     _call({"verb": "drop", "target": target})
+
+
+@main.group()
+def device() -> None:
+    """Say what only an operator knows of a device."""
+
+
+@device.command()
+@click.argument("gpu")
+def clear(gpu: str) -> None:
+    """Offer GPU (an index or a UUID) again: it was repaired after the XID that it has reported."""
+    _call({"verb": "clear", "device": gpu})
 
 
 @main.command()

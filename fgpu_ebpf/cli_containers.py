@@ -95,8 +95,8 @@ def setup(engine: str, is_undo: bool, file: Path | None) -> None:
     from dataclasses import replace
 
     from fgpu_ebpf import enginesetup, inject, selinux
-    from fgpu_ebpf.agent import AgentError, package_file
     from fgpu_ebpf.enginesettings import ENGINES, SetupError
+    from fgpu_ebpf.start_checks import AgentError, package_file
 
     found, state = ENGINES[engine], enginesetup.STATE / f"{engine}.json"
     if file:

@@ -23,6 +23,7 @@ from fgpu_ebpf import (
     procfs,
     programs,
     published,
+    shim_mounts,
     tenant_names,
 )
 from fgpu_ebpf.elders import Elders
@@ -31,7 +32,7 @@ from fgpu_ebpf.workloads import Workloads
 NAMES, TENANT_NAMES = "engines.json", tenant_names.FILE
 _FILES = (
     *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", "overrides.json.bad"),
-    *(NAMES, Elders.FILE, "gatekeeper.json", locks.GATEKEEPER, locks.NEXT, TENANT_NAMES),
+    *(NAMES, Elders.FILE, "gatekeeper.json", locks.GATEKEEPER, locks.NEXT, TENANT_NAMES, "xids.json"),
 )
 
 
@@ -52,7 +53,7 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
         (run_dir / name).unlink(missing_ok=True)
     if by_agent or not locks.is_locked(run_dir / locks.AGENT):
         (run_dir / locks.AGENT).unlink(missing_ok=True)
-    _remove_empty(run_dir / "shim")
+    _leave(run_dir / "shim")
     _remove_empty(run_dir)
 
 
@@ -75,6 +76,16 @@ def _published(shim: Path) -> None:
     if published.remove(store, mapped):
         shutil.rmtree(inject.BIN, ignore_errors=True)
     for folder in (store, enginesetup.STATE, store.parent):
+        _remove_empty(folder)
+
+
+def _leave(folder: Path) -> None:
+    """Containers that have it mounted keep it, so that the next agent is in the same one. The sticky bit tells shims
+    that nothing is to be waited for; the gatekeeper takes it away, and a boot the folder.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        folder.chmod(0o1755)
+    if not shim_mounts.is_mounted(folder):
         _remove_empty(folder)
 
 

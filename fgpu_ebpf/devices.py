@@ -1,6 +1,6 @@
 """NVIDIA's management library: which devices there are, and what each process holds on them.
 
-Owns: the only use of pynvml, and the measuring of a context. Never: decides on "N/A"; a number that NVML does not
+Owns: the only use of pynvml. Never: decides on "N/A"; a number that NVML does not
 give is absent. On failure: DriverError with the mend when there is no driver; None or nothing for a value.
 """
 
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import logging
-import select
-import subprocess
-import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +17,13 @@ from typing import Any
 
 import pynvml
 
-from fgpu_ebpf import library_files, pages, probe_plan, wholefile
+from fgpu_ebpf import device_indexes, library_files, probe_plan
 from fgpu_ebpf.checks import Check
 from fgpu_ebpf.process_rows import ProcessRows
 
-DEFAULT_CONTEXT_BYTES = 512 << 20
-MOST_CONTEXT_BYTES = 1 << 40  # more than any device has
 _NVML = "libnvidia-ml.so.1"
-MEASURE_SECONDS = 30.0  # eight devices that nobody has used since boot take twenty
-_END_SECONDS = 5.0
 _LOST = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+AGAIN_SECONDS = 5.0  # between two times that NVML begins anew while other devices answer
 _MOST_EVENTS = 64  # at one look; the others stay for the next
 log = logging.getLogger("fgpu.agent")
 
@@ -40,7 +34,7 @@ class DriverError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU; `index` is the ledger's and NVML's. Bytes."""
+    """A GPU; `index` is the ledger's. Bytes."""
 
     index: int
     uuid: bytes
@@ -56,26 +50,33 @@ class Device:
 
 
 class Nvml:
-    """One initialised NVML, of one driver root."""
+    """One initialised NVML, of one driver root. `known`: ledger indexes by UUID, from before this start.
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    A device without a handle, as a lost one, keeps no other out: `missing` says why by its name, and
+    look_for_missing() tries again.
+    """
+
+    def __init__(self, root: Path = Path("/"), known: Mapping[bytes, int] | None = None) -> None:
+        self._known = dict(known or {})
+        self._handles: dict[int, Any] = {}
+        self._events: Events | None = None
+        self._lost: set[int] = set()
+        self._came: list[tuple[int, int | None]] = []
+        self._arrived: list[Device] = []
+        self._begin_at = time.monotonic() + AGAIN_SECONDS
         try:
             self._preload(root)
             pynvml.nvmlInit()
             self.driver_version = str(pynvml.nvmlSystemGetDriverVersion())
-            count = pynvml.nvmlDeviceGetCount()
             self._rows = ProcessRows(ctypes.CDLL(_NVML))
-            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(min(count, pages.DEVICES))]
-            self.devices = [self._device(i) for i in range(len(self._handles))]
-            self._events: Events | None = None
-            self._lost: set[int] = set()
-            self._came: list[tuple[int, int | None]] = []
+            self.devices, self.missing = self._find()
         except (pynvml.NVMLError, OSError) as error:
             raise DriverError(
                 f"no NVIDIA driver answers under {root} ({error}): install it, or name --driver-root"
             ) from error
         if not self.devices:
-            raise DriverError(f"the driver under {root} shows no device")
+            why = "; ".join(f"{name}: {said}" for name, said in self.missing.items())
+            raise DriverError(f"the driver under {root} shows no device{why and f' that answers ({why})'}")
 
     @staticmethod
     def _preload(root: Path) -> None:
@@ -86,12 +87,49 @@ class Nvml:
         if root != Path("/"):
             raise OSError(f"no {_NVML} under {root}")
 
-    def _device(self, index: int) -> Device:
-        handle = self._handles[index]
+    def _find(self) -> tuple[list[Device], dict[str, str]]:
+        """Devices that had no handle before and have one now, and why others have none. Raises NVMLError."""
+        found, missing = [], {}
+        for number in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                device = self._device(number)
+            except pynvml.NVMLError as error:
+                missing[f"device {number} of NVML"] = str(error)
+                continue
+            if device is not None:
+                found.append(device)
+        here = {uuid for uuid, index in self._known.items() if index in self._handles}
+        if not missing:  # else it is one of those
+            missing = {uuid_text(uuid): "NVML does not list it" for uuid in self._known.keys() - here}
+        return sorted(found, key=lambda device: device.index), missing
+
+    def _device(self, number: int) -> Device | None:
+        """None: it has a handle already, or there is no index for it. Raises NVMLError: it does not answer."""
+        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
         uuid = uuid_bytes(str(pynvml.nvmlDeviceGetUUID(handle)))
-        pci = str(pynvml.nvmlDeviceGetPciInfo(handle).busId)
+        index = device_indexes.index_of(uuid, number, self._known, self._handles)
+        if index is None or index in self._handles:
+            return None
+        pci, name = str(pynvml.nvmlDeviceGetPciInfo(handle).busId), str(pynvml.nvmlDeviceGetName(handle))
         total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-        return Device(index, uuid, str(pynvml.nvmlDeviceGetName(handle)), pci, total, total - _reserved_bytes(handle))
+        self._known[uuid], self._handles[index] = index, handle
+        return Device(index, uuid, name, pci, total, total - _reserved_bytes(handle))
+
+    def look_for_missing(self) -> None:
+        """Tries those without a handle again; NVML must begin anew to find one that was reset, which is done rarely."""
+        if not self.missing:
+            return
+        if time.monotonic() >= self._begin_at:
+            self._begin_anew()
+        with contextlib.suppress(pynvml.NVMLError):
+            found, self.missing = self._find()
+            self._arrived += found
+            self._came += [(device.index, None) for device in found]
+
+    def arrived(self) -> list[Device]:
+        """Devices that look_for_missing() has found since the last call; they are not in `devices` yet."""
+        found, self._arrived = self._arrived, []
+        return found
 
     def used_bytes(self, index: int) -> int | None:
         """Bytes in use on a device, the driver's own included."""
@@ -110,8 +148,8 @@ class Nvml:
 
     def taken_bytes(self, index: int) -> int | None:
         """Bytes of what tenants can get that are in use on a device; None where NVML does not say."""
-        used, device = self.used_bytes(index), self.devices[index]
-        return None if used is None else used - (device.capacity_bytes - device.usable_bytes)
+        used, device = self.used_bytes(index), next((d for d in self.devices if d.index == index), None)
+        return None if used is None or device is None else used - (device.capacity_bytes - device.usable_bytes)
 
     def process_bytes(self, index: int) -> dict[int, int | None] | None:
         """Bytes by host pid on a device; None where NVML does not say: of one process ("N/A"), or of any."""
@@ -125,18 +163,35 @@ class Nvml:
         """A device that was lost, or reset, is another one to NVML: it must begin anew to find it."""
         if error.value not in _LOST:
             return
-        self._lost.update(i for i, handle in enumerate(self._handles) if _is_lost(handle))
+        lost = {index for index, handle in self._handles.items() if _is_lost(handle)}
+        has_changed = lost != self._lost
+        self._lost |= lost
+        if has_changed or len(lost) == len(self._handles) or time.monotonic() >= self._begin_at:
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Other devices go on with their handles; XIDs of the moment in between are not told, so seldom."""
+        self._begin_at = time.monotonic() + AGAIN_SECONDS
         self._look_no_more()
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
         try:
             pynvml.nvmlInit()
-            self._handles = [pynvml.nvmlDeviceGetHandleByUUID(device.uuid_text) for device in self.devices]
         except pynvml.NVMLError:
             return  # not yet: the next question tries again
-        self._came += [(device, None) for device in sorted(self._lost)]
-        self._lost.clear()
-        log.warning("NVML had lost a device, and has found it again")
+        for uuid, index in self._known.items():
+            if index in self._handles:
+                self._find_handle(uuid, index)
+
+    def _find_handle(self, uuid: bytes, index: int) -> None:
+        try:
+            self._handles[index] = pynvml.nvmlDeviceGetHandleByUUID(uuid_text(uuid))
+        except pynvml.NVMLError:
+            return  # not yet
+        if index in self._lost and not _is_lost(self._handles[index]):
+            self._lost.discard(index)
+            self._came.append((index, None))
+            log.warning("NVML had lost device %d, and has found it again", index)
 
     def watched(self) -> frozenset[int]:
         """The devices whose XIDs NVML tells, from the first look for them on."""
@@ -179,10 +234,10 @@ class Nvml:
 class Events:
     """XIDs as NVML tells them to who has registered: each once, and none from before. Raises NVMLError."""
 
-    def __init__(self, handles: Sequence[object]) -> None:
-        self._handles = handles
+    def __init__(self, handles: Mapping[int, object]) -> None:
+        self._handles = dict(handles)
         self._set = pynvml.nvmlEventSetCreate()
-        self.watched = frozenset(i for i, handle in enumerate(handles) if self._register(handle))
+        self.watched = frozenset(i for i, handle in handles.items() if self._register(handle))
 
     def _register(self, handle: object) -> bool:
         try:
@@ -203,8 +258,8 @@ class Events:
 
     def _of(self, handle: object) -> Sequence[int]:
         """Its index; all, where NVML names a device by a handle that nobody was given."""
-        at = [_address(one) for one in self._handles]
-        return [at.index(_address(handle))] if _address(handle) in at else range(len(at))
+        named = [index for index, one in self._handles.items() if _address(one) == _address(handle)]
+        return named or list(self._handles)
 
     def end(self) -> None:
         """What has not been taken is not told any more."""
@@ -232,87 +287,6 @@ def _reserved_bytes(handle: object) -> int:
         return 0
 
 
-# -- contexts ------------------------------------------------------------------------------------------------------
-
-_HOLD_CONTEXTS = """
-import ctypes, sys
-cuda = ctypes.CDLL(sys.argv[1])
-count, device, context = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
-ok = cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
-for i in range(count.value if ok else 0):
-    cuda.cuDeviceGet(ctypes.byref(device), i)
-    cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-def measure_contexts(nvml: Nvml, libcuda: Path) -> dict[int, int]:
-    """Bytes of one bare context by ledger index: a child makes them, NVML weighs them. Empty: it did not in time.
-
-    A child that hangs in the driver cannot even be killed: it is left behind.
-    """
-    command = [sys.executable, "-I", "-c", _HOLD_CONTEXTS, str(libcuda)]
-    environment = {"PATH": "/usr/bin:/bin", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    pipe = subprocess.PIPE
-    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)
-    assert child.stdin
-    assert child.stdout
-    try:
-        if not select.select([child.stdout], [], [], MEASURE_SECONDS)[0]:
-            return {}
-        held = [((nvml.process_bytes(d.index) or {}).get(child.pid), d.index) for d in nvml.devices]
-        return {index: size for size, index in held if size}
-    finally:
-        child.stdin.close()
-        child.stdout.close()
-        _end(child)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    try:
-        child.wait(_END_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(_END_SECONDS)
-
-
-def context_bytes(nvml: Nvml, libcuda: Path, state: Path) -> dict[int, int]:
-    """The size of a context by ledger index, remembered by model and driver version in `state`.
-
-    Where it cannot be measured, a usual size is taken and said; the next start tries again.
-    """
-    known = _read_sizes(state)
-    keys = {d.index: f"{d.name} {nvml.driver_version}" for d in nvml.devices}
-    if any(key not in known for key in keys.values()):
-        measured = measure_contexts(nvml, libcuda)
-        known.update({keys[index]: size for index, size in measured.items()})
-        _write_sizes(state, known)
-    guessed = [index for index, key in keys.items() if key not in known]
-    if guessed:
-        size = f"{DEFAULT_CONTEXT_BYTES >> 20} MiB is taken"
-        log.warning("no context on device %s could be measured: %s", ", ".join(map(str, guessed)), size)
-    return {index: known.get(key, DEFAULT_CONTEXT_BYTES) for index, key in keys.items()}
-
-
-def _read_sizes(state: Path) -> dict[str, int]:
-    try:
-        found = json.loads(state.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    known = found.items() if isinstance(found, Mapping) else ()
-    return {key: size for key, size in known if type(size) is int and 0 < size < MOST_CONTEXT_BYTES}
-
-
-def _write_sizes(state: Path, sizes: Mapping[str, int]) -> None:
-    try:
-        state.parent.mkdir(parents=True, exist_ok=True)
-        wholefile.write(state, json.dumps(sizes, indent=1, sort_keys=True) + "\n")
-    except OSError:
-        pass  # measured again at the next start
-
-
 def checks(root: Path) -> list[Check]:
     """The driver's libraries: there, answering, and with the functions that must be seen."""
     try:
@@ -320,6 +294,7 @@ def checks(root: Path) -> list[Check]:
     except DriverError as error:
         return [Check("driver", False, "no driver", str(error))]
     found = f"{nvml.driver_version}, {len(nvml.devices)} device(s)"
+    found += "".join(f"; {name} does not answer: {why}" for name, why in nvml.missing.items())
     libraries = library_files.driver_libraries(root, "libcuda.so.1")
     if not libraries:
         return [Check("driver", False, found, f"no libcuda.so.1 under {root}: install the driver's CUDA library")]

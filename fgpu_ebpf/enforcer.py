@@ -112,6 +112,11 @@ class Enforcer:
 
     # -- putting in force
 
+    def add_device(self, device: Device) -> None:
+        """Limits can be put in force on this one too from now on."""
+        self._capacity[device.index] = device.usable_bytes
+        self._sums = None
+
     def adopt(self, tenant: Tenant, is_used: bool) -> None:
         """Enters a level as the kernel has it pinned, and writes nothing: what it was granted stays granted."""
         (tenant,) = self.names.named([tenant])

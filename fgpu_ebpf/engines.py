@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +25,12 @@ from fgpu_ebpf.snapshot import EngineView
 log = logging.getLogger("fgpu.engines")
 MOST_KNOWN = 4096
 MOST_PATHS = 64  # cgroups of one container that are looked at anew at once; the others at the next rescan
-FORGOTTEN_SECONDS = 120.0  # four rescans: every cgroup that still is has been asked for since
+FORGOTTEN_RESCANS = 4  # every cgroup that still exists has been asked for in each; a frozen agent does none
 
 
 @dataclass(slots=True)
 class _Entry:
-    used: float
+    asked_in: int  # the rescan in or before which it was asked for last
     paths: set[str] = field(default_factory=set)
     names: Names | None = None
 
@@ -51,9 +50,9 @@ class Engines:
     def __init__(self, apis: Iterable[Api] = (), file: Path | None = None) -> None:
         self._askers = [Asker(api, self._answered) for api in apis]
         self._file = file
-        now = time.monotonic()
+        self._rescans = 0
         kept = namesfile.read(file) if file else {}
-        self._entries = {subject: _Entry(now, names=names) for subject, names in kept.items()}
+        self._entries = {subject: _Entry(0, names=names) for subject, names in kept.items()}
         self._written: object = None
         self._unwritten = ""  # why the file could not be written, when last tried
         self._answers = 0
@@ -82,7 +81,7 @@ class Engines:
                 entry = self._enter(subject)
             if entry is None:
                 return workload
-            entry.used = time.monotonic()
+            entry.asked_in = self._rescans
             if len(entry.paths) < MOST_PATHS:
                 entry.paths.add(workload.path)
             names = entry.names
@@ -94,6 +93,11 @@ class Engines:
         with self._lock:
             found, self._changed = self._changed, set()
         return sorted(found)
+
+    def rescanned(self) -> None:
+        """Every cgroup of the host has just been asked for. Seconds would not do: a frozen agent asks for none."""
+        with self._lock:
+            self._rescans += 1
 
     def keep(self) -> None:
         """Forgets who is gone, and writes down what has changed; once a second is enough."""
@@ -135,15 +139,15 @@ class Engines:
         if len(self._entries) >= MOST_KNOWN and not self._forget_the_gone():
             self.left_out += 1
             return None
-        entry = self._entries[subject] = _Entry(time.monotonic())
+        entry = self._entries[subject] = _Entry(self._rescans)
         for asker in askers:
             asker.want(subject)
         return entry
 
     def _forget_the_gone(self) -> bool:
-        """Drops what nobody has asked for of late; False: there was nothing."""
-        before = time.monotonic() - FORGOTTEN_SECONDS
-        gone = [subject for subject, entry in self._entries.items() if entry.used < before]
+        """Drops what no rescan of late has asked for; False: there was nothing."""
+        before = self._rescans - FORGOTTEN_RESCANS
+        gone = [subject for subject, entry in self._entries.items() if entry.asked_in < before]
         for subject in gone:
             del self._entries[subject]
             for asker in self._askers:

@@ -70,6 +70,7 @@ class Overrides:
         self._all: dict[int, Override] = {}
         self._fault = ""  # why nothing of the file is known
         self._faults: dict[int, str] = {}  # the same of one cgroup
+        self._has_dropped = self._has_failed = False  # since the file was last written
         self._read()
 
     def __iter__(self) -> Iterator[Override]:
@@ -86,11 +87,25 @@ class Overrides:
         self._all = after
 
     def drop(self, cgroups: Iterable[int]) -> None:
-        """Forgets these, those that are there."""
+        """Forgets these, those that are there. Where the file cannot be written, write_again() does."""
         gone = set(cgroups) & set(self._all)
         if gone:
             self._all = {cgroup: override for cgroup, override in self._all.items() if cgroup not in gone}
+            self._has_dropped = True
+            self.write_again()
+
+    def write_again(self) -> None:
+        """Writes what was dropped, if the file still has it."""
+        if not self._has_dropped:
+            return
+        try:
             self._write(self._all.values())
+        except OSError as error:
+            if not self._has_failed:
+                log.warning("%s still has cgroups that are gone, and is written again: %s", self._file, error)
+            self._has_failed = True
+        else:
+            self._has_failed = False
 
     def unknown(self, cgroup: int) -> str:
         """Why it is not known what was set on a cgroup before this start; empty: it is."""
@@ -141,6 +156,7 @@ class Overrides:
 
     def _write(self, overrides: Iterable[Override]) -> None:
         wholefile.write(self._file, json.dumps([_entry(override) for override in overrides]))
+        self._has_dropped = False
 
 
 def _entry(override: Override) -> dict[str, object]:

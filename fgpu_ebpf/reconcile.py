@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fgpu_ebpf import device_sample, pages, procfs, xids
@@ -92,7 +93,7 @@ class Reconciler:
         nvml: Nvml,
         ledger: Ledger,
         levels: Callable[[str], tuple[int, ...]],
-        ignored_xids: Collection[int] = xids.OF_PROGRAMS,
+        tally: xids.Tally | None = None,
     ) -> None:
         self._nvml = nvml
         self._ledger = ledger
@@ -101,7 +102,8 @@ class Reconciler:
         self._stopping = False
         self._known: Mapping[int, Process] = {}
         self._audit = Audit(nvml.process_percent)
-        self._tally = xids.Tally(ignored_xids)
+        self._tally = tally or xids.Tally()
+        self._repaired: deque[int] = deque()  # devices of which a command says so
         self._ended = 0  # processes, when it was last swept
         self._devices_at = 0.0  # when it is time for the devices' bytes in use
         self._levels: set[int] = set()  # that have, or may have, orphaned bytes without an entry
@@ -131,6 +133,14 @@ class Reconciler:
     def hush(self) -> None:
         """All processes that hold memory by now are known."""
         self._bell.hush()
+
+    def add_device(self, index: int) -> None:
+        """Looks at this one too from now on."""
+        self._releases = {**self._releases, index: OrphanRelease(self._ledger, index)}
+
+    def repaired(self, index: int) -> None:
+        """What a device has reported so far is of no account any more."""
+        self._repaired.append(index)
 
     def orphaned(self, cgroup: int) -> None:
         """A level has orphaned bytes: looks at once."""
@@ -232,9 +242,10 @@ class Reconciler:
         at, used = time.monotonic(), now.used
         if is_due:
             self._choose_levels()
+            self._nvml.look_for_missing()
             used = {device.index: self._nvml.used_bytes(device.index) for device in self._nvml.devices}
             self._devices_at = at + DEVICE_SECONDS
-        answered = dict.fromkeys((device for device in now.held if used[device] is not None), at)
+        answered = dict.fromkeys((device for device in now.held if used.get(device) is not None), at)
         return replace(
             now, answered={**now.answered, **answered}, used=used, turns=self._turns(at), processes=self._known,
             xids=self._reported(), failure="",
@@ -250,8 +261,8 @@ class Reconciler:
                 self._levels.discard(cgroup)
 
     def _reported(self) -> Mapping[int, xids.Reported]:
-        came = self._nvml.xids()
-        return self._tally.take(self._nvml.watched(), came)
+        repaired = [(self._repaired.popleft(), None) for _ in range(len(self._repaired))]  # before what comes meanwhile
+        return self._tally.take(self._nvml.watched(), [*repaired, *self._nvml.xids()])
 
     def _turns(self, now: float) -> Verdict:
         if not self._audit.due(now):

@@ -22,7 +22,7 @@ from wsgiref.types import WSGIApplication
 from prometheus_client import make_wsgi_app
 
 from fgpu_ebpf import cdi, explain, metrics, page, quantities, shares, snapshot, targets
-from fgpu_ebpf.agent import Agent, AgentError
+from fgpu_ebpf.agent import Agent
 from fgpu_ebpf.checks import Check
 from fgpu_ebpf.control import RequestError
 from fgpu_ebpf.enforcer import RoomError
@@ -31,6 +31,7 @@ from fgpu_ebpf.peers import Peers
 from fgpu_ebpf.policy import Priority
 from fgpu_ebpf.quantities import QuantityError
 from fgpu_ebpf.sockets import make_way
+from fgpu_ebpf.start_checks import AgentError
 from fgpu_ebpf.web import Web, by_path, health
 from fgpu_ebpf.workloads import TargetError
 
@@ -60,6 +61,7 @@ class ControlServer:
             "drop": self._drop,
             "run": self._run,
             "share": self._share,
+            "clear": self._clear,
             "detach": lambda _: agent.detach(),
         }
 
@@ -168,6 +170,16 @@ class ControlServer:
             raise TargetError(f"no limit was set by hand on {path}")
         self._agent.history.add("unset", text=path)
         return {"path": path}
+
+    def _clear(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A device has been repaired, whatever it has reported."""
+        agent, said = self._agent, _text(request, "device")
+        device = next((d for d in agent.nvml.devices if said in (str(d.index), d.uuid_text)), None)
+        if device is None or agent.reconciler is None:
+            raise TargetError(f"no device {said}: fgpu status --json names them by index and uuid")
+        agent.reconciler.repaired(device.index)
+        agent.history.add("device cleared", gpu=device.index, text=device.uuid_text)
+        return {"device": device.index}
 
     def _share(self, request: dict[str, Any]) -> dict[str, Any]:
         """A hook of a container that an engine is about to start, of which only `pid` is there yet."""

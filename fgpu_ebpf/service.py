@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fgpu_ebpf import (
-    agent,
     bpf,
     control,
     detach,
@@ -38,12 +37,14 @@ from fgpu_ebpf import (
     published,
     selinux,
     server,
+    start_checks,
     workloads,
 )
-from fgpu_ebpf.agent import Agent, AgentError
+from fgpu_ebpf.agent import Agent
 from fgpu_ebpf.bell import Bell
 from fgpu_ebpf.checks import Check, has_host_pids
 from fgpu_ebpf.settings import Settings
+from fgpu_ebpf.start_checks import AgentError
 from fgpu_ebpf.yamlfile import Fault
 
 log = logging.getLogger("fgpu agent")
@@ -78,7 +79,7 @@ def settings(options: Options) -> Settings:
         driver_root=(options.driver_root or host.driver_root).resolve(),
         shim=(options.shim or _carried("shim", "libfgpu.so")).resolve(),
         store=options.store or (None if options.shim else published.STORE),
-        sources=agent.package_file("bpf"),
+        sources=start_checks.package_file("bpf"),
         listen=options.listen or host.listen,
         listen_names=host.listen_names,
         loader=tuple(shlex.split(options.loader)) if options.loader else host.loader,
@@ -99,9 +100,9 @@ def settings(options: Options) -> Settings:
 def _carried(folder: str, name: str) -> Path:
     """A program of ours: a checkout has it in build/FOLDER."""
     try:
-        return agent.package_file(folder, name)
+        return start_checks.package_file(folder, name)
     except AgentError:
-        return agent.package_file(name)
+        return start_checks.package_file(name)
 
 
 def serve(options: Options) -> None:
@@ -196,7 +197,7 @@ def load(options: Options) -> str:
     s = settings(options)
     loading = programs.Loading(s.sources, s.pins, s.loader)
     try:
-        agent.check_kernel(loading, s.shim)
+        start_checks.check_kernel(loading, s.shim)
         return loading.wait()
     finally:
         loading.end()

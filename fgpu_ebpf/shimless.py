@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Set
 from enum import StrEnum
 
-from fgpu_ebpf import procfs
+from fgpu_ebpf import procfs, shim_mounts
 from fgpu_ebpf.processes import Process
 
 LIST = "/etc/ld.so.preload"
@@ -28,6 +28,7 @@ class Reason(StrEnum):
     NOT_LOADED = "not_loaded"
     FOREIGN = "foreign"
     HIDDEN = "hidden"
+    STALE_MOUNT = "stale_mount"
     UNUSED = "unused"
 
     @property
@@ -48,6 +49,8 @@ class Reason(StrEnum):
                 )
             case Reason.HIDDEN:
                 return "they have it, and execute memory of no file, in which a copy of libcuda cannot be probed"
+            case Reason.STALE_MOUNT:
+                return "/run/fgpu/shim was removed under their container, so they cannot ask: start it anew"
             case Reason.UNUSED:
                 return "they have it and call the driver around it"
 
@@ -60,12 +63,17 @@ def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
             return Reason.STATIC
         named = [one for one in procfs.fgpu_mappings(pid) or () if os.path.basename(one.path).startswith("libfgpu.so")]
         if named:
-            return Reason.UNUSED if any(is_shim(one.dev, one.ino) for one in named) else Reason.FOREIGN
+            return _of_shim(pid) if any(is_shim(one.dev, one.ino) for one in named) else Reason.FOREIGN
         if loader.startswith(_MUSL):
             return Reason.MUSL
         return Reason.NOT_LOADED if procfs.has_mount(pid, LIST) else Reason.NOT_MOUNTED
     except OSError:
         return None
+
+
+def _of_shim(pid: int) -> Reason:
+    is_removed = shim_mounts.mount_of(pid) is shim_mounts.Mount.REMOVED
+    return Reason.STALE_MOUNT if is_removed else Reason.UNUSED
 
 
 class Reasons:

@@ -15,7 +15,7 @@ from fgpu_ebpf.checks import Check
 # As NVIDIA's device plugin has them: a kernel's exceptions and page faults, and what the driver does about a program.
 OF_PROGRAMS = (13, 31, 43, 45, 68, 109)
 _MEND = (
-    "dmesg | grep -i xid, then what docs.nvidia.com/deploy/xid-errors says; a reset clears it, the agent's start too"
+    "dmesg | grep -i xid, then what docs.nvidia.com/deploy/xid-errors says; a reset clears it, or fgpu device clear GPU"
 )
 
 
@@ -31,11 +31,14 @@ class Reported:
 
 
 class Tally:
-    """Of all devices that are watched. `ignored`: XIDs after which a device is as fit as before."""
+    """Of all devices that are watched. `ignored`: XIDs after which a device is as fit as before; `fatal`: those that
+    devices have reported before, by ledger index.
+    """
 
-    def __init__(self, ignored: Collection[int] = OF_PROGRAMS) -> None:
+    def __init__(self, ignored: Collection[int] = OF_PROGRAMS, fatal: Mapping[int, int] | None = None) -> None:
         self._ignored = frozenset(ignored)
-        self._reported: dict[int, Reported] = {}
+        before = (fatal or {}).items()
+        self._reported = {device: Reported({}, fatal=xid) for device, xid in before if xid not in self._ignored}
 
     def take(self, watched: Iterable[int], came: Iterable[tuple[int, int | None]]) -> Mapping[int, Reported]:
         """Devices and XIDs as they came, None: it was lost or reset, and has been found again. By device, what there is

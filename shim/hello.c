@@ -63,14 +63,14 @@ void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *n
     atomic_store_explicit(&note->epoch, epoch, memory_order_relaxed);
 }
 
-/* A host without the service has no such directory. Where it was removed under a mount it is still there, linked
- * nowhere. */
+/* A host without the service has no such directory, and `fgpu detach` leaves the sticky bit on the one that containers
+ * have mounted. One that was removed under a mount is still there, linked nowhere: an agent was here and is silent. */
 static bool agent_here(void)
 {
     struct stat status;
     if (syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR, &status, AT_SYMLINK_NOFOLLOW))
         return errno != ENOENT && errno != ENOTDIR;
-    return S_ISDIR(status.st_mode) && status.st_nlink;
+    return S_ISDIR(status.st_mode) && !(status.st_mode & S_ISVTX);
 }
 
 /* An image that has a limit has a /run/fgpu in which anybody may put a folder, and a socket that keeps others waiting.
@@ -84,11 +84,13 @@ static bool anybodys(void)
     return around.st_mode & (S_IWGRP | S_IWOTH) && status.st_dev == around.st_dev;
 }
 
-/* A gatekeeper that ends leaves its socket, and the next one renames its own over it. */
+/* A gatekeeper that ends leaves its socket, and the next one renames its own over it. A folder that was removed had
+ * one. */
 static bool socket_here(void)
 {
     struct stat status;
-    return !syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET, &status, 0) || errno != ENOENT;
+    if (!syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET, &status, 0) || errno != ENOENT) return true;
+    return !syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR, &status, AT_SYMLINK_NOFOLLOW) && !status.st_nlink;
 }
 
 /* stderr may be a pipe that nobody reads (SIGPIPE), a full one (it would block), or by now some other file of the

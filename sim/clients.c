@@ -213,6 +213,23 @@ void clients_lose_devices(void)
         if (client->state == CLIENT_OPEN && client->attached) client_drop(client, "its device is lost");
 }
 
+/* Who uses that device; the others go on. */
+static bool has_context_on(const struct client *client, uint32_t device)
+{
+    for (uint32_t i = 0; i < client->n_contexts; i++)
+        if (client->contexts[i].device == device) return true;
+    return false;
+}
+
+void clients_lose_device(uint32_t device)
+{
+    for (struct client *client = server.clients; client < server.clients + SIM_MAX_CLIENTS; client++) {
+        if (client->state != CLIENT_OPEN) continue;
+        client->stale_devices |= 1u << device;
+        if (has_context_on(client, device)) client_drop(client, "its device is lost");
+    }
+}
+
 void clients_meet_ecc(void)
 {
     for (struct client *client = server.clients; client < server.clients + SIM_MAX_CLIENTS; client++)

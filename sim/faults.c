@@ -20,6 +20,7 @@ struct order {
 
 static uint64_t nvml_stalls_until_ns, fails_every, n_allocations, end_takes_ns;
 static bool nvml_is_blind, nvml_is_gone, devices_are_lost;
+static uint32_t lost_devices; /* a bit each */
 
 /* `60s` or `500ms`, in milliseconds; 0: neither. */
 static uint64_t parse_time(const char *text)
@@ -49,6 +50,14 @@ static struct order parse_xid(const char *text)
     return (struct order){SIM_FAULT_XID, is_right ? xid : 0, device};
 }
 
+/* The number of a device, behind the name of a fault. */
+static bool parse_device(const char *text, struct order *order)
+{
+    int n = 0;
+    bool is_right = sscanf(text, "%2u%n", &order->device, &n) == 1 && !text[n] && text[0] != '-';
+    return is_right && order->device < SIM_MAX_DEVICES;
+}
+
 static bool parse_one(const char *word, struct order *order)
 {
     *order = (struct order){.number = 1};
@@ -62,6 +71,9 @@ static bool parse_one(const char *word, struct order *order)
         order->fault = SIM_FAULT_DEVICE_RESET;
     } else if (!strcmp(word, "device-lost")) {
         order->fault = SIM_FAULT_DEVICE_LOST;
+    } else if (!strncmp(word, "device-lost:", 12)) {
+        order->fault = SIM_FAULT_ONE_LOST;
+        return parse_device(word + 12, order);
     } else if (!strcmp(word, "ecc")) {
         order->fault = SIM_FAULT_ECC;
     } else if (!strcmp(word, "nvml-gone")) {
@@ -94,7 +106,7 @@ static unsigned parse(const char *spec, struct order *orders)
     if (!n)
         fprintf(stderr,
                 "fgpu-simd: fault is none of nvml-stall:60s, nvml-na, nvml-gone, mig, alloc-fail:N, slow-end:3s, "
-                "device-reset, device-lost, ecc, xid=79[:DEVICE], reset: %s\n",
+                "device-reset, device-lost[:DEVICE], ecc, xid=79[:DEVICE], reset: %s\n",
                 spec);
     return n;
 }
@@ -124,6 +136,7 @@ void fault_set(uint32_t fault, uint32_t device, uint64_t number)
     case SIM_FAULT_RESET:
         nvml_stalls_until_ns = fails_every = end_takes_ns = 0;
         nvml_is_blind = nvml_is_gone = devices_are_lost = false;
+        lost_devices = 0;
         set_mig(false);
         break;
     case SIM_FAULT_NVML_STALL:
@@ -145,6 +158,10 @@ void fault_set(uint32_t fault, uint32_t device, uint64_t number)
     case SIM_FAULT_DEVICE_LOST:
         devices_are_lost = true;
         clients_lose_devices();
+        break;
+    case SIM_FAULT_ONE_LOST:
+        lost_devices |= 1u << device;
+        clients_lose_device(device);
         break;
     case SIM_FAULT_DEVICE_RESET:
         clients_lose_devices();
@@ -180,6 +197,8 @@ bool fault_nvml_is_blind(void) { return nvml_is_blind; }
 bool fault_nvml_is_gone(void) { return nvml_is_gone; }
 
 bool fault_devices_are_lost(void) { return devices_are_lost; }
+
+bool fault_is_lost(uint32_t device) { return devices_are_lost || lost_devices >> device & 1; }
 
 /* Only what a program asks for is counted: a test that fails the third allocation means one of the program's own. */
 bool fault_fails(uint32_t kind)

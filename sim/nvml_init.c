@@ -12,6 +12,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned references;
 static uint32_t n_devices;
 static struct sim_device devices[SIM_MAX_DEVICES];
+static bool is_lost[SIM_MAX_DEVICES]; /* since this library began; it has no handle */
 
 bool nvml_is_ready(void) { return __atomic_load_n(&references, __ATOMIC_ACQUIRE) > 0; }
 
@@ -72,8 +73,15 @@ static nvmlReturn_t connect_devices(void)
 {
     uint32_t n;
     if (link_open(&connection, FGPU_SIM_DIR, &n)) return NVML_ERROR_DRIVER_NOT_LOADED;
-    for (uint32_t i = 0; i < n; i++)
-        if (nvml_ask(SIM_DEVICE, i, NULL, &devices[i], sizeof devices[i])) return NVML_ERROR_DRIVER_NOT_LOADED;
+    uint32_t n_lost = 0;
+    memset(devices, 0, sizeof devices);
+    for (uint32_t i = 0; i < n; i++) {
+        nvmlReturn_t result = nvml_ask(SIM_DEVICE, i, NULL, &devices[i], sizeof devices[i]);
+        if (result && result != NVML_ERROR_GPU_IS_LOST) return NVML_ERROR_DRIVER_NOT_LOADED;
+        is_lost[i] = result;
+        n_lost += is_lost[i];
+    }
+    if (n && n_lost == n) return NVML_ERROR_DRIVER_NOT_LOADED;
     n_devices = n;
     return NVML_SUCCESS;
 }
@@ -165,6 +173,7 @@ static nvmlReturn_t by_index(unsigned int index, nvmlDevice_t *device)
     SIM_FRAME();
     if (!nvml_is_ready()) return NVML_ERROR_UNINITIALIZED;
     if (!device || index >= n_devices) return NVML_ERROR_INVALID_ARGUMENT;
+    if (is_lost[index]) return NVML_ERROR_GPU_IS_LOST;
     *device = (nvmlDevice_t)&devices[index];
     return NVML_SUCCESS;
 }

@@ -61,8 +61,8 @@ static struct answer answer_fault(const struct client *client, const struct sim_
 {
     if (!client->is_root) return (struct answer){.status = SIM_NOT_ALLOWED};
     if (request->kind >= SIM_FAULTS) return (struct answer){.wrong = "unknown fault"};
-    if (request->kind == SIM_FAULT_XID && request->device >= server.n_gpus)
-        return (struct answer){.status = SIM_NO_DEVICE};
+    bool is_of_one = request->kind == SIM_FAULT_XID || request->kind == SIM_FAULT_ONE_LOST;
+    if (is_of_one && request->device >= server.n_gpus) return (struct answer){.status = SIM_NO_DEVICE};
     fault_set(request->kind, request->device, request->bytes);
     return (struct answer){0};
 }
@@ -136,9 +136,10 @@ static bool is_taking(const struct client *client, const struct sim_request *req
 /* The dump is of the simulator, which loses nothing. */
 static bool is_lost_on(const struct client *client, const struct sim_request *request)
 {
-    bool lost = fault_devices_are_lost();
-    if (request->flags & SIM_FLAG_NVML) return lost || fault_nvml_is_gone() || client->is_stale;
-    return lost && (request->op == SIM_ATTACH || is_taking(client, request));
+    bool is_stale = client->is_stale || client->stale_devices >> request->device & 1;
+    if (request->flags & SIM_FLAG_NVML) return fault_is_lost(request->device) || fault_nvml_is_gone() || is_stale;
+    if (request->op == SIM_ATTACH) return fault_devices_are_lost();
+    return fault_is_lost(request->device) && is_taking(client, request);
 }
 
 static struct answer answer(struct client *client, const struct sim_request *request, int sent)

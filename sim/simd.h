@@ -47,11 +47,12 @@ struct client {
     struct identity process;
     bool has_ended; /* its process; nothing more is served */
     bool attached;
-    bool own_user; /* may ask for the dump */
-    bool is_root;  /* may order faults */
-    bool is_stale; /* knows the devices as they were before they were lost */
-    bool met_ecc;  /* an error that ends whatever it computes */
-    bool is_held;  /* a request of NVML waits for the end of a stall */
+    bool own_user;          /* may ask for the dump */
+    bool is_root;           /* may order faults */
+    bool is_stale;          /* knows the devices as they were before they were lost */
+    uint32_t stale_devices; /* the same of single devices, a bit each */
+    bool met_ecc;           /* an error that ends whatever it computes */
+    bool is_held;           /* a request of NVML waits for the end of a stall */
     struct sim_request held;
     struct holding own[SIM_MAX_DEVICES]; /* what belongs to no context */
     uint64_t resident[SIM_MAX_DEVICES];  /* managed memory that is on the device */
@@ -94,6 +95,7 @@ void client_sweep(void);                                       /* frees what is 
 int client_timeout_ms(void);                                   /* until the next one is due; -1: none */
 void client_drop(struct client *client, const char *why);      /* it broke the protocol */
 void clients_lose_devices(void);
+void clients_lose_device(uint32_t device);
 void clients_lose_nvml(void);
 void clients_meet_ecc(void);
 
@@ -174,6 +176,7 @@ uint64_t fault_end_takes_ns(void);
 bool fault_nvml_is_blind(void);
 bool fault_nvml_is_gone(void);
 bool fault_devices_are_lost(void);
+bool fault_is_lost(uint32_t device);
 bool fault_fails(uint32_t kind);
 
 /* dump.c */

@@ -95,6 +95,7 @@ enum sim_fault {
     SIM_FAULT_XID,       /* one device reports this XID, and goes on as before; the end of all faults takes none back */
     SIM_FAULT_ECC,       /* who uses the devices is given nothing more, and keeps what it has until it ends */
     SIM_FAULT_NVML_GONE, /* NVML finds no device until all faults end, and must then begin anew; CUDA goes on */
+    SIM_FAULT_ONE_LOST,  /* one device is lost until the end of all faults; the others go on */
     SIM_FAULTS,
 };
 

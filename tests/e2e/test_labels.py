@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -196,6 +198,30 @@ def test_a_limit_by_label_outlives_the_agent_although_the_engine_is_down(docker:
     service.start_agent()
     assert limit_of(one) == ("notebooks", 3 * GIB)
     for _ in range(20):
+        assert client.do(f"alloc {2 * MIB}") == REFUSED
+        time.sleep(0.05)
+    assert one.assert_exact() == 3 * GIB
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_limit_by_label_outlives_minutes_in_which_the_agent_stands_still(docker: Docker, service: Service) -> None:
+    """As in a virtual machine that is frozen; the engine is down when it goes on."""
+    write(service, BY_LABEL)
+    assert service.agent
+    one = docker.container({"tier": "notebook"})
+    eventually(lambda: [t for t in ask(verb="snapshot")["tenants"] if t["path"] == one.path], 5, "a tenant")
+    becomes(one, "notebooks", 3 * GIB)
+    client = one.client()
+    client.ok(f"fill {2 * MIB} 0")
+    docker.socket.stall()
+    os.kill(service.agent.pid, signal.SIGSTOP)
+    try:
+        time.sleep(125)
+    finally:
+        os.kill(service.agent.pid, signal.SIGCONT)
+    for _ in range(60):
+        assert limit_of(one) == ("notebooks", 3 * GIB)
         assert client.do(f"alloc {2 * MIB}") == REFUSED
         time.sleep(0.05)
     assert one.assert_exact() == 3 * GIB

@@ -17,7 +17,7 @@ from patches import Patch, patches
 from rules import RULES, Rule
 from trees import Tree
 
-ROWS = 71
+ROWS = 80
 Mutant = Patch | Rule
 
 

@@ -148,6 +148,7 @@ class Agent:
         for i in range(2):
             self.bpf["seen"][ctypes.c_int(i)] = ctypes.c_uint64(0)
         os.makedirs("/run/fgpu/shim", exist_ok=True)
+        os.chmod("/run/fgpu/shim", 0o755)
 
     def start(self, _):
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -177,6 +178,11 @@ class Agent:
         os.mkdir("/run/host")
         subprocess.check_call(["mount", "--bind", "/run/host", "/run/fgpu/shim"])
         os.rmdir("/run/host")
+
+    def detach(self, _):
+        """What `fgpu detach` leaves of a folder that a container has mounted."""
+        self.stop({})
+        os.chmod("/run/fgpu/shim", 0o1755)
 
     def set(self, what):
         for name, value in what.items():

@@ -94,8 +94,14 @@ def test_closed_when_nobody_answers(agent: Agent) -> None:
     assert second == [True, True, True]
 
 
-def test_a_removed_directory_under_a_containers_mount_is_none(agent: Agent) -> None:
+def test_under_a_removed_directory_that_a_container_has_mounted_memory_is_refused(agent: Agent) -> None:
+    """An agent was there, and it is not known that it left on purpose: another one would not be heard."""
     agent.do("orphan")
+    assert agent.python("out(alloc(1), info()[1])") == [[OOM, 0]]
+
+
+def test_a_directory_that_a_detach_has_marked_is_none(agent: Agent) -> None:
+    agent.do("detach")
     assert agent.python("out(alloc(1), info()[1])") == [[0, 10 << 30]]
 
 

@@ -152,13 +152,14 @@ def test_without_an_answer_hello_is_said_again_and_then_it_is_refused(held: Agen
     assert held.do("look")["hellos"] == 2
 
 
-def test_detached_while_held_the_shim_lets_go(held: Agent) -> None:
+@pytest.mark.parametrize("how", ["remove", "detach"])
+def test_detached_while_held_the_shim_lets_go(held: Agent, how: str) -> None:
     process = held.start_python(
         "L.cuInit(0); out(1); sys.stdin.readline(); time.sleep(1.05); out(alloc(8 * GiB), info()[2] >> 30)"
     )
     process.stdout.readline()
     held.do("knobs", mute=1)
-    held.do("remove")
+    held.do(how)
     assert process.communicate("\n", timeout=10)[0] == "[0, 16]\n"
 
 

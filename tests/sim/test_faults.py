@@ -140,6 +140,37 @@ N.nvmlShutdown(); N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0); look()
     assert machine.python("start(); alloc(1); say('fine')") == ["fine"]
 
 
+def test_one_lost_device_of_two_has_no_handle_and_the_other_goes_on(make_machine: Callable[..., Machine]) -> None:
+    pytest.importorskip("pynvml")
+    machine = make_machine(FGPU_SIM_GPUS="2")
+    script = (
+        NVML
+        + """
+import sys
+def look(index):
+    try: return N.nvmlDeviceGetMemoryInfo(N.nvmlDeviceGetHandleByIndex(index)).total >> 30 > 0
+    except N.NVMLError as error: return type(error).__name__
+def anew():
+    N.nvmlShutdown(); N.nvmlInit(); say(N.nvmlDeviceGetCount(), look(0), look(1))
+start(); alloc(5 << 20); anew(); sys.stdin.readline()
+say(look(0), look(1), L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(1))); anew(); sys.stdin.readline()
+say(look(1)); anew()
+"""
+    )
+    with machine.spawn(script) as client:
+        assert client.stdout
+        assert client.stdout.readline() == "2 True True\n"
+        order(machine, "device-lost:1")
+        say(client)
+        told = [client.stdout.readline() for _ in range(2)]
+        assert told == ["True NVMLError_GpuIsLost 0\n", "2 True NVMLError_GpuIsLost\n"]
+        order(machine, "reset")
+        say(client)
+        told = [client.stdout.readline() for _ in range(2)]
+        assert told == ["NVMLError_GpuIsLost\n", "2 True True\n"], "NVML must begin anew to find it"
+    assert order(machine, "device-lost:2", check=False).returncode == 1, "there is no such device"
+
+
 EVENTS = (
     NVML
     + """
@@ -311,12 +342,16 @@ def test_the_end_of_a_stall_by_order(machine: Machine) -> None:
         "xid=79:16",
         "xid=79:1x",
         "xid=-1",
+        "device-lost:",
+        "device-lost:16",
+        "device-lost:-1",
+        "device-lost:1x",
         "x" * 300,
     ],
 )
 def test_what_is_not_understood(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
     known = "nvml-stall:60s, nvml-na, nvml-gone, mig, alloc-fail:N, slow-end:3s, "
-    known += "device-reset, device-lost, ecc, xid=79[:DEVICE], reset"
+    known += "device-reset, device-lost[:DEVICE], ecc, xid=79[:DEVICE], reset"
     line = f"fgpu-simd: fault is none of {known}: {spec}\n"
     asked = order(machine, spec, check=False)
     assert (asked.returncode, asked.stdout, asked.stderr) == (2, "", line)

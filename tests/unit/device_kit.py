@@ -144,6 +144,7 @@ class World:
             process_percent=lambda *_: None,
             xids=list,
             watched=frozenset,
+            look_for_missing=lambda: None,
         )
 
     def _rows(self, _: int) -> Mapping[int, int | None]:

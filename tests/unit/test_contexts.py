@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fgpu_ebpf import devices
-from fgpu_ebpf.devices import DEFAULT_CONTEXT_BYTES
+from fgpu_ebpf import context_sizes
+from fgpu_ebpf.context_sizes import DEFAULT_CONTEXT_BYTES
 
 MIB = 1 << 20
 LIBRARY = """
@@ -41,8 +41,15 @@ def nvml(bytes_: int | None) -> Any:
 
 def test_what_is_measured_is_remembered(tmp_path: Path) -> None:
     state = tmp_path / "contexts.json"
-    assert devices.context_bytes(nvml(518 * MIB), library(tmp_path, "(void)0"), state) == {0: 518 * MIB}
-    assert devices.context_bytes(nvml(None), tmp_path / "nothing", state) == {0: 518 * MIB}
+    assert context_sizes.context_bytes(nvml(518 * MIB), library(tmp_path, "(void)0"), state) == {0: 518 * MIB}
+    assert context_sizes.context_bytes(nvml(None), tmp_path / "nothing", state) == {0: 518 * MIB}
+
+
+@pytest.mark.parametrize("value", ['"much"', "-1", "0", "1.5", "true", "null", str(1 << 41)])
+def test_a_remembered_value_that_is_no_size_is_measured_anew(tmp_path: Path, value: str) -> None:
+    state = tmp_path / "contexts.json"
+    state.write_text(f'{{"NVIDIA X 1": {value}}}')
+    assert context_sizes.context_bytes(nvml(518 * MIB), library(tmp_path, "(void)0"), state) == {0: 518 * MIB}
 
 
 @pytest.mark.parametrize(
@@ -51,11 +58,11 @@ def test_what_is_measured_is_remembered(tmp_path: Path) -> None:
 def test_a_start_does_not_wait_for_a_driver_that_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, init: str, weighs: int | None
 ) -> None:
-    monkeypatch.setattr(devices, "MEASURE_SECONDS", 1.0)
-    monkeypatch.setattr(devices, "_END_SECONDS", 0.2)
+    monkeypatch.setattr(context_sizes, "MEASURE_SECONDS", 1.0)
+    monkeypatch.setattr(context_sizes, "_END_SECONDS", 0.2)
     state, begun = tmp_path / "contexts.json", time.monotonic()
     with caplog.at_level(logging.WARNING):
-        assert devices.context_bytes(nvml(weighs), library(tmp_path, init), state) == {0: DEFAULT_CONTEXT_BYTES}
+        assert context_sizes.context_bytes(nvml(weighs), library(tmp_path, init), state) == {0: DEFAULT_CONTEXT_BYTES}
     assert time.monotonic() - begun < 10
     assert "512 MiB is taken" in caplog.text
     assert "NVIDIA X 1" not in (state.read_text() if state.exists() else "")

@@ -136,6 +136,24 @@ def test_an_engine_that_is_started_later_or_restarts(tmp_path, quick):
         docker.stop()
 
 
+def rescan(found: engines.Engines, times: int) -> None:
+    """Each of them asks for nothing that is known here."""
+    for _ in range(times):
+        found.rescanned()
+
+
+def test_what_is_known_outlives_an_agent_that_was_frozen_and_its_engine(docker, api, tmp_path, monkeypatch):
+    """Time that passes without a rescan proves of no container that it is gone."""
+    docker.containers, docker.images = [container(Labels={"fgpu.dev/memory": "8GiB"})], {IMAGE: {}}
+    with running(api, file=tmp_path / "engines.json") as found:
+        known = asked(found, workload())
+        docker.stop()
+        later = time.monotonic() + 1000
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        found.keep()
+        assert found.named(workload()) == known
+
+
 def test_what_is_known_outlives_the_agent_and_its_engine(docker, api, tmp_path):
     docker.containers, docker.images = [container(Labels={"fgpu.dev/memory": "8GiB"})], {IMAGE: {}}
     file = tmp_path / "engines.json"
@@ -149,7 +167,10 @@ def test_what_is_known_outlives_the_agent_and_its_engine(docker, api, tmp_path):
     docker.stop()
     with running(api, file=file) as found:
         assert found.named(workload()) == known  # at once
-        found._entries[subject()].used -= 1000
+        rescan(found, engines.FORGOTTEN_RESCANS)
+        found.keep()
+        assert found.named(workload()) == known
+        rescan(found, engines.FORGOTTEN_RESCANS + 1)
         found.keep()
     with running(api, file=file) as found:
         assert found.named(workload()).labels == {}  # nobody had asked about it for long
@@ -287,18 +308,18 @@ def test_what_is_known_is_bounded_and_forgotten(docker, api, monkeypatch):
             found.named(workload(subject(f"{n:064x}"), path=f"/{n}"))
         assert (len(found._entries), found.left_out) == (8, 92)
         eventually(lambda: len(docker.targets) == 8)
-        monkeypatch.setattr(engines, "FORGOTTEN_SECONDS", 0.0)
+        rescan(found, engines.FORGOTTEN_RESCANS + 1)
         assert asked(found, workload(subject(f"{99:064x}"), path="/99")).labels
         assert len(found._entries) == 1
 
 
 def test_a_container_that_is_gone_is_asked_about_no_more(docker, api, monkeypatch):
     monkeypatch.setattr(engines, "MOST_KNOWN", 1)
-    monkeypatch.setattr(engines, "FORGOTTEN_SECONDS", 0.0)
     docker.containers = [container(OTHER)]
     with running(api) as found:
         found.named(workload())
         eventually(lambda: docker.targets)
+        rescan(found, engines.FORGOTTEN_RESCANS + 1)
         asked(found, workload(subject(OTHER), path="/other"))
         assert found._askers[0]._wants == {}
 

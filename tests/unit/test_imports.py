@@ -37,7 +37,7 @@ ORDER = (
     }
     | {"crimessages", "kubeletmessages", "slots", "graces", "breakpoints", "file_budget"}
     | {"owner_table", "resolutions"}
-    | {"library_class", "library_files", "trust", "observed"},
+    | {"library_class", "library_files", "trust", "observed", "shim_mounts"},
     {"probe_plan"} | {"events", "launch"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
     | {"allocation", "unwitnessed"},
@@ -60,18 +60,19 @@ ORDER = (
     {"policywatch", "hostfile", "last_good"},
     {"programs", "door", "usage", "shelf", "sealed", "overrides", "history", "keeper", "links"},
     {"ledger", "tenants", "workloads", "overruns"},
-    {"tenant_names", "level_places"},
+    {"tenant_names", "level_places", "stale_mounts"},
     {"answered", "level_refusals"},
-    {"probes", "clients", "enforcer", "gone_tenants", "roots", "library_search"},
+    {"probes", "device_indexes", "clients", "enforcer", "gone_tenants", "roots", "library_search"},
     {"library_worker"},
     {"libraries", "host_scan"},
     {"devices", "trial", "glance", "discovery", "manager", "targets", "desks", "gatekeeper_start"},
-    {"device_sample"},
+    {"device_sample", "context_sizes", "start_checks"},
     {"corrections", "orphan_release"},
     {"settings", "reconcile", "news", "detach", "explain", "callers", "slicer", "pinned_levels"},
     {"policies", "questions"},
     {"map_views"},
-    {"view", "readers", "adoption", "health", "offers", "xidnews", "orphan_reports", "bypass_killer"},
+    {"view", "readers", "adoption", "health", "offers", "xidnews", "orphan_reports", "bypass_killer"}
+    | {"late_devices", "xid_record"},
     {"agent", "metrics", "tables", "gatekeeper", "keyboard", "ranking", "bars"},
     {"choice", "feed", "page"},
     {"frame"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +70,23 @@ def host(tmp_path):
         return (root / name).stat().st_ino
 
     return SimpleNamespace(start=start, cgroup=cgroup, books=books, file=file, root=root)
+
+
+def test_a_full_disk_at_the_end_of_a_container_keeps_no_other_out(host):
+    gone = host.cgroup("a")
+    manager = host.start(SIX)
+    manager.set("/a", {"memory_bytes": GIB})
+    (host.root / "a").rmdir()
+    host.cgroup("c1")
+    folder, away = host.file.parent, host.file.parent.with_name("away")
+    overrides = manager.overrides
+    overrides._file = away / host.file.name  # nothing can be written there yet
+    manager.consider_all()
+    assert [tenant.path for tenant in manager.enforcer] == ["/c1"]
+    assert overrides.get(gone) is None
+    away.symlink_to(folder)
+    overrides.write_again()
+    assert json.loads(host.file.read_text()) == []
 
 
 SIX = "{selector: {cgroup: ['c*']}, memory: {limit: 6GiB}, compute: {limit: 50%}}"

@@ -32,7 +32,7 @@ class Question:
 
 def nvml_of(**questions: Question) -> Nvml:
     nvml = Nvml.__new__(Nvml)
-    nvml._handles, nvml._rows = [None], ProcessRows(SimpleNamespace(**questions))  # type: ignore[arg-type]
+    nvml._handles, nvml._rows = {0: None}, ProcessRows(SimpleNamespace(**questions))  # type: ignore[arg-type]
     return nvml
 
 

@@ -161,6 +161,7 @@ def reconciler(books: Books, says, in_use=None) -> Reconciler:
         taken_bytes=lambda _: in_use() if callable(in_use) else in_use,
         xids=list,
         watched=frozenset,
+        look_for_missing=lambda: None,
     )
     return Reconciler(nvml, books, lambda _: (5,))
 
@@ -509,6 +510,7 @@ def test_each_device_is_as_old_as_its_own_last_answer():
         process_percent=lambda *_: None,
         xids=list,
         watched=frozenset,
+        look_for_missing=lambda: None,
     )
     one = Reconciler(nvml, Books(process(0)), lambda _: (5,))
     one.look()

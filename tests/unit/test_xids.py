@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from fgpu_ebpf.devices import Device, Nvml
 from fgpu_ebpf.history import History
 from fgpu_ebpf.offers import Offers
 from fgpu_ebpf.reconcile import Truth
+from fgpu_ebpf.xid_record import XidRecord, lifetime
 from fgpu_ebpf.xidnews import XidNews
 from fgpu_ebpf.xids import Reported, Tally
 
@@ -34,8 +36,11 @@ class Library:
         monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", self.DeviceGetMemoryInfo)
         monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: HANDLES[int(uuid[4:12])])
         self.nvml = Nvml.__new__(Nvml)
-        self.nvml._handles, self.nvml._events, self.nvml._lost, self.nvml._came = list(HANDLES), None, set(), []
+        self.nvml._handles = dict(enumerate(HANDLES))
+        self.nvml._events, self.nvml._lost, self.nvml._came = None, set(), []
+        self.nvml._begin_at = 0.0
         self.nvml.devices = [Device(i, i.to_bytes(4) + bytes(12), "", "", 1, 1) for i in range(len(HANDLES))]
+        self.nvml._known = {device.uuid: device.index for device in self.nvml.devices}
 
     def EventSetCreate(self) -> int:
         self.made += 1
@@ -150,6 +155,49 @@ def test_the_first_that_no_program_causes_stays_until_the_device_is_found_again(
 def test_which_are_ignored_is_the_hosts_to_say() -> None:
     tally = Tally([94])
     assert tally.take([0], [(0, 94), (0, 31)])[0] == Reported({94: 1, 31: 1}, 1, 31)
+
+
+def test_a_record_holds_over_restarts_and_ends_with_the_lifetime_of_the_driver(tmp_path: Path) -> None:
+    devices = [Device(i, i.to_bytes(16), "", "", 1, 1) for i in range(2)]
+    file = tmp_path / "xids.json"
+    record = XidRecord(file, "a")
+    record.keep({}, devices)
+    assert not file.exists(), "there is nothing to be kept"
+    record.keep({0: Reported({79: 1}, 0, 79), 1: Reported({31: 1}, 1)}, devices)
+    XidRecord(file, "a").keep({}, devices)
+    assert XidRecord(file, "a").tally((), devices).take([], []) == {0: Reported({}, 0, 79)}
+    assert XidRecord(file, "a").tally((79,), devices).take([], []) == {}, "it is ignored now"
+    assert XidRecord(file, "b").tally((), devices).take([], []) == {}
+    XidRecord(file, "a").keep({0: Reported({}), 1: Reported({})}, devices)
+    assert XidRecord(file, "a").tally((), devices).take([], []) == {}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"of": "a"}', '{"of": "a", "fatal": [1]}', "[" * 10**5])
+def test_a_record_that_is_none_says_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "xids.json").write_text(text)
+    devices = [Device(0, bytes(16), "", "", 1, 1)]
+    assert XidRecord(tmp_path / "xids.json", "a").tally((), devices).take([], []) == {}
+
+
+def test_a_record_that_cannot_be_written_is_written_again(tmp_path: Path) -> None:
+    devices = [Device(0, bytes(16), "", "", 1, 1)]
+    record = XidRecord(tmp_path / "later/xids.json", "a")
+    for _ in range(2):
+        record.keep({0: Reported({79: 1}, 0, 79)}, devices)
+    (tmp_path / "later").mkdir()
+    record.keep({0: Reported({79: 1}, 0, 79)}, devices)
+    assert "79" in (tmp_path / "later/xids.json").read_text()
+
+
+def test_a_driver_that_is_loaded_again_has_another_lifetime(tmp_path: Path) -> None:
+    (tmp_path / "boot").write_text("1-2\n")
+    (tmp_path / "nvidia").mkdir()
+    before = lifetime(tmp_path / "boot", tmp_path / "nvidia")
+    assert lifetime(tmp_path / "boot", tmp_path / "nvidia") == before
+    (tmp_path / "nvidia").rename(tmp_path / "earlier")
+    (tmp_path / "nvidia").mkdir()
+    assert lifetime(tmp_path / "boot", tmp_path / "nvidia") != before
+    assert lifetime(tmp_path / "boot", tmp_path / "gone") != before
 
 
 # -- what is said ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""A device that has reported a fatal XID stays unfit over restarts of the agent, until something repairs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from harness import RUN_DIR, Service, ask, eventually, fgpu, metrics
+
+HEALTHY = "fgpu_device_healthy", frozenset({("gpu", "0")})
+
+
+def is_healthy() -> bool:
+    return metrics().get(HEALTHY) == 1
+
+
+def recorded() -> str:
+    """What later agents are told."""
+    file = RUN_DIR / "xids.json"
+    return file.read_text() if file.exists() else ""
+
+
+@pytest.fixture
+def failed(service: Service, fault: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Has the device report XID 79 when it is called; afterwards it is fit again."""
+
+    def report() -> None:
+        eventually(is_healthy, 5, "a fit device")
+        fault("xid=79")
+        eventually(lambda: not is_healthy(), 5, "an unfit device")
+        eventually(lambda: "79" in recorded(), 5, "a record of it")
+
+    yield report
+    fgpu("device", "clear", "0")
+    eventually(is_healthy, 5, "a fit device")
+
+
+def restart(service: Service) -> None:
+    service.kill_agent()
+    service.start_agent()
+    eventually(lambda: ask(verb="snapshot")["devices"][0]["xids"] is not None, 5, "a look at it")
+
+
+def test_a_restart_repairs_no_device_and_a_command_says_that_it_is_repaired(
+    service: Service, failed: Callable[[], None]
+) -> None:
+    failed()
+    for _ in range(2):
+        restart(service)
+        assert not any(is_healthy() for _ in range(40))
+        doctor = fgpu("doctor", check=False)
+        assert "FAIL  xids: device 0: it has reported XID 79" in doctor.stdout
+    fgpu("device", "clear", "0")
+    eventually(is_healthy, 5, "the device that was cleared")
+    eventually(lambda: "79" not in recorded(), 5, "a record without it")
+    restart(service)
+    assert is_healthy()
+    unknown = fgpu("device", "clear", "7", check=False)
+    assert unknown.returncode == 4
+    assert "no device 7" in unknown.stderr
+
+
+def test_a_reset_that_nvml_tells_of_repairs_it_for_later_agents_too(
+    service: Service, failed: Callable[[], None], fault: Callable[[str], None]
+) -> None:
+    failed()
+    restart(service)
+    assert not is_healthy()
+    fault("device-reset")
+    eventually(is_healthy, 10, "the device that was reset")
+    eventually(lambda: "79" not in recorded(), 5, "a record without it")
+    restart(service)
+    assert is_healthy()
+
+
+def test_a_boot_and_another_load_of_the_driver_end_the_record(service: Service, failed: Callable[[], None]) -> None:
+    """Such a record is one of another lifetime of the driver."""
+    failed()
+    service.kill_agent()
+    file = RUN_DIR / "xids.json"
+    file.write_text(file.read_text().replace('"of": "', '"of": "0'))
+    service.start_agent()
+    eventually(is_healthy, 3, "a fit device")

@@ -1,0 +1,140 @@
+"""One of two devices has fallen off the bus when the agent starts: limits hold on the other one, and the lost one is
+named, and taken in when it is found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from harness import CONTEXT, GPUS, MIB, REFUSED, ROOT, SIM, Service, Tenant, ask, eventually, fgpu
+
+inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_on_two_devices")
+LIMIT = CONTEXT + 40 * MIB
+PRIVATE = """
+mkdir -p /run/fgpu /run/fgpu-sim
+mount -t tmpfs tmpfs /run/fgpu && mount -t tmpfs tmpfs /run/fgpu-sim && mount -t bpf bpf /sys/fs/bpf && exec "$@"
+"""
+
+
+@pytest.mark.skipif(GPUS != "1", reason="this is it")
+def test_on_two_devices() -> None:
+    command = ["unshare", "--mount", "sh", "-c", PRIVATE, "sh", sys.executable, "-m", "pytest", "-q", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "FGPU_TEST_GPUS": "2"}, capture_output=True, text=True, timeout=170, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+@pytest.fixture
+def restart(service: Service, fault: Callable[[str], None]) -> Iterator[Callable[..., None]]:
+    """Starts another agent while a device is lost; `boot`: as after a boot, with nothing left of an earlier one."""
+
+    def lose_and_start(device: int, boot: bool = False) -> None:
+        fault(f"device-lost:{device}")
+        if boot:
+            service.detach()
+        else:
+            service.kill_agent()
+        service.start_agent()
+
+    yield lose_and_start
+    fault("reset")
+    eventually(lambda: indexes() == [0, 1], 15, "both devices")
+
+
+def indexes() -> list[int]:
+    return [device["index"] for device in ask(verb="snapshot")["devices"]]
+
+
+def missing() -> dict[str, Any] | None:
+    """What `fgpu doctor` says of devices that do not answer."""
+    said = json.loads(fgpu("doctor", "--driver-root", SIM, "--json", check=False).stdout)
+    return next((check for check in said if check["name"] == "devices"), None)
+
+
+def assert_held(one: Tenant, device: int) -> None:
+    """A program that starts now gets the tenant's limit on that device, and no more."""
+    client = one.client()
+    client.ok(f"device {device}")
+    client.ok(f"alloc {40 * MIB}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    held = {seen["gpu"]: seen["used_bytes"] for seen in one.view()["devices"]}
+    assert held[device] == LIMIT == one.driver_by_device()[device]
+    client.kill()
+    client.close()
+    eventually(lambda: one.driver() == 0, 10, "its end")
+    eventually(lambda: not any(seen["used_bytes"] for seen in one.view()["devices"]), 10, "released")
+
+
+@inside
+@pytest.mark.places("host")
+@pytest.mark.parametrize("lost", [0, 1])
+def test_limits_hold_on_the_device_that_is_well(
+    service: Service, tenant: Callable[[int], Tenant], restart: Callable[..., None], lost: int
+) -> None:
+    one, well = tenant(LIMIT), 1 - lost
+    assert_held(one, well)
+    client = one.client()
+    client.ok(f"device {well}")
+    client.ok(f"alloc {20 * MIB}")
+    assert missing() is None
+    restart(lost)
+    assert indexes() == [well], "each keeps its index"
+    assert client.do(f"alloc {22 * MIB}") == REFUSED
+    client.ok(f"alloc {20 * MIB}")
+    assert one.assert_exact(5) == LIMIT
+    client.kill()
+    client.close()
+    eventually(lambda: one.memory()["used_bytes"] == 0, 10, "released")
+    assert_held(one, well)
+    found = missing()
+    assert found
+    assert not found["ok"]
+    assert f"device {lost} of NVML (GPU is lost)" in found["found"]
+    assert f"device {lost} of NVML: GPU is lost" in fgpu("events").stdout
+
+
+@inside
+@pytest.mark.places("host")
+@pytest.mark.parametrize("boot", [False, True], ids=["restart", "boot"])
+def test_a_device_that_is_found_again_is_taken_in(
+    service: Service, fault: Callable[[str], None], place: Any, restart: Callable[..., None], boot: bool
+) -> None:
+    restart(0, boot)
+    one = place.tenant(LIMIT)
+    one.assert_enforced()
+    assert_held(one, 1)
+    fault("reset")
+    eventually(lambda: indexes() == [0, 1], 15, "the device that was lost")
+    eventually(lambda: missing() is None, 5, "nothing to say of it")
+    for device in (0, 1):
+        assert_held(one, device)
+    assert "device found" in fgpu("events").stdout
+
+
+@inside
+@pytest.mark.places("host")
+def test_nothing_is_to_be_had_on_a_device_before_the_agent_has_it(
+    service: Service, fault: Callable[[str], None], place: Any, restart: Callable[..., None]
+) -> None:
+    """Programs may find it before NVML has begun anew in the agent."""
+    restart(0, True)
+    one = place.tenant(LIMIT)
+    one.assert_enforced()
+    assert service.agent
+    os.kill(service.agent.pid, signal.SIGSTOP)
+    try:
+        fault("reset")
+        client = one.client()
+        assert client.do("device 0") == REFUSED
+        client.kill()
+        client.close()
+    finally:
+        os.kill(service.agent.pid, signal.SIGCONT)

@@ -1,0 +1,115 @@
+"""Containers run across `fgpu detach`, a purge or the removal of /run/fgpu/shim: once an agent enforces again, programs
+that start in them have their limit or no memory, never more."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import CONTEXT, MIB, REFUSED, ROOT, RUN_DIR, SIM, Place, Service, Tenant, eventually, fgpu
+
+LIMIT = CONTEXT + 40 * MIB
+SHIM_FOLDER = RUN_DIR / "shim"
+
+
+@pytest.fixture
+def again(service: Service, unharmed: None) -> Iterator[Service]:
+    """Afterwards a service with nothing of before."""
+    yield service
+    service.detach()
+    shutil.rmtree(SHIM_FOLDER, ignore_errors=True)
+    service.start_agent()
+
+
+def assert_held(one: Tenant) -> None:
+    """A program that starts now gets what the limit says, and no more."""
+    one.assert_enforced()
+    client = one.client()
+    client.ok(f"alloc {40 * MIB}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert one.assert_exact(10) == LIMIT
+    client.kill()
+    client.close()
+
+
+def limit(one: Tenant) -> None:
+    """Again after a detach, which forgets what was set by hand."""
+    fgpu("set", one.path, "--memory", f"{LIMIT}B")
+
+
+@pytest.mark.places("runc")
+def test_programs_of_a_container_that_ran_across_a_detach_are_held_by_the_next_agent(
+    again: Service, place: Place, tenant: Callable[[int], Tenant]
+) -> None:
+    one = tenant(LIMIT)
+    one.assert_enforced()
+    before = SHIM_FOLDER.stat().st_ino
+    again.detach()
+    assert sorted(path.name for path in RUN_DIR.iterdir()) == ["shim"], "the folder that a container shows stays"
+    assert not list(SHIM_FOLDER.iterdir())
+    client = one.client()
+    client.ok(f"alloc {100 * MIB}")  # nothing is enforced, and nothing is waited for
+    client.kill()
+    client.close()
+    again.start_agent()
+    assert SHIM_FOLDER.stat().st_ino == before
+    assert stat.S_IMODE(SHIM_FOLDER.stat().st_mode) == 0o755
+    limit(one)
+    assert_held(one)
+    place.close()
+
+
+@pytest.mark.places("runc")
+def test_the_folder_goes_with_a_detach_that_no_container_outlives(again: Service, place: Place) -> None:
+    again.detach()
+    assert not SHIM_FOLDER.exists()
+
+
+@pytest.mark.places("runc")
+def test_programs_under_a_removed_folder_get_no_memory_and_the_container_is_named(
+    again: Service, place: Place, tenant: Callable[[int], Tenant]
+) -> None:
+    one = tenant(LIMIT)
+    one.assert_enforced()
+    inode = SHIM_FOLDER.stat().st_ino
+    shutil.rmtree(SHIM_FOLDER)
+    eventually(lambda: SHIM_FOLDER.exists() and SHIM_FOLDER.stat().st_ino != inode, 5, "another folder")
+    client = one.client()
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert one.driver() == 0
+    client.kill()
+    client.close()
+    again.kill_agent()
+    again.start_agent()  # looks at once, and every half minute
+    said = json.loads(fgpu("doctor", "--json", "--driver-root", SIM, check=False).stdout)
+    (found,) = [check for check in said if check["name"] == "mounts"]
+    assert one.name in found["found"]
+    assert "start the container anew" in found["mend"]
+    later = tenant(LIMIT)
+    assert_held(later)
+    place.close()
+
+
+@pytest.mark.places("runc")
+def test_a_purge_leaves_the_folder_that_a_container_shows(
+    again: Service, place: Place, tenant: Callable[[int], Tenant], tmp_path: Path
+) -> None:
+    """The part of the package's own script that removes it, since fgpu is not installed here."""
+    one = tenant(LIMIT)
+    one.assert_enforced()
+    before = SHIM_FOLDER.stat().st_ino
+    again.detach()
+    text = (ROOT / "deploy/debian/postrm").read_text()
+    part = text[text.index("if [ -d /run/fgpu/shim ]") : text.index("while read -r _ place")]
+    (tmp_path / "part").write_text(f"set -e\n{part}")
+    assert os.system(f"sh {tmp_path}/part") == 0
+    again.start_agent()
+    assert SHIM_FOLDER.stat().st_ino == before
+    limit(one)
+    assert_held(one)
+    place.close()
