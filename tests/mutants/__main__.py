@@ -17,7 +17,7 @@ from patches import Patch, patches
 from rules import RULES, Rule
 from trees import Tree
 
-ROWS = 67
+ROWS = 68
 Mutant = Patch | Rule
 
 

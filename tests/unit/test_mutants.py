@@ -14,7 +14,7 @@ sys.path.append(str(ROOT / "tests/mutants"))
 from patches import Patch, patches  # noqa: E402
 from rules import RULES, Rule  # noqa: E402
 
-ROWS = [*(f"T{n}" for n in range(1, 41)), *(f"F{n}" for n in range(1, 28))]
+ROWS = [*(f"T{n}" for n in range(1, 41)), *(f"F{n}" for n in range(1, 28)), "F29"]
 
 
 def named_of_rows() -> dict[str, list[str]]:
