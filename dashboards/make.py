@@ -144,7 +144,7 @@ CLUSTER = [
     stat("Memory unmanaged", UNMANAGED, "bytes", f"sum(fgpu_device_memory_unmanaged_bytes{{{DEVICE}}})"),
     stat("Refusals", ASKED, "none", grown(REFUSED, BOTH)),
     stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})"),
-    stat("Tenants not held by the kernel", "Whose limits are kept cooperatively, observed only, or not at all.",
+    stat("Tenants not held by the kernel", "Cooperative, with a process that is only counted, or nothing refused.",
          "none", f'count(fgpu_tenant_enforcement{{{TENANT}, mode!="kernel"}} == 1)'),
     stat("Gatekeepers down", "Nodes without a gatekeeper: programs that start there get no memory.", "none",
          f"count(fgpu_gatekeeper_up{{{NODE}}}) - sum(fgpu_gatekeeper_up{{{NODE}}})"),
@@ -238,7 +238,7 @@ TENANTS = [
          "bytes", f"max(abs(fgpu_memory_drift_bytes{{{BOTH}}}))"),
     stat("Processes", "Charged to the tenant.", "none", f"sum(fgpu_processes{{{TENANT}}})"),
     stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})"),
-    stat("Held by the kernel", "No: limits are kept cooperatively, observed only, or not at all.", "bool_yes_no",
+    stat("Held by the kernel", "No: cooperative, a process is only counted, or nothing is refused.", "bool_yes_no",
          f'count(fgpu_tenant_enforcement{{{TENANT}, mode="kernel"}}) == bool '
          f"count(fgpu_tenant_enforcement{{{TENANT}}})",
          noValue="No"),

@@ -5,9 +5,8 @@ to `used`. On failure: RoomError where a limit that was set by hand does not fit
 
 A limit counts against its device once it is used: when the first process of the tenant says hello or is charged, or
 when it was set by hand; what was granted before a restart of the agent stays granted. Until then `resolved` says
-nothing of the cgroup, and the gatekeeper sends the first hello to us.
-Inside a group that has a limit only the group counts. While a process that is older than fgpu is in a tenant, nobody in
-it is killed: none of them can have the shim.
+nothing of the cgroup, and the gatekeeper sends the first hello to us. Inside a group that has a limit only the group
+counts. No process is killed in a tenant that has one older than fgpu: none can have the shim.
 """
 
 from __future__ import annotations
@@ -385,9 +384,7 @@ class Enforcer:
         if tenant and len(self.around(tenant)) >= pages.LEVELS:
             return f"at most {pages.LEVELS} levels: the limits of the groups around it hold, its own does not"
         if tenant and tenant.path.count("/") >= pages.DEPTH:
-            return (
-                f"it lies more than {pages.DEPTH - 1} cgroups below the root: the kernel's programs do not look there"
-            )
+            return f"it lies more than {pages.DEPTH - 1} cgroups below the root: the kernel's programs see none there"
         return (tenant and cgroup in self._denied and self._lack(tenant)) or self._denied.get(cgroup, "")
 
 

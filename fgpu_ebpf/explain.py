@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fgpu_ebpf import orphan_text, pages, shimless
+from fgpu_ebpf.enforcement import Enforcement
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.policy import Priority
@@ -30,12 +31,13 @@ def explain(
     standalone: Set[int] = frozenset(),
     orphans: Sequence[Mapping[str, Any]] = (),
     is_shim: shimless.IsShim = lambda *_: True,
+    enforced: Mapping[int, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """As plain values; `lines` are for people. TargetError: the cgroup is gone.
 
     `unenforced`: why none is in force; `unprobed`: processes with a libcuda that the kernel does not see, each with the
     reason; `standalone`: those that keep their image's own limit, because they find no agent; `orphans`: of the tenant,
-    as in a Snapshot; `is_shim`: as shimless has it.
+    as in a Snapshot; `is_shim`: as shimless has it; `enforced`: the Snapshot's word for each tenant, by its cgroup.
     """
     workload = manager.workloads.identify(path)
     if workload is None:
@@ -65,7 +67,7 @@ def explain(
             ],
         ],
         "levels": [_level(level, manager, ledger) for level in levels],
-        "enforcement": "none" if unenforced else _enforcement(levels, [*unseen, *alone]),
+        "enforcement": enforced.get(levels[0].cgroup, Enforcement.NONE) if levels else Enforcement.NONE,
         "unenforced": unenforced,
         "stronger": [
             *_stronger(levels, manager, ledger, is_shim),
@@ -111,12 +113,6 @@ def _time(tenant: Tenant, device: int, turn: TurnCounts | None) -> dict[str, Any
         "is_waiting": bool(t.since_ns),
         "throttled": t.throttled,
     }
-
-
-def _enforcement(levels: list[Tenant], unseen: Sequence[int]) -> str:
-    if not levels:
-        return "none"
-    return "observe" if all(level.observe for level in levels) else "cooperative" if unseen else "kernel"
 
 
 def _those(levels: list[Tenant], known: Mapping[int, Process], pids: Set[int]) -> list[int]:
@@ -180,8 +176,8 @@ def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:
         lines += [f"    {_time_line(time)}" for time in level["compute"]]
         if level["denied"]:
             lines.append(f"    gets nothing: {level['denied']}")
-    why = f": {answer['unenforced']}" if answer["unenforced"] else ""
-    lines.append(f"  enforcement: {answer['enforcement']}{why}")
+    why = answer["unenforced"] or Enforcement(answer["enforcement"]).words
+    lines.append(f"  enforcement: {answer['enforcement']}{f': {why}' if why else ''}")
     lines += [f"  orphaned: {orphan_text.sentence(orphan)}" for orphan in orphan_text.lasting(answer["orphans"])]
     lines += [f"  stronger: {text}" for text in answer["stronger"]]
     return lines

@@ -211,9 +211,9 @@ def _heading(columns: Sequence[Column], widths: Mapping[str, int], gap: str, cho
 
 
 def _style(row: Row) -> str:
-    """Red: nobody holds the limit. Yellow: it is all but reached. Dim: nothing is used."""
+    """Red: the limit does not hold, or is exceeded. Yellow: it is nearly reached. Dim: nothing is used."""
     match ranking.mark(row):
-        case Mark.UNHELD:
+        case Mark.UNHELD | Mark.OVER:
             return "red"
         case Mark.FULL:
             return "yellow"

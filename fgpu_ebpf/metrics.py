@@ -96,7 +96,7 @@ def _tenants(snapshot: Snapshot) -> Iterator[Metric]:
     )
     mode = GaugeMetricFamily(
         "fgpu_tenant_enforcement",
-        "1: who keeps the limits: kernel, cooperative (as far as processes ask), observe or none",
+        "1: how limits hold: kernel, cooperative (if processes ask), counted (a process does not ask), observe or none",
         labels=["tenant", "mode"],
     )
     for tenant in snapshot.tenants:

@@ -23,6 +23,7 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 import fgpu_ebpf
 from fgpu_ebpf import bars, health, keeper, ranking
 from fgpu_ebpf.checks import Check
+from fgpu_ebpf.enforcement import Enforcement
 from fgpu_ebpf.ranking import BY_WORD, COLUMNS, GPU, TENANT, Order, Row
 from fgpu_ebpf.snapshot import Fields, Snapshot, no_limit
 
@@ -126,6 +127,8 @@ def _notes(tenant: Mapping[str, Any]) -> Iterator[str]:
         ", ".join(f"{count} {word}" for word, count in sorted(tenant[kind].items()))
         for kind in ("bypassing", "shimless")
     )
+    if word := Enforcement(tenant["enforcement"]).words:
+        yield word
     if around:
         yield f"goes around the shim: {around}{f' ({why})' if why else ''}"
     yield from (f"note: {note}" for note in tenant["notes"])

@@ -12,6 +12,7 @@ from enum import Enum, auto
 from typing import Any, NamedTuple
 
 from fgpu_ebpf import pages
+from fgpu_ebpf.enforcement import UNHELD
 from fgpu_ebpf.quantities import memory_text
 
 Value = float | str | None
@@ -143,14 +144,17 @@ class Mark(Enum):
     """What one should see of a row at once."""
 
     UNHELD = auto()
+    OVER = auto()
     FULL = auto()
     IDLE = auto()
     USUAL = auto()
 
 
 def mark(row: Row) -> Mark:
-    """Nobody holds the limit; or it is all but reached; or nothing is used."""
-    if row.tenant["enforcement"] in ("none", "cooperative"):
-        return Mark.UNHELD
+    """The limit does not hold, or is exceeded; or it is nearly reached; or nothing is used."""
     used = row.device["used_bytes"]
+    if row.tenant["enforcement"] in UNHELD:
+        return Mark.UNHELD
+    if used > row.device["limit_bytes"]:
+        return Mark.OVER
     return Mark.IDLE if not used else Mark.FULL if used >= _FULL_RATIO * row.device["limit_bytes"] else Mark.USUAL

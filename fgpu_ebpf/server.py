@@ -159,9 +159,10 @@ class ControlServer:
     def _explain(self, request: dict[str, Any]) -> dict[str, Any]:
         agent = self._agent
         found, path = agent.discovery, self._find(request)
-        tenants = [tenant for tenant in agent.fresh().tenants if tenant.path == path]
-        orphans = [snapshot.plain(orphan) for tenant in tenants for orphan in tenant.orphans]
-        around = found.reasons(), found.standalone(), orphans, found.is_shim
+        tenants = agent.fresh().tenants
+        orphans = [snapshot.plain(orphan) for tenant in tenants if tenant.path == path for orphan in tenant.orphans]
+        enforced = {tenant.cgroup: tenant.enforcement for tenant in tenants}
+        around = found.reasons(), found.standalone(), orphans, found.is_shim, enforced
         return explain.explain(path, agent.manager, agent.ledger, found.unenforced(), *around)
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fgpu_ebpf import orphan_text, pages
+from fgpu_ebpf.enforcement import sentence
 from fgpu_ebpf.history import line_of
 from fgpu_ebpf.quantities import memory_text
 from fgpu_ebpf.snapshot import no_limit
@@ -45,7 +46,13 @@ def status(snapshot: Mapping[str, Any]) -> str:
             )
             table.add_row(tenant["tenant"], tenant["kind"], str(d["gpu"]), *sizes, count, tenant["enforcement"])
     why = no_limit(snapshot)
-    return _text(table) + _shares(snapshot) + _orphans(snapshot) + (f"\n{why}\n" if why else "")
+    return _text(table) + _shares(snapshot) + _counted(snapshot) + _orphans(snapshot) + (f"\n{why}\n" if why else "")
+
+
+def _counted(snapshot: Mapping[str, Any]) -> str:
+    """Tenants with a process that is only counted. Empty: there is none."""
+    lines = [line for tenant in snapshot["tenants"] if (line := sentence(tenant))]
+    return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
 
 
 def _orphans(snapshot: Mapping[str, Any]) -> str:

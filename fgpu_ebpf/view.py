@@ -16,6 +16,7 @@ from typing import Any
 from fgpu_ebpf import keeper, pages, procfs
 from fgpu_ebpf.devices import Device
 from fgpu_ebpf.discovery import Discovery
+from fgpu_ebpf.enforcement import enforcement
 from fgpu_ebpf.enforcer import Enforcer
 from fgpu_ebpf.keepers import Keepers
 from fgpu_ebpf.ledger import Count, Ledger
@@ -151,7 +152,7 @@ def _tenant(look: _Look, tenant: Tenant) -> TenantView:
         namespace=workload.namespace or "",
         pod=workload.pod or "",
         container=workload.container or "",
-        enforcement=_enforcement(look.unenforced, tenant.observe, bypassing),
+        enforcement=_enforcement(look, tenant, bypassing),
         denied=look.enforcer.denied(tenant.cgroup),
         notes=tenant.notes,
         labels=tenant.metric_labels,
@@ -182,12 +183,9 @@ def _orphan(look: _Look, orphan: Orphan) -> OrphanView:
     return OrphanView(orphan.tgid, orphan.device, orphan.bytes, seconds, bool(orphan.ended_ns), keepers)
 
 
-def _enforcement(unenforced: str, observe: bool, bypassing: Mapping[str, int]) -> str:
-    """By whom limits are kept. Where the kernel does not see what a process allocates, that depends on what it asks."""
-    if unenforced:
-        return "none"
-    asked = bypassing.get("unprobed") or bypassing.get("standalone")
-    return "observe" if observe else "cooperative" if asked else "kernel"
+def _enforcement(look: _Look, tenant: Tenant, bypassing: Iterable[str]) -> str:
+    kills = tenant.kill and not look.enforcer.spares(tenant)
+    return enforcement(look.unenforced, tenant.observe, kills, bypassing)
 
 
 def _how(look: _Look, tgid: int, process: Process) -> str:

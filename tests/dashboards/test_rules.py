@@ -31,6 +31,10 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         },
         {f'fgpu_tenant_enforcement{{{HERE},tenant="t",mode="none"}}': "1x20"},  # it has no limit
     ),
+    "FgpuOverLimit": (
+        {f"fgpu_memory_used_bytes{{{ON}}}": "101x20", f"fgpu_memory_limit_bytes{{{ON}}}": "100x20"},
+        {f"fgpu_memory_used_bytes{{{ON}}}": "100x20", f"fgpu_memory_limit_bytes{{{ON}}}": "100x20"},
+    ),
     "FgpuLimitNearlyFull": (
         {f"fgpu_memory_used_bytes{{{ON}}}": "97x20", f"fgpu_memory_limit_bytes{{{ON}}}": "100x20"},
         {f"fgpu_memory_used_bytes{{{ON}}}": "95x20", f"fgpu_memory_limit_bytes{{{ON}}}": "100x20"},
@@ -117,6 +121,22 @@ def test_every_alert_is_tried() -> None:
 @pytest.mark.parametrize("fires", [True, False])
 def test_what_fires_and_what_does_not(tmp_path: Path, name: str, fires: bool) -> None:
     assert_fires(tmp_path, name, CASES[name][not fires], fires)
+
+
+@pytest.mark.parametrize(
+    ("mode", "fires"),
+    [("kernel", False), ("observe", False), ("cooperative", True), ("counted", True), ("none", True)],
+)
+def test_each_word_for_enforcement_alerts_or_does_not(tmp_path: Path, mode: str, fires: bool) -> None:
+    limited = {f"fgpu_memory_limit_bytes{{{ON}}}": "1x20"}
+    series = limited | {f'fgpu_tenant_enforcement{{{HERE},tenant="t",mode="{mode}"}}': "1x20"}
+    assert_fires(tmp_path, "FgpuNotEnforced", series, fires)
+
+
+@pytest.mark.parametrize(("mode", "fires"), [("observe", False), ("kernel", True), ("counted", True)])
+def test_an_observed_tenant_may_exceed_its_limit(tmp_path: Path, mode: str, fires: bool) -> None:
+    series = CASES["FgpuOverLimit"][0] | {f'fgpu_tenant_enforcement{{{HERE},tenant="t",mode="{mode}"}}': "1x20"}
+    assert_fires(tmp_path, "FgpuOverLimit", series, fires)
 
 
 @pytest.mark.parametrize(("waiting", "fires"), [("0+60x20", True), ("30x20", False), ("_x20", False)])

@@ -233,7 +233,7 @@ def service_gatekeeper() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.places("host")
 def test_the_agent_s_gatekeeper_ends_when_a_service_s_comes(agent: Service, tenant) -> None:
-    """F35: one that systemd or a pod starts never waits for the agent to end."""
+    """F30: one that systemd or a pod starts never waits for the agent to end."""
     one = tenant(2 * CONTEXT + ROOM)
     one.assert_enforced()
     (own,) = agent.gatekeepers()

@@ -40,7 +40,7 @@ ORDER = (
     | {"library_class", "library_files", "trust", "observed", "shim_mounts"},
     {"probe_plan"} | {"events", "launch"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
-    | {"allocation", "unwitnessed"},
+    | {"allocation", "unwitnessed", "enforcement"},
     {
         "audit",
         "device_balance",

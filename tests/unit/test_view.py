@@ -36,21 +36,6 @@ def test_drift_is_of_all_or_of_nobody(own: list[int], answered: dict[int, float]
 
 
 @pytest.mark.parametrize(
-    ("unenforced", "observe", "bypassing", "mode"),
-    [
-        ("", False, {}, "kernel"),
-        ("", False, {"no_shim": 1}, "kernel"),
-        ("", False, {"unprobed": 1}, "cooperative"),
-        ("", False, {"standalone": 1}, "cooperative"),
-        ("", True, {"unprobed": 1}, "observe"),
-        ("probes are gone", False, {"unprobed": 1}, "none"),
-    ],
-)
-def test_who_keeps_the_limits(unenforced: str, observe: bool, bypassing: dict[str, int], mode: str) -> None:
-    assert view._enforcement(unenforced, observe, bypassing) == mode
-
-
-@pytest.mark.parametrize(
     ("flags", "bytes_", "how"),
     [(0, 5, "unwitnessed"), (Seen.CALL, 5, "no_shim"), (Seen.CALL, 0, ""), (Seen.SHIM | Seen.CALL, 5, "")],
 )

@@ -1,0 +1,103 @@
+"""The one word for how a tenant's limits are enforced, and what every surface makes of it."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import top_kit as kit
+
+import fgpu_ebpf
+from fgpu_ebpf import metrics, ranking, tables
+from fgpu_ebpf.enforcement import UNHELD, Enforcement, enforcement, sentence
+from fgpu_ebpf.page import Asked, html
+from fgpu_ebpf.ranking import Mark, Row
+from fgpu_ebpf.snapshot import Fields, ProcessView, Snapshot, TenantView
+
+COUNTED = ("no_admission", "no_shim", "unwitnessed", "older")
+
+
+@pytest.mark.parametrize(
+    ("unenforced", "observe", "kill", "bypassing", "word"),
+    [
+        ("", False, False, (), "kernel"),
+        *[("", False, False, (how,), "counted") for how in COUNTED],
+        ("", False, False, ("unprobed", "no_shim"), "counted"),
+        ("", False, True, ("no_shim", "no_admission"), "kernel"),
+        ("", False, True, ("unwitnessed",), "counted"),
+        ("", False, True, ("unprobed",), "cooperative"),
+        ("", False, False, ("unprobed",), "cooperative"),
+        ("", False, False, ("standalone", "outside_turns"), "cooperative"),
+        ("", False, False, ("outside_turns", "empty_turns"), "kernel"),
+        ("", True, False, ("no_shim",), "observe"),
+        ("probes are gone", True, True, ("unprobed",), "none"),
+    ],
+)
+def test_the_weakest_process_decides(
+    unenforced: str, observe: bool, kill: bool, bypassing: tuple[str, ...], word: str
+) -> None:
+    assert enforcement(unenforced, observe, kill, bypassing) == word
+
+
+def test_a_way_around_the_shim_that_is_new_is_counted() -> None:
+    """What the rule does not know is never called held."""
+    assert {enforcement("", False, kill, ["a new way"]) for kill in (False, True)} == {Enforcement.COUNTED}
+
+
+def test_every_way_that_is_exported_has_its_word() -> None:
+    assert {how: str(enforcement("", False, False, [how])) for how in metrics._HOW} == {
+        **dict.fromkeys(COUNTED, "counted"),
+        **dict.fromkeys(("unprobed", "standalone"), "cooperative"),
+        **dict.fromkeys(("outside_turns", "empty_turns"), "kernel"),
+    }
+
+
+def seen(one: TenantView) -> dict[str, Any]:
+    """A snapshot of that tenant as the agent sends it."""
+    return dict(kit.news(one).snapshot)
+
+
+def test_all_surfaces_say_that_a_tenant_is_only_counted() -> None:
+    process = ProcessView(4711, 0, 5, "no_admission", "not_mounted")
+    one = replace(kit.tenant("alice", kit.on(0, 5, 2)), enforcement=Enforcement.COUNTED, processes=(process,))
+    whole = Snapshot(1.0, (kit.device(),), (one,))
+    snapshot = Fields(whole)
+    (row,) = ranking.rows(snapshot)
+    assert ranking.mark(row) is Mark.UNHELD
+    assert "pid 4711" in tables.status(snapshot)
+    page = html(snapshot, Asked.of(""), "host")
+    assert Enforcement.COUNTED.words in page
+    assert 'class="unheld"' in page
+    families = {family.name: family for family in metrics.families(whole)}
+    assert [s.labels["mode"] for s in families["fgpu_tenant_enforcement"].samples] == ["counted"]
+
+
+def test_only_counted_tenants_are_named_below_the_table() -> None:
+    for word in Enforcement:
+        (tenant,) = seen(kit.tenant("alice", kit.on(0, 5, 2), enforcement=word))["tenants"]
+        assert bool(sentence(tenant)) == (word is Enforcement.COUNTED)
+
+
+@pytest.mark.parametrize(("used", "mark"), [(0, Mark.IDLE), (5, Mark.USUAL), (10, Mark.FULL), (11, Mark.OVER)])
+def test_a_limit_that_is_exceeded_is_marked(used: int, mark: Mark) -> None:
+    (tenant,) = seen(kit.tenant("alice", kit.on(0, used, 10)))["tenants"]
+    assert ranking.mark(Row(tenant, tenant["devices"][0])) is mark
+
+
+def test_what_does_not_hold_is_unheld() -> None:
+    assert {word for word in Enforcement if word.words} - UNHELD == {Enforcement.OBSERVE}
+
+
+def test_one_place_decides_the_word() -> None:
+    """No other module spells a word of it."""
+    folder = Path(fgpu_ebpf.__file__).parent
+    spelled = {
+        path.stem
+        for path in folder.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value == Enforcement.COOPERATIVE
+    }
+    assert spelled == {"enforcement"}
