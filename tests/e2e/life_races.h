@@ -31,13 +31,18 @@ static void race_contexts(struct life *life)
     if (context) cu.cuCtxDestroy_v2(context);
 }
 
-/* Managed memory goes before its context does: where another context stays, no call and no look at the driver tells of
- * its end, and it is charged until there is none. */
-static void free_managed(void)
+/* In a life that has managed memory, pointers go before their context does. Where another context stays, no call and no
+ * look at the driver tells of their end: managed memory is charged until there is no context, and so is managed memory
+ * that the driver gives the address of such a pointer. */
+static void free_pointers(void)
 {
-    for (unsigned t = 0; t < threads; t++)
-        for (int i = 0; i < SLOTS; i++)
-            if (lives[t].slots[i].kind == MANAGED) cu.cuMemFree_v2(lives[t].slots[i].pointer);
+    for (unsigned t = 0; t < threads; t++) {
+        for (int i = 0; i < SLOTS; i++) {
+            struct slot *slot = &lives[t].slots[i];
+            bool is_pointer = slot->kind == MANAGED || (slot->kind == POINTER && !leaves_unseen());
+            if (is_pointer) cu.cuMemFree_v2(slot->pointer);
+        }
+    }
     for (unsigned t = 0; t < MOST_THREADS; t++)
         if (handed[t]) cu.cuMemFree_v2(handed[t]);
 }
@@ -79,7 +84,7 @@ static void retain_together(int device)
 /* Between two rounds: the primary contexts end, with all that is in them, and others begin, if there is room. */
 static void begin_anew(struct life *life)
 {
-    free_managed();
+    free_pointers();
     for (unsigned t = 0; t < threads; t++) {
         int device = lives[t].device;
         if (!primary[device]) continue;

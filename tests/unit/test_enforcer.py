@@ -293,7 +293,7 @@ def test_one_too_deep_for_the_kernel_s_programs_is_told(place):
     deep = ["/d" * 15, "/d" * 16]
     place.enforcer.put([place.make(path, 2) for path in deep])
     found, lost = (place.enforcer.denied(place.enforcer.at(path).cgroup) for path in deep)
-    assert (found, lost) == ("", "it lies more than 15 cgroups below the root: the kernel's programs do not look there")
+    assert (found, lost) == ("", "it lies more than 15 cgroups below the root: the kernel's programs see none there")
 
 
 def test_levels_that_are_too_many_are_left_out_on_the_inside_and_it_is_said(place, books):
