@@ -33,6 +33,10 @@ RULES = {
         "    if (refused_by_a_level(h, device, bytes, kind, patient)) return FGPU_REFUSED;\n",
         "",
     ),
+    "refused-question-is-a-change": (
+        "    u64 verdict = ask(p, h, t, device, bytes, kind, ticket);\n",
+        "    busy(p, t);\n    u64 verdict = ask(p, h, t, device, bytes, kind, ticket);\n",
+    ),
     "leader-is-the-process": ("if (!is_last(ctx)) return 0;", "if (id >> 32 != (u32)id) return 0;"),
     "exec-forgotten": (
         "became the leader */\n    end_process(id >> 32);\n",
