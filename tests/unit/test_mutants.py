@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tests/mutants"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests/mutants")]
 from patches import Patch, patches  # noqa: E402
+from rows import named_of_rows  # noqa: E402
 from rules import RULES, Rule  # noqa: E402
 
 ROWS = [*(f"T{n}" for n in range(1, 47)), *(f"F{n}" for n in range(1, 35))]
-
-
-def named_of_rows() -> dict[str, list[str]]:
-    """The tests that docs/security.md names in each row of its tables, in the order of the page."""
-    lines = re.findall(r"^\| ([TF]\d+) \|.*\| (.*) \|$", (ROOT / "docs/security.md").read_text(), re.MULTILINE)
-    return {row: [f"tests/{test}" for test in re.findall(r"`([\w/]+\.py::\w+)`", cell)] for row, cell in lines}
 
 
 def exists(test: str) -> bool:
