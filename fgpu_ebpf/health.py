@@ -14,6 +14,7 @@ from fgpu_ebpf import reconcile, shimless, xids
 from fgpu_ebpf.checks import Check
 
 FULL_PARTS = 0.75  # as the alert FgpuTableFilling
+FULL = "what is full is refused to new programs: `fgpu events` names the workload, bounds: in agent.yaml its bounds"
 
 
 def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
@@ -41,8 +42,7 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     denied = sorted(t["tenant"] for t in tenants if t["denied"])
     yield Check("room", not denied, ", ".join(denied[:5]) or "for every tenant", "fgpu explain TARGET has the numbers")
     full = [f"{m['name']}: {m['entries']} of {m['most']}" for m in snapshot.get("maps", ()) if _is_filling(m)]
-    fix = "what is full is refused to new programs: `fgpu events` names the workload, bounds: in agent.yaml its bounds"
-    yield Check("tables", not full, ", ".join(full) or "have room", fix)
+    yield Check("tables", not full, ", ".join(full) or "have room", FULL)
     for name, (found, fix) in snapshot.get("lacks", {}).items():
         yield Check(name, False, found, fix)
     failures = snapshot["failures"]

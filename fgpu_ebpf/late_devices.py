@@ -57,7 +57,7 @@ class LateDevices:
     def _name(self, missing: MutableMapping[str, str]) -> None:
         self.lacks.pop(NAME, None)
         if missing:
-            self.lacks[NAME] = Check(NAME, False, _words(missing.items()), _FIX)
+            self.lacks[NAME] = Check("devices", False, _words(missing.items()), _FIX)
         for one in missing.keys() - self._named:
             self.history.add("device missing", text=f"{one}: {missing[one]}")
         self._named = set(missing)

@@ -34,4 +34,4 @@ class StaleMounts:
         if stale:
             named = ", ".join(sorted(stale)[:_MOST_NAMED])
             found = f"/run/fgpu/shim was removed under {named}: programs that start there get no memory"
-            self._lacks[NAME] = Check(NAME, False, found, _FIX)
+            self._lacks[NAME] = Check("mounts", False, found, _FIX)
