@@ -27,7 +27,7 @@ from fgpu_ebpf.workers import Workers
 
 log = logging.getLogger("fgpu.agent")
 MOST_NAMED = 1024  # files and cgroups for which a refusal has been logged
-MOST_JOBS = 64  # of one cgroup, that wait for a worker
+MOST_JOBS = 256  # of one cgroup, that wait for a worker: more than it may have files probed
 THREADS = 4  # that work at once where none hangs: to read a file takes tenths of a second
 NICE = 10  # of the workers: what they do is for processes that have not been shown to be honest
 SETTLE_SECONDS = 5.0
@@ -168,6 +168,8 @@ class Libraries:
         elif self.work(cgroup, partial(self._examined, pid, cgroup, one)):
             self._examining[key] = {}
             self._coming[cgroup] += 1
+        elif not self._probes.of(key[0]):
+            self._note_unprobed(pid, key[0], "too much that is its cgroup's waits to be looked at")
 
     def _examined(self, pid: int, cgroup: str, one: procfs.Mapping) -> Taken:
         return partial(self._take, pid, cgroup, one, self.examiner.mapped(pid, one))

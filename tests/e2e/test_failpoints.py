@@ -279,7 +279,10 @@ def test_a_detach_that_ends_half_way_is_ended_by_the_command(host: Host, held: t
     assert not (RUN_DIR / "overrides.json").exists()
     host.service.start_agent()
     fgpu("set", one.path, "--memory", f"{CONTEXT + 64 * MIB}B")
-    assert_taken_up(one, client)
+    eventually(lambda: one.memory()["used_bytes"] == CONTEXT + 20 * MIB, 5, "what it held")
+    client.ok(f"fill {STEP} 0")
+    one.assert_enforced()  # not before: of a process that has not asked yet nothing is known
+    assert one.assert_exact() == CONTEXT + 64 * MIB == one.memory()["limit_bytes"]
 
 
 @pytest.mark.places("host")

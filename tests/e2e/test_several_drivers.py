@@ -182,8 +182,9 @@ def test_a_second_driver_has_no_pools(several, via: str) -> None:
 def test_a_third_driver_is_seen(several) -> None:
     """No hook answers for it: it is charged to the byte, and its process named."""
     one, client = several(3)
-    with one.growing(ROOM):
-        client.ok(f"fill.plain 1 {ROOM}")
+    before = one.memory()["witnessed_bytes"]
+    client.ok(f"fill.plain 1 {ROOM}")
+    assert one.memory()["witnessed_bytes"] == before + ROOM
     (taken, _) = client.ok(f"fill.plain 2 {40 * ROOM}")
     assert taken
     eventually(lambda: bypasses(one).get("no_admission") == 1, 3, "its name")
