@@ -82,8 +82,8 @@ class Discovery:
         self._probes.drop_older()
         self._libraries.read_own()
         if not scanned or not scanned[0].is_whole or scanned[0].left_out:
-            which = scanned[0].left_out[:1] if scanned else "all"
-            log.info("not every process can be looked at (%s): probes of files that are gone stay", which)
+            which = f"process {scanned[0].left_out[0]}" if scanned and scanned[0].left_out else "some processes"
+            log.info("the mappings of %s cannot be read: probes of files that are gone stay", which)
             return None
         self._probes.drop_unused(scanned[0].used | self._libraries.own_files)
         return scanned[0].used

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fgpu_ebpf import orphan_text, pages, shimless
-from fgpu_ebpf.enforcement import Enforcement
+from fgpu_ebpf.enforcement import Enforcement, enforcement
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.policy import Priority
@@ -67,7 +67,7 @@ def explain(
             ],
         ],
         "levels": [_level(level, manager, ledger) for level in levels],
-        "enforcement": enforced.get(levels[0].cgroup, Enforcement.NONE) if levels else Enforcement.NONE,
+        "enforcement": _word(levels, unenforced, enforced),
         "unenforced": unenforced,
         "stronger": [
             *_stronger(levels, manager, ledger, is_shim),
@@ -77,6 +77,13 @@ def explain(
         "orphans": [dict(orphan) for orphan in orphans],
     }
     return answer | {"lines": _lines(answer, tenant)}
+
+
+def _word(levels: Sequence[Tenant], unenforced: str, enforced: Mapping[int, str]) -> str:
+    """The Snapshot's word for the innermost level; of one that no process has used yet, what its first will meet."""
+    if not levels:
+        return Enforcement.NONE
+    return enforced.get(levels[0].cgroup) or enforcement(unenforced, levels[0].observe, False, ())
 
 
 def _left_out(tenant: Tenant | None, levels: list[Tenant], manager: Manager) -> list[str]:
