@@ -196,7 +196,7 @@ def test_a_user_without_a_limit_asks_from_cgroups_without_number(
         ["python3", "-c", STRANGER, stranger, str(number)], capture_output=True, text=True, timeout=150, check=False
     )
     assert done.stdout.split() == ["2"], done.stdout + done.stderr  # unmanaged, each of them
-    assert UNMANAGED <= table("resolved") - before <= UNMANAGED + 8
+    assert UNMANAGED <= table("resolved") <= before + UNMANAGED + 8  # some of those before may have gone meanwhile
     modest = folder.start("modest").client()
     assert modest.ok("info")[1] == GIB
     modest.ok(f"alloc {MIB}")
