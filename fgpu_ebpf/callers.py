@@ -3,8 +3,8 @@
 Owns: the connections, at most 512 of a workload (the owner of its processes' bounds), and 16 that stay silent; the fair
 order: workloads take turns, one hello each; the accounts: a workload may take 40 ms of our time in 250 ms, and for
 processes that are new a second in advance, so that a storm is answered in one go and a flood waits, then goes. Never:
-believes a peer, whom its pidfd and the kernel name, waits for one, or says what it is answered. When it fails: OSError,
-but no peer can make it; whoever goes is counted.
+believes a peer, which its pidfd and the kernel name, waits for one, or says what the answer is. On failure: OSError,
+but no peer can cause it; a peer that goes is counted.
 """
 
 from __future__ import annotations

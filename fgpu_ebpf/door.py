@@ -1,7 +1,7 @@
 """Where shims find the gatekeeper: the socket in its folder.
 
 Owns: `<run>/shim/shim.sock`. Never: reads what comes in, follows a link, takes a folder of another user. When
-it fails: OSError; folder and socket file stay behind, so that shims that find nobody there refuse.
+it fails: OSError; folder and socket file stay behind, so that shims that get no answer refuse.
 """
 
 from __future__ import annotations

@@ -18,15 +18,13 @@ from functools import partial
 from time import monotonic
 
 from fgpu_ebpf import procfs
+from fgpu_ebpf.libraries import Job, Taken
 from fgpu_ebpf.library_search import Found
 from fgpu_ebpf.mappings import File
 
 log = logging.getLogger("fgpu.agent")
 SLICE_SECONDS = 0.25
 MOST_SECONDS = 60.0  # of one look: what hangs longer than that is left out
-
-Taken = Callable[[], None]
-Job = Callable[[], Taken]
 
 
 @dataclass

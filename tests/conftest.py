@@ -12,6 +12,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import pytest_timeout
+from rows import named_of_rows
 from trials import Again, Patience, Trials
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -31,6 +32,7 @@ WORLD = Path(__file__).with_name("world.sh")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """A trial that fails leaves something: nobody sees what, on a machine where all pass."""
     parser.addoption("--again", action="store_true", help="a test that may be tried again fails once, at its end")
+    parser.addoption("--rows", metavar="LETTER", help="only tests that docs/security.md names in rows of that letter")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,11 +76,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not item.get_closest_marker("flaky"):
             _try_again(item, patience)
-    if os.environ.get("FGPU_TEST_SCALE") != "quick":
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    items[:] = [item for item in items if item not in slow]
-    config.hook.pytest_deselected(items=slow)
+    left_out: set[pytest.Item] = set()
+    if letter := config.getoption("rows"):
+        named = {test for row, tests in named_of_rows().items() if row.startswith(letter) for test in tests}
+        left_out |= {item for item in items if item.nodeid.partition("[")[0] not in named}
+    if os.environ.get("FGPU_TEST_SCALE") == "quick":
+        left_out |= {item for item in items if item.get_closest_marker("slow")}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 def _try_again(item: pytest.Item, patience: Patience) -> None:

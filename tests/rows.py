@@ -1,9 +1,8 @@
-"""The rows of docs/security.md and the tests that they name; run with a letter, it prints those of its rows."""
+"""The rows of docs/security.md, and the tests that they name."""
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -15,8 +14,3 @@ def named_of_rows() -> dict[str, list[str]]:
     """Return the tests that each row names, by the row's name, in the order of the page."""
     rows = ROW.findall((ROOT / "docs/security.md").read_text(encoding="utf-8"))
     return {row: [f"tests/{test}" for test in TEST.findall(cell)] for row, cell in rows}
-
-
-if __name__ == "__main__":
-    tests = [test for row, named in named_of_rows().items() if row.startswith(sys.argv[1]) for test in named]
-    print(*dict.fromkeys(tests), sep="\n")

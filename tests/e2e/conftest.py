@@ -56,10 +56,11 @@ def fault(unharmed: None) -> Iterator[Callable[[str], None]]:
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest, unharmed: None, tmp_path: Path) -> Iterator[harness.Place]:
-    """Where tenants live; which one is the test's parameter."""
+    """Where tenants live; which one is the test's parameter. None of their cgroups is left."""
     place = harness.place_of(request.param, tmp_path)
     yield place
     place.close()
+    assert not place.left()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

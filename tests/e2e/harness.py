@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -186,6 +187,24 @@ def _reads(link: str) -> str:
     with contextlib.suppress(OSError):
         return os.readlink(link)
     return ""
+
+
+# -- two devices
+
+TWO_DEVICES = """
+mkdir -p /run/fgpu /run/fgpu-sim
+mount -t tmpfs tmpfs /run/fgpu && mount -t tmpfs tmpfs /run/fgpu-sim && mount -t bpf bpf /sys/fs/bpf && exec "$@"
+"""
+
+
+def run_on_two_devices(file: str) -> None:
+    """Run the tests of a file with a driver of two devices and an agent of its own, in a mount namespace of its own."""
+    command = ["unshare", "--mount", "sh", "-c", TWO_DEVICES, "sh", sys.executable, "-m", "pytest", "-q", file]
+    environment = {**os.environ, "FGPU_TEST_GPUS": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, cwd=ROOT)
+    (cgroup_root() / "fgpu").mkdir(exist_ok=True)  # its detach took it away, and all agents of a host have one
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
 
 
 # -- the service
@@ -599,6 +618,10 @@ class Place:
         for tenant in self.tenants:
             tenant.end()
         self.tenants.clear()
+
+    def left(self) -> list[Path]:
+        """The cgroups that are there of tenants made here, or made inside them."""
+        return [*(cgroup_root() / self.group.lstrip("/")).glob(f"e2e-{os.getpid()}-*")]
 
 
 class Cgroups(Place):

@@ -41,6 +41,11 @@ class Folder(Place):
         self.root = cgroup_root() / GROUP
         self.root.mkdir()
 
+    def make(self, number: int) -> None:
+        """So many cgroups of one workload, greedy/0 and so on."""
+        for n in range(number):
+            (self.root / f"greedy/{n}").mkdir(parents=True)
+
     def start(self, path: str) -> Tenant:
         """A hub in the cgroup of that path in the folder, made where there is none."""
         cgroup = self.root / path
@@ -83,8 +88,7 @@ def test_cgroups_without_number_leave_their_neighbour_its_limit(
     """More cgroups than the kernel has pages for, inside one workload: what is beyond its bound gets no memory."""
     write("memory: {limit: 1GiB}", selector=NAMES)
     before = table("levels")
-    for n in range(4200):
-        (folder.root / f"greedy/{n}").mkdir(parents=True)
+    folder.make(4200)
     eventually(lambda: table("levels") >= before + LEVELS, 30, "the levels that it may have")
     time.sleep(1)
     assert table("levels") == before + LEVELS
@@ -105,8 +109,7 @@ def test_a_cgroup_that_was_refused_is_served_when_there_is_room(
     folder: Folder,
 ) -> None:
     write("memory: {limit: 1GiB}", selector=NAMES)
-    for n in range(LEVELS + 10):
-        (folder.root / f"greedy/{n}").mkdir(parents=True)
+    folder.make(LEVELS + 10)
     eventually(lambda: levels_of_greedy() == LEVELS, 30, "the levels that it may have")
     late = folder.start(f"greedy/{LEVELS + 9}")
     client = late.client()
@@ -124,8 +127,7 @@ def test_processes_of_four_cgroups_leave_their_neighbour_an_entry(
 ) -> None:
     """Each cgroup has less than a level may have; together they are one workload."""
     write("memory: {limit: 1GiB}", selector=NAMES)
-    for n in range(4):
-        (folder.root / f"greedy/{n}").mkdir(parents=True)
+    folder.make(4)
     eventually(lambda: len([t for t in ask(verb="snapshot")["tenants"] if t["path"].startswith(f"/{GROUP}/")]) == 5)
     for n in range(4):
         crowd(folder.root / f"greedy/{n}", 2000)

@@ -5,34 +5,23 @@ Needs a driver with two devices and an agent of its own, and so runs itself in a
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import BUILD, ENVIRONMENT, FGPU, GIB, GPUS, ROOT, ask, eventually, metrics
+from harness import BUILD, ENVIRONMENT, FGPU, GIB, GPUS, ROOT, ask, eventually, metrics, run_on_two_devices
 
 pytestmark = pytest.mark.timed
 
 inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_on_two_devices")
 SECONDS, KERNEL_US, HEAD_START_NS = 3, 1000, 100_000_000
-PRIVATE = """
-mkdir -p /run/fgpu /run/fgpu-sim
-mount -t tmpfs tmpfs /run/fgpu && mount -t tmpfs tmpfs /run/fgpu-sim && mount -t bpf bpf /sys/fs/bpf && exec "$@"
-"""
 
 
 @pytest.mark.skipif(GPUS != "1", reason="this is it")
 def test_on_two_devices() -> None:
-    command = ["unshare", "--mount", "sh", "-c", PRIVATE, "sh", sys.executable, "-m", "pytest", "-q", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "FGPU_TEST_GPUS": "2"}, capture_output=True, text=True, timeout=170, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    run_on_two_devices(__file__)
 
 
 class Pairs:

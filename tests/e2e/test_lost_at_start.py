@@ -6,30 +6,19 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from harness import CONTEXT, GPUS, MIB, REFUSED, ROOT, SIM, Service, Tenant, ask, eventually, fgpu
+from harness import CONTEXT, GPUS, MIB, REFUSED, SIM, Service, Tenant, ask, eventually, fgpu, run_on_two_devices
 
 inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_on_two_devices")
 LIMIT = CONTEXT + 40 * MIB
-PRIVATE = """
-mkdir -p /run/fgpu /run/fgpu-sim
-mount -t tmpfs tmpfs /run/fgpu && mount -t tmpfs tmpfs /run/fgpu-sim && mount -t bpf bpf /sys/fs/bpf && exec "$@"
-"""
 
 
 @pytest.mark.skipif(GPUS != "1", reason="this is it")
 def test_on_two_devices() -> None:
-    command = ["unshare", "--mount", "sh", "-c", PRIVATE, "sh", sys.executable, "-m", "pytest", "-q", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "FGPU_TEST_GPUS": "2"}, capture_output=True, text=True, timeout=170, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    run_on_two_devices(__file__)
 
 
 @pytest.fixture

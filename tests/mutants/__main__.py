@@ -12,12 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))
 from judge import Outcome
 from patches import Patch, patches
+from rows import named_of_rows
 from rules import RULES, Rule
 from trees import Tree
 
-ROWS = 80
 Mutant = Patch | Rule
 
 
@@ -77,7 +78,7 @@ def main() -> int:
         alive = [mutant for mutant in mutants if not trial.killed(mutant)]
     print(f"{len(mutants) - len(alive)} killed, {len(alive)} not: {' '.join(mutant.name for mutant in alive)}")
     held = {mutant.row for mutant in mutants if mutant.row} - {mutant.row for mutant in alive}
-    print(f"rows with a passing test whose mutant fails: {len(held)} of {ROWS}")
+    print(f"rows with a passing test whose mutant fails: {len(held)} of {len(named_of_rows())}")
     return 1 if alive else 0
 
 

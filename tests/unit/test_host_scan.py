@@ -12,6 +12,7 @@ import pytest
 
 from fgpu_ebpf import host_scan, procfs
 from fgpu_ebpf.host_scan import HostScan, Scanned
+from fgpu_ebpf.libraries import Job, Taken
 from fgpu_ebpf.library_search import Found
 from fgpu_ebpf.procfs import Mapping
 from fgpu_ebpf.workers import Workers
@@ -29,14 +30,12 @@ class World:
         self.jobs, self.share = Counter[str](), share
         self.seen: list[int] = []
         self.ended: list[Scanned] = []
-        self.workers = Workers[str, host_scan.Job, host_scan.Taken](
-            lambda job: job(), lambda _: True, lambda: None, few=2
-        )
+        self.workers = Workers[str, Job, Taken](lambda job: job(), lambda _: True, lambda: None, few=2)
         self.scan = HostScan(self.work, self.pids.__getitem__, read, lambda pid, _, found: self.seen.append(pid))
         monkeypatch.setattr(procfs, "pids", lambda: list(self.pids))
         monkeypatch.setattr(procfs, "has_memory", lambda _: True)
 
-    def work(self, cgroup: str, job: host_scan.Job) -> bool:
+    def work(self, cgroup: str, job: Job) -> bool:
         self.jobs[cgroup] += 1
         if self.jobs[cgroup] > self.share:
             return False
