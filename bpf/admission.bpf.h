@@ -62,6 +62,7 @@ static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u3
     }
     if (bytes > FGPU_MOST_BYTES) bytes = FGPU_MOST_BYTES; /* fits nowhere, and no sum with it overflows */
     if (crowded(h->page[0], device, bytes, kind)) return FGPU_REFUSED;
+    if (is_uncommitted(h, device, bytes, kind)) return FGPU_REFUSED;
     if (refused_by_a_level(h, device, bytes, kind, patient)) return FGPU_REFUSED;
     busy(p, t); /* not before: a refused thread that asks again and again would leave the agent no calm look */
     a->verdict = charge(p, h, device, bytes, 0);

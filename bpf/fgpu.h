@@ -75,7 +75,7 @@ enum fgpu_shared { FGPU_ALLOCATIONS, FGPU_THREADS, FGPU_PROCESSES };
 struct fgpu_usage_page {
     __u64 version;
     __u64 cgroup;
-    __u64 flags; /* FGPU_OBSERVE, FGPU_KILL */
+    __u64 flags; /* FGPU_OBSERVE, FGPU_KILL, 1 << FGPU_UNCOMMITTED_SHIFT << device: uncommitted there */
     __u64 place; /* in `shelf` */
     __u64 spare[4];
     struct fgpu_usage devices[FGPU_DEVICES];
@@ -99,6 +99,10 @@ struct fgpu_usage_page {
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
+/* Uncommitted: the limit on a device does not count against the device yet. A request for its memory is refused,
+ * uncounted, and the event FGPU_NEWS_FIRST_USE tells the agent, which grants the limit or sets it to 0; then the
+ * request is made again. */
+#define FGPU_UNCOMMITTED_SHIFT 16 /* the first device's bit */
 
 /* -- control page: one per process, a sealed memfd, written by the gatekeeper alone ------------------------------ */
 struct fgpu_device {
@@ -195,7 +199,7 @@ struct fgpu_level_device { /* key of limits */
 };
 struct fgpu_limit {
     __u64 bytes;
-    __u64 flags;
+    __u64 flags; /* as on the usage page; of the uncommitted devices only this one's */
 };
 struct fgpu_share { /* shares: {level, device} -> what the level is to get of the device's time; none: not gated */
     __u64 limit_millionths;
@@ -419,7 +423,8 @@ enum fgpu_news {
     FGPU_NEWS_EMPTIED,  /* nobody is left in it, nor below */
     FGPU_NEWS_REMOVED,
     FGPU_NEWS_ENDED, /* on the bell: a process that had a context runs no more; the driver may still be busy with it */
-    FGPU_NEWS_EXECUTED, /* a program begins in the level `cgroup`; the first few of a second */
+    FGPU_NEWS_EXECUTED,  /* a program begins in the level `cgroup`; the first few of a second */
+    FGPU_NEWS_FIRST_USE, /* of the device, by a process of the level `cgroup`, whose limit is uncommitted there */
 };
 enum fgpu_fate { FGPU_FATE_SENT, FGPU_FATE_RATE, FGPU_FATE_FULL };
 struct fgpu_event {

@@ -115,6 +115,17 @@ static int refused_by_a_level(struct held *h, u32 device, u64 bytes, u32 kind, u
     return 1;
 }
 
+/* The limit of some level does not count against the device yet: the agent is asked for that. */
+static int is_uncommitted(struct held *h, u32 device, u64 bytes, u32 kind)
+{
+    u64 flag = 1ULL << FGPU_UNCOMMITTED_SHIFT << slot(device);
+    struct fgpu_usage_page *level = 0;
+    EACH_LEVEL if (h->page[i] && UNLIKELY(*(volatile u64 *)&h->page[i]->flags & flag)) level = h->page[i];
+    if (!UNLIKELY(level)) return 0;
+    tell_urgently(level, FGPU_NEWS_FIRST_USE, device, bytes, kind, 0);
+    return 1;
+}
+
 static void refuse_entry(struct fgpu_usage_page *page, u32 device, u64 bytes, u32 kind)
 {
     tell(page, FGPU_NEWS_REFUSED, device, bytes, kind, FGPU_REASON_ENTRIES);

@@ -51,6 +51,7 @@ class Adoption:
             return
         self._last = truth
         self._enforcer.spare_elders()
+        self._enforcer.use_charged()
         beyond = self._unwitnessed.find(truth.processes, truth.orphans)
         strangers = truth.strangers() | {pid for pid, _ in beyond}
         known = {pid: p for pid in strangers if (p := self._ledger.process(pid)) and p.levels}

@@ -150,12 +150,17 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--weight", type=int, help="Part of contended time: 100 is usual."),
         click.option("--compute", help="Ceiling of each device's time, e.g. 50%."),
         click.option("--memory", help="Limit on each device, e.g. 8GiB or 50%."),
+        click.option(
+            "--device", "devices", multiple=True, help="The only GPU to have, by index or UUID; several times."
+        ),
     ):
         command = option(command)
     return command
 
 
 def _limit_text(name: str, value: object) -> str:
+    if name == "devices":
+        return f"device {', '.join(map(str, value))}" if isinstance(value, tuple) else ""
     return str(value) if name == "memory" else f"{name} {value}"
 
 

@@ -93,13 +93,20 @@ def _left_out(tenant: Tenant | None, levels: list[Tenant], manager: Manager) -> 
 def _level(tenant: Tenant, manager: Manager, ledger: Ledger) -> dict[str, Any]:
     devices = sorted(tenant.limits)
     usage, turns = ledger.usage(tenant.cgroup, devices) or [], ledger.times.turns()
+    uncommitted = manager.enforcer.commitments.uncommitted(tenant)
     return {
         "tenant": tenant.name,
         "path": tenant.path,
         "by": tenant.policy if tenant.source is Source.POLICY else tenant.source,
         "denied": manager.enforcer.denied(tenant.cgroup),
         "devices": [
-            {"gpu": device, "limit_bytes": u.limit, "used_bytes": u.used, "refused": u.refused}
+            {
+                "gpu": device,
+                "limit_bytes": u.limit,
+                "used_bytes": u.used,
+                "refused": u.refused,
+                "counts": device not in uncommitted,
+            }
             for device, u in zip(devices, usage, strict=False)
         ],
         "compute": [_time(tenant, device, turns.get((tenant.cgroup, device))) for device in sorted(tenant.shares)],
@@ -182,7 +189,8 @@ def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:
         lines += [f"    {_device_line(device)}" for device in level["devices"]]
         lines += [f"    {_time_line(time)}" for time in level["compute"]]
         if level["denied"]:
-            lines.append(f"    gets nothing: {level['denied']}")
+            anywhere = any(device["limit_bytes"] for device in level["devices"])
+            lines.append(f"    gets nothing{' on some devices' if anywhere else ''}: {level['denied']}")
     why = answer["unenforced"] or Enforcement(answer["enforcement"]).words
     lines.append(f"  enforcement: {answer['enforcement']}{f': {why}' if why else ''}")
     lines += [f"  orphaned: {orphan_text.sentence(orphan)}" for orphan in orphan_text.lasting(answer["orphans"])]
@@ -196,6 +204,7 @@ def _device_line(device: dict[str, Any]) -> str:
         return f"gpu {device['gpu']}: {memory_text(used)} used, no limit"
     left = max(0, limit - used)
     text = f"gpu {device['gpu']}: {memory_text(used)} of {memory_text(limit)} used, {memory_text(left)} left"
+    text += "" if device["counts"] else ", counts on the device from its first use on"
     return text + (f", refused {device['refused']} times" if device["refused"] else "")
 
 

@@ -50,7 +50,7 @@ class LateDevices:
         self.ledger.set_context_bytes(device.index, self.contexts[device.index])
         self.nvml.devices.append(device)
         self.nvml.devices.sort(key=lambda one: one.index)
-        self.manager.enforcer.add_device(device)
+        self.manager.enforcer.commitments.add_device(device)
         self.reconciler.add_device(device.index)
         self.history.add("device found", gpu=device.index, text=f"{device.name}, {device.uuid_text}")
 

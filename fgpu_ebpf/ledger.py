@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
+import operator
 import os
 import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,13 +56,18 @@ class LedgerMissing(Exception):
 @dataclass(frozen=True, slots=True)
 class LevelLimits:
     """What a level may hold: bytes per ledger index; an index left out is denied. `flags` are pages.LimitFlag, `owner`
-    is the slot of the owner of its bounds.
+    is the slot of the owner of its bounds. `uncommitted`: devices on which the limit does not count yet.
     """
 
     cgroup: int
     bytes: Mapping[int, int]
     flags: int = 0
     owner: int = 0
+    uncommitted: Set[int] = frozenset()
+
+    def flags_of(self, device: int) -> int:
+        """Of the limit on one device."""
+        return self.flags | (pages.uncommitted(device) if device in self.uncommitted else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +184,7 @@ class Ledger:
 
     def _write_limits(self, level: LevelLimits, is_new: bool) -> None:
         for device, bytes_ in level.bytes.items():
-            key, limit = _LIMIT_KEY.pack(level.cgroup, device), _LIMIT.pack(bytes_, level.flags)
+            key, limit = _LIMIT_KEY.pack(level.cgroup, device), _LIMIT.pack(bytes_, level.flags_of(device))
             bpf.update(self._maps["limits"], key, limit)
         for device in () if is_new else set(range(pages.DEVICES)) - level.bytes.keys():
             bpf.delete(self._maps["limits"], _LIMIT_KEY.pack(level.cgroup, device))
@@ -375,7 +382,8 @@ class Ledger:
 
 
 def _new_page(level: LevelLimits) -> pages.UsagePage:
-    page = pages.UsagePage(version=pages.LAYOUT, cgroup=level.cgroup, flags=level.flags, owner=level.owner)
+    flags = functools.reduce(operator.or_, map(level.flags_of, level.bytes), level.flags)
+    page = pages.UsagePage(version=pages.LAYOUT, cgroup=level.cgroup, flags=flags, owner=level.owner)
     for device, limit in level.bytes.items():  # 0 would deny
         page.devices[device].limit = limit
     return page

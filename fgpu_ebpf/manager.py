@@ -53,7 +53,7 @@ class Manager:
         self.refusals = LevelRefusals(history, enforcer.places)
         self._has_freed_places = False
         self.gone = gone
-        enforcer.held_elsewhere = gone.held_bytes
+        enforcer.commitments.held_elsewhere = gone.held_bytes
         self._awaited: dict[str, float] = {}  # own cgroups that nobody has entered yet: until when
 
     # -- deciding

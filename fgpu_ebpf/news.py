@@ -6,6 +6,7 @@ waits. On failure: events that were lost make it look at everything again.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 
 from fgpu_ebpf import pages, procfs
@@ -16,6 +17,7 @@ from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.pages import Fate, News
 
+log = logging.getLogger("fgpu.agent")
 _OPERATION = {kind.value: kind.name.lower() for kind in pages.Kind}
 _OF_CGROUPS = {News.MOVED, News.MADE, News.EMPTIED, News.REMOVED}
 
@@ -71,6 +73,8 @@ class Newsreader:
         match event.kind:
             case News.PROCESS:
                 self._enforcer.use(event.cgroup)
+            case News.FIRST_USE:
+                self._use_device(event)
             case News.EXECUTED:
                 self._began(event.tgid)
             case News.ORPHANED:
@@ -83,6 +87,15 @@ class Newsreader:
                 self._note("bypass", event, "no admission")
             case News.KILLED:
                 self._note("killed", event, "onBypass")
+
+    def _use_device(self, event: Event) -> None:
+        try:
+            lack = self._enforcer.use_device(event.cgroup, event.device)
+        except OSError as error:
+            log.error("a first use of device %d waits: %s", event.device, error)  # the program asks again
+            return
+        if lack:
+            self._note("no room", event, "", lack)
 
     def _bounds_met(self, event: Event) -> str:
         """Which bounds of which workload refuse entries to this level; empty: it was refused for bytes."""

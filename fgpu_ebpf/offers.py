@@ -46,7 +46,7 @@ class Offers:
         return {"fault": fault, "devices": found, "mounts": [(m["hostPath"], m["containerPath"]) for m in mounts]}
 
     def _device(self, device: Device, taken: Mapping[tuple[str, str], int]) -> dict[str, Any]:
-        free = max(0, device.usable_bytes - self.enforcer.committed(device.index))
+        free = max(0, device.usable_bytes - self.enforcer.commitments.committed(device.index))
         return {
             "uuid": device.uuid_text,
             "index": device.index,
@@ -56,13 +56,13 @@ class Offers:
             "capacity_bytes": device.usable_bytes,
             "profiles": [
                 self._profile(device, name, count, taken[device.uuid_text, name], free)
-                for name, count in profiles.counts(self.profiles, device, self.enforcer.overcommit).items()
+                for name, count in profiles.counts(self.profiles, device, self.enforcer.commitments.overcommit).items()
             ],
         }
 
     def _profile(self, device: Device, name: str, count: int, taken: int, free: int) -> dict[str, Any]:
         size, share = profiles.size_bytes(name, device), shares.parse(name)
-        fits = count if self.enforcer.overcommit else free // size
+        fits = count if self.enforcer.commitments.overcommit else free // size
         says = {"memory": share.memory, "compute": share.compute}
         return {"share": name, "bytes": size, "count": count, "taken": taken, "fits": fits, **says}
 

@@ -27,7 +27,7 @@ class Override:
     """What was said of one cgroup, on each device; None and "": nothing, so that a policy holds.
 
     `own`: the agent made the cgroup itself, for `fgpu run`. `share`: the container asked for it by name when it was
-    started; policies bound it. `devices`: UUIDs of those that the share is of, and of no other; empty: of each.
+    started; policies bound it. `devices`: UUIDs of those that it may use, and of no other; empty: any.
     `kept`: why the cgroup keeps what the kernel has pinned for it, until something else is said of it.
     """
 

@@ -122,7 +122,8 @@ def _full(row: Row) -> float | None:
 def _notes(tenant: Mapping[str, Any]) -> Iterator[str]:
     """What a number does not say, in the words of `fgpu explain`."""
     if tenant["denied"]:
-        yield f"gets nothing: {tenant['denied']}"
+        anywhere = any(device["limit_bytes"] for device in tenant["devices"])
+        yield f"gets nothing{' on some devices' if anywhere else ''}: {tenant['denied']}"
     around, why = (
         ", ".join(f"{count} {word}" for word, count in sorted(tenant[kind].items()))
         for kind in ("bypassing", "shimless")

@@ -40,6 +40,7 @@ MOST_BYTES = 1 << 48
 LEASE_NS = 2_000_000_000
 BUDGET_NS = 4_000_000
 GATE_SHIFT = 2
+UNCOMMITTED_SHIFT = 16
 MAGIC = 0x75706766
 SOCKET_DIR = "/run/fgpu/shim"
 SOCKET = SOCKET_DIR + "/shim.sock"
@@ -63,7 +64,9 @@ Class = IntEnum("Class", "HOST LISTED UNKNOWN", start=0)
 Adjust = IntEnum(
     "Adjust", "PUBLISH OVERHEAD MOVE REAP DISOWN RAISE WITHDRAW SWEPT RING LET_GO MARK ENTER LOOKED OWN TRIM", start=0
 )
-News = IntEnum("News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED", start=0)
+News = IntEnum(
+    "News", "PROCESS REFUSED BYPASS KILLED ORPHANED MOVED MADE EMPTIED REMOVED ENDED EXECUTED FIRST_USE", start=0
+)
 Fate = IntEnum("Fate", "SENT RATE FULL", start=0)
 
 # Bits, from 1: of a limit and a usage page; of a control page and an answer; of a gate; of a process.
@@ -71,6 +74,11 @@ LimitFlag = IntFlag("LimitFlag", "OBSERVE KILL")
 ControlFlag = IntFlag("ControlFlag", "MANAGED SETTLE")
 Gate = IntFlag("Gate", "OPEN GATED")  # below GATE_SHIFT; above it the number of the turn
 Seen = IntFlag("Seen", "SHIM BYPASS EXPORT CALL POOL_EXPORT IMPORT")
+
+
+def uncommitted(device: int) -> int:
+    """The flag of a limit on this device that does not count against the device yet."""
+    return 1 << UNCOMMITTED_SHIFT << device
 
 
 def limit(bytes_: int) -> int | None:

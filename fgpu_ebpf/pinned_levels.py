@@ -11,6 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
+from fgpu_ebpf import pages
 from fgpu_ebpf.gone_tenants import GoneTenants, left_behind
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.manager import Manager
@@ -27,8 +28,8 @@ def take_up(ledger: Ledger, manager: Manager, gone: GoneTenants) -> None:
     workloads, enforcer = manager.workloads, manager.enforcer
     alive = {cgroup: path for path in ("/", *workloads.walk()) if (cgroup := workloads.cgroup(path)) is not None}
     used = _used(ledger)
-    for tenant in _pinned(ledger, manager, alive):
-        enforcer.adopt(tenant, tenant.cgroup in used)
+    for tenant, uncommitted in _pinned(ledger, manager, alive):
+        enforcer.adopt(tenant, tenant.limits.keys() - uncommitted if tenant.cgroup in used else ())
     manager.tidy_all()
     manager.consider_all()
     manager.settle()
@@ -40,18 +41,24 @@ def take_up(ledger: Ledger, manager: Manager, gone: GoneTenants) -> None:
         log.error("%s keeps the limits that it had: %s", tenant.name, "; ".join(tenant.notes))
 
 
-def _pinned(ledger: Ledger, manager: Manager, alive: dict[int, str]) -> Iterator[Tenant]:
-    """Every pinned level of a cgroup that exists, as the kernel has it; the oldest first."""
+def _pinned(ledger: Ledger, manager: Manager, alive: dict[int, str]) -> Iterator[tuple[Tenant, set[int]]]:
+    """Every pinned level of a cgroup that exists, as the kernel has it, the oldest first; and the devices on which its
+    limit does not count yet.
+    """
     limits: dict[int, dict[int, int]] = defaultdict(dict)
+    uncommitted: dict[int, set[int]] = defaultdict(set)
     flags: dict[int, int] = {}
     for cgroup, device, bytes_, said in ledger.limits():
         limits[cgroup][device], flags[cgroup] = bytes_, said
+        if said & pages.uncommitted(device):
+            uncommitted[cgroup].add(device)
     shares: dict[int, Share] = {cgroup: share for (cgroup, _), share in ledger.times.shares().items()}
     for cgroup in sorted(ledger.tenants()):
         path = alive.get(cgroup)
         workload = manager.workloads.identify(path) if path is not None else None
         if workload and workload.cgroup == cgroup:
-            yield kept_tenant(workload, limits.get(cgroup, {}), flags.get(cgroup, 0), shares.get(cgroup))
+            tenant = kept_tenant(workload, limits.get(cgroup, {}), flags.get(cgroup, 0), shares.get(cgroup))
+            yield tenant, uncommitted.get(cgroup, set())
 
 
 def _used(ledger: Ledger) -> set[int]:

@@ -28,7 +28,7 @@ from fgpu_ebpf.control import RequestError
 from fgpu_ebpf.enforcer import RoomError
 from fgpu_ebpf.offers import Offers
 from fgpu_ebpf.peers import Peers
-from fgpu_ebpf.policy import Priority
+from fgpu_ebpf.policy import Device, Priority
 from fgpu_ebpf.quantities import QuantityError
 from fgpu_ebpf.sockets import make_way
 from fgpu_ebpf.start_checks import AgentError
@@ -145,7 +145,7 @@ class ControlServer:
 
     def _put(self, request: dict[str, Any]) -> dict[str, Any]:
         path = self._find(request)
-        asked = _asked(request)
+        asked = _asked(request) | self._devices(request)
         tenant = self._agent.manager.set(path, asked)
         said = [f"memory {request['memory']}"] if asked.get("memory_millionths") else []
         said += [f"{name} {asked[field]}" for name, field in _COMPUTE_FIELDS.items() if field in asked]
@@ -174,13 +174,25 @@ class ControlServer:
 
     def _clear(self, request: dict[str, Any]) -> dict[str, Any]:
         """A device has been repaired, whatever it has reported."""
-        agent, said = self._agent, _text(request, "device")
-        device = next((d for d in agent.nvml.devices if said in (str(d.index), d.uuid_text)), None)
-        if device is None or agent.reconciler is None:
-            raise TargetError(f"no device {said}: fgpu status --json names them by index and uuid")
-        agent.reconciler.repaired(device.index)
+        agent, device = self._agent, self._device(_text(request, "device"))
+        if agent.reconciler:
+            agent.reconciler.repaired(device.index)
         agent.history.add("device cleared", gpu=device.index, text=device.uuid_text)
         return {"device": device.index}
+
+    def _device(self, said: str) -> Device:
+        device = next((d for d in self._agent.nvml.devices if said in (str(d.index), d.uuid_text)), None)
+        if device is None:
+            raise TargetError(f"no device {said}: fgpu status --json names them by index and uuid")
+        return device
+
+    def _devices(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The only devices that a tenant is to have, by UUID, as a field of an Override."""
+        said = request.get("devices") or []
+        if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
+            raise RequestError("devices is no list of indexes or UUIDs", 2)
+        uuids = tuple(dict.fromkeys(self._device(one).uuid_text for one in said))
+        return {"devices": uuids} if uuids else {}
 
     def _share(self, request: dict[str, Any]) -> dict[str, Any]:
         """A hook of a container that an engine is about to start, of which only `pid` is there yet."""
@@ -191,7 +203,7 @@ class ControlServer:
         return {"tenant": tenant.name, "path": tenant.path}
 
     def _run(self, request: dict[str, Any]) -> dict[str, Any]:
-        tenant = self._agent.manager.run(_asked(request), str(request.get("name") or ""))
+        tenant = self._agent.manager.run(_asked(request) | self._devices(request), str(request.get("name") or ""))
         return {
             "tenant": tenant.name,
             "folder": self._agent.manager.workloads.folder(tenant.path),

@@ -33,7 +33,8 @@ class Source(StrEnum):
 class Tenant:
     """A managed cgroup. `limits`: bytes by ledger index, pages.NO_LIMIT where only usage is kept.
 
-    An index left out is a device that it may not use. `policy` is empty where none matches.
+    An index left out is a device that it may not use. `policy` is empty where none matches. `named_devices`: its
+    devices were named for it alone, so that its limit counts on all of them from its first process on.
     """
 
     workload: Workload
@@ -47,6 +48,7 @@ class Tenant:
     own_utilization: bool = False
     metric_labels: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    named_devices: bool = False
 
     @property
     def cgroup(self) -> int:
@@ -120,11 +122,14 @@ def kept_tenant(workload: Workload, limits: Mapping[int, int], flags: int, share
 
 def _by_hand(tenant: Tenant, override: Override, devices: Sequence[Device]) -> Tenant:
     """What was set wins field by field; what was not set stays as the share has it, or else the policy."""
+    tenant = replace(tenant, named_devices=bool(override.devices))
     if override.share:
         tenant = _by_share(tenant, parse(override.share), override.devices, devices)
         if not override.says_limits:
             return tenant
     chosen = tenant.limits if _is_chosen(tenant) else dict.fromkeys((d.index for d in devices), pages.NO_LIMIT)
+    named = {d.index for d in devices if d.uuid_text in override.devices or not override.devices}
+    chosen = {index: limit for index, limit in chosen.items() if index in named}
     limits = _memory_by_hand(chosen, override.memory, devices)
     return replace(
         tenant,

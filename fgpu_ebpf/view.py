@@ -286,7 +286,7 @@ def _device(
     unmanaged = None if None in outside else sum(filter(None, outside))
     return DeviceView(
         device.index, device.uuid_text, device.name, device.pci_bus_id, device.capacity_bytes,
-        truth.used.get(device.index), enforcer.committed(device.index), unmanaged,
+        truth.used.get(device.index), enforcer.commitments.committed(device.index), unmanaged,
         _slices(gatekeeper, device.index), _owner(look, device.index), _age(look, device.index),
         None if held is None else len(outside), *_xids(truth.xids.get(device.index)), orphaned,
         truth.unexplained.get(device.index),

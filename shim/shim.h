@@ -295,6 +295,15 @@ static inline bool fgpu_observes(const struct fgpu_usage_page *page)
     return __atomic_load_n(&page->flags, __ATOMIC_RELAXED) & FGPU_OBSERVE;
 }
 
+/* One bit for each of the ledger's devices: some level's limit does not count against it yet, so it cannot be had. */
+static inline uint64_t fgpu_uncommitted(struct fgpu_view view)
+{
+    uint64_t flags = 0;
+    for (unsigned level = 0; level < view.levels; level++)
+        flags |= __atomic_load_n(&view.usage[level].flags, __ATOMIC_RELAXED);
+    return flags >> FGPU_UNCOMMITTED_SHIFT;
+}
+
 /* -- probe.S: the same addresses as the exported symbols, under names that nobody can interpose */
 HIDDEN void fgpu_admit_here(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);
 HIDDEN void fgpu_release_here(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket);

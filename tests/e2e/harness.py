@@ -38,6 +38,7 @@ CONTEXT = 518 * MIB  # what a context takes of the simulated device
 # Of memory, as the driver's books have them.
 KINDS = ("context", "block", "vmm", "managed", "pool", "module", "graph", "local", "runtime", "launch")
 GPUS = os.environ.get("FGPU_TEST_GPUS", "1")
+MEMORY = os.environ.get("FGPU_TEST_MEMORY", "16GiB")  # of each device
 REFUSED = "CUDA_ERROR_OUT_OF_MEMORY"
 ENVIRONMENT = {
     "PATH": f"{SIM}:{ROOT}/.venv/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -189,18 +190,20 @@ def _reads(link: str) -> str:
     return ""
 
 
-# -- two devices
+# -- several devices
 
-TWO_DEVICES = """
+ALONE = """
 mkdir -p /run/fgpu /run/fgpu-sim
 mount -t tmpfs tmpfs /run/fgpu && mount -t tmpfs tmpfs /run/fgpu-sim && mount -t bpf bpf /sys/fs/bpf && exec "$@"
 """
 
 
-def run_on_two_devices(file: str) -> None:
-    """Run the tests of a file with a driver of two devices and an agent of its own, in a mount namespace of its own."""
-    command = ["unshare", "--mount", "sh", "-c", TWO_DEVICES, "sh", sys.executable, "-m", "pytest", "-q", file]
-    environment = {**os.environ, "FGPU_TEST_GPUS": "2"}
+def run_on_devices(file: str, number: int = 2, memory: str = "16GiB") -> None:
+    """Run the tests of a file with a driver of so many devices of that size and an agent of its own, in a mount
+    namespace of its own.
+    """
+    command = ["unshare", "--mount", "sh", "-c", ALONE, "sh", sys.executable, "-m", "pytest", "-q", file]
+    environment = {**os.environ, "FGPU_TEST_GPUS": str(number), "FGPU_TEST_MEMORY": memory}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, cwd=ROOT)
     (cgroup_root() / "fgpu").mkdir(exist_ok=True)  # its detach took it away, and all agents of a host have one
     assert done.returncode == 0, done.stdout + done.stderr
@@ -231,7 +234,7 @@ class Service:
         self.started_in = 0.0  # seconds from start to enforcing, the last time
         self.command = FGPU  # of the agent
 
-    def start_driver(self, memory: str = "16GiB") -> None:
+    def start_driver(self, memory: str = MEMORY) -> None:
         """fgpu-simd with one device, or FGPU_TEST_GPUS; returns when it is ready."""
         assert not self.gatekeepers(), "fgpu runs on this host already"
         running = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, check=False, timeout=10)

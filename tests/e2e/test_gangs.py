@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import BUILD, ENVIRONMENT, FGPU, GIB, GPUS, ROOT, ask, eventually, metrics, run_on_two_devices
+from harness import BUILD, ENVIRONMENT, FGPU, GIB, GPUS, ROOT, ask, eventually, metrics, run_on_devices
 
 pytestmark = pytest.mark.timed
 
@@ -21,7 +21,7 @@ SECONDS, KERNEL_US, HEAD_START_NS = 3, 1000, 100_000_000
 
 @pytest.mark.skipif(GPUS != "1", reason="this is it")
 def test_on_two_devices() -> None:
-    run_on_two_devices(__file__)
+    run_on_devices(__file__)
 
 
 class Pairs:

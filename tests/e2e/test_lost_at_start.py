@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from harness import CONTEXT, GPUS, MIB, REFUSED, SIM, Service, Tenant, ask, eventually, fgpu, run_on_two_devices
+from harness import CONTEXT, GPUS, MIB, REFUSED, SIM, Service, Tenant, ask, eventually, fgpu, run_on_devices
 
 inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_on_two_devices")
 LIMIT = CONTEXT + 40 * MIB
@@ -18,7 +18,7 @@ LIMIT = CONTEXT + 40 * MIB
 
 @pytest.mark.skipif(GPUS != "1", reason="this is it")
 def test_on_two_devices() -> None:
-    run_on_two_devices(__file__)
+    run_on_devices(__file__)
 
 
 @pytest.fixture

@@ -100,7 +100,10 @@ class Host:
         self.history = History()
         ledger = SimpleNamespace(process=lambda _: self.process, usage=lambda *_: [self.usage])
         enforcer = SimpleNamespace(
-            elders=known or Elders(), get={7: SimpleNamespace(name="a", cgroup=7)}.get, spare_elders=self._spare
+            elders=known or Elders(),
+            get={7: SimpleNamespace(name="a", cgroup=7)}.get,
+            spare_elders=self._spare,
+            use_charged=lambda: None,
         )
         self.adoption = Adoption(lambda: self.truth, ledger, enforcer, self.history, Unwitnessed({0: CONTEXT}, MODULES))
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from fgpu_ebpf import pages
+from fgpu_ebpf.commitments import Commitments
 from fgpu_ebpf.enforcer import Enforcer, RoomError
 from fgpu_ebpf.glance import Standing, standing
 from fgpu_ebpf.identity import Workload
@@ -26,7 +27,7 @@ class Books:
 
     def __init__(self):
         self.limits, self.shares, self.decided, self.calls = {}, {}, {}, 0
-        self.epoch = 0
+        self.epoch, self.uncommitted, self.used = 0, {}, {}
         self.known, self.so_far, self.moved, self.over = {}, 0, [], []
 
     def page_missing(self, cgroup):
@@ -38,6 +39,10 @@ class Books:
         new = {level.cgroup for level in levels} - {*self.limits}
         self.over += [lambda: over(new)] if new and over else []
         self.limits |= {level.cgroup: (dict(level.bytes), level.flags) for level in levels}
+        self.uncommitted |= {level.cgroup: set(level.uncommitted) for level in levels}
+
+    def usage(self, cgroup, devices):
+        return [SimpleNamespace(used=self.used.get((cgroup, device), 0)) for device in devices]
 
     def remove(self, cgroups):
         for cgroup in cgroups:
@@ -99,9 +104,9 @@ def in_force(books, tenant):
 def test_limits_are_in_force_before_anybody_uses_them_and_count_only_then(place, books):
     one = place.make("/one", 8)
     place.enforcer.put([one])
-    assert (in_force(books, one), books.decided, place.enforcer.committed(0)) == (8 * GIB, {}, 0)
+    assert (in_force(books, one), books.decided, place.enforcer.commitments.committed(0)) == (8 * GIB, {}, 0)
     place.enforcer.use(one.cgroup)
-    assert (books.decided, place.enforcer.committed(0)) == ({one.cgroup: True}, 8 * GIB)
+    assert (books.decided, place.enforcer.commitments.committed(0)) == ({one.cgroup: True}, 8 * GIB)
 
 
 def test_who_comes_when_there_is_no_room_gets_nothing_until_there_is(place, books):
@@ -156,7 +161,7 @@ def test_what_the_kernel_did_not_take_is_not_in_force_and_is_tried_again(place, 
         patch.setattr(books, "set_limits", lambda *_: (_ for _ in ()).throw(OSError(errno.E2BIG, "no room")))
         with pytest.raises(OSError, match="no room"):
             place.enforcer.put([dataclasses.replace(one, limits={0: 3 * GIB}), group, leaf])
-    assert (list(place.enforcer), place.enforcer.committed(0)) == ([one], 2 * GIB)
+    assert (list(place.enforcer), place.enforcer.commitments.committed(0)) == ([one], 2 * GIB)
     assert [place.enforcer.at(p) for p in ("/one", "/pod", "/pod/c")] == [one, None, None]
     assert (place.enforcer.named("pod"), place.enforcer.groups(), books.limits) == (None, set(), before)
     place.enforcer.put([group, leaf])
@@ -195,7 +200,7 @@ def test_why_it_is_denied_is_told_as_of_now(place):
 
 
 def test_overcommit_lets_all_in(place, books):
-    place.enforcer.overcommit = True
+    place.enforcer.commitments.overcommit = True
     tenants = [place.make(f"/t{n}", 8, Source.SET) for n in range(3)]
     place.enforcer.put(tenants)
     assert [in_force(books, tenant) for tenant in tenants] == [8 * GIB] * 3
@@ -203,7 +208,7 @@ def test_overcommit_lets_all_in(place, books):
 
 def test_a_limit_beyond_the_device_is_the_whole_device(place):
     place.enforcer.put([place.make("/one", 100, Source.SET)])
-    assert place.enforcer.committed(0) == 10 * GIB
+    assert place.enforcer.commitments.committed(0) == 10 * GIB
     with pytest.raises(RoomError):
         place.enforcer.put([place.make("/two", 1, Source.SET)])
 
@@ -211,20 +216,20 @@ def test_a_limit_beyond_the_device_is_the_whole_device(place):
 def test_inside_a_group_the_group_counts_alone(place):
     inner = [place.make(f"/pod/c{n}", 6, Source.SET) for n in range(3)]
     place.enforcer.put([place.make("/pod", 8, Source.SET), *inner])
-    assert place.enforcer.committed(0) == 8 * GIB
+    assert place.enforcer.commitments.committed(0) == 8 * GIB
 
 
 def test_a_group_may_come_after_those_inside(place):
     place.enforcer.put([place.make("/pod/a", 5, Source.SET), place.make("/pod/b", 5, Source.SET)])
     place.enforcer.put([place.make("/pod", 7, Source.SET)])
-    assert place.enforcer.committed(0) == 7 * GIB
+    assert place.enforcer.commitments.committed(0) == 7 * GIB
 
 
 def test_the_first_use_inside_a_group_counts_the_group_and_answers_for_all_levels(place, books):
     group, leaf = place.make("/pod", 8), place.make("/pod/c", 6)
     place.enforcer.put([group, leaf])
     place.enforcer.use(leaf.cgroup)
-    assert place.enforcer.committed(0) == 8 * GIB
+    assert place.enforcer.commitments.committed(0) == 8 * GIB
     assert books.decided == {group.cgroup: True, leaf.cgroup: True}
     assert place.enforcer.groups() == {group.cgroup}
 
@@ -267,7 +272,7 @@ def test_what_was_decided_before_a_cgroup_was_a_tenant_does_not_hold(place, book
     (place.root / "one" / "cgroup.events").write_text("populated 1\n")
     place.enforcer.release([one.cgroup])
     place.enforcer.put([one])
-    assert (books.epoch, place.enforcer.committed(0)) == (1, 0), "a process in it may never use the device"
+    assert (books.epoch, place.enforcer.commitments.committed(0)) == (1, 0), "a process in it may never use the device"
 
 
 def test_names_are_unique(place):
@@ -314,10 +319,11 @@ def summed(enforcer, index, but=None):
     """What is committed, the long way."""
     total = 0
     for tenant in enforcer:
-        granted = enforcer._granted.get(tenant.cgroup, {}).get(index, 0)
-        groups = [g for g in enforcer.around(tenant) if g.cgroup in enforcer._granted and g.limits[index] < 1 << 60]
+        granted = enforcer.commitments._granted
+        own = granted.get(tenant.cgroup, {}).get(index, 0)
+        groups = [g for g in enforcer.around(tenant) if any(limit < 1 << 60 for limit in g.limits.values())]
         within = but and (tenant.path == but.path or tenant.path.startswith(f"{but.path}/"))
-        total += 0 if granted == pages.NO_LIMIT or groups or within else min(granted, 10 * GIB)
+        total += 0 if own == pages.NO_LIMIT or groups or within else min(own, 10 * GIB)
     return total
 
 
@@ -333,22 +339,22 @@ def test_what_is_committed_is_the_sum_after_any_history(place, scale):
                 place.enforcer.use(tenant.cgroup)
             case _:
                 place.enforcer.put([dataclasses.replace(tenant, name=tenant.path)])
-        assert place.enforcer.committed(0) == summed(place.enforcer, 0)
-        assert place.enforcer.committed(0, tenant) == summed(place.enforcer, 0, tenant)
-        assert place.enforcer.committed(0) <= 10 * GIB
+        assert place.enforcer.commitments.committed(0) == summed(place.enforcer, 0)
+        assert place.enforcer.commitments.committed(0, tenant) == summed(place.enforcer, 0, tenant)
+        assert place.enforcer.commitments.committed(0) <= 10 * GIB
     place.enforcer.release([tenant.cgroup for tenant in place.enforcer])
-    assert not place.enforcer._inside, "nothing is remembered of who has gone"
+    assert not place.enforcer._tree._inside, "nothing is remembered of who has gone"
 
 
 def test_a_thousand_that_come_at_once_are_not_looked_at_once_each(place, monkeypatch):
     looks = []
-    promise = Enforcer._promise
-    monkeypatch.setattr(Enforcer, "_promise", lambda *given: looks.append(1) or promise(*given))
+    promise = Commitments._promise
+    monkeypatch.setattr(Commitments, "_promise", lambda *given: looks.append(1) or promise(*given))
     tenants = [dataclasses.replace(place.make(f"/t{n}", 1), limits={0: 1 << 20}) for n in range(1009)]
     place.enforcer.put(tenants)
     for tenant in tenants:
         place.enforcer.use(tenant.cgroup)
-    assert place.enforcer.committed(0) == 1009 << 20
+    assert place.enforcer.commitments.committed(0) == 1009 << 20
     assert len(looks) <= 3 * len(tenants)
 
 
@@ -377,3 +383,137 @@ def test_kill_waits_for_those_who_are_older(place, books, monkeypatch):
     calls = books.calls
     place.enforcer.spare_elders()
     assert books.calls == calls, "nothing changed"
+
+
+# -- several devices
+
+
+@pytest.fixture
+def two(tmp_path, books):
+    """make(path, GiB, …) -> Tenant with that limit on both devices, of 10 GiB each."""
+    devices = [SimpleNamespace(index=index, usable_bytes=10 * GIB) for index in range(2)]
+    enforcer = Enforcer(books, Workloads(tmp_path), devices, overcommit=False)
+
+    def make(path, gib, source=Source.POLICY, **more):
+        folder = tmp_path / path.lstrip("/")
+        folder.mkdir(parents=True, exist_ok=True)
+        workload = Workload(folder.stat().st_ino, path, folder.name)
+        return Tenant(workload, folder.name, source, "p", {0: gib * GIB, 1: gib * GIB}, **more)
+
+    return SimpleNamespace(make=make, enforcer=enforcer, committed=enforcer.commitments.committed)
+
+
+def uncommitted(books, tenant):
+    return books.uncommitted[tenant.cgroup]
+
+
+def test_a_limit_counts_on_a_device_from_its_first_use_there(two, books):
+    one, other = two.make("/one", 8), two.make("/other", 8)
+    two.enforcer.put([one, other])
+    two.enforcer.use(one.cgroup)
+    assert (two.committed(0), two.committed(1), uncommitted(books, one)) == (0, 0, {0, 1})
+    assert two.enforcer.use_device(one.cgroup, 1) == ""
+    assert (two.committed(0), two.committed(1), uncommitted(books, one)) == (0, 8 * GIB, {0})
+    assert "8GiB for other do not fit on device 1: 8GiB of 10GiB" in two.enforcer.use_device(other.cgroup, 1)
+    assert (books.limits[other.cgroup][0], uncommitted(books, other)) == ({0: 8 * GIB, 1: 0}, {0})
+    assert two.enforcer.use_device(other.cgroup, 0) == ""
+    assert "device 1" in two.enforcer.denied(other.cgroup)
+    two.enforcer.release([one.cgroup])
+    assert (books.limits[other.cgroup][0], two.enforcer.denied(other.cgroup)) == ({0: 8 * GIB, 1: 8 * GIB}, "")
+
+
+def test_a_tenant_whose_devices_are_named_counts_on_all_of_them_from_the_start(two, books):
+    one = two.make("/one", 8, Source.SET, named_devices=True)
+    two.enforcer.put([one])
+    assert (two.committed(0), two.committed(1), uncommitted(books, one)) == (8 * GIB, 8 * GIB, set())
+    with pytest.raises(RoomError, match="do not fit on device 0"):
+        two.enforcer.put([two.make("/other", 4, Source.SET, named_devices=True)])
+
+
+def test_what_is_set_by_hand_needs_room_where_it_is_used_or_on_one_device(two):
+    first, other = two.make("/first", 8, Source.SET), two.make("/other", 4, Source.SET)
+    two.enforcer.put([first, other])
+    for tenant, device in ((first, 0), (other, 1)):
+        assert two.enforcer.use_device(tenant.cgroup, device) == ""
+    two.enforcer.put([two.make("/third", 6, Source.SET)])  # fits beside the second
+    with pytest.raises(RoomError, match="7GiB for fourth do not fit on device 0"):
+        two.enforcer.put([two.make("/fourth", 7, Source.SET)])
+    two.enforcer.put([two.make("/first", 9, Source.SET)])
+    assert (two.committed(0), two.committed(1)) == (9 * GIB, 4 * GIB)
+
+
+def test_memory_that_was_not_asked_for_is_a_first_use(two, books):
+    one = two.make("/one", 8)
+    two.enforcer.put([one])
+    books.used[one.cgroup, 1] = GIB
+    books.known = {5: SimpleNamespace(levels=(one.cgroup,), generation=1)}
+    two.enforcer.use_charged()
+    assert (two.committed(0), two.committed(1), uncommitted(books, one)) == (0, 8 * GIB, {0})
+
+
+def test_a_group_that_comes_later_counts_in_place_of_those_inside(two, books):
+    inner = two.make("/g/inner", 8)
+    two.enforcer.put([inner])
+    group = two.make("/g", 9)
+    two.enforcer.put([group])
+    assert uncommitted(books, group) == {0, 1}
+    assert two.enforcer.use_device(inner.cgroup, 0) == ""
+    assert (two.committed(0), uncommitted(books, group), uncommitted(books, inner)) == (9 * GIB, {1}, set())
+
+
+def test_where_limits_may_sum_past_a_device_no_first_use_waits(two, books):
+    two.enforcer.commitments.overcommit = True
+    tenants = [two.make(f"/t{number}", 8) for number in range(3)]
+    two.enforcer.put(tenants)
+    assert [uncommitted(books, tenant) for tenant in tenants] == [set()] * 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_any_first_uses_only_those_that_fit_get_memory(two, books, scale, seed):
+    chance = random.Random(seed)
+    for _ in range(scale(101, 1009, 10007)):
+        tenant = two.make(chance.choice(["/a", "/a/x", "/a/y", "/b", "/c/z", "/d"]), chance.randrange(1, 10))
+        there = two.enforcer.get(tenant.cgroup)
+        match chance.randrange(5):
+            case 0 if there:
+                two.enforcer.release([tenant.cgroup])
+            case 1 | 2 if there:
+                two.enforcer.use(tenant.cgroup)
+                two.enforcer.use_device(tenant.cgroup, chance.randrange(2))
+            case _:
+                two.enforcer.put([dataclasses.replace(tenant, name=tenant.path)])
+        for device in range(2):
+            assert two.committed(device) == summed(two.enforcer, device) <= 10 * GIB
+            units = [t for t in two.enforcer if not two.enforcer.around(t)]
+            usable = [t for t in units if device not in uncommitted(books, t)]
+            assert sum(books.limits[t.cgroup][0][device] for t in usable) <= 10 * GIB, "what can be had at all"
+
+
+def test_a_start_knows_on_which_devices_a_limit_counted(two, books):
+    one = two.make("/one", 8)
+    two.enforcer.adopt(dataclasses.replace(one, source=Source.KEPT), {1})
+    two.enforcer.put([one])
+    assert (two.committed(0), two.committed(1), uncommitted(books, one)) == (0, 8 * GIB, {0})
+
+
+def test_who_was_inside_a_group_counts_for_itself_when_the_group_goes(two, books):
+    group, one, other = two.make("/g", 10), two.make("/g/one", 8), two.make("/g/other", 8)
+    two.enforcer.put([group, one, other])
+    assert [uncommitted(books, tenant) for tenant in (group, one, other)] == [{0, 1}, set(), set()]
+    for tenant in (one, other):
+        assert two.enforcer.use_device(tenant.cgroup, 0) == ""
+    assert (two.committed(0), uncommitted(books, group)) == (10 * GIB, {1})
+    books.used[one.cgroup, 0] = books.used[other.cgroup, 0] = GIB
+    books.known = {n: SimpleNamespace(levels=(t.cgroup,), generation=1) for n, t in enumerate((one, other))}
+    two.enforcer.release([group.cgroup])
+    assert (two.committed(0), two.committed(1)) == (8 * GIB, 0)
+    assert sorted(books.limits[tenant.cgroup][0][0] for tenant in (one, other)) == [0, 8 * GIB]
+    assert uncommitted(books, one) == uncommitted(books, other) == {1}
+
+
+def test_a_limit_on_the_hierarchy_s_root_is_that_of_all(two):
+    inner, root = two.make("/inner", 8), two.make("/", 9)
+    two.enforcer.put([inner])
+    assert two.enforcer.use_device(inner.cgroup, 0) == ""
+    two.enforcer.put([root])
+    assert (two.committed(0), two.committed(1)) == (9 * GIB, 0)

@@ -180,7 +180,7 @@ def test_what_was_granted_is_granted_first_whatever_else_there_is(host):
     for _ in range(2):
         manager = host.start(SIX)
         assert [host.books.limits[c][0][0] for c in used] == [6 * GIB] * 2
-        assert manager.enforcer.committed(0) == 12 * GIB
+        assert manager.enforcer.commitments.committed(0) == 12 * GIB
     manager.enforcer.use(idle[0])
     assert host.books.limits[idle[0]][0] == {0: 0}
     written = _written(host, lambda: host.start(SIX))
@@ -217,7 +217,7 @@ def test_a_limit_by_hand_that_does_not_fit_any_more_is_kept_and_named(host):
     for name in ("c1", "c2"):
         host.cgroup(name)
     manager = host.start()
-    manager.enforcer.overcommit = True
+    manager.enforcer.commitments.overcommit = True
     for name in ("/c1", "/c2"):
         manager.set(name, {"memory_bytes": 9 * GIB})
     manager = host.start()

@@ -130,7 +130,7 @@ def asked(work: Path, tests: str, share: float, *options: str) -> str:
     """What pytest prints of these tests under the suites' own conftest.py."""
     folder = work / "tests/sim"
     folder.mkdir(parents=True)
-    for name in ("conftest.py", "trials.py"):
+    for name in ("conftest.py", "rows.py", "trials.py"):
         shutil.copy(TESTS / name, folder.parent)
     (folder / "conftest.py").write_text(TAKEN.format(share=share))
     (folder / "test_some.py").write_text(tests)

@@ -1,0 +1,199 @@
+"""A limit counts on a device from the tenant's first use of that device on, so a host takes as many as fit on each.
+
+Needs a driver with eight devices and an agent of its own, and so runs itself in a mount namespace of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import (
+    CONTEXT,
+    GIB,
+    GPUS,
+    MIB,
+    REFUSED,
+    Cgroups,
+    Client,
+    Service,
+    Tenant,
+    ask,
+    cgroup_root,
+    eventually,
+    fgpu,
+    metrics,
+    run_on_devices,
+)
+
+inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_on_eight_devices")
+DEVICES, LIMIT, FIT = 8, 8 * GIB, 9  # devices of 75 GiB, of which 74.7 are usable
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: first-use}}
+spec:
+  selector: {{cgroup: ["{group}/*"]}}
+  memory: {{limit: 8GiB}}
+"""
+
+
+@pytest.mark.skipif(GPUS != "1", reason="this is it")
+@pytest.mark.timeout(300)
+def test_on_eight_devices() -> None:
+    run_on_devices(__file__, DEVICES, "75GiB")
+
+
+@pytest.fixture
+def strict(service: Service, unharmed: None) -> Iterator[Service]:
+    """The agent refuses what does not fit on a device."""
+    said = service.config.read_text()
+    service.config.write_text(said.replace("overcommit: allow", "overcommit: forbid"))
+    service.kill_agent()
+    service.start_agent()
+    yield service
+    service.config.write_text(said)
+    service.kill_agent()
+    service.start_agent()
+
+
+@pytest.fixture
+def group(strict: Service, tmp_path: Path) -> Iterator[Cgroups]:
+    """Cgroups that a policy gives 8 GiB on each device."""
+    place = Cgroups(tmp_path)
+    file = strict.policies / "first-use.yaml"
+    file.write_text(POLICY.format(group=place.group.lstrip("/")))
+    eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 5, "the policy")
+    yield place
+    place.close()
+    file.unlink()
+    eventually(lambda: metrics()["fgpu_policies", frozenset()] == 0, 5, "no policy")
+
+
+def committed() -> list[int]:
+    return [device["committed_bytes"] for device in ask(verb="snapshot")["devices"]]
+
+
+def use(place: Cgroups, device: int) -> Client:
+    """A program of a new tenant that has a context on this device."""
+    client = place.tenant(None).client()
+    client.ok(f"device {device}")
+    return client
+
+
+def told(what: str) -> list[str]:
+    found = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
+    return [event["text"] for event in found if event["what"] == what]
+
+
+@inside
+@pytest.mark.timeout(170)
+def test_each_device_takes_as_many_as_fit_on_it(strict: Service, group: Cgroups) -> None:
+    clients = [group.tenant(None).client() for _ in range(DEVICES * FIT)]
+    assert clients[0].ok("info 0")[1] == LIMIT
+    assert sum(committed()) == LIMIT, "one has used a device"
+    for number, client in enumerate(clients):
+        client.ok(f"device {number % DEVICES}")
+        client.ok(f"alloc {10 * MIB}")
+    assert committed() == [FIT * LIMIT] * DEVICES
+    one = group.tenants[0].view()
+    assert [seen["used_bytes"] for seen in one["devices"]] == [CONTEXT + 10 * MIB] + [0] * (DEVICES - 1)
+    beyond = group.tenant(None).client()
+    assert beyond.do("device 3") == REFUSED
+    name = group.tenants[-1].name
+    assert f"8GiB for {name} do not fit on device 3: 72GiB of 74.7GiB are committed to others" in told("no room")[-1]
+    assert "on device 3" in fgpu("explain", group.tenants[-1].path).stdout
+    strict.kill_agent()
+    strict.start_agent()
+    assert committed() == [FIT * LIMIT] * DEVICES
+    assert beyond.do("device 3") == REFUSED
+    leave(group, group.tenants[3])
+    eventually(lambda: beyond.do("device 3").startswith("ok"), 20, "the room that one left")
+    beyond.ok(f"alloc {10 * MIB}")
+    assert committed() == [FIT * LIMIT] * DEVICES
+
+
+def leave(group: Cgroups, tenant: Tenant) -> None:
+    tenant.end()
+    group.tenants.remove(tenant)
+
+
+@inside
+@pytest.mark.timeout(170)
+def test_of_two_first_uses_of_the_last_room_one_wins(
+    strict: Service, group: Cgroups, scale: Callable[..., int]
+) -> None:
+    for _ in range(FIT - 1):
+        use(group, 7)
+    for number in range(scale(5, 40, 1000)):
+        pair = [group.tenant(None).client() for _ in range(2)]
+        for client in pair:
+            client.send("device 7")
+        said = sorted(client.receive().split()[0] for client in pair)
+        assert said == sorted(["ok", REFUSED]), number
+        assert committed()[7] == FIT * LIMIT
+        for tenant in group.tenants[-2:]:
+            leave(group, tenant)
+        eventually(lambda: committed()[7] == (FIT - 1) * LIMIT, 10, "the room of the winner")
+
+
+@inside
+def test_without_an_agent_a_device_in_use_goes_on_and_another_is_refused_in_time(
+    strict: Service, group: Cgroups
+) -> None:
+    client = use(group, 0)
+    strict.kill_agent()
+    client.ok(f"alloc {MIB}")
+    begun = time.monotonic()
+    assert client.do("device 1") == REFUSED
+    assert time.monotonic() - begun < 5
+    strict.start_agent()
+    client.ok("device 1")
+    assert committed()[:3] == [LIMIT, LIMIT, 0]
+
+
+@inside
+def test_a_group_is_committed_once_on_a_device(strict: Service, group: Cgroups) -> None:
+    (cgroup_root() / group.group.lstrip("/")).mkdir(exist_ok=True)
+    fgpu("set", group.group, "--memory", "70GiB")
+    for _ in range(3):
+        use(group, 2)
+    assert committed() == [70 * GIB if device == 2 else 0 for device in range(DEVICES)]
+    fgpu("unset", group.group)
+
+
+@inside
+def test_what_did_not_ask_is_committed_when_it_is_seen(strict: Service, group: Cgroups) -> None:
+    one = group.tenant(None)
+    client = Client(one, "outside", before="env LD_PRELOAD=")
+    client.ok("device 5")
+    client.ok(f"alloc {MIB}")
+    eventually(lambda: committed()[5] == LIMIT, 5, "its commitment")
+    assert sum(committed()) == LIMIT
+
+
+@pytest.fixture
+def named(group: Cgroups) -> Iterator[str]:
+    """The path of a cgroup without processes."""
+    folder = cgroup_root() / group.group.lstrip("/") / "named"
+    folder.mkdir(parents=True)
+    yield f"{group.group}/named"
+    folder.rmdir()
+
+
+@inside
+def test_devices_that_are_named_are_committed_at_once(strict: Service, named: str) -> None:
+    said = fgpu("set", named, "--memory", "60GiB", "--device", "6", "--device", "4").stdout
+    assert "device 6, 4" in said
+    assert committed() == [60 * GIB if device in (4, 6) else 0 for device in range(DEVICES)]
+    lacking = fgpu("run", "--memory", "20GiB", "--device", "4", "--", "true", check=False)
+    assert lacking.returncode == 125
+    assert "do not fit on device 4: 60GiB of 74.7GiB" in lacking.stderr
+    assert fgpu("run", "--memory", "20GiB", "--device", "5", "--", "true", check=False).returncode == 0
+    assert fgpu("run", "--memory", "20GiB", "--", "true", check=False).returncode == 0, "it may use another"
+    unknown = fgpu("run", "--memory", "20GiB", "--device", "8", "--", "true", check=False)
+    assert unknown.returncode == 125
+    assert "no device 8" in unknown.stderr
