@@ -133,7 +133,8 @@ class Commitments:
                 continue
             before = self.in_force(tenant)
             for index in [*self._denied.get(cgroup, ()), *self._short(tenant)]:
-                self._grant(tenant, index)
+                if tenant.limits[index]:  # 0: as it was pinned, until it is known what is wanted
+                    self._grant(tenant, index)
             if self.in_force(tenant) != before:
                 more.append(tenant)
         return more
@@ -145,10 +146,11 @@ class Commitments:
     def _grant(self, tenant: Tenant, index: int) -> None:
         had, limit = self._granted.get(tenant.cgroup, {}).get(index), tenant.limits[index]
         lack = self._lack_on(tenant, index)
-        if lack and had is None:
+        if lack and not had:
             self._denied.setdefault(tenant.cgroup, {})[index] = lack
+            _remove(self._granted, tenant.cgroup, index)
             return
-        self._granted.setdefault(tenant.cgroup, {})[index] = min(limit, had) if lack and had is not None else limit
+        self._granted.setdefault(tenant.cgroup, {})[index] = min(limit, had) if lack and had else limit
         _remove(self._denied, tenant.cgroup, index)
         if had is not None or self._tree.has_inside(tenant.path):
             self._sums = None

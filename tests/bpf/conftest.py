@@ -100,8 +100,9 @@ class Level:
         if limit is not None:
             self.limit(limit)
 
-    def limit(self, bytes_: int, flags: int = 0) -> None:
-        self.kernel.ledger.set_limits([LevelLimits(self.cgroup, {0: bytes_}, flags)])
+    def limit(self, bytes_: int, flags: int = 0, uncommitted: bool = False) -> None:
+        devices = frozenset({0} if uncommitted else ())
+        self.kernel.ledger.set_limits([LevelLimits(self.cgroup, {0: bytes_, 1: bytes_}, flags, uncommitted=devices)])
 
     def usage(self) -> Usage:
         usage = self.kernel.ledger.usage(self.cgroup)

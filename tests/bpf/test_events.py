@@ -90,6 +90,33 @@ def test_a_refusal_says_who_and_how_much(events, level, client):
     assert event.reason == pages.Reason.LIMIT
 
 
+def test_a_first_use_is_held_and_told_until_the_agent_has_decided(kernel, events, level, client):
+    level.limit(8 * MIB, uncommitted=True)
+    assert client(f"admit({MIB})") == pages.Verdict.REFUSED
+    (event,) = of(events, level)
+    assert (event.kind, event.tgid, event.bytes, event.device) == (News.FIRST_USE, client.pid, MIB, 0)
+    assert (level.usage().limit, level.usage().used, level.usage().refused) == (8 * MIB, 0, 0)
+    assert reasons(kernel, level) == {}
+    assert client(f"admit({MIB}, device=1)") == pages.Verdict.ADMITTED
+    level.limit(8 * MIB)
+    assert client(f"admit({MIB})") == pages.Verdict.ADMITTED
+
+
+def test_who_does_not_ask_is_charged_before_the_agent_has_decided(events, level, client):
+    level.limit(8 * MIB, pages.LimitFlag.KILL, uncommitted=True)
+    client(f"alloc(0x1000, {MIB})")
+    assert level.usage().used == MIB
+    assert [event.kind for event in of(events, level)] == [News.BYPASS]
+
+
+def test_an_uncommitted_group_holds_who_is_inside(events, level, make_level, make_client):
+    level.limit(8 * MIB, uncommitted=True)
+    inside = make_client(make_level(4 * MIB, level))
+    assert inside(f"admit({MIB})") == pages.Verdict.REFUSED
+    (event,) = of(events, level)
+    assert (event.kind, event.cgroup) == (News.FIRST_USE, level.cgroup)
+
+
 def test_what_observe_would_have_refused_is_told(events, level, client):
     level.limit(MIB, pages.LimitFlag.OBSERVE)
     client(f"admit({2 * MIB})")

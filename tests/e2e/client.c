@@ -391,6 +391,18 @@ static void do_fork(const uint64_t *n)
         answer("ok");
 }
 
+/* linger: a child that touches nothing, and has the driver's descriptors until it is killed. */
+static void do_linger(const uint64_t *n)
+{
+    pid_t child = fork();
+    (void)n;
+    while (child == 0) pause();
+    if (child < 0)
+        answer("no fork");
+    else
+        answer("ok %d", child);
+}
+
 static void *hold(void *unused)
 {
     (void)unused;
@@ -477,6 +489,7 @@ static const struct command {
                 {"thread", do_thread},
                 {"exec", do_exec},
                 {"fork", do_fork},
+                {"linger", do_linger},
                 {"brood", do_brood},
                 {"bustle", do_bustle},
                 {"reap", do_reap},

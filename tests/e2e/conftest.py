@@ -42,6 +42,19 @@ def unharmed(service: harness.Service) -> Iterator[None]:
     harness.eventually(none_left, 10, "an empty ledger")
 
 
+@pytest.fixture
+def strict(service: harness.Service, unharmed: None) -> Iterator[harness.Service]:
+    """The agent refuses what does not fit on a device."""
+    said = service.config.read_text()
+    service.config.write_text(said.replace("overcommit: allow", "overcommit: forbid"))
+    service.kill_agent()
+    service.start_agent()
+    yield service
+    service.config.write_text(said)
+    service.kill_agent()
+    service.start_agent()
+
+
 def order(fault: str) -> None:
     """The simulated driver behaves like this from now on."""
     subprocess.run([harness.SIM / "fgpu-simd", "--fault", fault], check=True, timeout=10)

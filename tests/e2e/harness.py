@@ -198,13 +198,13 @@ mount -t tmpfs tmpfs /run/fgpu && mount -t tmpfs tmpfs /run/fgpu-sim && mount -t
 """
 
 
-def run_on_devices(file: str, number: int = 2, memory: str = "16GiB") -> None:
+def run_on_devices(file: str, number: int = 2, memory: str = "16GiB", seconds: float = 170) -> None:
     """Run the tests of a file with a driver of so many devices of that size and an agent of its own, in a mount
-    namespace of its own.
+    namespace of its own; they end within `seconds`.
     """
     command = ["unshare", "--mount", "sh", "-c", ALONE, "sh", sys.executable, "-m", "pytest", "-q", file]
     environment = {**os.environ, "FGPU_TEST_GPUS": str(number), "FGPU_TEST_MEMORY": memory}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, cwd=ROOT)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
     (cgroup_root() / "fgpu").mkdir(exist_ok=True)  # its detach took it away, and all agents of a host have one
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -635,22 +635,30 @@ class Cgroups(Place):
         self.group = f"/fgpu-e2e-{os.getpid()}"
 
     def _make(self, name: str, folder: Path, memory: int | None) -> Tenant:
-        path = f"{self.group}/{name}"
+        return self._tenant(f"{self.group}/{name}", folder, memory)
+
+    def named(self, path: str) -> Tenant:
+        """A tenant in the cgroup of that path below ours; no limit is set by hand."""
+        folder = self.work / path.replace("/", "-")
+        folder.mkdir()
+        self.tenants.append(self._tenant(f"{self.group}/{path}", folder, None))
+        return self.tenants[-1]
+
+    def _tenant(self, path: str, folder: Path, memory: int | None) -> Tenant:
         cgroup = cgroup_root() / path.lstrip("/")
         cgroup.mkdir(parents=True)
         if memory is not None:
             fgpu("set", path, "--memory", f"{memory}B")
         enter = ["sh", "-c", f'echo $$ >{cgroup}/cgroup.procs && exec sh -c "$0"', HUB]
         environment = {**ENVIRONMENT, "LD_PRELOAD": str(SHIM)}
-        return Tenant(
-            self, name, path, folder, subprocess.Popen(enter, stdin=subprocess.PIPE, env=environment, cwd=folder)
-        )
+        hub = subprocess.Popen(enter, stdin=subprocess.PIPE, env=environment, cwd=folder)
+        return Tenant(self, os.path.basename(path), path, folder, hub)
 
     def close(self) -> None:
         """Ends every tenant; the folder of their cgroups goes."""
         super().close()
-        with contextlib.suppress(FileNotFoundError):
-            (cgroup_root() / self.group.lstrip("/")).rmdir()
+        for folder, _, _ in os.walk(cgroup_root() / self.group.lstrip("/"), topdown=False):
+            os.rmdir(folder)
 
 
 # A container runtime takes version 2 of cgroups where that is what it sees at /sys/fs/cgroup.

@@ -56,7 +56,8 @@ static void log_call(u64 kind, u64 device, u64 bytes, u64 ticket, u64 result) {
     c->tgid = bpf_get_current_pid_tgid() >> 32;
 }
 static int room(struct fgpu_usage_page *p, u32 device, u64 bytes) {
-    return p->devices[device].used + bytes <= p->devices[device].limit;
+    u64 uncommitted = p->flags >> FGPU_UNCOMMITTED_SHIFT >> device & 1;
+    return !uncommitted && p->devices[device].used + bytes <= p->devices[device].limit;
 }
 static void answer(struct fgpu_usage_page *p, u64 kind, u64 ticket, u64 verdict) {
     u32 tgid = bpf_get_current_pid_tgid() >> 32, *tag = tags.lookup(&tgid);

@@ -517,3 +517,16 @@ def test_a_limit_on_the_hierarchy_s_root_is_that_of_all(two):
     assert two.enforcer.use_device(inner.cgroup, 0) == ""
     two.enforcer.put([root])
     assert (two.committed(0), two.committed(1)) == (9 * GIB, 0)
+
+
+def test_who_was_denied_before_a_start_is_denied_for_the_same_reason_after_it(two, books):
+    holder, denied = two.make("/holder", 8), two.make("/denied", 4)
+    pinned = {0: 0, 1: 4 * GIB}
+    two.enforcer.adopt(dataclasses.replace(holder, source=Source.KEPT), {0})
+    two.enforcer.adopt(dataclasses.replace(denied, source=Source.KEPT, limits=pinned), {0})
+    for tenant in (holder, denied):
+        two.enforcer.put([tenant])
+    assert "4GiB for denied do not fit on device 0: 8GiB of 10GiB" in two.enforcer.denied(denied.cgroup)
+    assert (books.limits[denied.cgroup][0], uncommitted(books, denied)) == (pinned, {1})
+    two.enforcer.release([holder.cgroup])
+    assert (books.limits[denied.cgroup][0][0], two.enforcer.denied(denied.cgroup)) == (4 * GIB, "")
