@@ -75,18 +75,26 @@ def write_preload(run_dir: Path, shim: Path) -> None:
     a program that starts at that moment would run without the shim.
     """
     host = Path(PRELOAD)
-    own = host.read_text(encoding="utf-8") if host.exists() else ""
+    own = _text_of(host) or ""
     lines = [line for line in own.splitlines() if line.strip() and line.strip() != str(shim)]
     preload = run_dir / "ld.so.preload"
     text = "\n".join([*lines, str(shim)]) + "\n"
-    if not preload.exists() or preload.read_text(encoding="utf-8") != text:  # an agent comes back on a full disk too
+    if _text_of(preload) != text:  # an agent comes back on a full disk too
         wholefile.write(preload, text)
+
+
+def _text_of(path: Path) -> str | None:
+    """What a file has, byte for byte; None: it is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except (FileNotFoundError, IsADirectoryError):
+        return None
 
 
 def check(run_dir: Path) -> Check:
     """Any user's program can read every file that it is to preload, and reach the gatekeeper's socket."""
     lists = [path for name in ("ld.so.preload", "container.preload") if (path := run_dir / name).exists()]
-    files = {Path(line.strip()) for path in lists for line in path.read_text(encoding="utf-8").splitlines() if line}
+    files = {Path(line.strip()) for path in lists for line in (_text_of(path) or "").splitlines() if line}
     if not lists:
         return Check("preload", False, "no list is there", _AGAIN)
     wanted = [*((file, stat.S_IROTH) for file in (*lists, *sorted(files))), (run_dir / "shim/shim.sock", stat.S_IWOTH)]

@@ -12,6 +12,8 @@ import os
 import time
 from pathlib import Path
 
+from fgpu_ebpf.sockets import make_way
+
 AGENT, GATEKEEPER = "agent.lock", "gatekeeper.lock"
 NEXT = "gatekeeper.next"  # held by a gatekeeper that waits for GATEKEEPER
 MODE = 0o600
@@ -31,7 +33,7 @@ class FileLock:
         Returns False if another process holds it. Raises OSError.
         """
         self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, MODE)
+        fd = self._open()
         os.fchmod(fd, MODE)  # earlier versions let every user read it
         if not _locked_at_last(fd):
             os.close(fd)
@@ -40,6 +42,14 @@ class FileLock:
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         return True
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return os.open(self.path, flags, MODE)
+        except IsADirectoryError:
+            make_way(str(self.path))
+            return os.open(self.path, flags, MODE)
 
     def is_held(self) -> bool:
         """Return whether the path still is the file that take() has locked. Raises OSError."""
@@ -62,7 +72,7 @@ def is_locked(path: str | Path) -> bool:
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return False
     except BlockingIOError:
         return True

@@ -1,4 +1,4 @@
-"""Places where sockets and links of ours are to be.
+"""Places where sockets, files and links of ours are to be.
 
 Owns: nothing. Used by agent and gatekeeper when they make one. On failure: OSError.
 """
@@ -11,7 +11,7 @@ import time
 
 
 def make_way(path: str) -> None:
-    """Take a folder away from where a socket or link is to be; move it aside if something is in it.
+    """Take a folder away from where a socket, file or link is to be; move it aside if something is in it.
 
     Docker makes one for a bind mount with a source that is not there yet: of a container that starts before the agent.
     """

@@ -13,10 +13,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent.parent / "fgpu_ebpf"
 # Each module may import those of earlier rows alone.
 ORDER = (
-    {"mappings", "locks"},
+    {"mappings", "sockets"},
+    {"locks", "wholefile"},
     {"pages", "bpf", "elf", "bounds", "checks", "snapshot", "procfs", "loader", "quantities", "globs", "yamlfile"}
-    | {"bell", "folderbell", "control", "prologue", "wholefile", "enginesettings", "urgency", "privileges", "innerpath"}
-    | {"cgroupnames", "messages", "visitors", "heap", "workers", "log_lines", "sockets"},
+    | {"bell", "folderbell", "control", "prologue", "enginesettings", "urgency", "privileges", "innerpath"}
+    | {"cgroupnames", "messages", "visitors", "heap", "workers", "log_lines"},
     {
         "bound_owner",
         "identity",
