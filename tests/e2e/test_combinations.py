@@ -124,19 +124,33 @@ class Orphaned(Column):
 
 
 @pytest.fixture
-def columns(strict: Service, tmp_path: Path) -> Iterator[dict[str, Column]]:
-    """By feature, as the table names it."""
+def places(strict: Service, tmp_path: Path) -> Iterator[tuple[Cgroups, Docker]]:
+    """Where the tenants are; policies match their cgroups and labels."""
     (tmp_path / "docker").mkdir()
     group, docker = Cgroups(tmp_path), Docker(tmp_path / "docker", strict.engine)
     texts = [f'selector: {{cgroup: "{group.group.lstrip("/")}/{path}"}}, {rest}' for path, rest in POLICIES.items()]
     files = [f"---\n{HEAD}metadata: {{name: p{n}}}\nspec: {{{text}}}\n" for n, text in enumerate([*texts, LABELS])]
     file = strict.policies / "mix.yaml"
     file.write_text("".join(files))
-    eventually(lambda: metrics()["fgpu_policies", frozenset()] == len(files), 5, "the policies")
+    try:
+        eventually(lambda: metrics()["fgpu_policies", frozenset()] == len(files), 5, "the policies")
+        yield group, docker
+    finally:
+        docker.close()
+        for pid in (pid for tenant in group.tenants if tenant.name == "orphaned" for pid in tenant.pids()):
+            os.kill(pid, signal.SIGKILL)
+        group.close()
+        file.unlink()
+
+
+@pytest.fixture
+def columns(places: tuple[Cgroups, Docker]) -> dict[str, Column]:
+    """By feature, as the table names it."""
+    group, docker = places
     made = {path: at(group, path) for path in POLICIES if path != "outer"}
     hand = at(group, "hand")
     fgpu("set", hand.path, "--memory", f"{LIMIT}B", "--device", "0")
-    yield {
+    return {
         "turns": filled(made["turns"], has_compute=True),
         "two GPUs": filled(made["two"], {0: LIMIT, 1: LIMIT}),
         "two levels": filled(made["outer/inner"]),
@@ -146,11 +160,6 @@ def columns(strict: Service, tmp_path: Path) -> Iterator[dict[str, Column]]:
         "orphaned memory": orphaned(made["orphaned"]),
         "overcommit: forbid": Denied(made["denied"], made["denied"].client()),
     }
-    docker.close()
-    for pid in made["orphaned"].pids():
-        os.kill(pid, signal.SIGKILL)
-    group.close()
-    file.unlink()
 
 
 def at(group: Cgroups, path: str) -> Tenant:
