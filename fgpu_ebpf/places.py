@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fgpu_ebpf import pages, scheduler
+from fgpu_ebpf.nested_shares import Unit, effective
 from fgpu_ebpf.observed import Observed
 from fgpu_ebpf.scheduler import Account, Share, Waiter
 from fgpu_ebpf.trust import MOST_FLIGHT_NS, Trust
@@ -106,7 +107,9 @@ class DeviceCounts:
 
 @dataclass(slots=True)
 class Place:
-    """A tenant that has a share."""
+    """A tenant that has a share. `above`: the units that it is inside of, innermost first; `asked`: its share without
+    them.
+    """
 
     tenant: int
     share: Share
@@ -126,13 +129,80 @@ class Place:
     counts: Counts = field(default_factory=Counts)
     trust: Trust = field(default_factory=Trust)
     observed: Observed = field(default_factory=Observed)
+    asked: Share = field(default_factory=Share)
+    above: tuple[Unit, ...] = ()
 
-    def waiter(self, now_ns: int) -> Waiter:
-        """As the scheduler sees it; who wants nothing yet wants it now."""
-        since_ns = now_ns if self.since_ns is None else self.since_ns
-        return Waiter(
-            self.tenant, self.share, self.account.virtual_ns, self.seen.devices, max(since_ns, self.unlifted_ns)
-        )
+    def waiter(self, now_ns: int, ahead_ns: int = 0, unit_ahead_ns: int = 0) -> Waiter:
+        """As the scheduler sees it, after so much more of the device's time for it and for its unit; what wants nothing
+        yet wants it now.
+        """
+        since_ns = max(now_ns if self.since_ns is None else self.since_ns, self.unlifted_ns)
+        own_ns = self.account.charged(ahead_ns, self.share).virtual_ns
+        if not self.above:
+            return Waiter(self.tenant, self.share, own_ns, self.seen.devices, since_ns)
+        unit_ns = self.above[-1].virtual_ns(self.seen.devices, unit_ahead_ns)
+        return Waiter(self.tenant, self.share, unit_ns, self.seen.devices, since_ns, own_ns)
+
+    def afresh(self) -> Place:
+        """As one of which nothing was heard yet; what it has used stays, and what is counted."""
+        kept = {"number": self.number, "counts": self.counts, "trust": self.trust}
+        return Place(self.tenant, self.share, self.account, asked=self.asked, above=self.above, **kept)  # type: ignore[arg-type]
+
+    def virtual_ns(self) -> int:
+        """By which its turns come: its unit's, if it is inside one."""
+        return self.above[-1].virtual_ns(self.seen.devices) if self.above else self.account.virtual_ns
+
+    def begins(self) -> int:
+        """Its virtual time, of a turn or another quantum that begins; what joins in its unit starts at its own."""
+        if self.above:
+            self.above[-1].clock_ns = max(self.above[-1].clock_ns, self.account.virtual_ns)
+        return self.virtual_ns()
+
+    def change(self, above: tuple[Unit, ...], now_ns: int) -> None:
+        """These units are around it now, and its own share is as asked. What it has used stays."""
+        account, was = self.account.at(now_ns, self.share)._replace(at_ns=now_ns), self.share
+        self.above, self.share = above, effective(self.asked, above)
+        more = self.share.limited and not was.limited
+        self.account = account._replace(in_hand_ns=self.share.ample_ns) if more else account
+        self.shy_until_ns = 0
+
+    def count_up(self, now_ns: int) -> None:
+        """With what limits have let in since the last time."""
+        self.account = self.account.at(now_ns, self.share)
+        for unit in self.above:
+            unit.count_up(self._devices(), now_ns)
+
+    def join(self, clock_ns: int, now_ns: int, is_first: bool) -> None:
+        """It wants a turn; `is_first`: nothing else of its unit has wanted or had one. No credit for idle time."""
+        for unit in self.above if is_first else ():
+            unit.join(self.seen.devices, clock_ns, now_ns)
+        own_ns = self.above[-1].clock_ns if self.above else clock_ns
+        self.account = self.account.rested(now_ns, self.share).joining(own_ns)
+
+    def charge(self, ns: int) -> None:
+        """It has had so much of its devices' time."""
+        ns = max(0, ns)
+        self.account = self.account.charged(ns, self.share)
+        self.counts.owned_ns += ns
+        for unit in self.above:
+            unit.charge(self._devices(), ns)
+
+    def let_in_ns(self) -> int:
+        """When its limit, and those around it, let it begin a turn."""
+        return max(self.account.ripe_ns(self.share), *(unit.ripe_ns(self.seen.devices) for unit in self.above), 0)
+
+    def is_spent(self) -> bool:
+        """A limit leaves nothing in hand."""
+        own = self.share.limited and self.account.in_hand_ns <= 0
+        return own or any(unit.is_spent(self._devices()) for unit in self.above)
+
+    def _devices(self) -> Collection[int]:
+        return self.turn.devices if self.turn else self.seen.devices
+
+    def _spent_ns(self) -> int:
+        """When what limits leave in hand is used up, of a turn that goes on. Only of a tenant with a ceiling."""
+        units = [unit.spent_ns(self._devices()) for unit in self.above if unit.share.limited]
+        return min([self.account.spent_ns(self.share), *units])
 
     def is_open(self) -> bool:
         """It may launch, on some of its devices."""
@@ -147,7 +217,7 @@ class Place:
 
     def ripe_ns(self) -> int:
         """When it may begin a turn."""
-        return max(self.account.ripe_ns(self.share), self.shy_until_ns)
+        return max(self.let_in_ns(), self.shy_until_ns)
 
     def claim_ns(self, now_ns: int) -> int:
         """How long its work in flight takes from now, it says."""
@@ -156,6 +226,11 @@ class Place:
     def flight_ns(self, now_ns: int) -> int:
         """The same, as far as it is believed."""
         return min(self.claim_ns(now_ns), self.trust.believed_ns(now_ns))
+
+    def unpaid_ns(self, now_ns: int) -> int:
+        """What its turn will cost beside what it was charged so far, if it ends when its work in flight does."""
+        since_ns = max(self.turn.charged_ns, self.begun_ns(self.turn)) if self.turn else now_ns
+        return max(0, now_ns - since_ns) + self.flight_ns(now_ns)
 
     def is_passing(self, turn: Turn, now_ns: int) -> bool:
         """Its turn is so near its end that the next one may begin."""
@@ -221,7 +296,7 @@ class Place:
             return self.drain_due_ns(turn, bool(rivals), now_ns)
         due, limited = self.ends_ns(turn, rivals), self.share.limited
         if limited:
-            due = min(due, self.account.spent_ns(self.share))
+            due = min(due, self._spent_ns())
         if rivals or limited:
             due = self.look_due_ns(turn, now_ns, due)
         floor_ns = turn.opened_ns + FLOOR_TURN_NS

@@ -92,13 +92,17 @@ def opening(share: Share, now_ns: int) -> Account:
 
 
 class Waiter(NamedTuple):
-    """A tenant that wants all of `devices`, since when. It may begin: its limit lets it."""
+    """A tenant that wants all of `devices`, since when. It may begin: its limit lets it.
+
+    `inner_ns`: its virtual time inside a unit (`nested_shares`), whose own is `virtual_ns` then.
+    """
 
     tenant: int
     share: Share
     virtual_ns: int
     devices: frozenset[int]
     since_ns: int
+    inner_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,7 @@ def in_order(waiters: Iterable[Waiter], floors: Mapping[int, Floor], now_ns: int
     Of those whom a higher priority has kept waiting for too long, the one that has waited longest is lifted, where
     nobody was for too long. Of several that are, on devices that a gang shares, too.
     """
-    by_turn = sorted(waiters, key=lambda w: (w.share.rank, w.virtual_ns, w.since_ns, w.tenant))
+    by_turn = sorted(waiters, key=lambda w: (w.share.rank, w.virtual_ns, w.inner_ns, w.since_ns, w.tenant))
     lifted: set[int] = set()
     for device in {device for waiter in by_turn for device in waiter.devices}:
         there = [waiter for waiter in by_turn if device in waiter.devices]

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from time import monotonic_ns
 from typing import Any
 
-from fgpu_ebpf import futex, pages, scheduler
+from fgpu_ebpf import futex, nested_shares, pages, scheduler
 from fgpu_ebpf.clients import Client
 from fgpu_ebpf.desks import Desk, let_meet, seen_of
 from fgpu_ebpf.ledger import Ledger
@@ -107,13 +107,15 @@ class Slicer:
         self._bells.nudge()
 
     def _seat(self, client: Client, desk: Desk | None = None) -> None:
-        tenant = next((level for level in client.levels if level in self._shares), None)
-        if tenant is None:
+        levels = [level for level in client.levels if level in self._shares]
+        if not levels:
             if desk:
                 desk.open_all()
             self._without[id(client)] = client  # its page was born with open gates
             return
         self._without.pop(id(client), None)
+        tenant, *around = levels
+        self._turns.nest(tenant, around, monotonic_ns())
         desk = desk or Desk(client)
         desk.heard = -1
         desk.may_use(self._shares[tenant])
@@ -317,7 +319,9 @@ class Slicer:
             rivals[tenant] = place.share
             had = max(0, place.counts.owned_ns - owned.get(tenant, place.counts.owned_ns))  # its place may be a new one
             part = had * scheduler.MILLION // max(1, now_ns - since_ns) if since_ns else 0
-            entitled = scheduler.entitlements(rivals)[tenant]
+            entitled = nested_shares.entitled(rivals, {t: places[t].above[-1] for t in rivals if places[t].above})[
+                tenant
+            ]
             is_here = tenant in self._desks
             for device in place.seen.devices | self._shown.get(tenant, frozenset()):  # its last, where all have gone
                 ledger.times.set_turns(tenant, device, _counts(place, device, part if is_here else 0, entitled))

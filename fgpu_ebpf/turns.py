@@ -13,12 +13,14 @@ Nothing here goes through all tenants but what comes of somebody's coming or goi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from fgpu_ebpf import pages, scheduler
 from fgpu_ebpf.clocks import Clocks
+from fgpu_ebpf.nested_shares import Unit
 from fgpu_ebpf.places import FLOOR_TURN_NS, NEVER_NS, NOTHING, Place, Seen, Turn, missing, taken, wanting
 from fgpu_ebpf.scheduler import Grant, Share
+from fgpu_ebpf.units import Units, first_inside, waiters_of
 
 MS = 1_000_000
 FLOOR_PARTS = scheduler.FLOOR_NS // FLOOR_TURN_NS  # whose turn was longer than that is lifted so much later
@@ -35,7 +37,7 @@ class Turns:
 
     def __init__(self) -> None:
         self.places: dict[int, Place] = {}
-        self._clocks = Clocks()
+        self._clocks, self._units = Clocks(), Units()
         self.devices = self._clocks.counts
         self.faults = 0  # tenants that were forgotten
         self._number = 0
@@ -55,16 +57,25 @@ class Turns:
                 places.pop(tenant, None)
         self._changed &= set(shares)
         self._users_changed = True
+        self._units.share_out(shares, now_ns)
         for tenant, share in shares.items():
             place = self.places.get(tenant)
             if place is None:
-                self.places[tenant] = Place(tenant, share, scheduler.opening(share, now_ns))
-            elif place.share != share:
-                account = place.account.at(now_ns, place.share)._replace(at_ns=now_ns)
-                if share.limited and not place.share.limited:
-                    account = account._replace(in_hand_ns=share.ample_ns)
-                place.share, place.account, place.shy_until_ns = share, account, 0
-                self._stand_back(place)  # it joins anew, among its equals
+                self.places[tenant] = Place(tenant, share, scheduler.opening(share, now_ns), asked=share)
+            elif self._units.differs(place, share):
+                place.asked = share
+                self._change(place, self._units.of(place.above), now_ns)
+
+    def nest(self, tenant: int, levels: Sequence[int], now_ns: int) -> None:
+        """This tenant lies inside these levels with shares, innermost first."""
+        for change in [*self._units.nest(self.places, tenant, levels)]:
+            self._change(*change, now_ns)
+
+    def _change(self, place: Place, above: tuple[Unit, ...], now_ns: int) -> None:
+        """It has another share, or others around it: it joins anew, among its equals."""
+        place.change(above, now_ns)
+        self._users_changed = True
+        self._stand_back(place)
 
     def leave(self, tenant: int, now_ns: int) -> None:
         """The last of its processes has gone, and its turn with it."""
@@ -81,8 +92,8 @@ class Turns:
         """NVML has seen it run for so long in all: with a ceiling it is charged that at the least."""
         place = self.places[tenant]
         if place.share.limited:
-            place.account = place.account.at(now_ns, place.share)
-            self._charge(place, place.observed.short_ns(ran_ns, place.counts.owned_ns, now_ns))
+            place.count_up(now_ns)
+            place.charge(place.observed.short_ns(ran_ns, place.counts.owned_ns, now_ns))
 
     def in_question(self) -> list[int]:
         """Those whose turn it is, or was cut a moment ago: of these every step is to be told."""
@@ -160,9 +171,7 @@ class Turns:
         place = self.places[tenant]
         for places in (self._here, self._running, self._queue):
             places.pop(tenant, None)
-        self.places[tenant] = Place(
-            tenant, place.share, place.account, number=place.number, counts=place.counts, trust=place.trust
-        )
+        self.places[tenant] = place.afresh()
         self._changed.add(tenant)
         self._users_changed = True
 
@@ -173,7 +182,7 @@ class Turns:
         self._here[place.tenant] = place
         place.seen = seen
         if place.late_ns and seen.drained:
-            self._charge(place, min(now_ns - place.late_ns, MOST_LATE_NS))
+            place.charge(min(now_ns - place.late_ns, MOST_LATE_NS))
             place.late_ns = place.shy_ns = place.shy_until_ns = 0
             place.trust.ended(seen.ended_ns, now_ns)
         turn, place.cut = place.turn, False
@@ -196,8 +205,8 @@ class Turns:
         if not wanted:  # by others: then rests cost nothing
             until_ns, idle_ns = min(now_ns, turn.active_ns), max(0, seen.idle_ns - turn.rest_ns)
         turn.rest_ns = 0 if seen.in_flight else max(0, now_ns - seen.ended_ns)
-        place.account = place.account.at(now_ns, place.share)
-        self._charge(place, max(0, until_ns - since_ns - idle_ns))
+        place.count_up(now_ns)
+        place.charge(max(0, until_ns - since_ns - idle_ns))
         place.busy_ns = 0 if place.is_idle(turn, now_ns) else place.busy_ns + max(0, now_ns - turn.charged_ns)
         turn.charged_ns = max(turn.charged_ns, now_ns)
 
@@ -208,18 +217,13 @@ class Turns:
             self._join(place, now_ns)
 
     def _join(self, place: Place, now_ns: int) -> None:
-        place.since_ns = now_ns
-        self._queue[place.tenant] = place
-        clock_ns = self._clocks.now(place.seen.devices, place.share.rank)
-        place.account = place.account.rested(now_ns, place.share).joining(clock_ns)
+        is_first = first_inside(place, (*self._queue.values(), *self._running.values()))
+        place.join(self._clocks.now(place.seen.devices, place.share.rank), now_ns, is_first)
+        place.since_ns, self._queue[place.tenant] = now_ns, place
 
     def _stand_back(self, place: Place) -> None:
         place.since_ns = None
         self._queue.pop(place.tenant, None)
-
-    def _charge(self, place: Place, ns: int) -> None:
-        place.account = place.account.charged(max(0, ns), place.share)
-        place.counts.owned_ns += max(0, ns)
 
     # -- free or not
 
@@ -249,7 +253,7 @@ class Turns:
         """Those that may begin."""
         found = []
         for place in self._queue.values():
-            if place.account.ripe_ns(place.share) > now_ns:
+            if place.let_in_ns() > now_ns:
                 place.counts.throttled += not place.held_back
                 place.held_back = True
             elif place.shy_until_ns <= now_ns:
@@ -262,7 +266,7 @@ class Turns:
         if turn is None or turn.closing_ns:
             return
         rivals = wanting(turn, ripe)
-        if place.share.limited and place.account.in_hand_ns <= 0:
+        if place.is_spent():
             place.held_back = True
             place.counts.throttled += 1
             self._close(place, turn, now_ns)
@@ -293,9 +297,8 @@ class Turns:
         return any(rival.share.rank < place.share.rank for rival in rivals)
 
     def _comes_first_again(self, place: Place, turn: Turn, ripe: Iterable[Place], now_ns: int) -> bool:
-        flight_ns = place.flight_ns(now_ns)  # it pays for that in any case
-        again = place.waiter(now_ns)._replace(virtual_ns=place.account.charged(flight_ns, place.share).virtual_ns)
-        waiters = [*(one.waiter(now_ns) for one in ripe), again]
+        ahead_ns = place.flight_ns(now_ns)  # it pays for that in any case
+        waiters = [*waiters_of(ripe, self._running.values(), now_ns), place.waiter(now_ns, ahead_ns, ahead_ns)]
         free = scheduler.wanted(waiters) - taken(self._running.values(), now_ns) | turn.devices
         found = scheduler.next_turns(waiters, free, self._clocks.floors, now_ns)
         return any(grant.tenant == place.tenant for grant in found)
@@ -303,7 +306,7 @@ class Turns:
     def _extend(self, place: Place, turn: Turn, now_ns: int) -> None:
         turn.ends_ns = now_ns + place.share.quantum_ns
         turn.floor = False
-        self._clocks.turn_begins(turn.devices, place.share.rank, place.account.virtual_ns)
+        self._clocks.turn_begins(turn.devices, place.share.rank, place.begins())
 
     # -- a turn, from beginning to end
 
@@ -317,7 +320,7 @@ class Turns:
                 turn.devices |= more - in_use
                 in_use |= more
                 self._changed.add(place.tenant)
-        waiters = [place.waiter(now_ns) for place in ripe]
+        waiters = waiters_of(ripe, self._running.values(), now_ns)
         for grant in scheduler.next_turns(waiters, scheduler.wanted(waiters) - in_use, self._clocks.floors, now_ns):
             self._open(self.places[grant.tenant], grant, now_ns)
 
@@ -328,7 +331,7 @@ class Turns:
         place.turn = Turn(set(grant.devices), self._number, grant.floor, *times, place.seen.launches)
         place.number, place.late_ns = self._number, 0
         place.trust.begins_again(place.seen.busy_until_ns, now_ns)
-        place.account = place.account.at(now_ns, place.share)
+        place.count_up(now_ns)
         place.counts.switches += 1
         for device in grant.devices:
             self._clocks.count(device).switches += 1
@@ -337,7 +340,7 @@ class Turns:
             place.counts.wait_ns += max(0, now_ns - place.since_ns)
             self._stand_back(place)
         lifted_ns = now_ns if grant.floor else 0
-        self._clocks.turn_begins(grant.devices, place.share.rank, place.account.virtual_ns, lifted_ns)
+        self._clocks.turn_begins(grant.devices, place.share.rank, place.begins(), lifted_ns)
         self._running[place.tenant] = place
         self._changed.add(place.tenant)
 
@@ -359,13 +362,13 @@ class Turns:
         self._changed.add(place.tenant)
 
     def _finish(self, place: Place, turn: Turn, now_ns: int) -> None:
-        place.account = place.account.at(now_ns, place.share)
+        place.count_up(now_ns)
         ended_ns = min(now_ns, turn.active_ns) if turn.rested else place.ended_ns(turn, now_ns)
         passed_ns = now_ns
         if turn.handed_ns and place.seen.drained:
             ended_ns = passed_ns = place.passed_ns(turn)
             self._begin_earlier(turn, ended_ns)
-        self._charge(place, max(0, ended_ns - max(turn.charged_ns, place.begun_ns(turn))))
+        place.charge(max(0, ended_ns - max(turn.charged_ns, place.begun_ns(turn))))
         if turn.closing_ns:
             overrun = not place.seen.drained and not turn.rested  # its work has ended, and it has not looked
             for device in turn.devices:
@@ -394,4 +397,4 @@ class Turns:
             turn = place.turn
             if turn and turn is not before and turn.begins_ns == before.handed_ns and turn.devices & before.devices:
                 since_ns = max(ended_ns, place.begun_ns(turn))
-                self._charge(place, max(0, turn.begins_ns - since_ns))
+                place.charge(max(0, turn.begins_ns - since_ns))

@@ -107,11 +107,16 @@ class Hog(Tenant):
 class World:
     """Devices that run kernels one after the other, whoever launched them."""
 
-    def __init__(self, *tenants: Tenant) -> None:
+    def __init__(
+        self, *tenants: Tenant, outer: dict[int, Share] | None = None, inside: dict[int, list[int]] | None = None
+    ) -> None:
+        """`outer`: levels without programs of their own; `inside`: the levels around a tenant, innermost first."""
         self.tenants = {tenant.key: tenant for tenant in tenants}
         self.turns = Turns()
         self.now = 1 * S
-        self.turns.share_out({t.key: t.share for t in tenants}, self.now)
+        self.turns.share_out({t.key: t.share for t in tenants} | (outer or {}), self.now)
+        for key, levels in (inside or {}).items():
+            self.turns.nest(key, levels, self.now)
         self.free_at: dict[int, int] = {}
         self.bell: int | None = self.now
         self.rung = set(self.tenants)

@@ -40,6 +40,7 @@ ORDER = (
     | {"owner_table", "resolutions"}
     | {"library_class", "library_files", "trust", "observed", "shim_mounts"},
     {"probe_plan"} | {"events", "launch"},
+    {"nested_shares"},
     {"policy", "configfile", "faults", "shimless", "timebook", "places", "answers", "elders", "namesfile", "cdi"}
     | {"allocation", "unwitnessed", "enforcement"},
     {
@@ -49,6 +50,7 @@ ORDER = (
         "profiles",
         "endpoint",
         "clocks",
+        "units",
         "claims",
         "asker",
         "dockerapi",

@@ -14,7 +14,7 @@ from patches import Patch, patches  # noqa: E402
 from rows import named_of_rows  # noqa: E402
 from rules import RULES, Rule  # noqa: E402
 
-ROWS = [*(f"T{n}" for n in range(1, 47)), *(f"F{n}" for n in range(1, 37))]
+ROWS = [*(f"T{n}" for n in range(1, 48)), *(f"F{n}" for n in range(1, 37))]
 
 
 def exists(test: str) -> bool:

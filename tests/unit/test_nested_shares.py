@@ -1,0 +1,124 @@
+"""Shares inside a share, in simulated time: whatever a tenant makes of cgroups below its own, it gets what it had."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from slices_kit import MS, US, S, Steps, Tenant, World
+
+from fgpu_ebpf.nested_shares import Unit, entitled
+from fgpu_ebpf.scheduler import MILLION, Account, Share
+
+SECONDS = 10.0
+OUTER = 100
+
+
+def nested(share: Share, inner: list[Share], *others: Tenant, kernel_ns: int = 200 * US) -> World:
+    """A level with this share and busy tenants inside it, numbered from 1; and others."""
+    made = [Tenant(n + 1, one, kernel_ns) for n, one in enumerate(inner)]
+    return World(*made, *others, outer={OUTER: share}, inside={tenant.key: [OUTER] for tenant in made})
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 8])
+@pytest.mark.parametrize("percent", [25, 50])
+def test_a_ceiling_is_that_of_all_inside_together(percent: int, number: int) -> None:
+    limit = Share(limit_millionths=percent * 10_000)
+    it = nested(limit, [limit] * number).run(SECONDS)
+    done = [tenant.done_ns / (SECONDS * S) for tenant in it.tenants.values()]
+    assert sum(done) == pytest.approx(percent / 100, abs=0.015)
+    assert min(done) == pytest.approx(percent / 100 / number, abs=0.015)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 8])
+@pytest.mark.parametrize("kernel_us", [200, 4_000])
+def test_a_weight_is_that_of_all_inside_together(number: int, kernel_us: int) -> None:
+    other = Tenant(50, kernel_ns=kernel_us * US)
+    got = nested(Share(), [Share()] * number, other, kernel_ns=kernel_us * US).run(SECONDS).shares()
+    assert got[50] == pytest.approx(0.5, abs=0.01)
+
+
+def test_levels_inside_divide_it_by_their_weights() -> None:
+    got = nested(Share(weight=200), [Share(weight=300), Share()], Tenant(50)).run(SECONDS).shares()
+    assert (got[1], got[2], got[50]) == pytest.approx((0.5, 1 / 6, 1 / 3), abs=0.015)
+
+
+def test_a_ceiling_inside_holds_below_the_outer_one() -> None:
+    it = nested(Share(limit_millionths=500_000), [Share(limit_millionths=100_000), Share()]).run(SECONDS)
+    one, two = (it.tenants[key].done_ns / (SECONDS * S) for key in (1, 2))
+    assert (one, two) == pytest.approx((0.1, 0.4), abs=0.02)
+
+
+def test_a_ceiling_in_the_middle_holds_too() -> None:
+    middle, outer = Share(limit_millionths=200_000), Share(limit_millionths=600_000)
+    tenants = [Tenant(n) for n in (1, 2, 3)]
+    inside = {1: [90, OUTER], 2: [90, OUTER], 3: [OUTER]}
+    World(*tenants, outer={90: middle, OUTER: outer}, inside=inside).run(SECONDS)
+    done = [tenant.done_ns / (SECONDS * S) for tenant in tenants]
+    assert done[0] + done[1] <= 0.2 + 0.015
+    assert sum(done) == pytest.approx(0.6, abs=0.02)
+
+
+def test_a_priority_inside_is_no_higher_than_the_outer_one() -> None:
+    low = nested(Share(rank=2), [Share(rank=0)], Tenant(50, Share(rank=1))).run(SECONDS).shares()
+    assert low[50] > 0.9
+
+
+def test_programs_of_the_level_itself_are_inside_too() -> None:
+    own, inner, other = Tenant(OUTER), Tenant(1), Tenant(50)
+    it = World(own, inner, other, inside={1: [OUTER]}).run(SECONDS)
+    got = it.shares()
+    assert (got[50], got[OUTER], got[1]) == pytest.approx((0.5, 0.25, 0.25), abs=0.015)
+
+
+def test_cgroups_that_are_made_and_removed_shed_no_debt() -> None:
+    """Every 50 ms the tenant goes on in a new cgroup below its own."""
+    limit = Share(limit_millionths=250_000)
+    it, done = nested(limit, [limit]), 0
+    for number in range(2, 200):
+        it.run(0.05)
+        before = it.tenants.pop(number - 1)
+        it.turns.leave(before.key, it.now)
+        done += before.done_ns
+        it.tenants = {number: Tenant(number, limit)}
+        it.nvml = {number: 0}
+        it.turns.share_out({OUTER: limit, number: limit}, it.now)
+        it.turns.nest(number, [OUTER], it.now)
+        it.free_at, it.rung, it.bell = {}, {number}, it.now
+    assert done / (198 * 50 * MS) <= 0.25 + 0.03
+
+
+@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
+@given(
+    st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 2**32),
+)  # fmt: skip
+def test_whatever_is_inside_a_neighbour_gets_its_part(weight: int, inner: list[int], seed: int) -> None:
+    chance = random.Random(seed)
+    made = [
+        Tenant(n + 1, Share(weight=100 * w), steps=Steps(chance.randrange(1, 60) * MS, chance.randrange(1, 120) * MS))
+        for n, w in enumerate(inner)
+    ]
+    other = Tenant(50)
+    outer, inside = {OUTER: Share(weight=100 * weight)}, {tenant.key: [OUTER] for tenant in made}
+    got = World(*made, other, outer=outer, inside=inside).run(5.0)
+    assert other.done_ns / (5.0 * S) >= 1 / (1 + weight) - 0.03
+    assert all(tenant.launches for tenant in got.tenants.values())
+
+
+def test_entitlements_are_of_units_and_divided_inside() -> None:
+    unit = Unit(OUTER, Share(weight=200), Account())
+    shares = {1: Share(weight=300), 2: Share(), 50: Share(weight=200)}
+    got = entitled(shares, {1: unit, 2: unit})
+    assert (got[1], got[2], got[50]) == pytest.approx((0.375 * MILLION, 0.125 * MILLION, 0.5 * MILLION), abs=2)
+
+
+def test_a_share_that_goes_leaves_those_inside_their_own() -> None:
+    it = nested(Share(), [Share(), Share()], Tenant(50)).run(2.0)
+    it.turns.share_out({1: Share(), 2: Share(), 50: Share()}, it.now)
+    it._ring()
+    before = {key: tenant.done_ns for key, tenant in it.tenants.items()}
+    it.run(SECONDS)
+    part = {key: tenant.done_ns - before[key] for key, tenant in it.tenants.items()}
+    assert part[50] / sum(part.values()) == pytest.approx(1 / 3, abs=0.02)
