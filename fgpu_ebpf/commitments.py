@@ -20,7 +20,7 @@ from fgpu_ebpf.tenant_tree import TenantTree, below
 from fgpu_ebpf.tenants import Tenant
 
 T = TypeVar("T")
-Saved = tuple[dict[int, dict[int, int]], dict[int, dict[int, str]]]
+Saved = tuple[dict[int, Mapping[int, int]], dict[int, Mapping[int, str]], set[int]]
 
 
 class Commitments:
@@ -31,8 +31,10 @@ class Commitments:
         self._capacity = {device.index: device.usable_bytes for device in devices}
         self.overcommit = overcommit
         self.held_elsewhere: Callable[[int], int] = lambda _: 0
-        self._granted: dict[int, dict[int, int]] = {}  # bytes by cgroup and device
-        self._denied: dict[int, dict[int, str]] = {}  # why, by cgroup and device
+        # By cgroup and device: bytes, and why not. What is inside is replaced, never changed: save() takes no copies.
+        self._granted: dict[int, Mapping[int, int]] = {}
+        self._denied: dict[int, Mapping[int, str]] = {}
+        self._lacking: set[int] = set()  # cgroups that were denied something, or have less than they asked for
         self._sums: dict[int, int] | None = None  # committed bytes by device, while known
 
     def add_device(self, device: Device) -> None:
@@ -44,26 +46,25 @@ class Commitments:
         """Enters what was decided before this start: a limit of 0 was denied."""
         for index in devices:
             if tenant.limits[index]:
-                self._granted.setdefault(tenant.cgroup, {})[index] = tenant.limits[index]
+                _enter(self._granted, tenant.cgroup, index, tenant.limits[index])
             else:
-                reason = "there was no room for it when the agent ended"
-                self._denied.setdefault(tenant.cgroup, {})[index] = reason
+                self._deny(tenant.cgroup, index, "there was no room for it when the agent ended")
         self._sums = None
 
     def forget(self, cgroup: int) -> None:
         """The cgroup is no tenant any more."""
         self._granted.pop(cgroup, None)
         self._denied.pop(cgroup, None)
+        self._lacking.discard(cgroup)
         self._sums = None
 
     def save(self) -> Saved:
         """All of it, for restore()."""
-        granted = {cgroup: dict(found) for cgroup, found in self._granted.items()}
-        return granted, {cgroup: dict(found) for cgroup, found in self._denied.items()}
+        return dict(self._granted), dict(self._denied), set(self._lacking)
 
     def restore(self, saved: Saved) -> None:
         """As it was."""
-        self._granted, self._denied = saved
+        self._granted, self._denied, self._lacking = saved
         self._sums = None
 
     # -- who counts where
@@ -127,7 +128,7 @@ class Commitments:
     def try_again(self) -> list[Tenant]:
         """There may be room for those who were denied, or who grew in vain; returns those that got more."""
         more = []
-        for cgroup in [*self._denied, *self._granted]:
+        for cgroup in sorted(self._lacking):
             tenant = self._tree.get(cgroup)
             if tenant is None:
                 continue
@@ -135,6 +136,8 @@ class Commitments:
             for index in [*self._denied.get(cgroup, ()), *self._short(tenant)]:
                 if tenant.limits[index]:  # 0: as it was pinned, until it is known what is wanted
                     self._grant(tenant, index)
+            if cgroup not in self._denied and not self._short(tenant):
+                self._lacking.discard(cgroup)
             if self.in_force(tenant) != before:
                 more.append(tenant)
         return more
@@ -147,15 +150,22 @@ class Commitments:
         had, limit = self._granted.get(tenant.cgroup, {}).get(index), tenant.limits[index]
         lack = self._lack_on(tenant, index)
         if lack and not had:
-            self._denied.setdefault(tenant.cgroup, {})[index] = lack
+            self._deny(tenant.cgroup, index, lack)
             _remove(self._granted, tenant.cgroup, index)
             return
-        self._granted.setdefault(tenant.cgroup, {})[index] = min(limit, had) if lack and had else limit
+        granted = min(limit, had) if lack and had else limit
+        _enter(self._granted, tenant.cgroup, index, granted)
         _remove(self._denied, tenant.cgroup, index)
+        if granted != limit:
+            self._lacking.add(tenant.cgroup)
         if had is not None or self._tree.has_inside(tenant.path):
             self._sums = None
         elif self._sums is not None:
             self._sums[index] = self._sums.get(index, 0) + self._promise(tenant.cgroup, index)
+
+    def _deny(self, cgroup: int, index: int, reason: str) -> None:
+        _enter(self._denied, cgroup, index, reason)
+        self._lacking.add(cgroup)
 
     # -- room
 
@@ -226,8 +236,13 @@ def _is_limit(limit: int) -> bool:
     return limit != pages.NO_LIMIT
 
 
-def _remove(found: dict[int, dict[int, T]], cgroup: int, index: int) -> None:
-    of_cgroup = found.get(cgroup, {})
-    of_cgroup.pop(index, None)
-    if not of_cgroup:
+def _enter(found: dict[int, Mapping[int, T]], cgroup: int, index: int, value: T) -> None:
+    found[cgroup] = {**found.get(cgroup, {}), index: value}
+
+
+def _remove(found: dict[int, Mapping[int, T]], cgroup: int, index: int) -> None:
+    left = {i: value for i, value in found.get(cgroup, {}).items() if i != index}
+    if left:
+        found[cgroup] = left
+    else:
         found.pop(cgroup, None)
