@@ -158,13 +158,19 @@ class Place:
             self.above[-1].clock_ns = max(self.above[-1].clock_ns, self.account.virtual_ns)
         return self.virtual_ns()
 
-    def change(self, above: tuple[Unit, ...], now_ns: int) -> None:
-        """These units are around it now, and its own share is as asked. What it has used stays."""
+    def change(self, above: tuple[Unit, ...], now_ns: int) -> bool:
+        """These units are around it now, and its own share is as asked. What its limit leaves in hand stays.
+
+        True: it is in another unit than before, or in none any more, where virtual time is another.
+        """
+        is_elsewhere = above[-1:] != self.above[-1:]
         account, was = self.account.at(now_ns, self.share)._replace(at_ns=now_ns), self.share
         self.above, self.share = above, effective(self.asked, above)
         more = self.share.limited and not was.limited
-        self.account = account._replace(in_hand_ns=self.share.ample_ns) if more else account
+        account = account._replace(in_hand_ns=self.share.ample_ns) if more else account
+        self.account = account._replace(virtual_ns=0) if is_elsewhere else account
         self.shy_until_ns = 0
+        return is_elsewhere
 
     def count_up(self, now_ns: int) -> None:
         """With what limits have let in since the last time."""

@@ -55,8 +55,7 @@ class Turns:
             del self.places[tenant]
             for places in (self._here, self._running, self._queue):
                 places.pop(tenant, None)
-        self._changed &= set(shares)
-        self._users_changed = True
+        self._changed, self._users_changed = self._changed & set(shares), True
         self._units.share_out(shares, now_ns)
         for tenant, share in shares.items():
             place = self.places.get(tenant)
@@ -73,7 +72,8 @@ class Turns:
 
     def _change(self, place: Place, above: tuple[Unit, ...], now_ns: int) -> None:
         """It has another share, or others around it: it joins anew, among its equals."""
-        place.change(above, now_ns)
+        if place.change(above, now_ns):
+            self._join(place, now_ns, is_waiting=False)
         self._users_changed = True
         self._stand_back(place)
 
@@ -106,8 +106,7 @@ class Turns:
         return {place.tenant for place in waiting if any(place.waits_for(owner) for owner in owners)}
 
     def _coming_back(self) -> list[Place]:
-        """Those whose turn was cut and has passed to another: nobody has to hear that they have drained, and soon want
-        to go on. They are looked at when something else is due."""
+        """Those whose turn was cut and has passed to another: they are looked at when something else is due."""
         return [place for place in self._running.values() if place.comes_back()]
 
     def step(self, news: Mapping[int, Seen], now_ns: int) -> set[int]:
@@ -216,10 +215,11 @@ class Turns:
         elif place.since_ns is None:
             self._join(place, now_ns)
 
-    def _join(self, place: Place, now_ns: int) -> None:
+    def _join(self, place: Place, now_ns: int, is_waiting: bool = True) -> None:
         is_first = first_inside(place, (*self._queue.values(), *self._running.values()))
         place.join(self._clocks.now(place.seen.devices, place.share.rank), now_ns, is_first)
-        place.since_ns, self._queue[place.tenant] = now_ns, place
+        if is_waiting:
+            place.since_ns, self._queue[place.tenant] = now_ns, place
 
     def _stand_back(self, place: Place) -> None:
         place.since_ns = None

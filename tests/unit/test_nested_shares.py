@@ -122,3 +122,28 @@ def test_a_share_that_goes_leaves_those_inside_their_own() -> None:
     it.run(SECONDS)
     part = {key: tenant.done_ns - before[key] for key, tenant in it.tenants.items()}
     assert part[50] / sum(part.values()) == pytest.approx(1 / 3, abs=0.02)
+
+
+def parts(it: World, seconds: float) -> dict[int, float]:
+    """Of the device's time from here on."""
+    before = {key: tenant.done_ns for key, tenant in it.tenants.items()}
+    it._ring()  # the next step is told of everybody
+    it.run(seconds)
+    return {key: (tenant.done_ns - before[key]) / (seconds * S) for key, tenant in it.tenants.items()}
+
+
+@pytest.mark.parametrize("weight", [1, 100, 10_000])
+def test_a_share_around_tenants_that_run_starves_nobody(weight: int) -> None:
+    """Virtual time inside a unit is another than outside, both when the unit comes and when it goes."""
+    shares = {1: Share(weight=weight), 2: Share(weight=weight), 50: Share()}
+    it = World(*(Tenant(key, share) for key, share in shares.items())).run(20.0)
+    it.turns.share_out(shares | {OUTER: Share()}, it.now)
+    for inner in (1, 2):
+        it.turns.nest(inner, [OUTER], it.now)
+    got = parts(it, 2.0)
+    assert (got[1], got[2], got[50]) == pytest.approx((0.25, 0.25, 0.5), abs=0.03)
+    it.run(20.0)
+    it.turns.share_out(shares, it.now)
+    got = parts(it, 4.0)
+    total = 2 * weight + 100
+    assert (got[1], got[2], got[50]) == pytest.approx((weight / total, weight / total, 100 / total), abs=0.03)
