@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from fgpu_ebpf.scheduler import Account, Share, entitlements
+from fgpu_ebpf.scheduler import PLAIN_WEIGHT, ROUND_QUANTA, Account, Share, entitlements
 
 
 class Unit:
@@ -42,10 +42,17 @@ class Unit:
         for device in devices:
             self._accounts[device] = self._of(device).at(now_ns, self.share)
 
-    def join(self, devices: Iterable[int], clock_ns: int, now_ns: int) -> None:
-        """One inside wants a turn, and no other has wanted or had one: no credit for idle time."""
+    def join(self, devices: Iterable[int], clock_ns: int, now_ns: int, is_first: bool) -> None:
+        """One inside wants a turn; `is_first`: no other has wanted or had one. No credit for idle time.
+
+        Where others do, the unit may be behind by a round of turns that are not charged yet, and no more: what the
+        others want may be another device, or a turn in which they do nothing.
+        """
+        round_ns = ROUND_QUANTA * self.share.quantum_ns * PLAIN_WEIGHT // self.share.weight
         for device in devices:
-            self._accounts[device] = self._of(device).rested(now_ns, self.share).joining(clock_ns)
+            account = self._of(device)
+            rested = account.rested(now_ns, self.share).joining(clock_ns)
+            self._accounts[device] = rested if is_first else account.joining(clock_ns - round_ns)
 
     def charge(self, devices: Iterable[int], ns: int) -> None:
         """One inside has had so much of the time of each of these devices."""

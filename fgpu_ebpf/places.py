@@ -180,8 +180,8 @@ class Place:
 
     def join(self, clock_ns: int, now_ns: int, is_first: bool) -> None:
         """It wants a turn; `is_first`: nothing else of its unit has wanted or had one. No credit for idle time."""
-        for unit in self.above if is_first else ():
-            unit.join(self.seen.devices, clock_ns, now_ns)
+        for unit in self.above:
+            unit.join(self.seen.devices, clock_ns, now_ns, is_first)
         own_ns = self.above[-1].clock_ns if self.above else clock_ns
         self.account = self.account.rested(now_ns, self.share).joining(own_ns)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from slices_kit import MS, US, S, Steps, Tenant, World
+from slices_kit import MS, US, Hog, S, Steps, Tenant, World
 
 from fgpu_ebpf.nested_shares import Unit, entitled
 from fgpu_ebpf.scheduler import MILLION, Account, Share
@@ -147,3 +148,30 @@ def test_a_share_around_tenants_that_run_starves_nobody(weight: int) -> None:
     got = parts(it, 4.0)
     total = 2 * weight + 100
     assert (got[1], got[2], got[50]) == pytest.approx((weight / total, weight / total, 100 / total), abs=0.03)
+
+
+class Idler(Hog):
+    """Wants every turn, and launches nothing in it."""
+
+    def act(self, now_ns: int, is_open: bool, believed_ns: int) -> None:
+        self.said = (self.waiting, 0, 0, 0, True, now_ns, 0, 0)
+
+
+COVERS: dict[str, tuple[list[Tenant], list[Tenant]]] = {
+    "turns that are not used": ([Idler(3), Idler(4)], []),
+    "another device": ([Tenant(3, devices=frozenset({1}))], [Tenant(60, devices=frozenset({1}))]),
+    "a lower priority": ([Tenant(3, Share(rank=2))], []),
+}
+
+
+@pytest.mark.parametrize("cover", COVERS)
+def test_what_waits_inside_is_no_credit_for_one_that_comes(cover: str) -> None:
+    """Others inside want turns for 20 s and have next to none; then one inside that is busy comes."""
+    inner, others = deepcopy(COVERS[cover])
+    late, honest = Tenant(2, stopped=True), [Tenant(50), Tenant(51)]
+    inside = {tenant.key: [OUTER] for tenant in (late, *inner)}
+    it = World(late, *inner, *honest, *others, outer={OUTER: Share()}, inside=inside).run(20.0)
+    before, late.stopped = honest[0].done_ns, False
+    it.run(1.0)
+    assert late.done_ns / S > 0.25
+    assert (honest[0].done_ns - before) / S == pytest.approx(1 / 3, abs=0.07)
