@@ -100,9 +100,9 @@ class Level:
         if limit is not None:
             self.limit(limit)
 
-    def limit(self, bytes_: int, flags: int = 0, uncommitted: bool = False) -> None:
-        devices = frozenset({0} if uncommitted else ())
-        self.kernel.ledger.set_limits([LevelLimits(self.cgroup, {0: bytes_, 1: bytes_}, flags, uncommitted=devices)])
+    def limit(self, bytes_: int, flags: int = 0, uncommitted: bool = False, devices: tuple[int, ...] = (0,)) -> None:
+        limits, first = dict.fromkeys(devices, bytes_), frozenset({0} if uncommitted else ())
+        self.kernel.ledger.set_limits([LevelLimits(self.cgroup, limits, flags, uncommitted=first)])
 
     def usage(self) -> Usage:
         usage = self.kernel.ledger.usage(self.cgroup)

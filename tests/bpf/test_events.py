@@ -91,7 +91,7 @@ def test_a_refusal_says_who_and_how_much(events, level, client):
 
 
 def test_a_first_use_is_held_and_told_until_the_agent_has_decided(kernel, events, level, client):
-    level.limit(8 * MIB, uncommitted=True)
+    level.limit(8 * MIB, uncommitted=True, devices=(0, 1))
     assert client(f"admit({MIB})") == pages.Verdict.REFUSED
     (event,) = of(events, level)
     assert (event.kind, event.tgid, event.bytes, event.device) == (News.FIRST_USE, client.pid, MIB, 0)

@@ -275,10 +275,11 @@ def tenants(tmp_path: Path) -> Iterator[harness.Place]:
 def test_room_that_others_take_is_no_longer_offered(
     kubelet: kit.Kubelet, plugin: kit.Plugin, tenants: harness.Place, uuids: list[str]
 ) -> None:
-    """A tenant that is no pod takes all but 3 GiB of each device."""
+    """A tenant that is no pod takes all but 3 GiB of each device, by name: else it would count from its first use on."""
     two, one = kubelet.resource("2gib-25pct"), kubelet.resource("1gib")
     capacity = min(device["capacity_bytes"] for device in harness.ask(verb="offers")["devices"])
-    tenant = tenants.tenant(capacity - 3 * harness.GIB)
+    tenant, memory = tenants.tenant(None), f"{capacity - 3 * harness.GIB}B"
+    harness.fgpu("set", tenant.path, "--memory", memory, "--device", uuids[0], "--device", uuids[1])
     harness.eventually(lambda: len(two.healthy) == 2, 30, "one of two on each")
     assert [id_[:40] for id_ in two.healthy] == uuids
     assert one.healthy == one.ids, "three of 1 GiB fit"
