@@ -275,7 +275,7 @@ def tenants(tmp_path: Path) -> Iterator[harness.Place]:
 def test_room_that_others_take_is_no_longer_offered(
     kubelet: kit.Kubelet, plugin: kit.Plugin, tenants: harness.Place, uuids: list[str]
 ) -> None:
-    """A tenant that is no pod takes all but 3 GiB of each device, which are named: else it counts from its first use."""
+    """A tenant that is no pod takes all but 3 GiB of each device: they are named, so its limit counts at once."""
     two, one = kubelet.resource("2gib-25pct"), kubelet.resource("1gib")
     capacity = min(device["capacity_bytes"] for device in harness.ask(verb="offers")["devices"])
     tenant, memory = tenants.tenant(None), f"{capacity - 3 * harness.GIB}B"
