@@ -424,7 +424,7 @@ enum fgpu_news {
     FGPU_NEWS_REMOVED,
     FGPU_NEWS_ENDED, /* on the bell: a process that had a context runs no more; the driver may still be busy with it */
     FGPU_NEWS_EXECUTED,  /* a program begins in the level `cgroup`; the first few of a second */
-    FGPU_NEWS_FIRST_USE, /* of the device, by a process of the level `cgroup`, whose limit is uncommitted there */
+    FGPU_NEWS_FIRST_USE, /* of the device, by a process of the level `cgroup`, which is uncommitted there */
 };
 enum fgpu_fate { FGPU_FATE_SENT, FGPU_FATE_RATE, FGPU_FATE_FULL };
 struct fgpu_event {

@@ -12,7 +12,7 @@ from fgpu_ebpf import pages, procfs
 from fgpu_ebpf.enforcer import Enforcer
 from fgpu_ebpf.history import History
 from fgpu_ebpf.ledger import Ledger
-from fgpu_ebpf.processes import Process
+from fgpu_ebpf.processes import Process, levels_of
 from fgpu_ebpf.quantities import memory_text
 from fgpu_ebpf.reconcile import Truth
 from fgpu_ebpf.unwitnessed import Unwitnessed
@@ -51,7 +51,7 @@ class Adoption:
             return
         self._last = truth
         self._enforcer.spare_elders()
-        self._enforcer.use_charged()
+        self._enforcer.use_charged(levels_of(truth.processes))
         beyond = self._unwitnessed.find(truth.processes, truth.orphans)
         strangers = truth.strangers() | {pid for pid, _ in beyond}
         known = {pid: p for pid in strangers if (p := self._ledger.process(pid)) and p.levels}

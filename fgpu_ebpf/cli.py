@@ -158,9 +158,9 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _limit_text(name: str, value: object) -> str:
+def _limit_text(name: str, value: Any) -> str:
     if name == "devices":
-        return f"device {', '.join(map(str, value))}" if isinstance(value, tuple) else ""
+        return f"device {', '.join(value)}"
     return str(value) if name == "memory" else f"{name} {value}"
 
 

@@ -5,7 +5,7 @@ use one. Where the tenant has one device, or its devices were named when it was 
 them from the first process on. Inside a group that has a limit only the group counts.
 
 Owns: what each tenant is granted and denied on each device, and the sums. Never: writes a limit (`enforcer` does) or
-asks who uses what. Pure.
+asks which process uses what. Pure.
 """
 
 from __future__ import annotations
@@ -67,12 +67,16 @@ class Commitments:
         self._granted, self._denied, self._lacking = saved
         self._sums = None
 
-    # -- who counts where
+    # -- which limit counts where
 
     def unit(self, tenant: Tenant) -> Tenant | None:
-        """The outermost level of a tenant whose limit counts: itself, or a group; None: it has no limit."""
+        """The outermost level with a limit that counts: the tenant itself, or a group; None: it has no limit."""
         levels = [tenant, *self._tree.around(tenant)]
         return next((level for level in reversed(levels) if counts(level)), None)
+
+    def _is_inside(self, tenant: Tenant) -> bool:
+        """A group around it has a limit that counts."""
+        return any(counts(group) for group in self._tree.around(tenant))
 
     def granted_inside(self, group: Tenant) -> set[int]:
         """Devices on which tenants inside a group count, each for itself."""
@@ -105,7 +109,7 @@ class Commitments:
 
     def commit(self, tenant: Tenant, devices: Iterable[int]) -> str:
         """Lets the limit count on these devices where it does not yet; returns why it cannot on the first, or empty."""
-        new = [index for index in devices if index in self.undecided(tenant)]
+        new = sorted(self.undecided(tenant).intersection(devices))
         for index in new:
             self._grant(tenant, index)
         denied = self._denied.get(tenant.cgroup, {})
@@ -113,7 +117,7 @@ class Commitments:
 
     def renew(self, tenant: Tenant) -> None:
         """Its limits have changed, or a group around it: what counts is granted anew, as far as there is room."""
-        if self.unit(tenant) not in (tenant, None):
+        if self._is_inside(tenant):
             self.forget(tenant.cgroup)
         if not self.is_used(tenant.cgroup):
             return
@@ -126,7 +130,7 @@ class Commitments:
             self._grant(tenant, index)
 
     def try_again(self) -> list[Tenant]:
-        """There may be room for those who were denied, or who grew in vain; returns those that got more."""
+        """There may be room for tenants that were denied, or that grew in vain; returns those that got more."""
         more = []
         for cgroup in sorted(self._lacking):
             tenant = self._tree.get(cgroup)
@@ -182,7 +186,7 @@ class Commitments:
 
     def _lack_on(self, tenant: Tenant, index: int) -> str:
         """Why its limit does not fit on this device; empty: it does."""
-        if self.overcommit or not counts(tenant) or any(counts(group) for group in self._tree.around(tenant)):
+        if self.overcommit or not counts(tenant) or self._is_inside(tenant):
             return ""
         others = self.committed(index, tenant) + self.held_elsewhere(index)
         limit, capacity = tenant.limits[index], self._capacity.get(index, 0)
@@ -211,7 +215,7 @@ class Commitments:
     def _promise(self, cgroup: int, index: int) -> int:
         """What counts of what one is granted: nothing inside a group that has a limit itself."""
         limit, tenant = self._granted[cgroup].get(index, 0), self._tree.get(cgroup)
-        if tenant is None or not _is_limit(limit) or any(counts(group) for group in self._tree.around(tenant)):
+        if tenant is None or not _is_limit(limit) or self._is_inside(tenant):
             return 0
         return min(limit, self._capacity.get(index, 0))
 

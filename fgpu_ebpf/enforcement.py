@@ -57,6 +57,14 @@ def enforcement(unenforced: str, observe: bool, kill: bool, bypassing: Iterable[
     return Enforcement.COOPERATIVE if ways else Enforcement.KERNEL
 
 
+def denial(tenant: Mapping[str, Any]) -> str:
+    """What a tenant lacks, of a Snapshot's JSON or a level of `fgpu explain`; empty: it has what it is to have."""
+    if not tenant["denied"]:
+        return ""
+    somewhere = any(device["limit_bytes"] for device in tenant["devices"])
+    return f"gets nothing{' on some devices' if somewhere else ''}: {tenant['denied']}"
+
+
 def sentence(tenant: Mapping[str, Any]) -> str:
     """Of a tenant of a Snapshot's JSON, where a process is only counted; else empty."""
     if tenant["enforcement"] != Enforcement.COUNTED:

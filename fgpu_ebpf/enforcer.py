@@ -140,7 +140,7 @@ class Enforcer:
         self._try_those_who_lack()
 
     def _enter_all(self, tenants: Sequence[Tenant]) -> list[Tenant]:
-        """Returns others inside these, whose limits count no longer, or again. A group counts where they counted."""
+        """Returns other tenants inside these: their limits count no longer, or again. A group counts where they did."""
         before = {tenant.cgroup: self.get(tenant.cgroup) for tenant in tenants}
         counted = {t.cgroup: self.commitments.granted_inside(t) for t in tenants if counts(t)}
         for tenant in tenants:
@@ -158,8 +158,10 @@ class Enforcer:
         inside = [tenant for tenant in self if tenant.path.startswith(prefixes)] if prefixes else []
         for tenant in inside:
             self.commitments.renew(tenant)
-        for cgroup in self._in_use(inside):
-            self._commit_used(cgroup)
+        in_use = set(self._in_use(inside))
+        for tenant in inside:
+            if tenant.cgroup in in_use:
+                self._commit_used(tenant)  # the caller tells the kernel of all of these
         return inside
 
     def _in_use(self, tenants: Iterable[Tenant]) -> list[int]:
@@ -270,19 +272,28 @@ class Enforcer:
         tenant = self.get(cgroup)
         if tenant is None:
             return
-        unit = self.commitments.unit(tenant)
-        before = self._in_force(unit) if unit else None
-        self._commit_used(cgroup)
-        if unit and self._in_force(unit) != before:
-            self._ledger.set_limits([self._in_force(unit)])
+        self._put_used([tenant])
         for level in reversed([tenant, *self.around(tenant)]):
             self._ledger.resolve(level.cgroup, True)
 
-    def _commit_used(self, cgroup: int) -> None:
-        tenant = self.get(cgroup)
-        unit = self.commitments.unit(tenant) if tenant else None
-        if unit:
-            self.commitments.commit(unit, self._first_used(unit))
+    def use_charged(self, levels: Iterable[int]) -> None:
+        """Limits of these levels count where a process has memory that it did not ask for. Raises OSError."""
+        self._put_used(t for cgroup in levels if (t := self.get(cgroup)) and counts_by_device(t))
+
+    def _put_used(self, tenants: Iterable[Tenant]) -> None:
+        changed = [unit for tenant in tenants if (unit := self._commit_used(tenant))]
+        if changed:
+            self._ledger.set_limits([self._in_force(unit) for unit in changed])
+
+    def _commit_used(self, tenant: Tenant) -> Tenant | None:
+        """Lets the tenant's unit count where it has memory; returns the unit if the kernel has to be told."""
+        unit = self.commitments.unit(tenant)
+        new = self._first_used(unit) if unit else []
+        if unit is None or not new:
+            return None
+        before = self._in_force(unit)
+        self.commitments.commit(unit, new)
+        return unit if self._in_force(unit) != before else None
 
     def _first_used(self, unit: Tenant) -> list[int]:
         """Devices on which its limit is to count from now on."""
@@ -304,13 +315,6 @@ class Enforcer:
         levels = [unit] if unit is tenant else [unit, tenant]  # a group around it may have a limit since
         self._ledger.set_limits([self._in_force(level) for level in levels])
         return lack
-
-    def use_charged(self) -> None:
-        """Limits count on devices where processes have memory that they did not ask for. Raises OSError."""
-        open_ = {t.cgroup for t in self if counts_by_device(t) and self.commitments.undecided(t)}
-        if open_:
-            for cgroup in open_ & levels_of(self._ledger.processes()):
-                self.use(cgroup)
 
     def answer(self, path: str, lacking: Mapping[str, int] = MappingProxyType({})) -> None:
         """A program in this cgroup waits for what was decided: its limit is used now, or it is known to have none.

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fgpu_ebpf import orphan_text, pages, shimless
-from fgpu_ebpf.enforcement import Enforcement, enforcement
+from fgpu_ebpf.enforcement import Enforcement, denial, enforcement
 from fgpu_ebpf.ledger import Ledger
 from fgpu_ebpf.manager import Manager
 from fgpu_ebpf.policy import Priority
@@ -188,9 +188,8 @@ def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:
         lines.append(f"  level {level['tenant']} ({level['by']})")
         lines += [f"    {_device_line(device)}" for device in level["devices"]]
         lines += [f"    {_time_line(time)}" for time in level["compute"]]
-        if level["denied"]:
-            anywhere = any(device["limit_bytes"] for device in level["devices"])
-            lines.append(f"    gets nothing{' on some devices' if anywhere else ''}: {level['denied']}")
+        if said := denial(level):
+            lines.append(f"    {said}")
     why = answer["unenforced"] or Enforcement(answer["enforcement"]).words
     lines.append(f"  enforcement: {answer['enforcement']}{f': {why}' if why else ''}")
     lines += [f"  orphaned: {orphan_text.sentence(orphan)}" for orphan in orphan_text.lasting(answer["orphans"])]

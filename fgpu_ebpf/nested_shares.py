@@ -1,10 +1,11 @@
-"""Shares inside a share: a level with a share whose inner levels have shares too gets no more for that.
+"""Shares inside a share: a level gets no more time for levels with shares that lie inside it.
 
 A *unit* is such a level, with all that lies inside. Devices' time is divided among units and other tenants by their
 own virtual time, and a unit's part among the tenants inside by theirs. Each ceiling on the way holds. What a unit has
 used stays with it, whichever cgroups are made and removed inside.
 
-Owns: what units have used, on each device. Never: decides whose turn it is (`turns` does), asks the time. Cannot fail.
+Owns: what units have used, on each device. Never: decides which turn comes next (`turns` does), or asks the time.
+Cannot fail.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 import fgpu_ebpf
 from fgpu_ebpf import bars, health, keeper, ranking
 from fgpu_ebpf.checks import Check
-from fgpu_ebpf.enforcement import Enforcement
+from fgpu_ebpf.enforcement import Enforcement, denial
 from fgpu_ebpf.ranking import BY_WORD, COLUMNS, GPU, TENANT, Order, Row
 from fgpu_ebpf.snapshot import Fields, Snapshot, no_limit
 
@@ -121,9 +121,8 @@ def _full(row: Row) -> float | None:
 
 def _notes(tenant: Mapping[str, Any]) -> Iterator[str]:
     """What a number does not say, in the words of `fgpu explain`."""
-    if tenant["denied"]:
-        anywhere = any(device["limit_bytes"] for device in tenant["devices"])
-        yield f"gets nothing{' on some devices' if anywhere else ''}: {tenant['denied']}"
+    if said := denial(tenant):
+        yield said
     around, why = (
         ", ".join(f"{count} {word}" for word, count in sorted(tenant[kind].items()))
         for kind in ("bypassing", "shimless")

@@ -145,8 +145,10 @@ class Place:
 
     def afresh(self) -> Place:
         """As one of which nothing was heard yet; what it has used stays, and what is counted."""
-        kept = {"number": self.number, "counts": self.counts, "trust": self.trust}
-        return Place(self.tenant, self.share, self.account, asked=self.asked, above=self.above, **kept)  # type: ignore[arg-type]
+        return Place(
+            self.tenant, self.share, self.account, number=self.number, counts=self.counts, trust=self.trust,
+            asked=self.asked, above=self.above,
+        )  # fmt: skip
 
     def virtual_ns(self) -> int:
         """By which its turns come: its unit's, if it is inside one."""

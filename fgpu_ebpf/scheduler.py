@@ -94,7 +94,7 @@ def opening(share: Share, now_ns: int) -> Account:
 class Waiter(NamedTuple):
     """A tenant that wants all of `devices`, since when. It may begin: its limit lets it.
 
-    `inner_ns`: its virtual time inside a unit (`nested_shares`), whose own is `virtual_ns` then.
+    `inner_ns`: its virtual time inside a unit (`nested_shares`); `virtual_ns` is that of the unit then.
     """
 
     tenant: int

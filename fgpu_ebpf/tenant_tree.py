@@ -39,7 +39,7 @@ class TenantTree:
         return self._tenants.get(cgroup)
 
     def at(self, path: str) -> Tenant | None:
-        """The tenant whose cgroup is exactly there."""
+        """The tenant of exactly that cgroup."""
         return self._tenants.get(self._paths.get(path, -1))
 
     def around(self, tenant: Tenant) -> list[Tenant]:

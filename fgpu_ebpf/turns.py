@@ -106,7 +106,7 @@ class Turns:
         return {place.tenant for place in waiting if any(place.waits_for(owner) for owner in owners)}
 
     def _coming_back(self) -> list[Place]:
-        """Those whose turn was cut and has passed to another: they are looked at when something else is due."""
+        """Their turn was cut and has passed to another: they are looked at when something else is due."""
         return [place for place in self._running.values() if place.comes_back()]
 
     def step(self, news: Mapping[int, Seen], now_ns: int) -> set[int]:
@@ -205,7 +205,7 @@ class Turns:
             until_ns, idle_ns = min(now_ns, turn.active_ns), max(0, seen.idle_ns - turn.rest_ns)
         turn.rest_ns = 0 if seen.in_flight else max(0, now_ns - seen.ended_ns)
         place.count_up(now_ns)
-        place.charge(max(0, until_ns - since_ns - idle_ns))
+        place.charge(until_ns - since_ns - idle_ns)
         place.busy_ns = 0 if place.is_idle(turn, now_ns) else place.busy_ns + max(0, now_ns - turn.charged_ns)
         turn.charged_ns = max(turn.charged_ns, now_ns)
 
@@ -368,7 +368,7 @@ class Turns:
         if turn.handed_ns and place.seen.drained:
             ended_ns = passed_ns = place.passed_ns(turn)
             self._begin_earlier(turn, ended_ns)
-        place.charge(max(0, ended_ns - max(turn.charged_ns, place.begun_ns(turn))))
+        place.charge(ended_ns - max(turn.charged_ns, place.begun_ns(turn)))
         if turn.closing_ns:
             overrun = not place.seen.drained and not turn.rested  # its work has ended, and it has not looked
             for device in turn.devices:
@@ -397,4 +397,4 @@ class Turns:
             turn = place.turn
             if turn and turn is not before and turn.begins_ns == before.handed_ns and turn.devices & before.devices:
                 since_ns = max(ended_ns, place.begun_ns(turn))
-                place.charge(max(0, turn.begins_ns - since_ns))
+                place.charge(turn.begins_ns - since_ns)

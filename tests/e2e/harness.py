@@ -136,6 +136,19 @@ def ask(**request: Any) -> Any:
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
+def events(what: str) -> list[dict[str, Any]]:
+    """What `fgpu events` has of one kind, the oldest first."""
+    found = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
+    return [one for one in found if one["what"] == what]
+
+
+def fill(filler: Path) -> None:
+    """Not a byte is left on the file system of this file."""
+    with open(filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
 def metrics(page: str | None = None) -> Samples:
     """The metrics of this moment, or those of a page: (name, labels) -> value."""
     found = {}
@@ -276,10 +289,10 @@ class Service:
         if self.agent.poll() is not None:
             self.start_agent()
 
-    def kill_agent(self) -> None:
-        """kill -9."""
+    def kill_agent(self, how: int = signal.SIGKILL) -> None:
+        """kill -9, or another signal."""
         assert self.agent is not None
-        self.agent.kill()
+        self.agent.send_signal(how)
         self.agent.wait(30)
 
     def kill_gatekeeper(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from bypass_kit import BYPASS, RAW, Bypass
-from harness import BUILD, CONTEXT, MIB, SIM, Client, Service, Tenant, eventually, fgpu, metrics
+from harness import BUILD, CONTEXT, MIB, SIM, Client, Service, Tenant, events, eventually, fgpu, metrics
 
 NOBODY = 65534
 LIMIT = CONTEXT + 400 * MIB
@@ -72,8 +71,8 @@ def assert_named(tenant: Tenant, client: Client) -> None:
     eventually(lambda: is_named(tenant), 3, "its name")
 
     def told() -> bool:
-        found = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
-        return any((e["tenant"], e.get("pid")) == (tenant.name, client.pid) for e in found if e["what"] in TOLD)
+        found = [event for what in TOLD for event in events(what)]
+        return any((e["tenant"], e.get("pid")) == (tenant.name, client.pid) for e in found)
 
     eventually(told, 5, "the event")
     eventually(lambda: str(client.pid) in fgpu("ps").stdout, 3, "its line")

@@ -12,36 +12,34 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from docker_kit import DOCKERD, Docker
 from harness import (
-    CONTEXT,
     GPUS,
     MIB,
     REFUSED,
     ROOT,
     RUN_DIR,
     Cgroups,
-    Client,
     Service,
     Tenant,
     ask,
     eventually,
     fgpu,
+    fill,
     metrics,
     run_on_devices,
 )
+from held_kit import LIMIT, Held, filled
 
 inside = [
     pytest.mark.skipif(GPUS == "1", reason="is run by test_on_two_devices"),
     pytest.mark.skipif(not DOCKERD, reason="no dockerd: ./dev test unpacks it"),
     pytest.mark.timeout(900),
 ]
-STEP, ROOM = 2 * MIB, 40 * MIB
-LIMIT = CONTEXT + ROOM
 HEAD = "apiVersion: fgpu.dev/v1alpha1\nkind: GpuPolicy\n"
 POLICIES = {
     "turns": "memory: {limit: 558MiB}, compute: {weight: 100}",
@@ -55,43 +53,16 @@ POLICIES = {
 LABELS = 'selector: {cgroup: "docker/*", matchLabels: {tier: small}}, memory: {limit: 558MiB}'
 
 
-@dataclass
-class Column:
-    """A tenant under one feature, and the program that holds its memory."""
-
-    tenant: Tenant
-    client: Client
-    bytes: dict[int, int] = field(default_factory=lambda: {0: LIMIT})  # that the driver holds, by device
-    has_compute: bool = False
-    last: dict[int, int] = field(default_factory=dict)  # what it has allocated last, by device
+class Timed(Held):
+    """It has a share of the device's time too."""
 
     def check(self, lost: int = -1) -> None:
-        """At its limit: not a byte more or less, on the devices that are there; a program that starts gets nothing."""
-        for device, bytes_ in self.bytes.items():
-            if device != lost:
-                self._check(device, bytes_)
-        new = self.tenant.client()
-        assert new.do("context") == REFUSED
-        new.close()
-        eventually(lambda: self.ledger(lost) == {d: b for d, b in self.bytes.items() if d != lost}, 10, "the ledger")
-        assert not self.has_compute or self.tenant.memory()["compute"]
-
-    def _check(self, device: int, bytes_: int) -> None:
-        self.client.ok(f"device {device}")
-        assert self.client.do(f"alloc {STEP}") == REFUSED
-        assert self.tenant.driver_by_device()[device] == bytes_
-        self.client.ok(f"free {self.last[device]}")
-        (self.last[device],) = self.client.ok(f"alloc {STEP}")
-        assert self.client.do(f"alloc {STEP}") == REFUSED
-
-    def ledger(self, lost: int = -1) -> dict[int, int]:
-        """Bytes that are charged, by device."""
-        return {
-            d["gpu"]: d["used_bytes"] for d in self.tenant.view()["devices"] if d["used_bytes"] and d["gpu"] != lost
-        }
+        """And keeps it."""
+        super().check(lost)
+        assert self.tenant.memory()["compute"]
 
 
-class Denied(Column):
+class Denied(Held):
     """Its limit does not fit beside the others: it gets nothing."""
 
     def check(self, lost: int = -1) -> None:
@@ -101,7 +72,7 @@ class Denied(Column):
         eventually(lambda: re.search("do not fit on device 0|was no room", self.tenant.view()["denied"]), 5, "why")
 
 
-class Observed(Column):
+class Observed(Held):
     """Nothing is refused, all is counted."""
 
     def check(self, lost: int = -1) -> None:
@@ -113,7 +84,7 @@ class Observed(Column):
         eventually(lambda: self.ledger(lost) == {0: self.bytes[0]}, 10, "the ledger")
 
 
-class Orphaned(Column):
+class Orphaned(Held):
     """A child has the descriptors of a process that has ended, so the driver keeps its memory: it stays charged."""
 
     def check(self, lost: int = -1) -> None:
@@ -144,15 +115,15 @@ def places(strict: Service, tmp_path: Path) -> Iterator[tuple[Cgroups, Docker]]:
 
 
 @pytest.fixture
-def columns(places: tuple[Cgroups, Docker]) -> dict[str, Column]:
+def columns(places: tuple[Cgroups, Docker]) -> dict[str, Held]:
     """By feature, as the table names it."""
     group, docker = places
     made = {path: at(group, path) for path in POLICIES if path != "outer"}
     hand = at(group, "hand")
     fgpu("set", hand.path, "--memory", f"{LIMIT}B", "--device", "0")
     return {
-        "turns": filled(made["turns"], has_compute=True),
-        "two GPUs": filled(made["two"], {0: LIMIT, 1: LIMIT}),
+        "turns": filled(made["turns"], kind=Timed),
+        "two GPUs": filled(made["two"], (0, 1)),
         "two levels": filled(made["outer/inner"]),
         "observe": filled(made["observe"], kind=Observed),
         "by hand": filled(hand),
@@ -170,18 +141,7 @@ def at(group: Cgroups, path: str) -> Tenant:
     return tenant
 
 
-def filled(tenant: Tenant, bytes_: dict[int, int] | None = None, kind: type[Column] = Column, **more: bool) -> Column:
-    """A program of the tenant takes all that it may have on each device."""
-    client = tenant.client()
-    column = kind(tenant, client, bytes_ or {0: LIMIT}, **more)
-    for device in column.bytes:
-        client.ok(f"device {device}")
-        for _ in range(ROOM // STEP):
-            (column.last[device],) = client.ok(f"alloc {STEP}")
-    return column
-
-
-def orphaned(tenant: Tenant) -> Column:
+def orphaned(tenant: Tenant) -> Held:
     """A program of the tenant has ended, and its child has not."""
     column, other = filled(tenant), tenant.client()
     column.client.ok("linger")
@@ -198,16 +158,14 @@ class World:
     """What a fault is made with."""
 
     service: Service
-    columns: dict[str, Column]
+    columns: dict[str, Held]
     order: Callable[[str], None]
     scale: Callable[..., int]
     lost: int = -1  # a device, and with it what was on it
 
     def restart(self, how: int = signal.SIGKILL) -> None:
         """The agent ends, and another starts."""
-        assert self.service.agent
-        self.service.agent.send_signal(how)
-        self.service.agent.wait(30)
+        self.service.kill_agent(how)
         self.service.start_agent()
 
     def check(self) -> None:
@@ -303,13 +261,7 @@ def gpu_lost(world: World) -> None:
 
 def run_full(world: World) -> None:
     filler = RUN_DIR / "filler"
-    filler.write_bytes(b"")
-    while True:
-        try:
-            with open(filler, "ab", buffering=0) as file:
-                file.write(bytes(1 << 20))
-        except OSError:
-            break
+    fill(filler)
     world.restart()
     world.check()
     filler.unlink()
@@ -351,7 +303,7 @@ class TestInside:
     pytestmark = inside
 
     def test_the_table_holds(
-        self, strict: Service, columns: dict[str, Column], fault: Callable[[str], None], scale: Callable[..., int]
+        self, strict: Service, columns: dict[str, Held], fault: Callable[[str], None], scale: Callable[..., int]
     ) -> None:
         """One fault after the other: what one leaves behind, the next one meets."""
         world = World(strict, columns, fault, scale)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-import json
 import os
 import re
 import select
@@ -18,7 +17,21 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from harness import BUILD, ENVIRONMENT, FGPU, GIB, ROOT, SIM, Service, ask, cgroup_root, eventually, fgpu, metrics
+from harness import (
+    BUILD,
+    ENVIRONMENT,
+    FGPU,
+    GIB,
+    ROOT,
+    SIM,
+    Service,
+    ask,
+    cgroup_root,
+    events,
+    eventually,
+    fgpu,
+    metrics,
+)
 from held_file import HeldFile
 
 pytestmark = pytest.mark.timed
@@ -380,8 +393,7 @@ def test_an_overrun_is_told_with_whose_it_was(start) -> None:
     eventually(overran, 20, "an overrun")
 
     def told() -> list[dict[str, object]]:
-        events = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
-        return [event for event in events if (event["what"], event["tenant"]) == ("overrun", "stopped")]
+        return [event for event in events("overrun") if event["tenant"] == "stopped"]
 
     event = eventually(told, 15, "the event")[0]
     assert event["gpu"] == 0

@@ -27,6 +27,7 @@ from harness import (
     Tenant,
     ask,
     driver_books,
+    events,
     eventually,
     fgpu,
     steadily,
@@ -174,8 +175,7 @@ def test_one_that_takes_long_to_end_is_not_adopted(tenant, fault) -> None:
         assert one.view()["processes"] == []
     eventually(lambda: client.pid not in {entry["pid"] for entry in driver_books()}, 5, "the driver's end of it")
     eventually(lambda: one.memory()["used_bytes"] == 0, 1, "released")
-    told = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
-    assert [event for event in told if event["pid"] == client.pid and event["what"] == "adopted"] == []
+    assert [event for event in events("adopted") if event["pid"] == client.pid] == []
 
 
 @pytest.mark.timed

@@ -5,7 +5,6 @@ Needs a driver with eight devices and an agent of its own, and so runs itself in
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from harness import (
     Tenant,
     ask,
     cgroup_root,
+    events,
     eventually,
     fgpu,
     metrics,
@@ -71,11 +71,6 @@ def use(place: Cgroups, device: int) -> Client:
     return client
 
 
-def told(what: str) -> list[str]:
-    found = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
-    return [event["text"] for event in found if event["what"] == what]
-
-
 @inside
 @pytest.mark.timeout(170)
 def test_each_device_takes_as_many_as_fit_on_it(strict: Service, group: Cgroups) -> None:
@@ -91,7 +86,10 @@ def test_each_device_takes_as_many_as_fit_on_it(strict: Service, group: Cgroups)
     beyond = group.tenant(None).client()
     assert beyond.do("device 3") == REFUSED
     name = group.tenants[-1].name
-    assert f"8GiB for {name} do not fit on device 3: 72GiB of 74.7GiB are committed to others" in told("no room")[-1]
+    assert (
+        f"8GiB for {name} do not fit on device 3: 72GiB of 74.7GiB are committed to others"
+        in events("no room")[-1]["text"]
+    )
     assert "on device 3" in fgpu("explain", group.tenants[-1].path).stdout
     strict.kill_agent()
     strict.start_agent()

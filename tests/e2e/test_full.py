@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, GIB, MIB, RUN_DIR, Client, Service, Tenant, eventually, fgpu, metrics_page
+from harness import CONTEXT, GIB, MIB, RUN_DIR, Client, Service, Tenant, eventually, fgpu, fill, metrics_page
 
 LIMIT = 3 * CONTEXT + 40 * MIB
 STEP = 2 * MIB
@@ -137,13 +137,6 @@ def full(dead: Service) -> Iterator[Path]:
     finally:
         filler.unlink(missing_ok=True)
         subprocess.run(["mount", "-o", "remount,size=50%", RUN_DIR], check=True)
-
-
-def fill(filler: Path) -> None:
-    """Not a byte is left."""
-    with open(filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
 
 
 @pytest.mark.slow

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from harness import (
@@ -25,6 +23,7 @@ from harness import (
     ask,
     cgroup_root,
     driver_books,
+    events,
     eventually,
     fgpu,
     metrics,
@@ -100,12 +99,6 @@ def uses(bytes_: int) -> bool:
     """So much is charged, and the driver holds as much."""
     holds = sum(one[f"{kind}_bytes"] for one in driver_books() for kind in KINDS)
     return memory()["used_bytes"] == holds == bytes_
-
-
-def events(what: str) -> list[dict[str, Any]]:
-    """What `fgpu events` has of one kind."""
-    found = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
-    return [one for one in found if one["what"] == what]
 
 
 def test_who_runs_already_is_adopted_and_reported_and_nothing_more_fits(service: Service, before: Before) -> None:

@@ -12,27 +12,21 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from harness import (
-    CONTEXT,
-    MIB,
-    REFUSED,
     RUN_DIR,
     Cgroups,
-    Client,
     Place,
     Service,
-    Tenant,
     eventually,
+    fill,
     metrics,
 )
+from held_kit import LIMIT, Held, filled
 
 STATE = Path("/var/lib/fgpu")
-STEP, ROOM = 2 * MIB, 40 * MIB
-LIMIT = CONTEXT + ROOM
 RUN_FILES = (
     *("overrides.json", "engines.json", "tenants.json", "elders.json", "xids.json", "gatekeeper.json"),
     *("ld.so.preload", "agent.lock", "gatekeeper.lock", "control.sock", "discover.sock", "shim/shim.sock"),
@@ -89,33 +83,10 @@ def folder(path: Path) -> None:
 def full(path: Path) -> None:
     """Its file system has no byte left."""
     root = RUN_DIR if path.is_relative_to(RUN_DIR) else STATE
-    with open(root / "filler", "ab", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1 << 12))
+    fill(root / "filler")
 
 
 DAMAGES = (gone, empty, garbage, unknown_key, folder, full)
-
-
-@dataclass
-class Held:
-    """A tenant at its limit, and a program of it that holds all."""
-
-    tenant: Tenant
-    client: Client
-    last: int  # what it has allocated last
-
-    def assert_same(self) -> None:
-        """Not a byte more, not a byte less, and a program that starts now gets nothing."""
-        assert self.client.do(f"alloc {STEP}") == REFUSED
-        assert self.tenant.driver() == LIMIT
-        self.client.ok(f"free {self.last}")
-        (self.last,) = self.client.ok(f"alloc {STEP}")
-        assert self.client.do(f"alloc {STEP}") == REFUSED
-        new = self.tenant.client()
-        assert new.do("context") == REFUSED
-        new.close()
-        eventually(lambda: self.tenant.memory()["used_bytes"] == LIMIT == self.tenant.driver(), 5, "the exact number")
 
 
 class Kept:
@@ -140,9 +111,7 @@ class Kept:
                 remove(path)
 
     def start_after(self, damage: Callable[[Path], None], path: Path, how: int) -> None:
-        assert self._service.agent
-        self._service.agent.send_signal(how)
-        self._service.agent.wait(30)
+        self._service.kill_agent(how)
         self.restore()
         damage(path)
         self._service.start_agent()
@@ -179,9 +148,7 @@ def tenants(service: Service, kept: Kept, tmp_path: Path) -> Iterator[list[Held]
     found = []
     for tenant in (cgroups.tenant(None), cgroups.tenant(LIMIT), place.tenant(LIMIT)):
         tenant.assert_enforced()
-        client = tenant.client()
-        last = [client.ok(f"alloc {STEP}")[0] for _ in range(ROOM // STEP)]
-        found.append(Held(tenant, client, last[-1]))
+        found.append(filled(tenant))
     yield found
     for one in (cgroups, place):
         one.close()
@@ -195,7 +162,7 @@ def test_no_damage_to_a_file_changes_what_a_tenant_gets(
 ) -> None:
     """Every file, damaged in every way, before a start after SIGTERM and after SIGKILL."""
     for held in tenants:
-        held.assert_same()
+        held.check()
     kept.save()
     cells = list(itertools.product(FILES, DAMAGES))
     for number, (path, damage) in enumerate(cells):
@@ -203,6 +170,6 @@ def test_no_damage_to_a_file_changes_what_a_tenant_gets(
             try:
                 kept.start_after(damage, path, how)
                 for held in tenants:
-                    held.assert_same()
+                    held.check()
             except AssertionError as error:
                 raise AssertionError(f"{path} {damage.__name__}, after {how.name}") from error

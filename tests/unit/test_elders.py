@@ -103,7 +103,7 @@ class Host:
             elders=known or Elders(),
             get={7: SimpleNamespace(name="a", cgroup=7)}.get,
             spare_elders=self._spare,
-            use_charged=lambda: None,
+            use_charged=lambda _: None,
         )
         self.adoption = Adoption(lambda: self.truth, ledger, enforcer, self.history, Unwitnessed({0: CONTEXT}, MODULES))
 

@@ -446,8 +446,7 @@ def test_memory_that_was_not_asked_for_is_a_first_use(two, books):
     one = two.make("/one", 8)
     two.enforcer.put([one])
     books.used[one.cgroup, 1] = GIB
-    books.known = {5: SimpleNamespace(levels=(one.cgroup,), generation=1)}
-    two.enforcer.use_charged()
+    two.enforcer.use_charged({one.cgroup})
     assert (two.committed(0), two.committed(1), uncommitted(books, one)) == (0, 8 * GIB, {0})
 
 
