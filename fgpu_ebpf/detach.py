@@ -24,6 +24,7 @@ from fgpu_ebpf import (
     programs,
     published,
     shim_mounts,
+    sockets,
     tenant_names,
 )
 from fgpu_ebpf.elders import Elders
@@ -51,6 +52,7 @@ def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
     last_good.FILE.unlink(missing_ok=True)
     for name in _FILES:
         (run_dir / name).unlink(missing_ok=True)
+        sockets.remove_moved(run_dir / name)
     if by_agent or not locks.is_locked(run_dir / locks.AGENT):
         (run_dir / locks.AGENT).unlink(missing_ok=True)
     _leave(run_dir / "shim")

@@ -73,8 +73,8 @@ class Keeper:
         return True
 
     def answers(self) -> bool:
-        """A gatekeeper holds its lock and its socket."""
-        return is_up(self._run_dir)
+        """Return whether a gatekeeper holds its lock and accepts connections at its socket."""
+        return is_up(self._run_dir) and _accepts(self._run_dir / "shim/shim.sock")
 
     def stop(self) -> None:
         """Ends ours."""
@@ -111,6 +111,19 @@ def _greets(place: Path) -> bool:
             return bool(sock.recv(4096))
         except OSError:
             return False
+
+
+def _accepts(place: Path) -> bool:
+    """Return whether a process listens at a socket; none does at a folder, or at what a dead process left."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(str(place))
+        except BlockingIOError:  # a listener with a full queue
+            return True
+        except OSError:
+            return False
+        return True
 
 
 def is_up(run_dir: Path) -> bool:

@@ -1,6 +1,7 @@
 """Who starts a gatekeeper where there is none, and when: a service's own has the time to come back."""
 
 import fcntl
+import socket
 import subprocess
 
 import pytest
@@ -52,3 +53,21 @@ def test_a_gatekeeper_is_up_that_holds_its_lock_and_its_socket(tmp_path):
         socket.touch()
         assert keeper.is_up(tmp_path)
     assert not keeper.is_up(tmp_path)
+
+
+def test_a_gatekeeper_answers_once_it_listens(tmp_path):
+    """A folder in the place of the socket, or the socket of a killed gatekeeper, does not count."""
+    place = tmp_path / "shim/shim.sock"
+    place.mkdir(parents=True)
+    it = keeper.Keeper(tmp_path, tmp_path)
+    with open(tmp_path / "gatekeeper.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not it.answers()
+        place.rmdir()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(str(place))
+            assert not it.answers()
+            listener.listen(1)
+            assert it.answers()
+        assert place.exists()
+        assert not it.answers()
