@@ -1,7 +1,7 @@
 """How much each kind of allocation call gets under a limit, asking for three times as much in steps of 2 MiB.
 
 Each kind by the driver, by the runtime, and by both as a per-thread-default-stream build calls them (`thread`;
-bench/fill_calls.py has the list), some at a time, each a tenant. Prints `API_KIND_usable PERCENT %` (of limit minus
+bench/lib/fill_calls.py has the list), some at a time, each a tenant. Prints `API_KIND_usable PERCENT %` (of limit minus
 context; for graphs what the driver takes, and beside it what was asked for), and where there is any, what was held
 beyond the limit and the driver's word if it was not out-of-memory; `runtime absent` without a libcudart. Writes
 build/bench/calls.json; 1 where a kind was not refused at its limit or could not use it. Starts and stops the agent
@@ -19,15 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from cudart import libcudart
-from fill_calls import COMBINATIONS
-from memory import ROOT, BenchError, agent
-from tenants import Program, ending, memory_of
+from bench.lib.cudart import libcudart
+from bench.lib.fill_calls import COMBINATIONS
+from bench.lib.service import ROOT, BenchError, agent
+from bench.lib.tenants import Program, ending, memory_of
 
 OUT_OF_MEMORY = 2
 ENOUGH_PERCENT = 99.5
 RECONCILED_SECONDS = 1.2  # two reconciles
-SCRIPT = str(Path(__file__).with_name("fill_calls.py"))
+SCRIPT = str(ROOT / "bench/lib/fill_calls.py")
 PYTHON = os.environ.get("TORCH_PYTHON", "python3")
 
 

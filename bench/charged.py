@@ -1,10 +1,11 @@
 """Whether all memory that the device holds is charged: sharing, ends of processes, what the driver takes by itself.
 
-Each scenario (bench/charged_*.c) is a tenant of its own with a limit of 8 GiB. At each of its marks prints, in MiB, the
-device's memory in use since before the scenario and what the ledger has for the tenant, for how many milliseconds after
-the mark the ledger was lower, or higher, than the device's part, and NVML's rows by process. Then prints `charged_NAME
-VALUE UNIT`; writes build/bench/charged.json. 1 where both differ SECONDS after a mark, or where what is beyond the
-limit was not refused. Starts and stops the agent itself, unless one runs. Nothing else may use the device.
+Each scenario (bench/programs/charged_*.c) is a tenant of its own with a limit of 8 GiB. At each of its marks prints, in
+MiB, the device's memory in use since before the scenario and what the ledger has for the tenant, for how many
+milliseconds after the mark the ledger was lower, or higher, than the device's part, and NVML's rows by process. Then
+prints `charged_NAME VALUE UNIT`; writes build/bench/charged.json. 1 where both differ SECONDS after a mark, or where
+what is beyond the limit was not refused. Starts and stops the agent itself, unless one runs. Nothing else may use the
+device.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import nvml
 import pynvml
-from memory import ROOT, BenchError, agent, end_in_order
-from tenants import Program, ask, ending, record
+
+from bench.lib import nvml
+from bench.lib.service import ROOT, BenchError, agent, end_in_order
+from bench.lib.tenants import Program, ask, ending, record
 
 MIB = 1 << 20
 LIMIT = 8 << 30
-DRIVER_REST = 64 * MIB  # of a context or of managed memory, which NVML shows of no process: facts of one H200
 ROUNDING = 2 * MIB
 PERIOD_SECONDS, SETTLED_SECONDS = 0.02, 0.3
 SCENARIOS = {
@@ -38,12 +39,20 @@ SCENARIOS = {
     ),
 }  # fmt: skip
 PROGRAM_OF = {name: f"charged_{program}" for program, names in SCENARIOS.items() for name in names}
+# What the device holds and NVML shows of no process, as one H200 does: of each context, once of the device, what the
+# driver keeps of managed memory or takes for page tables of registered host memory (2 MiB a GiB), and 2 MiB from the
+# first launch of code that prints.
+CONTEXT_REST, DEVICE_REST, MANAGED_REST = 5.6 * MIB, 3.2 * MIB, 25 * MIB
+CONTEXTS = dict.fromkeys(("imp_dead", "ipc_free", "ipc_dead", "pool_exp", "contexts"), 2)  # at once; one in all others
+BESIDES = {"managed": MANAGED_REST, "fork_managed": MANAGED_REST, "hostreg": 8 * 2 * MIB, "fifo": 2 * MIB}
 REFUSED = {"exp_fd": "cuMemCreate returns 2", "stack": "cuCtxSetLimit returns 2"}
 
 
 @dataclass(slots=True)
 class Row:
-    """One mark. `lower_ms`, `higher_ms`: for how long after it the ledger was; `wrong`: what it still is at the end."""
+    """One mark. `device`, `ledger`: bytes; `lower_ms`, `higher_ms`: for how long after it the ledger was; `wrong`: what
+    it still is at the end.
+    """
 
     text: str
     device: int = 0
@@ -57,7 +66,12 @@ class Row:
         """As it is printed."""
         times = f"lower {self.lower_ms:4.0f} ms, higher {self.higher_ms:4.0f} ms"
         wrong = f"  <-- {', '.join(self.wrong)}" if self.wrong else ""
-        return f"   {self.text:<48} {self.device:>7} {self.ledger:>7}  {times}  {self.rows}{wrong}"
+        return f"   {self.text:<48} {self.device // MIB:>7} {self.ledger // MIB:>7}  {times}  {self.rows}{wrong}"
+
+
+def driver_rest(scenario: str) -> float:
+    """Bytes that the device may hold in a scenario and that NVML shows of no process."""
+    return CONTEXTS.get(scenario, 1) * CONTEXT_REST + DEVICE_REST + BESIDES.get(scenario, 0.0)
 
 
 def rows_of(roles: dict[int, str]) -> str:
@@ -121,10 +135,10 @@ class Scenario:
         row, begun = Row(text), time.monotonic()
         agreed = None
         while True:
-            row.device, row.ledger = (nvml.bytes_in_use() - self._before) // MIB, tenant_bytes(self._tenant) // MIB
+            row.device, row.ledger = nvml.bytes_in_use() - self._before, tenant_bytes(self._tenant)
             now = time.monotonic()
-            lower = row.device - row.ledger > DRIVER_REST // MIB
-            higher = row.ledger - row.device > (ROUNDING + host) // MIB
+            lower = row.device - row.ledger > driver_rest(self._name) + ROUNDING
+            higher = row.ledger - row.device > host + ROUNDING
             row.lower_ms = 1000 * (now - begun) if lower else row.lower_ms
             row.higher_ms = 1000 * (now - begun) if higher else row.higher_ms
             agreed = None if lower or higher else agreed or now
@@ -148,11 +162,15 @@ class Scenario:
         """A process of another tenant that has this pid, which has ended. BenchError: it was not to be had."""
         for _ in range(100):
             Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
-            victim = Program(["sleep", "60"], MIB, self._victim)
-            if victim.process.pid == pid:
-                time.sleep(1.0)  # until it is a tenant
-                return victim
-            victim.end()
+            victim = Program(["sleep", "60"], 2 * MIB, self._victim)
+            if victim.process.pid != pid:
+                victim.end()
+                continue
+            time.sleep(1.0)  # until it is a tenant
+            if all(tenant["tenant"] != self._victim for tenant in ask(verb="snapshot")["tenants"]):
+                victim.end()
+                raise BenchError(f"process {pid} of another tenant did not start")
+            return victim
         raise BenchError(f"pid {pid} is another's")
 
 

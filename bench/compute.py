@@ -15,11 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import faults
-import splits
-import trainings
-from memory import ROOT, BenchError, agent, end_in_order
-from shares import Bench, Skip, options
+from bench.lib import faults, splits, trainings
+from bench.lib.service import ROOT, BenchError, agent, end_in_order
+from bench.lib.shares import Bench, Skip, options
 
 LISTEN = "127.0.0.1:19425"
 Case = Callable[[Bench], None]

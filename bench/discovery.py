@@ -20,11 +20,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from memory import ROOT, BenchError, agent
-from tenants import ask, cgroup_root, record
-
-sys.path.append(str(ROOT / "tests/e2e"))
-from kernel_kit import limit_in_force
+from bench.lib.service import ROOT, BenchError, agent
+from bench.lib.tenants import ask, cgroup_root, record
+from tests.support.kernel import limit_in_force
 
 BAR_MS, PATIENCE_SECONDS = 100.0, 20.0
 LIVE, BURST, BURSTS, PROGRAMS = 200, 50, 11, 20

@@ -8,7 +8,7 @@
 #   CUDARTS       folders, with colons between, where more versions of libcudart lie (none)
 #   HEADERS       a folder with cuda.h, cudaTypedefs.h and nvml.h (build/headers, else the CUDA toolkit's)
 #   DRIVER_ROOT   where the driver's libraries lie (/)
-#   CLAIMS        which of them, by name: those of bench/gpu_check.py, and benchmarks (all)
+#   CLAIMS        which of them, by name: those of bench/gpu/check.py, and benchmarks (all)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -41,9 +41,10 @@ compile() { # compile SOURCE PROGRAM, unless bench/kit.sh has
 step machine 30 sh -c 'uname -r; nvidia-smi -L; nvidia-smi --query-gpu=driver_version,memory.total --format=csv,noheader; gcc --version | head -n 1'
 step shim 120 make -s -C shim OUT="$PWD/build/shim" HEADERS="$headers"
 step oci 60 make -s -C oci OUT="$PWD/build/oci"
-step client 60 bash -c "$(declare -f compile); headers=$headers; compile tests/e2e/client.c build/e2e/client"
-for source in examples/fill.c bench/*.c; do
-    step "${source##*/}" 60 bash -c "$(declare -f compile); headers=$headers; compile $source build/${source%.c}"
+step client 60 bash -c "$(declare -f compile); headers=$headers; compile tests/programs/client.c build/e2e/client"
+for source in examples/fill.c bench/programs/*.c; do
+    program=build/${source%%/*}/$(basename "$source" .c)
+    step "${source##*/}" 60 bash -c "$(declare -f compile); headers=$headers; compile $source $program"
 done
 claims='start views runtimes fill torch jax pair race kills restarts orphan'
 benchmarks='memory calls storm load steady truth compute'
@@ -51,8 +52,8 @@ for claim in ${CLAIMS:-$claims $benchmarks}; do
     more=()
     [ "$claim" != compute ] || more=(--quick)
     case " $benchmarks " in
-    *" $claim "*) step "$claim" 300 "$python" "bench/$claim.py" --driver-root "$DRIVER_ROOT" "${more[@]}" ;;
-    *) step "$claim" 240 "$python" bench/gpu_check.py "$claim" ;;
+    *" $claim "*) step "$claim" 300 "$python" -m "bench.$claim" --driver-root "$DRIVER_ROOT" "${more[@]}" ;;
+    *) step "$claim" 240 "$python" -m bench.gpu.check "$claim" ;;
     esac
 done
 printf '\n== end: %d failed: %s\n' "${#failed[@]}" "${failed[*]:-none}"

@@ -96,11 +96,12 @@ build() { # the shim, the OCI helper and the benchmarks' programs, as ./dev buil
     make -s -C oci OUT=/tmp/fgpu/tree/build/oci
     mkdir -p build/bench build/examples build/e2e
     ln -sfn /tmp/fgpu/headers build/headers
-    for source in bench/*.c examples/*.c; do
-        gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o "build/${source%.c}" "$source" -ldl -pthread
+    for source in bench/programs/*.c examples/*.c; do
+        program=build/${source%%/*}/$(basename "$source" .c)
+        gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o "$program" "$source" -ldl -pthread
     done
     for program in client life; do
-        gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o build/e2e/$program tests/e2e/$program.c -ldl -pthread
+        gcc -std=gnu11 -O2 -g -I/tmp/fgpu/headers -o build/e2e/$program tests/programs/$program.c -ldl -pthread
     done
 }
 

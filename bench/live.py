@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from memory import FGPU, ROOT, BenchError, agent, percentile
-from tenants import Program, ask, ending, record, service_pids
+from bench.lib.service import FGPU, ROOT, BenchError, agent, percentile
+from bench.lib.tenants import Program, ask, ending, record, service_pids
 
 LISTEN = "127.0.0.1:19426"
 MIB = 1 << 20

@@ -1,10 +1,11 @@
-"""Random lives (tests/e2e/life.c) on a real GPU: is all memory charged at every check, and does nothing stay behind?
+"""Random lives on a real GPU: is all memory charged at every check, and does nothing stay behind?
 
-LIVES programs, each in a tenant, take, share and give back memory in every way that a real driver bears, for MINUTES;
-some are killed in the middle of it. At each check all of them close what they share. Then nothing may be orphaned, and
-the ledger may have neither less than NVML shows of a tenant's processes nor, over all tenants, less than the device has
-in use since before, but for the driver's own part. Prints `lives_NAME VALUE UNIT`; writes build/bench/lives.json; 1
-where a check fails. Starts and stops the agent itself. Nothing else may use the device.
+LIVES programs (tests/programs/life.c), each in a tenant, take, share and give back memory in every way that a real
+driver bears, for MINUTES; some are killed in the middle of it. At each check all of them close what they share. Then
+nothing may be orphaned, and the ledger may have neither less than NVML shows of a tenant's processes nor, over all
+tenants, less than the device has in use since before, but for the driver's own part. Prints `lives_NAME VALUE UNIT`;
+writes build/bench/lives.json; 1 where a check fails. Starts and stops the agent itself. Nothing else may use the
+device.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nvml
 import pynvml
-from charged import MIB
-from memory import ROOT, BenchError, agent
-from tenants import Program, ask, cgroup_root, ending, record
+
+from bench.charged import MIB
+from bench.lib import nvml
+from bench.lib.service import ROOT, BenchError, agent
+from bench.lib.tenants import Program, ask, cgroup_root, ending, record
 
 LIMIT = 24 << 30
 CONTEXT_REST, DEVICE_REST = 6 * MIB, 32 * MIB  # of the driver alone, in no process's row: facts of one H200
@@ -158,7 +160,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--lives", type=int, default=4)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
-    parser.add_argument("--way", default="real", help="of tests/e2e/life.c")
+    parser.add_argument("--way", default="real", help="of tests/programs/life.c")
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--shim", type=Path, default=ROOT / "build/shim/libfgpu.so")
     given = parser.parse_args()

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from memory import ROOT, BenchError, agent
-from tenants import Program, cpu_ms, ending, record, service_pids
+from bench.lib.service import ROOT, BenchError, agent
+from bench.lib.tenants import Program, cpu_ms, ending, record, service_pids
 
 BAR_PERCENT = 1.0
 RUNS_A_PAIR = 6  # 5, and some for processes that come and go; more: other programs on this host use the driver

@@ -10,22 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import shlex
-import signal
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-ROOT = Path(__file__).resolve().parent.parent
-FGPU = shlex.split(os.environ.get("FGPU", "fgpu"))
+from bench.lib.service import FGPU, ROOT, BenchError, agent, on_one_processor, percentile
+
 # What is timed, how often a round, and the name under which it is printed.
 CALLS = (
     ("alloc", 1000, "alloc_4MiB"),
@@ -36,50 +27,7 @@ CALLS = (
     ("init", 7, "init"),
 )
 PROCESSES = 3  # of each kind, a round
-READY_SECONDS = 30
 Samples = dict[str, list[list[float]]]  # of each call the times of each process, in microseconds
-
-
-class BenchError(Exception):
-    """Why nothing could be measured."""
-
-
-@contextmanager
-def agent(options: list[str]) -> Iterator[float]:
-    """`fgpu agent` for a while, SIGTERM included; yields the seconds from its start to enforcing."""
-    end_in_order()
-    with tempfile.TemporaryFile("w+") as log:
-        begun = time.monotonic()
-        process = subprocess.Popen([*FGPU, "agent", *options], stdout=log, stderr=log)
-        try:
-            yield _await_enforcing(process, log, begun)
-        finally:
-            subprocess.run([*FGPU, "detach"], check=False, capture_output=True, timeout=30)
-            process.terminate()
-            process.wait(10)
-
-
-def end_in_order() -> None:
-    """From now on SIGTERM is an exception like others."""
-    signal.signal(signal.SIGTERM, _leave)
-
-
-def _leave(*_: object) -> None:
-    """Once: `timeout` says it twice, and the second would end the clearing up."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(128 + signal.SIGTERM)
-
-
-def _await_enforcing(process: subprocess.Popen[bytes], log: IO[str], begun: float) -> float:
-    while time.monotonic() < begun + READY_SECONDS:
-        log.seek(0)
-        text = log.read()
-        if "enforcing" in text:
-            return time.monotonic() - begun
-        if process.poll() is not None:
-            raise BenchError(f"the agent did not start: {text.strip()}")
-        time.sleep(0.01)
-    raise BenchError("the agent does not come up")
 
 
 def measure(command: list[str]) -> dict[str, list[float]]:
@@ -101,16 +49,6 @@ def measure(command: list[str]) -> dict[str, list[float]]:
                 found[call] = [int(ns) / 1000 for ns in said]
         process.stdin.close()
     return found
-
-
-def on_one_processor(command: Sequence[str]) -> list[str]:
-    """The command, on the same one each time: one may be half as fast as the next."""
-    return ["taskset", "--cpu-list", str(max(os.sched_getaffinity(0))), *command]
-
-
-def percentile(values: list[float], percent: int) -> float:
-    """The value that `percent` of all are below."""
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def table(samples: dict[str, Samples]) -> dict[str, float]:

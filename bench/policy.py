@@ -13,14 +13,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT), str(ROOT / "tests/unit")]
 
-MODULES = ("fgpu_ebpf.policy", "fgpu_ebpf.policywatch", "fgpu_ebpf.policyfile")
+MODULES = ("fgpu_ebpf.policy.rules", "fgpu_ebpf.policy.watch", "fgpu_ebpf.policy.parse")
 _RESIDENT = """
 import sys, importlib
 def mib():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
-import prometheus_client, pynvml, fgpu_ebpf.agent
+import prometheus_client, pynvml, fgpu_ebpf.agent.agent
 sizes = [mib()]
 for name in sys.argv[1:]:
     importlib.import_module(name)
@@ -36,7 +35,7 @@ def resident() -> dict[str, tuple[float, str]]:
     )
     sizes = [float(word) for word in done.stdout.split()]
     added = {
-        f"resident_{name.split('.')[1]}": (b - a, "MiB")
+        f"resident_{name.rpartition('.')[2]}": (b - a, "MiB")
         for name, a, b in zip(MODULES, sizes[:-1], sizes[1:], strict=True)
     }
     return {"resident_agent_without": (sizes[0], "MiB"), **added}
@@ -44,14 +43,13 @@ def resident() -> dict[str, tuple[float, str]]:
 
 def bad_files() -> dict[str, tuple[float, str]]:
     """The files made to take long, and every bad one of the corpus."""
-    from test_policy_file import BAD, BOMBS, MIB
-
-    from fgpu_ebpf import policyfile
+    from fgpu_ebpf.policy import parse
+    from tests.unit.bad_policies_kit import BAD, BOMBS, MIB
 
     seconds = {}
     for name, data in {**BOMBS, **{path.stem: path.read_bytes() for path in BAD}}.items():
         begun = time.perf_counter()
-        policyfile.read("bad.yaml", data[:MIB])
+        parse.read("bad.yaml", data[:MIB])
         seconds[name] = time.perf_counter() - begun
     slowest = max(seconds, key=seconds.__getitem__)
     return {
@@ -62,14 +60,13 @@ def bad_files() -> dict[str, tuple[float, str]]:
 
 def resolving() -> dict[str, tuple[float, str]]:
     """1,000 workloads, each of which a hundred policies do not match, and reading those."""
-    import policy_kit as kit
-
-    from fgpu_ebpf import policyfile
+    from fgpu_ebpf.policy import parse
+    from tests.unit import policy_kit as kit
 
     specs = [f"{{selector: {{cgroup: ['a/**/b{n}', 'c/*{n}*/d'], image: 'x*y*z{n}'}}}}" for n in range(100)]
     text = "".join(kit.text(f"p{n}", spec) for n, spec in enumerate(specs)).encode()
     begun = time.perf_counter()
-    policyfile.read("p.yaml", text)
+    parse.read("p.yaml", text)
     read = time.perf_counter() - begun
     policies = kit.policies(*specs)
     workloads = [kit.workload(f"/c/x{n % 100}x/d", image="xyzabc") for n in range(1000)]

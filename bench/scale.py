@@ -23,8 +23,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from memory import FGPU, BenchError, agent, percentile
-from tenants import ask, cgroup_root, cpu_ms, record, service_pids
+from bench.lib.service import FGPU, BenchError, agent, percentile
+from bench.lib.tenants import ask, cgroup_root, cpu_ms, record, service_pids
 
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1

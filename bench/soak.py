@@ -24,15 +24,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/e2e"))
-import harness
-from engine import Engine
-from harness import MIB, REFUSED, Client, Place, Program, Service, Tenant, ask, eventually
-from memory import end_in_order
-from slopes import SETTLING_SECONDS, Slope, Watch, plot
-from tenants import record
+from bench.lib.engine import Engine
+from bench.lib.service import end_in_order
+from bench.lib.slopes import SETTLING_SECONDS, Slope, Watch, plot
+from bench.lib.tenants import record
+from tests.support.commands import ask, fgpu, metrics_page
+from tests.support.host import BUILD, DRIVER_ROOT, MIB, REFUSED, SIM
+from tests.support.place import Place, place_of
+from tests.support.service import Service, compile_programs
+from tests.support.tenant import Client, Program, Tenant
+from tests.support.wait import Timeout, eventually
 
-REAL = harness.DRIVER_ROOT != harness.SIM
+REAL = DRIVER_ROOT != SIM
 GRANULE = 2 * MIB
 TORCH = os.environ.get("TORCH_PYTHON", "") if REAL else ""
 MOST_TENANTS, MOST_PROGRAMS, MOST_JOBS = 10, 3, 4
@@ -54,10 +57,10 @@ spec:
 
 
 class Job(Client):
-    """bench/torch_job.py in a tenant."""
+    """bench/lib/torch_job.py in a tenant."""
 
     def __init__(self, tenant: Tenant, number: int) -> None:
-        job = Path(__file__).with_name("torch_job.py")
+        job = Path(__file__).with_name("lib") / "torch_job.py"
         Program.__init__(self, tenant, f"job{number}", f"{TORCH} {job}")
         self._before = [0, 0, 0]
         self._hello()
@@ -79,7 +82,7 @@ class Soak:
         self.places: list[Place] = []
         for kind in kinds:
             (work / kind).mkdir()
-            self.places.append(harness.place_of(kind, work / kind))
+            self.places.append(place_of(kind, work / kind))
         self.tenants: dict[Tenant, list[Client]] = {}
         self.limits: dict[Tenant, int] = {}
         self.jobs: list[Job] = []
@@ -121,7 +124,7 @@ class Soak:
         self.tenants[tenant], self.limits[tenant] = [], limit
         self._start(tenant)
         if self.random.random() < 0.5:
-            harness.fgpu("set", tenant.path, "--weight", str(self.random.randrange(50, 400)))
+            fgpu("set", tenant.path, "--weight", str(self.random.randrange(50, 400)))
 
     def crowd(self) -> None:
         """A tenant that has all its programs, is refused at once, and whose limit is set often; and a policy."""
@@ -221,7 +224,7 @@ class Soak:
         if tenant := self._tenant():
             limit = self.random.randrange(SMALLEST, LARGEST, MIB)
             before = tenant.memory()["used_bytes"]
-            harness.fgpu("set", tenant.path, "--memory", f"{limit}B")
+            fgpu("set", tenant.path, "--memory", f"{limit}B")
             self.limits[tenant] = max(limit, before, tenant.memory()["used_bytes"])  # trainings go on meanwhile
 
     def policy(self) -> None:
@@ -243,7 +246,7 @@ class Soak:
 
     def scrape(self) -> None:
         """Somebody reads the metrics."""
-        harness.metrics_page()
+        metrics_page()
 
     def restart_engine(self) -> None:
         """The engine ends, killed or not, and comes back without its containers, and starts another."""
@@ -316,7 +319,7 @@ class Soak:
         def nobody() -> bool:
             return not any(t["processes"] for t in ask(verb="snapshot")["tenants"])
 
-        with contextlib.suppress(harness.Timeout):
+        with contextlib.suppress(Timeout):
             eventually(nobody, 20)
         self.wrong["left"] = sum(len(t["processes"]) for t in ask(verb="snapshot")["tenants"])
 
@@ -369,14 +372,14 @@ def _modules(trainings: int) -> int:
     """Bytes that so many may come to hold of kernels."""
     if not trainings:
         return 0
-    import claims  # of pynvml, which is not where there is no GPU
+    from bench.gpu import claims  # of pynvml, which is not where there is no GPU
 
     return trainings * claims.MODULE
 
 
 def _agrees_with_nvml(tenant: Tenant) -> None:
     """The ledger holds what NVML says of the tenant's processes, but for rounding."""
-    import nvml
+    from bench.lib import nvml
 
     def agree() -> bool:
         pids = set(tenant.pids())
@@ -443,7 +446,7 @@ def main() -> int:
     given = parser.parse_args()
     every = given.restart_every or min(1200.0, given.minutes * 60 / 5)
     print(f"soak_seed {given.seed}", flush=True)
-    harness.compile_programs()
+    compile_programs()
     end_in_order()
     if REAL:
         import pynvml
@@ -482,7 +485,7 @@ def main() -> int:
 
 def _keep(watch: Watch) -> None:
     """What was seen, of a soak that ended early too."""
-    out = harness.BUILD / "bench"
+    out = BUILD / "bench"
     watch.write(out / "soak.csv")
     if names := [name for name in SHOWN if name in watch.names()]:
         plot(watch, names, out / "soak.svg")

@@ -21,8 +21,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from memory import FGPU, READY_SECONDS, ROOT, BenchError, end_in_order
-from tenants import RUN, ask, cgroup_root, record
+from bench.lib.service import FGPU, READY_SECONDS, ROOT, BenchError, end_in_order
+from bench.lib.tenants import RUN, ask, cgroup_root, record
 
 LISTEN = "127.0.0.1:19425"
 BARS = {"first": 3.0, "restart": 0.8, "first_many": 3.0, "restart_many": 3.0}

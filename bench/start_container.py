@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memory import ROOT, BenchError, agent
-from tenants import cgroup_root, record
+from bench.lib.service import ROOT, BenchError, agent
+from bench.lib.tenants import cgroup_root, record
 
 BAR_MS = 20.0
 GROUP = "/fgpu-bench-start"

@@ -17,9 +17,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from cudart import libcudart
-from memory import ROOT, BenchError, agent, on_one_processor
-from tenants import Program, ending, record
+from bench.lib.cudart import libcudart
+from bench.lib.service import ROOT, BenchError, agent, on_one_processor
+from bench.lib.tenants import Program, ending, record
 
 ADDED_US, RATIO_PERCENT = 0.1, 99.0
 LIMIT = 16 << 30
@@ -51,7 +51,7 @@ def pairs(given: argparse.Namespace, found: Found) -> str:
 def steps_per_second(given: argparse.Namespace, limit: int | None) -> float | None:
     """The median of a few trainings in one process; None: no torch here."""
     with ending() as programs:
-        programs.append(Program([PYTHON, str(Path(__file__).with_name("train.py"))], limit, "steady-train"))
+        programs.append(Program([PYTHON, str(ROOT / "bench/lib/train.py")], limit, "steady-train"))
         found = []
         for _ in range(given.trainings):
             programs[0].say(str(given.steps))

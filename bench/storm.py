@@ -2,7 +2,7 @@
 
 Prints `storm_pNN_WHICH_PHASE VALUE ms`. WHICH is bare (no agent, no probe, no shim), unmanaged, managed (every process
 a tenant of its own), shared (all of them in one tenant); all processes but the shared in a cgroup of their own. The
-phases of a process, by its own clock and by bench/inside.py's at the driver's function: start (from execve until it
+phases of a process, by its own clock and by bench/lib/inside.py's at the driver's function: start (from execve until it
 calls: linker, preloads, dlopen, lookup), before (from the call to the driver's function), driver, after (from there
 back to the program), added (before and after: what is not the driver's), again (the same call once more: what of it is
 no hello); whole, from execve to the end. `storm_pNN_whole_WHICH_less_bare` is the difference of that, which the driver
@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from memory import ROOT, BenchError, agent, end_in_order, percentile
-from tenants import RUN, Program, ask, cgroup_root, children_ms, cpu_ms, ending, record, service_pids
+from bench.lib.service import ROOT, BenchError, agent, end_in_order, percentile
+from bench.lib.tenants import RUN, Program, ask, cgroup_root, children_ms, cpu_ms, ending, record, service_pids
 
 ADDED_P50_MS, ADDED_P99_MS = 5.0, 300.0
 LIMIT = 32 << 20  # 300 of them fit on a device
@@ -194,7 +194,7 @@ def main() -> int:
     options = ["--driver-root", given.driver_root, "--shim", str(given.shim)]
     try:
         with cgroups(given.processes) as folders, ending() as programs:
-            programs.append(Program([given.python, "-I", str(ROOT / "bench/inside.py"), "cuInit"], name="inside"))
+            programs.append(Program([given.python, "-I", str(ROOT / "bench/lib/inside.py"), "cuInit"], name="inside"))
             if programs[0].hear() != "ready":
                 raise BenchError("no probe at the driver's cuInit")
             asked = Storms(given.processes, given.program, folders, programs[0])

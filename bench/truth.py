@@ -1,6 +1,6 @@
 """Whether the ledger says what the driver says: programs of several frameworks, each a tenant, all at once.
 
-After every phase of a program (bench/phases.py), at one second, prints `truth_PROGRAM_PHASE BYTES bytes`, what the
+After every phase of a program (bench/lib/phases.py), at one second, prints `truth_PROGRAM_PHASE BYTES bytes`, what the
 ledger has for its tenant minus what NVML shows of its processes, then `truth_PROGRAM_worst PERCENT %` of the limit; or
 `truth_PROGRAM` absent or failed, and why. Writes build/bench/truth.json; 1 where a difference is above the bar. Starts
 and stops the agent itself. TORCH_PYTHON is an interpreter that has the frameworks (python3).
@@ -17,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import nvml
 import pynvml
-from memory import ROOT, BenchError, agent
-from phases import FRAMEWORKS
-from tenants import Program, cgroup_root, ending, memory_of, record
+
+from bench.lib import nvml
+from bench.lib.phases import FRAMEWORKS
+from bench.lib.service import ROOT, BenchError, agent
+from bench.lib.tenants import Program, cgroup_root, ending, memory_of, record
 
 BAR_PERCENT = 1.0
 AFTER_SECONDS = 1.0
@@ -70,7 +71,7 @@ def _phases(program: Program) -> list[Phase] | str:
 
 def measure(names: list[str], given: argparse.Namespace) -> dict[str, list[Phase] | str]:
     """All programs side by side."""
-    script = str(Path(__file__).with_name("phases.py"))
+    script = str(ROOT / "bench/lib/phases.py")
     options = ["--driver-root", given.driver_root, "--shim", str(given.shim)]
     with agent(options), ending() as programs, ThreadPoolExecutor(len(names)) as threads:
         for name in names:

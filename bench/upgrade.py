@@ -19,8 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from memory import READY_SECONDS, ROOT, BenchError, end_in_order
-from tenants import RUN, Program, ask, ending, memory_of, record
+from bench.lib.service import READY_SECONDS, ROOT, BenchError, end_in_order
+from bench.lib.tenants import RUN, Program, ask, ending, memory_of, record
 
 LISTEN = "127.0.0.1:19426"
 LIMIT, PAIR, RATE = 2 << 30, 4 << 20, 500

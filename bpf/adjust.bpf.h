@@ -1,4 +1,4 @@
-/* adjust.bpf.h: what the agent enters, run by BPF_PROG_TEST_RUN. */
+/* adjust.bpf.h: what the agent enters, by BPF_PROG_TEST_RUN. */
 
 static int publish(u64 cgroup)
 {
@@ -17,7 +17,7 @@ static int publish(u64 cgroup)
     return 0;
 }
 
-/* Who still has its place finds that it is no longer there. */
+/* Take the name off a page: a process that still has the page's place finds that it is no longer its level's. */
 static int withdraw(u64 cgroup)
 {
     struct fgpu_usage_page *page = page_of(cgroup);
@@ -38,8 +38,8 @@ static void enter_overhead(struct fgpu_process *p, u32 device, s64 more)
     end(p);
 }
 
-/* By how much the overhead changes: to so many bytes, unless anything else changed meanwhile, or by so many whatever
- * goes on. */
+/* Compute by how much the overhead changes: to so many bytes, unless anything else changed meanwhile, or by so many in
+ * any case. */
 static int overhead_changes(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx, s64 *more)
 {
     *more = ctx->args[4];
@@ -48,9 +48,9 @@ static int overhead_changes(struct fgpu_process *p, struct bpf_raw_tracepoint_ar
     return p->begun != ctx->args[5] || p->changes != ctx->args[5] ? -11 : 0;
 }
 
-#define STRAGGLER_NS 50000000 /* no program runs for so long: whoever looked at a side before a move is through */
+#define STRAGGLER_NS 50000000 /* no program runs for so long: a program that read a side before a move is through */
 
-/* 1 or 0, hidden from a compiler that would make a branch of it. */
+/* Return 1 or 0, hidden from a compiler that would make a branch of it. */
 static u64 differs(u64 a, u64 b)
 {
     u64 bits = a ^ b;
@@ -59,8 +59,9 @@ static u64 differs(u64 a, u64 b)
     return bits >> 63;
 }
 
-/* Whatever the limit, for what moves is there already. Levels that both sides have keep what they have, unless it is
- * for all. No branch tells which: the verifier would follow each comparison both ways. */
+/* Charge or release at the levels of one side, whatever the limit: the bytes that move are there already. Levels that
+ * both sides have keep theirs, unless it is for `all`. No branch tells which: the verifier would follow each comparison
+ * both ways. */
 static void alter_levels(struct fgpu_process *p, u64 side, u32 device, s64 bytes, u64 all)
 {
     struct fgpu_level *own = levels_of(p, side), *other = levels_of(p, side + 1);
@@ -76,7 +77,7 @@ static void alter_levels(struct fgpu_process *p, u64 side, u32 device, s64 bytes
     }
 }
 
-/* What a side still has goes to the other, which has had `before` of it already. */
+/* Move what a side still has to the other side, which has `before` of it already. */
 static void shift(struct fgpu_process *p, u64 from, u32 device, s64 before)
 {
     s64 bytes = __sync_lock_test_and_set(charged(p, from, device), 0);
@@ -85,7 +86,7 @@ static void shift(struct fgpu_process *p, u64 from, u32 device, s64 before)
     alter_levels(p, from, device, -bytes, 0);
 }
 
-/* What was charged or released too late for the last move. */
+/* Move what was charged or released too late for the last move. */
 static void shift_stragglers(struct fgpu_process *p)
 {
     u64 turn = p->turn;
@@ -95,12 +96,12 @@ static void shift_stragglers(struct fgpu_process *p)
     }
 }
 
-/* The other side is charged before anybody can release from it. */
+/* Charge the other side, and then turn to it: it is charged before a thread can release from it. */
 static void turn_over(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
 {
     u64 turn = p->turn;
     struct {
-        s64 bytes[FGPU_DEVICES]; /* a bare array lies otherwise on every architecture */
+        s64 bytes[FGPU_DEVICES]; /* a bare array has another layout on every architecture */
     } before;
     struct fgpu_level *next = levels_of(p, turn + 1);
     EACH_LEVEL
@@ -128,7 +129,7 @@ static int stays(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
     return !other;
 }
 
-/* To the same levels: a page of theirs may have been taken away, and made anew. */
+/* Enter the same levels again: one of their pages may have been taken away and made anew. */
 static int look_again(struct fgpu_process *p)
 {
     struct fgpu_level *own = levels_of(p, p->turn);
@@ -145,8 +146,8 @@ static int move(struct fgpu_process *p, struct bpf_raw_tracepoint_args *ctx)
     return 0;
 }
 
-/* An entry for a process that no probe has seen. One that holds memory, by NVML's word, has its entry beyond its
- * level's part of the map too. */
+/* Make an entry for a process that no probe has seen. A process that holds memory, according to NVML, has its entry
+ * beyond its level's part of the map too. */
 static int adopt(u32 tgid, struct bpf_raw_tracepoint_args *ctx, int force)
 {
     u64 levels[FGPU_LEVELS] = {ctx->args[4], ctx->args[5], ctx->args[6], ctx->args[7]};
@@ -155,13 +156,15 @@ static int adopt(u32 tgid, struct bpf_raw_tracepoint_args *ctx, int force)
     return found ? -11 : -7;
 }
 
-/* Before its first question: the gatekeeper tells a process its tag, which the entry has. */
+/* Make the entry of a process before its first question: the gatekeeper tells a process its tag, which the entry
+ * has. */
 static int enter_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
 {
     return processes.lookup(&tgid) ? 0 : adopt(tgid, ctx, 0);
 }
 
-/* It may end under our hands, and what is entered after that is nobody's: so its state is looked at last. */
+/* Adjust a process. The process may end meanwhile, and then no program would release what is entered after that: so its
+ * state is read last. */
 static int adjust_process(struct bpf_raw_tracepoint_args *ctx, u32 tgid)
 {
     struct fgpu_process *p = processes.lookup(&tgid);
@@ -208,7 +211,7 @@ static int looked(u64 cgroup, u32 device)
     return 0;
 }
 
-/* Not below 0: the level may be another that has come to its cgroup, or gone. */
+/* Count entries that were deleted, never below 0: another level may have come to the cgroup, or none. */
 static int swept(u64 cgroup, u64 n, u64 place)
 {
     struct fgpu_level level = {.cgroup = cgroup, .place = place};
@@ -216,7 +219,7 @@ static int swept(u64 cgroup, u64 n, u64 place)
     return 0;
 }
 
-/* What an owner has claimed beyond its entries, but for one claim, goes back. */
+/* Give back what an owner has claimed beyond its entries, but for one claim. */
 static void trim(struct fgpu_owner *owner, u32 shared)
 {
     u64 few = FEW(most_of(shared)), *all = claims_on(shared), claimed = *(volatile u64 *)&owner->claimed[shared];
@@ -246,8 +249,8 @@ static int own(struct bpf_raw_tracepoint_args *ctx)
     return 0;
 }
 
-/* What it lets lie there says nothing. Where there is no room, nobody has listened for long, and whoever comes looks at
- * everything. */
+/* Wake the gatekeeper. The content means nothing. If the ring is full, no gatekeeper has read it for long, and the next
+ * one reads everything. */
 static int ring(void)
 {
     u64 nothing = 0;

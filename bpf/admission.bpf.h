@@ -1,23 +1,5 @@
 /* admission.bpf.h: the question before an allocation, and the verdict. */
 
-/* The entry of the current thread, made where it has none in this life of its process; 0: there is no room for it, of
- * its level's part or at all. */
-static struct fgpu_thread *own_thread(struct fgpu_process *p, u64 id)
-{
-    struct fgpu_thread *t = threads.lookup(&id);
-    if (!UNLIKELY(!t || (t->open && !belongs(p, t)))) return t;
-    struct fgpu_thread none = {.open = p->generation | IDLE};
-    if (count_thread(p)) {
-        int failed = threads.update(&id, &none);
-        if (!failed) return threads.lookup(&id);
-        uncount_thread(p);
-    }
-    anomaly(FGPU_ANOMALY_FULL);
-    return 0;
-}
-
-static int granted(u64 verdict) { return verdict == FGPU_ADMITTED || verdict == FGPU_UNLIMITED; }
-
 static void grant(struct fgpu_process *p, struct held *h, struct fgpu_admission *a, u32 device, u64 bytes)
 {
     if (a->kind != FGPU_CONTEXT && h->page[0]) __sync_fetch_and_add(&h->page[0]->tallies[slot(device)].admitted, bytes);
@@ -27,20 +9,15 @@ static void grant(struct fgpu_process *p, struct held *h, struct fgpu_admission 
         a->bytes = bytes;
 }
 
-static void add_overhead(struct fgpu_process *p, u32 device, u64 bytes)
-{
-    __sync_fetch_and_add((u64 *)&on(p, device)->overhead, bytes);
-}
-
-/* An admission that no call of the driver settled: the memory may have been taken where no probe is. So it stays
- * charged, as overhead, until NVML shows that the process does not have it. */
+/* Charge an admission that no call of the driver settled as overhead: the memory may have been taken where no probe is.
+ * It stays charged until NVML shows that the process does not have it. */
 static void leave_unsettled(struct fgpu_process *p, struct fgpu_admission *a)
 {
     if (a->bytes) add_overhead(p, a->device, a->bytes);
     a->bytes = 0;
 }
 
-/* `kind` may have FGPU_PATIENT beside it. */
+/* Decide on a request. `kind` may have FGPU_PATIENT beside it. */
 static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u32 device, u64 bytes, u32 kind,
                u64 ticket)
 {
@@ -64,7 +41,7 @@ static u64 ask(struct fgpu_process *p, struct held *h, struct fgpu_thread *t, u3
     if (crowded(h->page[0], device, bytes, kind)) return FGPU_REFUSED;
     if (is_uncommitted(h, device, bytes, kind)) return FGPU_REFUSED;
     if (refused_by_a_level(h, device, bytes, kind, patient)) return FGPU_REFUSED;
-    busy(p, t); /* not before: a refused thread that asks again and again would leave the agent no calm look */
+    busy(p, t); /* only here: a refused thread that asks again and again would leave the agent no calm moment */
     a->verdict = charge(p, h, device, bytes, 0);
     if (granted(a->verdict)) grant(p, h, a, device, bytes);
     return a->verdict;
@@ -80,8 +57,8 @@ static u64 answer(struct fgpu_process *p, struct held *h, struct fgpu_thread *t,
     return verdict;
 }
 
-/* Nobody can be charged for who has no entry: it is refused, and told so where its own level has too many. Where all
- * only observe, nothing is refused: NVML tells of it. FGPU_AGAIN: no answer. */
+/* Decide for a process without an entry, which cannot be charged. It is refused; that is reported if its own level has
+ * too many entries. If all levels only observe, nothing is refused: NVML tells of it. FGPU_AGAIN: no answer. */
 static u64 without_entry(struct held *h, u32 device, u64 bytes, u32 kind)
 {
     struct fgpu_usage_page *leaf = h->page[0];
@@ -94,8 +71,8 @@ static u64 without_entry(struct held *h, u32 device, u64 bytes, u32 kind)
     return FGPU_REFUSED;
 }
 
-/* One store of an aligned word. With a tag no process can write what another one waits for; a process without an entry
- * has none, and is answered where it does not look: it says hello again. */
+/* Publish an answer by one store of an aligned word. With a tag no process can write the answer that another one waits
+ * for. A process without an entry has no tag; its answer stands where it does not look, so it says hello again. */
 static void publish_answer(struct fgpu_usage_page *page, struct fgpu_process *p, u32 flags, u64 ticket, u64 verdict)
 {
     u64 slot_of_ticket = ticket & VERDICT_MASK;
@@ -106,7 +83,7 @@ static void publish_answer(struct fgpu_usage_page *page, struct fgpu_process *p,
             (u64)p->tag << FGPU_TAG_SHIFT | (ticket & FGPU_TICKET_BITS) << 2 | verdict;
 }
 
-/* A number that means no kind is taken for memory. */
+/* Return the kind. A number that means no kind is taken for memory. */
 static u32 known_kind(u64 said)
 {
     u32 kind = said & FGPU_KIND_MASK;
@@ -138,15 +115,16 @@ int admit(struct pt_regs *ctx)
     return 0;
 }
 
-/* The level had room, the device has not. */
+/* Report that the level had room and the device has not. */
 static void device_full(struct fgpu_process *p, u32 device, u32 kind, u64 bytes)
 {
     count(p->levels[0], device, kind, FGPU_REASON_DEVICE_FULL);
     tell(page_of(p->levels[0]), FGPU_NEWS_REFUSED, device, bytes, kind, FGPU_REASON_DEVICE_FULL);
 }
 
-/* While an upgrade goes on, the programs of two versions see one call. What is given back has a ticket of its own each
- * time; where a thread is in no call of the driver, the place of the call's first argument is free for it. */
+/* Return whether this was given back already. During an upgrade, the programs of two versions see one call. Each call
+ * that gives back has a ticket of its own. If a thread is in no call of the driver, the field for the call's first
+ * argument is free to hold that ticket. */
 static int given_back(struct fgpu_process *p, u64 id, u64 ticket)
 {
     struct fgpu_thread *t = own_thread(p, id);
@@ -156,7 +134,7 @@ static int given_back(struct fgpu_process *p, u64 id, u64 ticket)
     return 0;
 }
 
-/* Pool bytes only, and never more than the process has. */
+/* Release bytes of pools, and never more than the process has. */
 int give_back(struct pt_regs *ctx)
 {
     u64 id = bpf_get_current_pid_tgid(), bytes = PT_REGS_PARM2(ctx);

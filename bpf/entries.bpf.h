@@ -1,15 +1,15 @@
-/* entries.bpf.h: what levels, and the owners of their bounds, have of the maps that all tenants share. */
+/* entries.bpf.h: how many entries of the shared maps levels have, and the owners of their bounds. */
 
 static u64 most_of(u32 shared)
 {
     return shared == FGPU_ALLOCATIONS ? MOST_ALLOCATIONS : shared == FGPU_THREADS ? MOST_THREADS : MOST_PROCESSES;
 }
 
-/* Slot 0, of levels without an owner, counts too and has no bound: to look whether it is 0 would be a branch in every
- * place, and the verifier follows each both ways. */
+/* Return the owner in a slot. Slot 0, for levels without an owner, counts too and has no bound: a check for 0 would be
+ * a branch in every place, and the verifier follows each branch both ways. */
 static struct fgpu_owner *owner_in(u32 slot_of_owner) { return owners.lookup(&slot_of_owner); }
 
-/* All that owners have claimed of a map. */
+/* Return what all owners have claimed of a map. */
 static u64 *claims_on(u32 shared)
 {
     u32 last = FGPU_OWNERS - 1;
@@ -17,15 +17,15 @@ static u64 *claims_on(u32 shared)
     return all ? &all->entries[shared] : 0;
 }
 
-/* The rest of the map is for owners that have claimed nothing yet. */
+/* Return whether the rest of the map is kept for owners that have claimed nothing yet. */
 static int is_scarce(u64 claimed_by_all, u32 shared)
 {
     return claimed_by_all + FEW(most_of(shared)) > most_of(shared) - RESERVE(most_of(shared));
 }
 
-/* Claims some entries more for an owner, within the map's reserve. Several threads may each claim some at once. The
- * agent takes claims back that entries do not need any more (`trim`): in each program that frees, that would cost much.
- */
+/* Claim some more entries for an owner, within the map's reserve. Several threads may each claim some at once. The
+ * agent takes back claims that entries do not need any more (`trim`); that would cost much in each program that
+ * frees. */
 static int claim(struct fgpu_owner *owner, u32 shared, int force)
 {
     u64 few = FEW(most_of(shared)), *all = claims_on(shared);
@@ -51,7 +51,7 @@ static int own_entry(struct fgpu_owner *owner, u32 shared, int force)
     return 0;
 }
 
-/* An owner has as many entries as it may have now. */
+/* Return whether an owner has as many entries as it may have now. */
 static int owner_is_full(struct fgpu_usage_page *page, u32 shared)
 {
     struct fgpu_owner *owner = owner_in(page->owner);
@@ -64,15 +64,15 @@ static int owner_is_full(struct fgpu_usage_page *page, u32 shared)
     return all && is_scarce(*(volatile u64 *)all, shared);
 }
 
-/* A level, or its owner, has as many entries as it may have now. */
+/* Return whether a level, or its owner, has as many entries as it may have now. */
 static int is_crowded(struct fgpu_usage_page *page, u32 shared)
 {
     if (UNLIKELY(*(volatile u64 *)&page->entries[shared] >= PART(most_of(shared)))) return 1;
     return owner_is_full(page, shared);
 }
 
-/* Takes a place for one entry more in a map that all share; 0: the level, or its owner, has as many as it may.
- * A level whose page is gone counts nothing itself. */
+/* Take a place for one more entry in a shared map. Returns 0 if the level, or its owner, has as many as it may. A level
+ * whose page is gone counts nothing itself. */
 static int take_place(struct fgpu_level *level, u32 shared, int force)
 {
     struct fgpu_usage_page *page = page_at(level);
@@ -95,8 +95,8 @@ static void give_places(struct fgpu_level *level, u32 shared, u64 n)
 
 static void give_place(struct fgpu_level *level, u32 shared) { give_places(level, shared, 1); }
 
-/* Answers 1 where there is an entry of that name already, and leaves it. Without a place, or in a full map, there is
- * none: charged until the process ends. */
+/* Enter an allocation. Returns 1 if there is an entry of that name already, and leaves it. Without a place, or in a
+ * full map, no entry is made: the bytes stay charged until the process ends. */
 static int enter_allocation(struct fgpu_allocation_key *key, struct fgpu_allocation *value, struct fgpu_level *leaf)
 {
     value->level = *leaf;
@@ -124,7 +124,8 @@ static void give_orphan_place(struct fgpu_level *leaf)
     if (owner) lower(&owner->entries[FGPU_OWNED_ORPHANS], 1);
 }
 
-/* The same for an entry of `orphans`, which a page counts apart; none of that map is kept for owners that have few. */
+/* Take a place for an entry of `orphans`, which a page counts apart. None of that map is kept for owners that have
+ * few. */
 static int take_orphan_place(struct fgpu_level *leaf)
 {
     struct fgpu_usage_page *page = page_at(leaf);

@@ -1,9 +1,11 @@
-/* events.bpf.h: what is rare enough to tell the agent at once. Seen = sent + lost, by counters. */
+/* events.bpf.h: events that are rare enough to send to the agent at once. Seen = sent + lost, by counters. */
 
 #define SECOND_SHIFT 30 /* nanoseconds >> 30: a second, nearly */
 #define EVENTS_A_SECOND 20
 #define PROGRAMS_A_SECOND 4
 #define CGROUPS_A_SECOND 4000
+#define BUDGETED_A_SECOND 3000 /* of these, for all workloads with a budget together */
+#define WORKLOAD_A_SECOND 250  /* of these, for one workload with a budget */
 #define HOST_SECOND 2
 #define HOST_COUNT 3
 #define HOST_PROCESSES 5
@@ -16,7 +18,8 @@
 
 static void fate(u32 what) { incident(FGPU_REASONS + what); }
 
-/* One of the first `most` of a second. Threads that begin one at once may let a few more through. */
+/* Return whether this is one of the first `most` of a second. Threads that begin a second at the same time may let a
+ * few more through. */
 static int first_ones(u64 *second, u64 *n, u64 most)
 {
     u64 now = bpf_ktime_get_ns() >> SECOND_SHIFT;
@@ -53,8 +56,8 @@ static void tell(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, 
         send(page, kind, device, bytes, operation, reason);
 }
 
-/* Of a bypass, or of a process that is killed: with a budget of its own, so that refusals cannot use it up. Returns 1
- * where it was sent. */
+/* Send an event of a bypass, or of a process that is killed. It has a budget of its own, so that refusals cannot use it
+ * up. Returns 1 if it was sent. */
 static int tell_urgently(struct fgpu_usage_page *page, u32 kind, u32 device, u64 bytes, u16 operation, u16 reason)
 {
     if (!page || !spend(&page->urgent_second, &page->urgent_count, EVENTS_A_SECOND)) return 0;
@@ -62,7 +65,8 @@ static int tell_urgently(struct fgpu_usage_page *page, u32 kind, u32 device, u64
     return 1;
 }
 
-/* The agent looks at NVML again and again while orphans are new, so it needs to be told of the first ones only. */
+/* Send an event of orphans. The agent looks at NVML again and again while orphans are new, so it needs an event for the
+ * first ones only. */
 static void tell_of_orphans(struct fgpu_usage_page *page, u32 device, u64 bytes)
 {
     u32 at = HOST_ORPHANED;
@@ -72,7 +76,7 @@ static void tell_of_orphans(struct fgpu_usage_page *page, u32 device, u64 bytes)
     send(page, FGPU_NEWS_ORPHANED, device, bytes, FGPU_MEMORY, 0);
 }
 
-/* The agent wants to know that somebody of the level is there: once, when many come at a time. */
+/* Send an event for the first process of a level in each second: the agent wants to know that the level is in use. */
 static void tell_of_process(struct fgpu_usage_page *page)
 {
     u64 now = bpf_ktime_get_ns() >> SECOND_SHIFT;
@@ -81,22 +85,24 @@ static void tell_of_process(struct fgpu_usage_page *page)
     tell(page, FGPU_NEWS_PROCESS, 0, 0, 0, 0);
 }
 
-/* The agent looks for a libcuda in the root of who begins here. Told are the first few: a runtime is executed in the
- * host's root before the container's program is in its own. Whoever is left out is no loss: NVML shows them. */
+/* Send an event of a program that begins: the agent looks for a libcuda in its root. Only the first few of a second are
+ * sent. Several may be needed, since a runtime is executed in the host's root before the container's program is in its
+ * own. A program that is left out is no loss: NVML shows it. */
 static void tell_of_program(struct fgpu_usage_page *page)
 {
     if (page && first_ones(&page->exec_second, &page->exec_count, PROGRAMS_A_SECOND))
         send(page, FGPU_NEWS_EXECUTED, 0, 0, 0, 0);
 }
 
-/* After each new entry of a map: a reader of this number, and then of the map, knows when to read the map again. */
+/* Count an entry after it was made. A reader that reads this number, and then the map, knows when to read the map
+ * again. */
 static void count_entry(u32 at)
 {
     u64 *n = host.lookup(&at);
     if (n) __sync_fetch_and_add(n, 1);
 }
 
-/* For a gatekeeper whose kernel knows its peers by pid alone. */
+/* Note the end of a process, for a gatekeeper whose kernel knows its peers by pid alone. */
 static void note_end(u32 tgid)
 {
 #if ENDS
@@ -106,24 +112,65 @@ static void note_end(u32 tgid)
 #endif
 }
 
-/* The gatekeeper ends its turn at once. Where the bell is full its pidfd tells the same, once the driver has cleaned up
- * after it. */
+/* Tell the gatekeeper that a process has ended, so that its turn ends at once. If the bell is full, the process's pidfd
+ * tells the same, after the driver has cleaned up. */
 static void tell_of_end(u32 tgid)
 {
     struct fgpu_event event = {.at_ns = bpf_ktime_get_ns(), .kind = FGPU_NEWS_ENDED, .tgid = tgid};
     bell.ringbuf_output(&event, sizeof(event), WAKE_UP);
 }
 
-/* -- cgroups: raw tracepoints with (cgroup, path, …); nothing of the kernel's structs is read, the agent looks who is
- * there */
+/* -- cgroups: raw tracepoints with (cgroup, path, …). They read no struct of the kernel; the agent finds the
+ * processes */
 
-static int tell_path(struct bpf_raw_tracepoint_args *ctx, u32 kind)
+/* Return the budget of the workload in which a cgroup lies: that of the outermost part of its path that has one. A part
+ * is known by its FNV-1a hash. 0: there is none. */
+static struct fgpu_event_budget *budget_of(const char *path)
+{
+    u64 name = FGPU_FNV_BASIS;
+    _Pragma("clang loop unroll(disable)") for (u32 i = 0; i < FGPU_PATH; i++)
+    {
+        u8 letter = path[i];
+        if (i && (!letter || letter == '/')) {
+            struct fgpu_event_budget *budget = event_budgets.lookup(&name);
+            if (budget) return budget;
+        }
+        if (!letter) break;
+        name = (name ^ letter) * FGPU_FNV_PRIME;
+    }
+    return 0;
+}
+
+/* Count a lost event. The agent looks again at the workload's cgroups, or at all of the host if the workload has no
+ * budget. */
+static void count_lost(struct fgpu_event_budget *budget)
+{
+    u64 others = FGPU_BUDGET_OTHERS;
+    if (!budget) budget = event_budgets.lookup(&others);
+    if (budget) __sync_fetch_and_add(&budget->lost, 1);
+}
+
+static int may_tell(struct fgpu_event_budget *budget)
 {
     u32 second_at = HOST_SECOND, count_at = HOST_COUNT;
     u64 *second = host.lookup(&second_at), *n = host.lookup(&count_at);
-    if (!second || !n || !spend(second, n, CGROUPS_A_SECOND)) return 0;
+    if (!second || !n) return 0;
+    if (budget && !first_ones(&budget->second, &budget->count, WORKLOAD_A_SECOND)) return 0;
+    if (first_ones(second, n, budget ? BUDGETED_A_SECOND : CGROUPS_A_SECOND)) return 1;
+    if (budget) one_less(n); /* the rest of the second is for other workloads */
+    return 0;
+}
+
+static int tell_path(struct bpf_raw_tracepoint_args *ctx, u32 kind)
+{
     struct fgpu_cgroup_event told = {.event = {.at_ns = bpf_ktime_get_ns(), .kind = kind}};
     bpf_probe_read_kernel_str(told.path, sizeof(told.path), (void *)ctx->args[1]);
+    struct fgpu_event_budget *budget = budget_of(told.path);
+    if (!may_tell(budget)) {
+        fate(FGPU_FATE_RATE);
+        count_lost(budget);
+        return 0;
+    }
     fate(events.ringbuf_output(&told, sizeof(told), 0) ? FGPU_FATE_FULL : FGPU_FATE_SENT);
     return 0;
 }

@@ -1,11 +1,12 @@
 /*
  * fgpu.bpf.c: witness and bookkeeper. Admits, charges and releases, per cgroup and device; decides no policy.
  *
- * Order everywhere: a charge goes to the levels first and to the process second, a release the other way round, so
- * that a level never holds less than its processes do. One word, `bytes`, is what a process's end takes back.
+ * Order everywhere: a charge goes to the levels first and to the process second, a release the other way round, so that
+ * a level never holds less than its processes do. One word, `bytes`, is what the end of a process takes back.
  *
- * One file to the compiler; the loader puts the parts in place, since BCC rewrites map calls in the main file alone.
- * The loader puts PINS (a folder in bpffs) and SPARSE (BPF_F_NO_PREALLOC where the kernel may) on the command line.
+ * The compiler sees one file: the loader puts the parts in place, since BCC rewrites map calls in the main file alone.
+ * A part uses functions of the parts above it only (tools/bpf_order.py). The loader puts PINS (a folder in bpffs) and
+ * SPARSE (BPF_F_NO_PREALLOC if the kernel permits it) on the command line.
  */
 #include "fgpu.h"
 // clang-format off
@@ -18,5 +19,7 @@
 #include "admission.bpf.h"
 #include "witness.bpf.h"
 #include "settle.bpf.h"
+#include "calls.bpf.h"
+#include "ends.bpf.h"
 #include "adjust.bpf.h"
 // clang-format on

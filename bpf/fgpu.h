@@ -1,10 +1,14 @@
 /*
- * fgpu.h: every struct that two sides share. BPF programs, the shim and fgpu_ebpf/pages.py read this one file;
- * tests/unit/test_layout.py holds the Python layouts against it, offset by offset.
+ * fgpu.h: every struct that two sides share. BPF programs, the shim and fgpu_ebpf/abi.py read this one file;
+ * tests/unit/test_layout.py compares the Python layouts with it, offset by offset.
  *
- * Layouts grow at the end only; spare room is zero. FGPU_LAYOUT changes when that promise cannot be kept, and names
- * the folder of the pinned maps, so that two layouts never meet. Sizes are bytes, times are CLOCK_MONOTONIC ns,
- * on the pages of a process as that process reads it.
+ * Layouts grow at the end only; spare room is zero. FGPU_LAYOUT changes when that promise cannot be kept. It names the
+ * folder of the pinned maps, so that two layouts never meet. An agent reads some of another layout (other_layouts.py),
+ * so every layout has: the folder vLAYOUT/maps with `pages` (cgroup -> usage page), `shelf` (place -> the same),
+ * `limits` and `devices`; of the usage page `version`, `cgroup`, `place` and the first FGPU_DEVICES `devices`, at their
+ * offsets; of FGPU_DEVICES and limit flags the values; of `struct fgpu_limit` and `struct fgpu_device` the beginning,
+ * with their keys. Sizes are bytes, times are CLOCK_MONOTONIC ns; on the pages of a process, as that process reads the
+ * clock.
  */
 #ifndef FGPU_H
 #define FGPU_H
@@ -32,9 +36,9 @@
 /* A verdict word is `ticket << 2 | verdict`, stored at once in slot `ticket & (FGPU_VERDICTS - 1)`. */
 enum fgpu_verdict { FGPU_REFUSED, FGPU_ADMITTED, FGPU_AGAIN, FGPU_UNLIMITED };
 enum fgpu_kind { FGPU_MEMORY, FGPU_POOL, FGPU_CONTEXT, FGPU_HELLO, FGPU_VMM, FGPU_KINDS, FGPU_EVENTS };
-/* Beside a kind. FULL, of bytes that are given back: the driver had no room for them. TAGGED, of a question: the answer
- * goes to `answers`, with the tag of the process that asks. PATIENT, of a question: a refusal for orphaned bytes alone
- * is not counted. */
+/* Flags beside a kind. FULL, when bytes are given back: the driver had no room for them. TAGGED, for a question: the
+ * answer goes to `answers`, with the tag of the process that asks. PATIENT, for a question: a refusal for orphaned
+ * bytes alone is not counted. */
 #define FGPU_KIND_MASK 0xff
 #define FGPU_FULL 0x100
 #define FGPU_TAGGED 0x200
@@ -55,7 +59,7 @@ enum fgpu_anomaly {
     FGPU_ANOMALY_FULL,    /* a map had no room: charged until the process ends */
     FGPU_ANOMALY_DEVICE,  /* a device index that is not the tenant's */
     FGPU_ANOMALY_LOST,    /* a witness that met a process entry half made */
-    FGPU_ANOMALY_BYPASS,  /* an allocation that no admission went before, or a smaller one */
+    FGPU_ANOMALY_BYPASS,  /* an allocation without an admission, or with a smaller one */
     FGPU_ANOMALY_STALE,   /* a handle seen anew while its old charge stood */
 };
 
@@ -70,7 +74,8 @@ struct fgpu_tally { /* bytes, ever growing: what was asked for and granted, what
     __u64 admitted;
     __u64 witnessed;
 };
-/* Maps that all tenants share: a level may have a part of each; what is beyond is refused to it, not its neighbours. */
+/* Maps that all tenants share: a level may have a part of each. What is beyond is refused to that level, not to its
+ * neighbours. */
 enum fgpu_shared { FGPU_ALLOCATIONS, FGPU_THREADS, FGPU_PROCESSES };
 struct fgpu_usage_page {
     __u64 version;
@@ -82,11 +87,11 @@ struct fgpu_usage_page {
     __u64 verdicts[FGPU_VERDICTS];
     struct fgpu_tally tallies[FGPU_DEVICES];
     __u64 orphaned[FGPU_DEVICES]; /* within `used`: of processes that ended or exported it, and may still be held */
-    __u64 event_second;           /* of the events that this level has caused, so that none floods the ring */
+    __u64 event_second;           /* of the events that this level has caused, so that no level floods the ring */
     __u64 event_count;
     __u64 process_second;       /* of the last that told of a process */
     __u64 entries[FGPU_SHARED]; /* that its processes have in the maps that all tenants share */
-    __u64 exec_second;          /* of the programs that began here and were told */
+    __u64 exec_second;          /* of the programs that began here and were reported */
     __u64 exec_count;
     __u64 orphaned_ns[FGPU_DEVICES]; /* when bytes of this level were orphaned last; 0: never */
     __u64 answers[FGPU_VERDICTS];    /* answer words, see FGPU_TAGGED */
@@ -95,13 +100,15 @@ struct fgpu_usage_page {
     __u64 urgent_count;
     __u64 looked_ns[FGPU_DEVICES]; /* when the agent last saw what the device still holds of `orphaned`; 0: never */
     __u64 owner;                   /* slot in `owners` of the owner of this level's bounds; 0: it has none */
-    __u64 tail[92];
+    __u64 undecided[FGPU_DEVICES]; /* requests of this level's programs that met an uncommitted level, ever growing */
+    __u64 tail[76];
 };
 #define FGPU_OBSERVE 1
 #define FGPU_KILL 2
 /* Uncommitted: the limit on a device does not count against the device yet. A request for its memory is refused,
  * uncounted, and the event FGPU_NEWS_FIRST_USE tells the agent, which grants the limit or sets it to 0; then the
- * request is made again. */
+ * request is made again. `undecided` of the program's own level counts such requests: the uncommitted level may be a
+ * group whose page the program does not have yet. */
 #define FGPU_UNCOMMITTED_SHIFT 16 /* the first device's bit */
 
 /* -- control page: one per process, a sealed memfd, written by the gatekeeper alone ------------------------------ */
@@ -118,9 +125,9 @@ struct fgpu_row { /* one process of the tenant on one device */
 struct fgpu_control_page {
     __u32 version;
     __u32 flags;   /* FGPU_MANAGED, FGPU_SETTLE */
-    __u8 boot[16]; /* which gatekeeper wrote this */
+    __u8 boot[16]; /* the gatekeeper that wrote this page */
     __u64 heartbeat_ns;
-    __u64 epoch; /* has changed: say hello again */
+    __u64 epoch; /* a change means: say hello again */
     __u32 device_count;
     __u32 tag; /* of this process's answers, see FGPU_TAGGED; 0: it asks without one */
     __u32 spare[4];
@@ -131,11 +138,12 @@ struct fgpu_control_page {
     __u64 spare2;
     struct fgpu_row rows[FGPU_ROWS];
     __u64 budget_ns[FGPU_DEVICES]; /* most work in flight while gated: how long a drain may take; 0: FGPU_BUDGET_NS */
-    __u64 passes[FGPU_DEVICES];    /* a closed gate lets go until so many have been launched: others wait for those */
+    __u64 passes[FGPU_DEVICES];    /* a closed gate lets launches through until so many have been made: others wait for
+                                      those */
 };
-/* A gate. Not GATED, whatever its other bits say: nobody schedules this process there, and the shim counts nothing.
- * A turn keeps its number from its opening to the end of its drain; the next one has another, so every change of a gate
- * changes the word. A closed gate whose page's heartbeat is older than the lease is open. */
+/* A gate. Without GATED, whatever its other bits say, no gatekeeper schedules this process there, and the shim counts
+ * nothing. A turn keeps its number from its opening to the end of its drain; the next turn has another, so every change
+ * of a gate changes the word. A closed gate is open if its page's heartbeat is older than the lease. */
 #define FGPU_GATE_OPEN 1
 #define FGPU_GATED 2
 #define FGPU_GATE_SHIFT 2
@@ -150,13 +158,13 @@ struct fgpu_status {
 };
 struct fgpu_flight { /* work given to a gated device */
     __u64 in_flight; /* launches not known to be done; counted before the gate is read: 0 after it closed is drained */
-    __u64 busy_until_ns; /* when they should be done, by what was measured; the past, and no bell: nobody looked */
-    __u64 wanted_ns;     /* when somebody last wanted to launch */
+    __u64 busy_until_ns; /* when they should be done, as measured; the past, and no bell: no thread has looked */
+    __u64 wanted_ns;     /* when a thread last wanted to launch */
     __u64 idle_ns;       /* between an end that was seen (of a span) and the launch after it, ever growing */
 };
 struct fgpu_span {  /* of the last turn */
     __u64 begun_ns; /* when a thread last came through a gate that had been closed */
-    __u64 ended_ns; /* when the last of what was in flight was seen to be done, while somebody waited for that */
+    __u64 ended_ns; /* when the last of what was in flight was seen to be done, while a thread waited for that */
 };
 struct fgpu_status_page {
     __u32 version;
@@ -166,9 +174,10 @@ struct fgpu_status_page {
     struct fgpu_flight flights[FGPU_DEVICES];
     struct fgpu_span spans[FGPU_DEVICES];
 };
-/* Who tells that a turn has drained: the thread that comes to the closed gate, having waited for what is in flight, or
- * the one whose synchronise or query ends. A program that does neither tells nothing, nor does a stopped one: then
- * busy_until_ns is the best guess, and the scheduler's deadline the end of patience. No thread of ours runs there. */
+/* The end of a drain is reported by the thread that comes to the closed gate, after it has waited for what is in
+ * flight, or by the thread whose synchronise or query ends. A program that does neither reports nothing, nor does a
+ * stopped one: then busy_until_ns is the best guess, and the scheduler waits until its deadline. The shim has no thread
+ * of its own. */
 
 /* -- hello: SOCK_SEQPACKET; descriptors in the answer: control, status, usage pages leaf first ------------------- */
 struct fgpu_hello {
@@ -199,7 +208,7 @@ struct fgpu_level_device { /* key of limits */
 };
 struct fgpu_limit {
     __u64 bytes;
-    __u64 flags; /* as on the usage page; of the uncommitted devices only this one's */
+    __u64 flags; /* as on the usage page; of the uncommitted bits only this device's */
 };
 struct fgpu_share { /* shares: {level, device} -> what the level is to get of the device's time; none: not gated */
     __u64 limit_millionths;
@@ -207,7 +216,7 @@ struct fgpu_share { /* shares: {level, device} -> what the level is to get of th
     __u64 rank; /* 0 comes first */
     __u64 quantum_ns;
 };
-struct fgpu_turn { /* turns: {level, device} -> what came of it, ever growing unless it says otherwise */
+struct fgpu_turn { /* turns: {level, device} -> what came of it; numbers only grow unless it says otherwise */
     __u64 owned_ns;
     __u64 waits;
     __u64 wait_ns;
@@ -216,13 +225,13 @@ struct fgpu_turn { /* turns: {level, device} -> what came of it, ever growing un
     __u64 throttled;           /* times that its limit held it back */
     __u64 owner;               /* 1: the device is its own now */
     __u64 had_millionths;      /* of the time since these numbers were last written */
-    __u64 entitled_millionths; /* of that time, by weights and limits of those who wanted any */
-    __u64 free;                /* 1: nobody to share with, and no ceiling: it is not gated, nor measured */
-    __u64 since_ns;            /* it has waited; 0: it does not */
+    __u64 entitled_millionths; /* of that time, by weights and limits of the tenants that wanted any */
+    __u64 free;     /* 1: no other tenant shares the device, and there is no ceiling: it is not gated, nor measured */
+    __u64 since_ns; /* the start of its wait; 0: it does not wait */
 };
-/* owners: slot -> how much an owner of bounds (a workload with all levels inside it) has of the maps that all share,
- * and may have. The entries of the last slot are all that owners have claimed: an owner claims
- * some at a time. Slot 0 is that of levels without an owner. */
+/* owners: slot -> how many entries of the shared maps an owner of bounds (a workload with all levels inside it) has,
+ * and may have. The entries of the last slot are all that owners have claimed: an owner claims some at a time. Slot 0
+ * is for levels without an owner. */
 #define FGPU_OWNERS 4096
 #define FGPU_OWNED 4         /* the maps of enum fgpu_shared, and then: */
 #define FGPU_OWNED_ORPHANS 3 /* `orphans` */
@@ -274,9 +283,9 @@ struct fgpu_process {
     __u32 tag; /* in the answers to its questions; no other living process of the host has it */
     struct fgpu_level sides[FGPU_BOTH_LEVELS]; /* `levels` of this move and of the one before */
     __u64 levels[FGPU_LEVELS];                 /* cgroup ids, leaf first */
-    struct fgpu_level counted;                 /* in whose part of the map it is, and its threads of theirs */
-    __s64 threads;                             /* so many of them; below 0: it counts none any more */
-    __u64 space;                               /* its address space, by the kernel's address of it; 0: not known */
+    struct fgpu_level counted; /* the level in whose part of the map this entry is, and its threads are in theirs */
+    __s64 threads;             /* so many of them; below 0: it counts none any more */
+    __u64 space;               /* its address space, by the kernel's address of it; 0: not known */
     struct fgpu_holding devices[FGPU_DEVICES];
 };
 #define FGPU_SEEN_SHIM 1
@@ -300,7 +309,7 @@ struct fgpu_allocation {
     __u64 references;        /* of a VMM handle: handles and mappings together */
     __u64 owner;             /* of a mapping: its handle; of a pointer: 1 where it is managed memory */
     __u64 exported;          /* 1: another process may have it open */
-    struct fgpu_level level; /* whose entry it is: the leaf that its process was in when it came to be; 0: nobody's */
+    struct fgpu_level level; /* the leaf in which its process was when the entry was made; 0: none */
 };
 /* orphans: bytes of a process that has ended, or that it exported and released. They stay charged to these levels until
  * the agent finds that the device does not hold them any more. */
@@ -326,7 +335,7 @@ struct fgpu_admission { /* that no driver call has settled yet; ticket 0: none *
 };
 /* How far calls of a library are believed: see docs/architecture.md, library classes. */
 enum fgpu_class {
-    FGPU_CLASS_HOST,    /* the host driver's own file: what it frees is freed */
+    FGPU_CLASS_HOST,    /* the host driver's own file: what it frees counts as freed */
     FGPU_CLASS_LISTED,  /* a file that the host's administrator trusts: likewise */
     FGPU_CLASS_UNKNOWN, /* what it frees stays charged until NVML shows that it is freed */
 };
@@ -396,19 +405,21 @@ enum fgpu_adjust {
     FGPU_OVERHEAD, /* tgid, generation, device, bytes, changes: sets what NVML alone knows; -EAGAIN if one began
                       on */
     FGPU_MOVE,     /* tgid, generation (0: make the entry), count, levels leaf first: charges follow */
-    FGPU_REAP,     /* tgid, generation: the process is gone and nothing said so */
-    FGPU_DISOWN,   /* cgroup, device, bytes: so many orphaned bytes that have no entry in `orphans` are held no more */
-    FGPU_RAISE,    /* tgid, generation, device, bytes: adds to what NVML alone knows, whatever goes on */
+    FGPU_REAP,     /* tgid, generation: the process is gone, and no event said so */
+    FGPU_DISOWN, /* cgroup, device, bytes: the device does not hold so many orphaned bytes any more, which have no entry
+                    in `orphans` */
+    FGPU_RAISE,  /* tgid, generation, device, bytes: adds to what NVML alone knows, in any case */
     FGPU_WITHDRAW, /* cgroup: its page is about to be taken away */
     FGPU_SWEPT,    /* cgroup, n, place: so many allocations of the level's were deleted, which no free would delete */
-    FGPU_RING,     /* whoever sleeps on the bell wakes up: shares have changed */
-    FGPU_LET_GO,   /* tgid, device, generation, turn, bytes: so many of these bytes are held no more; 0: it may go */
-    FGPU_MARK,     /* tgid, generation, device: its `peak` begins anew */
-    FGPU_ENTER,    /* tgid, 0, count, levels leaf first: makes the entry of a process that has none yet */
-    FGPU_LOOKED,   /* cgroup, device: the agent has seen what the device still holds of `orphaned` */
-    FGPU_OWN,      /* cgroup, slot, owner, most[FGPU_OWNED]: the level's bounds are those of this owner; cgroup 0: only
-                      the slot is written */
-    FGPU_TRIM,     /* slot: what its owner has claimed and does not need goes back */
+    FGPU_RING,     /* wakes what sleeps on the bell: shares have changed */
+    FGPU_LET_GO, /* tgid, device, generation, turn, bytes: the device does not hold so many of these bytes any more; 0:
+                    delete it */
+    FGPU_MARK,   /* tgid, generation, device: its `peak` begins anew */
+    FGPU_ENTER,  /* tgid, 0, count, levels leaf first: makes the entry of a process that has none yet */
+    FGPU_LOOKED, /* cgroup, device: the agent has seen what the device still holds of `orphaned` */
+    FGPU_OWN,    /* cgroup, slot, owner, most[FGPU_OWNED]: the level's bounds are those of this owner; cgroup 0: only
+                    the slot is written */
+    FGPU_TRIM,   /* slot: gives back what its owner has claimed and does not need */
 };
 
 /* -- events: a ring buffer of what is rare; what does not get in is counted ---------------------------------------- */
@@ -416,11 +427,11 @@ enum fgpu_news {
     FGPU_NEWS_PROCESS,  /* a process of a managed cgroup is seen for the first time; of many in a second, one */
     FGPU_NEWS_REFUSED,  /* by the level `cgroup`; reason as in the counters */
     FGPU_NEWS_BYPASS,   /* its first call without an admission */
-    FGPU_NEWS_KILLED,   /* and one that would exceed, under onBypass: kill */
+    FGPU_NEWS_KILLED,   /* a call without an admission that would exceed the limit, under onBypass: kill */
     FGPU_NEWS_ORPHANED, /* the level `cgroup` has orphaned bytes now */
-    FGPU_NEWS_MOVED,    /* somebody was moved to the cgroup at `path` */
-    FGPU_NEWS_MADE,     /* the cgroup at `path` */
-    FGPU_NEWS_EMPTIED,  /* nobody is left in it, nor below */
+    FGPU_NEWS_MOVED,    /* a process was moved to the cgroup at `path` */
+    FGPU_NEWS_MADE,     /* the cgroup at `path` was made */
+    FGPU_NEWS_EMPTIED,  /* no process is left in it, nor below */
     FGPU_NEWS_REMOVED,
     FGPU_NEWS_ENDED, /* on the bell: a process that had a context runs no more; the driver may still be busy with it */
     FGPU_NEWS_EXECUTED,  /* a program begins in the level `cgroup`; the first few of a second */
@@ -440,6 +451,17 @@ struct fgpu_event {
 struct fgpu_cgroup_event {
     struct fgpu_event event;
     char path[FGPU_PATH]; /* cut where it is longer */
+};
+/* event_budgets: FNV-1a hash of a workload's path from the hierarchy's root -> its budget of events of cgroups. The
+ * agent enters workloads in which much happens. FGPU_BUDGET_OTHERS: for lost events of all other cgroups. */
+#define FGPU_EVENT_BUDGETS 1024
+#define FGPU_BUDGET_OTHERS 0
+#define FGPU_FNV_BASIS 0xcbf29ce484222325ULL
+#define FGPU_FNV_PRIME 0x100000001b3ULL
+struct fgpu_event_budget {
+    __u64 second; /* of the events that were counted last */
+    __u64 count;  /* events of that second */
+    __u64 lost;   /* events that were not sent to the agent, ever growing */
 };
 
 #endif

@@ -1,4 +1,4 @@
-/* levels.bpf.h: the managed cgroups of a process, and what is charged to them: taken where it fits, given back where it
+/* levels.bpf.h: the managed cgroups of a process, and what is charged to them: taken if it fits, given back where it
  * was taken. */
 
 static int fits(struct fgpu_usage_page *page, u32 device, u64 bytes)
@@ -8,14 +8,14 @@ static int fits(struct fgpu_usage_page *page, u32 device, u64 bytes)
     return used + bytes <= limit;
 }
 
-/* A peak that a race leaves too low is raised by the next charge. */
+/* Raise a peak. If a race leaves a peak too low, the next charge raises it. */
 static void raise_peak(u64 *peak, u64 now)
 {
     u64 was = *(volatile u64 *)peak;
     if (UNLIKELY(now > was)) __sync_val_compare_and_swap(peak, was, now);
 }
 
-/* Takes only what fits: to add first and undo later would fail neighbours that fit. */
+/* Charge one level, only if it fits: to add first and undo later would fail neighbours that fit. */
 static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
 {
     struct fgpu_usage *usage = &page->devices[slot(device)];
@@ -32,9 +32,9 @@ static int take(struct fgpu_usage_page *page, u32 device, u64 bytes, int force)
     return FGPU_ADMITTED;
 }
 
-/* A move cannot stop those who are charging meanwhile. So a process has two sides, each with levels and with what is
- * charged to just these: a move fills the other side and then turns to it. Who was too late for that charges the old
- * side, and what is left there is shifted by the next look of the agent. */
+/* Return the side for a number of moves. A move cannot stop threads that are charging meanwhile. So a process has two
+ * sides, each with levels and with what is charged to just these: a move fills the other side and then turns to it. A
+ * thread that was too late for that charges the old side. The next look of the agent shifts what is left there. */
 static u64 side_of(u64 turn)
 {
     __asm__ volatile("" : "+r"(turn));
@@ -43,14 +43,19 @@ static u64 side_of(u64 turn)
 
 static struct fgpu_level *levels_of(struct fgpu_process *p, u64 side) { return &p->sides[side_of(side) * FGPU_LEVELS]; }
 
-/* Two threads may note something at once, and neither may be lost. LLVM 14 has this for 64 bits alone: the flags are
- * the upper half of the word that begins with `level_count`. */
+/* Set a flag. Two threads may set flags at once, and none may be lost. LLVM 14 has this operation for 64 bits only: the
+ * flags are the upper half of the word that begins with `level_count`. */
 static void note(struct fgpu_process *p, u64 flag) { __sync_fetch_and_or((u64 *)&p->level_count, flag << 32); }
 
 static struct fgpu_holding *on(struct fgpu_process *p, u64 device) { return &p->devices[slot(device)]; }
 static s64 *charged(struct fgpu_process *p, u64 side, u32 device) { return &on(p, device)->charged[side_of(side)]; }
 
-/* Levels from now on: the places of their pages are looked for once. */
+static void add_overhead(struct fgpu_process *p, u32 device, u64 bytes)
+{
+    __sync_fetch_and_add((u64 *)&on(p, device)->overhead, bytes);
+}
+
+/* Enter the cgroup of a level. The place of its page is looked up once, here. */
 static void enter_level(struct fgpu_level *level, u64 cgroup)
 {
     struct fgpu_usage_page *page = cgroup ? page_of(cgroup) : 0;
@@ -80,7 +85,7 @@ static void give_back_levels(struct held *h, u32 device, u64 bytes, u32 below)
     EACH_LEVEL if (i < below && h->page[i]) subtract(&h->page[i]->devices[slot(device)].used, bytes);
 }
 
-/* It would fit if the level's orphaned bytes were gone. */
+/* Return whether the bytes would fit if the level's orphaned bytes were gone. */
 static int fits_without_orphans(struct fgpu_usage_page *page, u32 device, u64 bytes)
 {
     struct fgpu_usage *usage = &page->devices[slot(device)];
@@ -89,39 +94,41 @@ static int fits_without_orphans(struct fgpu_usage_page *page, u32 device, u64 by
     return orphaned <= used && used - orphaned + bytes <= limit;
 }
 
-/* All levels are looked at before any is touched, so that a request that never fits disturbs no other one. Told once,
- * behind the loop: what stands in it is compiled for every level. A patient request that fits but for orphaned bytes is
- * refused without a word: the shim asks again. */
+/* Return whether some level refuses the bytes. All levels are read before any is charged, so that a request that never
+ * fits disturbs no other one. Report behind the loop: code in the loop is compiled for every level. A patient request
+ * that fits but for orphaned bytes is refused and not reported: the shim asks again. */
 static int refused_by_a_level(struct held *h, u32 device, u64 bytes, u32 kind, u32 patient)
 {
-    struct fgpu_usage_page *who = 0;
+    struct fgpu_usage_page *full = 0;
     u16 reason = FGPU_REASON_OBSERVED;
     EACH_LEVEL
     {
         struct fgpu_usage_page *page = h->page[i];
         if (!page || reason == FGPU_REASON_LIMIT || !UNLIKELY(!fits(page, device, bytes))) continue;
-        who = page;
+        full = page;
         if (page->flags & FGPU_OBSERVE)
             count(page->cgroup, device, kind, FGPU_REASON_OBSERVED);
         else
             reason = FGPU_REASON_LIMIT;
     }
-    if (!UNLIKELY(who)) return 0;
-    if (patient && reason == FGPU_REASON_LIMIT && fits_without_orphans(who, device, bytes)) return 1;
-    tell(who, FGPU_NEWS_REFUSED, device, bytes, kind, reason);
+    if (!UNLIKELY(full)) return 0;
+    if (patient && reason == FGPU_REASON_LIMIT && fits_without_orphans(full, device, bytes)) return 1;
+    tell(full, FGPU_NEWS_REFUSED, device, bytes, kind, reason);
     if (reason != FGPU_REASON_LIMIT) return 0;
-    __sync_fetch_and_add(&who->devices[slot(device)].refused, 1);
-    count(who->cgroup, device, kind, FGPU_REASON_LIMIT);
+    __sync_fetch_and_add(&full->devices[slot(device)].refused, 1);
+    count(full->cgroup, device, kind, FGPU_REASON_LIMIT);
     return 1;
 }
 
-/* The limit of some level does not count against the device yet: the agent is asked for that. */
+/* Return whether the limit of some level does not count against the device yet, and ask the agent for that. Count it on
+ * the program's own page: a program that said hello before a group had its limit has no page of the group. */
 static int is_uncommitted(struct held *h, u32 device, u64 bytes, u32 kind)
 {
     u64 flag = 1ULL << FGPU_UNCOMMITTED_SHIFT << slot(device);
     struct fgpu_usage_page *level = 0;
     EACH_LEVEL if (h->page[i] && UNLIKELY(*(volatile u64 *)&h->page[i]->flags & flag)) level = h->page[i];
     if (!UNLIKELY(level)) return 0;
+    if (h->page[0]) __sync_fetch_and_add(&h->page[0]->undecided[slot(device)], 1);
     tell_urgently(level, FGPU_NEWS_FIRST_USE, device, bytes, kind, 0);
     return 1;
 }
@@ -133,7 +140,8 @@ static void refuse_entry(struct fgpu_usage_page *page, u32 device, u64 bytes, u3
     count(page->cgroup, device, kind, FGPU_REASON_ENTRIES);
 }
 
-/* Of a map that all share, the leaf or its owner has its part already: of any size, one more would have no entry. */
+/* Return whether the leaf or its owner has its part of a shared map already: one more allocation, of any size, would
+ * have no entry. */
 static int crowded(struct fgpu_usage_page *page, u32 device, u64 bytes, u32 kind)
 {
     if (!page || kind == FGPU_POOL || page->flags & FGPU_OBSERVE) return 0;
@@ -149,7 +157,8 @@ static int take_levels(struct held *h, u32 device, u64 bytes, int force)
     {
         if (!h->page[i]) continue;
         int got = take(h->page[i], device, bytes, force);
-        if (UNLIKELY(got == FGPU_REFUSED || got == FGPU_AGAIN)) { /* it fitted a moment ago: somebody was quicker */
+        if (UNLIKELY(got == FGPU_REFUSED ||
+                     got == FGPU_AGAIN)) { /* it fitted a moment ago: another thread was faster */
             give_back_levels(h, device, bytes, i);
             return FGPU_AGAIN;
         }
@@ -158,13 +167,13 @@ static int take_levels(struct held *h, u32 device, u64 bytes, int force)
     return verdict;
 }
 
-/* Whatever changes a process's numbers stands between these two: the agent corrects none that is in the middle of it.
- */
+/* Each change of a process's numbers stands between these two: the agent does not correct a process that is in the
+ * middle of one. */
 static void begin(struct fgpu_process *p) { __sync_fetch_and_add(&p->begun, 1); }
 static void end(struct fgpu_process *p) { __sync_fetch_and_add(&p->changes, 1); }
 
-/* So does a thread from its admission to the end of the call that settles it: what the driver has of that, nobody
- * knows. By generation, since a process that has left its cgroups and comes back is another. */
+/* A thread is in a change from its admission to the end of the call that settles it: only the driver knows what of that
+ * it has. By generation, since a process that has left its cgroups and comes back is another. */
 static void busy(struct fgpu_process *p, struct fgpu_thread *t)
 {
     if (t->open == p->generation) return;
@@ -179,6 +188,8 @@ static void quiet(struct fgpu_process *p, struct fgpu_thread *t)
     end(p);
 }
 
+static int granted(u64 verdict) { return verdict == FGPU_ADMITTED || verdict == FGPU_UNLIMITED; }
+
 static int charge(struct fgpu_process *p, struct held *h, u32 device, u64 bytes, int force)
 {
     int verdict = take_levels(h, device, bytes, force);
@@ -188,7 +199,7 @@ static int charge(struct fgpu_process *p, struct held *h, u32 device, u64 bytes,
     return verdict;
 }
 
-/* Takes from what one side has, and no more. */
+/* Take bytes from what one side has, and no more. Returns how many. */
 static u64 draw(struct fgpu_process *p, u64 side, u32 device, u64 bytes)
 {
     s64 *has = charged(p, side, device), was = __sync_fetch_and_add(has, -bytes);

@@ -1,31 +1,33 @@
-/* maps.bpf.h: the maps, pinned, and the small things that everybody does with them. */
+/* maps.bpf.h: the maps, pinned, and helpers that all other parts use. */
 
 #define VERDICT_MASK (FGPU_VERDICTS - 1)
 #define DEVICE_MASK (FGPU_DEVICES - 1)
 #define TICKET_MASK ((1ULL << 62) - 1)
-#define DEPTH 16 /* cgroups below the root that are looked at */
+#define DEPTH 16 /* cgroups below the root that are searched */
 #define TRIES 8
 #define MOST_ALLOCATIONS 262144
 #define MOST_THREADS 65536
 #define MOST_PROCESSES 16384
 #define MOST_ORPHANS 65536
 #define MOST_BORROWERS 4096
-#define PART(most) ((most) / 4)                       /* of a map that all share: what one level may have of it */
-#define RESERVE(most) ((most) / 8)                    /* of it, for owners that have few entries */
-#define FEW(most) ((most) < 1024 ? 1 : (most) / 1024) /* that an owner claims at a time */
+#define PART(most) ((most) / 4)                       /* of a shared map: what one level may have of it */
+#define RESERVE(most) ((most) / 8)                    /* of a shared map: kept for owners that have few entries */
+#define FEW(most) ((most) < 1024 ? 1 : (most) / 1024) /* of a shared map: what an owner claims at a time */
 #define SPAN 32                                       /* mappings that one unmap may cover */
 #define READY 2
 #define SIGKILL 9
 #define EVENT_BYTES (1 << 20)
-#define BELL_BYTES (1 << 16)                         /* a page, however large those are */
-#define UNLIKELY(what) __builtin_expect(!!(what), 0) /* the compiler puts it behind the rest, out of the way */
-#define IDLE (1ULL << 63)                            /* beside the generation that a thread belongs to */
-#define OBSERVED 4                                   /* beside the verdicts: admitted because nobody enforces */
+#define BELL_BYTES (1 << 16) /* a page, however large pages are */
+#define UNLIKELY(what)                                                                                                 \
+    __builtin_expect(!!(what), 0) /* the compiler puts this branch behind the rest, out of the way                     \
+                                   */
+#define IDLE (1ULL << 63)         /* beside the generation that a thread belongs to */
+#define OBSERVED 4                /* a verdict beside the others: admitted because no level enforces */
 
 BPF_PROG_ARRAY(nowhere, 1);
 BPF_F_TABLE("array", u32, struct fgpu_usage_page, page_template, 1, 1U << 10 /* BPF_F_MMAPABLE */);
 BPF_TABLE_PINNED("hash_of_maps$page_template", u64, int, pages, 4096, PINS "pages");
-BPF_TABLE_PINNED("array_of_maps$page_template", u32, int, shelf, 4096, PINS "shelf"); /* the same, by place */
+BPF_TABLE_PINNED("array_of_maps$page_template", u32, int, shelf, 4096, PINS "shelf"); /* the same pages, by place */
 BPF_TABLE_PINNED("hash", u64, u32, resolved, 16384, PINS "resolved", SPARSE);
 BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_limit, limits, 65536, PINS "limits", SPARSE);
 BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_share, shares, 65536, PINS "shares", SPARSE);
@@ -38,7 +40,7 @@ BPF_TABLE_PINNED("hash", struct fgpu_allocation_key, struct fgpu_allocation, all
 BPF_TABLE_PINNED("hash", u64, struct fgpu_thread, threads, MOST_THREADS, PINS "threads", SPARSE);
 BPF_TABLE_PINNED("hash", struct fgpu_orphan_key, struct fgpu_orphan, orphans, MOST_ORPHANS, PINS "orphans", SPARSE);
 BPF_TABLE_PINNED("hash", u64, u32, spaces, MOST_PROCESSES, PINS "spaces", SPARSE); /* address space -> its process */
-/* Processes that live in the address space of another one (vfork), which is charged for what they do. */
+/* Processes that live in the address space of another process (vfork). That process is charged for what they do. */
 BPF_TABLE_PINNED("hash", u32, u32, borrowers, MOST_BORROWERS, PINS "borrowers", SPARSE);
 BPF_TABLE_PINNED("array", u32, struct fgpu_owner, owners, FGPU_OWNERS, PINS "owners");
 BPF_TABLE_PINNED("array", u32, u64, managed_freed, FGPU_DEVICES, PINS "managed_freed"); /* bytes, ever growing */
@@ -48,13 +50,15 @@ BPF_TABLE_PINNED("hash", struct fgpu_file, u32, files, 4096, PINS "files", SPARS
 /* 0: epoch, 1: flags for control pages, 2, 3: events of cgroups, 4: epoch of shares, 5: processes so far, 6: when the
  * agent was last told of orphans, 7: tags so far, 8: entries of `orphans` so far */
 BPF_TABLE_PINNED("array", u32, u64, host, 9, PINS "host");
+BPF_TABLE_PINNED("hash", u64, struct fgpu_event_budget, event_budgets, FGPU_EVENT_BUDGETS, PINS "event_budgets",
+                 SPARSE);
 BPF_TABLE_PINNED("hash", struct fgpu_counter_key, u64, counters, 65536, PINS "counters", SPARSE);
 BPF_TABLE_PINNED("array", u32, u64, incidents, 2 * FGPU_REASONS, PINS "incidents");
 BPF_TABLE_PINNED("percpu_array", u32, u64, hits, FGPU_HITS, PINS "hits");
-#if ENDS /* when a process of such a pid has ended last, or of another that shares its place */
+#if ENDS /* when a process with such a pid, or with another pid that has the same place, has ended last */
 BPF_TABLE_PINNED("array", u32, u64, ends, FGPU_ENDS, PINS "ends");
 #endif
-/* As BPF_RINGBUF_OUTPUT of BCC, which cannot pin. */
+/* As BPF_RINGBUF_OUTPUT of BCC declares it, which cannot pin. */
 struct events_table_t {
     int key;
     u32 leaf;
@@ -70,11 +74,11 @@ struct bell_table_t {
     u32 max_entries;
     int flags;
 };
-/* What the kernel wakes the gatekeeper by. */
+/* The ring by which the kernel wakes the gatekeeper. */
 __attribute__((section("maps/ringbuf:" PINS "bell"))) struct bell_table_t bell = {.max_entries = BELL_BYTES};
-BPF_ARRAY(blanks, struct fgpu_process, 1); /* never written: too large for the stack */
+BPF_ARRAY(blanks, struct fgpu_process, 1); /* never written: a process is too large for the stack */
 
-/* A device as an index that the verifier believes: masked where it is used, whatever the compiler remembers. */
+/* Return a device as an index that the verifier accepts: masked where it is used, whatever the compiler remembers. */
 static u64 slot(u64 device)
 {
     __asm__ volatile("" : "+r"(device));
@@ -82,8 +86,8 @@ static u64 slot(u64 device)
     return device;
 }
 
-/* The same, and the verifier knows nothing of it: it follows what comes after once, and not for each value it might
- * have. `any` is a number of which it knows nothing either. */
+/* Return `value`, and make the verifier forget what it knows of it. The verifier then follows the code behind it once,
+ * and not for each value that it might have. `any` is a number of which the verifier knows nothing either. */
 static u64 forget(u64 value, u64 any)
 {
     value ^= any;
@@ -91,9 +95,9 @@ static u64 forget(u64 value, u64 any)
     return value ^ any;
 }
 
-/* Linux 6.13 gives a large program one stack for each processor, unless it may call on to another program. At a uprobe
- * a program can be preempted: the next one to run there would write over its pointers. So this call is there, for the
- * kernel to see when it loads the program; it is never made. */
+/* Make the kernel give the program a stack of its own. Linux 6.13 gives a large program one stack for each processor,
+ * unless it may call another program. A program at a uprobe can be preempted, and the next one on that processor would
+ * write over its pointers. So this call is here for the kernel to see when it loads the program; it is never made. */
 static void own_stack(struct pt_regs *ctx)
 {
     u64 ever = 0;
@@ -104,7 +108,7 @@ static void own_stack(struct pt_regs *ctx)
 static void hit(u32 probe)
 {
     u64 *n = hits.lookup(&probe);
-    if (n) __sync_fetch_and_add(n, 1); /* a processor's own; somebody else may come between all the same */
+    if (n) __sync_fetch_and_add(n, 1); /* of this processor; another program may run in between all the same */
 }
 
 static struct fgpu_usage_page *page_of(u64 cgroup)
@@ -114,8 +118,8 @@ static struct fgpu_usage_page *page_of(u64 cgroup)
     return inner ? bpf_map_lookup_elem(inner, &zero) : 0;
 }
 
-/* The same without a search: where the page was when the process came to this level. One that is taken away names no
- * cgroup any more. */
+/* Return a level's page without a search: the page at the place that it had when the process came to this level. A page
+ * that was taken away names no cgroup any more. */
 static struct fgpu_usage_page *page_at(struct fgpu_level *level)
 {
     u32 place = level->place, zero = 0;
@@ -124,7 +128,8 @@ static struct fgpu_usage_page *page_at(struct fgpu_level *level)
     return page && page->cgroup == level->cgroup ? page : 0;
 }
 
-/* Of the host: it stands in so many places that to look for a counter, or make it, would be a third of all code. */
+/* Count an incident of the host. Many places do so: to look up a counter in a map, or make it, would be a third of all
+ * code. */
 static void incident(u32 at)
 {
     u64 *n = incidents.lookup(&at);
@@ -147,7 +152,7 @@ static void count(u64 cgroup, u32 device, u16 kind, u16 reason)
         anomaly(FGPU_ANOMALY_FULL);
 }
 
-/* One less, never below 0: answers how many are left, or -1 where there was none. */
+/* Subtract one, never below 0. Returns how many are left, or -1 if there was none. */
 static s64 one_less(u64 *n)
 {
     s64 was = __sync_fetch_and_add(n, -1);
@@ -156,7 +161,7 @@ static s64 one_less(u64 *n)
     return -1;
 }
 
-/* Subtracts; what would go below zero is given back and counted. */
+/* Subtract. What would go below zero is given back and counted as an anomaly. */
 static void subtract(u64 *word, u64 bytes)
 {
     u64 was = __sync_fetch_and_add(word, -bytes);
@@ -166,7 +171,7 @@ static void subtract(u64 *word, u64 bytes)
     }
 }
 
-/* Less, never below 0. */
+/* Subtract, never below 0. */
 static void lower(u64 *word, u64 n)
 {
     u64 was = __sync_fetch_and_add(word, -n);

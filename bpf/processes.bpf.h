@@ -1,7 +1,7 @@
-/* processes.bpf.h: the entry of a process, from its first call to its end, and what its threads leave behind. */
+/* processes.bpf.h: the entry of a process, and those of its threads. */
 
-/* The managed cgroups of the current task, leaf first. Where there are more, the innermost are left out: who may make
- * cgroups inside a group must not push the group out. */
+/* Find the managed cgroups of the current task, leaf first. If there are more than fit, the innermost are left out: a
+ * user that may make cgroups inside a group must not push the group out. */
 static u32 find_levels(u64 *levels)
 {
     u32 n = 0;
@@ -15,7 +15,8 @@ static u32 find_levels(u64 *levels)
     return n;
 }
 
-/* The address space of the current task, by the kernel's address of it; 0: this kernel does not say where it is. */
+/* Return the address space of the current task, by the kernel's address of it; 0: this kernel does not say where it
+ * is. */
 static u64 current_space(void)
 {
     u64 space = 0;
@@ -25,7 +26,7 @@ static u64 current_space(void)
     return space;
 }
 
-/* A number that no other living process has: a counter that comes round after 2^30 processes. */
+/* Return a number that no other living process has: a counter that starts again after 2^30 processes. */
 static u32 next_tag(void)
 {
     u32 at = HOST_TAGS;
@@ -47,8 +48,8 @@ static void name_process(struct fgpu_process *p, u64 *levels, u32 n)
     __sync_fetch_and_add(&p->state, 1); /* claimed -> ready; orders the stores before it */
 }
 
-/* Makes and names an entry; `force`: whatever part of the map its leaf and its owner have. 0: there is no room, or
- * another thread is naming it, and then `*found` is 1. */
+/* Make and name an entry. `force`: even if its leaf and its owner have all of their part of the map. Returns 0 if there
+ * is no room, or if another thread is naming it; then `*found` is 1. */
 static struct fgpu_process *make_process(u32 tgid, u64 *levels, u32 n, int force, int *found)
 {
     struct fgpu_process *p, *blank;
@@ -72,15 +73,16 @@ static struct fgpu_process *make_process(u32 tgid, u64 *levels, u32 n, int force
     return p;
 }
 
-/* From now on this process is charged for all that happens in its address space. */
+/* Charge this process for all that happens in its address space, from now on. */
 static void claim_space(struct fgpu_process *p, u32 tgid, u64 space)
 {
     if (!space || spaces.update(&space, &tgid)) return;
     p->space = space;
 }
 
-/* A process that was made by vfork, or by clone with CLONE_VM, works in the address space of another one, and the
- * memory that it takes is that one's: so that one is charged, and its entry returned. `*tgid` becomes its pid. */
+/* Find the process that lends its address space. A process that was made by vfork, or by clone with CLONE_VM, works in
+ * the address space of another one, and takes memory for that one. So that one is charged, and its entry returned.
+ * `*tgid` becomes its pid. */
 static struct fgpu_process *lender(u32 *tgid, u64 space)
 {
     u32 *owner = space ? spaces.lookup(&space) : 0, borrower = *tgid;
@@ -93,7 +95,7 @@ static struct fgpu_process *lender(u32 *tgid, u64 space)
     return p;
 }
 
-/* The entry that a process is charged to, if there is one; `*tgid` becomes the pid that the entry has. */
+/* Return the entry that a process is charged to, if there is one; `*tgid` becomes the pid that the entry has. */
 static struct fgpu_process *owner_of(u32 *tgid)
 {
     struct fgpu_process *p = processes.lookup(tgid);
@@ -103,9 +105,10 @@ static struct fgpu_process *owner_of(u32 *tgid)
     return processes.lookup(tgid);
 }
 
-/* The entry that the current process is charged to, made when it is managed and has none; 0: unmanaged, or there is no
- * room for it, of its level's part or at all: then `h` has its pages. Of several threads, the one that names it keeps
- * its place. `*tgid` becomes the pid that the entry has. */
+/* Return the entry that the current process is charged to; make it if the process is managed and has none. Returns 0 if
+ * the process is unmanaged, or if there is no room for the entry, in its level's part or at all: then `h` has its
+ * pages. If several threads do this at once, the one that names the entry keeps its place. `*tgid` becomes the pid that
+ * the entry has. */
 static struct fgpu_process *own_process(u32 *tgid, struct held *h)
 {
     struct fgpu_process *p = processes.lookup(tgid);
@@ -133,12 +136,9 @@ static struct fgpu_process *own_process(u32 *tgid, struct held *h)
     return p;
 }
 
-static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f);
-static void leave_unsettled(struct fgpu_process *p, struct fgpu_admission *a);
+#define NO_MORE (-1LL << 62) /* stays below 0 however many threads add to it */
 
-#define NO_MORE (-1LL << 62) /* however many add to it */
-
-/* Counts a thread in its process's part of the map; 0: there is none left, or the process is gone. */
+/* Count a thread in its process's part of the map. Returns 0 if none is left, or the process is gone. */
 static int count_thread(struct fgpu_process *p)
 {
     if (__sync_fetch_and_add((u64 *)&p->threads, 1) >> 63) return 0;
@@ -152,27 +152,28 @@ static void uncount_thread(struct fgpu_process *p)
     if (one_less((u64 *)&p->threads) >= 0) give_place(&p->counted, FGPU_THREADS);
 }
 
-/* It belongs to this life of the process: one that has left its cgroups and comes back is another. */
+/* Return whether a thread belongs to this life of the process: a process that has left its cgroups and comes back is
+ * another. */
 static int belongs(struct fgpu_process *p, struct fgpu_thread *t) { return (t->open & ~IDLE) == p->generation; }
 
-/* What a thread leaves behind: an admission that nothing settled, a call that never returned. */
-static void end_thread(u64 id)
+/* Return the entry of the current thread; make it if it has none in this life of its process. Returns 0 if there is no
+ * room for it, in its level's part or at all. */
+static struct fgpu_thread *own_thread(struct fgpu_process *p, u64 id)
 {
     struct fgpu_thread *t = threads.lookup(&id);
-    u32 tgid = id >> 32;
-    if (!t) return;
-    struct fgpu_process *p = owner_of(&tgid);
-    if (p && belongs(p, t)) {
-        busy(p, t);
-        leave_unsettled(p, &t->admission);
-        if (t->call.function) give_up(p, tgid, &t->call);
-        end(p);
+    if (!UNLIKELY(!t || (t->open && !belongs(p, t)))) return t;
+    struct fgpu_thread none = {.open = p->generation | IDLE};
+    if (count_thread(p)) {
+        int failed = threads.update(&id, &none);
+        if (!failed) return threads.lookup(&id);
         uncount_thread(p);
     }
-    threads.delete(&id);
+    anomaly(FGPU_ANOMALY_FULL);
+    return 0;
 }
 
-/* Threads that live on, where the process is only out of its cgroups, belong to no process then. */
+/* Delete the entry of a process. If the process has only left its cgroups, its threads live on and belong to no process
+ * then. */
 static void delete_process(u32 tgid, struct fgpu_process *p)
 {
     struct fgpu_level level = p->counted;
@@ -182,64 +183,4 @@ static void delete_process(u32 tgid, struct fgpu_process *p)
     s64 n = __sync_lock_test_and_set((u64 *)&p->threads, NO_MORE);
     if (n > 0) give_places(&level, FGPU_THREADS, n);
     if (!processes.delete(&tgid)) give_place(&level, FGPU_PROCESSES);
-}
-
-static int has_context(struct fgpu_process *p)
-{
-    u64 n = 0;
-    for (u32 d = 0; d < FGPU_DEVICES; d++) n |= on(p, d)->contexts;
-    return n != 0;
-}
-
-/* Returns whether it had a context: a process without one has no turn. */
-static int end_process(u32 tgid)
-{
-    struct fgpu_process *p = processes.lookup(&tgid);
-    borrowers.delete(&tgid);
-    if (!p) return 0;
-    int had_context = has_context(p);
-    __sync_fetch_and_add(&p->state, 1); /* not ready: before its bytes are looked at */
-    orphan_all(p, tgid);
-    delete_process(tgid, p);
-    return had_context;
-}
-
-/* Is this the last thread of its process? Never pid == tgid: the leader may leave first. */
-static int is_last(struct bpf_raw_tracepoint_args *ctx)
-{
-#ifdef SIGNAL_AT /* before Linux 6.16: how many are not this far yet, which two at once may both read as none */
-    void *signal = 0;
-    s32 live = 1;
-    bpf_probe_read_kernel(&signal, sizeof(signal), (void *)ctx->args[0] + SIGNAL_AT);
-    bpf_probe_read_kernel(&live, sizeof(live), signal + LIVE_AT);
-    return !live;
-#else
-    return !!ctx->args[1]; /* group_dead */
-#endif
-}
-
-int process_exit(struct bpf_raw_tracepoint_args *ctx)
-{
-    u64 id = bpf_get_current_pid_tgid();
-    end_thread(id);
-    if (!is_last(ctx)) return 0;
-    note_end(id >> 32);
-    if (end_process(id >> 32)) tell_of_end(id >> 32);
-    return 0;
-}
-
-int process_exec(struct bpf_raw_tracepoint_args *ctx)
-{
-    u64 id = bpf_get_current_pid_tgid();
-    end_thread((id >> 32 << 32) | (u32)ctx->args[1]); /* the thread's own number before it became the leader */
-    end_process(id >> 32);
-    return 0;
-}
-
-int program_began(struct bpf_raw_tracepoint_args *ctx)
-{
-    u64 levels[FGPU_LEVELS] = {};
-    (void)ctx;
-    if (find_levels(levels)) tell_of_program(page_of(levels[0]));
-    return 0;
 }

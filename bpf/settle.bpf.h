@@ -1,14 +1,14 @@
-/* settle.bpf.h: how a driver call ended: what it adds is entered, what it frees is answered, in bytes. */
+/* settle.bpf.h: how a driver call ended: what it allocated is entered, and what it freed is released. */
 
-/* What comes of a call that succeeded: bytes freed on its device, bytes that it let go of and that the device may still
- * hold, and a handle that is new. */
+/* What a call that succeeded has done: bytes freed on its device, bytes that it released and that the device may still
+ * hold, and whether there is a new handle. */
 struct outcome {
     u64 freed, orphaned;
     u64 bytes, owner;
     int new;
 };
 
-/* What is told apart within a process's bytes, less what is freed of it. */
+/* Subtract freed bytes from the parts of a process's bytes. */
 static void lower_parts(struct fgpu_process *p, u32 device, u64 bytes, int handle, u64 managed, u64 exported)
 {
     struct fgpu_holding *has = on(p, device);
@@ -18,8 +18,8 @@ static void lower_parts(struct fgpu_process *p, u32 device, u64 bytes, int handl
     if (exported) subtract(handle ? &has->exported_vmm : &has->exported, bytes);
 }
 
-/* What one of two charges of the same name has, but for what its entry keeps, and whose end was not seen: as overhead,
- * which NVML corrects. What others may have open is orphaned. */
+/* Count a charge whose end was not seen as overhead, which NVML corrects, but for the bytes that its entry keeps.
+ * Orphan it if other processes may have it open. */
 static void leave_stale(struct fgpu_process *p, u32 tgid, struct fgpu_allocation *old, u64 kept)
 {
     lower_parts(p, old->device, old->exported ? old->bytes : 0, 0, 0, old->exported);
@@ -29,17 +29,17 @@ static void leave_stale(struct fgpu_process *p, u32 tgid, struct fgpu_allocation
         add_overhead(p, old->device, old->bytes - kept);
 }
 
-/* Bytes that are freed by a name that two charges have: of what is on one device and not open elsewhere, the smaller,
- * whichever of the two the driver frees. */
+/* Return the bytes that are freed by a name that two charges have: the smaller, whichever of the two the driver frees,
+ * if both are on one device and not open elsewhere. */
 static u64 least_of(struct fgpu_allocation *old, struct fgpu_allocation *new)
 {
     if (old->exported || old->device != new->device) return 0;
     return new->bytes < old->bytes ? new->bytes : old->bytes;
 }
 
-/* Two charges of one name: a free was not seen, or the name that a call returned is a lie. A tenant gains nothing by
- * it: nothing is released here, and no free by this name releases more than the driver frees. The rest has no entry: of
- * managed memory and handles it stays charged until the process ends, of all else NVML corrects it. */
+/* Keep one of two charges of one name: a free was not seen, or the name that a call returned is a lie. A tenant gains
+ * nothing by such a lie: nothing is released here, and no free by this name releases more than the driver frees. The
+ * rest has no entry: managed memory and handles stay charged until the process ends; NVML corrects all else. */
 static void keep_one(struct fgpu_process *p, struct fgpu_allocation_key *key, struct fgpu_allocation *old,
                      struct fgpu_allocation *new)
 {
@@ -55,7 +55,7 @@ static void keep_one(struct fgpu_process *p, struct fgpu_allocation_key *key, st
     allocations.update(key, new);
 }
 
-/* Enters a new handle. An older charge of the same name went with its context, or is in doubt. */
+/* Enter a new handle. An older charge of the same name went with its context, or is in doubt. */
 static void keep(struct fgpu_process *p, struct fgpu_allocation_key *key, u64 bytes, u32 device, u64 owner)
 {
     struct fgpu_allocation value = {
@@ -79,8 +79,8 @@ static void tally_witnessed(struct fgpu_process *p, u32 device, u64 bytes)
     if (page) __sync_fetch_and_add(&page->tallies[slot(device)].witnessed, bytes);
 }
 
-/* What lived in the device's contexts is gone with the last of them. Handles and pools outlive it, and so does what
- * other processes may have open. */
+/* The last context of a device has ended, with what lived in the device's contexts. Handles and pools outlive it, and
+ * so does what other processes may have open. */
 static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *out)
 {
     struct fgpu_holding *has = on(p, device);
@@ -97,7 +97,7 @@ static u64 end_last_context(struct fgpu_process *p, u32 device, struct outcome *
     return bytes - open;
 }
 
-/* Of a context that is not the last, its own bytes go at once; NVML tells how much was in it. */
+/* A context has ended. If it is not the last, its own bytes go at once; NVML tells how much was in it. */
 static u64 end_context(struct fgpu_process *p, u32 device, struct outcome *out)
 {
     device &= DEVICE_MASK;
@@ -120,7 +120,7 @@ static u64 end_primary(struct fgpu_process *p, u32 device, struct outcome *out)
     return end_context(p, device, out);
 }
 
-/* A context has come to be. Its bytes are overhead: NVML corrects them. */
+/* A context was made. Its bytes are overhead: NVML corrects them. */
 static void begin_context(struct fgpu_process *p, struct fgpu_call *f)
 {
     u32 device = f->device & DEVICE_MASK;
@@ -129,8 +129,9 @@ static void begin_context(struct fgpu_process *p, struct fgpu_call *f)
     p->last_device = device;
 }
 
-/* The first reference makes the context; else another thread was first, or it was there: what was admitted goes. The
- * reference itself was counted before the driver did: who releases meanwhile must not take it for the last. */
+/* The primary context was retained. The first reference makes the context. Otherwise another thread was first, or the
+ * context was there: then what was admitted goes. The reference itself was counted before the driver did: a thread that
+ * releases meanwhile must not take its own for the last. */
 static u64 retained(struct fgpu_process *p, struct fgpu_call *f)
 {
     u32 device = f->device & DEVICE_MASK;
@@ -139,7 +140,7 @@ static u64 retained(struct fgpu_process *p, struct fgpu_call *f)
     return 0;
 }
 
-/* A mapping refers to its handle; `key` names the handle and is made to name the mapping. */
+/* A mapping was made. It refers to its handle; `key` names the handle and is made to name the mapping. */
 static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
     key->space = FGPU_SPACE_HANDLE;
@@ -154,7 +155,7 @@ static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allo
     enter_allocation(key, &value, levels_of(p, p->turn));
 }
 
-/* One reference less; the last one frees the memory, if it is not open elsewhere. */
+/* Drop one reference. The last one frees the memory, if it is not open elsewhere. */
 static void drop_reference(struct fgpu_process *p, struct fgpu_allocation_key *key)
 {
     struct fgpu_allocation *a = allocations.lookup(key);
@@ -170,7 +171,7 @@ static void drop_reference(struct fgpu_process *p, struct fgpu_allocation_key *k
         release(p, device, bytes);
 }
 
-/* (pointer, bytes): may cover several mappings, one after the other. */
+/* A range (pointer, bytes) was unmapped: it may cover several mappings, one after the other. */
 static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
     u64 at = f->arguments[0], end = at + f->arguments[1];
@@ -196,7 +197,7 @@ static u64 device_of_ordinal(struct fgpu_process *p, struct fgpu_allocation_key 
     return (a ? a->device : ordinal) & DEVICE_MASK;
 }
 
-/* What the call gave stands where its first argument points. */
+/* Return the handle that the call gave: its first argument points to it. */
 static u64 given(struct fgpu_call *f)
 {
     u64 handle = 0;
@@ -230,8 +231,8 @@ static void context_made(struct fgpu_process *p, struct fgpu_call *f, struct fgp
     out->new = 1;
 }
 
-/* Bytes that are known only now: of a pitched allocation; of a context that nobody asked about. Else those that did not
- * fit when the call began, if there were any. */
+/* Return bytes that are known only now: of a pitched allocation; of a context that was not asked about. Otherwise those
+ * that did not fit when the call began, if there were any. */
 static u64 late_bytes(struct fgpu_process *p, struct fgpu_call *f)
 {
     u64 pitch = 0, *known;
@@ -262,7 +263,8 @@ static u64 freed(struct fgpu_process *p, struct fgpu_call *f, u64 *orphaned, int
     return 0;
 }
 
-/* Another process may open what `space` and `handle` name. A pointer into the middle of an allocation has no entry. */
+/* Note that another process may open what `space` and `handle` name. A pointer into the middle of an allocation has no
+ * entry. */
 static void exported(struct fgpu_process *p, struct fgpu_allocation_key *key, u32 space, u64 handle)
 {
     key->space = space;
@@ -278,14 +280,14 @@ static void exported(struct fgpu_process *p, struct fgpu_allocation_key *key, u3
     __sync_fetch_and_add(sum, a->bytes);
 }
 
-/* A reference that a library of the tenant's own has dropped may be there in truth, and keep memory that a trusted
- * library seems to free: so nothing of this process is taken for freed from now on. */
+/* A library that the tenant brought has dropped a reference, which may still exist and keep memory that a trusted
+ * library seems to free. So nothing of this process counts as freed from now on. */
 static void distrust(struct fgpu_process *p, u64 function)
 {
     if (function == FGPU_FUNCTION_UNMAP || function == FGPU_FUNCTION_RELEASE) note(p, FGPU_SEEN_EXPORT);
 }
 
-/* The call succeeded; returns the bytes that it freed. `key` has the process's name. */
+/* Settle a call that succeeded. Returns the bytes that it freed. `key` has the process's name. */
 static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, struct outcome *out,
                   int trusted)
 {
@@ -347,47 +349,4 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
         allocated(p, f, key, out);
         return 0;
     }
-}
-
-#define OUT_OF_MEMORY 2 /* CUDA_ERROR_OUT_OF_MEMORY */
-
-/* It succeeded without an admission, or with a smaller one. A call that fails (after a fork, without a context) is no
- * bypass. Told once: it counts as told when it was sent. */
-static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
-{
-    note(p, FGPU_SEEN_BYPASS);
-    anomaly(FGPU_ANOMALY_BYPASS);
-    if (p->flags & FGPU_TOLD_BYPASS) return;
-    if (tell_urgently(page_of(p->levels[0]), FGPU_NEWS_BYPASS, f->device, f->uncovered, operation_of(f), 0))
-        note(p, FGPU_TOLD_BYPASS);
-}
-
-int call_return(struct pt_regs *ctx)
-{
-    u64 id = bpf_get_current_pid_tgid();
-    u32 tgid = id >> 32;
-    struct fgpu_thread *t = threads.lookup(&id);
-    own_stack(ctx);
-    u64 cookie = bpf_get_attach_cookie(ctx);
-    if (!t || !t->call.function || t->call.function != (cookie & FGPU_FUNCTION_MASK)) return 0;
-    struct fgpu_call f = t->call;
-    struct fgpu_process *p = owner_of(&tgid);
-    if (!p || p->state != READY || t->open != p->generation) return 0; /* charged to an earlier life */
-    t->call.function = FGPU_FUNCTION_NONE;
-    if (!UNLIKELY((u32)PT_REGS_RC(ctx))) {
-        struct fgpu_allocation_key key = {.tgid = tgid, .generation = p->generation};
-        struct outcome out = {};
-        cover(p, &f, late_bytes(p, &f), 1);
-        if (!is_trusted(cookie)) distrust(p, f.function);
-        out.freed = settle(p, &f, &key, &out, is_trusted(cookie));
-        if (out.new) keep(p, &key, out.bytes, f.device, out.owner);
-        release(p, f.device, out.freed);
-        orphan_part(p, tgid, f.device, out.orphaned);
-        if (UNLIKELY(f.uncovered)) name_bypass(p, &f);
-    } else {
-        if ((u32)PT_REGS_RC(ctx) == OUT_OF_MEMORY && f.bytes) device_full(p, f.device, operation_of(&f), f.bytes);
-        put_back(p, tgid, &f);
-    }
-    quiet(p, t);
-    return 0;
 }

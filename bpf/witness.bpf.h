@@ -1,4 +1,4 @@
-/* witness.bpf.h: a driver call begins: what it was admitted, what it asks for, what it is about to free. */
+/* witness.bpf.h: what a driver call takes, as far as it is known when the call begins, and what it is about to free. */
 
 static int takes(u64 function)
 {
@@ -8,7 +8,7 @@ static int takes(u64 function)
 
 static int frees(u64 function) { return function >= FGPU_FUNCTION_FREE && function <= FGPU_FUNCTION_DESTROY; }
 
-/* What a library of the tenant's own says of memory that it frees may be a lie. */
+/* Return whether a library is believed. A library that the tenant brought may lie about memory that it frees. */
 static int is_trusted(u64 cookie) { return cookie >> FGPU_CLASS_SHIFT != FGPU_CLASS_UNKNOWN; }
 
 static u32 space_of(u64 function)
@@ -19,7 +19,7 @@ static u32 space_of(u64 function)
                                                      : FGPU_SPACE_POINTER;
 }
 
-/* The allocation that a call was about to free is there again. */
+/* Enter the allocation again that a call was about to free. */
 static void enter_again(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
     if (!f->references) return;
@@ -38,7 +38,7 @@ static void enter_again(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
         enter_allocation(&key, &value, levels_of(p, p->turn));
 }
 
-/* A call that failed: what it was charged goes, what it took comes back. */
+/* A call failed: release what it was charged, and enter what it took again. */
 static void put_back(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
     if (frees(f->function)) {
@@ -62,10 +62,10 @@ static void hold_handle(struct fgpu_process *p, u32 tgid, u64 handle)
     if (a) __sync_fetch_and_add(&a->references, 1);
 }
 
-/* A call whose end is not seen (its thread has ended, or has left it by longjmp or for another call): the driver may
- * have done it. What it was charged stays charged: as managed memory or a handle, of which NVML may say nothing, until
- * the process ends; else as overhead, which NVML corrects. A context that it may have made keeps another one from being
- * the last, a mapping its handle, and an export what is freed later. */
+/* The end of a call is not seen (its thread has ended, or has left it by longjmp or for another call): the driver may
+ * have done it. Its bytes stay charged: as managed memory or a handle, of which NVML may say nothing, until the process
+ * ends; else as overhead, which NVML corrects. A context that it may have made keeps another one from being the last, a
+ * mapping keeps its handle, and an export keeps what is freed later. */
 static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
 {
     switch (f->function) {
@@ -106,14 +106,15 @@ static void give_up(struct fgpu_process *p, u32 tgid, struct fgpu_call *f)
     add_overhead(p, f->device, f->bytes);
 }
 
-/* Of managed memory NVML says nothing, and which context is the last decides about all of it: a library that is not
- * trusted ends neither. They stay charged until the process ends, or another library ends them. */
+/* Return whether a call ends an allocation. NVML says nothing of managed memory, and all of it depends on which context
+ * is the last. So a library that is not trusted ends neither: they stay charged until the process ends, or another
+ * library ends them. */
 static int is_ended(u64 function, struct fgpu_allocation *a, int trusted)
 {
     return trusted || (function != FGPU_FUNCTION_DESTROY && !(function == FGPU_FUNCTION_FREE && a->owner));
 }
 
-/* Takes one reference of the allocation into the flight; the last one takes the entry, before the driver can hand
+/* Take one reference of the allocation into the call. The last reference takes the entry, before the driver can hand
  * the same pointer to another thread. */
 static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, int trusted)
 {
@@ -132,7 +133,7 @@ static void take_entry(struct fgpu_process *p, u32 tgid, struct fgpu_call *f, in
     }
     if (a->era != on(p, a->device)->era && f->function != FGPU_FUNCTION_RELEASE) {
         f->bytes = 0;                                                /* went with its context */
-        if (f->function != FGPU_FUNCTION_DESTROY) f->references = 0; /* and does not come back where the free fails */
+        if (f->function != FGPU_FUNCTION_DESTROY) f->references = 0; /* and does not come back if the free fails */
     }
     delete_allocation(&key, a);
 }
@@ -157,50 +158,46 @@ static int kills(struct fgpu_usage_page *page)
     return page && page->flags & FGPU_KILL && !(page->flags & FGPU_OBSERVE);
 }
 
-/* A level that has no room for so much more, one that kills before any other; 0: it fits. */
+/* Return a level that has no room for so many more bytes, a level that kills before any other; 0: they fit. */
 static struct fgpu_usage_page *exceeded(struct held *h, u32 device, u64 bytes)
 {
-    struct fgpu_usage_page *who = 0;
+    struct fgpu_usage_page *full = 0;
     EACH_LEVEL
     {
         struct fgpu_usage_page *page = h->page[i];
-        if (page && !kills(who) && !fits(page, device, bytes)) who = page;
+        if (page && !kills(full) && !fits(page, device, bytes)) full = page;
     }
-    return who;
+    return full;
 }
 
-/* Under onBypass: kill a call that nobody asked about and that would exceed ends its process before the driver runs. */
-static void kill_caller(struct fgpu_usage_page *who, struct fgpu_call *f, u64 bytes)
+/* Under onBypass: kill, a call that was not asked about and that would exceed the limit kills its process before the
+ * driver runs. */
+static void kill_caller(struct fgpu_usage_page *full, struct fgpu_call *f, u64 bytes)
 {
-    __sync_fetch_and_add(&who->devices[slot(f->device)].refused, 1);
-    count(who->cgroup, f->device, operation_of(f), FGPU_REASON_LIMIT);
-    tell_urgently(who, FGPU_NEWS_KILLED, f->device, bytes, operation_of(f), FGPU_REASON_LIMIT);
+    __sync_fetch_and_add(&full->devices[slot(f->device)].refused, 1);
+    count(full->cgroup, f->device, operation_of(f), FGPU_REASON_LIMIT);
+    tell_urgently(full, FGPU_NEWS_KILLED, f->device, bytes, operation_of(f), FGPU_REASON_LIMIT);
     bpf_send_signal(SIGKILL);
 }
 
-/* The witnessed size, if larger than what was admitted, is charged all the same: the driver hands it out. What does not
- * fit is charged when it `has`: calls that can but fail would keep others from what fits. */
+/* Charge the witnessed size if it is larger than what was admitted: the driver hands it out. What does not fit is
+ * charged only if the call `has` it: calls that can but fail would keep others from what fits. */
 static void cover(struct fgpu_process *p, struct fgpu_call *f, u64 bytes, int has)
 {
     if (!UNLIKELY(bytes > f->bytes) || bytes > FGPU_MOST_BYTES) return;
     struct held h;
     look_up(p, &h);
     f->uncovered = bytes;
-    struct fgpu_usage_page *who = exceeded(&h, f->device, bytes - f->bytes);
-    if (kills(who))
-        kill_caller(who, f, bytes - f->bytes);
-    else if (has || !who) {
+    struct fgpu_usage_page *full = exceeded(&h, f->device, bytes - f->bytes);
+    if (kills(full))
+        kill_caller(full, f, bytes - f->bytes);
+    else if (has || !full) {
         charge(p, &h, f->device, bytes - f->bytes, 1);
         f->bytes = bytes;
     }
 }
 
-static int same_call(struct fgpu_call *a, struct fgpu_call *b)
-{
-    return a->function == b->function && a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];
-}
-
-/* CUDA_ARRAY3D_DESCRIPTOR, and CUDA_ARRAY_DESCRIPTOR but for the depth. */
+/* CUDA_ARRAY3D_DESCRIPTOR; CUDA_ARRAY_DESCRIPTOR has no depth. */
 struct shape {
     u64 width, height, depth;
     u32 format, channels, flags;
@@ -215,7 +212,8 @@ static u64 element_bytes(u32 format)
     return 4; /* 32 bits; compressed and planar formats take no more than this */
 }
 
-/* 1 at least. Without a branch, since it stands in a loop: the verifier would follow each level both ways. */
+/* Return an extent at a level, at least 1. Without a branch, since it stands in a loop: the verifier would follow each
+ * level both ways. */
 static u64 extent(u64 n, u32 level)
 {
     n >>= level & 31;
@@ -224,7 +222,7 @@ static u64 extent(u64 n, u32 level)
     return n | none >> 63;
 }
 
-/* All ones or none, without a branch. */
+/* Return all ones if i < n, else 0, without a branch. */
 static u64 below(u64 i, u64 n)
 {
     s64 less = i - n;
@@ -234,7 +232,8 @@ static u64 below(u64 i, u64 n)
 
 static u64 at_most(u64 n) { return n > MOST_EXTENT ? MOST_EXTENT : n; }
 
-/* At least these bytes: for a call that nobody asked about. The driver pads; NVML tells by how much. */
+/* Return at least how many bytes an array takes, for a call that was not asked about. The driver pads; NVML tells by
+ * how much. */
 static u64 shape_bytes(u64 function, void *descriptor, u32 levels, u64 any)
 {
     struct shape s = {.depth = 1};
@@ -250,7 +249,7 @@ static u64 shape_bytes(u64 function, void *descriptor, u32 levels, u64 any)
     element = forget(element_bytes(s.format) * (s.channels & 7), any);
     u64 width = forget(at_most(s.width), any), height = forget(at_most(s.height), any);
     u64 depth = forget(at_most(s.depth), any), count = forget(levels, any);
-    for (u32 i = 0; i < 18; i++) /* no way out before the end, for the same reason: Linux 6.1 follows each */
+    for (u32 i = 0; i < 18; i++) /* no exit before the end, for the same reason: Linux 6.1 follows each */
         bytes += extent(width, i) * extent(height, i) * extent(depth, i) * element & below(i, count);
     return bytes;
 }
@@ -270,11 +269,11 @@ static u64 pitch_bytes(u64 pitch, u64 height)
     return pitch < FGPU_MOST_BYTES && height < MOST_HEIGHT ? pitch * height : pitch;
 }
 
-/* What the driver is asked for, as far as its arguments say, and on which device: CUDA's ordinal, which an admission
- * replaces by the ledger's index. `any` is for forget(). */
+/* Return what the driver is asked for, as far as its arguments say, and find on which device: CUDA's ordinal, which an
+ * admission replaces by the ledger's index. `any` is for forget(). */
 static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f, u64 any)
 {
-    f->device = FGPU_DEVICES; /* not said: the process's last */
+    f->device = FGPU_DEVICES; /* not known: the process's last */
     switch (f->function) {
     case FGPU_FUNCTION_ALLOC:
     case FGPU_FUNCTION_ALLOC_MANAGED:
@@ -302,62 +301,4 @@ static u64 asked_bytes(struct pt_regs *ctx, struct fgpu_call *f, u64 any)
     default:
         return 0;
     }
-}
-
-/* Pool bytes are committed at once, and no call settles them. */
-static int is_for_a_call(struct fgpu_admission *a) { return a->ticket && a->kind != FGPU_POOL; }
-
-/* The call takes over what its thread was admitted. */
-static void take_over(struct fgpu_admission *a, struct fgpu_call *f)
-{
-    if (granted(a->verdict)) {
-        f->bytes = a->bytes;
-        f->device = a->device & DEVICE_MASK;
-        f->admitted = 1;
-    }
-    a->ticket = 0;
-    a->bytes = 0;
-}
-
-static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struct fgpu_thread *t)
-{
-    u64 cookie = bpf_get_attach_cookie(ctx);
-    struct fgpu_call now = {.function = cookie & FGPU_FUNCTION_MASK};
-    now.arguments[0] = PT_REGS_PARM1(ctx);
-    now.arguments[1] = PT_REGS_PARM2(ctx);
-    now.arguments[2] = PT_REGS_PARM4(ctx); /* of a mapping: the handle; of a pitched allocation: the height */
-    int settles = is_for_a_call(&t->admission) && takes(now.function);
-    if (UNLIKELY(t->call.function)) {
-        /* A second probe on one file; or a call left by longjmp and made again, for which the old entry serves. */
-        if (!settles && same_call(&t->call, &now)) return;
-        give_up(p, tgid, &t->call); /* a call left by longjmp */
-    }
-    u64 any = p->generation, bytes = forget(asked_bytes(ctx, &now, any), any); /* each function leaves other values */
-    now.function = forget(now.function, any);
-    now.device = forget(now.device, any);
-    if (settles) take_over(&t->admission, &now);
-    if (now.device >= FGPU_DEVICES) now.device = p->last_device & DEVICE_MASK;
-    if (frees(now.function))
-        take_entry(p, tgid, &now, is_trusted(cookie));
-    else
-        cover(p, &now, bytes, 0);
-    if (now.function == FGPU_FUNCTION_RETAIN) __sync_fetch_and_add(&on(p, now.device)->retained, 1);
-    t->call = now;
-}
-
-int call_enter(struct pt_regs *ctx)
-{
-    u64 id = bpf_get_current_pid_tgid();
-    u32 tgid = id >> 32;
-    struct held unused;
-    struct fgpu_process *p = own_process(&tgid, &unused);
-    struct fgpu_thread *t = p ? own_thread(p, id) : 0;
-    own_stack(ctx);
-    hit(bpf_get_attach_cookie(ctx) & FGPU_FUNCTION_MASK);
-    if (UNLIKELY(!p) && processes.lookup(&tgid)) anomaly(FGPU_ANOMALY_LOST);
-    if (!t) return 0;
-    if (!(p->flags & FGPU_SEEN_CALL)) note(p, FGPU_SEEN_CALL);
-    busy(p, t);
-    entered(ctx, p, tgid, t);
-    return 0;
 }

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Writes the dashboards beside this file: `python3 dashboards/make.py`. A test holds the JSON to it.
+"""Writes the dashboards beside this file: `python3 dashboards/make.py`. A test compares the JSON with its output.
 
-Owns: what the three dashboards have in common, and their queries. A query names every label that it joins on, so that
-several clusters, jobs and nodes in one Prometheus stay apart.
+A query names every label that it joins on, so that several clusters, jobs and nodes in one Prometheus stay apart.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ NODE = 'cluster=~"$cluster", job=~"$job", instance=~"$instance"'
 DEVICE = f'{NODE}, gpu=~"$gpu"'
 TENANT = f'{NODE}, tenant=~"$tenant"'
 BOTH = f'{DEVICE}, tenant=~"$tenant"'
-SHARED = f'{DEVICE}, tenant=~".+"'  # a tenant's part is one of all tenants' on its device
+SHARED = f'{DEVICE}, tenant=~".+"'  # a tenant's part is relative to all tenants on its device
 PLACE = "cluster, job, instance"
 # Groups hold what their tenants hold: a sum over both counts it twice.
 _NAMED = f'max by ({PLACE}, tenant) (fgpu_tenant_info{{{TENANT}, kind="tenant"}})'
@@ -30,7 +29,7 @@ LEGEND = "{{instance}} {{gpu}} {{tenant}}"
 
 @dataclass(frozen=True)
 class Query:
-    """PromQL, and what its series are called."""
+    """PromQL, and the legend of its series."""
 
     expr: str
     legend: str = ""
@@ -38,7 +37,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel; `kind`: stat, gauge, timeseries or table; `unit`: Grafana's name of it."""
+    """One panel. `kind`: stat, gauge, timeseries or table; `unit`: a unit's name in Grafana."""
 
     title: str
     description: str
@@ -50,25 +49,25 @@ class Panel:
 
 
 def stat(title: str, description: str, unit: str, expr: str, width: int = 4, **defaults: Any) -> Panel:
-    """One number; of what has never happened there is no series, and the number is 0."""
+    """Return a panel with one number; 0 if there is no series, because the event has never occurred."""
     more = {"noValue": "0", "decimals": 0} | defaults
     return Panel(title, description, unit, [Query(expr)], "stat", (width, 4), more)
 
 
 def gauge(title: str, description: str, expr: str) -> Panel:
-    """A part of a whole, 0 to 1."""
+    """Return a panel with a ratio from 0 to 1."""
     steps = [{"color": "green", "value": None}, {"color": "orange", "value": 0.9}, {"color": "red", "value": 1}]
     more = {"min": 0, "max": 1, "decimals": 1, "thresholds": {"mode": "absolute", "steps": steps}}
     return Panel(title, description, "percentunit", [Query(expr)], "gauge", (4, 4), more)
 
 
 def series(title: str, description: str, unit: str, *queries: Query, **defaults: Any) -> Panel:
-    """Curves over time."""
+    """Return a panel with curves over time."""
     return Panel(title, description, unit, queries, defaults={"min": 0} | defaults)
 
 
 def table(title: str, description: str, unit: str, expr: str, width: int = 8) -> Panel:
-    """Rows of this moment."""
+    """Return a panel with a table of current values."""
     return Panel(title, description, unit, [Query(expr)], "table", (width, 8))
 
 
@@ -76,17 +75,17 @@ def table(title: str, description: str, unit: str, expr: str, width: int = 8) ->
 
 
 def grown(metric: str, labels: str, over: str = RANGE) -> str:
-    """How much a counter has grown while one looks at it."""
+    """Return the increase of a counter in the displayed range."""
     return f"sum(increase({metric}{{{labels}}}[{over}]))"
 
 
 def had(labels: str) -> str:
-    """The part of the device's time that each tenant owned."""
+    """Return the part of the device's time that each tenant owned."""
     return f"sum by (instance, gpu, tenant) (rate(fgpu_compute_seconds_total{{{labels}}}[{RATE}]))"
 
 
 def due(labels: str) -> str:
-    """The part that each has while all are busy: by its weight, and no more than its limit."""
+    """Return each tenant's entitlement: its part by weight while all are busy, at most its ceiling."""
     per_device = f"sum by ({PLACE}, gpu) (fgpu_compute_weight{{{SHARED}}})"
     fair = f"fgpu_compute_weight{{{labels}}} / on ({PLACE}, gpu) group_left () {per_device}"
     limit = f"fgpu_compute_limit_ratio{{{labels}}}"
@@ -94,13 +93,13 @@ def due(labels: str) -> str:
 
 
 def refused(labels: str, by: str) -> Query:
-    """Refusals a second."""
+    """Return refusals per second."""
     legend = " ".join(f"{{{{{label.strip()}}}}}" for label in by.split(","))
     return Query(f"sum by ({by}) (rate(fgpu_memory_refused_total{{{labels}}}[{RATE}]))", legend)
 
 
 def device_memory(by: str, legend: str) -> list[Query]:
-    """Used, committed and unmanaged against capacity."""
+    """Return capacity, used, committed and unmanaged memory."""
     return [
         Query(f"sum{by} (fgpu_device_memory_{what}_bytes{{{DEVICE}}})", f"{legend}{what}")
         for what in ("capacity", "used", "committed", "unmanaged")
@@ -108,12 +107,12 @@ def device_memory(by: str, legend: str) -> list[Query]:
 
 
 def bypassing(labels: str, by: str, legend: str) -> Query:
-    """Processes that go around the shim."""
+    """Return the number of bypassing processes."""
     return Query(f"sum by ({by}) (fgpu_bypassing_processes{{{labels}}})", legend)
 
 
 def ratio(above: str, below: str, labels: str) -> str:
-    """One sum over another."""
+    """Return the ratio of two sums."""
     return f"sum({above}{{{labels}}}) / sum({below}{{{labels}}})"
 
 
@@ -121,156 +120,157 @@ def ratio(above: str, below: str, labels: str) -> str:
 
 CAPACITY = "fgpu_device_memory_capacity_bytes"
 REFUSED = "fgpu_memory_refused_total"
-ASKED = "Allocations that were refused in the time shown. Those that `mode: observe` let through are among them."
-AROUND = "Processes that use CUDA without the shim now. They are charged; they ask nobody."
-DEVICES = [  # a row of its own
-    stat("Devices failed", "That have reported an XID which no program causes: no share of them is offered.", "none",
+ASKED = "Allocations that were refused in the displayed range, including those that `mode: observe` admitted."
+AROUND = "Processes that use CUDA without asking first. They are charged."
+DEVICES = [  # one row
+    stat("Devices failed", "Devices with an XID that no program causes: no share of them is offered.", "none",
          f"count(fgpu_device_healthy{{{DEVICE}}}) - sum(fgpu_device_healthy{{{DEVICE}}})", width=12),
-    stat("XIDs", "Errors that devices have reported in the time shown, those that programs cause among them.", "none",
+    stat("XIDs", "Errors that devices reported in the displayed range, including those that programs cause.", "none",
          grown("fgpu_device_xids_total", DEVICE), width=12),
 ]  # fmt: skip
-UNMANAGED = "Held by processes outside any tenant: no limit holds for them."
+UNMANAGED = "Memory of processes outside any tenant: no limit holds for them."
 
 CLUSTER = [
     stat("Nodes", "Nodes whose agent answers.", "none", f"count(fgpu_build_info{{{NODE}}})"),
-    stat("Nodes down", "Nodes whose agent does not answer. Limits hold there all the same.", "none",
+    stat("Nodes down", "Nodes whose agent does not answer. Limits still hold there.", "none",
          f"count(up{{{NODE}}}) - sum(up{{{NODE}}})"),
     stat("Devices", "GPUs that agents have found.", "none", f"count({CAPACITY}{{{DEVICE}}})"),
-    stat("Tenants", "Cgroups that a policy manages, groups aside.", "none",
+    stat("Tenants", "Cgroups that a policy manages, without groups.", "none",
          f'count(fgpu_tenant_info{{{TENANT}, kind="tenant"}})'),
-    gauge("Memory used", "Of all devices' memory, by NVML.", ratio("fgpu_device_memory_used_bytes", CAPACITY, DEVICE)),
-    gauge("Memory committed", "Sum of the tenants' limits, of all devices' memory. Beyond 100 % not all limits can be "
-          "used up at once.", ratio("fgpu_device_memory_committed_bytes", CAPACITY, DEVICE)),
+    gauge("Memory used", "Used part of all memory, by NVML.", ratio("fgpu_device_memory_used_bytes", CAPACITY, DEVICE)),
+    gauge("Memory committed", "Sum of the tenants' limits, as a part of all memory. Beyond 100 %, not all limits "
+          "can be used up at once.", ratio("fgpu_device_memory_committed_bytes", CAPACITY, DEVICE)),
     stat("Memory unmanaged", UNMANAGED, "bytes", f"sum(fgpu_device_memory_unmanaged_bytes{{{DEVICE}}})"),
     stat("Refusals", ASKED, "none", grown(REFUSED, BOTH)),
     stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})"),
-    stat("Tenants not held by the kernel", "Cooperative, with a process that is only counted, or nothing refused.",
+    stat("Tenants not held by the kernel", "Cooperative, with a process that is only counted, or observed.",
          "none", f'count(fgpu_tenant_enforcement{{{TENANT}, mode!="kernel"}} == 1)'),
     stat("Gatekeepers down", "Nodes without a gatekeeper: programs that start there get no memory.", "none",
          f"count(fgpu_gatekeeper_up{{{NODE}}}) - sum(fgpu_gatekeeper_up{{{NODE}}})"),
-    stat("Policies rejected", "Nodes whose policy files have a fault: the last good set is in force.", "none",
+    stat("Policies rejected", "Nodes whose policy files have an error: the last good set is in force.", "none",
          f"count(fgpu_config_last_reload_successful{{{NODE}}}) - sum(fgpu_config_last_reload_successful{{{NODE}}})"),
     *DEVICES,
-    series("Memory", "Of all devices, by NVML; what tenants may take of it together; and what is outside any tenant.",
+    series("Memory", "Of all devices, by NVML: capacity, used, committed to tenants, and outside any tenant.",
            "bytes", *device_memory("", "")),
-    series("Memory used, by node", "Of all devices of each node, by NVML, as a part of their memory.", "percentunit",
+    series("Memory used, by node", "Used part of the memory of each node's devices, by NVML.", "percentunit",
            Query(f"sum by (instance) (fgpu_device_memory_used_bytes{{{DEVICE}}}) / "
                  f"sum by (instance) ({CAPACITY}{{{DEVICE}}})", "{{instance}}"), max=1),
-    series("Refusals, by reason", "Allocations refused a second: `limit`, the tenant's or its group's; `device_full`; "
-           "`entries`, too many allocations; `observed`, not refused in truth.", "ops", refused(BOTH, "reason")),
+    series("Refusals, by reason", "Allocations refused per second. `limit`: of the tenant or its group; `device_full`; "
+           "`entries`: too many allocations; `observed`: admitted beyond the limit.", "ops", refused(BOTH, "reason")),
     series("Bypassing processes, by how", AROUND, "none", bypassing(TENANT, "how", "{{how}}")),
-    series("Share of time", "Of each device's time, the ten tenants that owned most. Who has a device to itself is "
-           "not measured.", "percentunit", Query(f"topk(10, {had(BOTH)})", LEGEND), max=1),
-    series("Share of time against entitlement", "What each tenant owned, divided by what it is entitled to while all "
-           "are busy: the ten that got least. Below 100 % it was idle, or starved.", "percentunit",
+    series("Share of time", "Part of each device's time: the ten tenants that owned most. A tenant that is alone "
+           "on a device is not measured.", "percentunit", Query(f"topk(10, {had(BOTH)})", LEGEND), max=1),
+    series("Share of time against entitlement", "Owned time divided by the entitlement while all are busy: the ten "
+           "tenants that got least. Below 100 %, the tenant was idle or starved.", "percentunit",
            Query(f"bottomk(10, {had(BOTH)} / {due(BOTH)})", LEGEND)),
-    table("Top tenants by memory", "The ten that hold most.", "bytes",
+    table("Top tenants by memory", "The ten tenants that hold most.", "bytes",
           f"topk(10, sum by ({PLACE}, tenant) (fgpu_memory_used_bytes{{{BOTH}}}) {INNERMOST})"),
-    table("Top tenants by refusals", "The ten that were refused most often in the time shown.", "short",
+    table("Top tenants by refusals", "The ten tenants that were refused most often in the displayed range.", "short",
           f"topk(10, sum by ({PLACE}, tenant) (increase({REFUSED}{{{BOTH}}}[{RANGE}])) {INNERMOST} > 0)"),
-    table("Top tenants by part of their limit", "The ten that are nearest to their limit on a device.", "percentunit",
+    table("Top tenants by part of their limit", "The ten tenants nearest to their limit on a device.", "percentunit",
           f"topk(10, fgpu_memory_used_bytes{{{BOTH}}} / fgpu_memory_limit_bytes{{{BOTH}}})"),
 ]  # fmt: skip
 
 NODES = [
-    stat("Policy files good", "No: they have a fault, and the last good set is in force.", "bool_yes_no",
+    stat("Policy files good", "No: a file has an error, and the last good set is in force.", "bool_yes_no",
          f"min(fgpu_config_last_reload_successful{{{NODE}}})", noValue="?"),
     stat("Policies in force", "Documents of all policy files.", "none", f"sum(fgpu_policies{{{NODE}}})"),
     stat("Gatekeeper up", "No: programs that start get no memory.", "bool_yes_no", f"min(fgpu_gatekeeper_up{{{NODE}}})",
          noValue="?"),
-    stat("NVML's last answer", "How old the driver's word is by which the ledger is reconciled: half a second as a "
-         "rule.", "s", f"max(fgpu_reconcile_age_seconds{{{DEVICE}}})", decimals=1, noValue="?"),
-    stat("Unmanaged processes", "That hold memory outside any tenant.", "none",
+    stat("NVML's last answer", "Age of the answer with which the ledger was last reconciled; normally half a "
+         "second.", "s", f"max(fgpu_reconcile_age_seconds{{{DEVICE}}})", decimals=1, noValue="?"),
+    stat("Unmanaged processes", "Processes outside any tenant that hold memory.", "none",
          f"sum(fgpu_device_unmanaged_processes{{{DEVICE}}})"),
-    stat("Tenants", "Cgroups that a policy manages, groups aside.", "none",
+    stat("Tenants", "Cgroups that a policy manages, without groups.", "none",
          f'count(fgpu_tenant_info{{{TENANT}, kind="tenant"}})'),
-    gauge("Memory used", "Of the devices' memory, by NVML.", ratio("fgpu_device_memory_used_bytes", CAPACITY, DEVICE)),
-    gauge("Memory committed", "Sum of the tenants' limits, of the devices' memory.",
+    gauge("Memory used", "Used part of all memory, by NVML.", ratio("fgpu_device_memory_used_bytes", CAPACITY, DEVICE)),
+    gauge("Memory committed", "Sum of the tenants' limits, as a part of the devices' memory.",
           ratio("fgpu_device_memory_committed_bytes", CAPACITY, DEVICE)),
     stat("Memory unmanaged", UNMANAGED, "bytes", f"sum(fgpu_device_memory_unmanaged_bytes{{{DEVICE}}})"),
-    stat("Events lost", "Events of the kernel that nobody was told of, in the time shown. Charges are none of them.",
+    stat("Events lost", "Kernel events that did not reach the agent, in the displayed range. Charges are not affected.",
          "none", grown("fgpu_events_lost_total", NODE)),
-    stat("Agent failures", "Mistakes that the agent has outlived, in the time shown.", "none",
+    stat("Agent failures", "Internal errors of the agent in the displayed range.", "none",
          grown("fgpu_agent_failures_total", NODE)),
-    stat("Writes refused", "On the control socket, in the time shown: by users who may only look.", "none",
+    stat("Writes refused", "Writes on the control socket by users who may only read, in the displayed range.", "none",
          grown("fgpu_control_refused_total", NODE)),
     *DEVICES,
-    series("Memory, by device", "By NVML; what tenants may take of it together; and what is outside any tenant.",
+    series("Memory, by device", "By NVML: capacity, used, committed to tenants, and outside any tenant.",
            "bytes", *device_memory(" by (instance, gpu)", "{{instance}} {{gpu}} ")),
-    series("Memory, by tenant", "Charged to each tenant, groups aside.", "bytes",
+    series("Memory, by tenant", "Bytes charged to each tenant, without groups.", "bytes",
            Query(f"sum by (instance, tenant) (fgpu_memory_used_bytes{{{BOTH}}} {INNERMOST})",
                  "{{instance}} {{tenant}}"),
            custom={"stacking": {"mode": "normal"}, "fillOpacity": 30}),
-    series("Share of time, by tenant", "Of each device's time. Who has a device to itself is not measured.",
+    series("Share of time, by tenant", "Part of each device's time. A tenant alone on a device is not measured.",
            "percentunit", Query(had(BOTH), LEGEND), max=1),
-    series("Turns", "Turns that began on each device in a second.", "ops",
+    series("Turns", "Turns that began on each device, per second.", "ops",
            Query(f"sum by (instance, gpu) (rate(fgpu_slice_switches_total{{{DEVICE}}}[{RATE}]))",
                  "{{instance}} {{gpu}}")),
-    series("Drains", "From the closing of a gate until nothing was in flight: the longest of half, and of 99 in 100, "
-           "of all turns.", "s", *(
+    series("Drains", "Time from the closing of a gate until nothing was in flight: median and 99th percentile of all "
+           "turns.", "s", *(
                Query(f"histogram_quantile({q}, sum by (le, instance, gpu) "
                      f"(rate(fgpu_slice_drain_seconds_bucket{{{DEVICE}}}[{RATE}])))",
                      f"{{{{instance}}}} {{{{gpu}}}} p{int(100 * q)}") for q in (0.5, 0.99))),
-    series("Overruns", "Turns a second that passed with work in flight: a program was stopped, hung, or has long "
-           "kernels.", "ops", Query(f"sum by (instance, gpu) (rate(fgpu_slice_overruns_total{{{DEVICE}}}[{RATE}]))",
-                                    "{{instance}} {{gpu}}")),
-    series("Probe hits", "Calls of the driver and questions of the shim that the kernel saw in a second.", "ops",
+    series("Overruns", "Turns per second that passed to the next tenant with work in flight: a program was "
+           "stopped, hung, or has long kernels.", "ops",
+           Query(f"sum by (instance, gpu) (rate(fgpu_slice_overruns_total{{{DEVICE}}}[{RATE}]))",
+                 "{{instance}} {{gpu}}")),
+    series("Probe hits", "Calls of the driver and requests of the shim that probes saw, per second.", "ops",
            Query(f"sum by (probe) (rate(fgpu_probe_hits_total{{{NODE}}}[{RATE}]))", "{{probe}}")),
-    series("Anomalies", "What should not happen, a second: `bypass` is an allocation that nobody asked about, `full` a "
-           "map without room.", "ops",
+    series("Anomalies", "Events that should not occur, per second. `bypass`: an allocation without admission; `full`: "
+           "a map without room.", "ops",
            Query(f"sum by (kind) (rate(fgpu_anomalies_total{{{NODE}}}[{RATE}]))", "{{kind}}")),
-    series("Refusals, by tenant", "Allocations refused a second.", "ops", refused(BOTH, "instance, tenant")),
-    series("Containers that wait for labels", "About which an engine has not answered: they have the policies that "
-           "need no label.", "none", Query(f"sum by (instance, engine) (fgpu_engine_waiting{{{NODE}}})",
+    series("Refusals, by tenant", "Allocations refused per second.", "ops", refused(BOTH, "instance, tenant")),
+    series("Containers that wait for labels", "Containers whose engine has not told their labels: policies without "
+           "labels hold for them.", "none", Query(f"sum by (instance, engine) (fgpu_engine_waiting{{{NODE}}})",
                                            "{{instance}} {{engine}}")),
 ]  # fmt: skip
 
 TENANTS = [
-    stat("Limit", "Bytes that the tenant may hold, on all devices chosen. None: it is only counted.", "bytes",
+    stat("Limit", "Bytes that the tenant may hold, on all selected devices. None: it is only counted.", "bytes",
          f"sum(fgpu_memory_limit_bytes{{{BOTH}}})", decimals=1, noValue="none"),
     stat("Used", "Bytes charged to the tenant.", "bytes", f"sum(fgpu_memory_used_bytes{{{BOTH}}})", decimals=1),
-    stat("Peak", "The most bytes that were charged at once, on any one device.", "bytes",
+    stat("Peak", "The most bytes that were charged at once, on any single device.", "bytes",
          f"max(fgpu_memory_peak_bytes{{{BOTH}}})", decimals=1),
-    gauge("Full", "The part of its limit that it holds, on the fullest device.",
+    gauge("Full", "The used part of the tenant's limit, on the fullest device.",
           f"max(fgpu_memory_used_bytes{{{BOTH}}} / fgpu_memory_limit_bytes{{{BOTH}}})"),
     stat("Refusals", ASKED, "none", grown(REFUSED, BOTH)),
-    stat("Drift", "The ledger's bytes minus the driver's, where they differ most. Some MiB of a pool are no fault.",
+    stat("Drift", "The ledger's bytes minus the driver's, where they differ most. A few MiB of a pool are normal.",
          "bytes", f"max(abs(fgpu_memory_drift_bytes{{{BOTH}}}))"),
-    stat("Processes", "Charged to the tenant.", "none", f"sum(fgpu_processes{{{TENANT}}})"),
+    stat("Processes", "Processes charged to the tenant.", "none", f"sum(fgpu_processes{{{TENANT}}})"),
     stat("Bypassing processes", AROUND, "none", f"sum(fgpu_bypassing_processes{{{TENANT}}})"),
     stat("Held by the kernel", "No: cooperative, a process is only counted, or nothing is refused.", "bool_yes_no",
          f'count(fgpu_tenant_enforcement{{{TENANT}, mode="kernel"}}) == bool '
          f"count(fgpu_tenant_enforcement{{{TENANT}}})",
          noValue="No"),
-    stat("Entitlement", "The least part of a device's time that it has while all are busy: by its weight, and no more "
-         "than its limit.", "percentunit", f"min({due(BOTH)})", noValue="none"),
-    stat("Ceiling", "The most of a device's time that it may own.", "percentunit",
+    stat("Entitlement", "The least part of a device's time that is due to the tenant while all are busy: by its "
+         "weight, at most its ceiling.", "percentunit", f"min({due(BOTH)})", noValue="none"),
+    stat("Ceiling", "The most of a device's time that the tenant may own.", "percentunit",
          f"min(fgpu_compute_limit_ratio{{{BOTH}}})", noValue="none"),
-    stat("Throttled", "Times that its ceiling held it back, in the time shown.", "none",
+    stat("Throttled", "Times that the ceiling held the tenant back, in the displayed range.", "none",
          grown("fgpu_compute_throttled_total", BOTH)),
-    series("Memory", "Charged, the most that was, and what is allowed.", "bytes", *(
+    series("Memory", "Charged bytes, their peak, and the limit.", "bytes", *(
         Query(f"sum by (instance, gpu, tenant) (fgpu_memory_{what}_bytes{{{BOTH}}})", f"{LEGEND} {what}")
         for what in ("limit", "used", "peak"))),
-    series("Refusals", "Allocations refused a second.", "ops", refused(BOTH, "operation, reason")),
-    series("Allocated", "Bytes a second: admitted by the kernel, and seen to be allocated by the driver. They differ "
-           "where a process asks for more than it takes, or does not ask.", "binBps", *(
+    series("Refusals", "Allocations refused per second.", "ops", refused(BOTH, "operation, reason")),
+    series("Allocated", "Bytes per second: admitted by the kernel, and seen to be allocated by the driver. They differ "
+           "if a process asks for more than it takes, or does not ask.", "binBps", *(
                Query(f"sum by (instance, gpu, tenant) (rate(fgpu_memory_{what}_bytes_total{{{BOTH}}}[{RATE}]))",
                      f"{LEGEND} {what}") for what in ("admitted", "witnessed"))),
-    series("Drift", "The ledger's bytes minus the driver's. Below 0, the driver holds what nobody was charged for.",
+    series("Drift", "The ledger's bytes minus the driver's. Below 0, the driver holds bytes that are not charged.",
            "bytes", Query(f"sum by (instance, gpu, tenant) (fgpu_memory_drift_bytes{{{BOTH}}})", LEGEND), min=None),
-    series("Share of time", "What it owned, what it is entitled to while all are busy, and its ceiling. While it has "
-           "its devices to itself and no ceiling, nothing is measured.", "percentunit",
+    series("Share of time", "Owned time, the entitlement while all are busy, and the ceiling. A tenant that is alone "
+           "on its devices and has no ceiling is not measured.", "percentunit",
            Query(had(BOTH), f"{LEGEND} had"), Query(due(BOTH), f"{LEGEND} entitled"),
            Query(f"sum by (instance, gpu, tenant) (fgpu_compute_limit_ratio{{{BOTH}}})", f"{LEGEND} ceiling"), max=1),
-    series("Waiting", "The part of the time for which it waited for its turns; entered when a turn begins.",
+    series("Waiting", "The part of the time for which the tenant waited for its turns; added when a turn begins.",
            "percentunit",
            Query(f"sum by (instance, gpu, tenant) (rate(fgpu_compute_wait_seconds_total{{{BOTH}}}[{RATE}]))", LEGEND)),
-    series("Waiting for a turn", "For how long it has waited for the turn that it has not got yet.", "s",
+    series("Waiting for a turn", "How long the tenant has waited for its next turn so far.", "s",
            Query(f"max by (instance, gpu, tenant) (fgpu_compute_waiting_seconds{{{BOTH}}})", LEGEND)),
     series("Bypassing processes, by how", AROUND, "none", bypassing(TENANT, "tenant, how", "{{tenant}} {{how}}")),
-    series("Processes without the shim, by reason", "Why they have none.", "none",
+    series("Processes without the shim, by reason", "The reasons why processes have no shim.", "none",
            Query(f"sum by (tenant, reason) (fgpu_shimless_processes{{{TENANT}}})", "{{tenant}} {{reason}}")),
-    table("Names", "What the tenant is called, and by which policy it is one.", "none", f"fgpu_tenant_info{{{TENANT}}}",
+    table("Names", "The tenant's names, and the policy that manages it.", "none", f"fgpu_tenant_info{{{TENANT}}}",
           width=24),
 ]  # fmt: skip
 
@@ -281,7 +281,7 @@ DASHBOARDS = {"cluster": ("Cluster", CLUSTER), "node": ("Node", NODES), "tenant"
 
 
 def variables() -> Iterator[dict[str, Any]]:
-    """What one chooses by."""
+    """Yield the variables that select clusters, jobs, nodes, devices and tenants."""
     yield {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "refresh": 1}
     queries = {
         "cluster": "fgpu_build_info",
@@ -300,7 +300,7 @@ def variables() -> Iterator[dict[str, Any]]:
 
 
 def targets(panel: Panel) -> list[dict[str, Any]]:
-    """The panel's queries."""
+    """Return the panel's queries as Grafana reads them."""
     now = panel.kind != "timeseries"
     shape = {"instant": now, "range": not now, "format": "table" if panel.kind == "table" else "time_series"}
     return [
@@ -310,7 +310,7 @@ def targets(panel: Panel) -> list[dict[str, Any]]:
 
 
 def laid_out(panels: Sequence[Panel]) -> Iterator[dict[str, Any]]:
-    """From left to right, from above to below."""
+    """Yield the panels, placed from left to right and from top to bottom."""
     x = y = below = 0
     for number, panel in enumerate(panels, 1):
         width, height = panel.size
@@ -331,7 +331,7 @@ def laid_out(panels: Sequence[Panel]) -> Iterator[dict[str, Any]]:
 
 
 def dashboard(name: str) -> dict[str, Any]:
-    """One dashboard, as Grafana reads it."""
+    """Return one dashboard as Grafana reads it."""
     title, panels = DASHBOARDS[name]
     link = {"type": "dashboards", "title": "fgpu", "tags": ["fgpu"], "keepTime": True, "includeVars": True}
     return {
@@ -342,12 +342,12 @@ def dashboard(name: str) -> dict[str, Any]:
 
 
 def text(name: str) -> str:
-    """The file of one dashboard."""
+    """Return the text of a dashboard's file."""
     return json.dumps(dashboard(name), indent=1) + "\n"
 
 
 def main() -> None:
-    """Writes all of them."""
+    """Write all dashboards."""
     for name in DASHBOARDS:
         Path(__file__).with_name(f"{name}.json").write_text(text(name))
 

@@ -1,7 +1,7 @@
-"""Two tenants side by side on one GPU, each taking memory until it is refused.
+"""Run two tenants side by side on one GPU; each takes memory until it is refused.
 
-Uses what a user has: the `fgpu` command, nvidia-smi and the metrics page. Needs the service to run (`./dev demo`
-starts it). Exit status 0 only if every limit held to the byte; whatever did not is named.
+It uses the tools of a user: the `fgpu` command, nvidia-smi and the metrics page. The service must run (`./dev demo`
+starts it). The exit status is 0 only if every limit held to the byte; a claim that is not true is named.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MIB = 1 << 20
 GIB = 1 << 30
 DEADLINE_SECONDS = 50
 EVERY_SECONDS = 0.25
-# Shows its own line, then, a moment after, what nvidia-smi shows in here while the memory is still held.
+# Prints the program's own line, then the output of nvidia-smi in the tenant while the program still holds the memory.
 SCRIPT = '"$@" | { IFS= read -r line; echo "$line"; sleep 0.5; nvidia-smi; cat; }'
 
 
 @dataclass
 class Share:
-    """One tenant: what it may hold, how it asks, and what was seen of it."""
+    """One tenant: its limit, its steps, and the samples of its use."""
 
     name: str
     limit: int
@@ -47,33 +47,33 @@ class Share:
     output: str = ""
 
     def start(self, fill: Path) -> None:
-        """Runs the filling program as a tenant in a pid namespace of its own."""
+        """Run the filling program as a tenant in a pid namespace of its own."""
         tenant = ["fgpu", "run", "--pidns", "--name", self.name, "--memory", f"{self.limit // MIB}MiB", "--"]
         asks = [fill, "--step", f"{self.step // MIB}MiB", "--pause", str(self.pause_ms), "--hold", "6"]
         command = [*tenant, "sh", "-c", SCRIPT, "sh", *map(str, asks)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def note(self, seen: dict[str, float]) -> None:
-        """Enters one sample of the metrics."""
+        """Enter one sample of the metrics."""
         if not seen:
             return
         self.seen = seen
         self.most_used = max(self.most_used, seen.get("used", 0))
 
     def full(self) -> bool:
-        """It was refused and still holds what it got."""
+        """Return whether the tenant was refused and still holds its memory."""
         return self.seen.get("refused", 0) >= 1 and self.running()
 
     def running(self) -> bool:
-        """Its program has not ended."""
+        """Return whether the program still runs."""
         return self.process is not None and self.process.poll() is None
 
 
-# -- what can be seen from outside
+# -- the view from outside
 
 
 def scrape(url: str) -> dict[str, dict[str, float]]:
-    """The metrics page: tenant -> {limit, used, peak, refused, kernel}."""
+    """Read the metrics page and return tenant -> {limit, used, peak, refused, kernel}."""
     with urllib.request.urlopen(url, timeout=5) as answer:
         page = answer.read().decode()
     found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -90,7 +90,7 @@ def scrape(url: str) -> dict[str, dict[str, float]]:
 
 
 def ask_driver(shares: list[Share]) -> None:
-    """What the driver itself says that each tenant holds: nvidia-smi outside of any tenant, by host pid."""
+    """Return the memory of each tenant as the driver shows it: nvidia-smi outside of any tenant, by host pid."""
     status = json.loads(subprocess.check_output(["fgpu", "status", "--json"], text=True))
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     rows = [line.split(",") for line in subprocess.check_output(query, text=True).splitlines() if line.strip()]
@@ -101,16 +101,16 @@ def ask_driver(shares: list[Share]) -> None:
             share.driver = sum(held.get(pid, 0) for pid in pids)
 
 
-# -- what is shown
+# -- output
 
 
 def size(value: float | None) -> str:
-    """Bytes for people."""
+    """Format bytes for people."""
     return "-" if value is None else f"{value / MIB:,.0f} MiB"
 
 
 def table(shares: list[Share]) -> Table:
-    """The live view."""
+    """Return the live view."""
     view = Table(title="One GPU, two tenants", title_justify="left")
     for heading in ("tenant", "limit", "used", "", "peak", "refused"):
         view.add_column(heading, justify="left" if heading in ("tenant", "") else "right", min_width=9)
@@ -123,7 +123,7 @@ def table(shares: list[Share]) -> Table:
 
 
 def line(shares: list[Share]) -> str:
-    """The same on one line, where there is no terminal."""
+    """Return the state on one line, for output without a terminal."""
     return "   ".join(
         f"{s.name}: {size(s.seen.get('used', 0))} of {size(s.limit)}, refused {s.seen.get('refused', 0):.0f}"
         for s in shares
@@ -131,7 +131,7 @@ def line(shares: list[Share]) -> str:
 
 
 def watch(shares: list[Share], url: str, console: Console) -> None:
-    """Samples until both programs have ended."""
+    """Take samples until both programs have exited."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     said = ""
     with Live(console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
@@ -149,11 +149,11 @@ def watch(shares: list[Share], url: str, console: Console) -> None:
             time.sleep(EVERY_SECONDS)
 
 
-# -- what must have held
+# -- checks
 
 
 def verdicts(share: Share) -> list[tuple[bool, str]]:
-    """Each claim about one tenant, and whether it held."""
+    """Return each claim about one tenant, and whether it is true."""
     seen = share.seen
     peak, refused, last = seen.get("peak", 0), seen.get("refused", 0), seen.get("used", 0)
     left = share.limit - peak
@@ -171,7 +171,7 @@ def verdicts(share: Share) -> list[tuple[bool, str]]:
 
 
 def conclude(shares: list[Share], url: str, console: Console) -> int:
-    """Prints the outcome; 0 if everything held."""
+    """Print the result; return 0 if every claim is true."""
     first, _, smi = shares[0].output.partition("\n")
     console.print(f"\nnvidia-smi inside {shares[0].name} ({first}):", highlight=False)
     console.print(smi.rstrip(), highlight=False, markup=False)
@@ -191,7 +191,7 @@ def conclude(shares: list[Share], url: str, console: Console) -> int:
 
 
 def run(shares: list[Share], fill: Path, url: str, console: Console) -> int:
-    """The whole demo; leaves no process behind."""
+    """Run the demo; leave no process behind."""
     try:
         for share in shares:
             share.start(fill)
@@ -206,7 +206,7 @@ def run(shares: list[Share], fill: Path, url: str, console: Console) -> int:
 
 
 def main() -> int:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fill", type=Path, default=ROOT / "build/examples/fill")
     parser.add_argument("--metrics", default="http://127.0.0.1:9423/metrics")

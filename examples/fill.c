@@ -1,9 +1,9 @@
-/* fill: takes GPU memory step by step until the driver refuses, says how much it got, and holds it for a while.
+/* fill: takes GPU memory step by step until the driver refuses, prints how much it got, and holds it for a while.
  *
  *     fill [--step 4MiB] [--chunks N] [--hold SECONDS] [--pause MS] [--vmm]
  *
- * It knows nothing of fgpu: it reaches the driver as frameworks do, by dlopen, dlsym and cuGetProcAddress. Exit status:
- * 0 refused with out-of-memory or all N chunks taken, 1 any other error, 2 usage. */
+ * It contains nothing of fgpu: it finds the driver as frameworks do, by dlopen, dlsym and cuGetProcAddress. Exit
+ * status: 0 refused with out-of-memory or all N chunks taken, 1 any other error, 2 usage. */
 #define _GNU_SOURCE
 #define __CUDA_API_VERSION_INTERNAL
 #include <cuda.h>
@@ -50,7 +50,7 @@ static void must(CUresult result, const char *what)
     exit(1);
 }
 
-/* -- the driver's functions: one from dlsym, the rest from what it hands out */
+/* -- the driver's functions: three from dlsym, the others from cuGetProcAddress */
 
 static void load(void)
 {
@@ -92,7 +92,7 @@ static CUresult take_plain(size_t bytes)
     return cu.alloc(&at, bytes);
 }
 
-/* As PyTorch's expandable segments and JAX do: the handle goes, the mapping keeps the memory. */
+/* As PyTorch's expandable segments and JAX do: release the handle; the mapping keeps the memory. */
 static CUresult take_mapped(size_t bytes)
 {
     CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,

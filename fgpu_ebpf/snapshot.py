@@ -1,6 +1,7 @@
-"""One look at the host: all that status, metrics and pages show. Frozen; no I/O.
+"""The state of the host at one moment: all that status, metrics and pages show, as frozen data classes.
 
-Units stand in the names; None is a number that nobody measured.
+Built by `agent.snapshot_builder`, used by `api` and `cli`. Units stand in the names; None is a number that was not
+measured.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """How often an operation was refused, and why."""
+    """Number of refusals of an operation, and their reason."""
 
     operation: str
     reason: str
@@ -21,10 +22,11 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class ComputeView:
-    """A tenant's share of one device's time, and what came of it. `had` and `entitled` are of the last half second.
+    """A tenant's share of one device's time, and its use. `had` and `entitled` are of the last half second.
 
-    `free`: it has nobody to share with and no ceiling, so that nothing is measured. `waiting_seconds` None: it is not.
-    `beyond_ratio`: the part of the device's time that it ran on outside its turns, by NVML, of ten seconds.
+    `free`: it shares the device with no other tenant and has no ceiling, so nothing is measured. `waiting_seconds`
+    None: it is not waiting. `beyond_ratio`: the part of the device's time that it ran outside its turns, by NVML, of
+    ten seconds.
     """
 
     limit_ratio: float
@@ -58,14 +60,14 @@ class TenantDevice:
     refusals: tuple[Refusal, ...] = ()
     compute: ComputeView | None = None
     orphaned_bytes: int = 0  # of used_bytes: of processes that have ended, or that exported and freed it
-    unwitnessed_bytes: int = 0  # of used_bytes: taken by no call that a probe has seen
+    unwitnessed_bytes: int = 0  # of used_bytes: allocated by no call that a probe has seen
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessView:
-    """A process on one device; `pid` is the host's. `how`: in what way it goes around the shim; empty: it does not.
+    """A process on one device; `pid` is the host's. `how`: in what way it bypasses the shim; empty: it does not.
 
-    `why`: for what reason it has none (`shimless`); empty: it has, or nobody can tell.
+    `why`: the reason why it has no shim (`driver.bypass_reason`); empty: it has one, or the reason is unknown.
     """
 
     pid: int
@@ -77,10 +79,11 @@ class ProcessView:
 
 @dataclass(frozen=True, slots=True)
 class OrphanView:
-    """Bytes on one device that stay charged after process `pid` has let go of them, for `seconds` now.
+    """Bytes on one device that stay charged after process `pid` has released them, for `seconds` now.
 
-    `ended`: the process has ended, or executed another program; else it exported the bytes and freed them. `keepers`:
-    processes that have descriptors of the driver open and may keep the memory; empty: none was found.
+    `ended`: the process has ended, or executed another program; otherwise it exported the bytes and freed them.
+    `keepers`: processes that have descriptors of the driver open and may keep the memory; empty: none was found.
+    `parents`: of the keepers, in their order; 0: unknown.
     """
 
     pid: int
@@ -89,11 +92,12 @@ class OrphanView:
     seconds: float
     ended: bool
     keepers: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TenantView:
-    """A managed cgroup; `kind` is tenant or group, or gone: the cgroup is, and memory of it is still held.
+    """A managed cgroup; `kind` is tenant, group, or gone: the cgroup was removed and memory of it is still held.
 
     `denied`: why it gets nothing although a policy gives it some.
     """
@@ -131,14 +135,14 @@ class DeviceView:
     committed_bytes: int
     unmanaged_bytes: int | None
     slices: SlicesView | None = None
-    owner: str | None = None  # whose turn it is
+    owner: str | None = None  # the tenant whose turn it is
     reconcile_age_seconds: float | None = None  # since NVML answered for it
     unmanaged_processes: int | None = None
-    xids: Mapping[int, int] | None = None  # how often each was reported since the agent began; None: NVML tells of none
-    ignored_xids: int = 0  # how many of them all a program causes
-    fatal_xid: int | None = None  # the one after which no share of it is offered; None: there was none
+    xids: Mapping[int, int] | None = None  # counts by XID since the agent began; None: NVML does not report them
+    ignored_xids: int = 0  # how many of them are errors of programs
+    fatal_xid: int | None = None  # the XID after which no share of the device is offered; None: there was none
     orphaned_bytes: int = 0
-    unexplained_bytes: int | None = None  # in use, and of no process, orphan or known rest; None: not known
+    unexplained_bytes: int | None = None  # in use, and of no process, orphan or known reserve; None: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +160,7 @@ class SlicesView:
 class PoliciesView:
     """The last reading of the policy files; `loaded_seconds` since the epoch is that of the last good one.
 
-    `unsaved`: why the set in force is not kept on disk for the next start; empty: it is.
+    `unsaved`: why the set in force is not stored on disk for the next start; empty: it is.
     """
 
     good: bool
@@ -168,9 +172,9 @@ class PoliciesView:
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """A container engine that is asked for labels: `waiting` containers have no answer yet, the rest counts asks.
+    """A container engine that is asked for labels: `waiting` containers have no answer yet; the rest counts questions.
 
-    `fault`: why the last one failed; empty: it did not.
+    `fault`: why the last question failed; empty: it did not.
     """
 
     name: str
@@ -199,7 +203,7 @@ class LibraryView:
 
 @dataclass(frozen=True, slots=True)
 class MapView:
-    """A table that all tenants share: `entries` of it are taken, or kept for a workload, and there may be `most`."""
+    """A table that all tenants share: `entries` of it are taken or reserved for a workload, of at most `most`."""
 
     name: str
     entries: int
@@ -221,24 +225,24 @@ class Snapshot:
     engines: tuple[EngineView, ...] = ()
     libraries: tuple[LibraryView, ...] = ()
     trusted: tuple[str, ...] = ()  # digests that agent.yaml lists
-    writes_refused: int = 0  # on the control socket, by whom it may not
-    failures: int = 0  # mistakes of ours that the agent has outlived
+    writes_refused: int = 0  # requests on the control socket without permission
+    failures: int = 0  # errors of the agent's own code that it has survived
     taken_seconds: float = 0.0
     reconcile_failure: str = ""
-    unenforced: str = ""  # why no limit is in force; empty: they are
-    incomplete: str = ""  # why it is not known that all that was asked for is in force; empty: it is
+    unenforced: str = ""  # why no limit is in force; empty: limits are in force
+    incomplete: str = ""  # why it is unknown whether all that was asked for is in force; empty: it is
     gatekeeper_up: bool | None = None
     lacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # beside enforcement: what is missing, its fix
     maps: tuple[MapView, ...] = ()
 
 
 def plain(view: Any) -> dict[str, Any]:
-    """One of these as JSON has it, for json.dumps(…, default=plain); copies nothing, as dataclasses.asdict would."""
+    """Return a view's fields for json.dumps(…, default=plain); copies nothing, as dataclasses.asdict would."""
     return {name: getattr(view, name) for name in view.__slots__}
 
 
 class Fields(Mapping[str, Any]):
-    """One of these read as its JSON is, and nothing copied but what is asked for."""
+    """A view that is read like its JSON; only fields that are read are converted."""
 
     __slots__ = ("_view",)
 
@@ -246,7 +250,7 @@ class Fields(Mapping[str, Any]):
         self._view = view
 
     def __getitem__(self, name: str) -> Any:
-        """KeyError: it has no such field."""
+        """Return a field as JSON has it. Raises KeyError: there is no such field."""
         try:
             return _read(getattr(self._view, name))
         except AttributeError:
@@ -272,7 +276,7 @@ def _read(value: Any) -> Any:
 
 
 def no_limit(snapshot: Mapping[str, Any]) -> str:
-    """What has to be known of all else that a Snapshot's JSON says; empty: limits are in force."""
+    """Return what a reader must know before all other parts of a Snapshot's JSON; empty: limits are in force."""
     if snapshot["unenforced"]:
         return f"No limit is enforced: {snapshot['unenforced']}"
     return f"Not all is in force: {snapshot['incomplete']}" if snapshot["incomplete"] else ""

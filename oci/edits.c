@@ -247,7 +247,7 @@ static int list_for(const struct setup *setup, const char *bundle, const char *r
 
 /* -- the configuration */
 
-/* 1: something is mounted there already. A second mount over it would hide what somebody asked for. */
+/* 1: something is mounted there already. A second mount over it would hide what the user asked for. */
 static int is_mounted(const char *mounts, const char *destination)
 {
     for (const char *item = mounts ? json_next(mounts, NULL) : NULL; item; item = json_next(mounts, item)) {

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Finds what nobody decided about: a driver's function that allocates, launches, makes a context or shows memory.
+"""Finds functions without a decision: those of a driver that allocate, launch, make a context or show memory.
 
-Every such name must stand in the table of shim.h or, with a reason, in symbols/decided.txt. What "such" means is told
-by patterns that rather take too much; of NVML's header also by what a function writes: a struct that names a process
-or an amount of memory. Lists are of headers (what a program can be written with), of libraries (what they export) and
-of what a library's cuGetProcAddress answers. Reads files, but for --lookup; fails by naming what is missing.
+Every such name must stand in core/hook_table.h or, with a reason, in symbols/decided.txt. Patterns find these names,
+and rather too many than too few. In NVML's header, functions also count that write a struct which names a process or
+an amount of memory. Lists have the names of headers (for which programs can be written), of libraries (their exports)
+and of cuGetProcAddress. Reads files, except with --lookup; prints each missing name, and then fails.
 
 usage: check_hooks.py [FILE…]         libraries, nvml.h or lists of names; without any, all lists in symbols/
        check_hooks.py --names FILE…   prints the names that cuda.h, cudaGL.h, nvml.h… know or libraries export
@@ -37,12 +37,12 @@ _SUFFIX = {"PTDS": "_ptds", "PTSZ": "_ptsz"}
 
 
 def table(text: str) -> set[str]:
-    """The names that shim.h hooks."""
+    """Return the names that hook_table.h hooks."""
     return set(re.findall(r"\bHOOK\((\w+)\)", text))
 
 
 def decided(text: str) -> tuple[set[str], list[str]]:
-    """`name name: reason` per line; the names, and what is wrong with the file."""
+    """Parse lines `name name: reason`. Return the names, and the errors of the file."""
     names: set[str] = set()
     wrong = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -57,12 +57,12 @@ def decided(text: str) -> tuple[set[str], list[str]]:
 
 
 def is_of_interest(name: str) -> bool:
-    """True where somebody must have decided."""
+    """Return whether a name needs a decision."""
     return bool(CUDA.search(name) or NVML.search(name))
 
 
 def revealing(text: str) -> set[str]:
-    """The functions of nvml.h whose parameters, or what they point at, are named after processes or memory."""
+    """Return the functions of nvml.h whose parameters, or their types, are named after processes or memory."""
     text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.DOTALL)
     shows: set[str] = set()
 
@@ -78,7 +78,7 @@ def revealing(text: str) -> set[str]:
 
 
 def exports(data: bytes) -> set[str]:
-    """The defined dynamic symbols of a 64-bit little-endian ELF file."""
+    """Return the defined dynamic symbols of a 64-bit little-endian ELF file."""
     sections, size, count = struct.unpack_from("<Q", data, 0x28)[0], *struct.unpack_from("<HH", data, 0x3A)
     headers = [struct.unpack_from("<IIQQQQIIQQ", data, sections + i * size) for i in range(count)]
     found = set()
@@ -94,7 +94,7 @@ def exports(data: bytes) -> set[str]:
 
 
 def names_of(path: Path) -> set[str]:
-    """What a library exports, a header declares, or a list has: all its words that can be names."""
+    """Return the names that a library exports, a header declares or a list has."""
     data = path.read_bytes()
     if data[:4] == b"\x7fELF":
         return exports(data)
@@ -104,24 +104,25 @@ def names_of(path: Path) -> set[str]:
 
 
 def listed(text: str) -> list[list[str]]:
-    """The names on each line of a list."""
+    """Return the names on each line of a list."""
     lines = (line for line in text.splitlines() if not line.startswith("#"))
     return [words for line in lines if (words := re.findall(r"\b(?:cu|nvml)\w+", line))]
 
 
 def unlike(text: str, hooked: set[str]) -> list[str]:
-    """Hooks that cuGetProcAddress hands out under a name by which hooks.c would not know them."""
+    """Return a line for each hook that cuGetProcAddress returns for a name from which lookup.c would not find it."""
     pairs = [(words[0], given) for words in listed(text) for given in words[1:]]
     return [f"{given} is what {asked} finds" for asked, given in pairs if given in hooked and not is_form(asked, given)]
 
 
 def is_form(asked: str, given: str) -> bool:
-    """True where `given` is `asked`, or a version of it."""
+    """Return whether `given` is `asked`, or a version of it."""
     return given == asked or given.startswith(asked + "_")
 
 
 def answers(library: Path) -> dict[str, set[str]]:
-    """The names that a libcuda's cuGetProcAddress knows, and what it answers to all versions, legacy and per thread."""
+    """Return the names that a libcuda's cuGetProcAddress knows, and the exports that it returns for all versions and
+    for both kinds of default stream."""
     data = library.read_bytes()
     cuda = ctypes.CDLL(str(library.resolve()))
     newest, found = ctypes.c_int(), ctypes.c_void_p()
@@ -139,13 +140,13 @@ def answers(library: Path) -> dict[str, set[str]]:
 
 
 def of_interest(path: Path, names: set[str]) -> set[str]:
-    """Those of its names that somebody must have decided about."""
+    """Return those of `names` that need a decision."""
     told = revealing(path.read_text(errors="replace")) if path.suffix == ".h" else set()
     return {name for name in names if is_of_interest(name)} | told
 
 
 def header_names(text: str) -> set[str]:
-    """Every exported name that a header of the driver declares or makes of another: versions and streams alike."""
+    """Return each exported name that a header of the driver declares, or makes of another name by a macro."""
     names = set(re.findall(r"(?:CUresult|nvmlReturn_t)\s+(?:CUDAAPI\s+|DECLDIR\s+)?((?:cu|nvml)[A-Z]\w+)\s*\(", text))
     names |= set(re.findall(r"#\s*define\s+(?:cu|nvml)[A-Z]\w+\s+((?:cu|nvml)[A-Z]\w+)\s*$", text, re.M))
     for kind, name in re.findall(r"#\s*define\s+cu\w+\s+__CUDA_API_(PTDS|PTSZ)\((cu\w+)\)", text):
@@ -154,8 +155,8 @@ def header_names(text: str) -> set[str]:
 
 
 def check(paths: list[Path], folder: Path, whole: bool) -> list[str]:
-    """What is wrong, one line each. `whole`: the lists are all there are; a name in none of them is an error."""
-    hooked = table((folder / "shim.h").read_text())
+    """Return a line for each error. `whole`: the lists are complete, so a name in none of them is an error."""
+    hooked = table((folder / "core" / "hook_table.h").read_text())
     known, wrong = decided((folder / "symbols" / "decided.txt").read_text())
     wrong += [f"{name}: hooked, and in decided.txt" for name in sorted(hooked & known)]
     seen: set[str] = set()
@@ -177,12 +178,12 @@ def check(paths: list[Path], folder: Path, whole: bool) -> list[str]:
 
 
 def main() -> int:
-    """Exit status 1 when anything is wrong."""
+    """Run the command; return 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     parser.add_argument("--names", action="store_true", help="print the names in headers and libraries")
     parser.add_argument("--lookup", action="store_true", help="print what a libcuda's cuGetProcAddress knows")
-    parser.add_argument("--shim", type=Path, default=HERE, help="where shim.h and symbols/ are")
+    parser.add_argument("--shim", type=Path, default=HERE, help="where core/hook_table.h and symbols/ are")
     arguments = parser.parse_args()
     if arguments.names:
         print("\n".join(sorted(set().union(*map(names_of, arguments.files)))))

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Fetches NVIDIA's public headers into DEST, flat: cuda.h, cudaTypedefs.h, nvml.h. They are built against, never committed.
+# Fetches NVIDIA's public headers into the folder DEST: cuda.h, cudaTypedefs.h, nvml.h. They serve for building, and are never
+# committed.
 set -eu
 
 dest=${1:?usage: headers.sh DEST}
@@ -10,14 +11,14 @@ python=${PYTHON:-python3}
 [ -e "$dest/cuda.h" ] && [ -e "$dest/cudaTypedefs.h" ] && [ -e "$dest/nvml.h" ] && exit 0
 
 mkdir -p "$dest"
-# Unpacked inside DEST, so that the renames below stay on one file system.
+# The packages are unpacked inside DEST, so that the renames below stay on one file system.
 work=$(mktemp -d "$dest/.fetch.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT TERM
 "$python" -m pip install --quiet --disable-pip-version-check --root-user-action=ignore \
     --no-deps --target "$work" "$cuda" "$nvml"
 
-# Each file arrives by rename and cuda.h, which the Makefile waits for, last: nobody reads half a header.
+# Each header is renamed into place, so that no build reads a part of it. cuda.h comes last: the Makefile waits for it.
 for name in nvml.h cudaEGLTypedefs.h cudaTypedefs.h cuda.h; do
     found=$(find "$work" -name "$name" -path '*/include/*' | head -n 1)
     if [ -z "$found" ]; then

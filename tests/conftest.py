@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import pytest_timeout
-from rows import named_of_rows
-from trials import Again, Patience, Trials
 from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
+
+from tests import world
+from tests.rows import named_of_rows
+from tests.schedule import Schedule
+from tests.trials import LAST_SECONDS, Again, Trials
 
 SCALES = ("quick", "ci", "full")
-# Suites of whole processes that race each other and the clock of a shared machine: what fails there once in thousands
-# is tried a second time and printed in full, never passed over.
-LIVE = ("bpf", "dashboards", "e2e", "engines", "gatekeeper", "kubelet", "packages", "page", "shim", "standalone")
-# Suites that need nothing of what a host has one of. The whole run has a process for these and one for all others.
-ASIDE = ("fuzz", "shim", "sim", "unit")
+BEGAN = time.monotonic()
 TRIALS = pytest.StashKey[Trials]()
 TIMER = pytest.StashKey[pytest_timeout.Settings]()
-CLONE_NEWNS = 0x20000
-WORLD = Path(__file__).with_name("world.sh")
+WORLDS = "FGPU_TEST_WORLDS"  # in the environment: each process that runs tests enters a world of its own
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Names the marks, and refuses a scale that is none."""
     config.addinivalue_line("markers", "slow: left out of `./dev test quick`")
-    config.addinivalue_line("markers", "timed: measures time; where it fails it is tried again, twice: noise passes")
+    config.addinivalue_line("markers", "timed: measures time")
     config.addinivalue_line("markers", "places(*names): where an end-to-end test runs; everywhere without")
     config.addinivalue_line("markers", "every_place: there in the quick run too, which takes the last place else")
     which = os.environ.get("FGPU_TEST_SCALE", "ci")
@@ -48,34 +44,24 @@ def pytest_configure(config: pytest.Config) -> None:
         "fgpu", derandomize=which != "full"
     )  # what is new is looked for in the full run
     hypothesis.settings.load_profile("fgpu")
-    if hasattr(config, "workerinput"):
-        _leave_the_others()
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker:
+        config.pluginmanager.register(AtOnce(config))
+    if os.environ.get(WORLDS) and (is_worker or not config.getoption("numprocesses", None)):
+        world.enter(config.workerinput["workerid"] if is_worker else "alone")
 
 
-class Lanes(LoadScopeScheduling):
-    """One process for the suites of ASIDE, and one for all others, each in the order of the suites."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return "aside" if nodeid.split("/")[1] in ASIDE else "host"
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedule:
     """Whatever `--dist` says."""
-    return Lanes(config, log)
-
-
-def _leave_the_others() -> None:
-    """What this process and its children have in /run and of pinned maps is their own."""
-    assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
-    subprocess.run(["sh", WORLD, "true"], check=True)
+    return Schedule(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Quick leaves out what is marked slow, and says how many; what is at the mercy of the clock may be tried again."""
-    patience = Patience()
+    """Leave out what is marked slow from a quick run, and let what is stolen be tried again."""
     for item in items:
-        if not item.get_closest_marker("flaky"):
-            _try_again(item, patience)
+        if not item.get_closest_marker("flaky"):  # a test after which the next trial cannot pass has one of its own
+            item.stash[TRIALS] = Trials(BEGAN + LAST_SECONDS)
+            item.add_marker(item.stash[TRIALS].marker())
     left_out: set[pytest.Item] = set()
     if letter := config.getoption("rows"):
         named = {test for row, tests in named_of_rows().items() if row.startswith(letter) for test in tests}
@@ -84,13 +70,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out |= {item for item in items if item.get_closest_marker("slow")}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
-
-
-def _try_again(item: pytest.Item, patience: Patience) -> None:
-    """Twice, once or never where the processors were the machine's own; later, of any suite, where they were not."""
-    own = 2 if item.get_closest_marker("timed") else int(item.path.parent.name in LIVE)
-    item.stash[TRIALS] = Trials(own, patience)
-    item.add_marker(item.stash[TRIALS].marker())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -128,6 +107,22 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.failed and trials and hasattr(report.longrepr, "addsection"):
         report.longrepr.addsection("processors", f"{trials.stolen_share():.0%} of them was given to other machines")
     return report
+
+
+class AtOnce:
+    """Print a failure when it happens: a run that is killed at a time limit has then said what failed."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Print the last lines of a failure, and the time."""
+        if not report.failed and report.outcome != "rerun":
+            return
+        last = [line for line in report.longreprtext.splitlines() if line.startswith("E ")][:6]
+        head = f"{time.strftime('%H:%M:%S')} {report.outcome.upper()} {report.when} {report.nodeid}"
+        terminal = self._plugins.getplugin("terminalreporter")  # made after this one
+        terminal.write_line("\n".join(["", head, *(line[:200] for line in last)]))
 
 
 @pytest.fixture(scope="session")

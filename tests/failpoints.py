@@ -75,65 +75,65 @@ def named(name: str) -> Judge:
 
 def publishes(_: object, what: int = 0, *__: int) -> bool:
     """Of Ledger._run: the limits of a level are about to be seen."""
-    from fgpu_ebpf import pages
+    from fgpu_ebpf import abi
 
-    return what == pages.Adjust.PUBLISH
+    return what == abi.Adjust.PUBLISH
 
 
 def limit_unpublished() -> None:
     """The agent alone knows a level's new limit: its page still has the one before."""
-    from fgpu_ebpf.ledger import Ledger
+    from fgpu_ebpf.ledger.ledger import Ledger
 
     before(Ledger, "_run", publishes)
 
 
 def policy_half() -> None:
     """Of the levels that a policy changes one has its new limit."""
-    from fgpu_ebpf.ledger import Ledger
+    from fgpu_ebpf.ledger.ledger import Ledger
 
     before(Ledger, "_run", later(publishes))
 
 
 def page_unannounced() -> None:
     """A new level has its page, and nobody knows that it is managed."""
-    from fgpu_ebpf.shelf import Shelf
+    from fgpu_ebpf.ledger.usage_page_table import UsagePageTable
 
-    after(Shelf, "make")
+    after(UsagePageTable, "make")
 
 
 def charges_behind() -> None:
     """A new level is in force, without the charges of who is in it already."""
-    from fgpu_ebpf.enforcer import Enforcer
+    from fgpu_ebpf.tenancy.enforcer import Enforcer
 
     before(Enforcer, "_take_over")
 
 
 def level_half_gone() -> None:
     """A level that is managed no longer has lost its limits and keeps its page."""
-    from fgpu_ebpf.shelf import Shelf
+    from fgpu_ebpf.ledger.usage_page_table import UsagePageTable
 
-    before(Shelf, "take_away")
+    before(UsagePageTable, "take_away")
 
 
 def state_unrenamed() -> None:
     """What was set by hand is in force, and written beside its file."""
-    from fgpu_ebpf import wholefile
+    from fgpu_ebpf.linux import atomic_file
 
-    before(wholefile.os, "replace", named(".overrides.json.new"))
+    before(atomic_file.os, "replace", named(".overrides.json.new"))
 
 
 def links_half() -> None:
     """Of a driver's links those of the returns are pinned, those of the entries not yet."""
-    from fgpu_ebpf import probe_plan, probes
+    from fgpu_ebpf.driver import attach, probe_plan
 
-    before(probes.Probes, "_pin", lambda _, program, *__: program == probe_plan.DRIVER_PROGRAMS[1])
+    before(attach.Probes, "_pin", lambda _, program, *__: program == probe_plan.DRIVER_PROGRAMS[1])
 
 
 def detach_half() -> None:
     """What was pinned is gone, all else is there."""
-    from fgpu_ebpf import probes
+    from fgpu_ebpf.driver import attach
 
-    after(probes, "detach")
+    after(attach, "detach")
 
 
 # -- the gatekeeper
@@ -141,16 +141,16 @@ def detach_half() -> None:
 
 def socket_unrenamed() -> None:
     """Its socket is bound and listens, beside the place where shims look for it."""
-    from fgpu_ebpf import door
+    from fgpu_ebpf.gatekeeper import listener
 
-    before(door.os, "rename", named(".shim.sock"))
+    before(listener.os, "rename", named(".shim.sock"))
 
 
 def hello_unanswered() -> None:
     """A process has its pages, and was not told."""
-    from fgpu_ebpf.slicer import Slicer
+    from fgpu_ebpf.gatekeeper.time_slicer import TimeSlicer
 
-    after(Slicer, "greet")
+    after(TimeSlicer, "register")
 
 
 # -- the loader, which is run as a file
@@ -179,7 +179,8 @@ def run_loader(file: str, point: str) -> int:
 
 def become(point: str, program: str, words: list[str]) -> int:
     """Agent or gatekeeper, with the point in it."""
-    from fgpu_ebpf import cli, gatekeeper
+    from fgpu_ebpf.cli import main as cli
+    from fgpu_ebpf.gatekeeper import main as gatekeeper
 
     if point:
         {made.__name__: made for made in (*AGENT, *GATEKEEPER)}[point]()
@@ -205,7 +206,7 @@ def end_of(pid: int) -> int | None:
 
 def nurse() -> int:
     """Answers until its stdin ends."""
-    importlib.import_module("fgpu_ebpf.service")  # with it comes all that an agent is made of
+    importlib.import_module("fgpu_ebpf.daemon")  # with it comes all that an agent is made of
 
     living: set[int] = set()
     for line in sys.stdin:

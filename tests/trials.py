@@ -1,7 +1,7 @@
-"""How often a test that failed is tried again.
+"""When a test that failed is tried again: only if the hypervisor gave processors to other machines meanwhile.
 
-Processors that a hypervisor gave to other machines meanwhile (`steal` of /proc/stat) make any program late, and no
-failure of such a trial says whose it was. It is printed in full as all are, but not counted; the next one comes later.
+That (`steal` of /proc/stat) makes any program late, and a failure of such a trial says nothing about the program. It is
+printed in full like all failures, but not counted, and the next trial comes later. What fails otherwise has failed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 STOLEN_SHARE = 0.05  # of what all processors have to give, from the start of a trial; a quiet machine loses a hundredth
-MOST_STOLEN = 10  # of one test: after that what fails has failed
-FIRST_WAIT_SECONDS, BACKOFF = 1, 1.75  # ten wait for six minutes: others were seen to take five in a row
-MOST_WAITS_SECONDS = 600  # of a process of pytest's, which has to end
+MOST_STOLEN = 2  # trials of one test that do not count
+WAIT_SECONDS = 10
+LAST_SECONDS = 25 * 60.0  # of a run: after that what fails has failed
 
 
 class Again(Exception):
@@ -38,48 +38,47 @@ class Clock:
         return (self.stolen - before.stolen) / max(self.passed - before.passed, 1e-9)
 
 
-@dataclass
-class Patience:
-    """How long all tests together may still wait for processors of their own: a run has to end."""
-
-    seconds: float = MOST_WAITS_SECONDS
-
-
 class Trials:
-    """One test's. `own` is how often it may be tried again where the machine was its own."""
+    """The trials of one test.
 
-    def __init__(self, own: int, patience: Patience, clock: Callable[[], Clock] = Clock.now) -> None:
-        self.own, self.stolen, self.patience, self.clock = own, MOST_STOLEN, patience, clock
-        self.began = clock()
+    Args:
+        until: when the last trial may begin, in seconds of the monotonic clock.
+        clock: returns what the processors had to give until now.
+    """
+
+    def __init__(self, until: float, clock: Callable[[], Clock] = Clock.now) -> None:
+        self._until, self._clock, self._stolen = until, clock, 0
+        self._began = clock()
+        self._wait_seconds = 0.0  # before the next
         self.begun = 0
-        self.wait_seconds = 0.0  # before the next
 
     def marker(self) -> pytest.MarkDecorator:
-        """For pytest-rerunfailures."""
-        return pytest.mark.flaky(reruns=self.own + MOST_STOLEN + 1, condition=self.is_another_due)
+        """Return the mark for pytest-rerunfailures."""
+        return pytest.mark.flaky(reruns=MOST_STOLEN + 1, condition=self.is_another_due)
 
     def begin(self) -> None:
-        """Waits first, where the last one was stolen."""
-        time.sleep(self.wait_seconds)
-        self.wait_seconds = 0
-        self.began = self.clock()
+        """Begin a trial, after a while if the last one was stolen."""
+        time.sleep(self._wait_seconds)
+        self._wait_seconds = 0
+        self._began = self._clock()
         self.begun += 1
 
     def stolen_share(self) -> float:
-        """Of what the processors had to give since the trial began."""
-        return self.clock().stolen_share_since(self.began)
+        """Return the stolen share of what the processors had to give since the trial began."""
+        return self._clock().stolen_share_since(self._began)
 
     def is_another_due(self, error: BaseException | None) -> bool:
-        """Asked after each trial; one that passed has no error, and costs nobody's patience."""
+        """Return whether there is another trial; asked after each. `error`: why this one failed."""
         if not error:
             return False
         if isinstance(error, Again):
             return True
-        wait = FIRST_WAIT_SECONDS * BACKOFF ** (MOST_STOLEN - self.stolen)
-        if self.stolen and wait <= self.patience.seconds and self.stolen_share() >= STOLEN_SHARE:
-            self.stolen -= 1
-            self.patience.seconds -= wait
-            self.wait_seconds = wait
-            return True
-        self.own -= 1
-        return self.own >= 0
+        is_due = (
+            self._stolen < MOST_STOLEN
+            and time.monotonic() + WAIT_SECONDS < self._until
+            and self.stolen_share() >= STOLEN_SHARE
+        )
+        if is_due:
+            self._stolen += 1
+            self._wait_seconds = WAIT_SECONDS
+        return is_due

@@ -1,4 +1,4 @@
-# Every image at once, or some: from the repository's root, after ./dev build,
+# Builds every image at once, or some of them. From the repository's root, after ./dev build, run:
 #
 #   docker buildx bake --file deploy/images/docker-bake.hcl                                     # all 28
 #   docker buildx bake --file deploy/images/docker-bake.hcl u22-cu12-3-8gb
@@ -23,7 +23,7 @@ group "default" {
 target "image" {
   name = "u${base.ubuntu}-cu${replace(base.cuda, ".", "-")}-${size}gb"
 
-  # Those that NVIDIA has published. The others of these versions never were: u20-cu13.0 (CUDA 13 has left 20.04),
+  # The bases that NVIDIA has published. The other combinations were never published: u20-cu13.0 (CUDA 13 has no 20.04),
   # u22-cu11.1 (older than 22.04), u24-cu11.1, u24-cu11.7 and u24-cu12.3 (24.04 begins with CUDA 12.5.1).
   matrix = {
     base = [

@@ -1,4 +1,4 @@
-"""What a page of docs/ needs to become a page of the site.
+"""Everything that a page of docs/ needs to become a page of the site.
 
 Owns: the generated parts (`<!-- generated: NAME -->`, see `references`), CONTRIBUTING.md as a page, and links out of
 docs/: a file that a page links to goes along, as a page that shows it. So one relative link works in a checkout, on a
@@ -10,16 +10,12 @@ from __future__ import annotations
 import logging
 import posixpath
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+import references
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import references
 
 ROOT = Path(__file__).resolve().parents[2]
 # Pages that lie outside docs/, and what they are called on the site.

@@ -16,27 +16,32 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from fgpu_ebpf import hostfile, hostmodel, metrics, pages, policymodel, policyvalues, shimless
-from fgpu_ebpf.cli import main
-from fgpu_ebpf.faults import _model_in
+from fgpu_ebpf import abi
+from fgpu_ebpf.agent import host_config, host_schema
+from fgpu_ebpf.api import metrics
+from fgpu_ebpf.cli.main import main
+from fgpu_ebpf.driver import bypass_reason
+from fgpu_ebpf.policy import fields as policy_fields
+from fgpu_ebpf.policy import schema
+from fgpu_ebpf.policy.validation import _model_in
 from fgpu_ebpf.snapshot import PoliciesView, Snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = ROOT / "dashboards"
 # What a pattern of the schema means to people.
 PATTERNS = {
-    policyvalues._MEMORY: "bytes: `8GiB`, `8192MiB`",
-    policyvalues._PERCENT: "percentage: `50%`",
-    policyvalues._DURATION: "duration: `500us`, `20ms`, `1s`",
-    f"^{policyvalues._NAME}$": "up to 63 small letters, digits, `-` and `.`",
-    f"^{policyvalues._METRIC_LABEL}$": "name of a Prometheus label",
+    policy_fields._MEMORY: "bytes: `8GiB`, `8192MiB`",
+    policy_fields._PERCENT: "percentage: `50%`",
+    policy_fields._DURATION: "duration: `500us`, `20ms`, `1s`",
+    f"^{policy_fields._NAME}$": "up to 63 small letters, digits, `-` and `.`",
+    f"^{policy_fields._METRIC_LABEL}$": "name of a Prometheus label",
 }
 # Values of labels that the code has a list of.
 VALUES: Mapping[tuple[str, str], Iterable[str]] = {
     ("fgpu_bypassing_processes", "how"): metrics._HOW,
-    ("fgpu_shimless_processes", "reason"): shimless.Reason,
-    ("fgpu_memory_refused", "reason"): [reason.name.lower() for reason in pages.Reason],
-    ("fgpu_anomalies", "kind"): [*(kind.name.lower() for kind in pages.Anomaly), "unprobed"],
+    ("fgpu_shimless_processes", "reason"): bypass_reason.Reason,
+    ("fgpu_memory_refused", "reason"): [reason.name.lower() for reason in abi.Reason],
+    ("fgpu_anomalies", "kind"): [*(kind.name.lower() for kind in abi.Anomaly), "unprobed"],
 }
 
 
@@ -53,18 +58,18 @@ def _row(*cells: str) -> str:
 
 def policy() -> str:
     """Every key of a policy, with its type, default and examples."""
-    return "\n".join(_model(policymodel.GpuPolicy, "", 3))
+    return "\n".join(_model(schema.GpuPolicy, "", 3))
 
 
 def host() -> str:
     """Every key of agent.yaml; the defaults are those that hold without a file."""
-    usual = hostfile.HostSettings()
+    usual = host_config.HostSettings()
     defaults = {field.name: _plain(field.name, getattr(usual, field.name)) for field in fields(usual)}
-    keys = _keys(hostmodel.HostDocument, defaults)
+    keys = _keys(host_schema.HostDocument, defaults)
     parts = (
-        (hostmodel.ProfileDocument, "profiles[]"),
-        (hostmodel.DriversDocument, "drivers"),
-        (hostmodel.BoundsDocument, "bounds"),
+        (host_schema.ProfileDocument, "profiles[]"),
+        (host_schema.DriversDocument, "drivers"),
+        (host_schema.BoundsDocument, "bounds"),
     )
     return "\n".join([*keys, *(line for model, path in parts for line in _model(model, path, 3))])
 
@@ -186,7 +191,7 @@ def _commands(words: str, command: click.Command) -> Iterator[tuple[str, click.C
 
 
 def options(command: click.Command) -> list[click.Option]:
-    """Those that `--help` shows, but for itself."""
+    """Return the options that `--help` shows, without `--help` itself."""
     return [p for p in command.params if isinstance(p, click.Option) and not p.hidden and p.name != "help"]
 
 

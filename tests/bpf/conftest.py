@@ -18,12 +18,16 @@ from typing import Any
 
 import pytest
 
-from fgpu_ebpf import bpf, pages, probes, procfs, programs
-from fgpu_ebpf.ledger import Ledger, LevelLimits
-from fgpu_ebpf.library_class import Role
-from fgpu_ebpf.library_files import Target
-from fgpu_ebpf.orphans import Orphan
-from fgpu_ebpf.usage import Usage
+from fgpu_ebpf import abi
+from fgpu_ebpf.driver import attach, programs
+from fgpu_ebpf.driver.library_class import Role
+from fgpu_ebpf.driver.library_files import Target
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.level_limits import LevelLimits
+from fgpu_ebpf.ledger.orphans import Orphan
+from fgpu_ebpf.ledger.usage_pages import Usage
+from fgpu_ebpf.linux import bpf, procfs
+from tests.support.wait import eventually
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
@@ -45,7 +49,7 @@ class Kernel:
     driver: Path
     shim: Path
     root: Path
-    probes: probes.Probes
+    probes: attach.Probes
     unknown: Path
 
 
@@ -61,7 +65,7 @@ def loaded(folder: Path, sources: Path, shim: Path) -> Iterator[Kernel]:
         ledger = Ledger(pins)
         ledger.set_device(0, bytes(range(16)))
         ledger.set_context_bytes(0, CONTEXT)
-        attached = probes.Probes(pins, digest, ledger)
+        attached = attach.Probes(pins, digest, ledger)
         attached.attach_process_ends()
         unknown = folder / "unknown" / driver.name
         unknown.parent.mkdir()
@@ -72,7 +76,7 @@ def loaded(folder: Path, sources: Path, shim: Path) -> Iterator[Kernel]:
         assert root is not None
         yield Kernel(ledger, pins, driver, shim, root, attached, unknown)
     finally:
-        probes.detach(pins)
+        attach.detach(pins)
 
 
 @pytest.fixture(scope="session")
@@ -248,25 +252,61 @@ def assert_corrected(kernel: Kernel, client: Client, overhead: int) -> None:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to be in time"
-        time.sleep(0.001)
+    eventually(condition, seconds, pause=0.001)
 
 
-def page_of(kernel: Kernel, level: Level) -> pages.UsagePage:
+def page_of(kernel: Kernel, level: Level) -> abi.UsagePage:
     """The level's usage page as it is now."""
     fd = kernel.ledger.page_fd(level.cgroup)
     assert fd is not None
-    raw = bpf.lookup(fd, bytes(4), pages.PAGE_BYTES)
+    raw = bpf.lookup(fd, bytes(4), abi.PAGE_BYTES)
     os.close(fd)
-    return pages.UsagePage.from_buffer_copy(raw or b"")
+    return abi.UsagePage.from_buffer_copy(raw or b"")
 
 
-def entries(kernel: Kernel, level: Level, shared: pages.Shared = pages.Shared.ALLOCATIONS) -> int:
+def entries(kernel: Kernel, level: Level, shared: abi.Shared = abi.Shared.ALLOCATIONS) -> int:
     return page_of(kernel, level).entries[shared]
 
 
 def anomalies(kernel: Kernel) -> dict[str, int]:
-    counts = {c.reason: n for c, n in kernel.ledger.counters().items() if c.kind == pages.Kind.KINDS}
-    return {a.name: counts.get(a, 0) for a in pages.Anomaly}
+    counts = {c.reason: n for c, n in kernel.ledger.counters().items() if c.kind == abi.Kind.KINDS}
+    return {a.name: counts.get(a, 0) for a in abi.Anomaly}
+
+
+@pytest.fixture(scope="session")
+def attacker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("attacker") / "attacker"
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{REPOSITORY}/bpf"]
+    subprocess.run(["gcc", *flags, "-o", out, HERE / "attacker.c", "-ldl"], check=True)
+    return out
+
+
+@pytest.fixture
+def attack(kernel: Kernel, attacker: Path) -> Iterator[Callable[..., int]]:
+    """Runs it in a level to its end, which it reaches when the test does; answers what it found."""
+    started = []
+
+    def run(level: Level, way: str, times: int, seed: int = 1) -> int:
+        page = kernel.ledger.page_fd(level.cgroup)
+        command = [attacker, kernel.driver, kernel.shim, str(page), way, str(times), str(seed)]
+        enter = lambda: (level.path / "cgroup.procs").write_text(str(os.getpid()))  # noqa: E731
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=[page], preexec_fn=enter)
+        os.close(page)
+        started.append(child)
+        said = child.stdout.readline()
+        assert said, f"the attacker ended with {child.wait()}"
+        return int(said)
+
+    yield run
+    for child in started:
+        child.kill()
+        child.communicate()
+
+
+@pytest.fixture
+def events(kernel):
+    reader = kernel.ledger.events()
+    list(reader.read())
+    yield reader
+    reader.close()

@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import pytest
-from conftest import HERE, MIB, REPOSITORY, Kernel, Level, anomalies, assert_left, wait_until
-from test_events import events, fates, of  # noqa: F401
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import abi
+from tests.bpf.conftest import MIB, anomalies, assert_left, wait_until
+from tests.bpf.events_kit import fates
 
 HELD = 64 * MIB  # by every attacker
-
-
-@pytest.fixture(scope="session")
-def attacker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("attacker") / "attacker"
-    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{REPOSITORY}/bpf"]
-    subprocess.run(["gcc", *flags, "-o", out, HERE / "attacker.c", "-ldl"], check=True)
-    return out
-
-
-@pytest.fixture
-def attack(kernel: Kernel, attacker: Path) -> Iterator[Callable[..., int]]:
-    """Runs it in a level to its end, which it reaches when the test does; answers what it found."""
-    started = []
-
-    def run(level: Level, way: str, times: int, seed: int = 1) -> int:
-        page = kernel.ledger.page_fd(level.cgroup)
-        command = [attacker, kernel.driver, kernel.shim, str(page), way, str(times), str(seed)]
-        enter = lambda: (level.path / "cgroup.procs").write_text(str(os.getpid()))  # noqa: E731
-        pipe = subprocess.PIPE
-        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=[page], preexec_fn=enter)
-        os.close(page)
-        started.append(child)
-        said = child.stdout.readline()
-        assert said, f"the attacker ended with {child.wait()}"
-        return int(said)
-
-    yield run
-    for child in started:
-        child.kill()
-        child.communicate()
 
 
 # -- T15, T16: floods -----------------------------------------------------------------------------------------------
 
 
-def test_a_flood_costs_its_neighbour_no_event(kernel, events, make_level, make_client, attack, scale):  # noqa: F811
+def test_a_flood_costs_its_neighbour_no_event(kernel, events, make_level, make_client, attack, scale):
     """All that one level asks for is refused and counted; what is not told of it is counted too. Nothing is lost of
     the other, which is refused less often than a level may tell of in a second."""
     loud, quiet = make_level(100 * MIB), make_level(MIB)
@@ -62,8 +26,8 @@ def test_a_flood_costs_its_neighbour_no_event(kernel, events, make_level, make_c
     for _ in range(asked):
         client(f"admit({2 * MIB})")
     found = list(events.read())
-    assert len([e for e in found if e.cgroup == quiet.cgroup and e.kind == pages.News.REFUSED]) == asked
-    told = len([e for e in found if e.cgroup == loud.cgroup and e.kind == pages.News.REFUSED])
+    assert len([e for e in found if e.cgroup == quiet.cgroup and e.kind == abi.News.REFUSED]) == asked
+    told = len([e for e in found if e.cgroup == loud.cgroup and e.kind == abi.News.REFUSED])
     sent, rate, full = (now - was for now, was in zip(fates(kernel), before, strict=True))
     assert (loud.usage().refused, full) == (times, 0)
     assert told + rate >= times
@@ -77,8 +41,8 @@ def test_what_does_not_fit_refuses_nobody_while_the_driver_decides(kernel, make_
     one, other = make_client(make_level(512 * MIB, parent=group)), make_client(make_level(512 * MIB, parent=group))
     one("linger(1)")
     one.send(f"alloc(0x1000, {4096 * MIB}, code={code})")
-    wait_until(lambda: (process := one.entry(kernel)) and process.flags & pages.Seen.CALL)
-    assert other(f"admit({4 * MIB})") == pages.Verdict.ADMITTED
+    wait_until(lambda: (process := one.entry(kernel)) and process.flags & abi.Seen.CALL)
+    assert other(f"admit({4 * MIB})") == abi.Verdict.ADMITTED
     assert one.process.stdout.readline() == f"{code}\n"
     assert group.used == holds + 4 * MIB
     assert group.usage().peak == group.used
@@ -118,7 +82,7 @@ def test_products_of_sizes_do_not_wrap_around(level, client, call):
     client(call)
     charged = level.used
     assert charged > level.usage().limit
-    assert client(f"admit({MIB})") == pages.Verdict.REFUSED
+    assert client(f"admit({MIB})") == abi.Verdict.REFUSED
     client.kill()
     assert_left(level, charged)
 
@@ -136,7 +100,7 @@ def test_what_no_driver_has_is_not_charged(level, client, call):
     client(f"alloc(0x2000, {MIB})")
     client(call)
     assert level.used == MIB
-    assert client(f"admit({MIB})") == pages.Verdict.ADMITTED
+    assert client(f"admit({MIB})") == abi.Verdict.ADMITTED
 
 
 # -- T6: a pid that is used again -----------------------------------------------------------------------------------

@@ -6,14 +6,15 @@ import os
 import random
 
 import pytest
-from conftest import MIB, Client, Kernel, Level, entries, page_of, wait_until
-from test_events import events, of, reasons  # noqa: F401
 
-from fgpu_ebpf import bpf, pages
-from fgpu_ebpf.ledger import HOST_PROCESSES
+from fgpu_ebpf import abi
+from fgpu_ebpf.ledger.ledger import HOST_PROCESSES
+from fgpu_ebpf.linux import bpf
+from tests.bpf.conftest import MIB, Client, Kernel, Level, entries, page_of, wait_until
+from tests.bpf.events_kit import of, reasons
 
-REFUSED, ADMITTED = pages.Verdict.REFUSED, pages.Verdict.ADMITTED
-AT = pages.UsagePage.answers.offset
+REFUSED, ADMITTED = abi.Verdict.REFUSED, abi.Verdict.ADMITTED
+AT = abi.UsagePage.answers.offset
 HOST_TAGS = 7
 
 
@@ -63,13 +64,13 @@ def test_each_life_of_each_process_has_another_tag(kernel, level, make_client):
 def test_tags_come_round_without_0(kernel, level, make_client):
     host = bpf.pinned(kernel.pins / "maps/host")
     try:
-        bpf.update(host, HOST_TAGS.to_bytes(4, "little"), (2 * (pages.TAG_BITS + 1) - 2).to_bytes(8, "little"))
+        bpf.update(host, HOST_TAGS.to_bytes(4, "little"), (2 * (abi.TAG_BITS + 1) - 2).to_bytes(8, "little"))
     finally:
         os.close(host)
     clients = [make_client(level) for _ in range(3)]
     for client in clients:
         client(f"admit({MIB})")
-    assert [client.entry(kernel).tag for client in clients] == [pages.TAG_BITS, 1, 1]
+    assert [client.entry(kernel).tag for client in clients] == [abi.TAG_BITS, 1, 1]
 
 
 def test_no_question_of_another_process_makes_the_word_that_one_waits_for(kernel, level, known, make_client, scale):
@@ -78,21 +79,21 @@ def test_no_question_of_another_process_makes_the_word_that_one_waits_for(kernel
     attacker(f"admit({MIB})")
     choose = random.Random(7)
     for _ in range(scale(200, 2000, 20_000)):
-        said = choose.choice([ticket, tag << 32 | ticket & pages.TICKET_BITS, choose.getrandbits(64)])
-        kind = choose.choice([pages.TAGGED, pages.TAGGED | pages.PATIENT, 0, choose.getrandbits(32)])
+        said = choose.choice([ticket, tag << 32 | ticket & abi.TICKET_BITS, choose.getrandbits(64)])
+        kind = choose.choice([abi.TAGGED, abi.TAGGED | abi.PATIENT, 0, choose.getrandbits(32)])
         attacker(
             f"shim.fgpu_admit({choose.choice([0, 0, 7, 99])}, u64({choose.choice([0, MIB])}), {kind}, u64({said}))"
         )
     page = page_of(kernel, level)
-    found = {word >> pages.TAG_SHIFT for word in page.answers if word}
+    found = {word >> abi.TAG_SHIFT for word in page.answers if word}
     assert found == {attacker.entry(kernel).tag}
 
 
 def test_a_ticket_s_upper_bits_never_reach_the_tag(kernel, level, known):
-    known(f"shim.fgpu_admit(0, u64({MIB}), {pages.TAGGED}, u64({(1 << 62) - 5}))")
-    word = page_of(kernel, level).answers[(1 << 62) - 5 & (pages.VERDICTS - 1)]
+    known(f"shim.fgpu_admit(0, u64({MIB}), {abi.TAGGED}, u64({(1 << 62) - 5}))")
+    word = page_of(kernel, level).answers[(1 << 62) - 5 & (abi.VERDICTS - 1)]
     tag = known.entry(kernel).tag
-    assert word == tag << pages.TAG_SHIFT | (((1 << 62) - 5) & pages.TICKET_BITS) << 2 | ADMITTED
+    assert word == tag << abi.TAG_SHIFT | (((1 << 62) - 5) & abi.TICKET_BITS) << 2 | ADMITTED
 
 
 def test_a_process_without_an_entry_gets_no_tagged_answer(kernel, level, make_level, make_client):
@@ -110,7 +111,7 @@ def test_an_entry_is_made_once_and_its_tag_stays(kernel, level, client):
     assert tag == client.entry(kernel).tag == kernel.ledger.tag(client.pid, (level.cgroup,))
     assert client.entry(kernel).levels == (level.cgroup,)
     assert kernel.ledger._number("host", HOST_PROCESSES) == so_far + 1
-    assert entries(kernel, level, pages.Shared.PROCESSES) == 1
+    assert entries(kernel, level, abi.Shared.PROCESSES) == 1
     client(f"alloc(0x1000, {MIB})")
     assert (client.entry(kernel).tag, level.used) == (tag, MIB)
 
@@ -127,7 +128,7 @@ def full(level: Level, make_client) -> Level:
     return level
 
 
-def test_a_patient_request_that_orphans_alone_keep_from_fitting_is_refused_silently(kernel, events, full, known):  # noqa: F811
+def test_a_patient_request_that_orphans_alone_keep_from_fitting_is_refused_silently(kernel, events, full, known):
     list(events.read())
     assert ask(kernel, known, 1024 * MIB, patient=True) == REFUSED
     assert (full.usage().refused, reasons(kernel, full), of(events, full)) == (0, {}, [])
@@ -137,13 +138,13 @@ def test_a_patient_request_that_orphans_alone_keep_from_fitting_is_refused_silen
     assert ask(kernel, known, 1024 * MIB, patient=True) == ADMITTED
 
 
-def test_a_patient_request_that_would_not_fit_in_any_case_is_refused_and_counted(kernel, events, full, known):  # noqa: F811
+def test_a_patient_request_that_would_not_fit_in_any_case_is_refused_and_counted(kernel, events, full, known):
     list(events.read())
     assert ask(kernel, known, 1024 * MIB + 1, patient=True) == REFUSED
     known(f"alloc(0x2000, {20 * MIB})")
     assert ask(kernel, known, 1005 * MIB, patient=True) == REFUSED
     assert full.usage().refused == 2
-    assert [event.kind for event in of(events, full, pages.News.REFUSED)] == [pages.News.REFUSED] * 2
+    assert [event.kind for event in of(events, full, abi.News.REFUSED)] == [abi.News.REFUSED] * 2
 
 
 def test_orphans_of_a_neighbour_in_the_group_are_waited_for_too(kernel, make_level, make_client):

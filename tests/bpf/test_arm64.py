@@ -4,8 +4,6 @@ machine's kernel verifies the programs, which is the same code there but for wha
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import re
 import shutil
@@ -14,49 +12,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 
-from fgpu_ebpf import probe_plan
+from fgpu_ebpf.driver import probe_plan
+from tests.bpf.compile_kit import Instruction, compiled
+from tests.bpf.conftest import REPOSITORY
 
-SYSTEM_PYTHON = ("/usr/bin/python3", "-I")  # sees the distribution's BCC
 CROSS = "aarch64-linux-gnu-gcc"
 LOAD_8, LOAD_POINTER = 0x79, 0x18
 # Where a called function's first five arguments lie in the registers that a program is shown.
 REGISTERS = {112: 0, 104: 8, 96: 16, 88: 24, 72: 32}
-# Prints the instructions of every program, once this kernel has taken those that are to be loaded.
-COMPILE = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-import loader
-bcc = loader.import_bcc()
-module = loader.compile_programs(bcc, sys.argv[2], sys.argv[3])
-names = [bcc.lib.bpf_function_name(module.module, i) for i in range(bcc.lib.bpf_num_functions(module.module))]
-for name in sys.argv[4:]:
-    loader.load_program(bcc, module, name)
-print(json.dumps({name.decode(): module.dump_func(name).hex() for name in names}), flush=True)
-os._exit(0)
-"""
-Instruction = tuple[int, int, int, int]
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="all other tests here are of this machine's kind"
 )
-
-
-def compiled(arch: str, *loaded: str) -> dict[str, list[Instruction]]:
-    """Every program as BCC makes it for an architecture: operation, registers, offset, constant; some are loaded."""
-    pins = Path(f"/sys/fs/bpf/fgpu-{arch}-{os.getpid()}")
-    pins.mkdir()
-    sources = str(REPOSITORY / "bpf")
-    command = [*SYSTEM_PYTHON, "-c", COMPILE, str(REPOSITORY / "fgpu_ebpf"), sources, str(pins), *loaded]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={"ARCH": arch})
-    finally:
-        shutil.rmtree(pins)
-    assert done.returncode == 0, done.stderr
-    return {
-        name: list(struct.iter_unpack("<BBhi", bytes.fromhex(code))) for name, code in json.loads(done.stdout).items()
-    }
 
 
 @pytest.fixture(scope="module")

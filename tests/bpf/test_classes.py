@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CONTEXT, MIB, Client, Kernel, assert_left
 
-from fgpu_ebpf import pages
-from fgpu_ebpf.library_class import Role
-from fgpu_ebpf.library_files import Target
+from fgpu_ebpf import abi
+from fgpu_ebpf.driver.library_class import Role
+from fgpu_ebpf.driver.library_files import Target
+from tests.bpf.conftest import CONTEXT, MIB, Client, Kernel, assert_left
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def other(kernel: Kernel, client: Client) -> Client:
 def test_what_an_unknown_library_takes_is_charged(kernel, level, other):
     other("unknown()")
     other(f"alloc(0x1000, {4 * MIB})")
-    assert (level.used, other.entry(kernel).flags & pages.Seen.BYPASS) == (4 * MIB, pages.Seen.BYPASS)
+    assert (level.used, other.entry(kernel).flags & abi.Seen.BYPASS) == (4 * MIB, abi.Seen.BYPASS)
     other(f"admit({6 * MIB})")
     other(f"create(7, {6 * MIB})")
     other(f"admit({8 * MIB})")

@@ -7,11 +7,12 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import MIB, Client, Kernel, Level, anomalies, assert_left, entries, wait_until
 
-from fgpu_ebpf import pages, procfs
+from fgpu_ebpf import abi
+from fgpu_ebpf.driver import cuda_mappings
+from tests.bpf.conftest import MIB, Client, Kernel, Level, anomalies, assert_left, entries, wait_until
 
-Shared = pages.Shared
+Shared = abi.Shared
 REFUSED, ADMITTED = 0, 1
 PART = 262144 // 4
 PARTS = {Shared.THREADS: 65536 // 4, Shared.PROCESSES: 16384 // 4}
@@ -38,7 +39,7 @@ def test_who_has_too_many_allocations_is_refused_and_named(kernel, crowd):
     assert crowd("admit(1)") == REFUSED
     assert crowd("admit(1, kind=1)") == ADMITTED, "pool bytes have no entry"
     counted = {c.reason: n for c, n in kernel.ledger.counters().items() if c.cgroup == level}
-    assert counted == {pages.Reason.ENTRIES: 1}
+    assert counted == {abi.Reason.ENTRIES: 1}
     crowd("cuda.free_many(u64(0x1000), u64(1))")
     assert crowd("admit(1)") == ADMITTED
 
@@ -117,7 +118,7 @@ def test_looking_leaves_no_garbage(kernel, level, client):
         kernel.ledger.usage(level.cgroup)
         kernel.ledger.sweep()
         kernel.ledger.counters()
-        procfs.fgpu_mappings(client.pid)
+        cuda_mappings.fgpu_mappings(client.pid)
 
     look()
     gc.collect()
@@ -129,7 +130,7 @@ def test_looking_leaves_no_garbage(kernel, level, client):
 
 
 @pytest.fixture(params=PARTS, ids=lambda shared: shared.name.lower())
-def shared(request: pytest.FixtureRequest) -> pages.Shared:
+def shared(request: pytest.FixtureRequest) -> abi.Shared:
     return request.param
 
 
@@ -138,7 +139,7 @@ def reasons(kernel: Kernel, level: Level) -> dict[tuple[int, int], int]:
 
 
 @pytest.fixture
-def gathered(level: Level, client: Client, shared: pages.Shared) -> Client:
+def gathered(level: Level, client: Client, shared: abi.Shared) -> Client:
     """One that has more of it than its level may have, and no entry for itself."""
     client(f"cuda.gather(u64({PARTS[shared] + MORE}), {int(shared == Shared.PROCESSES)})")
     return client
@@ -148,7 +149,7 @@ def test_who_is_one_too_many_is_refused_and_named(kernel, gathered, level, share
     assert entries(kernel, level, shared) == PARTS[shared]
     assert gathered(f"admit({MIB})") == REFUSED
     assert gathered(f"admit({MIB}, kind=1)") == REFUSED, "nor pool bytes: there is nobody to have them"
-    assert reasons(kernel, level) == {(kind, pages.Reason.ENTRIES): 1 for kind in (0, 1)}
+    assert reasons(kernel, level) == {(kind, abi.Reason.ENTRIES): 1 for kind in (0, 1)}
     assert (level.used, level.usage().refused) == (0, 2)
     assert gathered(f"admit({MIB}, device=17)") == REFUSED
     assert len(reasons(kernel, level)) == 2, "no device of that number"
@@ -167,14 +168,14 @@ def test_a_crowd_is_no_matter_to_its_neighbour(kernel, gathered, make_level, mak
 
 
 def test_where_all_only_observe_a_crowd_is_admitted(gathered, level):
-    level.limit(MIB, pages.LimitFlag.OBSERVE)
+    level.limit(MIB, abi.LimitFlag.OBSERVE)
     assert gathered(f"admit({2 * MIB})") == ADMITTED
 
 
 def test_a_crowd_that_observes_within_a_limit_is_refused(kernel, make_level, make_client):
     group = make_level(1024 * MIB)
     leaf = make_level(None, group)
-    leaf.limit(1024 * MIB, pages.LimitFlag.OBSERVE)
+    leaf.limit(1024 * MIB, abi.LimitFlag.OBSERVE)
     one = make_client(leaf)
     one(f"cuda.gather(u64({PARTS[Shared.PROCESSES]}), 1)")
     assert one(f"admit({MIB})") == REFUSED
@@ -265,7 +266,7 @@ def owned(kernel: Kernel) -> Callable[..., None]:
     return own
 
 
-def share_of(kernel: Kernel, owner: Level, shared: pages.Shared) -> int:
+def share_of(kernel: Kernel, owner: Level, shared: abi.Shared) -> int:
     share = kernel.ledger.owners.share(owner.cgroup)
     assert share
     return share.entries[shared]
@@ -284,7 +285,7 @@ def test_levels_of_one_owner_have_one_part_together(kernel, make_level, make_cli
     found = [entries(kernel, level, shared) for level in levels]
     assert sum(found) == share_of(kernel, owner, shared) == 3 * each
     assert clients[3](f"admit({MIB})") == REFUSED
-    assert reasons(kernel, levels[3]) == {(0, pages.Reason.ENTRIES): 1}
+    assert reasons(kernel, levels[3]) == {(0, abi.Reason.ENTRIES): 1}
     assert make_client(make_level(1024 * MIB))(f"admit({MIB})") == ADMITTED, "of another owner"
     for client in clients:
         client.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import signal
@@ -10,41 +11,18 @@ import threading
 import time
 
 import pytest
-from conftest import MIB, anomalies, wait_until
 
-from fgpu_ebpf import pages, timebook
-from fgpu_ebpf.scheduler import Share
-from fgpu_ebpf.timebook import TurnCounts
+from fgpu_ebpf import abi
+from fgpu_ebpf.ledger import compute_maps
+from fgpu_ebpf.ledger.compute_maps import TurnCounts
+from fgpu_ebpf.ledger.event_budgets import BUSY, EventBudgets
+from fgpu_ebpf.scheduling.fair_queue import Share
+from fgpu_ebpf.workloads.bound_owner import Owner, Why
+from tests.bpf.conftest import MIB, anomalies, wait_until
+from tests.bpf.events_kit import News, fates, of, reasons
 
-News = pages.News
-VMM = pages.Kind.VMM
-
-
-@pytest.fixture
-def events(kernel):
-    reader = kernel.ledger.events()
-    list(reader.read())
-    yield reader
-    reader.close()
-
-
-def of(events, level, *kinds):
-    """Events of a level, of these kinds or all but what says that somebody is there."""
-    found = [e for e in events.read() if e.cgroup == level.cgroup]
-    return [e for e in found if (e.kind in kinds if kinds else e.kind not in (News.PROCESS, News.EXECUTED))]
-
-
-def fates(kernel):
-    counts = {c.reason: n for c, n in kernel.ledger.counters().items() if c.kind == pages.Kind.EVENTS}
-    return [counts.get(fate, 0) for fate in pages.Fate]
-
-
-def reasons(kernel, level):
-    return {
-        (pages.Kind(c.kind), pages.Reason(c.reason)): n
-        for c, n in kernel.ledger.counters().items()
-        if c.cgroup == level.cgroup
-    }
+HOST_SECOND, HOST_COUNT = 2, 3  # as in events.bpf.h
+VMM = abi.Kind.VMM
 
 
 def test_the_first_call_of_a_process_tells_of_it_once(events, level, client):
@@ -55,13 +33,13 @@ def test_the_first_call_of_a_process_tells_of_it_once(events, level, client):
 
 
 def test_of_many_processes_at_a_time_one_is_told(kernel, events, level, make_client):
-    before = fates(kernel)[pages.Fate.RATE]
+    before = fates(kernel)[abi.Fate.RATE]
     clients = [make_client(level) for _ in range(3)]
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has only begun
     for client in clients:
         client(f"admit({MIB})")
     assert len(of(events, level, News.PROCESS)) == 1
-    assert fates(kernel)[pages.Fate.RATE] == before, "nor is anything lost"
+    assert fates(kernel)[abi.Fate.RATE] == before, "nor is anything lost"
 
 
 def test_a_program_that_begins_in_a_managed_cgroup_is_told(kernel, events, level, make_level, make_client):
@@ -73,37 +51,37 @@ def test_a_program_that_begins_in_a_managed_cgroup_is_told(kernel, events, level
 
 
 def test_of_many_programs_the_first_of_a_second_are_told(kernel, events, level):
-    before = fates(kernel)[pages.Fate.RATE]
+    before = fates(kernel)[abi.Fate.RATE]
     storm = f"echo $$ >{level.path}/cgroup.procs; i=0; while [ $i -lt 101 ]; do /bin/true; i=$((i + 1)); done"
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has only begun
     begun = time.monotonic_ns() >> 30
     subprocess.run(["sh", "-c", storm], check=True)
     seconds = (time.monotonic_ns() >> 30) - begun + 1
     assert 4 <= len(of(events, level, News.EXECUTED)) <= 4 * seconds < 101
-    assert fates(kernel)[pages.Fate.RATE] == before, "nor is anything lost"
+    assert fates(kernel)[abi.Fate.RATE] == before, "nor is anything lost"
 
 
 def test_a_refusal_says_who_and_how_much(events, level, client):
     client(f"admit({2048 * MIB}, kind={int(VMM)})")
     (event,) = of(events, level)
     assert (event.kind, event.tgid, event.bytes, event.operation) == (News.REFUSED, client.pid, 2048 * MIB, VMM)
-    assert event.reason == pages.Reason.LIMIT
+    assert event.reason == abi.Reason.LIMIT
 
 
 def test_a_first_use_is_held_and_told_until_the_agent_has_decided(kernel, events, level, client):
     level.limit(8 * MIB, uncommitted=True, devices=(0, 1))
-    assert client(f"admit({MIB})") == pages.Verdict.REFUSED
+    assert client(f"admit({MIB})") == abi.Verdict.REFUSED
     (event,) = of(events, level)
     assert (event.kind, event.tgid, event.bytes, event.device) == (News.FIRST_USE, client.pid, MIB, 0)
     assert (level.usage().limit, level.usage().used, level.usage().refused) == (8 * MIB, 0, 0)
     assert reasons(kernel, level) == {}
-    assert client(f"admit({MIB}, device=1)") == pages.Verdict.ADMITTED
+    assert client(f"admit({MIB}, device=1)") == abi.Verdict.ADMITTED
     level.limit(8 * MIB)
-    assert client(f"admit({MIB})") == pages.Verdict.ADMITTED
+    assert client(f"admit({MIB})") == abi.Verdict.ADMITTED
 
 
 def test_who_does_not_ask_is_charged_before_the_agent_has_decided(events, level, client):
-    level.limit(8 * MIB, pages.LimitFlag.KILL, uncommitted=True)
+    level.limit(8 * MIB, abi.LimitFlag.KILL, uncommitted=True)
     client(f"alloc(0x1000, {MIB})")
     assert level.usage().used == MIB
     assert [event.kind for event in of(events, level)] == [News.BYPASS]
@@ -112,16 +90,39 @@ def test_who_does_not_ask_is_charged_before_the_agent_has_decided(events, level,
 def test_an_uncommitted_group_holds_who_is_inside(events, level, make_level, make_client):
     level.limit(8 * MIB, uncommitted=True)
     inside = make_client(make_level(4 * MIB, level))
-    assert inside(f"admit({MIB})") == pages.Verdict.REFUSED
+    assert inside(f"admit({MIB})") == abi.Verdict.REFUSED
     (event,) = of(events, level)
     assert (event.kind, event.cgroup) == (News.FIRST_USE, level.cgroup)
 
 
+def undecided(kernel, level, device):
+    """How many requests of the level's programs met a limit that does not count yet."""
+    fd = kernel.ledger.page_fd(level.cgroup)
+    try:
+        with mmap.mmap(fd, abi.PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ) as page:
+            return abi.UsagePage.from_buffer_copy(page).undecided[device]
+    finally:
+        os.close(fd)
+
+
+def test_a_page_counts_requests_that_met_an_uncommitted_group(level, make_level, make_client, kernel):
+    leaf = make_level(4 * MIB, level)
+    inside = make_client(leaf)
+    leaf.limit(4 * MIB, devices=(0, 1))
+    level.limit(8 * MIB, uncommitted=True, devices=(0, 1))
+    for device, verdict in ((0, abi.Verdict.REFUSED), (0, abi.Verdict.REFUSED), (1, abi.Verdict.ADMITTED)):
+        assert inside(f"admit({MIB}, device={device})") == verdict
+    assert [undecided(kernel, leaf, device) for device in (0, 1)] == [2, 0]
+    level.limit(8 * MIB)
+    assert inside(f"admit({5 * MIB})") == abi.Verdict.REFUSED
+    assert undecided(kernel, leaf, 0) == 2, "that was the limit"
+
+
 def test_what_observe_would_have_refused_is_told(events, level, client):
-    level.limit(MIB, pages.LimitFlag.OBSERVE)
+    level.limit(MIB, abi.LimitFlag.OBSERVE)
     client(f"admit({2 * MIB})")
     (event,) = of(events, level)
-    assert (event.kind, event.reason) == (News.REFUSED, pages.Reason.OBSERVED)
+    assert (event.kind, event.reason) == (News.REFUSED, abi.Reason.OBSERVED)
 
 
 def test_a_bypass_is_told_once_a_process(kernel, events, level, client):
@@ -154,7 +155,7 @@ def test_a_call_that_fails_names_nobody(kernel, events, level, client):
     before = anomalies(kernel)["BYPASS"]
     client(f"alloc(0x1000, {MIB}, code=3)")  # a forked child's, which has no context
     assert (level.used, of(events, level), anomalies(kernel)["BYPASS"]) == (0, [], before)
-    assert not client.entry(kernel).flags & pages.Seen.BYPASS
+    assert not client.entry(kernel).flags & abi.Seen.BYPASS
 
 
 # -- whose out-of-memory it was
@@ -163,19 +164,19 @@ def test_a_call_that_fails_names_nobody(kernel, events, level, client):
 @pytest.mark.parametrize(
     ("call", "kind"),
     [
-        ("admit({n}); alloc(0x1000, {n}, code=2)", pages.Kind.MEMORY),
+        ("admit({n}); alloc(0x1000, {n}, code=2)", abi.Kind.MEMORY),
         ("admit({n}, kind=4); create(0x77, {n}, code=2)", VMM),
-        ("admit(0, kind=2); retain(code=2)", pages.Kind.CONTEXT),
-        (f"admit({{n}}, kind=1); shim.fgpu_release(0, u64({{n}}), {1 | pages.FULL}, u64(9))", pages.Kind.POOL),
+        ("admit(0, kind=2); retain(code=2)", abi.Kind.CONTEXT),
+        (f"admit({{n}}, kind=1); shim.fgpu_release(0, u64({{n}}), {1 | abi.FULL}, u64(9))", abi.Kind.POOL),
     ],
 )
 def test_the_driver_s_own_out_of_memory_is_the_device_s(kernel, events, level, client, call, kind):
     for line in call.format(n=4 * MIB).split("; "):
         client(line)
     assert level.used == 0
-    assert reasons(kernel, level) == {(kind, pages.Reason.DEVICE_FULL): 1}
+    assert reasons(kernel, level) == {(kind, abi.Reason.DEVICE_FULL): 1}
     (event,) = of(events, level)
-    assert (event.kind, event.reason, event.operation) == (News.REFUSED, pages.Reason.DEVICE_FULL, kind)
+    assert (event.kind, event.reason, event.operation) == (News.REFUSED, abi.Reason.DEVICE_FULL, kind)
 
 
 def test_another_failure_is_nobody_s_out_of_memory(kernel, level, client):
@@ -188,7 +189,7 @@ def test_another_failure_is_nobody_s_out_of_memory(kernel, level, client):
 
 
 def test_kill_ends_who_would_exceed_before_the_driver_runs(kernel, events, level, client):
-    level.limit(100 * MIB, pages.LimitFlag.KILL)
+    level.limit(100 * MIB, abi.LimitFlag.KILL)
     client(f"alloc(0x1000, {60 * MIB})")  # fits: charged and named, no more
     assert level.used == 60 * MIB
     client.send(f"alloc(0x2000, {60 * MIB})")
@@ -199,15 +200,15 @@ def test_kill_ends_who_would_exceed_before_the_driver_runs(kernel, events, level
 
 
 def test_kill_never_ends_who_asks(level, client):
-    level.limit(100 * MIB, pages.LimitFlag.KILL)
-    assert client(f"admit({200 * MIB})") == pages.Verdict.REFUSED
-    assert client(f"admit({100 * MIB})") == pages.Verdict.ADMITTED
+    level.limit(100 * MIB, abi.LimitFlag.KILL)
+    assert client(f"admit({200 * MIB})") == abi.Verdict.REFUSED
+    assert client(f"admit({100 * MIB})") == abi.Verdict.ADMITTED
     client(f"alloc(0x1000, {100 * MIB})")
     assert level.used == 100 * MIB
 
 
 def test_observe_kills_nobody(level, client):
-    level.limit(MIB, pages.LimitFlag.KILL | pages.LimitFlag.OBSERVE)
+    level.limit(MIB, abi.LimitFlag.KILL | abi.LimitFlag.OBSERVE)
     client(f"alloc(0x1000, {60 * MIB})")
     assert level.used == 60 * MIB
 
@@ -246,17 +247,80 @@ def test_a_full_ring_counts_what_it_lost(kernel, events, make_level, client):
     list(events.read())
     before = fates(kernel)
     moves = 0
-    while fates(kernel)[pages.Fate.FULL] == before[pages.Fate.FULL]:
+    while fates(kernel)[abi.Fate.FULL] == before[abi.Fate.FULL]:
         for level in (one, two):
             (level.path / "cgroup.procs").write_text(str(client.pid))
             moves += 1
         assert moves < 100_000
-    sent, rate, full = (now - was for now, was in zip(fates(kernel), before, strict=True))
     told = [e for e in events.read() if e.path]
-    assert len(told) == sent
-    assert sent + rate + full >= moves
+    sent, rate, full = (now - was for now, was in zip(fates(kernel), before, strict=True))
+    assert len(told) <= sent, "others of this host may have been sent events too"
+    assert len(told) + rate + full >= moves
     (one.path / "cgroup.procs").write_text(str(client.pid))
     assert one.path.name in [os.path.basename(e.path) for e in events.read()]
+
+
+@pytest.fixture
+def budgets(kernel):
+    """Budgets of workloads, which are told apart as if each belonged to a user."""
+
+    def owner(path):
+        parts = path.split("/")
+        return Owner(0, "/".join(parts[:2]), Why.USER)
+
+    found = EventBudgets(kernel.ledger.event_budgets, owner)
+    yield found
+    EventBudgets(kernel.ledger.event_budgets, owner)  # takes all back
+
+
+def flood(level, times):
+    """So many cgroups are made in a level and removed again: two events each."""
+    for _ in range(times):
+        (level.path / "one").mkdir()
+        (level.path / "one").rmdir()
+
+
+def path_of(kernel, level):
+    return "/" + str(level.path.relative_to(kernel.root))
+
+
+def test_a_workload_tells_its_budget_and_leaves_the_rest_to_others(kernel, events, budgets, make_level):
+    greedy, modest = make_level(None), make_level(None)
+    budgets.note([path_of(kernel, greedy)] * BUSY)
+    list(events.read())
+    before, begun, told = fates(kernel), time.monotonic(), []
+    while time.monotonic() - begun < 1.5:  # seconds of the kernel's programs begin at any time
+        flood(greedy, 100)
+        told += events.read()
+    flood(modest, 20)
+    told += events.read()
+    of_greedy = [e for e in told if e.path.startswith(path_of(kernel, greedy) + "/")]
+    of_modest = [e for e in told if e.path.startswith(path_of(kernel, modest) + "/")]
+    assert 250 <= len(of_greedy) <= 3 * 250
+    assert len(of_modest) == 40
+    assert budgets.lost() == [path_of(kernel, greedy)]
+    assert budgets.lost() == []
+    assert fates(kernel)[abi.Fate.RATE] > before[abi.Fate.RATE]
+
+
+def test_what_the_host_may_tell_is_not_used_up_by_workloads_with_budgets(kernel, events, budgets, make_level):
+    """3,000 events a second are told of all workloads with budgets together, and 1,000 more of others."""
+    greedy, modest = make_level(None), make_level(None)
+    budgets.note([path_of(kernel, greedy)] * BUSY)
+    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)
+    list(events.read())
+    kernel.ledger._set_host(HOST_SECOND, time.monotonic_ns() >> 30)
+    kernel.ledger._set_host(HOST_COUNT, 2990)
+    flood(greedy, 100)
+    flood(modest, 20)
+    told = list(events.read())
+    assert len([e for e in told if e.path.startswith(path_of(kernel, greedy) + "/")]) <= 10
+    assert len([e for e in told if e.path.startswith(path_of(kernel, modest) + "/")]) == 40
+    assert budgets.lost() == [path_of(kernel, greedy)]
+    kernel.ledger._set_host(HOST_COUNT, 3990)
+    flood(modest, 20)
+    assert len([e for e in events.read() if e.path.startswith(path_of(kernel, modest) + "/")]) <= 10
+    assert budgets.lost() == [""]
 
 
 # -- the bell
@@ -334,7 +398,7 @@ def test_the_end_of_a_thread_and_of_a_program_that_execs_is_not(kernel, bell, le
     assert not is_rung(bell)
 
 
-@pytest.mark.parametrize("devices", [1, timebook.FEW + 1])
+@pytest.mark.parametrize("devices", [1, compute_maps.FEW + 1])
 def test_what_came_of_shares_is_read_of_those_who_have_one(kernel, level, devices):
     times = kernel.ledger.times
     assert (times.turns(), list(times.shared())) == ({}, [])
@@ -350,15 +414,15 @@ def test_what_came_of_shares_is_read_of_those_who_have_one(kernel, level, device
 
 
 def test_shares_of_which_some_found_no_room_are_told_all_the_same(kernel, level, bell, monkeypatch):
-    times, update = kernel.ledger.times, timebook.bpf.update
+    times, update = kernel.ledger.times, compute_maps.bpf.update
     assert list(times.shared()) == []
 
     def full(fd, key, value):
-        if key == timebook._KEY.pack(level.cgroup, 1):
+        if key == compute_maps._KEY.pack(level.cgroup, 1):
             raise OSError(7, "no room")
         update(fd, key, value)
 
-    monkeypatch.setattr(timebook.bpf, "update", full)
+    monkeypatch.setattr(compute_maps.bpf, "update", full)
     with pytest.raises(OSError, match="no room"):
         times.set_shares({level.cgroup: {0: Share(), 1: Share()}})
     assert set(times.shared()) == {(level.cgroup, 0)}

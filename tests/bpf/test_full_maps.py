@@ -12,17 +12,19 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import CONTEXT, MIB, Kernel, anomalies, assert_corrected, assert_left
 
-from fgpu_ebpf import bpf, pages, resolutions
+from fgpu_ebpf import abi
+from fgpu_ebpf.ledger import resolutions
+from fgpu_ebpf.linux import bpf
+from tests.bpf.conftest import CONTEXT, MIB, Kernel, anomalies, assert_corrected, assert_left
 
 ADMITTED = 1
-CONTEXT_KIND = pages.Kind.CONTEXT
+CONTEXT_KIND = abi.Kind.CONTEXT
 NOBODY = 1 << 23  # above every pid
 VALUES = {
-    "allocations": pages.Allocation,
-    "threads": pages.Thread,
-    "processes": pages.Process,
+    "allocations": abi.Allocation,
+    "threads": abi.Thread,
+    "processes": abi.Process,
     "counters": ctypes.c_uint64,
 }
 
@@ -43,7 +45,7 @@ class Full:
     def _key(self) -> bytes:
         n = self._entered
         if self._name == "allocations":
-            return bytes(pages.AllocationKey(tgid=NOBODY, generation=1, handle=n))
+            return bytes(abi.AllocationKey(tgid=NOBODY, generation=1, handle=n))
         if self._name == "counters":
             return struct.pack("QQ", NOBODY, n)
         return (

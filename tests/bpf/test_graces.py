@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import bpf, pages
-from fgpu_ebpf.graces import Graces
-from fgpu_ebpf.ledger import _COUNTER_KEY, Count, Ledger, LevelLimits
+from fgpu_ebpf import abi
+from fgpu_ebpf.ledger.ledger import _COUNTER_KEY, Count, Ledger
+from fgpu_ebpf.ledger.level_limits import LevelLimits
+from fgpu_ebpf.ledger.map_in_map import MapInMapUpdates
+from fgpu_ebpf.linux import bpf
 
 MIB = 1 << 20
 PATIENCE_SECONDS = 30.0
@@ -61,7 +63,7 @@ def test_a_limit_is_in_force_while_programs_are_waited_for(kernel, ledger, grace
     one = make_client(level)
     one(f"alloc(0x1000, {6 * MIB})")
     assert (level.used, level.usage().limit) == (6 * MIB, 8 * MIB)
-    assert one(f"admit({4 * MIB})") == pages.Verdict.REFUSED
+    assert one(f"admit({4 * MIB})") == abi.Verdict.REFUSED
     assert (seen, len(held_threads())) == ([], 2), "the place, and the cgroup"
     grace.set()
     ledger.close()
@@ -79,7 +81,7 @@ def test_a_level_is_gone_while_programs_are_waited_for_and_comes_again(kernel, l
 
 
 def test_what_is_counted_of_a_level_as_it_goes_is_forgotten_when_nobody_counts_any_more(kernel, ledger, grace, level):
-    late = Count(level.cgroup, 0, pages.Kind.MEMORY, pages.Reason.LIMIT)
+    late = Count(level.cgroup, 0, abi.Kind.MEMORY, abi.Reason.LIMIT)
     ledger.remove([level.cgroup])
     counters = bpf.pinned(kernel.pins / "maps/counters")
     key = _COUNTER_KEY.pack(late.cgroup, late.device, late.kind, late.reason)
@@ -117,7 +119,7 @@ def test_where_no_thread_may_be_started_the_change_is_made_all_the_same(kernel, 
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refused)
-    monkeypatch.setattr("fgpu_ebpf.graces.MOST_HELD", 1)  # so that each has to give its place back
+    monkeypatch.setattr("fgpu_ebpf.ledger.map_in_map.MOST_THREADS", 1)  # so that each has to give its place back
     level, seen = make_level(None), []
     with contextlib.closing(Ledger(kernel.pins)) as own:
         own.set_limits([LevelLimits(level.cgroup, {0: 8 * MIB})], seen.append)
@@ -125,7 +127,7 @@ def test_where_no_thread_may_be_started_the_change_is_made_all_the_same(kernel, 
 
 
 def test_as_many_are_held_as_may_be_and_the_next_waits(monkeypatch):
-    monkeypatch.setattr("fgpu_ebpf.graces.MOST_HELD", 3)
+    monkeypatch.setattr("fgpu_ebpf.ledger.map_in_map.MOST_THREADS", 3)
     entries, over = {}, threading.Event()
 
     def change(_, new):
@@ -134,7 +136,7 @@ def test_as_many_are_held_as_may_be_and_the_next_waits(monkeypatch):
 
     monkeypatch.setattr(bpf, "lookup", lambda _, key, size: entries.get(key))
     monkeypatch.setattr(bpf, "update_all", change)
-    graces = Graces()
+    graces = MapInMapUpdates()
     for n in range(3):
         graces.put(7, {bytes([n]): b"page"})
     late = threading.Thread(target=graces.put, args=(7, {b"late": b"page"}))
@@ -181,7 +183,7 @@ def test_where_the_kernel_holds_who_looks_nobody_does(kernel, held_lookers, leve
 
 
 def test_where_the_kernel_holds_for_each_change_several_wait_at_once(monkeypatch, held_lookers, kernel, make_level):
-    monkeypatch.setattr("fgpu_ebpf.graces.MOST_HELD", 3)
+    monkeypatch.setattr("fgpu_ebpf.ledger.map_in_map.MOST_THREADS", 3)
     together = threading.Barrier(3)
 
     def held(call):
@@ -214,7 +216,7 @@ def test_one_part_of_a_change_that_fails_fails_all_of_it(monkeypatch):
         made.extend(part)
 
     monkeypatch.setattr(bpf, "update_all", change)
-    graces = Graces()
+    graces = MapInMapUpdates()
     with pytest.raises(OSError, match="no room"):
         graces.put(7, dict.fromkeys([b"one", b"bad", b"two"], b"page"), lambda: seen.append("over"))
     graces.close()

@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CONTEXT, MIB, anomalies, assert_corrected, assert_left, wait_until
 
-from fgpu_ebpf import bpf, pages, probe_plan, procfs, programs
-from fgpu_ebpf.ledger import Ledger, LevelLimits
+from fgpu_ebpf import abi
+from fgpu_ebpf.driver import probe_plan, programs
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.level_limits import LevelLimits
+from fgpu_ebpf.linux import bpf, mapped_files
+from tests.bpf.conftest import CONTEXT, MIB, anomalies, assert_corrected, assert_left, wait_until
 
 REFUSED, ADMITTED, AGAIN, UNLIMITED = range(4)
-VMM, CONTEXT_KIND, HELLO, POOL = pages.Kind.VMM, pages.Kind.CONTEXT, pages.Kind.HELLO, pages.Kind.POOL
+VMM, CONTEXT_KIND, HELLO, POOL = abi.Kind.VMM, abi.Kind.CONTEXT, abi.Kind.HELLO, abi.Kind.POOL
 
 
 # -- admission
@@ -61,7 +64,7 @@ def test_a_hello_between_two_asks_changes_nothing(kernel, level, client):
     assert client(f"admit({10 * MIB}, again=True)") == ADMITTED
     client(f"alloc(0x1000, {10 * MIB})")
     assert level.used == 10 * MIB
-    assert not client.entry(kernel).flags & pages.Seen.BYPASS
+    assert not client.entry(kernel).flags & abi.Seen.BYPASS
 
 
 def test_a_failed_call_gives_the_admission_back(level, client):
@@ -96,7 +99,7 @@ def test_a_device_that_is_not_the_tenant_s_is_refused(kernel, level, client):
 
 def test_hello_marks_the_shim_as_seen(kernel, client):
     assert client(f"admit(0, kind={int(HELLO)})") == ADMITTED
-    assert client.entry(kernel).flags & pages.Seen.SHIM
+    assert client.entry(kernel).flags & abi.Seen.SHIM
 
 
 def test_an_unmanaged_process_gets_no_answer_and_no_entry(kernel, make_level, make_client, level):
@@ -107,15 +110,15 @@ def test_an_unmanaged_process_gets_no_answer_and_no_entry(kernel, make_level, ma
 
 
 def test_observe_admits_and_counts(kernel, level, client):
-    level.limit(10 * MIB, pages.LimitFlag.OBSERVE)
+    level.limit(10 * MIB, abi.LimitFlag.OBSERVE)
     assert client(f"admit({20 * MIB})") == ADMITTED
     reasons = {c.reason: n for c, n in kernel.ledger.counters().items() if c.cgroup == level.cgroup}
-    assert reasons == {pages.Reason.OBSERVED: 1}
+    assert reasons == {abi.Reason.OBSERVED: 1}
     assert level.used == 20 * MIB
 
 
 def test_without_a_limit_it_is_counted_all_the_same(level, client):
-    level.limit(pages.NO_LIMIT)
+    level.limit(abi.NO_LIMIT)
     assert client(f"admit({20 * MIB})") == UNLIMITED
     assert level.used == 20 * MIB
 
@@ -184,7 +187,7 @@ def test_two_leaves_share_their_group(make_level, make_client):
 def test_without_admission_it_is_charged_and_named(kernel, level, client):
     client(f"alloc(0x1000, {2048 * MIB})")
     assert level.used == 2048 * MIB
-    assert client.entry(kernel).flags & pages.Seen.BYPASS
+    assert client.entry(kernel).flags & abi.Seen.BYPASS
     client("free(0x1000)")
     assert level.used == 0
 
@@ -238,12 +241,12 @@ def test_a_second_probe_on_one_file_counts_nothing_twice(kernel, level, client):
     links = []
     for name, at_return in (("call_return", True), ("call_enter", False)):
         program = bpf.pinned(kernel.pins / "programs" / name)
-        places = [(offset, pages.Function.ALLOC)]
+        places = [(offset, abi.Function.ALLOC)]
         links += [*bpf.attach_uprobes(program, str(kernel.driver), places, at_return), program]
     try:
         client(f"admit({4 * MIB})")
         client(f"alloc(0x1000, {4 * MIB})")
-        assert not client.entry(kernel).flags & pages.Seen.BYPASS
+        assert not client.entry(kernel).flags & abi.Seen.BYPASS
         client(f"alloc(0x2000, {4 * MIB})")
         assert level.used == 8 * MIB
     finally:
@@ -457,7 +460,7 @@ def test_pool_bytes_are_no_admission_of_a_context(kernel, level, client):
     client(f"admit({MIB}, kind={int(POOL)})")
     client("retain()")
     assert level.used == CONTEXT + MIB
-    assert client.entry(kernel).flags & pages.Seen.BYPASS
+    assert client.entry(kernel).flags & abi.Seen.BYPASS
 
 
 def test_a_refused_context(level, client):
@@ -498,8 +501,8 @@ def test_every_hit_of_a_probe_is_counted(kernel, level, client):
     grown = {
         n: now - then for n, (then, now) in enumerate(zip(before, kernel.ledger.hits(), strict=True)) if now - then
     }
-    function = pages.Function
-    assert grown == {function.ALLOC: 23, function.FREE: 17, pages.HIT_ADMIT: 23, pages.HIT_GIVE_BACK: 1}
+    function = abi.Function
+    assert grown == {function.ALLOC: 23, function.FREE: 17, abi.HIT_ADMIT: 23, abi.HIT_GIVE_BACK: 1}
 
 
 def test_programs_of_two_versions_give_back_once(kernel, level, client):
@@ -620,7 +623,7 @@ def test_overhead_is_refused_when_anything_happened_since(kernel, level, client)
     assert level.used == 4 * MIB
 
 
-@pytest.mark.parametrize("kind", [0, pages.PATIENT], ids=["once", "patient"])
+@pytest.mark.parametrize("kind", [0, abi.PATIENT], ids=["once", "patient"])
 def test_a_refused_question_is_no_change(kernel, level, client, kind):
     """Programs that wait for room ask all the time: the agent would have no look without a change."""
     client(f"admit({4 * MIB})")
@@ -807,7 +810,7 @@ def test_more_levels_than_there_is_room_for_leave_nothing(kernel, level):
 
 def test_the_shim_s_own_exports_are_not_taken_for_the_driver(kernel):
     links = (kernel.pins / "links").glob(f"*-{kernel.shim.stat().st_ino:x}-*")
-    check = kernel.probes.of(procfs.as_mapped(str(kernel.shim))).check
+    check = kernel.probes.of(mapped_files.as_mapped(str(kernel.shim))).check
     assert {link.name.split("-", 3)[3] for link in links} == {"s0-admit", "s0-give_back", f"s0-all2at{check:x}"}
 
 

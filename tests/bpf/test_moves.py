@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 
 import pytest
-from conftest import MIB, Client, Kernel, Level, anomalies, assert_left
 
-from fgpu_ebpf import bpf, pages
+from fgpu_ebpf import abi
+from fgpu_ebpf.linux import bpf
+from tests.bpf.conftest import MIB, Client, Kernel, Level, anomalies, assert_left
 
 STRAGGLER_SECONDS = 0.05
 
@@ -19,11 +20,11 @@ def two(make_level: Callable[..., Level]) -> tuple[Level, Level]:
     return make_level(1024 * MIB), make_level(1024 * MIB)
 
 
-def change(kernel: Kernel, client: Client, alter: Callable[[pages.Process], None]) -> None:
+def change(kernel: Kernel, client: Client, alter: Callable[[abi.Process], None]) -> None:
     """Writes the process's entry, as a program that was late would have left it."""
     fd, key = bpf.pinned(kernel.pins / "maps/processes"), client.pid.to_bytes(4, "little")
     try:
-        process = pages.Process.from_buffer_copy(bpf.lookup(fd, key, bytes_of_process()) or b"")
+        process = abi.Process.from_buffer_copy(bpf.lookup(fd, key, bytes_of_process()) or b"")
         alter(process)
         bpf.update(fd, key, bytes(process))
     finally:
@@ -31,7 +32,7 @@ def change(kernel: Kernel, client: Client, alter: Callable[[pages.Process], None
 
 
 def bytes_of_process() -> int:
-    return len(bytes(pages.Process()))
+    return len(bytes(abi.Process()))
 
 
 def move(kernel: Kernel, client: Client, *levels: Level) -> None:
@@ -48,7 +49,7 @@ def test_a_release_that_was_late_for_a_move(kernel, two, make_client):
     move(kernel, one, second)
     assert not one.entry(kernel).late
 
-    def release_late(process: pages.Process) -> None:  # it drew from the first, where nothing was any more
+    def release_late(process: abi.Process) -> None:  # it drew from the first, where nothing was any more
         process.devices[0].bytes -= 4 * MIB
         process.devices[0].owed = 4 * MIB
 
@@ -69,7 +70,7 @@ def test_a_charge_that_was_late_for_a_move(kernel, two, make_client):
     one(f"alloc(0x1000, {4 * MIB})")
     move(kernel, one, second)
 
-    def charge_late(process: pages.Process) -> None:  # as if 3 of the 9 MiB at the first were of this process
+    def charge_late(process: abi.Process) -> None:  # as if 3 of the 9 MiB at the first were of this process
         process.devices[0].charged[(process.turn + 1) % 2] += 3 * MIB
         process.devices[0].bytes += 3 * MIB
 
@@ -89,7 +90,7 @@ def test_a_process_that_ends_in_the_middle_of_a_move_leaves_orphans_at_both_leve
     one(f"alloc(0x1000, {4 * MIB})")
     move(kernel, one, second)
 
-    def charge_late(process: pages.Process) -> None:
+    def charge_late(process: abi.Process) -> None:
         process.devices[0].charged[(process.turn + 1) % 2] += 3 * MIB
         process.devices[0].bytes += 3 * MIB
 

@@ -10,9 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import HERE, MIB, REPOSITORY, Client, Kernel, Level, anomalies, assert_corrected, assert_left
 
-from fgpu_ebpf.ledger import LevelLimits
+from fgpu_ebpf.ledger.level_limits import LevelLimits
+from tests.bpf.conftest import HERE, MIB, REPOSITORY, Client, Kernel, Level, anomalies, assert_corrected, assert_left
 
 
 def charges(kernel: Kernel, client: Client, level: Level) -> dict[str, int]:

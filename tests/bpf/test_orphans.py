@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 
 import pytest
-from conftest import CONTEXT, MIB, Kernel, Level, assert_left, forget_empty, page_of, wait_until
-from test_events import events, of  # noqa: F401
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import abi
+from tests.bpf.conftest import CONTEXT, MIB, Kernel, Level, assert_left, forget_empty, page_of, wait_until
+from tests.bpf.events_kit import of
 
-News = pages.News
-POOL = int(pages.Kind.POOL)
+News = abi.News
+POOL = int(abi.Kind.POOL)
 
 
 # -- the end of a process
@@ -57,7 +57,7 @@ def test_managed_memory_that_ends_with_its_process_is_counted_as_freed(kernel, c
     assert kernel.ledger.orphans.managed_freed(0) == before + 11 * MIB
 
 
-def test_the_first_of_several_is_told(events, level, client, make_client):  # noqa: F811
+def test_the_first_of_several_is_told(events, level, client, make_client):
     """The agent looks again and again as long as orphans are new."""
     other = make_client(level)
     for each in (client, other):
@@ -121,10 +121,10 @@ def test_what_is_let_go_is_room_for_others_and_no_more_of_it(kernel, make_level,
     one, other = make_client(level), make_client(level)
     one(f"alloc(0x1000, {80 * MIB})")
     one.kill()
-    assert other(f"admit({21 * MIB})") == pages.Verdict.REFUSED
+    assert other(f"admit({21 * MIB})") == abi.Verdict.REFUSED
     assert kernel.ledger.orphans.let_go(level.orphans()[0], 30 * MIB)
-    assert other(f"admit({51 * MIB})") == pages.Verdict.REFUSED
-    assert other(f"admit({50 * MIB})") == pages.Verdict.ADMITTED
+    assert other(f"admit({51 * MIB})") == abi.Verdict.REFUSED
+    assert other(f"admit({50 * MIB})") == abi.Verdict.ADMITTED
 
 
 def test_a_level_that_was_made_anew_is_not_released_from(kernel, make_level, make_client):
@@ -262,9 +262,9 @@ def test_pool_bytes_are_orphaned_once_a_pool_is_exported(kernel, level, client):
 
 def test_an_import_is_noted(kernel, level, client):
     client("import_(9, code=1)")
-    assert not client.entry(kernel).flags & pages.Seen.IMPORT
+    assert not client.entry(kernel).flags & abi.Seen.IMPORT
     client("import_(9)")
-    assert client.entry(kernel).flags & pages.Seen.IMPORT
+    assert client.entry(kernel).flags & abi.Seen.IMPORT
     assert level.used == 0, "the exporter is charged"
 
 

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Kernel
 
-from fgpu_ebpf import breakpoints, pages, probe_plan, probes
-from fgpu_ebpf.library_class import Role, Stamp
-from fgpu_ebpf.library_files import Target
-from fgpu_ebpf.mappings import File
+from fgpu_ebpf import abi
+from fgpu_ebpf.driver import attach, probe_plan
+from fgpu_ebpf.driver.library_class import Role, Stamp
+from fgpu_ebpf.driver.library_files import Target
+from fgpu_ebpf.linux import breakpoints
+from fgpu_ebpf.linux.procmaps import File
+from tests.bpf.conftest import Kernel
 
 ROLES = [Role.HOST, Role.LISTED, Role.UNKNOWN]
 
@@ -26,9 +28,9 @@ def library(kernel: Kernel, tmp_path: Path) -> Iterator[Target]:
     kernel.probes.let_go((target.dev, target.ino))
 
 
-def later(kernel: Kernel) -> probes.Probes:
+def later(kernel: Kernel) -> attach.Probes:
     """What an agent has that starts now."""
-    return probes.Probes(kernel.pins, kernel.probes._digest, kernel.ledger)
+    return attach.Probes(kernel.pins, kernel.probes._digest, kernel.ledger)
 
 
 def file_of(target: Target) -> File:
@@ -55,7 +57,7 @@ def test_a_later_agent_finds_what_each_file_is_and_where_its_breakpoints_are(
     kernel.probes.attach(library, role)
     before = kernel.probes.of(file_of(library))
     assert before
-    assert {cookie >> pages.CLASS_SHIFT for cookie in cookies(library, role)} == {ROLES.index(role)}
+    assert {cookie >> abi.CLASS_SHIFT for cookie in cookies(library, role)} == {ROLES.index(role)}
     found = later(kernel).of(file_of(library))
     assert found
     assert (found.role, found.check, found.pinned, found.stamp) == (role, before.check, before.pinned, None)
@@ -100,12 +102,12 @@ def test_probes_of_two_inodes_are_kept_beside_one_another(kernel: Kernel, librar
     kernel.probes.attach(library, Role.UNKNOWN)
     fd = library.open()
     plan, stamp = probe_plan.plan(fd, library.path, Role.UNKNOWN), Stamp.of(fd)
-    for _ in range(probes.MOST_BESIDE + 3):
+    for _ in range(attach.MOST_BESIDE + 3):
         kernel.probes.enter(library, plan, kernel.probes.make(fd, plan), stamp, beside=True)
     marks = {name for name in pinned(kernel, library) if "-all" in name}
-    assert len(marks) == probes.MOST_BESIDE
+    assert len(marks) == attach.MOST_BESIDE
     agent = later(kernel)
-    assert len(agent._files[file_of(library)]) == probes.MOST_BESIDE
+    assert len(agent._files[file_of(library)]) == attach.MOST_BESIDE
     agent.enter(library, plan, agent.make(fd, plan), stamp)
     assert len({name for name in pinned(kernel, library) if "-all" in name}) == 1
     os.close(fd)

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import HERE, MIB, Client, Kernel, Level
 
-from fgpu_ebpf import probe_plan, trial
-from fgpu_ebpf.library_class import Role
-from fgpu_ebpf.library_files import Target
+from fgpu_ebpf.driver import probe_plan, uretprobe_check
+from fgpu_ebpf.driver.library_class import Role
+from fgpu_ebpf.driver.library_files import Target
+from tests.bpf.conftest import HERE, MIB, Client, Kernel, Level
 
 BEGINNING = """
     .globl {0}
@@ -83,14 +83,14 @@ def test_calls_are_seen_with_what_they_ask_for_and_answer(other: Kernel, level: 
 
 def test_the_trial_of_return_probes_comes_to_its_end(kernel: Kernel) -> None:
     """One that fails before it would take every kernel for fit."""
-    assert trial.return_probes_survive_seccomp(str(kernel.shim))
-    with pytest.raises(OSError, match="the trial says"):
-        trial.return_probes_survive_seccomp(str(kernel.shim), -1)
+    assert uretprobe_check.return_probes_survive_seccomp(str(kernel.shim))
+    with pytest.raises(OSError, match="the check failed"):
+        uretprobe_check.return_probes_survive_seccomp(str(kernel.shim), -1)
 
 
 def test_who_dies_at_a_return_probe_makes_the_kernel_unfit(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """As everybody under such a profile does from Linux 6.11 to early 6.13: by SIGILL, at the probe's return."""
-    monkeypatch.setattr(trial, "_TRIAL", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
-    assert trial.unfit(str(kernel.shim)) == trial.KILLS
+    monkeypatch.setattr(uretprobe_check, "_CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    assert uretprobe_check.unfit(str(kernel.shim)) == uretprobe_check.KILLS
     monkeypatch.undo()
-    assert trial.unfit(str(kernel.shim)) == ""
+    assert uretprobe_check.unfit(str(kernel.shim)) == ""

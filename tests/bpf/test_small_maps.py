@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from conftest import (
+
+from tests.bpf.conftest import (
     MIB,
     REPOSITORY,
     Client,
@@ -21,8 +22,7 @@ from conftest import (
     loaded,
     page_of,
 )
-from test_abused_calls import attack, attacker  # noqa: F401
-from test_events import events, fates  # noqa: F401
+from tests.bpf.events_kit import fates
 
 ENTRIES, PART = 64, 16
 PAGE_EVENTS = 4096 // 64  # at most
@@ -59,7 +59,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
 class Listener(threading.Thread):
     """Reads a ring to the end of the block: all the while, or not until then."""
 
-    def __init__(self, events, listens: bool) -> None:  # noqa: F811
+    def __init__(self, events, listens: bool) -> None:
         super().__init__()
         self._events, self._listens, self._over = events, listens, threading.Event()
         self.told = 0
@@ -79,7 +79,7 @@ class Listener(threading.Thread):
 
 
 @pytest.mark.parametrize("heard", [True, False], ids=["heard", "unheard"])
-def test_what_is_told_of_a_flood_and_what_is_lost_of_it_is_all(kernel, events, level, attack, scale, heard):  # noqa: F811
+def test_what_is_told_of_a_flood_and_what_is_lost_of_it_is_all(kernel, events, level, attack, scale, heard):
     """Beside a reader, and where nobody reads until the end."""
     each = scale(20_000, 100_000, 1_000_000) // ROUNDS
     list(events.read())

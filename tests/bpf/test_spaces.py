@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import MIB, Client, Kernel, Level, assert_left, entries, wait_until
 
-from fgpu_ebpf import bpf, pages
+from fgpu_ebpf import abi
+from fgpu_ebpf.linux import bpf
+from tests.bpf.conftest import MIB, Client, Kernel, Level, assert_left, entries, wait_until
 
 CLONE_VM, CLONE_FILES, CLONE_VFORK = 0x100, 0x400, 0x4000
 
@@ -100,8 +101,8 @@ def test_a_child_with_the_same_memory_takes_memory_for_its_parent(kernel, level,
     child.order("x")
     reap(known, child)
     assert (level.used, level.orphaned, borrowers(kernel)) == (5 * MIB, 0, {})
-    assert entries(kernel, level, pages.Shared.PROCESSES) == 1
-    wait_until(lambda: entries(kernel, level, pages.Shared.THREADS) == 1)
+    assert entries(kernel, level, abi.Shared.PROCESSES) == 1
+    wait_until(lambda: entries(kernel, level, abi.Shared.THREADS) == 1)
     known.kill()
     assert_left(level, 5 * MIB)
 

@@ -6,7 +6,8 @@ What happens without shows on such a kernel alone: `./dev test kernels newest --
 from __future__ import annotations
 
 import pytest
-from test_arm64 import compiled
+
+from tests.bpf.compile_kit import compiled
 
 CALL, TAIL_CALL = 0x85, 12
 AT_UPROBES = {"admit", "give_back", "call_enter", "call_return"}

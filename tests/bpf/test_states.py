@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 
 import hypothesis
 import hypothesis.strategies as st
-import model
 import pytest
-from conftest import CONTEXT, SECONDS, Client, Kernel, Level, anomalies, entries, wait_until
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from model import Call, Entry, Life
 
-from fgpu_ebpf import pages
-from fgpu_ebpf.pages import Shared
-from fgpu_ebpf.processes import Process
+from fgpu_ebpf import abi
+from fgpu_ebpf.abi import Shared
+from fgpu_ebpf.ledger.process_entry import Process
+from tests.bpf import model
+from tests.bpf.conftest import CONTEXT, SECONDS, Client, Kernel, Level, anomalies, entries, wait_until
+from tests.bpf.model import Call, Entry, Life
 
 MOST_PROGRAMS = 2
-POOL, CONTEXT_KIND = int(pages.Kind.POOL), int(pages.Kind.CONTEXT)
+POOL, CONTEXT_KIND = int(abi.Kind.POOL), int(abi.Kind.CONTEXT)
 IMPOSSIBLE = ("RELEASE", "FULL", "DEVICE", "LOST")
 sizes = st.integers(1, 1 << 20)
 limits = st.integers(1 << 18, 1 << 22)
@@ -203,7 +203,7 @@ class States(RuleBasedStateMachine):
         size = model.CONTEXT if kind == CONTEXT_KIND else size
         fits = self.fits(program, size)
         verdict = program.client(f"admit({size}, kind={kind})")
-        assert verdict == (pages.Verdict.ADMITTED if fits else pages.Verdict.REFUSED)
+        assert verdict == (abi.Verdict.ADMITTED if fits else abi.Verdict.REFUSED)
         life.asked, life.granted = kind != POOL, fits
         if fits and kind == POOL:
             life.pool += size

@@ -4,11 +4,11 @@ charged."""
 from __future__ import annotations
 
 import pytest
-from conftest import CONTEXT, MIB, assert_corrected, assert_left, wait_until
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import abi
+from tests.bpf.conftest import CONTEXT, MIB, assert_corrected, assert_left, wait_until
 
-REFUSED, ADMITTED = pages.Verdict.REFUSED, pages.Verdict.ADMITTED
+REFUSED, ADMITTED = abi.Verdict.REFUSED, abi.Verdict.ADMITTED
 
 
 def test_a_loop_of_admissions_that_are_never_used_reaches_the_limit(kernel, level, client):
@@ -121,7 +121,7 @@ def test_after_an_export_that_was_not_seen_nothing_is_freed(level, client, expor
 
 
 def test_after_an_export_of_a_pool_that_was_not_seen_its_bytes_are_orphaned(level, client):
-    client(f"admit({8 * MIB}, kind={int(pages.Kind.POOL)})")
+    client(f"admit({8 * MIB}, kind={int(abi.Kind.POOL)})")
     left(client, "export_pool()")
     client(f"give_back({8 * MIB})")
     assert_left(level, 8 * MIB)

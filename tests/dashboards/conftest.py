@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
 
-FOLDER = harness.ROOT / "dashboards"
+from tests.support.host import ROOT
+from tests.support.service import Service, compile_programs
+
+FOLDER = ROOT / "dashboards"
 NAMES = ("cluster", "node", "tenant")
 
 
 @pytest.fixture(scope="package")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The simulated driver (16 GiB, one device) and the agent."""
-    harness.compile_programs()
-    with harness.Service.running(tmp_path_factory.mktemp("service"), "docker") as service:
+    compile_programs()
+    with Service.running(tmp_path_factory.mktemp("service"), "docker") as service:
         yield service
 
 

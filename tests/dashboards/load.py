@@ -14,8 +14,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import BUILD, CONTEXT, ENVIRONMENT, GIB, MIB, REFUSED, ROOT, SIM, Client, Place, Program, Tenant
-from test_private_copies import outside
+from tests.support.host import BUILD, CONTEXT, ENVIRONMENT, GIB, MIB, REFUSED, ROOT, SIM
+from tests.support.outside import outside
+from tests.support.place import Place
+from tests.support.tenant import Client, Program, Tenant
 
 CAPACITY = 16 * GIB
 FULL_LIMIT, FULL_USED = CONTEXT + 96 * MIB, CONTEXT + 64 * MIB
@@ -68,7 +70,7 @@ def device_used() -> int:
 def compiled_spin(work: Path) -> Path:
     """The benchmark's program: it keeps the device busy."""
     flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
-    subprocess.run(["gcc", *flags, "-o", work / "spin", ROOT / "bench/spin.c", "-ldl"], check=True, timeout=60)
+    subprocess.run(["gcc", *flags, "-o", work / "spin", ROOT / "bench/programs/spin.c", "-ldl"], check=True, timeout=60)
     return work / "spin"
 
 

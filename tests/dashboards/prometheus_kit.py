@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import BUILD, eventually, free_port
+
+from tests.support.host import BUILD, free_port
+from tests.support.wait import eventually
 
 BIN = BUILD / "engines/usr/bin"
 JOB, CLUSTER = "fgpu", "test"

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import harness
 import pytest
-from harness import eventually
+
+from tests.support.host import LISTEN, MIB
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 from . import load as known
 from .prometheus_kit import CLUSTER, JOB, Labels, Prometheus, scraping
@@ -29,7 +31,7 @@ def chosen(expr: str, tenant: str = ".+") -> str:
 
 
 @pytest.fixture(scope="module")
-def load(service: harness.Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[known.Load]:
+def load(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[known.Load]:
     with known.applied(tmp_path_factory.mktemp("load")) as load:
         yield load
 
@@ -37,7 +39,7 @@ def load(service: harness.Service, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def prometheus(load: known.Load, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It has seen the tenants before the first refusal, and the last refusal."""
-    with scraping(harness.LISTEN, tmp_path_factory.mktemp("prometheus")) as prometheus:
+    with scraping(LISTEN, tmp_path_factory.mktemp("prometheus")) as prometheus:
         refusals = f'sum(fgpu_memory_refused_total{{tenant="{load.tenants["full"].name}"}})'
         eventually(lambda: prometheus.ask(refusals) == {frozenset(): 0}, PATIENCE_SECONDS, "a scrape before")
         eventually(lambda: set(prometheus.ask(XIDS).values()) == {0}, PATIENCE_SECONDS, "a device without XIDs")
@@ -64,7 +66,7 @@ Expected = float | Any
 def totals(load: known.Load) -> dict[str, dict[str, Expected]]:
     """By dashboard and panel: what is shown where all tenants are chosen."""
     held, in_use = sum(load.used.values()) + known.STRANGER, known.device_used()
-    assert held < in_use < held + 128 * harness.MIB  # the driver has something for each context in nobody's name
+    assert held < in_use < held + 128 * MIB  # the driver has something for each context in nobody's name
     memory = {
         "Memory used": pytest.approx(in_use / known.CAPACITY, abs=2**-14),
         "Memory committed": load.committed / known.CAPACITY,
@@ -168,7 +170,7 @@ def test_tables_and_shares(prometheus: Prometheus, load: known.Load, dashboards)
 
 def test_variables_offer_what_there_is(prometheus: Prometheus, load: known.Load, dashboards) -> None:
     offered = {
-        "cluster": {CLUSTER}, "job": {JOB}, "instance": {harness.LISTEN}, "gpu": {"0"},
+        "cluster": {CLUSTER}, "job": {JOB}, "instance": {LISTEN}, "gpu": {"0"},
         "tenant": {tenant.name for tenant in load.tenants.values()},
     }  # fmt: skip
     for dashboard in dashboards.values():

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from harness import ROOT
+
+from tests.support.host import ROOT
 
 from .conftest import FOLDER
 from .prometheus_kit import promtool

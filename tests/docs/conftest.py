@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import engine_kit
-import harness
 import pytest
+
+from tests.support.containers import engines
+from tests.support.host import ROOT
+from tests.support.service import Service
 
 
 @pytest.fixture(scope="session")
@@ -18,12 +20,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     # Not --quiet: what is not said is not counted, and --strict goes by the count.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
-    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
-class Fresh(harness.Service):
+class Fresh(Service):
     """As a package leaves a host: `/etc/fgpu/policy.d` is not there yet."""
 
     def __init__(self, work: Path, asked: Sequence[str]) -> None:
@@ -34,20 +36,20 @@ class Fresh(harness.Service):
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The simulated driver (16 GiB, one device) and the agent."""
     with Fresh.running(tmp_path_factory.mktemp("service"), "docker") as service:
         yield service
 
 
 @pytest.fixture(scope="module")
-def docker(service: harness.Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[engine_kit.Engine]:
+def docker(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[engines.Engine]:
     """Docker where the agent asks for it, with an image `ubuntu:24.04`: a root with glibc and a shell."""
-    image = engine_kit.make_root(tmp_path_factory.mktemp("image") / "root")
+    image = engines.make_root(tmp_path_factory.mktemp("image") / "root")
     work = service.engine.parent  # of its socket
-    cave = engine_kit.Cave(work, service.cdi)
+    cave = engines.Cave(work, service.cdi)
     try:
-        found = engine_kit.NewerDocker(cave, work)
+        found = engines.NewerDocker(cave, work)
         try:
             found.load(image, "plain")
             found.call("tag", "plain:1", "ubuntu:24.04")

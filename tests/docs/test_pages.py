@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator
 
 import pytest
-import references
-from harness import ROOT
+
+from docs.hooks import references
+from tests.support.host import ROOT
 
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "fgpu_ebpf"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+PAGES = [*OUTSIDE, *sorted(DOCS.rglob("*.md"))]
 TEST = re.compile(r"^def (test_\w+)", re.MULTILINE)
 SELECTS = re.compile(r'\./dev test (\w+)(?: -s)? -k ("[^"]+"|\w+)')
 # In a line of its own that is indented or has a prompt, or in a text.
@@ -77,6 +79,17 @@ def test_what_a_page_calls_is_there(page) -> None:
         assert any(ROOT.glob(path.replace("NAME", "*"))), path
 
 
+@pytest.mark.parametrize("page", [*OUTSIDE, *sorted(ROOT.glob(".github/**/*.md"))], ids=lambda path: path.stem)
+def test_links_of_a_page_outside_the_site_lead_somewhere(page) -> None:
+    """mkdocs checks those of docs/."""
+    for path, anchor in re.findall(r"\]\((?!https?:)([\w./-]+)(?:#([\w-]+))?\)", page.read_text()):
+        target = page.parent / path
+        assert target.exists(), path
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, anchor
+
+
 @pytest.mark.parametrize(
     ("page", "label"),
     [("runbooks", ("fgpu_bypassing_processes", "how")), ("containers", ("fgpu_shimless_processes", "reason"))],
@@ -88,7 +101,7 @@ def test_every_value_of_a_label_is_explained(page, label) -> None:
 
 def test_pages_that_a_message_names_come_with_the_package() -> None:
     """Whoever has the package has no checkout to look into."""
-    sources = [*(ROOT / "fgpu_ebpf").glob("*.py"), *(ROOT / "shim").glob("*.[ch]"), *(ROOT / "oci").glob("*.c")]
+    sources = [*(ROOT / "fgpu_ebpf").rglob("*.py"), *(ROOT / "shim").rglob("*.[ch]"), *(ROOT / "oci").glob("*.c")]
     named = {page for path in sources for page in re.findall(r"\bdocs/(\w+)\.md", path.read_text(encoding="utf-8"))}
     build = (ROOT / "deploy/debian/build").read_text(encoding="utf-8")
     brought = re.search(r"^for page in ([\w ]+); do", build, re.MULTILINE)
@@ -124,7 +137,7 @@ def texts(node: ast.expr, around: ast.AST) -> Iterator[str]:
 
 def failures() -> Iterator[tuple[str, str]]:
     """The name of every check that may fail, and the words of its mend."""
-    for module in sorted(PACKAGE.glob("*.py")):
+    for module in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(module.read_text())
         for function in ast.walk(tree):
             if not isinstance(function, ast.FunctionDef):

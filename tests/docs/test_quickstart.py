@@ -14,11 +14,16 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import engine_kit
-import harness
 import pytest
 
-PAGE = harness.ROOT / "docs/quickstart.md"
+from tests.support import host
+from tests.support.commands import ask
+from tests.support.containers import engines
+from tests.support.host import BUILD, ROOT, SIM
+from tests.support.service import Service
+from tests.support.wait import eventually
+
+PAGE = ROOT / "docs/quickstart.md"
 ABSENT = ("./dev demo", "./dev package", "apt-get", "systemctl enable")
 ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 BLOCK = re.compile(r'^```(?:yaml title="(.+?)"\n(.*?)|console\n(.*?))^```', re.MULTILINE | re.DOTALL)
@@ -47,8 +52,8 @@ done
 exec env {environment} {docker} "$@"
 """
 GPUS = [
-    *("--volume", f"{harness.BUILD}:/opt/build:ro", "--volume", "/run/fgpu-sim:/run/fgpu-sim"),
-    *("--env", "LD_LIBRARY_PATH=/opt/build/sim/lib", "--volume", f"{harness.SIM}/nvidia-smi:/usr/bin/nvidia-smi:ro"),
+    *("--volume", f"{BUILD}:/opt/build:ro", "--volume", "/run/fgpu-sim:/run/fgpu-sim"),
+    *("--env", "LD_LIBRARY_PATH=/opt/build/sim/lib", "--volume", f"{SIM}/nvidia-smi:/usr/bin/nvidia-smi:ro"),
 ]
 
 
@@ -65,14 +70,14 @@ def steps(text: str) -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def words(docker: engine_kit.Engine, service: harness.Service, tmp_path: Path) -> list[str]:
+def words(docker: engines.Engine, service: Service, tmp_path: Path) -> list[str]:
     """What runs a line as it is typed on this host."""
     programs = {
         "sudo": SUDO,
         "systemctl": SYSTEMCTL.format(pid=docker.work / "pid"),
-        "fgpu": FGPU.format(fgpu=shlex.join(harness.FGPU), settings=docker.settings, outside=os.getpid()),
+        "fgpu": FGPU.format(fgpu=shlex.join(host.FGPU), settings=docker.settings, outside=os.getpid()),
         "docker": DOCKER.format(
-            gpus=shlex.join([*engine_kit.ALLOWED, *GPUS]),
+            gpus=shlex.join([*engines.ALLOWED, *GPUS]),
             environment=shlex.join(f"{key}={value}" for key, value in docker.environment.items()),
             docker=shlex.join(map(str, docker.words())),
         ),
@@ -82,19 +87,19 @@ def words(docker: engine_kit.Engine, service: harness.Service, tmp_path: Path) -
         (tmp_path / name).chmod(0o755)
     etc = 'mkdir -p /etc/fgpu && mount --bind "$0" /etc/fgpu'
     subprocess.run([*docker.cave.prefix, "sh", "-c", etc, service.policies.parent], check=True, timeout=10)
-    environment = {**harness.ENVIRONMENT, "PATH": f"{tmp_path}:{harness.ENVIRONMENT['PATH']}"}
+    environment = {**host.ENVIRONMENT, "PATH": f"{tmp_path}:{host.ENVIRONMENT['PATH']}"}
     given = [f"{key}={value}" for key, value in environment.items()]
-    return [*docker.cave.prefix, "env", f"--chdir={harness.ROOT}", *given, "bash", "-c"]
+    return [*docker.cave.prefix, "env", f"--chdir={ROOT}", *given, "bash", "-c"]
 
 
 def typed(words: list[str], command: str) -> str:
     """What a command prints; a failure is one of the page."""
-    done = subprocess.run([*words, command], cwd=harness.ROOT, capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run([*words, command], cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
-def test_every_command_prints_what_the_page_shows(words: list[str], service: harness.Service) -> None:
+def test_every_command_prints_what_the_page_shows(words: list[str], service: Service) -> None:
     done = 0
     for command, shown in steps(PAGE.read_text()):
         if any(word in command for word in ABSENT):
@@ -102,7 +107,7 @@ def test_every_command_prints_what_the_page_shows(words: list[str], service: har
         said = typed(words, command)
         assert doctest.OutputChecker().check_output(shown, said, ALIKE), f"$ {command}\n{said}\nThe page has:\n{shown}"
         if "policy.d/" in command:
-            harness.eventually(lambda: harness.ask(verb="snapshot")["policies"]["count"], 10, "the page's policy")
+            eventually(lambda: ask(verb="snapshot")["policies"]["count"], 10, "the page's policy")
         done += 1
     assert done >= 11, "the page has lost its commands"
     service.check()

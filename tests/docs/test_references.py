@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-import references
-from harness import ROOT
 
-from fgpu_ebpf import hostmodel, policymodel
+from docs.hooks import references
+from fgpu_ebpf.agent import host_schema
+from fgpu_ebpf.policy import schema as policy_schema
+from tests.support.host import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def keys(schema: object) -> set[str]:
 
 
 def test_every_key_is_shown(shown: dict[str, str]) -> None:
-    wanted = keys(policymodel.json_schema()) | keys(hostmodel.HostDocument.model_json_schema())
+    wanted = keys(policy_schema.json_schema()) | keys(host_schema.HostDocument.model_json_schema())
     assert len(wanted) > 30
     for key in wanted:
         assert f"<code>{key}</code>" in shown["policy"], key
@@ -63,7 +64,7 @@ def test_every_key_is_shown(shown: dict[str, str]) -> None:
 
 def test_editors_are_told_what_each_key_says() -> None:
     """Descriptions are those of `fgpu policy schema`."""
-    schema = policymodel.json_schema()
+    schema = policy_schema.json_schema()
     for model in (schema, *schema["$defs"].values()):
         for key, said in model["properties"].items():
             assert said.get("description") or "$ref" in said, (model["title"], key)
@@ -82,6 +83,6 @@ def test_every_command_and_option_has_words_and_is_shown(shown: dict[str, str]) 
 
 
 def test_a_key_without_words_ends_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policymodel.Views.model_fields["utilization"], "description", None)
+    monkeypatch.setattr(policy_schema.Views.model_fields["utilization"], "description", None)
     with pytest.raises(AssertionError, match="utilization does not say what it is"):
         references.policy()

@@ -8,7 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from harness import ROOT
+
+from tests.support.host import ROOT
 
 # What a browser fetches by itself, when it shows a page.
 FETCHED = {

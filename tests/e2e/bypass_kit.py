@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from harness import BUILD, Client, Program, Tenant
+from tests.support.host import BUILD
+from tests.support.tenant import Client, Program, Tenant
 
 BYPASS = f"{BUILD}/e2e/bypass"
 RAW = f"{BUILD}/e2e/raw"  # needs no library of the driver

@@ -8,42 +8,61 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import harness
 import pytest
+
+from tests.e2e import combination_kit, layout_kit
+from tests.e2e.held_kit import Held
+from tests.e2e.policies_kit import GROUP, POLICY, Write, is_good, reloads
+from tests.e2e.spin_kit import Spin
+from tests.support.commands import ask
+from tests.support.containers.docker import Docker
+from tests.support.host import BUILD, SIM
+from tests.support.place import Cgroups, Place, place_of
+from tests.support.service import Service, compile_programs
+from tests.support.sim_driver import driver_books
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
 
 PLACES = ["host", *(["crun"] if shutil.which("crun") else []), "runc"]
 
 
 @pytest.fixture(scope="session")
 def programs() -> None:
-    """Compiles the C programs beside this file."""
-    harness.compile_programs()
+    """Compile the C programs of tests/programs."""
+    compile_programs()
 
 
 @pytest.fixture(scope="package")
-def service(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
+def service(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The simulated driver (16 GiB, one device) and the agent."""
-    with harness.Service.running(tmp_path_factory.mktemp("service")) as service:
+    with Service.running(tmp_path_factory.mktemp("service")) as service:
         yield service
 
 
+@pytest.fixture(scope="session")
+def versions(programs: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[layout_kit.Version, layout_kit.Version]:
+    """This version, and one whose layout of pages is the next."""
+    work = tmp_path_factory.mktemp("versions")
+    return layout_kit.version(work / "this", 0), layout_kit.version(work / "next", 1)
+
+
 @pytest.fixture
-def unharmed(service: harness.Service) -> Iterator[None]:
+def unharmed(service: Service) -> Iterator[None]:
     """Agent and gatekeeper stand; after the test they still do, and no process is left in the ledger or the driver."""
     service.stand()
     yield
     service.check()
     assert service.gatekeepers(), "no gatekeeper"
-    harness.eventually(lambda: not harness.driver_books(), 20, "an empty driver")
+    eventually(lambda: not driver_books(), 20, "an empty driver")
 
     def none_left() -> bool:
-        return not any(t["processes"] or t["orphans"] for t in harness.ask(verb="snapshot")["tenants"])
+        return not any(t["processes"] or t["orphans"] for t in ask(verb="snapshot")["tenants"])
 
-    harness.eventually(none_left, 10, "an empty ledger")
+    eventually(none_left, 10, "an empty ledger")
 
 
 @pytest.fixture
-def strict(service: harness.Service, unharmed: None) -> Iterator[harness.Service]:
+def strict(service: Service, unharmed: None) -> Iterator[Service]:
     """The agent refuses what does not fit on a device."""
     said = service.config.read_text()
     service.config.write_text(said.replace("overcommit: allow", "overcommit: forbid"))
@@ -55,9 +74,22 @@ def strict(service: harness.Service, unharmed: None) -> Iterator[harness.Service
     service.start_agent()
 
 
+@pytest.fixture
+def feature_places(strict: Service, tmp_path: Path) -> Iterator[tuple[Cgroups, Docker]]:
+    """The places of the tenants of `columns`."""
+    with combination_kit.made_places(strict, tmp_path) as places:
+        yield places
+
+
+@pytest.fixture
+def columns(feature_places: tuple[Cgroups, Docker]) -> dict[str, Held]:
+    """The columns of the table of combinations, by feature, as the table names it."""
+    return combination_kit.held(combination_kit.started(*feature_places))
+
+
 def order(fault: str) -> None:
     """The simulated driver behaves like this from now on."""
-    subprocess.run([harness.SIM / "fgpu-simd", "--fault", fault], check=True, timeout=10)
+    subprocess.run([SIM / "fgpu-simd", "--fault", fault], check=True, timeout=10)
 
 
 @pytest.fixture
@@ -68,9 +100,9 @@ def fault(unharmed: None) -> Iterator[Callable[[str], None]]:
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest, unharmed: None, tmp_path: Path) -> Iterator[harness.Place]:
+def place(request: pytest.FixtureRequest, unharmed: None, tmp_path: Path) -> Iterator[Place]:
     """Where tenants live; which one is the test's parameter. None of their cgroups is left."""
-    place = harness.place_of(request.param, tmp_path)
+    place = place_of(request.param, tmp_path)
     yield place
     place.close()
     assert not place.left()
@@ -88,6 +120,45 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def tenant(place: harness.Place) -> Callable[[int], harness.Tenant]:
+def tenant(place: Place) -> Callable[[int], Tenant]:
     """Makes tenants in the place of the test."""
     return place.tenant
+
+
+@pytest.fixture(scope="session")
+def spin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The benchmark's program."""
+    source, out = Path(__file__).parents[2] / "bench/programs/spin.c", tmp_path_factory.mktemp("spin") / "spin"
+    flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
+    subprocess.run(["gcc", *flags, "-o", out, source, "-ldl"], check=True, timeout=60)
+    return out
+
+
+@pytest.fixture
+def start(spin: Path, unharmed: None) -> Iterator[Callable[..., Spin]]:
+    started: list[Spin] = []
+
+    def make(name: str, *limits: str, **more) -> Spin:
+        started.append(Spin(spin, name, *limits, **more))
+        return started[-1]
+
+    yield make
+    for one in started:
+        one.close()
+
+
+@pytest.fixture
+def write(service: Service, unharmed: None) -> Iterator[Write]:
+    """Writes one policy file, and returns when it is in force."""
+
+    def put(rest: str, name: str = "test", selector: str = f'{{cgroup: ["{GROUP}/*"]}}', file: str = "50.yaml") -> None:
+        before = reloads()
+        text = POLICY.format(name=name, selector=selector, rest=rest)
+        (service.policies / file).write_text(text)
+        eventually(lambda: reloads() > before, 5, "the policy in force")
+
+    yield put
+    before = reloads()
+    for file in service.policies.iterdir():
+        file.unlink()
+    eventually(lambda: reloads() > before and is_good(), 5, "no policy in force")

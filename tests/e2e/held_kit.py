@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from harness import CONTEXT, MIB, REFUSED, Client, Tenant, eventually
+from tests.support.host import CONTEXT, MIB, REFUSED
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
 
 STEP, ROOM = 2 * MIB, 40 * MIB
 LIMIT = CONTEXT + ROOM

@@ -17,7 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import DRIVER_ROOT, ENVIRONMENT, LISTEN, ROOT, RUN_DIR, SHIM, Service, ask, eventually
+from tests.support.commands import ask
+from tests.support.host import DRIVER_ROOT, ENVIRONMENT, LISTEN, ROOT, RUN_DIR, SHIM
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 FAILPOINTS = ROOT / "tests/failpoints.py"
 

@@ -6,7 +6,11 @@ import time
 from collections.abc import Callable
 
 import pytest
-from harness import CONTEXT, MIB, REFUSED, SIM, Service, eventually, fgpu, metrics, metrics_page
+
+from tests.support.commands import fgpu, metrics, metrics_page
+from tests.support.host import CONTEXT, MIB, REFUSED, SIM
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 LIMIT = CONTEXT + 200 * MIB
 PERIODS = 2.0  # seconds: four reconciles

@@ -10,23 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import (
-    BUILD,
-    ENVIRONMENT,
-    GIB,
-    HUB,
-    MIB,
-    REFUSED,
-    SHIM,
-    Place,
-    Tenant,
-    ask,
-    cgroup_root,
-    eventually,
-    fgpu,
-    metrics,
-)
-from test_policies import Write, write  # noqa: F401
+
+from tests.e2e.policies_kit import Write
+from tests.support.commands import ask, fgpu, metrics
+from tests.support.host import BUILD, ENVIRONMENT, GIB, MIB, REFUSED, SHIM, cgroup_root
+from tests.support.place import HUB, Place
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
 
 GROUP = "fgpu-bounds"
 LEVELS = 512  # of one workload, by default
@@ -82,7 +72,7 @@ def table(name: str) -> float:
 
 @pytest.mark.timeout(180)
 def test_cgroups_without_number_leave_their_neighbour_its_limit(
-    write: Write,  # noqa: F811
+    write: Write,
     folder: Folder,
 ) -> None:
     """More cgroups than the kernel has pages for, inside one workload: what is beyond its bound gets no memory."""
@@ -105,7 +95,7 @@ def test_cgroups_without_number_leave_their_neighbour_its_limit(
 
 @pytest.mark.timeout(180)
 def test_a_cgroup_that_was_refused_is_served_when_there_is_room(
-    write: Write,  # noqa: F811
+    write: Write,
     folder: Folder,
 ) -> None:
     write("memory: {limit: 1GiB}", selector=NAMES)
@@ -121,7 +111,7 @@ def test_a_cgroup_that_was_refused_is_served_when_there_is_room(
 
 
 def test_processes_of_four_cgroups_leave_their_neighbour_an_entry(
-    write: Write,  # noqa: F811
+    write: Write,
     folder: Folder,
     crowd: Callable[[Path, int], int],
 ) -> None:
@@ -184,7 +174,7 @@ UNMANAGED = 1024  # cgroups of one workload without a limit that are remembered,
 
 @pytest.mark.timeout(180)
 def test_a_user_without_a_limit_asks_from_cgroups_without_number(
-    write: Write,  # noqa: F811
+    write: Write,
     folder: Folder,
 ) -> None:
     """Of those that one user makes, the oldest are forgotten, so the table keeps room for cgroups with limits."""

@@ -9,8 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bypass_kit import BYPASS, RAW, Bypass
-from harness import BUILD, CONTEXT, MIB, SIM, Client, Service, Tenant, events, eventually, fgpu, metrics
+
+from tests.e2e.bypass_kit import BYPASS, RAW, Bypass
+from tests.support.commands import events, fgpu, metrics
+from tests.support.host import BUILD, CONTEXT, GIB, MIB, REFUSED, SIM
+from tests.support.service import Service
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
 
 NOBODY = 65534
 LIMIT = CONTEXT + 400 * MIB
@@ -18,7 +23,7 @@ LIMIT = CONTEXT + 400 * MIB
 
 def static(folder: Path) -> str:
     """The same program with no loader that could preload anything; it loads the driver all the same."""
-    source, out = Path(__file__).with_name("bypass.c"), folder / "static"
+    source, out = Path(__file__).parents[1] / "programs/bypass.c", folder / "static"
     flags = ["-std=gnu11", "-static", "-w", f"-I{BUILD}/headers"]
     subprocess.run(["gcc", *flags, "-o", out, source], check=True, timeout=60)
     return f"{out} handles"
@@ -96,6 +101,21 @@ def test_a_way_around_the_shim_is_held_or_named(service: Service, tenant, tmp_pa
     else:
         assert second.startswith("ok"), "it is no way around the shim"
         assert_named(one, client)
+
+
+@pytest.mark.timed
+@pytest.mark.places("cgroups")
+def test_an_admission_that_is_never_settled_hides_no_memory(service: Service, tenant) -> None:
+    """Its process is never between two calls, and what it takes then no probe sees."""
+    one = tenant(GIB)
+    one.assert_enforced()
+    client = Bypass(one, "unsettled", RAW)
+    assert client.do(f"admit {2 * MIB}") == "ok"
+    assert one.memory()["admitted_bytes"] == 2 * MIB
+    assert client.do(f"alloc {9 * GIB}") == "ok"
+    eventually(lambda: one.memory()["used_bytes"] >= one.driver() > 9 * GIB and is_named(one), 1, "charge and name")
+    assert one.client().do("context") == REFUSED
+    assert one.memory()["used_bytes"] >= one.driver()
 
 
 @pytest.mark.places("runc")

@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import BUILD, ENVIRONMENT, SHIM, Service, ask, cgroup_root, eventually, metrics, metrics_page
-from kernel_kit import entries
-from test_malformed import GOOD, SOCKET
+
+from tests.e2e.hello_kit import GOOD, SOCKET
+from tests.support.commands import ask, metrics, metrics_page
+from tests.support.host import BUILD, ENVIRONMENT, SHIM, cgroup_root
+from tests.support.kernel import entries
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 LIVE = 200
 GROWTH_KIB = 5 * 1024

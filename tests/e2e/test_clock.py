@@ -14,19 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import (
-    CONTEXT,
-    FGPU,
-    MIB,
-    REFUSED,
-    ROOT,
-    RUN_DIR,
-    Service,
-    ask,
-    eventually,
-    fgpu,
-    metrics,
-)
+
+from tests.support.commands import ask, fgpu, metrics
+from tests.support.host import CONTEXT, FGPU, MIB, REFUSED, ROOT, RUN_DIR
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 HOUR, YEAR = 3600, 31_557_600
 LIMIT = 3 * CONTEXT + 60 * MIB

@@ -7,174 +7,26 @@ mount namespace of its own.
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-from docker_kit import DOCKERD, Docker
-from harness import (
-    GPUS,
-    MIB,
-    REFUSED,
-    ROOT,
-    RUN_DIR,
-    Cgroups,
-    Service,
-    Tenant,
-    ask,
-    eventually,
-    fgpu,
-    fill,
-    metrics,
-    run_on_devices,
+
+from tests.e2e.combination_kit import (
+    World,
+    assert_holds,
+    inside,
 )
-from held_kit import LIMIT, Held, filled
-
-inside = [
-    pytest.mark.skipif(GPUS == "1", reason="is run by test_on_two_devices"),
-    pytest.mark.skipif(not DOCKERD, reason="no dockerd: ./dev test unpacks it"),
-    pytest.mark.timeout(900),
-]
-HEAD = "apiVersion: fgpu.dev/v1alpha1\nkind: GpuPolicy\n"
-POLICIES = {
-    "turns": "memory: {limit: 558MiB}, compute: {weight: 100}",
-    "two": "memory: {limit: 558MiB}",
-    "denied": "memory: {limit: 15GiB}",
-    "observe": "mode: observe, memory: {limit: 558MiB}",
-    "outer": "memory: {limit: 600MiB}",
-    "outer/inner": "memory: {limit: 558MiB}",
-    "orphaned": "memory: {limit: 558MiB}",
-}
-LABELS = 'selector: {cgroup: "docker/*", matchLabels: {tier: small}}, memory: {limit: 558MiB}'
-
-
-class Timed(Held):
-    """It has a share of the device's time too."""
-
-    def check(self, lost: int = -1) -> None:
-        """And keeps it."""
-        super().check(lost)
-        assert self.tenant.memory()["compute"]
-
-
-class Denied(Held):
-    """Its limit does not fit beside the others: it gets nothing."""
-
-    def check(self, lost: int = -1) -> None:
-        """And so does a program that starts."""
-        assert self.client.do("device 0") == REFUSED
-        assert self.tenant.driver() == 0
-        eventually(lambda: re.search("do not fit on device 0|was no room", self.tenant.view()["denied"]), 5, "why")
-
-
-class Observed(Held):
-    """Nothing is refused, all is counted."""
-
-    def check(self, lost: int = -1) -> None:
-        """Beyond its limit too, and in a program that starts."""
-        self.client.ok("device 0")
-        (at,) = self.client.ok(f"alloc {64 * MIB}")
-        eventually(lambda: self.ledger(lost)[0] == self.tenant.driver_by_device()[0] > LIMIT, 10, "the ledger")
-        self.client.ok(f"free {at}")
-        eventually(lambda: self.ledger(lost) == {0: self.bytes[0]}, 10, "the ledger")
-
-
-class Orphaned(Held):
-    """A child has the descriptors of a process that has ended, so the driver keeps its memory: it stays charged."""
-
-    def check(self, lost: int = -1) -> None:
-        """To the tenant of that process, as orphaned."""
-        memory = self.tenant.memory
-        eventually(lambda: memory()["used_bytes"] == memory()["orphaned_bytes"] == LIMIT, 10, "its memory")
-        assert self.client.do("context") == REFUSED
-
-
-@pytest.fixture
-def places(strict: Service, tmp_path: Path) -> Iterator[tuple[Cgroups, Docker]]:
-    """Where the tenants are; policies match their cgroups and labels."""
-    (tmp_path / "docker").mkdir()
-    group, docker = Cgroups(tmp_path), Docker(tmp_path / "docker", strict.engine)
-    texts = [f'selector: {{cgroup: "{group.group.lstrip("/")}/{path}"}}, {rest}' for path, rest in POLICIES.items()]
-    files = [f"---\n{HEAD}metadata: {{name: p{n}}}\nspec: {{{text}}}\n" for n, text in enumerate([*texts, LABELS])]
-    file = strict.policies / "mix.yaml"
-    file.write_text("".join(files))
-    try:
-        eventually(lambda: metrics()["fgpu_policies", frozenset()] == len(files), 5, "the policies")
-        yield group, docker
-    finally:
-        docker.close()
-        for pid in (pid for tenant in group.tenants if tenant.name == "orphaned" for pid in tenant.pids()):
-            os.kill(pid, signal.SIGKILL)
-        group.close()
-        file.unlink()
-
-
-@pytest.fixture
-def columns(places: tuple[Cgroups, Docker]) -> dict[str, Held]:
-    """By feature, as the table names it."""
-    group, docker = places
-    made = {path: at(group, path) for path in POLICIES if path != "outer"}
-    hand = at(group, "hand")
-    fgpu("set", hand.path, "--memory", f"{LIMIT}B", "--device", "0")
-    return {
-        "turns": filled(made["turns"], kind=Timed),
-        "two GPUs": filled(made["two"], (0, 1)),
-        "two levels": filled(made["outer/inner"]),
-        "observe": filled(made["observe"], kind=Observed),
-        "by hand": filled(hand),
-        "by label": filled(docker.container({"tier": "small"})),
-        "orphaned memory": orphaned(made["orphaned"]),
-        "overcommit: forbid": Denied(made["denied"], made["denied"].client()),
-    }
-
-
-def at(group: Cgroups, path: str) -> Tenant:
-    """A tenant that a policy matches by its cgroup's path, but for `hand`."""
-    tenant = group.named(path)
-    if path not in ("hand", "observe"):
-        tenant.assert_enforced()
-    return tenant
-
-
-def orphaned(tenant: Tenant) -> Held:
-    """A program of the tenant has ended, and its child has not."""
-    column, other = filled(tenant), tenant.client()
-    column.client.ok("linger")
-    column.client.kill()
-    column.client.close()
-    return Orphaned(tenant, other)
-
+from tests.e2e.held_kit import Held, filled
+from tests.support.commands import ask, fgpu
+from tests.support.containers.docker import Docker
+from tests.support.host import GPUS, ROOT, RUN_DIR, fill
+from tests.support.service import Service, run_on_devices
+from tests.support.wait import eventually
 
 # -- faults
-
-
-@dataclass
-class World:
-    """What a fault is made with."""
-
-    service: Service
-    columns: dict[str, Held]
-    order: Callable[[str], None]
-    scale: Callable[..., int]
-    lost: int = -1  # a device, and with it what was on it
-
-    def restart(self, how: int = signal.SIGKILL) -> None:
-        """The agent ends, and another starts."""
-        self.service.kill_agent(how)
-        self.service.start_agent()
-
-    def check(self) -> None:
-        """Every column."""
-        for name, column in self.columns.items():
-            try:
-                column.check(self.lost)
-            except AssertionError as error:
-                raise AssertionError(f"column {name}") from error
 
 
 def agent_killed(world: World) -> None:
@@ -306,15 +158,7 @@ class TestInside:
         self, strict: Service, columns: dict[str, Held], fault: Callable[[str], None], scale: Callable[..., int]
     ) -> None:
         """One fault after the other: what one leaves behind, the next one meets."""
-        world = World(strict, columns, fault, scale)
-        world.check()
-        for name, make in FAULTS.items():
-            try:
-                make(world)
-                world.check()
-            except AssertionError as error:
-                raise AssertionError(f"row {name}") from error
-            print(f"{name}: holds")
+        assert_holds(World(strict, columns, fault, scale), FAULTS)
 
 
 def test_the_page_has_this_table() -> None:

@@ -12,103 +12,19 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
-from harness import (
-    BUILD,
-    ENVIRONMENT,
-    FGPU,
-    GIB,
-    ROOT,
-    SIM,
-    Service,
-    ask,
-    cgroup_root,
-    events,
-    eventually,
-    fgpu,
-    metrics,
-)
-from held_file import HeldFile
+
+from tests.e2e.held_file import HeldFile
+from tests.e2e.spin_kit import SECONDS, Spin, together
+from tests.support.commands import ask, events, fgpu, metrics
+from tests.support.host import BUILD, ENVIRONMENT, FGPU, GIB, ROOT, SIM, cgroup_root
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 pytestmark = pytest.mark.timed
-
-SECONDS = 3
-
-
-@pytest.fixture(scope="session")
-def spin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The benchmark's program."""
-    source, out = Path(__file__).parents[2] / "bench/spin.c", tmp_path_factory.mktemp("spin") / "spin"
-    flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
-    subprocess.run(["gcc", *flags, "-o", out, source, "-ldl"], check=True, timeout=60)
-    return out
-
-
-class Spin:
-    """A running spin, in a tenant of its own."""
-
-    def __init__(
-        self,
-        program: Path,
-        name: str,
-        *limits: str,
-        kernel_us: int = 200,
-        stderr: IO[bytes] | None = None,
-        before: Sequence[str] = (),
-    ) -> None:
-        command = [*FGPU, "run", "--memory", f"{GIB}B", "--name", name, *limits, "--"]
-        command += [*before, program, str(kernel_us), "burst"]
-        self.name = name
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=stderr, text=True, bufsize=1, env=ENVIRONMENT
-        )
-        assert self.process.stdout
-        assert self.process.stdout.readline() == "ready\n"
-
-    def begin(self, seconds: float = SECONDS) -> None:
-        assert self.process.stdin
-        self.process.stdin.write(f"{seconds}\n")
-
-    def kernels(self) -> float:
-        return self.said()[0]
-
-    def said(self) -> list[float]:
-        """Kernels done, and the p50 and p99 of a step in microseconds."""
-        assert self.process.stdout
-        return [float(word) for word in self.process.stdout.readline().split()]
-
-    def compute(self) -> dict[str, float]:
-        (tenant,) = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == self.name]
-        assert tenant["enforcement"] == "kernel"
-        return dict(tenant["devices"][0]["compute"] or {})
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-@pytest.fixture
-def start(spin: Path, unharmed: None) -> Iterator[Callable[..., Spin]]:
-    started: list[Spin] = []
-
-    def make(name: str, *limits: str, **more) -> Spin:
-        started.append(Spin(spin, name, *limits, **more))
-        return started[-1]
-
-    yield make
-    for one in started:
-        one.close()
-
-
-def together(*programs: Spin) -> list[int]:
-    for program in programs:
-        program.begin()
-    return [program.kernels() for program in programs]
 
 
 def test_weights_divide_the_device(start) -> None:

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, MIB, SIM, Client, Container, Place, Service, Tenant, eventually, fgpu, metrics
+
+from tests.support.commands import fgpu, metrics
+from tests.support.host import CONTEXT, MIB, SIM
+from tests.support.place import Container, Place
+from tests.support.service import Service
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
 
 COMPAT = "/usr/local/cuda/compat"
 ROOM = 96 * MIB

@@ -6,8 +6,13 @@ import json
 import urllib.request
 
 import pytest
-from bypass_kit import BYPASS, Bypass
-from harness import CONTEXT, LISTEN, MIB, Service, Tenant, eventually, fgpu, metrics
+
+from tests.e2e.bypass_kit import BYPASS, Bypass
+from tests.support.commands import fgpu, metrics
+from tests.support.host import CONTEXT, LISTEN, MIB
+from tests.support.service import Service
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
 
 LIMIT = CONTEXT + 400 * MIB
 WITHOUT = f"env -u LD_PRELOAD {BYPASS} plain"

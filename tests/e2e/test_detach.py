@@ -9,22 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import (
-    CONTEXT,
-    ENVIRONMENT,
-    FGPU,
-    MIB,
-    RUN_DIR,
-    SHIM,
-    SIM,
-    Service,
-    cgroup_root,
-    eventually,
-    fgpu,
-    free_port,
-    place_of,
-)
-from kernel_kit import NEXT_ID, held_by, in_the_kernel, pinned
+
+from tests.support.commands import fgpu
+from tests.support.host import CONTEXT, ENVIRONMENT, FGPU, MIB, RUN_DIR, SHIM, SIM, cgroup_root, free_port
+from tests.support.kernel import NEXT_ID, held_by, in_the_kernel, pinned
+from tests.support.place import place_of
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 STATE = Path("/var/lib/fgpu")
 MEASURED = f"{STATE}/contexts.json"  # what a context takes of this driver: kept, since it costs one to know

@@ -10,9 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from doctored import with_other_names
-from harness import BUILD, CONTEXT, MIB, SHIM, SIM, Client, Program, Service, Tenant, eventually, fgpu, metrics
-from kernel_kit import is_probed
+
+from tests.e2e.doctored import with_other_names
+from tests.support.commands import fgpu, metrics
+from tests.support.host import BUILD, CONTEXT, MIB, SHIM, SIM
+from tests.support.kernel import is_probed
+from tests.support.service import Service
+from tests.support.tenant import Client, Program, Tenant
+from tests.support.wait import eventually
 
 BYPASS = f"{BUILD}/e2e/bypass"
 ROOM = 96 * MIB

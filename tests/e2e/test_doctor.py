@@ -15,20 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import (
-    ENVIRONMENT,
-    FGPU,
-    LISTEN,
-    RUN_DIR,
-    SHIM,
-    SIM,
-    Service,
-    cgroup_root,
-    eventually,
-    fgpu,
-    free_port,
-    metrics_page,
-)
+
+from tests.support.commands import fgpu, metrics_page
+from tests.support.host import ENVIRONMENT, FGPU, LISTEN, RUN_DIR, SHIM, SIM, cgroup_root, free_port
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 
 @dataclass(frozen=True)
@@ -184,7 +175,7 @@ def test_doctor_names_it_and_the_mend(service: Service, work: Path, case: str) -
     lines = done.stdout.splitlines()
     failed = [i for i, line in enumerate(lines) if line.startswith(f"FAIL  {check}: ")]
     assert len(failed) == 1, done
-    assert lines[failed[0] + 1].startswith("      mend: "), done
+    assert lines[failed[0] + 1].startswith("      fix: "), done
     assert mend in "\n".join(lines[failed[0] : failed[0] + 2]), done
 
 
@@ -227,8 +218,8 @@ LINES = {
     "driver-without-a-function": (
         driver_without_a_function,
         "fgpu: WORK/driver/lib/libcuda.so.1 lacks cuCtxCreate_v2, cuCtxDestroy_v2, cuDevicePrimaryCtxRelease_v2, "
-        "cuDevicePrimaryCtxRetain, cuMemAlloc_v2, cuMemCreate, cuMemFree_v2, cuMemMap, cuMemRelease, cuMemUnmap: no "
-        "driver that fgpu knows",
+        "cuDevicePrimaryCtxRetain, cuMemAlloc_v2, cuMemCreate, cuMemFree_v2, cuMemMap, cuMemRelease, cuMemUnmap: "
+        "not a driver that fgpu knows",
     ),
     "no-interpreter": (
         no_interpreter,

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -14,24 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import (
-    BUILD,
-    CONTEXT,
-    ENVIRONMENT,
-    FGPU,
-    GIB,
-    MIB,
-    REFUSED,
-    Client,
-    Program,
-    Tenant,
-    ask,
-    driver_books,
-    events,
-    eventually,
-    fgpu,
-    steadily,
-)
+
+from tests.support.commands import ask, events, fgpu
+from tests.support.host import BUILD, CONTEXT, ENVIRONMENT, FGPU, GIB, MIB, REFUSED
+from tests.support.sim_driver import driver_books
+from tests.support.tenant import Client, Program, Tenant
+from tests.support.wait import eventually, steadily
 
 HELD = 4 * MIB
 
@@ -310,3 +299,22 @@ def _lives(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+@pytest.mark.places("runc")
+def test_explain_names_what_keeps_memory_of_an_ended_process_and_its_parent(tenant) -> None:
+    """A child has the descriptors of the driver; the container's init has adopted it."""
+    one = tenant(GIB)
+    one.assert_enforced()
+    client = one.client()
+    client.ok(f"alloc {HELD}")
+    (inner,) = client.ok("linger")
+    child = eventually(lambda: one.host_pid(inner), 5, "the child's pid")
+    client.kill()
+    eventually(lambda: one.view()["orphans"], 5, "an orphan")
+    (parent,) = re.findall(r"^PPid:\s+(\d+)$", Path(f"/proc/{child}/status").read_text(), re.MULTILINE)
+    assert parent not in ("1", str(client.pid))
+    said = f"process {client.pid}, which has ended: kept by pid {child}; end pid {child}, a child of {parent}, or"
+    eventually(lambda: said in fgpu("explain", one.path).stdout, 15, said)
+    os.kill(child, signal.SIGKILL)
+    eventually(lambda: not one.view()["orphans"], 5, "the end of the orphan")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
-from harness import RUN_DIR, Service, ask, eventually, fgpu, metrics
+
+from tests.support.commands import ask, fgpu, metrics
+from tests.support.host import RUN_DIR
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 HEALTHY = "fgpu_device_healthy", frozenset({("gpu", "0")})
 
@@ -14,10 +19,10 @@ def is_healthy() -> bool:
     return metrics().get(HEALTHY) == 1
 
 
-def recorded() -> str:
-    """What later agents are told."""
+def recorded() -> set[int]:
+    """The fatal XIDs that later agents read. The file has a boot id too, whose digits are anything."""
     file = RUN_DIR / "xids.json"
-    return file.read_text() if file.exists() else ""
+    return set(json.loads(file.read_text())["fatal"].values()) if file.exists() else set()
 
 
 @pytest.fixture
@@ -28,7 +33,7 @@ def failed(service: Service, fault: Callable[[str], None]) -> Iterator[Callable[
         eventually(is_healthy, 5, "a fit device")
         fault("xid=79")
         eventually(lambda: not is_healthy(), 5, "an unfit device")
-        eventually(lambda: "79" in recorded(), 5, "a record of it")
+        eventually(lambda: 79 in recorded(), 5, "a record of it")
 
     yield report
     fgpu("device", "clear", "0")
@@ -52,7 +57,7 @@ def test_a_restart_repairs_no_device_and_a_command_says_that_it_is_repaired(
         assert "FAIL  xids: device 0: it has reported XID 79" in doctor.stdout
     fgpu("device", "clear", "0")
     eventually(is_healthy, 5, "the device that was cleared")
-    eventually(lambda: "79" not in recorded(), 5, "a record without it")
+    eventually(lambda: 79 not in recorded(), 5, "a record without it")
     restart(service)
     assert is_healthy()
     unknown = fgpu("device", "clear", "7", check=False)
@@ -68,7 +73,7 @@ def test_a_reset_that_nvml_tells_of_repairs_it_for_later_agents_too(
     assert not is_healthy()
     fault("device-reset")
     eventually(is_healthy, 10, "the device that was reset")
-    eventually(lambda: "79" not in recorded(), 5, "a record without it")
+    eventually(lambda: 79 not in recorded(), 5, "a record without it")
     restart(service)
     assert is_healthy()
 

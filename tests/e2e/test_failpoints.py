@@ -14,22 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import (
-    CONTEXT,
-    ENVIRONMENT,
-    GIB,
-    MIB,
-    RUN_DIR,
-    Client,
-    Service,
-    Tenant,
-    ask,
-    cgroup_root,
-    eventually,
-    fgpu,
-    metrics,
-)
-from nursery_kit import FAILPOINTS, Child, Children, children_of
+
+from tests.e2e.nursery_kit import FAILPOINTS, Child, Children, children_of
+from tests.support.commands import ask, fgpu, metrics
+from tests.support.host import CONTEXT, ENVIRONMENT, GIB, MIB, RUN_DIR, cgroup_root
+from tests.support.service import Service
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
 
 BUSY = 3  # clients of a tenant that always fit; one more never does
 LIMIT = (BUSY + 2) * CONTEXT + 64 * MIB  # one that comes later is the fifth
@@ -169,7 +160,7 @@ def at_a_load(host: Host, tenant: Tenant, point: str) -> None:
     said = host.service.log.stat().st_size
     loader = f"/usr/bin/env FGPU_FAILPOINT={point} /usr/bin/python3 -I {FAILPOINTS}"
     assert host.children.begin("agent", "", "--loader", loader).wait(60) == 1
-    assert b"the loader ended with -9" in host.service.log.read_bytes()[said:]
+    assert b"the loader exited with -9" in host.service.log.read_bytes()[said:]
 
 
 POINTS: dict[str, Callable[[Host, Tenant, str], None]] = {

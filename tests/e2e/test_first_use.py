@@ -10,24 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import (
-    CONTEXT,
-    GIB,
-    GPUS,
-    MIB,
-    REFUSED,
-    Cgroups,
-    Client,
-    Service,
-    Tenant,
-    ask,
-    cgroup_root,
-    events,
-    eventually,
-    fgpu,
-    metrics,
-    run_on_devices,
-)
+
+from tests.support.commands import ask, events, fgpu, metrics
+from tests.support.host import CONTEXT, GIB, GPUS, MIB, REFUSED, cgroup_root
+from tests.support.place import Cgroups
+from tests.support.service import Service, run_on_devices
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
 
 inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_on_eight_devices")
 DEVICES, LIMIT, FIT = 8, 8 * GIB, 9  # devices of 75 GiB, of which 74.7 are usable
@@ -148,6 +137,41 @@ def test_a_group_is_committed_once_on_a_device(strict: Service, group: Cgroups) 
         use(group, 2)
     assert committed() == [70 * GIB if device == 2 else 0 for device in range(DEVICES)]
     fgpu("unset", group.group)
+
+
+def start_four(group: Cgroups) -> list[Client]:
+    """Programs in four new tenants, which have memory of device 0."""
+    clients = [group.tenant(None).client() for _ in range(4)]
+    for client in clients:
+        client.ok("context")
+    return clients
+
+
+def answers(clients: list[Client], command: str) -> list[str]:
+    """What programs answer that are told so at one moment."""
+    for client in clients:
+        client.send(command)
+    return [client.receive().split()[0] for client in clients]
+
+
+@inside
+@pytest.mark.timeout(900)
+def test_no_program_is_refused_under_a_group_whose_limit_is_new(
+    strict: Service, group: Cgroups, scale: Callable[..., int]
+) -> None:
+    """A limit for all appears around four programs, which use another device for the first time right then."""
+    folder = cgroup_root() / group.group.lstrip("/")
+    folder.mkdir(exist_ok=True)
+    for number in range(scale(3, 15, 200)):
+        clients = start_four(group)
+        group.tenants[0].assert_enforced()
+        ask(verb="put", target=group.group, memory="70GiB")
+        assert answers(clients, "device 1") == ["ok"] * 4, number
+        assert answers(start_four(group), "device 2") == ["ok"] * 4, number
+        assert committed()[:4] == [70 * GIB] * 3 + [0]
+        for tenant in list(group.tenants):
+            leave(group, tenant)
+        fgpu("unset", group.group)
 
 
 @inside

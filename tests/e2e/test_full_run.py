@@ -10,7 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import GIB, RUN_DIR, Service, ask, cgroup_root, eventually, fgpu
+
+from tests.support.commands import ask, fgpu
+from tests.support.host import GIB, RUN_DIR, cgroup_root
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 GROUP = f"fgpu-full-run-{os.getpid()}"
 POLICY = f"""

@@ -12,22 +12,26 @@ import os
 import socket
 from collections.abc import Callable
 
-import fuzz_kit
 import pytest
-from harness import CONTEXT, MIB, Service, ask, eventually
+
+from tests.fuzz import corpora
+from tests.support.commands import ask
+from tests.support.host import CONTEXT, MIB
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 COUNTS = 1_000, 10_000, 100_000
 ENDS_IT = b"detach", b"reload", b"run", b"put", b"share"  # what is understood is done: not what is looked for here
 
 
-def grown(pid: int, send: Callable[[bytes], None], mutator: fuzz_kit.Mutator, runs: int) -> int:
+def grown(pid: int, send: Callable[[bytes], None], mutator: corpora.Mutator, runs: int) -> int:
     """By how many bytes, from a fifth of the messages on."""
-    for _ in range(runs // fuzz_kit.WARM_PART):
+    for _ in range(runs // corpora.WARM_PART):
         send(mutator())
-    before = fuzz_kit.resident_bytes(pid)
-    for _ in range(runs - runs // fuzz_kit.WARM_PART):
+    before = corpora.resident_bytes(pid)
+    for _ in range(runs - runs // corpora.WARM_PART):
         send(mutator())
-    return fuzz_kit.resident_bytes(pid) - before
+    return corpora.resident_bytes(pid) - before
 
 
 def say(data: bytes) -> None:
@@ -63,10 +67,10 @@ def test_whatever_comes_in_both_go_on(service: Service, tenant, scale) -> None:
     client.ok("context")
     assert service.agent is not None
     (keeper,), runs = service.gatekeepers(), scale(*COUNTS)
-    hellos = fuzz_kit.Mutator(23, fuzz_kit.corpus("hello"))
-    lines = fuzz_kit.Mutator(101, fuzz_kit.corpus("control"))
-    assert grown(keeper, say, hellos, runs) <= fuzz_kit.MIB
-    assert grown(service.agent.pid, request, lines, runs) <= fuzz_kit.MIB
+    hellos = corpora.Mutator(23, corpora.corpus("hello"))
+    lines = corpora.Mutator(101, corpora.corpus("control"))
+    assert grown(keeper, say, hellos, runs) <= corpora.MIB
+    assert grown(service.agent.pid, request, lines, runs) <= corpora.MIB
     service.check()
     assert service.gatekeepers() == {keeper}
     assert ask(verb="snapshot")["failures"] == 0

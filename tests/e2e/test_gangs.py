@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import BUILD, ENVIRONMENT, FGPU, GIB, GPUS, ROOT, ask, eventually, metrics, run_on_devices
+
+from tests.support.commands import ask, metrics
+from tests.support.host import BUILD, ENVIRONMENT, FGPU, GIB, GPUS, ROOT
+from tests.support.service import run_on_devices
+from tests.support.wait import eventually
 
 pytestmark = pytest.mark.timed
 
@@ -25,7 +29,10 @@ def test_on_two_devices() -> None:
 
 
 class Pairs:
-    """bench/meet.c in a tenant, or at no gate: pairs of kernels on devices 0 and 1 that spin for each other."""
+    """bench/programs/meet.c in a tenant, or at no gate.
+
+    It launches pairs of kernels on devices 0 and 1 that spin for each other.
+    """
 
     def __init__(self, program: Path, key: int, name: str = "") -> None:
         run = [*FGPU, "run", "--memory", f"{GIB}B", "--weight", "100", "--name", name, "--"] if name else []
@@ -59,7 +66,7 @@ class Pairs:
 @pytest.fixture(scope="session")
 def meet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The benchmark's program."""
-    source, out = ROOT / "bench/meet.c", tmp_path_factory.mktemp("meet") / "meet"
+    source, out = ROOT / "bench/programs/meet.c", tmp_path_factory.mktemp("meet") / "meet"
     subprocess.run(
         ["gcc", "-std=gnu11", "-O2", f"-I{BUILD}/headers", "-o", out, source, "-ldl"], check=True, timeout=60
     )
@@ -103,7 +110,7 @@ def test_a_gang_and_a_neighbour_on_one_of_its_devices(start: Callable[..., Pairs
     """The neighbour gets its part of device 0; the gang what is left, though device 1 has nobody else."""
     spin = tmp_path / "spin"
     flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
-    subprocess.run(["gcc", *flags, "-o", spin, ROOT / "bench/spin.c", "-ldl"], check=True, timeout=60)
+    subprocess.run(["gcc", *flags, "-o", spin, ROOT / "bench/programs/spin.c", "-ldl"], check=True, timeout=60)
     gang, alone = start("gang-1"), start()
     (free,) = together(alone)
     command = [*FGPU, "run", "--memory", f"{GIB}B", "--weight", "100", "--name", "single", "--", spin]

@@ -12,20 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from harness import (
-    CONTEXT,
-    MIB,
-    RUN_DIR,
-    SIM,
-    Client,
-    Container,
-    Service,
-    Tenant,
-    ask,
-    eventually,
-    metrics,
-)
-from kernel_kit import is_probed, keys
+
+from tests.support.commands import ask, metrics
+from tests.support.host import CONTEXT, MIB, RUN_DIR, SIM
+from tests.support.kernel import is_probed, keys
+from tests.support.place import Container
+from tests.support.service import Service
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
 
 LIVE = 4  # at once
 MORE = 5  # descriptors of an agent that has been busy

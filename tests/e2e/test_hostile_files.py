@@ -12,7 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, MIB, SIM, Service, ask, eventually, fgpu, metrics
+
+from tests.support.commands import ask, fgpu, metrics
+from tests.support.host import CONTEXT, MIB, SIM
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 NOBODY = 65534
 MAP = """
@@ -125,7 +129,7 @@ def test_many_files_of_one_cgroup_use_nothing_up(service: Service, mapper: Mappe
     assert len(os.listdir(f"/proc/{service.agent.pid}/fd")) < before + 2 * 136
     assert len(links()) < 3 * 136
     assert metrics()["fgpu_anomalies_total", frozenset({("kind", "unprobed")})] > 0
-    assert service.log.read_bytes()[said:].count(b"what else processes of") == 1
+    assert service.log.read_bytes()[said:].count(b"other files that processes of") == 1
     assert fgpu("run", "--memory", f"{CONTEXT}B", "--", "true").returncode == 0
     one = tenant(CONTEXT + 40 * MIB)
     with one.growing(40 * MIB):

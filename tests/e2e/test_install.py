@@ -10,24 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import (
-    CONTEXT,
-    ENVIRONMENT,
-    GIB,
-    KINDS,
-    MIB,
-    REFUSED,
-    SHIM,
-    Client,
-    Service,
-    ask,
-    cgroup_root,
-    driver_books,
-    events,
-    eventually,
-    fgpu,
-    metrics,
-)
+
+from tests.support.commands import ask, events, fgpu, metrics
+from tests.support.host import CONTEXT, ENVIRONMENT, GIB, KINDS, MIB, REFUSED, SHIM, cgroup_root
+from tests.support.service import Service
+from tests.support.sim_driver import driver_books
+from tests.support.tenant import Client
+from tests.support.wait import eventually
 
 NAME = "fgpu-before"
 HELD = 1400 * MIB
@@ -115,7 +104,7 @@ def test_who_runs_already_is_adopted_and_reported_and_nothing_more_fits(service:
     assert "of 1GiB: nothing more is admitted" in told["text"]
     assert re.search(rf"^{NAME} .* 1GiB +1\.9GiB ", fgpu("status").stdout, re.MULTILINE)
     assert re.search(rf"^{NAME} +{older.pid} .* older$", fgpu("ps").stdout, re.MULTILINE)
-    assert f"older than fgpu: pid {older.pid}" in fgpu("explain", f"/{NAME}").stdout
+    assert f"started before fgpu: pid {older.pid}" in fgpu("explain", f"/{NAME}").stdout
     younger = before.program("shim-younger")
     assert younger.do("context") == REFUSED
     older.ok(f"free {pointer}")

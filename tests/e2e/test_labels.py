@@ -12,10 +12,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from docker_kit import Docker
-from harness import GIB, MIB, REFUSED, RUN_DIR, Client, Service, Tenant, ask, eventually, fgpu, metrics
 
-HEAD = "apiVersion: fgpu.dev/v1alpha1\nkind: GpuPolicy\n"
+from tests.e2e.labels_kit import HEAD, limit_of, write
+from tests.support.commands import ask, fgpu, metrics
+from tests.support.containers.docker import Docker
+from tests.support.host import GIB, MIB, REFUSED, RUN_DIR
+from tests.support.service import Service
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
+
 BY_LABEL = f"""---
 {HEAD}metadata: {{name: notebooks}}
 spec:
@@ -47,23 +52,6 @@ def docker(service: Service, engine: Docker, unharmed: None) -> Iterator[Docker]
     finally:
         engine.end_all()
         write(service, "")
-
-
-def write(service: Service, text: str) -> None:
-    """The policies of all that there are; returns when they are in force."""
-
-    def reloads() -> float:
-        return metrics()["fgpu_config_last_reload_success_timestamp_seconds", frozenset()]
-
-    before = reloads()
-    (service.policies / "50.yaml").write_text(text)
-    eventually(lambda: reloads() > before, 5, "the policies in force")
-
-
-def limit_of(one: Tenant) -> tuple[str, int]:
-    """The policy that it has, and its limit."""
-    view = one.view()
-    return view["policy"], view["devices"][0]["limit_bytes"]
 
 
 def becomes(one: Tenant, policy: str, limit: int, seconds: float = 5) -> None:

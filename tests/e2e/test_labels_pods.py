@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containerd_kit import Containerd
-from harness import GIB, MIB, REFUSED, Service, ask, eventually, fgpu
-from test_labels import HEAD, limit_of, write
+
+from tests.e2e.labels_kit import HEAD, limit_of, write
+from tests.support.commands import ask, fgpu
+from tests.support.containers.containerd import Containerd
+from tests.support.host import GIB, MIB, REFUSED
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 POLICIES = f"""---
 {HEAD}metadata: {{name: notebooks}}

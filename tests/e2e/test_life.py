@@ -26,25 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import (
-    BUILD,
-    CONTEXT,
-    FGPU,
-    GIB,
-    MIB,
-    ROOT,
-    Place,
-    Program,
-    Service,
-    Tenant,
-    ask,
-    cgroup_root,
-    eventually,
-    fgpu,
-    metrics,
-    orphans,
-    unnamed_bytes,
-)
+
+from tests.support.commands import ask, fgpu, metrics, orphans
+from tests.support.host import BUILD, CONTEXT, FGPU, GIB, MIB, ROOT, cgroup_root
+from tests.support.place import Place
+from tests.support.service import Service
+from tests.support.sim_driver import unnamed_bytes
+from tests.support.tenant import Program, Tenant
+from tests.support.wait import eventually
 
 LIMIT = 6 * GIB
 THREADS = 2
@@ -58,7 +47,7 @@ SMALL = {"MOST_ALLOCATIONS": 64, "MOST_THREADS": 32, "MOST_PROCESSES": 16, "EVEN
 
 
 class Life(Program):
-    """tests/e2e/life.c, two threads."""
+    """tests/programs/life.c, two threads."""
 
     _numbers = itertools.count(1)
 
@@ -294,12 +283,16 @@ def _lost() -> float:
 
 
 def _flood(place: Place) -> None:
-    """Somebody goes from one of two cgroups to the other and back."""
-    two = [cgroup_root() / place.group.lstrip("/") / name for name in ("here", "there")]
+    """A process is moved from one of two cgroups to the other and back.
+
+    They are in no workload: one that has many events is told of few, and then the kernel's ring is never full.
+    """
+    beside = cgroup_root() / f"{place.group.lstrip('/')}-flood"
+    two = [beside / name for name in ("here", "there")]
     restless = subprocess.Popen(["sleep", "infinity"])
     try:
         for cgroup in two:
-            cgroup.mkdir()
+            cgroup.mkdir(parents=True)
         begun, moves = time.monotonic(), 0
         while moves < FLOOD_MOVES or time.monotonic() < begun + FLOOD_SECONDS:
             (two[moves % 2] / "cgroup.procs").write_text(str(restless.pid))
@@ -307,7 +300,7 @@ def _flood(place: Place) -> None:
     finally:
         restless.kill()
         restless.wait(5)
-        for cgroup in two:
+        for cgroup in (*two, beside):
             with contextlib.suppress(FileNotFoundError):
                 cgroup.rmdir()
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
-from harness import CONTEXT, GIB, KIB, MIB, REFUSED, ask, eventually, fgpu, group
+
+from tests.support.commands import ask, fgpu
+from tests.support.host import CONTEXT, GIB, KIB, MIB, REFUSED
+from tests.support.place import group
+from tests.support.wait import eventually
 
 PLAIN, VMM, MANAGED = 0, 1, 2
 ROOM = 82 * MIB

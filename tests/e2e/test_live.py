@@ -11,7 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, GIB, MIB, REFUSED, Client, Service, ask, eventually, fgpu, metrics
+
+from tests.support.commands import ask, fgpu, metrics
+from tests.support.host import CONTEXT, GIB, MIB, REFUSED
+from tests.support.service import Service
+from tests.support.tenant import Client
+from tests.support.wait import eventually
 
 SECONDS = 2.0
 LOW, HIGH = GIB, GIB + 64 * MIB

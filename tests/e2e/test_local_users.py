@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import BUILD, CONTEXT, MIB, Service, ask
+
+from tests.support.commands import ask
+from tests.support.host import BUILD, CONTEXT, MIB
+from tests.support.service import Service
 
 PROCESSES, MAPPINGS = 100, 30_000  # together 10 s of one processor to look at
 ROOM = 40 * MIB

@@ -8,7 +8,12 @@ import os
 from collections.abc import Callable
 
 import pytest
-from harness import CONTEXT, MIB, REFUSED, Client, Service, Tenant, eventually, metrics
+
+from tests.support.commands import metrics
+from tests.support.host import CONTEXT, MIB, REFUSED
+from tests.support.service import Service
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
 
 LIMIT = CONTEXT + 40 * MIB
 AGE = "fgpu_reconcile_age_seconds", frozenset({("gpu", "0")})

@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from harness import CONTEXT, GPUS, MIB, REFUSED, SIM, Service, Tenant, ask, eventually, fgpu, run_on_devices
+
+from tests.support.commands import ask, fgpu
+from tests.support.host import CONTEXT, GPUS, MIB, REFUSED, SIM
+from tests.support.service import Service, run_on_devices
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
 
 inside = pytest.mark.skipif(GPUS == "1", reason="is run by test_on_two_devices")
 LIMIT = CONTEXT + 40 * MIB

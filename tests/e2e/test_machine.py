@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
-from harness import CONTEXT, MIB, REFUSED, Client, Tenant, eventually, fgpu
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -27,6 +26,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
+from tests.support.commands import fgpu
+from tests.support.host import CONTEXT, MIB, REFUSED
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
 
 GRANULE = 2 * MIB
 LIMIT = 3 * CONTEXT + 128 * MIB

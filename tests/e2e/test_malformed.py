@@ -9,12 +9,13 @@ import socket
 import struct
 
 import pytest
-from harness import CONTEXT, MIB, Service, ask, eventually
 
-SOCKET = "/run/fgpu/shim/shim.sock"
-MAGIC, SIZE = 0x75706766, 64
-LAYOUT = 3
-GOOD = struct.pack("<IHH", MAGIC, LAYOUT, SIZE).ljust(SIZE, b"\0")
+from tests.e2e.hello_kit import GOOD, LAYOUT, MAGIC, SIZE, SOCKET
+from tests.support.commands import ask
+from tests.support.host import CONTEXT, MIB
+from tests.support.service import Service
+from tests.support.wait import eventually
+
 BAD = [
     b"",
     b"\0",

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import ENVIRONMENT, SHIM, Cgroups, Service, cgroup_root, eventually, metrics
-from test_compute import Spin, spin, start, together  # noqa: F401 - fixtures
+
+from tests.e2e.spin_kit import Spin, together
+from tests.support.commands import ask, metrics
+from tests.support.host import ENVIRONMENT, SHIM, cgroup_root
+from tests.support.place import Cgroups
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 pytestmark = pytest.mark.timed
 POLICY = """
@@ -16,11 +22,12 @@ apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy
 metadata: {{name: nested}}
 spec:
-  selector: {{cgroup: ["{group}/own", "{group}/own/*"]}}
+  selector: {{cgroup: {cgroup}}}
   memory: {{limit: 4GiB}}
   compute: {{{compute}}}
 """
-Nested = Callable[[str, int], list["Inside"]]
+Nested = Callable[..., list["Inside"]]
+FOLDER_TOO, ALL_BELOW = '["{group}/own", "{group}/own/*"]', '["{group}/**"]'
 
 
 class Inside(Spin):
@@ -48,17 +55,20 @@ def group(tmp_path: Path) -> Iterator[Cgroups]:
 
 
 @pytest.fixture
-def nested(service: Service, unharmed: None, group: Cgroups, spin: Path) -> Iterator[Nested]:  # noqa: F811
-    """nested(compute, N): so many programs of one tenant with that share, each in a cgroup that it has made."""
+def nested(service: Service, unharmed: None, group: Cgroups, spin: Path) -> Iterator[Nested]:
+    """nested(compute, N, cgroup): so many programs of one tenant with that share, each in a cgroup that it made."""
     root, file = cgroup_root() / group.group.lstrip("/"), service.policies / "nested.yaml"
     made: list[Inside] = []
 
-    def make(compute: str, number: int) -> list[Inside]:
-        file.write_text(POLICY.format(group=group.group.lstrip("/"), compute=compute))
-        eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 5, "the policy")
-        made.extend(Inside(spin, root / f"own/{one}") for one in range(number))
-        assert all(one.compute() for one in made), "each has a share of its own"
-        return made
+    def make(compute: str, number: int, cgroup: str = FOLDER_TOO) -> list[Inside]:
+        if not made:
+            selected = cgroup.format(group=group.group.lstrip("/"))
+            file.write_text(POLICY.format(cgroup=selected, compute=compute))
+            eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 5, "the policy")
+        new = [Inside(spin, root / f"own/{len(made) + one}") for one in range(number)]
+        made.extend(new)
+        assert all(one.compute() for one in new), "each has a share of its own"
+        return new
 
     yield make
     for one in made:
@@ -67,15 +77,37 @@ def nested(service: Service, unharmed: None, group: Cgroups, spin: Path) -> Iter
     eventually(lambda: metrics()["fgpu_policies", frozenset()] == 0, 5, "no policy")
 
 
-def test_three_cgroups_have_the_ceiling_of_one(nested: Nested, group: Cgroups, spin: Path) -> None:  # noqa: F811
+def test_three_cgroups_have_the_ceiling_of_one(nested: Nested, group: Cgroups, spin: Path) -> None:
     free = Inside(spin, cgroup_root() / group.group.lstrip("/") / "free")
     (most,) = together(free)
     free.close()
-    assert sum(together(*nested("limit: 25%", 3))) / most == pytest.approx(0.25, abs=0.06)
+    made = nested("limit: 25%", 3)
+    assert sum(together(*made)) / most == pytest.approx(0.25, abs=0.06)
+    (own,) = [t["devices"][0] for t in ask(verb="snapshot")["tenants"] if t["path"] == f"{group.group}/own"]
+    inside = sum(one.compute()["owned_seconds"] for one in made)
+    assert own["compute"]["owned_seconds"] == pytest.approx(inside, rel=0.1)
 
 
-def test_three_cgroups_have_the_weight_of_one(nested: Nested, start) -> None:  # noqa: F811
+def test_three_cgroups_have_the_weight_of_one(nested: Nested, start) -> None:
     own, honest = nested("weight: 100", 3), start("honest", "--weight", "100")
     *_, part = done = together(*own, honest)
     assert honest.compute()["waits"] > 10  # it is enforced
     assert part / sum(done) == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_cgroup_more_each_second_is_no_more_time(nested: Nested, start) -> None:
+    """A policy matches whatever its tenant makes, at any depth: what it has made counts for the first of them."""
+    honest, seconds = start("honest", "--weight", "100"), 8
+    first = nested("weight: 100", 1, ALL_BELOW)
+    began = time.monotonic()
+    for one in (honest, *first):
+        one.begin(seconds)
+    made = list(first)
+    while len(made) < 6:
+        time.sleep(max(0.0, began + len(made) - time.monotonic()))
+        made += nested("weight: 100", 1, ALL_BELOW)
+        made[-1].begin(seconds - (time.monotonic() - began))
+    part, done = honest.kernels(), [one.kernels() for one in made]
+    assert honest.compute()["waits"] > 10  # it is enforced
+    assert all(done)
+    assert part / (part + sum(done)) == pytest.approx(0.5, abs=0.05)

@@ -6,7 +6,13 @@ import os
 import time
 
 import pytest
-from harness import CONTEXT, GIB, MIB, Client, Place, Tenant, ask, driver_books, eventually, fgpu, metrics
+
+from tests.support.commands import ask, fgpu, metrics
+from tests.support.host import CONTEXT, GIB, MIB
+from tests.support.place import Place
+from tests.support.sim_driver import driver_books
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
 
 LEDGER_SECONDS = 1.5  # three looks of the agent at the driver
 

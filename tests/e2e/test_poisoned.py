@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, FGPU, MIB, REFUSED, SERVICE_ENVIRONMENT, Service, eventually
+
+from tests.support.host import CONTEXT, FGPU, MIB, REFUSED, SERVICE_ENVIRONMENT
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 MARK = """
 import os, sys

@@ -10,60 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from bypass_kit import RAW, Bypass
-from harness import (
-    CONTEXT,
-    ENVIRONMENT,
-    GIB,
-    MIB,
-    REFUSED,
-    RUN_DIR,
-    Client,
-    Service,
-    ask,
-    cgroup_root,
-    events,
-    eventually,
-    fgpu,
-    metrics,
-)
 
-GROUP = "fgpu-e2e"
-POLICY = """
-apiVersion: fgpu.dev/v1alpha1
-kind: GpuPolicy
-metadata: {{name: {name}}}
-spec:
-  selector: {selector}
-  {rest}
-"""
-
-Write = Callable[..., None]
-
-
-def reloads() -> float:
-    return metrics()["fgpu_config_last_reload_success_timestamp_seconds", frozenset()]
-
-
-def is_good() -> bool:
-    return metrics()["fgpu_config_last_reload_successful", frozenset()] == 1
-
-
-@pytest.fixture
-def write(service: Service, unharmed: None) -> Iterator[Write]:
-    """Writes one policy file, and returns when it is in force."""
-
-    def put(rest: str, name: str = "test", selector: str = f'{{cgroup: ["{GROUP}/*"]}}', file: str = "50.yaml") -> None:
-        before = reloads()
-        text = POLICY.format(name=name, selector=selector, rest=rest)
-        (service.policies / file).write_text(text)
-        eventually(lambda: reloads() > before, 5, "the policy in force")
-
-    yield put
-    before = reloads()
-    for file in service.policies.iterdir():
-        file.unlink()
-    eventually(lambda: reloads() > before and is_good(), 5, "no policy in force")
+from tests.e2e.bypass_kit import RAW, Bypass
+from tests.e2e.policies_kit import GROUP, Write, is_good
+from tests.support.commands import ask, events, fgpu, metrics
+from tests.support.host import CONTEXT, ENVIRONMENT, GIB, MIB, REFUSED, RUN_DIR, cgroup_root
+from tests.support.service import Service
+from tests.support.tenant import Client
+from tests.support.wait import eventually
 
 
 @pytest.fixture

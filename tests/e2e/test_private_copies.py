@@ -10,8 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, ENVIRONMENT, MIB, SIM, Client, Container, Service, eventually, metrics
-from kernel_kit import is_probed
+
+from tests.support.commands import metrics
+from tests.support.host import CONTEXT, MIB, SIM
+from tests.support.kernel import is_probed
+from tests.support.outside import outside
+from tests.support.place import Container
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 
 @pytest.fixture
@@ -25,27 +31,6 @@ def copy(tmp_path: Path) -> Iterator[Path]:
     yield place
     if os.path.ismount(place):
         subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def outside(tenant, name: str, libraries: Path) -> Client:
-    """A CUDA program in the tenant's cgroup that has these libraries and no shim."""
-
-    class Outside:
-        """As much of a tenant as a program needs."""
-
-        def __init__(self) -> None:
-            self.folder, self.name, self.cgroup = tenant.folder, name, tenant.cgroup
-
-        def tell(self, line: str) -> None:
-            name, command = line.split(" ", 1)
-            enter = f'echo $$ >{self.cgroup}/cgroup.procs; exec {command} <"{name}.in" >"{name}.out" 2>"{name}.err"'
-            environment = ENVIRONMENT | {"LD_LIBRARY_PATH": str(libraries)}
-            subprocess.Popen(["sh", "-c", enter], cwd=self.folder, env=environment)
-
-        def host_pid(self, inner: int) -> int:
-            return inner
-
-    return Client(Outside(), name)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -18,25 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bypass_kit import RAW, Bypass
-from harness import (
-    CONTEXT,
-    FGPU,
-    MIB,
-    REFUSED,
-    ROOT,
-    RUN_DIR,
-    SIM,
-    Container,
-    Service,
-    Tenant,
-    Timeout,
-    cgroup_root,
-    eventually,
-    fgpu,
-    metrics,
-)
-from kernel_kit import is_probed
+
+from tests.e2e.bypass_kit import RAW, Bypass
+from tests.support.commands import fgpu, metrics
+from tests.support.host import CONTEXT, FGPU, MIB, REFUSED, ROOT, RUN_DIR, SIM, cgroup_root
+from tests.support.kernel import is_probed
+from tests.support.place import Container
+from tests.support.service import Service
+from tests.support.tenant import Tenant
+from tests.support.wait import Timeout, eventually
 
 GATEKEEPER = {"dac_read_search": 2, "sys_ptrace": 19, "sys_admin": 21}
 AGENT = GATEKEEPER | {"chown": 0, "kill": 5, "sys_nice": 23}

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, GIB, MIB, Client, Tenant, group
+
+from tests.support.host import CONTEXT, GIB, MIB
+from tests.support.place import group
+from tests.support.tenant import Client, Tenant
 
 PLACES = ("pidns", "runc")
 

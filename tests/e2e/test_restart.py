@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import (
+
+from tests.e2e.load_kit import load
+from tests.support.commands import fgpu
+from tests.support.host import (
     CONTEXT,
     ENVIRONMENT,
     FGPU,
@@ -21,13 +24,10 @@ from harness import (
     ROOT,
     RUN_DIR,
     SERVICE_ENVIRONMENT,
-    Client,
-    Service,
-    Tenant,
     cgroup_root,
-    eventually,
-    fgpu,
 )
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 ROOM = 40 * MIB
 
@@ -38,28 +38,6 @@ def agent(service: Service, unharmed: None) -> Iterator[Service]:
     yield service
     if service.agent is None or service.agent.poll() is not None:
         service.start_agent()
-
-
-def load(one: Tenant) -> tuple[list[Client], Callable[[], None]]:
-    """A client that always fits and one that never does, both busy; what must be true of both when they stop."""
-    fits, hopeless = one.client(), one.client()
-    fits.ok("context")
-    hopeless.ok("context")
-    fits.send(f"ask {2 * MIB} 0")
-    hopeless.send(f"ask {GIB} 0")
-
-    def stop() -> None:
-        for client in (fits, hopeless):
-            client.send("context")
-        got, refused, other = fits.numbers(fits.receive(), "fits")
-        assert (refused, other) == (0, 0), "the one that fits noticed"
-        assert got > 0
-        got, refused, other = hopeless.numbers(hopeless.receive(), "hopeless")
-        assert (got, other) == (0, 0), "the hopeless one got memory"
-        assert refused > 0
-        assert fits.receive() == hopeless.receive() == "ok"
-
-    return [fits, hopeless], stop
 
 
 def restart(service: Service, number: int) -> None:

@@ -10,7 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import LISTEN, MIB, Service, ask, eventually, metrics_page
+
+from tests.support.commands import ask, metrics_page
+from tests.support.host import LISTEN, MIB
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 MOST = 8
 HOST, PORT = LISTEN.split(":")

@@ -9,22 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import (
-    BUILD,
-    CONTEXT,
-    ENVIRONMENT,
-    MIB,
-    SHIM,
-    SIM,
-    Client,
-    Container,
-    Program,
-    Service,
-    Tenant,
-    eventually,
-    fgpu,
-    metrics,
-)  # fmt: skip
+
+from tests.support.commands import fgpu, metrics
+from tests.support.host import BUILD, CONTEXT, ENVIRONMENT, MIB, SHIM, SIM
+from tests.support.place import Container
+from tests.support.service import Service
+from tests.support.tenant import Client, Program, Tenant
+from tests.support.wait import eventually
 
 COMPAT = "/usr/local/cuda/compat"
 OUT_OF_MEMORY, NOT_SUPPORTED = 2, 801
@@ -96,7 +87,7 @@ def test_an_honest_program_is_refused_nothing_whatever_its_libcuda_is(
 
 
 class Several(Client):
-    """tests/e2e/pair.c: a program with several drivers in it."""
+    """tests/programs/pair.c: a program with several drivers in it."""
 
     def __init__(self, tenant: Tenant, name: str, libraries: list[Path], via: str = "") -> None:
         Program.__init__(self, tenant, name, " ".join([f"{BUILD}/e2e/pair {via}".strip(), *map(str, libraries)]))

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from harness import CONTEXT, MIB, SHIM, SIM, Client, Container, Tenant, eventually, fgpu, metrics
-from test_private_copies import outside
+
+from tests.support.commands import fgpu, metrics
+from tests.support.host import CONTEXT, MIB, SHIM, SIM
+from tests.support.outside import outside
+from tests.support.place import Container
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
 
 
 def assert_named(tenant: Tenant, clients: list[Client], reason: str) -> None:

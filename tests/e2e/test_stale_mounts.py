@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, MIB, REFUSED, ROOT, RUN_DIR, SIM, Place, Service, Tenant, eventually, fgpu
+
+from tests.support.commands import fgpu
+from tests.support.host import CONTEXT, MIB, REFUSED, ROOT, RUN_DIR, SIM
+from tests.support.place import Place
+from tests.support.service import Service
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
 
 LIMIT = CONTEXT + 40 * MIB
 SHIM_FOLDER = RUN_DIR / "shim"
@@ -89,7 +95,7 @@ def test_programs_under_a_removed_folder_get_no_memory_and_the_container_is_name
     said = json.loads(fgpu("doctor", "--json", "--driver-root", SIM, check=False).stdout)
     (found,) = [check for check in said if check["name"] == "mounts"]
     assert one.name in found["found"]
-    assert "start the container anew" in found["mend"]
+    assert "restart the container" in found["mend"]
     later = tenant(LIMIT)
     assert_held(later)
     place.close()

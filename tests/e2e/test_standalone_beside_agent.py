@@ -6,14 +6,17 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import harness
 import pytest
-import standalone_kit as kit
-from harness import GIB, MIB
+
+from tests.support import standalone as kit
+from tests.support.commands import fgpu, metrics
+from tests.support.host import GIB, MIB
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 
 @pytest.fixture
-def images(service: harness.Service, tmp_path: Path) -> Iterator[kit.Images]:
+def images(service: Service, tmp_path: Path) -> Iterator[kit.Images]:
     """Containers of such an image."""
     place = kit.Images(tmp_path, "runc")
     yield place
@@ -26,10 +29,10 @@ def test_whose_limit_it_is_that_holds(images: kit.Images) -> None:
     client = kit.assert_live(tenant)
     client.ok(f"alloc {256 * MIB}")
     key = "fgpu_tenant_enforcement", frozenset({("tenant", tenant.name), ("mode", "cooperative")})
-    harness.eventually(lambda: harness.metrics().get(key) == 1, 10, "the mode")
+    eventually(lambda: metrics().get(key) == 1, 10, "the mode")
     assert tenant.view()["bypassing"] == {"standalone": 1}
-    harness.eventually(lambda: tenant.memory()["used_bytes"] == tenant.driver(), 5, "it is charged all the same")
-    said = json.loads(harness.fgpu("explain", tenant.path, "--json").stdout)
+    eventually(lambda: tenant.memory()["used_bytes"] == tenant.driver(), 5, "it is charged all the same")
+    said = json.loads(fgpu("explain", tenant.path, "--json").stdout)
     assert said["enforcement"] == "cooperative"
     assert any(f"pid {client.pid} found no agent" in line for line in said["stronger"])
     client.kill()

@@ -1,10 +1,11 @@
 """Every file that the agent keeps, damaged in every way before a start: tenants at their limit get not a byte more or
-less.
+less, and containers that start afterwards get what they got before.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -15,31 +16,35 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import (
-    RUN_DIR,
-    Cgroups,
-    Place,
-    Service,
-    eventually,
-    fill,
-    metrics,
-)
-from held_kit import LIMIT, Held, filled
+
+from tests.e2e.held_kit import LIMIT, Held, filled
+from tests.support.commands import metrics
+from tests.support.containers.docker import DOCKERD, Docker
+from tests.support.host import BUILD, MIB, RUN_DIR, SHIM, fill
+from tests.support.place import Cgroups, Place
+from tests.support.service import Service
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
 
 STATE = Path("/var/lib/fgpu")
+STORE = STATE / "shim"
 RUN_FILES = (
     *("overrides.json", "engines.json", "tenants.json", "elders.json", "xids.json", "gatekeeper.json"),
     *("ld.so.preload", "agent.lock", "gatekeeper.lock", "control.sock", "discover.sock", "shim/shim.sock"),
 )
-STATE_FILES = ("policies.json", "contexts.json")
-FILES = [*(RUN_DIR / name for name in RUN_FILES), *(STATE / name for name in STATE_FILES)]
+STATE_FILES = ("policies.json", "contexts.json", "shim/previous", "shim/versions")
+# What containers are given when they start.
+GIVEN_RUN_FILES = ("published", "containers", "container.preload", "cdi.files")
+GIVEN_STATE_FILES = ("shim/current", "bin/fgpu-oci")
+CDI_FILES = ("fgpu.dev-shim.json", "fgpu.dev-share.json")
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy
-metadata: {{name: state}}
+metadata: {{name: {name}}}
 spec:
-  selector: {{cgroup: ["{group}/*"]}}
+  selector: {selector}
   memory: {{limit: {bytes}B}}
+---
 """
 
 
@@ -82,7 +87,7 @@ def folder(path: Path) -> None:
 
 def full(path: Path) -> None:
     """Its file system has no byte left."""
-    root = RUN_DIR if path.is_relative_to(RUN_DIR) else STATE
+    root = next(root for root in (RUN_DIR, STATE, path.parent) if path.is_relative_to(root))
     fill(root / "filler")
 
 
@@ -94,19 +99,32 @@ class Kept:
 
     def __init__(self, service: Service, copies: Path) -> None:
         self._service, self._copies = service, copies
+        published = STORE / hashlib.sha256(SHIM.read_bytes()).hexdigest()[:16] / SHIM.name
+        self.roots = (RUN_DIR, STATE, service.cdi)
+        self.given = [
+            *(RUN_DIR / name for name in GIVEN_RUN_FILES),
+            *(STATE / name for name in GIVEN_STATE_FILES),
+            *(service.cdi / name for name in CDI_FILES),
+            published,
+        ]
+        self.files = [*(RUN_DIR / name for name in RUN_FILES), *(STATE / name for name in STATE_FILES), *self.given]
+
+    def start(self) -> None:
+        self._service.start_agent(None, "--store", str(STORE))
 
     def save(self) -> None:
-        for number, path in enumerate(FILES):
-            if path.is_file():
-                shutil.copy2(path, self._copies / str(number))
+        for number, path in enumerate(self.files):
+            if path.is_file() or path.is_symlink():
+                shutil.copy2(path, self._copies / str(number), follow_symlinks=False)
 
     def restore(self) -> None:
-        for root in (RUN_DIR, STATE):
+        for root in self.roots:
             (root / "filler").unlink(missing_ok=True)
-        for number, path in enumerate(FILES):
-            if (self._copies / str(number)).exists():
+        for number, path in enumerate(self.files):
+            if os.path.lexists(self._copies / str(number)):
                 remove(path)
-                shutil.copy2(self._copies / str(number), path)
+                path.parent.mkdir(exist_ok=True)
+                shutil.copy2(self._copies / str(number), path, follow_symlinks=False)
             elif path.is_dir():
                 remove(path)
 
@@ -114,7 +132,16 @@ class Kept:
         self._service.kill_agent(how)
         self.restore()
         damage(path)
-        self._service.start_agent()
+        self.start()
+
+    def assert_given(self) -> None:
+        """Containers get what they got when the files were saved."""
+        for path in self.given:
+            copy = self._copies / str(self.files.index(path))
+            if path.is_symlink() or copy.is_symlink():
+                assert os.readlink(path) == os.readlink(copy), path
+            else:
+                assert path.read_bytes() == copy.read_bytes(), path
 
 
 @pytest.fixture
@@ -125,51 +152,92 @@ def kept(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Kept]:
         pytest.skip(f"{RUN_DIR} is no file system of its own: ./dev test gives it one")
     service.kill_agent()
     shutil.copytree(STATE, tmp_path / "state", symlinks=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", STATE], check=True)
+    for root in (STATE, service.cdi):
+        root.mkdir(exist_ok=True)  # a detach of another test took an empty one away
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", root], check=True)
     shutil.copytree(tmp_path / "state", STATE, symlinks=True, dirs_exist_ok=True)
     subprocess.run(["mount", "-o", "remount,size=64M", RUN_DIR], check=True)
-    service.start_agent()
     found = Kept(service, copies)
+    found.start()
     yield found
     service.kill_agent()
     found.restore()
     subprocess.run(["mount", "-o", "remount,size=50%", RUN_DIR], check=True)
-    subprocess.run(["umount", "--lazy", STATE], check=True)
+    for root in (STATE, service.cdi):
+        subprocess.run(["umount", "--lazy", root], check=True)
+    (RUN_DIR / "published").unlink()
     service.start_agent()
 
 
 @pytest.fixture
-def tenants(service: Service, kept: Kept, tmp_path: Path) -> Iterator[list[Held]]:
-    """One by policy, one by `fgpu set`, one by `fgpu run`: all at their limit."""
-    cgroups, place = Cgroups(tmp_path), Place(tmp_path)
+def places(service: Service, kept: Kept, tmp_path: Path) -> Iterator[tuple[Cgroups, Place, Docker]]:
+    """Yield the places of the tenants; policies match cgroups that a test has not named, and a label."""
+    (tmp_path / "docker").mkdir()
+    cgroups, place, docker = Cgroups(tmp_path), Place(tmp_path), Docker(tmp_path / "docker", service.engine)
+    selectors = {
+        "state": f'{{cgroup: ["{cgroups.group.lstrip("/")}/e2e-*"]}}',
+        "labels": '{cgroup: "docker/*", matchLabels: {tier: small}}',
+    }
     file = service.policies / "state.yaml"
-    file.write_text(POLICY.format(group=cgroups.group.lstrip("/"), bytes=LIMIT))
-    eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 5, "the policy")
-    found = []
-    for tenant in (cgroups.tenant(None), cgroups.tenant(LIMIT), place.tenant(LIMIT)):
+    file.write_text("".join(POLICY.format(name=n, selector=text, bytes=LIMIT) for n, text in selectors.items()))
+    try:
+        eventually(lambda: metrics()["fgpu_policies", frozenset()] == len(selectors), 5, "the policies")
+        yield cgroups, place, docker
+    finally:
+        for one in (cgroups, place, docker):
+            one.close()
+        file.unlink()
+
+
+@pytest.fixture
+def tenants(places: tuple[Cgroups, Place, Docker]) -> dict[str, Held]:
+    """All at their limit, by where it comes from."""
+    cgroups, place, docker = places
+    made = {
+        "policy": cgroups.tenant(None),
+        "fgpu set": cgroups.tenant(LIMIT),
+        "fgpu run": place.tenant(LIMIT),
+        "label": docker.container({"tier": "small"}),
+        "share": with_a_share(cgroups.named("share")),
+    }
+    for tenant in made.values():
         tenant.assert_enforced()
-        found.append(filled(tenant))
-    yield found
-    for one in (cgroups, place):
-        one.close()
-    file.unlink()
+    return {name: filled(tenant) for name, tenant in made.items()}
+
+
+def with_a_share(tenant: Tenant) -> Tenant:
+    """The tenant has asked for its limit by the name of a share, with what engines call for a container that starts."""
+    pid = eventually(tenant.pids, 5, "its first process")[0]
+    hook = [BUILD / "oci/fgpu-oci", "share", f"{LIMIT // MIB}mib"]
+    subprocess.run(hook, input=json.dumps({"pid": pid}), text=True, check=True, timeout=10)
+    return tenant
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not DOCKERD, reason="no dockerd: ./dev test unpacks it")
 def test_no_damage_to_a_file_changes_what_a_tenant_gets(
-    kept: Kept, tenants: list[Held], scale: Callable[..., int]
+    kept: Kept, tenants: dict[str, Held], scale: Callable[..., int]
 ) -> None:
-    """Every file, damaged in every way, before a start after SIGTERM and after SIGKILL."""
-    for held in tenants:
+    """Every file, damaged in every way, before a start after SIGTERM and after SIGKILL; outside the full run every
+    file in every second way, after one of the two.
+    """
+    for held in tenants.values():
         held.check()
     kept.save()
-    cells = list(itertools.product(FILES, DAMAGES))
-    for number, (path, damage) in enumerate(cells):
-        for how in (signal.SIGTERM, signal.SIGKILL)[:: -1 if number % 2 else 1][: scale(1, 1, 2)]:
+    for file, way in itertools.product(range(len(kept.files)), range(len(DAMAGES))):
+        if (file + way) % scale(2, 2, 1):
+            continue
+        path, damage = kept.files[file], DAMAGES[way]
+        for how in (signal.SIGTERM, signal.SIGKILL)[:: -1 if (file + way) // 2 % 2 else 1][: scale(1, 1, 2)]:
+            cell = f"{path} {damage.__name__}, after {how.name}"
             try:
                 kept.start_after(damage, path, how)
-                for held in tenants:
+                kept.assert_given()
+            except (AssertionError, OSError) as error:
+                raise AssertionError(cell) from error
+            for name, held in tenants.items():
+                try:
                     held.check()
-            except AssertionError as error:
-                raise AssertionError(f"{path} {damage.__name__}, after {how.name}") from error
+                except AssertionError as error:
+                    raise AssertionError(f"{cell}: the tenant by {name}") from error

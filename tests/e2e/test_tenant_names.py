@@ -10,7 +10,11 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from harness import GIB, RUN_DIR, Service, cgroup_root, eventually, fgpu, metrics_page
+
+from tests.support.commands import fgpu, metrics_page
+from tests.support.host import GIB, RUN_DIR, cgroup_root
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 GROUP = f"fgpu-names-{os.getpid()}"
 POLICY = f"""

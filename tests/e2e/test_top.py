@@ -17,7 +17,13 @@ from collections.abc import Callable, Iterator
 
 import pyte
 import pytest
-from harness import CONTEXT, ENVIRONMENT, FGPU, MIB, Client, Place, Service, Tenant, eventually, fgpu
+
+from tests.support.commands import fgpu
+from tests.support.host import CONTEXT, ENVIRONMENT, FGPU, MIB
+from tests.support.place import Place
+from tests.support.service import Service
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
 
 HEADINGS = ["TENANT", "LIMIT", "USED", "PEAK", "SHARE", "ENTITLED", "WAITED", "REFUSED", "HELD", "BY"]
 PATIENCE_SECONDS = 30

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from harness import CONTEXT, MIB, REFUSED, RUN_DIR, metrics
+
+from tests.support.commands import metrics
+from tests.support.host import CONTEXT, MIB, REFUSED, RUN_DIR
 
 TOPOLOGIES = {
     "user": "unshare --user --map-root-user",

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, MIB, REFUSED, SHIM, SIM, Service, ask, eventually, fgpu, metrics
+
+from tests.support.commands import ask, fgpu, metrics
+from tests.support.host import CONTEXT, MIB, REFUSED, SHIM, SIM
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 
 def pins() -> Path:

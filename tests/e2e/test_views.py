@@ -14,21 +14,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from harness import (
-    BUILD,
-    CONTEXT,
-    ENVIRONMENT,
-    GIB,
-    MIB,
-    SHIM,
-    Client,
-    Program,
-    Tenant,
-    driver_books,
-    eventually,
-    fgpu,
-    group,
-)
+
+from tests.support.commands import fgpu
+from tests.support.host import BUILD, CONTEXT, ENVIRONMENT, GIB, MIB, SHIM
+from tests.support.place import group
+from tests.support.sim_driver import driver_books
+from tests.support.tenant import Client, Program, Tenant
+from tests.support.wait import eventually
 
 PLACES = pytest.mark.places("host", "pidns", "runc")
 LIMIT, HELD = 2 * GIB, CONTEXT + 100 * MIB

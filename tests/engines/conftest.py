@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import engine_kit as kit
-import harness
 import pytest
+
+from tests.support.containers import engines as kit
+from tests.support.service import Service, compile_programs
+from tests.support.sim_driver import driver_books
+from tests.support.wait import eventually
 
 
 @pytest.fixture(scope="package")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The simulated driver (16 GiB, one device) and the agent."""
-    harness.compile_programs()
-    with harness.Service.running(tmp_path_factory.mktemp("service"), "docker", "podman", "cri") as service:
+    compile_programs()
+    with Service.running(tmp_path_factory.mktemp("service"), "docker", "podman", "cri") as service:
         yield service
 
 
 @pytest.fixture
-def unharmed(service: harness.Service) -> Iterator[None]:
+def unharmed(service: Service) -> Iterator[None]:
     """Agent and gatekeeper stand; after the test they still do, and the driver is empty."""
     service.stand()
     yield
     service.check()
     assert service.gatekeepers(), "no gatekeeper"
-    harness.eventually(lambda: not harness.driver_books(), 10, "an empty driver")
+    eventually(lambda: not driver_books(), 10, "an empty driver")
 
 
 @pytest.fixture(scope="package")
@@ -36,7 +39,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package", params=kit.ALL)
 def engine(
-    request: pytest.FixtureRequest, service: harness.Service, image: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, service: Service, image: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[kit.Engine]:
     """An engine with the image `plain`."""
     work = tmp_path_factory.mktemp(request.param)

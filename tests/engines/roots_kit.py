@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import engine_kit as kit
-import harness
+from tests.support.containers import engines as kit
+from tests.support.host import BUILD, ROOT
+from tests.support.place import HUB, Place
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
 
-ROOTS = harness.BUILD / "roots"
+ROOTS = BUILD / "roots"
 DRIVER = ROOTS / "driver"
 UBUNTU, DEBIAN = "http://archive.ubuntu.com/ubuntu", "http://deb.debian.org/debian"
 DEBIAN_KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -121,8 +124,8 @@ def driver() -> Path:
     oldest = root_of(OLDEST)
     compiler = f"gcc --sysroot={oldest} -B{oldest}/usr/lib/x86_64-linux-gnu"
     made = [DRIVER / name for name in ("lib/libcuda.so.1", "lib/libnvidia-ml.so.1", "nvidia-smi")]
-    places = [f"OUT={DRIVER}", f"HEADERS={harness.BUILD}/headers"]
-    _run("make", "-s", "-C", harness.ROOT / "sim", *places, f"CC={compiler}", *made)
+    places = [f"OUT={DRIVER}", f"HEADERS={BUILD}/headers"]
+    _run("make", "-s", "-C", ROOT / "sim", *places, f"CC={compiler}", *made)
     return DRIVER
 
 
@@ -149,14 +152,14 @@ class Images(kit.Bundles):
         super()._bundle(bundle, name, folder)
         path = bundle / "config.json"
         config = json.loads(path.read_text())
-        hosts = {*(f"/{name}" for name in ("usr", "bin", "sbin", "lib", "lib64")), str(harness.ROOT / ".venv")}
+        hosts = {*(f"/{name}" for name in ("usr", "bin", "sbin", "lib", "lib64")), str(ROOT / ".venv")}
         config["mounts"] = [mount for mount in config["mounts"] if mount["destination"] not in hosts]
         config["root"]["path"] = str(self.root)
         config["process"]["env"] = [f"{key}={value}" for key, value in ENVIRONMENT.items()]
         path.write_text(json.dumps(config))
 
 
-class Pods(harness.Place):
+class Pods(Place):
     """Containers of podman with such a root, each with one CDI device."""
 
     root: Path
@@ -166,14 +169,14 @@ class Pods(harness.Place):
         super().__init__(work)
         self._podman = podman
 
-    def _make(self, name: str, folder: Path, memory: int | None) -> harness.Tenant:
+    def _make(self, name: str, folder: Path, memory: int | None) -> Tenant:
         mounts = (f"{DRIVER}:{DRIVER}:ro", "/run/fgpu-sim:/run/fgpu-sim:ro", f"{folder}:{folder}")
         words: list[str | Path] = ["run", "--interactive", "--name", name, *kit.ALLOWED, "--workdir", folder]
         words += [*(f"--volume={mount}" for mount in mounts), *(f"--env={k}={v}" for k, v in ENVIRONMENT.items())]
         words += ["--device", f"fgpu.dev/share={self.device}", "--rootfs", self.root]
-        hub = self._podman.start(*words, "sh", "-c", harness.HUB)
+        hub = self._podman.start(*words, "sh", "-c", HUB)
         identity = self._identity(name, hub)
-        tenant = harness.Tenant(self, name, f"/{self._podman.group}/libpod-{identity}", folder, hub)
+        tenant = Tenant(self, name, f"/{self._podman.group}/libpod-{identity}", folder, hub)
         tenant.name = tenant.view()["tenant"]
         return tenant
 
@@ -183,9 +186,9 @@ class Pods(harness.Place):
             shown = self._podman.call("inspect", "--format", "{{.State.Running}} {{.ID}}", name, check=False).stdout
             return shown.removeprefix("true ").strip() if shown.startswith("true ") else ""
 
-        return harness.eventually(found, 30, name)
+        return eventually(found, 30, name)
 
-    def end(self, tenant: harness.Tenant) -> None:
+    def end(self, tenant: Tenant) -> None:
         """See Place."""
         self._podman.remove(tenant.folder.name)
         super().end(tenant)

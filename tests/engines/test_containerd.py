@@ -7,11 +7,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import engine_kit as kit
-import harness
 import pytest
-from containerd_kit import Containerd
-from harness import GIB, MIB, REFUSED
+
+from tests.support.containers import engines as kit
+from tests.support.containers.containerd import Containerd
+from tests.support.host import FGPU, GIB, MIB, REFUSED
+from tests.support.service import Service
 
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
@@ -26,13 +27,13 @@ spec:
 class SetUp(Containerd):
     """containerd as `fgpu setup` leaves it. Its runtime is named by a path that is on no PATH."""
 
-    def __init__(self, work: Path, service: harness.Service, cave: kit.Cave) -> None:
+    def __init__(self, work: Path, service: Service, cave: kit.Cave) -> None:
         self.cave = cave
         super().__init__(work, service.containerd, {}, cave.prefix)
 
     def fgpu(self, *words: str | Path) -> None:
         """`fgpu …`, where the engine is."""
-        command = [*self.cave.prefix, *harness.FGPU, *map(str, words)]
+        command = [*self.cave.prefix, *FGPU, *map(str, words)]
         path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         subprocess.run(command, capture_output=True, timeout=30, check=True, env=path)
 
@@ -45,7 +46,7 @@ class SetUp(Containerd):
 
 
 @pytest.fixture
-def containerd(service: harness.Service, unharmed: None, tmp_path: Path) -> Iterator[SetUp]:
+def containerd(service: Service, unharmed: None, tmp_path: Path) -> Iterator[SetUp]:
     """containerd, and a policy for its pods."""
     with kit.policy(service, "pods.yaml", POLICY), contextlib.closing(kit.Cave(tmp_path, service.cdi)) as cave:
         place = SetUp(tmp_path, service, cave)

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import engine_kit as kit
 import pytest
-import sanitizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.support import sanitizers
+from tests.support.containers import engines as kit
+from tests.support.host import BUILD
 
 SHIM = "/var/lib/fgpu/shim/current/libfgpu.so"
 LIBC, IN_OPEN = ctypes.CDLL(None), 0x20
@@ -252,7 +254,7 @@ def test_the_reason_reaches_the_engine(run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_hardened_and_in_need_of_no_library() -> None:
-    helper = kit.harness.BUILD / "oci/fgpu-oci"
+    helper = BUILD / "oci/fgpu-oci"
     text = subprocess.run(["readelf", "-dlW", helper], check=True, capture_output=True, text=True).stdout
     assert "GNU_RELRO" in text
     assert not re.search(r"GNU_STACK.*E", text)

@@ -13,19 +13,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import docker_kit
-import engine_kit as kit
-import harness
 import pytest
-from harness import CONTEXT, GIB, SHIM
 
-DOCKERFILE = harness.ROOT / "deploy/images/Dockerfile"
+from tests.support.commands import ask
+from tests.support.containers import docker
+from tests.support.containers import engines as kit
+from tests.support.host import CONTEXT, GIB, KINDS, MIB, REFUSED, ROOT, RUN_DIR, SHIM
+from tests.support.service import Service
+from tests.support.sim_driver import driver_books
+from tests.support.wait import eventually
+
+DOCKERFILE = ROOT / "deploy/images/Dockerfile"
 IN_IMAGES = Path("/var/lib/fgpu/shim/current/libfgpu.so")
 OLDER = SHIM.read_bytes() + b"an older one"
-COUNTED = 512 * harness.MIB  # of a context, by the books of an image's own limit
+COUNTED = 512 * MIB  # of a context, by the books of an image's own limit
 GB = 2
 LIMIT = GB * GIB
-FILLED = f"admitted {LIMIT - CONTEXT} bytes, then {harness.REFUSED}\n"
+FILLED = f"admitted {LIMIT - CONTEXT} bytes, then {REFUSED}\n"
 TOOLS = ("chmod", "env", "grep", "mkdir", "sha256sum", "stat")
 numbers = itertools.count(1)  # of containers: no two have one name
 HEIR = "FROM fgpu:1\nRUN mkdir /work\nUSER 65534\n"
@@ -142,16 +146,16 @@ def test_without_an_agent_its_programs_keep_its_limit_together(built: kit.Engine
         assert fill.stdout
         assert fill.stdout.readline() == FILLED.replace(str(LIMIT - CONTEXT), str(LIMIT - COUNTED))
         assert one.says("test -d /run/fgpu/shim || echo none; /opt/build/examples/fill --step 2MiB")[0] == "none"
-        driver = [sum(process[f"{kind}_bytes"] for kind in harness.KINDS) for process in harness.driver_books()]
+        driver = [sum(process[f"{kind}_bytes"] for kind in KINDS) for process in driver_books()]
         assert driver == [LIMIT + CONTEXT - COUNTED], "the second got nothing"
-        assert any(f"{LIMIT // harness.MIB}MiB /" in line for line in one.says("/opt/build/sim/nvidia-smi"))
+        assert any(f"{LIMIT // MIB}MiB /" in line for line in one.says("/opt/build/sim/nvidia-smi"))
 
 
 # -- where an agent runs -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def managed(built: kit.Engine, service: harness.Service) -> Iterator[kit.Engine]:
+def managed(built: kit.Engine, service: Service) -> Iterator[kit.Engine]:
     """The engine as `fgpu setup` leaves it; the agent asks it for labels; a policy leaves the limit to images."""
     with kit.policy(service, "10-images.yaml", POLICY.format(group=built.group)):  # before those of other tests
         built.setup()
@@ -163,16 +167,16 @@ def managed(built: kit.Engine, service: harness.Service) -> Iterator[kit.Engine]
 
 
 @contextlib.contextmanager
-def answering(engine: kit.Engine, service: harness.Service) -> Iterator[None]:
+def answering(engine: kit.Engine, service: Service) -> Iterator[None]:
     """The engine's socket, where the agent looks for it."""
     if isinstance(engine, kit.Docker):
-        front = docker_kit.Front(service.engine, engine.work / "docker.sock")
+        front = docker.Front(service.engine, engine.work / "docker.sock")
         yield
         front.close()
         return
     words = [*engine.cave.prefix, *engine.words(), "system", "service", "--time=0", f"unix://{service.podman}"]
     with subprocess.Popen([str(word) for word in words], env=engine.environment) as server:
-        harness.eventually(service.podman.exists, 20, "podman's socket")
+        eventually(service.podman.exists, 20, "podman's socket")
         yield
         server.terminate()
 
@@ -187,13 +191,13 @@ def ready(managed: kit.Engine, unharmed: None) -> kit.Engine:
 def held(engine: kit.Engine, image: str, *options: str) -> Iterator[Running]:
     """A container whose limit is in force; engines are asked for labels when it is there already."""
     with container(engine, image, *options) as one:
-        harness.eventually(lambda: limits().get(one.name) == ("images", LIMIT), 10, f"its limit: {limits()}")
+        eventually(lambda: limits().get(one.name) == ("images", LIMIT), 10, f"its limit: {limits()}")
         yield one
 
 
 def limits() -> dict[str, tuple[str, int]]:
     """The policy that each tenant has, and its limit."""
-    found = harness.ask(verb="snapshot")["tenants"]
+    found = ask(verb="snapshot")["tenants"]
     return {t["tenant"]: (t["policy"], t["devices"][0]["limit_bytes"]) for t in found}
 
 
@@ -205,13 +209,13 @@ def test_a_container_gets_its_images_limit(ready: kit.Engine, name: str, options
     ):
         assert fill.stdout
         assert fill.stdout.readline() == FILLED
-        (tenant,) = [t for t in harness.ask(verb="snapshot")["tenants"] if t["tenant"] == one.name]
+        (tenant,) = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == one.name]
         (device,) = tenant["devices"]
         assert device["admitted_bytes"] == device["witnessed_bytes"] == LIMIT - CONTEXT, device  # it is live
         assert (device["limit_bytes"], device["used_bytes"]) == (LIMIT, LIMIT)
-        driver = [sum(process[f"{kind}_bytes"] for kind in harness.KINDS) for process in harness.driver_books()]
+        driver = [sum(process[f"{kind}_bytes"] for kind in KINDS) for process in driver_books()]
         assert driver == [LIMIT]
-        assert any(f"{LIMIT // harness.MIB}MiB /" in line for line in one.says("/opt/build/sim/nvidia-smi"))
+        assert any(f"{LIMIT // MIB}MiB /" in line for line in one.says("/opt/build/sim/nvidia-smi"))
 
 
 def test_nothing_in_the_container_changes_it(ready: kit.Engine) -> None:
@@ -240,12 +244,12 @@ def in_use(one: Running) -> tuple[str, list[str]]:
 @pytest.fixture
 def published(ready: kit.Engine) -> Iterator[kit.Engine]:
     """The host's shim at the path at which an agent publishes it, which is that of images."""
-    told, preload = harness.RUN_DIR / "containers", harness.RUN_DIR / "published.preload"
+    told, preload = RUN_DIR / "containers", RUN_DIR / "published.preload"
     text = told.read_text()
     put = [*ready.cave.prefix, "install", "-D", SHIM, IN_IMAGES]
     subprocess.run(list(map(str, put)), check=True, timeout=10)
     preload.write_text(f"{IN_IMAGES}\n")
-    told.write_text(f"shim {IN_IMAGES}\nsocket {harness.RUN_DIR}/shim\npreload {preload}\n")
+    told.write_text(f"shim {IN_IMAGES}\nsocket {RUN_DIR}/shim\npreload {preload}\n")
     yield ready
     told.write_text(text)
     preload.unlink()
@@ -254,7 +258,7 @@ def published(ready: kit.Engine) -> Iterator[kit.Engine]:
 def test_the_hosts_shim_is_in_use_where_there_is_one_and_else_the_images(published: kit.Engine) -> None:
     with container(published, "fgpu") as one:
         assert in_use(one) == (hashlib.sha256(SHIM.read_bytes()).hexdigest(), [str(IN_IMAGES)])
-    (harness.RUN_DIR / "containers").unlink()  # as where no agent runs
+    (RUN_DIR / "containers").unlink()  # as where no agent runs
     with container(published, "fgpu") as one:
         assert in_use(one) == (hashlib.sha256(OLDER).hexdigest(), [str(IN_IMAGES)])
     if isinstance(published, kit.Podman):  # Docker has CDI from version 25 on

@@ -6,11 +6,15 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import engine_kit as kit
-import harness
 import pytest
-from harness import CONTEXT, GIB
-from test_setup import seen
+
+from tests.engines.seen_kit import seen
+from tests.support.commands import ask, metrics
+from tests.support.containers import engines as kit
+from tests.support.host import CONTEXT, GIB, KINDS
+from tests.support.service import Service
+from tests.support.sim_driver import driver_books
+from tests.support.wait import eventually
 
 POLICY = f"""
 apiVersion: fgpu.dev/v1alpha1
@@ -23,7 +27,7 @@ spec:
 
 
 @pytest.fixture(scope="module")
-def anna(service: harness.Service, image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Rootless]:
+def anna(service: Service, image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Rootless]:
     """A user with an engine, and a policy for her slice."""
     work = tmp_path_factory.mktemp("rootless")
     with contextlib.ExitStack() as stack:
@@ -44,7 +48,7 @@ def assert_held(engine: kit.Rootless, *options: str) -> None:
     """One container fills what she has; her slice counts all that ever were."""
 
     def counted(kind: str) -> int:
-        slices = [t for t in harness.ask(verb="snapshot")["tenants"] if t["path"] == f"/{engine.group}"]
+        slices = [t for t in ask(verb="snapshot")["tenants"] if t["path"] == f"/{engine.group}"]
         return sum(device[f"{kind}_bytes"] for tenant in slices for device in tenant["devices"])
 
     before = counted("admitted"), counted("witnessed")
@@ -52,7 +56,7 @@ def assert_held(engine: kit.Rootless, *options: str) -> None:
         assert admitted == GIB - CONTEXT
         assert (counted("admitted") - before[0], counted("witnessed") - before[1]) == (admitted, admitted)  # it is live
         assert (counted("limit"), counted("used")) == (GIB, GIB)
-        held = [sum(process[f"{kind}_bytes"] for kind in harness.KINDS) for process in harness.driver_books()]
+        held = [sum(process[f"{kind}_bytes"] for kind in KINDS) for process in driver_books()]
         assert held == [GIB]
 
 
@@ -66,8 +70,8 @@ def test_no_flag_at_all_and_undone(ready: kit.Rootless) -> None:
     ready.setup("--undo")
     with ready.filled("free") as admitted:
         assert admitted > GIB - CONTEXT, "without the shim it is not refused: what was seen above was ours"
-        harness.eventually(lambda: seen()["used_bytes"] > GIB, 5, "what it took is charged to her")
-        (named,) = [value for (name, _), value in harness.metrics().items() if name == "fgpu_bypassing_processes"]
+        eventually(lambda: seen()["used_bytes"] > GIB, 5, "what it took is charged to her")
+        (named,) = [value for (name, _), value in metrics().items() if name == "fgpu_bypassing_processes"]
         assert named == 1
 
 

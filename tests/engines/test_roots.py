@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import engine_kit as kit
-import harness
 import pytest
-import roots_kit
-from harness import CONTEXT, GIB, MIB
+
+from tests.engines import roots_kit
+from tests.support.containers import engines as kit
+from tests.support.host import CONTEXT, GIB, MIB
+from tests.support.service import Service
+from tests.support.tenant import Tenant
 
 SHARES = {"1.5gib": 1536 * MIB, "2gib": 2 * GIB, "4gib": 4 * GIB, "8gib": 8 * GIB, "12gib": 12 * GIB}
 ALL = os.environ.get("FGPU_TEST_SCALE") == "full"
@@ -23,7 +25,7 @@ OUT_OF_MEMORY = 2
 
 
 @pytest.fixture(scope="module")
-def driver(service: harness.Service) -> Iterator[harness.Service]:
+def driver(service: Service) -> Iterator[Service]:
     """The agent, on a host whose driver any of these roots can load."""
     before = service.config.read_text()
     service.kill_agent()
@@ -36,7 +38,7 @@ def driver(service: harness.Service) -> Iterator[harness.Service]:
 
 
 @pytest.fixture(scope="module")
-def podman(driver: harness.Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Podman]:
+def podman(driver: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Podman]:
     """Podman, in a mount namespace of its own."""
     work = tmp_path_factory.mktemp("podman")
     cave = kit.Cave(work, driver.cdi)
@@ -60,7 +62,7 @@ def runtime(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def containers(
-    request: pytest.FixtureRequest, runtime: str, release: roots_kit.Release, driver: harness.Service, unharmed: None,
+    request: pytest.FixtureRequest, runtime: str, release: roots_kit.Release, driver: Service, unharmed: None,
     tmp_path: Path,
 ) -> Iterator[roots_kit.Images | roots_kit.Pods]:  # fmt: skip
     """Containers of that root, by that engine."""
@@ -74,7 +76,7 @@ def containers(
         place.close()
 
 
-def shown_in(tenant: harness.Tenant, limit: int) -> dict[str, Any]:
+def shown_in(tenant: Tenant, limit: int) -> dict[str, Any]:
     """What programs there are shown, as they say it."""
     shutil.copy(Path(__file__).with_name("seed_checks.py"), tenant.folder)
     said = tenant.run(f"python3 seed_checks.py {limit - CONTEXT}", 60)

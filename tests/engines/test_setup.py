@@ -10,10 +10,15 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import engine_kit as kit
-import harness
 import pytest
-from harness import CONTEXT, GIB
+
+from tests.engines.seen_kit import seen
+from tests.support.commands import ask
+from tests.support.containers import engines as kit
+from tests.support.host import CONTEXT, GIB, KINDS, RUN_DIR, SHIM
+from tests.support.service import Service
+from tests.support.sim_driver import driver_books
+from tests.support.wait import eventually
 
 podman_alone = pytest.mark.parametrize("engine", ["podman"], indirect=True)
 with_cdi = pytest.mark.parametrize("engine", [name for name, kind in kit.ALL.items() if kind.cdi], indirect=True)
@@ -29,7 +34,7 @@ spec:
 
 
 @pytest.fixture(scope="package")
-def set_up(engine: kit.Engine, service: harness.Service) -> Iterator[kit.Engine]:
+def set_up(engine: kit.Engine, service: Service) -> Iterator[kit.Engine]:
     """An engine set up as `fgpu setup` does, with a policy for its containers."""
     with kit.policy(service, "engine.yaml", POLICY.format(group=engine.group)):
         engine.setup()
@@ -43,18 +48,12 @@ def ready(set_up: kit.Engine, unharmed: None) -> kit.Engine:
     return set_up
 
 
-def seen() -> dict:
-    """The one tenant that holds something, in the Snapshot of this moment."""
-    (tenant,) = [t for t in harness.ask(verb="snapshot")["tenants"] if t["processes"]]
-    return tenant["devices"][0]
-
-
 def assert_held(engine: kit.Engine, *options: str, image: str = "plain") -> None:
     with engine.filled("held", *options, image=image) as admitted:
         found = seen()
         assert found["admitted_bytes"] == found["witnessed_bytes"] == admitted == GIB - CONTEXT, found  # it is live
         assert (found["limit_bytes"], found["used_bytes"]) == (GIB, GIB)
-        held = [sum(process[f"{kind}_bytes"] for kind in harness.KINDS) for process in harness.driver_books()]
+        held = [sum(process[f"{kind}_bytes"] for kind in KINDS) for process in driver_books()]
         assert held == [GIB]
 
 
@@ -112,7 +111,7 @@ spec:
 
 
 @pytest.fixture
-def labelled(ready: kit.Podman, service: harness.Service, image: Path) -> Iterator[kit.Podman]:
+def labelled(ready: kit.Podman, service: Service, image: Path) -> Iterator[kit.Podman]:
     """Podman's socket, where the agent looks for it, a policy by label, and an image with labels of its own."""
     ready.load(image, "asks", {"tier": "notebook", "fgpu.dev/memory": "2GiB"})
     with kit.policy(service, "a-label.yaml", BY_LABEL), ready.serving(service.podman):
@@ -135,13 +134,13 @@ def test_labels_of_podmans_containers(
     """Docker's are tested in tests/e2e."""
 
     def has() -> tuple[str, int] | None:
-        found = [t for t in harness.ask(verb="snapshot")["tenants"] if t["tenant"] == "labelled"]
+        found = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == "labelled"]
         return (found[0]["policy"], found[0]["devices"][0]["limit_bytes"]) if found else None
 
     try:
         done = labelled.run("labelled", *options, image=which, command="sleep 60")
         assert done.returncode == 0, done.stderr
-        harness.eventually(lambda: has() == expected, 10, f"{expected}, not {has()}")
+        eventually(lambda: has() == expected, 10, f"{expected}, not {has()}")
     finally:
         labelled.remove("labelled")
 
@@ -160,20 +159,20 @@ def test_an_image_with_preloads_of_its_own(ready: kit.Engine, image: Path, tmp_p
     root = tmp_path / "root"
     shutil.copytree(image, root, symlinks=True)
     (root / "etc/ld.so.preload").write_text("# ours\n/opt/build/sim/lib/libcuda.so.1 /usr/lib/old/libfgpu.so\n")
-    older = root / str(harness.SHIM).lstrip("/")  # where the host's will be
+    older = root / str(SHIM).lstrip("/")  # where the host's will be
     older.parent.mkdir(parents=True)
     older.write_text("an older one")
     ready.load(root, "preloads")
     done = ready.run("lists", image="preloads", command="cat /etc/ld.so.preload")
     assert done.returncode == 0, done.stderr
-    lines = harness.eventually(lambda: ready.call("logs", "lists").stdout, 10, "what it preloads").splitlines()
+    lines = eventually(lambda: ready.call("logs", "lists").stdout, 10, "what it preloads").splitlines()
     ready.remove("lists")
-    assert lines == ["/opt/build/sim/lib/libcuda.so.1", str(harness.SHIM)], "its own, not its shim, then the host's"
+    assert lines == ["/opt/build/sim/lib/libcuda.so.1", str(SHIM)], "its own, not its shim, then the host's"
     assert_held(ready, image="preloads")
 
 
 def test_a_set_up_that_cannot_work_says_so(ready: kit.Engine) -> None:
-    told = harness.RUN_DIR / "containers"
+    told = RUN_DIR / "containers"
     text = told.read_text()
     told.write_text("nothing of use\n")
     try:
@@ -193,10 +192,10 @@ def assert_share(engine: kit.Engine, name: str, limit: int) -> None:
 
 
 @with_cdi
-def test_an_engine_with_cdi_gives_shares(ready: kit.Engine, service: harness.Service) -> None:
+def test_an_engine_with_cdi_gives_shares(ready: kit.Engine, service: Service) -> None:
     assert_share(ready, "2gib", 2 * GIB)
     assert_share(ready, "8gib", 3 * GIB)  # the policy allows no more
-    uuid = harness.ask(verb="snapshot")["devices"][0]["uuid"]
+    uuid = ask(verb="snapshot")["devices"][0]["uuid"]
     spec = service.cdi / "mine.json"
     spec.write_text((service.cdi / "fgpu.dev-share.json").read_text().replace('"2gib"', f'"2gib:{uuid}"'))
     try:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import engine_kit as kit
-import harness
 import pytest
-from harness import CONTEXT, GIB, MIB
+
+from tests.support import host
+from tests.support.commands import ask, fgpu
+from tests.support.containers import engines as kit
+from tests.support.host import CONTEXT, GIB, MIB, REFUSED, RUN_DIR, SHIM
+from tests.support.service import Service
+from tests.support.tenant import Client, Tenant
 
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
@@ -23,9 +28,7 @@ spec:
 
 
 @pytest.fixture(params=["runc", "crun"])
-def bundles(
-    request: pytest.FixtureRequest, service: harness.Service, unharmed: None, tmp_path: Path
-) -> Iterator[kit.Bundles]:
+def bundles(request: pytest.FixtureRequest, service: Service, unharmed: None, tmp_path: Path) -> Iterator[kit.Bundles]:
     """Containers that ask for devices."""
     place = kit.Bundles(tmp_path, request.param)
     place.spec = json.loads((service.cdi / "fgpu.dev-share.json").read_text())
@@ -34,13 +37,13 @@ def bundles(
 
 
 @pytest.fixture
-def policy(service: harness.Service) -> Iterator[None]:
+def policy(service: Service) -> Iterator[None]:
     """1 GiB, and up to 3 for those who ask."""
     with kit.policy(service, "engines.yaml", POLICY):
         yield
 
 
-def assert_held(tenant: harness.Tenant, limit: int) -> None:
+def assert_held(tenant: Tenant, limit: int) -> None:
     """Enforcement is live, and the limit holds to the byte by the driver's own books."""
     client = tenant.client()
     with tenant.growing():
@@ -48,7 +51,7 @@ def assert_held(tenant: harness.Tenant, limit: int) -> None:
         free, total = client.ok("info")
         assert (free, total) == (limit - CONTEXT, limit)
         client.ok(f"alloc {limit - CONTEXT}")
-    assert client.do(f"alloc {2 * MIB}") == harness.REFUSED
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
     assert tenant.driver() == limit
     assert tenant.assert_exact() == limit
 
@@ -61,11 +64,11 @@ def test_a_share_is_the_limit(bundles: kit.Bundles) -> None:
 def test_a_share_of_a_device_and_of_its_time(bundles: kit.Bundles) -> None:
     bundles.device = "25pct-25pct"
     tenant = bundles.tenant(None)
-    usable = harness.ask(verb="snapshot")["devices"][0]["capacity_bytes"]
+    usable = ask(verb="snapshot")["devices"][0]["capacity_bytes"]
     limit = tenant.memory()["limit_bytes"]
     assert abs(limit - usable / 4) <= 512 * MIB, (limit, usable)
     assert_held(tenant, limit)
-    said = json.loads(harness.fgpu("explain", tenant.path, "--json").stdout)
+    said = json.loads(fgpu("explain", tenant.path, "--json").stdout)
     assert said["levels"][0]["by"] == "share"
     assert said["levels"][0]["compute"][0]["limit_ratio"] == 0.25
 
@@ -77,11 +80,11 @@ def test_a_policy_bounds_what_a_share_asks_for(bundles: kit.Bundles, policy: Non
         bundles.wrapped = not device
         tenant = bundles.tenant(None)
         assert_held(tenant, limit)
-    lines = harness.fgpu("explain", bundles.tenants[1].path).stdout
+    lines = fgpu("explain", bundles.tenants[1].path).stdout
     assert "fgpu.dev/memory asks for 8GiB of device 0, the policy allows 3GiB" in lines
 
 
-def test_a_share_outlives_the_agent(bundles: kit.Bundles, service: harness.Service) -> None:
+def test_a_share_outlives_the_agent(bundles: kit.Bundles, service: Service) -> None:
     bundles.device = "2gib"
     tenant = bundles.tenant(None)
     service.kill_agent()
@@ -90,16 +93,46 @@ def test_a_share_outlives_the_agent(bundles: kit.Bundles, service: harness.Servi
     assert tenant.view()["tenant"] == tenant.name
 
 
+def assert_still(tenant: Tenant, client: Client, limit: int) -> None:
+    """A program that has all of its limit gets no byte more, and gets again what it frees."""
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert client.ok("info")[1] == limit
+    assert tenant.memory()["limit_bytes"] == limit
+    client.ok("drop 1")
+    client.ok(f"alloc {2 * MIB}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert tenant.driver() == limit
+
+
+def test_a_share_outlives_what_is_set_beside_it(bundles: kit.Bundles, service: Service) -> None:
+    bundles.device = "2gib"
+    tenant = bundles.tenant(None)
+    tenant.assert_enforced()
+    client = tenant.client()
+    client.ok("context")
+    client.ok(f"fill {2 * MIB} 0", 120)
+    assert_still(tenant, client, 2 * GIB)
+    for command, ratio in ((("set", tenant.path, "--compute", "25%"), 0.25), (("unset", tenant.path), None)):
+        fgpu(*command)
+        assert_still(tenant, client, 2 * GIB)
+        service.kill_agent()
+        service.start_agent()
+        assert_still(tenant, client, 2 * GIB)
+        compute = tenant.memory()["compute"]
+        assert (compute["limit_ratio"] if compute else None) == ratio
+    assert tenant.view()["source"] == "share"
+
+
 def test_nothing_in_the_container_can_change_it(bundles: kit.Bundles) -> None:
     bundles.device = "2gib"
     tenant = bundles.tenant(None)
-    paths = ["/etc/ld.so.preload", "/run/fgpu/shim/x", str(harness.SHIM)]
+    paths = ["/etc/ld.so.preload", "/run/fgpu/shim/x", str(SHIM)]
     script = tenant.folder / "try.sh"
     script.write_text("".join(f"(echo x >{path}) 2>&1\n" for path in paths) + "ls /run/fgpu\n")
     said = tenant.run(f"sh {script}").splitlines()
     assert [line.rsplit(": ", 1)[-1] for line in said[:3]] == ["Read-only file system"] * 3, said
     assert said[3:] == ["shim"], "not the control socket"
-    client = tenant.client("env -i LD_LIBRARY_PATH=" + harness.ENVIRONMENT["LD_LIBRARY_PATH"] + " FGPU_SHARE=12gib")
+    client = tenant.client("env -i LD_LIBRARY_PATH=" + host.ENVIRONMENT["LD_LIBRARY_PATH"] + " FGPU_SHARE=12gib")
     assert client.ok("info") == [2 * GIB - CONTEXT, 2 * GIB]
 
 
@@ -125,13 +158,13 @@ def test_two_shares(bundles: kit.Bundles) -> None:
     two, four = (device["containerEdits"]["hooks"] for device in bundles.spec["devices"][:2])
     two += four
     said = refused(bundles)
-    assert "it has fgpu.dev/share=2gib already: ask for one" in said or bundles._runtime == "crun", said
+    assert "it has fgpu.dev/share=2gib already: ask for a single share" in said or bundles._runtime == "crun", said
 
 
-def test_no_agent_no_share(bundles: kit.Bundles, service: harness.Service) -> None:
+def test_no_agent_no_share(bundles: kit.Bundles, service: Service) -> None:
     service.kill_agent()
     try:
-        (harness.RUN_DIR / "control.sock").unlink(missing_ok=True)
+        (RUN_DIR / "control.sock").unlink(missing_ok=True)
         bundles.device = "2gib"
         said = refused(bundles)
         assert "no agent answers that could limit it" in said or bundles._runtime == "crun", said
@@ -139,9 +172,9 @@ def test_no_agent_no_share(bundles: kit.Bundles, service: harness.Service) -> No
         service.start_agent()
 
 
-def test_a_hook_that_is_not_the_hosts_changes_nothing(service: harness.Service) -> None:
+def test_a_hook_that_is_not_the_hosts_changes_nothing(service: Service) -> None:
     """Anybody may run the helper; the agent listens to root on the host alone, about containers alone."""
-    state = json.dumps({"pid": 1, "id": "x"})
+    state = json.dumps({"pid": os.getpid(), "id": "x"})
     call = [kit.HELPER, "share", "2gib"]
     nobody = subprocess.run(
         ["setpriv", "--reuid=65534", "--clear-groups", *call], input=state, capture_output=True, text=True, check=False
@@ -150,4 +183,4 @@ def test_a_hook_that_is_not_the_hosts_changes_nothing(service: harness.Service) 
     own = subprocess.run(call, input=state, capture_output=True, text=True, check=False)
     assert own.returncode == 1
     assert "the container has no cgroup (version 2) of its own" in own.stderr
-    assert not [t for t in harness.ask(verb="snapshot")["tenants"] if t["path"] == "/"]
+    assert not [t for t in ask(verb="snapshot")["tenants"] if t["path"] == "/"]

@@ -5,13 +5,14 @@
  * An input: how many descriptors come (1 byte), what each is (1 byte each, below), then changes to an answer and pages
  * that are right: place (2 bytes, of all of them one after the other) and value (8 bytes).
  */
-#include "../../shim/hello.c"
+#include "../../shim/link/hello.c"
 
 #include <stdlib.h>
 
-#include "../../shim/admit.h"
-#include "../../shim/books.h"
-#include "../../shim/orphans.h"
+#include "../../shim/account/account.h"
+#include "../../shim/account/orphans.h"
+#include "../../shim/link/link.h"
+#include "../../shim/standalone/standalone.h"
 
 #define FILES 10
 #define USAGE (2 * FGPU_PAGE_BYTES)
@@ -37,17 +38,17 @@ uint64_t fgpu_now(void)
     return now += 1000; /* no test of time */
 }
 struct fgpu_view fgpu_look(void) { return view; }
-unsigned fgpu_stand_rows(int index, struct fgpu_row *rows, unsigned most)
+unsigned fgpu_standalone_rows(int index, struct fgpu_row *rows, unsigned most)
 {
     return (void)index, (void)rows, (void)most, 0;
 }
-void fgpu_standing_refresh(void) {}
-int fgpu_stand_device(const uint8_t wanted[16]) { return (void)wanted, -1; }
+void fgpu_standalone_refresh(void) {}
+int fgpu_standalone_device(const uint8_t wanted[16]) { return (void)wanted, -1; }
 
 /* What asks the kernel is not called here. */
 #define NEVER(type, name, ...)                                                                                         \
     type name(__VA_ARGS__) { __builtin_trap(); }
-__thread bool fgpu_beside;
+__thread bool fgpu_calls_second;
 _Atomic bool fgpu_contexts_ended;
 NEVER(bool, fgpu_current_is_gone, void)
 NEVER(bool, fgpu_has_orphans, struct fgpu_view, int)
@@ -56,8 +57,8 @@ NEVER(struct fgpu_view, fgpu_insist, void)
 NEVER(uint64_t, fgpu_ticket, void)
 NEVER(bool, fgpu_pools_yield, CUdevice)
 NEVER(int, fgpu_ask, struct fgpu_view, unsigned, uint64_t, unsigned, uint64_t)
-NEVER(bool, fgpu_stand_charge, unsigned, uint64_t)
-NEVER(void, fgpu_stand_release, unsigned, uint64_t)
+NEVER(bool, fgpu_standalone_charge, unsigned, uint64_t)
+NEVER(void, fgpu_standalone_release, unsigned, uint64_t)
 NEVER(void, fgpu_grant_made, unsigned, uint64_t, unsigned, uint64_t, uint64_t)
 NEVER(void, fgpu_release_here, unsigned, uint64_t, unsigned, uint64_t)
 NEVER(void, fgpu_settle_here, uint64_t, uint64_t, unsigned, uint64_t)

@@ -14,10 +14,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 _SANITIZED = ("-std=gnu11", "-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 _CHECKS = "address,undefined"
-_SIMD = [
-    *("clients", "dump", "faults", "lanes", "ledger", "link", "local", "managed"),
-    *("meters", "models", "requests", "shares", "turns", "views"),
-]
+_SERVER_MAIN = ROOT / "sim/server/main.c"  # fuzz_server.c includes it
+_SERVER_SOURCES = sorted({*(ROOT / "sim/server").rglob("*.c"), ROOT / "sim/wire/link.c"} - {_SERVER_MAIN})
+_SERVER = tuple(str(path.relative_to(ROOT)) for path in _SERVER_SOURCES)
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,15 @@ HARNESSES = {
     for harness in (
         Harness(
             "answer",
-            ("shim/processes.c", "shim/view.c", "shim/admit.c"),
+            (
+                "shim/account/admit.c",
+                "shim/account/capture_mode.c",
+                "shim/account/device.c",
+                "shim/hooks/processes.c",
+                "shim/hooks/view.c",
+            ),
             (f"-I{ROOT}/shim", f"-I{ROOT}/bpf", "-fvisibility=hidden", "-fno-strict-aliasing"),
         ),
-        Harness("server", tuple(f"sim/{part}.c" for part in _SIMD), (f"-I{ROOT}/sim", "-D_GNU_SOURCE", "-pthread")),
+        Harness("server", _SERVER, (f"-I{ROOT}/sim", "-D_GNU_SOURCE", "-pthread")),
     )
 }

@@ -17,18 +17,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fuzz_policy import Gpu
-
-from fgpu_ebpf.enforcer import Enforcer
-from fgpu_ebpf.gone_tenants import GoneTenants
-from fgpu_ebpf.history import History
-from fgpu_ebpf.manager import Manager
-from fgpu_ebpf.overrides import Overrides
-from fgpu_ebpf.policy import PolicySet
-from fgpu_ebpf.policyfile import read
-from fgpu_ebpf.server import ControlServer
+from fgpu_ebpf.api.control_server import ControlServer
+from fgpu_ebpf.policy.parse import read
+from fgpu_ebpf.policy.rules import PolicySet
 from fgpu_ebpf.snapshot import Snapshot
-from fgpu_ebpf.workloads import Workloads
+from fgpu_ebpf.tenancy.enforcer import Enforcer
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.gone_tenants import GoneTenants
+from fgpu_ebpf.tenancy.manager import Manager
+from fgpu_ebpf.tenancy.overrides import Overrides
+from fgpu_ebpf.workloads.cgroups import Workloads
+from tests.fuzz.fuzz_policy import Gpu
 
 VERBS = ("ping", "snapshot", "metrics", "explain", "events", "reload", "put", "drop", "run", "share", "detach")
 WORDS = (
@@ -91,7 +90,7 @@ class Fuzzer:
         run.mkdir()
         for inner in ("a/b", "a/c", "c1f3a.scope"):
             (cgroups / inner).mkdir(parents=True)
-        workloads, history = Workloads(cgroups), History()
+        workloads, history = Workloads(cgroups), EventLog()
         ledger: Any = Ledger()
         enforcer = Enforcer(ledger, workloads, [Gpu()], overcommit=False)
         overrides = Overrides(run / "overrides.json")

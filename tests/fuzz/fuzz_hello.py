@@ -14,13 +14,13 @@ import struct
 import tempfile
 from pathlib import Path
 
-from fgpu_ebpf import pages
-from fgpu_ebpf.callers import HELLO_BYTES, Caller, Callers
-from fgpu_ebpf.door import Door
-from fgpu_ebpf.glance import Standing
+from fgpu_ebpf import abi
+from fgpu_ebpf.gatekeeper.connections import HELLO_BYTES, Connection, Connections
+from fgpu_ebpf.gatekeeper.ledger_cache import ManagedState
+from fgpu_ebpf.gatekeeper.listener import Listener
 
-HEAD = struct.pack("<IHH", pages.MAGIC, pages.LAYOUT, HELLO_BYTES)
-WORDS = (HEAD, HEAD[:4], bytes(HELLO_BYTES - 8), struct.pack("<H", pages.LAYOUT + 1), struct.pack("<H", 0xFFFF))
+HEAD = struct.pack("<IHH", abi.MAGIC, abi.LAYOUT, HELLO_BYTES)
+WORDS = (HEAD, HEAD[:4], bytes(HELLO_BYTES - 8), struct.pack("<H", abi.LAYOUT + 1), struct.pack("<H", 0xFFFF))
 FILES, TWICE, HANG_UP = 1, 2, 4
 
 
@@ -33,19 +33,19 @@ class Fuzzer:
         self._counts = dict.fromkeys(
             ("malformed", "gone", "silent", "hello_unanswered", "dropped_tenant", "dropped_total"), 0
         )
-        self._heard: list[Caller] = []
-        standing = Standing(False, 7)
-        self._callers = Callers(
-            self._selector, self._counts, lambda pid, cgroup: (1, standing), self._look, lambda pid: None
+        self._heard: list[Connection] = []
+        managed_state = ManagedState(False, 7)
+        self._callers = Connections(
+            self._selector, self._counts, lambda pid, cgroup: (1, managed_state), self._look, lambda pid: None
         )
-        self._door = Door(Path(self._folder.name))
+        self._door = Listener(Path(self._folder.name))
         self._door.open()
         self._files = self._descriptors()
 
     def _descriptors(self) -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    def _look(self, caller: Caller) -> None:
+    def _look(self, caller: Connection) -> None:
         self._heard.append(caller)
         self._callers.drop(caller, "gone")
 
@@ -61,7 +61,7 @@ class Fuzzer:
                     sock.send(message)
             if how & HANG_UP:
                 sock.close()
-            self._callers.accept(self._door.listener)
+            self._callers.accept(self._door.socket)
             while self._callers.pending():  # a turn is short, by the clock
                 self._callers.serve()
         for key, _ in self._selector.select(0):  # who sent nothing has hung up by now

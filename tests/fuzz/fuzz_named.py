@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-from fgpu_ebpf.discovery import Discovery
+from fgpu_ebpf.driver.discovery import Discovery
 
 WORDS = (b'{"tgid": 1, "others": [2, 3]}', b'"tgid"', b'"others"', b"[", b"]", b"{", b"}", b":", b",", b"null", b"NaN",
          b"Infinity", b"1e400", b"9" * 5000, b"[" * 3000, b'"1"', b"\xef\xbb\xbf")  # fmt: skip

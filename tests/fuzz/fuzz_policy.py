@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fgpu_ebpf import policyfile
-from fgpu_ebpf.identity import Workload
-from fgpu_ebpf.policy import PolicySet
+from fgpu_ebpf.policy import parse
+from fgpu_ebpf.policy.rules import PolicySet
+from fgpu_ebpf.workloads.workload import Workload
 
 WORDS = (
     *(b"apiVersion: fgpu.dev/v1alpha1\n", b"kind: GpuPolicy\n", b"metadata:", b"name:", b"spec:", b"selector:"),
@@ -36,7 +36,7 @@ class Fuzzer:
     """One file."""
 
     def __call__(self, data: bytes) -> None:
-        policies, faults = policyfile.read("p.yaml", data)
+        policies, faults = parse.read("p.yaml", data)
         assert not (policies and faults)
         lines = len(data.decode(errors="replace").splitlines()) + data.count(b"\r") + 2
         for fault in faults:

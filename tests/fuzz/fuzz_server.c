@@ -5,7 +5,7 @@
  * An input: requests of 12 bytes, each by one of three programs. Numbers are taken from a table, so that they meet.
  */
 #define main simd_main
-#include "../../sim/simd.c"
+#include "../../sim/server/main.c"
 #undef main
 
 #include <sys/time.h>
@@ -102,7 +102,7 @@ static void ask(const uint8_t *data)
                                   .flags = data[7],
                                   .parties = data[8] % 20,
                                   .key = number(data[9]),
-                                  .lane = number(data[10])};
+                                  .queue = number(data[10])};
     if (data[11] & 1) {
         request.context = keys[0];
         request.requested = keys[1];
@@ -136,7 +136,7 @@ static void end_all(void)
             if (events[i].data.u64 >= TAG_EXPORT) share_export_ends((uint32_t)(events[i].data.u64 - TAG_EXPORT));
     for (uint32_t i = 0; i < server.n_gpus; i++)
         CHECK(!server.gpus[i].used && !server.gpus[i].driver && !server.gpus[i].exported && !server.gpus[i].resident);
-    CHECK(!server.n_closed && !server.n_attached && !server.n_held && !lanes_any());
+    CHECK(!server.n_closed && !server.n_attached && !server.n_held && !queues_any());
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

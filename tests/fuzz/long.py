@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from fuzz_c import HARNESSES
-from fuzz_kit import CORPUS, MOST_BYTES
+from tests.fuzz.corpora import CORPUS, MOST_BYTES
+from tests.fuzz.fuzz_c import HARNESSES
 
 RUNS = 10_000_000
 LOOK_RUNS = 100_000
@@ -32,7 +32,7 @@ class Watched:
         import atheris
 
         with atheris.instrument_imports(include=["fgpu_ebpf", "yaml"]):
-            self._fuzzer = importlib.import_module(f"fuzz_{name}").Fuzzer()
+            self._fuzzer = importlib.import_module(f"tests.fuzz.fuzz_{name}").Fuzzer()
         self._runs = self._blocks = 0
 
     def __call__(self, data: bytes) -> None:
@@ -48,7 +48,7 @@ class Watched:
 
 def words(path: Path, name: str) -> Path:
     """A dictionary as libFuzzer reads it."""
-    found = importlib.import_module(f"fuzz_{name}").WORDS
+    found = importlib.import_module(f"tests.fuzz.fuzz_{name}").WORDS
     path.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word[:64]) + '"\n' for word in found))
     return path
 

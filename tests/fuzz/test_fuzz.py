@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import fuzz_kit
 import pytest
-from fuzz_c import HARNESSES, ROOT
-from fuzz_kit import HERE
+
+from tests.fuzz import corpora, fuzz_kit
+from tests.fuzz.corpora import HERE
+from tests.fuzz.fuzz_c import HARNESSES, ROOT
 
 PYTHON = sorted(
     path.stem.removeprefix("fuzz_") for path in HERE.glob("fuzz_*.py") if path.stem not in ("fuzz_kit", "fuzz_c")
@@ -33,25 +34,25 @@ def run(*command: object) -> str:
 @pytest.mark.parametrize("name", PYTHON)
 def test_python(name: str, scale: Callable[[int, int, int], int]) -> None:
     runs = scale(*COUNTS)
-    inputs, done, grown = map(int, SAID.findall(run(sys.executable, HERE / "fuzz_kit.py", name, runs))[0])
+    inputs, done, grown = map(int, SAID.findall(run(sys.executable, "-m", "tests.fuzz.fuzz_kit", name, runs))[0])
     assert (inputs >= 6, done) == (True, runs)
-    assert grown <= fuzz_kit.MIB
+    assert grown <= corpora.MIB
 
 
 @pytest.mark.parametrize("name", HARNESSES)
 def test_c(name: str, scale: Callable[[int, int, int], int], tmp_path: Path) -> None:
     runs = scale(*COUNTS)
     program = HARNESSES[name].build(tmp_path)
-    inputs, done, grown = map(int, SAID.findall(run(program, fuzz_kit.CORPUS / name, runs))[0])
+    inputs, done, grown = map(int, SAID.findall(run(program, corpora.CORPUS / name, runs))[0])
     assert (inputs >= 6, done) == (True, runs)
-    assert grown <= fuzz_kit.MIB
+    assert grown <= corpora.MIB
 
 
 def test_every_corpus_has_its_fuzzer() -> None:
-    assert {path.name for path in fuzz_kit.CORPUS.iterdir()} == {*PYTHON, *HARNESSES}
+    assert {path.name for path in corpora.CORPUS.iterdir()} == {*PYTHON, *HARNESSES}
 
 
 def test_growth_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the tests above would prove nothing of it."""
     kept: list[bytes] = []
-    assert fuzz_kit.run(lambda data: kept.append(data + b"x" * (1 << 15)), "hello", 2_000) > fuzz_kit.MIB
+    assert fuzz_kit.run(lambda data: kept.append(data + b"x" * (1 << 15)), "hello", 2_000) > corpora.MIB

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hello_client import until
 
-from fgpu_ebpf import procfs
-from fgpu_ebpf.ledger import Ledger, LevelLimits
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.level_limits import LevelLimits
+from fgpu_ebpf.linux import procfs
+from tests.gatekeeper.hello_client import until
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -75,7 +76,7 @@ def pins() -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("needs root: BPF and cgroups")
     base = Path(f"/sys/fs/bpf/fgpu-gatekeeper-test-{os.getpid()}")
-    loader = ["/usr/bin/python3", "-I", ROOT / "fgpu_ebpf" / "loader.py", ROOT / "bpf", base]
+    loader = ["/usr/bin/python3", "-I", ROOT / "fgpu_ebpf/driver/loader.py", ROOT / "bpf", base]
     try:
         subprocess.run(loader, check=True)
         yield base

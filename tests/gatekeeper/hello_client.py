@@ -10,33 +10,33 @@ import pickle
 import signal
 import socket
 import struct
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import abi
+from tests.support.wait import eventually
 
 
 def request(**changes: Any) -> bytes:
     """A well-formed hello, with some fields changed."""
-    size = ctypes.sizeof(pages.Hello)
-    return bytes(pages.Hello(**{"magic": pages.MAGIC, "version": pages.LAYOUT, "size": size, **changes}))
+    size = ctypes.sizeof(abi.Hello)
+    return bytes(abi.Hello(**{"magic": abi.MAGIC, "version": abi.LAYOUT, "size": size, **changes}))
 
 
 @dataclass
 class Reply:
     """An answer and its descriptors: control, status, usage pages leaf first."""
 
-    answer: pages.Answer
+    answer: abi.Answer
     fds: list[int]
     maps: list[mmap.mmap] = field(default_factory=list)
 
-    def page(self, place: int, form: type[ctypes.Structure] = pages.ControlPage) -> Any:
+    def page(self, place: int, form: type[ctypes.Structure] = abi.ControlPage) -> Any:
         """A live view of one page."""
-        memory = mmap.mmap(self.fds[place], pages.PAGE_BYTES, prot=mmap.PROT_READ)
+        memory = mmap.mmap(self.fds[place], abi.PAGE_BYTES, prot=mmap.PROT_READ)
         self.maps.append(memory)
         return Live(memory, form)
 
@@ -78,9 +78,9 @@ def receive(sock: socket.socket) -> Reply | None:
         return None
     if not data:
         return None
-    assert len(data) == ctypes.sizeof(pages.Answer)
+    assert len(data) == ctypes.sizeof(abi.Answer)
     assert not flags & socket.MSG_CTRUNC
-    return Reply(pages.Answer.from_buffer_copy(data), list(fds))
+    return Reply(abi.Answer.from_buffer_copy(data), list(fds))
 
 
 class Child:
@@ -132,8 +132,4 @@ def in_cgroup(cgroup: Path, work: Callable[..., Any], *args: Any, uid: int = 0) 
 
 def until(true: Callable[[], Any], patience: float = 3.0) -> Any:
     """Wait until something holds; answers it."""
-    end = time.monotonic() + patience
-    while not (found := true()):
-        assert time.monotonic() < end, f"not within {patience} s"
-        time.sleep(0.01)
-    return found
+    return eventually(true, patience)

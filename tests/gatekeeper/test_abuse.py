@@ -22,10 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import GIB, Keeper
-from hello_client import Child, connect, hello, in_cgroup, receive, request, until
 
-from fgpu_ebpf import bpf, pages
+from fgpu_ebpf import abi
+from fgpu_ebpf.linux import bpf
+from tests.gatekeeper.conftest import GIB, Keeper
+from tests.gatekeeper.hello_client import Child, connect, hello, in_cgroup, receive, request, until
+from tests.gatekeeper.waits_kit import prompt, waits
 
 Make = Callable[..., Path]
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -45,12 +47,12 @@ def try_pwrite(fd: int) -> None:
 
 
 def try_map(fd: int) -> None:
-    mmap.mmap(fd, pages.PAGE_BYTES)[:64] = b"\xff" * 64
+    mmap.mmap(fd, abi.PAGE_BYTES)[:64] = b"\xff" * 64
 
 
 def try_protect(fd: int) -> None:
-    address = LIBC.mmap(None, pages.PAGE_BYTES, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-    if LIBC.mprotect(ctypes.c_void_p(address), pages.PAGE_BYTES, mmap.PROT_READ | mmap.PROT_WRITE) != 0:
+    address = LIBC.mmap(None, abi.PAGE_BYTES, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if LIBC.mprotect(ctypes.c_void_p(address), abi.PAGE_BYTES, mmap.PROT_READ | mmap.PROT_WRITE) != 0:
         raise OSError(ctypes.get_errno(), "mprotect")
     ctypes.memset(address, 0xFF, 64)
 
@@ -69,13 +71,13 @@ def try_truncate(fd: int) -> None:
 
 def try_reopen_and_resize(fd: int) -> None:
     again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
-    for size in (0, 2 * pages.PAGE_BYTES):
+    for size in (0, 2 * abi.PAGE_BYTES):
         os.ftruncate(again, size)
 
 
 def try_punch(fd: int) -> None:
     again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
-    if LIBC.fallocate(again, 3, ctypes.c_long(0), ctypes.c_long(pages.PAGE_BYTES)) != 0:
+    if LIBC.fallocate(again, 3, ctypes.c_long(0), ctypes.c_long(abi.PAGE_BYTES)) != 0:
         raise OSError(ctypes.get_errno(), "fallocate")
 
 
@@ -89,7 +91,7 @@ def try_chmod(fd: int) -> None:
 
 
 def try_map_update(fd: int) -> None:
-    bpf.update(fd, bytes(4), b"\xff" * pages.PAGE_BYTES)
+    bpf.update(fd, bytes(4), b"\xff" * abi.PAGE_BYTES)
 
 
 def try_map_delete(fd: int) -> None:
@@ -127,7 +129,7 @@ def attack(run: Path, become: Callable[[], None], times: int) -> list[str]:
     """Every form on every page, so often; answers those that went through."""
     reply = hello(run)
     assert reply
-    control, usage = reply.page(0), reply.page(2, pages.UsagePage)
+    control, usage = reply.page(0), reply.page(2, abi.UsagePage)
     before = control.version, control.flags, bytes(control.boot), usage.version, usage.cgroup, usage.devices[0].limit
     become()
     through = []
@@ -155,7 +157,7 @@ def test_no_form_of_writing_reaches_a_page(
     def neighbour() -> tuple[int, int, int]:
         reply = hello(keeper.run)
         assert reply
-        control, usage = reply.page(0), reply.page(2, pages.UsagePage)
+        control, usage = reply.page(0), reply.page(2, abi.UsagePage)
         os.write(ready, b".")
         os.read(done, 1)
         last = control.heartbeat_ns
@@ -174,7 +176,7 @@ def test_the_forms_of_attack_work_on_a_page_without_seals() -> None:
     """Else the test above would prove nothing."""
     for form in CONTROL:
         fd = os.memfd_create("open", os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, pages.PAGE_BYTES)
+        os.ftruncate(fd, abi.PAGE_BYTES)
         form(fd)
         os.close(fd)
 
@@ -183,8 +185,8 @@ def test_the_status_page_is_the_tenants_but_keeps_its_size(keeper: Keeper, tenan
     def use() -> list[str]:
         reply = hello(keeper.run)
         assert reply
-        memory = mmap.mmap(reply.fds[1], pages.PAGE_BYTES)
-        page = pages.StatusPage.from_buffer(memory)
+        memory = mmap.mmap(reply.fds[1], abi.PAGE_BYTES)
+        page = abi.StatusPage.from_buffer(memory)
         page.devices[0].waiting = 1
         through = []
         for form in (try_truncate, try_reopen_and_resize, try_seal):
@@ -229,7 +231,7 @@ def test_what_a_hello_says_of_itself_is_ignored(keeper: Keeper, tenant: Make, sc
                 send_as(sock, payload, victim.pid, uid)
                 reply = receive(sock)
             assert reply
-            wrong += reply.page(2, pages.UsagePage).cgroup != mine
+            wrong += reply.page(2, abi.UsagePage).cgroup != mine
             reply.maps.pop().close()
             reply.close()
         return wrong
@@ -314,25 +316,6 @@ def test_descriptors_sent_along_are_not_kept(keeper: Keeper, tenant: Make) -> No
 
 
 # -- T8, T9: silence and floods -------------------------------------------------------------------------------------
-
-
-def waits(run: Path, number: int) -> tuple[list[float], float]:
-    """Seconds that each of so many hellos took; how far a plain sleep overshot meanwhile: the machine's own noise."""
-    took, noise = [], 0.0
-    for _ in range(number):
-        began = time.monotonic()
-        assert hello(run)
-        took.append(time.monotonic() - began)
-        began = time.monotonic()
-        time.sleep(0.02)
-        noise = max(noise, time.monotonic() - began - 0.02)
-    return took, noise
-
-
-def prompt(measured: tuple[list[float], float]) -> bool:
-    """Within 50 ms each, but for one; a hello is four turns of the processor, each as late as a sleep may be."""
-    took, noise = measured
-    return sorted(took)[-2] < 0.05 + 4 * noise and max(took) < 0.5 + 4 * noise
 
 
 @pytest.mark.timed
@@ -462,7 +445,9 @@ def test_a_flood_from_one_tenant_does_not_delay_another(
 
 @pytest.mark.timed
 def test_a_tenant_that_has_used_its_time_waits_and_is_served_later(start: Callable[..., Keeper], tenant: Make) -> None:
-    code = "import sys; from fgpu_ebpf import callers, gatekeeper; callers.WAIT_NS = 0; sys.exit(gatekeeper.main())"
+    code = (
+        "import sys; from fgpu_ebpf.gatekeeper import connections, main; connections.WAIT_NS = 0; sys.exit(main.main())"
+    )
     keeper = start(code=code)
     took, _ = in_cgroup(tenant(), waits, keeper.run, 3)
     assert 0.1 < max(took) < 0.9  # until the next heartbeat, or the one after
@@ -473,7 +458,7 @@ def test_a_peer_whose_mappings_hang_hangs_alone(start: Callable[..., Keeper], te
     """Reading /proc/PID/maps can wait for that process; the others must not wait for it."""
     code = """
 import sys, time
-from fgpu_ebpf import breakpoints, gatekeeper
+from fgpu_ebpf.linux import breakpoints; from fgpu_ebpf.gatekeeper import main as gatekeeper
 real = breakpoints.of_process
 def stuck(pid, check):
     if open("/proc/%d/comm" % pid).read() == "stuck\\n":
@@ -532,7 +517,7 @@ def test_a_lost_socket_is_made_again(start: Callable[..., Keeper], unmanaged: Pa
             assert ((shim / "shim.sock").stat().st_mode & 0o777, shim.stat().st_mode & 0o777) == (0o666, 0o755)
             assert [path.name for path in shim.iterdir()] == ["shim.sock"]
             shutil.rmtree(keeper.run / "away", ignore_errors=True)
-    assert all("listens in" in keeper.log.read_text() for keeper in harms)
+    assert all("listening in" in keeper.log.read_text() for keeper in harms)
 
 
 def test_a_folder_that_is_a_link_is_refused(start: Callable[..., Keeper], tmp_path: Path) -> None:
@@ -610,8 +595,8 @@ def test_without_its_lock_file_it_says_so_and_leaves_the_place_to_another(
         assert successor.ready
         socket_of_the_successor = (run / "shim" / "shim.sock").stat().st_ino
         assert keeper.process.wait(3) == 1
-    said = [line for line in log.read_text().splitlines() if "listens" not in line and "has the ledger" not in line]
-    assert said == [f"fgpu gatekeeper: {run}/gatekeeper.lock is no longer the one that was locked: ends"]
+    said = [line for line in log.read_text().splitlines() if "listening" not in line and "ledger opened" not in line]
+    assert said == [f"fgpu gatekeeper: {run}/gatekeeper.lock is no longer the file that was locked: ends"]
     assert (run / "shim" / "shim.sock").stat().st_ino == socket_of_the_successor
     assert in_cgroup(unmanaged, lambda: bool(hello(run)))
 

@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ROOT, Keeper
-from hello_client import Child, Reply, connect, hello, in_cgroup, receive, request, until
-
-from fgpu_ebpf import pages
-from fgpu_ebpf.door import Door
-from fgpu_ebpf.sealed import ControlMemory, row_bytes
+from fgpu_ebpf import abi
+from fgpu_ebpf.gatekeeper.listener import Listener
+from fgpu_ebpf.gatekeeper.memfd_pages import ControlMemory, row_bytes
+from tests.gatekeeper.conftest import ROOT, Keeper
+from tests.gatekeeper.hello_client import Child, Reply, connect, hello, in_cgroup, receive, request, until
 
 Make = Callable[..., Path]
 NOBODY = 65534
@@ -67,7 +66,7 @@ def use_sockets(channel: socket.socket) -> int:
         with socket.socket(fileno=fds[0]) as sock:
             sock.send(request())
             reply = receive(sock)
-        right += bool(reply) and reply.page(2, pages.UsagePage).cgroup == int.from_bytes(word, "little")
+        right += bool(reply) and reply.page(2, abi.UsagePage).cgroup == int.from_bytes(word, "little")
         if reply:
             reply.maps.pop().close()
             reply.close()
@@ -115,7 +114,7 @@ def test_pages_that_are_handed_on_end_with_whose_they_are(keeper: Keeper, tenant
 
     def watch() -> bool:
         """As long as a page of our own beats twice."""
-        theirs, own = Reply(pages.Answer(), fds).page(0), hello(keeper.run)
+        theirs, own = Reply(abi.Answer(), fds).page(0), hello(keeper.run)
         assert own
         page, last = own.page(0), theirs.heartbeat_ns
         for _ in range(2):
@@ -153,7 +152,7 @@ def test_nothing_of_others_is_bound_or_removed_in_a_race_for_the_folder(
     racer = os.fork()
     if racer == 0:
         swap_for_ever(run)
-    door, opened, refused = Door(run), 0, 0
+    door, opened, refused = Listener(run), 0, 0
     try:
         until, least = time.monotonic() + 60, scale(100, 1000, 10_000)
         while opened + refused < least or (not (opened and refused) and time.monotonic() < until):

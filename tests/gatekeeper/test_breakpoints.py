@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Keeper
-from hello_client import Child, hello, in_cgroup, until
 
-from fgpu_ebpf import bpf, breakpoints, pages, procfs
-from fgpu_ebpf.ledger import Ledger
-from fgpu_ebpf.mappings import File
+from fgpu_ebpf import abi
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.linux import bpf, breakpoints, mapped_files
+from fgpu_ebpf.linux.procmaps import File
+from tests.gatekeeper.conftest import Keeper
+from tests.gatekeeper.hello_client import Child, hello, in_cgroup, until
 
 Make = Callable[..., Path]
 PUSH, PAGE = b"\x55", mmap.PAGESIZE
@@ -52,7 +53,7 @@ def probe() -> Iterator[Callable[..., None]]:
 
 
 def file_of(path: Path) -> File:
-    return procfs.as_mapped(str(path))
+    return mapped_files.as_mapped(str(path))
 
 
 def map_file(path: Path, flags: int = mmap.MAP_PRIVATE, offset: int = 0, bytes_: int = 3 * PAGE) -> None:
@@ -117,7 +118,7 @@ def test_a_process_is_answered_where_its_memory_has_the_breakpoints(
         return reply.answer.code if reply else -1
 
     held = keeper.count("hello_held")
-    assert in_cgroup(tenant(), ask) == (pages.Code.MANAGED if SEEN[how] else -1)
+    assert in_cgroup(tenant(), ask) == (abi.Code.MANAGED if SEEN[how] else -1)
     if not SEEN[how]:
         until(lambda: keeper.count("hello_held") == held + 1)
     ledger.forget_file(*file_of(library))
@@ -142,7 +143,7 @@ def test_a_process_that_waits_is_answered_once_the_breakpoint_is_there(
     time.sleep(0.2)
     probe(library)
     code, seconds = child.result()
-    assert (code, seconds > 0.1) == (pages.Code.MANAGED, True)
+    assert (code, seconds > 0.1) == (abi.Code.MANAGED, True)
     ledger.forget_file(*file_of(library))
 
 

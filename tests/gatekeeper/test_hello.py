@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import GIB, UUIDS, Keeper
-from hello_client import Child, connect, hello, in_cgroup, receive, request, until
 
-from fgpu_ebpf import pages
-from fgpu_ebpf.ledger import Ledger, LevelLimits
-from fgpu_ebpf.scheduler import Share
+from fgpu_ebpf import abi
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.level_limits import LevelLimits
+from fgpu_ebpf.scheduling.fair_queue import Share
+from tests.gatekeeper.conftest import GIB, UUIDS, Keeper
+from tests.gatekeeper.hello_client import Child, connect, hello, in_cgroup, receive, request, until
 
 Make = Callable[..., Path]
 CLONE_NEWTIME = 0x80
@@ -28,7 +29,7 @@ def facts_of_a_hello(run: Path) -> dict[str, object]:
     reply = hello(run)
     assert reply
     control = reply.page(0)
-    usage = [reply.page(2 + n, pages.UsagePage) for n in range(reply.answer.levels)]
+    usage = [reply.page(2 + n, abi.UsagePage) for n in range(reply.answer.levels)]
     return {
         "answer": {n: getattr(reply.answer, n) for n in ("magic", "version", "size", "code", "levels", "devices")},
         "flags": (reply.answer.flags, control.flags, control.version),
@@ -48,12 +49,12 @@ def test_a_managed_process_gets_all_its_pages(keeper: Keeper, ledger: Ledger, te
     outer = tenant(limits={0: 4 * GIB})
     inner = tenant(outer)
     facts = in_cgroup(inner, facts_of_a_hello, keeper.run)
-    fixed = {"magic": pages.MAGIC, "version": pages.LAYOUT, "size": 128}
-    assert facts["answer"] == fixed | {"code": pages.Code.MANAGED, "levels": 2, "devices": 1}
-    assert facts["flags"] == (1, 1, pages.LAYOUT)
+    fixed = {"magic": abi.MAGIC, "version": abi.LAYOUT, "size": 128}
+    assert facts["answer"] == fixed | {"code": abi.Code.MANAGED, "levels": 2, "devices": 1}
+    assert facts["flags"] == (1, 1, abi.LAYOUT)
     assert facts["fds"] == 4
     assert facts["devices"] == [(0, UUIDS[0])]
-    assert facts["gates"] == [1] * pages.DEVICES
+    assert facts["gates"] == [1] * abi.DEVICES
     assert facts["boot"] == keeper.counts()["boot"]
     assert facts["late_ns"] < 1e9
     assert facts["epochs"] == (ledger.epoch(), ledger.epoch())
@@ -120,7 +121,7 @@ def test_the_unmanaged_get_a_control_page_and_see_the_epoch_change(
         until(lambda: page.epoch != before, 1)
         return reply.answer.code, len(reply.fds), page.flags
 
-    assert in_cgroup(unmanaged, live) == (pages.Code.UNMANAGED, 1, 0)
+    assert in_cgroup(unmanaged, live) == (abi.Code.UNMANAGED, 1, 0)
     ledger.resolve(unmanaged.stat().st_ino, managed=False)
 
 
@@ -131,14 +132,17 @@ def test_an_unmanaged_process_that_becomes_managed_gets_the_rest(keeper: Keeper,
     def live() -> list[tuple[int, int]]:
         said = []
         for managed in (False, True, False):
-            ledger.set_limits([LevelLimits(place.stat().st_ino, {1: GIB})])
+            if managed:
+                ledger.set_limits([LevelLimits(place.stat().st_ino, {1: GIB})])
+            else:
+                ledger.remove([place.stat().st_ino])
             ledger.resolve(place.stat().st_ino, managed=managed)
             reply = hello(keeper.run)
             assert reply
             said.append((reply.answer.code, len(reply.fds)))
         return said
 
-    assert in_cgroup(place, live) == [(pages.Code.UNMANAGED, 1), (pages.Code.MANAGED, 3), (pages.Code.UNMANAGED, 1)]
+    assert in_cgroup(place, live) == [(abi.Code.UNMANAGED, 1), (abi.Code.MANAGED, 3), (abi.Code.UNMANAGED, 1)]
 
 
 def test_a_page_is_never_behind_its_answer(keeper: Keeper, ledger: Ledger, tenant: Make, unmanaged: Path) -> None:
@@ -180,7 +184,7 @@ def test_the_undecided_are_held_and_the_agent_is_told(keeper: Keeper, ledger: Le
         with pytest.raises(BlockingIOError):  # said once, however often it was looked up
             agent.recv(100)
     (keeper.run / "discover.sock").unlink()
-    assert code == pages.Code.MANAGED
+    assert code == abi.Code.MANAGED
     assert 0.2 < seconds < 0.8
 
 
@@ -193,7 +197,7 @@ def test_a_managed_cgroup_whose_page_is_not_there_yet_is_held(keeper: Keeper, le
     time.sleep(0.2)
     ledger.set_limits([LevelLimits(place.stat().st_ino, {0: GIB})])
     code, seconds = child.result()
-    assert (code, seconds > 0.1) == (pages.Code.MANAGED, True)
+    assert (code, seconds > 0.1) == (abi.Code.MANAGED, True)
 
 
 @pytest.mark.timed
@@ -218,14 +222,14 @@ def test_files_that_are_not_probed_yet_hold_a_managed_process(
             return timed_hello(keeper.run, write)
 
     read, write = os.pipe()
-    assert in_cgroup(unmanaged, with_library)[0] == pages.Code.UNMANAGED
+    assert in_cgroup(unmanaged, with_library)[0] == abi.Code.UNMANAGED
     os.read(read, 1)
     child = Child(tenant(), with_library)
     os.read(read, 1)
     time.sleep(0.15)
     ledger.enter_file(status.st_dev, status.st_ino)
     code, seconds = child.result()
-    assert (code, seconds > 0.05) == (pages.Code.MANAGED, True)
+    assert (code, seconds > 0.05) == (abi.Code.MANAGED, True)
     ledger.forget_files()
 
 
@@ -242,7 +246,7 @@ def test_hellos_wait_for_a_ledger_that_is_pinned_later(
     time.sleep(0.3)
     later.symlink_to(pins)
     code, seconds = child.result()
-    assert (code, 0.15 < seconds < 0.9) == (pages.Code.MANAGED, True)
+    assert (code, 0.15 < seconds < 0.9) == (abi.Code.MANAGED, True)
 
 
 def rows_seen(run: Path, names: tuple[int, ...]) -> list[tuple[int, int, int]]:
@@ -339,7 +343,7 @@ def test_who_connects_is_who_is_answered(keeper: Keeper, tenant: Make) -> None:
             (other / "cgroup.procs").write_text("0")
             sock.send(request())
             reply = receive(sock)
-            good = reply and reply.page(2, pages.UsagePage).cgroup == mine.stat().st_ino
+            good = reply and reply.page(2, abi.UsagePage).cgroup == mine.stat().st_ino
             os._exit(0 if good else 1)
         return os.waitpid(user, 0)[1]
 
@@ -383,7 +387,7 @@ def test_a_share_that_is_set_closes_the_gates_of_who_is_there(
         page, seen = reply.page(0), []
         until(lambda: threads() == 1)  # nobody has a share: nobody wakes up for one
         for shares in ({0: Share(limit_millionths=500_000)}, {}):
-            wanted = pages.Gate.GATED if shares else pages.Gate.OPEN
+            wanted = abi.Gate.GATED if shares else abi.Gate.OPEN
             ledger.times.set_shares({place.stat().st_ino: shares})
             until(lambda wanted=wanted: page.gates[0] == wanted)
             seen.append(threads())

@@ -16,17 +16,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hello_client import until
 
-from fgpu_ebpf import bpf, mappings, pages, procfs
-from fgpu_ebpf.breakpoints import UNCHECKED, of_process
-from fgpu_ebpf.callers import well_formed
-from fgpu_ebpf.clients import Client, Clients, Head, by_tenant
-from fgpu_ebpf.desks import Desk, seen_of
-from fgpu_ebpf.glance import Standing, standing
-from fgpu_ebpf.ledger import Ledger, LedgerMissing
-from fgpu_ebpf.procfs import cgroup_ids, cgroup_path, cgroups, fgpu_mappings, pid_names
-from fgpu_ebpf.sealed import ControlMemory, StatusMemory
+from fgpu_ebpf import abi
+from fgpu_ebpf.driver.cuda_mappings import fgpu_mappings
+from fgpu_ebpf.gatekeeper.connections import well_formed
+from fgpu_ebpf.gatekeeper.ledger_cache import ManagedState, managed_state
+from fgpu_ebpf.gatekeeper.memfd_pages import ControlMemory, StatusMemory
+from fgpu_ebpf.gatekeeper.process_gates import ProcessGates, observe_processes
+from fgpu_ebpf.gatekeeper.sessions import PageHeader, Session, Sessions, by_tenant
+from fgpu_ebpf.ledger.ledger import Ledger, LedgerMissing
+from fgpu_ebpf.linux import bpf, breakpoints, mapped_files, procfs, procmaps
+from fgpu_ebpf.linux.breakpoints import UNCHECKED, of_process
+from fgpu_ebpf.linux.procfs import cgroup_ids, cgroup_path, cgroups, pid_names
+from tests.gatekeeper.hello_client import until
 
 
 def ledger_that_says(in_force: tuple[int, ...] = (), **words: bool) -> Any:
@@ -37,52 +39,59 @@ def ledger_that_says(in_force: tuple[int, ...] = (), **words: bool) -> Any:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ({}, Standing(None, 4)),
-        ({"c4": False}, Standing(False, 4)),
-        ({"c3": False}, Standing(None, 4)),  # a new one in it may be a tenant's
-        ({"c4": True}, Standing(True, 4, (4,))),
-        ({"c4": False, "c2": True}, Standing(True, 2, (2,))),
-        ({"c2": True, "c3": True, "c1": False}, Standing(True, 3, (3, 2))),
-        ({"c1": True, "c2": True, "c3": True, "c4": True, "c5": True}, Standing(True, 4, (4, 3, 2, 1))),
+        ({}, ManagedState(None, 4)),
+        ({"c4": False}, ManagedState(False, 4)),
+        ({"c3": False}, ManagedState(None, 4)),  # a new one in it may be a tenant's
+        ({"c4": True}, ManagedState(True, 4, (4,))),
+        ({"c4": False, "c2": True}, ManagedState(True, 2, (2,))),
+        ({"c2": True, "c3": True, "c1": False}, ManagedState(True, 3, (3, 2))),
+        ({"c1": True, "c2": True, "c3": True, "c4": True, "c5": True}, ManagedState(True, 4, (4, 3, 2, 1))),
     ],
 )
-def test_standing(words: dict[str, bool], expected: Standing) -> None:
+def test_standing(words: dict[str, bool], expected: ManagedState) -> None:
     ids = [5, 4, 3, 2, 1] if "c5" in words else [4, 3, 2, 1]
-    assert standing(ledger_that_says(**words), ids) == expected
+    assert managed_state(ledger_that_says(**words), ids) == expected
 
 
 @pytest.mark.parametrize("words", [{}, {"c2": True}, {"c2": False}])
 def test_a_limit_in_force_that_nobody_has_used_is_undecided(words: dict[str, bool]) -> None:
     for page in (4, 3):
-        assert standing(ledger_that_says((page, 2), **words), [4, 3, 2, 1]) == Standing(None, 4)
+        assert managed_state(ledger_that_says((page, 2), **words), [4, 3, 2, 1]) == ManagedState(None, 4)
+
+
+@pytest.mark.parametrize("page", [4, 3, 2, 1])
+def test_a_cgroup_with_a_page_on_any_level_is_never_unmanaged(page: int) -> None:
+    """Whatever was answered to its programs before."""
+    words = {"c4": False, f"c{page}": False}
+    assert managed_state(ledger_that_says((page,), **words), [4, 3, 2, 1]) == ManagedState(None, 4)
 
 
 def test_standing_without_a_ledger_is_undecided() -> None:
-    assert standing(None, [4, 1]) == Standing(None, 4)
-    assert standing(None, []) == Standing(None, 0)
+    assert managed_state(None, [4, 1]) == ManagedState(None, 4)
+    assert managed_state(None, []) == ManagedState(None, 0)
 
 
 def test_who_executes_another_program_is_another_client() -> None:
     """The kernel ends its entry; its pidfd goes on."""
     selector, parted = selectors.DefaultSelector(), []
-    clients = Clients(selector, bytes(16))
-    clients.parted = parted.append
+    clients = Sessions(selector, bytes(16))
+    clients.on_end = parted.append
     child = subprocess.Popen(["sleep", "100"])
-    first = clients.enrol(child.pid, os.pidfd_open(child.pid), 4, 4, Head(1, ((0, bytes(16)),)))
+    first = clients.add(child.pid, os.pidfd_open(child.pid), 4, 4, PageHeader(1, ((0, bytes(16)),)))
     assert first
-    clients.settle_in(first, 4, 4, (), first.head)
+    clients.update(first, 4, 4, (), first.header)
     page, lives = first.control.page, [SimpleNamespace(generation=n, bytes=(5,), levels=(4,)) for n in (23, 101)]
     page.gates[0], epoch = 6, page.epoch
     clients.show({})
     for _ in range(2):
         clients.show({child.pid: lives[0]})
     assert (parted, clients.get(child.pid), page.gates[0]) == ([], first, 6)
-    clients.settle_in(first, 4, 4, (), first.head)  # it has said hello since
+    clients.update(first, 4, 4, (), first.header)  # it has said hello since
     clients.show({child.pid: lives[1]})
     assert not parted
     clients.show({})
     assert (parted, clients.get(child.pid), len(clients)) == ([first], None, 0)
-    assert (page.gates[0], page.epoch != epoch) == (pages.Gate.OPEN, True)
+    assert (page.gates[0], page.epoch != epoch) == (abi.Gate.OPEN, True)
     child.kill()
     child.wait()
 
@@ -90,20 +99,22 @@ def test_who_executes_another_program_is_another_client() -> None:
 def test_times_on_a_page_are_by_the_clock_of_its_process() -> None:
     control, status = ControlMemory(), StatusMemory()
     client = SimpleNamespace(control=control, status=status, ahead_ns=0)
-    desk = Desk(client)  # type: ignore[arg-type]
+    desk = ProcessGates(client)  # type: ignore[arg-type]
     flight, span = status.page.flights[0], status.page.spans[0]
-    desk.may_use([0])
+    desk.set_shared([0])
     desk.use([0])
     seen = []
     for ahead in (0, 86_400_000_000_000, -1_000_000):
         flight.in_flight, flight.busy_until_ns, flight.wanted_ns = 1, 2_000_005 + ahead, 2_000_003 + ahead
         span.begun_ns, span.ended_ns = 2_000_001 + ahead, 2_000_002 + ahead
         client.ahead_ns = ahead
-        seen.append(seen_of([desk], frozenset({0}), 1, 2_000_000, 2_000_009))
+        seen.append(observe_processes([desk], frozenset({0}), 1, 2_000_000, 2_000_009))
     assert seen[0] == seen[1] == seen[2]
     ctypes.memset(ctypes.addressof(flight), 0, ctypes.sizeof(flight))
     ctypes.memset(ctypes.addressof(span), 0, ctypes.sizeof(span))
-    assert seen_of([desk], frozenset({0}), 1, 2_000_000, 2_000_009)[-4:] == (0, 0, 0, 0), "what never was is no time"
+    assert observe_processes([desk], frozenset({0}), 1, 2_000_000, 2_000_009)[-4:] == (0, 0, 0, 0), (
+        "what never was is no time"
+    )
     assert (seen[0].busy_until_ns, seen[0].wanted_ns) == (2_000_005, 2_000_003)
 
 
@@ -171,18 +182,18 @@ def test_files_are_those_mapped_executable(tmp_path: Path, monkeypatch: pytest.M
     assert {(m.dev, m.ino) for m in mapped} == set(found)
     nobody_s = {(0, 0): 0}
     assert of_process(2**22, lambda *_: UNCHECKED) == nobody_s
-    monkeypatch.setattr(mappings, "MOST", 3)
+    monkeypatch.setattr(procmaps, "MOST", 3)
     assert of_process(os.getpid(), lambda *_: UNCHECKED) == nobody_s
 
 
 def test_mappings_are_named_as_in_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(procfs, "CUDA_NAMES", b"")  # all
+    monkeypatch.setattr(breakpoints, "CUDA_NAMES", b"")  # all
     lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
     files = [(dev, int(ino), path) for _, mode, _, dev, ino, path in (f for f in lines if len(f) == 6) if "x" in mode]
     text = {(os.makedev(*(int(part, 16) for part in dev.split(":"))), ino, path) for dev, ino, path in files if ino}
     assert {(m.dev, m.ino, m.path) for m in fgpu_mappings(os.getpid()) or ()} == text
     for dev, ino, path in text:
-        assert procfs.as_mapped(path) == (dev, ino)
+        assert mapped_files.as_mapped(path) == (dev, ino)
 
 
 def test_no_files_is_not_the_same_as_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +201,7 @@ def test_no_files_is_not_the_same_as_nobody_can_tell(monkeypatch: pytest.MonkeyP
     try:
         until(lambda: fgpu_mappings(sleeper.pid) == [])
         assert procfs.has_memory(sleeper.pid)
-        monkeypatch.setattr(mappings, "MOST", 1)
+        monkeypatch.setattr(procmaps, "MOST", 1)
         until(lambda: fgpu_mappings(sleeper.pid) is None)
     finally:
         sleeper.kill()
@@ -228,15 +239,15 @@ def test_rows_by_tenant() -> None:
 
 def test_the_largest_rows_are_kept_in_order_of_pid() -> None:
     (rows,) = by_tenant({tgid: process(5, tgid) for tgid in range(1, 1010)}).values()
-    assert [row[0] for row in rows] == list(range(1010 - pages.ROWS, 1010))
+    assert [row[0] for row in rows] == list(range(1010 - abi.ROWS, 1010))
 
 
 def test_the_kernel_s_word_of_an_end_is_of_who_was_there_before_it() -> None:
     with selectors.DefaultSelector() as selector, subprocess.Popen(["sleep", "100"]) as process:
-        clients, parted = Clients(selector, bytes(16)), list[Client]()
-        clients.parted = parted.append
+        clients, parted = Sessions(selector, bytes(16)), list[Session]()
+        clients.on_end = parted.append
         before_ns = time.monotonic_ns()
-        client = clients.enrol(process.pid, os.pidfd_open(process.pid), 7, 7, Head())
+        client = clients.add(process.pid, os.pidfd_open(process.pid), 7, 7, PageHeader())
         assert client
         clients.end(process.pid, before_ns)  # of another process that had this pid
         clients.end(process.pid + 1, time.monotonic_ns())
@@ -254,7 +265,7 @@ def test_the_kernel_s_word_of_an_end_is_of_who_was_there_before_it() -> None:
 
 
 def test_only_a_hello_is_well_formed() -> None:
-    good = bytes(pages.Hello(magic=pages.MAGIC, version=pages.LAYOUT, size=64))
+    good = bytes(abi.Hello(magic=abi.MAGIC, version=abi.LAYOUT, size=64))
     dice = random.Random(11)
     assert well_formed(good)
     assert well_formed(good[:8] + dice.randbytes(56))
@@ -281,7 +292,7 @@ def test_a_missing_ledger_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, fgpu_ebpf.gatekeeper; print(*sys.modules)"
+    code = "import sys, fgpu_ebpf.gatekeeper.main; print(*sys.modules)"
     root = Path(__file__).parents[2]
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
     assert not {"asyncio", "logging", "bcc", "click", "pydantic", "psutil", "rich", "uuid"} & set(said.split())

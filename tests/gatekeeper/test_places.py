@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Keeper
-from hello_client import hello, in_cgroup, request, until
 
-from fgpu_ebpf import pages
-from fgpu_ebpf.clients import FEW_PROCESSES, PROCESSES_PER_OWNER, Client, Clients, Head
-from fgpu_ebpf.ledger import Ledger
+from fgpu_ebpf import abi
+from fgpu_ebpf.gatekeeper.sessions import FEW_PROCESSES, PROCESSES_PER_OWNER, PageHeader, Session, Sessions
+from fgpu_ebpf.ledger.ledger import Ledger
+from tests.gatekeeper.conftest import Keeper
+from tests.gatekeeper.hello_client import hello, in_cgroup, request, until
 
 Make = Callable[..., Path]
 CGROUPS = 8
@@ -73,22 +73,22 @@ def test_unmanaged_processes_without_number_take_no_place_of_a_tenant(
     until(lambda: keeper.count("hello_unmanaged") == CGROUPS * PROCESSES_PER_OWNER)
     for _ in range(4):
         reply = in_cgroup(tenant(), lambda: (found := hello(keeper.run)) and found.answer.code)
-        assert reply == pages.Code.MANAGED
+        assert reply == abi.Code.MANAGED
     assert [keeper.count(name) for name in ("dropped_process", "dropped_total")] == [0, 0]
     assert keeper.descriptors() - before < 100, "no page and no pidfd of any of them is kept"
 
 
 def test_half_of_the_places_are_for_tenants_that_have_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    clients, most = Clients(selectors.DefaultSelector(), bytes(16)), 4 * FEW_PROCESSES
+    clients, most = Sessions(selectors.DefaultSelector(), bytes(16)), 4 * FEW_PROCESSES
     monkeypatch.setattr(clients, "_most", most)
-    made: list[Client] = []
+    made: list[Session] = []
 
     def take(tenant: int) -> bool:
         pid = len(made) + 1
         if not clients._has_place(tenant):
             return False
-        made.append(Client(pid, -1, tenant, tenant, 0, Head(1), clients._control(Head(1))))
-        clients._clients[pid] = made[-1]
+        made.append(Session(pid, -1, tenant, tenant, 0, PageHeader(1), clients._control(PageHeader(1))))
+        clients._sessions[pid] = made[-1]
         clients._members[tenant] += 1
         return True
 

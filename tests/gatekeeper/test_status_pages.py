@@ -13,14 +13,15 @@ from dataclasses import astuple
 from pathlib import Path
 
 import pytest
-from conftest import Keeper
-from hello_client import Child, Reply, hello
 
-from fgpu_ebpf import futex, pages
-from fgpu_ebpf.ledger import Ledger
-from fgpu_ebpf.pages import Gate, StatusPage
-from fgpu_ebpf.scheduler import Share
-from fgpu_ebpf.timebook import TurnCounts
+from fgpu_ebpf import abi
+from fgpu_ebpf.abi import Gate, StatusPage
+from fgpu_ebpf.ledger.compute_maps import TurnCounts
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.linux import futex
+from fgpu_ebpf.scheduling.fair_queue import Share
+from tests.gatekeeper.conftest import Keeper
+from tests.gatekeeper.hello_client import Child, Reply, hello
 
 pytestmark = pytest.mark.timed
 
@@ -36,12 +37,12 @@ class Pages:
         reply = hello(run)
         assert reply
         self._reply: Reply = reply
-        self._control = mmap.mmap(reply.fds[0], pages.PAGE_BYTES, prot=mmap.PROT_READ)
-        self.memory = mmap.mmap(reply.fds[1], pages.PAGE_BYTES)
+        self._control = mmap.mmap(reply.fds[0], abi.PAGE_BYTES, prot=mmap.PROT_READ)
+        self.memory = mmap.mmap(reply.fds[1], abi.PAGE_BYTES)
         self.status = StatusPage.from_buffer(self.memory)
 
     def gate(self) -> int:
-        return int(struct.unpack_from("I", self._control, pages.ControlPage.gates.offset)[0])
+        return int(struct.unpack_from("I", self._control, abi.ControlPage.gates.offset)[0])
 
     def ring(self) -> None:
         self.status.bell = (self.status.bell + 1) & 0xFFFFFFFF

@@ -18,23 +18,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Keeper
-from hello_client import Child, hello, in_cgroup, request, until
-from storm import PATIENCE_SECONDS, STORM
-from test_abuse import prompt, waits
 
-from fgpu_ebpf import breakpoints, callers, pages, procfs
-from fgpu_ebpf.callers import Caller, Callers
-from fgpu_ebpf.glance import Lineages, Standing
-from fgpu_ebpf.readers import Readers
-from fgpu_ebpf.workers import MOST_WANTED
+from fgpu_ebpf import abi
+from fgpu_ebpf.gatekeeper import connections
+from fgpu_ebpf.gatekeeper.connections import Connection, Connections
+from fgpu_ebpf.gatekeeper.ledger_cache import Lineages, ManagedState
+from fgpu_ebpf.gatekeeper.mapping_scanner import MappingScanner
+from fgpu_ebpf.linux import breakpoints, procfs
+from fgpu_ebpf.linux.worker_threads import MOST_WANTED
+from tests.gatekeeper.conftest import Keeper
+from tests.gatekeeper.hello_client import Child, hello, in_cgroup, request, until
+from tests.gatekeeper.storm import PATIENCE_SECONDS, STORM
+from tests.gatekeeper.waits_kit import prompt, waits
 
 pytestmark = pytest.mark.timed
 
 Make = Callable[..., Path]
 SLOW = """
 import sys, time
-from fgpu_ebpf import clients, gatekeeper
+from fgpu_ebpf.gatekeeper import sessions as clients, main as gatekeeper
 real = clients.ControlMemory
 def slow():
     time.sleep(0.005)
@@ -45,8 +47,8 @@ sys.exit(gatekeeper.main())
 
 PATIENT = """
 import sys
-from fgpu_ebpf import callers, gatekeeper
-callers.PATIENCE_NS *= 30
+from fgpu_ebpf.gatekeeper import connections, main as gatekeeper
+connections.PATIENCE_NS *= 30
 sys.exit(gatekeeper.main())
 """
 
@@ -57,7 +59,7 @@ class Storm:
     def __init__(self, run: Path, cgroup: Path, niceness: int = 0) -> None:
         enter = f'echo $$ >"$0/cgroup.procs" && exec nice -n {niceness} "$@"'
         program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("storm.py"))]
-        asked = [str(run / "shim/shim.sock"), request().hex(), str(ctypes.sizeof(pages.Answer))]
+        asked = [str(run / "shim/shim.sock"), request().hex(), str(ctypes.sizeof(abi.Answer))]
         command = ["sh", "-c", enter, str(cgroup), *program, *asked]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout
@@ -148,7 +150,7 @@ def test_an_agent_that_could_not_be_told_yet_is_told_of_all_at_once(start: Calla
 
 
 class Peers:
-    """Callers at a real socket; this process plays all tenants, in the order of `tenants`."""
+    """Connections at a real socket; this process plays all tenants, in the order of `tenants`."""
 
     def __init__(self, folder: Path, tenants: list[int]) -> None:
         self.tenants = tenants
@@ -157,7 +159,7 @@ class Peers:
         self.listener.bind(str(folder / "sock"))
         self.listener.listen(64)
         self.counts: Counter[str] = Counter()
-        self.callers = Callers(selectors.DefaultSelector(), self.counts, self._stand, self._look, lambda _: 0)
+        self.callers = Connections(selectors.DefaultSelector(), self.counts, self._stand, self._look, lambda _: 0)
         self.socks = [self._say_hello(folder) for _ in tenants]
         self.callers.accept(self.listener)
 
@@ -167,11 +169,11 @@ class Peers:
         sock.send(request())
         return sock
 
-    def _stand(self, pid: int, cgroup: int) -> tuple[int, Standing]:
+    def _stand(self, pid: int, cgroup: int) -> tuple[int, ManagedState]:
         assert (pid, cgroup > 0) == (os.getpid(), True)
-        return 1, Standing(True, self.tenants[len(self.callers)])
+        return 1, ManagedState(True, self.tenants[len(self.callers)])
 
-    def _look(self, caller: Caller) -> None:
+    def _look(self, caller: Connection) -> None:
         self.looked.append(caller.tenant)
 
     def close(self) -> None:
@@ -193,7 +195,7 @@ def peers(tmp_path: Path) -> Iterator[Callable[[list[int]], Peers]]:
 
 
 def test_tenants_take_turns(peers: Callable[[list[int]], Peers], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callers, "TURN_NS", 1_000_000_000)
+    monkeypatch.setattr(connections, "TURN_NS", 1_000_000_000)
     some = peers([7, 7, 7, 7, 8, 9, 9])
     some.callers.serve()
     assert some.looked == [7, 8, 9, 7, 9, 7, 7]
@@ -205,12 +207,12 @@ def test_tenants_take_turns(peers: Callable[[list[int]], Peers], monkeypatch: py
 def test_a_tenant_without_time_is_passed_over_unless_the_process_is_new(
     peers: Callable[[list[int]], Peers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(callers, "TURN_NS", 1_000_000_000)
+    monkeypatch.setattr(connections, "TURN_NS", 1_000_000_000)
     some = peers([7, 7, 8])  # the first is new, and all that follow are the same process
-    some.callers.charge(7, 2 * callers.WAIT_NS)
+    some.callers.charge(7, 2 * connections.WAIT_NS)
     some.callers.serve()
     assert some.looked == [7, 8]
-    some.callers.charge(7, callers.STORM_NS)
+    some.callers.charge(7, connections.STORM_NS)
     some.callers.turn()
     some.callers.serve()
     assert some.looked == [7, 8, 8]
@@ -244,7 +246,7 @@ def test_readers_that_hang_hold_up_their_tenants_alone(monkeypatch: pytest.Monke
         return sorted(seen)
 
     monkeypatch.setattr(breakpoints, "of_process", files)
-    readers = Readers(rung.set)
+    readers = MappingScanner(rung.set)
     for tenant in range(20):
         for caller in wanting(tenant, 3):
             readers.want(caller)
@@ -257,7 +259,7 @@ def test_readers_that_hang_hold_up_their_tenants_alone(monkeypatch: pytest.Monke
 
 
 def test_a_tenant_whose_reading_hangs_is_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    readers = Readers(lambda: None)
+    readers = MappingScanner(lambda: None)
     for caller in wanting(7, 10 * MOST_WANTED):
         readers.want(caller)
         assert caller.reading

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Iterable
 from datetime import date
 
-import guest
-import images
+from tests.kernels import guest, images
 
 
 def _only(names: Iterable[str], *files: str) -> tuple[str, ...]:

@@ -5,24 +5,34 @@ an emulated machine minutes, to verify a moment. usage: /usr/bin/python3 compile
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
 import shutil
 import struct
 import sys
 from pathlib import Path
+from types import ModuleType
 
 REPOSITORY = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(REPOSITORY / "fgpu_ebpf"))
-import loader  # noqa: E402
 
 MAP = ("map_type", "key_size", "value_size", "max_entries", "map_flags")
 LOAD_MAP = 0x1018  # BPF_LD | BPF_IMM | BPF_DW, source register BPF_PSEUDO_MAP_FD
 
 
+def import_loader() -> ModuleType:
+    """Import the loader by its file: this interpreter lacks what the package needs."""
+    spec = importlib.util.spec_from_file_location("loader", REPOSITORY / "fgpu_ebpf/driver/loader.py")
+    assert spec
+    assert spec.loader
+    loader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loader)
+    return loader
+
+
 def main() -> None:
     """Writes {programs: {name: code in hex}, maps: {descriptor in that code: its form}, raw: names}."""
-    release = tuple(map(int, sys.argv[1].split(".")))
+    loader, release = import_loader(), tuple(map(int, sys.argv[1].split(".")))
     loader.kernel_release = lambda: release
     loader.member_offset = lambda *_: 8  # wherever it is there: the verifier does not care
     pins = Path(f"/sys/fs/bpf/fgpu-compile-{os.getpid()}")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from images import HERE, KERNELS, Image
+from tests.kernels.images import HERE, KERNELS, Image
 
 CHECKOUT = HERE.parent.parent
 PARTS = ("bench", "e2e", "examples", "headers", "oci", "shim", "sim")  # of build/

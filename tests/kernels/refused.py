@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import harness
 import pytest
+
+from tests.support.service import Service
 
 REASONS = {
     "old": r"Linux \S+ is too old",
@@ -15,7 +16,7 @@ REASONS = {
 
 @pytest.mark.parametrize("why", REASONS)
 def test_the_agent_does_not_start(why: str, tmp_path: Path) -> None:
-    service = harness.Service(tmp_path)
+    service = Service(tmp_path)
     service.start_driver()
     try:
         with pytest.raises(AssertionError, match=f"the agent ended: fgpu: {REASONS[why]}"):

@@ -8,9 +8,12 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import harness
-import kubelet_kit as kit
 import pytest
+
+from tests.support import host
+from tests.support.commands import ask
+from tests.support.kubernetes import kubelet as kit
+from tests.support.service import Service, compile_programs
 
 
 @pytest.fixture(scope="package")
@@ -29,22 +32,22 @@ def sysfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, s
 
 
 @pytest.fixture(scope="package")
-def service(tmp_path_factory: pytest.TempPathFactory, sysfs: Callable[[str, str], None]) -> Iterator[harness.Service]:
+def service(tmp_path_factory: pytest.TempPathFactory, sysfs: Callable[[str, str], None]) -> Iterator[Service]:
     """The simulated driver with two devices, and the agent."""
-    harness.compile_programs()
-    gpus, harness.GPUS = harness.GPUS, "2"
-    service = harness.Service(tmp_path_factory.mktemp("service"), ["cri"])
+    compile_programs()
+    gpus, host.GPUS = host.GPUS, "2"
+    service = Service(tmp_path_factory.mktemp("service"), ["cri"])
     service.config.write_text(
         f"engines: ['cri:{service.containerd}']\ncdiFolder: {service.cdi}\nprofiles: {kit.PROFILES}\n"
     )
     try:
         service.start_driver()
         service.start_agent()
-        for device in harness.ask(verb="snapshot")["devices"]:
+        for device in ask(verb="snapshot")["devices"]:
             sysfs(device["pci_bus_id"], kit.NODES[device["index"]])
         yield service
     finally:
-        harness.GPUS = gpus
+        host.GPUS = gpus
         service.stop()
 
 
@@ -55,13 +58,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def uuids(service: harness.Service) -> list[str]:
+def uuids(service: Service) -> list[str]:
     """Of the two devices."""
-    return [device["uuid"] for device in harness.ask(verb="snapshot")["devices"]]
+    return [device["uuid"] for device in ask(verb="snapshot")["devices"]]
 
 
 @pytest.fixture
-def kubelet(service: harness.Service, made: Path, tmp_path: Path) -> Iterator[kit.Kubelet]:
+def kubelet(service: Service, made: Path, tmp_path: Path) -> Iterator[kit.Kubelet]:
     """One that runs."""
     found = kit.Kubelet(Path("/tmp") / f"kubelet-{os.getpid()}", made)  # a socket's path has 107 characters
     found.start()
@@ -71,7 +74,7 @@ def kubelet(service: harness.Service, made: Path, tmp_path: Path) -> Iterator[ki
 
 
 @pytest.fixture
-def start(kubelet: kit.Kubelet, service: harness.Service, tmp_path: Path) -> Iterator[Callable[..., kit.Plugin]]:
+def start(kubelet: kit.Kubelet, service: Service, tmp_path: Path) -> Iterator[Callable[..., kit.Plugin]]:
     """Starts plugins, which leave nothing in kubelet's folder."""
     plugins: list[kit.Plugin] = []
 

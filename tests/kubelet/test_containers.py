@@ -8,13 +8,18 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import engine_kit
 import grpc
-import harness
-import kubelet_kit as kit
 import pytest
-from harness import CONTEXT, GIB, MIB, REFUSED
-from pods_kit import Pods
+
+from tests.support.commands import ask, fgpu
+from tests.support.containers import engines
+from tests.support.host import CONTEXT, GIB, MIB, REFUSED
+from tests.support.kubernetes import kubelet as kit
+from tests.support.kubernetes.pods import Pods
+from tests.support.service import Service
+from tests.support.sim_driver import driver_books
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
 
 NVIDIA = {
     "cdiVersion": "0.5.0",
@@ -34,15 +39,15 @@ spec:
 
 
 @pytest.fixture(params=["runc", "crun"])
-def pods(request: pytest.FixtureRequest, service: harness.Service, tmp_path: Path) -> Iterator[Pods]:
+def pods(request: pytest.FixtureRequest, service: Service, tmp_path: Path) -> Iterator[Pods]:
     """Containers of each runtime."""
     found = Pods(tmp_path, request.param, [service.cdi, tmp_path / "cdi"])
     yield found
     found.close()
-    harness.eventually(lambda: not harness.driver_books(), 20, "an empty driver")
+    eventually(lambda: not driver_books(), 20, "an empty driver")
 
 
-def assert_only(tenant: harness.Tenant, limits: dict[int, int]) -> None:
+def assert_only(tenant: Tenant, limits: dict[int, int]) -> None:
     """The share holds to the byte on these devices, and others give nothing."""
     for device in (0, 1):
         client = tenant.client()
@@ -54,17 +59,17 @@ def assert_only(tenant: harness.Tenant, limits: dict[int, int]) -> None:
         assert client.ok("info") == [limits[device] - CONTEXT, limits[device]]
         client.ok(f"alloc {limits[device] - CONTEXT}")
         assert client.do(f"alloc {2 * MIB}") == REFUSED
-    harness.eventually(lambda: tenant.driver_by_device() == limits, 10, f"{limits} by the driver's own books")
+    eventually(lambda: tenant.driver_by_device() == limits, 10, f"{limits} by the driver's own books")
     assert shown(tenant) == limits
 
 
-def shown(tenant: harness.Tenant) -> dict[int, int]:
+def shown(tenant: Tenant) -> dict[int, int]:
     """Its limits by device; one that was asked and gives nothing is seen with none."""
     return {seen["gpu"]: seen["limit_bytes"] for seen in tenant.view()["devices"] if seen["limit_bytes"]}
 
 
 def test_a_pod_has_its_share_of_its_device(
-    kubelet: kit.Kubelet, plugin: kit.Plugin, pods: Pods, uuids: list[str], service: harness.Service
+    kubelet: kit.Kubelet, plugin: kit.Plugin, pods: Pods, uuids: list[str], service: Service
 ) -> None:
     two = kubelet.resource("2gib-25pct")
     answer = two.allocate(two.ids[3])
@@ -74,7 +79,7 @@ def test_a_pod_has_its_share_of_its_device(
     assert not answer.annotations
     tenant = pods.pod(answer)
     assert_only(tenant, {1: 2 * GIB})
-    said = json.loads(harness.fgpu("explain", tenant.path, "--json").stdout)
+    said = json.loads(fgpu("explain", tenant.path, "--json").stdout)
     assert [level["compute"][0]["limit_ratio"] for level in said["levels"]] == [0.25]
     service.kill_agent()
     service.start_agent()
@@ -99,20 +104,20 @@ def test_what_is_taken_is_no_promise_any_more(
     two, one = kubelet.resource("2gib-25pct"), kubelet.resource("1gib")
     ids = two.ids[:2]
     tenants = [pods.pod(two.allocate(id_)) for id_ in ids]
-    assert [entry["taken"] for entry in harness.ask(verb="offers")["devices"][0]["profiles"]] == [2, 0]
-    free = harness.ask(verb="offers")["devices"][0]["free_bytes"]
-    assert free == harness.ask(verb="offers")["devices"][1]["free_bytes"] - 4 * GIB, "the other device is whole"
+    assert [entry["taken"] for entry in ask(verb="offers")["devices"][0]["profiles"]] == [2, 0]
+    free = ask(verb="offers")["devices"][0]["free_bytes"]
+    assert free == ask(verb="offers")["devices"][1]["free_bytes"] - 4 * GIB, "the other device is whole"
     assert (two.healthy, one.healthy) == (two.ids, one.ids)
     for tenant in tenants:
         tenant.end()
     pods.tenants.clear()
-    harness.eventually(lambda: harness.ask(verb="offers")["devices"][0]["profiles"][0]["taken"] == 0, 20, "the end")
+    eventually(lambda: ask(verb="offers")["devices"][0]["profiles"][0]["taken"] == 0, 20, "the end")
     again = pods.pod(two.allocate(ids[1]))
     assert_only(again, {0: 2 * GIB})
 
 
 def test_shares_of_devices_do_not_sum_over_devices(
-    pods: Pods, uuids: list[str], service: harness.Service, tmp_path: Path
+    pods: Pods, uuids: list[str], service: Service, tmp_path: Path
 ) -> None:
     """All but 1 GiB of each: together more than one device, and each device is told of its own alone."""
     (tmp_path / "cdi").mkdir()
@@ -129,18 +134,16 @@ def test_shares_of_devices_do_not_sum_over_devices(
 
 
 @pytest.mark.parametrize("other", ["4gib:1", "1gib:0", "2gib", "1gib:0 and a policy"])
-def test_shares_that_no_container_can_have_together(
-    pods: Pods, uuids: list[str], service: harness.Service, other: str
-) -> None:
+def test_shares_that_no_container_can_have_together(pods: Pods, uuids: list[str], service: Service, other: str) -> None:
     """Of one name, all of single devices, and within what a policy gives."""
     share, device = "1gib", uuids[1]
     name = re.sub(r":(\d).*", lambda found: f":{uuids[int(found[1])]}", other)
-    said = f"it has fgpu.dev/share={share} already: ask for one"
+    said = f"it has fgpu.dev/share={share} already: ask for a single share"
     if other == "1gib:0":
         pods.pod(names=[f"fgpu.dev/share={share}:{device}", f"fgpu.dev/share={name}"])
         return
     by_policy = "policy" in other
-    with engine_kit.policy(service, "pods.yaml", POLICY) if by_policy else contextlib.nullcontext():
+    with engines.policy(service, "pods.yaml", POLICY) if by_policy else contextlib.nullcontext():
         if by_policy:
             assert_only(pods.pod(names=[f"fgpu.dev/share={name}"]), {0: GIB})
             said = f"policy first does not give it {device}"
@@ -184,9 +187,7 @@ def test_devices_by_annotation(
     assert_only(pods.pod(answers[0], value.split(",")), {0: GIB})
 
 
-def test_mounts_where_there_is_no_cdi(
-    kubelet: kit.Kubelet, start: Callable[..., kit.Plugin], service: harness.Service
-) -> None:
+def test_mounts_where_there_is_no_cdi(kubelet: kit.Kubelet, start: Callable[..., kit.Plugin], service: Service) -> None:
     """The shim, and what a policy goes by."""
     start("--device-list-strategy", "mounts", "--gpu-strategy", "none")
     two = kubelet.resource("2gib-25pct")

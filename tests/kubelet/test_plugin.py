@@ -11,9 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
-import harness
-import kubelet_kit as kit
 import pytest
+
+from tests.support import commands
+from tests.support.commands import fgpu, metrics
+from tests.support.host import GIB, SIM
+from tests.support.kubernetes import kubelet as kit
+from tests.support.place import Cgroups, Place
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 Start = Callable[..., kit.Plugin]
 
@@ -31,8 +37,8 @@ def test_a_resource_for_each_profile(kubelet: kit.Kubelet, plugin: kit.Plugin, u
     ]
     assert two.ids == [f"{uuid}::2gib-25pct::{number}" for uuid in uuids for number in range(2)]
     assert one.ids == [f"{uuid}::1gib::{number}" for uuid in uuids for number in range(3)]
-    capacity = harness.ask(verb="offers")["devices"][1]["capacity_bytes"]
-    rest = (capacity - 2 * 2 * harness.GIB - 3 * harness.GIB) // (4 * harness.GIB)
+    capacity = commands.ask(verb="offers")["devices"][1]["capacity_bytes"]
+    rest = (capacity - 2 * 2 * GIB - 3 * GIB) // (4 * GIB)
     assert four.ids == [f"{uuids[1]}::4gib::{number}" for number in range(rest)], "as many as fit beside the others"
     for resource in (two, one, four):
         assert resource.healthy == resource.ids
@@ -50,7 +56,7 @@ def test_kubelet_starts_anew(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
         kubelet.stop()
         kubelet.registrations.clear()
         kubelet.start()
-        harness.eventually(lambda: len(kubelet.registrations) == 3, 30, "three registrations")
+        eventually(lambda: len(kubelet.registrations) == 3, 30, "three registrations")
         assert kubelet.resource("1gib").ids == before
         assert len(kubelet.registrations) == 3
 
@@ -68,7 +74,7 @@ def test_the_plugin_starts_before_kubelet(kubelet: kit.Kubelet, start: Start) ->
     kubelet.stop()
     (kubelet.folder / "kubelet.sock").unlink(missing_ok=True)
     plugin = start()
-    harness.eventually(lambda: "the agent offers" in plugin.said(), 30, "its first look")
+    eventually(lambda: "the agent offers" in plugin.said(), 30, "its first look")
     kubelet.start()
     assert kubelet.resource("1gib").healthy
 
@@ -81,7 +87,7 @@ def test_a_socket_that_nobody_listens_at(kubelet: kit.Kubelet, start: Start) -> 
         with socket.socket(socket.AF_UNIX) as stale:
             stale.bind(str(kubelet.folder / name))
     plugin = start()
-    harness.eventually(lambda: "unavailable" in plugin.said(), 30, "a registration that fails")
+    eventually(lambda: "unavailable" in plugin.said(), 30, "a registration that fails")
     kubelet.start()
     assert kubelet.resource("1gib").healthy
 
@@ -89,7 +95,7 @@ def test_a_socket_that_nobody_listens_at(kubelet: kit.Kubelet, start: Start) -> 
 def test_a_registration_that_is_refused_is_tried_again(kubelet: kit.Kubelet, start: Start) -> None:
     kubelet.refusing = "not today"
     plugin = start()
-    harness.eventually(lambda: "kubelet refuses: invalid_argument: not today" in plugin.said(), 30, "the refusal")
+    eventually(lambda: "kubelet refuses: invalid_argument: not today" in plugin.said(), 30, "the refusal")
     kubelet.refusing = ""
     assert kubelet.resource("1gib").healthy
 
@@ -98,10 +104,10 @@ def test_the_plugin_is_killed_and_comes_back(kubelet: kit.Kubelet, start: Start)
     first = start()
     before = kubelet.resource("2gib-25pct")
     first.kill()
-    harness.eventually(lambda: before.ended, 20, "the end of the stream")
+    eventually(lambda: before.ended, 20, "the end of the stream")
     assert (kubelet.folder / "fgpu.dev-1gib.sock").exists(), "it had no time to take it away"
     start()
-    after = harness.eventually(lambda: (r := kubelet.resource("2gib-25pct")) is not before and r, 30, "another one")
+    after = eventually(lambda: (r := kubelet.resource("2gib-25pct")) is not before and r, 30, "another one")
     assert after.ids == before.ids
 
 
@@ -109,7 +115,7 @@ def test_sigterm_ends_it_within_a_second(kubelet: kit.Kubelet, start: Start) -> 
     """Whatever goes on: streams are open, an allocation waits for an agent that is stopped."""
     plugin = start()
     resource = kubelet.resource("1gib")
-    agent = harness.ask(verb="ping")["pid"]
+    agent = commands.ask(verb="ping")["pid"]
     os.kill(agent, signal.SIGSTOP)
     try:
         asked = kubelet.api.AllocateRequest(
@@ -147,7 +153,7 @@ def test_what_it_is_asked_wrongly(kubelet: kit.Kubelet, plugin: kit.Plugin, uuid
     wrong = grpc.StatusCode.INVALID_ARGUMENT
     for id_ in ("", "x", two.ids[0], one.ids[0] + "0", f"{uuids[0]}::1gib::-1", f"{uuids[0]}::1gib::{'9' * 5000}"):
         code, text = refusal(lambda id_=id_: one.allocate(id_))
-        assert (code, "is no id of fgpu.dev/1gib" in text) == (wrong, True), (id_, text)
+        assert (code, "is not an id of fgpu.dev/1gib" in text) == (wrong, True), (id_, text)
         assert len(text) < 200
     code, text = refusal(lambda: one.allocate(*one.ids[:2]))
     assert (code, text) == (
@@ -155,7 +161,7 @@ def test_what_it_is_asked_wrongly(kubelet: kit.Kubelet, plugin: kit.Plugin, uuid
         f"one container cannot have two shares of one device ({uuids[0]}): ask for a larger one",
     )
     raw = one.channel.unary_unary("/v1beta1.DevicePlugin/Allocate")
-    assert refusal(lambda: raw(b"\xff" * 9, timeout=10)) == (wrong, "is no AllocateRequest")
+    assert refusal(lambda: raw(b"\xff" * 9, timeout=10)) == (wrong, "not a valid AllocateRequest")
     assert refusal(lambda: raw(b"\n" * (2 << 20), timeout=10))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
     unknown = one.channel.unary_unary("/v1beta1.DevicePlugin/Deallocate")
     assert refusal(lambda: unknown(b"", timeout=10))[0] is grpc.StatusCode.UNIMPLEMENTED
@@ -180,63 +186,61 @@ def test_what_is_preferred(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list
 # -- health --------------------------------------------------------------------------------------------------------
 
 
-def test_without_an_agent_nothing_is_healthy(
-    kubelet: kit.Kubelet, plugin: kit.Plugin, service: harness.Service
-) -> None:
+def test_without_an_agent_nothing_is_healthy(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
     one = kubelet.resource("1gib")
     service.kill_agent()
-    harness.eventually(lambda: not one.healthy, 30, "unhealthy")
+    eventually(lambda: not one.healthy, 30, "unhealthy")
     assert one.ids, "they are still told"
     with pytest.raises(grpc.RpcError) as caught:
         one.allocate(one.ids[0])
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "no agent answers" in caught.value.details()
     service.start_agent()
-    harness.eventually(lambda: one.healthy == one.ids, 30, "healthy")
+    eventually(lambda: one.healthy == one.ids, 30, "healthy")
     assert kubelet.resource("1gib") is one, "the same registration"
 
 
-def test_devices_of_which_nvml_says_nothing(kubelet: kit.Kubelet, plugin: kit.Plugin, service: harness.Service) -> None:
+def test_devices_of_which_nvml_says_nothing(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
     """As when the driver hangs, or a device is lost."""
     one = kubelet.resource("1gib")
-    simd = [harness.SIM / "fgpu-simd", "--fault"]
+    simd = [SIM / "fgpu-simd", "--fault"]
     subprocess.run([*simd, "nvml-stall:120s"], check=True, timeout=10)
     try:
-        harness.eventually(lambda: not one.healthy, 60, "unhealthy")
+        eventually(lambda: not one.healthy, 60, "unhealthy")
         with pytest.raises(grpc.RpcError) as caught:
             one.allocate(one.ids[0])
         assert f"{one.ids[0][:40]}: NVML answered" in caught.value.details()
     finally:
         subprocess.run([*simd, "reset"], check=True, timeout=10)
-    harness.eventually(lambda: one.healthy == one.ids, 60, "healthy")
+    eventually(lambda: one.healthy == one.ids, 60, "healthy")
 
 
 def test_a_device_that_reports_an_xid(
-    kubelet: kit.Kubelet, plugin: kit.Plugin, service: harness.Service, uuids: list[str]
+    kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service, uuids: list[str]
 ) -> None:
     """One that programs cause is counted; another makes every id of the device unhealthy, until it is reset."""
     one, two = kubelet.resource("1gib"), kubelet.resource("2gib-25pct")
-    order = lambda spec: subprocess.run([harness.SIM / "fgpu-simd", "--fault", spec], check=True, timeout=10)  # noqa: E731
+    order = lambda spec: subprocess.run([SIM / "fgpu-simd", "--fault", spec], check=True, timeout=10)  # noqa: E731
 
     def counted(cause: str) -> float:
-        return harness.metrics()["fgpu_device_xids_total", frozenset({("gpu", "1"), ("cause", cause)})]
+        return metrics()["fgpu_device_xids_total", frozenset({("gpu", "1"), ("cause", cause)})]
 
     def healthy() -> list[float]:
-        return [harness.metrics()["fgpu_device_healthy", frozenset({("gpu", gpu)})] for gpu in "01"]
+        return [metrics()["fgpu_device_healthy", frozenset({("gpu", gpu)})] for gpu in "01"]
 
     def said(name: str) -> str:
-        (line,) = [line for line in harness.fgpu("doctor", check=False).stdout.splitlines() if f" {name}: " in line]
+        (line,) = [line for line in fgpu("doctor", check=False).stdout.splitlines() if f" {name}: " in line]
         return line
 
     before = {cause: counted(cause) for cause in ("program", "device")}
     order("xid=31:1,xid=13:1")
-    harness.eventually(lambda: counted("program") == before["program"] + 2, 20, "two that programs cause")
+    eventually(lambda: counted("program") == before["program"] + 2, 20, "two that programs cause")
     assert healthy() == [1, 1]
     assert (one.healthy, two.healthy) == (one.ids, two.ids)
     assert said("xids").startswith("ok ")
     order("xid=79:1")
     try:
-        harness.eventually(lambda: {id_[:40] for id_ in (*one.healthy, *two.healthy)} == {uuids[0]}, 20, "unhealthy")
+        eventually(lambda: {id_[:40] for id_ in (*one.healthy, *two.healthy)} == {uuids[0]}, 20, "unhealthy")
         assert len(one.healthy) == 3, "the other device is offered as before"
         with pytest.raises(grpc.RpcError) as caught:
             one.allocate(one.ids[5])
@@ -245,18 +249,16 @@ def test_a_device_that_reports_an_xid(
         assert one.allocate(one.ids[0]).cdi_devices
         assert (healthy(), counted("device")) == ([1, 0], before["device"] + 1)
         assert said("xids") == "FAIL  xids: device 1: it has reported XID 79"
-        told = [event["text"] for event in harness.ask(verb="events")["events"] if event["what"] == "xid"]
+        told = [event["text"] for event in commands.ask(verb="events")["events"] if event["what"] == "xid"]
         assert told[-1] == "79: no share of the device is offered"
         assert "healthy, it has reported XID 79" in plugin.said()
     finally:
         order("device-reset")
-    harness.eventually(lambda: (one.healthy, two.healthy) == (one.ids, two.ids), 20, "healthy")
+    eventually(lambda: (one.healthy, two.healthy) == (one.ids, two.ids), 20, "healthy")
     assert healthy() == [1, 1]
 
 
-def test_an_agent_that_starts_anew_is_not_missed(
-    kubelet: kit.Kubelet, plugin: kit.Plugin, service: harness.Service
-) -> None:
+def test_an_agent_that_starts_anew_is_not_missed(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
     one = kubelet.resource("1gib")
     told = len(one.lists)
     service.kill_agent()
@@ -266,31 +268,31 @@ def test_an_agent_that_starts_anew_is_not_missed(
 
 
 @pytest.fixture
-def tenants(tmp_path: Path) -> Iterator[harness.Place]:
-    place = harness.Cgroups(tmp_path)
+def tenants(tmp_path: Path) -> Iterator[Place]:
+    place = Cgroups(tmp_path)
     yield place
     place.close()
 
 
 def test_room_that_others_take_is_no_longer_offered(
-    kubelet: kit.Kubelet, plugin: kit.Plugin, tenants: harness.Place, uuids: list[str]
+    kubelet: kit.Kubelet, plugin: kit.Plugin, tenants: Place, uuids: list[str]
 ) -> None:
     """A tenant that is no pod takes all but 3 GiB of each device: they are named, so its limit counts at once."""
     two, one = kubelet.resource("2gib-25pct"), kubelet.resource("1gib")
-    capacity = min(device["capacity_bytes"] for device in harness.ask(verb="offers")["devices"])
-    tenant, memory = tenants.tenant(None), f"{capacity - 3 * harness.GIB}B"
-    harness.fgpu("set", tenant.path, "--memory", memory, "--device", uuids[0], "--device", uuids[1])
-    harness.eventually(lambda: len(two.healthy) == 2, 30, "one of two on each")
+    capacity = min(device["capacity_bytes"] for device in commands.ask(verb="offers")["devices"])
+    tenant, memory = tenants.tenant(None), f"{capacity - 3 * GIB}B"
+    fgpu("set", tenant.path, "--memory", memory, "--device", uuids[0], "--device", uuids[1])
+    eventually(lambda: len(two.healthy) == 2, 30, "one of two on each")
     assert [id_[:40] for id_ in two.healthy] == uuids
     assert one.healthy == one.ids, "three of 1 GiB fit"
     two.allocate(two.healthy[0])
-    harness.eventually(lambda: len(one.healthy) == 4, 30, "1 GiB is left beside the promise")
+    eventually(lambda: len(one.healthy) == 4, 30, "1 GiB is left beside the promise")
     with pytest.raises(grpc.RpcError) as caught:
         two.allocate(two.ids[1])
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert f"2GiB do not fit on {uuids[0]}: 3GiB of" in caught.value.details()
-    harness.fgpu("unset", tenant.path)
-    harness.eventually(lambda: two.healthy == two.ids, 30, "room again")
+    fgpu("unset", tenant.path)
+    eventually(lambda: two.healthy == two.ids, 30, "room again")
 
 
 # -- settings ------------------------------------------------------------------------------------------------------
@@ -307,12 +309,10 @@ def sizes(count: int) -> str:
         (sizes(124), ""),
         (sizes(125), "fgpu: 1000 slots are too many for kubelet (1000): lower counts of profiles"),
         ("[{share: 10gib, count: 2}]", "fgpu.kubelet: profiles: 2 of 10gib would take 20GiB of "),
-        ("[]", "fgpu.kubelet: the agent offers nothing: list profiles in agent.yaml, and start it anew"),
+        ("[]", "fgpu.kubelet: the agent offers nothing: list profiles in agent.yaml, and restart it"),
     ],
 )
-def test_more_than_there_may_be(
-    kubelet: kit.Kubelet, start: Start, service: harness.Service, profiles: str, said: str
-) -> None:
+def test_more_than_there_may_be(kubelet: kit.Kubelet, start: Start, service: Service, profiles: str, said: str) -> None:
     before = service.config.read_text()
     service.config.write_text(before.replace(kit.PROFILES, profiles))
     service.kill_agent()
@@ -325,7 +325,7 @@ def test_more_than_there_may_be(
             answer = kubelet.api.ListAndWatchResponse(devices=found[0].lists[-1])
             assert answer.ByteSize() * 4 < 4 << 20
             return
-        harness.eventually(lambda: said in plugin.said(), 30, said)
+        eventually(lambda: said in plugin.said(), 30, said)
         assert not kubelet.registrations
         if said.startswith("fgpu: "):
             assert plugin.process.wait(20) == 1
@@ -337,7 +337,7 @@ def test_more_than_there_may_be(
 
 
 def test_doctor_says_whether_kubelet_hears_of_it(kubelet: kit.Kubelet, start: Start) -> None:
-    assert "FAIL  device plugin: nobody offers 2gib-25pct, 1gib, 4gib" in kit.doctor(kubelet.folder)
+    assert "FAIL  device plugin: no device plugin offers 2gib-25pct, 1gib, 4gib" in kit.doctor(kubelet.folder)
     start()
     for name in ("2gib-25pct", "1gib", "4gib"):
         kubelet.resource(name)

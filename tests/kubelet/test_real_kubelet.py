@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import containerd_kit
-import harness
-import kubelet_kit as kit
 import pytest
-from harness import BUILD, CONTEXT, GIB
+
+from tests.support.commands import ask
+from tests.support.containers import containerd
+from tests.support.host import BUILD, CONTEXT, GIB, SIM
+from tests.support.kubernetes import kubelet as kit
+from tests.support.service import Service
+from tests.support.wait import eventually
 
 KUBELET, CONTAINERD = os.environ.get("FGPU_KUBELET", ""), os.environ.get("FGPU_CONTAINERD", "")  # a program, a folder
 pytestmark = pytest.mark.skipif(not (KUBELET and CONTAINERD), reason="FGPU_KUBELET and FGPU_CONTAINERD name none")
@@ -25,7 +28,7 @@ FOLDER = Path("/var/lib/kubelet")
 SHARED = ["/usr", str(BUILD), "/run/fgpu-sim"]
 
 
-class Containerd(containerd_kit.Containerd):
+class Containerd(containerd.Containerd):
     """1.7 or later, with CDI."""
 
     cdi = Path()
@@ -53,11 +56,9 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def runtime(
-    service: harness.Service, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Containerd]:
+def runtime(service: Service, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Containerd]:
     """It sees kubelet's folder."""
-    monkeypatch.setattr(containerd_kit, "PATH", f"{CONTAINERD}:{containerd_kit.PATH}")
+    monkeypatch.setattr(containerd, "PATH", f"{CONTAINERD}:{containerd.PATH}")
     monkeypatch.setattr(Containerd, "cdi", service.cdi)
     (tmp_path / "engine").mkdir()
     found = Containerd(tmp_path / "engine", service.containerd, {})
@@ -93,10 +94,10 @@ def pod(name: str, resource: str) -> dict[str, Any]:
     volumes = [{"name": f"m{at}", "hostPath": {"path": path}} for at, path in enumerate(SHARED)]
     main = {
         "name": "main",
-        "image": containerd_kit.IMAGE,
+        "image": containerd.IMAGE,
         "imagePullPolicy": "Never",
         "command": [str(BUILD / "examples/fill"), "--step", "2MiB", "--hold", "600"],
-        "env": [{"name": "LD_LIBRARY_PATH", "value": str(harness.SIM / "lib")}],
+        "env": [{"name": "LD_LIBRARY_PATH", "value": str(SIM / "lib")}],
         "volumeMounts": mounts,
         "resources": {"limits": {resource: 1}},
     }
@@ -104,30 +105,28 @@ def pod(name: str, resource: str) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "dev"}, "spec": spec}
 
 
-def test_a_static_pod_gets_its_share(
-    service: harness.Service, runtime: Containerd, folder: Path, tmp_path: Path
-) -> None:
+def test_a_static_pod_gets_its_share(service: Service, runtime: Containerd, folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "kubelet.json"
     config.write_text(json.dumps(settings(tmp_path, service.containerd)))
     with open(tmp_path / "kubelet.log", "wb") as log:
-        words = [*containerd_kit.OWN_MOUNTS, KUBELET, "--config", str(config), "--v=4"]
+        words = [*containerd.OWN_MOUNTS, KUBELET, "--config", str(config), "--v=4"]
         kubelet = subprocess.Popen(words, stdout=log, stderr=log)
     plugin = None
     try:
-        harness.eventually((folder / "kubelet.sock").exists, 60, "kubelet")
+        eventually((folder / "kubelet.sock").exists, 60, "kubelet")
         plugin = kit.Plugin(folder, tmp_path / "plugin.log", "--cdi-dir", str(service.cdi))
-        harness.eventually(lambda: plugin.said().count("registered with kubelet") == 3, 60, "registrations")
+        eventually(lambda: plugin.said().count("registered with kubelet") == 3, 60, "registrations")
         (tmp_path / "pods/notebook.json").write_text(json.dumps(pod("notebook", "fgpu.dev/2gib-25pct")))
 
         def held() -> dict[str, Any] | None:
-            tenants = harness.ask(verb="snapshot")["tenants"]
+            tenants = ask(verb="snapshot")["tenants"]
             return next((t for t in tenants if t["source"] == "share" and t["devices"][0]["used_bytes"]), None)
 
-        tenant = harness.eventually(held, 120, "the pod")
+        tenant = eventually(held, 120, "the pod")
         assert tenant["devices"][0]["limit_bytes"] == 2 * GIB
-        harness.eventually(lambda: (held() or {"devices": [{}]})["devices"][0].get("used_bytes", 0) > 2 * GIB - CONTEXT)
+        eventually(lambda: (held() or {"devices": [{}]})["devices"][0].get("used_bytes", 0) > 2 * GIB - CONTEXT)
         (tmp_path / "pods/notebook.json").unlink()
-        harness.eventually(lambda: not held(), 60, "the pod's end")
+        eventually(lambda: not held(), 60, "the pod's end")
     finally:
         kubelet.terminate()
         kubelet.wait(30)

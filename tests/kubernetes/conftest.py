@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import harness
-import image_kit
-import node_kit
 import pytest
 
-sys.path.append(str(harness.ROOT / "tests/packages"))
-import host_kit
-import package_kit
+from tests.kubernetes import image_kit, node_kit
+from tests.support import fresh_host, packages
+from tests.support.host import ROOT
+from tests.support.service import compile_programs
 
 IS_FULL = os.environ.get("FGPU_TEST_SCALE") == "full"  # building the image takes a minute or two
-MANIFESTS = harness.ROOT / "deploy/kubernetes"
+MANIFESTS = ROOT / "deploy/kubernetes"
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """fgpu-simd, one device with room for a hundred tenants."""
-    with package_kit.driver(tmp_path_factory.mktemp("driver") / "log", "512GiB", 20):
+    with packages.driver(tmp_path_factory.mktemp("driver") / "log", "512GiB", 20):
         yield
 
 
 def _is_packaged() -> bool:
     """As everything is now."""
-    folders = [harness.ROOT / name for name in ("bpf", "deploy/debian", "fgpu_ebpf", "oci", "shim")]
+    folders = [ROOT / name for name in ("bpf", "deploy/debian", "fgpu_ebpf", "oci", "shim")]
     newest = max(path.stat().st_mtime for folder in folders for path in folder.rglob("*.[chp]*") if path.is_file())
-    found = list(package_kit.PACKAGES.glob("fgpu_*.deb"))
+    found = list(packages.PACKAGES.glob("fgpu_*.deb"))
     return len(found) == 1 and found[0].stat().st_mtime > newest
 
 
@@ -55,8 +52,8 @@ def image(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not IS_FULL:
         return image_kit.thin(f"docker.io/library/{name}", work)
     if not _is_packaged():
-        package_kit.run(harness.ROOT / "dev", "package", "deb", timeout=170)
-    return image_kit.archive(host_kit.fresh_root(), package_kit.package("fgpu_*.deb"), name, work)
+        packages.run(ROOT / "dev", "package", "deb", timeout=170)
+    return image_kit.archive(fresh_host.fresh_root(), packages.package("fgpu_*.deb"), name, work)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +61,9 @@ def node(
     driver: None, manifest: Path, image: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[node_kit.Node]:
     """containerd, with the image."""
-    harness.compile_programs()
+    compile_programs()
     node = node_kit.Node(tmp_path_factory.mktemp("node"), node_kit.manifests(manifest))
-    node.beneath = () if IS_FULL else ("/usr", str(harness.ROOT), "/etc/ld.so.cache", "/etc/alternatives")
+    node.beneath = () if IS_FULL else ("/usr", str(ROOT), "/etc/ld.so.cache", "/etc/alternatives")
     try:
         node.load(image)
         yield node

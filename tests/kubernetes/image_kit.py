@@ -15,8 +15,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from docker_kit import DOCKERD, ENGINES, PATH
-from harness import BUILD, PRIVATE_MOUNTS, ROOT, eventually
+from tests.support.containers.docker import DOCKERD, ENGINES, PATH
+from tests.support.host import BUILD, ROOT
+from tests.support.place import PRIVATE_MOUNTS
+from tests.support.wait import eventually
 
 DOCKERFILE = ROOT / "deploy/images/agent/Dockerfile"
 MADE = BUILD / "kubernetes"

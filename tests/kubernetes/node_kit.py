@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import containerd_kit
 import yaml
-from containerd_kit import HOST_NETWORK, PRIVATE_MOUNTS, Containerd, message
-from harness import SIM, cgroup_root, eventually
+
+from tests.support.containers import containerd
+from tests.support.containers.containerd import HOST_NETWORK, PRIVATE_MOUNTS, Containerd, message
+from tests.support.host import SIM, cgroup_root
+from tests.support.wait import eventually
 
 SOCKET = Path("/run/containerd/containerd.sock")
 STATE = Path("/var/lib/fgpu")
@@ -239,7 +241,7 @@ class Node(Containerd):
 
     def load(self, archive: Path) -> None:
         """An image as `docker save` writes it."""
-        command = [containerd_kit.ENGINES / "usr/bin/ctr", "--address", SOCKET, "--namespace", "k8s.io"]
+        command = [containerd.ENGINES / "usr/bin/ctr", "--address", SOCKET, "--namespace", "k8s.io"]
         subprocess.run([*map(str, command), "images", "import", str(archive)], check=True, timeout=170)
 
     def ask(self, method: str, request: bytes) -> bytes:
@@ -330,10 +332,12 @@ class Node(Containerd):
         limit = spec["resources"]["limits"]["memory"]
         assert limit.endswith("Mi")
         resources = message((4, int(limit[:-2]) << 20))
+        host = f"/proc/{os.getpid()}/ns/cgroup"  # the node's cgroup namespace is that of the tests
+        command = [word.replace("/proc/2/ns/cgroup", host) for word in spec.get("command", ())]
         return message(
             (1, message((1, spec["name"]), (2, next(self._attempts)))),
             (2, message((1, f"docker.io/library/{spec['image']}"))),
-            *((3, word) for word in spec.get("command", ())), *((4, word) for word in spec.get("args", ())),
+            *((3, word) for word in command), *((4, word) for word in spec.get("args", ())),
             *((6, message((1, key), (2, value))) for key, value in env.items()), *((7, mount) for mount in mounts),
             (11, f"{spec['name']}.log"), (15, message((1, resources), (2, _security(pod, spec["securityContext"])))),
         )  # fmt: skip

@@ -10,10 +10,13 @@ import re
 import signal
 from pathlib import Path
 
-import harness
-import node_kit
 import pytest
-from harness import CONTEXT, GIB, eventually
+
+from tests.kubernetes import node_kit
+from tests.support.commands import ask
+from tests.support.host import CONTEXT, GIB, MIB, REFUSED, ROOT
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
 
 # linux/capability.h
 CAPABILITIES = {
@@ -36,7 +39,7 @@ spec:
 PORT = 9423
 FEW = 2
 TENANTS = 100 if os.environ.get("FGPU_TEST_SCALE") == "full" else FEW
-DETACH = harness.ROOT / "deploy/kubernetes/detach.yaml"
+DETACH = ROOT / "deploy/kubernetes/detach.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +50,11 @@ def pods(node: node_kit.Node) -> dict[str, node_kit.Pod]:
 
 def limits() -> dict[str, int]:
     """By tenant."""
-    return {t["tenant"]: t["devices"][0]["limit_bytes"] for t in harness.ask(verb="snapshot")["tenants"]}
+    return {t["tenant"]: t["devices"][0]["limit_bytes"] for t in ask(verb="snapshot")["tenants"]}
 
 
 @pytest.fixture(scope="module")
-def tenant(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> harness.Tenant:
+def tenant(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> Tenant:
     """A container of a pod in the namespace `dev`, with the three mounts."""
     return node.run("train-0", {}, {}).container("main")
 
@@ -69,16 +72,14 @@ def test_what_the_manifest_names_is_all_that_each_may(pods: dict[str, node_kit.P
         assert (code, "Read-only file system" in said) == (1, True), said
 
 
-def test_a_pod_gets_what_the_config_map_says_and_then_what_it_says_next(
-    node: node_kit.Node, tenant: harness.Tenant
-) -> None:
+def test_a_pod_gets_what_the_config_map_says_and_then_what_it_says_next(node: node_kit.Node, tenant: Tenant) -> None:
     for limit in (1, 2):
         node.publish("fgpu-policies", {"10-dev.yaml": POLICY.format(limit=limit)})
         eventually(lambda limit=limit: limits().get(tenant.name) == limit * GIB, 30, f"{limits()}")
     client = tenant.client()
     assert client.ok("info")[1] == 2 * GIB
     client.ok(f"alloc {GIB}")
-    assert client.do(f"alloc {GIB}") == harness.REFUSED
+    assert client.do(f"alloc {GIB}") == REFUSED
     assert tenant.assert_exact() == GIB + CONTEXT
     node.publish("fgpu-policies", {"10-dev.yaml": POLICY.format(limit=3)})
     eventually(lambda: limits().get(tenant.name) == 3 * GIB, 30, f"{limits()}")
@@ -86,12 +87,12 @@ def test_a_pod_gets_what_the_config_map_says_and_then_what_it_says_next(
     client.close()
 
 
-def test_a_pods_annotation_goes_as_far_as_the_policy_lets_it(node: node_kit.Node, tenant: harness.Tenant) -> None:
+def test_a_pods_annotation_goes_as_far_as_the_policy_lets_it(node: node_kit.Node, tenant: Tenant) -> None:
     asking = node.run("train-1", {}, {"fgpu.dev/memory": "4GiB"}).container("main")
     eventually(lambda: limits().get(asking.name) == 4 * GIB, 30, f"{limits()}")
 
 
-def test_a_tenant_is_found_by_its_process(pods: dict[str, node_kit.Pod], tenant: harness.Tenant) -> None:
+def test_a_tenant_is_found_by_its_process(pods: dict[str, node_kit.Pod], tenant: Tenant) -> None:
     """Whose cgroup is outside the agent's own, and so its path."""
     client = tenant.client()
     code, said = pods["agent"].containers["agent"].run("fgpu", "explain", f"pid/{client.pid}")
@@ -99,14 +100,14 @@ def test_a_tenant_is_found_by_its_process(pods: dict[str, node_kit.Pod], tenant:
     client.close()
 
 
-def test_metrics_name_the_tenant(node: node_kit.Node, tenant: harness.Tenant) -> None:
+def test_metrics_name_the_tenant(node: node_kit.Node, tenant: Tenant) -> None:
     status, page = node.get(PORT, "/metrics")
     assert status == 200
     assert re.search(rf'fgpu_tenant_enforcement\{{[^}}]*tenant="{tenant.name}"[^}}]*\}} 1', page), page
 
 
 def test_the_gatekeeper_answers_and_limits_hold_while_there_is_no_agent(
-    pods: dict[str, node_kit.Pod], tenant: harness.Tenant
+    pods: dict[str, node_kit.Pod], tenant: Tenant
 ) -> None:
     gatekeeper = pods["gatekeeper"].containers["gatekeeper"]
     before = gatekeeper.pid
@@ -115,7 +116,7 @@ def test_the_gatekeeper_answers_and_limits_hold_while_there_is_no_agent(
     assert gatekeeper.probe("livenessProbe")
     client = tenant.client()
     client.ok(f"alloc {2 * GIB}")
-    assert client.do(f"alloc {GIB}") == harness.REFUSED
+    assert client.do(f"alloc {GIB}") == REFUSED
     client.close()
     agent = pods["agent"].start("agent")
     eventually(lambda: agent.probe("startupProbe"), 60, agent.log)
@@ -125,7 +126,7 @@ def test_the_gatekeeper_answers_and_limits_hold_while_there_is_no_agent(
 
 
 def test_the_next_gatekeeper_waits_beside_the_last_and_follows_it(
-    node: node_kit.Node, pods: dict[str, node_kit.Pod], tenant: harness.Tenant
+    node: node_kit.Node, pods: dict[str, node_kit.Pod], tenant: Tenant
 ) -> None:
     """maxSurge: 1, as a DaemonSet rolls out."""
     last = pods["gatekeeper"]
@@ -169,7 +170,7 @@ def test_each_lives_within_its_limit_of_memory(node: node_kit.Node, pods: dict[s
             limit = int(one.spec["resources"]["limits"]["memory"].removesuffix("Mi")) << 20
             peak = one.memory_peak_bytes()
             mapped = f", {one.facts()['VmHWM']} mapped" if one.status[3] == 1 else ""
-            print(f"{name} {peak / harness.MIB:.1f} MiB of {limit // harness.MIB}{mapped}, {TENANTS} tenants")
+            print(f"{name} {peak / MIB:.1f} MiB of {limit // MIB}{mapped}, {TENANTS} tenants")
             assert peak < limit, name  # at the limit the kernel reclaims, or kills
 
 

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
-import harness
-import kubelet_kit
-import node_kit
-import pods_kit
 import pytest
-from harness import CONTEXT, GIB, MIB, REFUSED, eventually
+
+from tests.kubernetes import node_kit
+from tests.support.commands import ask
+from tests.support.host import CONTEXT, GIB, MIB, REFUSED, SIM
+from tests.support.kubernetes import kubelet as kubelet_kit
+from tests.support.kubernetes import pods as pods_kit
+from tests.support.wait import eventually
 
 KUBELET = Path("/var/lib/kubelet/device-plugins")
 CDI = Path("/var/run/cdi")
@@ -74,7 +76,7 @@ def test_it_may_nothing_but_what_it_owns(plugin: node_kit.Pod) -> None:
 
 
 def test_it_registers_and_lists(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
-    (uuid,) = [device["uuid"] for device in harness.ask(verb="snapshot")["devices"]]
+    (uuid,) = [device["uuid"] for device in ask(verb="snapshot")["devices"]]
     for name, count in ((SHARE, 2), ("1gib", 3)):
         resource = kubelet.resource(name)
         assert resource.ids == [f"{uuid}::{name}::{number}" for number in range(count)]
@@ -122,7 +124,7 @@ def test_a_device_that_fails_is_heard_of_by_the_agents_pod(kubelet: kubelet_kit.
     """Which has no more rights for it than it names."""
     resource = kubelet.resource(SHARE)
     eventually(lambda: resource.healthy == resource.ids, 20, "healthy")
-    subprocess.run([harness.SIM / "fgpu-simd", "--fault", "xid=79"], check=True, timeout=10)
+    subprocess.run([SIM / "fgpu-simd", "--fault", "xid=79"], check=True, timeout=10)
     eventually(lambda: not resource.healthy, 20, plugin.containers["device-plugin"].log)
     with pytest.raises(grpc.RpcError) as caught:
         resource.allocate(resource.ids[0])

@@ -1,7 +1,7 @@
 """Takes defences away one at a time and sees tests fail: a check that cannot fail is a defect.
 
-usage: python tests/mutants [NAME or ROW…], all without. A mutant is a patch beside this file, which removes what a row
-of docs/security.md promises (patches.py), or one broken rule of the kernel's ledger (rules.py). Each is tried in a
+usage: python -m tests.mutants [NAME or ROW…], all without. A mutant is a patch beside this file, which removes what a
+row of docs/security.md promises (patches.py), or one broken rule of the kernel's ledger (rules.py). Each is tried in a
 copy of the tree (trees.py); its tests must pass without it and fail with it (judge.py says what failing is).
 """
 
@@ -12,12 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))
-from judge import Outcome
-from patches import Patch, patches
-from rows import named_of_rows
-from rules import RULES, Rule
-from trees import Tree
+from tests.mutants.judge import Outcome
+from tests.mutants.patches import Patch, patches
+from tests.mutants.rules import RULES, Rule
+from tests.mutants.trees import Tree
+from tests.rows import named_of_rows
 
 Mutant = Patch | Rule
 
@@ -42,6 +41,7 @@ class Trial:
     def killed(self, mutant: Mutant) -> bool:
         """Says whether its tests told it from the tree, with what they printed where they did not."""
         log = self.folder / f"{mutant.name}.log"
+        log.touch()  # nothing is run for a mutant whose tests failed without an earlier one
         said = self._try(mutant, log)
         print(f"{mutant.row or 'rule'} {mutant.name}: {said}", flush=True)
         if said != "killed":

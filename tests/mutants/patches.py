@@ -16,7 +16,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from judge import Outcome
+from tests.mutants.judge import Outcome
 
 HERE = Path(__file__).parent
 COMPILED = re.compile(r"^\+\+\+ b/(shim|sim|oci|examples|bench)/|^\+\+\+ b/bpf/fgpu\.h$", re.MULTILINE)

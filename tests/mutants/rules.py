@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from judge import Outcome
+from tests.mutants.judge import Outcome
 
 TESTS = ("tests/bpf", "--ignore=tests/bpf/test_arm64.py")  # which compares compilers, and takes half of the time
 RELEASES_ALL = """\
@@ -48,7 +48,7 @@ RULES = {
         "}\n\nstatic u32 operation_of",
     ),
     "failed-free-not-put-back": ("    if (!f->references) return;\n", "    return;\n"),
-    "hopeless-call-charged": ("    else if (has || !who) {", "    else if (1) {"),
+    "hopeless-call-charged": ("    else if (has || !full) {", "    else if (1) {"),
     "handed-out-not-charged": ("    default:\n        return f->uncovered;", "    default:\n        return 0;"),
     "failed-call-kept": ("retained);\n    release(p, f->device, f->bytes);\n", "retained);\n"),
     "longjmp-ignored": ("&& a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];", ";"),
@@ -205,11 +205,11 @@ RULES = {
         "        anomaly(FGPU_ANOMALY_FULL);\n        return;\n    }\n    EACH_LEVEL",
     ),
     "patience-is-counted": (
-        "    if (patient && reason == FGPU_REASON_LIMIT && fits_without_orphans(who, device, bytes)) return 1;\n",
+        "    if (patient && reason == FGPU_REASON_LIMIT && fits_without_orphans(full, device, bytes)) return 1;\n",
         "",
     ),
     "patience-without-orphans": (
-        "reason == FGPU_REASON_LIMIT && fits_without_orphans(who, device, bytes)",
+        "reason == FGPU_REASON_LIMIT && fits_without_orphans(full, device, bytes)",
         "reason == FGPU_REASON_LIMIT",
     ),
     "shared-address-space-unseen": ("    p = lender(tgid, space);\n    if (p) return p;\n", ""),
@@ -246,11 +246,19 @@ RULES = {
         "    } else {\n        if (UNLIKELY(f.uncovered)) name_bypass(p, &f);\n",
     ),
     "exceeding-call-not-killed": ("    bpf_send_signal(SIGKILL);\n", ""),
-    "fitting-call-killed": ("!kills(who) && !fits(page, device, bytes)", "!kills(who)"),
+    "fitting-call-killed": ("!kills(full) && !fits(page, device, bytes)", "!kills(full)"),
     "kill-under-observe": ("page->flags & FGPU_KILL && !(page->flags & FGPU_OBSERVE)", "page->flags & FGPU_KILL"),
     "every-failure-is-the-device-s": ("== OUT_OF_MEMORY && f.bytes)", "&& f.bytes)"),
     "device-full-of-a-pool-forgotten": ("    if (kind & FGPU_FULL) device_full(p, device, FGPU_POOL, bytes);\n", ""),
     "flood": ("    return __sync_fetch_and_add(n, 1) < most;\n", "    return 1;\n"),
+    "workload-tells-all": (
+        "    if (budget && !first_ones(&budget->second, &budget->count, WORKLOAD_A_SECOND)) return 0;\n",
+        "",
+    ),
+    "lost-of-a-workload-is-lost-of-all": (
+        "    if (!budget) budget = event_budgets.lookup(&others);\n",
+        "    budget = event_budgets.lookup(&others);\n",
+    ),
     "program-untold": ("    if (find_levels(levels)) tell_of_program(page_of(levels[0]));\n", ""),
     "every-program-told": ("first_ones(&page->exec_second, &page->exec_count, PROGRAMS_A_SECOND)", "1"),
     "bell-never-rung": ("return bell.ringbuf_output(&nothing, sizeof(nothing), WAKE_UP) ? -11 : 0;", "return 0;"),

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from judge import Outcome
+from tests.mutants.judge import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ("bench", "e2e", "examples", "headers", "oci", "shim", "sim")  # in build/; the rest is shared

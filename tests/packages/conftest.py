@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import host_kit
-import package_kit as kit
 import pytest
+
+from tests.support import fresh_host
+from tests.support import packages as kit
 
 
 @pytest.fixture(scope="module")  # not the session's: other suites start one of their own
@@ -18,9 +19,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def host(driver: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[host_kit.Host]:
+def host(driver: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[fresh_host.Host]:
     """A host with nothing on it, whose lists of packages are of today."""
-    host = host_kit.Host(tmp_path_factory.mktemp("host"))
+    host = fresh_host.Host(tmp_path_factory.mktemp("host"))
     try:
         host.mount()
         host.apt("update")

@@ -7,20 +7,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import host_kit
-import package_kit as kit
 import pytest
+
+from tests.support import fresh_host
+from tests.support import packages as kit
 
 
 @pytest.fixture(autouse=True)
-def purged(host: host_kit.Host) -> Iterator[None]:
+def purged(host: fresh_host.Host) -> Iterator[None]:
     """Whatever a test leaves, the next finds a host without fgpu."""
     yield
     host.stop()
     host.apt("purge", "fgpu", check=False)
 
 
-def assert_nothing_left(host: host_kit.Host, before: host_kit.Listing) -> None:
+def assert_nothing_left(host: fresh_host.Host, before: fresh_host.Listing) -> None:
     assert host.left(before) == []
     assert host.pins() == []
     assert not list((host.root / "sys/fs/cgroup").glob("fgpu*"))
@@ -36,11 +37,11 @@ echo "${COMPREPLY[@]}"
 """
 
 
-def test_install_enforce_purge(host: host_kit.Host, deb: Path, tmp_path: Path) -> None:
+def test_install_enforce_purge(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
     settings = host.root / "etc/docker/daemon.json"
     settings.parent.mkdir(exist_ok=True)
     settings.write_text('{"debug": true}')
-    before, accounts, mounts = host_kit.listing(host.root), host.accounts(), Path("/proc/mounts").read_text()
+    before, accounts, mounts = fresh_host.listing(host.root), host.accounts(), Path("/proc/mounts").read_text()
     begun = time.monotonic()
     host.install(deb)
     installed = time.monotonic() - begun
@@ -68,8 +69,8 @@ def test_install_enforce_purge(host: host_kit.Host, deb: Path, tmp_path: Path) -
     assert Path("/proc/mounts").read_text() == mounts
 
 
-def test_purge_takes_away_what_a_dead_agent_left(host: host_kit.Host, deb: Path, tmp_path: Path) -> None:
-    before = host_kit.listing(host.root)
+def test_purge_takes_away_what_a_dead_agent_left(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
+    before = fresh_host.listing(host.root)
     host.install(deb)
     host.start_agent(tmp_path / "log")
     assert host.agent is not None
@@ -82,7 +83,7 @@ def test_purge_takes_away_what_a_dead_agent_left(host: host_kit.Host, deb: Path,
     assert_nothing_left(host, before)
 
 
-def test_upgrade_under_load(host: host_kit.Host, deb: Path, tmp_path: Path) -> None:
+def test_upgrade_under_load(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
     """One tenant holds its limit all the time, one starts program after program: neither notices."""
     host.install(deb)
     fits = f"admitted {kit.GIB - kit.CONTEXT} bytes, then CUDA_ERROR_OUT_OF_MEMORY\n"
@@ -95,8 +96,8 @@ def test_upgrade_under_load(host: host_kit.Host, deb: Path, tmp_path: Path) -> N
         old.callback(holder.kill)
         assert holder.stdout
         assert holder.stdout.readline() == fits
-        with host_kit.load(host) as said:
-            host.apt("install", host_kit.newer(deb, host.root / "tmp", tmp_path))
+        with fresh_host.load(host) as said:
+            host.apt("install", fresh_host.newer(deb, host.root / "tmp", tmp_path))
             assert host.agent is not None
             host.agent.terminate()
             assert host.agent.wait(60) == 0

@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import host_kit
-import package_kit as kit
 import pytest
+
+from tests.support import fresh_host
+from tests.support import packages as kit
 
 UNITS = ("fgpu-agent.service", "fgpu-gatekeeper.service")
 AGENT, GATEKEEPER = UNITS
@@ -22,15 +23,15 @@ FITS = kit.GIB - kit.CONTEXT
 
 
 @pytest.fixture(scope="module")
-def before(host: host_kit.Host) -> Iterator[host_kit.Listing]:
+def before(host: fresh_host.Host) -> Iterator[fresh_host.Listing]:
     """The host is up; its files before the package comes."""
     host.boot()
-    yield host_kit.listing(host.root)
+    yield fresh_host.listing(host.root)
     host.halt()
 
 
 @pytest.fixture(scope="module")
-def service(host: host_kit.Host, before: host_kit.Listing, deb: Path) -> Iterator[host_kit.Host]:
+def service(host: fresh_host.Host, before: fresh_host.Listing, deb: Path) -> Iterator[fresh_host.Host]:
     """fgpu is installed; its agent is pointed at the simulated driver and must answer within two seconds."""
     host.install(deb)
     folder = host.root / "etc/systemd/system"
@@ -46,7 +47,7 @@ def service(host: host_kit.Host, before: host_kit.Listing, deb: Path) -> Iterato
 
 
 @pytest.fixture
-def running(service: host_kit.Host) -> host_kit.Host:
+def running(service: fresh_host.Host) -> fresh_host.Host:
     """Both units are active."""
     service.run("systemctl", "start", AGENT)
     for unit in UNITS:
@@ -54,13 +55,13 @@ def running(service: host_kit.Host) -> host_kit.Host:
     return service
 
 
-def pid(host: host_kit.Host, unit: str) -> int:
+def pid(host: fresh_host.Host, unit: str) -> int:
     """The main process of a unit that is up; 0 else."""
     state, number = host.unit(unit, "ActiveState", "MainPID")
     return int(number) if state == "active" else 0
 
 
-def another(host: host_kit.Host, unit: str, old: int, seconds: float = 20) -> int:
+def another(host: fresh_host.Host, unit: str, old: int, seconds: float = 20) -> int:
     """The main process that came after that one."""
     return kit.eventually(lambda: (new := pid(host, unit)) != old and new, seconds, f"another {unit}")
 
@@ -68,7 +69,7 @@ def another(host: host_kit.Host, unit: str, old: int, seconds: float = 20) -> in
 _numbers = itertools.count()
 
 
-def fills(host: host_kit.Host) -> None:
+def fills(host: fresh_host.Host) -> None:
     """A tenant gets its limit, and not a step more.
 
     The kernel's pids are not those of this host's pid namespace, so that the agent takes a program that lives through
@@ -84,7 +85,7 @@ def fills(host: host_kit.Host) -> None:
     kit.eventually(exact, 5, "a limit that holds")
 
 
-def test_installation_starts_nothing(service: host_kit.Host) -> None:
+def test_installation_starts_nothing(service: fresh_host.Host) -> None:
     for unit in UNITS:
         assert service.unit(unit, "LoadState", "ActiveState", "UnitFileState") == ["loaded", "inactive", "disabled"]
     assert not (service.root / "run/fgpu").exists()
@@ -92,14 +93,14 @@ def test_installation_starts_nothing(service: host_kit.Host) -> None:
     assert (done.returncode, "start it with `systemctl start fgpu-agent`" in done.stderr) == (3, True), done
 
 
-def test_units_are_sound(service: host_kit.Host) -> None:
+def test_units_are_sound(service: fresh_host.Host) -> None:
     done = service.run("systemd-analyze", "verify", *UNITS)
     assert done.stdout + done.stderr == ""
     for unit, most in ((AGENT, 45), (GATEKEEPER, 25)):  # tenths of systemd's measure of exposure, 0 to 100
         service.run("systemd-analyze", "security", "--offline=yes", f"--threshold={most}", unit)
 
 
-def test_start_enforces_confined(running: host_kit.Host) -> None:
+def test_start_enforces_confined(running: fresh_host.Host) -> None:
     fills(running)
     assert running.unit(AGENT, "StatusText") == ["1 devices"]
     for unit in UNITS:
@@ -111,12 +112,12 @@ def test_start_enforces_confined(running: host_kit.Host) -> None:
     assert "another gatekeeper" not in running.run("journalctl", "--unit", AGENT).stdout  # the unit's is enough
 
 
-def test_engines_start_their_containers_after_it(running: host_kit.Host) -> None:
+def test_engines_start_their_containers_after_it(running: fresh_host.Host) -> None:
     (before,) = running.unit(AGENT, "Before")
     assert {f"{name}.service" for name in ("containerd", "crio", "docker", "podman-restart")} <= set(before.split())
 
 
-def test_lines_in_the_journal_have_fields(running: host_kit.Host) -> None:
+def test_lines_in_the_journal_have_fields(running: fresh_host.Host) -> None:
     fills(running)
     running.call("set", "/fgpu", "--memory", "3GiB")
     running.call("unset", "/fgpu")
@@ -128,7 +129,7 @@ def test_lines_in_the_journal_have_fields(running: host_kit.Host) -> None:
 
 
 @pytest.mark.parametrize(("killed", "lives"), [UNITS, UNITS[::-1]])
-def test_one_killed_the_other_lives(running: host_kit.Host, killed: str, lives: str) -> None:
+def test_one_killed_the_other_lives(running: fresh_host.Host, killed: str, lives: str) -> None:
     old, other = pid(running, killed), pid(running, lives)
     running.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", killed)
     another(running, killed, old)
@@ -137,7 +138,7 @@ def test_one_killed_the_other_lives(running: host_kit.Host, killed: str, lives: 
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_one_that_hangs_is_replaced(running: host_kit.Host, unit: str) -> None:
+def test_one_that_hangs_is_replaced(running: fresh_host.Host, unit: str) -> None:
     old = pid(running, unit)
     running.run("systemctl", "kill", "--kill-whom=main", "--signal=STOP", unit)
     another(running, unit, old)
@@ -145,7 +146,7 @@ def test_one_that_hangs_is_replaced(running: host_kit.Host, unit: str) -> None:
     fills(running)
 
 
-def test_the_agent_s_gatekeeper_makes_room_for_the_unit_s(running: host_kit.Host) -> None:
+def test_the_agent_s_gatekeeper_makes_room_for_the_unit_s(running: fresh_host.Host) -> None:
     """F30: as after a kill on a host where a start takes longer than a second. The unit never waits for the agent."""
 
     def holder() -> str:
@@ -160,17 +161,17 @@ def test_the_agent_s_gatekeeper_makes_room_for_the_unit_s(running: host_kit.Host
     fills(running)
 
 
-def test_reload_is_no_restart(running: host_kit.Host) -> None:
+def test_reload_is_no_restart(running: fresh_host.Host) -> None:
     old = pid(running, AGENT)
     running.run("systemctl", "reload", AGENT)
     fills(running)
     assert pid(running, AGENT) == old
 
 
-def test_upgrade_restarts_both(running: host_kit.Host, deb: Path, tmp_path: Path) -> None:
-    package = host_kit.newer(deb, running.root / "tmp", tmp_path)
+def test_upgrade_restarts_both(running: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
+    package = fresh_host.newer(deb, running.root / "tmp", tmp_path)
     old, version = [pid(running, unit) for unit in UNITS], running.version()
-    with host_kit.load(running) as said:
+    with fresh_host.load(running) as said:
         running.apt("install", package)
         for unit, was in zip(UNITS, old, strict=True):
             another(running, unit, was)
@@ -180,7 +181,7 @@ def test_upgrade_restarts_both(running: host_kit.Host, deb: Path, tmp_path: Path
     fills(running)
 
 
-def test_purge_leaves_nothing(service: host_kit.Host, before: host_kit.Listing, deb: Path) -> None:
+def test_purge_leaves_nothing(service: fresh_host.Host, before: fresh_host.Listing, deb: Path) -> None:
     service.install(deb)  # which a trial before may have purged
     service.run("systemctl", "enable", "--now", AGENT)
     assert service.unit(GATEKEEPER, "ActiveState", "UnitFileState") == ["active", "enabled"]

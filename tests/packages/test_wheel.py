@@ -8,8 +8,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import package_kit as kit
 import pytest
+
+from tests.support import packages as kit
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import harness
 import pytest
-from page_kit import HOST, URL, Looker
 from playwright.sync_api import Browser, sync_playwright
+
+from tests.page.page_kit import HOST, URL, Looker
+from tests.support import host
+from tests.support.commands import orphans
+from tests.support.host import FGPU
+from tests.support.place import Place
+from tests.support.service import Service, compile_programs
+from tests.support.wait import eventually
 
 FOLDER = Path(__file__).parent
 CHROMIUM = "/usr/bin/chromium"  # the distribution's
@@ -29,16 +35,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="package")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Service]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The simulated driver (two devices of 140 GiB) and the agent, on a host that is called HOST."""
-    harness.compile_programs()
-    service = harness.Service(tmp_path_factory.mktemp("service"), ["docker"])
+    compile_programs()
+    service = Service(tmp_path_factory.mktemp("service"), ["docker"])
     service.config.write_text(f"{service.config.read_text()}listenNames: [page.example]\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness, "GPUS", "2")
+        patch.setattr(host, "GPUS", "2")
         try:
             service.start_driver("140GiB")
-            service.command = ["unshare", "--uts", "sh", "-c", f'hostname {HOST} && exec "$@"', "sh", *harness.FGPU]
+            service.command = ["unshare", "--uts", "sh", "-c", f'hostname {HOST} && exec "$@"', "sh", *FGPU]
             service.start_agent()
             yield service
         finally:
@@ -55,7 +61,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def look(service: harness.Service, browser: Browser) -> Iterator[Callable[..., Looker]]:
+def look(service: Service, browser: Browser) -> Iterator[Callable[..., Looker]]:
     """look(query, width=…): the page in a window of its own. Afterwards: nothing went elsewhere, nothing was wrong."""
     with contextlib.ExitStack() as opened:
 
@@ -66,10 +72,10 @@ def look(service: harness.Service, browser: Browser) -> Iterator[Callable[..., L
 
 
 @pytest.fixture
-def place(service: harness.Service, tmp_path: Path) -> Iterator[harness.Place]:
+def place(service: Service, tmp_path: Path) -> Iterator[Place]:
     """Tenants on the host."""
-    place = harness.Place(tmp_path)
+    place = Place(tmp_path)
     yield place
     place.close()
     # Tenants whose cgroup is gone are shown as long as the driver holds memory of theirs.
-    harness.eventually(lambda: not harness.orphans(), 10, "the release of what they held")
+    eventually(lambda: not orphans(), 10, "the release of what they held")

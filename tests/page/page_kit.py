@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from harness import LISTEN
 from playwright.sync_api import Browser, Locator, Page, expect
+
+from tests.support.host import LISTEN
 
 URL = f"http://{LISTEN}/"
 HOST = "gpu-3"

@@ -14,7 +14,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from harness import BUILD, ENVIRONMENT, GIB, ROOT, Place, Program, Tenant, ask, eventually
+from tests.support.commands import ask
+from tests.support.host import BUILD, ENVIRONMENT, GIB, ROOT
+from tests.support.place import Place
+from tests.support.tenant import Program, Tenant
+from tests.support.wait import eventually
 
 # python HOLD DEVICE MIB...: a context on that device and so many allocations; what is refused is left out.
 HOLD = """
@@ -78,7 +82,7 @@ class Host:
         made = self._work / "spin"
         if not made.exists():
             flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
-            subprocess.run(["gcc", *flags, "-o", made, ROOT / "bench/spin.c", "-ldl"], check=True, timeout=60)
+            subprocess.run(["gcc", *flags, "-o", made, ROOT / "bench/programs/spin.c", "-ldl"], check=True, timeout=60)
         return made
 
 

@@ -10,9 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import CONTEXT, LISTEN, MIB, REFUSED, Place, Service, Tenant, ask, cgroup_root, eventually, fgpu
-from page_kit import HOST, Looker
 from playwright.sync_api import expect
+
+from tests.page.page_kit import HOST, Looker
+from tests.support.commands import ask, fgpu
+from tests.support.host import CONTEXT, LISTEN, MIB, REFUSED, cgroup_root
+from tests.support.place import Place
+from tests.support.service import Service
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
 
 Look = Callable[..., Looker]
 MARKUP = "<img src=x onerror=hit=1>"
@@ -103,7 +109,7 @@ def test_on_a_phone(look: Look, holder: Tenant, place: Place, service: Service, 
     fgpu("reload", check=False)
     try:
         there = look(width=390, color_scheme=scheme)
-        expect(there.page.locator(".faults")).to_contain_text("mend: fgpu policy check")
+        expect(there.page.locator(".faults")).to_contain_text("fix: fgpu policy check")
         assert there.evaluate("document.documentElement.scrollWidth") <= 390
         boxes = [cell.bounding_box() for cell in there.row(holder.name).locator("td").all()]
         assert all(box and box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
@@ -164,7 +170,8 @@ def test_an_agent_that_does_not_answer(look: Look, service: Service, holder: Ten
         service.agent.send_signal(signal.SIGSTOP)
         there.page.clock.fast_forward(10_000)
     try:
-        expect(silence).to_have_text(re.compile(r"^no answer since \d\d:\d\d:\d\d \w+: what stands below is of then$"))
+        text = r"^no answer since \d\d:\d\d:\d\d \w+: the figures below are from then$"
+        expect(silence).to_have_text(re.compile(text))
         expect(silence).to_be_visible()
         expect(there.page.locator(".state")).to_be_hidden()
         expect(there.page).to_have_title(f"no answer: fgpu {HOST}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import page_load
 import pytest
-from page_kit import Looker
 from playwright.sync_api import expect
+
+from tests.page import page_load
+from tests.page.page_kit import Looker
 
 MOST_BYTES = 200_000
 

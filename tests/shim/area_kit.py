@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from gate_kit import KIT
-from shim_kit import Agent, Simulator
+from tests.shim.gate_kit import KIT
+from tests.shim.shim_kit import Agent, Simulator
 
 MIB = 1 << 20
 POOL, GIVEN_BACK = 1, 101

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sanitizers import SANITIZERS
-from shim_kit import DEADLINE, HERE, ROOT, SYSTEM_PYTHON, Agent, Build, Simulator
+
+from tests.shim.shim_kit import DEADLINE, HERE, ROOT, SYSTEM_PYTHON, Agent, Build, Simulator
+from tests.support.sanitizers import SANITIZERS
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from bcc import BPF  # noqa: E402
 
 LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
 # In a usage page; TAIL: behind all that the shim knows of.
-ORPHANED, ORPHANED_NS, LOOKED_NS, TAIL = 1856, 2048, 3224, 3352
+ORPHANED, ORPHANED_NS, LOOKED_NS, TAIL = 1856, 2048, 3224, 3480
 TAG = 44  # in a control page
 MANAGED, SETTLE = 1, 2
 GATES, BUDGETS, FUTEX = 64 + 16 * 32, 0x290 + 16 * 128, 202 if os.uname().machine == "x86_64" else 98
@@ -55,9 +55,11 @@ static void log_call(u64 kind, u64 device, u64 bytes, u64 ticket, u64 result) {
     c->device = device; c->bytes = bytes; c->ticket = ticket; c->result = result;
     c->tgid = bpf_get_current_pid_tgid() >> 32;
 }
+static int uncommitted(struct fgpu_usage_page *p, u32 device) {
+    return p->flags >> FGPU_UNCOMMITTED_SHIFT >> device & 1;
+}
 static int room(struct fgpu_usage_page *p, u32 device, u64 bytes) {
-    u64 uncommitted = p->flags >> FGPU_UNCOMMITTED_SHIFT >> device & 1;
-    return !uncommitted && p->devices[device].used + bytes <= p->devices[device].limit;
+    return !uncommitted(p, device) && p->devices[device].used + bytes <= p->devices[device].limit;
 }
 static void answer(struct fgpu_usage_page *p, u64 kind, u64 ticket, u64 verdict) {
     u32 tgid = bpf_get_current_pid_tgid() >> 32, *tag = tags.lookup(&tgid);
@@ -75,6 +77,7 @@ int admit(struct pt_regs *ctx) {
     if (!p || !outer || !k) return 0;
     log_call(kind, PT_REGS_PARM1(ctx), bytes, ticket, 0);
     if (k->old) kind = kind < FGPU_KINDS ? kind : FGPU_MEMORY;
+    if (uncommitted(p, device) || (k->outer && uncommitted(outer, device))) p->undecided[device]++;
     if (k->mute == 1 || k->mute == bpf_get_current_pid_tgid() >> 32) return 0;
     if (k->again) { k->again--; verdict = 2; }
     else if (k->fixed) verdict = k->fixed - 1;
@@ -136,6 +139,7 @@ class Agent:
         self.answer, self.flags, self.levels, self.epoch = "managed", 0, 1, 7
         self.boot, self.beats, self.delay, self.rows = b"B" * 16, True, 0, []
         self.uuids, self.versions, self.tagged = list(UUIDS), {}, False
+        self.heard_from = 0  # the hello from which on the kernel answers on the pages that are given
         self.bpf["tags"].clear()
         self.hellos.clear()
         self.gates, self.budgets = {}, {}
@@ -317,6 +321,8 @@ class Agent:
         self.hellos.append(hello)
         del self.hellos[:-20000]
         how = self.answer
+        if self.heard_from:
+            self.knobs({"mute": len(self.hellos) < self.heard_from})
         time.sleep(self.delay)
         if how == "eof":
             return

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shim_kit import ROOT, Agent, Simulator
+from tests.shim.shim_kit import ROOT, Agent, Simulator
 
 SHUT, OPEN = 2, 3  # both GATED
 

@@ -5,7 +5,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
-from shim_kit import DEADLINE, PREAMBLE, SYSTEM_PYTHON, Build
+from tests.shim.shim_kit import DEADLINE, PREAMBLE, SYSTEM_PYTHON, Build
 
 MIB, GIB, OOM = 1 << 20, 1 << 30, 2
 TOGETHER = "fgpu: no agent: the image's limit, as far as this container's programs keep it together\n"

@@ -1,25 +1,15 @@
 """Memory with a shape, and the 32-bit forms of old: what is asked for them."""
 
 import pytest
-from shim_kit import Agent
+
+from tests.shim.array_kit import ARRAYS
+from tests.shim.shim_kit import Agent
 
 MEMORY, POOL, HELLO, RELEASED = 0, 1, 3, 101
 MIB, MOST = 1 << 20, 1 << 48
 OOM = 2
 U8, U16, U32, S8, S16, S32, HALF, FLOAT, NV12, BC7 = 1, 2, 3, 8, 9, 10, 16, 32, 0xB0, 0x9D
 LAYERED, CUBEMAP, SPARSE, DEFERRED = 1, 4, 0x40, 0x80
-
-ARRAYS = """
-class D2(C.Structure): _fields_ = [("w", C.c_size_t), ("h", C.c_size_t), ("format", C.c_int), ("channels", C.c_uint)]
-class D3(C.Structure):
-    _fields_ = [(n, C.c_size_t) for n in "whd"] + [("format", C.c_int), ("channels", C.c_uint), ("flags", C.c_uint)]
-class O2(C.Structure): _fields_ = [("w", C.c_uint), ("h", C.c_uint), ("format", C.c_int), ("channels", C.c_uint)]
-class O3(C.Structure):
-    _fields_ = [(n, C.c_uint) for n in "whd"] + [("format", C.c_int), ("channels", C.c_uint), ("flags", C.c_uint)]
-def two(*shape): a = C.c_void_p(); return L.cuArrayCreate_v2(C.byref(a), C.byref(D2(*shape)))
-def three(*shape): a = C.c_void_p(); return L.cuArray3DCreate_v2(C.byref(a), C.byref(D3(*shape)))
-def mip(levels, *shape): a = C.c_void_p(); return L.cuMipmappedArrayCreate(C.byref(a), C.byref(D3(*shape)), levels)
-"""
 
 
 def asked(held: Agent, call: str, kind: int = MEMORY) -> list[int]:

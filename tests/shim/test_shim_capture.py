@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable
 
 import pytest
-from area_kit import FUNCTIONS
-from gate_kit import KIT, driver_behind, end, said, shut, tell, unlock, until
-from shim_kit import ROOT, Simulator
+
+from tests.shim.area_kit import FUNCTIONS
+from tests.shim.gate_kit import KIT, driver_behind, end, said, shut, tell, unlock, until
+from tests.shim.shim_kit import ROOT, Simulator
 
 GIB = 1 << 30
 
@@ -169,7 +170,7 @@ need("cuStreamDestroy_v2", many[0]); need("cuCtxSynchronize"); out(*report())"""
     made, unrelaxed = said(process)
     end(process)
     assert set(unrelaxed) <= HARMLESS.keys()
-    table = (ROOT / "shim" / "shim.h").read_text()
+    table = (ROOT / "shim/core/hook_table.h").read_text()
     needed = {name for name in re.findall(r"\bNEED\((\w+)\)", table) if name.startswith("cu")}
     assert needed - set(made) == BESIDE.keys()
     assert set(BESIDE.values()) <= set(made) - set(unrelaxed)

@@ -1,7 +1,8 @@
 """A call that the driver will refuse for want of a context takes no room from other processes: none is asked for it."""
 
 import pytest
-from shim_kit import Agent, Simulator
+
+from tests.shim.shim_kit import Agent, Simulator
 
 MEMORY, POOL = 0, 1
 NONE, GONE = 201, 709

@@ -1,7 +1,8 @@
 """The k-th call of the shim to the system fails, for every k until none is left to fail: the program is unharmed."""
 
 import pytest
-from shim_kit import IN_A_FRESH_CHILD, Agent, Build
+
+from tests.shim.shim_kit import IN_A_FRESH_CHILD, Agent, Build
 
 OOM = 2
 SCRIPT = """F = C.CDLL("{folder}/fault.so")

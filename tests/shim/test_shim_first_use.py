@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from shim_kit import Agent
-from test_shim_orphans import GIB, OOM, call_while
+
+from tests.shim.orphans_kit import GIB, OOM, call_while
+from tests.shim.shim_kit import Agent
 
 UNCOMMITTED, DEVICE, MOST_MS = 1 << 16, 3, 2000
 
@@ -40,3 +41,24 @@ def test_of_another_device_nothing_is_waited_for(held: Agent, limit: int) -> Non
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert result == (0 if limit == GIB else OOM)
     assert ms < 200
+
+
+def pending_group(agent: Agent) -> None:
+    """A group whose limit came after the program's hello, so the program has no page of it."""
+    agent.do("knobs", outer=1)
+    agent.do("limit", level=1, limit=GIB, flags=UNCOMMITTED << DEVICE)
+
+
+@pytest.mark.parametrize("limit", [GIB, 0])
+def test_a_first_use_under_a_group_that_came_later_waits_for_the_decision(held: Agent, limit: int) -> None:
+    pending_group(held)
+    result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", level=1, limit=limit))
+    assert result == (0 if limit else OOM)
+    assert 190 <= ms < 1000
+
+
+def test_under_a_group_that_came_later_without_a_decision_it_is_refused_in_time(held: Agent) -> None:
+    pending_group(held)
+    result, ms = call_while(held, "alloc(256 * MiB)")
+    assert result == OOM
+    assert MOST_MS - 10 <= ms < MOST_MS + 500

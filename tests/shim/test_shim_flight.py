@@ -3,8 +3,9 @@
 import time
 
 import pytest
-from gate_kit import KIT, driver_behind, end, page, said, shut, tell, unlock, until
-from shim_kit import Simulator
+
+from tests.shim.gate_kit import KIT, driver_behind, end, page, said, shut, tell, unlock, until
+from tests.shim.shim_kit import Simulator
 
 
 def test_work_in_flight_is_bounded(simulator: Simulator) -> None:
@@ -138,17 +139,18 @@ def test_what_it_rests_between_an_end_and_a_launch_is_told(simulator: Simulator)
     process = simulator.start(
         KIT
         + """
-f, s = kernel(200), stream(); rests = []
+f, s = kernel(200), stream(); rests, between = [], []
+ended = time.monotonic_ns()
 for _ in range(4):
-    for _ in range(5): launch(f, s)
+    launch(f, s); between.append(time.monotonic_ns() - ended)
+    for _ in range(4): launch(f, s)
     need("cuStreamSynchronize", s); ended = time.monotonic_ns(); time.sleep(0.05)
     begins = time.monotonic_ns(); launch(f, s); rests.append((begins - ended, time.monotonic_ns() - ended))
-    need("cuStreamSynchronize", s)
-out(*rests); line()"""
+    need("cuStreamSynchronize", s); ended = time.monotonic_ns()
+out(rests, sum(between[1:])); line()"""
     )
-    rests = said(process)
+    rests, between = said(process)
     now = until(agent, launches=24, in_flight=0)
-    between = 3 * 2_000_000  # from the end of one round to the beginning of the next
     assert sum(least for least, _ in rests) <= now["idle"] <= sum(most for _, most in rests) + between
     tell(process)
     end(process)

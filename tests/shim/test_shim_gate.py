@@ -3,8 +3,9 @@
 import time
 
 import pytest
-from gate_kit import KIT, end, page, said, shut, tell, unlock, until
-from shim_kit import Simulator
+
+from tests.shim.gate_kit import KIT, end, page, said, shut, tell, unlock, until
+from tests.shim.shim_kit import Simulator
 
 
 @pytest.mark.parametrize("word", [0, 1, 5 << 2])

@@ -1,8 +1,9 @@
 """Memory that graphs take for themselves: asked for when a graph first runs, followed afterwards."""
 
 import pytest
-from shim_kit import Agent
-from test_shim_pool import GIB, MIB, OOM, POOL, POOLS, RELEASED
+
+from tests.shim.pool_kit import GIB, MIB, OOM, POOL, POOLS, RELEASED
+from tests.shim.shim_kit import Agent
 
 GRAPHS = (
     POOLS

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shim_kit import HERE, PREAMBLE, SYSTEM_PYTHON, Agent, Build
+
+from tests.shim.shim_kit import HERE, PREAMBLE, SYSTEM_PYTHON, Agent, Build
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from area_kit import MIB, area, asked, said
-from shim_kit import Simulator
-from test_shim_module_data import cubin
+from tests.shim.area_kit import MIB, area, asked, said
+from tests.shim.cubin_kit import cubin
+from tests.shim.shim_kit import Simulator
 
 NO_RESOURCES = 701
 CODE = """

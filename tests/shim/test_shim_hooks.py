@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from shim_kit import ROOT, Build
+
+from tests.shim.shim_kit import ROOT, Build
 
 SHIM = ROOT / "shim"
 LISTS = sorted(p for p in (SHIM / "symbols").glob("*.txt") if p.name != "decided.txt")
@@ -21,7 +22,8 @@ def check(*arguments: object, shim: Path = SHIM) -> subprocess.CompletedProcess[
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     shutil.copytree(SHIM / "symbols", tmp_path / "symbols")
-    shutil.copy(SHIM / "shim.h", tmp_path)
+    (tmp_path / "core").mkdir()
+    shutil.copy(SHIM / "core/hook_table.h", tmp_path / "core")
     return tmp_path
 
 
@@ -71,7 +73,7 @@ def test_each_list_has_what_matters(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in LISTS if "lookup" in p.name], ids=lambda p: p.stem)
 def test_lookup_answers_with_exports_alone(path: Path) -> None:
-    """hooks.c knows a function that cuGetProcAddress hands out by the address of an export."""
+    """lookup.c knows a function that cuGetProcAddress hands out by the address of an export."""
     exports = {line[0] for line in listed(path.with_name(path.name.replace("lookup", "driver")))}
     lines = listed(path)
     assert {given for line in lines for given in line[1:]} <= exports
@@ -129,8 +131,8 @@ def test_what_a_real_drivers_lookup_answered(tmp_path: Path) -> None:
     ],
 )
 def test_a_hook_that_is_taken_out_is_missed(copy: Path, name: str) -> None:
-    text = (copy / "shim.h").read_text()
-    (copy / "shim.h").write_text(text.replace(f"({name})", "(cuNothing)"))
+    text = (copy / "core/hook_table.h").read_text()
+    (copy / "core/hook_table.h").write_text(text.replace(f"({name})", "(cuNothing)"))
     done = check(shim=copy)
     assert done.returncode == 1
     assert f": {name}: neither hooked nor decided about" in done.stdout

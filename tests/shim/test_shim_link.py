@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from shim_kit import DEADLINE, IN_A_FRESH_CHILD, PREAMBLE, ROOT, SYSTEM_PYTHON, Agent, Build
+
+from tests.shim.shim_kit import DEADLINE, IN_A_FRESH_CHILD, PREAMBLE, ROOT, SYSTEM_PYTHON, Agent, Build
 
 MEMORY, HELLO, OOM = 0, 3, 2
 
@@ -192,6 +193,14 @@ def test_silent_probes_are_no_agent(agent: Agent) -> None:
     agent.do("start")
     assert agent.python("out(alloc(1), info()[1])") == [[OOM, 0]]
     assert len(agent.calls(HELLO)) == 64
+
+
+@pytest.mark.parametrize("heard_from", [1, 2, 3, 4])
+def test_pages_that_are_outdated_when_they_come_are_asked_for_again(held: Agent, heard_from: int) -> None:
+    """A level gets a limit between the gatekeeper's answer and the first question to the kernel."""
+    held.do("set", heard_from=heard_from)
+    assert held.python("out(alloc(1), alloc(1))") == [[0, 0]]
+    assert held.do("look")["hellos"] == heard_from
 
 
 @pytest.mark.parametrize("change", [{"epoch": 8}, {"boot": "aa" * 16}])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from area_kit import MIB, area, asked, said
-from shim_kit import Agent, Simulator
+
+from tests.shim.area_kit import MIB, area, asked, said
+from tests.shim.shim_kit import Agent, Simulator
 
 OOM, GIB = 2, 1 << 30
 INVALID, UNSAFE = 1, 900

@@ -4,12 +4,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from shim_kit import PREAMBLE, SYSTEM_PYTHON, Agent, Build
+
+from tests.shim.shim_kit import PREAMBLE, SYSTEM_PYTHON, Agent, Build
 
 MEMORY, CONTEXT, HELLO, VMM, SETTLED = 0, 2, 3, 4, 100
 MIB = 1 << 20
 MOST = 1 << 48
 OOM = 2
+HELLO_ROUNDS = 4  # FGPU_HELLO_ROUNDS of link.h
 
 
 def test_admitted_until_the_limit_and_not_beyond(held: Agent) -> None:
@@ -149,7 +151,7 @@ def test_without_an_answer_hello_is_said_again_and_then_it_is_refused(held: Agen
     assert process.communicate("\n", timeout=10)[0] == f"[{OOM}, 0]\n"
     assert len(held.calls(MEMORY)) == 128
     assert len({c["ticket"] for c in held.calls(MEMORY)}) == 1
-    assert held.do("look")["hellos"] == 2
+    assert 2 <= held.do("look")["hellos"] <= 1 + HELLO_ROUNDS  # as often as fits in before the deadline
 
 
 @pytest.mark.parametrize("how", ["remove", "detach"])

@@ -7,8 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from area_kit import MIB, asked, said
-from shim_kit import DEADLINE, ROOT, Build, Simulator
+
+from tests.shim.area_kit import MIB, asked, said
+from tests.shim.cubin_kit import cubin
+from tests.shim.shim_kit import DEADLINE, ROOT, Build, Simulator
 
 OOM, GIB = 2, 1 << 30
 LARGE = 2 << 30
@@ -114,21 +116,6 @@ def test_nothing_is_asked_where_no_limit_holds(simulator: Simulator, how: str) -
 
 
 # -- what is read of code
-
-
-def cubin(*sections: tuple[str, int, int]) -> bytes:
-    """An ELF file with these sections: name, size, alignment."""
-    names = b"\0" + b"".join(name.encode() + b"\0" for name, _, _ in sections) + b".shstrtab\0"
-    headers = [bytes(64)]
-    at = 1
-    for name, size, alignment in sections:
-        headers.append(struct.pack("<IIQQQQIIQQ", at, 8, 0, 0, 64, size, 0, 0, alignment, 0))
-        at += len(name) + 1
-    headers.append(struct.pack("<IIQQQQIIQQ", at, 3, 0, 0, 64, len(names), 0, 0, 1, 0))
-    begin = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + struct.pack(
-        "<HHIQQQIHHHHHH", 2, 190, 1, 0, 0, 64 + len(names), 0, 64, 0, 0, 64, len(headers), len(headers) - 1
-    )
-    return begin + names + b"".join(headers)
 
 
 def part(kind: int, content: bytes, flags: int = 0) -> bytes:

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from sanitizers import ADDRESS, ROOT, THREAD, UNRANDOM, Sanitizer, reported
-from shim_kit import HERE
+
+from tests.shim.shim_kit import HERE
+from tests.support.sanitizers import ADDRESS, ROOT, THREAD, UNRANDOM, Sanitizer, reported
 
 pytestmark = [
     pytest.mark.skipif(bool(os.geteuid()), reason="mount namespaces need root"),
@@ -185,49 +186,53 @@ NOWHERE = "    CUdevice device;\n    int index = -1;\n"
 PLANTS = {
     "freed": Plant(
         ADDRESS,
-        "view.c",
+        "hooks/view.c",
         NOWHERE,
         NOWHERE + "char *volatile gone = __builtin_malloc(8); __builtin_free(gone); gone[0] = 1;\n",
         "heap-use-after-free",
     ),
     "overflow": Plant(
-        ADDRESS, "view.c", NOWHERE, NOWHERE + "volatile int n = 0x7fffffff; n = n + 1;\n", "signed integer overflow"
+        ADDRESS,
+        "hooks/view.c",
+        NOWHERE,
+        NOWHERE + "volatile int n = 0x7fffffff; n = n + 1;\n",
+        "signed integer overflow",
     ),
     # What was found in it once.
     "flags": Plant(
         THREAD,
-        "admit.c",
-        "!fgpu_observes(&view.usage[level])",
-        "!(view.usage[level].flags & FGPU_OBSERVE)",
+        "account/admit.c",
+        "if (!fgpu_observes(&view.usage[level])) return true;",
+        "if (!(view.usage[level].flags & FGPU_OBSERVE)) return true;",
         "data race",
     ),
     "rows": Plant(
-        THREAD, "processes.c", "= read_row(&page->rows[j]);", "= ((void)read_row, page->rows[j]);", "data race"
+        THREAD, "hooks/processes.c", "= read_row(&page->rows[j]);", "= ((void)read_row, page->rows[j]);", "data race"
     ),
     "note": Plant(
         THREAD,
-        "link.c",
+        "link/link.c",
         "seen.epoch != note->epoch",
         "seen.epoch != *(volatile uint64_t *)&note->epoch",
         "data race",
     ),
-    "whose": Plant(
+    "owner": Plant(
         THREAD,
-        "grants.c",
-        "atomic_load_explicit(&entries[i].whose, memory_order_relaxed)",
-        "entries[i].grant.whose",
+        "standalone/allocations.c",
+        "atomic_load_explicit(&entries[i].owner, memory_order_relaxed)",
+        "entries[i].grant.owner",
         "data race",
         "2GiB",
     ),
     "uuid": Plant(
         THREAD,
-        "admit.c",
+        "account/device.c",
         "if (is_uuid(control->devices[i].uuid, uuid))",
         "if (((void)is_uuid, !memcmp(control->devices[i].uuid, uuid, 16)))",
         "data race",
         "2GiB",
     ),
-    "turn": Plant(THREAD, "flight.h", "_Atomic uint64_t base_ns;", "uint64_t base_ns;", "data race", late=True),
+    "turn": Plant(THREAD, "gate/flight.h", "_Atomic uint64_t base_ns;", "uint64_t base_ns;", "data race", late=True),
 }
 
 

@@ -2,9 +2,9 @@
 
 import re
 
-from shim_kit import Simulator
-from test_shim_array import ARRAYS
-from test_shim_view import NVML
+from tests.shim.array_kit import ARRAYS
+from tests.shim.shim_kit import Simulator
+from tests.shim.view_kit import NVML
 
 GIB, OOM = 1 << 30, 2
 

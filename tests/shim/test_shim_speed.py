@@ -3,8 +3,9 @@
 import subprocess
 
 import pytest
-from gate_kit import unlock
-from shim_kit import DEADLINE, Agent, Build
+
+from tests.shim.gate_kit import unlock
+from tests.shim.shim_kit import DEADLINE, Agent, Build
 
 MIB = 1 << 20
 

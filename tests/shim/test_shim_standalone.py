@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from root_kit import BY_ITSELF, GIB, MIB, OOM, TOGETHER, Container, limit
-from shim_kit import ROOT, Agent, Build
+
+from tests.shim.root_kit import BY_ITSELF, GIB, MIB, OOM, TOGETHER, Container, limit
+from tests.shim.shim_kit import ROOT, Agent, Build
 
 Scale = Callable[[int, int, int], int]
 
@@ -281,8 +282,8 @@ alloc(512); out(alloc(800 * MiB), info()[2])"""
 
 @pytest.fixture(scope="module")
 def books(build: Build) -> Path:
-    """tests/shim/programs/books.c."""
-    return build.compile("books.c", "books", f"-I{ROOT}/shim", f"-I{ROOT}/bpf", "-O2")
+    """tests/shim/programs/ledger.c."""
+    return build.compile("ledger.c", "ledger", f"-I{ROOT}/shim", f"-I{ROOT}/bpf", "-O2")
 
 
 def counted(books: Path, what: str, n: int) -> str:

@@ -3,8 +3,9 @@
 import time
 
 import pytest
-from gate_kit import KIT, OPEN, SHUT, end, said, shut, tell
-from shim_kit import Agent, Simulator
+
+from tests.shim.gate_kit import KIT, OPEN, SHUT, end, said, shut, tell
+from tests.shim.shim_kit import Agent, Simulator
 
 pytestmark = pytest.mark.timed
 

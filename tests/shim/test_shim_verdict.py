@@ -4,7 +4,8 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
-from shim_kit import DEADLINE, PREAMBLE, ROOT, SYSTEM_PYTHON, Agent, Build
+
+from tests.shim.shim_kit import DEADLINE, PREAMBLE, ROOT, SYSTEM_PYTHON, Agent, Build
 
 MEMORY, HELLO, TAGGED, OOM = 0, 3, 0x200, 2
 MIB = 1 << 20

@@ -80,7 +80,7 @@ def test_hardened(tools: Path, library: str) -> None:
 
 
 def table() -> list[tuple[str, int, str]]:
-    text = (ROOT / "sim" / "cuda_symbols.h").read_text()
+    text = (ROOT / "sim" / "cuda" / "data" / "symbols.h").read_text()
     rows = re.findall(r"^(?:LEGACY|BOTH|EACH)\((\w+), (\d+), (\w+)", text, re.M)
     return [(name, int(version), symbol) for name, version, symbol in rows]
 
@@ -101,7 +101,7 @@ def test_symbol_table_against_the_public_header(tools: Path) -> None:
 
 
 def test_every_exported_cuda_function_can_be_looked_up(tools: Path) -> None:
-    text = (ROOT / "sim" / "cuda_symbols.h").read_text()
+    text = (ROOT / "sim" / "cuda" / "data" / "symbols.h").read_text()
     symbols = set(re.findall(r"\b(cu\w+)\b", text))
     # Superseded at the version where their successors appeared; the header lists no function for them.
     assert set(exports(tools / "lib" / "libcuda.so.1")) - symbols == set()

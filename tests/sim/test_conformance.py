@@ -12,22 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.sim.conformance_kit import NO_DEVICE, REAL, WAITING
+
 from .conftest import HEADERS, HERE, ROOT, Machine
 
-
-def sections(text: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        if line.startswith("=== "):
-            lines = found.setdefault(line[4:], [])
-        elif line and not line.startswith("#"):
-            lines.append(line)
-    return found
-
-
-REAL = sections((HERE / "conformance_h200.txt").read_text())
-WAITING = sections((HERE / "conformance_unrecorded.txt").read_text())
-NO_DEVICE = sections((HERE / "conformance_no_device.txt").read_text())
 SOURCES = "".join(path.read_text() for path in sorted(HERE.glob("conformance*.c")))
 
 
@@ -66,7 +54,7 @@ def test_a_section_is_recorded_or_waits() -> None:
 
 
 def hooked() -> set[str]:
-    return set(re.findall(r"\bHOOK\((\w+)\)", (ROOT / "shim" / "shim.h").read_text()))
+    return set(re.findall(r"\bHOOK\((\w+)\)", (ROOT / "shim/core/hook_table.h").read_text()))
 
 
 def unasked() -> dict[str, str]:

@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.sim.faults_kit import order
+
 from .conftest import Machine, say
 
 NVML = """
 import pynvml as N
 N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0)
 """
-
-
-def order(machine: Machine, spec: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return machine.run(machine.tools / "fgpu-simd", "--fault", spec, check=check)
 
 
 def test_every_nth_allocation_fails(machine: Machine) -> None:

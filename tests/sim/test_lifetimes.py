@@ -12,8 +12,8 @@ import pytest
 
 from .conftest import CLIENT, MIB, Machine, say
 from .lifetime_kit import FILES, KEEPERS, compute_rows
+from .server_kit import BLOCK, TAKE, request
 from .sharing_kit import hear
-from .test_server import BLOCK, TAKE, request
 
 CONTEXT = 518
 OVERHEAD = 3407872 + 5832704  # in no process's row: once, and for a context

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from .conftest import MIB, Machine, say
+from .faults_kit import order
 from .lifetime_kit import FILES, KEEPERS, compute_rows
 from .sharing_kit import hear
-from .test_faults import order
 
 CONTEXT = 518
 CHUNK = 128

@@ -15,12 +15,10 @@ from pathlib import Path
 
 import pytest
 
-REQUEST = struct.Struct("<IIIIQQQIIQQ")
-MAGIC = 0x66677332
-HELLO, DEVICE, ATTACH, TAKE, GIVE, CLOSE, MEMORY, PROCESSES, DUMP, WORK = range(10)
+from tests.sim.server_kit import ATTACH, BLOCK, CLOSE, CONTEXT, DEVICE, GIVE, HELLO, MEMORY, REQUEST, TAKE, request
+
 SHARE, OPEN, EXPORT, IMPORT, DROP, FAULT = range(10, 16)
 RESIDENT = 22
-CONTEXT, BLOCK = 0, 1
 
 
 class Server:
@@ -54,12 +52,6 @@ def server(tools: Path, tmp_path: Path) -> Iterator[Server]:
     yield running
     if running.process.poll() is None:
         assert running.stop()[0] == 0
-
-
-def request(
-    op: int, device: int = 0, kind: int = 0, context: int = 0, size: int = 0, asked: int = 0, flags: int = 0
-) -> bytes:
-    return REQUEST.pack(MAGIC, op, device, kind, context, size, asked, flags, 0, 0, 0)
 
 
 def ask(sock: socket.socket, message: bytes) -> tuple[int, int]:

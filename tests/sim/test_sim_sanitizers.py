@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sanitizers import ADDRESS, reported
 
+from tests.support.sanitizers import ADDRESS, reported
+
+from .conformance_kit import NO_DEVICE, REAL, WAITING
 from .conftest import HERE, Machine
-from .test_conformance import NO_DEVICE, REAL, WAITING
 
 pytestmark = pytest.mark.slow
 LISTINGS = (

@@ -19,8 +19,8 @@ DONE = ("refused", "leave", "work", "contained", "check")  # some of each, or it
 def test_a_soak_finds_nothing(scale) -> None:
     """Its status says that nothing was wrong, and after some minutes that nothing grew."""
     seconds = scale(20, 40, 600)
-    command = [sys.executable, ROOT / "bench/soak.py", str(seconds / 60), "--restart-every", str(seconds / 3)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300, check=False)
+    command = [sys.executable, "-m", "bench.soak", str(seconds / 60), "--restart-every", str(seconds / 3)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {name: line["value"] for name, line in json.loads(FIGURES.read_text()).items()}
     assert all(found[f"soak_{name}"] for name in DONE), found

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import harness
 import pytest
-import standalone_kit as kit
+
+from tests.support import standalone as kit
+from tests.support.service import Service, compile_programs
+from tests.support.sim_driver import driver_books
+from tests.support.wait import eventually
 
 
 @pytest.fixture(scope="package", autouse=True)
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """16 GiB, one device."""
-    harness.compile_programs()
-    service = harness.Service(tmp_path_factory.mktemp("service"))
+    compile_programs()
+    service = Service(tmp_path_factory.mktemp("service"))
     try:
         service.start_driver()
         yield
@@ -28,4 +31,4 @@ def images(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[kit.Image
     place = kit.Images(tmp_path, request.param)
     yield place
     place.close()
-    harness.eventually(lambda: not harness.driver_books(), 10, "an empty driver")
+    eventually(lambda: not driver_books(), 10, "an empty driver")

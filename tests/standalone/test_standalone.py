@@ -7,17 +7,19 @@ import random
 import socket
 from collections.abc import Callable
 
-import harness
 import pytest
-import standalone_kit as kit
-from harness import MIB, REFUSED
-from standalone_kit import CONTEXT, LIMIT
+
+from tests.support import standalone as kit
+from tests.support.host import BUILD, MIB, REFUSED, SIM
+from tests.support.standalone import CONTEXT, LIMIT
+from tests.support.tenant import Client, Program, Tenant
+from tests.support.wait import eventually
 
 Scale = Callable[[int, int, int], int]
 THREADS, OPERATIONS = 2, 170
 
 
-def fill(tenant: harness.Tenant) -> harness.Client:
+def fill(tenant: Tenant) -> Client:
     """A program that has taken all that its container may have, to the byte."""
     client = kit.assert_live(tenant)
     left = client.ok("info")[0]
@@ -41,7 +43,7 @@ def test_the_limit_holds_for_all_programs_together(images: kit.Images) -> None:
 def test_each_sees_the_container_and_nothing_else(images: kit.Images) -> None:
     tenant, other = images.tenant(None), images.tenant(None)
     client, _ = fill(tenant), fill(other)
-    table = tenant.run(f"{harness.SIM}/nvidia-smi")
+    table = tenant.run(f"{SIM}/nvidia-smi")
     assert f"{LIMIT >> 20}MiB /   {LIMIT >> 20}MiB" in table
     rows = [line.split() for line in table.splitlines() if "N/A  N/A" in line]
     assert [row[4] for row in rows] == [str(client.inner_pid)]
@@ -223,11 +225,11 @@ def test_the_killed_leave_nothing(images: kit.Images, scale: Scale) -> None:
         assert kit.used(stays) == kit.held(tenant) == mine
 
 
-class Life(harness.Program):
-    """tests/e2e/life.c, two threads, in whole granules: so much the driver takes for each."""
+class Life(Program):
+    """tests/programs/life.c, two threads, in whole granules: so much the driver takes for each."""
 
-    def __init__(self, tenant: harness.Tenant, number: int, seed: int) -> None:
-        super().__init__(tenant, f"life{number}", f"{harness.BUILD}/e2e/life {seed} {THREADS} whole")
+    def __init__(self, tenant: Tenant, number: int, seed: int) -> None:
+        super().__init__(tenant, f"life{number}", f"{BUILD}/e2e/life {seed} {THREADS} whole")
         word, result, self.inner = self.receive(30).split()
         assert (word, result) == ("ready", "0")
 
@@ -258,8 +260,8 @@ def test_random_lives_are_in_the_books_to_the_byte(images: kit.Images, scale: Sc
         assert kit.used(reader) == kit.held(tenant)
         if not chance.randrange(5):
             victim = lives.pop(chance.randrange(3))
-            os.kill(harness.eventually(lambda: tenant.host_pid(int(victim.inner)), 5), 9)  # noqa: B023
-            harness.eventually(lambda: not tenant.host_pid(int(victim.inner)), 5, "its death")  # noqa: B023
+            os.kill(eventually(lambda: tenant.host_pid(int(victim.inner)), 5), 9)  # noqa: B023
+            eventually(lambda: not tenant.host_pid(int(victim.inner)), 5, "its death")  # noqa: B023
             victim.close()
             lives.append(Life(tenant, next(numbers), chance.randrange(1 << 30)))
     print(f"{operations} operations, {refused} refused by one, {checks} checks")

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-from ledger_kit import CONTEXT, Entry, Ledger
-
-from fgpu_ebpf.orphan_release import CONTEXT_REST_BYTES, DEVICE_REST_BYTES
+from fgpu_ebpf.agent.orphan_release import CONTEXT_REST_BYTES, DEVICE_REST_BYTES
+from tests.unit.ledger_kit import CONTEXT, Entry, Ledger
 
 Operation = Iterator[None]
 

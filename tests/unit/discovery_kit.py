@@ -6,13 +6,13 @@ import os
 import time
 from collections.abc import Callable, Set
 
-from fgpu_ebpf import probe_plan
-from fgpu_ebpf.discovery import Discovery
-from fgpu_ebpf.library_class import Role, Stamp
-from fgpu_ebpf.library_files import Target
-from fgpu_ebpf.mappings import File
-from fgpu_ebpf.probe_plan import Plan
-from fgpu_ebpf.probes import Attachment, MadeLinks
+from fgpu_ebpf.driver import probe_plan
+from fgpu_ebpf.driver.attach import Attachment, MadeLinks
+from fgpu_ebpf.driver.discovery import Discovery
+from fgpu_ebpf.driver.library_class import Role, Stamp
+from fgpu_ebpf.driver.library_files import Target
+from fgpu_ebpf.driver.probe_plan import Plan
+from fgpu_ebpf.linux.procmaps import File
 
 
 class Stage:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from fgpu_ebpf import crimessages
-from fgpu_ebpf.cgroupnames import Engine
-from fgpu_ebpf.engines import Engines
-from fgpu_ebpf.identity import Subject, Workload
+from fgpu_ebpf.workloads import cri_messages
+from fgpu_ebpf.workloads.cgroup_names import Engine
+from fgpu_ebpf.workloads.engine_labels import Engines
+from fgpu_ebpf.workloads.workload import Subject, Workload
 
 ID = "4f1d" * 16
 OTHER = "beef" * 16
@@ -133,7 +133,7 @@ class Cri:
         import grpc
 
         self.path = path
-        self.messages = crimessages.classes()
+        self.messages = cri_messages.classes()
         self.containers: dict[str, Any] = {}
         self.pods: list[Any] = []
         self.images: dict[str, dict[str, str]] = {}

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
-from orphan_kit import MIB, ZEROES, first
-
-from fgpu_ebpf.orphans import Orphan
-from fgpu_ebpf.pages import Seen
-from fgpu_ebpf.processes import Process
+from fgpu_ebpf.abi import Seen
+from fgpu_ebpf.ledger.orphans import Orphan
+from fgpu_ebpf.ledger.process_entry import Process
+from tests.unit.orphan_kit import MIB, ZEROES, first
 
 CONTEXT = 518 * MIB
 LEVELS = (5,)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from fgpu_ebpf import pages
-from fgpu_ebpf.identity import Workload
-from fgpu_ebpf.orphans import Orphan
-from fgpu_ebpf.processes import Process
-from fgpu_ebpf.tenants import Source, Tenant
+from fgpu_ebpf import abi
+from fgpu_ebpf.ledger.orphans import Orphan
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.tenancy.tenant import Source, Tenant
+from fgpu_ebpf.workloads.workload import Workload
 
 MIB = 1 << 20
-ZEROES = (0,) * pages.DEVICES
+ZEROES = (0,) * abi.DEVICES
 
 
 def first(bytes_: int) -> tuple[int, ...]:

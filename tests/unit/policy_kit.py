@@ -8,9 +8,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from fgpu_ebpf import policyfile
-from fgpu_ebpf.identity import Workload
-from fgpu_ebpf.policy import Policy, PolicySet
+from fgpu_ebpf.policy import parse
+from fgpu_ebpf.policy.rules import Policy, PolicySet
+from fgpu_ebpf.workloads.workload import Workload
 
 GIB = 1 << 30
 HEAD = "apiVersion: fgpu.dev/v1alpha1\nkind: GpuPolicy\n"
@@ -31,7 +31,7 @@ def text(name: str = "p", spec: str = "{selector: {cgroup: a}}") -> str:
 
 def read(yaml: str) -> list[Policy]:
     """The policies of a text that is right."""
-    policies, faults = policyfile.read("p.yaml", yaml.encode())
+    policies, faults = parse.read("p.yaml", yaml.encode())
     assert [str(fault) for fault in faults] == []
     return policies
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fgpu_ebpf import pages
-from fgpu_ebpf.places import NEVER_NS, Seen
-from fgpu_ebpf.scheduler import Share
-from fgpu_ebpf.turns import Turns
+from fgpu_ebpf import abi
+from fgpu_ebpf.scheduling.fair_queue import Share
+from fgpu_ebpf.scheduling.state import NEVER_NS, Seen
+from fgpu_ebpf.scheduling.turns import Turns
 
 US, MS, S = 1_000, 1_000_000, 1_000_000_000
+REST_NS = 100 * US  # a shorter rest is not reported
 BELL_NS = 200 * US  # until the gatekeeper has heard
 WAKE_NS = 150 * US  # until a thread at a gate has seen that it is open
 BUDGET_NS = 2 * MS
@@ -34,6 +35,34 @@ class Steps:
 
 
 @dataclass(eq=False)
+class Loop:
+    """A program that launches `kernels`, waits until they are done, thinks, and begins again.
+
+    `thinks`: returns the nanoseconds from the end of the work to the next launch, with the wake-up of the thread.
+    `guesses`: returns the part of the work's length that the shim reports as its length.
+    """
+
+    kernels: int
+    thinks: Callable[[], int]
+    guesses: Callable[[], float] = lambda: 1.0
+    owed: int = 0
+    next_ns: int = 0
+    doubt_ns: int = 0  # of the estimate of the work in flight; below 0: too short
+
+    def wants_ns(self, now_ns: int, kernel_ns: int) -> int:
+        """Return when it wants to launch next; 0: now; NEVER_NS: when its work is done."""
+        if not self.owed and now_ns >= self.next_ns:
+            self.owed, self.next_ns = self.kernels, NEVER_NS
+            self.doubt_ns = round((self.guesses() - 1.0) * self.kernels * kernel_ns)
+        return 0 if self.owed else self.next_ns
+
+    def ended(self, now_ns: int) -> None:
+        """Record that nothing is in flight any more."""
+        if not self.owed:
+            self.next_ns = now_ns + self.thinks()
+
+
+@dataclass(eq=False)
 class Tenant:
     """A program that launches kernels whenever it wants and may, with a bounded amount of work in flight."""
 
@@ -41,7 +70,7 @@ class Tenant:
     share: Share = field(default_factory=Share)
     kernel_ns: int = 200 * US
     devices: frozenset[int] = frozenset({0})
-    steps: Steps | None = None  # None: always
+    steps: Steps | Loop | None = None  # None: always
     doubt_ns: int = 0  # work in flight should take so much longer than it does
     silent: bool = False  # never tells that it has drained
     lies: bool = False  # its turns begin late and end at once, it says
@@ -72,7 +101,9 @@ class Tenant:
     def tell(self) -> None:
         if not self.stopped:  # else its page is as it was
             span = (2**62, self.closed_ns) if self.lies else (self.begun_ns, self.ended_ns)
-            self.said = (self.waiting, self.launches, len(self.flights), max(self.flights, default=0) + self.doubt_ns)
+            doubt_ns = self.steps.doubt_ns if isinstance(self.steps, Loop) else self.doubt_ns
+            until_ns = max(self.flights, default=0) + doubt_ns
+            self.said = (self.waiting, self.launches, len(self.flights), until_ns)
             self.said += (not self.flights, self.wanted_ns, *span)
 
     def seen(self) -> Seen:
@@ -124,7 +155,7 @@ class World:
         self.steps = 0
 
     def is_open(self, tenant: Tenant) -> bool:
-        return all(self.turns.places[tenant.key].gate(device) & pages.Gate.OPEN for device in tenant.devices)
+        return all(self.turns.places[tenant.key].gate(device) & abi.Gate.OPEN for device in tenant.devices)
 
     def run(self, seconds: float) -> World:
         end = self.now + round(seconds * S)
@@ -222,12 +253,13 @@ class World:
                 self.free_at[device] = start + tenant.kernel_ns
             tenant.flights.append(start + tenant.kernel_ns)
             tenant.launches += 1
-            tenant.rested_ns += max(0, self.now - tenant.ended_ns) * (tenant.ended_ns > tenant.wanted_ns)
+            rest_ns = self.now - tenant.ended_ns if tenant.ended_ns > tenant.wanted_ns else 0
+            tenant.rested_ns += rest_ns if rest_ns >= REST_NS else 0
             tenant.wanted_ns = self.now
         return min(tenant.flights, default=self.now + 1)
 
     def _begin_to_wait(self, tenant: Tenant) -> None:
-        tenant.waiting, tenant.waited_from = True, self.now
+        tenant.waiting, tenant.waited_from, tenant.wanted_ns = True, self.now, self.now
         if not tenant.flights:  # else it rings when it has drained, for both
             self._ring(tenant)
 
@@ -239,6 +271,8 @@ class World:
             place = self.turns.places.get(tenant.key)
             if tenant.flights or tenant.silent:
                 return
+            if isinstance(tenant.steps, Loop):
+                tenant.steps.ended(self.now)
             tenant.ended_ns = self.now
             if place and (place.late_ns or (place.turn and place.turn.closing_ns)):
                 self._ring(tenant)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fgpu_ebpf.audit import Audit, Verdict
-from fgpu_ebpf.timebook import TurnCounts
+from fgpu_ebpf.agent.turn_audit import Audit, Verdict
+from fgpu_ebpf.ledger.compute_maps import TurnCounts
 
 HONEST, LIAR = (7, 0), (8, 0)
 PROCESSES = {

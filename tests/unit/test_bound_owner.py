@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgpu_ebpf.bound_owner import Owner, Why, owner_of
+from fgpu_ebpf.workloads.bound_owner import Owner, Why, owner_of
 
 ID = "0123456789ab" * 5 + "0123"
 POD = "kubepods-burstable-pod12345678_1234_1234_1234_123456789abc.slice"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,10 +15,12 @@ from click.testing import CliRunner
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT7
 
-from fgpu_ebpf import cdi, hostfile, inject, shares
-from fgpu_ebpf.cdi import Parts
-from fgpu_ebpf.cli_containers import cdi_group
-from fgpu_ebpf.quantities import QuantityError
+from fgpu_ebpf.agent import host_config
+from fgpu_ebpf.cli.containers import cdi_group
+from fgpu_ebpf.containers import cdi, injection
+from fgpu_ebpf.containers.cdi import Parts
+from fgpu_ebpf.policy import share_name
+from fgpu_ebpf.policy.units import QuantityError
 
 SCHEMA = Path(__file__).parent / "cdi_schema"
 
@@ -24,7 +28,7 @@ SCHEMA = Path(__file__).parent / "cdi_schema"
 @pytest.fixture
 def parts(tmp_path) -> Parts:
     (tmp_path / "run").mkdir()
-    return inject.parts(tmp_path / "run", tmp_path / "libfgpu.so", tmp_path / "fgpu-oci")
+    return injection.parts(tmp_path / "run", tmp_path / "libfgpu.so", tmp_path / "fgpu-oci")
 
 
 def validate(spec: dict) -> None:
@@ -53,12 +57,12 @@ def keys(value: object) -> set[str]:
     ],
 )
 def test_a_name_says_it_all(name, memory, compute):
-    share = shares.parse(name)
+    share = share_name.parse(name)
     assert (share.amount and share.amount.bytes, share.limit_millionths) == (memory, compute)
 
 
 def test_percent_of_a_device():
-    share = shares.parse("50pct-25pct")
+    share = share_name.parse("50pct-25pct")
     assert share.amount
     assert share.amount.of(100 << 30) == 50 << 30
     assert share.limit_millionths == 250_000
@@ -87,29 +91,29 @@ def test_percent_of_a_device():
 )
 def test_what_is_no_share(name):
     with pytest.raises(QuantityError):
-        shares.parse(name)
+        share_name.parse(name)
 
 
 def test_the_usual_ones_are_shares():
-    assert [shares.parse(name).name for name in shares.USUAL] == list(shares.USUAL)
+    assert [share_name.parse(name).name for name in share_name.USUAL] == list(share_name.USUAL)
 
 
 def test_agent_yaml_lists_them(tmp_path):
     file = tmp_path / "agent.yaml"
     file.write_text("shares: [6gib-30pct, all-10pct]\ncdiFolder: /etc/cdi\n")
-    host, faults = hostfile.read(file, root_only=False)
+    host, faults = host_config.read(file, root_only=False)
     assert host
     assert not faults
     assert (host.shares, host.cdi_folder) == (("6gib-30pct", "all-10pct"), Path("/etc/cdi"))
     file.write_text("shares: []\n")
-    host, _ = hostfile.read(file, root_only=False)
+    host, _ = host_config.read(file, root_only=False)
     assert host
     assert host.shares == ()
     file.write_text("listen: 127.0.0.1:1\nshares: [6gib, 8gb]\n")
-    host, faults = hostfile.read(file, root_only=False)
+    host, faults = host_config.read(file, root_only=False)
     assert host is None
     assert "agent.yaml:2" in str(faults[0])
-    assert "'8gb' is no share: write it as 8gib" in str(faults[0])
+    assert "'8gb' is not a share: write it as 8gib" in str(faults[0])
 
 
 # -- specifications ------------------------------------------------------------------------------------------------
@@ -158,28 +162,28 @@ def test_the_limit_comes_by_a_hook_on_the_host(parts):
 
 def test_written_and_gone(parts, tmp_path):
     folder = tmp_path / "cdi"
-    inject.set_up(parts, folder, ["8gib"])
+    injection.set_up(parts, folder, ["8gib"])
     assert sorted(os.listdir(folder)) == ["fgpu.dev-share.json", "fgpu.dev-shim.json"]
     assert all((folder / name).stat().st_mode & 0o777 == 0o644 for name in os.listdir(folder))
     assert parts.preload.read_text() == f"{parts.shim}\n"
-    assert len(inject.written(parts.run_dir)) == 2
-    inject.take_away(parts.run_dir)
+    assert len(injection.written(parts.run_dir)) == 2
+    injection.take_away(parts.run_dir)
     assert not folder.exists()
     assert os.listdir(parts.run_dir) == []
-    inject.take_away(parts.run_dir)
+    injection.take_away(parts.run_dir)
 
 
 def test_lists_that_nobody_asks_for_are_swept(parts, monkeypatch):
     """Else images could use all of them up, and later ones not start."""
     now = 1000.0
-    monkeypatch.setattr(inject.time, "monotonic", lambda: now)
-    swept, lists = inject.Lists(parts.run_dir), parts.run_dir / "preload.d"
+    monkeypatch.setattr(injection.time, "monotonic", lambda: now)
+    swept, lists = injection.Lists(parts.run_dir), parts.run_dir / "preload.d"
     swept.sweep()
     lists.mkdir(parents=True)
     for name in ("unused", "used"):
         (lists / name).touch()
     swept.sweep()
-    now += inject.UNUSED_SECONDS - 1
+    now += injection.UNUSED_SECONDS - 1
     swept.sweep()
     os.utime(lists / "used", (0, 0))  # whoever asks touches it, whatever the wall clock says just then
     swept.sweep()
@@ -187,22 +191,66 @@ def test_lists_that_nobody_asks_for_are_swept(parts, monkeypatch):
     now += 2
     swept.sweep()
     assert os.listdir(lists) == ["used"]
-    now += inject.UNUSED_SECONDS - 1
+    now += injection.UNUSED_SECONDS - 1
     swept.sweep()
     assert os.listdir(lists) == []
 
 
 def test_what_is_no_longer_wanted_goes(parts, tmp_path):
-    inject.set_up(parts, tmp_path / "old", ["8gib"])
-    inject.set_up(parts, tmp_path / "new", [])
+    injection.set_up(parts, tmp_path / "old", ["8gib"])
+    injection.set_up(parts, tmp_path / "new", [])
     assert not (tmp_path / "old").exists()
     assert os.listdir(tmp_path / "new") == ["fgpu.dev-shim.json"]
 
 
+@pytest.mark.parametrize(
+    "text", [None, b"", bytes(range(256)), b"/\n\n.\n\0\n"], ids=["folder", "empty", "bytes", "paths"]
+)
+def test_a_list_of_specifications_that_says_nothing_stops_no_set_up(parts, tmp_path, text):
+    folder = tmp_path / "cdi"
+    injection.set_up(parts, folder, ["8gib"])
+    shutil.rmtree(folder)
+    (parts.run_dir / "cdi.files").unlink()
+    if text is None:
+        (parts.run_dir / "cdi.files").mkdir()
+    else:
+        (parts.run_dir / "cdi.files").write_bytes(text)
+    assert injection.written(parts.run_dir) == []
+    injection.set_up(parts, folder, ["8gib"])
+    assert sorted(os.listdir(folder)) == ["fgpu.dev-share.json", "fgpu.dev-shim.json"]
+    assert len(injection.written(parts.run_dir)) == 2
+
+
+def test_the_helper_is_published_where_a_folder_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(injection, "BIN", tmp_path / "bin")
+    built = tmp_path / "built"
+    built.write_text("helper")
+    (tmp_path / "bin/fgpu-oci").mkdir(parents=True)
+    assert injection.publish_helper(built).read_text() == "helper"
+
+
+def test_the_helper_of_before_goes_on_where_no_other_can_be_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(injection, "BIN", tmp_path / "bin")
+    built = tmp_path / "built"
+    built.write_text("helper")
+    place = injection.publish_helper(built)
+
+    def full(_source: Path, target: Path) -> None:
+        target.touch()
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(injection.shutil, "copyfile", full)
+    assert injection.publish_helper(built) == place
+    assert os.listdir(tmp_path / "bin") == ["fgpu-oci"], "nothing half written stays"
+    place.unlink()
+    with pytest.raises(OSError, match="no space"):
+        injection.publish_helper(built)
+
+
 def test_specifications_of_others_stay(parts, tmp_path):
     (tmp_path / "nvidia.yaml").write_text("x")
-    inject.set_up(parts, tmp_path, ["8gib"])
-    inject.take_away(parts.run_dir)
+    injection.set_up(parts, tmp_path, ["8gib"])
+    injection.take_away(parts.run_dir)
     assert (tmp_path / "nvidia.yaml").read_text() == "x"
 
 
@@ -227,7 +275,7 @@ def test_a_reader_sees_the_old_or_the_new(parts, tmp_path):
 
 def test_a_path_that_no_configuration_could_carry(tmp_path):
     with pytest.raises(ValueError, match="quotes"):
-        inject.parts(tmp_path, tmp_path / 'a"b', tmp_path)
+        injection.parts(tmp_path, tmp_path / 'a"b', tmp_path)
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -248,19 +296,19 @@ def test_generate(tmp_path):
     assert (tmp_path / "a/b.json").read_text() == said
     assert fgpu("generate", "8gb") == (
         2,
-        "fgpu: '8gb' is no share: write it as 8gib, 8gib-50pct, 50pct-50pct or all-50pct\n",
+        "fgpu: '8gb' is not a share: write it as 8gib, 8gib-50pct, 50pct-50pct or all-50pct\n",
     )
 
 
 def test_list_says_what_is_there(parts, tmp_path, monkeypatch):
-    from fgpu_ebpf import cli_containers
+    from fgpu_ebpf.cli import containers
 
-    monkeypatch.setattr(cli_containers, "RUN_DIR", parts.run_dir)
+    monkeypatch.setattr(containers, "RUN_DIR", parts.run_dir)
     assert fgpu("list")[0] == 1
-    inject.set_up(parts, tmp_path / "cdi", ["8gib-50pct", "all-25pct"])
+    injection.set_up(parts, tmp_path / "cdi", ["8gib-50pct", "all-25pct"])
     assert fgpu("list") == (
         0,
-        "fgpu.dev/shim=all                what the policies say\n"
+        "fgpu.dev/shim=all                the limits of the policies\n"
         "fgpu.dev/share=8gib-50pct        memory 8GiB, compute up to 50%\n"
         "fgpu.dev/share=all-25pct         compute up to 25%\n",
     )

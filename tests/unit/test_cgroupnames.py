@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf import cgroupnames
-from fgpu_ebpf.cgroupnames import CgroupName, Engine
+from fgpu_ebpf.workloads import cgroup_names
+from fgpu_ebpf.workloads.cgroup_names import CgroupName, Engine
 
 ID = "4f1d" * 16
 INNER = "beef" * 16
@@ -109,13 +109,13 @@ CASES = {
 
 @pytest.mark.parametrize("path", CASES)
 def test_a_path_says_who_made_it(path):
-    said = cgroupnames.parse(cgroupnames.split(path))
+    said = cgroup_names.parse(cgroup_names.split(path))
     assert (said.engine, said.container, said.pod_uid, said.unit, said.inside) == CASES[path]
 
 
 @pytest.mark.parametrize("path", CASES)
 def test_nested_is_who_lies_in_another_container(path):
-    said = cgroupnames.parse(cgroupnames.split(path))
+    said = cgroup_names.parse(cgroup_names.split(path))
     assert said.nested == (path.startswith((NODE + "/docker", NODE + "/kube", f"/docker/{ID}/docker")) or (
         f"/docker/{INNER}" in path
     ))  # fmt: skip
@@ -123,7 +123,7 @@ def test_nested_is_who_lies_in_another_container(path):
 
 @pytest.mark.parametrize("path", [path for path in CASES if "conmon" not in path])
 def test_containers_are_no_monitors(path):
-    assert not cgroupnames.is_monitor(cgroupnames.split(path))
+    assert not cgroup_names.is_monitor(cgroup_names.split(path))
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_containers_are_no_monitors(path):
     ],
 )
 def test_what_stands_beside_a_container_is_a_monitor(path):
-    assert cgroupnames.is_monitor(cgroupnames.split(path))
-    assert cgroupnames.is_monitor(cgroupnames.split(path + "/below"))
+    assert cgroup_names.is_monitor(cgroup_names.split(path))
+    assert cgroup_names.is_monitor(cgroup_names.split(path + "/below"))
 
 
 parts = st.lists(
@@ -152,7 +152,7 @@ parts = st.lists(
 
 @given(parts)
 def test_any_path_says_something(found):
-    said = cgroupnames.parse(found)
+    said = cgroup_names.parse(found)
     assert isinstance(said, CgroupName)
     assert (said.container is None) <= (said.engine is None)
     assert said.depth <= len(found)
@@ -161,6 +161,6 @@ def test_any_path_says_something(found):
 
 @given(parts)
 def test_whatever_is_made_inside_a_container_lies_inside(found):
-    said = cgroupnames.parse(["docker", ID, *found])
+    said = cgroup_names.parse(["docker", ID, *found])
     assert said.inside == bool(found)
     assert said.container == ID or said.nested

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fgpu_ebpf.choice import Choice
+from fgpu_ebpf.cli.top_input import ViewChoice
 
 PAGE = 10
 
 
-def after(*keys: str, count: int = 100, choice: Choice | None = None) -> Choice:
-    found = choice or Choice()
+def after(*keys: str, count: int = 100, choice: ViewChoice | None = None) -> ViewChoice:
+    found = choice or ViewChoice()
     for key in keys:
         pressed = found.pressed(key, PAGE)
         assert pressed is not None
@@ -38,9 +38,9 @@ def test_a_filter_is_typed_kept_and_cleared() -> None:
     assert (typed.filter, typed.typing, typed.first) == ("qj", True, 0)
     kept = after("enter", choice=typed)
     assert (kept.filter, kept.typing) == ("qj", False)
-    assert after("escape", choice=typed) == after("escape", choice=kept) == Choice()
+    assert after("escape", choice=typed) == after("escape", choice=kept) == ViewChoice()
 
 
 def test_only_q_ends_it() -> None:
-    assert Choice().pressed("q", PAGE) is None
-    assert after("x", "enter", "\x1b[99~", "é") == Choice()
+    assert ViewChoice().pressed("q", PAGE) is None
+    assert after("x", "enter", "\x1b[99~", "é") == ViewChoice()

@@ -10,14 +10,16 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from fgpu_ebpf import claims, pages, timebook
-from fgpu_ebpf.desks import Desk, let_meet, seen_of
-from fgpu_ebpf.pages import ControlPage, StatusPage
-from fgpu_ebpf.places import Seen
-from fgpu_ebpf.scheduler import Share
-from fgpu_ebpf.slicer import _counts
-from fgpu_ebpf.trust import MOST_FLIGHT_NS
-from fgpu_ebpf.turns import Turns
+from fgpu_ebpf import abi
+from fgpu_ebpf.abi import ControlPage, StatusPage
+from fgpu_ebpf.gatekeeper import process_claims
+from fgpu_ebpf.gatekeeper.process_gates import ProcessGates, let_gang_through, observe_processes
+from fgpu_ebpf.gatekeeper.turn_rows import counts_of
+from fgpu_ebpf.ledger import compute_maps
+from fgpu_ebpf.scheduling.claim_trust import MOST_FLIGHT_NS
+from fgpu_ebpf.scheduling.fair_queue import Share
+from fgpu_ebpf.scheduling.state import Seen
+from fgpu_ebpf.scheduling.turns import Turns
 
 US, MS, S = 1_000, 1_000_000, 1_000_000_000
 WORD = 2**64 - 1
@@ -37,9 +39,9 @@ def page_of(**fields: int) -> StatusPage:
 
 @given(st.lists(any_word, min_size=8, max_size=8), st.integers(-(2**62), 2**62), st.integers(0, 2**62))
 def test_whatever_bytes_a_page_has_what_is_read_is_within_bounds(some, ahead_ns, now_ns):
-    words = claims.Words(*(some * 64)[: claims.Words._length_])
-    for device in range(pages.DEVICES):
-        said = claims.read(words, claims.row_of(device), ahead_ns, now_ns)
+    words = process_claims.Words(*(some * 64)[: process_claims.Words._length_])
+    for device in range(abi.DEVICES):
+        said = process_claims.read(words, process_claims.row_of(device), ahead_ns, now_ns)
         assert all(0 <= number < 2**63 for number in said)
         assert max(said.wanted_ns, said.begun_ns, said.ended_ns) <= now_ns
         assert said.busy_until_ns <= now_ns + MOST_FLIGHT_NS
@@ -50,18 +52,18 @@ def test_what_an_honest_page_says_is_read_as_it_stands():
         waiting=2, drained=7, launches=9, in_flight=3, busy_until_ns=1_400, wanted_ns=900, idle_ns=50,
         begun_ns=800, ended_ns=1_000
     )  # fmt: skip
-    said = claims.read(claims.Words.from_buffer_copy(page), claims.row_of(0), 0, 1_000)
+    said = process_claims.read(process_claims.Words.from_buffer_copy(page), process_claims.row_of(0), 0, 1_000)
     assert said == (True, 7, 9, 3, 1_400, 900, 50, 800, 1_000)
 
 
 @given(st.integers(-(2**70), 2**70))
 def test_a_count_that_no_word_holds_is_written_as_the_nearest_that_one_does(number):
     written = []
-    book = timebook.Timebook({"turns": 3}, lambda: None)
+    book = compute_maps.ComputeMaps({"turns": 3}, lambda: None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timebook.bpf, "update", lambda *words: written.append(words))
-        book.set_turns(7, 0, timebook.TurnCounts(wait_ns=number))
-    assert pages.Turn.from_buffer_copy(written[0][2]).wait_ns == min(max(0, number), WORD)
+        patch.setattr(compute_maps.bpf, "update", lambda *words: written.append(words))
+        book.set_turns(7, 0, compute_maps.TurnCounts(wait_ns=number))
+    assert abi.Turn.from_buffer_copy(written[0][2]).wait_ns == min(max(0, number), WORD)
 
 
 # -- sequences
@@ -73,8 +75,8 @@ class Program:
     def __init__(self) -> None:
         self.status = SimpleNamespace(page=StatusPage())  # no memory file: hypothesis makes thousands of them
         client = SimpleNamespace(control=SimpleNamespace(page=ControlPage()), status=self.status, ahead_ns=0)
-        self.desk = Desk(client)
-        self.desk.may_use([0, 1])
+        self.desk = ProcessGates(client)
+        self.desk.set_shared([0, 1])
 
     def write(self, page: StatusPage) -> None:
         ctypes.memmove(ctypes.addressof(self.status.page), ctypes.addressof(page), ctypes.sizeof(page))
@@ -96,15 +98,15 @@ class Host:
             self.turns.step({tenant: self.seen(tenant) for tenant in told}, self.now_ns)
             is_new = self.turns.look_again()
         for tenant in self.turns.to_meet(self.now_ns):
-            let_meet([self.programs[tenant].desk], self.now_ns)
+            let_gang_through([self.programs[tenant].desk], self.now_ns)
         assert self.turns.due_ns(self.now_ns) > self.now_ns
         self.check()
 
     def seen(self, tenant: int) -> Seen:
         desk, place = self.programs[tenant].desk, self.turns.places[tenant]
-        desk.begins_to_use()
+        desk.has_begun_to_use()
         opened_ns = place.turn.opened_ns if place.turn else 0
-        return seen_of([desk], desk.used, place.number, opened_ns, self.now_ns)
+        return observe_processes([desk], desk.used, place.number, opened_ns, self.now_ns)
 
     def check(self) -> None:
         assert self.turns.faults == 0
@@ -113,7 +115,7 @@ class Host:
             before = self.counted.get(tenant, (0,) * len(counts))
             assert all(new >= old >= 0 for new, old in zip(counts, before, strict=True)), (before, counts)
             self.counted[tenant] = counts
-            assert all(0 <= number <= WORD for number in astuple(_counts(place, 0, 0, 0)))
+            assert all(0 <= number <= WORD for number in astuple(counts_of(place, 0, 0, 0)))
             assert place.busy_ns >= 0
         for of in self.turns.devices.values():
             assert min(of.switches, of.overruns, of.drain_ns, *of.drains) >= 0

@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import policy_kit as kit
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgpu_ebpf import policyfolder
-from fgpu_ebpf.cli_policy import policy
-from fgpu_ebpf.policyfolder import PolicyFolder
+from fgpu_ebpf.cli.policy import policy
+from fgpu_ebpf.policy import folder
+from fgpu_ebpf.policy.folder import PolicyFolder
+from tests.unit import policy_kit as kit
 
 
 def fgpu(*arguments):
@@ -50,7 +50,7 @@ def test_every_fault_is_printed(two):
         1,
         f"{two}/b.yaml:5: spec.mode: 'of' is none of observe, enforce: write one of them\n"
         f"{two}/b.yaml:5: spec.memory.limit: '8GB': did you mean 8GiB?\n"
-        "fgpu: 2 faults: nothing of this would be taken over\n",
+        "fgpu: 2 errors: no policy of these files would be used\n",
     )
     assert fgpu("list", two)[0] == 1
 
@@ -65,19 +65,19 @@ def test_what_is_not_there_is_a_fault(tmp_path):
     assert fgpu("check", tmp_path / "no.yaml") == (
         1,
         f"{tmp_path}/no.yaml: cannot be read: No such file or directory\n"
-        "fgpu: 1 fault: nothing of this would be taken over\n",
+        "fgpu: 1 error: no policy of these files would be used\n",
     )
 
 
 def test_without_a_path_it_is_the_hosts_own_folder_by_the_agents_rules(tmp_path, monkeypatch):
-    monkeypatch.setattr(policyfolder, "FOLDER", tmp_path / "policy.d")
+    monkeypatch.setattr(folder, "FOLDER", tmp_path / "policy.d")
     assert fgpu("check") == (0, "ok: 0 policies in 0 files\n")
     (tmp_path / "policy.d").mkdir()
     (tmp_path / "policy.d").chmod(0o777)
     (tmp_path / "policy.d/a.yaml").write_text(kit.text())
     code, output = fgpu("check")
     assert code == 1
-    assert "others than root" in output
+    assert "users other than root" in output
     assert fgpu("check", tmp_path / "policy.d")[0] == 0
 
 
@@ -139,7 +139,7 @@ def test_nobody_may_check(two):
     for path in (two, *two.parents):
         if path.stat().st_uid == 0 and path != Path("/"):
             path.chmod(path.stat().st_mode | 0o055)
-    code = "import sys; from fgpu_ebpf.cli_policy import policy; policy(sys.argv[1:])"
+    code = "import sys; from fgpu_ebpf.cli.policy import policy; policy(sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-c", code, "check", str(two)],
         capture_output=True,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fgpu_ebpf import context_sizes
-from fgpu_ebpf.context_sizes import DEFAULT_CONTEXT_BYTES
+from fgpu_ebpf.driver import context_sizes
+from fgpu_ebpf.driver.context_sizes import DEFAULT_CONTEXT_BYTES
 
 MIB = 1 << 20
 LIBRARY = """
@@ -64,5 +64,5 @@ def test_a_start_does_not_wait_for_a_driver_that_hangs(
     with caplog.at_level(logging.WARNING):
         assert context_sizes.context_bytes(nvml(weighs), library(tmp_path, init), state) == {0: DEFAULT_CONTEXT_BYTES}
     assert time.monotonic() - begun < 10
-    assert "512 MiB is taken" in caplog.text
+    assert "512 MiB is assumed" in caplog.text
     assert "NVIDIA X 1" not in (state.read_text() if state.exists() else "")

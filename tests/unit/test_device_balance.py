@@ -9,13 +9,15 @@ from collections.abc import Callable
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from device_kit import Client, Handle, Managed, Operation, World
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from orphan_kit import MIB
 
-from fgpu_ebpf import corrections, device_sample, orphan_release, procfs, reconcile
-from fgpu_ebpf.device_balance import CALM_LOOKS, LOOKS
-from fgpu_ebpf.reconcile import Reconciler
+from fgpu_ebpf.agent import ledger_corrections, nvml_reconcile, orphan_release
+from fgpu_ebpf.agent.device_balance import CALM_LOOKS, LOOKS
+from fgpu_ebpf.agent.nvml_reconcile import Reconciler
+from fgpu_ebpf.driver import device_sample
+from fgpu_ebpf.linux import procfs
+from tests.unit.device_kit import Client, Handle, Managed, Operation, World
+from tests.unit.orphan_kit import MIB
 
 SIZE = 256 * MIB
 REST = 32 * MIB  # of what a device has besides, which may be let go too early
@@ -32,9 +34,9 @@ def world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procfs, "cgroup_path", lambda _: None)
     monkeypatch.setattr(procfs, "ended", lambda _: False)
     monkeypatch.setattr(
-        corrections, "_is_alive", corrections._is_alive
+        ledger_corrections, "_is_alive", ledger_corrections._is_alive
     )  # each machine has its own: put back afterwards
-    monkeypatch.setattr(reconcile, "_alive", reconcile._alive)
+    monkeypatch.setattr(nvml_reconcile, "_alive", nvml_reconcile._alive)
 
 
 class Machine(RuleBasedStateMachine):
@@ -52,7 +54,7 @@ class Machine(RuleBasedStateMachine):
         self.is_slow = False
         self.disturbed = False
         self.reconciler = Reconciler(self.world.nvml, self.world.ledger, lambda _: ())
-        corrections._is_alive = reconcile._alive = self.world.is_alive
+        ledger_corrections._is_alive = nvml_reconcile._alive = self.world.is_alive
 
     def between(self) -> None:
         """Operations go on while NVML is asked."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf.device_indexes import index_of
-from fgpu_ebpf.pages import DEVICES
+from fgpu_ebpf.abi import DEVICES
+from fgpu_ebpf.driver.device_indexes import index_of
 
 UUIDS = st.lists(st.binary(min_size=16, max_size=16), unique=True, max_size=2 * DEVICES)
 

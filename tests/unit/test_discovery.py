@@ -9,14 +9,15 @@ import socket
 from pathlib import Path
 
 import pytest
-from discovery_kit import Stage, quiet
 
-from fgpu_ebpf import probe_plan, procfs
-from fgpu_ebpf.discovery import Discovery
-from fgpu_ebpf.library_search import Found, Search
-from fgpu_ebpf.procfs import Mapping
+from fgpu_ebpf.driver import cuda_mappings, probe_plan
+from fgpu_ebpf.driver.discovery import Discovery
+from fgpu_ebpf.driver.library_search import Found, Search
+from fgpu_ebpf.linux import mapped_files, procfs
+from fgpu_ebpf.linux.mapped_files import MappedFile
+from tests.unit.discovery_kit import Stage, quiet
 
-MAPPED = {7: [Mapping("/nowhere/libcuda.so.1", 1, 23)], 8: [], 9: None}
+MAPPED = {7: [MappedFile("/nowhere/libcuda.so.1", 1, 23)], 8: [], 9: None}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,8 @@ def test_probes_are_dropped_only_if_all_is_known(
     monkeypatch: pytest.MonkeyPatch, with_memory: set[int], dropped: list[set[tuple[int, int]]]
 ) -> None:
     monkeypatch.setattr(procfs, "pids", lambda: [7, 8, 9])
-    monkeypatch.setattr(procfs, "fgpu_mappings", MAPPED.get)
+    monkeypatch.setattr(procfs, "cgroup_path", lambda _: "/")
+    monkeypatch.setattr(cuda_mappings, "fgpu_mappings", MAPPED.get)
     monkeypatch.setattr(procfs, "has_memory", with_memory.__contains__)
     stage = Stage()
     Discovery(stage, {}).start()  # type: ignore[arg-type]
@@ -75,8 +77,8 @@ def test_what_lies_where_a_library_was_is_not_waited_for(tmp_path: Path, make) -
     """A tenant maps a libcuda of its own and puts a pipe in its place: whoever opens that waits for ever."""
     path = str(tmp_path / "libcuda.so.1")
     make(path)
-    with pytest.raises(OSError, match="no regular file"):
-        procfs.as_mapped(path)
+    with pytest.raises(OSError, match="not a regular file"):
+        mapped_files.as_mapped(path)
     with pytest.raises(probe_plan.ProbeError, match="cannot be read"):
         probe_plan.symbol_offsets(path, ["cuInit"])
 

@@ -12,13 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from fgpu_ebpf import pages, procfs
-from fgpu_ebpf.adoption import Adoption
-from fgpu_ebpf.elders import Elders
-from fgpu_ebpf.history import History
-from fgpu_ebpf.processes import Process
-from fgpu_ebpf.reconcile import Truth
-from fgpu_ebpf.unwitnessed import Unwitnessed
+from fgpu_ebpf import abi
+from fgpu_ebpf.agent.nvml_reconcile import Truth
+from fgpu_ebpf.agent.reporters import AdoptionReports
+from fgpu_ebpf.driver import cuda_mappings
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.ledger.unwitnessed_memory import Unwitnessed
+from fgpu_ebpf.linux import mapped_files, procfs
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
 
 MIB = 1 << 20
 CONTEXT, MODULES = 3 * MIB, 9 * MIB
@@ -35,44 +37,44 @@ def other() -> Iterator[subprocess.Popen[bytes]]:
 def maps(monkeypatch: pytest.MonkeyPatch, files: dict[int, list[str]]) -> None:
     """Who has mapped what."""
     monkeypatch.setattr(procfs, "pids", lambda: list(files))
-    mapped = {pid: [procfs.Mapping(name, 1, 2) for name in names] for pid, names in files.items()}
-    monkeypatch.setattr(procfs, "fgpu_mappings", mapped.get)
+    mapped = {pid: [mapped_files.MappedFile(name, 1, 2) for name in names] for pid, names in files.items()}
+    monkeypatch.setattr(cuda_mappings, "fgpu_mappings", mapped.get)
 
 
 def test_they_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other) -> None:
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"], other.pid: []})
-    assert list(Elders.found(tmp_path)) == [ME]
+    assert list(PreexistingProcesses.found(tmp_path)) == [ME]
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"], other.pid: ["/usr/lib/libcuda.so.1"]})
-    assert list(Elders.found(tmp_path)) == [ME], "a later one has become older"
+    assert list(PreexistingProcesses.found(tmp_path)) == [ME], "a later one has become older"
 
 
 def test_who_has_the_shim_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1", "/var/lib/fgpu/shim/libfgpu.so.0"]})
-    assert list(Elders.found(tmp_path)) == []
+    assert list(PreexistingProcesses.found(tmp_path)) == []
 
 
 @pytest.mark.parametrize("said", ["", "[1]", '{"a": 1}', '{"1": null}'])
 def test_a_file_that_cannot_be_read_makes_nobody_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said) -> None:
     maps(monkeypatch, {ME: ["libcuda.so"]})
-    (tmp_path / Elders.FILE).write_text(said)
-    assert list(Elders.found(tmp_path)) == []
+    (tmp_path / PreexistingProcesses.FILE).write_text(said)
+    assert list(PreexistingProcesses.found(tmp_path)) == []
 
 
 def test_another_process_of_the_same_pid_is_none(tmp_path: Path) -> None:
     start = procfs.started(ME)
     assert start
-    (tmp_path / Elders.FILE).write_text(json.dumps({ME: start + 1}))
-    known = Elders.found(tmp_path)
+    (tmp_path / PreexistingProcesses.FILE).write_text(json.dumps({ME: start + 1}))
+    known = PreexistingProcesses.found(tmp_path)
     known.look()
     assert ME not in known
-    (tmp_path / Elders.FILE).write_text(json.dumps({ME: start}))
-    known = Elders.found(tmp_path)
+    (tmp_path / PreexistingProcesses.FILE).write_text(json.dumps({ME: start}))
+    known = PreexistingProcesses.found(tmp_path)
     known.look()
     assert ME in known
 
 
 def test_who_has_ended_is_none_though_nobody_has_noticed(other) -> None:
-    known = Elders({other.pid: procfs.started(other.pid) or 0})
+    known = PreexistingProcesses({other.pid: procfs.started(other.pid) or 0})
     assert known.places()
     other.kill()
     os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
@@ -81,8 +83,8 @@ def test_who_has_ended_is_none_though_nobody_has_noticed(other) -> None:
 
 def test_their_places_are_all_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procfs, "cgroup_path", lambda _: "/a/b/c")
-    assert Elders({ME: procfs.started(ME) or 0}).places() == {"/a/b/c", "/a/b", "/a", "/"}
-    assert Elders().places() == set()
+    assert PreexistingProcesses({ME: procfs.started(ME) or 0}).places() == {"/a/b/c", "/a/b", "/a", "/"}
+    assert PreexistingProcesses().places() == set()
 
 
 # -- what is told
@@ -91,21 +93,23 @@ def test_their_places_are_all_around_them(monkeypatch: pytest.MonkeyPatch) -> No
 class Host:
     """One process in one tenant, by NVML, the ledger and the enforcer."""
 
-    def __init__(self, flags: int = 0, known: Elders | None = None) -> None:
+    def __init__(self, flags: int = 0, known: PreexistingProcesses | None = None) -> None:
         one = (5 * MIB, *[0] * 15)
         self.process = Process(9, (7,), flags, 0, True, one, one, *[(0,) * 16] * 3)
         self.truth = Truth(held={0: {ME: 5 * MIB}})
         self.usage = SimpleNamespace(limit=4 * MIB, used=5 * MIB)
         self.spared = 0
-        self.history = History()
+        self.history = EventLog()
         ledger = SimpleNamespace(process=lambda _: self.process, usage=lambda *_: [self.usage])
         enforcer = SimpleNamespace(
-            elders=known or Elders(),
+            preexisting=known or PreexistingProcesses(),
             get={7: SimpleNamespace(name="a", cgroup=7)}.get,
-            spare_elders=self._spare,
+            update_spared=self._spare,
             use_charged=lambda _: None,
         )
-        self.adoption = Adoption(lambda: self.truth, ledger, enforcer, self.history, Unwitnessed({0: CONTEXT}, MODULES))
+        self.adoption = AdoptionReports(
+            lambda: self.truth, ledger, enforcer, self.history, Unwitnessed({0: CONTEXT}, MODULES)
+        )
 
     def _spare(self) -> None:
         self.spared += 1
@@ -119,7 +123,7 @@ BEYOND = "the tenant has 5MiB of 4MiB: nothing more is admitted"
 
 
 def test_each_is_told_of_once() -> None:
-    host = Host(known=Elders({ME: 1}))
+    host = Host(known=PreexistingProcesses({ME: 1}))
     assert host.told() == [("adopted", "older than fgpu", 5 * MIB, BEYOND)]
     host.truth = Truth(held={0: {ME: 6 * MIB}})
     assert len(host.told()) == 1
@@ -127,7 +131,7 @@ def test_each_is_told_of_once() -> None:
     host.truth = Truth()
     host.told()
     host.truth = Truth(held={0: {ME: 6 * MIB}})
-    host.history = host.adoption._history = History()
+    host.history = host.adoption._history = EventLog()
     assert len(host.told()) == 1, "it came again and nobody said so"
 
 
@@ -150,7 +154,7 @@ def test_within_the_limit_nothing_is_beyond_it() -> None:
     assert host.told() == [("adopted", "unwitnessed", 5 * MIB, "")]
 
 
-@pytest.mark.parametrize("flags", [pages.Seen.SHIM, pages.Seen.CALL, pages.Seen.CALL | pages.Seen.BYPASS])
+@pytest.mark.parametrize("flags", [abi.Seen.SHIM, abi.Seen.CALL, abi.Seen.CALL | abi.Seen.BYPASS])
 def test_whom_the_kernel_has_seen_it_tells_of_itself(flags: int) -> None:
     host = Host(flags)
     assert host.told() == []
@@ -160,7 +164,7 @@ def test_whom_the_kernel_has_seen_it_tells_of_itself(flags: int) -> None:
 
 def test_memory_that_no_probe_has_seen_is_told_of_with_a_shim_too() -> None:
     """A second library, under a name that is not libcuda's, beside the one that has the shim."""
-    host = Host(pages.Seen.SHIM | pages.Seen.CALL)
+    host = Host(abi.Seen.SHIM | abi.Seen.CALL)
     for overhead, told in (
         (CONTEXT + MODULES, []),
         (CONTEXT + MODULES + 1, [("adopted", "unwitnessed", 5 * MIB, BEYOND)]),
@@ -173,7 +177,7 @@ def test_memory_that_no_probe_has_seen_is_told_of_with_a_shim_too() -> None:
 
 
 def test_whoever_has_the_shim_is_not_looked_up() -> None:
-    host = Host(pages.Seen.SHIM)
+    host = Host(abi.Seen.SHIM)
     host.adoption._ledger.process = None
     host.truth = replace(host.truth, processes={ME: host.process})
     assert host.told() == []

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import top_kit as kit
 
 import fgpu_ebpf
-from fgpu_ebpf import metrics, ranking, tables
-from fgpu_ebpf.enforcement import UNHELD, Enforcement, enforcement, sentence
-from fgpu_ebpf.page import Asked, html
-from fgpu_ebpf.ranking import Mark, Row
+from fgpu_ebpf.api import metrics, ranking
+from fgpu_ebpf.api.ranking import Mark, Row
+from fgpu_ebpf.api.status_page import Asked, html
+from fgpu_ebpf.cli import tables
 from fgpu_ebpf.snapshot import Fields, ProcessView, Snapshot, TenantView
+from fgpu_ebpf.tenancy.enforcement import UNHELD, Enforcement, enforcement, sentence
+from tests.unit import top_kit as kit
 
 COUNTED = ("no_admission", "no_shim", "unwitnessed", "older")
 
@@ -96,7 +97,7 @@ def test_one_place_decides_the_word() -> None:
     folder = Path(fgpu_ebpf.__file__).parent
     spelled = {
         path.stem
-        for path in folder.glob("*.py")
+        for path in folder.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and node.value == Enforcement.COOPERATIVE
     }

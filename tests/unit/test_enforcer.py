@@ -11,69 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from fgpu_ebpf import pages
-from fgpu_ebpf.commitments import Commitments
-from fgpu_ebpf.enforcer import Enforcer, RoomError
-from fgpu_ebpf.glance import Standing, standing
-from fgpu_ebpf.identity import Workload
-from fgpu_ebpf.tenants import Source, Tenant
-from fgpu_ebpf.workloads import Workloads
+from fgpu_ebpf import abi
+from fgpu_ebpf.gatekeeper.ledger_cache import ManagedState, managed_state
+from fgpu_ebpf.tenancy.device_commitments import Commitments
+from fgpu_ebpf.tenancy.enforcer import Enforcer, RoomError
+from fgpu_ebpf.tenancy.tenant import Source, Tenant
+from fgpu_ebpf.workloads.cgroups import Workloads
+from fgpu_ebpf.workloads.workload import Workload
+from tests.unit.books_kit import Books
 
 GIB = 1 << 30
-
-
-class Books:
-    """The ledger's calls that an enforcer makes."""
-
-    def __init__(self):
-        self.limits, self.shares, self.decided, self.calls = {}, {}, {}, 0
-        self.epoch, self.uncommitted, self.used = 0, {}, {}
-        self.known, self.so_far, self.moved, self.over = {}, 0, [], []
-
-    def page_missing(self, cgroup):
-        return cgroup not in self.limits
-
-    def set_limits(self, levels, over=None):
-        self.calls += 1
-        levels = list(levels)
-        new = {level.cgroup for level in levels} - {*self.limits}
-        self.over += [lambda: over(new)] if new and over else []
-        self.limits |= {level.cgroup: (dict(level.bytes), level.flags) for level in levels}
-        self.uncommitted |= {level.cgroup: set(level.uncommitted) for level in levels}
-
-    def usage(self, cgroup, devices):
-        return [SimpleNamespace(used=self.used.get((cgroup, device), 0)) for device in devices]
-
-    def remove(self, cgroups):
-        for cgroup in cgroups:
-            self.limits.pop(cgroup, None)
-            self.decided.pop(cgroup, None)
-
-    @property
-    def times(self):
-        return self
-
-    def set_shares(self, shares):
-        self.shares |= shares
-
-    def resolve(self, cgroup, managed):
-        self.decided[cgroup] = managed
-
-    def unresolve(self, cgroups):
-        for cgroup in cgroups:
-            self.decided.pop(cgroup, None)
-
-    def new_epoch(self):
-        self.epoch += 1
-
-    def processes(self):
-        return self.known
-
-    def processes_so_far(self):
-        return self.so_far
-
-    def move(self, pid, generation, levels):
-        self.moved.append((pid, generation, levels))
 
 
 @pytest.fixture
@@ -91,7 +38,7 @@ def place(tmp_path, books):
         folder = tmp_path / path.lstrip("/")
         folder.mkdir(parents=True, exist_ok=True)
         workload = Workload(folder.stat().st_ino, path, folder.name)
-        limit = pages.NO_LIMIT if gib is None else gib * GIB
+        limit = abi.NO_LIMIT if gib is None else gib * GIB
         return Tenant(workload, folder.name, source, "p", {0: limit}, **more)
 
     return SimpleNamespace(make=make, enforcer=enforcer, root=tmp_path)
@@ -125,7 +72,7 @@ def test_who_is_named_while_a_level_appears_is_taken_over_when_it_is_seen_by_all
     place.enforcer.put([pod])
     place.enforcer.put([leaf])  # and a program has looked for it a moment before
     books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
-    monkeypatch.setattr("fgpu_ebpf.enforcer.procfs.cgroup_path", {23: "/pod/c"}.get)
+    monkeypatch.setattr("fgpu_ebpf.tenancy.enforcer.procfs.cgroup_path", {23: "/pod/c"}.get)
     for tell in books.over:
         tell()
     assert select.select([place.enforcer], [], [], 0)[0]
@@ -136,7 +83,7 @@ def test_who_is_named_while_a_level_appears_is_taken_over_when_it_is_seen_by_all
 
 def test_where_nobody_was_named_meanwhile_nobody_is_looked_at(place, books, monkeypatch):
     books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
-    monkeypatch.setattr("fgpu_ebpf.enforcer.procfs.cgroup_path", {}.get)
+    monkeypatch.setattr("fgpu_ebpf.tenancy.enforcer.procfs.cgroup_path", {}.get)
     place.enforcer.put([place.make("/one", 8)])
     monkeypatch.setattr(books, "processes", None)
     for tell in books.over:
@@ -240,8 +187,8 @@ def test_observed_and_unlimited_tenants_promise_nothing(place, books):
     place.enforcer.put(others)
     for tenant in others:
         place.enforcer.use(tenant.cgroup)
-    assert books.limits[others[0].cgroup] == ({0: 5 * GIB}, pages.LimitFlag.OBSERVE)
-    assert in_force(books, others[1]) == pages.NO_LIMIT
+    assert books.limits[others[0].cgroup] == ({0: 5 * GIB}, abi.LimitFlag.OBSERVE)
+    assert in_force(books, others[1]) == abi.NO_LIMIT
 
 
 def test_who_grows_where_there_is_no_room_keeps_what_it_has(place, books):
@@ -294,11 +241,11 @@ def test_levels_are_leaf_first(place):
 
 def test_one_too_deep_for_the_kernel_s_programs_is_told(place):
     programs = Path(__file__).parents[2] / "bpf/maps.bpf.h"
-    assert f"#define DEPTH {pages.DEPTH} " in programs.read_text()
+    assert f"#define DEPTH {abi.DEPTH} " in programs.read_text()
     deep = ["/d" * 15, "/d" * 16]
     place.enforcer.put([place.make(path, 2) for path in deep])
     found, lost = (place.enforcer.denied(place.enforcer.at(path).cgroup) for path in deep)
-    assert (found, lost) == ("", "it lies more than 15 cgroups below the root: the kernel's programs see none there")
+    assert (found, lost) == ("", "its cgroup is more than 15 levels below the root, deeper than the BPF programs look")
 
 
 def test_levels_that_are_too_many_are_left_out_on_the_inside_and_it_is_said(place, books):
@@ -309,10 +256,10 @@ def test_levels_that_are_too_many_are_left_out_on_the_inside_and_it_is_said(plac
     assert "at most 4 levels" in place.enforcer.denied(ids[4])
     assert place.enforcer.denied(ids[3]) == ""
     decided = SimpleNamespace(resolved=lambda cgroup: cgroup in ids or None, page_missing=lambda _: False)
-    kept = Standing(True, ids[3], tuple(reversed(ids[:4])))
-    assert standing(decided, ids[::-1]) == kept
+    kept = ManagedState(True, ids[3], tuple(reversed(ids[:4])))
+    assert managed_state(decided, ids[::-1]) == kept
     decided.resolved = lambda cgroup: cgroup in ids[:4] or None  # nobody needs to ask about what is left out
-    assert standing(decided, ids[::-1]) == kept
+    assert managed_state(decided, ids[::-1]) == kept
 
 
 def summed(enforcer, index, but=None):
@@ -323,7 +270,7 @@ def summed(enforcer, index, but=None):
         own = granted.get(tenant.cgroup, {}).get(index, 0)
         groups = [g for g in enforcer.around(tenant) if any(limit < 1 << 60 for limit in g.limits.values())]
         within = but and (tenant.path == but.path or tenant.path.startswith(f"{but.path}/"))
-        total += 0 if own == pages.NO_LIMIT or groups or within else min(own, 10 * GIB)
+        total += 0 if own == abi.NO_LIMIT or groups or within else min(own, 10 * GIB)
     return total
 
 
@@ -363,25 +310,25 @@ def test_a_thousand_that_come_at_once_are_not_looked_at_once_each(place, monkeyp
 
 def test_kill_waits_for_those_who_are_older(place, books, monkeypatch):
     at = {"/": "", "/one": ""}
-    monkeypatch.setattr(place.enforcer.elders, "places", lambda: frozenset(at))
-    place.enforcer.spare_elders()
+    monkeypatch.setattr(place.enforcer.preexisting, "places", lambda: frozenset(at))
+    place.enforcer.update_spared()
     one, two = place.make("/one", 1, kill=True), place.make("/two", 1, kill=True)
     inside = place.make("/one/inside", 1, kill=True)
     place.enforcer.put([one, two, inside])
 
     def killing():
-        return [t.path for t in (one, two, inside) if books.limits[t.cgroup][1] & pages.LimitFlag.KILL]
+        return [t.path for t in (one, two, inside) if books.limits[t.cgroup][1] & abi.LimitFlag.KILL]
 
     assert killing() == ["/two", "/one/inside"]
     assert [place.enforcer.spares(t) for t in (one, two, inside)] == [True, False, False]
     at["/two"] = at.pop("/one")  # it was moved
-    place.enforcer.spare_elders()
+    place.enforcer.update_spared()
     assert killing() == ["/one", "/one/inside"]
     at.clear()
-    place.enforcer.spare_elders()
+    place.enforcer.update_spared()
     assert killing() == ["/one", "/two", "/one/inside"]
     calls = books.calls
-    place.enforcer.spare_elders()
+    place.enforcer.update_spared()
     assert books.calls == calls, "nothing changed"
 
 

@@ -10,13 +10,26 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from labels_kit import ID, IMAGE, OTHER, PATH, Docker, asked, container, eventually, running, subject, workload
 
-from fgpu_ebpf import answers, asker, dockerapi, engines, namesfile
-from fgpu_ebpf.answers import AnswerError
-from fgpu_ebpf.cgroupnames import Engine
-from fgpu_ebpf.dockerapi import DockerApi
-from fgpu_ebpf.identity import Names, Workload, named
+from fgpu_ebpf.workloads import docker as docker_engine
+from fgpu_ebpf.workloads import engine_answers, engine_labels, engine_thread, label_cache
+from fgpu_ebpf.workloads.cgroup_names import Engine
+from fgpu_ebpf.workloads.docker import DockerApi
+from fgpu_ebpf.workloads.engine_answers import AnswerError
+from fgpu_ebpf.workloads.workload import Names, Workload, named
+from tests.unit.labels_kit import (
+    ID,
+    IMAGE,
+    OTHER,
+    PATH,
+    Docker,
+    asked,
+    container,
+    eventually,
+    running,
+    subject,
+    workload,
+)
 
 MIB = 1 << 20
 
@@ -36,8 +49,8 @@ def api(docker):
 @pytest.fixture
 def quick(monkeypatch):
     """Deadlines and pauses as short as a test's patience."""
-    monkeypatch.setattr(dockerapi, "DEADLINE_SECONDS", 0.2)
-    monkeypatch.setattr(asker, "LONGEST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(docker_engine, "DEADLINE_SECONDS", 0.2)
+    monkeypatch.setattr(engine_thread, "LONGEST_PAUSE_SECONDS", 0.1)
 
 
 # -- what arrives
@@ -77,7 +90,7 @@ def test_podman_says_the_same(tmp_path):
 
 
 def test_kubernetes_names_on_dockers_containers(docker, api):
-    docker.containers = [container(Labels={answers.POD_NAME: "jupyter-0", answers.POD_NAMESPACE: "dev"})]
+    docker.containers = [container(Labels={engine_answers.POD_NAME: "jupyter-0", engine_answers.POD_NAMESPACE: "dev"})]
     with running(api) as found:
         known = asked(found, workload())
         assert (known.pod, known.namespace) == ("jupyter-0", "dev")
@@ -136,7 +149,7 @@ def test_an_engine_that_is_started_later_or_restarts(tmp_path, quick):
         docker.stop()
 
 
-def rescan(found: engines.Engines, times: int) -> None:
+def rescan(found: engine_labels.Engines, times: int) -> None:
     """Each of them asks for nothing that is known here."""
     for _ in range(times):
         found.rescanned()
@@ -167,10 +180,10 @@ def test_what_is_known_outlives_the_agent_and_its_engine(docker, api, tmp_path):
     docker.stop()
     with running(api, file=file) as found:
         assert found.named(workload()) == known  # at once
-        rescan(found, engines.FORGOTTEN_RESCANS)
+        rescan(found, engine_labels.FORGOTTEN_RESCANS)
         found.keep()
         assert found.named(workload()) == known
-        rescan(found, engines.FORGOTTEN_RESCANS + 1)
+        rescan(found, engine_labels.FORGOTTEN_RESCANS + 1)
         found.keep()
     with running(api, file=file) as found:
         assert found.named(workload()).labels == {}  # nobody had asked about it for long
@@ -182,7 +195,7 @@ def test_what_is_known_outlives_the_agent_and_its_engine(docker, api, tmp_path):
 def test_a_file_that_is_none_is_nothing(tmp_path, text):
     file = tmp_path / "engines.json"
     file.write_text(text)
-    assert namesfile.read(file) == {}
+    assert label_cache.read(file) == {}
 
 
 # -- engines that hang or lie
@@ -292,36 +305,36 @@ def test_a_socket_that_is_not_roots_is_asked_nothing(docker, api, quick):
 
 def test_long_labels_and_many_are_left_out_and_requests_never():
     many = {f"k{n:05}": "v" * 10 for n in range(5000)}
-    labels = answers.labels_of({**many, "long": "x" * MIB, "x" * 400: "", "fgpu.dev/memory": "8GiB"})
+    labels = engine_answers.labels_of({**many, "long": "x" * MIB, "x" * 400: "", "fgpu.dev/memory": "8GiB"})
     assert labels["fgpu.dev/memory"] == "8GiB"
     assert "long" not in labels
-    assert len(labels) == answers.MOST_LABELS
-    wide = answers.labels_of({f"{n}": "v" * 256 for n in range(1000)})
-    assert sum(len(k) + len(v) for k, v in wide.items()) <= answers.MOST_CHARACTERS
+    assert len(labels) == engine_answers.MOST_LABELS
+    wide = engine_answers.labels_of({f"{n}": "v" * 256 for n in range(1000)})
+    assert sum(len(k) + len(v) for k, v in wide.items()) <= engine_answers.MOST_CHARACTERS
 
 
 def test_what_is_known_is_bounded_and_forgotten(docker, api, monkeypatch):
-    monkeypatch.setattr(engines, "MOST_KNOWN", 8)
+    monkeypatch.setattr(engine_labels, "MOST_KNOWN", 8)
     docker.containers = [container(f"{n:064x}") for n in range(100)]
     with running(api) as found:
         for n in range(100):
             found.named(workload(subject(f"{n:064x}"), path=f"/{n}"))
         assert (len(found._entries), found.left_out) == (8, 92)
         eventually(lambda: len(docker.targets) == 8)
-        rescan(found, engines.FORGOTTEN_RESCANS + 1)
+        rescan(found, engine_labels.FORGOTTEN_RESCANS + 1)
         assert asked(found, workload(subject(f"{99:064x}"), path="/99")).labels
         assert len(found._entries) == 1
 
 
 def test_a_container_that_is_gone_is_asked_about_no_more(docker, api, monkeypatch):
-    monkeypatch.setattr(engines, "MOST_KNOWN", 1)
+    monkeypatch.setattr(engine_labels, "MOST_KNOWN", 1)
     docker.containers = [container(OTHER)]
     with running(api) as found:
         found.named(workload())
         eventually(lambda: docker.targets)
-        rescan(found, engines.FORGOTTEN_RESCANS + 1)
+        rescan(found, engine_labels.FORGOTTEN_RESCANS + 1)
         asked(found, workload(subject(OTHER), path="/other"))
-        assert found._askers[0]._wants == {}
+        assert found._threads[0]._wants == {}
 
 
 def test_nobody_is_asked_where_no_container_is(docker, api):
@@ -341,7 +354,7 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-labels = st.dictionaries(st.text(max_size=8) | st.sampled_from(answers.ASKING), junk, max_size=5)
+labels = st.dictionaries(st.text(max_size=8) | st.sampled_from(engine_answers.ASKING), junk, max_size=5)
 items = st.fixed_dictionaries(
     {"Id": st.just(ID) | junk},
     optional={
@@ -362,7 +375,7 @@ def is_sound(names):
 @given(st.lists(items, max_size=3) | junk, junk, labels | junk)
 def test_any_answer_gives_sound_names_or_none(found, image, image_labels):
     try:
-        said = answers.of_docker(found, ID)
+        said = engine_answers.of_docker(found, ID)
     except AnswerError:
         return
     if said is None:
@@ -372,10 +385,10 @@ def test_any_answer_gives_sound_names_or_none(found, image, image_labels):
     assert is_sound(named(workload(), names))
     for answer in (image, {"Config": image}, {"Config": {"Labels": image_labels}}):
         try:
-            known = answers.docker_image_labels(answer)
+            known = engine_answers.docker_image_labels(answer)
         except AnswerError:
             continue
-        both = answers.with_image(names, known)
+        both = engine_answers.with_image(names, known)
         assert is_sound(both)
         assert not set(both.image_asks) & set(both.labels)
         assert {**both.image_asks, **both.labels}.items() >= names.labels.items()

@@ -11,14 +11,15 @@ from concurrent import futures
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from labels_kit import ID, IMAGE, OTHER, UID, Cri, asked, eventually, running, subject, workload
 
-from fgpu_ebpf import asker, criapi
-from fgpu_ebpf.answers import AnswerError
-from fgpu_ebpf.cgroupnames import Engine
-from fgpu_ebpf.criapi import CriApi
-from fgpu_ebpf.identity import Names
-from fgpu_ebpf.tenants import _name
+from fgpu_ebpf.tenancy.tenant import _name
+from fgpu_ebpf.workloads import cri as cri_engine
+from fgpu_ebpf.workloads import engine_thread
+from fgpu_ebpf.workloads.cgroup_names import Engine
+from fgpu_ebpf.workloads.cri import CriApi
+from fgpu_ebpf.workloads.engine_answers import AnswerError
+from fgpu_ebpf.workloads.workload import Names
+from tests.unit.labels_kit import ID, IMAGE, OTHER, UID, Cri, asked, eventually, running, subject, workload
 
 CONTAINERD = subject(engine=Engine.CONTAINERD)
 POD = subject(UID, Engine.CRI, is_pod=True)
@@ -38,8 +39,8 @@ def api(cri):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(criapi, "DEADLINE_SECONDS", 0.3)
-    monkeypatch.setattr(asker, "LONGEST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(cri_engine, "DEADLINE_SECONDS", 0.3)
+    monkeypatch.setattr(engine_thread, "LONGEST_PAUSE_SECONDS", 0.1)
 
 
 def test_a_container_has_its_pods_names_labels_and_annotations(cri, api):
@@ -81,7 +82,7 @@ def test_a_pod_is_known_before_its_containers_are(cri, api):
 
 
 def test_a_pod_is_asked_about_at_once_when_a_container_of_it_is_known(cri, api, monkeypatch):
-    monkeypatch.setattr(asker, "FIRST_AGAIN_SECONDS", 30.0)
+    monkeypatch.setattr(engine_thread, "FIRST_AGAIN_SECONDS", 30.0)
     with running(api) as found:
         found.named(workload(POD, path="/pod"))
         eventually(lambda: cri.calls)
@@ -165,7 +166,7 @@ def test_an_interface_of_old_is_named(tmp_path, quick):
     server.start()
     with running(CriApi(f"{tmp_path}/cri.sock")) as found:
         found.named(workload(CONTAINERD))
-        assert "speaks no CRI v1" in eventually(lambda: found.views() and found.views()[0].fault)
+        assert "does not support CRI v1" in eventually(lambda: found.views() and found.views()[0].fault)
     server.stop(0)
 
 
@@ -199,4 +200,4 @@ def test_any_bytes_give_names_or_a_fault(monkeypatch, answer, info):
         except AnswerError:
             continue
         assert names is None or all(isinstance(text, (str, type(None))) for text in (names.pod, names.namespace))
-    assert criapi._image_labels(info) is None
+    assert cri_engine._image_labels(info) is None

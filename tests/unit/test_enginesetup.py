@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf.enginesettings import ENGINES, Engine, SetupError
-from fgpu_ebpf.enginesetup import checks, set_up, undo, where_it_is
+from fgpu_ebpf.containers.engine_config import ENGINES, Engine, SetupError
+from fgpu_ebpf.containers.engine_setup import checks, set_up, undo, where_it_is
 
 HELPER = "bin/fgpu-oci"
 CONTAINERD = """version = 2
@@ -368,9 +368,9 @@ def test_crio_settings_that_come_later_win(tmp_path, helper):
         ('[crio.runtime]\ndefault_runtime = "kata"', r"no \[crio.runtime.runtimes.kata\]"),
         (
             '[crio.runtime]\ndefault_runtime = "kata"\n[crio.runtime.runtimes.kata]\nruntime_type = "vm"',
-            "none that has an OCI configuration",
+            "has no OCI configuration",
         ),
-        ("[crio", "10.conf is no TOML"),
+        ("[crio", "10.conf is not TOML"),
     ],
 )
 def test_crio_settings_that_are_not_understood(text, why, tmp_path, helper):
@@ -385,7 +385,7 @@ def test_crio_settings_that_are_not_understood(text, why, tmp_path, helper):
 def test_a_file_of_somebody_elses_is_never_replaced(name, tmp_path, helper):
     found = drop_in(name, tmp_path, **{"10-crio": CRIO})
     found.file.write_text("# theirs\n")
-    with pytest.raises(SetupError, match="of somebody else"):
+    with pytest.raises(SetupError, match="not fgpu's"):
         set_up(found, helper, tmp_path / "x.json")
     assert not undo(found, tmp_path / "x.json")
     assert read(found) == "# theirs\n"

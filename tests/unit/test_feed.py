@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import control, feed
-from fgpu_ebpf.bell import Bell
-from fgpu_ebpf.feed import Feed, News
+from fgpu_ebpf import control_client
+from fgpu_ebpf.cli import top_input
+from fgpu_ebpf.cli.top_input import LatestSnapshot, SnapshotPoller
+from fgpu_ebpf.linux.wakeup import Bell
 
 
 @pytest.fixture
@@ -43,20 +44,20 @@ def answers(tmp_path: Path) -> Iterator[queue.SimpleQueue[bytes]]:
 def test_half_an_answer_is_none(answers: queue.SimpleQueue[bytes], tmp_path: Path) -> None:
     for half in (b'{"ok": {"tena', b""):
         answers.put(half)
-        with pytest.raises(ConnectionError, match="hung up"):
-            control.call(tmp_path, {"verb": "snapshot"})
+        with pytest.raises(ConnectionError, match="closed the connection"):
+            control_client.call(tmp_path, {"verb": "snapshot"})
 
 
 def test_what_fails_is_news_and_the_next_answer_mends_it(
     answers: queue.SimpleQueue[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed, "PERIOD_SECONDS", 0.01)
+    monkeypatch.setattr(top_input, "PERIOD_SECONDS", 0.01)
     answers.put(b'{"ok": {"number": 1}}\n')
     bell = Bell()
-    found = Feed(lambda: control.call(tmp_path, {"verb": "snapshot"}), bell)
+    found = SnapshotPoller(lambda: control_client.call(tmp_path, {"verb": "snapshot"}), bell)
     assert (found.news.snapshot, found.news.fault) == ({"number": 1}, "")
     for answer, number, fault in (
-        (b'{"ok"', 1, "the agent hung up"),
+        (b'{"ok"', 1, "the agent closed the connection"),
         (b'{"error": "busy", "code": 1}\n', 1, "busy"),
         (b'{"ok": {"number": 2}}\n', 2, ""),
     ):
@@ -67,6 +68,6 @@ def test_what_fails_is_news_and_the_next_answer_mends_it(
 
 
 def test_silence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed.time, "monotonic", lambda: 109.0)
-    assert News({}, "", 108.0).now().fault == ""
-    assert News({}, "", 100.0).now().fault == "no answer for 9 s"
+    monkeypatch.setattr(top_input.time, "monotonic", lambda: 109.0)
+    assert LatestSnapshot({}, "", 108.0).now().fault == ""
+    assert LatestSnapshot({}, "", 100.0).now().fault == "no answer for 9 s"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fgpu_ebpf import file_budget
-from fgpu_ebpf.file_budget import BURST_NS, MOST_FILES, REFILL_NS, FileBudget
+from fgpu_ebpf.driver import file_budget
+from fgpu_ebpf.driver.file_budget import BURST_NS, MOST_FILES, REFILL_NS, FileBudget
 
 
 def test_a_cgroup_has_so_many_files_and_no_more() -> None:
@@ -33,10 +33,10 @@ def test_time_that_was_taken_is_forgiven_little_by_little() -> None:
     budget = FileBudget()
     budget.charge("/a", BURST_NS + 2 * REFILL_NS)
     assert (budget.has_time("/a"), budget.has_time("/b")) == (False, True)
-    budget.forgive()
+    budget.refill()
     assert not budget.has_time("/a")
-    budget.forgive()
+    budget.refill()
     assert budget.has_time("/a")
     for _ in range(BURST_NS // REFILL_NS):
-        budget.forgive()
+        budget.refill()
     assert not budget._spent_ns, "nothing is kept of a cgroup that takes nothing"

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import pytest
-import top_kit as kit
 
-from fgpu_ebpf import frame
-from fgpu_ebpf.choice import Choice
-from fgpu_ebpf.feed import News
-from fgpu_ebpf.frame import ASCII, UNICODE, Window
-from fgpu_ebpf.ranking import BY_WORD, Order
+from fgpu_ebpf.api.ranking import BY_WORD, Order
+from fgpu_ebpf.cli import top_frame
+from fgpu_ebpf.cli.top_frame import ASCII, UNICODE, Window
+from fgpu_ebpf.cli.top_input import LatestSnapshot, ViewChoice
+from tests.unit import top_kit as kit
 
 
 @pytest.fixture(autouse=True)
 def utc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frame.time, "localtime", frame.time.gmtime)
+    monkeypatch.setattr(top_frame.time, "localtime", top_frame.time.gmtime)
 
 
-def lines(news: News, width: int, height: int, choice: Choice | None = None) -> list[str]:
-    text, _ = frame.live(news, choice or Choice(), Window(width, height))
+def lines(news: LatestSnapshot, width: int, height: int, choice: ViewChoice | None = None) -> list[str]:
+    text, _ = top_frame.live(news, choice or ViewChoice(), Window(width, height))
     return text.plain.split("\n")
 
 
@@ -54,7 +53,7 @@ def test_a_narrow_window_keeps_what_matters() -> None:
 def test_it_fits_any_window(width: int, height: int) -> None:
     wide = kit.tenant("日本" * 60, kit.on(0, 1), kit.on(1, 1))
     news = kit.news(*kit.ALL, wide, devices=(kit.device(0), kit.device(1)), fault="no agent", unenforced="no driver")
-    text, _ = frame.live(news, Choice(), Window(width, height))
+    text, _ = top_frame.live(news, ViewChoice(), Window(width, height))
     drawn = text.split("\n", allow_blank=True)
     assert len(drawn) == height
     assert max(line.cell_len for line in drawn) <= width
@@ -70,13 +69,13 @@ def test_a_long_name_is_cut_and_moves_nothing() -> None:
 
 def test_more_rows_than_there_is_room() -> None:
     news = kit.news(*(kit.tenant(f"t{number:02}", kit.on(0, number)) for number in range(30)))
-    choice = Choice(Order(BY_WORD["tenant"]), first=99)
-    text, kept = frame.live(news, choice, Window(80, 8))
+    choice = ViewChoice(Order(BY_WORD["tenant"]), first=99)
+    text, kept = top_frame.live(news, choice, Window(80, 8))
     drawn = text.plain.split("\n")
     assert [line.split()[0] for line in drawn[3:7]] == ["t26", "t27", "t28", "t29"]
     assert drawn[-1].endswith("  27-30 of 30")
     assert kept.first == 26
-    assert frame.room(news, Window(80, 8)) == 4
+    assert top_frame.room(news, Window(80, 8)) == 4
 
 
 def test_many_devices_leave_room_for_tenants() -> None:
@@ -96,7 +95,7 @@ def test_devices_stand_one_below_the_other() -> None:
 
 
 def test_a_filter_says_how_many_it_finds() -> None:
-    drawn = lines(kit.news(*kit.ALL), 80, 6, Choice(filter="ali", typing=True))
+    drawn = lines(kit.news(*kit.ALL), 80, 6, ViewChoice(filter="ali", typing=True))
     assert drawn[0] == "fgpu 00:00:01  4 tenants  1 of them with 'ali'  by used"
     assert drawn[3].startswith("alice ")
     assert drawn[4] == ""
@@ -123,19 +122,19 @@ def test_silence_and_no_enforcement_are_one_line_each() -> None:
 def test_bar(used: int | None, unmanaged: int | None, bar: str) -> None:
     used_bytes, others = (None if part is None else part * kit.GIB for part in (used, unmanaged))
     device = kit.news(devices=(kit.device(0, used_bytes, None, others),)).snapshot["devices"][0]
-    assert frame._bar(device, 8, UNICODE).plain == bar
+    assert top_frame._bar(device, 8, UNICODE).plain == bar
     ascii_bar = bar.translate(str.maketrans("█▒░▕▏", "#x-[]"))
-    assert frame._bar(device, 8, ASCII).plain == ascii_bar
-    text = next(frame._bars([device], 80, UNICODE)).plain
+    assert top_frame._bar(device, 8, ASCII).plain == ascii_bar
+    text = next(top_frame._bars([device], 80, UNICODE)).plain
     assert f" {'-' if used is None else f'{used}GiB' if used else '0B'}/160GiB " in text
 
 
 def test_one_pass_is_as_wide_as_it_wants_to_be() -> None:
     long = kit.tenant("team/" + "x" * 90 + "/main", kit.on(0, 1))
-    text = frame.once(kit.news(long, *kit.ALL), Choice(), None, UNICODE).plain.split("\n")
+    text = top_frame.once(kit.news(long, *kit.ALL), ViewChoice(), None, UNICODE).plain.split("\n")
     assert long.tenant in "\n".join(text)
     assert len(text) == 2 + 5
     assert " ".join(text[1].split()) == "TENANT LIMIT USED PEAK SHARE ENTITLED WAITED REFUSED HELD BY"
-    cut = frame.once(kit.news(long), Choice(), 60, UNICODE).plain.split("\n")
+    cut = top_frame.once(kit.news(long), ViewChoice(), 60, UNICODE).plain.split("\n")
     assert max(map(len, cut)) <= 60
     assert "…" in cut[2]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf.globs import GlobError, name_globs, path_globs
+from fgpu_ebpf.policy.globs import GlobError, name_globs, path_globs
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import heap, keeper, wholefile
-from fgpu_ebpf.globs import path_globs
-from fgpu_ebpf.policyfolder import PolicyFolder
-from fgpu_ebpf.workloads import Workloads
+from fgpu_ebpf.agent import gatekeeper_process
+from fgpu_ebpf.linux import atomic_file, malloc
+from fgpu_ebpf.policy.folder import PolicyFolder
+from fgpu_ebpf.policy.globs import path_globs
+from fgpu_ebpf.workloads.cgroups import Workloads
 
 THREADS = """
 import ctypes, sys, threading
-from fgpu_ebpf import heap
+from fgpu_ebpf.linux import malloc as heap
 {before}
 libc, all_there = ctypes.CDLL(None), threading.Barrier(9)
 libc.fopen.restype = libc.malloc.restype = ctypes.c_void_p
@@ -45,7 +46,7 @@ def resident():  # statm's may be some pages for each processor behind
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("Rss:"))
 """
 LARGE = """
-from fgpu_ebpf import heap
+from fgpu_ebpf.linux import malloc as heap
 {before}
 libc.free(ctypes.c_void_p(libc.malloc(1 << 20)))
 before = libc.mallinfo2().mapped
@@ -54,7 +55,7 @@ print(libc.mallinfo2().mapped - before)
 """
 HOLES = """
 import ctypes
-from fgpu_ebpf import heap
+from fgpu_ebpf.linux import malloc as heap
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 blocks = [ctypes.c_void_p(libc.malloc(4000)) for _ in range(2000)]
@@ -72,7 +73,7 @@ print(before - libc.mallinfo2().used)
 """
 STACKS = """
 import threading
-from fgpu_ebpf import heap
+from fgpu_ebpf.linux import malloc as heap
 heap.keep_small()
 threading.stack_size(1 << 18)  # 40 MiB of them are kept
 def mappings():
@@ -90,7 +91,7 @@ for _ in range(3): together(1)  # who ends frees what those before have left, ne
 print(mappings() - before)
 """
 CROWD = """
-from fgpu_ebpf import heap
+from fgpu_ebpf.linux import malloc as heap
 {before}
 before = resident()
 crowd = [[str(number), [number]] for number in range(4000)]
@@ -141,7 +142,7 @@ def given_up_bytes(environment: dict[str, str]) -> int:
 
 
 def test_a_thread_keeps_nothing_that_it_has_freed() -> None:
-    assert given_up_bytes(heap.ENVIRONMENT) > 180_000
+    assert given_up_bytes(malloc.ENVIRONMENT) > 180_000
     assert given_up_bytes({}) < 30_000
 
 
@@ -151,7 +152,7 @@ def stacks_left(environment: dict[str, str]) -> int:
 
 
 def test_threads_that_have_ended_leave_no_stacks() -> None:
-    assert stacks_left(heap.ENVIRONMENT) < 8
+    assert stacks_left(malloc.ENVIRONMENT) < 8
     assert stacks_left({}) > 48
 
 
@@ -165,7 +166,7 @@ def test_threads_that_have_ended_leave_no_stacks() -> None:
     ],
 )
 def test_whoever_starts_a_service_says_so(file: str) -> None:
-    (setting,) = heap.ENVIRONMENT.values()
+    (setting,) = malloc.ENVIRONMENT.values()
     assert setting in (Path(__file__).resolve().parents[2] / "deploy" / file).read_text()
 
 
@@ -181,25 +182,25 @@ def test_cycles_that_nobody_holds_are_freed() -> None:
     del thing
     gc.collect(1)
     assert seen()
-    heap.give_back()
+    malloc.give_back()
     assert not seen()
 
 
 def test_patterns_of_policies_that_are_gone_are_freed() -> None:
     seen = weakref.ref(path_globs(["some/*"])._compiled)
     assert seen(), "this test sees none: nobody kept it"
-    heap.give_back()
+    malloc.give_back()
     assert not seen()
 
 
 def looked_at(before: str) -> int:
     """At how many objects the collector of cycles looks, of 100,000 lists and whatever else there is."""
-    program = f"import gc; from fgpu_ebpf import heap; stay = [[] for _ in range(100_000)]; {before}"
+    program = f"import gc; from fgpu_ebpf.linux import malloc; stay = [[] for _ in range(100_000)]; {before}"
     return printed(f"{program}; print(len(gc.get_objects()))")
 
 
 def test_what_stays_is_not_looked_at() -> None:
-    assert looked_at("heap.settle(0)") < 1000
+    assert looked_at("malloc.settle(0)") < 1000
     assert looked_at("pass") > 100_000
 
 
@@ -233,6 +234,6 @@ def test_names_that_come_and_go_are_not_interned(tmp_path: Path, monkeypatch: py
         asked(tenant)
     assert cgroups.remove(tenant)
     policies.read()
-    wholefile.write(f"{run}/one", "")
-    keeper.is_up(run)
+    atomic_file.write(f"{run}/one", "")
+    gatekeeper_process.is_up(run)
     assert interned == []

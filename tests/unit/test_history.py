@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from fgpu_ebpf import history
-from fgpu_ebpf.history import AGAIN_SECONDS, FEW_KINDS, MOST, MOST_KINDS, REMEMBERED_SECONDS, History
+from fgpu_ebpf.tenancy import event_log
+from fgpu_ebpf.tenancy.event_log import AGAIN_SECONDS, FEW_KINDS, MOST, MOST_KINDS, REMEMBERED_SECONDS, EventLog
 
 
-def told(one: History) -> list[tuple[str, int, int]]:
+def told(one: EventLog) -> list[tuple[str, int, int]]:
     return [(h["what"], h["bytes"], h["more"]) for h in one.since(0)["events"]]
 
 
 def test_the_same_is_told_once_a_second_and_how_often_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, now = History(), 100.0
-    monkeypatch.setattr(history.time, "monotonic", lambda: now)
+    one, now = EventLog(), 100.0
+    monkeypatch.setattr(event_log.time, "monotonic", lambda: now)
     for bytes_ in (1, 2, 3):
         one.add("refused", tenant="a", bytes=bytes_)
     one.add("refused", tenant="b", bytes=4)
@@ -24,15 +24,15 @@ def test_the_same_is_told_once_a_second_and_how_often_it_was(monkeypatch: pytest
 
 
 def test_what_is_done_by_hand_is_told_every_time() -> None:
-    one = History()
+    one = EventLog()
     for bytes_ in (1, 2, 2):
         one.add("set", tenant="a", bytes=bytes_)
     assert told(one) == [("set", 1, 0), ("set", 2, 0), ("set", 2, 0)]
 
 
 def test_of_tenants_that_are_gone_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, now = History(), 100.0
-    monkeypatch.setattr(history.time, "monotonic", lambda: now)
+    one, now = EventLog(), 100.0
+    monkeypatch.setattr(event_log.time, "monotonic", lambda: now)
     for number in range(100 * FEW_KINDS):
         now += AGAIN_SECONDS
         one.add("refused", tenant=str(number))
@@ -42,8 +42,8 @@ def test_of_tenants_that_are_gone_nothing_is_kept(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("seconds", "more"), [(REMEMBERED_SECONDS - 1, 2), (REMEMBERED_SECONDS, 0)])
 def test_how_often_it_was_is_known_for_a_minute(monkeypatch: pytest.MonkeyPatch, seconds: float, more: int) -> None:
-    one, now = History(), 100.0
-    monkeypatch.setattr(history.time, "monotonic", lambda: now)
+    one, now = EventLog(), 100.0
+    monkeypatch.setattr(event_log.time, "monotonic", lambda: now)
     for _ in range(3):
         one.add("refused", tenant="often")
     now += seconds
@@ -54,8 +54,8 @@ def test_how_often_it_was_is_known_for_a_minute(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_many_at_once_are_told_once_a_second_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = History()
-    monkeypatch.setattr(history.time, "monotonic", lambda: 100.0)
+    one = EventLog()
+    monkeypatch.setattr(event_log.time, "monotonic", lambda: 100.0)
     for _ in range(2):
         for number in range(10 * FEW_KINDS):
             one.add("refused", tenant=str(number))
@@ -66,7 +66,7 @@ def test_many_at_once_are_told_once_a_second_all_the_same(monkeypatch: pytest.Mo
 
 
 def test_it_does_not_grow() -> None:
-    one = History()
+    one = EventLog()
     for number in range(MOST + 23):
         one.add("refused", tenant=str(number))
     assert len(one.since(0)["events"]) == MOST

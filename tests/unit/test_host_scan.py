@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import host_scan, procfs
-from fgpu_ebpf.host_scan import HostScan, Scanned
-from fgpu_ebpf.libraries import Job, Taken
-from fgpu_ebpf.library_search import Found
-from fgpu_ebpf.procfs import Mapping
-from fgpu_ebpf.workers import Workers
+from fgpu_ebpf.driver import process_scan
+from fgpu_ebpf.driver.libraries import Job, Taken
+from fgpu_ebpf.driver.library_search import Found
+from fgpu_ebpf.driver.process_scan import HostScan, Scanned
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.linux.mapped_files import MappedFile
+from fgpu_ebpf.linux.worker_threads import Workers
 
 HOSTILE, HONEST = "/user/hostile", "/honest"
-ONE = Mapping("/lib/libcuda.so.1", 1, 2)
+ONE = MappedFile("/lib/libcuda.so.1", 1, 2)
 Read = Callable[[int], Found]
 
 
@@ -86,7 +87,7 @@ def test_one_look_at_a_time(monkeypatch: pytest.MonkeyPatch, gate: threading.Eve
 
 
 def test_processes_that_take_long_are_looked_at_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_scan, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(process_scan, "SLICE_SECONDS", 0.0)
     world = World(monkeypatch, lambda pid: Found([]))
     world.begin()
     world.until(lambda: world.ended)
@@ -95,7 +96,7 @@ def test_processes_that_take_long_are_looked_at_in_slices(monkeypatch: pytest.Mo
 
 
 def test_a_cgroup_that_has_had_its_share_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_scan, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(process_scan, "SLICE_SECONDS", 0.0)
     world = World(monkeypatch, lambda pid: Found([]), share=2)
     world.begin()
     world.until(lambda: world.ended)
@@ -132,7 +133,7 @@ def test_a_job_that_fails_ends_its_cgroup_s_part_alone(monkeypatch: pytest.Monke
 def test_a_process_that_hangs_keeps_no_other_from_being_looked_at(
     monkeypatch: pytest.MonkeyPatch, gate: threading.Event
 ) -> None:
-    monkeypatch.setattr(host_scan, "MOST_SECONDS", 0.3)
+    monkeypatch.setattr(process_scan, "MOST_SECONDS", 0.3)
 
     def read(pid: int) -> Found:
         if pid == 11:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import hostfile
-from fgpu_ebpf.hostfile import HostSettings
+from fgpu_ebpf.agent import host_config
+from fgpu_ebpf.agent.host_config import HostSettings
 
 
 @pytest.fixture
@@ -18,14 +18,14 @@ def settings(tmp_path):
     def read(text):
         path = tmp_path / "agent.yaml"
         path.write_text(text)
-        found, faults = hostfile.read(path, root_only=False)
+        found, faults = host_config.read(path, root_only=False)
         return found, [str(fault).removeprefix(str(path)) for fault in faults]
 
     return read
 
 
 def test_without_a_file_and_with_an_empty_one_the_usual_holds(tmp_path, settings):
-    assert hostfile.read(tmp_path / "none.yaml") == (HostSettings(), ())
+    assert host_config.read(tmp_path / "none.yaml") == (HostSettings(), ())
     assert settings("") == settings("# nothing\n") == settings("{}") == (HostSettings(), [])
 
 
@@ -124,15 +124,15 @@ def test_a_file_that_others_may_write_is_refused(tmp_path):
     path = tmp_path / "agent.yaml"
     path.write_text("")
     path.chmod(0o644)
-    assert hostfile.read(path)[1] == ()
+    assert host_config.read(path)[1] == ()
     path.chmod(0o666)
-    settings, (fault,) = hostfile.read(path)
+    settings, (fault,) = host_config.read(path)
     assert settings is None
-    assert "may be written by others than root: chown root" in str(fault)
+    assert "may be written by users other than root: chown root" in str(fault)
 
 
 def test_what_cannot_be_read_is_said(tmp_path):
-    assert str(hostfile.read(tmp_path, root_only=False)[1][0]) == f"{tmp_path}: is no regular file: remove it"
+    assert str(host_config.read(tmp_path, root_only=False)[1][0]) == f"{tmp_path}: is not a regular file: remove it"
 
 
 def test_the_guide_shows_what_holds_without_a_file(settings):

@@ -16,10 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from discovery_kit import Stage, quiet, settled
 
-from fgpu_ebpf import breakpoints, elf, library_files, probe_plan, procfs
-from fgpu_ebpf.discovery import Discovery
+from fgpu_ebpf.driver import cuda_mappings, library_files, probe_plan
+from fgpu_ebpf.driver.discovery import Discovery
+from fgpu_ebpf.linux import breakpoints, elf, mapped_files, process_setup, procfs
+from tests.unit.discovery_kit import Stage, quiet, settled
 
 NAMES = list(probe_plan.REQUIRED)
 HOLD = """
@@ -101,16 +102,16 @@ def put_nothing(place: Path, library: Path) -> None:
 @pytest.mark.parametrize("put", [put_fifo, put_link, put_junk, put_device, put_nothing])
 def test_what_is_opened_is_what_was_mapped(tmp_path: Path, library: Path, mapper: Mapper, put) -> None:
     path = copy(library, tmp_path / "libcuda.so.1")
-    was = procfs.as_mapped(str(path))
+    was = mapped_files.as_mapped(str(path))
     pid = mapper(path).pid
     path.unlink()
     put(path, library)
     opened = []
 
     def look() -> None:
-        (mapped,) = procfs.fgpu_mappings(pid) or ()
+        (mapped,) = cuda_mappings.fgpu_mappings(pid) or ()
         fd = library_files.target_of(pid, mapped).open()
-        opened.append((procfs.mapped_as(fd), len(elf.function_offsets(fd, NAMES))))
+        opened.append((mapped_files.mapped_as(fd), len(elf.function_offsets(fd, NAMES))))
         os.close(fd)
 
     within(5, look)
@@ -124,7 +125,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, library: Path, put) -> No
 
     def look() -> None:
         try:
-            procfs.open_regular(str(tmp_path / "there"))
+            mapped_files.open_regular(str(tmp_path / "there"))
         except OSError as error:
             failed.append(error)
 
@@ -133,7 +134,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, library: Path, put) -> No
 
 
 def parse(path: Path) -> dict[str, int]:
-    fd = procfs.open_regular(str(path))
+    fd = mapped_files.open_regular(str(path))
     try:
         return elf.function_offsets(fd, NAMES)
     finally:
@@ -289,8 +290,8 @@ def test_a_cgroup_has_so_many_files_probed_and_no_more(
 
 def test_the_descriptor_limit_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     put = []
-    monkeypatch.setattr(procfs, "resource", SimpleNamespace(
+    monkeypatch.setattr(process_setup, "resource", SimpleNamespace(
         RLIMIT_NOFILE=resource.RLIMIT_NOFILE, getrlimit=lambda _: (1024, 4096), setrlimit=lambda *a: put.append(a)
     ))  # fmt: skip
-    procfs.raise_descriptor_limit()
+    process_setup.raise_descriptor_limit()
     assert put == [(resource.RLIMIT_NOFILE, (4096, 4096))]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf import identity
-from fgpu_ebpf.cgroupnames import Engine
-from fgpu_ebpf.identity import Subject, identify
+from fgpu_ebpf.workloads import workload
+from fgpu_ebpf.workloads.cgroup_names import Engine
+from fgpu_ebpf.workloads.workload import Subject, identify
 
 ID = "4f1d" * 16
 INNER = "beef" * 16
@@ -108,7 +108,7 @@ def test_what_is_not_there_is_nobody(tmp_path):
 
 @given(st.lists(st.text(st.characters(blacklist_characters="/\0"), min_size=1, max_size=30), max_size=6))
 def test_no_name_that_a_tenant_chooses_is_unsafe(parts):
-    name = identity._name([part for part in parts if part not in (".", "..")])
+    name = workload._name([part for part in parts if part not in (".", "..")])
     assert 0 < len(name) <= 128
     assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._@:+=-")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import journal
-from fgpu_ebpf.journal import Format
+from fgpu_ebpf.linux import logs
+from fgpu_ebpf.linux.logs import Format
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def log() -> Iterator[logging.Logger]:
     found.handlers.clear()
 
 
-def attached(log: logging.Logger, form: Format, fd: int, **more) -> journal.Handler:
-    made = journal.handler(form, fd)
+def attached(log: logging.Logger, form: Format, fd: int, **more) -> logs.Handler:
+    made = logs.handler(form, fd)
     log.addHandler(made)
     return made
 
@@ -90,7 +90,7 @@ def test_journal_gets_fields(log, tmp_path, monkeypatch) -> None:
     place = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(place))
-        log.addHandler(journal.Handler(journal.Journal(str(place)), journal.Native()))
+        log.addHandler(logs.Handler(logs.Journal(str(place)), logs.Native()))
         log.error("two\nlines", extra={"tenant": "a=b", "odd-name": 1})
         entry = entry_of(sock.recv(8192))
     assert entry == {
@@ -133,7 +133,7 @@ def blocked_terminal() -> tuple[int, int]:
 def test_a_log_that_nobody_reads_holds_nobody_up(log, make) -> None:
     writer, reader = make()
     hours = itertools.count(0, 3600)  # a line an hour is no flood
-    handler = journal.Handler(journal.Descriptor(writer), journal.Text(), lambda: next(hours))
+    handler = logs.Handler(logs.Descriptor(writer), logs.Text(), lambda: next(hours))
     log.addHandler(handler)
     flags = fcntl.fcntl(writer, fcntl.F_GETFL)
     begun, count = time.monotonic(), 1009
@@ -146,9 +146,9 @@ def test_a_log_that_nobody_reads_holds_nobody_up(log, make) -> None:
     log.info("the next")
     said += drained(reader)
     assert len(re.findall(r"fgpu.test: line \d+ x{400}\n", said)) == count - handler.dropped
-    told = re.findall(r"fgpu.journal: (\d+) lines dropped: nobody read them\n", said)
+    told = re.findall(r"fgpu.journal: (\d+) lines dropped: their reader was too slow\n", said)
     assert sum(map(int, told)) == handler.dropped
-    assert said.endswith(" lines dropped: nobody read them\nfgpu.test: the next\n")
+    assert said.endswith(" lines dropped: their reader was too slow\nfgpu.test: the next\n")
     for fd in (writer, reader):
         os.close(fd)
 
@@ -164,7 +164,7 @@ def drained(fd: int) -> str:
 def test_full_disk_and_no_journal_are_counted(log, tmp_path) -> None:
     with open("/dev/full", "wb") as full:
         handler = attached(log, Format.TEXT, full.fileno())
-        nowhere = journal.Handler(journal.Journal(str(tmp_path / "nobody")), journal.Native())
+        nowhere = logs.Handler(logs.Journal(str(tmp_path / "nobody")), logs.Native())
         log.addHandler(nowhere)
         log.info("lost")
         log.info("lost: %s", "too", extra={"tenant": "a"})
@@ -185,7 +185,7 @@ def test_one_statement_gets_ten_lines_in_ten_seconds(log, tmp_path) -> None:
     clock = [100.0]
     path = tmp_path / "log"
     with open(path, "ab") as file:
-        handler = journal.Handler(journal.Descriptor(file.fileno()), journal.Text(), lambda: clock[0])
+        handler = logs.Handler(logs.Descriptor(file.fileno()), logs.Text(), lambda: clock[0])
         log.addHandler(handler)
         for number in range(101):
             log.info("refused %s", number)
@@ -216,7 +216,7 @@ def test_one_tenants_flood_does_not_silence_another(log, tmp_path) -> None:
 def test_many_tenants_lines_are_bounded_too(log, tmp_path) -> None:
     clock, path = [100.0], tmp_path / "log"
     with open(path, "ab") as file:
-        handler = journal.Handler(journal.Descriptor(file.fileno()), journal.Text(), lambda: clock[0])
+        handler = logs.Handler(logs.Descriptor(file.fileno()), logs.Text(), lambda: clock[0])
         log.addHandler(handler)
         for number in range(1009):
             log.info("%s", number, extra={"tenant": f"tenant-{number}"})
@@ -230,35 +230,35 @@ def test_many_tenants_lines_are_bounded_too(log, tmp_path) -> None:
 def test_of_tenants_that_are_gone_nothing_is_kept(log) -> None:
     clock = [100.0]
     with open(os.devnull, "wb") as nobody:
-        handler = journal.Handler(journal.Descriptor(nobody.fileno()), journal.Text(), lambda: clock[0])
+        handler = logs.Handler(logs.Descriptor(nobody.fileno()), logs.Text(), lambda: clock[0])
         log.addHandler(handler)
-        for number in range(100 * journal.FEW_STATEMENTS):
+        for number in range(100 * logs.FEW_STATEMENTS):
             clock[0] += 1
             log.info("%s", number, extra={"tenant": f"tenant-{number}"})
-    assert (handler.left_out, len(handler._said) <= journal.FEW_STATEMENTS) == (0, True)
+    assert (handler.left_out, len(handler._windows) <= logs.FEW_STATEMENTS) == (0, True)
 
 
 # -- set-up ---------------------------------------------------------------------------------------------------------
 
 
 def test_usual_format(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(journal, "JOURNAL", str(tmp_path))
+    monkeypatch.setattr(logs, "JOURNAL", str(tmp_path))
     with open(tmp_path / "log", "wb") as file:
         there = os.fstat(file.fileno())
         tied = {"JOURNAL_STREAM": f"{there.st_dev}:{there.st_ino}"}
-        assert journal.usual_format(tied, file.fileno()) is Format.JOURNAL
-        assert journal.usual_format({"JOURNAL_STREAM": "1:2"}, file.fileno()) is Format.TEXT
-        assert journal.usual_format({}, file.fileno()) is Format.TEXT
-        monkeypatch.setattr(journal, "JOURNAL", str(tmp_path / "nobody"))
-        assert journal.usual_format(tied, file.fileno()) is Format.TEXT
+        assert logs.usual_format(tied, file.fileno()) is Format.JOURNAL
+        assert logs.usual_format({"JOURNAL_STREAM": "1:2"}, file.fileno()) is Format.TEXT
+        assert logs.usual_format({}, file.fileno()) is Format.TEXT
+        monkeypatch.setattr(logs, "JOURNAL", str(tmp_path / "nobody"))
+        assert logs.usual_format(tied, file.fileno()) is Format.TEXT
 
 
 def test_configure_makes_it_the_only_handler() -> None:
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
     try:
-        journal.configure(Format.JSON)
-        assert journal.configure(Format.TEXT) is root.handlers[0]
+        logs.configure(Format.JSON)
+        assert logs.configure(Format.TEXT) is root.handlers[0]
         assert len(root.handlers) == 1
     finally:
         root.handlers[:] = before

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from fgpu_ebpf import keeper
+from fgpu_ebpf.agent import gatekeeper_process
 
 
 @pytest.fixture
@@ -20,15 +20,15 @@ def world(monkeypatch, tmp_path):
             return self.started
 
     it = World()
-    it.keeper = keeper.Keeper(tmp_path, tmp_path)
+    it.keeper = gatekeeper_process.GatekeeperProcess(tmp_path, tmp_path)
 
     def start(*_, **__):
         it.started += 1
         return subprocess.CompletedProcess([], 0)
 
-    monkeypatch.setattr(keeper.locks, "is_locked", lambda _: it.is_locked)
-    monkeypatch.setattr(keeper.time, "monotonic", lambda: it.now)
-    monkeypatch.setattr(keeper.subprocess, "Popen", start)
+    monkeypatch.setattr(gatekeeper_process.file_locks, "is_locked", lambda _: it.is_locked)
+    monkeypatch.setattr(gatekeeper_process.time, "monotonic", lambda: it.now)
+    monkeypatch.setattr(gatekeeper_process.subprocess, "Popen", start)
     it.keeper.start()
     return it
 
@@ -49,17 +49,17 @@ def test_a_gatekeeper_is_up_that_holds_its_lock_and_its_socket(tmp_path):
     socket.parent.mkdir()
     with open(tmp_path / "gatekeeper.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert not keeper.is_up(tmp_path)
+        assert not gatekeeper_process.is_up(tmp_path)
         socket.touch()
-        assert keeper.is_up(tmp_path)
-    assert not keeper.is_up(tmp_path)
+        assert gatekeeper_process.is_up(tmp_path)
+    assert not gatekeeper_process.is_up(tmp_path)
 
 
 def test_a_gatekeeper_answers_once_it_listens(tmp_path):
     """A folder in the place of the socket, or the socket of a killed gatekeeper, does not count."""
     place = tmp_path / "shim/shim.sock"
     place.mkdir(parents=True)
-    it = keeper.Keeper(tmp_path, tmp_path)
+    it = gatekeeper_process.GatekeeperProcess(tmp_path, tmp_path)
     with open(tmp_path / "gatekeeper.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert not it.answers()

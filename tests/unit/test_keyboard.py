@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from fgpu_ebpf import keyboard
-from fgpu_ebpf.keyboard import Keyboard
+from fgpu_ebpf.cli import top_input as terminal_keys
+from fgpu_ebpf.cli.top_input import Keyboard
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_sequence_that_comes_in_pieces_is_one_key(terminal: tuple[int, int], m
             os.write(hands, pieces.pop(0))
         return data
 
-    monkeypatch.setattr(keyboard.os, "read", slow)
+    monkeypatch.setattr(terminal_keys.os, "read", slow)
     with Keyboard(program) as board:
         os.write(hands, pieces.pop(0))
         assert board.keys() == ["page up"]

@@ -7,11 +7,11 @@ import os
 import shutil
 
 import pytest
-from policy_kit import text
 
-from fgpu_ebpf import last_good
-from fgpu_ebpf.policies import at_start
-from fgpu_ebpf.policyfolder import PolicyFolder
+from fgpu_ebpf.agent.policy_reload import at_start
+from fgpu_ebpf.policy import last_good
+from fgpu_ebpf.policy.folder import PolicyFolder
+from tests.unit.policy_kit import text
 
 
 @pytest.fixture

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import pages
+from fgpu_ebpf import abi
 
 HEADER = Path(__file__).parents[2] / "bpf" / "fgpu.h"
 OTHER_NAMES = {"FileKey": "fgpu_file"}
 NOT_NUMBERS = {"H", "SOCKET_DIR", "SOCKET"}
 FLAGS = {
-    **{flag.name: flag for kind in (pages.LimitFlag, pages.ControlFlag) for flag in kind},
-    **{f"SEEN_{flag.name}": flag for flag in pages.Seen},
-    "GATE_OPEN": pages.Gate.OPEN,
-    "GATED": pages.Gate.GATED,
+    **{flag.name: flag for kind in (abi.LimitFlag, abi.ControlFlag) for flag in kind},
+    **{f"SEEN_{flag.name}": flag for flag in abi.Seen},
+    "GATE_OPEN": abi.Gate.OPEN,
+    "GATED": abi.Gate.GATED,
 }
 
 
@@ -30,12 +30,12 @@ def c_name(python: str) -> str:
 
 STRUCTS = {
     c_name(name): kind
-    for name, kind in inspect.getmembers(pages, inspect.isclass)
+    for name, kind in inspect.getmembers(abi, inspect.isclass)
     if issubclass(kind, ctypes.Structure) and kind is not ctypes.Structure
 }
 ENUMS = {
     c_name(name): kind
-    for name, kind in inspect.getmembers(pages, inspect.isclass)
+    for name, kind in inspect.getmembers(abi, inspect.isclass)
     if issubclass(kind, enum.IntEnum) and kind is not enum.IntEnum
 }
 
@@ -74,7 +74,7 @@ def python_facts() -> dict[str, int]:
         for constant, member in zip(header_enums()[name], members, strict=True):
             facts[f"{constant} + 0"] = member.value
     for constant in header_numbers():
-        facts[f"FGPU_{constant} + 0"] = FLAGS[constant] if constant in FLAGS else getattr(pages, constant)
+        facts[f"FGPU_{constant} + 0"] = FLAGS[constant] if constant in FLAGS else getattr(abi, constant)
     return facts
 
 
@@ -113,13 +113,23 @@ def test_signs_are_those_of_the_header() -> None:
 
 
 def test_socket_is_where_the_header_says() -> None:
-    assert f'#define FGPU_SOCKET_DIR "{pages.SOCKET_DIR}"' in HEADER.read_text()
-    assert pages.SOCKET.startswith(pages.SOCKET_DIR + "/")
+    assert f'#define FGPU_SOCKET_DIR "{abi.SOCKET_DIR}"' in HEADER.read_text()
+    assert abi.SOCKET.startswith(abi.SOCKET_DIR + "/")
 
 
-@pytest.mark.parametrize("page", [pages.UsagePage, pages.ControlPage, pages.StatusPage])
+@pytest.mark.parametrize("page", [abi.UsagePage, abi.ControlPage, abi.StatusPage])
 def test_pages_fit_their_page(page: type[ctypes.Structure]) -> None:
-    assert ctypes.sizeof(page) <= pages.PAGE_BYTES
+    assert ctypes.sizeof(page) <= abi.PAGE_BYTES
+
+
+def test_what_every_layout_has_stays_where_it_is() -> None:
+    """An agent of another layout reads it, older or newer: see `other_layouts`. Never change these numbers."""
+    page, usage = abi.UsagePage, abi.Usage
+    assert (page.version.offset, page.cgroup.offset, page.place.offset, page.devices.offset) == (0, 8, 24, 64)
+    assert (ctypes.sizeof(usage), usage.limit.offset, usage.used.offset, abi.DEVICES) == (32, 0, 8, 16)
+    assert (abi.LevelDevice.cgroup.offset, abi.LevelDevice.device.offset) == (0, 8)
+    assert (abi.Limit.bytes.offset, abi.Limit.flags.offset, abi.Device.uuid.offset) == (0, 8, 0)
+    assert (abi.LimitFlag.OBSERVE, abi.UNCOMMITTED_SHIFT) == (1, 16)
 
 
 def test_a_wrong_layout_is_seen(tmp_path: Path) -> None:

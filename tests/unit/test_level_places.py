@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fgpu_ebpf.bounds import Bounds
-from fgpu_ebpf.level_places import FEW, PLACES, LevelPlaces
+from fgpu_ebpf.ledger.owner_bounds import Bounds
+from fgpu_ebpf.tenancy.level_capacity import FEW, PLACES, LevelCapacity
 
 
 def container(n: int) -> str:
@@ -32,7 +32,7 @@ class Host:
 
     def __post_init__(self) -> None:
         self.placed: dict[int, str] = {}
-        self.places = LevelPlaces(self.root, self.bounds, None, lambda: self.others + len(self.placed))
+        self.places = LevelCapacity(self.root, self.bounds, None, lambda: self.others + len(self.placed))
 
     def tenant(self, path: str) -> SimpleNamespace:
         folder = Path(f"{self.root}{path}")

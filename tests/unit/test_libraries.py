@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from discovery_kit import Stage, quiet, settled
 
-from fgpu_ebpf import breakpoints, file_budget, libraries, library_class, probe_plan, procfs
-from fgpu_ebpf.discovery import Discovery
-from fgpu_ebpf.library_class import Role, Stamp, Trust
-from fgpu_ebpf.library_worker import Examiner
+from fgpu_ebpf.driver import cuda_mappings, file_budget, libraries, library_class, probe_plan
+from fgpu_ebpf.driver.discovery import Discovery
+from fgpu_ebpf.driver.library_class import Role, Stamp, Trust
+from fgpu_ebpf.driver.library_worker import Examiner
+from fgpu_ebpf.linux import breakpoints, mapped_files, procfs
+from tests.unit.discovery_kit import Stage, quiet, settled
 
 HOLD = """
 import mmap, os, sys
@@ -86,7 +87,7 @@ def sha256(path: Path) -> str:
 
 
 def role(stage: Stage, path: Path) -> Role | None:
-    found = stage.of(procfs.as_mapped(str(path)))
+    found = stage.of(mapped_files.as_mapped(str(path)))
     return found.role if found else None
 
 
@@ -177,9 +178,9 @@ def test_only_what_this_host_has_published_is_a_shim(
         "libcuda.so.1": Role.UNKNOWN, "libfgpu.so.both": Role.UNKNOWN,
         "libfgpu.so.none": Role.NONE, "libfgpu.so.copy": Role.SHIM,
     }  # fmt: skip
-    assert looks.is_shim(*procfs.as_mapped(str(files["libfgpu.so.copy"])))
-    assert not looks.is_shim(*procfs.as_mapped(str(files["libfgpu.so.both"])))
-    none = stage.of(procfs.as_mapped(str(files["libfgpu.so.none"])))
+    assert looks.is_shim(*mapped_files.as_mapped(str(files["libfgpu.so.copy"])))
+    assert not looks.is_shim(*mapped_files.as_mapped(str(files["libfgpu.so.both"])))
+    none = stage.of(mapped_files.as_mapped(str(files["libfgpu.so.none"])))
     assert none
     assert none.check == breakpoints.UNCHECKED
 
@@ -347,7 +348,7 @@ def test_workers_come_after_the_loop_on_the_processor(cgroups: dict[int, str]) -
 def test_a_stamp_is_of_the_file_and_not_of_its_name(tmp_path: Path, library: Path, holder: Holder) -> None:
     there = copy(library, tmp_path / "libcuda.so.1")
     pid = holder(there)
-    (one,) = [one for one in procfs.fgpu_mappings(pid) or () if one.path == str(there)]
+    (one,) = [one for one in cuda_mappings.fgpu_mappings(pid) or () if one.path == str(there)]
     with there.open("rb") as file:
         stamp = Stamp.of(file.fileno())
     examiner = Examiner(Stage(), Trust())  # type: ignore[arg-type]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import library_class, pages
-from fgpu_ebpf.library_class import DIGEST, Role, Stamp, Trust
+from fgpu_ebpf import abi
+from fgpu_ebpf.driver import library_class
+from fgpu_ebpf.driver.library_class import DIGEST, Role, Stamp, Trust
 
 FILE, OTHER, SHIM = (1, 23), (1, 101), (2, 7)
 TWIN = (2, 23)  # FILE's inode number on another file system
@@ -109,13 +110,13 @@ def test_a_file_beyond_all_measure_is_not_read(opened: int) -> None:
 
 def test_cookies_tell_function_and_class() -> None:
     for role, of in (
-        (Role.HOST, pages.Class.HOST),
-        (Role.LISTED, pages.Class.LISTED),
-        (Role.UNKNOWN, pages.Class.UNKNOWN),
+        (Role.HOST, abi.Class.HOST),
+        (Role.LISTED, abi.Class.LISTED),
+        (Role.UNKNOWN, abi.Class.UNKNOWN),
     ):
-        for function in pages.Function:
+        for function in abi.Function:
             cookie = role.cookie(function)
-            assert (cookie & pages.FUNCTION_MASK, cookie >> pages.CLASS_SHIFT) == (function, of)
+            assert (cookie & abi.FUNCTION_MASK, cookie >> abi.CLASS_SHIFT) == (function, of)
         assert role.is_driver
     assert not Role.SHIM.is_driver
     assert not Role.NONE.is_driver

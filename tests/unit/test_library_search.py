@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import library_search, probe_plan, procfs
-from fgpu_ebpf.library_search import Search
+from fgpu_ebpf.driver import library_search, probe_plan
+from fgpu_ebpf.driver.library_search import Search
+from fgpu_ebpf.linux import mapped_files
 
 HOLD = """
 import mmap, os, sys
@@ -93,9 +94,9 @@ def test_a_file_that_no_path_leads_to_is_found(tmp_path: Path, holder: Holder, h
 def test_a_file_that_is_probed_is_not_opened(tmp_path: Path, holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
     library = tmp_path / "x.so"
     library.write_bytes(bytes(4096))
-    pid, file = holder(library), procfs.as_mapped(str(library))
-    monkeypatch.setattr(procfs, "open_regular", lambda *_, **__: pytest.fail("it is opened"))
-    monkeypatch.setattr(library_search.mappings, "each", of_one(library_search.mappings.each, file))
+    pid, file = holder(library), mapped_files.as_mapped(str(library))
+    monkeypatch.setattr(mapped_files, "open_regular", lambda *_, **__: pytest.fail("it is opened"))
+    monkeypatch.setattr(library_search.procmaps, "each", of_one(library_search.procmaps.each, file))
     assert found(Search(lambda other: other == file), pid) == {"x.so"}
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import bpf, links
+from fgpu_ebpf.driver import links
+from fgpu_ebpf.linux import bpf
 
 
 @pytest.fixture

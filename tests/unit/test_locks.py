@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf.locks import FileLock, holder, is_locked
+from fgpu_ebpf.linux.file_locks import FileLock, holder, is_locked
 
 
 @pytest.fixture

@@ -6,16 +6,16 @@ import errno
 from types import SimpleNamespace
 
 import pytest
-from policy_kit import GIB, Gpu, policies
-from test_enforcer import Books
 
-from fgpu_ebpf.enforcer import Enforcer
-from fgpu_ebpf.gone_tenants import GoneTenants
-from fgpu_ebpf.history import History
-from fgpu_ebpf.manager import Manager
-from fgpu_ebpf.overrides import Overrides
-from fgpu_ebpf.shares import parse
-from fgpu_ebpf.workloads import TargetError, Workloads
+from fgpu_ebpf.policy.share_name import parse
+from fgpu_ebpf.tenancy.enforcer import Enforcer
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.gone_tenants import GoneTenants
+from fgpu_ebpf.tenancy.manager import Manager
+from fgpu_ebpf.tenancy.overrides import Overrides
+from fgpu_ebpf.workloads.cgroups import TargetError, Workloads
+from tests.unit.books_kit import Books
+from tests.unit.policy_kit import GIB, Gpu, policies
 
 
 class SmallBooks(Books):
@@ -37,7 +37,7 @@ def host(tmp_path):
     books, devices = SmallBooks(), [Gpu(0)]
     workloads, overrides = Workloads(root), Overrides(tmp_path / "overrides.json")
     enforcer = Enforcer(books, workloads, devices, overcommit=False)
-    manager = Manager(workloads, enforcer, overrides, devices, History(), GoneTenants(books))
+    manager = Manager(workloads, enforcer, overrides, devices, EventLog(), GoneTenants(books))
     return SimpleNamespace(root=root, books=books, enforcer=enforcer, overrides=overrides, manager=manager)
 
 
@@ -59,7 +59,7 @@ def test_a_run_that_the_kernel_has_no_room_for_leaves_nothing(host):
 
 @pytest.mark.parametrize("name", ["../mine", "\ud800"])
 def test_a_run_by_a_name_that_is_none_is_refused(host, name):
-    with pytest.raises(TargetError, match="is no name"):
+    with pytest.raises(TargetError, match="is not a name"):
         host.manager.run({"memory_bytes": GIB}, name)
     assert not list(host.root.iterdir())
 

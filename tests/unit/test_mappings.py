@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import mappings
+from fgpu_ebpf.linux import procmaps
 
 NAMES = ("plain", "with a space", "with\nnewlines\n", "with\rreturns", "back\\slash", "back\\134slash")
 
@@ -35,37 +35,37 @@ def maps(tmp_path: Path):
 @pytest.fixture
 def unasked(monkeypatch: pytest.MonkeyPatch):
     """A kernel that does not know the question."""
-    return lambda: monkeypatch.setattr(mappings, "_PROCMAP_QUERY", 0xC0686699)
+    return lambda: monkeypatch.setattr(procmaps, "_PROCMAP_QUERY", 0xC0686699)
 
 
-@pytest.mark.parametrize("which", [mappings.NEXT_EXECUTABLE, mappings.NEXT_SHARED])
+@pytest.mark.parametrize("which", [procmaps.NEXT_EXECUTABLE, procmaps.NEXT_SHARED])
 def test_the_text_says_what_the_kernel_answers(maps, unasked, which):
-    asked = list(mappings.each(maps, which))
+    asked = list(procmaps.each(maps, which))
     unasked()
-    assert list(mappings.each(maps, which)) == asked
+    assert list(procmaps.each(maps, which)) == asked
     assert asked
 
 
 def test_every_name_is_read(maps, unasked, tmp_path):
     unasked()
-    found = [os.fsdecode(mapped.path) for mapped in mappings.each(maps, mappings.NEXT_SHARED)]
+    found = [os.fsdecode(mapped.path) for mapped in procmaps.each(maps, procmaps.NEXT_SHARED)]
     # The kernel escapes a newline and nothing else, so a name with that very text in it is taken for one.
     assert {path.removeprefix(f"{tmp_path}/") for path in found} >= {"plain (deleted)", *NAMES[1:]}
 
 
 def test_one_mapping_is_found(maps, unasked):
     inside = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value
-    asked = mappings.find(maps, inside)
+    asked = procmaps.find(maps, inside)
     unasked()
-    assert mappings.find(maps, inside) == asked
+    assert procmaps.find(maps, inside) == asked
     assert asked.start <= inside < asked.end
     with pytest.raises(FileNotFoundError):
-        mappings.find(maps, 0)
+        procmaps.find(maps, 0)
 
 
 def test_absurdly_much_text_is_refused(maps, unasked, monkeypatch):
     unasked()
-    monkeypatch.setattr(mappings, "MOST_BYTES", 1000)
+    monkeypatch.setattr(procmaps, "MOST_BYTES", 1000)
     with pytest.raises(OSError, match="too many") as refused:
-        list(mappings.each(maps, mappings.NEXT_EXECUTABLE))
+        list(procmaps.each(maps, procmaps.NEXT_EXECUTABLE))
     assert refused.value.errno == errno.E2BIG

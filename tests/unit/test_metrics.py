@@ -7,8 +7,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from fgpu_ebpf import metrics
-from fgpu_ebpf.policyvalues import RESERVED_LABELS
+from fgpu_ebpf.api import metrics
+from fgpu_ebpf.policy.fields import RESERVED_LABELS
 from fgpu_ebpf.snapshot import (
     ComputeView,
     DeviceView,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ast
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT / "tests"), str(ROOT / "tests/mutants")]
-from patches import Patch, patches  # noqa: E402
-from rows import named_of_rows  # noqa: E402
-from rules import RULES, Rule  # noqa: E402
+from tests.mutants.patches import Patch, patches
+from tests.mutants.rules import RULES, Rule
+from tests.rows import named_of_rows
 
-ROWS = [*(f"T{n}" for n in range(1, 48)), *(f"F{n}" for n in range(1, 37))]
+ROOT = Path(__file__).parents[2]
+ROWS = [*(f"T{n}" for n in range(1, 49)), *(f"F{n}" for n in range(1, 44))]
 
 
 def exists(test: str) -> bool:

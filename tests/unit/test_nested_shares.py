@@ -8,10 +8,10 @@ from copy import deepcopy
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from slices_kit import MS, US, Hog, S, Steps, Tenant, World
 
-from fgpu_ebpf.nested_shares import Unit, entitled
-from fgpu_ebpf.scheduler import MILLION, Account, Share
+from fgpu_ebpf.scheduling.fair_queue import MILLION, Account, Share
+from fgpu_ebpf.scheduling.nested_shares import Unit, entitled
+from tests.unit.slices_kit import MS, US, Hog, S, Steps, Tenant, World
 
 SECONDS = 10.0
 OUTER = 100
@@ -50,6 +50,18 @@ def test_a_ceiling_inside_holds_below_the_outer_one() -> None:
     it = nested(Share(limit_millionths=500_000), [Share(limit_millionths=100_000), Share()]).run(SECONDS)
     one, two = (it.tenants[key].done_ns / (SECONDS * S) for key in (1, 2))
     assert (one, two) == pytest.approx((0.1, 0.4), abs=0.02)
+
+
+def test_what_nvml_sees_of_a_level_costs_its_own_programs_nothing_that_others_inside_have_run() -> None:
+    limit = Share(limit_millionths=500_000)
+    own, inner = Tenant(OUTER, limit), Tenant(1, limit)
+    it = World(own, inner, inside={1: [OUTER]})
+    for _ in range(10):
+        it.run(1.0)
+        it.turns.observed(1, inner.done_ns, it.now)
+        it.turns.observed(OUTER, inner.done_ns + own.done_ns, it.now)
+    done = [tenant.done_ns / (10 * S) for tenant in (own, inner)]
+    assert done == pytest.approx([0.25, 0.25], abs=0.03)
 
 
 def test_a_ceiling_in_the_middle_holds_too() -> None:
@@ -106,6 +118,18 @@ def test_whatever_is_inside_a_neighbour_gets_its_part(weight: int, inner: list[i
     got = World(*made, other, outer=outer, inside=inside).run(5.0)
     assert other.done_ns / (5.0 * S) >= 1 / (1 + weight) - 0.03
     assert all(tenant.launches for tenant in got.tenants.values())
+
+
+@pytest.mark.parametrize("kernel_us", [200, 50_000])
+@pytest.mark.parametrize("number", [2, 8])
+def test_the_floor_lifts_a_unit_as_often_as_a_tenant(number: int, kernel_us: int) -> None:
+    low = Share(rank=2)
+    other, top = Tenant(50, low, kernel_us * US), Tenant(60, Share(rank=0))
+    it = nested(low, [low] * number, other, top, kernel_ns=kernel_us * US).run(30.0)
+    inside = [it.tenants[key].done_ns for key in range(1, number + 1)]
+    assert other.done_ns == pytest.approx(sum(inside), rel=0.25)
+    assert min(inside) > 0
+    assert top.done_ns / (30.0 * S) > 0.85
 
 
 def test_entitlements_are_of_units_and_divided_inside() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fgpu_ebpf import notify
+from fgpu_ebpf.linux import sd_notify
 
 
 @pytest.fixture(params=["file", "abstract"])
@@ -24,10 +24,10 @@ def manager(request, tmp_path, monkeypatch) -> Iterator[socket.socket]:
 
 def test_what_is_said(manager) -> None:
     begun = time.monotonic_ns() // 1000
-    assert notify.ready("two devices")
-    assert notify.reloading()
-    assert notify.ready()
-    assert notify.stopping()
+    assert sd_notify.ready("two devices")
+    assert sd_notify.reloading()
+    assert sd_notify.ready()
+    assert sd_notify.stopping()
     assert manager.recv(4096) == b"READY=1\nSTATUS=two devices"
     state, when = manager.recv(4096).decode().split("\n")
     assert state == "RELOADING=1"
@@ -37,22 +37,22 @@ def test_what_is_said(manager) -> None:
 
 def test_nobody_asked(monkeypatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    assert not notify.ready()
+    assert not sd_notify.ready()
     for address in ("", "vsock:2:23", "/nowhere/at/all"):
         monkeypatch.setenv("NOTIFY_SOCKET", address)
-        assert not notify.ready()
+        assert not sd_notify.ready()
 
 
 def test_a_manager_that_does_not_read_holds_nobody_up(manager) -> None:
     begun = time.monotonic()
-    assert sum(notify.ready() for _ in range(1009)) < 1009
+    assert sum(sd_notify.ready() for _ in range(1009)) < 1009
     assert time.monotonic() - begun < 2
 
 
 def test_watchdog_is_pinged_at_half_its_time(manager) -> None:
     clock = [100.0]
     environment = {**os.environ, "WATCHDOG_USEC": "10000000", "WATCHDOG_PID": str(os.getpid())}
-    watchdog = notify.Watchdog(environment, lambda: clock[0])
+    watchdog = sd_notify.Watchdog(environment, lambda: clock[0])
     sent = []
     for _ in range(101):
         sent.append(watchdog.ping())
@@ -66,4 +66,4 @@ def test_watchdog_is_pinged_at_half_its_time(manager) -> None:
     [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "much"}, {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}],
 )
 def test_no_watchdog_asked_for(manager, environment) -> None:
-    assert not notify.Watchdog({**os.environ, **environment}).ping()
+    assert not sd_notify.Watchdog({**os.environ, **environment}).ping()

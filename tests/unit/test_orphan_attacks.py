@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from device_kit import Client, Handle, Managed, World
-from ledger_kit import CONTEXT
-from orphan_kit import MIB
 
-from fgpu_ebpf import corrections, device_sample, procfs, reconcile
-from fgpu_ebpf.device_balance import CALM_LOOKS, LOOKS
-from fgpu_ebpf.reconcile import Reconciler
+from fgpu_ebpf.agent import ledger_corrections, nvml_reconcile
+from fgpu_ebpf.agent.device_balance import CALM_LOOKS, LOOKS
+from fgpu_ebpf.agent.nvml_reconcile import Reconciler
+from fgpu_ebpf.driver import device_sample
+from fgpu_ebpf.linux import procfs
+from tests.unit.device_kit import Client, Handle, Managed, World
+from tests.unit.ledger_kit import CONTEXT
+from tests.unit.orphan_kit import MIB
 
 GIB = 1024 * MIB
 HELD = 8 * GIB
@@ -60,8 +62,8 @@ def attack(monkeypatch: pytest.MonkeyPatch) -> Attack:
     found = Attack()
     monkeypatch.setattr(device_sample, "APART_SECONDS", 0)
     monkeypatch.setattr(procfs, "cgroup_path", lambda _: None)
-    monkeypatch.setattr(corrections, "_is_alive", found.world.is_alive)
-    monkeypatch.setattr(reconcile, "_alive", found.world.is_alive)
+    monkeypatch.setattr(ledger_corrections, "_is_alive", found.world.is_alive)
+    monkeypatch.setattr(nvml_reconcile, "_alive", found.world.is_alive)
     return found
 
 

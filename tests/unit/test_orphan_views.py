@@ -12,14 +12,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from orphan_kit import MIB, Books, orphan, tenant
 
-from fgpu_ebpf import keepers, orphan_text, procfs
-from fgpu_ebpf.gone_tenants import FRESH_SECONDS, GoneTenants, left_behind
-from fgpu_ebpf.history import History
-from fgpu_ebpf.keepers import Held, Keepers, descriptors, find
-from fgpu_ebpf.orphan_reports import TOLD_AGE_NS, OrphanReports
-from fgpu_ebpf.reconcile import Truth
+from fgpu_ebpf.agent.nvml_reconcile import Truth
+from fgpu_ebpf.agent.reporters import TOLD_AGE_NS, OrphanReports
+from fgpu_ebpf.driver import descriptor_holders
+from fgpu_ebpf.driver.descriptor_holders import Held, Keepers, descriptors, find, parent
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.tenancy import orphan_text
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.gone_tenants import FRESH_SECONDS, GoneTenants, left_behind
+from tests.unit.orphan_kit import MIB, Books, orphan, tenant
 
 Start = Callable[..., subprocess.Popen[bytes]]
 
@@ -51,7 +53,7 @@ def keeper(node: Path) -> Iterator[Start]:
 @pytest.fixture(autouse=True)
 def _beside_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other trials' programs, in the same cgroup, have such descriptors too."""
-    monkeypatch.setattr(keepers, "MOST_KEEPERS", 1 << 20)
+    monkeypatch.setattr(descriptor_holders, "MOST_KEEPERS", 1 << 20)
 
 
 def here() -> str:
@@ -70,6 +72,14 @@ def test_a_process_that_has_the_node_open_is_found_and_others_are_not(keeper: St
         other.kill()
     assert kept.pid in found
     assert other.pid not in found
+
+
+def test_the_parent_of_a_process_is_its_own_but_not_init() -> None:
+    """Which adopts each process whose parent has ended."""
+    assert parent(os.getpid()) == (os.getppid() if os.getppid() != 1 else 0)
+    assert (parent(1), parent(1 << 22)) == (0, 0)
+    with subprocess.Popen(["sh", "-c", "echo $$; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert parent(child.pid) == os.getpid()
 
 
 def test_a_relative_of_the_ended_process_is_named_alone(keeper: Start) -> None:
@@ -107,8 +117,9 @@ def test_a_thread_finds_them_and_forgets_them(keeper: Start) -> None:
     while not keepers.of(kept.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert keepers.of(kept.pid) == (kept.pid,)
+    assert keepers.parents_of(kept.pid) == (os.getpid(),)
     keepers.look([])
-    assert keepers.of(kept.pid) == ()
+    assert keepers.of(kept.pid) == keepers.parents_of(kept.pid) == ()
 
 
 # -- reports
@@ -118,7 +129,7 @@ class Reports:
     """OrphanReports of one tenant, with a list of what the search was asked for."""
 
     def __init__(self, *gone: Any) -> None:
-        self.truth, self.history, self.asked = Truth(), History(), list[list[Held]]()
+        self.truth, self.history, self.asked = Truth(), EventLog(), list[list[Held]]()
         manager = SimpleNamespace(enforcer=[tenant()], gone=gone)
         keepers = SimpleNamespace(look=self.asked.append, of=lambda pid: (4711,) if pid == 11 else ())
         self._reports = OrphanReports(lambda: self.truth, manager, keepers, self.history)  # type: ignore[arg-type]
@@ -181,17 +192,32 @@ def row(**more: Any) -> dict[str, Any]:
         (
             row(),
             "5MiB on gpu 0 stay charged for process 11, which has ended: kept by pid 4711; "
-            "end it, or have the descriptors of the driver closed",
+            "end it, or have the driver's descriptors closed",
         ),
         (
             row(ended=False, keepers=(1, 2)),
             "5MiB on gpu 0 stay charged for process 11, which exported and freed them: kept by pid 1, 2; "
-            "end them, or have the descriptors of the driver closed",
+            "end them, or have the driver's descriptors closed",
+        ),
+        (
+            row(parents=(4700,)),
+            "5MiB on gpu 0 stay charged for process 11, which has ended: kept by pid 4711; "
+            "end pid 4711, a child of 4700, or have the driver's descriptors closed",
+        ),
+        (
+            row(keepers=(1, 2), parents=(0, 9)),
+            "5MiB on gpu 0 stay charged for process 11, which has ended: kept by pid 1, 2; "
+            "end pid 1 and pid 2, a child of 9, or have the driver's descriptors closed",
+        ),
+        (
+            row(keepers=(1, 2), parents=(0, 0)),
+            "5MiB on gpu 0 stay charged for process 11, which has ended: kept by pid 1, 2; "
+            "end them, or have the driver's descriptors closed",
         ),
         (
             row(keepers=()),
             "5MiB on gpu 0 stay charged for process 11, which has ended: kept by a descriptor that no process of its "
-            "cgroups has; it may lie unread in a socket, or another container has it",
+            "cgroups has; it may be unread in a socket, or another container has it",
         ),
     ],
 )
@@ -212,10 +238,10 @@ def test_a_tenant_is_kept_while_the_device_holds_memory_of_its() -> None:
     books.orphaned = {7: MIB}
     assert gone.keep([kept, tenant(cgroup=8)]) == {7}
     assert [(t.cgroup, t.name) for t in gone] == [(7, "a-7")]
-    gone.tidy()
+    gone.release_freed()
     assert [t.cgroup for t in gone] == [7]
     books.orphaned = {}
-    gone.tidy()
+    gone.release_freed()
     assert (list(gone), books.removed) == ([], [7])
 
 

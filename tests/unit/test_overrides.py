@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf.overrides import Override, Overrides
+from fgpu_ebpf.tenancy.overrides import Override, Overrides
 
 ONE, TWO = Override(5, "/a", 1 << 30), Override(6, "/b", None, share="2gib", devices=("GPU-x",))
 

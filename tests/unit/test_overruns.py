@@ -1,4 +1,4 @@
-"""Overruns are told with their number, not again and again, and only those that are new."""
+"""OverrunReports are told with their number, not again and again, and only those that are new."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from fgpu_ebpf import overruns
-from fgpu_ebpf.history import History
-from fgpu_ebpf.overruns import AGAIN_SECONDS, LOOK_SECONDS, Overruns
-from fgpu_ebpf.timebook import TurnCounts
+from fgpu_ebpf.agent import reporters
+from fgpu_ebpf.agent.reporters import AGAIN_SECONDS, LOOK_SECONDS, OverrunReports
+from fgpu_ebpf.ledger.compute_maps import TurnCounts
+from fgpu_ebpf.tenancy.event_log import EventLog
 
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Counts that a test sets, by level; a clock that it moves; what is told."""
-    made = SimpleNamespace(counts={1: 5}, now=100.0, history=History())
-    monkeypatch.setattr(overruns.time, "monotonic", lambda: made.now)
+    made = SimpleNamespace(counts={1: 5}, now=100.0, history=EventLog())
+    monkeypatch.setattr(reporters.time, "monotonic", lambda: made.now)
 
     def turns():
         return {(level, 0): TurnCounts(overruns=n) for level, n in made.counts.items()}
 
-    one = Overruns(turns, lambda level: f"tenant-{level}", made.history)
+    one = OverrunReports(turns, lambda level: f"tenant-{level}", made.history)
 
     def told(seconds: float) -> list[tuple[str, str]]:
         made.now += seconds
@@ -57,7 +57,7 @@ def test_a_level_that_is_anothers_now_begins_anew(host) -> None:
     assert host.told(LOOK_SECONDS) == [("tenant-1", "2 turns passed with work in flight")]
     del host.counts[1]
     assert host.told(AGAIN_SECONDS) == []
-    assert host.one._told == {}
+    assert host.one._reported == {}
     host.counts[1] = 1
     assert host.told(LOOK_SECONDS) == [("tenant-1", "a turn passed with work in flight")]
 

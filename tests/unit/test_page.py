@@ -11,14 +11,14 @@ from typing import Any
 from wsgiref.util import setup_testing_defaults
 
 import pytest
-import top_kit as kit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf import page
-from fgpu_ebpf.page import Asked
-from fgpu_ebpf.ranking import BY_WORD, Order
+from fgpu_ebpf.api import status_page
+from fgpu_ebpf.api.ranking import BY_WORD, Order
+from fgpu_ebpf.api.status_page import Asked
 from fgpu_ebpf.snapshot import Fields, PoliciesView, Snapshot
+from tests.unit import top_kit as kit
 
 ODD = [
     "<img src=x onerror=alert(1)>",
@@ -33,7 +33,7 @@ TEXTS = st.one_of(st.sampled_from(ODD), st.text(), st.builds("{}{}".format, st.s
 
 @pytest.fixture(autouse=True)
 def utc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page.time, "localtime", page.time.gmtime)
+    monkeypatch.setattr(status_page.time, "localtime", status_page.time.gmtime)
 
 
 class Read(HTMLParser):
@@ -62,7 +62,7 @@ class Read(HTMLParser):
 
 
 def shown(snapshot: Snapshot, query: str = "", host: str = "gpu-3") -> Read:
-    return Read(page.html(Fields(snapshot), Asked.of(query), host))
+    return Read(status_page.html(Fields(snapshot), Asked.of(query), host))
 
 
 def snapshot(*tenants: Any, devices: Any = (), **more: Any) -> Snapshot:
@@ -87,7 +87,7 @@ def test_a_usual_host() -> None:
     assert "4 tenants , by used" in words or "4 tenants, by used" in words
     assert "alice policy notebooks /batch/alice 8GiB 4GiB 4GiB 25.1% 25.0% 12.3s 3 kernel" in words
     assert "carol policy notebooks /batch/carol - 0B 1MiB alone - 0.0s 0 kernel" in words
-    assert "mend:" not in words
+    assert "fix:" not in words
 
 
 def test_rows_stand_as_fgpu_top_sorts_them() -> None:
@@ -108,7 +108,7 @@ def test_one_device_needs_no_column() -> None:
 def test_the_rest_is_counted() -> None:
     many = [kit.tenant(f"t{number}", kit.on(0, number)) for number in range(1234)]
     read = shown(snapshot(*many))
-    assert len(rows(read)) == page.MOST_ROWS
+    assert len(rows(read)) == status_page.MOST_ROWS
     assert "and 1,134 more" in read.words
     assert "1,234 tenants" in read.words
 
@@ -118,14 +118,14 @@ def test_the_rest_is_counted() -> None:
     [
         ({"unenforced": "a probe has gone"}, "No limit is enforced: a probe has gone not enforced agent up"),
         ({"incomplete": "a typo"}, "Not all is in force: a typo in part agent up"),
-        ({"gatekeeper_up": False}, "gatekeeper there is none: programs that start get no memory mend: the agent"),
+        ({"gatekeeper_up": False}, "gatekeeper not running: new programs are refused memory fix: the agent"),
         ({"gatekeeper_up": None}, "gatekeeper unknown"),
         (
             {"policies": PoliciesView(False, 1.0, 2, ("a.yaml:3: memory: '8G'",))},
-            "policies a.yaml:3: memory: '8G' mend: fgpu policy check",
+            "policies a.yaml:3: memory: '8G' fix: fgpu policy check",
         ),
-        ({"reconcile_failure": "no driver"}, "reconcile NVML answered; no driver mend: nvidia-smi"),
-        ({"failures": 3}, "mistakes 3 outlived mend: report"),
+        ({"reconcile_failure": "no driver"}, "reconcile NVML answered; no driver fix: nvidia-smi"),
+        ({"failures": 3}, "mistakes 3 internal errors fix: report"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_mend(more: dict[str, Any], said: str) -> None:
@@ -136,9 +136,9 @@ def test_what_is_wrong_with_a_tenant() -> None:
     around = replace(kit.ALICE, bypassing={"no_shim": 3}, shimless={"musl": 2, "static": 1}, notes=("no device B",))
     denied = replace(kit.tenant("bob", kit.on(0, 0, limit=0)), denied="8GiB are wanted, 1GiB is left")
     words = shown(snapshot(around, denied)).words
-    assert "kernel goes around the shim: 3 no_shim (2 musl, 1 static) note: no device B" in words
+    assert "kernel bypassing: 3 no_shim (2 musl, 1 static) note: no device B" in words
     assert "kernel gets nothing: 8GiB are wanted, 1GiB is left" in words
-    assert "shim alice (musl, static) mend: static: static programs have no loader" in words
+    assert "shim alice (musl, static) fix: static: static programs have no loader" in words
 
 
 def test_notes_are_told_once_of_each_tenant() -> None:
@@ -175,8 +175,8 @@ def host_of(text: str) -> Snapshot:
 @given(TEXTS)
 def test_what_anybody_is_called_is_text(text: str) -> None:
     text += "x"  # what is empty is left out, for good reason
-    read = Read(page.html(Fields(host_of(text)), Asked(filter=text), text))
-    plain = Read(page.html(Fields(host_of("x")), Asked(filter="x"), "x"))
+    read = Read(status_page.html(Fields(host_of(text)), Asked(filter=text), text))
+    plain = Read(status_page.html(Fields(host_of("x")), Asked(filter="x"), "x"))
     assert read.elements == plain.elements
     assert read.texts.count(text) == plain.texts.count("x")
     assert read.values.count(text) == plain.values.count("x")
@@ -184,13 +184,13 @@ def test_what_anybody_is_called_is_text(text: str) -> None:
 
 def test_the_script_and_style_are_the_files() -> None:
     """What a hash in the policy allows is what stands there."""
-    text = page.html(Fields(snapshot()), Asked(), "x")
+    text = status_page.html(Fields(snapshot()), Asked(), "x")
     (style,), (script,) = (
         re.findall("<style>(.*?)</style>", text, re.S),
         re.findall("<script>(.*?)</script>", text, re.S),
     )
-    policy = page._files().policy
-    assert {page._digest(style), page._digest(script)} == set(re.findall(r"'sha256-[^']+'", policy))
+    policy = status_page._files().policy
+    assert {status_page._digest(style), status_page._digest(script)} == set(re.findall(r"'sha256-[^']+'", policy))
     assert "unsafe" not in policy
     assert not re.search(r"""\s(?:on\w+|style)=|javascript:|https?://(?!www\.w3\.org/2000/svg)""", text)
 
@@ -206,7 +206,7 @@ def test_the_script_and_style_are_the_files() -> None:
         ("sort=limit&reverse=1&filter=%3Cb%3E+a", Asked(Order(BY_WORD["limit"], True), "<b> a")),
         ("sort=nothing&x=y", Asked()),
         ("&".join(["filter=a"] * 99), Asked()),
-        ("filter=" + "a" * 999, Asked(filter="a" * page.MOST_FILTER)),
+        ("filter=" + "a" * 999, Asked(filter="a" * status_page.MOST_FILTER)),
         ("filter=%ff%00", Asked(filter="\ufffd\0")),
         ("\xff;;&&==", Asked()),
     ],
@@ -222,7 +222,7 @@ def call(
     said: list[Any] = []
     environ: dict[str, Any] = {"REQUEST_METHOD": method, **more}
     setup_testing_defaults(environ)
-    body = b"".join(page.app(latest)(environ, lambda status, headers: said.extend((status, dict(headers)))))  # type: ignore[arg-type]
+    body = b"".join(status_page.app(latest)(environ, lambda status, headers: said.extend((status, dict(headers)))))  # type: ignore[arg-type]
     return said[0], said[1], body
 
 

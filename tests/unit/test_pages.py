@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import pages
-from fgpu_ebpf.devices import uuid_bytes, uuid_text
-from fgpu_ebpf.pages import ControlPage, Row
-from fgpu_ebpf.sealed import ControlMemory, StatusMemory, row_bytes
+from fgpu_ebpf import abi
+from fgpu_ebpf.abi import ControlPage, Row
+from fgpu_ebpf.driver.nvml import uuid_bytes, uuid_text
+from fgpu_ebpf.gatekeeper.memfd_pages import ControlMemory, StatusMemory, row_bytes
 
 
 def descriptors() -> int:
@@ -27,7 +27,7 @@ def mappings() -> int:
 
 
 def raw(fd: int) -> bytes:
-    return os.pread(fd, pages.PAGE_BYTES, 0)
+    return os.pread(fd, abi.PAGE_BYTES, 0)
 
 
 def reopened(fd: int) -> int:
@@ -37,8 +37,8 @@ def reopened(fd: int) -> int:
 CONTROL_FORMS: list[Callable[[int], object]] = [
     lambda fd: os.write(fd, b"x"),
     lambda fd: os.write(reopened(fd), b"x"),
-    lambda fd: mmap.mmap(fd, pages.PAGE_BYTES),
-    lambda fd: mmap.mmap(reopened(fd), pages.PAGE_BYTES),
+    lambda fd: mmap.mmap(fd, abi.PAGE_BYTES),
+    lambda fd: mmap.mmap(reopened(fd), abi.PAGE_BYTES),
     lambda fd: os.ftruncate(reopened(fd), 0),
     lambda fd: os.ftruncate(reopened(fd), 8192),
     lambda fd: fcntl.fcntl(reopened(fd), fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE),
@@ -64,16 +64,16 @@ def test_nobody_writes_or_resizes_a_control_page(form: Callable[[int], object]) 
         form(memory.descriptor)
     assert ControlPage.from_buffer_copy(raw(memory.descriptor)).epoch == 7
     memory.page.epoch = 8  # no seal was added that would take it from us
-    assert len(raw(memory.descriptor)) == pages.PAGE_BYTES
+    assert len(raw(memory.descriptor)) == abi.PAGE_BYTES
     memory.close()
 
 
 def test_a_status_page_is_written_through_its_descriptor_and_keeps_its_size() -> None:
     memory = StatusMemory()
-    mine = mmap.mmap(memory.descriptor, pages.PAGE_BYTES)
-    pages.StatusPage.from_buffer(mine).devices[2].launches = 1009
+    mine = mmap.mmap(memory.descriptor, abi.PAGE_BYTES)
+    abi.StatusPage.from_buffer(mine).devices[2].launches = 1009
     assert memory.page.devices[2].launches == 1009
-    assert memory.page.version == pages.LAYOUT
+    assert memory.page.version == abi.LAYOUT
     for size in (0, 100, 8192):
         with pytest.raises(OSError, match="not permitted"):
             os.ftruncate(memory.descriptor, size)
@@ -112,13 +112,13 @@ def test_rows_are_shown_under_the_sequence_word() -> None:
     assert [(r.pid, r.device, r.bytes) for r in seen.rows[:2]] == [(11, 0, 1 << 40), (13, 1, 17)]
     memory.show(b"")
     assert (memory.page.sequence, memory.page.row_count) == (4, 0)
-    assert len(row_bytes([(1, 1, 1)] * 500)) == pages.ROWS * ctypes.sizeof(Row)
+    assert len(row_bytes([(1, 1, 1)] * 500)) == abi.ROWS * ctypes.sizeof(Row)
     memory.close()
 
 
 def read_for(fd: int, seconds: float) -> tuple[int, int]:
     """How often a reader in another process saw (a table, a torn one), going by the sequence word."""
-    memory = mmap.mmap(fd, pages.PAGE_BYTES, prot=mmap.PROT_READ)
+    memory = mmap.mmap(fd, abi.PAGE_BYTES, prot=mmap.PROT_READ)
     good = torn = 0
     end = time.monotonic() + seconds
     first, size = ControlPage.rows.offset, 64 * ctypes.sizeof(Row)
@@ -160,7 +160,7 @@ def test_the_word_of_a_page_is_never_torn() -> None:
     memory.page.heartbeat_ns = 0x1111111111111111
     pid = os.fork()
     if pid == 0:
-        seen = mmap.mmap(memory.descriptor, pages.PAGE_BYTES, prot=mmap.PROT_READ)
+        seen = mmap.mmap(memory.descriptor, abi.PAGE_BYTES, prot=mmap.PROT_READ)
         words = memoryview(seen).cast("Q")
         at = ControlPage.heartbeat_ns.offset // 8
         end = time.monotonic() + 0.4

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import peers
-from fgpu_ebpf.peers import MOST_PEERS, Peers
+from fgpu_ebpf.api import line_server
+from fgpu_ebpf.api.line_server import MOST_PEERS, LineServer
 
 LONG = 4 << 20
 
@@ -31,7 +31,7 @@ class Host:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self.listener.bind(self.path)
         self.listener.listen(128)
-        self.peers = Peers(self.selector, answer)
+        self.peers = LineServer(self.selector, answer)
         self.selector.register(self.listener, selectors.EVENT_READ, lambda: self.peers.accept(self.listener))
 
     def call(self, line: bytes = b"") -> socket.socket:
@@ -59,7 +59,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     then = time.monotonic() + seconds
-    monkeypatch.setattr(peers.time, "monotonic", lambda: then)
+    monkeypatch.setattr(line_server.time, "monotonic", lambda: then)
 
 
 def test_a_line_is_answered_whenever_it_is_whole(host: Host) -> None:
@@ -81,8 +81,8 @@ def test_a_silent_one_holds_up_nobody_and_goes(host: Host, monkeypatch: pytest.M
     quick = host.call(b"now\n")
     host.turn()
     assert quick.recv(9) == b"4"
-    assert time.monotonic() - began < peers.LINE_SECONDS / 2
-    later(monkeypatch, peers.LINE_SECONDS)
+    assert time.monotonic() - began < line_server.LINE_SECONDS / 2
+    later(monkeypatch, line_server.LINE_SECONDS)
     host.turn()
     assert slow.recv(9) == b""
     assert len(host.peers) == 0
@@ -92,7 +92,7 @@ def test_who_does_not_take_its_answer_goes(host: Host, monkeypatch: pytest.Monke
     sock = host.call(b"%d\n" % LONG)
     host.turn(3)
     assert len(host.peers) == 1
-    later(monkeypatch, peers.ANSWER_SECONDS)
+    later(monkeypatch, line_server.ANSWER_SECONDS)
     host.turn()
     assert len(host.peers) == 0
     sock.close()
@@ -120,7 +120,7 @@ def test_what_is_no_line_is_answered_once_it_is_too_long_or_ends(host: Host) -> 
         with contextlib.suppress(OSError):
             sent += sock.send(b"y" * 4096)
         host.turn()
-    assert peers.MOST_LINE_BYTES < sent <= 8 * peers.MOST_LINE_BYTES
+    assert line_server.MOST_LINE_BYTES < sent <= 8 * line_server.MOST_LINE_BYTES
     ended = host.call(b"half")
     ended.shutdown(socket.SHUT_WR)
     host.turn(2)

@@ -6,18 +6,18 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from policy_kit import GIB, Gpu, policies
-from test_enforcer import Books
 
-from fgpu_ebpf import pages
-from fgpu_ebpf.enforcer import Enforcer
-from fgpu_ebpf.gone_tenants import GoneTenants
-from fgpu_ebpf.history import History
-from fgpu_ebpf.manager import Manager
-from fgpu_ebpf.overrides import Overrides
-from fgpu_ebpf.pinned_levels import doubts, take_up
-from fgpu_ebpf.scheduler import Share
-from fgpu_ebpf.workloads import TargetError, Workloads
+from fgpu_ebpf import abi
+from fgpu_ebpf.scheduling.fair_queue import Share
+from fgpu_ebpf.tenancy.enforcer import Enforcer
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.gone_tenants import GoneTenants
+from fgpu_ebpf.tenancy.manager import Manager
+from fgpu_ebpf.tenancy.overrides import Overrides
+from fgpu_ebpf.tenancy.pinned_levels import doubts, take_up
+from fgpu_ebpf.workloads.cgroups import TargetError, Workloads
+from tests.unit.books_kit import Books
+from tests.unit.policy_kit import GIB, Gpu, policies
 
 
 class Ledger:
@@ -60,7 +60,7 @@ def host(tmp_path):
         workloads = Workloads(root, namer)
         enforcer = Enforcer(books, workloads, [Gpu(0, usable_bytes=16 * GIB)], overcommit=False)
         gone = GoneTenants(books)
-        manager = Manager(workloads, enforcer, Overrides(file), [Gpu(0, usable_bytes=16 * GIB)], History(), gone)
+        manager = Manager(workloads, enforcer, Overrides(file), [Gpu(0, usable_bytes=16 * GIB)], EventLog(), gone)
         manager.policies, manager.policies_unknown = policies(*([spec] if spec else [])), unknown
         take_up(Ledger(books), manager, gone)
         return manager
@@ -124,7 +124,7 @@ def test_of_what_is_kept_nothing_is_lost_by_setting_something_else(host, memory)
     host.cgroup("c1")
     host.start(SIX)
     manager = host.start(unknown="not known")
-    with pytest.raises(TargetError, match="say --memory too"):
+    with pytest.raises(TargetError, match="name --memory too"):
         manager.set("/c1", {"limit_millionths": 250_000})
     assert [limits for limits, _ in host.books.limits.values()] == [{0: 6 * GIB}]
     manager.set("/c1", memory)
@@ -250,5 +250,5 @@ def test_a_level_without_a_limit_stays_without(host):
     host.cgroup("c1")
     host.start("{selector: {cgroup: ['c*']}, compute: {limit: 50%}}")
     host.start(unknown="not known")
-    assert [limits for limits, _ in host.books.limits.values()] == [{0: pages.NO_LIMIT}]
+    assert [limits for limits, _ in host.books.limits.values()] == [{0: abi.NO_LIMIT}]
     assert [by[0] for by in host.books.shares.values()] == [Share(500_000, 100, 1, 20_000_000)]

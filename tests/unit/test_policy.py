@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 
-import policy_kit as kit
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_kit import GIB, Gpu, policies, workload
 
-from fgpu_ebpf import policyfile
-from fgpu_ebpf.policy import Compute, PolicySet, Priority
+from fgpu_ebpf.policy import parse
+from fgpu_ebpf.policy.rules import Compute, PolicySet, Priority
+from tests.unit import policy_kit as kit
+from tests.unit.policy_kit import GIB, Gpu, policies, workload
 
 H200 = Gpu(0)
 T4 = Gpu(1, "GPU-2b000000-0000-0000-0000-000000000000", "Tesla T4", 15 * GIB)
@@ -152,10 +152,12 @@ def test_a_limit_beyond_the_device_is_said():
         ("{limit: 7GiB, max: 100%}", "50%", 70, None),
         ("{limit: 50%, max: 16GiB}", "40GiB", 40, None),
         ("{limit: 8GiB}", "8GB", 8, "is ignored: '8GB': did you mean 8GiB?"),
-        ("{limit: 8GiB}", "", 8, "is ignored: '' is no quantity of memory: write it as 8GiB or 50%"),
+        ("{limit: 8GiB}", "", 8, "is ignored: '' is not a quantity of memory: write it as 8GiB or 50%"),
         ("{limit: 8GiB}", "0%", 8, "is ignored: '0%' is not above 0% and up to 100%"),
-        ("{limit: 8GiB}", "9" * 5000, 8, f"is ignored: '{'9' * 40}…' is no quantity of memory: write it as 8GiB or "
-         "50%"),
+        (
+            "{limit: 8GiB}", "9" * 5000, 8,
+            f"is ignored: '{'9' * 40}…' is not a quantity of memory: write it as 8GiB or 50%",
+        ),
     ],
 )  # fmt: skip
 def test_its_own_label_goes_as_far_as_the_policy_lets_it(rule, label, gib, note):
@@ -170,7 +172,7 @@ def test_its_own_label_goes_as_far_as_the_policy_lets_it(rule, label, gib, note)
         ("{limit: 50%}", "25%", 0.25, None),
         ("{limit: 50%}", "75%", 0.5, "fgpu.dev/compute asks for '75%', the policy allows 50%"),
         ("{weight: 5}", "75%", 0.75, None),
-        ("{limit: 50%}", "half", 0.5, "fgpu.dev/compute is ignored: 'half' is no share: write it as 50%"),
+        ("{limit: 50%}", "half", 0.5, "fgpu.dev/compute is ignored: 'half' is not a share: write it as 50%"),
     ],
 )
 def test_its_own_share_of_time_too(rule, label, ratio, note):
@@ -198,9 +200,9 @@ def test_a_label_makes_no_limit_where_the_policy_has_none():
         ("{limit: 8GiB, max: 16GiB}", "0.5", 16, "asks for 70GiB of device 0, the policy allows 16GiB"),
         ("{limit: 8GiB}", "0.5", 8, "asks for 70GiB of device 0, the policy allows 8GiB"),
         ("{limit: 8GiB}", "0.000", 8, "is ignored: '0.000' is not above 0"),
-        ("{limit: 8GiB}", "-1", 8, "is ignored: '-1' is no fraction: write it as 0.25"),
-        ("{limit: 8GiB}", "1e3", 8, "is ignored: '1e3' is no fraction: write it as 0.25"),
-        ("{limit: 8GiB}", "\u0661", 8, "is ignored: '\u0661' is no fraction: write it as 0.25"),
+        ("{limit: 8GiB}", "-1", 8, "is ignored: '-1' is not a fraction: write it as 0.25"),
+        ("{limit: 8GiB}", "1e3", 8, "is ignored: '1e3' is not a fraction: write it as 0.25"),
+        ("{limit: 8GiB}", "\u0661", 8, "is ignored: '\u0661' is not a fraction: write it as 0.25"),
     ],
 )
 def test_clearmls_fraction_is_memory(rule, label, gib, note):
@@ -251,7 +253,7 @@ def made(documents):
     """A set of these documents, renamed apart."""
     for number, document in enumerate(documents):
         document["metadata"]["name"] = f"p{number}"
-    found, faults = policyfile.read("p.yaml", kit.as_yaml(*documents))
+    found, faults = parse.read("p.yaml", kit.as_yaml(*documents))
     assert [str(fault) for fault in faults] == []
     return PolicySet(tuple(found))
 

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import time
 from pathlib import Path
 
 import jsonschema
-import policy_kit as kit
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgpu_ebpf import policyfile, policymodel, yamlfile
+from fgpu_ebpf.policy import parse, schema, yaml_document
+from tests.unit import policy_kit as kit
+from tests.unit.bad_policies_kit import BAD, BOMBS, MIB
 
-BAD = sorted((Path(__file__).parent / "policies/bad").glob("*.yaml"))
 DOCS = Path(__file__).parent.parent.parent / "docs"
-SCHEMA = jsonschema.Draft202012Validator(policymodel.json_schema())
-MIB = 1 << 20
+SCHEMA = jsonschema.Draft202012Validator(schema.json_schema())
 EXAMPLES = 2000 if os.environ.get("FGPU_TEST_SCALE") == "full" else 500
 
 
 def first_fault(data: bytes) -> str:
-    policies, faults = policyfile.read("bad.yaml", data)
+    policies, faults = parse.read("bad.yaml", data)
     assert policies == []
     return str(faults[0])
 
@@ -46,7 +44,7 @@ def test_there_are_bad_files():
 
 def test_every_fault_of_a_document_is_told_in_the_order_of_lines():
     spec = "\n  selector: {}\n  memory: {limit: 1GB}\n  x: 1\n  mode: x"
-    _, faults = policyfile.read("p.yaml", kit.text("A", spec).encode())
+    _, faults = parse.read("p.yaml", kit.text("A", spec).encode())
     assert [fault.field for fault in faults] == [
         "metadata.name",
         "spec.selector",
@@ -58,14 +56,14 @@ def test_every_fault_of_a_document_is_told_in_the_order_of_lines():
 
 def test_one_bad_document_refuses_the_file_and_all_bad_ones_are_told():
     data = kit.text("a") + kit.text("b", "{}") + kit.text("c") + kit.text("d", "5")
-    policies, faults = policyfile.read("p.yaml", data.encode())
+    policies, faults = parse.read("p.yaml", data.encode())
     assert policies == []
     assert [(fault.line, fault.field) for fault in faults] == [(10, "spec.selector"), (20, "spec")]
 
 
 def test_faults_are_bounded():
-    _, faults = policyfile.read("p.yaml", "".join(kit.text(f"a{n}", "{}") for n in range(500)).encode())
-    assert len(faults) == yamlfile.MOST_FAULTS
+    _, faults = parse.read("p.yaml", "".join(kit.text(f"a{n}", "{}") for n in range(500)).encode())
+    assert len(faults) == yaml_document.MOST_FAULTS
 
 
 @pytest.mark.parametrize(
@@ -75,7 +73,7 @@ def test_faults_are_bounded():
         (b"\n\na: \0\n", "bad.yaml:3: is not YAML: control characters are not allowed"),
         (b"x" * (MIB + 1), "bad.yaml: is larger than 1 MiB: split it"),
         (b"%YAML 2.0\n---\na\n", "bad.yaml:1: is not YAML: found incompatible YAML document"),
-        (b"[1]\n" * 3, "bad.yaml:1: is no policy: write apiVersion, kind, metadata and spec"),
+        (b"[1]\n" * 3, "bad.yaml:1: is not a policy: write apiVersion, kind, metadata and spec"),
     ],
 )
 def test_what_is_no_text_is_refused(data, fault):
@@ -86,7 +84,7 @@ def test_what_is_no_text_is_refused(data, fault):
     "data", [b"", b"# nothing yet\n", b"---\n---\n", b"null\n", b"\xef\xbb\xbf# mark\n", b"\n" * 1000]
 )
 def test_an_empty_file_has_no_policies(data):
-    assert policyfile.read("p.yaml", data) == ([], [])
+    assert parse.read("p.yaml", data) == ([], [])
 
 
 # -- words that YAML would turn into something else ----------------------------------------------------------------
@@ -104,37 +102,6 @@ def test_policies_keep_their_order_and_know_where_they_stand():
 
 
 # -- whatever the file holds ---------------------------------------------------------------------------------------
-
-HEAD = f"{kit.HEAD}metadata: {{name: a}}\nspec:\n  selector: {{cgroup: a}}\n".encode()
-BOMBS = {
-    "aliases": b"a: &a [x]\nb: &b [*a,*a]\n" * 9_000,
-    "anchors": b"&a " * (MIB // 3),
-    "brackets": b"[" * MIB,
-    "braces": b"{a: " * (MIB // 4),
-    "pairs": b"[" + b"{a: 1}," * (MIB // 8),
-    "dashes": b"- " * (MIB // 2),
-    "questions": b"? " * (MIB // 2),
-    "scalar": b"a: " + b"x" * (MIB - 10),
-    "escapes": b'a: "' + b"\\x41" * (MIB // 5) + b'"',
-    "open quote": b'a: "' + b"x" * (MIB - 10),
-    "folded": b"a: >\n" + b"  x\n" * (MIB // 5),
-    "plain lines": b"a:\n" + b"  x\n" * (MIB // 5),
-    "documents": b"---\n" * (MIB // 4),
-    "bad documents": b"--- a\n" * (MIB // 6),
-    "digits": b"a: " + b"9" * (MIB - 10),
-    "fraction": b"a: 1." + b"9" * (MIB - 10),
-    "tags": b"!a " * (MIB // 3),
-    "directives": b"%TAG ! x\n" * (MIB // 9),
-    "keys": HEAD + b"".join(b"  k%d: 1\n" % n for n in range(60_000)),
-    "long key": HEAD + b"  " + b"k" * 900 + b": 1\n",
-    "list": HEAD + b"  devices: [" + b"-1," * 9_000 + b"]\n",
-    "globs": HEAD + b"  metricLabels: [" + b"'a**'," * 9_000 + b"]\n",
-    "policies": b"".join(
-        kit.text(f"p{n}", "{selector: {cgroup: [a]}, memory: {limit: 8GB}}").encode() for n in range(700)
-    ),
-    "noise": random.Random(1).randbytes(MIB),
-    "signs": bytes(random.Random(2).choices(b"[]{},:-?&*!|>'\"%@` \na", k=MIB)),
-}
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -172,7 +139,7 @@ def _places(value, way=()):
 @given(spoilt())
 def test_a_spoilt_document_is_a_policy_or_faults_with_their_lines(document):
     data = kit.as_yaml(document)
-    policies, faults = policyfile.read("p.yaml", data)
+    policies, faults = parse.read("p.yaml", data)
     assert bool(policies) is not bool(faults)
     for fault in faults:
         assert re.fullmatch(r"p\.yaml:1: ([^\n:]+: )?[^\n]{4,400}", str(fault))
@@ -181,7 +148,7 @@ def test_a_spoilt_document_is_a_policy_or_faults_with_their_lines(document):
 @settings(max_examples=EXAMPLES)
 @given(st.one_of(st.binary(max_size=200), st.text("[]{}:,-?&*!|>'\"%@` \nab1~<", max_size=60).map(str.encode)))
 def test_any_bytes_are_policies_or_faults(data):
-    policies, faults = policyfile.read("p.yaml", data)
+    policies, faults = parse.read("p.yaml", data)
     assert policies == []
     breaks = len(re.findall("[\r\n\x85\u2028\u2029]", data.decode(errors="replace")))  # as YAML has them
     assert all(0 <= fault.line <= breaks + 1 for fault in faults)
@@ -192,14 +159,14 @@ def test_any_bytes_are_policies_or_faults(data):
 
 @given(kit.documents)
 def test_the_schema_accepts_what_is_accepted(document):
-    assert policyfile.read("p.yaml", kit.as_yaml(document))[1] == []
+    assert parse.read("p.yaml", kit.as_yaml(document))[1] == []
     SCHEMA.validate(document)
 
 
 @settings(max_examples=300)
 @given(spoilt())
 def test_the_schema_refuses_nothing_that_is_accepted(document):
-    if policyfile.read("p.yaml", kit.as_yaml(document))[0]:
+    if parse.read("p.yaml", kit.as_yaml(document))[0]:
         SCHEMA.validate(document)
 
 
@@ -214,7 +181,7 @@ def test_the_schema_sees_common_slips(spec):
 
 
 def test_the_schema_is_one():
-    jsonschema.Draft202012Validator.check_schema(policymodel.json_schema())
+    jsonschema.Draft202012Validator.check_schema(schema.json_schema())
 
 
 # -- the documentation ---------------------------------------------------------------------------------------------

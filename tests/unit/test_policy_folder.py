@@ -9,11 +9,13 @@ import tracemalloc
 import weakref
 from pathlib import Path
 
-import policy_kit as kit
 import pytest
 
-from fgpu_ebpf import configfile, policyfolder
-from fgpu_ebpf.policyfolder import PolicyFolder
+from fgpu_ebpf.policy import folder as policy_folder
+from fgpu_ebpf.policy import trusted_file
+from fgpu_ebpf.policy.folder import PolicyFolder
+from tests.unit import policy_kit as kit
+from tests.unit.configmap_kit import ConfigMap
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="root_only is about root")
 
@@ -49,7 +51,7 @@ def test_no_folder_means_no_policies_unless_there_was_one(tmp_path):
     absent = folder(tmp_path / "policy.d")
     assert names(absent.read()) == []
     assert faults(absent.read(may_be_missing=False)) == [
-        f"{tmp_path}/policy.d: is gone: the last policies stay in force; make it again, empty for no policies"
+        f"{tmp_path}/policy.d: is gone: the last policies stay in force; create it again, empty for no policies"
     ]
 
 
@@ -76,9 +78,9 @@ def test_what_is_no_file_holds_nobody_up(tmp_path):
     (tmp_path / "d.yaml").symlink_to("nowhere")
     found = faults(folder(tmp_path).read())
     assert [line.removeprefix(str(tmp_path)) for line in found] == [
-        "/a.yaml: is no regular file: remove it",
-        "/b.yaml: is no regular file: remove it",
-        "/c.yaml: is no regular file: remove it",
+        "/a.yaml: is not a regular file: remove it",
+        "/b.yaml: is not a regular file: remove it",
+        "/c.yaml: is not a regular file: remove it",
         "/d.yaml: cannot be read: No such file or directory",
     ]
 
@@ -141,7 +143,7 @@ def test_what_others_may_write_is_refused(own, inner, mode, owner):
     os.chmod(path, mode)
     os.chown(path, owner, -1)
     (fault,) = faults(folder(own, root_only=True).read())
-    assert "others than root" in fault
+    assert "users other than root" in fault
     assert f"chown root {os.path.realpath(path)}" in fault
     assert names(folder(own).read()) == ["a"]
 
@@ -154,7 +156,7 @@ def test_a_link_is_judged_by_what_it_names(own, tmp_path):
     (theirs / "x.yaml").write_text(kit.text("b"))
     (own / "b.yaml").symlink_to(theirs / "x.yaml")
     (fault,) = faults(folder(own, root_only=True).read())
-    assert fault.startswith(f"{own}/b.yaml: lies in {theirs}, which others than root may write")
+    assert fault.startswith(f"{own}/b.yaml: lies in {theirs}, which users other than root may write")
 
 
 @needs_root
@@ -163,38 +165,11 @@ def test_a_sticky_folder_around_is_fine_and_so_is_a_read_only_mount(own, monkeyp
     assert names(folder(own, root_only=True).read()) == ["a"]
     own.chmod(0o777)
     assert faults(folder(own, root_only=True).read())
-    monkeypatch.setattr(configfile, "read_only", lambda _: True)  # as a ConfigMap's volume is mounted
+    monkeypatch.setattr(trusted_file, "read_only", lambda _: True)  # as a ConfigMap's volume is mounted
     assert names(folder(own, root_only=True).read()) == ["a"]
 
 
 # -- one state or the other ----------------------------------------------------------------------------------------
-
-
-class ConfigMap:
-    """A folder as kubelet keeps it: files that point through `..data`, which is swapped by one rename."""
-
-    def __init__(self, path: Path, files: int) -> None:
-        self.path, self._names, self._count = path, [f"{n}.yaml" for n in range(files)], 0
-        path.mkdir()
-        self.swap("v0")
-        for name in self._names:
-            (path / name).symlink_to(f"..data/{name}")
-
-    def swap(self, version: str) -> None:
-        self._count += 1
-        fresh = self.path / f"..{self._count}"
-        fresh.mkdir()
-        for name in self._names:
-            (fresh / name).write_text(kit.text(f"{version}-{name[:-5]}"))
-        (self.path / "..data_tmp").symlink_to(fresh.name)
-        os.rename(self.path / "..data_tmp", self.path / "..data")
-        self._remove(f"..{self._count - 2}")
-
-    def _remove(self, old: str) -> None:
-        for name in self._names if (self.path / old).is_dir() else ():
-            (self.path / old / name).unlink()
-        if (self.path / old).is_dir():
-            (self.path / old).rmdir()
 
 
 def test_a_folder_that_changes_all_the_time_is_never_read_half(tmp_path, scale):
@@ -214,7 +189,7 @@ def test_a_folder_that_changes_all_the_time_is_never_read_half(tmp_path, scale):
         for _ in range(scale(100, 500, 10_000)):
             reading = folder(place.path).read()
             if reading.policies is None:
-                assert [fault.text for fault in reading.faults] == [policyfolder.CHANGING]
+                assert [fault.text for fault in reading.faults] == [policy_folder.CHANGING]
                 continue
             versions = {name.partition("-")[0] for name in names(reading)}
             assert len(versions) == 1, names(reading)

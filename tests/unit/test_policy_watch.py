@@ -8,13 +8,13 @@ import shutil
 import time
 from pathlib import Path
 
-import policy_kit as kit
 import pytest
-from test_policy_folder import ConfigMap
 
-from fgpu_ebpf import policywatch
-from fgpu_ebpf.policyfolder import PolicyFolder
-from fgpu_ebpf.policywatch import PolicyWatch
+from fgpu_ebpf.policy import watch as policy_watch
+from fgpu_ebpf.policy.folder import PolicyFolder
+from fgpu_ebpf.policy.watch import PolicyWatch
+from tests.unit import policy_kit as kit
+from tests.unit.configmap_kit import ConfigMap
 
 SECONDS = 10.0
 
@@ -43,7 +43,7 @@ def switches(watch: PolicyWatch) -> int:
 
 @pytest.fixture
 def watches(monkeypatch):
-    monkeypatch.setattr(policywatch, "LOOK_SECONDS", 60.0)
+    monkeypatch.setattr(policy_watch, "LOOK_SECONDS", 60.0)
     return []
 
 
@@ -173,8 +173,8 @@ def test_where_the_kernel_gives_no_notifications_it_looks(tmp_path, watch, monke
     def refuse(folders):
         raise OSError("no watches are left")
 
-    monkeypatch.setattr(policywatch, "LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(policywatch, "FolderBell", refuse)
+    monkeypatch.setattr(policy_watch, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(policy_watch, "FolderBell", refuse)
     heard = watch(tmp_path)
     for name in "ab":
         (tmp_path / "a.yaml").write_text(kit.text(name))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf.privileges import AGENT, GATEKEEPER, Capability
+from fgpu_ebpf.linux.capabilities import AGENT, GATEKEEPER, Capability
 
 ROOT = Path(__file__).parents[2]
 SHOW = "print(open('/proc/self/status').read())"
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="who is not root has n
 
 
 def status(code: str, *before: str) -> dict[str, str]:
-    words = [*before, sys.executable, "-c", f"from fgpu_ebpf import privileges as p\n{code}"]
+    words = [*before, sys.executable, "-c", f"from fgpu_ebpf.linux import capabilities as p\n{code}"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     return dict(re.findall(r"^(\w+):\s*(.*)$", done.stdout, re.MULTILINE))

@@ -8,8 +8,8 @@ from typing import Any
 import pynvml
 import pytest
 
-from fgpu_ebpf.devices import Nvml
-from fgpu_ebpf.process_rows import COMPUTE, GRAPHICS, ProcessRows
+from fgpu_ebpf.driver.nvml import Nvml
+from fgpu_ebpf.driver.nvml_process_rows import COMPUTE, GRAPHICS, ProcessRows
 
 Said = list[tuple[int, int | None]]
 

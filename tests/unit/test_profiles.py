@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from fgpu_ebpf import hostfile, offers, profiles, shares, slots
-from fgpu_ebpf.profiles import Profile, ProfileError
-from fgpu_ebpf.slots import Book, Slot, SlotError, host_of
+from fgpu_ebpf.agent import host_config, offers
+from fgpu_ebpf.kubernetes import slots
+from fgpu_ebpf.kubernetes.slots import Book, Slot, SlotError, host_of
+from fgpu_ebpf.policy import share_name
+from fgpu_ebpf.tenancy import profiles
+from fgpu_ebpf.tenancy.profiles import Profile, ProfileError
 
 GIB = 1 << 30
 ONE, TWO = (f"GPU-00000000-0000-4000-8000-00000000000{n}" for n in (1, 2))
@@ -26,7 +29,7 @@ class Device:
 def read(tmp_path, text: str) -> Any:
     file = tmp_path / "agent.yaml"
     file.write_text(text)
-    return hostfile.read(file, root_only=False)
+    return host_config.read(file, root_only=False)
 
 
 # -- settings ------------------------------------------------------------------------------------------------------
@@ -41,7 +44,7 @@ def test_agent_yaml_lists_them(tmp_path):
     assert (first, second.share, second.count) == (Profile("8gib-50pct", 2), "4gib", None)
     assert [second.is_of(Device(index)) for index in (0, 1)] == [True, True], "the first by its UUID"
     assert [second.is_of(Device(index, TWO.replace("0000", "1111", 1))) for index in (0, 1)] == [False, True]
-    assert hostfile.HostSettings().profiles == ()
+    assert host_config.HostSettings().profiles == ()
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,7 @@ def test_agent_yaml_lists_them(tmp_path):
     [
         ("share: all-50pct", "'all-50pct' is no profile: it names memory"),
         (f"share: '8gib:{ONE}'", "is no profile: it names memory and no device"),
-        ("share: 8gb", "'8gb' is no share"),
+        ("share: 8gb", "'8gb' is not a share"),
         ("share: 1000.125gib-12.5pct", "is longer than 16 characters"),
         ("share: 8gib, count: 0", "count"),
         ("share: 8gib, count: 129", "count"),
@@ -97,7 +100,7 @@ def test_containers_can_ask_for_each_of_each_device():
     devices = [Device(), Device(1, TWO)]
     found = profiles.names([Profile("8gib"), Profile("4gib", devices=())], devices)
     assert found == [f"{share}:{uuid}" for share in ("8gib", "4gib") for uuid in (ONE, TWO)]
-    share = shares.parse(found[3])
+    share = share_name.parse(found[3])
     assert (share.name, share.device, share.text) == ("4gib", TWO, found[3])
 
 
@@ -174,7 +177,7 @@ def test_ids_that_were_given_stay_healthy():
 def test_what_is_no_id(id_):
     book = Book()
     book.look(told())
-    with pytest.raises(SlotError, match=r"is no id of fgpu\.dev/8gib"):
+    with pytest.raises(SlotError, match=r"is not an id of fgpu\.dev/8gib"):
         book.read("8gib", [id_])
 
 

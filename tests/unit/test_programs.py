@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import programs
-from fgpu_ebpf.programs import Loading, ProgramError
+from fgpu_ebpf.driver import programs
+from fgpu_ebpf.driver.programs import Loading, ProgramError
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_loads_once(places: tuple[Path, Path], tmp_path: Path) -> None:
 def test_says_why_there_are_no_programs(places: tuple[Path, Path]) -> None:
     with pytest.raises(ProgramError, match=r"^no BCC here$"):
         programs.load(*places, shell("echo one; echo warning >&2; echo 'fgpu loader: no BCC here' >&2; exit 1"))
-    with pytest.raises(ProgramError, match="ended with 3"):
+    with pytest.raises(ProgramError, match="exited with 3"):
         programs.load(*places, shell("exit 3"))
     with pytest.raises(ProgramError, match="cannot run the loader /no/such"):
         programs.load(*places, ("/no/such",))
@@ -77,4 +77,4 @@ def test_somebody_who_waits_is_told_what_for(
     monkeypatch.setattr(programs.sys, "stderr", sys.__stderr__)
     caplog.set_level("INFO")
     Loading(*places, shell(f"sleep {seconds}")).wait()
-    assert ("compiles" in caplog.text) is (bool(seconds) and watched)
+    assert ("compiling" in caplog.text) is (bool(seconds) and watched)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fgpu_ebpf import prologue
+from fgpu_ebpf.driver import prologue
 
 REAL = {
     "470.256.02": ("813d7e93510100ba1c327414ff25e659", 10),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import service
+from fgpu_ebpf import doctor
 
 
 @pytest.mark.parametrize(("scope", "ok"), [("0\n", True), ("1\n", True), ("2\n", True), ("3\n", False), (None, True)])
@@ -16,7 +16,7 @@ def test_where_no_memory_can_be_read_the_setting_is_named(
     path = tmp_path / "ptrace_scope"
     if scope:
         path.write_text(scope)
-    monkeypatch.setattr(service, "PTRACE_SCOPE", path)
-    (found,) = [check for check in service.host_checks() if check.name == "ptrace"]
+    monkeypatch.setattr(doctor, "PTRACE_SCOPE", path)
+    (found,) = [check for check in doctor.host_checks() if check.name == "ptrace"]
     assert found.ok is ok
     assert ok or ("kernel.yama.ptrace_scope=3" in found.found and "kernel.yama.ptrace_scope=2" in found.mend)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import published
-from fgpu_ebpf.published import publish, retire, stable_path, stage
+from fgpu_ebpf.driver import shim_store
+from fgpu_ebpf.driver.shim_store import publish, retire, stable_path, stage
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_staged_is_there_and_not_published(tmp_path, store) -> None:
     assert staged.read_bytes() == b"one"
     assert staged.stat().st_mode & 0o7777 == 0o755
     assert not stable_path(store).exists()
-    assert published.published(store) is None
+    assert shim_store.published(store) is None
     assert publish(staged) == stable_path(store)
     assert stable_path(store).read_bytes() == b"one"
 
@@ -64,6 +64,13 @@ def test_a_damaged_version_is_staged_anew_as_another_file(tmp_path, store) -> No
         os.truncate(staged, 1)
         assert version(tmp_path, store, b"one").read_bytes() == b"one"
         assert os.fstat(mapped.fileno()).st_ino != staged.stat().st_ino  # whoever maps it keeps its bytes
+
+
+def test_a_folder_in_a_version_s_place_is_moved_aside(tmp_path, store) -> None:
+    staged = version(tmp_path, store, b"one")
+    staged.unlink()
+    staged.mkdir()
+    assert version(tmp_path, store, b"one").read_bytes() == b"one"
 
 
 def test_what_is_not_staged_cannot_be_published(tmp_path, store) -> None:
@@ -142,18 +149,18 @@ def test_every_version_that_was_ever_staged_is_one_of_ours(tmp_path, store, monk
     for content in (b"one", b"two", b"three", b"two"):
         publish(version(tmp_path, store, content))
     assert retire(store, set()), "one is removed"
-    assert len(published.files(store)) == 2
+    assert len(shim_store.files(store)) == 2
     mine = shim(tmp_path, b"mine")
-    known = published.genuine(mine, store)
+    known = shim_store.genuine(mine, store)
     assert known == {hashlib.sha256(text).hexdigest(): len(text) for text in (b"one", b"two", b"three", b"mine")}
-    assert published.genuine(mine) == {hashlib.sha256(b"mine").hexdigest(): 4}
-    (store / published.VERSIONS).write_text("nonsense")
-    assert set(known) > set(published.genuine(mine, store)) > {hashlib.sha256(b"mine").hexdigest()}
-    monkeypatch.setattr(published, "MOST_VERSIONS", 3)
+    assert shim_store.genuine(mine) == {hashlib.sha256(b"mine").hexdigest(): 4}
+    (store / shim_store.VERSIONS).write_text("nonsense")
+    assert set(known) > set(shim_store.genuine(mine, store)) > {hashlib.sha256(b"mine").hexdigest()}
+    monkeypatch.setattr(shim_store, "MOST_VERSIONS", 3)
     for n in range(10):
         version(tmp_path, store, b"%d" % n)
-    assert len((store / published.VERSIONS).read_text().splitlines()) == 3
-    assert published.remove(store, set())
+    assert len((store / shim_store.VERSIONS).read_text().splitlines()) == 3
+    assert shim_store.remove(store, set())
     assert not list(store.iterdir())
 
 
@@ -169,23 +176,23 @@ def a_shim(tmp_path: Path, text: str = "newer") -> Path:
 def test_a_release_goes_on_with_the_package_s_own_file_where_nothing_is_published(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     shim = a_shim(tmp_path)
-    release = published.Release(shim, tmp_path / "file/store")
+    release = shim_store.Release(shim, tmp_path / "file/store")
     assert (release.file, release.files(), release.publish()) == (shim, [shim], shim)
     assert "cannot be put into" in release.lacks()["store"].found
 
 
 def test_a_release_goes_on_with_what_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "store"
-    older = published.Release(a_shim(tmp_path, "older"), store)
-    assert older.publish() == published.stable_path(store)
+    older = shim_store.Release(a_shim(tmp_path, "older"), store)
+    assert older.publish() == shim_store.stable_path(store)
     assert older.lacks() == {}
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(published, "_write_durably", full)
-    newer = published.Release(a_shim(tmp_path), store)
-    assert newer.publish() == published.stable_path(store)
+    monkeypatch.setattr(shim_store, "_write_durably", full)
+    newer = shim_store.Release(a_shim(tmp_path), store)
+    assert newer.publish() == shim_store.stable_path(store)
     assert newer.file.read_text() == "older"
     assert "No space left" in newer.lacks()["store"].found
 
@@ -193,6 +200,6 @@ def test_a_release_goes_on_with_what_is_published(tmp_path: Path, monkeypatch: p
 def test_a_folder_in_the_link_s_place_is_moved_aside(tmp_path: Path) -> None:
     store = tmp_path / "store"
     (store / "current/libfgpu.so").mkdir(parents=True)
-    release = published.Release(a_shim(tmp_path), store)
+    release = shim_store.Release(a_shim(tmp_path), store)
     assert release.publish().read_text() == "newer"
     assert release.lacks() == {}

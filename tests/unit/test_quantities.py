@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf.quantities import MOST_BYTES, Amount, QuantityError, amount, memory_text
+from fgpu_ebpf.policy.units import MOST_BYTES, Amount, QuantityError, amount, memory_text
 
 
 @pytest.mark.parametrize(
@@ -39,10 +39,10 @@ def test_quantities(text, bytes_):
         ("8589934593", "did you mean 8589934593B?"),
         ("6B", "is less than a device gives out at once: write 2MiB at least"),
         ("150%", "is not above 0% and up to 100%"),
-        ("-1GiB", "no quantity"),
-        ("", "no quantity"),
-        ("NaN", "no quantity"),
-        ("1e9", "no quantity"),
+        ("-1GiB", "not a quantity"),
+        ("", "not a quantity"),
+        ("NaN", "not a quantity"),
+        ("1e9", "not a quantity"),
         ("0", "between 1 byte and 128 TiB"),
         ("0.3B", "between 1 byte and 128 TiB"),
         ("9999999TiB", "between 1 byte and 128 TiB"),

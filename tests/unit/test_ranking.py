@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import top_kit as kit
 
-from fgpu_ebpf import cli, ranking
-from fgpu_ebpf.ranking import BY_KEY, BY_WORD, Order
+from fgpu_ebpf.api import ranking
+from fgpu_ebpf.api.ranking import BY_KEY, BY_WORD, Order
+from fgpu_ebpf.cli import main as cli
+from tests.unit import top_kit as kit
 
 
 def names(word: str, is_reversed: bool = False) -> list[str]:

@@ -15,14 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgpu_ebpf import device_sample, pages
-from fgpu_ebpf.corrections import GONE, overhead_for
-from fgpu_ebpf.device_balance import CALM_LOOKS
-from fgpu_ebpf.orphan_release import CONTEXT_REST_BYTES, DEVICE_REST_BYTES, SLACK_AFTER_NS
-from fgpu_ebpf.orphans import Orphan
-from fgpu_ebpf.pages import Seen
-from fgpu_ebpf.processes import Process
-from fgpu_ebpf.reconcile import ORPHAN_PERIODS, PERIOD_SECONDS, VAIN_NS, Reconciler, _period, check
+from fgpu_ebpf import abi
+from fgpu_ebpf.abi import Seen
+from fgpu_ebpf.agent.device_balance import CALM_LOOKS
+from fgpu_ebpf.agent.ledger_corrections import GONE, overhead_for
+from fgpu_ebpf.agent.nvml_reconcile import ORPHAN_PERIODS, PERIOD_SECONDS, VAIN_NS, Reconciler, _period, check
+from fgpu_ebpf.agent.orphan_release import CONTEXT_REST_BYTES, DEVICE_REST_BYTES, SLACK_AFTER_NS
+from fgpu_ebpf.driver import device_sample
+from fgpu_ebpf.ledger.orphans import Orphan
+from fgpu_ebpf.ledger.process_entry import Process
 
 MIB = 1 << 20
 LEADERLESS = """
@@ -552,10 +553,10 @@ def test_doctor_is_told_of_the_oldest(ages, ok, says):
 
 
 def test_it_rings_for_others_than_before_and_for_those_who_have_no_shim():
-    books = Books(replace(process(512 * MIB), flags=pages.Seen.SHIM))
+    books = Books(replace(process(512 * MIB), flags=abi.Seen.SHIM))
     one = reconciler(books, {ME: 512 * MIB})
     rung = []
-    for flags in (pages.Seen.SHIM, pages.Seen.SHIM, 0, 0, pages.Seen.SHIM):
+    for flags in (abi.Seen.SHIM, abi.Seen.SHIM, 0, 0, abi.Seen.SHIM):
         books.entry = replace(books.entry, flags=flags)
         one.look()
         rung.append(bool(select.select([one], [], [], 0)[0]))

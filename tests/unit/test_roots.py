@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import innerpath, procfs, roots
-from fgpu_ebpf.library_files import target_of
-from fgpu_ebpf.roots import Roots
+from fgpu_ebpf.driver import root_scan
+from fgpu_ebpf.driver.library_files import target_of
+from fgpu_ebpf.driver.root_scan import Roots
+from fgpu_ebpf.linux import mapped_files, openat2
 
 Dweller = Callable[[Path], int]
 CLONE_NEWNS = 0x20000
@@ -54,7 +55,7 @@ def library(path: Path) -> Path:
 
 
 def found(pid: int) -> dict[str, tuple[int, int]]:
-    return {target.path: (target.dev, target.ino) for target in roots.libraries(pid)}
+    return {target.path: (target.dev, target.ino) for target in root_scan.libraries(pid)}
 
 
 def test_files_are_found_where_a_loader_looks_through_links_of_the_root_s_own(tmp_path: Path, dweller: Dweller) -> None:
@@ -64,7 +65,7 @@ def test_files_are_found_where_a_loader_looks_through_links_of_the_root_s_own(tm
     (tmp_path / "etc/alternatives").mkdir(parents=True)
     (tmp_path / "etc/alternatives/cuda").symlink_to("/usr/local/cuda-12")
     (tmp_path / "usr/local/cuda").symlink_to("/etc/alternatives/cuda")
-    assert found(dweller(tmp_path)) == {"/usr/local/cuda/compat/libcuda.so.1": procfs.as_mapped(str(real))}
+    assert found(dweller(tmp_path)) == {"/usr/local/cuda/compat/libcuda.so.1": mapped_files.as_mapped(str(real))}
 
 
 def test_nothing_is_opened_that_is_not_the_root_s_own(tmp_path: Path, dweller: Dweller) -> None:
@@ -85,41 +86,41 @@ def test_nothing_is_opened_that_is_not_the_root_s_own(tmp_path: Path, dweller: D
 
 
 def test_every_root_is_entered_once_and_the_host_s_never(tmp_path: Path, dweller: Dweller) -> None:
-    seen, first = Roots(), roots.root_of(dweller(tmp_path))
-    here = roots.root_of(os.getpid())
+    seen, first = Roots(), root_scan.root_of(dweller(tmp_path))
+    here = root_scan.root_of(os.getpid())
     assert here in seen
-    assert roots.root_of(1 << 22) is None, "there is no such process"
+    assert root_scan.root_of(1 << 22) is None, "there is no such process"
     assert first not in seen
     seen.enter(first)
     assert first in seen
-    other = roots.root_of(dweller(tmp_path))
+    other = root_scan.root_of(dweller(tmp_path))
     assert other not in seen, "a container of the same image"
     assert other != first
 
 
 def test_a_file_is_awaited_as_long_as_somebody_lives_in_its_root(tmp_path: Path, dweller: Dweller) -> None:
     seen, pid = Roots(), dweller(tmp_path)
-    root = roots.root_of(pid)
+    root = root_scan.root_of(pid)
     assert root
     seen.enter(root)
     seen.found((1, 23), root)
-    assert seen.dwellers({(1, 23), (1, 24)}, [os.getpid(), pid]) == {(1, 23): pid}
-    assert seen.dwellers({(1, 23)}, [os.getpid()]) == {}
+    assert seen.processes_inside({(1, 23), (1, 24)}, [os.getpid(), pid]) == {(1, 23): pid}
+    assert seen.processes_inside({(1, 23)}, [os.getpid()]) == {}
     seen.forget((1, 23))
-    assert seen.dwellers({(1, 23)}, [pid]) == {}
+    assert seen.processes_inside({(1, 23)}, [pid]) == {}
     assert root not in seen, "what is probed no more may have to be again"
 
 
 def test_roots_do_not_pile_up(tmp_path: Path, dweller: Dweller, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roots, "MOST_ROOTS", 2)
+    monkeypatch.setattr(root_scan, "MOST_ROOTS", 2)
     seen, pids = Roots(), [dweller(tmp_path) for _ in range(3)]
-    places = [roots.root_of(pid) for pid in pids]
+    places = [root_scan.root_of(pid) for pid in pids]
     for n, root in enumerate(places):
         assert root
         seen.enter(root)
         seen.found((1, n), root)
     assert [root in seen for root in places] == [False, True, True], "the oldest is forgotten"
-    assert seen.dwellers({(1, n) for n in range(3)}, pids) == {(1, 1): pids[1], (1, 2): pids[2]}
+    assert seen.processes_inside({(1, n) for n in range(3)}, pids) == {(1, 1): pids[1], (1, 2): pids[2]}
     seen.enter(places[1])  # type: ignore[arg-type]
     seen.enter(places[0])  # type: ignore[arg-type]
     assert [root in seen for root in places] == [True, True, False], "a program has begun in the other since"
@@ -135,8 +136,8 @@ def test_a_path_in_a_root_never_leads_to_a_file_of_the_host_s(tmp_path: Path, dw
     assert os.stat(f"{root}/way/passwd").st_ino == os.stat("/etc/passwd").st_ino, "so it would be by the path alone"
     for inside in ("/way/passwd", "way/passwd"):
         with pytest.raises(OSError, match="symbolic links"):
-            innerpath.find_mapped(root, inside)
-    found = innerpath.find_mapped(root, "/own/passwd")
+            openat2.find_mapped(root, inside)
+    found = openat2.find_mapped(root, "/own/passwd")
     assert os.stat(found).st_ino == (tmp_path / "own/passwd").stat().st_ino
     os.close(found)
 
@@ -144,6 +145,6 @@ def test_a_path_in_a_root_never_leads_to_a_file_of_the_host_s(tmp_path: Path, dw
 def test_a_file_that_is_mapped_is_not_looked_for_behind_a_link(tmp_path: Path, dweller: Dweller) -> None:
     """Where map_files leads nowhere, the way through its root is the last: of the host it sees nothing."""
     (tmp_path / "way").symlink_to("/etc")
-    pid, here = dweller(tmp_path), procfs.as_mapped("/etc/passwd")
+    pid, here = dweller(tmp_path), mapped_files.as_mapped("/etc/passwd")
     with pytest.raises(OSError, match=r"symbolic links|No such file"):
-        target_of(pid, procfs.Mapping("/way/passwd", *here, "0-0"))
+        target_of(pid, mapped_files.MappedFile("/way/passwd", *here, "0-0"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf import selinux
+from fgpu_ebpf.containers import selinux
 
 CLASSES = {
     "file": ("ioctl", "read", "write", "getattr", "map", "open", "execute"),

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from fgpu_ebpf import health, procfs
-from fgpu_ebpf.shimless import LIST, Reason, Reasons, reason
+from fgpu_ebpf.api import health
+from fgpu_ebpf.driver.bypass_reason import LIST, Reason, Reasons, reason
+from fgpu_ebpf.linux import mapped_files
 
 SHIM = Path(__file__).parents[2] / "build/shim/libfgpu.so"
 SOURCE = '#include <stdio.h>\nint main(void) { puts("up"); fflush(stdout); return getchar(); }\n'
@@ -83,9 +84,9 @@ def test_a_shim_that_is_none_of_ours(program: Any, tmp_path: Path) -> None:
     with subprocess.Popen([program("gcc")], stdin=-1, stdout=-1, env=environment) as process:
         assert process.stdout
         assert process.stdout.readline() == b"up\n"
-        ours = procfs.as_mapped(str(SHIM))
+        ours = mapped_files.as_mapped(str(SHIM))
         assert reason(process.pid, lambda *file: file == ours) is Reason.FOREIGN
-        assert Reasons(lambda *file: file == procfs.as_mapped(str(copy))).of(process.pid, 1) is Reason.UNUSED
+        assert Reasons(lambda *file: file == mapped_files.as_mapped(str(copy))).of(process.pid, 1) is Reason.UNUSED
         hidden: set[int] = set()
         reasons = Reasons(hidden=lambda: hidden)
         assert reasons.of(process.pid, 1) is Reason.UNUSED

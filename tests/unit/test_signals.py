@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fgpu_ebpf import service
+from fgpu_ebpf import daemon
 
 LONG_SECONDS = 60.0
 
@@ -32,7 +32,7 @@ def agent() -> Iterator[Any]:
     before = {number: signal.getsignal(number) for number in numbers}
     with selectors.DefaultSelector() as selector:
         made = SimpleNamespace(selector=selector, asked=asked, **{name: count(name) for name in asked})
-        service._handle_signals(made)
+        daemon._handle_signals(made)
         yield made
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fgpu_ebpf import futex
-from fgpu_ebpf.pages import DEVICES, Gate
-from fgpu_ebpf.scheduler import Share
-from fgpu_ebpf.sealed import ControlMemory, StatusMemory
-from fgpu_ebpf.slicer import Slicer
+from fgpu_ebpf.abi import DEVICES, Gate
+from fgpu_ebpf.gatekeeper.memfd_pages import ControlMemory, StatusMemory
+from fgpu_ebpf.gatekeeper.time_slicer import TimeSlicer
+from fgpu_ebpf.linux import futex
+from fgpu_ebpf.scheduling.fair_queue import Share
 
 pytestmark = pytest.mark.timed
 
@@ -48,9 +48,9 @@ class Ledger:
 class Program:
     """A process that always has something to launch, once it is told to."""
 
-    def __init__(self, pid, level):
+    def __init__(self, pid, *levels):
         control = ControlMemory()
-        self.client = SimpleNamespace(pid=pid, levels=(level,), control=control, status=StatusMemory(), ahead_ns=0)
+        self.client = SimpleNamespace(pid=pid, levels=levels, control=control, status=StatusMemory(), ahead_ns=0)
         control.page.gates[:] = [1] * DEVICES
         self.page, self.status = control.page, self.client.status.page
         self.ended = threading.Event()
@@ -80,7 +80,7 @@ class Program:
 
 class World:
     def __init__(self, ledger):
-        self.slicer = Slicer()
+        self.slicer = TimeSlicer()
         self.slicer.ledger = ledger
         self.programs = []
         self.turns = 0
@@ -92,10 +92,10 @@ class World:
 
         self.slicer._turn = counted
 
-    def greet(self, pid, level, start=True):
-        program = Program(pid, level)
+    def greet(self, pid, *levels, start=True):
+        program = Program(pid, *levels)
         self.programs.append(program)
-        self.slicer.greet(program.client)
+        self.slicer.register(program.client)
         if start:
             program.thread.start()
         return program
@@ -143,7 +143,7 @@ def test_who_is_told_of_shares_does_not_look_for_them(world):
     it.run(1.0)
     assert it.turns == 0
     it.slicer.ledger.given, it.slicer.ledger.version = {(8, 0): Share(limit_millionths=500_000)}, 2
-    it.slicer.heed()
+    it.slicer.shares_changed()
     it.until(lambda: all(p.word() & Gate.GATED for p in programs))
     turns = it.turns
     it.run(1.0)
@@ -153,13 +153,34 @@ def test_who_is_told_of_shares_does_not_look_for_them(world):
     it.until(lambda: all(p.word() == Gate.OPEN for p in (*programs, late)))
 
 
+def test_shares_that_change_all_the_time_are_read_now_and_then(world):
+    """A tenant makes a cgroup with a share every 2 ms, say; what is told last holds all the same."""
+    it = world(t7=Share())
+    it.slicer.is_told = True
+    program, ledger, reads = it.greet(1, 7, start=False), it.slicer.ledger, []
+    ledger.shares = lambda: reads.append(1) or ledger.given
+    begun = time.monotonic()
+    for number in range(100):
+        ledger.given, ledger.version = {**ledger.given, (100 + number, 0): Share()}, ledger.version + 1
+        it.slicer.shares_changed()
+        time.sleep(0.002)
+    most = 2 + (time.monotonic() - begun) / 0.1
+    ledger.given, ledger.version = {}, ledger.version + 1
+    it.slicer.shares_changed()
+    begun = time.monotonic()
+    it.until(lambda: len(it.slicer._shares) == 0)
+    assert time.monotonic() - begun < 0.2
+    assert 1 < len(reads) <= most + 1
+    assert program.word() == Gate.OPEN
+
+
 def test_heeding_without_a_change_wakes_nobody(world):
     it = world(t7=Share(limit_millionths=500_000))
     it.slicer.is_told = True
-    it.slicer.heed()
+    it.slicer.shares_changed()
     it.greet(1, 8, start=False)
     for _ in range(100):
-        it.slicer.heed()
+        it.slicer.shares_changed()
     it.run(0.2)
     assert it.turns == 0
 
@@ -227,10 +248,29 @@ def test_the_others_go_on_when_an_owner_ends(world):
     owner, other = sorted(programs, key=lambda p: not p.is_open())
     owner.ended.set()
     owner.thread.join()
-    it.slicer.part(owner.client)
+    it.slicer.remove(owner.client)
     began = time.monotonic()
     it.until(other.is_open)
     assert time.monotonic() - began < 0.1
+
+
+def test_a_process_that_ends_with_work_in_flight_is_told_to_the_turns(world):
+    """Another process of the tenant lives on, and has nothing in flight."""
+    it = world(t7=Share(), t8=Share())
+    liar, sibling = it.greet(1, 7, start=False), it.greet(2, 7, start=False)
+    it.greet(3, 8)
+    place = it.slicer._turns.places[7]
+    sibling.status.devices[0].launches = 1
+    sibling.ring()
+    flight = liar.status.flights[0]
+    flight.in_flight, flight.busy_until_ns, liar.status.devices[0].waiting = 1, 2**62, 1
+    liar.ring()
+    it.until(lambda: place.turn and 0 < place.turn.closing_ns < time.monotonic_ns() - 20_000_000)
+    it.slicer.remove(liar.client)
+    it.until(lambda: place.turn is None)
+    it.run(0.1)
+    assert place.trust.standing.pace_ns
+    assert not place.trust.standing.proven
 
 
 def test_a_device_that_only_a_process_which_has_gone_used_is_nobodys(world):
@@ -245,8 +285,46 @@ def test_a_device_that_only_a_process_which_has_gone_used_is_nobodys(world):
         program.ring()
     places = it.slicer._turns.places
     it.until(lambda: (places[7].seen.devices, places[8].seen.devices) == ({0, 1}, {1}))
-    it.slicer.part(second.client)
+    it.slicer.remove(second.client)
     it.until(lambda: (places[7].free_on, places[8].free_on) == ({0}, {1}))
+
+
+def test_a_unit_s_own_line_has_the_time_of_all_inside_it(world):
+    it = world(t5=Share(), t7=Share(), t8=Share(weight=300), t9=Share())
+    programs = [it.greet(1, 7, 9), it.greet(2, 8, 9), it.greet(3, 5)]
+    told = it.slicer.ledger.told
+    it.until(lambda: all((level, 0) in told and told[level, 0].had_millionths for level in (5, 7, 8, 9)))
+    it.run(1.2)
+    found = {level: told[level, 0] for level in (5, 7, 8, 9)}
+    assert found[9].owned_ns == found[7].owned_ns + found[8].owned_ns
+    assert found[9].had_millionths == pytest.approx(found[7].had_millionths + found[8].had_millionths, abs=3)
+    assert found[9].entitled_millionths == pytest.approx(500_000, abs=3)
+    assert not found[9].free
+    for program in programs[:2]:
+        program.ended.set()
+        program.thread.join()
+        it.slicer.remove(program.client)
+    it.until(lambda: not told[9, 0].owner and not told[9, 0].had_millionths)
+    assert told[9, 0].owned_ns >= found[9].owned_ns
+
+
+def test_a_share_of_one_device_inside_one_of_two_leaves_neither_without_a_gate(world):
+    """Else a cgroup that a tenant makes, with a share of one device, has the other one at no ceiling."""
+    it, outer = world(t7=Share()), Share(limit_millionths=10_000)
+    ledger = it.slicer.ledger
+    ledger.given = {(7, 0): Share(), (9, 0): outer, (9, 1): outer}
+    ledger.process = lambda pid: SimpleNamespace(contexts=[0, 1])
+    program = it.greet(1, 7, 9, start=False)
+    words = program.page.gates
+    assert [word & Gate.GATED for word in words[:3]] == [Gate.GATED, Gate.GATED, 0]
+    program.status.devices[1].waiting = 1
+    program.ring()
+    it.until(lambda: words[1] & Gate.OPEN)
+    program.status.devices[1].waiting, program.status.devices[1].launches = 0, 1
+    program.status.flights[1].in_flight, program.status.flights[1].busy_until_ns = 1, 2**62
+    it.until(lambda: not words[1] & Gate.OPEN)  # its ceiling is the outer one
+    it.run(0.6)  # it is published
+    assert not {key for key in ledger.told if key not in ledger.given}
 
 
 @pytest.mark.parametrize("share", [Share(), Share(limit_millionths=500_000)])
@@ -256,7 +334,7 @@ def test_what_a_tenant_had_is_told_to_the_end_and_not_that_it_has_it_still(world
     it.until(lambda: (7, 0) in told and told[7, 0].owner)
     program.ended.set()
     program.thread.join()
-    it.slicer.part(program.client)
+    it.slicer.remove(program.client)
     place = it.slicer._turns.places[7]
     it.until(lambda: not told[7, 0].owner)
     last = told[7, 0]
@@ -372,7 +450,7 @@ def test_who_waits_for_an_owner_does_not_wake_us_and_is_seen_with_him(world):
     it = world(t7=long, t8=long)
     it.slicer.is_told = True
     programs = [it.greet(1, 7), it.greet(2, 8)]
-    it.until(lambda: sum(p.is_open() for p in programs) == 1 and it.slicer._unheard)
+    it.until(lambda: sum(p.is_open() for p in programs) == 1 and it.slicer._muted)
     waiter = next(p for p in programs if not p.is_open())
     it.until(lambda: waiter.status.devices[0].waiting)
     turns, began = it.turns, time.monotonic()
@@ -385,13 +463,13 @@ def test_who_waits_for_an_owner_does_not_wake_us_and_is_seen_with_him(world):
 def test_a_share_that_was_taken_away_and_given_back_is_counted_anew():
     """The counts of its new place begin at 0, below what was told of the one before."""
     share = Share(limit_millionths=500_000)
-    ledger, slicer = Ledger(L7=share), Slicer()
+    ledger, slicer = Ledger(L7=share), TimeSlicer()
     slicer.ledger = ledger
 
     def published(owned_ns):
         ledger.version += 1
         slicer._read_shares(ledger)
-        slicer._desks = {7: []}
+        slicer._gates = {7: []}
         place = slicer._turns.places[7]
         place.seen, place.counts.owned_ns = place.seen._replace(devices=frozenset({0})), owned_ns
         slicer._publish(ledger, time.monotonic_ns())

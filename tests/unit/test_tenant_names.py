@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgpu_ebpf.identity import NAME_CHARACTERS, Workload
-from fgpu_ebpf.tenant_names import FILE, TenantNames
-from fgpu_ebpf.tenants import Source, Tenant
+from fgpu_ebpf.tenancy.tenant import Source, Tenant
+from fgpu_ebpf.tenancy.tenant_names import FILE, TenantNames
+from fgpu_ebpf.workloads.workload import NAME_CHARACTERS, Workload
 
 
 def tenant(cgroup: int, name: str) -> Tenant:
@@ -119,4 +119,4 @@ def test_a_file_that_cannot_be_written_ends_nothing(tmp_path, caplog):
     names = TenantNames()
     names.keep_in(tmp_path / "nowhere" / FILE, anywhere)
     assert put(names, tenant(2, "job"), tenant(3, "job")) == {2: "job", 3: "job-3"}
-    assert "not kept over a restart" in caplog.text
+    assert "will not survive a restart" in caplog.text

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from orphan_kit import MIB, Books, orphan, process, tenant
 
-from fgpu_ebpf.bypass_killer import BypassKiller
-from fgpu_ebpf.history import History
-from fgpu_ebpf.pages import Seen
-from fgpu_ebpf.reconcile import Truth
-from fgpu_ebpf.unwitnessed import Unwitnessed
+from fgpu_ebpf.abi import Seen
+from fgpu_ebpf.agent.bypass_killer import BypassKiller
+from fgpu_ebpf.agent.nvml_reconcile import Truth
+from fgpu_ebpf.ledger.unwitnessed_memory import Unwitnessed
+from fgpu_ebpf.tenancy.event_log import EventLog
+from tests.unit.orphan_kit import MIB, Books, orphan, process, tenant
 
 CONTEXT, MODULES = 3 * MIB, 2 * MIB
 
@@ -55,7 +55,7 @@ class Host:
     """One tenant with a process, beyond its limit."""
 
     def __init__(self, pid: int, **facts: Any) -> None:
-        self.books, self.history, self.is_spared = Books(), History(), False
+        self.books, self.history, self.is_spared = Books(), EventLog(), False
         self.books.used, self.books.limit = 5 * MIB, 4 * MIB
         self.pid, self.process = pid, process(**facts)
         self.books.processes = {pid: self.process}

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fgpu_ebpf import view
-from fgpu_ebpf.audit import Verdict
-from fgpu_ebpf.pages import Seen
-from fgpu_ebpf.reconcile import Truth
-from fgpu_ebpf.shimless import Reasons
+from fgpu_ebpf.abi import Seen
+from fgpu_ebpf.agent import snapshot_builder
+from fgpu_ebpf.agent.nvml_reconcile import Truth
+from fgpu_ebpf.agent.turn_audit import Verdict
+from fgpu_ebpf.driver.bypass_reason import Reasons
 
 NOW = 1009.0
 
@@ -32,7 +32,7 @@ NOW = 1009.0
 def test_drift_is_of_all_or_of_nobody(own: list[int], answered: dict[int, float], shown: int | None) -> None:
     truth = Truth(answered, drift={(7, 0): -2, (8, 0): 103, (9, 1): 5})
     look = SimpleNamespace(truth=truth, now_ns=int(NOW * 1e9))
-    assert view._drift(look, own, 0) == shown  # type: ignore[arg-type]
+    assert snapshot_builder._drift(look, own, 0) == shown  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -41,25 +41,27 @@ def test_drift_is_of_all_or_of_nobody(own: list[int], answered: dict[int, float]
 )
 def test_who_goes_around_the_shim_is_alive(flags: int, bytes_: int, how: str) -> None:
     look = SimpleNamespace(
-        unprobed=set(), standalone=set(), truth=Truth(), enforcer=SimpleNamespace(elders=()),
+        unprobed=set(), standalone=set(), truth=Truth(), enforcer=SimpleNamespace(preexisting=()),
         devices=[SimpleNamespace(index=0)], unwitnessed={},
     )  # fmt: skip
     process = SimpleNamespace(flags=flags, bytes=(bytes_,))
     ended = subprocess.Popen(["true"])
     ended.wait()
-    assert view._how(look, os.getpid(), process) == how  # type: ignore[arg-type]
-    assert view._how(look, ended.pid, process) == ""  # type: ignore[arg-type]
+    assert snapshot_builder._how(look, os.getpid(), process) == how  # type: ignore[arg-type]
+    assert snapshot_builder._how(look, ended.pid, process) == ""  # type: ignore[arg-type]
     look.truth = Truth(turns=Verdict(outside=frozenset({os.getpid()})))
-    assert view._how(look, os.getpid(), process) == (how or "outside_turns")  # type: ignore[arg-type]
+    assert snapshot_builder._how(look, os.getpid(), process) == (how or "outside_turns")  # type: ignore[arg-type]
     look.truth = Truth(turns=Verdict(empty=frozenset({os.getpid()})))
-    assert view._how(look, os.getpid(), process) == (how or "empty_turns")  # type: ignore[arg-type]
+    assert snapshot_builder._how(look, os.getpid(), process) == (how or "empty_turns")  # type: ignore[arg-type]
     look.truth, look.unwitnessed = Truth(), {(os.getpid(), 0): 1}
-    assert view._how(look, os.getpid(), process) == (how or "unwitnessed")  # type: ignore[arg-type]
+    assert snapshot_builder._how(look, os.getpid(), process) == (how or "unwitnessed")  # type: ignore[arg-type]
     look.standalone, look.unwitnessed = {os.getpid()}, {}
-    assert view._how(look, os.getpid(), process) == ("standalone" if bytes_ and not flags & Seen.SHIM else how)  # type: ignore[arg-type]
-    look.enforcer.elders = (os.getpid(), ended.pid)
-    assert view._how(look, os.getpid(), process) == ("older" if bytes_ else "")  # type: ignore[arg-type]
-    assert view._how(look, ended.pid, process) == ""  # type: ignore[arg-type]
+    assert snapshot_builder._how(look, os.getpid(), process) == (
+        "standalone" if bytes_ and not flags & Seen.SHIM else how
+    )  # type: ignore[arg-type]
+    look.enforcer.preexisting = (os.getpid(), ended.pid)
+    assert snapshot_builder._how(look, os.getpid(), process) == ("older" if bytes_ else "")  # type: ignore[arg-type]
+    assert snapshot_builder._how(look, ended.pid, process) == ""  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -67,5 +69,5 @@ def test_who_goes_around_the_shim_is_alive(flags: int, bytes_: int, how: str) ->
 )
 def test_why_is_told_of_those_without_a_shim(how: str, flags: int, told: bool) -> None:
     process, look = SimpleNamespace(flags=flags, generation=1), SimpleNamespace(reasons=Reasons())
-    assert bool(view._why(look, os.getpid(), process, how)) == told  # type: ignore[arg-type]
-    assert view._why(look, 1 << 22, process, how) == "", "it is gone"  # type: ignore[arg-type]
+    assert bool(snapshot_builder._why(look, os.getpid(), process, how)) == told  # type: ignore[arg-type]
+    assert snapshot_builder._why(look, 1 << 22, process, how) == "", "it is gone"  # type: ignore[arg-type]

@@ -9,14 +9,15 @@ from time import monotonic_ns
 
 import pytest
 
-from fgpu_ebpf import procfs, visitors
-from fgpu_ebpf.visitors import Visitors
+from fgpu_ebpf.gatekeeper import peer_pidfd
+from fgpu_ebpf.gatekeeper.peer_pidfd import PeerIdentifier
+from fgpu_ebpf.linux import procfs
 
 
 @pytest.fixture
 def sock(monkeypatch: pytest.MonkeyPatch):
     """A connection from this process, on a kernel before Linux 6.5."""
-    monkeypatch.setattr(visitors, "SO_PEERPIDFD", 9999)
+    monkeypatch.setattr(peer_pidfd, "SO_PEERPIDFD", 9999)
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with one, other:
         yield one
@@ -30,22 +31,22 @@ def by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nobody_of_that_pid_has_ended_since(sock):
-    pidfd = Visitors(lambda pid: 0 if pid == os.getpid() else None).pidfd(sock)
+    pidfd = PeerIdentifier(lambda pid: 0 if pid == os.getpid() else None).pidfd(sock)
     assert procfs.identity(pidfd)[0] == os.getpid()
     os.close(pidfd)
 
 
 @pytest.mark.parametrize("ended", [monotonic_ns, lambda: None], ids=["ended since", "nobody knows"])
 def test_who_may_be_another_is_nobody(sock, ended):
-    found = Visitors(lambda _: ended())
+    found = PeerIdentifier(lambda _: ended())
     with pytest.raises(ProcessLookupError):
         found.pidfd(sock)
 
 
 def test_an_end_before_it_connected_is_another_s(sock):
     ended_ns = monotonic_ns()
-    found = Visitors(lambda _: ended_ns)
-    found.alone(monotonic_ns())
+    found = PeerIdentifier(lambda _: ended_ns)
+    found.none_waiting(monotonic_ns())
     os.close(found.pidfd(sock))
 
 

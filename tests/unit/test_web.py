@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from fgpu_ebpf import web
-from fgpu_ebpf.web import HEAD_SECONDS, MOST_CLIENTS, MOST_WAITING, Web, by_path, health
+from fgpu_ebpf.api import http_server
+from fgpu_ebpf.api.http_server import HEAD_SECONDS, MOST_CLIENTS, MOST_WAITING, HttpServer, by_path, health
 
 
 def app(_: dict[str, Any], start: Any) -> Iterable[bytes]:
@@ -22,7 +22,7 @@ def app(_: dict[str, Any], start: Any) -> Iterable[bytes]:
 
 
 @contextlib.contextmanager
-def serving(one: Web) -> Iterator[Web]:
+def serving(one: HttpServer) -> Iterator[HttpServer]:
     """As the agent's loop does."""
     ended = threading.Event()
 
@@ -42,33 +42,33 @@ def serving(one: Web) -> Iterator[Web]:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    monkeypatch.setattr(web, "CLIENT_SECONDS", 1.0)
-    with serving(Web("127.0.0.1", 0, app)) as one:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpServer]:
+    monkeypatch.setattr(http_server, "CLIENT_SECONDS", 1.0)
+    with serving(HttpServer("127.0.0.1", 0, app)) as one:
         yield one
 
 
-def ask(server: Web) -> bytes:
+def ask(server: HttpServer) -> bytes:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics", timeout=5) as answer:
         return bytes(answer.read())
 
 
-def tried(server: Web) -> bytes:
+def tried(server: HttpServer) -> bytes:
     """What it answers; nothing where it hangs up."""
     with contextlib.suppress(OSError):
         return ask(server)
     return b""
 
 
-def silent(server: Web) -> socket.socket:
+def silent(server: HttpServer) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.server_port), timeout=5)
 
 
-def test_it_answers(server: Web) -> None:
+def test_it_answers(server: HttpServer) -> None:
     assert ask(server) == b"fine"
 
 
-def test_connections_that_say_nothing_have_no_thread_and_go(server: Web) -> None:
+def test_connections_that_say_nothing_have_no_thread_and_go(server: HttpServer) -> None:
     before = threading.active_count()
     socks = [silent(server) for _ in range(3 * MOST_WAITING)]
     time.sleep(0.2)
@@ -80,7 +80,7 @@ def test_connections_that_say_nothing_have_no_thread_and_go(server: Web) -> None
         sock.close()
 
 
-def test_connections_that_drip_keep_no_request_out(server: Web) -> None:
+def test_connections_that_drip_keep_no_request_out(server: HttpServer) -> None:
     """As many as may wait, and each comes back at once when it is hung up on."""
     ended = threading.Event()
 
@@ -119,12 +119,12 @@ def test_requests_beyond_eight_wait_for_a_place() -> None:
         start("200 OK", [("Content-Type", "text/plain")])
         return [b"fine"]
 
-    with serving(Web("127.0.0.1", 0, slow)) as server:
+    with serving(HttpServer("127.0.0.1", 0, slow)) as server:
         socks = [silent(server) for _ in range(3 * MOST_CLIENTS)]
         for sock in socks:
             sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
         time.sleep(0.2)
-        assert len(server._here) == MOST_CLIENTS
+        assert len(server._in_threads) == MOST_CLIENTS
         go.set()
         assert all(sock.makefile("rb").read().endswith(b"fine") for sock in socks)
         for sock in socks:
@@ -133,13 +133,13 @@ def test_requests_beyond_eight_wait_for_a_place() -> None:
 
 
 def test_clients_that_do_not_take_their_answers_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "SLOW_SECONDS", 0.3)
+    monkeypatch.setattr(http_server, "SLOW_SECONDS", 0.3)
 
     def large(_: dict[str, Any], start: Any) -> Iterable[bytes]:
         start("200 OK", [("Content-Type", "text/plain")])
         return [b"x" * (64 << 20)]
 
-    with serving(Web("127.0.0.1", 0, large)) as server:
+    with serving(HttpServer("127.0.0.1", 0, large)) as server:
         socks = [silent(server) for _ in range(MOST_CLIENTS)]
         for sock in socks:
             sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
@@ -150,7 +150,7 @@ def test_clients_that_do_not_take_their_answers_make_room_for_others(monkeypatch
 
 
 @pytest.mark.parametrize("head", [b"G" * (1 << 20), b"\0" * 100_000, b"GET / HTTP/1.0\r\nX: " + b"y" * (1 << 20)])
-def test_a_head_without_end_is_hung_up_on(server: Web, head: bytes) -> None:
+def test_a_head_without_end_is_hung_up_on(server: HttpServer, head: bytes) -> None:
     with silent(server) as sock:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(head)
@@ -159,7 +159,7 @@ def test_a_head_without_end_is_hung_up_on(server: Web, head: bytes) -> None:
     assert ask(server) == b"fine"
 
 
-def test_one_that_drips_goes_too(server: Web) -> None:
+def test_one_that_drips_goes_too(server: HttpServer) -> None:
     sock, began = silent(server), time.monotonic()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         while time.monotonic() - began < 10:
@@ -168,13 +168,13 @@ def test_one_that_drips_goes_too(server: Web) -> None:
     assert time.monotonic() - began < 4
 
 
-def test_a_taken_address_is_said(server: Web) -> None:
+def test_a_taken_address_is_said(server: HttpServer) -> None:
     with pytest.raises(OSError, match="in use"):
-        Web("127.0.0.1", server.server_port, app)
+        HttpServer("127.0.0.1", server.server_port, app)
 
 
 def test_both_families() -> None:
-    one = Web("::1", 0, app)
+    one = HttpServer("::1", 0, app)
     assert one.address_family == socket.AF_INET6
     one.server_close()
 
@@ -201,7 +201,7 @@ def test_health() -> None:
     assert status_of("HEAD", "/readyz", "no driver") == ("503 Service Unavailable", b"")
 
 
-def status(server: Web, host: str | None) -> int:
+def status(server: HttpServer, host: str | None) -> int:
     said = "" if host is None else f"Host: {host}\r\n"
     with socket.create_connection(server.server_address[:2], timeout=5) as sock:
         sock.sendall(f"GET / HTTP/1.0\r\n{said}\r\n".encode())
@@ -232,6 +232,6 @@ STRANGE = [
 def test_it_is_asked_for_by_its_names(
     address: str, names: tuple[str, ...], answered: list[str | None], refused: list[str]
 ) -> None:
-    with serving(Web(address, 0, app, names)) as server:
+    with serving(HttpServer(address, 0, app, names)) as server:
         assert {host: status(server, host) for host in answered} == dict.fromkeys(answered, 200)
         assert {host: status(server, host) for host in refused} == dict.fromkeys(refused, 421)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from fgpu_ebpf import targets
-from fgpu_ebpf.overrides import Override, Overrides
-from fgpu_ebpf.quantities import Amount
-from fgpu_ebpf.workloads import TargetError, Workloads
+from fgpu_ebpf.policy.units import Amount
+from fgpu_ebpf.tenancy import targets
+from fgpu_ebpf.tenancy.overrides import Override, Overrides
+from fgpu_ebpf.workloads.cgroups import TargetError, Workloads
 
 ID = "1f3a" + "0" * 60
 
@@ -129,5 +129,5 @@ def test_targets_that_are_not_there(find, target):
 
 def test_a_target_that_may_be_two_is_none(find, root):
     (root / f"docker/1f3a1{ID[5:]}").mkdir()
-    with pytest.raises(TargetError, match="say which"):
+    with pytest.raises(TargetError, match="name one of them"):
         find("1f3a")

@@ -1,27 +1,59 @@
-"""What tests of a host have for themselves."""
+"""Tests of tests/world.py: what a command has for itself, and what is left of it."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
-WORLD = Path(__file__).parents[1] / "world.sh"
-INSIDE = """
-touch /run/fgpu/mine "$0/made"
-until [ -e "$0/removed" ]; do sleep 0.01; done
-ls /run/fgpu
-"""
-OUTSIDE = """
-mount -t tmpfs tmpfs /run
-mkdir /run/fgpu
-unshare --mount sh "$1" sh -c "$2" "$0" &
-until [ -e "$0/made" ]; do sleep 0.01; done
-rmdir /run/fgpu
-touch "$0/removed"
-wait $!
+import pytest
+
+from fgpu_ebpf.linux import procfs
+from tests import world
+
+ROOT = Path(__file__).parents[2]
+RUN = [sys.executable, "-m", "tests.world"]
+NAMES = """
+from fgpu_ebpf.linux import cgroup_namespace
+root = cgroup_namespace.root_path()
+print(root, cgroup_namespace.inside(root), cgroup_namespace.inside(f"{root}/a"), cgroup_namespace.inside(f"{root}x"))
 """
 
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts and cgroups")
 
-def test_who_removes_the_hosts_folder_takes_nothing_of_it(tmp_path: Path) -> None:
-    command = ["unshare", "--mount", "sh", "-ec", OUTSIDE, tmp_path, WORLD, INSIDE]
-    assert subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=30, check=True).stdout == "mine\n"
+
+def in_world(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*RUN, *map(str, command)], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+
+
+def test_folders_are_private(tmp_path: Path) -> None:
+    script = 'touch /run/fgpu/mine /var/lib/fgpu/mine && mkdir /sys/fs/bpf/mine "$1/fgpu" && ls /run/fgpu'
+    root = world.cgroup2()
+    done = in_world("sh", "-ec", script, "sh", root)
+    assert (done.returncode, done.stdout) == (0, "mine\n"), done.stderr
+    assert not Path("/run/fgpu/mine").exists()
+    assert not Path("/var/lib/fgpu/mine").exists()
+    assert not Path("/sys/fs/bpf/mine").exists()
+
+
+def test_the_copies_of_driver_and_shim_are_other_files() -> None:
+    library = ROOT / "build/sim/lib/libcuda.so.1"
+    done = in_world("stat", "--dereference", "--format=%d %i", library)
+    assert done.stdout.split() != [str(library.stat().st_dev), str(library.stat().st_ino)]
+
+
+def test_nothing_is_left(tmp_path: Path) -> None:
+    """The status of the command is returned, and processes that it leaves are killed."""
+    file = tmp_path / "pid"
+    done = in_world("sh", "-c", f"setsid sleep 1000 >/dev/null 2>&1 & echo $! >{file}; exit 7")
+    assert done.returncode == 7
+    assert not procfs.has_memory(int(file.read_text()))
+    assert not any((world.cgroup2() / world.FOLDER).glob("run-*"))
+
+
+def test_paths_of_the_hierarchy_are_those_of_the_namespace() -> None:
+    """The kernel's tracepoints name cgroups from the root of the hierarchy."""
+    root, itself, below, beside = in_world(sys.executable, "-c", NAMES).stdout.split()
+    assert f"/{world.FOLDER}/run-" in root
+    assert (itself, below, beside) == ("/", "/a", "None")

@@ -10,14 +10,15 @@ from typing import Any
 import pynvml
 import pytest
 
-from fgpu_ebpf import snapshot, xids
-from fgpu_ebpf.devices import Device, Nvml
-from fgpu_ebpf.history import History
-from fgpu_ebpf.offers import Offers
-from fgpu_ebpf.reconcile import Truth
-from fgpu_ebpf.xid_record import XidRecord, lifetime
-from fgpu_ebpf.xidnews import XidNews
-from fgpu_ebpf.xids import Reported, Tally
+from fgpu_ebpf import snapshot
+from fgpu_ebpf.agent.nvml_reconcile import Truth
+from fgpu_ebpf.agent.offers import Offers
+from fgpu_ebpf.agent.reporters import XidReports
+from fgpu_ebpf.driver import xids
+from fgpu_ebpf.driver.nvml import Device, Nvml
+from fgpu_ebpf.driver.xid_record import XidRecord, lifetime
+from fgpu_ebpf.driver.xids import Reported, Tally
+from fgpu_ebpf.tenancy.event_log import EventLog
 
 XID = pynvml.nvmlEventTypeXidCriticalError
 HANDLES = [pynvml.c_nvmlDevice_t(pynvml.struct_c_nvmlDevice_t()) for _ in range(3)]
@@ -213,7 +214,7 @@ def test_doctor_names_the_device_and_the_xid() -> None:
     assert (failed.ok, failed.found) == (False, "device 1: it has reported XID 79")
     assert "dmesg" in failed.mend
     assert xids.check([view(0, xids={31: 2}, ignored_xids=2)]).ok
-    assert xids.check([view(0)]).found == "NVML tells of none"
+    assert xids.check([view(0)]).found == "NVML reports no XIDs"
 
 
 def test_no_share_of_it_is_offered_though_nvml_answers() -> None:
@@ -226,8 +227,8 @@ def test_no_share_of_it_is_offered_though_nvml_answers() -> None:
 
 def test_events_tell_of_each_and_how_often() -> None:
     before, after = Truth(xids={0: Reported({31: 2}, 2)}), Truth(xids={0: Reported({31: 3, 79: 1}, 3, 79)})
-    truths, history = iter([before, before, after]), History()
-    news = XidNews(lambda: next(truths), history)
+    truths, history = iter([before, before, after]), EventLog()
+    news = XidReports(lambda: next(truths), history)
     for _ in range(3):
         news.look()
     told = [(happening["what"], happening["gpu"], happening["text"]) for happening in history.since(0)["events"]]

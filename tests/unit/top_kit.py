@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fgpu_ebpf import pages
-from fgpu_ebpf.feed import News
+from fgpu_ebpf import abi
+from fgpu_ebpf.cli.top_input import LatestSnapshot
 from fgpu_ebpf.snapshot import ComputeView, DeviceView, Snapshot, TenantDevice, TenantView, plain
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -16,7 +16,7 @@ def compute(had: float, entitled: float = 0.5, waited: float = 0.0, free: bool =
     return ComputeView(1.0, 100, "normal", 9.0, 7, waited, 0, 0, False, had, entitled, free, None)
 
 
-def on(gpu: int, used: int, limit: int = pages.NO_LIMIT, refused: int = 0, time: ComputeView | None = None) -> Any:
+def on(gpu: int, used: int, limit: int = abi.NO_LIMIT, refused: int = 0, time: ComputeView | None = None) -> Any:
     return TenantDevice(gpu, limit, used, used + MIB, refused, used, used, 0, (), time)
 
 
@@ -34,9 +34,11 @@ def device(index: int = 0, used: int | None = 40 * GIB, owner: str | None = "bob
     )  # fmt: skip
 
 
-def news(*tenants: TenantView, devices: tuple[DeviceView, ...] = (), fault: str = "", unenforced: str = "") -> News:
+def news(
+    *tenants: TenantView, devices: tuple[DeviceView, ...] = (), fault: str = "", unenforced: str = ""
+) -> LatestSnapshot:
     snapshot = Snapshot(1.0, devices or (device(),), tenants, unenforced=unenforced)
-    return News(json.loads(json.dumps(snapshot, default=plain)), fault, 0.0)
+    return LatestSnapshot(json.loads(json.dumps(snapshot, default=plain)), fault, 0.0)
 
 
 ALICE = tenant("alice", on(0, 4 * GIB, 8 * GIB, refused=3, time=compute(0.251, 0.25, 12.34)))

@@ -1,4 +1,4 @@
-# JupyterLab for somebody who is not root, with the limit of the image that it inherits from:
+# JupyterLab for a user that is not root, with the limit of the image that it inherits from:
 #   docker build --file deploy/images/examples/jupyter.Dockerfile --tag jupyter:4gb deploy/images/examples
 #   docker run --publish 8888:8888 --gpus '"device=0"' jupyter:4gb
 ARG IMAGE=fgpu:u24-cu13.0-4gb

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../../../shim/image.c"
+#include "../../../shim/code/image.c"
 
 static uint64_t state;
 static uint64_t draw(uint64_t below)

@@ -2,7 +2,7 @@
  * makes for itself are made at all, and which of them in a thread whose capture mode is not the relaxed one. All of
  * them take numbers and pointers, six at most. */
 #define _GNU_SOURCE
-#include "shim.h"
+#include "core/hook_table.h"
 
 #include <dlfcn.h>
 

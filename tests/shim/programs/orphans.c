@@ -8,8 +8,8 @@
 
 static long virtual_syscall(long number, ...);
 #define syscall virtual_syscall
-#include "../../../shim/orphans.c"
-#include "../../../shim/reclaim.c"
+#include "../../../shim/account/orphans.c"
+#include "../../../shim/account/reclaim.c"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,7 +26,7 @@ static unsigned asked, impatient, naps, naps_cooperative;
 static enum { LIES, TEMPTS, KEEPS, LEAVES } kernel; /* what pages and kernel do */
 static uint64_t leaves_ns;
 static struct fgpu_view view;
-__thread bool fgpu_beside;
+__thread bool fgpu_calls_second;
 
 static uint64_t draw(uint64_t below)
 {

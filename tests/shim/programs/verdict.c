@@ -3,7 +3,7 @@
  * Accepted is the word that names tag and ticket to the bit, and no other. Exit status 0 if that was so every time.
  */
 #define _GNU_SOURCE
-#include "../../../shim/verdict.c"
+#include "../../../shim/link/verdict.c"
 
 #include <stdio.h>
 #include <stdlib.h>

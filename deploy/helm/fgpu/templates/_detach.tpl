@@ -1,4 +1,4 @@
-{{/* Instead of agent and gatekeeper: takes away what they leave on a node, and again if one of them was still there. */}}
+{{/* Runs instead of agent and gatekeeper: removes what they leave on a node, and again if one of them still ran. */}}
 {{- define "fgpu.detach" -}}
 containers:
   - name: detach
@@ -22,7 +22,7 @@ containers:
       {{- include "fgpu.unconfined" . | nindent 6 }}
       capabilities:
         drop: [ALL]
-        # As the agent's. The gatekeeper's process is root's too: that needs none.
+        # The same as the agent's. The gatekeeper also runs as root, which needs no capability.
         add: [DAC_READ_SEARCH, SYS_ADMIN, SYS_PTRACE]
     resources: {{- toYaml .Values.agent.resources | nindent 6 }}
     readinessProbe:
@@ -37,7 +37,7 @@ containers:
 volumes:
   - {name: bpf, hostPath: {path: /sys/fs/bpf, type: Directory}}
   - {name: cgroup, hostPath: {path: /sys/fs/cgroup, type: Directory}}
-  # The folders themselves go, which no mount of theirs would let happen.
+  # The folders themselves are removed, so they cannot be mounted here.
   - {name: run, hostPath: {path: /run, type: Directory}}
   - {name: lib, hostPath: {path: /var/lib, type: Directory}}
 {{- end }}

@@ -14,7 +14,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 
-{{/* What all of them may: root, because what is pinned and what processes are is root's; and of that as little as named. */}}
+{{/* The rights of all containers: root, because root owns the pins and the processes; only the named capabilities. */}}
 {{- define "fgpu.security" -}}
 runAsUser: 0
 runAsGroup: 0
@@ -23,7 +23,7 @@ allowPrivilegeEscalation: false
 seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
-{{/* containerd's and CRI-O's AppArmor profile forbids writing to /sys/fs/bpf and looking at processes of others. */}}
+{{/* containerd's and CRI-O's AppArmor profile forbids writing to /sys/fs/bpf and reading state of other processes. */}}
 {{- define "fgpu.unconfined" -}}
 {{- if semverCompare ">=1.30.0-0" .Capabilities.KubeVersion.Version -}}
 appArmorProfile: {type: Unconfined}
@@ -39,8 +39,8 @@ container.apparmor.security.beta.kubernetes.io/{{ . }}: unconfined
 {{- end }}
 {{- end }}
 
-{{/* Paths in /proc/PID/cgroup are as the reader's cgroup namespace has them, and a container has one of its own. The
-     kernel's own pid 2 is in the node's always. */}}
+{{/* Paths in /proc/PID/cgroup are relative to the reader's cgroup namespace, and a container has its own namespace.
+     Pid 2, a kernel thread, is always in the node's namespace. */}}
 {{- define "fgpu.hostCgroups" -}}
 "nsenter", "--cgroup=/proc/2/ns/cgroup", "--"
 {{- end }}

@@ -1,0 +1,324 @@
+"""One claim a run, on a machine with a GPU: `python -m bench.gpu.check CLAIM`.
+
+Prints numbers and ends with PASS or FAIL.
+
+bench/gpu_check.sh runs them all. Starts and ends an agent of its own; uses the hands of the end-to-end tests, with the
+driver that $DRIVER_ROOT names (/ without). Python packages: pynvml; torch and jax inside the tenants that need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pynvml
+
+from bench.gpu.claims import GRANULE, PYTHON, Sampler, Skip, need, say
+from bench.gpu.runtimes import runtimes
+from bench.gpu.views import views
+from bench.lib import nvml
+from tests.support.commands import fgpu
+from tests.support.host import DRIVER_ROOT, FGPU, GIB, MIB, REFUSED
+from tests.support.place import Place
+from tests.support.service import Service
+from tests.support.tenant import Client
+from tests.support.wait import eventually
+
+# -- the claims: each gets the service and a place for tenants in pid namespaces
+
+
+def start(service: Service, place: Place) -> None:
+    """Start to enforcing, what doctor says then, and what agent and gatekeeper keep resident."""
+    assert service.agent
+    said = fgpu("doctor", "--driver-root", DRIVER_ROOT, check=False)
+    print(said.stdout)
+    need(said.returncode == 0, "doctor finds nothing wrong")
+    pids = {"agent": service.agent.pid, "gatekeeper": min(service.gatekeepers())}
+    time.sleep(3)  # what is resident once it has settled
+    total = 0
+    for name, pid in pids.items():
+        kinds = {}
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+            words = line.split()
+            kinds[words[0].rstrip(":")] = int(words[1])
+        say(f"{name}_rss", kinds["Rss"] // 1024, "MiB")
+        say(f"{name}_pss", kinds["Pss"] // 1024, "MiB")
+        total += kinds["Rss"] // 1024
+    say("together_rss", total, "MiB")
+    need(total <= 96, "agent and gatekeeper within 96 MiB")
+    say("start_to_enforcing", f"{service.started_in:.2f}", "s")
+    need(service.started_in <= 3, "enforcing within 3 s")
+
+
+def fill(service: Service, place: Place) -> None:
+    """A limit to the byte, by cuMemAlloc and by cuMemCreate."""
+    for how, name in ((0, "cuMemAlloc"), (1, "cuMemCreate")):
+        limit = 4 * GIB
+        one = place.tenant(limit)
+        client = one.client()
+        client.ok("context")
+        eventually(lambda: not one.memory()["drift_bytes"], 5, "no drift")  # noqa: B023
+        before = one.memory()
+        sampler = Sampler(one)
+        sampler.start()
+        client.ok(f"fill {64 * MIB} {how}")
+        client.ok(f"fill {GRANULE} {how}")
+        time.sleep(1)
+        sampler.end({one.name: limit})
+        memory = one.memory()
+        say(f"{name}_left", limit - memory["used_bytes"], "bytes")
+        need(memory["peak_bytes"] <= limit, f"{name}: never beyond {limit} bytes")
+        need(limit - memory["used_bytes"] < GRANULE, f"{name}: less than a granule left")
+        need(memory["refused"] >= 2, f"{name}: refused")
+        grown = {k: memory[f"{k}_bytes"] - before[f"{k}_bytes"] for k in ("admitted", "witnessed")}
+        need(len(set(grown.values())) == 1, f"{name}: admitted and witnessed agree: {grown}")
+        say(f"{name}_ledger_minus_nvml", memory["used_bytes"] - nvml.bytes_of({client.pid}), "bytes")
+        need(abs(memory["used_bytes"] - nvml.bytes_of({client.pid})) <= GRANULE, f"{name}: ledger and NVML agree")
+        client.kill()
+
+
+TORCH = """
+import torch
+free, total = torch.cuda.mem_get_info()
+print("total", total)
+kept = []
+try:
+    while True:
+        kept.append(torch.empty(256 << 20, dtype=torch.uint8, device="cuda"))
+except torch.OutOfMemoryError as error:
+    print("oom after", len(kept), "x 256 MiB")
+del kept
+torch.cuda.empty_cache()
+weights = torch.randn(4096, 4096, device="cuda", requires_grad=True)
+loss = (weights @ weights).square().mean()
+loss.backward()
+torch.cuda.synchronize()
+print("then", bool(torch.isfinite(weights.grad).all()), torch.ones(1 << 28, device="cuda").sum().item() == 1 << 28)
+"""
+
+JAX = """
+import os
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.99"  # its own limit then lies beyond what the ledger leaves
+import jax, jax.numpy as jnp
+kept = []
+try:
+    while True:
+        kept.append(jnp.ones((256 << 18,), dtype=jnp.float32).block_until_ready())
+except Exception as error:
+    print("oom after", len(kept), "x 256 MiB:", type(error).__name__, str(error)[:60].replace(chr(10), " "))
+del kept
+print("then", float(jnp.ones((1024, 1024)).sum()) == 1024 * 1024)
+"""
+
+
+def framework(place: Place, name: str, program: str) -> str:
+    """Runs a program in a tenant of 8 GiB, watched by NVML."""
+    found = subprocess.run([PYTHON, "-c", f"import {name}"], capture_output=True, timeout=120, check=False)
+    if found.returncode:
+        raise Skip(f"{name} is not installed for {PYTHON}")
+    limit = 8 * GIB
+    one = place.tenant(limit)
+    script = one.folder / f"{name}_program.py"
+    script.write_text(program)
+    sampler = Sampler(one)
+    sampler.start()
+    said = one.run(f"{PYTHON} {script}", 300)
+    sampler.end({one.name: limit})
+    print(said)
+    print("\n".join((one.folder / "p1.err").read_text().splitlines()[-5:]))
+    memory = one.memory()
+    print({k: memory[k] for k in ("limit_bytes", "used_bytes", "peak_bytes", "refused")})
+    need("oom after" in said, f"{name} reports its own out-of-memory")
+    need("then True" in said, f"{name} goes on after it")
+    need(memory["refused"] >= 1, "refused by the ledger")
+    return said
+
+
+def torch(service: Service, place: Place) -> None:
+    """torch's own OutOfMemoryError, then a smaller allocation works."""
+    said = framework(place, "torch", TORCH)
+    need(f"total {8 * GIB}" in said, "torch sees the limit")
+
+
+def jax(service: Service, place: Place) -> None:
+    """JAX, which takes memory by cuMemCreate."""
+    framework(place, "jax", JAX)
+
+
+def pair(service: Service, place: Place) -> None:
+    """Two tenants fill their shares at the same moment."""
+    limits = (4 * GIB, 6 * GIB)
+    tenants = [place.tenant(limit) for limit in limits]
+    clients = [one.client() for one in tenants]
+    sampler = Sampler(*tenants)
+    sampler.start()
+    for client in clients:
+        client.send(f"fill {16 * MIB} 0")
+    for client in clients:
+        client.numbers(client.receive(120), "fill")
+    time.sleep(1)
+    sampler.end({one.name: limit for one, limit in zip(tenants, limits, strict=True)})
+    for one, limit in zip(tenants, limits, strict=True):
+        memory = one.memory()
+        need(memory["peak_bytes"] <= limit, f"{one.name}: peak {memory['peak_bytes']} within {limit}")
+        need(limit - memory["used_bytes"] < 16 * MIB, f"{one.name}: filled")
+
+
+def race(service: Service, place: Place) -> None:
+    """Two processes race for the last bytes, 1,000 rounds."""
+    one = place.tenant(4 * GIB)
+    (one.folder / "track").write_bytes(bytes(4096))
+    racers = [one.client(), one.client()]
+    for racer in racers:
+        racer.ok("context")
+    eventually(lambda: not one.memory()["drift_bytes"], 5, "no drift")
+    racers[0].ok(f"fill {GRANULE} 0")
+    racers[0].ok("drop 1")
+    for racer in racers:
+        racer.send(f"race {GRANULE} 2 1000")
+    results = [racer.numbers(racer.receive(120), "race") for racer in racers]
+    print(results)
+    need(sum(wins for wins, _ in results) == 1000 and not any(bad for _, bad in results), "one winner each time")
+    other_tenant = place.tenant(8 * GIB)
+    times = 100_000
+    fitting, *askers = [other_tenant.client() for _ in range(4)]
+    fitting.ok("context")
+    for asker in askers:
+        asker.ok("context")
+        asker.send(f"ask {64 * GIB} 0")
+    got, refused, other = fitting.ok(f"ask {MIB} {times}", 300)
+    need((got, refused, other) == (times, 0, 0), f"{times} requests that fit beside hopeless askers: {refused} refused")
+
+
+def kills(service: Service, place: Place) -> None:
+    """200 processes killed holding memory, the first thread gone in half of them."""
+    one = place.tenant(64 * GIB)
+    watcher = one.client()
+    watcher.ok("context")
+    eventually(lambda: not one.memory()["drift_bytes"], 5, "no drift")
+    free, worst, longest = watcher.ok("info")[0], 0.0, 0.0
+    for _ in range(4):
+        parent = one.client()
+        before, in_use = set(one.pids()), nvml.bytes_in_use()
+        parent.send(f"brood 50 {4 * MIB}")
+        need(parent.numbers(parent.receive(120), "brood") == [50], "50 processes hold memory")
+        for pid in set(one.pids()) - before:
+            os.kill(pid, 9)
+        begun = time.monotonic()
+        eventually(lambda most=in_use + GRANULE: nvml.bytes_in_use() <= most, 20, "the driver's end of them")
+        freed = time.monotonic()
+        eventually(lambda: watcher.ok("info")[0] >= free - GRANULE, 20, "released")
+        worst, longest = max(worst, time.monotonic() - freed), max(longest, freed - begun)
+        parent.ok("reap")
+        parent.kill()
+    say("driver_freed_in", f"{longest:.3f}", "s")
+    say("released_after", f"{worst:.3f}", "s")
+    need(worst < 1, "released within a second after the driver freed it")
+    eventually(lambda: len(one.view()["processes"]) == 1, 3, "no entry left")
+    drift = one.memory()["used_bytes"] - nvml.bytes_of({watcher.pid})
+    say("ledger_minus_nvml", drift, "bytes")
+    need(abs(drift) <= GRANULE, "ledger and NVML agree")
+    told = map(json.loads, fgpu("events", "--json").stdout.splitlines())
+    need(not [event for event in told if event["what"] == "adopted"], "nobody was taken for one from before")
+
+
+def restarts(service: Service, place: Place) -> None:
+    """Agent and gatekeeper killed and restarted 20 times under load."""
+    limit = 4 * GIB
+    one = place.tenant(limit)
+    fits, hopeless = one.client(), one.client()
+    for client in (fits, hopeless):
+        client.ok("context")
+    fits.send(f"ask {GRANULE} 0")
+    hopeless.send(f"ask {64 * GIB} 0")
+    for number in range(20):
+        service.kill_agent()
+        if number % 2:
+            service.kill_gatekeeper()
+        service.start_agent()
+        memory = one.memory()
+        assert memory["peak_bytes"] <= memory["limit_bytes"] == limit, memory
+    results = []
+    for client in (fits, hopeless):
+        client.send("context")
+        results.append(client.numbers(client.receive(), "ask"))
+        client.receive()
+    print(results)
+    need(results[0][0] > 0 and results[0][1:] == [0, 0], "the one that fits noticed nothing")
+    need(results[1][0] == 0 and results[1][2] == 0, "the hopeless one got nothing")
+    eventually(lambda: not one.memory()["drift_bytes"], 5, "no drift")
+    drift = one.memory()["used_bytes"] - nvml.bytes_of({fits.pid, hopeless.pid})
+    say("ledger_minus_nvml", drift, "bytes")
+    need(abs(drift) <= 2 * GRANULE, "ledger and NVML agree")
+
+
+def orphan(service: Service, place: Place) -> None:
+    """A process started while nobody is there gets out-of-memory, and memory once somebody is."""
+    one = place.tenant(4 * GIB)
+    one.assert_enforced()
+    service.kill_agent()
+    service.kill_gatekeeper()
+    client: Client = one.client()
+    said = client.do("context")
+    print(said)
+    need(said == REFUSED, "out-of-memory, never memory")
+    need(nvml.bytes_of({client.pid}) == 0, "nothing held")
+    service.start_agent()
+    eventually(lambda: client.do("context") == "ok", 5, "memory once there is a gatekeeper")
+    need(True, "memory once there is a gatekeeper")
+
+
+CLAIMS: dict[str, Callable[[Service, Place], None]] = {
+    claim.__name__: claim for claim in (start, views, runtimes, fill, torch, jax, pair, race, kills, restarts, orphan)
+}
+
+
+@contextlib.contextmanager
+def host() -> Iterator[tuple[Service, Place]]:
+    """An agent and a place, gone afterwards; an agent that an earlier claim left is detached first."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        service, place = Service(work), Place(work, "--pidns")
+        fgpu("detach", check=False)
+        for pid in service.gatekeepers():
+            os.kill(pid, 9)
+        try:
+            service.start_agent()
+            yield service, place
+        finally:
+            with contextlib.suppress(Exception):
+                place.close()
+            service.stop()
+            print("\n".join(service.log.read_text().splitlines()[-15:]))
+
+
+def main() -> int:
+    """One claim."""
+    if len(sys.argv) != 2 or sys.argv[1] not in CLAIMS:
+        print(f"usage: python -m bench.gpu.check {'|'.join(CLAIMS)}   (FGPU={shlex.join(FGPU)})", file=sys.stderr)
+        return 2
+    pynvml.nvmlInit()
+    try:
+        with host() as (service, place):
+            CLAIMS[sys.argv[1]](service, place)
+    except Skip as why:
+        print(f"SKIP {sys.argv[1]}: {why}")
+        return 0
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        print(f"FAIL {sys.argv[1]}: {error}")
+        return 1
+    print(f"PASS {sys.argv[1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""What claims on a real GPU are made with: numbers, needs, and the hands of the end-to-end tests."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+os.environ.setdefault("DRIVER_ROOT", "/")
+from bench.lib import nvml
+from tests.support import host
+from tests.support.host import MIB
+from tests.support.tenant import Tenant
+
+host.ENVIRONMENT = dict(os.environ)
+PYTHON = os.environ.get("TORCH_PYTHON", "python3")
+GRANULE = 2 * MIB
+MODULE = 128 * MIB  # what one lazily loaded module may take before it is charged
+
+
+def say(name: str, value: object, unit: str = "") -> None:
+    """One line: name value unit."""
+    print(f"{name} {value} {unit}".rstrip(), flush=True)
+
+
+def need(held: bool, what: str) -> None:
+    """A claim."""
+    if not held:
+        raise AssertionError(what)
+    print(f"ok   {what}", flush=True)
+
+
+class Skip(Exception):
+    """What this machine lacks."""
+
+
+class Sampler(threading.Thread):
+    """The most that NVML shows of each tenant, looked at every 10 ms."""
+
+    def __init__(self, *tenants: Tenant) -> None:
+        super().__init__(daemon=True)
+        self.tenants = tenants
+        self.most = dict.fromkeys((t.name for t in tenants), 0)
+        self.samples = 0
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.01):
+            for tenant in self.tenants:
+                self.most[tenant.name] = max(self.most[tenant.name], nvml.bytes_of(set(tenant.pids())))
+            self.samples += 1
+
+    def end(self, limits: dict[str, int]) -> None:
+        """Prints the most and the excess; more than a module load beyond a limit is a failure."""
+        self._ended.set()
+        self.join()
+        say("nvml_samples", self.samples)
+        for name, most in self.most.items():
+            say(f"{name}_nvml_most", most, "bytes")
+            say(f"{name}_nvml_excess", max(0, most - limits[name]), "bytes")
+            need(most <= limits[name] + MODULE, f"{name}: NVML never above the limit and a module load")

@@ -1,0 +1,300 @@
+"""A hostile tenant beside three honest ones for MINUTES, the second half under `onBypass: kill`.
+
+Prints `hostile_NAME VALUE UNIT`: operations of each kind (tried, done, killed, refused), what honest tenants were
+refused, their least share of a window of 2 s minus their part by weight, the pings of agent and gatekeeper, and for how
+long anything of the hostile tenant was uncharged, unnamed or above its limit. Writes build/bench/hostile.json; 1 where
+a bar is missed. The hostile tenant has the processor weight of a pod without requests (`cpu.shares` 2, `cpu.weight` 1)
+and runs at nice 19: fair processor time is the host's task, not fgpu's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import os
+import random
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.lib.hostile_books import compare
+from bench.lib.hostile_shares import Processors, Waits, Window, slicer_of, windows
+from bench.lib.tenants import record
+from tests.support.commands import ask
+from tests.support.host import BUILD, ENVIRONMENT, FGPU, GIB, SHIM, SIM, cgroup_root
+from tests.support.service import Service, compile_programs
+from tests.support.sim_driver import driver_dump
+from tests.support.wait import eventually
+
+WEIGHTS = (300, 200, 100)
+HOSTILE_WEIGHT = 100
+LIMIT = 2 * GIB
+MOST_MIB = 1024  # that an honest tenant allocates at a time; a context takes 518 MiB of its 2 GiB
+MOST_BYPASS_MIB = {"report": 700, "kill": 3072}  # under `report` nothing but the device bounds it
+POINTS, PING_SECONDS, LATE_SECONDS = 3.0, 0.1, 1.0
+COLUMNS = ("tried", "done", "killed", "refused")
+NEVER_DONE = {"control_done"}  # a tenant is to be refused there
+GROUP = "fgpu-hostile"
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: hostile}}
+spec:
+  selector: {{cgroup: ["{group}/tenant", "{group}/tenant/**"]}}
+  memory: {{limit: 2GiB}}
+  compute: {{weight: {weight}}}
+  onBypass: {on_bypass}
+"""
+
+
+def processor_cgroups(cgroup: Path) -> list[Path]:
+    """The cgroups that hold processor time of this tenant's, of both versions, made with the least weight."""
+    found = []
+    if (cgroup / "cpu.weight").exists():
+        (cgroup / "cpu.weight").write_text("1")
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, folder, kind, options, *_ = line.split()
+        if kind == "cgroup" and "cpu" in options.split(","):
+            found.append(Path(folder) / GROUP)
+            found[-1].mkdir(exist_ok=True)
+            (found[-1] / "cpu.shares").write_text("2")
+    return found
+
+
+class Lateness:
+    """For how long at a time something was so, by looks at it."""
+
+    def __init__(self) -> None:
+        self.since: dict[object, float] = {}
+        self.longest = 0.0
+
+    def look(self, found: Iterable[object], why: str) -> None:
+        """What is so now; `why` is printed where that is so for longer than ever, and too long."""
+        now = time.monotonic()
+        self.since = {one: self.since.get(one, now) for one in found}
+        longest = max([self.longest, *(now - since for since in self.since.values())])
+        if longest > max(self.longest, LATE_SECONDS):
+            print(f"# {longest:.2f} s: {why}", flush=True)
+        self.longest = longest
+
+
+class Run:
+    """The tenants, and what was seen."""
+
+    def __init__(self, service: Service, work: Path, seed: int) -> None:
+        self.service, self.work, self.random = service, work, random.Random(seed)
+        self.cgroup = cgroup_root() / GROUP / "tenant"
+        self.late = {name: Lateness() for name in ("uncharged", "unnamed", "above")}
+        self.pings: dict[str, list[float]] = {"agent": [], "gatekeeper": []}
+        self.operations: collections.Counter[str] = collections.Counter()
+        self.honest: list[subprocess.Popen[str]] = []
+        self.honest_pids: list[int] = []
+        self.waits: Waits | None = None
+        self.bypass_log = open(work / "bypasses", "a+", encoding="ascii")  # noqa: SIM115
+        self.bypasses: set[int] = set()  # processes that bypass, while the driver has them
+        self.left_out: list[str] = []  # kinds of acts
+
+    def start_honest(self) -> None:
+        """Three, each with its limit and weight."""
+        for n, weight in enumerate(WEIGHTS):
+            command = [*FGPU, "run", "--memory", f"{LIMIT}B", "--weight", str(weight), "--name", f"honest{n}", "--"]
+            command += [str(BUILD / "e2e/honest"), str(self.work / f"honest{n}"), str(MOST_MIB)]
+            command.append(str(self.random.randrange(1 << 30)))
+            pipe = subprocess.PIPE
+            self.honest.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=ENVIRONMENT))
+        for one in self.honest:
+            assert one.stdout
+            word, pid = one.stdout.readline().split()
+            assert word == "ready", "an honest tenant"
+            self.honest_pids.append(int(pid))
+        time.sleep(1)  # the slicer has run for longer than any other thread beside the gatekeeper's main one
+        tasks = [Path(f"/proc/{pid}/task/{pid}") for pid in self.honest_pids]
+        device = self.service._driver
+        assert device
+        tasks += [slicer_of(pid) for pid in self.service.gatekeepers()]
+        self.waits = Waits([*tasks, Path(f"/proc/{device.pid}/task/{device.pid}")])
+
+    def end_honest(self) -> list[list[int]]:
+        """Steps, tries, refused and wrong of each."""
+        if self.waits:
+            self.waits.end()
+        said = [one.communicate("", timeout=30)[0].split() for one in self.honest]
+        return [[int(word) for word in words[1:]] for words in said]
+
+    def attack(self, seconds: float, on_bypass: str) -> None:
+        """The hostile tenant for so long, looked at meanwhile."""
+        policy = POLICY.format(group=GROUP, weight=HOSTILE_WEIGHT, on_bypass=on_bypass)
+        (self.service.policies / "hostile.yaml").write_text(policy)
+        self.cgroup.mkdir(parents=True, exist_ok=True)
+        eventually(self._tenant, 10, "the policy")
+        time.sleep(1)
+        private = self.work / "libprivate.so.1"
+        shutil.copy(SIM / "lib/libcuda.so.1", private)
+        words = [BUILD / "e2e/hostile", self.random.randrange(1 << 30), seconds, self.work, self.cgroup, private]
+        words += [MOST_BYPASS_MIB[on_bypass], *self.left_out]
+        folders = [self.cgroup, *processor_cgroups(self.cgroup)]
+        into = "".join(f"echo $$ >{folder}/cgroup.procs; " for folder in folders)
+        enter = ["sh", "-c", f'{into}exec nice -n 19 "$@"', "sh", *map(str, words)]
+        environment = {**ENVIRONMENT, "LD_PRELOAD": str(SHIM)}
+        process = subprocess.Popen(enter, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+        try:
+            while process.poll() is None:
+                self._look(on_bypass == "kill")
+        finally:
+            process.kill()
+        assert process.stdout
+        for line in process.stdout:
+            name, *numbers = line.split()
+            for what, number in zip(COLUMNS, numbers, strict=False):
+                self.operations[f"{name}_{what}"] += int(number)
+                if on_bypass == "kill" and (name, what) == ("bypass", "killed"):
+                    self.operations["killed_under_kill"] += int(number)
+        assert process.wait() == 0, "the hostile program itself failed"
+
+    def _tenant(self) -> dict[str, Any] | None:
+        found = [t for t in ask(verb="snapshot")["tenants"] if t["path"] == f"/{GROUP}/tenant"]
+        return found[0] if found else None
+
+    def _look(self, is_kill: bool) -> None:
+        time.sleep(0.05)
+        self._ping()
+        self.bypasses |= {int(line) for line in self.bypass_log.readlines()}
+        books = driver_dump()
+        tenants = ask(verb="snapshot")["tenants"]
+        now = compare(books, tenants, f"/{GROUP}/tenant", self.honest_pids)
+        self.bypasses &= now.holding
+        unnamed, is_above = now.unnamed(self.bypasses), is_kill and now.used_bytes > LIMIT
+        self.late["uncharged"].look(now.uncharged, f"uncharged {set(now.uncharged)}: {now.text}")
+        self.late["unnamed"].look(unnamed, f"unnamed {unnamed} of which bypass {self.bypasses}: {now.text}")
+        self.late["above"].look({"bytes"} if is_above else (), f"above its limit: {now.text}")
+
+    def _ping(self) -> None:
+        begun = time.monotonic()
+        ask(verb="ping")
+        self.pings["agent"].append(time.monotonic() - begun)
+        begun = time.monotonic()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.settimeout(10)
+            sock.connect("/run/fgpu/shim/shim.sock")
+            sock.send(struct.pack("=IHH", 0x75706766, 3, 64) + bytes(56))
+            assert sock.recv(512), "the gatekeeper's answer"
+        self.pings["gatekeeper"].append(time.monotonic() - begun)
+
+    def windows(self, begun_ns: int, ended_ns: int) -> list[Window]:
+        """Every window of 2 s of each honest tenant."""
+        whole = sum(WEIGHTS) + HOSTILE_WEIGHT
+        records = [self.work / f"honest{n}" for n in range(len(WEIGHTS))]
+        assert self.waits
+        return windows(records, [weight / whole for weight in WEIGHTS], self.waits, begun_ns, ended_ns)
+
+
+def shares(found: list[Window], before: Processors) -> dict[str, tuple[float, str]]:
+    """The worst windows, and how long honest threads waited for a processor."""
+    idle, stolen = Processors.now().since(before)
+    worst = min(found, key=lambda one: one.ready_points)
+    wall = min(found, key=lambda one: one.points)
+    for n in range(len(WEIGHTS)):
+        one = min((one for one in found if one.program == n), key=lambda one: one.ready_points)
+        print(
+            f"# honest{n} at {one.at_seconds:.1f} s: {one.points:.1f} points, {one.ready_points:.1f} of the rest",
+            end="",
+        )
+        print(f"; without a processor {100 * one.waited:.1f} %, {100 * one.own_waited:.1f} its own thread")
+    return {
+        "hostile_least_share": (worst.ready_points, "points of the time with a processor"),
+        "hostile_least_share_wall": (wall.points, "points of all time"),
+        "hostile_waits_for_processors": (100 * sum(one.waited for one in found) / len(found), "%"),
+        "hostile_waits_for_processors_worst": (100 * max(one.waited for one in found), "%"),
+        "hostile_processors_idle": (idle, "%"),
+        "hostile_processors_stolen": (stolen, "%"),
+    }
+
+
+def report(run: Run, honest: list[list[int]], found: dict[str, tuple[float, str]]) -> int:
+    """All lines; 1 where a bar is missed."""
+    lines: dict[str, tuple[float, str]] = {f"hostile_{name}": (n, "") for name, n in run.operations.items()}
+    for n, name in enumerate(("steps", "tries", "refused", "wrong")):
+        lines[f"hostile_honest_{name}"] = (sum(one[n] for one in honest), "")
+    missed = [name for name in ("refused", "wrong") if lines[f"hostile_honest_{name}"][0]]
+    lines |= found
+    missed += ["share"] if found["hostile_least_share"][0] < -POINTS else []
+    for name, pings in run.pings.items():
+        p99 = sorted(pings)[len(pings) * 99 // 100]
+        lines[f"hostile_ping_{name}_p99"] = (1000 * p99, "ms")
+        lines[f"hostile_ping_{name}_worst"] = (1000 * max(pings), "ms")
+        missed += [f"ping_{name}"] if p99 > PING_SECONDS else []
+    for name, late in run.late.items():
+        lines[f"hostile_{name}_longest"] = (late.longest, "s")
+        missed += [name] if late.longest > LATE_SECONDS else []
+    missed += _not_done(run.operations) if not run.left_out else []
+    record("hostile", lines)
+    print(f"hostile_missed {' '.join(missed) or 'nothing'}")
+    return 1 if missed else 0
+
+
+def _not_done(operations: collections.Counter[str]) -> list[str]:
+    """Acts that did not come about, so that nothing was shown of them; and what was granted that must not be."""
+    wanted = [name for name in operations if name.endswith(("_tried", "_done")) and name not in NEVER_DONE]
+    wanted = [*(name for name in wanted if "accepted" not in name), "control_refused", "killed_under_kill"]
+    return [name for name in wanted if not operations[name]] + ["accepted"] * bool(operations["accepted_tried"])
+
+
+def leave_nothing(run: Run) -> None:
+    """Processes and cgroups of the tenants, whatever came of them."""
+    for one in run.honest:
+        one.kill()
+    with contextlib.suppress(OSError):
+        (run.cgroup / "cgroup.kill").write_text("1")
+        eventually(lambda: "populated 0" in (run.cgroup / "cgroup.events").read_text(), 10)
+    for root in (run.cgroup.parent, *processor_cgroups(run.cgroup)):
+        for inside, _, _ in os.walk(root, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(inside)
+
+
+def main() -> int:
+    """Reads the command line, runs both phases, prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("minutes", type=float, nargs="?", default=0.5)
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
+    parser.add_argument("--alone", action="store_true", help="without the hostile tenant: prints the shares, no more")
+    parser.add_argument("--without", metavar="KIND", action="append", default=[], help="leave this kind of acts out")
+    given = parser.parse_args()
+    print(f"hostile_seed {given.seed}", flush=True)
+    compile_programs()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        work.chmod(0o755)
+        service = Service(work)
+        run = Run(service, work, given.seed)
+        run.left_out = given.without
+        try:
+            service.start_driver("40GiB")  # so that contexts and bypasses under `report` leave room for the others
+            service.start_agent()
+            run.start_honest()
+            before, begun = Processors.now(), time.monotonic_ns()
+            for on_bypass in ("report", "kill"):
+                time.sleep(given.minutes * 30) if given.alone else run.attack(given.minutes * 30, on_bypass)
+            ended = time.monotonic_ns()
+            honest = run.end_honest()
+            found = shares(run.windows(begun, ended), before)
+            service.check()
+        finally:
+            leave_nothing(run)
+            service.stop()
+    if given.alone:
+        record("hostile_alone", {name.replace("hostile", "hostile_alone"): line for name, line in found.items()})
+        return 0
+    return report(run, honest, found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""A Docker of its own for long runs: containers that ask for a share and hold all of it, and a daemon that ends.
+
+Owns: its mount namespace, at most MOST containers, the daemon. When one does not start: AssertionError with what Docker
+says. Imports nothing of fgpu.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from tests.support.commands import ask
+from tests.support.containers import engines as kit
+from tests.support.host import GIB
+from tests.support.service import Service
+
+MOST = 3
+SHARE_BYTES, SHARE = 2 * GIB, "fgpu.dev/share=2gib"
+
+
+class Engine:
+    """Docker with CDI, where the agent looks for it."""
+
+    def __init__(self, service: Service, work: Path) -> None:
+        """`work`: the folder of the service, in which Docker's socket is the one that the agent asks."""
+        self.names: list[str] = []
+        self._number = 0
+        with contextlib.ExitStack() as closing:
+            cave = kit.Cave(work, service.cdi)
+            closing.callback(cave.close)
+            self._docker = kit.NewerDocker(cave, work)
+            closing.callback(self._docker.close)
+            assert service.engine == work / "docker.sock"
+            self._docker.load(kit.make_root(work / "image"), "plain")
+            self._closing = closing.pop_all()
+
+    def start(self) -> None:
+        """One container more; where there are enough, the oldest goes first."""
+        if len(self.names) >= MOST:
+            self._docker.remove(self.names.pop(0))
+        self._number += 1
+        name = f"soak-{self._number}"
+        self.names.append(name)
+        done = self._docker.run(name, "--device", SHARE, command=f"{kit.HOLD} 3600")
+        assert done.returncode == 0, done.stderr
+
+    def restart(self, is_killed: bool) -> None:
+        """The daemon ends by SIGTERM or SIGKILL and is started again; its containers end with it."""
+        self._docker.end(is_killed)
+        self._docker.begin()
+        self._remove_all()
+
+    def wrong(self) -> list[str]:
+        """Containers that the agent does not know by their names, with their limit and no more than that, in use."""
+        shown = {tenant["tenant"]: tenant for tenant in ask(verb="snapshot")["tenants"]}
+        return [name for name in self.names if not _is_held(shown.get(name))]
+
+    def close(self) -> None:
+        """Containers and daemon end."""
+        self._remove_all()
+        self._closing.close()
+
+    def _remove_all(self) -> None:
+        while self.names:
+            self._docker.remove(self.names.pop())
+
+
+def _is_held(tenant: dict[str, Any] | None) -> bool:
+    if tenant is None:
+        return False
+    (device,) = tenant["devices"]
+    return bool(device["limit_bytes"] == device["used_bytes"] == SHARE_BYTES)

@@ -1,0 +1,66 @@
+"""When processes entered and left a function of libcuda for the first time: `/usr/bin/python3 -I inside.py NAME`.
+
+Says "ready"; answers every line of stdin with a line of JSON, {pid: [entered_ns, left_ns]} by CLOCK_MONOTONIC, of all
+since the last. Its own programs, on the driver's own function: what stands before it in a process is outside.
+"""
+
+from __future__ import annotations
+
+import _ctypes
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+
+# Programs with the stub headers of bpf/include alone: the host may have none of its kernel.
+os.environ["BCC_KERNEL_SOURCE"] = str(Path(__file__).resolve().parents[2] / "bpf")
+TEXT = """
+struct span { u64 entered_ns, left_ns; };
+BPF_HASH(spans, u32, struct span, 65536);
+
+int enters(void *context)
+{
+    u32 pid = bpf_get_current_pid_tgid() >> 32;
+    struct span span = {bpf_ktime_get_ns(), 0};
+    spans.insert(&pid, &span);
+    return 0;
+}
+
+int leaves(void *context)
+{
+    u32 pid = bpf_get_current_pid_tgid() >> 32;
+    struct span *span = spans.lookup(&pid);
+    if (span && !span->left_ns) span->left_ns = bpf_ktime_get_ns();
+    return 0;
+}
+"""
+
+
+def driver() -> str:
+    """The file that a program of this environment gets as libcuda.so.1. Raises OSError."""
+    library = ctypes.CDLL("libcuda.so.1")
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return next(line.split(maxsplit=5)[5] for line in lines if "/libcuda.so" in line)
+    finally:
+        _ctypes.dlclose(library._handle)
+
+
+def main() -> None:
+    """Until stdin ends."""
+    from bcc import BPF  # type: ignore[import-untyped,unused-ignore]
+
+    programs, path = BPF(text=TEXT, cflags=["-Wno-everything"]), driver()
+    programs.attach_uprobe(name=path, sym=sys.argv[1], fn_name="enters")
+    programs.attach_uretprobe(name=path, sym=sys.argv[1], fn_name="leaves")
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        spans = programs["spans"]
+        print(json.dumps({pid.value: [span.entered_ns, span.left_ns] for pid, span in spans.items()}), flush=True)
+        spans.clear()
+    os._exit(0)  # the kernel detaches: BCC does not where no tracefs is mounted
+
+
+if __name__ == "__main__":
+    main()

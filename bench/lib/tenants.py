@@ -1,0 +1,135 @@
+"""What several benchmarks need of the service: its word, programs in tenants, the file with the figures.
+
+Owns nothing that outlives a `with`. Never imports anything of fgpu. When it fails: BenchError with why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.lib.service import FGPU, ROOT, BenchError
+
+RUN = Path("/run/fgpu")
+PATIENCE_SECONDS = 120.0  # a framework's start on a busy machine
+
+
+def ask(**request: Any) -> Any:
+    """One request on the control socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(10)
+        sock.connect(str(RUN / "control.sock"))
+        sock.sendall(json.dumps(request).encode() + b"\n")
+        answer = json.loads(b"".join(iter(lambda: sock.recv(1 << 16), b"")))
+    if "ok" not in answer:
+        raise BenchError(f"{request}: {answer}")
+    return answer["ok"]
+
+
+def memory_of(name: str) -> dict[str, Any]:
+    """Limit, used, peak, refused and so on, of a tenant's device 0, at this moment."""
+    for tenant in ask(verb="snapshot")["tenants"]:
+        if tenant["tenant"] == name:
+            return dict(tenant["devices"][0])
+    raise BenchError(f"no tenant {name}")
+
+
+def service_pids() -> dict[str, int]:
+    """Agent and gatekeeper."""
+    lock = RUN / "gatekeeper.lock"
+    return {"agent": int(ask(verb="ping")["pid"]), "gatekeeper": int(lock.read_text())}
+
+
+def cpu_ms(pid: int) -> float:
+    """Processor time of a process so far, all its threads, in milliseconds, by the scheduler's own account."""
+    return time.clock_gettime_ns((~pid << 3) | 2) / 1e6  # as clock_getcpuclockid(3) makes it; /proc has hundredths
+
+
+def children_ms(pid: int) -> int:
+    """Processor time of a process's children that have ended, in milliseconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[13]) + int(fields[14])) * 1000 // os.sysconf("SC_CLK_TCK")
+
+
+def cgroup_root() -> Path:
+    """Where cgroup v2 is mounted."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == "cgroup2":
+            return Path(fields[1])
+    raise BenchError("no cgroup v2 here")
+
+
+class Program:
+    """A program, in a tenant if there is a limit, that one talks to by lines."""
+
+    def __init__(self, command: list[str], limit: int | None = None, name: str = "") -> None:
+        self.name = name or Path(command[0]).name
+        self._cgroup = None if limit is None else cgroup_root() / "fgpu" / name
+        run = [] if limit is None else [*FGPU, "run", "--memory", f"{limit}B", "--name", name, "--"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen([*run, *command], stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True)
+        self._left = b""
+
+    def say(self, line: str) -> None:
+        """One line to its stdin; whether it is there is told by what it answers."""
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(line.encode() + b"\n")
+
+    def hear(self, seconds: float = PATIENCE_SECONDS) -> str:
+        """One line of its stdout. BenchError: it ended, or said nothing in time."""
+        assert self.process.stdout
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._left:
+            if not select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise BenchError(f"{self.name} says nothing within {seconds:.0f} s")
+            data = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not data:
+                raise BenchError(f"{self.name} ended: {self._left.decode(errors='replace')}")
+            self._left += data
+        line, self._left = self._left.split(b"\n", 1)
+        return line.decode()
+
+    def end(self) -> None:
+        """Closes its stdin and waits; what does not end, or has children that do not, is killed. No cgroup stays."""
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream
+            stream.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+        if self._cgroup:
+            with contextlib.suppress(OSError):  # the agent may have been faster
+                self._cgroup.rmdir()
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[list[Program]]:
+    """A list of programs that all end with it."""
+    programs: list[Program] = []
+    try:
+        yield programs
+    finally:
+        for program in programs:
+            program.end()
+
+
+def record(name: str, lines: Mapping[str, tuple[float, str]]) -> None:
+    """Prints `name value unit`, and writes build/bench/NAME.json."""
+    for line, (value, unit) in lines.items():
+        print(f"{line} {value:.2f} {unit}" if isinstance(value, float) else f"{line} {value} {unit}", flush=True)
+    out = ROOT / f"build/bench/{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({line: {"value": v, "unit": u} for line, (v, u) in lines.items()}, indent=1) + "\n")

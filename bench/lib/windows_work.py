@@ -1,0 +1,128 @@
+"""A program with torch that counts its steps in windows of time: says "ready" or "- WHY", then answers lines of stdin.
+
+`WHAT SECONDS START_NS`: from that moment of CLOCK_MONOTONIC on it does steps of that kind, and prints the number of
+steps that were done in each window of WINDOW_SECONDS, as a list. It knows nothing of fgpu.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+WINDOW_SECONDS = 2
+LONG_PAUSES = 0.1  # of the pauses of `think` are long
+Step = Callable[[], None]
+
+
+def training(torch: Any, end: Callable[[Any, int], None]) -> Step:
+    """Return a step of a training: 8 x Linear(2048), batch 512. `end` is called with its loss and its number."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048) for _ in range(8)]).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    inputs, number = torch.randn(512, 2048, device="cuda"), 0
+
+    def step() -> None:
+        nonlocal number
+        number += 1
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        optimizer.step()
+        end(loss, number)
+
+    return step
+
+
+def inference(torch: Any) -> Step:
+    """Return an inference of a small model, which waits for the result."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(256, 256), torch.nn.ReLU()] * 3).cuda().eval()
+    inputs = torch.randn(16, 256, device="cuda")
+
+    def step() -> None:
+        with torch.inference_mode():
+            model(inputs)
+        torch.cuda.synchronize()
+
+    return step
+
+
+def decoding(torch: Any) -> Step:
+    """Return a step like that of a language model: one graph a token, batch 1, and the token is read."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(4096, 4096) for _ in range(48)]).cuda().half().eval()
+    inputs, stream = torch.randn(1, 4096, device="cuda").half(), torch.cuda.Stream()
+    with torch.inference_mode():
+        with torch.cuda.stream(stream):
+            model(inputs)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = model(inputs)
+
+    def step() -> None:
+        graph.replay()
+        output[0, 0].item()
+
+    return step
+
+
+def kinds(torch: Any) -> dict[str, Step]:
+    """Return the steps by name."""
+    chance = random.Random(2)
+
+    def pause() -> None:
+        torch.cuda.synchronize()
+        is_long = chance.random() < LONG_PAUSES
+        time.sleep(chance.uniform(0.001, 0.005) if is_long else chance.uniform(0.00001, 0.0005))
+
+    return {
+        "each": training(torch, lambda *_: torch.cuda.synchronize()),
+        "tenth": training(torch, lambda _, number: torch.cuda.synchronize() if number % 10 == 0 else None),
+        "item": training(torch, lambda loss, _: loss.item()),
+        "think": training(torch, lambda *_: pause()),
+        "small": inference(torch),
+        "llm": decoding(torch),
+    }
+
+
+def counted(step: Step, seconds: float, start_ns: int) -> list[int]:
+    """Return the number of steps that were done in each window."""
+    found = [0] * int(seconds / WINDOW_SECONDS)
+    time.sleep(max(0.0, (start_ns - time.monotonic_ns()) / 1e9))
+    while True:
+        step()
+        window = int((time.monotonic_ns() - start_ns) / 1e9 / WINDOW_SECONDS)
+        if window >= len(found):
+            return found
+        found[window] += 1
+
+
+def main() -> int:
+    """Until stdin ends."""
+    try:
+        import torch
+    except ImportError as error:
+        print(f"- {error}", flush=True)
+        return 0
+    if not torch.cuda.is_available():
+        print("- no device for torch", flush=True)
+        return 0
+    steps = kinds(torch)
+    for step in steps.values():
+        for _ in range(30):
+            step()
+    torch.cuda.synchronize()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        what, seconds, start_ns = line.split()
+        found = counted(steps[what], float(seconds), int(start_ns))
+        torch.cuda.synchronize()
+        print(json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

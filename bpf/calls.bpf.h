@@ -1,0 +1,107 @@
+/* calls.bpf.h: the probes of the driver's functions: a call begins, and a call returns. */
+
+static int same_call(struct fgpu_call *a, struct fgpu_call *b)
+{
+    return a->function == b->function && a->arguments[0] == b->arguments[0] && a->arguments[1] == b->arguments[1];
+}
+
+/* Return whether an admission is for a call. Pool bytes are committed at once, and no call settles them. */
+static int is_for_a_call(struct fgpu_admission *a) { return a->ticket && a->kind != FGPU_POOL; }
+
+/* Move what a thread was admitted into its call. */
+static void take_over(struct fgpu_admission *a, struct fgpu_call *f)
+{
+    if (granted(a->verdict)) {
+        f->bytes = a->bytes;
+        f->device = a->device & DEVICE_MASK;
+        f->admitted = 1;
+    }
+    a->ticket = 0;
+    a->bytes = 0;
+}
+
+static void entered(struct pt_regs *ctx, struct fgpu_process *p, u32 tgid, struct fgpu_thread *t)
+{
+    u64 cookie = bpf_get_attach_cookie(ctx);
+    struct fgpu_call now = {.function = cookie & FGPU_FUNCTION_MASK};
+    now.arguments[0] = PT_REGS_PARM1(ctx);
+    now.arguments[1] = PT_REGS_PARM2(ctx);
+    now.arguments[2] = PT_REGS_PARM4(ctx); /* of a mapping: the handle; of a pitched allocation: the height */
+    int settles = is_for_a_call(&t->admission) && takes(now.function);
+    if (UNLIKELY(t->call.function)) {
+        /* A second probe on one file, or a call that was left by longjmp and made again: the old entry serves. */
+        if (!settles && same_call(&t->call, &now)) return;
+        give_up(p, tgid, &t->call); /* a call left by longjmp */
+    }
+    u64 any = p->generation, bytes = forget(asked_bytes(ctx, &now, any), any); /* each function leaves other values */
+    now.function = forget(now.function, any);
+    now.device = forget(now.device, any);
+    if (settles) take_over(&t->admission, &now);
+    if (now.device >= FGPU_DEVICES) now.device = p->last_device & DEVICE_MASK;
+    if (frees(now.function))
+        take_entry(p, tgid, &now, is_trusted(cookie));
+    else
+        cover(p, &now, bytes, 0);
+    if (now.function == FGPU_FUNCTION_RETAIN) __sync_fetch_and_add(&on(p, now.device)->retained, 1);
+    t->call = now;
+}
+
+int call_enter(struct pt_regs *ctx)
+{
+    u64 id = bpf_get_current_pid_tgid();
+    u32 tgid = id >> 32;
+    struct held unused;
+    struct fgpu_process *p = own_process(&tgid, &unused);
+    struct fgpu_thread *t = p ? own_thread(p, id) : 0;
+    own_stack(ctx);
+    hit(bpf_get_attach_cookie(ctx) & FGPU_FUNCTION_MASK);
+    if (UNLIKELY(!p) && processes.lookup(&tgid)) anomaly(FGPU_ANOMALY_LOST);
+    if (!t) return 0;
+    if (!(p->flags & FGPU_SEEN_CALL)) note(p, FGPU_SEEN_CALL);
+    busy(p, t);
+    entered(ctx, p, tgid, t);
+    return 0;
+}
+
+#define OUT_OF_MEMORY 2 /* CUDA_ERROR_OUT_OF_MEMORY */
+
+/* Report a call that succeeded without an admission, or with a smaller one. A call that fails (after a fork, without a
+ * context) is no bypass. The event is sent once for a process; it counts as told only if it was sent. */
+static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
+{
+    note(p, FGPU_SEEN_BYPASS);
+    anomaly(FGPU_ANOMALY_BYPASS);
+    if (p->flags & FGPU_TOLD_BYPASS) return;
+    if (tell_urgently(page_of(p->levels[0]), FGPU_NEWS_BYPASS, f->device, f->uncovered, operation_of(f), 0))
+        note(p, FGPU_TOLD_BYPASS);
+}
+
+int call_return(struct pt_regs *ctx)
+{
+    u64 id = bpf_get_current_pid_tgid();
+    u32 tgid = id >> 32;
+    struct fgpu_thread *t = threads.lookup(&id);
+    own_stack(ctx);
+    u64 cookie = bpf_get_attach_cookie(ctx);
+    if (!t || !t->call.function || t->call.function != (cookie & FGPU_FUNCTION_MASK)) return 0;
+    struct fgpu_call f = t->call;
+    struct fgpu_process *p = owner_of(&tgid);
+    if (!p || p->state != READY || t->open != p->generation) return 0; /* charged to an earlier life */
+    t->call.function = FGPU_FUNCTION_NONE;
+    if (!UNLIKELY((u32)PT_REGS_RC(ctx))) {
+        struct fgpu_allocation_key key = {.tgid = tgid, .generation = p->generation};
+        struct outcome out = {};
+        cover(p, &f, late_bytes(p, &f), 1);
+        if (!is_trusted(cookie)) distrust(p, f.function);
+        out.freed = settle(p, &f, &key, &out, is_trusted(cookie));
+        if (out.new) keep(p, &key, out.bytes, f.device, out.owner);
+        release(p, f.device, out.freed);
+        orphan_part(p, tgid, f.device, out.orphaned);
+        if (UNLIKELY(f.uncovered)) name_bypass(p, &f);
+    } else {
+        if ((u32)PT_REGS_RC(ctx) == OUT_OF_MEMORY && f.bytes) device_full(p, f.device, operation_of(&f), f.bytes);
+        put_back(p, tgid, &f);
+    }
+    quiet(p, t);
+    return 0;
+}

@@ -1,0 +1,91 @@
+"""Under `onBypass: kill`, kills processes of a tenant beyond its limit whose memory no probe has seen allocated.
+
+The kernel's programs kill a process in a call that they see. Memory allocated through a driver library without probes
+is visible in NVML alone, so the agent kills then. Runs in the agent's main loop, once a round; needs the capability
+KILL.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.agent.nvml_reconcile import Truth
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.unwitnessed_memory import Unwitnessed
+from fgpu_ebpf.tenancy.enforcer import Enforcer
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.tenant import Tenant
+
+
+class BypassKiller:
+    """Kills bypassing processes. `truth` returns the last result of NVML."""
+
+    def __init__(
+        self,
+        truth: Callable[[], Truth],
+        ledger: Ledger,
+        enforcer: Enforcer,
+        unwitnessed: Unwitnessed,
+        history: EventLog,
+    ) -> None:
+        self._truth = truth
+        self._ledger = ledger
+        self._enforcer = enforcer
+        self._unwitnessed = unwitnessed
+        self._history = history
+        self._last: Truth | None = None
+
+    def look(self) -> None:
+        """Kill once for each new result of NVML, so that the ledger agrees with the device."""
+        truth, kills = self._truth(), [tenant for tenant in self._enforcer if self._kills(tenant)]
+        if truth is self._last or not kills:
+            return
+        self._last = truth
+        beyond = self._unwitnessed.find(truth.processes, truth.orphans)
+        for tenant in kills:
+            for device in self._beyond_limit(tenant):
+                self._kill_those_of(tenant, device, truth, beyond)
+
+    def _kill_those_of(self, tenant: Tenant, device: int, truth: Truth, beyond: Mapping[tuple[int, int], int]) -> None:
+        for pid, process in truth.processes.items():
+            is_seen = process.flags & (abi.Seen.SHIM | abi.Seen.CALL)
+            bytes_ = beyond.get((pid, device), 0) if is_seen else process.bytes[device]
+            if tenant.cgroup in process.levels and bytes_ and self._kill(pid, process.generation):
+                self._report(tenant, pid, device, bytes_)
+
+    def _kills(self, tenant: Tenant) -> bool:
+        return tenant.kill and not tenant.observe and not self._enforcer.spares(tenant)
+
+    def _beyond_limit(self, tenant: Tenant) -> list[int]:
+        """Return the devices on which a tenant is charged more than its limit."""
+        found = self._ledger.usage(tenant.cgroup) or []
+        return [d for d, u in enumerate(found) if u.limit != abi.NO_LIMIT and u.used > u.limit]
+
+    def _kill(self, pid: int, generation: int) -> bool:
+        """Kill a process by its pidfd, which stays its own, if the ledger's entry is still the same once it is open.
+
+        Returns whether it was killed.
+        """
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return False
+        try:
+            now = self._ledger.process(pid)
+            if now is None or now.generation != generation:
+                return False
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        except OSError:
+            return False
+        finally:
+            os.close(pidfd)
+        return True
+
+    def _report(self, tenant: Tenant, pid: int, device: int, bytes_: int) -> None:
+        self._history.add(
+            "killed", tenant=tenant.name, pid=pid, gpu=device, bytes=bytes_, reason="onBypass",
+            text="memory that no probe has seen allocated, beyond the limit",
+        )  # fmt: skip

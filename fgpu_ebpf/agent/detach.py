@@ -1,0 +1,102 @@
+"""`fgpu detach`: removes what fgpu has left on the host.
+
+Runs in the agent, or in the command if no agent runs. It leaves what an engine's settings name (`fgpu setup --undo`
+must come first), versions of the shim that processes have mapped, and what was measured of the driver. OSError: part of
+it is left; the next call removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from fgpu_ebpf.agent import gatekeeper_process
+from fgpu_ebpf.containers import engine_setup, injection, run
+from fgpu_ebpf.driver import attach, cuda_mappings, other_layouts, programs, shim_store
+from fgpu_ebpf.linux import clear_path, file_locks, procfs
+from fgpu_ebpf.policy import last_good
+from fgpu_ebpf.tenancy import tenant_names
+from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
+from fgpu_ebpf.workloads import shim_mounts
+from fgpu_ebpf.workloads.cgroups import Workloads
+
+NAMES, TENANT_NAMES = "engines.json", tenant_names.FILE
+_FILES = (
+    *("shim/shim.sock", "control.sock", "discover.sock", "ld.so.preload", "overrides.json", "overrides.json.bad"),
+    *(
+        NAMES,
+        PreexistingProcesses.FILE,
+        "gatekeeper.json",
+        file_locks.GATEKEEPER,
+        file_locks.NEXT,
+        TENANT_NAMES,
+        "xids.json",
+    ),
+)
+
+
+def take_away(run_dir: Path, pins: Path, by_agent: bool = False) -> None:
+    """Remove pins, probes and set-up files, and end the gatekeeper.
+
+    Args:
+        by_agent: the caller is the agent, which holds the agent's lock.
+    """
+    gatekeeper_process.end_any(run_dir)
+    _cgroups()
+    for folder in (pins, *other_layouts.folders(pins)):
+        attach.detach(folder)
+    _remove_empty(pins.parent)
+    programs.unmount_made()
+    shim = injection.take_away(run_dir)
+    run.remove_created_preload(run_dir)
+    if shim:
+        _published(shim)
+    last_good.FILE.unlink(missing_ok=True)
+    for name in _FILES:
+        (run_dir / name).unlink(missing_ok=True)
+        clear_path.remove_moved(run_dir / name)
+    if by_agent or not file_locks.is_locked(run_dir / file_locks.AGENT):
+        (run_dir / file_locks.AGENT).unlink(missing_ok=True)
+    _leave(run_dir / "shim")
+    _remove_empty(run_dir)
+
+
+def _cgroups() -> None:
+    """Remove empty cgroups of `fgpu run`; a later agent removes the others when their programs have ended."""
+    root = procfs.cgroup2_root()
+    if root is None:
+        return
+    workloads = Workloads(root)
+    for path in workloads.own():
+        workloads.remove(path)
+
+
+def _published(shim: Path) -> None:
+    """Remove the store of this shim and the helper, unless an engine's settings or a process needs them."""
+    store = shim.parent.parent
+    if any(engine_setup.STATE.glob("*.json")):
+        return
+    mapped = {(m.dev, m.ino) for pid in procfs.pids() for m in cuda_mappings.fgpu_mappings(pid) or ()}
+    if shim_store.remove(store, mapped):
+        shutil.rmtree(injection.BIN, ignore_errors=True)
+    for folder in (store, engine_setup.STATE, store.parent):
+        _remove_empty(folder)
+
+
+def _leave(folder: Path) -> None:
+    """Leave the shim's folder to containers that have it mounted, so that the next agent uses the same one.
+
+    The sticky bit tells shims not to wait for an answer. The gatekeeper clears it; a reboot removes the folder.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        folder.chmod(0o1755)
+    if not shim_mounts.is_mounted(folder):
+        _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder, unless something is in it or it is mounted."""
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)

@@ -1,0 +1,167 @@
+"""The supervisor of the gatekeeper process: starts one if there is none, and ends it with the agent.
+
+Runs in the agent's main loop; `check` runs in `fgpu doctor`. A gatekeeper that a service runs is only ended by
+`fgpu detach` or a change of the layout. One that dies is replaced within a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.linux import file_locks, malloc
+
+log = logging.getLogger("fgpu.agent")
+UP_SECONDS = 5.0
+PATIENCE_SECONDS = 2.0  # the same as a shim's
+HANG_UP_SECONDS = 0.5  # a gatekeeper that does not understand a hello closes the connection when it reads the hello
+ABSENT = Check(
+    "gatekeeper", False, "not running: new programs are refused memory",
+    "the agent starts another within a second, or systemctl restart fgpu-gatekeeper",
+)  # fmt: skip
+OWN_SECONDS, OTHERS_SECONDS = 0.5, 1.0  # time without a gatekeeper until the agent starts one: its own, a service's
+
+
+class GatekeeperProcess:
+    """Starts and ends the agent's own gatekeeper, of which there is at most one."""
+
+    def __init__(self, run_dir: Path, pins: Path) -> None:
+        self._run_dir, self._lock = run_dir, run_dir / file_locks.GATEKEEPER
+        # -P: else Python would search modules first in the folder in which the agent was started, of any owner.
+        module = [sys.executable, "-P", "-m", "fgpu_ebpf.gatekeeper"]
+        self._command = [*module, "--stand-in", "--run-dir", str(run_dir), "--pins", str(pins)]
+        self._child: subprocess.Popen[bytes] | None = None
+        self._seen = 0.0  # when a gatekeeper was last seen
+        self.is_missed = False  # set by keep()
+
+    def start(self, layout_changed: bool = False) -> None:
+        """Start a gatekeeper, unless a service's or an earlier agent's runs.
+
+        Args:
+            layout_changed: a running gatekeeper may be of a version that understands no hello of this version's shims.
+            Such
+                a one is ended, and its service starts another.
+        """
+        self._seen = time.monotonic()
+        if layout_changed and file_locks.is_locked(self._lock) and _hangs_up(self._run_dir / "shim/shim.sock"):
+            log.warning("the gatekeeper is of a version with another layout: ending it")
+            end_any(self._run_dir)
+        if file_locks.is_locked(self._lock):
+            return
+        environment = {"PATH": os.defpath, "PYTHONPATH": str(Path(__file__).parents[2]), **malloc.ENVIRONMENT}
+        self._child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, env=environment)
+
+    def keep(self) -> None:
+        """Start a gatekeeper if there is none. If a service ran one, the service has OTHERS_SECONDS to restart it."""
+        own, was_missed = self._child and self._child.poll() is None, self.is_missed
+        self.is_missed = not own and not file_locks.is_locked(self._lock)
+        if not self.is_missed or not (was_missed or self._child):  # a service's may have run until a moment ago
+            self._seen = time.monotonic()
+        if not self.is_missed:
+            return
+        if time.monotonic() - self._seen < (OWN_SECONDS if self._child else OTHERS_SECONDS):
+            return
+        log.warning("the gatekeeper is gone: starting another")
+        self.start()
+
+    def wait(self) -> bool:
+        """Wait until a gatekeeper answers. Returns False if none does within UP_SECONDS."""
+        deadline = time.monotonic() + UP_SECONDS
+        while not self.answers():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
+
+    def answers(self) -> bool:
+        """Return whether a gatekeeper holds its lock and accepts connections at its socket."""
+        return is_up(self._run_dir) and _accepts(self._run_dir / "shim/shim.sock")
+
+    def stop(self) -> None:
+        """End the agent's own gatekeeper."""
+        if self._child is None or self._child.poll() is not None:
+            return
+        self._child.terminate()
+        try:
+            self._child.wait(2.0)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+
+def check(run_dir: Path) -> Check:
+    """Check that a gatekeeper runs and answers, by the hello of a shim."""
+    lock = run_dir / file_locks.GATEKEEPER
+    if not file_locks.is_locked(lock):
+        return ABSENT
+    pid = file_locks.holder(lock)
+    if not _answers_hello(run_dir / "shim/shim.sock"):
+        silent = f"pid {pid} does not answer within {PATIENCE_SECONDS:g} s: new programs are refused memory"
+        return Check("gatekeeper", False, silent, f"kill -9 {pid}: {ABSENT.mend}")
+    return Check("gatekeeper", True, f"pid {pid}")
+
+
+def _answers_hello(place: Path) -> bool:
+    """Say hello as an unmanaged process, or as a tenant's that keeps none of the pages."""
+    hello = abi.Hello(magic=abi.MAGIC, version=abi.LAYOUT, size=ctypes.sizeof(abi.Hello))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(PATIENCE_SECONDS)
+        try:
+            sock.connect(str(place))
+            sock.send(bytes(hello))
+            return bool(sock.recv(4096))
+        except OSError:
+            return False
+
+
+def _hangs_up(place: Path) -> bool:
+    """Return True if the gatekeeper closes the connection at a hello of this layout; False if it does not."""
+    hello = abi.Hello(magic=abi.MAGIC, version=abi.LAYOUT, size=ctypes.sizeof(abi.Hello))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(HANG_UP_SECONDS)
+        try:
+            sock.connect(str(place))
+            sock.send(bytes(hello))
+            return not sock.recv(4096)
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+
+
+def _accepts(place: Path) -> bool:
+    """Return whether a process listens at a socket; none does at a folder, or at what a dead process left."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(str(place))
+        except BlockingIOError:  # a listener with a full queue
+            return True
+        except OSError:
+            return False
+        return True
+
+
+def is_up(run_dir: Path) -> bool:
+    """Return True if a gatekeeper holds its lock and its socket; `check` finds out whether it answers."""
+    # Strings: see is_locked.
+    return file_locks.is_locked(f"{run_dir}/{file_locks.GATEKEEPER}") and os.path.exists(f"{run_dir}/shim/shim.sock")
+
+
+def end_any(run_dir: Path) -> None:
+    """End whichever gatekeeper holds the lock, also an earlier agent's, because it would create its folder again."""
+    lock, deadline = run_dir / file_locks.GATEKEEPER, time.monotonic() + UP_SECONDS
+    with contextlib.suppress(OSError):
+        while (pid := file_locks.holder(lock)) and file_locks.is_locked(lock) and time.monotonic() < deadline:
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.02)

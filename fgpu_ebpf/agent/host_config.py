@@ -1,0 +1,74 @@
+"""`/etc/fgpu/agent.yaml`: the settings of this host, and their defaults.
+
+Used by `daemon`, `fgpu doctor` and `fgpu cdi`. A file that others than root may write is refused, because the settings
+name the program that loads BPF.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fgpu_ebpf.containers.cdi import FOLDER as CDI_FOLDER
+from fgpu_ebpf.driver.xids import OF_PROGRAMS
+from fgpu_ebpf.ledger.owner_bounds import Bounds
+from fgpu_ebpf.policy import trusted_file
+from fgpu_ebpf.policy.folder import FOLDER
+from fgpu_ebpf.policy.share_name import USUAL
+from fgpu_ebpf.policy.yaml_document import Fault, FaultError
+from fgpu_ebpf.tenancy.profiles import Profile
+
+FILE = Path("/etc/fgpu/agent.yaml")
+ENGINES = (
+    "docker:/run/docker.sock",
+    "podman:/run/podman/podman.sock",
+    "cri:/run/containerd/containerd.sock",
+    "cri:/run/crio/crio.sock",
+    "cri:/run/cri-dockerd.sock",
+    "cri:/run/k3s/containerd/containerd.sock",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HostSettings:
+    """The settings of a host.
+
+    `overcommit`: limits may sum past a device. `loader`: the interpreter that can import BCC, and its arguments.
+    `engines`: engines to ask for labels, as KIND:SOCKET. `profiles`: shares that a device plugin offers.
+    `ignored_xids`: XIDs after which a device is still offered. `trusted_drivers`: digests of files, as `sha256:…`.
+    `bounds`: how much of shared tables one workload may have.
+    """
+
+    listen: str = "127.0.0.1:9423"
+    listen_names: tuple[str, ...] = ()
+    overcommit: bool = False
+    loader: tuple[str, ...] = ("/usr/bin/python3", "-I")
+    driver_root: Path = Path("/")
+    policy_folder: Path = FOLDER
+    metric_labels: tuple[str, ...] = ()
+    engines: tuple[str, ...] = ENGINES
+    log_format: Literal["text", "json", "journal"] = "text"
+    cdi_folder: Path = CDI_FOLDER
+    shares: tuple[str, ...] = USUAL
+    profiles: tuple[Profile, ...] = ()
+    ignored_xids: tuple[int, ...] = OF_PROGRAMS
+    trusted_drivers: tuple[str, ...] = ()
+    bounds: Bounds = field(default_factory=Bounds)
+
+
+def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None, tuple[Fault, ...]]:
+    """Return the settings, or None and the file's errors. Without a file the settings are the defaults."""
+    try:
+        data, _ = trusted_file.load(str(path), str(path), root_only)
+    except FileNotFoundError:
+        return HostSettings(), ()
+    except FaultError as error:
+        return None, (error.fault,)
+    except OSError as error:
+        return None, (Fault(str(path), 0, "", f"cannot be read: {error.strerror}"),)
+    # Imported here: it imports pydantic, 11 MiB that a host without such a file must not pay for.
+    from fgpu_ebpf.agent import host_schema
+
+    values, faults = host_schema.read(str(path), data)
+    return (None if faults else HostSettings(**values)), faults

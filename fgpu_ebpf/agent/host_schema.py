@@ -1,0 +1,198 @@
+"""The schema of `agent.yaml`: its keys and their values.
+
+Used by `host_config`, which opens the file and has the defaults. Errors are returned with their lines.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from fgpu_ebpf.driver.library_class import DIGEST
+from fgpu_ebpf.ledger.owner_bounds import Bounds
+from fgpu_ebpf.policy import share_name
+from fgpu_ebpf.policy.fields import Devices, MetricLabels, Model, absent
+from fgpu_ebpf.policy.units import shown
+from fgpu_ebpf.policy.validation import faults
+from fgpu_ebpf.policy.yaml_document import Fault, FaultError, documents
+from fgpu_ebpf.tenancy.profiles import MOST_COUNT, MOST_NAME_CHARACTERS, Profile
+
+MOST_XID = 1023
+_PATHS = ("driver_root", "policy_folder", "cdi_folder")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise ValueError(f"{shown(value)} has no port: write it as 127.0.0.1:9423")
+    if not _HOST.fullmatch(host) and not _is_ipv6(host):
+        raise ValueError(f"{shown(value)} has no address: write it as 127.0.0.1:9423 or [::1]:9423")
+    return value
+
+
+def _name(value: str) -> str:
+    if not _HOST.fullmatch(value):
+        raise ValueError(f"{shown(value)} is no name of a host: write it as gpu1.example, without a port")
+    return value
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return host.startswith("[") and host.endswith("]") and bool(ipaddress.IPv6Address(host[1:-1]))
+    except ValueError:
+        return False
+
+
+def _absolute(value: str) -> str:
+    if not value.startswith("/") or "\0" in value:
+        raise ValueError(f"{shown(value)} is no absolute path: begin it with /")
+    return value
+
+
+def _program(value: list[str]) -> list[str]:
+    _absolute(value[0])
+    return value
+
+
+def _engine(value: str) -> str:
+    kind, colon, path = value.partition(":")
+    if kind not in ("docker", "podman", "cri") or not colon:
+        raise ValueError(f"{shown(value)} names no engine: write it as docker:/run/docker.sock, podman:… or cri:…")
+    _absolute(path)
+    return value
+
+
+def _share(value: str) -> str:
+    return share_name.parse(value).text
+
+
+def _profile_share(value: str) -> str:
+    share = share_name.parse(value)
+    if share.device or not share.memory:
+        raise ValueError(f"{shown(value)} is no profile: it names memory and no device, as 8gib or 8gib-50pct")
+    if len(value) > MOST_NAME_CHARACTERS:
+        raise ValueError(f"{shown(value)} is longer than {MOST_NAME_CHARACTERS} characters: kubelet's ids are short")
+    return value
+
+
+def _digest(value: str) -> str:
+    if not DIGEST.fullmatch(value):
+        raise ValueError(f"{shown(value)} is no digest: write it as sha256: and 64 digits, 0 to 9 and a to f")
+    return value
+
+
+def _different(value: list[ProfileDocument]) -> list[ProfileDocument]:
+    names = [profile.share for profile in value]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{shown(twice)} is there twice: join them")
+    return value
+
+
+_Path = Annotated[str, AfterValidator(_absolute), Field(max_length=4096)]
+
+
+class ProfileDocument(Model):
+    """A profile of `profiles:`."""
+
+    share: Annotated[str, AfterValidator(_profile_share)] = Field(description="Memory, then a ceiling of time.")
+    count: Annotated[int, Field(ge=1, le=MOST_COUNT)] = absent("How many on each device; absent: as many as fit.")
+    devices: Devices = absent("Where: index, UUID or its beginning, or model; absent: on every device.")
+
+    def profile(self) -> Profile:
+        """Return the profile as the agent uses it."""
+        return Profile(self.share, self.count, tuple(self.devices or ()))
+
+
+class DriversDocument(Model):
+    """The mapping under `drivers:`."""
+
+    trusted: Annotated[list[Annotated[str, AfterValidator(_digest)]], Field(max_length=256)] = absent(
+        "SHA-256 of files of libcuda that are trusted like the host's own; `fgpu doctor` prints the line."
+    )
+
+
+class BoundsDocument(Model):
+    """The mapping under `bounds:`."""
+
+    levels: Annotated[int, Field(ge=1, le=4096)] = absent("Cgroups of one workload that may have limits of their own.")
+    allocations: Annotated[int, Field(ge=1, le=262_144)] = absent("Allocations of one workload in the ledger.")
+    threads: Annotated[int, Field(ge=1, le=65_536)] = absent("Threads of one workload that use a device.")
+    processes: Annotated[int, Field(ge=1, le=16_384)] = absent("Processes of one workload that use a device.")
+    orphans: Annotated[int, Field(ge=1, le=65_536)] = absent("Ended processes of one workload whose memory is held.")
+    files: Annotated[int, Field(ge=1, le=2_048)] = absent("Files of libcuda that are probed for one workload.")
+    unmanaged: Annotated[int, Field(ge=1, le=8_192)] = absent(
+        "Cgroups of one workload without a limit that the kernel's map keeps."
+    )
+
+
+class HostDocument(Model):
+    """The document `agent.yaml`."""
+
+    listen: Annotated[str, AfterValidator(_address)] = absent("The address of the status page and /metrics.")
+    listen_names: Annotated[list[Annotated[str, AfterValidator(_name)]], Field(max_length=64)] = absent(
+        "Names under which it may be requested; absent: any, or localhost alone if no other host can reach it."
+    )
+    overcommit: Literal["forbid", "allow"] = Field("forbid", description="`allow`: limits may sum past a device.")
+    loader: Annotated[list[str], Field(min_length=1, max_length=16), AfterValidator(_program)] = absent(
+        "The interpreter that can import BCC, and its arguments."
+    )
+    driver_root: _Path = absent("Root of the NVIDIA driver's libraries.")
+    policy_folder: _Path = absent("The folder of policies.")
+    metric_labels: MetricLabels = absent("Labels that every tenant's metrics carry.")
+    engines: Annotated[list[Annotated[str, AfterValidator(_engine)]], Field(max_length=16)] = absent(
+        "Engines to ask for labels, as `docker:`, `podman:` or `cri:` and a socket; `[]`: none."
+    )
+    log_format: Literal["text", "json", "journal"] = Field("text", description="Format of the agent's log.")
+    cdi_folder: _Path = absent("The folder in which container engines look for devices.")
+    shares: Annotated[list[Annotated[str, AfterValidator(_share)]], Field(max_length=256)] = absent(
+        "Shares that containers may ask for by name."
+    )
+    profiles: Annotated[list[ProfileDocument], Field(max_length=64), AfterValidator(_different)] = absent(
+        "Shares that a device plugin offers to Kubernetes, and how many of each."
+    )
+    ignored_xids: Annotated[list[Annotated[int, Field(ge=1, le=MOST_XID)]], Field(max_length=256)] = absent(
+        "XIDs after which the device is still offered; absent: those that programs cause."
+    )
+    drivers: DriversDocument = absent("Files of libcuda that are trusted beside the host's own.")
+    bounds: BoundsDocument = absent("How much one workload may have, with all cgroups inside it.")
+
+
+def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[Fault, ...]]:
+    """Return what a file sets as fields of HostSettings, or the file's errors."""
+    try:
+        found = list(documents(file, data))
+        if len(found) > 1:
+            return {}, (Fault(file, found[1].line(()), "", "is a second document: there is one agent, join them"),)
+        if not found:
+            return {}, ()
+        document = found[0]
+        if not isinstance(document.value, dict):
+            return {}, (Fault(file, document.line(()), "", "is no mapping: write it as listen: 127.0.0.1:9423"),)
+        return _values(HostDocument.model_validate(document.value)), ()
+    except FaultError as error:
+        return {}, (error.fault,)
+    except ValidationError as error:
+        return {}, tuple(faults(file, document, HostDocument, error))
+
+
+def _values(document: HostDocument) -> dict[str, Any]:
+    values: dict[str, Any] = {name: getattr(document, name) for name in document.model_fields_set}
+    for name, value in values.items():
+        if name == "profiles":
+            values[name] = tuple(document.profile() for document in value)
+        elif isinstance(value, list):
+            values[name] = tuple(value)
+        elif name in _PATHS:
+            values[name] = Path(value)
+    if "drivers" in values:
+        values["trusted_drivers"] = tuple(values.pop("drivers").trusted or ())
+    if "bounds" in values:
+        values["bounds"] = Bounds(**values["bounds"].model_dump(exclude_unset=True))
+    if "overcommit" in values:
+        values["overcommit"] = values["overcommit"] == "allow"
+    return values

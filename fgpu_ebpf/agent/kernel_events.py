@@ -1,0 +1,151 @@
+"""Dispatch of the events of the kernel's ring buffer.
+
+Runs in the agent's main loop. Decides in which order cgroups that came, went or were entered are considered, and adds
+refusals, bypasses and kills to the event log. `lost` returns the cgroups of which events were lost; its caller looks at
+them again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.abi import Fate, News
+from fgpu_ebpf.ledger.event_budgets import EventBudgets
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.ring_buffer import Event, Events
+from fgpu_ebpf.tenancy.enforcer import Enforcer
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.manager import Manager
+
+log = logging.getLogger("fgpu.agent")
+_OPERATION = {kind.value: kind.name.lower() for kind in abi.Kind}
+MOST_AT_ONCE = 64  # events per call, so that the loop serves other descriptors
+_OF_CGROUPS = {News.MOVED, News.MADE, News.EMPTIED, News.REMOVED}
+
+
+class KernelEvents:
+    """The only reader of the ring buffer.
+
+    Args:
+        orphaned: called for a level that has orphaned bytes.
+        held: returns the memory of processes by NVML: device -> pid -> bytes or None.
+        began: called for a program that has begun.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        manager: Manager,
+        history: EventLog,
+        orphaned: Callable[[int], None],
+        held: Callable[[], Mapping[int, Mapping[int, int | None]]],
+        began: Callable[[int], None],
+    ) -> None:
+        self._events: Events = ledger.events()
+        self._budgets = EventBudgets(ledger.event_budgets, manager.enforcer.places.owner)
+        self._ledger = ledger
+        self._manager = manager
+        self._enforcer: Enforcer = manager.enforcer
+        self._history = history
+        self._orphaned = orphaned
+        self._held = held
+        self._began = began
+        self._full = ledger.incidents(abi.Kind.EVENTS, Fate.FULL)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when there are events."""
+        return self._events.fileno()
+
+    def read(self) -> None:
+        """Handle the oldest events; the descriptor stays readable if there are more."""
+        events = list(islice(self._events.read(), MOST_AT_ONCE))
+        for event in events:
+            if event.kind not in _OF_CGROUPS:
+                self._dispatch(event)
+        of_cgroups = [event for event in events if event.kind in _OF_CGROUPS]
+        self._budgets.note(event.path for event in of_cgroups)
+        self._look_at_cgroups(of_cgroups)
+
+    def lost(self) -> list[str]:
+        """Return the paths of workloads whose cgroup events were lost since the last call; "": all cgroups."""
+        before, self._full = self._full, self._ledger.incidents(abi.Kind.EVENTS, Fate.FULL)
+        lost = self._budgets.lost()
+        return [*lost, ""] if self._full > before and "" not in lost else lost
+
+    # -- one process or level
+
+    def _dispatch(self, event: Event) -> None:
+        match event.kind:
+            case News.PROCESS:
+                self._enforcer.use(event.cgroup)
+            case News.FIRST_USE:
+                self._use_device(event)
+            case News.EXECUTED:
+                self._began(event.tgid)
+            case News.ORPHANED:
+                tenant = self._enforcer.get(event.cgroup)
+                for level in [tenant, *self._enforcer.around(tenant)] if tenant else []:
+                    self._orphaned(level.cgroup)
+            case News.REFUSED:
+                self._note("refused", event, abi.Reason(event.reason).name.lower(), self._bounds_met(event))
+            case News.BYPASS:
+                self._note("bypass", event, "no admission")
+            case News.KILLED:
+                self._note("killed", event, "onBypass")
+
+    def _use_device(self, event: Event) -> None:
+        try:
+            lack = self._enforcer.use_device(event.cgroup, event.device)
+        except OSError as error:
+            log.error("a first use of device %d waits: %s", event.device, error)  # the program asks again
+            return
+        if lack:
+            self._note("no room", event, "", lack)
+
+    def _bounds_met(self, event: Event) -> str:
+        """Return which bounds refuse entries to this level; empty: it was refused for bytes."""
+        tenant = self._enforcer.get(event.cgroup) if event.reason == abi.Reason.ENTRIES else None
+        return "; ".join(self._enforcer.places.crowds([tenant.path])) if tenant else ""
+
+    def _note(self, what: str, event: Event, reason: str, text: str = "") -> None:
+        self._history.add(
+            what, tenant=self._enforcer.name_of(event.cgroup), pid=event.tgid, gpu=event.device,
+            operation=_OPERATION.get(event.operation, ""), reason=reason, bytes=event.bytes,
+            text=text,
+        )  # fmt: skip
+
+    # -- cgroups
+
+    def _look_at_cgroups(self, events: Iterable[Event]) -> None:
+        """Consider the cgroups as they are now: what happened to a path in between does not matter."""
+        seen: dict[str, set[News]] = {}
+        for event in events:
+            seen.setdefault(event.path, set()).add(event.kind)
+        if not seen:
+            return
+        moved = [path for path, kinds in seen.items() if News.MOVED in kinds]
+        for path in moved:
+            self._manager.entered(path)
+        self._manager.remove_empty(path for path, kinds in seen.items() if News.EMPTIED in kinds)
+        self._manager.consider(path for path, kinds in seen.items() if kinds - {News.EMPTIED})
+        self.follow(moved)
+
+    def follow(self, paths: Iterable[str]) -> None:
+        """Move the charges of processes in these cgroups to the levels that they are in now."""
+        known = self._ledger.processes()
+        holders = {pid for held in self._held().values() for pid in held}
+        for path in paths:
+            levels = self._enforcer.levels(path)
+            for pid in self._manager.workloads.pids(path):
+                if pid in known and known[pid].levels != levels:
+                    self._ledger.move(pid, known[pid].generation, levels)
+                    self._ledger.new_epoch()
+                elif pid in holders and pid not in known and levels:
+                    self._ledger.new_epoch()  # the shim takes the process for unmanaged
+
+    def charged(self) -> list[int]:
+        """Return every process that is charged."""
+        return [*self._ledger.processes()]

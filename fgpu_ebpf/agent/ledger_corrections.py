@@ -1,0 +1,164 @@
+"""Overheads: what NVML shows of a process beyond its witnessed bytes, entered in the ledger.
+
+Runs in the reconcile thread. A quiet process is set to exactly what NVML shows. If a process is never quiet (one of its
+threads is always between an admission and its call), the least that must be missing is added at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+from fgpu_ebpf.check import has_host_pids
+from fgpu_ebpf.driver.device_sample import Sample
+from fgpu_ebpf.driver.nvml import Nvml
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.linux import procfs
+
+GONE = 3  # looks in a row at which a process with a context is not listed, nor its memory in use
+
+Drift = dict[tuple[int, int], int]  # (pid, device) -> ledger less NVML, in bytes
+_Life = tuple[int, int, int]  # pid, generation, device
+
+
+class Corrections:
+    """Corrects overheads. `levels` returns the levels of a cgroup path, for processes that no probe has seen."""
+
+    def __init__(self, nvml: Nvml, ledger: Ledger, levels: Callable[[str], tuple[int, ...]]) -> None:
+        self._nvml = nvml
+        self._ledger = ledger
+        self._levels = levels
+        self._gone: dict[_Life, int] = {}  # looks at which no memory was in use that the process should have
+        self._exact: dict[_Life, tuple[int, int]] = {}  # when the process was last set exactly: see _correct
+
+    def mark(self, device: int, processes: Mapping[int, Process]) -> None:
+        """Reset the peaks of processes that are not quiet, before NVML is asked."""
+        for tgid, process in processes.items():
+            if not process.quiet:
+                self._ledger.mark(tgid, process.generation, device)
+
+    def look(self, device: int, sample: Sample, ended: Mapping[int, int], drift: Drift) -> bool:
+        """Correct all processes of a device once. Returns True if some were not quiet: another look may be exact.
+
+        Between the reading of a process and its correction nothing may be charged, released, admitted or in a call: the
+        kernel refuses the correction if a change has begun.
+
+        Args:
+            ended: bytes by pid that belong to ended processes.
+            drift: filled with ledger minus NVML for each process.
+        """
+        known, is_unquiet = sample.processes, False
+        self._look_for_the_unnamed(device, sample)
+        for tgid, process in known.items():
+            held = self._held(tgid, process, device, sample)
+            if held is None:
+                continue
+            held = max(process.handles_in_no_row(device), held - ended.get(tgid, 0))
+            if not process.bytes[device] and not held:
+                drift[tgid, device] = 0
+            elif not process.quiet or not self._correct(tgid, process, device, held, drift):
+                is_unquiet = True
+                self._raise(tgid, process, device, held, drift)
+            if tgid not in sample.rows and not process.contexts[device] and process.bytes[device]:
+                drift.pop((tgid, device), None)  # its handles are in no row, so the driver's bytes are unknown
+        self._adopt(sample, ended)
+        return is_unquiet
+
+    def _held(self, tgid: int, process: Process, device: int, sample: Sample) -> int | None:
+        """Return the bytes that NVML shows for a process; None: it shows nothing about it.
+
+        NVML lists only processes with a context. A process that has a context and is not listed keeps its witnessed
+        bytes, unless its memory is nowhere on the device, which was then lost or reset. So does a process without a
+        context: its handles and pools are on the device, in no row.
+        """
+        if tgid in sample.rows:
+            return sample.rows[tgid]
+        if process.bytes[device] and not _is_alive(tgid):
+            return None
+        if process.contexts[device]:
+            return 0 if self._gone.get((tgid, process.generation, device), 0) >= GONE else None
+        return max(0, process.witnessed(device))
+
+    def _look_for_the_unnamed(self, device: int, sample: Sample) -> None:
+        """Count the looks at which less memory is in use than an unlisted process with a context holds."""
+        unnamed = {t: p for t, p in sample.processes.items() if p.contexts[device] and t not in sample.rows}
+        left = self._left(device, sample) if unnamed else None
+        counts = {life: n for life, n in self._gone.items() if life[2] != device}
+        for tgid, process in unnamed.items():
+            life = (tgid, process.generation, device)
+            if left is not None and left < process.witnessed(device):
+                counts[life] = self._gone.get(life, 0) + 1
+        self._gone = counts
+
+    def _left(self, device: int, sample: Sample) -> int | None:
+        """Return the bytes in use beyond all rows; None: NVML does not say."""
+        known = [bytes_ for bytes_ in sample.rows.values() if bytes_ is not None]
+        in_use = self._nvml.taken_bytes(device)
+        return None if in_use is None or len(known) < len(sample.rows) else in_use - sum(known)
+
+    def _correct(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> bool:
+        """Set one overhead, and enter the remaining drift. Returns whether the kernel took it.
+
+        The overhead is set exactly if a context has ended while others go on, because nothing reported which memory
+        went with it. That part is below 0, and stays so.
+        """
+        exact, life = held - process.witnessed(device), (tgid, process.generation, device)
+        contexts_ended, gone = self._exact.get(life, (0, 0))
+        has_ended = process.ended[device] != contexts_ended
+        gone = gone if process.contexts[device] else 0
+        target = exact if has_ended else overhead_for(exact, process.pool[device], gone)
+        before = process.overhead[device]
+        done = target == before or self._ledger.overhead(tgid, process.generation, device, target, process.changes)
+        if done and has_ended:
+            self._exact[life] = process.ended[device], min(0, exact)
+        drift[tgid, device] = (target if done else before) - exact
+        return done
+
+    def _raise(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> None:
+        """Charge what must be missing of a process that is not quiet: NVML shows more than its peak since mark()."""
+        now = self._ledger.process(tgid)
+        if now is None or now.generation != process.generation:
+            return
+        managed = min(process.managed[device], now.managed[device])
+        witnessed = max(now.peak[device], now.bytes[device]) - now.overhead[device] - managed
+        more = held - witnessed - now.overhead[device]
+        if more > 0 and self._ledger.raise_overhead(tgid, now.generation, device, more):
+            drift[tgid, device] = 0
+
+    def _adopt(self, sample: Sample, ended: Mapping[int, int]) -> None:
+        """Enter processes of managed cgroups that hold memory and that no probe has seen.
+
+        Ending processes are left out: the driver takes 0.1 s to free what they held, and they bypass nothing. If NVML's
+        pids are not the kernel's, none is entered.
+        """
+        if not has_host_pids():
+            return
+        for pid, held in sample.rows.items():
+            if pid in sample.processes or held is None or held <= ended.get(pid, 0):
+                continue
+            path = procfs.cgroup_path(pid)
+            levels = self._levels(path) if path else ()
+            if levels and not procfs.ended(pid):
+                self._ledger.move(pid, 0, levels)
+
+    def forget_ended(self, living: Mapping[int, Process]) -> None:
+        """Forget what is known of all other processes."""
+        lives = {(tgid, process.generation) for tgid, process in living.items()}
+        self._exact = {life: n for life, n in self._exact.items() if life[:2] in lives}
+
+
+def overhead_for(exact: int, pool: int, gone: int = 0) -> int:
+    """Return the overhead with which the ledger shows what NVML shows.
+
+    Pool bytes that the driver has freed meanwhile are an exception. The shim uses those again without asking, so they
+    stay charged until the shim gives them back.
+
+    Args:
+        gone: bytes, 0 or less, by which the overhead was already below 0 for memory that went with contexts.
+    """
+    return max(exact, min(gone, exact + pool))
+
+
+def _is_alive(tgid: int) -> bool:
+    return os.path.exists(f"/proc/{tgid}")

@@ -1,0 +1,323 @@
+"""The reconcile thread: asks NVML, and corrects the ledger by its answers.
+
+It runs beside the agent's main loop, because NVML may hang. Then the ledger goes on from its probes, and the age of the
+last answer is a metric. Corrections are in `ledger_corrections`, releases of orphans in `orphan_release`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.agent.carried_charges import Carried
+from fgpu_ebpf.agent.ledger_corrections import Corrections, Drift
+from fgpu_ebpf.agent.orphan_release import OrphanRelease
+from fgpu_ebpf.agent.turn_audit import Audit, Verdict
+from fgpu_ebpf.check import Check, has_host_pids
+from fgpu_ebpf.driver import device_sample, xids
+from fgpu_ebpf.driver.device_sample import Rows, Sample
+from fgpu_ebpf.driver.nvml import Nvml
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.orphans import Orphan
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.linux.wakeup import Bell
+
+PERIOD_SECONDS = 0.5
+LEVELS_AT_A_TIME = 64
+RETRIES = 3
+DEVICE_SECONDS = 1.0  # between two readings of a device's memory in use, while no orphaned bytes depend on it
+STALE_SECONDS = 5.0  # ten looks
+# The period of looks while a device may hold orphaned bytes, by the age of the youngest of them.
+ORPHAN_PERIODS = ((5.0, 0.02), (60.0, 0.1), (float("inf"), 0.25))
+HURRY_SECONDS = 5.0  # after the start, since bytes of a ledger of another layout are orphans without an entry
+NS = 1_000_000_000
+VAIN_NS = 4 * NS  # FGPU_PATIENCE_NS: the device does not free by itself what it still holds after this time
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """The last result of NVML.
+
+    `answered`: when NVML last answered, by device, on the monotonic clock. `used`: bytes in use by device. `held`:
+    bytes by device and host pid (None: "N/A"). `drift`: ledger minus NVML of each process that was compared. `turns`:
+    tenants that do not keep to their turns. `failure`: why the last look has no result. `processes`: those of the
+    ledger, just before. `xids`: what devices have reported, if NVML reports it. `orphans`: of the ledger. `ended`:
+    bytes by device and pid that NVML shows for ended processes. `unexplained`: bytes in use by device that no process,
+    orphan or known rest explains.
+    """
+
+    answered: Mapping[int, float] = field(default_factory=dict)
+    used: Mapping[int, int | None] = field(default_factory=dict)
+    held: Mapping[int, Rows] = field(default_factory=dict)
+    drift: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    turns: Verdict = field(default_factory=Verdict)
+    failure: str = ""
+    processes: Mapping[int, Process] = field(default_factory=dict)
+    xids: Mapping[int, xids.Reported] = field(default_factory=dict)
+    orphans: Sequence[Orphan] = ()
+    ended: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    unexplained: Mapping[int, int] = field(default_factory=dict)
+
+    def pids(self) -> set[int]:
+        """Return the processes that NVML lists, except those that have ended."""
+        return {
+            pid
+            for device, held in self.held.items()
+            for pid, bytes_ in held.items()
+            if bytes_ is None or bytes_ > self.ended.get(device, {}).get(pid, 0)
+        }
+
+    def strangers(self) -> set[int]:
+        """Return the listed processes of which the ledger does not know that they have the shim."""
+        seen = (pid for pid, process in self.processes.items() if process.flags & abi.Seen.SHIM)
+        return self.pids().difference(seen)
+
+
+def check(ages: Mapping[int, float | None], failure: str) -> Check:
+    """Check that NVML answers. `ages`: seconds since its last answer by device; None: never."""
+    stale = {index: age for index, age in ages.items() if age is None or age > STALE_SECONDS}
+    said = ", ".join(f"gpu {i} {'never' if age is None else f'{age:.1f} s ago'}" for i, age in sorted(stale.items()))
+    if stale or failure:
+        text = f"NVML answered for {said}" if stale else "NVML answered"
+        return Check(
+            "reconcile", False, text + (f"; {failure}" if failure else ""), "nvidia-smi: does the driver answer?"
+        )
+    return Check("reconcile", True, f"NVML answered {max(filter(None, ages.values()), default=0.0):.1f} s ago")
+
+
+class Reconciler:
+    """The reconcile thread, from start() to stop()."""
+
+    def __init__(
+        self,
+        nvml: Nvml,
+        ledger: Ledger,
+        levels: Callable[[str], tuple[int, ...]],
+        tally: xids.Tally | None = None,
+        ran: Iterable[int] = (),
+    ) -> None:
+        """Make the thread. `ran`: pids of programs that started before a change of the layout found by this start."""
+        self._nvml = nvml
+        self._ledger = ledger
+        self._wake = threading.Event()
+        self._bell = Bell()
+        self._stopping = False
+        self._known: Mapping[int, Process] = {}
+        self._audit = Audit(nvml.process_percent)
+        self._tally = tally or xids.Tally()
+        self._repaired: deque[int] = deque()  # devices that `fgpu device clear` has named
+        self._ended = 0  # processes, when it was last swept
+        self._devices_at = 0.0  # when the devices' memory in use is to be read
+        self._levels: set[int] = set()  # levels that have, or may have, orphaned bytes without an entry
+        self._hurry_until = 0.0
+        self._level = 0  # index of the next level of the ledger's list to be looked at
+        self._corrections = Corrections(nvml, ledger, levels)
+        self._carried = Carried(ledger, ran)
+        self._releases = {d.index: OrphanRelease(ledger, d.index) for d in nvml.devices}
+        self._has_looked = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
+        self.truth = Truth()
+
+    def start(self, seconds: float = 0.0) -> None:
+        """Start the thread; the first look is done at once. `seconds`: how long to wait for it."""
+        self._hurry_until = time.monotonic() + HURRY_SECONDS
+        self._thread.start()
+        self._has_looked.wait(seconds)
+
+    def stop(self) -> None:
+        """End the thread, unless NVML hangs: then the thread is left behind."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(2.0)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when other processes hold memory, or one without the shim does."""
+        return self._bell.fileno()
+
+    def hush(self) -> None:
+        """Note that all processes that hold memory by now are known."""
+        self._bell.hush()
+
+    def add_device(self, index: int) -> None:
+        """Include a device from now on."""
+        self._releases = {**self._releases, index: OrphanRelease(self._ledger, index)}
+
+    def repaired(self, index: int) -> None:
+        """Discard what a device has reported so far."""
+        self._repaired.append(index)
+
+    def orphaned(self, cgroup: int) -> None:
+        """Note that a level has orphaned bytes, and look at once."""
+        self._levels.add(cgroup)
+        self._wake.set()
+
+    def _run(self) -> None:
+        full_at = 0.0
+        while not self._stopping:
+            self._wake.clear()
+            is_full = time.monotonic() >= full_at
+            if is_full:
+                full_at = time.monotonic() + PERIOD_SECONDS
+            try:
+                self.look(is_full)
+            except Exception as error:  # the thread must not end; the next look may succeed
+                self.truth = replace(self.truth, failure=f"{type(error).__name__}: {error}")
+            self._has_looked.set()
+            self._wait(full_at)
+
+    def _wait(self, full_at: float) -> None:
+        """Wait until the next look, at the latest the next full one. New orphans end the wait after a short pause."""
+        looked, period = time.monotonic(), _period(self.truth.orphans)
+        if self._levels and looked < self._hurry_until:
+            period = ORPHAN_PERIODS[0][1]
+        if self._wake.wait(max(0.0, min(full_at - looked, period))):
+            time.sleep(max(0.0, looked + ORPHAN_PERIODS[0][1] - time.monotonic()))
+
+    def look(self, is_full: bool = True) -> None:
+        """Do one look: correct, adopt, and release orphans; a full one also sweeps, and reads what changes slowly."""
+        is_due = is_full and time.monotonic() >= self._devices_at
+        drift: Drift = {}
+        held: dict[int, Rows] = {}
+        ended: dict[int, Mapping[int, int]] = {}
+        unexplained: dict[int, int] = {}
+        orphans, so_far = self._ledger.orphans.entries(), self._ledger.processes_so_far()
+        for device, release in self._releases.items():
+            own = [orphan for orphan in orphans if orphan.device == device]
+            rows = self._look_at(device, release, own, drift, ended, RETRIES if is_full else 1, is_due)
+            if rows is not None:
+                held[device], unexplained[device] = rows, release.balance.unexplained
+        self._carried.look()
+        before = self.truth
+        now = replace(before, held=held, drift=drift, orphans=orphans, ended=ended, unexplained=unexplained)
+        self.truth = self._full(now, so_far, is_due) if is_full else replace(now, processes=self._known, failure="")
+        if self.truth.pids() != before.pids() or (is_full and self.truth.strangers()):
+            self._bell.ring()
+
+    def _look_at(
+        self,
+        device: int,
+        release: OrphanRelease,
+        orphans: Sequence[Orphan],
+        drift: Drift,
+        ended: dict[int, Mapping[int, int]],
+        tries: int,
+        is_due: bool,
+    ) -> Rows | None:
+        """Look at one device, and return NVML's rows; None: NVML does not answer.
+
+        Overheads are corrected before orphans are released, so that what an importer's row shows is charged to it
+        first.
+
+        Args:
+            tries: how often to look while processes are not quiet.
+            is_due: read the memory in use even if no orphans depend on it.
+        """
+        has_hidden = any(device_sample.is_hidden(process, device) for process in self._known.values())
+        samples = device_sample.SAMPLES if orphans or self._levels or has_hidden else 0
+        sample = self._sample(device, samples)
+        for n in range(tries):
+            if sample is None:
+                release.balance.forget()
+                return None
+            self._known = sample.processes
+            ended[device] = release.ended_rows(sample, orphans)
+            is_unquiet = self._corrections.look(device, sample, ended[device], drift)
+            if not is_unquiet or n == tries - 1:
+                break
+            sample = self._sample(device, samples)
+        assert sample
+        if is_due and not samples:
+            sample = self._sample(device, 1) or sample
+        room = release.look(sample, orphans, ended[device])
+        if room is not None and self._levels:
+            release.look_without_entries(list(self._levels), room)
+        if room is not None:
+            self._note_look(device, orphans)
+        return sample.rows
+
+    def _note_look(self, device: int, orphans: Sequence[Orphan]) -> None:
+        """Note in the ledger which levels were looked at in vain, so that requests stop waiting for orphaned bytes."""
+        until_ns = time.monotonic_ns() - VAIN_NS
+        levels = {level for orphan in orphans if orphan.since_ns < until_ns for level in orphan.levels}
+        for level in levels | self._levels:
+            self._ledger.orphans.looked(level, device)
+
+    def _sample(self, device: int, samples: int) -> Sample | None:
+        """Reset peaks and take a sample: what a process has at most afterwards explains what the sample shows of it."""
+        processes = self._ledger.processes()
+        self._corrections.mark(device, processes)
+        return device_sample.take(self._nvml, self._ledger, device, processes, samples)
+
+    def _full(self, now: Truth, so_far: int, is_due: bool) -> Truth:
+        """Do what is done less often."""
+        self._sweep(so_far)
+        at, used = time.monotonic(), now.used
+        if is_due:
+            self._choose_levels()
+            self._nvml.look_for_missing()
+            used = {device.index: self._nvml.used_bytes(device.index) for device in self._nvml.devices}
+            self._devices_at = at + DEVICE_SECONDS
+        answered = dict.fromkeys((device for device in now.held if used.get(device) is not None), at)
+        return replace(
+            now, answered={**now.answered, **answered}, used=used, turns=self._turns(at), processes=self._known,
+            xids=self._reported(), failure="",
+        )  # fmt: skip
+
+    def _choose_levels(self) -> None:
+        """Choose the levels of the next looks. An event of orphaned bytes may be lost, so all are chosen in turn."""
+        cgroups = self._ledger.tenants()
+        self._levels.update(cgroups[self._level : self._level + LEVELS_AT_A_TIME])
+        self._level = self._level + LEVELS_AT_A_TIME if self._level < len(cgroups) else 0
+        for cgroup in list(self._levels):
+            if not any(self._ledger.orphans.of_level(cgroup)):
+                self._levels.discard(cgroup)
+
+    def _reported(self) -> Mapping[int, xids.Reported]:
+        repaired = [(self._repaired.popleft(), None) for _ in range(len(self._repaired))]  # before XIDs of this look
+        return self._tally.take(self._nvml.watched(), [*repaired, *self._nvml.xids()])
+
+    def _turns(self, now: float) -> Verdict:
+        if not self._audit.due(now):
+            return self.truth.turns
+        return self._audit.look(now, time.time(), self._ledger.times, self._known)
+
+    def _sweep(self, so_far: int) -> None:
+        """Reap processes whose end was not reported, and delete what ended ones have left.
+
+        Args:
+            so_far: the number of entries before these were read, so that processes that come and go between two looks
+            are
+                noticed; a missed end shows later.
+        """
+        now = {(tgid, p.generation) for tgid, p in self._known.items()}
+        self._corrections.forget_ended(self._known)
+        for tgid, process in self._known.items():
+            if process.late:
+                self._ledger.move(tgid, process.generation, process.levels)
+        for tgid, generation in now if has_host_pids() else ():  # in another pid namespace all would look ended
+            if not _alive(tgid) or (not self._known[tgid].flags and procfs.ended(tgid)):  # adopted while it ended
+                self._ledger.reap(tgid, generation)
+        self._ledger.orphans.forget_empty(now)
+        ended = so_far - len(now)
+        if ended != self._ended:
+            self._ended = ended
+            self._ledger.sweep()
+
+
+def _period(orphans: Sequence[Orphan]) -> float:
+    """Return the seconds between two looks."""
+    if not orphans:
+        return PERIOD_SECONDS
+    age = (time.monotonic_ns() - max(orphan.since_ns for orphan in orphans)) / NS
+    return next(period for until, period in ORPHAN_PERIODS if age < until)
+
+
+def _alive(tgid: int) -> bool:
+    return os.path.exists(f"/proc/{tgid}")

@@ -1,0 +1,93 @@
+"""Shares that this host offers to a device plugin, and how many are taken.
+
+Used by the control socket, in the agent's main loop. If `fault` is not empty, nothing is offered, and it says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fgpu_ebpf.agent.nvml_reconcile import STALE_SECONDS, Truth
+from fgpu_ebpf.driver import xids
+from fgpu_ebpf.driver.nvml import Device
+from fgpu_ebpf.policy import share_name
+from fgpu_ebpf.tenancy import profiles
+from fgpu_ebpf.tenancy.enforcer import Enforcer
+from fgpu_ebpf.tenancy.overrides import Override
+from fgpu_ebpf.tenancy.profiles import Profile, ProfileError
+
+SYSFS = Path("/sys/bus/pci/devices")
+
+
+@dataclass(frozen=True, slots=True)
+class Offers:
+    """The inputs. `truth`: the last result of NVML. `unenforced`: why no limit is in force; empty: limits are."""
+
+    profiles: Sequence[Profile]
+    devices: Sequence[Device]
+    enforcer: Enforcer
+    truth: Truth
+    unenforced: str
+
+    def view(self, overrides: Iterable[Override], mounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the offers as JSON values.
+
+        Each profile of a device has `bytes` (of one share), `count` (how many are offered), `taken` (by containers) and
+        `fits` (how many more fit beside what is committed).
+        """
+        taken = Counter((uuid, override.share) for override in overrides for uuid in override.devices)
+        fault, found = self.unenforced, []
+        try:
+            found = [self._device(device, taken) for device in self.devices]
+        except ProfileError as error:
+            fault = str(error)
+        return {"fault": fault, "devices": found, "mounts": [(m["hostPath"], m["containerPath"]) for m in mounts]}
+
+    def _device(self, device: Device, taken: Mapping[tuple[str, str], int]) -> dict[str, Any]:
+        free = max(0, device.usable_bytes - self.enforcer.commitments.committed(device.index))
+        return {
+            "uuid": device.uuid_text,
+            "index": device.index,
+            "numa": numa(device.pci_bus_id),
+            "fault": self._fault(device.index),
+            "free_bytes": free,
+            "capacity_bytes": device.usable_bytes,
+            "profiles": [
+                self._profile(device, name, count, taken[device.uuid_text, name], free)
+                for name, count in profiles.counts(self.profiles, device, self.enforcer.commitments.overcommit).items()
+            ],
+        }
+
+    def _profile(self, device: Device, name: str, count: int, taken: int, free: int) -> dict[str, Any]:
+        size, share = profiles.size_bytes(name, device), share_name.parse(name)
+        fits = count if self.enforcer.commitments.overcommit else free // size
+        says = {"memory": share.memory, "compute": share.compute}
+        return {"share": name, "bytes": size, "count": count, "taken": taken, "fits": fits, **says}
+
+    def _fault(self, index: int) -> str:
+        """Return why nothing of a device may be given; empty: NVML answers for it and it has no fatal XID."""
+        reported = self.truth.xids.get(index)
+        if reported and reported.fatal is not None:
+            return xids.fault(reported.fatal)
+        at = self.truth.answered.get(index)
+        if at is None:
+            return f"NVML has not answered: {self.truth.failure}" if self.truth.failure else "NVML has not answered yet"
+        age = time.monotonic() - at
+        if age <= STALE_SECONDS:
+            return ""
+        return f"NVML answered {age:.0f} s ago" + (f": {self.truth.failure}" if self.truth.failure else "")
+
+
+def numa(pci_bus_id: str, sysfs: Path = SYSFS) -> int | None:
+    """Return the NUMA node that a device is near to; None: the host has one node, or does not say."""
+    domain, _, rest = pci_bus_id.lower().partition(":")
+    try:
+        node = int((sysfs / f"{domain[-4:]}:{rest}" / "numa_node").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None

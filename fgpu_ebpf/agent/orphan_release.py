@@ -1,0 +1,263 @@
+"""Releases orphaned bytes when a device does not hold them any more.
+
+Runs in the reconcile thread, after the overheads of a look are corrected: memory that an importer's row shows now is
+charged to the importer before the exporter's orphan is released.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from fgpu_ebpf.agent.device_balance import Balance, Charges, Life, Reading, surplus
+from fgpu_ebpf.driver.device_sample import Rows, Sample
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.orphans import Orphan
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.linux import procfs
+
+# Bytes in use that are in no process's row, as seen on an H200: for each context (5.6 MiB), and once per device (3.2).
+# Values that are too large release orphaned bytes too early.
+CONTEXT_REST_BYTES = 6 << 20
+DEVICE_REST_BYTES = 4 << 20
+# What the driver may have besides, once per device: up to 25 MiB that it keeps of managed memory, page tables of
+# registered host memory. So much of an orphan is released when it is older than the driver needs to end processes.
+SLACK_BYTES = 32 << 20
+SLACK_AFTER_NS = 5_000_000_000
+FALL_COUNTS_NS = 2_000_000_000  # longer than the looks that a release needs
+
+
+class _Row(NamedTuple):
+    """NVML's row of a pid, the part of it of ended processes, and the orphaned bytes of that pid."""
+
+    bytes: int
+    ended: int
+    orphaned: int
+
+
+class Spare(NamedTuple):
+    """Bytes of an orphan that the device may have freed, according to NVML.
+
+    `slack`: how many bytes of an old orphan may be released without further evidence.
+    """
+
+    orphan: Orphan
+    freed: int
+    slack: int
+
+
+class EndedRows:
+    """The part of NVML's row of a pid that belongs to ended processes of that pid, on one device.
+
+    The pid may belong to another process now, or to the same one with another program.
+    """
+
+    def __init__(self, ledger: Ledger, device: int) -> None:
+        self._ledger = ledger
+        self._device = device
+        self._last: dict[int, _Row] = {}
+        self._rows: Rows | None = None  # all rows of the last look
+        self._living: frozenset[int] = frozenset()  # pids of ended processes that living ones have too
+        self._fell: dict[int, int] = {}  # by pid: when the ended part of its row was last seen to fall
+
+    def look(self, rows: Rows, live: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[int, int]:
+        """Enter a look. Returns bytes by pid, for pids of ended processes that NVML still lists."""
+        orphaned: dict[int, int] = defaultdict(int)
+        for orphan in orphans:
+            orphaned[orphan.tgid] += orphan.bytes if orphan.ended_ns else 0
+        last = {
+            pid: _Row(rows.get(pid) or 0, self._ended(pid, rows.get(pid) or 0, bytes_, live.get(pid)), bytes_)
+            for pid, bytes_ in orphaned.items()
+        }
+        now = time.monotonic_ns()
+        fell = {pid: now if row.ended < self._before(pid) else self._fell.get(pid, 0) for pid, row in last.items()}
+        self._last, self._rows, self._fell = last, rows, fell
+        self._living = frozenset(live.keys() & last.keys())
+        return {pid: row.ended for pid, row in last.items() if row.ended}
+
+    def _before(self, pid: int) -> int:
+        """Return what the last look showed of a process that has ended; it may have been alive then."""
+        return self._last[pid].ended if pid in self._last else (self._rows or {}).get(pid) or 0
+
+    def released(self, orphan: Orphan, bytes_: int) -> None:
+        """Subtract released bytes, so that what is orphaned until the next look is not taken for them."""
+        row = self._last.get(orphan.tgid)
+        if row and orphan.ended_ns:
+            self._last[orphan.tgid] = row._replace(orphaned=row.orphaned - bytes_)
+
+    def spare(self, orphans: Iterable[Orphan]) -> list[Spare]:
+        """Return how many bytes of each orphan the device may have freed: all but what a row proves that it holds.
+
+        The most likely one comes first: an orphan whose process's row has fallen a moment ago, else the youngest,
+        because a driver frees most memory at once, so memory that has stayed for long is held by something. Processes
+        that NVML lists come last.
+
+        A row that is also a living process's proves less, because a driver rounds up what that process has. Slack that
+        is released there is charged to the living process, like everything that its row has beyond the orphans.
+        """
+        proven, found = {pid: row.ended for pid, row in self._last.items()}, []
+        for orphan in sorted(orphans, key=self._key):
+            held = min(orphan.bytes, proven.get(orphan.tgid, 0)) if orphan.ended_ns else 0
+            proven[orphan.tgid] = proven.get(orphan.tgid, 0) - held
+            slack = orphan.bytes if orphan.tgid in self._living else orphan.bytes - held
+            found.append(Spare(orphan, orphan.bytes - held, slack))
+        return found
+
+    def _key(self, orphan: Orphan) -> tuple[bool, bool, int]:
+        row, fell = self._last.get(orphan.tgid), self._fell.get(orphan.tgid, 0) if orphan.ended_ns else 0
+        is_named = bool(orphan.ended_ns and row and row.ended)
+        is_old = fell < time.monotonic_ns() - FALL_COUNTS_NS
+        return is_named, is_old, -max(fell, orphan.ended_ns or orphan.since_ns)
+
+    def _ended(self, pid: int, row: int, orphaned: int, process: Process | None) -> int:
+        """Return the part of a row that belongs to ended processes.
+
+        It never grows, except by what was orphaned since and was in the row before: other growth is a living process's.
+        Memory of a process that ended without a context was in no row.
+        """
+        then = self._last.get(pid)
+        if then is None and process is None:
+            return row
+        bytes_then, ended_then, orphaned_then = then or _Row(row, 0, 0)
+        more = max(0, orphaned - orphaned_then)
+        if process and self._rows is not None:
+            more = min(more, max(0, (self._rows.get(pid) or 0) - ended_then))
+        most = min(ended_then + more, orphaned) if process else ended_then + more
+        own = self._own(process) if process else 0
+        fallen = 0 if process else max(0, bytes_then - row)
+        return max(0, min(most - fallen, row - own))
+
+    def _own(self, process: Process) -> int:
+        """Return the part of a row that belongs to a living process.
+
+        Its overhead may be an admission without a call, which goes with its last context: of that at most one context's
+        size counts.
+        """
+        device = self._device
+        size = self._ledger.context_bytes(device) if process.contexts[device] else 0
+        return process.witnessed(device) - process.handles_in_no_row(device) + min(process.overhead[device], size)
+
+
+def excess(spare: Sequence[Spare], room: int) -> list[tuple[Orphan, int]]:
+    """Return which orphans to release, and how many bytes of each.
+
+    That is what the device has no room for, else the slack of old ones.
+
+    Args:
+        spare: the orphans, the first to release first.
+    """
+    kept = sum(entry.orphan.bytes for entry in spare)
+    found = surplus([(entry.orphan, entry.freed) for entry in spare], kept - room)
+    if found:
+        return found
+    until_ns = time.monotonic_ns() - SLACK_AFTER_NS
+    old = [(entry.orphan, entry.slack) for entry in spare if entry.orphan.since_ns < until_ns]
+    return surplus(old, min(SLACK_BYTES, kept - max(0, room - SLACK_BYTES)))
+
+
+class OrphanRelease:
+    """Releases the orphans of one device."""
+
+    def __init__(self, ledger: Ledger, device: int) -> None:
+        self._ledger = ledger
+        self._device = device
+        self._rows = EndedRows(ledger, device)
+        self._proven = 0  # bytes of ended processes without an entry, by NVML's rows of the last look
+        self._without: dict[int, int] = {}  # by level: orphaned bytes without an entry, at the last look
+        self.balance = Balance()
+
+    def ended_rows(self, sample: Sample, orphans: Sequence[Orphan]) -> dict[int, int]:
+        """Return the bytes by pid that NVML shows for ended processes.
+
+        If orphaned bytes have no entry, they may belong to any process that has ended, known or not.
+        """
+        found = self._rows.look(sample.rows, sample.processes, orphans)
+        unknown = sample.rows.keys() - sample.processes.keys() - found.keys() if self._without else ()
+        rows = {pid: row for pid in unknown if (row := sample.rows[pid]) and procfs.ended(pid)}
+        self._proven = sum(rows.values())
+        return found | rows
+
+    def look(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> int | None:
+        """Release what the device does not hold.
+
+        Returns how many orphaned bytes it may hold beyond those that have entries; None: unknown so far.
+        """
+        if not sample.taken:
+            self.balance.forget()
+            return None
+        room = self.balance.room(self._reading(sample, ended), self._charges(sample, orphans, ended))
+        if len(sample.taken) == 1:  # enough for the unexplained bytes, but no evidence for a release
+            self.balance.forget()
+            return None
+        if room is None:
+            return None
+        for orphan, bytes_ in excess(self._rows.spare(orphans), max(0, room - self._proven)):
+            if self._ledger.orphans.let_go(orphan, bytes_):
+                self._rows.released(orphan, bytes_)
+        return max(self._proven, room - sum(orphan.bytes for orphan in orphans))
+
+    def look_without_entries(self, levels: Iterable[int], room: int) -> None:
+        """Release orphaned bytes that had no room in the map, on levels that have had some for two looks."""
+        entered: dict[int, int] = defaultdict(int)
+        pages = {level: self._ledger.orphans.of_level(level) for level in levels}  # first: see orphans.bpf.h
+        for orphan in self._ledger.orphans.entries():
+            for level in orphan.levels if orphan.device == self._device else ():
+                entered[level] += orphan.bytes
+        now = {level: found[self._device] - entered[level] for level, found in pages.items() if found}
+        for level, bytes_ in now.items():
+            lasting = min(bytes_, self._without.get(level, 0))
+            if lasting > room:
+                self._ledger.orphans.disown(level, self._device, lasting - room)
+        self._without = {level: bytes_ for level, bytes_ in now.items() if bytes_ > 0}
+
+    def _reading(self, sample: Sample, ended: Mapping[int, int]) -> Reading:
+        rest = self._contexts(sample) * CONTEXT_REST_BYTES + DEVICE_REST_BYTES
+        most = max(taken.in_use - sum(_shown(taken.least, ended).values()) for taken in sample.taken)
+        least = min(taken.in_use - self._taken(_shown(taken.greatest, ended), sample) for taken in sample.taken)
+        return Reading(max(0, most - rest), max(0, least - rest), sample.calm)
+
+    def _contexts(self, sample: Sample) -> int:
+        """Return the number of contexts of all processes with a row.
+
+        A library of a tenant's own may claim to have made any number, so at most as many count as NVML shows bytes for.
+        """
+        device, size = self._device, self._ledger.context_bytes(self._device)
+        claimed = (sample.processes.get(pid) for pid in sample.rows)
+        return sum(max(1, min(p.contexts[device], p.overhead[device] // size)) if p and size else 1 for p in claimed)
+
+    def _taken(self, shown: Mapping[int, int], sample: Sample) -> int:
+        """Return the most that processes may have in use beside managed memory."""
+        charged = {pid: p.bytes[self._device] - p.managed[self._device] for pid, p in sample.processes.items()}
+        pairs = ((pid, shown.get(pid, 0), charged.get(pid, 0)) for pid in shown.keys() | charged.keys())
+        return sum(row + max(0, own) if pid in sample.busy else max(row, own) for pid, row, own in pairs)
+
+    def _charges(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> Charges:
+        """Return what the ledger says. Orphans are read again: one that was orphaned meanwhile is in either list."""
+        device, live = self._device, sample.processes
+        now = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == device]
+        known = live.keys() | {orphan.tgid for orphan in (*orphans, *now)}
+        return Charges(
+            kept=max(sum(orphan.bytes for orphan in found) for found in (orphans, now)),
+            managed=sum(p.managed[device] for p in live.values()),
+            managed_busy=sum(p.managed[device] for pid, p in live.items() if pid in sample.busy),
+            managed_freed=self._ledger.orphans.managed_freed(device),
+            handles=self._hidden_handles(sample, ended),
+            has_strangers=any(pid not in known for pid in sample.rows),
+        )
+
+    def _hidden_handles(self, sample: Sample, ended: Mapping[int, int]) -> dict[Life, int]:
+        """Return the handles of processes without a context, which have no row."""
+        device, found = self._device, {}
+        for pid, process in sample.processes.items():
+            has_row = (sample.rows.get(pid) or 0) > ended.get(pid, 0)
+            handles = process.handles_in_no_row(device)
+            if handles and not has_row and pid not in sample.busy:
+                found[pid, process.generation, process.changes] = handles
+        return found
+
+
+def _shown(rows: Mapping[int, int], ended: Mapping[int, int]) -> dict[int, int]:
+    """Return the bytes of live processes by NVML."""
+    return {pid: max(0, row - ended.get(pid, 0)) for pid, row in rows.items()}

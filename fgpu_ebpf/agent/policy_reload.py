@@ -1,0 +1,150 @@
+"""Policies between their folder and the manager: read at the start, and again after every change.
+
+Runs in the agent's main loop; a thread of `policy.watch` reads the folder and wakes the loop. The last good set is kept
+on disk for a start with errors in the files or without the folder. If a reading has an error, the last good set stays
+in force as a whole, and the errors are in the event log, the metrics and /readyz.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.policy import last_good
+from fgpu_ebpf.policy.folder import PolicyFolder, Reading
+from fgpu_ebpf.policy.rules import PolicySet
+from fgpu_ebpf.policy.watch import PolicyWatch
+from fgpu_ebpf.policy.yaml_document import Fault
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.manager import Manager
+
+log = logging.getLogger("fgpu.policy")
+_Change = tuple[PolicySet | None, tuple[Fault, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The folder as a start finds it.
+
+    `kept`: the set that was kept on disk, if the folder has none; None: the folder has one, or none was kept.
+    """
+
+    reading: Reading
+    kept: PolicySet | None = None
+
+
+def at_start(folder: Path, file: Path = last_good.FILE) -> Start:
+    """Read the folder. A missing folder is an error if a set of it was kept, else it has no policies."""
+    policies = PolicyFolder(folder)
+    reading = policies.read()
+    if reading.policies is not None and reading.state is not None:
+        return Start(reading)
+    kept = last_good.read(file, folder)
+    return Start(policies.gone() if kept and reading.policies is not None else reading, kept)
+
+
+class Policies:
+    """The folder's policies. `good`: the last reading had no error; `loaded_seconds`: when the last good one was.
+
+    `unsaved`: why the set in force is not kept on disk; empty: it is kept. `file`: where it is kept.
+    """
+
+    def __init__(self, folder: Path, manager: Manager, history: EventLog, file: Path = last_good.FILE) -> None:
+        self._folder = PolicyFolder(folder)
+        self._file = file
+        self.unsaved = ""
+        self._manager = manager
+        self._history = history
+        self._watch: PolicyWatch | None = None
+        self._last: Reading | None = None
+        self._changes: deque[_Change] = deque()
+        self._bell = Bell()
+        self.good = True
+        self.loaded_seconds = 0.0
+        self.faults: tuple[Fault, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """The number of policies in force."""
+        return len(self._manager.policies.policies)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable after a change."""
+        return self._bell.fileno()
+
+    @property
+    def trouble(self) -> str:
+        """Why something else than the files is in force; empty: the files are."""
+        if self.good:
+            return ""
+        in_force = "what was in force stays" if self._manager.policies_unknown else "the last good set stays in force"
+        return f"the policy files have an error, {in_force}: {self.faults[0]}"
+
+    def begin(self, start: Start) -> None:
+        """Enter the first reading, and give the manager its set or the kept one. The manager decides later."""
+        self._last = reading = start.reading
+        self._note(reading.policies, reading.faults)
+        policies = reading.policies if start.kept is None else start.kept
+        if policies is not None:
+            self._manager.policies = policies
+        if reading.policies is None:
+            self._manager.policies_unknown = "" if start.kept else f"the policies are not known: {reading.faults[0]}"
+        elif reading.state is None:  # perhaps it never existed; then pinned limits may come from nothing that is known
+            self._manager.policies_unknown = f"there is no folder {self._folder.path}"
+        else:
+            self._save(reading.policies)
+
+    def start(self) -> None:
+        """Begin to watch the folder."""
+        assert self._last
+        self._watch = PolicyWatch(self._folder, self._last, self._changed)
+        self._watch.start()
+
+    def stop(self) -> None:
+        """Stop watching."""
+        if self._watch:
+            self._watch.stop()
+            self._watch = None
+
+    def ask(self) -> tuple[Fault, ...]:
+        """Read the folder again, changed or not, and put it in force. Returns the errors that forbid that."""
+        reading = self._folder.read(may_be_missing=not (self._watch and self._watch.had))
+        self._changed(reading.policies, reading.faults)
+        self.take()
+        return self.faults
+
+    def _changed(self, policies: PolicySet | None, faults: tuple[Fault, ...]) -> None:
+        self._changes.append((policies, faults))
+        self._bell.ring()
+
+    def take(self) -> None:
+        """Put in force what was read since the last call."""
+        self._bell.hush()
+        while self._changes:
+            policies, faults = self._changes.popleft()
+            self._note(policies, faults)
+            if policies is not None:
+                self._save(policies)
+                self._manager.policies_unknown = ""
+                self._manager.reload(policies)
+
+    def _save(self, policies: PolicySet) -> None:
+        try:
+            last_good.write(self._file, self._folder.path, policies)
+            self.unsaved = ""
+        except OSError as error:
+            self.unsaved = f"the policies in force are not kept for the next start: {self._file}: {error.strerror}"
+            log.error("%s", self.unsaved)
+
+    def _note(self, policies: PolicySet | None, faults: tuple[Fault, ...]) -> None:
+        self.faults, self.good = faults, policies is not None
+        if policies is not None:
+            self.loaded_seconds = time.time()
+            self._history.add("policies", text=f"{len(policies.policies)} in force")
+            return
+        for fault in faults[:5]:
+            self._history.add("policies refused", text=str(fault))

@@ -1,0 +1,56 @@
+"""The options of the command line, and the settings of an agent, which `daemon` makes of them and of agent.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fgpu_ebpf.agent import host_config
+from fgpu_ebpf.containers import cdi
+from fgpu_ebpf.driver import programs, xids
+from fgpu_ebpf.ledger.ledger import PINS
+from fgpu_ebpf.ledger.owner_bounds import Bounds
+from fgpu_ebpf.policy import share_name
+from fgpu_ebpf.tenancy import profiles
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Paths and options. `loader`: the interpreter that can import BCC; `store` None: tenants get `shim` itself."""
+
+    run_dir: Path = Path("/run/fgpu")
+    pins: Path = PINS
+    driver_root: Path = Path("/")
+    shim: Path = Path()
+    store: Path | None = None
+    sources: Path = Path()
+    listen: str = "127.0.0.1:9423"
+    listen_names: tuple[str, ...] = ()
+    loader: tuple[str, ...] = programs.LOADER
+    policy_folder: Path = Path("/etc/fgpu/policy.d")
+    overcommit: bool = False
+    engines: tuple[str, ...] = ()
+    helper: Path = Path()
+    cdi_folder: Path = cdi.FOLDER
+    shares: tuple[str, ...] = share_name.USUAL
+    profiles: tuple[profiles.Profile, ...] = ()
+    ignored_xids: Collection[int] = xids.OF_PROGRAMS
+    trusted_drivers: tuple[str, ...] = ()  # digests, as sha256:…
+    bounds: Bounds = field(default_factory=Bounds)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of `fgpu agent`, `load` and `doctor`; None: as in /etc/fgpu/agent.yaml."""
+
+    run_dir: Path = Path("/run/fgpu")
+    driver_root: Path | None = None
+    shim: Path | None = None
+    listen: str | None = None
+    loader: str | None = None
+    pins: Path | None = None
+    store: Path | None = None
+    config: Path = host_config.FILE
+    policies: Path | None = None
+    skipped: tuple[str, ...] = ()  # names of checks that the tests of packages cannot pass

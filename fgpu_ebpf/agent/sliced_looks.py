@@ -1,0 +1,87 @@
+"""Schedule of the agent's looks at cgroups, and the part of its main loop's time that they take.
+
+A look is a sequence of short steps (`cgroup_looks`). Slices of several looks alternate, and between two slices the loop
+serves other events. If a step raises, its look is over and the caller gets the exception; the next look at the same
+cgroups begins anew.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import monotonic
+
+ALL = ""  # all cgroups of the host
+RESCAN_SECONDS = 30.0  # for what no event reports, such as attributes of a cgroup that change later
+SLICE_SECONDS = 0.01
+PAUSE_SECONDS = 1.0  # the least time between two looks at the same cgroups
+PAUSE = 9  # the pause after a look, as a multiple of the time that it took
+MOST = 16  # looks at the same time
+
+
+@dataclass
+class _Look:
+    """A look under way. `spent`: seconds of the loop so far."""
+
+    path: str
+    steps: Iterator[None]
+    spent: float = 0.0
+
+
+class Looks:
+    """The looks. `steps` begins one: at all cgroups inside a workload's, by its path, or at ALL."""
+
+    def __init__(self, steps: Callable[[str], Iterator[None]]) -> None:
+        self._steps = steps
+        self._wanted: dict[str, None] = {}  # in the order of the requests
+        self._rests: dict[str, float] = {}  # by path: until when there is no other look
+        self._looks: deque[_Look] = deque()
+        self._next_slice = 0.0
+        self._next_scan = monotonic() + RESCAN_SECONDS
+
+    def ask(self, path: str) -> None:
+        """Request a look at these cgroups. One that is under way does not count, as it may have passed them."""
+        self._wanted.setdefault(path)
+
+    def wait(self, seconds: float) -> float:
+        """Return how long the loop may sleep, at most `seconds`."""
+        if not self._looks:
+            return max(0.0, seconds)
+        return max(0.0, min(seconds, self._next_slice - monotonic()))
+
+    def keep(self) -> None:
+        """Begin the looks that are due. To be called once a second."""
+        now = monotonic()
+        if now >= self._next_scan:
+            self.ask(ALL)
+        self._rests = {path: until for path, until in self._rests.items() if until > now}
+        busy = {look.path for look in self._looks} | self._rests.keys()
+        for path in [path for path in self._wanted if path not in busy][: MOST - len(self._looks)]:
+            del self._wanted[path]
+            self._looks.append(_Look(path, self._steps(path)))
+            if path == ALL:
+                self._next_scan = now + RESCAN_SECONDS
+
+    def go_on(self) -> None:
+        """Run one slice of one look, if one is under way. As much time passes before the next slice."""
+        began = monotonic()
+        if not self._looks or began < self._next_slice:
+            return
+        look = self._looks.popleft()
+        is_over = True
+        try:
+            is_over = self._run(look, began + SLICE_SECONDS)
+        finally:
+            now = monotonic()
+            look.spent += now - began
+            self._next_slice = now + (now - began)
+            if is_over:
+                self._rests[look.path] = now + max(PAUSE_SECONDS, PAUSE * look.spent)
+            else:
+                self._looks.append(look)
+
+    @staticmethod
+    def _run(look: _Look, until: float) -> bool:
+        """Run steps until that time. Returns True if the look is over."""
+        return all(monotonic() < until for _ in look.steps)

@@ -1,0 +1,116 @@
+"""Audit of turns: compares how much of a device a tenant ran on, by NVML, with how much of it the tenant owned.
+
+Runs in the reconcile thread. It keeps the last ten seconds of gated tenants, and judges no tenant by less. Every second
+it also tells the gatekeeper what NVML saw. If NVML does not say what a process ran, nothing is known of any tenant on
+that device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, TypeAlias
+
+from fgpu_ebpf.ledger.compute_maps import ComputeMaps, Key, TurnCounts
+from fgpu_ebpf.ledger.process_entry import Process
+
+LOOK_SECONDS = 1.0
+MOST_SECONDS = 2 * LOOK_SECONDS  # the longest time that a look stands for, if the one before it was late
+LOOKS = 10
+MUCH = 0.1  # ratio of a device: twice what a lie about a turn can gain there
+NOTHING_PARTS = 50  # a tenant that ran less than this part of what it owned ran nothing
+NS = 1_000_000_000
+Percent: TypeAlias = Mapping[int, int]  # by host pid: percent of a device's time, by NVML
+
+
+class Verdict(NamedTuple):
+    """`beyond`: the ratio of a device's time that a tenant ran outside its turns, for tenants watched for ten seconds.
+
+    It is usually below 0, because a turn is not all kernels. `outside`: host pids that run while it is above MUCH.
+    `empty`: host pids with contexts on a device of which their tenant owned much, and on which it ran nothing.
+    """
+
+    beyond: Mapping[Key, float] = {}
+    outside: frozenset[int] = frozenset()
+    empty: frozenset[int] = frozenset()
+
+
+class _Look(NamedTuple):
+    at: float
+    owned_ns: int
+    ran: float  # ratio of the time since the look before
+    pids: frozenset[int]
+
+
+class Audit:
+    """Compares turns with NVML. `percent` asks NVML about a device since a moment (epoch); None: it does not say."""
+
+    def __init__(self, percent: Callable[[int, float], Percent | None]) -> None:
+        self._percent = percent
+        self._looks: dict[Key, deque[_Look]] = {}
+        self._at = 0.0
+
+    def due(self, now: float) -> bool:
+        """Return True if a second has passed, on the monotonic clock."""
+        return now - self._at >= LOOK_SECONDS
+
+    def look(self, now: float, epoch: float, times: ComputeMaps, processes: Mapping[int, Process]) -> Verdict:
+        """Do a look, about once a second. `now`: monotonic; `epoch`: the same moment in seconds since the epoch."""
+        self._at = now
+        turns = times.turns()
+        counts = {place: turns.get(place, TurnCounts()) for place in times.shared()}  # without counts it owns nothing
+        gated = {place: found for place, found in counts.items() if not found.free}
+        self._looks = {place: looks for place, looks in self._looks.items() if place in gated}
+        for device in {device for _, device in gated}:
+            percent = self._percent(device, epoch - LOOK_SECONDS)
+            for place in (place for place in gated if place[1] == device):
+                self._enter(place, now, gated[place].owned_ns, percent, processes)
+                self._tell(place, times)
+        known = {place: looks for place, looks in self._looks.items() if len(looks) > LOOKS}
+        beyond = {place: _ran(looks) - _owned(looks) for place, looks in known.items()}
+        outside = (known[place][-1].pids for place, part in beyond.items() if part > MUCH)
+        empty = [place for place, looks in known.items() if _is_empty(looks)]
+        return Verdict(beyond, frozenset().union(*outside), _with_contexts(empty, processes))
+
+    def _enter(
+        self, place: Key, now: float, owned_ns: int, percent: Percent | None, processes: Mapping[int, Process]
+    ) -> None:
+        if percent is None:
+            self._looks.pop(place, None)
+            return
+        own = {pid: part for pid, part in percent.items() if pid in processes and place[0] in processes[pid].levels}
+        looks = self._looks.setdefault(place, deque(maxlen=LOOKS + 1))
+        if looks and owned_ns < looks[-1].owned_ns:  # the counter was reset
+            looks.clear()
+        looks.append(_Look(now, owned_ns, min(1.0, sum(own.values()) / 100), frozenset(own)))
+
+    def _tell(self, place: Key, times: ComputeMaps) -> None:
+        """Tell the gatekeeper what NVML saw: it is the floor of what a tenant with a ceiling is charged."""
+        looks = self._looks.get(place)
+        if looks and len(looks) > 1:
+            seconds = min(MOST_SECONDS, looks[-1].at - looks[-2].at)
+            times.add_ran(*place, int(looks[-1].ran * seconds * NS))
+
+
+def _owned(looks: deque[_Look]) -> float:
+    first, last = looks[0], looks[-1]
+    return (last.owned_ns - first.owned_ns) / NS / (last.at - first.at)
+
+
+def _ran(looks: deque[_Look]) -> float:
+    _, *rest = looks
+    return sum(look.ran for look in rest) / len(rest)
+
+
+def _is_empty(looks: deque[_Look]) -> bool:
+    owned = _owned(looks)
+    return owned > MUCH and _ran(looks) < owned / NOTHING_PARTS
+
+
+def _with_contexts(places: Iterable[Key], processes: Mapping[int, Process]) -> frozenset[int]:
+    return frozenset(
+        pid
+        for level, device in places
+        for pid, process in processes.items()
+        if level in process.levels and process.contexts[device]
+    )

@@ -1,0 +1,326 @@
+"""The control socket and the metrics address: the commands and the pages that the agent serves.
+
+Runs in the agent's main loop; a request to the metrics address is answered in a thread of its own. The members of the
+socket's group may read; root of the agent's own user namespace may write. A slow peer never blocks the agent. A peer
+that sends no JSON gets one line that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import json
+import logging
+import os
+import selectors
+import shlex
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any
+from wsgiref.types import WSGIApplication
+
+from prometheus_client import make_wsgi_app
+
+from fgpu_ebpf import snapshot
+from fgpu_ebpf.agent.agent import Agent
+from fgpu_ebpf.agent.offers import Offers
+from fgpu_ebpf.api import metrics, status_page
+from fgpu_ebpf.api.http_server import HttpServer, by_path, health
+from fgpu_ebpf.api.line_server import LineServer
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.containers import cdi
+from fgpu_ebpf.control_client import RequestError
+from fgpu_ebpf.driver.start_checks import AgentError
+from fgpu_ebpf.linux.clear_path import make_way
+from fgpu_ebpf.policy import share_name, units
+from fgpu_ebpf.policy.rules import Device, Priority
+from fgpu_ebpf.policy.units import QuantityError
+from fgpu_ebpf.tenancy import explain, targets
+from fgpu_ebpf.tenancy.enforcer import RoomError
+from fgpu_ebpf.workloads.cgroups import TargetError
+
+log = logging.getLogger("fgpu.server")
+MOST_WEIGHT = 10_000
+_COMPUTE_FIELDS = {"compute": "limit_millionths", "weight": "weight", "priority": "priority"}
+READS = {"snapshot", "metrics", "ping", "explain", "events", "offers"}
+
+
+class ControlServer:
+    """Answers each line, one JSON object, by one line: {"ok": …} or {"error": …, "code": …}."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._own_namespace = os.stat("/proc/self/ns/user").st_ino
+        self._listener: socket.socket | None = None
+        self._peers = LineServer(agent.selector, self._line)
+        self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "ping": self._ping,
+            "snapshot": lambda _: agent.look(),
+            "metrics": lambda _: metrics.text(agent.look()),
+            "explain": self._explain,
+            "events": lambda request: agent.history.since(_number(request, "since")),
+            "offers": lambda _: self._offers(),
+            "reload": lambda _: self._reload(),
+            "put": self._put,
+            "drop": self._drop,
+            "run": self._run,
+            "share": self._share,
+            "clear": self._clear,
+            "detach": lambda _: agent.detach(),
+        }
+
+    def open(self) -> None:
+        """Listen at <run>/control.sock, mode 0660, owned by root:fgpu if that group exists."""
+        path = self._agent.settings.run_dir / "control.sock"
+        aside = path.with_name(".control.sock")
+        make_way(str(path))
+        aside.unlink(missing_ok=True)
+        listener = self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        listener.bind(str(aside))
+        aside.chmod(0o660)
+        with contextlib.suppress(KeyError):
+            os.chown(aside, 0, grp.getgrnam("fgpu").gr_gid)
+        listener.listen(64)
+        aside.rename(path)
+        self._agent.selector.register(listener, selectors.EVENT_READ, lambda: self._peers.accept(listener))
+        self._agent.chores.append(self._peers.expire)
+
+    def close(self) -> None:
+        """Stop listening, and remove the socket so that no client takes it for a running agent."""
+        if self._listener is None:
+            return
+        self._peers.close()
+        self._listener.close()
+        (self._agent.settings.run_dir / "control.sock").unlink(missing_ok=True)
+
+    def _line(self, peer: socket.socket, line: bytes) -> bytes:
+        return json.dumps(self._answer(peer, line), default=snapshot.plain).encode() + b"\n"
+
+    def _answer(self, peer: socket.socket, line: bytes) -> dict[str, Any]:
+        try:
+            return {"ok": self._handle(peer, _request(line))}
+        except RequestError as error:
+            return {"error": str(error), "code": error.code}
+        except TargetError as error:
+            return {"error": str(error), "code": 4}
+        except QuantityError as error:
+            return {"error": str(error), "code": 2}
+        except (AgentError, RoomError, OSError) as error:
+            log.warning("request failed: %s", error)
+            return {"error": str(error), "code": 1}
+        except Exception as error:  # a defect of fgpu: the peer is told, and the main loop goes on
+            self._agent.failures += 1
+            log.exception("a request failed")
+            return {"error": f"internal error, see the agent's log: {type(error).__name__}", "code": 1}
+
+    def _handle(self, peer: socket.socket, request: dict[str, Any]) -> Any:
+        verb = request.get("verb")
+        if not isinstance(verb, str) or verb not in self._verbs:
+            raise RequestError(f"unknown verb {verb!r}", 2)
+        if verb not in READS and not self._may_write(peer):
+            self._agent.writes_refused += 1
+            self._agent.history.add("write refused", text=f"{verb} on the control socket: not root on the host")
+            raise RequestError(f"{verb} needs root on the host")
+        return self._verbs[verb](request | {"peer": _pid(peer)})
+
+    def _ping(self, _: dict[str, Any]) -> dict[str, Any]:
+        settings = self._agent.settings
+        return {"pid": os.getpid(), "driver_root": str(settings.driver_root), "loader": shlex.join(settings.loader)}
+
+    def _offers(self) -> dict[str, Any]:
+        """Return this host's profiles and devices, for a device plugin."""
+        agent = self._agent
+        assert agent.reconciler
+        offers = Offers(
+            agent.settings.profiles, agent.nvml.devices, agent.enforcer, agent.reconciler.truth,
+            agent.discovery.unenforced(),
+        )  # fmt: skip
+        return offers.view(agent.manager.overrides, cdi.mounts(agent.parts) if agent.parts else ())
+
+    def _may_write(self, peer: socket.socket) -> bool:
+        pid, uid = _pid(peer), struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        with contextlib.suppress(OSError):
+            return uid == 0 and os.stat(f"/proc/{pid}/ns/user").st_ino == self._own_namespace
+        return False
+
+    def _reload(self) -> None:
+        if errors := self._agent.reload():
+            raise RequestError("\n".join(["the policies in force stay:", *map(str, errors)]), 1)
+
+    def _put(self, request: dict[str, Any]) -> dict[str, Any]:
+        path = self._find(request)
+        asked = _limits(request) | self._devices(request)
+        tenant = self._agent.manager.set(path, asked)
+        said = [f"memory {request['memory']}"] if asked.get("memory_millionths") else []
+        said += [f"{name} {asked[field]}" for name, field in _COMPUTE_FIELDS.items() if field in asked]
+        bytes_ = asked.get("memory_bytes") or 0
+        self._agent.history.add("set", tenant=tenant.name, bytes=bytes_, text=", ".join(said))
+        return {"tenant": tenant.name, "path": tenant.path, **asked}
+
+    def _find(self, request: dict[str, Any]) -> str:
+        return targets.find(_text(request, "target"), self._agent.enforcer, self._agent.manager.workloads)
+
+    def _explain(self, request: dict[str, Any]) -> dict[str, Any]:
+        agent = self._agent
+        found, path = agent.discovery, self._find(request)
+        tenants = agent.fresh().tenants
+        orphans = [snapshot.plain(orphan) for tenant in tenants if tenant.path == path for orphan in tenant.orphans]
+        enforced = {tenant.cgroup: tenant.enforcement for tenant in tenants}
+        around = found.reasons(), found.standalone(), orphans, found.is_shim, enforced
+        return explain.explain(path, agent.manager, agent.ledger, found.unenforced(), *around)
+
+    def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
+        path = self._find(request)
+        if not self._agent.manager.unset(path):
+            raise TargetError(f"no limit was set by hand on {path}")
+        self._agent.history.add("unset", text=path)
+        return {"path": path}
+
+    def _clear(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Offer a device again after its repair, whatever XID it has reported."""
+        agent, device = self._agent, self._device(_text(request, "device"))
+        if agent.reconciler:
+            agent.reconciler.repaired(device.index)
+        agent.history.add("device cleared", gpu=device.index, text=device.uuid_text)
+        return {"device": device.index}
+
+    def _device(self, name: str) -> Device:
+        device = next((d for d in self._agent.nvml.devices if name in (str(d.index), d.uuid_text)), None)
+        if device is None:
+            raise TargetError(f"no device {name}: fgpu status --json lists each index and uuid")
+        return device
+
+    def _devices(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the only devices that a tenant may use, by UUID, as a field of an Override."""
+        named = request.get("devices") or []
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise RequestError("devices is not a list of indexes or UUIDs", 2)
+        uuids = tuple(dict.fromkeys(self._device(name).uuid_text for name in named))
+        return {"devices": uuids} if uuids else {}
+
+    def _share(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Give a container its share. An engine's hook asks for it, before the container's program runs."""
+        share = share_name.parse(_text(request, "share"))
+        path = targets.starting(request.get("pid"), request["peer"], self._agent.manager.workloads)
+        tenant = self._agent.manager.share(path, share)
+        self._agent.history.add("share", tenant=tenant.name, text=share.text)
+        return {"tenant": tenant.name, "path": tenant.path}
+
+    def _run(self, request: dict[str, Any]) -> dict[str, Any]:
+        tenant = self._agent.manager.run(_limits(request) | self._devices(request), str(request.get("name") or ""))
+        return {
+            "tenant": tenant.name,
+            "folder": self._agent.manager.workloads.folder(tenant.path),
+            "preload": str(self._agent.settings.run_dir / "ld.so.preload"),
+            "shim": str(self._agent.shim),
+        }
+
+
+def _pid(peer: socket.socket) -> int:
+    return int(struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+
+
+def _limits(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the limits that a request names, as fields of an Override."""
+    asked: dict[str, Any] = {}
+    if request.get("memory") is not None:
+        memory = units.amount(_text(request, "memory"))
+        asked |= {"memory_bytes": memory.bytes or None, "memory_millionths": memory.millionths or None}
+    if request.get("compute") is not None:
+        asked["limit_millionths"] = units.millionths(_text(request, "compute"))
+    weight, priority = request.get("weight"), request.get("priority")
+    if weight is not None:
+        if not isinstance(weight, int) or isinstance(weight, bool) or not 1 <= weight <= MOST_WEIGHT:
+            raise RequestError(f"weight must be between 1 and {MOST_WEIGHT}", 2)
+        asked["weight"] = weight
+    if priority is not None:
+        if priority not in list(Priority):
+            raise RequestError(f"priority must be one of {', '.join(Priority)}", 2)
+        asked["priority"] = priority
+    if not asked:
+        raise RequestError("no limit is named: give memory, compute, weight or priority", 2)
+    return asked
+
+
+def _text(request: dict[str, Any], name: str) -> str:
+    value = request.get(name)
+    if not isinstance(value, str):
+        raise RequestError(f"{name} is missing", 2)
+    return value
+
+
+def _number(request: dict[str, Any], name: str) -> int:
+    value = request.get(name) or 0
+    if not isinstance(value, int) or value < 0:
+        raise RequestError(f"{name} must be a number, 0 or more", 2)
+    return value
+
+
+def _request(line: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError) as error:
+        raise RequestError("expected one JSON object per line", 2) from error
+    if not isinstance(request, dict):
+        raise RequestError("expected one JSON object per line", 2)
+    return request
+
+
+class MetricsAddress:
+    """The status page (/), /metrics, /healthz and /readyz at settings.listen, each request in a thread.
+
+    /healthz: 200 if the agent answers. /readyz: 200 if the agent enforces what was asked for, else 503 with the reason.
+    Enforcement does not depend on the address: if it is taken, `fgpu doctor` says so, and the agent tries again in each
+    round.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._web: HttpServer | None = None
+        agent.chores.append(self._keep)
+        self._open()
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self._web:
+            self._web.server_close()
+
+    def _open(self) -> None:
+        agent, listen = self._agent, self._agent.settings.listen
+        host, _, port = listen.rpartition(":")
+        try:
+            self._web = HttpServer(host.strip("[]"), int(port), by_path(_paths(agent)), agent.settings.listen_names)
+        except (OSError, ValueError, OverflowError) as error:
+            if "metrics" not in agent.lacks:
+                log.error("cannot listen at %s: %s; limits are enforced without metrics", listen, error)
+            fix = "stop the program that listens there, or set another address: listen in agent.yaml"
+            agent.lacks["metrics"] = Check("metrics", False, f"cannot listen at {listen}: {error}", fix)
+            return
+        if agent.lacks.pop("metrics", None):
+            log.info("metrics at http://%s/", listen)
+        agent.selector.register(self._web, selectors.EVENT_READ, self._take_in)
+
+    def _keep(self) -> None:
+        if self._web:
+            self._web.expire()
+        else:
+            self._open()
+
+    def _take_in(self) -> None:
+        """Accept connections, and take a Snapshot if a whole request has arrived."""
+        assert self._web
+        if self._web.receive():
+            try:
+                self._agent.fresh()
+            finally:
+                self._web.answer()
+
+
+def _paths(agent: Agent) -> dict[str, WSGIApplication]:
+    return {
+        "/": status_page.app(lambda: agent.snapshot),
+        "/metrics": make_wsgi_app(metrics.registry(lambda: agent.snapshot)),
+        "/healthz": health(lambda: ""),
+        "/readyz": health(lambda: agent.snapshot.unenforced or agent.snapshot.incomplete),
+    }

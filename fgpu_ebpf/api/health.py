@@ -1,0 +1,94 @@
+"""Problems of the host according to its Snapshot, and how to fix them.
+
+Used by `fgpu doctor` and by the status page. What a Snapshot does not contain, such as whether the gatekeeper replies,
+`fgpu doctor` checks itself. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fgpu_ebpf.agent import nvml_reconcile
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.driver import bypass_reason, xids
+
+FULL_PARTS = 0.75  # the same as of the alert FgpuTableFilling
+FULL = "a full table refuses new programs: `fgpu events` names the workload, bounds: in agent.yaml its bounds"
+
+
+def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
+    """Yield every check that a Snapshot's JSON can answer."""
+    tenants, policies = snapshot["tenants"], snapshot["policies"]
+    if policies and not policies["good"]:
+        yield Check("policies", False, "; ".join(policies["faults"][:3]), "fgpu policy check")
+    elif policies and policies["unsaved"]:
+        yield Check("policies", False, policies["unsaved"], "free space there: a start needs it if a file has an error")
+    elif policies:
+        yield Check("policies", True, f"{policies['count']} in force, {len(tenants)} tenants")
+    kept = [f"{t['tenant']}: {'; '.join(t['notes'])}" for t in tenants if t["source"] == "kept"]
+    yield Check(
+        "start", not kept, ", ".join(kept[:5]) or "no limit from before the start is in doubt",
+        "fix what is named; or decide by fgpu set TARGET, or by fgpu unset TARGET, after which policies hold",
+    )  # fmt: skip
+    yield from _engines(snapshot["engines"])
+    missing = snapshot["unenforced"]
+    yield Check("probes", not missing, missing or "attached", "restart the agent, and find what removed them")
+    ages = {d["index"]: d["reconcile_age_seconds"] for d in snapshot["devices"]}
+    yield nvml_reconcile.check(ages, snapshot["reconcile_failure"])
+    yield xids.check(snapshot["devices"])
+    yield _shims(tenants)
+    yield _libraries(snapshot["libraries"], snapshot["trusted"])
+    denied = sorted(t["tenant"] for t in tenants if t["denied"])
+    yield Check("room", not denied, ", ".join(denied[:5]) or "for every tenant", "fgpu explain TARGET has the numbers")
+    full = [f"{m['name']}: {m['entries']} of {m['most']}" for m in snapshot.get("maps", ()) if _is_filling(m)]
+    yield Check("tables", not full, ", ".join(full) or "have room", FULL)
+    for name, (found, how_to_fix) in snapshot.get("lacks", {}).items():
+        yield Check(name, False, found, how_to_fix)
+    failures = snapshot["failures"]
+    yield Check("mistakes", not failures, f"{failures} internal errors", "report the traceback in the agent's log")
+
+
+def _is_filling(table: Mapping[str, Any]) -> bool:
+    return bool(table["entries"] > FULL_PARTS * table["most"])
+
+
+def _shims(tenants: Sequence[Mapping[str, Any]]) -> Check:
+    """Check that every process that uses a device asks before it allocates; the fix names the reasons of the others."""
+    tenants_without = sorted((t for t in tenants if t["bypassing"]), key=lambda t: str(t["tenant"]))
+    if not tenants_without:
+        return Check("shim", True, "in every process that uses a device")
+    named = [f"{t['tenant']} ({', '.join(t['shimless']) or ', '.join(t['bypassing'])})" for t in tenants_without[:5]]
+    reasons = [why for why in bypass_reason.Reason if any(why in t["shimless"] for t in tenants_without)]
+    fix = "; ".join([*(f"{why}: {why.words}" for why in reasons), "fgpu explain TARGET, or onBypass: kill"])
+    return Check("shim", False, ", ".join(named), fix)
+
+
+def _libraries(found: Sequence[Mapping[str, Any]], trusted: Sequence[str]) -> Check:
+    """Check that every driver library that tenants' processes map is the host's own or trusted."""
+    unknown = [library for library in found if library["role"] == "unknown" and library["tenant"]]
+    if not unknown:
+        listed = sum(library["role"] == "listed" for library in found)
+        return Check(
+            "libraries", True, f"the host's driver, and {listed} trusted files" if listed else "the host's driver"
+        )
+    named = [f"{library['path']!a} of process {library['pids'][0]} in {library['tenant']}" for library in unknown[:5]]
+    digests = sorted({*trusted, *(library["digest"] for library in unknown if library["digest"])})
+    line = f"drivers: {{trusted: {json.dumps(digests)}}}"
+    fix = f"what they free stays charged until NVML shows it; to trust them, write in agent.yaml: {line}"
+    return Check("libraries", False, ", ".join(named), fix)
+
+
+def _engines(found: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+    """Check that the engines that run containers have told the labels of all of them."""
+    there = {engine["name"] for engine in found if engine["is_there"]}
+    failed = [engine for engine in found if engine["fault"]]
+    absent = [engine for engine in found if engine["waiting"] and engine["name"] not in there]
+    if not found:
+        return
+    texts = [f"{e['name']} at {e['path']}: {e['fault']}" for e in failed]
+    texts += [f"{e['path']} is missing, {e['waiting']} containers wait for it" for e in absent if e not in failed]
+    fix = "until then policies by cgroup hold; start the engine, or set its socket under engines: in agent.yaml"
+    asked = ", ".join(sorted(there)) or "no engine"
+    yield Check("labels", not texts, "; ".join(texts[:3]) or f"{asked} answers", fix if texts else "")

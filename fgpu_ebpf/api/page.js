@@ -1,0 +1,54 @@
+// Loads this page again while it is visible, and shows when the agent does not answer: old figures must not look like
+// current ones. Text becomes elements in the server alone, which escapes it.
+"use strict";
+
+const PERIOD_MS = 2000, PATIENCE_MS = 4000, SILENCE_MS = 5000;
+const title = document.title, silence = document.getElementById("silence");
+let heard = Date.now(), asking = false;
+
+// Replaces only the nodes that differ, so that a selection stays.
+function update(old, fresh) {
+  if (old.isEqualNode(fresh)) return;
+  const alike = old.cloneNode().isEqualNode(fresh.cloneNode()) && old.childNodes.length === fresh.childNodes.length;
+  if (!alike || !old.hasChildNodes()) return old.replaceWith(fresh);
+  const parts = [...fresh.childNodes];
+  [...old.childNodes].forEach((part, i) => update(part, parts[i]));
+}
+
+function tell() {
+  const silent = Math.abs(Date.now() - heard) > SILENCE_MS; // also if the clock was set: the figures' age is then unknown
+  const text = silent ? `no answer since ${document.querySelector("main time").textContent}: the figures below are from then` : "";
+  if (silence.textContent !== text) silence.textContent = text;
+  silence.hidden = !silent;
+  document.body.classList.toggle("silent", silent);
+  document.title = silent ? `no answer: ${title}` : title;
+}
+
+async function ask() {
+  const answer = await fetch(location.href, {
+    cache: "no-store", credentials: "omit", redirect: "error", signal: AbortSignal.timeout(PATIENCE_MS),
+  });
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  const main = page.querySelector("main");
+  if (!answer.ok || !main) throw new Error("another server answers");
+  if (page.documentElement.dataset.version !== document.documentElement.dataset.version) location.reload();
+  update(document.querySelector("main"), document.adoptNode(main));
+  heard = Date.now();
+}
+
+async function look() {
+  tell();
+  if (document.hidden || asking) return;
+  asking = true;
+  try {
+    await ask();
+  } catch {
+    // tell() shows it after SILENCE_MS
+  } finally {
+    asking = false;
+    tell();
+  }
+}
+
+setInterval(look, PERIOD_MS);
+document.addEventListener("visibilitychange", look);

@@ -1,0 +1,129 @@
+"""`fgpu cdi` and `fgpu setup`: how containers get their limits.
+
+Runs in the process of the command; neither command asks the agent or restarts an engine. Exit codes: 0 done, 1 a
+finding or failure, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+RUN_DIR = Path("/run/fgpu")
+
+
+def _run_dir() -> Path:
+    folder: Path = click.get_current_context().find_root().params.get("run_dir", RUN_DIR)
+    return folder
+
+
+def _fail(text: str) -> None:
+    click.echo(f"fgpu: {text}", err=True)
+    sys.exit(1)
+
+
+@click.group("cdi")
+def cdi_group() -> None:
+    """Devices that a container may ask for: fgpu.dev/share=8gib-50pct, fgpu.dev/shim=all."""
+
+
+@cdi_group.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+def list_devices(as_json: bool) -> None:
+    """List the devices that engines find on this host now."""
+    from fgpu_ebpf import control_client
+    from fgpu_ebpf.containers import injection
+
+    found = [_device(spec, device) for spec in injection.written(_run_dir()) for device in spec["devices"]]
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    if not found:
+        _fail(f"no agent has written a specification: start the agent with `{control_client.agent_command()}`")
+    for device in found:
+        click.echo(f"{device['name']:<32} {device['gives']}")
+
+
+def _device(spec: dict[str, Any], device: dict[str, Any]) -> dict[str, str]:
+    from fgpu_ebpf.policy import share_name
+
+    name = f"{spec['kind']}={device['name']}"
+    if not spec["kind"].endswith("/share"):
+        return {"name": name, "gives": "the limits of the policies"}
+    share = share_name.parse(device["name"])
+    memory = [f"memory {share.memory}"] if share.memory else []
+    compute = [f"compute up to {share.compute}"] if share.compute else []
+    only = ["on that device alone"] if share.device else []
+    return {"name": name, "gives": ", ".join(memory + compute + only)}
+
+
+@cdi_group.command()
+@click.argument("names", metavar="[SHARE]...", nargs=-1)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="A file in /etc/cdi; default: stdout.")
+def generate(names: tuple[str, ...], output: Path | None) -> None:
+    """Print the specification of SHAREs (8gib-50pct, 50pct-50pct, all-50pct), or of those in agent.yaml."""
+    from fgpu_ebpf.agent import host_config
+    from fgpu_ebpf.containers import cdi, injection
+    from fgpu_ebpf.driver import shim_store
+    from fgpu_ebpf.policy.units import QuantityError
+
+    host, faults = host_config.read()
+    if host is None:
+        return _fail("\n".join(map(str, faults)))
+    try:
+        of = injection.parts(_run_dir(), shim_store.stable_path(), injection.BIN / injection.HELPER)
+        spec = cdi.share_spec(of, names or host.shares)
+        if output is None:
+            click.echo(cdi.text(spec), nl=False)
+        else:
+            cdi.write(output, spec)
+    except QuantityError as error:
+        click.echo(f"fgpu: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        _fail(f"{output}: {error.strerror}")
+    return None
+
+
+@click.command()
+@click.argument("engine", type=click.Choice(["docker", "podman", "containerd", "crio"]))
+@click.option("--undo", "is_undo", is_flag=True, help="Restore the engine's settings.")
+@click.option("--file", type=click.Path(path_type=Path, dir_okay=False), help="The engine's settings file.")
+def setup(engine: str, is_undo: bool, file: Path | None) -> None:
+    """Give every container of ENGINE the shim, without a flag or a label on the container."""
+    from dataclasses import replace
+
+    from fgpu_ebpf.containers import engine_setup, injection, selinux
+    from fgpu_ebpf.containers.engine_config import ENGINES, SetupError
+    from fgpu_ebpf.driver.start_checks import AgentError, package_file
+
+    found, state = ENGINES[engine], engine_setup.STATE / f"{engine}.json"
+    if file:
+        found = replace(found, file=file)
+    elif is_undo:
+        found = engine_setup.where_it_is(found, state)
+    try:
+        if is_undo:
+            changed = engine_setup.undo(found, state)
+        else:
+            helper = injection.publish_helper(package_file("oci", injection.HELPER))
+            changed = engine_setup.set_up(found, helper, state)
+    except (SetupError, AgentError) as error:
+        return _fail(f"{error}: nothing was changed")
+    except OSError as error:
+        return _fail(f"{error.filename or found.file}: {error.strerror}: nothing was changed")
+    done = "restored" if is_undo else "set up"
+    click.echo(f"{found.file}: {done}" if changed else f"{found.file}: nothing to do")
+    reload = found.reload_undone if is_undo else found.reload
+    if changed and reload:
+        click.echo(f"takes effect after: {reload}")
+    if changed and is_undo and engine == "docker":
+        click.echo("containers created since the set-up name the runtime fgpu: create them again")
+    for check in () if is_undo else selinux.checks(_run_dir()):
+        if not check.ok:
+            click.echo(f"SELinux: {check.found}: {check.mend}")
+    return None

@@ -1,0 +1,45 @@
+"""`fgpu device-plugin`: offer this host's shares to Kubernetes as resources.
+
+Runs the device plugin in the process of the command. Every option can also be given by an environment variable. The
+host's settings are read by the agent, not here. Exit codes: 0 ended by a signal, 1 failure, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+FOLDER = Path("/var/lib/kubelet/device-plugins")
+RUN_DIR = Path("/run/fgpu")
+_WAYS = ["cdi-cri", "cdi-annotations", "mounts"]
+_GPUS = ["auto", "cdi", "envvar", "none"]
+
+
+@click.command("device-plugin")
+@click.option("--kubelet-dir", type=click.Path(path_type=Path), default=FOLDER, show_default=True, envvar="KUBELET_DIR",
+                            help="Folder of kubelet.sock.")  # fmt: skip
+@click.option("--device-list-strategy", type=click.Choice(_WAYS), default="cdi-cri", show_default=True,
+              envvar="DEVICE_LIST_STRATEGY", help="How a container gets its share.")  # fmt: skip
+@click.option("--gpu-strategy", type=click.Choice(_GPUS), default="auto", show_default=True, envvar="GPU_STRATEGY",
+                            help="How a container gets the GPU itself.")  # fmt: skip
+@click.option("--cdi-dir", "folders", type=click.Path(path_type=Path), multiple=True, envvar="CDI_DIRS",
+                            help="Folders of NVIDIA's CDI specification: /etc/cdi, /var/run/cdi.")  # fmt: skip
+@click.option("--log-format", type=click.Choice(["text", "json", "journal"]), help="text, or journal under systemd.")
+def device_plugin(
+    kubelet_dir: Path, device_list_strategy: str, gpu_strategy: str, folders: tuple[Path, ...], log_format: str | None
+) -> None:
+    """Offer this host's profiles to kubelet, as fgpu.dev/8gib-50pct."""
+    from fgpu_ebpf.kubernetes import device_plugin
+    from fgpu_ebpf.kubernetes.allocation import CDI_FOLDERS, Gpus, Strategy, Way
+    from fgpu_ebpf.linux import logs
+
+    logs.configure(logs.Format(log_format) if log_format else None)
+    run_dir: Path = click.get_current_context().find_root().params.get("run_dir", RUN_DIR)
+    way = Way(Strategy(device_list_strategy), Gpus(gpu_strategy), folders or CDI_FOLDERS)
+    try:
+        device_plugin.serve(device_plugin.Options(run_dir, kubelet_dir, way))
+    except device_plugin.PluginError as error:
+        click.echo(f"fgpu: {error}", err=True)
+        sys.exit(1)

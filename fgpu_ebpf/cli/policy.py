@@ -1,0 +1,178 @@
+"""`fgpu policy`: check, list and describe policy files.
+
+Runs in the process of the command, without the agent: it shows the files, not what is in force. Exit codes: 0 done, 1 a
+finding, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:  # importing these reads pydantic and YAML, which other commands must not wait for
+    from fgpu_ebpf.policy.rules import Policy, PolicySet, Selector
+    from fgpu_ebpf.policy.units import Amount
+    from fgpu_ebpf.policy.yaml_document import Fault
+
+Paths = tuple[Path, ...]
+_PATHS = click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+
+
+@click.group("policy")
+def policy() -> None:
+    """Check, list and describe policy files. No agent is needed."""
+
+
+@policy.command()
+@_PATHS
+def check(paths: Paths) -> None:
+    """Check PATHS (files or folders), or this host's policies; print every error and exit with 1 if there is one."""
+    policies = _must_read(paths)
+    files = len({p.source.rpartition(":")[0] for p in policies})
+    click.echo(f"ok: {_count(len(policies), 'policy', 'policies')} in {_count(files, 'file', 'files')}")
+
+
+@policy.command("list")
+@_PATHS
+@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+def list_policies(paths: Paths, as_json: bool) -> None:
+    """List policies in the order in which they are tried: the first that matches decides."""
+    policies = _must_read(paths)
+    if as_json:
+        click.echo(json.dumps([_json(p) for p in policies]))
+        return
+    for position, found in enumerate(policies, 1):
+        click.echo(_text(position, found))
+
+
+@policy.command()
+def schema() -> None:
+    """Print the JSON Schema of a policy, for editors."""
+    from fgpu_ebpf.policy import schema
+
+    click.echo(json.dumps(schema.json_schema(), indent=2))
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def _must_read(paths: Paths) -> list[Policy]:
+    """Return the policies; if a file has an error, print a line for each error and exit with 1."""
+    policies, faults = _read(paths)
+    for fault in faults:
+        click.echo(str(fault), err=True)
+    if faults:
+        click.echo(f"fgpu: {_count(len(faults), 'error', 'errors')}: no policy of these files would be used", err=True)
+        sys.exit(1)
+    return policies
+
+
+def _read(paths: Paths) -> tuple[list[Policy], list[Fault]]:
+    """Read the given files, of any owner; without PATHS read the host's folder by the agent's own rules.
+
+    Returns the policies, and the errors found in the files.
+    """
+    from fgpu_ebpf.policy import folder
+    from fgpu_ebpf.policy.folder import PolicyFolder
+
+    if not paths:
+        reading = PolicyFolder(folder.FOLDER, settle_seconds=0).read()
+        return _listed(reading.policies), list(reading.faults)
+    policies: list[Policy] = []
+    faults: list[Fault] = []
+    for path in paths:
+        if path.is_dir():
+            reading = PolicyFolder(path, root_only=False, settle_seconds=0).read()
+            found, wrong = _listed(reading.policies), list(reading.faults)
+        else:
+            found, wrong = _read_file(path)
+        policies += found
+        faults += wrong
+    return policies, faults or folder.whole(policies)
+
+
+def _listed(policies: PolicySet | None) -> list[Policy]:
+    return list(policies.policies) if policies else []
+
+
+def _read_file(path: Path) -> tuple[list[Policy], list[Fault]]:
+    from fgpu_ebpf.policy import folder, trusted_file
+    from fgpu_ebpf.policy.yaml_document import Fault, FaultError
+
+    try:
+        data, _ = trusted_file.load(str(path), str(path), root_only=False)
+    except FaultError as error:
+        return [], [error.fault]
+    except OSError as error:
+        return [], [Fault(str(path), 0, "", f"cannot be read: {error.strerror}")]
+    return folder.parse(str(path), data)
+
+
+# -- showing -------------------------------------------------------------------------------------------------------
+
+
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number} {singular if number == 1 else plural}"
+
+
+def _selector(selector: Selector) -> dict[str, list[str]]:
+    globs = {
+        "cgroup": selector.cgroup,
+        "namespace": selector.namespace,
+        "image": selector.image,
+        "unit": selector.unit,
+    }
+    said = {key: list(value.texts) for key, value in globs.items() if value}
+    return {**said, "labels": [str(test) for test in selector.labels]} if selector.labels else said
+
+
+def _json(found: Policy) -> dict[str, Any]:
+    memory, compute = found.memory, found.compute
+    return {
+        "name": found.name,
+        "source": found.source,
+        "mode": "observe" if found.observe else "enforce",
+        "selector": _selector(found.selector),
+        "devices": [choice.text for choice in found.devices],
+        "memory": {"limit": _amount(memory.limit), "max": _amount(memory.most)} if memory else None,
+        "compute": {
+            "limit_ratio": compute.limit_ratio,
+            "weight": compute.weight,
+            "priority": compute.priority.value,
+            "quantum_ns": compute.quantum_ns,
+        }
+        if compute
+        else None,
+        "on_bypass": "kill" if found.kill else "report",
+        "utilization": "own" if found.own_utilization else "device",
+        "metric_labels": list(found.metric_labels),
+    }
+
+
+def _amount(amount: Amount) -> dict[str, float]:
+    return {"ratio": amount.millionths / 1e6} if amount.millionths else {"bytes": amount.bytes}
+
+
+def _text(position: int, found: Policy) -> str:
+    """Return `1. notebooks (10-team.yaml:3): enforce`, a line for each part of the selector, and what it gives."""
+    lines = [f"{position}. {found.name} ({found.source}): {'observe' if found.observe else 'enforce'}"]
+    lines += [f"   {key}: {', '.join(values)}" for key, values in _selector(found.selector).items()]
+    devices = ", ".join(choice.text for choice in found.devices)
+    lines.append(f"   devices {devices}: {', '.join(_gives(found)) or 'no limit'}")
+    return "\n".join(lines)
+
+
+def _gives(found: Policy) -> Iterable[str]:
+    from fgpu_ebpf.policy.units import MILLION, amount_text, millionths_text
+
+    if found.memory:
+        most = f" (up to {amount_text(found.memory.most)} by label)" if found.memory.most != found.memory.limit else ""
+        yield f"memory {amount_text(found.memory.limit)}{most}"
+    if found.compute:
+        ceiling = millionths_text(round(found.compute.limit_ratio * MILLION))
+        yield f"compute up to {ceiling}, weight {found.compute.weight}, {found.compute.priority} priority"

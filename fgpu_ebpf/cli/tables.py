@@ -1,0 +1,136 @@
+"""Text tables of `fgpu status`, `fgpu ps` and `fgpu events`, from a Snapshot's JSON.
+
+Runs in the process of the command. The names and users of processes come from psutil.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.policy.units import memory_text
+from fgpu_ebpf.snapshot import no_limit
+from fgpu_ebpf.tenancy import orphan_text
+from fgpu_ebpf.tenancy.enforcement import sentence
+from fgpu_ebpf.tenancy.event_log import line_of
+
+
+def _text(table: Table) -> str:
+    out = io.StringIO()
+    Console(file=out, width=120).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def status(snapshot: Mapping[str, Any]) -> str:
+    """Return the table of tenants by device, followed by what needs attention."""
+    table = _table("TENANT", "KIND", "GPU", "LIMIT", "USED", "PEAK", "REFUSED", "PROCESSES", "HELD BY")
+    for tenant in snapshot["tenants"]:
+        count = str(len({p["pid"] for p in tenant["processes"]}))
+        for d in tenant["devices"]:
+            limit = abi.limit(d["limit_bytes"])
+            sizes = (
+                "-" if limit is None else memory_text(limit),
+                memory_text(d["used_bytes"]),
+                memory_text(d["peak_bytes"]),
+                str(d["refused"]),
+            )
+            table.add_row(tenant["tenant"], tenant["kind"], str(d["gpu"]), *sizes, count, tenant["enforcement"])
+    why = no_limit(snapshot)
+    return _text(table) + _shares(snapshot) + _counted(snapshot) + _orphans(snapshot) + (f"\n{why}\n" if why else "")
+
+
+def _counted(snapshot: Mapping[str, Any]) -> str:
+    """Return a line for each tenant with a process that is only counted; empty if there is none."""
+    lines = [line for tenant in snapshot["tenants"] if (line := sentence(tenant))]
+    return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
+
+
+def _orphans(snapshot: Mapping[str, Any]) -> str:
+    """Return a line for each orphan that lasts; empty if there is none. A group's orphans are listed by its members."""
+    lines = [
+        f"{tenant['tenant']}: {orphan_text.sentence(orphan)}"
+        for tenant in snapshot["tenants"]
+        for orphan in orphan_text.lasting(tenant["orphans"])
+        if tenant["kind"] != "group"
+    ]
+    return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
+
+
+def _shares(snapshot: Mapping[str, Any]) -> str:
+    """Return the table of compute time; empty if no tenant is gated."""
+    rows = [(t["tenant"], d["gpu"], d["compute"]) for t in snapshot["tenants"] for d in t["devices"] if d["compute"]]
+    if not rows:
+        return ""
+    table = _table("TENANT", "GPU", "SHARE", "ENTITLED", "LIMIT", "WEIGHT", "PRIORITY", "WAITED", "OWNER")
+    for tenant, gpu, c in rows:
+        parts = ("alone", "-") if c["free"] else (f"{c['had_ratio']:.1%}", f"{c['entitled_ratio']:.1%}")
+        limit = f"{c['limit_ratio']:.0%}" if c["limit_ratio"] < 1 else "-"
+        waited = f"{c['wait_seconds']:.1f}s"
+        table.add_row(tenant, str(gpu), *parts, limit, str(c["weight"]), c["priority"], waited, _mark(c["is_owner"]))
+    return "\n" + _text(table)
+
+
+def _mark(said: bool) -> str:
+    return "*" if said else ""
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """Return one event as a line that begins with the local date and time."""
+    when = time.strftime("%F %T", time.localtime(event["time_seconds"]))
+    return f"{when} {line_of(dict(event))}"
+
+
+def process_rows(snapshot: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one row for each process of a tenant, with the name and user that the host knows for its pid."""
+    rows = []
+    for tenant in snapshot["tenants"]:
+        for process in tenant["processes"]:
+            share = next((d["compute"] for d in tenant["devices"] if d["gpu"] == process["gpu"]), None)
+            had = {"had_ratio": share["had_ratio"] if share and not share["free"] else None}
+            rows.append({"tenant": tenant["tenant"], **process, **had, **_names(process["pid"])})
+        rows += [_orphan_row(tenant["tenant"], orphan) for orphan in orphan_text.lasting(tenant["orphans"])]
+    return rows
+
+
+def _orphan_row(tenant: str, orphan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of orphaned memory, whose process has ended."""
+    state = "(ended)" if orphan["ended"] else "(exported)"
+    return {
+        "tenant": tenant, "pid": orphan["pid"], "gpu": orphan["gpu"], "bytes": orphan["bytes"], "how": "orphaned",
+        "why": orphan_text.keepers(orphan), "had_ratio": None, "name": state, "user": None, "started": None,
+    }  # fmt: skip
+
+
+def _names(pid: int) -> dict[str, Any]:
+    try:
+        process = psutil.Process(pid)
+        return {"name": process.name(), "user": process.username(), "started": process.create_time()}
+    except psutil.Error:
+        return {"name": None, "user": None, "started": None}
+
+
+def processes(rows: list[dict[str, Any]]) -> str:
+    """Return the table of process_rows()."""
+    table = _table("TENANT", "PID", "GPU", "USED", "SHARE", "USER", "NAME", "BYPASS")
+    for row in rows:
+        part = "-" if row["had_ratio"] is None else f"{row['had_ratio']:.1%}"
+        user_and_name = (row["user"] or "-", row["name"] or "(gone)")
+        bypass = f"{row['how']} ({row['why']})" if row["why"] else row["how"] or "-"
+        table.add_row(
+            row["tenant"], str(row["pid"]), str(row["gpu"]), memory_text(row["bytes"]), part, *user_and_name, bypass
+        )
+    return _text(table)

@@ -1,0 +1,134 @@
+"""`fgpu top`: the screen, its event loop, and the restoring of the terminal.
+
+Runs in the main thread of the command; a second thread (`top_input`) asks the agent once a second, so that keys never
+wait for it. If the agent does not reply, one line on the screen says so until it does. The terminal is restored when
+the program is left by a key or a signal, and while it is stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from fgpu_ebpf.cli import top_frame
+from fgpu_ebpf.cli.top_frame import Window
+from fgpu_ebpf.cli.top_input import Keyboard, LatestSnapshot, SnapshotPoller, ViewChoice
+from fgpu_ebpf.linux.wakeup import Bell
+
+Ask = Callable[[], Mapping[str, Any]]
+IDLE_SECONDS = 1.5  # longer than replies are apart, so that a missing reply is noticed too
+_ENDINGS = {signal.SIGTERM, signal.SIGHUP}
+_SIGNALS = (*_ENDINGS, signal.SIGINT, signal.SIGTSTP, signal.SIGWINCH)
+
+
+def is_watched() -> bool:
+    """Return True if input and output are terminals, and the output can be drawn on."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and not Console().is_dumb_terminal
+
+
+def print_once(ask: Ask, choice: ViewChoice) -> None:
+    """Print the whole table once, unlimited in width if the output is no terminal.
+
+    Raises:
+        ConnectionError: no agent replies.
+        RequestError: the agent refuses.
+    """
+    news = LatestSnapshot(ask(), "", 0)
+    console = _console()
+    width = console.width if sys.stdout.isatty() else None
+    console.print(top_frame.once(news, choice, width, _marks(console)), soft_wrap=True)
+
+
+def watch(ask: Ask, choice: ViewChoice) -> int:
+    """Show the screen until `q` or Ctrl-C, and return the exit code.
+
+    Raises:
+        ConnectionError: the first request gets no reply.
+        RequestError: the agent refuses the first request.
+    """
+    screen = _Screen(ask, choice)
+    while (code := screen.show()) is None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return code
+
+
+def _console() -> Console:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a name that this terminal cannot show must not end the program
+    return Console(highlight=False)
+
+
+def _marks(console: Console) -> top_frame.Marks:
+    return top_frame.ASCII if console.options.ascii_only else top_frame.UNICODE
+
+
+class _Screen:
+    """The terminal while it shows the latest Snapshot. Signals wake the loop like new Snapshots do."""
+
+    def __init__(self, ask: Ask, choice: ViewChoice) -> None:
+        self._bell, self._choice, self._console = Bell(), choice, _console()
+        self._feed = SnapshotPoller(ask, self._bell)
+        self._caught: set[int] = set()
+
+    def show(self) -> int | None:
+        """Run until the user quits, and return the exit code; None: the process is to stop (SIGTSTP)."""
+        self._caught.clear()
+        live = Live(
+            console=self._console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        )
+        with self._signals(), Keyboard(sys.stdin.fileno()) as keyboard, live:
+            sources = [keyboard.fileno(), self._bell.fileno()]
+            while True:
+                live.update(self._drawn(), refresh=True)
+                ready = select.select(sources, [], [], IDLE_SECONDS)[0]
+                self._bell.hush()
+                if keyboard.fileno() in ready and not self._pressed(keyboard):
+                    return 0
+                if self._caught & _ENDINGS:
+                    return 128 + min(self._caught & _ENDINGS)
+                if signal.SIGINT in self._caught:
+                    return 0
+                if signal.SIGTSTP in self._caught:
+                    return None
+
+    def _drawn(self) -> Any:
+        text, self._choice = top_frame.live(self._feed.news.now(), self._choice, self._window())
+        return text
+
+    def _window(self) -> Window:
+        return Window(*self._console.size, _marks(self._console))
+
+    def _pressed(self, keyboard: Keyboard) -> bool:
+        """Apply the pressed keys. Returns False if the user quits or the terminal is gone."""
+        try:
+            keys = keyboard.keys()
+        except (OSError, EOFError):
+            return False
+        room = top_frame.room(self._feed.news.now(), self._window())
+        for key in keys:
+            choice = self._choice.pressed(key, room)
+            if choice is None:
+                return False
+            self._choice = choice
+        return True
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def catch(number: int, _: object) -> None:
+            self._caught.add(number)
+            self._bell.ring()
+
+        before = [(number, signal.signal(number, catch)) for number in _SIGNALS]
+        try:
+            yield
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)

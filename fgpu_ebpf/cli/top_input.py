@@ -1,0 +1,166 @@
+"""The inputs of `fgpu top`: Snapshots from the agent, what the user has chosen to see, and keys of the terminal.
+
+A thread asks the agent for a Snapshot once a second. It never gives up: a failed request is shown as such until the
+next one succeeds. Everything else runs in the main thread. The terminal's mode is changed while a Keyboard is entered,
+and restored when it is left.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+import select
+import termios
+import threading
+import time
+import tty
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fgpu_ebpf.api.ranking import BY_KEY, Order
+from fgpu_ebpf.control_client import RequestError
+from fgpu_ebpf.linux.wakeup import Bell
+
+PERIOD_SECONDS = 1.0
+SILENCE_SECONDS = 3.0
+_STEPS = {"up": -1, "k": -1, "down": 1, "j": 1}
+_PAGES = {"page up": -1, "page down": 1, " ": 1}
+_END = 1 << 30
+REST_SECONDS = 0.05  # wait for the rest of an escape sequence: its first byte is also the Escape key
+_KEY = re.compile(r"\x1b\[[0-9;]*[@-~]|\x1bO.|.", re.DOTALL)
+_UNFINISHED = re.compile(r"\x1b(?:\[[0-9;]*|O)?\Z")
+_NAMES = {
+    "\r": "enter", "\n": "enter", "\x1b": "escape", "\x7f": "backspace", "\x08": "backspace",
+    "\x1b[A": "up", "\x1bOA": "up", "\x1b[B": "down", "\x1bOB": "down", "\x1b[5~": "page up", "\x1b[6~": "page down",
+    "\x1b[H": "home", "\x1bOH": "home", "\x1b[1~": "home", "\x1b[7~": "home",
+    "\x1b[F": "end", "\x1bOF": "end", "\x1b[4~": "end", "\x1b[8~": "end",
+}  # fmt: skip
+
+
+# -- Snapshots ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LatestSnapshot:
+    """The last Snapshot. `fault`: why there is no newer one; empty: it is current. `heard`: monotonic time of the
+    last reply or failure.
+    """
+
+    snapshot: Mapping[str, Any]
+    fault: str
+    heard: float
+
+    def now(self) -> LatestSnapshot:
+        """Return this, with a missing reply as its `fault` if the agent has been silent for SILENCE_SECONDS."""
+        silent = time.monotonic() - self.heard
+        return replace(self, fault=f"no answer for {silent:.0f} s") if silent > SILENCE_SECONDS else self
+
+
+class SnapshotPoller:
+    """Asks the agent until the process ends, and wakes the screen after each reply."""
+
+    def __init__(self, ask: Callable[[], Mapping[str, Any]], bell: Bell) -> None:
+        self._ask, self._bell = ask, bell
+        self.news = self._heard(ask())
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(PERIOD_SECONDS)
+            try:
+                self.news = self._heard(self._ask())
+            except (ConnectionError, RequestError) as error:
+                self.news = replace(self.news, fault=str(error), heard=time.monotonic())
+            self._bell.ring()
+
+    @staticmethod
+    def _heard(snapshot: Mapping[str, Any]) -> LatestSnapshot:
+        return LatestSnapshot(snapshot, "", time.monotonic())
+
+
+# -- what the user has chosen --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ViewChoice:
+    """Order, filter and scroll position. `first`: rows scrolled off above; `typing`: the filter is being typed."""
+
+    order: Order = field(default_factory=Order)
+    filter: str = ""
+    first: int = 0
+    typing: bool = False
+
+    def pressed(self, key: str, page: int) -> ViewChoice | None:
+        """Return the choice after a key, or None to quit. `page`: rows on the screen. Unknown keys change nothing."""
+        if self.typing:
+            return self._typed(key)
+        if key == "q":
+            return None
+        if key == "/":
+            return replace(self, typing=True)
+        if key == "escape":
+            return replace(self, filter="", first=0)
+        if key in BY_KEY:
+            return replace(self, order=self.order.by(BY_KEY[key]), first=0)
+        return self._moved(key, page)
+
+    def within(self, count: int, page: int) -> ViewChoice:
+        """Return the choice scrolled so that the last of `count` rows is not above the bottom of the page."""
+        return replace(self, first=max(0, min(self.first, count - page)))
+
+    def _moved(self, key: str, page: int) -> ViewChoice:
+        if key in ("home", "end"):
+            return replace(self, first=0 if key == "home" else _END)
+        return replace(self, first=self.first + _STEPS.get(key, 0) + _PAGES.get(key, 0) * page)
+
+    def _typed(self, key: str) -> ViewChoice:
+        if key == "enter":
+            return replace(self, typing=False)
+        if key == "escape":
+            return replace(self, filter="", typing=False, first=0)
+        if key == "backspace":
+            return replace(self, filter=self.filter[:-1], first=0)
+        return replace(self, filter=self.filter + key, first=0) if len(key) == 1 and key.isprintable() else self
+
+
+# -- keys ----------------------------------------------------------------------------------------------------------
+
+
+class Keyboard:
+    """A terminal in cbreak mode while entered: keys arrive at once; Ctrl-C and the like still send signals."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._before = termios.tcgetattr(fd)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __enter__(self) -> Keyboard:
+        tty.setcbreak(self._fd)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
+
+    def fileno(self) -> int:
+        """Return the terminal's file descriptor, for selectors."""
+        return self._fd
+
+    def keys(self) -> list[str]:
+        """Return the pressed keys, each as a name or as its character.
+
+        Raises:
+            OSError: the terminal is gone.
+            EOFError: the terminal is closed.
+        """
+        text = self._read()
+        while _UNFINISHED.search(text) and select.select([self._fd], [], [], REST_SECONDS)[0]:
+            text += self._read()
+        return [_NAMES.get(key, key) for key in _KEY.findall(text)]
+
+    def _read(self) -> str:
+        data = os.read(self._fd, 4096)
+        if not data:
+            raise EOFError
+        return self._decoder.decode(data)

@@ -1,0 +1,90 @@
+"""Specifications of the Container Device Interface: `fgpu.dev/shim=all` and `fgpu.dev/share=8gib-50pct`.
+
+Used by `injection` in the agent, and by `fgpu cdi`. A specification says what an engine edits into a container that
+asks for a device. What a share gets is decided by the agent, which the share's hook asks; if it cannot be given, the
+container does not start. OSError: a file cannot be written, and the one before stays whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fgpu_ebpf.linux import atomic_file
+from fgpu_ebpf.policy import share_name
+
+FOLDER = Path("/var/run/cdi")
+VENDOR = "fgpu.dev"
+SOCKET = "/run/fgpu/shim"  # the folder in every container in which the shim finds the socket
+PRELOAD = "/etc/ld.so.preload"
+HOOK_SECONDS = 10
+_READ_ONLY = ["bind", "ro", "nosuid", "nodev"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Files of the host: the shim, the folder of its socket, the list that preloads it, and `fgpu-oci`."""
+
+    shim: Path
+    socket: Path
+    preload: Path
+    helper: Path
+    run_dir: Path
+
+
+def mounts(parts: Parts) -> list[dict[str, Any]]:
+    """Return the mounts that every container needs, all read-only."""
+    return [
+        {"hostPath": str(parts.shim), "containerPath": str(parts.shim), "options": _READ_ONLY},
+        {"hostPath": str(parts.socket), "containerPath": SOCKET, "options": [*_READ_ONLY, "noexec"]},
+        {"hostPath": str(parts.preload), "containerPath": PRELOAD, "options": [*_READ_ONLY, "noexec"]},
+    ]
+
+
+def shim_spec(parts: Parts) -> dict[str, Any]:
+    """Return a specification with one device, `all`: the shim alone; policies decide what the container gets."""
+    device = {"name": "all", "containerEdits": {"mounts": mounts(parts)}}
+    return {"cdiVersion": "0.3.0", "kind": f"{VENDOR}/shim", "devices": [device]}
+
+
+def share_spec(parts: Parts, names: Iterable[str]) -> dict[str, Any]:
+    """Return a specification with a device for each share. QuantityError: a name is invalid."""
+    devices = [_share(parts, share_name.parse(name)) for name in dict.fromkeys(names)]
+    # Names that begin with a digit need version 0.5.0; everything else here exists since 0.3.0.
+    version = "0.5.0" if any(device["name"][0].isdigit() for device in devices) else "0.3.0"
+    edits = {"mounts": mounts(parts)}
+    return {"cdiVersion": version, "kind": f"{VENDOR}/share", "devices": devices, "containerEdits": edits}
+
+
+def _share(parts: Parts, share: share_name.Share) -> dict[str, Any]:
+    """Return a device whose hook runs on the host, before the container's first program and out of its reach."""
+    hook = {
+        "hookName": "createRuntime",
+        "path": str(parts.helper),
+        "args": [parts.helper.name, "--run-dir", str(parts.run_dir), "share", share.text],
+        "timeout": HOOK_SECONDS,
+    }
+    # The variable is for people; no part of fgpu reads it.
+    return {"name": share.text, "containerEdits": {"env": [f"FGPU_SHARE={share.name}"], "hooks": [hook]}}
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def file_name(spec: dict[str, Any]) -> str:
+    """Return `fgpu.dev-share.json`, the name that the interface's own library would use."""
+    return f"{spec['kind'].replace('/', '-')}.json"
+
+
+def text(spec: dict[str, Any]) -> str:
+    """Return the text of the file."""
+    return json.dumps(spec, indent=2) + "\n"
+
+
+def write(path: Path, spec: dict[str, Any]) -> None:
+    """Replace the file as a whole, since engines read it at any moment. Engines ignore the temporary file's name."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    atomic_file.write(path, text(spec))

@@ -1,0 +1,292 @@
+"""The settings of engines with which every container gets the shim, and the same settings without fgpu. Pure.
+
+Used by `engine_setup`. Knows how Docker, Podman, containerd and CRI-O name `fgpu-oci`. Settings that are not fgpu's are
+kept. SetupError: settings cannot be read, or contain something that is not understood here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NAME = "fgpu"
+RUNTIMES = "runtimes"  # folder beside the helper with the runtimes to run, if the settings name them by a path
+HOOKS = "hooks.d"  # folder beside the helper with Podman's hooks
+_TYPE = "io.containerd.runc.v2"
+_CRI = {1: "cri", 2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime"}
+
+
+class SetupError(Exception):
+    """Why nothing was changed, and how to fix it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings that exist. `text`: without fgpu's lines, empty without a file; `helper`: path of `fgpu-oci`."""
+
+    file: Path
+    text: str
+    helper: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The settings to write. `links`, `files`: what they name beside the helper, by its name there."""
+
+    text: str
+    links: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine's settings.
+
+    `after`: returns them with fgpu; `without`: returns their text without fgpu. `reload`, `reload_undone`: the command
+    that makes the engine read them. `is_drop_in`: the file is fgpu's alone, the last of several, and follows from the
+    others.
+    """
+
+    file: Path
+    after: Callable[[Settings], Wanted]
+    without: Callable[[str], str]
+    reload: str = ""
+    reload_undone: str = ""
+    is_drop_in: bool = False
+
+
+# -- Docker --------------------------------------------------------------------------------------------------------
+
+
+def docker_after(of: Settings) -> Wanted:
+    """Return daemon.json with a runtime `fgpu` in front of the default one."""
+    settings = _json(of.text)
+    default = settings.get("default-runtime", "runc")
+    runtimes = settings.get("runtimes", {})
+    if not isinstance(runtimes, dict) or default == NAME:
+        raise SetupError(f"daemon.json has a runtime {NAME} that is not fgpu's: remove it")
+    real = runtimes.get(default, {"path": "runc"} if default in ("runc", _TYPE) else {})
+    if "path" not in real:
+        raise SetupError(f"Docker's default runtime {default} has no path: only OCI runtimes can be put behind fgpu")
+    words = ["runtime", shutil.which(real["path"]) or real["path"], *real.get("runtimeArgs", [])]
+    ours = {NAME: {"path": str(of.helper), "runtimeArgs": words}}
+    return Wanted(_json_text({**settings, "default-runtime": NAME, "runtimes": {**runtimes, **ours}}))
+
+
+def docker_without(text: str) -> str:
+    """Return daemon.json without fgpu. The arguments of fgpu's runtime contain the default runtime before."""
+    settings = _json(text)
+    runtimes = dict(settings.get("runtimes", {}))
+    ours = runtimes.pop(NAME, None)
+    if ours is None:
+        return text
+    words = ours.get("runtimeArgs", ["", "runc"])[1:]
+    if settings.get("default-runtime") == NAME:
+        same = [name for name, r in runtimes.items() if [r.get("path"), *r.get("runtimeArgs", [])] == words]
+        default = same[0] if same else ""
+        settings = {k: v for k, v in settings.items() if k != "default-runtime"}
+        settings |= {"default-runtime": default} if default else {}
+    settings = {k: v for k, v in settings.items() if k != "runtimes"} | ({"runtimes": runtimes} if runtimes else {})
+    return _json_text(settings)
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text or "{}")
+    except ValueError as error:
+        raise SetupError(f"daemon.json is not JSON ({error}): fix it first") from error
+    if not isinstance(settings, dict):
+        raise SetupError("daemon.json is not a JSON object: fix it first")
+    return settings
+
+
+def _json_text(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, indent=4, ensure_ascii=False) + "\n"
+
+
+# -- containerd ----------------------------------------------------------------------------------------------------
+
+
+def containerd_after(of: Settings) -> Wanted:
+    """Return config.toml with another BinaryName for Kubernetes' default runtime; all else is unchanged."""
+    text = of.text
+    before = _toml(text, of.file)
+    plugin = _CRI.get(before.get("version", 1))
+    if not text:
+        plugin, text = _CRI[2], "version = 2\n"
+    if plugin is None or plugin == "cri":
+        raise SetupError("config.toml has an unknown version: versions 2 and 3 are supported")
+    cri = before.get("plugins", {}).get(plugin, {}).get("containerd", {})
+    name = cri.get("default_runtime_name", "runc")
+    runtime = cri.get("runtimes", {}).get(name, {})
+    if runtime.get("runtime_type", _TYPE) != _TYPE:
+        raise SetupError(f"containerd's default runtime {name} is no {_TYPE}: only OCI runtimes can be put behind fgpu")
+    real = runtime.get("options", {}).get("BinaryName", "runc") or "runc"
+    link, links = _in_front_of(real, "containerd", of.helper)
+    table = ("plugins", plugin, "containerd", "runtimes", name)
+    after = _with_binary(text, table, runtime, f'BinaryName = "{link}"')
+    wanted = {**runtime.get("options", {}), "BinaryName": str(link)}
+    found = _toml(after, of.file).get("plugins", {}).get(plugin, {})["containerd"]["runtimes"][name]["options"]
+    if found != wanted or _toml(containerd_without(after), of.file) != _toml(text, of.file):
+        raise SetupError(f"config.toml has a form that is not understood here: set {_name(table)}.options by hand")
+    return Wanted(after, links)
+
+
+def _with_binary(text: str, table: tuple[str, ...], runtime: Mapping[str, Any], line: str) -> str:
+    """Add fgpu's lines, each with `# fgpu` at its end; a line that is replaced follows that mark, unchanged."""
+    header = _header(text, (*table, "options"))
+    if header is None:
+        kind = "" if runtime else f'[{_name(table)}] {_MARK}\nruntime_type = "{_TYPE}" {_MARK}\n'
+        gap = "" if text.endswith("\n") or not text else "\n"
+        return f"{text}{gap}{kind}[{_name(table)}.options] {_MARK}\n{line} {_MARK}\n"
+    rest = text[header.end() :]
+    section = re.match(r"(?:(?!\s*\[)[^\n]*\n?)*", rest)
+    body = section[0] if section else ""
+    old = re.search(r"^[ \t]*BinaryName[ \t]*=[^\n]*$", body, re.M)
+    start, end = old.span() if old else (0, 0)
+    ours = f"{line} {_MARK} {old[0]}" if old else f"{line} {_MARK}\n"
+    body = body[:start] + ours + body[end:]
+    return text[: header.end()] + body + rest[section.end() if section else 0 :]
+
+
+def _header(text: str, table: tuple[str, ...]) -> re.Match[str] | None:
+    """Return the line that begins the table. Its keys may be quoted or not: containerd itself writes both."""
+    lines = re.finditer(r"^[ \t]*\[[^][\n]+\][^\n]*\n", text, re.M)
+    return next((line for line in lines if _keys(line[0]) == table), None)
+
+
+def _keys(header: str) -> tuple[str, ...]:
+    try:
+        inner = tomllib.loads(header)
+    except tomllib.TOMLDecodeError:
+        return ()
+    keys = []
+    while inner:
+        ((key, inner),) = inner.items()
+        keys.append(key)
+    return tuple(keys)
+
+
+def _name(table: tuple[str, ...]) -> str:
+    return ".".join(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key) for key in table)
+
+
+_MARK = "# fgpu"
+
+
+def containerd_without(text: str) -> str:
+    """Return config.toml without the lines that are marked as fgpu's."""
+    lines = []
+    for line in text.splitlines(keepends=True):
+        _, mark, old = line.partition(f" {_MARK}")
+        if not mark:
+            lines.append(line)
+        elif old.strip():
+            lines.append(old[1:])
+    return "".join(lines)
+
+
+# -- drop-in files of fgpu alone: Podman and CRI-O ------------------------------------------------------------------
+
+_HEAD = "# Written by `fgpu setup`; --undo takes it away.\n"
+_HOOK_FOLDER = "/usr/share/containers/oci/hooks.d"  # Podman's default
+
+
+def drop_in_without(text: str) -> str:
+    """Return nothing if the file is fgpu's, else its text."""
+    return "" if text.startswith(_HEAD) else text
+
+
+def podman_after(of: Settings) -> Wanted:
+    """Return settings with a folder of hooks for Podman alone, after its others: Buildah and CRI-O reject our hooks."""
+    hook = {"path": str(of.helper), "args": [of.helper.name, "precreate"]}
+    stages = {"version": "1.0.0", "hook": hook, "when": {"always": True}, "stages": ["precreate"]}
+    folders = [_HOOK_FOLDER]
+    for settings in _others(of, Path("/usr/share/containers/containers.conf"), "containers.conf", "*.conf"):
+        hooks = settings.get("engine", {}).get("hooks_dir", folders)
+        kept = folders if {"append": True} in hooks else []
+        folders = [*kept, *(folder for folder in hooks if isinstance(folder, str) and folder not in kept)]
+    ours = {"hooks_dir": [*folders, str(of.helper.with_name(HOOKS))]}
+    return Wanted(_drop_in("engine", ours), files={f"{HOOKS}/{NAME}.json": _json_text(stages)})
+
+
+def crio_after(of: Settings) -> Wanted:
+    """Return a copy of the default runtime's table with another path, so that the name that pods have stays valid."""
+    name = ""
+    tables: dict[str, Any] = {}
+    for settings in _others(of, "crio.conf", "*"):
+        runtime = settings.get("crio", {}).get("runtime", {})
+        name = runtime.get("default_runtime", name)
+        tables |= runtime.get("runtimes", {})
+    table = tables.get(name)
+    if table is None:
+        what = f"no [crio.runtime.runtimes.{name}]" if name else "no default_runtime"
+        raise SetupError(f"CRI-O's settings beside {of.file} have {what}: add it there, to name the runtime")
+    if table.get("runtime_type", "") not in ("", "oci", "pod"):
+        raise SetupError(f"CRI-O's default runtime {name} has no OCI configuration")
+    link, links = _in_front_of(table.get("runtime_path") or name, "crio", of.helper)
+    text = _drop_in(_name(("crio", "runtime", "runtimes", name)), {**table, "runtime_path": str(link)})
+    return Wanted(text, links)
+
+
+def _in_front_of(real: str, engine: str, helper: Path) -> tuple[Path, dict[str, str]]:
+    """Return a link to the helper for settings that take no arguments, and the links to create for it."""
+    if "/" not in real:
+        link = helper.with_name(f"fgpu-runtime-{real}")  # found on the engine's PATH, as before
+        return link, {link.name: helper.name}
+    name = f"{engine}-{Path(real).name}"
+    link = helper.with_name(f"fgpu-runtime-{name}")
+    return link, {link.name: helper.name, f"{RUNTIMES}/{name}": real}
+
+
+def _others(of: Settings, *places: Path | str) -> Iterator[dict[str, Any]]:
+    """Yield the engine's other settings in order. `places`: paths beside the folder of fgpu's file, then a pattern."""
+    if of.text:
+        raise SetupError(f"{of.file} has settings that are not fgpu's: name another file")
+    *files, pattern = places
+    base, folder = of.file.parent.parent, of.file.parent
+    drop_ins: Iterable[Path] = sorted(folder.glob(str(pattern))) if folder.is_dir() else ()
+    for path in [*(base / file for file in files), *drop_ins]:
+        if path.is_file() and path != of.file:
+            yield _toml(path.read_text(encoding="utf-8"), path)
+
+
+def _drop_in(table: str, values: Mapping[str, Any]) -> str:
+    text = _HEAD + f"[{table}]\n" + "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
+    if list(tomllib.loads(text)) != [table.split(".")[0]]:
+        raise SetupError(f"[{table}] cannot be written")
+    return text
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(of)}" for key, of in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans look the same in JSON and TOML
+
+
+def _toml(text: str, file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SetupError(f"{file} is not TOML ({error}): fix it first") from error
+
+
+# A reload makes Docker use another default runtime, but not remove it: that needs a restart.
+_DOCKER = ("systemctl reload docker", "systemctl restart docker")
+_CONTAINERD = ("systemctl restart containerd",) * 2
+_CRIO = ("systemctl restart crio",) * 2
+_LAST = f"zz-{NAME}.conf"
+ENGINES = {
+    "docker": Engine(Path("/etc/docker/daemon.json"), docker_after, docker_without, *_DOCKER),
+    "podman": Engine(Path("/etc/containers/containers.conf.d", _LAST), podman_after, drop_in_without, is_drop_in=True),
+    "containerd": Engine(Path("/etc/containerd/config.toml"), containerd_after, containerd_without, *_CONTAINERD),
+    "crio": Engine(Path("/etc/crio/crio.conf.d", _LAST), crio_after, drop_in_without, *_CRIO, is_drop_in=True),
+}

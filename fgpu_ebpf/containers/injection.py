@@ -1,0 +1,162 @@
+"""Files that containers get from this host: the preload list, `fgpu-oci` and the CDI specifications.
+
+Used by the agent's start and by `fgpu detach`, `fgpu cdi` and `fgpu doctor`. Files: RUN/containers (read by
+`fgpu-oci`), RUN/container.preload, lists in RUN/preload.d, the published helper, and the CDI specifications. Settings
+of engines are not touched (`engine_setup` does that on request). OSError: containers that start meanwhile get what was
+there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.containers import cdi
+from fgpu_ebpf.containers.cdi import Parts
+from fgpu_ebpf.driver import shim_store
+from fgpu_ebpf.linux import atomic_file
+from fgpu_ebpf.linux.clear_path import make_way
+
+HELPER = "fgpu-oci"
+BIN = shim_store.STORE.parent / "bin"
+_WRITTEN = "cdi.files"  # in the run folder: paths of the specifications, one per line
+_PUBLISHED = "published"  # in the run folder: path of the shim, if it and the helper are published copies
+UNUSED_SECONDS = 600.0  # an engine binds a list within seconds after it was named
+_UNSAFE = frozenset('"\\\n')
+
+
+def parts(run_dir: Path, shim: Path, helper: Path) -> Parts:
+    """Return the paths of the parts. ValueError: a path has a character that configurations cannot carry."""
+    for path in (run_dir, shim, helper):
+        if _UNSAFE & set(str(path)):
+            raise ValueError(f"{path}: paths must not contain quotes, backslashes or line breaks")
+    return Parts(shim, run_dir / "shim", run_dir / "container.preload", helper, run_dir)
+
+
+def publish_helper(built: Path) -> Path:
+    """Copy the helper to a path that stays over upgrades: settings and hooks name it. Running ones are not changed.
+
+    If no copy can be written, the existing one stays. Raises OSError if there is none.
+    """
+    BIN.mkdir(mode=0o755, parents=True, exist_ok=True)
+    place = BIN / HELPER
+    aside = BIN / f".{HELPER}.{os.getpid()}"
+    try:
+        shutil.copyfile(built, aside)
+        aside.chmod(0o755)
+        make_way(str(place))
+        os.replace(aside, place)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        if not place.is_file():
+            raise
+    return place
+
+
+def set_up(of: Parts, folder: Path, names: Sequence[str]) -> None:
+    """Let containers ask for the shim and for these shares from now on. Raises OSError, QuantityError."""
+    specs = [cdi.shim_spec(of), *([cdi.share_spec(of, names)] if names else [])]
+    paths = [folder / cdi.file_name(spec) for spec in specs]
+    atomic_file.write(of.preload, f"{of.shim}\n")
+    if of.helper.parent == BIN:
+        atomic_file.write(of.run_dir / _PUBLISHED, f"{of.shim}\n")
+    _forget(of.run_dir, keep=paths)
+    atomic_file.write(of.run_dir / _WRITTEN, "".join(f"{path}\n" for path in paths))
+    for path, spec in zip(paths, specs, strict=True):
+        cdi.write(path, spec)
+    atomic_file.write(of.run_dir / "containers", f"shim {of.shim}\nsocket {of.socket}\npreload {of.preload}\n")
+
+
+class Lists:
+    """Preload lists of images, which `fgpu-oci precreate` keeps because it knows no bundle to put them in.
+
+    They are kept as long as containers start with them, by a clock that cannot be set.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = run_dir / "preload.d"
+        self._asked: dict[str, tuple[int, float]] = {}  # by path: time stamp, and since when it has that value
+
+    def sweep(self) -> None:
+        """Remove lists that no start has used for UNUSED_SECONDS. Running containers keep what they have mounted."""
+        now, asked = time.monotonic(), dict[str, tuple[int, float]]()
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as lists:
+            for entry in lists:
+                stamp = entry.stat().st_mtime_ns
+                known, since = self._asked.get(entry.path, (stamp, now))
+                asked[entry.path] = stamp, since if known == stamp else now
+                if now - asked[entry.path][1] > UNUSED_SECONDS:
+                    os.unlink(entry.path)
+                    del asked[entry.path]
+        self._asked = asked
+
+
+def take_away(run_dir: Path) -> Path | None:
+    """Give nothing to containers that start from now on. Running ones keep what they have mounted.
+
+    Returns the path of the published shim; None: none was published by this host's agent.
+    """
+    (run_dir / "containers").unlink(missing_ok=True)
+    _forget(run_dir, keep=())
+    (run_dir / _WRITTEN).unlink(missing_ok=True)
+    (run_dir / "container.preload").unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "preload.d", ignore_errors=True)
+    try:
+        shim = (run_dir / _PUBLISHED).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    (run_dir / _PUBLISHED).unlink()
+    return Path(shim)
+
+
+def written(run_dir: Path) -> list[dict[str, Any]]:
+    """Return fgpu's specifications that still exist."""
+    found = []
+    for path in _listed(run_dir):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def mounted(run_dir: Path) -> list[Path]:
+    """Return the files that containers get; empty if nothing is set up."""
+    try:
+        lines = (run_dir / "containers").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    paths = dict(line.split(" ", 1) for line in lines if " " in line)
+    return [Path(paths[name]) for name in ("shim", "preload") if name in paths]
+
+
+def check(run_dir: Path) -> Check:
+    """Check that engines find the devices that a container may ask for."""
+    devices = [f"{spec['kind']}={device['name']}" for spec in written(run_dir) for device in spec["devices"]]
+    if devices:
+        return Check("containers", True, f"{len(devices)} CDI devices (fgpu cdi list)")
+    fix = "the agent's log says why; cdiFolder in agent.yaml names a folder that it may write"
+    return Check("containers", False, "there is no CDI specification", fix)
+
+
+def _forget(run_dir: Path, keep: Sequence[Path]) -> None:
+    """Remove specifications that an earlier start wrote, and their folder if it is empty."""
+    for path in _listed(run_dir):
+        if path not in keep:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+
+
+def _listed(run_dir: Path) -> list[Path]:
+    """Return the paths in the list of specifications. An unreadable list has none: the next start writes it anew."""
+    try:
+        lines = (run_dir / _WRITTEN).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    return [Path(line) for line in lines if line.startswith("/") and line.endswith(".json") and "\0" not in line]

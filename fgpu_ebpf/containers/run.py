@@ -1,0 +1,209 @@
+"""`fgpu run`: enters a tenant's cgroup and execs a program.
+
+Runs in the command; `write_preload` and `check` also in the agent and `fgpu doctor`. Sets up the cgroup, the
+namespaces, the preload file and the user of the program. LaunchError: the set-up failed before the program ran an
+instruction.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import pwd
+import select
+import signal
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.linux import atomic_file
+
+PRELOAD = "/etc/ld.so.preload"
+MARK = "made-ld.so.preload"
+_NEWNS, _NEWPID = 0x00020000, 0x20000000
+_MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
+_PR_SET_PDEATHSIG = 1
+_AGAIN = "restart the agent: it puts the shim in place again"
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class LaunchError(Exception):
+    """Why the program was not started."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchTarget:
+    """Place of a program: the folder of a cgroup whose limit is in force, and the file that preloads the shim."""
+
+    folder: Path
+    preload: Path
+    pid_namespace: bool
+
+
+def _check(result: int, what: str) -> None:
+    if result:
+        raise LaunchError(f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+def _mount(source: str, target: str, kind: str, flags: int) -> None:
+    _check(_libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), None), f"mount {target}")
+
+
+def _create_preload_file(mark: Path) -> None:
+    """Create an empty /etc/ld.so.preload if there is none; `fgpu detach` removes it if the mark exists."""
+    try:
+        os.close(os.open(PRELOAD, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+    except FileExistsError:
+        return
+    mark.touch()
+
+
+def remove_created_preload(run_dir: Path) -> None:
+    """Remove an /etc/ld.so.preload that fgpu has created and that is still empty."""
+    mark, preload = run_dir / MARK, Path(PRELOAD)
+    if mark.exists() and preload.exists() and preload.stat().st_size == 0:
+        preload.unlink()
+    mark.unlink(missing_ok=True)
+
+
+def write_preload(run_dir: Path, shim: Path) -> None:
+    """Write the file that is bound over /etc/ld.so.preload: the host's own lines, then the shim.
+
+    The file is never empty meanwhile: a program that starts at that moment would run without the shim.
+    """
+    host = Path(PRELOAD)
+    own = _text_of(host) or ""
+    lines = [line for line in own.splitlines() if line.strip() and line.strip() != str(shim)]
+    preload = run_dir / "ld.so.preload"
+    text = "\n".join([*lines, str(shim)]) + "\n"
+    if _text_of(preload) != text:  # do not write without need: an agent must also start on a full disk
+        atomic_file.write(preload, text)
+
+
+def _text_of(path: Path) -> str | None:
+    """Return a file's text, byte for byte; None: there is no file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+
+
+def check(run_dir: Path) -> Check:
+    """Check that programs of any user can read every file to preload, and reach the gatekeeper's socket."""
+    lists = [path for name in ("ld.so.preload", "container.preload") if (path := run_dir / name).exists()]
+    files = {Path(line.strip()) for path in lists for line in (_text_of(path) or "").splitlines() if line}
+    if not lists:
+        return Check("preload", False, "there is no preload list", _AGAIN)
+    wanted = [*((file, stat.S_IROTH) for file in (*lists, *sorted(files))), (run_dir / "shim/shim.sock", stat.S_IWOTH)]
+    closed = {place: None for file, right in wanted if (place := _closed_to_others(file, right))}
+    if not closed:
+        return Check("preload", True, ", ".join(sorted(map(str, files))))
+    found = f"{', '.join(map(str, closed))}: missing, or closed to users other than root"
+    folders = " ".join(str(place) for place in closed if place.is_dir())
+    return Check("preload", False, found, f"chmod o+x {folders}" if folders else _AGAIN)
+
+
+def _closed_to_others(file: Path, right: int) -> Path | None:
+    """Return the first path component that stops users other than root and its group; None: they have `right`.
+
+    Symbolic links on the way count, with the folders that they lead through.
+    """
+    for path in (file, Path(os.path.realpath(file))):
+        for place, needed in (*((folder, stat.S_IXOTH) for folder in reversed(path.parents)), (path, right)):
+            try:
+                mode = place.stat().st_mode
+            except OSError:
+                return place
+            if not mode & needed or (place == path and stat.S_ISDIR(mode)):
+                return place
+    return None
+
+
+def _preload_the_shim(preload: Path) -> None:
+    """Bind the list over /etc/ld.so.preload, in a new mount namespace. Programs of musl never read that file."""
+    _check(_libc.unshare(_NEWNS), "unshare")
+    _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
+    try:
+        _create_preload_file(preload.with_name(MARK))
+        _mount(str(preload), PRELOAD, "", _MS_BIND)
+    except OSError as error:
+        raise LaunchError(f"cannot put the shim into {PRELOAD}: {error.strerror}") from error
+
+
+def _drop_to_caller() -> None:
+    """Switch to the user that called sudo."""
+    uid, gid = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_GID", "")
+    if os.geteuid() or not uid.isdecimal() or not gid.isdecimal() or uid == "0":
+        return
+    try:
+        name = pwd.getpwuid(int(uid)).pw_name
+        os.initgroups(name, int(gid))
+    except (KeyError, OverflowError) as error:
+        raise LaunchError(f"SUDO_UID {uid} and SUDO_GID {gid} are no user") from error
+    os.setgid(int(gid))
+    os.setuid(int(uid))
+
+
+def _exec(command: Sequence[str]) -> NoReturn:
+    try:
+        os.execvp(command[0], list(command))
+    except OSError as error:
+        os.write(2, f"fgpu: {command[0]}: {error.strerror}\n".encode())
+        os._exit(127 if error.errno == errno.ENOENT else 126)
+
+
+def enter(target: LaunchTarget) -> None:
+    """Move this process into the tenant. LaunchError: it is where it was, or must not go on."""
+    if os.geteuid():
+        raise LaunchError("needs root: sudo fgpu run … (the program runs as you)")
+    try:
+        (target.folder / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+    except OSError as error:
+        raise LaunchError(f"cannot enter {target.folder}: {error.strerror}") from error
+    _preload_the_shim(target.preload)
+
+
+def run(target: LaunchTarget, command: Sequence[str]) -> int:
+    """Enter the tenant and exec the program.
+
+    With a pid namespace this process waits, and returns the program's exit code (128 + signal). Else it does not
+    return.
+    """
+    enter(target)
+    if not target.pid_namespace:
+        _drop_to_caller()
+        _exec(command)
+    _check(_libc.unshare(_NEWPID), "unshare")
+    waiting = os.pidfd_open(os.getpid())
+    child = os.fork()
+    if child == 0:
+        _become_init(command, waiting)
+    os.close(waiting)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda n, _: os.kill(child, n))
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends; the kernel forgets that at every change of the uid."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if select.select([parent], [], [], 0)[0]:
+        os._exit(125)  # the parent has ended before
+
+
+def _become_init(command: Sequence[str], parent: int) -> NoReturn:
+    """Run the program as pid 1 of a new pid namespace. `parent`: a pidfd of the process that waits for this one."""
+    try:
+        _mount("proc", "/proc", "proc", 0)
+        _drop_to_caller()
+        _end_with(parent)
+    except (LaunchError, OSError) as error:
+        os.write(2, f"fgpu: {error}\n".encode())
+        os._exit(125)
+    _exec(command)

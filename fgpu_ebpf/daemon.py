@@ -1,0 +1,173 @@
+"""`fgpu agent` and `fgpu load`: puts the parts of the agent process together.
+
+Runs in the main thread of these commands; used by `cli.main`. A start that fails raises AgentError with the fix, and
+leaves in force what was in force.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import shlex
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fgpu_ebpf import doctor
+from fgpu_ebpf.agent import detach, host_config
+from fgpu_ebpf.agent.agent import Agent
+from fgpu_ebpf.agent.settings import Options, Settings
+from fgpu_ebpf.api import control_server
+from fgpu_ebpf.containers import injection
+from fgpu_ebpf.driver import programs, shim_store, start_checks
+from fgpu_ebpf.driver.start_checks import AgentError
+from fgpu_ebpf.ledger import ledger
+from fgpu_ebpf.linux import malloc, sd_notify
+from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.workloads import cgroups
+
+log = logging.getLogger("fgpu agent")
+
+
+def settings(options: Options) -> Settings:
+    """Return the settings, with every path absolute. Raises AgentError: agent.yaml has errors."""
+    host, errors = host_config.read(options.config)
+    if host is None:
+        raise AgentError("\n".join(map(str, errors)))
+    return Settings(
+        run_dir=options.run_dir,
+        pins=options.pins or ledger.PINS,
+        driver_root=(options.driver_root or host.driver_root).resolve(),
+        shim=(options.shim or _built_file("shim", "libfgpu.so")).resolve(),
+        store=options.store or (None if options.shim else shim_store.STORE),
+        sources=start_checks.package_file("bpf"),
+        listen=options.listen or host.listen,
+        listen_names=host.listen_names,
+        loader=tuple(shlex.split(options.loader)) if options.loader else host.loader,
+        policy_folder=options.policies or host.policy_folder,
+        overcommit=host.overcommit,
+        engines=host.engines,
+        helper=_built_file("oci", injection.HELPER),
+        # Containers reach /run/fgpu alone, so an agent elsewhere must not offer devices to this host's engines.
+        cdi_folder=host.cdi_folder if options.run_dir == Options().run_dir else options.run_dir / "cdi",
+        shares=host.shares,
+        profiles=host.profiles,
+        ignored_xids=host.ignored_xids,
+        trusted_drivers=host.trusted_drivers,
+        bounds=host.bounds,
+    )
+
+
+def _built_file(folder: str, name: str) -> Path:
+    """Return a built file of the package; a checkout has it in build/FOLDER."""
+    try:
+        return start_checks.package_file(folder, name)
+    except AgentError:
+        return start_checks.package_file(name)
+
+
+def serve(options: Options) -> None:
+    """Run the agent until SIGTERM. Raises AgentError: why it cannot run, and how to fix it."""
+    begun = _process_start()
+    os.umask(0o022)  # permissions of files for other users must not depend on how the agent was started
+    _clean_environment()
+    for check in doctor.host_checks():
+        if not check.ok and check.name not in options.skipped:
+            raise AgentError(f"{check.found}: {check.mend}")
+    cgroups.make_run_folder()  # before the agent drops the capability for it
+    malloc.keep_small()
+    service = Agent(settings(options))
+    service.mark("imported")
+    _handle_signals(service)
+    try:
+        service.start()
+        with _reachable(service):
+            found = (len(service.nvml.devices), len(service.enforcer), service.settings.listen)
+            if lacks := service.lacks_policies():
+                log.error("not enforcing policies: %s", lacks)
+            else:
+                log.info("enforcing, %d devices, %d tenants, page and /metrics at http://%s/", *found)
+            service.mark("answering")
+            parts = ", ".join(f"{part} {at - begun:.2f}" for part, at in service.marks.items())
+            log.info("ready after %.2f s: %s", time.monotonic() - begun, parts)
+            sd_notify.ready(f"{len(service.nvml.devices)} devices")
+            service.run()
+    except PermissionError as error:
+        raise AgentError(f"{error}: give the agent all capabilities that docs/security.md names") from error
+    finally:
+        sd_notify.stopping()
+        service.stop()
+
+
+def _clean_environment() -> None:
+    """Remove variables that make the loader or Python load code, so that no program that we start gets them."""
+    for name in [name for name in os.environ if name.startswith(("LD_", "PYTHON"))]:
+        del os.environ[name]
+
+
+def _process_start() -> float:
+    """Return when this process was started, on the monotonic clock, to 0.01 s, so that imports count too."""
+    ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age
+
+
+def _handle_signals(service: Agent) -> None:
+    """Install signal handlers: SIGTERM and SIGINT end the agent, SIGHUP reloads, SIGCHLD looks for the gatekeeper.
+
+    The main loop wakes for each at once.
+    """
+    bell = Bell()
+    service.selector.register(bell, selectors.EVENT_READ, bell.hush)
+
+    def handle(action: Callable[[], None]) -> None:
+        action()
+        bell.ring()
+
+    for number, action in (
+        (signal.SIGTERM, service.end),
+        (signal.SIGINT, service.end),
+        (signal.SIGHUP, service.reload_soon),
+        (signal.SIGCHLD, service.round_soon),
+    ):
+        signal.signal(number, lambda *_, action=action: handle(action))
+
+
+@contextlib.contextmanager
+def _reachable(service: Agent) -> Iterator[None]:
+    """Open the control socket and the metrics address while the agent runs, once everything is in force."""
+    commands = control_server.ControlServer(service)
+    web = control_server.MetricsAddress(service)
+    try:
+        service.wait_for_gatekeeper()
+        commands.open()
+        yield
+    finally:
+        commands.close()
+        web.close()
+
+
+def load(options: Options) -> str:
+    """Pin the BPF programs, as an agent's start would do. A separate step keeps the agent's memory small.
+
+    Returns the digest of the programs. Raises AgentError: why it cannot, and how to fix it.
+    """
+    os.umask(0o022)
+    for check in doctor.load_checks():
+        if not check.ok:
+            raise AgentError(f"{check.found}: {check.mend}")
+    s = settings(options)
+    loading = programs.Loading(s.sources, s.pins, s.loader)
+    try:
+        start_checks.check_kernel(loading, s.shim)
+        return loading.wait()
+    finally:
+        loading.end()
+
+
+def take_away(run_dir: Path) -> None:
+    """Detach from this host while no agent runs. Raises OSError."""
+    detach.take_away(run_dir, ledger.PINS)

@@ -1,0 +1,135 @@
+"""`fgpu doctor`: the list of checks of this host, and those that a start requires.
+
+Used by the command `fgpu doctor` and by `daemon`, in the main thread of either. Checks of other subjects are beside
+their subject, and are collected here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fgpu_ebpf import control_client
+from fgpu_ebpf.agent import gatekeeper_process, host_config
+from fgpu_ebpf.agent.settings import Options
+from fgpu_ebpf.api import health
+from fgpu_ebpf.check import Check, has_host_pids
+from fgpu_ebpf.containers import engine_setup, injection, run, selinux
+from fgpu_ebpf.driver import nvml, programs
+from fgpu_ebpf.linux import bpf
+from fgpu_ebpf.policy import folder
+from fgpu_ebpf.policy.yaml_document import Fault
+from fgpu_ebpf.workloads import cgroups
+
+LINUX = (6, 1)  # the oldest release on which the product has been tested: docs/matrix.md
+PTRACE_SCOPE, NO_PTRACE = Path("/proc/sys/kernel/yama/ptrace_scope"), 3
+
+
+def host_checks() -> list[Check]:
+    """Check privilege, kernel and cgroups: what must be right before anything is tried."""
+    return [_privilege(), _kernel(), _pid_namespace(), _uprobes(), _ptrace(), *cgroups.checks()]
+
+
+def load_checks() -> list[Check]:
+    """Check what pinning the BPF programs requires."""
+    return [_privilege(), _kernel(), _uprobes()]
+
+
+def checks(options: Options) -> list[Check]:
+    """Return every check, in the order of a start. Paths are those of the running agent, if there is one."""
+    with contextlib.suppress(ConnectionError, control_client.RequestError):
+        reply = control_client.call(options.run_dir, {"verb": "ping"})
+        options = replace(
+            options,
+            driver_root=options.driver_root or Path(reply["driver_root"]),
+            loader=options.loader or reply["loader"],
+        )
+    host, errors = host_config.read(options.config)
+    found = [*host_checks(), _settings(options.config, errors)]
+    if host:
+        loader = tuple(shlex.split(options.loader)) if options.loader else host.loader
+        found += [_bpffs(), programs.check_loader(loader), *nvml.checks(options.driver_root or host.driver_root)]
+    agents = _agent(options.run_dir)
+    if host and not any(check.name == "policies" for check in agents):
+        agents.append(folder.check(options.policies or host.policy_folder))
+    from fgpu_ebpf.kubernetes import device_plugin  # here: the agent must not import asyncio
+
+    plugin = device_plugin.check(options.run_dir)
+    agents += [plugin] if plugin else []
+    return [*found, *agents, *engine_setup.checks(), *selinux.checks(options.run_dir)]
+
+
+def _settings(path: Path, errors: Sequence[Fault]) -> Check:
+    if errors:
+        return Check("settings", False, "; ".join(map(str, errors[:3])), f"fix {path}, then restart the agent")
+    return Check("settings", True, str(path) if path.exists() else "built-in defaults")
+
+
+def _privilege() -> Check:
+    if os.geteuid() == 0:
+        return Check("privilege", True, "root")
+    return Check("privilege", False, f"uid {os.geteuid()} may not load BPF programs", "run as root: sudo fgpu …")
+
+
+def _kernel() -> Check:
+    release = os.uname().release
+    if bpf.kernel_release() >= LINUX:
+        return Check("kernel", True, release)
+    return Check("kernel", False, f"Linux {release} is too old", f"Linux {LINUX[0]}.{LINUX[1]} or later is needed")
+
+
+def _pid_namespace() -> Check:
+    """Check the pid namespace. The BPF programs see host pids: elsewhere every process would be taken for ended."""
+    if has_host_pids():
+        return Check("pid namespace", True, "the host's")
+    fix = "run the agent in the host's pid namespace (hostPID: true, --pid=host); tenants need none of that"
+    return Check("pid namespace", False, "the agent sees only the processes of a container", fix)
+
+
+def _uprobes() -> Check:
+    if os.path.exists("/sys/bus/event_source/devices/uprobe/type"):
+        return Check("uprobes", True, "uprobe PMU")
+    return Check(
+        "uprobes", False, "the kernel has no uprobe PMU", "a kernel with CONFIG_UPROBE_EVENTS=y, and sysfs at /sys"
+    )
+
+
+def _ptrace() -> Check:
+    """Check that the memory of processes can be read, to see whether they have the breakpoints of the probes."""
+    try:
+        scope = int(PTRACE_SCOPE.read_text(encoding="ascii"))
+    except OSError:  # this kernel has no such setting
+        scope = 0
+    if scope < NO_PTRACE:
+        return Check("ptrace", True, "memory of processes can be read")
+    fix = "kernel.yama.ptrace_scope=2 in sysctl.d, or less, and a reboot"
+    return Check("ptrace", False, f"kernel.yama.ptrace_scope={scope} lets no process read another's memory", fix)
+
+
+def _bpffs() -> Check:
+    if os.path.ismount("/sys/fs/bpf"):
+        return Check("bpffs", True, "/sys/fs/bpf")
+    return Check("bpffs", False, "no bpffs is mounted", "mount -t bpf bpf /sys/fs/bpf (the agent does it itself)")
+
+
+def _agent(run_dir: Path) -> list[Check]:
+    """Check that the agent answers, and return the checks of its Snapshot."""
+    try:
+        answer = control_client.call(run_dir, {"verb": "ping"})
+        snapshot = control_client.call(run_dir, {"verb": "snapshot"})
+    except control_client.NoAnswerError as error:
+        return [Check("agent", False, str(error), error.fix)]
+    except (ConnectionError, control_client.RequestError, subprocess.SubprocessError) as error:
+        return [Check("agent", False, str(error), f"restart it with `{control_client.agent_command('restart')}`")]
+    return [
+        Check("agent", True, f"pid {answer['pid']}"),
+        gatekeeper_process.check(run_dir),
+        *health.checks(snapshot),
+        run.check(run_dir),
+        injection.check(run_dir),
+    ]

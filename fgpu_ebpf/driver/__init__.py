@@ -1,0 +1,1 @@
+"""The NVIDIA driver: its libraries and their probes, the BPF programs, and NVML."""

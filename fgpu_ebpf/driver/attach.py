@@ -1,0 +1,263 @@
+"""Attaching of the pinned BPF programs to files of libcuda and the shim, and to tracepoints.
+
+Used by `discovery` and `libraries` in the agent's main thread; `make` runs in worker threads. The links are pinned
+under PINS/links, and the probed files are entered in the map `files`. ProbeError names the fix; a file that cannot be
+probed is not entered, so its processes get no answer to their hello and no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fgpu_ebpf.driver import links, probe_plan
+from fgpu_ebpf.driver.library_class import Role, Stamp
+from fgpu_ebpf.driver.library_files import Target
+from fgpu_ebpf.driver.probe_plan import Plan, ProbeError
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.linux import bpf, elf
+from fgpu_ebpf.linux.procmaps import File
+
+TRACEPOINTS = {
+    "process_exit": "sched_process_exit",
+    "process_exec": "sched_process_exec",
+    "program_began": "sched_process_exec",
+}
+OPTIONAL_TRACEPOINTS = {
+    "cgroup_attach": "cgroup_attach_task",
+    "cgroup_made": "cgroup_mkdir",
+    "cgroup_populated": "cgroup_notify_populated",
+    "cgroup_removed": "cgroup_rmdir",
+}
+MOST_BESIDE = 8  # sets of probes of one file, one for each inode that it has had
+_NAME = re.compile("([0-9a-f]+)-([0-9a-f]+)-([a-z])([0-9a-f]+)-(.+)")  # dev, ino, role, number, program or mark
+_MARK = re.compile("all([0-9]+)at([0-9a-f]+)")  # number of links, offset of the checked breakpoint
+
+MadeLinks = list[tuple[str, list[int]]]  # the links of each program
+
+
+@dataclass(slots=True)
+class Attachment:
+    """The probes of one inode of a file: names of the pinned links, descriptors of the others.
+
+    `plan` and `stamp` are of the file at the time when it was probed; None: an agent before this one did.
+    """
+
+    role: Role
+    number: int
+    check: int
+    plan: Plan | None = None
+    stamp: Stamp | None = None
+    pinned: set[str] = field(default_factory=set)
+    held: list[int] = field(default_factory=list)
+
+
+class Probes:
+    """All links of one set of programs. For one thread, except `make`."""
+
+    def __init__(self, pins: Path, digest: str, ledger: Ledger) -> None:
+        self._programs = pins / "programs"
+        self._links = pins / "links"
+        self._digest = digest
+        self._ledger = ledger
+        self._files: dict[File, list[Attachment]] = {}  # the last one is on the inode that new processes map
+        self._events: set[str] = set()  # names of the pinned links to tracepoints of processes
+        self._links.mkdir(mode=0o700, exist_ok=True)
+        self._take_up_pinned()
+
+    def _take_up_pinned(self) -> None:
+        """Take over the probes of an earlier agent if all their links are there; remove all others."""
+        names: dict[tuple[File, Role, int], set[str]] = {}
+        for path in self._links.glob(f"{self._digest}-*-*-*"):
+            if named := _NAME.fullmatch(path.name.removeprefix(f"{self._digest}-")):
+                dev, ino, role, number, _ = named.groups()
+                key = (int(dev, 16), int(ino, 16)), Role(role), int(number, 16)
+                names.setdefault(key, set()).add(path.name)
+            else:
+                links.remove([path])
+        self._ledger.forget_files()
+        for (file, role, number), there in sorted(names.items(), key=lambda item: item[0][2]):
+            check = _check_of(there)
+            if check is None:
+                links.remove(self._links / name for name in there)
+            else:
+                self._files.setdefault(file, []).append(Attachment(role, number, check, pinned=there))
+                self._ledger.enter_file(*file, check)
+
+    def lost(self) -> frozenset[File | None]:
+        """Return files with pinned links that are gone, so that calls are missed; None in it: process events."""
+        try:
+            there = set(os.listdir(self._links))
+        except FileNotFoundError:
+            there = set()
+        lost = {file for file, found in self._files.items() if any(not one.pinned <= there for one in found)}
+        return frozenset(lost) if self._events <= there else frozenset({None, *lost})
+
+    def attach_again(self, lost: Set[File | None]) -> None:
+        """Attach the process events again, and forget the files, for attach() to probe anew. Raises ProbeError."""
+        self._links.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for file in lost:
+            if file is None:
+                self.attach_process_ends()
+            else:
+                self.let_go(file)
+
+    @property
+    def known(self) -> frozenset[File]:
+        """(dev, ino) of each probed file."""
+        return frozenset(self._files)
+
+    def of(self, file: File) -> Attachment | None:
+        """Return the latest probes of a file."""
+        found = self._files.get(file)
+        return found[-1] if found else None
+
+    def attach_process_ends(self) -> None:
+        """Attach the process events. Raises ProbeError: this kernel does not report the end of a process."""
+        for program, event in TRACEPOINTS.items():
+            try:
+                self._attach_tracepoint(program, event)
+            except FileNotFoundError as error:
+                raise ProbeError(f"{self._programs / program} is no longer pinned: restart the agent") from error
+            except OSError as error:
+                raise ProbeError(f"this kernel's {event} does not report the end of a process: {error}") from error
+        for program, event in OPTIONAL_TRACEPOINTS.items():
+            with contextlib.suppress(OSError):  # the periodic look at all cgroups replaces it
+                self._attach_tracepoint(program, event)
+
+    def _attach_tracepoint(self, program: str, event: str) -> None:
+        path = self._links / f"{self._digest}-{program}"
+        if path.exists():
+            self._events.add(path.name)
+            return
+        fd = bpf.pinned(self._programs / program)
+        try:
+            link = bpf.attach_raw_tracepoint(fd, event)
+        finally:
+            os.close(fd)
+        bpf.pin(link, path)
+        os.close(link)
+        self._events.add(path.name)
+
+    def attach(self, target: Target, role: Role) -> None:
+        """Probe one of the host's own files. Raises ProbeError: it cannot be probed, and no links are left."""
+        file = target.dev, target.ino
+        now = self.of(file)
+        if now and now.role is role:
+            return
+        try:
+            fd = target.open()
+            try:
+                made = probe_plan.plan(fd, target.path, role, probe_plan.looked_up(file))
+                self.enter(target, made, self.make(fd, made), Stamp.of(fd))
+            finally:
+                os.close(fd)
+        except (elf.ElfError, OSError) as error:
+            raise ProbeError(f"{target.path} cannot be probed ({error})") from error
+
+    def make(self, fd: int, made: Plan) -> MadeLinks:
+        """Attach the programs to an open file; they run from now on. Safe in any thread. Raises OSError."""
+        found: MadeLinks = []
+        try:
+            for program, places, at_return in made.programs:
+                found.append((program, self._link(program, f"/proc/self/fd/{fd}", places, at_return)))
+        except OSError:
+            drop(found)
+            raise
+        return found
+
+    def _link(self, program: str, path: str, places: Sequence[tuple[int, int]], at_return: bool) -> list[int]:
+        fd = bpf.pinned(self._programs / program)
+        try:
+            return bpf.attach_uprobes(fd, path, places, at_return)
+        finally:
+            os.close(fd)
+
+    def enter(self, target: Target, made: Plan, found: MadeLinks, stamp: Stamp | None, beside: bool = False) -> None:
+        """Take over the links that `make` returned, and enter the file. Raises OSError: all of them are closed.
+
+        `beside`: keep the earlier probes of the file, since processes map another inode that has the same (dev, ino).
+        """
+        file = target.dev, target.ino
+        earlier = self._files.get(file, [])
+        number = 1 + max((one.number for one in earlier), default=-1)
+        new = Attachment(made.role, number, made.check, made, stamp)
+        try:
+            self._keep(new, f"{self._name(file)}-{made.role.value}{number:x}", target.pinned, found)
+            self._ledger.enter_file(*file, made.check)
+        except OSError:
+            self._drop(new)
+            raise
+        kept = [*earlier, new][-MOST_BESIDE:] if beside else [new]
+        self._files[file] = kept
+        for one in earlier:
+            if one not in kept:
+                self._drop(one)
+
+    def _keep(self, new: Attachment, name: str, pinned: bool, found: MadeLinks) -> None:
+        if not pinned:
+            new.held = [link for _, made in found for link in made]
+            return
+        for n, (program, made) in enumerate(found):
+            try:
+                new.pinned |= self._pin(program, made, name)
+            except OSError:
+                drop(found[n + 1 :])
+                raise
+        mark = self._links / f"{name}-all{len(new.pinned)}at{new.check:x}"
+        mark.mkdir(exist_ok=True)
+        new.pinned.add(mark.name)
+
+    def _pin(self, program: str, made: list[int], name: str) -> set[str]:
+        return links.pin(made, self._links / f"{name}-{program}")
+
+    def _drop(self, one: Attachment) -> None:
+        links.close(one.held)
+        links.remove(self._links / name for name in one.pinned)
+
+    def _name(self, file: File) -> str:
+        return f"{self._digest}-{file[0]:x}-{file[1]:x}"
+
+    def drop_older(self) -> None:
+        """Remove the links of earlier programs; these programs see all calls already."""
+        links.remove(path for path in self._links.iterdir() if not path.name.startswith(self._digest))
+
+    def drop_unused(self, used: Set[File]) -> None:
+        """Remove the links to files that no process can be using any more."""
+        for file in self.known - used:
+            self.let_go(file)
+
+    def let_go(self, file: File) -> None:
+        """Remove the probes of a file; they keep its mount busy."""
+        for one in self._files.pop(file, ()):
+            self._drop(one)
+        links.remove(self._links.glob(f"{self._name(file)}-*"))
+        self._ledger.forget_file(*file)
+
+
+def drop(found: MadeLinks) -> None:
+    """Close links that `make` has made and `enter` has not taken over."""
+    for _, made in found:
+        links.close(made)
+
+
+def _check_of(there: Set[str]) -> int | None:
+    """Return the offset in the mark among these names if all links are there, else None."""
+    marks = [mark for name in there if (mark := _MARK.fullmatch(name.rpartition("-")[2]))]
+    return next((int(mark[2], 16) for mark in marks if int(mark[1]) == len(there) - 1), None)
+
+
+def detach(pins: Path) -> None:
+    """Remove everything that is pinned."""
+    for folder in (pins / "links", pins / "programs", pins / "maps"):
+        if folder.is_dir():
+            links.remove(folder.iterdir())
+            folder.rmdir()
+    for stamp in pins.glob("loaded-*"):
+        stamp.rmdir()
+    if pins.is_dir():
+        pins.rmdir()

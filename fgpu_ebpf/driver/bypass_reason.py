@@ -1,0 +1,103 @@
+"""The reason why a process that uses a device has no shim, or does not use it, and what can be done about it.
+
+Used by the agent's main thread. Facts come from the kernel: the process is not believed, and no file in its root is
+opened. A process that has gone has no reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Set
+from enum import StrEnum
+
+from fgpu_ebpf.driver import cuda_mappings
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.workloads import shim_mounts
+
+LIST = "/etc/ld.so.preload"
+_MUSL = ("ld-musl", "libc.so")  # musl's loader is its library, and some distributions call it libc.so
+
+IsShim = Callable[[int, int], bool]
+
+
+class Reason(StrEnum):
+    """A reason, by its name in metrics; `words` says what it means."""
+
+    STATIC = "static"
+    MUSL = "musl"
+    NOT_MOUNTED = "not_mounted"
+    NOT_LOADED = "not_loaded"
+    FOREIGN = "foreign"
+    HIDDEN = "hidden"
+    STALE_MOUNT = "stale_mount"
+    UNUSED = "unused"
+
+    @property
+    def words(self) -> str:
+        """The meaning of the reason, and what can be done."""
+        match self:
+            case Reason.STATIC:
+                return "static programs have no loader that could load it: link them dynamically"
+            case Reason.MUSL:
+                return f"musl's loader does not read {LIST}: use an image with glibc"
+            case Reason.NOT_MOUNTED:
+                return f"nothing is mounted at {LIST}: fgpu setup, or --device fgpu.dev/shim=all"
+            case Reason.NOT_LOADED:
+                return f"what is mounted at {LIST} has not brought it: does it name it, and is that there?"
+            case Reason.FOREIGN:
+                return (
+                    "their libfgpu.so is none that this host has published: mount the host's, or build the image anew"
+                )
+            case Reason.HIDDEN:
+                return "they have it, and execute memory of no file, in which a copy of libcuda cannot be probed"
+            case Reason.STALE_MOUNT:
+                return "/run/fgpu/shim was removed under their container, so they cannot ask: start it anew"
+            case Reason.UNUSED:
+                return "they have it and call the driver around it"
+
+
+def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:
+    """Return the reason of a process; None: it is gone or unreadable. `is_shim`: is a (dev, ino) a shim of ours?"""
+    try:
+        loader = procfs.loader(pid)
+        if not loader:
+            return Reason.STATIC
+        mapped = cuda_mappings.fgpu_mappings(pid) or ()
+        named = [one for one in mapped if os.path.basename(one.path).startswith("libfgpu.so")]
+        if named:
+            return _of_shim(pid) if any(is_shim(one.dev, one.ino) for one in named) else Reason.FOREIGN
+        if loader.startswith(_MUSL):
+            return Reason.MUSL
+        return Reason.NOT_LOADED if procfs.has_mount(pid, LIST) else Reason.NOT_MOUNTED
+    except OSError:
+        return None
+
+
+def _of_shim(pid: int) -> Reason:
+    is_removed = shim_mounts.mount_of(pid) is shim_mounts.Mount.REMOVED
+    return Reason.STALE_MOUNT if is_removed else Reason.UNUSED
+
+
+class Reasons:
+    """The reasons of all processes. Each is looked up once: a program loads the shim at its start or never.
+
+    The key has the generation of the kernel's entry: neither a reused pid nor the next program of a process has the
+    same. `is_shim` is as for reason(); `hidden` returns the processes that execute memory of no file.
+    """
+
+    def __init__(self, is_shim: IsShim = lambda *_: True, hidden: Callable[[], Set[int]] = frozenset) -> None:
+        self._is_shim, self._hidden = is_shim, hidden
+        self._found: dict[tuple[int, int], Reason] = {}
+
+    def of(self, pid: int, generation: int) -> Reason | None:
+        """Return the reason of a process, looked up again if there was none."""
+        found = self._found.get((pid, generation)) or reason(pid, self._is_shim)
+        if found:
+            self._found[pid, generation] = found
+        return Reason.HIDDEN if found is Reason.UNUSED and pid in self._hidden() else found
+
+    def forget_ended(self, living: Mapping[int, Process]) -> None:
+        """Forget all processes but these."""
+        lives = {(pid, living[pid].generation) for pid, _ in self._found if pid in living}
+        self._found = {life: found for life, found in self._found.items() if life in lives}

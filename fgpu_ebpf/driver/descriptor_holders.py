@@ -1,0 +1,123 @@
+"""The processes that keep memory of an ended process on a device: those that have descriptors of the driver open.
+
+A thread lists /proc/PID/fd, so that the agent's main thread does not wait for it: a host may have many processes.
+Descriptors that lie unread in the queue of a socket are listed nowhere, so the result may be empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fgpu_ebpf.linux import procfs
+
+PERIOD_SECONDS = 5.0
+AGE_NS = 1_000_000_000  # the driver may still be releasing younger orphans
+MOST_PROCESSES, MOST_DESCRIPTORS = 4096, 65536  # of one search
+MOST_KEEPERS = 8
+PREFIX = "nvidia"  # /dev/nvidiactl, /dev/nvidia0, /dev/nvidia-uvm, in whatever folder
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Memory of process `pid`. `paths`: the cgroups in which to search, innermost first."""
+
+    pid: int
+    paths: tuple[str, ...]
+
+
+class Keepers:
+    """The search. `look` sets the orphans to search for; `of` returns what was found."""
+
+    def __init__(self) -> None:
+        self._held: Sequence[Held] = ()
+        self._found: Mapping[int, tuple[int, ...]] = {}
+        self._parents: Mapping[int, int] = {}  # of the processes in _found
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def look(self, held: Sequence[Held]) -> None:
+        """Set the orphans to search for; the first call with some starts the thread."""
+        self._held = held
+        if not held:
+            self._found = {}
+            return
+        self._wake.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="keepers", daemon=True)
+            self._thread.start()
+
+    def of(self, pid: int) -> tuple[int, ...]:
+        """Return processes that may keep memory of an ended process, as found by the last search."""
+        return self._found.get(pid, ())
+
+    def parents_of(self, pid: int) -> tuple[int, ...]:
+        """Return the parents of the processes that `of` returns, in their order; 0: unknown, or the host's init."""
+        return tuple(self._parents.get(keeper, 0) for keeper in self.of(pid))
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            found = {held.pid: find(held) for held in self._held}
+            self._parents = {pid: parent(pid) for pids in found.values() for pid in pids}
+            self._found = found
+            time.sleep(PERIOD_SECONDS)
+
+
+def find(held: Held) -> tuple[int, ...]:
+    """Return processes in the cgroups of an ended process, innermost first, with descriptors of the driver."""
+    found: list[int] = []
+    for path in held.paths:
+        found += [pid for pid in _with_descriptors(_below(path)) if pid not in found]
+        if found:
+            break
+    relatives = [pid for pid in found if is_relative(pid, held.pid)]
+    return tuple((relatives or found)[:MOST_KEEPERS])
+
+
+def _below(path: str) -> Iterable[int]:
+    """Yield the processes of a cgroup and those below it."""
+    inside = f"{path.rstrip('/')}/"
+    return (pid for pid in procfs.pids()[:MOST_PROCESSES] if f"{procfs.cgroup_path(pid) or ''}/".startswith(inside))
+
+
+def _with_descriptors(pids: Iterable[int]) -> list[int]:
+    left, found = MOST_DESCRIPTORS, []
+    for pid in pids:
+        names = descriptors(pid, left)
+        left -= len(names)
+        if any(os.path.basename(name).startswith(PREFIX) for name in names):
+            found.append(pid)
+    return found
+
+
+def descriptors(pid: int, most: int) -> list[str]:
+    """Return the targets of the first descriptors of a process; empty: it is gone."""
+    found = []
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd")[:most]:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
+
+
+def parent(pid: int) -> int:
+    """Return the parent of a process; 0: it is gone, or its parent is the host's init, which adopts any process."""
+    try:
+        found = int(procfs.read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return 0 if found == 1 else found
+
+
+def is_relative(pid: int, of: int) -> bool:
+    """Return whether a process is in the session or process group of another, which may have ended."""
+    try:
+        return of in (os.getpgid(pid), os.getsid(pid))
+    except OSError:
+        return False

@@ -1,0 +1,100 @@
+"""The reports of NVML and the ledger about one device, taken as nearly at one time as possible.
+
+NVML is asked for its rows, for the bytes in use, and for the rows again, which shows changes in between. Several such
+samples, at random intervals, make it unlikely that a program which allocates and frees all the time is always sampled
+at the same point of its loop. Used by the agent's reconcile thread.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fgpu_ebpf.driver.nvml import Nvml
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.process_entry import Process
+
+SAMPLES = 4
+APART_SECONDS = 0.0005
+
+Rows = Mapping[int, int | None]  # host pid -> bytes on one device; None: NVML does not say
+
+
+class Taken(NamedTuple):
+    """Bytes in use, and the least and the greatest row of each process around that time."""
+
+    in_use: int
+    least: Mapping[int, int]
+    greatest: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Several samples. `rows`: of the last question. `calm`: no process allocated or freed memory meanwhile.
+
+    `processes`: the ledger's before the samples. `busy`: those in a call then, or with changes since.
+    """
+
+    rows: Rows
+    taken: tuple[Taken, ...]
+    calm: bool
+    processes: Mapping[int, Process]
+    busy: frozenset[int] = frozenset()
+
+
+def take(
+    nvml: Nvml, ledger: Ledger, device: int, before: Mapping[int, Process], samples: int = SAMPLES
+) -> Sample | None:
+    """Sample a device; None: NVML does not answer.
+
+    Args:
+        nvml: NVML.
+        ledger: the ledger.
+        device: the ledger index.
+        before: the ledger's processes.
+        samples: how many times NVML is asked. `taken` of the result has as many entries, or none if NVML does not
+            report the bytes in use or the row of a process.
+    """
+    rows = nvml.process_bytes(device)
+    if rows is None:
+        return None
+    if not samples:
+        return Sample(rows, (), False, before)
+    found = []
+    for n in range(samples):
+        if n:
+            time.sleep(random.uniform(0, APART_SECONDS))
+        in_use, then = nvml.taken_bytes(device), nvml.process_bytes(device)
+        if then is None:
+            return None
+        taken = None if in_use is None else _taken(in_use, rows, then)
+        rows = then
+        if taken is None:
+            return Sample(rows, (), False, before)
+        found.append(taken)
+    after = ledger.processes()
+    changed = {pid for pid in before.keys() | after.keys() if _state(before.get(pid)) != _state(after.get(pid))}
+    in_call = {pid for pid, process in before.items() if not process.quiet}
+    return Sample(rows, tuple(found), not changed, before, frozenset(changed | in_call))
+
+
+def is_hidden(process: Process, device: int) -> bool:
+    """Return whether a process may have memory that NVML shows in no row."""
+    return bool(process.managed[device] or process.handles_in_no_row(device))
+
+
+def _taken(in_use: int, before: Rows, after: Rows) -> Taken | None:
+    least, greatest = {}, {}
+    for pid in before.keys() | after.keys():
+        one, other = before.get(pid, 0), after.get(pid, 0)
+        if one is None or other is None:
+            return None
+        least[pid], greatest[pid] = min(one, other), max(one, other)
+    return Taken(in_use, least, greatest)
+
+
+def _state(process: Process | None) -> tuple[int, int, int] | None:
+    return (process.generation, process.begun, process.changes) if process else None

@@ -1,0 +1,281 @@
+"""Discovery of the files of libcuda and the shim that processes map, or may come to map.
+
+Runs in the agent's main thread; mappings of processes and roots of containers are read by the workers of `libraries`.
+The gatekeeper sends the pids of processes to a socket here. What one cgroup maps must not delay the work for others.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from functools import partial
+from pathlib import Path
+from time import monotonic
+
+from fgpu_ebpf.abi import Seen
+from fgpu_ebpf.driver import root_scan
+from fgpu_ebpf.driver.attach import Probes
+from fgpu_ebpf.driver.file_budget import MOST_FILES
+from fgpu_ebpf.driver.libraries import Libraries, Taken, trusted
+from fgpu_ebpf.driver.library_class import Role, Trust
+from fgpu_ebpf.driver.library_search import Found, Search
+from fgpu_ebpf.driver.library_worker import Examined
+from fgpu_ebpf.driver.probe_plan import ProbeError
+from fgpu_ebpf.driver.process_scan import HostScan, Scanned
+from fgpu_ebpf.driver.root_scan import Root, Roots
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.linux.clear_path import make_way
+from fgpu_ebpf.linux.procmaps import File
+from fgpu_ebpf.snapshot import LibraryView
+from fgpu_ebpf.workloads.bound_owner import owner_of
+
+log = logging.getLogger("fgpu.agent")
+MOST_MESSAGE = 65536  # bytes of a message of the gatekeeper
+MOST_PIDS = 1 << 31
+SEARCH_SECONDS = 5.0  # before a process is searched again
+
+
+class Discovery:
+    """The search. `own`: the host driver's libraries and the published shims; `trust`: other files known to be good."""
+
+    def __init__(
+        self, attached: Probes, own: Mapping[Path, Role], trust: Trust | None = None, most_files: int = MOST_FILES
+    ) -> None:
+        trust = trust or Trust()
+        self._probes = attached
+        self._libraries = Libraries(attached, own, trust, most_files)
+        self._search = Search(lambda file: attached.of(file) is not None)
+        self._looked_at: set[int] = set()
+        self._searched: dict[int, float] = {}  # processes, and when their mappings were searched by contents
+        self._roots = Roots()
+        self._root = procfs.cgroup2_root() or Path("/")
+        self._standalone: set[int] = set()  # processes under an image's own limit, without an agent
+        self._hidden: set[int] = set()  # processes that execute memory of no file, and hold memory that no probe saw
+        self._attach_error = ""
+        self._scan = HostScan(self._libraries.work, self._cgroup, self._search.by_name, self._see)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.fileno, self.take = self._libraries.fileno, self._libraries.take
+
+    @classmethod
+    def of_host(
+        cls, attached: Probes, drivers: Iterable[Path], shims: Sequence[Path], store: Path | None,
+        listed: Iterable[str], most_files: int,
+    ) -> Discovery:  # fmt: skip
+        """Return the discovery for these drivers and published shims, the agent's first; `listed`: trusted digests."""
+        own = dict.fromkeys(shims, Role.SHIM) | dict.fromkeys(drivers, Role.HOST)
+        return cls(attached, own, trusted(shims[0], store, listed), most_files)
+
+    def start(self) -> Set[File] | None:
+        """Probe the host's own files and all that are mapped now, and drop those that no process maps any more.
+
+        Returns (dev, ino) of all mapped files; None: the mappings of some processes cannot be read. Raises ProbeError:
+        one of the host's own files cannot be probed.
+        """
+        self._libraries.attach_own()
+        scanned: list[Scanned] = []
+        self._scan.begin(scanned.append)
+        self._libraries.settle(lambda: bool(scanned))
+        # Until then the programs of an earlier agent see the calls into these files.
+        self._probes.drop_older()
+        self._libraries.read_own()
+        if not scanned or not scanned[0].is_whole or scanned[0].left_out:
+            which = f"process {scanned[0].left_out[0]}" if scanned and scanned[0].left_out else "some processes"
+            log.info("the mappings of %s cannot be read: probes of files that are gone stay", which)
+            return None
+        self._probes.drop_unused(scanned[0].used | self._libraries.own_files)
+        return scanned[0].used
+
+    def unenforced(self) -> str:
+        """Return why nothing is enforced: probes of the host's own files are gone; empty: they are there."""
+        if not self._probes.lost() and self._libraries.own_files <= self._probes.known:
+            return ""
+        return f"probes are gone: another process has unpinned them{self._attach_error}"
+
+    def reattach(self) -> None:
+        """Attach lost probes again; NVML shows at the next look what was allocated meanwhile."""
+        lost = self._probes.lost()
+        if not lost and self._libraries.own_files <= self._probes.known:
+            return
+        log.warning("probes of %d files are gone: attaching them again", len(lost))
+        try:
+            self._probes.attach_again(lost)
+            self._libraries.attach_own()
+        except (ProbeError, OSError) as error:
+            self._attach_error = f", and they cannot be attached again ({error})"
+            log.warning("%s", self.unenforced())
+            return
+        self._attach_error = ""
+        self.look_around()
+
+    @property
+    def refusals(self) -> int:
+        """Number of times that a file was found that could not be probed."""
+        return self._libraries.refusals
+
+    def unprobed(self) -> frozenset[int]:
+        """Return processes that map a libcuda or shim file whose probes do not see their calls."""
+        return frozenset(self._libraries.unprobed())
+
+    def reasons(self) -> Mapping[int, str]:
+        """Return the reason for each of the unprobed() processes."""
+        return self._libraries.unprobed()
+
+    def is_shim(self, dev: int, ino: int) -> bool:
+        """Return whether this file is probed as one of our shims."""
+        found = self._probes.of((dev, ino))
+        return found is not None and found.role is Role.SHIM
+
+    def hidden(self) -> frozenset[int]:
+        """Return processes that hold memory that no probe saw allocated, and execute memory that no file backs."""
+        return frozenset(self._hidden)
+
+    def libraries(self, tenant_of: Callable[[str], str]) -> tuple[LibraryView, ...]:
+        """Return the drivers that processes map and that are not the host's; `tenant_of` names a cgroup's tenant."""
+        return self._libraries.views(tenant_of)
+
+    def standalone(self) -> frozenset[int]:
+        """Return processes under their image's own limit, which do not ask the agent."""
+        return frozenset(self._standalone)
+
+    # -- processes
+
+    def look_at(self, pid: int) -> None:
+        """Probe the files that a process maps, and check that the breakpoints are in its memory."""
+        self._ask(pid)
+
+    def look_at_holders(
+        self, pids: Iterable[int], drift: Mapping[tuple[int, int], int], processes: Mapping[int, Process]
+    ) -> None:
+        """Call look_at_new() for processes that NVML lists; `drift` and `processes` are of the last reconciliation."""
+        uncalled = {pid for pid, process in processes.items() if not process.flags & Seen.CALL}
+        self.look_at_new(pids, {pid for (pid, _), bytes_ in drift.items() if bytes_ < 0} | uncalled)
+
+    def look_at_new(self, pids: Iterable[int], again: Set[int] = frozenset()) -> None:
+        """Probe the files that these processes map, if not done yet: NVML shows that they use a device.
+
+        `again`: processes with more memory than the probes have seen. All files that they execute are searched for
+        libcuda.
+        """
+        pids, now = set(pids), monotonic()
+        self._looked_at &= pids
+        self._searched = {pid: at for pid, at in self._searched.items() if pid in pids}
+        for pid in sorted(pids):
+            is_due = now - self._searched.get(pid, -SEARCH_SECONDS) >= SEARCH_SECONDS
+            if pid in again and is_due and self._ask(pid, search=True):
+                self._searched[pid] = now
+                self._looked_at.add(pid)
+            elif pid not in self._looked_at and self._ask(pid):
+                self._looked_at.add(pid)
+
+    def _ask(self, pid: int, search: bool = False) -> bool:
+        """Let a worker read the mappings of a process; return False if the job was not queued."""
+        cgroup = self._cgroup(pid)
+        return self._libraries.work(cgroup, partial(self._read, pid, cgroup, search))
+
+    def _read(self, pid: int, cgroup: str, search: bool) -> Taken:
+        found = self._search.by_contents(pid) if search else self._search.by_name(pid)
+        return partial(self._take_read, pid, cgroup, found, search)
+
+    def _take_read(self, pid: int, cgroup: str, found: Found, search: bool) -> None:
+        if search:
+            (self._hidden.add if found.code else self._hidden.discard)(pid)
+        self._see(pid, cgroup, found, verify=True)
+
+    def _cgroup(self, pid: int) -> str:
+        """Return the cgroup to which work for this process is charged."""
+        return owner_of(self._root, procfs.cgroup_path(pid) or "/").path
+
+    def look_around(self) -> None:
+        """Probe the files that all processes map, which finds what nothing else has reported; retry refused files."""
+        self._libraries.look_around()
+        self._scan.begin(lambda _: None)
+
+    def _see(self, pid: int, cgroup: str, found: Found, verify: bool = False) -> None:
+        """Handle the files that a process maps. `cgroup`: its own, if known; `verify`: check probed files too."""
+        self._standalone.discard(pid)
+        if found.books:
+            self._standalone.add(pid)
+        for one in found.files or ():
+            if not self._libraries.knows(pid, one) or verify:
+                cgroup = cgroup or self._cgroup(pid)
+                self._libraries.want(pid, cgroup, one)
+
+    # -- roots
+
+    def look_into(self, pid: int) -> None:
+        """Probe libraries in the root of a process that begins, if no process has begun in that root before.
+
+        Files that cannot be probed are not logged here, but when a process maps them.
+        """
+        cgroup = self._cgroup(pid)
+        if not procfs.is_outside(cgroup) and self._libraries.room(cgroup):
+            self._libraries.work(cgroup, partial(self._search_root, pid, cgroup, self._libraries.room(cgroup)))
+
+    def _search_root(self, pid: int, cgroup: str, room: int) -> Taken:
+        root = root_scan.root_of(pid)
+        found: dict[File, Examined] = {}
+        if root is not None and root not in self._roots:
+            for target in root_scan.libraries(pid):
+                file = target.dev, target.ino
+                if file not in found and len(found) < room and file not in self._libraries.own_files:
+                    found[file] = self._libraries.examiner.found(target)
+        return partial(self._take_root, pid, cgroup, root, found.values())
+
+    def _take_root(self, pid: int, cgroup: str, root: Root | None, found: Iterable[Examined]) -> None:
+        if root is not None:
+            self._roots.enter(root)
+        for examined in found:
+            if root is not None and not examined.error and not self._libraries.enter(cgroup, examined):
+                self._libraries.expect_mapping(examined.file, pid)
+                self._roots.found(examined.file, root)
+
+    # -- periodic work
+
+    def keep(self) -> None:
+        """Check that trusted files are unchanged, and remove the probes of files that no process maps any more."""
+        self._libraries.keep()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Remove the probes of files that are not the host's own and that no process maps any more."""
+        left = self._libraries.unmapped()
+        if left:  # another process may have mapped them meanwhile
+            self._scan.begin(partial(self._let_go, left))
+        self._standalone = {pid for pid in self._standalone if procfs.has_memory(pid)}
+        self._hidden = {pid for pid in self._hidden if procfs.has_memory(pid)}
+
+    def _let_go(self, left: set[File], scanned: Scanned) -> None:
+        """Remove probes after a scan. A process left out of it gets no answer to a hello, so no file is kept for it."""
+        left = (left & self._libraries.unmapped()) - scanned.used if scanned.is_whole else set()
+        kept = self._roots.processes_inside(left, scanned.pids)
+        for file, pid in kept.items():
+            self._libraries.expect_mapping(file, pid)
+        for file in left - kept.keys():
+            self._libraries.let_go(file)
+            self._roots.forget(file)
+
+    # -- messages of the gatekeeper
+
+    def listen(self, path: Path) -> int:
+        """Bind the socket; return its descriptor, which is readable when the gatekeeper has named a process."""
+        make_way(str(path))
+        path.unlink(missing_ok=True)
+        self._socket.bind(str(path))
+        path.chmod(0o600)
+        return self._socket.fileno()
+
+    def named(self) -> Iterator[list[int]]:
+        """Yield the processes that the gatekeeper names in each message: one, and `others` that came with it."""
+        while True:
+            try:
+                message = json.loads(self._socket.recv(MOST_MESSAGE))
+                tgids = [int(tgid) for tgid in (message["tgid"], *message.get("others", ()))]
+            except BlockingIOError:
+                return
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+                continue
+            if all(0 < tgid < MOST_PIDS for tgid in tgids):
+                yield tgids

@@ -1,0 +1,67 @@
+"""Budgets of each cgroup: how many files of libcuda it may have probed, and how much processor time work for it takes.
+
+A workload counts as one, with all cgroups inside it (`workloads.bound_owner`). Files beyond the budget are refused, so
+their processes get no memory; the host's own files count for no cgroup. Used by `libraries`, in the agent's main
+thread.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from fgpu_ebpf.linux.procmaps import File
+
+MOST_FILES = 128  # of one workload (Bounds.files): each takes two descriptors, and time to detach
+MOST_FILES_ALL = 2048
+BURST_NS, REFILL_NS = 3_000_000_000, 50_000_000  # of a cgroup: what it may use at once, and then in each round
+
+
+class FileBudget:
+    """The files and the processor time of each cgroup. `most`: files of one cgroup."""
+
+    def __init__(self, most: int = MOST_FILES) -> None:
+        self.most = most
+        self._cgroups: dict[File, str] = {}
+        self._has = Counter[str]()
+        self._spent_ns = Counter[str]()
+
+    def __contains__(self, file: File) -> bool:
+        """Return whether the file is counted."""
+        return file in self._cgroups
+
+    def cgroup_of(self, file: File) -> str:
+        """Return the cgroup that the file counts for; empty: none."""
+        return self._cgroups.get(file, "")
+
+    def room(self, cgroup: str) -> int:
+        """Return how many more files of this cgroup may be probed."""
+        return max(0, min(self.most - self._has[cgroup], MOST_FILES_ALL - len(self._cgroups)))
+
+    def has(self, cgroup: str) -> tuple[int, int]:
+        """Return how many files the cgroup has, and all cgroups together."""
+        return self._has[cgroup], len(self._cgroups)
+
+    def enter(self, file: File, cgroup: str) -> None:
+        """Count the file for this cgroup, unless it counts for another."""
+        if file not in self._cgroups:
+            self._cgroups[file] = cgroup
+            self._has[cgroup] += 1
+
+    def forget(self, file: File) -> None:
+        """Stop counting the file."""
+        cgroup = self._cgroups.pop(file, None)
+        if cgroup is not None:
+            self._has[cgroup] -= 1
+            self._has += Counter()  # drops cgroups that have nothing left
+
+    def charge(self, cgroup: str, took_ns: int) -> None:
+        """Charge processor time of work for this cgroup."""
+        self._spent_ns[cgroup] += took_ns
+
+    def has_time(self, cgroup: str) -> bool:
+        """Return whether more work may be done for the cgroup."""
+        return self._spent_ns[cgroup] <= BURST_NS
+
+    def refill(self) -> None:
+        """Refill the time of all cgroups; to be called in every round, once a second."""
+        self._spent_ns = Counter({w: ns - REFILL_NS for w, ns in self._spent_ns.items() if ns > REFILL_NS})

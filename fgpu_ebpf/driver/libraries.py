@@ -1,0 +1,347 @@
+"""The files of libcuda and the shim that are in use: their classes, their probes, and why a file has none.
+
+Runs in the agent's main thread. Work that can block on a tenant's process or file is done by worker threads, and its
+results are applied here. A file that cannot be probed is logged once and not tried again before the next look around;
+its processes get no memory. The files of one cgroup must not keep other cgroups' files from being probed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from time import monotonic, sleep
+
+from fgpu_ebpf.driver import attach, shim_store
+from fgpu_ebpf.driver.attach import Probes
+from fgpu_ebpf.driver.file_budget import MOST_FILES, FileBudget
+from fgpu_ebpf.driver.library_class import Role, Stamp, Trust
+from fgpu_ebpf.driver.library_files import Target
+from fgpu_ebpf.driver.library_worker import Examined, Examiner
+from fgpu_ebpf.linux import mapped_files, procfs
+from fgpu_ebpf.linux.mapped_files import MappedFile
+from fgpu_ebpf.linux.procmaps import File
+from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.worker_threads import Workers
+from fgpu_ebpf.snapshot import LibraryView
+
+log = logging.getLogger("fgpu.agent")
+MOST_NAMED = 1024  # files and cgroups for which a refusal has been logged
+MOST_JOBS = 256  # queued jobs of one cgroup: more than it may have files probed
+THREADS = 4  # that run at a time unless one hangs: to read a file takes tenths of a second
+NICE = 10  # of the workers: they work for processes that are not known to be honest
+SETTLE_SECONDS = 5.0
+
+Taken = Callable[[], None]  # what to do in the main thread with the result of a job
+Job = Callable[[], Taken]
+
+
+def trusted(shim: Path, store: Path | None, listed: Iterable[str]) -> Trust:
+    """Return what this host trusts: this shim, all shims ever in the store, and drivers listed in agent.yaml."""
+    versions = shim_store.files(store) if store else []
+    files = {mapped_files.as_mapped(str(path)): Role.SHIM for path in versions}
+    return Trust(files, shim_store.genuine(shim, store), listed)
+
+
+class Libraries:
+    """All files. `own`: the host driver's files and the published shims."""
+
+    def __init__(self, attached: Probes, own: Mapping[Path, Role], trust: Trust, most_files: int = MOST_FILES) -> None:
+        self._probes, self._trust = attached, trust
+        self._own = [(Target.of(str(path)), role) for path, role in own.items()]
+        self.own_files = frozenset((target.dev, target.ino) for target, _ in self._own)
+        for target, role in self._own:
+            trust.trust_file((target.dev, target.ino), role)
+        self.examiner, self._budget, self._bell = Examiner(attached, trust), FileBudget(most_files), Bell()
+        self._workers: Workers[str, Job, Taken] = Workers(
+            lambda job: job(), lambda _: True, self._bell.ring, MOST_JOBS, NICE, THREADS
+        )
+        self._results: deque[Taken] = deque()
+        self._examining: dict[tuple[File, str], dict[int, MappedFile]] = {}  # with the processes that wait for it
+        self._coming = Counter[str]()  # by cgroup, how many of its files are being examined
+        self._reading: set[File] = set()  # files whose contents are being read
+        # For each tenant's file the processes that map it; None: a process that may come to map it.
+        self._mappers: dict[File, dict[int, MappedFile | None]] = {}
+        self._refused: dict[File, str] = {}  # until the next look around
+        self._unprobed: dict[int, dict[File, str]] = {}  # processes with files whose probes miss their calls, and why
+        self._named: set[object] = set()
+        self.refusals = 0
+
+    # -- the host's own files
+
+    def attach_own(self) -> None:
+        """Probe the host's own files. Raises ProbeError: one of them cannot be probed."""
+        for target, role in self._own:
+            self._probes.attach(target, role)
+
+    def read_own(self) -> None:
+        """Let workers read the contents of the host's drivers, so that copies of them are trusted."""
+        for target, role in self._own:
+            if role is Role.HOST:
+                self.work("", partial(self._read_own, target))
+
+    def _read_own(self, target: Target) -> Taken:
+        return partial(self._take_own, self.examiner.read_own(target))
+
+    def _take_own(self, digest: str) -> None:
+        if digest:
+            self._trust.trust_contents(digest)
+            for file in self.tenant_files():
+                self._change(file)
+
+    # -- worker threads
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when take() has work."""
+        return self._bell.fileno()
+
+    def work(self, cgroup: str, job: Job) -> bool:
+        """Queue a job for a cgroup, or for the host if empty. Returns False if the cgroup's queue or budget is full."""
+        if cgroup and not self._budget.has_time(cgroup):
+            return False
+        queued = self._workers.want(cgroup, job)
+        self._workers.go()
+        return queued
+
+    def take(self) -> None:
+        """Apply the results of the workers."""
+        self._bell.hush()
+        for done in self._workers.take():
+            self._budget.charge(done.owner, done.took_ns)
+            self._results.append(done.result)
+        self._workers.go()
+        try:
+            while self._results:
+                self._results.popleft()()
+        finally:
+            if self._results:
+                self._bell.ring()
+
+    def settle(self, is_ready: Callable[[], bool]) -> None:
+        """Wait until `is_ready` and until requested files are probed, for at most SETTLE_SECONDS."""
+        end = monotonic() + SETTLE_SECONDS
+        while (self._examining or not is_ready()) and monotonic() < end:
+            sleep(0.001)
+            self.take()
+
+    def keep(self) -> None:
+        """Check that files trusted by their contents are unchanged; to be called in every round."""
+        self._budget.refill()
+        for file in self.tenant_files():
+            now = self._probes.of(file)
+            if now and now.role in (Role.SHIM, Role.LISTED) and self._trust.role(file) is not now.role:
+                self._look_again(file)
+        self._workers.go()
+
+    # -- files that processes map
+
+    def tenant_files(self) -> frozenset[File]:
+        """Return probed files that are not the host's own, such as in containers' layers, whose mounts stay busy."""
+        return self._probes.known - self.own_files
+
+    def knows(self, pid: int, one: MappedFile) -> bool:
+        """Return whether a file that a process maps is probed already, and needs no further work."""
+        file = one.dev, one.ino
+        now = self._probes.of(file)
+        if not now or file in self.own_files:
+            return now is not None
+        self._mappers.setdefault(file, {})[pid] = one
+        self._read(file)
+        return now.stamp is not None and file in self._budget
+
+    def want(self, pid: int, cgroup: str, one: MappedFile) -> None:
+        """Let a worker probe a file that a process of this cgroup maps, and check the breakpoint in that process."""
+        file = one.dev, one.ino
+        if self._probes.of(file) or file in self.own_files:
+            if file not in self.own_files:
+                self._budget.enter(file, cgroup)
+            self._examine(pid, cgroup, one)
+        elif file in self._refused:
+            self._note_unprobed(pid, file, self._refused[file])
+        elif self._has_room(file, cgroup, pid):
+            self._examine(pid, cgroup, one)
+
+    def _examine(self, pid: int, cgroup: str, one: MappedFile) -> None:
+        key = (one.dev, one.ino), cgroup
+        if key in self._examining:
+            self._examining[key].setdefault(pid, one)
+        elif self.work(cgroup, partial(self._examined, pid, cgroup, one)):
+            self._examining[key] = {}
+            self._coming[cgroup] += 1
+        elif not self._probes.of(key[0]):
+            self._note_unprobed(pid, key[0], "its cgroup has too many files waiting to be examined")
+
+    def _examined(self, pid: int, cgroup: str, one: MappedFile) -> Taken:
+        return partial(self._take, pid, cgroup, one, self.examiner.mapped(pid, one))
+
+    def _take(self, pid: int, cgroup: str, one: MappedFile, examined: Examined) -> None:
+        waiting = self._examining.pop((examined.file, cgroup), {})
+        self._coming[cgroup] -= 1
+        self._coming += Counter()  # drops cgroups without files
+        error = examined.error or self.enter(cgroup, examined)
+        if error:
+            self._fail(pid, cgroup, one, error, examined.is_file_s)
+        else:
+            self._succeed(pid, one)
+        for other, its in waiting.items():
+            self.want(other, cgroup, its)
+
+    def enter(self, cgroup: str, examined: Examined) -> str:
+        """Take over the probes that a worker has attached; return why that is not possible, or an empty text."""
+        file = examined.file
+        if self._probes.of(file) is not examined.before:  # the result of another worker came first
+            attach.drop(examined.links)
+            return ""
+        if file not in self.own_files and not (file in self._budget or self._budget.room(cgroup)):
+            attach.drop(examined.links)
+            return self._bound_text(cgroup)
+        if examined.plan and examined.target:
+            try:
+                self._probes.enter(examined.target, examined.plan, examined.links, examined.stamp, examined.beside)
+            except OSError as error:
+                return f"cannot be probed ({error})"
+            log.info("probed %a as %s", examined.target.path, examined.plan.role.name, extra={"tenant": cgroup})
+        elif examined.before and examined.stamp:
+            examined.before.stamp = examined.stamp
+        if file not in self.own_files:
+            self._budget.enter(file, cgroup)
+        return ""
+
+    def _succeed(self, pid: int, one: MappedFile) -> None:
+        file = one.dev, one.ino
+        self._refused.pop(file, None)
+        self._unprobed.get(pid, {}).pop(file, None)
+        if file not in self.own_files:
+            self._mappers.setdefault(file, {})[pid] = one
+            self._read(file)
+            self._change(file)
+
+    def _fail(self, pid: int, cgroup: str, one: MappedFile, error: str, is_file_s: bool) -> None:
+        if not procfs.has_memory(pid):
+            return
+        file = one.dev, one.ino
+        if is_file_s and not self._probes.of(file):
+            self._refused[file] = error
+            self._budget.enter(file, cgroup)
+        self._note_unprobed(pid, file, error)
+        self._refuse(file, cgroup, f"{one.path!a} of process {pid}: {error}")
+
+    # -- classes of files
+
+    def _mapped(self, file: File) -> tuple[int, MappedFile] | None:
+        """Return a process that maps a tenant's file, with its mapping."""
+        return next(((pid, one) for pid, one in self._mappers.get(file, {}).items() if one), None)
+
+    def _read(self, file: File) -> None:
+        """Let a worker read the contents of a tenant's driver, once: they may make it trusted; doctor shows them."""
+        now, mapped = self._probes.of(file), self._mapped(file)
+        if not now or not mapped or not now.role.is_driver or file in self._reading:
+            return
+        unread = self._trust.digest(file, now.stamp) is None
+        if unread and self.work(self._budget.cgroup_of(file), partial(self._contents, file, *mapped)):
+            self._reading.add(file)
+
+    def _contents(self, file: File, pid: int, one: MappedFile) -> Taken:
+        self.examiner.read(pid, one)
+        return partial(self._take_contents, file)
+
+    def _take_contents(self, file: File) -> None:
+        self._reading.discard(file)
+        self._change(file)
+
+    def _change(self, file: File) -> None:
+        """Let a worker probe a file anew if its class has changed."""
+        now, mapped = self._probes.of(file), self._mapped(file)
+        if now and mapped and self._trust.role(file, now.stamp) is not now.role is not Role.NONE:
+            self._examine(mapped[0], self._budget.cgroup_of(file), mapped[1])
+
+    def _look_again(self, file: File) -> None:
+        """Let a worker check a file's size and times."""
+        if mapped := self._mapped(file):
+            self.work(self._budget.cgroup_of(file), partial(self._stamped, file, *mapped))
+
+    def _stamped(self, file: File, pid: int, one: MappedFile) -> Taken:
+        return partial(self._take_stamp, file, self.examiner.stamp(pid, one))
+
+    def _take_stamp(self, file: File, stamp: Stamp | None) -> None:
+        now, mapped = self._probes.of(file), self._mapped(file)
+        if now and mapped and stamp and stamp != now.stamp:
+            self._examine(mapped[0], self._budget.cgroup_of(file), mapped[1])
+
+    def views(self, tenant_of: Callable[[str], str]) -> tuple[LibraryView, ...]:
+        """Return the drivers that processes map and that are not the host's; `tenant_of` names a cgroup's tenant."""
+        return tuple(self._views(tenant_of))
+
+    def _views(self, tenant_of: Callable[[str], str]) -> Iterator[LibraryView]:
+        for file in sorted(self.tenant_files()):
+            now, mapped = self._probes.of(file), self._mapped(file)
+            if now and mapped and now.role.is_driver:
+                digest = self._trust.digest(file, now.stamp) or ""
+                pids = tuple(sorted(pid for pid, one in self._mappers[file].items() if one))
+                tenant = tenant_of(procfs.cgroup_path(mapped[0]) or "/")
+                yield LibraryView(mapped[1].path, digest, now.role.name.lower(), tenant, pids)
+
+    # -- files that go, and refusals
+
+    def look_around(self) -> None:
+        """Forget refusals, so that these files are tried again, and let workers check all tenants' files."""
+        for file in self._refused:
+            self._budget.forget(file)
+        self._refused.clear()
+        for file in self.tenant_files():
+            self._look_again(file)
+            self._read(file)
+
+    def unmapped(self) -> set[File]:
+        """Return tenants' files that no process known to map them can be using any more."""
+        mappers = {file: self._mappers.get(file, {}) for file in self.tenant_files()}
+        self._mappers = {f: {p: one for p, one in its.items() if procfs.has_memory(p)} for f, its in mappers.items()}
+        self._unprobed = {pid: why for pid, why in self._unprobed.items() if why and procfs.has_memory(pid)}
+        return {file for file, pids in self._mappers.items() if not pids}
+
+    def expect_mapping(self, file: File, pid: int) -> None:
+        """Record that a process may come to map a tenant's file."""
+        self._mappers.setdefault(file, {}).setdefault(pid, None)
+
+    def let_go(self, file: File) -> None:
+        """Remove the probes of a tenant's file."""
+        self._probes.let_go(file)
+        self._trust.forget(file)
+        self._budget.forget(file)
+        self._mappers.pop(file, None)
+
+    def unprobed(self) -> Mapping[int, str]:
+        """Return processes with files whose probes miss their calls, each with the reason."""
+        return {pid: "; ".join(why.values()) for pid, why in self._unprobed.items() if why}
+
+    def room(self, cgroup: str) -> int:
+        """Return how many more files of this cgroup may be probed."""
+        return self._budget.room(cgroup)
+
+    def _has_room(self, file: File, cgroup: str, pid: int) -> bool:
+        if self._budget.room(cgroup) > self._coming[cgroup]:
+            return True
+        self._note_unprobed(pid, file, self._bound_text(cgroup))
+        self._refuse(
+            cgroup, cgroup, f"other files that processes of {cgroup!a} map, such as {pid}: {self._bound_text(cgroup)}"
+        )
+        return False
+
+    def _bound_text(self, cgroup: str) -> str:
+        its, all_ = self._budget.has(cgroup)
+        return (
+            f"{its} of {self._budget.most} files of libcuda's or the shim's name in it, {all_} in all (bounds.files in "
+            "agent.yaml)"
+        )
+
+    def _note_unprobed(self, pid: int, file: File, why: str) -> None:
+        self._unprobed.setdefault(pid, {})[file] = why
+
+    def _refuse(self, what: object, cgroup: str, text: str) -> None:
+        """Count a refusal, and log it if it is new."""
+        self.refusals += 1
+        if what not in self._named and len(self._named) < MOST_NAMED:
+            self._named.add(what)
+            log.warning("not probed: %s", text, extra={"tenant": cgroup})

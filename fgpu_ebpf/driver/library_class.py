@@ -1,0 +1,138 @@
+"""The class of a file of libcuda or the shim: how far it is believed, and why.
+
+Roles: SHIM, one of ours; HOST, the host driver's own file; LISTED, a file with the contents of a host driver's file or
+with a digest in agent.yaml; UNKNOWN, every other libcuda; NONE, a file that has libfgpu's name and is neither. Frees by
+drivers of the first two classes count at once; by those of the third they count once NVML shows them.
+
+A file is known by its (dev, ino) or by its contents, never by what it contains about itself: a build id is a note that
+the file's author writes. A tenant can write into its own file at any time, so contents are believed as long as the
+file's size and times are as they were before they were read. Used by the agent's main thread and its library workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from fgpu_ebpf.abi import CLASS_SHIFT, Class, Function
+from fgpu_ebpf.linux.procmaps import File
+
+DIGEST = re.compile("sha256:[0-9a-f]{64}")
+MOST_KNOWN = 4096  # digests in memory
+MOST_BYTES = 1 << 29  # the longest file that is read: five times a driver's
+TICK_SECONDS = 0.05  # longer than the resolution of file systems' times
+_CHUNK = 1 << 20
+
+
+class Role(Enum):
+    """The class of a file; the value is the letter in the names of its pinned links."""
+
+    SHIM = "s"
+    HOST = "h"
+    LISTED = "l"
+    UNKNOWN = "u"
+    NONE = "n"
+
+    @property
+    def is_driver(self) -> bool:
+        """True if calls into the file are charged."""
+        return self in _CLASSES
+
+    def cookie(self, function: Function) -> int:
+        """Return the cookie of the probes on this function."""
+        return function | _CLASSES[self] << CLASS_SHIFT
+
+
+_CLASSES = {Role.HOST: Class.HOST, Role.LISTED: Class.LISTED, Role.UNKNOWN: Class.UNKNOWN}
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """A file's size and times: while they stay, so do its contents."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, fd: int) -> Stamp:
+        """Return the stamp of an open file. Raises OSError."""
+        at = os.fstat(fd)
+        return cls(at.st_size, at.st_mtime_ns, at.st_ctime_ns)
+
+
+def digest(fd: int, stamp: Stamp) -> str:
+    """Return the SHA-256 of an open file with this stamp, as `sha256:…`; empty: it is too large, or has changed.
+
+    Waits before it reads, so that a change during the reading gets another time. Raises OSError.
+    """
+    if stamp.size > MOST_BYTES:
+        return ""
+    time.sleep(TICK_SECONDS)
+    state, at = hashlib.sha256(), 0
+    while at < stamp.size and (part := os.pread(fd, _CHUNK, at)):
+        state.update(part)
+        at += len(part)
+    return f"sha256:{state.hexdigest()}" if at == stamp.size and Stamp.of(fd) == stamp else ""
+
+
+class Trust:
+    """The files and contents that this host trusts.
+
+    `files`: the host driver's and the published shims; `shims`: SHA-256 and size of each; `listed`: from agent.yaml.
+    """
+
+    def __init__(
+        self, files: Mapping[File, Role] | None = None, shims: Mapping[str, int] | None = None,
+        listed: Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        self._files = dict(files or {})
+        self._shims = {f"sha256:{digest}": size for digest, size in (shims or {}).items()}
+        self._drivers = set(listed)
+        self._known: dict[File, tuple[Stamp, str]] = {}
+
+    def trust_file(self, file: File, role: Role) -> None:
+        """Trust this file, one of the host's own."""
+        self._files[file] = role
+
+    def trust_contents(self, digest: str) -> None:
+        """Trust these contents, of a host driver's file."""
+        self._drivers.add(digest)
+
+    @property
+    def listed(self) -> list[str]:
+        """The digests of all drivers that are trusted by their contents."""
+        return sorted(self._drivers)
+
+    def may_be_a_shim(self, stamp: Stamp) -> bool:
+        """Return whether one of our shims is as long as this file."""
+        return stamp.size in self._shims.values()
+
+    def learn(self, file: File, stamp: Stamp, digest: str) -> None:
+        """Store the digest of a file for as long as it has this stamp."""
+        if len(self._known) >= MOST_KNOWN:
+            self._known.clear()
+        self._known[file] = stamp, digest
+
+    def forget(self, file: File) -> None:
+        """Forget the digest of a file."""
+        self._known.pop(file, None)
+
+    def digest(self, file: File, stamp: Stamp | None) -> str | None:
+        """Return the digest of a file with this stamp; None: it has not been read; empty: it cannot be read."""
+        found = self._known.get(file)
+        return found[1] if found and found[0] == stamp else None
+
+    def role(self, file: File, stamp: Stamp | None = None) -> Role:
+        """Return the role of a file; UNKNOWN if it is not the host's own and its contents are not known."""
+        if file in self._files:
+            return self._files[file]
+        contents = self.digest(file, stamp) or ""
+        if contents in self._shims:
+            return Role.SHIM
+        return Role.LISTED if contents in self._drivers else Role.UNKNOWN

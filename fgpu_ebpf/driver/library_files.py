@@ -1,0 +1,112 @@
+"""Files of libcuda and the shim: where a host has them, and how to open a file that a process maps.
+
+A file is compared with the mapping after it is opened, since another may have taken its place. A path that a container
+has chosen is never followed to a file of the host's. Used in the agent's main thread and its workers. Raises OSError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgpu_ebpf.linux import mapped_files, openat2
+
+LIBRARY_FOLDERS = (
+    "usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib", "lib64", "lib", ".",
+    "usr/local/nvidia/lib64", "usr/local/nvidia/lib", "usr/lib/wsl/lib", "usr/local/cuda/compat",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A file to probe.
+
+    `way` is the path by which this process opens it; (dev, ino) is its name in /proc/PID/maps, and `path` the one for
+    people. `pinned`: its links outlive the agent; for a file in a container's layer they would keep the mount busy.
+    """
+
+    path: str
+    dev: int
+    ino: int
+    pinned: bool
+    way: str
+    through: bool = False  # `way` is a link of the kernel's own
+    root: str = ""  # where `way` begins, with no link on it; empty: no container has chosen it
+
+    @classmethod
+    def of(cls, path: str) -> Target:
+        """Return the target for a file of the host's own. Raises OSError."""
+        place = os.path.realpath(path)
+        return cls(place, *mapped_files.as_mapped(place), True, place)
+
+    def open(self) -> int:
+        """Return a descriptor of exactly this file. Raises OSError (ESTALE: another file is in its place)."""
+        fd = self._open()
+        try:
+            if mapped_files.mapped_as(fd) != (self.dev, self.ino):
+                raise OSError(errno.ESTALE, "another file is in its place")
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+
+    def _open(self) -> int:
+        if not self.root:
+            return mapped_files.open_regular(self.way, self.through)
+        place = openat2.find_mapped(self.root, self.way)
+        try:
+            return mapped_files.open_regular(f"/proc/self/fd/{place}", follow=True)
+        finally:
+            os.close(place)
+
+
+# -- finding -------------------------------------------------------------------------------------------------------
+
+
+def driver_libraries(root: Path, name: str) -> list[Path]:
+    """Return each file of this name in a driver root's library folders; for /, the loader's cache comes first."""
+    candidates = [root / folder / name for folder in LIBRARY_FOLDERS]
+    if root == Path("/"):
+        candidates = _cached_libraries(name) + candidates
+    found: dict[Path, None] = {}
+    for path in candidates:
+        with contextlib.suppress(OSError):
+            found.setdefault(path.resolve(strict=True))
+    return list(found)
+
+
+def _cached_libraries(name: str) -> list[Path]:
+    return [Path(line.split(" => ")[1]) for line in _loader_cache() if line.split(" ")[0].strip() == name]
+
+
+@functools.cache
+def _loader_cache() -> list[str]:
+    command = ["/sbin/ldconfig", "-p"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False, env={})
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines()
+
+
+def target_of(pid: int, mapped: mapped_files.MappedFile) -> Target:
+    """Return the target for a file that a process maps. Raises OSError: it cannot be opened.
+
+    The process chooses its paths, so each is tried and the opened file is compared; map_files links to the mapping.
+    """
+    ways = (
+        Target(mapped.path, mapped.dev, mapped.ino, True, mapped.path, root="/"),
+        Target(mapped.path, mapped.dev, mapped.ino, False, f"/proc/{pid}/map_files/{mapped.place}", True),
+        Target(mapped.path, mapped.dev, mapped.ino, False, mapped.path, root=f"/proc/{pid}/root"),
+    )
+    for target in ways[:-1]:
+        with contextlib.suppress(OSError):
+            os.close(target.open())
+            return target
+    os.close(ways[-1].open())
+    return ways[-1]

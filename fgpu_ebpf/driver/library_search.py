@@ -1,0 +1,101 @@
+"""The files of libcuda and the shim that a process maps: found by their names, and if necessary by their contents.
+
+Runs in the agent's library workers, since reading a process's mappings can block on the process. A file that was found
+to be another is not read again while it stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from fgpu_ebpf.driver import cuda_mappings
+from fgpu_ebpf.driver.library_class import Stamp
+from fgpu_ebpf.driver.probe_plan import REQUIRED
+from fgpu_ebpf.linux import elf, mapped_files, procmaps
+from fgpu_ebpf.linux.mapped_files import MappedFile
+from fgpu_ebpf.linux.procmaps import File, Mapped
+
+MOST_REMEMBERED = 1 << 14
+_NAMES = ("libcuda.so.1", "libcuda.so")
+_NO_COPY = (b"[vdso]", b"[vsyscall]", b"[uprobes]", b"[vectors]", b"[sigpage]")  # the kernel's own
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The files of one process. `files` None: its mappings cannot be read, though it may live.
+
+    `code`: it executes memory that no file backs, in which a copy of libcuda could not be probed (only known after a
+    search by contents). `books`: it is under an image's own limit.
+    """
+
+    files: list[MappedFile] | None
+    code: bool = False
+    books: bool = False
+
+
+class Search:
+    """The search. `known` returns whether a file is probed already."""
+
+    def __init__(self, known: Callable[[File], bool]) -> None:
+        self._known = known
+        self._others: dict[File, Stamp] = {}  # files that are not libcuda
+
+    def by_name(self, pid: int) -> Found:
+        """Return the files that have the names of libcuda or the shim."""
+        files = cuda_mappings.fgpu_mappings(pid)
+        return Found(files, books=bool(files) and cuda_mappings.keeps_books(pid))
+
+    def by_contents(self, pid: int) -> Found:
+        """Return the files that are libcuda, whatever their names are, and those with its names."""
+        named = self.by_name(pid)
+        if named.files is None:
+            return named
+        try:
+            with procmaps.opened(pid) as maps:
+                code = list(procmaps.each(maps, procmaps.NEXT_CODE))
+        except OSError:
+            return Found(None)
+        files = dict.fromkeys((*named.files, *self._libraries(pid, code)))
+        return Found(list(files), any(map(_is_anonymous, code)), named.books)
+
+    def _libraries(self, pid: int, code: list[Mapped]) -> Iterator[MappedFile]:
+        mapped = {(one.dev, one.ino): one for one in code if one.ino}
+        for file, one in mapped.items():
+            if self._known(file) or self._is_libcuda(pid, file, one):
+                yield MappedFile.of(one)
+
+    def _is_libcuda(self, pid: int, file: File, one: Mapped) -> bool:
+        try:
+            fd = mapped_files.open_regular(f"/proc/{pid}/map_files/{one.start:x}-{one.end:x}", follow=True)
+        except OSError:
+            return False
+        try:
+            stamp = Stamp.of(fd)
+            if self._others.get(file) == stamp:
+                return False
+            if is_libcuda(fd):
+                return True
+            self._remember(file, stamp)
+            return False
+        finally:
+            os.close(fd)
+
+    def _remember(self, file: File, stamp: Stamp) -> None:
+        if len(self._others) >= MOST_REMEMBERED:
+            self._others.clear()
+        self._others[file] = stamp
+
+
+def is_libcuda(fd: int) -> bool:
+    """Return whether an open file calls itself libcuda, or has all required functions of a driver. Raises OSError."""
+    try:
+        library = elf.Library(fd)
+        return library.name in _NAMES or all(library.offset(name) is not None for name in REQUIRED)
+    except elf.ElfError:
+        return False
+
+
+def _is_anonymous(one: Mapped) -> bool:
+    return not one.ino and one.path not in _NO_COPY

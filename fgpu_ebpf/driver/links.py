@@ -1,0 +1,62 @@
+"""The links of one program to one file: one for all offsets, or, before Linux 6.6, one for each.
+
+Used by `attach`, in the agent's main thread; links are closed in a thread of this module. OSError: links that were not
+pinned yet are closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import queue
+import threading
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from fgpu_ebpf.linux import bpf
+
+_NTH = "+"  # before the numbers of the second and later links; bpffs allows no dot
+_FEW = 2  # links of a file if each program has one
+
+
+def pin(links: Iterable[int], path: Path) -> set[str]:
+    """Pin links at `path` and beside it; return the names. Raises OSError; all descriptors are closed in any case."""
+    rest = list(links)
+    places = [path, *(path.with_name(f"{path.name}{_NTH}{n}") for n in range(1, len(rest)))]
+    try:
+        for link, place in zip(rest, places, strict=True):
+            bpf.pin(link, place)
+    finally:
+        for link in rest:
+            os.close(link)
+    return {place.name for place in places}
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Unpin links; the kernel detaches them later. Another process may be unpinning them too."""
+    for path in list(paths):
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def close(links: Collection[int]) -> None:
+    """Close links that are not pinned; many of them in a thread, since each takes 0.1 s."""
+    if len(links) > _FEW:
+        _closer().put(links)
+        return
+    for link in links:
+        os.close(link)
+
+
+@functools.cache
+def _closer() -> queue.SimpleQueue[Collection[int]]:
+    waiting: queue.SimpleQueue[Collection[int]] = queue.SimpleQueue()
+
+    def run() -> None:
+        while True:
+            for link in waiting.get():
+                os.close(link)
+
+    threading.Thread(target=run, daemon=True, name="links").start()
+    return waiting

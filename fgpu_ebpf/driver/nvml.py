@@ -1,0 +1,331 @@
+"""NVIDIA's management library: the devices, and what each process holds on them.
+
+The only module beside `nvml_process_rows` that uses pynvml. Used by the agent's reconcile thread, by its start and by
+`fgpu doctor`. A number that NVML does not report is None. DriverError, with its fix: there is no driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pynvml
+
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.driver import device_indexes, library_files, probe_plan
+from fgpu_ebpf.driver.nvml_process_rows import ProcessRows
+
+_NVML = "libnvidia-ml.so.1"
+_LOST = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+AGAIN_SECONDS = 5.0  # between two restarts of NVML while other devices answer
+_MOST_EVENTS = 64  # of one call; others stay for the next
+log = logging.getLogger("fgpu.agent")
+
+
+class DriverError(Exception):
+    """There is no NVIDIA driver, or it does not answer; the text names the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU; `index` is the ledger's. Sizes are in bytes."""
+
+    index: int
+    uuid: bytes
+    name: str
+    pci_bus_id: str
+    capacity_bytes: int
+    usable_bytes: int  # what tenants can get: all but the driver's reserve
+
+    @property
+    def uuid_text(self) -> str:
+        """The UUID as NVML prints it."""
+        return uuid_text(self.uuid)
+
+
+class Nvml:
+    """One initialised NVML, of one driver root. `known`: ledger indexes by UUID, from before this start.
+
+    A device without a handle, for example a lost one, does not prevent the use of others: `missing` has the reason by
+    its name, and look_for_missing() tries again.
+    """
+
+    def __init__(self, root: Path = Path("/"), known: Mapping[bytes, int] | None = None) -> None:
+        self._known = dict(known or {})
+        self._handles: dict[int, Any] = {}
+        self._events: Events | None = None
+        self._lost: set[int] = set()
+        self._came: list[tuple[int, int | None]] = []
+        self._arrived: list[Device] = []
+        self._begin_at = time.monotonic() + AGAIN_SECONDS
+        try:
+            self._preload(root)
+            pynvml.nvmlInit()
+            self.driver_version = str(pynvml.nvmlSystemGetDriverVersion())
+            self._rows = ProcessRows(ctypes.CDLL(_NVML))
+            self.devices, self.missing = self._find()
+        except (pynvml.NVMLError, OSError) as error:
+            raise DriverError(
+                f"no NVIDIA driver answers under {root} ({error}): install it, or name --driver-root"
+            ) from error
+        if not self.devices:
+            why = "; ".join(f"{name}: {reason}" for name, reason in self.missing.items())
+            raise DriverError(f"the driver under {root} shows no device{why and f' that answers ({why})'}")
+
+    @staticmethod
+    def _preload(root: Path) -> None:
+        """Load this root's library, which pynvml then finds by its soname."""
+        for path in library_files.driver_libraries(root, _NVML):
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            return
+        if root != Path("/"):
+            raise OSError(f"no {_NVML} under {root}")
+
+    def _find(self) -> tuple[list[Device], dict[str, str]]:
+        """Return devices that have got a handle now, and why others have none. Raises NVMLError."""
+        found, missing = [], {}
+        for number in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                device = self._device(number)
+            except pynvml.NVMLError as error:
+                missing[f"device {number} of NVML"] = str(error)
+                continue
+            if device is not None:
+                found.append(device)
+        here = {uuid for uuid, index in self._known.items() if index in self._handles}
+        if not missing:  # otherwise a missing UUID is that of a device without a handle
+            missing = {uuid_text(uuid): "NVML does not list it" for uuid in self._known.keys() - here}
+        return sorted(found, key=lambda device: device.index), missing
+
+    def _device(self, number: int) -> Device | None:
+        """Return a new device; None: it has a handle already, or there is no index for it. Raises NVMLError."""
+        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+        uuid = uuid_bytes(str(pynvml.nvmlDeviceGetUUID(handle)))
+        index = device_indexes.index_of(uuid, number, self._known, self._handles)
+        if index is None or index in self._handles:
+            return None
+        pci, name = str(pynvml.nvmlDeviceGetPciInfo(handle).busId), str(pynvml.nvmlDeviceGetName(handle))
+        total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+        self._known[uuid], self._handles[index] = index, handle
+        return Device(index, uuid, name, pci, total, total - _reserved_bytes(handle))
+
+    def look_for_missing(self) -> None:
+        """Try devices without a handle again. NVML finds a device that was reset only after a restart, done rarely."""
+        if not self.missing:
+            return
+        if time.monotonic() >= self._begin_at:
+            self._restart()
+        with contextlib.suppress(pynvml.NVMLError):
+            found, self.missing = self._find()
+            self._arrived += found
+            self._came += [(device.index, None) for device in found]
+
+    def arrived(self) -> list[Device]:
+        """Return devices that look_for_missing() has found since the last call; they are not in `devices` yet."""
+        found, self._arrived = self._arrived, []
+        return found
+
+    def used_bytes(self, index: int) -> int | None:
+        """Return the bytes in use on a device, including the driver's own."""
+        try:
+            return int(pynvml.nvmlDeviceGetMemoryInfo(self._handles[index]).used)
+        except pynvml.NVMLError as error:
+            self._find_again(error)
+            return None
+
+    def in_mig_mode(self, index: int) -> bool:
+        """Return whether the device is divided into MIG instances, which the ledger does not know."""
+        try:
+            return bool(pynvml.nvmlDeviceGetMigMode(self._handles[index])[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
+        except pynvml.NVMLError:  # the device has no MIG mode
+            return False
+
+    def taken_bytes(self, index: int) -> int | None:
+        """Return the bytes in use of what tenants can get on a device; None: NVML does not report it."""
+        used, device = self.used_bytes(index), next((d for d in self.devices if d.index == index), None)
+        return None if used is None or device is None else used - (device.capacity_bytes - device.usable_bytes)
+
+    def process_bytes(self, index: int) -> dict[int, int | None] | None:
+        """Return bytes by host pid on a device; None for a process ("N/A") or for all: NVML does not report it."""
+        try:
+            return self._rows.ask(self._handles[index])
+        except pynvml.NVMLError as error:
+            self._find_again(error)
+            return None
+
+    def _find_again(self, error: pynvml.NVMLError) -> None:
+        """Restart NVML after errors of lost devices: a device that was lost or reset is a new one for NVML."""
+        if error.value not in _LOST:
+            return
+        lost = {index for index, handle in self._handles.items() if _is_lost(handle)}
+        has_changed = lost != self._lost
+        self._lost |= lost
+        if has_changed or len(lost) == len(self._handles) or time.monotonic() >= self._begin_at:
+            self._restart()
+
+    def _restart(self) -> None:
+        """Restart NVML. Other devices keep their handles; XIDs of that moment are lost, so it is done rarely."""
+        self._begin_at = time.monotonic() + AGAIN_SECONDS
+        self._end_events()
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError:
+            return  # not possible yet: the next question tries again
+        for uuid, index in self._known.items():
+            if index in self._handles:
+                self._find_handle(uuid, index)
+
+    def _find_handle(self, uuid: bytes, index: int) -> None:
+        try:
+            self._handles[index] = pynvml.nvmlDeviceGetHandleByUUID(uuid_text(uuid))
+        except pynvml.NVMLError:
+            return  # not yet
+        if index in self._lost and not _is_lost(self._handles[index]):
+            self._lost.discard(index)
+            self._came.append((index, None))
+            log.warning("NVML had lost device %d, and has found it again", index)
+
+    def watched(self) -> frozenset[int]:
+        """Return the devices whose XIDs NVML reports, from the first call of xids() on."""
+        return self._events.watched if self._events else frozenset()
+
+    def xids(self) -> list[tuple[int, int | None]]:
+        """Return device and XID since the last call, in order; XID None: the device is back after a loss or a reset.
+
+        NVML is asked without waiting, in the caller's thread: a restart of NVML would break a wait in another thread.
+        """
+        try:
+            self._events = self._events or Events(self._handles)
+            for event in self._events.take():
+                self._came.append(event)
+        except pynvml.NVMLError:
+            self._end_events()  # until the next call
+        came, self._came = self._came, []
+        return came
+
+    def _end_events(self) -> None:
+        if self._events:
+            self._events.end()
+        self._events = None
+
+    def process_percent(self, index: int, since: float) -> dict[int, int] | None:
+        """Return the percent of a device's time by host pid, of the last sample since a time; None: not reported.
+
+        `since`: seconds since the epoch. Processes that ran no kernels are left out.
+        """
+        try:
+            found = pynvml.nvmlDeviceGetProcessUtilization(self._handles[index], int(since * 1_000_000))
+        except pynvml.NVMLError_NotFound:
+            return {}
+        except pynvml.NVMLError:
+            return None
+        latest = {sample.pid: sample for sample in sorted(found, key=lambda sample: int(sample.timeStamp))}
+        return {pid: min(100, int(sample.smUtil)) for pid, sample in latest.items()}
+
+
+class Events:
+    """The XID events of NVML for registered handles: each is reported once, and none from before. Raises NVMLError."""
+
+    def __init__(self, handles: Mapping[int, object]) -> None:
+        self._handles = dict(handles)
+        self._set = pynvml.nvmlEventSetCreate()
+        self.watched = frozenset(i for i, handle in handles.items() if self._register(handle))
+
+    def _register(self, handle: object) -> bool:
+        try:
+            pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, self._set)
+        except pynvml.NVMLError:  # the device is lost, or too old
+            return False
+        return True
+
+    def take(self) -> Iterator[tuple[int, int]]:
+        """Yield device and XID of the events that have come. Raises NVMLError."""
+        for _ in range(_MOST_EVENTS):
+            try:
+                event = pynvml.nvmlEventSetWait_v2(self._set, 0)
+            except pynvml.NVMLError_Timeout:
+                return
+            if event.eventType == pynvml.nvmlEventTypeXidCriticalError:
+                yield from ((device, int(event.eventData)) for device in self._of(event.device))
+
+    def _of(self, handle: object) -> Sequence[int]:
+        """Return the index of a handle; all indexes if NVML names a device by a handle that it never returned."""
+        named = [index for index, one in self._handles.items() if _address(one) == _address(handle)]
+        return named or list(self._handles)
+
+    def end(self) -> None:
+        """Free the event set; events that were not taken are lost."""
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlEventSetFree(self._set)
+
+
+def _address(handle: Any) -> int | None:
+    return ctypes.cast(handle, ctypes.c_void_p).value
+
+
+def _is_lost(handle: object) -> bool:
+    try:
+        pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except pynvml.NVMLError as error:
+        return error.value in _LOST
+    return False
+
+
+def _reserved_bytes(handle: object) -> int:
+    """Return the driver's own reserve on a device, or 0 if it is not reported."""
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).reserved)
+    except (pynvml.NVMLError, AttributeError):
+        return 0
+
+
+def checks(root: Path) -> list[Check]:
+    """Return the findings about the driver: its libraries exist, answer, and have the required functions."""
+    try:
+        nvml = Nvml(root)
+    except DriverError as error:
+        return [Check("driver", False, "no driver", str(error))]
+    found = f"{nvml.driver_version}, {len(nvml.devices)} device(s)"
+    found += "".join(f"; {name} does not answer: {why}" for name, why in nvml.missing.items())
+    libraries = library_files.driver_libraries(root, "libcuda.so.1")
+    if not libraries:
+        return [Check("driver", False, found, f"no libcuda.so.1 under {root}: install the driver's CUDA library")]
+    for path in libraries:
+        missing = probe_plan.missing_functions(str(path))
+        if missing:
+            return [Check("driver", False, found, f"{path} lacks {', '.join(missing)}: update the driver")]
+    return [Check("driver", True, found), *_mig(nvml)]
+
+
+def _mig(nvml: Nvml) -> list[Check]:
+    """Return the finding about MIG mode, or nothing if no device is in that mode."""
+    named = [f"{device.index} ({device.name})" for device in nvml.devices if nvml.in_mig_mode(device.index)]
+    if not named:
+        return []
+    found = f"MIG mode is on: device {', '.join(named)}; a tenant with a limit gets no memory on an instance"
+    fix = "leave it out of policies and shares (devices:), or nvidia-smi -i INDEX -mig 0"
+    return [Check("mig", False, found, fix)]
+
+
+def uuid_bytes(text: str) -> bytes:
+    """Return the 16 bytes of a device's UUID, `GPU-…` as NVML writes it. Raises ValueError."""
+    raw = bytes.fromhex(text.removeprefix("GPU-").replace("-", ""))
+    if len(raw) != 16:
+        raise ValueError(f"not the UUID of a device: {text!r}")
+    return raw
+
+
+def uuid_text(raw: bytes) -> str:
+    """Return `GPU-…`, as NVML writes the UUID. Raises ValueError unless there are 16 bytes."""
+    if len(raw) != 16:
+        raise ValueError(f"a UUID has 16 bytes, not {len(raw)}")
+    text = raw.hex()
+    return "GPU-" + "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))

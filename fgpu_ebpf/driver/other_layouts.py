@@ -1,0 +1,201 @@
+"""Limits over a change of the layout: the pinned maps of another layout are entered in this one, and then removed.
+
+An agent whose pages have another layout than the pinned ones has a ledger of its own, which is empty. The charges of
+each level in the other ledger are entered here as orphaned bytes, so nothing beyond the limit is admitted. The
+reconcile thread then charges what NVML shows for the running programs, and releases what the device does not hold.
+
+The order is: the other programs find no page any more, the charges are read, and they are entered. bpf/fgpu.h says what
+all layouts have in common. Used by the agent at its start. ProgramError: the limits of the other layout cannot be read
+and stay in force. OSError of the kernel once its pages are out of reach: nothing is admitted until a start succeeds,
+which reads them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import struct
+import threading
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.driver import attach
+from fgpu_ebpf.driver.programs import ProgramError
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.level_limits import LevelLimits
+from fgpu_ebpf.linux import bpf, procfs
+
+_U32, _U64, _LIMIT_KEY, _LIMIT = struct.Struct("I"), struct.Struct("Q"), struct.Struct("QQ"), struct.Struct("QQ")
+_HEAD = struct.Struct("4Q32x")  # version, cgroup, flags, place (the slot)
+_USAGE = struct.Struct("8xQ16x")  # used
+_UUID_BYTES = 16
+_WITHDRAWN = 0  # the cgroup of a page that is about to be removed
+SEEN_SECONDS = 2.0  # the longest wait until all BPF programs see new levels
+_MAPS = ("pages", "shelf", "limits")
+
+
+@dataclass(slots=True)
+class _Level:
+    """A level of another layout: an open page, its slot, and bytes and flags of its limit by device."""
+
+    page: int
+    place: int
+    limits: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+
+def folders(pins: Path) -> list[Path]:
+    """Return the folders of other layouts beside this one."""
+    try:
+        return [entry for entry in pins.parent.iterdir() if re.fullmatch("v[0-9]+", entry.name) and entry != pins]
+    except OSError:
+        return []
+
+
+def devices(pins: Path) -> dict[bytes, int]:
+    """Return the ledger index by UUID of the devices that agents of other layouts have pinned."""
+    found: dict[bytes, int] = {}
+    for folder in folders(pins):
+        with contextlib.suppress(OSError, ValueError), _opened(folder / "maps" / "devices") as fd:
+            size = _size(fd, "value")
+            for index in range(abi.DEVICES):
+                uuid = (bpf.lookup(fd, _U32.pack(index), size) or b"")[:_UUID_BYTES]
+                if any(uuid):
+                    found.setdefault(uuid, index)
+    return found
+
+
+def take_over(pins: Path, ledger: Ledger) -> bool:
+    """Enter what other layouts have pinned in this ledger, and unpin it. Returns False if there was nothing.
+
+    Raises ProgramError and OSError as the module says.
+    """
+    found = folders(pins)
+    for folder in found:
+        carry_over(folder, int(folder.name[1:]), ledger)
+        attach.detach(folder)
+    return bool(found)
+
+
+def carry_over(folder: Path, layout: int, ledger: Ledger) -> None:
+    """Enter the levels of one folder in this ledger, except those that it has already.
+
+    `layout`: the number with which the pages of the folder begin. Raises ProgramError and OSError as the module says.
+    """
+    if not (folder / "maps" / "pages").exists():
+        return
+    with contextlib.ExitStack() as opened:
+        try:
+            maps = {name: opened.enter_context(_opened(folder / "maps" / name)) for name in _MAPS}
+            levels = _levels(maps, layout, opened)
+        except (OSError, ValueError) as error:
+            raise ProgramError(
+                f"{folder} has limits of another version that cannot be read ({error}): they stay in force; start that "
+                "version again, or give them up with `fgpu detach`"
+            ) from error
+        _close(maps["shelf"], list(levels.values()))
+        new = {cgroup: level for cgroup, level in levels.items() if ledger.page_missing(cgroup)}
+        _enter(ledger, [_carried(cgroup, level) for cgroup, level in new.items()])
+
+
+def _enter(ledger: Ledger, levels: list[LevelLimits]) -> None:
+    unseen, are_seen = {level.cgroup for level in levels}, threading.Event()
+
+    def see(cgroups: set[int]) -> None:
+        unseen.difference_update(cgroups)
+        if not unseen:
+            are_seen.set()
+
+    if levels:
+        ledger.set_limits(levels, see)
+        are_seen.wait(SEEN_SECONDS)
+        _move_to_all(ledger)
+
+
+def _move_to_all(ledger: Ledger) -> None:
+    """Move processes to all their levels: a process that made a call meanwhile may have found only some of them."""
+    root, known = procfs.cgroup2_root(), set(ledger.tenants())
+    for pid, process in ledger.processes().items():
+        path = procfs.cgroup_path(pid)
+        if root and path:
+            levels = tuple(cgroup for cgroup in procfs.cgroup_ids(root, path) if cgroup in known)[-abi.LEVELS :]
+            if levels != process.levels:
+                ledger.move(pid, process.generation, levels)
+
+
+def _close(shelf: int, levels: Collection[_Level]) -> None:
+    """Replace all pages by one without a cgroup: the other programs admit nothing and change no page from now on."""
+    if not levels:
+        return
+    empty = bpf.create_array_page("fgpu_usage", _size(next(iter(levels)).page, "value"))
+    try:
+        bpf.update_all(shelf, {_U32.pack(level.place): _U32.pack(empty) for level in levels})
+    finally:
+        os.close(empty)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = bpf.pinned(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _size(fd: int, what: str) -> int:
+    """Return the bytes of a map's keys or values. Raises ValueError: the kernel does not report them."""
+    found = re.search(rf"^{what}_size:\s+(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii"), re.M)
+    if not found:
+        raise ValueError(f"no size of a {what}")
+    return int(found[1])
+
+
+def _levels(maps: dict[str, int], layout: int, opened: contextlib.ExitStack) -> dict[int, _Level]:
+    """Return the levels by cgroup; `opened` closes their pages. Raises ValueError: the maps have an unknown form."""
+    sizes = [(_size(maps["pages"], "key"), _U64.size), (_size(maps["shelf"], "key"), _U32.size)]
+    if any(found != expected for found, expected in sizes):
+        raise ValueError("its maps have other keys")
+    levels: dict[int, _Level] = {}
+    for key, value in bpf.items(maps["pages"], _U64.size, _U32.size, bpf.MOST_INNER):
+        fd = bpf.map_by_id(_U32.unpack(value)[0])
+        opened.callback(os.close, fd)
+        version, cgroup, _, place = _HEAD.unpack_from(_read(fd))
+        if version != layout or cgroup not in (_WITHDRAWN, _U64.unpack(key)[0]):
+            raise ValueError("a page does not name its cgroup")
+        if cgroup != _WITHDRAWN:
+            levels[cgroup] = _Level(fd, place)
+    for cgroup, device, bytes_, flags in _limits(maps["limits"]):
+        if cgroup in levels and device < abi.DEVICES:
+            levels[cgroup].limits[device] = bytes_, flags
+    return levels
+
+
+def _limits(fd: int) -> Iterator[tuple[int, int, int, int]]:
+    size = _size(fd, "value")
+    if _size(fd, "key") != _LIMIT_KEY.size or size < _LIMIT.size:
+        raise ValueError("its limits have another form")
+    for key, value in bpf.items(fd, _LIMIT_KEY.size, size):
+        yield (*_LIMIT_KEY.unpack(key), *_LIMIT.unpack_from(value))
+
+
+def _read(fd: int) -> bytes:
+    size = _size(fd, "value")
+    if size < _HEAD.size + abi.DEVICES * _USAGE.size:
+        raise ValueError("a page is too short")
+    return bpf.lookup(fd, _U32.pack(0), size) or bytes(size)
+
+
+def _carried(cgroup: int, level: _Level) -> LevelLimits:
+    """Return the limits of a level, without FGPU_KILL: its programs cannot ask as programs of this version do."""
+    raw, flags = _read(level.page), 0
+    used = [_USAGE.unpack_from(raw, _HEAD.size + device * _USAGE.size)[0] for device in range(abi.DEVICES)]
+    for _, its in level.limits.values():
+        flags |= its & abi.LimitFlag.OBSERVE
+    return LevelLimits(
+        cgroup, {device: bytes_ for device, (bytes_, _) in level.limits.items()}, flags,
+        uncommitted={device for device, (_, its) in level.limits.items() if its & abi.uncommitted(device)},
+        orphaned={device: bytes_ for device, bytes_ in enumerate(used) if bytes_},
+    )  # fmt: skip

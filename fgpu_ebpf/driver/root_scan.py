@@ -1,0 +1,109 @@
+"""The libcuda that a program would find in its own root, before it maps one.
+
+Used by `discovery`; `libraries` and `root_of` run in worker threads. A root is not left by a link, and file systems
+mounted into it are not opened: they may never answer, and what a container is given there is the host's own. If a
+search fails, nothing is found; a process that maps a libcuda is known by its hello, or by NVML.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterable, Iterator, Set
+
+from fgpu_ebpf.driver.library_files import LIBRARY_FOLDERS, Target
+from fgpu_ebpf.linux import mapped_files, openat2
+from fgpu_ebpf.linux.procmaps import File
+
+# Mount namespace, by its id, which is never reused, or by its inode, which may be (Linux before 6.11: a root with that
+# inode and the same / is not searched, and its processes are known by their hello); dev and ino of /.
+Root = tuple[int, int, int]
+NAMES = ("libcuda.so.1", "libcuda.so")
+FOLDERS = (*LIBRARY_FOLDERS, "usr/local/cuda/compat/lib")
+MOST_ROOTS = 256  # beyond that, the root in which no program has begun for longest is forgotten
+_NS_GET_ID, _ID = 0x8008B705, struct.Struct("Q")  # Linux 6.11
+
+
+class Roots:
+    """The roots that were searched; each is searched once, as long as what was found there is probed."""
+
+    def __init__(self, own: str = "/") -> None:
+        """`own`: the host's root, whose files are found otherwise."""
+        self._own = _place(own)
+        self._seen: dict[Root, None] = {}  # the last entered is last
+        self._found: dict[File, set[Root]] = {}
+
+    def __contains__(self, root: Root) -> bool:
+        """Return whether a root has been searched, or is the host's. Safe in any thread."""
+        return root in self._seen or root[1:] == self._own
+
+    def enter(self, root: Root) -> None:
+        """Record that a program has begun in a root, which has been searched."""
+        if root[1:] == self._own:
+            return
+        self._seen.pop(root, None)
+        self._seen[root] = None
+        if len(self._seen) > MOST_ROOTS:
+            self._forget_root(next(iter(self._seen)))
+
+    def found(self, file: File, root: Root) -> None:
+        """Record that processes in this root may come to map the file."""
+        self._found.setdefault(file, set()).add(root)
+
+    def forget(self, file: File) -> None:
+        """Forget a file without probes: roots with it are searched again when the next program begins there."""
+        for root in self._found.pop(file, set()):
+            self._seen.pop(root, None)
+
+    def _forget_root(self, root: Root) -> None:
+        del self._seen[root]
+        self._found = {file: left for file, roots in self._found.items() if (left := roots - {root})}
+
+    def processes_inside(self, files: Set[File], pids: Iterable[int]) -> dict[File, int]:
+        """Map each of these files that is in the root of one of these processes to one such process."""
+        awaited = files & self._found.keys()
+        living = {root_of(pid): pid for pid in pids} if awaited else {}
+        return {file: living[root] for file in awaited for root in self._found[file] if root in living}
+
+
+def root_of(pid: int) -> Root | None:
+    """Return the root of a process; None: it is gone."""
+    try:
+        space = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            number = _number(space)
+        finally:
+            os.close(space)
+        return number, *_place(f"/proc/{pid}/root")
+    except OSError:
+        return None
+
+
+def _number(space: int) -> int:
+    try:
+        return int(_ID.unpack(fcntl.ioctl(space, _NS_GET_ID, bytes(8)))[0])
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EINVAL):
+            raise
+    return os.fstat(space).st_ino
+
+
+def _place(path: str) -> tuple[int, int]:
+    at = os.stat(path)
+    return at.st_dev, at.st_ino
+
+
+def libraries(pid: int) -> Iterator[Target]:
+    """Yield the libcuda files where a loader looks for them in a process's root, open until all are done."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, root)
+        for path in (f"{folder}/{name}" for folder in FOLDERS for name in NAMES):
+            with contextlib.suppress(OSError):
+                fd = openat2.find(root, path, openat2.NO_XDEV)
+                stack.callback(os.close, fd)
+                way = f"/proc/self/fd/{fd}"
+                yield Target(os.path.normpath(f"/{path}"), *mapped_files.as_mapped(way), False, way, True)

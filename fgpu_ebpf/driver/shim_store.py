@@ -1,0 +1,221 @@
+"""The store of versions of the shim: there may be several, and one is published.
+
+    STORE/<digest>/libfgpu.so    a version; never written again
+    STORE/current -> <digest>    the version for programs that start; containers mount STORE/current/libfgpu.so
+    STORE/previous -> <digest>   the version that was published before
+    STORE/versions               SHA-256 and size of every version that was ever staged: images may have any of them
+
+A reader of `current` sees the old version or the new one at all times. publish() is to be called once the file that
+stage() returned is probed. Used by the agent and by `fgpu detach`. OSError: the published version stays published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Set
+from pathlib import Path
+
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.linux import atomic_file, mapped_files
+from fgpu_ebpf.linux.clear_path import make_way
+
+STORE = Path("/var/lib/fgpu/shim")  # neither /run nor /tmp: hosts mount them noexec
+FILE = "libfgpu.so"
+VERSIONS, MOST_VERSIONS = "versions", 256
+
+
+def stable_path(store: Path = STORE) -> Path:
+    """Return the path in preload lists and container specifications, which is the same for all versions."""
+    return store / "current" / FILE
+
+
+def stage(shim: Path, store: Path = STORE) -> Path:
+    """Copy this shim into the store, unpublished, and return its path. Equal contents are one file. Raises OSError."""
+    content = shim.read_bytes()
+    folder = store / hashlib.sha256(content).hexdigest()[:16]
+    staged = folder / FILE
+    _record(store, content)
+    if staged.is_file() and staged.read_bytes() == content:
+        return staged
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    temporary = folder / f".{FILE}.{os.getpid()}"
+    try:
+        _write_durably(temporary, content)
+        make_way(str(staged))
+        os.replace(temporary, staged)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(folder)
+    _sync(store)
+    return staged
+
+
+def genuine(shim: Path, store: Path | None = None) -> dict[str, int]:
+    """Return SHA-256 and size of this shim and of every version that is or was in the store: the shims of ours."""
+    folders = _versions(store) if store else []
+    contents = [path.read_bytes() for path in (shim, *(folder / FILE for folder in folders)) if path.is_file()]
+    return _recorded(store) | {hashlib.sha256(content).hexdigest(): len(content) for content in contents}
+
+
+def files(store: Path) -> list[Path]:
+    """Return the files of all versions in the store."""
+    return [path for folder in _versions(store) if (path := folder / FILE).is_file()]
+
+
+def _recorded(store: Path | None) -> dict[str, int]:
+    with contextlib.suppress(OSError, ValueError):
+        lines = (store / VERSIONS).read_text(encoding="ascii").splitlines() if store else []
+        return {digest: int(size) for digest, size in map(str.split, lines)}
+    return {}
+
+
+def _record(store: Path, content: bytes) -> None:
+    known, digest = _recorded(store), hashlib.sha256(content).hexdigest()
+    if digest in known:
+        return
+    kept = [*known.items(), (digest, len(content))][-MOST_VERSIONS:]
+    store.mkdir(mode=0o755, parents=True, exist_ok=True)
+    atomic_file.write(store / VERSIONS, "".join(f"{digest} {size}\n" for digest, size in kept))
+
+
+def publish(staged: Path) -> Path:
+    """Make `current` this version, for programs that open it next; return the stable path. Raises OSError."""
+    store, version = staged.parent.parent, staged.parent.name
+    if not staged.is_file():
+        raise FileNotFoundError(f"{staged} is not staged")
+    before = published(store)
+    if before != version:
+        if before:
+            _point(store / "previous", before)
+        _point(store / "current", version)
+    return stable_path(store)
+
+
+class Release:
+    """The version that one start of the agent puts in force.
+
+    That is its own; if the store cannot be written, the published one; if there is none, the package's own file.
+    `fault`: why it is not the agent's own, or not in the store.
+    """
+
+    def __init__(self, shim: Path, store: Path | None) -> None:
+        self._store = store
+        self.fault, self.file = "", shim
+        if store:
+            try:
+                self.file = stage(shim, store)
+            except OSError as error:
+                self.fault = f"this version's shim cannot be put into {store}: {error}"
+                self.file = self._stable() or shim
+
+    def files(self) -> list[Path]:
+        """Return the files that programs may get, for probing: this one, and until publish() the published one."""
+        stable = self._stable()
+        return [self.file, stable] if stable else [self.file]
+
+    def publish(self) -> Path:
+        """Publish this version; return the path for programs."""
+        if self._store and not self.fault:
+            try:
+                publish(self.file)
+            except OSError as error:
+                self.fault = f"this version's shim cannot be published in {self._store}: {error}"
+        return self._stable() or self.file
+
+    def lacks(self) -> dict[str, Check]:
+        """Return the finding of `fgpu doctor`, or nothing."""
+        fix = "make room on its file system, or make it writable, and restart the agent: limits are enforced meanwhile"
+        return {"store": Check("store", False, self.fault, fix)} if self.fault else {}
+
+    def _stable(self) -> Path | None:
+        path = stable_path(self._store) if self._store else None
+        return path if path and path.is_file() else None
+
+
+def published(store: Path = STORE) -> str | None:
+    """Return the digest of the published version."""
+    return _pointed(store / "current")
+
+
+def retire(store: Path, used: Set[tuple[int, int]]) -> list[str]:
+    """Remove versions that are neither published now nor before and that no process has mapped; return their digests.
+
+    `used` names files by (dev, ino) as /proc/PID/maps does. A container that was started with a version keeps it: its
+    mount holds the file.
+    """
+    kept = {_pointed(store / "current"), _pointed(store / "previous")}
+    gone = []
+    for folder in _versions(store):
+        if folder.name in kept or _identity(folder / FILE) in used:
+            continue
+        shutil.rmtree(folder)
+        gone.append(folder.name)
+    return gone
+
+
+def remove(store: Path, used: Set[tuple[int, int]]) -> bool:
+    """Remove every version that no process has mapped, and links to none; return False if a version is left."""
+    for folder in _versions(store):
+        if _identity(folder / FILE) not in used:
+            shutil.rmtree(folder)
+    for link in ("current", "previous"):
+        if not (store / link).exists():
+            (store / link).unlink(missing_ok=True)
+    if _versions(store):
+        return False
+    (store / VERSIONS).unlink(missing_ok=True)
+    return True
+
+
+def _versions(store: Path) -> list[Path]:
+    try:
+        return sorted(path for path in store.iterdir() if path.is_dir() and not path.is_symlink())
+    except FileNotFoundError:
+        return []
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        return mapped_files.as_mapped(str(path))
+    return None
+
+
+def _pointed(link: Path) -> str | None:
+    with contextlib.suppress(OSError):
+        return os.readlink(link)
+    return None
+
+
+def _point(link: Path, version: str) -> None:
+    """Create the link under another name and rename it, so that there is a link at all times."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    make_way(str(link))
+    os.symlink(version, temporary)
+    try:
+        os.replace(temporary, link)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(link.parent)
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755)
+    with open(fd, "wb") as file:
+        os.fchmod(fd, 0o755)  # whatever the umask is: tenants' programs open it as any user
+        file.write(content)
+        file.flush()
+        os.fsync(fd)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

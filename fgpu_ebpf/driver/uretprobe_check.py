@@ -1,0 +1,58 @@
+"""A check whether processes survive return probes on this kernel.
+
+Used by the agent before the first use of its programs: a child is probed before any other process is. The probe is
+removed afterwards. OSError: no file can be probed at all.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from fgpu_ebpf.driver.probe_plan import symbol_offsets
+from fgpu_ebpf.linux import bpf
+
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
+_URETPROBE_CALL, _ALLOW, _ERRNO_EPERM = 335, 0x7FFF0000, 0x00050001
+
+# Denies one system call, as Docker's profile does with unknown ones, and calls a probed function.
+_CHILD = f"""
+import ctypes, struct, sys
+libc = ctypes.CDLL(None)
+code = struct.pack("HBBI", 0x20, 0, 0, 0) + struct.pack("HBBI", 0x15, 0, 1, int(sys.argv[2]))
+code += struct.pack("HBBI", 6, 0, 0, {_ERRNO_EPERM}) + struct.pack("HBBI", 6, 0, 0, {_ALLOW})
+program = ctypes.create_string_buffer(code)
+filter = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 4, ctypes.addressof(program)))
+shim = ctypes.CDLL(sys.argv[1])
+libc.prctl({_PR_SET_NO_NEW_PRIVS}, 1, 0, 0, 0)
+libc.prctl({_PR_SET_SECCOMP}, {_SECCOMP_MODE_FILTER}, filter, 0, 0)
+shim.fgpu_release(0, 0, 0, 0)
+"""
+
+KILLS = "return probes kill containers on this kernel (Linux 6.11 to 6.13): update it"
+CAPABLE = "run it without a container, or give that CAP_SYS_ADMIN, CAP_BPF and CAP_PERFMON"
+
+
+def return_probes_survive_seccomp(shim: str, denied: int = _URETPROBE_CALL) -> bool:
+    """Return whether a process under Docker's seccomp profile survives a return probe. Raises OSError.
+
+    From Linux 6.11 to early 6.13 the trampoline is a system call that the profile refuses, and the process dies.
+    """
+    command = [sys.executable, "-I", "-c", _CHILD, shim, str(denied)]
+    event = bpf.open_uprobe(shim, symbol_offsets(shim, ["fgpu_release"])["fgpu_release"], True)
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=30, check=False)
+    finally:
+        os.close(event)
+    if done.returncode > 0:  # the child failed before the probe
+        raise OSError(f"the check failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
+    return done.returncode == 0
+
+
+def unfit(shim: str) -> str:
+    """Return why this kernel cannot run the programs, with the fix; empty: it can."""
+    try:
+        return "" if return_probes_survive_seccomp(shim) else KILLS
+    except OSError as error:
+        return f"root may use no uprobes here ({error}): {CAPABLE}"

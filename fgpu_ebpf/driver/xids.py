@@ -1,0 +1,75 @@
+"""XIDs: errors that devices report, and which devices must not be given to programs after that.
+
+Used by the agent's reconcile thread. Programs that hold a share of such a device go on, as far as the driver lets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fgpu_ebpf.check import Check
+
+# As in NVIDIA's device plugin: exceptions and page faults of kernels, and the driver's reactions to a program.
+OF_PROGRAMS = (13, 31, 43, 45, 68, 109)
+_FIX = (
+    "dmesg | grep -i xid, then what docs.nvidia.com/deploy/xid-errors says; a reset clears it, or fgpu device clear GPU"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """The XIDs of one device since it was first watched: counts by XID, and how many of all were ignored.
+
+    `fatal`: the first that was not ignored, since the device was last found; None: there was none.
+    """
+
+    counts: Mapping[int, int]
+    ignored: int = 0
+    fatal: int | None = None
+
+
+class Tally:
+    """The XIDs of all watched devices.
+
+    `ignored`: XIDs after which a device is as fit as before. `fatal`: fatal XIDs that devices have reported before, by
+    ledger index.
+    """
+
+    def __init__(self, ignored: Collection[int] = OF_PROGRAMS, fatal: Mapping[int, int] | None = None) -> None:
+        self._ignored = frozenset(ignored)
+        before = (fatal or {}).items()
+        self._reported = {device: Reported({}, fatal=xid) for device, xid in before if xid not in self._ignored}
+
+    def take(self, watched: Iterable[int], came: Iterable[tuple[int, int | None]]) -> Mapping[int, Reported]:
+        """Add XIDs, and return the totals by device, without devices that were never watched.
+
+        `came`: device and XID in their order; XID None: the device was lost or reset, and has been found again.
+        """
+        for device in watched:
+            self._reported.setdefault(device, Reported({}))
+        for device, xid in came:
+            before = self._reported.get(device, Reported({}))
+            self._reported[device] = replace(before, fatal=None) if xid is None else self._after(before, xid)
+        return dict(self._reported)
+
+    def _after(self, before: Reported, xid: int) -> Reported:
+        counts = {**before.counts, xid: before.counts.get(xid, 0) + 1}
+        if xid in self._ignored:
+            return replace(before, counts=counts, ignored=before.ignored + 1)
+        return replace(before, counts=counts, fatal=xid if before.fatal is None else before.fatal)
+
+
+def fault(xid: int) -> str:
+    """Return why a device must not be given to programs."""
+    return f"it has reported XID {xid}"
+
+
+def check(devices: Iterable[Mapping[str, Any]]) -> Check:
+    """Return the finding whether a device of a Snapshot has reported an XID that is not a program's own error."""
+    seen = [device for device in devices if device["xids"] is not None]
+    failed = [f"device {d['index']}: {fault(d['fatal_xid'])}" for d in seen if d["fatal_xid"] is not None]
+    if failed:
+        return Check("xids", False, "; ".join(failed), _FIX)
+    return Check("xids", True, "no XID but those of programs' own errors" if seen else "NVML reports no XIDs")

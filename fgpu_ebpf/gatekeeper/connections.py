@@ -1,0 +1,259 @@
+"""Connections of shims until their hello is answered: which process each comes from, and in which order it is served.
+
+Runs in the gatekeeper's main loop. The peer is identified by its pidfd and by the kernel, never by what it sends.
+
+Limits: at most MOST_PER_TENANT connections of a workload (the owner of its processes' bounds), and MOST_SILENT that
+have not sent a hello. Workloads take turns, one hello each. A workload may take WAIT_NS of the gatekeeper's processor
+time in a heartbeat, and for new processes STORM_NS in advance, so that a storm of starts is answered at once, while a
+flood first waits and then is dropped. No peer can cause an OSError; one that closes its connection is counted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import selectors
+import socket
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic_ns, thread_time_ns
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.abi import Hello
+from fgpu_ebpf.gatekeeper.ledger_cache import ManagedState
+from fgpu_ebpf.gatekeeper.peer_pidfd import PeerIdentifier, pid_of
+from fgpu_ebpf.gatekeeper.sessions import take_one
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.linux.procmaps import File
+
+MOST_CONNECTIONS, MOST_PER_TENANT, MOST_SILENT, MOST_HINTS, AT_ONCE = 1024, 512, 16, 4096, 64
+PATIENCE_NS, SILENCE_NS, TURN_NS = 1_000_000_000, 200_000_000, 4_000_000
+WAIT_NS, REFUSE_NS, FORGIVE_NS = 40_000_000, 50_000_000, 40_000_000  # processor time; the last at every heartbeat
+STORM_NS = 1_000_000_000  # instead of WAIT_NS, for a new process: starting it costs the tenant as much as it costs us
+HELLO_BYTES = ctypes.sizeof(Hello)
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """A connection: the process at its other end, and how far its hello has come."""
+
+    sock: socket.socket
+    pidfd: int
+    pid: int
+    tenant: int
+    managed_state: ManagedState
+    epoch: int
+    since_ns: int
+    new: bool  # of a process that did not connect lately
+    here: bool = True
+    heard: bool = False
+    held: bool = False
+    told: bool = False  # the agent was told of the process
+    watched: bool = False  # registered with the selector, for a hello or an end
+    reading: bool = False
+    # The files that the process maps, each with the offset at which its breakpoint was seen, else 0.
+    files: Mapping[File, int] | None = None
+
+
+class Connections:
+    """All connections, oldest first.
+
+    Args:
+        counts: counters of `gatekeeper.json`, which are incremented here.
+        managed_state_of: returns the epoch and what the ledger says of a process, given its pid and cgroup.
+        look: called with a connection whose hello has come, in its turn, until it drops the connection.
+        ended_ns: see PeerIdentifier.
+    """
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        counts: dict[str, int],
+        managed_state_of: Callable[[int, int], tuple[int, ManagedState]],
+        look: Callable[[Connection], None],
+        ended_ns: Callable[[int], int | None],
+    ) -> None:
+        self._selector, self._counts, self._managed_state, self._look = selector, counts, managed_state_of, look
+        self._peers = PeerIdentifier(ended_ns)
+        self._connections: dict[Connection, None] = {}
+        self._load: Counter[int] = Counter()  # connections of a tenant
+        self._ready: dict[int, dict[Connection, None]] = {}  # by tenant, in the order of their turns
+        self._spent_ns: Counter[int] = Counter()  # processor time taken by a tenant and not yet forgiven
+        self._hints: dict[int, int] = {}  # pid -> tenant: refuses a flood cheaply, and admits nothing
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    # -- accepting
+
+    def accept(self, listener: socket.socket) -> None:
+        """Accept connections, at most AT_ONCE."""
+        began_ns = thread_time_ns()
+        for _ in range(AT_ONCE):  # then other work of the loop
+            now_ns = monotonic_ns()
+            try:
+                sock = listener.accept()[0]
+            except BlockingIOError:
+                self._peers.none_waiting(now_ns)
+                return
+            began_ns = self._admit(sock, began_ns)
+
+    def _admit(self, sock: socket.socket, began_ns: int) -> int:
+        """Take in a connection, and return the thread's processor time when that was done."""
+        hint = pid_of(sock)
+        known = self._hints.get(hint, -1)
+        if self._load[known] >= MOST_PER_TENANT or self._spent_ns[known] > REFUSE_NS:
+            return self._refuse(sock, "dropped_tenant")
+        connection = self._identify(sock, hint not in self._hints)
+        if connection is None:
+            return self._refuse(sock, "gone")
+        self._connections[connection] = None
+        self._load[connection.tenant] += 1
+        self._hints[hint] = connection.tenant
+        self._receive(connection)
+        self._make_room(connection)
+        if connection.here and not connection.heard:
+            self._watch(connection)
+        return self._charge_since(connection.tenant, began_ns)
+
+    def _refuse(self, sock: socket.socket, count: str) -> int:
+        sock.close()
+        self._counts[count] += 1
+        return thread_time_ns()
+
+    def _make_room(self, connection: Connection) -> None:
+        """Drop a connection if there are too many: the one silent for longest, so that those that speak are kept."""
+        if self._load[connection.tenant] > MOST_PER_TENANT:
+            self.drop(connection, "dropped_tenant")
+        elif len(self._connections) > MOST_CONNECTIONS:
+            self.drop(
+                next((c for c in self._connections if not c.heard), None) or self._last_of_most(), "dropped_total"
+            )
+
+    def _last_of_most(self) -> Connection:
+        most = max(self._load, key=self._load.__getitem__)
+        return next(c for c in reversed(self._connections) if c.tenant == most)
+
+    def _identify(self, sock: socket.socket, new: bool) -> Connection | None:
+        try:
+            pidfd = self._peers.pidfd(sock)
+        except OSError:
+            return None
+        try:
+            pid, cgroup = procfs.identity(pidfd)
+            epoch, state = self._managed_state(pid, cgroup)
+        except OSError:
+            os.close(pidfd)
+            return None
+        return Connection(sock, pidfd, pid, state.owner or state.tenant, state, epoch, monotonic_ns(), new)
+
+    def _watch(self, connection: Connection) -> None:
+        self._selector.register(connection.sock, selectors.EVENT_READ, partial(self._receive, connection))
+        connection.watched = True
+
+    def _receive(self, connection: Connection) -> None:
+        try:
+            data = connection.sock.recv(HELLO_BYTES + 1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.drop(connection, "gone")
+        elif connection.heard or not well_formed(data):
+            self.drop(connection, "malformed")
+        else:
+            connection.heard = True
+            self.ready(connection)
+
+    # -- turns of workloads
+
+    def ready(self, connection: Connection) -> None:
+        """Queue a connection whose hello has come for its tenant's turn."""
+        self._ready.setdefault(connection.tenant, {})[connection] = None
+
+    def pending(self) -> bool:
+        """Return True if a connection waits for its turn."""
+        return bool(self._ready)
+
+    def serve(self) -> None:
+        """Serve one connection of each tenant after the other, for at most TURN_NS."""
+        end_ns, began_ns = monotonic_ns() + TURN_NS, thread_time_ns()
+        while self._ready and monotonic_ns() < end_ns:
+            tenant = next(iter(self._ready))
+            line = self._ready.pop(tenant)
+            connection = next(iter(line))
+            del line[connection]
+            if line:
+                self._ready[tenant] = line  # after the others
+            if connection.here and self._has_time(connection):  # else `turn` queues it again
+                self._look(connection)
+                began_ns = self._charge_since(tenant, began_ns)
+
+    def _has_time(self, connection: Connection) -> bool:
+        return self._spent_ns[connection.tenant] <= (STORM_NS if connection.new else WAIT_NS)
+
+    # -- waiting and leaving
+
+    def charge(self, tenant: int, took_ns: int) -> None:
+        """Add processor time to what a tenant has taken."""
+        self._spent_ns[tenant] += took_ns
+
+    def _charge_since(self, tenant: int, began_ns: int) -> int:
+        now_ns = thread_time_ns()
+        self._spent_ns[tenant] += now_ns - began_ns
+        return now_ns
+
+    def owing(self) -> bool:
+        """Return True if a tenant has taken time that is not forgiven yet."""
+        return bool(self._spent_ns or self._hints)
+
+    def forgive(self) -> None:
+        """Subtract FORGIVE_NS from the time that each tenant has taken. To be called once a heartbeat."""
+        self._spent_ns = Counter({t: ns - FORGIVE_NS for t, ns in self._spent_ns.items() if ns > FORGIVE_NS})
+        self._hints = {pid: tenant for pid, tenant in self._hints.items() if tenant in self._spent_ns}
+        if len(self._hints) > MOST_HINTS:
+            self._hints.clear()
+
+    def turn(self) -> None:
+        """Queue all connections with a hello again, and drop those that are too old or of which too many are silent."""
+        now_ns = monotonic_ns()
+        silent: Counter[int] = Counter()
+        for connection in list(self._connections):
+            silent[connection.tenant] += not connection.heard
+            if now_ns - connection.since_ns > PATIENCE_NS:
+                self.drop(connection, "hello_unanswered" if connection.heard else "silent")
+            elif connection.heard:
+                self._look_again(connection)
+            elif silent[connection.tenant] > MOST_SILENT and now_ns - connection.since_ns > SILENCE_NS:
+                self.drop(connection, "dropped_tenant")
+
+    def _look_again(self, connection: Connection) -> None:
+        if not connection.watched:  # it must wait: watch whether the peer goes, or sends something malformed
+            self._watch(connection)
+        if not connection.reading:
+            self.ready(connection)
+
+    def drop(self, connection: Connection, count: str) -> None:
+        """Close a connection, and increment the counter named `count`."""
+        if not connection.here:
+            return
+        connection.here = False
+        del self._connections[connection]
+        if connection.watched:
+            self._selector.unregister(connection.sock)
+        connection.sock.close()
+        if connection.pidfd >= 0:
+            os.close(connection.pidfd)
+        take_one(self._load, connection.tenant)
+        self._counts[count] += 1
+
+
+def well_formed(data: bytes) -> bool:
+    """Return True if `data` is a hello of this layout. All else in it is ignored."""
+    if len(data) != HELLO_BYTES:
+        return False
+    hello = Hello.from_buffer_copy(data)
+    return bool((hello.magic, hello.version, hello.size) == (abi.MAGIC, abi.LAYOUT, HELLO_BYTES))

@@ -1,0 +1,72 @@
+"""Requests to the agent: to look at processes about which nothing is decided yet.
+
+Runs in the gatekeeper's main loop. Of a tenant's many processes the agent is told of one at a time, and of a workload's
+many tenants of MOST_TENANTS between two heartbeats. The gatekeeper does not wait: the agent answers in the kernel's
+maps. If the agent does not receive a request, the request is sent again later.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections import Counter
+from pathlib import Path
+from time import monotonic_ns
+
+from fgpu_ebpf.gatekeeper.connections import Connection
+
+TELL_NS = 50_000_000  # after telling the agent of a tenant, nothing more is sent of that tenant for this time
+DEAF_NS = 10_000_000  # after a message that the agent did not receive, nothing is sent for this time
+MOST_TENANTS = 64  # of one owner of bounds, between two heartbeats
+
+
+class DiscoveryRequests:
+    """The requests of one gatekeeper. The agent listens at discover.sock in the run folder."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = str(run / "discover.sock")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._new: dict[int, Connection] = {}  # by tenant: to be sent at the end of this turn
+        self._told: dict[int, int] = {}  # by tenant: until when nothing more is sent of it
+        self._tenants: Counter[int] = Counter()  # by owner: tenants that were sent since the last heartbeat
+        self._deaf_ns = 0
+
+    def __bool__(self) -> bool:
+        """Return True if forget() has something to forget."""
+        return bool(self._told)
+
+    def add(self, connection: Connection) -> None:
+        """Queue a request about this process, unless the agent is busy with its tenant or its workload."""
+        tenant, owner = connection.managed_state.tenant, connection.tenant
+        if connection.told or tenant in self._new or max(self._deaf_ns, self._told.get(tenant, 0)) > monotonic_ns():
+            return
+        if self._tenants[owner] < MOST_TENANTS:
+            self._tenants[owner] += 1
+            self._new[tenant] = connection
+
+    def send(self) -> bool:
+        """Send one message with all queued requests.
+
+        The socket holds ten messages, and hundreds of tenants may come at once.
+
+        Returns False if the agent did not receive it.
+        """
+        new, self._new = self._new, {}
+        if not new:
+            return True
+        now_ns = monotonic_ns()
+        first, *others = (connection.pid for connection in new.values())
+        try:
+            self._socket.sendto(json.dumps({"tgid": first, "others": others}).encode(), self._path)
+        except OSError:  # the agent has not read the earlier messages yet
+            self._deaf_ns = now_ns + DEAF_NS
+            return False
+        for connection in new.values():
+            connection.told = True
+        self._told |= dict.fromkeys(new, now_ns + TELL_NS)
+        return True
+
+    def forget(self) -> None:
+        """Allow everything to be sent again. To be called at every heartbeat."""
+        self._told.clear()
+        self._tenants.clear()

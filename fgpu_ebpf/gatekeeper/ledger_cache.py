@@ -1,0 +1,185 @@
+"""A cache of ledger lookups for one iteration of the gatekeeper's loop: what many hellos need is looked up once.
+
+It never outlives the iteration, since what was decided before a process connected must hold for its hello. It owns the
+descriptors of usage pages that it has opened. Raises OSError of bpf(2) or of /proc.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.abi import ControlFlag
+from fgpu_ebpf.gatekeeper.sessions import PageHeader
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.resolutions import Resolution
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.linux.procmaps import File
+from fgpu_ebpf.workloads.bound_owner import owner_of
+
+MOST_PAGES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ManagedState:
+    """State of a process's cgroups in the ledger. `managed`: None while nothing is decided.
+
+    `refused`: a wanted limit could not be put in force. `owner`: the cgroup whose bounds apply to the process; 0:
+    unknown.
+    """
+
+    managed: bool | None
+    tenant: int
+    levels: tuple[int, ...] = ()
+    refused: bool = False
+    owner: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Grant to a managed process: a header for its control page, and descriptors of usage pages, innermost first."""
+
+    header: PageHeader
+    usage: tuple[int, ...]
+
+
+class Decisions(Protocol):
+    """The part of the ledger that says what is decided about cgroups."""
+
+    def resolved(self, cgroup: int) -> Resolution | None:
+        """Return what is decided about a cgroup; None: nothing."""
+
+    def page_missing(self, cgroup: int) -> bool:
+        """Return True if the level has no page."""
+
+
+def managed_state(ledger: Decisions | None, ids: Sequence[int]) -> ManagedState:
+    """Combine the decisions about a cgroup and those around it.
+
+    Refused if any level is refused. Managed if any level is managed, with all that are, innermost first. Unmanaged if
+    the cgroup itself is known to be unmanaged and no level has a page. Otherwise undecided: a new cgroup inside an
+    unmanaged one may belong to a tenant, and the agent has not looked at it yet.
+
+    Args:
+        ids: the cgroup's id and those around it, innermost first.
+
+    Raises:
+        OSError: the kernel's maps cannot be read.
+    """
+    said = {cgroup: ledger.resolved(cgroup) for cgroup in ids} if ledger else {}
+    if Resolution.REFUSED in said.values():
+        return ManagedState(False, ids[0], refused=True)
+    in_force = (c for c in said if said[c] or (ledger and not ledger.page_missing(c)))
+    levels = tuple(in_force)[-abi.LEVELS :]  # as the kernel finds them: if there are too many, the outermost
+    if not all(said[cgroup] for cgroup in levels):
+        return ManagedState(None, ids[0])  # in force, but not used by a process yet: the agent must know first
+    if levels:
+        return ManagedState(True, levels[0], levels)
+    leaf = ids[0] if ids else 0
+    return ManagedState(None if said.get(leaf) is None else False, leaf)
+
+
+class Lineages:
+    """A cache of the cgroups around each cgroup. A cgroup never gets another parent, nor its id another cgroup."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._known: dict[int, tuple[int, ...]] = {}
+        self._owners: dict[int, int] = {}
+
+    def of(self, pid: int, cgroup: int) -> tuple[int, ...]:
+        """Return the ids of a process's cgroup and those around it, innermost first. Raises OSError: it is gone."""
+        known = self._known.get(cgroup)
+        if known is None:
+            known = tuple(procfs.cgroups(pid, self._root))
+            if known[:1] == (cgroup,):  # else the process has just moved
+                self._known[cgroup] = known
+        return known
+
+    def owner(self, pid: int, cgroup: int, levels: Collection[int]) -> int:
+        """Return the cgroup whose bounds apply to this process. `levels`: the levels around it."""
+        if cgroup not in self._owners:
+            path = procfs.cgroup_path(pid)
+            self._owners[cgroup] = owner_of(self._root, path, levels.__contains__).cgroup if path else cgroup
+        return self._owners[cgroup]
+
+    def forget(self) -> None:
+        """Clear the cache. To be called regularly, since most cgroups are never looked up again."""
+        self._known.clear()
+        self._owners.clear()
+
+
+class LedgerCache:
+    """The ledger as seen in this iteration. Every method may raise OSError."""
+
+    def __init__(self, ledger: Ledger, epoch: int, devices: Sequence[tuple[int, bytes]], lineages: Lineages) -> None:
+        self._ledger, self.epoch, self._devices, self._lineages = ledger, epoch, devices, lineages
+        self._flags = ControlFlag.MANAGED | (ControlFlag.SETTLE if ledger.settle() else 0)
+        self._resolved: dict[int, Resolution | None] = {}
+        self._missing: dict[int, bool] = {}
+        self._states: dict[int, ManagedState] = {}
+        self._files: dict[File, int | None] = {}
+        self._grants: dict[tuple[int, ...], Grant | None] = {}
+        self._fds: list[int] = []
+
+    def close(self) -> None:
+        """Close the descriptors at the end of the iteration."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def full(self) -> bool:
+        """Return True if no more descriptors may be opened."""
+        return len(self._fds) >= MOST_PAGES
+
+    def managed_state(self, pid: int, cgroup: int) -> ManagedState:
+        """Return what is decided about a process in this cgroup."""
+        known = self._states.get(cgroup)
+        if known is None:
+            ids = self._lineages.of(pid, cgroup)
+            known = managed_state(self, ids)
+            known = replace(known, owner=self._lineages.owner(pid, cgroup, known.levels))
+            if ids[:1] == (cgroup,):
+                self._states[cgroup] = known
+        return known
+
+    def resolved(self, cgroup: int) -> Resolution | None:
+        """Return what is decided about a cgroup; None: nothing."""
+        if cgroup not in self._resolved:
+            self._resolved[cgroup] = self._ledger.resolution(cgroup)
+        return self._resolved[cgroup]
+
+    def page_missing(self, cgroup: int) -> bool:
+        """Return True if the level has no page."""
+        if cgroup not in self._missing:
+            self._missing[cgroup] = self._ledger.page_missing(cgroup)
+        return self._missing[cgroup]
+
+    def probed(self, files: Mapping[File, int]) -> bool:
+        """Return True if all files are probed, and the breakpoint of each was seen at the offset given with it."""
+        return all(self._check(file) == seen for file, seen in files.items())
+
+    def _check(self, file: File) -> int | None:
+        if file not in self._files:
+            self._files[file] = self._ledger.file_check(*file)
+        return self._files[file]
+
+    def grant(self, levels: tuple[int, ...]) -> Grant | None:
+        """Return what processes of these levels get; None: decided, but not in force yet."""
+        if levels not in self._grants:
+            self._grants[levels] = self._make_grant(levels)
+        return self._grants[levels]
+
+    def _make_grant(self, levels: tuple[int, ...]) -> Grant | None:
+        usage = []
+        for level in levels:
+            fd = self._ledger.page_fd(level)
+            if fd is None:
+                return None
+            self._fds.append(fd)
+            usage.append(fd)
+        allowed = (d for d in self._devices if any(self._ledger.limit(level, d[0]) is not None for level in levels))
+        return Grant(PageHeader(self._flags, tuple(allowed)), tuple(usage))

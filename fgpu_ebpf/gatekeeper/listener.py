@@ -1,0 +1,73 @@
+"""The socket at which shims find the gatekeeper: `<run>/shim/shim.sock`.
+
+Used by the gatekeeper's main loop. It follows no link, and takes no folder of another user. If it fails with OSError,
+folder and socket file stay behind: shims that get no answer refuse memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+from fgpu_ebpf.linux.clear_path import make_way
+
+BACKLOG = 512  # enough for a storm; accepting or refusing each takes about 20 us, so a flood of them is 10 ms
+
+
+class Listener:
+    """The listening socket, bound aside in a folder held open and then renamed, so that a socket always listens."""
+
+    def __init__(self, run: Path) -> None:
+        self._shim = run / "shim"
+        self._seen: tuple[int, ...] = ()
+        self._folder = -1
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def open(self) -> None:
+        """Create the folder and the socket, or create them again. Raises OSError."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self._shim, 0o755)
+        folder = os.open(self._shim, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            if os.fstat(folder).st_uid != os.geteuid():
+                raise PermissionError(f"{self._shim} belongs to another user")
+            os.fchmod(folder, 0o755)
+            self._bind(listener, folder)
+        except OSError:
+            listener.close()
+            os.close(folder)
+            raise
+        self.close()
+        self._folder, self.socket = folder, listener
+        self._seen = self._look()
+
+    def _bind(self, listener: socket.socket, folder: int) -> None:
+        aside = f"/proc/self/fd/{folder}/.shim.sock"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+        listener.bind(aside)
+        os.chmod(aside, 0o666)  # every process may connect; the kernel says which process it is
+        listener.listen(BACKLOG)
+        make_way(f"/proc/self/fd/{folder}/shim.sock")
+        os.rename(".shim.sock", "shim.sock", src_dir_fd=folder, dst_dir_fd=folder)
+
+    def _look(self) -> tuple[int, ...]:
+        try:
+            shim, sock = os.lstat(self._shim), os.stat("shim.sock", dir_fd=self._folder, follow_symlinks=False)
+        except OSError:
+            return ()
+        return shim.st_dev, shim.st_ino, sock.st_dev, sock.st_ino
+
+    def intact(self) -> bool:
+        """Return True if folder and socket are those that open() made."""
+        return bool(self._seen) and self._look() == self._seen
+
+    def close(self) -> None:
+        """Stop listening; folder and socket file stay."""
+        self.socket.close()
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1

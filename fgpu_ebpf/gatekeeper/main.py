@@ -1,0 +1,367 @@
+"""Answers the hello of shims, and keeps the pages of every process that has said hello up to date.
+
+The main module of the gatekeeper process: it decides each hello, runs the loop that all other parts run in, and writes
+`<run>/gatekeeper.json`. A tenant's process is identified by the peer's pidfd and by the kernel, never by what it sends;
+no tenant is waited for. Limits are written by the agent alone. When the process ends, heartbeats on pages stop and
+shims open their gates after the lease; limits stay in force in the kernel. The process ends if its run folder is no
+longer the one that it locked, since shims would not find it there.
+
+Run as `python -m fgpu_ebpf.gatekeeper`, one per host, by flock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from time import monotonic_ns
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.abi import Answer, Code, News
+from fgpu_ebpf.gatekeeper.connections import Connection, Connections
+from fgpu_ebpf.gatekeeper.discovery_requests import DiscoveryRequests
+from fgpu_ebpf.gatekeeper.ledger_cache import Grant, LedgerCache, Lineages, ManagedState, managed_state
+from fgpu_ebpf.gatekeeper.listener import Listener
+from fgpu_ebpf.gatekeeper.mapping_scanner import MappingScanner
+from fgpu_ebpf.gatekeeper.rate_limited_log import LogLines
+from fgpu_ebpf.gatekeeper.sessions import PageHeader, Session, Sessions
+from fgpu_ebpf.gatekeeper.startup import open_ledger, prepare
+from fgpu_ebpf.gatekeeper.time_slicer import TimeSlicer
+from fgpu_ebpf.ledger.ledger import PINS, Ledger
+from fgpu_ebpf.ledger.ring_buffer import Events
+from fgpu_ebpf.linux import atomic_file, file_locks, malloc, procfs, sd_notify
+from fgpu_ebpf.linux.file_locks import FileLock
+from fgpu_ebpf.linux.wakeup import Bell
+
+AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 500_000_000, 250_000_000, 1_000_000_000
+GIVE_BACK_NS = 30_000_000_000
+AHEAD_BYTES = 256 << 10  # memory kept for small objects: what the hellos of one moment take
+ANSWER_BYTES = ctypes.sizeof(Answer)
+COUNTS = (
+    *("hello_managed", "hello_unmanaged", "hello_refused", "hello_held", "hello_unanswered", "malformed", "silent"),
+    *("gone", "unread", "dropped_tenant", "dropped_total", "dropped_process", "discover_failed", "errors", "processes"),
+)
+
+
+class Gatekeeper:
+    """The gatekeeper: one selector and one thread, and those of MappingScanner. run() returns after end()."""
+
+    def __init__(
+        self, lock: FileLock, open_ledger: Callable[[], Ledger | None], root: Path, is_stand_in: bool = False
+    ) -> None:
+        self._lock, self._open_ledger, self._is_stand_in = lock, open_ledger, is_stand_in
+        self._run = lock.path.parent
+        self._ledger: Ledger | None = None
+        self._requests = DiscoveryRequests(lock.path.parent)
+        self._lineages = Lineages(root)
+        self._cache: LedgerCache | None = None
+        self._ended, self._lost, self._last_word = False, False, "ends"
+        self._listed: tuple[int, list[tuple[int, bytes]]] = (-1, [])
+        boot = os.urandom(16)
+        self._counts = dict.fromkeys(COUNTS, 0)
+        self._facts = {"started_ns": monotonic_ns(), "boot": boot.hex()}
+        self._written: dict[str, object] = {}
+        self._log = LogLines("fgpu gatekeeper")
+        self._bell = Bell()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._bell, selectors.EVENT_READ, self._take_scanned)
+        self._connections = Connections(self._selector, self._counts, self._managed_state, self._look, self._ended_ns)
+        self._sessions = Sessions(self._selector, boot)
+        self._scanner = MappingScanner(self._bell.ring)
+        self._watchdog, self._slicer = sd_notify.Watchdog(), TimeSlicer()
+        self._sessions.on_end = self._slicer.remove
+        self._listener = Listener(self._run)
+        self._open_listener()
+
+    def run(self) -> bool:
+        """Serve until end() is called; folder and socket file stay. Returns False if the lock was lost."""
+        jobs = {
+            self._again: AGAIN_NS, self._show: ROWS_NS, self._beat: HEARTBEAT_NS, self._keep_up: UPKEEP_NS,
+            malloc.give_back: GIVE_BACK_NS,
+        }  # fmt: skip
+        due = dict.fromkeys(jobs, 0)
+        malloc.settle(AHEAD_BYTES)
+        while not self._ended:
+            now_ns = monotonic_ns()
+            for job in [job for job, at_ns in due.items() if at_ns <= now_ns]:
+                self._try(job)
+                due[job] = monotonic_ns() // jobs[job] * jobs[job] + jobs[job]  # aligned: one wake-up for all
+            for key, _ in self._selector.select(self._leisure_ns(due) / 1e9):
+                self._try(key.data)
+            for step in (self._connections.serve, self._ask_agent, self._scanner.go):
+                self._try(step)
+            self._close_cache()
+        self._slicer.end()
+        self._listener.close()
+        self._log.say(self._last_word)
+        return not self._lost
+
+    def _leisure_ns(self, due: dict[Callable[[], None], int]) -> int:
+        """Return for how long nothing has to be done if no descriptor becomes ready."""
+        if self._connections.pending():
+            return 0
+        waiting = self._connections or self._ledger is None
+        idle = {self._again: not waiting, self._show: not self._sessions, self._beat: self._forgotten()}
+        wakes_ns = [at for job, at in due.items() if not idle.get(job)]
+        reading_ns = self._scanner.due_ns()
+        return max(0, min(wakes_ns if reading_ns is None else [*wakes_ns, reading_ns]) - monotonic_ns())
+
+    def _forgotten(self) -> bool:
+        """Return True if no process has a page, and nothing is kept that a heartbeat forgives or forgets."""
+        return not self._sessions.is_owed_beats() and not self._connections.owing() and not self._requests
+
+    def end(self, *_: object) -> None:
+        """Leave run() at its next iteration. A signal handler."""
+        self._ended = True
+        self._bell.ring()
+
+    def _try(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except OSError as error:
+            self._counts["errors"] += 1
+            self._log.say(f"{getattr(job, '__name__', 'a peer')}: {error}")
+
+    # -- a hello, step by step
+
+    def _open_listener(self) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(self._listener.socket)
+        self._listener.open()
+        self._selector.register(self._listener.socket, selectors.EVENT_READ, self._accept)
+        self._log.say(f"listening in {self._run}/shim")
+
+    def _accept(self) -> None:
+        self._connections.accept(self._listener.socket)
+
+    def _ended_ns(self, pid: int) -> int | None:
+        return self._ledger.times.ended_ns(pid) if self._ledger else None
+
+    def _now(self, ledger: Ledger) -> LedgerCache:
+        """Return the cache of ledger lookups for this iteration."""
+        if self._cache is None or self._cache.full():
+            self._close_cache()
+            epoch = ledger.epoch()
+            self._sessions.epoch = epoch
+            self._cache = LedgerCache(ledger, epoch, self._devices(epoch, ledger), self._lineages)
+        return self._cache
+
+    def _close_cache(self) -> None:
+        if self._cache:
+            self._cache.close()
+            self._cache = None
+
+    def _managed_state(self, pid: int, cgroup: int) -> tuple[int, ManagedState]:
+        if self._ledger is None:
+            return -1, managed_state(None, self._lineages.of(pid, cgroup))
+        cache = self._now(self._ledger)
+        return cache.epoch, cache.managed_state(pid, cgroup)
+
+    def _look(self, connection: Connection) -> None:
+        """Answer a connection if everything is known; else it waits."""
+        if self._ledger is None:
+            return
+        try:
+            self._decide(connection, self._now(self._ledger))
+        except ProcessLookupError:
+            self._connections.drop(connection, "gone")
+        except OSError:
+            self._connections.drop(connection, "errors")
+
+    def _decide(self, connection: Connection, cache: LedgerCache) -> None:
+        if connection.epoch != cache.epoch or connection.managed_state.managed is None:
+            connection.epoch, connection.managed_state = (
+                cache.epoch,
+                cache.managed_state(*procfs.identity(connection.pidfd)),
+            )
+        if connection.managed_state.refused:
+            self._answer_refused(connection)
+        elif connection.managed_state.managed is False:
+            self._answer_unmanaged(connection)
+        elif connection.managed_state.managed is None:
+            self._tell(connection)
+        elif connection.files is None:
+            self._scanner.want(connection)
+        elif not cache.probed(connection.files):
+            connection.files = None  # scanned again at its next turn: its files may be probed by then
+            self._tell(connection)
+        elif grant := cache.grant(connection.managed_state.levels):  # else decided, but not in force yet
+            self._answer_managed(connection, grant)
+
+    def _tell(self, connection: Connection) -> None:
+        """Ask the agent about a process that it does not know yet; the connection waits."""
+        self._counts["hello_held"] += not connection.held
+        connection.held = True
+        self._requests.add(connection)
+
+    def _ask_agent(self) -> None:
+        self._counts["discover_failed"] += not self._requests.send()
+
+    def _take_scanned(self) -> None:
+        self._bell.hush()
+        for connection, took_ns in self._scanner.take():
+            self._connections.charge(connection.tenant, took_ns)
+            self._connections.ready(connection)
+
+    def _devices(self, epoch: int, ledger: Ledger) -> list[tuple[int, bytes]]:
+        """Return the host's devices: read again after any decision and at every heartbeat."""
+        if self._listed[0] != epoch:
+            self._listed = (epoch, ledger.devices())
+        return self._listed[1]
+
+    def _answer_unmanaged(self, connection: Connection) -> None:
+        """Answer with a page that all unmanaged processes share, so that they take no place from a tenant."""
+        self._sessions.release(connection.pid)
+        control = self._sessions.page_of_unmanaged(connection.pid)
+        self._answer(connection, Code.UNMANAGED, Grant(PageHeader(), ()), [control.descriptor])
+
+    def _answer_refused(self, connection: Connection) -> None:
+        """Answer that a wanted limit could not be put in force: the process gets no memory."""
+        self._sessions.release(connection.pid)
+        self._answer(connection, Code.REFUSED, Grant(PageHeader(), ()), [])
+
+    def _answer_managed(self, connection: Connection, grant: Grant) -> None:
+        session = self._session(connection, grant.header)
+        if session and session.status:
+            descriptors = [session.control.descriptor, session.status.descriptor, *grant.usage]
+            self._answer(connection, Code.MANAGED, grant, descriptors)
+
+    def _answer(self, connection: Connection, code: Code, grant: Grant, fds: Sequence[int]) -> None:
+        header, usage = grant.header, grant.usage
+        form = (
+            abi.MAGIC,
+            abi.LAYOUT,
+            ANSWER_BYTES,
+            code,
+            len(usage),
+            len(header.devices),
+            header.flags,
+            connection.epoch,
+        )
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+        try:
+            connection.sock.sendmsg([bytes(Answer(*form))], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            self._connections.drop(connection, "unread")
+            return
+        self._connections.drop(connection, f"hello_{code.name.lower()}")
+
+    def _session(self, connection: Connection, header: PageHeader) -> Session | None:
+        """Return the session of this process, made or updated; None: it is gone or has no place, and was dropped."""
+        session = self._sessions.get(connection.pid)
+        if not procfs.alive(connection.pidfd) or (session and session.has_ended):
+            self._connections.drop(connection, "gone")
+            return None
+        tenant, owner = connection.managed_state.tenant, connection.managed_state.owner
+        if session is None:
+            session = self._sessions.add(connection.pid, connection.pidfd, tenant, owner, header)
+            if session is None:
+                self._connections.drop(connection, "dropped_process")
+                return None
+            connection.pidfd = -1
+            self._log.say(f"process {session.pid} of cgroup {tenant}: managed")
+        self._sessions.update(session, tenant, owner, connection.managed_state.levels, header)
+        if self._ledger and session.levels:
+            session.control.page.tag = self._ledger.tag(session.pid, session.levels)
+        self._slicer.register(session)
+        return session
+
+    # -- periodic work
+
+    def _again(self) -> None:
+        if self._ledger is None:
+            self._ledger = self._open_ledger()
+            if self._ledger:
+                self._slicer.ledger, self._scanner.check = self._ledger, self._ledger.file_check
+                self._listen(self._ledger)
+                self._log.say("ledger opened")
+                self._beat()
+                self._show()
+        self._connections.turn()
+
+    def _listen(self, ledger: Ledger) -> None:
+        bell = ledger.times.bell()
+        if bell:
+            self._selector.register(bell, selectors.EVENT_READ, partial(self._receive, bell))
+            self._slicer.is_told = True
+
+    def _receive(self, bell: Events) -> None:
+        for event in bell.read():
+            if event.kind == News.ENDED:
+                self._sessions.end(event.tgid, event.at_ns)
+        self._slicer.shares_changed()
+
+    def _show(self) -> None:
+        if self._ledger and self._sessions:
+            self._sessions.show(self._ledger.processes())
+
+    def _beat(self) -> None:
+        self._watchdog.ping()
+        self._connections.forgive()
+        self._requests.forget()
+        self._listed = (-1, [])
+        if self._ledger:
+            self._sessions.epoch = self._ledger.epoch()
+        self._sessions.beat()
+
+    def _keep_up(self) -> None:
+        self._log.renew()
+        self._lineages.forget()
+        if not self._lock.is_held():
+            self._ended = self._lost = True
+            self._last_word = f"{self._lock.path} is no longer the file that was locked: ends"
+            return
+        if self._is_stand_in and file_locks.is_locked(self._run / file_locks.NEXT):
+            self._ended, self._last_word = True, "the gatekeeper of a service waits: ends"
+            return
+        if not self._listener.intact():
+            self._open_listener()
+        self._accept()  # if there is no connection, the peer identifier learns that
+        self._slicer.shares_changed()  # a change may have been missed
+        self._counts["processes"] = len(self._sessions)
+        said = {**self._counts, **self._facts, "slices": self._slicer.counts()}
+        if said != self._written:
+            atomic_file.write(self._run / "gatekeeper.json", json.dumps(said))
+            self._written = said
+
+
+# -- start ----------------------------------------------------------------------------------------------------------
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fgpu-gatekeeper", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pins", type=Path, default=PINS, help="where the ledger's maps are pinned")
+    parser.add_argument("--run-dir", type=Path, default=Path("/run/fgpu"), help="where the socket's folder is made")
+    parser.add_argument("--wait", action="store_true", help="wait while another gatekeeper holds the lock")
+    parser.add_argument("--stand-in", action="store_true", help="end as soon as another gatekeeper waits")
+    parser.add_argument("--ready-fd", type=int, help="a descriptor to write 1 to, once listening")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None, ledger_factory: Callable[[Path], Ledger] = Ledger) -> int:
+    """Serve until SIGTERM. Returns the exit code: 1, after one line on standard error, if it cannot serve."""
+    options = _options(argv)
+    lock = FileLock(options.run_dir / file_locks.GATEKEEPER)
+    try:
+        root = prepare(lock, options.wait)
+        gatekeeper = Gatekeeper(lock, partial(open_ledger, options.pins, ledger_factory), root, options.stand_in)
+    except OSError as error:
+        print(f"fgpu gatekeeper: {error}", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGTERM, gatekeeper.end)
+    signal.signal(signal.SIGINT, gatekeeper.end)
+    sd_notify.ready()
+    if options.ready_fd is not None:
+        os.write(options.ready_fd, b"1")
+        os.close(options.ready_fd)
+    return 0 if gatekeeper.run() else 1

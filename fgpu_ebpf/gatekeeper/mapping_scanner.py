@@ -1,0 +1,39 @@
+"""Worker threads that list which libcuda and shim files a process has mapped, and whether those have our breakpoints.
+
+Reading /proc/PID/maps takes the process's mmap lock, and reading /proc/PID/mem its pages: both may block. A process
+that cannot be read blocks one thread and its tenant's queue (`linux.worker_threads`), not the gatekeeper's main loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from fgpu_ebpf.gatekeeper.connections import Connection
+from fgpu_ebpf.linux import breakpoints
+from fgpu_ebpf.linux.procmaps import File
+from fgpu_ebpf.linux.worker_threads import Workers
+
+
+class MappingScanner:
+    """The workers. `ring` is called by a worker when take() has something to return; `check` is Ledger.file_check."""
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self.check: Callable[[int, int], int | None] = lambda *_: None
+        self._workers: Workers[int, Connection, Mapping[File, int]] = Workers(
+            self._read, lambda connection: connection.here, ring
+        )
+        self.due_ns, self.go = self._workers.due_ns, self._workers.go
+
+    def want(self, connection: Connection) -> None:
+        """Queue a connection's process for the next go(), unless its tenant has too many queued."""
+        connection.reading = self._workers.want(connection.tenant, connection)
+
+    def take(self) -> list[tuple[Connection, int]]:
+        """Return the connections whose processes were scanned since, each with the processor time that it took."""
+        found = self._workers.take()
+        for done in found:
+            done.job.files, done.job.reading = done.result, False
+        return [(done.job, done.took_ns) for done in found]
+
+    def _read(self, connection: Connection) -> Mapping[File, int]:
+        return breakpoints.of_process(connection.pid, self.check)

@@ -1,0 +1,123 @@
+"""The two pages that the gatekeeper makes for a process, each a sealed memfd: the control page and the status page.
+
+Used by the gatekeeper's main loop and its time slicer. The content of a status page is not trusted. If the kernel
+refuses a memfd or a seal, the constructor raises OSError and leaves nothing behind. A page once made cannot fail:
+sealed against resizing, it never raises SIGBUS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Iterable
+from itertools import islice
+
+from fgpu_ebpf.abi import LAYOUT, PAGE_BYTES, ROWS, ControlPage, Row, StatusPage
+
+_SEAL, _SHRINK, _GROW, _FUTURE_WRITE = fcntl.F_SEAL_SEAL, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, 0x10
+_NOEXEC_SEAL = 0x8  # Linux 6.3; sysctl vm.memfd_noexec=2 refuses a memfd without it
+_LIBC = ctypes.CDLL(None)
+_STATUS_HEAD = bytes(StatusPage(version=LAYOUT))[:8]
+
+
+def _fence() -> None:
+    """Order the stores before against those after: a foreign call releases and takes the interpreter's lock."""
+    _LIBC.getppid()
+
+
+def _sealable(name: str) -> int:
+    flags = os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC
+    try:
+        fd = os.memfd_create(name, flags | _NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fd = os.memfd_create(name, flags)
+    os.ftruncate(fd, PAGE_BYTES)
+    return fd
+
+
+class ControlMemory:
+    """A control page that this process alone can write: readers get `descriptor`, through which writing is impossible.
+
+    `page` is a view of the mapping and is gone after close(); descriptors that were sent stay readable. Raises OSError.
+    """
+
+    __slots__ = ("_map", "descriptor", "page")
+
+    def __init__(self) -> None:
+        fd = _sealable("fgpu-control")
+        try:
+            self._map = mmap.mmap(fd, PAGE_BYTES)  # before the seal, which refuses every later writable mapping
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SHRINK | _GROW | _FUTURE_WRITE | _SEAL)
+            os.fchmod(fd, 0o444)
+            self.descriptor = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(fd)
+        self.page = ControlPage.from_buffer(self._map)
+
+    def show(self, rows: bytes) -> None:
+        """Replace the table of processes by `rows`, as row_bytes() makes them, under the sequence word."""
+        page = self.page
+        page.sequence += 1
+        _fence()
+        ctypes.memmove(ctypes.addressof(page) + ControlPage.rows.offset, rows, len(rows))
+        page.row_count = len(rows) // ctypes.sizeof(Row)
+        _fence()
+        page.sequence += 1
+
+    def close(self) -> None:
+        """Unmap and close; a view of the page that is still used keeps the mapping until it goes."""
+        os.close(self.descriptor)
+        memory = self._map
+        del self.page, self._map
+        _unmap(memory)
+
+
+class StatusMemory:
+    """A status page: the tenant writes through `descriptor`, this process reads `page`. Raises OSError."""
+
+    __slots__ = ("_map", "_page", "descriptor")
+
+    def __init__(self) -> None:
+        self._map: mmap.mmap | None = None
+        self.descriptor = _sealable("fgpu-status")
+        try:
+            os.pwrite(self.descriptor, _STATUS_HEAD, 0)
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SHRINK | _GROW | _SEAL)
+        except OSError:
+            os.close(self.descriptor)
+            raise
+
+    @property
+    def page(self) -> StatusPage:
+        """The page, mapped at the first access; gone after close()."""
+        if self.descriptor < 0:
+            raise AttributeError("page")
+        if self._map is None:
+            self._map = mmap.mmap(self.descriptor, PAGE_BYTES)
+            self._page = StatusPage.from_buffer(self._map)
+        return self._page
+
+    def close(self) -> None:
+        """Unmap and close; a view of the page that is still used keeps the mapping until it goes."""
+        os.close(self.descriptor)
+        self.descriptor = -1
+        memory, self._map = self._map, None
+        if memory:
+            del self._page
+            _unmap(memory)
+
+
+def _unmap(memory: mmap.mmap) -> None:
+    with contextlib.suppress(BufferError):  # another view is still used: the last one unmaps
+        memory.close()
+
+
+def row_bytes(rows: Iterable[tuple[int, int, int]]) -> bytes:
+    """Return `(pid, device, bytes)` of each process and device as ControlMemory.show() wants them; at most ROWS."""
+    return b"".join(bytes(Row(*row)) for row in islice(rows, ROWS))

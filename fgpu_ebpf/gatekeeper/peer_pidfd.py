@@ -1,0 +1,53 @@
+"""Identification of the process at the other end of a socket, as a pidfd.
+
+Used by `connections`, in the gatekeeper's main loop. A pid that may belong to another process by now is not accepted:
+OSError is raised, and the process says hello again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Callable
+from time import monotonic_ns
+
+_PEERCRED = struct.Struct("3i")
+SO_PEERPIDFD = 77  # Linux 6.5
+
+
+def pid_of(sock: socket.socket) -> int:
+    """Return the pid of the process that connected, at that time. Raises OSError."""
+    return int(_PEERCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))[0])
+
+
+class PeerIdentifier:
+    """Identifies peers. `ended_ns` returns when a process of a pid has ended last at the latest; None: unknown."""
+
+    def __init__(self, ended_ns: Callable[[int], int | None]) -> None:
+        self._ended_ns = ended_ns
+        self._alone_ns = monotonic_ns()
+
+    def none_waiting(self, since_ns: int) -> None:
+        """Note that no connection was waiting at some moment after `since_ns`: later ones have connected later."""
+        self._alone_ns = since_ns
+
+    def pidfd(self, sock: socket.socket) -> int:
+        """Return a pidfd of the process that connected, which the caller closes. Raises OSError.
+
+        Before Linux 6.5 the socket has a pid alone. It is the process that connected if no process of that pid has
+        ended since before the connection, because then it had the pid at that time.
+        """
+        try:
+            return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+        pid = pid_of(sock)
+        pidfd = os.pidfd_open(pid)
+        ended_ns = self._ended_ns(pid)
+        if ended_ns is not None and ended_ns < self._alone_ns:
+            return pidfd
+        os.close(pidfd)
+        raise ProcessLookupError(errno.ESRCH, "another process may have its pid by now")

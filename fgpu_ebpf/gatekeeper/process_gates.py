@@ -1,0 +1,166 @@
+"""A process's pages as the time slicer uses them: gates and budgets are written, claims are read.
+
+Used by the time slicer's thread. It writes the gate words of control pages, and sums the claims of a tenant's
+processes. Which gate is open is decided by `turns`. Cannot fail: pages are sealed against resizing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.abi import ControlPage, StatusPage
+from fgpu_ebpf.gatekeeper import process_claims
+from fgpu_ebpf.gatekeeper.sessions import Session
+from fgpu_ebpf.linux import futex
+from fgpu_ebpf.scheduling.state import Seen
+
+_Gates = ctypes.c_uint32 * abi.DEVICES
+_Passes = ctypes.c_uint64 * abi.DEVICES
+MOST_PASSES = 1_000
+_OPEN = int(abi.Gate.OPEN)
+
+
+class ProcessGates:
+    """A process with a share.
+
+    `bell`: the address of the word that it changes to wake us; `heard`: that word's last value; `rings`: how often it
+    changed; `used`: the devices that it uses.
+
+    `place`: the word's slot among those that are watched; -1: it is not watched.
+    """
+
+    __slots__ = (
+        *("_gates", "_idle", "_launches", "_passes", "_shared", "_unused"),
+        *("bell", "session", "heard", "place", "rings", "rows", "used", "words"),
+    )
+
+    def __init__(self, session: Session) -> None:
+        assert session.status
+        self.session = session
+        self.words = process_claims.Words.from_buffer(session.status.page)
+        self.bell = ctypes.addressof(self.words) + StatusPage.bell.offset
+        self.heard, self.place, self.rings = -1, -1, 0
+        self.used: frozenset[int] = frozenset()
+        self.rows: list[process_claims.Row] = []  # of the devices in `used`
+        self._launches = self._idle = 0
+        self.use_pages_of(session)
+
+    def use_pages_of(self, session: Session) -> None:
+        """Use the session's new control page."""
+        self._gates = _Gates.from_buffer(session.control.page, ControlPage.gates.offset)
+        self._passes = _Passes.from_buffer(session.control.page, ControlPage.passes.offset)
+
+    def rang(self) -> bool:
+        """Return True if the process has changed its word since the last call."""
+        value = self.words[0] >> 32
+        if value == self.heard:
+            return False
+        self.heard = value
+        self.rings += 1
+        return True
+
+    def set_shared(self, devices: Iterable[int]) -> None:
+        """Set the devices of which the process has a share."""
+        self._shared = frozenset(devices)
+        self.use(())
+
+    def use(self, devices: Iterable[int]) -> None:
+        """Note that the process has begun to use devices; those without a share are ignored."""
+        self.used = self._shared.intersection((*self.used, *devices))
+        self.rows = [process_claims.row_of(device) for device in self.used]
+        self._unused = [process_claims.row_of(device) for device in self._shared - self.used]
+
+    def has_begun_to_use(self) -> bool:
+        """Return True if the process has begun to use a device that it has not used before."""
+        found = [row[0] for row in self._unused if process_claims.says_anything(self.words, row)]
+        if found:
+            self.use(found)
+        return bool(found)
+
+    def claims_work(self, now_ns: int) -> bool:
+        """Return True if the process says that it has work in flight that has not ended."""
+        claims = [process_claims.read(self.words, row, self.session.ahead_ns, now_ns) for row in self.rows]
+        return any(claim.in_flight and claim.busy_until_ns > now_ns for claim in claims)
+
+    def rested_ns(self, launches: int, in_flight: int, idle_ns: int) -> int | None:
+        """Return the idle nanoseconds since the last call, on all devices; None if the process was idle throughout."""
+        is_idle = launches == self._launches and not in_flight
+        rested, self._launches, self._idle = max(0, idle_ns - self._idle), launches, idle_ns
+        return None if is_idle else rested
+
+    def put(self, device: int, word: int) -> None:
+        """Set a gate, and wake the threads at it if it opens. An unused allowance is cleared."""
+        if self._gates[device] != word:
+            if word & _OPEN and self._passes[device]:
+                self._passes[device] = 0
+            self._gates[device] = word
+            if word & _OPEN:
+                futex.wake(ctypes.addressof(self._gates) + 4 * device)
+
+    def open_all(self, but: Iterable[int] = ()) -> None:
+        """Open the gates of all devices that are not scheduled. `but`: those that are."""
+        for device in set(range(abi.DEVICES)).difference(but):
+            self.put(device, _OPEN)
+
+    def let_pass(self, device: int, launches: int) -> None:
+        """Let launches through the closed gate until the process has made `launches` of them since its start."""
+        self._passes[device] = launches
+        futex.wake(ctypes.addressof(self._gates) + 4 * device)
+
+    def set_budget(self, device: int, ns: int) -> None:
+        """Set how much work may be in flight."""
+        self.session.control.page.budget_ns[device] = ns
+
+
+def observe_processes(
+    all_gates: Iterable[ProcessGates], devices: frozenset[int], number: int, since_ns: int, now_ns: int
+) -> Seen:
+    """Return what these processes say of all devices together, in the turn `number` that began at `since_ns`."""
+    waiting, drained, begun = False, True, 0
+    launches = flying = until = wanted = ended = 0
+    rests = []
+    for gates in all_gates:
+        words, ahead_ns, launched, aloft, idle_ns = gates.words, gates.session.ahead_ns, 0, 0, -1
+        for row in gates.rows:
+            waits, last, count, in_flight, until_ns, wanted_ns, rest_ns, begun_ns, ended_ns = process_claims.read(
+                words, row, ahead_ns, now_ns
+            )
+            waiting |= waits
+            launched += count
+            if in_flight:
+                aloft += in_flight
+                drained = drained and last == number
+                if until_ns > until:
+                    until = until_ns
+            if wanted_ns > wanted:
+                wanted = wanted_ns
+            if rest_ns < idle_ns or idle_ns < 0:
+                idle_ns = rest_ns
+            if begun_ns > since_ns and (begun_ns < begun or not begun):
+                begun = begun_ns
+            if ended_ns > ended:
+                ended = ended_ns
+        launches += launched
+        flying += aloft
+        rest = gates.rested_ns(launched, aloft, max(0, idle_ns))
+        if rest is not None:
+            rests.append(rest)
+    rested = rests[0] if len(rests) == 1 else 0  # of several processes, the common idle time is unknown
+    return Seen(devices, waiting, launches, flying, until, drained, wanted, begun, ended, rested)
+
+
+def let_gang_through(all_gates: Iterable[ProcessGates], now_ns: int) -> None:
+    """Let the late kernels of a gang through closed gates: as many as its other kernels that spin in wait for them.
+
+    Called when the work in flight should have ended long ago. Programs that launch alike on all their devices are
+    together again after one round; all others are stopped by the deadline.
+    """
+    claims = [
+        (gates, row[0], process_claims.read(gates.words, row, 0, now_ns)) for gates in all_gates for row in gates.rows
+    ]
+    most = min(max((claim.in_flight for *_, claim in claims), default=0), MOST_PASSES)
+    for gates, device, claim in claims:
+        if claim.waiting and not claim.in_flight:
+            gates.let_pass(device, claim.launches + most)

@@ -1,0 +1,264 @@
+"""The managed processes: their control and status pages, and the rows and heartbeats on them.
+
+Used by the gatekeeper's main loop. A session lasts from a process's first answer until its pidfd reports its end.
+Unmanaged processes share a few control pages, so that they take no places. Which process gets which page is decided
+elsewhere; status pages are not read here. Raises OSError. Pages without heartbeats make shims open their gates.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import selectors
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from time import monotonic_ns
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.gatekeeper.memfd_pages import ControlMemory, StatusMemory, row_bytes
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.linux import procfs
+
+MOST_PROCESSES, PROCESSES_PER_OWNER = 8192, 1024
+MOST_CLOCKS = 16  # different clocks of unmanaged processes
+FEW_PROCESSES = 64  # half of all places are kept for owners with fewer processes
+Held = tuple[int, int, int, int]  # tgid, generation, device, bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PageHeader:
+    """The part of a control page that never changes: another header needs another page."""
+
+    flags: int = 0
+    devices: tuple[tuple[int, bytes], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """A process that has pages, for as long as its pidfd says that it lives. `since_ns`: the session's begin."""
+
+    pid: int
+    pidfd: int
+    tenant: int
+    owner: int  # the cgroup whose bounds apply, and whose place it takes
+    space: int  # inode of its pid namespace
+    header: PageHeader
+    control: ControlMemory
+    status: StatusMemory | None = None
+    rows: bytes = b""
+    levels: tuple[int, ...] = ()  # innermost first
+    since_ns: int = field(default_factory=monotonic_ns)
+    has_ended: bool = False  # the kernel says so, though its pidfd does not yet
+    ahead_ns: int = 0  # of our clock: times on its pages are by its own clock
+    generation: int = 0  # of its entry in the ledger; 0: it had none yet
+
+    def show(self, rows: bytes) -> None:
+        """Put these rows on the control page, unless they are there."""
+        if rows != self.rows:
+            self.control.show(rows)
+            self.rows = rows
+
+    def beat(self) -> None:
+        """Write a heartbeat on the control page."""
+        self.control.page.heartbeat_ns = monotonic_ns() + self.ahead_ns
+
+    def close(self) -> None:
+        """Close pidfd and pages; descriptors that were sent stay readable."""
+        os.close(self.pidfd)
+        self.control.close()
+        if self.status:
+            self.status.close()
+
+
+class Sessions:
+    """All sessions of the gatekeeper. `epoch`: the value for all pages from now on."""
+
+    def __init__(self, selector: selectors.BaseSelector, boot: bytes) -> None:
+        self._selector, self._boot = selector, boot
+        self._most = min(MOST_PROCESSES, max(16, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 3072) // 5))
+        self._sessions: dict[int, Session] = {}  # by pid, which stays the process's while we hold its pidfd
+        self._members: Counter[int] = Counter()  # sessions of an owner
+        self._held: dict[int, list[Held]] = {}
+        self._names: dict[tuple[int, int], dict[int, int]] = {}
+        self._tables: dict[tuple[int, int], bytes] = {}  # rows of a tenant, with the pids of a pid namespace
+        self._shared: dict[int | None, ControlMemory] = {}  # by how far the clock is ahead of ours
+        self.epoch = 0
+        self.on_end: Callable[[Session], None] = lambda _: None  # called for every session that ends, once or twice
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def get(self, pid: int) -> Session | None:
+        """Return the session of this pid, if its process lives."""
+        session = self._sessions.get(pid)
+        if session and not procfs.alive(session.pidfd):
+            self._remove(session)
+            return None
+        return session
+
+    def add(self, pid: int, pidfd: int, tenant: int, owner: int, header: PageHeader) -> Session | None:
+        """Add a session, which takes over the pidfd; None: no place. Raises OSError: the pidfd is not taken."""
+        if not self._has_place(owner):
+            return None
+        session = Session(pid, pidfd, tenant, owner, procfs.pid_space(pidfd), header, self._control(header))
+        try:
+            self._selector.register(pidfd, selectors.EVENT_READ, partial(self._remove, session))
+        except OSError:
+            session.control.close()
+            raise
+        self._sessions[pid] = session
+        self._members[owner] += 1
+        return session
+
+    def _has_place(self, owner: int) -> bool:
+        own, taken = self._members[owner], len(self._sessions)
+        if own >= PROCESSES_PER_OWNER or taken >= self._most:
+            return False
+        return own < FEW_PROCESSES or taken < self._most // 2
+
+    def page_of_unmanaged(self, pid: int) -> ControlMemory:
+        """Return the control page that this process shares with all unmanaged ones of the same clock. Raises OSError.
+
+        If there are too many different clocks, the page has no heartbeat: its processes take the gatekeeper for ended,
+        and say hello again and again.
+        """
+        ahead_ns: int | None = procfs.clock_ahead_ns(pid)
+        if ahead_ns not in self._shared and len(self._shared) >= MOST_CLOCKS:
+            ahead_ns = None
+        if ahead_ns not in self._shared:
+            self._shared[ahead_ns] = self._control(PageHeader())
+        self._beat_shared(self._shared[ahead_ns], ahead_ns)  # never older than the answer
+        return self._shared[ahead_ns]
+
+    def _beat_shared(self, control: ControlMemory, ahead_ns: int | None) -> None:
+        control.page.epoch = self.epoch
+        if ahead_ns is not None:
+            control.page.heartbeat_ns = monotonic_ns() + ahead_ns
+
+    def release(self, pid: int) -> None:
+        """End the session of a process that is unmanaged from now on, with its gates open."""
+        session = self._sessions.get(pid)
+        if session:
+            session.control.page.gates[:] = [abi.Gate.OPEN] * abi.DEVICES
+            self._remove(session)
+
+    def is_owed_beats(self) -> bool:
+        """Return True if a process has a page that needs heartbeats."""
+        return bool(self._sessions or self._shared)
+
+    def update(self, session: Session, tenant: int, owner: int, levels: tuple[int, ...], header: PageHeader) -> None:
+        """Update a session's pages to what the next answer says. A new header needs a new page. Raises OSError."""
+        if session.header != header:
+            control = self._control(header)
+            session.control.close()
+            session.header, session.control, session.rows = header, control, b""
+        session.control.page.epoch = self.epoch  # never older than the answer
+        session.ahead_ns, session.generation = procfs.clock_ahead_ns(session.pid), 0
+        session.beat()
+        if session.owner != owner:
+            take_one(self._members, session.owner)
+            self._members[owner] += 1
+            session.owner = owner
+        session.tenant = tenant
+        session.levels = levels
+        if header.flags:
+            session.status = session.status or StatusMemory()
+            session.show(self._rows(session.tenant, session.space))
+
+    def _control(self, header: PageHeader) -> ControlMemory:
+        control = ControlMemory()
+        page = control.page
+        page.version, page.flags, page.boot[:] = abi.LAYOUT, header.flags, self._boot
+        for place, (index, uuid) in enumerate(header.devices):
+            page.devices[place].index, page.devices[place].uuid[:] = index, uuid
+        page.device_count = len(header.devices)
+        page.gates[:] = [1] * abi.DEVICES
+        page.epoch = self.epoch
+        return control
+
+    def end(self, pid: int, at_ns: int) -> None:
+        """Note that a process of this pid has ended at `at_ns`, by the kernel; its pidfd is silent until the driver has
+        cleaned up. A session that began later belongs to another process.
+        """
+        session = self._sessions.get(pid)
+        if session and session.since_ns <= at_ns:
+            session.has_ended = True
+            self.on_end(session)
+
+    def _part_with_earlier_lives(self, processes: Mapping[int, Process]) -> None:
+        """Close sessions of processes that have exec'ed.
+
+        Their pages are unmapped, and their status page could show a waiting thread for ever.
+
+        A process that has only left its cgroups keeps its pages: it finds its gates open, and says hello again.
+        """
+        for session in list(self._sessions.values()):
+            process = processes.get(session.pid)
+            now = process.generation if process else 0
+            if session.generation and now != session.generation and not session.has_ended:
+                session.control.page.gates[:] = [abi.Gate.OPEN] * abi.DEVICES
+                session.control.page.epoch ^= 1 << 63
+                self._remove(session)
+            session.generation = now
+
+    def _remove(self, session: Session) -> None:
+        if self._sessions.pop(session.pid, None) is not session:
+            return
+        self._selector.unregister(session.pidfd)
+        self.on_end(session)
+        session.close()
+        take_one(self._members, session.owner)
+
+    def show(self, processes: Mapping[int, Process]) -> None:
+        """Update the rows of every session by the ledger, and end those whose processes the ledger has ended."""
+        self._part_with_earlier_lives(processes)
+        self._held = by_tenant(processes)
+        live = {(tgid, generation) for rows in self._held.values() for tgid, generation, _, _ in rows}
+        self._names = {key: names for key, names in self._names.items() if key in live}
+        self._tables.clear()
+        for session in self._sessions.values():
+            if session.header.flags:
+                session.show(self._rows(session.tenant, session.space))
+
+    def _rows(self, tenant: int, space: int) -> bytes:
+        if tenant not in self._held:
+            return b""
+        if (tenant, space) not in self._tables:
+            self._tables[tenant, space] = self._make_rows(tenant, space)
+        return self._tables[tenant, space]
+
+    def _make_rows(self, tenant: int, space: int) -> bytes:
+        rows = []
+        for tgid, generation, device, held in self._held[tenant]:
+            names = self._names.get((tgid, generation)) or procfs.pid_names(tgid)
+            self._names[tgid, generation] = names
+            if space in names:
+                rows.append((names[space], device, held))
+        return row_bytes(rows)
+
+    def beat(self) -> None:
+        """Write a heartbeat and the epoch on every page."""
+        for session in self._sessions.values():
+            session.control.page.epoch = self.epoch
+            session.beat()
+        for ahead_ns, control in self._shared.items():
+            self._beat_shared(control, ahead_ns)
+
+
+def take_one(count: Counter[int], key: int) -> None:
+    """Subtract one from a counter, and remove its entry at zero."""
+    count[key] -= 1
+    if count[key] <= 0:
+        del count[key]
+
+
+def by_tenant(processes: Mapping[int, Process]) -> dict[int, list[Held]]:
+    """Return what is held, by innermost tenant; if it is too much for a page, the largest."""
+    held: dict[int, list[Held]] = {}
+    for tgid, process in sorted(processes.items()):
+        rows = [(tgid, process.generation, device, bytes_) for device, bytes_ in enumerate(process.bytes) if bytes_]
+        if rows and process.levels:
+            held.setdefault(process.levels[0], []).extend(rows)
+    return {t: sorted(sorted(rows, key=lambda row: -row[3])[: abi.ROWS]) for t, rows in held.items()}

@@ -1,0 +1,377 @@
+"""The time slicer: a thread that passes the claims of processes to `turns`, and its decisions to their gates.
+
+The thread sleeps on the futexes of status pages until a turn is due. It reads shares, and writes the `turns` map. It
+waits for no tenant, and costs nothing if no tenant has compute. An OSError is counted, and the step is tried again. Any
+other exception ends the process: heartbeats on pages stop, and shims open their gates.
+
+A wake-up costs more than the work done in it, so there are few: at the end of a turn, when its work has drained, when a
+process comes, when shares change, and now and then to look at the owner of a device while others wait.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import signal
+import traceback
+from dataclasses import asdict
+from time import monotonic_ns
+from typing import Any
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.gatekeeper.process_gates import ProcessGates, let_gang_through, observe_processes
+from fgpu_ebpf.gatekeeper.sessions import Session
+from fgpu_ebpf.gatekeeper.turn_rows import UnitRows, counts_of
+from fgpu_ebpf.ledger.compute_maps import Key, TurnCounts
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.linux import futex
+from fgpu_ebpf.scheduling import fair_queue, nested_shares
+from fgpu_ebpf.scheduling.counters import BUCKETS_NS
+from fgpu_ebpf.scheduling.fair_queue import Share
+from fgpu_ebpf.scheduling.state import NEVER_NS, Place, Seen
+from fgpu_ebpf.scheduling.turns import MS, Turns
+
+SHARES_NS, PUBLISH_NS, AGAIN_NS = 100 * MS, 500 * MS, 10 * MS
+CROWD_LOOK_NS = 5 * MS  # period of looks at processes whose futexes are not watched
+MOST_RINGS = 100  # in SHARES_NS; a process that wakes us more often is looked at periodically instead
+QUANTUM_PARTS = 4  # at most this part of a quantum may be in flight, if that is less than the usual budget
+
+
+class TimeSlicer:
+    """All processes of tenants with a share. Every public method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self.ledger: Ledger | None = None
+        self.is_told = False  # by `shares_changed`, when shares have changed: else they are read every SHARES_NS
+        self._lock = _thread.allocate_lock()
+        self._turns = Turns()
+        self._gates: dict[int, list[ProcessGates]] = {}  # by tenant: the level whose share it is
+        self._by_session: dict[int, tuple[int, ProcessGates]] = {}  # by the session's id(): tenant and gates
+        self._without: dict[int, Session] = {}  # sessions without a share so far
+        self._shares: dict[int, dict[int, Share]] = {}  # by level and device
+        self._gated: dict[int, frozenset[int]] = {}  # devices of a tenant's shares, its own and those around it
+        self._used: dict[int, frozenset[int]] = {}  # devices of a tenant
+        self._epoch, self._read_ns, self._is_read_owed = -1, 0, False  # of shares; when read; changed since then
+        self._shares_ns = self._publish_ns = NEVER_NS
+        self._measured: tuple[int, dict[int, int]] = (0, {})
+        self._shown: dict[int, frozenset[int]] = {}  # by tenant: devices of the last published rows
+        self._unit_rows = UnitRows()
+        self._wanted: set[int] = set()
+        self._bells = futex.Bells()
+        self._watched: list[ProcessGates] = []
+        self._unwatched: list[ProcessGates] = []
+        self._muted: set[int] = set()  # tenants whose futexes are muted
+        self._to_look_at: set[int] = set()  # tenants to be looked at, because of a wake-up or a change
+        self._is_watching = self._started = self._ended = False
+        self._errors = 0
+
+    # -- processes that come and go
+
+    def register(self, session: Session) -> None:
+        """Add a session, or use its new pages: its gates are right before the process sees them."""
+        if session.status is None or self.ledger is None:
+            return
+        with self._lock:
+            before = self._epoch
+            self._read_shares(self.ledger)
+            tenant, gates = self._by_session.pop(id(session), (0, None))
+            if gates:
+                self._gates[tenant].remove(gates)
+                gates.use_pages_of(session)
+            self._add(session, gates)
+            looks_no_more = not self.is_told and self._shares_ns == NEVER_NS
+            if looks_no_more:
+                self._look_at_shares_later()
+            others = self._epoch != before and (self._by_session or self._started)
+            if looks_no_more or others or id(session) in self._by_session:
+                self._start()
+
+    def shares_changed(self) -> None:
+        """Read the shares again if they have changed, SHARES_NS after the last reading at the earliest.
+
+        Reading all of them takes milliseconds if a tenant has hundreds of cgroups, and a tenant can change them at any
+        rate.
+        """
+        with self._lock:
+            has_sessions = self._by_session or self._without
+            if self.ledger and has_sessions and self.ledger.times.epoch() != self._epoch:
+                self._shares_ns = min(self._shares_ns, self._read_ns + SHARES_NS)
+                self._is_read_owed = True
+                self._start()
+
+    def remove(self, session: Session) -> None:
+        """Remove a session: its process's turn ends at once."""
+        with self._lock:
+            self._without.pop(id(session), None)
+            tenant, gates = self._by_session.pop(id(session), (0, None))
+            if gates:
+                now_ns = monotonic_ns()
+                if gates.claims_work(now_ns):
+                    self._turns.lose(tenant, now_ns)
+                self._gates[tenant].remove(gates)
+                self._used.pop(tenant, None)  # perhaps no other process of the tenant uses its devices
+                self._to_look_at.add(tenant)
+                self._is_watching = False
+                self._bells.nudge()
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            _thread.start_new_thread(self._serve, ())
+        self._bells.nudge()
+
+    def _add(self, session: Session, gates: ProcessGates | None = None) -> None:
+        levels = [level for level in session.levels if level in self._shares]
+        if not levels:
+            if gates:
+                gates.open_all()
+            self._without[id(session)] = session  # its page was made with open gates
+            return
+        self._without.pop(id(session), None)
+        tenant, *around = levels
+        self._turns.nest(tenant, around, monotonic_ns())
+        gates = gates or ProcessGates(session)
+        gates.heard = -1
+        gated = self._gated[tenant] = frozenset().union(*(self._shares[level] for level in levels))
+        gates.set_shared(gated)
+        self._by_session[id(session)] = tenant, gates
+        self._gates.setdefault(tenant, []).append(gates)
+        self._is_watching = False
+        self._to_look_at.add(tenant)
+        self._publish_ns = min(self._publish_ns, monotonic_ns() + PUBLISH_NS)
+        place = self._turns.places[tenant]
+        for device in gated:
+            gates.set_budget(device, min(abi.BUDGET_NS, place.share.quantum_ns // QUANTUM_PARTS))
+            gates.put(device, place.gate(device))
+        gates.open_all(but=gated)
+
+    # -- shares
+
+    def _look_at_shares_later(self) -> None:
+        self._shares_ns = min(self._shares_ns, monotonic_ns() + SHARES_NS)
+
+    def _read_shares(self, ledger: Ledger) -> None:
+        epoch, self._is_read_owed = ledger.times.epoch(), False
+        if epoch == self._epoch:
+            return
+        found: dict[int, dict[int, Share]] = {}
+        for (level, device), share in ledger.times.shares().items():
+            found.setdefault(level, {})[device] = share
+        self._epoch, self._shares, self._read_ns = epoch, found, monotonic_ns()
+        self._turns.share_out({level: by[min(by)] for level, by in found.items()}, monotonic_ns())
+        with_gates = [*((gates.session, gates) for _, gates in self._by_session.values())]
+        others = [*self._without.values()]
+        self._to_look_at |= self._gates.keys()
+        self._gates, self._by_session, self._without, self._gated, self._used = {}, {}, {}, {}, {}
+        for session, gates in with_gates:
+            self._add(session, gates)
+        for session in others:
+            self._add(session)
+
+    # -- the thread
+
+    def _serve(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the main thread has the handlers
+        due_ns = 0
+        try:
+            while not self._ended:
+                self._bells.wait(due_ns if due_ns < NEVER_NS else None)
+                with self._lock:
+                    self._bells.collect()
+                    due_ns = self._try()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(os.EX_SOFTWARE)  # a failure, so that systemd restarts the service; the ledger is in the kernel
+
+    def _try(self) -> int:
+        try:
+            return self._turn()
+        except OSError:
+            self._errors += 1
+            return monotonic_ns() + AGAIN_NS
+
+    def _turn(self) -> int:
+        """Do what is due, and return when the next step is due."""
+        now_ns = monotonic_ns()
+        if self.ledger and now_ns >= self._shares_ns:
+            self._shares_ns = now_ns + SHARES_NS
+            self._read_shares(self.ledger)
+            if not self._forgive() and (self.is_told or not (self._by_session or self._without)):
+                self._shares_ns = NEVER_NS
+        if self._gates or self._to_look_at:
+            self._step()
+        if self.ledger and now_ns >= self._publish_ns:
+            self._publish(self.ledger, now_ns)
+        now_ns = monotonic_ns()
+        due_ns = min(self._turns.due_ns(now_ns), self._publish_ns)
+        if not self.is_told or self._is_read_owed:
+            due_ns = min(due_ns, self._shares_ns)  # else shares can wait until something else is due
+        return min(due_ns, now_ns + CROWD_LOOK_NS) if self._unwatched else due_ns
+
+    def _forgive(self) -> bool:
+        """Reset the counts of wake-ups. Returns True if a process has woken us."""
+        rings = [gates.rings for _, gates in self._by_session.values()]
+        self._is_watching &= max(rings, default=0) <= MOST_RINGS
+        for _, gates in self._by_session.values():
+            gates.rings = 0
+        return any(rings)
+
+    def _step(self) -> None:
+        self._listen()
+        is_new, is_other = True, False
+        while is_new:
+            self._to_look_at.update(self._turns.in_question())
+            now_ns, news = monotonic_ns(), dict[int, Seen]()
+            for tenant in self._to_look_at:
+                if self._gates.get(tenant):
+                    self._try_to_look(tenant, news)
+                else:
+                    self._turns.leave(tenant, now_ns)
+                    self._gates.pop(tenant, None)
+                    self._used.pop(tenant, None)
+            self._to_look_at.clear()
+            changed = self._turns.step(news, now_ns)
+            for tenant in sorted(changed, key=self._is_open):  # gates that close first
+                self._set_gates(tenant)
+            is_other |= bool(changed) or len(news) > 1  # which tenants wait for which may have changed
+            is_new = self._turns.look_again()
+            if is_new:
+                futex.fence()  # a process that counts as in flight after this has seen its gate closed
+        for tenant in self._turns.to_meet(monotonic_ns()):
+            let_gang_through(self._gates.get(tenant, ()), monotonic_ns())
+        if not self._is_watching:
+            self._watch()
+            is_other = True
+        if is_other:
+            self._mute()
+
+    def _listen(self) -> None:
+        for place, gates in enumerate(self._watched):
+            if gates.rang():
+                self._bells.heard(place, gates.heard)
+                self._is_watching &= gates.rings <= MOST_RINGS
+                self._mark(gates)
+        for gates in self._unwatched:
+            if gates.rang():
+                self._mark(gates)
+
+    def _mark(self, gates: ProcessGates) -> None:
+        self._look_at_shares_later()  # and then at which processes wake us too often
+        entry = self._by_session.get(id(gates.session))
+        if entry:
+            self._to_look_at.add(entry[0])
+
+    def _watch(self) -> None:
+        all_gates = [gates for _, gates in self._by_session.values()]
+        quiet = [gates for gates in all_gates if gates.rings <= MOST_RINGS]
+        self._watched = quiet[: futex.MOST_WORDS]
+        self._unwatched = quiet[futex.MOST_WORDS :] + [gates for gates in all_gates if gates.rings > MOST_RINGS]
+        self._bells.watch([gates.bell for gates in self._watched])
+        for place, gates in enumerate(self._watched):
+            gates.place = place
+            self._bells.heard(place, max(0, gates.heard))
+        for gates in self._unwatched:
+            gates.place = -1
+        self._muted = set()
+        self._is_watching = True
+
+    def _mute(self) -> None:
+        """Mute the futexes of tenants whose wake-ups can wait for the next step."""
+        before, self._muted = self._muted, self._turns.unheard()
+        for tenant in before ^ self._muted:
+            for gates in self._gates.get(tenant, ()):
+                if gates.place >= 0:
+                    self._bells.mute(gates.place, tenant in self._muted)
+
+    def _try_to_look(self, tenant: int, news: dict[int, Seen]) -> None:
+        try:
+            news[tenant] = self._look(tenant)
+        except OSError:
+            raise  # of the ledger: tried again
+        except Exception:  # a defect that this tenant has triggered must not stop the others
+            self._turns.faults += 1
+            self._turns.forget(tenant)
+
+    def _look(self, tenant: int) -> Seen:
+        all_gates, place, used = self._gates[tenant], self._turns.places[tenant], self._used.get(tenant)
+        for gates in all_gates:
+            if gates.has_begun_to_use():
+                gates.use(self._contexts(gates.session.pid))
+                used = None
+        if used is None:
+            used = self._used[tenant] = frozenset().union(*(gates.used for gates in all_gates))
+        since_ns = place.turn.opened_ns if place.turn else 0
+        seen = observe_processes(all_gates, used, place.number, since_ns, monotonic_ns())
+        if seen.waiting or place.turn:
+            self._wanted.add(tenant)
+        return seen
+
+    def _contexts(self, pid: int) -> set[int]:
+        process = self.ledger.process(pid) if self.ledger else None
+        return {device for device, count in enumerate(process.contexts) if count} if process else set()
+
+    def _is_open(self, tenant: int) -> bool:
+        return self._turns.places[tenant].is_open()
+
+    def _set_gates(self, tenant: int) -> None:
+        all_gates = self._gates.get(tenant)
+        for device in self._gated.get(tenant, ()) if all_gates else ():
+            word = self._turns.places[tenant].gate(device)
+            for gates in all_gates or ():
+                gates.put(device, word)
+
+    # -- publishing
+
+    def _publish(self, ledger: Ledger, now_ns: int) -> None:
+        """Write the turns map: counts, and since the last call the part that each tenant had and was entitled to."""
+        since_ns, owned = self._measured
+        places = {tenant: self._turns.places[tenant] for tenant in {*self._gates, *owned} & set(self._turns.places)}
+        self._publish_ns = now_ns + PUBLISH_NS if self._gates else NEVER_NS
+        self._measured = (now_ns, {t: places[t].counts.owned_ns for t in self._gates})
+        wanted, self._wanted = self._wanted & set(places), set()
+        rows, due = dict[Key, TurnCounts](), dict[int, int]()
+        for tenant, place in sorted(places.items(), key=lambda one: one[1].is_unit()):
+            self._observe(tenant, place, ledger, now_ns)
+            rivals = {t: places[t].share for t in wanted | {tenant} if places[t].seen.devices & place.seen.devices}
+            rivals[tenant] = place.share
+            had = max(0, place.counts.owned_ns - owned.get(tenant, place.counts.owned_ns))  # its state may be a new one
+            part = had * fair_queue.MILLION // max(1, now_ns - since_ns) if since_ns else 0
+            entitled = nested_shares.entitled(rivals, {t: places[t].above[-1] for t in rivals if places[t].above})[
+                tenant
+            ]
+            due[tenant], is_here = entitled, tenant in self._gates
+            shown = self._shown.get(tenant, frozenset())  # a last row when all its processes have gone
+            for device in self._own_devices(place) | shown:
+                rows[tenant, device] = counts_of(place, device, part if is_here else 0, entitled)
+        span_ns = now_ns - since_ns if since_ns else 0
+        for key, counts in (rows | self._unit_rows.over(rows, places, due, wanted, self._shares, span_ns)).items():
+            ledger.times.set_turns(*key, counts)
+        self._shown = {tenant: self._own_devices(places[tenant]) for tenant in self._gates}
+
+    def _own_devices(self, place: Place) -> frozenset[int]:
+        """Return the devices that the tenant uses and has a share of itself, not only a group around it."""
+        return place.seen.devices.intersection(self._shares.get(place.tenant, ()))
+
+    def _observe(self, tenant: int, place: Place, ledger: Ledger, now_ns: int) -> None:
+        if place.share.limited:
+            ran = [ns for device in place.seen.devices if (ns := ledger.times.ran_ns(tenant, device)) is not None]
+            if ran:
+                self._turns.observed(tenant, max(ran), now_ns)
+
+    def counts(self) -> dict[str, Any]:
+        """Return the counts of every device as plain values."""
+        with self._lock:
+            return {
+                "bounds_ns": list(BUCKETS_NS),
+                "devices": {str(device): asdict(counts) for device, counts in self._turns.devices.items()},
+                "errors": self._errors,
+                "faults": self._turns.faults,
+            }
+
+    def end(self) -> None:
+        """Open every gate, and stop scheduling."""
+        with self._lock:
+            self._ended = True
+            for _, gates in self._by_session.values():
+                gates.open_all()
+            self._bells.nudge()

@@ -1,0 +1,74 @@
+"""Rows of the turns map by level and device: a tenant's own turns, and for a unit the sum of everything inside it.
+
+Used by the time slicer, which writes the rows. Remembers what each unit had when it was last published. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from fgpu_ebpf.ledger.compute_maps import Key, TurnCounts
+from fgpu_ebpf.scheduling.fair_queue import MILLION
+from fgpu_ebpf.scheduling.nested_shares import Unit
+from fgpu_ebpf.scheduling.state import Place
+
+
+def counts_of(place: Place, device: int, part: int, entitled: int) -> TurnCounts:
+    """Return the row of a tenant alone. `part`, `entitled`: millionths of the device that it had and was due."""
+    counts, turn = place.counts, place.turn
+    owner = int(device in place.free_on or (turn is not None and device in turn.devices and not turn.handed_ns))
+    numbers = (counts.owned_ns, counts.waits, counts.wait_ns, counts.overruns, counts.switches, counts.throttled)
+    return TurnCounts(*numbers, owner, part, entitled, int(device in place.free_on), place.since_ns or 0)
+
+
+class UnitRows:
+    """Rows of units. Their time and part are the sum of everything inside; waits and turns are of their own cgroup."""
+
+    def __init__(self) -> None:
+        self._told: dict[Key, tuple[Unit, int]] = {}  # with its owned time in all
+
+    def over(
+        self,
+        rows: Mapping[Key, TurnCounts],
+        places: Mapping[int, Place],
+        due: Mapping[int, int],
+        wanted: Collection[int],
+        shares: Mapping[int, Collection[int]],
+        span_ns: int,
+    ) -> dict[Key, TurnCounts]:
+        """Return rows of units, which replace the rows of the units' own programs.
+
+        Args:
+            rows: the rows of `places`.
+            places: the tenants that have processes now or had some at the last call.
+            due: the entitlement of each tenant, if it and `wanted` want the device.
+            shares: devices by level.
+            span_ns: time since the last call; 0: there was none.
+        """
+        inside: dict[Key, list[Place]] = {}
+        units = {key: unit for key, (unit, _) in self._told.items()}
+        for place in places.values():
+            for unit in place.above:
+                for device in place.seen.devices.intersection(shares.get(unit.level, ())):
+                    units[unit.level, device] = unit
+                    inside.setdefault((unit.level, device), []).append(place)
+        told, self._told, found = self._told, {}, dict[Key, TurnCounts]()
+        for key, unit in units.items():
+            (level, device), had_ns, members = key, unit.owned_ns(key[1]), inside.get(key, [])
+            if device not in shares.get(level, ()):
+                continue
+            before, before_ns = told.get(key, (unit, had_ns))
+            part = (had_ns - before_ns) * MILLION // span_ns if span_ns and members and before is unit else 0
+            if members:
+                self._told[key] = unit, had_ns
+            entitled = [due.get(place.tenant, 0) for place in members if place.tenant in wanted]
+            found[key] = replace(
+                rows.get(key, TurnCounts()),
+                owned_ns=had_ns,
+                owner=max((counts_of(place, device, 0, 0).owner for place in members), default=0),
+                had_millionths=part,
+                entitled_millionths=sum(entitled) or max((due.get(place.tenant, 0) for place in members), default=0),
+                free=int(any(device in place.free_on for place in members)),
+            )
+        return found

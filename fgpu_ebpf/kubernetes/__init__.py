@@ -1,0 +1,1 @@
+"""The Kubernetes device plugin: slots, allocation and the messages to kubelet."""

@@ -1,0 +1,120 @@
+"""Contents of an allocation of slots to a container: the share, by CDI or without it, and the device itself.
+
+Used by the device plugin. Whether there is room is decided by the agent when the container starts. AllocationError says
+what the host lacks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from fgpu_ebpf.kubernetes.slots import Host, Slot
+from fgpu_ebpf.policy.share_name import bound
+
+SHARE_KIND, GPU_KIND = "fgpu.dev/share", "nvidia.com/gpu"
+CDI_FOLDERS = (Path("/etc/cdi"), Path("/var/run/cdi"))
+ANNOTATION = "cdi.k8s.io/fgpu-device-plugin_"
+VISIBLE = "NVIDIA_VISIBLE_DEVICES"
+_MOST_BYTES = 4 << 20
+
+
+class AllocationError(Exception):
+    """The host lacks what a container needs; the text says what."""
+
+
+class Strategy(StrEnum):
+    """Ways in which the share comes into the container."""
+
+    CDI_CRI = "cdi-cri"  # kubelet 1.29 or later tells the runtime the devices' names
+    CDI_ANNOTATIONS = "cdi-annotations"  # any kubelet, and a runtime that reads the names from annotations
+    MOUNTS = "mounts"  # a runtime without CDI: the shim alone, and annotations that a policy uses
+
+
+class Gpus(StrEnum):
+    """Ways in which the device itself comes into the container."""
+
+    AUTO = "auto"  # CDI if a specification has the device, else ENVVAR
+    CDI = "cdi"
+    ENVVAR = "envvar"  # for NVIDIA's container runtime
+    NONE = "none"  # by other means: a runtime class, the image
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Settings that kubelet passes on: names of CDI devices, environment, annotations, read-only mounts (from, to)."""
+
+    cdi: tuple[str, ...] = ()
+    envs: dict[str, str] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
+    mounts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Ways in which this host gives shares and devices to containers."""
+
+    strategy: Strategy = Strategy.CDI_CRI
+    gpus: Gpus = Gpus.AUTO
+    folders: tuple[Path, ...] = CDI_FOLDERS
+
+    def give(self, host: Host, slots: Sequence[Slot]) -> Given:
+        """Return what one container is given. Raises AllocationError."""
+        visible = {} if self.gpus in (Gpus.CDI, Gpus.NONE) else {VISIBLE: ",".join(slot.uuid for slot in slots)}
+        if self.strategy is Strategy.MOUNTS:
+            return Given((), visible, _asked(host, slots), tuple(host.mounts))
+        names = [f"{SHARE_KIND}={bound(slot.share, slot.uuid)}" for slot in slots]
+        gpus = self._gpus(host, slots)
+        if gpus:
+            visible = {VISIBLE: "void"}  # else NVIDIA's runtime would add what the image asks for
+        names = [*gpus, *names]
+        if self.strategy is Strategy.CDI_CRI:
+            return Given(tuple(names), visible)
+        return Given((), visible, {_annotation(slots): ",".join(names)})
+
+    def _gpus(self, host: Host, slots: Sequence[Slot]) -> list[str]:
+        if self.gpus not in (Gpus.AUTO, Gpus.CDI):
+            return []
+        known = _devices(self.folders, GPU_KIND)
+        found = []
+        for slot in slots:
+            index = str(host.devices[slot.uuid].index)
+            name = next((name for name in (slot.uuid, index) if name in known), None)
+            if name is not None:
+                found.append(f"{GPU_KIND}={name}")
+        if len(found) == len(slots):
+            return found
+        if self.gpus is Gpus.CDI:
+            raise AllocationError(f"no CDI specification has {GPU_KIND}={slots[0].uuid}: nvidia-ctk cdi generate")
+        return []
+
+
+def _asked(host: Host, slots: Sequence[Slot]) -> dict[str, str]:
+    """Return the annotations that a policy uses, within its bounds."""
+    profile = host.devices[slots[0].uuid].profiles[slots[0].share]
+    asked = {"fgpu.dev/memory": profile.memory, "fgpu.dev/compute": profile.compute}
+    return {key: value for key, value in asked.items() if value}
+
+
+def _annotation(slots: Iterable[Slot]) -> str:
+    """Return an annotation key for these slots: a container may have several resources, and a key has 63 characters."""
+    return ANNOTATION + hashlib.sha256(",".join(slot.id for slot in slots).encode()).hexdigest()[:16]
+
+
+def _devices(folders: Iterable[Path], kind: str) -> set[str]:
+    """Return the names of all devices of a kind that engines find in these folders. Other files are ignored."""
+    import yaml  # here: specifications are only read when a container starts; JSON is YAML
+
+    found: set[str] = set()
+    for path in (path for folder in folders for path in sorted(folder.glob("*.[jy]*"))):
+        try:
+            text = path.read_bytes()[:_MOST_BYTES]
+            spec = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if kind.encode() in text else None
+            if isinstance(spec, dict) and spec.get("kind") == kind:
+                found.update(str(device["name"]) for device in spec["devices"])
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            continue
+    return found

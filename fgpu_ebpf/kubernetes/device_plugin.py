@@ -1,0 +1,254 @@
+"""The device plugin: reports this host's slots to kubelet, and what a container is given with them.
+
+Runs in a process of its own (`fgpu device-plugin`), in one asyncio loop. It has a socket for each profile in kubelet's
+folder, and registers it. The agent says what there is, and limits the container when it starts. Without an agent every
+slot is unhealthy; without kubelet the plugin waits for it; SIGTERM leaves no socket behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fgpu_ebpf import control_client
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.kubernetes import kubelet_messages
+from fgpu_ebpf.kubernetes.allocation import Way
+from fgpu_ebpf.kubernetes.device_plugin_server import PREFIX, Endpoint, place, stamp
+from fgpu_ebpf.kubernetes.kubelet_messages import PACKAGE
+from fgpu_ebpf.kubernetes.slots import MOST_SLOTS, Book, Host, Slot, host_of
+from fgpu_ebpf.linux.inotify import FolderBell
+
+log = logging.getLogger("fgpu.kubelet")
+FOLDER = Path("/var/lib/kubelet/device-plugins")
+KUBELET = "kubelet.sock"
+LOOK_SECONDS = 2.0
+AGENT_SECONDS = 2.0  # timeout of a request to the agent
+SILENT_SECONDS = 5.0  # how long an agent may be away before slots become unhealthy: an upgrade takes as long
+PATIENCE_SECONDS = 2.0  # how long to wait for room: the agent sees the end of a container a little after kubelet
+REGISTER_SECONDS = 5.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 5.0  # after a registration that failed
+_CHANNEL_OPTIONS = (
+    ("grpc.default_authority", "localhost"),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # else a new connection would wait out the failures of the last one
+)
+
+
+class PluginError(Exception):
+    """Why there is nothing to serve, and how to fix it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Paths, and how containers get what they are given."""
+
+    run_dir: Path = Path("/run/fgpu")
+    folder: Path = FOLDER
+    way: Way = field(default_factory=Way)
+
+
+def serve(options: Options) -> None:
+    """Serve until SIGTERM or SIGINT. PluginError: there is nothing to serve."""
+    try:
+        import grpc.aio  # noqa: F401
+
+        messages = kubelet_messages.classes()
+    except ImportError as error:
+        raise PluginError(f"{error.name} is not installed: python3-grpcio, python3-protobuf") from error
+    os.umask(0o077)  # kubelet is root
+    asyncio.run(_Plugin(options, messages).run())
+
+
+def check(run_dir: Path, folder: Path = FOLDER) -> Check | None:
+    """Check that kubelet is offered what agent.yaml lists; None: nothing is listed, or there is no kubelet."""
+    try:
+        host = host_of(control_client.call(run_dir, {"verb": "offers"}))
+    except (ConnectionError, control_client.RequestError, KeyError, TypeError):
+        return None
+    if not (folder / KUBELET).exists() or not (host.shares or host.fault):
+        return None
+    if host.fault:
+        return Check("device plugin", False, host.fault, "agent.yaml has the profiles; then restart the agent")
+    silent = [share for share in host.shares if not _accepts(place(folder, share))]
+    if silent:
+        fix = "fgpu device-plugin runs beside every kubelet: its log says why it does not"
+        return Check("device plugin", False, f"no device plugin offers {', '.join(silent)}", fix)
+    return Check(
+        "device plugin", True, ", ".join(f"{PREFIX}/{share}: {len(host.slots(share))}" for share in host.shares)
+    )
+
+
+def _accepts(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(1.0)
+        try:
+            sock.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+class _Plugin:
+    """The endpoints of all profiles, and the last answer of the agent."""
+
+    def __init__(self, options: Options, messages: dict[str, Any]) -> None:
+        self.options, self.messages, self.book = options, messages, Book()
+        self.folder, self.way = options.folder, options.way
+        self._endpoints: dict[str, Endpoint] = {}
+        self._heard = -SILENT_SECONDS  # when the agent last answered
+        self._said: str | None = None  # the last logged fault or offer
+
+    def message(self, name: str, **fields: Any) -> bytes:
+        """Return a message in kubelet's encoding."""
+        return bytes(self.messages[name](**fields).SerializeToString())
+
+    async def run(self) -> None:
+        """Run until SIGTERM or SIGINT."""
+        loop, end = asyncio.get_running_loop(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, end.set)
+        log.info("for kubelet at %s, by %s", self.folder, self.way.strategy)
+        tasks = [asyncio.ensure_future(each) for each in (end.wait(), self._look_often(), self._stay_registered())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # raises its error, if it ended by one
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*(endpoint.close() for endpoint in self._endpoints.values()))
+            log.info("ended")
+
+    # -- the agent
+
+    async def _look_often(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def look(self) -> None:
+        """Ask the agent, and notify kubelet of changes. PluginError: too many slots for kubelet."""
+        now = asyncio.get_running_loop().time()
+        try:
+            host = host_of(await control_client.ask(self.options.run_dir, {"verb": "offers"}, AGENT_SECONDS))
+            self._heard = now
+        except (ConnectionError, control_client.RequestError) as error:
+            self._without_agent(str(error), now)
+            return
+        except (KeyError, TypeError, ValueError):
+            self._without_agent("the agent's version offers nothing", now)
+            return
+        if host.count() >= MOST_SLOTS:
+            raise PluginError(f"{host.count()} slots are too many for kubelet ({MOST_SLOTS}): lower counts of profiles")
+        self._take(host)
+
+    def _without_agent(self, text: str, now: float) -> None:
+        if now - self._heard >= SILENT_SECONDS:
+            self._take(Host(text, self.book.host.devices, self.book.host.mounts))
+
+    def _take(self, host: Host) -> None:
+        self.book.look(host)
+        offered = ", ".join(host.shares) or "nothing: list profiles in agent.yaml, and restart it"
+        said = host.fault or f"the agent offers {offered}"
+        if said != self._said:
+            self._said = said
+            log.warning("%s", said) if host.fault or not host.shares else log.info("%s", said)
+        self.notify()
+
+    def fault(self) -> str:
+        """Return why slots are unhealthy, for a log line."""
+        faults = {device.fault for device in self.book.host.devices.values() if device.fault}
+        return "".join(f", {text}" for text in ([self.book.host.fault] if self.book.host.fault else sorted(faults)))
+
+    def notify(self) -> None:
+        """Send changes to kubelet, on every endpoint."""
+        for endpoint in self._endpoints.values():
+            endpoint.notify()
+
+    def promise(self, slots: Iterable[Slot]) -> None:
+        """Note that containers are about to start in these slots; other profiles may have less room now."""
+        self.book.promise(slots)
+        self.notify()
+
+    async def wait_for_room(self, slots: list[Slot]) -> str:
+        """Return why the slots cannot be given even after PATIENCE_SECONDS; empty: they can."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + PATIENCE_SECONDS
+        while (lack := self.book.lack(slots)) and loop.time() < until:
+            await asyncio.sleep(0.1)
+            await self.look()
+        return lack
+
+    # -- kubelet
+
+    async def _stay_registered(self) -> None:
+        """Register again whenever kubelet has restarted, and restore sockets that it has removed."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            with contextlib.ExitStack() as stack:
+                changed = self._watch_folder(stack)
+                is_good = await self._register_all()
+                pause = FIRST_PAUSE_SECONDS if is_good else min(pause * 2, LONGEST_PAUSE_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), LOOK_SECONDS if is_good else pause)
+
+    def _watch_folder(self, stack: contextlib.ExitStack) -> asyncio.Event:
+        """Return an event that is set by changes of kubelet's folder. Without inotify the folder is only polled."""
+        changed, loop = asyncio.Event(), asyncio.get_running_loop()
+        with contextlib.suppress(OSError):
+            bell = stack.enter_context(FolderBell([self.folder]))
+            loop.add_reader(bell.fileno(), changed.set)
+            stack.callback(loop.remove_reader, bell.fileno())
+        return changed
+
+    async def _register_all(self) -> bool:
+        """Open, register and close endpoints as needed. Returns False if it should be tried again soon."""
+        wanted = self.book.host.shares
+        for share in [share for share in self._endpoints if share not in wanted]:
+            await self._endpoints.pop(share).close()
+            log.info("%s/%s: no longer offered", PREFIX, share)
+        for share in wanted:
+            self._endpoints.setdefault(share, Endpoint(self, share)).notify()
+        results = await asyncio.gather(*(self._register(endpoint) for endpoint in self._endpoints.values()))
+        return all(results)
+
+    async def _register(self, endpoint: Endpoint) -> bool:
+        import grpc
+
+        kubelet = self.folder / KUBELET
+        now = stamp(kubelet)
+        if endpoint.is_open and endpoint.registered == now and not endpoint.is_deaf:
+            return True
+        if now is None:
+            return False
+        try:
+            if not endpoint.is_open:
+                await endpoint.open()
+            await self._call(kubelet, endpoint)
+        except grpc.RpcError as error:
+            log.warning("%s: kubelet refuses: %s: %s", endpoint.resource, error.code().name.lower(), error.details())
+            return False
+        except (OSError, RuntimeError) as error:
+            log.warning("%s: %s: %s", endpoint.resource, endpoint.path, error)
+            return False
+        endpoint.registered_with(now)
+        log.info("%s: registered with kubelet", endpoint.resource)
+        return True
+
+    async def _call(self, kubelet: Path, endpoint: Endpoint) -> None:
+        import grpc.aio
+
+        options = self.messages["DevicePluginOptions"](get_preferred_allocation_available=True)
+        about = {"version": PACKAGE, "endpoint": endpoint.path.name, "resource_name": endpoint.resource}
+        async with grpc.aio.insecure_channel(f"unix:{kubelet}", options=_CHANNEL_OPTIONS) as channel:
+            call = channel.unary_unary(f"/{PACKAGE}.Registration/Register")  # bytes in, bytes out
+            await call(self.message("RegisterRequest", options=options, **about), timeout=REGISTER_SECONDS)

@@ -1,0 +1,218 @@
+"""Slots: what kubelet counts. A slot is a place for one container of one profile on one device. No input or output.
+
+Used by the device plugin. Knows the ids of slots, which slots can be given, and which are preferred. SlotError: an id
+is invalid, or one container cannot have these slots together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fgpu_ebpf.policy.units import memory_text, shown
+
+MOST_SLOTS = 1000  # of a host, all profiles together: kubelet reads them in one message of at most 4 MiB
+PROMISE_SECONDS = 300.0  # from kubelet's request to the container's start: its image may have to be fetched
+_BETWEEN = "::"
+
+
+class SlotError(ValueError):
+    """A container cannot have this; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A profile on one device, as the agent reports it. `bytes`: of one share; `fits`: how many more fit now."""
+
+    share: str
+    memory: str
+    compute: str
+    bytes: int
+    count: int
+    taken: int
+    fits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device of this host. `fault`: why nothing of it may be given; empty: shares may be given."""
+
+    uuid: str
+    index: int
+    numa: int | None
+    fault: str
+    free_bytes: int
+    capacity_bytes: int
+    profiles: Mapping[str, Profile]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A slot, by the parts of its id."""
+
+    uuid: str
+    share: str
+    number: int
+
+    @property
+    def id(self) -> str:
+        """The id, such as `GPU-…::8gib-50pct::3`. It is the same after every start."""
+        return _BETWEEN.join((self.uuid, self.share, str(self.number)))
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The agent's last answer. `mounts`: of the shim, from and to. `fault`: why nothing may be given at all."""
+
+    fault: str
+    devices: Mapping[str, Device]
+    mounts: Sequence[tuple[str, str]] = ()
+
+    @property
+    def shares(self) -> list[str]:
+        """The profiles of all devices, in the order of the host's settings."""
+        return list(dict.fromkeys(share for device in self.devices.values() for share in device.profiles))
+
+    def slots(self, share: str) -> list[Slot]:
+        """Return all slots of a profile, device by device."""
+        found = [(device.uuid, device.profiles[share]) for device in self.devices.values() if share in device.profiles]
+        return [Slot(uuid, share, number) for uuid, profile in found for number in range(profile.count)]
+
+    def count(self) -> int:
+        """Return the number of slots of all profiles."""
+        return sum(profile.count for device in self.devices.values() for profile in device.profiles.values())
+
+
+def host_of(answer: Mapping[str, Any]) -> Host:
+    """Return the agent's answer as a Host. KeyError, TypeError: the agent's version knows no slots."""
+    devices = {}
+    for said in answer["devices"]:
+        profiles = {entry["share"]: Profile(**entry) for entry in said["profiles"]}
+        devices[said["uuid"]] = Device(**{**said, "profiles": profiles})
+    return Host(answer["fault"], devices, [(source, target) for source, target in answer["mounts"]])
+
+
+class Book:
+    """Slots that kubelet has asked for, and those of them that are promised but not taken yet.
+
+    kubelet does not tell a device plugin when a container has gone, so what counts is what the agent sees. A promise
+    bridges the time until the agent sees the container, and ends after PROMISE_SECONDS.
+    """
+
+    def __init__(self) -> None:
+        self.host = Host("the agent was not asked yet", {})
+        self._promised: dict[Slot, float] = {}
+        self._given: dict[Slot, None] = {}  # the latest one last
+
+    def look(self, host: Host, now: float | None = None) -> None:
+        """Enter an answer of the agent, and end the promises whose containers have arrived."""
+        now = time.monotonic() if now is None else now
+        before, self.host = self.host, host
+        arrived = {
+            (uuid, share): profile.taken - old.profiles[share].taken
+            for uuid, device in host.devices.items()
+            if (old := before.devices.get(uuid))
+            for share, profile in device.profiles.items()
+            if share in old.profiles
+        }
+        for slot, since in list(self._promised.items()):
+            if now - since > PROMISE_SECONDS:
+                del self._promised[slot]
+            elif arrived.get((slot.uuid, slot.share), 0) > 0:
+                arrived[slot.uuid, slot.share] -= 1
+                del self._promised[slot]
+
+    def promise(self, slots: Iterable[Slot], now: float | None = None) -> None:
+        """Note that containers are about to start in these slots."""
+        now = time.monotonic() if now is None else now
+        for slot in slots:
+            self._promised[slot] = now
+            self._given.pop(slot, None)
+            self._given[slot] = None
+
+    def room(self, device: Device, share: str, but: Iterable[Slot] = ()) -> int:
+        """Return how many more shares of a profile a device has room for, beside what is promised to other slots."""
+        mine = set(but)
+        promised = [slot for slot in self._promised if slot.uuid == device.uuid and slot not in mine]
+        profile = device.profiles[share]
+        if profile.fits * profile.bytes > device.free_bytes:  # overcommit is allowed
+            return profile.fits
+        held = sum(device.profiles[slot.share].bytes for slot in promised if slot.share in device.profiles)
+        return max(0, device.free_bytes - held) // profile.bytes
+
+    def healthy(self, share: str) -> set[Slot]:
+        """Return the slots that kubelet may count on: taken ones, promised ones, and free ones as far as there is room.
+
+        Which slots are taken is unknown: those that kubelet asked for last come first, then the lowest numbers.
+        """
+        found: set[Slot] = set()
+        if self.host.fault:
+            return found
+        for device in self.host.devices.values():
+            if device.fault or share not in device.profiles:
+                continue
+            profile = device.profiles[share]
+            own = [Slot(device.uuid, share, number) for number in range(profile.count)]
+            known = [slot for slot in reversed(self._given) if slot.uuid == device.uuid and slot.share == share]
+            promised = sum(slot.uuid == device.uuid and slot.share == share for slot in self._promised)
+            many = profile.taken + promised + self.room(device, share)
+            found.update([slot for slot in dict.fromkeys([*known, *own]) if slot.number < profile.count][:many])
+        return found
+
+    def read(self, share: str, ids: Sequence[str]) -> list[Slot]:
+        """Return the slots of these ids, as one container asks for them. Raises SlotError."""
+        slots = [self._slot(share, id_) for id_ in ids]
+        twice = [uuid for uuid, count in Counter(slot.uuid for slot in slots).items() if count > 1]
+        if twice:
+            raise SlotError(f"one container cannot have two shares of one device ({twice[0]}): ask for a larger one")
+        return slots
+
+    def _slot(self, share: str, id_: str) -> Slot:
+        uuid, _, rest = id_.partition(_BETWEEN)
+        device = self.host.devices.get(uuid)
+        profile = device.profiles.get(share) if device else None
+        number = rest.removeprefix(share + _BETWEEN)
+        slot = Slot(uuid, share, int(number) if number.isascii() and number.isdigit() and len(number) < 4 else 0)
+        if profile is None or slot.number >= profile.count or slot.id != id_:
+            raise SlotError(f"{shown(id_)} is not an id of fgpu.dev/{share}")
+        return slot
+
+    def lack(self, slots: Iterable[Slot]) -> str:
+        """Return why these slots cannot be given now; empty: they can."""
+        if self.host.fault:
+            return self.host.fault
+        for slot in slots:
+            device = self.host.devices[slot.uuid]
+            if device.fault:
+                return f"{slot.uuid}: {device.fault}"
+            if not self.room(device, slot.share, but=[slot]):
+                size, free = memory_text(device.profiles[slot.share].bytes), memory_text(device.free_bytes)
+                of = memory_text(device.capacity_bytes)
+                return f"{size} do not fit on {slot.uuid}: {free} of {of} are free, promises to others not deducted"
+        return ""
+
+    def prefer(self, share: str, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
+        """Return ids for one container, each of another device. Raises SlotError.
+
+        The fullest device that has room comes first, so that others stay whole, then those of one memory node.
+        """
+        chosen = self.read(share, must)
+        free: dict[str, list[Slot]] = defaultdict(list)
+        for id_ in available:
+            slot = self._slot(share, id_)
+            free[slot.uuid].append(slot)
+        for slot in chosen:
+            free.pop(slot.uuid, None)
+        while len(chosen) < size and free:
+            uuid = min(free, key=lambda uuid: self._order(uuid, share, chosen))
+            chosen.append(min(free.pop(uuid), key=lambda slot: slot.number))
+        return [slot.id for slot in chosen]
+
+    def _order(self, uuid: str, share: str, chosen: Sequence[Slot]) -> tuple[bool, bool, int, int]:
+        device = self.host.devices[uuid]
+        nodes = {self.host.devices[slot.uuid].numa for slot in chosen}
+        room = self.room(device, share)
+        return room < 1, bool(nodes) and device.numa not in nodes, room, device.index

@@ -1,0 +1,168 @@
+"""The BPF maps of compute time: `shares`, `turns` and `ran` (the time that NVML has seen each level run).
+
+The agent writes `shares` and `ran`, the gatekeeper writes `turns`; both read all of them. Used in the agent's main and
+reconcile threads, and in the gatekeeper's time slicer thread. Errors are OSError of bpf(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import struct
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.ledger.ring_buffer import Events
+from fgpu_ebpf.linux import bpf
+from fgpu_ebpf.scheduling.fair_queue import Share
+
+Key: TypeAlias = tuple[int, int]  # level (cgroup id) and device (ledger index)
+_KEY = struct.Struct("QQ")
+_SHARE = struct.Struct("4Q")
+_TURN = struct.Struct("11Q")
+_U32, _U64 = struct.Struct("I"), struct.Struct("Q")
+HOST_SHARES = 4
+_MOST_WORD = 2**64 - 1
+FEW = 24  # so many shares are looked up faster one by one than by reading the whole map
+assert (_SHARE.size, _TURN.size) == (ctypes.sizeof(abi.Share), ctypes.sizeof(abi.Turn))
+
+
+@dataclass(frozen=True, slots=True)
+class TurnCounts:
+    """The counters of a level's share of a device; fields as in abi.Turn."""
+
+    owned_ns: int = 0
+    waits: int = 0
+    wait_ns: int = 0
+    overruns: int = 0
+    switches: int = 0
+    throttled: int = 0
+    owner: int = 0
+    had_millionths: int = 0
+    entitled_millionths: int = 0
+    free: int = 0
+    since_ns: int = 0
+
+
+class ComputeMaps:
+    """The maps `shares`, `turns` and `ran`.
+
+    Args:
+        maps: the ledger's open maps, by name.
+        ring: makes the kernel wake the threads that wait for `bell`.
+        pins: the folder of the pinned maps.
+    """
+
+    def __init__(self, maps: dict[str, int], ring: Callable[[], object], pins: Path = Path("/nowhere")) -> None:
+        self._maps, self._ring, self._pins = maps, ring, pins
+        self._changes = 0  # of the shares, by this process
+        self._shared: tuple[int, Collection[Key]] = (-1, ())
+
+    def bell(self) -> Events | None:
+        """Return a reader of the ring buffer `bell`, or None if the pinned maps are older than it.
+
+        It is readable after shares have changed or a process has ended, and yields the latter as News.ENDED.
+        """
+        fd = self._maps.get("bell")
+        return None if fd is None else Events(os.dup(fd))
+
+    def ended_ns(self, pid: int) -> int | None:
+        """Return a time since when no process of this pid has ended, by the kernel's clock; None: unknown."""
+        ends = self._maps.get("ends")
+        raw = None if ends is None else bpf.lookup(ends, _U32.pack(pid % abi.ENDS), 8)
+        return None if raw is None else int(_U64.unpack(raw)[0])
+
+    def epoch(self) -> int:
+        """Return a number that changes with every change of a share."""
+        return bpf.number(self._maps["host"], HOST_SHARES)
+
+    def shares(self) -> dict[Key, Share]:
+        """Return all shares, by level and device."""
+        found = bpf.items(self._maps["shares"], _KEY.size, _SHARE.size)
+        return {_KEY.unpack(key): Share(*_SHARE.unpack(value)) for key, value in found}
+
+    def shared(self) -> Collection[Key]:
+        """Return the keys of all shares, cached. For the agent, the only writer: read again after its own changes."""
+        changes = self._changes
+        if self._shared[0] != changes:
+            self._shared = changes, self.shares().keys()
+        return self._shared[1]
+
+    def set_shares(self, wanted: Mapping[int, Mapping[int, Share]]) -> None:
+        """Set the shares of these levels, by device, and tell the gatekeeper; a device left out is not gated."""
+        known = {key: share for key, share in self.shares().items() if key[0] in wanted}
+        asked = {(level, device): share for level, by in wanted.items() for device, share in by.items()}
+        for key in asked:
+            self._begin_ran(*key)
+        if known == asked:
+            return
+        try:
+            for key in known.keys() - asked.keys():
+                self._forget_ran(*key)
+                bpf.delete(self._maps["shares"], _KEY.pack(*key))
+                bpf.delete(self._maps["turns"], _KEY.pack(*key))
+            for key, share in asked.items():
+                bpf.update(self._maps["shares"], _KEY.pack(*key), _SHARE.pack(*astuple(share)))
+        finally:
+            self.tell()
+
+    def tell(self) -> None:
+        """Make the gatekeeper read the shares; needed at a start too: the last agent may have been killed before it."""
+        self._changes += 1
+        bpf.update(self._maps["host"], _U32.pack(HOST_SHARES), _U64.pack(self.epoch() + 1))
+        self._ring()
+
+    def forget(self, levels: Collection[int]) -> None:
+        """Remove all shares of these levels, with their counters."""
+        self.set_shares({level: {} for level in levels})
+
+    def turns(self) -> dict[Key, TurnCounts]:
+        """Return the counters of all shares that have any, by level and device."""
+        turns, shared = self._maps["turns"], self.shared()
+        if len(shared) > FEW:
+            found = ((_KEY.unpack(key), value) for key, value in bpf.items(turns, _KEY.size, _TURN.size))
+            return {key: _counts(value) for key, value in found if key in shared}
+        looked_up = ((key, bpf.lookup(turns, _KEY.pack(*key), _TURN.size)) for key in shared)
+        return {key: _counts(value) for key, value in looked_up if value}
+
+    def set_turns(self, level: int, device: int, counts: TurnCounts) -> None:
+        """Write the counters of a share; a number that does not fit in 64 bits becomes the nearest that does."""
+        words = (min(max(0, number), _MOST_WORD) for number in astuple(counts))
+        bpf.update(self._maps["turns"], _KEY.pack(level, device), _TURN.pack(*words))
+
+    def ran_ns(self, level: int, device: int) -> int | None:
+        """Return how long NVML has seen a level run on a device; None: the level has no share, or there is no map."""
+        ran = self._ran()
+        raw = None if ran is None else bpf.lookup(ran, _KEY.pack(level, device), _U64.size)
+        return None if raw is None else int(_U64.unpack(raw)[0])
+
+    def add_ran(self, level: int, device: int, ns: int) -> None:
+        """Add a time for which NVML has seen the level run; do nothing if the level has no share any more."""
+        ran, before_ns = self._ran(), self.ran_ns(level, device)
+        if ran is not None and before_ns is not None:
+            bpf.replace(ran, _KEY.pack(level, device), _U64.pack((before_ns + ns) & _MOST_WORD))
+
+    def _begin_ran(self, level: int, device: int) -> None:
+        ran = self._ran()
+        if ran is not None:
+            bpf.insert(ran, _KEY.pack(level, device), _U64.pack(0))
+
+    def _forget_ran(self, level: int, device: int) -> None:
+        ran = self._ran()
+        if ran is not None:
+            bpf.delete(ran, _KEY.pack(level, device))
+
+    def _ran(self) -> int | None:
+        """Return the map. A loader may have pinned it after the others, if this agent is newer than the pinned maps."""
+        if "ran" not in self._maps:
+            with contextlib.suppress(OSError):
+                self._maps["ran"] = bpf.pinned(self._pins / "ran")
+        return self._maps.get("ran")
+
+
+def _counts(raw: bytes) -> TurnCounts:
+    return TurnCounts(*_TURN.unpack(raw))

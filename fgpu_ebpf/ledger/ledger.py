@@ -1,0 +1,378 @@
+"""The ledger's pinned BPF maps: limits, usage pages, processes, allocations and counters.
+
+Used by the agent, which writes them, and by the gatekeeper and the commands, which read them. `used` is changed by BPF
+programs alone; the agent requests changes by the program `adjust`. LedgerMissing: the loader has not run; other errors
+are OSError of bpf(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.check import has_host_pids
+from fgpu_ebpf.ledger.compute_maps import ComputeMaps
+from fgpu_ebpf.ledger.level_limits import LevelLimits, new_page
+from fgpu_ebpf.ledger.orphans import OrphanMap
+from fgpu_ebpf.ledger.owner_table import OwnerTable
+from fgpu_ebpf.ledger.process_entry import Process, process_of
+from fgpu_ebpf.ledger.resolutions import Resolutions
+from fgpu_ebpf.ledger.ring_buffer import Events
+from fgpu_ebpf.ledger.usage_page_table import UsagePageTable
+from fgpu_ebpf.ledger.usage_pages import Usage, UsagePages
+from fgpu_ebpf.linux import bpf
+
+PINS = Path(f"/sys/fs/bpf/fgpu/v{abi.LAYOUT}")
+_U64 = struct.Struct("Q")
+_U32 = struct.Struct("I")
+_ALLOCATION_KEY = ctypes.sizeof(abi.AllocationKey)
+_ALLOCATION = ctypes.sizeof(abi.Allocation)
+_PROCESS = ctypes.sizeof(abi.Process)
+_THREAD = ctypes.sizeof(abi.Thread)
+_LIMIT, _LIMIT_KEY = struct.Struct("QQ"), struct.Struct("QQ")
+_COUNTER_KEY = struct.Struct("QIHH")
+_FILE = struct.Struct("QQ")
+_DEVICE = ctypes.sizeof(abi.Device)
+_ZERO = _U32.pack(0)
+HOST_EPOCH, HOST_FLAGS, HOST_PROCESSES = 0, 1, 5
+PAGES_AT_ONCE = 256  # each takes a descriptor while they are created
+FEW = 24  # so many processes are looked up faster one by one than by reading the whole map
+MOVE_TRIES, MOVE_SECONDS = 20, 0.01
+
+
+class LedgerMissing(Exception):
+    """The maps are not pinned: the loader has not run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """The key of a counter of a level. Cgroup 0 is the host: of kind KINDS an anomaly, of kind EVENTS a fate."""
+
+    cgroup: int
+    device: int
+    kind: int
+    reason: int
+
+
+class Ledger:
+    """The pinned maps of one layout. For one thread, except `processes`, `overhead`, `move` and `orphans`."""
+
+    def __init__(self, pins: Path = PINS) -> None:
+        self._adjust = -1
+        self._moving = threading.Lock()
+        self._members: tuple[int, tuple[int, ...]] = (-1, ())  # processes_so_far() and the processes at that time
+        self._maps: dict[str, int] = {}
+        self._usage = UsagePages(self.page_fd)
+        self._page_table = UsagePageTable(self._maps)
+        self.times = ComputeMaps(self._maps, lambda: self._run(abi.Adjust.RING), pins / "maps")
+        self.orphans = OrphanMap(self._maps, self._run, self.page_fd)
+        self.owners, self.levels_taken = OwnerTable(self._maps, self._run), self._page_table.taken
+        resolutions = self.resolutions = Resolutions(self._maps, self.new_epoch)
+        self.resolution, self.resolved, self.resolve = (
+            resolutions.resolution, resolutions.resolved, resolutions.resolve
+        )  # fmt: skip
+        self.not_managed, self.refuse, self.forget, self.unresolve = (
+            resolutions.not_managed, resolutions.refuse, resolutions.forget, resolutions.unresolve
+        )  # fmt: skip
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            self._open(pins)
+            undo.pop_all()
+
+    def _open(self, pins: Path) -> None:
+        try:
+            for path in (pins / "maps").iterdir():
+                self._maps[path.name] = bpf.pinned(path)
+            self._adjust = bpf.pinned(pins / "programs" / "adjust")
+        except FileNotFoundError as error:
+            raise LedgerMissing(f"no ledger under {pins}: is `fgpu agent` running?") from error
+
+    def close(self) -> None:
+        """Close all descriptors; pinned maps stay."""
+        self._page_table.close()
+        for fd in (*self._maps.values(), self._adjust):
+            if fd >= 0:
+                os.close(fd)
+        self._maps.clear()
+        self._usage.close()
+        self._adjust = -1
+
+    # -- tenants and groups
+
+    def page_fd(self, cgroup: int) -> int | None:
+        """Return a new descriptor of the level's usage page, for the caller to close; None: there is no frozen page.
+
+        The descriptor goes to the tenant, so a page that a process could write is not returned.
+        """
+        page = bpf.inner_id(self._maps["pages"], _U64.pack(cgroup))
+        if page is None:
+            return None
+        fd = bpf.map_by_id(page)
+        if bpf.frozen(fd):
+            return fd
+        os.close(fd)
+        return None
+
+    def page_missing(self, cgroup: int) -> bool:
+        """Return whether the level has no page yet."""
+        return bpf.inner_id(self._maps["pages"], _U64.pack(cgroup)) is None
+
+    def tenants(self) -> list[int]:
+        """Return the cgroup ids of all levels that have a page."""
+        return [_U64.unpack(key)[0] for key, _ in bpf.items(self._maps["pages"], 8, 4)]
+
+    def usage(self, cgroup: int, devices: Iterable[int] = range(abi.DEVICES)) -> list[Usage] | None:
+        """Return one Usage for each device of the level's page, or None if it has no page."""
+        return self._usage.read(cgroup, devices)
+
+    def limit(self, cgroup: int, device: int) -> int | None:
+        """Return the level's limit on a device in bytes; None: the level may not use the device."""
+        raw = bpf.lookup(self._maps["limits"], _LIMIT_KEY.pack(cgroup, device), _LIMIT.size)
+        return None if raw is None else int(_LIMIT.unpack(raw)[0])
+
+    def limits(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield level, device, bytes and flags of every limit in force."""
+        found = bpf.items(self._maps["limits"], _LIMIT_KEY.size, _LIMIT.size)
+        yield from ((*_LIMIT_KEY.unpack(key), *_LIMIT.unpack(value)) for key, value in found)
+
+    def set_limits(self, levels: Iterable[LevelLimits], over: Callable[[set[int]], object] | None = None) -> None:
+        """Put the limits of all these levels in force, and create the pages of levels that have none.
+
+        Charges are stored in the page alone, so none is lost.
+
+        Args:
+            levels: the levels.
+            over: called with the new levels, in another thread, when no BPF program that has found no page for them
+                runs any more.
+
+        Raises:
+            OSError: E2BIG: there is no room for so many levels; none of them is changed then.
+        """
+        levels = list(levels)
+        new = [level for level in levels if self.page_missing(level.cgroup)]
+        try:
+            for at in range(0, len(new), PAGES_AT_ONCE):
+                self._page_table.make([new_page(level) for level in new[at : at + PAGES_AT_ONCE]], over)
+        except OSError:
+            self._forget_pages([level.cgroup for level in new])
+            raise
+        is_new = {level.cgroup for level in new}
+        for level in levels:
+            self._write_limits(level, level.cgroup in is_new)
+        for level in levels:
+            code = self._run(abi.Adjust.PUBLISH, level.cgroup)
+            if code < 0:
+                raise OSError(-code, f"adjust(publish): {os.strerror(-code)}")
+
+    def _write_limits(self, level: LevelLimits, is_new: bool) -> None:
+        for device, bytes_ in level.bytes.items():
+            key, limit = _LIMIT_KEY.pack(level.cgroup, device), _LIMIT.pack(bytes_, level.flags_of(device))
+            bpf.update(self._maps["limits"], key, limit)
+        for device in () if is_new else set(range(abi.DEVICES)) - level.bytes.keys():
+            bpf.delete(self._maps["limits"], _LIMIT_KEY.pack(level.cgroup, device))
+
+    def _forget_pages(self, cgroups: Collection[int]) -> None:
+        for cgroup in cgroups:
+            self._run(abi.Adjust.WITHDRAW, cgroup)
+        self._page_table.take_away(cgroups, self._forget_counters)
+
+    def _forget_counters(self, cgroups: Collection[int]) -> None:
+        for count in [c for c in self.counters() if c.cgroup in cgroups and self.page_missing(c.cgroup)]:
+            bpf.delete(self._maps["counters"], _COUNTER_KEY.pack(count.cgroup, count.device, count.kind, count.reason))
+
+    def remove(self, cgroups: Collection[int]) -> None:
+        """Remove levels with their pages, limits and counters. Their processes must have been moved or be gone."""
+        for cgroup in cgroups:
+            self._usage.forget(cgroup)
+            for device in range(abi.DEVICES):
+                bpf.delete(self._maps["limits"], _LIMIT_KEY.pack(cgroup, device))
+        self._forget_pages(cgroups)
+        self.times.forget(cgroups)
+        self.unresolve(cgroups)
+
+    # -- identity
+
+    def epoch(self) -> int:
+        """Return a number that changes with every change of `resolved`."""
+        return self._number("host", HOST_EPOCH)
+
+    def new_epoch(self) -> None:
+        """Make every shim say hello again at its next call."""
+        self._set_host(HOST_EPOCH, self.epoch() + 1)
+
+    def settle(self) -> bool:
+        """Return whether this kernel has no return probes, so that shims settle their admissions themselves."""
+        return bool(self._number("host", HOST_FLAGS) & abi.ControlFlag.SETTLE)
+
+    def _number(self, array: str, index: int) -> int:
+        return bpf.number(self._maps[array], index)
+
+    def _set_host(self, index: int, value: int) -> None:
+        bpf.update(self._maps["host"], _U32.pack(index), _U64.pack(value))
+
+    def file_check(self, dev: int, ino: int) -> int | None:
+        """Return the file offset of a probed instruction, or 1 if it is not known; None: the file is not probed.
+
+        Safe to call from any thread.
+        """
+        raw = bpf.lookup(self._maps["files"], _FILE.pack(dev, ino), 4)
+        return None if raw is None else int(_U32.unpack(raw)[0])
+
+    def enter_file(self, dev: int, ino: int, check: int = 1) -> None:
+        """Record a file as probed; `check` is the file offset of a probed instruction, 1 if it is not known."""
+        bpf.update(self._maps["files"], _FILE.pack(dev, ino), _U32.pack(check))
+
+    def forget_file(self, dev: int, ino: int) -> None:
+        """Record that the file is no longer probed."""
+        bpf.delete(self._maps["files"], _FILE.pack(dev, ino))
+
+    def forget_files(self) -> None:
+        """Record that no file is probed any more."""
+        for key, _ in bpf.items(self._maps["files"], _FILE.size, 4):
+            bpf.delete(self._maps["files"], key)
+
+    # -- devices
+
+    def devices(self) -> list[tuple[int, bytes]]:
+        """Return (ledger index, 16-byte UUID) of the host's devices."""
+        found = []
+        for index in range(abi.DEVICES):
+            raw = bpf.lookup(self._maps["devices"], _U32.pack(index), _DEVICE) or bytes(_DEVICE)
+            if any(raw[:16]):
+                found.append((index, raw[:16]))
+        return found
+
+    def set_device(self, index: int, uuid: bytes) -> None:
+        """Set the UUID of the device at a ledger index."""
+        bpf.update(self._maps["devices"], _U32.pack(index), bytes(abi.Device((ctypes.c_uint8 * 16)(*uuid), index)))
+
+    def context_bytes(self, device: int) -> int:
+        """Return the bytes that a new context on this device is charged until NVML reports its size."""
+        return self._number("contexts", device)
+
+    def set_context_bytes(self, device: int, bytes_: int) -> None:
+        """Set the size of a context on a device, as last measured."""
+        bpf.update(self._maps["contexts"], _U32.pack(device), _U64.pack(bytes_))
+
+    # -- processes
+
+    def processes(self) -> dict[int, Process]:
+        """Return all entries that are ready: tgid -> Process."""
+        so_far, (as_of, known) = self._number("host", HOST_PROCESSES), self._members
+        entries: Iterable[tuple[int, Process | None]]
+        if so_far == as_of and len(known) <= FEW:  # no entry was added since
+            entries = ((tgid, self.process(tgid)) for tgid in known)
+        else:
+            found = bpf.items(self._maps["processes"], 4, _PROCESS)
+            entries = ((_U32.unpack(key)[0], process_of(raw)) for key, raw in found)
+        processes = {tgid: p for tgid, p in entries if p and p.generation}
+        self._members = (so_far, tuple(processes))
+        return processes
+
+    def processes_so_far(self) -> int:
+        """Return how many entries there have ever been."""
+        return self._number("host", HOST_PROCESSES)
+
+    def process(self, tgid: int) -> Process | None:
+        """Return the entry of a process, or None."""
+        raw = bpf.lookup(self._maps["processes"], _U32.pack(tgid), _PROCESS)
+        return process_of(raw) if raw else None
+
+    def overhead(self, tgid: int, generation: int, device: int, bytes_: int, changes: int) -> bool:
+        """Set a process's overhead. Returns False if it was charged or has ended meanwhile: read it again."""
+        return self._run(abi.Adjust.OVERHEAD, tgid, generation, device, bytes_, changes) == 0
+
+    def raise_overhead(self, tgid: int, generation: int, device: int, more: int) -> bool:
+        """Add to the overhead of a process that is never quiet. Returns False if it has ended meanwhile."""
+        return self._run(abi.Adjust.RAISE, tgid, generation, device, more) == 0
+
+    def move(self, tgid: int, generation: int, levels: tuple[int, ...]) -> bool:
+        """Move a process and its charges to other levels, leaf first; generation 0 adopts a process without an entry.
+
+        Waits if the process was just moved. A move to the same levels moves charges that were late for the last move.
+        """
+        for _ in range(MOVE_TRIES):
+            with self._moving:
+                done = self._run(abi.Adjust.MOVE, tgid, generation, len(levels), *levels)
+            if done != -errno.EAGAIN:
+                break
+            time.sleep(MOVE_SECONDS)
+        return done == 0
+
+    def reap(self, tgid: int, generation: int) -> bool:
+        """End the entry of a process whose end the kernel has not reported."""
+        return self._run(abi.Adjust.REAP, tgid, generation) == 0
+
+    def mark(self, tgid: int, generation: int, device: int) -> bool:
+        """Restart the peak of a process on a device. Returns False if the process has ended."""
+        return self._run(abi.Adjust.MARK, tgid, generation, device) == 0
+
+    def tag(self, tgid: int, levels: tuple[int, ...]) -> int:
+        """Return the tag in the kernel's answers to a process, and create the process's entry if it has none.
+
+        0: the process asks without a tag, because its level has too many entries or the kernel's pids are not ours.
+        """
+        if not has_host_pids():
+            return 0
+        self._run(abi.Adjust.ENTER, tgid, 0, len(levels), *levels)
+        process = self.process(tgid)
+        return process.tag if process else 0
+
+    @property
+    def event_budgets(self) -> int:
+        """The descriptor of the map `event_budgets`."""
+        return self._maps["event_budgets"]
+
+    def events(self) -> Events:
+        """Return a reader of the kernel's rare events; there should be only one."""
+        return Events(os.dup(self._maps["events"]))
+
+    def sweep(self) -> int:
+        """Delete allocations whose process or era is gone, and return how many."""
+        processes, swept = self.processes(), Counter[tuple[int, int]]()
+        for raw_key, raw in bpf.items(self._maps["allocations"], _ALLOCATION_KEY, _ALLOCATION, 1024):
+            key = abi.AllocationKey.from_buffer_copy(raw_key)
+            owner = processes.get(key.tgid) or self.process(key.tgid)
+            if owner is None or owner.generation != key.generation:
+                level = abi.Allocation.from_buffer_copy(raw).level
+                swept[level.cgroup, level.place] += bpf.delete(self._maps["allocations"], raw_key)
+        for (cgroup, place), n in swept.items():
+            self._run(abi.Adjust.SWEPT, cgroup, n, place)
+        return swept.total()
+
+    def entries(self, name: str) -> int:
+        """Return how many entries a map has; for checks and tests."""
+        sizes = {"allocations": (_ALLOCATION_KEY, _ALLOCATION), "processes": (4, _PROCESS), "threads": (8, _THREAD)}
+        return sum(1 for _ in bpf.items(self._maps[name], *sizes[name], 1024))
+
+    def incidents(self, kind: abi.Kind, reason: int) -> int:
+        """Return how often an anomaly (abi.Kind.KINDS) or a fate of an event (EVENTS) has occurred on the host."""
+        return self._number("incidents", (kind - abi.Kind.KINDS) * abi.REASONS + reason)
+
+    def counters(self) -> dict[Count, int]:
+        """Return all counters that are not 0: refusals and anomalies."""
+        found = bpf.items(self._maps["counters"], _COUNTER_KEY.size, 8)
+        counted = {Count(*_COUNTER_KEY.unpack(key)): _U64.unpack(value)[0] for key, value in found}
+        kinds = abi.Kind.KINDS, abi.Kind.EVENTS
+        host = {Count(0, 0, kind, n): self.incidents(kind, n) for kind in kinds for n in range(abi.REASONS)}
+        return {count: n for count, n in (counted | host).items() if n}
+
+    def hits(self) -> list[int]:
+        """Return how often each probe ran, on all processors: by abi.Function, the shim's from abi.HIT_ADMIT on."""
+        size = 8 * bpf.possible_processors()
+        found = {_U32.unpack(key)[0]: value for key, value in bpf.items(self._maps["hits"], 4, size)}
+        return [sum(struct.unpack(f"{len(found[n]) // 8}Q", found[n])) for n in range(abi.HITS)]
+
+    def _run(self, *arguments: int) -> int:
+        """Run `adjust` with these arguments, missing ones as 0; return 0 or -errno."""
+        return bpf.run_raw_tracepoint(self._adjust, *arguments, *[0] * (12 - len(arguments)))

@@ -1,0 +1,46 @@
+"""The limits of a level, and the usage page with which it starts.
+
+Used by the agent, which decides them, and by the ledger, which puts them in force.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import time
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+
+from fgpu_ebpf import abi
+
+
+@dataclass(frozen=True, slots=True)
+class LevelLimits:
+    """The limits of a level: bytes per ledger index; an index left out is denied.
+
+    `flags` are abi.LimitFlag, `owner` is the slot of the owner of its bounds, `uncommitted` are devices on which the
+    limit does not count yet. `orphaned`: bytes by device with which a new page starts.
+    """
+
+    cgroup: int
+    bytes: Mapping[int, int]
+    flags: int = 0
+    owner: int = 0
+    uncommitted: Set[int] = frozenset()
+    orphaned: Mapping[int, int] = field(default_factory=dict)
+
+    def flags_of(self, device: int) -> int:
+        """Return the flags of the limit on one device."""
+        return self.flags | (abi.uncommitted(device) if device in self.uncommitted else 0)
+
+
+def new_page(level: LevelLimits) -> abi.UsagePage:
+    """Return a usage page with the limits of a level, charged with its orphaned bytes."""
+    flags = functools.reduce(operator.or_, map(level.flags_of, level.bytes), level.flags)
+    page = abi.UsagePage(version=abi.LAYOUT, cgroup=level.cgroup, flags=flags, owner=level.owner)
+    for device, limit in level.bytes.items():  # a limit of 0 denies the device
+        page.devices[device].limit = limit
+    for device, bytes_ in level.orphaned.items():
+        page.devices[device].used = page.devices[device].peak = page.orphaned[device] = bytes_
+        page.orphaned_ns[device] = time.monotonic_ns()
+    return page

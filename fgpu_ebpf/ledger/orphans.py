@@ -1,0 +1,111 @@
+"""Orphaned bytes: charges that remain after their process has ended, or has exported and freed them.
+
+The map `orphans` has one entry for each process, device and move of the process; BPF programs alone change it. The
+agent's reconcile thread reads it and decides what is released.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.linux import bpf
+
+_KEY, _VALUE = struct.Struct("IIQQ"), struct.Struct(f"4Q{2 * abi.LEVELS}Q")
+_U32 = struct.Struct("I")
+HOST_ORPHANS = 8  # index in the array `host`: entries that have ever been made
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """Orphaned bytes on one device.
+
+    `tgid` and `generation` name the process that had them, `turn` is the number of its moves until then. `since_ns`:
+    when the first of them were orphaned. `ended_ns`: when the process ended or executed another program; 0: it lives.
+    `levels`: the cgroups that are charged, leaf first. Times are CLOCK_MONOTONIC.
+    """
+
+    tgid: int
+    device: int
+    generation: int
+    turn: int
+    bytes: int
+    since_ns: int
+    ended_ns: int
+    levels: tuple[int, ...]
+
+
+def orphan_of(raw_key: bytes, raw: bytes) -> Orphan:
+    """Return the meaning of an entry of the map."""
+    tgid, device, generation, turn = _KEY.unpack(raw_key)
+    bytes_, since_ns, ended_ns, _, *levels = _VALUE.unpack(raw)
+    return Orphan(tgid, device, generation, turn, bytes_, since_ns, ended_ns, tuple(filter(None, levels[::2])))
+
+
+class OrphanMap:
+    """The map `orphans`.
+
+    Args:
+        maps: the ledger's open maps, by name.
+        run: runs the BPF program `adjust` with these arguments.
+        open_page: returns a new descriptor of a level's usage page, or None.
+    """
+
+    def __init__(
+        self, maps: Mapping[str, int], run: Callable[..., int], open_page: Callable[[int], int | None]
+    ) -> None:
+        self._maps = maps
+        self._run = run
+        self._open_page = open_page
+        self._empty_as_of = -1  # the map was empty when so many entries had ever been made
+
+    def _all(self) -> list[Orphan]:
+        """Return all entries. An empty map takes as long to read as a full one, so it is read only if entries came."""
+        so_far = bpf.number(self._maps["host"], HOST_ORPHANS)
+        if so_far == self._empty_as_of:
+            return []
+        found = [orphan_of(key, raw) for key, raw in bpf.items(self._maps["orphans"], _KEY.size, _VALUE.size)]
+        self._empty_as_of = -1 if found else so_far
+        return found
+
+    def entries(self) -> list[Orphan]:
+        """Return all entries that have bytes."""
+        return [orphan for orphan in self._all() if orphan.bytes]
+
+    def forget_empty(self, living: Container[tuple[int, int]]) -> None:
+        """Delete entries without bytes, except of `living` processes (pid, generation), which may add to theirs."""
+        for orphan in self._all():
+            if not orphan.bytes and (orphan.tgid, orphan.generation) not in living:
+                self.let_go(orphan, 0)
+
+    def let_go(self, orphan: Orphan, bytes_: int) -> bool:
+        """Release bytes of an orphan at its levels. Returns False if it has changed or is gone: read it again."""
+        key = orphan.tgid, orphan.device, orphan.generation, orphan.turn
+        return self._run(abi.Adjust.LET_GO, *key, bytes_) == 0
+
+    def of_level(self, cgroup: int) -> list[int]:
+        """Return the orphaned bytes of a level by device, also those without an entry; empty: it has no page."""
+        fd = self._open_page(cgroup)
+        if fd is None:
+            return []
+        try:
+            raw = bpf.lookup(fd, _U32.pack(0), ctypes.sizeof(abi.UsagePage))
+        finally:
+            os.close(fd)
+        return list(abi.UsagePage.from_buffer_copy(raw).orphaned) if raw else []
+
+    def disown(self, cgroup: int, device: int, bytes_: int) -> bool:
+        """Release orphaned bytes of a level that have no entry."""
+        return self._run(abi.Adjust.DISOWN, cgroup, device, bytes_) == 0
+
+    def looked(self, cgroup: int, device: int) -> None:
+        """Record on a level's page that its orphaned bytes are what the device still holds."""
+        self._run(abi.Adjust.LOOKED, cgroup, device)
+
+    def managed_freed(self, device: int) -> int:
+        """Return the bytes of managed memory that were ever freed on a device."""
+        return bpf.number(self._maps["managed_freed"], device)

@@ -1,0 +1,36 @@
+"""Bounds of one owner: the defaults of `bounds:` in agent.yaml, and the text of a refusal.
+
+Used by the agent. The counting is done by the BPF programs and by `tenancy.level_capacity`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KEYS = ("levels", "allocations", "threads", "processes", "orphans", "files", "unmanaged")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The bounds of one owner: a workload with all cgroups that are inside it.
+
+    `levels`: cgroups with a limit of their own. `allocations`, `threads`, `processes`, `orphans`: entries in the
+    kernel's maps. `files`: files of libcuda that are probed. `unmanaged`: cgroups that are known to be unmanaged.
+    """
+
+    levels: int = 512
+    allocations: int = 65_536
+    threads: int = 16_384
+    processes: int = 4_096
+    orphans: int = 16_384
+    files: int = 128
+    unmanaged: int = 1_024
+
+    def entries(self) -> tuple[int, int, int, int]:
+        """Return the bounds for the kernel's maps, in the order of fgpu.h."""
+        return self.allocations, self.threads, self.processes, self.orphans
+
+
+def refusal(owner: str, key: str, has: int, most: int) -> str:
+    """Return why an owner gets no more: its name, what it has, and the setting that would raise the bound."""
+    return f"{owner} has {has} of {most} {key} that one workload may have (bounds.{key} in agent.yaml)"

@@ -1,0 +1,101 @@
+"""The map `owners`: the entries that each owner of bounds has in the maps that all tenants share, and may have.
+
+Used by the agent's main thread, which assigns the slots; BPF programs count. A slot is given to another owner only when
+nothing is counted in it any more. OSError: E2BIG, all slots are taken.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import heapq
+import struct
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.linux import bpf
+
+# Maps with bounds for owners, and their sizes: as in maps.bpf.h, in the order of fgpu.h.
+COUNTED = {"allocations": 262_144, "threads": 65_536, "processes": 16_384}
+_U32 = struct.Struct("I")
+_BYTES = ctypes.sizeof(abi.Owner)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The entries of one owner in each map, by the number of the map in fgpu.h."""
+
+    cgroup: int
+    entries: tuple[int, ...]
+
+
+class OwnerTable:
+    """The slots of all owners. `maps`: the ledger's open maps by name; `run`: runs the program `adjust`."""
+
+    def __init__(self, maps: Mapping[str, int], run: Callable[..., int]) -> None:
+        self._maps, self._run = maps, run
+        self._slots: dict[int, int] | None = None  # by the owner's cgroup; None: not read yet
+        self._free: list[int] = []
+
+    def attach(self, level: int, owner: int, most: tuple[int, ...], in_use: Collection[int]) -> int:
+        """Count the level for this owner from now on, and return the owner's slot. Raises OSError.
+
+        `in_use`: owners that have levels, whose slots are kept.
+        """
+        slot = self._slot(owner, in_use)
+        done = self._run(abi.Adjust.OWN, level, slot, owner, *most)
+        if done < 0:
+            raise OSError(-done, "adjust(own)")
+        return slot
+
+    def share(self, owner: int) -> Share | None:
+        """Return what an owner has, or None if it has no slot."""
+        slot = self._look().get(owner)
+        return None if slot is None else self._share(slot)
+
+    def claimed(self) -> tuple[int, ...]:
+        """Return the entries of each map that all owners together have claimed."""
+        return self._share(abi.OWNERS - 1).entries
+
+    def trim(self) -> None:
+        """Take back entries that owners have claimed and do not need; to be called now and then. Raises OSError."""
+        claimed = self.claimed()
+        if any(2 * n > most for n, most in zip(claimed, COUNTED.values(), strict=False)):
+            self._trim(self._look().values())
+
+    def _trim(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._run(abi.Adjust.TRIM, slot)
+
+    def _slot(self, owner: int, in_use: Collection[int]) -> int:
+        slots = self._look()
+        if owner not in slots:
+            if not self._free:
+                self._reclaim(in_use)
+            slots[owner] = heapq.heappop(self._free)
+        return slots[owner]
+
+    def _reclaim(self, in_use: Collection[int]) -> None:
+        """Free the slots of owners that have no level and no entries."""
+        slots = self._look()
+        self._trim(slots.values())
+        for owner, slot in list(slots.items()):
+            if owner not in in_use and not any(self._share(slot).entries):
+                heapq.heappush(self._free, slots.pop(owner))
+        if not self._free:
+            raise OSError(errno.E2BIG, "as many workloads have bounds as are possible")
+
+    def _share(self, slot: int) -> Share:
+        raw = bpf.lookup(self._maps["owners"], _U32.pack(slot), _BYTES) or bytes(_BYTES)
+        found = abi.Owner.from_buffer_copy(raw)
+        return Share(found.cgroup, tuple(found.entries))
+
+    def _look(self) -> dict[int, int]:
+        """Return the slots, with those that an agent before this one has assigned."""
+        if self._slots is None:
+            read = bpf.items(self._maps["owners"], _U32.size, _BYTES)
+            found = {_U32.unpack(key)[0]: abi.Owner.from_buffer_copy(raw).cgroup for key, raw in read}
+            self._slots = {cgroup: slot for slot, cgroup in found.items() if cgroup}
+            self._free = sorted(slot for slot, cgroup in found.items() if 0 < slot < abi.OWNERS - 1 and not cgroup)
+        return self._slots

@@ -1,0 +1,94 @@
+"""The map `resolved`: the agent's decisions about cgroups, which the gatekeeper reads.
+
+Used by the agent's main thread, which writes it, and by the gatekeeper. If the map is full, cgroups that are not
+managed are removed for one that is; their programs ask again. Errors are OSError of bpf(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from enum import IntEnum
+from itertools import islice
+
+from fgpu_ebpf.linux import bpf
+
+MOST = 16_384  # as in maps.bpf.h
+EVICTED = 1_024  # so many are removed at a time
+_U64, _U32 = struct.Struct("Q"), struct.Struct("I")
+
+
+class Resolution(IntEnum):
+    """A decision. REFUSED: a wanted limit could not be put in force, so the cgroup's programs get no memory."""
+
+    UNMANAGED = 0
+    MANAGED = 1
+    REFUSED = 2
+
+
+class Resolutions:
+    """The map. `maps`: the ledger's open maps by name; `new_epoch`: makes every shim say hello again."""
+
+    def __init__(self, maps: Mapping[str, int], new_epoch: Callable[[], None]) -> None:
+        self._maps, self._new_epoch = maps, new_epoch
+
+    def resolution(self, cgroup: int) -> Resolution | None:
+        """Return the decision about a cgroup, or None if there is none yet."""
+        raw = bpf.lookup(self._maps["resolved"], _U64.pack(cgroup), _U32.size)
+        return None if raw is None else Resolution(_U32.unpack(raw)[0])
+
+    def resolved(self, cgroup: int) -> bool | None:
+        """Return True: managed, False: unmanaged, None: not decided, or refused."""
+        found = self.resolution(cgroup)
+        return None if found is None or found is Resolution.REFUSED else found is Resolution.MANAGED
+
+    def resolve(self, cgroup: int, managed: bool) -> None:
+        """Write whether a cgroup is managed. Shims say hello again, unless the cgroup is new and unmanaged."""
+        self._put(cgroup, Resolution.MANAGED if managed else Resolution.UNMANAGED)
+
+    def refuse(self, cgroup: int) -> None:
+        """Write that programs in this cgroup get no memory."""
+        self._put(cgroup, Resolution.REFUSED)
+
+    def _put(self, cgroup: int, resolution: Resolution) -> None:
+        before = self.resolution(cgroup)
+        if before is resolution:
+            return
+        try:
+            self._write(cgroup, resolution)
+        except OSError as error:
+            if error.errno != errno.E2BIG or not self._evict():
+                raise
+            self._write(cgroup, resolution)
+        if resolution is Resolution.MANAGED or before is not None:
+            self._new_epoch()
+
+    def _write(self, cgroup: int, resolution: Resolution) -> None:
+        bpf.update(self._maps["resolved"], _U64.pack(cgroup), _U32.pack(resolution))
+
+    def _evict(self) -> bool:
+        found = list(islice(self.not_managed(), EVICTED))
+        for cgroup in found:
+            self.forget(cgroup)
+        return bool(found)
+
+    def forget(self, cgroup: int) -> None:
+        """Delete the decision about a cgroup that is not managed: its next program asks anew."""
+        bpf.delete(self._maps["resolved"], _U64.pack(cgroup))
+
+    def unresolve(self, cgroups: Iterable[int]) -> None:
+        """Delete the decisions about cgroups: they are decided again when a program asks."""
+        known = [cgroup for cgroup in cgroups if bpf.delete(self._maps["resolved"], _U64.pack(cgroup))]
+        if known:
+            self._new_epoch()
+
+    def not_managed(self) -> Iterable[int]:
+        """Yield the cgroups that are unmanaged or refused."""
+        for key, value in bpf.items(self._maps["resolved"], _U64.size, _U32.size):
+            if _U32.unpack(value)[0] != Resolution.MANAGED:
+                yield int(_U64.unpack(key)[0])
+
+    def count(self) -> int:
+        """Return the number of decisions."""
+        return sum(1 for _ in bpf.items(self._maps["resolved"], _U64.size, _U32.size))

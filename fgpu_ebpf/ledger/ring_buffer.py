@@ -1,0 +1,99 @@
+"""A reader of the BPF ring buffer with the kernel's rare events.
+
+Used by the agent's main thread and the gatekeeper. Reading never waits. The kernel counts events that did not fit; a
+record of another layout is left out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.linux import cgroup_namespace
+
+_PAGE = mmap.PAGESIZE
+_WORD = struct.Struct("Q")
+_LENGTH = struct.Struct("I")
+_BUSY, _DISCARDED, _HEADER = 1 << 31, 1 << 30, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event of a kind of abi.News; `at_ns` is CLOCK_MONOTONIC. `path` is a cgroup's, in this cgroup namespace."""
+
+    at_ns: int
+    kind: abi.News
+    tgid: int
+    cgroup: int
+    bytes: int
+    device: int
+    operation: int
+    reason: int
+    path: str = ""
+
+
+class Events:
+    """A reader of the ring; `fileno` is readable when there is an event."""
+
+    def __init__(self, fd: int) -> None:
+        """Take over `fd`, the descriptor of a ring buffer map. Raises OSError: it is none."""
+        self._fd = fd
+        size = _max_entries(fd)
+        self._mask = size - 1
+        self._consumer = mmap.mmap(fd, _PAGE)
+        self._ring = mmap.mmap(fd, _PAGE + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=_PAGE)
+        self._at = ctypes.c_uint64.from_buffer(self._consumer)
+
+    def fileno(self) -> int:
+        """Return the descriptor, for selectors."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the map; events that were not read stay for the next reader."""
+        del self._at
+        self._consumer.close()
+        self._ring.close()
+        os.close(self._fd)
+
+    def read(self) -> Iterator[Event]:
+        """Yield all events that are there, oldest first, without those of cgroups outside this cgroup namespace."""
+        while self._at.value < _WORD.unpack_from(self._ring, 0)[0]:
+            at = _PAGE + (self._at.value & self._mask)
+            (length,) = _LENGTH.unpack_from(self._ring, at)
+            if length & _BUSY:  # the kernel is writing it
+                return
+            size = length & ~_DISCARDED
+            raw = self._ring[at + _HEADER : at + _HEADER + size]
+            self._at.value += (size + _HEADER + 7) & ~7
+            event = _event(raw)
+            if event and not length & _DISCARDED:
+                yield event
+
+
+def _max_entries(fd: int) -> int:
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("max_entries:"))
+
+
+def _event(raw: bytes) -> Event | None:
+    if len(raw) < ctypes.sizeof(abi.Event):
+        return None
+    event = abi.Event.from_buffer_copy(raw)
+    path = ""
+    if len(raw) >= ctypes.sizeof(abi.CgroupEvent):
+        found = cgroup_namespace.inside(os.fsdecode(abi.CgroupEvent.from_buffer_copy(raw).path))
+        if found is None:
+            return None
+        path = found
+    try:
+        kind = abi.News(event.kind)
+    except ValueError:
+        return None
+    return Event(
+        event.at_ns, kind, event.tgid, event.cgroup, event.bytes, event.device, event.operation, event.reason, path
+    )

@@ -1,0 +1,74 @@
+"""Read-only mappings of usage pages: limit, used and peak of each device of a level.
+
+Used wherever a ledger is open, by the thread that has opened it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from fgpu_ebpf import abi
+
+_NUMBERS = struct.Struct("4Q")
+_TALLY = struct.Struct("2Q")
+_ORPHANED = struct.Struct("Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """One device of one level, in bytes; `refused` is a count."""
+
+    limit: int
+    used: int
+    peak: int
+    refused: int
+    admitted: int
+    witnessed: int
+    orphaned: int
+
+
+class UsagePages:
+    """Pages by cgroup id, mapped at the first read. `open_page` returns a descriptor of a page, or None."""
+
+    def __init__(self, open_page: Callable[[int], int | None]) -> None:
+        self._open_page = open_page
+        self._mapped: dict[int, mmap.mmap] = {}
+
+    def read(self, cgroup: int, devices: Iterable[int]) -> list[Usage] | None:
+        """Return the level's usage of these devices; each number is exact, but they may be of different moments."""
+        page = self._page(cgroup)
+        return None if page is None else [_usage(page, device) for device in devices]
+
+    def _page(self, cgroup: int) -> mmap.mmap | None:
+        if cgroup not in self._mapped:
+            fd = self._open_page(cgroup)
+            if fd is None:
+                return None
+            try:
+                self._mapped[cgroup] = mmap.mmap(fd, abi.PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
+            finally:
+                os.close(fd)
+        return self._mapped[cgroup]
+
+    def forget(self, cgroup: int) -> None:
+        """Unmap the page of a level, which has another one from now on, or none."""
+        page = self._mapped.pop(cgroup, None)
+        if page:
+            page.close()
+
+    def close(self) -> None:
+        """Unmap all pages."""
+        for cgroup in list(self._mapped):
+            self.forget(cgroup)
+
+
+def _usage(page: mmap.mmap, device: int) -> Usage:
+    at = abi.UsagePage
+    numbers = _NUMBERS.unpack_from(page, at.devices.offset + device * ctypes.sizeof(abi.Usage))
+    tally = _TALLY.unpack_from(page, at.tallies.offset + device * ctypes.sizeof(abi.Tally))
+    return Usage(*numbers, *tally, *_ORPHANED.unpack_from(page, at.orphaned.offset + device * _ORPHANED.size))

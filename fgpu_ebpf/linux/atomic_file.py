@@ -1,0 +1,46 @@
+"""Replace a file as a whole: a reader sees all of the old text or all of the new, also if the writer is killed.
+
+Used by the agent, the commands and the device plugin, in any thread; one writer at a time for each file. After an error
+the old file is still there, and the temporary file beside it is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from fgpu_ebpf.linux.clear_path import make_way
+
+
+def write(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a text to a temporary file in the same folder, and rename it to the path.
+
+    Args:
+        path: the file to replace. A folder at this path is removed or moved aside first.
+        text: the new content. Text that was read with errors="surrogateescape" is written as it was.
+        mode: the permissions of the file, whatever the umask is.
+
+    Raises:
+        OSError: nothing was replaced.
+    """
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.new")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+            os.fchmod(fd, mode)
+            file.write(text)
+        _replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _replace(temporary: str, path: Path) -> None:
+    try:
+        os.replace(temporary, path)
+    except IsADirectoryError:  # engines create a folder where a container is given a file that does not exist
+        make_way(str(path))
+        os.replace(temporary, path)

@@ -1,0 +1,332 @@
+"""The bpf(2) and perf_event_open(2) system calls that fgpu needs, and no others.
+
+Used by the agent, the gatekeeper and the commands, in any thread; keeps no state. Errors are OSError with the kernel's
+errno and the name of the call; a missing map entry is None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import platform
+import struct
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from fgpu_ebpf.linux import bpf_attributes as attributes
+from fgpu_ebpf.linux.libc import LIBC, check
+
+_BPF, _PERF_EVENT_OPEN = {"x86_64": (321, 298), "aarch64": (280, 241)}.get(platform.machine(), (321, 298))
+_MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _OBJ_PIN, _OBJ_GET, _TEST_RUN = 0, 1, 2, 3, 6, 7, 10
+_MAP_GET_FD_BY_ID, _RAW_TRACEPOINT_OPEN, _FREEZE, _LOOKUP_BATCH, _LINK_CREATE = 14, 17, 22, 24, 28
+_UPDATE_BATCH, _DELETE_BATCH = 26, 27
+_ANY, _NOEXIST, _EXIST = 0, 1, 2
+_PERF_EVENT, _TRACE_UPROBE_MULTI = 41, 48
+_ID_BYTES = 4
+_PERF_FLAG_FD_CLOEXEC = 8
+ARRAY = 2
+MMAPABLE = 1 << 10
+MOST_INNER = 4096  # of a map of maps
+UPROBE_TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
+UPROBE_RETURN_BIT = Path("/sys/bus/event_source/devices/uprobe/format/retprobe")
+
+
+def kernel_release() -> tuple[int, int]:
+    """Return (major, minor) of the running kernel. The loader has a copy: it imports nothing of fgpu."""
+    major, minor = (int("".join(filter(str.isdigit, part)) or 0) for part in os.uname().release.split(".")[:2])
+    return major, minor
+
+
+# Before Linux 6.8 a lookup in a map of maps also waits for a grace period, 10 to 30 ms, and a batch update for one
+# in each entry.
+HOLDS_LOOKERS = kernel_release() < (6, 8)
+
+
+def _bpf(name: str, command: int, attr: ctypes.Structure) -> int:
+    return check(f"bpf({name})", LIBC.syscall(_BPF, command, ctypes.byref(attr), ctypes.sizeof(attr)))
+
+
+def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
+    return ctypes.addressof(buffer)
+
+
+@functools.cache
+def _bytes(length: int) -> type[ctypes.Array[ctypes.c_char]]:
+    """Return the ctypes type of this length, cached: each is a type of some KiB with cycles, garbage soon otherwise."""
+    return ctypes.c_char * length
+
+
+def _output_buffer(bytes_: int) -> ctypes.Array[ctypes.c_char]:
+    """Return a buffer for the kernel to fill: pages that it does not touch cost nothing."""
+    room = mmap.mmap(-1, max(bytes_, 1))
+    return _bytes(len(room)).from_buffer(room)
+
+
+def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
+    """Return a buffer for the kernel to read: the data, and zeros up to a power of two, so that lengths are few."""
+    buffer = _bytes(max(8, 1 << (len(data) - 1).bit_length()))()
+    buffer.value = data
+    return buffer
+
+
+def _path(path: str | Path) -> ctypes.Array[ctypes.c_char]:
+    return _buffer(os.fsencode(path) + b"\0")
+
+
+# -- maps ----------------------------------------------------------------------------------------------------------
+
+
+def create_array_page(name: str, bytes_: int) -> int:
+    """Create an array map with one element that can be mapped into memory; return its descriptor. Raises OSError."""
+    attr = attributes.MapCreateAttr(ARRAY, 4, bytes_, 1, MMAPABLE, 0, 0, name.encode()[:15])
+    return _bpf("MAP_CREATE", _MAP_CREATE, attr)
+
+
+def lookup(fd: int, key: bytes, value_bytes: int) -> bytes | None:
+    """Return one value of a map, or None if the key is not there. Raises OSError."""
+    k, v = _buffer(key), _bytes(value_bytes)()
+    try:
+        _bpf("MAP_LOOKUP", _LOOKUP, attributes.MapElemAttr(fd, _address(k), _address(v)))
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    return v.raw
+
+
+def number(fd: int, index: int) -> int:
+    """Return one 64-bit number of an array map, or 0 if the array is shorter. Raises OSError."""
+    raw = lookup(fd, struct.pack("I", index), 8)
+    return 0 if raw is None else int.from_bytes(raw, sys.byteorder)
+
+
+def update(fd: int, key: bytes, value: bytes) -> None:
+    """Insert or replace one entry. Raises OSError (E2BIG: the map is full)."""
+    _update(fd, key, value, _ANY)
+
+
+def insert(fd: int, key: bytes, value: bytes) -> bool:
+    """Insert one entry; return False if the key is there already. Raises OSError (E2BIG: the map is full)."""
+    return _update_unless(errno.EEXIST, fd, key, value, _NOEXIST)
+
+
+def replace(fd: int, key: bytes, value: bytes) -> bool:
+    """Replace one entry; return False if the key is not there. Raises OSError."""
+    return _update_unless(errno.ENOENT, fd, key, value, _EXIST)
+
+
+def _update_unless(refused: int, fd: int, key: bytes, value: bytes, flag: int) -> bool:
+    try:
+        _update(fd, key, value, flag)
+    except OSError as error:
+        if error.errno == refused:
+            return False
+        raise
+    return True
+
+
+def _update(fd: int, key: bytes, value: bytes, flag: int) -> None:
+    k, v = _buffer(key), _buffer(value)
+    _bpf("MAP_UPDATE", _UPDATE, attributes.MapElemAttr(fd, _address(k), _address(v), flag))
+
+
+def delete(fd: int, key: bytes) -> bool:
+    """Delete one entry; return False if the key was not there. Raises OSError."""
+    k = _buffer(key)
+    try:
+        _bpf("MAP_DELETE", _DELETE, attributes.MapElemAttr(fd, _address(k)))
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        raise
+    return True
+
+
+def inner_id(fd: int, key: bytes) -> int | None:
+    """Return the id of a map in a hash of maps, or None if the key is not there; never wait for a grace period."""
+    if not HOLDS_LOOKERS:
+        raw = lookup(fd, key, _ID_BYTES)
+        return None if raw is None else int.from_bytes(raw, sys.byteorder)
+    found = (value for there, value in items(fd, len(key), _ID_BYTES, MOST_INNER) if there == key)
+    return next((int.from_bytes(value, sys.byteorder) for value in found), None)
+
+
+def items(fd: int, key_bytes: int, value_bytes: int, chunk: int = 256) -> Iterator[tuple[bytes, bytes]]:
+    """Yield all entries of a hash map, read in batches of whole buckets.
+
+    An entry that changes meanwhile is yielded at most once, and entries that were yielded may be deleted.
+
+    Args:
+        fd: the map.
+        key_bytes: the size of a key.
+        value_bytes: the size of a value.
+        chunk: how many entries are read at a time; it grows if one bucket has more.
+
+    Raises:
+        OSError: the kernel cannot read the map.
+    """
+    token = _bytes(8)()
+    attr = attributes.BatchAttr(out_batch=_address(token), map_fd=fd)
+    keys, values = _output_buffer(key_bytes * chunk), _output_buffer(value_bytes * chunk)
+    done = False
+    while not done:
+        attr.keys, attr.values, attr.count = _address(keys), _address(values), chunk
+        try:
+            _bpf("MAP_LOOKUP_BATCH", _LOOKUP_BATCH, attr)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:  # one bucket holds more than a chunk
+                chunk *= 4
+                keys, values = _output_buffer(key_bytes * chunk), _output_buffer(value_bytes * chunk)
+                continue
+            if error.errno != errno.ENOENT:
+                raise
+            done = True  # these are the last entries
+        attr.in_batch = _address(token)
+        k, v = ctypes.string_at(keys, attr.count * key_bytes), ctypes.string_at(values, attr.count * value_bytes)
+        for i in range(attr.count):
+            yield k[i * key_bytes : (i + 1) * key_bytes], v[i * value_bytes : (i + 1) * value_bytes]
+
+
+@functools.cache
+def possible_processors() -> int:
+    """Return how many values a per-processor map has for each entry."""
+    spans = [span.split("-") for span in Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")]
+    return 1 + max(int(span[-1]) for span in spans)
+
+
+def update_all(fd: int, entries: Mapping[bytes, bytes]) -> None:
+    """Insert or replace many entries at once: a map of maps waits for one grace period, not for one an entry."""
+    if entries:
+        _batch("MAP_UPDATE_BATCH", _UPDATE_BATCH, fd, list(entries), list(entries.values()))
+
+
+def delete_all(fd: int, keys: Sequence[bytes]) -> None:
+    """Delete many entries at once. Raises OSError (ENOENT: it stopped at a key that is not there)."""
+    if keys:
+        _batch("MAP_DELETE_BATCH", _DELETE_BATCH, fd, keys, [])
+
+
+def _batch(name: str, command: int, fd: int, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+    k, v = _buffer(b"".join(keys)), _buffer(b"".join(values))
+    attr = attributes.BatchAttr(keys=_address(k), values=_address(v), count=len(keys), map_fd=fd)
+    _bpf(name, command, attr)
+
+
+def freeze(fd: int) -> None:
+    """Forbid processes to write the map from now on; BPF programs still may. Raises OSError."""
+    _bpf("MAP_FREEZE", _FREEZE, attributes.MapElemAttr(fd))
+
+
+def frozen(fd: int) -> bool:
+    """Return whether the map is frozen; a read-only descriptor would not do, since it cannot be mapped as shared."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        return "frozen:\t1" in file.read()
+
+
+def map_by_id(identity: int) -> int:
+    """Open the map with this id; return its descriptor. Raises OSError."""
+    return _bpf("MAP_GET_FD_BY_ID", _MAP_GET_FD_BY_ID, attributes.IdAttr(identity))
+
+
+# -- objects -------------------------------------------------------------------------------------------------------
+
+
+def pinned(path: Path) -> int:
+    """Open the map, program or link that is pinned at the path; return its descriptor. Raises OSError."""
+    name = _path(path)
+    return _bpf("OBJ_GET", _OBJ_GET, attributes.ObjAttr(_address(name)))
+
+
+def pin(fd: int, path: Path) -> None:
+    """Pin a map, program or link; the folder must lie in a bpffs. Raises OSError."""
+    name = _path(path)
+    _bpf("OBJ_PIN", _OBJ_PIN, attributes.ObjAttr(_address(name), fd))
+
+
+def run_raw_tracepoint(program: int, *arguments: int) -> int:
+    """Run a raw tracepoint program once with up to 12 arguments; return its signed result. Raises OSError."""
+    context = _buffer(struct.pack(f"{len(arguments)}Q", *(a & (2**64 - 1) for a in arguments)))
+    attr = attributes.TestRunAttr(prog_fd=program, ctx_size_in=8 * len(arguments), ctx_in=_address(context))
+    _bpf("PROG_TEST_RUN", _TEST_RUN, attr)
+    return ctypes.c_int32(attr.retval).value
+
+
+def attach_raw_tracepoint(program: int, name: str) -> int:
+    """Attach a program to a raw tracepoint; return the link.
+
+    Raises OSError; EINVAL: the program reads an argument that this kernel's event does not have.
+    """
+    event = _buffer(name.encode() + b"\0")
+    return _bpf("RAW_TRACEPOINT_OPEN", _RAW_TRACEPOINT_OPEN, attributes.RawTracepointAttr(_address(event), program))
+
+
+def open_uprobe(path: str, offset: int, at_return: bool) -> int:
+    """Open a perf event at a file offset, for all processes. Raises OSError (ENODEV: no uprobe PMU)."""
+    try:
+        pmu = int(UPROBE_TYPE.read_text())
+        bit = int(UPROBE_RETURN_BIT.read_text().split(":")[1])
+    except FileNotFoundError as error:
+        raise OSError(errno.ENODEV, "the kernel has no uprobe PMU") from error
+    name = _path(path)
+    size = ctypes.sizeof(attributes.PerfEventAttr)
+    attr = attributes.PerfEventAttr(type=pmu, size=size, config=int(at_return) << bit, sample_period=1)
+    attr.uprobe_path, attr.probe_offset = _address(name), offset
+    arguments = (_PERF_EVENT_OPEN, ctypes.byref(attr), -1, 0, -1, _PERF_FLAG_FD_CLOEXEC)
+    return check("perf_event_open", LIBC.syscall(*arguments))
+
+
+def attach_uprobes(program: int, path: str, places: Sequence[tuple[int, int]], at_return: bool) -> list[int]:
+    """Attach a program to offsets of a file, for all processes.
+
+    One link attaches all of them as one (uprobe_multi). Before Linux 6.6 each gets a perf event of its own, which costs
+    5 ms to attach and 0.1 s to detach.
+
+    Args:
+        program: the program's descriptor.
+        path: the file.
+        places: (file offset, cookie); the program can read the cookie when it runs.
+        at_return: run the program at the function's return instead of its entry.
+
+    Returns:
+        The links, to be closed by the caller.
+
+    Raises:
+        OSError: nothing is attached.
+    """
+    try:
+        return [_attach_multi(program, path, places, at_return)]
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    links: list[int] = []
+    try:
+        for offset, cookie in places:
+            links.append(_attach_one(program, path, offset, cookie, at_return))
+    except OSError:
+        for link in links:
+            os.close(link)
+        raise
+    return links
+
+
+def _attach_one(program: int, path: str, offset: int, cookie: int, at_return: bool) -> int:
+    event = open_uprobe(path, offset, at_return)
+    common = attributes.LinkCreateAttr(program, event, _PERF_EVENT)
+    try:
+        attr = attributes.PerfEventLinkAttr(common, attributes.PerfEventLink(cookie))
+        return _bpf("LINK_CREATE", _LINK_CREATE, attr)
+    finally:
+        os.close(event)
+
+
+def _attach_multi(program: int, path: str, places: Sequence[tuple[int, int]], at_return: bool) -> int:
+    name = _path(path)
+    offsets, cookies = (_buffer(struct.pack(f"{len(places)}Q", *column)) for column in zip(*places, strict=True))
+    common = attributes.LinkCreateAttr(program, attach_type=_TRACE_UPROBE_MULTI)
+    where = attributes.UprobeMultiLink(_address(name), _address(offsets), 0, _address(cookies), len(places))
+    where.flags = int(at_return)
+    return _bpf("LINK_CREATE", _LINK_CREATE, attributes.UprobeMultiLinkAttr(common, where))

@@ -1,0 +1,141 @@
+"""The arguments of bpf(2) and perf_event_open(2) as ctypes, with the kernel's names of fields.
+
+Each class is one member of `union bpf_attr` (bpf/include/uapi/linux/bpf.h) up to the last field that fgpu uses; the
+kernel takes what is not passed as zeros. Used by linux/bpf.py alone.
+"""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_char
+from ctypes import c_uint32 as u32
+from ctypes import c_uint64 as u64
+
+
+class MapCreateAttr(Structure):
+    """BPF_MAP_CREATE."""
+
+    _fields_ = (
+        ("map_type", u32),
+        ("key_size", u32),
+        ("value_size", u32),
+        ("max_entries", u32),
+        ("map_flags", u32),
+        ("inner_map_fd", u32),
+        ("numa_node", u32),
+        ("map_name", c_char * 16),
+    )
+
+
+class MapElemAttr(Structure):
+    """BPF_MAP_LOOKUP_ELEM, BPF_MAP_UPDATE_ELEM, BPF_MAP_DELETE_ELEM; of BPF_MAP_FREEZE, `map_fd` alone."""
+
+    _fields_ = (("map_fd", u32), ("key", u64), ("value", u64), ("flags", u64))
+
+
+class BatchAttr(Structure):
+    """BPF_MAP_LOOKUP_BATCH, BPF_MAP_UPDATE_BATCH, BPF_MAP_DELETE_BATCH."""
+
+    _fields_ = (
+        ("in_batch", u64),
+        ("out_batch", u64),
+        ("keys", u64),
+        ("values", u64),
+        ("count", u32),
+        ("map_fd", u32),
+        ("elem_flags", u64),
+        ("flags", u64),
+    )
+
+
+class IdAttr(Structure):
+    """BPF_MAP_GET_FD_BY_ID."""
+
+    _fields_ = (("map_id", u32), ("next_id", u32), ("open_flags", u32))
+
+
+class ObjAttr(Structure):
+    """BPF_OBJ_PIN, BPF_OBJ_GET."""
+
+    _fields_ = (("pathname", u64), ("bpf_fd", u32), ("file_flags", u32))
+
+
+class TestRunAttr(Structure):
+    """BPF_PROG_TEST_RUN."""
+
+    _fields_ = (
+        ("prog_fd", u32),
+        ("retval", u32),
+        ("data_size_in", u32),
+        ("data_size_out", u32),
+        ("data_in", u64),
+        ("data_out", u64),
+        ("repeat", u32),
+        ("duration", u32),
+        ("ctx_size_in", u32),
+        ("ctx_size_out", u32),
+        ("ctx_in", u64),
+        ("ctx_out", u64),
+    )
+
+
+class RawTracepointAttr(Structure):
+    """BPF_RAW_TRACEPOINT_OPEN."""
+
+    _fields_ = (("name", u64), ("prog_fd", u32))
+
+
+class PerfEventLink(Structure):
+    """`link_create.perf_event`."""
+
+    _fields_ = (("bpf_cookie", u64),)
+
+
+class UprobeMultiLink(Structure):
+    """`link_create.uprobe_multi` (Linux 6.6)."""
+
+    _fields_ = (
+        ("path", u64),
+        ("offsets", u64),
+        ("ref_ctr_offsets", u64),
+        ("cookies", u64),
+        ("cnt", u32),
+        ("flags", u32),
+        ("pid", u32),
+    )
+
+
+class LinkCreateAttr(Structure):
+    """BPF_LINK_CREATE: the fields of all kinds of links; PerfEventLink or UprobeMultiLink follows."""
+
+    _fields_ = (("prog_fd", u32), ("target_fd", u32), ("attach_type", u32), ("flags", u32))
+
+
+class PerfEventLinkAttr(Structure):
+    """BPF_LINK_CREATE with BPF_PERF_EVENT."""
+
+    _fields_ = (("link_create", LinkCreateAttr), ("perf_event", PerfEventLink))
+
+
+class UprobeMultiLinkAttr(Structure):
+    """BPF_LINK_CREATE with BPF_TRACE_UPROBE_MULTI."""
+
+    _fields_ = (("link_create", LinkCreateAttr), ("uprobe_multi", UprobeMultiLink))
+
+
+class PerfEventAttr(Structure):
+    """struct perf_event_attr of perf_event_open(2), up to PERF_ATTR_SIZE_VER7."""
+
+    _fields_ = (
+        ("type", u32),
+        ("size", u32),
+        ("config", u64),
+        ("sample_period", u64),
+        ("sample_type", u64),
+        ("read_format", u64),
+        ("bits", u64),
+        ("wakeup_events", u32),
+        ("bp_type", u32),
+        ("uprobe_path", u64),
+        ("probe_offset", u64),
+        ("unused", u64 * 7),
+    )

@@ -1,0 +1,97 @@
+"""Check whether the processes that map a probed file have its breakpoints in their memory.
+
+A probe is attached to an inode. Another inode can stand behind the same (dev, ino) of /proc/PID/maps: once overlayfs
+has copied a file up, processes that start map the copy, which has no probe. A shared or a writable mapping has no
+breakpoints either. So a file counts as probed for a process only if the process's own memory holds the breakpoint.
+
+Used by the gatekeeper's mapping readers and the agent's library workers, in worker threads: reading the memory of a
+process can block on that process. Mapped pages of foreign files are read by /proc/self/mem and never touched, since a
+file may have been truncated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping
+
+from fgpu_ebpf.linux import mapped_files, procmaps
+from fgpu_ebpf.linux.procmaps import File, Mapped
+
+CODE = {"aarch64": bytes.fromhex("a00020d4")}.get(platform.machine(), b"\xcc")
+UNCHECKED = 1  # in place of an offset: the file has no probes, or was probed by an agent that had no such checks
+CUDA_NAMES = (b"libcuda.so", b"libfgpu.so")
+MOST_MAPPINGS = 64  # of one process, with names of libcuda or the shim
+_REPLACED = (
+    b"\x0f",
+)  # where a no-operation of several bytes begins, the kernel may put a call in place of a breakpoint
+
+
+def choose(fd: int, offsets: Iterable[int]) -> int | None:
+    """Return the first of these probed offsets at which a breakpoint proves a probe, or None. Raises OSError."""
+    for offset in offsets:
+        code = os.pread(fd, len(CODE), offset)
+        if UNCHECKED < offset < 1 << 32 and code != CODE and not code.startswith(_REPLACED):
+            return offset
+    return None
+
+
+def of_process(pid: int, check: Callable[[int, int], int | None]) -> Mapping[File, int]:
+    """Return the libcuda and shim files that a process maps, each with the offset where its breakpoint was seen, or 0.
+
+    Args:
+        pid: the process.
+        check: returns the offset to look at for a (dev, ino), or None if that file is not probed.
+
+    Returns:
+        (dev, ino) -> offset. If the mappings cannot be read, for example because there are too many, the result is
+        {(0, 0): 0}: a file that no process has, without a breakpoint.
+    """
+    try:
+        with procmaps.opened(pid) as maps, procmaps.opened(pid, "mem") as memory:
+            found = list(procmaps.with_names(maps, CUDA_NAMES))
+            if len(found) > MOST_MAPPINGS:
+                return {(0, 0): 0}
+            checks = {file: check(*file) for file in {(one.dev, one.ino) for one in found}}
+            return {file: at if at and _in_all(memory, found, file, at) else 0 for file, at in checks.items()}
+    except OSError:
+        return {(0, 0): 0}
+
+
+def is_set(pid: int, file: File, offset: int) -> bool | None:
+    """Return whether a process has the breakpoint of a file; None: it does not map the file, or cannot be read."""
+    try:
+        with procmaps.opened(pid) as maps, procmaps.opened(pid, "mem") as memory:
+            found = [one for one in procmaps.each(maps, procmaps.NEXT_EXECUTABLE) if (one.dev, one.ino) == file]
+            return _in_all(memory, found, file, offset) if found else None
+    except OSError:
+        return None
+
+
+def is_set_in_new_mappings(fd: int, offset: int) -> bool:
+    """Return whether processes that map this open file from now on get a breakpoint at the offset. Raises OSError."""
+    if os.pread(fd, len(CODE), offset) == CODE:  # a breakpoint in the file's own content proves nothing
+        return False
+    page = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    with mapped_files.a_page_of(fd, page) as at, procmaps.opened("self", "mem") as memory:
+        return _has_breakpoint(memory, at + offset - page)
+
+
+def _in_all(memory: int, found: Iterable[Mapped], file: File, offset: int) -> bool:
+    """Return whether a mapping of this file covers the offset, and all that do hold the breakpoint."""
+    if offset == UNCHECKED:
+        return True
+    places = [
+        one.start + offset - one.offset
+        for one in found
+        if (one.dev, one.ino) == file and one.offset <= offset < one.offset + one.end - one.start
+    ]
+    return bool(places) and all(_has_breakpoint(memory, place) for place in places)
+
+
+def _has_breakpoint(memory: int, place: int) -> bool:
+    with contextlib.suppress(OSError, OverflowError):
+        return os.pread(memory, len(CODE), place) == CODE
+    return False

@@ -1,0 +1,56 @@
+"""The capabilities that the agent and the gatekeeper keep after their start; they give up all others.
+
+Used by the main thread of both processes, before they start other threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import struct
+from collections.abc import Set
+
+from fgpu_ebpf.linux.libc import LIBC, check
+
+_SET_NO_NEW_PRIVS, _CAPBSET_READ, _CAPBSET_DROP, _CAP_AMBIENT, _AMBIENT_CLEAR_ALL = 38, 23, 24, 47, 4
+_VERSION_3 = 0x20080522
+
+
+class Capability(enum.IntEnum):
+    """Capabilities as linux/capability.h numbers them."""
+
+    CHOWN = 0  # set the group of the control socket
+    DAC_READ_SEARCH = 2  # read files and folders of tenants, whatever user owns them
+    KILL = 5  # kill processes that take memory where no probe is, under onBypass: kill
+    SYS_PTRACE = 19  # read the mappings, the root and the namespaces of a process of any user
+    SYS_ADMIN = 21  # open BPF maps by id, attach uprobes, open map_files links; includes BPF and PERFMON
+    SYS_NICE = 23  # raise the priority: the agent while it runs, the gatekeeper before it drops the capability
+
+
+GATEKEEPER = frozenset({Capability.DAC_READ_SEARCH, Capability.SYS_PTRACE, Capability.SYS_ADMIN})
+AGENT = GATEKEEPER | {Capability.CHOWN, Capability.KILL, Capability.SYS_NICE}
+
+
+def keep_only(kept: Set[Capability]) -> None:
+    """Give up all other capabilities for good, in this thread, in threads that it starts and in programs they execute.
+
+    A capability in `kept` that the thread does not have is not gained. Raises OSError.
+    """
+    check("prctl(NO_NEW_PRIVS)", LIBC.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    for number in range(64):
+        if LIBC.prctl(_CAPBSET_READ, number, 0, 0, 0) != 1 or number in kept:
+            continue
+        with contextlib.suppress(PermissionError):  # no SETPCAP: then an executed program gets no more than this has
+            check("prctl(CAPBSET_DROP)", LIBC.prctl(_CAPBSET_DROP, number, 0, 0, 0))
+    check("prctl(CAP_AMBIENT)", LIBC.prctl(_CAP_AMBIENT, _AMBIENT_CLEAR_ALL, 0, 0, 0))
+    permitted = _permitted() & sum(1 << capability for capability in kept)
+    words = (part for half in (permitted & 0xFFFFFFFF, permitted >> 32) for part in (half, half, 0))
+    check("capset", LIBC.capset(struct.pack("Ii", _VERSION_3, 0), struct.pack("6I", *words)))
+
+
+def _permitted() -> int:
+    header, data = struct.pack("Ii", _VERSION_3, 0), ctypes.create_string_buffer(24)
+    check("capget", LIBC.capget(header, data))
+    words: tuple[int, ...] = struct.unpack("6I", data.raw)
+    return words[1] | words[4] << 32

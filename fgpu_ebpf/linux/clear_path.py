@@ -1,0 +1,37 @@
+"""Remove a folder that stands where a socket, a file or a link is to be created.
+
+Used by the agent and the gatekeeper, in any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from pathlib import Path
+
+
+def make_way(path: str) -> None:
+    """Remove the folder at this path if it is empty, and rename it to `PATH.moved-TIME` otherwise. Raises OSError.
+
+    Does nothing if there is no folder. Docker creates a folder for the missing source of a bind mount, for example for
+    a container that starts before the agent.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.rmdir(path)
+    except OSError:
+        os.rename(path, f"{path}.moved-{time.monotonic_ns()}")
+
+
+def remove_moved(path: Path) -> None:
+    """Remove what make_way() has moved aside from a path, unless something is mounted in it."""
+    for folder in path.parent.glob(f"{path.name}.moved-*"):
+        if not _has_mounts(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_mounts(folder: Path) -> bool:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return any(Path(line.split()[4]).is_relative_to(folder) for line in file)

@@ -1,0 +1,76 @@
+"""Futexes: waiting for changes of 32-bit words that two processes share.
+
+Used by the gatekeeper's time slicer thread, which waits for many words at once; any thread may wake it. A woken thread
+must read the words again: a wake-up proves no change. futex_waitv needs Linux 5.16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import platform
+from collections.abc import Sequence
+
+from fgpu_ebpf.linux.libc import LIBC, failure
+
+MOST_WORDS = 126  # of the 128 that futex_waitv takes
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 202)
+_FUTEX_WAITV, _FUTEX_WAKE, _SIZE_U32, _PRIVATE, _MONOTONIC = 449, 1, 2, 128, 1
+_EXPECTED = (errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR)
+_ALL_WAITERS = 2**31 - 1
+Word = ctypes.c_uint32
+_Waiters = ctypes.c_uint64 * (3 * (1 + MOST_WORDS))  # struct futex_waitv: value, address, flags
+
+
+def wake(address: int) -> None:
+    """Wake all threads that wait for the word at this address, in all processes."""
+    LIBC.syscall(_FUTEX, ctypes.c_void_p(address), _FUTEX_WAKE, _ALL_WAITERS, None, None, 0)
+
+
+def fence() -> None:
+    """Order all stores before this call ahead of all loads after it, by entering and leaving the kernel."""
+    LIBC.getppid()
+
+
+class Bells:
+    """Words that one thread waits for, until one of them differs from its expected value or nudge() is called."""
+
+    def __init__(self) -> None:
+        self._nudge = Word(0)
+        self._time = (ctypes.c_int64 * 2)()
+        self.watch(())
+
+    def watch(self, addresses: Sequence[int]) -> None:
+        """Replace the words by those at `addresses`, at most MOST_WORDS; call heard() for each of them afterwards."""
+        every = (ctypes.addressof(self._nudge), *addresses[:MOST_WORDS])
+        self._count = len(every)
+        self._waiters = _Waiters()
+        for place, address in enumerate(every):
+            self._waiters[3 * place + 1], self._waiters[3 * place + 2] = address, _SIZE_U32
+        self._waiters[0] = self._nudge.value
+
+    def heard(self, place: int, value: int) -> None:
+        """Set the expected value of the word in slot `place`; wait() returns when the word differs."""
+        self._waiters[3 * place + 3] = value
+
+    def mute(self, place: int, is_mute: bool) -> None:
+        """Ignore wake-ups of slot `place`, or not: a wait with FUTEX_PRIVATE_FLAG never matches another process."""
+        self._waiters[3 * place + 5] = _SIZE_U32 | _PRIVATE if is_mute else _SIZE_U32
+
+    def nudge(self) -> None:
+        """Make the current or the next wait() return. May be called from any thread."""
+        self._nudge.value = (self._nudge.value + 1) & 0xFFFFFFFF
+        wake(ctypes.addressof(self._nudge))
+
+    def collect(self) -> None:
+        """Forget the nudges so far; the next wait() returns for later ones only."""
+        self._waiters[0] = self._nudge.value
+
+    def wait(self, until_ns: int | None) -> None:
+        """Wait until a word changes or until `until_ns` (CLOCK_MONOTONIC); None: without a limit. Raises OSError."""
+        self._time[0], self._time[1] = divmod(until_ns or 0, 1_000_000_000)
+        time = None if until_ns is None else self._time
+        if LIBC.syscall(_FUTEX_WAITV, self._waiters, self._count, 0, time, _MONOTONIC) < 0:
+            code = ctypes.get_errno()
+            if code not in _EXPECTED:
+                raise failure("futex_waitv", code)

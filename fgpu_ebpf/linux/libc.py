@@ -1,0 +1,24 @@
+"""The C library of this process, for functions that Python's os module lacks.
+
+Used by the modules that call prctl, mmap, inotify, futex or system calls by number; any thread may call it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.syscall.restype = ctypes.c_long
+
+
+def check(name: str, result: int) -> int:
+    """Return the result of a C function. Raises OSError with errno and the function's name if it is negative."""
+    if result < 0:
+        raise failure(name, ctypes.get_errno())
+    return result
+
+
+def failure(name: str, code: int) -> OSError:
+    """Return the OSError for a C function that has set errno to `code`."""
+    return OSError(code, f"{name}: {os.strerror(code)}")

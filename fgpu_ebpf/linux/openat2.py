@@ -1,0 +1,39 @@
+"""openat2(2): open a path inside the root folder of another process, and never a file outside it.
+
+Used by driver/, in the agent's worker threads. Such a path must not be resolved part by part, nor behind
+`/proc/PID/root/`: a link that begins with `/` leads to the host's own files there.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from fgpu_ebpf.linux.libc import LIBC, check
+
+_OPENAT2, _HOW = 437, struct.Struct("3Q")
+NO_XDEV, NO_MAGICLINKS, NO_SYMLINKS, IN_ROOT = 0x01, 0x02, 0x04, 0x10
+
+
+def find(root: int, path: str, resolve: int) -> int:
+    """Open a path as a process with this root folder would resolve it, with O_PATH alone.
+
+    Args:
+        root: a descriptor of the root folder.
+        path: the path inside it.
+        resolve: flags of openat2(2) beside IN_ROOT: what must not occur on the way.
+
+    Raises:
+        OSError: the path does not exist or contains what `resolve` forbids.
+    """
+    how = _HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, resolve | IN_ROOT)
+    return check("openat2", LIBC.syscall(_OPENAT2, root, os.fsencode(path), how, _HOW.size))
+
+
+def find_mapped(root: str, path: str) -> int:
+    """Open a path that the kernel has reported, which has no links: refuse those made since. Raises OSError."""
+    folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return find(folder, path, NO_SYMLINKS | NO_MAGICLINKS)
+    finally:
+        os.close(folder)

@@ -1,0 +1,269 @@
+"""Facts about a process from /proc and the cgroup file system: its state, namespaces, mappings and cgroups.
+
+Used by the agent, the gatekeeper and the commands, in all threads. All reading is bounded, since a process decides how
+much there is to read. Facts come from the kernel, never from the process itself. If the process is gone, the result is
+None or empty, or OSError is raised where the function says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import struct
+from collections.abc import Iterator
+from itertools import accumulate, islice
+from pathlib import Path
+
+from fgpu_ebpf.linux import procmaps
+
+MOST_MOUNTS = 1 << 14
+DEEPEST = 32  # a cgroup deeper than that counts as the one at this depth; the BPF programs walk 16
+NS_GET_PARENT = 0xB702
+
+_AUX, _AT_BASE = struct.Struct("2Q"), 7
+_PIDFD_GET_PID_NAMESPACE = 0xFF05  # Linux 6.11
+_PIDFD_GET_INFO, _INFO = 0xC040FF0B, struct.Struct("QQII40x")  # Linux 6.13: struct pidfd_info
+_INFO_PID_AND_CGROUP = 0b101
+_UNKNOWN_TO_PIDFDS = (errno.ENOTTY, errno.EINVAL)
+_TRIES = 10
+_PF_EXITING = 0x4  # a flag of tasks, set before their end is reported
+
+
+def read(path: str) -> bytes:
+    """Return a small file of /proc or of the cgroup file system, at most 64 KiB. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 1 << 16)
+    finally:
+        os.close(fd)
+
+
+def _field(text: bytes, name: bytes) -> bytes:
+    return next((line[len(name) :] for line in text.split(b"\n") if line.startswith(name)), b"")
+
+
+# -- identity and end ------------------------------------------------------------------------------------------------
+
+
+def pids() -> list[int]:
+    """Return the pids of all processes, without threads."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def alive(pidfd: int) -> bool:
+    """Return whether the process of this pidfd has not ended yet."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return not poll.poll(0)
+
+
+def ended(pid: int) -> bool:
+    """Return whether all threads of a process have ended or are exiting, even if its parent has not waited for it.
+
+    The kernel releases what a process has on a device while it exits. That can take seconds, and the pidfd reports the
+    end only afterwards. The first thread may have ended before the others.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return True
+    try:
+        return not alive(pidfd) or (_is_exiting(pid, pid) and all(_is_exiting(pid, thread) for thread in _threads(pid)))
+    finally:
+        os.close(pidfd)
+
+
+def _threads(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
+
+
+def _is_exiting(pid: int, thread: int | str) -> bool:
+    """Return whether a thread executes nothing of its program any more."""
+    try:
+        text = read(f"/proc/{pid}/task/{thread}/stat")
+    except OSError:
+        return True
+    return bool(int(text.rpartition(b")")[2].split()[6]) & _PF_EXITING)
+
+
+def started(pid: int) -> int | None:
+    """Return the start of a process in ticks since boot, which with its pid is unique; None: it has ended."""
+    try:
+        ticks = int(read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
+    except (OSError, IndexError):
+        return None
+    return None if ended(pid) else ticks
+
+
+def and_above(path: str) -> Iterator[str]:
+    """Yield the path of a cgroup and of all cgroups around it, innermost first."""
+    while path.strip("/"):
+        yield path
+        path = path.rpartition("/")[0]
+    yield "/"
+
+
+def identity(pidfd: int) -> tuple[int, int]:
+    """Return the pid of a pidfd's process as this process sees it, and its cgroup's id. Raises OSError: gone."""
+    try:
+        info = fcntl.ioctl(pidfd, _PIDFD_GET_INFO, _INFO.pack(_INFO_PID_AND_CGROUP, 0, 0, 0))
+    except OSError as error:
+        if error.errno not in _UNKNOWN_TO_PIDFDS:
+            raise
+        return _identity_by_name(pidfd)
+    _, cgroup, _, tgid = _INFO.unpack(info)
+    return tgid, cgroup
+
+
+def _identity_by_name(pidfd: int) -> tuple[int, int]:
+    """Return the same from /proc, for kernels before 6.13: valid if the process still lives after the reading."""
+    pid, root = _pid_of(pidfd), cgroup2_root()
+    for _ in range(_TRIES):
+        path = _cgroup(pid)
+        with contextlib.suppress(FileNotFoundError):  # the process has moved, and the old cgroup is gone
+            cgroup = os.stat(f"{root}{path}").st_ino
+            if path == _cgroup(pid) and alive(pidfd):
+                return pid, cgroup
+    raise OSError(errno.ESRCH, "the process is gone, or changes its cgroup too often")
+
+
+def _pid_of(pidfd: int) -> int:
+    pid = int(_field(read(f"/proc/self/fdinfo/{pidfd}"), b"Pid:") or -1)
+    if pid <= 0:
+        raise OSError(errno.ESRCH, "the process is gone")
+    return pid
+
+
+def pid_space(pidfd: int) -> int:
+    """Return the inode of the pid namespace of a pidfd's process. Raises OSError: it is gone."""
+    try:
+        space = fcntl.ioctl(pidfd, _PIDFD_GET_PID_NAMESPACE)
+    except OSError as error:
+        if error.errno not in _UNKNOWN_TO_PIDFDS:
+            raise
+        ino = os.stat(f"/proc/{_pid_of(pidfd)}/ns/pid").st_ino
+        if not alive(pidfd):
+            raise OSError(errno.ESRCH, "the process is gone") from error
+        return ino
+    try:
+        return os.fstat(space).st_ino
+    finally:
+        os.close(space)
+
+
+def pid_names(tgid: int) -> dict[int, int]:
+    """Return inode -> pid for the pid namespaces of a process, its own first; empty: the process is gone."""
+    names: dict[int, int] = {}
+    try:
+        pids = _field(read(f"/proc/{tgid}/status"), b"NSpid:").split()
+        space = os.open(f"/proc/{tgid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for pid in reversed(pids):
+                names[os.fstat(space).st_ino] = int(pid)
+                if len(names) < len(pids):
+                    space, inner = fcntl.ioctl(space, NS_GET_PARENT), space
+                    os.close(inner)
+        finally:
+            os.close(space)
+    except OSError:
+        return {}
+    return names
+
+
+def clock_ahead_ns(pid: int) -> int:
+    """Return how far a process's CLOCK_MONOTONIC is ahead of ours, by its time namespace; 0: it is gone."""
+    try:
+        if os.readlink(f"/proc/{pid}/ns/time") == os.readlink("/proc/self/ns/time"):
+            return 0
+        seconds, ns = _field(read(f"/proc/{pid}/timens_offsets"), b"monotonic").split()
+    except (OSError, ValueError):
+        return 0
+    return int(seconds) * 1_000_000_000 + int(ns)
+
+
+# -- start of the program --------------------------------------------------------------------------------------------
+
+
+def loader(pid: int) -> str:
+    """Return the file name of the dynamic loader that started a program; empty if the program is static.
+
+    The name comes from the kernel; no file of the program is opened. Raises OSError: the process is gone.
+    """
+    auxv = read(f"/proc/{pid}/auxv")
+    base = dict(_AUX.iter_unpack(auxv[: len(auxv) // _AUX.size * _AUX.size])).get(_AT_BASE, 0)
+    if not base:  # static, or the loader itself was executed with the program as an argument
+        name = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+        return name if name.startswith("ld-") else ""
+    with procmaps.opened(pid) as maps:
+        return os.fsdecode(procmaps.find(maps, base).path.rpartition(b"/")[2])
+
+
+def has_mount(pid: int, path: str) -> bool:
+    """Return whether something is mounted at a path, as the process sees it. Raises OSError: the process is gone."""
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return any(line.split(" ", 5)[4] == path for line in islice(file, MOST_MOUNTS))
+
+
+def has_memory(pid: int) -> bool:
+    """Return whether a process has memory of its own; kernel threads and ended processes have none."""
+    try:
+        return not read(f"/proc/{pid}/statm").startswith(b"0 ")
+    except OSError:
+        return False
+
+
+# -- cgroups ---------------------------------------------------------------------------------------------------------
+
+
+def cgroup2_root() -> Path | None:
+    """Return where the cgroup v2 hierarchy is mounted, or None."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            left, _, right = line.partition(" - ")
+            if right.startswith("cgroup2 "):
+                return Path(left.split()[4])
+    return None
+
+
+def cgroup_path(pid: int) -> str | None:
+    """Return a process's v2 cgroup relative to the hierarchy's root, e.g. `/fgpu/run-1`; None: it is gone."""
+    try:
+        return _cgroup(pid).removesuffix(" (deleted)") or None
+    except OSError:
+        return None
+
+
+def is_outside(path: str) -> bool:
+    """Return whether a cgroup lies outside this process's cgroup namespace: no path here can name it."""
+    return path.startswith("/..")
+
+
+def cgroup_ids(root: Path, path: str) -> Iterator[int]:
+    """Yield the ids of a cgroup and its ancestors, leaf first, the root last; those that are gone are left out."""
+    for folder in _folders(root, path.split("/")):
+        try:
+            yield os.stat(folder).st_ino
+        except OSError:
+            continue
+
+
+def cgroups(pid: int, root: Path) -> list[int]:
+    """Return the ids of a process's cgroup and its ancestors, leaf first; empty: unknown. Raises OSError: gone."""
+    inside = _cgroup(pid).removeprefix("/").split("/")[:DEEPEST]
+    if ".." in inside:  # outside this process's cgroup namespace
+        return []
+    return [os.stat(folder).st_ino for folder in _folders(root, inside)]
+
+
+def _cgroup(pid: int) -> str:
+    return os.fsdecode(_field(read(f"/proc/{pid}/cgroup"), b"0::"))
+
+
+def _folders(root: Path, inside: list[str]) -> list[str]:
+    return list(accumulate(filter(None, inside), "{}/{}".format, initial=str(root)))[::-1]

@@ -1,0 +1,129 @@
+"""The mappings of a process.
+
+The kernel is asked for one mapping at a time (PROCMAP_QUERY, Linux 6.11), or, on older kernels, the text of
+/proc/PID/maps is parsed. Both are bounded, since a process decides how much it maps. Used in worker threads of the
+agent and of the gatekeeper: reading can block on the process. OSError: ENOENT, no such mapping; E2BIG, too many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MOST = 1 << 15
+MOST_BYTES = 1 << 24  # of text: 100,000 lines
+File = tuple[int, int]  # (dev, ino), as /proc/PID/maps names it
+# Which mapping: the one at the address; or the first one after it that is executable, or that is shared and writable.
+# These three are mappings of files only; NEXT_CODE is the first executable one, of a file or of none.
+AT, NEXT_EXECUTABLE, NEXT_SHARED, NEXT_CODE = 0x20, 0x34, 0x3A, 0x14
+_OR_NEXT, _OF_FILES = 0x10, 0x20
+_MODES = {0x02: b"w", 0x04: b"x", 0x08: b"s"}
+_PROCMAP_QUERY, _QUERY = 0xC0686611, struct.Struct("9Q4I2Q")  # Linux 6.11: struct procmap_query
+_LONGEST_PATH, _CHUNK = 4096, 1 << 16
+_Path = ctypes.c_char * _LONGEST_PATH
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A mapping as the kernel names it.
+
+    `path` may end in ` (deleted)`, and is empty if it was not asked for. `offset` is where the mapping begins in the
+    file. A mapping of no file has the inode 0.
+    """
+
+    start: int
+    end: int
+    dev: int
+    ino: int
+    path: bytes
+    offset: int = 0
+
+
+@contextlib.contextmanager
+def opened(pid: int | str, file: str = "maps") -> Iterator[int]:
+    """Open a file of a process below /proc for reading, and yield its descriptor. Raises OSError: the process is gone.
+
+    Args:
+        pid: the process, or "self".
+    """
+    fd = os.open(f"/proc/{pid}/{file}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def find(maps: int, at: int, which: int = AT, named: bool = True) -> Mapped:
+    """Return a mapping of an open /proc/PID/maps: the one that `which` means at the address `at`. Raises OSError."""
+    try:
+        return _ask(maps, at, which, named)
+    except OSError as error:
+        if error.errno != errno.ENOTTY:
+            raise
+    for mapped in _read(maps, which):
+        if mapped.end > at and (which & _OR_NEXT or mapped.start <= at):
+            return mapped
+    raise FileNotFoundError(errno.ENOENT, "no such mapping")
+
+
+def each(maps: int, which: int) -> Iterator[Mapped]:
+    """Yield the mappings that `which` means, by ascending address. Raises OSError."""
+    at = 0
+    for _ in range(MOST):
+        try:
+            mapped = _ask(maps, at, which)
+        except FileNotFoundError:  # that was the last
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTTY:
+                raise
+            yield from _read(maps, which)
+            return
+        yield mapped
+        at = mapped.end
+    raise OSError(errno.E2BIG, "too many mappings")
+
+
+def with_names(maps: int, names: tuple[bytes, ...]) -> Iterator[Mapped]:
+    """Yield the executable mappings of files whose names begin with one of these. Raises OSError."""
+    for found in each(maps, NEXT_EXECUTABLE):
+        if found.path.rpartition(b"/")[2].startswith(names):
+            yield found
+
+
+def _ask(maps: int, at: int, which: int, named: bool = True) -> Mapped:
+    path, query = _Path(), bytearray(_QUERY.size)
+    address = ctypes.addressof(path) if named else 0
+    _QUERY.pack_into(query, 0, _QUERY.size, which, at, *(0,) * 8, _LONGEST_PATH if named else 0, 0, address, 0)
+    fcntl.ioctl(maps, _PROCMAP_QUERY, query)
+    _, _, _, start, end, _, _, offset, ino, major, minor, *_ = _QUERY.unpack(query)
+    return Mapped(start, end, os.makedev(major, minor), ino, path.value, offset)
+
+
+def _read(maps: int, which: int) -> Iterator[Mapped]:
+    wanted = [mode for bit, mode in _MODES.items() if which & bit]
+    for line in _text(maps).split(b"\n")[:-1]:  # names may contain other line separators
+        span, modes, offset, device, ino, *path = line.split(None, 5)
+        if (which & _OF_FILES and ino == b"0") or not all(mode in modes for mode in wanted):
+            continue
+        start, end = (int(word, 16) for word in span.split(b"-"))
+        major, minor = (int(word, 16) for word in device.split(b":"))
+        name = path[0].replace(b"\\012", b"\n") if path else b""  # the one character that is escaped there
+        yield Mapped(start, end, os.makedev(major, minor), int(ino), name, int(offset, 16))
+
+
+def _text(maps: int) -> bytes:
+    os.lseek(maps, 0, os.SEEK_SET)
+    parts, room = [], MOST_BYTES
+    while room > 0 and (part := os.read(maps, _CHUNK)):
+        parts.append(part)
+        room -= len(part)
+    if room <= 0:
+        raise OSError(errno.E2BIG, "too many mappings")
+    return b"".join(parts)

@@ -1,0 +1,29 @@
+"""eventfd(2): one thread wakes the loop of another.
+
+Used by the agent, the gatekeeper and the commands. Never blocks. OSError: the process has no descriptor left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+
+class Bell:
+    """A descriptor that is readable from ring() to hush(); any thread and any signal handler may call ring()."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def fileno(self) -> int:
+        """Return the descriptor, for selectors."""
+        return self._fd
+
+    def ring(self) -> None:
+        """Make the descriptor readable; once is as good as often."""
+        os.eventfd_write(self._fd, 1)
+
+    def hush(self) -> None:
+        """Make it unreadable again; to be called before the work is looked for, so that no later ring() is lost."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)

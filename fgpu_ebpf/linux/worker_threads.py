@@ -1,0 +1,161 @@
+"""Worker threads for jobs that can block on a process or a file of a tenant, so that a loop never does.
+
+Jobs have owners. Jobs of one owner are done one after the other, so a job that hangs holds up one thread and the queue
+of its owner; jobs of other owners get another thread. A few threads run as long as jobs get done; more are started only
+if no job has finished for STALLED_NS.
+
+Used by the gatekeeper (to read mappings of processes) and the agent (to examine files of libcuda). `want`, `due_ns`,
+`go` and `take` are called in the loop; `work` runs in the threads and must not raise.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import errno
+import os
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from time import monotonic_ns, thread_time_ns
+from typing import Generic, TypeVar
+
+MOST_THREADS, MORE_THREADS, MOST_AT_ONCE, MOST_WANTED, MOST_WANTED_ALL = 64, 8, 16, 1024, 1 << 16
+STALLED_NS, RING_NS = 2_000_000, 1_000_000
+
+Owner = TypeVar("Owner", bound=Hashable)
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[Owner, Job, Result]):
+    """A finished job, and the processor time that it took in nanoseconds."""
+
+    owner: Owner
+    job: Job
+    result: Result
+    took_ns: int
+
+
+class Workers(Generic[Owner, Job, Result]):
+    """A pool of threads that do `work` for each job.
+
+    Args:
+        work: does one job and returns its result.
+        wanted: returns whether a job still has to be done; others are dropped.
+        ring: called by a thread when take() has something to return.
+        most: how many jobs of one owner may be queued.
+        nice: the nice level of the threads, if not 0.
+        few: how many threads are started without waiting for the running ones.
+    """
+
+    def __init__(
+        self, work: Callable[[Job], Result], wanted: Callable[[Job], bool], ring: Callable[[], None],
+        most: int = MOST_WANTED, nice: int = 0, few: int = 1,
+    ) -> None:  # fmt: skip
+        self._work, self._is_wanted, self._ring, self._most, self._nice, self._few = (
+            work, wanted, ring, most, nice, few
+        )  # fmt: skip
+        self._wanted: dict[Owner, deque[Job]] = {}
+        self._queued = 0
+        self._busy: set[Owner] = set()  # owners with jobs in `_jobs` or in a thread; their other jobs stay in `_wanted`
+        self._jobs: deque[tuple[Owner, list[Job]]] = deque()
+        self._done: deque[Done[Owner, Job, Result]] = deque()
+        self._finished: deque[Owner] = deque()
+        self._ended: deque[None] = deque()  # one entry for each thread that has ended
+        self._active = 0
+        self._moved_ns = 0  # when a job was last started or finished
+
+    # -- in the loop
+
+    def want(self, owner: Owner, job: Job) -> bool:
+        """Queue a job; the next go() starts it. Returns False if the queue is full, and does not queue it then."""
+        wanted = self._wanted.setdefault(owner, deque())
+        if len(wanted) >= self._most:
+            self._leave_out_unwanted(wanted)
+        if len(wanted) >= self._most or self._queued >= MOST_WANTED_ALL:
+            return False
+        wanted.append(job)
+        self._queued += 1
+        self._line_up(owner)
+        return True
+
+    def _leave_out_unwanted(self, wanted: deque[Job]) -> None:
+        kept = list(filter(self._is_wanted, wanted))
+        self._queued -= len(wanted) - len(kept)
+        wanted.clear()
+        wanted.extend(kept)
+
+    def _line_up(self, owner: Owner) -> None:
+        wanted = self._wanted.get(owner)
+        if not wanted or owner in self._busy:
+            return
+        self._busy.add(owner)
+        jobs = [wanted.popleft() for _ in range(min(MOST_AT_ONCE, len(wanted)))]
+        self._queued -= len(jobs)
+        self._jobs.append((owner, jobs))
+        if not wanted:
+            del self._wanted[owner]
+
+    def due_ns(self) -> int | None:
+        """Return when `go` should be called, in nanoseconds of CLOCK_MONOTONIC, or None if it has nothing to do."""
+        if not self._jobs or self._active >= MOST_THREADS:
+            return None
+        return self._moved_ns + STALLED_NS if self._active >= self._few else 0
+
+    def go(self) -> None:
+        """Start a thread if none runs, or more if jobs hang. Raises OSError if no thread can be started."""
+        due_ns = self.due_ns()
+        if due_ns is None or monotonic_ns() < due_ns:
+            return
+        self._moved_ns = monotonic_ns()
+        more = min(MORE_THREADS, len(self._jobs), MOST_THREADS - self._active) if self._active >= self._few else 1
+        for _ in range(more):
+            try:
+                _thread.start_new_thread(self._run, ())  # threading.Thread.start() would wait until the thread runs
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, str(error)) from error
+            self._active += 1
+
+    def take(self) -> list[Done[Owner, Job, Result]]:
+        """Return the jobs that have finished since the last call, and queue the next ones of their owners."""
+        found = []
+        while self._done:
+            found.append(self._done.popleft())
+        if found:
+            self._moved_ns = monotonic_ns()
+        while self._finished:
+            owner = self._finished.popleft()
+            self._busy.discard(owner)
+            self._line_up(owner)
+        while self._ended:
+            self._ended.popleft()
+            self._active -= 1
+        return found
+
+    # -- in a thread
+
+    def _run(self) -> None:
+        if self._nice:
+            os.setpriority(os.PRIO_PROCESS, _thread.get_native_id(), self._nice)
+        rung_ns = monotonic_ns()
+        try:
+            while self._jobs:
+                with contextlib.suppress(IndexError):  # another thread has taken it
+                    self._do(*self._jobs.popleft())
+                if monotonic_ns() - rung_ns > RING_NS:
+                    rung_ns = monotonic_ns()
+                    self._ring()
+        finally:
+            self._ended.append(None)
+            self._ring()
+
+    def _do(self, owner: Owner, jobs: list[Job]) -> None:
+        try:
+            for job in filter(self._is_wanted, jobs):
+                began_ns = thread_time_ns()
+                result = self._work(job)
+                self._done.append(Done(owner, job, result, thread_time_ns() - began_ns))
+        finally:
+            self._finished.append(owner)

@@ -1,0 +1,186 @@
+"""Types of the fields of configuration files: what each value may be, and how it is checked.
+
+Used by `schema` and by `agent.host_schema`, when files are read. A wrong value raises ValueError with what would be
+right; pydantic makes a ValidationError of it. The types carry the patterns of the JSON Schema, for editors.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    WithJsonSchema,
+)
+from pydantic.alias_generators import to_camel
+from pydantic_core import CoreSchema
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.policy.globs import name_globs, path_globs
+from fgpu_ebpf.policy.rules import DeviceChoice
+from fgpu_ebpf.policy.units import MILLION, Amount, amount, duration_ns, millionths, shown
+
+MOST_METRIC_LABELS = 8
+MOST_ITEMS = 64
+# Labels that the metrics have already, or that Prometheus adds.
+RESERVED_LABELS = frozenset(
+    (
+        *("tenant", "kind", "policy", "namespace", "pod", "container", "cgroup_path", "gpu"),
+        *("le", "quantile", "job", "instance"),
+    )
+)
+
+_NAME = r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?"
+_METRIC_LABEL = r"[a-zA-Z_][a-zA-Z0-9_]{0,63}"
+_UUID = re.compile(r"gpu-[0-9a-f-]{1,36}")
+_MEMORY = r"^\s*[0-9]+(\.[0-9]+)?\s*(B|[KMGT]iB?)\s*$"
+_PERCENT = r"^\s*[0-9]{1,3}(\.[0-9]{1,4})?\s*%\s*$"
+_DURATION = r"^\s*[0-9]+(\.[0-9]+)?\s*(us|ms|s)\s*$"
+
+
+class Model(BaseModel):
+    """A mapping with known keys, which files write in `camelCase`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, alias_generator=to_camel)
+
+
+class _OrOne:
+    """Annotation for the schema: a list, or a single item without the list."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core)
+        return {"anyOf": [schema["items"], schema]}
+
+
+def absent(description: str, *examples: Any) -> Any:
+    """Return the field of a key that may be left out, but not left empty: the schema has no null and no default."""
+    shown = list(examples) or None
+    return Field(default=None, description=description, examples=shown, json_schema_extra=_without_default)
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default", None)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _device_listed(value: Any) -> Any:
+    return [value] if isinstance(value, (str, int)) else value
+
+
+def _written(value: Any, example: str) -> str:
+    """Return the text of a quantity; YAML reads one without a unit as a number, whose error names the unit."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"is not a quantity: write it as {example}")
+    return str(value)
+
+
+def _amount(value: Any) -> Amount:
+    return amount(_written(value, "8GiB or 50%"))
+
+
+def _ceiling(value: Any) -> float:
+    return millionths(_written(value, "50%")) / MILLION
+
+
+def _quantum(value: Any) -> int:
+    text = _written(value, "20ms")
+    quantum = duration_ns(text)
+    if not 1_000_000 <= quantum <= 1_000_000_000:
+        raise ValueError(f"{shown(text)} is not between 1ms and 1s")
+    return quantum
+
+
+def _path_pattern(value: str) -> str:
+    path_globs([value])
+    return value
+
+
+def _name_pattern(value: str) -> str:
+    name_globs([value])
+    return value
+
+
+def _image_pattern(value: str) -> str:
+    name_globs([value], forbidden="{}")  # [::1]:5000/x is an image
+    return value
+
+
+def _policy_name(value: str) -> str:
+    if not re.fullmatch(_NAME, value):
+        better = re.sub(r"[^a-z0-9.-]+", "-", value[:63].lower()).strip("-.")
+        hint = f": did you mean {better!r}?" if better and len(value) < 64 else ""
+        raise ValueError(f"{shown(value)} is not a name: use up to 63 small letters, digits, '-' and '.'{hint}")
+    return value
+
+
+def _label_key(value: str) -> str:
+    if not 0 < len(value) <= 256 or not value.isprintable() or " " in value:
+        raise ValueError(f"{shown(value)} is not a label: use up to 256 characters, no spaces")
+    return value
+
+
+def _metric_label(value: str) -> str:
+    if not re.fullmatch(_METRIC_LABEL, value):
+        better = re.sub(r"\W", "_", value[:63], flags=re.A)
+        raise ValueError(f"{shown(value)} is not a name of a Prometheus label: did you mean {better!r}?")
+    if value.startswith("__") or value in RESERVED_LABELS:
+        raise ValueError(f"{shown(value)} is taken by the metrics themselves: name another label")
+    return value
+
+
+def _unique(values: list[str]) -> list[str]:
+    if len(set(values)) < len(values):
+        raise ValueError("the same label is named twice: keep one")
+    return values
+
+
+def _device(value: Any) -> DeviceChoice:
+    text = str(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError("is not a device: write an index, a UUID or a model, as in [0, GPU-1f3a, '*H200*']")
+    if re.fullmatch("-?[0-9]+", text):
+        if len(text) > 2 or not 0 <= int(text) < abi.DEVICES:
+            raise ValueError(f"{shown(text)} is not an index of a device: 0 to {abi.DEVICES - 1}")
+        return DeviceChoice(text, index=int(text))
+    if text.upper().startswith(("GPU-", "MIG-")):
+        if not _UUID.fullmatch(text.lower()):
+            raise ValueError(
+                f"{shown(text)} is not the UUID of a whole device: write it as GPU-1f3a…, or its beginning"
+            )
+        return DeviceChoice(text, uuid=text.lower())
+    return DeviceChoice(text, model=name_globs([text]))
+
+
+# -- types ---------------------------------------------------------------------------------------------------------
+
+_TEXT, _WHOLE = {"type": "string"}, {"type": "integer"}
+_QUANTITY = {"anyOf": [{**_TEXT, "pattern": _MEMORY}, {**_TEXT, "pattern": _PERCENT}]}
+_DEVICE = {"anyOf": [{**_TEXT, "minLength": 1}, {**_WHOLE, "minimum": 0, "maximum": abi.DEVICES - 1}]}
+
+Bytes = Annotated[Amount, PlainValidator(_amount), WithJsonSchema(_QUANTITY)]
+Ceiling = Annotated[float, PlainValidator(_ceiling), WithJsonSchema({"type": "string", "pattern": _PERCENT})]
+Quantum = Annotated[int, PlainValidator(_quantum), WithJsonSchema({"type": "string", "pattern": _DURATION})]
+PolicyName = Annotated[str, AfterValidator(_policy_name), Field(json_schema_extra={"pattern": f"^{_NAME}$"})]
+LabelKey = Annotated[str, AfterValidator(_label_key)]
+MetricLabel = Annotated[str, AfterValidator(_metric_label), Field(json_schema_extra={"pattern": f"^{_METRIC_LABEL}$"})]
+MetricLabels = Annotated[list[MetricLabel], Field(max_length=MOST_METRIC_LABELS), AfterValidator(_unique)]
+DeviceItem = Annotated[DeviceChoice, PlainValidator(_device), WithJsonSchema(_DEVICE)]
+
+Several = Field(min_length=1, max_length=MOST_ITEMS)
+Paths = Annotated[list[Annotated[str, AfterValidator(_path_pattern)]], Several, BeforeValidator(_listed), _OrOne()]
+Names = Annotated[list[Annotated[str, AfterValidator(_name_pattern)]], Several, BeforeValidator(_listed), _OrOne()]
+Images = Annotated[list[Annotated[str, AfterValidator(_image_pattern)]], Several, BeforeValidator(_listed), _OrOne()]
+Devices = Annotated[list[DeviceItem], Several, BeforeValidator(_device_listed), _OrOne()]

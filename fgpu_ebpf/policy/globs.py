@@ -1,0 +1,103 @@
+"""Patterns with `*`, `**` and `?` for paths and names.
+
+Matching takes time linear in pattern and text. Used by policies, in any thread. GlobError says what would be right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+MOST_CHARACTERS = 512
+SETS = "[]{}"  # shells know these; these patterns do not
+_WILD = re.compile(r"(\*+)")
+
+
+class GlobError(ValueError):
+    """The text is not a pattern; the message says what would be right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Globs:
+    """Patterns, of which at least one must match."""
+
+    texts: tuple[str, ...]
+    _compiled: re.Pattern[str] = field(repr=False)
+
+    def matches(self, text: str) -> bool:
+        """Return whether one of them matches all of `text`."""
+        return self._compiled.fullmatch(text) is not None
+
+    def __str__(self) -> str:
+        return ", ".join(self.texts)
+
+
+def path_globs(texts: Sequence[str]) -> Globs:
+    """Return patterns of paths: `*` and `?` stay within a folder, `**` is any folders. Paths have no leading slash."""
+    return Globs(tuple(texts), re.compile("|".join(_path(_checked(text, SETS)) for text in texts), re.S))
+
+
+def name_globs(texts: Sequence[str], forbidden: str = SETS) -> Globs:
+    """Return patterns of names: `*` and `?` stand for any character."""
+    return Globs(tuple(texts), re.compile("|".join(_pieces(_checked(text, forbidden), ".") for text in texts), re.S))
+
+
+def _checked(text: str, forbidden: str) -> str:
+    if not text.strip("/"):
+        raise GlobError("an empty pattern matches nothing: write ** for everything")
+    if len(text) > MOST_CHARACTERS:
+        raise GlobError(f"a pattern has at most {MOST_CHARACTERS} characters")
+    found = next((c for c in forbidden if c in text), None)
+    if found:
+        raise GlobError(f"{found!r} has no meaning in a pattern, only *, ** and ? have: write several patterns instead")
+    return text
+
+
+def _path(text: str) -> str:
+    """Return the regular expression of a path pattern such as `a/**/b/*`.
+
+    The part between two `**` is matched where it is found first, without backtracking. That loses no match, since `**`
+    takes anything in between, and it keeps the time linear.
+    """
+    folders = text.strip("/").split("/")
+    wrong = next((f for f in folders if not f or ("**" in f and f != "**")), None)
+    if wrong is not None:
+        example = wrong.replace("**", "*") + "/**"
+        raise GlobError(f"** stands alone between slashes: did you mean {example}?" if wrong else "// names no folder")
+    runs: list[list[str]] = [[]]
+    for folder in folders:
+        if folder == "**":
+            runs.append([])
+        else:
+            runs[-1].append("[^/]++" if folder == "*" else _pieces(folder, "[^/]"))  # no folder has an empty name
+    if len(runs) == 1:
+        return "/".join(runs[0])
+    first, *middle, last = ("".join(f"{folder}/" for folder in run) for run in runs)
+    skip = "(?:[^/]++/)*?"
+    inner = "".join(f"(?>{skip}{run})" for run in middle if run)
+    return first + inner + (skip + last.removesuffix("/") if last else _below(first + inner))
+
+
+def _below(before: str) -> str:
+    """Return the expression of a `**` at the end: everything below `before`, or everything if that is empty."""
+    return "[^/].*+" if before else ".*+"
+
+
+def _pieces(text: str, any_: str) -> str:
+    """Return the expression of a pattern without folders; each piece between stars is matched where found first."""
+    parts = [part for part in _WILD.split(text) if part]
+    regex, starred = [], False
+    for at, part in enumerate(parts):
+        if part.startswith("*"):
+            starred = True
+            continue
+        piece = "".join(any_ if c == "?" else re.escape(c) for c in part)
+        if starred and at < len(parts) - 1:
+            piece = f"(?>{any_}*?{piece})"
+        elif starred:
+            piece = f"{any_}*{piece}"
+        regex.append(piece)
+    if parts and parts[-1].startswith("*"):
+        regex.append(f"{any_}*+")
+    return "".join(regex)

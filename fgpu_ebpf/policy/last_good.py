@@ -1,0 +1,60 @@
+"""The last good set of policies, stored on disk: a start uses it if the policy files have an error or are gone.
+
+Used by `agent.policy_reload`, in the agent's main thread. Only root may write the file; it is replaced as a whole. A
+file that cannot be understood is logged and counts as no set.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from fgpu_ebpf.linux import atomic_file
+from fgpu_ebpf.policy import trusted_file
+from fgpu_ebpf.policy.folder import parse
+from fgpu_ebpf.policy.rules import Policy, PolicySet
+from fgpu_ebpf.policy.yaml_document import Fault, FaultError
+
+log = logging.getLogger("fgpu.policy")
+FILE = Path("/var/lib/fgpu/policies.json")
+VERSION = 1
+MOST_BYTES = 300 << 20  # the maximum number of policy files, each of the maximum size
+
+
+def write(file: Path, folder: Path, policies: PolicySet) -> None:
+    """Store the files that this set was read from, and the name of their folder. Raises OSError: the old file stays."""
+    files = [[name, data.decode("utf-8", "surrogateescape")] for name, data in policies.files]
+    text = json.dumps({"version": VERSION, "folder": str(folder), "files": files})
+    file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    atomic_file.write(file, text)
+
+
+def read(file: Path, folder: Path) -> PolicySet | None:
+    """Return the set that was last written for this folder, or None if there is none that this version understands."""
+    try:
+        data, _ = trusted_file.load(str(file), str(file), root_only=True, most_bytes=MOST_BYTES)
+        found = json.loads(data)
+        if found["folder"] != str(folder):
+            return None
+        if found["version"] != VERSION:
+            raise ValueError(f"is of version {found['version']!r}")
+        return _parsed([(name, text.encode("utf-8", "surrogateescape")) for name, text in found["files"]])
+    except FileNotFoundError:
+        return None
+    except (OSError, FaultError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        log.error("the last good set of policies cannot be used: %s: %s", file, error)
+        return None
+
+
+def _parsed(files: list[tuple[str, bytes]]) -> PolicySet:
+    """Return the policies in these files. Raises ValueError: this version finds an error in them."""
+    policies: list[Policy] = []
+    faults: list[Fault] = []
+    for name, data in files:
+        found, wrong = parse(name, data)
+        policies += found
+        faults += wrong
+    if faults:
+        raise ValueError(str(faults[0]))
+    return PolicySet(tuple(policies), tuple(files))

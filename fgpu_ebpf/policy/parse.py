@@ -1,0 +1,39 @@
+"""Parsing of one policy file: from its bytes to policies, or to all errors in it.
+
+Used by `folder`, which imports it when there is a file to read, since it imports pydantic. A file with an error gives
+no policy at all.
+"""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from fgpu_ebpf.policy.rules import Policy
+from fgpu_ebpf.policy.schema import GpuPolicy, compiled
+from fgpu_ebpf.policy.validation import faults
+from fgpu_ebpf.policy.yaml_document import MOST_FAULTS, Document, Fault, FaultError, documents
+
+
+def read(file: str, data: bytes) -> tuple[list[Policy], list[Fault]]:
+    """Return the policies of a file's documents in their order, and the errors; with errors, no policies."""
+    policies: list[Policy] = []
+    wrong: list[Fault] = []
+    try:
+        for document in documents(file, data):
+            _read_document(file, document, policies, wrong)
+            if len(wrong) >= MOST_FAULTS:
+                break
+    except FaultError as error:
+        wrong.append(error.fault)
+    return ([] if wrong else policies), wrong[:MOST_FAULTS]
+
+
+def _read_document(file: str, document: Document, policies: list[Policy], wrong: list[Fault]) -> None:
+    line = document.line(())
+    if not isinstance(document.value, dict):
+        wrong.append(Fault(file, line, "", "is not a policy: write apiVersion, kind, metadata and spec"))
+        return
+    try:
+        policies.append(compiled(GpuPolicy.model_validate(document.value), f"{file}:{line}"))
+    except ValidationError as error:
+        wrong += faults(file, document, GpuPolicy, error)

@@ -1,0 +1,309 @@
+"""Policies in force: which limits a workload gets.
+
+The first policy that matches decides; a workload's own labels can change its limits within the policy's bounds. Pure
+functions, used by the agent and by `fgpu policy`. What cannot be applied becomes a note in the decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Protocol
+
+from fgpu_ebpf.policy.globs import Globs
+from fgpu_ebpf.policy.units import (
+    MILLION,
+    Amount,
+    QuantityError,
+    amount,
+    fraction,
+    memory_text,
+    millionths,
+    millionths_text,
+    shown,
+)
+from fgpu_ebpf.workloads.workload import COMPUTE_LABEL, FRACTION_LABEL, MEMORY_LABEL, Workload
+
+
+class Device(Protocol):
+    """A GPU, as far as policies need it."""
+
+    @property
+    def index(self) -> int:
+        """The ledger's index."""
+
+    @property
+    def uuid_text(self) -> str:
+        """`GPU-…`, as NVML writes it."""
+
+    @property
+    def name(self) -> str:
+        """The model."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """The memory that tenants can get in all: the device's memory less the driver's reserve."""
+
+
+class Operator(StrEnum):
+    """The kind of a test of a label."""
+
+    IN = "In"
+    NOT_IN = "NotIn"
+    EXISTS = "Exists"
+    DOES_NOT_EXIST = "DoesNotExist"
+
+
+class Priority(StrEnum):
+    """The priority of a tenant's turns."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+# -- the content of a policy -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LabelTest:
+    """A test of one label. As in Kubernetes, a missing label is NotIn everything."""
+
+    key: str
+    operator: Operator
+    values: frozenset[str] = frozenset()
+
+    def holds(self, labels: Mapping[str, str]) -> bool:
+        """Return whether these labels pass the test."""
+        match self.operator:
+            case Operator.IN:
+                return labels.get(self.key) in self.values
+            case Operator.NOT_IN:
+                return labels.get(self.key) not in self.values
+            case Operator.EXISTS:
+                return self.key in labels
+            case Operator.DOES_NOT_EXIST:
+                return self.key not in labels
+
+    def __str__(self) -> str:
+        values = f" ({', '.join(sorted(self.values))})" if self.values else ""
+        return f"{self.key} {self.operator}{values}"
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """The workloads that a policy is for: all fields that are set must match."""
+
+    cgroup: Globs | None = None
+    namespace: Globs | None = None
+    image: Globs | None = None
+    unit: Globs | None = None
+    labels: tuple[LabelTest, ...] = ()
+
+    def miss(self, workload: Workload) -> str:
+        """Return why this workload does not match, or an empty text if it does.
+
+        A cgroup that a workload made below its own has the names of its container, but only a path selects it.
+        """
+        if self.cgroup and not self.cgroup.matches(workload.path.lstrip("/")):
+            return f"its cgroup matches none of {self.cgroup}"
+        if workload.inside and not self.cgroup:
+            return "it lies inside the workload's own cgroup"
+        for word, globs, name in (
+            ("namespace", self.namespace, workload.namespace),
+            ("image", self.image, workload.image),
+            ("unit", self.unit, workload.unit),
+        ):
+            if globs and name is None:
+                return f"it has no {word}"
+            if globs and not globs.matches(name or ""):
+                return f"its {word} matches none of {globs}"
+        failed = next((test for test in self.labels if not test.holds(workload.labels)), None)
+        return f"its labels fail {failed}" if failed else ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceChoice:
+    """Devices by index, by UUID or its beginning, or by model; exactly one of these is set."""
+
+    text: str
+    index: int | None = None
+    uuid: str = ""
+    model: Globs | None = None
+
+    def takes(self, device: Device) -> bool:
+        """Return whether the choice includes this device."""
+        if self.uuid:
+            return device.uuid_text.lower().startswith(self.uuid)
+        if self.model is None:
+            return device.index == self.index
+        return self.model.matches(device.name) or self.model.matches(device.name.removeprefix("NVIDIA "))
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """A share of a device's time. A limit of 1.0 is no ceiling."""
+
+    limit_ratio: float = 1.0
+    weight: int = 100
+    priority: Priority = Priority.NORMAL
+    quantum_ns: int = 20_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A limit, and the most that the workload's own label can ask for."""
+
+    limit: Amount
+    most: Amount
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One policy; `source` is the file and line where it was read: `10-team.yaml:3`."""
+
+    name: str
+    source: str
+    selector: Selector
+    devices: tuple[DeviceChoice, ...]
+    memory: Memory | None = None
+    compute: Compute | None = None
+    observe: bool = False
+    kill: bool = False
+    own_utilization: bool = False
+    metric_labels: tuple[str, ...] = ()
+
+
+# -- the outcome for a workload --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits of a workload. `memory`: bytes by ledger index, empty if the policy sets no limit.
+
+    `devices`: the ledger indices of the devices that it may use. `compute` None: it is not gated.
+    """
+
+    policy: str
+    observe: bool
+    kill: bool
+    devices: tuple[int, ...]
+    memory: Mapping[int, int]
+    compute: Compute | None
+    own_utilization: bool
+    metric_labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The policy of a workload, the policies before it with the reason why they do not match, and notes."""
+
+    workload: Workload
+    policy: Policy | None
+    tried: tuple[tuple[str, str], ...]
+    limits: Limits | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySet:
+    """All policies in their order. `files`: the names and contents of the files that they were read from."""
+
+    policies: tuple[Policy, ...] = field(default=())
+    files: tuple[tuple[str, bytes], ...] = field(default=(), compare=False, repr=False)
+
+    def resolve(self, workload: Workload, devices: Sequence[Device]) -> Decision:
+        """Return the decision of the first policy that matches; without one the workload is unmanaged."""
+        tried: list[tuple[str, str]] = []
+        for policy in self.policies:
+            miss = policy.selector.miss(workload)
+            if not miss:
+                notes: list[str] = []
+                limits = _limits(policy, workload, devices, notes)
+                return Decision(workload, policy, tuple(tried), limits, tuple(notes))
+            tried.append((policy.name, miss))
+        return Decision(workload, None, tuple(tried), None, ())
+
+
+def _limits(policy: Policy, workload: Workload, devices: Iterable[Device], notes: list[str]) -> Limits:
+    chosen = [device for device in devices if any(choice.takes(device) for choice in policy.devices)]
+    if not chosen:
+        notes.append(f"this host has no device {', '.join(choice.text for choice in policy.devices)}")
+    return Limits(
+        policy=policy.name,
+        observe=policy.observe,
+        kill=policy.kill,
+        devices=tuple(device.index for device in chosen),
+        memory=_memory(policy.memory, workload, chosen, notes),
+        compute=_compute(policy.compute, workload, notes),
+        own_utilization=policy.own_utilization,
+        metric_labels=policy.metric_labels,
+    )
+
+
+def _memory(memory: Memory | None, workload: Workload, devices: Iterable[Device], notes: list[str]) -> dict[int, int]:
+    asked = _asked_memory(memory, workload.labels, "", notes)
+    image = _asked_memory(memory, workload.image_asks, "the image's ", notes)
+    return {d.index: _bytes(memory, asked, image, d, notes) for d in devices} if memory else {}
+
+
+_Asked = tuple[str, Amount]  # the label, and the amount that it asks for
+
+
+def _asked_memory(
+    memory: Memory | None, labels: Mapping[str, str], prefix: str, notes: list[str]
+) -> _Asked | None:  # fmt: skip
+    """Return the amount that a label asks for: fgpu's own label, or else ClearML's."""
+    for label, read in ((MEMORY_LABEL, amount), (FRACTION_LABEL, fraction)):
+        text = labels.get(label)
+        if text is None:
+            continue
+        if memory is None:
+            notes.append(f"{prefix}{label} is ignored: the policy sets no limit of memory")
+            continue
+        try:
+            return label, read(text)
+        except QuantityError as error:
+            notes.append(f"{prefix}{label} is ignored: {error}")
+    return None
+
+
+def _bytes(memory: Memory, asked: _Asked | None, image: _Asked | None, device: Device, notes: list[str]) -> int:
+    limit, most = memory.limit.of(device.usable_bytes), memory.most.of(device.usable_bytes)
+    if asked is not None:
+        label, wanted, most = asked[0], asked[1].of(device.usable_bytes), max(limit, most)
+        limit = min(wanted, most)
+        if wanted > most:
+            sizes = f"{memory_text(wanted)} of device {device.index}, the policy allows {memory_text(most)}"
+            notes.append(f"{label} asks for {sizes}")
+    if image is not None:
+        limit = min(limit, image[1].of(device.usable_bytes))
+    if limit > device.usable_bytes:
+        notes.append(f"the limit of {memory_text(limit)} is more than device {device.index} can give")
+    return limit
+
+
+def _compute(compute: Compute | None, workload: Workload, notes: list[str]) -> Compute | None:
+    compute = _asked_compute(compute, workload.labels, "", notes)
+    return _asked_compute(compute, workload.image_asks, "the image's ", notes)
+
+
+def _asked_compute(
+    compute: Compute | None, labels: Mapping[str, str], prefix: str, notes: list[str]
+) -> Compute | None:  # fmt: skip
+    text, label = labels.get(COMPUTE_LABEL), f"{prefix}{COMPUTE_LABEL}"
+    if text is None:
+        return compute
+    if compute is None:
+        notes.append(f"{label} is ignored: the policy shares out no compute time")
+        return None
+    try:
+        asked = millionths(text) / MILLION
+    except QuantityError as error:
+        notes.append(f"{label} is ignored: {error}")
+        return compute
+    if asked > compute.limit_ratio and not prefix:
+        most = millionths_text(round(compute.limit_ratio * MILLION))
+        notes.append(f"{label} asks for {shown(text)}, the policy allows {most}")
+    return replace(compute, limit_ratio=min(asked, compute.limit_ratio))

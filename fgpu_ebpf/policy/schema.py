@@ -1,0 +1,200 @@
+"""The document `kind: GpuPolicy`: its keys, the values of each, and its JSON Schema.
+
+Used by `parse` and by `fgpu policy schema`. An empty value is an error, not a default: it may be an oversight. Errors
+are pydantic's ValidationError.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from fgpu_ebpf.policy import rules
+from fgpu_ebpf.policy.fields import (
+    Bytes,
+    Ceiling,
+    Devices,
+    Images,
+    LabelKey,
+    MetricLabels,
+    Model,
+    Names,
+    Paths,
+    PolicyName,
+    Quantum,
+    Several,
+    absent,
+)
+from fgpu_ebpf.policy.globs import name_globs, path_globs
+from fgpu_ebpf.policy.units import amount_text
+
+_EXAMPLE = {"cgroup": ["system.slice/docker-*.scope"]}
+_USUAL = rules.Compute()
+_EVERY_DEVICE = rules.DeviceChoice("*", model=name_globs(["*"]))
+
+
+class Metadata(Model):
+    """The name of the policy."""
+
+    name: PolicyName = Field(description="Unique over all files.", examples=["notebooks"])
+
+
+class MatchExpression(Model):
+    """A test of one label; a label that is not there is NotIn everything."""
+
+    key: LabelKey = Field(description="The label's name.", examples=["tier"])
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist"] = Field(
+        description="A label that is not there is `NotIn` everything."
+    )
+    values: Annotated[list[str], Several] = absent("For `In` and `NotIn`, and for them alone.", ["a", "b"])
+
+    @model_validator(mode="after")
+    def _has_values(self) -> Self:
+        needed = self.operator in ("In", "NotIn")
+        if needed and not self.values:
+            raise ValueError(f"{self.operator} needs values: write values: [a, b]")
+        if not needed and self.values:
+            raise ValueError(f"{self.operator} takes no values: leave them out, or write In")
+        return self
+
+
+class Selector(Model):
+    """The workloads that the policy is for: every key that is written must match, by one item of its list."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    cgroup: Paths = absent(
+        "The cgroup's path below the hierarchy's root: `*` and `?` stay within a folder, `**` stands for any folders.",
+        "system.slice/docker-*.scope",
+        "kubepods.slice/**/cri-containerd-*.scope",
+    )
+    namespace: Names = absent("The pod's namespace.", "team-*")
+    image: Images = absent("The container's image; `*` crosses `/`.", "registry.example/*")
+    unit: Names = absent("The innermost systemd service or scope, with systemd's escapes.", "jupyter-*.service")
+    match_labels: Annotated[dict[LabelKey, str], Several] = absent("Labels, all of them.", {"tier": "notebook"})
+    match_expressions: Annotated[list[MatchExpression], Several] = absent("Questions about labels, all of them.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError("is empty and would match every cgroup: name some, or write cgroup: ['**'] if you mean it")
+        return self
+
+
+class Memory(Model):
+    """The limit on each device, and how far the workload's own label fgpu.dev/memory may go."""
+
+    limit: Bytes = Field(
+        description="What it may hold on each device; a percentage is of what tenants can get there, cut to 2 MiB.",
+        examples=["8GiB", "50%"],
+    )
+    max: Bytes = absent("How far the workload's own label may go; without it as far as `limit`.", "16GiB")
+
+    @model_validator(mode="after")
+    def _max_is_not_less(self) -> Self:
+        most, limit = self.max or self.limit, self.limit
+        less = most.bytes < limit.bytes or most.millionths < limit.millionths
+        if less and bool(most.bytes) == bool(limit.bytes):
+            sizes = f"max {amount_text(most)} is less than limit {amount_text(limit)}"
+            raise ValueError(f"{sizes}: raise max or leave it out")
+        return self
+
+
+class Compute(Model):
+    """The share of a device's time; without it the workload is not gated."""
+
+    limit: Ceiling = absent("The most of a device's time, even of an idle one; without it no ceiling.", "50%")
+    weight: Annotated[int, Field(ge=1, le=10_000)] = Field(100, description="Its part of contended time.")
+    priority: Literal["high", "normal", "low"] = Field("normal", description="A higher priority gets its turn first.")
+    quantum: Quantum = absent(
+        "The length of a turn, from 1ms to 1s; up to twice as long among tenants that never pause. Without it"
+        f" {_USUAL.quantum_ns // 1_000_000}ms.",
+        "5ms",
+    )
+
+
+class Views(Model):
+    """View that the workload is shown."""
+
+    utilization: Literal["device", "own"] = Field("device", description="What the whole GPU does, or the workload.")
+
+
+class Spec(Model):
+    """The workloads that the policy is for, and what they get."""
+
+    mode: Literal["observe", "enforce"] = Field(
+        "enforce", description="`observe` admits everything, counts what it would have refused, and narrows no view."
+    )
+    selector: Selector = Field(description="The workloads that the policy is for.", examples=[_EXAMPLE])
+    devices: Devices = absent(
+        "Indices, UUIDs or their beginnings, models; without it every device.", [0], "GPU-1f3a", "*H200*"
+    )
+    memory: Memory = absent("The limit of memory; without it there is none, and the workload is only counted.")
+    compute: Compute = absent("The share of time; without it the workload takes no part in time slices.")
+    on_bypass: Literal["report", "kill"] = Field(
+        "report",
+        description="What happens to a process that goes around the shim and would exceed the limit; `kill` waits while"
+        " a process that is older than fgpu is in the tenant.",
+    )
+    views: Views = absent("What the workload is shown.")
+    metric_labels: MetricLabels = absent("Labels of the workload that its metrics carry.", ["team"])
+
+
+class GpuPolicy(Model):
+    """One policy: the first whose selector matches a workload decides."""
+
+    api_version: Literal["fgpu.dev/v1alpha1"] = Field(description="The version of this format.")
+    kind: Literal["GpuPolicy"] = Field(description="There is no other.")
+    metadata: Metadata = Field(description="What the policy is called.")
+    spec: Spec = Field(
+        description="The workloads that the policy is for, and what they get.", examples=[{"selector": _EXAMPLE}]
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of one document, for editors. It does not check rules between two values."""
+    schema = GpuPolicy.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+# -- document -> policy --------------------------------------------------------------------------------------------
+
+
+def compiled(document: GpuPolicy, source: str) -> rules.Policy:
+    """Return the policy that a valid document describes. `source`: the file and line of the document."""
+    spec = document.spec
+    return rules.Policy(
+        name=document.metadata.name,
+        source=source,
+        selector=_selector(spec.selector),
+        devices=tuple(spec.devices or [_EVERY_DEVICE]),
+        memory=rules.Memory(spec.memory.limit, spec.memory.max or spec.memory.limit) if spec.memory else None,
+        compute=_compute(spec.compute) if spec.compute else None,
+        observe=spec.mode == "observe",
+        kill=spec.on_bypass == "kill",
+        own_utilization=spec.views is not None and spec.views.utilization == "own",
+        metric_labels=tuple(spec.metric_labels or ()),
+    )
+
+
+def _selector(model: Selector) -> rules.Selector:
+    tests = [rules.LabelTest(k, rules.Operator.IN, frozenset((v,))) for k, v in (model.match_labels or {}).items()]
+    for e in model.match_expressions or ():
+        tests.append(rules.LabelTest(e.key, rules.Operator(e.operator), frozenset(e.values or ())))
+    return rules.Selector(
+        cgroup=path_globs(model.cgroup) if model.cgroup else None,
+        namespace=name_globs(model.namespace) if model.namespace else None,
+        image=name_globs(model.image, forbidden="{}") if model.image else None,
+        unit=name_globs(model.unit) if model.unit else None,
+        labels=tuple(tests),
+    )
+
+
+def _compute(model: Compute) -> rules.Compute:
+    return rules.Compute(
+        limit_ratio=model.limit or _USUAL.limit_ratio,
+        weight=model.weight,
+        priority=rules.Priority(model.priority),
+        quantum_ns=model.quantum or _USUAL.quantum_ns,
+    )

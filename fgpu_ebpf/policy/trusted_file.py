@@ -1,0 +1,84 @@
+"""Opening of configuration files, and the check that only root can have written them.
+
+Used wherever the agent and the commands read configuration. Only regular files are read, up to a maximum size.
+FaultError names the fix; OSError: the file is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+
+from fgpu_ebpf.policy.yaml_document import MOST_BYTES, Fault, FaultError
+
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """The identity of a file's content, without reading it."""
+
+    dev: int
+    ino: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Stamp:
+        """Return the stamp of a file from its stat result."""
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def load(path: str, name: str, root_only: bool, most_bytes: int = MOST_BYTES) -> tuple[bytes, Stamp]:
+    """Return a file's content and stamp; errors call the file `name`. Raises FaultError, OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # so that a fifo does not block
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise FaultError(Fault(name, 0, "", "is not a regular file: remove it"))
+        if root_only:
+            _check_owner(name, os.readlink(f"/proc/self/fd/{fd}"), found, read_only(fd))
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(most_bytes + 1), Stamp.of(found)
+    finally:
+        os.close(fd)
+
+
+def path_stats(path: str) -> tuple[tuple[int, int, int], ...]:
+    """Return inode, mode and owner of a folder and of all around it, as check_folder() judges. Raises OSError."""
+    real = os.path.realpath(path)
+    stats = [os.stat(real[:end]) for end in (*(i for i, c in enumerate(real) if c == "/" and i), len(real))]
+    return tuple((found.st_ino, found.st_mode, found.st_uid) for found in stats)
+
+
+def check_folder(path: str, root_only: bool) -> None:
+    """Raise FaultError if a user other than root could put files into the folder, or OSError if it is gone."""
+    if root_only:
+        _check_owner(path, os.path.realpath(path), os.stat(path), read_only(path))
+
+
+def read_only(path: str | int) -> bool:
+    """Return whether the path is on a read-only mount: no process here can write it, whatever its mode.
+
+    A ConfigMap's folder has mode 0777.
+    """
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def _check_owner(name: str, real: str, found: os.stat_result, safe: bool) -> None:
+    if safe:
+        return
+    if found.st_uid or found.st_mode & _OTHERS:
+        text = f"may be written by users other than root: chown root {real}; chmod go-w {real}"
+        raise FaultError(Fault(name, 0, "", text))
+    around = os.path.dirname(real)
+    while True:  # a user that may write a folder around it could replace the file, unless the folder is sticky
+        found = os.stat(around)
+        if found.st_uid or (found.st_mode & _OTHERS and not found.st_mode & stat.S_ISVTX):
+            text = f"lies in {around}, which users other than root may write: chown root {around}; chmod go-w {around}"
+            raise FaultError(Fault(name, 0, "", text))
+        if around == "/":
+            return
+        around = os.path.dirname(around)

@@ -1,0 +1,145 @@
+"""Parsing and printing of quantities: memory, shares and lengths of time, such as `8GiB`, `50%` and `20ms`.
+
+Pure functions, used everywhere. The length of a text that is parsed is bounded. QuantityError says what would be right.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_UNITS = {"B": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_SHIFTS = (("GiB", 30), ("MiB", 20), ("B", 0))
+_TIMES = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+_QUANTITY = re.compile(r"(?P<number>[0-9]{1,20}(?:\.[0-9]{1,20})?)\s{0,4}(?P<unit>[A-Za-z]{0,20})")
+_FRACTION = re.compile(r"(?P<whole>[0-9]{1,4})(?:\.(?P<part>[0-9]{1,6}))?")
+_PERCENT = re.compile(r"(?P<whole>[0-9]{1,3})(?:\.(?P<part>[0-9]{1,4}))?\s{0,4}%")
+MOST_BYTES = 2**47
+GRANULE = 2 << 20  # the driver's unit of allocation
+MILLION = 1_000_000
+_SHOWN = 40
+
+
+class QuantityError(ValueError):
+    """The text is not a quantity; the message says what would be right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """An amount of memory: a number of bytes, or millionths of what a device can give."""
+
+    bytes: int = 0
+    millionths: int = 0
+
+    def of(self, usable_bytes: int) -> int:
+        """Return the bytes on a device; a share is cut to whole granules, but has at least one."""
+        if not self.millionths:
+            return self.bytes
+        share = usable_bytes * self.millionths // MILLION
+        return max(share // GRANULE, 1) * GRANULE
+
+
+def shown(text: str) -> str:
+    """Return foreign text as a message may quote it: escaped and cut."""
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def amount(text: str) -> Amount:
+    """Parse `8GiB`, `1.5GiB`, `8Gi`, `8192MiB`, `8589934592B` or `50%`, in files, labels and on the command line.
+
+    A number needs a unit, a binary one (8GB would be 7.45GiB). The minimum is 2MiB, the driver's unit of allocation.
+    Raises QuantityError.
+    """
+    if text.rstrip().endswith("%"):
+        return Amount(millionths=millionths(text))
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None:
+        raise QuantityError(f"{shown(text)} is not a quantity of memory: write it as 8GiB or 50%")
+    bytes_ = _bytes(text, match["number"], match["unit"])
+    if bytes_ < GRANULE:
+        raise QuantityError(f"{shown(text)} is less than a device gives out at once: write 2MiB at least")
+    return Amount(bytes_)
+
+
+def _bytes(text: str, number: str, unit: str) -> int:
+    if not 0 < float(number) <= MOST_BYTES:
+        raise QuantityError(f"{shown(text)} is not between 1 byte and 128 TiB")
+    if not unit:
+        raise QuantityError(f"{shown(text)} has no unit: did you mean {_with_unit(number)}?")
+    unit = unit.removesuffix("B") if unit.endswith("iB") else unit
+    if unit not in _UNITS:
+        raise QuantityError(_decimal_hint(text, number, unit))
+    value = float(number) * _UNITS[unit] if "." in number else int(number) * _UNITS[unit]
+    if not 1 <= value <= MOST_BYTES or value != int(value):
+        raise QuantityError(f"{shown(text)} is not between 1 byte and 128 TiB")
+    return int(value)
+
+
+def _with_unit(number: str) -> str:
+    """Guess the unit of a number that has none, by its size: gibibytes, mebibytes or bytes."""
+    if float(number) < 1024:
+        return f"{number}GiB"
+    if float(number) < GRANULE or "." in number:
+        return f"{number}MiB"
+    return next((f"{int(number) >> shift}{unit}" for unit, shift in _SHIFTS if not int(number) % (1 << shift)), "")
+
+
+def _decimal_hint(text: str, number: str, unit: str) -> str:
+    letter = unit[:1].upper()
+    if letter in ("K", "M", "G", "T"):
+        return f"{shown(text)}: did you mean {number}{letter}iB?"
+    return f"{shown(text)}: unknown unit {unit!r}; write KiB, MiB, GiB or TiB"
+
+
+def memory_text(bytes_: int) -> str:
+    """Return bytes as text for people: `1.5GiB`, `518MiB`."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(bytes_) >= size:
+            return f"{bytes_ / size:.1f}".removesuffix(".0") + unit
+    return f"{bytes_}B"
+
+
+def amount_text(amount: Amount) -> str:
+    """Return an Amount as text for people."""
+    return millionths_text(amount.millionths) if amount.millionths else memory_text(amount.bytes)
+
+
+# -- shares and times ----------------------------------------------------------------------------------------------
+
+
+def millionths(text: str) -> int:
+    """Parse `50%` or `12.5%`; return millionths, above 0 and up to a million. Raises QuantityError."""
+    match = _PERCENT.fullmatch(text.strip())
+    if match is None:
+        raise QuantityError(f"{shown(text)} is not a share: write it as 50%")
+    value = int(match["whole"]) * 10_000 + int((match["part"] or "").ljust(4, "0"))
+    if not 0 < value <= MILLION:
+        raise QuantityError(f"{shown(text)} is not above 0% and up to 100%")
+    return value
+
+
+def fraction(text: str) -> Amount:
+    """Parse `0.25` or `0.500`, as in ClearML's label; whole GPUs (`1`, `2.0`) are all of each. Raises QuantityError."""
+    match = _FRACTION.fullmatch(text.strip())
+    if match is None:
+        raise QuantityError(f"{shown(text)} is not a fraction: write it as 0.25")
+    value = int(match["whole"]) * MILLION + int((match["part"] or "").ljust(6, "0"))
+    if not value:
+        raise QuantityError(f"{shown(text)} is not above 0")
+    return Amount(millionths=min(value, MILLION))
+
+
+def millionths_text(millionths: int) -> str:
+    """Return millionths as text: `50%`, `12.5%`."""
+    return f"{millionths / 10_000:.4f}".rstrip("0").rstrip(".") + "%"
+
+
+def duration_ns(text: str) -> int:
+    """Parse `20ms`, `500us` or `0.5s`; return nanoseconds. Raises QuantityError."""
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None or match["unit"] not in _TIMES:
+        raise QuantityError(f"{shown(text)} is not a length of time: write it as 20ms")
+    return round(float(match["number"]) * _TIMES[match["unit"]])

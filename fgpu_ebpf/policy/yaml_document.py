@@ -1,0 +1,193 @@
+"""Configuration files as YAML: each value with its line, and without the features that surprise.
+
+Aliases, tags and merges are refused, and `no` is text. Used by `parse` and by the agent's configuration. Whatever a
+file contains, reading takes a few milliseconds. FaultError has the file, the line and the field.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+MOST_BYTES = 1 << 20
+MOST_NODES = 10_000
+MOST_DEPTH = 16
+MOST_FAULTS = 20
+MOST_INTEGER = 2**63 - 1
+
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]{1,40}|[0-9]{1,40}(?:\.[0-9]{0,40})?)(?:[eE][-+]?[0-9]{1,9})?")
+_NO_NUMBER = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+_WORDS: dict[str, bool | None] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+
+Place = tuple[str | int, ...]  # the path to a value: keys and positions
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An error in a file, with what would be right. Line 0: the file as a whole."""
+
+    file: str
+    line: int
+    field: str
+    text: str
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{where}: {self.field}: {self.text}" if self.field else f"{where}: {self.text}"
+
+
+class FaultError(Exception):
+    """The file cannot be read as configuration."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One YAML document, and the line of each of its values; a key's line is its value's."""
+
+    value: Any
+    lines: Mapping[Place, int]
+
+    def line(self, place: Place) -> int:
+        """Return the line of a value, or of the innermost value around it that exists."""
+        while place and place not in self.lines:
+            place = place[:-1]
+        return self.lines[place]
+
+
+def field_text(place: Place) -> str:
+    """Return a path to a value as text for people: `spec.selector.cgroup[0]`."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{_cut(part)}" for part in place)
+    return text.removeprefix(".")
+
+
+def _cut(text: str) -> str:
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= 64 else text[:64] + "…"
+
+
+def documents(file: str, data: bytes) -> Iterator[Document]:
+    """Yield the documents of a file without empty ones. Raises FaultError."""
+    if len(data) > MOST_BYTES:
+        raise FaultError(Fault(file, 0, "", "is larger than 1 MiB: split it"))
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FaultError(Fault(file, line, "", "is not UTF-8: save it as UTF-8")) from error
+    try:
+        yield from _Reader(file, data).documents()
+    except yaml.YAMLError as error:
+        raise FaultError(_syntax(file, data, error)) from error
+
+
+def _syntax(file: str, data: bytes, error: yaml.YAMLError) -> Fault:
+    """Return the parser's error; if that is at the end of the file, the line of the construct that was not closed."""
+    problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or "broken")
+    last = len(data.splitlines()) or 1
+    marks = [getattr(error, name, None) for name in ("problem_mark", "context_mark")]
+    lines = [mark.line + 1 for mark in marks if mark] or [data.count(b"\n", 0, getattr(error, "position", 0)) + 1]
+    line = next((line for line in lines if line <= last), last)
+    if b"\t" in b"".join(data.splitlines()[line - 1 : line]):
+        problem += "; indent with spaces, not with tabs"
+    return Fault(file, line, "", f"is not YAML: {problem}")
+
+
+class _Reader:
+    """Makes documents of the parser's events, and refuses unwanted features where they occur."""
+
+    def __init__(self, file: str, data: bytes) -> None:
+        self._file = file
+        self._events = yaml.parse(data, Loader=yaml.CBaseLoader)
+        self._nodes = 0
+        self._lines: dict[Place, int] = {}
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents. Raises FaultError."""
+        for event in self._events:
+            self._count(event)
+            if isinstance(event, yaml.DocumentStartEvent):
+                self._lines = {}
+                value = self._value(next(self._events), ())
+                if value is not None:
+                    yield Document(value, self._lines)
+
+    def _line(self, event: yaml.Event) -> int:
+        return event.start_mark.line + 1 if event.start_mark else 0
+
+    def _fail(self, event: yaml.Event, place: Place, text: str) -> FaultError:
+        return FaultError(Fault(self._file, self._line(event), field_text(place), text))
+
+    def _count(self, event: yaml.Event) -> None:
+        self._nodes += 1
+        if self._nodes > MOST_NODES:
+            raise self._fail(event, (), f"more than {MOST_NODES:,} values in one file: split it")
+
+    def _value(self, event: yaml.Event, place: Place) -> Any:
+        self._count(event)
+        self._lines[place] = self._line(event)
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise self._fail(event, place, "anchors and aliases (&, *) are refused: write the value out, or in quotes")
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise self._fail(event, place, "tags (!) are refused: leave it out, or write the value in quotes")
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event, place)
+        if len(place) >= MOST_DEPTH:
+            raise self._fail(event, place[:4], f"more than {MOST_DEPTH} levels: nothing here is that deep")
+        if isinstance(event, yaml.MappingStartEvent):
+            return self._mapping(place)
+        return self._sequence(place)
+
+    def _sequence(self, place: Place) -> list[Any]:
+        found: list[Any] = []
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            found.append(self._value(event, (*place, len(found))))
+        return found
+
+    def _mapping(self, place: Place) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            key = self._key(event, place)
+            if key in found:
+                first = self._lines[(*place, key)]
+                raise self._fail(event, (*place, key), f"is written twice, first in line {first}: keep one")
+            line = self._line(event)
+            found[key] = self._value(next(self._events), (*place, key))
+            self._lines[(*place, key)] = line
+        return found
+
+    def _key(self, event: yaml.Event, place: Place) -> str:
+        self._count(event)
+        if not isinstance(event, yaml.ScalarEvent) or event.anchor or event.tag not in (None, "!"):
+            raise self._fail(event, place, "a key must be a plain word")
+        if event.value == "<<" and event.implicit[0]:
+            raise self._fail(event, place, "merging (<<) is refused: write the values out")
+        return str(event.value)
+
+    def _scalar(self, event: yaml.ScalarEvent, place: Place) -> Any:
+        text = event.value
+        if not event.implicit[0]:  # in quotes, or a block
+            return text
+        if text in _WORDS:
+            return _WORDS[text]
+        if _INTEGER.fullmatch(text):
+            if len(text) > 20 or abs(int(text)) > MOST_INTEGER:
+                raise self._fail(event, place, "a number beyond 2^63: write it smaller, or in quotes if it is text")
+            return int(text)
+        number = float(text) if _FLOAT.fullmatch(text) else None
+        if number in (math.inf, -math.inf) or _NO_NUMBER.fullmatch(text):
+            raise self._fail(event, place, f"{_cut(text)} is not a number to work with: write a finite one")
+        return text if number is None else number

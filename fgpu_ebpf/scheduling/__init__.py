@@ -1,0 +1,1 @@
+"""Compute time: which tenant uses a device next and for how long, without input or output."""

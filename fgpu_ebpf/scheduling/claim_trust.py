@@ -1,0 +1,136 @@
+"""Time that other tenants wait for work that a tenant says it has in flight.
+
+A claim of up to UNPROVEN_NS is believed. A longer claim is believed once work that was claimed to take longer has ended
+as claimed. When others have waited in vain, the bound falls to that of a tenant that claims nothing; it doubles again,
+at a pace that is slower after each further wait in vain. All tenants inside one unit (`nested_shares`) have one
+standing, so a new cgroup is believed no more than the last one.
+
+Used by `turns`, in the gatekeeper's time slicer thread. Does not charge tenants. Times are CLOCK_MONOTONIC nanoseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fgpu_ebpf.abi import BUDGET_NS
+
+MOST_FLIGHT_NS = 1_000_000_000  # the most that a tenant can claim to have in flight
+UNPROVEN_NS = 250_000_000  # a tenth of a device's time in two seconds, and a little more
+MUCH_NS = 2 * BUDGET_NS  # a shorter wait in vain costs others no more than a tenant that claims nothing
+PACE_NS, MOST_PACE_NS = 1_000_000_000, 64_000_000_000  # the time in which the bound doubles
+FORGET_NS = 3600 * 1_000_000_000  # after so long without a wait in vain the pace is the first again
+_TRUE_PARTS = 4  # work ended as claimed if it ended late by at most such a part of its claimed length
+_MOST_DOUBLINGS = 16
+
+
+@dataclass(slots=True)
+class Standing:
+    """The trust in the claims of one tenant, or of all tenants inside one unit."""
+
+    lowered_ns: int = 0
+    pace_ns: int = 0  # 0: there was no wait in vain yet
+    proven: bool = False  # work that overran UNPROVEN_NS ended as claimed
+
+    def believed_ns(self, now_ns: int) -> int:
+        """Return the longest wait for the work in flight of the tenant."""
+        most_ns = MOST_FLIGHT_NS if self.proven else UNPROVEN_NS
+        if not self.pace_ns:
+            return most_ns
+        doublings = min(_MOST_DOUBLINGS, max(0, now_ns - self.lowered_ns) // self.pace_ns)
+        return min(most_ns, BUDGET_NS << doublings)
+
+    def lower(self, now_ns: int, is_much: bool) -> None:
+        """Record a wait in vain; `is_much`: it was long enough to slow the pace."""
+        if is_much:
+            is_new = not self.pace_ns or now_ns - self.lowered_ns > FORGET_NS
+            self.pace_ns = PACE_NS if is_new else min(MOST_PACE_NS, 2 * self.pace_ns)
+        self.lowered_ns = now_ns
+
+
+@dataclass(slots=True)
+class Trust:
+    """The claims of one tenant, one after the other. Several tenants may have the same `standing`."""
+
+    standing: Standing = field(default_factory=Standing)
+    _closed_ns: int = 0
+    _claim_ns: int = 0  # the claim of the turn that closed then
+    _before: tuple[int, int] | None = None  # the standing before an overrun that may still prove true
+    _overran_ns: int = 0  # the time of that overrun
+    _proves_ns: tuple[int, int] = (0, 0)  # a drain between these proves a claim that overran, in the next turn too
+
+    def believed_ns(self, now_ns: int) -> int:
+        """Return the longest wait for the tenant's work in flight."""
+        return self.standing.believed_ns(now_ns)
+
+    def claims(self, now_ns: int, ns: int) -> None:
+        """Record that the tenant's turn closes and that it claims `ns` of work in flight."""
+        self._closed_ns, self._claim_ns, self._before = now_ns, ns, None
+
+    def judge(self, overrun: bool, drained: bool, lives: bool, now_ns: int) -> None:
+        """Judge the last claim at the end of a turn, after its drain.
+
+        Args:
+            overrun: the turn has ended with work in flight.
+            drained: nothing is in flight.
+            lives: the tenant still has a process that uses a device.
+            now_ns: the time.
+        """
+        if overrun:
+            self.overran(now_ns)
+        elif not lives:
+            self.lost_process(now_ns)
+        elif drained:
+            self.drained(now_ns)
+
+    def overran(self, now_ns: int) -> None:
+        """Record that others waited for the tenant's work, and that it has not ended."""
+        is_much, standing = now_ns - self._closed_ns > MUCH_NS, self.standing
+        if not is_much and not standing.pace_ns:
+            return
+        self._before, self._overran_ns = (standing.lowered_ns, standing.pace_ns), now_ns
+        standing.lower(now_ns, is_much)
+
+    def lost_process(self, now_ns: int) -> None:
+        """Record that a process with a claim has ended while others wait: nothing can prove the claim any more."""
+        self.overran(now_ns)
+        self.forget_overrun()
+        self._closed_ns, self._claim_ns = now_ns, 0  # later overruns are of other work, which no tenant waited for yet
+
+    def forget_overrun(self) -> None:
+        """Forget the overrun that may still prove true: a process that claimed it has ended."""
+        self._before, self._proves_ns = None, (0, 0)
+
+    def ended(self, ended_ns: int, now_ns: int) -> None:
+        """Record the end of work that overran, at `ended_ns` if reported; the claim is true if that fits."""
+        at_ns = ended_ns if self._closed_ns < ended_ns < now_ns else now_ns
+        first_ns, last_ns = self._proof()
+        self.standing.proven |= self._before is not None and first_ns < at_ns <= last_ns
+        self._restore(at_ns <= last_ns)
+
+    def drained(self, now_ns: int) -> None:
+        """Record that a turn has ended with nothing in flight, also of earlier turns."""
+        self.standing.proven |= self._proves_ns[0] < now_ns <= self._proves_ns[1]
+        self._proves_ns = (0, 0)
+
+    def begins_again(self, until_ns: int, now_ns: int) -> None:
+        """Record that the next turn begins, with work until `until_ns` according to the tenant.
+
+        The claimed end of the last work may not have come yet. The claim may still be true, unless it was prolonged.
+        """
+        end_ns = self._closed_ns + self._claim_ns
+        may_be_true = now_ns <= end_ns and until_ns <= end_ns + BUDGET_NS
+        if self._before and may_be_true:
+            self._proves_ns = self._proof()
+        self._restore(may_be_true)
+
+    def _proof(self) -> tuple[int, int]:
+        """Return (first, last): work that ends after `first` and until `last` proves a claim.
+
+        Until `first` others have waited no longer than is believed without a proof.
+        """
+        return self._closed_ns + UNPROVEN_NS, self._closed_ns + self._claim_ns + self._claim_ns // _TRUE_PARTS
+
+    def _restore(self, was_true: bool) -> None:
+        if self._before and was_true and self.standing.lowered_ns == self._overran_ns:
+            self.standing.lowered_ns, self.standing.pace_ns = self._before
+        self._before = None

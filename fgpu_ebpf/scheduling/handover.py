@@ -1,0 +1,32 @@
+"""Turns that follow another turn whose work has not drained yet: when they begin, and when they begin earlier.
+
+Used by `turns`, in the gatekeeper's time slicer thread. Times are CLOCK_MONOTONIC nanoseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from fgpu_ebpf.scheduling.state import Place, Turn
+
+
+def next_begins_ns(running: Iterable[Place], devices: Collection[int], now_ns: int) -> int:
+    """Return when the turns that are passing on these devices should have drained; the device is theirs until then.
+
+    Marks these turns as handed over.
+    """
+    begins_ns = now_ns
+    for place in running:
+        if place.turn and not place.turn.handed_ns and not place.turn.devices.isdisjoint(devices):
+            place.turn.handed_ns = now_ns + place.flight_ns(now_ns)
+            begins_ns = max(begins_ns, place.turn.handed_ns)
+    return begins_ns
+
+
+def begin_earlier(running: Iterable[Place], before: Turn, ended_ns: int) -> None:
+    """Correct the turns that were to begin when `before` should have drained: it drained at `ended_ns`."""
+    for place in running:
+        turn = place.turn
+        if turn and turn is not before and turn.begins_ns == before.handed_ns and turn.devices & before.devices:
+            since_ns = max(ended_ns, place.begun_ns(turn))
+            place.charge(turn.begins_ns - since_ns)

@@ -1,0 +1,128 @@
+"""Shares inside a share: a level gets no more time for levels with shares that lie inside it.
+
+A *unit* is such a level, with all that lies inside. A device's time is divided among units and other tenants by their
+own virtual time, and a unit's part among the tenants inside by theirs. Each ceiling on the way holds. The time that a
+unit has used stays charged to it, whichever cgroups are created and removed inside.
+
+Used by `turns`, `share_groups` and `state`, in the gatekeeper's time slicer thread. Times are nanoseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from fgpu_ebpf.scheduling.claim_trust import Standing
+from fgpu_ebpf.scheduling.fair_queue import PLAIN_WEIGHT, ROUND_QUANTA, STAYED, Account, Share, entitlements
+
+
+class Unit:
+    """Use of each device by a unit.
+
+    `level` is its cgroup's id, `clock_ns` the virtual time of the last tenant inside that began a turn. `account`,
+    `owned_ns` and `standing` are those of its own programs before it became a unit.
+    """
+
+    def __init__(
+        self, level: int, share: Share, account: Account, owned_ns: int = 0, standing: Standing | None = None
+    ) -> None:
+        self.level, self.share, self.standing = level, share, standing or Standing()
+        self.clock_ns = account.virtual_ns
+        self.left = STAYED
+        self._first, self._first_owned_ns = account, owned_ns
+        self._accounts: dict[int, Account] = {}  # by device: tenants inside may use several at a time
+        self._owned_ns: dict[int, int] = {}  # by device, only growing
+        self._unlifted_ns: dict[int, int] = {}  # by device: until then the floor owes nothing to a tenant inside
+
+    def _of(self, device: int) -> Account:
+        return self._accounts.get(device, self._first)
+
+    def change(self, share: Share, now_ns: int) -> None:
+        """Set another share from now on; the time used stays."""
+        if share == self.share:
+            return
+        for device in self._accounts:
+            account = self._of(device).at(now_ns, self.share)._replace(at_ns=now_ns)
+            more = share.limited and not self.share.limited
+            self._accounts[device] = account._replace(in_hand_ns=share.ample_ns) if more else account
+        self.share = share
+
+    def count_up(self, devices: Iterable[int], now_ns: int) -> None:
+        """Add the time that the limit has allowed since the last call."""
+        for device in devices:
+            self._accounts[device] = self._of(device).at(now_ns, self.share)
+
+    def join(self, devices: Iterable[int], clock_ns: int, now_ns: int, is_first: bool) -> None:
+        """Let a tenant inside want a turn, without credit for idle time.
+
+        If no other tenant inside wants a turn or has one (`is_first`), the unit starts at the device's clock. Otherwise
+        it may be behind the clock by a round of turns that are not charged yet, and no more: the others may wait for
+        another device, or do nothing in their turns.
+        """
+        round_ns = ROUND_QUANTA * self.share.quantum_ns * PLAIN_WEIGHT // self.share.weight
+        for device in devices:
+            account = self._of(device)
+            rested = account.rested(now_ns, self.share).joining(clock_ns - self.left.credit_ns(now_ns, self.share))
+            self._accounts[device] = rested if is_first else account.joining(clock_ns - round_ns)
+
+    def charge(self, devices: Iterable[int], ns: int) -> None:
+        """Charge the unit for `ns` of the time of each of these devices, used by a tenant inside."""
+        for device in devices:
+            self._accounts[device] = self._of(device).charged(ns, self.share)
+            self._owned_ns[device] = self.owned_ns(device) + ns
+
+    def owned_ns(self, device: int) -> int:
+        """Return the time of a device that all inside have had, and its own programs before it became a unit."""
+        return self._owned_ns.get(device, self._first_owned_ns)
+
+    def lifted(self, devices: Iterable[int], until_ns: int) -> None:
+        """Record that the floor has lifted a tenant inside; until `until_ns` it owes the others nothing either."""
+        for device in devices:
+            self._unlifted_ns[device] = max(until_ns, self._unlifted_ns.get(device, 0))
+
+    def unlifted_ns(self, devices: Iterable[int]) -> int:
+        """Return since when a tenant inside counts as waiting for the floor on these devices."""
+        return max((self._unlifted_ns.get(device, 0) for device in devices), default=0)
+
+    def virtual_ns(self, devices: Iterable[int], ahead_ns: int = 0) -> int:
+        """Return the virtual time on these devices, after `ahead_ns` more of their time."""
+        return max([self._of(device).charged(ahead_ns, self.share).virtual_ns for device in devices], default=0)
+
+    def ready_ns(self, devices: Iterable[int]) -> int:
+        """Return when the limit allows a tenant inside to begin a turn."""
+        return max((self._of(device).ready_ns(self.share) for device in devices), default=0)
+
+    def spent_ns(self, devices: Iterable[int]) -> int:
+        """Return when a turn that goes on uses up the time in hand. Only for a unit with a ceiling."""
+        return min((self._of(device).spent_ns(self.share) for device in devices), default=0)
+
+    def is_spent(self, devices: Iterable[int]) -> bool:
+        """Return whether the limit leaves no time in hand."""
+        return self.share.limited and any(self._of(device).in_hand_ns <= 0 for device in devices)
+
+
+def effective(share: Share, above: Sequence[Unit]) -> Share:
+    """Return the share of a tenant inside units: with the lowest ceiling and the lowest priority of all."""
+    limits, ranks = [unit.share.limit_millionths for unit in above], [unit.share.rank for unit in above]
+    return replace(share, limit_millionths=min([share.limit_millionths, *limits]), rank=max([share.rank, *ranks]))
+
+
+def entitled(shares: Mapping[int, Share], tops: Mapping[int, Unit]) -> dict[int, int]:
+    """Return the millionths of a device that each tenant gets if all want it.
+
+    Args:
+        shares: the share of each tenant.
+        tops: the outermost unit of each tenant inside one.
+    """
+    inside: dict[int, dict[int, Share]] = {}
+    for tenant, share in shares.items():
+        level = tops[tenant].level if tenant in tops else tenant
+        inside.setdefault(level, {})[tenant] = share
+    units = {unit.level: unit.share for unit in tops.values()}
+    parts = entitlements({level: units.get(level) or shares[level] for level in inside})
+    found: dict[int, int] = {}
+    for level, members in inside.items():
+        weights = sum(share.weight for share in members.values())
+        for tenant, share in members.items():
+            found[tenant] = min(parts[level] * share.weight // weights, share.limit_millionths)
+    return found

@@ -1,0 +1,43 @@
+"""The device time that NVML has seen a tenant use, as the least that a tenant with a ceiling pays for.
+
+Used by `turns`, in the gatekeeper's time slicer thread. NVML samples, and reports late, so some slack is left. Times
+are nanoseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SLACK_PARTS = 10  # such a part of the time between two reports of NVML may be used beyond what was charged
+MOST_BETWEEN_NS = 2_000_000_000  # the most of that time: a tenant saves up nothing by a rest
+MOST_AHEAD_NS = 500_000_000  # the most charged time that may stand against later reports
+
+
+@dataclass(slots=True)
+class Observed:
+    """The comparison of NVML's reports with the charges of one tenant."""
+
+    ran_ns: int = -1
+    owned_ns: int = 0
+    at_ns: int = 0
+    ahead_ns: int = 0
+
+    def short_ns(self, ran_ns: int, owned_ns: int, now_ns: int) -> int:
+        """Return how much more the tenant has to be charged.
+
+        Args:
+            ran_ns: the time that NVML has seen the tenant run, in all.
+            owned_ns: the time that the tenant was charged, in all.
+            now_ns: the time.
+        """
+        if ran_ns == self.ran_ns:
+            return 0
+        ran, owned = ran_ns - self.ran_ns, owned_ns - self.owned_ns
+        between_ns, is_first = min(now_ns - self.at_ns, MOST_BETWEEN_NS), self.ran_ns < 0 or ran < 0 or owned < 0
+        self.ran_ns, self.owned_ns, self.at_ns = ran_ns, owned_ns, now_ns
+        if is_first:
+            return 0
+        short = max(0, ran - owned - self.ahead_ns - between_ns // SLACK_PARTS)
+        self.ahead_ns = min(MOST_AHEAD_NS, max(0, self.ahead_ns + owned - ran))
+        self.owned_ns += short
+        return short

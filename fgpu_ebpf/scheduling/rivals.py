@@ -1,0 +1,36 @@
+"""An owner and the tenants that wait for its devices: which of them comes first.
+
+Used by `turns`, in the gatekeeper's time slicer thread. Changes nothing. Times are CLOCK_MONOTONIC nanoseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from fgpu_ebpf.scheduling import fair_queue, state
+from fgpu_ebpf.scheduling.fair_queue import Floor
+from fgpu_ebpf.scheduling.share_groups import waiters_of
+from fgpu_ebpf.scheduling.state import FLOOR_TURN_NS, Place, Turn
+
+
+def outranked(place: Place, turn: Turn, rivals: Iterable[Place], now_ns: int) -> bool:
+    """Return whether a rival has a higher priority than the owner, and may end its turn."""
+    if turn.floor and now_ns < turn.opened_ns + FLOOR_TURN_NS:
+        return False
+    return any(rival.share.rank < place.share.rank for rival in rivals)
+
+
+def comes_first_again(
+    place: Place,
+    turn: Turn,
+    ready: Iterable[Place],
+    running: Collection[Place],
+    floors: Mapping[int, Floor],
+    now_ns: int,
+) -> bool:
+    """Return whether the owner would get the next turn too."""
+    ahead_ns = place.flight_ns(now_ns)  # to be paid for in any case
+    waiters = [*waiters_of(ready, running, now_ns), place.waiter(now_ns, ahead_ns, ahead_ns)]
+    free = fair_queue.wanted(waiters) - state.taken(running, now_ns) | turn.devices
+    found = fair_queue.next_turns(waiters, free, floors, now_ns)
+    return any(grant.tenant == place.tenant for grant in found)

@@ -1,0 +1,397 @@
+"""Turns on the devices, from the opening of a gate to the end of its drain: which tenants run, wait and stop.
+
+The next gate opens LEAD_NS before a drain should end, so that the device does not wait until a thread has woken up and
+launched; the turns themselves are charged as if the next began where the last should have ended.
+
+Used by the gatekeeper's time slicer, in its thread; no input, output or clock. `fair_queue` decides the order.
+A tenant that shares no device with another and has no ceiling is *free*: it has no turns, and its gates stay open.
+Wrong reports of a tenant cost its own turn at most.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.scheduling import fair_queue, handover, rivals, state
+from fgpu_ebpf.scheduling.fair_queue import Grant, Share
+from fgpu_ebpf.scheduling.nested_shares import Unit
+from fgpu_ebpf.scheduling.share_groups import Units, first_inside, leave, waiters_of
+from fgpu_ebpf.scheduling.state import NEVER_NS, NOTHING, Place, Seen, Turn
+from fgpu_ebpf.scheduling.virtual_clock import Clocks
+
+MS = 1_000_000
+LEAST_NS = 100_000  # between two looks without a wake-up by a tenant
+REST_NS = 100 * MS  # a turn without work for so long while no tenant waits is closed, and not looked at any more
+SILENCE_NS = 1 * MS  # the most beyond the work in flight that a closing turn lasts
+MOST_LATE_NS = 100 * MS  # the most charged for work that went on after the turn had passed
+PAUSE_NS, MOST_PAUSE_NS = 1 * MS, 500 * MS  # no new turn for so long after a turn without a launch
+STOPPED_NS = 10_000 * MS  # the same if something is in flight all the time: usually until that has drained
+
+
+class Turns:
+    """All tenants with a share, on all devices of the host."""
+
+    def __init__(self) -> None:
+        self.places: dict[int, Place] = {}
+        self._clocks, self._units = Clocks(), Units()
+        self.devices = self._clocks.counts
+        self.faults = 0  # tenants that were reset by forget()
+        self._number = 0
+        self._changed: set[int] = set()
+        self._here: dict[int, Place] = {}  # tenants with processes
+        self._running: dict[int, Place] = {}  # tenants with a turn
+        self._queue: dict[int, Place] = {}  # tenants that want a turn
+        self._left: list[Place] = []  # tenants whose turn has ended in this step
+        self._users_changed, self._is_drained, self._stepped_ns = False, False, 0
+
+    # -- called by the time slicer
+
+    def share_out(self, shares: Mapping[int, Share], now_ns: int) -> None:
+        """Set the shares of all tenants from now on; the next step needs a look at every tenant."""
+        for tenant in set(self.places) - set(shares):
+            del self.places[tenant]
+            for places in (self._here, self._running, self._queue):
+                places.pop(tenant, None)
+        self._changed, self._users_changed = self._changed & set(shares), True
+        self._units.share_out(shares, now_ns)
+        for tenant, share in shares.items():
+            place = self.places.get(tenant)
+            if place is None:
+                self.places[tenant] = Place(tenant, share, fair_queue.opening(share, now_ns), asked=share)
+            elif self._units.differs(place, share):
+                place.asked = share
+                self._change(place, self._units.of(place.above), now_ns)
+
+    def nest(self, tenant: int, levels: Sequence[int], now_ns: int) -> None:
+        """Place a tenant inside these levels with shares, innermost first."""
+        for change in [*self._units.nest(self.places, tenant, levels)]:
+            self._change(*change, now_ns)
+
+    def _change(self, place: Place, above: tuple[Unit, ...], now_ns: int) -> None:
+        """Set the units around a tenant whose share or units have changed; it queues again among its equals."""
+        if place.change(above, now_ns):
+            place.left = fair_queue.STAYED
+            self._join(place, now_ns, is_waiting=False)
+        self._users_changed = True
+        self._leave_queue(place)
+
+    def leave(self, tenant: int, now_ns: int) -> None:
+        """Remove a tenant whose last process has gone, and end its turn."""
+        place = self._here.pop(tenant, None)
+        if place is None:
+            return
+        if place.turn:
+            self._finish(place, place.turn, now_ns)
+        place.trust.forget_overrun()
+        self._leave_queue(place)
+        place.seen, place.free_on, place.late_ns, place.busy_ns = NOTHING, frozenset(), 0, 0
+        self._users_changed = True
+
+    def lose(self, tenant: int, now_ns: int) -> None:
+        """Record that a process with work in flight, by its own report, has ended."""
+        place = self._here.get(tenant)
+        if place and place.turn and place.turn.closing_ns:
+            place.trust.lost_process(now_ns)
+        elif place and place.late_ns:
+            place.trust.forget_overrun()
+
+    def observed(self, tenant: int, ran_ns: int, now_ns: int) -> None:
+        """Charge a tenant with a ceiling at least for the time that NVML has seen it run in all."""
+        place = self.places[tenant]
+        if place.share.limited:
+            place.count_up(now_ns)
+            place.charge(place.observed.short_ns(ran_ns, place.owned_ns(), now_ns))
+
+    def in_question(self) -> list[int]:
+        """Return tenants that have a turn, or whose turn was just cut: every step needs a look at them."""
+        return [*self._running, *(tenant for tenant, place in self._queue.items() if place.cut)]
+
+    def unheard(self) -> set[int]:
+        """Return tenants whose wake-ups can wait for the next step: they outrank no owner that they wait for."""
+        waiting = (*self._queue.values(), *self._preempted())
+        return {place.tenant for place in waiting if place.waits_for_any(self._running.values())}
+
+    def _preempted(self) -> list[Place]:
+        """Return tenants that were preempted and whose turn was handed over: they queue again at the next step."""
+        return [place for place in self._running.values() if place.is_preempted()]
+
+    def step(self, observations: Mapping[int, Seen], now_ns: int) -> set[int]:
+        """Apply the observations since the last step, and do what is due; return tenants whose gates have changed."""
+        self._stepped_ns = now_ns
+        wanted = state.devices_of((*self._queue.values(), *self._preempted()))
+        for tenant, seen in observations.items():
+            if tenant in self.places:
+                self._try_to_look(self.places[tenant], seen, wanted, now_ns)
+        if self._users_changed:
+            self._set_all_free(now_ns)
+        ready = self._ready(now_ns)
+        for place in list(self._running.values()):
+            self._let_run_or_close(place, ready, now_ns)
+        self._grant(ready, now_ns)
+        for place in self._left:
+            leave(place, self._clocks.now(place.seen.devices, place.share.rank), now_ns)
+        self._left.clear()
+        changed, self._changed = self._changed, set()
+        return changed
+
+    def look_again(self) -> bool:
+        """Return whether to look again: gates closed with nothing in flight; if that stays so, the turns have ended."""
+        is_drained, self._is_drained = self._is_drained, False
+        return is_drained
+
+    def to_meet(self, now_ns: int) -> list[int]:
+        """Return gangs with kernels that wait for each other behind closed gates, and prolong their turns a little."""
+        found = []
+        for place in self._running.values():
+            turn = place.turn
+            if turn and 0 < place.meets_ns(turn) <= now_ns < turn.closing_ns + place.share.quantum_ns:
+                turn.deadline_ns = max(turn.deadline_ns, now_ns + abi.BUDGET_NS)
+                found.append(place.tenant)
+        return found
+
+    def due_ns(self, now_ns: int) -> int:
+        """Return when the next step is due without a wake-up; NEVER_NS: not at all."""
+        due = NEVER_NS
+        waiting = self._preempted()
+        for place in self._queue.values():
+            at_ns = place.ready_ns()
+            if at_ns > self._stepped_ns:  # even if that is past by now: no step has considered it yet
+                due = min(due, at_ns)
+            else:
+                waiting.append(place)
+        for place in self._running.values():
+            if place.turn:
+                due = min(due, place.turn_due_ns(place.turn, waiting, now_ns))
+        return max(due, now_ns + LEAST_NS)
+
+    # -- looks at tenants
+
+    def _try_to_look(self, place: Place, seen: Seen, wanted: set[int], now_ns: int) -> None:
+        try:
+            self._look(place, seen, wanted, now_ns)
+        except Exception:  # a bug that this tenant's reports have triggered must not stop the others
+            self.faults += 1
+            self.forget(place.tenant)
+
+    def forget(self, tenant: int) -> None:
+        """Reset what a tenant has reported, and end its turn. Its account stays, as do its debts."""
+        place = self.places[tenant]
+        for places in (self._here, self._running, self._queue):
+            places.pop(tenant, None)
+        self.places[tenant] = place.without_reports()
+        self._changed.add(tenant)
+        self._users_changed = True
+
+    def _look(self, place: Place, seen: Seen, wanted: set[int], now_ns: int) -> None:
+        if seen.launches != place.seen.launches:
+            place.pause_ns = place.pause_until_ns = 0
+        self._users_changed |= seen.devices != place.seen.devices or place.tenant not in self._here
+        self._here[place.tenant] = place
+        place.seen = seen
+        if place.late_ns and seen.drained:
+            place.charge(min(now_ns - place.late_ns, MOST_LATE_NS))
+            place.late_ns = place.pause_ns = place.pause_until_ns = 0
+            if seen.devices:  # otherwise its processes have ended, and nothing proves that there was any work
+                place.trust.ended(seen.ended_ns, now_ns)
+        turn, place.cut = place.turn, False
+        if turn and turn.closing_ns:
+            if seen.drained or now_ns >= turn.deadline_ns:
+                self._finish(place, turn, now_ns)
+        elif turn:
+            self._look_at_owner(place, turn, bool(wanted and turn.devices & wanted), now_ns)
+        if not place.turn and not place.free_on and not place.cut:
+            self._look_at_waiter(place, now_ns)
+
+    def _look_at_owner(self, place: Place, turn: Turn, wanted: bool, now_ns: int) -> None:
+        """Charge an owner for the time since the last look, and note when it was last active."""
+        seen, since_ns = place.seen, max(turn.charged_ns, place.begun_ns(turn))
+        if seen.launches != turn.launches:
+            if turn.rest_ns:  # the last look was in a think time
+                place.thinks.add(max(turn.rest_ns, seen.idle_ns))
+            wanted_ns = seen.wanted_ns if turn.charged_ns <= seen.wanted_ns <= now_ns else now_ns
+            turn.launches, turn.active_ns = seen.launches, max(turn.active_ns, wanted_ns)
+        busy_ns = seen.busy_until_ns if seen.in_flight else min(seen.ended_ns, now_ns)
+        turn.active_ns = max(turn.active_ns, busy_ns)
+        until_ns, idle_ns = now_ns, 0
+        if not wanted:  # no other tenant wants the devices: then rests cost nothing
+            until_ns, idle_ns = min(now_ns, turn.active_ns), max(0, seen.idle_ns - turn.rest_ns)
+        turn.rest_ns = 0 if seen.in_flight else max(0, now_ns - seen.ended_ns)
+        place.count_up(now_ns)
+        place.charge(until_ns - since_ns - idle_ns)
+        place.busy_ns = 0 if place.is_idle(turn, now_ns) else place.busy_ns + max(0, now_ns - turn.charged_ns)
+        turn.charged_ns = max(turn.charged_ns, now_ns)
+
+    def _look_at_waiter(self, place: Place, now_ns: int) -> None:
+        if not place.seen.waiting or not place.seen.devices:  # a turn on no device would be extended to all
+            self._leave_queue(place)
+        elif place.since_ns is None:
+            if place.seen.wanted_ns > place.seen.ended_ns > 0 and not place.seen.in_flight:  # it thought, and came back
+                place.thinks.add(place.seen.wanted_ns - place.seen.ended_ns)
+            self._join(place, now_ns)
+
+    def _join(self, place: Place, now_ns: int, is_waiting: bool = True) -> None:
+        is_first = first_inside(place, (*self._queue.values(), *self._running.values()))
+        place.join(self._clocks.now(place.seen.devices, place.share.rank), now_ns, is_first)
+        if is_waiting:
+            place.since_ns, self._queue[place.tenant] = now_ns, place
+
+    def _leave_queue(self, place: Place) -> None:
+        place.since_ns = None
+        self._queue.pop(place.tenant, None)
+
+    # -- free or not
+
+    def _set_all_free(self, now_ns: int) -> None:
+        self._users_changed = False
+        users = Counter(device for place in self._here.values() for device in place.seen.devices)
+        for place in self._here.values():
+            self._set_free(place, users, now_ns)
+
+    def _set_free(self, place: Place, users: Counter[int], now_ns: int) -> None:
+        before = place.free_on
+        alone = not place.share.limited and all(users[device] == 1 for device in place.seen.devices)
+        place.free_on = place.seen.devices if alone else frozenset()
+        if place.free_on == before:
+            return
+        self._changed.add(place.tenant)
+        if place.free_on:
+            place.turn = None
+            self._running.pop(place.tenant, None)
+            self._leave_queue(place)
+        elif place.seen.devices:  # it runs already: that becomes its turn
+            self._open(place, Grant(place.tenant, before & place.seen.devices), now_ns)
+
+    # -- which tenants go on, and which stop
+
+    def _ready(self, now_ns: int) -> list[Place]:
+        """Return the queued tenants that may begin."""
+        found = []
+        for place in self._queue.values():
+            if place.limit_ready_ns() > now_ns:
+                place.counts.throttled += not place.held_back
+                place.held_back = True
+            elif place.pause_until_ns <= now_ns:
+                place.held_back = False
+                found.append(place)
+        return found
+
+    def _let_run_or_close(self, place: Place, ready: list[Place], now_ns: int) -> None:
+        """Go on with a turn whose gates are open, extend it, or close its gates, by the first of these rows that holds.
+
+        a limit leaves no time in hand                     close the gates
+        another owner needs one of its devices             close them at the end of the quantum, or when idle
+        no ready tenant wants its devices                  go on; close them after a rest of REST_NS
+        it is idle, or a higher priority is ready          close them
+        the quantum is over                                extend the turn if it would be next, else close them
+        """
+        turn = place.turn
+        if turn is None or turn.closing_ns:
+            return
+        others = state.wanting(turn, ready)
+        if place.is_spent():
+            place.held_back = True
+            place.counts.throttled += 1
+            self._close(place, turn, now_ns)
+        elif turn.devices & state.missing(self._running.values(), but=place):
+            if now_ns >= turn.ends_ns or place.is_idle(turn, now_ns):
+                self._close(place, turn, now_ns)
+        elif not others:
+            self._go_on_alone(place, turn, now_ns)
+        elif place.is_idle(turn, now_ns) or rivals.outranked(place, turn, others, now_ns):
+            self._close(place, turn, now_ns)
+        elif now_ns >= place.ends_ns(turn, others):
+            if rivals.comes_first_again(place, turn, ready, self._running.values(), self._clocks.floors, now_ns):
+                self._extend(place, turn, now_ns)
+            else:
+                self._close(place, turn, now_ns)
+
+    def _go_on_alone(self, place: Place, turn: Turn, now_ns: int) -> None:
+        if now_ns - turn.active_ns >= REST_NS:
+            turn.rested = True
+            self._close(place, turn, now_ns)
+        elif now_ns >= turn.ends_ns:
+            self._extend(place, turn, now_ns)
+
+    def _extend(self, place: Place, turn: Turn, now_ns: int) -> None:
+        turn.ends_ns = now_ns + place.share.quantum_ns
+        turn.floor = False
+        turn.since_ns, turn.virtual_ns = now_ns, place.begins()
+        self._clocks.turn_begins(turn.devices, place.share.rank, turn.virtual_ns)
+
+    # -- one turn, from beginning to end
+
+    def _grant(self, ready: list[Place], now_ns: int) -> None:
+        lacking = state.missing(self._running.values())
+        in_use = state.taken(self._running.values(), now_ns) if ready or lacking else set()
+        if not lacking and all(not place.seen.devices.isdisjoint(in_use) for place in ready):
+            return
+        for place in self._running.values():
+            turn = place.turn
+            if turn and not turn.closing_ns and (more := (place.seen.devices - turn.devices)):
+                turn.devices |= more - in_use
+                in_use |= more
+                self._changed.add(place.tenant)
+        waiters = waiters_of(ready, self._running.values(), now_ns)
+        for grant in fair_queue.next_turns(waiters, fair_queue.wanted(waiters) - in_use, self._clocks.floors, now_ns):
+            self._open(self.places[grant.tenant], grant, now_ns)
+
+    def _open(self, place: Place, grant: Grant, now_ns: int) -> None:
+        self._number = (self._number + 1) & 0x3FFFFFFF
+        begins_ns = handover.next_begins_ns(self._running.values(), grant.devices, now_ns)
+        times = (now_ns, begins_ns, begins_ns, begins_ns + place.share.quantum_ns, now_ns)
+        first = (place.seen.launches, begins_ns, place.begins())
+        place.turn = Turn(set(grant.devices), self._number, grant.floor, *times, *first)
+        place.number, place.late_ns = self._number, 0
+        place.trust.begins_again(place.seen.busy_until_ns, now_ns)
+        place.count_up(now_ns)
+        place.counts.switches += 1
+        for device in grant.devices:
+            self._clocks.count(device).switches += 1
+        if place.since_ns is not None:
+            place.counts.waits += 1
+            place.counts.wait_ns += max(0, now_ns - place.since_ns)
+            self._leave_queue(place)
+        lifted_ns = now_ns if grant.floor else 0
+        self._clocks.turn_begins(grant.devices, place.share.rank, place.turn.virtual_ns, lifted_ns)
+        self._running[place.tenant] = place
+        self._changed.add(place.tenant)
+
+    def _close(self, place: Place, turn: Turn, now_ns: int) -> None:
+        """Close the gates; the turn lasts until nothing is in flight, or until its deadline."""
+        turn.closing_ns, turn.cut = now_ns, not place.is_idle(turn, now_ns)
+        self._is_drained |= not place.seen.in_flight
+        turn.deadline_ns = now_ns + max(place.flight_ns(now_ns), abi.BUDGET_NS) + SILENCE_NS
+        place.trust.claims(now_ns, place.claim_ns(now_ns))
+        self._changed.add(place.tenant)
+
+    def _finish(self, place: Place, turn: Turn, now_ns: int) -> None:
+        """Charge the rest of a turn, count its drain, and end it. `place.turn` stays until all is charged to it."""
+        place.count_up(now_ns)
+        ended_ns = min(now_ns, turn.active_ns) if turn.rested else place.ended_ns(turn, now_ns)
+        passed_ns = now_ns
+        if turn.handed_ns and place.seen.drained:
+            ended_ns = passed_ns = place.passed_ns(turn)
+            handover.begin_earlier(self._running.values(), turn, ended_ns)
+        place.charge(ended_ns - max(turn.charged_ns, place.begun_ns(turn)))
+        if turn.closing_ns:
+            overrun = not place.seen.drained and not turn.rested  # a rested tenant has no work: it only has not noticed
+            for device in turn.devices:
+                self._clocks.count(device).add(passed_ns - turn.closing_ns, overrun)
+            place.counts.overruns += overrun
+            place.late_ns = now_ns if overrun else 0
+            place.trust.judge(overrun, place.seen.drained, bool(place.seen.devices), now_ns)
+        if turn.floor:
+            place.lifted(turn, passed_ns)
+        if place.seen.launches == turn.launches and turn.active_ns == turn.opened_ns:
+            place.pause_ns = STOPPED_NS if place.late_ns else min(max(PAUSE_NS, 4 * place.pause_ns), MOST_PAUSE_NS)
+            place.pause_until_ns = now_ns + place.pause_ns
+        place.turn = None
+        self._running.pop(place.tenant, None)
+        self._changed.add(place.tenant)
+        self._left.append(place)
+        if turn.cut and place.seen.drained and place.seen.devices:  # it queues again without being woken up for that
+            place.cut = True
+            self._join(place, now_ns)
+            place.since_ns = min(passed_ns, now_ns)

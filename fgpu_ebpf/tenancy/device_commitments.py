@@ -1,0 +1,255 @@
+"""Limits that count against each device, so that the limits in use of all tenants fit on each device. Pure.
+
+A limit counts on a device from the tenant's first use of that device on: most tenants of a host with several devices
+use a single device. If the tenant has one device, or its devices were named when it was started, the limit counts on
+all of them from the first process on. Inside a group that has a limit only the group's limit counts.
+
+Used by the enforcer, in the agent's main loop. The enforcer writes the limits, and knows which process uses which
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.policy.rules import Device
+from fgpu_ebpf.policy.units import memory_text
+from fgpu_ebpf.tenancy.tenant import Tenant
+from fgpu_ebpf.tenancy.tenant_tree import TenantTree, below
+
+T = TypeVar("T")
+Saved = tuple[dict[int, Mapping[int, int]], dict[int, Mapping[int, str]], set[int]]
+
+
+class Commitments:
+    """Grants and denials of each tenant on each device, and the sums.
+
+    `overcommit`: limits may sum past a device. `held_elsewhere`: returns the bytes of a device held for gone tenants.
+    """
+
+    def __init__(self, tree: TenantTree, devices: Sequence[Device], overcommit: bool) -> None:
+        self._tree = tree
+        self._capacity = {device.index: device.usable_bytes for device in devices}
+        self.overcommit = overcommit
+        self.held_elsewhere: Callable[[int], int] = lambda _: 0
+        # By cgroup and device: bytes, or the reason. Inner maps are replaced, never changed: save() need not copy them.
+        self._granted: dict[int, Mapping[int, int]] = {}
+        self._denied: dict[int, Mapping[int, str]] = {}
+        self._lacking: set[int] = set()  # cgroups that were denied something, or have less than they asked for
+        self._sums: dict[int, int] | None = None  # committed bytes by device, while known
+
+    def add_device(self, device: Device) -> None:
+        """Let limits count on this device too."""
+        self._capacity[device.index] = device.usable_bytes
+        self._sums = None
+
+    def adopt(self, tenant: Tenant, devices: Iterable[int]) -> None:
+        """Enter what was decided before this start. A pinned limit of 0 was denied."""
+        for index in devices:
+            if tenant.limits[index]:
+                _enter(self._granted, tenant.cgroup, index, tenant.limits[index])
+            else:
+                self._deny(tenant.cgroup, index, "there was no room for it when the agent ended")
+        self._sums = None
+
+    def forget(self, cgroup: int) -> None:
+        """Remove a cgroup that is no tenant any more."""
+        self._granted.pop(cgroup, None)
+        self._denied.pop(cgroup, None)
+        self._lacking.discard(cgroup)
+        self._sums = None
+
+    def save(self) -> Saved:
+        """Return the whole state, for restore()."""
+        return dict(self._granted), dict(self._denied), set(self._lacking)
+
+    def restore(self, saved: Saved) -> None:
+        """Set the state back to what save() returned."""
+        self._granted, self._denied, self._lacking = saved
+        self._sums = None
+
+    # -- which limit counts where
+
+    def unit(self, tenant: Tenant) -> Tenant | None:
+        """Return the outermost level whose limit counts: the tenant itself or a group; None: no level has a limit."""
+        levels = [tenant, *self._tree.around(tenant)]
+        return next((level for level in reversed(levels) if counts(level)), None)
+
+    def _is_inside(self, tenant: Tenant) -> bool:
+        """Return True if a group around the tenant has a limit that counts."""
+        return any(counts(group) for group in self._tree.around(tenant))
+
+    def granted_inside(self, group: Tenant) -> set[int]:
+        """Return the devices on which the limits of tenants inside a group count."""
+        if not self._tree.has_inside(group.path):
+            return set()
+        inside = below(group.path)
+        return {i for cgroup, found in self._granted.items() if self._path(cgroup).startswith(inside) for i in found}
+
+    def is_used(self, cgroup: int) -> bool:
+        """Return True if the limit counts on a device, or was denied there."""
+        return cgroup in self._granted or cgroup in self._denied
+
+    def undecided(self, tenant: Tenant) -> set[int]:
+        """Return the devices on which the limit was neither granted nor denied yet."""
+        granted, denied = self._granted.get(tenant.cgroup, {}), self._denied.get(tenant.cgroup, {})
+        return {i for i, limit in tenant.limits.items() if _is_limit(limit) and i not in granted and i not in denied}
+
+    def uncommitted(self, tenant: Tenant) -> set[int]:
+        """Return the devices on which the kernel admits nothing of a tenant before it has reported the first use."""
+        if self.overcommit or self.unit(tenant) is not tenant:
+            return set()
+        return {index for index in self.undecided(tenant) if tenant.limits[index]}
+
+    def in_force(self, tenant: Tenant) -> dict[int, int]:
+        """Return bytes by device: the limit; 0 if it was denied; the earlier limit if an increase has no room."""
+        granted, denied = self._granted.get(tenant.cgroup, {}), self._denied.get(tenant.cgroup, {})
+        return {i: 0 if i in denied else granted.get(i, limit) for i, limit in tenant.limits.items()}
+
+    # -- decisions
+
+    def commit(self, tenant: Tenant, devices: Iterable[int]) -> str:
+        """Let the limit count on these devices. Returns why it does not fit on the first that lacks room, or empty."""
+        new = sorted(self.undecided(tenant).intersection(devices))
+        for index in new:
+            self._grant(tenant, index)
+        denied = self._denied.get(tenant.cgroup, {})
+        return next((denied[index] for index in new if index in denied), "")
+
+    def renew(self, tenant: Tenant) -> None:
+        """Grant what counts again, as far as there is room, after a change of the tenant or of a group around it."""
+        if self._is_inside(tenant):
+            self.forget(tenant.cgroup)
+        if not self.is_used(tenant.cgroup):
+            return
+        for index in set(range(abi.DEVICES)) - tenant.limits.keys():
+            _remove(self._granted, tenant.cgroup, index)
+            _remove(self._denied, tenant.cgroup, index)
+        self._sums = None
+        decided = tenant.limits.keys() - self.undecided(tenant)
+        for index in decided if counts_by_device(tenant) else tenant.limits:
+            self._grant(tenant, index)
+
+    def try_again(self) -> list[Tenant]:
+        """Try again to grant what was denied, since room may have been freed. Returns the tenants that got more."""
+        more = []
+        for cgroup in sorted(self._lacking):
+            tenant = self._tree.get(cgroup)
+            if tenant is None:
+                continue
+            before = self.in_force(tenant)
+            for index in [*self._denied.get(cgroup, ()), *self._short(tenant)]:
+                if tenant.limits[index]:  # 0: pinned as denied, until the wanted limit is known
+                    self._grant(tenant, index)
+            if cgroup not in self._denied and not self._short(tenant):
+                self._lacking.discard(cgroup)
+            if self.in_force(tenant) != before:
+                more.append(tenant)
+        return more
+
+    def _short(self, tenant: Tenant) -> list[int]:
+        granted = self._granted.get(tenant.cgroup, {})
+        return [index for index, bytes_ in granted.items() if bytes_ != tenant.limits.get(index)]
+
+    def _grant(self, tenant: Tenant, index: int) -> None:
+        had, limit = self._granted.get(tenant.cgroup, {}).get(index), tenant.limits[index]
+        lack = self._lack_on(tenant, index)
+        if lack and not had:
+            self._deny(tenant.cgroup, index, lack)
+            _remove(self._granted, tenant.cgroup, index)
+            return
+        granted = min(limit, had) if lack and had else limit
+        _enter(self._granted, tenant.cgroup, index, granted)
+        _remove(self._denied, tenant.cgroup, index)
+        if granted != limit:
+            self._lacking.add(tenant.cgroup)
+        if had is not None or self._tree.has_inside(tenant.path):
+            self._sums = None
+        elif self._sums is not None:
+            self._sums[index] = self._sums.get(index, 0) + self._promise(tenant.cgroup, index)
+
+    def _deny(self, cgroup: int, index: int, reason: str) -> None:
+        _enter(self._denied, cgroup, index, reason)
+        self._lacking.add(cgroup)
+
+    # -- room
+
+    def lack(self, tenant: Tenant) -> str:
+        """Return why a limit that is set by hand does not fit; empty: it fits.
+
+        The limit must fit on every device where it counts already or will count from the start, else on at least one.
+        """
+        if not counts_by_device(tenant):
+            return next(filter(None, (self._lack_on(tenant, index) for index in tenant.limits)), "")
+        decided = tenant.limits.keys() - self.undecided(tenant)
+        lacks = [self._lack_on(tenant, index) for index in decided or tenant.limits]
+        return next(filter(None, lacks), "") if decided or all(lacks) else ""
+
+    def _lack_on(self, tenant: Tenant, index: int) -> str:
+        """Return why the tenant's limit does not fit on this device; empty: it fits."""
+        if self.overcommit or not counts(tenant) or self._is_inside(tenant):
+            return ""
+        others = self.committed(index, tenant) + self.held_elsewhere(index)
+        limit, capacity = tenant.limits[index], self._capacity.get(index, 0)
+        if not _is_limit(limit) or others + min(limit, capacity) <= capacity:
+            return ""
+        return (
+            f"{memory_text(limit)} for {tenant.name} do not fit on device {index}: {memory_text(others)} of "
+            f"{memory_text(capacity)} are committed to others; lower a limit, or allow overcommit"
+        )
+
+    def committed(self, index: int, but: Tenant | None = None) -> int:
+        """Return the committed bytes of a device without those of `but`. A group's limit stands for those inside."""
+        if but and self._tree.has_inside(but.path):
+            inside = below(but.path)
+            others = (c for c in self._granted if not below(self._path(c)).startswith(inside))
+            return sum(self._promise(cgroup, index) for cgroup in others)
+        if self._sums is None:
+            self._sums = {i: sum(self._promise(cgroup, i) for cgroup in self._granted) for i in self._capacity}
+        own = self._promise(but.cgroup, index) if but and but.cgroup in self._granted else 0
+        return self._sums.get(index, 0) - own
+
+    def _path(self, cgroup: int) -> str:
+        tenant = self._tree.get(cgroup)
+        return tenant.path if tenant else ""
+
+    def _promise(self, cgroup: int, index: int) -> int:
+        """Return the bytes of a grant that count: 0 inside a group whose own limit counts."""
+        limit, tenant = self._granted[cgroup].get(index, 0), self._tree.get(cgroup)
+        if tenant is None or not _is_limit(limit) or self._is_inside(tenant):
+            return 0
+        return min(limit, self._capacity.get(index, 0))
+
+    def denied(self, tenant: Tenant) -> str:
+        """Return why the tenant gets nothing on a device where it has a limit; empty: no device is denied."""
+        found = self._denied.get(tenant.cgroup, {})
+        return "; ".join(self._lack_on(tenant, index) or reason for index, reason in found.items())
+
+
+def counts(tenant: Tenant) -> bool:
+    """Return True if the tenant's limit is a commitment: it has one, and it does not only observe."""
+    return not tenant.observe and any(map(_is_limit, tenant.limits.values()))
+
+
+def counts_by_device(tenant: Tenant) -> bool:
+    """Return True if the limit counts on each device from the first use of that device."""
+    limited: Mapping[int, int] = {i: limit for i, limit in tenant.limits.items() if _is_limit(limit)}
+    return counts(tenant) and len(limited) > 1 and not tenant.named_devices
+
+
+def _is_limit(limit: int) -> bool:
+    return limit != abi.NO_LIMIT
+
+
+def _enter(found: dict[int, Mapping[int, T]], cgroup: int, index: int, value: T) -> None:
+    found[cgroup] = {**found.get(cgroup, {}), index: value}
+
+
+def _remove(found: dict[int, Mapping[int, T]], cgroup: int, index: int) -> None:
+    left = {i: value for i, value in found.get(cgroup, {}).items() if i != index}
+    if left:
+        found[cgroup] = left
+    else:
+        found.pop(cgroup, None)

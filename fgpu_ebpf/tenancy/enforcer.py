@@ -1,0 +1,373 @@
+"""Puts tenants' limits in force, and keeps their sum within the devices.
+
+Runs in the agent's main loop; used by the manager, the kernel's events and the control socket. What a tenant should get
+is decided by `tenant`, where its limit counts by `device_commitments`. Bytes in use are changed by the kernel alone.
+
+Until the first process of a tenant says hello or is charged, the kernel's map `resolved` has no entry for its cgroup,
+and the gatekeeper asks the agent about that hello. No process is killed in a tenant that contains a preexisting
+process, because none of those can have the shim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
+from types import MappingProxyType
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.level_limits import LevelLimits
+from fgpu_ebpf.ledger.process_entry import levels_of
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.policy.rules import Device
+from fgpu_ebpf.tenancy.device_commitments import Commitments, counts, counts_by_device
+from fgpu_ebpf.tenancy.level_capacity import LevelCapacity
+from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
+from fgpu_ebpf.tenancy.tenant import Tenant
+from fgpu_ebpf.tenancy.tenant_names import TenantNames
+from fgpu_ebpf.tenancy.tenant_tree import TenantTree, below
+from fgpu_ebpf.tenancy.unmanaged_cgroups import UnmanagedCgroups
+from fgpu_ebpf.workloads.cgroups import Workloads
+
+
+class RoomError(Exception):
+    """A limit does not fit on a device beside the others; the text has the numbers."""
+
+
+class Enforcer:
+    """The tenants and what is in force for them. `overcommit`: limits may sum past a device."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        workloads: Workloads,
+        devices: Sequence[Device],
+        overcommit: bool,
+        preexisting: PreexistingProcesses | None = None,
+        places: LevelCapacity | None = None,
+    ) -> None:
+        self.preexisting = preexisting or PreexistingProcesses()
+        self._spared = self.preexisting.places()
+        self._ledger = ledger
+        self._workloads = workloads
+        self.places = places or LevelCapacity(workloads.root)
+        self.answered = UnmanagedCgroups(ledger, self.places.bounds.unmanaged)
+        self._tree = TenantTree()
+        self.commitments = Commitments(self._tree, devices, overcommit)
+        self.get, self.at, self.around = self._tree.get, self._tree.at, self._tree.around
+        self.names = TenantNames()
+        self._bell = Bell()
+        self._published: deque[tuple[set[int], int]] = deque()  # new levels, and the number of processes before them
+
+    # -- the managed cgroups
+
+    def __iter__(self) -> Iterator[Tenant]:
+        return iter(self._tree)
+
+    def __len__(self) -> int:
+        return len(self._tree)
+
+    def name_of(self, cgroup: int) -> str:
+        """Return the tenant's name; empty if the cgroup is no tenant."""
+        tenant = self.get(cgroup)
+        return tenant.name if tenant else ""
+
+    def name_at(self, path: str) -> str:
+        """Return the name of the innermost tenant that contains this cgroup; empty: none does."""
+        levels = self.levels(path)
+        return self.name_of(levels[0]) if levels else ""
+
+    def named(self, name: str) -> Tenant | None:
+        """Return the tenant of that name."""
+        return self.get(self.names.owner(name) or -1)
+
+    def levels(self, path: str) -> tuple[int, ...]:
+        """Return the managed cgroups of a path as the kernel finds them: innermost first, the outermost LEVELS."""
+        return tuple(c for c in procfs.cgroup_ids(self._workloads.root, path) if c in self._tree)[-abi.LEVELS :]
+
+    def groups(self) -> set[int]:
+        """Return the cgroups of tenants that have tenants inside."""
+        return {group.cgroup for tenant in self for group in self.around(tenant)}
+
+    # -- putting in force
+
+    def adopt(self, tenant: Tenant, devices: Iterable[int]) -> None:
+        """Enter a level as the kernel has it pinned, without writing to the kernel. A limit that counted still counts.
+
+        Args:
+            devices: those on which the limit was granted or denied.
+        """
+        (tenant,) = self.names.named([tenant])
+        self._enter(tenant)
+        self.names.enter([tenant])
+        self.commitments.adopt(tenant, devices)
+
+    def keep(self, tenant: Tenant) -> None:
+        """Leave an adopted level as it is pinned, and replace its workload and its notes."""
+        before = self.get(tenant.cgroup)
+        assert before
+        self._tree.replace(replace(before, workload=tenant.workload, notes=tenant.notes))
+
+    def put(self, tenants: Iterable[Tenant]) -> None:
+        """Put limits in force, also for processes that run already.
+
+        Raises:
+            RoomError: a limit set by hand does not fit, or there is no place for a level. Nothing has changed.
+            OSError: the kernel has no room. Nothing has changed.
+        """
+        changed = [t for t in self.names.named(tenants) if self.get(t.cgroup) != t]
+        for tenant in changed:
+            if tenant.by_hand and (lack := self.commitments.lack(tenant)):
+                raise RoomError(lack)
+        if not changed:
+            return
+        _, lacks = self.places.divide(changed)
+        if lacks:
+            raise RoomError(next(iter(lacks.values())))
+        new = {t.cgroup for t in changed if self._ledger.page_missing(t.cgroup)}
+        try:
+            with self._unless_refused():
+                inside = self._enter_all(changed)
+                so_far, levels = self._ledger.processes_so_far(), [self._in_force(t) for t in (*changed, *inside)]
+                self._ledger.set_limits(levels, lambda new: self._note_published(new, so_far))
+                self._ledger.times.set_shares({t.cgroup: t.shares for t in changed})
+        except OSError:
+            self._ledger.remove(new)
+            raise
+        self.names.enter(changed)
+        if new:
+            self._take_over(new)
+            self._ask_again([tenant for tenant in changed if tenant.cgroup in new])
+        for cgroup in self._in_use(changed):
+            self.use(cgroup)
+        self._retry_denied()
+
+    def _enter_all(self, tenants: Sequence[Tenant]) -> list[Tenant]:
+        """Enter tenants. Returns other tenants inside them, whose own limits cease or begin to count.
+
+        If limits of tenants inside a group counted on a device, the group's limit counts there at once.
+        """
+        before = {tenant.cgroup: self.get(tenant.cgroup) for tenant in tenants}
+        counted = {t.cgroup: self.commitments.granted_inside(t) for t in tenants if counts(t)}
+        for tenant in tenants:
+            self._enter(tenant)
+        for cgroup, devices in counted.items():
+            group = self.get(cgroup)
+            if group and devices and self.commitments.unit(group) is group:
+                self.commitments.commit(group, devices)
+        groups = [t for t in tenants if counts(t) != ((was := before[t.cgroup]) is not None and counts(was))]
+        return self._renew_inside(group.path for group in groups)
+
+    def _renew_inside(self, paths: Iterable[str]) -> list[Tenant]:
+        """Grant again the limits of tenants below these paths, after a change of the levels around them."""
+        prefixes = tuple(below(path) for path in paths if self._tree.has_inside(path))
+        inside = [tenant for tenant in self if tenant.path.startswith(prefixes)] if prefixes else []
+        for tenant in inside:
+            self.commitments.renew(tenant)
+        in_use = set(self._in_use(inside))
+        for tenant in inside:
+            if tenant.cgroup in in_use:
+                self._commit_used(tenant)  # the caller writes the limits of all of these to the kernel
+        return inside
+
+    def _in_use(self, tenants: Iterable[Tenant]) -> list[int]:
+        """Return the cgroups whose limits count from now on. Processes are only read if the result depends on them."""
+        certain = {t.cgroup for t in tenants if t.by_hand or self.commitments.is_used(t.cgroup)}
+        open_ = [t.cgroup for t in tenants if t.cgroup not in certain]
+        charged = levels_of(self._ledger.processes()) if open_ else set()
+        return [t.cgroup for t in tenants if t.cgroup in certain or t.cgroup in charged]
+
+    def _ask_again(self, new: Sequence[Tenant]) -> None:
+        """Discard the kernel's decisions about new tenants' cgroups, and make their programs say hello again."""
+        self._ledger.unresolve([tenant.cgroup for tenant in new])
+        if any(self._workloads.is_populated(tenant.path) for tenant in new):
+            self._ledger.new_epoch()
+
+    @contextlib.contextmanager
+    def _unless_refused(self) -> Iterator[None]:
+        """Undo the changes in memory if the kernel refuses a write, so that it is tried again later."""
+        tree, commitments = self._tree.save(), self.commitments.save()
+        try:
+            yield
+        except OSError:
+            self._tree.restore(tree)
+            self.commitments.restore(commitments)
+            self.places.keep_only(self._tree.cgroups())
+            raise
+
+    def _enter(self, tenant: Tenant) -> None:
+        self.places.enter(tenant.cgroup, tenant.path)
+        self._tree.enter(tenant)
+        self.commitments.renew(tenant)
+
+    def _in_force(self, tenant: Tenant) -> LevelLimits:
+        spared = abi.LimitFlag.KILL if tenant.path in self._spared else 0
+        return LevelLimits(
+            tenant.cgroup, self.commitments.in_force(tenant), tenant.flags & ~spared, self.places.slot(tenant.cgroup),
+            frozenset(self.commitments.uncommitted(tenant)),
+        )  # fmt: skip
+
+    def spares(self, tenant: Tenant) -> bool:
+        """Return True if `onBypass: kill` is not applied because preexisting processes run in the tenant."""
+        return tenant.kill and tenant.path in self._spared
+
+    def update_spared(self) -> None:
+        """Update the cgroups that preexisting processes are in, and the kill flags that depend on it."""
+        before, self._spared = self._spared, self.preexisting.places()
+        changed = [t for path in before ^ self._spared if (t := self.at(path)) and t.kill]
+        if changed:
+            self._ledger.set_limits([self._in_force(tenant) for tenant in changed])
+
+    def _note_published(self, cgroups: set[int], so_far: int) -> None:
+        """Note that every program in the kernel sees these levels. Called on any thread."""
+        self._published.append((cgroups, so_far))
+        self._bell.ring()
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when take_over_late() has something to do."""
+        return self._bell.fileno()
+
+    def take_over_late(self) -> None:
+        """Re-assign processes whose levels were computed before a new level was published, but whose entry was created
+        after that.
+        """
+        self._bell.hush()
+        published = [self._published.popleft() for _ in range(len(self._published))]
+        now = self._ledger.processes_so_far()
+        late = {cgroup for cgroups, so_far in published if so_far != now for cgroup in cgroups}
+        if late:
+            self._take_over(late)
+
+    def _take_over(self, cgroups: set[int]) -> None:
+        """Move the charges of processes into their new levels. What else NVML shows follows at the next reconcile."""
+        known = self._ledger.processes()
+        for pid, process in known.items():
+            path = procfs.cgroup_path(pid)
+            levels = self.levels(path) if path else ()
+            if cgroups & set(levels):
+                self._ledger.move(pid, process.generation, levels)
+
+    def release(self, cgroups: Collection[int], kept: Set[int] = frozenset()) -> None:
+        """Stop managing cgroups; the charges of their processes stay with the remaining levels.
+
+        Args:
+            kept: cgroups whose pages stay in the kernel, for orphaned bytes.
+        """
+        gone = set(cgroups)
+        paths = [tenant.path for cgroup in gone if (tenant := self.get(cgroup)) and counts(tenant)]
+        for pid, process in self._ledger.processes().items():
+            if gone & set(process.levels):
+                self._ledger.move(pid, process.generation, tuple(c for c in process.levels if c not in gone))
+        self._ledger.remove(gone - kept)
+        for cgroup in gone:
+            self._forget(cgroup)
+        self.names.forget(gone - kept)
+        inside = self._renew_inside(paths)
+        if inside:
+            self._ledger.set_limits([self._in_force(tenant) for tenant in inside])
+        self._retry_denied()
+
+    def _forget(self, cgroup: int) -> None:
+        self._tree.forget(cgroup)
+        self.places.leave(cgroup)
+        self.commitments.forget(cgroup)
+
+    # -- first uses
+
+    def use(self, cgroup: int) -> None:
+        """Answer the shims of a tenant with a first process, and commit what counts from the first process on.
+
+        That is the limit on devices where it has memory already, or on all devices if they count together.
+        """
+        tenant = self.get(cgroup)
+        if tenant is None:
+            return
+        self._put_used([tenant])
+        for level in reversed([tenant, *self.around(tenant)]):
+            self._ledger.resolve(level.cgroup, True)
+
+    def use_charged(self, levels: Iterable[int]) -> None:
+        """Let limits of these levels count where a process has memory that it did not ask for. Raises OSError."""
+        self._put_used(t for cgroup in levels if (t := self.get(cgroup)) and counts_by_device(t))
+
+    def _put_used(self, tenants: Iterable[Tenant]) -> None:
+        changed = [unit for tenant in tenants if (unit := self._commit_used(tenant))]
+        if changed:
+            self._ledger.set_limits([self._in_force(unit) for unit in changed])
+
+    def _commit_used(self, tenant: Tenant) -> Tenant | None:
+        """Let the limit of the tenant's unit count where it has memory. Returns the unit if its limits change."""
+        unit = self.commitments.unit(tenant)
+        new = self._first_used(unit) if unit else []
+        if unit is None or not new:
+            return None
+        before = self._in_force(unit)
+        self.commitments.commit(unit, new)
+        return unit if self._in_force(unit) != before else None
+
+    def _first_used(self, unit: Tenant) -> list[int]:
+        """Return the devices on which the unit's limit counts from now on."""
+        new = sorted(self.commitments.undecided(unit))
+        if not new or not counts_by_device(unit):
+            return new
+        usage = self._ledger.usage(unit.cgroup, new) or ()
+        return [index for index, found in zip(new, usage, strict=False) if found.used]
+
+    def use_device(self, cgroup: int, index: int) -> str:
+        """Commit the limit of a level on a device, when a process first asks for memory there.
+
+        Returns:
+            Why there is no room; empty: there is.
+
+        Raises:
+            OSError: the kernel does not take the limit.
+        """
+        tenant = self.get(cgroup)
+        unit = self.commitments.unit(tenant) if tenant else None
+        if tenant is None or unit is None:
+            return ""
+        lack = self.commitments.commit(unit, [index])
+        levels = [unit] if unit is tenant else [unit, tenant]  # a group around it may have a limit since
+        self._ledger.set_limits([self._in_force(level) for level in levels])
+        return lack
+
+    def answer(self, path: str, lacking: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Answer a program of this cgroup that waits for a decision: use its limit, or mark the cgroup as unmanaged.
+
+        Args:
+            lacking: cgroups, by path, that should have a limit and have no place for it. Their programs get no memory,
+                whatever limit holds around them.
+
+        Raises:
+            OSError: the kernel's map does not take the answer.
+        """
+        levels, owner = self.levels(path), self.places.owner(path).cgroup
+        refused = [around for around in procfs.and_above(path) if around in lacking]
+        for around in refused:
+            self.answered.refuse(owner, lacking[around], around)
+        if levels and not refused:
+            self.use(levels[0])
+        elif not refused:
+            for cgroup in list(procfs.cgroup_ids(self._workloads.root, path))[:1]:
+                self.answered.unmanaged(owner, cgroup)
+
+    def _retry_denied(self) -> None:
+        """Retry tenants that were denied or whose increase was denied; capacity may have been freed."""
+        with self._unless_refused():
+            more = self.commitments.try_again()
+            if more:
+                self._ledger.set_limits([self._in_force(tenant) for tenant in more])
+
+    def denied(self, cgroup: int) -> str:
+        """Return why a tenant gets nothing although a policy gives it a limit; empty: it gets its limit."""
+        tenant = self.get(cgroup)
+        if tenant is None:
+            return ""
+        if len(self.around(tenant)) >= abi.LEVELS:
+            return f"at most {abi.LEVELS} levels: the limits of the groups around it hold, its own does not"
+        if tenant.path.count("/") >= abi.DEPTH:
+            return f"its cgroup is more than {abi.DEPTH - 1} levels below the root, deeper than the BPF programs look"
+        return self.commitments.denied(tenant)

@@ -1,0 +1,100 @@
+"""The event log of `fgpu events`: refusals, bypasses, adoptions, kills, overruns, XIDs, reloads, limits set by hand.
+
+Written and read in the agent's main loop. It keeps the last MOST events, so it does not grow. The same event is logged
+at most once a second, except for those made by hand; how many were omitted is part of the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+from fgpu_ebpf.policy.units import memory_text
+
+log = logging.getLogger("fgpu.events")
+MOST = 1000
+MOST_KINDS, FEW_KINDS = 4096, 128
+AGAIN_SECONDS, REMEMBERED_SECONDS = 1.0, 60.0
+BY_HAND = {"set", "unset"}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event. `number`: 1 and up, without gaps; `time_seconds`: since the epoch; unknown fields are empty or 0.
+
+    `more`: how many events of the same kind and tenant were omitted before this one, within REMEMBERED_SECONDS.
+    """
+
+    number: int
+    time_seconds: float
+    what: str
+    tenant: str = ""
+    pid: int = 0
+    gpu: int | None = None
+    operation: str = ""
+    reason: str = ""
+    bytes: int = 0
+    text: str = ""
+    more: int = 0
+
+
+class EventLog:
+    """The last MOST events."""
+
+    def __init__(self) -> None:
+        self._last: deque[bytes] = deque(maxlen=MOST)  # as JSON: one object per event instead of ten in Python's heap
+        self._number = 0
+        self._told: dict[tuple[str, str, str, str], tuple[float, int]] = {}  # by kind: when last, and how many since
+        self._room = FEW_KINDS  # entries of _told at which old ones are removed
+
+    def add(self, what: str, **more: Any) -> None:
+        """Add an event and log it, unless the same one was added less than AGAIN_SECONDS ago."""
+        event = Event(self._number + 1, time.time(), what, **more)
+        kind = (what, event.tenant, event.reason, event.operation + event.text)
+        now = time.monotonic()
+        last, untold = self._told.get(kind, (-REMEMBERED_SECONDS, 0))
+        if now - last >= REMEMBERED_SECONDS:
+            untold = 0
+        if now - last < AGAIN_SECONDS and what not in BY_HAND:
+            self._told[kind] = (last, untold + 1)
+            return
+        if len(self._told) >= self._room:
+            self._forget(now)
+        self._told[kind] = (now, 0)
+        self._number += 1
+        event = replace(event, more=untold)
+        fields = asdict(event)
+        self._last.append(json.dumps(fields).encode())
+        log.info("%s", line_of(fields), extra={name: value for name, value in fields.items() if value})
+
+    def _forget(self, now: float) -> None:
+        """Remove old kinds. Most tenants appear once, and end while they are refused."""
+        kept = {kind: told for kind, told in self._told.items() if now - told[0] < _remembered(told[1])}
+        self._told = kept if len(kept) < MOST_KINDS else {}
+        self._room = min(MOST_KINDS, max(FEW_KINDS, 2 * len(self._told)))
+
+    def since(self, number: int) -> dict[str, Any]:
+        """Return the events after `number`, the last number, and how many after `number` are no longer kept."""
+        first = self._number + 1 - len(self._last)
+        found = [json.loads(kept) for kept in islice(self._last, max(0, number + 1 - first), None)]
+        return {"events": found, "last": self._number, "forgotten": max(0, first - number - 1)}
+
+
+def _remembered(untold: int) -> float:
+    return REMEMBERED_SECONDS if untold else AGAIN_SECONDS
+
+
+def line_of(event: dict[str, Any]) -> str:
+    """Return an event as one line of text, without its time."""
+    words = [event["what"], event["tenant"]]
+    words += [f"pid {event['pid']}"] if event["pid"] else []
+    words += [f"gpu {event['gpu']}"] if event["gpu"] is not None else []
+    words += [event["operation"], memory_text(event["bytes"]) if event["bytes"] else ""]
+    words += [f"({event['reason']})"] if event["reason"] else []
+    words += [event["text"], f"and {event['more']} more before" if event["more"] else ""]
+    return " ".join(word for word in words if word)

@@ -1,0 +1,230 @@
+"""`fgpu explain`: why a cgroup gets what it gets, from the decision to what is in force.
+
+Used by the control socket, in the agent's main loop. Cgroups that are not managed are explained too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from types import MappingProxyType
+from typing import Any
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.driver import bypass_reason
+from fgpu_ebpf.ledger.compute_maps import TurnCounts
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.policy.rules import Priority
+from fgpu_ebpf.policy.units import memory_text
+from fgpu_ebpf.scheduling.fair_queue import MILLION
+from fgpu_ebpf.tenancy import orphan_text
+from fgpu_ebpf.tenancy.enforcement import Enforcement, denial, enforcement
+from fgpu_ebpf.tenancy.manager import Manager
+from fgpu_ebpf.tenancy.tenant import Source, Tenant
+from fgpu_ebpf.workloads.cgroups import TargetError
+from fgpu_ebpf.workloads.workload import Workload
+
+
+def explain(
+    path: str,
+    manager: Manager,
+    ledger: Ledger,
+    unenforced: str = "",
+    unprobed: Mapping[int, str] = MappingProxyType({}),
+    standalone: Set[int] = frozenset(),
+    orphans: Sequence[Mapping[str, Any]] = (),
+    is_shim: bypass_reason.IsShim = lambda *_: True,
+    enforced: Mapping[int, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Explain a cgroup as plain values; `lines` is the text that `fgpu explain` prints.
+
+    Args:
+        unenforced: why no limit is in force; empty: limits are in force.
+        unprobed: processes with a libcuda that cannot be probed, each with the reason.
+        standalone: processes that found no agent and enforce their image's own limit.
+        orphans: those of the tenant, as in a Snapshot.
+        is_shim: see `bypass_reason`.
+        enforced: the Snapshot's word of enforcement for each tenant, by cgroup.
+
+    Raises:
+        TargetError: the cgroup is gone.
+    """
+    workload = manager.workloads.identify(path)
+    if workload is None:
+        raise TargetError(f"no cgroup {path}")
+    decision = manager.decide(workload)
+    tenant = manager.enforcer.at(path)
+    levels = [t for c in manager.enforcer.levels(path) if (t := manager.enforcer.get(c))]
+    known = ledger.processes() if levels and (unprobed or standalone) else {}
+    unseen = _those(levels, known, unprobed.keys())
+    alone = [pid for pid in _those(levels, known, standalone) if not known[pid].flags & abi.Seen.SHIM]
+    answer: dict[str, Any] = {
+        "path": path,
+        "tenant": levels[0].name if levels else None,
+        "policy": decision.policy.name if decision.policy else None,
+        "source": decision.policy.source if decision.policy else None,
+        "tried": [{"policy": name, "reason": reason} for name, reason in decision.tried],
+        "notes": [*decision.notes, *_notes(workload, tenant, levels, manager)],
+        "levels": [_level(level, manager, ledger) for level in levels],
+        "enforcement": _word(levels, unenforced, enforced),
+        "unenforced": unenforced,
+        "stronger": [
+            *_stronger(levels, manager, ledger, is_shim),
+            *_seen({pid: unprobed[pid] for pid in unseen}),
+            *_joined(alone),
+        ],
+        "orphans": [dict(orphan) for orphan in orphans],
+    }
+    return answer | {"lines": _lines(answer, tenant)}
+
+
+def _word(levels: Sequence[Tenant], unenforced: str, enforced: Mapping[int, str]) -> str:
+    """Return the Snapshot's word for the innermost level, or what its first process will meet if it has none yet."""
+    if not levels:
+        return Enforcement.NONE
+    return enforced.get(levels[0].cgroup) or enforcement(unenforced, levels[0].observe, False, ())
+
+
+def _notes(workload: Workload, tenant: Tenant | None, levels: Sequence[Tenant], manager: Manager) -> Iterator[str]:
+    """Yield what else keeps the cgroup from what a policy gives it."""
+    if missing := manager.workloads.missing(workload):
+        yield missing
+    if tenant and tenant not in levels:
+        yield manager.enforcer.denied(tenant.cgroup)
+    yield from manager.bounds_met(workload.path)
+    yield from (note for level in levels if level.source is Source.KEPT for note in level.notes)
+    for level in levels:
+        if manager.enforcer.spares(level):
+            yield f"onBypass: kill waits: {level.name} has processes started before fgpu"
+
+
+def _level(tenant: Tenant, manager: Manager, ledger: Ledger) -> dict[str, Any]:
+    devices = sorted(tenant.limits)
+    usage, turns = ledger.usage(tenant.cgroup, devices) or [], ledger.times.turns()
+    uncommitted = manager.enforcer.commitments.uncommitted(tenant)
+    return {
+        "tenant": tenant.name,
+        "path": tenant.path,
+        "by": tenant.policy if tenant.source is Source.POLICY else tenant.source,
+        "denied": manager.enforcer.denied(tenant.cgroup),
+        "devices": [
+            {
+                "gpu": device,
+                "limit_bytes": u.limit,
+                "used_bytes": u.used,
+                "refused": u.refused,
+                "counts": device not in uncommitted,
+            }
+            for device, u in zip(devices, usage, strict=False)
+        ],
+        "compute": [_time(tenant, device, turns.get((tenant.cgroup, device))) for device in sorted(tenant.shares)],
+    }
+
+
+def _time(tenant: Tenant, device: int, turn: TurnCounts | None) -> dict[str, Any]:
+    share, t = tenant.shares[device], turn or TurnCounts()
+    return {
+        "gpu": device,
+        "limit_ratio": share.limit_millionths / MILLION,
+        "weight": share.weight,
+        "priority": list(Priority)[share.rank].value,
+        "had_ratio": t.had_millionths / MILLION,
+        "entitled_ratio": t.entitled_millionths / MILLION,
+        "free": bool(t.free),
+        "is_owner": bool(t.owner),
+        "is_waiting": bool(t.since_ns),
+        "throttled": t.throttled,
+    }
+
+
+def _those(levels: list[Tenant], known: Mapping[int, Process], pids: Set[int]) -> list[int]:
+    """Return those of `pids` that hold memory and belong to the innermost level."""
+    return sorted(pid for pid in pids & known.keys() if levels[0].cgroup in known[pid].levels and any(known[pid].bytes))
+
+
+def _seen(unseen: Mapping[int, str]) -> list[str]:
+    if not unseen:
+        return []
+    pids = ", ".join(map(str, list(unseen)[:5]))
+    why = "; ".join(list(dict.fromkeys(unseen.values()))[:5])
+    what = "its limit holds as far as its shim asks, and NVML's bytes are charged afterwards"
+    return [f"a libcuda of pid {pids} cannot be probed ({why}): {what}; use a driver that fgpu knows"]
+
+
+def _joined(alone: Sequence[int]) -> list[str]:
+    if not alone:
+        return []
+    pids = ", ".join(map(str, alone[:5]))
+    return [f"pid {pids} found no agent and enforces its image's limit: mount /run/fgpu/shim into its container"]
+
+
+def _stronger(levels: list[Tenant], manager: Manager, ledger: Ledger, is_shim: bypass_reason.IsShim) -> list[str]:
+    """Return what would enforce the limits more strongly."""
+    if not levels:
+        return ["no policy matches: write one, or use `fgpu set`"]
+    found = [f"{level.name} only observes: set mode: enforce" for level in levels if level.observe]
+    has_levels = {level.cgroup for level in levels}
+    bypassing = [
+        pid
+        for pid, p in ledger.processes().items()
+        if p.levels[:1] == (levels[0].cgroup,) and (p.flags & abi.Seen.BYPASS or not p.flags & abi.Seen.SHIM)
+    ]
+    preexisting = [pid for pid in bypassing if pid in manager.enforcer.preexisting]
+    if preexisting:
+        pids = ", ".join(map(str, sorted(preexisting)[:5]))
+        found.append(f"started before fgpu: pid {pids}: charged, never stopped; restart them")
+    bypassing = [pid for pid in bypassing if pid not in preexisting]
+    if bypassing and has_levels:
+        reasons = {pid: bypass_reason.reason(pid, is_shim) for pid in sorted(bypassing)[:5]}
+        pids = ", ".join(f"{pid} ({reason})" if reason else str(pid) for pid, reason in reasons.items())
+        found.append(f"without the shim: pid {pids}: charged, not stopped; mount the shim, or set onBypass: kill")
+        found += [f"{reason}: {reason.words}" for reason in dict.fromkeys(filter(None, reasons.values()))]
+    return found
+
+
+def _lines(answer: dict[str, Any], tenant: Tenant | None) -> list[str]:
+    lines = [answer["path"]]
+    if answer["policy"]:
+        lines.append(f"  policy {answer['policy']} ({answer['source']}) matches")
+    else:
+        lines.append("  no policy matches")
+    lines += [f"  not {tried['policy']}: {tried['reason']}" for tried in answer["tried"]]
+    if tenant and tenant.by_hand:
+        lines.append(f"  set by hand (fgpu {tenant.source}), which takes precedence")
+    lines += [f"  note: {note}" for note in answer["notes"]]
+    for level in answer["levels"]:
+        lines.append(f"  level {level['tenant']} ({level['by']})")
+        lines += [f"    {_device_line(device)}" for device in level["devices"]]
+        lines += [f"    {_time_line(time)}" for time in level["compute"]]
+        if said := denial(level):
+            lines.append(f"    {said}")
+    why = answer["unenforced"] or Enforcement(answer["enforcement"]).words
+    lines.append(f"  enforcement: {answer['enforcement']}{f': {why}' if why else ''}")
+    lines += [f"  orphaned: {orphan_text.sentence(orphan)}" for orphan in orphan_text.lasting(answer["orphans"])]
+    lines += [f"  stronger: {text}" for text in answer["stronger"]]
+    return lines
+
+
+def _device_line(device: dict[str, Any]) -> str:
+    limit, used = device["limit_bytes"], device["used_bytes"]
+    if limit == abi.NO_LIMIT:
+        return f"gpu {device['gpu']}: {memory_text(used)} used, no limit"
+    left = max(0, limit - used)
+    text = f"gpu {device['gpu']}: {memory_text(used)} of {memory_text(limit)} used, {memory_text(left)} left"
+    text += "" if device["counts"] else ", counts on the device from its first use on"
+    return text + (f", refused {device['refused']} times" if device["refused"] else "")
+
+
+def _time_line(time: dict[str, Any]) -> str:
+    ceiling = f"up to {time['limit_ratio']:.0%}, " if time["limit_ratio"] < 1 else ""
+    text = f"gpu {time['gpu']}: time {ceiling}weight {time['weight']}, {time['priority']} priority"
+    if time["free"]:
+        return f"{text}: no other tenant to share with, its gate is open"
+    text += f": had {time['had_ratio']:.1%} of {time['entitled_ratio']:.1%}"
+    if time["is_owner"]:
+        return f"{text}, and it is its turn"
+    if time["is_waiting"]:
+        return f"{text}, and it waits for its turn" + (
+            ": its limit holds it back at times" if time["throttled"] else ""
+        )
+    return text

@@ -1,0 +1,135 @@
+"""Capacity for levels: how many levels each owner of bounds has, and whether it may have another.
+
+The kernel has a page for each level, and a fixed number of pages. If a level has no place, its programs get no memory
+(`Enforcer.answer`). Half of all places are kept for owners that have few levels. Used by the enforcer and the manager,
+in the agent's main loop. OSError of the kernel's table of owners.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+
+from fgpu_ebpf.ledger.owner_bounds import Bounds, refusal
+from fgpu_ebpf.ledger.owner_table import COUNTED, OwnerTable
+from fgpu_ebpf.linux import bpf
+from fgpu_ebpf.tenancy.tenant import Tenant
+from fgpu_ebpf.workloads.bound_owner import Owner, owner_of
+
+PLACES = bpf.MOST_INNER
+FEW = 16  # owners with fewer levels than this may use the second half of all places
+
+
+class LevelCapacity:
+    """The levels of one host.
+
+    Args:
+        taken: returns how many pages the kernel has in use.
+        table: the kernel's table of owners; None: the BPF programs count no owners.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        bounds: Bounds | None = None,
+        table: OwnerTable | None = None,
+        taken: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.bounds = bounds or Bounds()
+        self._root, self._table, self._taken = root, table, taken
+        self._owners: dict[int, Owner] = {}  # by level
+        self._paths: dict[int, str] = {}
+        self._slots: dict[int, int] = {}
+        self._levels = Counter[int]()  # of an owner, by its cgroup
+
+    def owner(self, path: str, level: int = 0) -> Owner:
+        """Return the owner of a cgroup's bounds. `level`: the id of a cgroup that is about to be a level."""
+        return owner_of(self._root, path, lambda cgroup: cgroup in self._owners or cgroup == level != 0)
+
+    def divide(self, tenants: Iterable[Tenant]) -> tuple[list[Tenant], dict[int, str]]:
+        """Return the tenants that have or get a place, and why the others get none, by cgroup."""
+        fit, lacks, new = list[Tenant](), dict[int, str](), Counter[int]()
+        for tenant in tenants:
+            why = "" if tenant.cgroup in self._owners else self._lack(tenant, new)
+            if why:
+                lacks[tenant.cgroup] = why
+            else:
+                fit.append(tenant)
+        return fit, lacks
+
+    def _lack(self, tenant: Tenant, new: Counter[int]) -> str:
+        """Return why there is no place for one more level; empty: there is one, and it is added to `new`.
+
+        Args:
+            new: levels by owner that are about to be entered.
+        """
+        owner = self.owner(tenant.path, tenant.cgroup)
+        has, taken = self._levels[owner.cgroup] + new[owner.cgroup], self._taken() + new.total()
+        if has >= self.bounds.levels:
+            return f"no place for its limit: {refusal(str(owner), 'levels', has, self.bounds.levels)}"
+        if taken >= PLACES:
+            return f"no place for its limit: all {PLACES} levels that this host may have are taken"
+        if taken >= PLACES // 2 and has >= FEW:
+            return (
+                f"no place for its limit: {taken} of the host's {PLACES} levels are taken, and the others are "
+                f"reserved for workloads with at most {FEW}; {owner} has {has}"
+            )
+        new[owner.cgroup] += 1
+        return ""
+
+    def enter(self, cgroup: int, path: str) -> None:
+        """Enter the level of a cgroup. Raises OSError."""
+        owner = self.owner(path, cgroup)
+        if owner == self._owners.get(cgroup):
+            return
+        self._leave(cgroup)
+        if self._table:
+            in_use = self._levels.keys()
+            self._slots[cgroup] = self._table.attach(cgroup, owner.cgroup, self.bounds.entries(), in_use)
+        self._owners[cgroup], self._paths[cgroup] = owner, path
+        self._levels[owner.cgroup] += 1
+        if owner.cgroup == cgroup:
+            self._renew_inside(path)
+
+    def _renew_inside(self, path: str) -> None:
+        """Enter the levels inside a path again, since their owner may be another one now."""
+        for cgroup, inside in list(self._paths.items()):
+            if inside.startswith(f"{path}/"):
+                self.enter(cgroup, inside)
+
+    def leave(self, cgroup: int) -> None:
+        """Remove the level of a cgroup."""
+        owner, path = self._owners.get(cgroup), self._paths.get(cgroup, "")
+        self._leave(cgroup)
+        if owner and owner.cgroup == cgroup:
+            self._renew_inside(path)
+
+    def _leave(self, cgroup: int) -> None:
+        owner = self._owners.pop(cgroup, None)
+        self._slots.pop(cgroup, None)
+        self._paths.pop(cgroup, None)
+        if owner:
+            self._levels[owner.cgroup] -= 1
+            if not self._levels[owner.cgroup]:
+                del self._levels[owner.cgroup]
+
+    def keep_only(self, cgroups: Collection[int]) -> None:
+        """Remove the levels of all other cgroups."""
+        for cgroup in [cgroup for cgroup in self._owners if cgroup not in cgroups]:
+            self.leave(cgroup)
+
+    def slot(self, cgroup: int) -> int:
+        """Return the slot of the level's owner in the kernel's table; 0: it has none."""
+        return self._slots.get(cgroup, 0)
+
+    def crowds(self, paths: Sequence[str]) -> list[str]:
+        """Return, as text, which bounds on shared maps the owners of these cgroups have reached."""
+        owners = {owner.cgroup: owner for owner in map(self.owner, paths)}
+        return [text for owner in owners.values() for text in self._crowds(owner)]
+
+    def _crowds(self, owner: Owner) -> list[str]:
+        share = self._table.share(owner.cgroup) if self._table else None
+        keys = zip((*COUNTED, "orphans"), self.bounds.entries(), strict=True)
+        has = share.entries if share else ()
+        return [refusal(str(owner), key, n, most) for (key, most), n in zip(keys, has, strict=False) if n >= most]

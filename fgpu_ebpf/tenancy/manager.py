@@ -1,0 +1,339 @@
+"""The desired state of the host: applies policies and overrides to every cgroup, and puts the result in force.
+
+Runs in the agent's main loop. It has the policies in force, the overrides and the cgroups of `fgpu run`; the enforcer
+writes the ledger. Requests by hand raise TargetError and RoomError; what a policy cannot be given is in the tenant's
+notes and in the event log.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.policy.rules import Decision, Device, PolicySet
+from fgpu_ebpf.policy.share_name import Share, parse
+from fgpu_ebpf.tenancy.enforcer import Enforcer, RoomError
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.gone_tenants import GoneTenants
+from fgpu_ebpf.tenancy.overrides import Override, Overrides
+from fgpu_ebpf.tenancy.report_refused_levels import LevelRefusals
+from fgpu_ebpf.tenancy.tenant import Source, Tenant, requests, tenant_of
+from fgpu_ebpf.workloads.cgroups import TargetError, Workloads, is_of_run
+from fgpu_ebpf.workloads.workload import Workload
+
+log = logging.getLogger("fgpu.agent")
+ENTER_SECONDS = 10.0
+MOST_RETRIED = 64  # refused cgroups at a time
+
+
+class Manager:
+    """The desired state of the host."""
+
+    def __init__(
+        self,
+        workloads: Workloads,
+        enforcer: Enforcer,
+        overrides: Overrides,
+        devices: Sequence[Device],
+        history: EventLog,
+        gone: GoneTenants,
+    ) -> None:
+        self.workloads = workloads
+        self.enforcer = enforcer
+        self.policies = PolicySet(())
+        self.policies_unknown = ""  # why the wanted policies are not known; empty: they are known
+        self.overrides = overrides
+        self._devices = devices
+        self._history = history
+        self.refusals = LevelRefusals(history, enforcer.places)
+        self._has_freed_places = False
+        self.gone = gone
+        enforcer.commitments.held_elsewhere = gone.held_bytes
+        self._awaited: dict[str, float] = {}  # cgroups of `fgpu run` without a process, until when
+
+    # -- deciding
+
+    def decide(self, workload: Workload, override: Override | None = None) -> Decision:
+        """Return what the policies give a workload and the share that it has asked for."""
+        decision = self.policies.resolve(workload, self._devices)
+        override = override or self._override(workload.cgroup)
+        if override is None or not override.share or decision.policy is None:
+            return decision
+        asked = requests(parse(override.share), decision.policy)
+        return self.policies.resolve(replace(workload, labels={**workload.labels, **asked}), self._devices)
+
+    def _tenant(self, path: str) -> Tenant | None:
+        """Return the tenant that a cgroup should be; a tenant of source KEPT stays as it is pinned."""
+        workload = self.workloads.identify(path)
+        if workload is None:
+            return None
+        tenant = tenant_of(self.decide(workload), self._override(workload.cgroup), self._devices)
+        before = self.enforcer.get(workload.cgroup)
+        if before is None or before.source is not Source.KEPT:
+            return tenant
+        doubt = self._doubt(workload)
+        if not doubt or (tenant and tenant.is_in_force_as(before)):
+            return tenant
+        return replace(before, workload=workload, notes=(doubt,))
+
+    def _override(self, cgroup: int) -> Override | None:
+        override = self.overrides.get(cgroup)
+        return None if override is None or override.kept else override
+
+    def _doubt(self, workload: Workload) -> str:
+        """Return why it is not known whether the limits pinned for a cgroup are still wanted; empty: it is known."""
+        override = self.overrides.get(workload.cgroup)
+        said = override.kept if override else ""
+        unknown = self.overrides.unknown(workload.cgroup)
+        return said or unknown or self.policies_unknown or self.workloads.missing(workload)
+
+    def consider(self, paths: Iterable[str]) -> dict[str, int]:
+        """Look at cgroups again: they may be managed, changed or gone.
+
+        Returns:
+            The cgroups, by path, that should have a limit and have no place for it.
+        """
+        wanted = {path: self._tenant(path) for path in sorted(paths)}
+        gone = []
+        for path, tenant in wanted.items():
+            before = self.enforcer.at(path)
+            if before and (tenant is None or tenant.cgroup != before.cgroup):
+                gone.append(before)
+        self._let_go(gone)
+        self._enforce([tenant for tenant in wanted.values() if tenant])
+        found = {path: tenant.cgroup for path, tenant in wanted.items() if tenant}
+        lacking = {path: cgroup for path, cgroup in found.items() if self.enforcer.get(cgroup) is None}
+        for path in wanted.keys() & {*self.enforcer.answered.refused} - lacking.keys():
+            self.enforcer.answered.admit(path, self.workloads.cgroup(path) is None)
+        return lacking
+
+    def consider_all(self) -> None:
+        """Look at every cgroup of the host, and at every tenant."""
+        self.consider({*self.workloads.walk(), *(tenant.path for tenant in self.enforcer)})
+
+    def reload(self, policies: PolicySet) -> None:
+        """Replace the set of policies as a whole."""
+        self.policies = policies
+        self.consider_all()
+
+    def _enforce(self, tenants: Sequence[Tenant]) -> None:
+        """Put limits of groups in force before those inside them, and within a depth the oldest cgroups first.
+
+        The order matters because only the group's limit counts inside a group.
+        """
+        tenants = self.enforcer.names.named(tenants)  # names depend on all of them, and put() gets a part at a time
+        for tenant in tenants:
+            if tenant.source is Source.KEPT:
+                self.enforcer.keep(tenant)
+        known = sorted((t for t in tenants if t.source is not Source.KEPT), key=lambda t: (_depth(t), t.cgroup))
+        for _, of_one_depth in groupby(known, _depth):
+            level = list(of_one_depth)
+            for tenant in level:
+                if tenant.by_hand:
+                    self._put([tenant])
+            self._put([tenant for tenant in level if not tenant.by_hand])
+
+    def _put(self, tenants: Sequence[Tenant]) -> None:
+        """Put limits in force; a tenant for which there is no room must not keep the others from theirs."""
+        fit, lacks = self.enforcer.places.divide(tenants)
+        self.refusals.report({t.path: lacks[t.cgroup] for t in tenants if t.cgroup in lacks})
+        try:
+            self.enforcer.put(fit)
+        except (RoomError, OSError) as error:
+            half = len(fit) // 2
+            if half:
+                self._put(fit[:half])
+                self._put(fit[half:])
+            else:
+                self._history.add("no room", tenant=fit[0].name, text=str(error))
+                before = self.enforcer.get(fit[0].cgroup)
+                if before and before.source is Source.KEPT:
+                    self.enforcer.keep(replace(before, notes=(str(error),)))
+
+    def _let_go(self, tenants: Sequence[Tenant]) -> None:
+        if not tenants:
+            return
+        removed = [t for t in tenants if self.workloads.cgroup(t.path) != t.cgroup]
+        self.enforcer.release([tenant.cgroup for tenant in tenants], self.gone.keep(removed))
+        self.overrides.drop(tenant.cgroup for tenant in removed)
+        self._has_freed_places = True
+
+    def bounds_met(self, path: str) -> list[str]:
+        """Return which bounds keep this cgroup, or one around it, from a limit or from entries, as text."""
+        wanted = [tenant for around in procfs.and_above(path) if (tenant := self._tenant(around))]
+        _, lacks = self.enforcer.places.divide(tenant for tenant in wanted if not self.enforcer.get(tenant.cgroup))
+        return [*lacks.values(), *self.enforcer.places.crowds([path])]
+
+    def retry_refused(self) -> None:
+        """Try again to give places to refused cgroups, some at a time, after levels were released.
+
+        A full look at the host tries all of them.
+        """
+        if self._has_freed_places:
+            self._has_freed_places = False
+            self.consider(self.enforcer.answered.refused[:MOST_RETRIED])
+
+    # -- by hand
+
+    def set(self, path: str, asked: Mapping[str, Any], name: str = "", own: bool = False) -> Tenant:
+        """Set limits of a cgroup by hand. If an error is raised, nothing has changed.
+
+        Args:
+            asked: fields of Override; fields left out keep what was set before.
+            own: the cgroup was made for `fgpu run`.
+
+        Raises:
+            TargetError: the cgroup does not exist, or part of the limits that it keeps would be lost.
+            RoomError: the limit does not fit.
+            OSError: the override cannot be written to its file, or the kernel has no room.
+        """
+        workload = self.workloads.identify(path)
+        if workload is None:
+            raise TargetError(f"no cgroup {path}")
+        before = self.enforcer.get(workload.cgroup)
+        says_memory = any(asked.get(field) is not None for field in ("memory_bytes", "memory_millionths"))
+        if before and before.source is Source.KEPT and not says_memory:
+            raise TargetError(f"{before.name} keeps limits from before the start: name --memory too, or fgpu unset it")
+        override = self._override(workload.cgroup) or Override(workload.cgroup, workload.path, None, name, own)
+        override = replace(override, path=workload.path, **asked)
+        tenant = tenant_of(self.decide(workload, override), override, self._devices)
+        assert tenant
+        self.enforcer.put([tenant])
+        try:
+            self.overrides.put(override)
+        except OSError:
+            self._follow_what_is_left(path)
+            raise
+        return self.enforcer.get(tenant.cgroup) or tenant
+
+    def share(self, path: str, share: Share) -> Tenant:
+        """Give a container the share that it asks for before it runs. A container may ask for the same share of several
+        devices, one call for each.
+
+        Raises:
+            TargetError: it has another share, or may not have this device.
+            RoomError: the share does not fit.
+        """
+        cgroup = self.workloads.cgroup(path)
+        before = self.overrides.get(cgroup) if cgroup is not None else None
+        had = before.devices if before and before.share else ()
+        if before and before.share and (before.share, bool(had)) != (share.name, bool(share.device)):
+            raise TargetError(f"it has fgpu.dev/share={before.share} already: ask for a single share")
+        if share.device and all(device.uuid_text != share.device for device in self._devices):
+            raise TargetError(f"this host has no {share.device}")
+        devices = tuple(dict.fromkeys((*had, share.device))) if share.device else ()
+        tenant = self.set(path, {"share": share.name, "devices": devices})
+        if devices and len(tenant.limits) < len(devices):
+            self._forget(path, tenant.cgroup)
+            raise TargetError(f"policy {tenant.policy} does not give it {share.device}")
+        return tenant
+
+    def unset(self, path: str) -> bool:
+        """Remove what was set by hand or is only kept. Then the container's share or a policy holds again, if any.
+
+        Returns False if nothing was set.
+        """
+        cgroup = self.workloads.cgroup(path)
+        tenant = self.enforcer.get(cgroup) if cgroup is not None else None
+        override = self.overrides.get(cgroup) if cgroup is not None else None
+        is_kept = tenant is not None and tenant.source is Source.KEPT
+        if cgroup is None or not (is_kept or override):
+            return False
+        if override and override.share and override.says_limits:
+            said = Override(cgroup, override.path, None, share=override.share, devices=override.devices)
+            self.overrides.put(said)
+            self._follow_what_is_left(path)
+        else:
+            self._forget(path, cgroup, is_kept)
+        return True
+
+    def _forget(self, path: str, cgroup: int, is_kept: bool = False) -> None:
+        """Remove everything that was set for a cgroup, and what it keeps."""
+        self.overrides.drop([cgroup])
+        if is_kept:
+            self.enforcer.release([cgroup])
+        self._follow_what_is_left(path)
+
+    def settle(self) -> None:
+        """End the start: what could not be learned of overrides stays so until `unset`."""
+        kept = [
+            Override(tenant.cgroup, tenant.path, None, own=is_of_run(tenant.path), kept=why)
+            for tenant in self.enforcer
+            if tenant.source is Source.KEPT and (why := self.overrides.unknown(tenant.cgroup))
+        ]
+        try:
+            self.overrides.settle(kept)
+        except OSError as error:
+            log.error("limits kept from before the start are not written to the overrides: %s", error)
+
+    def _follow_what_is_left(self, path: str) -> None:
+        """Put in force what still holds for a cgroup: what was set before, or a policy; release it if nothing holds."""
+        self.consider([path])
+        tenant = self.enforcer.at(path)
+        if tenant and self._tenant(path) is None:
+            self.enforcer.release([tenant.cgroup])
+
+    def run(self, asked: Mapping[str, Any], name: str) -> Tenant:
+        """Make a new cgroup for `fgpu run`, with its limit in force before a process is in it."""
+        if name:
+            self._clear_place(self.workloads.place(name))
+        path = self.workloads.make(name)
+        self._awaited[path] = time.monotonic() + ENTER_SECONDS
+        try:
+            return self.set(path, asked, name=os.path.basename(path), own=True)
+        except (RoomError, OSError):
+            self._awaited.pop(path, None)
+            self.workloads.remove(path)
+            self.consider([path])
+            raise
+
+    def _clear_place(self, path: str) -> None:
+        """Remove the empty cgroup of an earlier `fgpu run` of the same name."""
+        if self._awaited.get(path, 0.0) > time.monotonic():
+            return  # a process is about to enter it
+        self._awaited.pop(path, None)
+        if self.workloads.cgroup(path) is not None and not self.workloads.is_populated(path):
+            self.workloads.remove(path)
+            self.consider([path])
+
+    # -- cgroups of `fgpu run`
+
+    def remove_empty(self, paths: Iterable[str]) -> None:
+        """Remove those of these cgroups that belong to `fgpu run`, were entered and are empty now."""
+        now, gone = time.monotonic(), []
+        for path in paths:
+            cgroup = self.workloads.cgroup(path)
+            override = self.overrides.get(cgroup or 0)
+            own = override.own if override else self.workloads.is_own(path)  # without: made before a detach
+            if cgroup is None or not own or now < self._awaited.get(path, 0.0):
+                continue
+            if not self.workloads.is_populated(path) and self.workloads.remove(path):
+                self._awaited.pop(path, None)
+                gone.append(path)
+        if gone:
+            self.consider(gone)
+
+    def entered(self, path: str) -> None:
+        """Note that a process has entered a cgroup of `fgpu run`."""
+        self._awaited.pop(path, None)
+
+    def remove_not_entered(self) -> None:
+        """Remove cgroups of `fgpu run` that no process entered in time."""
+        late = [path for path, until in self._awaited.items() if until < time.monotonic()]
+        for path in late:
+            del self._awaited[path]
+        self.remove_empty(late)
+
+    def remove_all_empty(self) -> None:
+        """Remove every empty cgroup of `fgpu run`: events may have been lost, or have come while no agent ran."""
+        self.remove_empty(self.workloads.own())
+
+
+def _depth(tenant: Tenant) -> int:
+    return tenant.path.count("/")

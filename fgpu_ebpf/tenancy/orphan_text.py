@@ -1,0 +1,41 @@
+"""The text for memory that outlives its process: one sentence for each orphan. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fgpu_ebpf.policy.units import memory_text
+
+SHOWN_SECONDS = 1.0  # the driver takes up to 0.1 s to free an ended process's memory, longer if many end at once
+
+
+def lasting(orphans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the orphans of a Snapshot that are older than the driver needs to end a process."""
+    return [orphan for orphan in orphans if orphan["seconds"] > SHOWN_SECONDS]
+
+
+def keepers(orphan: Mapping[str, Any]) -> str:
+    """Return which processes keep the memory, or why none is named."""
+    if orphan["keepers"]:
+        return "kept by pid " + ", ".join(map(str, orphan["keepers"]))
+    return "kept by a descriptor that no process of its cgroups has"
+
+
+def sentence(orphan: Mapping[str, Any]) -> str:
+    """Return what is held, for which process, and what to do about it."""
+    what = f"{memory_text(orphan['bytes'])} on gpu {orphan['gpu']}"
+    why = "which has ended" if orphan["ended"] else "which exported and freed them"
+    found = f"{what} stay charged for process {orphan['pid']}, {why}: {keepers(orphan)}"
+    if not orphan["keepers"]:
+        return f"{found}; it may be unread in a socket, or another container has it"
+    return f"{found}; end {_which(orphan)}, or have the driver's descriptors closed"
+
+
+def _which(orphan: Mapping[str, Any]) -> str:
+    """Return `pid 4711, a child of 4700` if parents are known: a parent may start such a process again."""
+    kept, parents = orphan["keepers"], orphan.get("parents", ())
+    if not any(parents):
+        return "it" if len(kept) == 1 else "them"
+    known = zip(kept, parents, strict=True)
+    return " and ".join(f"pid {pid}, a child of {parent}" if parent else f"pid {pid}" for pid, parent in known)

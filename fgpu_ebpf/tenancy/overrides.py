@@ -1,0 +1,199 @@
+"""Overrides: limits set by `fgpu set`, `fgpu run` and shares, kept over restarts of the agent, not over a reboot.
+
+Used by the manager, in the agent's main loop. They are kept in one file under /run. What cannot be understood of the
+file is not treated as absent: `unknown` returns the reason, for one cgroup or for all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fgpu_ebpf.linux import atomic_file
+from fgpu_ebpf.policy import share_name
+from fgpu_ebpf.policy.rules import Priority
+from fgpu_ebpf.policy.units import MILLION, Amount, QuantityError
+
+log = logging.getLogger("fgpu.agent")
+MOST_WEIGHT = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Limits set by hand for one cgroup, on each device. None and "" mean that nothing was set, so that a policy holds.
+
+    `own`: the agent made the cgroup, for `fgpu run`. `share`: the share that the container asked for at its start;
+    policies bound it. `devices`: UUIDs of the only devices that it may use; empty: any device.
+    `kept`: why the cgroup keeps what the kernel has pinned for it, until something else is set.
+    """
+
+    cgroup: int
+    path: str
+    memory_bytes: int | None
+    name: str = ""
+    own: bool = False
+    limit_millionths: int | None = None
+    weight: int | None = None
+    priority: str = ""
+    share: str = ""
+    devices: tuple[str, ...] = ()
+    memory_millionths: int | None = None  # of each device, in place of memory_bytes
+    kept: str = ""
+
+    @property
+    def memory(self) -> Amount | None:
+        """The limit of memory; None: not set."""
+        if self.memory_bytes is None and self.memory_millionths is None:
+            return None
+        return Amount(self.memory_bytes or 0, self.memory_millionths or 0)
+
+    @property
+    def says_limits(self) -> bool:
+        """True if limits were set by hand, beside a share."""
+        return self.memory is not None or self.says_compute
+
+    @property
+    def says_compute(self) -> bool:
+        """True if limits of compute time were set."""
+        return self.limit_millionths is not None or self.weight is not None or bool(self.priority)
+
+
+class Overrides:
+    """All overrides, by cgroup id."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._all: dict[int, Override] = {}
+        self._fault = ""  # why nothing of the file is known
+        self._faults: dict[int, str] = {}  # why the entry of a cgroup is not known
+        self._has_dropped = self._has_failed = False  # since the file was last written
+        self._read()
+
+    def __iter__(self) -> Iterator[Override]:
+        return iter(list(self._all.values()))
+
+    def get(self, cgroup: int) -> Override | None:
+        """Return the override of a cgroup."""
+        return self._all.get(cgroup)
+
+    def put(self, override: Override) -> None:
+        """Enter or replace an override. Raises OSError: it could not be written, and is not entered."""
+        after = self._all | {override.cgroup: override}
+        self._write(after.values())
+        self._all = after
+
+    def drop(self, cgroups: Iterable[int]) -> None:
+        """Remove overrides. If the file cannot be written, write_again() does it later."""
+        gone = set(cgroups) & set(self._all)
+        if gone:
+            self._all = {cgroup: override for cgroup, override in self._all.items() if cgroup not in gone}
+            self._has_dropped = True
+            self.write_again()
+
+    def write_again(self) -> None:
+        """Write the file if it still has removed overrides."""
+        if not self._has_dropped:
+            return
+        try:
+            self._write(self._all.values())
+        except OSError as error:
+            if not self._has_failed:
+                log.warning("%s still has cgroups that are gone, and will be written again: %s", self._file, error)
+            self._has_failed = True
+        else:
+            self._has_failed = False
+
+    def unknown(self, cgroup: int) -> str:
+        """Return why it is not known what was set for a cgroup before this start; empty: it is known."""
+        return self._fault or self._faults.get(cgroup, "")
+
+    def settle(self, kept: Iterable[Override]) -> None:
+        """Note that the start has looked at every cgroup. Raises OSError.
+
+        If part of the file could not be understood, the file is replaced, and the old one is left beside it.
+
+        Args:
+            kept: overrides of cgroups of which it is not known what was set.
+        """
+        if not (self._fault or self._faults):
+            return
+        if self._file.is_dir():  # engines make a folder if a container mounts a file that does not exist
+            self._file.rmdir()
+        elif self._file.exists():
+            os.replace(self._file, self._file.with_name(f"{self._file.name}.bad"))
+        self._all |= {override.cgroup: override for override in kept}  # if not written now, then with the next override
+        self._write(self._all.values())
+        self._fault, self._faults = "", {}
+
+    def _read(self) -> None:
+        try:
+            found = json.loads(self._file.read_text(encoding="utf-8"))
+            if not isinstance(found, list):
+                raise ValueError("not a list")
+        except FileNotFoundError:
+            self._fault = f"{self._file}, the file of overrides, is missing"
+            return
+        except (OSError, ValueError, RecursionError) as error:
+            self._fault = f"{self._file} cannot be read: {error}"
+            log.error("%s: pinned limits stay as they are", self._fault)
+            return
+        for entry in found:
+            self._take(entry)
+
+    def _take(self, entry: object) -> None:
+        try:
+            override = _override(entry)
+            self._all[override.cgroup] = override
+        except (ValueError, TypeError, KeyError, QuantityError) as error:
+            fault = f"{self._file} has an entry that cannot be understood: {error}"
+            log.error("%s: pinned limits stay as they are", fault)
+            cgroup = entry.get("cgroup") if isinstance(entry, Mapping) else None
+            if isinstance(cgroup, int):
+                self._faults[cgroup] = fault
+            else:
+                self._fault = fault
+
+    def _write(self, overrides: Iterable[Override]) -> None:
+        atomic_file.write(self._file, json.dumps([_entry(override) for override in overrides]))
+        self._has_dropped = False
+
+
+def _entry(override: Override) -> dict[str, object]:
+    """Return the entry for the file, without empty fields that an older agent does not know."""
+    entry = asdict(override)
+    for name in ("devices", "kept", "memory_millionths"):
+        if not entry[name]:
+            del entry[name]
+    return entry
+
+
+def _override(entry: Any) -> Override:
+    """Read one entry of the file; fields that this version does not know are ignored. Raises ValueError and others."""
+    known = {field.name for field in fields(Override)}
+    said = {name: value for name, value in entry.items() if name in known} if isinstance(entry, Mapping) else {}
+    override = Override(**{**said, "devices": tuple(said.get("devices", ()))})
+    for name, kind in (("path", str), ("name", str), ("own", bool), ("priority", str), ("share", str), ("kept", str)):
+        if not isinstance(getattr(override, name), kind):
+            raise ValueError(f"{name}: {getattr(override, name)!r}")
+    _check_number("cgroup", override.cgroup, (1 << 64) - 1)
+    numbers = (("memory_bytes", 1 << 60), ("memory_millionths", MILLION))
+    for name, most in (*numbers, ("limit_millionths", MILLION), ("weight", MOST_WEIGHT)):
+        if getattr(override, name) is not None:
+            _check_number(name, getattr(override, name), most)
+    if override.priority and override.priority not in list(Priority):
+        raise ValueError(f"priority: {override.priority!r}")
+    if not all(isinstance(uuid, str) for uuid in override.devices):
+        raise ValueError(f"devices: {override.devices!r}")
+    if override.share:
+        share_name.parse(override.share)
+    return override
+
+
+def _check_number(name: str, value: object, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{name}: {value!r}")

@@ -1,0 +1,76 @@
+"""Profiles: the shares that this host offers in numbers, as `profiles:` in agent.yaml lists them. Pure.
+
+Used by the answer to the device plugin. The agent decides what a container gets when it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fgpu_ebpf.policy import share_name
+from fgpu_ebpf.policy.rules import Device, DeviceChoice
+from fgpu_ebpf.policy.units import MILLION, memory_text
+
+MOST_NAME_CHARACTERS = 16  # of a share's name: kubelet's ids have 63 characters, a UUID takes 40
+MOST_COUNT = 128  # of a profile on one device
+
+
+class ProfileError(ValueError):
+    """The profiles do not fit a device; the text has the numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A share that is offered. `count`: on each device, None: as many as fit. `devices`: empty: on every device."""
+
+    share: str
+    count: int | None = None
+    devices: tuple[DeviceChoice, ...] = ()
+
+    def is_of(self, device: Device) -> bool:
+        """Return True if the profile is offered on the device."""
+        return not self.devices or any(choice.takes(device) for choice in self.devices)
+
+
+def size_bytes(share: str, device: Device) -> int:
+    """Return the bytes that one share takes of a device. Profiles always name memory."""
+    amount = share_name.parse(share).amount
+    assert amount
+    return amount.of(device.usable_bytes)
+
+
+def counts(profiles: Sequence[Profile], device: Device, overcommit: bool) -> dict[str, int]:
+    """Return how many of each share a device offers, by name; shares that do not fit even once are left out.
+
+    Profiles with a count come first, and must fit together unless `overcommit`. Each other profile gets as many as fit
+    beside them, in memory and in time. Several profiles without a count overlap: each has the count that it would have
+    alone. Raises ProfileError.
+    """
+    here = [profile for profile in profiles if profile.is_of(device)]
+    fixed = {profile.share: profile.count for profile in here if profile.count is not None}
+    taken = sum(count * size_bytes(share, device) for share, count in fixed.items())
+    if taken > device.usable_bytes and not overcommit:
+        said = ", ".join(f"{count} of {share}" for share, count in fixed.items())
+        have = f"{memory_text(taken)} of {memory_text(device.usable_bytes)} on device {device.index}"
+        raise ProfileError(f"profiles: {said} would take {have}: lower a count, or allow overcommit")
+    found = {}
+    for profile in here:
+        count = profile.count
+        if count is None:
+            count = _fitting(profile.share, max(0, device.usable_bytes - taken), device)
+        if count:
+            found[profile.share] = count
+    return found
+
+
+def _fitting(name: str, free_bytes: int, device: Device) -> int:
+    """Return how many fit by memory, and by time if the share has a ceiling: the ceilings sum to the whole device."""
+    share = share_name.parse(name)
+    by_time = MILLION // share.limit_millionths if share.limit_millionths else MOST_COUNT
+    return min(free_bytes // size_bytes(name, device), by_time, MOST_COUNT)
+
+
+def names(profiles: Iterable[Profile], devices: Sequence[Device]) -> list[str]:
+    """Return the names of shares of single devices that containers must be able to ask for."""
+    return [share_name.bound(p.share, device.uuid_text) for p in profiles for device in devices if p.is_of(device)]

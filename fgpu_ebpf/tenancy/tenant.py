@@ -1,0 +1,199 @@
+"""Limits of a workload as a tenant: policies and overrides put together, with their precedence. Pure.
+
+Used by the manager. Whether there is room is decided by the enforcer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.policy.rules import Compute, Decision, Device, Policy, Priority
+from fgpu_ebpf.policy.share_name import Share, parse
+from fgpu_ebpf.policy.units import Amount
+from fgpu_ebpf.scheduling.fair_queue import MILLION
+from fgpu_ebpf.scheduling.fair_queue import Share as TimeShare
+from fgpu_ebpf.tenancy.overrides import Override
+from fgpu_ebpf.workloads.workload import COMPUTE_LABEL, MEMORY_LABEL, NAME_CHARACTERS, Workload, safe_name
+
+
+class Source(StrEnum):
+    """Origin of a limit."""
+
+    POLICY = "policy"
+    SET = "set"
+    RUN = "run"
+    SHARE = "share"
+    KEPT = "kept"  # pinned in the kernel; the start does not know whether other limits are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A managed cgroup.
+
+    `limits`: bytes by ledger index, NO_LIMIT if use is only counted; the tenant may not use a device that is left out.
+    `policy`: empty if none matches. `named_devices`: its devices were named for it alone, so that its limit counts on
+    all of them from its first process on.
+    """
+
+    workload: Workload
+    name: str
+    source: Source
+    policy: str
+    limits: Mapping[int, int]
+    observe: bool = False
+    kill: bool = False
+    compute: Compute | None = None
+    own_utilization: bool = False
+    metric_labels: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    named_devices: bool = False
+
+    @property
+    def cgroup(self) -> int:
+        """The cgroup's id."""
+        return self.workload.cgroup
+
+    @property
+    def path(self) -> str:
+        """The cgroup's path from the hierarchy's root."""
+        return self.workload.path
+
+    @property
+    def flags(self) -> int:
+        """The flags of the kernel's map of limits."""
+        observe = abi.LimitFlag.OBSERVE if self.observe else 0
+        return observe | (abi.LimitFlag.KILL if self.kill else 0)
+
+    @property
+    def shares(self) -> Mapping[int, TimeShare]:
+        """Shares of time by ledger index; empty if the tenant is not gated."""
+        if self.compute is None or self.observe:
+            return {}
+        c = self.compute
+        share = TimeShare(round(c.limit_ratio * MILLION), c.weight, list(Priority).index(c.priority), c.quantum_ns)
+        return dict.fromkeys(self.limits, share)
+
+    @property
+    def by_hand(self) -> bool:
+        """True if the limits were set for this cgroup alone."""
+        return self.source not in (Source.POLICY, Source.KEPT)
+
+    def is_in_force_as(self, other: Tenant) -> bool:
+        """Return True if both result in the same entries in the kernel."""
+        mine, its = (self.limits, self.observe, self.kill), (other.limits, other.observe, other.kill)
+        return mine == its and self.shares == other.shares
+
+
+def tenant_of(decision: Decision, override: Override | None, devices: Sequence[Device]) -> Tenant | None:
+    """Return the tenant of a workload; None: it is not managed. Overrides win, and keep the policy's mode."""
+    limits = decision.limits
+    if limits is None and override is None:
+        return None
+    workload = decision.workload
+    tenant = Tenant(workload, _name(workload), Source.POLICY, "", {})
+    if limits:
+        tenant = replace(
+            tenant,
+            policy=limits.policy,
+            limits={index: limits.memory.get(index, abi.NO_LIMIT) for index in limits.devices},
+            observe=limits.observe,
+            kill=limits.kill,
+            compute=limits.compute,
+            own_utilization=limits.own_utilization,
+            metric_labels={label: workload.labels.get(label, "") for label in limits.metric_labels},
+            notes=decision.notes,
+        )
+    return tenant if override is None else _by_hand(tenant, override, devices)
+
+
+def kept_tenant(workload: Workload, limits: Mapping[int, int], flags: int, share: TimeShare | None) -> Tenant:
+    """Return a tenant with what the kernel has pinned for a cgroup."""
+    compute = None
+    if share:
+        priority = list(Priority)[min(share.rank, len(Priority) - 1)]
+        compute = Compute(share.limit_millionths / MILLION, share.weight, priority, share.quantum_ns)
+    return Tenant(
+        workload, _name(workload), Source.KEPT, "", limits, compute=compute,
+        observe=bool(flags & abi.LimitFlag.OBSERVE), kill=bool(flags & abi.LimitFlag.KILL),
+    )  # fmt: skip
+
+
+def _by_hand(tenant: Tenant, override: Override, devices: Sequence[Device]) -> Tenant:
+    """Apply an override field by field; fields that are not set stay as the share has them, or else the policy."""
+    tenant = replace(tenant, named_devices=bool(override.devices))
+    if override.share:
+        tenant = _by_share(tenant, parse(override.share), override.devices, devices)
+        if not override.says_limits:
+            return tenant
+    chosen = tenant.limits if _is_chosen(tenant) else dict.fromkeys((d.index for d in devices), abi.NO_LIMIT)
+    named = {d.index for d in devices if d.uuid_text in override.devices or not override.devices}
+    chosen = {index: limit for index, limit in chosen.items() if index in named}
+    limits = _memory_by_hand(chosen, override.memory, devices)
+    return replace(
+        tenant,
+        name=override.name or tenant.name,
+        source=Source.RUN if override.own else Source.SET,
+        limits=limits,
+        compute=_compute_by_hand(tenant.compute, override),
+        notes=() if limits else tenant.notes,
+    )
+
+
+def _memory_by_hand(limits: Mapping[int, int], memory: Amount | None, devices: Iterable[Device]) -> Mapping[int, int]:
+    """Replace the limit on each device that the tenant may use; None: keep the limits."""
+    if memory is None:
+        return limits
+    return {device.index: memory.of(device.usable_bytes) for device in devices if device.index in limits}
+
+
+def _is_chosen(tenant: Tenant) -> bool:
+    """Return True if a policy or a share decides which devices the tenant may use, perhaps none of this host's."""
+    return bool(tenant.policy) or tenant.source is Source.SHARE
+
+
+def requests(share: Share, policy: Policy) -> dict[str, str]:
+    """Return what a share asks of a policy, as labels: a policy bounds only what it names."""
+    memory = {MEMORY_LABEL: share.memory} if share.memory and policy.memory else {}
+    compute = {COMPUTE_LABEL: share.compute} if share.compute and policy.compute else {}
+    return memory | compute
+
+
+def _by_share(tenant: Tenant, share: Share, of: Sequence[str], devices: Iterable[Device]) -> Tenant:
+    """Add what the share gives and the policy does not decide; the workload's labels include requests() already.
+
+    Args:
+        of: UUIDs of the only devices; empty: any device.
+    """
+    limits = dict(tenant.limits if tenant.policy else {device.index: abi.NO_LIMIT for device in devices})
+    for device in devices:
+        if share.amount and limits.get(device.index) == abi.NO_LIMIT:
+            limits[device.index] = share.amount.of(device.usable_bytes)
+        if of and device.uuid_text not in of:
+            limits.pop(device.index, None)
+    compute = tenant.compute
+    if compute is None and share.limit_millionths:
+        compute = Compute(limit_ratio=share.limit_millionths / MILLION)
+    return replace(tenant, source=Source.SHARE, limits=limits, compute=compute)
+
+
+def _compute_by_hand(compute: Compute | None, override: Override) -> Compute | None:
+    if not override.says_compute:
+        return compute
+    compute = compute or Compute()
+    if override.limit_millionths is not None:
+        compute = replace(compute, limit_ratio=override.limit_millionths / MILLION)
+    if override.weight is not None:
+        compute = replace(compute, weight=override.weight)
+    return replace(compute, priority=Priority(override.priority)) if override.priority else compute
+
+
+def _name(workload: Workload) -> str:
+    """Return `namespace/pod/container` or `namespace/pod` if known, else the container's or cgroup's name."""
+    if workload.pod:
+        own = [workload.name] if workload.container else []
+        parts = (workload.namespace or "default", workload.pod, *own)
+        return "/".join(map(safe_name, parts))[:NAME_CHARACTERS]
+    return workload.name

@@ -1,0 +1,97 @@
+"""The managed cgroups, and which of them lie inside which. Pure.
+
+Used by the enforcer, in the agent's main loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fgpu_ebpf.tenancy.tenant import Tenant
+
+Saved = tuple[dict[int, Tenant], dict[str, int], dict[str, int]]
+
+
+class TenantTree:
+    """Tenants by cgroup id and by path."""
+
+    def __init__(self) -> None:
+        self._tenants: dict[int, Tenant] = {}
+        self._paths: dict[str, int] = {}
+        self._inside: dict[str, int] = {}  # how many tenants lie below a path
+
+    def __iter__(self) -> Iterator[Tenant]:
+        return iter(list(self._tenants.values()))
+
+    def __len__(self) -> int:
+        return len(self._tenants)
+
+    def __contains__(self, cgroup: int) -> bool:
+        return cgroup in self._tenants
+
+    def cgroups(self) -> set[int]:
+        """Return the cgroup ids of all tenants."""
+        return set(self._tenants)
+
+    def get(self, cgroup: int) -> Tenant | None:
+        """Return the tenant of a cgroup."""
+        return self._tenants.get(cgroup)
+
+    def at(self, path: str) -> Tenant | None:
+        """Return the tenant of the cgroup at exactly this path."""
+        return self._tenants.get(self._paths.get(path, -1))
+
+    def around(self, tenant: Tenant) -> list[Tenant]:
+        """Return the groups that a tenant lies in, innermost first."""
+        return [group for path in above(tenant.path) if (group := self.at(path))]
+
+    def has_inside(self, path: str) -> bool:
+        """Return True if a tenant lies below this path."""
+        return path in self._inside
+
+    def replace(self, tenant: Tenant) -> None:
+        """Replace the record of a tenant; its path is the same."""
+        self._tenants[tenant.cgroup] = tenant
+
+    def enter(self, tenant: Tenant) -> Tenant | None:
+        """Enter a tenant. Returns what its cgroup was before."""
+        before = self._tenants.get(tenant.cgroup)
+        if before:
+            self._count_inside(before.path, -1)
+        self._count_inside(tenant.path, 1)
+        self._tenants[tenant.cgroup] = tenant
+        self._paths[tenant.path] = tenant.cgroup
+        return before
+
+    def forget(self, cgroup: int) -> None:
+        """Remove a cgroup that is no tenant any more."""
+        tenant = self._tenants.pop(cgroup, None)
+        if tenant:
+            self._count_inside(tenant.path, -1)
+            if self._paths.get(tenant.path) == cgroup:
+                del self._paths[tenant.path]
+
+    def _count_inside(self, path: str, more: int) -> None:
+        for around in above(path):
+            self._inside[around] = self._inside.get(around, 0) + more
+            if not self._inside[around]:
+                del self._inside[around]
+
+    def save(self) -> Saved:
+        """Return the whole state, for restore()."""
+        return dict(self._tenants), dict(self._paths), dict(self._inside)
+
+    def restore(self, saved: Saved) -> None:
+        """Set the state back to what save() returned."""
+        self._tenants, self._paths, self._inside = saved
+
+
+def below(path: str) -> str:
+    """Return the prefix of the paths of all cgroups inside this one."""
+    return f"{path.rstrip('/')}/"
+
+
+def above(path: str) -> list[str]:
+    """Return the paths around a cgroup, innermost first; none for the root."""
+    parts = path.split("/")
+    return [around for n in range(len(parts) - 1, 0, -1) if (around := "/".join(parts[:n]) or "/") != path]

@@ -1,0 +1,164 @@
+"""The meaning of a cgroup's name: the engine that made it, the container, the pod, the unit.
+
+Knows the names of systemd, Docker, Podman, CRI engines, kubelet and LXC, with the drivers systemd and cgroupfs. Used by
+the agent, the gatekeeper and the commands, in any thread; reads nothing of the host. A path without a meaning has no
+engine, container, pod or unit.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Engine(StrEnum):
+    """The program that made a container's cgroup; CRI: an engine that kubelet uses, by kubelet's folder around it."""
+
+    DOCKER = "docker"
+    PODMAN = "podman"
+    CONTAINERD = "containerd"
+    CRIO = "cri-o"
+    CRI = "cri"
+    NERDCTL = "nerdctl"
+    RUNC = "runc"
+    LXC = "lxc"
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupName:
+    """The names in a path.
+
+    `container` is the innermost container around the cgroup, and `depth` how many folders down its own folder is.
+    `inside`: the cgroup lies below the container's own folder, or below the unit's if there is no container. `nested`:
+    the container lies in another container, which has made it. `pod_depth` is 0 if there is no pod, or if the pod lies
+    around the container.
+    """
+
+    engine: Engine | None = None
+    container: str | None = None
+    pod_uid: str | None = None
+    unit: str | None = None
+    inside: bool = False
+    nested: bool = False
+    depth: int = 0
+    pod_depth: int = 0
+
+
+RUN_FOLDER = "fgpu"  # the folder of the cgroups of `fgpu run`
+_ID = r"(?P<id>[0-9a-f]{12,64})"
+_PREFIXES = {
+    "docker": Engine.DOCKER,
+    "libpod": Engine.PODMAN,
+    "libpod-payload": Engine.PODMAN,
+    "cri-containerd": Engine.CONTAINERD,
+    "crio": Engine.CRIO,
+    "nerdctl": Engine.NERDCTL,
+    "runc": Engine.RUNC,
+}
+# A container's own folder: scopes of systemd, bare cgroups, and systemd's name under the cgroupfs driver.
+_OWN = re.compile(rf"(?P<engine>{'|'.join(map(re.escape, _PREFIXES))})-{_ID}(?:\.scope)?")
+_COLONS = re.compile(rf"(?:.*\.slice:)?(?P<engine>[a-z0-9-]{{1,40}}):{_ID}")
+_LXC = re.compile(r"lxc\.payload\.(?P<id>[A-Za-z0-9._-]{1,64})")
+_BARE = re.compile(_ID)  # a container only below a folder that engines make
+_BARE_PARENTS = {
+    "docker": Engine.DOCKER,
+    "buildkit": Engine.DOCKER,
+    "podman": Engine.PODMAN,
+    "libpod_parent": Engine.PODMAN,
+    "nerdctl": Engine.NERDCTL,
+}
+_BARE_POD = re.compile(r"(?:kubepods[a-z-]*-)?pod[0-9a-f_-]{32,36}")
+_MONITOR = re.compile(r"(?:libpod|crio)-conmon-[0-9a-f]{12,64}(?:\.scope)?|lxc\.monitor\..*")
+_POD = re.compile(
+    r"(?:[a-z-]*kubepods[a-z-]*-)?pod"
+    r"(?P<uid>[0-9a-f]{8}(?:[_-]?[0-9a-f]{4}){3}[_-]?[0-9a-f]{12})(?:\.slice.*)?"
+)
+_UNITS = (".service", ".scope")
+# Folders for workloads: systemd's slices, those of engines and of kubelet. _ENGINE_UNITS: units of engines whose
+# containers are inside the unit, if the driver of cgroups is not systemd.
+_FOLDERS = frozenset({*_BARE_PARENTS, "kubepods", "burstable", "besteffort", RUN_FOLDER, "lxc", "machine"})
+_ENGINE_UNITS = re.compile(
+    r"(?:docker|containerd|crio|cri-docker|podman|buildkit|nerdctl|k3s|k3s-agent|rke2-server|rke2-agent|k0s.*)\.service"
+)
+
+_Found = tuple[Engine | None, str]
+
+
+def split(path: str) -> list[str]:
+    """Return the folders of a path."""
+    return [part for part in path.split("/") if part]
+
+
+def is_monitor(parts: list[str]) -> bool:
+    """Return whether the cgroup belongs to an engine's own helper of a container."""
+    around = ["", "", *parts]
+    return any(
+        _MONITOR.fullmatch(part) or (part == "conmon" and "libpod_parent" in (above, further))
+        for further, above, part in zip(around, around[1:], parts, strict=False)
+    )
+
+
+def parse(parts: list[str]) -> CgroupName:
+    """Return the meaning of these folders, which go from the hierarchy's root inwards."""
+    containers = [(depth, *found) for depth, found in enumerate(_containers(parts), 1) if found]
+    units = [(depth, part) for depth, part in enumerate(parts, 1) if part.endswith(_UNITS)]
+    pods = [(depth, uid) for depth, part in enumerate(parts, 1) if (uid := _pod_uid(part))]
+    unit_depth, unit = units[-1] if units else (0, None)
+    pod_depth, pod_uid = pods[-1] if pods else (0, None)
+    if not containers:
+        inside = 0 < unit_depth < len(parts)
+        return CgroupName(None, None, pod_uid, unit, inside, pod_depth=pod_depth)
+    depth, engine, container = containers[-1]
+    if engine is None and pod_uid:
+        engine = Engine.CRI
+    nested = len(containers) > 1 or pod_depth > depth
+    pod_depth = pod_depth if pod_depth > depth else 0
+    return CgroupName(engine, container, pod_uid, unit, nested or depth < len(parts), nested, depth, pod_depth)
+
+
+def _containers(parts: list[str]) -> list[_Found | None]:
+    """Return for each folder the engine and the id of the container whose own folder it is, or None."""
+    found = [_container(part, above) for above, part in zip(["", *parts], parts, strict=False)]
+    for at, part in enumerate(parts[1:], 1):  # below libpod_parent, a folder with a container in it is a pod
+        if parts[at - 1] == "libpod_parent" and _BARE.fullmatch(part) and any(found[at + 1 : at + 2]):
+            found[at] = None
+    return found
+
+
+def _container(part: str, above: str) -> _Found | None:
+    if match := _OWN.fullmatch(part):
+        return _PREFIXES[match["engine"]], match["id"]
+    if match := _COLONS.fullmatch(part):
+        return _PREFIXES.get(match["engine"]), match["id"]
+    if match := _LXC.fullmatch(part):
+        return Engine.LXC, match["id"]
+    if _BARE.fullmatch(part) and (above in _BARE_PARENTS or _BARE_POD.fullmatch(above)):
+        return _BARE_PARENTS.get(above), part
+    return None
+
+
+def is_container(part: str, above: str) -> bool:
+    """Return whether the folder is a container's own; `above` is the folder around it."""
+    return _container(part, above) is not None
+
+
+def is_pod(part: str) -> bool:
+    """Return whether the folder is a pod's own."""
+    return _pod_uid(part) is not None
+
+
+def is_unit(part: str) -> bool:
+    """Return whether the folder is a service or scope of systemd, and not one that contains an engine's containers."""
+    return part.endswith(_UNITS) and not _ENGINE_UNITS.fullmatch(part)
+
+
+def is_folder(part: str) -> bool:
+    """Return whether the folder is for several workloads, so that a limit on it belongs to their group."""
+    is_slice = part.endswith(".slice") and not is_pod(part)
+    return is_slice or part in _FOLDERS or _ENGINE_UNITS.fullmatch(part) is not None
+
+
+def _pod_uid(part: str) -> str | None:
+    match = _POD.fullmatch(part)
+    return match["uid"].replace("_", "-") if match else None

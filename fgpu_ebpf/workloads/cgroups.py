@@ -1,0 +1,186 @@
+"""The cgroups of this host: their paths, ids and processes, and the cgroups of `fgpu run`.
+
+Used by the agent's main thread and by commands. Never waits for an engine. A cgroup that is removed meanwhile is not an
+error; TargetError reports a name of the caller's that does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.linux import procfs
+from fgpu_ebpf.workloads.cgroup_names import RUN_FOLDER
+from fgpu_ebpf.workloads.workload import Workload, identify
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
+
+
+class TargetError(Exception):
+    """There is no such cgroup, process or tenant."""
+
+
+class Namer(Protocol):
+    """Adds to a workload the labels that container engines have reported so far."""
+
+    def named(self, workload: Workload) -> Workload:
+        """Return the workload with its names and labels."""
+
+    def missing(self, workload: Workload) -> str:
+        """Return why names or labels are not known yet, or an empty text."""
+
+
+class Workloads:
+    """The cgroup hierarchy mounted at `root`."""
+
+    def __init__(self, root: Path, namer: Namer | None = None) -> None:
+        self.root = root
+        self._namer = namer
+
+    def walk(self) -> Iterator[str]:
+        """Yield the path of every cgroup but the root, outer ones first."""
+        waiting = [""]
+        while waiting:
+            inner = [path for _, path in self.inside(waiting.pop())]
+            waiting += inner
+            yield from inner
+
+    def inside(self, path: str) -> Iterator[tuple[int, str]]:
+        """Yield the id and path of every cgroup directly below one; nothing if it is gone."""
+        with contextlib.suppress(OSError), os.scandir(f"{self.root}{path}") as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield entry.inode(), f"{path}/{entry.name}"
+
+    def identify(self, path: str) -> Workload | None:
+        """Return the workload of a cgroup, with its labels; None: the cgroup is gone."""
+        workload = identify(self.root, path)
+        return self._namer.named(workload) if workload and self._namer else workload
+
+    def missing(self, workload: Workload) -> str:
+        """Return why engines have not reported a workload's labels yet; empty if they have, or none can."""
+        return self._namer.missing(workload) if self._namer else ""
+
+    def folder(self, path: str) -> str:
+        """Return the folder of the cgroup with this path, for example `/a/b`. Raises TargetError: there is none."""
+        parts = [part for part in path.split("/") if part]
+        if ".." in parts or not os.path.isdir(folder := os.path.join(self.root, *parts)):
+            raise TargetError(f"no cgroup {path} under {self.root}")
+        return folder
+
+    def cgroup(self, path: str) -> int | None:
+        """Return the id of the cgroup at this path, or None."""
+        try:
+            return os.stat(f"{self.root}{path}").st_ino
+        except OSError:
+            return None
+
+    def is_populated(self, path: str) -> bool:
+        """Return whether a process is in the cgroup or below it."""
+        try:
+            return b"populated 1" in procfs.read(f"{self.root}{path}/cgroup.events")
+        except OSError:
+            return path in ("", "/")
+
+    def pids(self, path: str) -> list[int]:
+        """Return the pids of the processes in the cgroup itself."""
+        try:
+            return [int(line) for line in procfs.read(f"{self.root}{path}/cgroup.procs").split()]
+        except OSError:
+            return []
+
+    # -- cgroups of `fgpu run`
+
+    def place(self, name: str) -> str:
+        """Return the path of the cgroup of a `fgpu run` with this name. Raises TargetError: the name is not valid."""
+        if not _NAME.fullmatch(name):
+            raise TargetError(f"{name!r} is not a name: use letters, digits, '.', '_' and '-', at most 101")
+        return f"/{RUN_FOLDER}/{name}"
+
+    def is_own(self, path: str) -> bool:
+        """Return whether the cgroup lies directly below the folder of `fgpu run`."""
+        return os.path.dirname(path) == f"/{RUN_FOLDER}"
+
+    def own(self) -> list[str]:
+        """Return the paths of all cgroups of `fgpu run`, also those of earlier agents."""
+        try:
+            with os.scandir(f"{self.root}/{RUN_FOLDER}") as entries:
+                return [f"/{RUN_FOLDER}/{entry.name}" for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            return []
+
+    def make(self, name: str) -> str:
+        """Create a cgroup for `fgpu run` and return its path.
+
+        Args:
+            name: its name; empty: the first free `run-N`.
+
+        Raises:
+            TargetError: the name is not valid or taken, or the folder of `fgpu run` cannot be created.
+        """
+        if name:
+            self.place(name)
+        parent = f"{self.root}/{RUN_FOLDER}"
+        try:
+            os.makedirs(parent, exist_ok=True)
+        except PermissionError as error:  # see make_run_folder()
+            raise TargetError(f"{parent} is gone: restart the agent, which makes it when it starts") from error
+        for number in range(1, 100_000):
+            found = name or f"run-{number}"
+            try:
+                os.mkdir(f"{parent}/{found}")
+            except FileExistsError as error:
+                if name:
+                    raise TargetError(f"a tenant {name!r} exists already") from error
+                continue
+            return self.place(found)
+        raise TargetError("too many tenants")
+
+    def remove(self, path: str) -> bool:
+        """Remove an empty cgroup of `fgpu run`; return False if a process is in it."""
+        try:
+            os.rmdir(self.folder(path))
+        except TargetError:
+            return True
+        except OSError:
+            return False
+        return True
+
+
+def is_of_run(path: str) -> bool:
+    """Return whether the agent has made this cgroup for `fgpu run`."""
+    return os.path.dirname(path) == f"/{RUN_FOLDER}"
+
+
+def make_run_folder() -> None:
+    """Create the folder of `fgpu run`, before capabilities are dropped.
+
+    No user may write the hierarchy's root, and only DAC_OVERRIDE allows it to root. If the hierarchy is read-only there
+    is no `fgpu run`.
+    """
+    root = procfs.cgroup2_root()
+    if root:
+        with contextlib.suppress(OSError):
+            (root / RUN_FOLDER).mkdir(exist_ok=True)
+
+
+def remove_run_folder() -> None:
+    """Remove the folder of `fgpu run`, unless a process is in it or a running agent has dropped its capabilities."""
+    root = procfs.cgroup2_root()
+    if root:
+        with contextlib.suppress(OSError):
+            (root / RUN_FOLDER).rmdir()
+
+
+def checks() -> list[Check]:
+    """Return the finding about the cgroup v2 hierarchy."""
+    root = procfs.cgroup2_root()
+    if root is None:
+        fix = "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified"
+        return [Check("cgroup v2", False, "only cgroup v1 is mounted", fix)]
+    return [Check("cgroup v2", True, str(root))]

@@ -1,0 +1,108 @@
+"""A client of Docker's and Podman's HTTP API, which both serve: the list of containers, and an image's labels.
+
+Used in an engine thread of the agent. It only reads, with a deadline for the whole answer and a maximum size; the
+Docker SDK bounds neither. `inspect` is not used: it waits for a container that is starting.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from typing import Any
+from urllib.parse import quote
+
+from fgpu_ebpf.workloads import engine_answers
+from fgpu_ebpf.workloads.cgroup_names import Engine
+from fgpu_ebpf.workloads.engine_answers import AnswerError, EngineError
+from fgpu_ebpf.workloads.workload import Names, Subject
+
+DEADLINE_SECONDS = 2.0
+MOST_BYTES = 4 << 20
+
+
+class _Socket(socket.socket):
+    """A connection with a deadline and a maximum number of bytes to receive."""
+
+    until = 0.0
+    left = MOST_BYTES
+
+    def wait(self) -> None:
+        """Limit the next call to the time that is left. Raises TimeoutError."""
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"no answer within {DEADLINE_SECONDS:g} s")
+        self.settimeout(left)
+
+    def recv_into(self, *args: Any) -> int:
+        """Receive as socket.recv_into() does; http.client reads everything by it. Raises TimeoutError, AnswerError."""
+        self.wait()
+        try:
+            count = super().recv_into(*args)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {DEADLINE_SECONDS:g} s") from None
+        self.left -= count
+        if self.left < 0:
+            raise AnswerError(f"is longer than {MOST_BYTES >> 20} MiB")
+        return count
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the engine's socket. Raises OSError."""
+        sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock = sock
+        sock.until = time.monotonic() + DEADLINE_SECONDS
+        sock.wait()
+        sock.connect(self._path)
+
+
+class DockerApi:
+    """A client of the engine behind one socket."""
+
+    def __init__(self, engine: Engine, path: str) -> None:
+        self.name = engine.value
+        self.path = path
+        self._engine = engine
+
+    def serves(self, subject: Subject) -> bool:
+        """Return whether the engine can know this container."""
+        return subject.engine is self._engine and not subject.is_pod
+
+    def ask(self, subject: Subject) -> Names | None:
+        """Return what the engine knows of a container, or None. Raises EngineError, AnswerError."""
+        wanted = quote(json.dumps({"id": [subject.id]}))
+        found = engine_answers.of_docker(self._get(f"/containers/json?all=true&filters={wanted}"), subject.id)
+        if found is None:
+            return None
+        names, image = found
+        if not engine_answers.asks_anything(names.labels):
+            return names
+        image_answer = self._get(f"/images/{quote(image, safe=':')}/json") if image else None
+        labels = None if image_answer is None else engine_answers.docker_image_labels(image_answer)
+        return engine_answers.with_image(names, labels)
+
+    def _get(self, target: str) -> Any:
+        """Return a document, or None for status 404. Raises EngineError, AnswerError."""
+        connection = _Connection(self.path)
+        try:
+            connection.request("GET", target)
+            response = connection.getresponse()
+            body = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(str(error) or type(error).__name__) from error
+        finally:
+            connection.close()
+        if response.status == 404:
+            return None
+        if response.status != 200:
+            raise EngineError(f"HTTP status {response.status}")
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise AnswerError("is not JSON") from error

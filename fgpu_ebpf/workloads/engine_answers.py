@@ -1,0 +1,117 @@
+"""Parsing of the engines' answers about containers into Names, whatever the answers contain.
+
+Used by the clients of engines, in the engine threads of the agent. Sizes are bounded. AnswerError reports an answer of
+the wrong form; a label that is too long or not printable is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+from fgpu_ebpf.workloads.workload import ASKING, Names
+
+MOST_LABELS = 256
+MOST_KEY_CHARACTERS = 317  # a Kubernetes name with its prefix
+MOST_VALUE_CHARACTERS = 256
+MOST_CHARACTERS = 16384  # of all labels of one workload
+MOST_NAME_CHARACTERS = 512
+POD_NAME, POD_NAMESPACE, POD_UID = "io.kubernetes.pod.name", "io.kubernetes.pod.namespace", "io.kubernetes.pod.uid"
+
+
+class EngineError(Exception):
+    """The engine cannot be asked now; the text says why."""
+
+
+class AnswerError(Exception):
+    """The engine's answer is not of the expected form; the text completes "its answer ..."."""
+
+
+def labels_of(*sources: object) -> dict[str, str]:
+    """Merge labels and annotations; the first source that has a key wins. Keys of ASKING are taken first."""
+    found: dict[str, str] = {}
+    left = MOST_CHARACTERS
+    for key, value in _in_order(sources):
+        size = len(key) + len(value)
+        if key in found or size > left or len(found) >= MOST_LABELS:
+            continue
+        found[key] = value
+        left -= size
+    return found
+
+
+def _in_order(sources: tuple[object, ...]) -> Iterator[tuple[str, str]]:
+    maps: list[Mapping[Any, Any]] = [source for source in sources if isinstance(source, Mapping)]
+    first = ((key, source[key]) for source in maps for key in ASKING if key in source)
+    for key, value in chain(first, (item for source in maps for item in source.items())):
+        if _is_label(key, value):
+            yield key, value
+
+
+def _is_label(key: object, value: object) -> bool:
+    return (
+        isinstance(key, str) and 0 < len(key) <= MOST_KEY_CHARACTERS and key.isprintable()
+        and isinstance(value, str) and len(value) <= MOST_VALUE_CHARACTERS and value.isprintable()
+    )  # fmt: skip
+
+
+def text_of(value: object) -> str | None:
+    """Return a name in an answer, or None if it is no text, too long or not printable."""
+    if isinstance(value, str) and 0 < len(value) <= MOST_NAME_CHARACTERS and value.isprintable():
+        return value
+    return None
+
+
+def asks_anything(labels: Mapping[str, str]) -> bool:
+    """Return whether the labels contain a request, which the image may have brought along."""
+    return any(key in labels for key in ASKING)
+
+
+def with_image(names: Names, image: object) -> Names:
+    """Merge the image's labels into the names, and move requests of the image to `image_asks`.
+
+    Args:
+        names: what the engine knows of the container.
+        image: the image's labels. If it is no mapping, they are unknown, and all requests may be the image's.
+    """
+    known = isinstance(image, Mapping)
+    own = labels_of(image) if known else names.labels
+    asks = {key: own[key] for key in ASKING if key in own and names.labels.get(key, own[key]) == own[key]}
+    labels = {**{k: v for k, v in own.items() if k not in ASKING}, **names.labels} if known else dict(names.labels)
+    labels = {key: value for key, value in labels.items() if key not in asks}
+    return Names(names.name, names.pod, names.namespace, names.image, labels, asks)
+
+
+# -- Docker, Podman ------------------------------------------------------------------------------------------------
+
+
+def of_docker(found: object, id_: str) -> tuple[Names, str] | None:
+    """Parse the answer to /containers/json for one id.
+
+    Returns the names and the id of the image, or None if there is no such container. Raises AnswerError.
+    """
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise AnswerError("is not a list of containers")
+    fits = [item for item in found if str(item.get("Id", "")).startswith(id_)]
+    if len(fits) != 1:
+        return None
+    item = fits[0]
+    host = item.get("HostConfig")
+    annotations = host.get("Annotations") if isinstance(host, dict) else None
+    labels = labels_of(item.get("Labels"), item.get("Annotations"), annotations)
+    called = item.get("Names")
+    own = (
+        [text for text in called if isinstance(text, str) and text.rfind("/") == 0] if isinstance(called, list) else []
+    )
+    name = text_of(own[0]) if own else None  # the others, /A/B, are names that container A has for it
+    pod, namespace = labels.get(POD_NAME), labels.get(POD_NAMESPACE)
+    names = Names((name or "").lstrip("/"), pod, namespace, text_of(item.get("Image")), labels)
+    return names, text_of(item.get("ImageID")) or ""
+
+
+def docker_image_labels(found: object) -> Mapping[str, str] | None:
+    """Parse the answer to /images/ID/json; return the image's labels, or None if it has none. Raises AnswerError."""
+    if not isinstance(found, dict) or not isinstance(found.get("Config") or {}, dict):
+        raise AnswerError("is not an image")
+    return labels_of((found.get("Config") or {}).get("Labels"))

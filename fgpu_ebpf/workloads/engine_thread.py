@@ -1,0 +1,187 @@
+"""The thread that asks one engine: its queue of containers, and when each is asked about again.
+
+Each engine socket has one such thread in the agent. A hanging engine blocks its own thread alone, until the deadline of
+the request, and is asked again after a pause. Answers are passed to a callback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fgpu_ebpf.snapshot import EngineView
+from fgpu_ebpf.workloads.engine_answers import AnswerError, EngineError
+from fgpu_ebpf.workloads.workload import Names, Subject
+
+log = logging.getLogger("fgpu.engines")
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0  # after a failure of the engine
+FIRST_AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 0.05, 30.0  # after an answer that the container is not known (yet)
+
+
+class Api(Protocol):
+    """A client of an engine."""
+
+    name: str
+    path: str
+
+    def serves(self, subject: Subject) -> bool:
+        """Return whether the engine can know this container or pod."""
+
+    def ask(self, subject: Subject) -> Names | None:
+        """Return what the engine knows of it, or None. Raises EngineError, AnswerError; takes seconds at most."""
+
+
+@dataclass(slots=True)
+class _Want:
+    due: float
+    tries: int = 0
+    error: str = ""
+
+
+class EngineThread:
+    """The queue and the thread of one engine. `answered` is called in the thread, with each answer."""
+
+    def __init__(self, api: Api, answered: Callable[[Subject, Names], None]) -> None:
+        self.api = api
+        self._answered = answered
+        self._wants: dict[Subject, _Want] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._ended = False
+        self._pause = 0.0
+        self._resume_at = 0.0
+        self.is_there = False
+        self.error = ""
+        self._counts = {"found": 0, "unknown": 0, "failed": 0}
+
+    def want(self, subject: Subject) -> None:
+        """Ask about a container or pod until the engine knows it. The first call starts the thread."""
+        with self._changed:
+            self._wants.setdefault(subject, _Want(time.monotonic()))
+            if self._thread is None and not self._ended:
+                self._thread = threading.Thread(target=self._run, name=f"engine {self.api.name}", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def ask_now(self, subject: Subject) -> None:
+        """Ask at once about a subject that is still in the queue, because the engine knows it by now."""
+        with self._changed:
+            if subject in self._wants:
+                self._wants[subject].due = time.monotonic()
+                self._changed.notify()
+
+    def forget(self, subject: Subject) -> None:
+        """Remove a subject from the queue."""
+        with self._changed:
+            self._wants.pop(subject, None)
+
+    def stop(self) -> None:
+        """End the thread after its current request."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+
+    def view(self) -> EngineView:
+        """Return the state of the engine."""
+        with self._changed:
+            waiting = sum(want.tries == 0 or bool(self.error) for want in self._wants.values())
+            return EngineView(self.api.name, self.api.path, self.is_there, self.error, waiting, **self._counts)
+
+    def state_of(self, subject: Subject) -> str:
+        """Return why the engine has reported nothing about a subject."""
+        with self._changed:
+            want = self._wants.get(subject)
+            error = self.error or (want.error if want else "")
+        if error:
+            return f"{self.api.name} fails: {error}"
+        if not self.is_there:
+            return f"{self.api.path} is not there"
+        return f"{self.api.name} knows of no such container"
+
+    # -- in the thread
+
+    def _run(self) -> None:
+        while (subject := self._next()) is not None:
+            try:
+                self._ask(subject)
+            except Exception as error:  # a bug of ours about an engine's answer must not end the thread
+                log.exception("%s: unexpected error about %s", self.api.name, subject.id)
+                self._failed(subject, repr(error)[:200])
+
+    def _next(self) -> Subject | None:
+        """Wait for the next subject that is due, and return it; None: the thread is to end."""
+        with self._changed:
+            while not self._ended:
+                soonest = min(self._wants.items(), key=lambda item: item[1].due, default=None)
+                now = time.monotonic()
+                at = max(soonest[1].due, self._resume_at) if soonest else None
+                if soonest and at is not None and at <= now:
+                    return soonest[0]
+                self._changed.wait(None if at is None else at - now)
+        return None
+
+    def _ask(self, subject: Subject) -> None:
+        try:
+            self.is_there = _is_roots(self.api.path)
+            if not self.is_there:
+                self._pause_after("")
+                return
+            names = self.api.ask(subject)
+        except EngineError as error:
+            self._failed(subject, str(error))
+        except AnswerError as error:
+            self._failed(subject, f"its answer {error}", pause=False)
+        else:
+            self._pause, self.error = 0.0, ""
+            self._settle(subject, names)
+
+    def _settle(self, subject: Subject, names: Names | None) -> None:
+        with self._changed:
+            self._counts["unknown" if names is None else "found"] += 1
+            if names is None:
+                self._later(subject)
+                return
+            self._wants.pop(subject, None)
+        self._answered(subject, names)
+
+    def _failed(self, subject: Subject, text: str, pause: bool = True) -> None:
+        if text != self.error:
+            log.warning("%s at %s: %s", self.api.name, self.api.path, text)
+        with self._changed:
+            self._counts["failed"] += 1
+            if not pause:
+                self.error = text
+                self._later(subject, text)
+            elif subject in self._wants:
+                self._wants[subject].due = time.monotonic()  # after the other subjects
+        if pause:
+            self._pause_after(text)
+
+    def _later(self, subject: Subject, error: str = "") -> None:
+        want = self._wants.get(subject)
+        if want:
+            want.error = error
+            want.due = time.monotonic() + min(FIRST_AGAIN_SECONDS * 2**want.tries, LONGEST_AGAIN_SECONDS)
+            want.tries = min(want.tries + 1, 16)
+
+    def _pause_after(self, error: str) -> None:
+        """Ask nothing for a while, twice as long as the last time, at most LONGEST_PAUSE_SECONDS."""
+        self.error = error
+        self._pause = min(max(self._pause * 2, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
+        self._resume_at = time.monotonic() + self._pause
+
+
+def _is_roots(path: str) -> bool:
+    """Return whether the socket exists. Raises EngineError: it is not root's, so it could report anything."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    if found.st_uid not in (0, os.geteuid()):
+        raise EngineError(f"{path} belongs to uid {found.st_uid}, not to root")
+    return True

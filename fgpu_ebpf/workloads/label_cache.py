@@ -1,0 +1,57 @@
+"""A file with the names and labels that engines have reported, so that limits by label survive a restart of the agent.
+
+Used by the agent's main thread. If the file cannot be understood, the log says so and the engines are asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from fgpu_ebpf.linux import atomic_file
+from fgpu_ebpf.workloads.cgroup_names import Engine
+from fgpu_ebpf.workloads.workload import Names, Subject
+
+log = logging.getLogger("fgpu.engines")
+MOST_BYTES = 64 << 20
+
+
+def read(file: Path) -> dict[Subject, Names]:
+    """Return all that was written; nothing if the file is missing or cannot be understood."""
+    try:
+        with file.open("rb") as opened:
+            found = json.loads(opened.read(MOST_BYTES))
+        return dict(_entry(entry) for entry in found)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        log.error("%s cannot be read; engines are asked again: %s", file, error)
+        return {}
+
+
+def write(file: Path, known: Mapping[Subject, Names]) -> None:
+    """Replace the file, readable for root alone. Raises OSError."""
+    entries = [{"of": [s.engine, s.id, s.is_pod], **asdict(names)} for s, names in known.items()]
+    atomic_file.write(file, json.dumps(entries), 0o600)
+
+
+def _entry(entry: Any) -> tuple[Subject, Names]:
+    """Parse an entry, without fields that this version does not know. Raises ValueError and others."""
+    names = Names(**{field.name: entry[field.name] for field in fields(Names) if field.name in entry})
+    if not isinstance(names.name, str) or not all(
+        text is None or isinstance(text, str) for text in (names.pod, names.namespace, names.image)
+    ):
+        raise ValueError(f"{names!r} are not valid names")
+    for labels in (names.labels, names.image_asks):
+        if not isinstance(labels, dict) or not all(isinstance(word, str) for word in (*labels, *labels.values())):
+            raise ValueError(f"{labels!r} are not labels")
+    return _subject(entry["of"]), names
+
+
+def _subject(of: Any) -> Subject:
+    engine, id_, is_pod = of
+    return Subject(str(id_), Engine(engine), bool(is_pod))

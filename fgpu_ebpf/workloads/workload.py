@@ -1,0 +1,173 @@
+"""The workload of a cgroup: its unit, its container and pod, and the labels that its folder carries.
+
+Used by the agent's main thread and by commands. Engines are asked elsewhere (`engine_labels`). Attributes that a user
+other than root can write count only as requests that the workload may make for itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fgpu_ebpf.workloads import cgroup_names
+from fgpu_ebpf.workloads.cgroup_names import CgroupName, Engine
+
+NAME_CHARACTERS = 128
+MOST_LABELS = 64
+MOST_LABEL_CHARACTERS = 256
+MEMORY_LABEL = "fgpu.dev/memory"
+COMPUTE_LABEL = "fgpu.dev/compute"
+FRACTION_LABEL = "clearml-injector/fraction"
+ASKING = (MEMORY_LABEL, COMPUTE_LABEL, FRACTION_LABEL)  # requests that a workload may make for itself
+REQUESTS = {"memory": MEMORY_LABEL, "compute": COMPUTE_LABEL}
+
+_XATTR = "user.fgpu."
+_UNSAFE = re.compile(r"[^A-Za-z0-9._@:+=-]")
+_ESCAPED = re.compile(r"\\x([0-9a-f]{2})")
+_PAYLOADS = ("container", "payload")  # folders of crun for the processes, inside the container's own folder
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A container, or a pod by kubelet's uid, that an engine can be asked about."""
+
+    id: str
+    engine: Engine
+    is_pod: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The names that an engine reports of a container or pod; empty or None where it reports none.
+
+    `image_asks`: the labels of ASKING that the image brought along; they are not in `labels`.
+    """
+
+    name: str = ""
+    pod: str | None = None
+    namespace: str | None = None
+    image: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    image_asks: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A cgroup and its names.
+
+    `cgroup` is the kernel's id, `path` starts at the hierarchy's root. `unit` is the innermost service or scope around,
+    with systemd's escapes. `container` is the engine's id, also if the cgroup lies `inside`: below the container's own
+    folder, made by the workload. `named` adds what only an engine knows (pod, namespace, image, most labels);
+    `subject` is what to ask an engine about, or None if root's engines cannot know it.
+    """
+
+    cgroup: int
+    path: str
+    name: str
+    unit: str | None = None
+    container: str | None = None
+    pod_uid: str | None = None
+    pod: str | None = None
+    namespace: str | None = None
+    image: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    inside: bool = False
+    image_asks: Mapping[str, str] = field(default_factory=dict)
+    subject: Subject | None = None
+
+
+def identify(root: Path, path: str) -> Workload | None:
+    """Return the workload of a cgroup, by its path below `root`; None: it is gone, or is an engine's own monitor."""
+    parts = cgroup_names.split(path)
+    if ".." in parts or cgroup_names.is_monitor(parts):
+        return None
+    folder = os.path.join(root, *parts)
+    parsed = cgroup_names.parse(parts)
+    try:
+        found = os.stat(folder)
+        labels = _labels(folder, trusted=found.st_uid == 0 and not parsed.inside)
+        subject = _subject(root, parts, parsed)
+    except OSError:
+        return None
+    if not stat.S_ISDIR(found.st_mode):
+        return None
+    return Workload(
+        found.st_ino, "/" + "/".join(parts), _name(parts), parsed.unit, parsed.container, parsed.pod_uid, labels=labels,
+        inside=parsed.inside, subject=subject,
+    )  # fmt: skip
+
+
+def _subject(root: Path, parts: list[str], parsed: CgroupName) -> Subject | None:
+    """Return the subject if only root can have made the folder: any user can give a cgroup another's container name.
+
+    Raises OSError.
+    """
+    subject, depth = None, parsed.depth
+    if parsed.container and parsed.engine and not parsed.nested:
+        subject = Subject(parsed.container, parsed.engine)
+    elif parsed.pod_uid and not parsed.container and parsed.pod_depth == len(parts):
+        subject, depth = Subject(parsed.pod_uid, Engine.CRI, is_pod=True), parsed.pod_depth
+    if subject is None or os.stat(os.path.join(root, *parts[: depth - 1])).st_uid != 0:
+        return None
+    return subject
+
+
+def named(workload: Workload, names: Names) -> Workload:
+    """Return the workload with an engine's names; labels that root wrote on the folder itself have precedence."""
+    own = workload.inside or not names.name
+    return replace(
+        workload,
+        name=workload.name if own else safe_name(names.name),
+        pod=names.pod,
+        namespace=names.namespace,
+        image=names.image,
+        labels={**names.labels, **workload.labels},
+        image_asks=names.image_asks,
+    )
+
+
+def safe_name(text: str) -> str:
+    """Return a text with all characters but letters, digits and a few signs replaced, cut to NAME_CHARACTERS."""
+    return _UNSAFE.sub("_", text)[:NAME_CHARACTERS]
+
+
+def _name(parts: list[str]) -> str:
+    """Return the name of the folder, or of the container's if it is crun's payload; escapes of systemd decoded."""
+    if len(parts) > 1 and parts[-1] in _PAYLOADS and cgroup_names.is_container(parts[-2], "".join(parts[-3:-2])):
+        parts = parts[:-1]
+    name = _ESCAPED.sub(lambda m: chr(int(m[1], 16)), parts[-1] if parts else "root")
+    return safe_name(name)
+
+
+# -- labels of the folder ------------------------------------------------------------------------------------------
+
+
+def _labels(folder: str, trusted: bool) -> dict[str, str]:
+    """Return the attributes `user.fgpu.*`; if other users could set them, only requests that they may make."""
+    try:
+        names = [name for name in os.listxattr(folder) if name.startswith(_XATTR)]
+    except OSError:
+        return {}
+    labels: dict[str, str] = {}
+    for name in sorted(names)[:MOST_LABELS]:
+        key = name.removeprefix(_XATTR)
+        value = _value(folder, name)
+        if value is not None and _printable(key) and (trusted or key in REQUESTS):
+            labels[REQUESTS.get(key, key)] = value
+    return labels
+
+
+def _value(folder: str, name: str) -> str | None:
+    try:
+        value = os.getxattr(folder, name).decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return value if _printable(value) or not value else None
+
+
+def _printable(text: str) -> bool:
+    return 0 < len(text) <= MOST_LABEL_CHARACTERS and text.isprintable()

@@ -1,0 +1,165 @@
+/*
+ * admit.c: one question before the driver is called. It goes to the kernel; where no agent is, to the ledger that the
+ * container's processes keep together. Owns nothing but a thread's last standalone grant.
+ *
+ * The size that is asked for is the size that the driver will take, so what was admitted is what will be charged. A
+ * refusal becomes the driver's own out-of-memory; reclaim.c decides whether there is more to do than to return it. An
+ * error of the driver stays the driver's: the kernel sees the return and gives the admission back.
+ */
+#include <errno.h>
+
+#include "account/account.h"
+#include "account/orphans.h"
+#include "link/link.h"
+#include "standalone/standalone.h"
+
+#define CONTEXT_BYTES (512ULL << 20) /* of a context that was never measured; the kernel's ledger has it too */
+
+/* Return whether a limit may be in force. While no agent answers, no memory is to be had: that is a limit too. */
+bool fgpu_is_limited(struct fgpu_view view)
+{
+    if (view.link != FGPU_HELD) return view.link == FGPU_CLOSED;
+    for (unsigned level = 0; level < view.levels; level++)
+        if (!fgpu_observes(&view.usage[level])) return true;
+    return false;
+}
+
+bool fgpu_is_held(void)
+{
+    struct fgpu_view view = fgpu_look();
+    return view.link == FGPU_HELD && fgpu_is_limited(view);
+}
+
+/* The standalone grant for a call from which the thread has never come back. */
+static __thread struct admission left __attribute__((tls_model("initial-exec")));
+
+static int ask_standalone(int index, struct admission *admission)
+{
+    if (left.by_standalone) fgpu_standalone_release((unsigned)left.index, left.bytes);
+    left.by_standalone = false;
+    if (admission->kind == FGPU_CONTEXT) admission->bytes = CONTEXT_BYTES;
+    if (!fgpu_standalone_charge((unsigned)index, admission->bytes)) return FGPU_REFUSED;
+    admission->index = index;
+    admission->by_standalone = true;
+    if (admission->kind != FGPU_POOL) left = *admission;
+    return FGPU_ADMITTED;
+}
+
+/* Ask the kernel. A patient question is one for which bytes of ended processes may make room: its refusal is not
+ * final. */
+static int ask_probe(struct fgpu_view view, int index, struct admission *admission, bool patient)
+{
+    patient = patient && fgpu_has_orphans(view, index);
+    unsigned kind = admission->kind | (patient ? FGPU_PATIENT : 0);
+    int verdict = fgpu_ask(view, (unsigned)index, admission->bytes, kind, admission->ticket);
+    admission->patient = patient && verdict == FGPU_REFUSED;
+    return verdict;
+}
+
+/* Ask, and note the ledger's index of the device with the verdict: what is given back later names the index. */
+static CUresult ask_kernel(struct fgpu_view *view, CUdevice ordinal, struct admission *admission, bool patient)
+{
+    for (int round = 0; round < 2; round++) {
+        if (view->link == FGPU_OPEN || view->link == FGPU_UNMANAGED) return CUDA_SUCCESS;
+        if (view->link != FGPU_HELD) return CUDA_ERROR_OUT_OF_MEMORY;
+        int index = fgpu_index(view->control, ordinal); /* < 0: it is not the tenant's, so it has no memory to give */
+        if (index < 0) return CUDA_ERROR_OUT_OF_MEMORY;
+        int verdict =
+            view->cooperative ? ask_standalone(index, admission) : ask_probe(*view, index, admission, patient);
+        if (verdict >= 0) {
+            admission->index = verdict == FGPU_REFUSED ? -1 : index;
+            return verdict == FGPU_REFUSED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
+        }
+        if (!round) *view = fgpu_insist(); /* perhaps the pages are of a ledger that is gone */
+    }
+    return CUDA_ERROR_OUT_OF_MEMORY;
+}
+
+void fgpu_ask_once(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, bool patient)
+{
+    admission->ticket = fgpu_ticket();
+    admission->patient = false;
+    admission->refusal = ask_kernel(view, ordinal, admission, patient);
+}
+
+/* Begin an admission. Open and unmanaged links cost one look at the state; nothing is rounded, asked or counted for
+ * them. */
+struct admission fgpu_admission_begin(struct fgpu_view view, CUdevice ordinal, uint64_t bytes, unsigned kind)
+{
+    struct admission admission = {.refusal = CUDA_SUCCESS, .index = -1, .kind = kind, .bytes = bytes};
+    if (view.link == FGPU_OPEN || view.link == FGPU_UNMANAGED) return admission;
+    if (view.link != FGPU_HELD) admission.refusal = CUDA_ERROR_OUT_OF_MEMORY;
+    if (kind == FGPU_MEMORY || kind == FGPU_POOL) admission.bytes = fgpu_taken(bytes, fgpu_granule(ordinal));
+    return admission;
+}
+
+void fgpu_admission_end(struct admission *admission, struct fgpu_view view)
+{
+    bool pooled = admission->kind == FGPU_POOL;
+    admission->settles = !pooled && !admission->by_standalone && view.control && view.control->flags & FGPU_SETTLE;
+}
+
+/* Release bytes of a pool to the ledger that counts now. */
+static void release(unsigned index, uint64_t bytes, unsigned kind)
+{
+    if (fgpu_glance().cooperative)
+        fgpu_standalone_release(index, bytes);
+    else
+        fgpu_release_here(index, bytes, kind, fgpu_ticket());
+}
+
+uint64_t fgpu_room(CUdevice ordinal)
+{
+    struct fgpu_view view = fgpu_look();
+    int index = view.link == FGPU_HELD ? fgpu_index(view.control, ordinal) : -1;
+    uint64_t room = FGPU_MOST_BYTES;
+    if (view.cooperative) fgpu_standalone_refresh();
+    for (unsigned level = 0; index >= 0 && level < view.levels; level++) {
+        const struct fgpu_usage *usage = &view.usage[level].devices[index];
+        uint64_t limit = __atomic_load_n(&usage->limit, __ATOMIC_RELAXED);
+        uint64_t used = __atomic_load_n(&usage->used, __ATOMIC_RELAXED), left = limit > used ? limit - used : 0;
+        if (limit != FGPU_NO_LIMIT && !fgpu_observes(&view.usage[level]) && left < room) room = left;
+    }
+    return room;
+}
+
+void fgpu_give_back(int index, uint64_t bytes)
+{
+    if (index >= 0 && bytes) release((unsigned)index, bytes, FGPU_POOL);
+}
+
+/* Give back what a failed call of a pool does not need, and report why it was out of memory: the kernel sees no such
+ * call. */
+void fgpu_failed(int index, uint64_t bytes, CUresult result)
+{
+    unsigned full = result == CUDA_ERROR_OUT_OF_MEMORY ? FGPU_FULL : 0;
+    if (index >= 0 && (bytes || full)) release((unsigned)index, bytes, FGPU_POOL | full);
+}
+
+/* Tell the standalone ledger how the driver's call ended. Memory belongs to the context in which it is made. */
+void fgpu_settled_standalone(const struct admission *admission, CUresult result, uint64_t handle)
+{
+    __typeof__(&cuCtxGetCurrent) current = REAL(cuCtxGetCurrent);
+    CUcontext context = NULL;
+    if (!admission->by_standalone || admission->kind == FGPU_POOL) return;
+    left.by_standalone = false;
+    if (result) {
+        fgpu_standalone_release((unsigned)admission->index, admission->bytes);
+        return;
+    }
+    int saved = errno;
+    if (current && current(&context)) context = NULL;
+    fgpu_grant_made((unsigned)admission->index, admission->bytes, admission->kind, handle, (uint64_t)context);
+    errno = saved;
+}
+
+/* Report how the driver's call ended; return `result`. The kernel sees the end where it has return probes; where it has
+ * none, this function reports it. No probe sees the driver's part of a pool or of the 32-bit calls: their bytes were
+ * committed at once, and a failure is given back here. */
+CUresult fgpu_settled(const struct admission *admission, CUresult result, uint64_t handle)
+{
+    if (admission->kind == FGPU_POOL && result) fgpu_failed(admission->index, admission->bytes, result);
+    if (admission->by_standalone) fgpu_settled_standalone(admission, result, handle);
+    if (admission->settles) fgpu_settle_here(handle, admission->bytes, result, admission->ticket);
+    return result;
+}

@@ -1,0 +1,53 @@
+/* graph_memory.h: memory that graphs take for themselves. */
+#ifndef FGPU_GRAPH_MEMORY_H
+#define FGPU_GRAPH_MEMORY_H
+
+#include "account/account.h"
+
+#define FGPU_GRAPH_LIVE 64
+
+/* What was read of a graph: the bytes that its allocation nodes hold at once, at most and at its end. */
+struct fgpu_graph_reading {
+    uint64_t live, peak;
+    int ordinal;
+    unsigned known;
+    struct {
+        CUdeviceptr pointer;
+        uint64_t bytes;
+    } nodes[FGPU_GRAPH_LIVE];
+};
+
+struct fgpu_graph_exec {
+    _Atomic uint64_t handle;
+    _Atomic uint64_t peak;
+    _Atomic uint64_t kept;   /* what it leaves to the program when it has run */
+    _Atomic uint64_t stream; /* where its memory was mapped last; 0: nowhere */
+    _Atomic int ordinal;
+};
+
+struct fgpu_graph_memory {
+    _Atomic uint64_t admitted;
+    _Atomic uint64_t kept; /* by graphs that ran, at most: nothing tells when the program frees it */
+    _Atomic int index;
+};
+
+/* -- graph_reading.c */
+HIDDEN void fgpu_graph_read(struct fgpu_graph_reading *reading, CUgraph graph);
+
+/* -- graph_memory.c */
+extern HIDDEN struct fgpu_graph_memory fgpu_graph_memory[FGPU_DEVICES];
+extern HIDDEN _Atomic int fgpu_graphs_crowded;   /* n + 1: graphs without an entry take memory of device n */
+extern HIDDEN _Atomic bool fgpu_graphs_allocate; /* some graph of this process allocates */
+HIDDEN struct fgpu_graph_exec *fgpu_graph_exec_of(CUgraphExec handle);
+HIDDEN void fgpu_graph_exec_keep(CUgraphExec handle, const struct fgpu_graph_reading *reading);
+HIDDEN void fgpu_graphs_forget_places(CUdevice ordinal);
+HIDDEN bool fgpu_graphs_measured(int ordinal, uint64_t *used, uint64_t *reserved);
+HIDDEN bool fgpu_graphs_give_back_above(struct fgpu_graph_memory *m, uint64_t keep);
+HIDDEN bool fgpu_graphs_yield(CUdevice ordinal);
+
+/* -- graph_growth.c */
+HIDDEN void fgpu_graphs_follow(int ordinal);
+HIDDEN CUresult fgpu_graphs_ask_for(int ordinal, uint64_t peak);
+HIDDEN void fgpu_graphs_measure(CUdevice ordinal); /* < 0: on all devices */
+
+#endif

@@ -1,0 +1,64 @@
+/*
+ * orphans.c: bytes that processes of a level left when they ended, and that the device may still hold. Owns nothing;
+ * reads the usage pages.
+ *
+ * They stay charged until the agent sees that the device has freed them. That takes 0.1 s, and a few seconds where many
+ * processes end at once. So a request that would fit without these bytes may fit soon.
+ */
+#include "account/orphans.h"
+
+struct room { /* of one level on one device, by one reading of its page */
+    uint64_t now, later, orphaned, orphaned_ns;
+    bool is_seen; /* the agent has looked at a time when the device should have freed all of them */
+};
+
+/* Read the room of one level. Returns false if this level refuses nothing. */
+static bool room_of(const struct fgpu_usage_page *page, int index, struct room *room)
+{
+    const struct fgpu_usage *usage = &page->devices[index];
+    uint64_t limit = __atomic_load_n(&usage->limit, __ATOMIC_RELAXED);
+    if (limit == FGPU_NO_LIMIT || fgpu_observes(page)) return false;
+    uint64_t used = __atomic_load_n(&usage->used, __ATOMIC_RELAXED);
+    room->orphaned = __atomic_load_n(&page->orphaned[index], __ATOMIC_RELAXED);
+    room->orphaned_ns = __atomic_load_n(&page->orphaned_ns[index], __ATOMIC_RELAXED);
+    uint64_t looked_ns = __atomic_load_n(&page->looked_ns[index], __ATOMIC_RELAXED);
+    room->is_seen = looked_ns > room->orphaned_ns && looked_ns - room->orphaned_ns >= FGPU_PATIENCE_NS;
+    uint64_t others = used > room->orphaned ? used - room->orphaned : 0;
+    room->now = limit > used ? limit - used : 0;
+    room->later = limit > others ? limit - others : 0;
+    return true;
+}
+
+bool fgpu_has_orphans(struct fgpu_view view, int index)
+{
+    struct room room;
+    for (unsigned level = 0; level < view.levels; level++)
+        if (room_of(&view.usage[level], index, &room) && room.orphaned) return true;
+    return false;
+}
+
+/* Return whether some of the orphaned bytes may be freed before long: little time has passed since the last of them, or
+ * no agent has looked since then. */
+static enum fgpu_prospect freed(const struct room *room, uint64_t now_ns)
+{
+    if (!room->orphaned) return FGPU_FITS_NEVER;
+    if (now_ns < room->orphaned_ns + FGPU_PATIENCE_NS) return FGPU_FITS_SOON;
+    if (!room->is_seen && now_ns < room->orphaned_ns + FGPU_ABSENCE_NS) return FGPU_FITS_AFTER_A_LOOK;
+    return FGPU_FITS_NEVER;
+}
+
+/* Return what to expect of a request. Only the kernel knows how much a context takes, so any level that has orphans may
+ * be the one that refuses it. */
+enum fgpu_prospect fgpu_prospect(struct fgpu_view view, int index, uint64_t bytes, unsigned kind, uint64_t now_ns)
+{
+    enum fgpu_prospect prospect = FGPU_FITS;
+    struct room room;
+    for (unsigned level = 0; level < view.levels; level++) {
+        if (!room_of(&view.usage[level], index, &room)) continue;
+        enum fgpu_prospect soon = freed(&room, now_ns);
+        if (kind == FGPU_CONTEXT ? soon == FGPU_FITS_NEVER : bytes <= room.now) continue;
+        if (soon == FGPU_FITS_NEVER || bytes > room.later) return FGPU_FITS_NEVER;
+        if (soon > prospect) prospect = soon;
+    }
+    return prospect;
+}

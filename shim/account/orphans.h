@@ -1,0 +1,17 @@
+/* orphans.h: what the usage pages say of bytes of ended processes. For orphans.c, admit.c and reclaim.c. */
+#ifndef FGPU_ORPHANS_H
+#define FGPU_ORPHANS_H
+
+#include "base/view.h"
+
+/* Within this time the device frees what a process held, or it does not free it by itself. */
+#define FGPU_PATIENCE_NS 4000000000ULL
+#define FGPU_ABSENCE_NS 30000000000ULL /* an agent that is replaced looks again within this time */
+
+enum fgpu_prospect { FGPU_FITS, FGPU_FITS_SOON, FGPU_FITS_AFTER_A_LOOK, FGPU_FITS_NEVER };
+
+HIDDEN bool fgpu_has_orphans(struct fgpu_view view, int index); /* at a level that enforces a limit */
+HIDDEN enum fgpu_prospect fgpu_prospect(struct fgpu_view view, int index, uint64_t bytes, unsigned kind,
+                                        uint64_t now_ns);
+
+#endif

@@ -1,0 +1,60 @@
+/* pool.h: memory pools of this process and their part of the ledger. */
+#ifndef FGPU_POOL_H
+#define FGPU_POOL_H
+
+#include "account/account.h"
+
+#define FGPU_BLOCK (32ULL << 20) /* the step in which a pool takes memory from its device (measured) */
+#define FGPU_CREDITS 8
+
+struct credit { /* what one stream freed: a pool may hand that to the same stream again at once, and to no other */
+    _Atomic uint64_t stream, bytes;
+};
+
+/* A pool's part of the ledger. `admitted` is what the kernel granted and this process has not given back. */
+struct pool {
+    _Atomic uint64_t handle;     /* 0: no pool; of an overflow entry always */
+    _Atomic int ordinal;         /* the driver's device, FGPU_HOST_POOL or FGPU_NO_TABLE */
+    _Atomic int index;           /* the ledger's, once something was granted */
+    _Atomic uint32_t generation; /* one more whenever the entry goes to another pool */
+    _Atomic uint64_t admitted;
+    _Atomic uint64_t spent;   /* handed out at most: in use when last measured, and all since */
+    _Atomic uint64_t pending; /* granted to calls that have not returned yet */
+    _Atomic uint64_t busy_until_ns;
+    _Atomic uint64_t unclaimed; /* freed by streams for which the table of credits had no room */
+    _Atomic int unsettled;      /* synchronisations that may still make the pool smaller */
+    struct credit credits[FGPU_CREDITS];
+};
+#define FGPU_SYNCS 8        /* after a free: other threads wait for other streams in between */
+#define FGPU_HOST_POOL (-2) /* not device memory: not charged */
+#define FGPU_NO_TABLE (-3)  /* no memory for the table: nothing is to be had where a limit holds */
+
+/* -- pool_table.c */
+HIDDEN struct pool *fgpu_pool_of(CUmemoryPool handle);
+HIDDEN struct pool *fgpu_pool_find(CUmemoryPool handle); /* NULL: it is not in the table */
+HIDDEN struct pool *fgpu_pool_enter(CUmemoryPool handle, CUdevice ordinal);
+HIDDEN struct pool *fgpu_pool_rest(CUdevice ordinal); /* the entry of all pools of a device that found no room */
+HIDDEN struct pool *fgpu_current_pool(CUdevice ordinal);
+HIDDEN struct pool *fgpu_pool_number(unsigned n);                     /* NULL: there are no more */
+HIDDEN struct pool *fgpu_pool_at(unsigned slot, uint32_t generation); /* NULL: not that pool any more */
+HIDDEN unsigned fgpu_pool_slot(const struct pool *pool);
+HIDDEN void fgpu_forget_current(void);
+
+/* -- pool_shrink.c; account.h declares fgpu_pools_yield */
+HIDDEN bool fgpu_pool_measure(const struct pool *pool, uint64_t *used, uint64_t *reserved);
+HIDDEN uint64_t fgpu_pool_credits(struct pool *pool, uint64_t used, uint64_t reserved);
+HIDDEN bool fgpu_pool_give_back_above(struct pool *pool, uint64_t keep);
+HIDDEN void fgpu_pools_measure(CUdevice ordinal); /* a context has ended; < 0: on any device */
+HIDDEN void fgpu_pools_synchronized(void);
+HIDDEN void fgpu_pool_trimmed(struct pool *pool);
+HIDDEN uint64_t fgpu_pool_in_use(const struct pool *pool);
+HIDDEN void fgpu_pool_destroyed(struct pool *pool, struct pool *rest, uint64_t used);
+
+static inline uint64_t fgpu_blocks(uint64_t bytes) { return (bytes + FGPU_BLOCK - 1) & ~(FGPU_BLOCK - 1); }
+static inline uint64_t fgpu_larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+/* -- pool_growth.c */
+HIDDEN CUresult fgpu_pool_grow(struct pool *pool, uint64_t bytes); /* `bytes` are pending until fgpu_pool_grown */
+HIDDEN void fgpu_pool_grown(struct pool *pool, uint64_t bytes);
+
+#endif

@@ -1,0 +1,111 @@
+/*
+ * pool_growth.c: what memory pools are granted. Owns nothing; the kernel owns the sum.
+ *
+ * A pool takes memory in blocks and keeps it, so it is admitted in blocks and committed at once: no probe sees a call
+ * of half a microsecond. What cannot be measured is counted as held, and NVML corrects it; nothing here waits long.
+ */
+#include <errno.h>
+
+#include "account/pool.h"
+#include "link/link.h"
+
+/* Ask for memory up to `need`. The grant may be more than was asked: it is what the driver takes for that size. */
+static CUresult ask_up_to(struct pool *pool, uint64_t need, struct patience *patience)
+{
+    uint64_t admitted = atomic_load(&pool->admitted);
+    if (need <= admitted) return CUDA_SUCCESS;
+    CUdevice ordinal = atomic_load(&pool->ordinal);
+    struct admission admission = fgpu_admission_with(patience, ordinal, need - admitted, FGPU_POOL);
+    if (admission.index >= 0) {
+        atomic_store(&pool->index, admission.index);
+        atomic_fetch_add(&pool->admitted, admission.bytes);
+    }
+    return admission.refusal;
+}
+
+/* Compute what the pool will hold: whole blocks of what is in use, is being handed out, and is free for one stream
+ * alone. Returns false if the pool cannot be measured. */
+static bool forecast(struct pool *pool, uint64_t *exact, uint64_t *need)
+{
+    uint64_t used, reserved;
+    if (!fgpu_pool_measure(pool, &used, &reserved)) return false;
+    *exact = used + fgpu_pool_credits(pool, used, reserved) + atomic_load(&pool->pending);
+    *need = fgpu_larger(reserved, fgpu_blocks(*exact));
+    atomic_store(&pool->spent, *exact);
+    return true;
+}
+
+static bool fits(const struct pool *pool, uint64_t need)
+{
+    uint64_t admitted = atomic_load(&pool->admitted);
+    return need <= admitted || need - admitted <= fgpu_room(atomic_load(&pool->ordinal));
+}
+
+/* Return the room that is left, in whole units of an admission: more would not fit. 0: there is room for a whole
+ * block. */
+static uint64_t room_left(const struct pool *pool)
+{
+    CUdevice ordinal = atomic_load(&pool->ordinal);
+    uint64_t granule = fgpu_granule(ordinal), room = fgpu_room(ordinal);
+    if (room >= FGPU_BLOCK) return 0;
+    return granule ? room & ~(granule - 1) : room;
+}
+
+/* Ask for what the pool needs. The caller has the turn, or has waited long enough for it: then two threads may both ask
+ * too much, which the next measurement gives back. */
+static CUresult grow(struct pool *pool)
+{
+    struct patience patience = {0};
+    uint64_t exact, need;
+    if (!forecast(pool, &exact, &need)) return ask_up_to(pool, atomic_load(&pool->spent), &patience);
+    if (need + FGPU_BLOCK <= atomic_load(&pool->admitted))
+        fgpu_pool_give_back_above(pool, need); /* the pool was trimmed since */
+    if (fits(pool, need)) return ask_up_to(pool, need, &patience);
+    fgpu_pools_yield(atomic_load(&pool->ordinal));
+    if (!forecast(pool, &exact, &need)) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (fits(pool, need)) return ask_up_to(pool, need, &patience);
+    /* Too near the limit for a whole block, but what is in use may still fit. Ask for all that is left, since the pool
+     * takes its block all the same. If the pool has more than a block beyond what was granted, it took that in some
+     * other way, and that is no reason to hand out more. */
+    CUresult refusal = ask_up_to(pool, fgpu_larger(exact, atomic_load(&pool->admitted) + room_left(pool)), &patience);
+    if (refusal) refusal = ask_up_to(pool, exact, &patience);
+    return !refusal && need >= atomic_load(&pool->admitted) + FGPU_BLOCK ? CUDA_ERROR_OUT_OF_MEMORY : refusal;
+}
+
+CUresult fgpu_pool_grow(struct pool *pool, uint64_t bytes)
+{
+    enum fgpu_link link = fgpu_look().link;
+    atomic_fetch_add(&pool->pending, bytes);
+    if (link == FGPU_OPEN || link == FGPU_UNMANAGED) {
+        atomic_store(&pool->spent, 0); /* no ledger counts this; the first growth under one measures */
+        return CUDA_SUCCESS;
+    }
+    CUresult refusal = CUDA_ERROR_OUT_OF_MEMORY;
+    if (link == FGPU_HELD && bytes <= FGPU_MOST_BYTES) {
+        int saved = errno;
+        CUstreamCaptureMode mode = fgpu_relax();
+        uint64_t turn = fgpu_take_turn(&pool->busy_until_ns);
+        refusal = grow(pool);
+        fgpu_end_turn(&pool->busy_until_ns, turn);
+        fgpu_unrelax(mode);
+        errno = saved;
+    }
+    if (refusal) atomic_fetch_sub(&pool->pending, bytes);
+    return refusal;
+}
+
+/* The driver has returned. Ask for what it really took; a refusal comes too late and shows at the next growth. */
+void fgpu_pool_grown(struct pool *pool, uint64_t bytes)
+{
+    uint64_t used, reserved;
+    enum fgpu_link link = fgpu_look().link;
+    atomic_fetch_sub(&pool->pending, bytes);
+    if (link != FGPU_HELD) return;
+    int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
+    if (fgpu_pool_measure(pool, &used, &reserved) && reserved >= atomic_load(&pool->admitted) + FGPU_BLOCK &&
+        ask_up_to(pool, reserved, NULL))
+        atomic_store(&pool->spent, atomic_load(&pool->admitted)); /* from here on every call measures */
+    fgpu_unrelax(mode);
+    errno = saved;
+}

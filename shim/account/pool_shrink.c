@@ -1,0 +1,172 @@
+/*
+ * pool_shrink.c: what memory pools hold, and what of it goes back to the kernel's ledger. Owns nothing; the kernel owns
+ * the sum.
+ *
+ * What cannot be measured is counted as held, and NVML corrects it; no function here waits long.
+ */
+#include <errno.h>
+
+#include "account/graph_memory.h"
+#include "account/pool.h"
+
+/* Read what the pool has in use and in all from the driver. */
+bool fgpu_pool_measure(const struct pool *pool, uint64_t *used, uint64_t *reserved)
+{
+    __typeof__(&cuMemPoolGetAttribute) get = REAL(cuMemPoolGetAttribute);
+    CUmemoryPool handle = (CUmemoryPool)atomic_load(&pool->handle);
+    cuuint64_t in_use = 0, in_all = 0;
+    if (!get || !handle || get(handle, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, &in_use) != CUDA_SUCCESS ||
+        get(handle, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, &in_all) != CUDA_SUCCESS)
+        return false;
+    *used = in_use > FGPU_MOST_BYTES ? FGPU_MOST_BYTES : in_use;
+    *reserved = in_all > FGPU_MOST_BYTES ? FGPU_MOST_BYTES : in_all;
+    return true;
+}
+
+static void forget_credits(struct pool *pool)
+{
+    atomic_store_explicit(&pool->unclaimed, 0, memory_order_relaxed);
+    for (int i = 0; i < FGPU_CREDITS; i++) {
+        atomic_store_explicit(&pool->credits[i].bytes, 0, memory_order_relaxed);
+        atomic_store_explicit(&pool->credits[i].stream, 0, memory_order_relaxed);
+    }
+}
+
+/* Return the bytes that streams may be handed again without the pool growing. If the pool holds less than these and
+ * what is in use, it was trimmed, and no credit is valid. */
+uint64_t fgpu_pool_credits(struct pool *pool, uint64_t used, uint64_t reserved)
+{
+    uint64_t sum = used + atomic_load_explicit(&pool->unclaimed, memory_order_relaxed);
+    for (int i = 0; i < FGPU_CREDITS; i++) sum += atomic_load_explicit(&pool->credits[i].bytes, memory_order_relaxed);
+    if (sum <= reserved) return sum - used;
+    forget_credits(pool);
+    return 0;
+}
+
+/* Give back what was admitted above `keep`. Returns true if there was more. */
+bool fgpu_pool_give_back_above(struct pool *pool, uint64_t keep)
+{
+    uint64_t admitted = atomic_load(&pool->admitted);
+    while (admitted > keep)
+        if (atomic_compare_exchange_weak(&pool->admitted, &admitted, keep)) {
+            fgpu_give_back(atomic_load(&pool->index), admitted - keep);
+            return true;
+        }
+    return false;
+}
+
+/* Give back what the pool no longer holds. Calls that were granted and have not returned keep theirs. */
+static bool settle_down(struct pool *pool)
+{
+    uint64_t used, reserved;
+    if (!atomic_load(&pool->admitted) || !fgpu_pool_measure(pool, &used, &reserved)) return false;
+    fgpu_pool_credits(pool, used, reserved);
+    return fgpu_pool_give_back_above(pool, fgpu_larger(reserved, fgpu_blocks(used + atomic_load(&pool->pending))));
+}
+
+static bool is_on(const struct pool *pool, CUdevice ordinal)
+{
+    return atomic_load(&pool->admitted) && (ordinal < 0 || atomic_load(&pool->ordinal) == ordinal);
+}
+
+/* Give back what was in use of a device's pools when they were destroyed. */
+static bool let_go(struct pool *rest)
+{
+    uint64_t bytes = atomic_exchange(&rest->unclaimed, 0), admitted = atomic_load(&rest->admitted);
+    if (bytes > admitted) bytes = admitted;
+    if (!bytes) return false;
+    atomic_fetch_sub(&rest->spent, bytes);
+    return fgpu_pool_give_back_above(rest, admitted - bytes);
+}
+
+/* Make pools free unused memory before a request is refused, as the driver does when a device is full. */
+bool fgpu_pools_yield(CUdevice ordinal)
+{
+    bool more = fgpu_graphs_yield(ordinal);
+    __typeof__(&cuMemPoolTrimTo) trim = REAL(cuMemPoolTrimTo);
+    int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
+    struct pool *pool;
+    for (unsigned i = 0; (pool = fgpu_pool_number(i)); i++) {
+        uint64_t handle = atomic_load(&pool->handle);
+        if (!is_on(pool, ordinal)) continue;
+        if (!handle) {
+            more |= let_go(pool);
+            continue;
+        }
+        if (trim) trim((CUmemoryPool)handle, 0);
+        more |= settle_down(pool);
+    }
+    fgpu_unrelax(mode);
+    errno = saved;
+    return more;
+}
+
+/* A context has ended: measure the pools. A pool and its memory outlive contexts. What was freed in the context goes
+ * now, and its streams lose their credit: other streams may get their handles. `ordinal` < 0: on any device. */
+void fgpu_pools_measure(CUdevice ordinal)
+{
+    int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
+    struct pool *pool;
+    fgpu_forget_current();
+    for (unsigned i = 0; (pool = fgpu_pool_number(i)); i++) {
+        if (!is_on(pool, ordinal)) continue;
+        forget_credits(pool);
+        settle_down(pool);
+        atomic_store(&pool->spent, atomic_load(&pool->admitted)); /* the next call measures */
+    }
+    fgpu_unrelax(mode);
+    errno = saved;
+}
+
+/* Measure pools in which something was freed since. Most programs have no pool at all. */
+void fgpu_pools_synchronized(void)
+{
+    struct pool *pool;
+    for (unsigned i = 0; (pool = fgpu_pool_number(i)); i++) {
+        int left = atomic_load_explicit(&pool->unsettled, memory_order_relaxed);
+        if (LIKELY(!left)) continue;
+        atomic_store_explicit(&pool->unsettled, left - 1, memory_order_relaxed);
+        fgpu_pool_trimmed(pool);
+    }
+}
+
+/* -- around calls of the program that make a pool smaller */
+
+void fgpu_pool_trimmed(struct pool *pool)
+{
+    int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
+    settle_down(pool);
+    fgpu_unrelax(mode);
+    errno = saved;
+}
+
+uint64_t fgpu_pool_in_use(const struct pool *pool)
+{
+    uint64_t used, reserved;
+    int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
+    if (!fgpu_pool_measure(pool, &used, &reserved)) used = atomic_load(&pool->admitted);
+    fgpu_unrelax(mode);
+    errno = saved;
+    return used;
+}
+
+/* A pool was destroyed. What is still in use stays charged, and no call will show that it is freed. So it is given back
+ * before a request is refused for it, and NVML charges what of it is still there. */
+void fgpu_pool_destroyed(struct pool *pool, struct pool *rest, uint64_t used)
+{
+    fgpu_pool_give_back_above(pool, fgpu_blocks(used));
+    uint64_t left = atomic_exchange(&pool->admitted, 0);
+    if (rest) {
+        atomic_store(&rest->index, atomic_load(&pool->index));
+        atomic_fetch_add(&rest->unclaimed, left);
+        atomic_fetch_add(&rest->spent, left);
+        atomic_fetch_add(&rest->admitted, left);
+    }
+    forget_credits(pool);
+    atomic_store(&pool->spent, 0);
+    atomic_store(&pool->pending, 0);
+}

@@ -1,0 +1,145 @@
+/*
+ * reclaim.c: what may still make room for a request that was refused. First the pools and graphs of this process give
+ * back what they do not use; then it waits for bytes of processes that have ended. If the tenant has not used the
+ * device before, it waits for the agent's answer first. Owns nothing.
+ *
+ * The pages decide whether to wait and the clock decides how long, so no page and no kernel can hold a program for
+ * longer in one call than FGPU_PATIENCE_NS, or FGPU_ABSENCE_NS while the page shows no look of an agent; for a first
+ * use COMMITMENT_NS.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "account/account.h"
+#include "account/orphans.h"
+#include "link/link.h"
+
+#define ASK_NS 50000000ULL /* a question tells the agent that a program waits */
+#define COMMITMENT_NS 2000000000ULL
+
+/* Make the pools give back memory. They are the first driver's, whichever driver this thread calls. */
+static bool yields(CUdevice ordinal)
+{
+    bool called = fgpu_calls_second;
+    fgpu_calls_second = false;
+    bool something = fgpu_pools_yield(ordinal);
+    fgpu_calls_second = called;
+    return something;
+}
+
+static void nap(unsigned round)
+{
+    static const unsigned char ms[] = {2, 5, 10};
+    struct timespec time = {0, 1000000L * ms[round < 2 ? round : 2]};
+    int saved = errno;
+    syscall(SYS_nanosleep, &time, NULL);
+    errno = saved;
+}
+
+static bool is_pending(struct fgpu_view view, CUdevice ordinal)
+{
+    uint64_t devices = view.link == FGPU_HELD && !view.cooperative ? fgpu_uncommitted(view) : 0;
+    int index = devices ? fgpu_index(view.control, ordinal) : -1;
+    return index >= 0 && devices >> index & 1;
+}
+
+/* Return how many requests of this level the kernel has refused because some limit does not count yet. */
+static uint64_t undecided_so_far(struct fgpu_view view, CUdevice ordinal)
+{
+    int index = view.link == FGPU_HELD && !view.cooperative ? fgpu_index(view.control, ordinal) : -1;
+    return index < 0 ? 0 : __atomic_load_n(&view.usage->undecided[index], __ATOMIC_RELAXED);
+}
+
+/* Ask once. Returns whether the request was refused and a decision of the agent may change that. Read the pages before
+ * the question: the agent may decide in between. The undecided limit may be that of a level whose page this process
+ * does not have yet, so the kernel's count tells too. */
+static bool awaits_decision(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, bool patient)
+{
+    bool pending = is_pending(*view, ordinal);
+    uint64_t before = undecided_so_far(*view, ordinal);
+    fgpu_ask_once(admission, view, ordinal, patient);
+    return admission->refusal && (pending || undecided_so_far(*view, ordinal) != before);
+}
+
+static enum fgpu_prospect prospect(struct fgpu_view view, CUdevice ordinal, const struct admission *admission,
+                                   uint64_t now)
+{
+    int index = view.link == FGPU_HELD && !view.cooperative ? fgpu_index(view.control, ordinal) : -1;
+    return index < 0 ? FGPU_FITS_NEVER : fgpu_prospect(view, index, admission->bytes, admission->kind, now);
+}
+
+static bool is_over(enum fgpu_prospect soon, uint64_t until_ns, uint64_t now)
+{
+    if (soon == FGPU_FITS_AFTER_A_LOOK) until_ns += FGPU_ABSENCE_NS - FGPU_PATIENCE_NS;
+    return soon == FGPU_FITS_NEVER || now >= until_ns;
+}
+
+/* Ask now and then until the request is admitted, has no prospect, or `until_ns` has come. If the page shows room twice
+ * in a row and the kernel refuses, something else stands against the request. */
+static void wait_for_orphans(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, uint64_t until_ns)
+{
+    uint64_t asked_ns = fgpu_now();
+    bool had_room = false;
+    for (unsigned round = 0; admission->refusal && admission->patient; round++) {
+        uint64_t now = fgpu_now();
+        enum fgpu_prospect soon = prospect(*view, ordinal, admission, now);
+        if (is_over(soon, until_ns, now) || (soon == FGPU_FITS && had_room)) return;
+        had_room = soon == FGPU_FITS;
+        if (had_room || now - asked_ns >= ASK_NS) {
+            fgpu_ask_once(admission, view, ordinal, true);
+            asked_ns = now;
+        }
+        if (had_room) continue;
+        nap(round);
+        *view = fgpu_look();
+    }
+}
+
+/* Wait for the agent. The request made the kernel tell the agent of this first use of the device; the answer is a
+ * change of the page, or of a page that this process does not have. Without an agent there is no answer, and the
+ * refusal stays. */
+static void wait_for_commitment(struct admission *admission, struct fgpu_view *view, CUdevice ordinal, bool patient)
+{
+    uint64_t asked_ns = fgpu_now(), until_ns = asked_ns + COMMITMENT_NS;
+    bool awaits = true;
+    for (unsigned round = 0; awaits && fgpu_now() < until_ns; round++) {
+        nap(round);
+        *view = fgpu_look();
+        if (is_pending(*view, ordinal) && fgpu_now() - asked_ns < ASK_NS) continue;
+        awaits = awaits_decision(admission, view, ordinal, patient);
+        asked_ns = fgpu_now();
+    }
+}
+
+static uint64_t until(struct patience *patience)
+{
+    if (!patience->until_ns) patience->until_ns = fgpu_now() + FGPU_PATIENCE_NS;
+    return patience->until_ns;
+}
+
+/* Ask, reclaim and ask again. The last question is an impatient one, so its refusal is counted. */
+struct admission fgpu_admission_with(struct patience *patience, CUdevice ordinal, uint64_t bytes, unsigned kind)
+{
+    struct fgpu_view view = fgpu_look();
+    struct admission admission = fgpu_admission_begin(view, ordinal, bytes, kind);
+    if (admission.refusal || view.link != FGPU_HELD) return admission;
+    if (awaits_decision(&admission, &view, ordinal, patience))
+        wait_for_commitment(&admission, &view, ordinal, patience);
+    if (admission.refusal && view.link == FGPU_HELD && yields(ordinal))
+        fgpu_ask_once(&admission, &view, ordinal, patience);
+    if (admission.refusal && admission.patient) {
+        wait_for_orphans(&admission, &view, ordinal, until(patience));
+        if (admission.refusal && admission.patient) fgpu_ask_once(&admission, &view, ordinal, false);
+    }
+    fgpu_admission_end(&admission, view);
+    return admission;
+}
+
+struct admission fgpu_admission(CUdevice ordinal, uint64_t bytes, unsigned kind)
+{
+    struct patience patience = {0};
+    return fgpu_admission_with(&patience, ordinal, bytes, kind);
+}

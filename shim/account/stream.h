@@ -1,0 +1,41 @@
+/* stream.h: facts about streams. */
+#ifndef FGPU_STREAM_H
+#define FGPU_STREAM_H
+
+#include "account/account.h"
+
+/* -- stream.c */
+extern HIDDEN _Atomic int fgpu_sole_device; /* 0: no context seen yet; n + 1: on device n alone; -1: on several */
+extern HIDDEN _Atomic bool
+    fgpu_streams_captured; /* this program captures streams: captured work takes no pool memory */
+HIDDEN bool fgpu_ask_capturing(CUstream stream, bool per_thread);
+HIDDEN bool fgpu_ask_device_of(CUstream stream, bool per_thread, CUdevice *ordinal);
+HIDDEN void fgpu_device_seen(CUdevice ordinal); /* a context is there */
+
+static inline uint64_t fgpu_this_thread(void) { return (uint64_t)__builtin_thread_pointer(); }
+
+/* Return a key of the stream, never 0. A stream has a handle; the default stream of a thread has none, so the thread's
+ * pointer stands for it. */
+static inline uint64_t fgpu_stream_key(CUstream stream, bool per_thread)
+{
+    if (stream == CU_STREAM_PER_THREAD || (!stream && per_thread)) return fgpu_this_thread();
+    return stream ? (uint64_t)stream : (uint64_t)CU_STREAM_LEGACY;
+}
+
+/* Return whether the stream captures. Programs that capture no stream pay for one load. */
+static inline bool fgpu_is_capturing(CUstream stream, bool per_thread)
+{
+    return !LIKELY(!atomic_load_explicit(&fgpu_streams_captured, memory_order_relaxed)) &&
+           fgpu_ask_capturing(stream, per_thread);
+}
+
+/* Find the device of a stream that was found not to capture: the question to the driver would break its capture, in
+ * every mode. Returns false where the device is not known. */
+static inline bool fgpu_device_of(CUstream stream, bool per_thread, CUdevice *ordinal)
+{
+    int one = atomic_load_explicit(&fgpu_sole_device, memory_order_relaxed);
+    *ordinal = one - 1;
+    return one > 0 || fgpu_ask_device_of(stream, per_thread, ordinal);
+}
+
+#endif

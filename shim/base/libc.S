@@ -1,0 +1,33 @@
+/*
+ * The functions that the shim takes from libc. Every glibc for this machine has them, from the first one on. The shim
+ * is linked with this file and never with the library of the host that builds it. That library would record its own
+ * symbol versions, and for each version the file that has it there; then no program would start in a container whose
+ * glibc has a version in another file.
+ *
+ * Functions that some versions lack are weak, have no version, and are not here: dlopen and its kin, clock_gettime.
+ */
+.macro has name
+        .globl  \name
+        .type   \name, @function
+\name:
+.endm
+
+        .text
+        has __cmsg_nxthdr
+        has __errno_location
+        has madvise
+        has memcmp
+        has memcpy
+        has memmove
+        has memset
+        has mmap
+        has munmap
+        has strcmp
+        has strlen
+        has strncmp
+        has syscall
+#ifdef __aarch64__ /* calls that the compiler makes */
+        has __getauxval
+#endif
+
+        .section .note.GNU-stack, "", %progbits

@@ -1,0 +1,31 @@
+/* own.h: the state of this process that a forked child must not inherit. */
+#ifndef FGPU_OWN_H
+#define FGPU_OWN_H
+
+#include "base/shim.h"
+
+/* The gatekeeper that gave a set of pages. A thread that has slept over two hellos may read a note while another thread
+ * writes it anew. */
+struct fgpu_note {
+    _Atomic uint64_t boot[2];
+    _Atomic uint64_t epoch;
+};
+
+/* Zero after a fork, by MADV_WIPEONFORK: the child is another process to the kernel's ledger and says its own hello. */
+struct fgpu_own {
+    _Atomic uint32_t word; /* link | set << 8 | COOPERATIVE | levels << 16; a futex until the first hello is answered */
+    _Atomic uint32_t said;
+    _Atomic uint64_t busy_until_ns; /* one thread at a time says hello */
+    _Atomic uint64_t next_ns;
+    _Atomic uint64_t ticket_base;
+    _Atomic uint32_t ticket_count;
+    _Atomic int pid; /* only where the kernel cannot wipe */
+    struct fgpu_note notes[2];
+};
+union fgpu_own_page {
+    struct fgpu_own own;
+    char page[FGPU_PAGE_BYTES];
+};
+extern HIDDEN union fgpu_own_page fgpu_own_page;
+
+#endif

@@ -1,0 +1,33 @@
+/* view.h: what the shim knows of the decisions about this process, at one moment. link.c makes it. */
+#ifndef FGPU_VIEW_H
+#define FGPU_VIEW_H
+
+#include "base/shim.h"
+
+enum fgpu_link { FGPU_FRESH, FGPU_OPEN, FGPU_CLOSED, FGPU_UNMANAGED, FGPU_HELD }; /* HELD: managed */
+struct fgpu_view {
+    enum fgpu_link link;
+    unsigned levels;
+    bool cooperative;                        /* the image's own limit holds: the pages are made from its ledger */
+    const struct fgpu_control_page *control; /* NULL unless UNMANAGED or HELD */
+    const struct fgpu_usage_page *usage;     /* `levels` pages, leaf first; NULL unless HELD */
+    struct fgpu_status_page *status;         /* NULL unless HELD */
+};
+
+/* Return whether a level only counts: then nothing may look other than without it. */
+static inline bool fgpu_observes(const struct fgpu_usage_page *page)
+{
+    return __atomic_load_n(&page->flags, __ATOMIC_RELAXED) & FGPU_OBSERVE;
+}
+
+/* Return one bit for each of the ledger's devices: set where the limit of some level does not count against the device
+ * yet, so no memory of the device can be had. */
+static inline uint64_t fgpu_uncommitted(struct fgpu_view view)
+{
+    uint64_t flags = 0;
+    for (unsigned level = 0; level < view.levels; level++)
+        flags |= __atomic_load_n(&view.usage[level].flags, __ATOMIC_RELAXED);
+    return flags >> FGPU_UNCOMMITTED_SHIFT;
+}
+
+#endif

@@ -1,0 +1,68 @@
+/* local_memory.h: for files that launch kernels or limit them, and local_memory.c, which asks for the memory that
+ * threads take. */
+#ifndef FGPU_LOCAL_MEMORY_H
+#define FGPU_LOCAL_MEMORY_H
+
+#include "code/module_data.h"
+
+#define FGPU_FUNCTIONS 1024 /* a power of two */
+#define FGPU_EPOCH_SHIFT 48 /* no address has these bits */
+
+/* Functions whose next launch needs no question. An entry is `epoch << FGPU_EPOCH_SHIFT ^ function`, at a place that
+ * the function decides; so an increment of `epoch` makes all entries void. */
+struct fgpu_functions {
+    _Atomic uint64_t epoch;
+    _Atomic uint64_t known[FGPU_FUNCTIONS];
+};
+extern HIDDEN _Atomic(void *) fgpu_functions; /* a struct fgpu_functions; NULL: nothing was launched yet */
+
+static inline _Atomic uint64_t *fgpu_function_place(struct fgpu_functions *functions, uint64_t function)
+{
+    return &functions->known[function * 0x9e3779b97f4a7c15ULL >> 54];
+}
+_Static_assert(FGPU_FUNCTIONS == 1 << (64 - 54), "places");
+
+static inline uint64_t fgpu_function_key(const struct fgpu_functions *functions, uint64_t function)
+{
+    return function ^ atomic_load_explicit(&functions->epoch, memory_order_relaxed) << FGPU_EPOCH_SHIFT;
+}
+
+static inline bool fgpu_function_is_known(CUfunction function)
+{
+    struct fgpu_functions *functions = atomic_load_explicit(&fgpu_functions, memory_order_acquire);
+    return functions && atomic_load_explicit(fgpu_function_place(functions, (uint64_t)function),
+                                             memory_order_relaxed) == fgpu_function_key(functions, (uint64_t)function);
+}
+
+struct fgpu_area;
+struct fgpu_growth { /* of one context's area, admitted before the driver takes it */
+    struct fgpu_area *area;
+    uint64_t from, to; /* bytes of a thread */
+    uint64_t bytes;    /* granted; 0: the area does not grow */
+    int index;
+};
+struct fgpu_heap {          /* of device code, admitted before the driver takes it */
+    struct fgpu_area *area; /* NULL: none is taken */
+    uint64_t limit;
+};
+struct fgpu_first { /* a launch of a function that is not known */
+    struct fgpu_growth growth;
+    struct fgpu_load load; /* of its library */
+    struct fgpu_heap heap;
+    _Atomic uint64_t *place; /* NULL: it stays unknown */
+    uint64_t key;            /* the key under which it will be known */
+};
+
+/* Around the driver's call. If the request is refused, nothing but `first` has changed. */
+HIDDEN CUresult fgpu_first_begins(struct fgpu_first *first, CUfunction function);
+HIDDEN CUresult fgpu_first_ends(const struct fgpu_first *first, CUresult result); /* returns `result` */
+HIDDEN CUresult fgpu_stack_begins(struct fgpu_growth *growth, size_t bytes);
+HIDDEN CUresult fgpu_stack_ends(const struct fgpu_growth *growth, CUresult result, size_t bytes); /* likewise */
+
+HIDDEN void fgpu_heap_limited(size_t bytes); /* of the current context */
+
+HIDDEN void fgpu_functions_forget(void); /* function handles may be used again, or areas became smaller */
+HIDDEN void fgpu_area_begins(void);      /* a context was made */
+HIDDEN void fgpu_area_ends(uint64_t context);
+
+#endif

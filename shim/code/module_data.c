@@ -1,0 +1,242 @@
+/*
+ * module_data.c: what the driver takes for the data of code (variables in the state space .global). Owns the list of
+ * modules and libraries that have some.
+ *
+ * A module's data exists from its load on, a library's in each context that uses it, from its first use on. No probe
+ * sees that. So the shim asks for the bytes before, committed at once as those of pools are, and gives them back when
+ * the code is unloaded or its context ends. If the list has no room, or the code cannot be read, NVML shows the memory
+ * and the agent charges it.
+ */
+#define _GNU_SOURCE
+#include "code/module_data.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "code/image.h"
+
+#define ENTRIES 256
+/* Less than this fits into what contexts have anyway, or is a granule that NVML shows. */
+#define LEAST_BYTES (2ULL << 20)
+#define MOST_FILE (1ULL << 30)
+#define BUSY 1ULL   /* no driver gives this handle */
+#define LEAVES 2ULL /* in a handle: its code is being unloaded */
+
+struct fgpu_loaded {
+    _Atomic uint64_t handle;  /* 0: free */
+    _Atomic uint64_t context; /* 0: of a library: what each context will take */
+    _Atomic uint64_t bytes;
+    _Atomic int index; /* the ledger's; -1: nothing was asked for */
+    _Atomic bool uses_heap;
+};
+static _Atomic(void *) list;
+
+static struct fgpu_loaded *known_list(void) { return atomic_load_explicit(&list, memory_order_acquire); }
+
+static struct fgpu_loaded *own_list(void) { return fgpu_table(&list, ENTRIES * sizeof(struct fgpu_loaded)); }
+
+static struct fgpu_loaded *claim(void)
+{
+    struct fgpu_loaded *own = own_list();
+    for (unsigned i = 0; own && i < ENTRIES; i++) {
+        uint64_t none = 0;
+        if (atomic_compare_exchange_strong(&own[i].handle, &none, BUSY)) return &own[i];
+    }
+    return NULL;
+}
+
+static struct fgpu_loaded *find(uint64_t handle, uint64_t context)
+{
+    struct fgpu_loaded *known = known_list();
+    for (unsigned i = 0; known && i < ENTRIES; i++)
+        if (atomic_load(&known[i].handle) == handle && atomic_load(&known[i].context) == context) return &known[i];
+    return NULL;
+}
+
+/* Drop an entry; one thread alone takes it out. */
+static void drop(struct fgpu_loaded *entry, uint64_t handle)
+{
+    if (!atomic_compare_exchange_strong(&entry->handle, &handle, BUSY)) return;
+    if (atomic_load(&entry->context)) fgpu_give_back(atomic_load(&entry->index), atomic_load(&entry->bytes));
+    atomic_store(&entry->handle, 0);
+}
+
+static void rename_all(uint64_t from, uint64_t to)
+{
+    struct fgpu_loaded *known = known_list();
+    for (unsigned i = 0; known && i < ENTRIES; i++) {
+        uint64_t handle = from;
+        atomic_compare_exchange_strong(&known[i].handle, &handle, to);
+    }
+}
+
+/* Mark what is about to be unloaded: another thread may be given the handle for other code before the driver's call
+ * returns here. */
+void fgpu_data_leaves(uint64_t handle)
+{
+    if (handle) rename_all(handle, handle | LEAVES);
+}
+
+void fgpu_data_left(uint64_t handle, bool is_gone)
+{
+    struct fgpu_loaded *known = handle ? known_list() : NULL;
+    if (!is_gone && handle) rename_all(handle | LEAVES, handle);
+    for (unsigned i = 0; is_gone && known && i < ENTRIES; i++)
+        if (atomic_load(&known[i].handle) == (handle | LEAVES)) drop(&known[i], handle | LEAVES);
+}
+
+void fgpu_data_of_context_ends(uint64_t context)
+{
+    struct fgpu_loaded *known = known_list();
+    for (unsigned i = 0; known && i < ENTRIES; i++) {
+        uint64_t handle = atomic_load(&known[i].handle);
+        if (handle > BUSY && atomic_load(&known[i].context) == context) drop(&known[i], handle);
+    }
+}
+
+/* -- where a limit is in force */
+
+static uint64_t whole(uint64_t bytes, uint64_t granule)
+{
+    return granule ? (bytes + granule - 1) & ~(granule - 1) : bytes;
+}
+
+static bool matters(uint64_t data) { return data >= LEAST_BYTES; } /* the bit for the heap is a higher one */
+
+static CUresult ask(struct fgpu_load *load, uint64_t data)
+{
+    uint64_t bytes = data & ~FGPU_USES_HEAP;
+    __typeof__(&cuCtxGetCurrent) get = REAL(cuCtxGetCurrent);
+    CUcontext context;
+    CUdevice ordinal;
+    if (!matters(data) || !fgpu_current(&ordinal) || !get || get(&context) != CUDA_SUCCESS ||
+        !fgpu_context_is_known(context))
+        return CUDA_SUCCESS;
+    if (load->handle && find(load->handle, (uint64_t)context)) return CUDA_SUCCESS;
+    struct fgpu_loaded *entry = claim();
+    if (!entry) return CUDA_SUCCESS;
+    struct admission admission = {.index = -1};
+    if (bytes >= LEAST_BYTES) admission = fgpu_admission(ordinal, whole(bytes, fgpu_granule(ordinal)), FGPU_POOL);
+    if (admission.refusal) {
+        atomic_store(&entry->handle, 0);
+        return admission.refusal;
+    }
+    atomic_store(&entry->context, (uint64_t)context);
+    atomic_store(&entry->bytes, admission.index < 0 ? 0 : admission.bytes);
+    atomic_store(&entry->index, admission.index);
+    atomic_store(&entry->uses_heap, data & FGPU_USES_HEAP);
+    load->entry = entry;
+    load->context = (uint64_t)context;
+    return CUDA_SUCCESS;
+}
+
+CUresult fgpu_load_of_library_begins(struct fgpu_load *load, CUlibrary library)
+{
+    struct fgpu_loaded *entry = library ? find((uint64_t)library, 0) : NULL;
+    int saved = errno;
+    *load = (struct fgpu_load){.handle = (uint64_t)library};
+    CUresult refusal = entry && fgpu_is_held() ? ask(load, atomic_load(&entry->bytes)) : CUDA_SUCCESS;
+    errno = saved;
+    return refusal;
+}
+
+CUresult fgpu_load_ends(const struct fgpu_load *load, CUresult result, uint64_t module)
+{
+    struct fgpu_loaded *entry = load->entry;
+    if (!entry) return result;
+    int saved = errno;
+    if (result != CUDA_SUCCESS) fgpu_failed(atomic_load(&entry->index), atomic_load(&entry->bytes), result);
+    atomic_store(&entry->handle, result != CUDA_SUCCESS ? 0 : load->handle ? load->handle : module);
+    /* If two threads used a library at once, one of two grants is a surplus. */
+    if (result == CUDA_SUCCESS && load->handle && find(load->handle, load->context) != entry) drop(entry, load->handle);
+    errno = saved;
+    return result;
+}
+
+/* -- libraries: their data is read when they are made, and counts when they are used */
+
+CUlibrary fgpu_library_of(CUkernel kernel)
+{
+    __typeof__(&cuKernelGetLibrary) get = REAL(cuKernelGetLibrary);
+    CUlibrary library = NULL;
+    if (!known_list() || !get) return NULL; /* no library has data, so there is nothing to ask for */
+    int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
+    bool is_known = get(&library, kernel) == CUDA_SUCCESS;
+    fgpu_unrelax(mode);
+    errno = saved;
+    return is_known ? library : NULL;
+}
+
+static void keep(CUlibrary library, uint64_t data)
+{
+    struct fgpu_loaded *entry = matters(data) ? claim() : NULL;
+    if (!entry) return;
+    atomic_store(&entry->context, 0);
+    atomic_store(&entry->bytes, data);
+    atomic_store(&entry->uses_heap, data & FGPU_USES_HEAP);
+    atomic_store(&entry->handle, (uint64_t)library);
+}
+
+/* Return whether the code calls malloc. Code that could not be read counts as code that does not. */
+bool fgpu_code_uses_heap(uint64_t handle, uint64_t context)
+{
+    const struct fgpu_loaded *entry = handle ? find(handle, context) : NULL;
+    return entry && atomic_load(&entry->uses_heap);
+}
+
+/* -- files: read as a whole into memory of the shim's own, since they may change */
+
+static uint64_t data_of_descriptor(int file)
+{
+    struct stat status;
+    if (syscall(SYS_fstat, file, &status) || !S_ISREG(status.st_mode) || status.st_size <= 0 ||
+        (uint64_t)status.st_size > MOST_FILE)
+        return 0;
+    size_t size = (size_t)status.st_size, got = 0;
+    char *text = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (text == MAP_FAILED) return 0;
+    for (long n; got < size && (n = syscall(SYS_pread64, file, text + got, size - got, got)) > 0;) got += (size_t)n;
+    uint64_t bytes = fgpu_image_data(text, got);
+    munmap(text, size);
+    return bytes;
+}
+
+static uint64_t data_of_file(const void *path)
+{
+    int file = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDONLY | O_NONBLOCK | O_CLOEXEC, 0);
+    if (file < 0) return 0;
+    uint64_t bytes = data_of_descriptor(file);
+    syscall(SYS_close, file);
+    return bytes;
+}
+
+/* -- code as it is given to the driver, or the path of its file */
+
+static CUresult begin(struct fgpu_load *load, const void *source, uint64_t (*data_of)(const void *))
+{
+    int saved = errno;
+    *load = (struct fgpu_load){.entry = NULL};
+    CUresult refusal = source && fgpu_is_held() ? ask(load, data_of(source)) : CUDA_SUCCESS;
+    errno = saved;
+    return refusal;
+}
+
+CUresult fgpu_load_begins(struct fgpu_load *load, const void *code) { return begin(load, code, fgpu_code_data); }
+
+CUresult fgpu_load_of_file_begins(struct fgpu_load *load, const char *path) { return begin(load, path, data_of_file); }
+
+static void made(CUlibrary library, const void *source, uint64_t (*data_of)(const void *))
+{
+    int saved = errno;
+    if (source && fgpu_is_held()) keep(library, data_of(source));
+    errno = saved;
+}
+
+void fgpu_library_made(CUlibrary library, const void *code) { made(library, code, fgpu_code_data); }
+
+void fgpu_library_of_file_made(CUlibrary library, const char *path) { made(library, path, data_of_file); }

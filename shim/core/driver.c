@@ -1,0 +1,49 @@
+/*
+ * driver.c: the functions that a hook calls. Owns the addresses that were found; decides nothing. A name that this
+ * driver lacks stays lacking.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+
+#include "core/symbols.h"
+
+static _Atomic(void *) real[FGPU_NAMES];    /* found in the library of the right name */
+static _Atomic(void *) foreign[FGPU_NAMES]; /* found by the program in a copy under another name: used only if the
+                                               library of the right name has none */
+
+void *fgpu_real(enum fgpu_name at)
+{
+    if (!LIKELY(!fgpu_calls_second)) return fgpu_real_of_second(at);
+    void *found = atomic_load_explicit(&real[at], memory_order_relaxed);
+    if (LIKELY(found)) return found;
+    int saved = errno;
+    found = fgpu_find(at);
+    if (found)
+        atomic_store_explicit(&real[at], found, memory_order_relaxed);
+    else
+        found = atomic_load_explicit(&foreign[at], memory_order_relaxed);
+    /* The address is not kept: it may be that of a stub, which loads the driver at its first call. The stub would later
+     * be handed the shim's own hook to call. */
+    if (!found && fgpu_real_dlsym) found = fgpu_symbol(RTLD_NEXT, at);
+    errno = saved;
+    return found;
+}
+
+void fgpu_keep_foreign(enum fgpu_name at, void *found)
+{
+    atomic_store_explicit(&foreign[at], found, memory_order_relaxed);
+}
+
+/* Find the function again. A library that was unloaded and loaded again has another address; then forget all addresses
+ * of that library. */
+void *fgpu_find_anew(enum fgpu_name at)
+{
+    void *found = fgpu_find(at), *known = atomic_load_explicit(&real[at], memory_order_relaxed);
+    if (known && known != found)
+        for (int i = 0; i < FGPU_NAMES; i++)
+            if (fgpu_symbols[i].library == fgpu_symbols[at].library)
+                atomic_store_explicit(&real[i], NULL, memory_order_relaxed);
+    if (found) atomic_store_explicit(&real[at], found, memory_order_relaxed);
+    return found;
+}

@@ -1,0 +1,59 @@
+/*
+ * second_driver.c: a further driver in the same process (a second file of libcuda, which a library has loaded for its
+ * own use). Owns the handle of that file, and never closes it.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+
+#include "core/symbols.h"
+
+HIDDEN __thread bool fgpu_calls_second __attribute__((tls_model("initial-exec"))) = false;
+
+/* There is one such driver at most. A third driver of a process has no hooks, and the kernel sees the memory that it
+ * takes. */
+static _Atomic(void *) further, further_base; /* the handle of the file, and its base address, which is stored last */
+
+/* Look the function up at every call: programs make few such calls, and a cache would take memory in all other
+ * programs. */
+void *fgpu_real_of_second(enum fgpu_name at) { return fgpu_symbol(atomic_load(&further), at); }
+
+static void *base_of(void *address, const char **path)
+{
+    int (*ask)(const void *, Dl_info *) = (__typeof__(ask))fgpu_real_dlsym(RTLD_DEFAULT, "dladdr");
+    Dl_info info;
+    if (!address || !ask || !ask(address, &info)) return NULL;
+    *path = info.dli_fname;
+    return info.dli_fbase;
+}
+
+/* Open the driver that has `base`. All of a driver is in one file, so a preload that replaces one function of it is no
+ * driver. */
+static void *open_driver(const char *path, const void *base)
+{
+    const char *other;
+    void *library = fgpu_open_loaded(path);
+    if (!library || base_of(fgpu_real_dlsym(library, "cuDriverGetVersion"), &other) == base) return library;
+    fgpu_close(library);
+    return NULL;
+}
+
+static bool is_further(const char *path, void *base)
+{
+    void *none = NULL, *known = atomic_load(&further_base);
+    if (known) return known == base;
+    void *library = open_driver(path, base);
+    if (!library) return false;
+    if (atomic_compare_exchange_strong(&further, &none, library)) {
+        atomic_store(&further_base, base);
+        return true;
+    }
+    fgpu_close(library); /* another thread was first; as a rule this is the same file */
+    return none == library;
+}
+
+bool fgpu_is_of_second(void *address)
+{
+    const char *path = NULL;
+    void *base = base_of(address, &path);
+    return base && is_further(path, base);
+}

@@ -1,0 +1,103 @@
+/*
+ * symbols.c: lookups of the driver's functions by name. Owns the names, and the addresses of libc's dlopen and its kin.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stddef.h>
+
+#include "core/symbols.h"
+
+/*
+ * Since glibc 2.34 these functions are in libc, before that in libdl. A program that loads nothing has no libdl, and
+ * must run. So the symbols are weak and have no version: a version names the file that must have it (see base/libc.S).
+ */
+#pragma weak dlopen
+#pragma weak dlclose
+#pragma weak dlerror
+#pragma weak dlvsym
+#ifdef __x86_64__
+#define OLDEST "GLIBC_2.2.5"
+#else
+#define OLDEST "GLIBC_2.17"
+#endif
+
+/* The functions by which libc loaded its own modules before glibc 2.34. Such a module may bring libdl in later, and
+ * then ask the shim for symbols. */
+extern void *__libc_dlopen_mode(const char *, int) __attribute__((weak));
+extern void *__libc_dlsym(void *, const char *) __attribute__((weak));
+#define LIBC_DLOPEN 0x80000000u
+
+enum library { DRIVER, NVML, LIBRARIES };
+static const char *const sonames[LIBRARIES] = {"libcuda.so.1", "libnvidia-ml.so.1"};
+
+const struct fgpu_names fgpu_names = {
+#define TEXT(name) #name,
+    FGPU_DRIVER_TABLE(TEXT, TEXT) FGPU_NVML_TABLE(TEXT, TEXT)};
+#undef TEXT
+
+const struct fgpu_symbol fgpu_symbols[FGPU_NAMES] = {
+#define PLACE(name) {offsetof(struct fgpu_names, name), LIBRARY},
+#define LIBRARY DRIVER
+    FGPU_DRIVER_TABLE(PLACE, PLACE)
+#undef LIBRARY
+#define LIBRARY NVML
+        FGPU_NVML_TABLE(PLACE, PLACE)};
+
+void *(*fgpu_real_dlsym)(void *, const char *);
+static void *(*dl_open)(const char *, int);
+static int (*dl_close)(void *);
+static char *(*dl_error)(void);
+
+/* Find the real dlsym. The constructor of another library may call dlsym before this one has run, so lookups call this
+ * function too; all calls find the same address. */
+__attribute__((constructor)) void fgpu_resolve_dlsym(void)
+{
+    void *found = NULL;
+    if (fgpu_real_dlsym) return;
+    if (dlvsym) {
+        dl_open = dlopen;
+        dl_close = dlclose;
+        dl_error = dlerror;
+        found = dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.34");
+        if (!found) found = dlvsym(RTLD_NEXT, "dlsym", OLDEST);
+    } else if (__libc_dlopen_mode && __libc_dlsym) {
+        void *libdl = __libc_dlopen_mode("libdl.so.2", (int)(RTLD_LAZY | RTLD_NOLOAD | LIBC_DLOPEN));
+        if (!libdl) return;
+        dl_open = __libc_dlsym(libdl, "dlopen");
+        dl_close = __libc_dlsym(libdl, "dlclose");
+        dl_error = __libc_dlsym(libdl, "dlerror");
+        found = __libc_dlsym(libdl, "dlsym");
+    }
+    __atomic_store_n((void **)&fgpu_real_dlsym, found, __ATOMIC_RELEASE);
+}
+
+/* Find a function in the loaded library of the right name. Never load the library: a program that runs without a driver
+ * must still run without one. */
+void *fgpu_find(enum fgpu_name at)
+{
+    if (!fgpu_real_dlsym) fgpu_resolve_dlsym();
+    if (!fgpu_real_dlsym) return NULL;
+    void *found = NULL;
+    void *library = dl_open(sonames[fgpu_symbols[at].library], RTLD_LAZY | RTLD_NOLOAD);
+    if (library) {
+        found = fgpu_real_dlsym(library, fgpu_name_of(at));
+        dl_close(library);
+    }
+    return found;
+}
+
+void *fgpu_symbol(void *library, enum fgpu_name at)
+{
+    void *found = library ? fgpu_real_dlsym(library, fgpu_name_of(at)) : NULL;
+    if (library && !found) dl_error();
+    return found;
+}
+
+void *fgpu_open_loaded(const char *path)
+{
+    void *library = dl_open(path, RTLD_LAZY | RTLD_NOLOAD);
+    if (!library) dl_error();
+    return library;
+}
+
+void fgpu_close(void *library) { dl_close(library); }

@@ -1,0 +1,40 @@
+/* symbols.h: between the files of core/, and lookup.c. Other files need hook_table.h alone. */
+#ifndef FGPU_SYMBOLS_H
+#define FGPU_SYMBOLS_H
+
+#include "core/hook_table.h"
+
+/* -- symbols.c: the names, and lookups of them */
+
+/* The names lie one behind the other and are found by offset. With pointers, the loader of every program would have to
+ * write one relocation for each name. */
+struct fgpu_names {
+#define TEXT(name) char name[sizeof #name];
+    FGPU_DRIVER_TABLE(TEXT, TEXT)
+    FGPU_NVML_TABLE(TEXT, TEXT)
+#undef TEXT
+};
+extern HIDDEN const struct fgpu_names fgpu_names;
+extern HIDDEN const struct fgpu_symbol {
+    uint16_t name;
+    uint8_t library;
+} fgpu_symbols[FGPU_NAMES];
+
+static inline const char *fgpu_name_of(enum fgpu_name at) { return (const char *)&fgpu_names + fgpu_symbols[at].name; }
+
+extern HIDDEN void *(*fgpu_real_dlsym)(void *, const char *);
+HIDDEN void fgpu_resolve_dlsym(void);
+HIDDEN void *fgpu_find(enum fgpu_name at); /* in the loaded library of the right name; NULL: it is not there */
+HIDDEN void *fgpu_symbol(void *library, enum fgpu_name at);
+HIDDEN void *fgpu_open_loaded(const char *path); /* NULL: it is not loaded */
+HIDDEN void fgpu_close(void *library);
+
+/* -- driver.c */
+HIDDEN void *fgpu_find_anew(enum fgpu_name at);
+HIDDEN void fgpu_keep_foreign(enum fgpu_name at, void *found); /* found in a copy of the driver under another name */
+
+/* -- second_driver.c: a further driver in the same process */
+HIDDEN void *fgpu_real_of_second(enum fgpu_name at);
+HIDDEN bool fgpu_is_of_second(void *address); /* lies in the second driver; the first such call decides which it is */
+
+#endif

@@ -1,0 +1,119 @@
+/*
+ * array.c: calls that make arrays. The request is extent x format x levels: at least what the driver takes, whose
+ * padding only NVML shows. Owns nothing.
+ */
+#include "account/account.h"
+
+#define NO_MEMORY_YET                                                                                                  \
+    (CUDA_ARRAY3D_SPARSE | CUDA_ARRAY3D_DEFERRED_MAPPING) /* mapped later, by handles of cuMemCreate */
+#define MOST_LEVELS 32
+
+struct shape {
+    uint64_t width, height, depth;
+    unsigned format, channels, flags;
+};
+
+static struct shape shape_2d(uint64_t width, uint64_t height, CUarray_format format, unsigned channels)
+{
+    return (struct shape){width, height, 0, format, channels, 0};
+}
+
+static struct shape shape_3d(const CUDA_ARRAY3D_DESCRIPTOR *d)
+{
+    return (struct shape){d->Width, d->Height, d->Depth, d->Format, d->NumChannels, d->Flags};
+}
+
+/* Return the bytes of one channel. Compressed and planar formats take no more than four bytes, and the kernel's witness
+ * counts four. */
+static uint64_t element_bytes(unsigned format)
+{
+    switch (format) {
+    case CU_AD_FORMAT_UNSIGNED_INT8:
+    case CU_AD_FORMAT_SIGNED_INT8:
+        return 1;
+    case CU_AD_FORMAT_UNSIGNED_INT16:
+    case CU_AD_FORMAT_SIGNED_INT16:
+    case CU_AD_FORMAT_HALF:
+        return 2;
+    default:
+        return 4;
+    }
+}
+
+static uint64_t at_level(uint64_t extent, unsigned level) { return extent >> level ? extent >> level : 1; }
+
+/* Return the bytes of an array. 0: it takes no memory, or no driver would make it. Layers and the six sides of a cube
+ * are as many at every level. */
+static uint64_t bytes_of(struct shape s, unsigned levels)
+{
+    uint64_t total = 0;
+    if (!s.width || !s.channels || !levels || s.flags & NO_MEMORY_YET) return 0;
+    bool layers = s.flags & (CUDA_ARRAY3D_LAYERED | CUDA_ARRAY3D_CUBEMAP);
+    for (unsigned level = 0; level < levels && level < MOST_LEVELS; level++) {
+        uint64_t bytes = element_bytes(s.format) * s.channels; /* 32 bits each at most */
+        if (__builtin_mul_overflow(bytes, at_level(s.width, level), &bytes) ||
+            __builtin_mul_overflow(bytes, at_level(s.height, level), &bytes) ||
+            __builtin_mul_overflow(bytes, at_level(s.depth, layers ? 0 : level), &bytes) ||
+            __builtin_add_overflow(total, bytes, &total))
+            return TOO_MUCH;
+    }
+    return total;
+}
+
+/* The 32-bit calls have no witness: their bytes are committed at once, and stay charged until the device's last context
+ * ends. */
+#define WITNESSED FGPU_MEMORY
+#define UNWITNESSED FGPU_POOL
+
+#define CREATE_ARRAY(name, handle, shape, levels, kind, ...)                                                           \
+    do {                                                                                                               \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        CUdevice device;                                                                                               \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        uint64_t bytes = handle ? bytes_of(shape, levels) : 0;                                                         \
+        if (!bytes || !fgpu_current(&device)) return driver(__VA_ARGS__);                                              \
+        struct admission admission = fgpu_admission(device, bytes, kind);                                              \
+        if (admission.refusal) return admission.refusal;                                                               \
+        CUresult result = driver(__VA_ARGS__);                                                                         \
+        return fgpu_settled(&admission, result, result ? 0 : (uint64_t)*handle);                                       \
+    } while (0)
+
+EXPORT CUresult cuArrayCreate_v2(CUarray *pHandle, const CUDA_ARRAY_DESCRIPTOR *pAllocateArray)
+{
+    struct shape shape = {0};
+    const CUDA_ARRAY_DESCRIPTOR *d = pAllocateArray;
+    if (d) shape = shape_2d(d->Width, d->Height, d->Format, d->NumChannels);
+    CREATE_ARRAY(cuArrayCreate_v2, pHandle, shape, 1, WITNESSED, pHandle, pAllocateArray);
+}
+
+EXPORT CUresult cuArray3DCreate_v2(CUarray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR *pAllocateArray)
+{
+    struct shape shape = {0};
+    if (pAllocateArray) shape = shape_3d(pAllocateArray);
+    CREATE_ARRAY(cuArray3DCreate_v2, pHandle, shape, 1, WITNESSED, pHandle, pAllocateArray);
+}
+
+EXPORT CUresult cuMipmappedArrayCreate(CUmipmappedArray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR *pMipmappedArrayDesc,
+                                       unsigned int numMipmapLevels)
+{
+    struct shape shape = {0};
+    if (pMipmappedArrayDesc) shape = shape_3d(pMipmappedArrayDesc);
+    CREATE_ARRAY(cuMipmappedArrayCreate, pHandle, shape, numMipmapLevels, WITNESSED, pHandle, pMipmappedArrayDesc,
+                 numMipmapLevels);
+}
+
+EXPORT CUresult cuArrayCreate(CUarray *pHandle, const CUDA_ARRAY_DESCRIPTOR_v1 *pAllocateArray)
+{
+    struct shape shape = {0};
+    const CUDA_ARRAY_DESCRIPTOR_v1 *d = pAllocateArray;
+    if (d) shape = shape_2d(d->Width, d->Height, d->Format, d->NumChannels);
+    CREATE_ARRAY(cuArrayCreate, pHandle, shape, 1, UNWITNESSED, pHandle, pAllocateArray);
+}
+
+EXPORT CUresult cuArray3DCreate(CUarray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR_v1 *pAllocateArray)
+{
+    struct shape shape = {0};
+    const CUDA_ARRAY3D_DESCRIPTOR_v1 *d = pAllocateArray;
+    if (d) shape = (struct shape){d->Width, d->Height, d->Depth, d->Format, d->NumChannels, d->Flags};
+    CREATE_ARRAY(cuArray3DCreate, pHandle, shape, 1, UNWITNESSED, pHandle, pAllocateArray);
+}

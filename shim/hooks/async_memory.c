@@ -1,0 +1,215 @@
+/*
+ * async_memory.c: stream-ordered allocation. Owns notes of what was handed out; losing one costs a measurement.
+ *
+ * The driver's call takes half a microsecond, so the usual path is one atomic operation: sizes are added up until they
+ * reach what was admitted, and only then the pool is measured. What a stream frees is its credit: the pool can hand
+ * that to the same stream again at once, and to no other. Notes and credits may be lost: then the pool is measured
+ * sooner.
+ */
+#include "account/pool.h"
+#include "account/stream.h"
+#include "link/link.h"
+#include "standalone/standalone.h"
+
+#define NOTES 256
+#define BUSY 1ULL
+
+struct note { /* of a pointer: the pool that gave it, and its size */
+    _Atomic uint64_t pointer;
+    uint64_t bytes;
+    uint32_t slot, generation;
+};
+static _Atomic(void *) notes; /* a table of NOTES */
+
+struct order {         /* one call */
+    struct pool *pool; /* NULL: not charged to a pool */
+    uint64_t stream, bytes;
+    bool on_credit, grown;
+};
+
+static uint64_t mix(uint64_t n) { return n * 0x9e3779b97f4a7c15ULL; }
+
+static struct pool *pool_of_stream(CUstream stream, bool per_thread)
+{
+    CUdevice ordinal;
+    return fgpu_device_of(stream, per_thread, &ordinal) ? fgpu_current_pool(ordinal) : NULL;
+}
+
+/* -- credits and notes */
+
+static struct credit *credit_of(struct pool *pool, uint64_t stream) { return &pool->credits[mix(stream) >> 61]; }
+_Static_assert(FGPU_CREDITS == 8, "three bits");
+
+static bool use_credit(struct pool *pool, uint64_t stream, uint64_t bytes)
+{
+    struct credit *credit = credit_of(pool, stream);
+    if (atomic_load_explicit(&credit->stream, memory_order_relaxed) != stream) return false;
+    uint64_t had = atomic_load_explicit(&credit->bytes, memory_order_relaxed);
+    while (had >= bytes)
+        if (atomic_compare_exchange_weak(&credit->bytes, &had, had - bytes)) return true;
+    return false;
+}
+
+static void give_credit(struct pool *pool, uint64_t stream, uint64_t bytes)
+{
+    struct credit *credit = credit_of(pool, stream);
+    uint64_t its = atomic_load_explicit(&credit->stream, memory_order_relaxed);
+    bool claimed = its == stream || (!its && atomic_compare_exchange_strong(&credit->stream, &its, stream));
+    atomic_fetch_add_explicit(claimed ? &credit->bytes : &pool->unclaimed, bytes, memory_order_relaxed);
+}
+
+/* Note a free. The pool gets smaller when a thread waits for the stream, not now. */
+static void freed(struct pool *pool, uint64_t stream, uint64_t bytes)
+{
+    give_credit(pool, stream, bytes);
+    if (atomic_load_explicit(&pool->unsettled, memory_order_relaxed) != FGPU_SYNCS)
+        atomic_store_explicit(&pool->unsettled, FGPU_SYNCS, memory_order_relaxed);
+}
+
+static uint64_t take_credit(struct pool *pool, uint64_t stream)
+{
+    struct credit *credit = credit_of(pool, stream);
+    if (atomic_load_explicit(&credit->stream, memory_order_relaxed) != stream) return 0;
+    return atomic_exchange_explicit(&credit->bytes, 0, memory_order_relaxed);
+}
+
+static struct note *note_of(struct note *table, CUdeviceptr pointer) { return &table[mix(pointer) >> 56]; }
+
+/* Note a pointer. The newest note wins: an older pointer in the same place gives no credit when it is freed. */
+static void write_note(CUdeviceptr pointer, const struct order *order)
+{
+    struct note *table = fgpu_table(&notes, NOTES * sizeof *table), *note = table ? note_of(table, pointer) : NULL;
+    uint64_t was = note ? atomic_load_explicit(&note->pointer, memory_order_relaxed) : BUSY;
+    if (was == BUSY || !atomic_compare_exchange_strong(&note->pointer, &was, BUSY)) return;
+    note->bytes = order->bytes;
+    note->slot = fgpu_pool_slot(order->pool);
+    note->generation = atomic_load_explicit(&order->pool->generation, memory_order_relaxed);
+    atomic_store_explicit(&note->pointer, pointer, memory_order_release);
+}
+
+/* Take a note before the driver can hand the pointer out again. */
+static bool take_note(CUdeviceptr pointer, struct order *order)
+{
+    struct note *table = atomic_load_explicit(&notes, memory_order_acquire), *note;
+    uint64_t its = pointer;
+    if (!table) return false;
+    note = note_of(table, pointer);
+    if (atomic_load_explicit(&note->pointer, memory_order_relaxed) != pointer ||
+        !atomic_compare_exchange_strong(&note->pointer, &its, BUSY))
+        return false;
+    order->bytes = note->bytes;
+    order->pool = fgpu_pool_at(note->slot, note->generation);
+    atomic_store_explicit(&note->pointer, 0, memory_order_release);
+    return order->pool != NULL;
+}
+
+/* -- around the driver's calls */
+
+/* Return whether the stream is a default one without a context. A default stream is the current context's. Without one
+ * the driver refuses the call, and nothing is asked for it. */
+static bool has_no_context(uint64_t stream)
+{
+    CUdevice device;
+    return (stream == (uint64_t)CU_STREAM_LEGACY || stream == fgpu_this_thread()) && !fgpu_current(&device);
+}
+
+static CUresult before(struct order *order, size_t size)
+{
+    struct pool *pool = order->pool;
+    int ordinal = pool ? atomic_load_explicit(&pool->ordinal, memory_order_relaxed) : FGPU_HOST_POOL;
+    if (ordinal < 0) {
+        order->pool = NULL;
+        return ordinal == FGPU_HOST_POOL || !fgpu_is_limited(fgpu_look()) ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    order->bytes = size > FGPU_MOST_BYTES ? TOO_MUCH : (size + SMALL_ALIGNMENT - 1) & ~(SMALL_ALIGNMENT - 1);
+    if (use_credit(pool, order->stream, order->bytes)) {
+        order->on_credit = true;
+        return CUDA_SUCCESS;
+    }
+    uint64_t spent = atomic_fetch_add_explicit(&pool->spent, order->bytes, memory_order_relaxed) + order->bytes;
+    if (LIKELY(spent <= atomic_load_explicit(&pool->admitted, memory_order_relaxed))) return CUDA_SUCCESS;
+    if (has_no_context(order->stream)) return CUDA_SUCCESS;
+    order->grown = true;
+    uint64_t had = take_credit(pool, order->stream); /* too little, but the pool can join it to what it takes */
+    CUresult refusal = fgpu_pool_grow(pool, order->bytes);
+    if (refusal && had) give_credit(pool, order->stream, had);
+    return refusal;
+}
+
+/* After a call. A failed call stays in `spent`: too much there is found at the next measurement, too little might not
+ * be. */
+static CUresult after(const struct order *order, CUresult result, CUdeviceptr pointer)
+{
+    if (!order->pool) return result;
+    if (order->grown) fgpu_pool_grown(order->pool, order->bytes);
+    if (LIKELY(result == CUDA_SUCCESS))
+        write_note(pointer, order);
+    else if (order->on_credit)
+        give_credit(order->pool, order->stream, order->bytes);
+    if (result && order->grown) fgpu_pool_trimmed(order->pool);
+    if (result) fgpu_failed(atomic_load_explicit(&order->pool->index, memory_order_relaxed), 0, result);
+    return result;
+}
+
+#define ALLOCATE(name, per_thread, from, ...)                                                                          \
+    do {                                                                                                               \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        if (!dptr || !bytesize || fgpu_is_capturing(hStream, per_thread)) return driver(__VA_ARGS__);                  \
+        struct order order = {.pool = (from), .stream = fgpu_stream_key(hStream, per_thread)};                         \
+        CUresult refusal = before(&order, bytesize);                                                                   \
+        if (refusal) return refusal;                                                                                   \
+        CUresult result = driver(__VA_ARGS__);                                                                         \
+        return after(&order, result, *dptr);                                                                           \
+    } while (0)
+
+EXPORT CUresult cuMemAllocAsync(CUdeviceptr *dptr, size_t bytesize, CUstream hStream)
+{
+    ALLOCATE(cuMemAllocAsync, false, pool_of_stream(hStream, false), dptr, bytesize, hStream);
+}
+
+EXPORT CUresult cuMemAllocAsync_ptsz(CUdeviceptr *dptr, size_t bytesize, CUstream hStream)
+{
+    ALLOCATE(cuMemAllocAsync_ptsz, true, pool_of_stream(hStream, true), dptr, bytesize, hStream);
+}
+
+EXPORT CUresult cuMemAllocFromPoolAsync(CUdeviceptr *dptr, size_t bytesize, CUmemoryPool pool, CUstream hStream)
+{
+    ALLOCATE(cuMemAllocFromPoolAsync, false, pool ? fgpu_pool_of(pool) : NULL, dptr, bytesize, pool, hStream);
+}
+
+EXPORT CUresult cuMemAllocFromPoolAsync_ptsz(CUdeviceptr *dptr, size_t bytesize, CUmemoryPool pool, CUstream hStream)
+{
+    ALLOCATE(cuMemAllocFromPoolAsync_ptsz, true, pool ? fgpu_pool_of(pool) : NULL, dptr, bytesize, pool, hStream);
+}
+
+/* Free a pointer that no pool gave, or that has no note any more. Most come from cuMemAlloc: they are freed in the
+ * order of the stream, where cuMemFree would wait for all that uses the memory, so that call cannot stand for this one.
+ * The kernel has no probe here, and such a pointer stays charged until NVML shows that the process holds less. The
+ * standalone ledger is told, since nothing else corrects it. */
+static CUresult free_unknown(__typeof__(&cuMemFreeAsync) driver, CUdeviceptr pointer, CUstream stream)
+{
+    struct fgpu_grant grant;
+    bool held = fgpu_has_grants() && fgpu_grant_take(FGPU_SPACE_POINTER, pointer, &grant);
+    CUresult result = driver(pointer, stream);
+    if (held) fgpu_grant_ended(&grant, result);
+    return result;
+}
+
+#define FREE(name, per_thread)                                                                                         \
+    do {                                                                                                               \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        struct order order;                                                                                            \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        if (!take_note(dptr, &order)) return free_unknown(driver, dptr, hStream);                                      \
+        bool captured = fgpu_is_capturing(hStream, per_thread); /* freed when the graph runs, if ever */               \
+        CUresult result = driver(dptr, hStream);                                                                       \
+        if (result != CUDA_SUCCESS)                                                                                    \
+            write_note(dptr, &order);                                                                                  \
+        else if (!captured)                                                                                            \
+            freed(order.pool, fgpu_stream_key(hStream, per_thread), order.bytes);                                      \
+        return result;                                                                                                 \
+    } while (0)
+
+EXPORT CUresult cuMemFreeAsync(CUdeviceptr dptr, CUstream hStream) { FREE(cuMemFreeAsync, false); }
+EXPORT CUresult cuMemFreeAsync_ptsz(CUdeviceptr dptr, CUstream hStream) { FREE(cuMemFreeAsync_ptsz, true); }

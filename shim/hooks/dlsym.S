@@ -1,0 +1,63 @@
+/*
+ * dlsym. For names that the shim does not hook it jumps, so that the real dlsym sees its caller's return address. With
+ * a call in between, the real dlsym would resolve RTLD_NEXT of another preload from here, and find that preload again,
+ * without end.
+ */
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#error "x86-64 and arm64 only"
+#endif
+
+        .text
+        .globl  dlsym
+        .type   dlsym, @function
+        .balign 16
+dlsym:
+        .cfi_startproc
+#ifdef __x86_64__
+        pushq   %rdi
+        .cfi_adjust_cfa_offset 8
+        pushq   %rsi
+        .cfi_adjust_cfa_offset 8
+        subq    $8, %rsp
+        .cfi_adjust_cfa_offset 8
+        call    fgpu_lookup
+        addq    $8, %rsp
+        .cfi_adjust_cfa_offset -8
+        popq    %rsi
+        .cfi_adjust_cfa_offset -8
+        popq    %rdi
+        .cfi_adjust_cfa_offset -8
+        cmpq    $1, %rax        /* FGPU_PASS */
+        je      1f
+        ret
+1:      movq    fgpu_real_dlsym(%rip), %rax
+        testq   %rax, %rax
+        jz      2f
+        jmp     *%rax
+2:      ret
+#else
+        stp     x29, x30, [sp, #-32]!
+        .cfi_def_cfa_offset 32
+        .cfi_offset x29, -32
+        .cfi_offset x30, -24
+        stp     x0, x1, [sp, #16]
+        bl      fgpu_lookup
+        mov     x16, x0
+        ldp     x0, x1, [sp, #16]
+        ldp     x29, x30, [sp], #32
+        .cfi_def_cfa_offset 0
+        .cfi_restore x29
+        .cfi_restore x30
+        cmp     x16, #1         /* FGPU_PASS */
+        b.ne    2f
+        adrp    x16, fgpu_real_dlsym
+        ldr     x16, [x16, #:lo12:fgpu_real_dlsym]
+        cbz     x16, 2f
+        br      x16
+2:      mov     x0, x16
+        ret
+#endif
+        .cfi_endproc
+        .size   dlsym, .-dlsym
+
+        .section .note.GNU-stack, "", @progbits

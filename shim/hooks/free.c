@@ -1,0 +1,76 @@
+/*
+ * free.c: calls that give device memory back. The kernel sees them where it keeps the ledger. These hooks are here for
+ * the standalone ledger, and do nothing while that holds nothing. Owns nothing.
+ *
+ * What a call frees is taken out of the table before the driver can hand the same handle to another thread.
+ */
+#include "core/hook_table.h"
+#include "standalone/standalone.h"
+
+#define FREES(name, type)                                                                                              \
+    EXPORT CUresult name(type handle)                                                                                  \
+    {                                                                                                                  \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        struct fgpu_grant grant;                                                                                       \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        bool held = fgpu_has_grants() && fgpu_grant_take(FGPU_SPACE_POINTER, (uint64_t)handle, &grant);                \
+        CUresult result = driver(handle);                                                                              \
+        if (held) fgpu_grant_ended(&grant, result);                                                                    \
+        return result;                                                                                                 \
+    }
+FREES(cuMemFree_v2, CUdeviceptr)
+FREES(cuArrayDestroy, CUarray)
+FREES(cuMipmappedArrayDestroy, CUmipmappedArray)
+
+/* -- mapped memory: after (create; map; release) it exists until the unmap */
+
+EXPORT CUresult cuMemRelease(CUmemGenericAllocationHandle handle)
+{
+    __typeof__(&cuMemRelease) driver = REAL(cuMemRelease);
+    struct fgpu_grant memory;
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    bool held = fgpu_has_grants() && fgpu_grant_drop(handle, &memory);
+    CUresult result = driver(handle);
+    if (held) fgpu_grant_dropped(&memory, result);
+    return result;
+}
+
+EXPORT CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle *handle, void *addr)
+{
+    __typeof__(&cuMemRetainAllocationHandle) driver = REAL(cuMemRetainAllocationHandle);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(handle, addr);
+    if (result == CUDA_SUCCESS && handle && fgpu_has_grants()) fgpu_grant_refer(*handle);
+    return result;
+}
+
+EXPORT CUresult cuMemMap(CUdeviceptr ptr, size_t size, size_t offset, CUmemGenericAllocationHandle handle,
+                         unsigned long long flags)
+{
+    __typeof__(&cuMemMap) driver = REAL(cuMemMap);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(ptr, size, offset, handle, flags);
+    if (result == CUDA_SUCCESS && fgpu_has_grants() && fgpu_grant_refer(handle))
+        fgpu_grant_keep(
+            (struct fgpu_grant){.handle = ptr, .bytes = size, .owner = handle, .space = FGPU_SPACE_MAPPING});
+    return result;
+}
+
+/* An unmap may cover several mappings, one after the other; nearly always it is one. */
+EXPORT CUresult cuMemUnmap(CUdeviceptr ptr, size_t size)
+{
+    __typeof__(&cuMemUnmap) driver = REAL(cuMemUnmap);
+    struct fgpu_grant mapping, memory;
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    bool held = fgpu_has_grants() && fgpu_grant_take(FGPU_SPACE_MAPPING, ptr, &mapping);
+    bool refers = held && fgpu_grant_drop(mapping.owner, &memory);
+    CUresult result = driver(ptr, size);
+    if (refers) fgpu_grant_dropped(&memory, result);
+    if (held && result) fgpu_grant_keep(mapping);
+    if (!held || result) return result;
+    for (CUdeviceptr at = ptr + mapping.bytes; at - ptr < size; at += mapping.bytes) {
+        if (!fgpu_grant_take(FGPU_SPACE_MAPPING, at, &mapping)) break;
+        if (fgpu_grant_drop(mapping.owner, &memory)) fgpu_grant_dropped(&memory, CUDA_SUCCESS);
+    }
+    return result;
+}

@@ -1,0 +1,159 @@
+/*
+ * graph.c: calls that make, launch and destroy executable graphs, for the memory that graphs take for themselves. Owns
+ * nothing.
+ *
+ * A graph's allocation nodes take nothing until the graph is uploaded or launched. Then the driver maps memory of the
+ * device for it, keeps it, and may share it with other graphs. So nodes are read at instantiation, the most that they
+ * hold at once is asked for when the graph first meets a stream, and what the driver really took decides afterwards.
+ * Programs whose graphs allocate nothing pay for one load at each launch.
+ */
+#include <errno.h>
+
+#include "account/graph_memory.h"
+#include "gate/gate.h"
+#include "link/link.h"
+
+#pragma GCC optimize("Os") /* until graphs are launched */
+
+EXPORT CUresult cuDeviceGraphMemTrim(CUdevice device)
+{
+    __typeof__(&cuDeviceGraphMemTrim) driver = REAL(cuDeviceGraphMemTrim);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(device);
+    if (result == CUDA_SUCCESS && device >= 0 && device < FGPU_DEVICES) fgpu_graphs_measure(device);
+    return result;
+}
+
+/* -- instantiation: what was read is kept under the executable graph's handle */
+
+static bool counts(int ordinal)
+{
+    enum fgpu_link link = fgpu_look().link;
+    return link != FGPU_OPEN && link != FGPU_UNMANAGED && ordinal >= 0 && ordinal < FGPU_DEVICES;
+}
+
+static CUresult before_instantiate(CUgraph graph, unsigned long long flags, struct fgpu_graph_reading *r)
+{
+    CUresult refusal = CUDA_SUCCESS;
+    int saved = errno;
+    CUstreamCaptureMode mode = fgpu_relax();
+    fgpu_graph_read(r, graph);
+    if (r->peak && flags & CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD && counts(r->ordinal))
+        refusal = fgpu_graphs_ask_for(r->ordinal, r->peak);
+    fgpu_unrelax(mode);
+    errno = saved;
+    return refusal;
+}
+
+#define INSTANTIATE(name, flags, ...)                                                                                  \
+    do {                                                                                                               \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        struct fgpu_graph_reading reading;                                                                             \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        if (!phGraphExec || !hGraph) return driver(__VA_ARGS__);                                                       \
+        CUresult refusal = before_instantiate(hGraph, flags, &reading);                                                \
+        if (refusal) return refusal;                                                                                   \
+        CUresult result = driver(__VA_ARGS__);                                                                         \
+        if (result == CUDA_SUCCESS) fgpu_graph_exec_keep(*phGraphExec, &reading);                                      \
+        if (reading.peak && (flags)&CUDA_GRAPH_INSTANTIATE_FLAG_UPLOAD) fgpu_graphs_measure(reading.ordinal);          \
+        return result;                                                                                                 \
+    } while (0)
+
+EXPORT CUresult cuGraphInstantiate(CUgraphExec *phGraphExec, CUgraph hGraph, CUgraphNode *phErrorNode, char *logBuffer,
+                                   size_t bufferSize)
+{
+    INSTANTIATE(cuGraphInstantiate, 0, phGraphExec, hGraph, phErrorNode, logBuffer, bufferSize);
+}
+
+EXPORT CUresult cuGraphInstantiate_v2(CUgraphExec *phGraphExec, CUgraph hGraph, CUgraphNode *phErrorNode,
+                                      char *logBuffer, size_t bufferSize)
+{
+    INSTANTIATE(cuGraphInstantiate_v2, 0, phGraphExec, hGraph, phErrorNode, logBuffer, bufferSize);
+}
+
+EXPORT CUresult cuGraphInstantiateWithFlags(CUgraphExec *phGraphExec, CUgraph hGraph, unsigned long long flags)
+{
+    INSTANTIATE(cuGraphInstantiateWithFlags, flags, phGraphExec, hGraph, flags);
+}
+
+EXPORT CUresult cuGraphInstantiateWithParams(CUgraphExec *phGraphExec, CUgraph hGraph,
+                                             CUDA_GRAPH_INSTANTIATE_PARAMS *instantiateParams)
+{
+    unsigned long long flags = instantiateParams ? instantiateParams->flags : 0;
+    INSTANTIATE(cuGraphInstantiateWithParams, flags, phGraphExec, hGraph, instantiateParams);
+}
+
+EXPORT CUresult cuGraphInstantiateWithParams_ptsz(CUgraphExec *phGraphExec, CUgraph hGraph,
+                                                  CUDA_GRAPH_INSTANTIATE_PARAMS *instantiateParams)
+{
+    unsigned long long flags = instantiateParams ? instantiateParams->flags : 0;
+    INSTANTIATE(cuGraphInstantiateWithParams_ptsz, flags, phGraphExec, hGraph, instantiateParams);
+}
+
+#pragma GCC reset_options
+
+/* -- launch and upload */
+
+typedef CUresult run(CUgraphExec, CUstream);
+
+static CUresult place(run *driver, CUgraphExec handle, CUstream stream, uint64_t key)
+{
+    struct fgpu_graph_exec *exec = fgpu_graph_exec_of(handle);
+    int ordinal = exec ? atomic_load(&exec->ordinal) : atomic_load(&fgpu_graphs_crowded) - 1, saved = errno;
+    if (exec && atomic_load_explicit(&exec->stream, memory_order_relaxed) == key) return driver(handle, stream);
+    if (!counts(ordinal)) return driver(handle, stream);
+    CUstreamCaptureMode mode = fgpu_relax();
+    CUresult refusal = fgpu_graphs_ask_for(ordinal, exec ? atomic_load(&exec->peak) : 0);
+    fgpu_unrelax(mode);
+    errno = saved;
+    if (refusal) return refusal;
+    CUresult result = driver(handle, stream);
+    saved = errno;
+    mode = fgpu_relax();
+    fgpu_graphs_follow(ordinal);
+    fgpu_unrelax(mode);
+    errno = saved;
+    if (!exec || result != CUDA_SUCCESS) return result;
+    if (!atomic_exchange(&exec->stream, key))
+        atomic_fetch_add(&fgpu_graph_memory[ordinal].kept, atomic_load(&exec->kept));
+    return result;
+}
+
+EXPORT CUresult cuGraphExecDestroy(CUgraphExec hGraphExec)
+{
+    __typeof__(&cuGraphExecDestroy) driver = REAL(cuGraphExecDestroy);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    struct fgpu_graph_exec *exec = hGraphExec ? fgpu_graph_exec_of(hGraphExec) : NULL;
+    if (exec) atomic_store(&exec->handle, 0); /* before another graph can get the handle */
+    return driver(hGraphExec);
+}
+
+/* Run a graph. Launched into a capture it becomes a node of another graph, and takes nothing. */
+static CUresult run_it(run *driver, CUgraphExec handle, CUstream stream, bool per_thread)
+{
+    if (LIKELY(!atomic_load_explicit(&fgpu_graphs_allocate, memory_order_relaxed)) ||
+        fgpu_is_capturing(stream, per_thread))
+        return driver(handle, stream);
+    return place(driver, handle, stream, fgpu_stream_key(stream, per_thread));
+}
+
+#define UPLOAD(name, per_thread)                                                                                       \
+    EXPORT CUresult name(CUgraphExec hGraphExec, CUstream hStream)                                                     \
+    {                                                                                                                  \
+        run *driver = REAL(name);                                                                                      \
+        return driver ? run_it(driver, hGraphExec, hStream, per_thread) : CUDA_ERROR_NOT_SUPPORTED;                    \
+    }
+UPLOAD(cuGraphUpload, false)
+UPLOAD(cuGraphUpload_ptsz, true)
+
+#define LAUNCH(name, per_thread)                                                                                       \
+    EXPORT CUresult name(CUgraphExec hGraphExec, CUstream hStream)                                                     \
+    {                                                                                                                  \
+        run *driver = REAL(name);                                                                                      \
+        if (!driver) return CUDA_ERROR_NOT_SUPPORTED;                                                                  \
+        struct fgpu_launch launch = {.index = -1};                                                                     \
+        if (!LIKELY(!fgpu_is_gated())) fgpu_gate_enter(&launch, hStream, per_thread, hGraphExec);                      \
+        return fgpu_gate_leave(&launch, run_it(driver, hGraphExec, hStream, per_thread));                              \
+    }
+LAUNCH(cuGraphLaunch, false)
+LAUNCH(cuGraphLaunch_ptsz, true)

@@ -1,0 +1,92 @@
+/*
+ * memory.c: calls that take device memory with a pointer or a handle of its own. Owns nothing; reclaim.c asks.
+ */
+#include "account/account.h"
+
+/* -- memory: on the device of the current context. Without a context the driver returns the error; nothing is asked. */
+
+EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
+{
+    __typeof__(&cuMemAlloc_v2) driver = REAL(cuMemAlloc_v2);
+    CUdevice device;
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    if (!dptr || !bytesize || !fgpu_current(&device)) return driver(dptr, bytesize);
+    struct admission admission = fgpu_admission(device, bytesize, FGPU_MEMORY);
+    if (admission.refusal) return admission.refusal;
+    CUresult result = driver(dptr, bytesize);
+    return fgpu_settled(&admission, result, result ? 0 : *dptr);
+}
+
+/* NVML shows nothing of managed memory, touched or not: only admission and witness ever know of it. */
+EXPORT CUresult cuMemAllocManaged(CUdeviceptr *dptr, size_t bytesize, unsigned int flags)
+{
+    __typeof__(&cuMemAllocManaged) driver = REAL(cuMemAllocManaged);
+    CUdevice device;
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    if (!dptr || !bytesize || !fgpu_current(&device)) return driver(dptr, bytesize, flags);
+    struct admission admission = fgpu_admission(device, bytesize, FGPU_MEMORY);
+    if (admission.refusal) return admission.refusal;
+    CUresult result = driver(dptr, bytesize, flags);
+    if (result == CUDA_SUCCESS) fgpu_managed_made(*dptr);
+    return fgpu_settled(&admission, result, result ? 0 : *dptr);
+}
+
+/* Rows are padded to what the hardware reads at once, so the bytes are more than the caller's product. */
+EXPORT CUresult cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t WidthInBytes, size_t Height,
+                                   unsigned int ElementSizeBytes)
+{
+    __typeof__(&cuMemAllocPitch_v2) driver = REAL(cuMemAllocPitch_v2);
+    CUdevice device;
+    uint64_t row, bytes;
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    if (!dptr || !WidthInBytes || !Height || !fgpu_current(&device))
+        return driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
+    if (__builtin_add_overflow(WidthInBytes, SMALL_ALIGNMENT - 1, &row) ||
+        __builtin_mul_overflow(row & ~(SMALL_ALIGNMENT - 1), Height, &bytes))
+        bytes = TOO_MUCH;
+    struct admission admission = fgpu_admission(device, bytes, FGPU_MEMORY);
+    if (admission.refusal) return admission.refusal;
+    CUresult result = driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
+    return fgpu_settled(&admission, result, result ? 0 : *dptr);
+}
+
+/* The 32-bit calls have no witness: their bytes are committed at once, and stay charged until the device's last context
+ * ends. */
+EXPORT CUresult cuMemAlloc(CUdeviceptr_v1 *dptr, unsigned int bytesize)
+{
+    __typeof__(&cuMemAlloc) driver = REAL(cuMemAlloc);
+    CUdevice device;
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    if (!dptr || !bytesize || !fgpu_current(&device)) return driver(dptr, bytesize);
+    struct admission admission = fgpu_admission(device, bytesize, FGPU_POOL);
+    if (admission.refusal) return admission.refusal;
+    return fgpu_settled(&admission, driver(dptr, bytesize), 0);
+}
+
+EXPORT CUresult cuMemAllocPitch(CUdeviceptr_v1 *dptr, unsigned int *pPitch, unsigned int WidthInBytes,
+                                unsigned int Height, unsigned int ElementSizeBytes)
+{
+    __typeof__(&cuMemAllocPitch) driver = REAL(cuMemAllocPitch);
+    CUdevice device;
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    if (!dptr || !WidthInBytes || !Height || !fgpu_current(&device))
+        return driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
+    uint64_t row = (WidthInBytes + SMALL_ALIGNMENT - 1) & ~(SMALL_ALIGNMENT - 1);
+    struct admission admission = fgpu_admission(device, row * Height, FGPU_POOL);
+    if (admission.refusal) return admission.refusal;
+    return fgpu_settled(&admission, driver(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes), 0);
+}
+
+/* The memory is mapped later. It is charged here, whether it is ever mapped or not. */
+EXPORT CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *prop,
+                            unsigned long long flags)
+{
+    __typeof__(&cuMemCreate) driver = REAL(cuMemCreate);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    if (!handle || !size || !prop || prop->location.type != CU_MEM_LOCATION_TYPE_DEVICE)
+        return driver(handle, size, prop, flags);
+    struct admission admission = fgpu_admission(prop->location.id, size > FGPU_MOST_BYTES ? TOO_MUCH : size, FGPU_VMM);
+    if (admission.refusal) return admission.refusal;
+    CUresult result = driver(handle, size, prop, flags);
+    return fgpu_settled(&admission, result, result ? 0 : *handle);
+}

@@ -1,0 +1,202 @@
+/*
+ * view.c: a tenant sees its share of a device and its own processes. Owns nothing; reads the pages.
+ *
+ * The driver is always asked first: its errors, its checks of arguments, and its own numbers where they are smaller,
+ * stay. A device that is not in the tenant's pages is shown as the driver shows it.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "account/account.h"
+#include "hooks/view.h"
+#include "link/link.h"
+#include "standalone/standalone.h"
+
+struct share {
+    uint64_t total, free, used;
+};
+
+/* Find the narrowest of the levels that enforce a limit here. Returns false if there is none: then nothing is to be
+ * shown otherwise. A limit below what is used shows as used: a total under it would make programs subtract. `used` is
+ * the tenant's. */
+static bool share_of(struct fgpu_view view, int index, struct share *share)
+{
+    bool limited = false;
+    for (unsigned level = 0; level < view.levels; level++) {
+        const struct fgpu_usage *usage = &view.usage[level].devices[index];
+        uint64_t limit = __atomic_load_n(&usage->limit, __ATOMIC_RELAXED);
+        uint64_t used = __atomic_load_n(&usage->used, __ATOMIC_RELAXED);
+        if (!level) share->used = used;
+        if (limit == FGPU_NO_LIMIT || fgpu_observes(&view.usage[level])) continue;
+        uint64_t shown = limit > used ? limit : used, left = limit > used ? limit - used : 0;
+        if (shown < share->total) share->total = shown;
+        if (left < share->free) share->free = left;
+        limited = true;
+    }
+    if (share->used > share->total) share->used = share->total;
+    if (share->free > share->total - share->used) share->free = share->total - share->used;
+    return limited;
+}
+
+/* Return what to show; false: what the driver shows. For a closed link no agent answers: it is shown that no memory is
+ * free. */
+static bool narrowed(struct fgpu_view view, int index, uint64_t total, uint64_t free, struct share *share)
+{
+    *share = (struct share){total, 0, total};
+    if (view.link == FGPU_CLOSED) return true;
+    if (view.link != FGPU_HELD || index < 0) return false;
+    if (view.cooperative) fgpu_standalone_refresh();
+    share->free = free;
+    return share_of(view, index, share);
+}
+
+/* Frameworks size their pools by this: what it shows as free must be what an allocation would get. */
+EXPORT CUresult cuMemGetInfo_v2(size_t *free, size_t *total)
+{
+    __typeof__(&cuMemGetInfo_v2) driver = REAL(cuMemGetInfo_v2);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(free, total);
+    if (result != CUDA_SUCCESS || !free || !total) return result;
+    struct fgpu_view view = fgpu_look();
+    CUdevice device;
+    int index = -1;
+    if (view.link == FGPU_HELD && fgpu_current(&device)) index = fgpu_index(view.control, device);
+    struct share share;
+    if (narrowed(view, index, *total, *free, &share)) {
+        *total = share.total;
+        *free = share.free;
+    }
+    return result;
+}
+
+EXPORT CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice dev)
+{
+    __typeof__(&cuDeviceTotalMem_v2) driver = REAL(cuDeviceTotalMem_v2);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(bytes, dev);
+    if (result != CUDA_SUCCESS || !bytes) return result;
+    struct fgpu_view view = fgpu_look();
+    int index = view.link == FGPU_HELD ? fgpu_index(view.control, dev) : -1;
+    struct share share;
+    if (narrowed(view, index, *bytes, *bytes, &share)) *bytes = share.total;
+    return result;
+}
+
+/* The 32-bit calls: a number that does not fit is shown as the largest that does. */
+static unsigned int narrow(size_t bytes) { return bytes > UINT32_MAX ? UINT32_MAX : (unsigned int)bytes; }
+
+EXPORT CUresult cuMemGetInfo(unsigned int *free, unsigned int *total)
+{
+    __typeof__(&cuMemGetInfo) driver = REAL(cuMemGetInfo);
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(free, total);
+    if (result != CUDA_SUCCESS || !free || !total || !REAL(cuMemGetInfo_v2)) return result;
+    size_t free_bytes, total_bytes;
+    if (cuMemGetInfo_v2(&free_bytes, &total_bytes) != CUDA_SUCCESS) return result;
+    if (narrow(free_bytes) < *free) *free = narrow(free_bytes);
+    if (narrow(total_bytes) < *total) *total = narrow(total_bytes);
+    return result;
+}
+
+EXPORT CUresult cuDeviceTotalMem(unsigned int *bytes, CUdevice dev)
+{
+    __typeof__(&cuDeviceTotalMem) driver = REAL(cuDeviceTotalMem);
+    size_t total;
+    if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
+    CUresult result = driver(bytes, dev);
+    if (result != CUDA_SUCCESS || !bytes || !REAL(cuDeviceTotalMem_v2)) return result;
+    if (cuDeviceTotalMem_v2(&total, dev) == CUDA_SUCCESS && narrow(total) < *bytes) *bytes = narrow(total);
+    return result;
+}
+
+/* -- NVML */
+
+static int digit(char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1; }
+
+/* Parse "GPU-8-4-4-4-12"; a text with another prefix (MIG-) is not a device of the ledger. */
+static bool parse_uuid(const char *text, uint8_t uuid[16])
+{
+    if (strncmp(text, "GPU-", 4)) return false;
+    text += 4;
+    for (int i = 0; i < 16; i++) {
+        if (*text == '-') text++;
+        int high = digit(text[0]), low = high < 0 ? -1 : digit(text[1]);
+        if (low < 0) return false;
+        uuid[i] = (uint8_t)(high << 4 | low);
+        text += 2;
+    }
+    return !*text;
+}
+
+/* NVML knows devices by handles of its own; only the UUID is the same everywhere. */
+int fgpu_nvml_index(struct fgpu_view view, nvmlDevice_t device)
+{
+    char text[NVML_DEVICE_UUID_V2_BUFFER_SIZE] = "";
+    uint8_t uuid[16];
+    if (view.link != FGPU_HELD || !REAL(nvmlDeviceGetUUID)) return -1;
+    int saved = errno;
+    nvmlReturn_t result = REAL(nvmlDeviceGetUUID)(device, text, sizeof text);
+    errno = saved;
+    return result == NVML_SUCCESS && parse_uuid(text, uuid) ? fgpu_index_of_uuid(view.control, uuid) : -1;
+}
+
+/* Nothing is changed here, but the gatekeeper knows a program that only watches from its first call on. */
+EXPORT nvmlReturn_t nvmlInit(void)
+{
+    fgpu_look();
+    return REAL(nvmlInit) ? REAL(nvmlInit)() : NVML_ERROR_FUNCTION_NOT_FOUND;
+}
+
+EXPORT nvmlReturn_t nvmlInit_v2(void)
+{
+    fgpu_look();
+    return REAL(nvmlInit_v2) ? REAL(nvmlInit_v2)() : NVML_ERROR_FUNCTION_NOT_FOUND;
+}
+
+EXPORT nvmlReturn_t nvmlInitWithFlags(unsigned int flags)
+{
+    fgpu_look();
+    return REAL(nvmlInitWithFlags) ? REAL(nvmlInitWithFlags)(flags) : NVML_ERROR_FUNCTION_NOT_FOUND;
+}
+
+/* With confidential computing all memory of a tenant is of the protected kind, so this call shows it too. */
+#define SHOW_MEMORY(name)                                                                                              \
+    EXPORT nvmlReturn_t name(nvmlDevice_t device, nvmlMemory_t *memory)                                                \
+    {                                                                                                                  \
+        __typeof__(&name) driver = REAL(name);                                                                         \
+        if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;                                                             \
+        nvmlReturn_t result = driver(device, memory);                                                                  \
+        if (result != NVML_SUCCESS) return result;                                                                     \
+        struct fgpu_view view = fgpu_look();                                                                           \
+        struct share share;                                                                                            \
+        if (narrowed(view, fgpu_nvml_index(view, device), memory->total, memory->free, &share)) {                      \
+            memory->total = share.total;                                                                               \
+            memory->free = share.free;                                                                                 \
+            memory->used = share.used;                                                                                 \
+        }                                                                                                              \
+        return result;                                                                                                 \
+    }
+
+SHOW_MEMORY(nvmlDeviceGetMemoryInfo)
+SHOW_MEMORY(nvmlDeviceGetConfComputeProtectedMemoryUsage)
+
+/* The driver has checked the caller's version field. */
+EXPORT nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *memory)
+{
+    __typeof__(&nvmlDeviceGetMemoryInfo_v2) driver = REAL(nvmlDeviceGetMemoryInfo_v2);
+    if (!driver) return NVML_ERROR_FUNCTION_NOT_FOUND;
+    nvmlReturn_t result = driver(device, memory);
+    if (result != NVML_SUCCESS) return result;
+    struct fgpu_view view = fgpu_look();
+    struct share share;
+    if (narrowed(view, fgpu_nvml_index(view, device), memory->total, memory->free, &share)) {
+        memory->total = share.total;
+        memory->free = share.free;
+        memory->used = share.used;
+        /* As in the driver's own answer, the three numbers make up the total. The driver's reserve lies outside every
+         * share. What others hold of a group's limit, or of a device that is promised twice, can be neither used nor
+         * free. */
+        memory->reserved = share.total - share.free - share.used;
+    }
+    return result;
+}

@@ -1,0 +1,254 @@
+/*
+ * hello.c: one question to the gatekeeper, and its answer made into mapped pages. Owns the region in which the pages
+ * lie.
+ *
+ * System calls are made directly. The library functions are cancellation points, and a thread cancelled in one of them
+ * would leave a descriptor behind. All descriptors are closed before a function returns, whatever the answer was.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "link/hello.h"
+
+#define SET_PAGES (2 + FGPU_LEVELS)
+#define SET_BYTES (SET_PAGES * FGPU_PAGE_BYTES)
+#define FIRST_RETRY_NS 10000000ULL
+#define LAST_RETRY_NS 100000000ULL
+#define MOST_DESCRIPTORS 8
+
+struct answer {
+    /* A newer gatekeeper may send a longer answer; the first bytes mean the same. */
+    union {
+        struct fgpu_answer head;
+        char bytes[2 * sizeof(struct fgpu_answer)];
+    };
+    int descriptors[MOST_DESCRIPTORS];
+    unsigned count;
+};
+
+static _Atomic(char *) region;
+
+char *fgpu_set(unsigned set)
+{
+    char *base = atomic_load_explicit(&region, memory_order_acquire);
+    return base ? base + set * SET_BYTES : NULL;
+}
+
+/* Reserve the region, once, also for forked children: a child maps its own pages over those that it inherited. */
+static bool reserve(void)
+{
+    if (atomic_load_explicit(&region, memory_order_acquire)) return true;
+    char *base = mmap(NULL, 2 * SET_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0), *none = NULL;
+    if (base == MAP_FAILED) return false;
+    if (!atomic_compare_exchange_strong(&region, &none, base)) munmap(base, 2 * SET_BYTES);
+    return true;
+}
+
+void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *note)
+{
+    const uint64_t *boot = (const uint64_t *)(const void *)control->boot;
+    uint64_t epoch = __atomic_load_n(&control->epoch, __ATOMIC_RELAXED);
+    for (int i = 0; i < 2; i++)
+        atomic_store_explicit(&note->boot[i], __atomic_load_n(&boot[i], __ATOMIC_RELAXED), memory_order_relaxed);
+    atomic_store_explicit(&note->epoch, epoch, memory_order_relaxed);
+}
+
+/* Return whether an agent is or was on this host. A host without the service has no such directory. `fgpu detach` sets
+ * the sticky bit on the directory that containers have mounted. A directory that was removed under a mount is still
+ * there, without a link: an agent was here and is silent. */
+static bool agent_here(void)
+{
+    struct stat status;
+    if (syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR, &status, AT_SYMLINK_NOFOLLOW))
+        return errno != ENOENT && errno != ENOTDIR;
+    return S_ISDIR(status.st_mode) && !(status.st_mode & S_ISVTX);
+}
+
+/* Return whether any user could have made the directory. In an image that has a limit, any user may be able to put a
+ * folder into /run/fgpu, and a socket that keeps others waiting. The agent's directory belongs to root or is mounted,
+ * whatever user owns it in a user namespace. */
+static bool anybodys(void)
+{
+    struct stat status, around;
+    if (syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR, &status, AT_SYMLINK_NOFOLLOW)) return false;
+    if (status.st_mode & (S_IWGRP | S_IWOTH)) return true;
+    if (!status.st_uid || syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR "/..", &around, 0)) return false;
+    return around.st_mode & (S_IWGRP | S_IWOTH) && status.st_dev == around.st_dev;
+}
+
+/* Return whether the socket is there. A gatekeeper that exits leaves its socket, and the next one renames its own over
+ * it. A folder that was removed had one. */
+static bool socket_here(void)
+{
+    struct stat status;
+    if (!syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET, &status, 0) || errno != ENOENT) return true;
+    return !syscall(SYS_newfstatat, AT_FDCWD, FGPU_SOCKET_DIR, &status, AT_SYMLINK_NOFOLLOW) && !status.st_nlink;
+}
+
+/* Write a message to stderr. stderr may be a pipe without a reader (SIGPIPE), a full pipe (the write would block), or
+ * by now another file of the program. */
+void fgpu_say(const char *text)
+{
+    struct stat status;
+    struct pollfd ready = {.fd = 2, .events = POLLOUT};
+    struct timespec none = {0, 0};
+    if (syscall(SYS_fstat, 2, &status) || S_ISSOCK(status.st_mode) || S_ISBLK(status.st_mode)) return;
+    if (syscall(SYS_ppoll, &ready, 1, &none, NULL, 0) == 1 && ready.revents == POLLOUT)
+        syscall(SYS_write, 2, text, strlen(text));
+}
+
+/* Wait for an answer (or, without a socket, for time to pass) but not beyond the deadline. */
+static bool wait_for(int socket, uint64_t deadline)
+{
+    struct pollfd event = {.fd = socket, .events = POLLIN};
+    for (uint64_t now; (now = fgpu_now()) < deadline;) {
+        struct timespec left = {(time_t)((deadline - now) / 1000000000), (long)((deadline - now) % 1000000000)};
+        long ready = syscall(SYS_ppoll, &event, 1, &left, NULL, 0);
+        if (ready > 0) return true;
+        if (ready < 0 && errno != EINTR) return false;
+    }
+    return false;
+}
+
+/*
+ * Send a hello. Nothing in it is identity: the gatekeeper asks the kernel for the peer's. The socket does not block:
+ * the queue of a gatekeeper that hangs is full, and the program must not hang too.
+ */
+static bool ask(int socket, const struct fgpu_note *before)
+{
+    static const struct sockaddr_un address = {.sun_family = AF_UNIX, .sun_path = FGPU_SOCKET};
+    struct fgpu_hello hello = {.magic = FGPU_MAGIC, .version = FGPU_LAYOUT, .size = sizeof hello};
+    const uint64_t boot[2] = {before->boot[0], before->boot[1]};
+    memcpy(hello.boot, boot, sizeof hello.boot);
+    if (syscall(SYS_connect, socket, &address, sizeof address)) return false;
+    return syscall(SYS_sendto, socket, &hello, sizeof hello, MSG_NOSIGNAL, NULL, 0) == sizeof hello;
+}
+
+/* Receive an answer. RETRY: the connection ended without an answer. SILENT: an answer that is not understood. */
+static enum fgpu_outcome receive(int socket, struct answer *answer)
+{
+    union {
+        char bytes[CMSG_SPACE(MOST_DESCRIPTORS * sizeof(int))];
+        struct cmsghdr align;
+    } control;
+    struct iovec vector = {answer->bytes, sizeof answer->bytes};
+    struct msghdr message = {
+        .msg_iov = &vector, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    long length = syscall(SYS_recvmsg, socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    if (length < 0) return FGPU_IS_RETRY;
+    /* Collect all descriptors before judging the message: this process must close them, wanted or not. */
+    for (struct cmsghdr *part = CMSG_FIRSTHDR(&message); part; part = CMSG_NXTHDR(&message, part)) {
+        if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
+        size_t count = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        for (size_t i = 0; i < count && answer->count < MOST_DESCRIPTORS; i++)
+            memcpy(&answer->descriptors[answer->count++], CMSG_DATA(part) + i * sizeof(int), sizeof(int));
+    }
+    if (!length)
+        return FGPU_IS_RETRY; /* the end of the connection, or an empty message, which may carry descriptors too */
+    const struct fgpu_answer *head = &answer->head;
+    if (message.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) return FGPU_IS_SILENT;
+    if ((size_t)length < sizeof *head || head->magic != FGPU_MAGIC || head->version != FGPU_LAYOUT ||
+        head->size != length)
+        return FGPU_IS_SILENT;
+    if (head->code == FGPU_CODE_UNMANAGED && answer->count) return FGPU_IS_FREE;
+    if (head->code == FGPU_CODE_MANAGED && head->levels && head->levels <= FGPU_LEVELS &&
+        answer->count == 2 + head->levels)
+        return FGPU_IS_HELD;
+    return FGPU_IS_SILENT;
+}
+
+/* Map a page of an answer. The first read of a file that is too short would kill the program by SIGBUS. A BPF map
+ * reports size 0 and checks its own length. */
+static bool map_page(char *at, int descriptor, int protection)
+{
+    struct stat status;
+    if (syscall(SYS_fstat, descriptor, &status)) return false;
+    if (S_ISREG(status.st_mode) && status.st_size < FGPU_PAGE_BYTES) return false;
+    return mmap(at, FGPU_PAGE_BYTES, protection, MAP_SHARED | MAP_FIXED, descriptor, 0) == at;
+}
+
+/*
+ * Map all pages or none. The set is not in use yet; the caller puts it in use only after all checks here have passed. A
+ * usage page without a version was never written by the kernel side and would deny everything.
+ */
+static enum fgpu_outcome map_set(const struct answer *answer, unsigned set, enum fgpu_outcome outcome)
+{
+    char *base = fgpu_set(set);
+    unsigned pages = outcome == FGPU_IS_HELD ? 2 + answer->head.levels : 1;
+    for (unsigned i = 0; i < pages; i++) {
+        char *at = base + i * FGPU_PAGE_BYTES;
+        if (map_page(at, answer->descriptors[i], i == 1 ? PROT_READ | PROT_WRITE : PROT_READ)) continue;
+        /* A failed replacement may leave a hole, and a thread that has slept for two hellos might still read there. */
+        mmap(at, FGPU_PAGE_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+        return FGPU_IS_SILENT;
+    }
+    const struct fgpu_control_page *control = (const void *)base;
+    bool managed = control->flags & FGPU_MANAGED;
+    if (control->version != FGPU_LAYOUT || control->device_count > FGPU_DEVICES) return FGPU_IS_SILENT;
+    const struct fgpu_usage_page *usage = (const void *)(base + 2 * FGPU_PAGE_BYTES);
+    for (unsigned i = 2; i < pages; i++)
+        if (usage[i - 2].version != FGPU_LAYOUT) return FGPU_IS_SILENT;
+    return managed == (outcome == FGPU_IS_HELD) ? outcome : FGPU_IS_SILENT;
+}
+
+int fgpu_knock(const struct fgpu_note *before)
+{
+    int socket = (int)syscall(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (socket < 0 || ask(socket, before)) return socket;
+    syscall(SYS_close, socket);
+    return -1;
+}
+
+static enum fgpu_outcome once(int socket, uint64_t deadline, unsigned set, struct fgpu_note *note, unsigned *levels)
+{
+    struct answer answer = {.count = 0};
+    enum fgpu_outcome outcome = FGPU_IS_RETRY;
+    if (socket < 0) return FGPU_IS_RETRY;
+    if (!wait_for(socket, deadline)) goto out;
+    outcome = receive(socket, &answer);
+    if (outcome == FGPU_IS_FREE || outcome == FGPU_IS_HELD) {
+        outcome = reserve() ? map_set(&answer, set, outcome) : FGPU_IS_SILENT;
+        *levels = answer.head.levels;
+    }
+    if (outcome == FGPU_IS_FREE || outcome == FGPU_IS_HELD) {
+        fgpu_read_note((const void *)fgpu_set(set), note);
+        note->epoch = answer.head.epoch; /* the epoch of the answer; the page may already have a later one */
+    }
+out:
+    for (unsigned i = 0; i < answer.count; i++) syscall(SYS_close, answer.descriptors[i]);
+    syscall(SYS_close, socket);
+    return outcome;
+}
+
+enum fgpu_outcome fgpu_hello(int *asked, uint64_t deadline, const struct fgpu_note *before, unsigned set,
+                             struct fgpu_note *note, unsigned *levels)
+{
+    /* Look for the directory each time: it may be removed during the wait. */
+    for (uint64_t step = FIRST_RETRY_NS;; step = step < LAST_RETRY_NS / 2 ? 2 * step : LAST_RETRY_NS) {
+        if (!agent_here()) return FGPU_IS_ABSENT;
+        if (anybodys()) return FGPU_IS_EMPTY;
+        int socket = *asked < 0 ? fgpu_knock(before) : *asked;
+        *asked = -1;
+        enum fgpu_outcome outcome = once(socket, deadline, set, note, levels);
+        if (outcome != FGPU_IS_RETRY) return outcome;
+        bool empty = !socket_here(); /* an agent that starts makes the folder first */
+        uint64_t now = fgpu_now();
+        if (now + (empty ? LAST_RETRY_NS : FIRST_RETRY_NS) >= deadline) return empty ? FGPU_IS_EMPTY : FGPU_IS_SILENT;
+        /* Each pause is longer and has a random part: processes that are refused together must not come back together.
+         * The last try is just before the deadline. */
+        uint64_t pause = step / 2 + (now * 0x9e3779b97f4a7c15ULL >> 32) % (step / 2);
+        uint64_t left = deadline - FIRST_RETRY_NS - now;
+        wait_for(-1, now + (pause < left ? pause : left));
+    }
+}

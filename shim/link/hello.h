@@ -1,0 +1,21 @@
+/* hello.h: between link.c (when to say hello) and hello.c (how). */
+#ifndef FGPU_HELLO_H
+#define FGPU_HELLO_H
+
+#include "base/own.h"
+
+enum fgpu_outcome { FGPU_IS_SILENT, FGPU_IS_ABSENT, FGPU_IS_EMPTY, FGPU_IS_FREE, FGPU_IS_HELD, FGPU_IS_RETRY };
+
+HIDDEN void fgpu_say(const char *text);
+HIDDEN char *fgpu_set(unsigned set); /* control, status, usage pages leaf first; NULL before a hello succeeded */
+HIDDEN void fgpu_read_note(const struct fgpu_control_page *control, struct fgpu_note *note);
+
+/* Ask the gatekeeper. Returns the socket at which it was asked, or -1: it could not be asked. */
+HIDDEN int fgpu_knock(const struct fgpu_note *before);
+
+/* Ask the gatekeeper until the deadline; fill the pages of `set`, its note and levels when FREE or HELD. The first
+ * answer is read from the socket `asked`, if it is not -1; afterwards that socket is closed and `asked` is -1. */
+HIDDEN enum fgpu_outcome fgpu_hello(int *asked, uint64_t deadline, const struct fgpu_note *before, unsigned set,
+                                    struct fgpu_note *note, unsigned *levels);
+
+#endif

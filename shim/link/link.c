@@ -1,0 +1,273 @@
+/*
+ * link.c: whether an agent decides for this process, and where the pages are. Owns the state of this process and its
+ * mapped pages; decides no allocation. A failure leaves the state as it was, or closed; the state is never a guess.
+ *
+ * Two sets of six pages lie in one region that is reserved once. A hello fills the set that is not in use, and one
+ * store of the state word puts that set in use. So a reader has all of the old pages or all of the new ones, and no
+ * address ever dangles.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <linux/futex.h>
+
+#include "base/clock.h"
+#include "base/own.h"
+#include "link/hello.h"
+#include "link/link.h"
+#include "standalone/standalone.h"
+
+/*
+ * FRESH -> OPEN       no socket directory: this host has no agent. For good, unless the image has a limit.
+ *       -> CLOSED     the directory is there, but no answer in time: admissions are refused. Hello again each second.
+ *       -> UNMANAGED  answered: this process is not managed. Its control page says when that may have changed.
+ *       -> HELD       answered with pages, and the probes answered too.
+ * UNMANAGED, HELD: hello again when the page's writer is silent or says so; without an answer they stay as they are.
+ * HELD -> OPEN when the probes are gone and the directory too: `fgpu detach`.
+ * OPEN and UNMANAGED are COOPERATIVE besides if the image has a limit: callers see a HELD link, whose pages are made
+ * from the standalone ledger of this container. That state is checked once a second. An agent that answers takes over;
+ * if an agent was there and is silent, the state stays HELD or CLOSED.
+ */
+#define COOPERATIVE (1u << 9)
+#define SECOND FGPU_SECOND_NS
+#define COLD __attribute__((cold)) /* small, not fast: runs once a second at most */
+#define FIRST_NS (2 * SECOND)      /* an upgrade of the gatekeeper fits into this */
+#define ANSWERED_NS (SECOND / 4)   /* the heartbeat's period: the epoch is no newer */
+#define CLOSED_NS (SECOND / 10)    /* this thread's allocation waits for the answer */
+#define AGAIN_NS (SECOND / 50)     /* the pages in use still hold, so the program must not notice */
+#define PAUSE_NS 4000000           /* the pauses after it are four times as long as the one before */
+#define ABANDONED_NS (5 * SECOND)  /* a signal handler may have jumped out of a hello */
+
+static struct fgpu_own *const own = &fgpu_own_page.own;
+static _Atomic bool unwiped;
+
+static enum fgpu_link link_of(uint32_t word) { return word & 0xff; }
+static unsigned set_of(uint32_t word) { return word >> 8 & 1; }
+
+/* Return the view of the pages that the gatekeeper gave. */
+static struct fgpu_view given(uint32_t word)
+{
+    struct fgpu_view view = {.link = link_of(word)};
+    if (view.link < FGPU_UNMANAGED) return view;
+    char *set = fgpu_set(set_of(word));
+    view.control = (const void *)set;
+    if (view.link == FGPU_HELD) {
+        view.levels = word >> 16;
+        view.usage = (const void *)(set + 2 * FGPU_PAGE_BYTES);
+        view.status = (void *)(set + FGPU_PAGE_BYTES);
+    }
+    return view;
+}
+
+static struct fgpu_view view_of(uint32_t word)
+{
+    return LIKELY(!(word & COOPERATIVE)) ? given(word) : fgpu_standalone_view();
+}
+
+static uint32_t load(void)
+{
+    if (atomic_load_explicit(&unwiped, memory_order_relaxed)) {
+        int pid = (int)syscall(SYS_getpid); /* an old C library caches it, which a direct clone() makes wrong */
+        if (atomic_load_explicit(&own->pid, memory_order_relaxed) != pid) {
+            memset(&fgpu_own_page, 0, sizeof fgpu_own_page);
+            atomic_store_explicit(&own->pid, pid, memory_order_relaxed);
+        }
+    }
+    return atomic_load_explicit(&own->word, memory_order_acquire);
+}
+
+/* Take the turn to say hello. It is no lock: it runs out by itself if the thread dies, and a forked child has its
+ * own. */
+static bool take(uint64_t now, uint64_t until)
+{
+    uint64_t was = atomic_load(&own->busy_until_ns);
+    return was <= now && atomic_compare_exchange_strong(&own->busy_until_ns, &was, until);
+}
+
+/* Return the word for a process for which no agent decides: the image may have a limit. */
+static COLD uint32_t without_agent(uint32_t word)
+{
+    switch (fgpu_standalone_join()) {
+    case FGPU_STANDALONE_FREE:
+        return word;
+    case FGPU_STANDALONE_BARE:
+        return FGPU_CLOSED;
+    default:
+        return word | COOPERATIVE;
+    }
+}
+
+/* Wait between two hellos of which the kernel did not hear the first. Returns false if the deadline comes before the
+ * second. */
+static COLD bool pause_before(unsigned round, uint64_t deadline)
+{
+    uint64_t pause_ns = (uint64_t)PAUSE_NS << 2 * (round - 1), now = fgpu_now();
+    if (now + pause_ns >= deadline) return false;
+    struct timespec time = {0, (long)pause_ns};
+    syscall(SYS_nanosleep, &time, NULL);
+    return true;
+}
+
+/* Say hello within the deadline, and again if the kernel does not answer on its pages. Returns the word of the state
+ * that follows. The caller holds the turn. */
+static COLD uint32_t hello(uint32_t word, int *asked, uint64_t now, uint64_t patience, bool unanswered)
+{
+    unsigned set = set_of(word) ^ 1;
+    struct fgpu_note *note = &own->notes[set];
+    unsigned levels = 0;
+    enum fgpu_outcome outcome = FGPU_IS_SILENT;
+    for (unsigned round = 0; round < FGPU_HELLO_ROUNDS; round++) {
+        if (round && !pause_before(round, now + patience)) break;
+        outcome = fgpu_hello(asked, now + patience, &own->notes[set_of(word)], set, note, &levels);
+        if (outcome != FGPU_IS_HELD) break;
+        /* By this question the kernel learns that this process has the shim, and the shim that the probes are there. A
+         * level that gets a limit between the gatekeeper's answer and this question has another page; the next answer
+         * has that page. */
+        uint32_t next = FGPU_HELD | set << 8 | levels << 16;
+        if (fgpu_is_heard(given(next), fgpu_ticket(), round)) return next;
+        outcome = FGPU_IS_SILENT;
+    }
+    if (outcome == FGPU_IS_FREE) return without_agent(FGPU_UNMANAGED | set << 8);
+    /* While this process has pages, the kernel enforces with or without a gatekeeper, and an upgrade may be going
+     * on. */
+    bool keeps = link_of(word) >= FGPU_UNMANAGED;
+    if (outcome == FGPU_IS_ABSENT && (!keeps || unanswered)) return without_agent(FGPU_OPEN);
+    if (word & COOPERATIVE && fgpu_standalone_join() >= FGPU_STANDALONE_ALONE) return word;
+    /* No gatekeeper has ever answered there. One that has answered, and is silent now, may have had a tighter limit. */
+    uint32_t open = outcome == FGPU_IS_EMPTY && !keeps ? without_agent(FGPU_OPEN) : word;
+    if (open & COOPERATIVE) return open;
+    return keeps ? word : FGPU_CLOSED;
+}
+
+/* Say hello if the turn is free. A thread that does not get the turn goes on with the current state: threads wait for
+ * the first hello only. */
+static COLD uint32_t say_hello(uint32_t word, int *asked, uint64_t now, uint64_t patience, bool unanswered)
+{
+    uint64_t mark = now + patience + ABANDONED_NS;
+    if (!take(now, mark)) return word;
+    uint32_t latest = load();
+    if (latest == word) { /* else another thread was faster */
+        atomic_store(&own->next_ns, now + SECOND);
+        latest = hello(word, asked, now, patience, unanswered);
+        /* A hello that is answered costs the gatekeeper little, and a program that is moved must not wait a second to
+         * learn of it. */
+        if (latest != word) atomic_store(&own->next_ns, now + ANSWERED_NS);
+        if (atomic_load(&own->busy_until_ns) == mark) atomic_store_explicit(&own->word, latest, memory_order_release);
+    }
+    atomic_compare_exchange_strong(&own->busy_until_ns, &mark, 0);
+    if (link_of(word) == FGPU_FRESH) syscall(SYS_futex, &own->word, FUTEX_WAKE_PRIVATE, 1 << 30, NULL, NULL, 0);
+    return latest;
+}
+
+/* Say the first hello. One thread does; the others wait as long as it may take, and then count it as unanswered. */
+static COLD uint32_t first(int *asked)
+{
+    if (madvise(&fgpu_own_page, sizeof fgpu_own_page, MADV_WIPEONFORK) && !atomic_exchange(&unwiped, true)) load();
+    uint64_t now = fgpu_now(), deadline = now + FIRST_NS;
+    for (;;) {
+        uint32_t word = load();
+        if (link_of(word) == FGPU_FRESH) word = say_hello(word, asked, now, FIRST_NS, false);
+        if (link_of(word) != FGPU_FRESH) return word;
+        now = fgpu_now();
+        if (now >= deadline) return FGPU_CLOSED;
+        struct timespec left = {(time_t)((deadline - now) / SECOND), (long)((deadline - now) % SECOND)};
+        syscall(SYS_futex, &own->word, FUTEX_WAIT_PRIVATE, word, &left, NULL, 0);
+        now = fgpu_now();
+    }
+}
+
+/* Say hello again if it is due. The clock alone paces hellos, so waiting processes do not load a gatekeeper in
+ * trouble. */
+static COLD uint32_t again(uint32_t word, uint64_t now, uint64_t patience, bool unanswered)
+{
+    int nowhere = -1;
+    if (now < atomic_load_explicit(&own->next_ns, memory_order_relaxed)) return word;
+    return say_hello(word, &nowhere, now, patience, unanswered);
+}
+
+/* Return whether the page's writer is gone, or has changed what it decided for this process. */
+static bool stale(uint32_t word, uint64_t now)
+{
+    const struct fgpu_control_page *control = given(word).control;
+    struct fgpu_note seen, *note = &own->notes[set_of(word)];
+    fgpu_read_note(control, &seen);
+    uint64_t heartbeat = __atomic_load_n(&control->heartbeat_ns, __ATOMIC_RELAXED);
+    return (now > heartbeat && now - heartbeat > FGPU_LEASE_NS) || seen.epoch != note->epoch ||
+           seen.boot[0] != note->boot[0] || seen.boot[1] != note->boot[1];
+}
+
+static uint32_t current(void)
+{
+    int nowhere = -1;
+    uint32_t word = load();
+    if (link_of(word) == FGPU_FRESH) return first(&nowhere);
+    if (word == FGPU_OPEN) return word;
+    uint64_t now = fgpu_read_clock(CLOCK_MONOTONIC); /* each allocation reads the clock here, so in place */
+    if (link_of(word) == FGPU_OPEN) return again(word, now, AGAIN_NS, false);
+    if (link_of(word) == FGPU_CLOSED) return again(word, now, CLOSED_NS, false);
+    return stale(word, now) ? again(word, now, AGAIN_NS, false) : word;
+}
+
+/*
+ * Ask the gatekeeper and do not wait. The driver takes milliseconds to initialise, seconds where many processes start
+ * at once, and the gatekeeper can answer meanwhile. Nothing of this is in shared state but a descriptor: any other
+ * thread says a hello of its own.
+ */
+COLD int fgpu_announce(void)
+{
+    int saved = errno, asked = -1;
+    if (link_of(load()) == FGPU_FRESH) asked = fgpu_knock(&own->notes[0]);
+    errno = saved;
+    return asked;
+}
+
+COLD void fgpu_arrive(int asked)
+{
+    int saved = errno;
+    if (link_of(load()) == FGPU_FRESH) first(&asked);
+    if (asked >= 0) syscall(SYS_close, asked);
+    fgpu_look();
+    errno = saved;
+}
+
+struct fgpu_view fgpu_glance(void) { return view_of(load()); }
+
+static COLD const char *text_of(uint32_t word)
+{
+    if (link_of(word) == FGPU_CLOSED) return "fgpu: the agent does not answer: device memory is refused\n";
+    if (!(word & COOPERATIVE)) return "fgpu: no agent on this host: not enforced\n";
+    return fgpu_standalone_join() == FGPU_STANDALONE_WITH
+               ? "fgpu: no agent: the image's limit, as far as this container's programs keep it together\n"
+               : "fgpu: no agent, and no place for books in /run/fgpu: the image's limit for each process by itself\n";
+}
+
+struct fgpu_view fgpu_look(void)
+{
+    int saved = errno;
+    uint32_t word = current(), bit = 1u << (word & COOPERATIVE ? FGPU_HELD : link_of(word));
+    if (LIKELY(bit == 1u << FGPU_HELD && !(word & COOPERATIVE))) goto out;
+    if (bit != 1u << FGPU_UNMANAGED && !(atomic_fetch_or(&own->said, bit) & bit)) fgpu_say(text_of(word));
+out:
+    errno = saved;
+    return view_of(word);
+}
+
+COLD struct fgpu_view fgpu_insist(void)
+{
+    int saved = errno;
+    uint32_t word = load();
+    if (link_of(word) == FGPU_HELD) {
+        /* Wait rather than refuse: the gatekeeper answered a moment ago, and will again. */
+        uint64_t now = fgpu_now(), next = atomic_load_explicit(&own->next_ns, memory_order_relaxed);
+        struct timespec left = {0, (long)(next - now)};
+        if (next > now && next - now <= ANSWERED_NS) syscall(SYS_nanosleep, &left, NULL);
+        word = again(word, fgpu_now(), CLOSED_NS, true);
+    }
+    errno = saved;
+    return view_of(word);
+}

@@ -1,0 +1,73 @@
+/*
+ * verdict.c: one question to the kernel's probe, and its answer on the usage page. Owns nothing; reads the pages.
+ *
+ * Processes of one level share the page and its slots. A tagged answer is in the array whose tags the kernel's program
+ * alone chooses, so no other process can have written the answer that this one waits for. A control page without a tag
+ * comes from an older gatekeeper: then the ticket alone identifies the answer.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "link/link.h"
+
+#define ASKS 64
+
+#ifdef __x86_64__
+#define RELAX() __builtin_ia32_pause()
+#else
+#define RELAX() __asm__ volatile("yield")
+#endif
+
+/* Pause before asking again. Two threads that ask in one slot at the same pace may each overwrite the answer that the
+ * other is about to read, again and again. Each waits for a random time, longer every time, and in the end asleep. */
+static void step_aside(uint64_t ticket, int asked)
+{
+    uint64_t random = (ticket + (uint64_t)asked) * 0x9e3779b97f4a7c15ULL >> 32;
+    if (asked < ASKS / 2) {
+        for (uint64_t i = random & ((1u << (asked < 8 ? asked : 8)) - 1); i; i--) RELAX();
+        return;
+    }
+    int saved = errno;
+    struct timespec moment = {0, 20000 + (long)(random & 0x1ffff)};
+    syscall(SYS_nanosleep, &moment, NULL);
+    errno = saved;
+}
+
+/* Return the answer to this ticket, or FGPU_AGAIN. `tag` 0: the question had no tag. */
+static int answer(const struct fgpu_usage_page *page, uint64_t ticket, uint64_t tag)
+{
+    const uint64_t *slots = (const uint64_t *)(tag ? page->answers : page->verdicts);
+    uint64_t wanted = tag ? tag << (FGPU_TAG_SHIFT - 2) | (ticket & FGPU_TICKET_BITS) : ticket;
+    uint64_t word = __atomic_load_n(&slots[ticket & (FGPU_VERDICTS - 1)], __ATOMIC_RELAXED);
+    return LIKELY(word >> 2 == wanted) ? (int)(word & 3) : FGPU_AGAIN;
+}
+
+/* Ask, from attempt `from` to attempt `to`. The probe runs inside fgpu_admit_here. If another thread or process has
+ * written the slot since, ask with the same ticket again: the kernel gives the same answer. Read the tag each time: the
+ * page may have another one by now. */
+static int ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket, int from, int to)
+{
+    for (int i = from; i < to; i++) {
+        step_aside(ticket, i);
+        uint64_t tag = __atomic_load_n(&view.control->tag, __ATOMIC_RELAXED);
+        fgpu_admit_here(device, bytes, tag ? kind | FGPU_TAGGED : kind, ticket);
+        int verdict = answer(view.usage, ticket, tag);
+        if (LIKELY(verdict != FGPU_AGAIN)) return verdict;
+    }
+    return -1;
+}
+
+int fgpu_ask(struct fgpu_view view, unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket)
+{
+    return ask(view, device, bytes, kind, ticket, 0, ASKS);
+}
+
+/* All rounds together ask as often as one other question. */
+bool fgpu_is_heard(struct fgpu_view view, uint64_t ticket, unsigned round)
+{
+    int each = ASKS / FGPU_HELLO_ROUNDS, from = each * (int)round;
+    return ask(view, 0, 0, FGPU_HELLO, ticket, from, from + each) >= 0;
+}

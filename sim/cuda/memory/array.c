@@ -1,0 +1,221 @@
+/* Arrays: memory with a shape. They take extent x format bytes of the device, as any allocation, and have no address
+ * that a program sees. */
+#include "cuda/core/capture_state.h"
+#include "cuda/memory/memory.h"
+
+#include <stdlib.h>
+
+struct array {
+    CUDA_ARRAY3D_DESCRIPTOR descriptor;
+    CUdeviceptr memory;
+    bool is_mipmapped;
+    unsigned levels;
+    struct array *parent; /* of a level, which has no memory of its own */
+    unsigned level;
+    struct context *context;
+    struct array *next;
+};
+
+static struct array *arrays;
+
+static size_t format_bytes(CUarray_format format)
+{
+    switch ((int)format) {
+    case CU_AD_FORMAT_UNSIGNED_INT8:
+    case CU_AD_FORMAT_SIGNED_INT8:
+        return 1;
+    case CU_AD_FORMAT_UNSIGNED_INT16:
+    case CU_AD_FORMAT_SIGNED_INT16:
+    case CU_AD_FORMAT_HALF:
+        return 2;
+    case CU_AD_FORMAT_UNSIGNED_INT32:
+    case CU_AD_FORMAT_SIGNED_INT32:
+    case CU_AD_FORMAT_FLOAT:
+        return 4;
+    default:
+        return 0;
+    }
+}
+
+static size_t at_least_one(size_t n) { return n ? n : 1; }
+
+/* Returns false where the product does not fit or the shape is invalid. */
+static bool size_of(const CUDA_ARRAY3D_DESCRIPTOR *d, unsigned level, size_t *size)
+{
+    size_t element = format_bytes(d->Format) * d->NumChannels;
+    bool counts = d->NumChannels == 1 || d->NumChannels == 2 || d->NumChannels == 4;
+    if (!element || !counts || !d->Width) return false;
+    size_t width = at_least_one(d->Width >> level), height = at_least_one(d->Height >> level);
+    return !__builtin_mul_overflow(element, width, size) && !__builtin_mul_overflow(*size, height, size) &&
+           !__builtin_mul_overflow(*size, at_least_one(d->Depth >> level), size);
+}
+
+static CUresult create(void **out, const CUDA_ARRAY3D_DESCRIPTOR *descriptor, unsigned levels, bool is_mipmapped)
+{
+    struct context *context;
+    CUresult result = sim_enter(&context);
+    if (result) return result;
+    result = capture_permits();
+    if (result) return sim_leave(result);
+    if (!out || !descriptor || !levels || levels > 32) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    size_t total = 0, size;
+    for (unsigned level = 0; level < levels; level++)
+        if (!size_of(descriptor, level, &size) || __builtin_add_overflow(total, size, &total))
+            return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    struct array *array = calloc(1, sizeof *array);
+    if (!array) return sim_leave(CUDA_ERROR_OUT_OF_MEMORY);
+    result = memory_allocate(context, total, &array->memory);
+    if (result) {
+        free(array);
+        return sim_leave(result);
+    }
+    array->descriptor = *descriptor;
+    array->is_mipmapped = is_mipmapped;
+    array->levels = levels;
+    array->context = context;
+    array->next = arrays;
+    arrays = array;
+    *out = array;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+static struct array **find(const void *handle, bool is_mipmapped)
+{
+    struct array **at = &arrays;
+    while (*at && (*at != handle || (*at)->is_mipmapped != is_mipmapped)) at = &(*at)->next;
+    return at;
+}
+
+static void forget_levels(const struct array *parent)
+{
+    for (struct array **at = &arrays; *at;) {
+        struct array *array = *at;
+        if (array->parent != parent) {
+            at = &array->next;
+            continue;
+        }
+        *at = array->next;
+        free(array);
+    }
+}
+
+static CUresult destroy(const void *handle, bool is_mipmapped)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    result = capture_permits();
+    if (result) return sim_leave(result);
+    struct array **at = find(handle, is_mipmapped), *array = *at;
+    if (!array || array->parent) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    *at = array->next;
+    forget_levels(array);
+    result = memory_free(array->memory);
+    free(array);
+    return sim_leave(result);
+}
+
+/* The context's memory goes as a whole. This only forgets the handles. */
+void arrays_end(const struct context *context)
+{
+    for (struct array **at = &arrays; *at;) {
+        struct array *array = *at;
+        if (array->context != context) {
+            at = &array->next;
+            continue;
+        }
+        *at = array->next;
+        free(array);
+    }
+}
+
+API cuArray3DCreate_v2(CUarray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR *pAllocateArray)
+{
+    return create((void **)pHandle, pAllocateArray, 1, false);
+}
+
+API cuArrayCreate_v2(CUarray *pHandle, const CUDA_ARRAY_DESCRIPTOR *pAllocateArray)
+{
+    CUDA_ARRAY3D_DESCRIPTOR descriptor = {0};
+    if (pAllocateArray) {
+        descriptor.Width = pAllocateArray->Width;
+        descriptor.Height = pAllocateArray->Height;
+        descriptor.Format = pAllocateArray->Format;
+        descriptor.NumChannels = pAllocateArray->NumChannels;
+    }
+    return create((void **)pHandle, pAllocateArray ? &descriptor : NULL, 1, false);
+}
+
+API cuArrayDestroy(CUarray hArray) { return destroy(hArray, false); }
+
+API cuMipmappedArrayCreate(CUmipmappedArray *pHandle, const CUDA_ARRAY3D_DESCRIPTOR *pDescriptor, unsigned int levels)
+{
+    return create((void **)pHandle, pDescriptor, levels, true);
+}
+
+API cuMipmappedArrayDestroy(CUmipmappedArray hArray) { return destroy(hArray, true); }
+
+static CUresult enter_array(CUarray handle, const void *out, const struct array **array)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    *array = *find(handle, false);
+    if (!out) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    return *array ? CUDA_SUCCESS : sim_leave(CUDA_ERROR_INVALID_HANDLE);
+}
+
+API cuArray3DGetDescriptor_v2(CUDA_ARRAY3D_DESCRIPTOR *pDescriptor, CUarray hArray)
+{
+    const struct array *array;
+    CUresult result = enter_array(hArray, pDescriptor, &array);
+    if (result) return result;
+    *pDescriptor = array->descriptor;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+/* A query of two dimensions returns nothing of the third. */
+API cuArrayGetDescriptor_v2(CUDA_ARRAY_DESCRIPTOR *pDescriptor, CUarray hArray)
+{
+    const struct array *array;
+    CUresult result = enter_array(hArray, pDescriptor, &array);
+    if (result) return result;
+    const CUDA_ARRAY3D_DESCRIPTOR *d = &array->descriptor;
+    *pDescriptor = (CUDA_ARRAY_DESCRIPTOR){
+        .Width = d->Width, .Height = d->Height, .Format = d->Format, .NumChannels = d->NumChannels};
+    return sim_leave(CUDA_SUCCESS);
+}
+
+static size_t halved(size_t extent, unsigned times) { return extent ? at_least_one(extent >> times) : 0; }
+
+static struct array *make_level(struct array *parent, unsigned level)
+{
+    for (struct array *a = arrays; a; a = a->next)
+        if (a->parent == parent && a->level == level) return a;
+    struct array *array = calloc(1, sizeof *array);
+    if (!array) return NULL;
+    array->descriptor = parent->descriptor;
+    array->descriptor.Width = halved(parent->descriptor.Width, level);
+    array->descriptor.Height = halved(parent->descriptor.Height, level);
+    if (!(parent->descriptor.Flags & CUDA_ARRAY3D_LAYERED))
+        array->descriptor.Depth = halved(parent->descriptor.Depth, level);
+    array->parent = parent;
+    array->level = level;
+    array->levels = 1;
+    array->context = parent->context;
+    array->next = arrays;
+    arrays = array;
+    return array;
+}
+
+/* A level exists as long as its mipmapped array, and cannot be destroyed alone. */
+API cuMipmappedArrayGetLevel(CUarray *pLevelArray, CUmipmappedArray hMipmappedArray, unsigned int level)
+{
+    CUresult result = sim_enter_init();
+    if (result) return result;
+    struct array *parent = *find(hMipmappedArray, true);
+    if (!pLevelArray) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    if (!parent) return sim_leave(CUDA_ERROR_INVALID_HANDLE);
+    if (level >= parent->levels) return sim_leave(CUDA_ERROR_INVALID_VALUE);
+    struct array *array = make_level(parent, level);
+    if (array) *pLevelArray = (CUarray)array;
+    return sim_leave(array ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY);
+}

@@ -1,0 +1,194 @@
+/* How much each client holds of each device. Every byte is counted for one context or one process. A device's total
+ * is the sum. */
+#include "server/state.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* The client chooses the ids; they mean nothing to other clients. */
+static struct context *find_context(struct client *client, uint64_t id)
+{
+    for (uint32_t i = 0; i < client->n_contexts; i++)
+        if (client->contexts[i].id == id) return &client->contexts[i];
+    return NULL;
+}
+
+static bool belongs_to_process(uint32_t kind) { return kind == SIM_VMM || kind == SIM_POOL || kind == SIM_GRAPH; }
+
+struct holding *ledger_holding(struct client *client, uint32_t device, uint32_t kind, uint64_t id)
+{
+    if (belongs_to_process(kind)) return id ? NULL : &client->own[device];
+    struct context *context = find_context(client, id);
+    return context && context->device == device ? &context->holding : NULL;
+}
+
+static struct holding *find_holding(struct client *client, const struct sim_request *request)
+{
+    return ledger_holding(client, request->device, request->kind, request->context);
+}
+
+/* Returns what CUDA calls the total of a device. */
+static uint64_t usable(const struct gpu *gpu) { return gpu->info.memory_total - gpu->info.memory_reserved; }
+
+static bool fits(const struct gpu *gpu, uint64_t bytes) { return bytes <= usable(gpu) - gpu->used; }
+
+bool ledger_fits(uint32_t device, uint64_t bytes) { return fits(&server.gpus[device], bytes); }
+
+bool ledger_is_listed(uint32_t kind) { return kind != SIM_PAGES; }
+
+/* Counts memory of the driver itself: the device loses it, but no process list shows it. */
+static void keep(struct gpu *gpu, uint64_t bytes)
+{
+    gpu->used += bytes;
+    gpu->driver += bytes;
+}
+
+static void let_go(struct gpu *gpu, uint64_t bytes)
+{
+    gpu->used -= bytes;
+    gpu->driver -= bytes;
+}
+
+static void take(struct gpu *gpu, uint32_t kind, uint64_t bytes)
+{
+    if (!ledger_is_listed(kind)) gpu->driver += bytes;
+    gpu->used += bytes;
+}
+
+static void give(struct gpu *gpu, uint32_t kind, uint64_t bytes)
+{
+    if (!ledger_is_listed(kind)) gpu->driver -= bytes;
+    gpu->used -= bytes;
+}
+
+void ledger_unname(uint32_t device, uint64_t bytes)
+{
+    server.gpus[device].driver += bytes;
+    server.gpus[device].exported += bytes;
+}
+
+void ledger_name(uint32_t device, uint64_t bytes)
+{
+    server.gpus[device].driver -= bytes;
+    server.gpus[device].exported -= bytes;
+}
+
+bool ledger_take_unnamed(uint32_t device, uint64_t bytes)
+{
+    if (!fits(&server.gpus[device], bytes)) return false;
+    server.gpus[device].used += bytes;
+    ledger_unname(device, bytes);
+    return true;
+}
+
+void ledger_free_unnamed(uint32_t device, uint64_t bytes)
+{
+    server.gpus[device].used -= bytes;
+    ledger_name(device, bytes);
+}
+
+static enum sim_status open_context(struct client *client, const struct sim_request *request)
+{
+    struct gpu *gpu = &server.gpus[request->device];
+    if (!request->context || find_context(client, request->context) || client->n_contexts >= SIM_MAX_CONTEXTS)
+        return SIM_NOT_ALLOWED;
+    if (!fits(gpu, gpu->info.context_bytes + gpu->info.context_overhead)) return SIM_NO_MEMORY;
+    if (client->n_contexts == client->room) {
+        uint32_t room = client->room ? client->room * 2 : 2;
+        struct context *grown = realloc(client->contexts, room * sizeof *grown);
+        if (!grown) return SIM_NO_MEMORY;
+        client->contexts = grown;
+        client->room = room;
+    }
+    struct context *context = &client->contexts[client->n_contexts++];
+    *context = (struct context){.id = request->context, .device = request->device};
+    context->holding.bytes[SIM_CONTEXT] = gpu->info.context_bytes;
+    gpu->used += gpu->info.context_bytes;
+    keep(gpu, gpu->info.context_overhead);
+    return SIM_OK;
+}
+
+/* The first process that initialises wakes the driver, and the last that ends lets it sleep. The driver's memory for
+ * that belongs to no process, and is counted once. */
+enum sim_status ledger_attach(struct client *client)
+{
+    if (client->attached) return SIM_OK;
+    for (uint32_t device = 0; device < server.n_gpus && !server.n_attached; device++)
+        keep(&server.gpus[device], server.gpus[device].info.overhead);
+    server.n_attached++;
+    client->attached = true;
+    return SIM_OK;
+}
+
+static void detach(struct client *client)
+{
+    if (!client->attached) return;
+    client->attached = false;
+    server.n_attached--;
+    for (uint32_t device = 0; device < server.n_gpus && !server.n_attached; device++)
+        let_go(&server.gpus[device], server.gpus[device].info.overhead);
+}
+
+enum sim_status ledger_take(struct client *client, const struct sim_request *request)
+{
+    if (request->kind == SIM_CONTEXT) return open_context(client, request);
+    struct holding *holding = find_holding(client, request);
+    /* Requested sizes are not bounded by the device (managed memory is not), so that their sum must be kept from
+     * wrapping. */
+    if (!holding || request->requested > (1ull << 62) || holding->requested[request->kind] > (1ull << 62))
+        return SIM_NOT_ALLOWED;
+    struct gpu *gpu = &server.gpus[request->device];
+    if (fault_fails(request->kind) || !fits(gpu, request->bytes)) return SIM_NO_MEMORY;
+    take(gpu, request->kind, request->bytes);
+    holding->bytes[request->kind] += request->bytes;
+    holding->requested[request->kind] += request->requested;
+    return SIM_OK;
+}
+
+/* Only a broken or lying client gives back more than it holds. It loses its connection, and with it all memory. */
+bool ledger_give(struct client *client, const struct sim_request *request)
+{
+    struct holding *holding = request->kind == SIM_CONTEXT ? NULL : find_holding(client, request);
+    if (!holding || holding->bytes[request->kind] - holding->shared[request->kind] < request->bytes ||
+        holding->requested[request->kind] < request->requested)
+        return false;
+    give(&server.gpus[request->device], request->kind, request->bytes);
+    holding->bytes[request->kind] -= request->bytes;
+    holding->requested[request->kind] -= request->requested;
+    return true;
+}
+
+static void release(uint32_t device, const struct holding *holding)
+{
+    for (uint32_t kind = 0; kind < SIM_KINDS; kind++) give(&server.gpus[device], kind, holding->bytes[kind]);
+}
+
+static void release_context(const struct context *context)
+{
+    release(context->device, &context->holding);
+    let_go(&server.gpus[context->device], server.gpus[context->device].info.context_overhead);
+}
+
+bool ledger_has_context(struct client *client, const struct sim_request *request)
+{
+    const struct context *context = find_context(client, request->context);
+    return context && context->device == request->device;
+}
+
+void ledger_close(struct client *client, uint64_t id)
+{
+    struct context *context = find_context(client, id);
+    release_context(context);
+    *context = client->contexts[--client->n_contexts];
+}
+
+void ledger_forget(struct client *client)
+{
+    for (uint32_t i = 0; i < client->n_contexts; i++) release_context(&client->contexts[i]);
+    for (uint32_t device = 0; device < server.n_gpus; device++) release(device, &client->own[device]);
+    detach(client);
+    free(client->contexts);
+    client->contexts = NULL;
+    client->n_contexts = client->room = 0;
+    memset(client->own, 0, sizeof client->own);
+}

@@ -1,0 +1,26 @@
+"""Read and count the kernel's events."""
+
+from __future__ import annotations
+
+from fgpu_ebpf import abi
+
+News = abi.News
+
+
+def of(events, level, *kinds):
+    """Events of a level, of these kinds or all but what says that somebody is there."""
+    found = [e for e in events.read() if e.cgroup == level.cgroup]
+    return [e for e in found if (e.kind in kinds if kinds else e.kind not in (News.PROCESS, News.EXECUTED))]
+
+
+def fates(kernel):
+    counts = {c.reason: n for c, n in kernel.ledger.counters().items() if c.kind == abi.Kind.EVENTS}
+    return [counts.get(fate, 0) for fate in abi.Fate]
+
+
+def reasons(kernel, level):
+    return {
+        (abi.Kind(c.kind), abi.Reason(c.reason)): n
+        for c, n in kernel.ledger.counters().items()
+        if c.cgroup == level.cgroup
+    }

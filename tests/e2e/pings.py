@@ -1,0 +1,41 @@
+"""How long the agent takes for a reply while a test does something else."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from tests.support.commands import ask
+
+PAUSE_SECONDS = 0.02
+
+
+class Pings:
+    """Asks the agent by its control socket, in a thread of its own, inside a `with`."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def _ask(self) -> None:
+        while not self._over.wait(PAUSE_SECONDS):
+            begun = time.monotonic()
+            ask(verb="ping")
+            self.seconds.append(time.monotonic() - begun)
+
+    def __enter__(self) -> Pings:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def p99(self) -> float:
+        """Seconds within which 99 of 100 replies came."""
+        return sorted(self.seconds)[len(self.seconds) * 99 // 100]
+
+    def __str__(self) -> str:
+        slowest = max(self.seconds)
+        return f"{len(self.seconds)} replies, 99 of 100 within {self.p99():.3f} s, the slowest after {slowest:.3f} s"

@@ -1,0 +1,143 @@
+"""T46: a workload makes and removes cgroups without number; the agent goes on to serve the others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.pings import Pings
+from tests.e2e.policies_kit import Write
+from tests.support.commands import ask
+from tests.support.commands import metrics as all_metrics
+from tests.support.host import BUILD, CONTEXT, ENVIRONMENT, GIB, MIB, REFUSED, SHIM, cgroup_root
+from tests.support.place import HUB, Place
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
+
+GROUP = "fgpu-floods"
+PROCESSES, MAPPINGS = 150, 30_000
+AT_ONCE, PAUSE_US = 40, 5000  # more than 8,000 events a second: the host's programs tell 4,000
+NEIGHBOURS = 8
+LIMIT, ROOM = GIB, 40 * MIB
+PING_SECONDS, MANAGED_SECONDS = 0.1, 2.0
+USER = 65534
+
+
+class Folder(Place):
+    """Cgroups in one folder, made by hand, with the shim and without a limit of their own."""
+
+    def __init__(self, work: Path) -> None:
+        super().__init__(work)
+        self.root = cgroup_root() / GROUP
+        self.root.mkdir()
+
+    def delegated(self, name: str) -> Path:
+        """A cgroup of user 65534, which may make others inside."""
+        cgroup = self.root / name
+        cgroup.mkdir()
+        for path in (cgroup, cgroup / "cgroup.procs", cgroup / "cgroup.subtree_control"):
+            os.chown(path, USER, USER)
+        return cgroup
+
+    def start(self, name: str) -> Tenant:
+        """A hub in the cgroup of that name, which is there."""
+        cgroup = self.root / name
+        folder = self.work / name
+        folder.mkdir()
+        enter = ["sh", "-c", f'echo $$ >{cgroup}/cgroup.procs && exec sh -c "$0"', HUB]
+        environment = {**ENVIRONMENT, "LD_PRELOAD": str(SHIM)}
+        hub = subprocess.Popen(enter, stdin=subprocess.PIPE, env=environment, cwd=folder)
+        self.tenants.append(Tenant(self, name, f"/{GROUP}/{name}", folder, hub))
+        return self.tenants[-1]
+
+    def close(self) -> None:
+        """Ends every program and removes every cgroup."""
+        super().close()
+        for folder, _, _ in os.walk(self.root, topdown=False):
+            os.rmdir(folder)
+
+
+@pytest.fixture
+def folder(unharmed: None, tmp_path: Path) -> Iterator[Folder]:
+    found = Folder(tmp_path)
+    yield found
+    found.close()
+
+
+@contextlib.contextmanager
+def ready(*command: object) -> Iterator[subprocess.Popen[str]]:
+    """A program that says "ready", and is killed at the end."""
+    with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def crowd(tmp_path: Path) -> Iterator[None]:
+    """Processes of user 65534 whose mappings take long to read."""
+    file = tmp_path / "mapped"
+    file.write_bytes(bytes(3 * 4096))
+    file.chmod(0o644)
+    with ready(BUILD / "e2e/crowd_of_maps", PROCESSES, MAPPINGS, file):
+        yield
+
+
+def lost() -> float:
+    return all_metrics().get(("fgpu_events_lost_total", frozenset({("reason", "rate")})), 0.0)
+
+
+def is_managed(path: str) -> bool:
+    return any(tenant["path"] == path for tenant in ask(verb="snapshot")["tenants"])
+
+
+def serve(folder: Folder, name: str) -> float:
+    """A new container is managed before it has a process, and its first program gets its limit and no byte more.
+    Returns the seconds until it was managed.
+    """
+    begun = time.monotonic()
+    (folder.root / name).mkdir()
+    eventually(lambda: is_managed(f"/{GROUP}/{name}"), 20, f"{name} is managed")
+    seconds = time.monotonic() - begun
+    one = folder.start(name)
+    client = one.client()
+    client.ok(f"alloc {ROOM}")
+    assert client.ok("info")[1] == LIMIT
+    assert client.do(f"alloc {LIMIT - CONTEXT - ROOM + MIB}") == REFUSED
+    return seconds
+
+
+@pytest.mark.timeout(120)
+def test_a_flood_of_one_workload_beside_mappings_without_number_delays_no_other(
+    write: Write,
+    folder: Folder,
+    crowd: None,
+    scale: Callable[..., int],
+) -> None:
+    """The kernel tells so many events of one workload, the agent looks at its cgroups again in slices."""
+    write(f"memory: {{limit: {LIMIT // GIB}GiB}}", selector=f'{{cgroup: ["{GROUP}/neighbour-*"]}}')
+    (folder.root / "neighbour-live").mkdir()
+    live = folder.start("neighbour-live")
+    live.client().ok(f"alloc {ROOM}")
+    live.assert_enforced()
+    before = lost()
+    with ready(BUILD / "e2e/flood", folder.delegated("flood"), AT_ONCE, PAUSE_US) as flood:
+        eventually(lambda: lost() - before > 4000, 20, "a flood")
+        with Pings() as pings:
+            managed = [serve(folder, f"neighbour-{n}") for n in range(NEIGHBOURS)]
+            time.sleep(scale(1, 3, 20))
+        assert flood.poll() is None, "it went on to the end"
+    print(f"managed after {max(managed):.2f} s at most; {pings}; {lost() - before:.0f} events were not told")
+    assert max(managed) < MANAGED_SECONDS
+    assert pings.p99() <= PING_SECONDS
+    (folder.root / "neighbour-late").mkdir()
+    eventually(lambda: is_managed(f"/{GROUP}/neighbour-late"), 3, "one that comes after the flood")

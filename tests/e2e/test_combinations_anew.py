@@ -1,0 +1,264 @@
+"""More rows of the table of combinations in docs/architecture.md: faults after which fgpu or the tenants start anew.
+
+Another build of fgpu, another layout, `fgpu detach`, a boot, full tables, containers that start again under their
+names, and an agent that stands still until the watchdog kills it. Every fault meets tenants under all features at once,
+as in test_combinations.py, with the columns of combination_kit.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.combination_host_kit import NEWER, Host, assert_unlimited_by_hand, is_tenant, newer_build
+from tests.e2e.combination_kit import HEAD, assert_holds, column, held, inside
+from tests.e2e.held_kit import LIMIT, STEP, Held
+from tests.e2e.layout_kit import PINS, Version, change
+from tests.support.commands import fgpu, metrics
+from tests.support.containers.docker import Docker
+from tests.support.host import BUILD, GPUS, REFUSED, ROOT, RUN_DIR, SHIM
+from tests.support.place import Cgroups
+from tests.support.service import Service, run_on_devices
+from tests.support.wait import eventually
+
+GREEDY = 'selector: {cgroup: ["GROUP/greedy", "GROUP/greedy/**"]}, memory: {limit: 1GiB}'
+LEVELS, PROCESSES = 512, 4096  # of one workload, by default
+
+
+# -- faults
+
+
+def frozen(host: Host) -> None:
+    """The agent stands still; then systemd kills it, as WatchdogSec= and WatchdogSignal=SIGKILL have it."""
+    assert host.service.agent
+    host.service.agent.send_signal(signal.SIGSTOP)
+    until = time.monotonic() + host.scale(10, 10, 35)
+    while time.monotonic() < until:
+        host.check_programs()
+        time.sleep(0.5)
+    host.restart()
+
+
+def entries(table: str) -> float:
+    return metrics()["fgpu_map_entries", frozenset({("map", table)})]
+
+
+def full_tables(host: Host) -> None:
+    """A workload has all cgroups with limits and all processes that one workload may have."""
+    root = host.columns["turns"].tenant.cgroup.parent / "greedy"
+    text = GREEDY.replace("GROUP", host.group.group.lstrip("/"))
+    file, others = host.service.policies / "greedy.yaml", entries("levels")
+    file.write_text(f"{HEAD}metadata: {{name: greedy}}\nspec: {{{text}}}\n")
+    eventually(lambda: not fgpu("reload", check=False).returncode, 5, "the policy")
+    for number in range(LEVELS + 10):
+        (root / f"{number}").mkdir(parents=True)
+    eventually(lambda: entries("levels") >= others + LEVELS, 60, "all levels that a workload may have")
+    late = host.group.named("greedy/late")
+    assert late.client().do("context") == REFUSED
+    assert f"has {LEVELS} of {LEVELS} levels" in fgpu("events").stdout
+    host.check()
+    host.restart()
+    host.check()
+    crowd = [BUILD / "e2e/throng", SHIM, root / "0", str(PROCESSES + 10)]
+    with subprocess.Popen(crowd, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+            assert entries("processes") >= PROCESSES
+            host.check_programs()
+        finally:
+            (root / "0/cgroup.kill").write_text("1")
+    late.end()
+    host.group.tenants.remove(late)
+    for folder in [*root.glob("*/"), root]:
+        eventually(lambda folder=folder: "populated 0" in (folder / "cgroup.events").read_text(), 30, "its end")
+        folder.rmdir()
+    file.unlink()
+    eventually(lambda: not fgpu("reload", check=False).returncode, 5, "good policies")
+
+
+def containers_again(host: Host, is_agent_away: bool) -> None:
+    """Every tenant ends, and another of its name starts: the same path, and another cgroup."""
+    name = host.columns["by label"].tenant.name
+    if is_agent_away:
+        host.service.kill_agent()
+    host.end_tenants()
+    tenants = host.start_tenants()
+    if is_agent_away:
+        host.service.start_agent()
+    assert tenants["by label"].name == name
+    assert_unlimited_by_hand(tenants["by hand"])
+    host.columns = held(tenants)
+
+
+def upgraded(host: Host) -> None:
+    """Gatekeeper and agent of another build start over running tenants; then those of before start again."""
+    this, newer = host.versions[0], newer_build(host.work / "newer")
+    change(host.service, this, host.store, signal.SIGTERM)
+    with host.preloading(host.store / "current/libfgpu.so"):
+        for build in (newer, this):
+            host.service.kill_agent(signal.SIGTERM)
+            host.end_gatekeeper()
+            build.start(host.service, host.store)
+            host.check()
+            shown = {dict(labels)["version"] for name, labels in metrics() if name == "fgpu_build_info"}
+            assert (shown == {NEWER}) is (build is newer)
+            assert (host.store / "current/libfgpu.so").read_bytes() == build.shim.read_bytes()
+            host.programs_anew(*host.columns)
+            host.check()
+    host.restart(signal.SIGTERM)
+
+
+def assert_older(name: str, one: Held) -> None:
+    """A program of the other layout keeps its memory and gets no more; its tenant is `counted`."""
+    tenant = one.tenant
+    for device, bytes_ in one.bytes.items():
+        one.client.ok(f"device {device}")
+        assert one.client.do(f"alloc {STEP}") == REFUSED
+        assert tenant.driver_by_device()[device] == bytes_
+    new = tenant.client()
+    assert new.do("context") == REFUSED
+    new.close()
+    eventually(lambda: one.ledger() == one.bytes, 10, f"the ledger of {name}: {one.ledger()}")
+    assert tenant.view()["enforcement"] == "counted", name
+
+
+def other_layout(host: Host) -> None:
+    """The version with the next layout, after SIGTERM, and back to this one, which is older, after SIGKILL."""
+    this, newer = host.versions
+    change(host.service, this, host.store, signal.SIGTERM)
+    with host.preloading(host.store / "current/libfgpu.so"):
+        for to, how in ((newer, signal.SIGTERM), (this, signal.SIGKILL)):
+            change(host.service, to, host.store, how)
+            for name, one in host.held().items():
+                if name != "by label" or to is newer:
+                    assert_older(name, one)
+            names = [name for name in host.columns if name != "by label" or to is this]
+            host.programs_anew(*names)
+            for name in names:
+                host.columns[name].check()
+    host.restart(signal.SIGTERM)
+
+
+def detached(host: Host) -> None:
+    """`fgpu detach` takes every limit away; the next agent has those of policies, and charges what programs hold."""
+    host.service.detach()
+    extra = {name: unlimited(one) for name, one in host.held().items()}
+    host.service.start_agent()
+    by_hand, orphaned = host.columns["by hand"].tenant, host.columns["orphaned memory"].tenant
+    assert not is_tenant(by_hand)
+    fgpu("set", by_hand.path, "--memory", f"{LIMIT}B", "--device", "0")
+    for name, one in host.held().items():
+        assert_counted(name, one, extra[name])
+    eventually(lambda: orphaned.memory()["limit_bytes"] == LIMIT, 10, "its limit")
+    assert orphaned.memory()["used_bytes"] == 0
+    for pid in orphaned.pids():
+        if pid not in (orphaned.hub.pid, host.columns["orphaned memory"].client.pid):
+            os.kill(pid, signal.SIGKILL)
+    host.programs_anew(*host.columns)
+    host.columns["orphaned memory"] = column("orphaned memory", orphaned)
+
+
+def unlimited(one: Held) -> dict[int, int]:
+    """A running program gets memory beyond its limit on each device; where it is, by device."""
+    found = {}
+    for device in one.bytes:
+        one.client.ok(f"device {device}")
+        said = eventually(lambda: (said := one.client.do(f"alloc {STEP}")).startswith("ok") and said, 5, "no limit")
+        (found[device],) = one.client.numbers(said)
+    return found
+
+
+def assert_counted(name: str, one: Held, extra: dict[int, int]) -> None:
+    """A program that ran across the detach is charged and never refused, and its tenant is `counted`; a program that
+    starts gets nothing beyond the limit.
+    """
+    beyond = {device: bytes_ + STEP for device, bytes_ in one.bytes.items()}
+    eventually(lambda: one.ledger() == beyond, 10, f"{name}: what it holds is charged")
+    for device in one.bytes:
+        one.client.ok(f"device {device}")
+        (at,) = one.client.ok(f"alloc {STEP}")
+        eventually(lambda device=device: one.ledger()[device] == beyond[device] + STEP, 5, f"{name}: more is charged")
+        for address in (at, extra[device]):
+            one.client.ok(f"free {address}")
+    eventually(lambda: one.ledger() == one.bytes == one.tenant.driver_by_device(), 5, f"{name}: what it gave back")
+    eventually(lambda: one.tenant.view()["enforcement"] == "counted", 5, f"{name} is counted")
+    assert one.tenant.view()["bypassing"] == {"no_admission": 1}
+    new = one.tenant.client()
+    assert new.do("context") == REFUSED, name
+    new.close()
+
+
+def booted(host: Host) -> None:
+    """No process, no cgroup, no pin and no file under /run is left; /var is, and the policies have an error."""
+    host.service.kill_agent()
+    host.service.kill_gatekeeper()
+    host.end_tenants()
+    shutil.rmtree(PINS)
+    for path in RUN_DIR.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    broken = host.service.policies / "zz.yaml"
+    broken.write_text("x: [")
+    host.service.start_agent()
+    tenants = host.start_tenants()
+    assert_unlimited_by_hand(tenants["by hand"])
+    host.columns = held(tenants)
+    host.check()
+    broken.unlink()
+    eventually(lambda: not fgpu("reload", check=False).returncode, 5, "good policies")
+
+
+FAULTS: dict[str, Callable[[Host], None]] = {
+    "the agent stands still and is killed + restart": frozen,
+    "full tables, + restart": full_tables,
+    "containers start again": partial(containers_again, is_agent_away=False),
+    "containers start again while the agent is away": partial(containers_again, is_agent_away=True),
+    "upgrade": upgraded,
+    "another layout and back": other_layout,
+    "`fgpu detach` + a new agent": detached,
+    "boot": booted,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(GPUS != "1", reason="this is it")
+@pytest.mark.timeout(600)
+def test_on_two_devices() -> None:
+    run_on_devices(__file__, seconds=580)
+
+
+class TestInside:
+    """Cause each fault of this file on two devices."""
+
+    pytestmark = inside
+
+    def test_the_table_holds(
+        self,
+        strict: Service,
+        feature_places: tuple[Cgroups, Docker],
+        columns: dict[str, Held],
+        versions: tuple[Version, Version],
+        fault: Callable[[str], None],
+        scale: Callable[..., int],
+        tmp_path: Path,
+    ) -> None:
+        """One fault after the other: what one leaves behind, the next one meets."""
+        group, docker = feature_places
+        host = Host(strict, columns, fault, scale, group=group, docker=docker, work=tmp_path, versions=versions)
+        assert_holds(host, FAULTS)
+
+
+def test_the_page_has_these_rows() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    table = text[text.index("## What holds through which fault") :]
+    rows = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)
+    assert set(FAULTS) <= set(rows), set(FAULTS) - set(rows)

@@ -1,0 +1,72 @@
+"""Managed memory is in no row of NVML: a process that hides it from the probes is charged what the driver gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.bypass_kit import Bypass
+from tests.e2e.doctored import with_other_names
+from tests.support.host import BUILD, CONTEXT, GIB, MIB, SIM
+from tests.support.service import Service
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually, steadily
+
+LARGE = 16 * MIB  # of managed.c
+SECONDS = 1.0  # within which the ledger has what the driver gave
+DRIVER = (SIM / "lib/libcuda.so.1").resolve()
+
+
+@pytest.fixture
+def hiding(tenant: Callable[[int], Tenant]) -> Bypass:
+    """A process that takes managed memory around the shim."""
+    one = tenant(2 * GIB)
+    one.assert_enforced()
+    client = Bypass(one, "managed", f"{BUILD}/e2e/managed")
+    assert one.assert_exact() == CONTEXT
+    return client
+
+
+def assert_charged(client: Bypass, bytes_: int) -> None:
+    """From a second on, and for a second, the ledger holds no less than the driver does, which holds so much."""
+    one = client.tenant
+    assert one.driver(("managed",)) == bytes_ > 0
+    enough = lambda: one.memory()["used_bytes"] >= one.driver() == bytes_ + CONTEXT  # noqa: E731
+    eventually(enough, SECONDS, f"{one.memory()}, the driver {one.driver()}")
+    steadily(enough, SECONDS, SECONDS + 0.5, "what the driver gave")
+
+
+@pytest.mark.timed
+@pytest.mark.places("cgroups")
+def test_while_a_thread_writes_over_the_pointers_that_calls_return(hiding: Bypass) -> None:
+    for times in (1, 2, 3):
+        (bytes_,) = hiding.ok("overwrite 40")
+        assert bytes_ == times * 40 * LARGE
+        assert_charged(hiding, bytes_)
+
+
+@pytest.mark.timed
+@pytest.mark.places("cgroups")
+def test_when_vforked_children_take_it(hiding: Bypass) -> None:
+    (bytes_,) = hiding.ok("vfork 60")
+    assert bytes_ == 60 * LARGE
+    assert_charged(hiding, bytes_)
+    assert hiding.ok("free") == [0]
+    hiding.tenant.assert_exact()
+
+
+@pytest.mark.timed
+@pytest.mark.places("cgroups")
+def test_when_a_library_of_the_tenant_s_own_frees_it(service: Service, hiding: Bypass, tmp_path: Path) -> None:
+    """The library is the driver's but for this call, which returns that all is well."""
+    library = tmp_path / "own" / "libcuda.so.1"
+    library.parent.mkdir()
+    names = {"cuMemFree_v2": "cuMemFree_v0", "cuDriverGetVersion": "cuMemFree_v2"}
+    library.write_bytes(with_other_names(DRIVER.read_bytes(), names))
+    (bytes_,) = hiding.ok("vfork 60")
+    hiding.ok(f"load {library}")
+    eventually(lambda: f"probed '{library}' as UNKNOWN" in service.log.read_text(), 35, "its probes")
+    assert hiding.ok("stranger") == [bytes_]
+    assert_charged(hiding, bytes_)

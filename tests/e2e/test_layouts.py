@@ -1,0 +1,204 @@
+"""Another version of fgpu starts on a host whose pinned maps have another layout: no limit opens, not for a moment.
+
+Each test goes to the next layout and back. Tenants by policy, by `fgpu set` and by `fgpu run` are at their limit, with
+programs that ask for more all the time and others that start all the time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.held_kit import LIMIT, STEP
+from tests.e2e.layout_kit import Version, change
+from tests.support.commands import fgpu, metrics
+from tests.support.host import CONTEXT, REFUSED
+from tests.support.place import Cgroups, Place
+from tests.support.service import Service
+from tests.support.sim_driver import driver_books
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
+
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: layouts}}
+spec:
+  selector: {{cgroup: ["{group}/*"]}}
+  memory: {{limit: {bytes}B}}
+"""
+
+
+@pytest.fixture
+def store(service: Service, unharmed: None, versions: tuple[Version, Version], tmp_path: Path) -> Iterator[Path]:
+    """The folder of shims of both; this version runs. The service's own agent is back afterwards."""
+    store = tmp_path / "store"
+    change(service, versions[0], store, signal.SIGTERM)
+    yield store
+    service.kill_agent(signal.SIGTERM)
+    service.start_agent()
+
+
+@dataclass
+class Full:
+    """A tenant at its limit; `before` starts a program in it that has the shim of the version that runs."""
+
+    tenant: Tenant
+    before: str
+    limit: int
+    programs: list[Client] = field(default_factory=list)
+
+    def fill(self) -> None:
+        """One program takes all that the limit allows."""
+        client = self.tenant.client(before=self.before)
+        client.ok("context")
+        for _ in range((self.limit - CONTEXT) // STEP):
+            client.ok(f"alloc {STEP}")
+        self.programs = [client]
+
+    def ask(self) -> None:
+        """Each program asks for more until got() is called."""
+        for client in self.programs:
+            client.send(f"ask {STEP} 0")
+
+    def got(self) -> int:
+        """How often one of them has got something since ask()."""
+        found = 0
+        for client in self.programs:
+            client.send("context")
+            found += client.numbers(client.receive())[0]
+            client.receive()
+        return found
+
+    def end(self) -> None:
+        """Its programs are killed."""
+        for client in self.programs:
+            client.kill()
+            client.close()
+        eventually(lambda: not self.tenant.driver() and not self.tenant.memory()["used_bytes"], 10, "their end")
+
+
+class Watch:
+    """Looks at the driver's books, and starts program after program in each tenant, until end()."""
+
+    def __init__(self, tenants: list[Full]) -> None:
+        self._tenants, self._ended = tenants, threading.Event()
+        self.most, self.started, self.got = Counter[str](), Counter[str](), list[str]()
+        self._threads = [threading.Thread(target=self._look, daemon=True)]
+        self._threads += [threading.Thread(target=self._start, args=(one,), daemon=True) for one in tenants]
+        for thread in self._threads:
+            thread.start()
+
+    def _look(self) -> None:
+        while not self._ended.is_set():
+            pids = {one.tenant.name: set(one.tenant.pids()) for one in self._tenants}
+            books = driver_books()
+            for name, own in pids.items():
+                held = sum(entry["bytes"] for entry in books if entry["pid"] in own and not entry["ended"])
+                self.most[name] = max(self.most[name], held)
+
+    def _start(self, one: Full) -> None:
+        while not self._ended.is_set():
+            client = one.tenant.client(before=one.before)
+            said = client.do("context")
+            client.close()
+            self.started[one.tenant.name] += 1
+            if said.startswith("ok"):
+                self.got.append(one.tenant.name)
+            eventually(lambda pid=client.pid: pid not in one.tenant.pids(), 10, "its end")
+
+    def end(self) -> None:
+        """Nothing is started any more."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def left_behind(one: Full) -> None:
+    """Its program has ended, and a child has the descriptors, so that the driver keeps its memory."""
+    one.fill()
+    one.programs[0].ok("linger")
+    one.programs.pop().kill()
+    eventually(lambda: one.tenant.memory()["orphaned_bytes"] == one.limit, 10, "its memory as orphaned")
+
+
+@dataclass
+class World:
+    """Tenants with a program that holds all, and one whose memory NVML shows in the row of an ended process."""
+
+    tenants: list[Full]
+    hidden: list[Full]
+
+
+@pytest.fixture
+def world(service: Service, store: Path, tmp_path: Path) -> Iterator[World]:
+    """One by policy, one by `fgpu set`, one by `fgpu run`: all at their limit; and one more."""
+    cgroups, place = Cgroups(tmp_path), Place(tmp_path)
+    policy = service.policies / "layouts.yaml"
+    policy.write_text(POLICY.format(group=cgroups.group.lstrip("/"), bytes=LIMIT))
+    eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 5, "the policy")
+    shim = f"env LD_PRELOAD={store}/current/libfgpu.so"
+    made = [(cgroups.tenant(None), shim), (cgroups.tenant(LIMIT), shim), (place.tenant(LIMIT), "")]
+    tenants = [Full(tenant, before, LIMIT) for tenant, before in made]
+    hidden = [Full(cgroups.tenant(None), shim, LIMIT)]
+    for one in (*tenants, *hidden):
+        one.tenant.assert_enforced()
+    for one in tenants:
+        one.fill()
+    left_behind(hidden[0])
+    yield World(tenants, hidden)
+    for pid in hidden[0].tenant.pids():
+        os.kill(pid, signal.SIGKILL)
+    for made_in in (cgroups, place):
+        made_in.close()
+    policy.unlink()
+
+
+def assert_over(service: Service, to: Version, store: Path, how: signal.Signals, world: World) -> None:
+    """Nobody gets a byte while the agent ends and that of another version starts, and for a while after that."""
+    for one in world.tenants:
+        one.ask()
+    watch = Watch([*world.tenants, *world.hidden])
+    change(service, to, store, how)
+    time.sleep(3)
+    watch.end()
+    print(watch.most, watch.started)
+    assert {one.tenant.name for one in world.tenants if watch.most[one.tenant.name] > one.limit} == set()
+    assert watch.got == []
+    assert [one.got() for one in world.tenants] == [0] * len(world.tenants)
+
+
+def assert_shown(tenants: list[Full]) -> None:
+    """The ledger is the driver's books, and the limits are shown."""
+    said = fgpu("status").stdout
+    for one in tenants:
+        assert one.tenant.assert_exact() == one.limit
+        assert one.tenant.memory()["limit_bytes"] == one.limit
+        assert [line for line in said.splitlines() if one.tenant.name in line and " 558" in line], said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_limits_hold_over_an_upgrade_and_a_downgrade(
+    service: Service, versions: tuple[Version, Version], store: Path, world: World
+) -> None:
+    """Up after SIGTERM; back after SIGKILL, which leaves a gatekeeper of the other layout behind."""
+    for to, how in ((versions[1], signal.SIGTERM), (versions[0], signal.SIGKILL)):
+        assert_over(service, to, store, how, world)
+        assert_shown(world.tenants)
+        memory = world.hidden[0].tenant.memory()
+        assert memory["used_bytes"] == memory["orphaned_bytes"] == LIMIT
+        for one in world.tenants:  # a program of this version has its limit to the byte
+            one.end()
+            one.fill()
+            assert one.programs[0].do(f"alloc {STEP}") == REFUSED
+            assert one.tenant.assert_exact() == LIMIT

@@ -1,0 +1,118 @@
+"""Agent and gatekeeper have too little memory for seconds, or the kernel kills one for want of it: limits hold."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from tests.e2e.load_kit import load
+from tests.e2e.memory_kit import MemoryGroup, questions
+from tests.support.commands import ask
+from tests.support.host import CONTEXT, GIB, MIB, REFUSED
+from tests.support.place import Cgroups
+from tests.support.service import Service
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
+
+ROOM = 40 * MIB
+SECONDS = 3.0
+pytestmark = pytest.mark.places("cgroups")
+
+
+@pytest.fixture
+def memory(service: Service, unharmed: None) -> Iterator[MemoryGroup]:
+    """Agent and gatekeeper in a cgroup of the memory controller; afterwards both are outside of it."""
+    group = MemoryGroup()
+    try:
+        start_in(service, group)
+        yield group
+    finally:
+        group.close()
+        if service.agent is None or service.agent.poll() is not None:
+            service.start_agent()
+
+
+def start_in(service: Service, group: MemoryGroup) -> None:
+    service.kill_agent()
+    service.kill_gatekeeper()
+    with group.entered():
+        service.start_agent()
+    assert service.agent
+    assert {service.agent.pid, *service.gatekeepers()} <= group.pids()
+
+
+def assert_full(one: Tenant, limit: int) -> None:
+    """The limit is what it was; a program that starts gets nothing beyond it, and what is freed can be had again."""
+    one.assert_enforced()
+    assert one.memory()["limit_bytes"] == limit
+    client = one.client()
+    client.ok("context")
+    room = limit - one.memory()["used_bytes"]
+    client.ok(f"alloc {room}")
+    assert client.do(f"alloc {2 * MIB}") == REFUSED
+    assert one.assert_exact() == limit
+    client.kill()
+
+
+def test_limits_hold_and_programs_go_on_while_agent_and_gatekeeper_have_no_memory(
+    memory: MemoryGroup, place: Cgroups, service: Service
+) -> None:
+    limit = 3 * CONTEXT + ROOM
+    one = place.tenant(limit)
+    one.assert_enforced()
+    _, stop = load(one)
+    before = memory.waits()
+    memory.throttle()
+    with questions():
+        time.sleep(SECONDS)
+    assert memory.waits() > before, "there was memory"
+    memory.release()
+    stop()
+    eventually(partial(answers, service), 10, "an answer")
+    assert_full(one, limit)
+
+
+def answers(service: Service) -> bool:
+    """Return whether the agent answers; while it stood still, requests have filled the queue of its socket."""
+    with contextlib.suppress(BlockingIOError):
+        return service.agent is not None and ask(verb="ping")["pid"] == service.agent.pid
+    return False
+
+
+def running(process: subprocess.Popen[bytes]) -> set[int]:
+    """Its pid, until it has ended."""
+    return set() if process.poll() is not None else {process.pid}
+
+
+@pytest.mark.parametrize("victim", ["agent", "gatekeeper"])
+def test_a_process_that_the_kernel_kills_for_want_of_memory_comes_back_to_the_same_limits(
+    memory: MemoryGroup, place: Cgroups, service: Service, victim: str
+) -> None:
+    limit = 3 * CONTEXT + ROOM
+    one = place.tenant(limit)
+    one.assert_enforced()
+    _, stop = load(one)
+    assert service.agent
+    agent, gatekeepers = service.agent, service.gatekeepers()
+    for pid in gatekeepers if victim == "agent" else [agent.pid]:
+        memory.leave(pid)
+    with questions():
+        if victim == "agent":
+            eventually(lambda: memory.has_killed({agent.pid}, partial(running, agent)), 30, "the agent's end")
+        else:
+            eventually(lambda: memory.has_killed(gatekeepers, service.gatekeepers), 30, "the gatekeeper's end")
+    memory.release()
+    if victim == "agent":
+        assert agent.returncode == -signal.SIGKILL
+        service.start_agent()  # as systemd does
+    eventually(service.gatekeepers, 5, "a gatekeeper")
+    stop()
+    assert_full(one, limit)
+    other = place.tenant(GIB)
+    assert_full(other, GIB)

@@ -1,0 +1,112 @@
+"""A cgroup in which a program ran without a limit, and which is empty now, gets a policy: its next program is held."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import ask, metrics
+from tests.support.host import BUILD, ENVIRONMENT, GIB, REFUSED, SHIM, cgroup_root
+from tests.support.service import Service
+from tests.support.sim_driver import driver_books
+from tests.support.wait import eventually
+
+LIMIT = 2 * GIB
+POLICY = """
+apiVersion: fgpu.dev/v1alpha1
+kind: GpuPolicy
+metadata: {{name: late}}
+spec:
+  selector: {{cgroup: ["{cgroup}"]}}
+  memory: {{limit: 2GiB}}
+"""
+
+
+def run(cgroup: Path, *commands: str) -> list[str]:
+    """One program in that cgroup, from its first call to its end; what it says to each command."""
+    enter = ["sh", "-c", f"echo $$ >{cgroup}/cgroup.procs && exec {BUILD}/e2e/client"]
+    done = subprocess.run(
+        enter, input="".join(f"{command}\n" for command in commands), env={**ENVIRONMENT, "LD_PRELOAD": str(SHIM)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    ready, *said = done.stdout.splitlines()
+    assert ready.startswith("ready "), done
+    return said
+
+
+@pytest.fixture
+def known(unharmed: None) -> Iterator[Path]:
+    """A cgroup without processes, two below the root, whose programs are known to have no limit."""
+    outer = cgroup_root() / f"fgpu-e2e-{os.getpid()}-before"
+    inner = outer / "inner"
+    inner.mkdir(parents=True)
+    (said,) = run(inner, f"alloc {8 * GIB}")
+    assert said.startswith("ok "), "it has a limit"
+    eventually(lambda: not driver_books(), 20, "an empty driver")
+    assert not (inner / "cgroup.procs").read_text()
+    yield inner
+    inner.rmdir()
+    outer.rmdir()
+
+
+@contextlib.contextmanager
+def here(service: Service) -> Iterator[None]:
+    """The agent runs."""
+    yield
+
+
+@contextlib.contextmanager
+def stopped(service: Service) -> Iterator[None]:
+    """The agent stands still."""
+    assert service.agent
+    service.agent.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        service.agent.send_signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def killed(service: Service) -> Iterator[None]:
+    """The agent is killed, and started again at the end."""
+    service.kill_agent()
+    try:
+        yield
+    finally:
+        service.start_agent()
+
+
+def is_in_force(cgroup: Path) -> bool:
+    """The cgroup is a tenant whose limit the kernel holds."""
+    path = f"/{cgroup.relative_to(cgroup_root())}"
+    found = [tenant for tenant in ask(verb="snapshot")["tenants"] if tenant["path"] == path]
+    if not found or found[0]["devices"][0]["limit_bytes"] != LIMIT:
+        return False
+    labels = frozenset({("tenant", found[0]["tenant"]), ("mode", "kernel")})
+    return metrics().get(("fgpu_tenant_enforcement", labels)) == 1
+
+
+@pytest.mark.parametrize("level", ["itself", "above"])
+@pytest.mark.parametrize("agent", [here, stopped, killed])
+def test_its_next_program_is_held_from_the_first_byte(
+    service: Service, known: Path, agent: Callable[[Service], AbstractContextManager[None]], level: str
+) -> None:
+    cgroup = known if level == "itself" else known.parent
+    policy = service.policies / "late.yaml"
+    policy.write_text(POLICY.format(cgroup=cgroup.relative_to(cgroup_root())))
+    try:
+        eventually(lambda: is_in_force(cgroup), 5, "the policy in force")
+        with agent(service):
+            assert run(known, f"alloc {8 * GIB}", f"alloc {3 * GIB}") == [REFUSED, REFUSED]
+        free, total = (int(word) for word in run(known, "info")[0].split()[1:])
+        assert free < total == LIMIT
+    finally:
+        policy.unlink()
+        eventually(lambda: not is_in_force(cgroup), 5, "no policy in force")

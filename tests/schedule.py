@@ -1,0 +1,98 @@
+"""The distribution of test files to the workers of pytest-xdist, each of which has a world of its own.
+
+A file of the suite that a worker is in comes first, so that the suite's agent goes on; otherwise the worker takes the
+suite with the most work for each worker that is in it. Within a suite the longest file comes first. Files that measure
+time run at the end, in the last worker, while nothing else runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
+
+TESTS = Path(__file__).parent
+DURATIONS = TESTS / "durations.json"  # seconds of each file that takes a second or more; --durations-file renews it
+SHORT_SECONDS = 0.5
+# Suites whose files share what takes long to start: engines, packages, a browser.
+WHOLE = ("dashboards", "docs", "engines", "kubelet", "kubernetes", "packages", "page", "soak")
+QUIET = frozenset(
+    f"tests/{name}.py"
+    for name in (
+        "e2e/test_compute",
+        "e2e/test_empty_turns",
+        "e2e/test_gangs",
+        "e2e/test_many_tenants",
+        "e2e/test_nested_shares",
+        "gatekeeper/test_storm",
+        "shim/test_shim_flight",
+        "shim/test_shim_turns",
+        "sim/test_faults",
+        "sim/test_timeslice",
+        "unit/test_slicer",
+    )
+)
+
+
+def suite_of(scope: str) -> str:
+    """Return the suite of a file: the folder of tests/ that it is in."""
+    return scope.split("/")[1]
+
+
+class Schedule(LoadScopeScheduling):
+    """A scope is a file, or a suite of WHOLE."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        self._durations: dict[str, float] = json.loads(DURATIONS.read_text())
+        self._suites: dict[WorkerController, str] = {}
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return f"tests/{suite_of(file)}" if suite_of(file) in WHOLE else file
+
+    def _seconds(self, scope: str) -> float:
+        if scope.endswith(".py"):
+            return self._durations.get(scope, SHORT_SECONDS)
+        return sum(seconds for file, seconds in self._durations.items() if file.startswith(f"{scope}/"))
+
+    def _choose(self, node: WorkerController) -> str:
+        """Return the scope that a worker runs next."""
+        ordinary = [scope for scope in self.workqueue if scope not in QUIET]
+        work: Counter[str] = Counter()
+        for scope in ordinary or self.workqueue:
+            work[suite_of(scope)] += self._seconds(scope)
+        others = Counter(suite for other, suite in self._suites.items() if other is not node)
+        suite = self._suites.get(node, "")
+        if suite not in work:
+            suite = max(work, key=lambda name: work[name] / (others[name] + 1))
+        self._suites[node] = suite
+        return max((s for s in ordinary or self.workqueue if suite_of(s) == suite), key=self._seconds)
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        self.workqueue.move_to_end(self._choose(node), last=False)
+        super()._assign_work_unit(node)
+
+    def _reschedule(self, node: WorkerController) -> None:
+        if node.shutting_down or not self.workqueue or self.workqueue.keys() - QUIET:
+            super()._reschedule(node)
+        elif any(other is not node and not other.shutting_down for other in self.nodes):
+            node.shutdown()  # after what it has
+            self._suites.pop(node, None)
+        elif not any(self._pending_of(self.assigned_work[other]) for other in self.nodes if other is not node):
+            super()._reschedule(node)
+
+    def mark_test_complete(self, node: WorkerController, item_index: int, duration: float = 0) -> None:
+        """Record that a worker has run a test; the last worker may have waited for it."""
+        super().mark_test_complete(node, item_index, duration)
+        for other in self.nodes:
+            if other is not node and not other.shutting_down:
+                self._reschedule(other)
+
+    def remove_node(self, node: WorkerController) -> str | None:
+        """Forget a worker that has ended; return the test that it ran, if it did not end by itself."""
+        self._suites.pop(node, None)
+        return super().remove_node(node)

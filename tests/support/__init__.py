@@ -1,0 +1,1 @@
+"""The library of the end-to-end tests and benchmarks. It imports nothing from fgpu_ebpf."""

@@ -1,0 +1,64 @@
+"""Requests to a running agent: the command `fgpu`, the control socket, events and metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from tests.support import host
+from tests.support.host import FGPU, METRICS, RUN_DIR
+
+
+def fgpu(
+    *arguments: str | Path, check: bool = True, seconds: float = 30, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """The command `fgpu`, in the environment of a user of the simulated driver."""
+    more.setdefault("env", host.ENVIRONMENT)
+    done = subprocess.run([*FGPU, *arguments], capture_output=True, text=True, timeout=seconds, check=False, **more)
+    assert not check or done.returncode == 0, f"fgpu {arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done
+
+
+def ask(**request: Any) -> Any:
+    """One request on the control socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(10)
+        sock.connect(str(RUN_DIR / "control.sock"))
+        sock.sendall(json.dumps(request).encode() + b"\n")
+        answer = json.loads(b"".join(iter(lambda: sock.recv(1 << 16), b"")))
+    assert "ok" in answer, answer
+    return answer["ok"]
+
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def events(what: str) -> list[dict[str, Any]]:
+    """What `fgpu events` has of one kind, the oldest first."""
+    found = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
+    return [one for one in found if one["what"] == what]
+
+
+def metrics(page: str | None = None) -> Samples:
+    """The metrics of this moment, or those of a page: (name, labels) -> value."""
+    found = {}
+    text = ask(verb="metrics") if page is None else page
+    for name, labels, value in re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.MULTILINE):
+        found[name, frozenset(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', labels))] = float(value)
+    return found
+
+
+def metrics_page() -> str:
+    """What Prometheus is given; it is made anew once a second."""
+    with urllib.request.urlopen(METRICS, timeout=5) as page:
+        return str(page.read().decode())
+
+
+def orphans() -> list[dict[str, Any]]:
+    """All memory that is charged for processes that have ended, or that have exported and freed it."""
+    return [orphan for tenant in ask(verb="snapshot")["tenants"] for orphan in tenant["orphans"]]

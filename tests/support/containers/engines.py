@@ -1,0 +1,471 @@
+"""The engine tests' hands: Docker and Podman, unpacked and never installed, a newer Docker, and bare bundles.
+
+Owns: build/engines/{root,newer}, made once; a mount namespace in which engines find a /run of their own; containers.
+What cannot be downloaded is a failure that says so, never a test left out. Imports nothing of fgpu.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.support.commands import ask
+from tests.support.host import BUILD, FGPU, ROOT, RUN_DIR, SHIM, cgroup_root
+from tests.support.place import Container
+from tests.support.service import Service
+from tests.support.wait import eventually
+
+ENGINES = BUILD / "engines"
+HELPER = BUILD / "oci/fgpu-oci"
+PACKAGES = ("podman", "docker.io")
+FIRST_WITH_CDI = 25  # of Docker; Debian 12 has 20.10
+NEWER = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main\n"
+HOLD = "/opt/build/examples/fill --step 2MiB --hold"  # so many seconds
+FILL = f"{HOLD} 60"
+# What an engine may do where it lacks privileges over the whole host.
+ALLOWED = ("--network", "none", "--pids-limit", "-1", "--ulimit", "nproc=100:100", "--ulimit", "nofile=1024:1024")
+ANSWER = re.compile(r"admitted (\d+) bytes, then CUDA_ERROR_OUT_OF_MEMORY")
+
+MADE = (Path("/opt/containerd"), Path("/var/lib/containers"))  # by engines, wherever they are told to keep their things
+# An /etc and a /run of one's own, but for what the agent and the simulated driver have there; cgroup v2 where engines
+# look for it.
+CAVE = """
+set -eu
+mkdir -p "$1/a" "$1/b" "$1/cdi" /var/lib/fgpu
+cp -a /etc "$1/etc"
+mount --bind "$1/etc" /etc
+mount --bind /run/fgpu "$1/a"
+mount --bind /run/fgpu-sim "$1/b"
+mount -t tmpfs tmpfs /run
+mkdir /run/fgpu /run/fgpu-sim /run/cdi
+mount --move "$1/a" /run/fgpu
+mount --move "$1/b" /run/fgpu-sim
+mount --bind "$1/cdi" /run/cdi
+mount -t tmpfs tmpfs /var/lib/fgpu
+[ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 none /sys/fs/cgroup
+echo ready
+exec cat
+"""
+
+# A home for a user, and a way to the programs and the shim where these lie in somebody's own folder.
+OWN = """
+mkdir -p "$1/.config/containers" "$1/root"
+cp "$3/.config/containers/policy.json" "$1/.config/containers"
+chown -R "$2:$2" "$1"
+closed='' at=${4%/*}
+while [ -n "$at" ]; do
+    [ -n "$(find "$at" -maxdepth 0 -perm -001)" ] || closed=$at
+    at=${at%/*}
+done
+[ -n "$closed" ] || exit 0
+mount --bind "$4" "$1/root"
+mount -t tmpfs -o mode=755 tmpfs "$closed"
+mkdir -p "$4"
+mount --move "$1/root" "$4"
+"""
+
+
+@contextlib.contextmanager
+def policy(service: Service, file: str, text: str) -> Iterator[None]:
+    """One policy more, in force as long as this lasts."""
+
+    def in_force() -> int:
+        return int(ask(verb="snapshot")["policies"]["count"])
+
+    path, others = service.policies / file, in_force()
+    path.write_text(text)
+    try:
+        eventually(lambda: in_force() == others + 1, 10, f"{file} in force")
+        yield
+    finally:
+        path.unlink()
+        eventually(lambda: in_force() == others, 10, f"{file} in force no more")
+
+
+def unpacked() -> Path:
+    """The engines' packages, and those that they need and this machine has not, as a root of their own."""
+    words = ["install", "-y", "--download-only", "--no-install-recommends", "--reinstall", *PACKAGES]
+    return _unpacked("root", words, [])
+
+
+def newer_docker() -> Path:
+    """The root with a Docker that has CDI: this distribution's, or that of the Debian after the one that has none."""
+    root = unpacked()
+    said = subprocess.run([root / "usr/sbin/dockerd", "--version"], capture_output=True, text=True, check=True).stdout
+    if int(re.findall(r"version (\d+)", said)[0]) >= FIRST_WITH_CDI:
+        return root
+    (ENGINES / "newer.list").write_text(NEWER)
+    (ENGINES / "lists/partial").mkdir(parents=True, exist_ok=True)
+    apart = {
+        "Dir::Etc::sourcelist": ENGINES / "newer.list", "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::State::lists": ENGINES / "lists", "Dir::Cache::pkgcache": "", "Dir::Cache::srcpkgcache": "",
+        "Acquire::Languages": "none", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
+    }  # fmt: skip
+    return _unpacked("newer", ["download", "docker.io", "docker-cli"], [f"{key}={to}" for key, to in apart.items()])
+
+
+def _unpacked(name: str, words: list[str], options: list[str]) -> Path:
+    """`apt-get WORDS` with these options, once; with its lists fetched anew where it cannot."""
+    root = ENGINES / name
+    if root.exists():
+        return root
+    aside, archives = ENGINES / f".{name}", ENGINES / "archives"
+    for folder in (aside, archives):
+        shutil.rmtree(folder, ignore_errors=True)
+    aside.mkdir(parents=True)
+    (archives / "partial").mkdir(parents=True)
+    options = [*options, f"Dir::Cache::archives={archives}", "APT::Sandbox::User=root"]
+    done = _apt(words, options, archives)
+    if done.returncode:  # perhaps the lists are old
+        _apt(["update"], options, archives)
+        done = _apt(words, options, archives)
+    assert done.returncode == 0, f"no engines from Debian: {done.stdout[-500:]}{done.stderr[-500:]}"
+    for archive in archives.glob("*.deb"):
+        subprocess.run(["dpkg-deb", "-x", archive, aside], check=True, timeout=60)
+    shutil.rmtree(archives)
+    aside.rename(root)
+    return root
+
+
+def _apt(words: list[str], options: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = ["apt-get", "-q", *(word for option in options for word in ("-o", option)), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=folder)
+
+
+def libraries(*programs: str | Path) -> set[str]:
+    """What those programs load, as the dynamic linker finds it."""
+    said = subprocess.run(["ldd", *programs], capture_output=True, text=True, check=True, timeout=10).stdout
+    return {path for path in re.findall(r"(?:=> |^\s+)(/\S+)", said, re.M) if not path.startswith(str(ROOT))}
+
+
+def make_root(root: Path) -> Path:
+    """A root file system with glibc, a shell and `cat`: what an image is made of."""
+    for folder in ("bin", "etc", "tmp", "proc", "dev", "sys", "run", "opt/build"):
+        (root / folder).mkdir(parents=True)
+    for program in ("/bin/sh", "/bin/cat", "/bin/sleep"):
+        shutil.copy2(os.path.realpath(program), root / "bin" / Path(program).name)
+    for path in libraries("/bin/sh", "/bin/cat", BUILD / "examples/fill"):
+        place = root / path.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(os.path.realpath(path), place)
+    return root
+
+
+class Cave:
+    """A mount namespace; what is done in it leaves nothing outside but cgroups."""
+
+    def __init__(self, work: Path, cdi: Path) -> None:
+        (work / "cave").mkdir()
+        (work / "cave/cdi").symlink_to(cdi)
+        self.etc = work / "cave/etc"
+        command = ["unshare", "--mount", "sh", "-c", CAVE, "sh", str(work / "cave")]
+        self._made = [path for path in MADE if not path.exists()]
+        self._holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._holder.stdout
+        assert self._holder.stdout.readline() == "ready\n", "no mount namespace"
+        self.prefix = ["nsenter", f"--target={self._holder.pid}", "--mount"]
+
+    def close(self) -> None:
+        """The namespace goes when the last in it has gone."""
+        self._holder.kill()
+        self._holder.wait(5)
+        for path in self._made:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Engine:
+    """An engine's command line: run, logs and rm are the same for all. `settings`: what `fgpu setup KIND` edits."""
+
+    kind = ""
+    group = ""
+    cdi = True  # it reads CDI specifications
+    settings: Path
+    named = True  # by --file: it is not where the engine has it as a rule
+    before: str | None = None
+
+    def __init__(self, cave: Cave, work: Path) -> None:
+        self.work = work
+        self.cave = cave
+        roots = self.roots()
+        folders = [str(root / folder) for root in roots for folder in ("usr/bin", "usr/sbin")]
+        found = [str(path) for root in roots for path in root.glob("usr/lib/*-linux-gnu")]
+        self.environment = {
+            "PATH": ":".join([*folders, "/usr/sbin", "/usr/bin", "/sbin", "/bin"]),
+            "LD_LIBRARY_PATH": ":".join(found),
+            "HOME": str(work),
+        }
+
+    def roots(self) -> list[Path]:
+        """Where its programs are, the first first."""
+        return [unpacked()]
+
+    def words(self) -> list[str | Path]:
+        """The command before its verb."""
+        raise NotImplementedError
+
+    def call(self, *words: str | Path, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
+        """One command of the engine's."""
+        command = [str(word) for word in (*self.cave.prefix, *self.words(), *words)]
+        more = {"env": self.environment, "capture_output": True, "text": True, "timeout": 60} | more
+        done = subprocess.run(command, check=False, **more)
+        assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done
+
+    def start(self, *words: str | Path) -> subprocess.Popen[bytes]:
+        """One command that goes on, at the other end of a pipe."""
+        command = [str(word) for word in (*self.cave.prefix, *self.words(), *words)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, env=self.environment)
+
+    def fgpu(self, *words: str | Path) -> str:
+        """`fgpu …`, where the engine is."""
+        command = [*self.cave.prefix, *FGPU, *map(str, words)]
+        path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=path)
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def setup(self, *options: str) -> None:
+        """`fgpu setup` of this engine."""
+        self.fgpu("setup", self.kind, *options, *(["--file", self.settings] if self.named else []))
+
+    def load(self, root: Path, name: str, labels: Mapping[str, str] | None = None) -> None:
+        """An image of a root file system."""
+        archive = self.work / f"{name}.tar"
+        subprocess.run(["tar", "-C", root, "-cf", archive, "."], check=True, timeout=30)
+        changes = [word for key, value in (labels or {}).items() for word in ("--change", f"LABEL {key}={value}")]
+        with open(archive) as given:
+            self.call("import", *changes, "-", f"{name}:1", stdin=given)
+
+    def run(self, name: str, *options: str, image: str = "plain", command: str = FILL) -> Any:
+        """`ENGINE run` in the background; what it printed if it did not start."""
+        words = ["run", "--detach", "--name", name, *ALLOWED, "--volume", f"{BUILD}:/opt/build:ro"]
+        words += ["--volume", "/run/fgpu-sim:/run/fgpu-sim", "--env", "LD_LIBRARY_PATH=/opt/build/sim/lib"]
+        return self.call(*words, *options, f"{image}:1", "sh", "-c", command, check=False)
+
+    @contextlib.contextmanager
+    def filled(self, name: str, *options: str, image: str = "plain") -> Iterator[int]:
+        """A container that has taken all that it gets, and holds it; how many bytes that were."""
+        try:
+            done = self.run(name, *options, image=image)
+            assert done.returncode == 0, done.stderr
+            found = eventually(lambda: ANSWER.search(self.call("logs", name).stdout), 30, name)
+            yield int(found[1])
+        finally:
+            self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Kills a container, if it is there, and forgets it."""
+        self.call("kill", "--signal", "KILL", name, check=False)
+        self.call("rm", "--force", name, check=False)
+
+    def apply(self) -> None:
+        """The engine reads its settings again."""
+
+    def close(self) -> None:
+        """Ends the engine; its cgroups go."""
+        folder = cgroup_root() / self.group
+        command = ["find", folder, "-depth", "-type", "d", "-exec", "rmdir", "{}", "+"]
+        subprocess.run(command, capture_output=True, check=False)
+
+
+class Podman(Engine):
+    """No daemon."""
+
+    kind = "podman"
+    group = "libpod_parent"
+    named = False
+    runtime: str | Path = shutil.which("runc") or "runc"
+
+    def __init__(self, cave: Cave, work: Path) -> None:
+        super().__init__(cave, work)
+        self.settings = cave.etc / "containers/containers.conf.d/zz-fgpu.conf"
+        (work / ".config/containers").mkdir(parents=True)
+        (work / ".config/containers/policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+        self._state = Path(tempfile.mkdtemp(prefix="fgpu-"))  # it takes no more than 50 characters
+
+    def words(self) -> list[str | Path]:
+        """See Engine."""
+        places = ["--root", self.work / "store", "--runroot", self._state]
+        kinds = ["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "file"]
+        conmon = shutil.which("conmon", path=self.environment["PATH"])
+        programs = ["--runtime", self.runtime, "--conmon", conmon]
+        return ["podman", *places, *kinds, *programs]
+
+    def close(self) -> None:
+        """See Engine."""
+        super().close()
+        shutil.rmtree(self._state, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def serving(self, place: Path) -> Iterator[None]:
+        """Its interface on a socket, as podman.socket starts it."""
+        service = self.start("system", "service", "--time", "0", f"unix://{place}")
+        try:
+            yield
+        finally:
+            service.terminate()
+            service.wait(10)
+            place.unlink(missing_ok=True)
+
+
+class Rootless(Podman):
+    """The same of a user who is nobody in particular, from a session of his own; `group` is his slice."""
+
+    user = 4711
+    group = f"user.slice/user-{user}.slice"
+    runtime = shutil.which("crun") or "crun"
+
+    def __init__(self, cave: Cave, work: Path) -> None:
+        super().__init__(cave, work)
+        self.home = Path(f"/run/user/{self.user}")  # on the cave's own /run: others reach nothing in pytest's folders
+        self.session = cgroup_root() / self.group / "session-1.scope"
+        self.session.mkdir(parents=True)
+        with open(cave.etc / "passwd", "a") as users:
+            users.write(f"anna:x:{self.user}:{self.user}::{self.home}:/bin/sh\n")
+        self.environment |= {"HOME": str(self.home), "XDG_RUNTIME_DIR": str(self.home)}
+        words = ["sh", "-euc", OWN, "sh", str(self.home), str(self.user), str(work), str(ROOT)]
+        subprocess.run([*cave.prefix, *words], check=True, timeout=30)
+
+    def words(self) -> list[str | Path]:
+        """See Engine."""
+        home = str(self.home)
+        usual = (str(word).replace(str(self._state), f"{home}/state") for word in super().words())
+        places = [word.replace(str(self.work), home) for word in usual]
+        place = f"/sys/fs/cgroup/{self.group}/session-1.scope"
+        session = ["sh", "-c", 'echo $$ >"$0"/cgroup.procs; cd /; exec "$@"', place]
+        user = ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--clear-groups", "--inh-caps=-all"]
+        return [*session, *user, *places]
+
+    def close(self) -> None:
+        """See Engine. What holds the user's namespaces goes too."""
+        (self.session / "cgroup.kill").write_text("1")
+        eventually(lambda: not (self.session / "cgroup.procs").read_text(), 10, "the end of the session")
+        super().close()
+        with contextlib.suppress(OSError):  # others' sessions are in it
+            self.session.parent.parent.rmdir()
+
+
+class Docker(Engine):
+    """A daemon of our own, without network."""
+
+    kind = "docker"
+    group = "docker"
+    cdi = False
+    before = '{\n  "log-level": "warn",\n  "debug": false\n}'
+
+    def __init__(self, cave: Cave, work: Path) -> None:
+        super().__init__(cave, work)
+        self.settings = work / "daemon.json"
+        self.settings.write_text(self.before)
+        self.begin()
+
+    def begin(self) -> None:
+        """The daemon; returns when it answers."""
+        work = self.work
+        places = ["--data-root", work / "data", "--exec-root", work / "exec", "--pidfile", work / "pid"]
+        kinds = ["--iptables=false", "--bridge=none", "--storage-driver=vfs", "--config-file", self.settings]
+        command = ["dockerd", *places, *kinds, "--host", f"unix://{work}/docker.sock"]
+        with open(work / "dockerd.log", "ab") as log:
+            words = [str(word) for word in (*self.cave.prefix, *command)]
+            self._daemon = subprocess.Popen(words, stdout=log, stderr=log, env=self.environment)
+
+        def answers() -> bool:
+            assert self._daemon.poll() is None, (work / "dockerd.log").read_text()
+            return self.call("version", check=False).returncode == 0
+
+        eventually(answers, 20, "dockerd")
+
+    def words(self) -> list[str | Path]:
+        """See Engine."""
+        return ["docker", "--host", f"unix://{self.work}/docker.sock"]
+
+    def apply(self) -> None:
+        """What `fgpu setup` asks for: a reload, and a restart where the default runtime goes from the file."""
+        default = json.loads(self.settings.read_text()).get("default-runtime")
+        if default:
+            os.kill(int((self.work / "pid").read_text()), signal.SIGHUP)
+        else:
+            self.end()
+            self.begin()
+        shown = ["info", "--format", "{{.DefaultRuntime}}"]
+        eventually(lambda: self.call(*shown).stdout.strip() == (default or "runc"), 10, f"runtime {default}")
+
+    def end(self, is_killed: bool = False) -> None:
+        """The daemon, and with it its containers: at once, or when it is begun again where it was killed."""
+        self._daemon.send_signal(signal.SIGKILL if is_killed else signal.SIGTERM)
+        self._daemon.wait(20)
+
+    def close(self) -> None:
+        """See Engine."""
+        self.end()
+        super().close()
+
+
+class NewerDocker(Docker):
+    """One that has CDI, switched on."""
+
+    cdi = True
+    before = '{\n  "features": {"cdi": true},\n  "debug": false\n}'
+
+    def roots(self) -> list[Path]:
+        """See Engine."""
+        return [newer_docker(), unpacked()]
+
+
+ALL = {"podman": Podman, "docker": Docker, "newer-docker": NewerDocker}
+
+
+# -- bundles -------------------------------------------------------------------------------------------------------
+
+
+class Bundles(Container):
+    """Containers of runc or crun without a mount of ours: what they get, somebody edits in."""
+
+    def __init__(self, work: Path, runtime: str, run_dir: Path = RUN_DIR) -> None:
+        super().__init__(work, runtime)
+        self.spec: dict[str, Any] = {}  # what an engine would take from CDI, for the next container
+        self.device = ""
+        self.wrapped = False
+        self.before: list[Path] = []
+
+    def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
+        super()._bundle(bundle, name, folder)
+        path = bundle / "config.json"
+        config = json.loads(path.read_text())
+        ours = {str(SHIM), "/run/fgpu/shim", "/etc/ld.so.preload"}
+        config["mounts"] = [mount for mount in config["mounts"] if mount["destination"] not in ours]
+        inject(config, self.spec, self.device)
+        path.write_text(json.dumps(config))
+
+    def _command(self, *words: str | Path) -> list[str | Path]:
+        command = super()._command(*words)
+        if self.wrapped:
+            command[command.index(self._runtime)] = HELPER
+            at = command.index(HELPER) + 1
+            command[at:at] = ["runtime", self._runtime]
+        return command
+
+
+def inject(config: dict[str, Any], spec: dict[str, Any], device: str) -> None:
+    """What the CDI library of an engine does with a device: its edits, and those of its specification."""
+    if not device:
+        return
+    (chosen,) = [found["containerEdits"] for found in spec["devices"] if found["name"] == device]
+    for edits in (chosen, spec["containerEdits"]):
+        config["process"]["env"] += edits.get("env", [])
+        for mount in edits.get("mounts", []):
+            config["mounts"].append(
+                {"source": mount["hostPath"], "destination": mount["containerPath"], "options": mount["options"]}
+            )
+        for hook in edits.get("hooks", []):
+            made = {key: hook[key] for key in ("path", "args", "timeout")}
+            config.setdefault("hooks", {}).setdefault(hook["hookName"], []).append(made)

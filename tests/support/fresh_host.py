@@ -1,0 +1,281 @@
+"""A fresh host of this distribution for the package tests: a root made by debootstrap, systemd as its first process.
+
+Owns: build/roots/NAME, made once, and a copy of it for every host; one sees to the file what was changed there.
+What cannot be downloaded is a failure that names the mirror, never a test left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests import world
+from tests.support import packages as kit
+
+ROOTS = kit.BUILD / "roots"
+MIRRORS = {"debian": "http://deb.debian.org/debian", "ubuntu": "http://archive.ubuntu.com/ubuntu"}
+BASE = "systemd,systemd-sysv"  # a host has them
+RESOLVER = "/etc/resolv.conf"
+MOUNTS = ("dev", "opt/build", "proc", "run", "sys", "tmp")
+# What apt, dpkg, systemd and the distribution's own packages keep about what was once there.
+NOISE = re.compile(
+    r"var/(lib/dpkg|lib/apt|lib/python|lib/systemd|cache|log)(/|$)|etc/ld\.so\.cache$|etc/(alternatives|python3[.\d]*)(/|$)"
+    r"|(etc|var)/\.updated$|etc/(group-|gshadow-|inputrc)$|usr/local/lib/python3[.\d]*(/|$)|usr/(lib|share)/python3[/.\d].*__pycache__(/|$)"
+)
+DEBOOTSTRAP_SECONDS = 280
+BUILD = Path("/opt/build")  # the checkout's build/, seen from inside
+
+# Becomes part of a cgroup, to make it the root of a cgroup namespace.
+ENTER = 'echo $$ >"$1/cgroup.procs" && shift && exec "$@"'
+# A mount, cgroup and pid namespace with what a host has mounted, and systemd as its process 1.
+BOOT = """
+set -eu
+mount --make-rprivate /
+cd "$1"
+umount -R proc sys dev
+mount -t proc proc proc
+mount -t sysfs sysfs sys
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+mount -t bpf bpf sys/fs/bpf
+mount -t tmpfs tmpfs dev
+mkdir dev/pts dev/shm
+mount -t devpts -o newinstance,ptmxmode=0666 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+ln -s /proc/self/fd dev/fd
+for device in null zero full random urandom tty; do touch dev/$device; mount --bind /dev/$device dev/$device; done
+pivot_root . mnt
+umount -l /mnt
+exec env -i container=fgpu PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd
+"""
+
+
+def distribution() -> tuple[str, str]:
+    """(code name, mirror) of the distribution that this runs on: a package is made for that one."""
+    lines = [line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line]
+    known = {name: value.strip('"') for name, value in lines}
+    assert known["ID"] in MIRRORS, f"no mirror is known for {known['ID']}"
+    return known["VERSION_CODENAME"], MIRRORS[known["ID"]]
+
+
+def fresh_root() -> Path:
+    """The root that hosts are made of: the distribution's base, its lists of packages, and nothing else."""
+    name, mirror = distribution()
+    root = ROOTS / name
+    if not root.exists():
+        aside = ROOTS / f".{name}"
+        # What was cut off may have left this mounted, and nothing below it is ours to remove.
+        subprocess.run(["umount", "--quiet", aside / "proc"], check=False, timeout=10)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        command = ["debootstrap", "--variant=minbase", f"--include={BASE}", name, str(aside), mirror]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEBOOTSTRAP_SECONDS, check=False)
+        assert done.returncode == 0, f"no {name} from {mirror}: {done.stdout[-500:]}{done.stderr[-500:]}"
+        (aside / "opt/build").mkdir()
+        (aside / "etc/machine-id").write_text(f"{os.urandom(16).hex()}\n")
+        aside.rename(root)
+    return root
+
+
+Listing = dict[str, tuple[int, int, int, int, str]]
+
+
+def listing(root: Path) -> Listing:
+    """Every file of a root, but for what is mounted there: mode, owners, size and where a link points."""
+    found = {}
+    for folder, folders, files in os.walk(root):
+        for name in folders + files:
+            path = Path(folder, name)
+            stat = path.lstat()
+            size = 0 if name in folders else stat.st_size
+            link = os.readlink(path) if path.is_symlink() else ""
+            found[str(path.relative_to(root))] = (stat.st_mode, stat.st_uid, stat.st_gid, size, link)
+        folders[:] = [name for name in folders if str(Path(folder, name).relative_to(root)) not in MOUNTS]
+    return found
+
+
+class Host(kit.Installed):
+    """A root of one's own, entered by chroot; boot() and halt() give it a systemd."""
+
+    def __init__(self, work: Path) -> None:
+        self.root = ROOTS / f".host-{os.getpid()}"
+        self._cgroup = kit.cgroup2() / f"fgpu-packages-{os.getpid()}"
+        self._own_tree = ["sh", "-c", ENTER, "sh", str(self._cgroup), "unshare", "--cgroup"]
+        self._chroot = [*self._own_tree, "chroot", str(self.root)]
+        super().__init__("/usr/bin/fgpu", self._chroot, BUILD)
+        self._work = work
+        self._init: subprocess.Popen[bytes] | None = None
+        self._mounted: list[Path] = []
+
+    def mount(self) -> None:
+        """A copy of the fresh root (on an overlay a mapping has another device number than its file) and its mounts."""
+        kit.run("cp", "--archive", "--reflink=auto", fresh_root(), self.root)
+        self._mount(str(self.root), self.root, "--bind")
+        self._mount("tmpfs", self.root / "run", "-t", "tmpfs")
+        self._mount("tmpfs", self.root / "tmp", "-t", "tmpfs")
+        for name in ("proc", "dev"):
+            self._mount(f"/{name}", self.root / name, "--rbind")
+            kit.run("mount", "--make-rslave", self.root / name)
+        self._mount("sysfs", self.root / "sys", "-t", "sysfs")
+        self._mount("bpf", self.root / "sys/fs/bpf", "-t", "bpf")
+        self._cgroup.mkdir()
+        kit.run(*self._own_tree, "mount", "-t", "cgroup2", "cgroup2", self.root / "sys/fs/cgroup")
+        (self.root / "run/fgpu-sim").mkdir()
+        for source, target in ((kit.BUILD, BUILD), ("/run/fgpu-sim", "/run/fgpu-sim"), (RESOLVER, RESOLVER)):
+            self._mount(str(source), self.root / str(target).lstrip("/"), "--bind")
+        for name in world.COPIED:  # mounts of this world; another host's root is in build/ as well
+            self._mount(str(kit.BUILD / name), self.root / str(BUILD / name).lstrip("/"), "--bind")
+
+    def _without_cgroup(self) -> bool:
+        for folder, _, _ in os.walk(self._cgroup, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        return not self._cgroup.exists()
+
+    def processes(self) -> list[str]:
+        """What runs on this host."""
+        return (self._cgroup / "cgroup.procs").read_text().split()
+
+    def left(self, before: Listing) -> list[str]:
+        """Files that came, went or changed since, and that no package of the distribution owns."""
+        lists = (self.root / "var/lib/dpkg/info").glob("*.list")
+        owned = {line.lstrip("/") for path in lists for line in path.read_text().splitlines()}
+        owned |= {re.sub(r"^(lib|bin|sbin|lib64)/", r"usr/\1/", name) for name in owned}
+        now = listing(self.root)
+        changed = {name for name in now.keys() | before.keys() if now.get(name) != before.get(name)}
+        return sorted(name for name in changed - owned if not NOISE.match(name))
+
+    def accounts(self) -> dict[str, str]:
+        """Users, groups and what is preloaded, word by word."""
+        names = ("passwd", "group", "shadow", "gshadow", "ld.so.preload")
+        found = {name: self.root / "etc" / name for name in names}
+        return {name: path.read_text() for name, path in found.items() if path.exists()}
+
+    def pins(self) -> list[str]:
+        """What is pinned in this host's kernel file system."""
+        return self.run("find", "/sys/fs/bpf", "-mindepth", "1", "!", "-name", "*.debug").stdout.split()
+
+    def _mount(self, source: str, target: Path, *options: str) -> None:
+        kit.run("mount", *options, source, target)
+        self._mounted.append(target)
+
+    def close(self) -> None:
+        """Ends what runs there, and takes the root away."""
+        self.stop()
+        self.halt()
+        if self._cgroup.exists():
+            kit.eventually(self._without_cgroup, 10, f"an empty {self._cgroup}")
+        for target in reversed(self._mounted):
+            kit.run("umount", "--recursive", "--lazy", target)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def apt(self, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """apt-get there, as an administrator types it."""
+        environment = {**self.environment, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
+        environment |= {k: v for k, v in os.environ.items() if k.lower().endswith("_proxy")}
+        del environment["LD_LIBRARY_PATH"]
+        command = ["apt-get", "-y", "-q", "--no-install-recommends", "-o", "APT::Sandbox::User=root"]
+        return self.run(*command, *words, check=check, env=environment, timeout=170)
+
+    def install(self, deb: Path) -> None:
+        """A package of build/, also after one that was newer."""
+        self.apt("install", "--allow-downgrades", BUILD / deb.relative_to(kit.BUILD))
+
+    @contextlib.contextmanager
+    def gatekeeper(self) -> Iterator[None]:
+        """The gatekeeper as its unit starts it, until the end of the block."""
+        command = self.command("/usr/lib/fgpu/fgpu-gatekeeper")
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL, env={"PATH": self.environment["PATH"]}) as process:
+            try:
+                lock = self.root / "run/fgpu/gatekeeper.lock"
+                mine = f"{process.pid}\n"
+                kit.eventually(lambda: lock.exists() and lock.read_text() == mine, 10, "the gatekeeper")
+                yield
+            finally:
+                process.terminate()
+
+    # -- with systemd
+
+    def boot(self) -> float:
+        """Starts systemd as the first process of a pid namespace; the seconds until it is up."""
+        command = [*self._own_tree, "--mount", "--pid", "--fork", "--kill-child", "--ipc", "--uts"]
+        command += ["sh", "-c", BOOT, "sh", str(self.root)]
+        with open(self._work / "console", "wb") as console:
+            self._init = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+        begun = time.monotonic()
+        pid = kit.eventually(self._first_process, 10, "systemd's start")
+        self.prefix = ["nsenter", f"--target={pid}", "--mount", "--pid", "--ipc", "--uts", "--cgroup"]
+
+        def up() -> bool:
+            return self.run("systemctl", "is-system-running", check=False).stdout.strip() in ("running", "degraded")
+
+        kit.eventually(up, 30, f"systemd: {(self._work / 'console').read_text()}")
+        return time.monotonic() - begun
+
+    def _first_process(self) -> str:
+        """The pid of our systemd, once it is one."""
+        assert self._init is not None
+        assert self._init.poll() is None, (self._work / "console").read_text()
+        children = Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text().split()
+        with contextlib.suppress(OSError):
+            if children and Path(f"/proc/{children[0]}/comm").read_text() == "systemd\n":
+                return children[0]
+        return ""
+
+    def halt(self) -> None:
+        """Kills systemd, and with it everything in its namespace."""
+        if self._init is None:
+            return
+        self._init.kill()
+        self._init.wait(10)
+        self._init, self.prefix = None, self._chroot
+
+    def version(self) -> str:
+        """Of the package that is installed there."""
+        return self.run("dpkg-query", "--show", "--showformat=${Version}", "fgpu").stdout
+
+    def unit(self, name: str, *properties: str) -> list[str]:
+        """What systemd says of a unit: the values of these properties."""
+        words = [f"--property={name}" for name in properties]
+        shown = dict(line.split("=", 1) for line in self.run("systemctl", "show", name, *words).stdout.splitlines())
+        return [shown[name] for name in properties]
+
+
+_majors = itertools.count(10)  # none twice: a host may have been upgraded by a trial that failed
+
+
+def newer(deb: Path, folder: Path, work: Path) -> str:
+    """Puts a package with a version above all before and another shim into a host's /tmp; its path there."""
+    major = next(_majors)
+    tree, name = work / "tree", f"fgpu_{major}.deb"
+    kit.run("dpkg-deb", "-R", deb, tree)
+    control = tree / "DEBIAN/control"
+    control.write_text(re.sub(r"^Version: \d+", f"Version: {major}", control.read_text(), count=1, flags=re.MULTILINE))
+    with open(next(tree.rglob("libfgpu.so")), "ab") as shim:
+        shim.write(f"another {major}".encode())
+    kit.run("dpkg-deb", "-Znone", "--root-owner-group", "--build", tree, folder / name)
+    return f"/tmp/{name}"
+
+
+@contextlib.contextmanager
+def load(host: Host) -> Iterator[list[str]]:
+    """A tenant that starts program after program, each of which takes all that it gets; what they said, at the end."""
+    script = f"while [ ! -e /tmp/enough ]; do {host.build}/examples/fill --step 2MiB; done"
+    command = host.command("/usr/bin/fgpu", "run", "--name", "load", "--memory", "1GiB", "--", "sh", "-c", script)
+    said: list[str] = []
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, text=True, env=host.environment, **both) as tenant:
+        try:
+            assert tenant.stdout
+            said.append(tenant.stdout.readline())
+            yield said
+        finally:
+            (host.root / "tmp/enough").touch()
+            said += tenant.communicate(timeout=20)[0].splitlines(keepends=True)
+            (host.root / "tmp/enough").unlink()

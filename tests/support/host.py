@@ -1,0 +1,70 @@
+"""Paths and constants of the host and the build under test; cgroups, ports and disks.
+
+GPUS and ENVIRONMENT may be changed by a suite: read them as `host.GPUS` and `host.ENVIRONMENT`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shlex
+import socket
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+SIM = BUILD / "sim"
+SHIM = BUILD / "shim/libfgpu.so"
+DRIVER_ROOT = Path(os.environ.get("DRIVER_ROOT", SIM))
+FGPU = shlex.split(os.environ.get("FGPU", str(ROOT / ".venv/bin/fgpu")))
+RUN_DIR = Path("/run/fgpu")
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+CONTEXT = 518 * MIB  # what a context takes of the simulated device
+# Of memory, as the driver's books have them.
+KINDS = ("context", "block", "vmm", "managed", "pool", "module", "graph", "local", "runtime", "launch")
+GPUS = os.environ.get("FGPU_TEST_GPUS", "1")
+MEMORY = os.environ.get("FGPU_TEST_MEMORY", "16GiB")  # of each device
+REFUSED = "CUDA_ERROR_OUT_OF_MEMORY"
+ENVIRONMENT = {
+    "PATH": f"{SIM}:{ROOT}/.venv/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "LD_LIBRARY_PATH": str(SIM / "lib"),
+    "HOME": "/root",
+}
+# What the units and the chart give agent and gatekeeper.
+SERVICE_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.pthread.stack_cache_size=0"}
+
+
+# Below the ports that the kernel hands out; each worker of the tests has some of its own.
+_PORTS = itertools.cycle(
+    range((first := 20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw9")[2:])), first + 1000)
+)
+
+
+def free_port() -> int:
+    """Return a TCP port at which no process listens, and which no other call returns soon."""
+    for port in _PORTS:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+LISTEN = f"127.0.0.1:{free_port()}"
+METRICS = f"http://{LISTEN}/metrics"
+
+
+def cgroup_root() -> Path:
+    """Where cgroup v2 is mounted."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == "cgroup2":
+            return Path(fields[1])
+    raise AssertionError("no cgroup v2 here")
+
+
+def fill(filler: Path) -> None:
+    """Not a byte is left on the file system of this file."""
+    with open(filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))

@@ -1,0 +1,232 @@
+"""Places in which tenants live: `fgpu run`, cgroups made by hand, containers of runc and crun."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.support import host
+from tests.support.commands import ask, fgpu
+from tests.support.host import BUILD, FGPU, ROOT, SHIM, cgroup_root
+from tests.support.tenant import Tenant
+from tests.support.wait import eventually
+
+# Starts a program for every line "NAME COMMAND", its stdin and stdout being the pipes NAME.in and NAME.out.
+HUB = 'while read -r name command; do (exec $command <"$name.in" >"$name.out" 2>"$name.err") & done; wait'
+
+
+class Place:
+    """A way to be a tenant: `fgpu run` on the host, with or without a pid namespace."""
+
+    group = "/fgpu"
+    _numbers = itertools.count(1)
+
+    def __init__(self, work: Path, *options: str) -> None:
+        self.work, self._options = work, options
+        self.tenants: list[Tenant] = []
+
+    def tenant(self, memory: int | None) -> Tenant:
+        """A new tenant with that limit in force before its first program starts; None: a container without a limit."""
+        name = f"e2e-{os.getpid()}-{next(self._numbers)}"
+        folder = self.work / name
+        folder.mkdir()
+        tenant = self._make(name, folder, memory)
+        self.tenants.append(tenant)
+        return tenant
+
+    def _make(self, name: str, folder: Path, memory: int | None) -> Tenant:
+        command = [*FGPU, "run", *self._options, "--name", name, "--memory", f"{memory}B", "--", "sh", "-c", HUB]
+        hub = subprocess.Popen(command, stdin=subprocess.PIPE, env=host.ENVIRONMENT, cwd=folder)
+        return Tenant(self, name, f"/fgpu/{name}", folder, hub)
+
+    def end(self, tenant: Tenant) -> None:
+        """Waits for the hub; kills what does not end."""
+        try:
+            tenant.hub.wait(5)
+        except subprocess.TimeoutExpired:
+            for pid in tenant.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            tenant.hub.wait(5)
+        eventually(tenant.has_left, 20, f"the end of {tenant.name}")
+        with contextlib.suppress(FileNotFoundError):
+            tenant.cgroup.rmdir()
+
+    def close(self) -> None:
+        """Ends every tenant."""
+        for tenant in self.tenants:
+            tenant.end()
+        self.tenants.clear()
+
+    def left(self) -> list[Path]:
+        """The cgroups that are there of tenants made here, or made inside them."""
+        return [*(cgroup_root() / self.group.lstrip("/")).glob(f"e2e-{os.getpid()}-*")]
+
+
+class Cgroups(Place):
+    """Cgroups made by hand and limited by `fgpu set`, below one of our own that no other test has anything in."""
+
+    def __init__(self, work: Path) -> None:
+        super().__init__(work)
+        self.group = f"/fgpu-e2e-{os.getpid()}"
+
+    def _make(self, name: str, folder: Path, memory: int | None) -> Tenant:
+        return self._tenant(f"{self.group}/{name}", folder, memory)
+
+    def named(self, path: str) -> Tenant:
+        """A tenant in the cgroup of that path below ours; no limit is set by hand."""
+        folder = self.work / path.replace("/", "-")
+        folder.mkdir()
+        self.tenants.append(self._tenant(f"{self.group}/{path}", folder, None))
+        return self.tenants[-1]
+
+    def _tenant(self, path: str, folder: Path, memory: int | None) -> Tenant:
+        cgroup = cgroup_root() / path.lstrip("/")
+        cgroup.mkdir(parents=True)
+        if memory is not None:
+            fgpu("set", path, "--memory", f"{memory}B")
+        enter = ["sh", "-c", f'echo $$ >{cgroup}/cgroup.procs && exec sh -c "$0"', HUB]
+        environment = {**host.ENVIRONMENT, "LD_PRELOAD": str(SHIM)}
+        hub = subprocess.Popen(enter, stdin=subprocess.PIPE, env=environment, cwd=folder)
+        return Tenant(self, os.path.basename(path), path, folder, hub)
+
+    def close(self) -> None:
+        """Ends every tenant; the folder of their cgroups goes."""
+        super().close()
+        for folder, _, _ in os.walk(cgroup_root() / self.group.lstrip("/"), topdown=False):
+            os.rmdir(folder)
+
+
+# A container runtime takes version 2 of cgroups where that is what it sees at /sys/fs/cgroup.
+PRIVATE_MOUNTS = """
+[ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 none /sys/fs/cgroup
+exec "$@"
+"""
+
+
+class Container(Place):
+    """A container of runc or crun: pid, mount and cgroup namespaces, the host's folders as its root."""
+
+    group = "/fgpu-e2e"
+
+    def __init__(self, work: Path, runtime: str) -> None:
+        super().__init__(work)
+        self._runtime = runtime
+        self._state = work / "state"
+        self.mounts: list[dict[str, Any]] = []  # beside what every container has
+        self.image: dict[str, Path] = {}  # files in its root: path -> what is copied there
+        (work / "ld.so.preload").write_text(f"{SHIM}\n")
+
+    def _command(self, *words: str | Path) -> list[str | Path]:
+        return ["unshare", "-m", "sh", "-c", PRIVATE_MOUNTS, "sh", self._runtime, "--root", self._state, *words]
+
+    def _call(self, *words: str | Path, check: bool = True) -> None:
+        done = subprocess.run(self._command(*words), capture_output=True, text=True, timeout=30, check=False)
+        assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+
+    def _make(self, name: str, folder: Path, memory: int | None) -> Tenant:
+        bundle = self.work / f"{name}.bundle"
+        self._bundle(bundle, name, folder)
+        with open(self.work / f"{name}.log", "wb") as log:
+            create = self._command("create", "--bundle", bundle, name)
+            hub = subprocess.Popen(create, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        assert hub.wait(30) == 0, (self.work / f"{name}.log").read_text()
+        path = f"{self.group}/{name}"
+        tenant = Tenant(self, name, path, folder, hub)
+        try:
+            if memory is not None:
+                fgpu("set", path, "--memory", f"{memory}B")
+            self._call("start", name)
+        except BaseException:
+            self.end(tenant)
+            raise
+        return tenant
+
+    def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
+        (bundle / "rootfs/etc").mkdir(parents=True)
+        shutil.copy("/etc/ld.so.cache", bundle / "rootfs/etc/ld.so.cache")
+        for path, source in self.image.items():
+            shutil.copy(source, bundle / "rootfs" / path)
+        for link in ("bin", "sbin", "lib", "lib64"):
+            if Path("/", link).is_symlink():
+                (bundle / "rootfs" / link).symlink_to(os.readlink(Path("/", link)))
+        subprocess.run(["runc", "spec"], cwd=bundle, check=True, timeout=10)
+        spec = json.loads((bundle / "config.json").read_text())
+        spec["process"].update(
+            terminal=False,
+            args=["sh", "-c", HUB],
+            cwd=str(folder),
+            env=[f"{k}={v}" for k, v in host.ENVIRONMENT.items()],
+        )
+        spec["linux"]["cgroupsPath"] = f"{self.group}/{name}"
+        if self._runtime == "crun":  # its device rules need CAP_SYS_RESOURCE, which a test machine may lack
+            del spec["linux"]["resources"]
+        spaces = spec["linux"]["namespaces"]
+        if {"type": "cgroup"} not in spaces:
+            spaces.append({"type": "cgroup"})
+        spec["mounts"] += [_bind("/usr"), *(_bind(f"/{d}") for d in ("bin", "sbin", "lib", "lib64") if _is_folder(d))]
+        spec["mounts"] += [_bind(BUILD), _bind(ROOT / ".venv"), _bind("/run/fgpu-sim"), _bind(folder, read_only=False)]
+        # The three mounts that fgpu needs.
+        spec["mounts"] += [
+            _bind(SHIM),
+            _bind("/run/fgpu/shim"),
+            _bind(self.work / "ld.so.preload", "/etc/ld.so.preload"),
+        ]
+        spec["mounts"] += self.mounts
+        (bundle / "config.json").write_text(json.dumps(spec))
+
+    def end(self, tenant: Tenant) -> None:
+        """Deletes the container."""
+        self._call("delete", "--force", tenant.name)
+        eventually(lambda: not tenant.pids(), 20, f"the end of {tenant.name}")
+
+    def close(self) -> None:
+        """Deletes every container, what is left of their cgroups, and the folder of these unless others are in it."""
+        names = [tenant.name for tenant in self.tenants]
+        super().close()
+        parent = cgroup_root() / self.group.lstrip("/")
+        for folder in (*(parent / name for name in names), parent):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _is_folder(name: str) -> bool:
+    return Path("/", name).is_dir() and not Path("/", name).is_symlink()
+
+
+def _bind(source: str | Path, target: str | Path | None = None, read_only: bool = True) -> dict[str, Any]:
+    options = ["rbind", "nosuid", "ro"] if read_only else ["rbind", "nosuid"]  # build/ has mounts of this world
+    return {"source": str(source), "destination": str(target or source), "type": "bind", "options": options}
+
+
+@contextlib.contextmanager
+def group(place: Place, memory: int) -> Iterator[Callable[[], dict[str, Any]]]:
+    """A limit on the cgroup above all tenants of a place; yields a look at its memory."""
+    fgpu("set", place.group, "--memory", f"{memory}B")
+    try:
+
+        def look() -> dict[str, Any]:
+            whole = next(t for t in ask(verb="snapshot")["tenants"] if t["path"] == place.group)
+            assert whole["kind"] == "group"
+            return whole["devices"][0]
+
+        yield look
+    finally:
+        fgpu("unset", place.group)
+
+
+def place_of(kind: str, work: Path) -> Place:
+    """host, pidns, cgroups, runc, crun."""
+    if kind == "cgroups":
+        return Cgroups(work)
+    if kind in ("runc", "crun"):
+        return Container(work, kind)
+    return Place(work, "--pidns") if kind == "pidns" else Place(work)

@@ -1,0 +1,191 @@
+"""The service under test: the simulated driver, the agent and its gatekeeper, and the programs of the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tests.support import host
+from tests.support.commands import fgpu
+from tests.support.host import (
+    BUILD,
+    DRIVER_ROOT,
+    FGPU,
+    LISTEN,
+    MEMORY,
+    ROOT,
+    RUN_DIR,
+    SERVICE_ENVIRONMENT,
+    SHIM,
+    SIM,
+)
+from tests.support.wait import eventually
+
+
+def compile_programs() -> None:
+    """Compile the C programs of tests/programs into build/e2e."""
+    out = BUILD / "e2e"
+    out.mkdir(parents=True, exist_ok=True)
+    for source in (ROOT / "tests/programs").glob("*.c"):
+        if (out / source.stem).exists() and (out / source.stem).stat().st_mtime > source.stat().st_mtime:
+            continue
+        flags = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", f"-I{BUILD}/headers"]
+        made = out / f".{source.stem}-{os.getpid()}"
+        subprocess.run(["gcc", *flags, "-o", made, source, "-ldl", "-pthread"], check=True, timeout=60)
+        made.rename(out / source.stem)
+
+
+def gatekeepers_of(run_dir: Path) -> set[int]:
+    """Pids of every gatekeeper that was started with that folder."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):  # no glob: it fails where a process ends under it
+        with contextlib.suppress(OSError):
+            words = Path("/proc", pid, "cmdline").read_bytes().split(b"\0")
+            if b"fgpu_ebpf.gatekeeper" in words and str(run_dir).encode() in words:
+                found.add(int(pid))
+    return found
+
+
+def _reads(link: str) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(link)
+    return ""
+
+
+# Runs a command beside a driver and an agent of its own.
+IN_A_WORLD = (sys.executable, "-m", "tests.world")
+
+
+def run_on_devices(file: str, number: int = 2, memory: str = "16GiB", seconds: float = 170) -> None:
+    """Run the tests of a file, in a world of their own, with a driver of so many devices of that size and an agent.
+
+    They end within `seconds`.
+    """
+    command = [*IN_A_WORLD, sys.executable, "-m", "pytest", "-q", file]
+    environment = {**os.environ, "FGPU_TEST_GPUS": str(number), "FGPU_TEST_MEMORY": memory, "FGPU_TEST_WORLDS": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+class Service:
+    """The simulated driver and the agent, started once and restarted at will."""
+
+    def __init__(self, work: Path, asked: Sequence[str] = ("docker", "cri")) -> None:
+        """`asked`: the kinds of engines whose sockets the agent looks for."""
+        self.log = work / "agent.log"
+        self.config = work / "agent.yaml"
+        self.cdi = work / "cdi"
+        self.cdi.mkdir()
+        sockets = {kind: work / f"{kind}.sock" for kind in ("docker", "podman", "cri")}
+        self.engine, self.podman, self.containerd = sockets.values()
+        engines = [f"{kind}:{sockets[kind]}" for kind in asked]
+        self.config.write_text(f"overcommit: allow\nengines: {engines}\ncdiFolder: {self.cdi}\n")
+        self.policies = work / "policy.d"
+        self.policies.mkdir()
+        self._driver_log = work / "driver.log"
+        self._driver: subprocess.Popen[bytes] | None = None
+        self.agent: subprocess.Popen[bytes] | None = None
+        self.started_in = 0.0  # seconds from start to enforcing, the last time
+        self._checked = 0  # characters of the log that check() has read
+        self.command = FGPU  # of the agent
+
+    def start_driver(self, memory: str = MEMORY) -> None:
+        """fgpu-simd with one device, or FGPU_TEST_GPUS; returns when it is ready."""
+        assert not self.gatekeepers(), "fgpu runs on this host already"
+        running = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, check=False, timeout=10)
+        assert running.returncode, "a simulated driver runs on this host already"
+        with open(self._driver_log, "wb") as log:
+            self._driver = subprocess.Popen(
+                [SIM / "fgpu-simd"], stdout=log, stderr=log, env={"FGPU_SIM_MEMORY": memory, "FGPU_SIM_GPUS": host.GPUS}
+            )
+        eventually(lambda: b"ready" in self._driver_log.read_bytes(), 20, "the simulated driver")
+
+    def start_agent(self, stderr: int | None = None, *options: str) -> float:
+        """`fgpu agent`, logging there or as always; returns when limits are in force, with the seconds that it took."""
+        begun = time.monotonic()
+        said = self.log.stat().st_size if self.log.exists() else 0
+        with open(self.log, "ab") if stderr is None else open(stderr, "wb", closefd=False) as log:
+            command = [*self.command, "agent", "--driver-root", DRIVER_ROOT, "--shim", SHIM, "--listen", LISTEN]
+            command += ["--config", self.config, "--policies", self.policies, *options]
+            environment = {k: v for k, v in host.ENVIRONMENT.items() if k != "LD_LIBRARY_PATH"} | SERVICE_ENVIRONMENT
+            self.agent = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+        def enforcing() -> bool:
+            text = self.log.read_bytes()[said:]
+            assert self.agent is not None
+            assert self.agent.poll() is None, f"the agent ended: {text.decode()}"
+            return b"enforcing" in text if stderr is None else not fgpu("status", check=False).returncode
+
+        eventually(enforcing, 60, "the agent")
+        self.started_in = time.monotonic() - begun
+        return self.started_in
+
+    def gatekeepers(self) -> set[int]:
+        """Pids of every gatekeeper that sees our /run, whoever started it."""
+        here = os.readlink("/proc/self/ns/mnt")
+        return {pid for pid in gatekeepers_of(RUN_DIR) if _reads(f"/proc/{pid}/ns/mnt") == here}
+
+    def stand(self) -> None:
+        """There is an agent, also after a trial that failed between two of them."""
+        assert self.agent is not None
+        if self.agent.poll() is not None:
+            self.start_agent()
+
+    def kill_agent(self, how: int = signal.SIGKILL) -> None:
+        """kill -9, or another signal."""
+        assert self.agent is not None
+        self.agent.send_signal(how)
+        self.agent.wait(30)
+
+    def kill_gatekeeper(self) -> None:
+        """kill -9."""
+        pids = self.gatekeepers()
+        assert pids, "no gatekeeper to kill"
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not pids & self.gatekeepers(), 20, "the gatekeeper's end")
+
+    @classmethod
+    @contextlib.contextmanager
+    def running(cls, work: Path, *asked: str) -> Iterator[Service]:
+        """The simulated driver (16 GiB, one device) and the agent, which enforces; both end with it."""
+        service = cls(work, asked) if asked else cls(work)
+        try:
+            service.start_driver()
+            service.start_agent()
+            yield service
+        finally:
+            service.stop()
+
+    def check(self) -> None:
+        """Nothing has fallen over."""
+        assert self.agent is not None
+        assert self.agent.poll() is None, "the agent ended"
+        log = self.log.read_text()[self._checked :]
+        self._checked += len(log)  # a traceback is the failure of one test, not of all that follow
+        assert "Traceback" not in log, log
+
+    def detach(self) -> None:
+        """`fgpu detach`; a gatekeeper that stays all the same is ended."""
+        self.stand()
+        fgpu("detach")
+        self.agent.wait(10)
+        for pid in self.gatekeepers():
+            os.kill(pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Detaches, and ends what was started here."""
+        try:
+            if self.agent:
+                self.detach()
+        finally:  # an agent that cannot start leaves no driver behind
+            if self._driver:
+                self._driver.terminate()
+                self._driver.wait(10)

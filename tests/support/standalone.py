@@ -1,0 +1,98 @@
+"""Containers of one image that brings the shim and a limit, on a host without an agent.
+
+Owns: the image's root, a copy of it for each container. Imports nothing of fgpu.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from tests.support.host import GIB, KINDS, MIB
+from tests.support.place import Container
+from tests.support.sim_driver import driver_books
+from tests.support.tenant import Client, Tenant
+from tests.support.wait import eventually
+
+LIMIT = 4 * GIB
+CONTEXT = 512 * MIB  # what the books take a context for
+TOGETHER = "fgpu: no agent: the image's limit, as far as this container's programs keep it together"
+BY_ITSELF = "fgpu: no agent, and no place for books in /run/fgpu: the image's limit for each process by itself"
+
+
+class Images(Container):
+    """Containers of runc or crun. What is set here is for the next one."""
+
+    def __init__(self, work: Path, runtime: str) -> None:
+        super().__init__(work, runtime)
+        self.shared: set[str] = set()  # namespaces of the host's that it is in
+        self.read_only = False
+        self.run_is_tmpfs = False
+        self.root: Path | None = None  # that of another container, which was started before
+
+    def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
+        super()._bundle(bundle, name, folder)
+        root = bundle / "rootfs"
+        (root / "etc/fgpu").mkdir()
+        (root / "etc/fgpu/limit").write_text(f"{LIMIT >> 20}MiB\n")
+        shutil.copy(self.work / "ld.so.preload", root / "etc/ld.so.preload")
+        (root / "run").mkdir()
+        path = bundle / "config.json"
+        spec = json.loads(path.read_text())
+        spec["root"] = {"path": str(self.root or root), "readonly": self.read_only}
+        ours = {"/run/fgpu/shim", "/etc/ld.so.preload"}
+        spec["mounts"] = [mount for mount in spec["mounts"] if mount["destination"] not in ours]
+        if self.run_is_tmpfs:
+            tmpfs = {"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]}
+            first = next(i for i, m in enumerate(spec["mounts"]) if m["destination"].startswith("/run"))
+            spec["mounts"].insert(first, tmpfs)
+        spaces = spec["linux"]["namespaces"]
+        spec["linux"]["namespaces"] = [space for space in spaces if space["type"] not in self.shared]
+        if "pid" in self.shared:  # a new procfs shows a namespace that the runtime would have to be in
+            proc = next(mount for mount in spec["mounts"] if mount["destination"] == "/proc")
+            proc.update(type="bind", source="/proc", options=["rbind", "nosuid"])
+        if "ipc" in self.shared:
+            spec["mounts"] = [m for m in spec["mounts"] if m["destination"] != "/dev/mqueue"]
+        path.write_text(json.dumps(spec))
+
+    def rootfs(self, tenant: Tenant) -> Path:
+        """The root that a container was made with."""
+        return self.work / f"{tenant.name}.bundle/rootfs"
+
+
+def assert_live(tenant: Tenant, limit: int = LIMIT) -> Client:
+    """The shim is there and the image's limit is what a program sees; that program."""
+    client = tenant.client()
+    free, total = client.ok("info")
+    assert total == limit
+    assert free <= limit - CONTEXT
+    return client
+
+
+def used(client: Client) -> int:
+    """What the books say the container holds."""
+    free, total = client.ok("info")
+    return total - free
+
+
+def held(tenant: Tenant) -> int:
+    """What the driver has handed out to the container's processes; a context for what the books take it for."""
+    pids, sum_ = set(tenant.pids()), 0
+    for entry in driver_books():
+        if entry["pid"] in pids:
+            sum_ += sum(entry[f"{kind}_bytes"] for kind in KINDS if kind != "context")
+            sum_ += entry["contexts"] * CONTEXT
+    return sum_
+
+
+def buried(client: Client) -> None:
+    """It has been killed, and the driver has taken back what it held: what is free there is shown too."""
+    eventually(lambda: client.pid not in client.tenant.pids(), 10, "its death")
+    eventually(lambda: all(entry["pid"] != client.pid for entry in driver_books()), 10, "its memory")
+    client.close()
+
+
+def said(tenant: Tenant) -> set[str]:
+    """All that programs said on stderr."""
+    return {line for path in tenant.folder.glob("*.err") for line in path.read_text().splitlines()}

@@ -1,0 +1,270 @@
+"""Tenants: cgroups with a limit, and the programs in them."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import itertools
+import os
+import re
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.support.commands import ask, metrics
+from tests.support.host import BUILD, KINDS, cgroup_root
+from tests.support.sim_driver import driver_books
+from tests.support.wait import eventually
+
+if TYPE_CHECKING:
+    from tests.support.place import Place
+
+
+class Program:
+    """A program in a tenant, at the other end of two named pipes."""
+
+    def __init__(self, tenant: Tenant, name: str, command: str) -> None:
+        self.tenant = tenant
+        self._left = b""
+        self._errors = tenant.folder / f"{name}.err"
+        ends = [tenant.folder / f"{name}.in", tenant.folder / f"{name}.out"]
+        for end in ends:
+            os.mkfifo(end, 0o666)
+        self._out = os.open(ends[1], os.O_RDONLY | os.O_NONBLOCK)
+        tenant.tell(f"{name} {command}")
+        self._in = eventually(lambda: _open_writer(ends[0]), 30, f"{command} in {tenant.name}")
+
+    def send(self, line: str) -> None:
+        """One line to its stdin."""
+        try:
+            os.write(self._in, line.encode() + b"\n")
+        except BrokenPipeError as error:
+            raise AssertionError(f"it has ended, nobody reads {line!r}: {self.complaints()}") from error
+
+    def receive(self, seconds: float = 20) -> str:
+        """One line of its stdout."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._left:
+            if not self._more(deadline - time.monotonic()):
+                raise AssertionError(f"it ended, or said nothing within {seconds} s: {self._left!r}{self.complaints()}")
+        line, self._left = self._left.split(b"\n", 1)
+        return line.decode()
+
+    def _more(self, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(self._out, select.POLLIN)
+        if seconds <= 0 or not poll.poll(int(seconds * 1000) + 1):
+            return False
+        try:
+            data = os.read(self._out, 1 << 16)
+        except BlockingIOError:  # its end has been opened since
+            return True
+        self._left += data
+        return bool(data)
+
+    def rest(self, seconds: float = 20) -> str:
+        """Everything it says until it ends; its stdin is closed."""
+        os.close(self._in)
+        self._in = -1
+        deadline = time.monotonic() + seconds
+        while self._more(deadline - time.monotonic()):
+            pass
+        assert time.monotonic() < deadline, f"it did not end within {seconds} s: {self._left!r}"
+        return self._left.decode()
+
+    def complaints(self) -> str:
+        """What it has said on stderr."""
+        return self._errors.read_text(errors="replace") if self._errors.exists() else ""
+
+    def close(self) -> None:
+        """Lets go of both pipes; a program that reads stdin ends."""
+        for end in (self._in, self._out):
+            if end >= 0:
+                os.close(end)
+        self._in = self._out = -1
+
+
+def _open_writer(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK) or None
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
+
+
+class Client(Program):
+    """tests/programs/client.c: commands with numbers, answered by "ok …" or the name of the driver's error."""
+
+    def __init__(self, tenant: Tenant, name: str, via: str = "", before: str = "") -> None:
+        super().__init__(tenant, name, f"{before} {BUILD}/e2e/client {via}".strip())
+        self._hello()
+
+    def _hello(self) -> None:
+        said = self.receive(30)
+        assert said.startswith("ready "), said
+        self.inner_pid = int(said.split()[1])
+        self.pid = eventually(lambda: self.tenant.host_pid(self.inner_pid), 20, "the client's pid")
+
+    def do(self, command: str, seconds: float = 60) -> str:
+        """One command, its answer."""
+        self.send(command)
+        return self.receive(seconds)
+
+    def ok(self, command: str, seconds: float = 60) -> list[int]:
+        """One command that must succeed, the numbers of its answer."""
+        return self.numbers(self.do(command, seconds), command)
+
+    @staticmethod
+    def numbers(said: str, command: str = "") -> list[int]:
+        """The numbers of an answer that must be ok."""
+        assert said.split()[0] == "ok", f"{command}: {said}"
+        return [int(n) for n in said.split()[1:]]
+
+    def execute_again(self) -> None:
+        """exec of the same program: another life, the same pipes."""
+        self.send("exec")
+        self._hello()
+
+    def kill(self) -> None:
+        """kill -9."""
+        os.kill(self.pid, signal.SIGKILL)
+
+
+class Tenant:
+    """A cgroup with a limit, and a hub in it that starts programs."""
+
+    def __init__(self, place: Place, name: str, path: str, folder: Path, hub: subprocess.Popen[bytes]) -> None:
+        self.place, self.name, self.path, self.folder, self.hub = place, name, path, folder, hub
+        self.cgroup = cgroup_root() / path.lstrip("/")
+        self._programs: list[Program] = []
+        self._number = itertools.count(1)
+
+    def tell(self, line: str) -> None:
+        """One line to the hub."""
+        assert self.hub.stdin is not None
+        self.hub.stdin.write(line.encode() + b"\n")
+        self.hub.stdin.flush()
+
+    def client(self, via: str = "", before: str = "") -> Client:
+        """Another CUDA program in this tenant; `before`: what starts it."""
+        client = Client(self, f"c{next(self._number)}", via, before)
+        self._programs.append(client)
+        return client
+
+    def run(self, command: str, seconds: float = 20) -> str:
+        """Any program in this tenant: what it printed."""
+        program = Program(self, f"p{next(self._number)}", command)
+        self._programs.append(program)
+        return program.rest(seconds)
+
+    def pids(self) -> list[int]:
+        """Host pids of everything in the cgroup."""
+        try:
+            return [int(pid) for pid in (self.cgroup / "cgroup.procs").read_text().split()]
+        except OSError:
+            return []
+
+    def has_left(self) -> bool:
+        """The cgroup can be removed: whoever has died is no process of it, but holds it until the driver lets go."""
+        try:
+            return "populated 0" in (self.cgroup / "cgroup.events").read_text()
+        except OSError:
+            return True
+
+    def host_pid(self, inner: int) -> int | None:
+        """The host's pid of a process that calls itself `inner`."""
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/status").read_text()
+                if int(re.findall(r"^NSpid:.*?(\d+)$", status, re.MULTILINE)[0]) == inner:
+                    return pid
+        return None
+
+    def view(self) -> dict[str, Any]:
+        """This tenant in the Snapshot of this moment."""
+        return next(t for t in ask(verb="snapshot")["tenants"] if t["path"] == self.path)
+
+    def memory(self) -> dict[str, Any]:
+        """Limit, used, peak, refused and so on, of device 0."""
+        return self.view()["devices"][0]
+
+    def driver(self, kinds: tuple[str, ...] = KINDS) -> int:
+        """Bytes that the driver itself holds for this tenant's processes, on all devices."""
+        return sum(self.driver_by_device(kinds).values())
+
+    def driver_by_device(self, kinds: tuple[str, ...] = KINDS) -> collections.Counter[int]:
+        """The same, device by device."""
+        pids, held = set(self.pids()), collections.Counter[int]()
+        for entry in driver_books():
+            if entry["pid"] in pids:
+                held[entry["device"]] += sum(entry[f"{kind}_bytes"] for kind in kinds)
+        return held
+
+    def assert_enforced(self) -> None:
+        """The metrics say that the kernel holds this tenant's limit."""
+        key = "fgpu_tenant_enforcement", frozenset({("tenant", self.name), ("mode", "kernel")})
+        eventually(lambda: metrics().get(key) == 1, 10, f"enforcement of {self.name}")
+
+    @contextlib.contextmanager
+    def growing(self, bytes_: int | None = None, shared: int = 0) -> Iterator[None]:
+        """What is admitted, what is witnessed and what the driver holds grow by the same figure.
+
+        `shared`: bytes that the driver may hold beyond, for the blocks that small pieces share: a reconcile in the
+        middle charges what is not taken yet of the block at hand, and the last pieces find the limit reached.
+        """
+        self.assert_enforced()
+        before, held = self.memory(), self.driver(("block", "vmm", "managed"))
+        yield
+        after, holds = self.memory(), self.driver(("block", "vmm", "managed"))
+        grown = {
+            "admitted": after["admitted_bytes"] - before["admitted_bytes"],
+            "witnessed": after["witnessed_bytes"] - before["witnessed_bytes"],
+            "driver": holds - held,
+        }
+        assert grown["admitted"] == grown["witnessed"], grown
+        assert 0 <= grown["driver"] - grown["witnessed"] <= shared, grown
+        assert bytes_ is None or grown["driver"] == bytes_, (grown, bytes_)
+
+    def assert_exact(self, seconds: float = 3) -> int:
+        """The ledger and the driver agree to the byte; what they hold."""
+
+        return self._agree(seconds, lambda seen, held: seen["used_bytes"] == held and not seen["drift_bytes"])
+
+    def assert_covered(self, seconds: float = 3) -> int:
+        """The ledger holds what the driver does and its own drift, as where programs use pools; what it holds."""
+
+        return self._agree(seconds, lambda seen, held: 0 <= seen["used_bytes"] - held == (seen["drift_bytes"] or 0))
+
+    def assert_never_below(self, seconds: float = 3) -> int:
+        """The ledger holds no less than the driver, and no more where it knows its drift; what it holds."""
+
+        def agree(seen: dict[str, Any], held: int) -> bool:
+            more = seen["used_bytes"] - held
+            return more >= 0 if seen["drift_bytes"] is None else more == seen["drift_bytes"] == 0
+
+        return self._agree(seconds, agree)
+
+    def _agree(self, seconds: float, agree: Callable[[dict[str, Any], int], bool]) -> int:
+        """Waits until it is so on every device; what the ledger holds on all."""
+
+        def all_agree() -> bool:
+            held = self.driver_by_device()
+            return all(agree(seen, held[seen["gpu"]]) for seen in self.view()["devices"])
+
+        eventually(all_agree, seconds, f"{self.name}: {self.view()['devices']}, the driver {self.driver_by_device()}")
+        return sum(int(seen["used_bytes"]) for seen in self.view()["devices"])
+
+    def end(self) -> None:
+        """Ends every program, then the hub."""
+        for program in self._programs:
+            program.close()
+        assert self.hub.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.hub.stdin.close()
+        self.place.end(self)

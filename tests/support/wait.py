@@ -1,0 +1,66 @@
+"""Waiting for a condition, on a machine that other tests use too."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+PRESSURE = Path("/proc/pressure/cpu")  # Linux 4.20
+LONGEST = 10  # times as long, at most
+
+
+class Timeout(AssertionError):
+    """What was waited for did not come."""
+
+
+class Deadline:
+    """The end of a number of seconds in which no program waited for a processor.
+
+    Programs that wait for a processor are late without a defect. The kernel measures the time in which there is one.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._quiet, self._any = _quiet_clock() + seconds, time.monotonic() + LONGEST * seconds
+
+    def is_over(self) -> bool:
+        """Return whether that time has passed."""
+        return _quiet_clock() > self._quiet or time.monotonic() > self._any
+
+    def left(self) -> float:
+        """Return the seconds until it is over, if no program waits for a processor meanwhile."""
+        return self._quiet - _quiet_clock()
+
+
+def _quiet_clock() -> float:
+    """Return the seconds since some moment in which no program waited for a processor."""
+    stalled = re.search(r"^some .* total=(\d+)$", PRESSURE.read_text(), re.MULTILINE) if PRESSURE.exists() else None
+    return time.monotonic() - (int(stalled[1]) / 1e6 if stalled else 0)
+
+
+def eventually(look: Callable[[], T], seconds: float = 10.0, what: str = "", pause: float = 0.01) -> T:
+    """Looks until the answer is truthy, and returns it."""
+    deadline = Deadline(seconds)
+    while True:
+        found = look()
+        if found:
+            return found
+        if deadline.is_over():
+            raise Timeout(f"not within {seconds} s: {what or look}: {found!r}")
+        time.sleep(pause)
+
+
+def steadily(look: Callable[[], object], for_seconds: float, within: float = 10.0, what: str = "") -> None:
+    """Looks until the answer has been truthy at every look of `for_seconds`."""
+    deadline = Deadline(within)
+    since = time.monotonic()
+    while time.monotonic() - since < for_seconds:
+        found = look()
+        if not found:
+            since = time.monotonic()
+        if deadline.is_over():
+            raise Timeout(f"not for {for_seconds} s within {within} s: {what or look}: {found!r}")
+        time.sleep(0.01)

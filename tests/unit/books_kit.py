@@ -1,0 +1,59 @@
+"""A double of the ledger."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+
+class Books:
+    """The ledger's calls that an enforcer makes."""
+
+    def __init__(self):
+        self.limits, self.shares, self.decided, self.calls = {}, {}, {}, 0
+        self.epoch, self.uncommitted, self.used = 0, {}, {}
+        self.known, self.so_far, self.moved, self.over = {}, 0, [], []
+
+    def page_missing(self, cgroup):
+        return cgroup not in self.limits
+
+    def set_limits(self, levels, over=None):
+        self.calls += 1
+        levels = list(levels)
+        new = {level.cgroup for level in levels} - {*self.limits}
+        self.over += [lambda: over(new)] if new and over else []
+        self.limits |= {level.cgroup: (dict(level.bytes), level.flags) for level in levels}
+        self.uncommitted |= {level.cgroup: set(level.uncommitted) for level in levels}
+
+    def usage(self, cgroup, devices):
+        return [SimpleNamespace(used=self.used.get((cgroup, device), 0)) for device in devices]
+
+    def remove(self, cgroups):
+        for cgroup in cgroups:
+            self.limits.pop(cgroup, None)
+            self.decided.pop(cgroup, None)
+
+    @property
+    def times(self):
+        return self
+
+    def set_shares(self, shares):
+        self.shares |= shares
+
+    def resolve(self, cgroup, managed):
+        self.decided[cgroup] = managed
+
+    def unresolve(self, cgroups):
+        for cgroup in cgroups:
+            self.decided.pop(cgroup, None)
+
+    def new_epoch(self):
+        self.epoch += 1
+
+    def processes(self):
+        return self.known
+
+    def processes_so_far(self):
+        return self.so_far
+
+    def move(self, pid, generation, levels):
+        self.moved.append((pid, generation, levels))

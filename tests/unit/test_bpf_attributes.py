@@ -1,0 +1,77 @@
+"""The arguments of bpf(2) and perf_event_open(2) against the kernel's headers, as the C compiler sees them."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+from fgpu_ebpf.linux import bpf_attributes as attributes
+
+MEMBERS = {  # class -> where its fields are in union bpf_attr
+    attributes.MapCreateAttr: "",
+    attributes.MapElemAttr: "",
+    attributes.BatchAttr: "batch.",
+    attributes.IdAttr: "",
+    attributes.ObjAttr: "",
+    attributes.TestRunAttr: "test.",
+    attributes.RawTracepointAttr: "raw_tracepoint.",
+    attributes.LinkCreateAttr: "link_create.",
+}
+LINKS = {
+    attributes.PerfEventLinkAttr.perf_event: (attributes.PerfEventLink, "link_create.perf_event."),
+    attributes.UprobeMultiLinkAttr.uprobe_multi: (attributes.UprobeMultiLink, "link_create.uprobe_multi."),
+}
+NOT_NAMED = {"bits", "unused"}  # of struct perf_event_attr: a bit field, and the fields that fgpu does not set
+
+
+def python_facts() -> dict[str, tuple[int, int]]:
+    """Offset and size of each field, by the C expression that names it."""
+    facts = {}
+    for kind, prefix in MEMBERS.items():
+        for name, *_ in kind._fields_:
+            field = getattr(kind, name)
+            facts[f"union bpf_attr, {prefix}{name}"] = (field.offset, field.size)
+    for member, (kind, prefix) in LINKS.items():
+        for name, *_ in kind._fields_:
+            field = getattr(kind, name)
+            facts[f"union bpf_attr, {prefix}{name}"] = (member.offset + field.offset, field.size)
+    for name, *_ in attributes.PerfEventAttr._fields_:
+        if name not in NOT_NAMED:
+            field = getattr(attributes.PerfEventAttr, name)
+            facts[f"struct perf_event_attr, {name}"] = (field.offset, field.size)
+    return facts
+
+
+def c_facts(expressions: list[str], folder: Path) -> dict[str, tuple[int, int]]:
+    lines = []
+    for text in expressions:
+        kind, field = text.split(", ")
+        lines.append(f'printf("%zu %zu\\n", offsetof({kind}, {field}), sizeof((({kind} *)0)->{field}));')
+    source = folder / "facts.c"
+    body = "\n".join(lines)
+    headers = "#include <stddef.h>\n#include <stdio.h>\n#include <linux/bpf.h>\n#include <linux/perf_event.h>\n"
+    source.write_text(f"{headers}int main(void)\n{{\n{body}\n}}\n")
+    subprocess.run(["cc", "-Wall", "-Werror", "-o", folder / "facts", source], check=True)
+    out = subprocess.run([folder / "facts"], check=True, capture_output=True, text=True).stdout
+    return {text: tuple(map(int, line.split())) for text, line in zip(expressions, out.splitlines(), strict=True)}
+
+
+def has_uprobe_multi() -> bool:
+    """Linux 6.6 has added it; headers of an older system lack it."""
+    return "uprobe_multi" in Path("/usr/include/linux/bpf.h").read_text()
+
+
+def test_offsets_and_sizes_are_those_of_the_kernel(tmp_path: Path) -> None:
+    facts = python_facts()
+    if not has_uprobe_multi():
+        facts = {text: fact for text, fact in facts.items() if "uprobe_multi" not in text}
+    assert len(facts) > 50
+    assert facts == c_facts(list(facts), tmp_path)
+    assert ctypes.sizeof(attributes.PerfEventAttr) == 128, "PERF_ATTR_SIZE_VER7"
+
+
+def test_uprobe_multi_is_where_linux_6_6_has_it() -> None:
+    member, kind = attributes.UprobeMultiLinkAttr.uprobe_multi, attributes.UprobeMultiLink
+    offsets = [member.offset + getattr(kind, name).offset for name, *_ in kind._fields_]
+    assert offsets == [16, 24, 32, 40, 48, 52, 56]

@@ -1,0 +1,104 @@
+"""Which workloads get a budget of events, and which events were lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.ledger import event_budgets
+from fgpu_ebpf.ledger.event_budgets import BUSY, IDLE_SECONDS, EventBudgets, name_of
+from fgpu_ebpf.workloads.bound_owner import Owner, Why
+
+FD = 7
+
+
+class Kernel:
+    """The map, and a clock. Cgroups below /root are root's own, others are their first part's."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.map = 1000.5, {b"12345678": bytes(24)}
+        monkeypatch.setattr(event_budgets, "monotonic", lambda: self.now)
+        monkeypatch.setattr(event_budgets.cgroup_namespace, "root_path", lambda: "")
+        monkeypatch.setattr(event_budgets.bpf, "items", lambda fd, *_: iter(list(self.map.items())))
+        monkeypatch.setattr(event_budgets.bpf, "update", lambda fd, key, value: self.map.update({key: value}))
+        monkeypatch.setattr(event_budgets.bpf, "delete", lambda fd, key: self.map.pop(key, None) is not None)
+        self.budgets = EventBudgets(FD, self.owner)
+
+    @staticmethod
+    def owner(path):
+        first = "/" + path.split("/")[1]
+        return Owner(1, path, Why.ITSELF) if first == "/root" else Owner(1, first, Why.USER)
+
+    def has(self, path):
+        return key(path) in self.map
+
+    def lose(self, path):
+        at = key(path) if path else bytes(8)
+        found = abi.EventBudget.from_buffer_copy(self.map[at])
+        found.lost += 1
+        self.map[at] = bytes(found)
+
+
+def key(path):
+    return name_of(path.encode()).to_bytes(8, "little")
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    return Kernel(monkeypatch)
+
+
+def test_only_what_is_busy_has_a_budget(kernel):
+    assert set(kernel.map) == {bytes(8)}, "those of an agent before are gone"
+    kernel.budgets.note(f"/user/{n}" for n in range(BUSY - 1))
+    kernel.now += 1
+    kernel.budgets.note(f"/user/{n}" for n in range(BUSY - 1))
+    assert not kernel.has("/user")
+    kernel.budgets.note(["/user/one/more"])
+    assert kernel.has("/user")
+    assert not kernel.has("/user/one")
+
+
+def test_root_s_own_cgroups_have_none(kernel):
+    kernel.budgets.note(["/root/one"] * 2 * BUSY)
+    assert set(kernel.map) == {bytes(8)}
+
+
+def test_a_name_that_the_kernel_cannot_read_as_a_whole_has_none(kernel):
+    kernel.budgets.note([f"/{'n' * abi.PATH}/one"] * BUSY)
+    assert set(kernel.map) == {bytes(8)}
+
+
+def test_what_was_lost_is_told_once(kernel):
+    kernel.budgets.note(["/a/one", "/b/one"] * BUSY)
+    assert kernel.budgets.lost() == []
+    kernel.lose("/b")
+    assert kernel.budgets.lost() == ["/b"]
+    assert kernel.budgets.lost() == []
+    kernel.lose("/b")
+    kernel.lose("")
+    assert kernel.budgets.lost() == ["/b", ""]
+
+
+def test_an_idle_workload_has_none_any_more(kernel):
+    kernel.budgets.note(["/a/one", "/b/one"] * BUSY)
+    kernel.now += IDLE_SECONDS - 1
+    kernel.lose("/b")
+    kernel.budgets.lost()
+    kernel.now += 2
+    kernel.budgets.lost()
+    assert (kernel.has("/a"), kernel.has("/b")) == (False, True)
+
+
+def test_the_idlest_makes_room(kernel, monkeypatch):
+    monkeypatch.setattr(event_budgets, "MOST", 2)
+    for name in ("/a/one", "/b/one", "/c/one"):
+        kernel.now += 1
+        kernel.budgets.note([name] * BUSY)
+    assert [kernel.has(path) for path in ("/a", "/b", "/c")] == [False, True, True]
+
+
+def test_a_name_is_its_fnv_1a_hash():
+    assert name_of(b"") == 0xCBF29CE484222325
+    assert name_of(b"a") == 0xAF63DC4C8601EC8C
+    assert name_of(b"foobar") == 0x85944171F73967E8

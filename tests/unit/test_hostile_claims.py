@@ -1,0 +1,164 @@
+"""What a tenant of many processes and cgroups can make its neighbours wait by claims of work, in simulated time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from fgpu_ebpf.scheduling.claim_trust import BUDGET_NS, UNPROVEN_NS, Trust
+from fgpu_ebpf.scheduling.fair_queue import Share
+from fgpu_ebpf.scheduling.state import Seen
+from tests.unit.slices_kit import MS, Hog, S, Tenant, World
+
+WEIGHTS = (300, 200, 100)
+HOSTILE, OUTER = 9, 100
+WINDOW, STEP_SECONDS = 20, 0.1
+
+
+class Garbage(Hog):
+    """One of its programs has arbitrary bytes on its page for up to 0.3 s and ends, now and then; another one idles.
+
+    What is read of such a page is work in flight for a second from now on, always.
+    """
+
+    chance: random.Random
+    world: World
+    next_ns: int = 0
+    is_there: bool = False
+    said = (False, 0, 0, 0, True, 0, 0, 0)
+
+    def act(self, now_ns: int, is_open: bool, believed_ns: int) -> None:
+        if now_ns >= self.next_ns:
+            if self.is_there and self.said[2]:
+                self.world.turns.lose(self.key, now_ns)
+                self.world._ring(self)
+            self.is_there = not self.is_there
+            self.next_ns = now_ns + self.chance.randrange(1, 300 if self.is_there else 1500) * MS
+        if not self.is_there:
+            self.said = (False, self.launches, 0, 0, True, 0, 0, 0)
+            return
+        self.launches += self.chance.randrange(3)
+        self.said = (True, self.launches, 1, now_ns + S, False, now_ns, 0, 0)
+
+
+class Arbitrary(Hog):
+    """Whatever is read of a page, anew every few milliseconds."""
+
+    chance: random.Random
+    world: World
+    pause_ms: int = 2
+    next_ns: int = 0
+    said = (False, 0, 0, 0, True, 0, 0, 0)
+
+    def act(self, now_ns: int, is_open: bool, believed_ns: int) -> None:
+        if now_ns < self.next_ns:
+            return
+        any_of, until = self.chance.choice, (-MS, MS, 3 * MS, 50 * MS, 240 * MS, S)
+        self.next_ns = now_ns + self.chance.randrange(1, 1 + 2 * self.pause_ms) * MS
+        self.launches = any_of([self.launches, self.launches + 1, self.chance.randrange(2**62)])
+        times = [any_of([0, now_ns, now_ns - self.chance.randrange(500) * MS]) for _ in range(3)]
+        in_flight = any_of([0, 1, 1, 2**62])
+        drained = not in_flight or any_of([True, False])
+        waiting = any_of([True, True, False])
+        self.said = (waiting, self.launches, in_flight, now_ns + any_of(until), drained, *times)
+        if any_of([True, False]):
+            self.world._ring(self)
+
+    def seen(self) -> Seen:
+        return Seen(self.devices, *self.said, self.chance.choice([0, MS, 10 * S]))
+
+
+def least_share(it: World, honest: list[Tenant], seconds: float) -> float:
+    """Points by which one was above its part by weight, in its worst window of 2 s."""
+    done = [[tenant.done_ns for tenant in honest]]
+    for _ in range(round(seconds / STEP_SECONDS)):
+        it.run(STEP_SECONDS)
+        done.append([tenant.done_ns for tenant in honest])
+    whole = sum(WEIGHTS) + 100
+    return min(
+        100 * ((done[at + WINDOW][n] - done[at][n]) / (WINDOW * STEP_SECONDS * S) - weight / whole)
+        for n, weight in enumerate(WEIGHTS)
+        for at in range(len(done) - WINDOW)
+    )
+
+
+def neighbours() -> list[Tenant]:
+    return [Tenant(n + 1, Share(weight=weight)) for n, weight in enumerate(WEIGHTS)]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_programs_that_end_with_work_in_flight_prove_nothing(seed: int) -> None:
+    """Each ends before its claim would have, so that nothing is in flight any more: no claim was true by that."""
+    honest, hostile = neighbours(), Garbage(HOSTILE)
+    it = World(*honest, hostile)
+    hostile.chance, hostile.world = random.Random(seed), it
+    assert least_share(it.run(1.0), honest, 30.0) >= -3
+    assert it.turns.places[HOSTILE].counts.overruns >= 3, "it is waited for in vain"
+    assert not it.turns.places[HOSTILE].trust.standing.proven
+
+
+@pytest.mark.parametrize("pause_ms", [2, 20])
+def test_arbitrary_words_cost_honest_tenants_no_share(pause_ms: int) -> None:
+    honest, hostile = neighbours(), Arbitrary(HOSTILE)
+    it = World(*honest, hostile)
+    hostile.chance, hostile.world, hostile.pause_ms = random.Random(pause_ms), it, pause_ms
+    assert least_share(it.run(1.0), honest, 15.0) >= -3
+    assert it.turns.places[HOSTILE].counts.overruns >= 3, "it is waited for in vain"
+
+
+def test_a_tenant_s_last_program_that_ends_proves_nothing_to_the_next() -> None:
+    """A program claims work of a second and ends; another one begins, and drains before that second is over."""
+    honest, hog = Tenant(1), Hog(2)
+    it = World(honest, hog)
+    place = it.turns.places[2]
+    while not place.late_ns:
+        it.run(0.005)
+    it.turns.leave(2, it.now)
+    hog.cunning, hog.lies = True, False
+    it.rung |= {1, 2}
+    it.run(0.9)
+    assert place.counts.switches >= 3
+    assert not place.trust.standing.proven
+    assert place.trust.standing.pace_ns
+
+
+def test_cgroups_that_are_made_anew_are_believed_no_more_than_the_last() -> None:
+    """Every 0.3 s the tenant goes on in a new cgroup below its own, and claims a second of work there."""
+    honest = Tenant(1)
+    it = World(honest, outer={OUTER: Share()})
+    for number in range(2, 22):
+        it.turns.share_out({1: Share(), OUTER: Share(), number: Share()}, it.now)
+        it.turns.nest(number, [OUTER], it.now)
+        it.tenants = {1: honest, number: Hog(number)}
+        it.rung, it.bell = {1, number}, it.now
+        it.run(0.3)
+        if number == 3:
+            honest.waits_ns.clear()
+        it.turns.leave(number, it.now)
+    assert len(honest.waits_ns) > 20
+    assert max(honest.waits_ns) < 60 * MS
+
+
+def test_what_nothing_has_proved_is_never_believed_for_longer_than_at_first() -> None:
+    trust = Trust()
+    trust.claims(S, S)
+    trust.overran(S + UNPROVEN_NS)
+    trust.forget_overrun()
+    assert trust.believed_ns(S + UNPROVEN_NS) == BUDGET_NS
+    assert trust.believed_ns(3600 * S) == UNPROVEN_NS
+
+
+def test_a_short_claim_that_was_true_proves_no_long_one() -> None:
+    """After it has fallen it is waited for 4 ms: work of 12 ms overruns that, and ends as it said."""
+    trust = Trust()
+    trust.claims(S, S)
+    trust.overran(S + UNPROVEN_NS)
+    trust.claims(2 * S, 12 * MS)
+    trust.overran(2 * S + 5 * MS)
+    trust.ended(2 * S + 12 * MS, 2 * S + 13 * MS)
+    assert not trust.standing.proven
+    trust.claims(3 * S, 400 * MS)
+    trust.overran(3 * S + 5 * MS)
+    trust.ended(3 * S + 400 * MS, 3 * S + 401 * MS)
+    assert trust.standing.proven

@@ -1,0 +1,184 @@
+"""Programs that synchronise each step: nothing is in flight while they think, and they get their shares nevertheless.
+
+A step's work is followed by a think time, with the late wake-up of a thread in it; the shim's estimates of the work in
+flight are too short or too long. Simulated time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from fgpu_ebpf.scheduling.fair_queue import CREDIT_QUANTA, Account, Leave, Share
+from fgpu_ebpf.scheduling.think_times import IDLE_NS, MOST_NS, ThinkTimes
+from tests.unit.slices_kit import MS, US, Loop, S, Steps, Tenant, World
+
+WINDOW_SECONDS, WINDOWS = 2.0, 4
+Think = Callable[[random.Random], float]
+
+
+def short(chance: random.Random) -> float:
+    """A synchronise, and the host's part of the next step."""
+    return chance.uniform(10 * US, 300 * US)
+
+
+def longer(chance: random.Random) -> float:
+    return chance.uniform(100 * US, 1_500 * US)
+
+
+def with_pauses(chance: random.Random) -> float:
+    """Now and then it loads data, or its thread is woken up late."""
+    return chance.uniform(1 * MS, 5 * MS) if chance.random() < 0.05 else short(chance)
+
+
+def right(_: random.Random) -> float:
+    return 1.0
+
+
+def wrong(chance: random.Random) -> float:
+    return chance.uniform(0.5, 1.3)
+
+
+def program(key: int, weight: int, think: Think, guess: Think = right, step_ns: int = 2_800 * US) -> Tenant:
+    """Launches kernels of 200 us, waits for all of a step, and thinks."""
+    chance = random.Random(key)
+    loop = Loop(step_ns // (200 * US), lambda: int(think(chance)), lambda: guess(chance))
+    return Tenant(key, Share(weight=100 * weight), steps=loop)
+
+
+def parts(it: World, rates: dict[int, float]) -> list[dict[int, float]]:
+    """The part of each tenant in windows of 2 s after the first, and in all of them together.
+
+    `rates`: the part of the time in which a program that is alone has work in flight; 1.0 for those not given.
+    """
+    it.run(WINDOW_SECONDS)
+    first = {key: tenant.done_ns for key, tenant in it.tenants.items()}
+    found, before = [], first
+    for _ in range(WINDOWS):
+        it.run(WINDOW_SECONDS)
+        now = {key: tenant.done_ns for key, tenant in it.tenants.items()}
+        found.append({key: (now[key] - before[key]) / rates.get(key, 1.0) for key in now})
+        before = now
+    found.append({key: (before[key] - first[key]) / rates.get(key, 1.0) for key in before})
+    return [{key: ns / sum(window.values()) for key, ns in window.items()} for window in found]
+
+
+def assert_by_weight(it: World, rates: dict[int, float] | None = None) -> None:
+    """Within 1 point over all windows, within 3 points in each."""
+    weights = {key: tenant.share.weight for key, tenant in it.tenants.items()}
+    *windows, whole = parts(it, rates or {})
+    for key, weight in weights.items():
+        entitled = weight / sum(weights.values())
+        assert whole[key] == pytest.approx(entitled, abs=0.01)
+        for window in windows:
+            assert window[key] == pytest.approx(entitled, abs=0.03)
+
+
+@pytest.mark.parametrize("guess", [right, wrong])
+@pytest.mark.parametrize("think", [short, longer, with_pauses])
+@pytest.mark.parametrize("weights", [(3, 1), (1, 1)])
+def test_programs_that_synchronise_each_step_get_their_shares(
+    weights: tuple[int, ...], think: Think, guess: Think
+) -> None:
+    assert_by_weight(World(*(program(n + 1, weight, think, guess) for n, weight in enumerate(weights))))
+
+
+@pytest.mark.parametrize("think", [short, longer])
+def test_a_program_that_synchronises_gets_its_share_beside_one_that_does_not(think: Think) -> None:
+    """So much of what it does alone: the time that it thinks in its turn is its own."""
+    alone = World(program(1, 3, think)).run(4.0).tenants[1].done_ns / (4.0 * S)
+    assert_by_weight(World(program(1, 3, think, wrong), Tenant(2)), {1: alone})
+
+
+@pytest.mark.parametrize("think", [short, longer])
+def test_short_think_times_cost_neighbours_no_time(think: Think) -> None:
+    """Each has the device for as long as alone: what is lost is its own think times and the changes of turns."""
+    alone = World(program(1, 1, think)).run(4.0).tenants[1].done_ns
+    pair = World(program(1, 3, think, wrong), program(2, 1, think, wrong)).run(4.0)
+    assert sum(tenant.done_ns for tenant in pair.tenants.values()) >= 0.97 * alone
+
+
+def test_no_turn_passes_with_work_in_flight() -> None:
+    it = World(program(1, 3, with_pauses, wrong), program(2, 1, with_pauses, wrong)).run(10.0)
+    assert [place.counts.overruns for place in it.turns.places.values()] == [0, 0]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@given(
+    st.lists(st.integers(1, 8), min_size=1, max_size=8),
+    st.sampled_from([1 * MS, 2_800 * US, 6 * MS]),
+    st.sampled_from([short, longer, with_pauses]),
+    st.sampled_from([right, wrong]),
+)
+def test_whatever_they_think_service_is_by_weight(weights: list[int], step_ns: int, think: Think, guess: Think) -> None:
+    assert_by_weight(World(*(program(n + 1, weight, think, guess, step_ns) for n, weight in enumerate(weights))))
+
+
+def test_a_tenant_that_leaves_with_each_step_gains_nothing_over_its_share() -> None:
+    """It thinks for longer than any owner keeps its turn, so it leaves behind the clock and returns."""
+    leaver, busy = program(1, 1, lambda _: 4 * MS, step_ns=10 * MS), Tenant(2)
+    it = World(leaver, busy).run(10.0)
+    assert it.shares()[1] <= 0.5 + 0.01
+
+
+def test_a_lie_about_think_times_gains_nothing() -> None:
+    """It says that it has rested for 10 s at each look."""
+    liar, honest = program(1, 1, longer, wrong), program(2, 1, longer, wrong)
+    liar.restless = True
+    it = World(liar, honest).run(10.0)
+    assert it.shares()[1] <= 0.5 + 0.01
+
+
+@pytest.mark.parametrize("pause_ms", [30, 100, 400])
+def test_a_tenant_that_comes_now_and_then_delays_its_neighbour_by_a_turn(pause_ms: int) -> None:
+    visitor = Tenant(1, steps=Steps(50 * MS, (50 + pause_ms) * MS))
+    busy = Tenant(2)
+    it = World(visitor, busy).run(2.0)
+    busy.longest_wait_ns = 0
+    it.run(8.0)
+    assert busy.longest_wait_ns <= (2 * 20 + 2 + 2) * MS
+    assert busy.done_ns >= 0.48 * 10 * S
+
+
+def test_an_owner_without_work_costs_its_neighbour_a_tenth_of_its_quantum() -> None:
+    """It has thought for 0.9 ms each time, and does not come back."""
+    owner, other = program(1, 1, lambda _: 900 * US), Tenant(2)
+    it = World(owner, other).run(1.0)
+    while not (it.is_open(owner) and it.turns.places[1].turn and not owner.flights):
+        it.run(0.0001)
+    owner.steps, began = Steps(0, 60 * S, 60 * S + it.now), it.now
+    while not it.is_open(other):
+        it.run(0.0001)
+    assert it.now - began <= MOST_NS + 1 * MS
+
+
+def test_patience_is_learned_and_bounded() -> None:
+    thinks = ThinkTimes()
+    assert thinks.patience_ns(20 * MS) == IDLE_NS
+    for ns in [100 * US] * 15 + [60 * S]:
+        thinks.add(ns)
+    assert thinks.patience_ns(20 * MS) == IDLE_NS, "never less"
+    for _ in range(16):
+        thinks.add(700 * US)
+    assert thinks.patience_ns(20 * MS) == 1_400 * US
+    assert thinks.patience_ns(10 * MS) == 1_000 * US, "a tenth of the quantum"
+    for _ in range(8):
+        thinks.add(5 * MS)
+    assert thinks.patience_ns(20 * MS) == 1_400 * US, "too long for any patience, now and then"
+    for _ in range(5):
+        thinks.add(5 * MS)
+    assert thinks.patience_ns(20 * MS) == IDLE_NS, "it would be in vain"
+
+
+def test_what_a_tenant_is_behind_stays_for_some_quanta_and_no_more() -> None:
+    share = Share(weight=200)
+    left = Leave(1 * S, 7 * MS)
+    assert left.credit_ns(1 * S + 1 * MS, share) == 7 * MS
+    assert left.credit_ns(1 * S + CREDIT_QUANTA * share.quantum_ns - 4 * MS, share) == 2 * MS
+    assert left.credit_ns(60 * S, share) == 0
+    assert Leave().credit_ns(1 * S, share) == 0
+    assert Account(3 * MS).joining(9 * MS - 7 * MS).virtual_ns == 3 * MS

@@ -1,0 +1,154 @@
+"""A world: what a host has only one of, made private for one process and all that it starts.
+
+A world has its own /run (with an empty /run/fgpu), /var/lib/fgpu and /sys/fs/bpf, its own copies of the simulated
+driver and the shim (uprobes belong to a file, and the probes of two agents must not meet in one), and a cgroup
+namespace whose root is a cgroup of its own. Agents in two worlds do not affect each other.
+
+`python -m tests.world COMMAND...` runs a command in a new world, and removes the world when the command has ended.
+`python -m tests.world --clear` removes what worlds have left: their processes and cgroups; all else ends with these.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+BUILD = Path(__file__).resolve().parents[1] / "build"
+COPIED = ("sim", "shim")  # folders of build/
+FOLDER = "fgpu-worlds"
+CLONE_NEWNS, CLONE_NEWCGROUP = 0x00020000, 0x02000000
+GONE_SECONDS = 20.0
+
+
+def cgroup2() -> Path:
+    """Return where cgroup v2 is mounted."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == "cgroup2":
+            return Path(fields[1])
+    raise RuntimeError("cgroup v2 is not mounted")
+
+
+def enter(name: str) -> None:
+    """Give the calling thread, and all that it starts from here on, a new world of this name. Needs root."""
+    root = cgroup2()
+    cgroup = root / FOLDER / name
+    cgroup.mkdir(parents=True)
+    (cgroup / "cgroup.procs").write_text("0")
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS | CLONE_NEWCGROUP):
+        raise OSError(ctypes.get_errno(), "unshare")
+    _run("mount", "--make-rprivate", "/")
+    for place, kind, options in _hierarchies():  # as this namespace shows them
+        _run("umount", "--lazy", place)
+        _run("mount", "-t", kind, *options, kind, place)
+    _own_run_folder()
+    _run("mount", "-t", "bpf", "bpf", "/sys/fs/bpf")
+    Path("/var/lib/fgpu").mkdir(exist_ok=True)
+    _run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/var/lib/fgpu")
+    for folder in (BUILD / name for name in COPIED):
+        if folder.exists():
+            _own_copy(folder)
+
+
+def _hierarchies() -> list[tuple[str, str, list[str]]]:
+    """Return the place, the type and the options of the mounts of cgroup v2, and of the memory controller of v1."""
+    found = []
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, place, kind, options, *_ = line.split()
+        if kind == "cgroup2":
+            found.append((place, kind, []))
+        elif kind == "cgroup" and "memory" in options.split(","):
+            found.append((place, kind, ["-o", "memory"]))
+    return found
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, check=True, timeout=60)
+
+
+def _own_run_folder() -> None:
+    """Mount the entries of /run into a new /run: to remove a folder there does not remove it on the host."""
+    own = Path(tempfile.mkdtemp())
+    _run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", own)
+    for entry in Path("/run").iterdir():
+        inside = own / entry.name
+        if entry.name in ("fgpu", "fgpu-sim"):
+            continue
+        if entry.is_symlink():
+            inside.symlink_to(os.readlink(entry))
+        elif entry.is_dir():
+            inside.mkdir()
+            _run("mount", "--rbind", entry, inside)
+        else:
+            inside.touch()
+            _run("mount", "--bind", entry, inside)
+    _run("mount", "--move", own, "/run")
+    own.rmdir()
+    for name in ("fgpu", "fgpu-sim"):
+        Path("/run", name).mkdir()
+        _run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", Path("/run", name))
+
+
+def _own_copy(folder: Path) -> None:
+    own = Path(tempfile.mkdtemp())
+    _run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", own)
+    _run("cp", "--archive", f"{folder}/.", own)
+    _run("mount", "--move", own, folder)
+    own.rmdir()
+
+
+def clear(name: str = "") -> None:
+    """Kill all processes of a world, and remove its cgroups; without a name: of all worlds."""
+    top = cgroup2() / FOLDER / name
+    deadline = time.monotonic() + GONE_SECONDS
+    while top.exists():
+        (top / "cgroup.kill").write_text("1")
+        for folder, _, _ in os.walk(top, topdown=False):
+            try:
+                os.rmdir(folder)
+            except OSError:
+                continue
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{top} still has processes: {(top / 'cgroup.events').read_text()}")
+        time.sleep(0.02)
+    if not name and Path("/var/lib/fgpu").exists() and not any(Path("/var/lib/fgpu").iterdir()):
+        Path("/var/lib/fgpu").rmdir()
+
+
+def run(command: list[str]) -> int:
+    """Run a command in a new world; return its exit status. The world ends with it."""
+    name = f"run-{os.getpid()}"
+    pid = os.fork()
+    if not pid:
+        try:
+            enter(name)
+            os.execvp(command[0], command)
+        except BaseException as error:
+            print(f"world: {error}", file=sys.stderr)
+        os._exit(125)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: os.kill(pid, number))
+    status = os.waitpid(pid, 0)[1]
+    clear(name)
+    return os.waitstatus_to_exitcode(status) % 256
+
+
+def is_possible() -> bool:
+    """Return whether this process may make worlds."""
+    return os.geteuid() == 0 and shutil.which("mount") is not None
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--clear"]:
+        clear()
+    elif sys.argv[1:]:
+        sys.exit(run(sys.argv[1:]))
+    else:
+        sys.exit(__doc__)
