@@ -124,14 +124,18 @@ static void tell_of_end(u32 tgid)
  * processes */
 
 /* Return the budget of the workload in which a cgroup lies: that of the outermost part of its path that has one. A part
- * is known by its FNV-1a hash. 0: there is none. */
-static struct fgpu_event_budget *budget_of(const char *path)
+ * is known by its FNV-1a hash. 0: there is none. is_outside: the cgroup is not in the agent's cgroup namespace, so it
+ * does not concern the agent. */
+static struct fgpu_event_budget *budget_of(const char *path, int *is_outside)
 {
-    u64 name = FGPU_FNV_BASIS;
+    u64 name = FGPU_FNV_BASIS, root_at = FGPU_BUDGET_ROOT;
+    struct fgpu_event_budget *root = event_budgets.lookup(&root_at);
+    *is_outside = root != 0;
     _Pragma("clang loop unroll(disable)") for (u32 i = 0; i < FGPU_PATH; i++)
     {
         u8 letter = path[i];
         if (i && (!letter || letter == '/')) {
+            if (root && root->second == name) *is_outside = 0;
             struct fgpu_event_budget *budget = event_budgets.lookup(&name);
             if (budget) return budget;
         }
@@ -165,7 +169,9 @@ static int tell_path(struct bpf_raw_tracepoint_args *ctx, u32 kind)
 {
     struct fgpu_cgroup_event told = {.event = {.at_ns = bpf_ktime_get_ns(), .kind = kind}};
     bpf_probe_read_kernel_str(told.path, sizeof(told.path), (void *)ctx->args[1]);
-    struct fgpu_event_budget *budget = budget_of(told.path);
+    int is_outside;
+    struct fgpu_event_budget *budget = budget_of(told.path, &is_outside);
+    if (is_outside) return 0;
     if (!may_tell(budget)) {
         fate(FGPU_FATE_RATE);
         count_lost(budget);

@@ -453,9 +453,11 @@ struct fgpu_cgroup_event {
     char path[FGPU_PATH]; /* cut where it is longer */
 };
 /* event_budgets: FNV-1a hash of a workload's path from the hierarchy's root -> its budget of events of cgroups. The
- * agent enters workloads in which much happens. FGPU_BUDGET_OTHERS: for lost events of all other cgroups. */
+ * agent enters workloads in which much happens. FGPU_BUDGET_OTHERS: for lost events of all other cgroups.
+ * FGPU_BUDGET_ROOT: there if the agent is in a cgroup namespace; `second` is the hash of its root's path. */
 #define FGPU_EVENT_BUDGETS 1024
 #define FGPU_BUDGET_OTHERS 0
+#define FGPU_BUDGET_ROOT 1
 #define FGPU_FNV_BASIS 0xcbf29ce484222325ULL
 #define FGPU_FNV_PRIME 0x100000001b3ULL
 struct fgpu_event_budget {

@@ -13,21 +13,23 @@ import pytest
 import pytest_timeout
 from xdist.remote import Producer
 
-from tests import world
+from tests import hang, world
 from tests.rows import named_of_rows
-from tests.schedule import Schedule
+from tests.schedule import Durations, Schedule
 from tests.trials import LAST_SECONDS, Again, Trials
 
 SCALES = ("quick", "ci", "full")
 BEGAN = time.monotonic()
 TRIALS = pytest.StashKey[Trials]()
 TIMER = pytest.StashKey[pytest_timeout.Settings]()
+MOST_SECONDS = 120  # of a test, but in a full run
 WORLDS = "FGPU_TEST_WORLDS"  # in the environment: each process that runs tests enters a world of its own
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """A trial that fails leaves something: nobody sees what, on a machine where all pass."""
     parser.addoption("--again", action="store_true", help="a test that may be tried again fails once, at its end")
+    parser.addoption("--renew-durations", action="store_true", help="write the seconds of each file that is run")
     parser.addoption("--rows", metavar="LETTER", help="only tests that docs/security.md names in rows of that letter")
 
 
@@ -47,6 +49,10 @@ def pytest_configure(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")
     if not is_worker:
         config.pluginmanager.register(AtOnce(config))
+        if which != "full" and config.getoption("numprocesses", None):
+            hang.start()
+        if config.getoption("renew_durations"):
+            config.pluginmanager.register(Durations())
     if os.environ.get(WORLDS) and (is_worker or not config.getoption("numprocesses", None)):
         world.enter(config.workerinput["workerid"] if is_worker else "alone")
 
@@ -57,8 +63,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked slow from a quick run, and let what is stolen be tried again."""
+    """Leave out what is marked slow from a quick run, let what is stolen be tried again, and limit its time."""
+    is_full = os.environ.get("FGPU_TEST_SCALE") == "full"
     for item in items:
+        limit = item.get_closest_marker("timeout")
+        if limit and limit.args[0] > MOST_SECONDS and not is_full:
+            item.add_marker(pytest.mark.timeout(MOST_SECONDS), append=False)
         if not item.get_closest_marker("flaky"):  # a test after which the next trial cannot pass has one of its own
             item.stash[TRIALS] = Trials(BEGAN + LAST_SECONDS)
             item.add_marker(item.stash[TRIALS].marker())

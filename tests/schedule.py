@@ -8,20 +8,22 @@ time run at the end, in the last worker, while nothing else runs.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
+import pytest
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
 TESTS = Path(__file__).parent
-DURATIONS = TESTS / "durations.json"  # seconds of each file that takes a second or more; --durations-file renews it
+DURATIONS = TESTS / "durations.json"  # seconds of each file that takes a second or more; --renew-durations writes it
 SHORT_SECONDS = 0.5
 # Suites whose files share what takes long to start: engines, packages, a browser.
 WHOLE = ("dashboards", "docs", "engines", "kubelet", "kubernetes", "packages", "page", "soak")
 QUIET = frozenset(
     f"tests/{name}.py"
     for name in (
+        "e2e/test_cgroup_floods",
         "e2e/test_compute",
         "e2e/test_empty_turns",
         "e2e/test_gangs",
@@ -40,6 +42,23 @@ QUIET = frozenset(
 def suite_of(scope: str) -> str:
     """Return the suite of a file: the folder of tests/ that it is in."""
     return scope.split("/")[1]
+
+
+class Durations:
+    """A plugin that writes DURATIONS anew for the files that a run has tested, and keeps the others."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add up what the tests of a file take, with their fixtures."""
+        self._seconds[report.nodeid.partition("::")[0]] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the file."""
+        known = json.loads(DURATIONS.read_text()) | {file: round(n, 1) for file, n in self._seconds.items()}
+        kept = {file: n for file, n in sorted(known.items()) if n >= 1 and (TESTS.parent / file).exists()}
+        DURATIONS.write_text(json.dumps(kept, indent=0) + "\n")
 
 
 class Schedule(LoadScopeScheduling):

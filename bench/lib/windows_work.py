@@ -101,7 +101,7 @@ def counted(step: Step, seconds: float, start_ns: int) -> list[int]:
 
 
 def main() -> int:
-    """Until stdin ends."""
+    """Run what each line of stdin asks for: a kind of step, the seconds, and the start in ns."""
     try:
         import torch
     except ImportError as error:

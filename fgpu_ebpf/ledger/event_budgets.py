@@ -53,6 +53,8 @@ class EventBudgets:
         for key, _ in list(bpf.items(fd, _U64.size, _BYTES)):
             bpf.delete(fd, key)
         bpf.update(fd, _OTHERS, bytes(_BYTES))
+        if root := os.fsencode(cgroup_namespace.root_path()):
+            bpf.update(fd, _U64.pack(abi.BUDGET_ROOT), bytes(abi.EventBudget(second=name_of(root))))
         self._others_lost = 0
 
     def note(self, paths: Iterable[str]) -> None:

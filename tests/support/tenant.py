@@ -187,8 +187,11 @@ class Tenant:
         return None
 
     def view(self) -> dict[str, Any]:
-        """This tenant in the Snapshot of this moment."""
-        return next(t for t in ask(verb="snapshot")["tenants"] if t["path"] == self.path)
+        """This tenant in the Snapshot of this moment, once the agent knows its cgroup."""
+        return eventually(
+            lambda: next((t for t in ask(verb="snapshot")["tenants"] if t["path"] == self.path), None),
+            what=f"{self.path} in the snapshot",
+        )
 
     def memory(self) -> dict[str, Any]:
         """Limit, used, peak, refused and so on, of device 0."""

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +10,8 @@ import psutil
 import pytest
 
 from tests.trials import LAST_SECONDS, MOST_STOLEN, STOLEN_SHARE, WAIT_SECONDS, Clock, Trials
+from tests.unit.pytest_kit import asked_of_copy
 
-TESTS = Path(__file__).parents[1]
-FILES = ("__init__.py", "conftest.py", "durations.json", "rows.py", "schedule.py", "trials.py", "world.py")
 THIRD = """
 count = 0
 def test_first():
@@ -115,17 +110,7 @@ def test_the_kernels_clock() -> None:
 
 def asked(work: Path, tests: str, share: float, *options: str) -> str:
     """What pytest prints of these tests under the suites' own conftest.py."""
-    folder = work / "tests/sim"
-    folder.mkdir(parents=True)
-    for name in FILES:
-        shutil.copy(TESTS / name, folder.parent)
-    (folder / "conftest.py").write_text(TAKEN.format(share=share))
-    (folder / "test_some.py").write_text(tests)
-    words = ["-s", "--rerun-show-tracebacks", f"--rootdir={work}", *options, "tests"]
-    command = [sys.executable, "-m", "pytest", *words]
-    environment = {name: value for name, value in os.environ.items() if name != "FGPU_TEST_WORLDS"}
-    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    return done.stdout
+    return asked_of_copy(work, tests, TAKEN.format(share=share), "-s", "--rerun-show-tracebacks", *options).stdout
 
 
 @pytest.mark.parametrize(("share", "end", "failed"), [(0.3, "2 passed, 2 rerun", 2), (0.0, "1 failed, 1 passed", 1)])

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fgpu_ebpf.linux import procfs
 from tests import world
+from tests.support.wait import eventually
 
 ROOT = Path(__file__).parents[2]
 RUN = [sys.executable, "-m", "tests.world"]
@@ -57,3 +63,27 @@ def test_paths_of_the_hierarchy_are_those_of_the_namespace() -> None:
     root, itself, below, beside = in_world(sys.executable, "-c", NAMES).stdout.split()
     assert f"/{world.FOLDER}/run-" in root
     assert (itself, below, beside) == ("/", "/a", "None")
+
+
+def _clear() -> None:
+    for name in ("gw0", "gw1"):
+        world.clear(name)
+
+
+@pytest.mark.slow
+def test_after_kill_9_the_next_run_begins_as_the_first(scale: Callable[[int, int, int], int]) -> None:
+    """At a random time pytest is killed; its worlds are cleared, as `./dev test` does, and the same tests pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "--numprocesses=2", "tests/e2e/test_race.py"]
+    environment = os.environ | {"FGPU_TEST_WORLDS": "2", "FGPU_TEST_SCALE": "quick"}
+    moments = random.Random(os.environ.get("FGPU_TEST_SCALE"))
+    worlds = world.cgroup2() / world.FOLDER
+    for _ in range(scale(1, 1, 10)):
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as run:
+            time.sleep(moments.uniform(1, 10))
+            workers = psutil.Process(run.pid).children()
+            run.kill()
+        eventually(lambda: _clear() or not any(worker.is_running() for worker in workers), 30, "the end of the workers")
+        assert not list(worlds.glob("gw*"))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    _clear()
+    assert re.search(r"^\d+ passed in ", done.stdout, re.MULTILINE), done.stdout

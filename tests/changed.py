@@ -1,0 +1,90 @@
+"""What a change since main can break: `python -m tests.changed` prints the files and suites that `./dev test changed` runs.
+
+Python modules are followed by their imports, also into the tests. The suites that test whole processes import nothing of
+the product: OF_PART names them by the part of the tree.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+
+ROOT = Path(__file__).resolve().parents[1]
+ALWAYS = ("tests/unit/test_language.py", "tests/unit/test_mutants.py", "tests/unit/test_static.py")
+EVERYTHING = ("dev", "pyproject.toml", "tests/conftest.py", "tests/world.py")
+OF_PART = {  # the first that a path begins with
+    "bpf/": ("bpf", "e2e", "gatekeeper", "shim"),
+    "bench/": ("soak",),
+    "dashboards/": ("dashboards", "docs"),
+    "deploy/debian/": ("packages",),
+    "deploy/": ("docs", "kubernetes", "packages"),
+    "docs/": ("docs",),
+    "examples/": ("docs", "e2e"),
+    "fgpu_ebpf/api/": ("dashboards", "docs", "e2e", "page"),
+    "fgpu_ebpf/containers/": ("docs", "e2e", "engines", "standalone"),
+    "fgpu_ebpf/gatekeeper/": ("e2e", "gatekeeper", "shim"),
+    "fgpu_ebpf/kubernetes/": ("e2e", "kubelet", "kubernetes"),
+    "fgpu_ebpf/ledger/": ("bpf", "e2e", "gatekeeper"),
+    "fgpu_ebpf/linux/": ("bpf", "e2e", "engines", "gatekeeper"),
+    "fgpu_ebpf/scheduling/": ("e2e", "gatekeeper", "shim"),
+    "fgpu_ebpf/workloads/": ("e2e", "engines", "kubelet"),
+    "fgpu_ebpf/": ("docs", "e2e"),
+    "oci/": ("engines", "standalone"),
+    "shim/": ("e2e", "gatekeeper", "shim", "standalone"),
+    "sim/": ("bpf", "e2e", "shim", "sim"),
+    "tests/programs/": ("e2e", "shim"),
+    "tests/support/": (),  # by imports
+    "": ("docs",),
+}
+
+
+def changed() -> list[str]:
+    """Return the paths of all files that differ from where this branch left main, and of those that are new."""
+    base = _git("merge-base", "HEAD", "main")[0]
+    return sorted({*_git("diff", "--name-only", base), *_git("ls-files", "--others", "--exclude-standard")})
+
+
+def _git(*words: str) -> list[str]:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
+def broken_by(paths: list[str]) -> list[str]:
+    """Return the test files and suites that a change of these paths can break."""
+    if any(path in EVERYTHING for path in paths):
+        return ["tests"]
+    graph = grimp.build_graph("fgpu_ebpf", "tests", cache_dir=None)
+    found = set(ALWAYS)
+    for path in paths:
+        parts = path.split("/")
+        module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
+        if module in graph.modules:
+            for user in (module, *graph.find_downstream_modules(module)):
+                found |= _tests_of(user)
+        if parts[0] != "tests":
+            suites = next(suites for part, suites in OF_PART.items() if path.startswith(part))
+            found |= {f"tests/{suite}" for suite in suites}
+        elif len(parts) > 2 and module not in graph.modules or path.endswith(("conftest.py", "_kit.py")):
+            found.add("/".join(parts[:2]))  # the suite: a file that its tests read
+    return sorted(name for name in found if _is_there(name) and not _is_inside(name, found))
+
+
+def _tests_of(module: str) -> set[str]:
+    path = module.replace(".", "/") + ".py"
+    return {path} if path.rpartition("/")[2].startswith("test_") else set()
+
+
+def _is_there(name: str) -> bool:
+    return (ROOT / name).exists() and name not in ("tests/support", "tests/programs", "tests/mutants", "tests/kernels")
+
+
+def _is_inside(name: str, others: set[str]) -> bool:
+    return any(name != other and name.startswith(f"{other}/") for other in others)
+
+
+if __name__ == "__main__":
+    FOUND = broken_by(changed())
+    print(f"changed since main: {', '.join(FOUND)}", file=sys.stderr)
+    print(*FOUND)

@@ -1,0 +1,25 @@
+"""Run pytest in a folder with a copy of what all suites share, and one suite with one file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+FILES = ("__init__.py", "conftest.py", "durations.json", "hang.py", "rows.py", "schedule.py", "trials.py", "world.py")
+
+
+def asked_of_copy(work: Path, tests: str, conftest: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Return the output of pytest for `tests`, the text of a file in the suite `sim`, which has that conftest.py."""
+    folder = work / "tests/sim"
+    folder.mkdir(parents=True)
+    for name in FILES:
+        shutil.copy(TESTS / name, folder.parent)
+    (folder / "conftest.py").write_text(conftest)
+    (folder / "test_some.py").write_text(tests)
+    environment = {name: value for name, value in os.environ.items() if name != "FGPU_TEST_WORLDS"}
+    command = [sys.executable, "-m", "pytest", f"--rootdir={work}", *options, "tests"]
+    return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=60, check=False)

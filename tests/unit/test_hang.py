@@ -1,0 +1,65 @@
+"""Tests of tests/hang.py: a run that does not end is ended, and says what its processes do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import hang, schedule
+from tests.unit.pytest_kit import asked_of_copy
+
+# pytest-timeout does not end what happens outside a test.
+HANGS = """
+import time
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput"):
+        so_it_hangs()
+
+def so_it_hangs():
+    time.sleep(1000)
+"""
+SOON = """
+from tests import hang
+hang.LAST_SECONDS = 5
+"""
+PASSES = """
+import time
+def test_passes():
+    time.sleep(1.1)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it reads the stack of another process")
+def test_a_run_that_hangs_ends(tmp_path: Path) -> None:
+    suite = SOON + HANGS
+    done = asked_of_copy(tmp_path, PASSES, suite, "--numprocesses=1", "-p", "tests.sim.conftest")
+    assert done.returncode == 1
+    assert "has not ended within 5 s" in done.stderr
+    assert "so_it_hangs (" in done.stderr
+
+
+def test_a_program_without_python_has_the_stack_of_the_kernel() -> None:
+    with subprocess.Popen(["sleep", "1000"]) as program:
+        try:
+            assert "nanosleep" in hang.stack(program.pid)
+        finally:
+            program.kill()
+
+
+def test_a_process_that_has_ended_is_one_line() -> None:
+    with subprocess.Popen(["true"]) as program:
+        pass
+    assert str(program.pid) in hang.stack(program.pid)
+
+
+def test_a_run_renews_the_durations(tmp_path: Path) -> None:
+    done = asked_of_copy(tmp_path, PASSES, "", "--numprocesses=1", "--renew-durations")
+    assert done.returncode == 0, done.stdout
+    durations = json.loads((tmp_path / "tests" / schedule.DURATIONS.name).read_text())
+    assert list(durations) == ["tests/sim/test_some.py"], "what is no longer there is left out"
+    assert durations["tests/sim/test_some.py"] >= 1.1
