@@ -11,7 +11,6 @@
 #define HOST_PROCESSES 5
 #define HOST_ORPHANED 6
 #define HOST_TAGS 7
-#define HOST_ORPHANS 8
 #define ORPHANS_TOLD_NS 2000000
 
 #define WAKE_UP 2 /* BPF_RB_FORCE_WAKEUP */
@@ -99,6 +98,13 @@ static void tell_of_program(struct fgpu_usage_page *page)
 static void count_entry(u32 at)
 {
     u64 *n = host.lookup(&at);
+    if (n) __sync_fetch_and_add(n, 1);
+}
+
+static void count_orphan(void)
+{
+    u32 at = 0;
+    u64 *n = orphans_made.lookup(&at);
     if (n) __sync_fetch_and_add(n, 1);
 }
 

@@ -4,9 +4,9 @@
  * Order everywhere: a charge goes to the levels first and to the process second, a release the other way round, so that
  * a level never holds less than its processes do. One word, `bytes`, is what the end of a process takes back.
  *
- * The compiler sees one file: the loader puts the parts in place, since BCC rewrites map calls in the main file alone.
- * A part uses functions of the parts above it only (tools/bpf_order.py). The loader puts PINS (a folder in bpffs) and
- * SPARSE (BPF_F_NO_PREALLOC if the kernel permits it) on the command line.
+ * Clang sees one file: driver/compiler.py puts the parts in place, since BCC rewrites map calls in the main file alone.
+ * A part uses functions of the parts above it only (tools/bpf_order.py). SPARSE
+ * (BPF_F_NO_PREALLOC if the kernel permits it) is on the command line.
  */
 #include "fgpu.h"
 // clang-format off

@@ -1,4 +1,4 @@
-/* maps.bpf.h: the maps, pinned, and helpers that all other parts use. */
+/* maps.bpf.h: the maps, which are pinned by their names, and helpers that all other parts use. */
 
 #define VERDICT_MASK (FGPU_VERDICTS - 1)
 #define DEVICE_MASK (FGPU_DEVICES - 1)
@@ -26,57 +26,41 @@
 
 BPF_PROG_ARRAY(nowhere, 1);
 BPF_F_TABLE("array", u32, struct fgpu_usage_page, page_template, 1, 1U << 10 /* BPF_F_MMAPABLE */);
-BPF_TABLE_PINNED("hash_of_maps$page_template", u64, int, pages, 4096, PINS "pages");
-BPF_TABLE_PINNED("array_of_maps$page_template", u32, int, shelf, 4096, PINS "shelf"); /* the same pages, by place */
-BPF_TABLE_PINNED("hash", u64, u32, resolved, 16384, PINS "resolved", SPARSE);
-BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_limit, limits, 65536, PINS "limits", SPARSE);
-BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_share, shares, 65536, PINS "shares", SPARSE);
-BPF_TABLE_PINNED("hash", struct fgpu_level_device, struct fgpu_turn, turns, 65536, PINS "turns", SPARSE);
+BPF_TABLE("hash_of_maps$page_template", u64, int, pages, 4096);
+BPF_TABLE("array_of_maps$page_template", u32, int, shelf, 4096); /* the same pages, by place */
+BPF_F_TABLE("hash", u64, u32, resolved, 16384, SPARSE);
+BPF_F_TABLE("hash", struct fgpu_level_device, struct fgpu_limit, limits, 65536, SPARSE);
+BPF_F_TABLE("hash", struct fgpu_level_device, struct fgpu_share, shares, 65536, SPARSE);
+BPF_F_TABLE("hash", struct fgpu_level_device, struct fgpu_turn, turns, 65536, SPARSE);
 /* Nanoseconds for which NVML has seen processes of a level run on a device, ever growing. */
-BPF_TABLE_PINNED("hash", struct fgpu_level_device, u64, ran, 65536, PINS "ran", SPARSE);
-BPF_TABLE_PINNED("hash", u32, struct fgpu_process, processes, MOST_PROCESSES, PINS "processes", SPARSE);
-BPF_TABLE_PINNED("hash", struct fgpu_allocation_key, struct fgpu_allocation, allocations, MOST_ALLOCATIONS,
-                 PINS "allocations", SPARSE);
-BPF_TABLE_PINNED("hash", u64, struct fgpu_thread, threads, MOST_THREADS, PINS "threads", SPARSE);
-BPF_TABLE_PINNED("hash", struct fgpu_orphan_key, struct fgpu_orphan, orphans, MOST_ORPHANS, PINS "orphans", SPARSE);
-BPF_TABLE_PINNED("hash", u64, u32, spaces, MOST_PROCESSES, PINS "spaces", SPARSE); /* address space -> its process */
+BPF_F_TABLE("hash", struct fgpu_level_device, u64, ran, 65536, SPARSE);
+BPF_F_TABLE("hash", u32, struct fgpu_process, processes, MOST_PROCESSES, SPARSE);
+BPF_F_TABLE("hash", struct fgpu_allocation_key, struct fgpu_allocation, allocations, MOST_ALLOCATIONS, SPARSE);
+BPF_F_TABLE("hash", u64, struct fgpu_thread, threads, MOST_THREADS, SPARSE);
+BPF_F_TABLE("hash", struct fgpu_orphan_key, struct fgpu_orphan, orphans, MOST_ORPHANS, SPARSE);
+BPF_TABLE("array", u32, u64, orphans_made, 1);                 /* entries of `orphans` so far */
+BPF_F_TABLE("hash", u64, u32, spaces, MOST_PROCESSES, SPARSE); /* address space -> its process */
 /* Processes that live in the address space of another process (vfork). That process is charged for what they do. */
-BPF_TABLE_PINNED("hash", u32, u32, borrowers, MOST_BORROWERS, PINS "borrowers", SPARSE);
-BPF_TABLE_PINNED("array", u32, struct fgpu_owner, owners, FGPU_OWNERS, PINS "owners");
-BPF_TABLE_PINNED("array", u32, u64, managed_freed, FGPU_DEVICES, PINS "managed_freed"); /* bytes, ever growing */
-BPF_TABLE_PINNED("array", u32, u64, contexts, FGPU_DEVICES, PINS "contexts");
-BPF_TABLE_PINNED("array", u32, struct fgpu_device, devices, FGPU_DEVICES, PINS "devices");
-BPF_TABLE_PINNED("hash", struct fgpu_file, u32, files, 4096, PINS "files", SPARSE);
+BPF_F_TABLE("hash", u32, u32, borrowers, MOST_BORROWERS, SPARSE);
+BPF_TABLE("array", u32, struct fgpu_owner, owners, FGPU_OWNERS);
+BPF_TABLE("array", u32, u64, managed_freed, FGPU_DEVICES); /* bytes, ever growing */
+BPF_TABLE("array", u32, u64, contexts, FGPU_DEVICES);
+BPF_TABLE("array", u32, struct fgpu_device, devices, FGPU_DEVICES);
+BPF_F_TABLE("hash", struct fgpu_file, u32, files, 4096, SPARSE);
 /* 0: epoch, 1: flags for control pages, 2, 3: events of cgroups, 4: epoch of shares, 5: processes so far, 6: when the
- * agent was last told of orphans, 7: tags so far, 8: entries of `orphans` so far */
-BPF_TABLE_PINNED("array", u32, u64, host, 9, PINS "host");
-BPF_TABLE_PINNED("hash", u64, struct fgpu_event_budget, event_budgets, FGPU_EVENT_BUDGETS, PINS "event_budgets",
-                 SPARSE);
-BPF_TABLE_PINNED("hash", struct fgpu_counter_key, u64, counters, 65536, PINS "counters", SPARSE);
-BPF_TABLE_PINNED("array", u32, u64, incidents, 2 * FGPU_REASONS, PINS "incidents");
-BPF_TABLE_PINNED("percpu_array", u32, u64, hits, FGPU_HITS, PINS "hits");
+ * agent was last told of orphans, 7: tags so far. The last slot is not used: the form of a map that may be pinned
+ * stays, and what is new gets a map of its own. */
+BPF_TABLE("array", u32, u64, host, 9);
+BPF_F_TABLE("hash", u64, struct fgpu_event_budget, event_budgets, FGPU_EVENT_BUDGETS, SPARSE);
+BPF_F_TABLE("hash", struct fgpu_counter_key, u64, counters, 65536, SPARSE);
+BPF_TABLE("array", u32, u64, incidents, 2 * FGPU_REASONS);
+BPF_TABLE("percpu_array", u32, u64, hits, FGPU_HITS);
 #if ENDS /* when a process with such a pid, or with another pid that has the same place, has ended last */
-BPF_TABLE_PINNED("array", u32, u64, ends, FGPU_ENDS, PINS "ends");
+BPF_TABLE("array", u32, u64, ends, FGPU_ENDS);
 #endif
-/* As BPF_RINGBUF_OUTPUT of BCC declares it, which cannot pin. */
-struct events_table_t {
-    int key;
-    u32 leaf;
-    int (*ringbuf_output)(void *, u64, u64);
-    u32 max_entries;
-    int flags;
-};
-__attribute__((section("maps/ringbuf:" PINS "events"))) struct events_table_t events = {.max_entries = EVENT_BYTES};
-struct bell_table_t {
-    int key;
-    u32 leaf;
-    int (*ringbuf_output)(void *, u64, u64);
-    u32 max_entries;
-    int flags;
-};
-/* The ring by which the kernel wakes the gatekeeper. */
-__attribute__((section("maps/ringbuf:" PINS "bell"))) struct bell_table_t bell = {.max_entries = BELL_BYTES};
-BPF_ARRAY(blanks, struct fgpu_process, 1); /* never written: a process is too large for the stack */
+BPF_RINGBUF_OUTPUT(events, EVENT_BYTES / PAGE_SIZE);
+BPF_RINGBUF_OUTPUT(bell, BELL_BYTES / PAGE_SIZE); /* by which the kernel wakes the gatekeeper */
+BPF_ARRAY(blanks, struct fgpu_process, 1);        /* never written: a process is too large for the stack */
 
 /* Return a device as an index that the verifier accepts: masked where it is used, whatever the compiler remembers. */
 static u64 slot(u64 device)

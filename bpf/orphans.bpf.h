@@ -42,7 +42,7 @@ static struct fgpu_orphan *make_orphan(struct fgpu_process *p, struct fgpu_orpha
     if (orphans.insert(key, &fresh)) {
         give_orphan_place(&fresh.levels[0]);
     } else {
-        count_entry(HOST_ORPHANS);
+        count_orphan();
     }
     return orphans.lookup(key);
 }

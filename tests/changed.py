@@ -1,7 +1,7 @@
-"""What a change since main can break: `python -m tests.changed` prints the files and suites that `./dev test changed` runs.
+"""Find what a change since main can break: `python -m tests.changed` prints files and suites for `./dev test changed`.
 
-Python modules are followed by their imports, also into the tests. The suites that test whole processes import nothing of
-the product: OF_PART names them by the part of the tree.
+Python modules are followed by their imports, also into the tests. The suites that test whole processes import nothing
+of the product: OF_PART names them by the part of the tree.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def broken_by(paths: list[str]) -> list[str]:
         if parts[0] != "tests":
             suites = next(suites for part, suites in OF_PART.items() if path.startswith(part))
             found |= {f"tests/{suite}" for suite in suites}
-        elif len(parts) > 2 and module not in graph.modules or path.endswith(("conftest.py", "_kit.py")):
+        elif (len(parts) > 2 and module not in graph.modules) or path.endswith(("conftest.py", "_kit.py")):
             found.add("/".join(parts[:2]))  # the suite: a file that its tests read
     return sorted(name for name in found if _is_there(name) and not _is_inside(name, found))
 

@@ -1,11 +1,10 @@
-"""Ends a program of fgpu in the middle of a change, at the point that FGPU_FAILPOINT names: kill -9, as by no accident.
+"""Ends agent or gatekeeper in the middle of a change, at a named point: kill -9, as by no accident.
 
-Owns: the points, each a place in agent, gatekeeper or loader where something is half changed. Nothing of them is in
+Owns: the points, each a place in agent or gatekeeper where something is half changed. Nothing of them is in
 the programs themselves, nor in a package: they are put in from here before the program begins, and a point whose place
 is no longer there ends this at once, with what is missing. A program that is started in any other way has none.
 
-usage: FGPU_FAILPOINT=NAME python tests/failpoints.py LOADER ARGUMENT…
-       python tests/failpoints.py nursery
+usage: python tests/failpoints.py
 
 A nursery has imported what agent and gatekeeper do, and forks them, which spares each start most of its time. It takes
 and answers one line of JSON at a time: ["POINT", "agent"|"gatekeeper", ARGUMENT…], "" for no point, is answered by the
@@ -16,14 +15,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import itertools
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 Judge = Callable[..., bool]
@@ -122,6 +119,13 @@ def state_unrenamed() -> None:
     before(atomic_file.os, "replace", named(".overrides.json.new"))
 
 
+def programs_half() -> None:
+    """One program is the new one, another is pinned beside its place, the others are those before."""
+    from fgpu_ebpf.driver import image
+
+    before(image.os, "rename", later(named("-new")))
+
+
 def links_half() -> None:
     """Of a driver's links those of the returns are pinned, those of the entries not yet."""
     from fgpu_ebpf.driver import attach, probe_plan
@@ -153,28 +157,9 @@ def hello_unanswered() -> None:
     after(TimeSlicer, "register")
 
 
-# -- the loader, which is run as a file
-
-
-def programs_half(loader: ModuleType) -> None:
-    """One program is the new one, another is pinned beside its place, the others are those before."""
-    before(loader.os, "rename", later(named("-new")))
-
-
 AGENT = (limit_unpublished, policy_half, page_unannounced, charges_behind, level_half_gone, state_unrenamed)
-AGENT += (links_half, detach_half)
-GATEKEEPER, LOADER = (socket_unrenamed, hello_unanswered), (programs_half,)
-
-
-def run_loader(file: str, point: str) -> int:
-    """As `python3 -I loader.py` would."""
-    spec = importlib.util.spec_from_file_location("loader", file)
-    assert spec
-    assert spec.loader
-    loader = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loader)
-    {made.__name__: made for made in LOADER}[point](loader)
-    return int(loader.main())
+AGENT += (programs_half, links_half, detach_half)
+GATEKEEPER = (socket_unrenamed, hello_unanswered)
 
 
 def become(point: str, program: str, words: list[str]) -> int:
@@ -227,6 +212,4 @@ def nurse() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "nursery":
-        sys.exit(nurse())
-    sys.exit(run_loader(sys.argv.pop(1), os.environ.pop("FGPU_FAILPOINT")))
+    sys.exit(nurse())

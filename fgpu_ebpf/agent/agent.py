@@ -23,7 +23,7 @@ from fgpu_ebpf.agent.settings import Settings
 from fgpu_ebpf.agent.snapshot_builder import take_snapshot
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.containers import cdi, run
-from fgpu_ebpf.driver import nvml, programs
+from fgpu_ebpf.driver import image, nvml
 from fgpu_ebpf.driver.probe_plan import ProbeError
 from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.ledger.ledger import Ledger
@@ -80,7 +80,7 @@ class Agent:
             self.ledger = Ledger(self.settings.pins)
             attached = startup.attach_probes(self.settings, prepared, self.ledger)
             self.mark("attached")
-        except (nvml.DriverError, ProbeError, programs.ProgramError) as error:
+        except (nvml.DriverError, ProbeError, image.ProgramError) as error:
             raise AgentError(str(error)) from error
         self.nvml, self.discovery, self.shim = prepared.nvml, attached.discovery, attached.shim
         self.lacks |= attached.lacks

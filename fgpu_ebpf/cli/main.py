@@ -92,7 +92,7 @@ def load(**options: Any) -> None:
     """Compile and pin the BPF programs, and exit. An agent does this at its start if they are not pinned."""
     from fgpu_ebpf import daemon
     from fgpu_ebpf.agent.settings import Options
-    from fgpu_ebpf.driver.programs import ProgramError
+    from fgpu_ebpf.driver.image import ProgramError
     from fgpu_ebpf.driver.start_checks import AgentError
 
     try:

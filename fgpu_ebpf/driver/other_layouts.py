@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.driver import attach
-from fgpu_ebpf.driver.programs import ProgramError
+from fgpu_ebpf.driver.image import ProgramError
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.linux import bpf, procfs

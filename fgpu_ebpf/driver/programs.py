@@ -1,10 +1,13 @@
-"""The BPF programs in the kernel: whether exactly these are pinned, and the loader process that pins them.
+"""The BPF programs in the kernel: whether exactly these are pinned; compiling, loading and pinning them.
 
-Used by the agent at its start and by `fgpu doctor`. ProgramError names the fix; what was pinned before stays in force.
+Compiling takes seconds and BCC. What it gives is kept in CACHE for the next start of this kernel, for example after a
+boot. Used by the agent at its start and by `fgpu doctor`. ProgramError names the fix; what was pinned before stays in
+force.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -14,91 +17,129 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgpu_ebpf.check import Check
-from fgpu_ebpf.linux import sd_notify
+from fgpu_ebpf.driver import image
+from fgpu_ebpf.driver.image import ProgramError
+from fgpu_ebpf.linux import atomic_file, sd_notify
 
 log = logging.getLogger("fgpu.agent")
 MADE = "fgpu-mounted-this"  # a folder in a bpffs that an agent has mounted
 LOADER = ("/usr/bin/python3", "-I")
-LOADER_FILE = Path(__file__).with_name("loader.py")
-SOON_SECONDS, LOADER_SECONDS = 0.5, 60
-
-
-class ProgramError(Exception):
-    """Programs cannot be loaded; the text names the fix."""
+COMPILER_FILE = Path(__file__).with_name("compiler.py")
+CACHE = Path("/var/cache/fgpu")
+MOST_CACHED = 4
+SOON_SECONDS, COMPILER_SECONDS = 0.5, 60
 
 
 def sources_digest(sources: Path) -> str:
     """Return eight hex digits that change with the programs, and with how they are compiled."""
     digest = hashlib.sha256()
-    for path in [*sorted(sources.glob("*.[ch]")), LOADER_FILE]:
+    for path in [*sorted(sources.glob("*.[ch]")), COMPILER_FILE]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 
 
 class Loading:
-    """The loader in a process of its own; it is not started if exactly these programs are pinned already.
+    """The compiler in a process of its own, unless exactly these programs are pinned or cached.
 
     The constructor and `wait` raise ProgramError.
     """
 
-    def __init__(self, sources: Path, pins: Path, loader: Sequence[str] = LOADER) -> None:
-        self._digest = sources_digest(sources)
+    def __init__(self, sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path = CACHE) -> None:
+        self._digest, self._pins = sources_digest(sources), pins
         self._stamp = pins / f"loaded-{self._digest}"
         self._child: subprocess.Popen[str] | None = None
-        if not self._stamp.is_dir():
-            mount_bpffs(pins)
-            self._child = _start_loader([*loader, str(LOADER_FILE), str(sources), str(pins)])
-
-    @property
-    def begun(self) -> bool:
+        self._image: image.Image | None = None
+        self.begun = not self._stamp.is_dir()
         """True if the programs were not pinned, so that this is their first start since the host's."""
-        return self._child is not None
+        if self.begun:
+            mount_bpffs(pins)
+            kernel = os.uname()
+            parts = [self._digest, *loader, kernel.release, kernel.version, kernel.machine]
+            self._file = cache / f"programs-{_sha256(repr(parts))[:16]}"
+            self._image = _read(self._file)
+            if not self._image:
+                self._child = _start_compiler([*loader, str(COMPILER_FILE), str(sources)])
 
     def wait(self) -> str:
-        """Wait until the programs are pinned, and return their digest. ProgramError has the loader's own line."""
-        if self._child is None:
+        """Wait until the programs are pinned, and return their digest. ProgramError has the compiler's own line."""
+        if not self.begun:
             return self._digest
-        try:
-            output = self._output(self._child)
-        except subprocess.TimeoutExpired as error:
-            raise ProgramError(f"the loader does not end within {LOADER_SECONDS} s") from error
-        if self._child.returncode:
-            lines = (output.strip() or f"the loader exited with {self._child.returncode}").splitlines()
-            raise ProgramError(lines[-1].removeprefix("fgpu loader: "))
-        for old in self._stamp.parent.glob("loaded-*"):
+        if self._child:
+            self._image = self._compiled(self._child)
+        assert self._image
+        image.load(self._image, self._pins)
+        for old in self._pins.glob("loaded-*"):
             old.rmdir()
         self._stamp.mkdir()
         return self._digest
 
-    def _output(self, child: subprocess.Popen[str]) -> str:
+    def _compiled(self, child: subprocess.Popen[str]) -> image.Image:
         try:
-            return child.communicate(timeout=SOON_SECONDS)[1]
-        except subprocess.TimeoutExpired:  # an error that shows at once has ended the loader by now
+            output, errors = self._output(child)
+        except subprocess.TimeoutExpired as error:
+            raise ProgramError(f"the compiler does not end within {COMPILER_SECONDS} s") from error
+        if child.returncode:
+            lines = (errors.strip() or f"the compiler exited with {child.returncode}").splitlines()
+            raise ProgramError(lines[-1].removeprefix("fgpu compiler: "))
+        try:
+            found = image.parsed(output)
+        except ValueError as error:
+            raise ProgramError(f"the compiler has printed something else than programs ({error})") from error
+        _write(self._file, output)
+        return found
+
+    def _output(self, child: subprocess.Popen[str]) -> tuple[str, str]:
+        try:
+            return child.communicate(timeout=SOON_SECONDS)
+        except subprocess.TimeoutExpired:  # an error that shows at once has ended the compiler by now
             sd_notify.tell("STATUS=compiles the kernel's programs")
             if os.isatty(sys.stderr.fileno()):  # a log gets errors, not progress
-                log.info("compiling the kernel's programs: some seconds, once a boot")
-            return child.communicate(timeout=LOADER_SECONDS)[1]
+                log.info("compiling the kernel's programs: some seconds, once for each kernel")
+            return child.communicate(timeout=COMPILER_SECONDS)
 
     def end(self) -> None:
-        """Kill the loader if it still runs. What it has pinned is not used, since the completion stamp is missing."""
+        """Kill the compiler if it still runs."""
         if self._child and self._child.poll() is None:
             self._child.kill()
             self._child.communicate()
 
 
-def _start_loader(command: Sequence[str]) -> subprocess.Popen[str]:
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(file: Path) -> image.Image | None:
+    """Return the image in a file of the cache; None: there is none, or the file is damaged."""
+    try:
+        digest, _, text = file.read_text(encoding="ascii").partition("\n")
+        return image.parsed(text) if digest == _sha256(text) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _write(file: Path, text: str) -> None:
+    """Write an image into the cache, and remove the oldest ones. Without it the next start compiles again."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        atomic_file.write(file, f"{_sha256(text)}\n{text}")
+        by_age = sorted(file.parent.glob("programs-*"), key=lambda path: path.stat().st_mtime)
+        for old in by_age[:-MOST_CACHED]:
+            old.unlink()
+
+
+def _start_compiler(command: Sequence[str]) -> subprocess.Popen[str]:
     environment, pipe = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin"}, subprocess.PIPE
     try:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=pipe, text=True, env=environment)
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
     except OSError as error:
         raise ProgramError(
-            f"cannot run the loader {command[0]} ({error.strerror}): name the system's Python with --loader"
+            f"cannot run the compiler {command[0]} ({error.strerror}): name the system's Python with --loader"
         ) from error
 
 
-def load(sources: Path, pins: Path, loader: Sequence[str] = LOADER) -> str:
+def load(sources: Path, pins: Path, loader: Sequence[str] = LOADER, cache: Path = CACHE) -> str:
     """Pin the programs unless exactly these are pinned; return their digest. Raises ProgramError."""
-    loading = Loading(sources, pins, loader)
+    loading = Loading(sources, pins, loader, cache)
     try:
         return loading.wait()
     finally:

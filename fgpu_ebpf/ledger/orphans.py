@@ -17,7 +17,6 @@ from fgpu_ebpf.linux import bpf
 
 _KEY, _VALUE = struct.Struct("IIQQ"), struct.Struct(f"4Q{2 * abi.LEVELS}Q")
 _U32 = struct.Struct("I")
-HOST_ORPHANS = 8  # index in the array `host`: entries that have ever been made
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class OrphanMap:
 
     def _all(self) -> list[Orphan]:
         """Return all entries. An empty map takes as long to read as a full one, so it is read only if entries came."""
-        so_far = bpf.number(self._maps["host"], HOST_ORPHANS)
+        so_far = bpf.number(self._maps["orphans_made"], 0)
         if so_far == self._empty_as_of:
             return []
         found = [orphan_of(key, raw) for key, raw in bpf.items(self._maps["orphans"], _KEY.size, _VALUE.size)]

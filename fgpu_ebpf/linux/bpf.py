@@ -16,19 +16,22 @@ import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from fgpu_ebpf.linux import bpf_attributes as attributes
 from fgpu_ebpf.linux.libc import LIBC, check
 
 _BPF, _PERF_EVENT_OPEN = {"x86_64": (321, 298), "aarch64": (280, 241)}.get(platform.machine(), (321, 298))
-_MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _OBJ_PIN, _OBJ_GET, _TEST_RUN = 0, 1, 2, 3, 6, 7, 10
+_MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _PROG_LOAD, _OBJ_PIN, _OBJ_GET, _TEST_RUN = 0, 1, 2, 3, 5, 6, 7, 10
 _MAP_GET_FD_BY_ID, _RAW_TRACEPOINT_OPEN, _FREEZE, _LOOKUP_BATCH, _LINK_CREATE = 14, 17, 22, 24, 28
 _UPDATE_BATCH, _DELETE_BATCH = 26, 27
 _ANY, _NOEXIST, _EXIST = 0, 1, 2
 _PERF_EVENT, _TRACE_UPROBE_MULTI = 41, 48
+_KPROBE, _RAW_TRACEPOINT = 2, 17
+_MULTI_FROM = (6, 6)  # one link for all places of a file
 _ID_BYTES = 4
 _PERF_FLAG_FD_CLOEXEC = 8
-ARRAY = 2
+ARRAY, ARRAY_OF_MAPS, HASH_OF_MAPS = 2, 12, 13
 MMAPABLE = 1 << 10
 MOST_INNER = 4096  # of a map of maps
 UPROBE_TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
@@ -36,7 +39,7 @@ UPROBE_RETURN_BIT = Path("/sys/bus/event_source/devices/uprobe/format/retprobe")
 
 
 def kernel_release() -> tuple[int, int]:
-    """Return (major, minor) of the running kernel. The loader has a copy: it imports nothing of fgpu."""
+    """Return (major, minor) of the running kernel. The compiler has a copy: it imports nothing of fgpu."""
     major, minor = (int("".join(filter(str.isdigit, part)) or 0) for part in os.uname().release.split(".")[:2])
     return major, minor
 
@@ -80,10 +83,37 @@ def _path(path: str | Path) -> ctypes.Array[ctypes.c_char]:
 # -- maps ----------------------------------------------------------------------------------------------------------
 
 
+class Form(NamedTuple):
+    """Type and sizes of a map, with the names of /proc/PID/fdinfo."""
+
+    map_type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    map_flags: int
+
+
+def create(name: str, form: Form, inner: int = 0) -> int:
+    """Create a map; return its descriptor. Raises OSError.
+
+    Args:
+        name: what tools show; 15 characters of it.
+        form: its type and sizes.
+        inner: of a map of maps, the descriptor of a map with the form of all of them.
+    """
+    return _bpf("MAP_CREATE", _MAP_CREATE, attributes.MapCreateAttr(*form, inner, 0, name.encode()[:15]))
+
+
 def create_array_page(name: str, bytes_: int) -> int:
     """Create an array map with one element that can be mapped into memory; return its descriptor. Raises OSError."""
-    attr = attributes.MapCreateAttr(ARRAY, 4, bytes_, 1, MMAPABLE, 0, 0, name.encode()[:15])
-    return _bpf("MAP_CREATE", _MAP_CREATE, attr)
+    return create(name, Form(ARRAY, 4, bytes_, 1, MMAPABLE))
+
+
+def form(fd: int) -> Form:
+    """Return the form of an open map. Raises OSError."""
+    lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines()
+    found = dict(line.split(":\t") for line in lines if ":\t" in line)
+    return Form(*(int(found[name], 0) for name in Form._fields))
 
 
 def lookup(fd: int, key: bytes, value_bytes: int) -> bytes | None:
@@ -99,9 +129,11 @@ def lookup(fd: int, key: bytes, value_bytes: int) -> bytes | None:
 
 
 def number(fd: int, index: int) -> int:
-    """Return one 64-bit number of an array map, or 0 if the array is shorter. Raises OSError."""
+    """Return one 64-bit number of an array map. Raises OSError; ENOENT: the array is shorter."""
     raw = lookup(fd, struct.pack("I", index), 8)
-    return 0 if raw is None else int.from_bytes(raw, sys.byteorder)
+    if raw is None:
+        raise OSError(errno.ENOENT, f"an array has no number {index}")
+    return int.from_bytes(raw, sys.byteorder)
 
 
 def update(fd: int, key: bytes, value: bytes) -> None:
@@ -245,6 +277,25 @@ def pin(fd: int, path: Path) -> None:
     """Pin a map, program or link; the folder must lie in a bpffs. Raises OSError."""
     name = _path(path)
     _bpf("OBJ_PIN", _OBJ_PIN, attributes.ObjAttr(_address(name), fd))
+
+
+def load_program(name: str, code: bytes, is_raw_tracepoint: bool) -> int:
+    """Load a program of the GPL; return its descriptor.
+
+    Args:
+        name: what tools show; 15 characters of it.
+        code: the instructions, with descriptors of maps.
+        is_raw_tracepoint: it is for raw tracepoints; otherwise for uprobes.
+
+    Raises:
+        OSError: EACCES or EINVAL: the verifier refuses it.
+    """
+    instructions, licence = _buffer(code), _buffer(b"GPL\0")
+    attr = attributes.ProgLoadAttr(insn_cnt=len(code) // 8, insns=_address(instructions), license=_address(licence))
+    attr.prog_type, attr.prog_name = _RAW_TRACEPOINT if is_raw_tracepoint else _KPROBE, name.encode()[:15]
+    if not is_raw_tracepoint and kernel_release() >= _MULTI_FROM:
+        attr.expected_attach_type = _TRACE_UPROBE_MULTI
+    return _bpf("PROG_LOAD", _PROG_LOAD, attr)
 
 
 def run_raw_tracepoint(program: int, *arguments: int) -> int:

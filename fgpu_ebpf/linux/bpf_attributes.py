@@ -26,6 +26,25 @@ class MapCreateAttr(Structure):
     )
 
 
+class ProgLoadAttr(Structure):
+    """BPF_PROG_LOAD."""
+
+    _fields_ = (
+        ("prog_type", u32),
+        ("insn_cnt", u32),
+        ("insns", u64),
+        ("license", u64),
+        ("log_level", u32),
+        ("log_size", u32),
+        ("log_buf", u64),
+        ("kern_version", u32),
+        ("prog_flags", u32),
+        ("prog_name", c_char * 16),
+        ("prog_ifindex", u32),
+        ("expected_attach_type", u32),
+    )
+
+
 class MapElemAttr(Structure):
     """BPF_MAP_LOOKUP_ELEM, BPF_MAP_UPDATE_ELEM, BPF_MAP_DELETE_ELEM; of BPF_MAP_FREEZE, `map_fd` alone."""
 

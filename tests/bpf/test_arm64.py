@@ -4,6 +4,7 @@ machine's kernel verifies the programs, which is the same code there but for wha
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fgpu_ebpf.driver import probe_plan
-from tests.bpf.compile_kit import Instruction, compiled
+from fgpu_ebpf.driver import attach, image, probe_plan
+from tests.bpf.compile_kit import Instruction, compiled, image_for
 from tests.bpf.conftest import REPOSITORY
 
 CROSS = "aarch64-linux-gnu-gcc"
@@ -46,8 +47,14 @@ def test_the_same_programs_are_made(both: tuple[dict[str, list[Instruction]], di
         assert not differences(here[name], there[name])
 
 
-def test_the_verifier_takes_them(both: tuple[dict[str, list[Instruction]], dict[str, list[Instruction]]]) -> None:
-    assert compiled("arm64", *both[1]).keys() == both[1].keys()
+def test_the_verifier_takes_them() -> None:
+    pins = Path(f"/sys/fs/bpf/fgpu-arm64-{os.getpid()}")
+    programs = image_for("arm64")
+    try:
+        image.load(programs, pins)
+        assert {path.name for path in (pins / "programs").iterdir()} == programs.programs.keys()
+    finally:
+        attach.detach(pins)
 
 
 @pytest.mark.parametrize(("program", "arguments"), [("give_back", 4), ("admit", 4)])

@@ -814,7 +814,7 @@ def test_the_shim_s_own_exports_are_not_taken_for_the_driver(kernel):
     assert {link.name.split("-", 3)[3] for link in links} == {"s0-admit", "s0-give_back", f"s0-all2at{check:x}"}
 
 
-def test_the_loader_names_a_wrong_interpreter():
+def test_a_wrong_interpreter_is_named():
     check = programs.check_loader([sys.executable, "-I", "-S"])
     assert not check.ok
     assert "python3-bpfcc" in check.mend

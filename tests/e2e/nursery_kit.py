@@ -104,7 +104,8 @@ class Children:
         begun, child = time.monotonic(), self.begin(program, point)
         is_up = answers if program == "agent" else listens
         eventually(lambda: child.poll() is not None or is_up(), 30, f"the {program}")
-        assert child.poll() is None, f"the {program} ended before it was asked anything"
+        last = self._service.log.read_text()[-500:]
+        assert child.poll() is None, f"the {program} ended before it was asked anything: {last}"
         self._seconds[program] = time.monotonic() - begun
         if program == "agent":
             self._agent = child
@@ -140,7 +141,7 @@ class Children:
 @contextlib.contextmanager
 def children_of(service: Service) -> Iterator[Children]:
     """What they say comes into the service's log; who still lives ends with it."""
-    command = [sys.executable, FAILPOINTS, "nursery"]
+    command = [sys.executable, FAILPOINTS]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with open(service.log, "ab") as log:
         process = subprocess.Popen(command, stderr=log, env={"PATH": ENVIRONMENT["PATH"]}, cwd=ROOT, **pipes)

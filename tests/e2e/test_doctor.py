@@ -128,7 +128,7 @@ copy=$(mktemp -d)
 trap 'rm -r "$copy"' EXIT
 cp -r "$2/." "$copy"
 echo 'int out_of_bounds(struct pt_regs *ctx) { return *(volatile int *)ctx->sp; }' >>"$copy/fgpu.bpf.c"
-/usr/bin/python3 -I "$1" "$copy" "$3"
+/usr/bin/python3 -I "$1" "$copy"
 """
 
 
@@ -199,8 +199,7 @@ LINES = {
     # F12, to the letter; WORK is the test's folder
     "verifier-refuses": (
         verifier_refuses,
-        f"fgpu: Linux {RELEASE} refuses the program out_of_bounds (Failed to load BPF program b'out_of_bounds': "
-        "Permission denied): update the kernel, or fgpu",
+        f"fgpu: Linux {RELEASE} refuses the program out_of_bounds (Permission denied): update the kernel, or fgpu",
     ),
     "nothing-allowed": (
         nothing_allowed,
@@ -223,7 +222,7 @@ LINES = {
     ),
     "no-interpreter": (
         no_interpreter,
-        "fgpu: cannot run the loader WORK/no/such/python (No such file or directory): name the system's Python with "
+        "fgpu: cannot run the compiler WORK/no/such/python (No such file or directory): name the system's Python with "
         "--loader",
     ),
 }

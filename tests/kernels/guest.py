@@ -14,7 +14,7 @@ from tests.kernels.images import HERE, KERNELS, Image
 
 CHECKOUT = HERE.parent.parent
 PARTS = ("bench", "e2e", "examples", "headers", "oci", "shim", "sim")  # of build/
-VERIFIER = "verifier"  # the suite that is given what the loader would load there, compiled here
+VERIFIER = "verifier"  # the suite that is given what the agent would load there, compiled here
 MEMORY_MIB = 3072
 _COUNTED = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 # Nothing that makes an emulated processor slower: no wide registers, which TCG has helpers for, no guard against what

@@ -19,6 +19,10 @@ _MAP_CREATE, _PROG_LOAD, _BPF = 0, 5, 321
 _ARRAY, _OF_MAPS, _MMAPABLE = 2, (12, 13), 1 << 10
 _KPROBE, _RAW_TRACEPOINT, _STATISTICS = 2, 17, 4
 _LOAD_MAP = 0x1018
+# As in fgpu_ebpf/driver/image.py, which the guest does not have.
+RAW_TRACEPOINTS = {"process_exit", "process_exec", "program_began", "adjust"} | {
+    f"cgroup_{what}" for what in ("attach", "made", "populated", "removed")
+}
 _LIBC = ctypes.CDLL(None, use_errno=True)
 SAID = json.loads(Path(os.environ["FGPU_TEST_PROGRAMS"]).read_text())
 
@@ -32,14 +36,12 @@ def bpf(command: int, layout: str, *values: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def maps() -> Iterator[dict[int, int]]:
-    """What the code calls a map -> the map that is made for it here."""
+def maps() -> Iterator[list[int]]:
+    """The maps, in the order in which the code numbers them."""
     page = bpf(_MAP_CREATE, "6I", _ARRAY, 4, 4096, 1, _MMAPABLE, 0)
-    made = {
-        int(fd): bpf(_MAP_CREATE, "6I", *form, page if form[0] in _OF_MAPS else 0) for fd, form in SAID["maps"].items()
-    }
+    made = [bpf(_MAP_CREATE, "6I", *form, page if form[0] in _OF_MAPS else 0) for form in SAID["maps"].values()]
     yield made
-    for fd in (page, *made.values()):
+    for fd in (page, *made):
         os.close(fd)
 
 
@@ -53,7 +55,7 @@ def test_the_verifier_takes_it(name, maps):
     said = ctypes.create_string_buffer(1 << 16)
     instructions = (ctypes.c_char * len(code)).from_buffer(code)
     licence = ctypes.create_string_buffer(b"GPL")
-    kind = _RAW_TRACEPOINT if name in SAID["raw"] else _KPROBE
+    kind = _RAW_TRACEPOINT if name in RAW_TRACEPOINTS else _KPROBE
     where = ctypes.addressof(instructions), ctypes.addressof(licence)
     log = _STATISTICS, len(said), ctypes.addressof(said)
     try:

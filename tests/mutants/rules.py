@@ -130,7 +130,7 @@ RULES = {
     "quiet-after-an-admission": ("if (t->admission.bytes || t->call", "if (t->call"),
     "never-quiet-again": ("| IDLE;\n    end(p);\n", "| IDLE;\n"),
     "new-process-not-counted": ("    count_entry(HOST_PROCESSES);\n    return p;", "    return p;"),
-    "new-orphan-not-counted": ("        count_entry(HOST_ORPHANS);\n", ""),
+    "new-orphan-not-counted": ("        count_orphan();\n", ""),
     "every-process-told": ("if (!page || page->process_second == now) return;", "if (!page) return;"),
     "reap-of-another-generation": ("    if (p->generation != ctx->args[2]) return -3;\n", ""),
     "device-unchecked": (

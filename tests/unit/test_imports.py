@@ -66,8 +66,8 @@ def test_a_package_imports_nothing_by_itself(path: Path) -> None:
     assert isinstance(docstring, ast.Expr)
 
 
-def test_the_loader_imports_nothing_of_ours() -> None:
-    assert "fgpu_ebpf" not in (PACKAGE / "driver/loader.py").read_text()
+def test_the_compiler_imports_nothing_of_ours() -> None:
+    assert "fgpu_ebpf" not in (PACKAGE / "driver/compiler.py").read_text()
 
 
 @pytest.mark.parametrize(

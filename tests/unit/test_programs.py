@@ -1,80 +1,168 @@
-"""The loader as the agent sees it: at work beside the rest of a start, named when it fails, ended when nobody waits."""
+"""The compiler as the agent sees it: at work beside the rest of a start, named when it fails, ended when nobody waits.
+
+What it prints is kept for the next start.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from fgpu_ebpf.driver import programs
+from fgpu_ebpf.driver import image, programs
 from fgpu_ebpf.driver.programs import Loading, ProgramError
+
+PRINTED = '{"maps": {"host": [2, 4, 8, 9, 0]}, "programs": {"admit": "9500000000000000"}}'
+
+
+class World(NamedTuple):
+    """The folders of a host, and the images that are loaded there."""
+
+    sources: Path
+    pins: Path
+    cache: Path
+    loaded: list[image.Image]
+
+    def loading(self, loader: Sequence[str]) -> Loading:
+        return Loading(self.sources, self.pins, loader, self.cache)
+
+    def load(self, loader: Sequence[str]) -> str:
+        return programs.load(self.sources, self.pins, loader, self.cache)
+
+    def boot(self) -> None:
+        """Nothing is pinned any more."""
+        shutil.rmtree(self.pins)
 
 
 @pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Folders of sources and of pins, the latter no bpffs."""
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(programs, "mount_bpffs", lambda pins: pins.mkdir(exist_ok=True))
+    loaded: list[image.Image] = []
+    monkeypatch.setattr(image, "load", lambda image, pins: loaded.append(image))
     sources = tmp_path / "bpf"
     sources.mkdir()
     (sources / "fgpu.h").write_text("int one;")
-    return sources, tmp_path / "pins"
+    return World(sources, tmp_path / "pins", tmp_path / "cache", loaded)
 
 
 def shell(text: str) -> tuple[str, ...]:
-    """A loader that is a shell script; what it is given comes behind."""
-    return "/bin/sh", "-c", text, "loader"
+    """A compiler that is a shell script; what it is given comes behind."""
+    return "/bin/sh", "-c", text, "compiler"
 
 
-def test_loads_once(places: tuple[Path, Path], tmp_path: Path) -> None:
-    sources, pins = places
-    loader = shell(f"echo once >>{tmp_path}/runs")
+@pytest.fixture
+def compiler(tmp_path: Path) -> tuple[str, ...]:
+    """One that counts its runs."""
+    return shell(f"echo once >>{tmp_path}/runs; echo '{PRINTED}'")
+
+
+def runs(tmp_path: Path) -> int:
+    return len((tmp_path / "runs").read_text().splitlines())
+
+
+def test_what_is_pinned_is_not_loaded_again(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
     digests = set()
     for first in (True, False):
-        loading = Loading(sources, pins, loader)
+        loading = world.loading(compiler)
         assert loading.begun is first
         digests.add(loading.wait())
-    assert (tmp_path / "runs").read_text() == "once\n"
-    assert [path.name for path in pins.iterdir()] == [f"loaded-{digests.pop()}"]
-    (sources / "fgpu.h").write_text("int two;")
-    assert programs.load(sources, pins, loader) not in digests
-    assert len(list(pins.iterdir())) == 1, "the stamp of the older programs is gone"
+    assert runs(tmp_path) == 1
+    assert world.loaded == [image.parsed(PRINTED)]
+    assert [path.name for path in world.pins.iterdir()] == [f"loaded-{digests.pop()}"]
+    (world.sources / "fgpu.h").write_text("int two;")
+    assert world.load(compiler) not in digests
+    assert len(list(world.pins.iterdir())) == 1, "the stamp of the older programs is gone"
+    assert runs(tmp_path) == 2
 
 
-def test_says_why_there_are_no_programs(places: tuple[Path, Path]) -> None:
+def test_after_a_boot_nothing_is_compiled_again(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
+    for _ in range(2):
+        world.load(compiler)
+        world.boot()
+    assert runs(tmp_path) == 1
+    assert world.loaded == 2 * [image.parsed(PRINTED)]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0", b"0" * 65 + PRINTED.encode(), PRINTED.encode(), b"\xff"])
+def test_a_damaged_file_of_the_cache_is_replaced(
+    world: World, compiler: tuple[str, ...], tmp_path: Path, damage: bytes
+) -> None:
+    world.load(compiler)
+    (file,) = world.cache.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage)
+    world.boot()
+    world.load(compiler)
+    assert runs(tmp_path) == 2
+    assert file.read_bytes() == whole
+
+
+def test_another_kernel_has_other_programs(
+    world: World, compiler: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.load(compiler)
+    world.boot()
+    uname = os.uname()
+    other = os.uname_result((uname.sysname, uname.nodename, uname.release, uname.version + "x", uname.machine))
+    monkeypatch.setattr(programs.os, "uname", lambda: other)
+    world.load(compiler)
+    assert runs(tmp_path) == 2
+
+
+def test_the_cache_has_an_end(world: World) -> None:
+    for number in range(programs.MOST_CACHED + 2):
+        world.load(shell(f"echo '{PRINTED}'; : {number}"))
+        world.boot()
+        time.sleep(0.01)  # the times of files are those of the kernel's tick
+    assert len(list(world.cache.iterdir())) == programs.MOST_CACHED
+
+
+def test_without_a_cache_it_is_compiled(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
+    world.cache.write_text("no folder")
+    for _ in range(2):
+        world.load(compiler)
+        world.boot()
+    assert runs(tmp_path) == 2
+
+
+def test_says_why_there_are_no_programs(world: World) -> None:
     with pytest.raises(ProgramError, match=r"^no BCC here$"):
-        programs.load(*places, shell("echo one; echo warning >&2; echo 'fgpu loader: no BCC here' >&2; exit 1"))
+        world.load(shell("echo one; echo warning >&2; echo 'fgpu compiler: no BCC here' >&2; exit 1"))
     with pytest.raises(ProgramError, match="exited with 3"):
-        programs.load(*places, shell("exit 3"))
-    with pytest.raises(ProgramError, match="cannot run the loader /no/such"):
-        programs.load(*places, ("/no/such",))
-    assert not list(places[1].iterdir())
+        world.load(shell("exit 3"))
+    with pytest.raises(ProgramError, match="cannot run the compiler /no/such"):
+        world.load(("/no/such",))
+    for printed in ("", "[]", '{"maps": {}}', '{"maps": {"a": [1]}, "programs": {}}'):
+        with pytest.raises(ProgramError, match="something else than programs"):
+            world.load(shell(f"echo '{printed}'"))
+    assert not list(world.pins.iterdir())
+    assert not world.cache.exists()
 
 
-def test_is_ended_when_nobody_waits(places: tuple[Path, Path], tmp_path: Path) -> None:
-    loading = Loading(*places, shell(f"echo $$ >{tmp_path}/pid; exec sleep 60"))
+def test_is_ended_when_nobody_waits(world: World, tmp_path: Path) -> None:
+    loading = world.loading(shell(f"echo $$ >{tmp_path}/pid; exec sleep 60"))
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         time.sleep(0.01)
     loading.end()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
-    assert not list(places[1].iterdir())
-    assert Loading(*places, shell("true")).begun
+    assert not list(world.pins.iterdir())
+    assert world.loading(shell("true")).begun
 
 
 @pytest.mark.parametrize(("seconds", "watched"), [(0.6, True), (0.6, False), (0, True)])
 def test_somebody_who_waits_is_told_what_for(
-    places: tuple[Path, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    seconds: float,
-    watched: bool,
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float, watched: bool
 ) -> None:
     monkeypatch.setattr(programs, "SOON_SECONDS", 0.3)
     monkeypatch.setattr(programs.os, "isatty", lambda _: watched)
     monkeypatch.setattr(programs.sys, "stderr", sys.__stderr__)
     caplog.set_level("INFO")
-    Loading(*places, shell(f"sleep {seconds}")).wait()
+    world.load(shell(f"sleep {seconds}; echo '{PRINTED}'"))
     assert ("compiling" in caplog.text) is (bool(seconds) and watched)

@@ -1,0 +1,150 @@
+"""The compiler: compiles bpf/fgpu.bpf.c, prints the programs and their maps as JSON, and exits, which frees 130 MB.
+
+The agent runs it as a child, `/usr/bin/python3 -I compiler.py SOURCES`, under the interpreter that has the
+distribution's BCC, so it imports nothing of fgpu. After an error it prints one line with the fix to stderr and exits
+with 1. What is printed is an image: see driver/image.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import struct
+import sys
+from types import ModuleType
+from typing import Any
+
+SPARSE_FROM = (6, 1)  # BPF_F_NO_PREALLOC in tracing programs
+PEER_PIDFD_FROM = (6, 5)  # sockets report the peer as a pidfd; before that, a pid could be another process's by now
+GROUP_DEAD_FROM = (6, 16)  # sched_process_exit reports whether the process ends with its thread
+TYPES = "/sys/kernel/btf/vmlinux"
+BTF_STRUCT = 4  # BTF_KIND_STRUCT
+LOAD_MAP = 0x1018  # the two bytes of an instruction that loads a map, by its descriptor
+FORM = ("map_type", "key_size", "value_size", "max_entries", "map_flags")  # of a map, as /proc/PID/fdinfo names them
+# Half the work for the same programs, by leaving out: debugging information that is never read, a second optimiser
+# (BCC runs LLVM's own over clang's result), and reading all kernel symbols for each program that names this helper.
+LEAN = ("-g0", "-Xclang", "-disable-llvm-passes", "-Dbpf_probe_read_user=read_user")
+_PART = re.compile(r'^#include "(\w+\.bpf\.h)"$', re.MULTILINE)
+
+
+class CompileError(Exception):
+    """An error, with its fix."""
+
+
+def import_bcc() -> ModuleType:
+    """Return the distribution's BCC. PyPI's project of that name is a crystallography lattice. Raises CompileError."""
+    try:
+        import bcc  # type: ignore[import-untyped,unused-ignore]
+    except ImportError as error:
+        raise CompileError(f"{sys.executable} sees no BCC ({error}): apt-get install python3-bpfcc") from error
+    if not hasattr(bcc, "BPF"):
+        raise CompileError(f"{bcc.__file__} is not BPF's bcc: pip uninstall bcc; apt-get install python3-bpfcc")
+    return bcc  # type: ignore[no-any-return,unused-ignore]
+
+
+def kernel_release() -> tuple[int, int]:
+    """Return (major, minor) of the running kernel."""
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int("".join(c for c in minor if c.isdigit()))
+
+
+def member_offset(bcc: ModuleType, struct: str, member: str) -> int:
+    """Return the offset of a member in a struct of the running kernel, in bytes. Raises CompileError: it is unknown."""
+    library = bcc.lib  # finds libbpf's functions too, since it is linked with libbpf
+    library.btf__load_vmlinux_btf.restype = library.btf__type_by_id.restype = ctypes.c_void_p
+    library.btf__name_by_offset.restype = ctypes.c_char_p
+    types = ctypes.c_void_p(library.btf__load_vmlinux_btf() if os.path.exists(TYPES) else None)
+    number = library.btf__find_by_name_kind(types, struct.encode(), BTF_STRUCT) if types else -1
+    if number > 0:
+        at = library.btf__type_by_id(types, number)
+        _, info, _ = (ctypes.c_uint32 * 3).from_address(at)
+        for i in range(info & 0xFFFF):
+            name, _, bits = (ctypes.c_uint32 * 3).from_address(at + 12 * (i + 1))
+            if library.btf__name_by_offset(types, name) == member.encode():
+                return (bits & 0xFFFFFF) // 8
+    raise CompileError(
+        f"this kernel does not say where {struct}.{member} is ({TYPES}): one with CONFIG_DEBUG_INFO_BTF=y is needed"
+    )
+
+
+def kernel_flags(bcc: ModuleType) -> list[str]:
+    """Return the compiler flags for what the programs do differently on this kernel."""
+    release = kernel_release()
+    flags = [f"-DSPARSE={int(release >= SPARSE_FROM)}", f"-DENDS={int(release < PEER_PIDFD_FROM)}"]
+    if release < GROUP_DEAD_FROM:
+        places = (member_offset(bcc, "task_struct", "signal"), member_offset(bcc, "signal_struct", "live"))
+        flags += [f"-DSIGNAL_AT={places[0]}", f"-DLIVE_AT={places[1]}"]
+    with contextlib.suppress(CompileError):  # without it, a process made by vfork is charged separately
+        flags.append(f"-DMM_AT={member_offset(bcc, 'task_struct', 'mm')}")
+    return flags
+
+
+def whole_text(sources: str) -> str:
+    """Return the programs with all included parts: BCC rewrites code in the main file only."""
+
+    def read(name: str) -> str:
+        with open(os.path.join(sources, name), encoding="utf-8") as file:
+            return f'#line 1 "{name}"\n' + file.read()
+
+    return _PART.sub(lambda part: read(part[1]), read("fgpu.bpf.c"))
+
+
+def compile_programs(bcc: ModuleType, sources: str) -> Any:
+    """Return BCC's module of the programs. Their maps exist, and end with this process. Raises CompileError."""
+    os.environ["BCC_KERNEL_SOURCE"] = sources  # its include/ has the stub headers
+    flags = ["-I" + sources, *kernel_flags(bcc), "-Wno-everything", *LEAN]
+    try:
+        return bcc.BPF(text=whole_text(sources), cflags=flags)
+    except Exception as error:  # bcc has no exception class of its own
+        raise CompileError(f"BCC cannot compile {sources}/fgpu.bpf.c: {error}") from error
+
+
+def form(fd: int) -> list[int]:
+    """Return the FORM of a map."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        found = dict(line.split(":") for line in file)
+    return [int(found[name], 0) for name in FORM]
+
+
+def image(bcc: ModuleType, module: Any) -> dict[str, Any]:
+    """Return the maps by name (FORM), and the programs by name: instructions in hex, with numbers of maps in `maps`."""
+    library, handle = bcc.lib, module.module
+    library.bpf_table_name.restype = ctypes.c_char_p
+    library.bpf_table_name.argtypes = library.bpf_table_fd_id.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    names = [library.bpf_table_name(handle, i).decode() for i in range(library.bpf_num_tables(handle))]
+    descriptors = [library.bpf_table_fd_id(handle, i) for i in range(len(names))]
+    programs = {}
+    for i in range(library.bpf_num_functions(handle)):
+        name = library.bpf_function_name(handle, i)
+        start, size = library.bpf_function_start(handle, name), library.bpf_function_size(handle, name)
+        code = bytearray(ctypes.string_at(start, size))
+        for at in range(0, size, 8):
+            operation, _, value = struct.unpack_from("<HhI", code, at)
+            if operation & 0xF0FF == LOAD_MAP:
+                struct.pack_into("<I", code, at + 4, descriptors.index(value))
+        programs[name.decode()] = code.hex()
+    return {"maps": {name: form(fd) for name, fd in zip(names, descriptors, strict=True)}, "programs": programs}
+
+
+def main() -> int:
+    """usage: compiler.py SOURCES"""
+    if len(sys.argv) != 2:
+        print(main.__doc__, file=sys.stderr)
+        return 2
+    try:
+        bcc = import_bcc()
+        print(json.dumps(image(bcc, compile_programs(bcc, sys.argv[1]))))
+    except (CompileError, OSError) as error:
+        print(f"fgpu compiler: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    CODE = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(CODE)  # bcc's atexit handler would detach links that are not its own

@@ -1,0 +1,124 @@
+"""An image of the BPF programs: what the compiler prints, loaded into the kernel and pinned.
+
+A pinned map that has the form that the image wants is used as it is, with its contents. Used by `driver.programs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgpu_ebpf.linux import bpf
+
+# These read the names of cgroups in the kernel's memory, which lockdown=confidentiality refuses.
+OPTIONAL = frozenset({"cgroup_attach", "cgroup_made", "cgroup_populated", "cgroup_removed"})
+RAW_TRACEPOINTS = frozenset({"process_exit", "process_exec", "program_began", "adjust"}) | OPTIONAL
+INNER = "page_template"  # has the form of the maps in maps
+UNPINNED = frozenset({INNER, "blanks", "nowhere"})  # they have no contents
+SHORTER = {"host": 8}  # entries that suffice: those of an older version
+_LOAD_MAP = 0x1018  # the first two bytes of an instruction that loads a map
+_INSTRUCTION, _NUMBER = struct.Struct("<HhI"), struct.Struct("<I")
+
+
+class ProgramError(Exception):
+    """Programs cannot be loaded; the text names the fix."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """Maps and programs by name. Instructions that load a map have its number in the order of `maps`."""
+
+    maps: Mapping[str, bpf.Form]
+    programs: Mapping[str, bytes]
+
+
+def parsed(text: str) -> Image:
+    """Return what the compiler has printed. Raises ValueError: it is something else."""
+    try:
+        found = json.loads(text)
+        maps = {name: bpf.Form(*map(int, form)) for name, form in found["maps"].items()}
+        programs = {name: bytes.fromhex(code) for name, code in found["programs"].items()}
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no image: {error!r}") from error
+    return Image(maps, programs)
+
+
+def load(image: Image, pins: Path) -> None:
+    """Load all programs, and pin them under PINS/programs and their maps under PINS/maps. Raises ProgramError."""
+    for folder in ("maps", "programs"):
+        (pins / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.ExitStack() as opened:
+        maps = _maps(image, pins / "maps", opened)
+        names = sorted(image.programs, key=lambda name: -len(image.programs[name]))
+        with ThreadPoolExecutor() as threads:  # the kernel verifies in parallel; the longest program goes first
+            loaded = list(threads.map(lambda name: _program(name, image.programs[name], maps), names))
+        for name, fd in zip(names, loaded, strict=True):
+            if fd is not None:
+                opened.callback(os.close, fd)
+                _pin(fd, pins / "programs" / name)
+
+
+def _maps(image: Image, folder: Path, opened: contextlib.ExitStack) -> list[int]:
+    """Return the open maps in the order of the image: those that are pinned, and new ones, which are then pinned."""
+    found: dict[str, int] = {}
+    for name in sorted(image.maps, key=lambda name: name != INNER):
+        form, path = image.maps[name], folder / name
+        is_outer = form.map_type in (bpf.ARRAY_OF_MAPS, bpf.HASH_OF_MAPS)
+        try:
+            if name not in UNPINNED and path.exists():
+                found[name] = bpf.pinned(path)
+                opened.callback(os.close, found[name])
+                _check(path, bpf.form(found[name]), form)
+                continue
+            found[name] = bpf.create(name, form, found[INNER] if is_outer else 0)
+            opened.callback(os.close, found[name])
+            if name not in UNPINNED:
+                bpf.pin(found[name], path)
+        except OSError as error:
+            raise ProgramError(f"cannot create or pin {path} ({error}): is a bpffs mounted at /sys/fs/bpf?") from error
+    return [found[name] for name in image.maps]
+
+
+def _check(path: Path, found: bpf.Form, wanted: bpf.Form) -> None:
+    """Raise ProgramError if a pinned map has another form: programs would read and write something else."""
+    known = wanted._replace(max_entries=SHORTER.get(path.name, wanted.max_entries))
+    if found not in (wanted, known):
+        raise ProgramError(
+            f"{path} is of another version of fgpu ({tuple(found)}, not {tuple(wanted)}): its limits stay in force; "
+            "start that version again, or give them up with `fgpu detach`"
+        )
+
+
+def _program(name: str, code: bytes, maps: list[int]) -> int | None:
+    """Return the descriptor of a loaded program; None: this kernel refuses it, and it is optional."""
+    whole = bytearray(code)
+    for at in range(0, len(code), _INSTRUCTION.size):
+        operation, _, number = _INSTRUCTION.unpack_from(code, at)
+        if operation & 0xF0FF == _LOAD_MAP:
+            _NUMBER.pack_into(whole, at + 4, maps[number])
+    try:
+        return bpf.load_program(name, bytes(whole), name in RAW_TRACEPOINTS)
+    except OSError as error:
+        if name in OPTIONAL:
+            return None
+        release = os.uname().release
+        raise ProgramError(
+            f"Linux {release} refuses the program {name} ({os.strerror(error.errno or 0)}): update the kernel, or fgpu"
+        ) from error
+
+
+def _pin(fd: int, path: Path) -> None:
+    """Pin a program under another name and rename it, so that the path exists at all times. Raises ProgramError."""
+    beside = path.with_name(path.name + "-new")  # bpffs allows no dot
+    try:
+        beside.unlink(missing_ok=True)
+        bpf.pin(fd, beside)
+        os.rename(beside, path)
+    except OSError as error:
+        raise ProgramError(f"cannot pin {path} ({error}): is a bpffs mounted at /sys/fs/bpf?") from error
