@@ -21,6 +21,14 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class Shortfall:
+    """By what ratio of a device's time a tenant that wants it got less than is due to it in ten seconds, and why."""
+
+    ratio: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class ComputeView:
     """A tenant's share of one device's time, and its use. `had` and `entitled` are of the last half second.
 
@@ -43,6 +51,7 @@ class ComputeView:
     free: bool
     waiting_seconds: float | None
     beyond_ratio: float | None = None
+    shortfall: Shortfall | None = None  # it got what is due to it, or does not want more
 
 
 @dataclass(frozen=True, slots=True)

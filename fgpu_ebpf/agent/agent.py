@@ -98,6 +98,7 @@ class Agent:
         self.news, self._looks, self._adoption = parts.events, parts.looks, parts.adoption
         self._policies, self._reasons = parts.policies, parts.reasons
         self._unwitnessed, self.keepers = parts.unwitnessed, parts.keepers
+        self.shortfalls = parts.shortfalls
         self.chores += parts.chores
         startup.take_over(parts, prepared, self.ledger)
 
@@ -214,6 +215,7 @@ class Agent:
         found = take_snapshot(
             self.ledger, self.enforcer, self.nvml.devices, self._truth(), self.settings.run_dir, self._policies,
             self.discovery, self._reasons, self.manager.gone, self._unwitnessed, self.keepers,
+            self.shortfalls.found,
         )  # fmt: skip
         self.snapshot = replace(
             found, writes_refused=self.writes_refused, failures=self.failures, engines=self.engines.views(),

@@ -40,6 +40,7 @@ from fgpu_ebpf.snapshot import (
     PoliciesView,
     ProcessView,
     Refusal,
+    Shortfall,
     SlicesView,
     Snapshot,
     TenantDevice,
@@ -73,12 +74,13 @@ class _Look:
     reasons: Reasons
     unwitnessed: Mapping[tuple[int, int], int]
     keepers: Keepers
+    shortfalls: Mapping[tuple[int, int], Shortfall]
 
 
 def take_snapshot(
     ledger: Ledger, enforcer: Enforcer, devices: Sequence[Device], truth: Truth, run_dir: Path,
     policies: Policies | None, discovery: Discovery, reasons: Reasons, gone: Iterable[Tenant], unwitnessed: Unwitnessed,
-    keepers: Keepers,
+    keepers: Keepers, shortfalls: Mapping[tuple[int, int], Shortfall],
 ) -> Snapshot:  # fmt: skip
     """Take a Snapshot."""
     processes, counters = ledger.processes(), ledger.counters()
@@ -88,7 +90,7 @@ def take_snapshot(
     look = _Look(
         ledger, enforcer, devices, truth, enforcer.groups(), _by_level(processes), _by_place(counters), turns,
         time.monotonic_ns(), discovery.unprobed(), discovery.standalone(), discovery.unenforced(),
-        reasons, unwitnessed.find(processes, truth.orphans), keepers,
+        reasons, unwitnessed.find(processes, truth.orphans), keepers, shortfalls,
     )  # fmt: skip
     anomalies = {a.name.lower(): _host_count(counters, abi.Kind.KINDS, a) for a in abi.Anomaly}
     return Snapshot(
@@ -260,7 +262,7 @@ def _compute(look: _Look, tenant: Tenant, device: int) -> ComputeView | None:
         share.limit_millionths / MILLION, share.weight, list(Priority)[share.rank].value, t.owned_ns / NS, t.waits,
         t.wait_ns / NS, t.throttled, t.overruns, bool(t.owner), t.had_millionths / MILLION,
         t.entitled_millionths / MILLION, bool(t.free), (look.now_ns - t.since_ns) / NS if t.since_ns else None,
-        look.truth.turns.beyond.get((tenant.cgroup, device)),
+        look.truth.turns.beyond.get((tenant.cgroup, device)), look.shortfalls.get((tenant.cgroup, device)),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
 from fgpu_ebpf.agent.policy_reload import Policies, Start, at_start
 from fgpu_ebpf.agent.reporters import AdoptionReports, OrphanReports, OverrunReports, StaleMountReports, XidReports
 from fgpu_ebpf.agent.settings import Settings
+from fgpu_ebpf.agent.shortfalls import Shortfalls
 from fgpu_ebpf.agent.sliced_looks import Looks
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.containers import cdi, injection
@@ -91,6 +92,7 @@ class Parts:
     reasons: Reasons
     unwitnessed: Unwitnessed
     keepers: Keepers
+    shortfalls: Shortfalls
     chores: tuple[Callable[[], object], ...]
 
 
@@ -177,10 +179,12 @@ def wire(
     unwitnessed, keepers = Unwitnessed(prepared.contexts), Keepers()
     adoption = AdoptionReports(truth, ledger, enforcer, history, unwitnessed)
     late = LateDevices(prepared.nvml, ledger, manager, reconciler, history, prepared.contexts, lacks)
+    shortfalls = Shortfalls(ledger.times.turns, enforcer.name_of, history)
     chores = (
         manager.overrides.write_again,
         adoption.look,
         OverrunReports(ledger.times.turns, enforcer.name_of, history).look,
+        shortfalls.look,
         XidReports(truth, history).look,
         OrphanReports(truth, manager, keepers, history).look,
         BypassKiller(truth, ledger, enforcer, unwitnessed, history).look,
@@ -190,7 +194,7 @@ def wire(
     return Parts(
         enforcer, manager, reconciler, events, look, Looks(look.steps), adoption,
         Policies(settings.policy_folder, manager, history), Reasons(discovery.is_shim, discovery.hidden), unwitnessed,
-        keepers, chores,
+        keepers, shortfalls, chores,
     )  # fmt: skip
 
 

@@ -167,7 +167,7 @@ class ControlServer:
         tenants = agent.fresh().tenants
         orphans = [snapshot.plain(orphan) for tenant in tenants if tenant.path == path for orphan in tenant.orphans]
         enforced = {tenant.cgroup: tenant.enforcement for tenant in tenants}
-        around = found.reasons(), found.standalone(), orphans, found.is_shim, enforced
+        around = found.reasons(), found.standalone(), orphans, found.is_shim, enforced, agent.shortfalls.found
         return explain.explain(path, agent.manager, agent.ledger, found.unenforced(), *around)
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:

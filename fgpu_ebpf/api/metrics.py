@@ -65,6 +65,11 @@ _COMPUTE_COUNTERS: tuple[tuple[str, str, Callable[[ComputeView], float | None]],
 _COMPUTE_GAUGES: tuple[tuple[str, str, Callable[[ComputeView], float | None]], ...] = (
     ("fgpu_compute_weight", "The tenant's part of contended time", lambda c: c.weight),
     ("fgpu_compute_limit_ratio", "The most of the device's time that the tenant may own", lambda c: c.limit_ratio),
+    (
+        "fgpu_compute_shortfall_ratio",
+        "Part of the device's time by which a tenant that wants it got less than is due to it, in ten seconds",
+        lambda c: c.shortfall.ratio if c.shortfall else None,
+    ),
     ("fgpu_compute_waiting_seconds", "Time waited so far for the next turn", lambda c: c.waiting_seconds),
 )
 _SLICE_COUNTERS: tuple[tuple[str, str, Callable[[SlicesView], int]], ...] = (

@@ -81,7 +81,9 @@ def _shares(snapshot: Mapping[str, Any]) -> str:
         limit = f"{c['limit_ratio']:.0%}" if c["limit_ratio"] < 1 else "-"
         waited = f"{c['wait_seconds']:.1f}s"
         table.add_row(tenant, str(gpu), *parts, limit, str(c["weight"]), c["priority"], waited, _mark(c["is_owner"]))
-    return "\n" + _text(table)
+    short = [(tenant, gpu, c["shortfall"]["why"]) for tenant, gpu, c in rows if c["shortfall"]]
+    lines = [f"{tenant} is short of time on gpu {gpu}: {why}\n" for tenant, gpu, why in short]
+    return "\n".join(["", _text(table), *lines])
 
 
 def _mark(said: bool) -> str:

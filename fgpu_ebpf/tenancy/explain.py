@@ -17,6 +17,7 @@ from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.policy.rules import Priority
 from fgpu_ebpf.policy.units import memory_text
 from fgpu_ebpf.scheduling.fair_queue import MILLION
+from fgpu_ebpf.snapshot import Shortfall
 from fgpu_ebpf.tenancy import orphan_text
 from fgpu_ebpf.tenancy.enforcement import Enforcement, denial, enforcement
 from fgpu_ebpf.tenancy.manager import Manager
@@ -35,6 +36,7 @@ def explain(
     orphans: Sequence[Mapping[str, Any]] = (),
     is_shim: bypass_reason.IsShim = lambda *_: True,
     enforced: Mapping[int, str] = MappingProxyType({}),
+    shortfalls: Mapping[tuple[int, int], Shortfall] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Explain a cgroup as plain values; `lines` is the text that `fgpu explain` prints.
 
@@ -45,6 +47,7 @@ def explain(
         orphans: those of the tenant, as in a Snapshot.
         is_shim: see `bypass_reason`.
         enforced: the Snapshot's word of enforcement for each tenant, by cgroup.
+        shortfalls: of tenants that get less time than is due to them, by cgroup and device.
 
     Raises:
         TargetError: the cgroup is gone.
@@ -65,7 +68,7 @@ def explain(
         "source": decision.policy.source if decision.policy else None,
         "tried": [{"policy": name, "reason": reason} for name, reason in decision.tried],
         "notes": [*decision.notes, *_notes(workload, tenant, levels, manager)],
-        "levels": [_level(level, manager, ledger) for level in levels],
+        "levels": [_level(level, manager, ledger, shortfalls) for level in levels],
         "enforcement": _word(levels, unenforced, enforced),
         "unenforced": unenforced,
         "stronger": [
@@ -98,7 +101,9 @@ def _notes(workload: Workload, tenant: Tenant | None, levels: Sequence[Tenant], 
             yield f"onBypass: kill waits: {level.name} has processes started before fgpu"
 
 
-def _level(tenant: Tenant, manager: Manager, ledger: Ledger) -> dict[str, Any]:
+def _level(
+    tenant: Tenant, manager: Manager, ledger: Ledger, shortfalls: Mapping[tuple[int, int], Shortfall]
+) -> dict[str, Any]:
     devices = sorted(tenant.limits)
     usage, turns = ledger.usage(tenant.cgroup, devices) or [], ledger.times.turns()
     uncommitted = manager.enforcer.commitments.uncommitted(tenant)
@@ -117,11 +122,14 @@ def _level(tenant: Tenant, manager: Manager, ledger: Ledger) -> dict[str, Any]:
             }
             for device, u in zip(devices, usage, strict=False)
         ],
-        "compute": [_time(tenant, device, turns.get((tenant.cgroup, device))) for device in sorted(tenant.shares)],
+        "compute": [
+            _time(tenant, device, turns.get((tenant.cgroup, device)), shortfalls.get((tenant.cgroup, device)))
+            for device in sorted(tenant.shares)
+        ],
     }
 
 
-def _time(tenant: Tenant, device: int, turn: TurnCounts | None) -> dict[str, Any]:
+def _time(tenant: Tenant, device: int, turn: TurnCounts | None, shortfall: Shortfall | None) -> dict[str, Any]:
     share, t = tenant.shares[device], turn or TurnCounts()
     return {
         "gpu": device,
@@ -134,6 +142,7 @@ def _time(tenant: Tenant, device: int, turn: TurnCounts | None) -> dict[str, Any
         "is_owner": bool(t.owner),
         "is_waiting": bool(t.since_ns),
         "throttled": t.throttled,
+        "shortfall": shortfall and shortfall.why,
     }
 
 
@@ -221,6 +230,8 @@ def _time_line(time: dict[str, Any]) -> str:
     if time["free"]:
         return f"{text}: no other tenant to share with, its gate is open"
     text += f": had {time['had_ratio']:.1%} of {time['entitled_ratio']:.1%}"
+    if time["shortfall"]:
+        return f"{text}; short of time: {time['shortfall']}"
     if time["is_owner"]:
         return f"{text}, and it is its turn"
     if time["is_waiting"]:

@@ -63,6 +63,10 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {f'fgpu_device_healthy{{{HERE},gpu="0"}}': "1x10 0x9"},
         {f'fgpu_device_healthy{{{HERE},gpu="0"}}': "1x20"},
     ),
+    "FgpuTenantShort": (
+        {f"fgpu_compute_shortfall_ratio{{{ON}}}": "0x10 0.06x9"},
+        {f"fgpu_compute_shortfall_ratio{{{ON}}}": "0x10 0.04x9"},
+    ),
     "FgpuTenantStarved": (
         {
             f"fgpu_compute_seconds_total{{{ON}}}": "0+6x20",  # a tenth of the time

@@ -138,7 +138,7 @@ def sizes(service: Service) -> dict[str, int]:
 def test_tenants_come_and_go_and_leave_nothing(service: Service, parent: Path, scale) -> None:
     known = {name: entries(name) for name in MAPS}  # who has said hello without being anybody's stays known
     looks, counters = [], entries("counters")
-    for first in range(0, WARM + scale(500, 10_000, 100_000), SOME):
+    for first in range(0, WARM + scale(500, 4_000, 100_000), SOME):
         churn(parent, range(first, first + SOME))
         assert_none_left(60)
         assert_maps_empty(known)

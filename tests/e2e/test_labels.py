@@ -193,7 +193,9 @@ def test_a_limit_by_label_outlives_the_agent_although_the_engine_is_down(docker:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_limit_by_label_outlives_minutes_in_which_the_agent_stands_still(docker: Docker, service: Service) -> None:
+def test_a_limit_by_label_outlives_minutes_in_which_the_agent_stands_still(
+    docker: Docker, service: Service, scale: Callable[[int, int, int], int]
+) -> None:
     """As in a virtual machine that is frozen; the engine is down when it goes on."""
     write(service, BY_LABEL)
     assert service.agent
@@ -205,7 +207,7 @@ def test_a_limit_by_label_outlives_minutes_in_which_the_agent_stands_still(docke
     docker.socket.stall()
     os.kill(service.agent.pid, signal.SIGSTOP)
     try:
-        time.sleep(125)
+        time.sleep(scale(0, 35, 125))  # a rescan is due every 30 s
     finally:
         os.kill(service.agent.pid, signal.SIGCONT)
     for _ in range(60):

@@ -17,6 +17,7 @@ from fgpu_ebpf.snapshot import (
     PoliciesView,
     ProcessView,
     Refusal,
+    Shortfall,
     SlicesView,
     Snapshot,
     TenantDevice,
@@ -30,7 +31,9 @@ def snapshot(name: str = "notebook") -> Snapshot:
     device = DeviceView(0, "GPU-1", "NVIDIA H200", "00000000:06:00.0", 150754820096, 644939776, 8 << 30, 23,
                         SlicesView(907, 2, 1.5, (0.001, 0.004), (811, 89, 5)), name, 0.25, 2,
                         {31: 3, 79: 1}, 3, 79, 13, 17)  # fmt: skip
-    compute = ComputeView(0.5, 300, "high", 12.5, 71, 3.25, 11, 2, True, 0.45, 0.5, False, 1.5)
+    compute = ComputeView(
+        0.5, 300, "high", 12.5, 71, 3.25, 11, 2, True, 0.45, 0.5, False, 1.5, None, Shortfall(0.21, "why")
+    )  # fmt: skip
     memory = TenantDevice(0, 8 << 30, 101, 1009, 5, 303, 202, -7, (Refusal("memory", "limit", 5),), compute, 13)
     processes = (ProcessView(11, 0, 90), ProcessView(12, 0, 11))
     tenant = TenantView(
@@ -99,12 +102,12 @@ def test_an_age_is_that_of_the_moment_of_asking():
     assert [(sample.labels, sample.value) for sample in family.samples] == [({"gpu": "0"}, 7.75)]
 
 
-def test_at_most_twelve_series_for_a_tenant_and_device_and_two_for_a_while():
+def test_at_most_twelve_series_for_a_tenant_and_device_and_three_for_a_while():
     samples = [s for f in metrics.families(snapshot()) for s in f.samples if {"tenant", "gpu"} <= s.labels.keys()]
-    passing = {"fgpu_compute_waiting_seconds", "fgpu_memory_orphaned_bytes"}
+    passing = {"fgpu_compute_shortfall_ratio", "fgpu_compute_waiting_seconds", "fgpu_memory_orphaned_bytes"}
     assert {s.name for s in samples} >= passing
     assert len([s for s in samples if s.name not in passing]) <= 12
-    assert len(samples) <= 14
+    assert len(samples) <= 15
 
 
 def test_no_label_of_a_policy_is_dropped_unsaid():

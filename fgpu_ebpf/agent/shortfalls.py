@@ -1,0 +1,109 @@
+"""Shortfalls: tenants that want a device's time and get less of it than is due to them by weight and ceiling.
+
+Runs in the agent's main thread. It looks at the gatekeeper's counts once a second and judges ten seconds of them. A
+tenant wants time if it owned the device or waited for it in nine tenths of these seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
+
+from fgpu_ebpf.ledger.compute_maps import Key, TurnCounts
+from fgpu_ebpf.snapshot import Shortfall
+from fgpu_ebpf.tenancy.event_log import EventLog
+
+LOOK_SECONDS = 1.0
+LOOKS = 10
+MUCH = 0.05  # of a device's time
+WANTS = 0.9  # of the time it owns the device or waits
+MILLION, NS = 1_000_000, 1_000_000_000
+
+
+class _Look(NamedTuple):
+    at: float
+    counts: TurnCounts
+
+    def busy_ns(self) -> int:
+        """Return how long the tenant has owned the device or waited for it, so far."""
+        waiting_ns = int(self.at * NS) - self.counts.since_ns if self.counts.since_ns else 0
+        return self.counts.owned_ns + self.counts.wait_ns + max(0, waiting_ns)
+
+
+_Looks: TypeAlias = deque[_Look]
+
+
+class Shortfalls:
+    """The shortfalls of the last ten seconds.
+
+    Args:
+        turns: returns the gatekeeper's counts by level and device.
+        name_of: returns the tenant of a level.
+        history: is told of each tenant that begins to get too little.
+    """
+
+    def __init__(
+        self, turns: Callable[[], Mapping[Key, TurnCounts]], name_of: Callable[[int], str], history: EventLog
+    ) -> None:
+        self._turns, self._name_of, self._history = turns, name_of, history
+        self._looks: dict[Key, _Looks] = {}
+        self._looked_at = -LOOK_SECONDS
+        self.found: Mapping[Key, Shortfall] = MappingProxyType({})
+
+    def look(self) -> None:
+        """Look, at most once a second."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = now
+        gated = {key: counts for key, counts in self._turns().items() if not counts.free}
+        self._looks = {key: self._with(key, _Look(now, counts)) for key, counts in gated.items()}
+        known = {key: looks for key, looks in self._looks.items() if len(looks) > LOOKS}
+        found = {key: self._shortfall(key, known) for key in known if _wants(known[key])}
+        short = {key: shortfall for key, shortfall in found.items() if shortfall.ratio > MUCH}
+        for (level, device), shortfall in short.items():
+            if (level, device) not in self.found:
+                self._history.add("short of time", tenant=self._name_of(level), gpu=device, text=shortfall.why)
+        self.found = short
+
+    def _with(self, key: Key, look: _Look) -> _Looks:
+        looks = self._looks.get(key, deque(maxlen=LOOKS + 1))
+        if looks and look.counts.owned_ns < looks[-1].counts.owned_ns:  # the level belongs to another cgroup now
+            looks.clear()
+        looks.append(look)
+        return looks
+
+    def _shortfall(self, key: Key, known: Mapping[Key, _Looks]) -> Shortfall:
+        looks = known[key]
+        ratio = _entitled(looks) - _had(looks)
+        text = f"had {_had(looks):.1%} of {_entitled(looks):.1%} in {looks[-1].at - looks[0].at:.0f} s"
+        others = {other: its for other, its in known.items() if other[1] == key[1] and other != key}
+        most = max(others, key=lambda other: _had(others[other]) - _entitled(others[other]), default=None)
+        if most is None or _had(others[most]) - _entitled(others[most]) < ratio / 2:
+            why = "no tenant had as much more: time is lost between turns, or unused in them"
+        else:
+            its = others[most]
+            why = f"{self._name_of(most[0])} had {_had(its):.1%} of {_entitled(its):.1%}"
+            if overruns := its[-1].counts.overruns - its[0].counts.overruns:
+                why += f", and {overruns} of its turns ended with work in flight"
+        return Shortfall(ratio, f"{text}; {why}")
+
+
+def _seconds(looks: _Looks) -> float:
+    return looks[-1].at - looks[0].at
+
+
+def _had(looks: _Looks) -> float:
+    return (looks[-1].counts.owned_ns - looks[0].counts.owned_ns) / NS / _seconds(looks)
+
+
+def _entitled(looks: _Looks) -> float:
+    _, *later = looks
+    return sum(look.counts.entitled_millionths for look in later) / MILLION / len(later)
+
+
+def _wants(looks: _Looks) -> bool:
+    return (looks[-1].busy_ns() - looks[0].busy_ns()) / NS / _seconds(looks) > WANTS
