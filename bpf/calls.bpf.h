@@ -76,6 +76,16 @@ static void name_bypass(struct fgpu_process *p, struct fgpu_call *f)
         note(p, FGPU_TOLD_BYPASS);
 }
 
+/* Run call_return once more, for the rest of a range that has more mappings than one run releases. The kernel runs 34
+ * programs one after the other at most; what is left then stays charged until NVML shows that the device has it no
+ * more. */
+static void go_on(struct pt_regs *ctx, struct fgpu_thread *t, struct fgpu_call *rest)
+{
+    t->call = *rest;
+    again.call(ctx, 0);
+    t->call.function = FGPU_FUNCTION_NONE;
+}
+
 int call_return(struct pt_regs *ctx)
 {
     u64 id = bpf_get_current_pid_tgid();
@@ -97,6 +107,7 @@ int call_return(struct pt_regs *ctx)
         if (out.new) keep(p, &key, out.bytes, f.device, out.owner);
         release(p, f.device, out.freed);
         orphan_part(p, tgid, f.device, out.orphaned);
+        if (UNLIKELY(f.function == FGPU_FUNCTION_UNMAP && f.arguments[1])) go_on(ctx, t, &f);
         if (UNLIKELY(f.uncovered)) name_bypass(p, &f);
     } else {
         if ((u32)PT_REGS_RC(ctx) == OUT_OF_MEMORY && f.bytes) device_full(p, f.device, operation_of(&f), f.bytes);

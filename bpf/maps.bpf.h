@@ -13,7 +13,7 @@
 #define PART(most) ((most) / 4)                       /* of a shared map: what one level may have of it */
 #define RESERVE(most) ((most) / 8)                    /* of a shared map: kept for owners that have few entries */
 #define FEW(most) ((most) < 1024 ? 1 : (most) / 1024) /* of a shared map: what an owner claims at a time */
-#define SPAN 32                                       /* mappings that one unmap may cover */
+#define SPAN 32                                       /* mappings of one unmap that one run of a program releases */
 #define READY 2
 #define SIGKILL 9
 #define EVENT_BYTES (1 << 20)
@@ -24,7 +24,7 @@
 #define IDLE (1ULL << 63)         /* beside the generation that a thread belongs to */
 #define OBSERVED 4                /* a verdict beside the others: admitted because no level enforces */
 
-BPF_PROG_ARRAY(nowhere, 1);
+BPF_PROG_ARRAY(again, 1); /* the program call_return, which may go on with a long unmap */
 BPF_F_TABLE("array", u32, struct fgpu_usage_page, page_template, 1, 1U << 10 /* BPF_F_MMAPABLE */);
 BPF_TABLE("hash_of_maps$page_template", u64, int, pages, 4096);
 BPF_TABLE("array_of_maps$page_template", u32, int, shelf, 4096); /* the same pages, by place */
@@ -86,7 +86,7 @@ static void own_stack(struct pt_regs *ctx)
 {
     u64 ever = 0;
     __asm__ volatile("" : "+r"(ever));
-    if (ever) nowhere.call(ctx, 0);
+    if (ever) again.call(ctx, 0);
 }
 
 static void hit(u32 probe)

@@ -171,7 +171,8 @@ static void drop_reference(struct fgpu_process *p, struct fgpu_allocation_key *k
         release(p, device, bytes);
 }
 
-/* A range (pointer, bytes) was unmapped: it may cover several mappings, one after the other. */
+/* A range (pointer, bytes) was unmapped: it may cover several mappings, one after the other. The range that is left
+ * afterwards stands in the call's arguments. */
 static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
 {
     u64 at = f->arguments[0], end = at + f->arguments[1];
@@ -179,6 +180,7 @@ static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_al
         key->space = FGPU_SPACE_MAPPING;
         key->handle = at;
         struct fgpu_allocation *mapping = allocations.lookup(key);
+        if (!mapping) at = end;
         if (!mapping) break;
         u64 bytes = mapping->bytes, owner = mapping->owner;
         delete_allocation(key, mapping);
@@ -187,6 +189,8 @@ static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_al
         drop_reference(p, key);
         at += bytes;
     }
+    f->arguments[0] = at;
+    f->arguments[1] = end > at ? end - at : 0;
 }
 
 static u64 device_of_ordinal(struct fgpu_process *p, struct fgpu_allocation_key *key, u32 ordinal)

@@ -258,11 +258,12 @@ TENANTS = [
                      f"{LEGEND} {what}") for what in ("admitted", "witnessed"))),
     series("Drift", "The ledger's bytes minus the driver's. Below 0, the driver holds bytes that are not charged.",
            "bytes", Query(f"sum by (instance, gpu, tenant) (fgpu_memory_drift_bytes{{{BOTH}}})", LEGEND), min=None),
-    series("Share of time", "Owned time, the entitlement while all are busy, and the ceiling. Short: by how much a tenant "
-           "that wants time got less than is due to it in ten seconds. A tenant that is alone on its devices and has no "
-           "ceiling is not measured.", "percentunit",
+    series("Share of time", "Owned time, the entitlement while all are busy, and the ceiling. Short: by how much a "
+           "tenant that wants time got less than is due to it in ten seconds. A tenant that is alone on its devices "
+           "and has no ceiling is not measured.", "percentunit",
            Query(had(BOTH), f"{LEGEND} had"), Query(due(BOTH), f"{LEGEND} entitled"),
-           Query(f"sum by (instance, gpu, tenant) (fgpu_compute_shortfall_ratio{{{BOTH}}})", f"{LEGEND} short"),
+           Query(f"sum by (instance, gpu, tenant) (fgpu_compute_shortfall_ratio{{{BOTH}}} or "
+                 f"0 * fgpu_compute_weight{{{BOTH}}})", f"{LEGEND} short"),
            Query(f"sum by (instance, gpu, tenant) (fgpu_compute_limit_ratio{{{BOTH}}})", f"{LEGEND} ceiling"), max=1),
     series("Waiting", "The part of the time for which the tenant waited for its turns; added when a turn begins.",
            "percentunit",

@@ -22,7 +22,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """By what ratio of a device's time a tenant that wants it got less than is due to it in ten seconds, and why."""
+    """Ratio of a device's time by which a tenant that wants it got less than is due to it in ten seconds, and why."""
 
     ratio: float
     why: str

@@ -29,6 +29,7 @@ QUIET = frozenset(
         "e2e/test_gangs",
         "e2e/test_many_tenants",
         "e2e/test_nested_shares",
+        "e2e/test_upgrade",
         "gatekeeper/test_storm",
         "shim/test_shim_flight",
         "shim/test_shim_turns",

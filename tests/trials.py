@@ -1,22 +1,30 @@
-"""When a test that failed is tried again: only if the hypervisor gave processors to other machines meanwhile.
+"""When a test that failed is tried again: only if processors were taken from it.
 
-That (`steal` of /proc/stat) makes any program late, and a failure of such a trial says nothing about the program. It is
-printed in full like all failures, but not counted, and the next trial comes later. What fails otherwise has failed.
+A hypervisor gives processors to other machines (`steal` of /proc/stat), and other tests of the same run use them while
+this one waits (the kernel's pressure figure). Both make any program late, and a failure of such a trial says little
+about the program. It is printed in full like all failures and counted in the last line of the run (`rerun`), and the
+next trial comes later. What fails otherwise has failed: the files that run alone at the end have no second trial on a
+machine that is theirs.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
 
 STOLEN_SHARE = 0.05  # of what all processors have to give, from the start of a trial; a quiet machine loses a hundredth
-MOST_STOLEN = 2  # trials of one test that do not count
+MOST_STOLEN = 2  # trials of one test that do not count for that reason
+CROWDED_SHARE = 0.5  # of the time of a trial in which a program waited for a processor
+MOST_CROWDED = 1
 WAIT_SECONDS = 10
 LAST_SECONDS = 25 * 60.0  # of a run: after that what fails has failed
+PRESSURE = Path("/proc/pressure/cpu")
 
 
 class Again(Exception):
@@ -25,17 +33,26 @@ class Again(Exception):
 
 @dataclass(frozen=True)
 class Clock:
-    """What all processors had to give, and what was taken from them, in seconds since the machine was started."""
+    """Seconds since the machine was started: of the clock, of all processors, stolen from them, and with a waiter."""
 
     passed: float
     stolen: float
+    crowded: float = 0.0
+    processors: int = 1
 
     @classmethod
     def now(cls) -> Clock:
-        return cls(time.monotonic() * (psutil.cpu_count() or 1), psutil.cpu_times().steal)
+        found = re.search(r"^some .* total=(\d+)$", PRESSURE.read_text(), re.MULTILINE) if PRESSURE.exists() else None
+        crowded = int(found[1]) / 1e6 if found else 0.0
+        return cls(time.monotonic(), psutil.cpu_times().steal, crowded, psutil.cpu_count() or 1)
 
     def stolen_share_since(self, before: Clock) -> float:
-        return (self.stolen - before.stolen) / max(self.passed - before.passed, 1e-9)
+        """Return the part of what all processors had to give that was stolen."""
+        return (self.stolen - before.stolen) / max((self.passed - before.passed) * self.processors, 1e-9)
+
+    def crowded_share_since(self, before: Clock) -> float:
+        """Return the part of the time in which a program waited for a processor."""
+        return (self.crowded - before.crowded) / max(self.passed - before.passed, 1e-9)
 
 
 class Trials:
@@ -47,25 +64,30 @@ class Trials:
     """
 
     def __init__(self, until: float, clock: Callable[[], Clock] = Clock.now) -> None:
-        self._until, self._clock, self._stolen = until, clock, 0
+        self._until, self._clock = until, clock
+        self._stolen = self._crowded = 0
         self._began = clock()
         self._wait_seconds = 0.0  # before the next
         self.begun = 0
 
     def marker(self) -> pytest.MarkDecorator:
         """Return the mark for pytest-rerunfailures."""
-        return pytest.mark.flaky(reruns=MOST_STOLEN + 1, condition=self.is_another_due)
+        return pytest.mark.flaky(reruns=MOST_STOLEN + MOST_CROWDED + 1, condition=self.is_another_due)
 
     def begin(self) -> None:
-        """Begin a trial, after a while if the last one was stolen."""
+        """Begin a trial, after a while if the last one does not count."""
         time.sleep(self._wait_seconds)
         self._wait_seconds = 0
         self._began = self._clock()
         self.begun += 1
 
-    def stolen_share(self) -> float:
-        """Return the stolen share of what the processors had to give since the trial began."""
-        return self._clock().stolen_share_since(self._began)
+    def taken(self) -> str:
+        """Return in words what was taken from the trial so far."""
+        now = self._clock()
+        return (
+            f"{now.stolen_share_since(self._began):.0%} of them was given to other machines; "
+            f"a program waited for one in {now.crowded_share_since(self._began):.0%} of the time"
+        )
 
     def is_another_due(self, error: BaseException | None) -> bool:
         """Return whether there is another trial; asked after each. `error`: why this one failed."""
@@ -73,12 +95,14 @@ class Trials:
             return False
         if isinstance(error, Again):
             return True
-        is_due = (
-            self._stolen < MOST_STOLEN
-            and time.monotonic() + WAIT_SECONDS < self._until
-            and self.stolen_share() >= STOLEN_SHARE
-        )
-        if is_due:
+        if time.monotonic() + WAIT_SECONDS >= self._until:
+            return False
+        now = self._clock()
+        if self._stolen < MOST_STOLEN and now.stolen_share_since(self._began) >= STOLEN_SHARE:
             self._stolen += 1
-            self._wait_seconds = WAIT_SECONDS
-        return is_due
+        elif self._crowded < MOST_CROWDED and now.crowded_share_since(self._began) >= CROWDED_SHARE:
+            self._crowded += 1
+        else:
+            return False
+        self._wait_seconds = WAIT_SECONDS
+        return True

@@ -20,7 +20,8 @@ from fgpu_ebpf.linux import bpf
 OPTIONAL = frozenset({"cgroup_attach", "cgroup_made", "cgroup_populated", "cgroup_removed"})
 RAW_TRACEPOINTS = frozenset({"process_exit", "process_exec", "program_began", "adjust"}) | OPTIONAL
 INNER = "page_template"  # has the form of the maps in maps
-UNPINNED = frozenset({INNER, "blanks", "nowhere"})  # they have no contents
+UNPINNED = frozenset({INNER, "blanks"})  # they have no contents
+RUN_AGAIN = ("again", "call_return")  # an array of programs, and the one that is in it
 SHORTER = {"host": 8}  # entries that suffice: those of an older version
 _LOAD_MAP = 0x1018  # the first two bytes of an instruction that loads a map
 _INSTRUCTION, _NUMBER = struct.Struct("<HhI"), struct.Struct("<I")
@@ -58,10 +59,12 @@ def load(image: Image, pins: Path) -> None:
         names = sorted(image.programs, key=lambda name: -len(image.programs[name]))
         with ThreadPoolExecutor() as threads:  # the kernel verifies in parallel; the longest program goes first
             loaded = list(threads.map(lambda name: _program(name, image.programs[name], maps), names))
-        for name, fd in zip(names, loaded, strict=True):
-            if fd is not None:
-                opened.callback(os.close, fd)
-                _pin(fd, pins / "programs" / name)
+        found = {name: fd for name, fd in zip(names, loaded, strict=True) if fd is not None}
+        for fd in found.values():
+            opened.callback(os.close, fd)
+        _run_again(image, maps, found)
+        for name, fd in found.items():
+            _pin(fd, pins / "programs" / name)
 
 
 def _maps(image: Image, folder: Path, opened: contextlib.ExitStack) -> list[int]:
@@ -111,6 +114,16 @@ def _program(name: str, code: bytes, maps: list[int]) -> int | None:
         raise ProgramError(
             f"Linux {release} refuses the program {name} ({os.strerror(error.errno or 0)}): update the kernel, or fgpu"
         ) from error
+
+
+def _run_again(image: Image, maps: list[int], programs: Mapping[str, int]) -> None:
+    """Let a program run once more by itself: it finds itself in an array, which keeps its entry while it is pinned."""
+    array, program = RUN_AGAIN
+    if program in programs:
+        try:
+            bpf.update(maps[list(image.maps).index(array)], _NUMBER.pack(0), _NUMBER.pack(programs[program]))
+        except OSError as error:
+            raise ProgramError(f"cannot enter {program} in the map {array} ({error})") from error
 
 
 def _pin(fd: int, path: Path) -> None:

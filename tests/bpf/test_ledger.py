@@ -351,14 +351,24 @@ def test_unmap_then_release(level, client):
     assert level.used == 0
 
 
-def test_one_unmap_over_several_mappings(level, client):
-    for i in range(5):
+@pytest.mark.parametrize("mappings", [5, 32, 33, 300])
+def test_one_unmap_over_several_mappings(level, client, mappings):
+    for i in range(mappings):
         client(f"create({7 + i}, {2 * MIB})")
         client(f"map_({0x100000000 + i * 2 * MIB}, {2 * MIB}, {7 + i})")
         client(f"release({7 + i})")
-    assert level.used == 10 * MIB
-    client(f"unmap(0x100000000, {10 * MIB})")
+    assert level.used == mappings * 2 * MIB
+    client(f"unmap(0x100000000, {mappings * 2 * MIB})")
     assert level.used == 0
+
+
+def test_an_unmap_ends_where_nothing_is_mapped(level, client):
+    for i in range(40):
+        client(f"create({7 + i}, {2 * MIB})")
+        client(f"map_({0x100000000 + (i + (i > 35)) * 2 * MIB}, {2 * MIB}, {7 + i})")
+        client(f"release({7 + i})")
+    client(f"unmap(0x100000000, {200 * MIB})")
+    assert level.used == 4 * 2 * MIB
 
 
 def test_a_retained_handle_holds_the_memory(level, client):

@@ -37,7 +37,11 @@ from tests.support.wait import eventually
 
 LIMIT = 6 * GIB
 THREADS = 2
-A_FEW, MANY, MOST = 170, 6_700, 16_700  # operations of a thread and round: of three lives in CI 5 x 10^5 in all, in full 10^8
+A_FEW, MANY, MOST = (
+    170,
+    6_700,
+    16_700,
+)  # operations of a thread and round: of three lives in CI 5 x 10^5 in all, in full 10^8
 MOVES = True  # the kernel and the agent follow a process from one cgroup to another
 WORKING = True  # and may give a process that is at work other levels
 IMPOSSIBLE = ("release", "full", "device", "lost")  # anomalies that no life may cause

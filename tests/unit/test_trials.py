@@ -1,4 +1,4 @@
-"""Tests of tests/trials.py: what failed while processors were stolen is tried again, and nothing else."""
+"""Tests of tests/trials.py: what failed while processors were taken is tried again, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.trials import LAST_SECONDS, MOST_STOLEN, STOLEN_SHARE, WAIT_SECONDS, Clock, Trials
+from tests.trials import (
+    CROWDED_SHARE,
+    LAST_SECONDS,
+    MOST_CROWDED,
+    MOST_STOLEN,
+    STOLEN_SHARE,
+    WAIT_SECONDS,
+    Clock,
+    Trials,
+)
 from tests.unit.pytest_kit import asked_of_copy
 
 THIRD = """
@@ -44,6 +53,7 @@ TAKEN = """
 from tests import trials
 trials.WAIT_SECONDS = 0
 trials.Clock.stolen_share_since = lambda *_: {share}
+trials.Clock.crowded_share_since = lambda *_: {crowded}
 begin = trials.Trials.begin
 trials.Trials.begin = lambda self: print("begun") or begin(self)
 """
@@ -52,12 +62,12 @@ trials.Trials.begin = lambda self: print("begun") or begin(self)
 class Taken:
     """A clock by which so much of each second of two processors is taken."""
 
-    def __init__(self, share: float) -> None:
-        self.share, self.seconds = share, 0
+    def __init__(self, share: float, crowded: float = 0.0) -> None:
+        self.share, self.crowded, self.seconds = share, crowded, 0
 
     def __call__(self) -> Clock:
         self.seconds += 1
-        return Clock(passed=2.0 * self.seconds, stolen=2.0 * self.seconds * self.share)
+        return Clock(self.seconds, 2.0 * self.seconds * self.share, self.seconds * self.crowded, 2)
 
 
 @pytest.fixture
@@ -81,9 +91,18 @@ def later() -> float:
     return time.monotonic() + LAST_SECONDS
 
 
-@pytest.mark.parametrize(("share", "more"), [(0.0, 0), (0.9 * STOLEN_SHARE, 0), (1.1 * STOLEN_SHARE, MOST_STOLEN)])
-def test_only_what_was_stolen_is_tried_again(waits: list[float], share: float, more: int) -> None:
-    assert tries(Trials(later(), Taken(share))) == more
+@pytest.mark.parametrize(
+    ("share", "crowded", "more"),
+    [
+        (0.0, 0.0, 0),
+        (0.9 * STOLEN_SHARE, 0.9 * CROWDED_SHARE, 0),
+        (1.1 * STOLEN_SHARE, 0.0, MOST_STOLEN),
+        (0.0, 1.1 * CROWDED_SHARE, MOST_CROWDED),
+        (1.1 * STOLEN_SHARE, 1.1 * CROWDED_SHARE, MOST_STOLEN + MOST_CROWDED),
+    ],
+)
+def test_only_what_was_taken_is_tried_again(waits: list[float], share: float, crowded: float, more: int) -> None:
+    assert tries(Trials(later(), Taken(share, crowded))) == more
     assert waits == [WAIT_SECONDS] * more
 
 
@@ -92,25 +111,28 @@ def test_a_run_ends(waits: list[float]) -> None:
 
 
 def test_what_was_taken_before_the_trial_is_nothing_to_it() -> None:
-    clock = Taken(0.9)
+    clock = Taken(0.9, 0.9)
     trials = Trials(later(), clock)
-    assert trials.stolen_share() == pytest.approx(0.9)
+    assert trials.taken().startswith("90% of them")
     trials.begin()
     clock.share = clock.share * clock.seconds / (clock.seconds + 1)  # nothing more of the next second
-    assert trials.stolen_share() == pytest.approx(0.0)
+    clock.crowded = clock.crowded * clock.seconds / (clock.seconds + 1)
+    assert trials.taken() == "0% of them was given to other machines; a program waited for one in 0% of the time"
 
 
 def test_the_kernels_clock() -> None:
     """Of what has passed since the machine was started nothing is left out and little is invented."""
     before = psutil.cpu_times().steal
     now = Clock.now()
-    assert before <= now.stolen <= now.passed
-    assert now.passed == pytest.approx(sum(psutil.cpu_times()[:8]), rel=0.2)
+    assert before <= now.stolen <= now.passed * now.processors
+    assert now.passed * now.processors == pytest.approx(sum(psutil.cpu_times()[:8]), rel=0.2)
+    assert 0 <= now.crowded <= now.passed
 
 
-def asked(work: Path, tests: str, share: float, *options: str) -> str:
+def asked(work: Path, tests: str, share: float, *options: str, crowded: float = 0.0) -> str:
     """What pytest prints of these tests under the suites' own conftest.py."""
-    return asked_of_copy(work, tests, TAKEN.format(share=share), "-s", "--rerun-show-tracebacks", *options).stdout
+    taken = TAKEN.format(share=share, crowded=crowded)
+    return asked_of_copy(work, tests, taken, "-s", "--rerun-show-tracebacks", *options).stdout
 
 
 @pytest.mark.parametrize(("share", "end", "failed"), [(0.3, "2 passed, 2 rerun", 2), (0.0, "1 failed, 1 passed", 1)])
