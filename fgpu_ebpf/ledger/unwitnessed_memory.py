@@ -1,11 +1,14 @@
-"""Memory that NVML shows for a process and that no probe has seen allocated, beyond what the driver takes by itself.
+"""Memory that NVML shows for a process and that no probe has seen allocated, beyond what can be explained.
 
-A process of a tenant that has more than contexts and modules explain uses a driver library that is not probed, with or
-without the shim. Pure functions, used by the agent's reconcile thread.
+Contexts and modules are memory that the driver takes by itself. Imports are memory of other processes: while those
+export it, NVML shows it in their rows, and it moves to the row of an importer when they free it or end. A process of a
+tenant that has more than that uses a driver library that is not probed, with or without the shim. Used by the agent's
+main thread.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 
 from fgpu_ebpf import abi
@@ -13,33 +16,93 @@ from fgpu_ebpf.ledger.orphans import Orphan
 from fgpu_ebpf.ledger.process_entry import Process
 
 MODULES_BYTES = 1 << 30  # code and data that a program may load: NVML shows them, and no call reports them before
+LOOKS = 4  # in so many looks an importer's row grows by what an exporter has freed
 
 
 class Unwitnessed:
-    """`contexts`: bytes of one context by ledger index. `modules`: bytes that a process's code and data may take."""
+    """The memory that is not explained.
+
+    Args:
+        contexts: bytes of one context by ledger index.
+        modules: bytes that a process's code and data may take.
+    """
 
     def __init__(self, contexts: Mapping[int, int], modules: int = MODULES_BYTES) -> None:
         self._contexts = contexts
         self._modules = modules
+        self._last: Mapping[int, Process] | None = None
+        self._exported: Counter[tuple[int, int, int]] = Counter()  # by (pid, generation, device)
+        self._freed: deque[Counter[int]] = deque(maxlen=LOOKS)  # exported bytes that exporters let go, by device
+        self._kept: dict[tuple[int, int, int], int] = {}  # by (pid, generation, device): bytes imported for good
 
     def find(self, processes: Mapping[int, Process], orphans: Iterable[Orphan]) -> dict[tuple[int, int], int]:
         """Return bytes by (pid, device) for processes that have more memory than can be explained.
 
-        A process that has opened memory of others may have all that other processes export, or have exported before
-        their end.
+        A process that has opened memory of others may have all that other processes export, what ended ones have
+        exported, and what was freed while it had it open. `processes`: a new mapping for each look.
         """
-        exported = {d: sum(p.exported[d] for p in processes.values()) for d in self._contexts}
-        for orphan in orphans:
-            if orphan.device in exported:
-                exported[orphan.device] += orphan.bytes
+        if processes is not self._last:
+            self._look(processes, self._exports(processes, orphans))
         found = {
-            (pid, device): self._beyond(process, device, exported[device] - process.exported[device])
+            (pid, device): self._beyond(pid, process, device) - self._importable(pid, process, device)
             for pid, process in processes.items()
             for device in self._contexts
         }
         return {where: bytes_ for where, bytes_ in found.items() if bytes_ > 0}
 
-    def _beyond(self, process: Process, device: int, importable: int) -> int:
-        imported = importable if process.flags & abi.Seen.IMPORT else 0
-        contexts = process.contexts[device] * self._contexts[device]
-        return process.overhead[device] - contexts - imported - self._modules
+    def _exports(self, processes: Mapping[int, Process], orphans: Iterable[Orphan]) -> Counter[tuple[int, int, int]]:
+        found: Counter[tuple[int, int, int]] = Counter()
+        for pid, process in processes.items():
+            for device in self._contexts:
+                if bytes_ := _exported(process, device):
+                    found[pid, process.generation, device] = bytes_
+        for orphan in orphans:
+            found[orphan.tgid, orphan.generation, orphan.device] += orphan.bytes
+        return found
+
+    def _look(self, processes: Mapping[int, Process], exported: Counter[tuple[int, int, int]]) -> None:
+        """Note what exporters have let go since the last look, and which importers have it now."""
+        is_first = self._last is None
+        freed: Counter[int] = Counter()
+        for (_, _, device), bytes_ in (self._exported - exported).items():
+            freed[device] += bytes_
+        self._freed.append(freed)
+        self._last, self._exported = processes, exported
+        before, self._kept = self._kept, {}
+        for pid, process in processes.items():
+            if process.flags & abi.Seen.IMPORT:
+                for device in self._contexts:
+                    key = pid, process.generation, device
+                    beyond = max(0, self._beyond(pid, process, device))
+                    kept = min(before.get(key, 0), beyond)
+                    # What an importer had before the agent's start was explained then, or named.
+                    more = beyond if is_first else self._take(device, beyond - kept)
+                    self._kept[key] = kept + more
+
+    def _take(self, device: int, bytes_: int) -> int:
+        """Return as many of these bytes as exporters have let go; no other importer gets them."""
+        taken = 0
+        for freed in self._freed:
+            part = min(bytes_ - taken, freed[device])
+            freed[device] -= part
+            taken += part
+        return taken
+
+    def _importable(self, pid: int, process: Process, device: int) -> int:
+        if not process.flags & abi.Seen.IMPORT:
+            return 0
+        others = sum(
+            bytes_ for (other, generation, its), bytes_ in self._exported.items()
+            if its == device and (other, generation) != (pid, process.generation)
+        )  # fmt: skip
+        return others + self._kept.get((pid, process.generation, device), 0)
+
+    def _beyond(self, pid: int, process: Process, device: int) -> int:
+        return process.overhead[device] - process.contexts[device] * self._contexts[device] - self._modules
+
+
+def _exported(process: Process, device: int) -> int:
+    """Return how much of a process's memory others may have open."""
+    if process.flags & abi.Seen.EXPORT:  # of memory that has no entry
+        return process.bytes[device]
+    return process.exported[device] + (process.pool[device] if process.flags & abi.Seen.POOL_EXPORT else 0)

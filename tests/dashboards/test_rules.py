@@ -55,6 +55,10 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {f"fgpu_memory_drift_bytes{{{ON}}}": f"-{GIB}x20"},
         {f"fgpu_memory_drift_bytes{{{ON}}}": f"{38 << 20}x20"},  # a pool's last block
     ),
+    "FgpuUnexplainedMemory": (
+        {f'fgpu_device_memory_unexplained_bytes{{{HERE},gpu="0"}}': f"{GIB}x20"},
+        {f'fgpu_device_memory_unexplained_bytes{{{HERE},gpu="0"}}': f"{200 << 20}x20"},
+    ),
     "FgpuDriverSilent": (
         {f'fgpu_reconcile_age_seconds{{{HERE},gpu="0"}}': "0+60x20"},
         {f'fgpu_reconcile_age_seconds{{{HERE},gpu="0"}}': "0.5x20"},

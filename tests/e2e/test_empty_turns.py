@@ -13,7 +13,8 @@ from tests.support.wait import eventually
 
 FIRST_SECONDS, SECONDS = 3, 10
 STEP = f"{BUILD}/bench/spin 100 burst"  # 50 kernels of 100 us
-MOST_US = 50_000
+# More than beside an honest tenant: its claim is believed for 4 ms, and 1 ms more is waited for; and a look.
+MORE_US = 4_000 + 1_000 + 1_750
 
 
 def program(tenant: Tenant, command: str) -> Program:
@@ -29,10 +30,15 @@ def program(tenant: Tenant, command: str) -> Program:
 @pytest.mark.places("cgroups")
 @pytest.mark.timeout(120)
 def test_it_costs_its_neighbour_little_and_is_named(tenant: Callable[[int], Tenant]) -> None:
-    honest, liar = tenant(GIB), tenant(GIB)
-    for one in (honest, liar):
+    honest, other, liar = tenant(GIB), tenant(GIB), tenant(GIB)
+    for one in (honest, other, liar):
         fgpu("set", one.path, "--weight", "100")
-    spin, _ = program(honest, STEP), program(liar, f"{BUILD}/e2e/claimant")
+    spin, busy = program(honest, STEP), program(other, STEP)
+    busy.send(f"{SECONDS}")
+    spin.send(f"{SECONDS / 2}")
+    _, _, beside_honest_us, *_ = (float(word) for word in spin.receive(30).split())
+    busy.receive(30)
+    program(liar, f"{BUILD}/e2e/claimant")
     spin.send(f"{FIRST_SECONDS}")
     spin.receive(30)
     before = liar.memory()["compute"]
@@ -42,6 +48,6 @@ def test_it_costs_its_neighbour_little_and_is_named(tenant: Callable[[int], Tena
     assert after["owned_seconds"] - before["owned_seconds"] > 0.2 * SECONDS, "it has turns"
     assert after["overruns"] > 0, "others have waited for it in vain"
     assert done > 0
-    assert p99_us < MOST_US
+    assert p99_us < beside_honest_us + MORE_US
     key = "fgpu_bypassing_processes", frozenset({("tenant", liar.name), ("how", "empty_turns")})
     eventually(lambda: metrics().get(key) == 1, 5, "its name")

@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from tests.support.commands import ask, fgpu, metrics
+from tests.support.commands import ask, events, fgpu, metrics
 from tests.support.host import CONTEXT, GIB, MIB
 from tests.support.place import Place
 from tests.support.sim_driver import driver_books
 from tests.support.tenant import Client, Tenant
-from tests.support.wait import eventually
+from tests.support.wait import eventually, steadily
 
 LEDGER_SECONDS = 1.5  # three looks of the agent at the driver
 
@@ -145,17 +145,17 @@ def test_managed_memory_goes_with_its_context_beside_another(tenant) -> None:
 # -- memory of one process in another
 
 
-def export_pointer(exporter: Client, importer: Client) -> str:
-    """Takes and shares 20 MiB; the command that lets go of it at the other side."""
-    pointer = exporter.ok(f"alloc {20 * MIB}")[0]
+def export_pointer(exporter: Client, importer: Client, bytes_: int = 20 * MIB) -> str:
+    """Takes and shares memory; the command that lets go of it at the other side."""
+    pointer = exporter.ok(f"alloc {bytes_}")[0]
     words = exporter.ok(f"share {pointer}")
     at = importer.ok(f"open {' '.join(map(str, words))}")[0]
     return f"close {at}"
 
 
-def export_handle(exporter: Client, importer: Client) -> str:
+def export_handle(exporter: Client, importer: Client, bytes_: int = 20 * MIB) -> str:
     """The same with a descriptor of the memory."""
-    _, descriptor = exporter.ok(f"export {20 * MIB}")
+    _, descriptor = exporter.ok(f"export {bytes_}")
     handle = importer.ok(f"import {exporter.inner_pid} {descriptor}")[0]
     return f"release {handle}"
 
@@ -179,6 +179,25 @@ def test_what_an_exporter_leaves_is_the_importer_s(tenant, export, scale) -> Non
     for letting_go in held:
         importer.ok(letting_go)
     stays_exact(one, CONTEXT)
+
+
+@pytest.mark.places("host")
+@pytest.mark.parametrize("export", [export_pointer, export_handle])
+def test_an_importer_bypasses_nothing(tenant, export) -> None:
+    """Its row has more than a program's code and data may take, all of it from exporters that have ended."""
+    one = tenant(6 * GIB)
+    importer = one.client()
+    importer.ok("context")
+    for i in range(3):
+        exporter = one.client()
+        exporter.ok("context")
+        export(exporter, importer, 700 * MIB)
+        exporter.kill()
+        left = CONTEXT + (i + 1) * 700 * MIB
+        eventually(lambda left=left: one.driver() == left, 5, "the driver's books without it")
+        assert one.assert_exact() == left
+    steadily(lambda: [p["how"] for p in one.view()["processes"]] == [""], 2)
+    assert importer.pid not in [event["pid"] for event in events("adopted")]
 
 
 @pytest.mark.places("host")

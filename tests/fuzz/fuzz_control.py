@@ -104,6 +104,7 @@ class Fuzzer:
             selector=selectors.DefaultSelector(), history=history, manager=manager, enforcer=enforcer, ledger=Ledger(),
             discovery=none, shim=Path("/libfgpu.so"), failures=0, writes_refused=0, reload=lambda: None,
             detach=lambda: None, look=lambda: Snapshot(1.0), fresh=lambda: Snapshot(1.0),
+            shortfalls=SimpleNamespace(found={}),
         )  # fmt: skip
         self._server = ControlServer(self._agent)
         self._server.open()

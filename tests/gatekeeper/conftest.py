@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from fgpu_ebpf.driver import programs
 from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.linux import procfs
@@ -76,9 +77,8 @@ def pins() -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("needs root: BPF and cgroups")
     base = Path(f"/sys/fs/bpf/fgpu-gatekeeper-test-{os.getpid()}")
-    loader = ["/usr/bin/python3", "-I", ROOT / "fgpu_ebpf/driver/loader.py", ROOT / "bpf", base]
     try:
-        subprocess.run(loader, check=True)
+        programs.load(ROOT / "bpf", base)
         yield base
     finally:
         shutil.rmtree(base, ignore_errors=True)

@@ -19,8 +19,8 @@ while not stop:
 out(n * %d)"""
 
 
-def take_turns(agent: Agent, first: int, weights: list[int], seconds: float) -> float:
-    """A scheduler in a few lines: whoever has had least gets 20 ms, and is charged until it has drained. Time given."""
+def take_turns(agent: Agent, first: int, weights: list[int], seconds: float) -> list[float]:
+    """Give the program that has had least 20 ms, and charge it until it has drained; return the time of each."""
     given, turn = [0.0] * len(weights), 1
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -36,12 +36,12 @@ def take_turns(agent: Agent, first: int, weights: list[int], seconds: float) -> 
                 break
             assert time.monotonic() < began + 5, now
         given[who] += time.monotonic() - began
-    return sum(given)
+    return given
 
 
 @pytest.mark.parametrize(("us", "deep"), [(20, 50), (200, 20), (4_000, 3)])
 def test_turns_divide_the_time(simulator: Simulator, us: int, deep: int) -> None:
-    """3:1, as counted by the programs themselves. How little of the time is lost is for a benchmark to say."""
+    """Turns are 3:1. As the programs themselves count it, neither does more than its turns allow, nor much less."""
     agent = simulator.agent
     shut(agent, 1)
     first = len(agent.do("status")["pages"])
@@ -61,7 +61,7 @@ def test_turns_divide_the_time(simulator: Simulator, us: int, deep: int) -> None
     done = [said(process)[0] / 1e6 for process in processes]
     for process in processes:
         end(process)
-    print(f"{us} us: {done[0]:.3f} s and {done[1]:.3f} s of {given:.3f} s")
-    share = done[0] / sum(done)
-    assert 0.65 < share < 0.85, done  # 0.75 where the machine is quiet
-    assert 0.3 * given < sum(done) < 1.02 * given
+    print(f"{us} us: {done[0]:.3f} s of {given[0]:.3f} s and {done[1]:.3f} s of {given[1]:.3f} s")
+    assert given[0] > 2.5 * given[1]
+    for its, turns in zip(done, given, strict=True):
+        assert 0.3 * turns < its < 1.02 * turns, (done, given)

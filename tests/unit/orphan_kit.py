@@ -33,9 +33,11 @@ def process(
     contexts: int = 0,
     levels: tuple[int, ...] = (7,),
     exported: int = 0,
+    pool: int = 0,
+    generation: int = 9,
 ) -> Process:
     return Process(
-        9, levels, flags, 0, True, first(bytes_), first(overhead), ZEROES, ZEROES, first(contexts),
+        generation, levels, flags, 0, True, first(bytes_), first(overhead), ZEROES, first(pool), first(contexts),
         exported=first(exported),
     )  # fmt: skip
 

@@ -272,7 +272,7 @@ def test_one_that_is_quiet_is_not_marked():
     assert books.marked == []
 
 
-# -- orphans: what is let go is tested in test_orphan_release.py
+# -- orphans: what is let go is tested in test_device_balance.py
 
 
 @pytest.mark.parametrize(("age_ns", "left"), [(0, 40), (2 * SLACK_AFTER_NS, 8)])

@@ -13,7 +13,8 @@ import pytest
 from fgpu_ebpf.abi import Seen
 from fgpu_ebpf.agent.bypass_killer import BypassKiller
 from fgpu_ebpf.agent.nvml_reconcile import Truth
-from fgpu_ebpf.ledger.unwitnessed_memory import Unwitnessed
+from fgpu_ebpf.ledger.process_entry import Process
+from fgpu_ebpf.ledger.unwitnessed_memory import LOOKS, Unwitnessed
 from fgpu_ebpf.tenancy.event_log import EventLog
 from tests.unit.orphan_kit import MIB, Books, orphan, process, tenant
 
@@ -27,8 +28,15 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
         started.kill()
 
 
+def unwitnessed() -> Unwitnessed:
+    """One that has looked before there was any process."""
+    made = Unwitnessed({0: CONTEXT}, MODULES)
+    assert made.find({}, ()) == {}
+    return made
+
+
 def found(**facts: Any) -> int:
-    return Unwitnessed({0: CONTEXT}, MODULES).find({1: process(**facts)}, ()).get((1, 0), 0)
+    return unwitnessed().find({1: process(**facts)}, ()).get((1, 0), 0)
 
 
 def test_contexts_and_modules_explain_what_nvml_alone_shows() -> None:
@@ -40,12 +48,72 @@ def test_contexts_and_modules_explain_what_nvml_alone_shows() -> None:
 def test_an_importer_may_have_what_others_export(flags: int, beyond: int) -> None:
     exporter = process(exported=3 * MIB)
     importer = process(flags=flags, overhead=MODULES + 4 * MIB)
-    unwitnessed = Unwitnessed({0: CONTEXT}, MODULES)
-    assert unwitnessed.find({1: exporter, 2: importer}, [orphan(bytes_=MIB)]).get((2, 0), 0) == beyond
+    assert unwitnessed().find({1: exporter, 2: importer}, [orphan(bytes_=MIB)]).get((2, 0), 0) == beyond
 
 
 def test_what_a_process_exports_itself_explains_nothing() -> None:
     assert found(flags=Seen.IMPORT, overhead=MODULES + 4 * MIB, exported=4 * MIB) == 4 * MIB
+
+
+def importer(bytes_: int, **facts: Any) -> Process:
+    """A process whose row shows so much memory of others."""
+    return process(flags=Seen.IMPORT, overhead=MODULES + bytes_, **facts)
+
+
+@pytest.mark.parametrize(
+    "exporter",
+    [
+        {"exported": 4 * MIB},
+        {"flags": Seen.POOL_EXPORT, "pool": 4 * MIB},
+        {"flags": Seen.EXPORT, "bytes_": 4 * MIB},
+    ],
+)
+def test_what_an_exporter_has_freed_stays_its_importers(exporter: dict[str, Any]) -> None:
+    """The driver shows it in the importer's row from then on. It may come there some looks later."""
+    one = unwitnessed()
+    assert one.find({1: process(**exporter), 2: importer(0)}, ()) == {}
+    assert one.find({2: importer(0)}, [orphan(bytes_=4 * MIB)]) == {}
+    for _ in range(LOOKS - 1):
+        assert one.find({2: importer(0)}, ()) == {}
+    for _ in range(2 * LOOKS):
+        assert one.find({2: importer(4 * MIB)}, ()) == {}
+    assert one.find({2: importer(5 * MIB)}, ()) == {(2, 0): MIB}
+
+
+def test_what_comes_later_is_no_import() -> None:
+    one = unwitnessed()
+    one.find({1: process(exported=4 * MIB), 2: importer(0)}, ())
+    for _ in range(LOOKS + 1):
+        one.find({2: importer(0)}, ())
+    assert one.find({2: importer(4 * MIB)}, ()) == {(2, 0): 4 * MIB}
+
+
+def test_freed_memory_explains_the_rows_of_one_importer() -> None:
+    one = unwitnessed()
+    one.find({1: process(exported=4 * MIB), 2: importer(0), 3: importer(0)}, ())
+    assert sum(one.find({2: importer(4 * MIB), 3: importer(4 * MIB)}, ()).values()) == 4 * MIB
+
+
+def test_an_importer_that_gives_it_back_may_not_take_it_again() -> None:
+    one = unwitnessed()
+    one.find({1: process(exported=4 * MIB), 2: importer(0)}, ())
+    assert one.find({2: importer(4 * MIB)}, ()) == {}
+    assert one.find({2: importer(0)}, ()) == {}
+    assert one.find({2: importer(4 * MIB)}, ()) == {(2, 0): 4 * MIB}
+
+
+def test_one_producer_after_another() -> None:
+    one = unwitnessed()
+    for number in range(1, 9):
+        one.find({number: process(generation=number, exported=MIB), 100: importer((number - 1) * MIB)}, ())
+        assert one.find({100: importer(number * MIB)}, ()) == {}
+
+
+def test_what_an_importer_had_before_the_agents_start_is_explained() -> None:
+    one = Unwitnessed({0: CONTEXT}, MODULES)
+    assert one.find({2: importer(4 * MIB)}, ()) == {}
+    assert one.find({2: importer(5 * MIB)}, ()) == {(2, 0): MIB}
+    assert one.find({2: importer(5 * MIB, generation=77)}, ()) == {(2, 0): 5 * MIB}, "another process of that pid"
 
 
 # -- under onBypass: kill
@@ -67,8 +135,7 @@ class Host:
             spares = staticmethod(lambda _: self.is_spared)
 
         truth = Truth(processes={self.pid: self.process})
-        unwitnessed = Unwitnessed({0: CONTEXT}, MODULES)
-        BypassKiller(lambda: truth, self.books, Enforcer([one]), unwitnessed, self.history).look()  # type: ignore[arg-type]
+        BypassKiller(lambda: truth, self.books, Enforcer([one]), unwitnessed(), self.history).look()  # type: ignore[arg-type]
 
     def killed(self) -> list[int]:
         return [event["pid"] for event in self.history.since(0)["events"] if event["what"] == "killed"]
