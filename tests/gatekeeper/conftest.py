@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,11 @@ class Keeper:
 def pins() -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("needs root: BPF and cgroups")
+    # The children of this process say hello, and wait if they have a driver that is not probed.
+    mapped = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if re.search(r"lib(cuda|fgpu)\.so", line)
+    ]
+    assert mapped == [], "another test has loaded a driver into this process, and did not unload it"
     base = Path(f"/sys/fs/bpf/fgpu-gatekeeper-test-{os.getpid()}")
     try:
         programs.load(ROOT / "bpf", base)
