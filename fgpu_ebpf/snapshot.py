@@ -288,4 +288,5 @@ def no_limit(snapshot: Mapping[str, Any]) -> str:
     """Return what a reader must know before all other parts of a Snapshot's JSON; empty: limits are in force."""
     if snapshot["unenforced"]:
         return f"No limit is enforced: {snapshot['unenforced']}"
-    return f"Not all is in force: {snapshot['incomplete']}" if snapshot["incomplete"] else ""
+    incomplete = snapshot.get("incomplete")  # an agent of an older version does not say so
+    return f"Not all is in force: {incomplete}" if incomplete else ""
