@@ -105,38 +105,33 @@ def check(run_dir: Path) -> Check:
     if not file_locks.is_locked(lock):
         return ABSENT
     pid = file_locks.holder(lock)
-    if not _answers_hello(run_dir / "shim/shim.sock"):
+    if not _hello(run_dir / "shim/shim.sock", PATIENCE_SECONDS):
         silent = f"pid {pid} does not answer within {PATIENCE_SECONDS:g} s: new programs are refused memory"
         return Check("gatekeeper", False, silent, f"kill -9 {pid}: {ABSENT.mend}")
     return Check("gatekeeper", True, f"pid {pid}")
 
 
-def _answers_hello(place: Path) -> bool:
-    """Say hello as an unmanaged process, or as a tenant's that keeps none of the pages."""
-    hello = abi.Hello(magic=abi.MAGIC, version=abi.LAYOUT, size=ctypes.sizeof(abi.Hello))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(PATIENCE_SECONDS)
-        try:
-            sock.connect(str(place))
-            sock.send(bytes(hello))
-            return bool(sock.recv(4096))
-        except OSError:
-            return False
-
-
 def _hangs_up(place: Path) -> bool:
     """Return True if the gatekeeper closes the connection at a hello of this layout; False if it does not."""
+    return _hello(place, HANG_UP_SECONDS) == b""
+
+
+def _hello(place: Path, seconds: float) -> bytes | None:
+    """Say hello as an unmanaged process, or as a tenant's that keeps none of the pages; return the answer.
+
+    Empty: there is no gatekeeper, or it closes the connection. None: it does not answer within that time.
+    """
     hello = abi.Hello(magic=abi.MAGIC, version=abi.LAYOUT, size=ctypes.sizeof(abi.Hello))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(HANG_UP_SECONDS)
+        sock.settimeout(seconds)
         try:
             sock.connect(str(place))
             sock.send(bytes(hello))
-            return not sock.recv(4096)
+            return sock.recv(4096)
         except TimeoutError:
-            return False
+            return None
         except OSError:
-            return True
+            return b""
 
 
 def _accepts(place: Path) -> bool:

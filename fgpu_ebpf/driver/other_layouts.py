@@ -59,7 +59,7 @@ def devices(pins: Path) -> dict[bytes, int]:
     found: dict[bytes, int] = {}
     for folder in folders(pins):
         with contextlib.suppress(OSError, ValueError), _opened(folder / "maps" / "devices") as fd:
-            size = _size(fd, "value")
+            size = bpf.form(fd).value_size
             for index in range(abi.DEVICES):
                 uuid = (bpf.lookup(fd, _U32.pack(index), size) or b"")[:_UUID_BYTES]
                 if any(uuid):
@@ -129,7 +129,7 @@ def _close(shelf: int, levels: Collection[_Level]) -> None:
     """Replace all pages by one without a cgroup: the other programs admit nothing and change no page from now on."""
     if not levels:
         return
-    empty = bpf.create_array_page("fgpu_usage", _size(next(iter(levels)).page, "value"))
+    empty = bpf.create_array_page("fgpu_usage", bpf.form(next(iter(levels)).page).value_size)
     try:
         bpf.update_all(shelf, {_U32.pack(level.place): _U32.pack(empty) for level in levels})
     finally:
@@ -145,18 +145,9 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _size(fd: int, what: str) -> int:
-    """Return the bytes of a map's keys or values. Raises ValueError: the kernel does not report them."""
-    found = re.search(rf"^{what}_size:\s+(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii"), re.M)
-    if not found:
-        raise ValueError(f"no size of a {what}")
-    return int(found[1])
-
-
 def _levels(maps: dict[str, int], layout: int, opened: contextlib.ExitStack) -> dict[int, _Level]:
     """Return the levels by cgroup; `opened` closes their pages. Raises ValueError: the maps have an unknown form."""
-    sizes = [(_size(maps["pages"], "key"), _U64.size), (_size(maps["shelf"], "key"), _U32.size)]
-    if any(found != expected for found, expected in sizes):
+    if [bpf.form(maps[name]).key_size for name in ("pages", "shelf")] != [_U64.size, _U32.size]:
         raise ValueError("its maps have other keys")
     levels: dict[int, _Level] = {}
     for key, value in bpf.items(maps["pages"], _U64.size, _U32.size, bpf.MOST_INNER):
@@ -174,15 +165,15 @@ def _levels(maps: dict[str, int], layout: int, opened: contextlib.ExitStack) -> 
 
 
 def _limits(fd: int) -> Iterator[tuple[int, int, int, int]]:
-    size = _size(fd, "value")
-    if _size(fd, "key") != _LIMIT_KEY.size or size < _LIMIT.size:
+    size = bpf.form(fd).value_size
+    if bpf.form(fd).key_size != _LIMIT_KEY.size or size < _LIMIT.size:
         raise ValueError("its limits have another form")
     for key, value in bpf.items(fd, _LIMIT_KEY.size, size):
         yield (*_LIMIT_KEY.unpack(key), *_LIMIT.unpack_from(value))
 
 
 def _read(fd: int) -> bytes:
-    size = _size(fd, "value")
+    size = bpf.form(fd).value_size
     if size < _HEAD.size + abi.DEVICES * _USAGE.size:
         raise ValueError("a page is too short")
     return bpf.lookup(fd, _U32.pack(0), size) or bytes(size)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fgpu_ebpf import abi
-from fgpu_ebpf.linux import cgroup_namespace
+from fgpu_ebpf.linux import bpf, cgroup_namespace
 
 _PAGE = mmap.PAGESIZE
 _WORD = struct.Struct("Q")
@@ -43,7 +43,7 @@ class Events:
     def __init__(self, fd: int) -> None:
         """Take over `fd`, the descriptor of a ring buffer map. Raises OSError: it is none."""
         self._fd = fd
-        size = _max_entries(fd)
+        size = bpf.form(fd).max_entries
         self._mask = size - 1
         self._consumer = mmap.mmap(fd, _PAGE)
         self._ring = mmap.mmap(fd, _PAGE + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=_PAGE)
@@ -73,11 +73,6 @@ class Events:
             event = _event(raw)
             if event and not length & _DISCARDED:
                 yield event
-
-
-def _max_entries(fd: int) -> int:
-    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("max_entries:"))
 
 
 def _event(raw: bytes) -> Event | None:

@@ -110,9 +110,11 @@ def create_array_page(name: str, bytes_: int) -> int:
 
 
 def form(fd: int) -> Form:
-    """Return the form of an open map. Raises OSError."""
+    """Return the form of an open map. Raises OSError; EINVAL: it is no map."""
     lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines()
     found = dict(line.split(":\t") for line in lines if ":\t" in line)
+    if not found.keys() >= set(Form._fields):
+        raise OSError(errno.EINVAL, f"descriptor {fd} is no map")
     return Form(*(int(found[name], 0) for name in Form._fields))
 
 

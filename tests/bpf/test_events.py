@@ -15,7 +15,8 @@ import pytest
 from fgpu_ebpf import abi
 from fgpu_ebpf.ledger import compute_maps
 from fgpu_ebpf.ledger.compute_maps import TurnCounts
-from fgpu_ebpf.ledger.event_budgets import BUSY, EventBudgets
+from fgpu_ebpf.ledger.event_budgets import BUSY, EventBudgets, name_of
+from fgpu_ebpf.linux import bpf, cgroup_namespace
 from fgpu_ebpf.scheduling.fair_queue import Share
 from fgpu_ebpf.workloads.bound_owner import Owner, Why
 from tests.bpf.conftest import MIB, anomalies, wait_until
@@ -321,6 +322,26 @@ def test_what_the_host_may_tell_is_not_used_up_by_workloads_with_budgets(kernel,
     flood(modest, 20)
     assert len([e for e in events.read() if e.path.startswith(path_of(kernel, modest) + "/")]) <= 10
     assert budgets.lost() == [""]
+
+
+def test_cgroups_outside_the_agents_namespace_are_not_told_of(kernel, events, budgets, make_level):
+    level = make_level(None)
+    fd, root = kernel.ledger._maps["event_budgets"], cgroup_namespace.root_path() + path_of(kernel, level)
+
+    def told_with(root: str) -> bool:
+        entry = abi.EventBudget(second=name_of(os.fsencode(root)))
+        bpf.update(fd, abi.BUDGET_ROOT.to_bytes(8, "little"), bytes(entry))
+        list(events.read())
+        kernel.ledger._set_host(HOST_COUNT, 0)  # a test of floods may have used up this second
+        inner = level.path / "inner"
+        inner.mkdir()
+        inner.rmdir()
+        return path_of(kernel, level) + "/inner" in [event.path for event in events.read()]
+
+    assert told_with(root)
+    assert not told_with(root + "x")
+    assert not told_with("/elsewhere")
+    assert told_with(root)
 
 
 # -- the bell

@@ -240,6 +240,12 @@ RULES = {
         "        if (!*(volatile u64 *)&known->bytes) known->since_ns = now;\n",
         "",
     ),
+    "rest-of-a-long-unmap-stays": (
+        "        if (UNLIKELY(f.function == FGPU_FUNCTION_UNMAP && f.arguments[1])) go_on(ctx, t, &f);\n",
+        "        (void)go_on;\n",
+    ),
+    "cgroups-outside-told": ("    if (is_outside) return 0;\n", ""),
+    "new-cgroups-not-told": ("    *is_outside = root != 0;\n", "    *is_outside = 1;\n"),
     "disown-anything": ("    if (bytes > *(volatile u64 *)orphaned) return -22;\n", ""),
     "failed-call-names": (
         "        if (UNLIKELY(f.uncovered)) name_bypass(p, &f);\n    } else {\n",

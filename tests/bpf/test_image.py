@@ -1,0 +1,86 @@
+"""An image over maps that an older version has pinned: the form decides whether they are used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fgpu_ebpf.driver import attach, image
+from fgpu_ebpf.driver.image import Image, ProgramError
+from fgpu_ebpf.linux import bpf
+
+HOST = bpf.Form(2, 4, 8, 9, 0)
+RETURN = bytes.fromhex("b7000000000000009500000000000000")  # r0 = 0; exit
+KEY, VALUE = (3).to_bytes(4, "little"), (77).to_bytes(8, "little")
+
+
+@pytest.fixture
+def pins() -> Iterator[Path]:
+    folder = Path(f"/sys/fs/bpf/fgpu-image-{os.getpid()}")
+    yield folder
+    attach.detach(folder)
+
+
+def pinned(pins: Path, form: bpf.Form) -> None:
+    """Pin an array with a number in it, as an older version has."""
+    (pins / "maps").mkdir(parents=True)
+    fd = bpf.create("host", form)
+    bpf.update(fd, KEY, VALUE)
+    bpf.pin(fd, pins / "maps/host")
+    os.close(fd)
+
+
+def number(pins: Path) -> int:
+    fd = bpf.pinned(pins / "maps/host")
+    try:
+        return bpf.number(fd, 3)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("entries", [9, 8])
+def test_a_pinned_map_goes_on(pins: Path, entries: int) -> None:
+    """Eight entries are those of an older version; no program uses the ninth."""
+    pinned(pins, HOST._replace(max_entries=entries))
+    image.load(Image({"host": HOST}, {"admit": RETURN}), pins)
+    assert number(pins) == 77
+    assert (pins / "programs/admit").exists()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        HOST._replace(max_entries=7),
+        HOST._replace(max_entries=10),
+        HOST._replace(value_size=16),
+        HOST._replace(map_type=1),
+        HOST._replace(map_type=1, map_flags=1),
+    ],
+)
+def test_a_pinned_map_of_another_form_is_refused_and_stays(pins: Path, form: bpf.Form) -> None:
+    (pins / "maps").mkdir(parents=True)
+    fd = bpf.create("host", form)
+    bpf.pin(fd, pins / "maps/host")
+    os.close(fd)
+    with pytest.raises(ProgramError, match="maps/host is of another version of fgpu"):
+        image.load(Image({"host": HOST}, {"admit": RETURN}), pins)
+    assert not list((pins / "programs").iterdir())
+    again = bpf.pinned(pins / "maps/host")
+    assert bpf.form(again) == form
+    os.close(again)
+
+
+def test_a_slot_that_is_absent_is_no_zero(pins: Path) -> None:
+    pinned(pins, HOST)
+    fd = bpf.pinned(pins / "maps/host")
+    with pytest.raises(FileNotFoundError):
+        bpf.number(fd, 9)
+    os.close(fd)
+
+
+def test_what_is_no_map_has_no_form() -> None:
+    with open(os.devnull) as file, pytest.raises(OSError, match="is no map"):
+        bpf.form(file.fileno())
