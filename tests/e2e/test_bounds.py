@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.folder_kit import CgroupFolder
 from tests.e2e.policies_kit import Write
 from tests.support.commands import ask, fgpu, metrics
-from tests.support.host import BUILD, ENVIRONMENT, GIB, MIB, REFUSED, SHIM, cgroup_root
-from tests.support.place import HUB, Place
-from tests.support.tenant import Tenant
+from tests.support.host import BUILD, GIB, MIB, REFUSED, SHIM
 from tests.support.wait import eventually
 
 GROUP = "fgpu-bounds"
@@ -23,41 +22,18 @@ LEVELS = 512  # of one workload, by default
 NAMES = f'{{cgroup: ["{GROUP}/greedy/**", "{GROUP}/greedy", "{GROUP}/modest"]}}'
 
 
-class Folder(Place):
-    """Cgroups in one folder, made by hand, with the shim and without a limit of their own."""
-
-    def __init__(self, work: Path) -> None:
-        super().__init__(work)
-        self.root = cgroup_root() / GROUP
-        self.root.mkdir()
+class Folder(CgroupFolder):
+    """The folder of these tests."""
 
     def make(self, number: int) -> None:
         """So many cgroups of one workload, greedy/0 and so on."""
         for n in range(number):
             (self.root / f"greedy/{n}").mkdir(parents=True)
 
-    def start(self, path: str) -> Tenant:
-        """A hub in the cgroup of that path in the folder, made where there is none."""
-        cgroup = self.root / path
-        cgroup.mkdir(parents=True, exist_ok=True)
-        folder = self.work / path.replace("/", "-")
-        folder.mkdir()
-        enter = ["sh", "-c", f'echo $$ >{cgroup}/cgroup.procs && exec sh -c "$0"', HUB]
-        environment = {**ENVIRONMENT, "LD_PRELOAD": str(SHIM)}
-        hub = subprocess.Popen(enter, stdin=subprocess.PIPE, env=environment, cwd=folder)
-        self.tenants.append(Tenant(self, path, f"/{GROUP}/{path}", folder, hub))
-        return self.tenants[-1]
-
-    def close(self) -> None:
-        """Ends every program and removes every cgroup."""
-        super().close()
-        for folder, _, _ in os.walk(self.root, topdown=False):
-            os.rmdir(folder)
-
 
 @pytest.fixture
 def folder(unharmed: None, tmp_path: Path) -> Iterator[Folder]:
-    found = Folder(tmp_path)
+    found = Folder(tmp_path, GROUP)
     yield found
     found.close()
 

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.folder_kit import CgroupFolder
 from tests.e2e.pings import Pings
 from tests.e2e.policies_kit import Write
 from tests.support.commands import ask
 from tests.support.commands import metrics as all_metrics
-from tests.support.host import BUILD, CONTEXT, ENVIRONMENT, GIB, MIB, REFUSED, SHIM, cgroup_root
-from tests.support.place import HUB, Place
-from tests.support.tenant import Tenant
+from tests.support.host import BUILD, CONTEXT, GIB, MIB, REFUSED
 from tests.support.wait import eventually
 
 GROUP = "fgpu-floods"
@@ -29,13 +28,8 @@ PING_SECONDS, MANAGED_SECONDS = 0.1, 2.0
 USER = 65534
 
 
-class Folder(Place):
-    """Cgroups in one folder, made by hand, with the shim and without a limit of their own."""
-
-    def __init__(self, work: Path) -> None:
-        super().__init__(work)
-        self.root = cgroup_root() / GROUP
-        self.root.mkdir()
+class Folder(CgroupFolder):
+    """The folder of these tests."""
 
     def delegated(self, name: str) -> Path:
         """A cgroup of user 65534, which may make others inside."""
@@ -45,27 +39,10 @@ class Folder(Place):
             os.chown(path, USER, USER)
         return cgroup
 
-    def start(self, name: str) -> Tenant:
-        """A hub in the cgroup of that name, which is there."""
-        cgroup = self.root / name
-        folder = self.work / name
-        folder.mkdir()
-        enter = ["sh", "-c", f'echo $$ >{cgroup}/cgroup.procs && exec sh -c "$0"', HUB]
-        environment = {**ENVIRONMENT, "LD_PRELOAD": str(SHIM)}
-        hub = subprocess.Popen(enter, stdin=subprocess.PIPE, env=environment, cwd=folder)
-        self.tenants.append(Tenant(self, name, f"/{GROUP}/{name}", folder, hub))
-        return self.tenants[-1]
-
-    def close(self) -> None:
-        """Ends every program and removes every cgroup."""
-        super().close()
-        for folder, _, _ in os.walk(self.root, topdown=False):
-            os.rmdir(folder)
-
 
 @pytest.fixture
 def folder(unharmed: None, tmp_path: Path) -> Iterator[Folder]:
-    found = Folder(tmp_path)
+    found = Folder(tmp_path, GROUP)
     yield found
     found.close()
 
