@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,19 @@ from tests.support.sim_driver import driver_books
 from tests.support.tenant import Tenant
 from tests.support.wait import eventually
 
+LAST_LINES = 40
 PLACES = ["host", *(["crun"] if shutil.which("crun") else []), "runc"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With the traceback of what failed stand the last lines of the agent's log."""
+    report = yield
+    service = getattr(item, "funcargs", {}).get("service")
+    if report.failed and service and hasattr(report.longrepr, "addsection"):
+        lines = service.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        report.longrepr.addsection("the agent's log", "\n".join(lines))
+    return report
 
 
 @pytest.fixture(scope="session")
