@@ -48,14 +48,13 @@ class Place:
         return Tenant(self, name, f"/fgpu/{name}", folder, hub)
 
     def end(self, tenant: Tenant) -> None:
-        """Waits for the hub; kills what does not end."""
-        try:
+        """Wait for the hub, and kill the processes that do not end with it: a test that failed has not ended its own."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
             tenant.hub.wait(5)
-        except subprocess.TimeoutExpired:
-            for pid in tenant.pids():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            tenant.hub.wait(5)
+        for pid in tenant.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        tenant.hub.wait(5)
         eventually(tenant.has_left, 20, f"the end of {tenant.name}")
         with contextlib.suppress(FileNotFoundError):
             tenant.cgroup.rmdir()
