@@ -1,6 +1,6 @@
 """`fgpu agent` and `fgpu load`: puts the parts of the agent process together.
 
-Runs in the main thread of these commands; used by `cli.main`. A start that fails raises AgentError with the fix, and
+Runs in the main thread of these commands; used by `cli.service`. A start that fails raises AgentError with the fix, and
 leaves in force what was in force.
 """
 
