@@ -1,6 +1,6 @@
 """`fgpu agent` and `fgpu load`: puts the parts of the agent process together.
 
-Runs in the main thread of these commands; used by `cli.main`. A start that fails raises AgentError with the fix, and
+Runs in the main thread of these commands; used by `cli.service`. A start that fails raises AgentError with the fix, and
 leaves in force what was in force.
 """
 
@@ -85,7 +85,8 @@ def serve(options: Options) -> None:
     try:
         service.start()
         with _reachable(service):
-            found = (len(service.nvml.devices), len(service.enforcer), service.settings.listen)
+            devices = len(service.parts.driver.nvml.devices)
+            found = (devices, len(service.parts.enforcer), service.settings.listen)
             if lacks := service.lacks_policies():
                 log.error("not enforcing policies: %s", lacks)
             else:
@@ -93,7 +94,7 @@ def serve(options: Options) -> None:
             service.mark("answering")
             parts = ", ".join(f"{part} {at - begun:.2f}" for part, at in service.marks.items())
             log.info("ready after %.2f s: %s", time.monotonic() - begun, parts)
-            sd_notify.ready(f"{len(service.nvml.devices)} devices")
+            sd_notify.ready(f"{devices} devices")
             service.run()
     except PermissionError as error:
         raise AgentError(f"{error}: give the agent all capabilities that docs/security.md names") from error

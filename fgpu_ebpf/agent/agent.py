@@ -17,25 +17,17 @@ from dataclasses import replace
 from fgpu_ebpf.agent import startup
 from fgpu_ebpf.agent.detach import NAMES, take_away
 from fgpu_ebpf.agent.gatekeeper_process import GatekeeperProcess
-from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
-from fgpu_ebpf.agent.policy_reload import Policies
+from fgpu_ebpf.agent.parts import Parts, wire
 from fgpu_ebpf.agent.settings import Settings
 from fgpu_ebpf.agent.snapshot_builder import take_snapshot
 from fgpu_ebpf.check import Check
-from fgpu_ebpf.containers import cdi, run
-from fgpu_ebpf.driver import image, nvml
-from fgpu_ebpf.driver.probe_plan import ProbeError
+from fgpu_ebpf.containers import run
 from fgpu_ebpf.driver.start_checks import AgentError
-from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.linux import malloc, procfs, sd_notify
-from fgpu_ebpf.linux.capabilities import AGENT, keep_only
-from fgpu_ebpf.linux.file_locks import AGENT as LOCK
-from fgpu_ebpf.linux.file_locks import FileLock
 from fgpu_ebpf.linux.process_setup import raise_descriptor_limit, raise_priority
 from fgpu_ebpf.policy.yaml_document import Fault
 from fgpu_ebpf.snapshot import Snapshot
 from fgpu_ebpf.tenancy.event_log import EventLog
-from fgpu_ebpf.tenancy.pinned_levels import doubts
 from fgpu_ebpf.workloads.engine_labels import Engines, api_of
 
 log = logging.getLogger("fgpu.agent")
@@ -58,73 +50,56 @@ class Agent:
         self.history, self.lacks = EventLog(), dict[str, Check]()  # failed checks beside those of enforcement
         self.keeper = GatekeeperProcess(settings.run_dir, settings.pins)
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
-        self.reconciler: Reconciler | None = None
-        self._policies: Policies | None = None
+        self._parts: Parts | None = None
         self.marks: dict[str, float] = {}  # monotonic time at which each part of the start was done
         self._ended = self._reload_wanted = False
         self.failures = self.writes_refused = 0
         self.chores: list[Callable[[], object]] = []  # functions to call in every round
-        self.parts: cdi.Parts | None = None  # what containers are given; None: nothing
+
+    @property
+    def parts(self) -> Parts:
+        """The parts that start() has made."""
+        assert self._parts
+        return self._parts
 
     # -- start
 
     def start(self) -> None:
         """Take the lock, load, probe, and put known limits in force. AgentError: what is missing, and how to fix it."""
-        self.settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        self._lock()
+        settings = self.settings
+        settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._lock_file = startup.take_lock(settings.run_dir)
         raise_descriptor_limit()
-        try:
-            prepared = startup.prepare(self.settings, self.mark)
-            self.mark("loaded")
-            keep_only(AGENT)  # before there is a second thread
-            self.ledger = Ledger(self.settings.pins)
-            attached = startup.attach_probes(self.settings, prepared, self.ledger)
-            self.mark("attached")
-        except (nvml.DriverError, ProbeError, image.ProgramError) as error:
-            raise AgentError(str(error)) from error
-        self.nvml, self.discovery, self.shim = prepared.nvml, attached.discovery, attached.shim
-        self.lacks |= attached.lacks
-        self.keeper.start(attached.layout_changed)
-        self._wire(prepared, attached)
-        run.write_preload(self.settings.run_dir, self.shim)
+        attached = startup.attach(settings, self.mark)
+        driver = attached.driver
+        self.lacks |= driver.lacks
+        self.keeper.start(driver.layout_changed)
+        self._parts = wire(settings, attached, self.engines, self.history, self.lacks)
+        self.chores += self.parts.chores.steps
+        self.parts.take_over(attached.policies)
+        run.write_preload(settings.run_dir, driver.shim)
         self._follow()
-        self.parts = startup.set_up_containers(self.settings, self.shim, self.nvml.devices)
+        # What containers are given; None: nothing.
+        self.given = startup.set_up_containers(settings, driver.shim, driver.nvml.devices)
         self.mark("in force")
-
-    def _wire(self, prepared: startup.Prepared, attached: startup.Attached) -> None:
-        """Make the parts that manage tenants, and take over what the kernel has pinned."""
-        parts = startup.wire(self.settings, prepared, attached, self.ledger, self.engines, self.history, self.lacks)
-        self.enforcer, self.manager, self.reconciler = parts.enforcer, parts.manager, parts.reconciler
-        self.news, self._looks, self._adoption = parts.events, parts.looks, parts.adoption
-        self._policies, self._reasons = parts.policies, parts.reasons
-        self._unwitnessed, self.keepers = parts.unwitnessed, parts.keepers
-        self.shortfalls = parts.shortfalls
-        self.chores += parts.chores
-        startup.take_over(parts, prepared, self.ledger)
 
     def mark(self, part: str) -> None:
         """Note that a part of the start is done."""
         self.marks[part] = time.monotonic()
 
-    def _lock(self) -> None:
-        self._lock_file = FileLock(self.settings.run_dir / LOCK)
-        if not self._lock_file.take():
-            raise AgentError("an agent is running on this host already")
-
     def _follow(self) -> None:
         """Register everything that wakes the main loop: kernel events, the gatekeeper, NVML, policies and engines."""
-        assert self.reconciler
-        assert self._policies
-        fd = self.discovery.listen(self.settings.run_dir / "discover.sock")
+        parts, discovery = self.parts, self.parts.driver.discovery
+        fd = discovery.listen(self.settings.run_dir / "discover.sock")
         self.selector.register(fd, selectors.EVENT_READ, self._look_at_named)
-        self.selector.register(self.discovery, selectors.EVENT_READ, self.discovery.take)
-        self.selector.register(self.news, selectors.EVENT_READ, self.news.read)
-        self.selector.register(self.enforcer, selectors.EVENT_READ, self.enforcer.take_over_late)
-        self.selector.register(self.reconciler, selectors.EVENT_READ, self._look_at_holders)
-        self.selector.register(self._policies, selectors.EVENT_READ, self._policies.take)
+        self.selector.register(discovery, selectors.EVENT_READ, discovery.take)
+        self.selector.register(parts.events, selectors.EVENT_READ, parts.events.read)
+        self.selector.register(parts.enforcer, selectors.EVENT_READ, parts.enforcer.take_over_late)
+        self.selector.register(parts.reconciler, selectors.EVENT_READ, self._look_at_holders)
+        self.selector.register(parts.policies, selectors.EVENT_READ, parts.policies.take)
         self.selector.register(self.engines, selectors.EVENT_READ, self._look_at_answered)
-        self._policies.start()
-        self.reconciler.start(ROUND_SECONDS)
+        parts.policies.start()
+        parts.reconciler.start(ROUND_SECONDS)
 
     def wait_for_gatekeeper(self) -> None:
         """Wait until the gatekeeper answers. Raises AgentError: it did not start."""
@@ -139,11 +114,11 @@ class Agent:
 
     def reload(self) -> tuple[Fault, ...]:
         """Read the policies again. Returns the errors because of which the last good set stays in force."""
-        return self._policies.ask() if self._policies else ()
+        return self.parts.policies.ask()
 
     def lacks_policies(self) -> str:
         """Return why only pinned limits are enforced instead of policies; empty: policies are enforced."""
-        return self._policies.trouble if self._policies and self.manager.policies_unknown else ""
+        return self.parts.policies.trouble if self.parts.manager.policies_unknown else ""
 
     def reload_soon(self, *_: object) -> None:
         """Reload at the next tick. For SIGHUP, whose handler may run at any point."""
@@ -157,9 +132,9 @@ class Agent:
         """Run the main loop until end(): one tick per event, and a round every ROUND_SECONDS."""
         raise_priority()
         malloc.settle(AHEAD_BYTES)
-        watchdog = sd_notify.Watchdog()
+        watchdog, looks = sd_notify.Watchdog(), self.parts.looks
         while not self._ended:
-            for key, _ in self.selector.select(self._looks.wait(self._next_round - time.monotonic())):
+            for key, _ in self.selector.select(looks.wait(self._next_round - time.monotonic())):
                 self._do(key.data)
             watchdog.ping()
             if self._ended:
@@ -170,7 +145,7 @@ class Agent:
             now = time.monotonic()
             if now >= self._next_round:
                 self._round(now)
-            self._do(self._looks.go_on)
+            self._do(looks.go_on)
 
     def _round(self, now: float) -> None:
         """Do everything that no event triggers."""
@@ -179,10 +154,10 @@ class Agent:
             self._do(chore)
         if self.keeper.is_missed:
             self._next_round = now + HURRY_SECONDS
+        manager, discovery = self.parts.manager, self.parts.driver.discovery
         for part in (
-            self.manager.remove_not_entered, self.manager.gone.release_freed, self.manager.retry_refused,
-            self.ledger.owners.trim, self.discovery.reattach, self.discovery.keep, self.engines.keep,
-            self._ask_for_looks,
+            manager.remove_not_entered, manager.gone.release_freed, manager.retry_refused,
+            self.parts.ledger.owners.trim, discovery.reattach, discovery.keep, self.engines.keep, self._ask_for_looks,
         ):  # fmt: skip
             self._do(part)
 
@@ -198,29 +173,23 @@ class Agent:
 
     def _ask_for_looks(self) -> None:
         """Ask for looks at cgroups whose events were lost, and keep the periodic looks going."""
-        for path in self.news.lost():
-            self._looks.ask(path)
-        self._looks.keep()
+        for path in self.parts.events.lost():
+            self.parts.looks.ask(path)
+        self.parts.looks.keep()
 
     def _look_at_holders(self) -> None:
         """Probe the libraries of processes that NVML lists: they may map a private copy of libcuda."""
-        assert self.reconciler
-        self.reconciler.hush()
-        truth = self._truth()
-        self.discovery.look_at_holders(truth.pids(), truth.drift, truth.processes)
-        self._adoption.look()
+        parts = self.parts
+        parts.reconciler.hush()
+        truth = parts.reconciler.truth
+        parts.driver.discovery.look_at_holders(truth.pids(), truth.drift, truth.processes)
+        parts.chores.adoption.look()
 
     def look(self) -> Snapshot:
         """Take a Snapshot now, and return it."""
-        found = take_snapshot(
-            self.ledger, self.enforcer, self.nvml.devices, self._truth(), self.settings.run_dir, self._policies,
-            self.discovery, self._reasons, self.manager.gone, self._unwitnessed, self.keepers,
-            self.shortfalls.found,
-        )  # fmt: skip
         self.snapshot = replace(
-            found, writes_refused=self.writes_refused, failures=self.failures, engines=self.engines.views(),
-            incomplete=doubts(self._policies.trouble if self._policies else "", self.enforcer),
-            libraries=self.discovery.libraries(self.enforcer.name_at), trusted=self.settings.trusted_drivers,
+            take_snapshot(self.parts, self.settings.run_dir), writes_refused=self.writes_refused,
+            failures=self.failures, engines=self.engines.views(), trusted=self.settings.trusted_drivers,
             lacks={name: (check.found, check.mend) for name, check in self.lacks.items()},
         )  # fmt: skip
         self._taken = time.monotonic()
@@ -230,29 +199,28 @@ class Agent:
         """Return the last Snapshot, or a new one if that is older than SNAPSHOT_SECONDS."""
         return self.snapshot if time.monotonic() - self._taken < SNAPSHOT_SECONDS else self.look()
 
-    def _truth(self) -> Truth:
-        return self.reconciler.truth if self.reconciler else Truth()
-
     def stop(self) -> None:
         """Stop everything that this agent has started, however far it came. Limits stay in force."""
-        for part in (self._policies, self.engines, self.reconciler, self.keeper):
+        policies, reconciler = (self._parts.policies, self._parts.reconciler) if self._parts else (None, None)
+        for part in (policies, self.engines, reconciler, self.keeper):
             if part:
                 self._do(part.stop)
 
     def _look_at_answered(self) -> None:
         """Consider cgroups again whose labels an engine has told: another policy may match, or their labels count."""
-        self.manager.consider(self.engines.take())
+        self.parts.manager.consider(self.engines.take())
 
     def _look_at_named(self) -> None:
         """Probe the files of processes that the gatekeeper named, and decide about their cgroups."""
-        for pids in self.discovery.named():
+        manager, discovery = self.parts.manager, self.parts.driver.discovery
+        for pids in discovery.named():
             for pid in pids:
-                self.discovery.look_at(pid)
+                discovery.look_at(pid)
             paths = {path for pid in pids if (path := procfs.cgroup_path(pid)) is not None}
             # The cgroups may be newer than the kernel's events that were read so far.
-            lacking = self.manager.consider({above for path in paths for above in procfs.and_above(path)})
+            lacking = manager.consider({above for path in paths for above in procfs.and_above(path)})
             for path in paths:
-                self.enforcer.answer(path, lacking)
+                manager.enforcer.answer(path, lacking)
 
     def detach(self) -> None:
         """Remove everything from the host, and end run()."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -15,11 +16,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fgpu_ebpf import abi
 from fgpu_ebpf.check import Check
 from fgpu_ebpf.linux import file_locks, malloc
+from fgpu_ebpf.snapshot import SlicesView
 
 log = logging.getLogger("fgpu.agent")
 UP_SECONDS = 5.0
@@ -29,6 +33,7 @@ ABSENT = Check(
     "gatekeeper", False, "not running: new programs are refused memory",
     "the agent starts another within a second, or systemctl restart fgpu-gatekeeper",
 )  # fmt: skip
+NS = 1e9
 OWN_SECONDS, OTHERS_SECONDS = 0.5, 1.0  # time without a gatekeeper until the agent starts one: its own, a service's
 
 
@@ -151,6 +156,28 @@ def is_up(run_dir: Path) -> bool:
     """Return True if a gatekeeper holds its lock and its socket; `check` finds out whether it answers."""
     # Strings: see is_locked.
     return file_locks.is_locked(f"{run_dir}/{file_locks.GATEKEEPER}") and os.path.exists(f"{run_dir}/shim/shim.sock")
+
+
+def counts(run_dir: Path) -> dict[str, Any]:
+    """Return what the gatekeeper has counted; empty: it has written nothing that can be read."""
+    try:
+        with open(f"{run_dir}/gatekeeper.json", encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def slices(counted: Mapping[str, Any], device: int) -> SlicesView | None:
+    """Return the turns on a device, of the result of counts()."""
+    try:
+        slices = counted["slices"]
+        of_device = slices["devices"][str(device)]
+        bounds = tuple(ns / NS for ns in slices["bounds_ns"])
+        drains = tuple(of_device["drains"])
+        return SlicesView(of_device["switches"], of_device["overruns"], of_device["drain_ns"] / NS, bounds, drains)
+    except (KeyError, TypeError):
+        return None
 
 
 def end_any(run_dir: Path) -> None:

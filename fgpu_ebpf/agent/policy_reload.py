@@ -19,6 +19,7 @@ from fgpu_ebpf.policy.folder import PolicyFolder, Reading
 from fgpu_ebpf.policy.rules import PolicySet
 from fgpu_ebpf.policy.watch import PolicyWatch
 from fgpu_ebpf.policy.yaml_document import Fault
+from fgpu_ebpf.snapshot import PoliciesView
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.manager import Manager
 
@@ -67,10 +68,10 @@ class Policies:
         self.loaded_seconds = 0.0
         self.faults: tuple[Fault, ...] = ()
 
-    @property
-    def count(self) -> int:
-        """The number of policies in force."""
-        return len(self._manager.policies.policies)
+    def view(self) -> PoliciesView:
+        """Return the last reading, as in a Snapshot, with the number of policies in force."""
+        faults, count = tuple(str(fault) for fault in self.faults), len(self._manager.policies.policies)
+        return PoliciesView(self.good, self.loaded_seconds, count, faults, self.unsaved)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after a change."""

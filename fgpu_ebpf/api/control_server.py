@@ -130,13 +130,12 @@ class ControlServer:
 
     def _offers(self) -> dict[str, Any]:
         """Return this host's profiles and devices, for a device plugin."""
-        agent = self._agent
-        assert agent.reconciler
+        agent, parts = self._agent, self._agent.parts
         offers = Offers(
-            agent.settings.profiles, agent.nvml.devices, agent.enforcer, agent.reconciler.truth,
-            agent.discovery.unenforced(),
+            agent.settings.profiles, parts.driver.nvml.devices, parts.enforcer, parts.reconciler.truth,
+            parts.driver.discovery.unenforced(),
         )  # fmt: skip
-        return offers.view(agent.manager.overrides, cdi.mounts(agent.parts) if agent.parts else ())
+        return offers.view(parts.manager.overrides, cdi.mounts(agent.given) if agent.given else ())
 
     def _may_write(self, peer: socket.socket) -> bool:
         pid, uid = _pid(peer), struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
@@ -151,7 +150,7 @@ class ControlServer:
     def _put(self, request: dict[str, Any]) -> dict[str, Any]:
         path = self._find(request)
         asked = _limits(request) | self._devices(request)
-        tenant = self._agent.manager.set(path, asked)
+        tenant = self._agent.parts.manager.set(path, asked)
         said = [f"memory {request['memory']}"] if asked.get("memory_millionths") else []
         said += [f"{name} {asked[field]}" for name, field in _COMPUTE_FIELDS.items() if field in asked]
         bytes_ = asked.get("memory_bytes") or 0
@@ -159,20 +158,20 @@ class ControlServer:
         return {"tenant": tenant.name, "path": tenant.path, **asked}
 
     def _find(self, request: dict[str, Any]) -> str:
-        return targets.find(_text(request, "target"), self._agent.enforcer, self._agent.manager.workloads)
+        return targets.find(_text(request, "target"), self._agent.parts.enforcer, self._agent.parts.manager.workloads)
 
     def _explain(self, request: dict[str, Any]) -> dict[str, Any]:
-        agent = self._agent
-        found, path = agent.discovery, self._find(request)
-        tenants = agent.fresh().tenants
+        parts, path = self._agent.parts, self._find(request)
+        found = parts.driver.discovery
+        tenants = self._agent.fresh().tenants
         orphans = [snapshot.plain(orphan) for tenant in tenants if tenant.path == path for orphan in tenant.orphans]
         enforced = {tenant.cgroup: tenant.enforcement for tenant in tenants}
-        around = found.reasons(), found.standalone(), orphans, found.is_shim, enforced, agent.shortfalls.found
-        return explain.explain(path, agent.manager, agent.ledger, found.unenforced(), *around)
+        around = found.reasons(), found.standalone(), orphans, found.is_shim, enforced, parts.chores.shortfalls.found
+        return explain.explain(path, parts.manager, parts.ledger, found.unenforced(), *around)
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
         path = self._find(request)
-        if not self._agent.manager.unset(path):
+        if not self._agent.parts.manager.unset(path):
             raise TargetError(f"no limit was set by hand on {path}")
         self._agent.history.add("unset", text=path)
         return {"path": path}
@@ -180,13 +179,12 @@ class ControlServer:
     def _clear(self, request: dict[str, Any]) -> dict[str, Any]:
         """Offer a device again after its repair, whatever XID it has reported."""
         agent, device = self._agent, self._device(_text(request, "device"))
-        if agent.reconciler:
-            agent.reconciler.repaired(device.index)
+        agent.parts.reconciler.repaired(device.index)
         agent.history.add("device cleared", gpu=device.index, text=device.uuid_text)
         return {"device": device.index}
 
     def _device(self, name: str) -> Device:
-        device = next((d for d in self._agent.nvml.devices if name in (str(d.index), d.uuid_text)), None)
+        device = next((d for d in self._agent.parts.driver.nvml.devices if name in (str(d.index), d.uuid_text)), None)
         if device is None:
             raise TargetError(f"no device {name}: fgpu status --json lists each index and uuid")
         return device
@@ -202,18 +200,20 @@ class ControlServer:
     def _share(self, request: dict[str, Any]) -> dict[str, Any]:
         """Give a container its share. An engine's hook asks for it, before the container's program runs."""
         share = share_name.parse(_text(request, "share"))
-        path = targets.starting(request.get("pid"), request["peer"], self._agent.manager.workloads)
-        tenant = self._agent.manager.share(path, share)
+        path = targets.starting(request.get("pid"), request["peer"], self._agent.parts.manager.workloads)
+        tenant = self._agent.parts.manager.share(path, share)
         self._agent.history.add("share", tenant=tenant.name, text=share.text)
         return {"tenant": tenant.name, "path": tenant.path}
 
     def _run(self, request: dict[str, Any]) -> dict[str, Any]:
-        tenant = self._agent.manager.run(_limits(request) | self._devices(request), str(request.get("name") or ""))
+        tenant = self._agent.parts.manager.run(
+            _limits(request) | self._devices(request), str(request.get("name") or "")
+        )
         return {
             "tenant": tenant.name,
-            "folder": self._agent.manager.workloads.folder(tenant.path),
+            "folder": self._agent.parts.manager.workloads.folder(tenant.path),
             "preload": str(self._agent.settings.run_dir / "ld.so.preload"),
-            "shim": str(self._agent.shim),
+            "shim": str(self._agent.parts.driver.shim),
         }
 
 

@@ -7,23 +7,13 @@ finding or failure, 2 wrong usage.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-RUN_DIR = Path("/run/fgpu")
-
-
-def _run_dir() -> Path:
-    folder: Path = click.get_current_context().find_root().params.get("run_dir", RUN_DIR)
-    return folder
-
-
-def _fail(text: str) -> None:
-    click.echo(f"fgpu: {text}", err=True)
-    sys.exit(1)
+from fgpu_ebpf import control_client
+from fgpu_ebpf.cli.request import fail, run_dir
 
 
 @click.group("cdi")
@@ -35,15 +25,14 @@ def cdi_group() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON list.")
 def list_devices(as_json: bool) -> None:
     """List the devices that engines find on this host now."""
-    from fgpu_ebpf import control_client
     from fgpu_ebpf.containers import injection
 
-    found = [_device(spec, device) for spec in injection.written(_run_dir()) for device in spec["devices"]]
+    found = [_device(spec, device) for spec in injection.written(run_dir()) for device in spec["devices"]]
     if as_json:
         click.echo(json.dumps(found))
         return
     if not found:
-        _fail(f"no agent has written a specification: start the agent with `{control_client.agent_command()}`")
+        fail(f"no agent has written a specification: start the agent with `{control_client.agent_command()}`", 1)
     for device in found:
         click.echo(f"{device['name']:<32} {device['gives']}")
 
@@ -73,20 +62,18 @@ def generate(names: tuple[str, ...], output: Path | None) -> None:
 
     host, faults = host_config.read()
     if host is None:
-        return _fail("\n".join(map(str, faults)))
+        fail("\n".join(map(str, faults)), 1)
     try:
-        of = injection.parts(_run_dir(), shim_store.stable_path(), injection.BIN / injection.HELPER)
+        of = injection.parts(run_dir(), shim_store.stable_path(), injection.BIN / injection.HELPER)
         spec = cdi.share_spec(of, names or host.shares)
         if output is None:
             click.echo(cdi.text(spec), nl=False)
         else:
             cdi.write(output, spec)
     except QuantityError as error:
-        click.echo(f"fgpu: {error}", err=True)
-        sys.exit(2)
+        fail(str(error), 2)
     except OSError as error:
-        _fail(f"{output}: {error.strerror}")
-    return None
+        fail(f"{output}: {error.strerror}", 1)
 
 
 @click.command()
@@ -113,9 +100,9 @@ def setup(engine: str, is_undo: bool, file: Path | None) -> None:
             helper = injection.publish_helper(package_file("oci", injection.HELPER))
             changed = engine_setup.set_up(found, helper, state)
     except (SetupError, AgentError) as error:
-        return _fail(f"{error}: nothing was changed")
+        fail(f"{error}: nothing was changed", 1)
     except OSError as error:
-        return _fail(f"{error.filename or found.file}: {error.strerror}: nothing was changed")
+        fail(f"{error.filename or found.file}: {error.strerror}: nothing was changed", 1)
     done = "restored" if is_undo else "set up"
     click.echo(f"{found.file}: {done}" if changed else f"{found.file}: nothing to do")
     reload = found.reload_undone if is_undo else found.reload
@@ -123,7 +110,9 @@ def setup(engine: str, is_undo: bool, file: Path | None) -> None:
         click.echo(f"takes effect after: {reload}")
     if changed and is_undo and engine == "docker":
         click.echo("containers created since the set-up name the runtime fgpu: create them again")
-    for check in () if is_undo else selinux.checks(_run_dir()):
+    for check in () if is_undo else selinux.checks(run_dir()):
         if not check.ok:
             click.echo(f"SELinux: {check.found}: {check.mend}")
-    return None
+
+
+COMMANDS = (cdi_group, setup)

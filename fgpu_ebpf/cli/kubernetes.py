@@ -6,13 +6,13 @@ host's settings are read by the agent, not here. Exit codes: 0 ended by a signal
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
+from fgpu_ebpf.cli.request import fail, run_dir
+
 FOLDER = Path("/var/lib/kubelet/device-plugins")
-RUN_DIR = Path("/run/fgpu")
 _WAYS = ["cdi-cri", "cdi-annotations", "mounts"]
 _GPUS = ["auto", "cdi", "envvar", "none"]
 
@@ -36,10 +36,8 @@ def device_plugin(
     from fgpu_ebpf.linux import logs
 
     logs.configure(logs.Format(log_format) if log_format else None)
-    run_dir: Path = click.get_current_context().find_root().params.get("run_dir", RUN_DIR)
     way = Way(Strategy(device_list_strategy), Gpus(gpu_strategy), folders or CDI_FOLDERS)
     try:
-        device_plugin.serve(device_plugin.Options(run_dir, kubelet_dir, way))
+        device_plugin.serve(device_plugin.Options(run_dir(), kubelet_dir, way))
     except device_plugin.PluginError as error:
-        click.echo(f"fgpu: {error}", err=True)
-        sys.exit(1)
+        fail(str(error), 1)

@@ -13,18 +13,24 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.linux import procfs
 from fgpu_ebpf.policy.rules import Decision, Device, PolicySet
 from fgpu_ebpf.policy.share_name import Share, parse
 from fgpu_ebpf.tenancy.enforcer import Enforcer, RoomError
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.gone_tenants import GoneTenants
+from fgpu_ebpf.tenancy.level_capacity import LevelCapacity
 from fgpu_ebpf.tenancy.overrides import Override, Overrides
+from fgpu_ebpf.tenancy.preexisting import PreexistingProcesses
 from fgpu_ebpf.tenancy.report_refused_levels import LevelRefusals
 from fgpu_ebpf.tenancy.tenant import Source, Tenant, requests, tenant_of
-from fgpu_ebpf.workloads.cgroups import TargetError, Workloads, is_of_run
+from fgpu_ebpf.tenancy.tenant_names import FILE as NAMES
+from fgpu_ebpf.workloads.cgroups import Namer, TargetError, Workloads, is_of_run
 from fgpu_ebpf.workloads.workload import Workload
 
 log = logging.getLogger("fgpu.agent")
@@ -56,6 +62,22 @@ class Manager:
         self.gone = gone
         enforcer.commitments.held_elsewhere = gone.held_bytes
         self._awaited: dict[str, float] = {}  # cgroups of `fgpu run` without a process, until when
+
+    @classmethod
+    def of_host(
+        cls, run_dir: Path, ledger: Ledger, namer: Namer, history: EventLog, devices: Sequence[Device],
+        preexisting: PreexistingProcesses, bounds: Bounds, overcommit: bool,
+    ) -> Manager:  # fmt: skip
+        """Return the manager of this host's cgroups, with the enforcer and the files in the run folder."""
+        root = procfs.cgroup2_root()
+        assert root  # checked by host_checks()
+        workloads = Workloads(root, namer)
+        overrides = Overrides(run_dir / "overrides.json")
+        capacity = LevelCapacity(root, bounds, ledger.owners, ledger.levels_taken)
+        enforcer = Enforcer(ledger, workloads, devices, overcommit, preexisting, capacity)
+        enforcer.answered.forget_earlier()
+        enforcer.names.keep_in(run_dir / NAMES, workloads.cgroup)
+        return cls(workloads, enforcer, overrides, devices, history, GoneTenants(ledger, enforcer.names))
 
     # -- deciding
 

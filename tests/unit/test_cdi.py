@@ -301,9 +301,9 @@ def test_generate(tmp_path):
 
 
 def test_list_says_what_is_there(parts, tmp_path, monkeypatch):
-    from fgpu_ebpf.cli import containers
+    from fgpu_ebpf.cli import request
 
-    monkeypatch.setattr(containers, "RUN_DIR", parts.run_dir)
+    monkeypatch.setattr(request, "RUN_DIR", parts.run_dir)
     assert fgpu("list")[0] == 1
     injection.set_up(parts, tmp_path / "cdi", ["8gib-50pct", "all-25pct"])
     assert fgpu("list") == (

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fgpu_ebpf"
 LINTER = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+NAMES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in MODULES}
+MOST_IMPORTS = 20
 
 
 def name_of(path: Path) -> str:
@@ -53,6 +55,40 @@ def test_an_import_against_the_direction_is_reported(module: str, line: str, con
     done = linted(tmp_path)
     assert done.returncode != 0
     assert re.search(rf"^{contract}.* BROKEN$", done.stdout, re.MULTILINE), done.stdout
+
+
+def imported(source: str) -> set[str]:
+    """Return the modules of the package that this source imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module
+            assert not node.level, "a relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in NAMES else node.module for name in inner}
+    return found & NAMES
+
+
+def test_no_module_imports_many_others() -> None:
+    counts = {name_of(path): len(imported(path.read_text())) for path in MODULES}
+    assert {name: count for name, count in counts.items() if count > MOST_IMPORTS} == {}
+
+
+def test_each_module_counts_once() -> None:
+    source = """
+import fgpu_ebpf, os
+from fgpu_ebpf import abi, __version__
+from fgpu_ebpf.linux import bpf, procfs
+from fgpu_ebpf.linux.procfs import ended
+
+def lazy():
+    import fgpu_ebpf.cli.main
+    from fgpu_ebpf.linux import bpf, elf
+"""
+    named = {"abi", "linux.bpf", "linux.procfs", "linux.elf", "cli.main"}
+    assert imported(source) == {"fgpu_ebpf", *(f"fgpu_ebpf.{name}" for name in named)}
 
 
 def test_only_packages_have_folders() -> None:

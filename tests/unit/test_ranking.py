@@ -6,7 +6,7 @@ import pytest
 
 from fgpu_ebpf.api import ranking
 from fgpu_ebpf.api.ranking import BY_KEY, BY_WORD, Order
-from fgpu_ebpf.cli import main as cli
+from fgpu_ebpf.cli import views
 from tests.unit import top_kit as kit
 
 
@@ -78,7 +78,7 @@ def test_the_same_column_again_is_the_other_way_round() -> None:
 
 
 def test_each_column_has_a_word_and_a_key_of_its_own() -> None:
-    assert tuple(BY_WORD) == cli.SORTS
+    assert tuple(BY_WORD) == views.SORTS
     assert {key: column.word for key, column in BY_KEY.items()} == {word[0]: word for word in BY_WORD} | {"m": "used"}
     assert len(set(BY_KEY)) == len(BY_WORD) + 1
     assert not set(BY_KEY) & set("qjk/ ")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from fgpu_ebpf.abi import Seen
 from fgpu_ebpf.agent import snapshot_builder
+from fgpu_ebpf.agent.bypasses import Bypasses
 from fgpu_ebpf.agent.nvml_reconcile import Truth
 from fgpu_ebpf.agent.turn_audit import Verdict
 from fgpu_ebpf.driver.bypass_reason import Reasons
@@ -40,34 +42,30 @@ def test_drift_is_of_all_or_of_nobody(own: list[int], answered: dict[int, float]
     [(0, 5, "unwitnessed"), (Seen.CALL, 5, "no_shim"), (Seen.CALL, 0, ""), (Seen.SHIM | Seen.CALL, 5, "")],
 )
 def test_who_goes_around_the_shim_is_alive(flags: int, bytes_: int, how: str) -> None:
-    look = SimpleNamespace(
-        unprobed=set(), standalone=set(), truth=Truth(), enforcer=SimpleNamespace(preexisting=()),
-        devices=[SimpleNamespace(index=0)], unwitnessed={},
-    )  # fmt: skip
+    known = Bypasses((), (), (), (), Verdict(), Reasons())
     process = SimpleNamespace(flags=flags, bytes=(bytes_,))
     ended = subprocess.Popen(["true"])
     ended.wait()
-    assert snapshot_builder._how(look, os.getpid(), process) == how  # type: ignore[arg-type]
-    assert snapshot_builder._how(look, ended.pid, process) == ""  # type: ignore[arg-type]
-    look.truth = Truth(turns=Verdict(outside=frozenset({os.getpid()})))
-    assert snapshot_builder._how(look, os.getpid(), process) == (how or "outside_turns")  # type: ignore[arg-type]
-    look.truth = Truth(turns=Verdict(empty=frozenset({os.getpid()})))
-    assert snapshot_builder._how(look, os.getpid(), process) == (how or "empty_turns")  # type: ignore[arg-type]
-    look.truth, look.unwitnessed = Truth(), {(os.getpid(), 0): 1}
-    assert snapshot_builder._how(look, os.getpid(), process) == (how or "unwitnessed")  # type: ignore[arg-type]
-    look.standalone, look.unwitnessed = {os.getpid()}, {}
-    assert snapshot_builder._how(look, os.getpid(), process) == (
-        "standalone" if bytes_ and not flags & Seen.SHIM else how
-    )  # type: ignore[arg-type]
-    look.enforcer.preexisting = (os.getpid(), ended.pid)
-    assert snapshot_builder._how(look, os.getpid(), process) == ("older" if bytes_ else "")  # type: ignore[arg-type]
-    assert snapshot_builder._how(look, ended.pid, process) == ""  # type: ignore[arg-type]
+    me = os.getpid()
+    assert known.how(me, process) == how  # type: ignore[arg-type]
+    assert known.how(ended.pid, process) == ""  # type: ignore[arg-type]
+    outside = replace(known, turns=Verdict(outside=frozenset({me})))
+    assert outside.how(me, process) == (how or "outside_turns")  # type: ignore[arg-type]
+    empty = replace(known, turns=Verdict(empty=frozenset({me})))
+    assert empty.how(me, process) == (how or "empty_turns")  # type: ignore[arg-type]
+    unwitnessed = replace(known, unwitnessed={me})
+    assert unwitnessed.how(me, process) == (how or "unwitnessed")  # type: ignore[arg-type]
+    standalone = replace(known, standalone={me})
+    assert standalone.how(me, process) == ("standalone" if bytes_ and not flags & Seen.SHIM else how)  # type: ignore[arg-type]
+    older = replace(standalone, preexisting=(me, ended.pid))
+    assert older.how(me, process) == ("older" if bytes_ else "")  # type: ignore[arg-type]
+    assert older.how(ended.pid, process) == ""  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("how", "flags", "told"), [("no_admission", 0, True), ("no_admission", Seen.SHIM, False), ("older", 0, False)]
 )
 def test_why_is_told_of_those_without_a_shim(how: str, flags: int, told: bool) -> None:
-    process, look = SimpleNamespace(flags=flags, generation=1), SimpleNamespace(reasons=Reasons())
-    assert bool(snapshot_builder._why(look, os.getpid(), process, how)) == told  # type: ignore[arg-type]
-    assert snapshot_builder._why(look, 1 << 22, process, how) == "", "it is gone"  # type: ignore[arg-type]
+    process, known = SimpleNamespace(flags=flags, generation=1), Bypasses((), (), (), (), Verdict(), Reasons())
+    assert bool(known.why(os.getpid(), process, how)) == told  # type: ignore[arg-type]
+    assert known.why(1 << 22, process, how) == "", "it is gone"  # type: ignore[arg-type]

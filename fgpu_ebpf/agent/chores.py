@@ -1,0 +1,61 @@
+"""Everything that the agent does once in every round, apart from the upkeep of its own parts.
+
+Made at the agent's start; the steps run in its main loop. Most of them add what is new to the event log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+
+from fgpu_ebpf.agent.bypass_killer import BypassKiller
+from fgpu_ebpf.agent.late_devices import LateDevices
+from fgpu_ebpf.agent.nvml_reconcile import Reconciler, Truth
+from fgpu_ebpf.agent.reporters import AdoptionReports, OrphanReports, OverrunReports, XidReports
+from fgpu_ebpf.agent.shortfalls import Shortfalls
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.driver.descriptor_holders import Keepers
+from fgpu_ebpf.driver.host_driver import HostDriver
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.ledger.unwitnessed_memory import Unwitnessed
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.manager import Manager
+
+
+@dataclass(frozen=True, slots=True)
+class Chores:
+    """The steps of a round, in their order, and those parts of them that others use too."""
+
+    steps: tuple[Callable[[], object], ...]
+    adoption: AdoptionReports
+    shortfalls: Shortfalls
+    unwitnessed: Unwitnessed
+    keepers: Keepers
+
+
+def make_chores(
+    driver: HostDriver, ledger: Ledger, manager: Manager, reconciler: Reconciler, history: EventLog,
+    lacks: MutableMapping[str, Check],
+) -> Chores:  # fmt: skip
+    """Make the chores. `lacks`: the agent's failed checks, which some of them change."""
+
+    def truth() -> Truth:
+        return reconciler.truth
+
+    enforcer, turns = manager.enforcer, ledger.times.turns
+    unwitnessed, keepers = Unwitnessed(driver.contexts), Keepers()
+    adoption = AdoptionReports(truth, ledger, enforcer, history, unwitnessed)
+    late = LateDevices(driver.nvml, ledger, manager, reconciler, history, driver.contexts, lacks)
+    shortfalls = Shortfalls(turns, enforcer.name_of, history)
+    steps = (
+        manager.overrides.write_again,
+        adoption.look,
+        OverrunReports(turns, enforcer.name_of, history).look,
+        shortfalls.look,
+        XidReports(truth, history).look,
+        OrphanReports(truth, manager, keepers, history).look,
+        BypassKiller(truth, ledger, enforcer, unwitnessed, history).look,
+        late.look,
+        lambda: driver.xids.keep(truth().xids, driver.nvml.devices),
+    )
+    return Chores(steps, adoption, shortfalls, unwitnessed, keepers)

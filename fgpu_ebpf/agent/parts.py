@@ -1,0 +1,81 @@
+"""The parts of a running agent, and which of them calls which.
+
+Made once, at the agent's start. Everything here is used in the agent's main loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from fgpu_ebpf.agent.cgroup_looks import HostLook
+from fgpu_ebpf.agent.chores import Chores, make_chores
+from fgpu_ebpf.agent.kernel_events import KernelEvents
+from fgpu_ebpf.agent.nvml_reconcile import Reconciler
+from fgpu_ebpf.agent.policy_reload import Policies, Start
+from fgpu_ebpf.agent.reporters import StaleMountReports
+from fgpu_ebpf.agent.settings import Settings
+from fgpu_ebpf.agent.sliced_looks import Looks
+from fgpu_ebpf.agent.startup import Attached
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.containers.injection import Lists
+from fgpu_ebpf.driver.host_driver import HostDriver
+from fgpu_ebpf.ledger.ledger import Ledger
+from fgpu_ebpf.tenancy.enforcer import Enforcer
+from fgpu_ebpf.tenancy.event_log import EventLog
+from fgpu_ebpf.tenancy.manager import Manager
+from fgpu_ebpf.tenancy.pinned_levels import take_up
+from fgpu_ebpf.workloads.engine_labels import Engines
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts. `look`: the steps of looks at cgroups; `looks`: the looks that are wanted and under way."""
+
+    driver: HostDriver
+    ledger: Ledger
+    manager: Manager
+    policies: Policies
+    reconciler: Reconciler
+    events: KernelEvents
+    look: HostLook
+    looks: Looks
+    chores: Chores
+
+    @property
+    def enforcer(self) -> Enforcer:
+        """The tenants, and what is in force for them."""
+        return self.manager.enforcer
+
+    def take_over(self, policies: Start) -> None:
+        """Bring the kernel's levels, the policies and the overrides together, and look at each tenant once."""
+        self.policies.begin(policies)
+        take_up(self.ledger, self.manager, self.manager.gone)
+        self.ledger.times.tell()
+        for _ in self.look.tenants():
+            pass
+
+
+def wire(
+    settings: Settings, attached: Attached, engines: Engines, history: EventLog, lacks: MutableMapping[str, Check]
+) -> Parts:
+    """Make the parts, and give each the parts that it calls. Nothing is started.
+
+    Args:
+        lacks: the agent's failed checks, which some parts change.
+    """
+    driver, ledger, discovery = attached.driver, attached.ledger, attached.driver.discovery
+    devices, older = driver.nvml.devices, attached.preexisting
+    manager = Manager.of_host(
+        settings.run_dir, ledger, engines, history, devices, older, settings.bounds, settings.overcommit
+    )
+    tally = driver.xids.tally(settings.ignored_xids, devices)
+    reconciler = Reconciler(driver.nvml, ledger, manager.enforcer.levels, tally, older if driver.layout_changed else ())
+    orphaned = reconciler.orphaned
+    events = KernelEvents(ledger, manager, history, orphaned, lambda: reconciler.truth.held, discovery.look_into)
+    stale_mounts = StaleMountReports(manager.workloads.pids, history, lacks)
+    look = HostLook(manager, events, engines, discovery, orphaned, stale_mounts, Lists(settings.run_dir))
+    return Parts(
+        driver, ledger, manager, Policies(settings.policy_folder, manager, history), reconciler, events, look,
+        Looks(look.steps), make_chores(driver, ledger, manager, reconciler, history, lacks),
+    )  # fmt: skip

@@ -1,0 +1,40 @@
+"""Shared by the commands: the run folder, requests to the agent, and the end with an error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from fgpu_ebpf import control_client
+
+RUN_DIR = Path("/run/fgpu")
+
+
+def run_dir() -> Path:
+    """Return the folder of the agent's sockets, as the option of `fgpu` says. For the command's main thread."""
+    folder: Path = click.get_current_context().find_root().params.get("run_dir", RUN_DIR)
+    return folder
+
+
+def fail(text: str, code: int) -> NoReturn:
+    """Print an error and exit."""
+    click.echo(f"fgpu: {text}", err=True)
+    sys.exit(code)
+
+
+def no_answer(error: ConnectionError) -> str:
+    """Return why the agent does not answer, and the fix."""
+    return f"{error}: {error.fix}" if isinstance(error, control_client.NoAnswerError) else str(error)
+
+
+def call(request: dict[str, Any]) -> Any:
+    """Return the agent's answer. Exits: 3, no agent; the code of the answer if it refuses."""
+    try:
+        return control_client.call(run_dir(), request)
+    except ConnectionError as error:
+        fail(no_answer(error), 3)
+    except control_client.RequestError as error:
+        fail(str(error), error.code)

@@ -1,0 +1,114 @@
+"""`fgpu agent`, `load`, `doctor`, `detach` and `reload`: the service on this host.
+
+Runs in the process of the command. Exit codes: 0 done, 1 a finding or failure, 2 wrong usage, 3 no agent.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fgpu_ebpf import control_client
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
+
+
+@click.command()
+@click.option("--driver-root", type=click.Path(path_type=Path), help="Root of the NVIDIA driver's libraries: /.")
+@click.option("--shim", type=click.Path(path_type=Path), help="The shim's file, if not the package's.")
+@click.option("--listen", help="Address of the status page (/) and /metrics: 127.0.0.1:9423.")
+@click.option("--loader", help="The Python interpreter that can import BCC: /usr/bin/python3 -I.")
+@click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
+@click.option("--policies", type=click.Path(path_type=Path), help="The folder of policies: /etc/fgpu/policy.d.")
+@click.option("--pins", type=click.Path(path_type=Path), hidden=True)
+@click.option("--store", type=click.Path(path_type=Path), hidden=True)
+@click.option("--skip-check", "skipped", multiple=True, hidden=True)
+@click.option("--log-format", type=click.Choice(["text", "json", "journal"]), help="text, or journal under systemd.")
+def agent(log_format: str | None, **options: Any) -> None:
+    """Run the agent: enforce limits on this host. Starts the loader and the gatekeeper."""
+
+    from fgpu_ebpf import daemon
+    from fgpu_ebpf.agent.settings import Options
+    from fgpu_ebpf.driver.start_checks import AgentError
+    from fgpu_ebpf.linux import logs
+
+    logs.configure(logs.Format(log_format) if log_format else None)
+    try:
+        daemon.serve(Options(run_dir(), **{name: value for name, value in options.items() if value}))
+    except AgentError as error:
+        fail(str(error), 1)
+
+
+@click.command()
+@click.option("--loader", help="The Python interpreter that can import BCC: /usr/bin/python3 -I.")
+@click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
+def load(**options: Any) -> None:
+    """Compile and pin the BPF programs, and exit. An agent does this at its start if they are not pinned."""
+    from fgpu_ebpf import daemon
+    from fgpu_ebpf.agent.settings import Options
+    from fgpu_ebpf.driver.image import ProgramError
+    from fgpu_ebpf.driver.start_checks import AgentError
+
+    try:
+        click.echo(daemon.load(Options(run_dir(), **{name: value for name, value in options.items() if value})))
+    except (AgentError, ProgramError, OSError) as error:
+        fail(str(error), 1)
+
+
+@click.command()
+@click.option("--driver-root", type=click.Path(path_type=Path), help="Default: that of the agent or of the settings.")
+@click.option("--loader", help="Default: that of the agent or of the settings.")
+@click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+def doctor(as_json: bool, **options: Any) -> None:
+    """Check this host: what is missing, and how to fix it."""
+    from fgpu_ebpf import doctor as host
+    from fgpu_ebpf.agent.settings import Options
+
+    checks = host.checks(Options(run_dir(), **{name: value for name, value in options.items() if value}))
+    if as_json:
+        click.echo(json.dumps([{"name": c.name, "ok": c.ok, "found": c.found, "mend": c.mend} for c in checks]))
+    else:
+        for check in checks:
+            click.echo(_check_line(check))
+    sys.exit(0 if all(c.ok for c in checks) else 1)
+
+
+def _check_line(check: Check) -> str:
+    if check.ok:
+        return f"ok    {check.name}: {check.found}"
+    return f"FAIL  {check.name}: {check.found}\n      fix: {check.mend}"
+
+
+@click.command()
+def detach() -> None:
+    """Open all gates, remove all limits, probes and set-up files, and stop the agent."""
+    from fgpu_ebpf.workloads import cgroups
+
+    try:
+        control_client.call(run_dir(), {"verb": "detach"})
+    except ConnectionError as error:
+        if isinstance(error, control_client.NoAnswerError) and error.denied:
+            fail(no_answer(error), 3)
+        from fgpu_ebpf import daemon
+
+        try:
+            daemon.take_away(run_dir())
+        except OSError as error:
+            fail(f"cannot detach: {error}", 1)
+    except control_client.RequestError as error:
+        fail(str(error), error.code)
+    cgroups.remove_run_folder()
+
+
+@click.command()
+def reload() -> None:
+    """Read the policy files again. The agent does so by itself when they change."""
+    call({"verb": "reload"})
+
+
+COMMANDS = (agent, load, doctor, detach, reload)

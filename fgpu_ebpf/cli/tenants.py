@@ -1,0 +1,101 @@
+"""`fgpu run`, `set`, `unset` and `device clear`: what a tenant gets.
+
+Runs in the process of the command, which sends its request to the agent. Exit codes: 0 done, 1 failure, 2 wrong usage,
+3 no agent, 4 no such target. `fgpu run` exits with 125 for every failure of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fgpu_ebpf import control_client
+from fgpu_ebpf.cli.completion import tenants
+from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
+
+
+def _limits(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that set limits to a command. The agent requires at least one of them."""
+    for option in (
+        click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="A higher priority runs first."),
+        click.option("--weight", type=int, help="Part of contended time; the default is 100."),
+        click.option("--compute", help="Ceiling of each device's time, e.g. 50%."),
+        click.option("--memory", help="Limit on each device, e.g. 8GiB or 50%."),
+        click.option(
+            "--device", "devices", multiple=True, help="Allow only this GPU, by index or UUID; may be repeated."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _limit_text(name: str, value: Any) -> str:
+    if name == "devices":
+        return f"device {', '.join(value)}"
+    return str(value) if name == "memory" else f"{name} {value}"
+
+
+class _Run(click.Command):
+    """Exits with 125 for wrong usage too, because 2 may be an exit code of the program that is run."""
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """Parse the command line; exit with 125 if it is wrong."""
+        try:
+            return super().make_context(*args, **more)
+        except click.UsageError as error:
+            error.show()
+            sys.exit(125)
+
+
+@click.command(cls=_Run, context_settings={"ignore_unknown_options": True})
+@_limits
+@click.option("--name", default="", help="The tenant's name; default: run-N.")
+@click.option("--pidns", is_flag=True, help="Run in a new pid namespace.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(name: str, pidns: bool, command: tuple[str, ...], **limits: Any) -> None:
+    """Run COMMAND as a tenant, without a container."""
+    from fgpu_ebpf.containers import run
+
+    try:
+        answer = control_client.call(run_dir(), {"verb": "run", "name": name, **limits})
+        target = run.LaunchTarget(Path(answer["folder"]), Path(answer["preload"]), pidns)
+        sys.exit(run.run(target, command))
+    except ConnectionError as error:
+        fail(f"not started: {no_answer(error)}", 125)
+    except (control_client.RequestError, run.LaunchError) as error:
+        fail(f"{error}: not started", 125)
+
+
+@click.command("set")
+@click.argument("target", shell_complete=tenants)
+@_limits
+def set_limits(target: str, **limits: Any) -> None:
+    """Set limits of TARGET: a tenant's name, /cgroup/path or pid/N."""
+    done = call({"verb": "put", "target": target, **limits})
+    click.echo(f"{done['tenant']}: {', '.join(_limit_text(*limit) for limit in limits.items() if limit[1])}")
+
+
+@click.command()
+@click.argument("target", shell_complete=tenants)
+def unset(target: str) -> None:
+    """Remove the limits that were set for TARGET."""
+    call({"verb": "drop", "target": target})
+
+
+@click.group()
+def device() -> None:
+    """Tell the agent about the state of a device."""
+
+
+@device.command()
+@click.argument("gpu")
+def clear(gpu: str) -> None:
+    """Offer GPU (an index or a UUID) again after the repair of the error that its XID reported."""
+    call({"verb": "clear", "device": gpu})
+
+
+COMMANDS = (run, set_limits, unset, device)

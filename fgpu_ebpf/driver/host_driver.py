@@ -1,0 +1,115 @@
+"""The driver of this host, with probes attached to every file of it that is in use.
+
+Used by the agent's start, in its main thread. A start has two steps: `prepare` needs no BPF programs, and runs while
+they are compiled; `Prepared.attach` needs them. AgentError and ERRORS say what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgpu_ebpf.check import Check
+from fgpu_ebpf.driver import other_layouts, shim_store, xid_record
+from fgpu_ebpf.driver.attach import Probes
+from fgpu_ebpf.driver.bypass_reason import Reasons
+from fgpu_ebpf.driver.context_sizes import context_bytes
+from fgpu_ebpf.driver.device_indexes import pinned
+from fgpu_ebpf.driver.discovery import Discovery
+from fgpu_ebpf.driver.image import ProgramError
+from fgpu_ebpf.driver.library_files import driver_libraries
+from fgpu_ebpf.driver.nvml import DriverError, Nvml
+from fgpu_ebpf.driver.probe_plan import ProbeError, look_up
+from fgpu_ebpf.driver.programs import Loading
+from fgpu_ebpf.driver.start_checks import AgentError, check_kernel
+from fgpu_ebpf.ledger.ledger import Ledger
+
+STATE = Path("/var/lib/fgpu/contexts.json")
+ERRORS = (DriverError, ProbeError, ProgramError)
+
+
+@dataclass(frozen=True, slots=True)
+class HostDriver:
+    """The driver with its probes.
+
+    `contexts`: bytes of one context by ledger index; `shim`: the published file; `lacks`: failed checks.
+    """
+
+    nvml: Nvml
+    contexts: dict[int, int]
+    discovery: Discovery
+    reasons: Reasons
+    xids: xid_record.XidRecord
+    shim: Path
+    lacks: Mapping[str, Check]
+    layout_changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The driver before its probes are attached."""
+
+    pins: Path
+    store: Path | None
+    libraries: list[Path]
+    nvml: Nvml
+    contexts: dict[int, int]
+    release: shim_store.Release
+
+    def attach(self, digest: str, ledger: Ledger, run_dir: Path, trusted: Iterable[str], most_files: int) -> HostDriver:
+        """Name the devices in the ledger, and attach probes to every file in use. Raises the errors of the parts.
+
+        Args:
+            digest: of the loaded BPF programs.
+            trusted: digests of other drivers that are known to be good.
+        """
+        for device in self.nvml.devices:
+            ledger.set_device(device.index, device.uuid)
+            ledger.set_context_bytes(device.index, self.contexts[device.index])
+        probes = Probes(self.pins, digest, ledger)
+        probes.attach_process_ends()
+        discovery = Discovery.of_host(probes, self.libraries, self.release.files(), self.store, trusted, most_files)
+        shim = self._publish(discovery)
+        return HostDriver(
+            self.nvml, self.contexts, discovery, Reasons(discovery.is_shim, discovery.hidden),
+            xid_record.XidRecord(run_dir / xid_record.FILE, xid_record.lifetime()), shim, self.release.lacks(),
+            other_layouts.take_over(self.pins, ledger),
+        )  # fmt: skip
+
+    def _publish(self, discovery: Discovery) -> Path:
+        """Probe the shim before publishing it: programs that start meanwhile get the version before."""
+        used = discovery.start()
+        shim = self.release.publish()
+        if self.store and used is not None:
+            with contextlib.suppress(OSError):  # old versions only take disk space
+                shim_store.retire(self.store, used)
+        return shim
+
+
+def libcuda(root: Path) -> list[Path]:
+    """Return the files of libcuda under a driver root. Raises AgentError, DriverError: there is none."""
+    libraries = driver_libraries(root, "libcuda.so.1")
+    if not libraries:
+        Nvml(root)  # its error is better if there is no driver at all
+        raise AgentError(f"no libcuda.so.1 under {root}: install the driver's CUDA library")
+    return libraries
+
+
+def prepare(
+    root: Path, libraries: list[Path], shim: Path, store: Path | None, pins: Path, loading: Loading,
+    mark: Callable[[str], None],
+) -> Prepared:  # fmt: skip
+    """Prepare everything that needs no BPF programs. Raises the errors of the parts.
+
+    Args:
+        mark: called with the name of each part of the start that is done.
+    """
+    nvml = Nvml(root, pinned(pins))
+    mark("devices")
+    contexts = context_bytes(nvml, libraries[0], STATE)
+    check_kernel(loading, shim)
+    release = shim_store.Release(shim, store)
+    look_up([release.file, *libraries])
+    return Prepared(pins, store, libraries, nvml, contexts, release)

@@ -1,0 +1,65 @@
+"""The ledger's sections of a Snapshot: counters and tables by their names in metrics.
+
+Used by the agent's main thread. Errors are OSError of bpf(2).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
+
+from fgpu_ebpf import abi
+from fgpu_ebpf.ledger import resolutions
+from fgpu_ebpf.ledger.ledger import Count, Ledger
+from fgpu_ebpf.ledger.owner_table import COUNTED
+from fgpu_ebpf.linux import bpf
+from fgpu_ebpf.snapshot import MapView, Refusal
+
+
+def probe_hits(ledger: Ledger) -> Mapping[str, int]:
+    """Return the hits by the probe's name: of every probed driver function and of the shim's symbols."""
+    counted = ledger.hits()
+    named = {f.name.lower(): counted[f] for f in abi.Function if f is not abi.Function.NONE}
+    return named | {"admit": counted[abi.HIT_ADMIT], "give_back": counted[abi.HIT_GIVE_BACK]}
+
+
+def refusals(counters: Mapping[Count, int]) -> Mapping[tuple[int, int], Sequence[Refusal]]:
+    """Return the refusals by level and device."""
+    found: dict[tuple[int, int], list[Refusal]] = defaultdict(list)
+    for c, n in counters.items():
+        if c.cgroup:
+            refusal = Refusal(abi.Kind(c.kind).name.lower(), abi.Reason(c.reason).name.lower(), n)
+            found[c.cgroup, c.device].append(refusal)
+    return found
+
+
+def anomalies(counters: Mapping[Count, int]) -> dict[str, int]:
+    """Return the host's anomalies by name."""
+    return _of_host(counters, abi.Kind.KINDS, abi.Anomaly)
+
+
+def events(counters: Mapping[Count, int]) -> dict[str, int]:
+    """Return the host's events by their fate: sent, or lost by reason."""
+    return _of_host(counters, abi.Kind.EVENTS, abi.Fate)
+
+
+def _of_host(counters: Mapping[Count, int], kind: int, reasons: Iterable[IntEnum]) -> dict[str, int]:
+    return {
+        reason.name.lower(): sum(n for c, n in counters.items() if (c.cgroup, c.kind, c.reason) == (0, kind, reason))
+        for reason in reasons
+    }
+
+
+def tables(ledger: Ledger) -> tuple[MapView, ...]:
+    """Return how full each table is that all tenants share.
+
+    Entries of the large maps are not counted one by one: of tables that owners of bounds have parts of, the claimed
+    entries count.
+    """
+    claimed = zip(COUNTED.items(), ledger.owners.claimed(), strict=False)
+    return (
+        MapView("levels", ledger.levels_taken(), bpf.MOST_INNER),
+        MapView("resolved", ledger.resolutions.count(), resolutions.MOST),
+        *(MapView(name, entries, most) for (name, most), entries in claimed),
+    )
