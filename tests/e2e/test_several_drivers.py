@@ -100,8 +100,11 @@ def libraries(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def several(tenant, libraries: list[Path]) -> Callable[..., tuple[Tenant, Several]]:
-    """A tenant with room for so many contexts and ROOM, and its program, which has made all of them."""
+def several(service: Service, tenant, libraries: list[Path]) -> Callable[..., tuple[Tenant, Several]]:
+    """A tenant with room for so many contexts and ROOM, and its program, which has made all of them.
+
+    The agent has read the libraries: until then they are unknown to it, and their frees of managed memory do not count.
+    """
 
     def make(n: int, via: str = "") -> tuple[Tenant, Several]:
         one = tenant(n * CONTEXT + ROOM)
@@ -109,6 +112,8 @@ def several(tenant, libraries: list[Path]) -> Callable[..., tuple[Tenant, Severa
         client = Several(one, "several", libraries[:n], via)
         for which in range(n):
             client.ok(f"context {which} 0")
+        for copy in libraries[1:n]:
+            eventually(lambda copy=copy: f"probed '{copy}' as LISTED" in service.log.read_text(), 5, "its class")  # type: ignore[misc]
         assert one.assert_exact() == n * CONTEXT
         return one, client
 
