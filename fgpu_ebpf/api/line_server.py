@@ -93,5 +93,6 @@ class LineServer:
     def _drop(self, peer: _Peer) -> None:
         if peer in self._peers:
             del self._peers[peer]
-            self._selector.unregister(peer.sock)
+            with contextlib.suppress(KeyError):  # the selector could not take it, or has lost it, for lack of memory
+                self._selector.unregister(peer.sock)
             peer.sock.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import selectors
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -71,6 +73,28 @@ def test_a_line_is_answered_whenever_it_is_whole(host: Host) -> None:
     assert sock.recv(9) == b"4"
     assert sock.recv(9) == b""
     assert len(host.peers) == 0
+
+
+@pytest.mark.parametrize(("call", "line"), [("register", b"ab"), ("modify", b"ab\n")])
+def test_a_connection_that_the_selector_has_no_memory_for_is_closed(
+    host: Host, monkeypatch: pytest.MonkeyPatch, call: str, line: bytes
+) -> None:
+    """The kernel refuses memory in epoll_ctl(2). The connection is closed at its time, and others are served."""
+    kernel = host.selector._selector  # type: ignore[attr-defined]
+    refuse = Mock(side_effect=OSError(errno.ENOMEM, "epoll_ctl"))
+    with monkeypatch.context() as short:
+        short.setattr(host.selector, "_selector", Mock(wraps=kernel, **{call: refuse}))
+        sock = host.call(line)
+        with contextlib.suppress(OSError):
+            host.turn()
+    later(monkeypatch, 11)
+    host.turn()
+    with contextlib.suppress(ConnectionResetError):  # where the line was not read
+        assert sock.recv(9) == b""
+    assert len(host.peers) == 0
+    other = host.call(b"abc\n")
+    host.turn(2)
+    assert other.recv(9) == b"4"
 
 
 @pytest.mark.timed
