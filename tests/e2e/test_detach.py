@@ -148,5 +148,5 @@ def test_a_bpffs_that_the_agent_mounted_goes_with_it(service: Service, tmp_path:
     assert " /sys/fs/bpf " in during, (tmp_path / "log").read_text()
     assert after == before
     assert not (tmp_path / "run").exists()
-    # It has removed the service's too, which may not be made again, because a host has one agent.
+    # Detach has removed the service's cgroup too. Its agent may not make it again, because a host has one agent.
     (cgroup_root() / "fgpu").mkdir(exist_ok=True)

@@ -128,7 +128,7 @@ def test_nothing_waits_for_a_log_that_nobody_reads(dead: Service, tenant, scale)
 
 @pytest.fixture
 def full(dead: Service) -> Iterator[Path]:
-    """Return the file system of /run/fgpu with no room left, and the one large file that fills it."""
+    """Yield the path of a file on the file system of /run/fgpu, which has little room left."""
     if not os.path.ismount(RUN_DIR):
         pytest.skip(f"{RUN_DIR} is no file system of its own: ./dev test gives it one")
     state = os.statvfs(RUN_DIR)
