@@ -90,7 +90,8 @@ class MemoryGroup:
     def _limit_v1(self, *steps: int) -> None:
         """Set the lowest limit that the kernel accepts: it refuses a limit below what cannot be reclaimed.
 
-        Args: steps: bytes by which the limit falls; the last step is how much memory may be left to spare.
+        Args:
+            steps: bytes by which the limit falls; the last step is how much memory may be left to spare.
         """
         for step in steps:
             with contextlib.suppress(OSError):
