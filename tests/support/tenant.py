@@ -173,8 +173,8 @@ class Tenant:
             return []
 
     def has_left(self) -> bool:
-        """Return whether the cgroup has no processes. A dead process does not count, but holds it until the driver
-        frees everything.
+        """Return whether no process is left. A dead process still holds the cgroup until the driver has freed
+        everything.
         """
         try:
             return "populated 0" in (self.cgroup / "cgroup.events").read_text()
