@@ -51,8 +51,10 @@ REFUSED = {"exp_fd": "cuMemCreate returns 2", "stack": "cuCtxSetLimit returns 2"
 
 @dataclass(slots=True)
 class Row:
-    """One mark. `device`, `ledger`: bytes; `lower_ms`, `higher_ms`: how long the ledger was after it; `wrong`: the
-    errors that remain at the end.
+    """A mark: what device and ledger held, and for how long they differed.
+
+    `device`, `ledger`: bytes. `lower_ms`, `higher_ms`: for how long the ledger was. `wrong`: the errors that remain at
+    the end.
     """
 
     text: str
@@ -160,9 +162,7 @@ class Scenario:
         return [*harm, "another tenant is named"] if bypasses(self._victim) else harm
 
     def _reuse(self, pid: int) -> Program:
-        """Start a process of another tenant with this pid of an exited process. BenchError: the pid was not
-        available.
-        """
+        """Start a process of another tenant with this pid of an exited process. BenchError: the pid was not free."""
         for _ in range(100):
             Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
             victim = Program(["sleep", "60"], 2 * MIB, self._victim)

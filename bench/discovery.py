@@ -59,9 +59,7 @@ def folder() -> Iterator[Path]:
 
 
 def in_force_ms(parent: Path, count: int) -> float:
-    """Make this many cgroups. Return the time from the first one until all have their limits. They are removed
-    afterwards.
-    """
+    """Make this many cgroups, and remove them. Return the time from the first one until all have their limits."""
     begun = time.perf_counter()
     made = [parent / f"new-{number}" for number in range(count)]
     for cgroup in made:

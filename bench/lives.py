@@ -47,9 +47,7 @@ class Life(Program):
         self.pid = int(self.hear().split()[2])
 
     def finish(self) -> int | None:
-        """Wait for the end of the round, and close what is shared. Return the operations, or None if the program
-        exited.
-        """
+        """Wait for the end of the round, and close what is shared. Return the operations; None: the program exited."""
         try:
             done = int(self.hear(ROUND_SECONDS).split()[1])
             self.say("close")

@@ -82,9 +82,7 @@ class Meter:
 
 
 def load(given: argparse.Namespace, fds: dict[str, int]) -> tuple[dict[str, float], float, int, int]:
-    """Run all pairs, each process in a tenant. Return the cost without the tenants' starts, seconds, pairs done and
-    late.
-    """
+    """Run all pairs, each process in a tenant. Return the cost after the starts, seconds, pairs done and late."""
     with ending() as programs:
         for number in range(given.processes):
             programs.append(Program([str(given.program)], LIMIT, f"load-{number}"))

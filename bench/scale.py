@@ -109,9 +109,7 @@ def sets(parent: Path, times: int) -> list[float]:
 
 
 def top(seconds: float) -> dict[str, float]:
-    """Return the percentages of one processor for `fgpu top` in a window of 160 x 50, and for the agent that answers
-    it.
-    """
+    """Return percent of one processor: `fgpu top` in a window of 160 x 50, and the agent that answers it."""
     hands, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 50, 160, 0, 0))
     threading.Thread(target=drain, args=(hands,), daemon=True).start()

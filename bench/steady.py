@@ -29,9 +29,7 @@ Found = dict[str, list[float]]
 
 
 def pairs(given: argparse.Namespace, found: Found) -> str:
-    """Run batches of a program in a tenant and of one outside, in turn and on the same processor. Return how they
-    allocate.
-    """
+    """Run batches inside and outside of a tenant, in turn and on one processor. Return how they allocate."""
     with ending() as programs:
         command = on_one_processor([str(given.program), *([given.runtime] if given.runtime else [])])
         which = {"native": Program(command), "managed": Program(command, given.limit, "steady-pairs")}

@@ -74,9 +74,7 @@ class Storms:
     found: dict[str, Found] = field(default_factory=lambda: {which: Found() for which in ("bare", *GREETED)})
 
     def launcher(self, programs: list[Program], folders: list[Path], name: str = "") -> Program:
-        """Start a program that makes the processes, each in the next of the folders; with the shim, if it has a
-        name.
-        """
+        """Start a program that makes a process in each of the folders in turn; with the shim, if it has a name."""
         programs.append(Program([str(self.program), *map(str, folders)], LIMIT if name else None, name))
         if programs[-1].hear() != "ready":
             raise BenchError("storm is not ready")

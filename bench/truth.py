@@ -53,9 +53,7 @@ def phases(program: Program) -> list[Phase] | str:
 
 
 def _phases(program: Program) -> list[Phase] | str:
-    """Return every phase. BenchError: NVML shows less than the program surely holds, so there is nothing to compare
-    with.
-    """
+    """Return every phase. BenchError: NVML shows less than the program surely holds, so no comparison is possible."""
     found: list[Phase] = []
     while True:
         program.say("")

@@ -46,9 +46,7 @@ class Services:
         self.number = 0
 
     def install(self) -> float:
-        """Install the next version in place of this one. Return the seconds from the end of the old agent to
-        enforcing.
-        """
+        """Install the next version. Return the seconds from the end of the old agent to enforcing."""
         self.number += 1
         beside = self._package / ".libfgpu.so"
         beside.write_bytes(Path(self._given.shim).read_bytes() + b"version %d" % self.number)

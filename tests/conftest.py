@@ -148,9 +148,7 @@ def scale() -> Callable[[int, int, int], int]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _entered_by_anybody(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Make the folders above the tests' folders open for all users. Those of tests are root's, unless a test opens
-    them.
-    """
+    """Open the folders above the tests' folders for all users. A test's own folder stays root's unless it opens it."""
     base, end = tmp_path_factory.getbasetemp(), Path(tempfile.gettempdir())
     for folder in (base, *base.parents):
         if end not in folder.parents:  # or elsewhere, with --basetemp

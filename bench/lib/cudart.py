@@ -27,9 +27,7 @@ def _version(path: str) -> list[int]:
 
 
 def libcudart(python: str, driver_root: str) -> str | None:
-    """Return the library that this interpreter finds; None: there is none, or a simulated driver, which lacks what it
-    needs.
-    """
+    """Return the library that this interpreter finds; None: there is none, or the driver is a simulated one."""
     if driver_root != "/":
         return None
     done = subprocess.run([python, str(HERE)], capture_output=True, text=True, timeout=30, check=False)

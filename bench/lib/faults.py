@@ -134,9 +134,7 @@ def stopped(bench: Bench) -> None:
 
 
 def gatekeeper_killed(bench: Bench) -> None:
-    """Kill the gatekeeper, which the agent starts again: how long no tenant runs, and shares from a second after the
-    lease.
-    """
+    """Kill the gatekeeper: how long no tenant runs until the agent has started another, and shares after the lease."""
     seconds = 6.5 if bench.quick else 12.0
     heavy, light = bench.tenants(3, 1)
     start_ns = bench.begin(Work(heavy, KERNEL_US), Work(light, KERNEL_US), seconds=seconds)

@@ -28,9 +28,7 @@ class Compared:
     text: str
 
     def unnamed(self, bypassing: Collection[int]) -> set[object]:
-        """Return processes with driver memory that the agent does not name, or does not name as bypassing although they
-        do.
-        """
+        """Return processes with driver memory that the agent does not name, or fails to name as bypassing."""
         return {*self.holding - self.how.keys(), *(pid for pid in bypassing if not self.how.get(pid))}
 
 

@@ -103,9 +103,7 @@ class Window:
 def windows(
     records: Sequence[Path], parts: Sequence[float], waits: Waits, begun_ns: int, ended_ns: int
 ) -> list[Window]:
-    """Return every window of all programs, 0.2 s apart. `waits` has a thread of each, then those that all of them wait
-    for.
-    """
+    """Return all windows, 0.2 s apart. `waits` has a thread of each program, then those that all of them wait for."""
     begins, shared = range(begun_ns, ended_ns - WINDOW_NS, WINDOW_NS // 10), range(len(records), waits.number)
     return [
         window

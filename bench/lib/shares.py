@@ -65,9 +65,7 @@ class Bench:
     # -- programs
 
     def program(self, name: str, command: Sequence[str], limit: int | None, ready: str = "ready") -> Program:
-        """Return the warm program of that name. Start it if it does not run; Skip: it reports that something is
-        missing.
-        """
+        """Return the warm program of that name. Start it if necessary; Skip: it reports that something is missing."""
         if name not in self._programs:
             program = self._programs[name] = Program(list(command), limit, f"{PREFIX}{name}")
             said = program.hear()

@@ -77,8 +77,9 @@ class Watch(threading.Thread):
         return [rows for (what, _), rows in self.samples.items() if what == name]
 
     def slope(self, name: str, late: bool = False) -> Slope | None:
-        """Return the slope of a size; `late`: in the second half of each life, when tables of this many entries are
-        full. None: too few minutes.
+        """Return the slope of a size; None: too few minutes.
+
+        `late`: of the second half of each life, when tables of this many entries are full.
         """
         return slope([_minutes(rows, late) for rows in self.lives(name)])
 
@@ -114,9 +115,7 @@ def _minutes(rows: list[tuple[float, float]], late: bool) -> list[tuple[float, f
 
 
 def slope(lives: list[list[tuple[float, float]]]) -> Slope | None:
-    """Fit by least squares over the deviations from each life's own means; None: fewer than three points beyond the
-    lives.
-    """
+    """Fit by least squares over deviations from each life's means; None: fewer than three points beyond the lives."""
     times: list[float] = []
     values: list[float] = []
     for rows in (rows for rows in lives if len(rows) > 1):

@@ -37,9 +37,7 @@ def split(bench: Bench, weights: Sequence[int], kernel: int, how: str) -> None:
 
 
 def pairs(bench: Bench) -> None:
-    """Run two tenants 1:1, 3:1 and 9:1 with every kernel in every way; quick: those for which two seconds are
-    enough.
-    """
+    """Run two tenants 1:1, 3:1 and 9:1 with every kernel in every way; quick: those that need only two seconds."""
     for kernel in map(int, bench.given.kernels.split(",")):
         for how in bench.given.hows.split(","):
             for weights in ((1, 1), (3, 1), (9, 1)):
@@ -48,9 +46,7 @@ def pairs(bench: Bench) -> None:
 
 
 def _is_quick(weights: tuple[int, int], kernel: int, how: str) -> bool:
-    """Return whether a quick run has this case. A graph is one step without interruption: a few long ones make no
-    shares.
-    """
+    """Return whether a quick run has this case. A graph has no interruption: a few long ones make no shares."""
     if how == "graph" and kernel >= LONG_GRAPH_US:
         return weights == (1, 1) and kernel < LONG_US
     if weights == (9, 1):
@@ -126,9 +122,7 @@ def gatekeeper(bench: Bench) -> None:
 
 
 def launch(bench: Bench) -> None:
-    """Measure what the shim adds to a launch at an open gate: batches of 1,000, in turn with launches without a
-    gate.
-    """
+    """Measure what the shim adds to a launch at an open gate: batches of 1,000, in turn with some without a gate."""
     bench.end()  # a tenant beside it would sometimes close its gate
     (program,) = bench.tenants(1)
     both, cpu = (bench.spin(), program), max(os.sched_getaffinity(0))

@@ -50,9 +50,7 @@ def service_pids() -> dict[str, int]:
 
 
 def cpu_ms(pid: int) -> float:
-    """Return the processor time of a process so far, with all threads, in milliseconds, by the scheduler's own
-    count.
-    """
+    """Return the processor time of all threads of a process so far, in milliseconds, by the scheduler's count."""
     return time.clock_gettime_ns((~pid << 3) | 2) / 1e6  # as clock_getcpuclockid(3) makes it; /proc has hundredths
 
 

@@ -1,6 +1,4 @@
-"""A process that runs the Python statements or expressions that it reads, one a line, and prints the repr of each
-result.
-"""
+"""A process that runs Python statements or expressions, one a line, and prints the repr of each result."""
 
 import ctypes
 import mmap
@@ -206,9 +204,7 @@ child, leash = 0, -1
 
 
 def spawn(bytes_, pid=0):
-    """Fork a child that holds this much until it is reaped. `pid`: its pid, unless another process gets that. Return
-    its pid.
-    """
+    """Fork a child that holds this much, with this pid if no other process gets it. Return its pid."""
     global child, leash
     end, leash = os.pipe()
     ready, say = os.pipe()

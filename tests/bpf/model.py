@@ -89,7 +89,7 @@ class Life:
     # -- what is in flight
 
     def leave_unsettled(self) -> None:
-        """Settle what is left of an admission, at another request or the end of the thread."""
+        """Turn an unsettled admission into overhead, at another request or the end of the thread."""
         self.overhead += self.admitted
         self.admitted, self.asked = 0, False
 

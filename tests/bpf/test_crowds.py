@@ -1,6 +1,4 @@
-"""Maps that all tenants share: a level has a part of each, and a tenant that fills it takes nothing from its
-neighbours.
-"""
+"""Maps that all tenants share: each level has a part, and a full part takes nothing from the neighbours."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Full maps: counted, never silent. A process without an entry is refused; an allocation without one stays charged
-until its process exits.
+"""Full maps: counted, never silent.
+
+A process without an entry is refused; an allocation without one stays charged until its process exits.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def held_threads():
 
 @pytest.fixture(autouse=True)
 def nobody_held():
-    """Wait until no thread waits, but for those of the test itself."""
+    """Wait until no thread of an earlier test waits for the kernel."""
     for thread in held_threads():
         thread.join(PATIENCE_SECONDS)
 
@@ -149,9 +149,7 @@ def test_as_many_are_held_as_may_be_and_the_next_waits(monkeypatch):
 
 @pytest.fixture
 def held_lookers(monkeypatch):
-    """Simulate a kernel before Linux 6.8: a waiting process must not look into a map of maps, as each look
-    takes 20 ms.
-    """
+    """Simulate a kernel before Linux 6.8, where each look into a map of maps takes 20 ms: no caller may look."""
 
     def refusing(call, *kinds):
         def look(fd, *rest):

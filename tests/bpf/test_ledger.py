@@ -635,9 +635,7 @@ def test_overhead_is_refused_when_anything_happened_since(kernel, level, client)
 
 @pytest.mark.parametrize("kind", [0, abi.PATIENT], ids=["once", "patient"])
 def test_a_refused_question_is_no_change(kernel, level, client, kind):
-    """Programs that wait for room ask all the time. If that counted as a change, the agent would never see a quiet
-    process.
-    """
+    """Programs that wait for room ask all the time. If that were a change, no process would ever be quiet."""
     client(f"admit({4 * MIB})")
     client(f"alloc(0x1000, {4 * MIB})")
     before = client.entry(kernel)

@@ -131,9 +131,7 @@ def test_there_and_back_waits_for_those_who_were_late(kernel, two, make_client):
 
 
 def test_releases_follow_the_levels_that_were_charged(kernel, make_level, make_client, scale):
-    """F5: cgroups that a process is moved to, that are removed and made again, and limits that come after the
-    charges.
-    """
+    """F5: a process is moved between cgroups, these are removed and made again, and limits come after charges."""
     group = make_level(None)
     home = make_level(64 * MIB, group)
     one, strange = make_client(home), anomalies(kernel)["RELEASE"]

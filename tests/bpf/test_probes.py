@@ -1,6 +1,4 @@
-"""Probes as a later agent finds them: names of pinned links give the class of each file, and where its
-breakpoints are.
-"""
+"""Probes as a later agent finds them: names of pinned links give each file's class and breakpoints."""
 
 from __future__ import annotations
 
@@ -100,9 +98,7 @@ def test_names_that_no_agent_gives_are_removed(kernel: Kernel, library: Target) 
 
 
 def test_probes_of_two_inodes_are_kept_beside_one_another(kernel: Kernel, library: Target) -> None:
-    """The last probes show where new processes have the breakpoint. Earlier ones are removed when there are too
-    many.
-    """
+    """The last probes show where new processes have the breakpoint. Earlier ones are removed if there are too many."""
     kernel.probes.attach(library, Role.UNKNOWN)
     fd = library.open()
     plan, stamp = probe_plan.plan(fd, library.path, Role.UNKNOWN), Stamp.of(fd)

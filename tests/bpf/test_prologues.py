@@ -32,9 +32,7 @@ def run(*command: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the tests' driver, with each call reached by a jump after such a beginning, as in the drivers 535
-    to 570.
-    """
+    """Return the tests' driver. Each call is reached by a jump after such a beginning, as in the drivers 535 to 570."""
     folder = tmp_path_factory.mktemp("prologues")
     made = folder / "libcuda.so.1"
     flags = ["-O1", "-fPIC", "-w", "-fno-omit-frame-pointer", "-fcf-protection=none"]
@@ -84,7 +82,7 @@ def test_calls_are_seen_with_what_they_ask_for_and_answer(other: Kernel, level: 
 
 
 def test_the_trial_of_return_probes_comes_to_its_end(kernel: Kernel) -> None:
-    """A test that failed earlier would find every kernel fit."""
+    """A check that fails early would find every kernel fit."""
     assert uretprobe_check.return_probes_survive_seccomp(str(kernel.shim))
     with pytest.raises(OSError, match="the check failed"):
         uretprobe_check.return_probes_survive_seccomp(str(kernel.shim), -1)

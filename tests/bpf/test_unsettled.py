@@ -1,6 +1,4 @@
-"""Admissions that no call settles, and calls whose end is not seen: the driver may have done them, so they stay
-charged.
-"""
+"""Admissions that no call settles, and calls whose end is not seen, stay charged: the driver may have done them."""
 
 from __future__ import annotations
 

@@ -71,9 +71,7 @@ def test_every_selector_names_cluster_job_and_instance(queries: list[str]) -> No
 
 
 def test_rates_and_counters(queries: list[str]) -> None:
-    """The rules target-rate-interval and target-counter-agg; no `or vector()`, which shows 0 for what was not
-    measured.
-    """
+    """The rules target-rate-interval and target-counter-agg; no `or vector()`, which shows 0 without a measurement."""
     for expr in queries:
         assert "vector(" not in expr
         for function, rest in re.findall(r"\b(rate|irate|increase)\((\w+\{[^}]*\}\[[^]]*\])", expr):

@@ -1,5 +1,6 @@
-"""Every query of every panel, run by a real Prometheus that scrapes a real agent. Every number is compared with the
-load that was applied.
+"""Every query of every panel, run by a real Prometheus that scrapes a real agent.
+
+Every number that is shown is compared with the load that was applied.
 """
 
 from __future__ import annotations

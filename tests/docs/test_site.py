@@ -66,9 +66,7 @@ def test_nobody_else_is_asked(site: Path, pages: dict[Path, Page]) -> None:
 
 
 def test_no_page_has_what_the_theme_fetches_code_for(pages: dict[Path, Page]) -> None:
-    """The theme's script has addresses of other hosts for diagrams and for counts of a repository. No page
-    needs them.
-    """
+    """The theme's script has addresses of other hosts for diagrams and repositories. No page needs them."""
     for path, page in pages.items():
         assert not page.classes & {"mermaid", "md-source"}, path
 

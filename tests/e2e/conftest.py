@@ -60,9 +60,7 @@ def versions(programs: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.fixture
 def unharmed(service: Service) -> Iterator[None]:
-    """Check that agent and gatekeeper run before and after the test, and that no process is left in the ledger or the
-    driver.
-    """
+    """Check that agent and gatekeeper run before and after the test, and that ledger and driver are empty."""
     service.stand()
     yield
     service.check()

@@ -34,9 +34,7 @@ class MemoryGroup:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Move this process into the cgroup. Processes that it starts meanwhile are in it, and memory is
-        charged there.
-        """
+        """Move this process into the cgroup. Its children and its memory are charged there meanwhile."""
         before = Path("/proc/self/cgroup").read_text().splitlines()
         mine = next(line.split(":", 2) for line in before if line.split(":")[1] == ("" if self.is_v2 else "memory"))
         (self.path / "cgroup.procs").write_text(str(os.getpid()))

@@ -111,9 +111,7 @@ def test_processes_of_four_cgroups_leave_their_neighbour_an_entry(
 
 @pytest.fixture
 def crowd() -> Iterator[Callable[[Path, int], int]]:
-    """Return crowd(cgroup, number), which starts processes that only make the shim's request. They live until the test
-    ends.
-    """
+    """Return crowd(cgroup, number), which starts processes that only make the shim's request, until the test ends."""
     made: list[tuple[subprocess.Popen[str], Path]] = []
 
     def make(cgroup: Path, number: int) -> int:

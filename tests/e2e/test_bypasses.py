@@ -1,6 +1,4 @@
-"""Programs that bypass the shim, each in its own way: their limit holds, or they are charged and named within a
-second.
-"""
+"""Programs bypass the shim in various ways: their limit holds, or they are charged and named within a second."""
 
 from __future__ import annotations
 
@@ -74,9 +72,7 @@ def is_named(tenant: Tenant) -> bool:
 
 
 def assert_named(tenant: Tenant, client: Client) -> None:
-    """Check that metrics and events name tenant, pid and kind, that all memory is charged, and that the tenant gets no
-    more.
-    """
+    """Check that metrics and events name the process, all memory is charged, and the tenant gets no more."""
     eventually(lambda: is_named(tenant), 3, "its name")
 
     def told() -> bool:

@@ -122,9 +122,7 @@ def assert_never_more(numbers: list[int], what: str) -> None:
 
 
 def sizes(service: Service) -> dict[str, int]:
-    """Return resident KiB, descriptors and threads of agent and gatekeeper, and what the kernel keeps of the last
-    tenants.
-    """
+    """Return memory, descriptors and threads of agent and gatekeeper, and what the kernel keeps of tenants."""
     assert service.agent
     found = {f"entries of {name}": entries(name) for name in MAPS}
     for name, pid in (("agent", service.agent.pid), ("gatekeeper", *service.gatekeepers())):

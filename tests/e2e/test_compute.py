@@ -112,9 +112,7 @@ def test_a_ceiling_holds_for_one_that_says_it_rests_all_the_time(start, restless
 
 
 def keep_waiting(owner: Spin, other: Spin) -> None:
-    """Launch on both until the owner, with kernels of 50 ms and nearly all of the device, keeps the other from its next
-    step.
-    """
+    """Launch until the owner, with kernels of 50 ms and nearly all of the device, delays the other's next step."""
     owner.begin(60)
     eventually(lambda: owner.compute().get("is_owner"), 5, "a turn")
     for _ in range(
@@ -189,9 +187,7 @@ def frozen(owner: Spin) -> Iterator[None]:
 
 
 def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
-    """The owner is stopped by a signal, a debugger and a freezer in turn. Each time it delays the other once, by one
-    deadline.
-    """
+    """The owner is stopped by a signal, a debugger and a freezer in turn: each delays the other by one deadline."""
     owner, other = start("owner", "--weight", "100"), start("other", "--weight", "100")
     other.begin(1)
     alone, times = other.kernels(), scale(3, 20, 200)

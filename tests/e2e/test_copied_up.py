@@ -21,9 +21,7 @@ ROOM = 96 * MIB
 
 @pytest.fixture
 def layers(place: Place, tmp_path: Path) -> Iterator[Path]:
-    """Return the driver's libraries in the lower layer of an overlay, which a container has as its compatibility
-    libraries.
-    """
+    """Return the driver's libraries in the lower layer of an overlay. A container has them for compatibility."""
     names = ("lower", "upper", "work", "merged")
     for name in names:
         (tmp_path / name).mkdir()

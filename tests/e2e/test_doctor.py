@@ -1,6 +1,4 @@
-"""Each defect of a host is reported with its fix in one line, by `doctor` and by the agent, and never as a
-traceback.
-"""
+"""Each defect of a host is reported with its fix in one line, by `doctor` and by the agent, without a traceback."""
 
 from __future__ import annotations
 

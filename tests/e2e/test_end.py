@@ -278,9 +278,7 @@ def test_run_ends_with_its_program(unharmed, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("uid", ["0", "65534"])
 def test_a_program_ends_with_the_command_that_runs_it(unharmed, uid: str) -> None:
-    """The program ends even under sudo, where it runs as another user. The command is killed, and so passes no signal
-    on.
-    """
+    """The program ends even under sudo, where it runs as another user. The killed command passes no signal on."""
     environment = {**ENVIRONMENT, "SUDO_UID": uid, "SUDO_GID": uid}
     command = [*FGPU, "run", "--pidns", "--memory", "1GiB", "--", "sh", "-c", "echo up; exec sleep 77"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:

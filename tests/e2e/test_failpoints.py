@@ -38,9 +38,7 @@ spec:
 
 
 class Host:
-    """The service, the programs in its place, and what changes on this host meanwhile: levels that come and go, and
-    limits.
-    """
+    """The service, the programs in its place, and changes on this host meanwhile: levels and their limits."""
 
     def __init__(self, service: Service, children: Children) -> None:
         self.service, self.children = service, children
@@ -129,9 +127,7 @@ def at_any_moment(host: Host, tenant: Tenant, point: str) -> None:
 
 
 def at_a_set(host: Host, tenant: Tenant, point: str) -> None:
-    """Kill the agent during `fgpu set`, which reports the failure. A limit that was not saved is not in force
-    afterwards.
-    """
+    """Kill the agent during `fgpu set`, which reports the failure. An unsaved limit is not in force afterwards."""
     agent = host.children.start("agent", point)
     assert fgpu("set", tenant.path, "--memory", "15GiB", check=False).returncode
     assert_killed(agent)

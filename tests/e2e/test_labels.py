@@ -1,6 +1,4 @@
-"""Labels of real Docker containers: which limits they choose, within which bounds, and an engine that stalls
-meanwhile.
-"""
+"""Labels of real Docker containers: which limits they choose, their bounds, and an engine that stalls."""
 
 from __future__ import annotations
 

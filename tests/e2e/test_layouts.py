@@ -39,9 +39,7 @@ spec:
 
 @pytest.fixture
 def store(service: Service, unharmed: None, versions: tuple[Version, Version], tmp_path: Path) -> Iterator[Path]:
-    """Return the folder of shims of both versions, while this version runs. The service's own agent runs again
-    afterwards.
-    """
+    """Return the folder of shims of both versions. This version runs, and afterwards the service's own agent."""
     store = tmp_path / "store"
     change(service, versions[0], store, signal.SIGTERM)
     yield store
@@ -135,9 +133,7 @@ def left_behind(one: Full) -> None:
 
 @dataclass
 class World:
-    """Tenants with a program that holds the whole limit, and one whose memory NVML shows in the row of an exited
-    process.
-    """
+    """Tenants whose program holds the whole limit, and one with memory in the row of an exited process."""
 
     tenants: list[Full]
     hidden: list[Full]
@@ -168,9 +164,7 @@ def world(service: Service, store: Path, tmp_path: Path) -> Iterator[World]:
 
 
 def assert_over(service: Service, to: Version, store: Path, how: signal.Signals, world: World) -> None:
-    """Check that no program gets a byte while the agent is replaced by that of another version, and for a while
-    afterwards.
-    """
+    """Check that no program gets a byte while an agent of another version replaces this one, and for a while after."""
     for one in world.tenants:
         one.ask()
     watch = Watch([*world.tenants, *world.hidden])

@@ -396,9 +396,7 @@ def small(service: Service, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def crowd(small: None, service: Service, place: Place, chance: random.Random) -> Iterator[World]:
-    """Return three lives without memory that NVML does not show, because only NVML tells of processes without
-    an entry.
-    """
+    """Return three lives without memory that NVML does not show: of processes without an entry only NVML tells."""
     world = World(service, place, chance, ("shown", "shown", "shown"), crowded=True)
     yield world
     if world.grouped:

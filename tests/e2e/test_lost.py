@@ -1,5 +1,6 @@
-"""F10: a device is reset, lost, put into MIG mode, or has an ECC error under agent and programs. It is found again, and
-the ledger drops what is gone.
+"""F10: a device is reset, lost, put into MIG mode, or has an ECC error under agent and programs.
+
+It is found again, and the ledger drops what is gone.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""One of two devices has fallen off the bus when the agent starts: limits hold on the other one, and the lost one is
-named, and used again when it is found.
+"""One of two devices has fallen off the bus when the agent starts.
+
+Limits hold on the other one, and the lost one is named, and used again when it is found.
 """
 
 from __future__ import annotations
@@ -29,9 +30,7 @@ def test_on_two_devices() -> None:
 
 @pytest.fixture
 def restart(service: Service, fault: Callable[[str], None]) -> Iterator[Callable[..., None]]:
-    """Return a function that restarts the agent while a device is lost. `boot`: as after a boot, without
-    earlier state.
-    """
+    """Return a function that restarts the agent while a device is lost. `boot`: without earlier state."""
 
     def lose_and_start(device: int, boot: bool = False) -> None:
         fault(f"device-lost:{device}")

@@ -104,9 +104,7 @@ def test_silent_peers_do_not_keep_others_waiting(service: Service, tenant) -> No
 
 @pytest.mark.slow
 def test_stranger_is_answered_and_learns_nothing(service: Service) -> None:
-    """A process outside every tenant, the first that this agent sees, gets an answer at once, without a
-    tenant's pages.
-    """
+    """The first process that this agent sees is outside every tenant: it gets an answer at once, without pages."""
     service.detach()
     service.start_agent()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:

@@ -202,9 +202,7 @@ def test_an_importer_bypasses_nothing(tenant, export) -> None:
 
 @pytest.mark.places("host")
 def test_what_nobody_was_told_of_is_let_go_all_the_same(tenant) -> None:
-    """A level reports twenty events a second. Here its refusals come first, and then memory that other processes may
-    have open.
-    """
+    """A level reports twenty events a second. Its refusals come first, then memory that other processes may share."""
     one = tenant(4 * GIB)
     client = one.client()
     client.ok("context")

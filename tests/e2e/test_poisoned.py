@@ -20,9 +20,7 @@ if "agent" not in open("/proc/self/cmdline").read().split("\\0"):
 
 
 def poison(folder: Path) -> list[str]:
-    """Return a command of env(1) with a library to preload, modules with names that fgpu imports, and a folder
-    of them.
-    """
+    """Return a command of env(1) with a library to preload, modules named like fgpu's imports, and their folder."""
     library = folder / "evil.so"
     source = Path(__file__).with_name("libraries") / "evil.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=60)

@@ -35,9 +35,7 @@ def copy(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def image(place: Container) -> str:
-    """Make containers whose image has a libcuda and that get no shim. Return the start of a program that uses the
-    libcuda.
-    """
+    """Make containers whose image has a libcuda, without the shim. Return the start of a program that uses it."""
     place.image = {"libcuda.so.1": (SIM / "lib/libcuda.so.1").resolve()}
     (place.work / "ld.so.preload").write_text("")
     return f"env LD_LIBRARY_PATH=/.:{SIM}/lib"

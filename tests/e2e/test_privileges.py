@@ -60,9 +60,7 @@ def assert_has_just(pid: int, capabilities: dict[str, int]) -> None:
 
 
 class Nobodys(Container):
-    """Containers whose programs run as an unprivileged user, with a libcuda in the image that only this user
-    may read.
-    """
+    """Containers whose programs run as an unprivileged user, with a libcuda that only this user may read."""
 
     def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
         super()._bundle(bundle, name, folder)

@@ -103,9 +103,7 @@ def test_limits_stand_while_nobody_is_there(agent: Service, tenant) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.places("runc")
 def test_whoever_ends_with_all_the_others_is_forgotten_by_the_next_start(agent: Service, tenant, scale) -> None:
-    """F3: agent, gatekeeper and programs are killed at one moment. Their memory stays charged until the next start,
-    which releases it.
-    """
+    """F3: agent, gatekeeper and programs are killed at one moment. The next start releases the programs' memory."""
     one = tenant(4 * CONTEXT + 2 * ROOM)
     stays = one.client()
     with one.growing():

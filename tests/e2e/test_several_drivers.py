@@ -1,6 +1,4 @@
-"""A driver that the host does not know, in a container's folder before the host's, and several drivers in one
-process.
-"""
+"""A driver that the host does not know, in a container's folder, and several drivers in one process."""
 
 from __future__ import annotations
 
@@ -103,9 +101,7 @@ def libraries(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def several(tenant, libraries: list[Path]) -> Callable[..., tuple[Tenant, Several]]:
-    """Return a tenant with room for ROOM and the contexts of these drivers, and its program, which has made all
-    contexts.
-    """
+    """Return a tenant with room for ROOM and the contexts of these drivers, and its program with all contexts."""
 
     def make(n: int, via: str = "") -> tuple[Tenant, Several]:
         one = tenant(n * CONTEXT + ROOM)
@@ -164,9 +160,7 @@ def test_what_each_driver_is_shown_and_gives_back(several) -> None:
 @pytest.mark.places("host")
 @pytest.mark.parametrize("via", ["", "proc"], ids=["dlsym", "cuGetProcAddress"])
 def test_a_second_driver_has_no_pools(several, via: str) -> None:
-    """The shim counts the pools of one driver only. Pools of a second driver are refused, because they could not be
-    limited.
-    """
+    """The shim counts the pools of one driver. It refuses those of a second one, which it could not limit."""
     one, client = several(2, via)
     assert client.ok(f"fill.async 1 {2 * MIB}") == [0, NOT_SUPPORTED]
     assert client.ok(f"fill.async 0 {2 * MIB}")[1] == OUT_OF_MEMORY
@@ -235,9 +229,7 @@ for path in sys.argv[2:]:
 
 @pytest.mark.places("host")
 def test_a_late_driver_that_cannot_be_probed_is_held_by_the_shim_alone_and_that_is_said(tenant, tmp_path: Path) -> None:
-    """The process said hello before. The shim asks before each allocation of this driver, and the kernel sees none of
-    them.
-    """
+    """The process said hello before. The shim asks before each allocation of this driver; the kernel sees none."""
     odd = library(tmp_path / "odd")
     odd.write_bytes(odd.read_bytes().replace(b"\0cuMemRelease\0", b"\0cuMemReleasX\0"))
     one = tenant(2 * CONTEXT + ROOM)

@@ -1,6 +1,4 @@
-"""A start with damaged state or policy files, or without room, neither opens nor closes a limit: unknown limits are
-kept.
-"""
+"""Unknown limits are kept: a start with damaged files, or without room, neither opens nor closes a limit."""
 
 from __future__ import annotations
 
@@ -104,9 +102,7 @@ def host(service: Service, place: Place) -> Iterator[Host]:
 
 
 def assert_same_limit(tenant: Tenant, client: Client, limit: int) -> None:
-    """Check that neither the running program nor the next in its cgroup gets a byte beyond the limit, and that none is
-    lost.
-    """
+    """Check that neither the running program nor the next in its cgroup gets a byte beyond the limit, or loses one."""
     assert client.do(f"alloc {2 * MIB}") == REFUSED
     assert client.ok("info")[1] == limit
     client.ok("drop 1")

@@ -271,9 +271,7 @@ def numbers(one: Tenant, client: Client) -> dict[str, list[int]]:
 
 
 def share(total: int, free: int, used: int) -> dict[str, list[int]]:
-    """Return the expected figures. Bytes that are neither free nor used are reserved, so that the second version adds
-    up.
-    """
+    """Return the expected figures. Bytes neither free nor used are reserved, so that the second version adds up."""
     return {"cuda": [total, total, free], "v1": [total, free, used], "v2": [total, total - free - used, free, used]}
 
 

@@ -37,9 +37,7 @@ ENVIRONMENT = {"PATH": f"{DRIVER}:/usr/bin:/bin", "LD_LIBRARY_PATH": f"{DRIVER}/
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A release of a distribution. `digest`: SHA-256 of its final list of packages' lists; without it, the list is
-    signed.
-    """
+    """A release of a distribution. `digest`: SHA-256 of its final list of packages' lists; without it, it is signed."""
 
     glibc: str
     suite: str
@@ -133,9 +131,7 @@ def driver() -> Path:
 
 @contextlib.contextmanager
 def layered(release: Release, work: Path, prefix: Sequence[str] = ()) -> Iterator[Path]:
-    """Yield a writable root, as an engine makes it of an image. `prefix`: the command that enters its mount
-    namespace.
-    """
+    """Yield a writable root, as an engine makes it of an image. `prefix`: the command that enters its namespace."""
     top, spare, root = (work / f"{name}-{release.glibc}" for name in ("top", "spare", "root"))
     for folder in (top, spare, root):
         folder.mkdir()

@@ -28,9 +28,7 @@ def of_driver(name, version, *words):
 
 
 def runtime():
-    """Return free and total of the primary context's device, as `torch.cuda.mem_get_info` gets them by
-    cudaMemGetInfo.
-    """
+    """Return free and total of the primary context's device, the figures of `torch.cuda.mem_get_info`."""
     context, free, total = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
     assert not of_driver("cuInit", 2000, 0)
     assert not of_driver("cuDevicePrimaryCtxRetain", 7000, ctypes.byref(context), 0)
@@ -40,9 +38,7 @@ def runtime():
 
 
 def numba():
-    """Return numba's figures, from a separate process: its older releases know no context of others on a newer
-    driver.
-    """
+    """Return numba's figures, from a separate process: older releases know no other contexts on a newer driver."""
     ask = "from numba import cuda; print(*cuda.current_context().get_memory_info())"
     said = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, check=True).stdout
     return [int(number) for number in said.split()]

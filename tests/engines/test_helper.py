@@ -1,6 +1,4 @@
-"""Tests of fgpu-oci, which engines call: how it edits a configuration, and what it never touches. They need no
-agent.
-"""
+"""Tests of fgpu-oci, which engines call: how it edits a configuration, and what it never touches."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ LIBC, IN_OPEN = ctypes.CDLL(None), 0x20
 
 @pytest.fixture(scope="module", autouse=True, params=["as it is", "sanitized"])
 def helper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Run all tests twice, once with sanitizers: any report is an error, except memory that lasts as long as the
-    helper.
-    """
+    """Run all tests twice, once with sanitizers: any report is an error, except of memory held until the exit."""
     if request.param == "as it is":
         yield
         return

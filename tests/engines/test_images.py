@@ -45,9 +45,7 @@ spec:
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder that images are built from. Its shim differs from the host's, and only its owner may
-    read it.
-    """
+    """Return the folder that images are built from. Its shim is not the host's, and only its owner may read it."""
     folder = tmp_path_factory.mktemp("context")
     (folder / SHIM.name).write_bytes(OLDER)
     (folder / SHIM.name).chmod(0o600)

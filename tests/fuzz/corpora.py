@@ -36,9 +36,7 @@ def corpus(name: str) -> list[bytes]:
 
 
 class Mutator:
-    """A source of inputs, with another one at each call. `words`: words that the reader knows, so that more inputs
-    pass.
-    """
+    """A source of inputs, with another one at each call. `words`: words that the reader knows."""
 
     def __init__(self, seed: int, inputs: Sequence[bytes], words: Sequence[bytes] = ()) -> None:
         self._dice = random.Random(seed)

@@ -21,9 +21,7 @@ RESULT = struct.Struct("dII")
 
 
 def attempt(path: str, hello: bytes, answer_bytes: int, end: float) -> tuple[bool, float]:
-    """Make one attempt as a shim does: no step of it waits except for the answer. Return also how long it could not
-    send.
-    """
+    """Make one attempt as a shim does: only the answer is waited for. Return also how long it could not send."""
     began = time.monotonic()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as sock:
         try:

@@ -137,9 +137,7 @@ def files(folder: Path) -> list[tuple[str, int]]:
 def test_nothing_of_others_is_bound_or_removed_in_a_race_for_the_folder(
     tmp_path: Path, scale: Callable[..., int]
 ) -> None:
-    """A folder of root behind a link, one of another user, and the right one are in one place in turn, at full
-    speed.
-    """
+    """The folder changes at full speed: one of root behind a link, one of another user, and the right one."""
     run, linked, foreign = tmp_path / "run", tmp_path / "linked", tmp_path / "foreign"
     for folder in (run, linked, foreign):
         folder.mkdir()

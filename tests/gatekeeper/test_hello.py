@@ -64,9 +64,7 @@ def test_a_managed_process_gets_all_its_pages(keeper: Keeper, ledger: Ledger, te
 
 @pytest.mark.parametrize("ahead", [86_400, -100], ids=["ahead", "behind"])
 def test_a_page_goes_by_the_clock_of_its_process(keeper: Keeper, tenant: Make, ahead: int) -> None:
-    """A heartbeat that looks old would open every gate in another time namespace, and one from the future never
-    would.
-    """
+    """A heartbeat by another clock, in a time namespace, would open every gate or keep all of them closed."""
 
     def late() -> list[int]:
         reply = hello(keeper.run)

@@ -66,9 +66,7 @@ class Storm:
         assert self._process.stdout.readline() == "started\n"
 
     def met(self) -> list[tuple[float, int, int]]:
-        """Return for each: seconds until it was answered, or -1; attempts; those in which it had no processor
-        to send.
-        """
+        """Return for each: seconds until its answer, or -1; attempts; those in which it had no processor to send."""
         said, _ = self._process.communicate(timeout=60)
         assert self._process.returncode == 0
         return [(seconds, attempts, mute) for seconds, attempts, mute in json.loads(said)]

@@ -25,9 +25,7 @@ _APPEND = "console=ttyS0 loglevel=4 rdinit=/init panic=1 mitigations=off tsc=rel
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The numbers of tests. `reasons` has a line for each that failed or was skipped, or one: the suite did not
-    complete.
-    """
+    """The numbers of tests. `reasons`: a line for each that failed or was skipped, or for an incomplete suite."""
 
     passed: int = 0
     failed: int = 0

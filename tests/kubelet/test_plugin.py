@@ -277,9 +277,7 @@ def tenants(tmp_path: Path) -> Iterator[Place]:
 def test_room_that_others_take_is_no_longer_offered(
     kubelet: kit.Kubelet, plugin: kit.Plugin, tenants: Place, uuids: list[str]
 ) -> None:
-    """A tenant that is no pod takes all but 3 GiB of each device. Its devices are named, so its limit counts at
-    once.
-    """
+    """A tenant that is no pod takes all but 3 GiB of each device. It names the devices, so its limit counts at once."""
     two, one = kubelet.resource("2gib-25pct"), kubelet.resource("1gib")
     capacity = min(device["capacity_bytes"] for device in commands.ask(verb="offers")["devices"])
     tenant, memory = tenants.tenant(None), f"{capacity - 3 * GIB}B"

@@ -40,9 +40,7 @@ def manifest() -> Path:
 
 @pytest.fixture(scope="module")
 def image(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build deploy/images/agent from this tree's package. Short of a full run, use an image with the checkout's
-    files.
-    """
+    """Build deploy/images/agent from this tree's package; short of a full run, an image with the checkout's files."""
     work = tmp_path_factory.mktemp("image")
     (name,) = {
         container["image"]

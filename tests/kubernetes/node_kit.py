@@ -303,9 +303,7 @@ class Node(Containerd):
         return path
 
     def publish(self, name: str, data: Mapping[str, str] | None = None) -> None:
-        """Write a ConfigMap's files as kubelet does: to another folder, then a link to it is renamed over the
-        last one.
-        """
+        """Write a ConfigMap's files as kubelet does: to another folder, whose link is renamed over the last one."""
         data = self.objects["ConfigMap", name].get("data", {}) if data is None else data
         folder = self.work / "configmaps" / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -135,9 +135,7 @@ def test_a_device_that_fails_is_heard_of_by_the_agents_pod(kubelet: kubelet_kit.
 def test_it_lives_within_its_limit_of_memory(
     node: node_kit.Node, kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod
 ) -> None:
-    """A full run starts it without any of its files in the page cache, because cached files are charged to their
-    readers.
-    """
+    """A full run starts it without files in the page cache, because cached files are charged to their readers."""
     if os.environ.get("FGPU_TEST_SCALE") == "full":
         Path("/proc/sys/vm/drop_caches").write_text("1")
         plugin.containers["device-plugin"].kill()

@@ -149,9 +149,7 @@ def test_one_that_hangs_is_replaced(running: fresh_host.Host, unit: str) -> None
 
 
 def test_the_agent_s_gatekeeper_makes_room_for_the_unit_s(running: fresh_host.Host) -> None:
-    """F30: the state after a kill on a host where a start takes longer than a second. The unit never waits for the
-    agent.
-    """
+    """F30: the state after a kill on a host with slow starts. The unit never waits for the agent."""
 
     def holder() -> str:
         number = running.run("cat", "/run/fgpu/gatekeeper.lock").stdout.strip()

@@ -117,9 +117,7 @@ def applied(work: Path) -> Iterator[None]:
 
 
 def _is_seen() -> bool:
-    """Return whether the snapshot shows the unmanaged program, the tenant without the shim, and shares of time
-    as due.
-    """
+    """Return whether the snapshot shows the unmanaged program, the tenant without the shim, and the shares as due."""
     snapshot = ask(verb="snapshot")
     shares = [d["compute"] for t in snapshot["tenants"] for d in t["devices"] if d["gpu"] == 0 and d["compute"]]
     around = [t for t in snapshot["tenants"] if t["shimless"]]

@@ -195,9 +195,7 @@ class Agent:
             setattr(self, name, [bytes.fromhex(u) for u in value] if name == "uuids" else value)
 
     def limit(self, what):
-        """{limit, used, level, device, flags, orphaned, age_ms: age of the last orphaned bytes, away: no agent
-        looks}
-        """
+        """{limit, used, level, device, flags, orphaned, age_ms: age of the last orphaned bytes, away: agent is away}"""
         device = what.get("device", 3)
         m, at = self.maps[what.get("level", 0)], 64 + 32 * device
         struct.pack_into("<QQ", m, at, what.get("limit", NO_LIMIT), what.get("used", 0))

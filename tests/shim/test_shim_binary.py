@@ -34,9 +34,7 @@ def test_table_is_what_is_exported(build: Build) -> None:
 
 
 def test_takes_of_libc_what_every_glibc_has(build: Build) -> None:
-    """Symbols have the first version for this machine. Those that moved into libc later have no version, and so are
-    weak.
-    """
+    """Symbols have the first version for this machine. Those that moved into libc later are weak, without a version."""
     oldest = {"x86_64": "GLIBC_2.2.5", "aarch64": "GLIBC_2.17"}[platform.machine()]
     moved = {"__libc_dlopen_mode", "__libc_dlsym", "clock_gettime", "dlclose", "dlerror", "dlopen", "dlvsym"}
     versions = needed(build.shim)

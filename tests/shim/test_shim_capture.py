@@ -70,9 +70,7 @@ def both(simulator: Simulator, verb: Callable[..., None], turn: int) -> None:
 @pytest.mark.parametrize("flags", [0, 1], ids=["blocking", "aside"])
 @pytest.mark.parametrize("gated", [False, True], ids=["free", "gated"])
 def test_a_capture_outlives_launches_on_every_device(simulator: Simulator, flags: int, gated: bool) -> None:
-    """One thread uses two devices. It uses the default stream of the capturing device only where the driver
-    allows it.
-    """
+    """One thread uses two devices. It uses the capturing device's default stream only where the driver allows it."""
     both(simulator, unlock, 1 if gated else 0)
     own = "" if flags == 0 else ", lambda: launch(f)"
     script = f"""
@@ -90,9 +88,7 @@ need("cuCtxSynchronize")"""
 @pytest.mark.parametrize("devices", ["", SECOND], ids=["one device", "two"])
 @pytest.mark.parametrize("name", ["cuMemAllocAsync", "cuMemAllocAsync_ptsz"])
 def test_a_thread_without_a_context_breaks_no_capture(simulator: Simulator, name: str, devices: str) -> None:
-    """The driver refuses the thread's call before it looks at captures, so the shim's earlier calls must not
-    break one.
-    """
+    """The driver refuses the call before it looks at captures, so the shim's earlier calls must not break one."""
     both(simulator, unlock, 1)
     script = f"""
 def other():

@@ -1,6 +1,4 @@
-"""Work in flight on a gated device, with the simulated driver: bounded, drained and reported, without effect on
-programs.
-"""
+"""Work in flight on a gated device of the simulated driver: bounded, drained, reported, unnoticed by programs."""
 
 import time
 
@@ -41,9 +39,7 @@ out("given"); line(); need("cuStreamSynchronize", s); out("done"); line()"""
 @pytest.mark.timed
 @pytest.mark.parametrize("streams", [1, 7])
 def test_a_drain_is_short_and_told(simulator: Simulator, streams: int) -> None:
-    """The gate closes at each turn of a program that launches as fast as it can. It soon reports correctly that all is
-    done.
-    """
+    """The gate closes at each turn of a program that launches at full speed. It soon reports a correct drain."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -161,9 +157,7 @@ out(rests, sum(between[1:])); line()"""
 
 
 def test_a_program_that_goes_step_by_step_does_not_rest(simulator: Simulator) -> None:
-    """The time between an end that it waited for and its next launch counts as the program's, unless that time
-    is long.
-    """
+    """The time between an end that it waited for and its next launch counts as the program's, unless it is long."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(

@@ -1,6 +1,4 @@
-"""A request that fits but for memory of exited processes waits for that memory: as long as it may help, and no
-longer.
-"""
+"""A request that fits but for memory of exited processes waits for that memory, as long as it may help."""
 
 import subprocess
 import time

@@ -84,8 +84,9 @@ class Under:
 
     @contextmanager
     def _driver(self, reports: Path, image: str | None) -> Iterator[list[str]]:
-        """Run a simulated driver in a mount namespace. Yield the start of a command line in it. Its own errors are
-        reported too.
+        """Run a simulated driver in a mount namespace. Yield the start of a command line in it.
+
+        Errors of the driver are reported too.
         """
         setup = "mount -t tmpfs -o mode=755 none /run; "
         if image:

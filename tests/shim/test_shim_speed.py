@@ -17,9 +17,7 @@ def figures(text: str) -> list[float]:
 @pytest.mark.parametrize("size", [4096, 4 * MIB, 100 * MIB])
 @pytest.mark.parametrize("more", [(), ("wait",), ("wait", "graph")], ids=["pools", "waits", "graphs"])
 def test_little_is_added(build: Build, held: Agent, size: int, more: tuple[str, ...]) -> None:
-    """A pair of calls takes less than 0.1 us, with room for a busy machine: a measurement or a request would
-    take more.
-    """
+    """A pair of calls takes less than 0.1 us on a busy machine: a measurement or a request would take more."""
     program = build.compile("speed.c", "speed", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1")
     command = [program, size, *more]
     environment = {"LD_LIBRARY_PATH": str(build.folder / "driver")}

@@ -1,6 +1,4 @@
-"""Standalone mode, without an agent and with a limit in the image: the shim limits the container's programs
-together.
-"""
+"""Standalone mode, without an agent and with a limit in the image: the shim limits the programs together."""
 
 import subprocess
 from collections.abc import Callable, Iterator

@@ -1,6 +1,4 @@
-"""The answer to a request: it is read from a place that no other process of the level can write, on pages of both
-kinds.
-"""
+"""The answer to a request is read from a place that no other process of the level can write, on old and new pages."""
 
 import subprocess
 from collections.abc import Callable

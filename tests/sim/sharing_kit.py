@@ -1,5 +1,6 @@
-"""Functions for programs that share memory. Handles are passed as text, and descriptors by a named socket or by a
-duplicate that the receiver takes.
+"""Functions for programs that share memory.
+
+Handles are passed as text, and descriptors by a named socket or by a duplicate that the receiver takes.
 """
 
 from __future__ import annotations

@@ -106,9 +106,7 @@ for _ in range(2):
 
 
 def test_two_programs_without_gates_get_through(pair: Machine) -> None:
-    """Both devices switch between them, and a kernel that has started once counts as started: slow, but not for
-    ever.
-    """
+    """The devices switch between them, and a kernel that has started once counts as started: slow, but not for ever."""
     script = """
 say("ready"); wait(); began = time.monotonic()
 for _ in range(50): meet(0); meet(1)

@@ -91,9 +91,7 @@ first = recorded(); need("cuGraphLaunch", exec_, s); say(ms(first, recorded()))
 
 
 def test_a_cooperative_kernel_must_fit(machine: Machine) -> None:
-    """All of its blocks run at once: eight of 256 threads on each of 132 multiprocessors. Other kernels need
-    not fit.
-    """
+    """All blocks run at once: eight of 256 threads on each of 132 multiprocessors. Other kernels need not fit."""
     script = """
 start(); f = kernel("spin_10us")[1]; n = C.c_int()
 need("cuOccupancyMaxActiveBlocksPerMultiprocessor", C.byref(n), f, 256, C.c_size_t(0)); say(n.value)

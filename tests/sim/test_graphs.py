@@ -277,9 +277,7 @@ say(quick, L.cuStreamQuery(s)); need("cuStreamSynchronize", s); say(round(time.m
 
 
 def test_streams_in_parallel_need_memory_of_their_own(machine: Machine) -> None:
-    """A launch in another stream allocates more while the first one runs. One in the same stream, or a later one, does
-    not.
-    """
+    """A launch in another stream allocates more while the first one runs. One in the same stream does not."""
     script = """
 start(); _, spin = kernel("spin_200000us"); base = [0]
 def make(s, size=64):

@@ -1,6 +1,4 @@
-"""Memory that the driver takes by itself: for local memory, heap and output of device code, data, streams, graphs, page
-tables.
-"""
+"""Memory that the driver takes by itself: for code, its heap and output, data, streams, graphs, page tables."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ def parts(machine: Machine, pid: int) -> dict[str, int]:
 
 
 def test_the_stack_s_limit_sets_the_area(machine: Machine) -> None:
-    """The area of one context gets that size at once, up and down. Below the first size the context itself is
-    smaller.
-    """
+    """The area of one context gets that size at once. Below the first size the context itself is smaller."""
     sizes = [8192, 1024, 512, 0, 3000]
     script = f"""
 say(); wait()
@@ -122,9 +118,7 @@ need("cuMemFree_v2", ballast); say(run(kernel), run(m), limit(STACK, 2048), load
 
 
 def test_heap_and_output_of_device_code(machine: Machine) -> None:
-    """Once for each context, at the first load and, the heap, at the first launch. The limit can be changed
-    until then.
-    """
+    """Once for each context, at the first load and, the heap, at the first launch, until which its limit can change."""
     script = """
 say(limit(HEAP, 20 << 20), limit(FIFO, 1 << 30), taken()); wait()
 _, one, f = load(MALLOC, "mal"); _, two, g = load(MALLOC, "mal"); say(taken()); wait()
@@ -147,9 +141,7 @@ need("cuModuleUnload", one); need("cuModuleUnload", two); say(taken()); wait()
 
 
 def test_data_of_modules(machine: Machine) -> None:
-    """It exists from the load on, with contents, in granules of the module's own. It is no allocation that could be
-    freed.
-    """
+    """It exists from the load on, with contents, in granules of the module. It is no allocation that can be freed."""
     script = """
 _, module, f = load(data(5 << 20), "glob"); _, other, g = load(data(1), "glob"); say(taken()); wait()
 result, at, size = variable(module, "big"); say(result, size, variable(module, "bi")[0], variable(other, "big")[2])
@@ -177,9 +169,7 @@ context = another(); load(data(9 << 20), "glob"); need("cuCtxDestroy_v2", contex
     ],
 )
 def test_data_of_libraries(machine: Machine, use: str) -> None:
-    """Each context has it from its first use there, except by calls that need no context, until the library is
-    unloaded.
-    """
+    """Each context has it from its first use to the unload. Calls that need no context do not load it."""
     script = f"""
 library, kernel, value = C.c_void_p(), C.c_void_p(), C.c_int()
 need("cuLibraryLoadData", C.byref(library), data(64 << 20).encode(), None, None, 0, None, None, 0)

@@ -199,9 +199,7 @@ say(wrong, base == info()[0])
 
 
 def test_many_clients_and_no_leak(machine: Machine) -> None:
-    """200 clients at once, then 500 short lives: memory is freed, and the server's descriptors and memory do
-    not grow.
-    """
+    """200 clients at once, then 500 short lives: memory is freed, and the server does not grow."""
     forking = """
 children = []
 for _ in range(200):
@@ -262,9 +260,7 @@ def test_same_uuid_at_every_start(make_machine: Callable[..., Machine]) -> None:
 
 
 def test_no_driver(machine: Machine) -> None:
-    """CUDA finds no device and NVML no driver without a server. A program whose server dies gets errors and does not
-    hang.
-    """
+    """CUDA finds no device and NVML no driver without a server. If the server dies, programs get errors."""
     script = """
 N = C.CDLL("libnvidia-ml.so.1")
 say(L.cuInit(0), N.nvmlInit_v2())
@@ -308,9 +304,7 @@ say(*timed(spin)); say(*timed(other))
 
 
 def test_arrays(machine: Machine) -> None:
-    """Extent times format, in granules. Small arrays share granules, levels add up, and the context's end frees
-    them.
-    """
+    """Extent times format, in granules. Small arrays share them, levels add up, and the context's end frees them."""
     script = """
 class Shape(C.Structure):
     _fields_ = [("width", C.c_size_t), ("height", C.c_size_t), ("depth", C.c_size_t),

@@ -1,6 +1,4 @@
-"""The row in which shared memory is shown: random lives of four processes, compared with a model of the rule at each
-step.
-"""
+"""The row that shows shared memory: random lives of four processes, compared with a model at each step."""
 
 from __future__ import annotations
 
@@ -223,9 +221,7 @@ say(ask(None, p, C.c_size_t(4096), 1, C.c_uint64(0)), ask(C.byref(fd), p, C.c_si
 
 
 def test_a_pool_in_two_processes(machine: Machine, clients: list[Popen[str]]) -> None:
-    """Both see the same contents. Memory that the maker frees stays while the other has the pool, in no row, and is
-    reused.
-    """
+    """Both see the same contents. Freed memory stays while the other has the pool, in no row, and is reused."""
     one, two = clients[:2]
     ask(one, "held.update(pool=pool()), held.update(p=pooled(held['pool'], 40 << 20)), put(held['p'], b'first')")
     fd, text = ask(one, "pool_descriptor(held['pool'])"), ask(one, "pool_export(held['p'])")

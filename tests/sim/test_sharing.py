@@ -141,9 +141,7 @@ p = mapped(h, 6 << 20); say(one, two, h.value != i.value, get(p, 6)); put(p, b"a
 
 
 def test_a_descriptor_keeps_memory_alive(machine: Machine) -> None:
-    """It is in no process's row until all are closed. Then it is free, or in the row of the process that
-    imported it.
-    """
+    """It is in no process's row until all are closed. Then it is free, or in the row of its importer."""
     script = """
 start(); h = create(6 << 20); fd = descriptor(h); other = os.dup(fd); need("cuMemRelease", h); say("held"); ask()
 os.close(fd); result, h = imported(other); os.close(other); say(result); ask()

@@ -114,9 +114,7 @@ class Host(kit.Installed):
         self._mounted: list[Path] = []
 
     def mount(self) -> None:
-        """Mount a copy of the fresh root and its mounts. On an overlay, a mapping would have another device number than
-        its file.
-        """
+        """Mount a copy of the root, and its mounts: on an overlay, mappings have another device number than files."""
         kit.run("cp", "--archive", "--reflink=auto", fresh_root(), self.root)
         self._mount(str(self.root), self.root, "--bind")
         self._mount("tmpfs", self.root / "run", "-t", "tmpfs")
@@ -267,9 +265,7 @@ def newer(deb: Path, folder: Path, work: Path) -> str:
 
 @contextlib.contextmanager
 def load(host: Host) -> Iterator[list[str]]:
-    """Run a tenant that starts program after program, each of which allocates all that it gets. Yield their output, at
-    the end.
-    """
+    """Run a tenant that starts programs in sequence, each of which allocates all it can. Yield their output."""
     script = f"while [ ! -e /tmp/enough ]; do {host.build}/examples/fill --step 2MiB; done"
     command = host.command("/usr/bin/fgpu", "run", "--name", "load", "--memory", "1GiB", "--", "sh", "-c", script)
     said: list[str] = []

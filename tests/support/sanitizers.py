@@ -37,9 +37,7 @@ class Sanitizer:
         return Path(said.stdout.strip()).resolve()
 
     def make(self, part: str, source: Path | None = None, out: Path | None = None) -> Path:
-        """Build a part (shim, sim, oci) if it is older than its sources, and return its folder. `source`: another copy
-        of it.
-        """
+        """Build a part (shim, sim, oci) if it is outdated, and return its folder. `source`: another copy of it."""
         out = out or self.folder / part
         variables = [f"OUT={out}", f"HEADERS={HEADERS}", f"SANITIZE={self.checks}", "CFLAGS=-O1 -g"]
         command = ["make", "-s", "-j2", "-C", source or ROOT / part, *variables]

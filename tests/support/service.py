@@ -108,9 +108,7 @@ class Service:
         eventually(lambda: b"ready" in self._driver_log.read_bytes(), 20, "the simulated driver")
 
     def start_agent(self, stderr: int | None = None, *options: str) -> float:
-        """Start `fgpu agent`, with its log to `stderr` or to the usual file. Return the seconds until limits are in
-        force.
-        """
+        """Start `fgpu agent`, logging to `stderr` or the usual file. Return the seconds until limits are in force."""
         begun = time.monotonic()
         said = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "ab") if stderr is None else open(stderr, "wb", closefd=False) as log:

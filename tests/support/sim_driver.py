@@ -21,9 +21,7 @@ def driver_books() -> list[dict[str, Any]]:
 
 
 def unnamed_bytes() -> int:
-    """Return the bytes on all devices that no living process holds: those of exited ones, or those that only an export
-    holds.
-    """
+    """Return the bytes on all devices that no living process holds: those of exited ones, or of exports alone."""
     said = driver_dump()
     ended = sum(entry["bytes"] for entry in said["processes"] if entry["ended"])
     return ended + sum(device["exported_bytes"] for device in said["devices"])

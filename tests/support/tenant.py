@@ -99,9 +99,7 @@ def _open_writer(path: Path) -> int | None:
 
 
 class Client(Program):
-    """The program tests/programs/client.c: commands with numbers, answered by "ok …" or the name of the
-    driver's error.
-    """
+    """The program tests/programs/client.c. It answers a command by "ok …" or the name of the driver's error."""
 
     def __init__(self, tenant: Tenant, name: str, via: str = "", before: str = "") -> None:
         super().__init__(tenant, name, f"{before} {BUILD}/e2e/client {via}".strip())
@@ -173,9 +171,7 @@ class Tenant:
             return []
 
     def has_left(self) -> bool:
-        """Return whether no process is left. A dead process still holds the cgroup until the driver has freed
-        everything.
-        """
+        """Return whether no process is left. A dead one holds the cgroup until the driver has freed everything."""
         try:
             return "populated 0" in (self.cgroup / "cgroup.events").read_text()
         except OSError:
@@ -244,16 +240,12 @@ class Tenant:
         return self._agree(seconds, lambda seen, held: seen["used_bytes"] == held and not seen["drift_bytes"])
 
     def assert_covered(self, seconds: float = 3) -> int:
-        """Wait until the ledger holds the driver's bytes and its own drift, as with pools. Return what the ledger
-        holds.
-        """
+        """Wait until the ledger holds the driver's bytes and its own drift, as with pools. Return its bytes."""
 
         return self._agree(seconds, lambda seen, held: 0 <= seen["used_bytes"] - held == (seen["drift_bytes"] or 0))
 
     def assert_never_below(self, seconds: float = 3) -> int:
-        """Wait until the ledger holds no less than the driver, and no more if it knows its drift. Return what the
-        ledger holds.
-        """
+        """Wait until the ledger holds no less than the driver, or exactly its drift more. Return the ledger's bytes."""
 
         def agree(seen: dict[str, Any], held: int) -> bool:
             more = seen["used_bytes"] - held

@@ -44,9 +44,7 @@ class Handle:
 
 @dataclass(eq=False)
 class Client:
-    """A process that uses the driver, or what is left of an exited process. `keepers`: processes that have its
-    descriptors open.
-    """
+    """A process that uses the driver, or its remains. `keepers`: processes that have its descriptors open."""
 
     pid: int
     is_stranger: bool = False
@@ -95,9 +93,7 @@ class Device:
         return client.own_bytes() + client.resident()
 
     def in_no_row(self, client: Client) -> int:
-        """Return the bytes of a living client that are in no row: its managed memory, or everything if it has no
-        context.
-        """
+        """Return the bytes of a living client in no row: managed memory, or everything if it has no context."""
         return client.is_alive * (client.resident() + (0 if client.contexts else self.in_row(client)))
 
     def pools_in_no_row(self) -> int:
@@ -110,9 +106,7 @@ class Device:
         return clients + sum(handle.bytes for handle in self.handles)
 
     def kept(self) -> int:
-        """Return the bytes that outlive their processes, or that an exporter released while other processes have them
-        open.
-        """
+        """Return the bytes that outlive their processes, or that were exported, freed, and are open elsewhere."""
         handles = sum(handle.bytes for handle in self.handles if self._outlives(handle))
         return handles + sum(self._bytes(c) for c in self.clients if not c.is_alive and not c.is_stranger)
 

@@ -68,9 +68,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 
 class Docker:
-    """A Docker engine for the two questions that fgpu asks. If `raw` is set, it handles the bytes of a connection
-    instead.
-    """
+    """A Docker engine for the two questions that fgpu asks. `raw` replaces its answers by arbitrary bytes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,6 +1,4 @@
-"""Tenants on simulated devices in simulated time, with turns given by the scheduler. Time advances by events, not
-ticks.
-"""
+"""Tenants on simulated devices, with the scheduler's turns. Simulated time advances by events, not ticks."""
 
 from __future__ import annotations
 
@@ -197,9 +195,7 @@ class World:
         return self.turns.due_ns(self.now)
 
     def run_observed(self, seconds: int, error: Callable[[int], float] = lambda _: 0.0) -> World:
-        """Run as `run` does, and ask NVML once a second. `error` returns by which part of a second NVML is wrong in
-        each second.
-        """
+        """Run as `run` does, and ask NVML once a second. `error(second)`: NVML's error, as a part of that second."""
         for second in range(seconds):
             before = {key: tenant.done_ns for key, tenant in self.tenants.items()}
             self.run(1.0)
@@ -210,9 +206,7 @@ class World:
         return self
 
     def check(self) -> None:
-        """Check that a device has at most one owner that is not about to drain, and that a gang owns all of its devices
-        or none.
-        """
+        """Check that a device has one owner beside those about to drain, and a gang all of its devices or none."""
         turns = [place.turn for place in self.turns.places.values() if place.turn]
         owned = [device for turn in turns if not turn.handed_ns for device in turn.devices]
         assert len(owned) == len(set(owned))
@@ -284,9 +278,7 @@ class World:
                 self._ring(tenant)
 
     def _ring(self, who: Tenant | None = None) -> None:
-        """Ring for this tenant, or for all. The next step sees it; it wakes the gatekeeper, unless the tenant
-        can wait.
-        """
+        """Ring for this tenant, or for all. The next step sees it. It wakes the gatekeeper if it cannot wait."""
         self.rung |= {who.key} if who else set(self.tenants)
         if self.bell is None and not (who and who.key in self.turns.unheard()):
             self.bell = self.now + BELL_NS

@@ -20,9 +20,7 @@ KIND = f"/system.slice/docker-{ID}.scope"
 
 @pytest.fixture
 def host(tmp_path: Path) -> Callable[..., Owner]:
-    """Return host(path, users, levels): the owner of that cgroup, where these cgroups belong to other users or have
-    limits.
-    """
+    """Return host(path, users, levels): the owner of that cgroup, where these cgroups have other users or limits."""
 
     def find(path: str, users: dict[str, int] | None = None, levels: tuple[str, ...] = ()) -> Owner:
         (tmp_path / path.lstrip("/")).mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,4 @@
-"""Random operations on a device and questions to NVML in any order: exactly the bytes that the device frees are
-released.
-"""
+"""Random operations on a device, with questions to NVML at any time: exactly the freed bytes are released."""
 
 from __future__ import annotations
 
@@ -229,9 +227,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=whom, bytes_=st.integers(0, 4).map(lambda n: n * SIZE))
     def grow(self, n: int, bytes_: int) -> None:
-        """Change the memory that only the driver knows. During another operation it may stay unseen for one
-        reconciliation.
-        """
+        """Change the memory that only the driver knows. It may stay unseen for one reconciliation."""
         client = self.some(n)
         if client and client.contexts and not self.busy(client):
             client.grown = bytes_
@@ -331,9 +327,7 @@ class Machine(RuleBasedStateMachine):
         self.all_is_released()
 
     def all_is_released(self) -> None:
-        """Check that everything is released, but for what hidden memory or a later process with the same pid may
-        explain.
-        """
+        """Check that everything is released, but for what hidden memory or a later process of that pid may explain."""
         device, orphaned = self.world.device, self.world.ledger.orphaned()
         unknown = sum(map(device.in_no_row, device.clients)) if self.is_hidden_unknown() else device.pools_in_no_row()
         assert orphaned <= device.kept() + REST + unknown + sum(map(self.uncharged, self.living())), (

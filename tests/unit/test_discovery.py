@@ -38,9 +38,7 @@ def test_probes_are_dropped_only_if_all_is_known(
 
 
 def test_who_holds_more_than_was_seen_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that holds more than was witnessed may have loaded another library. It is searched again, every few
-    seconds at most.
-    """
+    """A process that holds more than was witnessed may have loaded another library: it is searched again."""
     looks: list[tuple[int, str]] = []
     monkeypatch.setattr(Search, "by_name", lambda _, pid: looks.append((pid, "name")) or Found([]))
     monkeypatch.setattr(Search, "by_contents", lambda _, pid: looks.append((pid, "contents")) or Found([]))

@@ -272,9 +272,7 @@ def drop_in(name: str, tmp_path: Path, **others: str) -> Engine:
 
 
 def test_podman_gets_a_folder_of_hooks_that_nobody_else_reads(tmp_path, helper):
-    """Podman gets its own folder of hooks: Buildah and CRI-O refuse all hooks if one names a stage that only Podman
-    has.
-    """
+    """Podman gets its own folder of hooks: Buildah and CRI-O refuse all hooks if one names a stage of Podman's."""
     found = drop_in("podman", tmp_path)
     set_up(found, helper, tmp_path / "x.json")
     usual, ours = tomllib.loads(read(found) or "")["engine"]["hooks_dir"]

@@ -13,9 +13,7 @@ FD = 7
 
 
 class Kernel:
-    """A stand-in for the kernel's map, and a clock. Cgroups below /root belong to root, others to the user of their
-    first part.
-    """
+    """The kernel's map, and a clock. Cgroups below /root belong to root, others to the user of their first part."""
 
     def __init__(self, monkeypatch):
         self.now, self.map = 1000.5, {b"12345678": bytes(24)}

@@ -1,6 +1,4 @@
-"""Tests of patterns: what they match, compared with a slow and obviously correct matcher, and the time of the worst
-ones.
-"""
+"""Tests of patterns: what they match, compared with a slow and simple matcher, and the time of the worst ones."""
 
 from __future__ import annotations
 

@@ -215,9 +215,7 @@ def test_a_crowd_finds_what_it_takes() -> None:
 
 
 def test_names_that_come_and_go_are_not_interned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names of short-lived files are not interned: Python's table never shrinks, and a Path interns all of its
-    parts.
-    """
+    """Names of short-lived files are not interned: Python's table never shrinks, and a Path interns its parts."""
     (tmp_path / "run/shim").mkdir(parents=True)
     (tmp_path / "policy.d").mkdir()
     (tmp_path / "policy.d/some.yaml").write_text("")

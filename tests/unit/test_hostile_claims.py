@@ -1,6 +1,4 @@
-"""Tests in simulated time of how long a tenant with many processes and cgroups can delay others by false claims of
-work.
-"""
+"""Tests in simulated time of how long a tenant with many processes can delay others by false claims of work."""
 
 from __future__ import annotations
 
@@ -153,9 +151,7 @@ def test_what_nothing_has_proved_is_never_believed_for_longer_than_at_first() ->
 
 
 def test_a_short_claim_that_was_true_proves_no_long_one() -> None:
-    """A tenant with a false claim is waited for 4 ms. Work of 12 ms exceeds that and ends as claimed, but proves no
-    longer claim.
-    """
+    """A tenant with a false claim is waited for 4 ms. Work of 12 ms that ends as claimed proves no longer claim."""
     trust = Trust()
     trust.claims(S, S)
     trust.overran(S + UNPROVEN_NS)

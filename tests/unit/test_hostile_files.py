@@ -1,6 +1,4 @@
-"""Tests of files that tenants choose: the agent opens the file that was mapped, and no file keeps others from being
-probed.
-"""
+"""Tests of files that tenants choose: the agent opens the mapped file, and no file keeps others from being probed."""
 
 from __future__ import annotations
 

@@ -34,9 +34,7 @@ def world(monkeypatch, tmp_path):
 
 
 def test_the_time_that_a_service_has_begins_when_its_gatekeeper_is_first_missed(world):
-    """The service's time does not begin when its gatekeeper was last seen, one round ago: two gatekeepers would start
-    at once.
-    """
+    """The time does not begin when the gatekeeper was last seen, a round ago: two gatekeepers would start at once."""
     assert [world.after(1.0) for _ in range(3)] == [0, 0, 0]
     world.is_locked = False
     assert [world.after(1.0), world.after(0.1), world.after(0.5)] == [0, 0, 0]

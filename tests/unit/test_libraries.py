@@ -153,9 +153,7 @@ def test_what_is_believed_by_its_contents_is_looked_at_in_every_round(
 def test_only_what_this_host_has_published_is_a_shim(
     tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str]
 ) -> None:
-    """A file with the functions of both is a driver. A file with libfgpu's name and none of its functions is not
-    fgpu's.
-    """
+    """A file with the functions of both is a driver. One with libfgpu's name and no function of it is not fgpu's."""
     source = tmp_path / "both.c"
     names = [*probe_plan.REQUIRED, *probe_plan.SHIM]
     source.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in names))

@@ -1,6 +1,4 @@
-"""Tests of mutants: each one still applies, and every row of docs/security.md has a test that fails without its
-defence.
-"""
+"""Tests of mutants: each one applies, and every row of docs/security.md has a test that fails without its defence."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Attacks that try to have orphaned memory released while the device holds it. Each uses a tenant's own calls; none
-works.
-"""
+"""Attacks by a tenant's own calls that try to have orphaned memory released while the device holds it. None works."""
 
 from __future__ import annotations
 

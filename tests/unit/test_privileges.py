@@ -1,6 +1,4 @@
-"""Tests of privileges: the capabilities that a process has left after it has dropped the rest. Each test uses a new
-process.
-"""
+"""Tests of the capabilities that a process has left after it has dropped the rest, each in a new process."""
 
 from __future__ import annotations
 
@@ -52,9 +50,7 @@ def test_nothing_comes_back() -> None:
 
 
 def test_who_may_not_lower_the_bounding_set_gives_up_its_own() -> None:
-    """A process without SETPCAP, as in a container or under a unit, keeps its bounding set and drops its own
-    capabilities.
-    """
+    """A process without SETPCAP, as under a unit, keeps its bounding set and drops its own capabilities."""
     found = status(f"p.keep_only(p.GATEKEEPER); {SHOW}", "setpriv", "--bounding-set=-setpcap")
     assert found["CapEff"] == found["CapPrm"] == mask(GATEKEEPER)
     assert found["CapBnd"] != mask(GATEKEEPER)

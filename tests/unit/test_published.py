@@ -145,9 +145,7 @@ def test_readers_see_one_or_the_other(tmp_path, store, scale) -> None:
 
 
 def test_every_version_that_was_ever_staged_is_one_of_ours(tmp_path, store, monkeypatch) -> None:
-    """Every version that was ever staged is known as fgpu's: images have copies, and containers keep removed
-    versions.
-    """
+    """Every version that was ever staged counts as fgpu's: images have copies, containers keep removed versions."""
     for content in (b"one", b"two", b"three", b"two"):
         publish(version(tmp_path, store, content))
     assert retire(store, set()), "one is removed"

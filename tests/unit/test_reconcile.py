@@ -1,6 +1,4 @@
-"""Tests of entering NVML's figures in the ledger, with stand-ins for both. NVML's may give answers that no driver
-gives.
-"""
+"""Tests of entering NVML's figures in the ledger, with stand-ins for both. NVML's may answer as no driver does."""
 
 from __future__ import annotations
 
@@ -232,9 +230,7 @@ def test_where_nvml_says_nothing_nothing_is_decided(says, quiet):
 
 
 def test_a_process_without_a_context_that_is_not_named_holds_what_was_witnessed():
-    """A process without a context has handles and pools on the device, in no row. Its modules were freed with the
-    context.
-    """
+    """A process without a context has handles and pools on the device, in no row. Its modules were freed."""
     books = Books(replace(process(900 * MIB, 512 * MIB, managed=100 * MIB), contexts=(0,) * 16))
     one = reconciler(books, {})
     one.look()
@@ -303,9 +299,7 @@ def test_slack_is_taken_of_no_young_orphan_though_nvml_names_it_no_more(named):
 
 
 def test_what_nvml_shows_of_ended_processes_is_no_slack():
-    """Bytes that NVML shows for exited processes are no slack, or each exited process could leave that much
-    uncharged.
-    """
+    """Bytes that NVML shows for exited processes are no slack: each one could leave that much uncharged."""
     books, held = Books(process(900 * MIB)), [0]
     rows = {ME: 900 * MIB}
     one = reconciler(books, rows, lambda: held_beside_the_rest(held[0]) + (len(rows) - 1) * CONTEXT_REST_BYTES)
@@ -447,9 +441,7 @@ def test_one_of_whom_nvml_says_nothing_does_not_hide_the_others():
 
 
 def test_one_that_has_ended_is_not_adopted_though_the_driver_still_holds_its_memory():
-    """A process that has exited is not adopted, whether or not its parent has reaped it. One without its first thread
-    lives.
-    """
+    """An exited process is not adopted, whether or not it was reaped. One without its first thread lives."""
     books = Books(process(0))
     with (
         subprocess.Popen(["true"]) as dead,
@@ -508,9 +500,7 @@ def test_pool_bytes_are_never_taken_back_by_nvml(exact, pool, gone):
 
 
 def test_each_device_is_as_old_as_its_own_last_answer():
-    """The age of a device is that of its last answer. A device whose NVML answers partly or not at all is not made
-    fresh by others.
-    """
+    """The age of a device is that of its own last answer. Answers of other devices do not make it fresh."""
     answers = {0: {}, 1: {}, 2: None, 3: {}}
     used = {0: 1, 1: 1, 2: 1, 3: None}
     nvml = SimpleNamespace(

@@ -70,9 +70,7 @@ def test_rests_are_not_charged_however_they_fall_between_our_looks(work_us, peri
 
 
 def test_who_comes_to_be_ripe_between_a_step_and_what_follows_is_not_forgotten():
-    """A tenant may become ready between a step and the publishing of counts. It sleeps until another event, and rings
-    for nothing.
-    """
+    """A tenant may become ready between a step and the publishing of counts. Nothing rings for it."""
     it = World(Tenant(1, Share(limit_millionths=250_000))).run(1.0)
     place = it.turns.places[1]
     while place.turn or place.ready_ns() < it.now + 5 * MS:

@@ -1,6 +1,4 @@
-"""Tests of `fgpu doctor` where SELinux enforces: exactly what the kernel's policy refuses to containers, and
-the fix.
-"""
+"""Tests of `fgpu doctor` where SELinux enforces: what the kernel's policy refuses to containers, and the fix."""
 
 from __future__ import annotations
 

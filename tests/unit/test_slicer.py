@@ -274,9 +274,7 @@ def test_a_process_that_ends_with_work_in_flight_is_told_to_the_turns(world):
 
 
 def test_a_device_that_only_a_process_which_has_gone_used_is_nobodys(world):
-    """A tenant takes no turns on a device that only an exited process used, so a tenant that is alone there keeps its
-    turns.
-    """
+    """A tenant takes no turns on a device that only an exited process used. Others keep their turns there."""
     it = world(t7=Share(), t8=Share())
     ledger = it.slicer.ledger
     ledger.given = {(level, device): Share() for level, _ in ledger.given for device in (0, 1)}

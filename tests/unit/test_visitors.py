@@ -1,6 +1,4 @@
-"""Tests of the identity of a peer, on kernels whose sockets know only its pid, and of what /proc shows of a pidfd
-there.
-"""
+"""Tests of a peer's identity on kernels whose sockets know only its pid, and of a pidfd's /proc entry there."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Tests of the metrics address: eight requests at a time; connections without a complete request keep no
-request out.
-"""
+"""Tests of the metrics address: eight requests at a time; incomplete requests keep no other request out."""
 
 from __future__ import annotations
 

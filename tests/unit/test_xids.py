@@ -25,9 +25,7 @@ HANDLES = [pynvml.c_nvmlDevice_t(pynvml.struct_c_nvmlDevice_t()) for _ in range(
 
 
 class Library:
-    """A stand-in for NVML's events: which events come, which devices can be registered, and which sets were made and
-    freed.
-    """
+    """A stand-in for NVML's events: which ones come, which devices can be registered, which sets exist."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.coming: list[Any] = []

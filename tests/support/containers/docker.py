@@ -27,9 +27,7 @@ DOCKERD = next((str(ENGINES / f / "dockerd") for f in FOLDERS if (ENGINES / f / 
 
 
 class Docker(Place):
-    """dockerd with the cgroupfs driver, on a socket that only the tests know. `socket` is where the agent looks
-    for it.
-    """
+    """dockerd with the cgroupfs driver, on a private socket. `socket` is where the agent looks for it."""
 
     group = "/docker"
 

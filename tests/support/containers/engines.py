@@ -183,9 +183,7 @@ class Cave:
 
 
 class Engine:
-    """An engine's command line: run, logs and rm are the same for all. `settings`: the file that `fgpu setup KIND`
-    edits.
-    """
+    """An engine's command line: run, logs and rm are the same for all. `settings`: the file that setup edits."""
 
     kind = ""
     group = ""

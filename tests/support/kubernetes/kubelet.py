@@ -112,9 +112,7 @@ class Resource:
 
 
 class Kubelet:
-    """Kubelet's folder and its Registration service. start() again is another kubelet, which empties the folder
-    first.
-    """
+    """Kubelet's folder and Registration service. start() again is another kubelet, which empties the folder first."""
 
     def __init__(self, folder: Path, made: Path) -> None:
         self.folder = folder
