@@ -137,7 +137,7 @@ class AtOnce:
 
 @pytest.fixture(scope="session")
 def scale() -> Callable[[int, int, int], int]:
-    """scale(quick, ci, full): the count for this run."""
+    """Return scale(quick, ci, full): the count for this run."""
     which = SCALES.index(os.environ.get("FGPU_TEST_SCALE", "ci"))
 
     def choose(*counts: int) -> int:

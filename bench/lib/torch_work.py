@@ -1,8 +1,9 @@
-"""A program with torch that does what it is told: says "ready" or "- WHY", then answers each line of stdin with JSON.
+"""A program with torch that runs commands: prints "ready" or "- WHY", then answers each line of stdin with JSON.
 
-`WHAT SECONDS START_NS`, from that moment of CLOCK_MONOTONIC on for so long: train and unfilled are trainings, small is
-inference of a model that takes 0.1 ms, each {"steps", "p50_us"}; capture makes 1,000 graphs in the default mode while
-another thread launches, {"captures", "failed", "why"}. A line while it works ends that work. It knows nothing of fgpu.
+`WHAT SECONDS START_NS`, from that moment of CLOCK_MONOTONIC on for this long: train and unfilled are trainings, small
+is inference of a model that takes 0.1 ms, each {"steps", "p50_us"}; capture makes 1,000 graphs in the default mode
+while another thread launches, {"captures", "failed", "why"}. A line while it works stops that work. It knows nothing of
+fgpu.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from typing import Any
 
 CAPTURES = 1000
-IN_FLIGHT = 3  # trainings run ahead of the device by so many steps
+IN_FLIGHT = 3  # trainings run ahead of the device by this many steps
 
 
 def training(torch: Any, width: int, layers: int, batch: int) -> Any:

@@ -49,7 +49,7 @@ def test_a_release_that_was_late_for_a_move(kernel, two, make_client):
     move(kernel, one, second)
     assert not one.entry(kernel).late
 
-    def release_late(process: abi.Process) -> None:  # it drew from the first, where nothing was any more
+    def release_late(process: abi.Process) -> None:  # it drew from the first level, which had nothing left
         process.devices[0].bytes -= 4 * MIB
         process.devices[0].owed = 4 * MIB
 

@@ -146,7 +146,7 @@ def test_an_agent_that_could_not_be_told_yet_is_told_of_all_at_once(start: Calla
     (keeper.run / "discover.sock").unlink()
 
 
-# -- the fair order by itself
+# -- the fair order alone
 
 
 class Peers:
