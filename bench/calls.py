@@ -1,11 +1,12 @@
-"""How much each kind of allocation call gets under a limit, asking for three times as much in steps of 2 MiB.
+"""Measure how much memory each kind of allocation call gets under a limit, in steps of 2 MiB.
 
-Each kind by the driver, by the runtime, and by both as a per-thread-default-stream build calls them (`thread`;
-bench/lib/fill_calls.py has the list), some at a time, each a tenant. Prints `API_KIND_usable PERCENT %` (of limit minus
-context; for graphs what the driver takes, and beside it what was asked for), and where there is any, what was held
-beyond the limit and the driver's word if it was not out-of-memory; `runtime absent` without a libcudart. Writes
-build/bench/calls.json; 1 where a kind was not refused at its limit or could not use it. Starts and stops the agent
-itself. TORCH_PYTHON is an interpreter whose packages may have libcudart.
+A program asks for three times its limit by each kind of call: by the driver, by the runtime, and by both as a
+per-thread-default-stream build calls them (`thread`; bench/lib/fill_calls.py has the list). Some programs run at a
+time, each a tenant. Prints `API_KIND_usable PERCENT %` (of limit minus context; for graphs the driver's bytes, and
+beside it the requested ones), and if there are any, the bytes held beyond the limit, and the driver's error if it was
+not out-of-memory; `runtime absent` without a libcudart. Writes build/bench/calls.json; exits with 1 if a kind was not
+refused at its limit or could not use it. Starts and stops the agent itself. TORCH_PYTHON is an interpreter whose
+packages may have libcudart.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PYTHON = os.environ.get("TORCH_PYTHON", "python3")
 
 
 def one(combination: tuple[str, str], limit: int, runtime: str) -> dict[str, float]:
-    """A tenant that fills its limit by one kind of call."""
+    """Run a tenant that fills its limit by one kind of call."""
     name = "_".join(combination)
     with ending() as programs:
         programs.append(Program([sys.executable, SCRIPT, *combination, str(limit), runtime], limit, f"calls-{name}"))
@@ -52,12 +53,12 @@ def one(combination: tuple[str, str], limit: int, runtime: str) -> dict[str, flo
 
 
 def held(found: dict[str, float]) -> bool:
-    """It got what it may, and no more."""
+    """Return whether it got what it may, and no more."""
     return found["code"] == OUT_OF_MEMORY and ENOUGH_PERCENT <= found["usable_percent"] <= 100
 
 
 def say(name: str, found: dict[str, float], limit: int) -> None:
-    """One line, and more where there is more to say."""
+    """Print one line, and more lines if there are more figures."""
     print(f"{name}_usable {found['usable_percent']:.2f} %", flush=True)
     if found["asked_percent"] < found["usable_percent"]:
         print(f"{name}_asked_for {found['asked_percent']:.2f} %")
@@ -70,7 +71,7 @@ def say(name: str, found: dict[str, float], limit: int) -> None:
 
 
 def main() -> int:
-    """All kinds; 1 where one was not refused at its limit or could not use it."""
+    """Measure all kinds. Return 1 if one was not refused at its limit or could not use it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--limit", type=int, default=1 << 30, help="bytes")
     parser.add_argument("--at-once", type=int, default=6, help="tenants")

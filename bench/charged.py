@@ -1,10 +1,10 @@
-"""Whether all memory that the device holds is charged: sharing, ends of processes, what the driver takes by itself.
+"""Check that all memory of the device is charged: shared memory, exits of processes, the driver's own memory.
 
-Each scenario (bench/programs/charged_*.c) is a tenant of its own with a limit of 8 GiB. At each of its marks prints, in
-MiB, the device's memory in use since before the scenario and what the ledger has for the tenant, for how many
-milliseconds after the mark the ledger was lower, or higher, than the device's part, and NVML's rows by process. Then
-prints `charged_NAME VALUE UNIT`; writes build/bench/charged.json. 1 where both differ SECONDS after a mark, or where
-what is beyond the limit was not refused. Starts and stops the agent itself, unless one runs. Nothing else may use the
+Each scenario (bench/programs/charged_*.c) is a separate tenant with a limit of 8 GiB. At each of its marks, prints in
+MiB the device's memory in use since before the scenario and the ledger's bytes of the tenant, for how many milliseconds
+after the mark the ledger was lower, or higher, than the device's part, and NVML's rows by process. Then prints
+`charged_NAME VALUE UNIT`; writes build/bench/charged.json. Exits with 1 if both differ SECONDS after a mark, or if
+memory beyond the limit was not refused. Starts and stops the agent itself, unless one runs. Nothing else may use the
 device.
 """
 
@@ -39,19 +39,22 @@ SCENARIOS = {
     ),
 }  # fmt: skip
 PROGRAM_OF = {name: f"charged_{program}" for program, names in SCENARIOS.items() for name in names}
-# What the device holds and NVML shows of no process, as one H200 does: of each context, once of the device, what the
-# driver keeps of managed memory or takes for page tables of registered host memory (2 MiB a GiB), and 2 MiB from the
-# first launch of code that prints.
+# Memory that the device holds and NVML shows for no process, as on one H200: for each context, once for the device,
+# what the driver keeps of managed memory or takes for page tables of registered host memory (2 MiB a GiB), and 2 MiB
+# from the first launch of code that prints.
 CONTEXT_REST, DEVICE_REST, MANAGED_REST = 5.6 * MIB, 3.2 * MIB, 25 * MIB
-CONTEXTS = dict.fromkeys(("imp_dead", "ipc_free", "ipc_dead", "pool_exp", "contexts"), 2)  # at once; one in all others
+# at one time; one in all others
+CONTEXTS = dict.fromkeys(("imp_dead", "ipc_free", "ipc_dead", "pool_exp", "contexts"), 2)
 BESIDES = {"managed": MANAGED_REST, "fork_managed": MANAGED_REST, "hostreg": 8 * 2 * MIB, "fifo": 2 * MIB}
 REFUSED = {"exp_fd": "cuMemCreate returns 2", "stack": "cuCtxSetLimit returns 2"}
 
 
 @dataclass(slots=True)
 class Row:
-    """One mark. `device`, `ledger`: bytes; `lower_ms`, `higher_ms`: for how long after it the ledger was; `wrong`: what
-    it still is at the end.
+    """A mark: what device and ledger held, and for how long they differed.
+
+    `device`, `ledger`: bytes. `lower_ms`, `higher_ms`: for how long the ledger was. `wrong`: the errors that remain at
+    the end.
     """
 
     text: str
@@ -63,31 +66,31 @@ class Row:
     wrong: list[str] = field(default_factory=list)
 
     def line(self) -> str:
-        """As it is printed."""
+        """Return the printed line."""
         times = f"lower {self.lower_ms:4.0f} ms, higher {self.higher_ms:4.0f} ms"
         wrong = f"  <-- {', '.join(self.wrong)}" if self.wrong else ""
         return f"   {self.text:<48} {self.device // MIB:>7} {self.ledger // MIB:>7}  {times}  {self.rows}{wrong}"
 
 
 def driver_rest(scenario: str) -> float:
-    """Bytes that the device may hold in a scenario and that NVML shows of no process."""
+    """Return the bytes that the device may hold in a scenario and that NVML shows for no process."""
     return CONTEXTS.get(scenario, 1) * CONTEXT_REST + DEVICE_REST + BESIDES.get(scenario, 0.0)
 
 
 def rows_of(roles: dict[int, str]) -> str:
-    """What NVML shows of each process on device 0."""
+    """Return NVML's bytes of each process on device 0, as text."""
     shown = [f"{roles.get(pid, pid)}:{bytes_ // MIB}" for pid, bytes_ in sorted(nvml.bytes_by_pid().items())]
     return " ".join(shown) or "none"
 
 
 def tenant_bytes(name: str) -> int:
-    """What the ledger has for a tenant, whose cgroup may be gone, on device 0."""
+    """Return the ledger's bytes of a tenant on device 0. The tenant's cgroup may be gone."""
     tenants = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == name or t["tenant"].startswith(f"{name}-")]
     return sum(int(tenant["devices"][0]["used_bytes"]) for tenant in tenants)
 
 
 def bypasses(name: str) -> int:
-    """How many processes of a tenant are named as bypassing."""
+    """Return how many processes of a tenant are named as bypassing."""
     return sum(sum(t["bypassing"].values()) for t in ask(verb="snapshot")["tenants"] if t["tenant"] == name)
 
 
@@ -103,7 +106,7 @@ class Scenario:
         self._before = nvml.bytes_in_use()
 
     def run(self) -> None:
-        """Prints its rows as they come. BenchError: it did not come to its end."""
+        """Run the scenario and print its rows as they come. BenchError: it did not complete."""
         with ending() as programs:
             program = Program([str(ROOT / "build/bench" / PROGRAM_OF[self._name]), self._name], LIMIT, self._tenant)
             programs.append(program)
@@ -131,7 +134,7 @@ class Scenario:
         return kind != "end"
 
     def _look(self, text: str, roles: dict[int, str], host: int) -> None:
-        """Follows device and ledger until they have agreed for a while, or the time is over."""
+        """Follow device and ledger until they have agreed for a while, or the time is over."""
         row, begun = Row(text), time.monotonic()
         agreed = None
         while True:
@@ -151,7 +154,7 @@ class Scenario:
         print(row.line(), flush=True)
 
     def _harmed(self) -> list[str]:
-        """What another tenant has of it, if there is one: it must have nothing."""
+        """Return how another tenant is affected, if there is one: it must not be."""
         charged = sum(
             t["devices"][0]["used_bytes"] for t in ask(verb="snapshot")["tenants"] if t["tenant"] == self._victim
         )
@@ -159,7 +162,7 @@ class Scenario:
         return [*harm, "another tenant is named"] if bypasses(self._victim) else harm
 
     def _reuse(self, pid: int) -> Program:
-        """A process of another tenant that has this pid, which has ended. BenchError: it was not to be had."""
+        """Start a process of another tenant with this pid of an exited process. BenchError: the pid was not free."""
         for _ in range(100):
             Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
             victim = Program(["sleep", "60"], 2 * MIB, self._victim)
@@ -175,7 +178,7 @@ class Scenario:
 
 
 def measure(names: list[str], seconds: float) -> dict[str, list[Row] | str]:
-    """All scenarios, one after the other; of one that fails, why."""
+    """Run all scenarios, one after the other. For one that fails, the result is the reason."""
     found: dict[str, list[Row] | str] = {}
     print(f"{'MiB since before':<52}{'device':>7} {'ledger':>7}")
     for name in names:
@@ -190,7 +193,7 @@ def measure(names: list[str], seconds: float) -> dict[str, list[Row] | str]:
 
 
 def report(found: dict[str, list[Row] | str]) -> int:
-    """The figures; 1 where a bar is missed."""
+    """Print the figures. Return 1 if a bar is missed."""
     rows = [row for said in found.values() if not isinstance(said, str) for row in said]
     failed = sum(isinstance(said, str) for said in found.values())
     wrong = sum(bool(row.wrong) for row in rows)
@@ -207,7 +210,7 @@ def report(found: dict[str, list[Row] | str]) -> int:
 
 @contextlib.contextmanager
 def service(given: argparse.Namespace) -> Iterator[None]:
-    """The agent, unless one runs."""
+    """Run the agent, unless one runs."""
     if given.running:
         end_in_order()
         yield
@@ -217,7 +220,7 @@ def service(given: argparse.Namespace) -> Iterator[None]:
 
 
 def main() -> int:
-    """Reads the command line, measures, prints."""
+    """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("scenarios", nargs="*", help=f"of {', '.join(PROGRAM_OF)}")
     parser.add_argument("--seconds", type=float, default=1.0, help="in which device and ledger must agree")

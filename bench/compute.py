@@ -51,7 +51,7 @@ CASES: dict[str, Case] = {
 
 
 def one(bench: Bench, name: str) -> bool:
-    """Runs a case; False: it failed, and everything was ended."""
+    """Run a case; False: it failed, and everything was stopped."""
     begun = time.monotonic()
     try:
         CASES[name](bench)

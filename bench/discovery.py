@@ -1,10 +1,10 @@
-"""How long a cgroup that appears is without its limit, and what a program gets there meanwhile, by discovery alone.
+"""Measure how long a new cgroup has no limit, and what a program gets there meanwhile, by discovery alone.
 
-No device, wrapper, image or command says anything of it: a policy names its path. From mkdir to the limit on its usage
-page, of each of `--rounds` (`alone`) and of the last of 50 at once (`burst`), beside 200 tenants: `in_force` median,
-p99 and most. Then a program in each of 20, started with the cgroup, takes all that it gets: `first_program_beyond` its
-limit, and `first_program_unwitnessed`. Writes build/bench/discovery.json; 1 where one alone took more than 100 ms, or a
-program got a byte too much. Starts and stops the agent itself.
+No device, wrapper, image or command announces the cgroup: a policy names its path. The time goes from mkdir to the
+limit on its usage page, for each of `--rounds` (`alone`) and for the last of 50 at once (`burst`), beside 200 tenants:
+`in_force` median, p99 and most. Then a program in each of 20 cgroups, started with the cgroup, allocates all that it
+gets: `first_program_beyond` its limit, and `first_program_unwitnessed`. Writes build/bench/discovery.json; exits with 1
+if one alone took more than 100 ms, or a program got a byte too much. Starts and stops the agent itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ spec:
 
 
 def until(look: Callable[[], object], what: str) -> None:
-    """Looks until the answer is truthy."""
+    """Call a function until it returns a true value."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not look():
         if time.monotonic() > deadline:
@@ -49,7 +49,7 @@ def until(look: Callable[[], object], what: str) -> None:
 
 @contextlib.contextmanager
 def folder() -> Iterator[Path]:
-    """A cgroup in which every other one is a tenant."""
+    """Make a cgroup in which every child cgroup is a tenant."""
     parent = cgroup_root() / "fgpu-bench-discovery"
     parent.mkdir()
     try:
@@ -59,7 +59,7 @@ def folder() -> Iterator[Path]:
 
 
 def in_force_ms(parent: Path, count: int) -> float:
-    """Makes as many cgroups; from the first of them on until all have their limits. They are gone afterwards."""
+    """Make this many cgroups, and remove them. Return the time from the first one until all have their limits."""
     begun = time.perf_counter()
     made = [parent / f"new-{number}" for number in range(count)]
     for cgroup in made:
@@ -74,14 +74,14 @@ def in_force_ms(parent: Path, count: int) -> float:
 
 
 def lines_of(name: str, took: list[float]) -> dict[str, tuple[float, str]]:
-    """Median, 99th percentile and most."""
+    """Return median, 99th percentile and most."""
     p99 = statistics.quantiles(took, n=100, method="inclusive")[98]
     found = {"p50": statistics.median(took), "p99": p99, "max": max(took)}
     return {f"{name}_in_force_{which}": (ms, "ms") for which, ms in found.items()}
 
 
 def first_program(parent: Path, number: int, environment: dict[str, str]) -> tuple[int, int]:
-    """Of a program that starts with its cgroup: bytes beyond the limit, and bytes that the kernel has not seen."""
+    """Start a program with its cgroup. Return its bytes beyond the limit, and those that the kernel has not seen."""
     cgroup = parent / f"program-{number}"
     fill = f'mkdir "$1" && echo $$ >"$1/cgroup.procs" && exec {ROOT}/build/examples/fill --step 2MiB'
     command = ["sh", "-c", fill, "sh", cgroup]
@@ -96,7 +96,7 @@ def first_program(parent: Path, number: int, environment: dict[str, str]) -> tup
 
 
 def measure(parent: Path, rounds: int, driver_root: str) -> dict[str, tuple[float, str]]:
-    """All of it, beside tenants that are there."""
+    """Measure everything, beside existing tenants."""
     for number in range(LIVE):
         (parent / f"old-{number}").mkdir()
     until(lambda: len(ask(verb="snapshot")["tenants"]) >= LIVE, "the tenants beside them")

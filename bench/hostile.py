@@ -1,10 +1,10 @@
-"""A hostile tenant beside three honest ones for MINUTES, the second half under `onBypass: kill`.
+"""Run a hostile tenant beside three honest ones for MINUTES, the second half under `onBypass: kill`.
 
-Prints `hostile_NAME VALUE UNIT`: operations of each kind (tried, done, killed, refused), what honest tenants were
-refused, their least share of a window of 2 s minus their part by weight, the pings of agent and gatekeeper, and for how
-long anything of the hostile tenant was uncharged, unnamed or above its limit. Writes build/bench/hostile.json; 1 where
-a bar is missed. The hostile tenant has the processor weight of a pod without requests (`cpu.shares` 2, `cpu.weight` 1)
-and runs at nice 19: fair processor time is the host's task, not fgpu's.
+Prints `hostile_NAME VALUE UNIT`: operations of each kind (tried, done, killed, refused), refusals of honest tenants,
+their least share of a window of 2 s minus their part by weight, the pings of agent and gatekeeper, and for how long
+anything of the hostile tenant was uncharged, unnamed or above its limit. Writes build/bench/hostile.json; exits with 1
+if a bar is missed. The hostile tenant has the processor weight of a pod without requests (`cpu.shares` 2, `cpu.weight`
+1) and runs at nice 19: fair processor time is the host's task, not fgpu's.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ WEIGHTS = (300, 200, 100)
 HOSTILE_WEIGHT = 100
 LIMIT = 2 * GIB
 MOST_MIB = 1024  # that an honest tenant allocates at a time; a context takes 518 MiB of its 2 GiB
-MOST_BYPASS_MIB = {"report": 700, "kill": 3072}  # under `report` nothing but the device bounds it
+MOST_BYPASS_MIB = {"report": 700, "kill": 3072}  # under `report` only the device limits it
 POINTS, PING_SECONDS, LATE_SECONDS = 3.0, 0.1, 1.0
 COLUMNS = ("tried", "done", "killed", "refused")
-NEVER_DONE = {"control_done"}  # a tenant is to be refused there
+NEVER_DONE = {"control_done"}  # a tenant must be refused there
 GROUP = "fgpu-hostile"
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
@@ -56,7 +56,7 @@ spec:
 
 
 def processor_cgroups(cgroup: Path) -> list[Path]:
-    """The cgroups that hold processor time of this tenant's, of both versions, made with the least weight."""
+    """Return the cgroups that hold processor time of this tenant, of both versions, made with the least weight."""
     found = []
     if (cgroup / "cpu.weight").exists():
         (cgroup / "cpu.weight").write_text("1")
@@ -70,14 +70,14 @@ def processor_cgroups(cgroup: Path) -> list[Path]:
 
 
 class Lateness:
-    """For how long at a time something was so, by looks at it."""
+    """The longest time for which something was true, measured by repeated looks."""
 
     def __init__(self) -> None:
         self.since: dict[object, float] = {}
         self.longest = 0.0
 
     def look(self, found: Iterable[object], why: str) -> None:
-        """What is so now; `why` is printed where that is so for longer than ever, and too long."""
+        """Record what is true now. `why` is printed if that is longer than ever, and too long."""
         now = time.monotonic()
         self.since = {one: self.since.get(one, now) for one in found}
         longest = max([self.longest, *(now - since for since in self.since.values())])
@@ -87,7 +87,7 @@ class Lateness:
 
 
 class Run:
-    """The tenants, and what was seen."""
+    """The tenants, and what was measured."""
 
     def __init__(self, service: Service, work: Path, seed: int) -> None:
         self.service, self.work, self.random = service, work, random.Random(seed)
@@ -103,7 +103,7 @@ class Run:
         self.left_out: list[str] = []  # kinds of acts
 
     def start_honest(self) -> None:
-        """Three, each with its limit and weight."""
+        """Start three honest tenants, each with its limit and weight."""
         for n, weight in enumerate(WEIGHTS):
             command = [*FGPU, "run", "--memory", f"{LIMIT}B", "--weight", str(weight), "--name", f"honest{n}", "--"]
             command += [str(BUILD / "e2e/honest"), str(self.work / f"honest{n}"), str(MOST_MIB)]
@@ -115,7 +115,7 @@ class Run:
             word, pid = one.stdout.readline().split()
             assert word == "ready", "an honest tenant"
             self.honest_pids.append(int(pid))
-        time.sleep(1)  # the slicer has run for longer than any other thread beside the gatekeeper's main one
+        time.sleep(1)  # until the slicer has run for longer than any other thread beside the gatekeeper's main one
         tasks = [Path(f"/proc/{pid}/task/{pid}") for pid in self.honest_pids]
         device = self.service._driver
         assert device
@@ -123,14 +123,14 @@ class Run:
         self.waits = Waits([*tasks, Path(f"/proc/{device.pid}/task/{device.pid}")])
 
     def end_honest(self) -> list[list[int]]:
-        """Steps, tries, refused and wrong of each."""
+        """End the honest tenants. Return steps, tries, refused and wrong of each."""
         if self.waits:
             self.waits.end()
         said = [one.communicate("", timeout=30)[0].split() for one in self.honest]
         return [[int(word) for word in words[1:]] for words in said]
 
     def attack(self, seconds: float, on_bypass: str) -> None:
-        """The hostile tenant for so long, looked at meanwhile."""
+        """Run the hostile tenant for this long, and measure meanwhile."""
         policy = POLICY.format(group=GROUP, weight=HOSTILE_WEIGHT, on_bypass=on_bypass)
         (self.service.policies / "hostile.yaml").write_text(policy)
         self.cgroup.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ class Run:
         self.pings["gatekeeper"].append(time.monotonic() - begun)
 
     def windows(self, begun_ns: int, ended_ns: int) -> list[Window]:
-        """Every window of 2 s of each honest tenant."""
+        """Return every window of 2 s of each honest tenant."""
         whole = sum(WEIGHTS) + HOSTILE_WEIGHT
         records = [self.work / f"honest{n}" for n in range(len(WEIGHTS))]
         assert self.waits
@@ -197,7 +197,7 @@ class Run:
 
 
 def shares(found: list[Window], before: Processors) -> dict[str, tuple[float, str]]:
-    """The worst windows, and how long honest threads waited for a processor."""
+    """Return the worst windows, and how long honest threads waited for a processor."""
     idle, stolen = Processors.now().since(before)
     worst = min(found, key=lambda one: one.ready_points)
     wall = min(found, key=lambda one: one.points)
@@ -219,7 +219,7 @@ def shares(found: list[Window], before: Processors) -> dict[str, tuple[float, st
 
 
 def report(run: Run, honest: list[list[int]], found: dict[str, tuple[float, str]]) -> int:
-    """All lines; 1 where a bar is missed."""
+    """Print all lines. Return 1 if a bar is missed."""
     lines: dict[str, tuple[float, str]] = {f"hostile_{name}": (n, "") for name, n in run.operations.items()}
     for n, name in enumerate(("steps", "tries", "refused", "wrong")):
         lines[f"hostile_honest_{name}"] = (sum(one[n] for one in honest), "")
@@ -241,14 +241,14 @@ def report(run: Run, honest: list[list[int]], found: dict[str, tuple[float, str]
 
 
 def _not_done(operations: collections.Counter[str]) -> list[str]:
-    """Acts that did not come about, so that nothing was shown of them; and what was granted that must not be."""
+    """Return acts that never succeeded, so that they prove nothing, and requests that were granted and must not be."""
     wanted = [name for name in operations if name.endswith(("_tried", "_done")) and name not in NEVER_DONE]
     wanted = [*(name for name in wanted if "accepted" not in name), "control_refused", "killed_under_kill"]
     return [name for name in wanted if not operations[name]] + ["accepted"] * bool(operations["accepted_tried"])
 
 
 def leave_nothing(run: Run) -> None:
-    """Processes and cgroups of the tenants, whatever came of them."""
+    """Remove all processes and cgroups of the tenants."""
     for one in run.honest:
         one.kill()
     with contextlib.suppress(OSError):
@@ -261,7 +261,7 @@ def leave_nothing(run: Run) -> None:
 
 
 def main() -> int:
-    """Reads the command line, runs both phases, prints."""
+    """Read the command line, run both phases, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("minutes", type=float, nargs="?", default=0.5)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)

@@ -1,11 +1,12 @@
-"""How long a change takes until a running program has it: its new total in cuMemGetInfo, and the first verdict by it.
+"""Measure how long a change of a limit takes until a running program has it.
 
-Prints `live_HOW_WHAT_pNN VALUE ms` for --changes of each kind, and writes build/bench/live.json; 1 where a bar is
-missed. HOW is typed (`fgpu set`, from before its process is there), request (the same on the control socket, from
-before it is sent), unset (on the control socket: a policy holds again), file (a policy file is put in place), reload
-and hangup (the same, and then the control socket or SIGHUP says so at once). WHAT is visible (cuMemGetInfo shows the
-new total) or held (the first allocation of 16 MiB is refused, or admitted again). The program looks every 20 us.
-Starts and stops the agent itself.
+A program has it when cuMemGetInfo shows the new total, and when the first verdict follows it. Prints `live_HOW_WHAT_pNN
+VALUE ms` for --changes of each kind, and writes build/bench/live.json; exits with 1 if a bar is missed. HOW is typed
+(`fgpu set`, from before its process exists), request (the same on the control socket, from before it is sent), unset
+(on the control socket: a policy holds again), file (a policy file is put in place), reload and hangup (the same,
+followed at once by a request on the control socket or by SIGHUP). WHAT is visible (cuMemGetInfo shows the new total) or
+held (the first allocation of 16 MiB is refused, or admitted again). The program looks every 20 us. Starts and stops the
+agent itself.
 """
 
 from __future__ import annotations
@@ -40,53 +41,53 @@ Change = Callable[[int], object]
 
 
 class Host:
-    """What can be changed, and how: each takes the new limit in MiB."""
+    """The ways to change a limit. Each takes the new limit in MiB."""
 
     def __init__(self, policies: Path) -> None:
         self._policies = policies
         self._agent = service_pids()["agent"]
 
     def typed(self, mib: int) -> None:
-        """`fgpu set`, to its end."""
+        """Run `fgpu set` to its end."""
         subprocess.run([*FGPU, "set", TARGET, "--memory", f"{mib}MiB"], check=True, capture_output=True, timeout=30)
 
     def request(self, mib: int) -> None:
-        """What `fgpu set` sends."""
+        """Send the request of `fgpu set`."""
         ask(verb="put", target=TARGET, memory=f"{mib}MiB")
 
     def unset(self, mib: int) -> None:
-        """LOW by hand, HIGH by the policy."""
+        """Set LOW by hand; HIGH comes from the policy."""
         if mib == LOW:
             self.request(LOW)
         else:
             ask(verb="drop", target=TARGET)
 
     def file(self, mib: int) -> None:
-        """As an editor or a ConfigMap puts one in place."""
+        """Put a policy file in place, as an editor or a ConfigMap does."""
         put(self._policies, mib)
 
     def reload(self, mib: int) -> None:
-        """`fgpu reload`, but for its process."""
+        """Send the request of `fgpu reload`, without its process."""
         self.file(mib)
         ask(verb="reload")
 
     def hangup(self, mib: int) -> None:
-        """`systemctl reload fgpu-agent`."""
+        """Do what `systemctl reload fgpu-agent` does."""
         self.file(mib)
         os.kill(self._agent, signal.SIGHUP)
 
 
 def put(folder: Path, mib: int) -> None:
-    """The policy in its folder."""
+    """Write the policy to its folder."""
     aside = folder / ".live"
     aside.write_text(POLICY.format(mib), encoding="utf-8")
     aside.rename(folder / "live.yaml")
 
 
 def watched(program: Program, change: Change, mib: int) -> tuple[float, float]:
-    """One change: milliseconds until it is visible, and until it is held."""
+    """Make one change. Return the milliseconds until it is visible, and until it is held."""
     program.say(f"{mib * MIB} {int(mib == HIGH)}")
-    time.sleep(0.005)  # it looks already
+    time.sleep(0.005)  # until the program looks
     begun = time.monotonic_ns()
     change(mib)
     said = program.hear()
@@ -97,7 +98,7 @@ def watched(program: Program, change: Change, mib: int) -> tuple[float, float]:
 
 
 def measure(program: Program, change: Change, changes: int, only: int = 0) -> dict[str, float]:
-    """Percentiles of so many changes, LOW and HIGH in turn; `only` those to one of them count."""
+    """Return percentiles of this many changes, LOW and HIGH in turn. With `only`, only changes to that limit count."""
     times: list[tuple[float, float]] = []
     while len(times) < changes:
         for mib in (HIGH, LOW):
@@ -111,7 +112,7 @@ def measure(program: Program, change: Change, changes: int, only: int = 0) -> di
 
 
 def run(policies: Path, changes: int) -> dict[str, float]:
-    """By hand first; the last unset leaves the policy alone with the tenant."""
+    """Measure changes by hand first. The last unset leaves only the policy for the tenant."""
     host = Host(policies)
     with ending() as programs:
         programs.append(Program([str(ROOT / "build/bench/live")], LOW * MIB, NAME))
@@ -128,7 +129,7 @@ def run(policies: Path, changes: int) -> dict[str, float]:
 
 
 def report(found: dict[str, float]) -> int:
-    """Prints all, and which bars are missed."""
+    """Print all figures, and which bars are missed."""
     record("live", {name: (value, "ms") for name, value in found.items()})
     missed = [name for name, value in found.items() if name.endswith("_p99") and value > BAR_MS]
     for name in missed:
@@ -137,7 +138,7 @@ def report(found: dict[str, float]) -> int:
 
 
 def main() -> int:
-    """0: every bar is held."""
+    """Return 0 if every bar is held."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--shim", default=str(ROOT / "build/shim/libfgpu.so"))

@@ -1,10 +1,10 @@
-"""Random lives on a real GPU: is all memory charged at every check, and does nothing stay behind?
+"""Check with random lives on a real GPU that all memory is charged at every check, and nothing stays behind.
 
-LIVES programs (tests/programs/life.c), each in a tenant, take, share and give back memory in every way that a real
-driver bears, for MINUTES; some are killed in the middle of it. At each check all of them close what they share. Then
-nothing may be orphaned, and the ledger may have neither less than NVML shows of a tenant's processes nor, over all
-tenants, less than the device has in use since before, but for the driver's own part. Prints `lives_NAME VALUE UNIT`;
-writes build/bench/lives.json; 1 where a check fails. Starts and stops the agent itself. Nothing else may use the
+LIVES programs (tests/programs/life.c), each in a tenant, allocate, share and free memory in every way that a real
+driver supports, for MINUTES; some are killed meanwhile. At each check all of them close what they share. Then nothing
+may be orphaned, and the ledger may have neither less than NVML shows of a tenant's processes nor, over all tenants,
+less than the device has in use since before, except for the driver's own part. Prints `lives_NAME VALUE UNIT`; writes
+build/bench/lives.json; exits with 1 if a check fails. Starts and stops the agent itself. Nothing else may use the
 device.
 """
 
@@ -47,7 +47,7 @@ class Life(Program):
         self.pid = int(self.hear().split()[2])
 
     def finish(self) -> int | None:
-        """Waits for the end of the round, and closes what is shared; operations, or None where the program ended."""
+        """Wait for the end of the round, and close what is shared. Return the operations; None: the program exited."""
         try:
             done = int(self.hear(ROUND_SECONDS).split()[1])
             self.say("close")
@@ -57,18 +57,18 @@ class Life(Program):
         return done
 
     def kill(self) -> None:
-        """kill -9."""
+        """Kill the program with SIGKILL."""
         os.kill(self.pid, signal.SIGKILL)
         self.end()
 
 
 def snapshot() -> list[dict[str, Any]]:
-    """The tenants, also those whose cgroup is gone."""
+    """Return the tenants, including those whose cgroup is gone."""
     return [t for t in ask(verb="snapshot")["tenants"] if t["tenant"].startswith(NAME)]
 
 
 def shown(tenant: str) -> int:
-    """Bytes that NVML shows of a tenant's processes; 0 where its cgroup is gone."""
+    """Return the bytes that NVML shows of a tenant's processes; 0 if its cgroup is gone."""
     with contextlib.suppress(FileNotFoundError):
         return nvml.bytes_of(nvml.pids_of(cgroup_root() / "fgpu" / tenant))
     return 0
@@ -76,7 +76,7 @@ def shown(tenant: str) -> int:
 
 @dataclass(slots=True)
 class Run:
-    """What was done and found."""
+    """The counts and the results of a run."""
 
     before: int
     operations: int = 0
@@ -87,7 +87,7 @@ class Run:
     settled: float = 0.0
 
     def wrong(self, contexts: int) -> str:
-        """What is not as it must be; empty: all is."""
+        """Return the first error; empty: there is none."""
         tenants = snapshot()
         if any(t["orphans"] for t in tenants):
             return f"orphaned: {[(t['tenant'], t['orphans']) for t in tenants]}"
@@ -104,7 +104,7 @@ class Run:
         return ""
 
     def check(self, contexts: int) -> None:
-        """BenchError: something is still wrong after SETTLED_SECONDS."""
+        """Check everything. BenchError: there is still an error after SETTLED_SECONDS."""
         self.checks += 1
         self.settled = max(self.settled, _until_right(lambda: self.wrong(contexts)))
 
@@ -119,7 +119,7 @@ def _until_right(look: Callable[[], str]) -> float:
 
 
 def live(minutes: float, lives: int, seed: int, way: str) -> Run:
-    """All rounds. BenchError: a check failed."""
+    """Run all rounds. BenchError: a check failed."""
     chance, run = random.Random(seed), Run(nvml.bytes_in_use())
     with ending() as programs:
         all_: list[Life] = []
@@ -155,7 +155,7 @@ def live(minutes: float, lives: int, seed: int, way: str) -> Run:
 
 
 def main() -> int:
-    """Reads the command line, lives, prints."""
+    """Read the command line, run, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--lives", type=int, default=4)

@@ -1,9 +1,9 @@
-"""What the service costs while tenants allocate and free all the time, as percent of one processor.
+"""Measure the service's cost while tenants allocate and free all the time, as percent of one processor.
 
-Prints `load_PART VALUE %` for agent, gatekeeper (their processor time) and kernel (what the pinned programs ran, by the
-kernel's own clock around each run; the trap into the kernel before it is in `./dev bench memory`), before anybody
-allocates (idle) and under load; writes build/bench/load.json; 1 where the bar is missed. Starts and stops the agent
-itself.
+Prints `load_PART VALUE %` for agent, gatekeeper (their processor time) and kernel (the runs of the pinned programs, by
+the kernel's own clock around each run; the trap into the kernel before it is in `./dev bench memory`), before any
+program allocates (idle) and under load. Writes build/bench/load.json; exits with 1 if the bar is missed. Starts and
+stops the agent itself.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from bench.lib.service import ROOT, BenchError, agent
 from bench.lib.tenants import Program, cpu_ms, ending, record, service_pids
 
 BAR_PERCENT = 1.0
-RUNS_A_PAIR = 6  # 5, and some for processes that come and go; more: other programs on this host use the driver
+RUNS_A_PAIR = 6  # 5, and some for processes that start and exit; more: other programs on this host use the driver
 LIMIT = 1 << 30
 IDLE_SECONDS = 5
 BPF = {"x86_64": 321, "aarch64": 280}.get(platform.machine(), 321)
 OBJ_GET, ENABLE_STATS, RUN_TIME = 7, 32, 0
-CALLED_BY_THE_AGENT = "adjust"  # in its own processor time already
+CALLED_BY_THE_AGENT = "adjust"  # it already counts as the agent's processor time
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def bpf(command: int, attributes: bytes) -> int:
-    """bpf(2) that answers a descriptor."""
+    """Call bpf(2) with a command that returns a descriptor."""
     room = ctypes.create_string_buffer(attributes, 128)
     fd = int(libc.syscall(BPF, command, room, 128))
     if fd < 0:
@@ -43,7 +43,7 @@ def bpf(command: int, attributes: bytes) -> int:
 
 @contextmanager
 def programs() -> Iterator[dict[str, int]]:
-    """Descriptors of the pinned programs; meanwhile the kernel times their runs."""
+    """Yield descriptors of the pinned programs. Meanwhile the kernel times their runs."""
     found = {"": bpf(ENABLE_STATS, struct.pack("I", RUN_TIME))}
     try:
         for path in Path("/sys/fs/bpf/fgpu").glob("v*/programs/*"):
@@ -56,14 +56,14 @@ def programs() -> Iterator[dict[str, int]]:
 
 
 def runs(fd: int) -> tuple[int, int]:
-    """Nanoseconds and runs of a program."""
+    """Return nanoseconds and runs of a program."""
     lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
     said = dict(line.split(":", 1) for line in lines if ":" in line)
     return int(said["run_time_ns"]), int(said["run_cnt"])
 
 
 class Meter:
-    """What has been spent since it was made, as percent of one processor."""
+    """The processor time since its creation, as percent of one processor."""
 
     def __init__(self, fds: dict[str, int]) -> None:
         self._fds, self._pids = fds, service_pids()
@@ -75,21 +75,21 @@ class Meter:
         return {name: cpu_ms(pid) for name, pid in self._pids.items()} | {"kernel": kernel_ms, "runs": count}
 
     def read(self) -> dict[str, float]:
-        """Percent by part; "runs" is a count."""
+        """Return the percentages by part; "runs" is a count."""
         elapsed_ms = 1e3 * (time.monotonic() - self._begun)
         spent = {name: value - self._before[name] for name, value in self._spent().items()}
         return {name: value if name == "runs" else 100 * value / elapsed_ms for name, value in spent.items()}
 
 
 def load(given: argparse.Namespace, fds: dict[str, int]) -> tuple[dict[str, float], float, int, int]:
-    """All pairs, each process in a tenant; what that cost but for the tenants' starts, seconds, pairs done and late."""
+    """Run all pairs, each process in a tenant. Return the cost after the starts, seconds, pairs done and late."""
     with ending() as programs:
         for number in range(given.processes):
             programs.append(Program([str(given.program)], LIMIT, f"load-{number}"))
         for program in programs:
             if not program.hear().startswith("ready"):
                 raise BenchError(f"{program.name} is not ready")
-        time.sleep(1)  # the starts are behind it
+        time.sleep(1)  # until all have started
         meter, begun = Meter(fds), time.monotonic()
         for program in programs:
             program.say(f"paced {given.rate // given.processes} {given.seconds}")
@@ -101,7 +101,7 @@ def load(given: argparse.Namespace, fds: dict[str, int]) -> tuple[dict[str, floa
 
 
 def report(idle: dict[str, float], loaded: dict[str, float], seconds: float, done: int, late: int) -> int:
-    """All lines; 1 where the bar is missed."""
+    """Print all lines. Return 1 if the bar is missed."""
     lines: dict[str, tuple[float, str]] = {"load_pairs": (done / seconds, "per s"), "load_pairs_late": (late, "")}
     for name in ("agent", "gatekeeper", "kernel"):
         lines[f"load_{name}_idle"] = (idle[name], "%")
@@ -119,7 +119,7 @@ def report(idle: dict[str, float], loaded: dict[str, float], seconds: float, don
 
 
 def main() -> int:
-    """Reads the command line, measures, prints."""
+    """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rate", type=int, default=3000, help="pairs a second, of all processes")
     parser.add_argument("--seconds", type=int, default=20)
@@ -130,7 +130,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         with agent(["--driver-root", given.driver_root, "--shim", str(given.shim)]), programs() as fds:
-            time.sleep(1)  # the start is behind it
+            time.sleep(1)  # until it has started
             meter = Meter(fds)
             time.sleep(IDLE_SECONDS)
             idle = meter.read()

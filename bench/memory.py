@@ -1,9 +1,9 @@
-"""What fgpu adds to a program's calls: each call timed without fgpu on the host, and in a tenant, in turn.
+"""Measure what fgpu adds to a program's calls: without fgpu on the host, and in a tenant, in turn.
 
 Prints `NAME_pNN_WHICH VALUE us`, WHICH being native (no agent, no probe, no shim), managed (a tenant of `fgpu run`) and
-added (the difference), each that of the fastest of several processes on one processor: where machines are shared, all
-calls of one process may take half as long again as all of the next one's. Writes the same to build/bench/memory.json.
-Starts and stops the agent itself, so none may be running. The command `fgpu` may be given in $FGPU.
+added (the difference). Each is that of the fastest of several processes on one processor: on shared machines, all calls
+of one process may take half as long again as all of the next one's. Writes the same to build/bench/memory.json. Starts
+and stops the agent itself, so none may be running. The command `fgpu` may be given in $FGPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench.lib.service import FGPU, ROOT, BenchError, agent, on_one_processor, percentile
 
-# What is timed, how often a round, and the name under which it is printed.
+# The timed calls, how often a round, and their names in the output.
 CALLS = (
     ("alloc", 1000, "alloc_4MiB"),
     ("free", 1000, "free_4MiB"),
@@ -27,11 +27,11 @@ CALLS = (
     ("init", 7, "init"),
 )
 PROCESSES = 3  # of each kind, a round
-Samples = dict[str, list[list[float]]]  # of each call the times of each process, in microseconds
+Samples = dict[str, list[list[float]]]  # for each call the times of each process, in microseconds
 
 
 def measure(command: list[str]) -> dict[str, list[float]]:
-    """One process that makes every call; its times in microseconds."""
+    """Run one process that makes every call. Return its times in microseconds."""
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
@@ -52,7 +52,7 @@ def measure(command: list[str]) -> dict[str, list[float]]:
 
 
 def table(samples: dict[str, Samples]) -> dict[str, float]:
-    """Lines by name, in microseconds."""
+    """Return lines by name, in microseconds."""
     lines = {}
     for call, _, name in CALLS:
         if not samples["native"].get(call) or not samples["managed"].get(call):
@@ -68,7 +68,7 @@ def table(samples: dict[str, Samples]) -> dict[str, float]:
 
 
 def run(rounds: int, memory: str, options: list[str], program: Path) -> tuple[dict[str, float], list[float]]:
-    """Native, managed, native, managed, …"""
+    """Run native, managed, native, managed, …"""
     samples: dict[str, Samples] = {"native": {}, "managed": {}}
     starts: list[float] = []
     command = on_one_processor([str(program)])
@@ -81,14 +81,14 @@ def run(rounds: int, memory: str, options: list[str], program: Path) -> tuple[di
 
 
 def collect(samples: Samples, command: list[str]) -> None:
-    """A round's processes, one after the other."""
+    """Run a round's processes, one after the other."""
     for _ in range(PROCESSES):
         for call, times in measure(command).items():
             samples.setdefault(call, []).append(times)
 
 
 def main() -> int:
-    """Reads the command line, measures, prints."""
+    """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", default="4GiB", help="the tenant's limit")

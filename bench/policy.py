@@ -1,4 +1,4 @@
-"""Policy files: how long the worst take, what resolving takes, and what reading them costs in memory.
+"""Measure policy files: how long the worst take, what resolving takes, and what reading them costs in memory.
 
 `./dev bench policy` prints `name value unit` a line. A bad file has 100 ms.
 """
@@ -29,7 +29,7 @@ print(*sizes)
 
 
 def resident() -> dict[str, tuple[float, str]]:
-    """What each step of imports adds to an agent."""
+    """Return the memory that each step of imports adds to an agent."""
     done = subprocess.run(
         [sys.executable, "-c", _RESIDENT, *MODULES], capture_output=True, text=True, check=True, cwd=ROOT
     )
@@ -42,7 +42,7 @@ def resident() -> dict[str, tuple[float, str]]:
 
 
 def bad_files() -> dict[str, tuple[float, str]]:
-    """The files made to take long, and every bad one of the corpus."""
+    """Measure the files made to take long, and every bad one of the corpus."""
     from fgpu_ebpf.policy import parse
     from tests.unit.bad_policies_kit import BAD, BOMBS, MIB
 
@@ -59,7 +59,7 @@ def bad_files() -> dict[str, tuple[float, str]]:
 
 
 def resolving() -> dict[str, tuple[float, str]]:
-    """1,000 workloads, each of which a hundred policies do not match, and reading those."""
+    """Measure 1,000 workloads, each of which a hundred policies do not match, and reading those policies."""
     from fgpu_ebpf.policy import parse
     from tests.unit import policy_kit as kit
 

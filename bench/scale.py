@@ -1,8 +1,8 @@
-"""What a host with many tenants costs: start, status, scrape, the page, a change of a limit, `fgpu top`, and nothing.
+"""Measure a host with many tenants: start, status, scrape, the page, a change of a limit, `fgpu top`, and idling.
 
-Makes cgroups that one policy matches, and prints `scale_NAME VALUE UNIT` for --tenants of them (1,000), then what agent
-and gatekeeper spend with a tenth of them idle; writes build/bench/scale.json; 1 where a bar is missed. Starts and
-stops the agent itself, on the driver under --driver-root.
+Makes cgroups that one policy matches, and prints `scale_NAME VALUE UNIT` for --tenants of them (1,000), then the
+processor time of agent and gatekeeper with a tenth of them idle. Writes build/bench/scale.json; exits with 1 if a bar
+is missed. Starts and stops the agent itself, on the driver under --driver-root.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ BARS = {
 
 @contextlib.contextmanager
 def cgroups(count: int) -> Iterator[Path]:
-    """`count` empty cgroups below a common one."""
+    """Make `count` empty cgroups below a common one."""
     parent = cgroup_root() / "fgpu-scale"
     parent.mkdir()
     try:
@@ -69,14 +69,14 @@ def cgroups(count: int) -> Iterator[Path]:
 
 
 def milliseconds(what: list[str]) -> float:
-    """How long a command takes."""
+    """Return how long a command takes."""
     begun = time.monotonic()
     subprocess.run(what, stdout=subprocess.DEVNULL, check=True, timeout=60)
     return 1e3 * (time.monotonic() - begun)
 
 
 def asked(path: str) -> tuple[float, int]:
-    """Milliseconds and bytes of an answer at the metrics address."""
+    """Return milliseconds and bytes of an answer at the metrics address."""
     begun = time.monotonic()
     with urllib.request.urlopen(f"http://{LISTEN}{path}", timeout=30) as answer:
         size = len(answer.read())
@@ -84,7 +84,7 @@ def asked(path: str) -> tuple[float, int]:
 
 
 def page(seconds: float) -> dict[str, float]:
-    """The status page: the first that anybody sees, one later, and what the agent spends while one looks at it."""
+    """Measure the status page: the first load, a later one, and the agent's processor time while a browser shows it."""
     first, size = asked("/")
     found = {"page_cold_ms": first, "page_kb": size / 1e3}
     found["page_ms"] = percentile([asked("/")[0] for _ in range(7)], 50)
@@ -97,7 +97,7 @@ def page(seconds: float) -> dict[str, float]:
 
 
 def sets(parent: Path, times: int) -> list[float]:
-    """Milliseconds from a request to the limit in force, as the kernel's page of that tenant says."""
+    """Return the milliseconds from a request to the limit in force, as the kernel's page of that tenant shows it."""
     taken = []
     path = f"/{parent.name}/t0"
     for number in range(times):
@@ -109,7 +109,7 @@ def sets(parent: Path, times: int) -> list[float]:
 
 
 def top(seconds: float) -> dict[str, float]:
-    """Percent of one processor that `fgpu top` takes in a window of 160 x 50, and the agent that answers it."""
+    """Return percent of one processor: `fgpu top` in a window of 160 x 50, and the agent that answers it."""
     hands, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 50, 160, 0, 0))
     threading.Thread(target=drain, args=(hands,), daemon=True).start()
@@ -130,14 +130,14 @@ def top(seconds: float) -> dict[str, float]:
 
 
 def drain(terminal: int) -> None:
-    """Reads what is drawn, as a terminal would, until nobody draws any more."""
+    """Read what is drawn, as a terminal would, until the program exits."""
     with contextlib.suppress(OSError):
         while os.read(terminal, 1 << 16):
             pass
 
 
 def idle(seconds: float) -> dict[str, float]:
-    """Percent of one processor that agent and gatekeeper take, and what they hold."""
+    """Return the processor time of agent and gatekeeper in percent of one processor, and their memory."""
     pids = service_pids()
     before, begun = {name: cpu_ms(pid) for name, pid in pids.items()}, time.monotonic()
     time.sleep(seconds)
@@ -147,7 +147,7 @@ def idle(seconds: float) -> dict[str, float]:
 
 
 def page_grows() -> dict[str, float]:
-    """What the agent holds more once somebody has looked at the page."""
+    """Return by how much the page's first loads increase the agent's memory."""
     pid = service_pids()["agent"]
     before = resident_mib(pid)
     for _ in range(7):
@@ -156,13 +156,13 @@ def page_grows() -> dict[str, float]:
 
 
 def resident_mib(pid: int) -> float:
-    """What a process holds of real memory, in MiB."""
+    """Return the resident memory of a process, in MiB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
 def many(options: list[str], count: int, watched_seconds: float) -> dict[str, float]:
-    """All tenants: start, status, scrape, page, set, top."""
+    """Measure all tenants: start, status, scrape, page, set, top."""
     with cgroups(count) as parent, agent(options) as started:
         there = len(ask(verb="snapshot")["tenants"])
         if there != count:
@@ -179,12 +179,12 @@ def many(options: list[str], count: int, watched_seconds: float) -> dict[str, fl
 
 
 def unit(name: str) -> str:
-    """The last word of a figure's name."""
+    """Return the last word of a figure's name."""
     return name.rpartition("_")[2].replace("percent", "%")
 
 
 def report(found: dict[str, float]) -> int:
-    """Prints all, and says which bars are missed."""
+    """Print all figures, and which bars are missed."""
     record("scale", {f"scale_{name}": (value, unit(name)) for name, value in found.items()})
     missed = [name for name, bar in BARS.items() if name in found and found[name] > bar]
     for name in missed:
@@ -193,7 +193,7 @@ def report(found: dict[str, float]) -> int:
 
 
 def main() -> int:
-    """0: every bar is held."""
+    """Return 0 if every bar is held."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--shim", default=str(Path(__file__).resolve().parent.parent / "build/shim/libfgpu.so"))

@@ -1,13 +1,13 @@
-"""Everything at once for MINUTES: tenants of every kind come, allocate, are refused, killed and go, while limits and
-policies change, agent and gatekeeper are killed and restarted, and so is a Docker with containers of its own.
+"""Run everything at once for MINUTES: tenants of every kind start, allocate, are refused, killed and removed, while
+limits and policies change, agent and gatekeeper are killed and restarted, and so is a Docker with its own containers.
 
-Prints `soak_NAME VALUE UNIT`: what was done; what was wrong (bytes above a limit, but for those of a training's
-kernels, ledgers that did not agree with the driver within their time, programs that said nothing); and for each size
-that was watched its slope a minute with half of its 95 % interval, and the same of the second half of each life
-(`late`). Writes build/bench/soak.json, soak.csv and soak.svg. 1 where anything was wrong, or where the resident memory
-of agent or gatekeeper grows by more than 1 KiB a minute and no growth is not in the interval. Starts and stops driver
-and services itself; DRIVER_ROOT=/ takes the real driver, and trainings of TORCH_PYTHON, an interpreter that has torch,
-beside the other programs.
+Prints `soak_NAME VALUE UNIT`: what was done; errors (bytes above a limit, except for those of a training's kernels;
+ledgers that did not agree with the driver in time; programs without output); and for each watched size its slope a
+minute with half of its 95 % interval, and the same of the second half of each life (`late`). Writes
+build/bench/soak.json, soak.csv and soak.svg. Exits with 1 if there was an error, or if the resident memory of agent or
+gatekeeper grows by more than 1 KiB a minute and the interval excludes zero growth. Starts and stops driver and services
+itself. DRIVER_ROOT=/ uses the real driver, and trainings of TORCH_PYTHON, an interpreter with torch, beside the other
+programs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ spec:
 
 
 class Job(Client):
-    """bench/lib/torch_job.py in a tenant."""
+    """The program bench/lib/torch_job.py in a tenant."""
 
     def __init__(self, tenant: Tenant, number: int) -> None:
         job = Path(__file__).with_name("lib") / "torch_job.py"
@@ -66,7 +66,7 @@ class Job(Client):
         self._hello()
 
     def go_on(self) -> list[int]:
-        """Since it was last asked: steps done, steps without memory, steps that failed otherwise."""
+        """Return the counts since the last call: steps done, steps without memory, steps with another error."""
         now = self.ok("how")
         since = [n - before for n, before in zip(now, self._before, strict=True)]
         self._before = now
@@ -74,7 +74,7 @@ class Job(Client):
 
 
 class Soak:
-    """The load: one thing after the other, chosen by a seed."""
+    """The load: one act after the other, chosen by a seed."""
 
     def __init__(self, service: Service, work: Path, engine: Engine | None, seed: int) -> None:
         self.service, self.engine, self.random = service, engine, random.Random(seed)
@@ -98,25 +98,25 @@ class Soak:
         self._acts += [(self.train, 4), (self.ask_job, 6), (self.kill_job, 3)] if TORCH else []
         self._acts += [(self.contain, 1)] if engine else []
 
-    # -- what happens
+    # -- acts
 
     def step(self) -> None:
-        """One thing."""
+        """Do one act."""
         acts, often = zip(*self._acts, strict=True)
         self.do(self.random.choices(acts, often)[0])
 
     def each(self) -> None:
-        """Every thing that may happen, once."""
+        """Do every possible act once."""
         for act, _ in self._acts:
             self.do(act)
 
     def do(self, act: Callable[[], None]) -> None:
-        """This, and counts it."""
+        """Do an act, and count it."""
         act()
         self.done[act.__name__] += 1
 
     def arrive(self) -> None:
-        """A tenant; where there are enough, one goes first."""
+        """Add a tenant. If there are enough, remove one first."""
         if len(self.tenants) >= MOST_TENANTS:
             self.leave()
         limit = self.random.randrange(SMALLEST, LARGEST, MIB)
@@ -127,12 +127,12 @@ class Soak:
             fgpu("set", tenant.path, "--weight", str(self.random.randrange(50, 400)))
 
     def crowd(self) -> None:
-        """A tenant that has all its programs, is refused at once, and whose limit is set often; and a policy."""
+        """Add a tenant with all programs, which is refused at once and whose limit is set often; and a policy."""
         self.arrive()
         tenant = next(reversed(self.tenants))
         for _ in range(MOST_PROGRAMS - 1):
             self._start(tenant)
-        for client in list(self.tenants[tenant]):  # who says nothing is taken out of it
+        for client in list(self.tenants[tenant]):  # a program without output is removed from it
             self._said(client, f"fill {8 * MIB} 0", also=(REFUSED,))
         self.scrape()
         for _ in range(SETS):
@@ -140,52 +140,53 @@ class Soak:
         self.policy()
 
     def start(self) -> None:
-        """A program more in a tenant."""
+        """Start another program in a tenant."""
         if (tenant := self._tenant()) and len(self.tenants[tenant]) < MOST_PROGRAMS:
             self._start(tenant)
 
     def work(self) -> None:
-        """A program takes a little, in one of the ways that there are, and may give something back."""
+        """Let a program allocate a little, in one of several ways, and perhaps free something."""
         if not (client := self._client()):
             return
-        how = self.random.choice(("alloc", "vmm", *(() if REAL else ("managed",))))  # NVML shows of it what was touched
+        # NVML shows the touched bytes of it
+        how = self.random.choice(("alloc", "vmm", *(() if REAL else ("managed",))))
         self._said(client, f"{how} {self.random.randrange(1, 17) * GRANULE}", also=(REFUSED,))
         if self.random.random() < 0.5:
             self._said(client, f"drop {self.random.randrange(1, 9)}")
 
     def fill(self) -> None:
-        """A program takes until it is refused."""
+        """Let a program allocate until it is refused."""
         if client := self._client():
             self._said(client, f"fill {8 * MIB} 0", also=(REFUSED,))
             self._said(client, "drop 100000")
 
     def busy(self) -> None:
-        """A program allocates and frees without pause, from now on."""
+        """Let a program allocate and free without pause, from now on."""
         if client := self._client():
             self._busy.append(client)
             with self._speaking("busy", client):
                 client.send(f"ask {GRANULE} 0")
 
     def calm(self) -> None:
-        """One of those does so no more."""
+        """Stop such a program."""
         if not self._busy:
             return
         client = self._busy.pop(self.random.randrange(len(self._busy)))
         with self._speaking("calm", client):
-            client.send("info")  # any word ends it, and is answered next
+            client.send("info")  # any line ends it, and is answered next
             if (said := client.receive(60)) != REFUSED:  # a context, and so everything
                 self.wrong["busy"] += client.numbers(said, "ask")[2]
             client.receive(60)
 
     def kill(self) -> None:
-        """kill -9 of a program, whatever it holds or does."""
+        """Kill a program with SIGKILL, whatever it holds or does."""
         clients = [client for mine in self.tenants.values() for client in mine]
         if clients:
             client = self.random.choice(clients)
             self._end(client)
 
     def train(self) -> None:
-        """A training begins in a tenant."""
+        """Start a training in a tenant."""
         if (tenant := self._tenant()) and len(self.jobs) < MOST_JOBS:
             try:
                 self.jobs.append(Job(tenant, self.done["train"]))
@@ -194,7 +195,7 @@ class Soak:
                 print(f"# train: {why}", flush=True)
 
     def ask_job(self) -> None:
-        """A training is asked how it goes on."""
+        """Ask a training for its counts."""
         if self.jobs:
             job = self.random.choice(self.jobs)
             with self._speaking("job", job):
@@ -205,12 +206,12 @@ class Soak:
                 assert not failed, f"a training failed, and not for memory: {job.complaints()[-2000:]}"
 
     def kill_job(self) -> None:
-        """kill -9 of a training, in the middle of whatever it does."""
+        """Kill a training with SIGKILL, whatever it does."""
         if self.jobs:
             self._end(self.random.choice(self.jobs))
 
     def leave(self) -> None:
-        """A tenant goes with all its programs."""
+        """Remove a tenant with all its programs."""
         if tenant := self._tenant():
             for job in [job for job in self.jobs if job.tenant is tenant]:
                 self._end(job)
@@ -220,22 +221,22 @@ class Soak:
             tenant.end()
 
     def limit(self) -> None:
-        """A tenant's limit changes, to more or to less than it has."""
+        """Change a tenant's limit, to more or to less than it has."""
         if tenant := self._tenant():
             limit = self.random.randrange(SMALLEST, LARGEST, MIB)
             before = tenant.memory()["used_bytes"]
             fgpu("set", tenant.path, "--memory", f"{limit}B")
-            self.limits[tenant] = max(limit, before, tenant.memory()["used_bytes"])  # trainings go on meanwhile
+            self.limits[tenant] = max(limit, before, tenant.memory()["used_bytes"])  # trainings continue meanwhile
 
     def policy(self) -> None:
-        """A policy file comes; it goes when the next one does."""
+        """Add a policy file. The one before is removed."""
         (self.service.policies / f"soak-{self._policies}.yaml").unlink(missing_ok=True)
         self._policies += 1
         text = POLICY.format(number=self._policies, limit=f"{self.random.randrange(1, 9)}GiB", weight=100)
         (self.service.policies / f"soak-{self._policies}.yaml").write_text(text)
 
     def contain(self) -> None:
-        """A container of the engine, which takes all of its share."""
+        """Start a container of the engine, which allocates all of its share."""
         assert self.engine
         try:
             self.engine.start()
@@ -245,18 +246,18 @@ class Soak:
             print(f"# engine: {why}", flush=True)
 
     def scrape(self) -> None:
-        """Somebody reads the metrics."""
+        """Read the metrics."""
         metrics_page()
 
     def restart_engine(self) -> None:
-        """The engine ends, killed or not, and comes back without its containers, and starts another."""
+        """Stop or kill the engine, start it again without its containers, and start another container."""
         if self.engine:
             self.engine.restart(is_killed := self.random.random() < 0.5)
             self.done["restart_engine_killed" if is_killed else "restart_engine"] += 1
             self.contain()
 
     def restart(self) -> None:
-        """kill -9 of agent, gatekeeper or both; the agent starts the other one anew."""
+        """Kill agent, gatekeeper or both with SIGKILL. The agent starts the gatekeeper again."""
         which = self.random.choice(("agent", "gatekeeper", "both"))
         if which != "gatekeeper":
             self.service.kill_agent()
@@ -267,10 +268,10 @@ class Soak:
         eventually(self.service.gatekeepers, 20, "a gatekeeper")
         self.done[f"restart_{which}"] += 1
 
-    # -- what is held to
+    # -- checks
 
     def check(self) -> None:
-        """Nobody was ever above its limit, and the books agree with the driver's."""
+        """Check that no tenant was ever above its limit, and that the ledger agrees with the driver."""
         self.service.check()
         while self._busy:
             self.calm()
@@ -287,7 +288,7 @@ class Soak:
         self.done["check"] += 1
 
     def _look_at_limit(self, tenant: Tenant, above: int) -> None:
-        """Of a training the driver alone knows what kernels take when they are first used: charged, not admitted."""
+        """Count bytes above a limit. Those of a training's kernels at their first use are charged and not admitted."""
         if above <= 0:
             return
         print(f"# above its limit: {tenant.view()}", flush=True)
@@ -298,7 +299,7 @@ class Soak:
             self.above = max(self.above, above)
 
     def _check_engine(self) -> None:
-        """Whom the engine has started is known by its name, and has its share and no more."""
+        """Check that each container of the engine is known by its name, and has exactly its share."""
         if engine := self.engine:
             try:
                 eventually(lambda: not engine.wrong(), AGREE_SECONDS, "the engine's containers, with their share")
@@ -307,7 +308,7 @@ class Soak:
                 print(f"# {why}: {engine.wrong()}", flush=True)
 
     def close(self) -> None:
-        """All tenants go; what the ledger has of processes then is wrong."""
+        """Remove all tenants. Processes that are still in the ledger then are errors."""
         for job in list(self.jobs):
             self._end(job)
         if self.engine:
@@ -323,13 +324,13 @@ class Soak:
             eventually(nobody, 20)
         self.wrong["left"] = sum(len(t["processes"]) for t in ask(verb="snapshot")["tenants"])
 
-    # -- hands
+    # -- helpers
 
     def _tenant(self) -> Tenant | None:
         return self.random.choice(list(self.tenants)) if self.tenants else None
 
     def _client(self) -> Client | None:
-        """One that listens."""
+        """Return a client that reads lines."""
         clients = [client for mine in self.tenants.values() for client in mine if client not in self._busy]
         return self.random.choice(clients) if clients else None
 
@@ -348,7 +349,7 @@ class Soak:
 
     @contextlib.contextmanager
     def _speaking(self, what: str, client: Client) -> Iterator[None]:
-        """A program that says nothing, or has ended by itself, is wrong; and nobody speaks to it any more."""
+        """Count a program that writes nothing, or has exited by itself, as an error, and kill it."""
         try:
             yield
         except AssertionError as why:
@@ -357,7 +358,7 @@ class Soak:
             self._end(client)
 
     def _end(self, client: Client) -> None:
-        """kill -9; whoever ended before without being told to is wrong."""
+        """Kill a client with SIGKILL. A program that exited before without an order is an error."""
         try:
             client.kill()
         except ProcessLookupError:
@@ -369,16 +370,16 @@ class Soak:
 
 
 def _modules(trainings: int) -> int:
-    """Bytes that so many may come to hold of kernels."""
+    """Return the bytes that this many trainings may hold of kernels."""
     if not trainings:
         return 0
-    from bench.gpu import claims  # of pynvml, which is not where there is no GPU
+    from bench.gpu import claims  # it needs pynvml, which is missing without a GPU
 
     return trainings * claims.MODULE
 
 
 def _agrees_with_nvml(tenant: Tenant) -> None:
-    """The ledger holds what NVML says of the tenant's processes, but for rounding."""
+    """Check that the ledger holds what NVML shows of the tenant's processes, except for rounding."""
     from bench.lib import nvml
 
     def agree() -> bool:
@@ -390,16 +391,16 @@ def _agrees_with_nvml(tenant: Tenant) -> None:
 
 
 def _is_there(runtime: str) -> bool:
-    """Containers run on the simulator alone: their root has no real driver."""
+    """Return whether containers can run. They need the simulator, because their root has no real driver."""
     return not REAL and shutil.which(runtime) is not None
 
 
 def run(soak: Soak, seconds: float, every: float) -> None:
-    """Things happen for so long; a restart of ours comes every `every` seconds, and of the engine more often.
+    """Do acts for this long. A restart of fgpu comes every `every` seconds, and one of the engine more often.
 
-    The first of them are a crowd, so that whatever is kept of so many tenants or events is full when sizes are first
-    looked at: else they would seem to grow for as long as that takes. Then comes each once and, however slow the crowd
-    was, half of the time for the others: a short soak has some of all too.
+    The first acts are a crowd, so that tables of this many tenants or events are full when sizes are first measured:
+    else they would seem to grow for as long as that takes. Then comes each act once and, however slow the crowd was,
+    half of the time is for the others: a short soak has some of all too.
     """
     begun = time.monotonic()
     while time.monotonic() < begun + min(SETTLING_SECONDS, seconds / 2):
@@ -417,7 +418,7 @@ def run(soak: Soak, seconds: float, every: float) -> None:
 
 
 def report(soak: Soak, watch: Watch) -> int:
-    """All lines; 1 where something was wrong."""
+    """Print all lines. Return 1 if there was an error."""
     lines: dict[str, tuple[float, str]] = {f"soak_{name}": (n, "") for name, n in sorted(soak.done.items())}
     lines |= {f"soak_wrong_{name}": (n, "") for name, n in sorted(soak.wrong.items())}
     lines["soak_most_above"] = (soak.above, "bytes")
@@ -438,7 +439,7 @@ def _grows(slope: Slope | None) -> bool:
 
 
 def main() -> int:
-    """Reads the command line, soaks, prints."""
+    """Read the command line, run the soak, print."""
     parser = argparse.ArgumentParser(description=" ".join((__doc__ or "").split("\n\n")[0].split()))
     parser.add_argument("minutes", type=float, nargs="?", default=10.0)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
@@ -465,7 +466,7 @@ def main() -> int:
         watch = Watch(pids)
         try:
             if not REAL:
-                service.start_driver("24GiB")  # whatever all of them may take together, and their contexts
+                service.start_driver("24GiB")  # room for all tenants together, with their contexts
             service.start_agent()
             soak = Soak(service, work, None if REAL else Engine(service, work), given.seed)
             watch.start()
@@ -484,7 +485,7 @@ def main() -> int:
 
 
 def _keep(watch: Watch) -> None:
-    """What was seen, of a soak that ended early too."""
+    """Write what was measured, also of a soak that ended early."""
     out = BUILD / "bench"
     watch.write(out / "soak.csv")
     if names := [name for name in SHOWN if name in watch.names()]:

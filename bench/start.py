@@ -1,9 +1,9 @@
-"""How long `fgpu agent` takes from its start to enforcing, as whoever types it waits, and where the time goes.
+"""Measure how long `fgpu agent` takes from its start to enforcing, and each part of the start.
 
-Prints `start_WHICH VALUE s` with its bar, and `start_WHICH_PART VALUE s`, when each part was done, from the same start:
-WHICH is first (nothing pinned: compiles, and weighs a context where this driver's is not known), restart (agent and
+Prints `start_WHICH VALUE s` with its bar, and `start_WHICH_PART VALUE s`, when each part was done, from the same start.
+WHICH is first (nothing pinned: compiles, and measures a context if this driver's is not known), restart (agent and
 gatekeeper killed), and both again with --tenants cgroups that one policy matches, a process in each. Medians of
---rounds; writes build/bench/start.json; 1 where a bar is missed. Starts and stops the agent itself.
+--rounds; writes build/bench/start.json; exits with 1 if a bar is missed. Starts and stops the agent itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Parts = dict[str, float]
 
 
 def start(options: list[str]) -> tuple[subprocess.Popen[bytes], Parts]:
-    """An agent that enforces; seconds to each part of its start, "" being what one waits for."""
+    """Start an agent and wait until it enforces. Return the seconds to each part of its start, "" being the whole."""
     with tempfile.TemporaryFile("w+") as log:
         begun = time.monotonic()
         agent = subprocess.Popen([*FGPU, "agent", *options], stdout=log, stderr=log)
@@ -56,7 +56,7 @@ def start(options: list[str]) -> tuple[subprocess.Popen[bytes], Parts]:
 
 
 def both(options: list[str], tenants: int) -> dict[str, Parts]:
-    """A first start, and one after agent and gatekeeper were killed; all tenants must be in force after each."""
+    """Start once, and again after agent and gatekeeper were killed. All tenants must be in force after each start."""
     found: dict[str, Parts] = {}
     agent, found["first"] = start(options)
     try:
@@ -74,7 +74,7 @@ def both(options: list[str], tenants: int) -> dict[str, Parts]:
 
 
 def in_force(tenants: int) -> None:
-    """BenchError: there are not as many."""
+    """Check the number of tenants. BenchError: there are fewer."""
     there = len(ask(verb="snapshot")["tenants"])
     if there != tenants:
         raise BenchError(f"{there} tenants of {tenants} are in force")
@@ -82,7 +82,7 @@ def in_force(tenants: int) -> None:
 
 @contextlib.contextmanager
 def busy_cgroups(count: int) -> Iterator[None]:
-    """`count` cgroups below a common one, a process in each."""
+    """Make `count` cgroups below a common one, a process in each."""
     parent = cgroup_root() / "fgpu-start"
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -103,7 +103,7 @@ def busy_cgroups(count: int) -> Iterator[None]:
 
 
 def measure(rounds: int, tenants: int, options: list[str]) -> dict[str, list[Parts]]:
-    """All starts, by what they are called."""
+    """Measure all starts. Return them by name."""
     found: dict[str, list[Parts]] = {}
     for _ in range(rounds):
         for which, parts in both(options, 0).items():
@@ -116,7 +116,7 @@ def measure(rounds: int, tenants: int, options: list[str]) -> dict[str, list[Par
 
 
 def report(found: dict[str, list[Parts]]) -> int:
-    """Prints the medians, then the bars."""
+    """Print the medians, then the bars."""
     lines: dict[str, tuple[float, str]] = {}
     for which, starts in found.items():
         for part in starts[0]:
@@ -132,7 +132,7 @@ def report(found: dict[str, list[Parts]]) -> int:
 
 
 def main() -> int:
-    """0: every bar is held."""
+    """Return 0 if every bar is held."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--shim", default=str(ROOT / "build/shim/libfgpu.so"))

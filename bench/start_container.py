@@ -1,9 +1,9 @@
-"""What a container's start takes longer by a share (CDI: mounts and hook) and by the runtime in front of the real one.
+"""Measure what a share (CDI: mounts and hook), and the runtime in front of the real one, add to a container's start.
 
-`runc run` of a bundle whose program ends at once, plain and either way in turn, so that what else this host does meets
-all of them: `start_plain`, and `start_share_added`, `start_runtime_added`, medians of the differences within a round,
-the shim's own loading into the program included. Writes build/bench/start_container.json; 1 where the bar is missed.
-Starts and stops the agent itself.
+It times `runc run` of a bundle whose program exits at once, plain and in either way in turn, so that the host's other
+load affects all of them. Prints `start_plain`, and `start_share_added`, `start_runtime_added`, medians of the
+differences within a round, which include loading the shim into the program. Writes build/bench/start_container.json;
+exits with 1 if the bar is missed. Starts and stops the agent itself.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from bench.lib.tenants import cgroup_root, record
 BAR_MS = 20.0
 GROUP = "/fgpu-bench-start"
 HELPER = ROOT / "build/oci/fgpu-oci"
-# A runtime takes version 2 of cgroups where that is what it sees at /sys/fs/cgroup.
+# A runtime uses version 2 of cgroups if it sees that at /sys/fs/cgroup.
 CAVE = '[ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 none /sys/fs/cgroup; echo; exec sleep 900'
 
 
 def bind(source: str) -> dict[str, Any]:
-    """A read-only mount of the host's."""
+    """Return a read-only mount of the host's path."""
     return {"source": source, "destination": source, "type": "bind", "options": ["bind", "ro"]}
 
 
 def config(work: Path) -> dict[str, Any]:
-    """A container that sees the host's programs and runs `true`."""
+    """Return the configuration of a container that sees the host's programs and runs `true`."""
     if not (work / "config.json").exists():
         subprocess.run(["runc", "spec"], cwd=work, check=True, timeout=10)
     found: dict[str, Any] = json.loads((work / "config.json").read_text())
@@ -47,7 +47,7 @@ def config(work: Path) -> dict[str, Any]:
 
 
 def share(found: dict[str, Any], folder: Path) -> None:
-    """What an engine edits in for fgpu.dev/share=8gib."""
+    """Add the edits of an engine for fgpu.dev/share=8gib."""
     spec = json.loads((folder / "fgpu.dev-share.json").read_text())
     device = next(device["containerEdits"] for device in spec["devices"] if device["name"] == "8gib")
     for mount in spec["containerEdits"]["mounts"]:
@@ -59,7 +59,7 @@ def share(found: dict[str, Any], folder: Path) -> None:
 
 
 def bundle(work: Path, name: str, found: dict[str, Any]) -> Path:
-    """A folder for a container of that name."""
+    """Make a folder for a container of that name."""
     folder = work / name
     (folder / "rootfs/etc").mkdir(parents=True)
     (folder / "rootfs/usr").mkdir()
@@ -72,7 +72,7 @@ def bundle(work: Path, name: str, found: dict[str, Any]) -> Path:
 
 
 def start_ms(command: list[str | Path], folder: Path, work: Path) -> float:
-    """From the runtime's start to the container's end; the bundle is as before afterwards."""
+    """Return the time from the runtime's start to the container's exit. The bundle is restored afterwards."""
     before = (folder / "config.json").read_text()
     words = [*command, "--root", work / "state", "run", "--bundle", folder, folder.name]
     begun = time.perf_counter()
@@ -85,7 +85,7 @@ def start_ms(command: list[str | Path], folder: Path, work: Path) -> float:
 
 
 def measure(work: Path, cdi: Path, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every start, by way."""
+    """Return the milliseconds of every start, by way."""
     holder = subprocess.Popen(["unshare", "--mount", "sh", "-c", CAVE], stdout=subprocess.PIPE)
     try:
         assert holder.stdout
@@ -111,7 +111,7 @@ def measure(work: Path, cdi: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def figures(took: dict[str, list[float]]) -> dict[str, tuple[float, str]]:
-    """Medians; differences are taken within a round."""
+    """Return medians; differences are taken within a round."""
     added = {
         way: statistics.median(b - a for a, b in zip(took["plain"], took[way], strict=True))
         for way in ("share", "runtime")

@@ -1,11 +1,11 @@
-"""What a limit costs a program in its stride: stream-ordered allocation in a loop, and a torch training.
+"""Measure what a limit costs a running program: stream-ordered allocation in a loop, and a torch training.
 
 Prints `steady_pair_WHICH VALUE us` (an allocation and its free, 10^5 of them, through libcudart, or through the driver
-where there is none; `steady_pair_way` says which) and `steady_train_WHICH VALUE steps/s`, WHICH being native (no shim)
-and managed (a tenant of `fgpu run`), medians; then what is held to a bar: `steady_pair_added`, the median of what a
-batch took longer than the one beside it, and `steady_train_ratio`. Trainings go native, managed, managed, native, the
-native ones without an agent. Writes build/bench/steady.json; 1 where a bar is missed. Starts and stops the agent
-itself. TORCH_PYTHON is an interpreter that has torch (python3); without it that line says absent.
+without it; `steady_pair_way` says which) and `steady_train_WHICH VALUE steps/s`, WHICH being native (no shim) and
+managed (a tenant of `fgpu run`), medians; then the figures with a bar: `steady_pair_added`, the median of what a batch
+took longer than the one beside it, and `steady_train_ratio`. Trainings run native, managed, managed, native, the native
+ones without an agent. Writes build/bench/steady.json; exits with 1 if a bar is missed. Starts and stops the agent
+itself. TORCH_PYTHON is an interpreter with torch (python3); without it that line says absent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Found = dict[str, list[float]]
 
 
 def pairs(given: argparse.Namespace, found: Found) -> str:
-    """Batches of a program in a tenant and of one outside, in turn and on the same processor; how they allocate."""
+    """Run batches inside and outside of a tenant, in turn and on one processor. Return how they allocate."""
     with ending() as programs:
         command = on_one_processor([str(given.program), *([given.runtime] if given.runtime else [])])
         which = {"native": Program(command), "managed": Program(command, given.limit, "steady-pairs")}
@@ -49,7 +49,7 @@ def pairs(given: argparse.Namespace, found: Found) -> str:
 
 
 def steps_per_second(given: argparse.Namespace, limit: int | None) -> float | None:
-    """The median of a few trainings in one process; None: no torch here."""
+    """Return the median of a few trainings in one process; None: there is no torch."""
     with ending() as programs:
         programs.append(Program([PYTHON, str(ROOT / "bench/lib/train.py")], limit, "steady-train"))
         found = []
@@ -63,7 +63,7 @@ def steps_per_second(given: argparse.Namespace, limit: int | None) -> float | No
 
 
 def measure(given: argparse.Namespace) -> tuple[str, Found, Found]:
-    """Everything: how pairs allocated, their microseconds a batch, and steps a second a training."""
+    """Measure everything. Return how pairs allocated, their microseconds a batch, and steps a second of trainings."""
     way, pair, train = "", Found(), Found()
 
     def training(which: str, limit: int | None) -> None:
@@ -82,7 +82,7 @@ def measure(given: argparse.Namespace) -> tuple[str, Found, Found]:
 
 
 def report(way: str, pair: Found, train: Found) -> int:
-    """All lines; 1 where a bar is missed."""
+    """Print all lines. Return 1 if a bar is missed."""
     lines: dict[str, tuple[float, str]] = {f"steady_pair_{w}": (statistics.median(us), "us") for w, us in pair.items()}
     added = statistics.median(m - n for n, m in zip(pair["native"], pair["managed"], strict=True))
     lines["steady_pair_added"] = (added, "us")
@@ -101,7 +101,7 @@ def report(way: str, pair: Found, train: Found) -> int:
 
 
 def main() -> int:
-    """Reads the command line, measures, prints."""
+    """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2, help="each is native, managed, managed, native")
     parser.add_argument("--steps", type=int, default=300, help="of a training")

@@ -1,15 +1,17 @@
-"""What fgpu adds to cuInit when many processes call it at one moment: of each call, what passed outside the driver.
+"""Measure what fgpu adds to cuInit when many processes call it at one moment.
 
-Prints `storm_pNN_WHICH_PHASE VALUE ms`. WHICH is bare (no agent, no probe, no shim), unmanaged, managed (every process
-a tenant of its own), shared (all of them in one tenant); all processes but the shared in a cgroup of their own. The
-phases of a process, by its own clock and by bench/lib/inside.py's at the driver's function: start (from execve until it
-calls: linker, preloads, dlopen, lookup), before (from the call to the driver's function), driver, after (from there
-back to the program), added (before and after: what is not the driver's), again (the same call once more: what of it is
-no hello); whole, from execve to the end. `storm_pNN_whole_WHICH_less_bare` is the difference of that, which the driver
-itself makes anything; by how much, says `bare_less_bare`, of the first and the last storm.
+It is the time of each call that passes outside the driver. Prints `storm_pNN_WHICH_PHASE VALUE ms`. WHICH is bare (no
+agent, no probe, no shim), unmanaged, managed (every process a separate tenant), shared (all of them in one tenant); all
+processes but the shared are in separate cgroups. The phases of a process, by its own clock and by that of
+bench/lib/inside.py at the driver's function: start (from execve until it calls: linker, preloads, dlopen, lookup),
+before (from the call to the driver's function), driver, after (from there back to the program), added (before and
+after: the part outside the driver), again (the same call once more: the part that is no hello); whole, from execve to
+the end. `storm_pNN_whole_WHICH_less_bare` is the difference of that, to which the driver itself contributes;
+`bare_less_bare`, of the first and the last storm, says how much.
 
-Then what the gatekeeper counted (a process that it did not greet gets no memory), and processor time: the gatekeeper's,
-the agent's, theirs. Writes build/bench/storm.json; 1 where a bar is missed. Starts and stops the agent itself.
+Then it prints what the gatekeeper counted (a process that gets no answer to its hello gets no memory), and processor
+time: the gatekeeper's, the agent's, and that of the processes. Writes build/bench/storm.json; exits with 1 if a bar is
+missed. Starts and stops the agent itself.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ PHASES = ("start", "before", "driver", "after", "added", "again", "whole")
 GREETED = {"unmanaged": "hello_unmanaged", "managed": "hello_managed", "shared": "hello_managed"}
 NUMBERS = 6  # of a process: struct told of storm.c
 NO_COUNTS = {"started_ns", "processes", "boot"}
-SETTLE_SECONDS = 1.5  # the gatekeeper writes its counts down once a second
+SETTLE_SECONDS = 1.5  # the gatekeeper saves its counts once a second
 
 
 def phases(told: list[int], inside: list[int]) -> dict[str, float]:
-    """Of one process, in milliseconds."""
+    """Return the phases of one process, in milliseconds."""
     _, _, executed, called, returned, again = told
     entered, left = inside
     ns = {"start": called - executed, "before": entered - called, "driver": left - entered, "after": returned - left}
@@ -50,20 +52,20 @@ def phases(told: list[int], inside: list[int]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Storms of one kind: the phases of all processes, what each storm's whole was at the median, what it counted."""
+    """Storms of one kind: the phases of all processes, each storm's whole at the median, and its counts."""
 
     processes: list[dict[str, float]] = field(default_factory=list)
     wholes: list[list[float]] = field(default_factory=list)
     counted: Counter[str] = field(default_factory=Counter)
 
     def percentile(self, phase: str, percent: int) -> float:
-        """Of all its processes, in milliseconds."""
+        """Return a percentile of all its processes, in milliseconds."""
         return percentile([process[phase] for process in self.processes], percent)
 
 
 @dataclass(frozen=True, slots=True)
 class Storms:
-    """What is asked for: how many processes, of which program, in which cgroups; and what came of it."""
+    """The requested storms (how many processes, of which program, in which cgroups), and the results."""
 
     count: int
     program: Path
@@ -72,14 +74,14 @@ class Storms:
     found: dict[str, Found] = field(default_factory=lambda: {which: Found() for which in ("bare", *GREETED)})
 
     def launcher(self, programs: list[Program], folders: list[Path], name: str = "") -> Program:
-        """A program that makes the processes, each in the next of the folders; with the shim, if it has a name."""
+        """Start a program that makes a process in each of the folders in turn; with the shim, if it has a name."""
         programs.append(Program([str(self.program), *map(str, folders)], LIMIT if name else None, name))
         if programs[-1].hear() != "ready":
             raise BenchError("storm is not ready")
         return programs[-1]
 
     def storm(self, launcher: Program, which: str) -> None:
-        """One, added to what was found."""
+        """Run one storm, and add its results."""
         self._inside()
         spent = children_ms(launcher.process.pid)
         launcher.say(str(self.count))
@@ -101,7 +103,7 @@ class Storms:
 
 @contextlib.contextmanager
 def cgroups(count: int) -> Iterator[list[Path]]:
-    """New cgroups, gone afterwards."""
+    """Make new cgroups, and remove them afterwards."""
     parent = cgroup_root() / f"fgpu-storm-{os.getpid()}"
     folders = [parent / str(number) for number in range(count)]
     end_in_order()
@@ -116,13 +118,13 @@ def cgroups(count: int) -> Iterator[list[Path]]:
 
 
 def bare(asked: Storms) -> None:
-    """Without agent and shim."""
+    """Run a storm without agent and shim."""
     with ending() as programs:
         asked.storm(asked.launcher(programs, asked.folders), "bare")
 
 
 def counts() -> Counter[str]:
-    """What the gatekeeper has counted so far, and its processor time."""
+    """Return the gatekeeper's counts so far, and its processor time."""
     time.sleep(SETTLE_SECONDS)
     said = json.loads((RUN / "gatekeeper.json").read_text())
     found = Counter({name: n for name, n in said.items() if name not in NO_COUNTS and isinstance(n, int)})
@@ -131,7 +133,7 @@ def counts() -> Counter[str]:
 
 
 def greeted(asked: Storms, programs: list[Program], kinds: tuple[str, ...]) -> None:
-    """A storm of each of these kinds, one after the other."""
+    """Run a storm of each of these kinds, one after the other."""
     for which in kinds:
         folders = asked.folders[:1] if which == "shared" else asked.folders
         launcher = asked.launcher(programs, folders, f"storm-{which}-{len(programs)}")
@@ -144,7 +146,7 @@ def greeted(asked: Storms, programs: list[Program], kinds: tuple[str, ...]) -> N
 
 
 def with_agent(asked: Storms, options: list[str]) -> None:
-    """The cgroups are unmanaged first, then tenants."""
+    """Run storms in cgroups that are unmanaged first, then tenants."""
     with agent(options), ending() as programs:
         greeted(asked, programs, ("unmanaged", "unmanaged"))
         for folder in asked.folders:
@@ -153,7 +155,7 @@ def with_agent(asked: Storms, options: list[str]) -> None:
 
 
 def report(found: dict[str, Found]) -> int:
-    """All lines; 1 where a bar is missed."""
+    """Print all lines. Return 1 if a bar is missed."""
     lines: dict[str, tuple[float, str]] = {}
     held = []
     for percent, bar in ((50, ADDED_P50_MS), (99, ADDED_P99_MS)):
@@ -177,12 +179,12 @@ def report(found: dict[str, Found]) -> int:
 
 
 def difference(some: list[float], others: list[float], percent: int) -> float:
-    """Of a percentile."""
+    """Return the difference of a percentile."""
     return percentile(some, percent) - percentile(others, percent)
 
 
 def main() -> int:
-    """Reads the command line, measures, prints."""
+    """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--processes", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=1, help="each has two storms of each kind")

@@ -1,9 +1,9 @@
-"""Whether the ledger says what the driver says: programs of several frameworks, each a tenant, all at once.
+"""Compare the ledger with the driver: programs of several frameworks, each a tenant, all at once.
 
-After every phase of a program (bench/lib/phases.py), at one second, prints `truth_PROGRAM_PHASE BYTES bytes`, what the
-ledger has for its tenant minus what NVML shows of its processes, then `truth_PROGRAM_worst PERCENT %` of the limit; or
-`truth_PROGRAM` absent or failed, and why. Writes build/bench/truth.json; 1 where a difference is above the bar. Starts
-and stops the agent itself. TORCH_PYTHON is an interpreter that has the frameworks (python3).
+After every phase of a program (bench/lib/phases.py), at one second, prints `truth_PROGRAM_PHASE BYTES bytes`, the
+ledger's bytes of its tenant minus what NVML shows of its processes, then `truth_PROGRAM_worst PERCENT %` of the limit;
+or `truth_PROGRAM` absent or failed, and why. Writes build/bench/truth.json; exits with 1 if a difference is above the
+bar. Starts and stops the agent itself. TORCH_PYTHON is an interpreter with the frameworks (python3).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OWN = ("pool", "vmm")
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What both said at one moment, in bytes."""
+    """The figures of ledger and driver at one moment, in bytes."""
 
     name: str
     ledger: int
@@ -40,12 +40,12 @@ class Phase:
 
 
 def nvml_bytes(tenant: str) -> int:
-    """What NVML shows of the processes of a tenant's cgroup, on device 0."""
+    """Return NVML's bytes of the processes of a tenant's cgroup, on device 0."""
     return nvml.bytes_of(nvml.pids_of(cgroup_root() / "fgpu" / tenant))
 
 
 def phases(program: Program) -> list[Phase] | str:
-    """Every phase of one program; else why not, beginning with absent or failed: the others go on."""
+    """Return every phase of one program, or an error that begins with absent or failed: the others continue."""
     try:
         return _phases(program)
     except (BenchError, OSError, ValueError, pynvml.NVMLError) as error:
@@ -53,7 +53,7 @@ def phases(program: Program) -> list[Phase] | str:
 
 
 def _phases(program: Program) -> list[Phase] | str:
-    """BenchError: NVML shows less than the program surely holds, and what it shows is nothing to compare with."""
+    """Return every phase. BenchError: NVML shows less than the program surely holds, so no comparison is possible."""
     found: list[Phase] = []
     while True:
         program.say("")
@@ -70,7 +70,7 @@ def _phases(program: Program) -> list[Phase] | str:
 
 
 def measure(names: list[str], given: argparse.Namespace) -> dict[str, list[Phase] | str]:
-    """All programs side by side."""
+    """Run all programs side by side."""
     script = str(ROOT / "bench/lib/phases.py")
     options = ["--driver-root", given.driver_root, "--shim", str(given.shim)]
     with agent(options), ending() as programs, ThreadPoolExecutor(len(names)) as threads:
@@ -81,7 +81,7 @@ def measure(names: list[str], given: argparse.Namespace) -> dict[str, list[Phase
 
 
 def report(found: dict[str, list[Phase] | str], limit: int) -> int:
-    """All lines; 1 where a bar is missed."""
+    """Print all lines. Return 1 if a bar is missed."""
     lines: dict[str, tuple[float, str]] = {}
     worst: list[float] = []
     failed = 0
@@ -100,7 +100,7 @@ def report(found: dict[str, list[Phase] | str], limit: int) -> int:
 
 
 def main() -> int:
-    """Reads the command line, measures, prints."""
+    """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("programs", nargs="*", default=list(FRAMEWORKS), help=f"of {', '.join(FRAMEWORKS)}")
     parser.add_argument("--limit", type=int, default=4 << 30, help="bytes, of each")

@@ -1,10 +1,10 @@
-"""What --upgrades of a running host cost those who use it: every version has a shim, every fifth also programs anew.
+"""Measure what --upgrades of a running host cost its tenants: each has a new shim, every fifth also new programs.
 
 While tenants allocate and free without pause, and others start one after the other, gatekeeper and agent are replaced
-as by a package: SIGTERM, then the next version's. Prints `upgrade_NAME VALUE UNIT`: how long nobody enforces anew
-(seconds, median and most), pairs done, allocations and starts refused, bytes that
-passed unseen (or were seen twice), drift after the last, old shims kept; writes build/bench/upgrade.json; 1 where
-anything but time is not 0. Starts and stops the services itself.
+as by a package: SIGTERM, then the next version's. Prints `upgrade_NAME VALUE UNIT`: the time without enforcement
+(seconds, median and most), pairs done, allocations and starts refused, bytes that were not witnessed (or twice), drift
+after the last upgrade, old shims kept. Writes build/bench/upgrade.json; exits with 1 if anything but time is not 0.
+Starts and stops the services itself.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from bench.lib.tenants import RUN, Program, ask, ending, memory_of, record
 LISTEN = "127.0.0.1:19426"
 LIMIT, PAIR, RATE = 2 << 30, 4 << 20, 500
 NEW_PROGRAMS = 5
-# For every line one program that makes a pair and ends; what it printed, on one line.
+# Starts a program for every line, which makes a pair and exits, and prints its output on one line.
 STARTER = 'while read -r line; do echo "$line" | "$0" | tr "\\n" " "; echo; done'
 
 
 class Services:
-    """fgpu as installed, in a folder of its own, version after version."""
+    """An installed fgpu, in its own folder, version after version."""
 
     def __init__(self, folder: Path, given: argparse.Namespace) -> None:
         self._package, self._store, self._given = folder / "site/fgpu_ebpf", folder / "store", given
@@ -46,7 +46,7 @@ class Services:
         self.number = 0
 
     def install(self) -> float:
-        """The next version in place of this one; seconds from the end of the old agent to enforcing."""
+        """Install the next version. Return the seconds from the end of the old agent to enforcing."""
         self.number += 1
         beside = self._package / ".libfgpu.so"
         beside.write_bytes(Path(self._given.shim).read_bytes() + b"version %d" % self.number)
@@ -71,31 +71,31 @@ class Services:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd="/")
 
     def stop(self) -> None:
-        """SIGTERM, gatekeeper first."""
+        """Send SIGTERM, to the gatekeeper first."""
         for process in self._running:
             process.terminate()
             process.wait(10)
         self._running = []
 
     def detach(self) -> None:
-        """Takes all away."""
+        """Remove everything."""
         self.stop()
         environment = {"PATH": os.defpath, "PYTHONPATH": str(self._package.parent)}
         subprocess.run([sys.executable, "-m", "fgpu_ebpf.cli", "detach"], env=environment, cwd="/", check=False)
 
     def stored(self) -> int:
-        """Versions of the shim that are kept."""
+        """Return how many versions of the shim are kept."""
         return sum(not path.is_symlink() for path in self._store.iterdir())
 
 
 def drift() -> int:
-    """Bytes, of all tenants, whichever way."""
+    """Return the drift of all tenants in bytes, in either direction."""
     devices = [device for tenant in ask(verb="snapshot")["tenants"] for device in tenant["devices"]]
     return sum(abs(device["drift_bytes"] or 0) for device in devices)
 
 
 def settled_drift(seconds: float = 3.0) -> int:
-    """The least within so long: a program that has just ended is in the driver's books for a moment longer."""
+    """Return the least drift within this time: the driver still shows a program for a moment after its exit."""
     least, end = drift(), time.monotonic() + seconds
     while least and time.monotonic() < end:
         time.sleep(0.1)
@@ -104,7 +104,7 @@ def settled_drift(seconds: float = 3.0) -> int:
 
 
 def measure(services: Services, given: argparse.Namespace) -> dict[str, tuple[float, str]]:
-    """All upgrades, and what came of them."""
+    """Run all upgrades, and return the results."""
     took: list[float] = []
     starts = refused = 0
     with ending() as programs:
@@ -147,7 +147,7 @@ def measure(services: Services, given: argparse.Namespace) -> dict[str, tuple[fl
 
 
 def main() -> int:
-    """0: nobody was refused, nothing passed unseen."""
+    """Return 0 if nothing was refused and nothing was unwitnessed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--driver-root", default="/")
     parser.add_argument("--shim", type=Path, default=ROOT / "build/shim/libfgpu.so")

@@ -1,4 +1,4 @@
-"""How much the tests do: FGPU_TEST_SCALE is quick, ci (the default) or full."""
+"""The amount of work of the tests: FGPU_TEST_SCALE is quick, ci (the default) or full."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ SCALES = ("quick", "ci", "full")
 BEGAN = time.monotonic()
 TRIALS = pytest.StashKey[Trials]()
 TIMER = pytest.StashKey[pytest_timeout.Settings]()
-MOST_SECONDS = 240  # of a test, but in a full run; alone on a machine none takes half of it
-WORLDS = "FGPU_TEST_WORLDS"  # in the environment: each process that runs tests enters a world of its own
+MOST_SECONDS = 240  # of a test, except in a full run; alone on a machine no test takes half of it
+WORLDS = "FGPU_TEST_WORLDS"  # in the environment: each process that runs tests enters its own world
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """A trial that fails leaves something: nobody sees what, on a machine where all pass."""
+    """Add options. `--again` finds what a failed trial leaves, which is not seen on a machine where all trials pass."""
     parser.addoption("--again", action="store_true", help="a test that may be tried again fails once, at its end")
     parser.addoption("--renew-durations", action="store_true", help="write the seconds of each file that is run")
     parser.addoption("--rows", metavar="LETTER", help="only tests that docs/security.md names in rows of that letter")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Names the marks, and refuses a scale that is none."""
+    """Register the marks, and refuse an unknown scale."""
     config.addinivalue_line("markers", "slow: left out of `./dev test quick`")
     config.addinivalue_line("markers", "timed: measures time")
     config.addinivalue_line("markers", "places(*names): where an end-to-end test runs; everywhere without")
@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"FGPU_TEST_SCALE is none of {', '.join(SCALES)}")
     hypothesis.settings.register_profile(
         "fgpu", derandomize=which != "full"
-    )  # what is new is looked for in the full run
+    )  # new examples are searched in the full run
     hypothesis.settings.load_profile("fgpu")
     is_worker = hasattr(config, "workerinput")
     if not is_worker:
@@ -58,18 +58,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedule:
-    """Whatever `--dist` says."""
+    """Use this schedule, whatever `--dist` says."""
     return Schedule(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked slow from a quick run, let what is stolen be tried again, and limit its time."""
+    """Leave slow tests out of a quick run, repeat tests that lost processors, and limit the time of each test."""
     is_full = os.environ.get("FGPU_TEST_SCALE") == "full"
     for item in items:
         limit = item.get_closest_marker("timeout")
         if limit and limit.args[0] > MOST_SECONDS and not is_full:
             item.add_marker(pytest.mark.timeout(MOST_SECONDS), append=False)
-        if not item.get_closest_marker("flaky"):  # a test after which the next trial cannot pass has one of its own
+        if not item.get_closest_marker("flaky"):  # a test after which the next trial cannot pass has its own mark
             item.stash[TRIALS] = Trials(BEGAN + LAST_SECONDS)
             item.add_marker(item.stash[TRIALS].marker())
     left_out: set[pytest.Item] = set()
@@ -84,13 +84,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> None:
-    """pytest-timeout starts one timer for a test, which ends with the first trial that fails."""
+    """Keep the timer, because pytest-timeout starts only one for a test, which ends with the first failed trial."""
     item.stash[TIMER] = settings
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What is taken from the processors from here on is taken from this trial, and its time to end in begins."""
+    """Begin a trial: its time limit starts, and from here on the time that processors lose counts for it."""
     if trials := item.stash.get(TRIALS, None):
         timer = item.stash.get(TIMER, None)
         if timer:
@@ -102,7 +102,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """With `--again`, no first trial is the last."""
+    """Fail the first trial with `--again`."""
     yield
     trials = item.stash.get(TRIALS, None)
     if trials and trials.begun == 1 and item.config.getoption("again"):
@@ -111,7 +111,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With the traceback of what failed stands how much of the processors was taken from it."""
+    """Add to the traceback of a failed trial how much processor time it lost."""
     report = yield
     trials = item.stash.get(TRIALS, None)
     if report.failed and trials and hasattr(report.longrepr, "addsection"):
@@ -137,7 +137,7 @@ class AtOnce:
 
 @pytest.fixture(scope="session")
 def scale() -> Callable[[int, int, int], int]:
-    """scale(quick, ci, full): the count for this run."""
+    """Return scale(quick, ci, full): the count for this run."""
     which = SCALES.index(os.environ.get("FGPU_TEST_SCALE", "ci"))
 
     def choose(*counts: int) -> int:
@@ -148,9 +148,9 @@ def scale() -> Callable[[int, int, int], int]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _entered_by_anybody(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Folders of tests are root's alone, but for those that a test opens; what is above them is everybody's."""
+    """Open the folders above the tests' folders for all users. A test's own folder stays root's unless it opens it."""
     base, end = tmp_path_factory.getbasetemp(), Path(tempfile.gettempdir())
     for folder in (base, *base.parents):
-        if end not in folder.parents:  # or nobody's business: where --basetemp lies elsewhere
+        if end not in folder.parents:  # or elsewhere, with --basetemp
             break
         folder.chmod(0o755)

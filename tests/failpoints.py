@@ -1,14 +1,15 @@
-"""Ends agent or gatekeeper in the middle of a change, at a named point: kill -9, as by no accident.
+"""Kill agent or gatekeeper in the middle of a change, at a named point, with SIGKILL.
 
-Owns: the points, each a place in agent or gatekeeper where something is half changed. Nothing of them is in
-the programs themselves, nor in a package: they are put in from here before the program begins, and a point whose place
-is no longer there ends this at once, with what is missing. A program that is started in any other way has none.
+It owns the points: each is a place in agent or gatekeeper where something is half changed. Neither the programs nor a
+package contain them: they are added from here before the program begins. If the place of a point no longer exists, this
+exits at once and prints what is missing. A program that is started in any other way has no points.
 
 usage: python tests/failpoints.py
 
-A nursery has imported what agent and gatekeeper do, and forks them, which spares each start most of its time. It takes
-and answers one line of JSON at a time: ["POINT", "agent"|"gatekeeper", ARGUMENT…], "" for no point, is answered by the
-pid, and that by null, or by how it has ended. Whoever still lives ends with it.
+This process is a nursery: it has imported the code of agent and gatekeeper, and forks them, which saves each start most
+of its time. It reads and answers one line of JSON at a time. ["POINT", "agent"|"gatekeeper", ARGUMENT…], with "" for no
+point, is answered by the pid. A pid is answered by null, or by the exit status. When the nursery exits, its children
+are killed.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ Judge = Callable[..., bool]
 
 
 def die() -> None:
-    """Here it ends."""
+    """Kill this process."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def before(holder: Any, name: str, wanted: Judge = lambda *_, **__: True) -> None:
-    """Ends the process in front of the first call that is wanted. AttributeError: there is no such function."""
+    """Kill the process before the first matching call. AttributeError: there is no such function."""
     function = getattr(holder, name)
 
     @functools.wraps(function)
@@ -45,7 +46,7 @@ def before(holder: Any, name: str, wanted: Judge = lambda *_, **__: True) -> Non
 
 
 def after(holder: Any, name: str) -> None:
-    """Ends the process behind the first call. AttributeError: there is no such function."""
+    """Kill the process after the first call. AttributeError: there is no such function."""
     function = getattr(holder, name)
 
     @functools.wraps(function)
@@ -57,13 +58,13 @@ def after(holder: Any, name: str) -> None:
 
 
 def later(wanted: Judge) -> Judge:
-    """Not the first that is wanted, but the second."""
+    """Match the second call instead of the first."""
     seen = itertools.count()
     return lambda *arguments: wanted(*arguments) and next(seen) == 1
 
 
 def named(name: str) -> Judge:
-    """Of a function whose first argument is a path."""
+    """Match calls with this file name, of a function whose first argument is a path."""
     return lambda path, *_, **__: str(path).endswith(name)
 
 
@@ -71,70 +72,70 @@ def named(name: str) -> Judge:
 
 
 def publishes(_: object, what: int = 0, *__: int) -> bool:
-    """Of Ledger._run: the limits of a level are about to be seen."""
+    """Match calls of Ledger._run that are about to publish the limits of a level."""
     from fgpu_ebpf import abi
 
     return what == abi.Adjust.PUBLISH
 
 
 def limit_unpublished() -> None:
-    """The agent alone knows a level's new limit: its page still has the one before."""
+    """A level's new limit is not yet on its page: only the agent knows it."""
     from fgpu_ebpf.ledger.ledger import Ledger
 
     before(Ledger, "_run", publishes)
 
 
 def policy_half() -> None:
-    """Of the levels that a policy changes one has its new limit."""
+    """A policy changes several levels, and one of them has its new limit."""
     from fgpu_ebpf.ledger.ledger import Ledger
 
     before(Ledger, "_run", later(publishes))
 
 
 def page_unannounced() -> None:
-    """A new level has its page, and nobody knows that it is managed."""
+    """A new level has its page, and is not yet known as managed."""
     from fgpu_ebpf.ledger.usage_page_table import UsagePageTable
 
     after(UsagePageTable, "make")
 
 
 def charges_behind() -> None:
-    """A new level is in force, without the charges of who is in it already."""
+    """A new level is in force, without the charges of the processes that are in it already."""
     from fgpu_ebpf.tenancy.enforcer import Enforcer
 
     before(Enforcer, "_take_over")
 
 
 def level_half_gone() -> None:
-    """A level that is managed no longer has lost its limits and keeps its page."""
+    """A level that is no longer managed has lost its limits and keeps its page."""
     from fgpu_ebpf.ledger.usage_page_table import UsagePageTable
 
     before(UsagePageTable, "take_away")
 
 
 def state_unrenamed() -> None:
-    """What was set by hand is in force, and written beside its file."""
+    """A limit of `fgpu set` is in force, and its file is written and not yet renamed."""
     from fgpu_ebpf.linux import atomic_file
 
     before(atomic_file.os, "replace", named(".overrides.json.new"))
 
 
 def programs_half() -> None:
-    """One program is the new one, another is pinned beside its place, the others are those before."""
+    """One program is replaced, another is pinned beside its place, the others are old."""
     from fgpu_ebpf.driver import image
 
     before(image.os, "rename", later(named("-new")))
 
 
 def links_half() -> None:
-    """Of a driver's links those of the returns are pinned, those of the entries not yet."""
+    """A driver's links of returns are pinned, those of entries not yet."""
     from fgpu_ebpf.driver import attach, probe_plan
 
     before(attach.Probes, "_pin", lambda _, program, *__: program == probe_plan.DRIVER_PROGRAMS[1])
 
 
 def detach_half() -> None:
-    """What was pinned is gone, all else is there."""
+    """The pins are removed, everything else is there."""
     from fgpu_ebpf.driver import attach
 
     after(attach, "detach")
@@ -151,7 +152,7 @@ def socket_unrenamed() -> None:
 
 
 def hello_unanswered() -> None:
-    """A process has its pages, and was not told."""
+    """A process has its pages, and has no answer yet."""
     from fgpu_ebpf.gatekeeper.time_slicer import TimeSlicer
 
     after(TimeSlicer, "register")
@@ -163,7 +164,7 @@ GATEKEEPER = (socket_unrenamed, hello_unanswered)
 
 
 def become(point: str, program: str, words: list[str]) -> int:
-    """Agent or gatekeeper, with the point in it."""
+    """Run agent or gatekeeper, with the point in it."""
     from fgpu_ebpf.cli import main as cli
     from fgpu_ebpf.gatekeeper import main as gatekeeper
 
@@ -175,7 +176,7 @@ def become(point: str, program: str, words: list[str]) -> int:
 
 
 def bear() -> int:
-    """A child that has nothing of the nursery's but what is imported and the log; its pid, 0 in itself."""
+    """Fork a child that keeps only imports and the log of the nursery. Return its pid, or 0 in the child."""
     if pid := os.fork():
         return pid
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -184,14 +185,14 @@ def bear() -> int:
 
 
 def end_of(pid: int) -> int | None:
-    """How a child has ended; None: it lives."""
+    """Return the exit status of a child; None: it runs."""
     ended, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if ended else None
 
 
 def nurse() -> int:
-    """Answers until its stdin ends."""
-    importlib.import_module("fgpu_ebpf.daemon")  # with it comes all that an agent is made of
+    """Answer requests until stdin ends."""
+    importlib.import_module("fgpu_ebpf.daemon")  # this imports everything that an agent uses
 
     living: set[int] = set()
     for line in sys.stdin:

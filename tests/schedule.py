@@ -1,8 +1,8 @@
-"""The distribution of test files to the workers of pytest-xdist, each of which has a world of its own.
+"""The distribution of test files to the workers of pytest-xdist, each of which has its own world.
 
-A file of the suite that a worker is in comes first, so that the suite's agent goes on; otherwise the worker takes the
-suite with the most work for each worker that is in it. Within a suite the longest file comes first. Files that measure
-time run at the end, in the last worker, while nothing else runs.
+Files of the suite that a worker runs come first, so that the suite's agent stays. Otherwise the worker takes the suite
+with the most work for each worker that is in it. Within a suite the longest file comes first. Files that measure time
+run at the end, in the last worker, while nothing else runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xdist.workermanage import WorkerController
 TESTS = Path(__file__).parent
 DURATIONS = TESTS / "durations.json"  # seconds of each file that takes a second or more; --renew-durations writes it
 SHORT_SECONDS = 0.5
-# Suites whose files share what takes long to start: engines, packages, a browser.
+# Suites whose files share a slow start: engines, packages, a browser.
 WHOLE = ("dashboards", "docs", "engines", "kubelet", "kubernetes", "packages", "page", "soak")
 QUIET = frozenset(
     f"tests/{name}.py"
@@ -46,7 +46,7 @@ def suite_of(scope: str) -> str:
 
 
 class Durations:
-    """A plugin that writes DURATIONS anew for the files that a run has tested, and keeps the others."""
+    """A plugin that updates DURATIONS for the files that a run has tested, and keeps the others."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
@@ -113,6 +113,6 @@ class Schedule(LoadScopeScheduling):
                 self._reschedule(other)
 
     def remove_node(self, node: WorkerController) -> str | None:
-        """Forget a worker that has ended; return the test that it ran, if it did not end by itself."""
+        """Forget a worker that has exited. Return the test that it ran, if the worker crashed."""
         self._suites.pop(node, None)
         return super().remove_node(node)

@@ -1,9 +1,9 @@
-"""When a test that failed is tried again: only if processors were taken from it.
+"""Repeat a failed test only if processors were taken from it.
 
 A hypervisor gives processors to other machines (`steal` of /proc/stat), and other tests of the same run use them while
 this one waits (the kernel's pressure figure). Both make any program late, and a failure of such a trial says little
 about the program. It is printed in full like all failures and counted in the last line of the run (`rerun`), and the
-next trial comes later. What fails otherwise has failed: the files that run alone at the end have no second trial on a
+next trial comes later. Any other failure is final: the files that run alone at the end have no second trial on a
 machine that is theirs.
 """
 
@@ -18,17 +18,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-STOLEN_SHARE = 0.05  # of what all processors have to give, from the start of a trial; a quiet machine loses a hundredth
+STOLEN_SHARE = 0.05  # of the time of all processors, from the start of a trial; a quiet machine loses a hundredth
 MOST_STOLEN = 2  # trials of one test that do not count for that reason
 CROWDED_SHARE = 0.5  # of the time of a trial in which a program waited for a processor
 MOST_CROWDED = 1
 WAIT_SECONDS = 10
-LAST_SECONDS = 25 * 60.0  # of a run: after that what fails has failed
+LAST_SECONDS = 25 * 60.0  # of a run: later failures are final
 PRESSURE = Path("/proc/pressure/cpu")
 
 
 class Again(Exception):
-    """The end of a trial that passed, where `--again` wants to see another: it finds what this one has left."""
+    """The end of a trial that passed, if `--again` asks for another one, which finds what this one has left."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""A world: what a host has only one of, made private for one process and all that it starts.
+"""A world: resources that a host has only once, made private for one process and all that it starts.
 
 A world has its own /run (with an empty /run/fgpu), /var/lib/fgpu and /sys/fs/bpf, its own copies of the simulated
 driver and the shim (uprobes belong to a file, and the probes of two agents must not meet in one), and a cgroup
-namespace whose root is a cgroup of its own. Agents in two worlds do not affect each other.
+namespace with its own root cgroup. Agents in two worlds do not affect each other.
 
-`python -m tests.world COMMAND...` runs a command in a new world, and removes the world when the command has ended.
-`python -m tests.world --clear` removes what worlds have left: their processes and cgroups; all else ends with these.
+`python -m tests.world COMMAND...` runs a command in a new world, and removes the world when the command has exited.
+`python -m tests.world --clear` removes what worlds have left: their processes and cgroups. Everything else is gone with
+these.
 """
 
 from __future__ import annotations

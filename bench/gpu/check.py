@@ -1,8 +1,8 @@
-"""One claim a run, on a machine with a GPU: `python -m bench.gpu.check CLAIM`.
+"""Check one claim on a machine with a GPU: `python -m bench.gpu.check CLAIM`.
 
 Prints numbers and ends with PASS or FAIL.
 
-bench/gpu_check.sh runs them all. Starts and ends an agent of its own; uses the hands of the end-to-end tests, with the
+bench/gpu_check.sh runs all claims. Starts and ends its own agent; uses the library of the end-to-end tests, with the
 driver that $DRIVER_ROOT names (/ without). Python packages: pynvml; torch and jax inside the tenants that need them.
 """
 
@@ -36,13 +36,13 @@ from tests.support.wait import eventually
 
 
 def start(service: Service, place: Place) -> None:
-    """Start to enforcing, what doctor says then, and what agent and gatekeeper keep resident."""
+    """Measure the start, what doctor says afterwards, and the resident memory of agent and gatekeeper."""
     assert service.agent
     said = fgpu("doctor", "--driver-root", DRIVER_ROOT, check=False)
     print(said.stdout)
     need(said.returncode == 0, "doctor finds nothing wrong")
     pids = {"agent": service.agent.pid, "gatekeeper": min(service.gatekeepers())}
-    time.sleep(3)  # what is resident once it has settled
+    time.sleep(3)  # until the resident memory is stable
     total = 0
     for name, pid in pids.items():
         kinds = {}
@@ -59,7 +59,7 @@ def start(service: Service, place: Place) -> None:
 
 
 def fill(service: Service, place: Place) -> None:
-    """A limit to the byte, by cuMemAlloc and by cuMemCreate."""
+    """Fill a limit to the byte, by cuMemAlloc and by cuMemCreate."""
     for how, name in ((0, "cuMemAlloc"), (1, "cuMemCreate")):
         limit = 4 * GIB
         one = place.tenant(limit)
@@ -121,7 +121,7 @@ print("then", float(jnp.ones((1024, 1024)).sum()) == 1024 * 1024)
 
 
 def framework(place: Place, name: str, program: str) -> str:
-    """Runs a program in a tenant of 8 GiB, watched by NVML."""
+    """Run a program in a tenant of 8 GiB, watched by NVML."""
     found = subprocess.run([PYTHON, "-c", f"import {name}"], capture_output=True, timeout=120, check=False)
     if found.returncode:
         raise Skip(f"{name} is not installed for {PYTHON}")
@@ -144,18 +144,18 @@ def framework(place: Place, name: str, program: str) -> str:
 
 
 def torch(service: Service, place: Place) -> None:
-    """torch's own OutOfMemoryError, then a smaller allocation works."""
+    """Check that torch raises its own OutOfMemoryError, and that a smaller allocation works afterwards."""
     said = framework(place, "torch", TORCH)
     need(f"total {8 * GIB}" in said, "torch sees the limit")
 
 
 def jax(service: Service, place: Place) -> None:
-    """JAX, which takes memory by cuMemCreate."""
+    """Check JAX, which allocates by cuMemCreate."""
     framework(place, "jax", JAX)
 
 
 def pair(service: Service, place: Place) -> None:
-    """Two tenants fill their shares at the same moment."""
+    """Let two tenants fill their shares at the same moment."""
     limits = (4 * GIB, 6 * GIB)
     tenants = [place.tenant(limit) for limit in limits]
     clients = [one.client() for one in tenants]
@@ -174,7 +174,7 @@ def pair(service: Service, place: Place) -> None:
 
 
 def race(service: Service, place: Place) -> None:
-    """Two processes race for the last bytes, 1,000 rounds."""
+    """Let two processes race for the last bytes, in 1,000 rounds."""
     one = place.tenant(4 * GIB)
     (one.folder / "track").write_bytes(bytes(4096))
     racers = [one.client(), one.client()]
@@ -200,7 +200,7 @@ def race(service: Service, place: Place) -> None:
 
 
 def kills(service: Service, place: Place) -> None:
-    """200 processes killed holding memory, the first thread gone in half of them."""
+    """Kill 200 processes that hold memory, half of them without their first thread."""
     one = place.tenant(64 * GIB)
     watcher = one.client()
     watcher.ok("context")
@@ -228,11 +228,11 @@ def kills(service: Service, place: Place) -> None:
     say("ledger_minus_nvml", drift, "bytes")
     need(abs(drift) <= GRANULE, "ledger and NVML agree")
     told = map(json.loads, fgpu("events", "--json").stdout.splitlines())
-    need(not [event for event in told if event["what"] == "adopted"], "nobody was taken for one from before")
+    need(not [event for event in told if event["what"] == "adopted"], "no process was adopted as an older one")
 
 
 def restarts(service: Service, place: Place) -> None:
-    """Agent and gatekeeper killed and restarted 20 times under load."""
+    """Kill and restart agent and gatekeeper 20 times under load."""
     limit = 4 * GIB
     one = place.tenant(limit)
     fits, hopeless = one.client(), one.client()
@@ -262,7 +262,7 @@ def restarts(service: Service, place: Place) -> None:
 
 
 def orphan(service: Service, place: Place) -> None:
-    """A process started while nobody is there gets out-of-memory, and memory once somebody is."""
+    """Start a process without agent and gatekeeper. It gets out-of-memory, and memory once they run."""
     one = place.tenant(4 * GIB)
     one.assert_enforced()
     service.kill_agent()
@@ -284,7 +284,7 @@ CLAIMS: dict[str, Callable[[Service, Place], None]] = {
 
 @contextlib.contextmanager
 def host() -> Iterator[tuple[Service, Place]]:
-    """An agent and a place, gone afterwards; an agent that an earlier claim left is detached first."""
+    """Run an agent and a place for tenants. An agent that an earlier claim left is detached first."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         service, place = Service(work), Place(work, "--pidns")
@@ -302,7 +302,7 @@ def host() -> Iterator[tuple[Service, Place]]:
 
 
 def main() -> int:
-    """One claim."""
+    """Check one claim."""
     if len(sys.argv) != 2 or sys.argv[1] not in CLAIMS:
         print(f"usage: python -m bench.gpu.check {'|'.join(CLAIMS)}   (FGPU={shlex.join(FGPU)})", file=sys.stderr)
         return 2

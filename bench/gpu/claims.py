@@ -1,4 +1,4 @@
-"""What claims on a real GPU are made with: numbers, needs, and the hands of the end-to-end tests."""
+"""Helpers for claims on a real GPU: numbers, assertions, and the library of the end-to-end tests."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from tests.support.tenant import Tenant
 host.ENVIRONMENT = dict(os.environ)
 PYTHON = os.environ.get("TORCH_PYTHON", "python3")
 GRANULE = 2 * MIB
-MODULE = 128 * MIB  # what one lazily loaded module may take before it is charged
+MODULE = 128 * MIB  # the most that one lazily loaded module may take before it is charged
 
 
 def say(name: str, value: object, unit: str = "") -> None:
-    """One line: name value unit."""
+    """Print one line: name value unit."""
     print(f"{name} {value} {unit}".rstrip(), flush=True)
 
 
 def need(held: bool, what: str) -> None:
-    """A claim."""
+    """Check a claim and print it."""
     if not held:
         raise AssertionError(what)
     print(f"ok   {what}", flush=True)
 
 
 class Skip(Exception):
-    """What this machine lacks."""
+    """The error that this machine lacks something."""
 
 
 class Sampler(threading.Thread):
-    """The most that NVML shows of each tenant, looked at every 10 ms."""
+    """The most that NVML shows of each tenant, measured every 10 ms."""
 
     def __init__(self, *tenants: Tenant) -> None:
         super().__init__(daemon=True)
@@ -50,7 +50,7 @@ class Sampler(threading.Thread):
             self.samples += 1
 
     def end(self, limits: dict[str, int]) -> None:
-        """Prints the most and the excess; more than a module load beyond a limit is a failure."""
+        """Print the most and the excess. More than a module load beyond a limit is a failure."""
         self._ended.set()
         self.join()
         say("nvml_samples", self.samples)

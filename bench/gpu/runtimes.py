@@ -1,6 +1,6 @@
-"""The claim `runtimes`: what a user looks at first, in tenants of several sizes, by every CUDA runtime that is there.
+"""The claim `runtimes`: what a user looks at first, in tenants of several sizes, with every installed CUDA runtime.
 
-$CUDARTS names folders to look for more of them in, as wheels bring them: `nvidia/cuda_runtime/lib` and the like.
+$CUDARTS names more folders to search, as wheels have them: `nvidia/cuda_runtime/lib` and the like.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NUMBA = "from numba import cuda; print(cuda.current_context().get_memory_info()[
 
 
 def _runtimes() -> list[str]:
-    """Files of libcudart, one of each version."""
+    """Return files of libcudart, one of each version."""
     said = subprocess.run(
         [PYTHON, str(Path(__file__).parents[1] / "lib/cudart.py")], capture_output=True, text=True, check=True
     )
@@ -65,7 +65,7 @@ def _checks(one: Tenant, limit: int, runtimes: list[str]) -> None:
 
 
 def runtimes(service: Service, place: Place) -> None:
-    """Every size, by nvidia-smi, each runtime, torch and numba; in a pid namespace of the tenant's own."""
+    """Check every size by nvidia-smi, each runtime, torch and numba, in the tenant's own pid namespace."""
     found = _runtimes()
     if not found:
         raise Skip("no libcudart here")

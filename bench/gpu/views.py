@@ -1,4 +1,4 @@
-"""The claim `views`: what programs that nobody here wrote show of a limited tenant's device on the real driver."""
+"""The claim `views`: third-party programs show a limited tenant's device on the real driver."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TORCH = "import torch; p = torch.cuda.get_device_properties(0); print(p.total_me
 
 
 def _fields(text: str) -> dict[str, str]:
-    """`key : value` lines."""
+    """Parse lines of the form `key : value`."""
     return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in text.splitlines()) if v}
 
 
@@ -73,14 +73,14 @@ def _python(one: Tenant, used: int, pid: int) -> None:
 
 
 def views(service: Service, place: Place) -> None:
-    """Each shows the share and the tenant's own processes, and nothing of a neighbour."""
+    """Check that each program shows the share and the tenant's own processes, and nothing of a neighbour."""
     one, other = place.tenant(LIMIT), place.tenant(4 * GIB)
     client, neighbour = one.client(), other.client()
     neighbour.ok(f"alloc {300 * MIB}")
     client.ok(f"alloc {GIB}")
     eventually(lambda: abs(one.memory()["used_bytes"] - nvml.bytes_of({client.pid})) < GRANULE, 5, "the context's size")
     used = one.memory()["used_bytes"] // MIB
-    time.sleep(0.5)  # rows of processes come five times a second
+    time.sleep(0.5)  # rows of processes are updated five times a second
     need(client.ok("info")[1] == LIMIT, "cuMemGetInfo shows the limit")
     _smi(one, used, client.inner_pid)
     _python(one, used, client.inner_pid)

@@ -1,6 +1,7 @@
-"""Where the CUDA runtime's library lies, for programs that load it by name: `cudart.py` prints it.
+"""Print the path of the CUDA runtime's library, for programs that load it by name.
 
-Run by the interpreter whose packages are looked through. Never loads it. Where there is none: an empty line.
+Run it with the interpreter whose packages are searched. It never loads the library, and prints an empty line if there
+is none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ HERE = Path(__file__)
 
 
 def candidates() -> list[str]:
-    """Every libcudart.so.N of the toolkit and of Python packages, the newest first."""
+    """Return every libcudart.so.N of the toolkit and of Python packages, the newest first."""
     folders = ["/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/*/lib", *(f"{f}/nvidia/*/lib" for f in sys.path)]
     found = [path for folder in folders for path in glob.glob(f"{folder}/libcudart.so.*")]
     return sorted(found, key=_version, reverse=True)
@@ -26,7 +27,7 @@ def _version(path: str) -> list[int]:
 
 
 def libcudart(python: str, driver_root: str) -> str | None:
-    """What that interpreter finds; None: there is none, or the driver is a simulated one, which lacks what it needs."""
+    """Return the library that this interpreter finds; None: there is none, or the driver is a simulated one."""
     if driver_root != "/":
         return None
     done = subprocess.run([python, str(HERE)], capture_output=True, text=True, timeout=30, check=False)

@@ -36,7 +36,7 @@ class Engine:
             self._closing = closing.pop_all()
 
     def start(self) -> None:
-        """One container more; where there are enough, the oldest goes first."""
+        """Start another container. If there are enough, remove the oldest first."""
         if len(self.names) >= MOST:
             self._docker.remove(self.names.pop(0))
         self._number += 1
@@ -52,12 +52,12 @@ class Engine:
         self._remove_all()
 
     def wrong(self) -> list[str]:
-        """Containers that the agent does not know by their names, with their limit and no more than that, in use."""
+        """Return the containers that the agent does not show by their names with exactly their limit in use."""
         shown = {tenant["tenant"]: tenant for tenant in ask(verb="snapshot")["tenants"]}
         return [name for name in self.names if not _is_held(shown.get(name))]
 
     def close(self) -> None:
-        """Containers and daemon end."""
+        """End containers and daemon."""
         self._remove_all()
         self._closing.close()
 

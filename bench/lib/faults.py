@@ -1,6 +1,6 @@
 """Cases of bench/compute.py: owners that die or stop, no gatekeeper, a busy agent, two devices.
 
-Each takes a Bench and prints its figures. What a neighbour notices is read from when its own steps ended.
+Each takes a Bench and prints its figures. The effect on a neighbour is measured by the ends of its own steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.lib.shares import LIMIT, Bench, Work
 from bench.lib.tenants import Program, ask, cgroup_root, service_pids
 
 KERNEL_US, NS_PER_MS = 200, 1e6
-DEADLINE_MS = 20 + 2.5 + 1 + 1.5  # quantum, work in flight, silence, and to look at it all
+DEADLINE_MS = 20 + 2.5 + 1 + 1.5  # quantum, work in flight, silence, and time to look at it all
 LEASE_NS = 2_000_000_000
 TENANTS = 1000
 POLICY = """
@@ -43,14 +43,14 @@ print(n)
 
 
 def gaps_ms(ended: list[int], since_ns: int) -> list[float]:
-    """Between the ends of steps, and before the first, less what a kernel takes: those that end after this moment."""
+    """Return the gaps between ends of steps after this moment, and before the first, minus the time of a kernel."""
     pairs = [(a, b) for a, b in itertools.pairwise([since_ns, *[at for at in ended if at > since_ns]])]
     return [(b - a) / NS_PER_MS - KERNEL_US / 1000 for a, b in pairs]
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A signal, and what a neighbour noticed: when its steps ended and were launched, CLOCK_MONOTONIC nanoseconds."""
+    """A signal and its effect on a neighbour: when its steps ended and were launched, CLOCK_MONOTONIC nanoseconds."""
 
     start_ns: int
     at_ns: int
@@ -58,27 +58,27 @@ class Hit:
     launched: list[int]
 
     def gaps(self) -> list[float]:
-        """After the signal."""
+        """Return the gaps after the signal."""
         return gaps_ms(self.ended, self.at_ns)
 
     def waited(self) -> bool:
-        """The neighbour did, when the signal came."""
+        """Return whether the neighbour waited when the signal came."""
         return self.at_ns - max((at for at in self.ended if at <= self.at_ns), default=self.start_ns) > NS_PER_MS
 
     def opens_ms(self) -> float:
-        """Until the step was launched that was the first to end after the signal; 0: it was before."""
+        """Return the time until the launch of the first step that ended after the signal; 0: it was launched before."""
         steps = zip(self.ended, self.launched, strict=True)
         return max(0, next(launched for ended, launched in steps if ended > self.at_ns) - self.at_ns) / NS_PER_MS
 
     def longest_ms(self, from_ms: float, to_ms: float) -> float:
-        """The longest gap that began or ended so near the signal."""
+        """Return the longest gap that began or ended this close to the signal."""
         span = [self.at_ns + ms * NS_PER_MS for ms in (from_ms, to_ms)]
         pairs = [(a, b) for a, b in itertools.pairwise(self.ended) if a <= span[1] and b >= span[0]]
         return max(((b - a) / NS_PER_MS - KERNEL_US / 1000 for a, b in pairs), default=1e6)
 
 
 def hit(bench: Bench, sign: signal.Signals, neighbour: Program, victim: Program, name: str) -> Hit:
-    """A signal for a victim that is busy; it is ended afterwards."""
+    """Send a signal to a busy victim, which is killed afterwards."""
     start_ns = bench.begin(Work(neighbour, KERNEL_US), seconds=1.0)
     bench.begin(Work(victim, KERNEL_US, "burst"), seconds=60)
     time.sleep(0.5)
@@ -92,7 +92,7 @@ def hit(bench: Bench, sign: signal.Signals, neighbour: Program, victim: Program,
 
 
 def hits(bench: Bench, sign: signal.Signals) -> list[Hit]:
-    """A few such, for a tenant with nine tenths of the device: those at which its neighbour waited."""
+    """Repeat this for a tenant with nine tenths of the device. Return the hits at which its neighbour waited."""
     found = []
     for number in range(4 if bench.quick else 12):
         (neighbour,) = bench.tenants(1)
@@ -108,7 +108,7 @@ def hits(bench: Bench, sign: signal.Signals) -> list[Hit]:
 
 
 def killed(bench: Bench) -> None:
-    """An owner is killed: how long its neighbour waits at the gate, and for its next kernel; the same without us."""
+    """Kill an owner: how long its neighbour waits at the gate, and for its next kernel; the same without fgpu."""
     found = hits(bench, signal.SIGKILL)
     bench.line("owner_killed_gate_opens", max(one.opens_ms() for one in found), "ms")
     bench.line("owner_killed_next_runs", max(one.gaps()[0] for one in found), "ms", most=5)
@@ -126,7 +126,7 @@ def _killed_natively(bench: Bench, number: int) -> Hit:
 
 
 def stopped(bench: Bench) -> None:
-    """An owner is stopped: the next runs within one deadline, and waits once."""
+    """Stop an owner: the next tenant runs within one deadline, and waits once."""
     found = hits(bench, signal.SIGSTOP)
     bench.line("owner_stopped_next_runs", max(one.gaps()[0] for one in found), "ms", most=DEADLINE_MS)
     waits = max(sum(gap > 5 for gap in one.gaps()) for one in found)
@@ -134,7 +134,7 @@ def stopped(bench: Bench) -> None:
 
 
 def gatekeeper_killed(bench: Bench) -> None:
-    """Killed, and started again by the agent: how long nobody runs, and shares from a second after the lease on."""
+    """Kill the gatekeeper: how long no tenant runs until the agent has started another, and shares after the lease."""
     seconds = 6.5 if bench.quick else 12.0
     heavy, light = bench.tenants(3, 1)
     start_ns = bench.begin(Work(heavy, KERNEL_US), Work(light, KERNEL_US), seconds=seconds)
@@ -166,7 +166,7 @@ def _another_gatekeeper(than: int) -> int:
 
 @contextlib.contextmanager
 def _crowd(bench: Bench) -> Iterator[None]:
-    """A thousand tenants that do nothing."""
+    """Make a thousand idle tenants."""
     parent = cgroup_root() / "fgpu-bench"
     policy: Path = bench.given.policies / "bench.yaml"
     folders = [parent / f"t{number}" for number in range(TENANTS)]
@@ -191,7 +191,7 @@ def _crowd(bench: Bench) -> Iterator[None]:
 
 
 def _hand_overs_ms(bench: Bench, seconds: float) -> list[float]:
-    """From the end of a tenant's last step to that of another's first, less its kernel."""
+    """Return the times from the end of a tenant's last step to that of another's first, minus its kernel."""
     both = bench.tenants(1, 1)
     bench.run(*(Work(program, KERNEL_US) for program in both), seconds=seconds)
     merged = sorted((at, number) for number, program in enumerate(both) for at in bench.times(program))
@@ -200,7 +200,7 @@ def _hand_overs_ms(bench: Bench, seconds: float) -> list[float]:
 
 
 def scrape(bench: Bench) -> None:
-    """With a thousand tenants: what it costs a change of turns that somebody scrapes them, one time after the other."""
+    """Measure how much repeated scrapes delay a change of turns with a thousand tenants."""
     seconds = 4.0 if bench.quick else 20.0
     with _crowd(bench):
         quiet = _hand_overs_ms(bench, seconds)
@@ -216,7 +216,7 @@ def scrape(bench: Bench) -> None:
 
 
 def capture(bench: Bench) -> None:
-    """1,000 graphs in the default capture mode, a thread launching beside them, while a neighbour has its turns."""
+    """Capture 1,000 graphs in the default mode beside a thread that launches, while a neighbour has its turns."""
     seconds = 20.0 if bench.quick else 60.0
     (neighbour,) = bench.tenants(1)
     program = bench.program("captures", [str(ROOT / "build/bench/capture")], LIMIT)
@@ -226,7 +226,7 @@ def capture(bench: Bench) -> None:
     made, failed, first = (int(word) for word in program.hear(seconds + 60).split())
     turns = ask(verb="snapshot")["tenants"]
     (waits,) = [t["devices"][0]["compute"]["waits"] for t in turns if t["tenant"] == program.name]
-    os.kill(neighbour.process.pid, signal.SIGKILL)  # it has some seconds to go
+    os.kill(neighbour.process.pid, signal.SIGKILL)  # it would run for some more seconds
     bench.end("captures", neighbour.name.rpartition("-")[2])
     bench.line("captures", made, "", least=1000)
     bench.line("captures_failed", failed, f"the first with {first}" if failed else "", most=0)
@@ -234,7 +234,7 @@ def capture(bench: Bench) -> None:
 
 
 def gang(bench: Bench) -> None:
-    """Two tenants whose kernels on two devices spin for each other: both devices at once, or none."""
+    """Run two tenants whose kernels on two devices wait for each other: both devices at once, or none."""
     bench.end()
     names = ("g0", "g1")
     command = str(ROOT / "build/bench/meet")

@@ -1,11 +1,11 @@
-"""Takes all it can get of device 0 by one kind of call, in steps of 2 MiB: prints how much, and the driver's word.
+"""Allocate all memory of device 0 by one kind of call, in steps of 2 MiB: print how much, and the driver's error.
 
 `fill_calls.py API KIND LIMIT_BYTES [LIBCUDART]`: run as a tenant. It asks for three times the limit. Standard library
 alone. API says how a program reaches the call:
   driver           the driver's exports, by dlsym
   thread           the driver as a per-thread-default-stream build has it: by cuGetProcAddress with that flag
   runtime          libcudart
-  runtime_thread   libcudart as such a build has it: its _ptsz names, where a call has one
+  runtime_thread   libcudart as such a build has it: its _ptsz names, if a call has one
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ Calls = Callable[[str], Callable[..., int]]
 
 
 def graph(call: Calls, prefix: str) -> Take:
-    """A graph of one allocation, run once. Its memory stays with the pointer."""
+    """Run a graph with one allocation once. Its memory stays with the pointer."""
     access = Access(DEVICE, 0, READ_WRITE)
 
     def take() -> int:
@@ -91,7 +91,7 @@ def graph(call: Calls, prefix: str) -> Take:
 
 
 def from_pool(call: Calls, prefix: str) -> Take:
-    """Out of a pool of its own."""
+    """Allocate from a separate pool."""
     pool = pointer()
     made: list[int] = []
 
@@ -105,12 +105,12 @@ def from_pool(call: Calls, prefix: str) -> Take:
 
 
 def take(call: Calls, name: str, *arguments: object) -> Take:
-    """A call whose first argument is where it puts what it gives."""
+    """Make a call whose first argument receives the result."""
     return lambda: call(name)(ctypes.byref(u64()), *arguments)
 
 
 def of_driver(call: Calls) -> dict[str, Take]:
-    """Every kind, by the driver's names."""
+    """Return a function for every kind, by the driver's names."""
     rows = ctypes.byref(u64()), u64(4096), u64(STEP // 4096), 4
     handle = (u32 * 8)(PINNED, 0, DEVICE, 0)
     return {
@@ -128,7 +128,7 @@ def of_driver(call: Calls) -> dict[str, Take]:
 
 
 def of_runtime(call: Calls) -> dict[str, Take]:
-    """Every kind that the runtime has: it knows no cuMemCreate."""
+    """Return a function for every kind that the runtime has: it has no cuMemCreate."""
     flat, cube = Extent(512, 1024, 0), Extent(128, 64, 64)
     rows = ctypes.byref(u64()), size_t(4096), size_t(STEP // 4096)
     return {
@@ -144,7 +144,7 @@ def of_runtime(call: Calls) -> dict[str, Take]:
     }
 
 
-# What stands in the driver's exports for a name of today.
+# The driver's exported names for current names.
 EXPORTS = {
     "cuMemAlloc": "cuMemAlloc_v2",
     "cuMemAllocPitch": "cuMemAllocPitch_v2",
@@ -163,7 +163,7 @@ COMBINATIONS = (
 
 
 def calls_of(api: str, runtime: str) -> Calls:
-    """A function by its name of today."""
+    """Return a function that calls by current names."""
     library = ctypes.CDLL(runtime if api.startswith("runtime") else "libcuda.so.1")
 
     def by_lookup(name: str) -> Callable[..., int]:
@@ -186,7 +186,7 @@ def calls_of(api: str, runtime: str) -> Calls:
 
 
 def begin(call: Calls, prefix: str) -> int:
-    """A context, current."""
+    """Make a context and set it as current."""
     if prefix == "cuda":
         return call("cudaFree")(None)
     context = pointer()
@@ -198,14 +198,14 @@ def begin(call: Calls, prefix: str) -> int:
 
 
 def graph_bytes() -> int:
-    """What the driver holds for graphs: it takes whole blocks of 32 MiB for each, however little one needs."""
+    """Return the driver's bytes for graphs: it takes whole blocks of 32 MiB for each, however little one needs."""
     found = u64()
     code = ctypes.CDLL("libcuda.so.1").cuDeviceGetGraphMemAttribute(0, RESERVED_CURRENT, ctypes.byref(found))
     return 0 if code else found.value
 
 
 def main() -> int:
-    """One line of JSON."""
+    """Print one line of JSON."""
     api, kind, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
     call, prefix = calls_of(api, sys.argv[4] if len(sys.argv) > 4 else ""), "cuda" if "runtime" in api else "cu"
     free, total, got = size_t(), size_t(), 0

@@ -1,4 +1,4 @@
-"""The driver's books of a tenant beside what the agent says of it: what is uncharged, what has no name.
+"""Compare the driver's bytes of a tenant with the agent's figures: which bytes are uncharged, which processes unnamed.
 
 Imports nothing of fgpu. All bytes are of device 0.
 """
@@ -14,11 +14,11 @@ MIB = 20  # bits
 
 @dataclass(frozen=True)
 class Compared:
-    """At one moment. `used_bytes`: of the tenant's ledger, with all cgroups inside; `holding`: its processes that live
-    and have driver memory; `how`: in what way each of its processes that the agent names goes around the shim.
+    """A comparison at one moment. `used_bytes`: of the tenant's ledger, with all cgroups inside; `holding`: its living
+    processes with driver memory; `how`: in which way each process that the agent names bypasses the shim.
 
-    `uncharged`: processes that have more of the driver than is charged to them, and "ended", where those that have
-    ended or exported memory left more behind than is charged beside the living ones.
+    `uncharged`: processes that hold more of the driver than is charged to them, and "ended", if exited or exporting
+    processes left more behind than is charged beside the living ones.
     """
 
     used_bytes: int
@@ -28,14 +28,14 @@ class Compared:
     text: str
 
     def unnamed(self, bypassing: Collection[int]) -> set[object]:
-        """Processes with driver memory that the agent does not name, or does not name as bypassing though they do."""
+        """Return processes with driver memory that the agent does not name, or fails to name as bypassing."""
         return {*self.holding - self.how.keys(), *(pid for pid in bypassing if not self.how.get(pid))}
 
 
 def compare(
     books: Mapping[str, Any], tenants: Sequence[Mapping[str, Any]], path: str, others: Collection[int]
 ) -> Compared:
-    """`path`: the tenant's cgroup. All memory that is not of the processes `others` is taken to be the tenant's."""
+    """Compare. `path`: the tenant's cgroup. All memory outside of the processes `others` counts as the tenant's."""
     theirs = [entry for entry in books["processes"] if entry["pid"] not in others]
     held = {entry["pid"]: entry["bytes"] for entry in theirs if not entry["ended"]}
     left = sum(e["bytes"] for e in theirs if e["ended"]) + sum(d["exported_bytes"] for d in books["devices"])

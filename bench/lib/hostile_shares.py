@@ -1,10 +1,10 @@
-"""What honest programs got of a device's time, and for how long their threads waited for a processor of the host.
+"""The device time of honest programs, and how long their threads waited for a processor of the host.
 
-`Waits` samples /proc/PID/task/TID/schedstat, in which the kernel counts how long a thread was runnable and had no
+`Waits` samples /proc/PID/task/TID/schedstat, where the kernel counts how long a thread was runnable without a
 processor: for the thread of each honest program that launches, for the gatekeeper's that gives turns, and for the
-server that is the simulated device. A program that waits for a processor wants no turn, and a device that does has no
-time to give: its part is one of the rest. The waits are added up, since each of these waits for the others. Imports
-nothing of fgpu.
+server that is the simulated device. A program that waits for a processor needs no turn, and a device that does has no
+time to give, so a program's part is one of the rest. The waits are added up, because each of these waits for the
+others. Imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SAMPLE_SECONDS = 0.05
 
 
 def _waited_ns(task: Path) -> int:
-    """Nanoseconds for which the thread was runnable without a processor, so far; 0 where it has ended."""
+    """Return the nanoseconds for which the thread was runnable without a processor, so far; 0 if it has exited."""
     with contextlib.suppress(OSError):
         return int((task / "schedstat").read_text().split()[1])
     return 0
 
 
 def slicer_of(pid: int) -> Path:
-    """The thread of a gatekeeper that gives turns: the one that has run for longest beside the main thread."""
+    """Return the thread of a gatekeeper that gives turns: it has run for longest, beside the main thread."""
     tasks = [task for task in Path(f"/proc/{pid}/task").iterdir() if task.name != str(pid)]
     return max(tasks, key=lambda task: int((task / "schedstat").read_text().split()[0]))
 
@@ -55,12 +55,12 @@ class Waits:
                 waited.append(max(_waited_ns(task), waited[-1] if waited else 0))
 
     def end(self) -> None:
-        """No sample is taken after this."""
+        """Take no more samples."""
         self._ended.set()
         self._thread.join()
 
     def between_ns(self, which: int, begin_ns: int, end_ns: int) -> int:
-        """How long that thread waited between the last samples before these times."""
+        """Return how long that thread waited between the last samples before these times."""
         return self._until(which, end_ns) - self._until(which, begin_ns)
 
     def _until(self, which: int, at_ns: int) -> int:
@@ -77,7 +77,7 @@ class Progress:
         self._done = [0, *itertools.accumulate(s[2] for s in steps)]
 
     def until(self, at_ns: int) -> float:
-        """Kernels completed by then; those of a step are taken to be spread evenly over it."""
+        """Return the kernels completed by then. Those of a step count as spread evenly over it."""
         place = bisect.bisect_right(self._ended, at_ns)
         if place == len(self._ended):
             return self._done[-1]
@@ -89,20 +89,21 @@ class Progress:
 @dataclass(frozen=True)
 class Window:
     """Two seconds of one honest program. `points`: of all this time, above its part; `ready_points`: of the time in
-    which neither its thread nor the gatekeeper's nor the device's waited for a processor."""
+    which neither its thread nor the gatekeeper's nor the device's waited for a processor.
+    """
 
     program: int
     at_seconds: float
     points: float
     ready_points: float
-    waited: float  # such a part of the window
+    waited: float  # this part of the window
     own_waited: float  # of that, the program's thread
 
 
 def windows(
     records: Sequence[Path], parts: Sequence[float], waits: Waits, begun_ns: int, ended_ns: int
 ) -> list[Window]:
-    """Every window of all programs, 0.2 s apart. `waits` has a thread of each, then those that all of them wait for."""
+    """Return all windows, 0.2 s apart. `waits` has a thread of each program, then those that all of them wait for."""
     begins, shared = range(begun_ns, ended_ns - WINDOW_NS, WINDOW_NS // 10), range(len(records), waits.number)
     return [
         window
@@ -127,7 +128,7 @@ def _windows_of(
 
 @dataclass(frozen=True)
 class Processors:
-    """What all processors of the host have done so far, in seconds."""
+    """The time of all processors of the host so far, in seconds."""
 
     passed: float
     idle: float
@@ -135,12 +136,12 @@ class Processors:
 
     @classmethod
     def now(cls) -> Processors:
-        """As /proc/stat has it."""
+        """Return the current values of /proc/stat."""
         with open("/proc/stat", encoding="ascii") as file:
             ticks = [int(word) / os.sysconf("SC_CLK_TCK") for word in file.readline().split()[1:9]]
         return cls(sum(ticks), ticks[3] + ticks[4], ticks[7])
 
     def since(self, before: Processors) -> tuple[float, float]:
-        """Per cent that were idle, and that a hypervisor gave to others."""
+        """Return the percentages that were idle, and that a hypervisor gave to other machines."""
         passed = max(self.passed - before.passed, 1e-9)
         return 100 * (self.idle - before.idle) / passed, 100 * (self.stolen - before.stolen) / passed

@@ -1,7 +1,8 @@
-"""When processes entered and left a function of libcuda for the first time: `/usr/bin/python3 -I inside.py NAME`.
+"""Record when processes first entered and left a function of libcuda: `/usr/bin/python3 -I inside.py NAME`.
 
-Says "ready"; answers every line of stdin with a line of JSON, {pid: [entered_ns, left_ns]} by CLOCK_MONOTONIC, of all
-since the last. Its own programs, on the driver's own function: what stands before it in a process is outside.
+Prints "ready". Answers every line of stdin with a line of JSON, {pid: [entered_ns, left_ns]} by CLOCK_MONOTONIC, of all
+processes since the last answer. It uses its own BPF programs on the driver's own function, so libraries before it in a
+process count as outside.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-# Programs with the stub headers of bpf/include alone: the host may have none of its kernel.
+# Programs with only the stub headers of bpf/include: the host may have no headers of its kernel.
 os.environ["BCC_KERNEL_SOURCE"] = str(Path(__file__).resolve().parents[2] / "bpf")
 TEXT = """
 struct span { u64 entered_ns, left_ns; };
@@ -38,7 +39,7 @@ int leaves(void *context)
 
 
 def driver() -> str:
-    """The file that a program of this environment gets as libcuda.so.1. Raises OSError."""
+    """Return the file that a program of this environment gets as libcuda.so.1. Raises OSError."""
     library = ctypes.CDLL("libcuda.so.1")
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
@@ -48,7 +49,7 @@ def driver() -> str:
 
 
 def main() -> None:
-    """Until stdin ends."""
+    """Answer until stdin ends."""
     from bcc import BPF  # type: ignore[import-untyped,unused-ignore]
 
     programs, path = BPF(text=TEXT, cflags=["-Wno-everything"]), driver()
@@ -59,7 +60,7 @@ def main() -> None:
         spans = programs["spans"]
         print(json.dumps({pid.value: [span.entered_ns, span.left_ns] for pid, span in spans.items()}), flush=True)
         spans.clear()
-    os._exit(0)  # the kernel detaches: BCC does not where no tracefs is mounted
+    os._exit(0)  # the kernel detaches: BCC does not without a tracefs
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What NVML says of device 0 and its processes, for the benchmarks. After nvmlInit(). Raises NVMLError."""
+"""NVML's figures of device 0 and its processes, for the benchmarks. Call after nvmlInit(). Raises NVMLError."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import pynvml
 
 
 def device() -> object:
-    """NVML's handle of it."""
+    """Return NVML's handle of the device."""
     return pynvml.nvmlDeviceGetHandleByIndex(0)
 
 
 def bytes_in_use() -> int:
-    """Memory in use."""
+    """Return the memory in use."""
     return int(pynvml.nvmlDeviceGetMemoryInfo(device()).used)
 
 
 def bytes_by_pid() -> Mapping[int, int]:
-    """What NVML shows of each process, by host pid."""
+    """Return NVML's bytes of each process, by host pid."""
     return {p.pid: p.usedGpuMemory or 0 for p in pynvml.nvmlDeviceGetComputeRunningProcesses(device())}
 
 
 def bytes_of(pids: set[int]) -> int:
-    """What it shows of these processes."""
+    """Return NVML's bytes of these processes."""
     return sum(bytes_ for pid, bytes_ in bytes_by_pid().items() if pid in pids)
 
 
 def pids_of(cgroup: Path) -> set[int]:
-    """The processes in a cgroup. FileNotFoundError: there is none."""
+    """Return the processes in a cgroup. FileNotFoundError: there is none."""
     return set(map(int, (cgroup / "cgroup.procs").read_text().split()))

@@ -18,7 +18,7 @@ Phases = Iterator[tuple[str, int]]
 
 
 def torch() -> Phases:
-    """Its own caching allocator; modules of cuBLAS and of its kernels."""
+    """Use torch's own caching allocator, with modules of cuBLAS and of its kernels."""
     import torch
 
     kept = [torch.empty(1, device="cuda")]
@@ -35,7 +35,7 @@ def torch() -> Phases:
 
 
 def cupy() -> Phases:
-    """Its pool of cudaMalloc, then its pool of cudaMallocAsync."""
+    """Use cupy's pool of cudaMalloc, then its pool of cudaMallocAsync."""
     import cupy
 
     pool = cupy.get_default_memory_pool()
@@ -54,7 +54,7 @@ def cupy() -> Phases:
 
 
 def jax() -> Phases:
-    """cuMemCreate or cuMemAlloc, as its version likes; XLA's modules."""
+    """Use jax: cuMemCreate or cuMemAlloc, depending on its version; XLA's modules."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
     import jax.numpy as jnp
@@ -70,7 +70,7 @@ def jax() -> Phases:
 
 
 def numba() -> Phases:
-    """cuMemAlloc for every array; freed ones wait in a list of its own."""
+    """Use numba: cuMemAlloc for every array; freed ones wait in a list."""
     from numba import cuda
 
     kept = [cuda.device_array(size, dtype="u1") for size in SIZES]
@@ -101,7 +101,7 @@ class Driver:
             raise OSError(f"{name}: {code}")
 
     def new(self, name: str, *arguments: object) -> u64:
-        """A call whose first argument is where it puts what it gives."""
+        """Make a call whose first argument receives the result."""
         made = u64()
         self(name, ctypes.byref(made), *arguments)
         return made
@@ -134,7 +134,7 @@ def pool() -> Phases:
 
 
 def vmm() -> Phases:
-    """Handles and mappings: memory goes when both are gone."""
+    """Use handles and mappings: memory is freed when both are gone."""
     driver = Driver()
     prop = (ctypes.c_uint32 * 8)(1, 0, 1, 0)
     size, count = 6 * MIB, 100
@@ -157,7 +157,7 @@ FRAMEWORKS: dict[str, Callable[[], Phases]] = {f.__name__: f for f in (torch, cu
 
 
 def main() -> int:
-    """One phase a line."""
+    """Run one phase a line."""
     try:
         for _, (name, least) in zip(sys.stdin, FRAMEWORKS[sys.argv[1]](), strict=False):
             print(json.dumps({"phase": name, "least": least}), flush=True)

@@ -21,12 +21,12 @@ READY_SECONDS = 30
 
 
 class BenchError(Exception):
-    """Why nothing could be measured."""
+    """The reason why nothing could be measured."""
 
 
 @contextmanager
 def agent(options: list[str]) -> Iterator[float]:
-    """`fgpu agent` for a while, SIGTERM included; yields the seconds from its start to enforcing."""
+    """Run `fgpu agent` for a while, also with SIGTERM. Yield the seconds from its start to enforcing."""
     end_in_order()
     with tempfile.TemporaryFile("w+") as log:
         begun = time.monotonic()
@@ -40,12 +40,12 @@ def agent(options: list[str]) -> Iterator[float]:
 
 
 def end_in_order() -> None:
-    """From now on SIGTERM is an exception like others."""
+    """Let SIGTERM raise an exception from now on."""
     signal.signal(signal.SIGTERM, _leave)
 
 
 def _leave(*_: object) -> None:
-    """Once: `timeout` says it twice, and the second would end the clearing up."""
+    """Raise once: `timeout` sends the signal twice, and the second one would interrupt the cleaning up."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + signal.SIGTERM)
 
@@ -63,10 +63,10 @@ def _await_enforcing(process: subprocess.Popen[bytes], log: IO[str], begun: floa
 
 
 def on_one_processor(command: Sequence[str]) -> list[str]:
-    """The command, on the same one each time: one may be half as fast as the next."""
+    """Return the command bound to one processor, always the same: another one may be half as fast."""
     return ["taskset", "--cpu-list", str(max(os.sched_getaffinity(0))), *command]
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """The value that `percent` of all are below."""
+    """Return the value that `percent` of all values are below."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]

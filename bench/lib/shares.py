@@ -1,6 +1,6 @@
-"""What the cases of bench/compute.py have in common: programs that stay warm from case to case, figures and their bars.
+"""The common parts of bench/compute.py's cases: programs that stay warm from case to case, figures and their bars.
 
-Owns the programs, each a tenant, and those that are none. Never imports anything of fgpu. When it fails: BenchError.
+It owns the programs, each in a tenant or outside of all. Never imports anything of fgpu. It raises BenchError.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from bench.lib.service import BenchError
 from bench.lib.tenants import Program, ask
 
 LIMIT = 1 << 30
-HEAD_START_NS = 20_000_000  # from the word to the beginning, so that all begin at one moment
+HEAD_START_NS = 20_000_000  # from the command to the beginning, so that all begin at one moment
 SLACK_SECONDS = 60.0
 SETTLE_SECONDS = 0.2
 PREFIX = f"compute-{os.getpid()}-"
 
 
 class Skip(Exception):
-    """What a case needs and this machine lacks."""
+    """The error that this machine lacks something for a case."""
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a program answers: kernels done, and its steps in microseconds."""
+    """A program's answer: kernels done, and its steps in microseconds."""
 
     done: float
     p50: float
@@ -38,7 +38,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a program is to do: which kernels, how, a step how often (0: as fast as it goes)."""
+    """The work of a program: which kernels, how, and the period of a step (0: as fast as possible)."""
 
     program: Program
     kernel: int
@@ -47,25 +47,25 @@ class Work:
 
 
 class Bench:
-    """Programs, and the figures so far."""
+    """The programs, and the figures so far."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.quick = given, bool(given.quick)
         self.seconds: float = given.seconds
         self.lines: dict[str, tuple[float, str]] = {}
         self.missed: list[str] = []
-        self.marks: set[str] = set()  # what cases have to tell each other of the programs that are there
+        self.marks: set[str] = set()  # notes of cases to each other about the running programs
         self._programs: dict[str, Program] = {}
         self._shares: dict[str, dict[str, object]] = {}
         self._steps: list[Said] = []
         self.step_seconds = max(self.seconds, 5.5)  # of 110 steps one may be worse than the p99
-        self._settled = 0.0  # when the shares that were set are in force
+        self._settled = 0.0  # when the current shares are in force
         self._rates: dict[tuple[int, str], float] = {}
 
     # -- programs
 
     def program(self, name: str, command: Sequence[str], limit: int | None, ready: str = "ready") -> Program:
-        """The warm program of that name: started where it is not yet there; Skip: it says what it lacks."""
+        """Return the warm program of that name. Start it if necessary; Skip: it reports that something is missing."""
         if name not in self._programs:
             program = self._programs[name] = Program(list(command), limit, f"{PREFIX}{name}")
             said = program.hear()
@@ -77,18 +77,18 @@ class Bench:
         return self._programs[name]
 
     def spin(self, name: str = "") -> Program:
-        """A spin, in a tenant of that name; without one: nobody's, and at no gate."""
+        """Return a spin in a tenant of that name; without a name, one outside every tenant and without a gate."""
         return self.program(name or "solo", [str(self.given.program)], LIMIT if name else None)
 
     def tenants(self, *weights: int) -> list[Program]:
-        """Spins with these weights, w0, w1 and so on, without ceilings, all of normal priority."""
+        """Return spins with these weights, w0, w1 and so on, without ceilings, all of normal priority."""
         found = [self.spin(f"w{number}") for number in range(len(weights))]
         for program, weight in zip(found, weights, strict=True):
             self.share(program, weight=100 * weight)
         return found
 
     def share(self, program: Program, **share: object) -> None:
-        """Sets a share anew: what is not named is as if nobody had said it."""
+        """Set a share again. Values that are not given get their defaults."""
         asked = {"compute": "100%", "weight": 100, "priority": "normal"} | share
         if self._shares.get(program.name) == asked:
             return
@@ -97,7 +97,7 @@ class Bench:
         self._settled = time.monotonic() + SETTLE_SECONDS
 
     def end(self, *names: str) -> None:
-        """Ends these programs; all, without names."""
+        """End these programs, or all without names."""
         if not names:
             self.marks.clear()
         for name in names or tuple(self._programs):
@@ -108,17 +108,17 @@ class Bench:
     # -- measuring
 
     def settle(self) -> None:
-        """Until the shares are in force: the gatekeeper looks ten times a second."""
+        """Wait until the shares are in force: the gatekeeper looks ten times a second."""
         time.sleep(max(0.0, self._settled - time.monotonic()))
 
     def run(self, *works: Work, seconds: float | None = None) -> list[Said]:
-        """All begin at the same moment."""
+        """Let all programs begin at the same moment."""
         seconds = self.seconds if seconds is None else seconds
         self.begin(*works, seconds=seconds)
         return [self.heard(work.program, seconds) for work in works]
 
     def begin(self, *works: Work, seconds: float) -> int:
-        """Tells all of them to begin; at which moment, CLOCK_MONOTONIC nanoseconds."""
+        """Tell all programs to begin. Return the moment, in CLOCK_MONOTONIC nanoseconds."""
         self.settle()
         start_ns = time.monotonic_ns() + HEAD_START_NS
         for work in works:
@@ -126,31 +126,31 @@ class Bench:
         return start_ns
 
     def heard(self, program: Program, seconds: float) -> Said:
-        """A program's answer."""
+        """Return a program's answer."""
         words = program.hear(seconds + SLACK_SECONDS).split()
         if len(words) != 5:
             raise BenchError(f"{program.name}: {' '.join(words)}")
         return Said(float(words[4]), float(words[1]), float(words[2]), float(words[3]))
 
     def times(self, program: Program, of: str = "times") -> list[int]:
-        """When each step of its last run had ended, or was `launched`, CLOCK_MONOTONIC nanoseconds."""
+        """Return when each step of its last run had ended, or was `launched`, in CLOCK_MONOTONIC nanoseconds."""
         program.say(of)
         return [int(word) for word in program.hear().split()]
 
     def rate(self, kernel: int, how: str) -> float:
-        """Kernels a second that a program completes alone, at no gate: measured once."""
+        """Return the kernels a second that a program completes alone, without a gate. It is measured once."""
         if (kernel, how) not in self._rates:
             self._rates[kernel, how] = self.rate_now(kernel, how)
         return self._rates[kernel, how]
 
     def rate_now(self, kernel: int, how: str) -> float:
-        """The same, measured now."""
+        """Measure the kernels a second that a program completes alone now."""
         seconds = max(0.5, min(self.seconds / 4, 3), 10 * kernel / 1e6)
         (said,) = self.run(Work(self.spin(), kernel, how), seconds=seconds)
         return said.done / seconds
 
     def step_alone(self) -> Said:
-        """Steps of 5 ms every 50 ms at no gate, with nobody beside them: measured once."""
+        """Return steps of 5 ms every 50 ms without a gate and without other programs. They are measured once."""
         if not self._steps:
             self._steps = self.run(Work(self.spin(), 100, "burst", 50), seconds=self.step_seconds)
         return self._steps[0]
@@ -158,7 +158,7 @@ class Bench:
     # -- figures
 
     def line(self, name: str, value: float, unit: str, most: float | None = None, least: float | None = None) -> None:
-        """One figure, and whether it holds its bar, if it has one."""
+        """Print one figure, and whether it holds its bar, if it has one."""
         self.lines[f"compute_{name}"] = (value, unit)
         held = (most is None or value <= most) and (least is None or value >= least)
         bar = "" if most is least is None else f"   # {'PASS' if held else 'MISS'}: bar {_bar(most, least)}"
@@ -172,7 +172,7 @@ def _bar(most: float | None, least: float | None) -> str:
 
 
 def options(parser: argparse.ArgumentParser, root: Path) -> None:
-    """Where programs and driver are, and how long to measure."""
+    """Add the options for paths of programs and driver, and for the time of measurements."""
     parser.add_argument("--seconds", type=float, help="of each measurement: 10, or 2 with --quick")
     parser.add_argument("--quick", action="store_true", help="the hardest splits alone, all cases within 4 minutes")
     parser.add_argument("--kernels", default="20,200,4000,50000", help="microseconds, of the splits")

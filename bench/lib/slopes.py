@@ -1,7 +1,7 @@
-"""What long runs watch: sizes of the services and of what they keep in the kernel, and whether these grow.
+"""The sizes of the services and of their kernel objects in long runs, and whether they grow.
 
-A slope is that of minutes' means, by least squares, with one level for each life of a process: who was started anew
-begins where it begins. Owns one thread. Never imports anything of fgpu.
+A slope is that of minutes' means, by least squares, with one level for each life of a process: a restarted process
+begins at its own level. It owns one thread. Never imports anything of fgpu.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import scipy.stats
 from tests.support import kernel
 
 EVERY_SECONDS = 2.0
-SETTLING_SECONDS = 60.0  # of a life: until whatever is cached is
+SETTLING_SECONDS = 60.0  # of a life: until all caches are full
 MINUTE = 60.0
-MOST_POINTS = 300  # of a line that is drawn: the picture is a page's
+MOST_POINTS = 300  # of a line that is drawn: the picture is part of a page
 MAPS = ("pages", "resolved", "limits", "shares", "turns", "processes", "threads", "allocations", "counters", "files")
 Key = tuple[str, int]  # what is watched, and in which life
 
@@ -37,12 +37,12 @@ class Slope:
 
     @property
     def may_be_none(self) -> bool:
-        """No growth lies in the interval."""
+        """Return whether the interval has no growth."""
         return self.value - self.within <= 0
 
 
 class Watch(threading.Thread):
-    """Samples, from start() to end(); `pids` tells who is watched at a moment."""
+    """A thread that samples from start() to end(). `pids` returns the watched processes at a moment."""
 
     def __init__(self, pids: Callable[[], Mapping[str, int]]) -> None:
         super().__init__(daemon=True)
@@ -54,7 +54,7 @@ class Watch(threading.Thread):
         while not self._ended.wait(EVERY_SECONDS):
             now = time.monotonic() - self.begun
             for name, pid in self._pids().items():
-                with contextlib.suppress(OSError, KeyError):  # it has ended meanwhile, or is about to
+                with contextlib.suppress(OSError, KeyError):  # it may have exited, or be about to
                     for what, value in _sizes(pid).items():
                         self.samples[f"{name}_{what}", pid].append((now, value))
             for name in MAPS:
@@ -64,26 +64,27 @@ class Watch(threading.Thread):
             self.samples["run_files", 0].append((now, sum(1 for _ in Path("/run/fgpu").rglob("*"))))
 
     def end(self) -> None:
-        """Waits for the last sample."""
+        """Wait for the last sample."""
         self._ended.set()
         self.join()
 
     def names(self) -> list[str]:
-        """What was watched."""
+        """Return the names of the watched sizes."""
         return sorted({name for name, _ in self.samples})
 
     def lives(self, name: str) -> list[list[tuple[float, float]]]:
-        """The samples (seconds, value) of each life."""
+        """Return the samples (seconds, value) of each life."""
         return [rows for (what, _), rows in self.samples.items() if what == name]
 
     def slope(self, name: str, late: bool = False) -> Slope | None:
-        """Of what was watched; `late`: in the second half of each life, when tables of so many entries are full. None:
-        too few minutes.
+        """Return the slope of a size; None: too few minutes.
+
+        `late`: of the second half of each life, when tables of this many entries are full.
         """
         return slope([_minutes(rows, late) for rows in self.lives(name)])
 
     def write(self, path: Path) -> None:
-        """All samples, as `what,life,seconds,value`."""
+        """Write all samples, as `what,life,seconds,value`."""
         with open(path, "w", encoding="utf-8", newline="") as out:
             rows = csv.writer(out)
             rows.writerow(("what", "life", "seconds", "value"))
@@ -92,7 +93,7 @@ class Watch(threading.Thread):
 
 
 def _sizes(pid: int) -> dict[str, float]:
-    """Resident KiB, descriptors and threads of a process."""
+    """Return resident KiB, descriptors and threads of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())
     return {
@@ -103,7 +104,7 @@ def _sizes(pid: int) -> dict[str, float]:
 
 
 def _minutes(rows: list[tuple[float, float]], late: bool) -> list[tuple[float, float]]:
-    """(minutes, mean) of every whole minute of a life, after it has settled."""
+    """Return (minutes, mean) of every whole minute of a life, after it has settled."""
     begun = rows[0][0] + max(SETTLING_SECONDS, (rows[-1][0] - rows[0][0]) / 2 if late else 0)
     found = collections.defaultdict(list)
     for seconds, value in rows:
@@ -114,7 +115,7 @@ def _minutes(rows: list[tuple[float, float]], late: bool) -> list[tuple[float, f
 
 
 def slope(lives: list[list[tuple[float, float]]]) -> Slope | None:
-    """Least squares over the deviations from each life's own means; None: fewer than three points beyond the lives."""
+    """Fit by least squares over deviations from each life's means; None: fewer than three points beyond the lives."""
     times: list[float] = []
     values: list[float] = []
     for rows in (rows for rows in lives if len(rows) > 1):
@@ -132,7 +133,7 @@ def slope(lives: list[list[tuple[float, float]]]) -> Slope | None:
 
 
 def plot(watch: Watch, names: list[str], path: Path) -> None:
-    """Each in a row of its own, one line a life."""
+    """Draw each size in its own row, one line a life."""
     import matplotlib
 
     matplotlib.use("svg")

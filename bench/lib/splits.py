@@ -1,6 +1,7 @@
-"""Cases of bench/compute.py: how a device is split, by weights, ceilings, need and priority; what that costs.
+"""Cases of bench/compute.py: how a device is divided, by weights, ceilings, need and priority; what that costs.
 
-Each takes a Bench and prints its figures. Tenants are spins that stay from case to case; a case sets their shares anew.
+Each takes a Bench and prints its figures. Tenants are spins that stay from case to case; a case sets their shares
+again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ DRAIN_MS = 2.0
 
 
 def split(bench: Bench, weights: Sequence[int], kernel: int, how: str) -> None:
-    """Tenants with these weights, all busy: by how much the worst is off."""
+    """Run busy tenants with these weights, and print by how much the worst one is off."""
     seconds = bench.seconds * (2 if len(weights) > 4 or kernel == LONG_US else 1)
     alone = bench.rate(kernel, how)
     said = bench.run(*(Work(program, kernel, how) for program in bench.tenants(*weights)), seconds=seconds)
@@ -36,7 +37,7 @@ def split(bench: Bench, weights: Sequence[int], kernel: int, how: str) -> None:
 
 
 def pairs(bench: Bench) -> None:
-    """Two tenants 1:1, 3:1 and 9:1, every kernel in every way; quick: those that two seconds can tell something of."""
+    """Run two tenants 1:1, 3:1 and 9:1 with every kernel in every way; quick: those that need only two seconds."""
     for kernel in map(int, bench.given.kernels.split(",")):
         for how in bench.given.hows.split(","):
             for weights in ((1, 1), (3, 1), (9, 1)):
@@ -45,7 +46,7 @@ def pairs(bench: Bench) -> None:
 
 
 def _is_quick(weights: tuple[int, int], kernel: int, how: str) -> bool:
-    """A graph is one step that nobody interrupts: a few of 80 ms or a second are no shares yet."""
+    """Return whether a quick run has this case. A graph has no interruption: a few long ones make no shares."""
     if how == "graph" and kernel >= LONG_GRAPH_US:
         return weights == (1, 1) and kernel < LONG_US
     if weights == (9, 1):
@@ -54,30 +55,30 @@ def _is_quick(weights: tuple[int, int], kernel: int, how: str) -> bool:
 
 
 def wide(bench: Bench) -> None:
-    """Four tenants 4:3:2:1, and eight that are equal."""
+    """Run four tenants 4:3:2:1, and eight equal ones."""
     for weights in WIDE:
         split(bench, weights, 200, "burst")
 
 
 def limit(bench: Bench) -> None:
-    """One tenant alone, with ceilings."""
+    """Run one tenant alone, with ceilings."""
     for percent in (25, 50, 75):
         for kernel in (200, 4000):
             before = bench.rate_now(kernel, "one")
             (program,) = bench.tenants(1)
             bench.share(program, compute=f"{percent}%")
             (said,) = bench.run(Work(program, kernel))
-            alone = (before + bench.rate_now(kernel, "one")) / 2  # clocks change with what a device has done
+            alone = (before + bench.rate_now(kernel, "one")) / 2  # clocks depend on what a device has done before
             got = 100 * said.done / bench.seconds / alone
             bench.line(f"limit_{percent}_{kernel}us_got", got, "%")
             bench.line(f"limit_{percent}_{kernel}us_error", abs(got - percent), "points", most=LIMIT_BAR)
-            ended = bench.times(program)  # what is lost where the whole machine pauses is not given back
+            ended = bench.times(program)  # time that is lost in a pause of the whole machine is not given back
             pause = max((b - a for a, b in itertools.pairwise(ended)), default=0)
             bench.line(f"limit_{percent}_{kernel}us_pause", pause / 1e6, "ms")
 
 
 def idle(bench: Bench) -> None:
-    """A neighbour who was busy once and is idle: what the other one gets."""
+    """Measure what a tenant gets beside a neighbour that was busy before and is idle."""
     alone = bench.rate(200, "burst")
     busy, rests = bench.tenants(1, 1)
     bench.run(Work(rests, 200), seconds=0.1)
@@ -86,7 +87,7 @@ def idle(bench: Bench) -> None:
 
 
 def small(bench: Bench) -> None:
-    """Two loops of steps of 0.1 ms, each against one alone at no gate."""
+    """Run two loops of steps of 0.1 ms, each against one alone without a gate."""
     (alone,) = bench.run(Work(bench.spin(), 100))
     said = bench.run(*(Work(program, 100) for program in bench.tenants(1, 1)))
     for number, one in enumerate(said):
@@ -95,7 +96,7 @@ def small(bench: Bench) -> None:
 
 
 def step(bench: Bench) -> None:
-    """A step of 5 ms every 50 ms beside bursts without end: what its p99 gains."""
+    """Measure by how much bursts without end increase the p99 of a step of 5 ms every 50 ms."""
     alone = bench.step_alone()
     for priority, bar in (("high", 10.0), ("normal", 20 + DRAIN_MS + 2)):
         quick, hog = bench.tenants(1, 1)
@@ -106,7 +107,7 @@ def step(bench: Bench) -> None:
 
 
 def gatekeeper(bench: Bench) -> None:
-    """What turns between two busy tenants cost it."""
+    """Measure the gatekeeper's processor time for turns between two busy tenants."""
     seconds = max(bench.seconds, 3.0)
     works = [Work(program, 200, "burst") for program in bench.tenants(1, 1)]
     bench.begin(*works, seconds=seconds)
@@ -121,8 +122,8 @@ def gatekeeper(bench: Bench) -> None:
 
 
 def launch(bench: Bench) -> None:
-    """What the shim adds to a launch at a lone tenant's open gate: batches of 1,000, in turn with those at no gate."""
-    bench.end()  # a tenant beside it would close its gate now and then
+    """Measure what the shim adds to a launch at an open gate: batches of 1,000, in turn with some without a gate."""
+    bench.end()  # a tenant beside it would sometimes close its gate
     (program,) = bench.tenants(1)
     both, cpu = (bench.spin(), program), max(os.sched_getaffinity(0))
     added = []
@@ -138,7 +139,7 @@ def launch(bench: Bench) -> None:
 
 
 def under_limit(bench: Bench) -> None:
-    """A tenant alone that stays under its limit: what its steps of 5 ms every 10 ms take longer under one of 75 %."""
+    """Measure what a limit of 75 % adds to steps of 5 ms every 10 ms of a tenant that stays below it."""
     found = []
     for number in range(2 if bench.quick else 5):
         (program,) = bench.tenants(1)

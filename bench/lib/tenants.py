@@ -1,6 +1,6 @@
-"""What several benchmarks need of the service: its word, programs in tenants, the file with the figures.
+"""Helpers for several benchmarks: requests to the service, programs in tenants, the file with the figures.
 
-Owns nothing that outlives a `with`. Never imports anything of fgpu. When it fails: BenchError with why.
+It owns nothing that outlives a `with`. Never imports anything of fgpu. It raises BenchError with the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 120.0  # a framework's start on a busy machine
 
 
 def ask(**request: Any) -> Any:
-    """One request on the control socket."""
+    """Send one request to the control socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(10)
         sock.connect(str(RUN / "control.sock"))
@@ -36,7 +36,7 @@ def ask(**request: Any) -> Any:
 
 
 def memory_of(name: str) -> dict[str, Any]:
-    """Limit, used, peak, refused and so on, of a tenant's device 0, at this moment."""
+    """Return limit, used, peak, refused and so on, of a tenant's device 0, at this moment."""
     for tenant in ask(verb="snapshot")["tenants"]:
         if tenant["tenant"] == name:
             return dict(tenant["devices"][0])
@@ -44,24 +44,24 @@ def memory_of(name: str) -> dict[str, Any]:
 
 
 def service_pids() -> dict[str, int]:
-    """Agent and gatekeeper."""
+    """Return the pids of agent and gatekeeper."""
     lock = RUN / "gatekeeper.lock"
     return {"agent": int(ask(verb="ping")["pid"]), "gatekeeper": int(lock.read_text())}
 
 
 def cpu_ms(pid: int) -> float:
-    """Processor time of a process so far, all its threads, in milliseconds, by the scheduler's own account."""
+    """Return the processor time of all threads of a process so far, in milliseconds, by the scheduler's count."""
     return time.clock_gettime_ns((~pid << 3) | 2) / 1e6  # as clock_getcpuclockid(3) makes it; /proc has hundredths
 
 
 def children_ms(pid: int) -> int:
-    """Processor time of a process's children that have ended, in milliseconds."""
+    """Return the processor time of a process's exited children, in milliseconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[13]) + int(fields[14])) * 1000 // os.sysconf("SC_CLK_TCK")
 
 
 def cgroup_root() -> Path:
-    """Where cgroup v2 is mounted."""
+    """Return where cgroup v2 is mounted."""
     for line in Path("/proc/mounts").read_text().splitlines():
         fields = line.split()
         if fields[2] == "cgroup2":
@@ -70,7 +70,7 @@ def cgroup_root() -> Path:
 
 
 class Program:
-    """A program, in a tenant if there is a limit, that one talks to by lines."""
+    """A program that reads and writes lines, in a tenant if there is a limit."""
 
     def __init__(self, command: list[str], limit: int | None = None, name: str = "") -> None:
         self.name = name or Path(command[0]).name
@@ -81,13 +81,13 @@ class Program:
         self._left = b""
 
     def say(self, line: str) -> None:
-        """One line to its stdin; whether it is there is told by what it answers."""
+        """Write one line to its stdin. An exited program is noticed when its answer is read."""
         assert self.process.stdin
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(line.encode() + b"\n")
 
     def hear(self, seconds: float = PATIENCE_SECONDS) -> str:
-        """One line of its stdout. BenchError: it ended, or said nothing in time."""
+        """Return one line of its stdout. BenchError: it exited, or wrote nothing in time."""
         assert self.process.stdout
         deadline = time.monotonic() + seconds
         while b"\n" not in self._left:
@@ -101,7 +101,7 @@ class Program:
         return line.decode()
 
     def end(self) -> None:
-        """Closes its stdin and waits; what does not end, or has children that do not, is killed. No cgroup stays."""
+        """Close its stdin and wait. Processes that do not exit are killed. No cgroup is left."""
         for stream in (self.process.stdin, self.process.stdout):
             assert stream
             stream.close()
@@ -117,7 +117,7 @@ class Program:
 
 @contextlib.contextmanager
 def ending() -> Iterator[list[Program]]:
-    """A list of programs that all end with it."""
+    """Yield a list of programs, which are all ended with the block."""
     programs: list[Program] = []
     try:
         yield programs
@@ -127,7 +127,7 @@ def ending() -> Iterator[list[Program]]:
 
 
 def record(name: str, lines: Mapping[str, tuple[float, str]]) -> None:
-    """Prints `name value unit`, and writes build/bench/NAME.json."""
+    """Print `name value unit`, and write build/bench/NAME.json."""
     for line, (value, unit) in lines.items():
         print(f"{line} {value:.2f} {unit}" if isinstance(value, float) else f"{line} {value} {unit}", flush=True)
     out = ROOT / f"build/bench/{name}.json"

@@ -1,6 +1,8 @@
-"""A training that takes memory as it likes until it is killed: says "ready PID", then answers every line of stdin with
-"ok STEPS REFUSED FAILED": of all its steps those that found no memory, in torch or below it, and those that torch ended
-with anything else, whose tracebacks are on stderr. It goes on after both, and knows nothing of fgpu.
+"""Train and allocate freely until killed, as an example of a torch program.
+
+Prints "ready PID", then answers every line of stdin with "ok STEPS REFUSED FAILED": all steps, those that found no
+memory, in torch or below it, and those that torch ended with any other error, whose tracebacks are on stderr. It
+continues after both, and knows nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import torch
 
 MIB = 1 << 20
 BATCHES = (32, 128, 512)
-# What is no OutOfMemoryError but the same: of the driver (a context, a kernel's code), and of cuBLAS (its workspace).
+# Errors that mean the same as OutOfMemoryError: of the driver (a context, a kernel's code), and of cuBLAS (its
+# workspace).
 NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Twenty steps. Takes up to 3 GiB more for a moment, and gives back what torch keeps, now and then."""
+    """Run twenty steps. They take up to 3 GiB more for a moment, and sometimes release what torch keeps."""
     for _ in range(20):
         optimizer.zero_grad()
         model(torch.randn(random.choice(BATCHES), 1024, device="cuda")).square().mean().backward()
@@ -33,7 +36,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def main() -> None:
-    """Trains until nobody asks any more."""
+    """Train until stdin ends."""
     print(f"ready {os.getpid()}", flush=True)
     steps = refused = failed = 0
     model = optimizer = None
@@ -46,7 +49,7 @@ def main() -> None:
             train(model, optimizer)
             steps += 1
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            optimizer = None  # of a parameter it may have half of what it keeps, and not look at that again
+            optimizer = None  # it may have half of a parameter's state, and does not check that again
             if not any(words in str(error) for words in NO_MEMORY):
                 failed += 1
                 traceback.print_exc()

@@ -1,7 +1,8 @@
-"""All-reduces over devices 0 and 1 without end, a process on each: says "ready" or "- WHY", then answers each line.
+"""Run all-reduces over devices 0 and 1 without end, with a process on each device.
 
-`reduce SECONDS START_NS` of stdin, from that moment of CLOCK_MONOTONIC on for so long: {"steps"}, all-reduces of 64 MiB
-done, with fractions. It starts the process for device 1 itself, which ends with it. It knows nothing of fgpu.
+Prints "ready" or "- WHY", then answers each line of stdin. `reduce SECONDS START_NS` runs from that moment of
+CLOCK_MONOTONIC on for this long: {"steps"}, completed all-reduces of 64 MiB, with fractions. It starts the process for
+device 1 itself, which exits with it. It knows nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import time
 from typing import Any
 
 ELEMENTS = 16 << 20  # of 4 bytes
-os.environ["NCCL_NVLS_ENABLE"] = "0"  # multicast over NVLink is a part of the host, not of two devices
+os.environ["NCCL_NVLS_ENABLE"] = "0"  # multicast over NVLink depends on the host, not on two devices
 ROUND = 10  # all-reduces between two looks at the clock
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens at."""
+    """Return a TCP port without a listener."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
 
 def reduce_for(torch: Any, values: Any, more: Any, end_ns: int) -> float:
-    """Rounds until the first process says that it is enough; how many all-reduces were done by then."""
+    """Run rounds until the first process ends them. Return how many all-reduces were done by then."""
     done, at_ns = 0.0, time.monotonic_ns()
     while True:
         for _ in range(ROUND):
@@ -43,7 +44,7 @@ def reduce_for(torch: Any, values: Any, more: Any, end_ns: int) -> float:
 
 
 def serve(torch: Any, rank: int, other: subprocess.Popen[bytes] | None) -> None:
-    """Until stdin ends: the first process's lines go to the other one too."""
+    """Serve lines until stdin ends. The first process passes its lines on to the other one."""
     values = torch.zeros(ELEMENTS, device="cuda")
     more = torch.zeros(1, device="cuda")
     for _ in range(5):
@@ -63,7 +64,7 @@ def serve(torch: Any, rank: int, other: subprocess.Popen[bytes] | None) -> None:
 
 
 def main() -> int:
-    """Rank 0, or rank 1 as `torch_ring.py 1 PORT`."""
+    """Run rank 0, or rank 1 as `torch_ring.py 1 PORT`."""
     try:
         import torch
         import torch.distributed

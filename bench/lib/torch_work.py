@@ -1,8 +1,9 @@
-"""A program with torch that does what it is told: says "ready" or "- WHY", then answers each line of stdin with JSON.
+"""A program with torch that runs commands: prints "ready" or "- WHY", then answers each line of stdin with JSON.
 
-`WHAT SECONDS START_NS`, from that moment of CLOCK_MONOTONIC on for so long: train and unfilled are trainings, small is
-inference of a model that takes 0.1 ms, each {"steps", "p50_us"}; capture makes 1,000 graphs in the default mode while
-another thread launches, {"captures", "failed", "why"}. A line while it works ends that work. It knows nothing of fgpu.
+`WHAT SECONDS START_NS`, from that moment of CLOCK_MONOTONIC on for this long: train and unfilled are trainings, small
+is inference of a model that takes 0.1 ms, each {"steps", "p50_us"}; capture makes 1,000 graphs in the default mode
+while another thread launches, {"captures", "failed", "why"}. A line while it works stops that work. It knows nothing of
+fgpu.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import time
 from typing import Any
 
 CAPTURES = 1000
-IN_FLIGHT = 3  # trainings run ahead of the device by so many steps
+IN_FLIGHT = 3  # trainings run ahead of the device by this many steps
 
 
 def training(torch: Any, width: int, layers: int, batch: int) -> Any:
-    """A function that does one step."""
+    """Return a function that does one step."""
     torch.manual_seed(1)
     model = torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(layers)]).cuda()
     optimizer = torch.optim.Adam(model.parameters())
@@ -37,7 +38,7 @@ def training(torch: Any, width: int, layers: int, batch: int) -> Any:
 
 
 def inference(torch: Any) -> Any:
-    """A function that does one step and waits for it."""
+    """Return a function that does one step and waits for it."""
     model = torch.nn.Sequential(*[torch.nn.Linear(256, 256), torch.nn.ReLU()] * 3).cuda().eval()
     inputs = torch.randn(16, 256, device="cuda")
 
@@ -50,12 +51,12 @@ def inference(torch: Any) -> Any:
 
 
 def told_to_stop() -> bool:
-    """There is another line."""
+    """Return whether there is another line."""
     return bool(select.select([sys.stdin.buffer], [], [], 0)[0])
 
 
 def run_ahead(torch: Any, step: Any, end_ns: int) -> dict[str, float]:
-    """Steps without waiting for each; those count that the device had done at the end, with fractions."""
+    """Run steps without waiting for each. Those count that the device had done at the end, with fractions."""
     events: list[Any] = []
     done, last_ns = 0, time.monotonic_ns()
     took: list[int] = []
@@ -80,7 +81,7 @@ def run_ahead(torch: Any, step: Any, end_ns: int) -> dict[str, float]:
 
 
 def run_waiting(step: Any, end_ns: int) -> dict[str, float]:
-    """Steps one by one."""
+    """Run steps one by one."""
     took: list[int] = []
     at_ns = time.monotonic_ns()
     while at_ns < end_ns:
@@ -92,7 +93,7 @@ def run_waiting(step: Any, end_ns: int) -> dict[str, float]:
 
 
 def capture(torch: Any, end_ns: int) -> dict[str, Any]:
-    """Graphs in the default mode, each launched once, and a thread that launches beside them."""
+    """Capture graphs in the default mode, each launched once, beside a thread that launches."""
     ended, failed, why, count = threading.Event(), 0, "", 0
     side, noise, values = torch.cuda.Stream(), torch.zeros(1 << 16, device="cuda"), torch.zeros(1 << 16, device="cuda")
     torch.cuda.synchronize()
@@ -129,7 +130,7 @@ def capture(torch: Any, end_ns: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Until stdin ends."""
+    """Serve lines until stdin ends."""
     try:
         import torch
     except ImportError as error:

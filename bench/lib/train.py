@@ -10,7 +10,7 @@ import time
 
 
 def main() -> int:
-    """Trains as often as asked."""
+    """Train as often as requested."""
     try:
         import torch
     except ImportError as error:

@@ -21,11 +21,11 @@ from bench.lib.tenants import Program
 PYTHON = os.environ.get("TORCH_PYTHON", "python3")
 LIMIT = 16 << 30
 HERE = Path(__file__).parent
-TORCH = ("t0", "t1", "n0", "n1")  # two tenants, and two that are at no gate
+TORCH = ("t0", "t1", "n0", "n1")  # two tenants, and two without a gate
 
 
 def _started(bench: Bench, *names: str, script: str = "torch_work.py") -> dict[str, Program]:
-    """Programs with torch, all starting at once; no spin beside them that would have a share."""
+    """Start programs with torch, all at once, without a spin beside them that would have a share."""
     if bench.given.driver_root != "/":
         raise Skip("no torch on a simulated device")
     found: dict[str, Program] = {}
@@ -60,7 +60,7 @@ def _torch(bench: Bench) -> dict[str, Program]:
 
 
 def _run(seconds: float, *works: tuple[Program, str]) -> list[dict[str, float]]:
-    """All begin at the same moment; what each says."""
+    """Run all works from the same moment. Return what each program reports."""
     start_ns = time.monotonic_ns() + HEAD_START_NS
     for program, what in works:
         program.say(f"{what} {seconds} {start_ns}")
@@ -74,7 +74,7 @@ def _run(seconds: float, *works: tuple[Program, str]) -> list[dict[str, float]]:
 
 
 class Busy(threading.Thread):
-    """How busy the device is, by nvidia-smi, a few times a second."""
+    """The utilization of the device by nvidia-smi, a few times a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -89,7 +89,7 @@ class Busy(threading.Thread):
                 self.seen.append(float(line))
 
     def end(self) -> float:
-        """The median, in percent."""
+        """Return the median, in percent."""
         self._process.kill()
         self._process.wait()
         self.join(5)
@@ -97,23 +97,23 @@ class Busy(threading.Thread):
 
 
 def _alone(programs: dict[str, Program], what: str, seconds: float, *names: str) -> dict[str, dict[str, float]]:
-    """Each by itself: no two programs run alike, wherever they stand, so each is its own measure."""
+    """Run each program alone. No two programs run alike, so each one is its own measure."""
     return {name: _run(seconds, (programs[name], what))[0] for name in names}
 
 
 def _parts(alone: dict[str, dict[str, float]], together: dict[str, dict[str, float]]) -> list[float]:
-    """What each got beside the others, in percent of what it gets alone."""
+    """Return what each program got beside the others, in percent of what it gets alone."""
     return [100 * said["steps"] / alone[name]["steps"] for name, said in together.items()]
 
 
 def _together(programs: dict[str, Program], seconds: float, **what: str) -> dict[str, dict[str, float]]:
-    """Name = work, all at once."""
+    """Run all programs at once: name = work."""
     said = _run(seconds, *((programs[name], work) for name, work in what.items()))
     return dict(zip(what, said, strict=True))
 
 
 def _pairs(bench: Bench, what: str, name: str, bar: float | None, rounds: int) -> None:
-    """Each alone, two gated, two at no gate, so many times in turn: the sum of two, of each alone."""
+    """Run each alone, two with gates, and two without, repeatedly: the sum of two, in percent of each alone."""
     programs = _torch(bench)
     seconds = 0.75 * bench.seconds if bench.quick else bench.seconds
     gated, ungated, errors, busy = [], [], [], 0.0
@@ -137,17 +137,17 @@ def _pairs(bench: Bench, what: str, name: str, bar: float | None, rounds: int) -
 
 
 def train(bench: Bench) -> None:
-    """Two trainings that fill the device against one alone, and against two that the driver shares it between."""
+    """Compare two trainings that fill the device with one alone, and with two that the driver schedules."""
     _pairs(bench, "train", "train", 97, 5)
 
 
 def unfilled(bench: Bench) -> None:
-    """The same with trainings that leave the device idle between their kernels: whatever comes of it."""
+    """Run trainings that leave the device idle between their kernels. There is no bar."""
     _pairs(bench, "unfilled", "unfilled", None, 2 if bench.quick else 5)
 
 
 def _beside(programs: dict[str, Program], seconds: float, rounds: int, **what: str) -> dict[str, list[float]]:
-    """Name = work, in turn with each alone, which depends on the moment: percent of that, and p50 added, medians."""
+    """Run name = work, in turn with each alone, because that varies: medians of percent of that, and added p50."""
     parts: dict[str, list[tuple[float, float]]] = {name: [] for name in what}
     for _ in range(rounds):
         alone = {name: _run(seconds, (programs[name], work))[0] for name, work in what.items()}
@@ -158,7 +158,7 @@ def _beside(programs: dict[str, Program], seconds: float, rounds: int, **what: s
 
 
 def inference(bench: Bench) -> None:
-    """Two loops of small inference, and one beside a training: each by its own speed alone."""
+    """Run two loops of small inference, and one beside a training: each by its own speed alone."""
     programs, seconds, rounds = _torch(bench), bench.seconds, 3
     for number, (part, added) in enumerate(_beside(programs, seconds, rounds, t0="small", t1="small").values()):
         bench.line(f"inference_{number}", part, "% of alone", least=45)
@@ -170,7 +170,7 @@ def inference(bench: Bench) -> None:
 
 
 def train_step(bench: Bench) -> None:
-    """A step of 5 ms every 50 ms beside a training without end: what its p99 gains."""
+    """Measure by how much a training without end increases the p99 of a step of 5 ms every 50 ms."""
     programs = _torch(bench)
     seconds, alone = bench.step_seconds, bench.step_alone()
     quick = bench.spin("w0")
@@ -185,7 +185,7 @@ def train_step(bench: Bench) -> None:
 
 
 def torch_capture(bench: Bench) -> None:
-    """Graph captures in the default mode while gates open and close, another thread launching all the time."""
+    """Capture graphs in the default mode while gates open and close, and another thread launches all the time."""
     programs = _torch(bench)
     seconds = 60.0
     programs["t1"].say(f"train {seconds} {time.monotonic_ns()}")
@@ -200,7 +200,7 @@ def torch_capture(bench: Bench) -> None:
 
 
 def nccl(bench: Bench) -> None:
-    """Two tenants, each an all-reduce loop over the same two devices, a process on each, against one alone."""
+    """Run two tenants, each an all-reduce loop over the same two devices, a process on each, against one alone."""
     bench.end()
     programs = _started(bench, "tr0", "tr1", "ring", script="torch_ring.py")
     (alone,) = _run(bench.seconds, (programs["ring"], "reduce"))

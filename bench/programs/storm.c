@@ -63,8 +63,7 @@ static pid_t fork_into(int cgroup)
     return (pid_t)syscall(SYS_clone3, &args, sizeof args);
 }
 
-/* Waits until nobody has the gate's other end any more. What it would say is in its result; 300 of them say too much.
- */
+/* Waits until no process has the gate's other end. It prints nothing but its result: 300 processes print too much. */
 static void start_one(int out, int gate)
 {
     char begun[32], none;

@@ -2,7 +2,7 @@
  * attacker DRIVER SHIM PAGE WAY TIMES SEED: calls the probe symbols as no shim would, from inside a level. PAGE is a
  * descriptor of the level's usage page; `ready` is said when its own memory is taken, then a line of what came of it.
  *
- * flood   asks for what nobody has                          -> refused
+ * flood   asks for more than the limit                      -> refused
  * sizes   asks for absurd sizes, in every kind              -> admitted
  * noise   calls every probe symbol with any arguments,      -> calls, and looks at which `used` was less than it holds
  *         and frees what it has not, or the driver refuses
@@ -37,7 +37,7 @@ static __u64 any_size(void)
     return bits ? any() >> (64 - bits) : 0;
 }
 
-/* The verdict, as a shim reads it; -1: nobody answered. */
+/* The verdict, as a shim reads it; -1: no answer. */
 static int ask(__u64 bytes, unsigned kind, unsigned device)
 {
     __u64 ticket = ++tickets;
@@ -81,7 +81,7 @@ static void call_any(void)
         settle(any() % 2 ? POINTER : any(), any_size(), (int)any(), any());
         break;
     case 4:
-        set(1, 0, 0); /* the driver refuses: a double free, somebody else's */
+        set(1, 0, 0); /* the driver refuses: a double free, another process's memory */
         free_it(any() % 2 ? POINTER : any());
         break;
     default:

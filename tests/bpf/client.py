@@ -1,4 +1,4 @@
-"""A process that runs what it is sent, one Python statement or expression a line, and answers with its repr."""
+"""A process that runs Python statements or expressions, one a line, and prints the repr of each result."""
 
 import ctypes
 import mmap
@@ -11,7 +11,7 @@ u64 = ctypes.c_uint64
 
 
 def use_driver(path):
-    """Every call from now on is one of this driver library."""
+    """Call this driver library from now on."""
     global cuda
     cuda = ctypes.CDLL(path)
     cuda.set.argtypes = [ctypes.c_int, u64, u64]
@@ -30,19 +30,19 @@ def use_page(fd):
 
 
 def meanwhile(call):
-    """This is called in the middle of this thread's next call of the driver."""
+    """Call this in the middle of this thread's next call of the driver."""
     global inside
     inside = ctypes.CFUNCTYPE(None)(call)
     ctypes.c_void_p.in_dll(cuda, "inside").value = ctypes.cast(inside, ctypes.c_void_p).value
 
 
 def linger(seconds):
-    """The next call of the driver takes so long."""
+    """Delay the next call of the driver by this time."""
     meanwhile(lambda: time.sleep(seconds))
 
 
 def admit(bytes_, kind=0, device=0, again=False):
-    """Asks; answers the verdict, or None where nobody answered."""
+    """Ask for admission. Return the verdict, or None without an answer."""
     global ticket
     ticket += 0 if again else 1
     shim.fgpu_admit(device, u64(bytes_), kind, u64(ticket))
@@ -54,7 +54,7 @@ TAGGED, PATIENT = 0x200, 0x400
 
 
 def ask(tag, bytes_, at, kind=0, patient=False):
-    """Asks for an answer with a tag, which is looked for from `at` on; its verdict, or None where there is none."""
+    """Ask for an answer with a tag, which is read from `at` on. Return the verdict, or None without one."""
     global ticket
     ticket += 1
     shim.fgpu_admit(0, u64(bytes_), kind | TAGGED | (PATIENT if patient else 0), u64(ticket))
@@ -63,7 +63,7 @@ def ask(tag, bytes_, at, kind=0, patient=False):
 
 
 def give_back(bytes_):
-    """Of a pool."""
+    """Release bytes of a pool."""
     global ticket
     ticket += 1
     shim.fgpu_release(0, u64(bytes_), 1, u64(ticket))
@@ -193,7 +193,7 @@ def array_destroy(handle, code=0):
 
 
 def fork():
-    """A child that answers instead of us until it ends."""
+    """Fork a child that answers instead of this process until it exits."""
     pid = os.fork()
     if pid:
         os.waitpid(pid, 0)
@@ -204,7 +204,7 @@ child, leash = 0, -1
 
 
 def spawn(bytes_, pid=0):
-    """A child that holds so much until it is buried, of this pid unless somebody is faster; its pid."""
+    """Fork a child that holds this much, with this pid if no other process gets it. Return its pid."""
     global child, leash
     end, leash = os.pipe()
     ready, say = os.pipe()
@@ -225,7 +225,7 @@ def spawn(bytes_, pid=0):
 
 
 def bury():
-    """The child ends, and its pid is free."""
+    """Reap the child, so that its pid is free."""
     os.close(leash)
     os.waitpid(child, 0)
 

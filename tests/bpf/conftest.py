@@ -86,7 +86,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
 
 
 def forget_empty(kernel: Kernel) -> None:
-    """Deletes the entries of ended processes that have no orphaned bytes any more, as the agent does."""
+    """Delete the entries of exited processes that have no orphaned bytes any more, as the agent does."""
     living = {(tgid, process.generation) for tgid, process in kernel.ledger.processes().items()}
     kernel.ledger.orphans.forget_empty(living)
 
@@ -115,22 +115,22 @@ class Level:
 
     @property
     def used(self) -> int:
-        """All that is charged, in bytes."""
+        """Return all charged bytes."""
         return self.usage().used
 
     @property
     def orphaned(self) -> int:
-        """Charged bytes of processes that have ended, or that have exported and freed them."""
+        """Return the charged bytes of processes that have exited, or that have exported and freed them."""
         return self.usage().orphaned
 
     @property
     def held(self) -> int:
-        """Charged bytes of processes that live."""
+        """Return the charged bytes of living processes."""
         usage = self.usage()
         return usage.used - usage.orphaned
 
     def orphans(self) -> list[Orphan]:
-        """Entries of the map `orphans` that this level is charged for, the oldest first."""
+        """Return the entries of the map `orphans` that this level is charged for, the oldest first."""
         found = [orphan for orphan in self.kernel.ledger.orphans.entries() if self.cgroup in orphan.levels]
         return sorted(found, key=lambda orphan: orphan.since_ns)
 
@@ -146,7 +146,7 @@ class Level:
         deadline = time.monotonic() + GONE_SECONDS
         while self.path.exists():
             assert time.monotonic() < deadline, f"{self.path} is not empty"
-            time.sleep(0.01)  # who asks without a pause keeps the lock that those who leave need
+            time.sleep(0.01)  # a read without a pause would keep the lock that exiting processes need
             with contextlib.suppress(OSError):
                 self.path.rmdir()
         self.let_go()
@@ -157,7 +157,7 @@ class Client:
     """A process in a level; call() runs a line of Python in it."""
 
     def __init__(self, kernel: Kernel, level: Level, page_of: Level | None = None, later: Sequence[Level] = ()) -> None:
-        """`page_of`: whose page it reads, if not its level's; `later`: those whose it may be told to read."""
+        """`page_of`: the level whose page it reads, if not its own; `later`: levels whose pages it may read later."""
         found = {of.cgroup: kernel.ledger.page_fd(of.cgroup) for of in (page_of or level, *later)}
         self.pages = {cgroup: fd for cgroup, fd in found.items() if fd is not None}
         keep = tuple(self.pages.values())
@@ -171,7 +171,7 @@ class Client:
         self.begin((page_of or level).cgroup)
 
     def begin(self, cgroup: int) -> None:
-        """It is there, for the first time or after an exec."""
+        """Begin in the cgroup, for the first time or after an exec."""
         assert self.process.stdout
         assert self.process.stdout.readline() == "ready\n"
         if cgroup in self.pages:
@@ -238,7 +238,7 @@ def client(make_client: Callable[..., Client], level: Level) -> Client:
 
 
 def assert_left(level: Level, bytes_: int) -> None:
-    """The processes of a level have ended and held so much; it is charged until it is let go, and no longer."""
+    """Check that exited processes of the level held this much, which stays charged until it is released."""
     wait_until(lambda: level.held == 0)
     assert (level.used, level.orphaned) == (bytes_, bytes_)
     assert level.let_go() == bytes_
@@ -246,7 +246,7 @@ def assert_left(level: Level, bytes_: int) -> None:
 
 
 def assert_corrected(kernel: Kernel, client: Client, overhead: int) -> None:
-    """NVML shows that a quiet process has so many bytes beyond the witnessed ones, and the ledger follows."""
+    """Let NVML show this many bytes of a quiet process beyond the witnessed ones, and check that the ledger follows."""
     process = client.entry(kernel)
     assert kernel.ledger.overhead(client.pid, process.generation, 0, overhead, process.changes)
 

@@ -8,7 +8,7 @@ News = abi.News
 
 
 def of(events, level, *kinds):
-    """Events of a level, of these kinds or all but what says that somebody is there."""
+    """Return the events of a level, of these kinds, or all but those of new processes."""
     found = [e for e in events.read() if e.cgroup == level.cgroup]
     return [e for e in found if (e.kind in kinds if kinds else e.kind not in (News.PROCESS, News.EXECUTED))]
 

@@ -1,4 +1,4 @@
-"""What the kernel's ledger should have of a process, as plainly as it can be said. No I/O.
+"""A plain model of what the kernel's ledger should have of a process. No I/O.
 
 A call that may orphan bytes returns how many.
 """
@@ -20,12 +20,12 @@ class Entry:
     exported: bool = False
     references: int = 1
     owner: int = -1  # of a mapping: its handle
-    gone: bool = False  # with the last context
+    gone: bool = False  # ended with the last context
 
 
 @dataclass
 class Call:
-    """One that never returned."""
+    """A call that never returned."""
 
     bytes: int  # charged
     asked: int
@@ -34,7 +34,7 @@ class Call:
 
 @dataclass
 class Life:
-    """A process from its first call to its end, or until it is in no managed cgroup."""
+    """A process from its first call to its exit, or until it is in no managed cgroup."""
 
     number: int = 0
     turn: int = 0
@@ -63,25 +63,25 @@ class Life:
 
     @property
     def managed(self) -> int:
-        """Managed bytes that are charged as such."""
+        """Return the managed bytes that are charged as such."""
         return self.loose_managed + sum(e.bytes for e in self.there() if e.managed)
 
     @property
     def vmm(self) -> int:
-        """Bytes of handles."""
+        """Return the bytes of handles."""
         return self.loose_handles + sum(e.bytes for e in self.handles.values())
 
     def there(self) -> list[Entry]:
-        """Pointers that did not go with a context."""
+        """Return the pointers that did not end with a context."""
         return [entry for entry in self.pointers.values() if not entry.gone]
 
     def entries(self) -> list[Entry]:
-        """All that have room in the kernel's map."""
+        """Return everything that has an entry in the kernel's map."""
         spaces = self.pointers, self.handles, self.mappings, self.context_entries
         return [entry for space in spaces for entry in space.values()]
 
     def bytes(self) -> int:
-        """All that is charged."""
+        """Return all charged bytes."""
         plain = sum(e.bytes for e in self.there() if not e.managed)
         in_flight = self.admitted + (self.call.bytes if self.call else 0)
         return plain + self.managed + self.vmm + self.pool + self.overhead + in_flight
@@ -89,12 +89,12 @@ class Life:
     # -- what is in flight
 
     def leave_unsettled(self) -> None:
-        """Another question, or the end of the thread."""
+        """Turn an unsettled admission into overhead, at another request or the end of the thread."""
         self.overhead += self.admitted
         self.admitted, self.asked = 0, False
 
     def enter(self) -> None:
-        """Another call: the one before has no end that was seen."""
+        """Begin another call: the end of the one before was not seen."""
         call, self.call = self.call, None
         if call and call.managed:
             self.loose_managed += call.bytes
@@ -102,7 +102,7 @@ class Life:
             self.overhead += call.bytes
 
     def take_over(self) -> int | None:
-        """What the thread was admitted for the call that begins; None: nothing."""
+        """Return what the thread was admitted for the call that begins; None: nothing."""
         found = self.admitted if self.asked and self.granted else None
         self.admitted, self.asked = 0, False
         return found
@@ -110,7 +110,7 @@ class Life:
     # -- pointers and handles
 
     def name_pointer(self, at: int, new: Entry) -> int:
-        """A call returned this pointer, which may be in use already."""
+        """Enter a pointer that a call returned, and that may be in use already."""
         old = self.pointers.get(at)
         self.pointers[at] = new
         if not old:
@@ -135,7 +135,7 @@ class Life:
         return orphaned
 
     def name_handle(self, at: int, new: Entry) -> None:
-        """The same for a handle."""
+        """Enter a handle that a call returned, and that may be in use already."""
         old = self.handles.get(at)
         self.handles[at] = new
         if not old:
@@ -145,7 +145,7 @@ class Life:
         new.bytes, new.home, new.references = least, old.home, old.references
 
     def free(self, at: int, is_trusted: bool) -> int:
-        """A free that succeeded."""
+        """Free a pointer, successfully."""
         entry = self.pointers.get(at)
         if not entry or (entry.managed and not is_trusted):
             return 0
@@ -157,7 +157,7 @@ class Life:
         return entry.bytes if entry.exported or self.frees_nothing or not is_trusted else 0
 
     def fail_to_free(self, at: int, is_trusted: bool, home: int) -> None:
-        """It is entered anew, unless it went with a context."""
+        """Enter a pointer again whose free failed, unless it ended with a context."""
         entry = self.pointers.get(at)
         if not entry or (entry.managed and not is_trusted):
             return
@@ -167,7 +167,7 @@ class Life:
             entry.home = home
 
     def drop(self, handle: int) -> int:
-        """One reference less."""
+        """Drop a reference to a handle."""
         entry = self.handles[handle]
         entry.references -= 1
         if entry.references:
@@ -176,7 +176,7 @@ class Life:
         return entry.bytes if entry.exported or self.frees_nothing else 0
 
     def give_back(self, bytes_: int) -> int:
-        """Pool bytes."""
+        """Release pool bytes."""
         some = min(bytes_, self.pool)
         self.pool -= some
         return some if self.exports_pools or self.frees_nothing else 0
@@ -184,33 +184,33 @@ class Life:
     # -- contexts
 
     def begin_context(self, bytes_: int) -> None:
-        """Made, and charged so many bytes."""
+        """Add a context, charged with these bytes."""
         self.overhead += bytes_
         self.contexts += 1
 
     def retain(self, admitted: int | None) -> None:
-        """A reference to the primary context, which may be the first."""
+        """Add a reference to the primary context, which may be the first."""
         self.retained += 1
         if not self.primary:
             self.primary = True
             self.begin_context(CONTEXT if admitted is None else admitted)
 
     def release_primary(self) -> int:
-        """One reference less."""
+        """Drop a reference to the primary context."""
         if not self.retained:
             return 0
         self.retained -= 1
         return 0 if self.retained else self.end_primary()
 
     def end_primary(self) -> int:
-        """By its last reference, or a reset."""
+        """End the primary context, after its last reference or a reset."""
         if not self.primary:
             return 0
         self.primary = False
         return self.end_context()
 
     def end_context(self) -> int:
-        """Whichever it was."""
+        """End a context of any kind."""
         self.contexts -= 1
         if not self.contexts:
             return self.end_last_context()
@@ -219,7 +219,7 @@ class Life:
         return 0
 
     def end_last_context(self) -> int:
-        """Handles and pools outlive it."""
+        """End the last context. Handles and pools outlive it."""
         lost = self.bytes() - self.vmm - self.pool
         exported = sum(e.bytes for e in self.there() if e.exported)
         self.managed_freed += self.managed

@@ -1,4 +1,4 @@
-"""What a tenant may try against the kernel's ledger by calls alone: T6, T15, T16, T21, T22 of docs/security.md."""
+"""Attacks of a tenant on the kernel's ledger by calls alone: T6, T15, T16, T21, T22 of docs/security.md."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ HELD = 64 * MIB  # by every attacker
 
 
 def test_a_flood_costs_its_neighbour_no_event(kernel, events, make_level, make_client, attack, scale):
-    """All that one level asks for is refused and counted; what is not told of it is counted too. Nothing is lost of
-    the other, which is refused less often than a level may tell of in a second."""
+    """Every request of one level is refused and counted, and so is each event that is not sent. No event of the other
+    level is lost, which is refused less often than a level may report in a second.
+    """
     loud, quiet = make_level(100 * MIB), make_level(MIB)
     client, times, asked = make_client(quiet), scale(20_000, 1_000_000, 1_000_000), 15
     client(f"admit({2 * MIB})")
@@ -36,7 +37,7 @@ def test_a_flood_costs_its_neighbour_no_event(kernel, events, make_level, make_c
 
 @pytest.mark.parametrize(("code", "holds"), [(201, 0), (0, 4096 * MIB)])
 def test_what_does_not_fit_refuses_nobody_while_the_driver_decides(kernel, make_level, make_client, code, holds):
-    """Of a call that nobody asked about: it may fail for ever, and be made for ever. What was handed out is charged."""
+    """A call without a request may fail for ever, and be repeated for ever. What the driver returned is charged."""
     group = make_level(1024 * MIB)
     one, other = make_client(make_level(512 * MIB, parent=group)), make_client(make_level(512 * MIB, parent=group))
     one("linger(1)")
@@ -48,7 +49,7 @@ def test_what_does_not_fit_refuses_nobody_while_the_driver_decides(kernel, make_
     assert group.usage().peak == group.used
 
 
-# -- T21: anything at all -------------------------------------------------------------------------------------------
+# -- T21: arbitrary calls ----------------------------------------------------------------------------------------------
 
 
 def test_any_calls_never_make_it_less_than_the_driver_has(kernel, level, attack, scale):
@@ -72,12 +73,12 @@ def test_no_absurd_size_is_admitted(level, attack, scale):
     "call",
     [
         f"pitched(0x1000, {1 << 40}, {1 << 40}, {1 << 40})",
-        f"pitched(0x1000, 1, {1 << 24}, {1 << 40})",  # what the driver makes of it
+        f"pitched(0x1000, 1, {1 << 24}, {1 << 40})",  # the size that the driver calculates
         f"array(0x1000, {(1 << 64) - 1}, {(1 << 64) - 1}, 32, 4)",
     ],
 )
 def test_products_of_sizes_do_not_wrap_around(level, client, call):
-    """They are charged as too much for any limit. Nothing more fits then, and all of it is let go, to the byte."""
+    """They are charged as too much for any limit. Nothing more fits then, and all of it is released, to the byte."""
     client(f"alloc(0x2000, {MIB})")
     client(call)
     charged = level.used
@@ -96,18 +97,18 @@ def test_products_of_sizes_do_not_wrap_around(level, client, call):
     ],
 )
 def test_what_no_driver_has_is_not_charged(level, client, call):
-    """More than 2^48 bytes, said to have been handed out: no driver of ours did. What was charged stays as it is."""
+    """No driver returns more than 2^48 bytes. The charge does not change."""
     client(f"alloc(0x2000, {MIB})")
     client(call)
     assert level.used == MIB
     assert client(f"admit({MIB})") == abi.Verdict.ADMITTED
 
 
-# -- T6: a pid that is used again -----------------------------------------------------------------------------------
+# -- T6: a pid that is reused ------------------------------------------------------------------------------------------
 
 
 def test_a_pid_that_is_used_again_is_another_process(kernel, make_level, make_client, scale):
-    """The kernel refuses what is said of the earlier process, and the later one is not charged for its orphans."""
+    """The kernel refuses changes for the earlier process, and the later one is not charged for its orphans."""
     gone, here = make_level(1024 * MIB), make_level(1024 * MIB)
     before, after = make_client(gone), make_client(here)
     wanted, done = scale(20, 1000, 10_000), 0
@@ -128,7 +129,7 @@ def test_a_pid_that_is_used_again_is_another_process(kernel, make_level, make_cl
 
 
 def assert_own(kernel, pid, entry, gone, here):
-    """The newcomer is itself, whatever is said of the other."""
+    """Check that changes for the earlier process do not affect the new one."""
     newcomer, ledger = kernel.ledger.process(pid), kernel.ledger
     assert newcomer.generation != entry.generation
     assert not ledger.overhead(pid, entry.generation, 0, 7 * MIB, entry.changes)

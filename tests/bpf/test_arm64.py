@@ -34,7 +34,7 @@ def both() -> tuple[dict[str, list[Instruction]], dict[str, list[Instruction]]]:
 
 
 def differences(here: list[Instruction], there: list[Instruction]) -> list[tuple[Instruction, Instruction]]:
-    """Instructions that are not the same, side by side; a map's descriptor is its own in every module."""
+    """Return instructions that differ, side by side. A map's descriptor differs in every module."""
     assert len(here) == len(there)
     return [(a, b) for a, b in zip(here, there, strict=True) if a != b and a[0] != LOAD_POINTER]
 
@@ -85,7 +85,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def symbols(path: Path, defined: bool) -> set[str]:
-    """Names of the dynamic table, with the versions of those that are asked for."""
+    """Return names of the dynamic table, with the versions of imported ones."""
     rows = [line.split() for line in output("readelf", "--dyn-syms", "-W", path).splitlines()]
     return {row[7] for row in rows if row[4:5] in (["GLOBAL"], ["WEAK"]) and (row[6] != "UND") == defined}
 

@@ -1,4 +1,4 @@
-"""Libraries that are not trusted: what they take is charged as ever; what they say to free may be there still.
+"""Libraries that are not trusted: what they allocate is charged as usual; what they report as freed may still be there.
 
 A tenant may bring a file of its own that exports the driver's names and does nothing. The agent probes it, because it
 may be a driver, and a call of it must not release what the real driver holds.
@@ -19,7 +19,7 @@ from tests.bpf.conftest import CONTEXT, MIB, Client, Kernel, assert_left
 
 @pytest.fixture
 def other(kernel: Kernel, client: Client) -> Client:
-    """Calls the unknown library from now on, after what was done with the host's."""
+    """Return the client, which calls the unknown library from now on, after calls of the host's."""
     client(f"def host(): use_driver({str(kernel.driver)!r})")
     client(f"def unknown(): use_driver({str(kernel.unknown)!r})")
     return client
@@ -103,7 +103,7 @@ def test_managed_memory_is_not_freed_by_an_unknown_library(kernel, level, other)
 
 @pytest.fixture
 def held(other: Client) -> int:
-    """Memory of every kind, beside the primary context; its bytes."""
+    """Allocate memory of every kind, beside the primary context. Return its bytes."""
     other("retain()")
     other(f"alloc(0x1000, {2 * MIB})")
     other(f"managed(0x2000, {3 * MIB})")
@@ -124,7 +124,7 @@ def test_an_unknown_library_ends_no_context(kernel, level, other, held, end):
 
 
 def test_a_context_that_an_unknown_library_ended_keeps_another_from_being_the_last(kernel, level, other, held):
-    """Which is made and ended with the real driver: it would take the memory of the first along."""
+    """The other context is made and ended with the real driver. Its end would free the memory of the first."""
     other("context(0xabc)")
     other("primary_release()")
     before = level.used
@@ -149,7 +149,7 @@ def test_a_reference_that_an_unknown_library_gave_back_keeps_the_primary_context
 
 
 def test_names_of_before_an_unknown_library_s_end_of_a_context_are_still_in_use(kernel, level, other, held):
-    """A small piece of managed memory must not come to free a large one by its name."""
+    """A small piece of managed memory must not be able to free a large one of the same name."""
     other("unknown()")
     other("primary_release()")
     other("host()")

@@ -1,4 +1,4 @@
-"""Maps that all tenants share: a level has a part of each, and who fills it takes nothing from its neighbours."""
+"""Maps that all tenants share: each level has a part, and a full part takes nothing from the neighbours."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MORE = 101  # than the part
 
 @pytest.fixture(autouse=True)
 def swept(kernel: Kernel) -> Iterator[None]:
-    """What the dead have left is taken away, as an agent does twice a second: the next crowd has room."""
+    """Remove what exited processes left, as an agent does twice a second, so that the next crowd has room."""
     yield
     kernel.ledger.sweep()
 
 
 @pytest.fixture
 def crowd(kernel: Kernel, make_level: Callable[..., Level], make_client: Callable[..., Client]) -> Client:
-    """One whose level would fill the whole map."""
+    """Return a client whose level would fill the whole map."""
     client = make_client(make_level(1024 * MIB))
     client(f"cuda.allocate_many(u64(0x1000), u64({4 * PART + 1009}))")
     return client
@@ -111,7 +111,7 @@ def test_a_sweep_holds_a_part_of_all_entries_at_a_time(kernel, level, client):
 
 
 def test_looking_leaves_no_garbage(kernel, level, client):
-    """What only the collector of cycles frees stays for hours."""
+    """Memory that only the cycle collector frees would stay for hours."""
     client("alloc(0x1000, 1)")
 
     def look() -> None:
@@ -140,7 +140,7 @@ def reasons(kernel: Kernel, level: Level) -> dict[tuple[int, int], int]:
 
 @pytest.fixture
 def gathered(level: Level, client: Client, shared: abi.Shared) -> Client:
-    """One that has more of it than its level may have, and no entry for itself."""
+    """Return a client with more than its level may have, and no entry for itself."""
     client(f"cuda.gather(u64({PARTS[shared] + MORE}), {int(shared == Shared.PROCESSES)})")
     return client
 
@@ -148,7 +148,7 @@ def gathered(level: Level, client: Client, shared: abi.Shared) -> Client:
 def test_who_is_one_too_many_is_refused_and_named(kernel, gathered, level, shared):
     assert entries(kernel, level, shared) == PARTS[shared]
     assert gathered(f"admit({MIB})") == REFUSED
-    assert gathered(f"admit({MIB}, kind=1)") == REFUSED, "nor pool bytes: there is nobody to have them"
+    assert gathered(f"admit({MIB}, kind=1)") == REFUSED, "nor pool bytes: there is no process to charge"
     assert reasons(kernel, level) == {(kind, abi.Reason.ENTRIES): 1 for kind in (0, 1)}
     assert (level.used, level.usage().refused) == (0, 2)
     assert gathered(f"admit({MIB}, device=17)") == REFUSED
@@ -217,7 +217,8 @@ def test_threads_and_processes_count_where_they_came_to_be(kernel, level, make_l
     for shared, n in ((Shared.THREADS, 24), (Shared.PROCESSES, 1)):
         assert (entries(kernel, level, shared), entries(kernel, other, shared)) == (n, 0)
     client("cuda.disperse()")
-    wait_until(lambda: entries(kernel, level, Shared.THREADS) == 1)  # who joins a thread is back before its end is told
+    # a join may return before the end of the thread is seen
+    wait_until(lambda: entries(kernel, level, Shared.THREADS) == 1)
     client.send("os.execv('/bin/sleep', ['sleep', '100'])")
     wait_until(lambda: entries(kernel, level, Shared.PROCESSES) == entries(kernel, level, Shared.THREADS) == 0)
 
@@ -231,7 +232,8 @@ def test_who_is_out_of_its_cgroups_is_counted_anew_when_it_is_back(kernel, level
     client(f"admit({4 * MIB})")
     assert (level.used, [entries(kernel, level, shared) for shared in Shared]) == (4 * MIB, [0, 1, 1])
     client("cuda.disperse()")
-    wait_until(lambda: [entries(kernel, level, shared) for shared in Shared] == [0, 1, 1])  # of the others none was
+    # none of the other entries was counted
+    wait_until(lambda: [entries(kernel, level, shared) for shared in Shared] == [0, 1, 1])
     client(f"alloc(0x1000, {4 * MIB})")
     client.kill()
     wait_until(lambda: [entries(kernel, level, shared) for shared in Shared] == [1, 0, 0])  # until the agent sweeps
@@ -257,7 +259,7 @@ def test_a_call_ends_in_the_life_in_which_it_began(kernel, level, client):
 
 @pytest.fixture
 def owned(kernel: Kernel) -> Callable[..., None]:
-    """owned(owner, levels, most): these levels' bounds are those of this owner, which may have so many of each."""
+    """Return owned(owner, levels, most), which binds these levels to this owner, with this many entries of each."""
 
     def own(owner: Level, levels: list[Level], most: int = 1 << 30) -> None:
         for level in levels:
@@ -274,7 +276,7 @@ def share_of(kernel: Kernel, owner: Level, shared: abi.Shared) -> int:
 
 @pytest.mark.parametrize("nested", [False, True], ids=["siblings", "nested"])
 def test_levels_of_one_owner_have_one_part_together(kernel, make_level, make_client, owned, shared, nested):
-    """As many as it may have, from four levels, whether a level is around them or not."""
+    """Four levels together have as many as the owner may have, with or without a level around them."""
     owner = make_level(1024 * MIB)
     levels = [make_level(1024 * MIB, owner if nested else None) for _ in range(4)]
     each = PARTS[shared] // 4 - 50
@@ -296,7 +298,7 @@ def test_levels_of_one_owner_have_one_part_together(kernel, make_level, make_cli
 
 @pytest.mark.parametrize("shared", [Shared.ALLOCATIONS, Shared.PROCESSES], ids=["allocations", "processes"])
 def test_what_owners_leave_is_for_those_that_have_few(kernel, make_level, make_client, owned, shared):
-    """Owners that may have the whole map leave an eighth of it, for owners that have little."""
+    """Owners that may have the whole map leave an eighth of it to owners that have little."""
     part = PARTS.get(shared, PART)
     owners = [make_level(1024 * MIB) for _ in range(5)]
     for owner in owners:

@@ -1,4 +1,4 @@
-"""What the kernel tells at once: refusals, bypasses, kills, orphans, moves; and what it counts when it cannot."""
+"""Events that the kernel sends at once: refusals, bypasses, kills, orphans, moves; and its counts of lost events."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_first_call_of_a_process_tells_of_it_once(events, level, client):
 def test_of_many_processes_at_a_time_one_is_told(kernel, events, level, make_client):
     before = fates(kernel)[abi.Fate.RATE]
     clients = [make_client(level) for _ in range(3)]
-    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has only begun
+    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
     for client in clients:
         client(f"admit({MIB})")
     assert len(of(events, level, News.PROCESS)) == 1
@@ -54,7 +54,7 @@ def test_a_program_that_begins_in_a_managed_cgroup_is_told(kernel, events, level
 def test_of_many_programs_the_first_of_a_second_are_told(kernel, events, level):
     before = fates(kernel)[abi.Fate.RATE]
     storm = f"echo $$ >{level.path}/cgroup.procs; i=0; while [ $i -lt 101 ]; do /bin/true; i=$((i + 1)); done"
-    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has only begun
+    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
     begun = time.monotonic_ns() >> 30
     subprocess.run(["sh", "-c", storm], check=True)
     seconds = (time.monotonic_ns() >> 30) - begun + 1
@@ -97,7 +97,7 @@ def test_an_uncommitted_group_holds_who_is_inside(events, level, make_level, mak
 
 
 def undecided(kernel, level, device):
-    """How many requests of the level's programs met a limit that does not count yet."""
+    """Return how many requests of the level's programs met a limit that does not count yet."""
     fd = kernel.ledger.page_fd(level.cgroup)
     try:
         with mmap.mmap(fd, abi.PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ) as page:
@@ -135,7 +135,7 @@ def test_a_bypass_is_told_once_a_process(kernel, events, level, client):
 
 
 def test_refusals_do_not_use_up_what_a_bypass_is_told_with(events, level, client):
-    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has only begun
+    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
     for _ in range(101):
         client(f"admit({2048 * MIB})")
     client(f"alloc(0x1000, {MIB})")
@@ -143,9 +143,9 @@ def test_refusals_do_not_use_up_what_a_bypass_is_told_with(events, level, client
 
 
 def test_a_bypass_that_was_not_told_is_told_at_a_later_call(events, level, client):
-    """More processes at once than a level may tell of in a second."""
+    """There are more processes at once than a level may report in a second."""
     twice = "(alloc(0x1000, 4096), time.sleep(2.2), alloc(0x2000, 4096), os._exit(0))"
-    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has only begun
+    wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
     children = client(f"[os.fork() or {twice} for _ in range(25)]")
     client(f"[os.waitpid(pid, 0) for pid in {children}]")
     told = [event.tgid for event in of(events, level, News.BYPASS)]
@@ -159,7 +159,7 @@ def test_a_call_that_fails_names_nobody(kernel, events, level, client):
     assert not client.entry(kernel).flags & abi.Seen.BYPASS
 
 
-# -- whose out-of-memory it was
+# -- the level that was out of memory
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_another_failure_is_nobody_s_out_of_memory(kernel, level, client):
 
 def test_kill_ends_who_would_exceed_before_the_driver_runs(kernel, events, level, client):
     level.limit(100 * MIB, abi.LimitFlag.KILL)
-    client(f"alloc(0x1000, {60 * MIB})")  # fits: charged and named, no more
+    client(f"alloc(0x1000, {60 * MIB})")  # fits: charged and named, nothing else
     assert level.used == 60 * MIB
     client.send(f"alloc(0x2000, {60 * MIB})")
     client.process.wait(5)
@@ -263,7 +263,7 @@ def test_a_full_ring_counts_what_it_lost(kernel, events, make_level, client):
 
 @pytest.fixture
 def budgets(kernel):
-    """Budgets of workloads, which are told apart as if each belonged to a user."""
+    """Return budgets of workloads, which are distinguished as if each belonged to a different user."""
 
     def owner(path):
         parts = path.split("/")
@@ -271,11 +271,11 @@ def budgets(kernel):
 
     found = EventBudgets(kernel.ledger.event_budgets, owner)
     yield found
-    EventBudgets(kernel.ledger.event_budgets, owner)  # takes all back
+    EventBudgets(kernel.ledger.event_budgets, owner)  # removes all of them
 
 
 def flood(level, times):
-    """So many cgroups are made in a level and removed again: two events each."""
+    """Make and remove this many cgroups in a level: two events each."""
     for _ in range(times):
         (level.path / "one").mkdir()
         (level.path / "one").rmdir()
@@ -305,7 +305,7 @@ def test_a_workload_tells_its_budget_and_leaves_the_rest_to_others(kernel, event
 
 
 def test_what_the_host_may_tell_is_not_used_up_by_workloads_with_budgets(kernel, events, budgets, make_level):
-    """3,000 events a second are told of all workloads with budgets together, and 1,000 more of others."""
+    """3,000 events a second are sent for all workloads with budgets together, and 1,000 more for others."""
     greedy, modest = make_level(None), make_level(None)
     budgets.note([path_of(kernel, greedy)] * BUSY)
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)
@@ -344,7 +344,7 @@ def test_cgroups_outside_the_agents_namespace_are_not_told_of(kernel, events, bu
     assert told_with(root)
 
 
-# -- the bell
+# -- wake-ups
 
 
 @pytest.fixture

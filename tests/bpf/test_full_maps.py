@@ -1,5 +1,7 @@
-"""Maps without room: counted, never silent. A process without an entry is refused; an allocation without one stays
-charged until its process ends."""
+"""Full maps: counted, never silent.
+
+A process without an entry is refused; an allocation without one stays charged until its process exits.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,11 @@ VALUES = {
 
 
 class NoRoom(Exception):
-    """E2BIG."""
+    """The kernel's E2BIG."""
 
 
 class Full:
-    """A map that entries of nobody leave no room in."""
+    """A map that is full of entries without a process."""
 
     def __init__(self, kernel: Kernel, name: str) -> None:
         self._fd = bpf.pinned(kernel.pins / "maps" / name)
@@ -53,7 +55,7 @@ class Full:
         )
 
     def fill(self) -> None:
-        """To the last entry."""
+        """Fill the map to the last entry."""
         value = bytes(ctypes.sizeof(VALUES[self._name]))
         with contextlib.suppress(NoRoom):
             while True:
@@ -67,20 +69,20 @@ class Full:
             raise NoRoom if error.errno == errno.E2BIG else error from error
 
     def make(self, room: int) -> None:
-        """Room for so many, or for all."""
+        """Make room for this many entries, or remove all."""
         for _ in range(min(room, self._entered)):
             self._entered -= 1
             assert bpf.delete(self._fd, self._key())
 
     def close(self) -> None:
-        """All entries of nobody are gone."""
+        """Remove all entries without a process."""
         self.make(self._entered)
         os.close(self._fd)
 
 
 @contextlib.contextmanager
 def full(kernel: Kernel, name: str) -> Iterator[Full]:
-    """Without room until the end of the block."""
+    """Keep a map full until the end of the block."""
     whole = Full(kernel, name)
     try:
         yield whole
@@ -90,7 +92,7 @@ def full(kernel: Kernel, name: str) -> Iterator[Full]:
 
 @pytest.fixture
 def counted(kernel) -> Iterator[None]:
-    """The test meets a full map, and it is counted."""
+    """Check that the test met a full map, and that it was counted."""
     before = anomalies(kernel)["FULL"]
     yield
     assert anomalies(kernel)["FULL"] > before
@@ -103,7 +105,7 @@ def counted(kernel) -> Iterator[None]:
 def test_who_cannot_be_entered_is_not_admitted(kernel, counted, level, client, name):
     with full(kernel, name):
         assert client(f"admit({4 * MIB})") is None, "no answer: the shim refuses"
-        client(f"alloc(0x1000, {4 * MIB})")  # around the shim: NVML tells of it
+        client(f"alloc(0x1000, {4 * MIB})")  # a bypass: NVML shows it
         assert level.used == 0
     assert client(f"admit({4 * MIB})") == ADMITTED
     client(f"alloc(0x2000, {4 * MIB})")
@@ -147,7 +149,7 @@ def filled(kernel) -> Iterator[Full]:
 
 @pytest.fixture
 def allocations(filled: Full) -> Full:
-    """Full, however much room the last test has made."""
+    """Return a full map, even if the last test has made room."""
     filled.fill()
     return filled
 
@@ -164,7 +166,7 @@ def test_memory_without_an_entry_stays_charged_to_the_end(kernel, allocations, c
         client(f"free({0x1000 * (i + 1)})")
     client(f"unmap(0x100000, {6 * MIB})")
     client("release(7)")
-    assert level.used == held, "nobody knows how much that was"
+    assert level.used == held, "the freed size is not known"
     assert client(f"admit({1024 * MIB - held + 1})") != ADMITTED
     assert client(f"admit({1024 * MIB - held})") == ADMITTED
     client.kill()
@@ -211,16 +213,16 @@ def test_a_refused_free_whose_room_is_gone_meanwhile(allocations, counted, level
     client.send("free(0x1000, code=1)")
     time.sleep(0.2)
     allocations.fill()
-    client("0")  # the free's answer
+    client("0")  # the reply to the free
     client("0")
     assert level.used == 4 * MIB
     client("free(0x1000)")
-    assert level.used == 4 * MIB, "nobody knows how much that was"
+    assert level.used == 4 * MIB, "the freed size is not known"
     client.kill()
     assert_left(level, 4 * MIB)
 
 
-# -- what was decided about cgroups
+# -- decisions about cgroups
 
 
 def test_cgroups_that_are_not_managed_make_room_for_one_that_is(kernel, level):

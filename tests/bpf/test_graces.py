@@ -1,4 +1,4 @@
-"""Limits are in force as soon as the kernel has them, however long it then waits for programs that run."""
+"""Limits are in force as soon as the kernel has them, however long it then waits for running programs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ARRAY_OF_MAPS, HASH_OF_MAPS = 12, 13
 
 @pytest.fixture
 def grace(monkeypatch):
-    """The kernel makes a change at once, and its wait for programs ends when the test says so."""
+    """Let the kernel make a change at once, and end its wait for programs when the test says so."""
     over = threading.Event()
 
     def held(call):
         def change(*given):
             call(*given)
-            assert over.wait(PATIENCE_SECONDS), "whoever asked for the change waits for programs"
+            assert over.wait(PATIENCE_SECONDS), "the caller waits for programs"
 
         return change
 
@@ -40,7 +40,7 @@ def grace(monkeypatch):
 
 @pytest.fixture
 def ledger(kernel):
-    """An agent's own, closed at the end."""
+    """Return an agent's own ledger, which is closed at the end."""
     with contextlib.closing(Ledger(kernel.pins)) as own:
         yield own
 
@@ -51,7 +51,7 @@ def held_threads():
 
 @pytest.fixture(autouse=True)
 def nobody_held():
-    """But for what the test itself asks for."""
+    """Wait until no thread of an earlier test waits for the kernel."""
     for thread in held_threads():
         thread.join(PATIENCE_SECONDS)
 
@@ -84,7 +84,7 @@ def test_what_is_counted_of_a_level_as_it_goes_is_forgotten_when_nobody_counts_a
     ledger.remove([level.cgroup])
     counters = bpf.pinned(kernel.pins / "maps/counters")
     key = _COUNTER_KEY.pack(late.cgroup, late.device, late.kind, late.reason)
-    bpf.update(counters, key, (1).to_bytes(8, "little"))  # as a program does that had its page in hand
+    bpf.update(counters, key, (1).to_bytes(8, "little"))  # as a running program does that has its page already
     os.close(counters)
     assert late in ledger.counters()
     grace.set()
@@ -95,7 +95,7 @@ def test_what_is_counted_of_a_level_as_it_goes_is_forgotten_when_nobody_counts_a
 
 def test_a_full_map_is_told_of_though_another_thread_met_it(kernel, ledger, make_level):
     level, other, room = make_level(None), make_level(None), 10**12
-    ledger.set_limits([LevelLimits(other.cgroup, {0: MIB})])  # from now on it knows which places are free
+    ledger.set_limits([LevelLimits(other.cgroup, {0: MIB})])  # from now on it knows which slots are free
     outer, page = bpf.pinned(kernel.pins / "maps/pages"), bpf.create_array_page("fgpu_usage", 4096)
     before = {*ledger.tenants()}
     others = [(room + n).to_bytes(8, "little") for n in range(4096 - len(before))]
@@ -118,7 +118,7 @@ def test_where_no_thread_may_be_started_the_change_is_made_all_the_same(kernel, 
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refused)
-    monkeypatch.setattr("fgpu_ebpf.ledger.map_in_map.MOST_THREADS", 1)  # so that each has to give its place back
+    monkeypatch.setattr("fgpu_ebpf.ledger.map_in_map.MOST_THREADS", 1)  # so that each thread must give its slot back
     level, seen = make_level(None), []
     with contextlib.closing(Ledger(kernel.pins)) as own:
         own.set_limits([LevelLimits(level.cgroup, {0: 8 * MIB})], seen.append)
@@ -149,7 +149,7 @@ def test_as_many_are_held_as_may_be_and_the_next_waits(monkeypatch):
 
 @pytest.fixture
 def held_lookers(monkeypatch):
-    """As before Linux 6.8: nobody who waits for an answer may look into a map of maps, where each look takes 20 ms."""
+    """Simulate a kernel before Linux 6.8, where each look into a map of maps takes 20 ms: no caller may look."""
 
     def refusing(call, *kinds):
         def look(fd, *rest):

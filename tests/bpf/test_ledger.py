@@ -1,4 +1,4 @@
-"""The kernel's side of the ledger, each rule once: what is charged, what is given back, and when."""
+"""The kernel's side of the ledger, each rule once: what is charged, what is released, and when."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_failed_call_gives_the_admission_back(level, client):
 
 def test_the_admission_of_a_thread_that_ends_stays_charged_until_nvml_shows_that_it_was_not_used(kernel, level, client):
     client(f"cuda.thread_admits_and_ends(u64({30 * MIB}))")
-    wait_until(lambda: client.entry(kernel).quiet)  # before Linux 6.16 a join may return before the end is told
+    wait_until(lambda: client.entry(kernel).quiet)  # before Linux 6.16 a join may return before the kernel sees the end
     assert (level.used, client.entry(kernel).overhead[0]) == (30 * MIB, 30 * MIB)
     assert_corrected(kernel, client, 0)
     assert level.used == 0
@@ -124,7 +124,7 @@ def test_without_a_limit_it_is_counted_all_the_same(level, client):
 
 
 def nested(make_level, outer, levels):
-    """Levels inside one another, outermost first, with a limit of 1 GiB each."""
+    """Return levels inside one another, outermost first, with a limit of 1 GiB each."""
     found = [outer]
     while len(found) < levels:
         found.append(make_level(1024 * MIB, found[-1]))
@@ -516,7 +516,7 @@ def test_every_hit_of_a_probe_is_counted(kernel, level, client):
 
 
 def test_programs_of_two_versions_give_back_once(kernel, level, client):
-    """While an upgrade goes on, both are attached; so are their admissions."""
+    """During an upgrade the programs of both versions are attached, and so are their admissions."""
     before = anomalies(kernel)["RELEASE"]
     links = []
     offsets = probe_plan.symbol_offsets(str(kernel.shim), probe_plan.SHIM)
@@ -635,7 +635,7 @@ def test_overhead_is_refused_when_anything_happened_since(kernel, level, client)
 
 @pytest.mark.parametrize("kind", [0, abi.PATIENT], ids=["once", "patient"])
 def test_a_refused_question_is_no_change(kernel, level, client, kind):
-    """Programs that wait for room ask all the time: the agent would have no look without a change."""
+    """Programs that wait for room ask all the time. If that were a change, no process would ever be quiet."""
     client(f"admit({4 * MIB})")
     client(f"alloc(0x1000, {4 * MIB})")
     before = client.entry(kernel)
@@ -660,7 +660,7 @@ def test_nothing_is_quiet_from_an_admission_to_the_end_of_its_call(kernel, level
     client(f"admit({2048 * MIB})")
     assert quiet(kernel, client), "refused: there is nothing to wait for"
     client(f"admit({4 * MIB})")
-    client(f"admit({2048 * MIB})")  # instead of the one before
+    client(f"admit({2048 * MIB})")  # replaces the one before
     assert quiet(kernel, client)
 
 
@@ -698,9 +698,9 @@ def test_a_page_that_was_taken_away_charges_nobody(kernel, make_level, make_clie
     first = make_level(1024 * MIB)
     one = make_client(first)
     one(f"alloc(0x1000, {4 * MIB})")
-    kernel.ledger.remove([first.cgroup])  # and nobody has moved its process
-    assert one(f"admit({MIB})") is None, "nobody answers"
-    second = make_level(1024 * MIB)  # at the place that is free now
+    kernel.ledger.remove([first.cgroup])  # and its process was not moved
+    assert one(f"admit({MIB})") is None, "there is no answer"
+    second = make_level(1024 * MIB)  # in the slot that is free now
     one(f"alloc(0x2000, {6 * MIB})")
     one("free(0x1000)")
     assert second.used == 0
@@ -766,7 +766,7 @@ def test_sweep_deletes_what_a_dead_process_left(kernel, client):
 
 
 def own_descriptor(kernel, cgroup):
-    """One with which its maker could write the page."""
+    """Return a descriptor with which its maker could write the page."""
     raw = bpf.lookup(bpf.pinned(kernel.pins / "maps/pages"), cgroup.to_bytes(8, "little"), 4)
     return bpf.map_by_id(int.from_bytes(raw, "little"))
 
@@ -788,7 +788,7 @@ def test_an_agent_that_ends_in_between_leaves_no_page_that_can_be_written(kernel
     child = os.fork()
     if not child:
         level.limit(MIB)
-        kernel.ledger.close()  # whatever is still on its way in the kernel is through then
+        kernel.ledger.close()  # no change is in progress in the kernel afterwards
         os._exit(0)
     monkeypatch.undo()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -1,4 +1,4 @@
-"""A process that gets other levels while it charges and releases: each level holds what its processes have of it."""
+"""A process gets other levels while it charges and releases: each level has the bytes that its processes have there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def two(make_level: Callable[..., Level]) -> tuple[Level, Level]:
 
 
 def change(kernel: Kernel, client: Client, alter: Callable[[abi.Process], None]) -> None:
-    """Writes the process's entry, as a program that was late would have left it."""
+    """Write the process's entry, as a program that was late would have left it."""
     fd, key = bpf.pinned(kernel.pins / "maps/processes"), client.pid.to_bytes(4, "little")
     try:
         process = abi.Process.from_buffer_copy(bpf.lookup(fd, key, bytes_of_process()) or b"")
@@ -36,7 +36,7 @@ def bytes_of_process() -> int:
 
 
 def move(kernel: Kernel, client: Client, *levels: Level) -> None:
-    """As the agent does it; levels leaf first."""
+    """Move a process as the agent does, with levels from the leaf on."""
     generation = client.entry(kernel).generation
     assert kernel.ledger.move(client.pid, generation, tuple(level.cgroup for level in levels))
 
@@ -49,7 +49,7 @@ def test_a_release_that_was_late_for_a_move(kernel, two, make_client):
     move(kernel, one, second)
     assert not one.entry(kernel).late
 
-    def release_late(process: abi.Process) -> None:  # it drew from the first, where nothing was any more
+    def release_late(process: abi.Process) -> None:  # it drew from the first level, which had nothing left
         process.devices[0].bytes -= 4 * MIB
         process.devices[0].owed = 4 * MIB
 
@@ -131,7 +131,7 @@ def test_there_and_back_waits_for_those_who_were_late(kernel, two, make_client):
 
 
 def test_releases_follow_the_levels_that_were_charged(kernel, make_level, make_client, scale):
-    """F5: cgroups that a process is moved to, that go and are made again, and limits that come after the charges."""
+    """F5: a process is moved between cgroups, these are removed and made again, and limits come after charges."""
     group = make_level(None)
     home = make_level(64 * MIB, group)
     one, strange = make_client(home), anomalies(kernel)["RELEASE"]
@@ -139,9 +139,9 @@ def test_releases_follow_the_levels_that_were_charged(kernel, make_level, make_c
     for number in range(scale(100, 1000, 10_000)):
         one(f"alloc(0x1000, {4 * MIB})")
         if number % 10 == 0:
-            (empty[0].path / "cgroup.procs").write_text(str(one.pid))  # nobody tells the ledger
+            (empty[0].path / "cgroup.procs").write_text(str(one.pid))  # the ledger is not told
         if number % 3 == 0:
-            group.limit(64 * MIB)  # what is charged already is not below it
+            group.limit(64 * MIB)  # the existing charge is not below it
         assert home.used == 4 * MIB
         assert one("free(0x1000)") == 0
         assert (home.used, empty[0].used) == (0, 0)
@@ -150,7 +150,7 @@ def test_releases_follow_the_levels_that_were_charged(kernel, make_level, make_c
         if number % 10 == 0:
             (home.path / "cgroup.procs").write_text(str(one.pid))
             empty[0].path.rmdir()
-            empty[0].path.mkdir()  # of the same name, another cgroup
+            empty[0].path.mkdir()  # another cgroup of the same name
             kernel.ledger.remove([empty[0].cgroup])
             empty[0].cgroup = empty[0].path.stat().st_ino
             empty[0].limit(64 * MIB)
@@ -159,7 +159,7 @@ def test_releases_follow_the_levels_that_were_charged(kernel, make_level, make_c
 
 
 def test_another_level_in_its_page_s_place_is_not_released_from(kernel, make_level, make_client):
-    """F5: a level goes while a process of it holds memory, and another takes its place."""
+    """F5: a level is removed while a process of it holds memory, and another takes its slot."""
     gone = make_level(64 * MIB)
     one = make_client(gone)
     one(f"alloc(0x1000, {4 * MIB})")

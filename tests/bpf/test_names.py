@@ -16,7 +16,7 @@ from tests.bpf.conftest import HERE, MIB, REPOSITORY, Client, Kernel, Level, ano
 
 
 def charges(kernel: Kernel, client: Client, level: Level) -> dict[str, int]:
-    """Bytes, in MiB."""
+    """Return the charges in MiB."""
     entry = client.entry(kernel)
     found = {"used": level.used, "managed": entry.managed[0], "overhead": entry.overhead[0], "orphaned": level.orphaned}
     return {name: bytes_ // MIB for name, bytes_ in found.items() if bytes_}

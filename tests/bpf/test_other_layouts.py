@@ -27,7 +27,7 @@ class Held:
 
 @pytest.fixture(scope="module")
 def other(kernel: Kernel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
-    """Programs that are pinned elsewhere, with a driver and a shim of their own."""
+    """Load programs that are pinned elsewhere, with their own driver and shim."""
     folder = tmp_path_factory.mktemp("other")
     shim = folder / "libfgpu.so"
     shutil.copy(REPOSITORY / "build/shim/libfgpu.so", shim)

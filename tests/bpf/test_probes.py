@@ -1,4 +1,4 @@
-"""Probes as a later agent finds them: names of pinned links say what each file is, and where its breakpoints are."""
+"""Probes as a later agent finds them: names of pinned links give each file's class and breakpoints."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ROLES = [Role.HOST, Role.LISTED, Role.UNKNOWN]
 
 @pytest.fixture
 def library(kernel: Kernel, tmp_path: Path) -> Iterator[Target]:
-    """Another file with the tests' driver in it. Its probes end with the test."""
+    """Return another file with the tests' driver. Its probes are removed after the test."""
     target = Target.of(shutil.copy(kernel.driver, tmp_path / "libcuda.so.1"))
     yield target
     kernel.probes.let_go((target.dev, target.ino))
 
 
 def later(kernel: Kernel) -> attach.Probes:
-    """What an agent has that starts now."""
+    """Return the probes of an agent that starts now."""
     return attach.Probes(kernel.pins, kernel.probes._digest, kernel.ledger)
 
 
@@ -91,14 +91,14 @@ def test_links_that_are_not_all_there_are_removed(kernel: Kernel, library: Targe
 
 
 def test_names_that_no_agent_gives_are_removed(kernel: Kernel, library: Target) -> None:
-    stranger = kernel.pins / "links" / f"{kernel.probes._digest}-a-b-all3"  # of an agent before there were classes
+    stranger = kernel.pins / "links" / f"{kernel.probes._digest}-a-b-all3"  # of an agent before classes existed
     stranger.mkdir()
     later(kernel)
     assert not stranger.exists()
 
 
 def test_probes_of_two_inodes_are_kept_beside_one_another(kernel: Kernel, library: Target) -> None:
-    """The last ones say where processes that start have the breakpoint; those before go when there are too many."""
+    """The last probes show where new processes have the breakpoint. Earlier ones are removed if there are too many."""
     kernel.probes.attach(library, Role.UNKNOWN)
     fd = library.open()
     plan, stamp = probe_plan.plan(fd, library.path, Role.UNKNOWN), Stamp.of(fd)

@@ -1,4 +1,4 @@
-"""A driver whose calls begin as those of most real ones: probed behind the comparison, and seen as any other."""
+"""A driver whose calls begin as those of most real ones: probed after the comparison, and witnessed as any other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(*command: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tests' driver, each call of it reached by a jump from such a beginning, as in the drivers 535 to 570."""
+    """Return the tests' driver. Each call is reached by a jump after such a beginning, as in the drivers 535 to 570."""
     folder = tmp_path_factory.mktemp("prologues")
     made = folder / "libcuda.so.1"
     flags = ["-O1", "-fPIC", "-w", "-fno-omit-frame-pointer", "-fcf-protection=none"]
@@ -82,14 +82,14 @@ def test_calls_are_seen_with_what_they_ask_for_and_answer(other: Kernel, level: 
 
 
 def test_the_trial_of_return_probes_comes_to_its_end(kernel: Kernel) -> None:
-    """One that fails before it would take every kernel for fit."""
+    """A check that fails early would find every kernel fit."""
     assert uretprobe_check.return_probes_survive_seccomp(str(kernel.shim))
     with pytest.raises(OSError, match="the check failed"):
         uretprobe_check.return_probes_survive_seccomp(str(kernel.shim), -1)
 
 
 def test_who_dies_at_a_return_probe_makes_the_kernel_unfit(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As everybody under such a profile does from Linux 6.11 to early 6.13: by SIGILL, at the probe's return."""
+    """Every process under such a profile gets SIGILL at the probe's return, from Linux 6.11 to early 6.13."""
     monkeypatch.setattr(uretprobe_check, "_CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
     assert uretprobe_check.unfit(str(kernel.shim)) == uretprobe_check.KILLS
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""T16: maps of 64 entries and a ring of one page, into which everything goes: what is there and what is lost is all."""
+"""T16: floods with maps of 64 entries and a ring of one page: what is sent and what is lost add up to everything."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ SMALL = {
     "MOST_ORPHANS": ENTRIES,
     "MOST_BORROWERS": 1,
     "EVENT_BYTES": 4096,
-    "EVENTS_A_SECOND": 1 << 30,  # none is left out for its rate: the ring alone loses any
-    "CGROUPS_A_SECOND": 0,  # what else this host does is no matter
+    "EVENTS_A_SECOND": 1 << 30,  # none is left out for its rate: only the ring loses events
+    "CGROUPS_A_SECOND": 0,  # other events of this host do not matter
 }
 
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
-    """In the place of the suite's."""
+    """Load the programs with small maps, in place of the suite's."""
     folder = tmp_path_factory.mktemp("small")
     sources = folder / "bpf"
     shutil.copytree(REPOSITORY / "bpf", sources)
@@ -57,7 +57,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
 
 
 class Listener(threading.Thread):
-    """Reads a ring to the end of the block: all the while, or not until then."""
+    """A thread that reads a ring during the block, or only at its end."""
 
     def __init__(self, events, listens: bool) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Listener(threading.Thread):
 
 @pytest.mark.parametrize("heard", [True, False], ids=["heard", "unheard"])
 def test_what_is_told_of_a_flood_and_what_is_lost_of_it_is_all(kernel, events, level, attack, scale, heard):
-    """Beside a reader, and where nobody reads until the end."""
+    """The ring has a reader, or is read only at the end."""
     each = scale(20_000, 100_000, 1_000_000) // ROUNDS
     list(events.read())
     before = fates(kernel)
@@ -96,13 +96,13 @@ def test_what_is_told_of_a_flood_and_what_is_lost_of_it_is_all(kernel, events, l
 
 
 def leave(client: Client, orphans: int) -> None:
-    """So many children take a MiB for their pools, which have no entries, and end."""
+    """Let this many children allocate a MiB for their pools, which have no entries, and exit."""
     for _ in range(orphans):
         client(f"fork() or (admit({MIB}, kind=1), os._exit(0))")
 
 
 def test_orphans_without_room_are_charged_and_let_go_level_by_level(kernel, make_level, make_client):
-    """A level has its part of the map; four have filled it. What has no entry is on the page alone."""
+    """Each level has its part of the map, and four have filled it. Orphans without an entry are only on the page."""
     orphans, levels = kernel.ledger.orphans, [make_level(64 * MIB) for _ in range(ENTRIES // PART + 1)]
     before = anomalies(kernel)["FULL"]
     for level in levels:
@@ -133,7 +133,7 @@ def test_where_one_was_let_go_there_is_room_for_another(kernel, level: Level, cl
 
 
 def test_what_has_an_entry_and_what_found_none_is_all(kernel, make_level, make_client):
-    """Four levels have their parts of the map, which is full then; all that the driver gave is charged."""
+    """Four levels have their parts of the map, which is full then. All that the driver returned is charged."""
     kernel.ledger.sweep()
     before, levels = anomalies(kernel)["FULL"], [make_level(MIB) for _ in range(ENTRIES // PART + 1)]
     clients = [make_client(level) for level in levels]
@@ -145,7 +145,7 @@ def test_what_has_an_entry_and_what_found_none_is_all(kernel, make_level, make_c
     for client in clients:
         client("cuda.free_many(u64(0x1000), u64(23))")
     assert [entries(kernel, level) for level in levels] == [0] * len(levels)
-    assert [level.used for level in levels] == [23 - PART] * 4 + [23], "nobody knows how much that was"
+    assert [level.used for level in levels] == [23 - PART] * 4 + [23], "the freed size is not known"
     for client in clients:
         client.kill()
     for level in levels:

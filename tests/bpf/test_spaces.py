@@ -1,4 +1,4 @@
-"""Processes that share an address space (vfork, clone with CLONE_VM): what one of them takes, the others have too."""
+"""Processes that share an address space (vfork, clone with CLONE_VM): what one of them allocates, all have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLONE_VM, CLONE_FILES, CLONE_VFORK = 0x100, 0x400, 0x4000
 
 
 class Child:
-    """A child of a client, made by clone() with these flags; order() has it do something and returns at once."""
+    """A child of a client, made by clone() with these flags. order() starts a call in it and returns at once."""
 
     def __init__(self, client: Client, fifo: Path, flags: int, bytes_: int) -> None:
         os.mkfifo(fifo)
@@ -24,7 +24,7 @@ class Child:
         waits = flags & CLONE_VFORK
         client.send(line) if waits else None
         self.pid = 0 if waits else int(client(line))
-        self._orders = fifo.open("wb", buffering=0)  # opens when the child does
+        self._orders = fifo.open("wb", buffering=0)  # opens when the child opens it
 
     def order(self, what: str) -> None:
         self._orders.write(what.encode())
@@ -51,7 +51,7 @@ def reap(client: Client, child: Child) -> None:
 
 
 def owners(kernel: Kernel, name: str, key_bytes: int) -> dict[int, int]:
-    """What a map of pids holds."""
+    """Return the contents of a map of pids."""
     fd = bpf.pinned(kernel.pins / "maps" / name)
     try:
         return {int.from_bytes(k, "little"): int.from_bytes(v, "little") for k, v in bpf.items(fd, key_bytes, 4)}
@@ -69,7 +69,7 @@ def has_space(kernel: Kernel, client: Client) -> bool:
 
 @pytest.fixture
 def known(kernel: Kernel, client: Client) -> Client:
-    """A process that has an entry."""
+    """Return a process that has an entry."""
     client(f"alloc(0x1000, {MIB})")
     return client
 
@@ -130,7 +130,7 @@ def test_a_child_that_executes_a_program_is_its_own_from_then_on(kernel, level, 
 
 
 def test_a_child_in_another_level_is_charged_to_its_parent_s(kernel, level, known, start, make_level):
-    """The memory is the parent's, wherever the child has been moved to."""
+    """The memory belongs to the parent, whatever level the child has been moved to."""
     other, child = make_level(1024 * MIB), start(known, CLONE_VM)
     (other.path / "cgroup.procs").write_text(str(child.pid))
     child.order("a")
@@ -170,7 +170,7 @@ def test_the_first_of_them_that_calls_is_charged_for_all(kernel, level, client, 
 
 
 def test_an_address_space_that_is_used_again_is_another_process_s(kernel, level, make_client):
-    """The kernel soon has another one at the same address; the process that had it is charged for nothing of that."""
+    """The kernel soon reuses the address for another space. The earlier process is charged for nothing of that."""
     for _ in range(20):
         one = make_client(level)
         one(f"alloc(0x1000, {MIB})")

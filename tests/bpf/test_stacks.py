@@ -1,6 +1,6 @@
-"""Programs at uprobes have a stack that nobody else writes to, where the kernel may preempt them (Linux 6.13).
+"""Programs at uprobes have a stack that no other program writes to, if the kernel may preempt them (Linux 6.13).
 
-What happens without shows on such a kernel alone: `./dev test kernels newest --suite ledger` ends in an oops.
+Only such a kernel shows an error: there `./dev test kernels newest --suite ledger` ends in an oops.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ AT_UPROBES = {"admit", "give_back", "call_enter", "call_return"}
 
 @pytest.mark.parametrize("arch", ["x86", "arm64"])
 def test_the_kernel_sees_a_tail_call_in_programs_at_uprobes(arch: str) -> None:
-    """Which keeps it from giving them the stack of a processor."""
+    """The tail call keeps the kernel from giving them the stack of a processor."""
     code = compiled(arch)
     assert {name for name, made in code.items() if (CALL, 0, 0, TAIL_CALL) in made} == AT_UPROBES

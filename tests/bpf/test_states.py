@@ -1,6 +1,6 @@
-"""The kernel's ledger beside a model of it: whatever is called, in whatever order, both hold the same after each step.
+"""The kernel's ledger compared with a model of it: after each call, in any order, both hold the same.
 
-hypothesis chooses what happens, in programs of two tenants of one group, with every limit near enough to be met.
+hypothesis chooses the calls, in programs of two tenants of one group, with every limit low enough to be met.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ IMPOSSIBLE = ("RELEASE", "FULL", "DEVICE", "LOST")
 sizes = st.integers(1, 1 << 20)
 limits = st.integers(1 << 18, 1 << 22)
 programs = st.integers(0, MOST_PROGRAMS - 1)
-places = st.integers(0, 1)  # pointers and handles, few: they come again
+places = st.integers(0, 1)  # few pointers and handles, so that they come again
 outcomes = st.sampled_from([0, 0, 0, 1])  # of a call: most succeed
 libraries = st.sampled_from([True, True, True, False])  # most calls are of the host's library
 
 
 @dataclass
 class Program:
-    """A process and the tenant that it is in."""
+    """A process and its tenant."""
 
     client: Client
     tenant: int
@@ -66,7 +66,7 @@ class States(RuleBasedStateMachine):
         self.programs: list[Program] = []
         self.orphaned = [0, 0, 0]
         self.orphans: list[Left] = []
-        self.left: Counter[int] = Counter()  # entries of the ended, by level
+        self.left: Counter[int] = Counter()  # entries of exited processes, by level
         self.managed_freed = kernel.ledger.orphans.managed_freed(0)
         self.numbers = itertools.count(1)
         self.lives = itertools.count(1)
@@ -82,7 +82,7 @@ class States(RuleBasedStateMachine):
         return all(self.used(level) + bytes_ <= self.limits[level] for level in (program.tenant, 2))
 
     def orphan(self, program: Program, bytes_: int, tgid: int = 0, number: int = 0) -> None:
-        """Of a program, or of a child of its own."""
+        """Orphan bytes of a program, or of a child of it."""
         tgid, number, turn = tgid or program.client.pid, number or program.life.number, program.life.turn
         if not bytes_:
             return
@@ -99,18 +99,18 @@ class States(RuleBasedStateMachine):
         return self.programs[which % len(self.programs)]
 
     def known(self) -> list[Program]:
-        """Those whose first thread has called."""
+        """Return the programs whose first thread has called."""
         return [program for program in self.programs if program.life.home >= 0]
 
     def seen(self, which: int) -> Program:
-        """One that is known to the kernel from now on."""
+        """Return a program that is known to the kernel from now on."""
         program = self.some(which)
         if program.life.home < 0:
             program.life = Life(number=next(self.lives), home=program.tenant)
         return program
 
     def calls(self, which: int, is_host: bool = True) -> Program:
-        """One that calls the driver, by this library."""
+        """Return a program that calls the driver, in this library."""
         program = self.seen(which)
         program.life.enter()
         if program.is_host != is_host:
@@ -119,7 +119,7 @@ class States(RuleBasedStateMachine):
         return program
 
     def end(self, program: Program) -> None:
-        """Its life is over, and all that it held is orphaned."""
+        """End a program's life, and orphan all that it held."""
         life = program.life
         life.enter()
         self.orphan(program, life.bytes())
@@ -160,7 +160,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, size=sizes, call=st.sampled_from(["alloc", "managed"]))
     def fork(self, which: int, size: int, call: str) -> None:
-        """A child takes memory and ends with it."""
+        """Fork a child that allocates memory and exits."""
         program = self.some(which)
         child = program.client(f"fork() or ({call}(0x1000, {size}), os._exit(0))")
         self.orphan(program, size, child, next(self.lives))
@@ -170,7 +170,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs)
     def move(self, which: int) -> None:
-        """To the other tenant, and the agent follows."""
+        """Move a program to the other tenant, followed by the agent."""
         program = self.some(which)
         program.tenant = 1 - program.tenant
         level = self.levels[program.tenant]
@@ -185,7 +185,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs)
     def forget(self, which: int) -> None:
-        """It is in no managed cgroup until it calls again, and takes its charges along."""
+        """Move a program out of all managed cgroups until it calls again, which removes its charges."""
         program = self.some(which)
         process = program.client.entry(self.kernel)
         if process:
@@ -213,7 +213,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, size=sizes)
     def give_back(self, which: int, size: int) -> None:
-        """Of a pool, what there is of it."""
+        """Release bytes of a pool, if it has that many."""
         program = self.some(which)
         if program.life.pool >= size:
             program.client(f"give_back({size})")
@@ -231,7 +231,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.known())
     @rule(which=programs, size=sizes, managed=st.integers(0, 1))
     def end_a_thread_in_a_call(self, which: int, size: int, managed: int) -> None:
-        """It is charged what fitted when the call began."""
+        """End a thread during a call. The program is charged what fitted when the call began."""
         program = self.known()[which % len(self.known())]
         charged = size if self.fits(program, size) else 0
         program.life.loose_managed += charged if managed else 0
@@ -240,7 +240,7 @@ class States(RuleBasedStateMachine):
         self.wait_for_threads(program)
 
     def wait_for_threads(self, program: Program) -> None:
-        """Before Linux 6.16 a thread may be joined before the kernel tells its end."""
+        """Wait for joined threads: before Linux 6.16 a join may return before the kernel sees the end."""
         busy = 1 if program.life.admitted or program.life.call else 0
         wait_until(lambda: (p := program.client.entry(self.kernel)) and p.begun - p.changes == busy)
 
@@ -251,7 +251,7 @@ class States(RuleBasedStateMachine):
         which=programs, at=places, size=sizes, call=st.sampled_from(["alloc", "managed"]), code=outcomes, host=libraries
     )
     def allocate(self, which: int, at: int, size: int, call: str, code: int, host: bool) -> None:
-        """A pointer that is in use already had an end that was not seen, or is a lie."""
+        """Allocate. If the pointer is in use already, its end was not seen, or the call lies."""
         program = self.calls(which, host)
         code = code if call == "alloc" else 0
         charged = max(program.life.take_over() or 0, size)
@@ -263,7 +263,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, at=places, code=outcomes, host=libraries)
     def free(self, which: int, at: int, code: int, host: bool) -> None:
-        """Of something or nothing."""
+        """Free a pointer that may be unknown."""
         program = self.calls(which, host)
         program.client(f"free({0x1000 * (at + 1)}, code={code})")
         if code:
@@ -274,9 +274,9 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, size=sizes, managed=st.booleans())
     def leave(self, which: int, size: int, managed: bool) -> None:
-        """A call that never returns: of what it was not admitted it is charged what fitted when it began."""
+        """Leave a call. What was not admitted is charged if it fitted when the call began."""
         call = self.some(which).life.call
-        size += bool(call and call.asked == size)  # the same call again is the same call to the ledger
+        size += bool(call and call.asked == size)  # to the ledger, the same call again is the same call
         program = self.calls(which)
         admitted = program.life.take_over() or 0
         fits = self.fits(program, max(0, size - admitted) + admitted)
@@ -286,7 +286,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, at=places, code=outcomes, export=st.sampled_from(["export_pointer", "export_range"]))
     def export(self, which: int, at: int, code: int, export: str) -> None:
-        """To somebody, perhaps."""
+        """Export a pointer, so that another process may have it."""
         entry = self.some(which).life.pointers.get(at)
         if entry and not entry.gone:
             self.calls(which).client(f"{export}({0x1000 * (at + 1)}, code={code})")
@@ -304,7 +304,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, size=sizes, code=outcomes, at=places, again=outcomes, host=libraries)
     def create(self, which: int, size: int, code: int, at: int, again: int, host: bool) -> None:
-        """Seldom one of a name that there is."""
+        """Create a handle, seldom under a name that exists."""
         program = self.calls(which, host)
         known = self.handle_of(program, at) if again else None
         handle = next(self.numbers) if known is None else known
@@ -396,7 +396,7 @@ class States(RuleBasedStateMachine):
         host=libraries,
     )
     def end_context(self, which: int, at: int, what: str, code: int, host: bool) -> None:
-        """Not in the middle of something: that would be over with the last of them, and charged anew."""
+        """End a context, but not during a call, which would end with the last context and be charged again."""
         life = self.some(which).life
         handles = sorted(life.context_entries.keys() - {0})
         if life.admitted or (what == "destroy" and not handles):
@@ -427,7 +427,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.programs)
     @rule(which=programs, size=sizes)
     def correct(self, which: int, size: int) -> None:
-        """What NVML alone knows; refused in the middle of anything."""
+        """Correct the overhead, which only NVML knows. It is refused during a call."""
         program = self.some(which)
         process = program.client.entry(self.kernel)
         if not process:
@@ -441,7 +441,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.orphans)
     @rule(which=st.integers(0, 100), size=sizes)
     def let_go(self, which: int, size: int) -> None:
-        """A part of an orphan, or all of it."""
+        """Release a part of an orphan, or all of it."""
         left = self.orphans[which % len(self.orphans)]
         orphans = {(o.tgid, o.turn, o.bytes): o for o in self.kernel.ledger.orphans.entries()}
         orphan = orphans[left.tgid, left.turn, left.bytes]
@@ -468,7 +468,7 @@ class States(RuleBasedStateMachine):
     # -- at each check
 
     def seen_levels(self) -> list[tuple[int, ...]]:
-        """Of each level: bytes, orphaned bytes, entries in each map."""
+        """Return of each level: bytes, orphaned bytes, entries in each map."""
         found = []
         for level in self.levels:
             usage = level.usage()
@@ -515,7 +515,7 @@ class States(RuleBasedStateMachine):
 
 
 def assert_same(process: Process | None, life: Life) -> None:
-    """Of one process, what the kernel tells apart; a call that never returned, when it is given up."""
+    """Compare the charges of one process in the kernel with the model."""
     modelled = life.bytes(), life.managed, life.pool, life.overhead, life.contexts, life.ended
     found = (0,) * len(modelled)
     if process:

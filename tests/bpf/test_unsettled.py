@@ -1,5 +1,4 @@
-"""Admissions that no call settles, and calls whose end is not seen: the driver may have done them, so they stay
-charged."""
+"""Admissions that no call settles, and calls whose end is not seen, stay charged: the driver may have done them."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ REFUSED, ADMITTED = abi.Verdict.REFUSED, abi.Verdict.ADMITTED
 
 
 def test_a_loop_of_admissions_that_are_never_used_reaches_the_limit(kernel, level, client):
-    """And it holds: the memory may have been taken where no probe is."""
+    """The limit holds, because the memory may have been allocated where there is no probe."""
     asked = [client(f"admit({100 * MIB})") for _ in range(23)]
     assert asked == [ADMITTED] * 10 + [REFUSED] * 13
     assert (level.used, client.entry(kernel).overhead[0]) == (1000 * MIB, 1000 * MIB)
@@ -40,7 +39,7 @@ def test_what_threads_were_admitted_when_they_ended_is_all_charged(kernel, level
 @pytest.mark.parametrize("how", ["allocate_and_leap", "thread_ends_inside"])
 @pytest.mark.parametrize(("managed", "corrected"), [(0, 0), (1, 6 * MIB)])
 def test_memory_of_a_call_that_was_left_stays_charged(kernel, level, client, how, managed, corrected):
-    """Of managed memory NVML says nothing, so nothing but the end of the process shows that it is not there."""
+    """NVML does not show managed memory, so only the end of the process proves that it is freed."""
     client(f"cuda.{how}(u64({6 * MIB}), {managed})")
     client("free(0x9999)")  # another call
     wait_until(lambda: client.entry(kernel).quiet)
@@ -61,11 +60,11 @@ def test_an_admitted_call_that_was_left_stays_charged_with_all_that_was_admitted
     assert (level.used, entry.managed[0]) == (14 * MIB, 14 * MIB)
 
 
-# -- a call of another library in the middle of one: what came of the first is not seen
+# -- a call of another library during a call: the result of the first is not seen
 
 
 def left(client, call: str) -> None:
-    """A signal's handler calls the driver in the middle of that call, which succeeds."""
+    """Call the driver from a signal's handler during that call, which succeeds."""
     client(f"meanwhile(lambda: free(0x9999, code=1)) or {call}")
 
 

@@ -26,5 +26,5 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="package")
 def dashboards() -> dict[str, dict[str, Any]]:
-    """By name."""
+    """Return the dashboards by name."""
     return {name: json.loads(Path(FOLDER, f"{name}.json").read_text()) for name in NAMES}

@@ -33,18 +33,18 @@ DUE = {"heavy": 0.75, "light": 0.1}  # by weight; by its ceiling
 
 @dataclass
 class Load:
-    """The tenants by their part, and the one program whose refusals are counted."""
+    """The tenants by their part, and the program whose refusals are counted."""
 
     tenants: dict[str, Tenant]
     full: Client
 
     def refuse(self) -> None:
-        """REFUSALS allocations that are too large."""
+        """Make REFUSALS allocations that are too large."""
         for _ in range(REFUSALS):
             assert self.full.do(f"alloc {64 * MIB}") == REFUSED
 
     def report_xids(self) -> None:
-        """FATAL_XIDS of the device's own, the others a program's."""
+        """Report FATAL_XIDS of the device, and others of a program."""
         faults = ["xid=79"] * FATAL_XIDS + ["xid=31"] * (XIDS - FATAL_XIDS)
         subprocess.run([SIM / "fgpu-simd", "--fault", ",".join(faults)], check=True, timeout=10)
 
@@ -55,13 +55,13 @@ class Load:
 
     @property
     def used(self) -> dict[str, int]:
-        """Bytes of each tenant, by its name: what a busy one's modules take is the driver's own word."""
+        """Return the bytes of each tenant by its name. The driver's figure is used for modules of busy tenants."""
         busy = {self.tenants[part].name: self.tenants[part].driver() for part in WEIGHTS}
         return busy | {self.tenants["full"].name: FULL_USED, self.tenants["around"].name: AROUND_USED}
 
 
 def device_used() -> int:
-    """Bytes in use as nvidia-smi has them, and what the driver keeps for itself; in whole MiB."""
+    """Return the bytes in use as nvidia-smi shows them, with the driver's own, in whole MiB."""
     query = [SIM / "nvidia-smi", "--query-gpu=memory.used,memory.reserved", "--format=csv,noheader,nounits"]
     said = subprocess.run(query, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout
     return sum(map(int, said.split(","))) * MIB
@@ -113,7 +113,7 @@ def busy(work: Path, part: str, program: Path, closing: ExitStack) -> Tenant:
 
 @contextmanager
 def applied(work: Path) -> Iterator[Load]:
-    """All of it but the refusals."""
+    """Start all of the load except the refusals."""
     with ExitStack() as closing:
         place = Place(work)
         closing.callback(place.close)

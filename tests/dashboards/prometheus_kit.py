@@ -1,4 +1,4 @@
-"""A Prometheus that scrapes one address every second, and what it answers."""
+"""A Prometheus that scrapes one address every second, and its answers."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ Labels = frozenset[tuple[str, str]]
 
 
 class Prometheus:
-    """The real one, on a port of its own."""
+    """A real Prometheus, on its own port."""
 
     def __init__(self, port: int) -> None:
         self._url = f"http://127.0.0.1:{port}"
 
     def get(self, path: str, **arguments: str) -> Any:
-        """What its API answers."""
+        """Return the answer of its API."""
         query = urllib.parse.urlencode({key.rstrip("_"): value for key, value in arguments.items()})
         with urllib.request.urlopen(f"{self._url}{path}?{query}", timeout=10) as answer:
             return json.load(answer)["data"]
 
     def ask(self, expr: str) -> dict[Labels, float]:
-        """A query's series and what they are now."""
+        """Return the series of a query with their current values."""
         found = self.get("/api/v1/query", query=expr)["result"]
         return {frozenset(series["metric"].items()): float(series["value"][1]) for series in found}
 
     def label_values(self, selector: str, label: str) -> list[str]:
-        """What Grafana's label_values(selector, label) shows."""
+        """Return what Grafana's label_values(selector, label) shows."""
         return list(self.get(f"/api/v1/label/{label}/values", match__=selector))
 
     def is_scraping(self) -> bool:
-        """It has a first sample."""
+        """Return whether it has a first sample."""
         with contextlib.suppress(OSError):
             return self.ask(f'up{{job="{JOB}"}}') != {} and 1.0 in self.ask(f'up{{job="{JOB}"}}').values()
         return False
@@ -51,7 +51,7 @@ class Prometheus:
 
 @contextlib.contextmanager
 def scraping(address: str, work: Path) -> Iterator[Prometheus]:
-    """Prometheus with the project's own rules, which has scraped that address once."""
+    """Run Prometheus with the project's own rules, after it has scraped that address once."""
     target = {"targets": [address], "labels": {"cluster": CLUSTER}}
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
@@ -72,7 +72,7 @@ def scraping(address: str, work: Path) -> Iterator[Prometheus]:
 
 
 def promtool(*arguments: str | Path, cwd: Path) -> str:
-    """What promtool says; AssertionError where it is not content."""
+    """Return the output of promtool. Raises AssertionError if promtool finds an error."""
     done = subprocess.run(
         [BIN / "promtool", *arguments], capture_output=True, text=True, cwd=cwd, timeout=60, check=False
     )

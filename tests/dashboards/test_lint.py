@@ -1,6 +1,6 @@
-"""What grafana/dashboard-linter asks of a dashboard, rule by rule, and that the files are what make.py writes.
+"""The rules of grafana/dashboard-linter, and a check that the files are what make.py writes.
 
-That a query is good PromQL is asked of Prometheus itself: test_queries runs every one.
+Prometheus itself checks that a query is valid PromQL: test_queries runs every query.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_every_selector_names_cluster_job_and_instance(queries: list[str]) -> No
 
 
 def test_rates_and_counters(queries: list[str]) -> None:
-    """target-rate-interval and target-counter-agg; no `or vector()`, which makes a 0 of what nobody measured."""
+    """The rules target-rate-interval and target-counter-agg; no `or vector()`, which shows 0 without a measurement."""
     for expr in queries:
         assert "vector(" not in expr
         for function, rest in re.findall(r"\b(rate|irate|increase)\((\w+\{[^}]*\}\[[^]]*\])", expr):

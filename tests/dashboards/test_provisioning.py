@@ -24,7 +24,7 @@ def services() -> dict[str, dict[str, Any]]:
 
 
 def mounted(service: dict[str, Any]) -> dict[str, str]:
-    """Target -> source."""
+    """Return the sources of mounts by their targets."""
     found = [volume.split(":") for volume in service["volumes"]]
     return {target: source for source, target, *_ in found}
 

@@ -1,5 +1,6 @@
-"""Every query of every panel, run by a real Prometheus that scrapes a real agent; every number that is shown, against
-the load that was applied.
+"""Every query of every panel, run by a real Prometheus that scrapes a real agent.
+
+Every number that is shown is compared with the load that was applied.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SILENT = {"Containers that wait for labels"}  # no engine
 
 
 def chosen(expr: str, tenant: str = ".+") -> str:
-    """A query with Grafana's variables filled in, as "All" fills them, but for the tenant."""
+    """Return a query with Grafana's variables filled in, as "All" fills them, except for the tenant."""
     return re.sub(r"\$(\w+)", lambda found: (CHOSEN | {"tenant": tenant})[found[1]], expr)
 
 
@@ -38,7 +39,7 @@ def load(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def prometheus(load: known.Load, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """It has seen the tenants before the first refusal, and the last refusal."""
+    """Return a Prometheus that has seen the tenants before the first refusal, and the last refusal."""
     with scraping(LISTEN, tmp_path_factory.mktemp("prometheus")) as prometheus:
         refusals = f'sum(fgpu_memory_refused_total{{tenant="{load.tenants["full"].name}"}})'
         eventually(lambda: prometheus.ask(refusals) == {frozenset(): 0}, PATIENCE_SECONDS, "a scrape before")
@@ -52,7 +53,7 @@ def prometheus(load: known.Load, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @dataclass(eq=False)
 class NoLess:
-    """Equal to whatever is no less."""
+    """A value that equals all values that are not less."""
 
     least: float
 
@@ -64,9 +65,9 @@ Expected = float | Any
 
 
 def totals(load: known.Load) -> dict[str, dict[str, Expected]]:
-    """By dashboard and panel: what is shown where all tenants are chosen."""
+    """Return what each dashboard and panel shows when all tenants are chosen."""
     held, in_use = sum(load.used.values()) + known.STRANGER, known.device_used()
-    assert held < in_use < held + 128 * MIB  # the driver has something for each context in nobody's name
+    assert held < in_use < held + 128 * MIB  # for each context the driver holds some memory that no process's row has
     memory = {
         "Memory used": pytest.approx(in_use / known.CAPACITY, abs=2**-14),
         "Memory committed": load.committed / known.CAPACITY,
@@ -88,7 +89,7 @@ def totals(load: known.Load) -> dict[str, dict[str, Expected]]:
 
 
 def of_tenant(load: known.Load, part: str) -> dict[str, Expected]:
-    """By panel of the tenant's dashboard."""
+    """Return what each panel of the tenant's dashboard shows."""
     limit = {"full": known.FULL_LIMIT, "around": known.AROUND_LIMIT}.get(part, known.BUSY_LIMIT)
     used = load.used[load.tenants[part].name]
     shown = {
@@ -102,13 +103,13 @@ def of_tenant(load: known.Load, part: str) -> dict[str, Expected]:
 
 
 def numbers(dashboard: dict[str, Any]) -> dict[str, str]:
-    """The panels that show one number, and their queries."""
+    """Return the panels that show one number, with their queries."""
     panels = [panel for panel in dashboard["panels"] if panel["type"] in ("stat", "gauge")]
     return {panel["title"]: panel["targets"][0]["expr"] for panel in panels}
 
 
 def shown(prometheus: Prometheus, panel: str, expr: str) -> float | None:
-    """The one number, rounded where it is a count over time, which Prometheus extrapolates; None: no data."""
+    """Return the one number, rounded if it is a count over time, which Prometheus extrapolates; None: no data."""
     found = prometheus.ask(expr)
     assert len(found) <= 1, (panel, found)
     value = next(iter(found.values()), None)
@@ -116,7 +117,7 @@ def shown(prometheus: Prometheus, panel: str, expr: str) -> float | None:
 
 
 def assert_shows(prometheus: Prometheus, queries: dict[str, str], expected: dict[str, Expected], tenant: str) -> None:
-    """Every panel comes to show what it must."""
+    """Wait until every panel shows the expected value."""
     assert queries.keys() == expected.keys()
 
     def wrong() -> dict[str, tuple[float | None, Expected]]:
@@ -155,7 +156,7 @@ def by(found: dict[Labels, float], label: str) -> dict[str, float]:
 
 
 def test_tables_and_shares(prometheus: Prometheus, load: known.Load, dashboards) -> None:
-    """Whose series it is, and not only that there is one."""
+    """The series have the right tenants."""
     queries = {panel["title"]: chosen(panel["targets"][0]["expr"]) for panel in dashboards["cluster"]["panels"]}
     names = {part: tenant.name for part, tenant in load.tenants.items()}
     assert by(prometheus.ask(queries["Top tenants by memory"]), "tenant") == load.used

@@ -1,4 +1,4 @@
-"""Alerts, by promtool's own unit tests: what makes each fire, and what does not."""
+"""Tests of alerts, with promtool's own unit tests: what makes each one fire, and what does not."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_an_observed_tenant_may_exceed_its_limit(tmp_path: Path, mode: str, fire
 
 @pytest.mark.parametrize(("waiting", "fires"), [("0+60x20", True), ("30x20", False), ("_x20", False)])
 def test_a_turn_that_never_comes_is_starvation(tmp_path: Path, waiting: str, fires: bool) -> None:
-    """Its wait is entered nowhere until it ends."""
+    """The wait is not counted until it ends."""
     entered = {f"fgpu_compute_wait_seconds_total{{{ON}}}": "7x20", f"fgpu_compute_seconds_total{{{ON}}}": "1x20"}
     shares = {f"fgpu_compute_limit_ratio{{{ON}}}": "1x20", f"fgpu_compute_weight{{{ON}}}": "100x20"}
     series = entered | shares | {f"fgpu_compute_waiting_seconds{{{ON}}}": waiting}
@@ -158,7 +158,7 @@ def test_a_turn_that_never_comes_is_starvation(tmp_path: Path, waiting: str, fir
 
 
 def assert_fires(tmp_path: Path, name: str, values: dict[str, str], fires: bool) -> None:
-    """By promtool, after 20 minutes of these series."""
+    """Check with promtool whether an alert fires after 20 minutes of these series."""
     series = [{"series": key, "values": value} for key, value in values.items()]
     firing = {"expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}})', "eval_time": "20m"}
     firing["exp_samples"] = [{"labels": "{}", "value": 1}] if fires else []

@@ -16,9 +16,9 @@ from tests.support.service import Service
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the built site; a warning of the build is a failure."""
+    """Build the site, and return its folder. A warning of the build is a failure."""
     folder = tmp_path_factory.mktemp("site")
-    # Not --quiet: what is not said is not counted, and --strict goes by the count.
+    # Without --quiet, which hides warnings from the count that --strict uses.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -26,7 +26,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Fresh(Service):
-    """As a package leaves a host: `/etc/fgpu/policy.d` is not there yet."""
+    """A host as a package leaves it: `/etc/fgpu/policy.d` does not exist yet."""
 
     def __init__(self, work: Path, asked: Sequence[str]) -> None:
         super().__init__(work, asked)
@@ -44,7 +44,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def docker(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[engines.Engine]:
-    """Docker where the agent asks for it, with an image `ubuntu:24.04`: a root with glibc and a shell."""
+    """Return Docker where the agent asks for it, with an image `ubuntu:24.04`: a root with glibc and a shell."""
     image = engines.make_root(tmp_path_factory.mktemp("image") / "root")
     work = service.engine.parent  # of its socket
     cave = engines.Cave(work, service.cdi)

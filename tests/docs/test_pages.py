@@ -1,4 +1,4 @@
-"""What pages say of the code: tests that hold a promise are there, every check of `fgpu doctor` is explained."""
+"""Tests of what pages say about the code: named tests exist, and every check of `fgpu doctor` is explained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.m
 PAGES = [*OUTSIDE, *sorted(DOCS.rglob("*.md"))]
 TEST = re.compile(r"^def (test_\w+)", re.MULTILINE)
 SELECTS = re.compile(r'\./dev test (\w+)(?: -s)? -k ("[^"]+"|\w+)')
-# In a line of its own that is indented or has a prompt, or in a text.
+# On its own line, indented or after a prompt, or in a text.
 TYPED = re.compile(r"(?:`|^ {4}(?:\$ )?|^\$ )(?:sudo )?fgpu ([a-z][^`|#&\n]*)", re.MULTILINE)
 OPTIONS = {words: {name for p in command.params for name in p.opts} for words, command in references.commands()}
 
@@ -71,7 +71,7 @@ def test_a_page_has_one_title(page) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_what_a_page_calls_is_there(page) -> None:
-    """Suites and benchmarks that print a figure."""
+    """Suites and benchmarks that print a figure exist."""
     text = page.read_text()
     for name in re.findall(r"`\./dev bench (\w+)", text):
         assert (ROOT / f"bench/{name}.py").exists(), name
@@ -100,7 +100,7 @@ def test_every_value_of_a_label_is_explained(page, label) -> None:
 
 
 def test_pages_that_a_message_names_come_with_the_package() -> None:
-    """Whoever has the package has no checkout to look into."""
+    """A user of the package has no checkout to look into."""
     sources = [*(ROOT / "fgpu_ebpf").rglob("*.py"), *(ROOT / "shim").rglob("*.[ch]"), *(ROOT / "oci").glob("*.c")]
     named = {page for path in sources for page in re.findall(r"\bdocs/(\w+)\.md", path.read_text(encoding="utf-8"))}
     build = (ROOT / "deploy/debian/build").read_text(encoding="utf-8")
@@ -125,7 +125,7 @@ def test_what_is_said_of_others_says_where_they_say_it() -> None:
 
 
 def texts(node: ast.expr, around: ast.AST) -> Iterator[str]:
-    """What an expression is made of: constants, also those that a name was given in the same function or module."""
+    """Yield the texts of an expression: constants, also those that a name has in the same function or module."""
     for part in ast.walk(node):
         if isinstance(part, ast.Constant) and isinstance(part.value, str):
             yield part.value
@@ -136,7 +136,7 @@ def texts(node: ast.expr, around: ast.AST) -> Iterator[str]:
 
 
 def failures() -> Iterator[tuple[str, str]]:
-    """The name of every check that may fail, and the words of its mend."""
+    """Yield the name of every check that may fail, with the words of its fix."""
     for module in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(module.read_text())
         for function in ast.walk(tree):

@@ -1,8 +1,8 @@
-"""The quick start, typed: each command of its ```console blocks in turn, and what it prints beside what the page shows.
+"""The quick start, typed: each command of its ```console blocks is run, and its output is compared with the page.
 
-What cannot be done here is left out, and has a test of its own: the demo (`test_demo_holds`), packages and systemd
-(`tests/packages`). Replaced is NVIDIA's part of `docker run --gpus`, and where Docker of the tests has its settings.
-Whoever types is in no group yet: what is root's wants `sudo`.
+Steps that cannot be done here are left out and have their own tests: the demo (`test_demo_holds`), packages and systemd
+(`tests/packages`). Replaced are NVIDIA's part of `docker run --gpus`, and the path of Docker's settings. The user is in
+no group yet, so that commands of root need `sudo`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PAGE = ROOT / "docs/quickstart.md"
 ABSENT = ("./dev demo", "./dev package", "apt-get", "systemctl enable")
 ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 BLOCK = re.compile(r'^```(?:yaml title="(.+?)"\n(.*?)|console\n(.*?))^```', re.MULTILINE | re.DOTALL)
-# Commands of this host that are found first; each is a shell's.
+# Commands of this host that are found first. Each is a shell script.
 SUDO = 'BY_SUDO=yes; export BY_SUDO; exec "$@"'
 ASKS = '[ "${BY_SUDO:-}" ] || { echo "$0: root alone may, or a group that nobody is in yet" >&2; exit 1; }'
 SYSTEMCTL = '[ "$*" = "reload docker" ] && kill -HUP "$(cat {pid})"'
-# The settings are not where Docker has them as a rule, and tenants' cgroups are where the agent sees them.
+# The settings are not at Docker's usual path, and tenants' cgroups are where the agent sees them.
 FGPU = """
 case $1 in
 setup) exec {fgpu} "$@" --file {settings} ;;
@@ -39,7 +39,7 @@ run) exec nsenter --target={outside} --mount {fgpu} "$@" ;;
 *) exec {fgpu} "$@" ;;
 esac
 """
-# `--gpus all` brings the simulated driver as NVIDIA's toolkit brings the real one.
+# `--gpus all` mounts the simulated driver as NVIDIA's toolkit mounts the real one.
 DOCKER = """
 for word; do
     shift
@@ -58,7 +58,7 @@ GPUS = [
 
 
 def steps(text: str) -> list[tuple[str, str]]:
-    """The commands of a page and what each prints; a block that is titled with a file's name is a file to write."""
+    """Return the commands of a page and the output of each. A block with a file's name as title is a file to write."""
     found = []
     for path, content, session in BLOCK.findall(text):
         if path:
@@ -71,7 +71,7 @@ def steps(text: str) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def words(docker: engines.Engine, service: Service, tmp_path: Path) -> list[str]:
-    """What runs a line as it is typed on this host."""
+    """Return the command line that runs a typed line on this host."""
     programs = {
         "sudo": SUDO,
         "systemctl": SYSTEMCTL.format(pid=docker.work / "pid"),
@@ -93,7 +93,7 @@ def words(docker: engines.Engine, service: Service, tmp_path: Path) -> list[str]
 
 
 def typed(words: list[str], command: str) -> str:
-    """What a command prints; a failure is one of the page."""
+    """Return the output of a command. A failure is an error of the page."""
     done = subprocess.run([*words, command], cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
     return done.stdout

@@ -43,7 +43,7 @@ def test_every_metric_that_dashboards_ask_for_is_shown(shown: dict[str, str]) ->
 
 
 def keys(schema: object) -> set[str]:
-    """Every key that a schema knows."""
+    """Return every key of a schema."""
     found: set[str] = set()
     if isinstance(schema, dict):
         found |= set(schema.get("properties", ()))

@@ -1,4 +1,4 @@
-"""The built site: whole, in one piece, and nobody else is asked for any of it."""
+"""Tests of the built site: it is complete, and it needs nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.host import ROOT
 
-# What a browser fetches by itself, when it shows a page.
+# What a browser fetches by itself when it shows a page.
 FETCHED = {
     "script": "src", "img": "src", "iframe": "src", "source": "src", "embed": "src", "object": "data", "use": "href",
     "image": "href", "link": "href",
@@ -21,7 +21,7 @@ STYLE = re.compile(r"(?:url\(|@import\s+)[\"']?([^\"')\s]+)")
 
 
 class Page(HTMLParser):
-    """What a page fetches, where it leads, and what can be led to in it."""
+    """The addresses that a page fetches and links to, and its anchors."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Page(HTMLParser):
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Called by the parser."""
+        """Collect a tag, as the parser calls it."""
         found = {name: value or "" for name, value in attrs}
         self.ids.add(found.get("id", ""))
         self.classes |= set(found.get("class", "").split())
@@ -45,7 +45,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages(site: Path) -> dict[Path, Page]:
-    """Every page, by its file."""
+    """Return every page, by its file."""
     return {path: Page(path) for path in sorted(site.rglob("*.html"))}
 
 
@@ -66,13 +66,13 @@ def test_nobody_else_is_asked(site: Path, pages: dict[Path, Page]) -> None:
 
 
 def test_no_page_has_what_the_theme_fetches_code_for(pages: dict[Path, Page]) -> None:
-    """Its script has the addresses of others for diagrams, and for counts of a repository; none is wanted."""
+    """The theme's script has addresses of other hosts for diagrams and repositories. No page needs them."""
     for path, page in pages.items():
         assert not page.classes & {"mermaid", "md-source"}, path
 
 
 def test_links_lead_somewhere(site: Path, pages: dict[Path, Page]) -> None:
-    """Those within the site, with their anchors: mkdocs does not look at what hooks and the theme have made."""
+    """Links within the site, with their anchors, exist. mkdocs does not check what hooks and the theme have made."""
     for path, page in pages.items():
         for link in page.links:
             parts = urlsplit(link)
@@ -97,7 +97,7 @@ def test_pictures_are_small_and_their_text_is_text(site: Path) -> None:
 
 
 def test_what_a_search_finds(site: Path) -> None:
-    """Generated parts too."""
+    """Generated parts are found too."""
     index = (site / "search/search_index.json").read_text()
     for word in ("fgpu_memory_refused_total", "matchExpressions", "--pidns", "fgpu doctor"):
         assert word in index, word

@@ -1,5 +1,5 @@
-"""The host of tests/e2e/test_combinations_anew.py: tenants under all features at once, which can be ended and started
-again, and builds of fgpu to go to.
+"""The host of tests/e2e/test_combinations_anew.py: tenants with all features at once, which can be stopped and started
+again, and builds of fgpu to change to.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NEWER = "9.9.9"
 
 @dataclass(kw_only=True)
 class Host(World):
-    """Everything that a fault of this file needs; `work`: a folder for its files."""
+    """A host with everything that a fault of this file needs; `work`: a folder for its files."""
 
     group: Cgroups
     docker: Docker
@@ -41,7 +41,7 @@ class Host(World):
         return self.work / "store"
 
     def held(self) -> dict[str, Held]:
-        """The columns whose running program is at a limit that is enforced."""
+        """Return the columns whose running program is at an enforced limit."""
         special = (Denied, Observed, Orphaned)
         return {name: one for name, one in self.columns.items() if not isinstance(one, special)}
 
@@ -64,9 +64,7 @@ class Host(World):
 
     @contextmanager
     def preloading(self, shim: Path) -> Iterator[None]:
-        """Programs that start in the cgroups meanwhile have this shim, as those of `fgpu run` have; a container keeps
-        the shim that it was started with.
-        """
+        """Start programs in the cgroups with this shim, as `fgpu run` does. A container keeps the shim of its start."""
         tenants = [one.tenant for name, one in self.columns.items() if name != "by label"]
         for tenant in tenants:
             tenant.client = partial(tenant.client, before=f"env LD_PRELOAD={shim}")
@@ -117,7 +115,7 @@ def is_tenant(tenant: Tenant) -> bool:
 
 
 def assert_unlimited_by_hand(tenant: Tenant) -> None:
-    """A program gets more than the limit that was set by hand on the cgroup before this one."""
+    """Check that a program gets more than the limit that was set on the cgroup before this one."""
     client = tenant.client()
     client.ok("device 0")
     client.ok(f"alloc {LIMIT}")
@@ -128,7 +126,7 @@ def assert_unlimited_by_hand(tenant: Tenant) -> None:
 
 
 def newer_build(work: Path) -> Version:
-    """This tree's fgpu as a later version: another number, other BPF programs and another shim, the same layout."""
+    """Build this tree's fgpu as a later version: another number, BPF programs and shim, with the same layout."""
     newer = version(work, 0)
     site = work / "site/fgpu_ebpf"
     (site / "__init__.py").write_text(f'__version__ = "{NEWER}"\n')

@@ -65,7 +65,7 @@ class Timed(Held):
 
 
 class Denied(Held):
-    """Its limit does not fit beside the others: it gets nothing."""
+    """A tenant whose limit does not fit beside the others: it gets nothing."""
 
     def check(self, lost: int = -1) -> None:
         """Check that neither its program nor one that starts gets memory."""
@@ -87,7 +87,7 @@ class Observed(Held):
 
 
 class Orphaned(Held):
-    """A child has the descriptors of a process that has ended, so the driver keeps its memory: it stays charged."""
+    """A tenant whose exited process left a child with its descriptors: the driver keeps the memory, charged."""
 
     def check(self, lost: int = -1) -> None:
         """Check that the memory is charged to the tenant of that process, as orphaned."""
@@ -145,7 +145,7 @@ def column(feature: str, tenant: Tenant) -> Held:
 
 
 def orphaned(tenant: Tenant) -> Held:
-    """A program of the tenant has ended, and its child has not."""
+    """End a program of the tenant, but not its child."""
     first, other = filled(tenant).client, tenant.client()
     first.ok("linger")
     first.kill()

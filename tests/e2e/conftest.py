@@ -1,4 +1,4 @@
-"""One simulated driver and one agent for the whole suite; every test leaves them as it found them."""
+"""One simulated driver and one agent for the whole suite. Every test leaves both as it found them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLACES = ["host", *(["crun"] if shutil.which("crun") else []), "runc"]
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With the traceback of what failed stand the last lines of the agent's log."""
+    """Add the last lines of the agent's log to the traceback of a failed test."""
     report = yield
     service = getattr(item, "funcargs", {}).get("service")
     if report.failed and service and hasattr(report.longrepr, "addsection"):
@@ -53,14 +53,14 @@ def service(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="session")
 def versions(programs: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[layout_kit.Version, layout_kit.Version]:
-    """This version, and one whose layout of pages is the next."""
+    """Return this version, and a version with the next layout of pages."""
     work = tmp_path_factory.mktemp("versions")
     return layout_kit.version(work / "this", 0), layout_kit.version(work / "next", 1)
 
 
 @pytest.fixture
 def unharmed(service: Service) -> Iterator[None]:
-    """Agent and gatekeeper stand; after the test they still do, and no process is left in the ledger or the driver."""
+    """Check that agent and gatekeeper run before and after the test, and that ledger and driver are empty."""
     service.stand()
     yield
     service.check()
@@ -75,7 +75,7 @@ def unharmed(service: Service) -> Iterator[None]:
 
 @pytest.fixture
 def strict(service: Service, unharmed: None) -> Iterator[Service]:
-    """The agent refuses what does not fit on a device."""
+    """Restart the agent so that it refuses limits that do not fit on a device."""
     said = service.config.read_text()
     service.config.write_text(said.replace("overcommit: allow", "overcommit: forbid"))
     service.kill_agent()
@@ -88,32 +88,32 @@ def strict(service: Service, unharmed: None) -> Iterator[Service]:
 
 @pytest.fixture
 def feature_places(strict: Service, tmp_path: Path) -> Iterator[tuple[Cgroups, Docker]]:
-    """The places of the tenants of `columns`."""
+    """Return the places of the tenants of `columns`."""
     with combination_kit.made_places(strict, tmp_path) as places:
         yield places
 
 
 @pytest.fixture
 def columns(feature_places: tuple[Cgroups, Docker]) -> dict[str, Held]:
-    """The columns of the table of combinations, by feature, as the table names it."""
+    """Return the columns of the table of combinations, by the names of features in the table."""
     return combination_kit.held(combination_kit.started(*feature_places))
 
 
 def order(fault: str) -> None:
-    """The simulated driver behaves like this from now on."""
+    """Set the faults of the simulated driver from now on."""
     subprocess.run([SIM / "fgpu-simd", "--fault", fault], check=True, timeout=10)
 
 
 @pytest.fixture
 def fault(unharmed: None) -> Iterator[Callable[[str], None]]:
-    """Faults of the driver, which end with the test."""
+    """Return a function that sets faults of the driver, which end with the test."""
     yield order
     order("reset")
 
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest, unharmed: None, tmp_path: Path) -> Iterator[Place]:
-    """Where tenants live; which one is the test's parameter. None of their cgroups is left."""
+    """Return where tenants live, by the test's parameter. Afterwards none of their cgroups is left."""
     place = place_of(request.param, tmp_path)
     yield place
     place.close()
@@ -121,7 +121,7 @@ def place(request: pytest.FixtureRequest, unharmed: None, tmp_path: Path) -> Ite
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test with a `place` runs in each of them, or in those that its mark `places` names; quick: in the last."""
+    """Run each test with a `place` in every place, or in those of its mark `places`; a quick run uses only the last."""
     if "place" not in metafunc.fixturenames:
         return
     mark = metafunc.definition.get_closest_marker("places")
@@ -133,13 +133,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def tenant(place: Place) -> Callable[[int], Tenant]:
-    """Makes tenants in the place of the test."""
+    """Return a function that makes tenants in the place of the test."""
     return place.tenant
 
 
 @pytest.fixture(scope="session")
 def spin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The benchmark's program."""
+    """Build the benchmark's program."""
     source, out = Path(__file__).parents[2] / "bench/programs/spin.c", tmp_path_factory.mktemp("spin") / "spin"
     flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
     subprocess.run(["gcc", *flags, "-o", out, source, "-ldl"], check=True, timeout=60)
@@ -161,7 +161,7 @@ def start(spin: Path, unharmed: None) -> Iterator[Callable[..., Spin]]:
 
 @pytest.fixture
 def write(service: Service, unharmed: None) -> Iterator[Write]:
-    """Writes one policy file, and returns when it is in force."""
+    """Return a function that writes one policy file, and returns when the policy is in force."""
 
     def put(rest: str, name: str = "test", selector: str = f'{{cgroup: ["{GROUP}/*"]}}', file: str = "50.yaml") -> None:
         before = reloads()

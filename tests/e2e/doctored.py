@@ -1,6 +1,6 @@
-"""Libraries that a tenant has made of the driver's: other names for its functions, as a loader takes them.
+"""Copies of the driver's libraries as a tenant may make them: functions have other names, and loaders accept the file.
 
-Owns: the format, as much of it as renaming exported functions takes.
+It knows as much of the format as renaming exported functions needs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _SYMBOL_BYTES = 24
 
 
 def with_other_names(library: bytes, names: Mapping[str, str]) -> bytes:
-    """The library with these exported functions under other names, which are no longer."""
+    """Return the library with these exported functions renamed. New names are not longer than old ones."""
     text = bytearray(library)
     tables = _dynamic(text)
     strings, symbols, table = (_offset(text, tables[tag]) for tag in (_STRTAB, _SYMTAB, _GNU_HASH))
@@ -43,7 +43,7 @@ def _offset(text: bytes, address: int) -> int:
 
 
 def _count(text: bytes, table: int, buckets: int, first: int, words: int) -> int:
-    """How many dynamic symbols there are: the last chain ends with the last of them."""
+    """Return the number of dynamic symbols: the last chain ends with the last symbol."""
     at = table + 16 + words * 8
     last = max(struct.unpack_from(f"<{buckets}I", text, at))
     while not struct.unpack_from("<I", text, at + 4 * (buckets + last - first))[0] & 1:
@@ -56,7 +56,7 @@ def _name(text: bytes, at: int) -> bytes:
 
 
 def _hash_anew(text: bytearray, table: int, first: int, words: int, names: list[bytes]) -> None:
-    """One bucket with all of them, in place of many: no more room than before."""
+    """Replace the hash table by one with a single bucket, which takes no more room."""
     struct.pack_into("<I", text, table, 1)
     text[table + 16 : table + 16 + words * 8] = b"\xff" * (words * 8)
     chain = [_hash(name) & ~1 for name in names]

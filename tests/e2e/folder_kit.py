@@ -12,7 +12,7 @@ from tests.support.tenant import Tenant
 
 
 class CgroupFolder(Place):
-    """Cgroups in a folder of that name, made by hand, with the shim and without a limit of their own."""
+    """Cgroups in a folder of that name, made directly, with the shim and without limits of their own."""
 
     def __init__(self, work: Path, name: str) -> None:
         super().__init__(work)

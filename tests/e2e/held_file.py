@@ -1,8 +1,9 @@
-"""A file whose last close takes as long as a test wants, as a driver's does in a process that ends.
+"""A file whose last close takes as long as a test wants, as a driver's file does in a process that exits.
 
-It is the root of a FUSE mount. The kernel waits for the answer to a flush, whoever is killed: the process that closes
-the file is past all signals then, and its pidfd silent. The server is a program of its own (`held_file.py PATH`): a
-thread could not answer while its process forks. When it ends, nobody is held any more.
+It is the root of a FUSE mount. The kernel waits for the answer to a flush, even if the closing process is killed: at
+that point the process takes no more signals, and its pidfd reports nothing. The server is a separate program
+(`held_file.py PATH`), because a thread could not answer while its process forks. When the server exits, all closes
+return.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ANSWERS = {
 
 
 class HeldFile:
-    """`path` is a file; once `hold` was called, whoever closes it stays in that until the end of the `with`."""
+    """A file at `path`. After a call of `hold`, a process that closes the file blocks until the end of the `with`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +45,7 @@ class HeldFile:
         assert self._hears("holding", 10)
 
     def has_somebody(self, seconds: float) -> bool:
-        """Within so long somebody is in a close."""
+        """Return whether a process blocks in a close within this time."""
         return self._hears("held", seconds)
 
     def _hears(self, word: str, seconds: float) -> bool:
@@ -95,7 +96,7 @@ def _serve(path: str) -> None:
         if 0 in ready:
             if not os.read(0, _ROOM):
                 ctypes.CDLL(None).umount2(os.fsencode(path), _DETACH)
-                return  # whoever is held gets an error, and goes on
+                return  # a blocked close returns an error, and its process continues
             is_holding = True
             _say("holding")
 

@@ -25,7 +25,7 @@ class Held:
     last: dict[int, int] = field(default_factory=dict)
 
     def check(self, lost: int = -1) -> None:
-        """Not a byte more or less on each device but a lost one; a program that starts gets nothing."""
+        """Check the exact bytes on each device, except for a lost one, and that a new program gets nothing."""
         left = {device: bytes_ for device, bytes_ in self.bytes.items() if device != lost}
         for device, bytes_ in left.items():
             self._check(device, bytes_)
@@ -44,7 +44,7 @@ class Held:
         assert self.tenant.driver_by_device()[device] == bytes_
 
     def ledger(self, lost: int = -1) -> dict[int, int]:
-        """Bytes that are charged, by device."""
+        """Return the charged bytes by device."""
         return {
             d["gpu"]: d["used_bytes"] for d in self.tenant.view()["devices"] if d["used_bytes"] and d["gpu"] != lost
         }

@@ -1,4 +1,4 @@
-"""fgpu with another layout of its pages: a copy of the package, of its programs and of its shim."""
+"""A version of fgpu with another layout of its pages: a copy of the package, of its programs and of its shim."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Version:
     shim: Path
 
     def start(self, service: Service, store: Path) -> None:
-        """Its agent, with the shim in that store; returns when limits are in force."""
+        """Start its agent, with the shim in that store. Returns when limits are in force."""
         before, service.command = service.command, self.command
         try:
             service.start_agent(None, "--shim", str(self.shim), "--store", str(store))
@@ -38,7 +38,7 @@ class Version:
 
 
 def version(work: Path, ahead: int) -> Version:
-    """A copy of this tree's fgpu in `work`, its layout `ahead` of this tree's by so many numbers."""
+    """Copy this tree's fgpu to `work`, with the number of the layout raised by `ahead`."""
     site, sources = work / "site", work / "sources"
     shutil.copytree(ROOT / "fgpu_ebpf", site / "fgpu_ebpf", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("bpf", "shim"):
@@ -53,7 +53,7 @@ def version(work: Path, ahead: int) -> Version:
 
 
 def shim(sources: Path, ahead: int) -> Path:
-    """The shim of that layout."""
+    """Build the shim of that layout."""
     if not ahead:
         return SHIM
     out = sources.parent / "shim"
@@ -63,13 +63,13 @@ def shim(sources: Path, ahead: int) -> Path:
 
 
 def replace(file: Path, old: str, new: str) -> None:
-    """In one place, which must be there."""
+    """Replace the only occurrence of a text."""
     text = file.read_text()
     assert text.count(old) == 1, (file, old)
     file.write_text(text.replace(old, new))
 
 
 def change(service: Service, to: Version, store: Path, how: signal.Signals) -> None:
-    """The agent ends, and that of another version starts."""
+    """End the agent, and start that of another version."""
     service.kill_agent(how)
     to.start(service, store)

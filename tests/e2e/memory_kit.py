@@ -1,4 +1,4 @@
-"""A cgroup of the memory controller for agent and gatekeeper, of whichever version the host has it in."""
+"""A cgroup of the memory controller for agent and gatekeeper, in whichever version of cgroups the host has it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NO_LIMIT = {True: "max", False: "-1"}
 
 
 class MemoryGroup:
-    """Processes that are started within `entered` are in it. Version 2 throttles at `memory.high`; version 1, which
-    has no such file, lets them stand still at their limit while the out-of-memory killer is off.
+    """A cgroup. Processes that are started within `entered` are in it. Version 2 throttles at `memory.high`. Version 1
+    has no such file: it blocks processes at their limit while the out-of-memory killer is off.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class MemoryGroup:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """What this process starts meanwhile begins in the cgroup; what it takes meanwhile is charged there."""
+        """Move this process into the cgroup. Its children and its memory are charged there meanwhile."""
         before = Path("/proc/self/cgroup").read_text().splitlines()
         mine = next(line.split(":", 2) for line in before if line.split(":")[1] == ("" if self.is_v2 else "memory"))
         (self.path / "cgroup.procs").write_text(str(os.getpid()))
@@ -44,15 +44,15 @@ class MemoryGroup:
             (self._parent / mine[2].lstrip("/") / "cgroup.procs").write_text(str(os.getpid()))
 
     def leave(self, pid: int) -> None:
-        """This process is out of it; what it has stays charged here."""
+        """Move a process out of the cgroup. Its memory stays charged here."""
         (self._parent / "cgroup.procs").write_text(str(pid))
 
     def pids(self) -> set[int]:
-        """Processes in it."""
+        """Return the processes in it."""
         return set(map(int, (self.path / "cgroup.procs").read_text().split()))
 
     def waits(self) -> int:
-        """How often one of them needed a page and met the limit."""
+        """Return how often a process in it needed a page and met the limit."""
         if not self.is_v2:
             return int((self.path / "memory.failcnt").read_text())
         events = dict(line.split() for line in (self.path / "memory.events").read_text().splitlines())
@@ -62,7 +62,7 @@ class MemoryGroup:
         return int((self.path / ("memory.current" if self.is_v2 else "memory.usage_in_bytes")).read_text())
 
     def throttle(self) -> None:
-        """From now on they have less memory than they need."""
+        """Give its processes less memory than they need."""
         if self.is_v2:
             (self.path / "memory.high").write_text(str(self._usage() // 2))
             return
@@ -70,8 +70,8 @@ class MemoryGroup:
         self._limit_v1(MIB // 4)
 
     def kill(self) -> None:
-        """From now on one that needs a page more is killed by the kernel. Said again, it takes back what they have
-        freed since: with that to spare, they might never need a page more.
+        """Let the kernel kill the next process that needs another page. A second call takes away pages that processes
+        have freed since, because with spare pages they might never need another one.
         """
         if self.is_v2:
             (self.path / "memory.max").write_text(str(MIB))
@@ -80,13 +80,13 @@ class MemoryGroup:
         self._limit_v1(MIB // 4, PAGE)
 
     def has_killed(self, pids: set[int], where: Callable[[], set[int]]) -> bool:
-        """None of these is left of those that live; whoever lives is left no page to spare."""
+        """Return whether all of these processes have been killed. Processes that still live are left no spare page."""
         if pids & where():
             self.kill()
         return not pids & where()
 
     def _limit_v1(self, *steps: int) -> None:
-        """Set the least limit that the kernel takes: it refuses a limit below what cannot be reclaimed.
+        """Set the lowest limit that the kernel accepts: it refuses a limit below what cannot be reclaimed.
 
         Args:
             steps: bytes by which the limit falls; the last step is how much memory may be left to spare.
@@ -97,14 +97,14 @@ class MemoryGroup:
                     (self.path / "memory.limit_in_bytes").write_text(str(limit))
 
     def release(self) -> None:
-        """They have all the memory that they want."""
+        """Remove the limit."""
         for name in ("memory.high", "memory.max") if self.is_v2 else ("memory.limit_in_bytes",):
             (self.path / name).write_text(NO_LIMIT[self.is_v2])
-        if not self.is_v2:  # wakes up what waits for memory once more: a process may have begun to wait meanwhile
+        if not self.is_v2:  # wakes up waiting processes once more, because a process may have begun to wait meanwhile
             (self.path / "memory.oom_control").write_text("0")
 
     def close(self) -> None:
-        """Everything has left it, or ended."""
+        """Remove the cgroup, which has no processes any more."""
         self.release()
         for pid in self.pids():
             self.leave(pid)
@@ -118,7 +118,7 @@ class MemoryGroup:
 
 @contextlib.contextmanager
 def questions() -> Iterator[None]:
-    """Asks agent and gatekeeper without pause, so that both need memory; no answer is waited for."""
+    """Send requests to agent and gatekeeper without pause, so that both need memory. No answer is waited for."""
     ended = threading.Event()
     threads = [threading.Thread(target=_ask, args=(ended, *which)) for which in DOORS]
     for thread in threads:

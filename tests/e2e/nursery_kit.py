@@ -1,5 +1,5 @@
-"""Agents and gatekeepers in the place of the service's: forked, so that they begin at once, and ended at a point that
-tests/failpoints.py puts in, or somewhere in their start.
+"""Agents and gatekeepers in place of the service's. They are forked, so that they begin at once, and killed at a point
+that tests/failpoints.py adds, or at any moment of their start.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ FAILPOINTS = ROOT / "tests/failpoints.py"
 
 
 def listens() -> bool:
-    """A gatekeeper does."""
+    """Return whether a gatekeeper listens."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         return sock.connect_ex(f"{RUN_DIR}/shim/shim.sock") == 0
 
 
 def answers() -> bool:
-    """An agent does, whose limits are in force."""
+    """Return whether an agent answers and its limits are in force."""
     with contextlib.suppress(OSError, ValueError):
         return bool(ask(verb="ping"))
     return False
 
 
 class Nursery:
-    """The process that they are forked from."""
+    """The process that agents and gatekeepers are forked from."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
     def ask(self, what: object) -> Any:
-        """One line to it, its answer."""
+        """Send one line to the process, and return its answer."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(json.dumps(what) + "\n")
@@ -54,7 +54,7 @@ class Nursery:
 
 
 class Child:
-    """An agent or a gatekeeper; of subprocess.Popen it has what tests need."""
+    """An agent or a gatekeeper, with as much of subprocess.Popen as tests need."""
 
     def __init__(self, nursery: Nursery, point: str, program: str, *words: str | Path) -> None:
         self._nursery = nursery
@@ -62,19 +62,19 @@ class Child:
         self.pid: int = nursery.ask([point, program, *map(str, words)])
 
     def poll(self) -> int | None:
-        """How it has ended; None: it lives."""
+        """Return the exit status; None: the process runs."""
         if self._ended is None:
             self._ended = self._nursery.ask(self.pid)
         return self._ended
 
     def wait(self, seconds: float) -> int:
-        """Its end, and how it was."""
+        """Wait for the process, and return its exit status."""
         eventually(lambda: self.poll() is not None, seconds, f"the end of {self.pid}")
         assert self._ended is not None
         return self._ended
 
     def kill(self) -> None:
-        """kill -9, if it lives."""
+        """Kill the process with SIGKILL, if it runs."""
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
             self.wait(30)
@@ -87,10 +87,10 @@ class Children:
         self._nursery, self._service = nursery, service
         self._agent: Child | None = None
         self._gatekeeper: Child | None = None
-        self._seconds = {"agent": 0.2, "gatekeeper": 0.1}  # that a start takes
+        self._seconds = {"agent": 0.2, "gatekeeper": 0.1}  # seconds that a start takes
 
     def begin(self, program: str, point: str = "", *options: str | Path) -> Child:
-        """One that will end there; no point: nowhere."""
+        """Start a program that is killed at this point; without a point, it is not killed."""
         if program == "gatekeeper":
             return Child(self._nursery, point, program, "--run-dir", RUN_DIR)
         files = ("--config", self._service.config, "--policies", self._service.policies)
@@ -98,7 +98,7 @@ class Children:
         return Child(self._nursery, point, program, *where, *files, *options)
 
     def start(self, program: str = "agent", point: str = "") -> Child:
-        """The same; returns when it answers. An agent has its gatekeeper then, and limits are in force."""
+        """Start a program, and return when it answers. For an agent, a gatekeeper runs then and limits are in force."""
         if program == "agent" and not listens():
             self.start("gatekeeper")
         begun, child = time.monotonic(), self.begin(program, point)
@@ -114,25 +114,25 @@ class Children:
         return child
 
     def start_and_kill(self, program: str) -> None:
-        """kill -9 somewhere in its start."""
+        """Kill a program with SIGKILL at a random moment of its start."""
         child = self.begin(program)
         time.sleep(random.uniform(0, self._seconds[program]))
         child.kill()
 
     def kill_agent(self) -> None:
-        """kill -9."""
+        """Kill the agent with SIGKILL."""
         assert self._agent
         self._agent.kill()
 
     def kill_gatekeeper(self) -> None:
-        """kill -9, whosever it is."""
+        """Kill every gatekeeper with SIGKILL."""
         if self._gatekeeper and self._gatekeeper.poll() is None:
             self._gatekeeper.kill()
         else:
             self._service.kill_gatekeeper()
 
     def end(self) -> None:
-        """None of them is left."""
+        """Kill all of them."""
         for child in (self._agent, self._gatekeeper):
             if child:
                 child.kill()
@@ -140,7 +140,7 @@ class Children:
 
 @contextlib.contextmanager
 def children_of(service: Service) -> Iterator[Children]:
-    """What they say comes into the service's log; who still lives ends with it."""
+    """Yield children whose output goes to the service's log. Children that still run are killed afterwards."""
     command = [sys.executable, FAILPOINTS]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with open(service.log, "ab") as log:

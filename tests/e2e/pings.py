@@ -1,4 +1,4 @@
-"""How long the agent takes for a reply while a test does something else."""
+"""A measurement of the agent's reply times while a test does something else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PAUSE_SECONDS = 0.02
 
 
 class Pings:
-    """Asks the agent by its control socket, in a thread of its own, inside a `with`."""
+    """A thread that sends requests to the agent's control socket inside a `with`."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -33,7 +33,7 @@ class Pings:
         self._thread.join()
 
     def p99(self) -> float:
-        """Seconds within which 99 of 100 replies came."""
+        """Return the seconds within which 99 of 100 replies came."""
         return sorted(self.seconds)[len(self.seconds) * 99 // 100]
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""NVML says nothing, of processes or at all: limits hold on, charges stay, and the books are exact again after it."""
+"""NVML fails for processes or completely: limits hold, charges stay, and the ledger is exact again afterwards."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_charges_stay_while_nvml_is_blind(service: Service, fault: Callable[[str
     assert client.do(f"alloc {20 * MIB}") == REFUSED
     client.ok(f"free {kept}")
     eventually(lambda: one.memory()["used_bytes"] == CONTEXT + 40 * MIB == one.driver(), 2, "what was freed")
-    late = one.client()  # nobody but the probes sees it
+    late = one.client()  # only the probes see it
     assert late.do("context") == REFUSED, "a context beyond the limit"
     service.check()
     fault("reset")
@@ -55,7 +55,7 @@ def test_how_long_nvml_has_said_nothing_is_shown(service: Service, fault: Callab
     fault("nvml-stall:9s")
     drift = "fgpu_memory_drift_bytes", frozenset({("tenant", one.name), ("gpu", "0")})
     eventually(lambda: metrics(metrics_page())[key] > 5.2, 8, "its age")
-    eventually(lambda: drift not in metrics(metrics_page()), 2, "no drift that nobody measured")
+    eventually(lambda: drift not in metrics(metrics_page()), 2, "no drift without a measurement")
     said = metrics(metrics_page())
     assert said["fgpu_memory_used_bytes", drift[1]] == CONTEXT
     fault("reset")

@@ -1,4 +1,4 @@
-"""T41 to T43: workloads that make cgroups, processes and hellos without number take nothing from their neighbours."""
+"""T41 to T43: workloads with very many cgroups, processes and hellos take nothing from their neighbours."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Folder(CgroupFolder):
     """The folder of these tests."""
 
     def make(self, number: int) -> None:
-        """So many cgroups of one workload, greedy/0 and so on."""
+        """Make this many cgroups of one workload: greedy/0, greedy/1, …"""
         for n in range(number):
             (self.root / f"greedy/{n}").mkdir(parents=True)
 
@@ -39,7 +39,7 @@ def folder(unharmed: None, tmp_path: Path) -> Iterator[Folder]:
 
 
 def levels_of_greedy() -> set[str]:
-    """Names below greedy of the cgroups that have a page; "" is greedy itself."""
+    """Return the names below greedy of the cgroups that have a page; "" is greedy itself."""
     paths = [t["path"] for t in ask(verb="snapshot")["tenants"] if t["path"].startswith(f"/{GROUP}/greedy")]
     return {path.removeprefix(f"/{GROUP}/greedy").lstrip("/") for path in paths}
 
@@ -53,7 +53,7 @@ def test_cgroups_without_number_leave_their_neighbour_its_limit(
     write: Write,
     folder: Folder,
 ) -> None:
-    """More cgroups than the kernel has pages for, inside one workload: what is beyond its bound gets no memory."""
+    """Cgroups of one workload beyond its bound get no memory, and other workloads keep their limits."""
     write("memory: {limit: 1GiB}", selector=NAMES)
     eventually(lambda: table("levels") == 0, 10, "none of another test")
     folder.make(4200)
@@ -94,7 +94,7 @@ def test_processes_of_four_cgroups_leave_their_neighbour_an_entry(
     folder: Folder,
     crowd: Callable[[Path, int], int],
 ) -> None:
-    """Each cgroup has less than a level may have; together they are one workload."""
+    """Four cgroups with fewer processes than a level may have count together as one workload."""
     write("memory: {limit: 1GiB}", selector=NAMES)
     folder.make(4)
     eventually(lambda: len([t for t in ask(verb="snapshot")["tenants"] if t["path"].startswith(f"/{GROUP}/")]) == 5)
@@ -111,7 +111,7 @@ def test_processes_of_four_cgroups_leave_their_neighbour_an_entry(
 
 @pytest.fixture
 def crowd() -> Iterator[Callable[[Path, int], int]]:
-    """crowd(cgroup, number): processes that only call the shim's question; they live until the end of the test."""
+    """Return crowd(cgroup, number), which starts processes that only make the shim's request, until the test ends."""
     made: list[tuple[subprocess.Popen[str], Path]] = []
 
     def make(cgroup: Path, number: int) -> int:
@@ -156,7 +156,7 @@ def test_a_user_without_a_limit_asks_from_cgroups_without_number(
     write: Write,
     folder: Folder,
 ) -> None:
-    """Of those that one user makes, the oldest are forgotten, so the table keeps room for cgroups with limits."""
+    """The oldest cgroups of one user are forgotten, so the table keeps room for cgroups with limits."""
     write("memory: {limit: 1GiB}", selector=NAMES)
     number = UNMANAGED + 300
     stranger = folder.root / "stranger"

@@ -1,4 +1,4 @@
-"""Ways around the shim, each in a program of its own: held all the same, or charged and named within a second."""
+"""Programs bypass the shim in various ways: their limit holds, or they are charged and named within a second."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMIT = CONTEXT + 400 * MIB
 
 
 def static(folder: Path) -> str:
-    """The same program with no loader that could preload anything; it loads the driver all the same."""
+    """Build the program without a dynamic loader, which could preload the shim. It still loads the driver."""
     source, out = Path(__file__).parents[1] / "programs/bypass.c", folder / "static"
     flags = ["-std=gnu11", "-static", "-w", f"-I{BUILD}/headers"]
     subprocess.run(["gcc", *flags, "-o", out, source], check=True, timeout=60)
@@ -30,14 +30,14 @@ def static(folder: Path) -> str:
 
 
 def private_copy(folder: Path) -> str:
-    """The driver's library where nobody knows it to be."""
+    """Copy the driver's library to a folder that fgpu does not know."""
     (folder / "copy").mkdir()
     shutil.copy(SIM / "lib/libcuda.so.1", folder / "copy/libcuda.so.1")
     return f"env -u LD_PRELOAD LD_LIBRARY_PATH={folder}/copy:{SIM}/lib {BYPASS} plain"
 
 
 def setuid(folder: Path) -> str:
-    """Its loader reads no variables."""
+    """Build a setuid program, whose loader ignores environment variables."""
     out = folder / "setuid"
     shutil.copy(BYPASS, out)
     os.chown(out, NOBODY, NOBODY)
@@ -64,7 +64,7 @@ TOLD = ("bypass", "adopted")
 
 
 def is_named(tenant: Tenant) -> bool:
-    """One of its processes is, in the metrics."""
+    """Return whether the metrics name the tenant's process."""
     return any(
         name == "fgpu_bypassing_processes" and ("tenant", tenant.name) in labels and value == 1
         for (name, labels), value in metrics().items()
@@ -72,7 +72,7 @@ def is_named(tenant: Tenant) -> bool:
 
 
 def assert_named(tenant: Tenant, client: Client) -> None:
-    """By tenant, pid and how, in metrics and events; all that it has is charged, and the tenant gets nothing more."""
+    """Check that metrics and events name the process, all memory is charged, and the tenant gets no more."""
     eventually(lambda: is_named(tenant), 3, "its name")
 
     def told() -> bool:
@@ -106,7 +106,7 @@ def test_a_way_around_the_shim_is_held_or_named(service: Service, tenant, tmp_pa
 @pytest.mark.timed
 @pytest.mark.places("cgroups")
 def test_an_admission_that_is_never_settled_hides_no_memory(service: Service, tenant) -> None:
-    """Its process is never between two calls, and what it takes then no probe sees."""
+    """The process is never between two calls, so no probe sees what it allocates meanwhile."""
     one = tenant(GIB)
     one.assert_enforced()
     client = Bypass(one, "unsettled", RAW)

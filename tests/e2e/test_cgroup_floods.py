@@ -1,4 +1,4 @@
-"""T46: a workload makes and removes cgroups without number; the agent goes on to serve the others."""
+"""T46: a workload makes and removes very many cgroups, and the agent still serves the others."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def ready(*command: object) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def crowd(tmp_path: Path) -> Iterator[None]:
-    """Processes of user 65534 whose mappings take long to read."""
+    """Start processes of user 65534 whose mappings take long to read."""
     file = tmp_path / "mapped"
     file.write_bytes(bytes(3 * 4096))
     file.chmod(0o644)
@@ -100,7 +100,7 @@ def test_a_flood_of_one_workload_beside_mappings_without_number_delays_no_other(
     crowd: None,
     scale: Callable[..., int],
 ) -> None:
-    """The kernel tells so many events of one workload, the agent looks at its cgroups again in slices."""
+    """The kernel reports a limited number of events of one workload, and the agent scans its cgroups in slices."""
     write(f"memory: {{limit: {LIMIT // GIB}GiB}}", selector=f'{{cgroup: ["{GROUP}/neighbour-*"]}}')
     (folder.root / "neighbour-live").mkdir()
     live = folder.start("neighbour-live")

@@ -22,7 +22,7 @@ MARKS = 99  # of all scenarios
 
 
 def scenarios() -> list[str]:
-    """All that the benchmark has."""
+    """Return all scenarios of the benchmark."""
     text = (ROOT / "bench/charged.py").read_text(encoding="utf-8")
     (table,) = [node.value for node in ast.parse(text).body if _is_named(node, "SCENARIOS")]
     return [name for names in ast.literal_eval(table).values() for name in names]
@@ -33,7 +33,7 @@ def _is_named(node: ast.stmt, name: str) -> bool:
 
 
 def bench(*names: str) -> str:
-    """The command as a user types it, beside a driver and an agent of its own; what it prints."""
+    """Run the command as a user types it, beside its own driver and agent. Return its output."""
     command = [*IN_A_WORLD, "./dev", "bench", "charged", *names]
     environment = {**os.environ, "FGPU_DEV_ALONE": "1"}  # the tests have what a host has one of
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""Tenants that come and go by the thousand, with names of their own choosing: nothing of them stays."""
+"""Thousands of short-lived tenants with names of their own choosing: nothing of them is left."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ spec:
 
 @pytest.fixture
 def parent(service: Service, unharmed: None) -> Iterator[Path]:
-    """A cgroup in which every other one is a tenant."""
+    """Return a cgroup in which every child cgroup is a tenant."""
     folder = cgroup_root() / "fgpu-churn"
     folder.mkdir()
     (service.policies / "churn.yaml").write_text(POLICY)
@@ -52,7 +52,7 @@ def parent(service: Service, unharmed: None) -> Iterator[Path]:
 
 
 def say_hello(cgroup: Path) -> None:
-    """A process in the cgroup that is greeted, or not, and ends."""
+    """Run a process in the cgroup that says hello, gets an answer or not, and exits."""
     child = os.fork()
     if not child:
         with contextlib.suppress(BaseException):
@@ -67,7 +67,7 @@ def say_hello(cgroup: Path) -> None:
 
 
 def fill(cgroup: Path) -> None:
-    """A program in the cgroup that takes memory until it is refused."""
+    """Run a program in the cgroup that allocates memory until it is refused."""
     command = f'echo $$ >"$1/cgroup.procs" && exec {BUILD}/examples/fill --step 8MiB'
     environment = {**ENVIRONMENT, "LD_PRELOAD": str(SHIM)}
     done = subprocess.run(["sh", "-c", command, "sh", cgroup], env=environment, capture_output=True, check=True)
@@ -75,7 +75,7 @@ def fill(cgroup: Path) -> None:
 
 
 def removed(cgroup: Path) -> bool:
-    """It is, once whoever was in it is gone."""
+    """Remove the cgroup if it has no processes left, and return whether it did."""
     try:
         cgroup.rmdir()
     except OSError:
@@ -84,7 +84,7 @@ def removed(cgroup: Path) -> bool:
 
 
 def churn(parent: Path, numbers: range) -> None:
-    """As many tenants, LIVE at once; one in ten says hello, one in a hundred has a program that is refused."""
+    """Make these tenants, LIVE at a time. One in ten says hello, and one in a hundred has a program that is refused."""
     live = collections.deque[Path]()
     for number in numbers:
         cgroup = parent / f"{number}-{ODD[number % len(ODD)]}"
@@ -104,25 +104,25 @@ def churn(parent: Path, numbers: range) -> None:
 
 
 def assert_none_left(seconds: float) -> None:
-    """The agent has followed."""
+    """Check that the agent has removed all tenants."""
     eventually(lambda: not [t for t in ask(verb="snapshot")["tenants"] if t["policy"] == "churn"], seconds, "no tenant")
 
 
 def assert_maps_empty(known: dict[str, int]) -> None:
-    """Of tenants, and of what their processes left: no more than was there before."""
+    """Check that maps of tenants and processes have no more entries than before."""
     for name in MAPS:
         what = f"{known[name]} {name}, not {entries(name)}"
         eventually(lambda of=name: entries(of) <= known[of], 10, what)  # type: ignore[misc]
 
 
 def assert_never_more(numbers: list[int], what: str) -> None:
-    """They go up and down, and no more up than down: what leaks one in SOME tenants is found in ten looks."""
+    """Check that the numbers do not grow. Ten looks find a leak of one in SOME tenants."""
     some = max(2, len(numbers) // 4)
     assert min(numbers[-some:]) <= max(numbers[:some]), f"{what}: {numbers}"
 
 
 def sizes(service: Service) -> dict[str, int]:
-    """Resident KiB, descriptors and threads of agent and gatekeeper, and what the kernel keeps of the last tenants."""
+    """Return memory, descriptors and threads of agent and gatekeeper, and what the kernel keeps of tenants."""
     assert service.agent
     found = {f"entries of {name}": entries(name) for name in MAPS}
     for name, pid in (("agent", service.agent.pid), ("gatekeeper", *service.gatekeepers())):
@@ -136,14 +136,14 @@ def sizes(service: Service) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)  # the full count takes half an hour
 def test_tenants_come_and_go_and_leave_nothing(service: Service, parent: Path, scale) -> None:
-    known = {name: entries(name) for name in MAPS}  # who has said hello without being anybody's stays known
+    known = {name: entries(name) for name in MAPS}  # processes outside of any tenant that have said hello stay known
     looks, counters = [], entries("counters")
     for first in range(0, WARM + scale(500, 4_000, 100_000), SOME):
         churn(parent, range(first, first + SOME))
         assert_none_left(60)
         assert_maps_empty(known)
         looks.append(sizes(service))
-    looks = looks[WARM // SOME - 1 :]  # until whatever is cached is
+    looks = looks[WARM // SOME - 1 :]  # until all caches are full
     print(f"{SOME} tenants between two of:", *({n: x for n, x in look.items() if x} for look in looks), sep="\n")
     for what, before in looks[0].items():
         if what.startswith("KiB"):
@@ -155,9 +155,9 @@ def test_tenants_come_and_go_and_leave_nothing(service: Service, parent: Path, s
 
 
 def test_a_new_tenant_in_a_cgroup_that_is_known_to_be_nobodys(parent: Path) -> None:
-    """Its first program has its limit, however early it comes."""
+    """The first program of a new tenant in an unmanaged cgroup has its limit, however early it starts."""
     say_hello(parent)
-    eventually(lambda: entries("resolved") > 0, 5, "that the cgroup around them is nobody's")
+    eventually(lambda: entries("resolved") > 0, 5, "that the cgroup around them is unmanaged")
     refused = "fgpu_memory_refused_total"
     for number in range(20):
         cgroup = parent / f"new-{number}"

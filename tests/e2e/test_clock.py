@@ -1,7 +1,7 @@
-"""F8: the wall clock jumps, and nothing that is decided by time notices.
+"""F8: jumps of the wall clock have no effect on anything that is decided by time.
 
-Only the programs under test see it jump: agent, gatekeeper and tenants have a library preloaded that moves what they
-are told. The kernel's own timers are of the monotonic clock, as tests/unit/test_clocks.py holds our sources to it.
+Only the programs under test see the jumps: agent, gatekeeper and tenants preload a library that changes the time they
+read. The kernel's own timers use the monotonic clock, and tests/unit/test_clocks.py checks that fgpu's sources do too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEP = 2 * MIB
 
 
 class Clock:
-    """The wall clock of whoever has the library."""
+    """The wall clock of programs that preload the library."""
 
     def __init__(self, work: Path) -> None:
         self._file, self._library = work / "ahead", work / "clock.so"
@@ -37,7 +37,7 @@ class Clock:
         subprocess.run(["gcc", *flags, "-o", self._library, source, "-ldl"], check=True, timeout=60)
 
     def set(self, seconds: int) -> None:
-        """From now on it is so many seconds ahead of the machine's."""
+        """Set how many seconds the clock is ahead of the machine's."""
         self.ahead = seconds
         if not self._file.exists():
             self._file.write_bytes(bytes(8))
@@ -45,13 +45,13 @@ class Clock:
             file.write(struct.pack("q", seconds))
 
     def words(self) -> list[str]:
-        """What starts a program that has it."""
+        """Return the start of a command line that runs a program with this clock."""
         return ["env", f"LD_PRELOAD={self._library}", f"FGPU_TEST_CLOCK={self._file}"]
 
 
 @pytest.fixture
 def clock(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Clock]:
-    """That of agent and gatekeeper, which are the usual ones again afterwards."""
+    """Restart agent and gatekeeper with this clock, and start the usual ones afterwards."""
     clock = Clock(tmp_path)
     tmp_path.chmod(0o755)
     service.kill_agent()
@@ -73,7 +73,7 @@ def clock(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Clock]:
 
 
 def age() -> float:
-    """Seconds since NVML answered, as it is shown."""
+    """Return the seconds since NVML answered, as the metrics show them."""
     return metrics()["fgpu_reconcile_age_seconds", frozenset({("gpu", "0")})]
 
 

@@ -1,8 +1,8 @@
-"""The table of combinations in docs/architecture.md: what a tenant has under each feature, through each fault.
+"""The table of combinations in docs/architecture.md: what a tenant has with each feature, during each fault.
 
-Every fault meets tenants under all features at once: for each the driver's bytes, the ledger and a program that runs
-are looked at, and one that starts. Needs a driver with two devices and an agent of its own, and so runs itself in a
-mount namespace of its own.
+Every fault affects tenants with all features at once. For each, the test looks at the driver's bytes, the ledger, a
+running program and a program that starts. It needs a driver with two devices and its own agent, and so runs itself in a
+separate mount namespace.
 """
 
 from __future__ import annotations
@@ -150,14 +150,14 @@ def test_on_two_devices() -> None:
 
 
 class TestInside:
-    """Where there are two devices."""
+    """Tests that run in the namespace with two devices."""
 
     pytestmark = inside
 
     def test_the_table_holds(
         self, strict: Service, columns: dict[str, Held], fault: Callable[[str], None], scale: Callable[..., int]
     ) -> None:
-        """One fault after the other: what one leaves behind, the next one meets."""
+        """Faults follow each other, so that each one meets what the one before left."""
         assert_holds(World(strict, columns, fault, scale), FAULTS)
 
 

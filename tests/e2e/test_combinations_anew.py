@@ -1,7 +1,7 @@
-"""More rows of the table of combinations in docs/architecture.md: faults after which fgpu or the tenants start anew.
+"""More rows of the table of combinations in docs/architecture.md: faults that restart fgpu or the tenants.
 
 Another build of fgpu, another layout, `fgpu detach`, a boot, full tables, containers that start again under their
-names, and an agent that stands still until the watchdog kills it. Every fault meets tenants under all features at once,
+names, and an agent that is stopped until the watchdog kills it. Every fault affects tenants with all features at once,
 as in test_combinations.py, with the columns of combination_kit.py.
 """
 
@@ -38,7 +38,7 @@ LEVELS, PROCESSES = 512, 4096  # of one workload, by default
 
 
 def frozen(host: Host) -> None:
-    """The agent stands still; then systemd kills it, as WatchdogSec= and WatchdogSignal=SIGKILL have it."""
+    """Stop the agent. Then systemd kills it, with WatchdogSec= and WatchdogSignal=SIGKILL."""
     assert host.service.agent
     host.service.agent.send_signal(signal.SIGSTOP)
     until = time.monotonic() + host.scale(10, 10, 35)
@@ -87,7 +87,7 @@ def full_tables(host: Host) -> None:
 
 
 def containers_again(host: Host, is_agent_away: bool) -> None:
-    """Every tenant ends, and another of its name starts: the same path, and another cgroup."""
+    """End every tenant, and start another of its name: the same path, and another cgroup."""
     name = host.columns["by label"].tenant.name
     if is_agent_away:
         host.service.kill_agent()
@@ -101,7 +101,7 @@ def containers_again(host: Host, is_agent_away: bool) -> None:
 
 
 def upgraded(host: Host) -> None:
-    """Gatekeeper and agent of another build start over running tenants; then those of before start again."""
+    """Start gatekeeper and agent of another build over running tenants, and then those of the first build again."""
     this, newer = host.versions[0], newer_build(host.work / "newer")
     change(host.service, this, host.store, signal.SIGTERM)
     with host.preloading(host.store / "current/libfgpu.so"):
@@ -150,7 +150,7 @@ def other_layout(host: Host) -> None:
 
 
 def detached(host: Host) -> None:
-    """`fgpu detach` takes every limit away; the next agent has those of policies, and charges what programs hold."""
+    """Run `fgpu detach`, which removes all limits. The next agent has those of policies, and charges what is held."""
     host.service.detach()
     extra = {name: unlimited(one) for name, one in host.held().items()}
     host.service.start_agent()
@@ -199,7 +199,7 @@ def assert_counted(name: str, one: Held, extra: dict[int, int]) -> None:
 
 
 def booted(host: Host) -> None:
-    """No process, no cgroup, no pin and no file under /run is left; /var is, and the policies have an error."""
+    """Leave no process, cgroup, pin or file under /run, as a boot does. /var stays, and the policies have an error."""
     host.service.kill_agent()
     host.service.kill_gatekeeper()
     host.end_tenants()

@@ -139,7 +139,7 @@ def test_metrics_page_is_for_this_machine_alone(service: Service) -> None:
     ],
 )
 def test_exit_codes(service: Service, words: list[str], code: int) -> None:
-    root = service and fgpu("run", "--memory", "1GiB", "--", "true")  # so that /fgpu is there
+    root = service and fgpu("run", "--memory", "1GiB", "--", "true")  # so that /fgpu exists
     assert root.returncode == 0
     done = fgpu(*words, check=False)
     assert done.returncode == code, done
@@ -171,7 +171,7 @@ OUTSIDER = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 
 def as_outsider(*words: str) -> subprocess.CompletedProcess[str]:
-    """The command, as a user outside root and the group `fgpu`."""
+    """Run the command as a user that is neither root nor in the group `fgpu`."""
     command = [*OUTSIDER, *FGPU, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, env=ENVIRONMENT, cwd="/", check=False)
 
@@ -263,7 +263,7 @@ def test_decimal_unit_is_asked_about(service: Service) -> None:
 
 
 def test_nobody_may_not_change_limits(service: Service) -> None:
-    """The control socket is root's, and that of a group which nobody is not in."""
+    """The control socket belongs to root and to a group that the user of this process is not in."""
     command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", ASK]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     assert done.stdout.strip() == "refused", done

@@ -1,4 +1,4 @@
-"""Shares of a device's time, on programs that count their own kernels: counts with room for two noisy cores."""
+"""Shares of a device's time, with programs that count their own kernels. Bounds leave room for two busy processors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timed
 def test_weights_divide_the_device(start) -> None:
     heavy, light = start("heavy", "--weight", "300"), start("light", "--weight", "100")
     done = together(heavy, light)
-    assert heavy.compute()["waits"] > 10  # it is enforced
+    assert heavy.compute()["waits"] > 10  # turns are given
     assert done[0] / sum(done) == pytest.approx(0.75, abs=0.05)
 
 
@@ -50,7 +50,7 @@ def test_an_owner_that_is_killed_is_followed_and_all_of_it_is_shown(start) -> No
     second.begin()
     eventually(lambda: first.compute()["waits"] or second.compute()["waits"], 5, "turns")
     eventually(lambda: ("fgpu_slice_switches_total", frozenset({("gpu", "0")})) in metrics(), 5, "metrics")
-    for table, beside in (("status", "ENTITLED"), ("ps", "USER")):  # the word that `top` has
+    for table, beside in (("status", "ENTITLED"), ("ps", "USER")):  # `top` uses the same word
         assert re.search(rf"^TENANT .* SHARE +{beside} ", fgpu(table).stdout, re.MULTILINE)
     said = fgpu("explain", "second").stdout
     assert "time up to 50%, weight 200" in said
@@ -59,7 +59,7 @@ def test_an_owner_that_is_killed_is_followed_and_all_of_it_is_shown(start) -> No
 
 
 def driver_offset(name: str) -> str:
-    """Of a function in the simulated driver's library, in hexadecimal."""
+    """Return the offset of a function in the simulated driver's library, in hexadecimal."""
     listed = subprocess.run(["nm", "-D", SIM / "lib/libcuda.so.1"], capture_output=True, text=True, check=True).stdout
     (found,) = [line.split()[0] for line in listed.splitlines() if line.split()[1:] == ["T", name]]
     return found
@@ -88,7 +88,7 @@ def test_who_runs_outside_its_turns_is_named(start, programs: None) -> None:
 
 @pytest.fixture(scope="session")
 def restless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What starts a program that says of itself that it rests all the time."""
+    """Return the start of a command line for a program that always reports that it rests."""
     source, out = Path(__file__).parent / "preloads/restless.c", tmp_path_factory.mktemp("restless") / "restless.so"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{ROOT}/bpf"]
     subprocess.run(["gcc", *flags, "-o", out, source, "-lpthread"], check=True, timeout=60)
@@ -96,7 +96,7 @@ def restless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_a_ceiling_holds_for_one_that_says_it_rests_all_the_time(start, restless: list[str]) -> None:
-    """Within the tenth of a device that NVML's word may be off."""
+    """The ceiling holds within a tenth of a device, the error that NVML's figures may have."""
     liar = start("restless", before=restless)
     (free,) = together(liar)
     fgpu("set", "restless", "--compute", "25%")
@@ -112,7 +112,7 @@ def test_a_ceiling_holds_for_one_that_says_it_rests_all_the_time(start, restless
 
 
 def keep_waiting(owner: Spin, other: Spin) -> None:
-    """Until the owner, with kernels of 50 ms and nearly all of the device, keeps the other from its next step."""
+    """Launch until the owner, with kernels of 50 ms and nearly all of the device, delays the other's next step."""
     owner.begin(60)
     eventually(lambda: owner.compute().get("is_owner"), 5, "a turn")
     for _ in range(
@@ -128,7 +128,7 @@ def keep_waiting(owner: Spin, other: Spin) -> None:
 
 
 def test_a_killed_owner_keeps_nobody_waiting(start) -> None:
-    """The other would wait for minutes. It goes on within 5 ms where the machine is quiet."""
+    """The other program would wait for minutes. On a quiet machine it continues within 5 ms."""
     owner, other = start("owner", "--weight", "10000", kernel_us=50_000), start("other", "--weight", "1")
     keep_waiting(owner, other)
     owner.process.kill()
@@ -138,7 +138,7 @@ def test_a_killed_owner_keeps_nobody_waiting(start) -> None:
 
 
 def test_the_turn_of_who_is_killed_ends_before_the_driver_has_cleaned_up(start, tmp_path: Path) -> None:
-    """Else it would end when its patience does, as that of a program that is silent: an overrun."""
+    """The turn ends at the kill. It does not end as an overrun, as the turn of a silent program does."""
     with HeldFile(tmp_path / "held") as held:
         with held.path.open("rb") as file:
             owner = start("dies", "--weight", "10000", kernel_us=50_000, stderr=file)
@@ -165,7 +165,7 @@ def signalled(owner: Spin) -> Iterator[None]:
 
 @contextlib.contextmanager
 def traced(owner: Spin) -> Iterator[None]:
-    """As by a debugger that has all its threads."""
+    """Stop all threads of the owner, as a debugger does."""
     pid, libc = owner.process.pid, ctypes.CDLL(None, use_errno=True)
     threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
     for thread in threads:
@@ -179,7 +179,7 @@ def traced(owner: Spin) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(owner: Spin) -> Iterator[None]:
-    """As by `docker pause`."""
+    """Freeze the owner, as `docker pause` does."""
     freezer = cgroup_root() / "fgpu" / owner.name / "cgroup.freeze"
     freezer.write_text("1")
     yield
@@ -187,7 +187,7 @@ def frozen(owner: Spin) -> Iterator[None]:
 
 
 def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
-    """By a signal, a debugger and a freezer in turn."""
+    """The owner is stopped by a signal, a debugger and a freezer in turn: each delays the other by one deadline."""
     owner, other = start("owner", "--weight", "100"), start("other", "--weight", "100")
     other.begin(1)
     alone, times = other.kernels(), scale(3, 20, 200)
@@ -204,7 +204,7 @@ def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
             assert select.select([other.process.stdout], [], [], 10)[0], "it waits for who is stopped"
             beside += other.kernels()
             assert owner.compute()["overruns"] - before <= 2
-    assert beside > 0.4 * alone * 0.2 * times  # 0.15 if it had waited
+    assert beside > 0.4 * alone * 0.2 * times  # it would be 0.15 with a wait each time
 
 
 def test_turns_go_on_while_nvml_is_blind(start, fault) -> None:
@@ -219,7 +219,7 @@ def test_turns_go_on_while_nvml_is_blind(start, fault) -> None:
 
 
 def hold_silently(cgroup: Path, ready: int, end: int) -> None:
-    """Sixteen connections of a cgroup that say nothing; another in the place of each that is let go."""
+    """Hold sixteen silent connections of a cgroup. Replace each connection that is closed."""
     (cgroup / "cgroup.procs").write_text("0")
     kept: list[socket.socket] = []
     while True:
@@ -237,7 +237,7 @@ def hold_silently(cgroup: Path, ready: int, end: int) -> None:
 
 @contextlib.contextmanager
 def silent_clients(number: int) -> Iterator[None]:
-    """So many connections, sixteen of a cgroup, made anew all the while."""
+    """Hold this many connections, sixteen in each cgroup, and always replace closed ones."""
     parent, (look, ready), (end, stop), pids = cgroup_root() / "fgpu-silent", os.pipe(), os.pipe(), []
     parent.mkdir()
     try:
@@ -271,7 +271,7 @@ def _removed(folder: Path) -> bool:
 
 
 def test_silent_clients_change_no_turns(start, scale) -> None:
-    """As many turns beside a thousand of them, which are let go and counted."""
+    """A thousand silent connections are closed and counted, and the number of turns stays the same."""
 
     def switches() -> float:
         return metrics().get(("fgpu_slice_switches_total", frozenset({("gpu", "0")})), 0)
@@ -300,7 +300,7 @@ def test_an_overrun_is_told_with_whose_it_was(start) -> None:
     before = owner.compute()["overruns"]
 
     def overran() -> bool:
-        """Stopped for a moment: with work in flight, perhaps."""
+        """Return whether the owner had an overrun, for example because it was stopped with work in flight."""
         owner.process.send_signal(signal.SIGSTOP)
         time.sleep(0.1)
         owner.process.send_signal(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""A libcuda that overlayfs copies up while programs use it: (dev, ino) stay as they are, and the probes with them."""
+"""A libcuda that overlayfs copies up while programs use it: (dev, ino) do not change, and the probes stay."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ ROOM = 96 * MIB
 
 @pytest.fixture
 def layers(place: Place, tmp_path: Path) -> Iterator[Path]:
-    """The driver's libraries in the lower layer of an overlay, which a container has as its compatibility libraries."""
+    """Return the driver's libraries in the lower layer of an overlay. A container has them for compatibility."""
     names = ("lower", "upper", "work", "merged")
     for name in names:
         (tmp_path / name).mkdir()
     driver = (SIM / "lib/libcuda.so.1").read_bytes()
-    (tmp_path / "lower/libcuda.so.1").write_bytes(driver + b"another")  # not the host's: what it is does not change
+    # not the host's file, so that its class does not change
+    (tmp_path / "lower/libcuda.so.1").write_bytes(driver + b"another")
     options = ",".join(f"{name}dir={tmp_path / name}" for name in names[:3])
     merged = tmp_path / "merged"
     subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", merged], check=True)
@@ -41,27 +42,27 @@ def layers(place: Place, tmp_path: Path) -> Iterator[Path]:
 
 
 def before(place: Place, layers: Path) -> str:
-    """What a program is started with."""
+    """Return the start of a program's command line."""
     return f"env LD_LIBRARY_PATH={COMPAT if isinstance(place, Container) else layers}:{SIM}/lib"
 
 
 def copy_up(layers: Path) -> None:
-    """As `: >>libcuda.so.1` in the container does."""
+    """Copy the library up, as `: >>libcuda.so.1` in the container does."""
     library = layers / "libcuda.so.1"
     was = library.stat()
     with library.open("ab"):
         pass
     assert (layers.parent / "upper/libcuda.so.1").exists()
-    assert (was.st_dev, was.st_ino) == (library.stat().st_dev, library.stat().st_ino), "it is told by neither"
+    assert (was.st_dev, was.st_ino) == (library.stat().st_dev, library.stat().st_ino), "device and inode have changed"
 
 
 def take(client: Client, pieces: int) -> list[int]:
-    """So many pieces of 2 MiB."""
+    """Allocate this many pieces of 2 MiB."""
     return [client.ok(f"alloc {2 * MIB}")[0] for _ in range(pieces)]
 
 
 def bypasses(one: Tenant) -> dict[str, float]:
-    """How its processes go around the shim, and how many of them do."""
+    """Return how the tenant's processes bypass the shim, with the number of processes for each way."""
     mine = {k: v for k, v in metrics().items() if k[0] == "fgpu_bypassing_processes" and ("tenant", one.name) in k[1]}
     return {dict(labels)["how"]: value for (_, labels), value in mine.items() if value}
 
@@ -76,7 +77,7 @@ def test_programs_that_start_after_it_have_their_limit_from_the_first_byte(layer
     second = one.client(before=before(place, layers))
     with one.growing(ROOM - 10 * MIB):
         assert second.ok(f"fill {2 * MIB} 0") == [(ROOM - 10 * MIB) // (2 * MIB)]
-    for piece in pieces:  # the probes of the first are where they were
+    for piece in pieces:  # the probes of the first inode are still set
         first.ok(f"free {piece}")
     eventually(lambda: one.assert_exact() == 2 * CONTEXT + ROOM - 10 * MIB, 3, "what NVML shows of them")
     assert second.ok(f"fill {2 * MIB} 0") == [5]
@@ -90,7 +91,7 @@ def test_programs_that_start_after_it_have_their_limit_from_the_first_byte(layer
 def test_an_agent_that_starts_later_keeps_the_probes_of_both_inodes(
     service: Service, layers: Path, place: Place, tenant
 ) -> None:
-    """Their links are pinned: the host sees these files too."""
+    """Links of probes are pinned, because the host's processes use these files too."""
     one = tenant(2 * CONTEXT + ROOM)
     clients = [one.client(before=before(place, layers))]
     clients[0].ok("context")
@@ -110,7 +111,7 @@ def test_an_agent_that_starts_later_keeps_the_probes_of_both_inodes(
 def test_a_process_whose_file_cannot_be_reached_any_more_gets_no_memory_and_is_named(
     service: Service, layers: Path, place: Place, tenant
 ) -> None:
-    """It has mapped the file of the lower layer, which no path leads to, before any agent saw that."""
+    """The process mapped the file of the lower layer, which no path leads to, before any agent ran."""
     one = tenant(2 * CONTEXT + ROOM)
     service.kill_agent()
     client = one.client(before=before(place, layers))
@@ -123,5 +124,5 @@ def test_a_process_whose_file_cannot_be_reached_any_more_gets_no_memory_and_is_n
     assert "not probed" in log[0]
     assert "its layer was changed after it was mapped" in log[0]
     assert one.memory()["used_bytes"] == one.driver() == 0
-    one.client(before=before(place, layers)).ok("context")  # others have what the layer holds now
+    one.client(before=before(place, layers)).ok("context")  # other tenants have the memory of the layer now
     assert "enforcement: kernel" in fgpu("explain", one.path).stdout

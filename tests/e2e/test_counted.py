@@ -1,4 +1,4 @@
-"""A tenant with a process that is only counted: every surface says so in one word, and none calls it held."""
+"""A tenant with a process that is only counted: every output shows the same word, and none shows `kernel`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS = "kernel", "counted", "cooperative", "observe", "none"
 
 
 def words(one: Tenant) -> dict[str, str]:
-    """What each surface says of it."""
+    """Return what each output shows for the tenant."""
     (top,) = [line for line in fgpu("top", "-1").stdout.splitlines() if line.strip().startswith(one.name)]
     (status,) = [line for line in fgpu("status").stdout.splitlines() if line.split()[0:1] == [one.name]]
     exported = [

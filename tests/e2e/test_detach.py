@@ -1,4 +1,4 @@
-"""`fgpu detach` leaves a host as it was: files, mounts, cgroups, processes, and what the kernel holds."""
+"""`fgpu detach` leaves a host as it was: files, mounts, cgroups, processes, and kernel objects."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.service import Service
 from tests.support.wait import eventually
 
 STATE = Path("/var/lib/fgpu")
-MEASURED = f"{STATE}/contexts.json"  # what a context takes of this driver: kept, since it costs one to know
+MEASURED = f"{STATE}/contexts.json"  # the size of a context with this driver: kept, because measuring needs a context
 FOLDERS = ("/etc", "/run/fgpu", "/usr/lib/fgpu", STATE, "/sys/fs/bpf")
 
 
 def files(*folders: str | Path) -> dict[str, tuple[int, int, int, int]]:
-    """Every file there, by path: mode, owners and size; when it was changed, where it is no folder."""
+    """Return every file in the folders by path: mode, owners and size, and the time of change unless it is a folder."""
     found = {}
     for folder in folders:
         for around, inside, names in os.walk(folder):
@@ -41,25 +41,25 @@ def files(*folders: str | Path) -> dict[str, tuple[int, int, int, int]]:
 
 
 def mounts() -> list[str]:
-    """Of this mount namespace."""
+    """Return the mounts of this mount namespace."""
     return sorted(Path("/proc/self/mountinfo").read_text().splitlines())
 
 
 @contextlib.contextmanager
 def own(folder: Path) -> Iterator[None]:
-    """A folder of the host that nobody else writes meanwhile."""
+    """Replace a folder of the host, so that no other process writes to it meanwhile."""
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "own", folder], check=True)
     yield
-    subprocess.run(["umount", "--lazy", folder], check=True)  # a probe that the kernel lets go keeps its file a moment
+    subprocess.run(["umount", "--lazy", folder], check=True)  # a removed probe keeps its file for a moment
     if made:
         folder.rmdir()
 
 
 @pytest.fixture
 def bare(service: Service, unharmed: None) -> Iterator[Service]:
-    """A host without fgpu, with folders of its own for what a service keeps; afterwards the usual one."""
+    """Return a host without fgpu, with new folders for a service's files; afterwards the usual service runs."""
     service.detach()
     with own(STATE):
         yield service
@@ -102,7 +102,7 @@ def test_detach_leaves_a_host_as_it_was(bare: Service, tmp_path: Path, alive: bo
 
 
 def test_a_shim_that_somebody_has_stays(bare: Service, tmp_path: Path) -> None:
-    """A program of `fgpu run` goes on, and so do those that it starts."""
+    """A program of `fgpu run` continues, and so do the programs that it starts."""
     bare.start_agent(None, "--store", str(STATE / "shim"))
     place = place_of("host", tmp_path)
     one = place.tenant(CONTEXT + 40 * MIB)
@@ -148,5 +148,5 @@ def test_a_bpffs_that_the_agent_mounted_goes_with_it(service: Service, tmp_path:
     assert " /sys/fs/bpf " in during, (tmp_path / "log").read_text()
     assert after == before
     assert not (tmp_path / "run").exists()
-    # It has taken the service's too, which may not make it again: a host has one agent.
+    # Detach has removed the service's cgroup too. Its agent may not make it again, because a host has one agent.
     (cgroup_root() / "fgpu").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Libraries that are not what their names say, and what each of them is believed."""
+"""Libraries that are not what their names say, and the class that fgpu gives each of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Calls(Client):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """That every process of the test's tenants can read."""
+    """Return a folder that every process of the test's tenants can read."""
     tmp_path.chmod(0o755)
     place = tmp_path / "own"
     place.mkdir()
@@ -56,12 +56,12 @@ def log_of(service: Service, since: int = 0) -> str:
     return service.log.read_bytes()[since:].decode()
 
 
-# -- S8: what has the names of both
+# -- S8: a library with the names of both
 
 
 @pytest.mark.places("host")
 def test_a_driver_with_the_shim_s_functions_is_probed_as_a_driver(tenant, folder: Path) -> None:
-    """In it the functions of the shim are others of the driver's: what makes a shim is what this host has published."""
+    """The functions named as the shim's are driver functions. A shim is only a library that this host has published."""
     names = {"cuDeviceGetLuid": "fgpu_admit", "cuDeviceGetByPCIBusId": "fgpu_release"}
     library = folder / "libcuda.so.1"
     library.write_bytes(with_other_names(DRIVER.read_bytes(), names))
@@ -78,7 +78,7 @@ def test_a_driver_with_the_shim_s_functions_is_probed_as_a_driver(tenant, folder
 
 @pytest.mark.places("cgroups")
 def test_a_copy_of_a_published_shim_is_one_until_it_is_changed(service: Service, tenant, folder: Path) -> None:
-    """As an image carries it: what is believed are its contents."""
+    """An image carries a copy: the contents of the file decide."""
     copy = Path(shutil.copy(SHIM, folder / "libfgpu.so"))
     one = tenant(CONTEXT + ROOM)
     one.assert_enforced()
@@ -94,7 +94,7 @@ def test_a_copy_of_a_published_shim_is_one_until_it_is_changed(service: Service,
 
 @pytest.mark.places("cgroups")
 def test_a_shim_that_this_host_has_not_published_is_none(tenant, folder: Path) -> None:
-    """Its admissions count for nothing: its process is one without the shim, and the reason is named."""
+    """Its admissions do not count. Its process is one without the shim, and the reason is shown."""
     source = folder / "foreign.c"
     source.write_text("void fgpu_admit(void) {}\nvoid fgpu_release(void) {}\n")
     foreign = folder / "libfgpu.so"
@@ -117,7 +117,7 @@ def renamed(folder: Path) -> str:
 
 
 def renamed_within(folder: Path) -> str:
-    """Nor does it call itself libcuda."""
+    """Rename the library's own name too, which is not libcuda."""
     other = DRIVER.read_bytes().replace(b"\0libcuda.so.1\0", b"\0libother.so1\0")
     assert other != DRIVER.read_bytes()
     (folder / "x.so").write_bytes(other)
@@ -125,7 +125,7 @@ def renamed_within(folder: Path) -> str:
 
 
 def without_sections(folder: Path) -> str:
-    """As no linker makes it, and loaders take it."""
+    """Remove the sections. No linker makes such a file, but loaders accept it."""
     text = bytearray(DRIVER.read_bytes())
     text[0x28:0x30], text[58:64] = bytes(8), bytes(6)
     (folder / "x.so").write_bytes(text)
@@ -172,14 +172,14 @@ def test_a_copy_that_was_deleted_is_probed_like_any_other(service: Service, tena
 
 
 def doctor() -> dict[str, object]:
-    """Its line about libraries."""
+    """Return the line of `fgpu doctor` about libraries."""
     found = json.loads(fgpu("doctor", "--driver-root", SIM, "--json", check=False).stdout)
     return next(check for check in found if check["name"] == "libraries")
 
 
 @pytest.fixture
 def settings(service: Service):  # type: ignore[no-untyped-def]
-    """The host's settings, which are as before after the test."""
+    """Change the host's settings, and restore them after the test."""
     before = service.config.read_text()
     yield service.config
     service.config.write_text(before)

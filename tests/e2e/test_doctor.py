@@ -1,4 +1,4 @@
-"""What is missing is said in one line with the mend, by `doctor` and by the agent, and never as a traceback."""
+"""Each defect of a host is reported with its fix in one line, by `doctor` and by the agent, without a traceback."""
 
 from __future__ import annotations
 
@@ -24,47 +24,47 @@ from tests.support.wait import eventually
 
 @dataclass(frozen=True)
 class Host:
-    """A host with something wrong: how to get there, and what fgpu is told."""
+    """A host with a defect: how to run a command on it, and fgpu's options."""
 
     before: tuple[str, ...] = ()
     loader: str = "/usr/bin/python3 -I"
     driver: Path = SIM
 
     def call(self, work: Path, *words: str | Path) -> list[str]:
-        """A command line of fgpu on this host, with a run folder of its own."""
+        """Return a command line of fgpu on this host, with its own run folder."""
         return [*self.before, *FGPU, "--run-dir", str(work / "run"), *map(str, words)]
 
     def options(self) -> list[str]:
-        """What doctor and agent are both told."""
+        """Return the options of both doctor and agent."""
         return ["--driver-root", str(self.driver), "--loader", self.loader]
 
     def doctor(self, work: Path) -> subprocess.CompletedProcess[str]:
-        """`fgpu doctor`."""
+        """Run `fgpu doctor`."""
         return run(self.call(work, "doctor", *self.options()))
 
     def agent(self, work: Path) -> subprocess.CompletedProcess[str]:
-        """`fgpu agent`, which must give up."""
+        """Run `fgpu agent`, which must fail."""
         listen = f"127.0.0.1:{free_port()}"
         return run(self.call(work, "agent", "--shim", SHIM, "--pins", pins(work), "--listen", listen, *self.options()))
 
 
 def pins(work: Path) -> Path:
-    """Where an agent of this test pins its maps."""
+    """Return the folder where an agent of this test pins its maps."""
     return Path("/sys/fs/bpf") / f"fgpu-{work.name}"
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """To its end; compiling takes as long as a busy machine lets it."""
+    """Run a command until it exits. Compiling may take long on a busy machine."""
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT, cwd="/")
 
 
 def in_private_mounts(script: str) -> tuple[str, ...]:
-    """Runs the script and then the command in a mount namespace of its own."""
+    """Return the start of a command line that runs the script, and then the command, in a new mount namespace."""
     return ("unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', "sh")
 
 
 def empty_environment(work: Path) -> Path:
-    """A virtual environment that sees nothing of the system's packages; its interpreter."""
+    """Make a virtual environment without the system's packages, and return its interpreter."""
     subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", work / "venv"], check=True, timeout=30)
     return work / "venv/bin/python"
 
@@ -74,7 +74,7 @@ def no_bcc(work: Path) -> Host:
 
 
 def wrong_bcc(work: Path) -> Host:
-    """The project that PyPI has under this name: a lattice of crystallography."""
+    """Install the PyPI project of the same name, which is about lattices in crystallography."""
     python = empty_environment(work)
     package = next((work / "venv/lib").glob("python3*")) / "site-packages/bcc"
     package.mkdir()
@@ -96,7 +96,7 @@ def no_driver(work: Path) -> Host:
 
 
 def driver_without_a_function(work: Path) -> Host:
-    """NVML is whole, libcuda lacks cuMemCreate and everything else but one function."""
+    """Make a driver with a complete NVML, whose libcuda lacks cuMemCreate and all other functions but one."""
     lib = work / "driver/lib"
     lib.mkdir(parents=True)
     (lib / "libnvidia-ml.so.1").symlink_to(SIM / "lib/libnvidia-ml.so.1")
@@ -133,7 +133,7 @@ echo 'int out_of_bounds(struct pt_regs *ctx) { return *(volatile int *)ctx->sp; 
 
 
 def verifier_refuses(work: Path) -> Host:
-    """One more program, which reads what no program may."""
+    """Add a program that reads what no program may read."""
     loader = work / "loader"
     loader.write_text(SPOIL)
     loader.chmod(0o755)
@@ -141,12 +141,12 @@ def verifier_refuses(work: Path) -> Host:
 
 
 def nothing_allowed(work: Path) -> Host:
-    """Root without capabilities, as in a container or under a lockdown."""
+    """Run as root without capabilities, as in a container or under a lockdown."""
     return Host(before=("setpriv", "--bounding-set=-bpf,-perfmon,-sys_admin", "--inh-caps=-all"))
 
 
 CASES = {
-    # what is wrong: (host, the check that fails, what its lines and the agent's line say)
+    # defect: (host, the check that fails, what its lines and the agent's line say)
     "no-bcc": (no_bcc, "bcc", "apt-get install python3-bpfcc"),
     "wrong-bcc": (wrong_bcc, "bcc", "pip uninstall bcc"),
     "no-interpreter": (no_interpreter, "bcc", "--loader"),
@@ -161,7 +161,7 @@ CASES = {
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """A folder that nobody may enter too."""
+    """Return a folder that unprivileged users may enter too."""
     tmp_path.chmod(0o755)
     return tmp_path
 
@@ -196,7 +196,7 @@ OLD = subprocess.run(
     ["setarch", "--uname-2.6", "uname", "-r"], capture_output=True, text=True, check=True
 ).stdout.strip()
 LINES = {
-    # F12, to the letter; WORK is the test's folder
+    # F12, literally; WORK is the test's folder
     "verifier-refuses": (
         verifier_refuses,
         f"fgpu: Linux {RELEASE} refuses the program out_of_bounds (Permission denied): update the kernel, or fgpu",
@@ -237,12 +237,12 @@ def test_what_the_kernel_or_the_driver_lacks_is_one_line_with_the_mend(service: 
 
 
 def is_anothers(cgroup: Path) -> bool:
-    """It is a container's, by its name: at this moment none of these tests runs any under an engine."""
+    """Return whether a container has this cgroup, by its name. None of these tests runs a container at this moment."""
     return re.fullmatch(r"([a-z-]+-)?[0-9a-f]{64}(\.scope)?", cgroup.name) is not None
 
 
 def test_doctor_finds_nothing_wrong_here(service: Service) -> None:
-    """Nothing but that it asks the tests' sockets in vain, where others run containers on this host."""
+    """Doctor finds nothing but that it cannot reach the tests' sockets, if other containers run on this host."""
     strangers = any(is_anothers(folder) for folder in cgroup_root().rglob("*") if folder.is_dir())
     done = fgpu("doctor", check=False)  # the agent knows where the driver is
     lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
@@ -253,7 +253,7 @@ def test_doctor_finds_nothing_wrong_here(service: Service) -> None:
 
 
 def failures(*options: str) -> dict[str, dict[str, str]]:
-    """What `fgpu doctor --json` finds wrong, by name; its exit status says that something is."""
+    """Return the failures that `fgpu doctor --json` reports, by name. The exit status is 1 if there are any."""
     done = fgpu("doctor", "--json", *options, check=False)
     found = {one["name"]: one for one in json.loads(done.stdout) if not one["ok"]}
     assert done.returncode == (1 if found else 0)
@@ -320,7 +320,7 @@ def test_second_agent_is_turned_away(service: Service) -> None:
 
 
 def test_a_taken_metrics_address_keeps_no_limit_from_being_enforced(service: Service, unharmed: None) -> None:
-    """An agent that ended for it would end once a second, and new containers would have no limit or no memory."""
+    """An agent that exited for it would do so once a second, and new containers would have no limit or no memory."""
     host, port = LISTEN.split(":")
     service.kill_agent()
     with socket.socket() as taken:
@@ -338,7 +338,7 @@ def test_a_taken_metrics_address_keeps_no_limit_from_being_enforced(service: Ser
 
 
 def test_folders_where_sockets_should_be_are_taken_away(service: Service, unharmed: None) -> None:
-    """Docker makes them for bind mounts of containers that it starts at boot, before the agent is there."""
+    """Docker makes folders for bind mounts of containers that it starts at boot, before the agent runs."""
     places = [RUN_DIR / name for name in ("control.sock", "discover.sock", "shim/shim.sock")]
     service.kill_agent()
     service.kill_gatekeeper()
@@ -358,7 +358,7 @@ def test_folders_where_sockets_should_be_are_taken_away(service: Service, unharm
 
 @pytest.mark.slow
 def test_bpffs_is_mounted_where_it_is_missing(service: Service, work: Path) -> None:
-    """Nor does anybody miss BTF, without which most eBPF programs cannot be loaded."""
+    """The agent also starts without BTF, which most eBPF programs need."""
     bare = in_private_mounts(
         "{ [ ! -d /sys/kernel/btf ] || mount -t tmpfs none /sys/kernel/btf; } && "
         "while umount /sys/fs/bpf 2>/dev/null; do :; done"
@@ -408,7 +408,7 @@ def test_an_agent_that_is_started_under_a_strict_umask_serves_every_user(service
 
 
 def test_a_store_that_cannot_be_written_keeps_no_limit_from_being_enforced(service: Service, unharmed: None) -> None:
-    """A full or read-only /var: the version that is published goes on, or the package's own where none is."""
+    """The published version is used if /var is full or read-only, or the package's own if there is none."""
     store = Path(f"/var/lib/fgpu-e2e-{os.getpid()}/shim")
     newer = store.parent / "newer.so"
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader"]

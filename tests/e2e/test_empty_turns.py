@@ -13,12 +13,12 @@ from tests.support.wait import eventually
 
 FIRST_SECONDS, SECONDS = 3, 10
 STEP = f"{BUILD}/bench/spin 100 burst"  # 50 kernels of 100 us
-# More than beside an honest tenant: its claim is believed for 4 ms, and 1 ms more is waited for; and a look.
+# More than beside an honest tenant: its claim is believed for 4 ms, then another 1 ms is waited for, and a look.
 MORE_US = 4_000 + 1_000 + 1_750
 
 
 def program(tenant: Tenant, command: str) -> Program:
-    """It runs, and has a context."""
+    """Start a program that has a context."""
     one = Program(tenant, "program", command)
     tenant._programs.append(one)
     assert one.receive() == "ready"

@@ -1,4 +1,4 @@
-"""However a process ends, what it held is back within a second, and the ledger forgets it."""
+"""However a process ends, its memory is free within a second, and the ledger has no entry of it."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ HELD = 4 * MIB
 
 
 def ledger_pids() -> set[int]:
-    """Whom `fgpu ps` shows."""
+    """Return the pids that `fgpu ps` shows."""
     return {row["pid"] for row in json.loads(fgpu("ps", "--json").stdout)}
 
 
 def bystander(one: Tenant) -> Client:
-    """A client with a context, which sees the tenant's free memory at once."""
+    """Start a client with a context, which sees the tenant's free memory at once."""
     client = one.client()
     client.ok("context")
     return client
 
 
 def released_in(bystander: Client, free: int) -> float:
-    """Seconds until that much is free again."""
+    """Return the seconds until this much is free again."""
     begun = time.monotonic()
     eventually(lambda: bystander.ok("info")[0] == free, 5, f"{free} bytes free")
     return time.monotonic() - begun
 
 
 def breed(one: Tenant, count: int) -> tuple[Client, list[int]]:
-    """Children that hold memory, the first thread gone in every other one; their parent and their pids."""
+    """Start children that hold memory, half of them without their first thread. Return their parent and their pids."""
     parent = one.client()
     before = set(one.pids())
     parent.send(f"brood {count} {HELD}")
@@ -54,13 +54,13 @@ def breed(one: Tenant, count: int) -> tuple[Client, list[int]]:
 
 
 def anomalies() -> dict[str, int]:
-    """What should not happen, as the kernel has counted it."""
+    """Return the kernel's counts of anomalies that should not happen."""
     found = ask(verb="snapshot")["anomalies"]
     return {kind: found[kind] for kind in ("release", "full", "device", "lost")}
 
 
 def kill_all(pids: list[int]) -> None:
-    """kill -9, all at once."""
+    """Kill these processes with SIGKILL, all at once."""
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
 
@@ -91,7 +91,7 @@ def test_killed_processes_release_within_a_second(tenant, scale) -> None:
 
 @pytest.mark.places("runc")
 def test_who_is_killed_in_a_call_or_an_admission_leaves_nothing(tenant, scale) -> None:
-    """F2: each takes and frees without a pause, so that few of them are killed in between."""
+    """F2: each process allocates and frees without a pause, so that few of them are killed between two calls."""
     one = tenant(16 * GIB)
     watcher = bystander(one)
     free, before = watcher.ok("info")[0], anomalies()
@@ -120,7 +120,7 @@ def test_unreaped_processes_hold_nothing(tenant) -> None:
     free = watcher.ok("info")[0]
     parent, pids = breed(one, 8)
     kill_all(pids)
-    assert released_in(watcher, free) < 1  # their parent has not asked for them yet
+    assert released_in(watcher, free) < 1  # their parent has not reaped them yet
     assert not set(pids) & ledger_pids()
     assert parent.ok("reap") == [8]
     assert one.assert_exact() == CONTEXT
@@ -128,12 +128,13 @@ def test_unreaped_processes_hold_nothing(tenant) -> None:
 
 @contextlib.contextmanager
 def held_up(pid: int) -> Iterator[None]:
-    """Kills a process and holds its end up half-way, as a driver with much to take down does: its threads are gone and
-    wait, unseen, for who traces them. Not for a process whose only thread is the first."""
+    """Kill a process and stop it half-way, as a driver with much memory to free does: its threads have exited, and wait
+    unseen for their tracer. It does not work for a process whose only thread is the first.
+    """
     seize, every_thread = 0x4206, 0x40000000  # PTRACE_SEIZE, __WALL
     threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     libc, pidfd = ctypes.CDLL(None), os.pidfd_open(pid)
-    traced = [thread for thread in threads if not libc.ptrace(seize, thread, None, None)]  # the first has gone already
+    traced = [thread for thread in threads if not libc.ptrace(seize, thread, None, None)]  # the first may have exited
     os.kill(pid, signal.SIGKILL)
     stats = [Path(f"/proc/{pid}/task/{thread}/stat") for thread in threads]
     try:
@@ -149,12 +150,12 @@ def held_up(pid: int) -> Iterator[None]:
 
 @pytest.mark.places("host", "runc")
 def test_one_that_takes_long_to_end_is_not_adopted(tenant, fault) -> None:
-    """Its memory stays charged, as orphaned, while the driver has yet to take it down; the process is in no list."""
+    """Its memory stays charged as orphaned until the driver has freed it. The process is in no list."""
     one = tenant(4 * GIB)
     one.assert_enforced()
     client = one.client()
     client.ok("context")
-    client.ok("thread")  # another thread goes on without the first
+    client.ok("thread")  # another thread continues without the first
     assert one.assert_exact() == CONTEXT
     fault("slow-end:3s")
     with held_up(client.pid):
@@ -193,8 +194,8 @@ def test_exec_releases(tenant) -> None:
     client = one.client()
     for _ in range(5):
         eventually(lambda: client.do("context") == "ok", 1, "a context")
-        # The driver takes a moment to let go of the last life's memory, and what NVML said before that is believed
-        # until it is asked again, every 500 ms.
+        # The driver takes a moment to free the memory of the previous process. NVML's earlier answer is used until NVML
+        # is asked again, every 500 ms.
         steadily(lambda: one.memory()["used_bytes"] == one.driver() == CONTEXT, 0.6, what="the books of one life")
         with one.growing(80 * MIB):
             client.ok(f"fill {2 * MIB} 0")
@@ -224,16 +225,17 @@ def test_fork_changes_nothing_of_the_parent(tenant) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.places("runc")
 def test_each_process_of_a_tree_is_itself(tenant, scale) -> None:
-    """F4: fork, vfork, posix_spawn, exec, twice forked, daemons that close every descriptor."""
+    """F4: fork, vfork, posix_spawn, exec, a double fork, daemons that close every descriptor."""
     count = scale(60, 500, 10_000)
-    one = tenant(2 * CONTEXT + 3 * HELD)  # one that holds, and one more: whoever is charged for another is refused
+    # one that holds memory, and one more: a process charged for another is refused
+    one = tenant(2 * CONTEXT + 3 * HELD)
     program = Program(one, "trees", f"{BUILD}/e2e/trees {count} {HELD}")
     good, before, after = Client.numbers(program.receive(count))
     assert good == count, "refused, or not themselves"
     assert before == after == CONTEXT + 2 * HELD, "the parent's books"
     assert one.assert_exact() == CONTEXT + HELD
-    taken = count - count // 2 - len(range(3, count - count // 2, 4))  # but for those that only forked
-    taken += count // 2 + len(range(3, count // 2, 6)) + 1  # some twice, before an exec and after
+    taken = count - count // 2 - len(range(3, count - count // 2, 4))  # without those that only forked
+    taken += count // 2 + len(range(3, count // 2, 6)) + 1  # some twice, before an exec and after it
     assert one.memory()["witnessed_bytes"] == taken * HELD
     assert len(one.view()["processes"]) == 1
     program.close()
@@ -246,7 +248,7 @@ def test_first_thread_may_leave(tenant) -> None:
     client.ok("context")
     with one.growing(20 * MIB):
         client.ok(f"alloc {20 * MIB}")
-    client.ok("thread")  # answered by another thread: the first one has ended
+    client.ok("thread")  # another thread replies: the first has exited
     assert one.assert_exact() == CONTEXT + 20 * MIB
     with one.growing(60 * MIB):
         client.ok(f"fill {2 * MIB} 0")
@@ -276,7 +278,7 @@ def test_run_ends_with_its_program(unharmed, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("uid", ["0", "65534"])
 def test_a_program_ends_with_the_command_that_runs_it(unharmed, uid: str) -> None:
-    """Under sudo too, where the program runs as another user; the command is killed, and passes nothing on."""
+    """The program ends even under sudo, where it runs as another user. The killed command passes no signal on."""
     environment = {**ENVIRONMENT, "SUDO_UID": uid, "SUDO_GID": uid}
     command = [*FGPU, "run", "--pidns", "--memory", "1GiB", "--", "sh", "-c", "echo up; exec sleep 77"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
@@ -303,7 +305,7 @@ def _lives(pid: int) -> bool:
 
 @pytest.mark.places("runc")
 def test_explain_names_what_keeps_memory_of_an_ended_process_and_its_parent(tenant) -> None:
-    """A child has the descriptors of the driver; the container's init has adopted it."""
+    """A child has the descriptors of the driver, and the container's init has adopted it."""
     one = tenant(GIB)
     one.assert_enforced()
     client = one.client()

@@ -26,7 +26,7 @@ spec:
 
 @pytest.fixture
 def policy(service: Service, unharmed: None) -> Iterator[None]:
-    """1 GiB for every container."""
+    """Give every container 1 GiB."""
     file = service.policies / "engines.yaml"
     file.write_text(POLICY)
     eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 5, "the policy")
@@ -37,7 +37,7 @@ def policy(service: Service, unharmed: None) -> Iterator[None]:
 
 @pytest.fixture
 def docker(service: Service, policy: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
-    """dockerd with live-restore, in a folder whose name is short: the path of a socket has 107 characters at most."""
+    """Run dockerd with live-restore, in a folder with a short name: a socket's path has 107 characters at most."""
     docker = Docker(tmp_path_factory.mktemp("d"), service.engine, "--live-restore")
     yield docker
     docker.close()
@@ -45,7 +45,7 @@ def docker(service: Service, policy: None, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def containerd(service: Service, policy: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]:
-    """containerd, which always leaves containers running."""
+    """Run containerd, which always leaves containers running."""
     place = Containerd(tmp_path_factory.mktemp("d"), service.containerd, {})
     yield place
     place.close()

@@ -20,14 +20,14 @@ def is_healthy() -> bool:
 
 
 def recorded() -> set[int]:
-    """The fatal XIDs that later agents read. The file has a boot id too, whose digits are anything."""
+    """Return the fatal XIDs that later agents read. The file also has a boot id, with arbitrary digits."""
     file = RUN_DIR / "xids.json"
     return set(json.loads(file.read_text())["fatal"].values()) if file.exists() else set()
 
 
 @pytest.fixture
 def failed(service: Service, fault: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Has the device report XID 79 when it is called; afterwards it is fit again."""
+    """Return a function that has the device report XID 79. Afterwards the device works again."""
 
     def report() -> None:
         eventually(is_healthy, 5, "a fit device")

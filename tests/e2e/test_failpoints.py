@@ -1,7 +1,7 @@
-"""F1: agent and gatekeeper end in the middle of a change, at every point that tests/failpoints.py has.
+"""F1: agent and gatekeeper are killed in the middle of a change, at every point that tests/failpoints.py has.
 
-Programs that are at work notice nothing meanwhile, and the next start takes up what is half done: limits are those
-that were asked for, and the books are exact.
+Running programs notice nothing meanwhile, and the next start completes what is half done: the limits are those that
+were requested, and the ledger is exact.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.support.service import Service
 from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually
 
-BUSY = 3  # clients of a tenant that always fit; one more never does
-LIMIT = (BUSY + 2) * CONTEXT + 64 * MIB  # one that comes later is the fifth
+BUSY = 3  # clients of a tenant that always fit; one more client never does
+LIMIT = (BUSY + 2) * CONTEXT + 64 * MIB  # a client that comes later is the fifth
 STEP = 2 * MIB
-GATEKEEPERS, AGENTS = 5, 3  # that end in their start, one after another
-LEVEL = f"fgpu-half-{os.getpid()}-"  # what its levels are called, and no other run's
+GATEKEEPERS, AGENTS = 5, 3  # numbers that are killed during their start, one after another
+LEVEL = f"fgpu-half-{os.getpid()}-"  # the names of its levels, which no other run uses
 POLICY = f"""
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy
@@ -38,9 +38,7 @@ spec:
 
 
 class Host:
-    """The service, those in its place, and what changes on this host while they are away: levels come and go, and get
-    other limits.
-    """
+    """The service, the programs in its place, and changes on this host meanwhile: levels and their limits."""
 
     def __init__(self, service: Service, children: Children) -> None:
         self.service, self.children = service, children
@@ -49,7 +47,7 @@ class Host:
         self._people: list[subprocess.Popen[bytes]] = []
 
     def change(self) -> None:
-        """Two levels have another limit, a third comes to be, the oldest goes."""
+        """Change the limit of two levels, add a third one, and remove the oldest."""
         self._limit = 512 + self._number % 64
         self._number += 1
         (self.service.policies / "half.yaml").write_text(POLICY % self._limit)
@@ -73,7 +71,7 @@ class Host:
         level.rmdir()
 
     def assert_in_force(self) -> None:
-        """Every level has the limit of the policy, and none of another time is left."""
+        """Check that every level has the limit of the policy, and that no earlier limit is left."""
         wanted = {f"/{level.name}": self._limit * MIB for level in self._levels}
 
         def limits() -> dict[str, int]:
@@ -83,7 +81,7 @@ class Host:
         eventually(lambda: limits() == wanted, 5, f"the policy's limits, not {limits()}")
 
     def close(self) -> None:
-        """Nothing is left of it, and the service is itself again."""
+        """Remove the levels, and start the service again."""
         self.children.end()
         if self.service.agent is None or self.service.agent.poll() is not None:
             self.service.start_agent()
@@ -95,7 +93,7 @@ class Host:
 
 @pytest.fixture
 def host(service: Service, unharmed: None) -> Iterator[Host]:
-    """Without an agent. Afterwards the service is as it was."""
+    """Return a host without an agent. Afterwards the service runs as before."""
     with children_of(service) as children:
         host = Host(service, children)
         service.kill_agent()
@@ -103,22 +101,22 @@ def host(service: Service, unharmed: None) -> Iterator[Host]:
         host.close()
 
 
-# -- ends, each at its point: there is no agent before, nor after
+# -- kills, each at its point: no agent runs before it, nor after it
 
 
 def assert_killed(program: Child) -> None:
-    """It came to its point."""
+    """Check that the program reached its point."""
     assert program.wait(30) == -signal.SIGKILL, "it ended, but not at its point"
 
 
 def at_start(host: Host, tenant: Tenant, point: str) -> None:
-    """The agent ends at what has changed since the last one ended."""
+    """Kill the agent while it starts, at what has changed since the last one was killed."""
     host.change()
     assert_killed(host.children.begin("agent", point))
 
 
 def at_any_moment(host: Host, tenant: Tenant, point: str) -> None:
-    """A gatekeeper at its work ends, and some in their starts; then agents do."""
+    """Kill a running gatekeeper, then some in their starts; then do the same with agents."""
     host.children.kill_gatekeeper()
     for _ in range(GATEKEEPERS):
         host.children.start_and_kill("gatekeeper")
@@ -129,7 +127,7 @@ def at_any_moment(host: Host, tenant: Tenant, point: str) -> None:
 
 
 def at_a_set(host: Host, tenant: Tenant, point: str) -> None:
-    """The agent ends when somebody sets a limit, who is told; what is not kept is not in force afterwards."""
+    """Kill the agent during `fgpu set`, which reports the failure. An unsaved limit is not in force afterwards."""
     agent = host.children.start("agent", point)
     assert fgpu("set", tenant.path, "--memory", "15GiB", check=False).returncode
     assert_killed(agent)
@@ -141,11 +139,11 @@ def at_a_gatekeepers_start(host: Host, tenant: Tenant, point: str) -> None:
 
 
 def at_a_hello(host: Host, tenant: Tenant, point: str) -> None:
-    """The gatekeeper ends before it answers; who asked is answered by the next one."""
+    """Kill the gatekeeper before it answers a hello. The next gatekeeper answers it."""
     host.children.kill_gatekeeper()
     gatekeeper = host.children.start("gatekeeper", point)
     host.children.start()
-    assert_killed(gatekeeper)  # by the busy ones, who say hello again
+    assert_killed(gatekeeper)  # the busy clients, which say hello again, bring it to its point
     newcomer = tenant.client()
     eventually(lambda: newcomer.do("context") == "ok", 5, "a context once there is a gatekeeper")
     newcomer.kill()
@@ -154,7 +152,7 @@ def at_a_hello(host: Host, tenant: Tenant, point: str) -> None:
 
 
 def at_a_load(host: Host, tenant: Tenant, point: str) -> None:
-    """The agent ends while it replaces the programs."""
+    """Kill the agent while it replaces the programs."""
     for stamp in Path("/sys/fs/bpf/fgpu").glob("v*/loaded-*"):
         stamp.rmdir()
     assert_killed(host.children.begin("agent", point))
@@ -178,7 +176,7 @@ POINTS: dict[str, Callable[[Host, Tenant, str], None]] = {
 
 
 class Load:
-    """Four clients of a tenant, all busy: two that fit, one that does in a pool, one that never does."""
+    """Four busy clients of a tenant: two that fit, one that fits with a pool, one that never does."""
 
     def __init__(self, tenant: Tenant) -> None:
         self.tenant, self._before = tenant, tenant.memory()["witnessed_bytes"]
@@ -186,13 +184,13 @@ class Load:
         self._hopeless = self._asking(f"{32 * GIB} 0")
 
     def _asking(self, words: str) -> Client:
-        client = self.tenant.client(before="nice -n 19")  # whoever begins anew is not kept waiting by all of them
+        client = self.tenant.client(before="nice -n 19")  # so that a client that starts again waits for no other
         client.ok("context")
         client.send(f"ask {words}")
         return client
 
     def stop(self) -> None:
-        """What must be true of each."""
+        """Stop the clients, and check the results of each."""
         for client in (*self._fitting, self._hopeless):
             client.send("context")
         taken = []
@@ -213,7 +211,7 @@ class Load:
 @pytest.mark.timeout(7200)
 @pytest.mark.places("host")
 def test_whoever_ends_at_any_point_harms_nobody_and_leaves_nothing(host: Host, tenant, scale) -> None:
-    """Eighteen ends at all points together, nine of them at any moment: a hundred in all, or a thousand."""
+    """Eighteen kills at all points, nine of them at a random moment: a hundred in all, or a thousand."""
     host.children.start()
     tenants = [tenant(LIMIT) for _ in range(2)]
     for one in tenants:
@@ -238,7 +236,7 @@ def test_whoever_ends_at_any_point_harms_nobody_and_leaves_nothing(host: Host, t
 
 @pytest.fixture
 def held(host: Host, tenant) -> tuple[Tenant, Client]:
-    """A tenant and its client, which has 20 of 64 MiB; no agent."""
+    """Return a tenant and its client, which has 20 of 64 MiB. No agent runs."""
     host.children.start()
     one = tenant(CONTEXT + 64 * MIB)
     client = one.client()
@@ -249,7 +247,7 @@ def held(host: Host, tenant) -> tuple[Tenant, Client]:
 
 
 def assert_taken_up(one: Tenant, client: Client) -> None:
-    """What it held is charged, and what is left can be taken."""
+    """Check that the client's memory is charged, and that it can allocate the rest."""
     one.assert_enforced()
     assert one.assert_exact() == CONTEXT + 20 * MIB
     with one.growing(44 * MIB):
@@ -269,7 +267,7 @@ def test_a_detach_that_ends_half_way_is_ended_by_the_command(host: Host, held: t
     fgpu("set", one.path, "--memory", f"{CONTEXT + 64 * MIB}B")
     eventually(lambda: one.memory()["used_bytes"] == CONTEXT + 20 * MIB, 5, "what it held")
     client.ok(f"fill {STEP} 0")
-    one.assert_enforced()  # not before: of a process that has not asked yet nothing is known
+    one.assert_enforced()  # not earlier: a process that has not asked yet is unknown
     assert one.assert_exact() == CONTEXT + 64 * MIB == one.memory()["limit_bytes"]
 
 

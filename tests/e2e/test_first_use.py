@@ -1,6 +1,7 @@
-"""A limit counts on a device from the tenant's first use of that device on, so a host takes as many as fit on each.
+"""A limit counts on a device from the tenant's first use of that device, so a host takes as many tenants as fit on
+each.
 
-Needs a driver with eight devices and an agent of its own, and so runs itself in a mount namespace of its own.
+The test needs a driver with eight devices and its own agent, and so runs itself in a separate mount namespace.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def test_on_eight_devices() -> None:
 
 @pytest.fixture
 def group(strict: Service, tmp_path: Path) -> Iterator[Cgroups]:
-    """Cgroups that a policy gives 8 GiB on each device."""
+    """Return cgroups that a policy gives 8 GiB on each device."""
     place = Cgroups(tmp_path)
     file = strict.policies / "first-use.yaml"
     file.write_text(POLICY.format(group=place.group.lstrip("/")))
@@ -54,7 +55,7 @@ def committed() -> list[int]:
 
 
 def use(place: Cgroups, device: int) -> Client:
-    """A program of a new tenant that has a context on this device."""
+    """Start a program of a new tenant with a context on this device."""
     client = place.tenant(None).client()
     client.ok(f"device {device}")
     return client
@@ -140,7 +141,7 @@ def test_a_group_is_committed_once_on_a_device(strict: Service, group: Cgroups) 
 
 
 def start_four(group: Cgroups) -> list[Client]:
-    """Programs in four new tenants, which have memory of device 0."""
+    """Start programs in four new tenants, which have memory of device 0."""
     clients = [group.tenant(None).client() for _ in range(4)]
     for client in clients:
         client.ok("context")
@@ -148,7 +149,7 @@ def start_four(group: Cgroups) -> list[Client]:
 
 
 def answers(clients: list[Client], command: str) -> list[str]:
-    """What programs answer that are told so at one moment."""
+    """Send a command to all programs at one moment, and return their answers."""
     for client in clients:
         client.send(command)
     return [client.receive().split()[0] for client in clients]
@@ -159,7 +160,7 @@ def answers(clients: list[Client], command: str) -> list[str]:
 def test_no_program_is_refused_under_a_group_whose_limit_is_new(
     strict: Service, group: Cgroups, scale: Callable[..., int]
 ) -> None:
-    """A limit for all appears around four programs, which use another device for the first time right then."""
+    """A limit for the group appears around four programs that just then use another device for the first time."""
     folder = cgroup_root() / group.group.lstrip("/")
     folder.mkdir(exist_ok=True)
     for number in range(scale(3, 15, 200)):
@@ -186,7 +187,7 @@ def test_what_did_not_ask_is_committed_when_it_is_seen(strict: Service, group: C
 
 @pytest.fixture
 def named(group: Cgroups) -> Iterator[str]:
-    """The path of a cgroup without processes."""
+    """Yield the path of a cgroup without processes."""
     folder = cgroup_root() / group.group.lstrip("/") / "named"
     folder.mkdir(parents=True)
     yield f"{group.group}/named"

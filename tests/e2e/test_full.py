@@ -1,4 +1,4 @@
-"""F17: a log that nobody reads, a full disk: nothing that matters waits, and what cannot be kept is refused."""
+"""F17: with a log that is not read, or a full disk, nothing important waits, and what cannot be saved is refused."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.support.wait import eventually
 
 LIMIT = 3 * CONTEXT + 40 * MIB
 STEP = 2 * MIB
-QUICK_SECONDS = 5.0  # for what takes a twentieth of that; who waits for a reader waits for ever
+QUICK_SECONDS = 5.0  # for what takes a twentieth of that; a program that waits for a reader waits for ever
 
 
 def brimful() -> tuple[int, int]:
-    """Both ends of a pipe that blocks whoever writes into it."""
+    """Return both ends of a pipe that is full, so that writers block."""
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     os.set_blocking(writer, False)
@@ -37,7 +37,7 @@ def brimful() -> tuple[int, int]:
 
 @pytest.fixture
 def dead(service: Service, unharmed: None) -> Iterator[Service]:
-    """The service without agent and gatekeeper; with the usual ones again afterwards."""
+    """Return the service without agent and gatekeeper. Both run again afterwards."""
     service.kill_agent()
     service.kill_gatekeeper()
     yield service
@@ -50,14 +50,14 @@ def dead(service: Service, unharmed: None) -> Iterator[Service]:
 
 
 def timed(what: str, longest: float, begun: float) -> float:
-    """The longest of its kind so far, in seconds."""
+    """Return the longest time of its kind so far, in seconds."""
     took = time.monotonic() - begun
     assert took < QUICK_SECONDS, f"{what} took {took:.2f} s"
     return max(longest, took)
 
 
 def busy(one: Tenant, command: str) -> Client:
-    """A program that asks until it is told otherwise."""
+    """Start a program that repeats a request until it is told to stop."""
     client = one.client()
     client.ok("context")
     client.send(command)
@@ -65,7 +65,7 @@ def busy(one: Tenant, command: str) -> Client:
 
 
 def answered(client: Client) -> list[int]:
-    """How often it got what it asked for, was refused, and anything else."""
+    """Stop the client. Return how often its request was granted, was refused, and had another result."""
     client.send("context")
     numbers = client.numbers(client.receive())
     assert client.receive() == "ok"
@@ -73,7 +73,7 @@ def answered(client: Client) -> list[int]:
 
 
 def live_for(seconds: float, tenants: list[Tenant]) -> dict[str, float]:
-    """All that a host does, for so long, each time within QUICK_SECONDS; how long each took at most."""
+    """Do all that a host does, for this long, each action within QUICK_SECONDS. Return the longest time of each."""
     longest = {"set": 0.0, "start": 0.0, "scrape": 0.0}
     end, number = time.monotonic() + seconds, 0
     while time.monotonic() < end:
@@ -113,7 +113,7 @@ def test_nothing_waits_for_a_log_that_nobody_reads(dead: Service, tenant, scale)
         assert [one.assert_exact() for one in tenants] == [CONTEXT, CONTEXT]
         assert set(os.read(reader, 4096)) == set(b"."), "what was in the pipe from the beginning, and nothing else"
         os.set_blocking(reader, False)
-        fgpu("set", tenants[1].path, "--memory", f"{LIMIT + 7 * STEP}B")  # the other has had its lines by now
+        fgpu("set", tenants[1].path, "--memory", f"{LIMIT + 7 * STEP}B")  # the other has printed its lines by now
 
         def told() -> bytes:
             with contextlib.suppress(BlockingIOError):
@@ -128,7 +128,7 @@ def test_nothing_waits_for_a_log_that_nobody_reads(dead: Service, tenant, scale)
 
 @pytest.fixture
 def full(dead: Service) -> Iterator[Path]:
-    """The file system of /run/fgpu with 4 KiB left, and those taken; its only big file is what makes it so."""
+    """Yield the path of a file on the file system of /run/fgpu, which has little room left."""
     if not os.path.ismount(RUN_DIR):
         pytest.skip(f"{RUN_DIR} is no file system of its own: ./dev test gives it one")
     state = os.statvfs(RUN_DIR)

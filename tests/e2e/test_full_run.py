@@ -1,4 +1,4 @@
-"""F28: `/run` takes no file while a container ends: containers of the same moment have their limits all the same."""
+"""F28: `/run` is full while a container exits: other containers of that moment still have their limits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def unwritable(service: Service, unharmed: None) -> Iterator[Callable[[str], Non
 
 @pytest.fixture
 def group(service: Service, unharmed: None) -> Iterator[Path]:
-    """A cgroup whose children have a policy."""
+    """Return a cgroup whose children have a policy."""
     file = service.policies / "full-run.yaml"
     file.write_text(POLICY)
     assert fgpu("reload").returncode == 0
@@ -57,7 +57,7 @@ def group(service: Service, unharmed: None) -> Iterator[Path]:
 
 
 def limit_of(path: str) -> int | None:
-    """Bytes of the first device; None: it is no tenant."""
+    """Return the bytes of the first device; None: it is no tenant."""
     found = [tenant for tenant in ask(verb="snapshot")["tenants"] if tenant["path"] == path]
     return int(found[0]["devices"][0]["limit_bytes"]) if found else None
 

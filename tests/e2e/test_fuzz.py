@@ -1,7 +1,7 @@
-"""Ten thousand messages that nobody has thought of, at the sockets of a real agent and a real gatekeeper.
+"""Ten thousand unexpected messages to the sockets of a real agent and a real gatekeeper.
 
-The same inputs as those of tests/fuzz, where these sockets' own code is looked at more closely. Whatever comes in, both
-go on, a tenant's program is answered as before, and neither has grown by a mebibyte.
+The inputs are those of tests/fuzz, which tests the sockets' code in more detail. With any input, both processes go on,
+a tenant's program gets its answers as before, and neither process grows by a mebibyte.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tests.support.service import Service
 from tests.support.wait import eventually
 
 COUNTS = 1_000, 10_000, 100_000
-ENDS_IT = b"detach", b"reload", b"run", b"put", b"share"  # what is understood is done: not what is looked for here
+ENDS_IT = b"detach", b"reload", b"run", b"put", b"share"  # these verbs would be executed, which is not tested here
 
 
 def grown(pid: int, send: Callable[[bytes], None], mutator: corpora.Mutator, runs: int) -> int:
-    """By how many bytes, from a fifth of the messages on."""
+    """Return the growth in bytes after the first fifth of the messages."""
     for _ in range(runs // corpora.WARM_PART):
         send(mutator())
     before = corpora.resident_bytes(pid)
@@ -35,7 +35,7 @@ def grown(pid: int, send: Callable[[bytes], None], mutator: corpora.Mutator, run
 
 
 def say(data: bytes) -> None:
-    """One message to the gatekeeper, whatever comes back."""
+    """Send one message to the gatekeeper, and ignore its answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(10)
         with contextlib.suppress(OSError):
@@ -44,7 +44,7 @@ def say(data: bytes) -> None:
 
 
 def request(data: bytes) -> None:
-    """One line to the agent, as root; its answer is JSON, or it was no line."""
+    """Send one line to the agent, as root. Its answer must be JSON, unless the message was no line."""
     if any(word in data for word in ENDS_IT):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:

@@ -1,6 +1,6 @@
-"""Tenants on several devices: they have all of them at once, or none, for their kernels spin for each other.
+"""Tenants on several devices: they have all of them at once or none, because their kernels wait for each other.
 
-Needs a driver with two devices and an agent of its own, and so runs itself in a mount namespace of its own.
+The tests need a driver with two devices and their own agent, and so run themselves in a separate mount namespace.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def test_on_two_devices() -> None:
 
 
 class Pairs:
-    """bench/programs/meet.c in a tenant, or at no gate.
+    """The program bench/programs/meet.c in a tenant, or without a gate.
 
-    It launches pairs of kernels on devices 0 and 1 that spin for each other.
+    It launches pairs of kernels on devices 0 and 1 that wait for each other.
     """
 
     def __init__(self, program: Path, key: int, name: str = "") -> None:
@@ -53,7 +53,7 @@ class Pairs:
         return float(self.process.stdout.readline().split()[4])
 
     def turns(self) -> list[float]:
-        """How many it has had, on each device."""
+        """Return the number of turns it has had on each device."""
         (tenant,) = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == self.name]
         assert tenant["enforcement"] == "kernel"
         return [device["compute"]["waits"] for device in sorted(tenant["devices"], key=lambda d: d["gpu"])]
@@ -65,7 +65,7 @@ class Pairs:
 
 @pytest.fixture(scope="session")
 def meet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The benchmark's program."""
+    """Build the benchmark's program."""
     source, out = ROOT / "bench/programs/meet.c", tmp_path_factory.mktemp("meet") / "meet"
     subprocess.run(
         ["gcc", "-std=gnu11", "-O2", f"-I{BUILD}/headers", "-o", out, source, "-ldl"], check=True, timeout=60
@@ -102,12 +102,12 @@ def test_gangs_take_turns_on_all_their_devices(start: Callable[..., Pairs]) -> N
     for gang in (first, second):
         eventually(lambda: gang.turns()[0] == gang.turns()[1] > 10, 3, "turns on both at once")  # noqa: B023
     assert min(done) > 0.4 * sum(done)
-    assert sum(done) > 0.6 * alone  # where a turn ends between two that spin for each other, those that lack may go
+    assert sum(done) > 0.6 * alone  # if a turn ends between two matching launches, the missing ones may go
 
 
 @inside
 def test_a_gang_and_a_neighbour_on_one_of_its_devices(start: Callable[..., Pairs], tmp_path: Path) -> None:
-    """The neighbour gets its part of device 0; the gang what is left, though device 1 has nobody else."""
+    """The neighbour gets its part of device 0. The gang gets the rest, although device 1 has no other tenant."""
     spin = tmp_path / "spin"
     flags = ["-std=gnu11", "-O2", f"-I{BUILD}/headers"]
     subprocess.run(["gcc", *flags, "-o", spin, ROOT / "bench/programs/spin.c", "-ldl"], check=True, timeout=60)

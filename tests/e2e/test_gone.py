@@ -1,4 +1,4 @@
-"""Containers that are gone leave nothing, whether they had a libcuda of their own or the host's."""
+"""Removed containers leave nothing, whether they had their own libcuda or the host's."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.support.service import Service
 from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually
 
-LIVE = 4  # at once
-MORE = 5  # descriptors of an agent that has been busy
+LIVE = 4  # at one time
+MORE = 5  # descriptors that a busy agent may have more
 OF_CGROUPS, OF_PROCESSES = ("pages", "resolved", "limits", "shares", "turns", "counters"), ("processes", "allocations")
-OWN = f"env LD_LIBRARY_PATH=/.:{SIM}/lib"  # starts a program with the image's libcuda
+OWN = f"env LD_LIBRARY_PATH=/.:{SIM}/lib"  # the start of a program with the image's libcuda
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
 kind: GpuPolicy
@@ -36,7 +36,7 @@ spec:
 
 
 class Layered(Container):
-    """Containers whose root is a mount of its own, as engines make it."""
+    """Containers whose root is a separate mount, as engines make it."""
 
     def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
         layers = [bundle / layer for layer in ("lower", "upper", "spare", "rootfs")]
@@ -47,13 +47,13 @@ class Layered(Container):
         super()._bundle(bundle, name, folder)
 
     def root(self, tenant: Tenant) -> Path:
-        """Where a container's root is mounted."""
+        """Return where a container's root is mounted."""
         return self.work / f"{tenant.name}.bundle/rootfs"
 
 
 @pytest.fixture
 def layered(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Layered]:
-    """Containers with 600 MiB each."""
+    """Return a place of containers with 600 MiB each."""
     (service.policies / "gone.yaml").write_text(POLICY)
     eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 5, "the policy")
     place = Layered(tmp_path, "runc")
@@ -66,14 +66,14 @@ def layered(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Layere
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """By what each container is known that there was: ids of cgroups, host pids, inodes of its libcuda."""
+    """Traces of the containers that were made: ids of cgroups, host pids, inodes of libcuda."""
 
     cgroups: set[int] = field(default_factory=set)
     pids: set[int] = field(default_factory=set)
     files: set[int] = field(default_factory=set)
 
     def left(self, place: Layered) -> list[str]:
-        """What there still is of them."""
+        """Return what is left of them."""
         found = [name for name in OF_CGROUPS if self.cgroups & {struct.unpack_from("Q", key)[0] for key in keys(name)}]
         found += [name for name in OF_PROCESSES if self.pids & {struct.unpack_from("I", key)[0] for key in keys(name)}]
         found += ["threads"] if self.pids & {struct.unpack_from("II", key)[1] for key in keys("threads")} else []
@@ -84,13 +84,13 @@ class Made:
 
 
 def started(place: Layered, made: Made, with_own: bool) -> Tenant:
-    """A container with a program that holds memory."""
+    """Start a container with a program that holds memory."""
     place.image = {"libcuda.so.1": (SIM / "lib/libcuda.so.1").resolve()} if with_own else {}
     tenant = place.tenant(None)
     client: Client = tenant.client(before=OWN if with_own else "")
     client.ok(f"alloc {10 * MIB}")
     seen = tenant.memory()
-    assert seen["admitted_bytes"] == seen["witnessed_bytes"] == 10 * MIB, seen  # it is live
+    assert seen["admitted_bytes"] == seen["witnessed_bytes"] == 10 * MIB, seen  # the container works
     assert seen["used_bytes"] == CONTEXT + 10 * MIB
     made.cgroups.add(tenant.cgroup.stat().st_ino)
     made.pids.update(tenant.pids())
@@ -102,7 +102,7 @@ def started(place: Layered, made: Made, with_own: bool) -> Tenant:
 
 
 def removed(place: Layered, tenant: Tenant) -> float:
-    """Deletes a container; the seconds until its root could be unmounted, as an engine does."""
+    """Delete a container. Return the seconds until its root could be unmounted, as an engine does."""
     tenant.end()
     place.tenants.remove(tenant)
     root, begun = place.root(tenant), time.monotonic()
@@ -111,14 +111,14 @@ def removed(place: Layered, tenant: Tenant) -> float:
 
 
 def descriptors(service: Service) -> dict[str, int]:
-    """Of agent and gatekeeper."""
+    """Return the numbers of descriptors of agent and gatekeeper."""
     assert service.agent
     pids = {"agent": service.agent.pid, "gatekeeper": next(iter(service.gatekeepers()))}
     return {name: len(list(Path(f"/proc/{pid}/fd").iterdir())) for name, pid in pids.items()}
 
 
 def written(service: Service) -> dict[Path, str]:
-    """What the agent keeps of containers, and what engines read."""
+    """Return the files that the agent keeps about containers, and those that engines read."""
     paths = [path for folder in (RUN_DIR, service.cdi) for path in folder.rglob("*") if path.is_file()]
     return {path: path.read_text(errors="replace") for path in paths}
 
@@ -126,7 +126,7 @@ def written(service: Service) -> dict[Path, str]:
 @pytest.mark.timeout(3600)
 def test_containers_that_are_gone_leave_nothing(service: Service, layered: Layered, scale) -> None:
     made = Made()
-    for with_own in (False, True):  # until whatever is made once is made
+    for with_own in (False, True):  # so that everything that is made only once exists
         removed(layered, started(layered, made, with_own))
     eventually(lambda: not made.left(layered), 10, "nothing left of the first")
     before, files = descriptors(service), written(service).keys()

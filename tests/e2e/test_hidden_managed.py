@@ -15,13 +15,13 @@ from tests.support.tenant import Tenant
 from tests.support.wait import eventually, steadily
 
 LARGE = 16 * MIB  # of managed.c
-SECONDS = 1.0  # within which the ledger has what the driver gave
+SECONDS = 1.0  # until the ledger has what the driver gave
 DRIVER = (SIM / "lib/libcuda.so.1").resolve()
 
 
 @pytest.fixture
 def hiding(tenant: Callable[[int], Tenant]) -> Bypass:
-    """A process that takes managed memory around the shim."""
+    """Start a process that allocates managed memory without the shim."""
     one = tenant(2 * GIB)
     one.assert_enforced()
     client = Bypass(one, "managed", f"{BUILD}/e2e/managed")
@@ -30,7 +30,7 @@ def hiding(tenant: Callable[[int], Tenant]) -> Bypass:
 
 
 def assert_charged(client: Bypass, bytes_: int) -> None:
-    """From a second on, and for a second, the ledger holds no less than the driver does, which holds so much."""
+    """Check that within a second the ledger holds as much as the driver, and that this lasts for a second."""
     one = client.tenant
     assert one.driver(("managed",)) == bytes_ > 0
     enough = lambda: one.memory()["used_bytes"] >= one.driver() == bytes_ + CONTEXT  # noqa: E731
@@ -60,7 +60,7 @@ def test_when_vforked_children_take_it(hiding: Bypass) -> None:
 @pytest.mark.timed
 @pytest.mark.places("cgroups")
 def test_when_a_library_of_the_tenant_s_own_frees_it(service: Service, hiding: Bypass, tmp_path: Path) -> None:
-    """The library is the driver's but for this call, which returns that all is well."""
+    """The library is the driver's, except that this call does nothing and returns success."""
     library = tmp_path / "own" / "libcuda.so.1"
     library.parent.mkdir()
     names = {"cuMemFree_v2": "cuMemFree_v0", "cuDriverGetVersion": "cuMemFree_v2"}

@@ -1,4 +1,4 @@
-"""What anybody puts where a library was, or into one: the agent looks at everybody else's, answers, and starts."""
+"""A tenant replaces or damages libraries: the agent still examines those of all others, answers, and starts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Mapper = Callable[..., subprocess.Popen[bytes]]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A file system of nobody's own."""
+    """Return a folder that belongs to an unprivileged user."""
     tmp_path.chmod(0o755)
     place = tmp_path / "own"
     place.mkdir()
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mapper(service: Service, unharmed: None) -> Iterator[Mapper]:
-    """Starts processes of nobody that map these files executable."""
+    """Return a function that starts processes of an unprivileged user which map these files as executable."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(what: str, *paths: Path) -> subprocess.Popen[bytes]:
@@ -66,14 +66,14 @@ def mapper(service: Service, unharmed: None) -> Iterator[Mapper]:
 
 
 def library(path: Path) -> Path:
-    """The driver's, nobody's own."""
+    """Copy the driver's library for an unprivileged user."""
     shutil.copy(SIM / "lib/libcuda.so.1", path)
     os.chown(path, NOBODY, NOBODY)
     return path
 
 
 def without_segments(path: Path) -> Path:
-    """Its functions lie nowhere in the file."""
+    """Remove the segments, so that its functions are nowhere in the file."""
     text = bytearray(library(path).read_bytes())
     (at,), (count,) = struct.unpack_from("<Q", text, 0x20), struct.unpack_from("<H", text, 56)
     for segment in range(count):
@@ -111,7 +111,7 @@ def test_an_agent_starts_beside_it_and_goes_on(
 
 
 def links() -> list[Path]:
-    """One of each probe."""
+    """Return one link of each probe."""
     return list(next(Path("/sys/fs/bpf/fgpu").glob("v*/links")).iterdir())
 
 

@@ -1,4 +1,4 @@
-"""What runs on a host before fgpu comes to it: adopted, reported, never ended, and no more admitted until it fits."""
+"""Processes older than fgpu are adopted, reported, and never killed; no memory is admitted until everything fits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ spec:
 
 
 class Before:
-    """A cgroup, and as much of a tenant as programs need that start in it, with the shim or without."""
+    """A cgroup, with as much of a tenant as its programs need, with the shim or without."""
 
     name = NAME
 
@@ -61,7 +61,7 @@ class Before:
 
 @pytest.fixture
 def before(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Before]:
-    """A host without fgpu; afterwards one that has it, and nobody older."""
+    """Return a host without fgpu. Afterwards fgpu runs, and no process is older."""
     service.detach()
     place = Before(tmp_path)
     yield place
@@ -72,7 +72,7 @@ def before(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Before]
 
 
 def install(service: Service) -> None:
-    """An agent, with a policy for whoever is there."""
+    """Start an agent, with a policy for all that runs."""
     (service.policies / "install.yaml").write_text(POLICY)
     service.start_agent()
     key = "fgpu_tenant_enforcement", frozenset({("tenant", NAME), ("mode", "kernel")})
@@ -80,12 +80,12 @@ def install(service: Service) -> None:
 
 
 def memory() -> dict[str, int]:
-    """The tenant's, of device 0."""
+    """Return the tenant's figures for device 0."""
     return next(t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == NAME)["devices"][0]
 
 
 def uses(bytes_: int) -> bool:
-    """So much is charged, and the driver holds as much."""
+    """Return whether this much is charged, and the driver holds as much."""
     holds = sum(one[f"{kind}_bytes"] for one in driver_books() for kind in KINDS)
     return memory()["used_bytes"] == holds == bytes_
 
@@ -118,7 +118,7 @@ def test_who_runs_already_is_adopted_and_reported_and_nothing_more_fits(service:
 
 
 def test_twenty_in_the_middle_of_their_lives_are_adopted_to_the_byte(service: Service, before: Before, scale) -> None:
-    """Some have a context alone, some have begun to take memory, and take more while the probes are attached."""
+    """Some have only a context. Others have begun to allocate, and continue while the probes are attached."""
     for _ in range(scale(1, 1, 5)):
         older = [before.program(f"older{number}") for number in range(20)]
         held = 0

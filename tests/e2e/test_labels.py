@@ -1,4 +1,4 @@
-"""Labels of real Docker containers: whose limit they choose, how far they go, and an engine that stalls meanwhile."""
+"""Labels of real Docker containers: which limits they choose, their bounds, and an engine that stalls."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ spec:
 
 @pytest.fixture(scope="module")
 def engine(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
-    """dockerd."""
+    """Run dockerd."""
     docker = Docker(tmp_path_factory.mktemp("docker"), service.engine)
     yield docker
     docker.close()
@@ -45,7 +45,7 @@ def engine(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def docker(service: Service, engine: Docker, unharmed: None) -> Iterator[Docker]:
-    """dockerd, and policies for its containers; afterwards there are neither containers nor policies."""
+    """Return dockerd with policies for its containers. Afterwards neither containers nor policies are left."""
     write(service, POLICIES)
     try:
         yield engine
@@ -55,19 +55,19 @@ def docker(service: Service, engine: Docker, unharmed: None) -> Iterator[Docker]
 
 
 def becomes(one: Tenant, policy: str, limit: int, seconds: float = 5) -> None:
-    """It gets that limit, under its name."""
+    """Wait until the tenant has that limit, from the policy of that name."""
     eventually(lambda: limit_of(one) == (policy, limit), seconds, f"{policy} for {one.name}: {limit_of(one)}")
     one.assert_enforced()
 
 
 def full_by_label(docker: Docker, service: Service) -> tuple[Tenant, Client]:
-    """A container at the limit that its label gives it; then its engine stands still, and the agent is killed."""
+    """Return a container at the limit of its label. Then its engine stops, and the agent is killed."""
     one = docker.container({"tier": "notebook"})
     eventually(lambda: [t for t in ask(verb="snapshot")["tenants"] if t["path"] == one.path], 5, "a tenant")
     becomes(one, "notebooks", 3 * GIB)
     client = one.client()
     client.ok(f"fill {2 * MIB} 0")
-    time.sleep(1.5)  # what is known is written down once a second
+    time.sleep(1.5)  # known labels are saved once a second
     docker.socket.stall()
     service.kill_agent()
     return one, client
@@ -84,16 +84,16 @@ def test_a_label_chooses_the_policy_and_the_kernel_holds_its_limit(docker: Docke
             client.ok(f"fill {2 * MIB} 0")
         assert client.do(f"alloc {2 * MIB}") == REFUSED
         assert tenant.assert_exact() == limit
-    assert "notebooks" in fgpu("explain", one.name).stdout  # by Docker's name for it
+    assert "notebooks" in fgpu("explain", one.name).stdout  # by the name that Docker gives it
 
 
 ASKED: list[tuple[dict[str, str], dict[str, str], int]] = [
     ({"fgpu.dev/memory": "5GiB"}, {}, 5 * GIB),
     ({"fgpu.dev/memory": "7GiB"}, {}, 6 * GIB),  # the policy's max
-    ({"clearml-injector/fraction": "0.125"}, {}, 0),  # an eighth of what the device can give
-    ({}, {"fgpu.dev/memory": "2GiB"}, 2 * GIB),  # the image's: tightens
-    ({}, {"fgpu.dev/memory": "5GiB"}, 3 * GIB),  # and does nothing else
-    ({"fgpu.dev/memory": "5GiB"}, {"fgpu.dev/memory": "4GiB"}, 5 * GIB),  # the container's own in the image's place
+    ({"clearml-injector/fraction": "0.125"}, {}, 0),  # an eighth of the device's usable memory
+    ({}, {"fgpu.dev/memory": "2GiB"}, 2 * GIB),  # the image's label lowers the limit
+    ({}, {"fgpu.dev/memory": "5GiB"}, 3 * GIB),  # and never raises it
+    ({"fgpu.dev/memory": "5GiB"}, {"fgpu.dev/memory": "4GiB"}, 5 * GIB),  # the container's own replaces the image's
 ]
 
 
@@ -123,7 +123,7 @@ def test_an_engine_that_stalls_delays_no_limit_and_refines_it_in_a_running_progr
     eventually(lambda: "no answer within" in fgpu("doctor", check=False).stdout, 5, "doctor's finding")
     before = ages()
     time.sleep(1)
-    assert ages() >= before  # the agent goes on meanwhile
+    assert ages() >= before  # the agent works meanwhile
     docker.socket.go_on()
     becomes(one, "notebooks", 3 * GIB, 10)
     assert client.ok("info")[1] == 3 * GIB
@@ -174,7 +174,7 @@ def test_an_engine_that_goes_and_comes_back(docker: Docker) -> None:
     docker.socket.close()
     later = docker.container({"tier": "notebook"})
     eventually(lambda: limit_of(later) == ("others", GIB), 1, "the limit by cgroup")
-    assert limit_of(one) == ("notebooks", 3 * GIB)  # what is known stays
+    assert limit_of(one) == ("notebooks", 3 * GIB)  # a known label stays
     docker.open()
     becomes(later, "notebooks", 3 * GIB, 10)
 
@@ -196,7 +196,7 @@ def test_a_limit_by_label_outlives_the_agent_although_the_engine_is_down(docker:
 def test_a_limit_by_label_outlives_minutes_in_which_the_agent_stands_still(
     docker: Docker, service: Service, scale: Callable[[int, int, int], int]
 ) -> None:
-    """As in a virtual machine that is frozen; the engine is down when it goes on."""
+    """The agent is stopped, as in a frozen virtual machine, and the engine is down when the agent continues."""
     write(service, BY_LABEL)
     assert service.agent
     one = docker.container({"tier": "notebook"})
@@ -251,7 +251,7 @@ def test_five_containers_come_and_go_and_leave_nothing(docker: Docker, record: C
 
 @pytest.fixture
 def record(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Prints a measurement past pytest's capture."""
+    """Return a function that prints a measurement in spite of pytest's capture."""
 
     def say(text: str) -> None:
         with capsys.disabled():

@@ -29,7 +29,7 @@ spec:
 
 @pytest.fixture
 def containerd(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Containerd]:
-    """containerd, and policies for its pods."""
+    """Run containerd, with policies for its pods."""
     write(service, POLICIES)
     try:
         place = Containerd(tmp_path, service.containerd, {"fgpu.dev/memory": "2GiB"})
@@ -40,7 +40,7 @@ def containerd(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Con
 
 
 def at(path: str) -> tuple[str, str, int] | None:
-    """Name, policy and limit of the tenant there."""
+    """Return name, policy and limit of the tenant there."""
     found = next((t for t in ask(verb="snapshot")["tenants"] if t["path"] == path), None)
     return found and (found["tenant"], found["policy"], found["devices"][0]["limit_bytes"])
 

@@ -1,6 +1,6 @@
-"""Another version of fgpu starts on a host whose pinned maps have another layout: no limit opens, not for a moment.
+"""A version of fgpu with another layout of pinned maps starts: no limit opens at any moment.
 
-Each test goes to the next layout and back. Tenants by policy, by `fgpu set` and by `fgpu run` are at their limit, with
+Each test goes to the next layout and back. Tenants by policy, by `fgpu set` and by `fgpu run` are at their limits, with
 programs that ask for more all the time and others that start all the time.
 """
 
@@ -39,7 +39,7 @@ spec:
 
 @pytest.fixture
 def store(service: Service, unharmed: None, versions: tuple[Version, Version], tmp_path: Path) -> Iterator[Path]:
-    """The folder of shims of both; this version runs. The service's own agent is back afterwards."""
+    """Return the folder of shims of both versions. This version runs, and afterwards the service's own agent."""
     store = tmp_path / "store"
     change(service, versions[0], store, signal.SIGTERM)
     yield store
@@ -49,7 +49,7 @@ def store(service: Service, unharmed: None, versions: tuple[Version, Version], t
 
 @dataclass
 class Full:
-    """A tenant at its limit; `before` starts a program in it that has the shim of the version that runs."""
+    """A tenant at its limit. `before` starts a program with the shim of the running version."""
 
     tenant: Tenant
     before: str
@@ -57,7 +57,7 @@ class Full:
     programs: list[Client] = field(default_factory=list)
 
     def fill(self) -> None:
-        """One program takes all that the limit allows."""
+        """Allocate all that the limit allows, in one program."""
         client = self.tenant.client(before=self.before)
         client.ok("context")
         for _ in range((self.limit - CONTEXT) // STEP):
@@ -65,12 +65,12 @@ class Full:
         self.programs = [client]
 
     def ask(self) -> None:
-        """Each program asks for more until got() is called."""
+        """Let each program ask for more until got() is called."""
         for client in self.programs:
             client.send(f"ask {STEP} 0")
 
     def got(self) -> int:
-        """How often one of them has got something since ask()."""
+        """Return how often a program got something since ask()."""
         found = 0
         for client in self.programs:
             client.send("context")
@@ -79,7 +79,7 @@ class Full:
         return found
 
     def end(self) -> None:
-        """Its programs are killed."""
+        """Kill its programs."""
         for client in self.programs:
             client.kill()
             client.close()
@@ -87,7 +87,7 @@ class Full:
 
 
 class Watch:
-    """Looks at the driver's books, and starts program after program in each tenant, until end()."""
+    """A thread that reads the driver's bytes, and starts program after program in each tenant, until end()."""
 
     def __init__(self, tenants: list[Full]) -> None:
         self._tenants, self._ended = tenants, threading.Event()
@@ -116,7 +116,7 @@ class Watch:
             eventually(lambda pid=client.pid: pid not in one.tenant.pids(), 10, "its end")
 
     def end(self) -> None:
-        """Nothing is started any more."""
+        """Start no more programs."""
         self._ended.set()
         for thread in self._threads:
             thread.join(30)
@@ -124,7 +124,7 @@ class Watch:
 
 
 def left_behind(one: Full) -> None:
-    """Its program has ended, and a child has the descriptors, so that the driver keeps its memory."""
+    """Leave a child that has the descriptors of an exited program, so that the driver keeps its memory."""
     one.fill()
     one.programs[0].ok("linger")
     one.programs.pop().kill()
@@ -133,7 +133,7 @@ def left_behind(one: Full) -> None:
 
 @dataclass
 class World:
-    """Tenants with a program that holds all, and one whose memory NVML shows in the row of an ended process."""
+    """Tenants whose program holds the whole limit, and one with memory in the row of an exited process."""
 
     tenants: list[Full]
     hidden: list[Full]
@@ -141,7 +141,7 @@ class World:
 
 @pytest.fixture
 def world(service: Service, store: Path, tmp_path: Path) -> Iterator[World]:
-    """One by policy, one by `fgpu set`, one by `fgpu run`: all at their limit; and one more."""
+    """Return tenants at their limits, one by policy, one by `fgpu set`, one by `fgpu run`; and one more."""
     cgroups, place = Cgroups(tmp_path), Place(tmp_path)
     policy = service.policies / "layouts.yaml"
     policy.write_text(POLICY.format(group=cgroups.group.lstrip("/"), bytes=LIMIT))
@@ -164,7 +164,7 @@ def world(service: Service, store: Path, tmp_path: Path) -> Iterator[World]:
 
 
 def assert_over(service: Service, to: Version, store: Path, how: signal.Signals, world: World) -> None:
-    """Nobody gets a byte while the agent ends and that of another version starts, and for a while after that."""
+    """Check that no program gets a byte while an agent of another version replaces this one, and for a while after."""
     for one in world.tenants:
         one.ask()
     watch = Watch([*world.tenants, *world.hidden])
@@ -178,7 +178,7 @@ def assert_over(service: Service, to: Version, store: Path, how: signal.Signals,
 
 
 def assert_shown(tenants: list[Full]) -> None:
-    """The ledger is the driver's books, and the limits are shown."""
+    """Check that the ledger equals the driver's figures, and that the limits are shown."""
     said = fgpu("status").stdout
     for one in tenants:
         assert one.tenant.assert_exact() == one.limit
@@ -191,13 +191,13 @@ def assert_shown(tenants: list[Full]) -> None:
 def test_limits_hold_over_an_upgrade_and_a_downgrade(
     service: Service, versions: tuple[Version, Version], store: Path, world: World
 ) -> None:
-    """Up after SIGTERM; back after SIGKILL, which leaves a gatekeeper of the other layout behind."""
+    """The upgrade uses SIGTERM. The downgrade uses SIGKILL, which leaves a gatekeeper of the other layout."""
     for to, how in ((versions[1], signal.SIGTERM), (versions[0], signal.SIGKILL)):
         assert_over(service, to, store, how, world)
         assert_shown(world.tenants)
         memory = world.hidden[0].tenant.memory()
         assert memory["used_bytes"] == memory["orphaned_bytes"] == LIMIT
-        for one in world.tenants:  # a program of this version has its limit to the byte
+        for one in world.tenants:  # a program of this version has its exact limit
             one.end()
             one.fill()
             assert one.programs[0].do(f"alloc {STEP}") == REFUSED

@@ -1,11 +1,11 @@
-"""Random lives: programs that take and give back in every way, and die; the ledger equals the driver at every check.
+"""Random lives: programs that allocate and free in every way, and exit. The ledger equals the driver at every check.
 
-A life that uses pools may be charged more than the driver holds: what a destroyed pool still had in use, or what it has
-granted and the driver took back. That much, and no more, is its drift.
+A life that uses pools may be charged more than the driver holds: the bytes that a destroyed pool still had in use, or
+that a pool has granted and the driver took back. Its drift is exactly that.
 
-Lives also share memory, and leave some behind: descriptors of exports in sockets, forked children and executed programs
-that keep the driver's descriptors. Before a check every living process closes what it shares. What is then left of
-ended processes is orphaned, and must be gone as soon as the driver has freed it.
+Lives also share memory, and leave some behind: descriptors of exports in sockets, and forked children and executed
+programs that keep the driver's descriptors. Before a check every living process closes what it shares. The remaining
+memory of exited processes is orphaned, and must be gone as soon as the driver has freed it.
 
 FGPU_TEST_SEED repeats a run, FGPU_TEST_ROUNDS makes it longer or shorter.
 """
@@ -43,7 +43,7 @@ A_FEW, MANY, MOST = (
     16_700,
 )  # operations of a thread and round: of three lives in CI 5 x 10^5 in all, in full 10^8
 MOVES = True  # the kernel and the agent follow a process from one cgroup to another
-WORKING = True  # and may give a process that is at work other levels
+WORKING = True  # and may change the levels of a process that is at work
 IMPOSSIBLE = ("release", "full", "device", "lost")  # anomalies that no life may cause
 FLOOD_SECONDS, FLOOD_MOVES = 2.2, 5000  # 4,000 events a second are let into a ring that has room for 4,369
 REFUSALS = "fgpu_memory_refused_total"
@@ -51,7 +51,7 @@ SMALL = {"MOST_ALLOCATIONS": 64, "MOST_THREADS": 32, "MOST_PROCESSES": 16, "EVEN
 
 
 class Life(Program):
-    """tests/programs/life.c, two threads."""
+    """The program tests/programs/life.c, with two threads."""
 
     _numbers = itertools.count(1)
 
@@ -66,12 +66,12 @@ class Life(Program):
         self.pid, self.contexts = int(pid), int(result == "0")
 
     def begin(self, operations: int) -> None:
-        """A round: so many of each thread."""
+        """Begin a round with this many operations of each thread."""
         self.send(str(operations))
         self.busy = True
 
     def end(self) -> int:
-        """Operations done since begin()."""
+        """Return the number of operations since begin()."""
         word, done, refused, contexts = self.receive(60).split()
         assert word == "ok"
         self.busy = False
@@ -79,29 +79,29 @@ class Life(Program):
         return int(done)
 
     def close_shared(self) -> None:
-        """It has no descriptor any more that keeps memory, and its forked children have ended."""
+        """Close all descriptors that keep memory, and wait for forked children."""
         self.send("close")
         assert self.receive().split()[0] == "ok"
 
     def execute_again(self, seed: int) -> None:
-        """exec of itself, by the first thread or another, with all that it holds."""
+        """Execute the program again, from the first thread or another one, while it holds memory."""
         self.send(f"exec {seed}")
         self._be_born()
 
     def leave(self) -> None:
-        """Its first thread ends, another goes on."""
+        """End the first thread. Another one continues."""
         self.send("leave")
         assert self.receive().split()[0] == "ok"
 
     def kill(self) -> None:
-        """kill -9, at work or not."""
+        """Kill the process with SIGKILL, at work or not."""
         os.kill(self.pid, 9)
         eventually(lambda: self.pid not in self.tenant.pids(), 5, "its death")
         self.close()
 
 
 class World:
-    """Tenants, the lives in them, and all that may happen to them."""
+    """Tenants, the lives in them, and all events that may happen to them."""
 
     def __init__(
         self,
@@ -130,11 +130,11 @@ class World:
         self._assert_alive(self.lives[-1])
 
     def _assert_alive(self, life: Life) -> None:
-        """It has found room for a context."""
+        """Check that the life had room for a context."""
         assert self.crowded or life.contexts, f"no life in {life.tenant.name}: {self._books()}"
 
     def _books(self) -> list[Any]:
-        """Of each tenant what the ledger holds, in all and by process, and the driver."""
+        """Return what the ledger and the driver hold of each tenant; the ledger's figures in all and by process."""
         seen = [(one, one.view()) for one in self.tenants]
         return [(one.name, of["devices"], of["processes"], one.driver_by_device()) for one, of in seen]
 
@@ -147,20 +147,20 @@ class World:
         return victim
 
     def die(self) -> None:
-        """kill -9, and another life begins."""
+        """Kill a life with SIGKILL, and begin another."""
         victim = self._kill_one()
         self._stretch()
         self._bear(victim.tenant, victim.ways)
 
     def _stretch(self) -> None:
-        """A new life needs a context's room."""
+        """Raise the limit if a new life has no room for a context."""
         if self.grouped:
             fgpu("set", self.place.group, "--memory", "16GiB")
         for one in self.tenants:
             fgpu("set", one.path, "--memory", f"{LIMIT}B")
 
     def execute(self) -> None:
-        """A life that is not at work becomes another one in the same process."""
+        """Replace a life that is not at work by another one in the same process."""
         life = self.chance.choice(self.lives)
         if not life.busy:
             self._stretch()
@@ -168,17 +168,17 @@ class World:
             self._assert_alive(life)
 
     def leave(self) -> None:
-        """A first thread ends."""
+        """End the first thread of a life."""
         life = self.chance.choice(self.lives)
         if not life.busy:
             life.leave()
 
     def limit(self) -> None:
-        """Another limit, perhaps below what is held."""
+        """Set another limit, perhaps below the bytes in use."""
         fgpu("set", self.chance.choice(self.tenants).path, "--memory", f"{self.chance.randrange(2, 6)}GiB")
 
     def regroup(self) -> None:
-        """A limit on the cgroup above all, after those below have charged, or away with it."""
+        """Set a limit on the cgroup around all others, which have charges already, or remove it."""
         if not WORKING and any(life.busy for life in self.lives):
             return
         if self.grouped:
@@ -188,24 +188,24 @@ class World:
         self.grouped = not self.grouped
 
     def move(self) -> None:
-        """A living process goes to another tenant's cgroup."""
+        """Move a living process to another tenant's cgroup."""
         life = self.chance.choice(self.lives)
         if MOVES and (WORKING or not life.busy):
             life.tenant = self.chance.choice(self.tenants)
             (life.tenant.cgroup / "cgroup.procs").write_text(str(life.pid))
 
     def restart_agent(self) -> None:
-        """kill -9 of the agent, and another."""
+        """Kill the agent with SIGKILL, and start another."""
         self.service.kill_agent()
         self.service.start_agent()
 
     def restart_gatekeeper(self) -> None:
-        """kill -9 of the gatekeeper; the agent starts another."""
+        """Kill the gatekeeper with SIGKILL. The agent starts another."""
         self.service.kill_gatekeeper()
         eventually(self.service.gatekeepers, 3, "another gatekeeper")
 
     def lose_events(self) -> None:
-        """The agent stands still until the ring is full, and then happens what it should have been told."""
+        """Stop the agent until the ring is full, and cause events that it would have received."""
         agent = self.service.agent
         assert agent is not None
         before = _lost()
@@ -222,7 +222,7 @@ class World:
         self._bear(victim.tenant, victim.ways)
 
     def happen(self) -> None:
-        """One of these, now and then, between two rounds or in the middle of one."""
+        """Cause one of these events now and then, between two rounds or during one."""
         steps = (self.die, self.execute, self.leave, self.limit, self.regroup, self.move)
         steps += (self.restart_agent, self.restart_gatekeeper, self.lose_events)
         if self.chance.randrange(3):
@@ -231,7 +231,7 @@ class World:
     # -- rounds and checks
 
     def turn(self) -> None:
-        """One round of all lives, of those too that are born in it, and what happens meanwhile."""
+        """Run one round of all lives, including those that begin in it, with events meanwhile."""
         for life in self.lives:
             life.begin(self.pace)
         if self.chance.randrange(2):
@@ -244,7 +244,7 @@ class World:
             self.refused = max(self.refused, life.refused)
 
     def check(self) -> None:
-        """The books of every tenant against the driver's, and of the group against its members'."""
+        """Compare the ledger of every tenant with the driver, and that of the group with its members."""
         held = 0
         for life in self.lives:
             if life.ways == "shared":
@@ -271,11 +271,11 @@ class World:
         return ours == held and sum(held.values()) == sum(d["used_bytes"] for d in whole["devices"])
 
     def end(self) -> None:
-        """Nothing is left of any of it."""
+        """End all lives, and check that nothing is left."""
         for life in self.lives:
             life.close()
         for one in self.tenants:
-            assert one.assert_exact() == 0, "held by nobody"
+            assert one.assert_exact() == 0, "charged without a process"
 
 
 def _nothing_outlives() -> bool:
@@ -287,9 +287,10 @@ def _lost() -> float:
 
 
 def _flood(place: Place) -> None:
-    """A process is moved from one of two cgroups to the other and back.
+    """Move a process from one of two cgroups to the other and back.
 
-    They are in no workload: one that has many events is told of few, and then the kernel's ring is never full.
+    They are in no workload: a workload with many events is told of few of them, and then the kernel's ring is never
+    full.
     """
     beside = cgroup_root() / f"{place.group.lstrip('/')}-flood"
     two = [beside / name for name in ("here", "there")]
@@ -311,7 +312,7 @@ def _flood(place: Place) -> None:
 
 @pytest.fixture
 def chance() -> random.Random:
-    """Its seed is FGPU_TEST_SEED, or a new one that is printed."""
+    """Return a generator with the seed FGPU_TEST_SEED, or a new seed, which is printed."""
     seed = int(os.environ.get("FGPU_TEST_SEED", random.SystemRandom().randrange(1 << 30)))
     print(f"FGPU_TEST_SEED={seed}")
     return random.Random(seed)
@@ -319,7 +320,7 @@ def chance() -> random.Random:
 
 @pytest.fixture
 def rounds(scale: Callable[[int, int, int], int]) -> Callable[[int, int, int], int]:
-    """Of this run: by its scale, or FGPU_TEST_ROUNDS."""
+    """Return the number of rounds, by the run's scale or FGPU_TEST_ROUNDS."""
     return lambda *counts: int(os.environ.get("FGPU_TEST_ROUNDS", scale(*counts)))
 
 
@@ -327,7 +328,7 @@ def rounds(scale: Callable[[int, int, int], int]) -> Callable[[int, int, int], i
 def world(
     service: Service, place: Place, chance: random.Random, scale: Callable[[int, int, int], int]
 ) -> Iterator[World]:
-    """Three lives in two tenants; two of them use pools, and share memory."""
+    """Return three lives in two tenants. Two of them use pools and share memory."""
     world = World(service, place, chance, ("plain", "shared", "shared"), scale(A_FEW, MANY, MOST))
     yield world
     if world.grouped:
@@ -335,7 +336,7 @@ def world(
 
 
 def live(world: World, rounds: int) -> dict[str, int]:
-    """So many rounds and checks; how many anomalies there were of each kind."""
+    """Run this many rounds with checks. Return the number of anomalies of each kind."""
     before = ask(verb="snapshot")["anomalies"]
     for _ in range(rounds):
         world.turn()
@@ -365,7 +366,7 @@ def test_random_lives(world: World, rounds) -> None:
 
 @pytest.fixture
 def small(service: Service, tmp_path: Path) -> Iterator[None]:
-    """The service with programs of its own, whose maps are soon full."""
+    """Run the service with its own programs, whose maps are soon full."""
     package = tmp_path / "site/fgpu_ebpf"
     shutil.copytree(ROOT / "fgpu_ebpf", package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "bpf", package / "bpf")
@@ -395,7 +396,7 @@ def small(service: Service, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def crowd(small: None, service: Service, place: Place, chance: random.Random) -> Iterator[World]:
-    """Three lives without memory that NVML does not show: of what has no entry, it alone tells."""
+    """Return three lives without memory that NVML does not show: of processes without an entry only NVML tells."""
     world = World(service, place, chance, ("shown", "shown", "shown"), crowded=True)
     yield world
     if world.grouped:

@@ -250,5 +250,5 @@ def test_container_without_a_limit_is_left_alone(place, tenant) -> None:
     assert stranger.do(f"alloc {16 * GIB}") == REFUSED  # the driver's own word
     fgpu("set", free.path, "--memory", "1GiB")  # what it has is more than that
     eventually(lambda: stranger.do(f"alloc {2 * MIB}") == REFUSED, 2, "the limit's first refusal")
-    assert free.assert_exact() >= CONTEXT + 4 * GIB  # what it had, and what it got before its shim heard of the limit
+    assert free.assert_exact() >= CONTEXT + 4 * GIB  # what it had, and what it got before its shim saw the limit
     assert [stranger.do(f"alloc {2 * MIB}") for _ in range(20)] == [REFUSED] * 20

@@ -1,6 +1,6 @@
-"""Limits change under a running program: it sees the new total and is held by it, and nothing is restarted.
+"""Limits change under a running program: it sees the new total and keeps it, and nothing is restarted.
 
-`./dev bench live` measures how soon; here the bound is twenty times the bar, for two busy processors.
+`./dev bench live` measures the delay. The bound here is twenty times as long, for two busy processors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ spec:
 
 
 def put(service: Service, limit: int) -> None:
-    """The policy, put in its folder's place as a whole."""
+    """Write the policy, and replace the old file at once."""
     aside = service.policies / ".live"
     aside.write_text(POLICY.format(limit // MIB))
     aside.rename(service.policies / "live.yaml")
@@ -39,14 +39,14 @@ def put(service: Service, limit: int) -> None:
 
 @pytest.fixture
 def policy(service: Service, unharmed: None) -> Iterator[Callable[[int], None]]:
-    """Puts a limit into a policy file."""
+    """Return a function that writes a limit to a policy file."""
     yield lambda limit: put(service, limit)
     (service.policies / "live.yaml").unlink()
     eventually(lambda: metrics()["fgpu_policies", frozenset()] == 0, 5, "no policy in force")
 
 
 def watcher(one) -> Client:
-    """A program that has taken all of LOW but for less than the 16 MiB that it will ask for."""
+    """Start a program that has allocated LOW but for less than the 16 MiB that it will ask for."""
     one.assert_enforced()
     client = one.client()
     client.ok("context")
@@ -56,7 +56,7 @@ def watcher(one) -> Client:
 
 
 def assert_follows(client: Client, limit: int) -> None:
-    """Within SECONDS the program sees the limit, and its next allocation is judged by it."""
+    """Check that within SECONDS the program sees the limit, and that its next allocation is judged by it."""
     eventually(lambda: client.ok("info")[1] == limit, SECONDS, f"a total of {limit // MIB} MiB")
     said = client.do(f"alloc {16 * MIB}").split()
     if limit == LOW:
@@ -98,7 +98,7 @@ def test_a_policy_file_reaches_a_running_program(policy, tenant) -> None:
 @pytest.mark.places("cgroups")
 @pytest.mark.parametrize("how", ["reload", "SIGHUP"])
 def test_a_reload_reaches_a_running_program(service: Service, policy, tenant, how: str) -> None:
-    """What no file tells of: the cgroup's own wish."""
+    """A reload applies the request of the cgroup itself, a change that no file event shows."""
     policy(LOW)
     one = tenant(LOW)
     fgpu("unset", one.path)

@@ -1,5 +1,7 @@
-"""F10: under agent and programs a device is reset, lost, put into MIG mode, or has an ECC error: it is found again, and
-the ledger forgets what is gone."""
+"""F10: a device is reset, lost, put into MIG mode, or has an ECC error under agent and programs.
+
+It is found again, and the ledger drops what is gone.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +20,30 @@ from tests.support.wait import eventually
 LIMIT = CONTEXT + 40 * MIB
 AGE = "fgpu_reconcile_age_seconds", frozenset({("gpu", "0")})
 REFUSALS = "fgpu_memory_refused_total"
-RESETS = ("device-reset", "mig,device-reset")  # the mode changes with a reset, and goes with the fault
+RESETS = ("device-reset", "mig,device-reset")  # the mode changes with a reset, and ends with the fault
 Scale = Callable[[int, int, int], int]
 
 
 def is_seen() -> bool:
-    """NVML answers of the device, and has just done so."""
+    """Return whether NVML has just answered for the device."""
     return metrics()[AGE] < 0.6
 
 
 def begin(one: Tenant) -> Client:
-    """A program of the tenant that holds something."""
+    """Start a program of the tenant that holds memory."""
     client = one.client()
     client.ok(f"alloc {20 * MIB}")
     return client
 
 
 def assert_gone(one: Tenant, client: Client) -> None:
-    """A program that has ended, or whose end is about to come."""
+    """Check that a program has exited, or is about to."""
     client.close()
     eventually(lambda: client.pid not in one.pids(), 5, "its end")
 
 
 def lives_as_ever(one: Tenant) -> None:
-    """A program of the tenant gets its share, and no more."""
+    """Check that a program of the tenant gets its share, and no more."""
     client = one.client()
     client.ok(f"alloc {40 * MIB}")
     assert client.do(f"alloc {2 * MIB}") == REFUSED
@@ -56,7 +58,7 @@ def lives_as_ever(one: Tenant) -> None:
 def test_a_device_that_is_reset_is_found_again(
     service: Service, fault: Callable[[str], None], tenant, scale: Scale
 ) -> None:
-    """In another mode or in the same, and whether programs of before go on or end."""
+    """The device has the same mode or another one afterwards, and earlier programs continue or exit."""
     one = tenant(LIMIT)
     one.assert_enforced()
     for how, goes_on in itertools.islice(itertools.cycle(itertools.product(RESETS, (True, False))), scale(2, 10, 50)):
@@ -86,7 +88,7 @@ def test_while_a_device_is_lost_limits_stand_and_its_age_is_shown(
         assert not client.do(f"alloc {2 * MIB}").startswith("ok")
         eventually(lambda: metrics()[AGE] > 2, 10, "its age")
         assert one.memory()["limit_bytes"] == LIMIT
-        assert one.memory()["used_bytes"] == CONTEXT + 20 * MIB, "nobody says that it is gone"
+        assert one.memory()["used_bytes"] == CONTEXT + 20 * MIB, "there is no sign that it is gone"
         service.check()
         fault("reset")
         eventually(is_seen, 5, "what NVML says")
@@ -96,7 +98,7 @@ def test_while_a_device_is_lost_limits_stand_and_its_age_is_shown(
 
 
 def refusals(one: Tenant) -> float:
-    """Of the tenant, for any reason."""
+    """Return the number of refusals of the tenant, for any reason."""
     return sum(n for (name, labels), n in metrics().items() if name == REFUSALS and ("tenant", one.name) in labels)
 
 
@@ -105,7 +107,7 @@ def refusals(one: Tenant) -> float:
 def test_who_met_an_ecc_error_is_charged_until_it_ends(
     service: Service, fault: Callable[[str], None], tenant, scale: Scale
 ) -> None:
-    """An error is nobody's out-of-memory, and the next program lives as ever beside the one that hangs on."""
+    """An ECC error is no refusal. The next program works as usual beside the failed one, which stays."""
     one = tenant(2 * LIMIT)
     one.assert_enforced()
     for _ in range(scale(1, 7, 35)):

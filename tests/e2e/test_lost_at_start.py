@@ -1,5 +1,7 @@
-"""One of two devices has fallen off the bus when the agent starts: limits hold on the other one, and the lost one is
-named, and taken in when it is found again."""
+"""One of two devices has fallen off the bus when the agent starts.
+
+Limits hold on the other one, and the lost one is named, and used again when it is found.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def test_on_two_devices() -> None:
 
 @pytest.fixture
 def restart(service: Service, fault: Callable[[str], None]) -> Iterator[Callable[..., None]]:
-    """Starts another agent while a device is lost; `boot`: as after a boot, with nothing left of an earlier one."""
+    """Return a function that restarts the agent while a device is lost. `boot`: without earlier state."""
 
     def lose_and_start(device: int, boot: bool = False) -> None:
         fault(f"device-lost:{device}")
@@ -48,13 +50,13 @@ def indexes() -> list[int]:
 
 
 def missing() -> dict[str, Any] | None:
-    """What `fgpu doctor` says of devices that do not answer."""
+    """Return what `fgpu doctor` says of devices that do not answer."""
     said = json.loads(fgpu("doctor", "--driver-root", SIM, "--json", check=False).stdout)
     return next((check for check in said if check["name"] == "devices"), None)
 
 
 def assert_held(one: Tenant, device: int) -> None:
-    """A program that starts now gets the tenant's limit on that device, and no more."""
+    """Check that a new program gets the tenant's limit on that device, and no more."""
     client = one.client()
     client.ok(f"device {device}")
     client.ok(f"alloc {40 * MIB}")
@@ -118,7 +120,7 @@ def test_a_device_that_is_found_again_is_taken_in(
 def test_nothing_is_to_be_had_on_a_device_before_the_agent_has_it(
     service: Service, fault: Callable[[str], None], place: Any, restart: Callable[..., None]
 ) -> None:
-    """Programs may find it before NVML has begun anew in the agent."""
+    """Programs may find the device before the agent has initialized NVML again."""
     restart(0, True)
     one = place.tenant(LIMIT)
     one.assert_enforced()

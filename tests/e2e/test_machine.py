@@ -1,6 +1,6 @@
-"""Small steps that hypothesis chooses, and shrinks where one goes wrong, beside a model that knows every byte.
+"""Small steps that hypothesis chooses, and shrinks after a failure, compared with a model that knows every byte.
 
-Sizes are whole granules, so that the model is exact at once: what is admitted, what is refused, what is left.
+Sizes are whole granules, so that the model is exact at once: which requests are admitted and refused, and what is left.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ granules = st.integers(1, 48)
 
 @dataclass(eq=False)
 class Life:
-    """A process as the model has it."""
+    """A process in the model."""
 
     client: Client
     ready: bool = False  # it has its context
@@ -48,18 +48,18 @@ class Life:
 
     @property
     def held(self) -> int:
-        """Bytes on the device."""
+        """Return the bytes on the device."""
         return (CONTEXT if self.ready else 0) + sum(piece.bytes for piece in self.pieces)
 
     def lose_all(self) -> None:
-        """Its memory and its context are gone."""
+        """Drop its memory and its context."""
         self.ready = False
         self.pieces.clear()
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Memory of a process, by the address or handle that it is called; in its `pieces` until it is given back."""
+    """Memory of a process, with its address or handle. It is in the `pieces` of the process until it is freed."""
 
     life: Life
     at: int
@@ -67,13 +67,13 @@ class Piece:
     how: str
 
     def give(self) -> str:
-        """The command that gives it back."""
+        """Return the command that frees it."""
         words = {"vmm": f"unmap {self.at} {self.bytes}", "create": f"release {self.at}"}
         return words.get(self.how, f"free {self.at}")
 
 
 class Machine(RuleBasedStateMachine):
-    """Processes of one tenant."""
+    """The processes of one tenant."""
 
     lives = Bundle("lives")
     pieces = Bundle("pieces")
@@ -92,11 +92,11 @@ class Machine(RuleBasedStateMachine):
 
     @property
     def used(self) -> int:
-        """What the ledger must say."""
+        """Return the bytes that the ledger must show."""
         return sum(life.held for life in self.all)
 
     def _ask(self, life: Life, command: str, bytes_: int) -> list[int] | None:
-        """A command that takes so much: it gets it where that fits, and out-of-memory where it does not."""
+        """Run a command that allocates: it succeeds if the bytes fit, and else fails with out-of-memory."""
         fits = self.used + bytes_ <= self.limit
         said = life.client.do(command)
         self.steps[f"{command.split()[0]} {'granted' if fits else 'refused'}"] += 1
@@ -104,7 +104,7 @@ class Machine(RuleBasedStateMachine):
         return Client.numbers(said, command) if fits else None
 
     def _ready(self, life: Life) -> bool:
-        """It has a context, or was refused one."""
+        """Return whether the process has a context. Make one if it fits."""
         if not life.ready and self._ask(life, "context", CONTEXT) is not None:
             life.ready = True
         return life.ready
@@ -113,20 +113,20 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(target=lives)
     def begin_one(self) -> object:
-        """There is always one to begin with."""
+        """Start the first process."""
         return self.begin()
 
     @precondition(lambda self: len(self.all) < MOST_CLIENTS)
     @rule(target=lives)
     def begin(self) -> object:
-        """Another process, with a context where that fits."""
+        """Start another process, with a context if that fits."""
         self.all.append(Life(self.tenant.client()))
         self._ready(self.all[-1])
         return self.all[-1]
 
     @rule(life=consumes(lives))
     def kill(self, life: Life) -> None:
-        """kill -9."""
+        """Kill a process with SIGKILL."""
         life.client.kill()
         life.lose_all()
         self.all.remove(life)
@@ -136,7 +136,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(life=lives)
     def execute(self, life: Life) -> None:
-        """exec: what it held is gone, though the driver takes a moment to say so and is believed meanwhile."""
+        """Execute another program. Its memory is freed, but for a moment the driver still shows it."""
         life.client.execute_again()
         life.lose_all()
         eventually(lambda: self.tenant.driver() == self.used, 5, "the driver's books after exec")
@@ -144,12 +144,12 @@ class Machine(RuleBasedStateMachine):
 
     @rule(life=lives)
     def fork(self, life: Life) -> None:
-        """A child that ends."""
+        """Fork a child that exits."""
         life.client.ok("fork")
 
     @rule(life=lives)
     def make_context(self, life: Life) -> None:
-        """A context beside the first, which then goes."""
+        """Make a second context, and destroy it."""
         made = self._ask(life, "newcontext", CONTEXT) if self._ready(life) else None
         if made is not None:
             assert self.tenant.memory()["used_bytes"] == self.used + CONTEXT == self.tenant.driver()
@@ -159,7 +159,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(target=pieces, life=lives, size=granules, how=st.sampled_from(["alloc", "vmm", "managed", "create"]))
     def take(self, life: Life, size: int, how: str) -> object:
-        """Memory of every kind."""
+        """Allocate memory of any kind."""
         got = self._ask(life, f"{how} {size * GRANULE}", size * GRANULE) if self._ready(life) else None
         if got is None:
             return multiple()
@@ -169,13 +169,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(target=pieces, life=lives)
     def take_all(self, life: Life) -> object:
-        """What is left, to the last granule; then not one more."""
+        """Allocate what is left, to the last granule. The next granule is refused."""
         left = (self.limit - self.used) // GRANULE
         return self.take(life, left, "alloc") if self._ready(life) and left > 0 else multiple()
 
     @rule(piece=pieces)
     def give(self, piece: Piece) -> None:
-        """Gives it back, or tries to once more."""
+        """Free a piece, or try to free it again."""
         life = piece.life
         if piece in life.pieces:
             life.client.ok(piece.give())
@@ -185,7 +185,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(life=lives, size=granules, brief=st.booleans())
     def leap(self, life: Life, size: int, brief: bool) -> None:
-        """Leaves a call that was admitted: it is charged until NVML shows that the driver took nothing."""
+        """Leave an admitted call with longjmp. It is charged until NVML shows that the driver allocated nothing."""
         if self._ready(life) and self.used + size * GRANULE <= self.limit:
             assert life.client.do(f"{'brieflyleap' if brief else 'leap'} {size * GRANULE}") == "ok"
             if not brief:
@@ -197,23 +197,23 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.limits < MOST_LIMITS)
     @rule(size=st.integers(0, 2 * CONTEXT // GRANULE))
     def limit_to(self, size: int) -> None:
-        """Another limit, perhaps below what is held."""
+        """Set another limit, perhaps below the bytes in use."""
         self.limits += 1
         self._limit_to(2 * CONTEXT + size * GRANULE)
 
     @invariant()
     def books_balance(self) -> None:
-        """The ledger is the model at once, and the driver is."""
+        """Check that ledger and driver equal the model at once."""
         self.steps["all"] += 1
         memory = self.tenant.memory()
         assert memory["used_bytes"] == self.used, f"the ledger {memory}, the model {self.used}"
         assert self.tenant.driver() == self.used
 
     def teardown(self) -> None:
-        """Ends all."""
+        """End all processes."""
         for life in self.all:
             life.client.kill()
-        eventually(lambda: self.tenant.memory()["used_bytes"] == 0, 2, "nothing held by nobody")
+        eventually(lambda: self.tenant.memory()["used_bytes"] == 0, 2, "no bytes without a process")
         for life in self.all:
             life.client.close()
 

@@ -1,4 +1,4 @@
-"""Whatever is sent to the shim's socket, only its sender suffers."""
+"""Malformed messages to the shim's socket harm only their sender."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BAD = [
 
 
 def speak(message: bytes, seconds: float = 5) -> bytes:
-    """Sends one message; what comes back before the peer hangs up."""
+    """Send one message. Return what comes back before the peer closes the connection."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(seconds)
         sock.connect(SOCKET)
@@ -43,7 +43,7 @@ def speak(message: bytes, seconds: float = 5) -> bytes:
 
 
 def counted(name: str) -> int:
-    """What the gatekeeper has counted; it writes that down once a second."""
+    """Return a count of the gatekeeper, which saves its counts once a second."""
     return int(ask(verb="snapshot")["gatekeeper"].get(name, 0))
 
 
@@ -104,7 +104,7 @@ def test_silent_peers_do_not_keep_others_waiting(service: Service, tenant) -> No
 
 @pytest.mark.slow
 def test_stranger_is_answered_and_learns_nothing(service: Service) -> None:
-    """A process of no tenant, the first that this agent hears of: an answer at once, without a tenant's pages."""
+    """The first process that this agent sees is outside every tenant: it gets an answer at once, without pages."""
     service.detach()
     service.start_agent()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:

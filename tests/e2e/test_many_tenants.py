@@ -16,7 +16,7 @@ TENANTS, SECONDS = 20, 6
 
 @pytest.fixture
 def twenty(spin: Path, unharmed: None) -> Iterator[list[Spin]]:
-    """One in each tenant."""
+    """Start one program in each tenant."""
     started: list[Spin] = []
     try:
         for number in range(TENANTS):

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.places("cgroups")
 
 @pytest.fixture
 def memory(service: Service, unharmed: None) -> Iterator[MemoryGroup]:
-    """Agent and gatekeeper in a cgroup of the memory controller; afterwards both are outside of it."""
+    """Run agent and gatekeeper in a cgroup of the memory controller. Afterwards both are outside of it."""
     group = MemoryGroup()
     try:
         start_in(service, group)
@@ -86,7 +86,7 @@ def answers(service: Service) -> bool:
 
 
 def running(process: subprocess.Popen[bytes]) -> set[int]:
-    """Its pid, until it has ended."""
+    """Return the pid of the process until it has exited."""
     return set() if process.poll() is not None else {process.pid}
 
 

@@ -56,7 +56,7 @@ def group(tmp_path: Path) -> Iterator[Cgroups]:
 
 @pytest.fixture
 def nested(service: Service, unharmed: None, group: Cgroups, spin: Path) -> Iterator[Nested]:
-    """nested(compute, N, cgroup): so many programs of one tenant with that share, each in a cgroup that it made."""
+    """Return nested(compute, N, cgroup): N programs of one tenant with that share, each in a cgroup that it made."""
     root, file = cgroup_root() / group.group.lstrip("/"), service.policies / "nested.yaml"
     made: list[Inside] = []
 

@@ -75,7 +75,7 @@ def list_pids(cgroup: Path) -> list[str]:
 
 
 def set_limit(path: str, memory: str) -> subprocess.Popen[bytes]:
-    """`fgpu set`, which goes on beside."""
+    """Start `fgpu set` in the background."""
     command = [*FGPU, "set", path, "--memory", memory]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 

@@ -1,4 +1,4 @@
-"""What programs rarely do, and what the books must stand all the same: after each, the ledger equals the driver."""
+"""Actions that programs rarely take. The ledger equals the driver after each of them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LEDGER_SECONDS = 1.5  # three looks of the agent at the driver
 
 
 def anomalies(kind: str) -> float:
-    """How often that was counted."""
+    """Return how often the kernel counted an anomaly of this kind."""
     return metrics()["fgpu_anomalies_total", frozenset({("kind", kind)})]
 
 
 def stays_exact(one: Tenant, bytes_: int, seconds: float = LEDGER_SECONDS) -> None:
-    """Exact, and still so after the agent has looked at the driver a few times."""
+    """Check that the ledger is exact, and still so after the agent has asked the driver a few times."""
     assert one.assert_exact() == bytes_
     time.sleep(seconds)
     assert one.assert_exact() == bytes_
@@ -39,7 +39,7 @@ def test_a_pointer_that_one_thread_frees_while_another_is_given_it(tenant, scale
     client.ok("context")
     one.assert_enforced()
     before = {kind: anomalies(kind) for kind in ("stale", "release")}
-    times = scale(1_000, 25_000, 50_000)  # of each thread, here and in a container
+    times = scale(1_000, 25_000, 50_000)  # of each thread, on the host and in a container
     again, failures = client.ok(f"reuse {256 << 10} {times}", 120)
     assert again > times / 100, "hardly any pointer was given again: nothing was tried"
     assert failures == 0
@@ -56,8 +56,8 @@ def test_a_call_that_is_left_by_a_jump(tenant) -> None:
         with one.growing(4 * MIB):
             pointer = client.ok(f"alloc {4 * MIB}")[0]
         assert client.do(f"leap {40 * MIB}") == "ok"
-        client.ok(f"free {pointer}")  # after it the thread is in no call
-        # Nothing told whether the driver took what was admitted: it is charged until NVML shows that it did not.
+        client.ok(f"free {pointer}")  # afterwards the thread is in no call
+        # Nothing showed whether the driver allocated what was admitted. It is charged until NVML shows that it did not.
         assert one.assert_exact() == CONTEXT
         assert client.do(f"brieflyleap {40 * MIB}") == "ok"
         assert one.assert_exact() == CONTEXT
@@ -67,7 +67,7 @@ def test_a_call_that_is_left_by_a_jump(tenant) -> None:
 
 @pytest.mark.places("host", "runc")
 def test_nobody_buries_the_dead(tenant) -> None:
-    """Zombies, every other one of whose first threads was gone long before."""
+    """Zombies hold nothing, including those whose first threads exited long before."""
     one = tenant(8 * GIB)
     parent = one.client()
     before = set(one.pids())
@@ -83,7 +83,7 @@ def test_nobody_buries_the_dead(tenant) -> None:
     while time.monotonic() - begun < LEDGER_SECONDS:
         assert one.memory()["used_bytes"] == 0, "a zombie was charged"
         assert not one.view()["processes"]
-    assert all(os.path.exists(f"/proc/{pid}") for pid in children), "somebody buried them"
+    assert all(os.path.exists(f"/proc/{pid}") for pid in children), "a child was reaped"
     assert parent.ok("reap") == [6]
 
 
@@ -125,7 +125,7 @@ def test_a_context_comes_and_goes_beside_another(tenant) -> None:
 
 @pytest.mark.places("host", "runc")
 def test_managed_memory_goes_with_its_context_beside_another(tenant) -> None:
-    """NVML never shows it, nor does the kernel know whose it is."""
+    """NVML never shows this memory, and the kernel does not know which context it belongs to."""
     one = tenant(3 * CONTEXT + 200 * MIB)
     client = one.client()
     client.ok("context")
@@ -146,7 +146,7 @@ def test_managed_memory_goes_with_its_context_beside_another(tenant) -> None:
 
 
 def export_pointer(exporter: Client, importer: Client, bytes_: int = 20 * MIB) -> str:
-    """Takes and shares memory; the command that lets go of it at the other side."""
+    """Allocate and share memory. Return the command that closes it on the other side."""
     pointer = exporter.ok(f"alloc {bytes_}")[0]
     words = exporter.ok(f"share {pointer}")
     at = importer.ok(f"open {' '.join(map(str, words))}")[0]
@@ -154,7 +154,7 @@ def export_pointer(exporter: Client, importer: Client, bytes_: int = 20 * MIB) -
 
 
 def export_handle(exporter: Client, importer: Client, bytes_: int = 20 * MIB) -> str:
-    """The same with a descriptor of the memory."""
+    """Share memory by a descriptor of a handle. Return the command that releases it on the other side."""
     _, descriptor = exporter.ok(f"export {bytes_}")
     handle = importer.ok(f"import {exporter.inner_pid} {descriptor}")[0]
     return f"release {handle}"
@@ -184,7 +184,7 @@ def test_what_an_exporter_leaves_is_the_importer_s(tenant, export, scale) -> Non
 @pytest.mark.places("host")
 @pytest.mark.parametrize("export", [export_pointer, export_handle])
 def test_an_importer_bypasses_nothing(tenant, export) -> None:
-    """Its row has more than a program's code and data may take, all of it from exporters that have ended."""
+    """Its row is larger than a program's code and data may be, because of memory of exporters that have exited."""
     one = tenant(6 * GIB)
     importer = one.client()
     importer.ok("context")
@@ -202,7 +202,7 @@ def test_an_importer_bypasses_nothing(tenant, export) -> None:
 
 @pytest.mark.places("host")
 def test_what_nobody_was_told_of_is_let_go_all_the_same(tenant) -> None:
-    """A level tells twenty things a second: its refusals come first here, and then memory that others may have open."""
+    """A level reports twenty events a second. Its refusals come first, then memory that other processes may share."""
     one = tenant(4 * GIB)
     client = one.client()
     client.ok("context")
@@ -222,7 +222,7 @@ def test_what_nobody_was_told_of_is_let_go_all_the_same(tenant) -> None:
 
 
 def balance(path: str) -> tuple[int, int]:
-    """A level's bytes, and the sum of its processes'."""
+    """Return a level's bytes, and the sum of its processes' bytes."""
     level = next(t for t in ask(verb="snapshot")["tenants"] if t["path"] == path)
     return level["devices"][0]["used_bytes"], sum(p["bytes"] for p in level["processes"])
 
@@ -230,7 +230,7 @@ def balance(path: str) -> tuple[int, int]:
 @pytest.mark.timeout(600)
 @pytest.mark.places("cgroups")
 def test_a_limit_set_over_programs_at_work(place: Place, tenant, scale) -> None:
-    """A level that comes to be, or goes, in the middle of charges and releases: it holds what its processes do."""
+    """A level that appears or disappears in the middle of charges and releases holds what its processes hold."""
     tenants = [tenant(8 * GIB) for _ in range(2)]
     clients = [one.client() for one in tenants for _ in range(2)]
     for client in clients:
@@ -248,7 +248,7 @@ def test_a_limit_set_over_programs_at_work(place: Place, tenant, scale) -> None:
             assert (refused, other, client.receive()) == (0, 0, "ok")
             assert got > 0
         whole, parts = balance(place.group)
-        assert whole == parts, f"{whole - parts} bytes of nobody"
+        assert whole == parts, f"{whole - parts} bytes without a process"
     finally:
         fgpu("unset", place.group)
     for one in tenants:

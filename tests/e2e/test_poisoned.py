@@ -1,4 +1,4 @@
-"""An agent started in an environment, and a folder, that somebody else has chosen: nothing that it starts has them."""
+"""An agent that is started with a hostile environment and folder: no program that it starts inherits them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if "agent" not in open("/proc/self/cmdline").read().split("\\0"):
 
 
 def poison(folder: Path) -> list[str]:
-    """What env(1) is told: a library to preload, modules of names that are imported, a folder full of them."""
+    """Return a command of env(1) with a library to preload, modules named like fgpu's imports, and their folder."""
     library = folder / "evil.so"
     source = Path(__file__).with_name("libraries") / "evil.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=60)
@@ -31,7 +31,7 @@ def poison(folder: Path) -> list[str]:
             (where / name).write_text(MARK.format(folder=str(folder), name=name.replace("/", ".")))
     (folder / "path/fgpu_ebpf/__init__.py").unlink()
     (folder / "path/fgpu_ebpf").rmdir()
-    (folder / "path/pynvml.py").unlink()  # the agent's own, which whoever starts it may choose
+    (folder / "path/pynvml.py").unlink()  # the agent's own, which the user that starts it may choose
     variables = {"LD_PRELOAD": library, "PYTHONPATH": folder / "path", "PYTHONSTARTUP": here / "bcc.py"}
     variables |= {"PYTHONINSPECT": "", "PYTHONBREAKPOINT": "bcc.breakpoint", "LD_AUDIT": library}
     return ["env", f"--chdir={here}", *(f"{name}={value}" for name, value in variables.items())]
@@ -39,8 +39,8 @@ def poison(folder: Path) -> list[str]:
 
 @pytest.fixture
 def poisoned(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Path]:
-    """The agent, in such an environment; afterwards as ever."""
-    service.detach()  # else the programs were loaded, and nothing had to be started for them
+    """Run the agent in such an environment, and the usual one afterwards."""
+    service.detach()  # else the programs were loaded, and the agent would start no compiler
     service.command = [*poison(tmp_path), *FGPU]
     service.start_agent()
     yield tmp_path
@@ -61,7 +61,7 @@ def test_nothing_of_a_poisoned_environment_reaches_what_the_agent_starts(
     (keeper,) = eventually(service.gatekeepers, 5, "another gatekeeper")
     environment = Path(f"/proc/{keeper}/environ").read_bytes()
     assert str(poisoned).encode() not in environment
-    told = environment.replace(b"\0", b":")  # the C library, which reads it in its place, ends each part with a zero
+    told = environment.replace(b"\0", b":")  # the C library separates the parts in place by zero bytes
     assert all(f"{name}={value}:".encode() in told for name, value in SERVICE_ENVIRONMENT.items())
     marks = [path for path in poisoned.iterdir() if "mark" in path.name]
     assert [(path.name, path.read_bytes()) for path in marks] == []

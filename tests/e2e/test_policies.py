@@ -1,4 +1,4 @@
-"""Policy files, live: who becomes a tenant, what changes under it, what is only observed, and who is killed."""
+"""Changes of policy files at run time: which workloads are tenants, which limits change, what is observed or killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.wait import eventually
 
 @pytest.fixture
 def container(write: Write, place, tenant) -> Callable[[], object]:
-    """A container for which no limit is set by hand."""
+    """Return a function that makes a container without a limit by `fgpu set`."""
     return lambda: tenant(None)
 
 
@@ -107,10 +107,10 @@ def test_observe_changes_nothing_and_counts(write: Write, container) -> None:
 
 
 def bypassing_client(folder: Path, cgroup: Path, name: str) -> Client:
-    """A CUDA program in the tenant's cgroup that the shim is not in."""
+    """Start a CUDA program without the shim in the tenant's cgroup."""
 
     class Outside:
-        """As much of a tenant as a program needs."""
+        """A stand-in for a tenant, with as much of it as a program needs."""
 
         def __init__(self) -> None:
             self.folder, self.name, self.cgroup = folder, name, cgroup
@@ -158,7 +158,7 @@ def test_on_bypass_kill_ends_it_before_the_driver_runs(write: Write, container) 
     eventually(lambda: not os.path.exists(f"/proc/{client.pid}") or _is_zombie(client.pid), 5, "its end")
     assert any((e["pid"], e["tenant"]) == (client.pid, one.name) for e in events("killed"))
     assert one.memory()["peak_bytes"] <= 1 * GIB
-    assert behaved.do(f"alloc {2 * GIB}") == REFUSED  # who asks is refused, not killed
+    assert behaved.do(f"alloc {2 * GIB}") == REFUSED  # a program that asks is refused, not killed
     behaved.ok(f"alloc {2 * MIB}")
     client.close()
 
@@ -279,7 +279,7 @@ def test_a_group_s_limit_holds_over_the_sum_of_its_tenants(write: Write, contain
 
 @pytest.fixture
 def forbidding(service: Service) -> Iterator[Service]:
-    """The agent with overcommit forbidden, as it is without a file."""
+    """Run the agent with overcommit forbidden, as it is without a file."""
     service.config.write_text("overcommit: forbid\n")
     service.kill_agent()
     service.start_agent()
@@ -296,7 +296,7 @@ def test_limits_that_sum_past_the_device_are_refused_with_the_numbers(
     write("memory: {limit: 9GiB}")
     first = container().client()
     assert first.ok("info")[1] == 9 * GIB
-    two = container()  # who is found together with another may come first
+    two = container()  # of containers that are found together, either may come first
     second = two.client()
     assert second.do("context") == REFUSED
     assert "9GiB for" in fgpu("explain", two.path).stdout

@@ -1,4 +1,4 @@
-"""Copies of libcuda that the host does not know: found, named, counted, and let go."""
+"""Copies of libcuda that the host does not know: found, named, counted, and dropped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.wait import eventually
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Iterator[Path]:
-    """The driver's libraries on a file system of their own, as in a container's layer."""
+    """Return the driver's libraries on a separate file system, as in a container's layer."""
     place = tmp_path / "layer"
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "layer", place], check=True)
@@ -35,7 +35,7 @@ def copy(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def image(place: Container) -> str:
-    """Containers whose image has a libcuda, and that get no shim; what starts a program which uses that."""
+    """Make containers whose image has a libcuda, without the shim. Return the start of a program that uses it."""
     place.image = {"libcuda.so.1": (SIM / "lib/libcuda.so.1").resolve()}
     (place.work / "ld.so.preload").write_text("")
     return f"env LD_LIBRARY_PATH=/.:{SIM}/lib"
@@ -43,7 +43,7 @@ def image(place: Container) -> str:
 
 @pytest.mark.places("runc")
 def test_a_copy_in_a_container_is_witnessed_from_the_first_call_on(tenant, image: str, place: Container) -> None:
-    """Its first program is what makes the agent look: nobody says hello, and NVML shows nothing of it yet."""
+    """The agent finds the copy because of its first program, which says no hello and has no row of NVML yet."""
     one = tenant(CONTEXT + 400 * MIB)
     one.assert_enforced()
     client = one.client(before=image)
@@ -57,7 +57,7 @@ def test_a_copy_in_a_container_is_witnessed_from_the_first_call_on(tenant, image
     client.kill()
     client.close()
     again = one.client(before=image)
-    assert is_probed(own), "as long as somebody lives in the container"
+    assert is_probed(own), "the container still has processes"
     again.ok(f"alloc {50 * MIB}")
     assert one.memory()["witnessed_bytes"] == 150 * MIB
     again.kill()

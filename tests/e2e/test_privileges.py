@@ -1,7 +1,7 @@
-"""What agent and gatekeeper may do: just what is listed, none of it for nothing, and no program begun after the start.
+"""Agent and gatekeeper have exactly the listed rights, need each of them, and start no program after their own start.
 
-The line that each right is held against: a container whose programs are another user's is found, its limit holds, a
-libcuda of its own that only that user may read is probed, and a gatekeeper that is killed comes again.
+Each right is checked against one scenario: a container whose programs belong to another user is found, its limit holds,
+a libcuda of its own that only that user may read is probed, and a killed gatekeeper is replaced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def mask(capabilities: dict[str, int]) -> int:
 
 
 def rights(pid: int) -> list[dict[str, str]]:
-    """What the kernel says of each thread."""
+    """Return the status of each thread in /proc."""
     found = []
     for thread in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -50,17 +50,17 @@ def rights(pid: int) -> list[dict[str, str]]:
 
 def assert_has_just(pid: int, capabilities: dict[str, int]) -> None:
     wanted = mask(capabilities)
-    with contextlib.suppress(Timeout):  # it may just have been started
+    with contextlib.suppress(Timeout):  # it may have just started
         eventually(lambda: all(int(thread["CapPrm"], 16) == wanted for thread in rights(pid)))
     for thread in rights(pid):
         held = {name: int(thread[name], 16) for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")}
         assert held == {"CapPrm": wanted, "CapEff": wanted, "CapInh": 0, "CapAmb": 0}, thread["Name"]
         assert thread["NoNewPrivs"] == "1"
-        assert int(thread["CapBnd"], 16) == mask(AGENT)  # the agent's gatekeeper's too: it has no right to lower it
+        assert int(thread["CapBnd"], 16) == mask(AGENT)  # the agent's gatekeeper has it too: it may not lower it
 
 
 class Nobodys(Container):
-    """Containers whose programs are nobody's, with a libcuda in their image that nobody else may read."""
+    """Containers whose programs run as an unprivileged user, with a libcuda that only this user may read."""
 
     def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
         super()._bundle(bundle, name, folder)
@@ -77,7 +77,7 @@ class Nobodys(Container):
 
 @pytest.fixture
 def nobodys(unharmed: None, tmp_path: Path) -> Iterator[Nobodys]:
-    """A place for such containers; what passes lines to them is a file of root's that all may open."""
+    """Return a place for such containers. Lines reach them in a file of root that every user may open."""
     before = os.umask(0)
     place = Nobodys(tmp_path, "runc")
     yield place
@@ -98,7 +98,7 @@ def limit_holds(one: Tenant) -> None:
 def own_libcuda_is_probed(one: Tenant) -> None:
     client = one.client(before=f"env LD_LIBRARY_PATH=/own:{SIM}/lib")
     assert " /own/libcuda.so.1\n" in Path(f"/proc/{client.pid}/maps").read_text()
-    client.ok("context", 30)  # whose hello is answered once its files are probed
+    client.ok("context", 30)  # the hello is answered after its files are probed
     assert is_probed(one.place.work / f"{one.name}.bundle/rootfs/own/libcuda.so.1")
     client.kill()
     client.close()
@@ -113,11 +113,11 @@ def gatekeeper_comes_again(service: Service, one: Tenant) -> None:
 def comes_first(service: Service) -> None:
     assert service.agent
     pids = [service.agent.pid, *service.gatekeepers()]
-    assert all(os.getpriority(os.PRIO_PROCESS, pid) == -10 for pid in pids), "they wait like anybody"
+    assert all(os.getpriority(os.PRIO_PROCESS, pid) == -10 for pid in pids), "they have no priority"
 
 
 def first_failure(service: Service, place: Nobodys) -> str:
-    """What of the line does not work; empty: all of it does."""
+    """Return the first step of the scenario that fails, or an empty string."""
     try:
         service.start_agent()
     except AssertionError:
@@ -141,7 +141,7 @@ def first_failure(service: Service, place: Nobodys) -> str:
 
 
 def end_agent(service: Service) -> None:
-    """What it has pinned stays: the next start takes a moment."""
+    """End the agent. Its pins stay, so that the next start is fast."""
     assert service.agent
     service.agent.terminate()
     service.agent.wait(20)
@@ -149,7 +149,7 @@ def end_agent(service: Service) -> None:
 
 @contextlib.contextmanager
 def agents_with(service: Service, capabilities: set[str]) -> Iterator[None]:
-    """The agent does not run; who starts it has these capabilities and can get no others."""
+    """Stop the agent. The next one has these capabilities and can get no others."""
     listed = ",".join(f"+{name}" for name in sorted(capabilities))
     end_agent(service)
     service.command = ["setpriv", f"--bounding-set=-all,{listed}", "--inh-caps=-all", "--no-new-privs", *FGPU]
@@ -192,7 +192,7 @@ def test_nothing_else_is_needed(service: Service, nobodys: Nobodys) -> None:
         nobodys.close()
 
 
-# Which step of the line fails where one is missing.
+# The step that fails without the capability.
 MISSED = {"sys_admin": "set", "sys_ptrace": "set", "dac_read_search": "probe", "sys_nice": "priority"}
 
 
@@ -205,7 +205,7 @@ def test_none_is_there_for_nothing(service: Service, nobodys: Nobodys, name: str
 
 
 def test_each_is_missed_by_something() -> None:
-    assert {*MISSED, "chown", "kill"} == set(AGENT)  # these two: the next tests
+    assert {*MISSED, "chown", "kill"} == set(AGENT)  # the next tests check the other two
 
 
 @full
@@ -276,7 +276,7 @@ spec: {selector: {cgroup: nowhere}, memory: {limit: 1GiB}}
 
 
 class Watch:
-    """The programs that begin in a cgroup of its own, in which the agent is started."""
+    """A separate cgroup for the agent, and the programs that start in it."""
 
     def __init__(self) -> None:
         self.folder = cgroup_root() / f"fgpu-e2e-watch-{os.getpid()}"
@@ -290,7 +290,7 @@ class Watch:
         return os.pread(self._said.fileno(), 1 << 16, 0).decode().splitlines()
 
     def enter(self) -> list[str]:
-        """What starts a program in it."""
+        """Return the start of a command line that runs in the cgroup."""
         return ["sh", "-c", f'echo $$ >{self.folder}/cgroup.procs && exec "$@"', "sh"]
 
     def close(self) -> None:
@@ -302,7 +302,7 @@ class Watch:
 
 @pytest.fixture
 def watch(service: Service, unharmed: None) -> Iterator[Watch]:
-    """An agent that is watched, until the test's end."""
+    """Run an agent in a watched cgroup until the test's end."""
     service.detach()
     watch = Watch()
     try:
@@ -318,7 +318,7 @@ def watch(service: Service, unharmed: None) -> Iterator[Watch]:
 
 @pytest.mark.slow
 def test_no_program_begins_after_the_start_but_a_gatekeeper(service: Service, watch: Watch, nobodys: Nobodys) -> None:
-    """A whole life: tenants, limits, probes, policies, every question, a dead gatekeeper."""
+    """The run includes tenants, limits, probes, policies, every request, and a dead gatekeeper."""
     assert len(watch.began()) > 2, "the loader and the gatekeeper are seen"
     start = len(watch.began())
     one = nobodys.tenant(CONTEXT + FITS)
@@ -328,7 +328,7 @@ def test_no_program_begins_after_the_start_but_a_gatekeeper(service: Service, wa
         fgpu(*words, check=False)
     policy = service.policies / "a.yaml"
     policy.write_text(POLICY)
-    policy.chmod(0o644)  # what others may write is refused
+    policy.chmod(0o644)  # a file that others may write is refused
     eventually(lambda: metrics()["fgpu_policies", frozenset()] == 1, 20, "the policy")
     policy.unlink()
     assert watch.began()[start:] == []

@@ -1,4 +1,4 @@
-"""Neighbours that ask at the same moment: one of two wins the last bytes, and who fits is never refused."""
+"""Neighbours that ask at the same moment: one of two gets the last bytes, and a request that fits is never refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLACES = ("pidns", "runc")
 
 
 def prepare_track(folder: Path, *tenants: Tenant) -> None:
-    """One page that all racers map, under the name that each of them looks for."""
+    """Make a page that all racers map, under the name that each of them looks for."""
     track = folder / "track"
     track.write_bytes(bytes(4096))
     for tenant in tenants:
@@ -24,7 +24,7 @@ def prepare_track(folder: Path, *tenants: Tenant) -> None:
 
 
 def race(racers: list[Client], rounds: int) -> None:
-    """All ask for the last 2 MiB in every round; exactly one gets it."""
+    """Let all ask for the last 2 MiB in every round; exactly one gets it."""
     for racer in racers:
         racer.send(f"race {2 * MIB} {len(racers)} {rounds}")
     results = [racer.numbers(racer.receive(120), "race") for racer in racers]
@@ -68,7 +68,7 @@ def test_two_tenants_race_for_the_last_bytes_of_their_group(place, tenant, tmp_p
 
 @contextlib.contextmanager
 def hopeless(askers: list[Client]) -> Iterator[None]:
-    """Each asks for more than there is, without pause, and never gets it."""
+    """Let each ask for more than there is, without pause, and never get it."""
     for asker in askers:
         asker.ok("context")
     for asker in askers:

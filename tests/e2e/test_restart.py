@@ -1,4 +1,4 @@
-"""Agent and gatekeeper die and come back: limits stand, no program notices, and the books stay exact."""
+"""Agent and gatekeeper are killed and come back: limits stay, no program notices, and the ledger stays exact."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ ROOM = 40 * MIB
 
 @pytest.fixture
 def agent(service: Service, unharmed: None) -> Iterator[Service]:
-    """The service, put right again if a test leaves it dead."""
+    """Return the service, and repair it if a test leaves it dead."""
     yield service
     if service.agent is None or service.agent.poll() is not None:
         service.start_agent()
 
 
 def restart(service: Service, number: int) -> None:
-    """Kills agent, gatekeeper or both, in turn, and has them again."""
+    """Kill agent, gatekeeper or both, in turn, and start them again."""
     if number % 3 == 0:
         service.kill_gatekeeper()
         eventually(service.gatekeepers, 3, "another gatekeeper")
@@ -54,7 +54,7 @@ def restart(service: Service, number: int) -> None:
 
 @pytest.mark.places("runc")
 def test_who_starts_with_many_others_is_not_kept_waiting_by_them(agent: Service) -> None:
-    """What decides about them comes before them on the processor."""
+    """Agent and gatekeeper, which programs wait for, have a higher priority."""
     assert agent.agent
     assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in (agent.agent.pid, *agent.gatekeepers())} == {-10}
 
@@ -103,8 +103,7 @@ def test_limits_stand_while_nobody_is_there(agent: Service, tenant) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.places("runc")
 def test_whoever_ends_with_all_the_others_is_forgotten_by_the_next_start(agent: Service, tenant, scale) -> None:
-    """F3: agent, gatekeeper and programs are killed at one moment; what these held stays charged to the next start,
-    which releases it."""
+    """F3: agent, gatekeeper and programs are killed at one moment. The next start releases the programs' memory."""
     one = tenant(4 * CONTEXT + 2 * ROOM)
     stays = one.client()
     with one.growing():
@@ -180,7 +179,7 @@ def test_the_cgroup_of_a_program_that_outlives_a_detach_is_removed_later(agent: 
 
 @pytest.mark.places("host")
 def test_no_user_keeps_the_agent_from_starting(agent: Service, tenant) -> None:
-    """T45: flock takes no more than permission to read."""
+    """T45: flock needs no more than permission to read."""
     one = tenant(CONTEXT + ROOM)
     one.assert_enforced()
     for name in ("agent.lock", "gatekeeper.lock"):
@@ -200,7 +199,7 @@ def test_no_user_keeps_the_agent_from_starting(agent: Service, tenant) -> None:
 
 @contextlib.contextmanager
 def service_gatekeeper() -> Iterator[subprocess.Popen[bytes]]:
-    """A gatekeeper as its unit or its pod starts it, until the end of the block."""
+    """Run a gatekeeper as its unit or its pod starts it, until the end of the block."""
     command = [ROOT / ".venv/bin/python", "-m", "fgpu_ebpf.gatekeeper", "--wait", "--run-dir", RUN_DIR]
     with subprocess.Popen(command, env={"PATH": os.environ["PATH"]} | SERVICE_ENVIRONMENT) as process:
         try:
@@ -211,7 +210,7 @@ def service_gatekeeper() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.places("host")
 def test_the_agent_s_gatekeeper_ends_when_a_service_s_comes(agent: Service, tenant) -> None:
-    """F30: one that systemd or a pod starts never waits for the agent to end."""
+    """F30: a gatekeeper that systemd or a pod starts never waits for the agent to end."""
     one = tenant(2 * CONTEXT + ROOM)
     one.assert_enforced()
     (own,) = agent.gatekeepers()
@@ -222,7 +221,7 @@ def test_the_agent_s_gatekeeper_ends_when_a_service_s_comes(agent: Service, tena
         eventually(lambda: agent.gatekeepers() == {other.pid}, 5, "the service's gatekeeper alone")
         with one.growing(ROOM // 2):
             one.client().ok(f"alloc {ROOM // 2}")
-        time.sleep(2)  # the agent starts one where it sees none for a second
+        time.sleep(2)  # the agent starts a gatekeeper if it has seen none for a second
         assert agent.gatekeepers() == {other.pid}
     eventually(lambda: agent.gatekeepers() - {other.pid}, 5, "the agent's gatekeeper in its place")
     assert one.client().do(f"alloc {2 * MIB}") == REFUSED  # the limit is still known
@@ -248,7 +247,7 @@ def test_detach_leaves_nothing(agent: Service, tenant) -> None:
     client = one.client()
     with one.growing():
         client.ok(f"fill {2 * MIB} 0")
-    agent.kill_agent()  # so that its gatekeeper is not the next one's child
+    agent.kill_agent()  # so that its gatekeeper is not a child of the next agent
     agent.start_agent()
     assert agent.agent is not None
     fgpu("detach")

@@ -30,7 +30,7 @@ SLEEPER = "#include <unistd.h>\nint main(void) { return usleep(300000); }\n"
 
 
 def slow_library() -> bytes:
-    """An ELF library without the driver's functions, all of whose symbols are in one chain of its hash table."""
+    """Return an ELF library without the driver's functions, with all symbols in one chain of its hash table."""
     dynamic_at, hash_at, strings_at = 0x200, 0x1000, 0x4000
     symbols_at, size = 0x5000, 0x5000 + 24 * (SYMBOLS + 1)
     chain = [*range(1, SYMBOLS + 1), 0]

@@ -1,4 +1,4 @@
-"""The metrics address, by who may use it: many at once, who say nothing, and what is never in it."""
+"""The metrics address and its clients: many at once, silent ones, and what the metrics never contain."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def threads(service: Service) -> int:
 
 
 def lasting(service: Service) -> int:
-    """Threads but for those that are there for a moment: what an earlier client or a new limit was answered by."""
+    """Return the number of threads without short-lived ones, which answer an earlier client or a new limit."""
     found = []
     for _ in range(20):
         found.append(threads(service))
@@ -46,7 +46,7 @@ def lasting(service: Service) -> int:
 
 
 def test_many_scrapes_at_once_are_whole_or_hung_up_on(service: Service, scale) -> None:
-    """Eight at a time, and as many threads; connections that ask for nothing have none, and the agent goes on."""
+    """Eight are served at a time, with as many threads. Silent connections have none, and the agent works."""
     before, number = lasting(service), scale(50, 200, 1000)
     socks = [socket.create_connection((HOST, int(PORT)), timeout=20) for _ in range(number)]
     assert ask(verb="ping")["pid"] == service.agent.pid  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""A driver that the host does not know: in a container's own folder before the host's, and several in one process."""
+"""A driver that the host does not know, in a container's folder, and several drivers in one process."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ROOM = 96 * MIB  # three steps of a pool
 
 
 def library(folder: Path) -> Path:
-    """Another file with the driver in it."""
+    """Copy the driver to another file."""
     folder.mkdir()
     return Path(shutil.copy((SIM / "lib/libcuda.so.1").resolve(), folder / "libcuda.so.1"))
 
 
 @pytest.fixture
 def compat(place: Container, tmp_path: Path) -> Path:
-    """The container's image has forward-compatibility libraries."""
+    """Add forward-compatibility libraries to the container's image."""
     made = library(tmp_path / "compat")
     place.mounts = [
         {"source": "tmpfs", "destination": "/usr/local", "type": "tmpfs"},
@@ -41,7 +41,7 @@ def compat(place: Container, tmp_path: Path) -> Path:
 
 @pytest.mark.places("runc")
 def test_forward_compatibility_libraries(compat: Path, tenant) -> None:
-    """The loader finds the image's libcuda before the host's: the same limit, to the byte."""
+    """The loader finds the image's libcuda before the host's. The limit is the same, to the byte."""
     one = tenant(CONTEXT + ROOM)
     client = one.client(before=f"env LD_LIBRARY_PATH={COMPAT}:{SIM}/lib")
     client.ok("context")
@@ -58,7 +58,7 @@ def test_forward_compatibility_libraries(compat: Path, tenant) -> None:
 
 
 def bypasses(one: Tenant) -> dict[str, float]:
-    """How its processes go round the shim, and how many of them do."""
+    """Return how the tenant's processes bypass the shim, with the number of processes for each way."""
     mine = {k: v for k, v in metrics().items() if k[0] == "fgpu_bypassing_processes" and ("tenant", one.name) in k[1]}
     return {dict(labels)["how"]: value for (_, labels), value in mine.items() if value}
 
@@ -68,8 +68,8 @@ def bypasses(one: Tenant) -> dict[str, float]:
 def test_an_honest_program_is_refused_nothing_whatever_its_libcuda_is(
     service: Service, compat: Path, tenant, contents: bytes, scale
 ) -> None:
-    """It takes 80 % of its limit and frees it, again and again. What it frees by an unknown library counts once NVML
-    shows it, so its next allocation waits.
+    """It allocates 80 % of its limit and frees it, again and again. What it frees with an unknown library counts once
+    NVML shows it, so its next allocation waits.
     """
     with compat.open("ab") as file:
         file.write(contents)
@@ -87,7 +87,7 @@ def test_an_honest_program_is_refused_nothing_whatever_its_libcuda_is(
 
 
 class Several(Client):
-    """tests/programs/pair.c: a program with several drivers in it."""
+    """The program tests/programs/pair.c, with several drivers."""
 
     def __init__(self, tenant: Tenant, name: str, libraries: list[Path], via: str = "") -> None:
         Program.__init__(self, tenant, name, " ".join([f"{BUILD}/e2e/pair {via}".strip(), *map(str, libraries)]))
@@ -101,7 +101,7 @@ def libraries(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def several(service: Service, tenant, libraries: list[Path]) -> Callable[..., tuple[Tenant, Several]]:
-    """A tenant with room for so many contexts and ROOM, and its program, which has made all of them.
+    """Return a tenant with room for ROOM and the contexts of these drivers, and its program with all contexts.
 
     The agent has read the libraries: until then they are unknown to it, and their frees of managed memory do not count.
     """
@@ -165,7 +165,7 @@ def test_what_each_driver_is_shown_and_gives_back(several) -> None:
 @pytest.mark.places("host")
 @pytest.mark.parametrize("via", ["", "proc"], ids=["dlsym", "cuGetProcAddress"])
 def test_a_second_driver_has_no_pools(several, via: str) -> None:
-    """The shim keeps books of one driver's pools, and what nobody keeps books of could not be held."""
+    """The shim counts the pools of one driver. It refuses those of a second one, which it could not limit."""
     one, client = several(2, via)
     assert client.ok(f"fill.async 1 {2 * MIB}") == [0, NOT_SUPPORTED]
     assert client.ok(f"fill.async 0 {2 * MIB}")[1] == OUT_OF_MEMORY
@@ -176,7 +176,7 @@ def test_a_second_driver_has_no_pools(several, via: str) -> None:
 
 @pytest.mark.places("host")
 def test_a_third_driver_is_seen(several) -> None:
-    """No hook answers for it: it is charged to the byte, and its process named."""
+    """The shim has no hooks for it. Its memory is charged to the byte, and its process is named."""
     one, client = several(3)
     before = one.memory()["witnessed_bytes"]
     client.ok(f"fill.plain 1 {ROOM}")
@@ -203,7 +203,7 @@ sys.stdin.readline()
 
 @pytest.mark.places("host")
 def test_a_driver_in_another_namespace_is_seen(tenant, libraries: list[Path], tmp_path: Path) -> None:
-    """No hook is there: what it takes is charged to the byte, and its process named."""
+    """The shim has no hooks in it. Its memory is charged to the byte, and its process is named."""
     one = tenant(CONTEXT + ROOM)
     one.assert_enforced()
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
@@ -234,7 +234,7 @@ for path in sys.argv[2:]:
 
 @pytest.mark.places("host")
 def test_a_late_driver_that_cannot_be_probed_is_held_by_the_shim_alone_and_that_is_said(tenant, tmp_path: Path) -> None:
-    """Its process was greeted before: what it allocates by it the shim asks for, and the kernel sees nothing of."""
+    """The process said hello before. The shim asks before each allocation of this driver; the kernel sees none."""
     odd = library(tmp_path / "odd")
     odd.write_bytes(odd.read_bytes().replace(b"\0cuMemRelease\0", b"\0cuMemReleasX\0"))
     one = tenant(2 * CONTEXT + ROOM)

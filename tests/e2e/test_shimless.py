@@ -15,7 +15,7 @@ from tests.support.wait import eventually
 
 
 def assert_named(tenant: Tenant, clients: list[Client], reason: str) -> None:
-    """Metrics, doctor, ps and explain say it; their bytes are the tenant's."""
+    """Check that metrics, doctor, ps and explain show the reason, and that the tenant is charged."""
     for client in clients:
         client.ok("context")
     first = min(clients, key=lambda client: client.pid)

@@ -25,7 +25,7 @@ SHIM_FOLDER = RUN_DIR / "shim"
 
 @pytest.fixture
 def again(service: Service, unharmed: None) -> Iterator[Service]:
-    """Afterwards a service with nothing of before."""
+    """Return the service. Afterwards a service runs that has nothing of before."""
     yield service
     service.detach()
     shutil.rmtree(SHIM_FOLDER, ignore_errors=True)
@@ -44,7 +44,7 @@ def assert_held(one: Tenant) -> None:
 
 
 def limit(one: Tenant) -> None:
-    """Again after a detach, which forgets what was set by hand."""
+    """Set the limit again after a detach, which removes limits of `fgpu set`."""
     fgpu("set", one.path, "--memory", f"{LIMIT}B")
 
 

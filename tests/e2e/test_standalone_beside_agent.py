@@ -1,4 +1,4 @@
-"""An agent on the host, and a container whose image has a limit but no way to the agent: it is named for what it is."""
+"""A container whose image has a limit, on a host with an agent that it cannot reach: the agent names it as such."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.wait import eventually
 
 @pytest.fixture
 def images(service: Service, tmp_path: Path) -> Iterator[kit.Images]:
-    """Containers of such an image."""
+    """Return containers of such an image."""
     place = kit.Images(tmp_path, "runc")
     yield place
     place.close()

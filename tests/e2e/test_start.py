@@ -1,4 +1,4 @@
-"""What a start does not understand is kept: no state file, policy file or want of room opens or closes a limit."""
+"""Unknown limits are kept: a start with damaged files, or without room, neither opens nor closes a limit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def loaded_seconds() -> float:
 
 
 def readiness() -> tuple[int, str]:
-    """What /readyz says to Kubernetes."""
+    """Return the response of /readyz to Kubernetes."""
     try:
         with urllib.request.urlopen(f"http://{LISTEN}/readyz", timeout=5) as page:
             return page.status, page.read().decode()
@@ -48,7 +48,7 @@ def readiness() -> tuple[int, str]:
 
 
 def doctor_says(name: str) -> str:
-    """The line of `fgpu doctor` about this, from its first word on."""
+    """Return the line of `fgpu doctor` about this check, from its first word on."""
     lines = fgpu("doctor", check=False).stdout.splitlines()
     return next(line for line in lines if f" {name}" in line[:20])
 
@@ -61,14 +61,14 @@ class Host:
         self.policies = service.policies
 
     def policy(self, rest: str, cgroup: str = "", name: str = "test", file: str = "50.yaml") -> None:
-        """Writes a policy for the tenants of this place; returns when it is in force."""
+        """Write a policy for the tenants of this place. Returns when it is in force."""
         before = loaded_seconds()
         path = cgroup or f"{self.place.group.lstrip('/')}/*"
         (self.policies / file).write_text(POLICY.format(name=name, cgroup=path, rest=rest))
         eventually(lambda: loaded_seconds() > before, 5, "the policy in force")
 
     def stop(self) -> None:
-        """The agent ends; with it its gatekeeper, as systemd would have it."""
+        """End the agent and its gatekeeper, as systemd does."""
         self.service.kill_agent()
         self.service.kill_gatekeeper()
 
@@ -77,7 +77,7 @@ class Host:
         self.service.start_agent()
 
     def at_its_limit(self, memory: int | None = None) -> tuple[Tenant, Client]:
-        """A tenant with a program that has filled its limit."""
+        """Return a tenant with a program that has filled its limit."""
         tenant = self.place.tenant(memory)
         client = tenant.client()
         client.ok("context")
@@ -87,7 +87,7 @@ class Host:
 
 @pytest.fixture
 def host(service: Service, place: Place) -> Iterator[Host]:
-    """Afterwards the policies' folder is empty, and an agent runs that has understood everything."""
+    """Return the host. Afterwards the policies' folder is empty, and an agent runs that has read everything."""
     config = service.config.read_text()
     host = Host(service, place)
     yield host
@@ -102,7 +102,7 @@ def host(service: Service, place: Place) -> Iterator[Host]:
 
 
 def assert_same_limit(tenant: Tenant, client: Client, limit: int) -> None:
-    """Neither the running program nor the next in its cgroup gets a byte beyond the limit, and none is lost."""
+    """Check that neither the running program nor the next in its cgroup gets a byte beyond the limit, or loses one."""
     assert client.do(f"alloc {2 * MIB}") == REFUSED
     assert client.ok("info")[1] == limit
     client.ok("drop 1")
@@ -163,7 +163,7 @@ def test_a_reboot_with_a_typo_in_a_policy_starts_with_the_last_good_ones(host: H
     host.policy("memory: {limit: 2GiB}")
     fgpu("status")
     kept = LAST_GOOD.read_bytes()
-    fgpu("detach")  # a boot finds neither pins nor /run/fgpu, and /var as it was
+    fgpu("detach")  # a boot finds neither pins nor /run/fgpu, and an unchanged /var
     assert host.service.agent
     host.service.agent.wait(10)
     LAST_GOOD.write_bytes(kept)
@@ -198,19 +198,19 @@ def test_without_a_last_good_set_what_is_pinned_stays_and_nothing_is_claimed(hos
 
 
 def by_command(host: Host) -> str:
-    """What the command says, which fails."""
+    """Return the message of `fgpu reload`, which fails."""
     told = fgpu("reload", check=False)
     assert told.returncode == 1
     return told.stderr
 
 
 def by_systemctl(host: Host) -> str:
-    """`systemctl reload` runs the unit's command, which tells nothing; what `fgpu status` says then."""
+    """Return what `fgpu status` says after `systemctl reload`, which runs the unit's command and prints nothing."""
     agent = host.service.agent
     assert agent
     (command,) = re.findall(r"^ExecReload=(.*)$", UNIT.read_text(), re.MULTILINE)
     subprocess.run(shlex.split(command.replace("$MAINPID", str(agent.pid))), check=True, timeout=10)
-    time.sleep(1)  # at the agent's next tick
+    time.sleep(1)  # until the agent's next tick
     return fgpu("status").stdout
 
 
@@ -262,7 +262,7 @@ def folder_in_its_place(file: Path) -> None:
 
 
 def of_every_entry(**fields: object) -> Callable[[Path], None]:
-    """Each entry of the file has these fields too."""
+    """Return a function that adds these fields to each entry of the file."""
 
     def change(file: Path) -> None:
         file.write_text(json.dumps([entry | fields for entry in json.loads(file.read_text())]))
@@ -289,7 +289,7 @@ def test_a_limit_by_hand_outlives_a_file_that_cannot_be_understood(host: Host, d
     tenant, client = host.at_its_limit(2 * GIB)
     host.stop()
     damage(RUN_DIR / "overrides.json")
-    for _ in range(2):  # the second start finds what the first one has written
+    for _ in range(2):  # the second start reads what the first one has written
         host.service.start_agent()
         assert_same_limit(tenant, client, 2 * GIB)
         assert tenant.view()["source"] == "kept"
@@ -356,7 +356,7 @@ def limits(tenants: list[Tenant]) -> list[int]:
 
 @pytest.mark.places("cgroups")
 def test_a_restart_grants_first_what_was_granted_before(host: Host) -> None:
-    """Tenants that never touch the device take no room from those that do."""
+    """Tenants that never use the device take no room from those that do."""
     forbid_overcommit(host)
     host.policy("memory: {limit: 6GiB}")
     idle = [host.place.tenant(None) for _ in range(4)]

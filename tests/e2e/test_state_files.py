@@ -86,7 +86,7 @@ def folder(path: Path) -> None:
 
 
 def full(path: Path) -> None:
-    """Its file system has no byte left."""
+    """Fill the file's file system."""
     root = next(root for root in (RUN_DIR, STATE, path.parent) if path.is_relative_to(root))
     fill(root / "filler")
 
@@ -135,7 +135,7 @@ class Kept:
         self.start()
 
     def assert_given(self) -> None:
-        """Containers get what they got when the files were saved."""
+        """Check that containers get what they got when the files were saved."""
         for path in self.given:
             copy = self._copies / str(self.files.index(path))
             if path.is_symlink() or copy.is_symlink():
@@ -191,7 +191,7 @@ def places(service: Service, kept: Kept, tmp_path: Path) -> Iterator[tuple[Cgrou
 
 @pytest.fixture
 def tenants(places: tuple[Cgroups, Place, Docker]) -> dict[str, Held]:
-    """All at their limit, by where it comes from."""
+    """Return tenants at their limits, by the source of the limit."""
     cgroups, place, docker = places
     made = {
         "policy": cgroups.tenant(None),

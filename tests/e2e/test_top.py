@@ -1,4 +1,4 @@
-"""`fgpu top` as somebody at a terminal sees it: keys, sizes, an agent that goes and comes, the terminal afterwards."""
+"""`fgpu top` as a user sees it in a terminal: keys, sizes, an agent that stops and starts, the terminal afterwards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATIENCE_SECONDS = 30
 
 
 class Terminal:
-    """A pseudo terminal with a program in it, and what stands on its screen."""
+    """A pseudo terminal with a program in it, and the contents of its screen."""
 
     def __init__(self, *words: str, columns: int = 100, lines: int = 24, **environment: str) -> None:
         self._fd, self.slave = pty.openpty()
@@ -47,20 +47,20 @@ class Terminal:
             stderr=slave,
             env={**ENVIRONMENT, "TERM": "xterm-256color", "LANG": "C.UTF-8", **environment},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),  # so that Ctrl-C and its size reach it
+            preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),  # so that Ctrl-C and the size reach it
         )
 
     def resize(self, columns: int, lines: int) -> None:
-        """As a hand on the window's edge."""
+        """Resize the terminal, as a user does with its window."""
         self.screen.resize(lines, columns)
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
 
     def press(self, keys: str) -> None:
-        """Keys as a terminal sends them."""
+        """Send keys as a terminal does."""
         os.write(self._fd, keys.encode())
 
     def lines(self) -> list[str]:
-        """What stands there now."""
+        """Return the lines of the screen now."""
         while select.select([self._fd], [], [], 0.05)[0]:
             data = os.read(self._fd, 1 << 16)
             self.all += data
@@ -68,29 +68,29 @@ class Terminal:
         return [line.rstrip() for line in self.screen.display]
 
     def wait(self, is_there: Callable[[list[str]], object], what: str) -> list[str]:
-        """Until the screen is so."""
+        """Wait until the condition holds for the screen, and return its lines."""
         eventually(lambda: is_there(self.lines()), PATIENCE_SECONDS, what)
         return self.lines()
 
     def wait_for(self, pattern: str) -> list[str]:
-        """Until a line matches."""
+        """Wait until a line matches."""
         return self.wait(lambda lines: any(re.search(pattern, line) for line in lines), pattern)
 
     def end(self) -> int:
-        """The exit code; what was shown until then stays to be looked at."""
+        """End the program and return its exit code. Its output until then can still be read."""
         code: int = eventually(lambda: (self.lines(), self.program.poll())[1] is not None, PATIENCE_SECONDS, "its end")
         self.lines()
         return code and self.program.returncode
 
     def assert_as_before(self) -> None:
-        """Its mode, its cursor, and the screen that was there before."""
+        """Check the terminal's mode, its cursor, and that the earlier screen is shown again."""
         assert termios.tcgetattr(self.slave) == self.before
         assert not self.screen.cursor.hidden
         assert self.all.rindex(b"\x1b[?1049l") > self.all.rindex(b"\x1b[?1049h")
         assert self.all.count(b"\x1b[?1049l") == self.all.count(b"\x1b[?1049h")
 
     def close(self) -> None:
-        """Ends what is left."""
+        """Kill the program, if it runs."""
         if self.program.poll() is None:
             self.program.kill()
             self.program.wait(10)
@@ -112,7 +112,7 @@ def terminal(service: Service) -> Iterator[Callable[..., Terminal]]:
 
 @pytest.fixture
 def pair(tenant: Callable[[int], Tenant]) -> tuple[Tenant, Tenant]:
-    """Two tenants: the first has the smaller limit, is refused once, and holds more."""
+    """Return two tenants: the first has the smaller limit, is refused once, and holds more."""
     first, second = tenant(CONTEXT + 60 * MIB), tenant(CONTEXT + 90 * MIB)
     clients: list[Client] = []
     for one, megabytes in ((first, 50), (second, 20)):
@@ -125,7 +125,7 @@ def pair(tenant: Callable[[int], Tenant]) -> tuple[Tenant, Tenant]:
 
 
 def order(lines: list[str], *tenants: Tenant) -> list[str]:
-    """These tenants' names as they stand one below the other."""
+    """Return these tenants' names in the order of the lines."""
     names = [tenant.name for tenant in tenants]
     return [line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in names]
 
@@ -287,7 +287,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 def completed(*words: str) -> list[str]:
-    """What bash offers after these."""
+    """Return what bash offers after these words."""
     command = ["bash", "-c", BASH, "bash", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=True)
     return done.stdout.split()

@@ -30,7 +30,7 @@ spec:
 
 
 def run(cgroup: Path, *commands: str) -> list[str]:
-    """One program in that cgroup, from its first call to its end; what it says to each command."""
+    """Run one program in that cgroup, from its first call to its exit. Return its answer to each command."""
     enter = ["sh", "-c", f"echo $$ >{cgroup}/cgroup.procs && exec {BUILD}/e2e/client"]
     done = subprocess.run(
         enter, input="".join(f"{command}\n" for command in commands), env={**ENVIRONMENT, "LD_PRELOAD": str(SHIM)},
@@ -43,7 +43,7 @@ def run(cgroup: Path, *commands: str) -> list[str]:
 
 @pytest.fixture
 def known(unharmed: None) -> Iterator[Path]:
-    """A cgroup without processes, two below the root, whose programs are known to have no limit."""
+    """Return a cgroup without processes, two below the root, whose programs are known to have no limit."""
     outer = cgroup_root() / f"fgpu-e2e-{os.getpid()}-before"
     inner = outer / "inner"
     inner.mkdir(parents=True)
@@ -64,7 +64,7 @@ def here(service: Service) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopped(service: Service) -> Iterator[None]:
-    """The agent stands still."""
+    """Stop the agent until the end of the block."""
     assert service.agent
     service.agent.send_signal(signal.SIGSTOP)
     try:
@@ -84,7 +84,7 @@ def killed(service: Service) -> Iterator[None]:
 
 
 def is_in_force(cgroup: Path) -> bool:
-    """The cgroup is a tenant whose limit the kernel holds."""
+    """Return whether the cgroup is a tenant whose limit the kernel enforces."""
     path = f"/{cgroup.relative_to(cgroup_root())}"
     found = [tenant for tenant in ask(verb="snapshot")["tenants"] if tenant["path"] == path]
     if not found or found[0]["devices"][0]["limit_bytes"] != LIMIT:

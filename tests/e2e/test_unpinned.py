@@ -1,4 +1,4 @@
-"""Somebody takes the probes away: that nothing is enforced is shown, and put right where it can be."""
+"""The probes are removed by another program: the missing enforcement is shown, and repaired if possible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pins() -> Path:
 
 
 def links() -> set[str]:
-    """Of process events and of the host's own files; anybody's may come and go."""
+    """Return the links of process events and of the host's own files. Links of other files may come and go."""
     own = {f"{path.resolve().stat().st_ino:x}" for path in (SHIM, SIM / "lib/libcuda.so.1")}
     names = [path.name for path in (pins() / "links").iterdir()]
     return {name for name in names if name.count("-") == 1 or name.split("-")[2] in own}
@@ -31,7 +31,7 @@ def unpin(folder: Path) -> None:
 
 @pytest.fixture
 def whole(service: Service, unharmed: None) -> Iterator[Service]:
-    """Afterwards an agent that has all of it again."""
+    """Return the service. Afterwards an agent runs with all probes."""
     yield service
     service.detach()
     service.start_agent()
@@ -54,7 +54,7 @@ def test_links_that_are_gone_are_there_again(service: Service, tenant, alive: bo
         service.kill_agent()
     there = sorted(path for path in (pins() / "links").iterdir() if not path.is_dir())
     for path in there[::every]:
-        path.unlink(missing_ok=True)  # an agent that runs may be at it already
+        path.unlink(missing_ok=True)  # a running agent may restore it already
     if not alive:
         service.start_agent()
     eventually(lambda: links() == before, 5, "the links")

@@ -1,7 +1,7 @@
-"""Upgrades under load: another shim, and now and then other programs; nobody is refused, nothing passes unseen.
+"""Upgrades under load to a version with another shim, and sometimes other programs: nothing is refused or missed.
 
-An upgrade is what a package's is: gatekeeper and agent of the version before get SIGTERM, those of the next begin.
-Every version is a copy of the package with a shim of its own; its programs are compiled anew where they differ.
+An upgrade works as a package's does: gatekeeper and agent of the old version get SIGTERM, those of the new one start.
+Every version is a copy of the package with its own shim. Its programs are compiled again if they differ.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually
 
 STEP = 2 * MIB
-NEW_PROGRAMS = 4  # every so many versions
+NEW_PROGRAMS = 4  # in every so many versions
 PYTHON = ROOT / ".venv/bin/python"
 ANOMALIES = ("release", "full", "device", "lost", "bypass", "stale")
 
 
 class Versions:
-    """fgpu as it is installed, version after version: the package's folder, and the two services."""
+    """An installed fgpu, version after version: the package's folder, and the two services."""
 
     def __init__(self, service: Service, work: Path) -> None:
         self._service, self._store = service, work / "store"
@@ -40,7 +40,7 @@ class Versions:
         self.number = 0
 
     def install(self) -> float:
-        """The next version's files, then its services in place of those that run; seconds until it enforces."""
+        """Install the next version's files and replace the running services. Return the seconds until it enforces."""
         self.number += 1
         said = self._service.log.stat().st_size
         beside = self._package / ".libfgpu.so"
@@ -68,7 +68,7 @@ class Versions:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd="/")
 
     def end_agent(self) -> None:
-        """As a service manager does."""
+        """End the agent, as a service manager does."""
         assert self._service.agent
         self._service.agent.terminate()
         self._service.agent.wait(10)
@@ -79,27 +79,27 @@ class Versions:
             self._gatekeeper.wait(10)
 
     def close(self) -> None:
-        """Ends both; limits stand."""
+        """End both. Limits stay."""
         self.end_agent()
         self._end_gatekeeper()
         self._gatekeeper = None
 
     def all_are_readable(self) -> bool:
-        """This host has no process whose mappings even root may not see."""
+        """Return whether root may read the mappings of every process on this host."""
         return "cannot be read: probes" not in self._service.log.read_text()
 
     def stored(self) -> list[Path]:
-        """The shims that are kept."""
+        """Return the shims that are kept."""
         return sorted(path for path in self._store.iterdir() if path.is_dir() and not path.is_symlink())
 
     def published(self) -> Path:
-        """The one that starts now get."""
+        """Return the shim that new programs get."""
         return (self._store / "current/libfgpu.so").resolve()
 
 
 @pytest.fixture
 def versions(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Versions]:
-    """The first version in place of the service's own agent, which is back afterwards."""
+    """Run the first version in place of the service's own agent, which runs again afterwards."""
     service.kill_agent()
     service.kill_gatekeeper()
     installed = Versions(service, tmp_path)
@@ -112,7 +112,7 @@ def versions(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Versi
 
 
 class Starts(threading.Thread):
-    """Programs that start, take memory and end, one after the other: each must see its limit and get what fits."""
+    """Programs that start, allocate memory and exit, one after the other. Each must see its limit and get what fits."""
 
     def __init__(self, tenant: Tenant, limit: int) -> None:
         super().__init__(daemon=True)
@@ -122,7 +122,7 @@ class Starts(threading.Thread):
         self.wrong: list[str] = []
 
     def run(self) -> None:
-        """Until end()."""
+        """Start programs until end()."""
         while not self._ended.is_set():
             begun = time.monotonic()
             try:
@@ -143,13 +143,13 @@ class Starts(threading.Thread):
             eventually(lambda: client.pid not in self._tenant.pids(), 5, "its end")
 
     def end(self) -> None:
-        """Waits for the last."""
+        """Wait for the last program."""
         self._ended.set()
         self.join(20)
 
 
 def asking(one: Tenant, command: str) -> Client:
-    """A program that has a context and asks until it is told otherwise."""
+    """Start a program that has a context and repeats a request until it is told to stop."""
     client = one.client()
     client.ok("context")
     client.send(command)
@@ -157,7 +157,7 @@ def asking(one: Tenant, command: str) -> Client:
 
 
 def answered(client: Client) -> tuple[int, int, int]:
-    """How often it got what it asked for, was refused, and anything else."""
+    """Stop the client. Return how often its request was granted, was refused, and had another result."""
     client.send("context")
     got, refused, other = client.numbers(client.receive())
     assert client.receive() == "ok"
@@ -165,7 +165,7 @@ def answered(client: Client) -> tuple[int, int, int]:
 
 
 def anomalies() -> dict[str, float]:
-    """What should not happen, as the kernel has counted it."""
+    """Return the kernel's counts of anomalies that should not happen."""
     found = metrics()
     return {kind: found.get(("fgpu_anomalies_total", frozenset({("kind", kind)})), 0.0) for kind in ANOMALIES}
 
@@ -186,7 +186,7 @@ def test_upgrades_under_load_refuse_nobody_and_miss_nothing(versions: Versions, 
     for _ in range(scale(3, 20, 100)):
         versions.install()
         counts.append(starts.count)
-        # Each start needs what the one before it held, which an agent must have seen the driver free.
+        # Each start needs the memory of the one before it, and an agent must have seen the driver free it.
         eventually(lambda: starts.count > counts[-1] + 1, 30, "a start with this version")
         for one in (busy, full, starting):
             memory = one.memory()
@@ -214,13 +214,13 @@ def test_upgrades_under_load_refuse_nobody_and_miss_nothing(versions: Versions, 
 
 
 def shims_mapped_by(pid: int) -> set[str]:
-    """The paths of the shims that a process maps."""
+    """Return the paths of the shims that a process maps."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return {line.split()[5] for line in lines if line.endswith("/libfgpu.so")}
 
 
 def shims_of(client: Client) -> set[str]:
-    """The shim that a program has mapped, by its path."""
+    """Return the path of the shim that a program has mapped."""
     return shims_mapped_by(client.pid)
 
 
@@ -246,7 +246,7 @@ def test_a_version_stays_while_somebody_has_it(versions: Versions, tenant) -> No
     old.close()
     eventually(lambda: old.pid not in one.pids(), 5, "its end")
     versions.install()
-    if versions.all_are_readable():  # else nobody can tell who has a version
+    if versions.all_are_readable():  # else it is unknown which processes map a version
         its_shell = {Path(path) for pid in one.pids() for path in shims_mapped_by(pid)}
         kept = {Path(last), versions.published()} | its_shell
         assert len(kept) < 5, "five were published"

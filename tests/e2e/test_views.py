@@ -1,4 +1,4 @@
-"""What a tenant sees of its device, through clients that nobody here wrote: its share, and its own processes alone."""
+"""Views of a device with third-party clients: a tenant sees its share, and only its own processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.wait import eventually
 PLACES = pytest.mark.places("host", "pidns", "runc")
 LIMIT, HELD = 2 * GIB, CONTEXT + 100 * MIB
 
-# All that nvidia-ml-py can tell of memory and processes, as one JSON object.
+# Everything that nvidia-ml-py tells of memory and processes, as one JSON object.
 NVML = """
 import ctypes as C, json, pynvml as N
 N.nvmlInit()
@@ -60,7 +60,7 @@ found["accounting"] = pids(lambda: N.nvmlDeviceGetAccountingPids(device))
 print(json.dumps(found))
 """
 
-# Keeps the device busy for a while: says so, and waits.
+# Keeps the device busy for a while: prints a line, and waits.
 BUSY = """
 import ctypes as C, sys
 L = C.CDLL("libcuda.so.1")
@@ -78,19 +78,19 @@ sys.stdin.readline()
 
 
 def on_the_host(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """A program outside every tenant."""
+    """Run a program outside every tenant."""
     return subprocess.run(words, capture_output=True, timeout=60, check=False, env={**ENVIRONMENT, **environment})
 
 
 def nvml(tenant: Tenant) -> dict[str, Any]:
-    """What nvidia-ml-py tells in there."""
+    """Return what nvidia-ml-py shows inside the tenant."""
     (tenant.folder / "views.py").write_text(NVML)
     return json.loads(tenant.run("python views.py"))
 
 
 @contextlib.contextmanager
 def stranger(*commands: str) -> Iterator[int]:
-    """A CUDA program of nobody's tenant, which has done what it was told; its pid."""
+    """Start a CUDA program outside every tenant, which runs these commands. Yield its pid."""
     words = [BUILD / "e2e/client"]
     with subprocess.Popen(words, stdin=-1, stdout=-1, text=True, env=ENVIRONMENT) as process:
         assert process.stdin is not None
@@ -106,14 +106,14 @@ def stranger(*commands: str) -> Iterator[int]:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A tenant with one program, another tenant with another, and a stranger beside them."""
+    """A tenant with one program, another tenant with another, and a program outside every tenant."""
 
     one: Tenant
     client: Client
     rows: list[list[int]]  # what the tenant may see: pid, bytes
 
     def shows(self, command: str) -> str:
-        """What a command prints in the tenant."""
+        """Return what a command prints in the tenant."""
         return self.one.run(command)
 
 
@@ -259,7 +259,7 @@ def test_nvitop(scene: Scene) -> None:
 
 
 def numbers(one: Tenant, client: Client) -> dict[str, list[int]]:
-    """What a program that runs already is told by CUDA, and a new one by NVML."""
+    """Return the figures that CUDA gives to a running program, and NVML to a new one."""
     free, total = client.ok("info")
     (device,) = client.ok("total")
     found = nvml(one)
@@ -271,7 +271,7 @@ def numbers(one: Tenant, client: Client) -> dict[str, list[int]]:
 
 
 def share(total: int, free: int, used: int) -> dict[str, list[int]]:
-    """What they should be told. What is neither free nor used is reserved, so that the second version adds up."""
+    """Return the expected figures. Bytes neither free nor used are reserved, so that the second version adds up."""
     return {"cuda": [total, total, free], "v1": [total, free, used], "v2": [total, total - free - used, free, used]}
 
 
@@ -291,7 +291,7 @@ def test_limit_lowered_below_use(tenant: Callable[[int], Tenant]) -> None:
 
 @PLACES
 def test_no_more_is_free_than_the_driver_has(tenant: Callable[[int], Tenant]) -> None:
-    """What others hold of a device is not free, and not the tenant's either."""
+    """Memory of others on the device is neither free nor the tenant's."""
     one = tenant(12 * GIB)
     client = one.client()
     with one.growing(100 * MIB):
@@ -313,12 +313,12 @@ def test_narrowest_of_the_levels(place: Any, tenant: Callable[[int], Tenant]) ->
         neighbour.ok(f"alloc {700 * MIB}")
     assert one.assert_exact() == HELD
     theirs = other.assert_exact()
-    for limit in (3 * GIB, 1900 * MIB, HELD + theirs - MIB):  # above one's own, below it, below what is used
+    for limit in (3 * GIB, 1900 * MIB, HELD + theirs - MIB):  # above its own use, below it, below the bytes in use
         with group(place, limit) as look:
             eventually(lambda: look()["used_bytes"] == HELD + theirs, 3, "the group's use")
             total = min(LIMIT, max(limit, HELD + theirs))
             free = max(0, min(LIMIT - HELD, limit - HELD - theirs))
-            # A program that runs already learns of a new level by its next hello: there is one a second, if need be.
+            # A running program learns of a new level by its next hello, of which it sends one a second if necessary.
             shown = share(total, free, HELD)
             eventually(lambda: numbers(one, client) == shown, 10, f"{shown}")  # noqa: B023
 
@@ -341,13 +341,13 @@ PROGRAMS = [
 
 
 def alone(*words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """On the host, once the driver has let go of what ran before; the stranger is still there."""
-    eventually(lambda: len(driver_books()) == 1, 5, "nobody but the stranger")
+    """Run a program on the host after the driver has freed all but the memory of the one outside every tenant."""
+    eventually(lambda: len(driver_books()) == 1, 5, "only the stranger's memory")
     return on_the_host(*words, **environment)
 
 
 def test_without_a_limit_nothing_changes(unharmed: None) -> None:
-    """Output, errors and exit codes of programs outside every tenant, with the shim and without."""
+    """Programs outside every tenant have the same output, errors and exit codes with the shim and without."""
     path = {"PATH": f"{BUILD}/e2e:{ENVIRONMENT['PATH']}"}
     with stranger("context", f"alloc {50 * MIB}"):
         for words in PROGRAMS:

@@ -23,7 +23,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 def unharmed(service: Service) -> Iterator[None]:
-    """Agent and gatekeeper stand; after the test they still do, and the driver is empty."""
+    """Check that agent and gatekeeper run before and after the test, and that the driver is empty."""
     service.stand()
     yield
     service.check()

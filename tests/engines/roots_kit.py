@@ -1,8 +1,8 @@
-"""Root file systems of other releases: each its own C library, its own Python and numba for that, and a shell.
+"""Root file systems of other releases: each with its own C library, its own Python and numba for that, and a shell.
 
-Owns: build/roots/glibc-VERSION, made once of that release's packages, unpacked and never configured; and a simulated
-driver for all of them, built against the oldest. What cannot be downloaded is a failure that names it, never a test
-left out. Imports nothing of fgpu.
+It owns build/roots/glibc-VERSION, made once from that release's packages, unpacked and never configured; and a
+simulated driver for all of them, built against the oldest. A failed download is a failure that names it, and never
+skips a test. Imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ENVIRONMENT = {"PATH": f"{DRIVER}:/usr/bin:/bin", "LD_LIBRARY_PATH": f"{DRIVER}/
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Of a distribution. `digest`: SHA-256 of its list of packages' lists, which is final; none: it is signed."""
+    """A release of a distribution. `digest`: SHA-256 of its final list of packages' lists; without it, it is signed."""
 
     glibc: str
     suite: str
@@ -69,19 +69,19 @@ def _run(*command: str | Path, **more: Any) -> None:
 
 
 def root_of(release: Release) -> Path:
-    """Its root file system."""
+    """Return its root file system."""
     root, aside = ROOTS / f"glibc-{release.glibc}", ROOTS / f".glibc-{release.glibc}"
     if root.exists():
         return root
     shutil.rmtree(aside, ignore_errors=True)
-    for name in ("bin", "sbin", "lib", "lib64"):  # as every release has them by now
+    for name in ("bin", "sbin", "lib", "lib64"):  # as every current release has them
         (aside / "usr" / name).mkdir(parents=True)
         (aside / name).symlink_to(f"usr/{name}")
     for package in _packages(release, aside / "apt"):
         unpack = 'dpkg-deb --fsys-tarfile "$1" | tar -xC "$2" --keep-directory-symlink'
         _run("sh", "-c", unpack, "sh", package, aside)
     shutil.rmtree(aside / "apt")
-    for link in (path for path in aside.rglob("*") if path.is_symlink()):  # who builds against it is outside
+    for link in (path for path in aside.rglob("*") if path.is_symlink()):  # programs that build against it are outside
         target = os.readlink(link)
         if target.startswith("/"):
             link.unlink()
@@ -93,7 +93,7 @@ def root_of(release: Release) -> Path:
 
 
 def _packages(release: Release, work: Path) -> list[Path]:
-    """The release's packages that a root needs, by a package manager that has nothing of this host's."""
+    """Return the release's packages that a root needs, from a package manager without anything of this host's."""
     (work / "archives/partial").mkdir(parents=True)
     (work / "lists/partial").mkdir(parents=True)
     trust = "trusted=yes" if release.digest else f"signed-by={DEBIAN_KEYS}"
@@ -120,7 +120,7 @@ def _wheels(release: Release, place: Path) -> None:
 
 
 def driver() -> Path:
-    """A simulated driver and nvidia-smi that need nothing newer than the oldest release has, as real ones do."""
+    """Build a simulated driver and nvidia-smi that need nothing newer than the oldest release has, as real ones do."""
     oldest = root_of(OLDEST)
     compiler = f"gcc --sysroot={oldest} -B{oldest}/usr/lib/x86_64-linux-gnu"
     made = [DRIVER / name for name in ("lib/libcuda.so.1", "lib/libnvidia-ml.so.1", "nvidia-smi")]
@@ -131,7 +131,7 @@ def driver() -> Path:
 
 @contextlib.contextmanager
 def layered(release: Release, work: Path, prefix: Sequence[str] = ()) -> Iterator[Path]:
-    """A root that may be written, as an engine makes it of an image. `prefix`: what leads to its mount namespace."""
+    """Yield a writable root, as an engine makes it of an image. `prefix`: the command that enters its namespace."""
     top, spare, root = (work / f"{name}-{release.glibc}" for name in ("top", "spare", "root"))
     for folder in (top, spare, root):
         folder.mkdir()

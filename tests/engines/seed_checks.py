@@ -1,6 +1,6 @@
-"""What a program in a container is shown of the device, and what it gets: one JSON object. For Python 3.6 and later.
+"""Checks for a program in a container: what the device shows and gives, as one JSON object. For Python 3.6 and later.
 
-Run there, as `seed_checks.py BYTES`: how much should be admitted beside the context.
+Run inside, as `seed_checks.py BYTES`: the bytes that should be admitted beside the context.
 """
 
 import ctypes
@@ -13,13 +13,13 @@ import time
 
 
 def smi():
-    """What the table of nvidia-smi says: used and total, in MiB."""
+    """Return used and total of the table of nvidia-smi, in MiB."""
     table = subprocess.run(["nvidia-smi"], stdout=subprocess.PIPE, check=True).stdout.decode()
     return [int(mib) for mib in re.search(r"(\d+)MiB / +(\d+)MiB", table).groups()]
 
 
 def of_driver(name, version, *words):
-    """Calls a function as the CUDA runtime does: it asks the driver for it, by name and version."""
+    """Call a function as the CUDA runtime does: it asks the driver for it, by name and version."""
     function = ctypes.c_void_p()
     cuda = ctypes.CDLL("libcuda.so.1")
     found = cuda.cuGetProcAddress(name.encode(), ctypes.byref(function), version, ctypes.c_ulonglong(0))
@@ -28,7 +28,7 @@ def of_driver(name, version, *words):
 
 
 def runtime():
-    """What `torch.cuda.mem_get_info` asks by cudaMemGetInfo: free and total of the primary context's device."""
+    """Return free and total of the primary context's device, the figures of `torch.cuda.mem_get_info`."""
     context, free, total = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
     assert not of_driver("cuInit", 2000, 0)
     assert not of_driver("cuDevicePrimaryCtxRetain", 7000, ctypes.byref(context), 0)
@@ -38,21 +38,21 @@ def runtime():
 
 
 def numba():
-    """What numba says, in a process of its own: its older releases know no context of others on a newer driver."""
+    """Return numba's figures, from a separate process: older releases know no other contexts on a newer driver."""
     ask = "from numba import cuda; print(*cuda.current_context().get_memory_info())"
     said = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, check=True).stdout
     return [int(number) for number in said.split()]
 
 
 def take(size):
-    """What the driver answers to a request."""
+    """Return the driver's result of a request."""
     return of_driver("cuMemAlloc", 3020, ctypes.byref(ctypes.c_ulonglong()), ctypes.c_size_t(size))
 
 
 shown = {"glibc": os.confstr("CS_GNU_LIBC_VERSION").split()[1], "pids": os.readlink("/proc/self/ns/pid")}
 shown["smi"] = smi()
 shown["numba"] = numba()
-time.sleep(0.5)  # the driver frees what that process had within 0.1 s, and it is charged until then
+time.sleep(0.5)  # the driver frees that process's memory within 0.1 s, and it is charged until then
 shown["runtime"] = runtime()
 shown["took"] = [take(int(sys.argv[1])), take(2 << 20)]
 print(json.dumps(shown))

@@ -32,7 +32,7 @@ class SetUp(Containerd):
         super().__init__(work, service.containerd, {}, cave.prefix)
 
     def fgpu(self, *words: str | Path) -> None:
-        """`fgpu …`, where the engine is."""
+        """Run `fgpu …` where the engine is."""
         command = [*self.cave.prefix, *FGPU, *map(str, words)]
         path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         subprocess.run(command, capture_output=True, timeout=30, check=True, env=path)
@@ -47,7 +47,7 @@ class SetUp(Containerd):
 
 @pytest.fixture
 def containerd(service: Service, unharmed: None, tmp_path: Path) -> Iterator[SetUp]:
-    """containerd, and a policy for its pods."""
+    """Run containerd, with a policy for its pods."""
     with kit.policy(service, "pods.yaml", POLICY), contextlib.closing(kit.Cave(tmp_path, service.cdi)) as cave:
         place = SetUp(tmp_path, service, cave)
         yield place

@@ -1,4 +1,4 @@
-"""fgpu-oci, which engines call: what it edits into a configuration, and what it never touches. No agent is needed."""
+"""Tests of fgpu-oci, which engines call: how it edits a configuration, and what it never touches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIBC, IN_OPEN = ctypes.CDLL(None), 0x20
 
 @pytest.fixture(scope="module", autouse=True, params=["as it is", "sanitized"])
 def helper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """All of this twice: whatever sanitizers report is a fault, but memory that lasts as long as the helper."""
+    """Run all tests twice, once with sanitizers: any report is an error, except of memory held until the exit."""
     if request.param == "as it is":
         yield
         return
@@ -149,12 +149,12 @@ def test_links_of_the_image_stay_inside(run_dir: Path, tmp_path: Path) -> None:
     after = edited(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}}))
     assert after["mounts"][2]["source"] == f"{run_dir}/container.preload"
     os.unlink(tmp_path / "root/etc/ld.so.preload")
-    os.mkfifo(tmp_path / "root/etc/ld.so.preload")  # nobody will ever write to it
+    os.mkfifo(tmp_path / "root/etc/ld.so.preload")  # it never gets a writer
     assert precreate(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}})).returncode == 0
 
 
 def test_what_is_no_file_is_not_even_opened(run_dir: Path, tmp_path: Path) -> None:
-    """To open some devices does something, and images bring device nodes. The kernel tells of every opening."""
+    """Opening some devices has effects, and images may have device nodes. The kernel reports every opening."""
     place = tmp_path / "root/etc/ld.so.preload"
     place.parent.mkdir(parents=True)
     config = json.dumps({"root": {"path": str(tmp_path / "root")}})
@@ -171,7 +171,7 @@ def test_what_is_no_file_is_not_even_opened(run_dir: Path, tmp_path: Path) -> No
 
 
 def test_images_cannot_fill_the_host(run_dir: Path, tmp_path: Path) -> None:
-    """Podman's hook knows no bundle: 256 lists at most are kept for it, and the oldest makes room."""
+    """Podman's hook knows no bundle: at most 256 lists are kept for it, and the oldest is removed."""
     (tmp_path / "root/etc").mkdir(parents=True)
 
     def code(number: int) -> int:
@@ -189,7 +189,7 @@ def test_images_cannot_fill_the_host(run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_many_images_with_lists_of_their_own_keep_no_other_from_starting(run_dir: Path, tmp_path: Path) -> None:
-    """Each list is in its container's bundle, and goes with it; nothing is kept beside the agent's own files."""
+    """Each list is in its container's bundle, and is removed with it. Nothing is kept beside the agent's own files."""
     own = sorted(os.listdir(run_dir))
     for number in range(300):
         bundle = tmp_path / f"bundle {number}"
@@ -219,7 +219,7 @@ def test_a_bundle_whose_path_no_configuration_can_carry_is_refused(run_dir: Path
 
 
 def test_a_list_that_is_asked_for_again_is_new_again(run_dir: Path, tmp_path: Path) -> None:
-    """The agent sweeps what nobody has asked for of late."""
+    """The agent removes lists that were not used for some time."""
     (tmp_path / "root/etc").mkdir(parents=True)
     (tmp_path / "root/etc/ld.so.preload").write_text("lib.so")
     config = json.dumps({"root": {"path": str(tmp_path / "root")}})
@@ -263,7 +263,7 @@ def test_hardened_and_in_need_of_no_library() -> None:
 
 
 def test_called_by_a_runtimes_name(tmp_path: Path) -> None:
-    """Settings that take no arguments, as containerd's, name a link."""
+    """Settings that allow no arguments, such as containerd's, name a link."""
     (tmp_path / "fgpu-runtime-echo").symlink_to(kit.HELPER)
     done = subprocess.run([tmp_path / "fgpu-runtime-echo", "state", "x"], capture_output=True, text=True, check=True)
     assert done.stdout == "state x\n"
@@ -273,7 +273,7 @@ def test_called_by_a_runtimes_name(tmp_path: Path) -> None:
 
 
 def test_called_by_a_name_that_leads_to_a_path(tmp_path: Path) -> None:
-    """What engines name by a path need be on no PATH. The link is looked for beside the program itself."""
+    """Programs that engines name by a path need not be in PATH. The link is searched beside the program itself."""
     shutil.copy(kit.HELPER, tmp_path / "fgpu-oci")
     (tmp_path / "fgpu-runtime-crio-said").symlink_to("fgpu-oci")
     (tmp_path / "runtimes").mkdir()

@@ -1,4 +1,4 @@
-"""deploy/images: an image that Docker and Podman build for real, and what its containers get where an agent runs."""
+"""Tests of deploy/images: an image that Docker and Podman really build, and what its containers get with an agent."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests.support.wait import eventually
 DOCKERFILE = ROOT / "deploy/images/Dockerfile"
 IN_IMAGES = Path("/var/lib/fgpu/shim/current/libfgpu.so")
 OLDER = SHIM.read_bytes() + b"an older one"
-COUNTED = 512 * MIB  # of a context, by the books of an image's own limit
+COUNTED = 512 * MIB  # of a context, by the ledger of an image's own limit
 GB = 2
 LIMIT = GB * GIB
 FILLED = f"admitted {LIMIT - CONTEXT} bytes, then {REFUSED}\n"
 TOOLS = ("chmod", "env", "grep", "mkdir", "sha256sum", "stat")
-numbers = itertools.count(1)  # of containers: no two have one name
+numbers = itertools.count(1)  # of containers: all names are different
 HEIR = "FROM fgpu:1\nRUN mkdir /work\nUSER 65534\n"
 POLICY = """
 apiVersion: fgpu.dev/v1alpha1
@@ -45,7 +45,7 @@ spec:
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that images are built of. Its shim is another than the host's, and its owner's alone."""
+    """Return the folder that images are built from. Its shim is not the host's, and only its owner may read it."""
     folder = tmp_path_factory.mktemp("context")
     (folder / SHIM.name).write_bytes(OLDER)
     (folder / SHIM.name).chmod(0o600)
@@ -55,7 +55,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(engine: kit.Engine, image: Path, context: Path, tmp_path_factory: pytest.TempPathFactory) -> kit.Engine:
-    """An engine that has built `fgpu` on a root file system of this distribution, and `heir` on that."""
+    """Return an engine that has built `fgpu` on a root file system of this distribution, and `heir` on that."""
     base = tmp_path_factory.mktemp("base") / "root"
     shutil.copytree(image, base, symlinks=True)
     programs = [str(shutil.which(tool)) for tool in TOOLS]
@@ -70,7 +70,7 @@ def built(engine: kit.Engine, image: Path, context: Path, tmp_path_factory: pyte
 
 
 def build(engine: kit.Engine, context: Path, name: str, gb: str = str(GB), file: Path = DOCKERFILE) -> Any:
-    """`ENGINE build`."""
+    """Run `ENGINE build`."""
     words = ["build", "--network", "none", "--file", file, "--tag", name]
     if file == DOCKERFILE:
         words += ["--build-arg", "BASE=base:1", "--build-arg", f"GB={gb}"]
@@ -78,14 +78,14 @@ def build(engine: kit.Engine, context: Path, name: str, gb: str = str(GB), file:
 
 
 class Running:
-    """A container of an image, and what is told to it."""
+    """A container of an image that runs commands."""
 
     def __init__(self, engine: kit.Engine, name: str) -> None:
         self._engine, self.name = engine, name
 
     @contextlib.contextmanager
     def starts(self, *words: str) -> Iterator[subprocess.Popen[str]]:
-        """A program in it, in the background."""
+        """Start a program in it, in the background."""
         command = [*self._engine.cave.prefix, *self._engine.words(), "exec", self.name, *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         with subprocess.Popen(list(map(str, command)), env=self._engine.environment, text=True, **pipes) as program:
@@ -95,14 +95,14 @@ class Running:
                 program.kill()
 
     def says(self, command: str) -> list[str]:
-        """What a shell in it says."""
+        """Return the output of a shell in it."""
         with self.starts("sh", "-c", command) as program:
             return program.communicate(timeout=60)[0].splitlines()
 
 
 @contextlib.contextmanager
 def container(engine: kit.Engine, image: str, *options: str) -> Iterator[Running]:
-    """One that waits to be told something."""
+    """Run a container that waits for commands."""
     name = f"of-an-image-{next(numbers)}"
     try:
         done = engine.run(name, *options, image=image, command="sleep 300")
@@ -135,7 +135,7 @@ def test_a_size_that_is_none_makes_no_image(built: kit.Engine, context: Path, gb
     assert f"GB={gb}: whole GiB, such as 8\n" in done.stdout + done.stderr
 
 
-# -- where none does, or it does not know of the container ---------------------------------------------------------
+# -- without an agent, or with one that does not know of the container -----------------------------------------------
 
 
 def test_without_an_agent_its_programs_keep_its_limit_together(built: kit.Engine) -> None:
@@ -151,12 +151,12 @@ def test_without_an_agent_its_programs_keep_its_limit_together(built: kit.Engine
         assert any(f"{LIMIT // MIB}MiB /" in line for line in one.says("/opt/build/sim/nvidia-smi"))
 
 
-# -- where an agent runs -------------------------------------------------------------------------------------------
+# -- with an agent ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def managed(built: kit.Engine, service: Service) -> Iterator[kit.Engine]:
-    """The engine as `fgpu setup` leaves it; the agent asks it for labels; a policy leaves the limit to images."""
+    """Set the engine up with `fgpu setup`. The agent asks it for labels, and a policy leaves the limit to images."""
     with kit.policy(service, "10-images.yaml", POLICY.format(group=built.group)):  # before those of other tests
         built.setup()
         built.apply()
@@ -168,7 +168,7 @@ def managed(built: kit.Engine, service: Service) -> Iterator[kit.Engine]:
 
 @contextlib.contextmanager
 def answering(engine: kit.Engine, service: Service) -> Iterator[None]:
-    """The engine's socket, where the agent looks for it."""
+    """Serve the engine's socket where the agent looks for it."""
     if isinstance(engine, kit.Docker):
         front = docker.Front(service.engine, engine.work / "docker.sock")
         yield
@@ -183,20 +183,20 @@ def answering(engine: kit.Engine, service: Service) -> Iterator[None]:
 
 @pytest.fixture
 def ready(managed: kit.Engine, unharmed: None) -> kit.Engine:
-    """The same, with nothing left of the test before."""
+    """Return `managed` with nothing left of the test before."""
     return managed
 
 
 @contextlib.contextmanager
 def held(engine: kit.Engine, image: str, *options: str) -> Iterator[Running]:
-    """A container whose limit is in force; engines are asked for labels when it is there already."""
+    """Run a container whose limit is in force. It exists before engines are asked for labels."""
     with container(engine, image, *options) as one:
         eventually(lambda: limits().get(one.name) == ("images", LIMIT), 10, f"its limit: {limits()}")
         yield one
 
 
 def limits() -> dict[str, tuple[str, int]]:
-    """The policy that each tenant has, and its limit."""
+    """Return the policy and the limit of each tenant."""
     found = ask(verb="snapshot")["tenants"]
     return {t["tenant"]: (t["policy"], t["devices"][0]["limit_bytes"]) for t in found}
 
@@ -219,7 +219,7 @@ def test_a_container_gets_its_images_limit(ready: kit.Engine, name: str, options
 
 
 def test_nothing_in_the_container_changes_it(ready: kit.Engine) -> None:
-    """Neither variables, which the engine is told or a program sets and takes away, nor root with the image's file."""
+    """Neither variables that the engine, or a program, sets and removes change it, nor root with the image's file."""
     mine = ("GPU_MEM_LIMIT_GB=12", "LD_PRELOAD=/lib/none.so", "FGPU_SHARE=12gib", "NVIDIA_VISIBLE_DEVICES=void")
     ways = ("", f"env {' '.join(mine)}", "env -u GPU_MEM_LIMIT_GB", "env -i LD_LIBRARY_PATH=$LD_LIBRARY_PATH")
     with held(ready, "fgpu", *(word for variable in mine for word in ("--env", variable))) as one:
@@ -235,7 +235,7 @@ IN_USE = f"sha256sum <{IN_IMAGES}; stat -c %i {IN_IMAGES}; grep -m1 {IN_IMAGES} 
 
 
 def in_use(one: Running) -> tuple[str, list[str]]:
-    """The digest of the shim that its programs have mapped, and the list that names it."""
+    """Return the digest of the shim that its programs have mapped, and the list that names it."""
     digest, inode, mapped, *names = one.says(IN_USE)
     assert mapped.split()[4:] == [inode, str(IN_IMAGES)]
     return digest.split()[0], names
@@ -243,7 +243,7 @@ def in_use(one: Running) -> tuple[str, list[str]]:
 
 @pytest.fixture
 def published(ready: kit.Engine) -> Iterator[kit.Engine]:
-    """The host's shim at the path at which an agent publishes it, which is that of images."""
+    """Put the host's shim at the path at which an agent publishes it, which is also the path in images."""
     told, preload = RUN_DIR / "containers", RUN_DIR / "published.preload"
     text = told.read_text()
     put = [*ready.cave.prefix, "install", "-D", SHIM, IN_IMAGES]
@@ -258,7 +258,7 @@ def published(ready: kit.Engine) -> Iterator[kit.Engine]:
 def test_the_hosts_shim_is_in_use_where_there_is_one_and_else_the_images(published: kit.Engine) -> None:
     with container(published, "fgpu") as one:
         assert in_use(one) == (hashlib.sha256(SHIM.read_bytes()).hexdigest(), [str(IN_IMAGES)])
-    (RUN_DIR / "containers").unlink()  # as where no agent runs
+    (RUN_DIR / "containers").unlink()  # as without an agent
     with container(published, "fgpu") as one:
         assert in_use(one) == (hashlib.sha256(OLDER).hexdigest(), [str(IN_IMAGES)])
     if isinstance(published, kit.Podman):  # Docker has CDI from version 25 on

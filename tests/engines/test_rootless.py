@@ -1,4 +1,4 @@
-"""Podman of a user: the shim by name and with no flag at all, the limit from the policy of the user's slice."""
+"""Podman of a user: the shim by name and without any flag, the limit from the policy of the user's slice."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ spec:
 
 @pytest.fixture(scope="module")
 def anna(service: Service, image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Rootless]:
-    """A user with an engine, and a policy for her slice."""
+    """Return the engine of a user, with a policy for the user's slice."""
     work = tmp_path_factory.mktemp("rootless")
     with contextlib.ExitStack() as stack:
         stack.enter_context(kit.policy(service, "anna.yaml", POLICY))
@@ -40,12 +40,12 @@ def anna(service: Service, image: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def ready(anna: kit.Rootless, unharmed: None) -> kit.Rootless:
-    """The same, with nothing left of the test before."""
+    """Return `anna` with nothing left of the test before."""
     return anna
 
 
 def assert_held(engine: kit.Rootless, *options: str) -> None:
-    """One container fills what she has; her slice counts all that ever were."""
+    """Check that one container fills the user's limit. The slice counts all containers so far."""
 
     def counted(kind: str) -> int:
         slices = [t for t in ask(verb="snapshot")["tenants"] if t["path"] == f"/{engine.group}"]
@@ -76,7 +76,7 @@ def test_no_flag_at_all_and_undone(ready: kit.Rootless) -> None:
 
 
 def test_a_share_is_refused(ready: kit.Rootless) -> None:
-    """Root alone says who gets what."""
+    """Only root decides on shares."""
     done = ready.run("share", "--device", "fgpu.dev/share=2gib")
     ready.remove("share")
     assert done.returncode == 126

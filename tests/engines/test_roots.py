@@ -1,4 +1,4 @@
-"""Any image: what the device looks like, and the limit, with five C libraries under three engines."""
+"""Any image sees the device's share and its limit, with five C libraries under three engines."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from tests.support.tenant import Tenant
 SHARES = {"1.5gib": 1536 * MIB, "2gib": 2 * GIB, "4gib": 4 * GIB, "8gib": 8 * GIB, "12gib": 12 * GIB}
 ALL = os.environ.get("FGPU_TEST_SCALE") == "full"
 RELEASES = roots_kit.RELEASES if ALL else (roots_kit.OLDEST,)
-ENGINES = {"runc": ("1.5gib",), "crun": ("4gib",), "podman": ("12gib",)}  # and the shares that are tried, where not all
+# with the shares that are tried, if not all of them
+ENGINES = {"runc": ("1.5gib",), "crun": ("4gib",), "podman": ("12gib",)}
 OUT_OF_MEMORY = 2
 
 
 @pytest.fixture(scope="module")
 def driver(service: Service) -> Iterator[Service]:
-    """The agent, on a host whose driver any of these roots can load."""
+    """Run the agent on a host whose driver all of these roots can load."""
     before = service.config.read_text()
     service.kill_agent()
     service.config.write_text(f"{before}shares: [{', '.join(SHARES)}]\n")
@@ -39,7 +40,7 @@ def driver(service: Service) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def podman(driver: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Podman]:
-    """Podman, in a mount namespace of its own."""
+    """Run Podman in a separate mount namespace."""
     work = tmp_path_factory.mktemp("podman")
     cave = kit.Cave(work, driver.cdi)
     try:
@@ -65,7 +66,7 @@ def containers(
     request: pytest.FixtureRequest, runtime: str, release: roots_kit.Release, driver: Service, unharmed: None,
     tmp_path: Path,
 ) -> Iterator[roots_kit.Images | roots_kit.Pods]:  # fmt: skip
-    """Containers of that root, by that engine."""
+    """Return containers of that root, by that engine."""
     podman = request.getfixturevalue("podman") if runtime == "podman" else None
     with roots_kit.layered(release, tmp_path, podman.cave.prefix if podman else ()) as root:
         place = roots_kit.Pods(tmp_path, podman) if podman else roots_kit.Images(tmp_path, runtime)
@@ -77,7 +78,7 @@ def containers(
 
 
 def shown_in(tenant: Tenant, limit: int) -> dict[str, Any]:
-    """What programs there are shown, as they say it."""
+    """Return what programs in the container see."""
     shutil.copy(Path(__file__).with_name("seed_checks.py"), tenant.folder)
     said = tenant.run(f"python3 seed_checks.py {limit - CONTEXT}", 60)
     assert said, (tenant.folder / "p1.err").read_text()
@@ -85,7 +86,7 @@ def shown_in(tenant: Tenant, limit: int) -> dict[str, Any]:
 
 
 def test_seed_checks(containers: roots_kit.Images | roots_kit.Pods, release: roots_kit.Release, runtime: str) -> None:
-    """All three show the limit, which holds to the byte, in a pid namespace of its own."""
+    """All three show the limit, which holds to the byte, in a separate pid namespace."""
     for device in SHARES if ALL else ENGINES[runtime]:
         limit, containers.device = SHARES[device], device
         tenant = containers.tenant(None)

@@ -1,6 +1,6 @@
-"""`fgpu setup`: every container of Docker and Podman has the shim with no flag at all, and none after --undo.
+"""Tests of `fgpu setup`: every container of Docker and Podman has the shim without any flag, and none after --undo.
 
-So it has by `--device fgpu.dev/share=…`, with and without that, where the engine has CDI.
+If the engine has CDI, so it has by `--device fgpu.dev/share=…`, with and without setup.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ spec:
 
 @pytest.fixture(scope="package")
 def set_up(engine: kit.Engine, service: Service) -> Iterator[kit.Engine]:
-    """An engine set up as `fgpu setup` does, with a policy for its containers."""
+    """Return an engine after `fgpu setup`, with a policy for its containers."""
     with kit.policy(service, "engine.yaml", POLICY.format(group=engine.group)):
         engine.setup()
         engine.apply()
@@ -44,7 +44,7 @@ def set_up(engine: kit.Engine, service: Service) -> Iterator[kit.Engine]:
 
 @pytest.fixture
 def ready(set_up: kit.Engine, unharmed: None) -> kit.Engine:
-    """The same, with nothing left of the test before."""
+    """Return `set_up` with nothing left of the test before."""
     return set_up
 
 
@@ -82,7 +82,7 @@ def test_a_user_namespace_of_roots_engine(ready: kit.Engine) -> None:
 
 @podman_alone
 def test_what_crio_is_given_is_a_runtime_to_its_monitor(ready: kit.Podman, tmp_path: Path) -> None:
-    """CRI-O itself is not here. As Podman does, it has conmon call the runtime, by the path in its settings."""
+    """CRI-O itself is not here. Like Podman, it has conmon call the runtime, by the path in its settings."""
     file = tmp_path / "crio.conf.d/zz-fgpu.conf"
     file.parent.mkdir()
     runc = f'default_runtime = "runc"\n[crio.runtime.runtimes.runc]\nruntime_path = "{ready.runtime}"\n'
@@ -112,7 +112,7 @@ spec:
 
 @pytest.fixture
 def labelled(ready: kit.Podman, service: Service, image: Path) -> Iterator[kit.Podman]:
-    """Podman's socket, where the agent looks for it, a policy by label, and an image with labels of its own."""
+    """Serve Podman's socket where the agent looks for it, with a policy by label, and an image with its own labels."""
     ready.load(image, "asks", {"tier": "notebook", "fgpu.dev/memory": "2GiB"})
     with kit.policy(service, "a-label.yaml", BY_LABEL), ready.serving(service.podman):
         yield ready
@@ -131,7 +131,7 @@ def labelled(ready: kit.Podman, service: Service, image: Path) -> Iterator[kit.P
 def test_labels_of_podmans_containers(
     labelled: kit.Podman, options: tuple[str, ...], which: str, expected: tuple[str, int]
 ) -> None:
-    """Docker's are tested in tests/e2e."""
+    """Docker's labels are tested in tests/e2e."""
 
     def has() -> tuple[str, int] | None:
         found = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == "labelled"]
@@ -147,7 +147,7 @@ def test_labels_of_podmans_containers(
 
 @podman_alone
 def test_builds_go_on_as_before(ready: kit.Podman, tmp_path: Path) -> None:
-    """Who builds reads the hooks that are everybody's, and stops at a stage that it does not know."""
+    """A build reads the hooks that all programs share, and fails at an unknown stage."""
     (tmp_path / "Dockerfile").write_text("FROM localhost/plain:1\nRUN cat /proc/uptime >/made\n")
     limits = ["--ulimit", "nproc=100:100", "--ulimit", "nofile=1024:1024"]
     done = ready.call("build", "--no-cache", "--network", "none", *limits, "--tag", "built", tmp_path, check=False)
@@ -159,7 +159,7 @@ def test_an_image_with_preloads_of_its_own(ready: kit.Engine, image: Path, tmp_p
     root = tmp_path / "root"
     shutil.copytree(image, root, symlinks=True)
     (root / "etc/ld.so.preload").write_text("# ours\n/opt/build/sim/lib/libcuda.so.1 /usr/lib/old/libfgpu.so\n")
-    older = root / str(SHIM).lstrip("/")  # where the host's will be
+    older = root / str(SHIM).lstrip("/")  # the path of the host's shim
     older.parent.mkdir(parents=True)
     older.write_text("an older one")
     ready.load(root, "preloads")

@@ -1,4 +1,4 @@
-"""`fgpu.dev/share=…`: a container comes out as a tenant with that limit, or it does not start and says why."""
+"""Tests of `fgpu.dev/share=…`: a container becomes a tenant with that limit, or it does not start and says why."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ spec:
 
 @pytest.fixture(params=["runc", "crun"])
 def bundles(request: pytest.FixtureRequest, service: Service, unharmed: None, tmp_path: Path) -> Iterator[kit.Bundles]:
-    """Containers that ask for devices."""
+    """Return containers that ask for devices."""
     place = kit.Bundles(tmp_path, request.param)
     place.spec = json.loads((service.cdi / "fgpu.dev-share.json").read_text())
     yield place
@@ -38,13 +38,13 @@ def bundles(request: pytest.FixtureRequest, service: Service, unharmed: None, tm
 
 @pytest.fixture
 def policy(service: Service) -> Iterator[None]:
-    """1 GiB, and up to 3 for those who ask."""
+    """Give 1 GiB, and up to 3 GiB to containers that ask for it."""
     with kit.policy(service, "engines.yaml", POLICY):
         yield
 
 
 def assert_held(tenant: Tenant, limit: int) -> None:
-    """Enforcement is live, and the limit holds to the byte by the driver's own books."""
+    """Check that the limit is enforced and holds to the byte by the driver's own figures."""
     client = tenant.client()
     with tenant.growing():
         assert tenant.memory()["limit_bytes"] == limit
@@ -94,7 +94,7 @@ def test_a_share_outlives_the_agent(bundles: kit.Bundles, service: Service) -> N
 
 
 def assert_still(tenant: Tenant, client: Client, limit: int) -> None:
-    """A program that has all of its limit gets no byte more, and gets again what it frees."""
+    """Check that a program at its limit gets no byte more, and gets again what it frees."""
     assert client.do(f"alloc {2 * MIB}") == REFUSED
     assert client.ok("info")[1] == limit
     assert tenant.memory()["limit_bytes"] == limit
@@ -140,7 +140,7 @@ def test_nothing_in_the_container_can_change_it(bundles: kit.Bundles) -> None:
 
 
 def refused(bundles: kit.Bundles) -> str:
-    """What the runtime says of a container that must not start."""
+    """Return what the runtime says of a container that must not start."""
     with pytest.raises(AssertionError) as caught:
         bundles.tenant(None)
     return str(caught.value)
@@ -173,7 +173,7 @@ def test_no_agent_no_share(bundles: kit.Bundles, service: Service) -> None:
 
 
 def test_a_hook_that_is_not_the_hosts_changes_nothing(service: Service) -> None:
-    """Anybody may run the helper; the agent listens to root on the host alone, about containers alone."""
+    """Every user may run the helper. The agent serves only root of the host, and only for containers."""
     state = json.dumps({"pid": os.getpid(), "id": "x"})
     call = [kit.HELPER, "share", "2gib"]
     nobody = subprocess.run(

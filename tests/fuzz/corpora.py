@@ -10,7 +10,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
 MOST_BYTES = 1 << 12
-WARM_PART = 5  # such a part of the runs comes before memory is measured: caches fill, the allocator finds its size
+# this part of the runs comes before memory is measured, until caches are full and the allocator has its size
+WARM_PART = 5
 MIB = 1 << 20
 ODD = (
     b"\0",
@@ -30,12 +31,12 @@ ODD = (
 
 
 def corpus(name: str) -> list[bytes]:
-    """The committed inputs of one fuzzer, in an order of their own."""
+    """Return the committed inputs of one fuzzer, in a fixed order."""
     return [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
 
 
 class Mutator:
-    """Another input at each call. `words`: what the reader of it knows, so that more of them come through."""
+    """A source of inputs, with another one at each call. `words`: words that the reader knows."""
 
     def __init__(self, seed: int, inputs: Sequence[bytes], words: Sequence[bytes] = ()) -> None:
         self._dice = random.Random(seed)
@@ -78,5 +79,5 @@ class Mutator:
 
 
 def resident_bytes(pid: int | str = "self") -> int:
-    """Of a process's memory."""
+    """Return the resident bytes of a process."""
     return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -21,7 +21,7 @@ _SERVER = tuple(str(path.relative_to(ROOT)) for path in _SERVER_SOURCES)
 
 @dataclass(frozen=True)
 class Harness:
-    """One fuzzer: its own source is `fuzz_NAME.c`; the project's sources that it runs beside those it includes."""
+    """One fuzzer. Its own source is `fuzz_NAME.c`; it runs these sources of the project besides those it includes."""
 
     name: str
     sources: tuple[str, ...]

@@ -1,8 +1,8 @@
-"""Whatever comes in at the control socket, from root: an answer that says ok, or what is wrong with the question.
+"""Fuzzing of the control socket, as root: each input gets an answer that says ok, or what is wrong with the request.
 
-The control server, its peers, and all that it asks: policies, overrides, targets, on a folder of cgroups of its own. In
-the kernel's place a ledger that takes what it is told; a real agent is asked by tests/e2e. The first byte of an input
-says where it is cut in two on its way.
+It runs the control server, its peers, and all that it asks: policies, overrides, targets, on its own folder of cgroups.
+The kernel's place has a ledger that accepts everything; tests/e2e asks a real agent. The first byte of an input says
+where it is divided in two messages.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MOST_TENANTS = 64
 
 
 class Ledger:
-    """Takes everything, knows nobody."""
+    """A ledger that accepts everything and has no processes."""
 
     def __init__(self) -> None:
         self._limits: set[int] = set()
@@ -77,7 +77,7 @@ class Ledger:
 
 
 class Fuzzer:
-    """A control socket, at which this process asks as root."""
+    """A control socket, to which this process sends requests as root."""
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="fgpu-fuzz-", dir="/dev/shm"))
@@ -147,6 +147,6 @@ class Fuzzer:
         assert outside == {"run": 1, "cgroups": 1}, outside
 
     def close(self) -> None:
-        """The folder goes."""
+        """Remove the folder."""
         self._end()
         shutil.rmtree(self._folder)

@@ -1,7 +1,7 @@
-"""Whatever comes in at the shim's socket: a hello is looked at once, all else costs its sender the connection, and
-nothing stays behind. The gatekeeper's own door and callers; what it would decide is not asked.
+"""Fuzzing of the shim's socket: a hello is read at once, any other message closes its connection, and nothing is left.
 
-The first byte of an input says how it is sent: with descriptors, in two messages, and whether who sent it hangs up.
+It runs the gatekeeper's own listener and connections, without its decisions. The first byte of an input says how it is
+sent: with descriptors, in two messages, and whether the sender hangs up.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Fuzzer:
             self._callers.accept(self._door.socket)
             while self._callers.pending():  # a turn is short, by the clock
                 self._callers.serve()
-        for key, _ in self._selector.select(0):  # who sent nothing has hung up by now
+        for key, _ in self._selector.select(0):  # silent connections have been closed by now
             key.data()
         self._callers.forgive()
         self._callers.turn()

@@ -1,7 +1,7 @@
-"""Inputs for a fuzzer: those of its corpus as they are, then random ones, and those of the corpus changed at random.
+"""Inputs for a fuzzer: those of its corpus, then random ones, and randomly changed ones of the corpus.
 
-A fuzzer is a callable that is given bytes and raises where something is wrong. `run` is the same for all of them: every
-input of the same seed is the same, so what is found once is found again.
+A fuzzer is a callable that gets bytes and raises an exception for an error. `run` is the same for all of them: the
+inputs of a seed never change, so that an error can be found again.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tests.fuzz.corpora import MIB, WARM_PART, Mutator, corpus, resident_bytes
 
 
 def kept_bytes() -> int:
-    """Of this process's memory, once what it need not have has been given back, as agent and gatekeeper do."""
+    """Return the resident bytes of this process after freeing what it does not need, as agent and gatekeeper do."""
     gc.collect()
     malloc.give_back()
     return resident_bytes()
 
 
 def run(one: Callable[[bytes], object], name: str, runs: int, words: Sequence[bytes] = (), seed: int = 0) -> int:
-    """The corpus, then so many more; answers by how many bytes this process has grown after it had become warm."""
+    """Run the corpus, then this many more inputs. Return the growth of this process in bytes after its start-up."""
     inputs = corpus(name)
     warm = 0
     for number, data in enumerate(_inputs(inputs, runs, Mutator(seed, inputs, words))):
@@ -45,7 +45,7 @@ def _inputs(inputs: Sequence[bytes], runs: int, more: Callable[[], bytes]) -> It
 
 
 def main() -> int:
-    """`python -m tests.fuzz.fuzz_kit NAME RUNS [SEED]`: one fuzzer in Python."""
+    """Run one fuzzer in Python: `python -m tests.fuzz.fuzz_kit NAME RUNS [SEED]`."""
     logging.disable(logging.CRITICAL)
     malloc.keep_small()  # as agent and gatekeeper do
     name, runs, *seed = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""Whatever is sent to the agent by who says that he is the gatekeeper: numbers of processes, or nothing."""
+"""Fuzzing of messages to the agent from a peer that claims to be the gatekeeper: pids, or nothing."""
 
 from __future__ import annotations
 

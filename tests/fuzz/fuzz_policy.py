@@ -1,4 +1,4 @@
-"""Whatever a file of policies holds: policies that decide about anybody, or faults that a person can read."""
+"""Fuzzing of policy files: each file gives valid policies for any workload, or errors that a person can read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WHO = (
 
 
 class Fuzzer:
-    """One file."""
+    """A fuzzer of one file."""
 
     def __call__(self, data: bytes) -> None:
         policies, faults = parse.read("p.yaml", data)
@@ -48,4 +48,4 @@ class Fuzzer:
             PolicySet(tuple(policies)).resolve(who, [Gpu()])
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: it holds no resources."""

@@ -56,7 +56,7 @@ class Keeper:
         return 0
 
     def grows(self, name: str, by: int = 1, patience: float = 3.0) -> Callable[[], None]:
-        """Call it later: asserts that the count has grown by so many."""
+        """Return a function that asserts, when it is called later, that the count has grown by this number."""
         before = self.count(name)
         return lambda: until(lambda: self.count(name) >= before + by, patience)
 

@@ -1,4 +1,4 @@
-"""What a shim does to say hello, in Python; and children that do things inside a cgroup."""
+"""The hello of a shim, in Python; and children that act inside a cgroup."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.wait import eventually
 
 
 def request(**changes: Any) -> bytes:
-    """A well-formed hello, with some fields changed."""
+    """Return a well-formed hello, with some fields changed."""
     size = ctypes.sizeof(abi.Hello)
     return bytes(abi.Hello(**{"magic": abi.MAGIC, "version": abi.LAYOUT, "size": size, **changes}))
 
@@ -35,7 +35,7 @@ class Reply:
     maps: list[mmap.mmap] = field(default_factory=list)
 
     def page(self, place: int, form: type[ctypes.Structure] = abi.ControlPage) -> Any:
-        """A live view of one page."""
+        """Return a live view of one page."""
         memory = mmap.mmap(self.fds[place], abi.PAGE_BYTES, prot=mmap.PROT_READ)
         self.maps.append(memory)
         return Live(memory, form)
@@ -46,7 +46,7 @@ class Reply:
 
 
 class Live:
-    """Fields of a page that can only be read, as they are at the time of asking."""
+    """Fields of a page that can only be read, with their current values."""
 
     def __init__(self, memory: mmap.mmap, form: type[ctypes.Structure]) -> None:
         self._memory, self._form = memory, form
@@ -65,7 +65,7 @@ def connect(run: Path, patience: float = 3.0) -> socket.socket:
 
 
 def hello(run: Path, payload: bytes | None = None, patience: float = 3.0) -> Reply | None:
-    """One hello; None: it was left unanswered."""
+    """Send one hello; None: it was not answered."""
     with connect(run, patience) as sock:
         sock.send(request() if payload is None else payload)
         return receive(sock)
@@ -84,7 +84,7 @@ def receive(sock: socket.socket) -> Reply | None:
 
 
 class Child:
-    """A process in a cgroup that runs one function and hands back what it answers."""
+    """A process in a cgroup that runs one function and returns its result."""
 
     def __init__(self, cgroup: Path, work: Callable[..., Any], *args: Any, uid: int = 0) -> None:
         self._read, write = os.pipe()
@@ -96,7 +96,7 @@ class Child:
 
     @staticmethod
     def _live(cgroup: Path, work: Callable[..., Any], args: Any, uid: int, write: int) -> None:
-        gc.disable()  # else hundreds of them may each copy all that the parent has in memory
+        gc.disable()  # else hundreds of them might each copy all memory of the parent
         signal.alarm(25)
         try:
             (cgroup / "cgroup.procs").write_text("0")
@@ -105,7 +105,7 @@ class Child:
                 os.setgid(uid)
                 os.setuid(uid)
             said: Any = (True, work(*args))
-        except BaseException:  # all of it is the parent's to show
+        except BaseException:  # the parent shows all of it
             said = (False, traceback.format_exc())
         try:
             with open(write, "wb") as pipe:
@@ -131,5 +131,5 @@ def in_cgroup(cgroup: Path, work: Callable[..., Any], *args: Any, uid: int = 0) 
 
 
 def until(true: Callable[[], Any], patience: float = 3.0) -> Any:
-    """Wait until something holds; answers it."""
+    """Wait until something holds, and return it."""
     return eventually(true, patience)

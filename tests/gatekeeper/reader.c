@@ -1,8 +1,8 @@
 /*
- * reader PAGE READS STATES: reads the rows of a control page as a shim does, while somebody writes them, at least so
- * often and until it has seen so many states. All rows of one state hold the same number of bytes, which only grows.
- * Says how many reads were torn, how many were of nothing, how many states were seen, and how many reads were begun
- * anew.
+ * reader PAGE READS STATES: reads the rows of a control page as a shim does, while another process writes them, at
+ * least this often and until it has seen this many states. All rows of one state hold the same number of bytes, which
+ * only grows. Prints how many reads were torn, how many were of nothing, how many states were seen, and how many reads
+ * were begun again.
  */
 #include <stdio.h>
 #include <stdlib.h>

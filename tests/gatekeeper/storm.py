@@ -1,8 +1,8 @@
 """300 processes that say hello at one moment: `storm.py SOCKET HELLO ANSWER_BYTES`, HELLO in hexadecimal.
 
-Prints `started` when they begin, then a line of JSON: of each the seconds until it was answered (-1: it was not), the
-attempts that took, and those in which it had no processor to speak. A program of its own: copies of a test runner, with
-all that it has in memory, would be measured instead of the gatekeeper.
+Prints `started` when they begin, then a line of JSON: for each the seconds until it was answered (-1: it was not), its
+number of attempts, and the number of those in which it had no processor to send. It is a separate program, because
+copies of a test runner, with all of its memory, would be measured instead of the gatekeeper.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RESULT = struct.Struct("dII")
 
 
 def attempt(path: str, hello: bytes, answer_bytes: int, end: float) -> tuple[bool, float]:
-    """One as a shim makes it: no step of it waits but for the answer. And for how long it was kept from speaking."""
+    """Make one attempt as a shim does: only the answer is waited for. Return also how long it could not send."""
     began = time.monotonic()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as sock:
         try:
@@ -35,7 +35,7 @@ def attempt(path: str, hello: bytes, answer_bytes: int, end: float) -> tuple[boo
 
 
 def say_hello(path: str, hello: bytes, answer_bytes: int) -> tuple[float, int, int]:
-    """As a shim does, again and again until its patience ends."""
+    """Say hello as a shim does, again and again until its patience ends."""
     began, attempts, mute = time.monotonic(), 0, 0
     while True:
         answered, kept = attempt(path, hello, answer_bytes, began + PATIENCE_SECONDS)
@@ -47,7 +47,7 @@ def say_hello(path: str, hello: bytes, answer_bytes: int) -> tuple[float, int, i
 
 
 def main(path: str, hello: bytes, answer_bytes: int) -> None:
-    """All of them live until each has been answered, or not."""
+    """Keep all processes alive until each has been answered or has given up."""
     gate, results, stay = os.pipe(), os.pipe(), os.pipe()
     for _ in range(STORM):
         if os.fork() == 0:

@@ -1,4 +1,4 @@
-"""What a tenant may try against the gatekeeper: T1, T3, T7, T8, T9, T10, T11, and a log that nobody reads."""
+"""Attacks of a tenant on the gatekeeper: T1, T3, T7, T8, T9, T10, T11, and a log without a reader."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def as_nobody() -> None:
 
 def as_root_of_a_user_namespace() -> None:
     as_nobody()
-    assert LIBC.prctl(4, 1, 0, 0, 0) == 0  # PR_SET_DUMPABLE: /proc/self is ours, as after an exec
+    assert LIBC.prctl(4, 1, 0, 0, 0) == 0  # PR_SET_DUMPABLE: /proc/self belongs to this user, as after an exec
     assert LIBC.unshare(0x10000000) == 0  # CLONE_NEWUSER
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {NOBODY} 1")
@@ -126,7 +126,7 @@ def as_root_of_a_user_namespace() -> None:
 
 
 def attack(run: Path, become: Callable[[], None], times: int) -> list[str]:
-    """Every form on every page, so often; answers those that went through."""
+    """Try every form of writing on every page, this often. Return those that succeeded."""
     reply = hello(run)
     assert reply
     control, usage = reply.page(0), reply.page(2, abi.UsagePage)
@@ -138,7 +138,7 @@ def attack(run: Path, become: Callable[[], None], times: int) -> list[str]:
         try:
             form(reply.fds[place])
         except (OSError, ValueError):
-            for fd in set(os.listdir("/proc/self/fd")) - before_it:  # what it had opened again
+            for fd in set(os.listdir("/proc/self/fd")) - before_it:  # descriptors that the attack opened
                 with contextlib.suppress(OSError):
                     os.close(int(fd))
             continue
@@ -152,7 +152,7 @@ def attack(run: Path, become: Callable[[], None], times: int) -> list[str]:
 def test_no_form_of_writing_reaches_a_page(
     keeper: Keeper, tenant: Make, become: Callable[[], None], scale: Callable[..., int]
 ) -> None:
-    """Nor does a neighbour notice: its pages are what they were, and go on beating."""
+    """No write changes the pages of a neighbour, whose heartbeat continues."""
 
     def neighbour() -> tuple[int, int, int]:
         reply = hello(keeper.run)
@@ -173,7 +173,7 @@ def test_no_form_of_writing_reaches_a_page(
 
 
 def test_the_forms_of_attack_work_on_a_page_without_seals() -> None:
-    """Else the test above would prove nothing."""
+    """This proves that the test above could fail."""
     for form in CONTROL:
         fd = os.memfd_create("open", os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, abi.PAGE_BYTES)
@@ -204,13 +204,13 @@ def test_the_status_page_is_the_tenants_but_keeps_its_size(keeper: Keeper, tenan
 
 
 def forged(dice: random.Random, words: list[int]) -> bytes:
-    """A hello in which pids, cgroups and chance stand wherever something may."""
+    """Return a hello with pids, cgroups and random values wherever possible."""
     spare = (ctypes.c_uint32 * 9)(*(dice.choice(words) for _ in range(9)))
     return request(spare=spare, flags=dice.getrandbits(32))
 
 
 def send_as(sock: socket.socket, payload: bytes, pid: int, uid: int) -> None:
-    """With the credentials of another process beside it, as far as the kernel lets one."""
+    """Send a payload with the credentials of another process, if the kernel allows it."""
     credentials = struct.pack("3i", pid, uid, uid)
     try:
         sock.sendmsg([payload], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, credentials)])
@@ -219,7 +219,7 @@ def send_as(sock: socket.socket, payload: bytes, pid: int, uid: int) -> None:
 
 
 def test_what_a_hello_says_of_itself_is_ignored(keeper: Keeper, tenant: Make, scale: Callable[..., int]) -> None:
-    """T3. Many at once, so that no tenant uses its time up."""
+    """T3. Many tenants send at once, so that no tenant uses up its time."""
     other, each = tenant(), scale(20, 834, 8334)
     victim = Child(other, lambda: bool(hello(keeper.run)) and signal.pause())
 
@@ -259,7 +259,7 @@ def malformed(dice: random.Random) -> bytes:
 
 
 def send_malformed(run: Path, seed: int, number: int) -> int:
-    """So many, each on a connection of its own; answers how many were answered."""
+    """Send this many messages, each on its own connection. Return how many were answered."""
     dice, answered = random.Random(seed), 0
     for _ in range(number):
         with connect(run) as sock:
@@ -348,7 +348,8 @@ def test_a_tenant_has_sixteen_connections(keeper: Keeper, tenant: Make, processe
     def still_open(number: int) -> int:
         os.close(start[1])
         os.write(ready[1], b".")
-        os.read(start[0], 1)  # all together: else the first have gone, and left their places, when the last come
+        # all together: else the first ones have gone, and freed their slots, when the last ones come
+        os.read(start[0], 1)
         socks = [connect(keeper.run) for _ in range(number)]
         time.sleep(0.4)
         return sum(not select.select([sock], [], [], 0)[0] for sock in socks)
@@ -367,7 +368,7 @@ def test_a_tenant_has_sixteen_connections(keeper: Keeper, tenant: Make, processe
 
 @pytest.mark.timed
 def test_when_all_places_are_taken_the_silent_make_room(start: Callable[..., Keeper], cgroup: Make) -> None:
-    """Seventy cgroups that nobody has decided about, 16 silent connections each: a newcomer that speaks is served."""
+    """Seventy undecided cgroups hold 16 silent connections each. A new connection that speaks is served."""
     keeper = start()
     place = cgroup()
 
@@ -426,7 +427,7 @@ def test_a_flood_from_one_tenant_does_not_delay_another(
     keeper: Keeper, tenant: Make, flood: Callable[[Path, int], None], scale: Callable[..., int]
 ) -> None:
     def nicely() -> None:
-        os.nice(5)  # what is measured is our queue, not how few processors there are
+        os.nice(5)  # the queue is measured, not the lack of processors
         flood(keeper.run, scale(2500, 5000, 50_000))
 
     place = tenant()
@@ -450,12 +451,12 @@ def test_a_tenant_that_has_used_its_time_waits_and_is_served_later(start: Callab
     )
     keeper = start(code=code)
     took, _ = in_cgroup(tenant(), waits, keeper.run, 3)
-    assert 0.1 < max(took) < 0.9  # until the next heartbeat, or the one after
+    assert 0.1 < max(took) < 0.9  # until the next heartbeat, or the one after it
 
 
 @pytest.mark.timed
 def test_a_peer_whose_mappings_hang_hangs_alone(start: Callable[..., Keeper], tenant: Make, tmp_path: Path) -> None:
-    """Reading /proc/PID/maps can wait for that process; the others must not wait for it."""
+    """Reading /proc/PID/maps can wait for that process. Other peers must not wait for it."""
     code = """
 import sys, time
 from fgpu_ebpf.linux import breakpoints; from fgpu_ebpf.gatekeeper import main as gatekeeper
@@ -499,7 +500,7 @@ def replace_socket(run: Path) -> None:
 
 
 def test_a_lost_socket_is_made_again(start: Callable[..., Keeper], unmanaged: Path, scale: Callable[..., int]) -> None:
-    """Within two seconds, however it was lost and how often; a gatekeeper for each way, so that they wait together."""
+    """The socket is there again within two seconds, however and how often it was lost. Gatekeepers run in parallel."""
     harms = {start(): harm for harm in (replace_folder, remove_all, replace_socket)}
 
     def answered(keeper: Keeper) -> bool:
@@ -542,7 +543,7 @@ def test_a_folder_of_another_user_is_refused(start: Callable[..., Keeper], tmp_p
 def test_there_is_a_listener_at_every_moment_while_one_follows_another(
     start: Callable[..., Keeper], unmanaged: Path
 ) -> None:
-    """A successor takes the socket by rename: who connects meets one or the other, or the one that has just gone."""
+    """A successor takes the socket by rename: a connection meets one of the two, or the one that has just gone."""
     first = start()
     stop, missing = threading.Event(), []
 

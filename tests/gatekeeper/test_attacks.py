@@ -1,4 +1,4 @@
-"""What is torn, handed on or raced for: T2, T4 and T10 of docs/security.md."""
+"""Attacks with torn reads, passed descriptors and races: T2, T4 and T10 of docs/security.md."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ Make = Callable[..., Path]
 NOBODY = 65534
 LIBC = ctypes.CDLL(None)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-MANY = 10_000  # between two looks whether the readers have ended
-STATES = 1000  # that a reader sees: where a reader and the writer take turns on a processor, reads alone prove nothing
+MANY = 10_000  # between two looks whether the readers have exited
+# that a reader sees: if a reader and the writer alternate on a processor, the number of reads proves nothing
+STATES = 1000
 
 
 # -- T2: half an update ---------------------------------------------------------------------------------------------
 
 
 def test_no_reader_sees_half_an_update(tmp_path: Path, scale: Callable[..., int]) -> None:
-    """Two readers as fast as they can, and the gatekeeper's own way to write, without a pause."""
+    """Two readers run at full speed, and the gatekeeper's own code writes without a pause."""
     reads, flags = scale(2_000_000, 50_000_000, 500_000_000), ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"]
     reader, memory = tmp_path / "reader", ControlMemory()
     command = ["gcc", *flags, f"-I{ROOT}/bpf", "-o", reader, Path(__file__).with_name("reader.c")]
@@ -53,11 +54,11 @@ def test_no_reader_sees_half_an_update(tmp_path: Path, scale: Callable[..., int]
     memory.close()
 
 
-# -- T4: somebody else's socket, somebody else's pages --------------------------------------------------------------
+# -- T4: another process's socket, another process's pages -----------------------------------------------------------
 
 
 def use_sockets(channel: socket.socket) -> int:
-    """Says hello on every socket that comes; answers how many were answered with pages of `channel`'s other end."""
+    """Say hello on every socket that comes. Return how many were answered with pages of the peer of `channel`."""
     right = 0
     while data := socket.recv_fds(channel, 8, 1):
         word, fds, _, _ = data
@@ -95,7 +96,7 @@ def test_who_connects_is_who_is_answered_whoever_uses_the_socket(
 
 
 def test_pages_that_are_handed_on_end_with_whose_they_are(keeper: Keeper, tenant: Make) -> None:
-    """Their heart stops beating with the process that they were made for, and the gatekeeper lets go of them."""
+    """The heartbeat of the pages stops with the process that they were made for, and the gatekeeper closes them."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def owner() -> None:
@@ -113,7 +114,7 @@ def test_pages_that_are_handed_on_end_with_whose_they_are(keeper: Keeper, tenant
     until(lambda: keeper.count("processes") == 0)
 
     def watch() -> bool:
-        """As long as a page of our own beats twice."""
+        """Watch another process's page for two heartbeats of this process's page. Return whether it stands still."""
         theirs, own = Reply(abi.Answer(), fds).page(0), hello(keeper.run)
         assert own
         page, last = own.page(0), theirs.heartbeat_ns
@@ -136,7 +137,7 @@ def files(folder: Path) -> list[tuple[str, int]]:
 def test_nothing_of_others_is_bound_or_removed_in_a_race_for_the_folder(
     tmp_path: Path, scale: Callable[..., int]
 ) -> None:
-    """A folder of root's behind a link, one of another user, and ours, in turn in one place, as fast as can be."""
+    """The folder changes at full speed: one of root behind a link, one of another user, and the right one."""
     run, linked, foreign = tmp_path / "run", tmp_path / "linked", tmp_path / "foreign"
     for folder in (run, linked, foreign):
         folder.mkdir()
@@ -161,7 +162,7 @@ def test_nothing_of_others_is_bound_or_removed_in_a_race_for_the_folder(
                 opened += 1
             except OSError:
                 refused += 1
-        assert os.waitpid(racer, os.WNOHANG) == (0, 0), "nobody raced"
+        assert os.waitpid(racer, os.WNOHANG) == (0, 0), "there was no race"
     finally:
         os.kill(racer, signal.SIGKILL)
         os.waitpid(racer, 0)
@@ -173,7 +174,7 @@ def test_nothing_of_others_is_bound_or_removed_in_a_race_for_the_folder(
 
 
 def swap_for_ever(run: Path) -> None:
-    """What is at `shim` is a link, then the folder again, then another user's, then the folder again."""
+    """Replace `shim` by a link, the folder again, another user's folder, and the folder again, without end."""
     try:
         for name in itertools.cycle((b"link", b"link", b"foreign", b"foreign")):
             here, there = os.fsencode(run / "shim"), os.fsencode(run) + b"/" + name

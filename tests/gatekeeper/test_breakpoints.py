@@ -1,4 +1,4 @@
-"""A file counts as probed for a process only where the process's own memory has the breakpoint."""
+"""A file counts as probed for a process only if the process's own memory has the breakpoint."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
-    """Three pages of an instruction that can be probed."""
+    """Return three pages of an instruction that can be probed."""
     path = tmp_path / "libcuda.so.1"
     path.write_bytes(PUSH * (3 * PAGE))
     return path
@@ -45,7 +45,7 @@ def library(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def probe() -> Iterator[Callable[..., None]]:
-    """Puts a breakpoint into a file."""
+    """Return a function that puts a breakpoint into a file."""
     events: list[int] = []
     yield lambda path, at=CHECK: events.append(bpf.open_uprobe(str(path), at, False))
     for event in events:
@@ -57,7 +57,7 @@ def file_of(path: Path) -> File:
 
 
 def map_file(path: Path, flags: int = mmap.MAP_PRIVATE, offset: int = 0, bytes_: int = 3 * PAGE) -> None:
-    """Until this process ends."""
+    """Map a file until this process exits."""
     protection = mmap.PROT_READ | mmap.PROT_EXEC
     with path.open("rb") as file:
         assert LIBC.mmap(None, bytes_, protection, flags, file.fileno(), offset) not in (None, 2**64 - 1)
@@ -77,7 +77,7 @@ def shared(path: Path) -> None:
 
 
 def in_part(path: Path) -> None:
-    """All but the page with the breakpoint."""
+    """Map all but the page with the breakpoint."""
     map_file(path, bytes_=PAGE)
 
 
@@ -87,7 +87,7 @@ def once_good_once_shared(path: Path) -> None:
 
 
 def written_over(path: Path) -> None:
-    """As a process may do with its own memory: the instruction is as it was."""
+    """Restore the original instruction, as a process may do in its own memory."""
     with path.open("rb") as file:
         at = LIBC.mmap(None, 3 * PAGE, mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_PRIVATE, file.fileno(), 0)
     assert LIBC.mprotect(ctypes.c_void_p(at), 3 * PAGE, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) == 0
@@ -127,7 +127,7 @@ def test_a_process_is_answered_where_its_memory_has_the_breakpoints(
 def test_a_process_that_waits_is_answered_once_the_breakpoint_is_there(
     keeper: Keeper, ledger: Ledger, tenant: Make, library: Path, probe: Callable[..., None]
 ) -> None:
-    """It has the file mapped already; what its memory has of it is read again and again."""
+    """It has the file mapped already. What its memory has of the file is read again and again."""
     ledger.enter_file(*file_of(library), CHECK)
     read, write = os.pipe()
 
@@ -149,7 +149,7 @@ def test_a_process_that_waits_is_answered_once_the_breakpoint_is_there(
 
 @pytest.fixture
 def overlay(tmp_path: Path) -> Iterator[Path]:
-    """A container's root on two layers."""
+    """Mount a container's root of two layers."""
     for folder in ("lower", "upper", "work", "root"):
         (tmp_path / folder).mkdir()
     (tmp_path / "lower/libcuda.so.1").write_bytes(PUSH * (3 * PAGE))
@@ -195,8 +195,8 @@ def test_what_a_file_says_of_itself_is_no_breakpoint(library: Path) -> None:
 
 
 def test_where_a_breakpoint_proves_a_probe(library: Path) -> None:
-    """Not at a no-operation of five bytes, which the kernel may replace by a call; nor at an offset that the map cannot
-    hold, or that means something else there.
+    """A breakpoint proves nothing at a no-operation of five bytes, which the kernel may replace by a call, nor at an
+    offset that the map cannot hold, or that means something else there.
     """
     text = bytearray(PUSH * (3 * PAGE))
     text[100:105] = b"\x0f\x1f\x44\x00\x00"

@@ -1,4 +1,4 @@
-"""One hello: who gets which pages, who is held, who is left unanswered."""
+"""Tests of one hello: which pages a process gets, and which processes are held or not answered."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_managed_process_gets_all_its_pages(keeper: Keeper, ledger: Ledger, te
 
 @pytest.mark.parametrize("ahead", [86_400, -100], ids=["ahead", "behind"])
 def test_a_page_goes_by_the_clock_of_its_process(keeper: Keeper, tenant: Make, ahead: int) -> None:
-    """In a time namespace: a heartbeat that looks old opens every gate, one from the future never does."""
+    """A heartbeat by another clock, in a time namespace, would open every gate or keep all of them closed."""
 
     def late() -> list[int]:
         reply = hello(keeper.run)
@@ -149,7 +149,7 @@ def test_a_page_is_never_behind_its_answer(keeper: Keeper, ledger: Ledger, tenan
     def live() -> list[tuple[int, int]]:
         seen = []
         for turn in range(6):
-            ledger.resolve(unmanaged.stat().st_ino, managed=turn % 2 == 0)  # somebody else's: the epoch moves on
+            ledger.resolve(unmanaged.stat().st_ino, managed=turn % 2 == 0)  # of another process: the epoch changes
             reply = hello(keeper.run)
             assert reply
             seen.append((reply.answer.epoch, reply.page(0).epoch))
@@ -181,7 +181,7 @@ def test_the_undecided_are_held_and_the_agent_is_told(keeper: Keeper, ledger: Le
         ledger.resolve(place.stat().st_ino, managed=True)
         code, seconds = child.result()
         agent.setblocking(False)
-        with pytest.raises(BlockingIOError):  # said once, however often it was looked up
+        with pytest.raises(BlockingIOError):  # sent once, however often it was looked up
             agent.recv(100)
     (keeper.run / "discover.sock").unlink()
     assert code == abi.Code.MANAGED
@@ -281,7 +281,7 @@ def test_rows_are_those_of_the_tenant_alone(keeper: Keeper, ledger: Ledger, tena
 
 
 def test_rows_carry_the_pids_of_the_readers_namespace(keeper: Keeper, ledger: Ledger, tenant: Make) -> None:
-    """A sleeper in the reader's pid namespace shows with its pid there; one outside it does not show."""
+    """A process in the reader's pid namespace is shown with its pid there, and one outside it is not shown."""
     place = tenant()
     level = place.stat().st_ino
     libc = ctypes.CDLL(None, use_errno=True)
@@ -296,7 +296,7 @@ def test_rows_carry_the_pids_of_the_readers_namespace(keeper: Keeper, ledger: Le
                 signal.pause()
             seen = (os.getpid(), sleeper, rows_seen(keeper.run, (1, 2)))
             os.write(write, repr(seen).encode())
-            os._exit(0)  # pid 1 of the namespace: the sleeper goes with it
+            os._exit(0)  # pid 1 of the namespace: its child is killed with it
         own = until(lambda: children(pid_in_outer))[0]
         for tgid, held in ((os.getpid(), 11), (pid_in_outer, 13), (own, 17)):
             charge(ledger, tgid, (level,), 0, held)
@@ -333,7 +333,7 @@ def test_death_gives_back_every_descriptor_and_page(keeper: Keeper, tenant: Make
 
 
 def test_who_connects_is_who_is_answered(keeper: Keeper, tenant: Make) -> None:
-    """T4: the socket of another process gets that process's pages, not those of the one that uses it."""
+    """T4: a process that uses the socket of another process gets no pages of its own: the other's pages are sent."""
     mine, other = tenant(), tenant()
 
     def hand_off() -> int:
@@ -358,7 +358,7 @@ def test_a_socket_whose_process_has_gone_gets_nothing(keeper: Keeper, tenant: Ma
         if os.fork() == 0:
             sock = connect(keeper.run)
             if os.fork() == 0:
-                time.sleep(0.2)  # the process that connected is gone and reaped by now
+                time.sleep(0.2)  # the process that connected has been reaped by now
                 try:
                     sock.send(request())
                     reply = receive(sock)
@@ -385,7 +385,7 @@ def test_a_share_that_is_set_closes_the_gates_of_who_is_there(
         reply = hello(keeper.run)
         assert reply
         page, seen = reply.page(0), []
-        until(lambda: threads() == 1)  # nobody has a share: nobody wakes up for one
+        until(lambda: threads() == 1)  # no tenant has a share, so nothing wakes up for one
         for shares in ({0: Share(limit_millionths=500_000)}, {}):
             wanted = abi.Gate.GATED if shares else abi.Gate.OPEN
             ledger.times.set_shares({place.stat().st_ino: shares})

@@ -72,7 +72,7 @@ def test_standing_without_a_ledger_is_undecided() -> None:
 
 
 def test_who_executes_another_program_is_another_client() -> None:
-    """The kernel ends its entry; its pidfd goes on."""
+    """The kernel removes its entry, and its pidfd stays valid."""
     selector, parted = selectors.DefaultSelector(), []
     clients = Sessions(selector, bytes(16))
     clients.on_end = parted.append
@@ -208,7 +208,7 @@ def test_no_files_is_not_the_same_as_nobody_can_tell(monkeypatch: pytest.MonkeyP
         until(lambda: fgpu_mappings(sleeper.pid) is None)
     finally:
         sleeper.kill()
-        until(lambda: not procfs.has_memory(sleeper.pid))  # ended, and not waited for
+        until(lambda: not procfs.has_memory(sleeper.pid))  # exited, and not yet reaped
         sleeper.wait()
     assert not procfs.has_memory(sleeper.pid)
 

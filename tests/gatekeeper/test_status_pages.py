@@ -1,4 +1,4 @@
-"""Whatever tenants write on their status pages, a real gatekeeper goes on, and their neighbour has its turns."""
+"""A real gatekeeper continues whatever tenants write to their status pages, and their neighbour gets its turns."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Pages:
 
 
 def write_anything(run: Path, seed: int) -> int:
-    """Arbitrary bytes, words that are nearly right, and rings, as fast as it can. Returns how often."""
+    """Write arbitrary bytes, words that are nearly right, and rings, at full speed. Return how often."""
     mine, draw, end, rounds = Pages(run), random.Random(seed), time.monotonic() + SECONDS, 0
     while time.monotonic() < end:
         rounds += 1
@@ -71,7 +71,7 @@ def write_anything(run: Path, seed: int) -> int:
 
 
 def take_turns(run: Path) -> int:
-    """An honest program that always has something to launch. Returns how many turns it had."""
+    """Run an honest program that always has something to launch. Return how many turns it had."""
     mine, end, turns = Pages(run), time.monotonic() + SECONDS, 0
     device = mine.status.devices[0]
     while time.monotonic() < end:
@@ -87,7 +87,7 @@ def take_turns(run: Path) -> int:
 
 @pytest.fixture
 def sharing(ledger: Ledger, tenant: Make) -> Iterator[Callable[..., Path]]:
-    """Makes a managed cgroup with a share of device 0."""
+    """Return a function that makes a managed cgroup with a share of device 0."""
     made: list[int] = []
 
     def make(share: Share) -> Path:
@@ -101,7 +101,7 @@ def sharing(ledger: Ledger, tenant: Make) -> Iterator[Callable[..., Path]]:
 
 
 def followed(keeper: Keeper, ledger: Ledger, *children: Child) -> list[int]:
-    """What they return; meanwhile all counts are looked at, which may grow and do nothing else."""
+    """Return the results of the children. Meanwhile all counts are checked, which may only grow."""
     pid, before = keeper.process.pid, dict[tuple[int, int], TurnCounts]()
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -131,7 +131,7 @@ def test_whatever_tenants_write_the_gatekeeper_goes_on_and_their_neighbour_has_t
 
 
 def test_what_nvml_saw_is_kept_as_long_as_the_share(ledger: Ledger, tenant: Make) -> None:
-    """Else a thread that is late leaves an entry of a level that is gone."""
+    """A thread that is late must not leave an entry of a level that is gone."""
     level, times = tenant().stat().st_ino, ledger.times
     times.add_ran(level, 0, 5)
     assert times.ran_ns(level, 0) is None

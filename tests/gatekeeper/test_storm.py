@@ -1,4 +1,4 @@
-"""Many hellos at one moment: all are answered at the first attempt, nobody else waits, and tenants take turns."""
+"""Many hellos at one moment: all are answered at the first attempt, others do not wait, and tenants take turns."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ sys.exit(gatekeeper.main())
 
 
 class Storm:
-    """300 processes of one cgroup that say hello at one moment (storm.py); it has begun."""
+    """The 300 processes of one cgroup that say hello at one moment (storm.py). They have begun."""
 
     def __init__(self, run: Path, cgroup: Path, niceness: int = 0) -> None:
         enter = f'echo $$ >"$0/cgroup.procs" && exec nice -n {niceness} "$@"'
@@ -66,7 +66,7 @@ class Storm:
         assert self._process.stdout.readline() == "started\n"
 
     def met(self) -> list[tuple[float, int, int]]:
-        """Of each: seconds until it was answered, or -1; attempts; those in which it had no processor to speak."""
+        """Return for each: seconds until its answer, or -1; attempts; those in which it had no processor to send."""
         said, _ = self._process.communicate(timeout=60)
         assert self._process.returncode == 0
         return [(seconds, attempts, mute) for seconds, attempts, mute in json.loads(said)]
@@ -83,10 +83,10 @@ def test_a_storm_in_one_tenant_is_answered_at_once(start: Callable[..., Keeper],
 
 
 def test_a_storm_in_one_tenant_does_not_delay_another(start: Callable[..., Keeper], tenant: Make) -> None:
-    """Where a hello takes so long that the storm lasts for a second."""
+    """A hello takes so long that the storm lasts for a second."""
     keeper = start(code=SLOW)
 
-    crowd = Storm(keeper.run, tenant(), niceness=5)  # what is measured is our queue, not how few processors there are
+    crowd = Storm(keeper.run, tenant(), niceness=5)  # the queue is measured, not the lack of processors
     assert prompt(in_cgroup(tenant(), waits, keeper.run, 10))
     assert len(crowd.met()) == STORM
 
@@ -117,15 +117,15 @@ def test_the_agent_is_told_of_one_of_an_undecided_storm_and_of_the_next_when_tha
 
 
 def told_of(agent: socket.socket) -> list[int]:
-    """The processes that the gatekeeper's next message names."""
+    """Return the processes that the gatekeeper's next message names."""
     said = json.loads(agent.recv(4096))
     return [said["tgid"], *said["others"]]
 
 
 def test_an_agent_that_could_not_be_told_yet_is_told_of_all_at_once(start: Callable[..., Keeper], cgroup: Make) -> None:
-    """The kernel keeps few words for who does not listen: ten, where nobody has asked for more.
+    """The kernel queues few messages for a socket that is not read: ten by default.
 
-    Everybody here is patient: who hangs up while the agent hears nobody is not told of afterwards.
+    All processes are patient, because a process that hangs up meanwhile is not reported afterwards.
     """
     keeper, patience = start(code=PATIENT), 20.0
     room = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()) + 1
@@ -146,7 +146,7 @@ def test_an_agent_that_could_not_be_told_yet_is_told_of_all_at_once(start: Calla
     (keeper.run / "discover.sock").unlink()
 
 
-# -- the fair order by itself
+# -- the fair order alone
 
 
 class Peers:

@@ -53,7 +53,7 @@ UNFIT = {"5.15": "old", "6.11.0-17": "return_probes"}  # the agent does not star
 
 
 def main() -> int:
-    """One kernel after the other; 1 where a test failed. Prints a table as docs/matrix.md has it."""
+    """Test one kernel after the other. Print a table for docs/matrix.md. Return 1 if a test failed."""
     parser = argparse.ArgumentParser(prog="./dev test kernels", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("versions", nargs="*", default=list(images.SOURCES), metavar="VERSION")
     parser.add_argument("--suite", action="append", help=f"one of {', '.join(SUITES)}, or a test as pytest names it")

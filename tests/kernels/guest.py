@@ -1,4 +1,4 @@
-"""A guest that runs one suite after the other and ends; what came of them."""
+"""A guest that runs one suite after the other and exits, and the results."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tests.kernels.images import HERE, KERNELS, Image
 
 CHECKOUT = HERE.parent.parent
 PARTS = ("bench", "e2e", "examples", "headers", "oci", "shim", "sim")  # of build/
-VERIFIER = "verifier"  # the suite that is given what the agent would load there, compiled here
+VERIFIER = "verifier"  # the suite that gets what the agent would load there, compiled here
 MEMORY_MIB = 3072
 _COUNTED = {"failure": "failed", "error": "failed", "skipped": "skipped"}
-# Nothing that makes an emulated processor slower: no wide registers, which TCG has helpers for, no guard against what
-# runs ahead of itself. The clock is the processor's own, whose reading leaves the emulation least.
+# Options that make an emulated processor fast: no wide registers, for which TCG has helpers, and no guard against
+# speculation. The clock is the processor's own, because reading it leaves the emulation least often.
 _PROCESSOR = "Nehalem,+rdtscp"
 _APPEND = "console=ttyS0 loglevel=4 rdinit=/init panic=1 mitigations=off tsc=reliable clocksource=tsc nokaslr audit=0"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How many tests; `reasons` has a line for each that failed or was skipped, or one: the suite did not end."""
+    """The numbers of tests. `reasons`: a line for each that failed or was skipped, or for an incomplete suite."""
 
     passed: int = 0
     failed: int = 0
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def run(image: Image, suites: Mapping[str, Sequence[str]], seconds: int) -> dict[str, Outcome]:
-    """Boots, runs them, and reads the reports; build/kernels/out/RELEASE-SUITES keeps all that it said."""
+    """Boot a guest, run the suites, and read the reports. build/kernels/out/RELEASE-SUITES keeps all of its output."""
     out = KERNELS / "out" / "-".join([image.release, *suites])
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -60,7 +60,8 @@ def _command(image: Image, out: Path) -> list[str]:
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"),
         *("-machine", "q35", "-accel", "tcg,thread=single,tb-size=512", "-cpu", _PROCESSOR),
-        # Its clock counts instructions, so that no deadline there depends on how slow this is; of one processor alone.
+        # Its clock counts instructions, so that no deadline there depends on the speed of this machine; with one
+        # processor.
         *("-icount", "shift=0", "-smp", "1", "-m", str(MEMORY_MIB)),
         *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", _APPEND),
         *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
@@ -77,7 +78,7 @@ def _read(out: Path, name: str, late: str) -> Outcome:
         return Outcome(passed, failed, reasons=(f"    it did not end{late}: see {log} and {out}/console",))
     last = {(case.get("classname"), case.get("name")): case for case in ElementTree.parse(report).iter("testcase")}
     counts, reasons = {"passed": 0, "failed": 0, "skipped": 0}, []
-    for case in last.values():  # of one that was tried again, the last time
+    for case in last.values():  # of a repeated test, the last trial
         found = next((part for part in case if part.tag in _COUNTED), None)
         outcome = "passed" if found is None else _COUNTED[found.tag]
         counts[outcome] += 1

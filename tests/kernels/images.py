@@ -18,7 +18,7 @@ MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a kernel is: `package` leads to it by what it depends on."""
+    """The place of a kernel. The dependencies of `package` lead to it."""
 
     keys: Path
     archives: tuple[tuple[str, str], ...]  # address and suite
@@ -37,7 +37,7 @@ def _ubuntu(suite: str, package: str) -> Source:
 
 
 UBUNTU_KEYS = KERNELS / "keys/root/usr/share/keyrings/ubuntu-archive-keyring.gpg"
-KEYRING = _debian("sid", package="ubuntu-keyring")  # so that what Debian signed says what Ubuntu did
+KEYRING = _debian("sid", package="ubuntu-keyring")  # so that Debian's signature covers Ubuntu's keys
 SOURCES = {
     "5.15": _ubuntu("jammy", "linux-image-generic"),
     "6.1": _debian("bookworm", "bookworm-security"),
@@ -52,7 +52,7 @@ SOURCES = {
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What a guest boots; `modules` is its /lib/modules."""
+    """The files that a guest boots. `modules` is its /lib/modules."""
 
     release: str
     kernel: Path
@@ -61,7 +61,7 @@ class Image:
 
 
 def image(version: str) -> Image:
-    """The newest kernel of that name at the time of the first call; build/kernels/VERSION keeps it."""
+    """Return the newest kernel of that name at the time of the first call. build/kernels/VERSION keeps it."""
     folder = KERNELS / version
     if not (folder / "initramfs").exists():
         _fetch(folder, SOURCES[version], BUSYBOX)
@@ -78,7 +78,7 @@ def image(version: str) -> Image:
 
 
 def _fetch(folder: Path, source: Source, *more: str) -> None:
-    """In folder/root what is in its packages, and in these."""
+    """Unpack the source's packages, and these, into folder/root."""
     if not source.keys.exists():
         _fetch(KERNELS / "keys", KEYRING)
     shutil.rmtree(folder, ignore_errors=True)
@@ -95,7 +95,7 @@ def _fetch(folder: Path, source: Source, *more: str) -> None:
 
 
 def _packages(folder: Path, source: Source) -> set[str]:
-    """Names: without a kernel's modules for devices that no guest has."""
+    """Return names of packages, without a kernel's modules for devices that no guest has."""
     found: set[str] = set()
     asked = {source.package}
     while asked:
@@ -107,7 +107,7 @@ def _packages(folder: Path, source: Source) -> set[str]:
 
 
 def _apt(folder: Path, tool: str, *arguments: str) -> str:
-    """apt with lists of its own: the host's are left alone."""
+    """Run apt with its own lists. Those of the host do not change."""
     apt = folder / "apt"
     options = {
         "Dir::Etc::sourcelist": apt / "sources.list",
@@ -126,7 +126,7 @@ def _apt(folder: Path, tool: str, *arguments: str) -> str:
 
 
 def _initramfs(folder: Path, modules: Path) -> bytes:
-    """busybox, the modules that the root needs, and init: as cpio has it."""
+    """Return a cpio archive with busybox, the modules that the root needs, and init."""
     busybox = next(path for path in (folder / "root/bin/busybox", folder / "root/usr/bin/busybox") if path.exists())
     base = modules.parent.parent.parent
     subprocess.run(["/usr/sbin/depmod", "-b", base, modules.name], check=True)
@@ -144,7 +144,7 @@ def _initramfs(folder: Path, modules: Path) -> bytes:
 
 
 def _in_order(modules: Path) -> list[str]:
-    """Paths of modules that are none of the kernel's own, each behind those that it needs."""
+    """Return paths of modules that are not built into the kernel, each after those that it needs."""
     needs = dict(line.split(":") for line in (modules / "modules.dep").read_text().splitlines())
     paths = {Path(path).name.partition(".ko")[0]: path for path in needs}
 

@@ -1,4 +1,4 @@
-"""Where the product cannot work the agent does not start, and says why; on kernels that are chosen for that."""
+"""The agent does not start where the product cannot work, and says why. The kernels are chosen for that."""
 
 from __future__ import annotations
 

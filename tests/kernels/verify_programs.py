@@ -1,6 +1,6 @@
-"""The verifier of the running kernel takes every program; FGPU_TEST_PROGRAMS is a file that compile.py wrote.
+"""The verifier of the running kernel accepts every program; FGPU_TEST_PROGRAMS is a file that compile.py wrote.
 
-Named like this, it is no part of what pytest collects by itself.
+Because of its name, pytest does not collect this file by default.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tests.support.service import Service, compile_programs
 
 @pytest.fixture(scope="package")
 def sysfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], None]]:
-    """Says of PCI devices which memory node is theirs."""
+    """Yield a function that sets the memory node of a PCI device."""
     place = Path("/sys/bus/pci/devices")
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True)
 
@@ -53,20 +53,20 @@ def service(tmp_path_factory: pytest.TempPathFactory, sysfs: Callable[[str, str]
 
 @pytest.fixture(scope="package")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where protoc puts what it makes."""
+    """Return the folder for the output of protoc."""
     return tmp_path_factory.mktemp("made")
 
 
 @pytest.fixture
 def uuids(service: Service) -> list[str]:
-    """Of the two devices."""
+    """Return the UUIDs of the two devices."""
     return [device["uuid"] for device in ask(verb="snapshot")["devices"]]
 
 
 @pytest.fixture
 def kubelet(service: Service, made: Path, tmp_path: Path) -> Iterator[kit.Kubelet]:
-    """One that runs."""
-    found = kit.Kubelet(Path("/tmp") / f"kubelet-{os.getpid()}", made)  # a socket's path has 107 characters
+    """Run a kubelet."""
+    found = kit.Kubelet(Path("/tmp") / f"kubelet-{os.getpid()}", made)  # a socket's path has at most 107 characters
     found.start()
     yield found
     found.stop()
@@ -75,7 +75,7 @@ def kubelet(service: Service, made: Path, tmp_path: Path) -> Iterator[kit.Kubele
 
 @pytest.fixture
 def start(kubelet: kit.Kubelet, service: Service, tmp_path: Path) -> Iterator[Callable[..., kit.Plugin]]:
-    """Starts plugins, which leave nothing in kubelet's folder."""
+    """Return a function that starts plugins, which leave nothing in kubelet's folder."""
     plugins: list[kit.Plugin] = []
 
     def start(*options: str) -> kit.Plugin:
@@ -94,5 +94,5 @@ def start(kubelet: kit.Kubelet, service: Service, tmp_path: Path) -> Iterator[Ca
 
 @pytest.fixture
 def plugin(start: Callable[..., kit.Plugin]) -> kit.Plugin:
-    """One that runs."""
+    """Run a plugin."""
     return start()

@@ -1,4 +1,4 @@
-"""From kubelet's question to a container that has its share of its device, and nothing of any other."""
+"""The path from kubelet's request to a container that has its share of its device, and nothing of another."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ spec:
 
 @pytest.fixture(params=["runc", "crun"])
 def pods(request: pytest.FixtureRequest, service: Service, tmp_path: Path) -> Iterator[Pods]:
-    """Containers of each runtime."""
+    """Return containers of each runtime."""
     found = Pods(tmp_path, request.param, [service.cdi, tmp_path / "cdi"])
     yield found
     found.close()
@@ -48,7 +48,7 @@ def pods(request: pytest.FixtureRequest, service: Service, tmp_path: Path) -> It
 
 
 def assert_only(tenant: Tenant, limits: dict[int, int]) -> None:
-    """The share holds to the byte on these devices, and others give nothing."""
+    """Check that the share holds to the byte on these devices, and that others give nothing."""
     for device in (0, 1):
         client = tenant.client()
         if device not in limits:
@@ -64,7 +64,7 @@ def assert_only(tenant: Tenant, limits: dict[int, int]) -> None:
 
 
 def shown(tenant: Tenant) -> dict[int, int]:
-    """Its limits by device; one that was asked and gives nothing is seen with none."""
+    """Return its limits by device. A device that gives nothing has no limit here."""
     return {seen["gpu"]: seen["limit_bytes"] for seen in tenant.view()["devices"] if seen["limit_bytes"]}
 
 
@@ -100,7 +100,7 @@ def test_a_pod_has_shares_of_two_devices(
 def test_what_is_taken_is_no_promise_any_more(
     kubelet: kit.Kubelet, plugin: kit.Plugin, pods: Pods, uuids: list[str]
 ) -> None:
-    """Two pods of a device, a third finds no id; when they have ended, both can be had again."""
+    """Two pods use a device, and a third finds no id. When they have exited, both ids are free again."""
     two, one = kubelet.resource("2gib-25pct"), kubelet.resource("1gib")
     ids = two.ids[:2]
     tenants = [pods.pod(two.allocate(id_)) for id_ in ids]
@@ -119,7 +119,7 @@ def test_what_is_taken_is_no_promise_any_more(
 def test_shares_of_devices_do_not_sum_over_devices(
     pods: Pods, uuids: list[str], service: Service, tmp_path: Path
 ) -> None:
-    """All but 1 GiB of each: together more than one device, and each device is told of its own alone."""
+    """All but 1 GiB of each device is requested: together more than one device, but each device counts only its own."""
     (tmp_path / "cdi").mkdir()
     for uuid in uuids:
         spec = (service.cdi / "fgpu.dev-share.json").read_text().replace(f"1gib:{uuid}", f"5gib:{uuid}")
@@ -135,7 +135,7 @@ def test_shares_of_devices_do_not_sum_over_devices(
 
 @pytest.mark.parametrize("other", ["4gib:1", "1gib:0", "2gib", "1gib:0 and a policy"])
 def test_shares_that_no_container_can_have_together(pods: Pods, uuids: list[str], service: Service, other: str) -> None:
-    """Of one name, all of single devices, and within what a policy gives."""
+    """The shares have one name, are all of single devices, and are within what a policy gives."""
     share, device = "1gib", uuids[1]
     name = re.sub(r":(\d).*", lambda found: f":{uuids[int(found[1])]}", other)
     said = f"it has fgpu.dev/share={share} already: ask for a single share"
@@ -175,7 +175,7 @@ def test_the_device_comes_by_cdi_where_that_has_it(
 def test_devices_by_annotation(
     kubelet: kit.Kubelet, start: Callable[..., kit.Plugin], pods: Pods, uuids: list[str]
 ) -> None:
-    """For a kubelet that knows nothing of CDI: the runtime reads the names there."""
+    """A kubelet without CDI passes annotations, and the runtime reads the names there."""
     start("--device-list-strategy", "cdi-annotations")
     one = kubelet.resource("1gib")
     answers = [one.allocate(one.ids[0]), one.allocate(one.ids[1])]
@@ -188,7 +188,7 @@ def test_devices_by_annotation(
 
 
 def test_mounts_where_there_is_no_cdi(kubelet: kit.Kubelet, start: Callable[..., kit.Plugin], service: Service) -> None:
-    """The shim, and what a policy goes by."""
+    """The container gets the shim, and the variables that a policy uses."""
     start("--device-list-strategy", "mounts", "--gpu-strategy", "none")
     two = kubelet.resource("2gib-25pct")
     answer = two.allocate(two.ids[0])

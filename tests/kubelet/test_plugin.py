@@ -1,4 +1,4 @@
-"""What kubelet is told: resources, ids, health; and that neither side's end is the other's."""
+"""Tests of what kubelet receives: resources, ids, health; kubelet and plugin may exit independently."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Start = Callable[..., kit.Plugin]
 
 
 def caps(pid: int) -> set[str]:
-    """Every capability set of a process."""
+    """Return every capability set of a process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {line.split()[1] for line in lines if line.startswith("Cap")}
 
@@ -62,7 +62,7 @@ def test_kubelet_starts_anew(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
 
 
 def test_kubelet_hangs_up(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
-    """It is the same one, and listens no longer: it has to be told again."""
+    """It stays the same kubelet, which no longer listens: the plugin has to register again."""
     for name in ("1gib", "2gib-25pct", "4gib"):
         kubelet.resource(name)
     kubelet.resources.pop("fgpu.dev/1gib").close()
@@ -80,7 +80,7 @@ def test_the_plugin_starts_before_kubelet(kubelet: kit.Kubelet, start: Start) ->
 
 
 def test_a_socket_that_nobody_listens_at(kubelet: kit.Kubelet, start: Start) -> None:
-    """kubelet has died, and its socket is there; what the plugin's last life left is there as well."""
+    """Kubelet has been killed, and its socket is there. The socket of an earlier plugin is there as well."""
     kubelet.stop()
     (kubelet.folder / "kubelet.sock").unlink(missing_ok=True)
     for name in ("kubelet.sock", "fgpu.dev-1gib.sock"):
@@ -112,7 +112,7 @@ def test_the_plugin_is_killed_and_comes_back(kubelet: kit.Kubelet, start: Start)
 
 
 def test_sigterm_ends_it_within_a_second(kubelet: kit.Kubelet, start: Start) -> None:
-    """Whatever goes on: streams are open, an allocation waits for an agent that is stopped."""
+    """Meanwhile streams are open, and an allocation waits for an agent that is stopped."""
     plugin = start()
     resource = kubelet.resource("1gib")
     agent = commands.ask(verb="ping")["pid"]
@@ -131,7 +131,7 @@ def test_sigterm_ends_it_within_a_second(kubelet: kit.Kubelet, start: Start) -> 
 
 
 def test_a_stream_that_nobody_reads_holds_nobody_up(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
-    """Many streams whose reader sleeps, and one call after the other goes on beside them."""
+    """Many streams have a reader that sleeps. Other calls are served meanwhile."""
     resource = kubelet.resource("1gib")
     sleepers = [resource.plugin.ListAndWatch(kubelet.api.Empty()) for _ in range(50)]
     for name in ("1gib", "2gib-25pct"):
@@ -172,7 +172,7 @@ def test_what_it_is_asked_wrongly(kubelet: kit.Kubelet, plugin: kit.Plugin, uuid
 
 
 def test_what_is_preferred(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
-    """The fuller device first, and each of several from another."""
+    """The fuller device comes first, and several ids are of different devices."""
     one = kubelet.resource("1gib")
     first, second = [id_ for id_ in one.ids if id_.startswith(uuids[0])], [i for i in one.ids if i.startswith(uuids[1])]
     assert one.preferred(1, one.ids) == first[:1], "both are empty"
@@ -201,7 +201,7 @@ def test_without_an_agent_nothing_is_healthy(kubelet: kit.Kubelet, plugin: kit.P
 
 
 def test_devices_of_which_nvml_says_nothing(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
-    """As when the driver hangs, or a device is lost."""
+    """The driver hangs, or a device is lost."""
     one = kubelet.resource("1gib")
     simd = [SIM / "fgpu-simd", "--fault"]
     subprocess.run([*simd, "nvml-stall:120s"], check=True, timeout=10)
@@ -218,7 +218,7 @@ def test_devices_of_which_nvml_says_nothing(kubelet: kit.Kubelet, plugin: kit.Pl
 def test_a_device_that_reports_an_xid(
     kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service, uuids: list[str]
 ) -> None:
-    """One that programs cause is counted; another makes every id of the device unhealthy, until it is reset."""
+    """An XID that programs cause is counted. Another one makes every id of the device unhealthy until it is reset."""
     one, two = kubelet.resource("1gib"), kubelet.resource("2gib-25pct")
     order = lambda spec: subprocess.run([SIM / "fgpu-simd", "--fault", spec], check=True, timeout=10)  # noqa: E731
 
@@ -277,7 +277,7 @@ def tenants(tmp_path: Path) -> Iterator[Place]:
 def test_room_that_others_take_is_no_longer_offered(
     kubelet: kit.Kubelet, plugin: kit.Plugin, tenants: Place, uuids: list[str]
 ) -> None:
-    """A tenant that is no pod takes all but 3 GiB of each device: they are named, so its limit counts at once."""
+    """A tenant that is no pod takes all but 3 GiB of each device. It names the devices, so its limit counts at once."""
     two, one = kubelet.resource("2gib-25pct"), kubelet.resource("1gib")
     capacity = min(device["capacity_bytes"] for device in commands.ask(verb="offers")["devices"])
     tenant, memory = tenants.tenant(None), f"{capacity - 3 * GIB}B"
@@ -299,7 +299,7 @@ def test_room_that_others_take_is_no_longer_offered(
 
 
 def sizes(count: int) -> str:
-    """Profiles of 2 to 5 MiB, so many of each on each device."""
+    """Return profiles of 2 to 5 MiB, this many of each on each device."""
     return "[" + ", ".join(f"{{share: {size}mib, count: {count}}}" for size in range(2, 6)) + "]"
 
 

@@ -1,6 +1,7 @@
-"""A real kubelet and containerd, where somebody brings them: a static pod that asks for a share gets it.
+"""A real kubelet and containerd, if they are provided: a static pod that asks for a share gets it.
 
-Not of continuous integration: nobody packages kubelet for Debian. CONTRIBUTING.md says how to make one.
+It is not part of continuous integration, because Debian has no package of kubelet. CONTRIBUTING.md says how to build
+it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SHARED = ["/usr", str(BUILD), "/run/fgpu-sim"]
 
 
 class Containerd(containerd.Containerd):
-    """1.7 or later, with CDI."""
+    """containerd 1.7 or later, with CDI."""
 
     cdi = Path()
 
@@ -43,7 +44,7 @@ class Containerd(containerd.Containerd):
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """kubelet's, which is always at the same place."""
+    """Return kubelet's folder, which is always at the same place."""
     was = FOLDER.exists()
     FOLDER.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", FOLDER], check=True)
@@ -57,7 +58,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def runtime(service: Service, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Containerd]:
-    """It sees kubelet's folder."""
+    """Run containerd where it sees kubelet's folder."""
     monkeypatch.setattr(containerd, "PATH", f"{CONTAINERD}:{containerd.PATH}")
     monkeypatch.setattr(Containerd, "cdi", service.cdi)
     (tmp_path / "engine").mkdir()
@@ -67,7 +68,7 @@ def runtime(service: Service, folder: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def settings(work: Path, socket: Path) -> dict[str, Any]:
-    """Standalone: no API server, no cgroups of its own."""
+    """Return settings of a standalone kubelet: no API server, no cgroups of its own."""
     (work / "pods").mkdir()
     return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -89,7 +90,7 @@ def settings(work: Path, socket: Path) -> dict[str, Any]:
 
 
 def pod(name: str, resource: str) -> dict[str, Any]:
-    """It takes all that it can get, and holds it."""
+    """Return a pod that allocates all that it can get, and holds it."""
     mounts = [{"name": f"m{at}", "mountPath": path, "readOnly": True} for at, path in enumerate(SHARED)]
     volumes = [{"name": f"m{at}", "hostPath": {"path": path}} for at, path in enumerate(SHARED)]
     main = {

@@ -19,13 +19,13 @@ MANIFESTS = ROOT / "deploy/kubernetes"
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """fgpu-simd, one device with room for a hundred tenants."""
+    """Run fgpu-simd with one device that has room for a hundred tenants."""
     with packages.driver(tmp_path_factory.mktemp("driver") / "log", "512GiB", 20):
         yield
 
 
 def _is_packaged() -> bool:
-    """As everything is now."""
+    """Return whether the package is newer than all of its sources."""
     folders = [ROOT / name for name in ("bpf", "deploy/debian", "fgpu_ebpf", "oci", "shim")]
     newest = max(path.stat().st_mtime for folder in folders for path in folder.rglob("*.[chp]*") if path.is_file())
     found = list(packages.PACKAGES.glob("fgpu_*.deb"))
@@ -34,13 +34,13 @@ def _is_packaged() -> bool:
 
 @pytest.fixture(scope="module")
 def manifest() -> Path:
-    """What is applied; a module may have another."""
+    """Return the manifest that is applied. A module may have another one."""
     return MANIFESTS / "fgpu.yaml"
 
 
 @pytest.fixture(scope="module")
 def image(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That of deploy/images/agent, of this tree's package; short of a full run one that has what the checkout has."""
+    """Build deploy/images/agent from this tree's package; short of a full run, an image with the checkout's files."""
     work = tmp_path_factory.mktemp("image")
     (name,) = {
         container["image"]
@@ -60,7 +60,7 @@ def image(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def node(
     driver: None, manifest: Path, image: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[node_kit.Node]:
-    """containerd, with the image."""
+    """Run containerd with the image."""
     compile_programs()
     node = node_kit.Node(tmp_path_factory.mktemp("node"), node_kit.manifests(manifest))
     node.beneath = () if IS_FULL else ("/usr", str(ROOT), "/etc/ld.so.cache", "/etc/alternatives")

@@ -1,7 +1,7 @@
-"""deploy/images/agent, built by a real Docker on this distribution's own base, which no registry is asked for.
+"""The image of deploy/images/agent, built by a real Docker on this distribution's own base, without a registry.
 
-Owns: build/kubernetes/image.tar, made anew where the package or the Dockerfile has changed. What cannot be downloaded
-is a failure that says so, never a test left out.
+It owns build/kubernetes/image.tar, made again if the package or the Dockerfile has changed. A failed download is a
+failure that names it, and never skips a test.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _run(*command: str | Path, **more: Any) -> None:
 
 
 def archive(root: Path, deb: Path, name: str, work: Path) -> Path:
-    """The image as `docker save` writes it. `root`: a base root file system of this distribution."""
+    """Build the image and write it as `docker save` does. `root`: a base root file system of this distribution."""
     digest = hashlib.sha256(deb.read_bytes() + DOCKERFILE.read_bytes() + name.encode()).hexdigest()[:16]
     made = MADE / f"{digest}.tar"
     if made.exists():
@@ -51,7 +51,7 @@ def archive(root: Path, deb: Path, name: str, work: Path) -> Path:
 
 
 class Docker:
-    """A daemon of our own that builds in the host's network."""
+    """A separate daemon that builds in the host's network."""
 
     def __init__(self, work: Path) -> None:
         assert DOCKERD, "no dockerd: ./dev test unpacks it"
@@ -76,11 +76,11 @@ class Docker:
         return [str(ENGINES / "usr/bin/docker"), "--host", f"unix://{self._socket}", *map(str, words)]
 
     def call(self, *words: str | Path) -> None:
-        """One command."""
+        """Run one command."""
         _run(*self._words(*words), timeout=170, env={**os.environ, "DOCKER_BUILDKIT": "0"})
 
     def take(self, root: Path, name: str) -> None:
-        """A root file system as an image."""
+        """Import a root file system as an image."""
         tar = ["tar", "-C", str(root), "--exclude=./proc/*", "--exclude=./sys/*", "-cf", "-", "."]
         with subprocess.Popen(tar, stdout=subprocess.PIPE) as writer:
             subprocess.run(self._words("import", "-", name), check=True, stdin=writer.stdout, stdout=sys.stderr)
@@ -91,7 +91,7 @@ class Docker:
 
 
 def thin(name: str, work: Path) -> Path:
-    """The same without a package: the words to call this checkout, which Node mounts, and this machine's /usr."""
+    """Make an image without a package: commands that call this checkout, which Node mounts, and this machine's /usr."""
     root, out = work / "thin", work / "thin-archive"
     words = {"fgpu": f"{ROOT}/.venv/bin/fgpu", "fgpu-gatekeeper": f"{ROOT}/.venv/bin/fgpu-gatekeeper"}
     words["fgpu-oci"] = f"{BUILD}/oci/fgpu-oci"

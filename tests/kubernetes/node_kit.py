@@ -1,8 +1,8 @@
-"""A node without a cluster: containerd, and what kubelet does with a manifest's pod: volumes, mounts, rights, order.
+"""A node without a cluster: containerd, and kubelet's work for a manifest's pod: volumes, mounts, rights, order.
 
-Owns: containerd for one test module, at its usual socket, and pods' volumes. What a manifest says is done to the
-letter; what is no field of it comes as on a node: the driver's files, where NVIDIA's runtime puts them. No network of
-pods: they have the node's, which is one of its own. Imports nothing of fgpu.
+It owns containerd for one test module, at its usual socket, and pods' volumes. The manifest is followed exactly. What
+is no field of it comes as on a node: the driver's files are where NVIDIA's runtime puts them. Pods have no network of
+their own but the node's, which is separate. Imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from tests.support.wait import eventually
 
 SOCKET = Path("/run/containerd/containerd.sock")
 STATE = Path("/var/lib/fgpu")
-OWN_FOLDERS = (Path("/run"), Path("/var/lib"))  # of the node; on this machine they are others'
+OWN_FOLDERS = (Path("/run"), Path("/var/lib"))  # of the node; on this machine they belong to others
 OWN_PIDS, HOST_PIDS = 1, 2  # NamespaceMode.CONTAINER, NODE
 PROPAGATION = {"None": 0, "HostToContainer": 1, "Bidirectional": 2}
 LIBRARIES = "/usr/lib/x86_64-linux-gnu"
-# What NVIDIA's runtime gives a container of its runtime class: libraries in the loader's folder, and the device.
+# Files that NVIDIA's runtime gives a container of its runtime class: libraries in the loader's folder, and the device.
 DRIVER = ("libcuda.so.1", "libnvidia-ml.so.1")
-# As kubelet has them for a container without a procMount of its own.
+# Kubelet's defaults for a container without its own procMount.
 MASKED = ("asound", "acpi", "kcore", "keys", "latency_stats", "timer_list", "timer_stats", "sched_debug", "scsi")
 READ_ONLY = ("bus", "fs", "irq", "sys", "sysrq-trigger")
 ENTER = ("unshare", "--mount", "--net", "sh", "-c", f"ip link set lo up; {PRIVATE_MOUNTS}", "sh")
-# On a hybrid host the controllers are in the first version's hierarchy: the limit of memory is set there.
+# On a hybrid host the controllers are in the first version's hierarchy, where the memory limit is set.
 RUNTIME = """#!/usr/bin/python3 -I
 import json, os, sys
 words = sys.argv[1:]
@@ -58,7 +58,7 @@ os.execvp("runc", ["runc", *words])
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """A message of protobuf, field by field."""
+    """Yield the fields of a protobuf message."""
     at = 0
 
     def varint() -> int:
@@ -83,7 +83,7 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 @dataclass
 class Container:
-    """One of a pod's; `id` is containerd's."""
+    """A container of a pod; `id` is containerd's."""
 
     spec: Mapping[str, Any]
     id: str
@@ -91,53 +91,54 @@ class Container:
 
     @property
     def status(self) -> dict[int, Any]:
-        """Of its ContainerStatus: 3 state (1 runs, 2 has exited), 7 exit code."""
+        """Return fields of its ContainerStatus: 3 state (1 runs, 2 has exited), 7 exit code."""
         answer = dict(fields(self.node.ask("ContainerStatus", message((1, self.id)))))
         return {3: 0, 7: 0} | dict(fields(answer[1]))
 
     @property
     def log(self) -> str:
-        """What containers of that name have said."""
+        """Return the output of containers of that name."""
         return (self.node.work / f"{self.spec['name']}.log").read_text()
 
     @property
     def pid(self) -> int:
-        """Of its first process."""
+        """Return the pid of its first process."""
         answer = self.node.ask("ContainerStatus", message((1, self.id), (2, 1)))
         for number, value in fields(answer):
             if number == 2 and dict(fields(value)).get(1) == b"info":
                 pid = int(json.loads(dict(fields(value))[2])["pid"])
-                assert pid > 1, f"{self.spec['name']} has ended: {self.log}"  # a signal to 0 is one to ourselves
+                # a signal to 0 would be one to this process
+                assert pid > 1, f"{self.spec['name']} has ended: {self.log}"
                 return pid
         raise AssertionError("no pid")
 
     def facts(self) -> dict[str, str]:
-        """/proc/PID/status."""
+        """Return the fields of /proc/PID/status."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
     def memory_peak_bytes(self) -> int:
-        """Of everything that has been in it, the kernel's part included."""
+        """Return the peak of everything that has been in it, including the kernel's memory."""
         return int((self.node.memory / self.id / "memory.max_usage_in_bytes").read_text())
 
     def ended(self) -> int:
-        """Waits for its end; its exit code."""
+        """Wait until it exits, and return its exit code."""
         eventually(lambda: self.status[3] == 2, 120, f"{self.spec['name']}: {self.log}")
         return int(self.status[7])
 
     def run(self, *words: str, seconds: int = 30) -> tuple[int, str]:
-        """`kubectl exec`: exit code and output."""
+        """Run `kubectl exec`. Return exit code and output."""
         request = message((1, self.id), *((2, word) for word in words), (3, seconds))
         assert self.status[3] == 1, f"{self.spec['name']} has ended: {self.log}"
         found = {1: b"", 2: b"", 3: 0} | dict(fields(self.node.ask("ExecSync", request)))
         return int(found[3]), (found[1] + found[2]).decode()
 
     def kill(self) -> None:
-        """As the kernel's out-of-memory killer does."""
+        """Kill its first process, as the kernel's out-of-memory killer does."""
         os.kill(self.pid, 9)
 
     def probe(self, kind: str) -> bool:
-        """What kubelet does for that probe, once."""
+        """Run a probe once, as kubelet does."""
         probe = self.spec[kind]
         if "exec" in probe:
             return self.run(*probe["exec"]["command"], seconds=probe["timeoutSeconds"])[0] == 0
@@ -159,7 +160,7 @@ class Pod:
     containers: dict[str, Container] = field(default_factory=dict)
 
     def start(self, name: str) -> Container:
-        """(Re)starts a container of that name, as kubelet does."""
+        """Start or restart a container of that name, as kubelet does."""
         spec = next(c for c in (*self.spec.get("initContainers", ()), *self.spec["containers"]) if c["name"] == name)
         config = self.node.container_config(self, spec)
         id_ = self.node.call("CreateContainer", message((1, self.sandbox), (2, config), (3, self.config)))
@@ -168,7 +169,7 @@ class Pod:
         return self.containers[name]
 
     def begin(self) -> None:
-        """Init containers one after the other, then the others."""
+        """Start init containers one after the other, then the others."""
         for spec in self.spec.get("initContainers", ()):
             one = self.start(spec["name"])
             assert one.ended() == 0, f"{spec['name']}: {one.log}"
@@ -183,7 +184,7 @@ class Pod:
         return all(one.probe(kind) for kind in kinds)
 
     def end(self) -> None:
-        """As kubelet ends a pod."""
+        """End the pod, as kubelet does."""
         grace = (2, self.spec["terminationGracePeriodSeconds"])
         for one in self.containers.values():
             self.node.stop("StopContainer", message((1, one.id), grace))
@@ -192,14 +193,14 @@ class Pod:
 
 
 class Node(Containerd):
-    """containerd and the hands of kubelet; `manifests` are what `kubectl apply` would be given."""
+    """containerd, and the actions of kubelet. `manifests`: the files that `kubectl apply` would get."""
 
     def __init__(self, work: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
         self.memory, self.pods_of_manifests = work / "memory", list[Pod]()
         self.objects = {(one["kind"], one["metadata"]["name"]): one for one in manifests}
-        self.beneath: tuple[str, ...] = ()  # of this machine, for an image that has none of it
+        self.beneath: tuple[str, ...] = ()  # of this machine, for an image without these files
         self._mounted: list[Path] = []
-        self._attempts = itertools.count(1)  # no two containers of a pod have one
+        self._attempts = itertools.count(1)  # all containers of a pod have different numbers
         (work / "sim").mkdir()
         subprocess.run(["mount", "--bind", "/run/fgpu-sim", str(work / "sim")], check=True, timeout=10)
         for folder in OWN_FOLDERS:
@@ -234,22 +235,22 @@ class Node(Containerd):
             subprocess.run(["umount", "--lazy", str(target)], check=False, timeout=10)
 
     def settle(self) -> None:
-        """See Containerd. Layers as nodes have them, and the limits of memory."""
+        """See Containerd. Set layers as nodes have them, and the limits of memory."""
         config = self.work / "config.toml"
         config.write_text(config.read_text().replace('"native"', '"overlayfs"'))
         (self.work / "runtime").write_text(RUNTIME.replace("MEMORY,", f'"{self.memory}",'))
 
     def load(self, archive: Path) -> None:
-        """An image as `docker save` writes it."""
+        """Load an image as `docker save` writes it."""
         command = [containerd.ENGINES / "usr/bin/ctr", "--address", SOCKET, "--namespace", "k8s.io"]
         subprocess.run([*map(str, command), "images", "import", str(archive)], check=True, timeout=170)
 
     def ask(self, method: str, request: bytes) -> bytes:
-        """RuntimeService; the whole answer."""
+        """Call a function of RuntimeService, and return the whole answer."""
         return bytes(self._channel.unary_unary(f"/runtime.v1.RuntimeService/{method}")(request, timeout=60))
 
     def get(self, port: int, path: str) -> tuple[int, str]:
-        """An HTTP request from the node: status (0: nobody listens) and text."""
+        """Send an HTTP request from the node. Return status (0: no listener) and text."""
         script = (
             "import sys, urllib.request as r\n"
             "try:\n with r.urlopen(sys.argv[1], timeout=5) as page: print(page.status, page.read().decode())\n"
@@ -261,16 +262,16 @@ class Node(Containerd):
         code, _, text = done.stdout.partition(" ")
         return int(code or 0), text
 
-    # -- what kubelet does
+    # -- the work of kubelet
 
     def apply(self, name: str) -> Pod:
-        """A DaemonSet's pod, whose containers have come up."""
+        """Start a DaemonSet's pod, and wait until its containers are up."""
         pod = self.make(name)
         pod.begin()
         return pod
 
     def make(self, name: str) -> Pod:
-        """The same before its first container."""
+        """Make a DaemonSet's pod without starting a container."""
         template = self.objects["DaemonSet", name]["spec"]["template"]
         spec, number = template["spec"], next(self.pods)
         uid = f"{os.getpid():08x}-3333-2222-1111-{number:012x}"
@@ -302,11 +303,11 @@ class Node(Containerd):
         return path
 
     def publish(self, name: str, data: Mapping[str, str] | None = None) -> None:
-        """A ConfigMap's files as kubelet writes them: a folder aside, and the link to it renamed over the last."""
+        """Write a ConfigMap's files as kubelet does: to another folder, whose link is renamed over the last one."""
         data = self.objects["ConfigMap", name].get("data", {}) if data is None else data
         folder = self.work / "configmaps" / name
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o777)  # so are kubelet's
+        folder.chmod(0o777)  # kubelet's folders have this mode too
         aside = folder / f"..{time.time_ns()}"
         aside.mkdir(mode=0o755)
         for file, text in data.items():
@@ -321,12 +322,12 @@ class Node(Containerd):
                 link.unlink()
 
     def container_config(self, pod: Pod, spec: Mapping[str, Any]) -> bytes:
-        """What the container runtime interface is told of a container."""
+        """Return a container's configuration for the container runtime interface."""
         mounts = [message((1, path), (2, path), (3, 1)) for path in self.beneath]
         mounts += [self._mount_of(pod, mount) for mount in spec.get("volumeMounts", ())]
         env = {one["name"]: one["value"] for one in spec.get("env", ())}
         if pod.spec.get("runtimeClassName") == "nvidia" and env.get("NVIDIA_VISIBLE_DEVICES"):
-            folder = "" if self.beneath else LIBRARIES  # nothing new can be put into this machine's own
+            folder = "" if self.beneath else LIBRARIES  # nothing can be added to this machine's own folder
             mounts += [message((1, f"{folder}/{name}"), (2, str(SIM / "lib" / name)), (3, 1)) for name in DRIVER]
             mounts += [message((1, "/run/fgpu-sim"), (2, "/run/fgpu-sim"), (3, 1))]
         limit = spec["resources"]["limits"]["memory"]
@@ -346,17 +347,17 @@ class Node(Containerd):
     def _mount_of(pod: Pod, mount: Mapping[str, Any]) -> bytes:
         propagation = PROPAGATION[mount.get("mountPropagation", "None")]
         is_config = "configmaps" in str(pod.volumes[mount["name"]])
-        read_only = int(bool(mount.get("readOnly")) or is_config)  # kubelet's ConfigMaps are, whatever is said
+        read_only = int(bool(mount.get("readOnly")) or is_config)  # kubelet's ConfigMaps are always read-only
         return message((1, mount["mountPath"]), (2, str(pod.volumes[mount["name"]])), (3, read_only), (5, propagation))
 
     def end_tenants(self) -> None:
-        """Every other pod."""
+        """End every other pod."""
         for pod in self._running:
             self.end_pod(pod.sandbox, pod.path, 20)
         self._running.clear()
 
     def close(self) -> None:
-        """Ends every pod, and the engine."""
+        """End every pod, and the engine."""
         try:
             self.end_tenants()
             for pod in list(self.pods_of_manifests):
@@ -367,7 +368,7 @@ class Node(Containerd):
 
 
 def _security(pod: Pod, context: Mapping[str, Any]) -> bytes:
-    """LinuxContainerSecurityContext. Anything that is not known here fails: it would be a right that is not tried."""
+    """Return LinuxContainerSecurityContext. An unknown field fails, because it would be a right that is not tested."""
     known = {"runAsUser", "runAsGroup", "readOnlyRootFilesystem", "allowPrivilegeEscalation", "seccompProfile"}
     assert set(context) <= known | {"capabilities", "appArmorProfile"}, context
     assert context["allowPrivilegeEscalation"] is False
@@ -387,5 +388,5 @@ def _security(pod: Pod, context: Mapping[str, Any]) -> bytes:
 
 
 def manifests(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file."""
+    """Return the objects of a file."""
     return [one for one in yaml.safe_load_all(path.read_text()) if one]

@@ -1,5 +1,5 @@
-"""deploy/helm/fgpu: what it renders is what Kubernetes takes, gives no right that is not named, and is what is in
-deploy/kubernetes. Where there is no helm, the rendered files are held by the digest of what they were made of.
+"""Tests of deploy/helm/fgpu: its output is valid for Kubernetes, gives no right that is not listed, and equals
+deploy/kubernetes. Without helm, a digest of their sources guards the rendered files.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CHART, MADE = ROOT / "deploy/helm/fgpu", ROOT / "deploy/kubernetes"
 HERE = ROOT / "tests/kubernetes"
 FILES = [*sorted(MADE.glob("*.yaml")), *sorted((HERE / "rendered").glob("*.yaml"))]
-# Which Kubernetes each is for: appArmorProfile is a field from 1.30 on.
+# The version of Kubernetes of each file: appArmorProfile is a field from 1.30 on.
 VERSIONS = {path.stem: ("1.28.0",) if path.stem == "older" else ("1.30.0", "1.34.1") for path in FILES}
 AGAIN = "run deploy/kubernetes/render, and commit what it makes"
-OPERATOR = {"PodMonitor", "PrometheusRule"}  # of the Prometheus operator: no schema of Kubernetes' own
+OPERATOR = {"PodMonitor", "PrometheusRule"}  # of the Prometheus operator, without a schema of Kubernetes
 needs_helm = pytest.mark.skipif(
     not shutil.which("helm"), reason="no helm here: the rendered files are held as they are"
 )
@@ -80,7 +80,7 @@ def test_nobody_may_more_than_is_named(path: Path) -> None:
 
 
 def test_agent_and_gatekeeper_may_what_their_units_may() -> None:
-    more = {"SYS_NICE"}  # systemd sees to that itself
+    more = {"SYS_NICE"}  # systemd sets the priority itself
     less = {"gatekeeper": set[str](), "agent": {"CHOWN", "DAC_OVERRIDE"}}  # no group fgpu, no `fgpu run`
     found = {c["name"]: c for one in sets(MADE / "fgpu.yaml") for c in containers(one)}
     for name in less:
@@ -124,7 +124,7 @@ def test_prometheus_finds_the_agents_and_leaves_tenants_their_names() -> None:
 
 
 def test_settings_are_what_an_agent_reads(tmp_path: Path) -> None:
-    """By `fgpu doctor`, which says what is wrong with agent.yaml."""
+    """The agent.yaml is valid, according to `fgpu doctor`."""
     for path in FILES:
         for one in objects(path):
             if "agent.yaml" not in one.get("data", {}):

@@ -1,4 +1,5 @@
-"""deploy/kubernetes by a real containerd and runc, with the very rights that it names: no cluster, no kubectl.
+"""Tests of deploy/kubernetes on a real containerd and runc, with exactly the rights that it lists: no cluster, no
+kubectl.
 
 The tests follow each other on one node, from the first pod to a node as it was before.
 """
@@ -44,18 +45,18 @@ DETACH = ROOT / "deploy/kubernetes/detach.yaml"
 
 @pytest.fixture(scope="module")
 def pods(node: node_kit.Node) -> dict[str, node_kit.Pod]:
-    """Both DaemonSets' pods, up by their own probes."""
+    """Return both DaemonSets' pods, up by their own probes."""
     return {name: node.apply(f"fgpu-{name}") for name in ("gatekeeper", "agent")}
 
 
 def limits() -> dict[str, int]:
-    """By tenant."""
+    """Return the limits by tenant."""
     return {t["tenant"]: t["devices"][0]["limit_bytes"] for t in ask(verb="snapshot")["tenants"]}
 
 
 @pytest.fixture(scope="module")
 def tenant(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> Tenant:
-    """A container of a pod in the namespace `dev`, with the three mounts."""
+    """Return a container of a pod in the namespace `dev`, with the three mounts."""
     return node.run("train-0", {}, {}).container("main")
 
 
@@ -64,7 +65,7 @@ def test_what_the_manifest_names_is_all_that_each_may(pods: dict[str, node_kit.P
         one = pods[name].containers[name]
         facts, context = one.facts(), one.spec["securityContext"]
         named = {CAPABILITIES[capability] for capability in context["capabilities"]["add"]}
-        given_up = {CAPABILITIES["SYS_NICE"]} if name == "gatekeeper" else set()  # it has come first by then
+        given_up = {CAPABILITIES["SYS_NICE"]} if name == "gatekeeper" else set()  # it has raised its priority before
         assert int(facts["CapBnd"], 16) == sum(1 << right for right in named), name
         assert int(facts["CapEff"], 16) == sum(1 << right for right in named - given_up), name
         assert (facts["NoNewPrivs"], facts["Seccomp"], facts["Uid"].split()[0]) == ("1", "2", "0")
@@ -83,7 +84,7 @@ def test_a_pod_gets_what_the_config_map_says_and_then_what_it_says_next(node: no
     assert tenant.assert_exact() == GIB + CONTEXT
     node.publish("fgpu-policies", {"10-dev.yaml": POLICY.format(limit=3)})
     eventually(lambda: limits().get(tenant.name) == 3 * GIB, 30, f"{limits()}")
-    client.ok(f"alloc {GIB}")  # a program that runs sees it too
+    client.ok(f"alloc {GIB}")  # a running program sees it too
     client.close()
 
 
@@ -93,7 +94,7 @@ def test_a_pods_annotation_goes_as_far_as_the_policy_lets_it(node: node_kit.Node
 
 
 def test_a_tenant_is_found_by_its_process(pods: dict[str, node_kit.Pod], tenant: Tenant) -> None:
-    """Whose cgroup is outside the agent's own, and so its path."""
+    """The process's cgroup is outside the agent's own, and so is its path."""
     client = tenant.client()
     code, said = pods["agent"].containers["agent"].run("fgpu", "explain", f"pid/{client.pid}")
     assert (code, tenant.path in said) == (0, True), said
@@ -128,7 +129,7 @@ def test_the_gatekeeper_answers_and_limits_hold_while_there_is_no_agent(
 def test_the_next_gatekeeper_waits_beside_the_last_and_follows_it(
     node: node_kit.Node, pods: dict[str, node_kit.Pod], tenant: Tenant
 ) -> None:
-    """maxSurge: 1, as a DaemonSet rolls out."""
+    """A DaemonSet with maxSurge: 1 is rolled out."""
     last = pods["gatekeeper"]
     pods["gatekeeper"] = following = node.apply("fgpu-gatekeeper")
     lock = Path("/run/fgpu/gatekeeper.lock")
@@ -152,7 +153,7 @@ def test_a_gatekeeper_that_hangs_fails_its_probe(pods: dict[str, node_kit.Pod]) 
 
 
 def test_each_lives_within_its_limit_of_memory(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> None:
-    """Beside tenants that all hold memory, and started with nothing of their files in the page cache."""
+    """All tenants hold memory, and the pods start without any of their files in the page cache."""
     if TENANTS > FEW:
         Path("/proc/sys/vm/drop_caches").write_text("1")
         for name, pod in pods.items():

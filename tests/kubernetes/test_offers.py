@@ -1,4 +1,5 @@
-"""The chart's device plugin as a pod, with the very rights that it names, between kubelet's double and the agent's pod.
+"""The chart's device plugin as a pod, with exactly the rights that it lists, between a stand-in for kubelet and the
+agent's pod.
 
 The tests follow each other on one node.
 """
@@ -28,13 +29,13 @@ SHARE, SIZE = "2gib-25pct", 2 * GIB
 
 @pytest.fixture(scope="module")
 def manifest() -> Path:
-    """The chart with a device plugin, and nothing else changed."""
+    """Return the chart with a device plugin and no other change."""
     return Path(__file__).with_name("rendered") / "offers.yaml"
 
 
 @pytest.fixture(scope="module")
 def kubelet(node: node_kit.Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kubelet_kit.Kubelet]:
-    """Its side of the interface, in its own folder."""
+    """Run kubelet's side of the interface, in its own folder."""
     KUBELET.mkdir(parents=True)
     found = kubelet_kit.Kubelet(KUBELET, tmp_path_factory.mktemp("made"))
     found.start()
@@ -44,18 +45,18 @@ def kubelet(node: node_kit.Node, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def plugin(node: node_kit.Node, kubelet: kubelet_kit.Kubelet) -> Iterator[node_kit.Pod]:
-    """The device plugin's pod, beside those of gatekeeper and agent."""
+    """Run the device plugin's pod, beside those of gatekeeper and agent."""
     was_there = ETC_CDI.exists()
     for name in ("gatekeeper", "agent"):
         node.apply(f"fgpu-{name}")
     yield node.apply("fgpu-device-plugin")
     if not was_there:
-        ETC_CDI.rmdir()  # it is empty: nobody but kubelet may write there
+        ETC_CDI.rmdir()  # it is empty: only kubelet may write there
 
 
 @pytest.fixture
 def pods(plugin: node_kit.Pod, tmp_path: Path) -> Iterator[pods_kit.Pods]:
-    """Containers of runc with what a runtime that reads CDI puts into them."""
+    """Return containers of runc with the edits of a runtime that reads CDI."""
     found = pods_kit.Pods(tmp_path, "runc", [CDI])
     yield found
     found.close()
@@ -85,7 +86,7 @@ def test_it_registers_and_lists(kubelet: kubelet_kit.Kubelet, plugin: node_kit.P
 
 
 def test_a_pod_has_what_is_allocated_and_no_more(kubelet: kubelet_kit.Kubelet, pods: pods_kit.Pods) -> None:
-    """To the byte, by the driver's own books."""
+    """The pod has its share to the byte, by the driver's own figures."""
     resource = kubelet.resource(SHARE)
     answer = resource.allocate(resource.ids[0])
     uuid = resource.ids[0].partition("::")[0]
@@ -121,7 +122,7 @@ def test_it_is_killed_and_comes_back(kubelet: kubelet_kit.Kubelet, plugin: node_
 
 @pytest.mark.flaky(reruns=0)  # the device stays broken afterwards
 def test_a_device_that_fails_is_heard_of_by_the_agents_pod(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
-    """Which has no more rights for it than it names."""
+    """The agent's pod has no additional rights for it."""
     resource = kubelet.resource(SHARE)
     eventually(lambda: resource.healthy == resource.ids, 20, "healthy")
     subprocess.run([SIM / "fgpu-simd", "--fault", "xid=79"], check=True, timeout=10)
@@ -134,7 +135,7 @@ def test_a_device_that_fails_is_heard_of_by_the_agents_pod(kubelet: kubelet_kit.
 def test_it_lives_within_its_limit_of_memory(
     node: node_kit.Node, kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod
 ) -> None:
-    """Started, in a full run, with nothing of its files in the page cache: those that others have read are theirs."""
+    """A full run starts it without files in the page cache, because cached files are charged to their readers."""
     if os.environ.get("FGPU_TEST_SCALE") == "full":
         Path("/proc/sys/vm/drop_caches").write_text("1")
         plugin.containers["device-plugin"].kill()

@@ -1,8 +1,8 @@
-"""Takes defences away one at a time and sees tests fail: a check that cannot fail is a defect.
+"""Remove defences one at a time and check that tests fail: a check that cannot fail is a defect.
 
-usage: python -m tests.mutants [NAME or ROW…], all without. A mutant is a patch beside this file, which removes what a
-row of docs/security.md promises (patches.py), or one broken rule of the kernel's ledger (rules.py). Each is tried in a
-copy of the tree (trees.py); its tests must pass without it and fail with it (judge.py says what failing is).
+usage: python -m tests.mutants [NAME or ROW…]; without arguments, all. A mutant is a patch beside this file, which
+removes what a row of docs/security.md promises (patches.py), or one broken rule of the kernel's ledger (rules.py). Each
+is tried in a copy of the tree (trees.py). Its tests must pass without it and fail with it (judge.py defines failing).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Mutant = Patch | Rule
 
 
 def chosen(names: list[str]) -> list[Mutant]:
-    """Those named, by name or by row; SystemExit for what is neither."""
+    """Return the mutants with these names or rows. SystemExit: there is no such name or row."""
     every: list[Mutant] = [*patches(), *map(Rule, RULES)]
     for name in names:
         if not any(name in (mutant.name, mutant.row) for mutant in every):
@@ -31,7 +31,7 @@ def chosen(names: list[str]) -> list[Mutant]:
 
 
 class Trial:
-    """One run of all that was asked for."""
+    """One run of all requested mutants."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -39,9 +39,9 @@ class Trial:
         self.passed: dict[tuple[str, ...], bool] = {}  # tests -> they pass without a mutant
 
     def killed(self, mutant: Mutant) -> bool:
-        """Says whether its tests told it from the tree, with what they printed where they did not."""
+        """Print whether its tests fail with the mutant, with their output if they do not. Return the same."""
         log = self.folder / f"{mutant.name}.log"
-        log.touch()  # nothing is run for a mutant whose tests failed without an earlier one
+        log.touch()  # no test runs for a mutant whose tests failed without an earlier mutant
         said = self._try(mutant, log)
         print(f"{mutant.row or 'rule'} {mutant.name}: {said}", flush=True)
         if said != "killed":
@@ -71,7 +71,7 @@ class Trial:
 
 
 def main() -> int:
-    """0 where every one was killed."""
+    """Return 0 if every mutant was found."""
     mutants = chosen(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="fgpu-mutants-") as folder:
         trial = Trial(Path(folder))

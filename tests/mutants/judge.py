@@ -1,6 +1,6 @@
-"""Runs pytest and says how it ended: whether a test's own assertion failed, or something else went wrong.
+"""Run pytest and report how it ended: a test's own assertion failed, or something else went wrong.
 
-usage: python judge.py retry|once PYTEST_ARGUMENT…: its exit status is the Outcome. `once` takes no second try.
+usage: python judge.py retry|once PYTEST_ARGUMENT…: its exit status is the Outcome. `once` makes no second trial.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import pytest
 
 
 class Outcome(enum.IntEnum):
-    """How a run of tests ended; exit statuses that neither Python nor a shell uses of itself."""
+    """The result of a run of tests, in exit statuses that neither Python nor a shell uses."""
 
     PASSED = 0
     ASSERTED = 40  # a test's assertion failed
     HUNG = 41  # its time was over
     RAISED = 42  # something else was raised in a test
-    BROKE = 43  # it was not collected, not set up, skipped or not found: it says nothing
+    BROKE = 43  # it was not collected, not set up, skipped or not found: no result
 
 
 def outcome_of(error: BaseException) -> Outcome:
-    """What the end of a test by this exception means."""
+    """Return the outcome of a test that ended with this exception."""
     if isinstance(error, BaseExceptionGroup):
         return min(map(outcome_of, error.exceptions))
     if isinstance(error, pytest.fail.Exception):
@@ -34,7 +34,7 @@ def outcome_of(error: BaseException) -> Outcome:
 
 
 class Judge:
-    """A plugin of pytest that remembers how tests ended."""
+    """A plugin of pytest that records how tests ended."""
 
     def __init__(self, once: bool) -> None:
         self.once = once
@@ -60,9 +60,9 @@ class Judge:
         return report
 
     def outcome(self, code: int) -> Outcome:
-        """Of the whole run, whose exit status was `code`."""
+        """Return the outcome of the whole run, whose exit status was `code`."""
         if code == pytest.ExitCode.OK and self.passed:
-            return Outcome.PASSED  # though a first try may have failed
+            return Outcome.PASSED  # although a first trial may have failed
         if code != pytest.ExitCode.TESTS_FAILED or Outcome.BROKE in self.ends:
             return Outcome.BROKE
         return min(self.ends, default=Outcome.BROKE)

@@ -292,7 +292,7 @@ class Rule:
     removes = "a rule of the ledger"
 
     def place(self, root: Path) -> Path:
-        """The file in which its text stands; SystemExit unless it does so once."""
+        """Return the only file that has its text. SystemExit: there is no such file, or more than one."""
         texts = {path: path.read_text(encoding="utf-8") for path in (root / "bpf").glob("*.bpf.[ch]")}
         found = [path for path, text in texts.items() for _ in range(text.count(RULES[self.name][0]))]
         if len(found) != 1:
@@ -300,6 +300,6 @@ class Rule:
         return found[0]
 
     def apply(self, root: Path) -> None:
-        """Breaks the rule in the tree at `root`."""
+        """Break the rule in the tree at `root`."""
         file = self.place(root)
         file.write_text(file.read_text(encoding="utf-8").replace(*RULES[self.name]), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Copies of this tree in which tests run as if they were at home.
+"""Copies of this tree in which tests run as in the tree itself.
 
-A copy has the sources and what was built of them; what is large and never changed is shared with the tree. It is
-mounted over the tree in a mount namespace of its own, so that every path means the copy: those in .venv, those that
-tests print, the working directory. The tree itself is never written.
+A copy has the sources and the built files. Large parts that never change are shared with the tree. It is mounted over
+the tree in a separate mount namespace, so that every path means the copy: those in .venv, those that tests print, the
+working directory. The tree itself is never written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ exit 99
 
 
 class Tree:
-    """A copy in `copy`, of the tree as it is now, or of another copy."""
+    """A copy in `copy`, of the current tree, or of another copy."""
 
     def __init__(self, copy: Path, of: Tree | None = None) -> None:
         self.copy = copy
@@ -43,12 +43,12 @@ class Tree:
             shutil.copytree(of.copy, copy, symlinks=True)  # times too: make looks at them
 
     def judge(self, *tests: str, once: bool, log: Path) -> Outcome:
-        """How these tests end here; what they print goes into `log`."""
+        """Return how these tests end in the copy. Their output goes to `log`."""
         judge = [sys.executable, "tests/mutants/judge.py", "once" if once else "retry"]
         return Outcome(self._run(log, *judge, "-q", "-x", "--timeout=120", *tests))
 
     def build(self, log: Path) -> bool:
-        """Compiles what is older than its source; False where that fails."""
+        """Compile what is older than its source. Return whether that succeeds."""
         return self._run(log, "./dev", "build") == 0
 
     def _run(self, log: Path, *command: str) -> int:
@@ -60,7 +60,7 @@ class Tree:
 
 
 def _copy(copy: Path) -> list[str]:
-    """Copies sources and what was built; answers what is to be mounted instead, by its path in the tree."""
+    """Copy sources and built files. Return what is to be mounted instead, by its path in the tree."""
     listed = subprocess.run(
         ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
     )

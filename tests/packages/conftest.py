@@ -13,14 +13,14 @@ from tests.support import packages as kit
 
 @pytest.fixture(scope="module")  # not the session's: other suites start one of their own
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """fgpu-simd, 16 GiB, one device."""
+    """Run fgpu-simd with one device of 16 GiB."""
     with kit.driver(tmp_path_factory.mktemp("driver") / "log", "16GiB", 5):
         yield
 
 
 @pytest.fixture(scope="module")
 def host(driver: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[fresh_host.Host]:
-    """A host with nothing on it, whose lists of packages are of today."""
+    """Return an empty host with up-to-date lists of packages."""
     host = fresh_host.Host(tmp_path_factory.mktemp("host"))
     try:
         host.mount()

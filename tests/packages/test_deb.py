@@ -15,7 +15,7 @@ from tests.support import packages as kit
 
 @pytest.fixture(autouse=True)
 def purged(host: fresh_host.Host) -> Iterator[None]:
-    """Whatever a test leaves, the next finds a host without fgpu."""
+    """Purge fgpu, so that the next test finds a host without it."""
     yield
     host.stop()
     host.apt("purge", "fgpu", check=False)
@@ -63,7 +63,7 @@ def test_install_enforce_purge(host: fresh_host.Host, deb: Path, tmp_path: Path)
     assert "systemctl restart docker" in said, "a daemon that runs names a runtime that is gone"
     assert settings.read_text() == '{"debug": true}'
     assert host.agent is not None
-    assert host.agent.wait(60) == 0  # what it has probed of others on this machine it lets go one by one
+    assert host.agent.wait(60) == 0  # it removes probes of other processes on this machine one by one
     assert_nothing_left(host, before)
     assert host.accounts() == accounts
     assert Path("/proc/mounts").read_text() == mounts

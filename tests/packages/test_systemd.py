@@ -24,7 +24,7 @@ FITS = kit.GIB - kit.CONTEXT
 
 @pytest.fixture(scope="module")
 def before(host: fresh_host.Host) -> Iterator[fresh_host.Listing]:
-    """The host is up; its files before the package comes."""
+    """Start the host, and return its files before the installation."""
     host.boot()
     yield fresh_host.listing(host.root)
     host.halt()
@@ -32,10 +32,11 @@ def before(host: fresh_host.Host) -> Iterator[fresh_host.Listing]:
 
 @pytest.fixture(scope="module")
 def service(host: fresh_host.Host, before: fresh_host.Listing, deb: Path) -> Iterator[fresh_host.Host]:
-    """fgpu is installed; its agent is pointed at the simulated driver and must answer within two seconds."""
+    """Install fgpu. Its agent uses the simulated driver and must answer within two seconds."""
     host.install(deb)
     folder = host.root / "etc/systemd/system"
-    command = " ".join([*host.agent_words, "--skip-check 'pid namespace'"])  # this systemd lives in one of its own
+    # this systemd runs in its own pid namespace
+    command = " ".join([*host.agent_words, "--skip-check 'pid namespace'"])
     for unit, lines in ((AGENT, f"ExecStart=\nExecStart={command}\n"), (GATEKEEPER, "")):
         (folder / f"{unit}.d").mkdir()
         (folder / f"{unit}.d/test.conf").write_text(f"[Service]\n{lines}WatchdogSec=2\n")
@@ -48,7 +49,7 @@ def service(host: fresh_host.Host, before: fresh_host.Listing, deb: Path) -> Ite
 
 @pytest.fixture
 def running(service: fresh_host.Host) -> fresh_host.Host:
-    """Both units are active."""
+    """Return the host with both units active."""
     service.run("systemctl", "start", AGENT)
     for unit in UNITS:
         kit.eventually(lambda unit=unit: service.unit(unit, "ActiveState") == ["active"], 10, unit)
@@ -56,13 +57,13 @@ def running(service: fresh_host.Host) -> fresh_host.Host:
 
 
 def pid(host: fresh_host.Host, unit: str) -> int:
-    """The main process of a unit that is up; 0 else."""
+    """Return the main process of a unit that is up; 0 else."""
     state, number = host.unit(unit, "ActiveState", "MainPID")
     return int(number) if state == "active" else 0
 
 
 def another(host: fresh_host.Host, unit: str, old: int, seconds: float = 20) -> int:
-    """The main process that came after that one."""
+    """Return the main process that came after that one."""
     return kit.eventually(lambda: (new := pid(host, unit)) != old and new, seconds, f"another {unit}")
 
 
@@ -70,10 +71,10 @@ _numbers = itertools.count()
 
 
 def fills(host: fresh_host.Host) -> None:
-    """A tenant gets its limit, and not a step more.
+    """Check that a tenant gets its limit, and not a step more.
 
-    The kernel's pids are not those of this host's pid namespace, so that the agent takes a program that lives through
-    a reconcile, twice a second, for a dead one: it is asked again. test_deb.py is exact, among the kernel's own pids.
+    The kernel's pids are not those of this host's pid namespace, so that the agent takes a program that lives through a
+    reconcile, twice a second, for a dead one: it is tried again. test_deb.py is exact, with the kernel's own pids.
     """
 
     def exact() -> bool:
@@ -109,7 +110,8 @@ def test_start_enforces_confined(running: fresh_host.Host) -> None:
         for field, names in (("CapBnd", TO_START[unit]), ("CapPrm", KEPT[unit])):
             assert int(facts[field], 16) == sum(1 << CAPABILITIES[name] for name in names), (unit, field)
         assert (facts["NoNewPrivs"], facts["Seccomp"]) == ("1", "2")
-    assert "another gatekeeper" not in running.run("journalctl", "--unit", AGENT).stdout  # the unit's is enough
+    # the unit's gatekeeper is enough
+    assert "another gatekeeper" not in running.run("journalctl", "--unit", AGENT).stdout
 
 
 def test_engines_start_their_containers_after_it(running: fresh_host.Host) -> None:
@@ -147,7 +149,7 @@ def test_one_that_hangs_is_replaced(running: fresh_host.Host, unit: str) -> None
 
 
 def test_the_agent_s_gatekeeper_makes_room_for_the_unit_s(running: fresh_host.Host) -> None:
-    """F30: as after a kill on a host where a start takes longer than a second. The unit never waits for the agent."""
+    """F30: the state after a kill on a host with slow starts. The unit never waits for the agent."""
 
     def holder() -> str:
         number = running.run("cat", "/run/fgpu/gatekeeper.lock").stdout.strip()
@@ -177,12 +179,12 @@ def test_upgrade_restarts_both(running: fresh_host.Host, deb: Path, tmp_path: Pa
             another(running, unit, was)
     assert running.version() != version
     assert len(said) > 10
-    assert all(int(line.split()[1]) >= FITS for line in said), "somebody was turned away"
+    assert all(int(line.split()[1]) >= FITS for line in said), "a program was refused"
     fills(running)
 
 
 def test_purge_leaves_nothing(service: fresh_host.Host, before: fresh_host.Listing, deb: Path) -> None:
-    service.install(deb)  # which a trial before may have purged
+    service.install(deb)  # an earlier trial may have purged it
     service.run("systemctl", "enable", "--now", AGENT)
     assert service.unit(GATEKEEPER, "ActiveState", "UnitFileState") == ["active", "enabled"]
     service.apt("purge", "fgpu")

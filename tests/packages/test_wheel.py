@@ -25,13 +25,13 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def place(environment: Path, driver: None) -> Iterator[kit.Installed]:
-    """fgpu in that environment."""
+    """Install fgpu in that environment."""
     place = kit.Installed(str(environment / "bin/fgpu"))
     kit.STATE.mkdir(exist_ok=True)
     kit.run("mount", "-t", "tmpfs", "tmpfs", kit.STATE)
     yield place
     place.stop()
-    kit.run("umount", "--lazy", kit.STATE)  # a probe that the kernel lets go keeps its file a moment longer
+    kit.run("umount", "--lazy", kit.STATE)  # a removed probe keeps its file for a moment
 
 
 def test_tag_says_what_the_shim_needs(wheel: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ CHROMIUM = "/usr/bin/chromium"  # the distribution's
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`./dev test page --picture FILE` makes the picture that the documentation shows."""
+    """Add an option: `./dev test page --picture FILE` makes the picture that the documentation shows."""
     parser.addoption("--picture", type=Path, help="where to put a picture of the status page")
 
 
@@ -53,7 +53,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """Chromium without a window; as root it runs without its sandbox or not at all."""
+    """Start Chromium without a window. As root it runs only without its sandbox."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -62,7 +62,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def look(service: Service, browser: Browser) -> Iterator[Callable[..., Looker]]:
-    """look(query, width=…): the page in a window of its own. Afterwards: nothing went elsewhere, nothing was wrong."""
+    """Return look(query, width=…): the page in a new window. Check that it asked no other host, without errors."""
     with contextlib.ExitStack() as opened:
 
         def opening(query: str = "", **more: object) -> Looker:
@@ -73,9 +73,9 @@ def look(service: Service, browser: Browser) -> Iterator[Callable[..., Looker]]:
 
 @pytest.fixture
 def place(service: Service, tmp_path: Path) -> Iterator[Place]:
-    """Tenants on the host."""
+    """Return a place for tenants on the host."""
     place = Place(tmp_path)
     yield place
     place.close()
-    # Tenants whose cgroup is gone are shown as long as the driver holds memory of theirs.
+    # Tenants whose cgroup was removed are shown as long as the driver holds their memory.
     eventually(lambda: not orphans(), 10, "the release of what they held")

@@ -1,4 +1,4 @@
-"""Somebody who looks at the status page with a browser, and what else the browser was up to meanwhile."""
+"""A browser window on the status page, and everything else that the browser did."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ expect.set_options(timeout=PATIENCE_MS)
 
 
 class Looker:
-    """A window on the page; `requests` are the addresses that it asked, `said` is what stands in its console."""
+    """A window on the page; `requests` are the addresses that it asked, `said` is the text of its console."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
@@ -33,7 +33,7 @@ class Looker:
     @classmethod
     @contextlib.contextmanager
     def at(cls, browser: Browser, url: str, width: int = 1200, **more: Any) -> Iterator[Looker]:
-        """Looks until the end of the block, which is clean."""
+        """Open the page until the end of the block, and check that it is clean."""
         before = more.pop("before", "")
         context = browser.new_context(viewport={"width": width, "height": 800}, **more)
         try:
@@ -47,30 +47,30 @@ class Looker:
             context.close()
 
     def assert_clean(self) -> None:
-        """Nobody else was asked, and the browser has found nothing wrong."""
+        """Check that no other host was asked, and that the browser reported no error."""
         assert {urlsplit(url).netloc for url in self.requests if not url.startswith("data:")} == {LISTEN}
         assert self.said == []
 
     def row(self, name: str) -> Locator:
-        """A tenant on its first device that stands there."""
+        """Return the row of a tenant on its first device."""
         return self.page.locator("tbody tr").filter(has=self.page.get_by_text(name, exact=True)).first
 
     def cell(self, name: str, column: str) -> Locator:
-        """One figure of it."""
+        """Return one figure of a tenant."""
         return self.row(name).locator(f'td[data-name="{column}"]')
 
     def names(self) -> list[str]:
-        """The tenants as they stand one below the other."""
+        """Return the tenants in the order of rows."""
         return self.page.locator("tbody th > bdi").all_inner_texts()
 
     def marked(self) -> bool:
-        """Still the page that `mark` has marked: it was not loaded anew."""
+        """Return whether this is still the page that `mark` has marked, not one that was loaded again."""
         return bool(self.page.evaluate("window.marked === true"))
 
     def mark(self) -> None:
-        """So that one can tell whether it was loaded anew."""
+        """Mark the page, so that a new load can be seen."""
         self.page.evaluate("window.marked = true")
 
     def evaluate(self, expression: str) -> Any:
-        """What a script in the page would see."""
+        """Return the value of an expression in a script of the page."""
         return self.page.evaluate(expression)

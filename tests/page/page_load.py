@@ -1,6 +1,6 @@
-"""What five tenants on two devices may look like: training, notebooks, serving, one without the shim, and a stranger.
+"""Five example tenants on two devices: training, notebooks, serving, one without the shim, and an unmanaged program.
 
-Owns: their programs. The page shows what agent and kernel make of them.
+It owns their programs. The page shows what agent and kernel make of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support.place import Place
 from tests.support.tenant import Program, Tenant
 from tests.support.wait import eventually
 
-# python HOLD DEVICE MIB...: a context on that device and so many allocations; what is refused is left out.
+# python HOLD DEVICE MIB...: a context on that device and these allocations; refused ones are left out.
 HOLD = """
 import ctypes, sys
 cuda, context, at = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_uint64()
@@ -33,7 +33,7 @@ sys.stdin.read()
 
 
 class Host:
-    """Tenants with names as people give them."""
+    """A host with tenants that have realistic names."""
 
     def __init__(self, work: Path, closing: ExitStack) -> None:
         self._work, self._closing = work, closing
@@ -41,7 +41,7 @@ class Host:
         self._hold.write_text(HOLD)
 
     def tenant(self, name: str, memory: int, *options: str) -> Tenant:
-        """By `fgpu run`."""
+        """Make a tenant with `fgpu run`."""
         place = Place(self._work, *options)
         folder = self._work / name
         folder.mkdir()
@@ -52,20 +52,20 @@ class Host:
         return tenant
 
     def hold(self, tenant: Tenant, device: int, *sizes_mib: int) -> None:
-        """A program that has so much."""
+        """Start a program that holds these allocations."""
         held = Program(tenant, f"hold{device}", " ".join(map(str, self._command(device, *sizes_mib))))
         self._closing.callback(held.close)
         assert held.receive(60) == "holds"
 
     def spin(self, tenant: Tenant) -> None:
-        """A program with kernels in flight whenever it may, on the first device."""
+        """Start a program with kernels in flight whenever possible, on the first device."""
         spinning = Program(tenant, "spin", f"{self._compiled_spin()} 200 burst")
         self._closing.callback(spinning.close)
         assert spinning.receive(60) == "ready"
         spinning.send("600")
 
     def beside(self, device: int, size_mib: int, enter: str = "") -> None:
-        """A program without the shim; `enter`: the shell's words before it, else it is in no tenant."""
+        """Start a program without the shim. `enter`: the shell's words before it; without them it is in no tenant."""
         words = [sys.executable, self._hold, device, size_mib]
         command = ["sh", "-c", f'{enter} exec "$@"', "sh", *map(str, words)]
         pipe = subprocess.PIPE
@@ -87,7 +87,7 @@ class Host:
 
 
 def end(tenant: Tenant) -> None:
-    """Kills all that is in it."""
+    """Kill all processes in it."""
     for pid in tenant.pids():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -95,7 +95,7 @@ def end(tenant: Tenant) -> None:
 
 @contextlib.contextmanager
 def applied(work: Path) -> Iterator[None]:
-    """All of it, as soon as the Snapshot shows it."""
+    """Start everything, and return when the Snapshot shows it."""
     with ExitStack() as closing:
         host = Host(work, closing)
         training = host.tenant("training", 48 * GIB, "--weight", "300")
@@ -117,7 +117,7 @@ def applied(work: Path) -> Iterator[None]:
 
 
 def _is_seen() -> bool:
-    """The stranger, whoever has no shim, and shares of time as they are due."""
+    """Return whether the snapshot shows the unmanaged program, the tenant without the shim, and the shares as due."""
     snapshot = ask(verb="snapshot")
     shares = [d["compute"] for t in snapshot["tenants"] for d in t["devices"] if d["gpu"] == 0 and d["compute"]]
     around = [t for t in snapshot["tenants"] if t["shimless"]]

@@ -1,4 +1,4 @@
-"""The status page in a browser, as an operator has it: beside a real agent, under a known load."""
+"""The status page in a browser, as an operator sees it: beside a real agent, under a known load."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def holder(place: Place) -> Tenant:
     client = tenant.client()
     client.ok(f"alloc {50 * MIB}")
     assert client.do(f"alloc {90 * MIB}") == REFUSED
-    assert tenant.memory()["refused"] == 1  # who looks from now on sees that too
+    assert tenant.memory()["refused"] == 1  # a page that is opened from now on shows that too
     return tenant
 
 
@@ -54,7 +54,7 @@ def other(place: Place) -> Tenant:
 
 
 def policies(service: Service, text: str) -> None:
-    """These, and no others."""
+    """Set exactly these policies."""
     (service.policies / "50.yaml").write_text(text)
     fgpu("reload")
 
@@ -121,7 +121,7 @@ def test_on_a_phone(look: Look, holder: Tenant, place: Place, service: Service, 
 
 @pytest.fixture
 def odd(service: Service) -> Iterator[Path]:
-    """A cgroup whose name is an element and whose label is a script."""
+    """Make a cgroup whose name is an element and whose label is a script."""
     folder = cgroup_root() / "fgpu-page" / MARKUP
     folder.mkdir(parents=True)
     os.setxattr(folder, "user.fgpu.team", SCRIPT.encode())

@@ -2,7 +2,7 @@
  * bypass WAY [DRIVER]: a CUDA program that goes around the shim. Says `ready PID`; then, for each line `alloc BYTES`,
  * ok or the driver's number of what was wrong. Made static it is one that a preload never sees.
  *
- * plain      dlopen and dlsym, as anybody does
+ * plain      dlopen and dlsym, as most programs do
  * deepbind   the same, with RTLD_DEEPBIND
  * dlvsym     the C library's own dlsym, by its version
  * symbols    the driver's own table of symbols

@@ -323,7 +323,7 @@ static void give(struct life *life, struct slot *slot)
     CUipcMemHandle open;
     switch (slot->kind) {
     case MANAGED:
-    case POINTER: /* some may be open elsewhere at their end, as far as anybody knows */
+    case POINTER: /* some may be open elsewhere at their end */
         if (!draw(life, 8)) cu.cuIpcGetMemHandle(&open, slot->pointer);
         /* some take the way through another thread, which frees them instead */
         if (!draw(life, 3)) slot->pointer = atomic_exchange(&handed[draw(life, MOST_THREADS)], slot->pointer);

@@ -1,4 +1,4 @@
-"""Programs whose kernels take memory by themselves on the simulated driver, and what the shim has asked for them."""
+"""Programs whose kernels use memory of their own on the simulated driver, and what the shim has requested for them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CODE = KIT + FUNCTIONS
 
 
 def area(bytes_per_thread: int) -> int:
-    """What an area takes beyond that of a new context."""
+    """Return the bytes of an area beyond that of a new context."""
 
     def whole(size: int) -> int:
         return round(size * THREADS / (2 * MIB)) * 2 * MIB
@@ -48,6 +48,6 @@ def said(simulator: Simulator, script: str) -> list[Any]:
 
 
 def asked(agent: Agent) -> list[int]:
-    """Bytes that were asked for, and those that were given back as negative numbers, in order."""
+    """Return the requested bytes in order, with released bytes as negative numbers."""
     calls = [call for call in agent.calls() if call["kind"] in (POOL, GIVEN_BACK)]
     return [call["bytes"] if call["kind"] == POOL else -call["bytes"] for call in calls]

@@ -48,7 +48,7 @@ def one_agent(build: Build) -> Iterator[Agent]:
 
 @pytest.fixture
 def agent(one_agent: Agent) -> Agent:
-    """Reset, and not yet listening."""
+    """Return the agent, reset and not yet listening."""
     one_agent.do("reset")
     return one_agent
 

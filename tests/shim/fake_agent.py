@@ -1,8 +1,8 @@
-"""A gatekeeper and a kernel side that do as they are told, for tests of the shim alone.
+"""A gatekeeper and a kernel side that follow orders, for tests of the shim alone.
 
-Run by the system's interpreter (bcc is there). Makes a mount namespace of its own with an empty /run, attaches a few
-lines of BPF to the shim's own probe symbols, and answers hellos. Told what to do by one JSON object a line on stdin;
-each is answered.
+The system's interpreter runs it, because it has bcc. It makes a mount namespace with an empty /run, attaches a few
+lines of BPF to the shim's own probe symbols, and answers hellos. Each line on stdin is an order, a JSON object, and
+gets one answer.
 """
 
 import array
@@ -24,7 +24,7 @@ os.environ["BCC_KERNEL_SOURCE"] = STUBS
 from bcc import BPF  # noqa: E402
 
 LEVEL_SIZE, NO_LIMIT, MAGIC = 4096, 2**64 - 1, 0x75706766
-# In a usage page; TAIL: behind all that the shim knows of.
+# In a usage page; TAIL: after all fields that the shim knows.
 ORPHANED, ORPHANED_NS, LOOKED_NS, TAIL = 1856, 2048, 3224, 3480
 TAG = 44  # in a control page
 MANAGED, SETTLE = 1, 2
@@ -108,7 +108,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def private_run():
-    """An empty /run of our own: nothing of the host's is seen, nothing of ours stays behind."""
+    """Mount an empty /run, so that nothing of the host is seen and nothing of the test stays."""
     assert libc.unshare(0x00020000) == 0
     for what in (["mount", "--make-rprivate", "/"], ["mount", "-t", "tmpfs", "none", "/run"]):
         subprocess.check_call(what)
@@ -124,7 +124,7 @@ class Agent:
         self.pages = [self.bpf[n].map_fd for n in ("leaf", "group")]
         self.maps = [mmap.mmap(fd, LEVEL_SIZE) for fd in self.pages]
         self.listener = None
-        self.given_tags = 0x3FFFFF00  # the first of them have all their bits in use
+        self.given_tags = 0x3FFFFF00  # all bits of the first ones are used
         self.hellos = []
         self.controls, self.statuses, self.gates, self.budgets = [], [], {}, {}
         self.reset({})
@@ -139,7 +139,7 @@ class Agent:
         self.answer, self.flags, self.levels, self.epoch = "managed", 0, 1, 7
         self.boot, self.beats, self.delay, self.rows = b"B" * 16, True, 0, []
         self.uuids, self.versions, self.tagged = list(UUIDS), {}, False
-        self.heard_from = 0  # the hello from which on the kernel answers on the pages that are given
+        self.heard_from = 0  # the first hello after which the kernel answers on the pages of that hello
         self.bpf["tags"].clear()
         self.hellos.clear()
         self.gates, self.budgets = {}, {}
@@ -162,7 +162,7 @@ class Agent:
         threading.Thread(target=self.serve, args=(self.listener,), daemon=True).start()
 
     def die(self, _):
-        """Killed: its socket stays."""
+        """End as if killed: the socket stays."""
         if self.listener:
             self.listener.shutdown(socket.SHUT_RDWR)
             self.listener.close()
@@ -178,14 +178,14 @@ class Agent:
         os.rmdir("/run/fgpu/shim")
 
     def orphan(self, _):
-        """A container's mount of a folder that the host has removed since."""
+        """Act as a container's mount of a folder that the host has removed since."""
         self.stop({})
         os.mkdir("/run/host")
         subprocess.check_call(["mount", "--bind", "/run/host", "/run/fgpu/shim"])
         os.rmdir("/run/host")
 
     def detach(self, _):
-        """What `fgpu detach` leaves of a folder that a container has mounted."""
+        """Leave a folder that a container has mounted as `fgpu detach` leaves it."""
         self.stop({})
         os.chmod("/run/fgpu/shim", 0o1755)
 
@@ -195,7 +195,7 @@ class Agent:
             setattr(self, name, [bytes.fromhex(u) for u in value] if name == "uuids" else value)
 
     def limit(self, what):
-        """{limit, used, level, device, flags, orphaned, age_ms: since the last of them was, away: no agent looks}"""
+        """{limit, used, level, device, flags, orphaned, age_ms: age of the last orphaned bytes, away: agent is away}"""
         device = what.get("device", 3)
         m, at = self.maps[what.get("level", 0)], 64 + 32 * device
         struct.pack_into("<QQ", m, at, what.get("limit", NO_LIMIT), what.get("used", 0))
@@ -206,7 +206,7 @@ class Agent:
         struct.pack_into("<Q", m, LOOKED_NS + 8 * device, 0 if what.get("away") else 2**64 - 1)
 
     def grow(self, _):
-        """Pages say more behind all that the shim knows of them."""
+        """Add fields to pages after all that the shim knows."""
         for m in self.maps:
             m[TAIL:] = b"\xff" * (LEVEL_SIZE - TAIL)
 
@@ -218,13 +218,13 @@ class Agent:
         k[ctypes.c_int(0)] = k.Leaf(*(what.get(name, 0) for name in ("mute", "again", "fixed", "outer", "old")))
 
     def tag(self, what):
-        """{pid, tag}: in the kernel's answers to that process from now on; {page}: and in the page that it has."""
+        """{pid, tag}: in the kernel's answers to that process from now on; {page}: and in its page."""
         self.bpf["tags"][ctypes.c_uint32(what["pid"])] = ctypes.c_uint32(what["tag"])
         if "page" in what:
             ctypes.c_uint32.from_buffer(self.controls[what["page"]], TAG).value = what["tag"]
 
     def bump(self, what):
-        """Writes into the control pages in use."""
+        """Write to the control pages in use."""
         for c in self.controls:
             if "epoch" in what:
                 struct.pack_into("<Q", c, 32, what["epoch"])
@@ -234,7 +234,7 @@ class Agent:
                 struct.pack_into("<I", c, 0x280, what["sequence"])
 
     def gate(self, what):
-        """{word, device, budget, passes}: for the pages in use and those to come; with {page} for that one alone."""
+        """{word, device, budget, passes}: for the pages in use and later ones; with {page} for that one alone."""
         device, word = what.get("device", 3), what["word"]
         if "page" not in what:
             self.gates[device], self.budgets[device] = word, what.get("budget", 0)
@@ -252,7 +252,7 @@ class Agent:
             ctypes.c_uint32.from_buffer(control, GATES + 4 * device).value = word
 
     def status(self, what):
-        """Of every process that said hello, oldest first: what it says of a device."""
+        """Return what the status page of each process says of a device, in the order of hellos."""
         device = what.get("device", 3)
         answer = []
         for m in self.statuses:

@@ -1,4 +1,4 @@
-"""Programs that launch on the simulated driver, and what passes between them and whoever plays the gatekeeper."""
+"""Programs that launch on the simulated driver, and their exchange with the fake gatekeeper."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def page(agent: Agent, device: int = 3) -> dict[str, int]:
 
 
 def until(agent: Agent, seconds: float = 10, **facts: int) -> dict[str, int]:
-    """The page, as soon as it says so."""
+    """Return the page as soon as it has these values."""
     deadline = time.monotonic() + seconds
     while any((now := page(agent))[name] != value for name, value in facts.items()):
         assert time.monotonic() < deadline, (facts, now)
@@ -71,7 +71,7 @@ def end(process: Any) -> None:
 
 
 def driver_behind(simulator: Simulator, program: str) -> Path:
-    """A folder whose driver is the simulated one, but for what the program in front of it answers itself."""
+    """Return a folder with the simulated driver behind a library that answers some calls itself."""
     folder, agent = simulator.folder / program, simulator.agent
     if not folder.exists():
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""A container's root as the tests of standalone mode want it: no agent, a limit in the image, a place for books."""
+"""A container's root for the tests of standalone mode: no agent, a limit in the image, a folder for the ledger."""
 
 import json
 import subprocess
@@ -18,8 +18,8 @@ ALONE = (
     "--fork",
     "--kill-child",
     "--mount-proc",
-)  # what a test leaves ends with it
-# /run and /etc are the container's own; `py CODE` is a program with the shim and the fake driver.
+)  # all that a test leaves ends with it
+# /run and /etc belong to the container; `py CODE` is a program with the shim and the fake driver.
 ROOT = """
 set -eu
 mount -t tmpfs -o mode=755 none /run
@@ -39,14 +39,14 @@ PATH=/etc:$PATH
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """`setup`: shell lines, as root in it, before the programs."""
+    """A container. `setup`: shell lines that run in it as root before the programs."""
 
     build: Build
     setup: str
     preload: str = ""
 
     def run(self, script: str) -> subprocess.CompletedProcess[str]:
-        """A shell script, in which `py CODE` is a program."""
+        """Run a shell script, in which `py CODE` is a program."""
         root = ROOT.format(folder=self.build.folder, preload=self.preload, python=SYSTEM_PYTHON)
         return subprocess.run(
             ["env", f"PREAMBLE={PREAMBLE}", *ALONE, "sh", "-c", root + self.setup + script],
@@ -57,16 +57,16 @@ class Container:
         )
 
     def says(self, script: str) -> list[Any]:
-        """What its programs handed to out()."""
+        """Return what its programs passed to out()."""
         done = self.run(script)
         assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     def python(self, code: str) -> list[Any]:
-        """What one program handed to out()."""
+        """Return what one program passed to out()."""
         return self.says(f"py '{code}'")
 
 
 def limit(text: str) -> str:
-    """The image's limit, written as an image has it."""
+    """Return the image's limit, written as an image has it."""
     return f"printf '%s' '{text}' >/etc/fgpu/limit\n"

@@ -1,6 +1,6 @@
-"""What the tests of the shim share: the library, the programs they compile, a driver stand-in and a fake agent.
+"""The library for the tests of the shim: the built shim, compiled programs, a stand-in for the driver, a fake agent.
 
-Everything is built into a folder of its own, the library too: probes and preloads touch no file that others use.
+Everything is built into a separate folder, the shim too: probes and preloads touch no file that others use.
 """
 
 import json
@@ -41,7 +41,7 @@ class Build:
     folder: Path
     shim: Path
     headers: Path
-    first: tuple[Path, ...] = ()  # what is preloaded before all else
+    first: tuple[Path, ...] = ()  # what is preloaded before everything else
 
     def compile(self, source: str | Path, target: str, *flags: str) -> Path:
         path = self.folder / target
@@ -65,7 +65,7 @@ class Build:
 
 
 class Agent:
-    """The fake: its process, and programs run where it is to be found."""
+    """The fake agent: its process, and programs that run where they can reach it."""
 
     def __init__(self, build: Build) -> None:
         self.build = build
@@ -112,7 +112,7 @@ class Agent:
         return out, err
 
     def python(self, script: str, **more: Any) -> list[list[Any]]:
-        """Runs a script against the driver, by ctypes; what it hands to out() comes back."""
+        """Run a script that calls the driver by ctypes. Return what it passes to out()."""
         return [json.loads(line) for line in self.run(SYSTEM_PYTHON, "-c", PREAMBLE + script, **more)[0].splitlines()]
 
     def start_python(self, script: str, **more: Any) -> Any:
@@ -132,7 +132,7 @@ class Simulator:
         return self.run(SYSTEM_PYTHON, "-c", PREAMBLE + script)
 
     def start(self, script: str, **more: Any) -> Any:
-        """A program that the fixture ends, should the test not come to that."""
+        """Start a program. The fixture ends it if the test does not."""
         self.started.append(self.agent.start_python(script, **{"driver": self.folder / "lib", **more}))
         return self.started[-1]
 

@@ -1,4 +1,4 @@
-"""Files of the shim use one another in one direction: no cycle, and no use of a folder that stands higher."""
+"""Files of the shim use one another in one direction: no cycle, and no use of a folder further down in the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file itself: what it needs, what it shows, and the bytes that the kernel depends on."""
+"""Tests of the built file: what it needs, what it exports, and the bytes that the kernel depends on."""
 
 import platform
 import re
@@ -15,7 +15,7 @@ def output(*command: object) -> str:
 
 
 def hooks() -> set[str]:
-    """The names of the table, as the source has it."""
+    """Return the names of the table in the source."""
     return set(re.findall(r"\bHOOK\((\w+)\)", (ROOT / "shim/core/hook_table.h").read_text()))
 
 
@@ -34,7 +34,7 @@ def test_table_is_what_is_exported(build: Build) -> None:
 
 
 def test_takes_of_libc_what_every_glibc_has(build: Build) -> None:
-    """Of the first version for this machine; and without a version, so weakly, what moved into libc later."""
+    """Symbols have the first version for this machine. Those that moved into libc later are weak, without a version."""
     oldest = {"x86_64": "GLIBC_2.2.5", "aarch64": "GLIBC_2.17"}[platform.machine()]
     moved = {"__libc_dlopen_mode", "__libc_dlsym", "clock_gettime", "dlclose", "dlerror", "dlopen", "dlvsym"}
     versions = needed(build.shim)
@@ -51,14 +51,14 @@ def test_takes_no_more_where_compilers_harden_by_themselves(build: Build, tmp_pa
 
 
 def test_tells_the_time_where_libc_does_not(build: Build, held: Agent, tmp_path: Path) -> None:
-    """Before glibc 2.17 a program has no clock_gettime unless it loads librt."""
+    """A program with a glibc before 2.17 has no clock_gettime unless it loads librt."""
     lacking = tmp_path / "libfgpu.so"
     lacking.write_bytes(build.shim.read_bytes().replace(b"\0clock_gettime\0", b"\0clock_gettimX\0"))
     assert "clock_gettimX" in output("nm", "-D", lacking)
     held.do("stop")
     script = "begun = time.monotonic(); print(alloc(MiB), 1.5 < time.monotonic() - begun < 4)"
     said, _ = held.run(SYSTEM_PYTHON, "-c", PREAMBLE + script, libraries=(lacking,))
-    assert said == "2 True\n", "nobody answers, and its deadline of 2 s passes"
+    assert said == "2 True\n", "without an answer, its deadline of 2 s passes"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_every_hook_is_an_export_of_its_library(build: Build) -> None:
 
 
 def test_small(build: Build) -> None:
-    """It is mapped into every program of a container."""
+    """The shim is small, because it is mapped into every program of a container."""
     assert sum(int(x) for x in output("size", build.shim).splitlines()[1].split()[:3]) < 128 << 10
 
 

@@ -1,7 +1,7 @@
-"""What the shim asks of the driver on its own, beside a capture in the mode that forbids most: it breaks none.
+"""The shim's own calls of the driver break no capture, even in the mode that forbids most.
 
-A real driver was asked which questions are harmless there (tests/sim/conformance_h200.txt, section `asides`); the
-simulated one answers as it did. All others are asked in relaxed mode, and none of a stream that captures.
+A real driver was asked which calls are harmless there (tests/sim/conformance_h200.txt, section `asides`), and the
+simulated one answers as it did. All other calls are made in relaxed mode, and none concerns a stream that captures.
 """
 
 import re
@@ -15,8 +15,8 @@ from tests.shim.shim_kit import ROOT, Simulator
 
 GIB = 1 << 30
 
-# Every call that may be made in whatever mode the program's thread is in, and the recorded lines that say so: how the
-# call ended and the capture, or how the capture went on and ended.
+# Every call that may be made in any mode of the program's thread, and the recorded lines that say so: how the call and
+# the capture ended, or how the capture continued and ended.
 HARMLESS = {
     "cuThreadExchangeStreamCaptureMode": [r"capture\.exchanged\.nothing 0 0 1 0 1 0"],
     "cuStreamIsCapturing": [
@@ -33,10 +33,10 @@ HARMLESS = {
     "cuDevicePrimaryCtxGetState": [r"asides\.(aside|blocking)\.primary 0 0"],
 }
 
-# Made by no test here: in one function with calls that are, and so in the same mode.
+# Made by no test here: in one function with calls that are made, and so in the same mode.
 BESIDE = {
     "cuDeviceGetUuid": "cuDeviceGetUuid_v2",  # which older drivers lack
-    "cuEventDestroy_v2": "cuEventCreate",  # where too many events were made in contexts that lie idle
+    "cuEventDestroy_v2": "cuEventCreate",  # if too many events were made in idle contexts
     "cuGraphChildGraphNodeGetGraph": "cuGraphNodeGetType",  # the simulated driver has no graphs in graphs
 }
 
@@ -61,7 +61,7 @@ def captured(*calls):
 
 
 def both(simulator: Simulator, verb: Callable[..., None], turn: int) -> None:
-    """A budget so large that a stream's launches stay without an event until somebody wants one."""
+    """Set a budget so large that a stream's launches have no event until another thread needs one."""
     for device in (3, 4):
         simulator.agent.do("limit", device=device, limit=GIB)
         verb(simulator.agent, turn, device=device, budget=1_000_000_000)
@@ -70,7 +70,7 @@ def both(simulator: Simulator, verb: Callable[..., None], turn: int) -> None:
 @pytest.mark.parametrize("flags", [0, 1], ids=["blocking", "aside"])
 @pytest.mark.parametrize("gated", [False, True], ids=["free", "gated"])
 def test_a_capture_outlives_launches_on_every_device(simulator: Simulator, flags: int, gated: bool) -> None:
-    """In one thread of a program with two devices; the default stream of the capturing one only where that may be."""
+    """One thread uses two devices. It uses the capturing device's default stream only where the driver allows it."""
     both(simulator, unlock, 1 if gated else 0)
     own = "" if flags == 0 else ", lambda: launch(f)"
     script = f"""
@@ -88,7 +88,7 @@ need("cuCtxSynchronize")"""
 @pytest.mark.parametrize("devices", ["", SECOND], ids=["one device", "two"])
 @pytest.mark.parametrize("name", ["cuMemAllocAsync", "cuMemAllocAsync_ptsz"])
 def test_a_thread_without_a_context_breaks_no_capture(simulator: Simulator, name: str, devices: str) -> None:
-    """The driver refuses its call before it looks at captures, so nothing that was asked before may have harmed one."""
+    """The driver refuses the call before it looks at captures, so the shim's earlier calls must not break one."""
     both(simulator, unlock, 1)
     script = f"""
 def other():
@@ -101,7 +101,7 @@ out(*captured(beside)); out(*captured(beside))"""
 
 
 def test_what_may_harm_is_asked_in_relaxed_mode(simulator: Simulator) -> None:
-    """Whatever the program does: with a capture that goes on, at gates that close, with pools, graphs and contexts."""
+    """The program captures, waits at gates that close, and uses pools, graphs and contexts."""
     both(simulator, unlock, 1)
     process = simulator.start(
         KIT

@@ -1,4 +1,4 @@
-"""A call that the driver will refuse for want of a context takes no room from other processes: none is asked for it."""
+"""A call that the driver refuses without a context takes no room from other processes: nothing is requested for it."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def each():
             L.cuMemAllocAsync(C.byref(p), n, None), L.cuMemAllocAsync_ptsz(C.byref(p), n, None)]
 L.cuInit(0)
 """
-# How a thread comes to have no context, or one that has ended; a pool has been used before.
+# Ways in which a thread has no context, or one that has ended. A pool has been used before.
 WAYS = {
     "none": ("pass", NONE),
     "released": ("L.cuDevicePrimaryCtxRelease_v2(0)", GONE),

@@ -1,4 +1,4 @@
-"""The first use of a device waits for the agent, which decides whether the limit counts there: so long, no longer."""
+"""The first use of a device waits for the agent's decision whether the limit counts there, and no longer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_of_another_device_nothing_is_waited_for(held: Agent, limit: int) -> Non
 
 
 def pending_group(agent: Agent) -> None:
-    """A group whose limit came after the program's hello, so the program has no page of it."""
+    """Add a group whose limit came after the program's hello, so the program has no page of it."""
     agent.do("knobs", outer=1)
     agent.do("limit", level=1, limit=GIB, flags=UNCOMMITTED << DEVICE)
 

@@ -1,4 +1,4 @@
-"""What is in flight on a gated device, on the simulated driver: bounded, drained, told; the program notices nothing."""
+"""Work in flight on a gated device of the simulated driver: bounded, drained, reported, unnoticed by programs."""
 
 import time
 
@@ -9,7 +9,7 @@ from tests.shim.shim_kit import Simulator
 
 
 def test_work_in_flight_is_bounded(simulator: Simulator) -> None:
-    """1,009 kernels of 0.2 ms given without waiting: at most a budget and a batch of them are in flight."""
+    """1,009 kernels of 0.2 ms are launched without waiting: at most a budget and a batch of them are in flight."""
     agent = simulator.agent
     unlock(agent, 1, budget=4_000_000)
     process = simulator.start(
@@ -27,7 +27,7 @@ out("given"); line(); need("cuStreamSynchronize", s); out("done"); line()"""
     while (now := page(agent))["launches"] < 1110:
         seen.append(now["in_flight"])
     assert len(seen) > 10
-    assert max(seen) <= 40, max(seen)  # 4 ms are 20; a guess may be half of what it should be on a busy machine
+    assert max(seen) <= 40, max(seen)  # 4 ms are 20; on a busy machine, an estimate may be half of the right value
     assert said(process) == ["given"]
     tell(process)
     assert said(process) == ["done"]
@@ -39,7 +39,7 @@ out("given"); line(); need("cuStreamSynchronize", s); out("done"); line()"""
 @pytest.mark.timed
 @pytest.mark.parametrize("streams", [1, 7])
 def test_a_drain_is_short_and_told(simulator: Simulator, streams: int) -> None:
-    """Turn by turn: closed while it launches as fast as it can, it soon says that all is done, and is right."""
+    """The gate closes at each turn of a program that launches at full speed. It soon reports a correct drain."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -66,7 +66,7 @@ need("cuCtxSynchronize"); out(n)"""
         before = now["launches"]
         time.sleep(0.005)
         assert page(agent)["launches"] == before
-    assert sorted(drains)[5] < 0.02, drains  # 2 ms are the budget; unbounded it would be seconds
+    assert sorted(drains)[5] < 0.02, drains  # 2 ms are the budget; without a bound it would be seconds
     tell(process)
     unlock(agent, 13)
     assert said(process) == [page(agent)["launches"]]
@@ -105,7 +105,7 @@ out("done"); line()"""
 
 
 def test_a_turn_begins_with_its_first_launch_and_ends_with_its_last_kernel(simulator: Simulator) -> None:
-    """As the page says it: not when the gate was opened, nor when somebody read that all has drained."""
+    """The page shows the first launch and the last kernel, not when the gate opened or when the drain was read."""
     agent = simulator.agent
     shut(agent, 1)
     process = simulator.start(
@@ -157,7 +157,7 @@ out(rests, sum(between[1:])); line()"""
 
 
 def test_a_program_that_goes_step_by_step_does_not_rest(simulator: Simulator) -> None:
-    """What passes between an end that it waited for and its next launch belongs to it, unless that is long."""
+    """The time between an end that it waited for and its next launch counts as the program's, unless it is long."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -172,14 +172,14 @@ out(*gaps); line()"""
     )
     gaps = said(process)
     now = until(agent, launches=401, in_flight=0)
-    assert sorted(gaps)[len(gaps) // 2] < 50_000  # else this machine cannot say
+    assert sorted(gaps)[len(gaps) // 2] < 50_000  # else this machine is too slow to tell
     assert now["idle"] <= 3_000_000 + 2 * sum(ns for ns in gaps if ns > 50_000)
     tell(process)
     end(process)
 
 
 def test_a_driver_that_answers_late_harms_nobody(simulator: Simulator) -> None:
-    """A thread is in there for longer than its turn lasts, and the others go on: what they count stays right."""
+    """A thread is in the driver for longer than its turn, and others continue: their counts stay right."""
     agent = simulator.agent
     unlock(agent, 1)
     program = agent.build.compile("threads.c", "threads", "-ldl", "-lpthread")
@@ -210,9 +210,9 @@ def both():
 """  # a kernel on each of two devices that runs until the other does
 
 
-@pytest.mark.timeout(60)  # it would for ever
+@pytest.mark.timeout(60)  # a failure would never end
 def test_a_launch_does_not_wait_for_what_waits_for_it_where_no_room_is(simulator: Simulator) -> None:
-    """The first twin is known to take longer than the budget; another kernel is launched before its twin is."""
+    """The first kernel is known to take longer than the budget. Another kernel is launched before its twin."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -230,7 +230,7 @@ out("warm"); go(0, twins[0]); go(0, f); go(1, twins[1]); both(); out("done"); li
 
 
 def test_a_launch_does_not_wait_for_what_waits_for_it_at_a_gate_that_opens(simulator: Simulator) -> None:
-    """The work before it does not end: it says that it waits all the same, and goes on when it may."""
+    """The work before it does not end. The thread still reports that it waits, and continues when it may."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -253,7 +253,7 @@ go(0, twins[0]); out("given"); line(); go(0, f); go(1, twins[1]); both(); out("d
 
 
 def test_a_program_that_does_not_look_is_told_by_the_clock(simulator: Simulator) -> None:
-    """Nothing says that its work has ended; the page says when it should have."""
+    """No call shows that its work has ended. The page says when it should have."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -273,7 +273,7 @@ launch(f, s); at = time.monotonic_ns(); out(at); line()"""
 
 
 def test_nothing_is_recorded_on_a_stream_that_was_drawn_into_a_capture(simulator: Simulator) -> None:
-    """It has launches that no event is behind yet: they are told when the capture is over."""
+    """It has launches without an event. They are reported when the capture is over."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -305,7 +305,7 @@ thread.join(); out("done")"""
 
 
 def test_forks_carry_nothing_on(simulator: Simulator) -> None:
-    """The child has nothing in flight, and no page of its parent's."""
+    """The child has nothing in flight, and no page of its parent."""
     agent = simulator.agent
     unlock(agent, 3)
     script = """
@@ -323,7 +323,7 @@ os.wait(); out(os.getpid() and 1); line(); need("cuCtxSynchronize"); out("done")
 
 
 def test_the_program_finds_all_as_it_left_it(simulator: Simulator) -> None:
-    """Current context, capture mode and events are its own, whatever was recorded in between."""
+    """Current context, capture mode and events stay the program's, whatever was recorded meanwhile."""
     agent = simulator.agent
     unlock(agent, 1)
     script = """
@@ -374,7 +374,7 @@ need("cuCtxDestroy_v2", d); out("ended"); line()"""
 
 @pytest.mark.parametrize("budget", [pytest.param(4_000_000, id="marked"), pytest.param(400_000_000, id="unmarked")])
 def test_what_a_green_context_was_given_outlives_it(simulator: Simulator, budget: int) -> None:
-    """It drains as all else does, and nothing is done in a context that has ended."""
+    """Its work drains as all other work, and nothing is done in a context that has ended."""
     agent = simulator.agent
     unlock(agent, 1, budget=budget)
     script = """

@@ -1,4 +1,4 @@
-"""The gate, on the simulated driver: who waits, for how long, and that nothing but launches does."""
+"""Tests of the gate with the simulated driver: which threads wait and how long, and that only launches wait."""
 
 import time
 
@@ -45,7 +45,7 @@ f, s = kernel(1), stream(); e = exec_of(f, 3, s); config = Config((1, 1, 1, 1, 1
 out("ready"); line(); r = {CALLS[call]}; out(r, C.get_errno()); line(); need("cuCtxSynchronize"); out("done")"""
     )
     assert said(process) == ["ready"]
-    assert page(agent)["launches"] == 0  # captured kernels are none
+    assert page(agent)["launches"] == 0  # captured kernels do not count
     shut(agent, 4)
     tell(process)
     assert until(agent, waiting=1, drained=4)["in_flight"] == 0
@@ -97,7 +97,7 @@ out(r, n.value); line(); need("cuCtxSynchronize"); out("done")"""
 
 
 def test_a_capture_goes_on_at_a_closed_gate(simulator: Simulator) -> None:
-    """In the strictest mode, while other threads launch, drain and wait: what is captured does not wait, nor break."""
+    """Captured launches in the strictest mode neither wait nor break, while other threads launch, drain and wait."""
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -184,7 +184,7 @@ out("ready"); r = launch(f); signal.setitimer(signal.ITIMER_REAL, 0); out(r, C.g
 
 
 def test_a_lone_thread_drains_its_other_devices_too(simulator: Simulator) -> None:
-    """It waits at one closed gate; what it has given to the device of another is told when that is done."""
+    """It waits at one closed gate. Its work on another device is reported when that is done."""
     agent = simulator.agent
     unlock(agent, 1)
     unlock(agent, 1, device=4)

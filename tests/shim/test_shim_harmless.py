@@ -1,4 +1,4 @@
-"""Programs that have nothing to do with CUDA, or a driver and no agent: nobody notices the shim."""
+"""The shim has no effect on programs without CUDA, or with a driver and no agent."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""The heap of device code: asked for before the first launch of code that calls malloc, where its limit was raised."""
+"""The heap of device code is requested before the first launch of code that calls malloc, if its limit was raised."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ f = function(load(MALLOC), "mal")
 
 
 def test_the_first_launch_is_asked_for(simulator: Simulator) -> None:
-    """Once, with what the limit is by then, and of no code that calls no malloc."""
+    """It is requested once, with the limit of that moment, and not for code without malloc."""
     script = """
 out(heap(100 * MiB), heap(32 * MiB + 1), launch(of(100)), launch(f), launch(f), heap(64 * MiB))
 need("cuDevicePrimaryCtxReset_v2", 0); out(1)
@@ -25,7 +25,7 @@ need("cuDevicePrimaryCtxReset_v2", 0); out(1)
 
 
 def test_what_does_not_fit_is_refused_as_the_driver_does(simulator: Simulator) -> None:
-    """And nothing that was granted for the same launch stays."""
+    """The memory that was granted for the same launch is released."""
     script = """
 g = function(load(MALLOC.replace("{", "{ .local .align 16 .b8 buf[4096];")), "mal")
 out(heap(2 * GiB), launch(f), launch(g), launch(of(100)), heap(20 * MiB), launch(f))

@@ -1,4 +1,4 @@
-"""No function of the driver that allocates, launches or shows memory without somebody having decided about it."""
+"""A decision exists for every function of the driver that allocates, launches or shows memory."""
 
 import re
 import shutil
@@ -39,7 +39,7 @@ def test_all_lists_at_once() -> None:
 
 
 def test_lists_of_several_generations() -> None:
-    """Of headers and of the libraries themselves: from CUDA 11 to the first driver with limits of its own."""
+    """The lists cover headers and libraries, from CUDA 11 to the first driver with limits of its own."""
     for kind in ("cuda-driver", "nvml-driver"):
         branches = {path.stem.split("-")[2].split(".")[0] for path in LISTS if path.name.startswith(kind)}
         assert branches >= {"470", "535", "550", "570", "580", "595", "615"}
@@ -66,14 +66,14 @@ def test_each_list_has_what_matters(path: Path) -> None:
         assert len(lines) > 300
         return
     about, source = path.read_text().splitlines()[:2]
-    assert about.startswith(f"# {len(lines)} ")  # whole: as many as were written
+    assert about.startswith(f"# {len(lines)} ")  # the list is complete: as many lines as were written
     assert path.stem.split("-")[2] in about
     assert re.fullmatch(r"# from [\w.]+/\S+\.deb", source)
 
 
 @pytest.mark.parametrize("path", [p for p in LISTS if "lookup" in p.name], ids=lambda p: p.stem)
 def test_lookup_answers_with_exports_alone(path: Path) -> None:
-    """lookup.c knows a function that cuGetProcAddress hands out by the address of an export."""
+    """The program lookup.c knows a function that cuGetProcAddress returns by the address of an export."""
     exports = {line[0] for line in listed(path.with_name(path.name.replace("lookup", "driver")))}
     lines = listed(path)
     assert {given for line in lines for given in line[1:]} <= exports
@@ -104,7 +104,7 @@ def test_simulated_libraries(build: Build, tmp_path: Path) -> None:
 
 
 def test_stand_ins(build: Build) -> None:
-    """Exports are read from the file itself: this one has a name that is nobody's."""
+    """Exports are read from the file itself, which has a name that no list has."""
     done = check(build.folder / "driver" / "libcuda.so.1")
     assert done.stdout == "libcuda.so.1: cuLaunchKernel_fake: neither hooked nor decided about\n"
 
@@ -190,7 +190,7 @@ def test_a_name_of_tomorrow_is_noticed(tmp_path: Path, name: str) -> None:
 
 
 def test_what_a_header_tells_by_its_structs(build: Build, tmp_path: Path) -> None:
-    """A function that writes a pid or an amount of memory is noticed, however it is called."""
+    """A function that writes a pid or an amount of memory is found by its structs, under any name."""
     header = (build.headers / "nvml.h").read_text(errors="replace")
     (tmp_path / "nvml.h").write_text(header)
     assert check(tmp_path / "nvml.h").returncode == 0

@@ -96,7 +96,7 @@ def test_closed_when_nobody_answers(agent: Agent) -> None:
 
 
 def test_under_a_removed_directory_that_a_container_has_mounted_memory_is_refused(agent: Agent) -> None:
-    """An agent was there, and it is not known that it left on purpose: another one would not be heard."""
+    """An agent ran there, and may not have left on purpose. The container could not reach another agent."""
     agent.do("orphan")
     assert agent.python("out(alloc(1), info()[1])") == [[OOM, 0]]
 
@@ -160,7 +160,7 @@ def test_a_usage_page_of_another_version_is_no_answer(agent: Agent) -> None:
 @pytest.mark.parametrize("what", ["answer", "control", "usage"])
 @pytest.mark.parametrize("ahead", [-2, -1, 0, 1, 2])
 def test_versions_that_do_not_know_each_other_refuse_and_say_so(agent: Agent, what: str, ahead: int) -> None:
-    """F16: an agent so many layouts older or newer; none of them is guessed at."""
+    """F16: an agent has an older or newer layout, which the shim does not guess at."""
     layout = int(re.findall(r"#define FGPU_LAYOUT (\d+)", (ROOT / "bpf/fgpu.h").read_text())[0])
     if what == "usage":
         agent.do("version", level=0, version=layout + ahead)

@@ -1,4 +1,4 @@
-"""Local memory of threads: asked for before the driver takes it, given back when it lets go of it."""
+"""Local memory of threads is requested before the driver takes it, and released when the driver frees it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_functions_that_fit_ask_for_nothing(simulator: Simulator) -> None:
 
 
 def test_what_is_known_of_functions_ends_with_what_made_it_so(simulator: Simulator) -> None:
-    """A smaller limit, a reset context, code whose function has the place of another one's."""
+    """A smaller limit, a reset context, or a function at the place of another one."""
     script = """
 f = of(4096); out(launch(f), launch(f), stack(1024), launch(f), launch(f))
 need("cuDevicePrimaryCtxReset_v2", 0); context(); f = of(4096); out(launch(f))
@@ -93,7 +93,7 @@ out(len(seen) < 40)
 
 
 def test_each_context_has_an_area_of_its_own(simulator: Simulator) -> None:
-    """Kernels of a library have one handle for all of them."""
+    """Kernels of a library have one handle for all contexts."""
     script = """
 k = entry(library(local(4096))); out(*[launch(k) for _ in range(3)])
 inner = another(); innermost = another(); out(*[launch(k) for _ in range(3)])
@@ -105,7 +105,7 @@ need("cuCtxDestroy_v2", inner); out(launch(k))
 
 
 def test_captured_launches_are_asked_for(simulator: Simulator) -> None:
-    """In the strictest mode, which nothing that is asked breaks."""
+    """A capture in the strictest mode is not broken by the shim's own calls."""
     script = """
 f, s, g = of(4096), stream(), C.c_void_p(); need("cuStreamBeginCapture_v2", s, 0)
 out(launch(f, s), launch(f, s)); need("cuStreamEndCapture", s, C.byref(g))
@@ -163,7 +163,7 @@ CHANGED = {
 @pytest.mark.parametrize("name", CHANGED)
 @pytest.mark.parametrize("fits", [True, False])
 def test_nodes_that_change_are_asked_for(held: Agent, name: str, fits: bool) -> None:
-    """Of the stand-in for the driver, whose functions all have 2 KiB."""
+    """The stand-in for the driver has functions that all need 2 KiB."""
     script = "c, f = C.c_void_p(), C.c_void_p(0x5000); L.cuDevicePrimaryCtxRetain(C.byref(c), 0)\n" + NODES
     held.do("limit", limit=GIB if fits else 1)
     assert held.python(script + f"C.set_errno(7); out(L.{name}({CHANGED[name]}), C.get_errno())") == [
@@ -210,7 +210,7 @@ need("cuCtxDestroy_v2", inner); need("cuDevicePrimaryCtxRelease_v2", 0); out(1)
 
 
 def test_threads_that_launch_one_function_first_ask_once(simulator: Simulator) -> None:
-    """The second one would be refused: it fits once."""
+    """A second request would be refused, because only one fits."""
     script = """
 f = of(16 << 10); gate = threading.Barrier(8); results = []
 def run(): need("cuCtxSetCurrent", c); gate.wait(); results.append(launch(f))
@@ -234,7 +234,7 @@ out(launch(f)); need("cuMemFreeAsync", p, None); need("cuCtxSynchronize"); out(l
 
 
 def test_errno_stays_the_program_s(held: Agent) -> None:
-    """The stand-in for the driver changes it wherever the shim asks for itself."""
+    """The stand-in for the driver changes errno whenever the shim calls it."""
     script = """
 c, f = C.c_void_p(), C.c_void_p(0x5000); L.cuDevicePrimaryCtxRetain(C.byref(c), 0); C.set_errno(77)
 out(L.cuLaunchKernel(f, 1, 1, 1, 1, 1, 1, 0, None, None, None), C.get_errno())

@@ -1,4 +1,4 @@
-"""Admission: what is asked, in which size, and what comes of the answer. The driver counts how often it is called."""
+"""Admission: what is requested, in which size, and the effect of the answer. The driver counts its calls."""
 
 import subprocess
 from pathlib import Path
@@ -213,7 +213,7 @@ out(alloc(1), dl.dlerror(), L.fake_calls())
 
 
 def test_a_wrapper_that_was_loaded_later_finds_what_follows_it(build: Build, held: Agent) -> None:
-    """Its RTLD_NEXT of a hooked name is the driver, found from where it stands: from where we stand it is itself."""
+    """RTLD_NEXT of a hooked name is the driver for the wrapper. Seen from the shim, it is the wrapper itself."""
     script = f"""
 G = C.CDLL("libcuda.so.1", C.RTLD_GLOBAL); W = C.CDLL("{build.folder}/next.so"); p = C.c_uint64()
 out(W.cuMemAlloc_v2(C.byref(p), C.c_size_t(8)), L.fake_calls(), W.next_calls())

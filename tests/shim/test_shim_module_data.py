@@ -1,4 +1,4 @@
-"""Variables of device code: asked for before the driver takes memory for them, given back when the code is unloaded."""
+"""Variables of device code are requested before the driver allocates them, and released when the code is unloaded."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ l = C.c_void_p(); need("cuLibraryLoadFromFile", C.byref(l), file(n), None, None,
 @pytest.mark.parametrize("way", USES)
 @pytest.mark.parametrize("made", MADE)
 def test_a_library_s_first_use_is_asked_for(simulator: Simulator, way: str, made: str) -> None:
-    """In each context; what the library is made of is not there by then."""
+    """Each context requests it, although the source of the library is gone by then."""
     script = f"""
 p, size, n = C.c_uint64(), C.c_size_t(), 5 * MiB; {MADE[made]}
 k = entry(l, "glob"); out(1); out(*[{USES[way]} for _ in range(2)])
@@ -89,7 +89,7 @@ need("cuDevicePrimaryCtxReset_v2", 0); out(1)
 
 
 def test_what_the_driver_refuses_is_given_back(simulator: Simulator) -> None:
-    """It has no room itself; and while a stream captures in the strictest mode nothing is unloaded."""
+    """The driver itself has no room; while a stream captures in the strictest mode, nothing is unloaded."""
     script = """
 m = load(data(5 * MiB)); s, g, n = stream(), C.c_void_p(), C.c_void_p()
 out(L.cuModuleLoadData(C.byref(n), data(100 * GiB).encode())); need("cuStreamBeginCapture_v2", s, 0)
@@ -101,7 +101,7 @@ out(L.cuModuleUnload(m)); L.cuStreamEndCapture(s, C.byref(g)); out(L.cuModuleUnl
 
 
 def test_more_modules_than_there_is_room_for(simulator: Simulator) -> None:
-    """The last ones are not asked for, and none is given back twice."""
+    """The last modules are not requested, and none is released twice."""
     script = "ms = [load(data(2 * MiB)) for _ in range(300)]; out(*{L.cuModuleUnload(m) for m in ms})"
     assert said(simulator, script) == [[0]]
     assert asked(simulator.agent) == [2 * MIB] * 256 + [-2 * MIB] * 256
@@ -115,7 +115,7 @@ def test_nothing_is_asked_where_no_limit_holds(simulator: Simulator, how: str) -
     assert asked(agent) == []
 
 
-# -- what is read of code
+# -- what is read from code
 
 
 def part(kind: int, content: bytes, flags: int = 0) -> bytes:
@@ -166,7 +166,7 @@ def test_what_is_read_of_code(simulator: Simulator, name: str) -> None:
 
 
 def test_no_byte_is_read_beyond_an_image(build: Build, tmp_path: Path) -> None:
-    """Images with any bytes changed or missing, under sanitizers, in memory that ends where they do."""
+    """Images with changed or missing bytes are read under sanitizers, in memory that ends where they end."""
     folders = (f"-I{ROOT / 'shim'}", f"-I{ROOT / 'bpf'}")
     program = build.compile("image.c", "image", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *folders)
     for n, (image, _) in enumerate(IMAGES.values()):

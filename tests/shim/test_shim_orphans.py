@@ -1,4 +1,4 @@
-"""A request that fits but for memory of ended processes waits for that: as long as it may help, and no longer."""
+"""A request that fits but for memory of exited processes waits for that memory, as long as it may help."""
 
 import subprocess
 import time
@@ -15,7 +15,7 @@ EMPTY = {"limit": GIB, "used": GIB // 2}
 
 
 def asked(agent: Agent, kind: int = MEMORY) -> list[bool]:
-    """Of each question of the kind, whether it was patient."""
+    """Return for each request of the kind whether it was patient."""
     return [bool(c["flags"] & PATIENT) for c in agent.calls(kind)]
 
 
@@ -35,7 +35,7 @@ def test_what_is_not_let_go_in_time_refuses(held: Agent, age_ms: int) -> None:
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM
     assert ms <= 4000 - age_ms + 100
-    assert held.do("look")["refused"] == 1  # once: the last question alone
+    assert held.do("look")["refused"] == 1  # counted once, for the last request
     assert asked(held)[-1] is False
 
 
@@ -59,7 +59,7 @@ def test_does_not_wait_where_it_cannot_help(held: Agent, why: str) -> None:
 
 def test_a_level_that_only_observes_is_not_waited_for(held: Agent) -> None:
     held.do("limit", **FULL, flags=OBSERVE)
-    assert held.python("out(alloc(256 * MiB))") == [[OOM]]  # said by this kernel all the same
+    assert held.python("out(alloc(256 * MiB))") == [[OOM]]  # counted by this kernel all the same
     assert asked(held) == [False]
 
 
@@ -108,7 +108,7 @@ def test_while_an_agent_is_replaced_it_is_waited_for(held: Agent) -> None:
 
 
 def test_a_pool_that_asks_twice_waits_once(held: Agent) -> None:
-    """It asks for less where it is refused a whole block; both questions together have the time of one."""
+    """The pool asks for less if a whole block is refused. Both requests together have the time of one."""
     held.do("limit", **{**FULL, "age_ms": -100_000})
     result, ms = call_while(held, "new(256 * MiB)", setup=POOLS)
     assert result == OOM
@@ -142,7 +142,7 @@ def call():
 
 
 def test_many_that_wait_share_what_comes(held: Agent) -> None:
-    """Eight threads for room of four: each that fits is admitted, and those that do not are refused in time."""
+    """Eight threads want room for four: those that fit are admitted, and the others are refused in time."""
     held.do("limit", **{**FULL, "age_ms": 3000})
     script = """
 got = []

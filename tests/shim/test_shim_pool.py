@@ -1,4 +1,4 @@
-"""Stream-ordered allocation: blocks are admitted, spending them costs no question, and what is not held goes back."""
+"""Stream-ordered allocation: blocks are admitted, using them needs no request, and unused ones are released."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ out(L.fake_queries())"""
 
 
 def test_what_one_stream_freed_is_no_credit_of_another(held: Agent) -> None:
-    """Eight streams want 200 MiB each and free it, and nobody waits: five fit."""
+    """Eight streams allocate 200 MiB each and free it, without waiting: five fit."""
     script = (
         POOLS
         + """
@@ -90,7 +90,7 @@ out(n, new({size}), L.fake_reserved(0))"""
 
 @pytest.mark.parametrize(("limit", "size"), [(100 * MIB, 2 * MIB), (505 * MIB, 2 * MIB)])
 def test_near_the_limit_what_is_in_use_counts(held: Agent, limit: int, size: int) -> None:
-    """A whole block no longer fits, but what the program wants does."""
+    """A whole block no longer fits, but what the program needs does."""
     held.do("limit", limit=limit)
     script = (
         POOLS
@@ -151,7 +151,7 @@ def test_trimmed_at_a_synchronise_it_is_given_back_before_another_call_is_refuse
 
 
 def test_held_but_unused_it_is_trimmed_before_another_call_is_refused(held: Agent) -> None:
-    """As the driver does itself when a device is full."""
+    """The shim trims a pool, as the driver itself does when a device is full."""
     script = (
         POOLS
         + """
@@ -176,7 +176,7 @@ def test_without_pools_a_refusal_is_asked_for_once(held: Agent) -> None:
 
 
 def test_a_pool_that_others_filled_is_measured(held: Agent) -> None:
-    """Streams that hold what they freed make a pool larger than what is in use."""
+    """Streams that keep what they freed make a pool larger than the bytes in use."""
     script = (
         POOLS
         + """
@@ -210,7 +210,7 @@ out(n, L.fake_queries() - n)"""
 
 
 def test_streams_that_share_a_place_do_not_share_credit(held: Agent) -> None:
-    """Ten streams hold 100 MiB each and want more than they hold: nothing is left for any of them."""
+    """Ten streams hold 100 MiB each and want more: there is no room for any of them."""
     script = (
         POOLS
         + """
@@ -239,7 +239,7 @@ def test_a_pool_that_is_far_beyond_its_grant_gets_no_more(held: Agent) -> None:
     assert held.python(script) == [[OOM]]
 
 
-# -- which pool
+# -- choice of a pool
 
 
 def test_a_pool_is_charged_to_its_own_device(held: Agent) -> None:
@@ -298,7 +298,7 @@ drop(q); L.cuMemPoolDestroy(V(a)); out(1)"""
 
 
 def test_what_is_left_of_destroyed_pools_refuses_nobody(held: Agent) -> None:
-    """Freed after their pool's end, which nobody sees: NVML knows what is still there."""
+    """Frees after the end of their pool are not seen. NVML knows what is still allocated."""
     script = (
         POOLS
         + """
@@ -336,7 +336,7 @@ ENDS = ("L.cuDevicePrimaryCtxReset_v2(0)", "L.cuDevicePrimaryCtxRelease_v2(0)", 
 
 @pytest.mark.parametrize("end", ENDS)
 def test_a_pool_outlives_every_context(held: Agent, end: str) -> None:
-    """As on the card: its memory stays, so its charge does, and is not given back even for a moment."""
+    """The pool's memory stays, as with a real driver, so its charge stays too, without any gap."""
     script = POOLS + f"p = new(200 * MiB); {end}; out(drop(p)); L.cuCtxSynchronize(); out(L.fake_reserved(0))"
     assert held.python(script) == [[0], [0]]
     calls = [(c["kind"], c["bytes"]) for c in held.calls() if c["kind"] in (POOL, RELEASED)]
@@ -352,14 +352,14 @@ def test_what_was_freed_in_a_context_that_ended_goes_back(held: Agent, end: str)
 
 @pytest.mark.parametrize("end", ENDS)
 def test_what_a_stream_of_an_ended_context_freed_serves_any_other(held: Agent, end: str) -> None:
-    """The pool keeps it, so nothing more is asked for and nothing is trimmed."""
+    """The pool keeps it, so nothing is requested and nothing is trimmed."""
     script = POOLS + f"p = new(600 * MiB, 3); L.fake_lazy(1); drop(p, 3); {end}\n"
     assert held.python(script + "out(results([new(600 * MiB, 4)]), L.fake_trims())") == [[[0], 0]]
     assert grants(held) == [608 * MIB]
 
 
 def test_other_processes_find_no_room_while_a_context_ends(held: Agent) -> None:
-    """A pool that holds all of a limit holds it before, during and after."""
+    """A pool that holds all of a limit holds it before, during and after the end."""
     script = POOLS + "p = new(960 * MiB); [L.cuDevicePrimaryCtxReset_v2(0) for _ in range(20)]; out(p > 1000)"
     assert held.python(script) == [[True]]
     assert given_back(held) == []
@@ -485,7 +485,7 @@ out(alloc(1))"""
 
 
 def test_pools_and_graphs_are_free_of_undefined_behaviour(build: Build, held: Agent, tmp_path: Path) -> None:
-    """The library again, built to die of the first undefined operation."""
+    """The library is built again, so that the first undefined operation aborts."""
     trapping = build.make(tmp_path, "CFLAGS=-O2 -g -fsanitize=undefined -fsanitize-undefined-trap-on-error")
     script = (
         POOLS

@@ -1,7 +1,7 @@
-"""The whole shim under sanitizers, on the simulated driver under the same: programs/storm.c does everything at once.
+"""The whole shim and the simulated driver under sanitizers: programs/storm.c does everything at once.
 
-Where there is a gatekeeper it is inside that program, which writes pages where the shim reads them: ThreadSanitizer
-takes two mappings of one page for two places.
+If there is a gatekeeper, it is inside that program and writes pages where the shim reads them, because ThreadSanitizer
+takes two mappings of one page for different memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(bool(os.geteuid()), reason="mount namespaces need root"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="probe symbols are diverted in x86-64"),
     pytest.mark.slow,
-    pytest.mark.flaky(reruns=0),  # what was found once is there
+    pytest.mark.flaky(reruns=0),  # an error that was found once is real
 ]
 PROGRAMS = HERE / "programs"
 THREADS, DEADLINE = 6, 120
@@ -37,7 +37,7 @@ Scale = Callable[[int, int, int], int]
 
 @dataclass(frozen=True)
 class Under:
-    """What one sanitizer needs to look on: the parts built for it."""
+    """One sanitizer and the parts that are built for it."""
 
     by: Sanitizer
     storm: Path
@@ -46,10 +46,10 @@ class Under:
     def run(
         self, shim: Path, reports: Path, milliseconds: int, image: str | None = None, late: bool = False
     ) -> dict[str, int]:
-        """A storm; `image`: it brings this limit and nobody else decides, else there is a gatekeeper within it.
+        """Run a storm. `image`: this limit is in the image and there is no gatekeeper; else the program has one inside.
 
-        `late`: the driver takes longer now and then than a turn lasts, and pages are given once: whoever is in it for
-        so long would else come back to others.
+        `late`: the driver now and then takes longer than a turn lasts, and pages are given once, because pages of a
+        thread that is in the driver for so long would otherwise go to others.
         """
         inside = [] if image else [shim, NEVER if late else HELLO_MS]
         variables = {
@@ -84,7 +84,10 @@ class Under:
 
     @contextmanager
     def _driver(self, reports: Path, image: str | None) -> Iterator[list[str]]:
-        """A simulated driver in a mount namespace; what leads a command there. Its own faults are reported too."""
+        """Run a simulated driver in a mount namespace. Yield the start of a command line in it.
+
+        Errors of the driver are reported too.
+        """
         setup = "mount -t tmpfs -o mode=755 none /run; "
         if image:
             etc = reports / "etc"
@@ -123,7 +126,7 @@ def under(request: pytest.FixtureRequest) -> Under:
 
 
 def test_nothing_is_found_while_pages_change(under: Under, tmp_path: Path, scale: Scale) -> None:
-    """Limits, gates, budgets and lists change every few milliseconds, and pages are given anew by each hello."""
+    """Limits, gates, budgets and lists change every few milliseconds, and each hello gives new pages."""
     counts = under.run(under.by.folder / "shim" / "libfgpu.so", tmp_path, scale(0, 4000, 60_000))
     print(under.by.name, counts)
     assert counts["hellos"] > counts["forks"] + 1
@@ -138,12 +141,12 @@ def test_nothing_is_found_where_the_image_decides(under: Under, tmp_path: Path, 
 
 @pytest.mark.skipif(not IS_FULL, reason="a driver that takes its time: ./dev test full")
 def test_nothing_is_found_where_the_driver_answers_late(under: Under, tmp_path: Path) -> None:
-    """A thread's turn runs out while it is in the driver, and then two of them see to what is in flight."""
+    """A thread's turn ends while it is in the driver, and then two threads handle the work in flight."""
     counts = under.run(under.by.folder / "shim" / "libfgpu.so", tmp_path, 60_000, late=True)
     assert counts["launches"]
 
 
-# Those whose programs preload nothing else, which would be there before what a sanitizer needs.
+# Programs that preload nothing else, which would come before what a sanitizer needs.
 SUITE = ("array", "capture", "flight", "gate", "graph", "memory", "pool", "simulator", "view")
 
 
@@ -171,7 +174,7 @@ def test_nothing_is_found_in_the_suite(under: Under, tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Plant:
-    """A fault, put into a copy of the shim, and what is said of it."""
+    """An error that is put into a copy of the shim, and the report that it must cause."""
 
     by: Sanitizer
     file: str
@@ -198,7 +201,7 @@ PLANTS = {
         NOWHERE + "volatile int n = 0x7fffffff; n = n + 1;\n",
         "signed integer overflow",
     ),
-    # What was found in it once.
+    # Errors that sanitizers have found in it.
     "flags": Plant(
         THREAD,
         "account/admit.c",

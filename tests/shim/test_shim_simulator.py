@@ -1,4 +1,4 @@
-"""The shim on the simulated driver: the whole of a driver's life, seen by a program and by nvidia-smi."""
+"""The shim with the simulated driver: the whole life of a driver, as a program and nvidia-smi see it."""
 
 import re
 
@@ -53,7 +53,7 @@ for make in kinds:
 
 
 def test_a_stream_takes_the_share_and_no_more(simulator: Simulator) -> None:
-    """The simulated pool grows by 32 MiB and gets smaller when somebody waits, as a real one was seen to."""
+    """The simulated pool grows by 32 MiB and shrinks when a thread waits, as a real one does."""
     script = (
         CONTEXT
         + """

@@ -1,4 +1,4 @@
-"""What the shim adds to calls that take the driver half a microsecond. The stand-in takes next to nothing."""
+"""The time that the shim adds to calls which take the driver half a microsecond. The stand-in takes almost none."""
 
 import subprocess
 
@@ -17,7 +17,7 @@ def figures(text: str) -> list[float]:
 @pytest.mark.parametrize("size", [4096, 4 * MIB, 100 * MIB])
 @pytest.mark.parametrize("more", [(), ("wait",), ("wait", "graph")], ids=["pools", "waits", "graphs"])
 def test_little_is_added(build: Build, held: Agent, size: int, more: tuple[str, ...]) -> None:
-    """A pair stays below 0.1 us with room for a busy machine: a measure or a question alone would be more."""
+    """A pair of calls takes less than 0.1 us on a busy machine: a measurement or a request would take more."""
     program = build.compile("speed.c", "speed", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1")
     command = [program, size, *more]
     environment = {"LD_LIBRARY_PATH": str(build.folder / "driver")}
@@ -32,12 +32,12 @@ def test_little_is_added(build: Build, held: Agent, size: int, more: tuple[str, 
 
 
 def test_an_open_gate_costs_one_look_at_the_clock(build: Build, held: Agent) -> None:
-    """Of a device that is scheduled, in a step that waits for its launches: no call of the driver is added."""
+    """A scheduled step that waits for its launches makes no additional call of the driver."""
     unlock(held, 1)
     program = build.compile("gated.c", "gated", f"-L{build.folder / 'driver'}", "-l:libcuda.so.1", "-rdynamic", "-ldl")
     launch_ns, wait_ns, clocks, clocks_waiting, exchanges = figures(held.run(program)[0])
     print(f"a launch {launch_ns} ns, a wait {wait_ns} ns")
     assert 0 < launch_ns < 1000
-    assert 0 < clocks <= 1.2  # now and then it looks for another gatekeeper
+    assert 0 < clocks <= 1.2  # sometimes it looks for another gatekeeper
     assert clocks_waiting <= 4
     assert exchanges == 0

@@ -1,4 +1,4 @@
-"""No agent, and a limit in the image: the shim holds the container's programs to it, together."""
+"""Standalone mode, without an agent and with a limit in the image: the shim limits the programs together."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ def test_what_is_freed_is_there_again(build: Build) -> None:
 
 
 def test_what_is_freed_in_the_order_of_a_stream_is_there_again(build: Build) -> None:
-    """Plain memory: the driver takes it. Managed memory it refuses, and that stays charged."""
+    """The driver takes plain memory. It refuses managed memory, which stays charged."""
     code = """
 p = C.c_uint64()
 def free(at): return L.cuMemFreeAsync(C.c_uint64(at), None)
@@ -193,7 +193,7 @@ out(r, e, made, before == fds(), info()[0])
 
 
 def test_every_failure_in_turn(build: Build) -> None:
-    """Each system call of the shim fails once: no memory at the most, and none beyond the limit."""
+    """Each system call of the shim fails once: at most the program gets no memory, and never more than the limit."""
     fresh = """
 for name in ("cuInit", "cuMemAlloc_v2", "cuMemGetInfo_v2"): getattr(L, name)
 pid = os.fork()
@@ -217,7 +217,7 @@ if pid: os.waitpid(pid, 0); os._exit(0)
 
 @pytest.fixture
 def image(agent: Agent) -> Iterator[Agent]:
-    """The fake agent's root, whose image says 700 MiB; nobody listens there."""
+    """Return the fake agent's root with an image that says 700 MiB. No gatekeeper listens."""
     script = "mkdir -p /run/etc/fgpu && cp /etc/ld.so.cache /run/etc && mount --bind /run/etc /etc && " + limit(
         "700MiB"
     )
@@ -249,7 +249,7 @@ def test_an_agent_that_comes_takes_over(image: Agent) -> None:
 
 
 def test_one_that_was_there_and_is_silent_leaves_no_memory(image: Agent) -> None:
-    """Its socket is left behind: the limit may have been tighter than the image's."""
+    """Its socket is left: the agent's limit may have been lower than the image's."""
     image.do("start")
     held = image.start_python(
         "out(alloc(512)); sys.stdin.readline(); time.sleep(1.05); out(alloc(800 * MiB), info()[2])"
@@ -277,12 +277,12 @@ alloc(512); out(alloc(800 * MiB), info()[2])"""
     assert process.communicate("\n", timeout=10)[0] == f"[{OOM}, {700 * MIB}]\n"
 
 
-# -- the books by themselves
+# -- the ledger alone
 
 
 @pytest.fixture(scope="module")
 def books(build: Build) -> Path:
-    """tests/shim/programs/ledger.c."""
+    """Build tests/shim/programs/ledger.c."""
     return build.compile("ledger.c", "ledger", f"-I{ROOT}/shim", f"-I{ROOT}/bpf", "-O2")
 
 

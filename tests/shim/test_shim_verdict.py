@@ -1,4 +1,4 @@
-"""The answer to one question: found where no other process of the level can write it, by pages of both kinds."""
+"""The answer to a request is read from a place that no other process of the level can write, on old and new pages."""
 
 import subprocess
 from collections.abc import Callable
@@ -14,7 +14,7 @@ TALK = "L.cuInit(0); out(os.getpid())\nfor line in sys.stdin: out(alloc(512))\n"
 
 @pytest.fixture
 def tagged(agent: Agent) -> Agent:
-    """As `held`, by a gatekeeper that gives each process a tag."""
+    """Return `held` with a gatekeeper that gives each process a tag."""
     agent.do("set", tagged=True)
     agent.do("start")
     return agent
@@ -30,7 +30,7 @@ def test_without_a_tag_it_is_asked_as_ever(held: Agent) -> None:
     assert {c["flags"] for c in held.calls()} == {0}
 
 
-# A process of the same level asks for nothing by the ticket that its neighbour will use next, and is admitted.
+# A process of the same level makes an admitted request with the ticket that its neighbour will use next.
 FORGE = """
 before, count = int(sys.argv[1]), int(sys.argv[2])
 S = C.CDLL("{shim}"); L.cuInit(0)
@@ -41,7 +41,7 @@ out(1)
 
 @pytest.mark.parametrize("kind", [MEMORY, MEMORY | TAGGED])
 def test_another_process_cannot_answer_for_it(build: Build, tagged: Agent, kind: int) -> None:
-    """The kernel is made to say nothing to the victim: all that stands on the page is of the forger."""
+    """The kernel does not answer the victim: everything on the page was written by the forger."""
     script = TALK.replace("alloc(512)", "alloc(512), os.getpid()")
     with tagged.start_python(script) as victim:
         pid = int(victim.stdout.readline().strip(" []\n"))
@@ -54,12 +54,12 @@ def test_another_process_cannot_answer_for_it(build: Build, tagged: Agent, kind:
 
 
 def test_a_tag_of_another_process_in_its_page_is_no_key(tagged: Agent) -> None:
-    """Of a gatekeeper that is wrong: refused, never another process's verdict."""
+    """A gatekeeper gives a wrong tag: the request is refused, and the verdict of the other process is not used."""
     with tagged.start_python(TALK) as program:
         pid = int(program.stdout.readline().strip(" []\n"))
         tagged.do("tag", pid=pid, tag=77)
         out, _ = program.communicate("\n", timeout=DEADLINE)
-    assert out == "[0]\n"  # after another hello, whose pages have the right one
+    assert out == "[0]\n"  # after another hello, whose pages have the right tag
     assert tagged.do("look")["hellos"] == 2
 
 
@@ -94,7 +94,7 @@ def test_a_gatekeeper_of_the_other_kind_takes_over(agent: Agent, first: bool) ->
 
 
 def test_an_older_kernel_side_behind_newer_pages_is_met_by_a_hello(tagged: Agent) -> None:
-    """A downgrade: its programs know no tags and answer where they always did, and its gatekeeper gives no tags."""
+    """The programs know no tags and answer at the old place after a downgrade, and the gatekeeper gives no tags."""
     with tagged.start_python(TALK) as program:
         program.stdout.readline()
         tagged.do("knobs", old=1)

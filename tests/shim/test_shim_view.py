@@ -1,4 +1,4 @@
-"""What a tenant sees: its share of a device, its own processes, and the driver's own errors."""
+"""The view of a tenant: its share of a device, only its own processes, and the driver's own errors."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ GIB, NO_LIMIT = 1 << 30, 2**64 - 1
         (12 * GIB, 0, 10 * GIB, 12 * GIB),  # the driver has less
         (64 * GIB, 0, 10 * GIB, 16 * GIB),
         (NO_LIMIT, 0, 10 * GIB, 16 * GIB),
-        (2 * GIB, 3 * GIB, 0, 3 * GIB),  # lowered below what is used
+        (2 * GIB, 3 * GIB, 0, 3 * GIB),  # lowered below the bytes in use
         (2 * GIB, 99 * GIB, 0, 16 * GIB),
         (0, 0, 0, 0),
     ],
@@ -33,7 +33,7 @@ VIEWS = "out(info()[1:], memory(0)[1:], memory2(0)[1:])"
 
 
 def test_the_narrowest_level_is_shown(held: Agent) -> None:
-    """What the group's other tenants hold is neither used nor free: reserved, where there is such a word."""
+    """Memory of the group's other tenants is neither used nor free, but reserved, if the function has such a field."""
     held.do("set", levels=2)
     held.do("limit", limit=8 * GIB, used=GIB)
     held.do("limit", level=1, limit=4 * GIB, used=3 * GIB)
@@ -45,15 +45,15 @@ def test_the_narrowest_level_is_shown(held: Agent) -> None:
     ("limit", "used", "shown"),
     [
         (8 * GIB, 3 * GIB, [8 * GIB, 0, 5 * GIB, 3 * GIB]),
-        (12 * GIB, GIB, [12 * GIB, GIB, 10 * GIB, GIB]),  # promised, and not there
-        (2 * GIB, 3 * GIB, [3 * GIB, 0, 0, 3 * GIB]),  # lowered below what is used
+        (12 * GIB, GIB, [12 * GIB, GIB, 10 * GIB, GIB]),  # granted, and not available
+        (2 * GIB, 3 * GIB, [3 * GIB, 0, 0, 3 * GIB]),  # lowered below the bytes in use
         (64 * GIB, 2 * GIB, [17 * GIB, 5 * GIB, 10 * GIB, 2 * GIB]),
         (NO_LIMIT, 2 * GIB, [17 * GIB, GIB, 10 * GIB, 6 * GIB]),  # the driver's own answer
         (0, 0, [0, 0, 0, 0]),
     ],
 )
 def test_the_second_version_adds_up(held: Agent, limit: int, used: int, shown: list[int]) -> None:
-    """Total, reserved, free, used, as the driver's own."""
+    """Total, reserved, free and used add up as the driver's own."""
     held.do("limit", limit=limit, used=used)
     assert held.python(NVML + "out(memory2(0))") == [[[0, *shown]]]
     assert shown[0] == sum(shown[1:])
@@ -65,7 +65,7 @@ AS_IT_IS = [[10 * GIB, 16 * GIB], [17 * GIB, 10 * GIB, 7 * GIB], [17 * GIB, GIB,
 
 @pytest.mark.parametrize("levels", [1, 2])
 def test_who_is_only_observed_sees_what_the_driver_shows(held: Agent, levels: int) -> None:
-    """Neighbours included, and with a limit below what is used."""
+    """The tenant sees its neighbours, and a limit below the bytes in use has no effect."""
     held.do("set", levels=levels, rows=ROWS)
     for level in range(levels):
         held.do("limit", level=level, limit=GIB, used=2 * GIB, flags=OBSERVES)
@@ -77,7 +77,7 @@ t = C.c_size_t(); out(L.cuDeviceTotalMem_v2(C.byref(t), 0), t.value)"""
 
 
 def test_an_observed_level_beside_one_that_enforces(held: Agent) -> None:
-    """As if it had no limit; whoever enforces is shown, and hides the neighbours."""
+    """The observed level counts as unlimited. The level that enforces is shown, and hides the neighbours."""
     held.do("set", levels=2, rows=ROWS)
     for observed, other in ((0, 1), (1, 0)):
         held.do("limit", level=observed, limit=GIB, used=GIB, flags=OBSERVES)
@@ -171,7 +171,7 @@ def test_too_little_room_says_how_much(held: Agent, room: int, result: list[Any]
 @pytest.mark.parametrize("version", ["", "_v2", "_v3"])
 @pytest.mark.parametrize("kind", ["Compute", "Graphics", "MPSCompute"])
 def test_every_list_of_every_version(held: Agent, kind: str, version: str) -> None:
-    """Whoever has memory is in the list of compute processes; the other lists are empty."""
+    """Processes with memory are in the list of compute processes. The other lists are empty."""
     name, shape = f"nvmlDeviceGet{kind}RunningProcesses{version}", "Info" if version else "Info1"
     pids = [41, 43] if kind == "Compute" else []
     count, *rows = listed(held, f'(lambda l: [l[1], *l[2]])(processes("{name}", {shape}, 8))')
@@ -221,7 +221,7 @@ def account(pid):
     ],
 )
 def test_what_names_processes_names_own_ones(held: Agent, call: str, result: list[Any]) -> None:
-    """And what is left out is wiped from the caller's array; not found is the driver's word for no such process."""
+    """Left-out processes are removed from the caller's array. The result is "not found" if there is no process."""
     held.do("set", rows=ROWS)
     assert held.python(NVML + FILTERED + f"out({call})") == [[result]]
     held.do("set", rows=[])

@@ -60,7 +60,7 @@ int sharing_child(int sock); /* what the other process of it does */
 void check_lookup(void);
 void check_nvml(void);
 void check_events(void);
-void check_unready(void); /* before cuInit, by anybody */
+void check_unready(void); /* before cuInit in any thread */
 void check_forked(void);
 void check_contextless(void);
 void check_gone(void);

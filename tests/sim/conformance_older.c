@@ -75,7 +75,7 @@ void check_older(void)
     check_primary();
 }
 
-/* Nobody asks for a description of no parts at all: the real driver reads the first one all the same, and crashes. */
+/* No section asks for a description without parts: the real driver reads the first part anyway, and crashes. */
 void check_green(void)
 {
     section("green");
@@ -199,7 +199,7 @@ void check_lists(void)
     TRY("init.flags", nvmlInitWithFlags, NVML_INIT_FLAG_NO_GPUS);
     TRY("init.flags.unknown", nvmlInitWithFlags, 0x1000);
     TRY("index", nvmlDeviceGetHandleByIndex_v2, 0, &device);
-    use_primary(); /* so that there is somebody to list */
+    use_primary(); /* so that there is a process to list */
     LIST("compute.v1", nvmlDeviceGetComputeRunningProcesses, nvmlProcessInfo_v1_t);
 }
 

@@ -116,7 +116,7 @@ class Machine:
         )
 
     def together(self, *scripts: str, apart: float = 0.0) -> list[subprocess.Popen[str]]:
-        """Programs that say "ready" and wait, told to go when all are; so many seconds between one and the next."""
+        """Start programs that print "ready" and wait, then let all begin; `apart`: the seconds between two of them."""
         running = [self.spawn(script) for script in scripts]
         for one in running:
             assert one.stdout is not None
@@ -138,7 +138,7 @@ class Machine:
         return found[0]
 
     def settles_at(self, used: int, within: float = 1.0) -> float:
-        """Seconds until the device stands at `used`; fails after `within`."""
+        """Return the seconds until the device has `used` bytes in use. Fail after `within`."""
         start = time.monotonic()
         while self.used() != used:
             assert time.monotonic() - start < within, self.dump()
@@ -156,7 +156,7 @@ class Machine:
         return len(os.listdir(f"/proc/{self.server.pid}/fd"))
 
     def ticks(self) -> int:
-        """CPU time of the server, in hundredths of a second."""
+        """Return the CPU time of the server, in hundredths of a second."""
         fields = Path(f"/proc/{self.server.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return int(fields[11]) + int(fields[12])
 

@@ -1,4 +1,4 @@
-"""Processes that hold device memory, and the ways in which something else keeps their connection to the driver open."""
+"""Processes that hold device memory, and the ways in which their connection to the driver can be kept open."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sharing_kit import hear
 
 SYS_PIDFD_GETFD = 438
 
-# A program that holds memory and obeys lines. Each answers with one line.
+# A program that holds memory and runs the lines that it reads. It answers each with one line.
 FILES = """
 import socket
 def driver_files():
@@ -41,7 +41,7 @@ def serve():
 
 
 def get_descriptor(pid: int, fd: int) -> int:
-    """A duplicate of another process's descriptor."""
+    """Duplicate another process's descriptor."""
     pidfd = os.pidfd_open(pid)
     try:
         return int(ctypes.CDLL(None).syscall(SYS_PIDFD_GETFD, pidfd, fd, 0))
@@ -50,7 +50,7 @@ def get_descriptor(pid: int, fd: int) -> int:
 
 
 def sockets_of(pid: int) -> list[int]:
-    """The process's descriptors of sockets: a client of the driver has one."""
+    """Return the process's descriptors of sockets. A client of the driver has one."""
     folder = f"/proc/{pid}/fd"
     return [int(fd) for fd in os.listdir(folder) if os.readlink(f"{folder}/{fd}").startswith("socket:")]
 
@@ -62,7 +62,7 @@ def kept_by_child(client: Popen[str]) -> Callable[[], None]:
 
 
 def kept_in_queue(client: Popen[str]) -> Callable[[], None]:
-    """In a socket that is never read."""
+    """Keep the connection in a socket that is never read."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         name = f"fgpu-kept-{os.getpid()}-{time.monotonic_ns()}"
         listener.bind(f"\0{name}")
@@ -75,7 +75,7 @@ def kept_in_queue(client: Popen[str]) -> Callable[[], None]:
 
 
 def kept_by_other(client: Popen[str]) -> Callable[[], None]:
-    """By a process that took a duplicate without the client's help."""
+    """Keep the connection in a process that took a duplicate without the client's help."""
     (fd,) = sockets_of(client.pid)
     duplicate = get_descriptor(client.pid, fd)
     return lambda: os.close(duplicate)
@@ -85,7 +85,7 @@ KEEPERS = {"child": kept_by_child, "queue": kept_in_queue, "other": kept_by_othe
 
 
 def compute_rows(machine: Machine) -> dict[int, int]:
-    """What NVML lists: pid to MiB."""
+    """Return what NVML lists: pid to MiB."""
     words = [machine.tools / "nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     lines = machine.run(*words).stdout.splitlines()
     return {int(pid): int(mib) for pid, mib in (line.split(", ") for line in lines)}

@@ -1,5 +1,7 @@
-"""What programs need that share memory. Handles go from one to the other as text, descriptors by a socket with a name
-or by a duplicate that the receiver takes."""
+"""Functions for programs that share memory.
+
+Handles are passed as text, and descriptors by a named socket or by a duplicate that the receiver takes.
+"""
 
 from __future__ import annotations
 

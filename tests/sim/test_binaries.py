@@ -1,4 +1,4 @@
-"""What is built into the libraries, read from the files: what probes rely on before anything runs."""
+"""Tests of the built libraries' files: the properties that probes rely on."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def table() -> list[tuple[str, int, str]]:
 
 
 def test_symbol_table_against_the_public_header(tools: Path) -> None:
-    """Every version that cudaTypedefs.h gives for a function we have is answered, and nothing is invented."""
+    """Every version that cudaTypedefs.h has for an implemented function is found, and no other."""
     text = (HEADERS / "cudaTypedefs.h").read_text()
     pairs = {(name, int(v)) for name, v in re.findall(r"\*PFN_(cu\w+?)_v(\d{4,5})(?:_pt[ds][sz])?\)", text)}
     rows = table()
@@ -96,7 +96,8 @@ def test_symbol_table_against_the_public_header(tools: Path) -> None:
     for name, version in pairs:
         versions.setdefault(name, set()).add(version)
     newest = {name: max(v for n, v, _ in rows if n == name) for name in ours}
-    # A later entry in the header is either the same export in its per-thread form (7000) or one that we lack.
+    # A later entry in the header is either the same export in its per-thread form (7000) or one that is not
+    # implemented.
     assert {n: max(versions[n]) for n in ours if max(versions[n]) > newest[n] and max(versions[n]) != 7000} == {}
 
 

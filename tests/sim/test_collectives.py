@@ -1,4 +1,4 @@
-"""Kernels that run only together, each on a device of its own: they spin until the others have come."""
+"""Kernels that run only together, each on its own device: each waits until the others have started."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .conftest import Machine, say
 
 pytestmark = pytest.mark.timed
 
-# Both devices, a kernel that meets its twin there, and one that works by itself.
+# Both devices, a kernel that waits for its twin there, and one that works by itself.
 PAIR = """
 need("cuInit", 0); contexts, streams, meets, spins = [], [], [], []
 for device in range(2):
@@ -84,7 +84,7 @@ settle(d); say(time.monotonic() - began)
 
 
 def test_what_spins_has_the_device(pair: Machine) -> None:
-    """As a real kernel does: another context gets half, and all of it once the spinning one is dead."""
+    """A kernel that spins uses the device as a real one does: another context gets half, and all of it after a kill."""
     hog = pair.spawn(PAIR + "meet(0); say('up'); wait()")
     assert hog.stdout is not None
     assert hog.stdout.readline() == "up\n"
@@ -106,7 +106,7 @@ for _ in range(2):
 
 
 def test_two_programs_without_gates_get_through(pair: Machine) -> None:
-    """Both devices change between them, and what has come once counts as come: slow, but not for ever."""
+    """The devices switch between them, and a kernel that has started once counts as started: slow, but not for ever."""
     script = """
 say("ready"); wait(); began = time.monotonic()
 for _ in range(50): meet(0); meet(1)

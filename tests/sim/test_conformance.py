@@ -1,6 +1,7 @@
-"""The same questions to the simulated driver and, earlier, to a real H200 (driver 580.159.04): the same answers.
+"""The simulated driver gives the answers that a real H200 (driver 580.159.04) gave earlier to the same calls.
 
-What no card was asked yet stands in conformance_unrecorded.txt; what needs no card, in conformance_no_device.txt.
+Calls that no card has been asked yet are in conformance_unrecorded.txt; those that need no card, in
+conformance_no_device.txt.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SOURCES = "".join(path.read_text() for path in sorted(HERE.glob("conformance*.c"
 
 
 def explained() -> dict[str, str]:
-    """Lines that may differ: name -> what the simulated driver says; the reasons stand beside them in the file."""
+    """Return the lines that may differ, by name, as the simulated driver gives them. The file has the reasons."""
     lines = (HERE / "conformance_differences.txt").read_text().splitlines()
     return dict(line.split(" ", 1) for line in lines if line and not line.startswith("#"))
 
@@ -46,7 +47,7 @@ def test_what_no_card_was_asked(make_machine: Callable[..., Machine], program: P
 
 
 def test_a_section_is_recorded_or_waits() -> None:
-    """Recorded sections leave conformance_unrecorded.txt, and none can be left out of both."""
+    """Recorded sections are removed from conformance_unrecorded.txt, and each section is in one of the files."""
     assert not WAITING.keys() & REAL.keys()
     table = SOURCES[SOURCES.index("sections[] = ") :]
     in_program = set(re.findall(r'\{"(\w+)", check_\w+\}', table[: table.index("};")]))
@@ -86,7 +87,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_shim_changes_no_answer(
     make_machine: Callable[..., Machine], program: Path, shim: Path, section: str
 ) -> None:
-    """In a process that nobody limits: not an error, not the order of errors, not the address that a lookup finds."""
+    """Errors, their order, and the addresses that a lookup finds stay the same in a process without a limit."""
     plain = make_machine().run(program, section).stdout
     machine = make_machine()
     through = machine.run("env", f"LD_PRELOAD={shim}", program, section).stdout
@@ -94,9 +95,9 @@ def test_the_shim_changes_no_answer(
 
 
 def test_every_question_has_an_answer(machine: Machine, program: Path) -> None:
-    """Asked of all sections: nothing that is asked for is missing, and the program comes to its end."""
+    """All sections run: no call is missing, and the program completes."""
     answers = machine.run(program).stdout.splitlines()
-    unknown = ["sharing.import.closed 999", "pool_handles.import.closed 999"]  # an error that the card returns too
+    unknown = ["sharing.import.closed 999", "pool_handles.import.closed 999"]  # a real card returns this error too
     assert [line for line in answers if line.split(" ")[1] == "999"] == unknown
     assert answers[-1] == "fork.status 0"
     assert "array.create 0" in answers  # no capture was left open

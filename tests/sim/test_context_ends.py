@@ -1,4 +1,4 @@
-"""What goes with a context, what stays, and in whose row it is meanwhile."""
+"""The end of a context: what is freed, what stays, and which row shows it meanwhile."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ start()
 
 @pytest.mark.parametrize("end", LAST_ENDS)
 def test_pools_and_mapped_memory_outlive_the_last_context(machine: Machine, end: str) -> None:
-    """On the device, and in no row until there is a context again; plain and managed memory is gone."""
+    """They stay on the device, in no row until there is a context again. Plain and managed memory is freed."""
     script = f"""
 p = alloc(10 << 20); managed = C.c_uint64(); need("cuMemAllocManaged", C.byref(managed), C.c_size_t(1 << 20), 1)
 h = create(6 << 20, 0); mapped(h, 6 << 20); pooled = streamed(40 << 20); say('holding'); ask()
@@ -53,13 +53,13 @@ need("cuMemRelease", h); say("released"); ask()
         ("ended", 6, 64, 0),
         ("1 1 64", 6, 64, 0),
         ("0", 6, 0, 0),
-        ("released", 6, 0, 0),  # its mapping is left
+        ("released", 6, 0, 0),  # its mapping stays
     ]
     machine.settles_at(0)
 
 
 def test_pools_outlive_the_context_that_used_them(machine: Machine) -> None:
-    """Their pointers are freed by address in any other."""
+    """Their pointers are freed by address in any other context."""
     script = """
 contexts = [C.c_void_p() for _ in range(2)]
 held = []

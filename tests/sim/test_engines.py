@@ -1,4 +1,4 @@
-"""What takes a device's time and what does not: copies, graphs of both, cooperative kernels."""
+"""Device time of copies, of graphs with copies and kernels, and of cooperative kernels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .conftest import Machine
 
 pytestmark = pytest.mark.timed
 
-# 50 bytes a nanosecond between host and device: 500 MB take 10 ms. On the device 2000: so do 20 GB. The simulator keeps
-# no contents of so much, so nothing is moved really.
+# 50 bytes a nanosecond between host and device: 500 MB take 10 ms. On the device 2000: 20 GB take as long. The
+# simulator stores no contents of that size, so no data is really moved.
 COPY = """
 start(); s = stream(); n, much = 500_000_000, 20_000_000_000; host = C.create_string_buffer(8); at = alloc(much)
 def copies(count, to=s):
@@ -47,7 +47,7 @@ copies(1, t); need("cuStreamSynchronize", t); say(0.01 <= time.monotonic() - beg
 
 
 def test_each_engine_does_one_copy_after_the_other(machine: Machine) -> None:
-    """Two the same way take 20 ms, one to the device and one on it 10."""
+    """Two copies in one direction take 20 ms; one to the device and one on it take 10 ms."""
     script = """
 for other in (copies, lambda _, to: zeroes(to)):
     t = stream(); launch(kernel("spin_10000us")[1], s); first = recorded()
@@ -58,7 +58,7 @@ for other in (copies, lambda _, to: zeroes(to)):
 
 
 def test_copies_leave_the_device_to_others(make_machine: Callable[..., Machine]) -> None:
-    """While one copies for 0.3 s another's kernels run as if it were alone, though kernels wait behind the copies."""
+    """Another context's kernels run at full speed while one copies for 0.3 s, although kernels wait for the copies."""
     machine = make_machine()
     copier = """
 f = kernel("spin_1000us")[1]; say("ready"); wait(); began = time.monotonic()
@@ -74,11 +74,11 @@ need("cuCtxSynchronize"); say(time.monotonic() - began)
     running = machine.together(COPY + copier, worker)
     copied, worked = (float(one.communicate(timeout=60)[0]) for one in running)
     assert 0.306 <= copied < 0.33
-    assert 0.2 <= worked < 0.23  # six kernels, and the changes to them and back
+    assert 0.2 <= worked < 0.23  # six kernels, and the switches to them and back
 
 
 def test_a_graph_takes_what_its_nodes_take(machine: Machine) -> None:
-    """Two kernels one after the other, a copy of 10 ms between them, and one beside them."""
+    """Two kernels in sequence with a copy of 10 ms between them, and a parallel copy."""
     script = """
 f, g = kernel("spin_20000us")[1], kernel("spin_5000us")[1]; t = stream(); graph, exec_ = C.c_void_p(), C.c_void_p()
 need("cuStreamBeginCapture_v2", s, 2); fork = recorded(); need("cuStreamWaitEvent", t, fork, 0); launch(g, t)
@@ -91,7 +91,7 @@ first = recorded(); need("cuGraphLaunch", exec_, s); say(ms(first, recorded()))
 
 
 def test_a_cooperative_kernel_must_fit(machine: Machine) -> None:
-    """All its blocks at once: eight of 256 threads on each of 132 multiprocessors. Other kernels need not."""
+    """All blocks run at once: eight of 256 threads on each of 132 multiprocessors. Other kernels need not fit."""
     script = """
 start(); f = kernel("spin_10us")[1]; n = C.c_int()
 need("cuOccupancyMaxActiveBlocksPerMultiprocessor", C.byref(n), f, 256, C.c_size_t(0)); say(n.value)
@@ -103,7 +103,7 @@ for blocks in (132 * 8, 132 * 8 + 1):
 
 
 def test_a_kernel_on_several_devices(make_machine: Callable[..., Machine]) -> None:
-    """One call, all or none; each behind what the streams of all have."""
+    """One call launches all or none, each after the streams of all devices."""
     script = """
 class Params(C.Structure):
     _fields_ = [("f", C.c_void_p), *((name, C.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),

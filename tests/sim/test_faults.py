@@ -1,4 +1,4 @@
-"""A driver on a bad day, as ordered."""
+"""Faults of the driver, as ordered by tests."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_mig_mode_where_a_board_has_it(make_machine: Callable[..., Machine], mod
 
 
 def test_an_end_that_takes_long(machine: Machine) -> None:
-    """NVML shows the process until the driver is done with it."""
+    """NVML shows the process until the driver has freed everything."""
     order(machine, "slow-end:1s")
     with machine.spawn("start(); say('up'); wait()") as client:
         assert client.stdout is not None
@@ -85,7 +85,7 @@ def test_an_end_that_takes_long(machine: Machine) -> None:
 
 @pytest.mark.timed
 def test_nvml_that_stalls(machine: Machine) -> None:
-    """NVML waits, CUDA does not; a process that gives up waiting leaves nothing behind."""
+    """NVML waits, CUDA does not. A process that stops waiting leaves nothing behind."""
     pytest.importorskip("pynvml")
     before = machine.descriptors()
     order(machine, "nvml-stall:500ms")
@@ -109,7 +109,7 @@ def test_nvml_that_stalls(machine: Machine) -> None:
 
 @pytest.mark.parametrize("fault", ["device-reset", "device-lost"])
 def test_a_device_that_is_lost(machine: Machine, fault: str) -> None:
-    """Who computes is left with an error and nothing, who looks must begin anew."""
+    """A program that computes gets an error and keeps nothing. One that uses NVML must initialize it again."""
     pytest.importorskip("pynvml")
     script = (
         NVML
@@ -189,7 +189,7 @@ def come(found, ms=0):
 
 
 def test_xids_come_to_who_has_registered_for_them(make_machine: Callable[..., Machine]) -> None:
-    """In each device's order, once to each set, and none from before."""
+    """Each set gets the XIDs in each device's order, once, and none from before."""
     pytest.importorskip("pynvml")
     machine = make_machine(FGPU_SIM_GPUS="2")
     script = """
@@ -214,7 +214,7 @@ say(come(first), come(second), come(other))
 
 
 def test_who_waits_for_an_xid_hears_of_it(machine: Machine) -> None:
-    """And others ask of the device meanwhile; only the last 64 that nobody takes are kept."""
+    """Other calls for the device are served meanwhile. Only the last 64 XIDs that no call takes are kept."""
     pytest.importorskip("pynvml")
     script = """
 import threading
@@ -265,7 +265,7 @@ def test_an_xid_of_no_device(machine: Machine) -> None:
 
 
 def test_a_client_that_met_an_ecc_error(machine: Machine) -> None:
-    """It is given nothing more and keeps what it has; NVML goes on, and so does who comes later."""
+    """It gets nothing more and keeps what it has. NVML and later clients work."""
     ask = "L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(5 << 20))"
     script = f"import sys; start(); alloc(5 << 20); say(); sys.stdin.readline(); say({ask}); wait()"
     with machine.spawn(script) as client:
@@ -282,7 +282,7 @@ def test_a_client_that_met_an_ecc_error(machine: Machine) -> None:
 
 
 def test_nvml_that_is_gone(machine: Machine) -> None:
-    """CUDA goes on; who looks must begin anew once it is back."""
+    """CUDA works; a client of NVML must initialize it again once it is back."""
     pytest.importorskip("pynvml")
     script = (
         NVML
@@ -359,7 +359,7 @@ def test_what_is_not_understood(tools: Path, tmp_path: Path, machine: Machine, s
 
 
 def test_faults_are_for_root(machine: Machine) -> None:
-    """Neither another user nor root in a pid namespace of its own may break the driver for everybody."""
+    """Neither another user nor root in its own pid namespace can break the driver for all."""
     simd = machine.tools / "fgpu-simd"
     for prefix in (["setpriv", "--reuid=65534", "--clear-groups"], ["unshare", "--pid", "--fork"]):
         done = machine.run(*prefix, simd, "--fault", "alloc-fail:1", check=False)

@@ -1,4 +1,4 @@
-"""Stream capture and graphs: what may be captured, what breaks a capture, and which memory a graph holds when."""
+"""Stream capture and graphs: what can be captured, what breaks a capture, and which memory a graph holds when."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ FINE = "0 0 1 0 1"
 REFUSED = "0 900 2 901 0 0"
 IMPLICIT = "0 906 2 901 0 0"
 
-# Act -> what it comes to in a global capture, a thread-local one, a relaxed one, and a global one while its own thread
-# is relaxed: began, result, status then, result of the end, graph or none, nodes.
+# Act -> its effect in a global capture, a thread-local one, a relaxed one, and a global one while its own thread is
+# relaxed: began, result, status then, result of the end, graph or none, nodes.
 ACTS = {
     "nothing": [f"{FINE} 0"] * 4,
     **{
@@ -125,7 +125,7 @@ say(*said, L.cuStreamEndCapture(s, C.byref(graph)), bool(graph))
 
 
 def test_a_capture_and_streams_that_go(machine: Machine) -> None:
-    """It ends with the stream that it began in, and is broken by the loss of another."""
+    """It ends with the stream in which it began, and the loss of another stream breaks it."""
     script = """
 start(); s, t, u = stream(), stream(), stream(); fork, graph = C.c_void_p(), C.c_void_p(1)
 need("cuEventCreate", C.byref(fork), 2); _, nothing = kernel("spin_0us")
@@ -163,7 +163,7 @@ say(L.cuMemAlloc_v2(C.byref(C.c_uint64()), C.c_size_t(1)))
 
 
 def test_memory_that_a_capture_knows_nothing_of(machine: Machine, program: Path) -> None:
-    """The footprint: nothing until a launch, shared by launches in one stream, kept until it is trimmed."""
+    """The footprint is empty until a launch, shared by launches in one stream, and kept until it is trimmed."""
     said = answers(machine, program, "graph")
     footprint = {name: n for name, n in said.items() if name.startswith("footprint.") and "taken" in name}
     taken = {name.split(".")[1]: int(n) for name, n in footprint.items()}
@@ -256,7 +256,7 @@ say(L.cuGraphLaunch(exec_, s), L.cuGraphLaunch(exec_, s))
 
 @pytest.mark.timed
 def test_graphs_take_their_time(machine: Machine) -> None:
-    """As long as the longest chain: two branches of 50 ms beside each other, then one more."""
+    """A graph takes as long as its longest chain: two parallel branches of 50 ms, then one more."""
     script = """
 start(); s, t = stream(), stream(); _, spin = kernel("spin_50000us")
 fork, join, graph, exec_ = C.c_void_p(), C.c_void_p(), C.c_void_p(), C.c_void_p()
@@ -277,7 +277,7 @@ say(quick, L.cuStreamQuery(s)); need("cuStreamSynchronize", s); say(round(time.m
 
 
 def test_streams_in_parallel_need_memory_of_their_own(machine: Machine) -> None:
-    """While the first still runs, a launch elsewhere takes more; in the same stream, or afterwards, it does not."""
+    """A launch in another stream allocates more while the first one runs. One in the same stream does not."""
     script = """
 start(); _, spin = kernel("spin_200000us"); base = [0]
 def make(s, size=64):
@@ -298,7 +298,7 @@ go(a, s); go(b, s); go(c, t); need("cuCtxSynchronize"); go(c, t)
 
 
 def test_cuda_bindings_capture(machine: Machine) -> None:
-    """Memory is allocated, written, read and freed by a captured graph, each time that it is launched."""
+    """A captured graph allocates, writes, reads and frees memory each time that it is launched."""
     pytest.importorskip("cuda.bindings")
     script = (
         BINDINGS

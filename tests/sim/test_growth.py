@@ -1,4 +1,4 @@
-"""Memory that comes by itself: for local memory, device code's heap and output, data, streams, graphs, page tables."""
+"""Memory that the driver takes by itself: for code, its heap and output, data, streams, graphs, page tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sharing_kit import hear
 
 CONTEXT = 518
 THREADS = 132 * 2048
-FIRST = 1024  # bytes a thread, which a context has from its beginning
+FIRST = 1024  # bytes a thread, which a new context has
 
 
 def area_mib(bytes_per_thread: int) -> int:
@@ -22,14 +22,14 @@ def area_mib(bytes_per_thread: int) -> int:
 
 
 def parts(machine: Machine, pid: int) -> dict[str, int]:
-    """What came by itself, in MiB, as far as there is any."""
+    """Return what the driver took by itself, in MiB, without zeros."""
     row = machine.process(pid)
     kinds = ("context", "module", "local", "runtime", "launch", "pages")
     return {kind: row[f"{kind}_bytes"] // MIB for kind in kinds if row[f"{kind}_bytes"]}
 
 
 def test_the_stack_s_limit_sets_the_area(machine: Machine) -> None:
-    """Of one context, to that size at once, up and down; below the first size the context itself is smaller."""
+    """The area of one context gets that size at once. Below the first size the context itself is smaller."""
     sizes = [8192, 1024, 512, 0, 3000]
     script = f"""
 say(); wait()
@@ -53,7 +53,7 @@ need("cuCtxDestroy_v2", another()); say(limit(STACK, (512 << 10) + 1), limit(STA
 
 
 def test_launches_make_the_area_larger(machine: Machine) -> None:
-    """Of kernels whose local memory has no room: not their loading, nor of others, and nothing takes it back."""
+    """Only a launch of a kernel whose local memory has no room makes it larger, and no later one makes it smaller."""
     script = """
 _, small, s = load(local(512), "lmem"); _, large, l = load(local(5000), "lmem"); inner = another()
 _, module, i = load(local(2000), "lmem"); say(taken() - 523.5625)
@@ -72,7 +72,7 @@ need("cuModuleUnload", large); say(run(s), taken(), limit(STACK, 1024), taken())
 
 
 def test_other_ways_to_launch(machine: Machine) -> None:
-    """What is captured, or made a node, takes it when the graph is launched."""
+    """Captured launches and nodes take it when the graph is launched."""
     script = """
 _, _, l = load(local(4096), "lmem"); s = stream(); graph, execute = C.c_void_p(), C.c_void_p()
 need("cuStreamBeginCapture_v2", s, 0); need("cuLaunchKernel", l, 1, 1, 1, 1, 1, 1, 0, s, None, None)
@@ -94,7 +94,7 @@ say(limit(STACK, 2048), limit(STACK), L.cuStreamEndCapture(s, C.byref(C.c_void_p
 
 
 def test_nothing_that_does_not_fit(make_machine: Callable[..., Machine]) -> None:
-    """Each call fails with its own error and takes nothing; what fits is granted afterwards."""
+    """Each call fails with its own error and allocates nothing. What fits is granted afterwards."""
     machine = make_machine(FGPU_SIM_MEMORY="4GiB")
     script = """
 _, _, small = load(local(100), "lmem"); _, _, l = load(local(8192), "lmem"); _, _, m = load(MALLOC, "mal")
@@ -118,7 +118,7 @@ need("cuMemFree_v2", ballast); say(run(kernel), run(m), limit(STACK, 2048), load
 
 
 def test_heap_and_output_of_device_code(machine: Machine) -> None:
-    """Once for each context, at the first load and, the heap, at the first launch; its limit holds until then."""
+    """Once for each context, at the first load and, the heap, at the first launch, until which its limit can change."""
     script = """
 say(limit(HEAP, 20 << 20), limit(FIFO, 1 << 30), taken()); wait()
 _, one, f = load(MALLOC, "mal"); _, two, g = load(MALLOC, "mal"); say(taken()); wait()
@@ -141,7 +141,7 @@ need("cuModuleUnload", one); need("cuModuleUnload", two); say(taken()); wait()
 
 
 def test_data_of_modules(machine: Machine) -> None:
-    """There from the load on, with contents, in granules of the module's own; no allocation that could be freed."""
+    """It exists from the load on, with contents, in granules of the module. It is no allocation that can be freed."""
     script = """
 _, module, f = load(data(5 << 20), "glob"); _, other, g = load(data(1), "glob"); say(taken()); wait()
 result, at, size = variable(module, "big"); say(result, size, variable(module, "bi")[0], variable(other, "big")[2])
@@ -169,7 +169,7 @@ context = another(); load(data(9 << 20), "glob"); need("cuCtxDestroy_v2", contex
     ],
 )
 def test_data_of_libraries(machine: Machine, use: str) -> None:
-    """In each context at its first use there, not by questions that need no context; gone with the library."""
+    """Each context has it from its first use to the unload. Calls that need no context do not load it."""
     script = f"""
 library, kernel, value = C.c_void_p(), C.c_void_p(), C.c_int()
 need("cuLibraryLoadData", C.byref(library), data(64 << 20).encode(), None, None, 0, None, None, 0)
@@ -183,7 +183,7 @@ need("cuCtxDestroy_v2", context); say(taken()); need("cuLibraryUnload", library)
 
 
 def test_streams_and_nodes_are_kept(machine: Machine) -> None:
-    """As many as there ever were at a time; in the row, and gone with the context."""
+    """The row has as many as ever existed at one time, and they are freed with the context."""
     script = """
 context = another(); here = taken()
 held = [stream() for _ in range(64)]; say(taken() - here); [need("cuStreamDestroy_v2", s) for s in held]
@@ -208,7 +208,7 @@ three = graph(1000); say(taken())
 
 
 def test_registered_host_memory_is_in_no_row(machine: Machine) -> None:
-    """Its page tables are: 2 MiB a GiB, until it is registered no more, or the context ends."""
+    """Its page tables are in the row: 2 MiB for each GiB, until it is unregistered or the context ends."""
     script = """
 import mmap
 maps = [mmap.mmap(-1, 1 << 30) for _ in range(3)]
@@ -260,7 +260,7 @@ need("cuDevicePrimaryCtxReset_v2", 0); say("ended"); wait()
 
 @pytest.mark.parametrize("seed", range(6))
 def test_books_balance(make_machine: Callable[..., Machine], seed: int) -> None:
-    """On a device that is often full: rows and the driver's own make up the total, and contexts leave nothing."""
+    """Rows and the driver's own memory add up to the total, on a device that is often full. Contexts leave nothing."""
     machine = make_machine(FGPU_SIM_MEMORY="6GiB")
     with machine.spawn(CODE + f"SEED = {seed}\n" + ACTS) as client:
         assert hear(client) == "held"
@@ -327,7 +327,7 @@ say(found == {variables!r}, has and attribute(function), taken() == (2 if any(fo
 
 
 def test_no_text_is_too_much(machine: Machine) -> None:
-    """Pieces of assembly in any order, and numbers of any size: loaded or refused, and nothing is left behind."""
+    """Pieces of assembly in any order, with numbers of any size, are loaded or refused, and leave nothing."""
     words = [".version", ".global", ".local", ".entry", ".func", ".extern", ".align", ".v4", ".b8", ".u64", "f", "g"]
     words += ["malloc", "vprintf", "1", "16", "0x7fffffff", "99999999999999999999", "//", "\n", *'{}()[],;="/*<>']
     chance = random.Random(1009)

@@ -1,4 +1,4 @@
-"""How long memory lives: as long as any process or socket queue has a descriptor of its client's connection."""
+"""The lifetime of memory: as long as any process or socket queue has a descriptor of its client's connection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .server_kit import BLOCK, TAKE, request
 from .sharing_kit import hear
 
 CONTEXT = 518
-OVERHEAD = 3407872 + 5832704  # in no process's row: once, and for a context
+OVERHEAD = 3407872 + 5832704  # in no process's row: once, and for each context
 HOLD = f"{FILES}\nstart(); alloc(100 << 20); say('holding'); serve()"
 
 
@@ -26,7 +26,7 @@ def kill(pid: int) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_memory_stays_until_the_last_close(machine: Machine, seed: int) -> None:
-    """Up to four keepers, and a kill among the ends of them: each order."""
+    """Up to four keepers end, with a kill among them, in each order."""
     chance = random.Random(seed)
     with machine.spawn(HOLD) as client:
         assert hear(client) == "holding"
@@ -63,7 +63,7 @@ def test_memory_goes_some_time_after_the_last_close(machine: Machine) -> None:
 
 
 def test_each_client_has_the_driver_s_node_open(machine: Machine) -> None:
-    """From cuInit on, under a name by which host tools find it; not beyond an exec, but in forked children."""
+    """Each process has it from cuInit on, under a name that host tools know. Executed programs do not inherit it."""
     script = (
         FILES
         + """
@@ -79,7 +79,7 @@ os.wait(); need("cuDevicePrimaryCtxRelease_v2", 0); say(len(driver_files()))
 
 
 def executing(script: str) -> str:
-    """Goes on as another program, which has the driver's descriptors too."""
+    """Return a script that executes another program, which inherits the driver's descriptors."""
     return f"""
 for fd in driver_files(): os.set_inheritable(fd, True)
 os.execv(sys.executable, [sys.executable, "-c", {CLIENT + FILES + script!r}])
@@ -87,7 +87,7 @@ os.execv(sys.executable, [sys.executable, "-c", {CLIENT + FILES + script!r}])
 
 
 def test_a_program_that_is_executed_with_the_descriptors(machine: Machine) -> None:
-    """The process lives on under its pid, and has the memory until it closes them or ends."""
+    """The process continues under its pid, and has the memory until it closes them or exits."""
     executed = executing("say('there'); serve()")
     with machine.spawn(f"{FILES}\nstart(); alloc(100 << 20); {executed}") as client:
         assert hear(client) == "there"
@@ -99,7 +99,7 @@ def test_a_program_that_is_executed_with_the_descriptors(machine: Machine) -> No
 
 
 def test_an_executed_program_with_a_connection_of_its_own(machine: Machine) -> None:
-    """One row, of both connections."""
+    """One row shows the memory of both connections."""
     executed = executing("start(); alloc(20 << 20); say('again'); wait()")
     with machine.spawn(f"{FILES}\nstart(); alloc(100 << 20); {executed}") as client:
         assert hear(client) == "again"
@@ -121,7 +121,7 @@ if not os.fork():
 time.sleep(60)
 """
     with machine.spawn(f"{FILES}\nstart(); alloc(100 << 20); {child}") as client:
-        assert hear(client) == "1"  # its parent lives, and the driver cannot tell them apart
+        assert hear(client) == "1"  # its parent lives, and the driver cannot distinguish them
         held = machine.used()
         kill(client.pid)
         time.sleep(0.15)
@@ -186,7 +186,7 @@ sys.stdin.readline()
 
 
 def test_a_new_namespace_sees_no_process_of_one_that_is_gone(machine: Machine) -> None:
-    """The kernel gives inodes of pid namespaces again, but not those of processes that the driver still lists."""
+    """The kernel reuses inodes of pid namespaces, but not those of processes that the driver still lists."""
     pytest.importorskip("pynvml")
     prefix = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     machine.run(machine.tools / "fgpu-simd", "--fault", "slow-end:3s")

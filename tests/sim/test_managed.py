@@ -20,7 +20,7 @@ CONTEXT = 518
 CHUNK = 128
 OVERHEAD = 5832704  # of a context, in no process's row
 
-# Obeys lines, in MiB: what is printed is the expression's value.
+# Runs lines that it reads, with sizes in MiB, and prints the value of each expression.
 MANAGED = f"""
 {FILES}
 start(); first = info()[0]
@@ -41,7 +41,7 @@ def obey(client: Popen[str], line: str) -> str:
 
 
 def books(machine: Machine, device: int = 0) -> dict[str, Any]:
-    """A device's line, after the sums that it must agree with."""
+    """Return a device's line, after checking its sums."""
     dump = machine.dump()
     found, rows = dump["devices"][device], [row for row in dump["processes"] if row["device"] == device]
     assert found["managed_resident_bytes"] == sum(row["managed_resident_bytes"] for row in rows)
@@ -51,7 +51,7 @@ def books(machine: Machine, device: int = 0) -> dict[str, Any]:
 
 
 def test_memory_is_on_the_device_from_its_first_use_there(machine: Machine) -> None:
-    """In granules, which each are there once; what went to the host stays, and only what is freed goes."""
+    """Granules are on the device once each. Those that moved to the host stay, and only freed ones go."""
     script = """
 at = managed(300); say(taken()); wait()
 say(touch(at, 0, 2), touch(at, 1, 2), taken()); wait()
@@ -111,7 +111,7 @@ def test_processes_share_chunks(machine: Machine) -> None:
 
 @pytest.mark.parametrize("end", ['need("cuDevicePrimaryCtxReset_v2", 0)', 'need("cuDevicePrimaryCtxRelease_v2", 0)'])
 def test_the_context_s_end_is_its_end(make_machine: Callable[..., Machine], end: str) -> None:
-    """On each device that it is on."""
+    """It is freed on each device that has some of it."""
     machine = make_machine(FGPU_SIM_GPUS="2")
     script = f"at = managed(200); say(touch(at, 0, 10), bring(at, 200, 1)); wait(); {end}; say('ended'); wait()"
     with machine.spawn(MANAGED + script) as client:
@@ -139,7 +139,7 @@ def test_it_stays_until_the_last_close(machine: Machine, way: str) -> None:
 
 
 def test_what_finds_no_room_stays_with_the_host(make_machine: Callable[..., Machine]) -> None:
-    """Its use is no error; it moves once there is room."""
+    """Its use is no error. It moves to the device once there is room."""
     machine = make_machine(FGPU_SIM_MEMORY="4GiB")
     script = """
 ballast = alloc((info()[0] - (64 << 20)) >> 21 << 21); at = managed(100); before = taken()
@@ -172,7 +172,7 @@ ACTS = (
 
 @pytest.mark.parametrize("seed", range(5))
 def test_books_balance(make_machine: Callable[..., Machine], seed: int) -> None:
-    """Whatever several processes do, in whatever order: each step's sums, and nothing is left."""
+    """Several processes act in any order. The sums are right at each step, and nothing is left."""
     chance = random.Random(seed)
     machine = make_machine(FGPU_SIM_GPUS="2", FGPU_SIM_MEMORY="4GiB")
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Who holds what: sizes, the end of processes, several at a time, and devices that are full."""
+"""Memory of processes: sizes, exits, several processes at a time, and full devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from .conftest import CLIENT, MIB, Machine, say
 
 CONTEXT = 518 * MIB
-# What an H200 loses besides, in no process's name: for each context, and once while anybody is initialised.
+# What an H200 uses besides, in no process's row: for each context, and once while any process has initialized it.
 CONTEXT_OVERHEAD = 5832704
 OVERHEAD = 3407872
 
@@ -63,7 +63,7 @@ def test_killed_process_gives_back_after_80_to_200_ms(machine: Machine) -> None:
 
 
 def test_exec_and_closed_descriptors_give_back(machine: Machine) -> None:
-    """A process that drops its connection has dropped the device, whether it lives on or not."""
+    """A process that closes its connection frees its memory on the device, whether it continues or not."""
     for end in ("os.execvp('sleep', ['sleep', '5'])", "os.closerange(3, 1000); wait()"):
         with machine.spawn(f"start(); alloc(1 << 30); say('holding'); wait(); {end}") as client:
             assert client.stdout is not None
@@ -89,7 +89,7 @@ say(before == info())
 
 
 def test_a_child_that_outlives_its_parent_keeps_its_memory(machine: Machine) -> None:
-    """It has the driver's descriptors, though it cannot use them."""
+    """The child has the driver's descriptors, although it cannot use them."""
     script = """
 start(); alloc(1 << 30)
 if os.fork() == 0:
@@ -165,7 +165,7 @@ say(base == info()[0])
 
 
 def test_room_in_pieces_is_no_room(machine: Machine) -> None:
-    """A granule with enough bytes free, but nowhere enough in a row, is passed over, and the next one is its own."""
+    """A granule with enough bytes free, but not in a row, is passed over. The next one is a new granule."""
     script = """
 start(); held = [alloc(128 << 10) for _ in range(16)]
 [need("cuMemFree_v2", p) for p in held[::2]]
@@ -178,7 +178,7 @@ say(big.value % (2 << 20), any(abs(big.value - p) < 512 << 10 for p in pointers)
 
 
 def test_threads(machine: Machine) -> None:
-    """Contexts are current per thread, memory is anybody's; nothing is lost when all ask at once."""
+    """Contexts are current per thread, and every thread may use all memory. Nothing is lost in parallel calls."""
     script = """
 import threading
 context = start(); base = info()[0]
@@ -199,7 +199,7 @@ say(wrong, base == info()[0])
 
 
 def test_many_clients_and_no_leak(machine: Machine) -> None:
-    """200 at once, then 500 short lives: memory returns, the server's descriptors and memory stay as they were."""
+    """200 clients at once, then 500 short lives: memory is freed, and the server does not grow."""
     forking = """
 children = []
 for _ in range(200):
@@ -260,7 +260,7 @@ def test_same_uuid_at_every_start(make_machine: Callable[..., Machine]) -> None:
 
 
 def test_no_driver(machine: Machine) -> None:
-    """Without a server: no device, and no driver for NVML; and a program whose server dies gets errors, not a hang."""
+    """CUDA finds no device and NVML no driver without a server. If the server dies, programs get errors."""
     script = """
 N = C.CDLL("libnvidia-ml.so.1")
 say(L.cuInit(0), N.nvmlInit_v2())
@@ -304,7 +304,7 @@ say(*timed(spin)); say(*timed(other))
 
 
 def test_arrays(machine: Machine) -> None:
-    """Extent times format, in granules; small ones share them; levels add up; the end of the context ends them."""
+    """Extent times format, in granules. Small arrays share them, levels add up, and the context's end frees them."""
     script = """
 class Shape(C.Structure):
     _fields_ = [("width", C.c_size_t), ("height", C.c_size_t), ("depth", C.c_size_t),

@@ -1,4 +1,4 @@
-"""Code takes device memory, but not before it is used."""
+"""Code takes device memory, but only from its first use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ others = [kernel("two") for _ in range(40)]; say({launch(f) for _, f in others},
 
 
 def test_a_module_of_a_size(machine: Machine) -> None:
-    """Seen by NVML, asked for by nobody's allocation, and taken when a function is first asked for."""
+    """NVML shows it, no allocation asked for it, and it is taken when a function is first requested."""
     script = """
 start(); before = info()[0]; module, function = C.c_void_p(), C.c_void_p()
 need("cuModuleLoadData", C.byref(module), b"fgpu-module 301MiB\\nmore"); say(held())
@@ -46,7 +46,7 @@ say([L.cuModuleLoadData(C.byref(C.c_void_p()), image) for image in (b"fgpu-modul
 
 
 def test_what_a_module_has(machine: Machine, tmp_path: Path) -> None:
-    """Assembly is read for its kernels, from memory, from a file and in a library; what was linked is not."""
+    """Assembly is read for its kernels, from memory, from a file and in a library; linked code is not."""
     text = b"// .entry remark\n\n.version 8.0\n.visible .entry one(\n.param .u64 p) { }\n.entry\ttwo$x() { ret; }\n"
     path = tmp_path / "module.ptx"
     path.write_bytes(text * 20)

@@ -1,4 +1,4 @@
-"""The simulated nvidia-smi, column for column and word for word the real tool's."""
+"""The output of the simulated nvidia-smi equals that of the real tool."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .conftest import Machine, say
 
 
 def test_nvidia_smi_table(machine: Machine, holder: Popen[str]) -> None:
-    """Column for column the real tool's: compared with lines that it printed."""
+    """Each column is where the real tool has it, compared with lines that it printed."""
     lines = machine.run(machine.tools / "nvidia-smi").stdout.splitlines()
     assert "| NVIDIA-SMI 580.159.04             Driver Version: 580.159.04     CUDA Version: 13.0     |" in lines
     assert "|   0  NVIDIA H200                    On  |   00000000:00:06.0 Off |                    0 |" in lines
@@ -59,7 +59,7 @@ def full(machine: Machine, *words: str) -> list[str]:
 
 
 def test_nvidia_smi_in_full(machine: Machine, holder: Popen[str]) -> None:
-    """Label, colon and value where the real tool has them."""
+    """Label, colon and value are where the real tool has them."""
     lines = full(machine)
     assert lines[:2] == ["", "==============NVSMI LOG=============="]
     start = lines.index("    FB Memory Usage")
@@ -111,7 +111,7 @@ def test_nvidia_smi_parts_of_it(machine: Machine) -> None:
 
 
 def test_nvidia_smi_xml(machine: Machine) -> None:
-    """The same numbers; names that a process chose for itself cannot break it."""
+    """It has the same numbers, and names that a process chose for itself cannot break it."""
     name = "a<b>&'\"c\x1b"
     script = "start(); alloc(100 << 20); say('up'); wait()"
     with machine.spawn(
@@ -163,7 +163,7 @@ def test_nvidia_smi_pmon(machine: Machine) -> None:
         ]
         say(client)
         client.stdout.readline()
-        time.sleep(1.2)  # what is shown is of the last second
+        time.sleep(1.2)  # the figures are those of the last second
         assert machine.run(smi, "pmon", "-c", "1").stdout.splitlines()[2].split()[3:5] == ["100", "0"]
         assert machine.run(smi, "pmon", "-c", "1", "-d", "1", "-s", "um").stdout.splitlines() == [
             "# gpu         pid   type     sm    mem    enc    dec    jpg    ofa     fb   ccpm    command ",

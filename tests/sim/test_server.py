@@ -1,4 +1,4 @@
-"""The server by itself: one per directory, clean ends, bad settings, peers that lie or do not listen, no leak."""
+"""The server alone: one per directory, clean ends, bad settings, peers that lie or do not read, no leak."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def server(tools: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 def ask(sock: socket.socket, message: bytes) -> tuple[int, int]:
-    """Status and count; an empty answer means that we were dropped."""
+    """Return status and count. An empty answer means that the server closed the connection."""
     sock.send(message)
     answer = sock.recv(1 << 18)
     if not answer:
@@ -189,7 +189,7 @@ SHARE_REPLY = struct.Struct("<QQQII")
 
 
 def share(sock: socket.socket, size: int, context: int = 1) -> tuple[int, tuple[int, ...]]:
-    """Status and key."""
+    """Return status and key."""
     file = os.memfd_create("contents")
     socket.send_fds(sock, [request(SHARE, kind=BLOCK, context=context, size=size)], [file])
     os.close(file)
@@ -199,7 +199,7 @@ def share(sock: socket.socket, size: int, context: int = 1) -> tuple[int, tuple[
 
 
 def test_shared_memory_cannot_be_given_back(server: Server) -> None:
-    """Neither twice into a share, nor as if it were not shared."""
+    """It can neither be freed twice into a share, nor as if it were not shared."""
     with server.connect() as sock:
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=1009)) == (0, 0)
@@ -241,7 +241,7 @@ def test_shares_are_bounded(server: Server) -> None:
 
 @pytest.mark.timed
 def test_a_stall_holds_up_whoever_asks_on(tools: Path, tmp_path: Path) -> None:
-    """What a peer sends meanwhile waits too; nobody else waits, and nobody is dropped."""
+    """Further messages of the waiting peer wait too. No other peer waits, and no connection is closed."""
     server = Server(tools, tmp_path, "env", "FGPU_SIM_FAULT=nvml-stall:400ms")
     start = time.monotonic()
     with server.connect() as nvml, server.connect() as cuda:
@@ -283,7 +283,7 @@ def is_turned_away(sock: socket.socket) -> bool:
 
 
 def test_connections_are_bounded(server: Server) -> None:
-    """Past 1,024 a newcomer is turned away; when others leave there is room again."""
+    """Beyond 1,024 connections a new one is refused. When others close, there is room again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     socks = [server.connect() for _ in range(1030)]
@@ -301,7 +301,7 @@ def test_connections_are_bounded(server: Server) -> None:
 
 
 def keep_dead(server: Server) -> socket.socket:
-    """A connection whose process has ended."""
+    """Return a connection whose process has exited."""
     here, there = socket.socketpair()
     child = os.fork()
     if not child:
@@ -317,7 +317,7 @@ def keep_dead(server: Server) -> socket.socket:
 
 
 def test_connections_of_ended_processes_are_bounded_too(server: Server) -> None:
-    """They have their slots for as long as they are kept, and not longer."""
+    """Their slots are taken for as long as they are kept, and not longer."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     kept = [keep_dead(server) for _ in range(1024)]
@@ -357,7 +357,7 @@ def test_nothing_leaks(tools: Path, tmp_path: Path) -> None:
 
 
 def test_a_client_that_lies_of_managed_memory(server: Server) -> None:
-    """It is refused more than the device has, whatever that would add up to, and leaves nothing."""
+    """It is refused more than the device has, even if sums overflow, and leaves nothing."""
     mib, chunk = 1 << 20, 128 << 20
     with server.connect() as sock:
         assert ask(sock, request(RESIDENT, size=5 * mib)) == (0, 0)

@@ -1,4 +1,4 @@
-"""In whose row shared memory is: random lives of four processes, step by step beside a model of the rule."""
+"""The row that shows shared memory: random lives of four processes, compared with a model at each step."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .conftest import MIB, Machine, say
 from .lifetime_kit import get_descriptor
 from .sharing_kit import SHARING, hear
 
-# Evaluates lines of Python and prints the values. Memory has a number, under which its handles are held.
+# Evaluates lines of Python and prints the values. Each memory has a number, under which its handles are held.
 OBEY = f"{SHARING}\nstart(); held = {{}}\nfor line in sys.stdin: say(eval(line))"
 CREATE = "held.setdefault({m}, []).append(create({size}))"
 EXPORT = "descriptor(held[{m}][-1])"
 IMPORT = "(lambda fd: (held.setdefault({m}, []).append(imported(fd)[1]), os.close(fd)))(take_fd({pid}, {fd}))"
 RELEASE = "need('cuMemRelease', held[{m}].pop())"
 STEPS = 80
-MOST = 4  # memories at a time: several processes are to have each
+MOST = 4  # memories at a time: each should have several processes
 
 
 @dataclass
 class Memory:
-    """The rule, once more: the maker's row, then no row while a descriptor is open, then the newest holder's."""
+    """A model of the rule: the maker's row, then no row while a descriptor is open, then the newest holder's."""
 
     size: int
     holders: list[int]  # one entry for each handle, oldest first
@@ -86,7 +86,7 @@ class Lives:
         memory.holders.reverse()
 
     def release_all(self) -> None:
-        """As often as it takes for the row's process to have it no more."""
+        """Release a memory until the process of its row has no handle of it."""
         number, memory = self.chance.choice([(n, m) for n, m in self.memories.items() if m.named is not None])
         while memory.named in memory.holders:
             self.tell(memory.named, RELEASE, m=number)
@@ -109,7 +109,7 @@ class Lives:
         self.base -= self.per_client
 
     def step(self) -> None:
-        """One that is possible: what is not is no step."""
+        """Take one possible step."""
         last = len(self.alive) == 1 or self.chance.random() < 0.7
         act = self.chance.choice(
             [self.create, self.export, self.export, self.take, self.take, self.release, self.close]
@@ -172,7 +172,7 @@ def vmm_and_block(machine: Machine, client: Popen[str]) -> tuple[int, int, int]:
     ("make", "free", "rows"),
     [
         ("held.update(p=alloc(6 << 20))", "need('cuMemFree_v2', held['p'])", ((6, 0, 0), (0, 0, 6))),
-        # A small one has two MiB in common with others, and they stay until all are freed.
+        # A small memory has two MiB in common with others, which stay until all are freed.
         ("held.update(q=alloc(4096), p=alloc(8192))", "need('cuMemFree_v2', held['p'])", ((2, 0, 0), (2, 0, 0))),
         (
             "held.update(h=create(6 << 20, 0)), held.update(p=mapped(held['h'], 6 << 20))",
@@ -185,7 +185,7 @@ def vmm_and_block(machine: Machine, client: Popen[str]) -> tuple[int, int, int]:
 def test_a_range_s_descriptor_keeps_memory(
     machine: Machine, clients: list[Popen[str]], make: str, free: str, rows: tuple[tuple[int, int, int], ...]
 ) -> None:
-    """Nothing imports it, but its memory outlives its free, and its process."""
+    """No process imports it, but its memory outlives its free, and its process."""
     client, other = clients[:2]
     ask(client, make)
     result, fd = map(int, ask(client, "range_descriptor(held['p'], 4096)").strip("()").split(", "))
@@ -221,7 +221,7 @@ say(ask(None, p, C.c_size_t(4096), 1, C.c_uint64(0)), ask(C.byref(fd), p, C.c_si
 
 
 def test_a_pool_in_two_processes(machine: Machine, clients: list[Popen[str]]) -> None:
-    """The same contents; what the maker frees stays while the other has the pool, in no row, and is used again."""
+    """Both see the same contents. Freed memory stays while the other has the pool, in no row, and is reused."""
     one, two = clients[:2]
     ask(one, "held.update(pool=pool()), held.update(p=pooled(held['pool'], 40 << 20)), put(held['p'], b'first')")
     fd, text = ask(one, "pool_descriptor(held['pool'])"), ask(one, "pool_export(held['p'])")

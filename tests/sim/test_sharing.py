@@ -1,4 +1,4 @@
-"""Memory in several processes: whose it is, how long it lives, and that it is the same memory."""
+"""Memory in several processes: which row shows it, how long it lives, and that it is the same memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ need("cuIpcCloseMemHandle", p); say(get(p, 6)); need("cuIpcCloseMemHandle", p); 
     "end", ["need('cuMemFree_v2', p)", "os._exit(0)", "need('cuDevicePrimaryCtxReset_v2', 0)", "os.closerange(3, 999)"]
 )
 def test_memory_outlives_its_maker(machine: Machine, end: str) -> None:
-    """It is in the maker's row while the maker has it, then in the other's, and gone when neither has it."""
+    """It is in the maker's row while the maker has it, then in the other's, and is freed when neither has it."""
     owner = f"start(); p = alloc(100 << 20); put(p, b'kept'); say(export(p)); ask(); {end}; say('done'); ask()"
     guest = (
         "start(); result, p = opened(ask()); say(result); ask(); say(get(p, 4)); need('cuIpcCloseMemHandle', p)\nask()"
@@ -110,7 +110,7 @@ def test_a_context_that_ends_closes_what_it_opened(machine: Machine) -> None:
 
 
 def test_a_descriptor_opens_the_same_memory(machine: Machine) -> None:
-    """Written before and after, mapped before and after; each import is a handle of its own."""
+    """The contents are the same before and after mappings. Each import is a separate handle."""
     owner = """
 start(); h = create(6 << 20); p = mapped(h, 6 << 20); put(p, b"before"); fd = descriptor(h)
 say(os.fstat(fd).st_mode > 0)
@@ -141,7 +141,7 @@ p = mapped(h, 6 << 20); say(one, two, h.value != i.value, get(p, 6)); put(p, b"a
 
 
 def test_a_descriptor_keeps_memory_alive(machine: Machine) -> None:
-    """In no process's row, until all are closed: then it is free, or in the row of the process that imported it."""
+    """It is in no process's row until all are closed. Then it is free, or in the row of its importer."""
     script = """
 start(); h = create(6 << 20); fd = descriptor(h); other = os.dup(fd); need("cuMemRelease", h); say("held"); ask()
 os.close(fd); result, h = imported(other); os.close(other); say(result); ask()

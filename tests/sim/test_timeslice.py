@@ -1,4 +1,4 @@
-"""Several contexts on one device: they alternate, and what each gets done adds up to the time that has passed."""
+"""Several contexts on one device alternate. Their work adds up to the time that has passed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .conftest import Machine
 
 pytestmark = pytest.mark.timed
 
-# Does work of `us` microseconds at a time for `seconds`, `deep` launches ahead; says how much got done, in ms.
+# Does work of `us` microseconds at a time for `seconds`, `deep` launches ahead. Prints how much was done, in ms.
 WORKER = """
 start(); f = kernel("spin_%dus" % us)[1]; streams = [stream() for _ in range(n)]
 launch(f, streams[0]); need("cuCtxSynchronize"); say("ready"); wait()
@@ -25,7 +25,7 @@ say(done * us / 1000, 1000 * (time.monotonic() - began))
 
 
 def together(machine: Machine, *programs: str) -> tuple[list[float], float]:
-    """Ready, steady, go; what each got done, and how long it took the last, in ms."""
+    """Start programs at the same moment. Return how much each one did, and how long the last one took, in ms."""
     running = machine.together(*programs)
     said = [[float(word) for word in one.communicate(timeout=60)[0].split()] for one in running]
     return [done for done, _ in said], max(took for _, took in said)
@@ -43,12 +43,12 @@ def test_alone_nothing_is_lost(make_machine: Callable[..., Machine], us: int, de
 
 @pytest.mark.parametrize(("us", "deep"), [(2_000, 40), (20_000, 3), (100_000, 1)])
 def test_two_share_and_pay_for_each_change(make_machine: Callable[..., Machine], us: int, deep: int) -> None:
-    """Of every 2.18 ms two are worked, but for the end, when one may be alone with its last round."""
+    """Two of every 2.18 ms are work, but for the end, when one program may be alone with its last round."""
     (a, b), took = together(make_machine(), worker(us, deep, 3.0), worker(us, deep, 3.0))
     last = us * deep / 1000
     assert 0.8 * took <= a + b <= took * 2 / 2.18 + last
     assert abs(a - b) <= 0.1 * (a + b) + last
-    assert took * 2 / 2.18 + last < took  # or this would hold of a device that is changed for nothing
+    assert took * 2 / 2.18 + last < took  # or this would hold for a device that changes without need
 
 
 def test_three_share(make_machine: Callable[..., Machine]) -> None:
@@ -69,7 +69,7 @@ def test_streams_of_one_context_run_side_by_side(make_machine: Callable[..., Mac
 
 
 def test_contexts_of_one_process_alternate(make_machine: Callable[..., Machine]) -> None:
-    """Two times 200 ms take 400 and more, whoever asks and however."""
+    """Two times 200 ms take at least 400 ms, whichever thread waits and however."""
     script = """
 c = start(); f = kernel("spin_200000us")[1]; s, e = stream(), C.c_void_p(); need("cuEventCreate", C.byref(e), 0)
 d = C.c_void_p(); need("cuCtxCreate_v2", C.byref(d), 0, 0); g = kernel("spin_200000us")[1]; t = stream()
@@ -86,7 +86,7 @@ print(one, time.monotonic() - began, L.cuStreamQuery(t))
 
 
 def test_events_tell_how_long_it_really_took(make_machine: Callable[..., Machine]) -> None:
-    """As those of a device do: with the turns of others between them."""
+    """Event times include the turns of other contexts, as those of a real device do."""
     other = worker(10_000, 3, 1.0)
     timed = """
 start(); f = kernel("spin_50000us")[1]; s = stream(); events = [C.c_void_p(), C.c_void_p(), C.c_void_p()]

@@ -1,4 +1,4 @@
-"""What programs that nobody here wrote see of it, and what a pid namespace sees of the others."""
+"""Output of third-party programs with the simulated driver, and what a pid namespace sees of other processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_nvml_sees_host_pids(machine: Machine, holder: Popen[str]) -> None:
 
 
 def test_two_versions_of_the_memory_question(machine: Machine, holder: Popen[str]) -> None:
-    """The old one counts the driver's reserve as used, the new one tells it apart."""
+    """The old version counts the driver's reserve as used, the new one shows it separately."""
     script = (
         NVML
         + """
@@ -48,7 +48,7 @@ def in_pid_namespace(script: str, proc: bool = True) -> list[str]:
 
 
 def test_pid_namespace_sees_its_own(machine: Machine, holder: Popen[str]) -> None:
-    """Inside: own processes, pids as known there. The host: all of them, with its own pids."""
+    """Inside are its own processes with its pids. The host sees all of them, with its own pids."""
     script = "start(); alloc(5 << 20); say(os.getpid(), processes()); say('up'); wait()"
     words = in_pid_namespace(script)
     with machine.spawn("", prefix=[*words, "--"]) as inside:
@@ -85,7 +85,7 @@ def test_foreign_proc_lists_nobody(machine: Machine, holder: Popen[str]) -> None
 
 
 def test_outer_namespace_sees_inner_but_not_reverse(machine: Machine) -> None:
-    """Two levels: the middle one sees the innermost process under a pid of the middle."""
+    """The middle one of two levels sees the innermost process under the middle level's pid."""
     inner = "start(); say('up'); time.sleep(30)"
     script = f"""
 import subprocess
@@ -118,7 +118,7 @@ for name, width in (("", 16), ("_v2", 24), ("_v3", 24)):
 
 
 def test_every_list_of_processes(machine: Machine, holder: Popen[str]) -> None:
-    """Whoever has a context computes; nobody draws, encodes or captures, and nobody is in the host's accounts."""
+    """Every process with a context computes. None draws, encodes or captures, and the host's accounts are empty."""
     script = (
         NVML
         + """

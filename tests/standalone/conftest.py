@@ -15,7 +15,7 @@ from tests.support.wait import eventually
 
 @pytest.fixture(scope="package", autouse=True)
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """16 GiB, one device."""
+    """Run the simulated driver with one device of 16 GiB."""
     compile_programs()
     service = Service(tmp_path_factory.mktemp("service"))
     try:
@@ -27,7 +27,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(params=["runc", "crun"])
 def images(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[kit.Images]:
-    """Containers of one image; all that they held is gone with them."""
+    """Return containers of one image. All that they held is freed with them."""
     place = kit.Images(tmp_path, request.param)
     yield place
     place.close()

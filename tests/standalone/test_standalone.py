@@ -1,4 +1,4 @@
-"""A host without an agent, an image with a limit: its containers hold themselves to it, each for itself."""
+"""A host without an agent and an image with a limit: its containers limit themselves, each separately."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ THREADS, OPERATIONS = 2, 170
 
 
 def fill(tenant: Tenant) -> Client:
-    """A program that has taken all that its container may have, to the byte."""
+    """Return a program that has allocated all that its container may have, to the byte."""
     client = kit.assert_live(tenant)
     left = client.ok("info")[0]
     client.ok(f"alloc {left}")
@@ -67,7 +67,7 @@ def test_two_containers_of_an_image_have_two_limits(images: kit.Images, shared: 
 
 
 def test_a_container_that_was_killed_starts_anew(images: kit.Images) -> None:
-    """Its root is as it was, books and all, and its pids come again."""
+    """The new container has the same root, with the ledger, and its pids are reused."""
     for shared in (set[str](), {"ipc"}):
         images.shared, images.root = shared, None
         old = images.tenant(None)
@@ -87,7 +87,7 @@ def test_a_read_only_root_with_a_run_of_its_own(images: kit.Images) -> None:
 
 
 def test_a_read_only_root_without(images: kit.Images) -> None:
-    """There is nowhere to share anything: each program is held to the limit, and says so."""
+    """The programs can share nothing, so each one is limited separately, and says so."""
     images.read_only = True
     tenant = images.tenant(None)
     for _ in range(2):
@@ -99,7 +99,7 @@ def test_a_read_only_root_without(images: kit.Images) -> None:
 
 @pytest.mark.parametrize("how", ["own", "open", "link"])
 def test_a_neighbour_that_poses_as_a_gatekeeper_is_none(images: kit.Images, how: str) -> None:
-    """Where anybody may write in /run/fgpu, anybody can put a folder there, and a socket that never answers."""
+    """A process can put a folder and a socket that never answers into /run/fgpu if all users may write there."""
     tenant = images.tenant(None)
     run = images.rootfs(tenant) / "run/fgpu"
     place = run / "shim" if how != "link" else run.parent / "anybody"
@@ -226,7 +226,7 @@ def test_the_killed_leave_nothing(images: kit.Images, scale: Scale) -> None:
 
 
 class Life(Program):
-    """tests/programs/life.c, two threads, in whole granules: so much the driver takes for each."""
+    """The program tests/programs/life.c, two threads, in whole granules: the driver allocates exactly these sizes."""
 
     def __init__(self, tenant: Tenant, number: int, seed: int) -> None:
         super().__init__(tenant, f"life{number}", f"{BUILD}/e2e/life {seed} {THREADS} whole")
@@ -234,7 +234,7 @@ class Life(Program):
         assert (word, result) == ("ready", "0")
 
     def end(self) -> tuple[int, int]:
-        """Operations done in this round, and refusals so far."""
+        """Return the operations of this round, and the refusals so far."""
         word, done, refused, _ = self.receive(60).split()
         assert word == "ok"
         return int(done), int(refused)

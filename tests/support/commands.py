@@ -17,7 +17,7 @@ from tests.support.host import FGPU, METRICS, RUN_DIR
 def fgpu(
     *arguments: str | Path, check: bool = True, seconds: float = 30, **more: Any
 ) -> subprocess.CompletedProcess[str]:
-    """The command `fgpu`, in the environment of a user of the simulated driver."""
+    """Run the command `fgpu`, in the environment of a user of the simulated driver."""
     more.setdefault("env", host.ENVIRONMENT)
     done = subprocess.run([*FGPU, *arguments], capture_output=True, text=True, timeout=seconds, check=False, **more)
     assert not check or done.returncode == 0, f"fgpu {arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
@@ -25,7 +25,7 @@ def fgpu(
 
 
 def ask(**request: Any) -> Any:
-    """One request on the control socket."""
+    """Send one request to the control socket, and return the answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(10)
         sock.connect(str(RUN_DIR / "control.sock"))
@@ -39,13 +39,13 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def events(what: str) -> list[dict[str, Any]]:
-    """What `fgpu events` has of one kind, the oldest first."""
+    """Return the events of one kind in `fgpu events`, the oldest first."""
     found = [json.loads(line) for line in fgpu("events", "--json").stdout.splitlines()]
     return [one for one in found if one["what"] == what]
 
 
 def metrics(page: str | None = None) -> Samples:
-    """The metrics of this moment, or those of a page: (name, labels) -> value."""
+    """Return the current metrics, or those of a page: (name, labels) -> value."""
     found = {}
     text = ask(verb="metrics") if page is None else page
     for name, labels, value in re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.MULTILINE):
@@ -54,11 +54,11 @@ def metrics(page: str | None = None) -> Samples:
 
 
 def metrics_page() -> str:
-    """What Prometheus is given; it is made anew once a second."""
+    """Return the page that Prometheus gets. It is made again once a second."""
     with urllib.request.urlopen(METRICS, timeout=5) as page:
         return str(page.read().decode())
 
 
 def orphans() -> list[dict[str, Any]]:
-    """All memory that is charged for processes that have ended, or that have exported and freed it."""
+    """Return all memory that is charged for processes that have exited, or that have exported and freed it."""
     return [orphan for tenant in ask(verb="snapshot")["tenants"] for orphan in tenant["orphans"]]

@@ -1,7 +1,7 @@
-"""A fresh host of this distribution for the package tests: a root made by debootstrap, systemd as its first process.
+"""A fresh host of this distribution for the package tests: a root made by debootstrap, with systemd as first process.
 
-Owns: build/roots/NAME, made once, and a copy of it for every host; one sees to the file what was changed there.
-What cannot be downloaded is a failure that names the mirror, never a test left out.
+It owns build/roots/NAME, made once, and a copy of it for every host, in which every changed file is visible. A failed
+download is a failure that names the mirror, and never skips a test.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from tests.support import packages as kit
 
 ROOTS = kit.BUILD / "roots"
 MIRRORS = {"debian": "http://deb.debian.org/debian", "ubuntu": "http://archive.ubuntu.com/ubuntu"}
-BASE = "systemd,systemd-sysv"  # a host has them
+BASE = "systemd,systemd-sysv"  # hosts have them
 RESOLVER = "/etc/resolv.conf"
 MOUNTS = ("dev", "opt/build", "proc", "run", "sys", "tmp")
-# What apt, dpkg, systemd and the distribution's own packages keep about what was once there.
+# Files of apt, dpkg, systemd and the distribution's own packages about earlier packages.
 NOISE = re.compile(
     r"var/(lib/dpkg|lib/apt|lib/python|lib/systemd|cache|log)(/|$)|etc/ld\.so\.cache$|etc/(alternatives|python3[.\d]*)(/|$)"
     r"|(etc|var)/\.updated$|etc/(group-|gshadow-|inputrc)$|usr/local/lib/python3[.\d]*(/|$)|usr/(lib|share)/python3[/.\d].*__pycache__(/|$)"
 )
 DEBOOTSTRAP_SECONDS = 280
-BUILD = Path("/opt/build")  # the checkout's build/, seen from inside
+BUILD = Path("/opt/build")  # the checkout's build/, as seen from inside
 
-# Becomes part of a cgroup, to make it the root of a cgroup namespace.
+# Enters a cgroup, to make it the root of a cgroup namespace.
 ENTER = 'echo $$ >"$1/cgroup.procs" && shift && exec "$@"'
-# A mount, cgroup and pid namespace with what a host has mounted, and systemd as its process 1.
+# A mount, cgroup and pid namespace with the mounts of a host, and systemd as its process 1.
 BOOT = """
 set -eu
 mount --make-rprivate /
@@ -57,7 +57,7 @@ exec env -i container=fgpu PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/syste
 
 
 def distribution() -> tuple[str, str]:
-    """(code name, mirror) of the distribution that this runs on: a package is made for that one."""
+    """Return (code name, mirror) of this machine's distribution, for which a package is made."""
     lines = [line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line]
     known = {name: value.strip('"') for name, value in lines}
     assert known["ID"] in MIRRORS, f"no mirror is known for {known['ID']}"
@@ -65,12 +65,12 @@ def distribution() -> tuple[str, str]:
 
 
 def fresh_root() -> Path:
-    """The root that hosts are made of: the distribution's base, its lists of packages, and nothing else."""
+    """Return the root that hosts are made of: the distribution's base, its lists of packages, and nothing else."""
     name, mirror = distribution()
     root = ROOTS / name
     if not root.exists():
         aside = ROOTS / f".{name}"
-        # What was cut off may have left this mounted, and nothing below it is ours to remove.
+        # An interrupted run may have left this mounted, and nothing below it may be removed.
         subprocess.run(["umount", "--quiet", aside / "proc"], check=False, timeout=10)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -87,7 +87,7 @@ Listing = dict[str, tuple[int, int, int, int, str]]
 
 
 def listing(root: Path) -> Listing:
-    """Every file of a root, but for what is mounted there: mode, owners, size and where a link points."""
+    """Return every file of a root, without mounts: mode, owners, size and where a link points."""
     found = {}
     for folder, folders, files in os.walk(root):
         for name in folders + files:
@@ -101,7 +101,7 @@ def listing(root: Path) -> Listing:
 
 
 class Host(kit.Installed):
-    """A root of one's own, entered by chroot; boot() and halt() give it a systemd."""
+    """A separate root, entered by chroot. boot() and halt() start and stop systemd in it."""
 
     def __init__(self, work: Path) -> None:
         self.root = ROOTS / f".host-{os.getpid()}"
@@ -114,7 +114,7 @@ class Host(kit.Installed):
         self._mounted: list[Path] = []
 
     def mount(self) -> None:
-        """A copy of the fresh root (on an overlay a mapping has another device number than its file) and its mounts."""
+        """Mount a copy of the root, and its mounts: on an overlay, mappings have another device number than files."""
         kit.run("cp", "--archive", "--reflink=auto", fresh_root(), self.root)
         self._mount(str(self.root), self.root, "--bind")
         self._mount("tmpfs", self.root / "run", "-t", "tmpfs")
@@ -129,7 +129,7 @@ class Host(kit.Installed):
         (self.root / "run/fgpu-sim").mkdir()
         for source, target in ((kit.BUILD, BUILD), ("/run/fgpu-sim", "/run/fgpu-sim"), (RESOLVER, RESOLVER)):
             self._mount(str(source), self.root / str(target).lstrip("/"), "--bind")
-        for name in world.COPIED:  # mounts of this world; another host's root is in build/ as well
+        for name in world.COPIED:  # mounts of this world, because another host's root is in build/ too
             self._mount(str(kit.BUILD / name), self.root / str(BUILD / name).lstrip("/"), "--bind")
 
     def _without_cgroup(self) -> bool:
@@ -139,11 +139,11 @@ class Host(kit.Installed):
         return not self._cgroup.exists()
 
     def processes(self) -> list[str]:
-        """What runs on this host."""
+        """Return the processes of this host."""
         return (self._cgroup / "cgroup.procs").read_text().split()
 
     def left(self, before: Listing) -> list[str]:
-        """Files that came, went or changed since, and that no package of the distribution owns."""
+        """Return the files that were added, removed or changed since, and that no package of the distribution owns."""
         lists = (self.root / "var/lib/dpkg/info").glob("*.list")
         owned = {line.lstrip("/") for path in lists for line in path.read_text().splitlines()}
         owned |= {re.sub(r"^(lib|bin|sbin|lib64)/", r"usr/\1/", name) for name in owned}
@@ -152,13 +152,13 @@ class Host(kit.Installed):
         return sorted(name for name in changed - owned if not NOISE.match(name))
 
     def accounts(self) -> dict[str, str]:
-        """Users, groups and what is preloaded, word by word."""
+        """Return users, groups and preloaded libraries, word by word."""
         names = ("passwd", "group", "shadow", "gshadow", "ld.so.preload")
         found = {name: self.root / "etc" / name for name in names}
         return {name: path.read_text() for name, path in found.items() if path.exists()}
 
     def pins(self) -> list[str]:
-        """What is pinned in this host's kernel file system."""
+        """Return what is pinned in this host's BPF file system."""
         return self.run("find", "/sys/fs/bpf", "-mindepth", "1", "!", "-name", "*.debug").stdout.split()
 
     def _mount(self, source: str, target: Path, *options: str) -> None:
@@ -166,7 +166,7 @@ class Host(kit.Installed):
         self._mounted.append(target)
 
     def close(self) -> None:
-        """Ends what runs there, and takes the root away."""
+        """Kill what runs there, and remove the root."""
         self.stop()
         self.halt()
         if self._cgroup.exists():
@@ -176,7 +176,7 @@ class Host(kit.Installed):
         shutil.rmtree(self.root, ignore_errors=True)
 
     def apt(self, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """apt-get there, as an administrator types it."""
+        """Run apt-get there, as an administrator types it."""
         environment = {**self.environment, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
         environment |= {k: v for k, v in os.environ.items() if k.lower().endswith("_proxy")}
         del environment["LD_LIBRARY_PATH"]
@@ -184,12 +184,12 @@ class Host(kit.Installed):
         return self.run(*command, *words, check=check, env=environment, timeout=170)
 
     def install(self, deb: Path) -> None:
-        """A package of build/, also after one that was newer."""
+        """Install a package of build/, even after a newer one."""
         self.apt("install", "--allow-downgrades", BUILD / deb.relative_to(kit.BUILD))
 
     @contextlib.contextmanager
     def gatekeeper(self) -> Iterator[None]:
-        """The gatekeeper as its unit starts it, until the end of the block."""
+        """Run the gatekeeper as its unit does, until the end of the block."""
         command = self.command("/usr/lib/fgpu/fgpu-gatekeeper")
         with subprocess.Popen(command, stderr=subprocess.DEVNULL, env={"PATH": self.environment["PATH"]}) as process:
             try:
@@ -203,7 +203,7 @@ class Host(kit.Installed):
     # -- with systemd
 
     def boot(self) -> float:
-        """Starts systemd as the first process of a pid namespace; the seconds until it is up."""
+        """Start systemd as the first process of a pid namespace. Return the seconds until it is up."""
         command = [*self._own_tree, "--mount", "--pid", "--fork", "--kill-child", "--ipc", "--uts"]
         command += ["sh", "-c", BOOT, "sh", str(self.root)]
         with open(self._work / "console", "wb") as console:
@@ -219,7 +219,7 @@ class Host(kit.Installed):
         return time.monotonic() - begun
 
     def _first_process(self) -> str:
-        """The pid of our systemd, once it is one."""
+        """Return the pid of the host's systemd, once it runs."""
         assert self._init is not None
         assert self._init.poll() is None, (self._work / "console").read_text()
         children = Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text().split()
@@ -229,7 +229,7 @@ class Host(kit.Installed):
         return ""
 
     def halt(self) -> None:
-        """Kills systemd, and with it everything in its namespace."""
+        """Kill systemd, and with it everything in its namespace."""
         if self._init is None:
             return
         self._init.kill()
@@ -237,21 +237,21 @@ class Host(kit.Installed):
         self._init, self.prefix = None, self._chroot
 
     def version(self) -> str:
-        """Of the package that is installed there."""
+        """Return the version of the package that is installed there."""
         return self.run("dpkg-query", "--show", "--showformat=${Version}", "fgpu").stdout
 
     def unit(self, name: str, *properties: str) -> list[str]:
-        """What systemd says of a unit: the values of these properties."""
+        """Return the values of these properties of a unit, as systemd shows them."""
         words = [f"--property={name}" for name in properties]
         shown = dict(line.split("=", 1) for line in self.run("systemctl", "show", name, *words).stdout.splitlines())
         return [shown[name] for name in properties]
 
 
-_majors = itertools.count(10)  # none twice: a host may have been upgraded by a trial that failed
+_majors = itertools.count(10)  # all different: a host may have been upgraded by a trial that failed
 
 
 def newer(deb: Path, folder: Path, work: Path) -> str:
-    """Puts a package with a version above all before and another shim into a host's /tmp; its path there."""
+    """Put a package with the highest version so far and another shim into a host's /tmp. Return its path there."""
     major = next(_majors)
     tree, name = work / "tree", f"fgpu_{major}.deb"
     kit.run("dpkg-deb", "-R", deb, tree)
@@ -265,7 +265,7 @@ def newer(deb: Path, folder: Path, work: Path) -> str:
 
 @contextlib.contextmanager
 def load(host: Host) -> Iterator[list[str]]:
-    """A tenant that starts program after program, each of which takes all that it gets; what they said, at the end."""
+    """Run a tenant that starts programs in sequence, each of which allocates all it can. Yield their output."""
     script = f"while [ ! -e /tmp/enough ]; do {host.build}/examples/fill --step 2MiB; done"
     command = host.command("/usr/bin/fgpu", "run", "--name", "load", "--memory", "1GiB", "--", "sh", "-c", script)
     said: list[str] = []

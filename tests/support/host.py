@@ -20,8 +20,8 @@ DRIVER_ROOT = Path(os.environ.get("DRIVER_ROOT", SIM))
 FGPU = shlex.split(os.environ.get("FGPU", str(ROOT / ".venv/bin/fgpu")))
 RUN_DIR = Path("/run/fgpu")
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-CONTEXT = 518 * MIB  # what a context takes of the simulated device
-# Of memory, as the driver's books have them.
+CONTEXT = 518 * MIB  # the size of a context on the simulated device
+# Kinds of memory, as in the driver's dump.
 KINDS = ("context", "block", "vmm", "managed", "pool", "module", "graph", "local", "runtime", "launch")
 GPUS = os.environ.get("FGPU_TEST_GPUS", "1")
 MEMORY = os.environ.get("FGPU_TEST_MEMORY", "16GiB")  # of each device
@@ -35,7 +35,7 @@ ENVIRONMENT = {
 SERVICE_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.pthread.stack_cache_size=0"}
 
 
-# Below the ports that the kernel hands out; each worker of the tests has some of its own.
+# Below the ports that the kernel assigns. Each worker of the tests has its own range.
 _PORTS = itertools.cycle(
     range((first := 20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw9")[2:])), first + 1000)
 )
@@ -55,7 +55,7 @@ METRICS = f"http://{LISTEN}/metrics"
 
 
 def cgroup_root() -> Path:
-    """Where cgroup v2 is mounted."""
+    """Return where cgroup v2 is mounted."""
     for line in Path("/proc/mounts").read_text().splitlines():
         fields = line.split()
         if fields[2] == "cgroup2":
@@ -64,7 +64,7 @@ def cgroup_root() -> Path:
 
 
 def fill(filler: Path) -> None:
-    """Not a byte is left on the file system of this file."""
+    """Fill the file system of this file to the last byte."""
     with open(filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))

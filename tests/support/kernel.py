@@ -1,4 +1,4 @@
-"""What the kernel holds of fgpu, by bpf(2) alone: pinned objects, their ids, the entries of a map."""
+"""fgpu's objects in the kernel, by bpf(2) alone: pinned objects, their ids, the entries of a map."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def _bpf(command: int, attributes: bytes | ctypes.Array[ctypes.c_char]) -> int:
 
 
 def opened(path: Path) -> int:
-    """A descriptor of what is pinned there; negative: nothing is."""
+    """Return a descriptor of the object that is pinned there; negative: nothing is pinned."""
     name = ctypes.create_string_buffer(os.fsencode(path))
     return _bpf(_OBJ_GET, struct.pack("QII", ctypes.addressof(name), 0, 0).ljust(128, b"\0"))
 
 
 def objects_of(fdinfo: str) -> set[Object]:
-    """The BPF objects that descriptors say they are."""
+    """Return the BPF objects that descriptors belong to."""
     return {(kind, int(number)) for kind, number in re.findall(r"^((?:prog|map|link)_id):\s*(\d+)$", fdinfo, re.M)}
 
 
 def pinned() -> set[Object]:
-    """The BPF objects of fgpu's that are pinned here."""
+    """Return the BPF objects of fgpu that are pinned here."""
     found = set()
     for path in (p for p in (BPFFS / "fgpu").rglob("*") if p.is_file()):
         fd = opened(path)
@@ -44,7 +44,7 @@ def pinned() -> set[Object]:
 
 
 def held_by(pid: int) -> set[Object]:
-    """The BPF objects that a process has open."""
+    """Return the BPF objects that a process has open."""
     found = set()
     for path in Path(f"/proc/{pid}/fdinfo").iterdir():
         with contextlib.suppress(OSError):
@@ -53,7 +53,7 @@ def held_by(pid: int) -> set[Object]:
 
 
 def in_the_kernel() -> set[Object]:
-    """Every BPF object that there is, whoever made it."""
+    """Return every BPF object in the kernel."""
     found = set()
     for kind, command in NEXT_ID.items():
         attributes = ctypes.create_string_buffer(128)
@@ -65,12 +65,12 @@ def in_the_kernel() -> set[Object]:
 
 
 def entries(name: str) -> int:
-    """How many entries one of fgpu's maps has."""
+    """Return the number of entries of one of fgpu's maps."""
     return len(keys(name))
 
 
 def is_probed(path: Path) -> bool:
-    """The file is among those whose probes are in place."""
+    """Return whether the probes of this file are in place."""
     return path.stat().st_ino in (struct.unpack_from("QQ", key)[1] for key in keys("files"))
 
 
@@ -81,7 +81,7 @@ def _map(name: str) -> int:
 
 
 def _look_up(fd: int, key: bytes, value_bytes: int) -> bytes:
-    """What a map has there; empty: nothing. The descriptor is closed."""
+    """Return the value of a key, or nothing if the map has none. The descriptor is closed."""
     name, value = ctypes.create_string_buffer(key), ctypes.create_string_buffer(value_bytes)
     words = struct.pack("IIQQQ", fd, 0, ctypes.addressof(name), ctypes.addressof(value), 0)
     failed = _bpf(_LOOKUP, words.ljust(128, b"\0"))
@@ -90,7 +90,7 @@ def _look_up(fd: int, key: bytes, value_bytes: int) -> bytes:
 
 
 def limit_in_force(cgroup: int) -> int | None:
-    """Bytes of the first device, on the usage page by which the kernel decides; None: the cgroup has none."""
+    """Return the limit of the first device in bytes, from the page that the kernel uses; None: the cgroup has none."""
     number = _look_up(_map("pages"), struct.pack("Q", cgroup), 4)
     fd = _bpf(_MAP_BY_ID, number.ljust(128, b"\0")) if number else -1
     if fd < 0:
@@ -99,7 +99,7 @@ def limit_in_force(cgroup: int) -> int | None:
 
 
 def keys(name: str) -> list[bytes]:
-    """Those of one of fgpu's maps."""
+    """Return the keys of one of fgpu's maps."""
     fd = _map(name)
     key, after = ctypes.create_string_buffer(256), ctypes.create_string_buffer(256)
     found, where = [], 0

@@ -1,4 +1,4 @@
-"""Programs in a tenant's cgroup that have no shim."""
+"""Programs in a tenant's cgroup without the shim."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tests.support.tenant import Client
 
 
 def outside(tenant, name: str, libraries: Path) -> Client:
-    """A CUDA program in the tenant's cgroup that has these libraries and no shim."""
+    """Start a CUDA program in the tenant's cgroup with these libraries and without the shim."""
 
     class Outside:
-        """As much of a tenant as a program needs."""
+        """A stand-in for a tenant, with as much of it as a program needs."""
 
         def __init__(self) -> None:
             self.folder, self.name, self.cgroup = tenant.folder, name, tenant.cgroup

@@ -1,7 +1,7 @@
-"""The package tests' hands: what a user has who installed a package.
+"""An installed package as its user has it, for the package tests.
 
-Owns: what is the same wherever fgpu is installed: its commands, a program that takes memory, and what must be true of
-it. Imports nothing of fgpu.
+It owns what is the same wherever fgpu is installed: its commands, a program that allocates memory, and what must be
+true of it. Imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ BUILD = ROOT / "build"
 PACKAGES = BUILD / "packages"
 STATE = Path("/var/lib/fgpu")
 MIB, GIB = 1 << 20, 1 << 30
-CONTEXT = 518 * MIB  # what a context takes of the simulated device
+CONTEXT = 518 * MIB  # the size of a context on the simulated device
 T = TypeVar("T")
 
 
 def eventually(look: Callable[[], T], seconds: float, what: str) -> T:
-    """Looks until the answer is truthy, and returns it."""
+    """Call a function until it returns a true value, and return that."""
     return wait.eventually(look, seconds, what, pause=0.02)
 
 
 def run(*command: str | Path, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
-    """A command with its output; `check`: it must succeed."""
+    """Run a command and return its output; `check`: it must succeed."""
     more.setdefault("timeout", 120)
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **more)
     assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
@@ -44,7 +44,7 @@ def run(*command: str | Path, check: bool = True, **more: Any) -> subprocess.Com
 
 @contextlib.contextmanager
 def driver(log: Path, memory: str, seconds: float) -> Iterator[None]:
-    """fgpu-simd with one device of `memory`, from when it is ready, at most `seconds` after its start."""
+    """Run fgpu-simd with one device of `memory`. It must be ready within `seconds`."""
     environment = {"FGPU_SIM_MEMORY": memory, "FGPU_SIM_GPUS": "1"}
     with open(log, "wb") as out:
         process = subprocess.Popen([BUILD / "sim/fgpu-simd"], stdout=out, stderr=out, env=environment)
@@ -58,12 +58,12 @@ def driver(log: Path, memory: str, seconds: float) -> Iterator[None]:
 
 
 def cgroup2() -> Path:
-    """Where cgroup v2 is mounted here."""
+    """Return where cgroup v2 is mounted here."""
     return Path(next(line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if " cgroup2 " in line))
 
 
 def package(pattern: str) -> Path:
-    """The one package of that name that `./dev package` has just made."""
+    """Return the package of that name that `./dev package` has just made."""
     found = list(PACKAGES.glob(pattern))
     assert len(found) == 1, f"{PACKAGES} has {found}"
     return found[0]
@@ -74,7 +74,7 @@ def package(pattern: str) -> Path:
 
 @dataclass
 class Installed:
-    """fgpu somewhere, reached through a prefix such as `chroot ROOT`; `build` is how build/ is called there."""
+    """An installed fgpu, reached through a prefix such as `chroot ROOT`; `build` is the path of build/ there."""
 
     fgpu: str
     prefix: list[str] = field(default_factory=list)
@@ -84,29 +84,29 @@ class Installed:
 
     @property
     def environment(self) -> dict[str, str]:
-        """A user's of the simulated driver."""
+        """Return the environment of a user of the simulated driver."""
         return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LD_LIBRARY_PATH": str(self.build / "sim/lib")}
 
     def command(self, *words: str | Path) -> list[str]:
-        """Those words, there."""
+        """Return the command line that runs these words there."""
         return [*self.prefix, *map(str, words)]
 
     def run(self, *words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
-        """A command there."""
+        """Run a command there."""
         more.setdefault("env", self.environment)
         return run(*self.command(*words), **more)
 
     def call(self, *words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
-        """`fgpu …` there."""
+        """Run `fgpu …` there."""
         return self.run(self.fgpu, *words, **more)
 
     @property
     def agent_words(self) -> list[str]:
-        """The one command that enforces."""
+        """Return the one command that enforces."""
         return [self.fgpu, "agent", "--driver-root", str(self.build / "sim"), "--listen", self.listen]
 
     def start_agent(self, log: Path) -> float:
-        """`fgpu agent`; the seconds until it enforces."""
+        """Start `fgpu agent`. Return the seconds until it enforces."""
         begun = time.monotonic()
         with open(log, "wb") as file:
             environment = {"PATH": self.environment["PATH"]}
@@ -121,21 +121,21 @@ class Installed:
         return time.monotonic() - begun
 
     def stop(self) -> None:
-        """Ends an agent that a test has left."""
+        """End an agent that a test has left."""
         if self.agent and self.agent.poll() is None:
             with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
                 self.call("detach", timeout=15)
             self.agent.kill()
-            self.agent.wait(60)  # what it has probed of others' is let go one by one
+            self.agent.wait(60)  # it removes probes of other processes one by one
 
     def fill(self, *words: str | Path, held_seconds: int = 0) -> subprocess.Popen[str]:
-        """examples/fill there, after these words; all that it and they say is its stdout."""
+        """Run examples/fill there, after these words. Its stdout has the output of all of them."""
         fill = [self.build / "examples/fill", "--step", "2MiB", "--hold", str(held_seconds)]
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(self.command(*words, *fill), text=True, env=self.environment, **both)
 
     def filled(self, *words: str) -> tuple[int, str]:
-        """The bytes that fill got before it was refused, and what it was told."""
+        """Return the bytes that fill got before it was refused, and the reply that it got."""
         with self.fill(*words) as program:
             said, _ = program.communicate(timeout=30)
         found = re.fullmatch(r"admitted (\d+) bytes(?:, then (\w+))?\n", said)
@@ -147,13 +147,13 @@ KINDS = ("context", "block", "vmm", "managed", "pool", "module")
 
 
 def driver_bytes() -> list[int]:
-    """What each process holds, by the driver's own books."""
+    """Return what each process holds, by the driver's own figures."""
     books = json.loads(run(BUILD / "sim/fgpu-simd", "--dump").stdout)["processes"]
     return [sum(process[f"{kind}_bytes"] for kind in KINDS) for process in books]
 
 
 def assert_page_shows(place: Installed, name: str) -> None:
-    """The status page, and all that it is made of, came along."""
+    """Check that the status page and all of its parts are installed."""
     with urllib.request.urlopen(f"http://{place.listen}/", timeout=20) as answer:
         page = answer.read().decode()
     assert f"<bdi>{name}</bdi>" in page
@@ -162,7 +162,7 @@ def assert_page_shows(place: Installed, name: str) -> None:
 
 
 def assert_enforced(place: Installed, name: str) -> None:
-    """A tenant gets its limit and not a byte more, by the driver's books too; without fgpu the program gets more."""
+    """Check that a tenant gets exactly its limit, by the driver's figures too. Without fgpu the program gets more."""
     limit = GIB
     with place.fill(place.fgpu, "run", "--name", name, "--memory", "1GiB", "--", held_seconds=30) as tenant:
         try:

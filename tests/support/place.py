@@ -1,4 +1,4 @@
-"""Places in which tenants live: `fgpu run`, cgroups made by hand, containers of runc and crun."""
+"""Places in which tenants live: `fgpu run`, plain cgroups, containers of runc and crun."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Place:
 
 
 class Cgroups(Place):
-    """Cgroups made by hand and limited by `fgpu set`, below one of our own that no other test has anything in."""
+    """Plain cgroups that are limited by `fgpu set`, below one that only this test uses."""
 
     def __init__(self, work: Path) -> None:
         super().__init__(work)
@@ -81,7 +81,7 @@ class Cgroups(Place):
         return self._tenant(f"{self.group}/{name}", folder, memory)
 
     def named(self, path: str) -> Tenant:
-        """A tenant in the cgroup of that path below ours; no limit is set by hand."""
+        """Return a tenant in the cgroup of that path below the place's own. No limit is set."""
         folder = self.work / path.replace("/", "-")
         folder.mkdir()
         self.tenants.append(self._tenant(f"{self.group}/{path}", folder, None))
@@ -120,7 +120,7 @@ class Container(Place):
         super().__init__(work)
         self._runtime = runtime
         self._state = work / "state"
-        self.mounts: list[dict[str, Any]] = []  # beside what every container has
+        self.mounts: list[dict[str, Any]] = []  # in addition to those of every container
         self.image: dict[str, Path] = {}  # files in its root: path -> what is copied there
         (work / "ld.so.preload").write_text(f"{SHIM}\n")
 
@@ -183,12 +183,12 @@ class Container(Place):
         (bundle / "config.json").write_text(json.dumps(spec))
 
     def end(self, tenant: Tenant) -> None:
-        """Deletes the container."""
+        """Delete the container."""
         self._call("delete", "--force", tenant.name)
         eventually(lambda: not tenant.pids(), 20, f"the end of {tenant.name}")
 
     def close(self) -> None:
-        """Deletes every container, what is left of their cgroups, and the folder of these unless others are in it."""
+        """Delete all containers, the rest of their cgroups, and their folder unless other cgroups are in it."""
         names = [tenant.name for tenant in self.tenants]
         super().close()
         parent = cgroup_root() / self.group.lstrip("/")
@@ -223,7 +223,7 @@ def group(place: Place, memory: int) -> Iterator[Callable[[], dict[str, Any]]]:
 
 
 def place_of(kind: str, work: Path) -> Place:
-    """host, pidns, cgroups, runc, crun."""
+    """Return the place of a kind: host, pidns, cgroups, runc, crun."""
     if kind == "cgroups":
         return Cgroups(work)
     if kind in ("runc", "crun"):

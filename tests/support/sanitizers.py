@@ -1,7 +1,7 @@
-"""What looks on while the C parts run: AddressSanitizer with UndefinedBehaviorSanitizer, and ThreadSanitizer.
+"""Sanitizers for the C parts: AddressSanitizer with UndefinedBehaviorSanitizer, and ThreadSanitizer.
 
-Shim, simulated driver and helper are built once more for each, into build/sanitized/NAME, by their own makefiles. A
-program that looks on writes a report for each fault into a folder, in whichever process it was; none is expected.
+Shim, simulated driver and helper are built again for each, into build/sanitized/NAME, by their own makefiles. A program
+with sanitizers writes a report for each error into a folder, from any of its processes. No report is expected.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HEADERS = ROOT / "build" / "headers"
 CFLAGS = ("-O1", "-g", "-fno-omit-frame-pointer")
-# Since Linux 6.6 addresses are more random than a library of before expects.
+# Since Linux 6.6 addresses are more random than an older sanitizer library expects.
 UNRANDOM = ("setarch", "-R")
 
 
 @dataclass(frozen=True)
 class Sanitizer:
-    """`checks`: as the compiler has them; `library`: what they need in the process before all else."""
+    """A sanitizer. `checks`: the compiler's names of its checks; `library`: what must be first in the process."""
 
     name: str
     checks: str
@@ -27,17 +27,17 @@ class Sanitizer:
 
     @property
     def folder(self) -> Path:
-        """Where all of it is built."""
+        """Return the folder of its build."""
         return ROOT / "build" / "sanitized" / self.name
 
     @property
     def runtime(self) -> Path:
-        """The library; the linker's name for it may be a script."""
+        """Return the path of the library; the linker's name for it may be a script."""
         said = subprocess.run(["gcc", f"-print-file-name={self.library}"], check=True, capture_output=True, text=True)
         return Path(said.stdout.strip()).resolve()
 
     def make(self, part: str, source: Path | None = None, out: Path | None = None) -> Path:
-        """The folder of a part (shim, sim, oci) that was built here if it was older; `source`: another copy of it."""
+        """Build a part (shim, sim, oci) if it is outdated, and return its folder. `source`: another copy of it."""
         out = out or self.folder / part
         variables = [f"OUT={out}", f"HEADERS={HEADERS}", f"SANITIZE={self.checks}", "CFLAGS=-O1 -g"]
         command = ["make", "-s", "-j2", "-C", source or ROOT / part, *variables]
@@ -45,14 +45,14 @@ class Sanitizer:
         return out
 
     def compile(self, out: Path, *words: str | Path) -> Path:
-        """A program of sources and flags."""
+        """Compile a program from sources and flags."""
         checks = (f"-fsanitize={self.checks}", "-fno-sanitize-recover=all")
         command = ["gcc", *CFLAGS, "-Wall", "-Wextra", "-Werror", *checks, "-isystem", HEADERS, "-o", out, *words]
         subprocess.run(command, check=True, timeout=120)
         return out
 
     def environment(self, reports: Path, leaks: bool = True) -> dict[str, str]:
-        """Reports come into that folder, and end their process."""
+        """Return variables that send reports to that folder and end their process."""
         where = f"log_path={reports}/report"
         return {
             "ASAN_OPTIONS": f"{where}:detect_leaks={int(leaks)}:abort_on_error=0",
@@ -67,5 +67,5 @@ SANITIZERS = {by.name: by for by in (ADDRESS, THREAD)}
 
 
 def reported(reports: Path) -> str:
-    """All that was reported; nothing where all is well."""
+    """Return all reports; nothing if there is no error."""
     return "\n".join(path.read_text(errors="replace")[:6000] for path in sorted(reports.glob("report*")))

@@ -42,9 +42,9 @@ def compile_programs() -> None:
 
 
 def gatekeepers_of(run_dir: Path) -> set[int]:
-    """Pids of every gatekeeper that was started with that folder."""
+    """Return the pids of all gatekeepers that were started with that folder."""
     found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):  # no glob: it fails where a process ends under it
+    for pid in filter(str.isdigit, os.listdir("/proc")):  # no glob: it fails if a process exits meanwhile
         with contextlib.suppress(OSError):
             words = Path("/proc", pid, "cmdline").read_bytes().split(b"\0")
             if b"fgpu_ebpf.gatekeeper" in words and str(run_dir).encode() in words:
@@ -58,12 +58,12 @@ def _reads(link: str) -> str:
     return ""
 
 
-# Runs a command beside a driver and an agent of its own.
+# Runs a command with a separate driver and agent.
 IN_A_WORLD = (sys.executable, "-m", "tests.world")
 
 
 def run_on_devices(file: str, number: int = 2, memory: str = "16GiB", seconds: float = 170) -> None:
-    """Run the tests of a file, in a world of their own, with a driver of so many devices of that size and an agent.
+    """Run the tests of a file in their own world, with a driver of this many devices of that size and an agent.
 
     They end within `seconds`.
     """
@@ -75,7 +75,7 @@ def run_on_devices(file: str, number: int = 2, memory: str = "16GiB", seconds: f
 
 
 class Service:
-    """The simulated driver and the agent, started once and restarted at will."""
+    """The simulated driver and the agent, started once and restarted on request."""
 
     def __init__(self, work: Path, asked: Sequence[str] = ("docker", "cri")) -> None:
         """`asked`: the kinds of engines whose sockets the agent looks for."""
@@ -92,12 +92,12 @@ class Service:
         self._driver_log = work / "driver.log"
         self._driver: subprocess.Popen[bytes] | None = None
         self.agent: subprocess.Popen[bytes] | None = None
-        self.started_in = 0.0  # seconds from start to enforcing, the last time
+        self.started_in = 0.0  # seconds from the last start to enforcement
         self._checked = 0  # characters of the log that check() has read
         self.command = FGPU  # of the agent
 
     def start_driver(self, memory: str = MEMORY) -> None:
-        """fgpu-simd with one device, or FGPU_TEST_GPUS; returns when it is ready."""
+        """Start fgpu-simd with one device, or FGPU_TEST_GPUS devices. Returns when it is ready."""
         assert not self.gatekeepers(), "fgpu runs on this host already"
         running = subprocess.run([SIM / "fgpu-simd", "--dump"], capture_output=True, check=False, timeout=10)
         assert running.returncode, "a simulated driver runs on this host already"
@@ -108,7 +108,7 @@ class Service:
         eventually(lambda: b"ready" in self._driver_log.read_bytes(), 20, "the simulated driver")
 
     def start_agent(self, stderr: int | None = None, *options: str) -> float:
-        """`fgpu agent`, logging there or as always; returns when limits are in force, with the seconds that it took."""
+        """Start `fgpu agent`, logging to `stderr` or the usual file. Return the seconds until limits are in force."""
         begun = time.monotonic()
         said = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "ab") if stderr is None else open(stderr, "wb", closefd=False) as log:
@@ -128,24 +128,24 @@ class Service:
         return self.started_in
 
     def gatekeepers(self) -> set[int]:
-        """Pids of every gatekeeper that sees our /run, whoever started it."""
+        """Return the pids of all gatekeepers that see this /run."""
         here = os.readlink("/proc/self/ns/mnt")
         return {pid for pid in gatekeepers_of(RUN_DIR) if _reads(f"/proc/{pid}/ns/mnt") == here}
 
     def stand(self) -> None:
-        """There is an agent, also after a trial that failed between two of them."""
+        """Start an agent if there is none, because a trial may have failed between two of them."""
         assert self.agent is not None
         if self.agent.poll() is not None:
             self.start_agent()
 
     def kill_agent(self, how: int = signal.SIGKILL) -> None:
-        """kill -9, or another signal."""
+        """Kill the agent with SIGKILL, or another signal."""
         assert self.agent is not None
         self.agent.send_signal(how)
         self.agent.wait(30)
 
     def kill_gatekeeper(self) -> None:
-        """kill -9."""
+        """Kill the gatekeeper with SIGKILL."""
         pids = self.gatekeepers()
         assert pids, "no gatekeeper to kill"
         for pid in pids:
@@ -155,7 +155,7 @@ class Service:
     @classmethod
     @contextlib.contextmanager
     def running(cls, work: Path, *asked: str) -> Iterator[Service]:
-        """The simulated driver (16 GiB, one device) and the agent, which enforces; both end with it."""
+        """Run the simulated driver (16 GiB, one device) and the agent, which enforces. Both end with the block."""
         service = cls(work, asked) if asked else cls(work)
         try:
             service.start_driver()
@@ -165,15 +165,15 @@ class Service:
             service.stop()
 
     def check(self) -> None:
-        """Nothing has fallen over."""
+        """Check that no process has exited and no error was logged."""
         assert self.agent is not None
         assert self.agent.poll() is None, "the agent ended"
         log = self.log.read_text()[self._checked :]
-        self._checked += len(log)  # a traceback is the failure of one test, not of all that follow
+        self._checked += len(log)  # a traceback is the failure of one test, not of all later ones
         assert "Traceback" not in log, log
 
     def detach(self) -> None:
-        """`fgpu detach`; a gatekeeper that stays all the same is ended."""
+        """Run `fgpu detach`, and kill a gatekeeper that stays."""
         self.stand()
         fgpu("detach")
         self.agent.wait(10)
@@ -181,7 +181,7 @@ class Service:
             os.kill(pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Detaches, and ends what was started here."""
+        """Detach, and end all that was started here."""
         try:
             if self.agent:
                 self.detach()

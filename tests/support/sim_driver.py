@@ -1,4 +1,4 @@
-"""The memory that the simulated driver holds, by its own account."""
+"""The memory that the simulated driver holds, by its own figures."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def driver_dump() -> dict[str, Any]:
 
 
 def driver_books() -> list[dict[str, Any]]:
-    """What the driver itself holds: one entry a process and device."""
+    """Return what the driver itself holds: one entry for each process and device."""
     return list(driver_dump()["processes"])
 
 
 def unnamed_bytes() -> int:
-    """Bytes on all devices that are in no living process's name: of ended ones, or held by an export alone."""
+    """Return the bytes on all devices that no living process holds: those of exited ones, or of exports alone."""
     said = driver_dump()
     ended = sum(entry["bytes"] for entry in said["processes"] if entry["ended"])
     return ended + sum(device["exported_bytes"] for device in said["devices"])

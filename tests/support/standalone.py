@@ -1,6 +1,6 @@
-"""Containers of one image that brings the shim and a limit, on a host without an agent.
+"""Containers of one image that has the shim and a limit, on a host without an agent.
 
-Owns: the image's root, a copy of it for each container. Imports nothing of fgpu.
+It owns the image's root, and a copy of it for each container. Imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually
 
 LIMIT = 4 * GIB
-CONTEXT = 512 * MIB  # what the books take a context for
+CONTEXT = 512 * MIB  # what the ledger charges for a context
 TOGETHER = "fgpu: no agent: the image's limit, as far as this container's programs keep it together"
 BY_ITSELF = "fgpu: no agent, and no place for books in /run/fgpu: the image's limit for each process by itself"
 
 
 class Images(Container):
-    """Containers of runc or crun. What is set here is for the next one."""
+    """Containers of runc or crun. Attributes that are set here apply to the next one."""
 
     def __init__(self, work: Path, runtime: str) -> None:
         super().__init__(work, runtime)
-        self.shared: set[str] = set()  # namespaces of the host's that it is in
+        self.shared: set[str] = set()  # namespaces that it shares with the host
         self.read_only = False
         self.run_is_tmpfs = False
-        self.root: Path | None = None  # that of another container, which was started before
+        self.root: Path | None = None  # of another container, which was started before
 
     def _bundle(self, bundle: Path, name: str, folder: Path) -> None:
         super()._bundle(bundle, name, folder)
@@ -57,12 +57,12 @@ class Images(Container):
         path.write_text(json.dumps(spec))
 
     def rootfs(self, tenant: Tenant) -> Path:
-        """The root that a container was made with."""
+        """Return the root that a container was made with."""
         return self.work / f"{tenant.name}.bundle/rootfs"
 
 
 def assert_live(tenant: Tenant, limit: int = LIMIT) -> Client:
-    """The shim is there and the image's limit is what a program sees; that program."""
+    """Check that the shim is there and a program sees the image's limit. Return the program."""
     client = tenant.client()
     free, total = client.ok("info")
     assert total == limit
@@ -71,13 +71,13 @@ def assert_live(tenant: Tenant, limit: int = LIMIT) -> Client:
 
 
 def used(client: Client) -> int:
-    """What the books say the container holds."""
+    """Return what the ledger says the container holds."""
     free, total = client.ok("info")
     return total - free
 
 
 def held(tenant: Tenant) -> int:
-    """What the driver has handed out to the container's processes; a context for what the books take it for."""
+    """Return what the driver has given to the container's processes, with contexts as the ledger charges them."""
     pids, sum_ = set(tenant.pids()), 0
     for entry in driver_books():
         if entry["pid"] in pids:
@@ -87,12 +87,12 @@ def held(tenant: Tenant) -> int:
 
 
 def buried(client: Client) -> None:
-    """It has been killed, and the driver has taken back what it held: what is free there is shown too."""
+    """Wait until the driver has freed what a killed program held, and this is shown as free."""
     eventually(lambda: client.pid not in client.tenant.pids(), 10, "its death")
     eventually(lambda: all(entry["pid"] != client.pid for entry in driver_books()), 10, "its memory")
     client.close()
 
 
 def said(tenant: Tenant) -> set[str]:
-    """All that programs said on stderr."""
+    """Return all that programs wrote to stderr."""
     return {line for path in tenant.folder.glob("*.err") for line in path.read_text().splitlines()}

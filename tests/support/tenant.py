@@ -40,14 +40,14 @@ class Program:
         self._in = eventually(lambda: _open_writer(ends[0]), 30, f"{command} in {tenant.name}")
 
     def send(self, line: str) -> None:
-        """One line to its stdin."""
+        """Write one line to its stdin."""
         try:
             os.write(self._in, line.encode() + b"\n")
         except BrokenPipeError as error:
-            raise AssertionError(f"it has ended, nobody reads {line!r}: {self.complaints()}") from error
+            raise AssertionError(f"it has exited and does not read {line!r}: {self.complaints()}") from error
 
     def receive(self, seconds: float = 20) -> str:
-        """One line of its stdout."""
+        """Return one line of its stdout."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._left:
             if not self._more(deadline - time.monotonic()):
@@ -62,13 +62,13 @@ class Program:
             return False
         try:
             data = os.read(self._out, 1 << 16)
-        except BlockingIOError:  # its end has been opened since
+        except BlockingIOError:  # the program has opened its end meanwhile
             return True
         self._left += data
         return bool(data)
 
     def rest(self, seconds: float = 20) -> str:
-        """Everything it says until it ends; its stdin is closed."""
+        """Return its output until it exits. Its stdin is closed."""
         os.close(self._in)
         self._in = -1
         deadline = time.monotonic() + seconds
@@ -78,11 +78,11 @@ class Program:
         return self._left.decode()
 
     def complaints(self) -> str:
-        """What it has said on stderr."""
+        """Return what it has written to stderr."""
         return self._errors.read_text(errors="replace") if self._errors.exists() else ""
 
     def close(self) -> None:
-        """Lets go of both pipes; a program that reads stdin ends."""
+        """Close both pipes. A program that reads stdin exits."""
         for end in (self._in, self._out):
             if end >= 0:
                 os.close(end)
@@ -99,7 +99,7 @@ def _open_writer(path: Path) -> int | None:
 
 
 class Client(Program):
-    """tests/programs/client.c: commands with numbers, answered by "ok …" or the name of the driver's error."""
+    """The program tests/programs/client.c. It answers a command by "ok …" or the name of the driver's error."""
 
     def __init__(self, tenant: Tenant, name: str, via: str = "", before: str = "") -> None:
         super().__init__(tenant, name, f"{before} {BUILD}/e2e/client {via}".strip())
@@ -112,27 +112,27 @@ class Client(Program):
         self.pid = eventually(lambda: self.tenant.host_pid(self.inner_pid), 20, "the client's pid")
 
     def do(self, command: str, seconds: float = 60) -> str:
-        """One command, its answer."""
+        """Run one command, and return its answer."""
         self.send(command)
         return self.receive(seconds)
 
     def ok(self, command: str, seconds: float = 60) -> list[int]:
-        """One command that must succeed, the numbers of its answer."""
+        """Run one command that must succeed. Return the numbers of its answer."""
         return self.numbers(self.do(command, seconds), command)
 
     @staticmethod
     def numbers(said: str, command: str = "") -> list[int]:
-        """The numbers of an answer that must be ok."""
+        """Return the numbers of an answer that must be ok."""
         assert said.split()[0] == "ok", f"{command}: {said}"
         return [int(n) for n in said.split()[1:]]
 
     def execute_again(self) -> None:
-        """exec of the same program: another life, the same pipes."""
+        """Execute the same program again, with the same pipes."""
         self.send("exec")
         self._hello()
 
     def kill(self) -> None:
-        """kill -9."""
+        """Kill the program with SIGKILL."""
         os.kill(self.pid, signal.SIGKILL)
 
 
@@ -146,39 +146,39 @@ class Tenant:
         self._number = itertools.count(1)
 
     def tell(self, line: str) -> None:
-        """One line to the hub."""
+        """Write one line to the hub."""
         assert self.hub.stdin is not None
         self.hub.stdin.write(line.encode() + b"\n")
         self.hub.stdin.flush()
 
     def client(self, via: str = "", before: str = "") -> Client:
-        """Another CUDA program in this tenant; `before`: what starts it."""
+        """Start another CUDA program in this tenant. `before`: the start of its command line."""
         client = Client(self, f"c{next(self._number)}", via, before)
         self._programs.append(client)
         return client
 
     def run(self, command: str, seconds: float = 20) -> str:
-        """Any program in this tenant: what it printed."""
+        """Run any program in this tenant, and return its output."""
         program = Program(self, f"p{next(self._number)}", command)
         self._programs.append(program)
         return program.rest(seconds)
 
     def pids(self) -> list[int]:
-        """Host pids of everything in the cgroup."""
+        """Return the host pids of all processes in the cgroup."""
         try:
             return [int(pid) for pid in (self.cgroup / "cgroup.procs").read_text().split()]
         except OSError:
             return []
 
     def has_left(self) -> bool:
-        """The cgroup can be removed: whoever has died is no process of it, but holds it until the driver lets go."""
+        """Return whether no process is left. A dead one holds the cgroup until the driver has freed everything."""
         try:
             return "populated 0" in (self.cgroup / "cgroup.events").read_text()
         except OSError:
             return True
 
     def host_pid(self, inner: int) -> int | None:
-        """The host's pid of a process that calls itself `inner`."""
+        """Return the host's pid of a process with the pid `inner` in its namespace."""
         for pid in self.pids():
             with contextlib.suppress(OSError):
                 status = Path(f"/proc/{pid}/status").read_text()
@@ -187,22 +187,22 @@ class Tenant:
         return None
 
     def view(self) -> dict[str, Any]:
-        """This tenant in the Snapshot of this moment, once the agent knows its cgroup."""
+        """Return this tenant in the current Snapshot, once the agent knows its cgroup."""
         return eventually(
             lambda: next((t for t in ask(verb="snapshot")["tenants"] if t["path"] == self.path), None),
             what=f"{self.path} in the snapshot",
         )
 
     def memory(self) -> dict[str, Any]:
-        """Limit, used, peak, refused and so on, of device 0."""
+        """Return limit, used, peak, refused and so on, of device 0."""
         return self.view()["devices"][0]
 
     def driver(self, kinds: tuple[str, ...] = KINDS) -> int:
-        """Bytes that the driver itself holds for this tenant's processes, on all devices."""
+        """Return the bytes that the driver itself holds for this tenant's processes, on all devices."""
         return sum(self.driver_by_device(kinds).values())
 
     def driver_by_device(self, kinds: tuple[str, ...] = KINDS) -> collections.Counter[int]:
-        """The same, device by device."""
+        """Return the bytes that the driver holds for this tenant's processes, by device."""
         pids, held = set(self.pids()), collections.Counter[int]()
         for entry in driver_books():
             if entry["pid"] in pids:
@@ -210,16 +210,16 @@ class Tenant:
         return held
 
     def assert_enforced(self) -> None:
-        """The metrics say that the kernel holds this tenant's limit."""
+        """Check that the metrics show `kernel` for this tenant."""
         key = "fgpu_tenant_enforcement", frozenset({("tenant", self.name), ("mode", "kernel")})
         eventually(lambda: metrics().get(key) == 1, 10, f"enforcement of {self.name}")
 
     @contextlib.contextmanager
     def growing(self, bytes_: int | None = None, shared: int = 0) -> Iterator[None]:
-        """What is admitted, what is witnessed and what the driver holds grow by the same figure.
+        """Check that admitted, witnessed and driver's bytes grow by the same figure.
 
-        `shared`: bytes that the driver may hold beyond, for the blocks that small pieces share: a reconcile in the
-        middle charges what is not taken yet of the block at hand, and the last pieces find the limit reached.
+        `shared`: bytes that the driver may hold beyond that, for the blocks that small pieces share: a reconcile in the
+        middle charges what is not used yet of the current block, and the last pieces find the limit reached.
         """
         self.assert_enforced()
         before, held = self.memory(), self.driver(("block", "vmm", "managed"))
@@ -235,17 +235,17 @@ class Tenant:
         assert bytes_ is None or grown["driver"] == bytes_, (grown, bytes_)
 
     def assert_exact(self, seconds: float = 3) -> int:
-        """The ledger and the driver agree to the byte; what they hold."""
+        """Wait until the ledger and the driver agree to the byte. Return what they hold."""
 
         return self._agree(seconds, lambda seen, held: seen["used_bytes"] == held and not seen["drift_bytes"])
 
     def assert_covered(self, seconds: float = 3) -> int:
-        """The ledger holds what the driver does and its own drift, as where programs use pools; what it holds."""
+        """Wait until the ledger holds the driver's bytes and its own drift, as with pools. Return its bytes."""
 
         return self._agree(seconds, lambda seen, held: 0 <= seen["used_bytes"] - held == (seen["drift_bytes"] or 0))
 
     def assert_never_below(self, seconds: float = 3) -> int:
-        """The ledger holds no less than the driver, and no more where it knows its drift; what it holds."""
+        """Wait until the ledger holds no less than the driver, or exactly its drift more. Return the ledger's bytes."""
 
         def agree(seen: dict[str, Any], held: int) -> bool:
             more = seen["used_bytes"] - held
@@ -254,7 +254,7 @@ class Tenant:
         return self._agree(seconds, agree)
 
     def _agree(self, seconds: float, agree: Callable[[dict[str, Any], int], bool]) -> int:
-        """Waits until it is so on every device; what the ledger holds on all."""
+        """Wait until the condition holds on every device. Return what the ledger holds on all of them."""
 
         def all_agree() -> bool:
             held = self.driver_by_device()
@@ -264,7 +264,7 @@ class Tenant:
         return sum(int(seen["used_bytes"]) for seen in self.view()["devices"])
 
     def end(self) -> None:
-        """Ends every program, then the hub."""
+        """End every program, then the hub."""
         for program in self._programs:
             program.close()
         assert self.hub.stdin is not None

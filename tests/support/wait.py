@@ -14,7 +14,7 @@ LONGEST = 10  # times as long, at most
 
 
 class Timeout(AssertionError):
-    """What was waited for did not come."""
+    """The error that a condition was not met in time."""
 
 
 class Deadline:
@@ -42,7 +42,7 @@ def _quiet_clock() -> float:
 
 
 def eventually(look: Callable[[], T], seconds: float = 10.0, what: str = "", pause: float = 0.01) -> T:
-    """Looks until the answer is truthy, and returns it."""
+    """Call a function until it returns a true value, and return that."""
     deadline = Deadline(seconds)
     while True:
         found = look()
@@ -54,7 +54,7 @@ def eventually(look: Callable[[], T], seconds: float = 10.0, what: str = "", pau
 
 
 def steadily(look: Callable[[], object], for_seconds: float, within: float = 10.0, what: str = "") -> None:
-    """Looks until the answer has been truthy at every look of `for_seconds`."""
+    """Check that a function returns true values at every look for `for_seconds`."""
     deadline = Deadline(within)
     since = time.monotonic()
     while time.monotonic() - since < for_seconds:

@@ -1,7 +1,7 @@
 """A device that behaves as an H200, and operations of processes that may stop at any point.
 
-An operation of a process is a generator: at each `yield` other things may happen. NVML and the ledger are asked one
-question at a time, and between two questions operations go on.
+An operation of a process is a generator: at each `yield`, other operations may run. The reconcile thread asks NVML and
+the ledger one question at a time, and operations continue between two questions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Operation = Iterator[None]
 
 @dataclass(eq=False)
 class Managed:
-    """Managed memory; `resident`: so much of it is on the device."""
+    """Managed memory. `resident`: how many of its bytes are on the device."""
 
     bytes: int
     resident: int = 0
@@ -27,7 +27,7 @@ class Managed:
 
 @dataclass(eq=False)
 class Handle:
-    """Memory of cuMemCreate. `descriptors`: of exports of it, which are open somewhere."""
+    """Memory of cuMemCreate. `descriptors`: the number of its exported descriptors that are open."""
 
     bytes: int
     maker: Client | None
@@ -36,7 +36,7 @@ class Handle:
     descriptors: int = 0
 
     def named(self) -> Client | None:
-        """In whose row it is, if that one has a context."""
+        """Return the client whose row of NVML includes this memory, if that client has a context."""
         if self.maker:
             return self.maker
         return self.importers[-1] if self.importers and not self.descriptors else None
@@ -44,7 +44,7 @@ class Handle:
 
 @dataclass(eq=False)
 class Client:
-    """A process that uses the driver, or what is left of one. `keepers`: others that have its descriptors open."""
+    """A process that uses the driver, or its remains. `keepers`: processes that have its descriptors open."""
 
     pid: int
     is_stranger: bool = False
@@ -56,10 +56,10 @@ class Client:
     managed: list[Managed] = field(default_factory=list)
     pool: int = 0
     grown: int = 0  # stacks, modules: what only the driver knows
-    never_seen: int = 0  # of an ended one: what it had and was not charged, as NVML was not asked in time
+    never_seen: int = 0  # of an exited process: bytes that were never charged, because NVML was not asked in time
 
     def own_bytes(self) -> int:
-        """On the device, but for handles and managed memory."""
+        """Return the bytes on the device, without handles and managed memory."""
         return self.contexts * CONTEXT + sum(self.plain) + self.pool + self.grown
 
     def resident(self) -> int:
@@ -67,7 +67,7 @@ class Client:
 
 
 class Device:
-    """What a driver holds, and what NVML shows of it."""
+    """The memory that a driver holds, and the rows that NVML shows of it."""
 
     def __init__(self) -> None:
         self.clients: list[Client] = []
@@ -81,7 +81,7 @@ class Device:
         return found
 
     def in_row(self, client: Client) -> int:
-        """Of a client that has a context."""
+        """Return the bytes in the row of a client that has a context."""
         return client.own_bytes() + sum(handle.bytes for handle in self.handles if handle.named() is client)
 
     def in_use(self) -> int:
@@ -93,20 +93,20 @@ class Device:
         return client.own_bytes() + client.resident()
 
     def in_no_row(self, client: Client) -> int:
-        """Bytes of a client that lives: its managed memory, and all it has if it has no context."""
+        """Return the bytes of a living client in no row: managed memory, or everything if it has no context."""
         return client.is_alive * (client.resident() + (0 if client.contexts else self.in_row(client)))
 
     def pools_in_no_row(self) -> int:
-        """Which nothing estimates."""
+        """Return the pool bytes that are in no row and that nothing estimates."""
         return sum(client.pool for client in self.clients if client.is_alive and not client.contexts)
 
     def of_tenants(self) -> int:
-        """Bytes that tenants' processes hold or held, whatever NVML shows."""
+        """Return the bytes that tenants' processes hold or held, whatever NVML shows."""
         clients = sum(self._bytes(client) for client in self.clients if not client.is_stranger)
         return clients + sum(handle.bytes for handle in self.handles)
 
     def kept(self) -> int:
-        """Bytes that outlive their processes, or that an exporter has released and others have open."""
+        """Return the bytes that outlive their processes, or that were exported, freed, and are open elsewhere."""
         handles = sum(handle.bytes for handle in self.handles if self._outlives(handle))
         return handles + sum(self._bytes(c) for c in self.clients if not c.is_alive and not c.is_stranger)
 
@@ -115,7 +115,7 @@ class Device:
         return named is None or not named.is_alive
 
     def clean(self, client: Client) -> None:
-        """The driver takes down a client of which no descriptor is open."""
+        """Release what the driver frees of a client that has no open descriptors."""
         self.clients.remove(client)
         for handle in list(self.handles):
             if handle.maker is client:
@@ -165,7 +165,7 @@ class World:
         return client
 
     def end(self, client: Client, in_flight_managed: int, keepers: int) -> None:
-        """The kernel is told at once; the driver takes its time."""
+        """Exit the client's process. The kernel learns of it at once, the driver some time later."""
         if not client.is_stranger:
             self.ledger.end(client.pid, in_flight_managed)
         client.is_alive, client.keepers = False, keepers
@@ -197,7 +197,7 @@ class World:
         entry.changes += 1
 
     def admit(self, client: Client, bytes_: int) -> Operation:
-        """No call follows: it is overhead at last."""
+        """Admit bytes without a call of the driver. They become overhead in the end."""
         entry = self._entry(client)
         entry.begun += 1
         entry.charge(bytes_)
@@ -261,7 +261,7 @@ class World:
         entry.changes += 1
 
     def end_context(self, client: Client) -> Operation:
-        """The last one takes plain and managed memory along."""
+        """End a context. The last context frees plain and managed memory too."""
         entry = self._entry(client)
         entry.begun += 1
         client.is_ending_context = True

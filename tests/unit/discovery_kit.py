@@ -1,4 +1,4 @@
-"""Probes that attach to nothing, and what waits for the agent's library workers."""
+"""A stand-in for probes that attaches to nothing, and functions that wait for the agent's library workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fgpu_ebpf.linux.procmaps import File
 
 
 class Stage:
-    """In place of Probes; a file with `bad` in its path makes it fail."""
+    """A stand-in for Probes. Attaching to a file with `bad` in its path fails."""
 
     def __init__(self, bad: str = "") -> None:
         self.files: dict[File, Attachment] = {}
@@ -56,7 +56,7 @@ class Stage:
 
 
 def settled(looks: Discovery, true: Callable[[], object], seconds: float = 10.0) -> None:
-    """Take over what the workers find until this is true."""
+    """Apply what the workers find until `true` returns a true value."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not within {seconds} s"
@@ -65,7 +65,7 @@ def settled(looks: Discovery, true: Callable[[], object], seconds: float = 10.0)
 
 
 def quiet(looks: Discovery, seconds: float = 0.3) -> None:
-    """Take over what the workers find for a while, in which they finish whatever they have begun."""
+    """Apply what the workers find for a while, long enough for them to finish what they have begun."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""Engines made up for the tests: real sockets, and what Docker, Podman and CRI engines say on them."""
+"""Simulated engines for the tests: real sockets, with the messages of Docker, Podman and CRI engines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IMAGE = "sha256:" + "a1" * 32
 
 
 def container(id_: str = ID, **more: Any) -> dict[str, Any]:
-    """As `docker ps` is answered."""
+    """Return a container as `docker ps` shows it."""
     usual = {"Id": id_, "Names": ["/web"], "Image": "registry.example/app:1", "ImageID": IMAGE, "State": "created"}
     return {**usual, "Labels": {"tier": "notebook"}, "HostConfig": {"NetworkMode": "none"}, **more}
 
@@ -43,7 +43,7 @@ def workload(about: Subject | None = None, path: str = PATH, **more: Any) -> Wor
 
 
 def eventually(what: Callable[[], Any], seconds: float = 5.0) -> Any:
-    """What it answers, once it answers anything."""
+    """Return the first true value that `what` returns."""
     until = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < until, "too late"
@@ -52,7 +52,7 @@ def eventually(what: Callable[[], Any], seconds: float = 5.0) -> Any:
 
 
 def asked(engines: Engines, about: Workload, seconds: float = 5.0) -> Workload:
-    """The workload with its names, once they are there."""
+    """Return the workload with its names, once they are known."""
     engines.named(about)
     eventually(lambda: about.path in engines.take(), seconds)
     return engines.named(about)
@@ -68,7 +68,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 
 class Docker:
-    """An engine with the two questions that fgpu asks; `raw` answers instead, byte by byte as it likes."""
+    """A Docker engine for the two questions that fgpu asks. `raw` replaces its answers by arbitrary bytes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,7 +117,7 @@ class Docker:
         return [c for c in self.containers if not isinstance(c, dict) or str(c.get("Id")).startswith(wanted)]
 
     def stop(self) -> None:
-        """The socket is gone, as with an engine that restarts."""
+        """Remove the socket, as an engine does when it restarts."""
         self._server.shutdown()
         self._server.server_close()
         self.path.unlink(missing_ok=True)
@@ -127,7 +127,7 @@ class Docker:
 
 
 class Cri:
-    """containerd or CRI-O as kubelet knows them."""
+    """A containerd or CRI-O, as kubelet sees it."""
 
     def __init__(self, path: Path) -> None:
         import grpc
@@ -210,7 +210,7 @@ class Cri:
 
 @contextlib.contextmanager
 def running(*apis: Any, file: Path | None = None) -> Iterator[Engines]:
-    """Engines that ask these; none of its threads is left behind."""
+    """Run a client of these engines, and stop all of its threads afterwards."""
     before = set(threading.enumerate())
     engines = Engines(apis, file)
     try:

@@ -18,7 +18,7 @@ LEVELS = (5,)
 
 @dataclass
 class Entry:
-    """What the kernel has of a process."""
+    """The kernel's entry of a process."""
 
     generation: int
     begun: int = 0
@@ -45,7 +45,7 @@ class Entry:
 
 
 class Ledger:
-    """The kernel's maps, and what the agent may do to them."""
+    """The kernel's maps, and the changes that the agent may make to them."""
 
     def __init__(self, between: Callable[[], None]) -> None:
         self.entries: dict[int, Entry] = {}
@@ -64,7 +64,7 @@ class Ledger:
         self._between = between
 
     def total(self) -> int:
-        """All that is charged."""
+        """Return the sum of all charges."""
         return sum(entry.bytes for entry in self.entries.values()) + self.orphaned()
 
     def orphaned(self) -> int:

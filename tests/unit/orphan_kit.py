@@ -16,7 +16,7 @@ ZEROES = (0,) * abi.DEVICES
 
 
 def first(bytes_: int) -> tuple[int, ...]:
-    """So many bytes on the first device."""
+    """Return this many bytes on the first device."""
     return bytes_, *ZEROES[1:]
 
 
@@ -48,7 +48,7 @@ def tenant(cgroup: int = 7, path: str = "/a", **more: Any) -> Tenant:
 
 
 class Books:
-    """A ledger. `orphaned`: bytes of each level on the first device; `removed`: levels whose pages were taken away."""
+    """A ledger. `orphaned`: bytes of each level on the first device; `removed`: levels whose pages were removed."""
 
     def __init__(self) -> None:
         self.orphaned: dict[int, int] = {}

@@ -25,7 +25,7 @@ class Gpu:
 
 
 def text(name: str = "p", spec: str = "{selector: {cgroup: a}}") -> str:
-    """One document."""
+    """Return one document."""
     return f"---\n{HEAD}metadata: {{name: {name}}}\nspec: {spec}\n"
 
 
@@ -37,7 +37,7 @@ def read(yaml: str) -> list[Policy]:
 
 
 def policies(*specs: str) -> PolicySet:
-    """p0, p1, … with these specs."""
+    """Return policies p0, p1, … with these specs."""
     return PolicySet(tuple(read("".join(text(f"p{i}", spec) for i, spec in enumerate(specs)))))
 
 

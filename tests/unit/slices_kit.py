@@ -1,4 +1,4 @@
-"""Tenants on simulated devices, in simulated time, under the turns of the scheduler: events, not ticks."""
+"""Tenants on simulated devices, with the scheduler's turns. Simulated time advances by events, not ticks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fgpu_ebpf.scheduling.turns import Turns
 
 US, MS, S = 1_000, 1_000_000, 1_000_000_000
 REST_NS = 100 * US  # a shorter rest is not reported
-BELL_NS = 200 * US  # until the gatekeeper has heard
-WAKE_NS = 150 * US  # until a thread at a gate has seen that it is open
+BELL_NS = 200 * US  # until the gatekeeper has seen a wake-up
+WAKE_NS = 150 * US  # until a thread at a gate has seen that the gate is open
 BUDGET_NS = 2 * MS
 
 
 @dataclass(eq=False)
 class Steps:
-    """So much work every so often; a step that is late puts the next one off."""
+    """A fixed amount of work at regular intervals. A step that is late delays the next step."""
 
     work_ns: int
     period_ns: int
@@ -28,7 +28,7 @@ class Steps:
     owed: int = 0
 
     def wants_ns(self, now_ns: int, kernel_ns: int) -> int:
-        """When it wants to launch next; 0: now."""
+        """Return the time of the next launch; 0: now."""
         if not self.owed and now_ns >= self.next_ns:
             self.owed, self.next_ns = max(1, self.work_ns // kernel_ns), max(now_ns, self.next_ns + self.period_ns)
         return 0 if self.owed else self.next_ns
@@ -47,10 +47,10 @@ class Loop:
     guesses: Callable[[], float] = lambda: 1.0
     owed: int = 0
     next_ns: int = 0
-    doubt_ns: int = 0  # of the estimate of the work in flight; below 0: too short
+    doubt_ns: int = 0  # error of the estimate of the work in flight; below 0: too short
 
     def wants_ns(self, now_ns: int, kernel_ns: int) -> int:
-        """Return when it wants to launch next; 0: now; NEVER_NS: when its work is done."""
+        """Return the time of the next launch; 0: now; NEVER_NS: when its work is done."""
         if not self.owed and now_ns >= self.next_ns:
             self.owed, self.next_ns = self.kernels, NEVER_NS
             self.doubt_ns = round((self.guesses() - 1.0) * self.kernels * kernel_ns)
@@ -71,10 +71,10 @@ class Tenant:
     kernel_ns: int = 200 * US
     devices: frozenset[int] = frozenset({0})
     steps: Steps | Loop | None = None  # None: always
-    doubt_ns: int = 0  # work in flight should take so much longer than it does
-    silent: bool = False  # never tells that it has drained
-    lies: bool = False  # its turns begin late and end at once, it says
-    restless: bool = False  # it has rested all the time, it says
+    doubt_ns: int = 0  # how much longer the work in flight is estimated than it takes
+    silent: bool = False  # it never reports that it has drained
+    lies: bool = False  # it reports that its turns begin late and end at once
+    restless: bool = False  # it reports that it has rested all the time
     stopped: bool = False
     dead: bool = False
     flights: list[int] = field(default_factory=list)
@@ -87,19 +87,19 @@ class Tenant:
     begun_ns: int = 0
     ended_ns: int = 0
     closed_ns: int = 0
-    rested_ns: int = 0  # since the last look
+    rested_ns: int = 0  # since the scheduler's last look
     said: tuple[Any, ...] = ()
     longest_wait_ns: int = 0
     waits_ns: list[int] = field(default_factory=list)
 
     def rests_ns(self, now_ns: int) -> int:
-        """When it wants to launch next; 0: now."""
+        """Return the time of the next launch; 0: now."""
         if self.stopped:
             return NEVER_NS
         return self.steps.wants_ns(now_ns, self.kernel_ns) if self.steps else 0
 
     def tell(self) -> None:
-        if not self.stopped:  # else its page is as it was
+        if not self.stopped:  # else its page does not change
             span = (2**62, self.closed_ns) if self.lies else (self.begun_ns, self.ended_ns)
             doubt_ns = self.steps.doubt_ns if isinstance(self.steps, Loop) else self.doubt_ns
             until_ns = max(self.flights, default=0) + doubt_ns
@@ -114,9 +114,9 @@ class Tenant:
 
 @dataclass(eq=False)
 class Hog(Tenant):
-    """Launches nothing, and says at all times that work of `claim_ns` is in flight.
+    """A program that launches nothing, and always reports that work of `claim_ns` is in flight.
 
-    `cunning`: in turns that begin when that is believed; else it says at once that it has drained.
+    `cunning`: only during turns that begin while the claim is believed; else it reports at once that it has drained.
     """
 
     claim_ns: int = 990 * MS
@@ -124,7 +124,7 @@ class Hog(Tenant):
     lies: bool = True
 
     def act(self, now_ns: int, is_open: bool, believed_ns: int) -> None:
-        """Says at `now_ns` what it says."""
+        """Update what the program reports at `now_ns`."""
         if is_open:
             self.launches += 1
             self.lies = not self.cunning or believed_ns >= self.claim_ns
@@ -132,11 +132,11 @@ class Hog(Tenant):
         self.said = (self.waiting, self.launches, int(self.lies), until_ns, not self.lies, now_ns, 0, 0)
 
     def tell(self) -> None:
-        """It has said it."""
+        """Record that the program has reported."""
 
 
 class World:
-    """Devices that run kernels one after the other, whoever launched them."""
+    """Devices that run the kernels of all tenants one after the other."""
 
     def __init__(
         self, *tenants: Tenant, outer: dict[int, Share] | None = None, inside: dict[int, list[int]] | None = None
@@ -174,7 +174,7 @@ class World:
         return self
 
     def step(self) -> int:
-        """Until nothing changes: a gate that closed is looked at again at once."""
+        """Step the scheduler until nothing changes, because it looks at a closed gate again at once."""
         is_new = True
         while is_new:
             self.steps += 1
@@ -195,7 +195,7 @@ class World:
         return self.turns.due_ns(self.now)
 
     def run_observed(self, seconds: int, error: Callable[[int], float] = lambda _: 0.0) -> World:
-        """As `run`, while NVML is asked once a second; it says so much of a device too much or too little."""
+        """Run as `run` does, and ask NVML once a second. `error(second)`: NVML's error, as a part of that second."""
         for second in range(seconds):
             before = {key: tenant.done_ns for key, tenant in self.tenants.items()}
             self.run(1.0)
@@ -206,7 +206,7 @@ class World:
         return self
 
     def check(self) -> None:
-        """At most one owner a device beside who should be about to have drained, all of a gang's or none."""
+        """Check that a device has one owner beside those about to drain, and a gang all of its devices or none."""
         turns = [place.turn for place in self.turns.places.values() if place.turn]
         owned = [device for turn in turns if not turn.handed_ns for device in turn.devices]
         assert len(owned) == len(set(owned))
@@ -230,7 +230,7 @@ class World:
         return self.now + MS // 2
 
     def _act(self, tenant: Tenant) -> int:
-        """Launches what it may; answers when to ask it again."""
+        """Launch what the tenant may launch. Return when to call this again."""
         if (later := tenant.rests_ns(self.now)) > self.now:
             return min([later, *tenant.flights])
         if not self.is_open(tenant):
@@ -260,7 +260,7 @@ class World:
 
     def _begin_to_wait(self, tenant: Tenant) -> None:
         tenant.waiting, tenant.waited_from, tenant.wanted_ns = True, self.now, self.now
-        if not tenant.flights:  # else it rings when it has drained, for both
+        if not tenant.flights:  # else it rings once it has drained, for both reasons
             self._ring(tenant)
 
     def _complete(self, tenant: Tenant) -> None:
@@ -278,13 +278,13 @@ class World:
                 self._ring(tenant)
 
     def _ring(self, who: Tenant | None = None) -> None:
-        """As somebody does, or everybody; it is heard at the next step, and waking whoever steps unless it can wait."""
+        """Ring for this tenant, or for all. The next step sees it. It wakes the gatekeeper if it cannot wait."""
         self.rung |= {who.key} if who else set(self.tenants)
         if self.bell is None and not (who and who.key in self.turns.unheard()):
             self.bell = self.now + BELL_NS
 
     def counted(self) -> int:
-        """Turns so far."""
+        """Return the number of turns so far."""
         return sum(place.counts.switches for place in self.turns.places.values())
 
     def shares(self) -> dict[int, float]:

@@ -19,7 +19,7 @@ class Part:
         self.name, self.stopped, self.fails = name, stopped, fails
 
     def stop(self) -> None:
-        """Part of an agent."""
+        """Stop a part of an agent."""
         self.stopped.append(self.name)
         if self.fails:
             raise OSError(5, f"{self.name} cannot be stopped")

@@ -1,4 +1,4 @@
-"""Who runs beyond its turns, by what NVML says and what the books say."""
+"""Tests of the audit: which tenants run beyond their turns, according to NVML and to the counts of turns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROCESSES = {
 
 
 class Host:
-    """Two tenants that own half of the device each; `percent` is what NVML says."""
+    """Two tenants with half of the device each. `percent` is the utilization that NVML reports."""
 
     def __init__(self, percent):
         self.percent, self.now, self.free = percent, 1000.0, 0

@@ -1,4 +1,4 @@
-"""Which cgroup a bound belongs to, on hosts as engines, systemd and users make them."""
+"""Tests of the owner of a bound: the cgroup that it belongs to, in trees as engines, systemd and users make them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KIND = f"/system.slice/docker-{ID}.scope"
 
 @pytest.fixture
 def host(tmp_path: Path) -> Callable[..., Owner]:
-    """host(path, users, levels): the owner of that cgroup, where these cgroups are of other users or have limits."""
+    """Return host(path, users, levels): the owner of that cgroup, where these cgroups have other users or limits."""
 
     def find(path: str, users: dict[str, int] | None = None, levels: tuple[str, ...] = ()) -> Owner:
         (tmp_path / path.lstrip("/")).mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ NAMES = st.sampled_from(
     levels=st.integers(0, 2**7 - 1),
 )
 def test_no_name_that_a_workload_gives_its_cgroups_makes_it_two(tmp_path_factory, outside, inside, other, levels):
-    """Two cgroups inside one that is a workload by itself have its owner, whatever they are called."""
+    """A cgroup inside a workload has the workload's owner, whatever the workload calls it."""
     root = tmp_path_factory.mktemp("host")
     own = "/" + "/".join([*outside, f"cri-containerd-{ID}.scope"])
     paths = ["/".join([own, *names]) for names in (inside, other)]

@@ -26,7 +26,7 @@ NOT_NAMED = {"bits", "unused"}  # of struct perf_event_attr: a bit field, and th
 
 
 def python_facts() -> dict[str, tuple[int, int]]:
-    """Offset and size of each field, by the C expression that names it."""
+    """Return offset and size of each field, by the C expression that names it."""
     facts = {}
     for kind, prefix in MEMBERS.items():
         for name, *_ in kind._fields_:
@@ -58,7 +58,7 @@ def c_facts(expressions: list[str], folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def has_uprobe_multi() -> bool:
-    """Linux 6.6 has added it; headers of an older system lack it."""
+    """Return whether the headers have what Linux 6.6 added."""
     return "uprobe_multi" in Path("/usr/include/linux/bpf.h").read_text()
 
 

@@ -1,4 +1,4 @@
-"""CDI specifications: right by the interface's own schema, whole at every moment, and gone when they should be."""
+"""Tests of CDI specifications: valid by the interface's own schema, complete at every moment, and removed in time."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ def test_valid_by_the_schema_and_of_the_lowest_version(parts):
     ):
         validate(spec)
         assert spec["cdiVersion"] == version
-        # Nothing that came later: `type` of mounts is of 0.4.0, hostPath of nodes of 0.5.0, annotations of 0.6.0.
+        # Nothing from later versions: `type` of mounts came with 0.4.0, hostPath of nodes with 0.5.0, annotations with
+        # 0.6.0.
         assert keys(spec) <= {
             *("cdiVersion", "kind", "devices", "name", "containerEdits", "mounts", "hostPath", "containerPath"),
             *("options", "hooks", "hookName", "path", "args", "timeout", "env"),
@@ -174,7 +175,7 @@ def test_written_and_gone(parts, tmp_path):
 
 
 def test_lists_that_nobody_asks_for_are_swept(parts, monkeypatch):
-    """Else images could use all of them up, and later ones not start."""
+    """Unused lists are removed, so that images cannot use all of them up and keep later containers from starting."""
     now = 1000.0
     monkeypatch.setattr(injection.time, "monotonic", lambda: now)
     swept, lists = injection.Lists(parts.run_dir), parts.run_dir / "preload.d"
@@ -185,7 +186,7 @@ def test_lists_that_nobody_asks_for_are_swept(parts, monkeypatch):
     swept.sweep()
     now += injection.UNUSED_SECONDS - 1
     swept.sweep()
-    os.utime(lists / "used", (0, 0))  # whoever asks touches it, whatever the wall clock says just then
+    os.utime(lists / "used", (0, 0))  # each use updates the time stamp, which does not depend on the wall clock
     swept.sweep()
     assert sorted(os.listdir(lists)) == ["unused", "used"]
     now += 2

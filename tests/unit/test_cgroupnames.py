@@ -1,4 +1,4 @@
-"""The table of cgroup names: every engine, with systemd's driver and the bare one, nested, and what is none."""
+"""Tests of the table of cgroup names: every engine, with systemd's driver and without, nested, and unknown names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ID = "4f1d" * 16
 INNER = "beef" * 16
 UID = "0f8a2c1e-1111-2222-3333-444455556666"
 UID_ = UID.replace("-", "_")
-HASH = UID.replace("-", "")  # of a static pod: kubelet makes its uid of its file, without dashes
+HASH = UID.replace("-", "")  # of a static pod: kubelet makes its uid from its file, without dashes
 PODS = {
     "burstable": f"/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{UID_}.slice",
     "besteffort": f"/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{UID_}.slice",
@@ -33,7 +33,7 @@ NODE = f"/system.slice/docker-{ID}.scope"
 
 # path -> engine, container, pod uid, unit, inside
 CASES = {
-    # Docker: systemd's driver, the bare one, --cgroup-parent, rootless, kubelet's of old, systemd's name on bare ones
+    # Docker: systemd's driver, plain names, --cgroup-parent, rootless, an old kubelet's, systemd's name on plain ones
     f"/system.slice/docker-{ID}.scope": ("docker", ID, None, f"docker-{ID}.scope", False),
     f"/batch.slice/docker-{ID}.scope": ("docker", ID, None, f"docker-{ID}.scope", False),
     f"/docker/{ID}": ("docker", ID, None, None, False),
@@ -43,7 +43,7 @@ CASES = {
     f"/system.slice:docker:{ID}": ("docker", ID, None, None, False),
     f"/system.slice/docker-{ID}.scope/init.scope": ("docker", ID, None, "init.scope", True),
     f"/docker/{ID}/a/b": ("docker", ID, None, None, True),
-    # Podman: the same, pods of its own, in a service (split), crun's folder inside
+    # Podman: the same, its own pods, in a service (split), crun's folder inside
     f"/machine.slice/libpod-{ID}.scope": ("podman", ID, None, f"libpod-{ID}.scope", False),
     f"/machine.slice/libpod-{ID}.scope/container": ("podman", ID, None, f"libpod-{ID}.scope", True),
     f"/machine.slice/machine-libpod_pod_{INNER}.slice/libpod-{ID}.scope/container": (
@@ -70,7 +70,7 @@ CASES = {
         "containerd", ID, UID, "containerd.service", False,
     ),
     f"/kubepods-besteffort-pod{UID_}.slice:crio:{ID}": ("cri-o", ID, UID, None, False),
-    # pods themselves, and what lies around them
+    # pods themselves, and the folders around them
     **{pod: (None, None, UID, None, False) for kind, pod in PODS.items() if kind != "static"},
     **dict.fromkeys(BARE_PODS.values(), (None, None, UID, None, False)),
     "/kubepods.slice/kubepods-burstable.slice": (None, None, None, None, False),
@@ -84,7 +84,7 @@ CASES = {
     "/system.slice/jupyter-anna.service": (None, None, None, "jupyter-anna.service", False),
     "/system.slice/docker.service": (None, None, None, "docker.service", False),
     "/system.slice/docker.socket": (None, None, None, None, False),
-    # engines in containers: whoever is in the outer one made these, and could have called them anything
+    # engines in containers: processes of the outer container made these, and could have chosen any name
     f"{NODE}/docker/{INNER}": ("docker", INNER, None, f"docker-{ID}.scope", True),
     f"/docker/{ID}/docker/{INNER}": ("docker", INNER, None, None, True),
     f"{NODE}{PODS['kind']}/cri-containerd-{INNER}.scope": (
@@ -95,7 +95,7 @@ CASES = {
         "docker", INNER, UID, f"cri-containerd-{ID}.scope", True,
     ),
     f"/lxc.payload.web/docker/{INNER}": ("docker", INNER, None, None, True),
-    # what only looks like it
+    # names that only look like a container's
     f"/batch/{ID}": (None, None, None, None, False),
     f"/system.slice/docker-{ID[:11]}.scope": (None, None, None, f"docker-{ID[:11]}.scope", False),
     f"/system.slice/docker-{ID.upper()}.scope": (None, None, None, f"docker-{ID.upper()}.scope", False),

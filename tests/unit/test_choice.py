@@ -1,4 +1,4 @@
-"""What each key does to what is seen."""
+"""Tests of the keys of `fgpu top`: how each key changes what is shown."""
 
 from __future__ import annotations
 

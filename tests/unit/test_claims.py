@@ -1,4 +1,4 @@
-"""Whatever stands on status pages: what is read of it is within bounds, and what is counted never shrinks."""
+"""Tests of arbitrary status pages: the figures that are read are within bounds, and counts never shrink."""
 
 from __future__ import annotations
 

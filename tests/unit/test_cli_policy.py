@@ -20,7 +20,7 @@ from tests.unit import policy_kit as kit
 
 
 def fgpu(*arguments):
-    """Exit code and all that was printed."""
+    """Run the command. Return its exit code and all of its output."""
     done = CliRunner().invoke(policy, [str(word) for word in arguments])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, done.output

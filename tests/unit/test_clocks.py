@@ -1,5 +1,4 @@
-"""F8: whatever is decided by time is decided by a clock that nobody sets; the wall clock is for people, and for others
-who count by it."""
+"""F8: code that decides by time uses the monotonic clock. The wall clock is only for output and for other programs."""
 
 from __future__ import annotations
 
@@ -13,12 +12,12 @@ ROOT = Path(__file__).parents[2]
 OF_THE_WALL = {"time", "time_ns", "now", "utcnow", "today", "CLOCK_REALTIME", "CLOCK_REALTIME_COARSE", "CLOCK_TAI"}
 PACKAGE = ROOT / "fgpu_ebpf"
 SHOWN = {
-    # where it is looked at, and how often: what for
+    # where the wall clock is read, how often, and for what
     "agent/agent.py": 1,  # when the first Snapshot was taken
-    "tenancy/event_log.py": 1,  # when something happened
+    "tenancy/event_log.py": 1,  # when an event happened
     "agent/policy_reload.py": 1,  # when policies were read last
-    "policy/folder.py": 1,  # whether a file has just been written: by its timestamp, and for half a second
-    "agent/nvml_reconcile.py": 1,  # NVML stamps its samples with it
+    "policy/folder.py": 1,  # whether a file was written within the last half second, by its time stamp
+    "agent/nvml_reconcile.py": 1,  # NVML's samples have time stamps of this clock
     "agent/snapshot_builder.py": 1,  # when a Snapshot was taken
 }
 C_OF_THE_WALL = re.compile(r"CLOCK_REALTIME|CLOCK_TAI|gettimeofday|\btime\(|ktime_get_(real|tai)|FUTEX_CLOCK_REALTIME")
@@ -31,7 +30,7 @@ SOURCES = [
 
 
 def wall_clocks(path: Path) -> int:
-    """How often a module looks at the wall clock."""
+    """Return the number of reads of the wall clock in a module."""
     names = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
     holders = {"time", "datetime", "date"}
     return sum(n.attr in OF_THE_WALL and isinstance(n.value, ast.Name) and n.value.id in holders for n in names)

@@ -1,4 +1,4 @@
-"""How large a context is: measured by a child, which may hang in the driver or fail."""
+"""Tests of the size of a context, which a child process measures: the child may hang in the driver or fail."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def library(folder: Path, init: str) -> Path:
 
 
 def nvml(bytes_: int | None) -> Any:
-    """Whoever is asked for holds as much."""
+    """Return a stand-in for NVML that reports this many bytes for every process."""
     held = SimpleNamespace(get=lambda _: bytes_)
     return SimpleNamespace(
         devices=[SimpleNamespace(index=0, name="NVIDIA X")], driver_version="1", process_bytes=lambda _: held

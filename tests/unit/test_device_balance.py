@@ -1,6 +1,4 @@
-"""Whatever happens on a device and whenever NVML is asked: no more is released than the device let go of, and in the
-end all of that.
-"""
+"""Random operations on a device, with questions to NVML at any time: exactly the freed bytes are released."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from tests.unit.device_kit import Client, Handle, Managed, Operation, World
 from tests.unit.orphan_kit import MIB
 
 SIZE = 256 * MIB
-REST = 32 * MIB  # of what a device has besides, which may be let go too early
+REST = 32 * MIB  # what a device holds besides; this much may be released too early
 MOST_CLIENTS = 3
 sizes = st.integers(1, 4).map(lambda n: n * SIZE)
 whom = st.integers(0, MOST_CLIENTS - 1)
@@ -35,15 +33,15 @@ def world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procfs, "ended", lambda _: False)
     monkeypatch.setattr(
         ledger_corrections, "_is_alive", ledger_corrections._is_alive
-    )  # each machine has its own: put back afterwards
+    )  # each machine has its own NVML: restored afterwards
     monkeypatch.setattr(nvml_reconcile, "_alive", nvml_reconcile._alive)
 
 
 class Machine(RuleBasedStateMachine):
     """Processes of tenants on one device, and the reconcile thread.
 
-    `running`: operations that have begun, each with the managed memory that it takes. `steps`: which of them go on
-    between two questions of a look. `disturbed`: hidden memory changed while orphans may have explained it.
+    `running`: operations that have begun, each with the managed memory that it takes. `steps`: which of them continue
+    between two questions of a reconciliation. `disturbed`: hidden memory changed while orphans may have explained it.
     """
 
     def __init__(self) -> None:
@@ -57,7 +55,7 @@ class Machine(RuleBasedStateMachine):
         ledger_corrections._is_alive = nvml_reconcile._alive = self.world.is_alive
 
     def between(self) -> None:
-        """Operations go on while NVML is asked."""
+        """Continue operations while NVML is asked."""
         if self.steps and self.running:
             step = self.steps.pop()
             if step:
@@ -83,7 +81,7 @@ class Machine(RuleBasedStateMachine):
         return [client for client in self.world.device.clients if client.is_alive and not client.is_stranger]
 
     def some(self, n: int) -> Client | None:
-        """That is not just ending a context, which would take along what another call adds."""
+        """Return a client that is not ending a context, because that would free what another call adds."""
         found = [client for client in self.living() if not client.is_ending_context]
         return found[n % len(found)] if found else None
 
@@ -101,7 +99,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(has_managed=st.booleans(), has_orphan=st.booleans())
     def populate(self, has_managed: bool, has_orphan: bool) -> None:
-        """Most ways to go wrong need an orphan that is held, beside something else."""
+        """Start with an orphan that is held, beside something else: most errors need both."""
         self.begin(False, True)
         self.begin(False, True)
         if has_managed:
@@ -150,7 +148,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(is_slow=st.booleans())
     def pace(self, is_slow: bool) -> None:
-        """Operations that begin from now on may be interrupted, or are done at once."""
+        """Set whether operations that begin from now on may be interrupted, or complete at once."""
         self.is_slow = is_slow
 
     @precondition(lambda self: self.running)
@@ -229,7 +227,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=whom, bytes_=st.integers(0, 4).map(lambda n: n * SIZE))
     def grow(self, n: int, bytes_: int) -> None:
-        """What only the driver knows. Of a process in the middle of something it may stay unseen for a look."""
+        """Change the memory that only the driver knows. It may stay unseen for one reconciliation."""
         client = self.some(n)
         if client and client.contexts and not self.busy(client):
             client.grown = bytes_
@@ -283,7 +281,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=st.integers(0, 1), bytes_=sizes, managed=st.sampled_from([0, SIZE, 4 * SIZE]))
     def stranger(self, n: int, bytes_: int, managed: int) -> None:
-        """It comes, or has other memory from now on."""
+        """Start an unmanaged process, or change its memory."""
         found = [client for client in self.world.device.clients if client.is_stranger]
         stranger = found[n] if n < len(found) else self.world.begin(is_stranger=True)
         stranger.contexts, stranger.plain, stranger.managed = 1, [bytes_], [Managed(managed, managed)]
@@ -311,14 +309,14 @@ class Machine(RuleBasedStateMachine):
             self.look([], False)
 
     def missing(self) -> int:
-        """Bytes that tenants have beyond what is charged; but for what was never seen."""
+        """Return the bytes that tenants hold beyond what is charged, without those that were never seen."""
         device = self.world.device
         never_seen = sum(client.never_seen for client in device.clients)
         return device.of_tenants() - self.world.ledger.total() - never_seen
 
     @rule()
     def settle(self) -> None:
-        """Nothing changes for some time."""
+        """Reconcile until nothing changes."""
         while self.running:
             self.advance(0)
         for client in list(self.world.device.clients):
@@ -329,7 +327,7 @@ class Machine(RuleBasedStateMachine):
         self.all_is_released()
 
     def all_is_released(self) -> None:
-        """But for as much as hidden memory may explain, or a later process with the same pid is not charged."""
+        """Check that everything is released, but for what hidden memory or a later process of that pid may explain."""
         device, orphaned = self.world.device, self.world.ledger.orphaned()
         unknown = sum(map(device.in_no_row, device.clients)) if self.is_hidden_unknown() else device.pools_in_no_row()
         assert orphaned <= device.kept() + REST + unknown + sum(map(self.uncharged, self.living())), (

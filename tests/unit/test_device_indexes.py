@@ -1,4 +1,4 @@
-"""Which ledger index a device has: one that the kernel knows already keeps it."""
+"""Tests of ledger indexes of devices: a device that the kernel knows keeps its index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which probes stay, by what can be told of the processes."""
+"""Tests of discovery: which probes stay, by what is known of the processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_probes_are_dropped_only_if_all_is_known(
 
 
 def test_who_holds_more_than_was_seen_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have loaded another library since; and it is searched for one, at most every few seconds."""
+    """A process that holds more than was witnessed may have loaded another library: it is searched again."""
     looks: list[tuple[int, str]] = []
     monkeypatch.setattr(Search, "by_name", lambda _, pid: looks.append((pid, "name")) or Found([]))
     monkeypatch.setattr(Search, "by_contents", lambda _, pid: looks.append((pid, "contents")) or Found([]))
@@ -74,7 +74,7 @@ def test_whatever_the_gatekeeper_says_it_is_taken_a_message_at_a_time(tmp_path: 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
 def test_what_lies_where_a_library_was_is_not_waited_for(tmp_path: Path, make) -> None:
-    """A tenant maps a libcuda of its own and puts a pipe in its place: whoever opens that waits for ever."""
+    """A tenant maps its own libcuda and puts a pipe in its place. Opening the pipe would block for ever."""
     path = str(tmp_path / "libcuda.so.1")
     make(path)
     with pytest.raises(OSError, match="not a regular file"):

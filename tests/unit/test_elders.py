@@ -1,4 +1,4 @@
-"""Who was there before fgpu: found once, never claimed by anybody later, spared and told of once."""
+"""Tests of processes older than fgpu: found once, never adopted later, never killed, and reported once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def other() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def maps(monkeypatch: pytest.MonkeyPatch, files: dict[int, list[str]]) -> None:
-    """Who has mapped what."""
+    """Make procfs show these processes with these mapped files."""
     monkeypatch.setattr(procfs, "pids", lambda: list(files))
     mapped = {pid: [mapped_files.MappedFile(name, 1, 2) for name in names] for pid, names in files.items()}
     monkeypatch.setattr(cuda_mappings, "fgpu_mappings", mapped.get)
@@ -91,7 +91,7 @@ def test_their_places_are_all_around_them(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class Host:
-    """One process in one tenant, by NVML, the ledger and the enforcer."""
+    """One process in one tenant, as NVML, the ledger and the enforcer see it."""
 
     def __init__(self, flags: int = 0, known: PreexistingProcesses | None = None) -> None:
         one = (5 * MIB, *[0] * 15)
@@ -132,7 +132,7 @@ def test_each_is_told_of_once() -> None:
     host.told()
     host.truth = Truth(held={0: {ME: 6 * MIB}})
     host.history = host.adoption._history = EventLog()
-    assert len(host.told()) == 1, "it came again and nobody said so"
+    assert len(host.told()) == 1, "a second process was not reported"
 
 
 def test_what_an_exec_left_behind_is_nobody_s() -> None:
@@ -163,7 +163,7 @@ def test_whom_the_kernel_has_seen_it_tells_of_itself(flags: int) -> None:
 
 
 def test_memory_that_no_probe_has_seen_is_told_of_with_a_shim_too() -> None:
-    """A second library, under a name that is not libcuda's, beside the one that has the shim."""
+    """A process with the shim has memory of a second library, whose name is not libcuda's: it is reported too."""
     host = Host(abi.Seen.SHIM | abi.Seen.CALL)
     for overhead, told in (
         (CONTEXT + MODULES, []),

@@ -1,4 +1,4 @@
-"""The one word for how a tenant's limits are enforced, and what every surface makes of it."""
+"""Tests of the word for how a tenant's limits are enforced, and of every output that shows it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_weakest_process_decides(
 
 
 def test_a_way_around_the_shim_that_is_new_is_counted() -> None:
-    """What the rule does not know is never called held."""
+    """A bypass that the rule does not know is never shown as `kernel`."""
     assert {enforcement("", False, kill, ["a new way"]) for kill in (False, True)} == {Enforcement.COUNTED}
 
 
@@ -57,7 +57,7 @@ def test_every_way_that_is_exported_has_its_word() -> None:
 
 
 def seen(one: TenantView) -> dict[str, Any]:
-    """A snapshot of that tenant as the agent sends it."""
+    """Return the tenant as it is in a snapshot that the agent sends."""
     return dict(kit.news(one).snapshot)
 
 
@@ -93,7 +93,7 @@ def test_what_does_not_hold_is_unheld() -> None:
 
 
 def test_one_place_decides_the_word() -> None:
-    """No other module spells a word of it."""
+    """No other module contains a word of this list."""
     folder = Path(fgpu_ebpf.__file__).parent
     spelled = {
         path.stem

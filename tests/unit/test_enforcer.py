@@ -1,4 +1,4 @@
-"""What is put in force, and what does not fit, against a ledger that notes what it is told."""
+"""Tests of the enforcer: which limits are put in force and which do not fit, with a ledger that records its calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def books():
 
 @pytest.fixture
 def place(tmp_path, books):
-    """make(path, GiB, …) -> Tenant, and an enforcer for a device of 10 GiB."""
+    """Return make(path, GiB, …) -> Tenant, and an enforcer for a device of 10 GiB."""
     devices = [SimpleNamespace(index=0, usable_bytes=10 * GIB)]
     enforcer = Enforcer(books, Workloads(tmp_path), devices, overcommit=False)
 
@@ -70,7 +70,7 @@ def test_who_comes_when_there_is_no_room_gets_nothing_until_there_is(place, book
 def test_who_is_named_while_a_level_appears_is_taken_over_when_it_is_seen_by_all(place, books, monkeypatch):
     pod, leaf = place.make("/pod", 8), place.make("/pod/c", 6)
     place.enforcer.put([pod])
-    place.enforcer.put([leaf])  # and a program has looked for it a moment before
+    place.enforcer.put([leaf])  # and a moment before, a program found no limit
     books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
     monkeypatch.setattr("fgpu_ebpf.tenancy.enforcer.procfs.cgroup_path", {23: "/pod/c"}.get)
     for tell in books.over:
@@ -258,12 +258,12 @@ def test_levels_that_are_too_many_are_left_out_on_the_inside_and_it_is_said(plac
     decided = SimpleNamespace(resolved=lambda cgroup: cgroup in ids or None, page_missing=lambda _: False)
     kept = ManagedState(True, ids[3], tuple(reversed(ids[:4])))
     assert managed_state(decided, ids[::-1]) == kept
-    decided.resolved = lambda cgroup: cgroup in ids[:4] or None  # nobody needs to ask about what is left out
+    decided.resolved = lambda cgroup: cgroup in ids[:4] or None  # the kernel is asked about no process that is left out
     assert managed_state(decided, ids[::-1]) == kept
 
 
 def summed(enforcer, index, but=None):
-    """What is committed, the long way."""
+    """Return the sum of the commitments, calculated without the enforcer's shortcuts."""
     total = 0
     for tenant in enforcer:
         granted = enforcer.commitments._granted
@@ -321,7 +321,7 @@ def test_kill_waits_for_those_who_are_older(place, books, monkeypatch):
 
     assert killing() == ["/two", "/one/inside"]
     assert [place.enforcer.spares(t) for t in (one, two, inside)] == [True, False, False]
-    at["/two"] = at.pop("/one")  # it was moved
+    at["/two"] = at.pop("/one")  # the process was moved
     place.enforcer.update_spared()
     assert killing() == ["/one", "/one/inside"]
     at.clear()
@@ -337,7 +337,7 @@ def test_kill_waits_for_those_who_are_older(place, books, monkeypatch):
 
 @pytest.fixture
 def two(tmp_path, books):
-    """make(path, GiB, …) -> Tenant with that limit on both devices, of 10 GiB each."""
+    """Return make(path, GiB, …) -> Tenant with that limit on both devices, of 10 GiB each."""
     devices = [SimpleNamespace(index=index, usable_bytes=10 * GIB) for index in range(2)]
     enforcer = Enforcer(books, Workloads(tmp_path), devices, overcommit=False)
 

@@ -1,4 +1,4 @@
-"""What engines say reaches workloads, and nothing that they do or leave undone holds anybody up."""
+"""Tests of engines: their labels reach workloads, and a slow, silent or lying engine delays nothing else."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def api(docker):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Deadlines and pauses as short as a test's patience."""
+    """Shorten deadlines and pauses, so that tests take little time."""
     monkeypatch.setattr(docker_engine, "DEADLINE_SECONDS", 0.2)
     monkeypatch.setattr(engine_thread, "LONGEST_PAUSE_SECONDS", 0.1)
 
@@ -60,7 +60,7 @@ def test_labels_image_and_name_arrive_and_ring(docker, api):
     docker.containers = [container(), container(OTHER, Names=["/db"])]
     with running(api) as found:
         first = found.named(workload())
-        assert (first.name, first.labels, first.image) == ("w", {}, None)  # at once, and nothing is known yet
+        assert (first.name, first.labels, first.image) == ("w", {}, None)  # it returns at once, with nothing known yet
         known = asked(found, workload())
         assert (known.name, known.labels, known.image) == ("web", {"tier": "notebook"}, "registry.example/app:1")
         assert len(docker.targets) == 1
@@ -84,8 +84,8 @@ def test_podman_says_the_same(tmp_path):
     podman.containers = [container(Annotations={"fgpu.dev/memory": "8GiB"})]
     with running(DockerApi(Engine.PODMAN, str(podman.path))) as found:
         known = asked(found, workload(subject(engine=Engine.PODMAN)))
-        assert known.image_asks == {"fgpu.dev/memory": "8GiB"}  # no image is known: it may be the image's
-        assert found.named(workload(subject(OTHER))).labels == {}  # Docker's is nobody's here
+        assert known.image_asks == {"fgpu.dev/memory": "8GiB"}  # the image is not known: the request may be the image's
+        assert found.named(workload(subject(OTHER))).labels == {}  # Docker's labels belong to no workload here
     podman.stop()
 
 
@@ -150,13 +150,13 @@ def test_an_engine_that_is_started_later_or_restarts(tmp_path, quick):
 
 
 def rescan(found: engine_labels.Engines, times: int) -> None:
-    """Each of them asks for nothing that is known here."""
+    """Rescan several times, with nothing new to ask."""
     for _ in range(times):
         found.rescanned()
 
 
 def test_what_is_known_outlives_an_agent_that_was_frozen_and_its_engine(docker, api, tmp_path, monkeypatch):
-    """Time that passes without a rescan proves of no container that it is gone."""
+    """Time without a rescan is no proof that a container is gone: a frozen agent forgets nothing."""
     docker.containers, docker.images = [container(Labels={"fgpu.dev/memory": "8GiB"})], {IMAGE: {}}
     with running(api, file=tmp_path / "engines.json") as found:
         known = asked(found, workload())
@@ -186,7 +186,7 @@ def test_what_is_known_outlives_the_agent_and_its_engine(docker, api, tmp_path):
         rescan(found, engine_labels.FORGOTTEN_RESCANS + 1)
         found.keep()
     with running(api, file=file) as found:
-        assert found.named(workload()).labels == {}  # nobody had asked about it for long
+        assert found.named(workload()).labels == {}  # not asked about for long
 
 
 @pytest.mark.parametrize(
@@ -251,14 +251,14 @@ def test_an_engine_that_hangs_or_lies_delays_nothing_and_is_told(docker, api, qu
     with running(api, other) as found:
         begun = time.monotonic()
         assert found.named(workload()).labels == {}
-        assert time.monotonic() - begun < 0.2  # not one deadline
+        assert time.monotonic() - begun < 0.2  # shorter than a single deadline
         one = workload(subject(OTHER, Engine.PODMAN), path="/libpod")
-        assert asked(found, one).labels == {"tier": "notebook"}  # meanwhile
+        assert asked(found, one).labels == {"tier": "notebook"}  # while the other engine hangs
         view = eventually(lambda: next((v for v in found.views() if v.failed), None))
         assert view.fault
         assert "docker fails: " in found.missing(workload())
         docker.raw, docker.containers = None, [container()]
-        assert asked(found, workload()).labels == {"tier": "notebook"}  # once it is itself again
+        assert asked(found, workload()).labels == {"tier": "notebook"}  # once the engine works again
         assert [v.fault for v in found.views()] == ["", ""]
     podman.stop()
 

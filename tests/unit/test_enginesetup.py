@@ -1,4 +1,4 @@
-"""`fgpu setup`: what an engine's settings become, that nothing of theirs is lost, and that undo is exact."""
+"""Tests of `fgpu setup`: the new settings of an engine, that no existing setting is lost, and that undo is exact."""
 
 from __future__ import annotations
 
@@ -116,11 +116,11 @@ def test_set_up_twice_and_undone_is_as_before(name, text, tmp_path, helper):
 
 
 def test_folders_that_were_not_there_are_not_afterwards(tmp_path, helper):
-    """But one that somebody else uses by then."""
+    """Undo removes folders that setup made, but not a folder that has other files by then."""
     found, state = engine("podman", tmp_path, None), tmp_path / "state.json"
     found = replace(found, file=tmp_path / "etc/containers/containers.conf.d/zz.conf")
     assert set_up(found, helper, state)
-    found.file.unlink()  # so that it is set up anew
+    found.file.unlink()  # so that setup writes it again
     assert set_up(found, helper, state)
     assert undo(found, state)
     assert list((tmp_path / "etc").iterdir()) == []
@@ -154,7 +154,7 @@ def test_what_others_change_meanwhile_stays(name, text, tmp_path, helper):
 
 @pytest.mark.parametrize("name", ["docker", "containerd"])
 def test_without_our_notes_too(name, tmp_path, helper):
-    """The state went with /var/lib: our lines still go, whatever stands beside them."""
+    """Undo without the state file, which was removed with /var/lib, removes the lines of setup and no others."""
     text = '{"debug": true}' if name == "docker" else CONTAINERD
     found, state = engine(name, tmp_path, text), tmp_path / "x.json"
     set_up(found, helper, state)
@@ -251,7 +251,7 @@ def test_containerd_changes_one_value(text, tmp_path, helper):
     assert runtime["runtime_type"] == "io.containerd.runc.v2"
     link = Path(runtime["options"].pop("BinaryName"))
     was = before.get("plugins", {}).get(plugin, {}).get("containerd", {}).get("runtimes", {}).get("runc", {})
-    if was.get("options", {}).get("BinaryName"):  # by a path, which need be on nobody's PATH
+    if was.get("options", {}).get("BinaryName"):  # named by a path, because it need not be in any PATH
         assert link == helper.with_name("fgpu-runtime-containerd-runc")
         assert os.readlink(helper.parent / "runtimes/containerd-runc") == "/usr/sbin/runc"
     else:
@@ -262,7 +262,7 @@ def test_containerd_changes_one_value(text, tmp_path, helper):
 
 
 def drop_in(name: str, tmp_path: Path, **others: str) -> Engine:
-    """An engine whose settings are in a folder of their own, and those that others have written around it."""
+    """Return an engine with settings in a folder of drop-in files, and the files of other programs in it."""
     found = replace(ENGINES[name], file=tmp_path / "etc" / f"{name}.conf.d" / "zz-fgpu.conf")
     found.file.parent.mkdir(parents=True)
     for place, text in others.items():
@@ -272,7 +272,7 @@ def drop_in(name: str, tmp_path: Path, **others: str) -> Engine:
 
 
 def test_podman_gets_a_folder_of_hooks_that_nobody_else_reads(tmp_path, helper):
-    """Buildah and CRI-O refuse every hook if one names a stage that is Podman's alone."""
+    """Podman gets its own folder of hooks: Buildah and CRI-O refuse all hooks if one names a stage of Podman's."""
     found = drop_in("podman", tmp_path)
     set_up(found, helper, tmp_path / "x.json")
     usual, ours = tomllib.loads(read(found) or "")["engine"]["hooks_dir"]
@@ -392,7 +392,7 @@ def test_a_file_of_somebody_elses_is_never_replaced(name, tmp_path, helper):
 
 
 def test_what_was_set_up_elsewhere_is_put_back(tmp_path, helper):
-    """Another file is named, or a newer version has another place."""
+    """Setup restores a file if the settings name another one, or if a newer version of fgpu uses another place."""
     first, second, state = engine("docker", tmp_path, "{}"), drop_in("docker", tmp_path), tmp_path / "x.json"
     set_up(first, helper, state)
     assert set_up(second, helper, state)

@@ -1,4 +1,4 @@
-"""Which workloads get a budget of events, and which events were lost."""
+"""Tests of budgets of events: which workloads get one, and which events were lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FD = 7
 
 
 class Kernel:
-    """The map, and a clock. Cgroups below /root are root's own, others are their first part's."""
+    """The kernel's map, and a clock. Cgroups below /root belong to root, others to the user of their first part."""
 
     def __init__(self, monkeypatch):
         self.now, self.map = 1000.5, {b"12345678": bytes(24)}

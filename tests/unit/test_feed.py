@@ -1,4 +1,4 @@
-"""The agent's word as it comes: answers, half an answer, none, and one again."""
+"""Tests of the feed of `fgpu top`: complete answers of the agent, half an answer, none, and then one again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fgpu_ebpf.linux.wakeup import Bell
 
 @pytest.fixture
 def answers(tmp_path: Path) -> Iterator[queue.SimpleQueue[bytes]]:
-    """What whoever asks is sent, one after the other; who asks sooner waits."""
+    """Serve a control socket. Each connection gets the next answer of the queue, and waits while the queue is empty."""
     left: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "control.sock"))

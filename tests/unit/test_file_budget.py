@@ -1,4 +1,4 @@
-"""What one cgroup may have of probes and of the agent's time."""
+"""Tests of the file budget: how many probes, and how much of the agent's time, one cgroup may use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_a_cgroup_has_so_many_files_and_no_more() -> None:
     for n in range(MOST_FILES):
         assert budget.room("/a") == MOST_FILES - n
         budget.enter((1, n), "/a")
-    budget.enter((1, 0), "/b")  # it counts for the first
+    budget.enter((1, 0), "/b")  # it counts for the first cgroup
     assert (budget.room("/a"), budget.room("/b"), budget.has("/a")) == (0, MOST_FILES, (MOST_FILES, MOST_FILES))
     assert budget.cgroup_of((1, 0)) == "/a"
     budget.forget((1, 0))

@@ -1,4 +1,4 @@
-"""Patterns: what they match, against a slow matcher that is plainly right, and how long the worst take."""
+"""Tests of patterns: what they match, compared with a slow and simple matcher, and the time of the worst ones."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_is_no_pattern_is_refused(pattern, hint):
 
 
 def slowly_name(pattern: str, name: str) -> bool:
-    """The meaning of a pattern of names, written down without a thought for time."""
+    """Match a name, without regard to speed."""
 
     @lru_cache(None)
     def way(i: int, j: int) -> bool:
@@ -102,7 +102,7 @@ def slowly_name(pattern: str, name: str) -> bool:
 
 
 def slowly(pattern: str, path: str) -> bool:
-    """That of a pattern of paths."""
+    """Match a path, without regard to speed."""
     folders = tuple(pattern.split("/"))
     names = tuple(path.split("/")) if path else ()
 
@@ -149,4 +149,4 @@ def test_no_pattern_takes_long(pattern, path):
     globs = path_globs([pattern])
     begun = time.perf_counter()
     assert not globs.matches(path)
-    assert time.perf_counter() - begun < 1.0  # a backtracking matcher takes longer than anybody waits
+    assert time.perf_counter() - begun < 1.0  # a matcher that backtracks would take far longer

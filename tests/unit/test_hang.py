@@ -1,4 +1,4 @@
-"""Tests of tests/hang.py: a run that does not end is ended, and says what its processes do."""
+"""Tests of tests/hang.py: a run that does not end is killed, and prints what its processes do."""
 
 from __future__ import annotations
 

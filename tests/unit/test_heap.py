@@ -1,4 +1,4 @@
-"""What is freed goes back to the system, once the C library has been told so."""
+"""Tests of the settings of malloc: freed memory goes back to the system."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ print(resident() - before)
 
 
 def arenas(before: str, out: Path) -> int:
-    """How many a process has in which eight threads have memory at one time."""
+    """Return the number of malloc arenas of a process with eight threads that hold memory at one time."""
     subprocess.run([sys.executable, "-c", THREADS.format(before=before), out], check=True, timeout=30)
     return out.read_text().count("<heap nr=")
 
@@ -111,13 +111,13 @@ def test_threads_share_one_arena(tmp_path: Path) -> None:
 
 
 def printed(program: str, environment: dict[str, str] | None = None) -> int:
-    """The number that a process of its own prints."""
+    """Return the number that a separate process prints."""
     command = [sys.executable, "-c", program]
     return int(subprocess.run(command, env=environment, check=True, timeout=30, stdout=subprocess.PIPE).stdout)
 
 
 def mapped_bytes(before: str) -> int:
-    """How much of half a megabyte is a mapping of its own, after a megabyte was freed."""
+    """Return how many bytes of an allocation of 512 KiB are a separate mapping, after 1 MiB was freed."""
     return printed(MALLINFO + LARGE.format(before=before))
 
 
@@ -127,7 +127,7 @@ def test_what_is_large_stays_a_mapping_of_its_own() -> None:
 
 
 def given_back_bytes(after: str) -> int:
-    """Of 8 MB that were freed below a block that was not."""
+    """Return how many of 8 MB go back to the system, if they were freed below a block that was not."""
     return printed(RESIDENT + HOLES.format(after=after))
 
 
@@ -137,7 +137,7 @@ def test_what_is_free_below_what_is_not_goes_back_too() -> None:
 
 
 def given_up_bytes(environment: dict[str, str]) -> int:
-    """Of 210 KB that a thread has freed, in pieces of all sizes: what it does not keep for itself."""
+    """Return how many of the 210 KB that a thread freed, in pieces of all sizes, are not kept for that thread."""
     return printed(MALLINFO + KEPT, environment)
 
 
@@ -147,7 +147,7 @@ def test_a_thread_keeps_nothing_that_it_has_freed() -> None:
 
 
 def stacks_left(environment: dict[str, str]) -> int:
-    """After 32 threads at one time: mappings, two a stack."""
+    """Return the number of mappings of stacks after 32 threads at one time: two for each stack."""
     return printed(STACKS, environment)
 
 
@@ -171,13 +171,13 @@ def test_whoever_starts_a_service_says_so(file: str) -> None:
 
 
 class Thing:
-    """May lie in a cycle."""
+    """An object that may be in a cycle."""
 
 
 def test_cycles_that_nobody_holds_are_freed() -> None:
     thing = Thing()
     thing.itself = thing  # type: ignore[attr-defined]
-    gc.collect()  # what is older is looked at more seldom
+    gc.collect()  # older objects are examined less often
     seen = weakref.ref(thing)
     del thing
     gc.collect(1)
@@ -188,13 +188,13 @@ def test_cycles_that_nobody_holds_are_freed() -> None:
 
 def test_patterns_of_policies_that_are_gone_are_freed() -> None:
     seen = weakref.ref(path_globs(["some/*"])._compiled)
-    assert seen(), "this test sees none: nobody kept it"
+    assert seen(), "the object was freed too early for this test"
     malloc.give_back()
     assert not seen()
 
 
 def looked_at(before: str) -> int:
-    """At how many objects the collector of cycles looks, of 100,000 lists and whatever else there is."""
+    """Return how many objects the cycle collector examines, of 100,000 lists and all others."""
     program = f"import gc; from fgpu_ebpf.linux import malloc; stay = [[] for _ in range(100_000)]; {before}"
     return printed(f"{program}; print(len(gc.get_objects()))")
 
@@ -205,7 +205,7 @@ def test_what_stays_is_not_looked_at() -> None:
 
 
 def grown_bytes(before: str) -> int:
-    """By a moment's 900 KB of small objects."""
+    """Return the growth of the process after 900 KB of small objects lived for a moment."""
     return printed(RESIDENT + CROWD.format(before=before))
 
 
@@ -215,12 +215,12 @@ def test_a_crowd_finds_what_it_takes() -> None:
 
 
 def test_names_that_come_and_go_are_not_interned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python's table of them never shrinks, and a Path puts every part of itself there."""
+    """Names of short-lived files are not interned: Python's table never shrinks, and a Path interns its parts."""
     (tmp_path / "run/shim").mkdir(parents=True)
     (tmp_path / "policy.d").mkdir()
     (tmp_path / "policy.d/some.yaml").write_text("")
     cgroups, run, policies = Workloads(tmp_path), tmp_path / "run", PolicyFolder(tmp_path / "policy.d", False, 0)
-    policies.read()  # what it takes is imported the first time
+    policies.read()  # its imports happen at the first call
     interned: list[str] = []
     intern = sys.intern
     monkeypatch.setattr(sys, "intern", lambda text: (interned.append(text), intern(text))[1])

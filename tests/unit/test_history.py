@@ -1,4 +1,4 @@
-"""What is told of what happened: not the same all the time, but all that somebody did."""
+"""Tests of the event log: repeated events are combined, but every action of an administrator is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A look at every process of the host waits for none of them, and one cgroup's keep it from no other's."""
+"""Tests of the scan of all processes: it waits for none of them, and a slow cgroup does not delay the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Read = Callable[[int], Found]
 
 
 class World:
-    """Processes of two cgroups, and threads that look at them; `share` is how many jobs a cgroup may have in all."""
+    """Processes of two cgroups, and threads that examine them. `share` is the number of jobs that a cgroup may have."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, read: Read, share: int = 1000) -> None:
         self.pids = {10: HOSTILE, 11: HOSTILE, 12: HOSTILE, 20: HONEST, 21: HONEST}
@@ -48,7 +48,7 @@ class World:
         self.scan.begin(self.ended.append)
 
     def until(self, true: Callable[[], object], seconds: float = 5) -> None:
-        """Take over what the threads find until this is true."""
+        """Apply what the threads find until `true` returns a true value."""
         end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, f"not within {seconds} s"
@@ -60,7 +60,7 @@ class World:
 
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
-    """What hangs does so until this is set."""
+    """Return an event. Jobs that hang do so until it is set."""
     event = threading.Event()
     yield event
     event.set()
@@ -145,7 +145,7 @@ def test_a_process_that_hangs_keeps_no_other_from_being_looked_at(
     world.until(lambda: sorted(world.seen) == [20, 21])
     assert not world.ended
     time.sleep(0.3)
-    world.begin()  # the one before is given up
+    world.begin()  # the previous scan is given up
     assert (sorted(world.ended[0].left_out), world.ended[0].is_whole) == ([10, 11, 12], True)
     world.until(lambda: sorted(world.seen) == [20, 20, 21, 21])
     gate.set()

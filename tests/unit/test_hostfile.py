@@ -1,4 +1,4 @@
-"""The host's settings: what the file may say, and what it is told when it is wrong."""
+"""Tests of the host's settings: what the file may contain, and the message for each error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fgpu_ebpf.agent.host_config import HostSettings
 
 @pytest.fixture
 def settings(tmp_path):
-    """settings(text): what a file with this text comes to."""
+    """Return settings(text): the settings of a file with this text."""
 
     def read(text):
         path = tmp_path / "agent.yaml"

@@ -1,4 +1,4 @@
-"""What a tenant of many processes and cgroups can make its neighbours wait by claims of work, in simulated time."""
+"""Tests in simulated time of how long a tenant with many processes can delay others by false claims of work."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ WINDOW, STEP_SECONDS = 20, 0.1
 
 
 class Garbage(Hog):
-    """One of its programs has arbitrary bytes on its page for up to 0.3 s and ends, now and then; another one idles.
+    """A tenant with a program that now and then exits after up to 0.3 s with arbitrary bytes on its page, and an idle
+    program.
 
-    What is read of such a page is work in flight for a second from now on, always.
+    The scheduler always reads such a page as work in flight for one more second.
     """
 
     chance: random.Random
@@ -43,7 +44,7 @@ class Garbage(Hog):
 
 
 class Arbitrary(Hog):
-    """Whatever is read of a page, anew every few milliseconds."""
+    """A program whose page has arbitrary contents, which change every few milliseconds."""
 
     chance: random.Random
     world: World
@@ -70,7 +71,7 @@ class Arbitrary(Hog):
 
 
 def least_share(it: World, honest: list[Tenant], seconds: float) -> float:
-    """Points by which one was above its part by weight, in its worst window of 2 s."""
+    """Return how many points a tenant was above its part by weight in its worst window of 2 s."""
     done = [[tenant.done_ns for tenant in honest]]
     for _ in range(round(seconds / STEP_SECONDS)):
         it.run(STEP_SECONDS)
@@ -89,7 +90,7 @@ def neighbours() -> list[Tenant]:
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_programs_that_end_with_work_in_flight_prove_nothing(seed: int) -> None:
-    """Each ends before its claim would have, so that nothing is in flight any more: no claim was true by that."""
+    """Programs that exit before their claim would have been over leave nothing in flight, so no claim is proven."""
     honest, hostile = neighbours(), Garbage(HOSTILE)
     it = World(*honest, hostile)
     hostile.chance, hostile.world = random.Random(seed), it
@@ -108,7 +109,7 @@ def test_arbitrary_words_cost_honest_tenants_no_share(pause_ms: int) -> None:
 
 
 def test_a_tenant_s_last_program_that_ends_proves_nothing_to_the_next() -> None:
-    """A program claims work of a second and ends; another one begins, and drains before that second is over."""
+    """One program claims work of a second and exits. Another one begins, and drains before that second is over."""
     honest, hog = Tenant(1), Hog(2)
     it = World(honest, hog)
     place = it.turns.places[2]
@@ -124,7 +125,7 @@ def test_a_tenant_s_last_program_that_ends_proves_nothing_to_the_next() -> None:
 
 
 def test_cgroups_that_are_made_anew_are_believed_no_more_than_the_last() -> None:
-    """Every 0.3 s the tenant goes on in a new cgroup below its own, and claims a second of work there."""
+    """Every 0.3 s the tenant continues in a new cgroup below its own, and claims a second of work there."""
     honest = Tenant(1)
     it = World(honest, outer={OUTER: Share()})
     for number in range(2, 22):
@@ -150,7 +151,7 @@ def test_what_nothing_has_proved_is_never_believed_for_longer_than_at_first() ->
 
 
 def test_a_short_claim_that_was_true_proves_no_long_one() -> None:
-    """After it has fallen it is waited for 4 ms: work of 12 ms overruns that, and ends as it said."""
+    """A tenant with a false claim is waited for 4 ms. Work of 12 ms that ends as claimed proves no longer claim."""
     trust = Trust()
     trust.claims(S, S)
     trust.overran(S + UNPROVEN_NS)

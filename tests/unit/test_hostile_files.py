@@ -1,4 +1,4 @@
-"""Files that somebody else chose: what is opened is what was mapped, and none keeps others from being probed."""
+"""Tests of files that tenants choose: the agent opens the mapped file, and no file keeps others from being probed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ sys.stdin.read()
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All that a driver must have."""
+    """Return a library with every function that a driver must have."""
     folder = tmp_path_factory.mktemp("library")
     source, made = folder / "cuda.c", folder / "libcuda.so.1"
     source.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in NAMES))
@@ -49,7 +49,7 @@ Mapper = Callable[..., subprocess.Popen[bytes]]
 
 @pytest.fixture
 def mapper() -> Iterator[Mapper]:
-    """Starts processes that map files executable."""
+    """Return a function that starts processes which map files as executable."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*paths: Path) -> subprocess.Popen[bytes]:
@@ -71,7 +71,7 @@ def copy(library: Path, to: Path) -> Path:
 
 
 def within(seconds: float, what: Callable[[], object]) -> None:
-    """Done in time; a thread that hangs is left behind."""
+    """Check that a call returns in time. A thread that hangs is abandoned."""
     thread = threading.Thread(target=what, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -171,7 +171,7 @@ def test_a_broken_library_is_an_elf_error_and_takes_no_longer_than_a_whole_one(t
 
 
 def segments_of(text: bytes) -> Iterator[tuple[int, int]]:
-    """Where each row of the program headers is, and its kind."""
+    """Yield the offset and the type of each program header."""
     (at,), (count,) = struct.unpack_from("<Q", text, 0x20), struct.unpack_from("<H", text, 56)
     for row in range(at, at + 56 * count, 56):
         yield row, struct.unpack_from("<I", text, row)[0]
@@ -187,20 +187,20 @@ def test_a_table_beyond_all_measure_is_not_read(tmp_path: Path, library: Path, w
         struct.pack_into("<H", text, 56, 65535)
     broken = tmp_path / "libcuda.so.1"
     broken.write_bytes(text)
-    os.truncate(broken, 1 << 40)  # sparse: it really is that long
+    os.truncate(broken, 1 << 40)  # sparse: the file really has that size
     with pytest.raises(elf.ElfError, match=r"longer than|more than"):
         parse(broken)
 
 
 def test_an_endless_chain_of_symbols_is_left(tmp_path: Path, library: Path) -> None:
-    """A hash table whose one chain has no end, and names that are all the wanted one's hash."""
+    """A hash table has one chain without an end, and names whose hashes all equal the wanted one."""
     text = bytearray(library.read_bytes())
     (row,) = [row for row, kind in segments_of(text) if kind == 2]
     offset, _, _, size = struct.unpack_from("<4Q", text, row + 8)
     at = next(n for n in range(offset, offset + size, 16) if struct.unpack_from("<Q", text, n)[0] == 0x6FFFFEF5)
     wanted = elf.gnu_hash(NAMES[0].encode()) & ~1
     table = len(text) + -len(text) % 4096
-    spare = next(row for row, kind in segments_of(text) if kind == 0x6474E551)  # of the stack
+    spare = next(row for row, kind in segments_of(text) if kind == 0x6474E551)  # the header of the stack
     struct.pack_into("<IIQQQQQ", text, spare, 1, 4, table, 1 << 30, 1 << 30, 1 << 20, 1 << 20)
     struct.pack_into("<Q", text, at + 8, 1 << 30)
     text += bytes(table - len(text)) + struct.pack("<5I", 1, 1, 0, 0, 1) + struct.pack("<I", wanted) * 100_003
@@ -212,14 +212,14 @@ def test_an_endless_chain_of_symbols_is_left(tmp_path: Path, library: Path) -> N
 
 
 def test_a_library_is_read_as_its_loader_does(tmp_path: Path, library: Path) -> None:
-    """Section headers are not needed, and lies in them are not believed; either hash table will do."""
+    """The reader needs no section headers, believes no false ones, and uses either hash table, as the loader does."""
     text, expected = bytearray(library.read_bytes()), parse(library)
     struct.pack_into("<Q", text, 0x28, 0)
     struct.pack_into("<3H", text, 58, 0, 0, 0)
     bare = tmp_path / "libcuda.so.1"
     bare.write_bytes(text)
     load = [sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", bare]
-    subprocess.run(load, check=True, timeout=60)  # a loader takes it
+    subprocess.run(load, check=True, timeout=60)  # the loader accepts it
     assert parse(bare) == expected
     source = tmp_path / "cuda.c"
     source.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in NAMES))
@@ -235,7 +235,7 @@ def test_a_library_is_read_as_its_loader_does(tmp_path: Path, library: Path) -> 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probes that attach to nothing are seen in every process."""
+    """Make every process appear to have the probes, which attach to nothing."""
     monkeypatch.setattr(breakpoints, "is_set", lambda *_: True)
 
 

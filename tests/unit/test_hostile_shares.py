@@ -1,4 +1,4 @@
-"""What the hostile soak says of shares, on records whose answer is known."""
+"""Tests of the shares that the hostile soak reports, with records whose result is known."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_kernels_of_a_step_are_spread_evenly_over_it(tmp_path: Path) -> None:
 
 
 def test_a_program_that_stands_still_shows_in_a_window(tmp_path: Path) -> None:
-    """Half of the device's time for ten seconds, without a pause; then nothing for three."""
+    """A program has half of the device's time for ten seconds without a pause, then nothing for three seconds."""
     per_second = S // 2 // KERNEL_NS
     steps = [(second * S, (second + 1) * S, per_second) for second in range(10)]
     waits = Waits([Path("/nowhere"), Path("/nowhere")])

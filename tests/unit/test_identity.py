@@ -1,4 +1,4 @@
-"""Who a cgroup is, against trees made of folders."""
+"""Tests of the workload that a cgroup belongs to, in trees made of folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES = {
     f"/system.slice/docker-{ID}.scope/a/b": ("b", f"docker-{ID}.scope", ID, None, True),
     f"/docker/{ID}": (ID, None, ID, None, False),
     f"/docker/{ID}/x": ("x", None, ID, None, True),
-    f"/docker/{ID}/docker/{INNER}": (INNER, None, INNER, None, True),  # the outer one's doing
+    f"/docker/{ID}/docker/{INNER}": (INNER, None, INNER, None, True),  # made by the outer container
     f"/docker/{ID[:12]}": (ID[:12], None, ID[:12], None, False),
     "/docker/buildkit": ("buildkit", None, None, None, False),
     "/docker": ("docker", None, None, None, False),
@@ -118,7 +118,7 @@ def test_no_name_that_a_tenant_chooses_is_unsafe(parts):
 
 @pytest.fixture
 def labelled(tmp_path):
-    """labelled(path, name=value, …): a folder with attributes."""
+    """Return labelled(path, name=value, …), which makes a folder with attributes."""
 
     def make(path, attributes):
         folder = tmp_path / path.lstrip("/")
@@ -173,14 +173,14 @@ POD = f"/kubepods/burstable/pod{UID}"
     ("path", "subject"),
     [
         (f"/docker/{ID}", Subject(ID, Engine.DOCKER)),
-        (f"/docker/{ID}/x/y", Subject(ID, Engine.DOCKER)),  # a part of it has its names
+        (f"/docker/{ID}/x/y", Subject(ID, Engine.DOCKER)),  # a cgroup inside the container has the container's names
         (f"/machine.slice/libpod-{ID}.scope/container", Subject(ID, Engine.PODMAN)),
         (f"{POD}/{ID}", Subject(ID, Engine.CRI)),
         (f"{BURSTABLE}/crio-{ID}.scope", Subject(ID, Engine.CRIO)),
         (POD, Subject(UID, Engine.CRI, is_pod=True)),
         (BURSTABLE, Subject(UID, Engine.CRI, is_pod=True)),
         (f"{POD}/other", None),
-        (f"/docker/{ID}/docker/{INNER}", None),  # whoever is in the first could call it as they like
+        (f"/docker/{ID}/docker/{INNER}", None),  # a process in the first container could have chosen this name
         (f"/docker/{ID}/kubepods/pod{UID}", None),
         (f"/docker/{ID}/kubepods/pod{UID}/{INNER}", None),
         ("/system.slice/jupyter.service", None),
@@ -197,7 +197,7 @@ def test_of_what_others_than_root_can_have_made_nobody_is_asked(tmp_path, path):
     (tmp_path / path.lstrip("/")).mkdir(parents=True)
     assert identify(tmp_path, path).subject
     own = tmp_path / path.split("/")[1] / path.split("/")[2]
-    os.chown(own, 1000, 1000)  # a user namespace's root has its folder, and did not make it
+    os.chown(own, 1000, 1000)  # the root user of a user namespace owns its folder, and did not make it
     assert identify(tmp_path, path).subject
     os.chown(own.parent, 1000, 1000)
     assert identify(tmp_path, path).subject is None

@@ -1,4 +1,4 @@
-"""deploy/images: what bake makes is what NVIDIA has bases for, and what examples and the documentation name."""
+"""Tests of deploy/images: bake makes the images that NVIDIA has bases for and that examples and documentation name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import hcl2
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "deploy/images"
 UBUNTU, CUDA = ("20", "22", "24"), ("11.1", "11.7", "12.3", "13.0")
-NEVER = {"u20-cu13.0", "u22-cu11.1", "u24-cu11.1", "u24-cu11.7", "u24-cu12.3"}  # had a base
+NEVER = {"u20-cu13.0", "u22-cu11.1", "u24-cu11.1", "u24-cu11.7", "u24-cu12.3"}  # had a base image
 TAG = re.compile(r"(?<!\w)u\d+-cu[\d.]+(?=-\d+gb)")
 
 
 def bases() -> dict[str, str]:
-    """`u22-cu12.3` -> NVIDIA's tag."""
+    """Return NVIDIA's tag of each image, such as `u22-cu12.3`."""
     (target,) = hcl2.loads((IMAGES / "docker-bake.hcl").read_text())["target"]
     rows = [{k: json.loads(v) for k, v in row.items()} for row in target['"image"']["matrix"]["base"]]
     return {f"u{row['ubuntu']}-cu{row['cuda']}": row["tag"] for row in rows}
@@ -46,7 +46,7 @@ def test_examples_and_the_documentation_name_images_that_are_made():
 
 
 def test_clearmls_images_all_have_an_equivalent():
-    """Those of its README."""
+    """Each image in ClearML's README has an equivalent."""
     text = (ROOT / "docs/clearml.md").read_text()
     for name in ("u22-cu12.3", "u20-cu12.3", "u22-cu11.7", "u20-cu11.1"):
         assert f"`{name}-12gb`, `-8gb`, `-4gb`, `-2gb`" in text

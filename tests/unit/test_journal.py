@@ -1,4 +1,4 @@
-"""Log lines: three forms, and that nobody who fails to read them holds anybody up."""
+"""Tests of log lines: the three forms, and that a reader that stops reading delays no process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fgpu_ebpf.linux.logs import Format
 
 @pytest.fixture
 def log() -> Iterator[logging.Logger]:
-    """A logger of its own, whose handlers go with the test."""
+    """Return a logger of its own. Its handlers are closed after the test."""
     found = logging.getLogger("fgpu.test")
     found.propagate = False
     found.setLevel(logging.INFO)
@@ -75,7 +75,7 @@ def test_no_line_is_longer_than_a_pipe_takes_at_once(log, tmp_path, form) -> Non
 
 
 def entry_of(datagram: bytes) -> dict[str, str]:
-    """The native protocol, from its documentation: NAME, newline, length, value, newline."""
+    """Parse an entry of the native protocol, by its documentation: NAME, newline, length, value, newline."""
     found = {}
     while datagram:
         name, rest = datagram.split(b"\n", 1)
@@ -111,7 +111,7 @@ def test_a_traceback_comes_along(log, tmp_path) -> None:
     assert message.endswith("ValueError: 23")
 
 
-# -- nobody reads ---------------------------------------------------------------------------------------------------
+# -- no reader -----------------------------------------------------------------------------------------------------
 
 
 def blocked_pipe() -> tuple[int, int]:
@@ -132,7 +132,7 @@ def blocked_terminal() -> tuple[int, int]:
 @pytest.mark.parametrize("make", [blocked_pipe, blocked_socket, blocked_terminal])
 def test_a_log_that_nobody_reads_holds_nobody_up(log, make) -> None:
     writer, reader = make()
-    hours = itertools.count(0, 3600)  # a line an hour is no flood
+    hours = itertools.count(0, 3600)  # one line an hour is no flood
     handler = logs.Handler(logs.Descriptor(writer), logs.Text(), lambda: next(hours))
     log.addHandler(handler)
     flags = fcntl.fcntl(writer, fcntl.F_GETFL)
@@ -141,7 +141,7 @@ def test_a_log_that_nobody_reads_holds_nobody_up(log, make) -> None:
         log.info(f"line {number} " + "x" * 400)
     assert time.monotonic() - begun < 2
     assert 0 < handler.dropped < count
-    assert fcntl.fcntl(writer, fcntl.F_GETFL) == flags  # whoever shares the descriptor writes as before
+    assert fcntl.fcntl(writer, fcntl.F_GETFL) == flags  # other users of the descriptor write as before
     said = drained(reader)
     log.info("the next")
     said += drained(reader)
@@ -154,7 +154,7 @@ def test_a_log_that_nobody_reads_holds_nobody_up(log, make) -> None:
 
 
 def drained(fd: int) -> str:
-    """All that is in it; a terminal passes lines on in its own time."""
+    """Return all that the descriptor holds. A terminal passes lines on with a delay."""
     text = b""
     while select.select([fd], [], [], 0.5)[0]:
         text += os.read(fd, 1 << 16)

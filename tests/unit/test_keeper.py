@@ -1,4 +1,4 @@
-"""Who starts a gatekeeper where there is none, and when: a service's own has the time to come back."""
+"""Tests of the start of a missing gatekeeper: the service's own gatekeeper gets time to come back first."""
 
 import fcntl
 import socket
@@ -34,7 +34,7 @@ def world(monkeypatch, tmp_path):
 
 
 def test_the_time_that_a_service_has_begins_when_its_gatekeeper_is_first_missed(world):
-    """Not when it was last seen, which is a round ago: two would start at once, and the service's wait for ever."""
+    """The time does not begin when the gatekeeper was last seen, a round ago: two gatekeepers would start at once."""
     assert [world.after(1.0) for _ in range(3)] == [0, 0, 0]
     world.is_locked = False
     assert [world.after(1.0), world.after(0.1), world.after(0.5)] == [0, 0, 0]
@@ -56,7 +56,7 @@ def test_a_gatekeeper_is_up_that_holds_its_lock_and_its_socket(tmp_path):
 
 
 def test_a_gatekeeper_answers_once_it_listens(tmp_path):
-    """A folder in the place of the socket, or the socket of a killed gatekeeper, does not count."""
+    """A folder in place of the socket, or the socket of a killed gatekeeper, is not a running gatekeeper."""
     place = tmp_path / "shim/shim.sock"
     place.mkdir(parents=True)
     it = gatekeeper_process.GatekeeperProcess(tmp_path, tmp_path)

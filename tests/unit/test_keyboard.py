@@ -1,4 +1,4 @@
-"""Keys of a terminal: sequences in one piece or in several, and its mode afterwards."""
+"""Tests of the keys of a terminal: sequences in one or several pieces, and the terminal's mode afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fgpu_ebpf.cli.top_input import Keyboard
 
 @pytest.fixture
 def terminal() -> Iterator[tuple[int, int]]:
-    """Whose hands are on it, and whose program reads it."""
+    """Return both ends of a terminal: the keyboard's and the program's."""
     hands, program = pty.openpty()
     yield hands, program
     for fd in (hands, program):

@@ -40,7 +40,7 @@ class Host:
         return SimpleNamespace(cgroup=folder.stat().st_ino, path=path)
 
     def take(self, *paths: str) -> dict[str, str]:
-        """Why these found no place, by path."""
+        """Return why these paths found no slot, by path."""
         tenants = [self.tenant(path) for path in paths]
         fit, lacks = self.places.divide(tenants)  # type: ignore[arg-type]
         for tenant in fit:

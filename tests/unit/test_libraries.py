@@ -1,4 +1,4 @@
-"""Files of libcuda in the agent's loop: what is asked of the workers, and what is made of their answers."""
+"""Tests of files of libcuda in the agent's loop: what the workers are asked, and how their answers are used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Holder = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All that a driver must have."""
+    """Return a library with every function that a driver must have."""
     folder = tmp_path_factory.mktemp("library")
     source, made = folder / "cuda.c", folder / "libcuda.so.1"
     source.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in probe_plan.REQUIRED))
@@ -45,7 +45,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def holder() -> Iterator[Holder]:
-    """Starts a process that maps these; its pid."""
+    """Return a function that starts a process which maps these files, and returns its pid."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*paths: Path) -> int:
@@ -62,7 +62,7 @@ def holder() -> Iterator[Holder]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, bool]:
-    """Whether each process has the breakpoints; those that are not named have them."""
+    """Return a dictionary of pid to "has breakpoints". Processes that are not in it have them."""
     found: dict[int, bool] = {}
     monkeypatch.setattr(breakpoints, "is_set", lambda pid, *_: found.get(pid, True))
     return found
@@ -70,7 +70,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, bool]:
 
 @pytest.fixture
 def cgroups(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
-    """The cgroup of each process; there are no other processes."""
+    """Return a dictionary of pid to cgroup. No other processes exist."""
     found: dict[int, str] = {}
     monkeypatch.setattr(procfs, "cgroup_path", found.get)
     monkeypatch.setattr(procfs, "pids", lambda: list(found))
@@ -153,7 +153,7 @@ def test_what_is_believed_by_its_contents_is_looked_at_in_every_round(
 def test_only_what_this_host_has_published_is_a_shim(
     tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str]
 ) -> None:
-    """A file with the functions of both is a driver; one with libfgpu's name and neither is no file of ours."""
+    """A file with the functions of both is a driver. One with libfgpu's name and no function of it is not fgpu's."""
     source = tmp_path / "both.c"
     names = [*probe_plan.REQUIRED, *probe_plan.SHIM]
     source.write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in names))
@@ -242,7 +242,7 @@ def test_a_file_that_hangs_holds_up_its_cgroup_alone(
     tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """As one of a file system that never answers."""
+    """A file that hangs, as in a file system that never answers, delays only its own cgroup."""
     let_go = threading.Event()
     real = Examiner.mapped
 
@@ -265,7 +265,7 @@ def test_a_file_that_hangs_holds_up_its_cgroup_alone(
 
 
 def test_a_job_that_takes_long_does_not_keep_the_next_waiting() -> None:
-    """Though nothing happens in the loop meanwhile."""
+    """A long job does not delay the next one, although nothing happens in the loop meanwhile."""
     looks, let_go, done = Discovery(Stage(), {}), threading.Event(), threading.Event()  # type: ignore[arg-type]
 
     def long() -> libraries.Taken:

@@ -1,4 +1,4 @@
-"""What a file of libcuda or the shim is believed, and for how long."""
+"""Tests of classes of files: what is believed of a file of libcuda or the shim, and for how long."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_file_that_changes_while_it_is_read_has_no_digest(opened: int, monkeyp
 
 @pytest.fixture
 def coarse(tmp_path: Path) -> Iterator[int]:
-    """A file of a file system that counts time in ticks: what is written within one has the same time."""
+    """Return the tick in ns of a file system with coarse time stamps: writes within one tick have the same time."""
     subprocess.run(["mount", "-t", "ramfs", "coarse", tmp_path], check=True)
     fd = os.open(tmp_path / "libcuda.so.1", os.O_RDWR | os.O_CREAT)
     yield fd

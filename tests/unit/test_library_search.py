@@ -1,4 +1,4 @@
-"""libcuda in what a process maps, whatever it is called there."""
+"""Tests of the search for libcuda in the mappings of a process, under any name."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Holder = Callable[..., int]
 
 @pytest.fixture
 def holder() -> Iterator[Holder]:
-    """Starts a process that maps these; its pid."""
+    """Return a function that starts a process which maps these files, and returns its pid."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*paths: str | Path) -> int:
@@ -102,7 +102,7 @@ def test_a_file_that_is_probed_is_not_opened(tmp_path: Path, holder: Holder, mon
 
 
 def of_one(real, file):  # type: ignore[no-untyped-def]
-    """As mappings.each, of one file alone."""
+    """Return a function like mappings.each that yields only this file."""
     return lambda maps, which: (one for one in real(maps, which) if (one.dev, one.ino) == file)
 
 
@@ -111,14 +111,14 @@ def test_a_file_is_looked_through_once_while_it_stays_as_it_is(
 ) -> None:
     library, looks = built(tmp_path / "x.so", ["x"]), list[int]()
     search, pid = Search(lambda _: False), holder(library)
-    search.by_contents(pid)  # all that Python maps
+    search.by_contents(pid)  # everything that Python maps
     real = library_search.is_libcuda
     monkeypatch.setattr(library_search, "is_libcuda", lambda fd: looks.append(fd) or real(fd))
     for _ in range(3):
         assert found(search, pid) == set()
     assert not looks
     text = built(tmp_path / "y.so", list(probe_plan.REQUIRED)).read_bytes()
-    library.write_bytes(text)  # the same file, which the process maps
+    library.write_bytes(text)  # the same inode, which the process maps
     assert found(search, pid) == {"x.so"}
     assert len(looks) == 1
 
@@ -133,7 +133,7 @@ def test_what_is_kept_of_other_files_has_a_bound(holder: Holder, monkeypatch: py
 def test_code_that_no_file_backs_is_told(holder: Holder) -> None:
     search = Search(lambda _: False)
     assert search.by_contents(holder("anonymous")).code
-    with subprocess.Popen(["sleep", "100"]) as plain:  # Python itself may have some, by libffi
+    with subprocess.Popen(["sleep", "100"]) as plain:  # Python itself may have one, because of libffi
         while Path(f"/proc/{plain.pid}/comm").read_text() != "sleep\n":
             time.sleep(0.01)
         assert not search.by_contents(plain.pid).code, "the kernel's own pages are none"
@@ -146,7 +146,7 @@ def test_a_process_that_cannot_be_read_has_no_files() -> None:
 
 
 def test_its_own_mappings_are_all_found(tmp_path: Path) -> None:
-    """One that is mapped in parts is one file."""
+    """All mappings of a process are found. A file that is mapped in parts is found once."""
     library = built(tmp_path / "x.so", list(probe_plan.REQUIRED))
     loaded = ctypes.CDLL(str(library))
     with library.open("rb") as file:
@@ -154,4 +154,4 @@ def test_its_own_mappings_are_all_found(tmp_path: Path) -> None:
         found = [one.path for one in Search(lambda _: False).by_contents(os.getpid()).files or ()]
         assert found.count(str(library)) == 1
         kept.close()
-    _ctypes.dlclose(loaded._handle)  # a gatekeeper, which other tests ask, would take it for a driver
+    _ctypes.dlclose(loaded._handle)  # a gatekeeper in this process, which other tests ask, would take it for a driver

@@ -58,7 +58,7 @@ def test_another_file_in_its_place_is_not_held(path: Path) -> None:
 
 @pytest.mark.parametrize("is_there", [False, True], ids=["new", "of an earlier version"])
 def test_no_other_user_can_lock_it(path: Path, is_there: bool) -> None:
-    """flock takes no more than permission to read: a local user could keep the agent from starting."""
+    """flock needs no more than permission to read: a local user could keep the agent from starting."""
     path.parent.mkdir(mode=0o755)
     if is_there:
         path.touch()

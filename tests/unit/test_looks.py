@@ -19,7 +19,7 @@ STEP_SECONDS = 0.004
 
 
 class Loop:
-    """A loop whose time is simulated; `steps` is how many a look at each path has."""
+    """A loop whose time is simulated; `steps`: the number of steps for each path."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: dict[str, int]) -> None:
         self.now, self.steps, self.done = 1000.0, steps, Counter[str]()
@@ -35,7 +35,7 @@ class Loop:
             yield
 
     def slice(self) -> float:
-        """Sleeps as long as the loop may, and goes on; the seconds that this took of the loop."""
+        """Sleep as long as the loop may, and continue. Return the seconds that this took of the loop."""
         self.now += self.looks.wait(1.0)
         began = self.now
         self.looks.go_on()

@@ -1,4 +1,4 @@
-"""What becomes of a wish that the kernel or the disk has no room for: nothing, and it can be made again."""
+"""Tests of requests that the kernel or the disk has no room for: nothing changes, and the request can be repeated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.policy_kit import GIB, Gpu, policies
 
 
 class SmallBooks(Books):
-    """A ledger with room for so many levels."""
+    """A ledger with room for a given number of levels."""
 
     room = 100
     orphans = SimpleNamespace(of_level=lambda _: [])

@@ -17,7 +17,7 @@ NAMES = ("plain", "with a space", "with\nnewlines\n", "with\rreturns", "back\\sl
 
 @pytest.fixture
 def maps(tmp_path: Path):
-    """Our own mappings, with files of odd names among them, one of them deleted."""
+    """Return this process's mappings, with files of odd names among them, one of them deleted."""
     held = []
     for name in NAMES:
         path = tmp_path / name

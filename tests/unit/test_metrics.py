@@ -1,4 +1,4 @@
-"""/metrics against a golden file, and what holds for any Snapshot."""
+"""Tests of /metrics: a golden file, and properties of every Snapshot."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_what_nobody_measured_is_absent():
 
 
 def test_xids_begin_at_zero():
-    """So that the first is an increase."""
+    """Counters of XIDs exist at 0, so that the first XID is an increase."""
     quiet = DeviceView(0, "GPU-1", "x", "y", 1, None, 0, None, xids={})
     families = list(metrics.families(Snapshot(1.0, (quiet,))))
     shown = [s for f in families for s in f.samples if s.name == "fgpu_device_xids_total"]
@@ -86,7 +86,7 @@ def test_a_tenant_without_a_limit_shows_none():
 
 
 def test_refusals_begin_at_zero():
-    """So that the first is an increase."""
+    """Counters of refusals exist at 0, so that the first refusal is an increase."""
     found = snapshot()
     (tenant,) = found.tenants
     quiet = replace(tenant, devices=(replace(tenant.devices[0], refusals=()),))
@@ -96,7 +96,7 @@ def test_refusals_begin_at_zero():
 
 
 def test_an_age_is_that_of_the_moment_of_asking():
-    """Also where nobody has taken a Snapshot for long."""
+    """The age is that of the scrape, also if no Snapshot was taken for long."""
     found = replace(snapshot(), taken_seconds=101.0)
     family = next(f for f in metrics.registry(lambda: found, lambda: 108.5).collect() if "reconcile_age" in f.name)
     assert [(sample.labels, sample.value) for sample in family.samples] == [({"gpu": "0"}, 7.75)]
@@ -111,5 +111,5 @@ def test_at_most_twelve_series_for_a_tenant_and_device_and_three_for_a_while():
 
 
 def test_no_label_of_a_policy_is_dropped_unsaid():
-    """One that the metrics have themselves is refused with its policy; all others are shown."""
+    """A policy whose label has a metric's own name is refused. All other labels are shown."""
     assert set(metrics._INFO_LABELS) < RESERVED_LABELS

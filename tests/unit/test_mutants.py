@@ -1,4 +1,4 @@
-"""What takes a defence away still applies, and every row of docs/security.md has a test that misses its defence."""
+"""Tests of mutants: each one applies, and every row of docs/security.md has a test that fails without its defence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shares inside a share, in simulated time: whatever a tenant makes of cgroups below its own, it gets what it had."""
+"""Tests in simulated time of shares inside a share: cgroups below its own give a tenant no more time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OUTER = 100
 
 
 def nested(share: Share, inner: list[Share], *others: Tenant, kernel_ns: int = 200 * US) -> World:
-    """A level with this share and busy tenants inside it, numbered from 1; and others."""
+    """Return a world with a level of this share, busy tenants inside it, numbered from 1, and other tenants."""
     made = [Tenant(n + 1, one, kernel_ns) for n, one in enumerate(inner)]
     return World(*made, *others, outer={OUTER: share}, inside={tenant.key: [OUTER] for tenant in made})
 
@@ -87,7 +87,7 @@ def test_programs_of_the_level_itself_are_inside_too() -> None:
 
 
 def test_cgroups_that_are_made_and_removed_shed_no_debt() -> None:
-    """Every 50 ms the tenant goes on in a new cgroup below its own."""
+    """Every 50 ms the tenant continues in a new cgroup below its own. Its debt stays."""
     limit = Share(limit_millionths=250_000)
     it, done = nested(limit, [limit]), 0
     for number in range(2, 200):
@@ -150,16 +150,16 @@ def test_a_share_that_goes_leaves_those_inside_their_own() -> None:
 
 
 def parts(it: World, seconds: float) -> dict[int, float]:
-    """Of the device's time from here on."""
+    """Return each tenant's part of the device's time from now on."""
     before = {key: tenant.done_ns for key, tenant in it.tenants.items()}
-    it._ring()  # the next step is told of everybody
+    it._ring()  # the next step looks at every tenant
     it.run(seconds)
     return {key: (tenant.done_ns - before[key]) / (seconds * S) for key, tenant in it.tenants.items()}
 
 
 @pytest.mark.parametrize("weight", [1, 100, 10_000])
 def test_a_share_around_tenants_that_run_starves_nobody(weight: int) -> None:
-    """Virtual time inside a unit is another than outside, both when the unit comes and when it goes."""
+    """Virtual time inside a unit differs from that outside, both when the unit comes and when it goes."""
     shares = {1: Share(weight=weight), 2: Share(weight=weight), 50: Share()}
     it = World(*(Tenant(key, share) for key, share in shares.items())).run(20.0)
     it.turns.share_out(shares | {OUTER: Share()}, it.now)
@@ -175,7 +175,7 @@ def test_a_share_around_tenants_that_run_starves_nobody(weight: int) -> None:
 
 
 class Idler(Hog):
-    """Wants every turn, and launches nothing in it."""
+    """A program that wants every turn, and launches nothing in it."""
 
     def act(self, now_ns: int, is_open: bool, believed_ns: int) -> None:
         self.said = (self.waiting, 0, 0, 0, True, now_ns, 0, 0)
@@ -190,7 +190,7 @@ COVERS: dict[str, tuple[list[Tenant], list[Tenant]]] = {
 
 @pytest.mark.parametrize("cover", COVERS)
 def test_what_waits_inside_is_no_credit_for_one_that_comes(cover: str) -> None:
-    """Others inside want turns for 20 s and have next to none; then one inside that is busy comes."""
+    """Tenants inside want turns for 20 s and get almost none. Then a busy one comes, which gets no credit for that."""
     inner, others = deepcopy(COVERS[cover])
     late, honest = Tenant(2, stopped=True), [Tenant(50), Tenant(51)]
     inside = {tenant.key: [OUTER] for tenant in (late, *inner)}

@@ -1,4 +1,4 @@
-"""What the service manager hears, and that one who does not listen holds nobody up."""
+"""Tests of messages to the service manager: what it receives, and that a manager that does not read delays nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fgpu_ebpf.linux import sd_notify
 
 @pytest.fixture(params=["file", "abstract"])
 def manager(request, tmp_path, monkeypatch) -> Iterator[socket.socket]:
-    """The other end of NOTIFY_SOCKET."""
+    """Return the service manager's end of NOTIFY_SOCKET."""
     name = str(tmp_path / "notify") if request.param == "file" else f"\0fgpu-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
         sock.bind(name)

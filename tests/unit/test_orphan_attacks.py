@@ -1,4 +1,4 @@
-"""Ways to have orphaned memory released while the device holds it. Each takes a tenant's own calls, and none works."""
+"""Attacks by a tenant's own calls that try to have orphaned memory released while the device holds it. None works."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.unit.orphan_kit import MIB
 
 GIB = 1024 * MIB
 HELD = 8 * GIB
-REST = 32 * MIB  # what the device has besides
+REST = 32 * MIB  # what the device holds besides
 
 
 class Attack:
-    """A tenant that has exported memory, which a descriptor keeps, and the reconcile thread."""
+    """A tenant with exported memory that a descriptor keeps, and the reconcile thread."""
 
     def __init__(self) -> None:
         self.world = World(lambda: self.between())
@@ -36,14 +36,14 @@ class Attack:
         return client
 
     def export_memory(self, bytes_: int = HELD) -> Handle:
-        """The exporter's own, of which a descriptor is open."""
+        """Export memory of the exporter, and keep a descriptor open."""
         list(self.world.create(self.exporter, bytes_))
         handle = self.world.device.handles[-1]
         handle.is_exported, handle.descriptors = True, 1
         return handle
 
     def keep_memory(self, bytes_: int = HELD) -> Handle:
-        """In no process's name."""
+        """Leave memory that belongs to no process and that a descriptor keeps."""
         handle = self.export_memory(bytes_)
         list(self.world.release(self.exporter, handle))
         return handle
@@ -53,7 +53,7 @@ class Attack:
             self.reconciler.look(False)
 
     def escaped(self) -> int:
-        """Bytes that tenants have beyond what is charged."""
+        """Return the bytes that tenants hold beyond what is charged."""
         return max(0, self.world.device.of_tenants() - self.world.ledger.total() - REST)
 
 
@@ -78,7 +78,7 @@ def test_without_an_attack_it_stays_and_goes_with_its_descriptor(attack: Attack)
 
 
 def test_pool_bytes_that_are_admitted_and_not_taken(attack: Attack) -> None:
-    """By a process without a context, which has no row."""
+    """The process has no context, so it has no row."""
     attack.keep_memory()
     other = attack.tenant(has_context=False)
     attack.world.admit_pool(other, HELD)
@@ -100,7 +100,7 @@ def test_an_admission_that_no_call_follows(attack: Attack) -> None:
 
 
 def test_handles_that_a_library_only_claims_to_have_made(attack: Attack) -> None:
-    """By a process without a context, which has no row."""
+    """The process has no context, so it has no row."""
     attack.keep_memory()
     other = attack.tenant(has_context=False)
     entry = attack.world.ledger.entries[other.pid]
@@ -113,7 +113,7 @@ def test_handles_that_a_library_only_claims_to_have_made(attack: Attack) -> None
 
 
 def test_handles_that_are_freed_and_then_only_claimed(attack: Attack) -> None:
-    """Between two looks, so that as much is charged as before."""
+    """It happens between two reconciliations, so that the charge does not change."""
     other = attack.tenant(has_context=False)
     list(attack.world.create(other, HELD))
     attack.look()
@@ -131,7 +131,7 @@ def test_handles_that_are_freed_and_then_only_claimed(attack: Attack) -> None:
 
 
 def test_a_handle_that_is_given_up_by_a_process_that_has_more_than_it_is_charged(attack: Attack) -> None:
-    """It stays in the call: what it is charged there and what only the driver knows are not one memory."""
+    """The memory stays in the call: its charge there and the memory that only the driver knows are different memory."""
     other = attack.tenant()
     list(attack.world.take_managed(other, HELD))
     handle = attack.export_memory()
@@ -148,7 +148,7 @@ def test_a_handle_that_is_given_up_by_a_process_that_has_more_than_it_is_charged
 
 
 def test_a_release_that_stands_still(attack: Attack) -> None:
-    """Its thread is stopped when the driver has freed the memory, before the call returns."""
+    """Its thread is stopped after the driver has freed the memory, before the call returns."""
     attack.keep_memory()
     other = attack.tenant(has_context=False)
     list(attack.world.create(other, HELD))
@@ -173,7 +173,7 @@ def test_a_create_that_stands_still_and_fails(attack: Attack) -> None:
 
 
 def test_contexts_that_a_library_only_claims_to_have_made(attack: Attack) -> None:
-    """Each would explain the bytes that a driver needs for one."""
+    """Each would explain the bytes that a driver needs for a context."""
     attack.keep_memory()
     attack.world.ledger.entries[attack.exporter.pid].contexts += 2000
     attack.look()
@@ -240,7 +240,7 @@ def test_the_end_of_an_exporter_between_the_look_at_orphans_and_the_look_at_proc
 
 
 def test_managed_memory_of_a_stranger_that_ends(attack: Attack) -> None:
-    """A process that is in no managed cgroup."""
+    """The process is in no managed cgroup."""
     stranger = attack.world.begin(is_stranger=True)
     stranger.contexts, stranger.grown = 1, 0
     stranger.managed = [Managed(HELD, HELD)]
@@ -280,7 +280,7 @@ def test_a_stranger_s_managed_memory_is_not_taken_for_a_tenant_s(attack: Attack)
 
 
 def test_memory_of_one_s_own_that_others_orphans_are_charged_for(attack: Attack) -> None:
-    """A neighbour's process ends and the driver frees all it had, while this tenant's memory is kept."""
+    """A neighbour's process exits and the driver frees all it had, while this tenant's memory is kept."""
     attack.keep_memory()
     neighbour = attack.tenant()
     list(attack.world.take(neighbour, HELD, True))
@@ -294,7 +294,7 @@ def test_memory_of_one_s_own_that_others_orphans_are_charged_for(attack: Attack)
 
 
 def test_admissions_that_end_with_their_process_beside_memory_that_nvml_names(attack: Attack) -> None:
-    """A forked child keeps what a dead process had: its row proves that the device holds it."""
+    """A forked child keeps what an exited process had: its row proves that the device holds it."""
     doomed, kept = attack.tenant(), attack.tenant()
     list(attack.world.take(kept, HELD, True))
     next(attack.world.admit(doomed, HELD + CONTEXT))
@@ -305,7 +305,7 @@ def test_admissions_that_end_with_their_process_beside_memory_that_nvml_names(at
 
 
 def test_memory_that_nvml_names_is_not_what_a_neighbour_s_process_had(attack: Attack) -> None:
-    """The neighbour's older process has no row; its memory is freed, and both orphans are as large."""
+    """The neighbour's older process has no row. Its memory is freed, and both orphans are of equal size."""
     kept, neighbour = attack.tenant(), attack.tenant(has_context=False)
     list(attack.world.create(neighbour, HELD))
     list(attack.world.take(kept, HELD, True))
@@ -318,7 +318,7 @@ def test_memory_that_nvml_names_is_not_what_a_neighbour_s_process_had(attack: At
 
 
 def test_handles_of_a_process_whose_pid_an_ended_one_had(attack: Attack) -> None:
-    """The row of the ended process says nothing of them, as the later process has no context."""
+    """The row of the exited process proves nothing of them, because the later process has no context."""
     attack.world.end(attack.exporter, 0, 1)
     list(attack.world.create(attack.world.begin(attack.exporter.pid), HELD))
     attack.look()
@@ -326,7 +326,7 @@ def test_handles_of_a_process_whose_pid_an_ended_one_had(attack: Attack) -> None
 
 
 def test_an_admission_of_a_process_whose_pid_an_ended_one_had(attack: Attack) -> None:
-    """It becomes overhead, which goes with the last context. The row that it seemed to explain is another process's."""
+    """It becomes overhead, which ends with the last context. The row that it seemed to explain is another process's."""
     list(attack.world.take(attack.exporter, HELD, True))
     attack.look()
     attack.world.end(attack.exporter, 0, 1)
@@ -340,7 +340,7 @@ def test_an_admission_of_a_process_whose_pid_an_ended_one_had(attack: Attack) ->
 
 
 def test_what_only_the_driver_knows_of_a_process_whose_pid_an_ended_one_had(attack: Attack) -> None:
-    """The ended one had handles and no context: what its pid's row shows is the later one's alone."""
+    """The exited process had handles and no context: the row of its pid shows only memory of the later process."""
     other = attack.tenant(has_context=False)
     list(attack.world.create(other, HELD))
     attack.look()

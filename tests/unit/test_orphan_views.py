@@ -1,4 +1,4 @@
-"""Memory that outlives its process: where its keepers are found, when it is told of, and in which words."""
+"""Tests of memory that outlives its process: how its keepers are found, when it is reported, and in which words."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Start = Callable[..., subprocess.Popen[bytes]]
 
 @pytest.fixture
 def node(tmp_path: Path) -> Path:
-    """What stands for a device node of the driver."""
+    """Return a file that stands for a device node of the driver."""
     path = tmp_path / "nvidiactl"
     path.touch()
     return path
@@ -36,7 +36,7 @@ def node(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def keeper(node: Path) -> Iterator[Start]:
-    """Starts processes that have the node open."""
+    """Return a function that starts processes which have the node open."""
     started = []
 
     def start(**options: Any) -> subprocess.Popen[bytes]:
@@ -52,7 +52,7 @@ def keeper(node: Path) -> Iterator[Start]:
 
 @pytest.fixture(autouse=True)
 def _beside_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other trials' programs, in the same cgroup, have such descriptors too."""
+    """Ignore programs of other tests in the same cgroup, which have such descriptors too."""
     monkeypatch.setattr(descriptor_holders, "MOST_KEEPERS", 1 << 20)
 
 
@@ -75,7 +75,7 @@ def test_a_process_that_has_the_node_open_is_found_and_others_are_not(keeper: St
 
 
 def test_the_parent_of_a_process_is_its_own_but_not_init() -> None:
-    """Which adopts each process whose parent has ended."""
+    """Init is no parent: it adopts each process whose parent has exited."""
     assert parent(os.getpid()) == (os.getppid() if os.getppid() != 1 else 0)
     assert (parent(1), parent(1 << 22)) == (0, 0)
     with subprocess.Popen(["sh", "-c", "echo $$; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
@@ -126,7 +126,7 @@ def test_a_thread_finds_them_and_forgets_them(keeper: Start) -> None:
 
 
 class Reports:
-    """OrphanReports of one tenant, with a list of what the search was asked for."""
+    """OrphanReports of one tenant, with a list of the searches."""
 
     def __init__(self, *gone: Any) -> None:
         self.truth, self.history, self.asked = Truth(), EventLog(), list[list[Held]]()

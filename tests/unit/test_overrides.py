@@ -1,4 +1,4 @@
-"""The file of what was set by hand: what of it cannot be understood is said to be unknown, never taken for absent."""
+"""Tests of the file of overrides: entries that cannot be read are reported as unknown, and never taken for absent."""
 
 from __future__ import annotations
 

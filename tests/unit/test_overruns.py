@@ -1,4 +1,4 @@
-"""OverrunReports are told with their number, not again and again, and only those that are new."""
+"""Tests of OverrunReports: only new overruns are reported, with their number and not for each one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fgpu_ebpf.tenancy.event_log import EventLog
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Counts that a test sets, by level; a clock that it moves; what is told."""
+    """Return counts that a test sets, by level; a clock that it moves; and the reports."""
     made = SimpleNamespace(counts={1: 5}, now=100.0, history=EventLog())
     monkeypatch.setattr(reporters.time, "monotonic", lambda: made.now)
 

@@ -1,4 +1,4 @@
-"""The status page of given Snapshots: what it says, and that nothing that anybody is called is more than text."""
+"""Tests of the status page of given Snapshots: its contents, and that any name is shown as plain text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Read(HTMLParser):
-    """A page's elements with their attributes' names, its texts but for style and script, its attributes' values."""
+    """A page's elements with their attributes' names, its text without style and script, and its attributes' values."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Read(HTMLParser):
 
     @property
     def words(self) -> str:
-        """All that can be read."""
+        """Return all text that a reader sees."""
         return " ".join(" ".join(self.texts).split())
 
 
@@ -71,7 +71,7 @@ def snapshot(*tenants: Any, devices: Any = (), **more: Any) -> Snapshot:
 
 
 def rows(read: Read) -> list[str]:
-    """The names of the tenants in the table, one below the other."""
+    """Return the names of the tenants in the table, in the order of rows."""
     text = read.words
     return re.findall(r"(?:^| )([\w/]+(?: \(group\))?) policy notebooks", text)
 
@@ -162,7 +162,7 @@ def test_a_host_with_next_to_nothing(none: Snapshot) -> None:
 
 
 def host_of(text: str) -> Snapshot:
-    """A host where everything that anybody may name is called so."""
+    """Return a host on which every free name is this text."""
     one = replace(
         kit.ALICE, tenant=text, path=text, policy=text, denied=text, notes=(text,), labels={"team": text, text: "x"}
     )
@@ -174,7 +174,7 @@ def host_of(text: str) -> Snapshot:
 
 @given(TEXTS)
 def test_what_anybody_is_called_is_text(text: str) -> None:
-    text += "x"  # what is empty is left out, for good reason
+    text += "x"  # an empty text is left out, as intended
     read = Read(status_page.html(Fields(host_of(text)), Asked(filter=text), text))
     plain = Read(status_page.html(Fields(host_of("x")), Asked(filter="x"), "x"))
     assert read.elements == plain.elements
@@ -183,7 +183,7 @@ def test_what_anybody_is_called_is_text(text: str) -> None:
 
 
 def test_the_script_and_style_are_the_files() -> None:
-    """What a hash in the policy allows is what stands there."""
+    """The hashes in the page's policy are those of its script and style."""
     text = status_page.html(Fields(snapshot()), Asked(), "x")
     (style,), (script,) = (
         re.findall("<style>(.*?)</style>", text, re.S),
@@ -247,6 +247,6 @@ def test_who_wants_to_write_is_refused(method: str) -> None:
 
 
 def test_a_path_that_is_no_text() -> None:
-    """Folders may be called anything."""
+    """A folder's name may be any bytes."""
     body = call(latest=lambda: snapshot(replace(kit.ALICE, path="/\udcff<b>")))[2]
     assert b"/?&lt;b&gt;" in body

@@ -1,4 +1,4 @@
-"""Control and status pages as memory: who can write them, what a reader sees meanwhile, what they leave behind."""
+"""Tests of control and status pages: who can write them, what a reader sees meanwhile, what they leave behind."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_nobody_writes_or_resizes_a_control_page(form: Callable[[int], object]) 
     with pytest.raises(OSError, match=r"Bad file|not permitted|denied"):
         form(memory.descriptor)
     assert ControlPage.from_buffer_copy(raw(memory.descriptor)).epoch == 7
-    memory.page.epoch = 8  # no seal was added that would take it from us
+    memory.page.epoch = 8  # no seal was added that would take the page from its writer
     assert len(raw(memory.descriptor)) == abi.PAGE_BYTES
     memory.close()
 
@@ -117,7 +117,7 @@ def test_rows_are_shown_under_the_sequence_word() -> None:
 
 
 def read_for(fd: int, seconds: float) -> tuple[int, int]:
-    """How often a reader in another process saw (a table, a torn one), going by the sequence word."""
+    """Return how often a reader in another process saw a table, and how often a torn table, by the sequence word."""
     memory = mmap.mmap(fd, abi.PAGE_BYTES, prot=mmap.PROT_READ)
     good = torn = 0
     end = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""Slow, silent and many peers of the control socket: nobody else waits for them, and they go."""
+"""Tests of slow, silent and many peers of the control socket: other peers do not wait for them, and they are closed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONG = 4 << 20
 
 
 def answer(_: socket.socket, line: bytes) -> bytes:
-    """As many bytes as the line says, else its length."""
+    """Return as many bytes as the line asks for, else the line's length."""
     return b"x" * int(line) if line.strip().isdigit() else b"%d" % len(line)
 
 

@@ -1,4 +1,4 @@
-"""What becomes of pinned levels at a start: nothing is released of which it is not known that nothing wants it."""
+"""Tests of pinned levels at a start: a level is released only if it is known that nothing needs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.policy_kit import GIB, Gpu, policies
 
 
 class Ledger:
-    """The calls that take_up makes beside those of an enforcer."""
+    """The calls of take_up besides those of an enforcer."""
 
     def __init__(self, books):
         self.books = books
@@ -49,7 +49,7 @@ class Ledger:
 
 @pytest.fixture
 def host(tmp_path):
-    """start(policies, …) -> the manager of an agent that has just started on what the one before left."""
+    """Return start(policies, …), which returns the manager of an agent that has just started after another agent."""
     root, books, file = tmp_path / "cgroups", Books(), tmp_path / "overrides.json"
     root.mkdir()
     books.orphans = SimpleNamespace(of_level=lambda _: [])
@@ -148,7 +148,7 @@ def test_the_cgroup_of_a_run_that_is_kept_goes_with_its_program(host):
     manager = host.start()
     path = manager.run({"memory_bytes": GIB}, "mine").path
     host.file.write_text("")
-    manager = host.start()  # which removes empty cgroups of runs, though it cannot read of them
+    manager = host.start()  # it removes empty cgroups of runs, although it cannot read their files
     assert manager.enforcer.at(path) is None
     assert not list(manager.enforcer)
     assert not (host.root / "fgpu" / "mine").exists()
@@ -189,7 +189,7 @@ def test_what_was_granted_is_granted_first_whatever_else_there_is(host):
 
 
 def _written(host, act):
-    """Cgroup and limits of all that is put in force meanwhile."""
+    """Return the cgroup and limits of all that `act` puts in force."""
     seen, set_limits = [], host.books.set_limits
 
     def noted(levels, over=None):
@@ -234,7 +234,7 @@ def test_members_by_hand_of_a_group_with_a_limit_are_put_after_it(host):
     for name in ("/c/a", "/c/b", "/c/d"):
         manager.set(name, {"memory_bytes": 6 * GIB})
     assert {t.source for t in host.start(group).enforcer} == {"policy", "set"}
-    host.books.limits.clear()  # pins are lost, the file is not
+    host.books.limits.clear()  # the pins are lost, the file is not
     assert len(list(host.start(group).enforcer)) == 4
 
 

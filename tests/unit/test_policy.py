@@ -1,4 +1,4 @@
-"""Which policy a workload gets, and what it comes to."""
+"""Tests of policies: which one a workload gets, and the resulting limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERY = "{selector: {cgroup: '**'}}"
 
 
 def memory_of(spec, gpus=(H200,), **names):
-    """The bytes by device, and the notes."""
+    """Return the bytes by device, and the notes."""
     decision = policies(spec).resolve(workload(**names), gpus)
     return decision.limits.memory, decision.notes
 
@@ -250,7 +250,7 @@ def test_so_it_is_with_its_share_of_time():
 
 
 def made(documents):
-    """A set of these documents, renamed apart."""
+    """Return a set of these documents with different names."""
     for number, document in enumerate(documents):
         document["metadata"]["name"] = f"p{number}"
     found, faults = parse.read("p.yaml", kit.as_yaml(*documents))
@@ -302,4 +302,4 @@ def test_a_thousand_workloads_and_a_hundred_policies():
     found = [workload(f"/c/x{n % 100}x/d", image="xyzabc") for n in range(1000)]
     begun = time.perf_counter()
     assert all(len(whole.resolve(one, [H200]).tried) == 100 for one in found)
-    assert time.perf_counter() - begun < 5.0  # 0.2 s; a bound against a slip in its order of growth
+    assert time.perf_counter() - begun < 5.0  # takes 0.2 s; the bound finds an algorithm of a higher order

@@ -1,4 +1,4 @@
-"""The policies' folder: what is read, who may have written it, and that no reading mixes two states."""
+"""Tests of the policies' folder: what is read, which users may write it, and that no reading mixes two states."""
 
 from __future__ import annotations
 

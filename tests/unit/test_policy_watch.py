@@ -1,4 +1,4 @@
-"""The thread that notices changes of the policies' folder; by itself it looks but once a minute here."""
+"""Tests of the thread that notices changes of the policies' folder. Without an event it looks only once a minute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS = 10.0
 
 
 class Heard(queue.Queue):
-    """What the watch has told."""
+    """A queue of what the watch reports."""
 
     def __call__(self, policies, faults) -> None:
         self.put((None if policies is None else [p.name for p in policies.policies], [f.text for f in faults]))
@@ -36,7 +36,7 @@ class Heard(queue.Queue):
 
 
 def switches(watch: PolicyWatch) -> int:
-    """How often the thread has gone to sleep."""
+    """Return how often the thread has gone to sleep."""
     status = Path(f"/proc/self/task/{watch._thread.native_id}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("voluntary_ctxt_switches"))
 
@@ -49,7 +49,7 @@ def watches(monkeypatch):
 
 @pytest.fixture
 def watch(watches):
-    """watch(path): what is told of a folder from now on."""
+    """Return watch(path), which returns what is reported of a folder from now on."""
 
     def begin(path) -> Heard:
         folder, heard = PolicyFolder(path, root_only=False, settle_seconds=0.01), Heard()
@@ -97,7 +97,7 @@ def test_a_folder_that_is_gone_drops_nothing(tmp_path, watch):
     heard = watch(place)
     shutil.rmtree(place)
     told = heard.next()
-    while told == ([], []):  # the file went before the folder did
+    while told == ([], []):  # the file disappeared before the folder
         told = heard.next()
     assert told[0] is None
     assert "is gone" in told[1][0]
@@ -133,13 +133,13 @@ def test_a_folder_made_anew_in_the_same_place_is_watched(tmp_path, watch):
     place = tmp_path / "policy.d"
     place.mkdir()
     heard = watch(place)
-    time.sleep(0.5)  # until it listens
+    time.sleep(0.5)  # until the thread listens
     place.rmdir()
     place.mkdir()  # most often with the same inode
     time.sleep(0.5)
     (place / "y.yaml").write_text(kit.text("c"))
     told = heard.next()
-    while told != (["c"], []):  # it may have been seen to be gone
+    while told != (["c"], []):  # the folder may have been missing for a moment
         told = heard.next()
 
 
@@ -154,7 +154,7 @@ def test_each_way_of_writing_a_file_is_noticed(tmp_path, watch, write):
     else:
         place.write_text(kit.text("a"))
     heard = watch(place.parent)
-    time.sleep(0.5)  # until it listens
+    time.sleep(0.5)  # until the thread listens
     if write == "in place":
         place.write_text(kit.text("b"))
     elif write == "renamed over":
@@ -164,7 +164,7 @@ def test_each_way_of_writing_a_file_is_noticed(tmp_path, watch, write):
         other.symlink_to(tmp_path / "b")
         os.replace(other, place)
     told = heard.next()
-    while told == ([], []):  # between emptied and written
+    while told == ([], []):  # a moment between emptied and written
         told = heard.next()
     assert told == (["b"], [])
 
@@ -185,7 +185,7 @@ def test_it_sleeps_while_nothing_happens(tmp_path, watch, watches):
     heard = watch(tmp_path)
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     assert heard.next() == (["a"], [])
-    time.sleep(0.5)  # until it listens again
+    time.sleep(0.5)  # until the thread listens again
     before = switches(watches[0])
     for _ in range(5):
         (tmp_path / "a.yaml").read_text()

@@ -1,4 +1,4 @@
-"""What a process has left when it has given up the rest, in processes of their own."""
+"""Tests of the capabilities that a process has left after it has dropped the rest, each in a new process."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_nothing_comes_back() -> None:
 
 
 def test_who_may_not_lower_the_bounding_set_gives_up_its_own() -> None:
-    """As in a container or under a unit, which have done it: SETPCAP is not among what they leave."""
+    """A process without SETPCAP, as under a unit, keeps its bounding set and drops its own capabilities."""
     found = status(f"p.keep_only(p.GATEKEEPER); {SHOW}", "setpriv", "--bounding-set=-setpcap")
     assert found["CapEff"] == found["CapPrm"] == mask(GATEKEEPER)
     assert found["CapBnd"] != mask(GATEKEEPER)

@@ -1,4 +1,4 @@
-"""What NVML's two lists of processes say together."""
+"""Tests of what NVML's two lists of processes say together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Said = list[tuple[int, int | None]]
 
 
 class Question:
-    """A function of NVML's library; bytes None are "N/A"."""
+    """A function of NVML's library. Bytes of None are "N/A"."""
 
     def __init__(self, said: Said, code: int = 0) -> None:
         self._said, self._code, self.calls = said, code, 0
@@ -79,7 +79,7 @@ def test_a_driver_without_the_second_list_has_the_first() -> None:
 
 @pytest.mark.parametrize("failing", [COMPUTE, GRAPHICS])
 def test_half_of_what_nvml_says_is_nothing(failing: str) -> None:
-    """A list that fails may have named any process."""
+    """Nothing is known if one list fails, because it may have named any process."""
     questions = {COMPUTE: Question([(7, 5)]), GRAPHICS: Question([(8, 9)])}
     questions[failing] = Question([], pynvml.NVML_ERROR_UNKNOWN)
     assert nvml_of(**questions).process_bytes(0) is None

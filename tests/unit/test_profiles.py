@@ -1,4 +1,4 @@
-"""Profiles: what agent.yaml may list, how many a device holds, and what kubelet is told of them."""
+"""Tests of profiles: what agent.yaml may list, how many a device holds, and what kubelet is told of them."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def test_what_they_may_not_be(tmp_path, text, said):
     ("listed", "counted"),
     [
         ([Profile("8gib-50pct")], {"8gib-50pct": 2}),
-        ([Profile("1gib-50pct")], {"1gib-50pct": 2}),  # by time
-        ([Profile("1gib-50pct", 4)], {"1gib-50pct": 4}),  # a ceiling is no promise, if somebody says so
+        ([Profile("1gib-50pct")], {"1gib-50pct": 2}),  # limited by time
+        ([Profile("1gib-50pct", 4)], {"1gib-50pct": 4}),  # a ceiling guarantees no time, so agent.yaml may allow more
         ([Profile("1gib")], {"1gib": 16}),
         ([Profile("2mib")], {"2mib": profiles.MOST_COUNT}),
         ([Profile("50pct", 1), Profile("3gib")], {"50pct": 1, "3gib": 2}),
-        ([Profile("8gib"), Profile("4gib")], {"8gib": 2, "4gib": 4}),  # each as if it were alone
+        ([Profile("8gib"), Profile("4gib")], {"8gib": 2, "4gib": 4}),  # each as if it were the only profile
         ([Profile("8gib", 2), Profile("4gib")], {"8gib": 2}),
         ([Profile("17gib")], {}),
     ],
@@ -116,7 +116,7 @@ def test_memory_nodes(tmp_path):
 
 
 def told(free: int = 16, taken: int = 0, fault: str = "", overcommit: bool = False, **more: Any) -> slots.Host:
-    """A host of one device with two profiles that overlap."""
+    """Return a host with one device and two profiles that overlap."""
 
     def profile(share: str, size: int, count: int, taken: int) -> dict[str, Any]:
         fits = count if overcommit else free // size
@@ -163,7 +163,7 @@ def test_a_promise_holds_until_it_is_taken_or_old():
 
 
 def test_ids_that_were_given_stay_healthy():
-    """Of those that are taken nobody says which: kubelet has asked for the last, so that one is."""
+    """Kubelet does not say which ids are taken. The last one that it asked for is, so it stays healthy."""
     book = Book()
     book.look(told())
     book.promise([Slot(ONE, "8gib", 1)])

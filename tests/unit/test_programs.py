@@ -1,6 +1,6 @@
-"""The compiler as the agent sees it: at work beside the rest of a start, named when it fails, ended when nobody waits.
+"""Tests of the compiler as the agent uses it: it runs during the rest of a start, and its errors are reported.
 
-What it prints is kept for the next start.
+It is killed when no start waits for it. Its output is kept for the next start.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class World(NamedTuple):
         return programs.load(self.sources, self.pins, loader, self.cache)
 
     def boot(self) -> None:
-        """Nothing is pinned any more."""
+        """Remove all pins, as a boot does."""
         shutil.rmtree(self.pins)
 
 
@@ -52,13 +52,13 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def shell(text: str) -> tuple[str, ...]:
-    """A compiler that is a shell script; what it is given comes behind."""
+    """Return a compiler that is a shell script. Arguments follow it."""
     return "/bin/sh", "-c", text, "compiler"
 
 
 @pytest.fixture
 def compiler(tmp_path: Path) -> tuple[str, ...]:
-    """One that counts its runs."""
+    """Return a compiler that counts its runs."""
     return shell(f"echo once >>{tmp_path}/runs; echo '{PRINTED}'")
 
 
@@ -119,7 +119,7 @@ def test_the_cache_has_an_end(world: World) -> None:
     for number in range(programs.MOST_CACHED + 2):
         world.load(shell(f"echo '{PRINTED}'; : {number}"))
         world.boot()
-        time.sleep(0.01)  # the times of files are those of the kernel's tick
+        time.sleep(0.01)  # time stamps of files have the resolution of the kernel's tick
     assert len(list(world.cache.iterdir())) == programs.MOST_CACHED
 
 

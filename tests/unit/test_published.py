@@ -1,4 +1,4 @@
-"""Versions of the shim: whoever opens the published one gets a whole one, whatever happens."""
+"""Tests of versions of the shim: a process that opens the published file always gets a complete one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_same_bytes_are_the_same_file(tmp_path, store) -> None:
     inode = first.stat().st_ino
     again = version(tmp_path, store, b"one")
     publish(again)
-    assert (again, again.stat().st_ino) == (first, inode)  # its probes go on
+    assert (again, again.stat().st_ino) == (first, inode)  # the probes on it stay
     assert not (store / "previous").exists()
 
 
@@ -63,7 +63,7 @@ def test_a_damaged_version_is_staged_anew_as_another_file(tmp_path, store) -> No
     with open(staged, "rb") as mapped:
         os.truncate(staged, 1)
         assert version(tmp_path, store, b"one").read_bytes() == b"one"
-        assert os.fstat(mapped.fileno()).st_ino != staged.stat().st_ino  # whoever maps it keeps its bytes
+        assert os.fstat(mapped.fileno()).st_ino != staged.stat().st_ino  # the mapped file keeps its bytes
 
 
 def test_a_folder_in_a_version_s_place_is_moved_aside(tmp_path, store) -> None:
@@ -145,7 +145,7 @@ def test_readers_see_one_or_the_other(tmp_path, store, scale) -> None:
 
 
 def test_every_version_that_was_ever_staged_is_one_of_ours(tmp_path, store, monkeypatch) -> None:
-    """Images carry copies of them, and containers hold files of versions that were removed since."""
+    """Every version that was ever staged counts as fgpu's: images have copies, containers keep removed versions."""
     for content in (b"one", b"two", b"three", b"two"):
         publish(version(tmp_path, store, content))
     assert retire(store, set()), "one is removed"

@@ -1,4 +1,4 @@
-"""Quantities: what people write, and what they are told when it is wrong."""
+"""Tests of quantities: their notations, and the message for each error."""
 
 import pytest
 from hypothesis import given

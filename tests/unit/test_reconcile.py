@@ -1,4 +1,4 @@
-"""What NVML says, entered in the ledger: against a stand-in for both, which may answer as no real one would."""
+"""Tests of entering NVML's figures in the ledger, with stand-ins for both. NVML's may answer as no driver does."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def orphan(bytes_: int, tgid: int = 9, since_ns: int = 1, ended_ns: int = 1) -> 
 
 
 class Orphans:
-    """The map `orphans`, of a level that has `without` orphaned bytes more that have no entry."""
+    """The map `orphans`, of a level that has `without` more orphaned bytes without an entry."""
 
     def __init__(self) -> None:
         self.all: list[Orphan] = []
-        self.seen: list[tuple[int, int]] = []  # levels and devices that were looked at in vain
+        self.seen: list[tuple[int, int]] = []  # levels and devices for which nothing was found
         self.without = self.freed = 0
 
     def entries(self):
@@ -104,7 +104,7 @@ class Books:
         self.so_far, self.swept = 1, 0
         self.orphans = Orphans()
         self.marked: list[tuple[int, int]] = []
-        self.churn = 0  # bytes that the process takes and frees between two looks at it
+        self.churn = 0  # bytes that the process allocates and frees between two looks at it
 
     def processes(self):
         return {ME: self.entry}
@@ -153,7 +153,7 @@ class Books:
 
 
 def reconciler(books: Books, says, in_use=None) -> Reconciler:
-    """NVML has these rows, and so many bytes in use."""
+    """Return a reconciler. NVML has these rows, and this many bytes are in use."""
     nvml = SimpleNamespace(
         devices=[SimpleNamespace(index=0)],
         used_bytes=lambda _: 1,
@@ -168,7 +168,7 @@ def reconciler(books: Books, says, in_use=None) -> Reconciler:
 
 
 def test_one_that_was_never_started_can_be_stopped():
-    """An agent that cannot start stops all its parts, and its error must not be hidden by another."""
+    """A reconciler that was never started can be stopped, so that an agent that cannot start shows its own error."""
     Reconciler(SimpleNamespace(devices=[], process_percent=None), Books(process(0)), lambda _: ()).stop()
 
 
@@ -218,7 +218,7 @@ def test_what_a_process_lacks_is_charged_though_each_correction_is_refused():
 @pytest.mark.parametrize("says", [None, {ME: None}, {}], ids=["no list", "N/A", "has a context and is not named"])
 @pytest.mark.parametrize("quiet", [True, False])
 def test_where_nvml_says_nothing_nothing_is_decided(says, quiet):
-    """Above all not that a tenant holds nothing."""
+    """Nothing is decided without an answer of NVML, above all not that a tenant holds nothing."""
     books = Books(process(900 * MIB, 512 * MIB, quiet=quiet))
     one = reconciler(books, says)
     for _ in range(3):
@@ -230,7 +230,7 @@ def test_where_nvml_says_nothing_nothing_is_decided(says, quiet):
 
 
 def test_a_process_without_a_context_that_is_not_named_holds_what_was_witnessed():
-    """Its handles and pools are on the device, in no row; modules went with the context."""
+    """A process without a context has handles and pools on the device, in no row. Its modules were freed."""
     books = Books(replace(process(900 * MIB, 512 * MIB, managed=100 * MIB), contexts=(0,) * 16))
     one = reconciler(books, {})
     one.look()
@@ -299,7 +299,7 @@ def test_slack_is_taken_of_no_young_orphan_though_nvml_names_it_no_more(named):
 
 
 def test_what_nvml_shows_of_ended_processes_is_no_slack():
-    """Else each that leaves less than that behind would have it for nothing."""
+    """Bytes that NVML shows for exited processes are no slack: each one could leave that much uncharged."""
     books, held = Books(process(900 * MIB)), [0]
     rows = {ME: 900 * MIB}
     one = reconciler(books, rows, lambda: held_beside_the_rest(held[0]) + (len(rows) - 1) * CONTEXT_REST_BYTES)
@@ -315,7 +315,7 @@ def test_what_nvml_shows_of_ended_processes_is_no_slack():
 @pytest.mark.parametrize("room", [1 * MIB, 2 * MIB, 3 * MIB])
 @pytest.mark.parametrize(("age_ns", "left"), [(0, 2), (2 * SLACK_AFTER_NS, 0)])
 def test_what_a_driver_rounds_up_of_a_process_is_not_its_last_program_s(room, age_ns, left):
-    """The process has executed another program, so that NVML has one row for both."""
+    """The process has executed another program, so NVML has one row for both."""
     books = Books(process(900 * MIB, overhead=518 * MIB))
     books.orphans.all = [orphan(2 * MIB, tgid=ME, since_ns=time.monotonic_ns() - age_ns)]
     one = reconciler(books, {ME: 902 * MIB}, lambda: held_beside_the_rest(room))
@@ -335,7 +335,7 @@ def test_levels_are_told_of_a_look_when_the_device_should_have_let_go(age_ns, se
 
 
 def held_beside_the_rest(bytes_: int) -> int:
-    """In use, where the one process has 900 MiB and so many bytes have no owner."""
+    """Return the bytes in use, if the one process has 900 MiB and this many bytes have no owner."""
     return 900 * MIB + CONTEXT_REST_BYTES + DEVICE_REST_BYTES + bytes_
 
 
@@ -388,7 +388,7 @@ def test_only_orphaned_bytes_need_more_than_one_sample():
     one = reconciler(books, {ME: 900 * MIB}, lambda: asked.append(1) or held_beside_the_rest(0))
     one.look()
     one.look()
-    assert len(asked) == 1  # for what nothing explains
+    assert len(asked) == 1  # for the bytes that nothing explains
     books.orphans.all = [orphan(64 * MIB)]
     one.look(False)
     assert len(asked) == 1 + device_sample.SAMPLES
@@ -402,7 +402,7 @@ def test_what_has_no_entry_is_looked_for_at_levels_that_were_told_of():
         one.look()
     assert books.orphans.without == 64 * MIB
     one.orphaned(5)
-    for _ in range(CALM_LOOKS + 1):  # the looks before it was told are no evidence
+    for _ in range(CALM_LOOKS + 1):  # the looks before it was reported are no evidence
         one.look()
     assert books.orphans.without == 0
 
@@ -437,11 +437,11 @@ def test_one_of_whom_nvml_says_nothing_does_not_hide_the_others():
     one = reconciler(books, {ME: 1000 * MIB, os.getppid(): None})
     one.look()
     assert books.entry.bytes[0] == 1000 * MIB
-    assert books.moved == [], "adopted with nobody knows what"
+    assert books.moved == [], "adopted with an unknown charge"
 
 
 def test_one_that_has_ended_is_not_adopted_though_the_driver_still_holds_its_memory():
-    """Nor though its parent has not taken notice; a process whose first thread is gone lives."""
+    """An exited process is not adopted, whether or not it was reaped. One without its first thread lives."""
     books = Books(process(0))
     with (
         subprocess.Popen(["true"]) as dead,
@@ -458,7 +458,7 @@ def test_one_that_has_ended_is_not_adopted_though_the_driver_still_holds_its_mem
 
 
 def test_one_that_was_adopted_on_its_way_out_is_reaped_though_its_parent_takes_no_notice():
-    """Nothing tells of its end any more."""
+    """A process that exits during its adoption is removed from the ledger, because no event tells of its end."""
     with subprocess.Popen(["true"]) as dead:
         os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
         for flags, reaped in ((0, [dead.pid]), (Seen.CALL, [])):
@@ -477,7 +477,7 @@ def test_a_process_that_the_kernel_never_saw_is_adopted():
 
 
 def test_what_a_process_left_that_nobody_ever_saw_is_swept_too():
-    """It came and went between two looks."""
+    """The process started and exited between two looks."""
     books = Books(process(0))
     one = reconciler(books, {})
     one.look()
@@ -500,7 +500,7 @@ def test_pool_bytes_are_never_taken_back_by_nvml(exact, pool, gone):
 
 
 def test_each_device_is_as_old_as_its_own_last_answer():
-    """One whose NVML answers half or not at all is not made fresh by the others."""
+    """The age of a device is that of its own last answer. Answers of other devices do not make it fresh."""
     answers = {0: {}, 1: {}, 2: None, 3: {}}
     used = {0: 1, 1: 1, 2: 1, 3: None}
     nvml = SimpleNamespace(
@@ -567,7 +567,7 @@ def test_it_rings_for_others_than_before_and_for_those_who_have_no_shim():
 
 @pytest.mark.parametrize(("in_use", "kept"), [(899 * MIB, 0), (900 * MIB, 900 * MIB), (None, 900 * MIB)])
 def test_what_a_device_lost_under_a_process_is_charged_no_more(in_use, kept):
-    """NVML does not name it, and its memory is nowhere on the device, for a few looks in a row."""
+    """NVML does not name it, and for a few looks in a row the device does not hold its memory."""
     books = Books(process(900 * MIB))
     one = reconciler(books, {}, in_use)
     for _ in range(GONE - 1):
@@ -579,7 +579,7 @@ def test_what_a_device_lost_under_a_process_is_charged_no_more(in_use, kept):
 
 
 def test_the_end_of_a_context_is_corrected_exactly_once_for_each():
-    """Pool bytes that the driver has given back stay charged, but for what went with a context."""
+    """Pool bytes that the driver has given back stay charged, apart from those that ended with a context."""
     books, rows = Books(replace(process(900 * MIB, pool=300 * MIB), ended=one(1))), {ME: 700 * MIB}
     reconciler_ = reconciler(books, rows)
     reconciler_.look()

@@ -1,4 +1,4 @@
-"""What is found in a root that is not the host's, and what is left alone in it."""
+"""Tests of the search for libraries in a root that is not the host's, and of what the search does not open."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLONE_NEWNS = 0x20000
 
 @pytest.fixture
 def dweller() -> Iterator[Dweller]:
-    """Starts a process that has this folder as its root, in a mount namespace of its own."""
+    """Return a function that starts processes which have this folder as their root, in their own mount namespaces."""
     started: list[int] = []
 
     def start(folder: Path) -> int:
@@ -59,7 +59,7 @@ def found(pid: int) -> dict[str, tuple[int, int]]:
 
 
 def test_files_are_found_where_a_loader_looks_through_links_of_the_root_s_own(tmp_path: Path, dweller: Dweller) -> None:
-    """As in an image with CUDA: /usr/local/cuda leads to /etc/alternatives/cuda, that to /usr/local/cuda-12."""
+    """The links are those of an image with CUDA: /usr/local/cuda, /etc/alternatives/cuda, /usr/local/cuda-12."""
     real = library(tmp_path / "usr/local/cuda-12/compat/libcuda.so.550.1")
     real.with_name("libcuda.so.1").symlink_to("libcuda.so.550.1")
     (tmp_path / "etc/alternatives").mkdir(parents=True)
@@ -128,7 +128,7 @@ def test_roots_do_not_pile_up(tmp_path: Path, dweller: Dweller, monkeypatch: pyt
 
 @pytest.mark.parametrize("link", ["/etc", "../" * 20 + "etc"])
 def test_a_path_in_a_root_never_leads_to_a_file_of_the_host_s(tmp_path: Path, dweller: Dweller, link: str) -> None:
-    """The name that the kernel told is a link now: nothing is opened, the host's file least of all."""
+    """The path that the kernel showed is a link now: no file is opened, above all not the host's."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own/passwd").write_text("its own")
     (tmp_path / "way").symlink_to(link)
@@ -143,7 +143,7 @@ def test_a_path_in_a_root_never_leads_to_a_file_of_the_host_s(tmp_path: Path, dw
 
 
 def test_a_file_that_is_mapped_is_not_looked_for_behind_a_link(tmp_path: Path, dweller: Dweller) -> None:
-    """Where map_files leads nowhere, the way through its root is the last: of the host it sees nothing."""
+    """The only way to the file, without map_files, is through the process's root, which shows no file of the host."""
     (tmp_path / "way").symlink_to("/etc")
     pid, here = dweller(tmp_path), mapped_files.as_mapped("/etc/passwd")
     with pytest.raises(OSError, match=r"symbolic links|No such file"):

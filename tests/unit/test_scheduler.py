@@ -1,4 +1,4 @@
-"""Shares, limits, priorities, gangs and faults in simulated time; the figures are those of ten seconds."""
+"""Tests of shares, limits, priorities, gangs and failures in simulated time. The figures are those of ten seconds."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_limit_holds_on_an_idle_device(percent, kernel_us):
 
 @pytest.mark.parametrize("percent", [25, 50, 75, 90])
 def test_a_limit_is_of_what_the_tenant_could_do(percent):
-    """What passes until a thread has come through its gate, and until we hear that it is done, is not its own."""
+    """The time until a thread has come through its gate, and until its end is seen, does not count as the tenant's."""
     tenant = Tenant(1, Share(limit_millionths=percent * 10_000))
     World(tenant).run(SECONDS)
     assert tenant.done_ns / (SECONDS * S) == pytest.approx(percent / 100, abs=0.003)
@@ -70,7 +70,7 @@ def test_rests_are_not_charged_however_they_fall_between_our_looks(work_us, peri
 
 
 def test_who_comes_to_be_ripe_between_a_step_and_what_follows_is_not_forgotten():
-    """Counts are published in between, say. Nobody rings for it: it was asleep until something else was due."""
+    """A tenant may become ready between a step and the publishing of counts. Nothing rings for it."""
     it = World(Tenant(1, Share(limit_millionths=250_000))).run(1.0)
     place = it.turns.places[1]
     while place.turn or place.ready_ns() < it.now + 5 * MS:
@@ -144,7 +144,7 @@ def test_turns_are_longer_where_all_have_long_been_busy():
     it.tenants[1].steps = Steps(5 * MS, 50 * MS, it.now)
     before = it.counted()
     it.run(2.0)
-    assert it.counted() - before >= 70  # two a step: one of these turns is cut after a quantum
+    assert it.counted() - before >= 70  # two a step: each of these turns is ended after a quantum
 
 
 @pytest.mark.parametrize("period_ms", [409, 1013])
@@ -165,11 +165,11 @@ def test_who_has_nothing_to_run_gives_way_within_two_milliseconds():
     lazy, busy = Tenant(1, kernel_ns=500 * US, steps=Steps(1 * MS, 40 * MS)), Tenant(2)
     World(lazy, busy).run(SECONDS)
     idle_ns = SECONDS * S - lazy.done_ns - busy.done_ns
-    assert idle_ns / (SECONDS / 0.04) <= 3 * MS  # each burst: giving way, a drain, two bells
+    assert idle_ns / (SECONDS / 0.04) <= 3 * MS  # each burst: giving way, a drain, two wake-ups
 
 
 def test_who_comes_back_from_a_turn_that_was_cut_wakes_nobody_up():
-    """Five wake-ups a turn: its end, the next one's beginning, the end of the drain, two looks."""
+    """A turn takes five wake-ups: its end, the next one's beginning, the end of the drain, two looks."""
     it = World(Tenant(1), Tenant(2)).run(2.0)
     steps, before = it.steps, it.counted()
     it.run(2.0)
@@ -207,15 +207,15 @@ def test_who_was_busy_for_long_is_looked_at_seldom_and_gives_way_a_little_later(
     it.run(2.0)
     turns = it.counted() - before[1]
     assert turns > 40
-    assert (it.steps - before[0]) / turns < 6  # a wake-up of the gatekeeper is dear
+    assert (it.steps - before[0]) / turns < 6  # each wake-up of the gatekeeper is expensive
     while not it.is_open(busy):
         it.run(0.001)
     it.run(0.001)
-    busy.steps = Steps(0, 60 * S, 60 * S + it.now)  # it has nothing to run from now on
+    busy.steps = Steps(0, 60 * S, 60 * S + it.now)  # it has nothing to launch from now on
     began = it.now
     while not it.is_open(other):
         it.run(0.0005)
-    assert it.now - began <= (10 + 2 + 1) * MS  # and what was in flight
+    assert it.now - began <= (10 + 2 + 1) * MS  # and the work in flight
 
 
 # -- gangs
@@ -237,7 +237,7 @@ def test_a_gang_among_single_tenants_gets_its_part_and_nobody_starves():
 
 
 def test_what_a_gang_cannot_have_soon_is_not_kept_for_it():
-    """A higher priority holds one of its devices: the other one is used meanwhile."""
+    """A higher priority holds one of its devices. The other device is used meanwhile."""
     gang = Tenant(1, Share(weight=800, rank=2), devices=frozenset({0, 1}))
     single = Tenant(3, Share(rank=2), devices=frozenset({1}))
     World(gang, Tenant(2, Share(rank=1)), single).run(SECONDS)
@@ -251,7 +251,7 @@ def test_what_a_gang_cannot_have_soon_is_not_kept_for_it():
 
 @pytest.mark.parametrize("ms", [20, 100, 1000])
 def test_the_floor_is_one_for_long_kernels_too(ms):
-    """A kernel cannot be cut short, so whoever is lifted for longer is lifted less often; not so its equals."""
+    """A kernel cannot be interrupted. A tenant with long kernels gets its floor less often, but its equals do not."""
     high, long, short = Tenant(1, Share(rank=0)), Tenant(2, Share(rank=2), ms * MS), Tenant(3, Share(rank=2))
     shares = World(high, long, short).run(30).shares()
     assert 0.01 < shares[2] < 0.07
@@ -259,7 +259,7 @@ def test_the_floor_is_one_for_long_kernels_too(ms):
 
 
 def test_alone_and_at_rest_it_pays_for_no_work_that_it_has_not_looked_at():
-    """It waits for its kernels by a copy, say: nothing tells that they have ended, until it launches again."""
+    """A tenant that waits for its kernels by a copy, for example, reports their end only when it launches again."""
     turns, now = Turns(), 1 * S
     turns.share_out({1: Share(limit_millionths=100_000)}, now)
     waits = Seen(frozenset({0}), waiting=True)
@@ -336,7 +336,7 @@ def p99(waits_ns):
 
 @pytest.mark.parametrize(("cunning", "claim_ms"), [(False, 990), (True, 240), (True, 990)])
 def test_work_that_is_said_to_be_in_flight_and_is_not_costs_others_little(cunning, claim_ms):
-    """It says so for as long as that is believed, and costs its neighbour that much each time."""
+    """It reports work for as long as that is believed, which costs its neighbour that time each time."""
     honest, hog = Tenant(1), Hog(2, cunning=cunning, claim_ns=claim_ms * MS)
     it = World(honest, hog).run(5.0)
     honest.waits_ns.clear()
@@ -354,7 +354,7 @@ def test_a_claim_that_nothing_has_proved_costs_a_quarter_of_a_second_at_most():
 
 
 def test_a_tenant_whose_processes_end_with_work_in_flight_is_believed_less():
-    """Its cgroup has a program that claims work, and ends it before that should be over; another one goes on."""
+    """The tenant's cgroup has a program that claims work and exits before that ends. Another program continues."""
     honest, hog = Tenant(1), Hog(2, claim_ns=240 * MS)
     it = World(honest, hog)
     place = it.turns.places[2]
@@ -383,7 +383,7 @@ def test_one_with_long_kernels_is_believed_from_its_second_kernel_on(kernel_ms, 
 
 @pytest.mark.parametrize("kernel_ms", [50, 400])
 def test_one_with_long_kernels_is_believed_again_after_it_was_stopped(kernel_ms):
-    """What it had in flight ended while it was stopped; then each of its drains ends as it says."""
+    """Its work in flight ended while it was stopped. Afterwards each of its drains ends as reported."""
     long, other = Tenant(1, kernel_ns=kernel_ms * MS), Tenant(2)
     it = World(long, other).run(2.0)
     while not (it.turns.places[1].turn and long.flights):
@@ -402,7 +402,7 @@ def test_one_with_long_kernels_is_believed_again_after_it_was_stopped(kernel_ms)
 
 @pytest.mark.parametrize("percent", [25, 50])
 def test_a_limit_holds_for_one_that_says_it_rests_all_the_time(percent):
-    """Within the slack of what NVML says."""
+    """The limit holds within the slack of NVML's figures."""
     liar = Tenant(1, Share(limit_millionths=percent * 10_000), restless=True)
     it = World(liar).run_observed(5)
     before = liar.done_ns
@@ -428,7 +428,7 @@ def test_a_changed_share_holds_at_once():
     it = world((1, 1)).run(2.0)
     before = {key: t.done_ns for key, t in it.tenants.items()}
     it.turns.share_out({1: Share(weight=300), 2: Share()}, it.now)
-    it._ring()  # the next step is told of everybody
+    it._ring()  # the next step looks at every tenant
     it.run(2.0)
     part = [it.tenants[key].done_ns - before[key] for key in (1, 2)]
     assert part[0] / sum(part) == pytest.approx(0.75, abs=0.015)
@@ -452,7 +452,7 @@ tenants = st.lists(
 )
 
 
-@example(  # two that each wait for a device of their own, one of which a gang above them is lifted on as well
+@example(  # two that each wait for a device of their own, of which a gang above them gets one by its floor
     [
         (2, MILLION, 1, frozenset({0, 1}), 200 * US, 60, 38),
         (1, MILLION, 0, frozenset({0, 1}), 200 * US, 44, 50),

@@ -1,4 +1,4 @@
-"""What doctor says where SELinux enforces: exactly what the kernel's policy refuses to containers, and the mend."""
+"""Tests of `fgpu doctor` where SELinux enforces: what the kernel's policy refuses to containers, and the fix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSES = {
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch) -> Path:
-    """Something is set up; every file has its name for a label, and the gatekeeper is this process."""
+    """Return a folder with a set-up. The label of a file is its name, and the gatekeeper is this process."""
     folder = tmp_path / "run"
     (folder / "shim").mkdir(parents=True)
     (folder / "shim/shim.sock").touch()
@@ -32,7 +32,7 @@ def run_dir(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    """selinuxfs, but for what it answers."""
+    """Return a selinuxfs without its answers."""
     found = tmp_path / "selinux"
     for index, (kind, rights) in enumerate(CLASSES.items(), 1):
         (found / "class" / kind / "perms").mkdir(parents=True)
@@ -45,7 +45,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def policy(monkeypatch) -> dict[tuple[str, str], int]:
-    """Label and class -> the rights that the kernel answers with; all of them where nothing is said."""
+    """Return a map of label and class to the rights that the kernel grants. It grants all rights to others."""
     given: dict[tuple[str, str], int] = {}
 
     def ask(_, question):
@@ -103,5 +103,5 @@ def test_a_policy_without_containers_is_no_fault(root, run_dir, policy, monkeypa
 
 
 def test_what_is_not_there_needs_nothing(root, tmp_path):
-    """Neither a file without a label nor a process that is gone is asked about."""
+    """A file without a label and a process that has exited need no rights."""
     assert list(selinux.needs(tmp_path)) == []

@@ -1,4 +1,4 @@
-"""Why a process has no shim: programs of each kind, as the kernel shows them; and how it is told."""
+"""Tests of the reason why a process has no shim, with programs of each kind, and of the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOUNTED = f'mount -t tmpfs none /etc && touch "$1" {LIST} && mount --bind "$1" {
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Compiles a program that says so when it is up, and waits."""
+    """Return a function that compiles a program, which prints a line when it has started and waits."""
     folder = tmp_path_factory.mktemp("programs")
     (folder / "wait.c").write_text(SOURCE)
 
@@ -37,7 +37,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def reason_of() -> Iterator[Any]:
-    """Starts a command; why its process has no shim."""
+    """Return a function that starts a command and returns the reason why its process has no shim."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*command: str, **environment: str) -> Reason | None:
@@ -78,7 +78,7 @@ def test_there_and_not_used(program: Any, reason_of: Any) -> None:
 
 
 def test_a_shim_that_is_none_of_ours(program: Any, tmp_path: Path) -> None:
-    """By what the file is, not by what it is called."""
+    """A shim is known by the contents of its file, not by its name."""
     copy = Path(shutil.copy(SHIM, tmp_path / "libfgpu.so"))
     environment = {"LD_PRELOAD": str(copy)}
     with subprocess.Popen([program("gcc")], stdin=-1, stdout=-1, env=environment) as process:
@@ -102,7 +102,7 @@ def test_gone() -> None:
 
 
 def test_a_reason_is_looked_up_once_in_a_life(program: Any) -> None:
-    """Seen by what another lookup would find: the process has become another program meanwhile."""
+    """The process executes another program meanwhile: a second lookup would find another reason."""
     reasons, ended = Reasons(), subprocess.Popen(["true"])
     shell = 'echo up; read _; exec "$1"'
     with subprocess.Popen(["sh", "-c", shell, "sh", program("gcc", "-static")], stdin=-1, stdout=-1) as process:
@@ -122,7 +122,7 @@ def test_a_reason_is_looked_up_once_in_a_life(program: Any) -> None:
         process.communicate(b"\n", timeout=5)
     ended.wait()
     assert reasons.of(ended.pid, 1) is None
-    assert not reasons._found, "nobody can tell: not for good"
+    assert not reasons._found, "an unknown reason was kept"
 
 
 def tenant(name: str, bypassing: dict[str, int], shimless: dict[str, int]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tests of agent/shortfalls.py: who is short of time, by how much, and what is named as the reason."""
+"""Tests of agent/shortfalls.py: which tenants are short of time, by how much, and which reason is given."""
 
 from __future__ import annotations
 

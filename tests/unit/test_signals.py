@@ -1,4 +1,4 @@
-"""What a signal asks for is done at once, not when the agent next looks around."""
+"""Tests of signals: the agent acts on a signal at once, not in its next round."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG_SECONDS = 60.0
 
 @pytest.fixture
 def agent() -> Iterator[Any]:
-    """As much of an agent as signals need; how often each was asked of it."""
+    """Return the parts of an agent that signals need, with the number of calls of each."""
     asked = {"end": 0, "reload_soon": 0, "round_soon": 0}
 
     def count(name: str):

@@ -1,4 +1,4 @@
-"""The slicer's words on real pages, with real futexes and time: programs here are threads that write status pages."""
+"""Tests of the time slicer with real pages, futexes and time. The programs are threads that write status pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLENTY_SECONDS = 2.0
 
 
 class Ledger:
-    """Shares by level, on device 0; the contexts of every process."""
+    """Shares by level, on device 0, and the contexts of every process."""
 
     def __init__(self, **shares):
         self.told, self.version, self.ran = {}, 1, {}
@@ -46,7 +46,7 @@ class Ledger:
 
 
 class Program:
-    """A process that always has something to launch, once it is told to."""
+    """A process that, once started, always has something to launch."""
 
     def __init__(self, pid, *levels):
         control = ControlMemory()
@@ -149,12 +149,12 @@ def test_who_is_told_of_shares_does_not_look_for_them(world):
     it.run(1.0)
     assert it.turns - turns <= 3 + 2  # it publishes
     it.slicer.ledger.given, it.slicer.ledger.version = {}, 3
-    late = it.greet(3, 8, start=False)  # nobody has told yet
+    late = it.greet(3, 8, start=False)  # it is not known yet
     it.until(lambda: all(p.word() == Gate.OPEN for p in (*programs, late)))
 
 
 def test_shares_that_change_all_the_time_are_read_now_and_then(world):
-    """A tenant makes a cgroup with a share every 2 ms, say; what is told last holds all the same."""
+    """A tenant makes a cgroup with a share every 2 ms, for example. The last change still takes effect."""
     it = world(t7=Share())
     it.slicer.is_told = True
     program, ledger, reads = it.greet(1, 7, start=False), it.slicer.ledger, []
@@ -255,7 +255,7 @@ def test_the_others_go_on_when_an_owner_ends(world):
 
 
 def test_a_process_that_ends_with_work_in_flight_is_told_to_the_turns(world):
-    """Another process of the tenant lives on, and has nothing in flight."""
+    """Another process of the tenant continues, and has nothing in flight."""
     it = world(t7=Share(), t8=Share())
     liar, sibling = it.greet(1, 7, start=False), it.greet(2, 7, start=False)
     it.greet(3, 8)
@@ -274,7 +274,7 @@ def test_a_process_that_ends_with_work_in_flight_is_told_to_the_turns(world):
 
 
 def test_a_device_that_only_a_process_which_has_gone_used_is_nobodys(world):
-    """Else its tenant goes on taking turns on it, and whoever is alone there now loses them."""
+    """A tenant takes no turns on a device that only an exited process used. Others keep their turns there."""
     it = world(t7=Share(), t8=Share())
     ledger = it.slicer.ledger
     ledger.given = {(level, device): Share() for level, _ in ledger.given for device in (0, 1)}
@@ -309,7 +309,7 @@ def test_a_unit_s_own_line_has_the_time_of_all_inside_it(world):
 
 
 def test_a_share_of_one_device_inside_one_of_two_leaves_neither_without_a_gate(world):
-    """Else a cgroup that a tenant makes, with a share of one device, has the other one at no ceiling."""
+    """A tenant's cgroup with a share of one device must not remove the ceiling of the other device."""
     it, outer = world(t7=Share()), Share(limit_millionths=10_000)
     ledger = it.slicer.ledger
     ledger.given = {(7, 0): Share(), (9, 0): outer, (9, 1): outer}
@@ -322,7 +322,7 @@ def test_a_share_of_one_device_inside_one_of_two_leaves_neither_without_a_gate(w
     it.until(lambda: words[1] & Gate.OPEN)
     program.status.devices[1].waiting, program.status.devices[1].launches = 0, 1
     program.status.flights[1].in_flight, program.status.flights[1].busy_until_ns = 1, 2**62
-    it.until(lambda: not words[1] & Gate.OPEN)  # its ceiling is the outer one
+    it.until(lambda: not words[1] & Gate.OPEN)  # its ceiling is that of the outer level
     it.run(0.6)  # it is published
     assert not {key for key in ledger.told if key not in ledger.given}
 
@@ -402,7 +402,7 @@ def test_a_fault_of_ours_ends_the_process_so_that_gates_open(world, monkeypatch)
     it.slicer.ledger.version = "no number"
     it.slicer.ledger.given = None
     it.until(lambda: ended)
-    time.sleep(0.1)  # its last words
+    time.sleep(0.1)  # its last report
     assert ended == [os.EX_SOFTWARE]
 
 
@@ -457,11 +457,11 @@ def test_who_waits_for_an_owner_does_not_wake_us_and_is_seen_with_him(world):
     for _ in range(300):
         waiter.ring()
         time.sleep(0.001)
-    assert it.turns - turns < 20 + (time.monotonic() - began) / 0.00175  # the owner is looked at, no more
+    assert it.turns - turns < 20 + (time.monotonic() - began) / 0.00175  # the owner is looked at, nothing else
 
 
 def test_a_share_that_was_taken_away_and_given_back_is_counted_anew():
-    """The counts of its new place begin at 0, below what was told of the one before."""
+    """The counts of its new place begin at 0, below the last reported ones."""
     share = Share(limit_millionths=500_000)
     ledger, slicer = Ledger(L7=share), TimeSlicer()
     slicer.ledger = ledger
@@ -485,7 +485,7 @@ def test_a_share_that_was_taken_away_and_given_back_is_counted_anew():
 
 
 def test_a_gang_that_is_closed_between_kernels_that_wait_for_each_other_lets_the_missing_ones_go(world):
-    """The gates close after three launches on one device, before their twins on the other."""
+    """The gates close after three launches on one device, before the matching launches on the other."""
     it = world(t7=Share(limit_millionths=500_000))
     ledger = it.slicer.ledger
     ledger.given = {(7, device): Share(limit_millionths=500_000) for device in (0, 1)}
@@ -503,7 +503,7 @@ def test_a_gang_that_is_closed_between_kernels_that_wait_for_each_other_lets_the
     it.until(lambda: passes[1])
     assert not program.is_open()
     assert (passes[0], passes[1]) == (0, 7 + 3)
-    for device in (0, 1):  # its turn ends, and it has launched no more than one of those
+    for device in (0, 1):  # its turn ends, with no further launches
         status.flights[device].in_flight, status.devices[device].drained = 0, program.word() >> 2
     status.devices[1].launches = 8
     program.ring()

@@ -1,7 +1,7 @@
-"""What is held before anything runs: warnings are errors, `./dev check` finds nothing and is as strict as it was.
+"""Tests of the sources without running them: warnings are errors, and `./dev check` finds nothing and stays as strict.
 
-What the files are like that come of it (RELRO, exports, the oldest glibc) is in shim/test_shim_binary.py,
-sim/test_binaries.py and engines/test_helper.py; the order of imports in test_imports.py.
+The properties of the built files (RELRO, exports, the oldest glibc) are in shim/test_shim_binary.py,
+sim/test_binaries.py and engines/test_helper.py; the order of imports is in test_imports.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
-# Of each part: a small source, and what make calls that is made of it alone.
+# A small source of each part, and the file that make builds of that source alone.
 PARTS = {
     "shim": ("standalone/liveness.c", "obj/standalone/liveness.c.o"),
     "sim": ("server/utilization.c", "obj/fgpu-simd/server/utilization.o"),
@@ -32,7 +32,7 @@ def make(part: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_warning_is_an_error(part: str, tmp_path: Path) -> None:
-    """Whatever flags somebody builds with."""
+    """A warning is an error with any flags."""
     for folder in (part, "bpf"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     assert make(part, tmp_path).returncode == 0
@@ -63,7 +63,7 @@ def test_types_are_strict() -> None:
 
 
 def test_nothing_is_left_out_by_ruff() -> None:
-    """`I` is the order of imports within a file."""
+    """Ruff excludes no file of the sources and silences no rule. `I` is the order of imports within a file."""
     lint = SETTINGS["ruff"]["lint"]
     assert {"B", "C90", "E", "F", "I", "UP", "W"} <= set(lint["select"])
     assert lint.keys() == {"select", "mccabe"}

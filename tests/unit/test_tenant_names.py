@@ -24,7 +24,7 @@ def put(names: TenantNames, *tenants: Tenant) -> dict[int, str]:
 
 
 def anywhere(path: str) -> int:
-    """Every cgroup of tenant() lives."""
+    """Return an id: every cgroup of tenant() exists."""
     return int(path[1:])
 
 

@@ -31,7 +31,7 @@ def longer(chance: random.Random) -> float:
 
 
 def with_pauses(chance: random.Random) -> float:
-    """Now and then it loads data, or its thread is woken up late."""
+    """Return a time with pauses: sometimes it loads data, or its thread wakes up late."""
     return chance.uniform(1 * MS, 5 * MS) if chance.random() < 0.05 else short(chance)
 
 
@@ -44,7 +44,7 @@ def wrong(chance: random.Random) -> float:
 
 
 def program(key: int, weight: int, think: Think, guess: Think = right, step_ns: int = 2_800 * US) -> Tenant:
-    """Launches kernels of 200 us, waits for all of a step, and thinks."""
+    """Return a program that launches kernels of 200 us, waits for all of a step, and thinks."""
     chance = random.Random(key)
     loop = Loop(step_ns // (200 * US), lambda: int(think(chance)), lambda: guess(chance))
     return Tenant(key, Share(weight=100 * weight), steps=loop)
@@ -68,7 +68,7 @@ def parts(it: World, rates: dict[int, float]) -> list[dict[int, float]]:
 
 
 def assert_by_weight(it: World, rates: dict[int, float] | None = None) -> None:
-    """Within 1 point over all windows, within 3 points in each."""
+    """Check the parts by weight: within 1 point over all windows, within 3 points in each."""
     weights = {key: tenant.share.weight for key, tenant in it.tenants.items()}
     *windows, whole = parts(it, rates or {})
     for key, weight in weights.items():
@@ -89,7 +89,7 @@ def test_programs_that_synchronise_each_step_get_their_shares(
 
 @pytest.mark.parametrize("think", [short, longer])
 def test_a_program_that_synchronises_gets_its_share_beside_one_that_does_not(think: Think) -> None:
-    """So much of what it does alone: the time that it thinks in its turn is its own."""
+    """It gets its part of what it does alone, because the time that it thinks in its turn counts as its own."""
     alone = World(program(1, 3, think)).run(4.0).tenants[1].done_ns / (4.0 * S)
     assert_by_weight(World(program(1, 3, think, wrong), Tenant(2)), {1: alone})
 

@@ -1,4 +1,4 @@
-"""Tests of tests/trials.py: what failed while processors were taken is tried again, and nothing else."""
+"""Tests of tests/trials.py: a test that failed while processors were taken is repeated, and no other."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_third():
     count += 1
     assert count == 3
 """
-# The first failure is the end of pytest-timeout's timer.
+# The first failure stops pytest-timeout's timer.
 HANGS = """
 import time
 count = 0
@@ -41,14 +41,14 @@ def test_hangs():
         time.sleep(1000)
     assert count == 3
 """
-# The second cannot be tried again, for what it has left.
+# The second cannot be repeated, because of what it has left.
 LEFT = """
 def test_leaves_nothing():
     pass
 def test_leaves_a_folder(tmp_path):
     (tmp_path.parent / "folder").mkdir()
 """
-# As if a hypervisor had taken this much of every trial; the real one may.
+# As if a hypervisor had taken this much of every trial. A real one may do so too.
 TAKEN = """
 from tests import trials
 trials.WAIT_SECONDS = 0
@@ -60,7 +60,7 @@ trials.Trials.begin = lambda self: print("begun") or begin(self)
 
 
 class Taken:
-    """A clock by which so much of each second of two processors is taken."""
+    """A clock by which a hypervisor takes this much of each second of two processors."""
 
     def __init__(self, share: float, crowded: float = 0.0) -> None:
         self.share, self.crowded, self.seconds = share, crowded, 0
@@ -72,14 +72,14 @@ class Taken:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds of each wait, which take none."""
+    """Return the seconds of each wait. The waits take no time."""
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
     return waits
 
 
 def tries(trials: Trials) -> int:
-    """Return how often it is tried again, if it fails every time."""
+    """Return how often a test is repeated, if it fails every time."""
     for count in range(100):
         if not trials.is_another_due(AssertionError()):
             return count
@@ -115,13 +115,13 @@ def test_what_was_taken_before_the_trial_is_nothing_to_it() -> None:
     trials = Trials(later(), clock)
     assert trials.taken().startswith("90% of them")
     trials.begin()
-    clock.share = clock.share * clock.seconds / (clock.seconds + 1)  # nothing more of the next second
+    clock.share = clock.share * clock.seconds / (clock.seconds + 1)  # nothing of the next second was taken
     clock.crowded = clock.crowded * clock.seconds / (clock.seconds + 1)
     assert trials.taken() == "0% of them was given to other machines; a program waited for one in 0% of the time"
 
 
 def test_the_kernels_clock() -> None:
-    """Of what has passed since the machine was started nothing is left out and little is invented."""
+    """The clock counts all of the time since the boot, and adds little."""
     before = psutil.cpu_times().steal
     now = Clock.now()
     assert before <= now.stolen <= now.passed * now.processors
@@ -130,7 +130,7 @@ def test_the_kernels_clock() -> None:
 
 
 def asked(work: Path, tests: str, share: float, *options: str, crowded: float = 0.0) -> str:
-    """What pytest prints of these tests under the suites' own conftest.py."""
+    """Return what pytest prints of these tests with the suites' own conftest.py."""
     taken = TAKEN.format(share=share, crowded=crowded)
     return asked_of_copy(work, tests, taken, "-s", "--rerun-show-tracebacks", *options).stdout
 

@@ -29,7 +29,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def unwitnessed() -> Unwitnessed:
-    """One that has looked before there was any process."""
+    """Return one that looked before there was any process."""
     made = Unwitnessed({0: CONTEXT}, MODULES)
     assert made.find({}, ()) == {}
     return made
@@ -56,7 +56,7 @@ def test_what_a_process_exports_itself_explains_nothing() -> None:
 
 
 def importer(bytes_: int, **facts: Any) -> Process:
-    """A process whose row shows so much memory of others."""
+    """Return a process whose row shows this much memory of others."""
     return process(flags=Seen.IMPORT, overhead=MODULES + bytes_, **facts)
 
 

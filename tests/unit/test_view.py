@@ -1,4 +1,4 @@
-"""What is shown of a tenant: drift where everybody was compared, and who goes around the shim."""
+"""Tests of the view of a tenant: drift, if every process was compared, and the processes that bypass the shim."""
 
 from __future__ import annotations
 

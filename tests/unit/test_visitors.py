@@ -1,4 +1,4 @@
-"""Whose socket it is, on kernels whose sockets know a pid alone, and what /proc says of a pidfd there."""
+"""Tests of a peer's identity on kernels whose sockets know only its pid, and of a pidfd's /proc entry there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fgpu_ebpf.linux import procfs
 
 @pytest.fixture
 def sock(monkeypatch: pytest.MonkeyPatch):
-    """A connection from this process, on a kernel before Linux 6.5."""
+    """Return a connection from this process, on a kernel before Linux 6.5."""
     monkeypatch.setattr(peer_pidfd, "SO_PEERPIDFD", 9999)
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with one, other:
@@ -25,7 +25,7 @@ def sock(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel whose pidfds answer nothing."""
+    """Simulate a kernel that gives no information on a pidfd."""
     monkeypatch.setattr(procfs, "_PIDFD_GET_INFO", 0xC040EE0B)
     monkeypatch.setattr(procfs, "_PIDFD_GET_PID_NAMESPACE", 0xEE05)
 

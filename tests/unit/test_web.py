@@ -1,4 +1,4 @@
-"""The metrics address: eight requests at a time; connections that have sent no whole request keep none out."""
+"""Tests of the metrics address: eight requests at a time; incomplete requests keep no other request out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def app(_: dict[str, Any], start: Any) -> Iterable[bytes]:
 
 @contextlib.contextmanager
 def serving(one: HttpServer) -> Iterator[HttpServer]:
-    """As the agent's loop does."""
+    """Serve requests in a thread, as the agent's loop does."""
     ended = threading.Event()
 
     def loop() -> None:
@@ -54,7 +54,7 @@ def ask(server: HttpServer) -> bytes:
 
 
 def tried(server: HttpServer) -> bytes:
-    """What it answers; nothing where it hangs up."""
+    """Return the response, or nothing if the server closes the connection."""
     with contextlib.suppress(OSError):
         return ask(server)
     return b""
@@ -81,7 +81,7 @@ def test_connections_that_say_nothing_have_no_thread_and_go(server: HttpServer) 
 
 
 def test_connections_that_drip_keep_no_request_out(server: HttpServer) -> None:
-    """As many as may wait, and each comes back at once when it is hung up on."""
+    """The connections, as many as may wait, send single bytes and reconnect as soon as they are closed."""
     ended = threading.Event()
 
     def drip() -> None:
@@ -114,7 +114,7 @@ def test_requests_beyond_eight_wait_for_a_place() -> None:
 
     def slow(_: dict[str, Any], start: Any) -> Iterable[bytes]:
         nonlocal most
-        most = max(most, threading.active_count() - before - 1)  # the loop's own
+        most = max(most, threading.active_count() - before - 1)  # the loop's own thread
         go.wait(0.5)
         start("200 OK", [("Content-Type", "text/plain")])
         return [b"fine"]

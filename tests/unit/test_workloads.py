@@ -1,4 +1,4 @@
-"""Cgroups, what was set by hand, and TARGETs, against a tree made of folders."""
+"""Tests of cgroups, overrides and TARGETs, with a tree made of folders."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _clear() -> None:
 
 
 def _clear_until_ended(workers: list[psutil.Process]) -> None:
-    """A worker that is not in its world yet ends by itself, since pytest has ended."""
+    """Clear the worlds until all workers have exited, because one may enter its world after pytest was killed."""
     eventually(lambda: _clear() or not any(worker.is_running() for worker in workers), 30, "the end of the workers")
 
 

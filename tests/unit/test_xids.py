@@ -1,4 +1,4 @@
-"""XIDs: what NVML tells of them, whose mistake each is, and what is said of it."""
+"""Tests of XIDs: how NVML reports them, which program caused each, and the message."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HANDLES = [pynvml.c_nvmlDevice_t(pynvml.struct_c_nvmlDevice_t()) for _ in range(
 
 
 class Library:
-    """NVML as Nvml uses it for events: what comes, who may be registered, and which sets were made and freed."""
+    """A stand-in for NVML's events: which ones come, which devices can be registered, which sets exist."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.coming: list[Any] = []
@@ -57,7 +57,7 @@ class Library:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     def EventSetWait_v2(self, one: int, milliseconds: int) -> object:
-        assert (one, milliseconds) == (self.made, 0), "nobody is held up"
+        assert (one, milliseconds) == (self.made, 0), "the call must not wait"
         came = self.coming.pop(0) if self.coming else pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT)
         if isinstance(came, Exception):
             raise came
@@ -69,7 +69,7 @@ class Library:
 
 
 def event(device: int, xid: int, kind: int = XID) -> SimpleNamespace:
-    """The handle in it is another object at the same address, as NVML's is."""
+    """Return an event. Its handle is another object at the same address, as with NVML."""
     handle = ctypes.cast(HANDLES[device], ctypes.POINTER(pynvml.struct_c_nvmlDevice_t))
     return SimpleNamespace(device=handle, eventType=kind, eventData=xid)
 
@@ -127,7 +127,7 @@ def test_those_that_were_lost_are_told_once_they_are_found_again(
 
 
 def test_who_cannot_make_a_set_watches_nothing(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that is too old, or a driver that is gone."""
+    """The library is too old, or the driver is gone."""
 
     def refuse() -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)

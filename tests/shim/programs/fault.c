@@ -1,4 +1,4 @@
-/* Fails the k-th system call that the shim makes, and lets tests move its clock. Calls of anybody else pass. */
+/* Fails the k-th system call that the shim makes, and lets tests move its clock. All other calls pass. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

@@ -166,7 +166,7 @@ CUresult cuMemPoolDestroy(CUmemoryPool h)
 }
 CUresult cuMemPoolTrimTo(CUmemoryPool h, size_t keep) { return (void)keep, trims++, trim(pool_of(h)), CUDA_SUCCESS; }
 int fake_mode(void) { return mode; }
-void fake_held(uint64_t n) /* by a stream that nobody saw */
+void fake_held(uint64_t n) /* by a stream that the shim has not seen */
 {
     pools[0].held[15] += n;
     pools[0].reserved = blocks(pools[0].used + all_held(&pools[0]));

@@ -60,7 +60,7 @@ struct life { /* a thread's own */
 
 _Atomic bool storm_over;
 static void *driver;
-static _Atomic CUdeviceptr taken[SLOTS], streamed[SLOTS]; /* by anybody, for anybody to free */
+static _Atomic CUdeviceptr taken[SLOTS], streamed[SLOTS]; /* by any thread; any thread may free it */
 static _Atomic unsigned long calls, forks, captures, launches;
 static _Atomic bool failed;
 
@@ -278,7 +278,7 @@ static void look(struct life *life)
     if (!dlsym(driver, "cuMemAlloc_v2") || dlsym(driver, "cuNothing")) failed = true;
 }
 
-/* It is another process to whoever decides; its driver refuses all. */
+/* The gatekeeper sees a child as another process, and the child's driver refuses all calls. */
 static void have_a_child(struct life *life)
 {
     CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
@@ -330,8 +330,8 @@ static void *live(void *argument)
     return NULL;
 }
 
-/* The driver has one lock, which orders nearly all that threads do. Who looks and then sleeps over two hellos is
- * ordered with nobody. */
+/* The driver has one lock, which orders nearly all that threads do. A thread that looks and then sleeps during two
+ * hellos is ordered with no other thread. */
 static bool is_over(void) { return atomic_load_explicit(&storm_over, memory_order_relaxed); }
 
 static void *doze(void *unused)

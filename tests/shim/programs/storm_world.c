@@ -97,7 +97,7 @@ static void admit(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticke
     answer(kind, ticket, granted ? FGPU_ADMITTED : FGPU_REFUSED);
 }
 
-/* Nobody frees by our books: what is given back is what was granted for pools. */
+/* No process frees by these books: released bytes are those that were granted for pools. */
 static void release(unsigned device, uint64_t bytes, unsigned kind, uint64_t ticket)
 {
     (void)kind, (void)ticket;
@@ -211,7 +211,7 @@ struct places {
     struct fgpu_usage_page *usage;
 };
 
-/* Where the shim has the newest set: its control page is one that nobody can write yet. */
+/* Returns the newest set of pages: the one whose control page is still mapped read-only. */
 static struct places find(void)
 {
     char line[512];
@@ -242,7 +242,7 @@ static void beat(struct fgpu_control_page *here)
 static void turn(struct places here, unsigned round)
 {
     uint32_t word = round / 2 + 2, bits = round % 2 ? FGPU_GATED : FGPU_GATED | FGPU_GATE_OPEN;
-    if (round % 16 == 15) bits = 0; /* nobody's for a while */
+    if (round % 16 == 15) bits = 0; /* not scheduled for a while */
     atomic_store(&gate, word << FGPU_GATE_SHIFT | bits);
     for (int i = FIRST_INDEX; i < FIRST_INDEX + DEVICES; i++) {
         PUT(here.control->budget_ns[i], round % 3 ? 400000u * (round % 7) : 0);
@@ -311,7 +311,7 @@ void storm_world_turns(long us)
     must(!pthread_create(&turning, NULL, take_turns, NULL), "thread");
 }
 
-/* Nobody waits at a gate any more. */
+/* End all waits at gates. */
 void storm_world_end(void)
 {
     pthread_join(turning, NULL);

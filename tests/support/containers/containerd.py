@@ -1,4 +1,4 @@
-"""containerd as kubelet uses it, of its own for one test: pods and containers by the container runtime interface."""
+"""containerd as kubelet uses it, separate for one test: pods and containers by the container runtime interface."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ HOST_NETWORK = 2  # NamespaceMode.NODE
 
 
 def message(*fields: tuple[int, Any]) -> bytes:
-    """Protobuf by hand: {number: text, number, bytes of a message, or a mapping of texts}."""
+    """Encode a protobuf message: {number: text, number, bytes of a message, or a mapping of texts}."""
     return b"".join(_field(number, value) for number, value in fields)
 
 
@@ -75,7 +75,7 @@ def _varint(value: int) -> bytes:
 
 
 class Pod:
-    """A sandbox in a pod's folder, as kubelet makes it: the folder first."""
+    """A sandbox in a pod's folder. The folder is made first, as kubelet does."""
 
     def __init__(self, place: Containerd, name: str, labels: Mapping[str, str], notes: Mapping[str, str]) -> None:
         number = next(place.pods)
@@ -93,7 +93,7 @@ class Pod:
         self.sandbox = place.call("RunPodSandbox", message((1, self.config)))
 
     def container(self, name: str) -> Tenant:
-        """A container that is a tenant."""
+        """Start a container that is a tenant."""
         self._container = name
         self.place.pod = self
         return self.place.tenant(None)
@@ -112,17 +112,17 @@ class Pod:
 
 
 class Hub:
-    """The container's first process: what is written here it reads."""
+    """The container's first process. It reads the lines that are written here."""
 
     def __init__(self, fifo: Path) -> None:
         self.stdin = open(os.open(fifo, os.O_RDWR), "wb", buffering=0)  # noqa: SIM115
 
 
 class Containerd(Place):
-    """containerd with the bare cgroup driver, at the socket where the agent looks for it."""
+    """containerd with the cgroupfs driver, at the socket where the agent looks for it."""
 
     group = "/kubepods/burstable"
-    pods = itertools.count(1)  # for their uids, of which no two are the same, ever
+    pods = itertools.count(1)  # for their uids, which must all be different
 
     def __init__(self, work: Path, where: Path, labels: Mapping[str, str], enter: Sequence[str] = OWN_MOUNTS) -> None:
         """`labels`: the image's. `enter`: a command that runs the engine where it finds cgroups."""
@@ -130,7 +130,7 @@ class Containerd(Place):
         self._running: list[Pod] = []
         preload = work / "ld.so.preload"
         preload.write_text(f"{SHIM}\n")
-        # What every container gets of ours: the place in it, and the host's.
+        # The mounts that every container gets: its place in the container, and the host's.
         self.shim = {str(SHIM): str(SHIM), "/run/fgpu/shim": "/run/fgpu/shim", "/etc/ld.so.preload": str(preload)}
         (work / "runtime").write_text(RUNTIME)
         (work / "runtime").chmod(0o755)
@@ -155,12 +155,12 @@ class Containerd(Place):
             self._daemon = subprocess.Popen(self._words, stdout=log, stderr=log, env=environment)
 
     def kill_daemon(self) -> None:
-        """kill -9 of containerd; containers go on."""
+        """Kill containerd with SIGKILL. Containers continue."""
         self._daemon.kill()
         self._daemon.wait(10)
 
     def start_daemon(self) -> None:
-        """Another containerd in the place of one that was killed; returns when it serves pods."""
+        """Start another containerd after one was killed. Returns when it serves pods."""
         self._begin()
 
         def serves() -> bool:
@@ -172,15 +172,15 @@ class Containerd(Place):
         eventually(serves, 30, "containerd")
 
     def settle(self) -> None:
-        """Before the engine reads its settings, `config.toml`."""
+        """Prepare the engine before it reads its settings, `config.toml`."""
 
     def call(self, method: str, request: bytes) -> str:
-        """RuntimeService; answers the id that comes back, if any."""
+        """Call a function of RuntimeService. Return the id of the answer, if any."""
         answer = self._channel.unary_unary(f"/runtime.v1.RuntimeService/{method}")(request, timeout=60)
         return answer[2 : 2 + answer[1]].decode() if answer else ""
 
     def stop(self, method: str, request: bytes) -> None:
-        """A container may end by itself, and its shim with it, while containerd calls that: then kubelet asks again."""
+        """Stop a container or pod. A container may exit meanwhile, and its shim with it: then kubelet asks again."""
 
         def is_done() -> bool:
             try:
@@ -194,14 +194,14 @@ class Containerd(Place):
         eventually(is_done, 20, method)
 
     def end_pod(self, sandbox: str, path: str, seconds: float) -> None:
-        """With whatever still runs in it, and its folder."""
+        """End a pod with all that still runs in it, and remove its folder."""
         self.stop("StopPodSandbox", message((1, sandbox)))
         self.call("RemovePodSandbox", message((1, sandbox)))
         folder = cgroup_root() / path.lstrip("/")
         eventually(lambda: not folder.exists() or folder.rmdir() is None, seconds, "an empty pod")
 
     def _image(self, labels: Mapping[str, str]) -> Path:
-        """An archive as `docker save` makes it: one static program, which waits, and the links of this host."""
+        """Write an archive as `docker save` does: one static program, which waits, and the links of this host."""
         root, out = self.work / "image", self.work / "archive"
         (root / "usr").mkdir(parents=True)
         out.mkdir()
@@ -224,7 +224,7 @@ class Containerd(Place):
         return self.work / "image.tar"
 
     def run(self, name: str, labels: Mapping[str, str], notes: Mapping[str, str]) -> Pod:
-        """A pod without containers."""
+        """Start a pod without containers."""
         pod = Pod(self, name, labels, notes)
         self._running.append(pod)
         return pod
@@ -238,10 +238,10 @@ class Containerd(Place):
         return Tenant(self, f"dev/{self.pod.name}/{self.pod._container}", f"{self.pod.path}/{id_}", folder, hub)  # type: ignore[arg-type]
 
     def end(self, tenant: Tenant) -> None:
-        """Ends with its pod."""
+        """End the tenant's pod."""
 
     def close(self) -> None:
-        """Every pod, its folder, and the engine."""
+        """End every pod, remove its folder, and stop the engine."""
         try:
             for pod in self._running:
                 self.end_pod(pod.sandbox, pod.path, 5)

@@ -1,4 +1,4 @@
-"""Docker itself, of its own for one test: containers with labels, and a socket on which it can be made to stall."""
+"""Docker itself, separate for one test: containers with labels, and a socket on which it can be made to stall."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DOCKERD = next((str(ENGINES / f / "dockerd") for f in FOLDERS if (ENGINES / f / 
 
 
 class Docker(Place):
-    """dockerd with the bare cgroup driver, on a socket that only we know; `socket` is where the agent looks for it."""
+    """dockerd with the cgroupfs driver, on a private socket. `socket` is where the agent looks for it."""
 
     group = "/docker"
 
@@ -39,20 +39,20 @@ class Docker(Place):
         (work / "ld.so.preload").write_text(f"{SHIM}\n")
         self._numbers_of_ids = itertools.count(1)
         self._log = work / "dockerd.log"
-        self._state = Path(tempfile.mkdtemp(prefix="dockerd-"))  # the path of a socket in it has at most 107 bytes
+        self._state = Path(tempfile.mkdtemp(prefix="dockerd-"))  # a socket's path in it has at most 107 bytes
         options = ["--data-root", work / "data", "--exec-root", self._state, "--pidfile", work / "pid"]
         options += ["--host", f"unix://{self._own}", "--storage-driver=vfs", "--iptables=false", "--bridge=none"]
         options += ["--exec-opt", "native.cgroupdriver=cgroupfs", *more]
-        # A dockerd that starts removes containers with --rm, those that run on too.
+        # A dockerd that starts removes containers with --rm, even those that run.
         self._removed = [] if "--live-restore" in more else ["--rm"]
-        self._mounts = -1  # descriptor of the mount namespace of a daemon that was killed
+        self._mounts = -1  # descriptor of the mount namespace of a killed daemon
         self._enter = ["unshare", "-m", "sh", "-c", PRIVATE_MOUNTS, "sh"]
         self._words = [DOCKERD, *map(str, options)]
         self.start_daemon()
         self.open()
 
     def start_daemon(self) -> None:
-        """dockerd; returns when it answers."""
+        """Start dockerd. Returns when it answers."""
         with open(self._log, "ab") as log:
             keep = () if self._mounts < 0 else (self._mounts,)
             environment = {**os.environ, "PATH": PATH}
@@ -66,16 +66,16 @@ class Docker(Place):
             raise
 
     def kill_daemon(self) -> None:
-        """kill -9 of dockerd, and so of its containerd; containers go on."""
+        """Kill dockerd with SIGKILL, and so its containerd. Containers continue."""
         self._mounts = os.open(f"/proc/{self._daemon.pid}/ns/mnt", os.O_RDONLY)
         self._enter = ["nsenter", f"--mount=/proc/self/fd/{self._mounts}"]
         self._daemon.kill()
         self._daemon.wait(10)
-        # Where pid 1 reaps nothing, the next dockerd would take the zombie for a containerd that runs.
+        # If pid 1 does not reap children, the next dockerd would take the zombie for a containerd that runs.
         (self._state / "containerd/containerd.pid").unlink(missing_ok=True)
 
     def open(self) -> None:
-        """The agent can reach it (again)."""
+        """Let the agent reach it (again)."""
         self.socket = Front(self._where, self._own)
 
     def _docker(self, *words: str | Path) -> list[str]:
@@ -87,7 +87,7 @@ class Docker(Place):
         return done.returncode
 
     def image(self, labels: Mapping[str, str]) -> str:
-        """An image without files of its own but with labels; answers its name."""
+        """Make an image with labels and without files of its own. Return its name."""
         name = f"fgpu-e2e:{next(self._numbers_of_ids)}"
         tar = io.BytesIO()
         with tarfile.open(fileobj=tar, mode="w") as made:
@@ -104,12 +104,12 @@ class Docker(Place):
         return name
 
     def container(self, labels: Mapping[str, str], image: Mapping[str, str] | None = None) -> Tenant:
-        """A container with these labels, of an image with those; nothing is set by hand."""
+        """Start a container with these labels, of an image with those. No limit is set by hand."""
         self._labels, self._image = labels, self.image(image or {})
         return self.tenant(None)
 
     def named(self, name: str) -> Tenant:
-        """A container of that name, with the labels and the image of the last one; no other has the name any more."""
+        """Start a container of that name, with the labels and the image of the last one, which loses the name."""
         folder = self.work / name
         folder.mkdir()
         self.tenants.append(self._make(name, folder, None))
@@ -133,18 +133,18 @@ class Docker(Place):
         return tenant
 
     def end(self, tenant: Tenant) -> None:
-        """Removes the container."""
+        """Remove the container."""
         self._call("rm", "--force", tenant.name, check=False)
         tenant.hub.wait(20)
         eventually(lambda: not tenant.pids(), 5, f"the end of {tenant.name}")
 
     def end_all(self) -> None:
-        """Removes every container; who asks about them is answered."""
+        """Remove every container. Requests about them are answered."""
         self.socket.go_on()
         super().close()
 
     def close(self) -> None:
-        """Every container, and the engine."""
+        """Remove every container, and stop the engine."""
         self.end_all()
         self.socket.close()
         self._stop()
@@ -159,7 +159,7 @@ class Docker(Place):
 
 
 class Front:
-    """A socket before the engine's own. `stall`: who asks is heard and gets no answer; `close`: nobody is there."""
+    """A socket in front of the engine's own. `stall`: requests are accepted and not answered; `close`: no socket."""
 
     def __init__(self, path: Path, engine: Path) -> None:
         self.path, self._engine = path, engine
@@ -172,15 +172,15 @@ class Front:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def stall(self) -> None:
-        """From now on nothing is answered."""
+        """Answer no request from now on."""
         self._go.clear()
 
     def go_on(self) -> None:
-        """As an engine that is well."""
+        """Answer requests again."""
         self._go.set()
 
     def close(self) -> None:
-        """The socket is gone."""
+        """Remove the socket."""
         self.go_on()
         self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""The engine tests' hands: Docker and Podman, unpacked and never installed, a newer Docker, and bare bundles.
+"""Container engines for tests: Docker and Podman, unpacked and never installed, a newer Docker, and bare bundles.
 
-Owns: build/engines/{root,newer}, made once; a mount namespace in which engines find a /run of their own; containers.
-What cannot be downloaded is a failure that says so, never a test left out. Imports nothing of fgpu.
+It owns build/engines/{root,newer}, made once; a mount namespace in which engines find a separate /run; containers. A
+failed download is a failure that names it, and never skips a test. Imports nothing of fgpu.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ HELPER = BUILD / "oci/fgpu-oci"
 PACKAGES = ("podman", "docker.io")
 FIRST_WITH_CDI = 25  # of Docker; Debian 12 has 20.10
 NEWER = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main\n"
-HOLD = "/opt/build/examples/fill --step 2MiB --hold"  # so many seconds
+HOLD = "/opt/build/examples/fill --step 2MiB --hold"  # for this many seconds
 FILL = f"{HOLD} 60"
-# What an engine may do where it lacks privileges over the whole host.
+# What an engine may do if it lacks privileges over the whole host.
 ALLOWED = ("--network", "none", "--pids-limit", "-1", "--ulimit", "nproc=100:100", "--ulimit", "nofile=1024:1024")
 ANSWER = re.compile(r"admitted (\d+) bytes, then CUDA_ERROR_OUT_OF_MEMORY")
 
-MADE = (Path("/opt/containerd"), Path("/var/lib/containers"))  # by engines, wherever they are told to keep their things
-# An /etc and a /run of one's own, but for what the agent and the simulated driver have there; cgroup v2 where engines
-# look for it.
+MADE = (Path("/opt/containerd"), Path("/var/lib/containers"))  # by engines, wherever their settings put files
+# A separate /etc and /run with the files of the agent and the simulated driver, and cgroup v2 where engines look for
+# it.
 CAVE = """
 set -eu
 mkdir -p "$1/a" "$1/b" "$1/cdi" /var/lib/fgpu
@@ -56,7 +56,7 @@ echo ready
 exec cat
 """
 
-# A home for a user, and a way to the programs and the shim where these lie in somebody's own folder.
+# A home for a user, and access to the programs and the shim if these are in another user's folder.
 OWN = """
 mkdir -p "$1/.config/containers" "$1/root"
 cp "$3/.config/containers/policy.json" "$1/.config/containers"
@@ -76,7 +76,7 @@ mount --move "$1/root" "$4"
 
 @contextlib.contextmanager
 def policy(service: Service, file: str, text: str) -> Iterator[None]:
-    """One policy more, in force as long as this lasts."""
+    """Put one more policy in force until the end of the block."""
 
     def in_force() -> int:
         return int(ask(verb="snapshot")["policies"]["count"])
@@ -92,13 +92,13 @@ def policy(service: Service, file: str, text: str) -> Iterator[None]:
 
 
 def unpacked() -> Path:
-    """The engines' packages, and those that they need and this machine has not, as a root of their own."""
+    """Return a root with the engines' packages, and the packages that they need and that this machine lacks."""
     words = ["install", "-y", "--download-only", "--no-install-recommends", "--reinstall", *PACKAGES]
     return _unpacked("root", words, [])
 
 
 def newer_docker() -> Path:
-    """The root with a Docker that has CDI: this distribution's, or that of the Debian after the one that has none."""
+    """Return a root with a Docker that has CDI: this distribution's, or if it has none, that of the next Debian."""
     root = unpacked()
     said = subprocess.run([root / "usr/sbin/dockerd", "--version"], capture_output=True, text=True, check=True).stdout
     if int(re.findall(r"version (\d+)", said)[0]) >= FIRST_WITH_CDI:
@@ -114,7 +114,7 @@ def newer_docker() -> Path:
 
 
 def _unpacked(name: str, words: list[str], options: list[str]) -> Path:
-    """`apt-get WORDS` with these options, once; with its lists fetched anew where it cannot."""
+    """Run `apt-get WORDS` with these options once, and fetch its lists again if that fails."""
     root = ENGINES / name
     if root.exists():
         return root
@@ -125,7 +125,7 @@ def _unpacked(name: str, words: list[str], options: list[str]) -> Path:
     (archives / "partial").mkdir(parents=True)
     options = [*options, f"Dir::Cache::archives={archives}", "APT::Sandbox::User=root"]
     done = _apt(words, options, archives)
-    if done.returncode:  # perhaps the lists are old
+    if done.returncode:  # the lists may be old
         _apt(["update"], options, archives)
         done = _apt(words, options, archives)
     assert done.returncode == 0, f"no engines from Debian: {done.stdout[-500:]}{done.stderr[-500:]}"
@@ -142,13 +142,13 @@ def _apt(words: list[str], options: list[str], folder: Path) -> subprocess.Compl
 
 
 def libraries(*programs: str | Path) -> set[str]:
-    """What those programs load, as the dynamic linker finds it."""
+    """Return the libraries that those programs load, as the dynamic linker finds them."""
     said = subprocess.run(["ldd", *programs], capture_output=True, text=True, check=True, timeout=10).stdout
     return {path for path in re.findall(r"(?:=> |^\s+)(/\S+)", said, re.M) if not path.startswith(str(ROOT))}
 
 
 def make_root(root: Path) -> Path:
-    """A root file system with glibc, a shell and `cat`: what an image is made of."""
+    """Make a root file system with glibc, a shell and `cat`, for an image."""
     for folder in ("bin", "etc", "tmp", "proc", "dev", "sys", "run", "opt/build"):
         (root / folder).mkdir(parents=True)
     for program in ("/bin/sh", "/bin/cat", "/bin/sleep"):
@@ -161,7 +161,7 @@ def make_root(root: Path) -> Path:
 
 
 class Cave:
-    """A mount namespace; what is done in it leaves nothing outside but cgroups."""
+    """A mount namespace. Changes in it leave nothing outside but cgroups."""
 
     def __init__(self, work: Path, cdi: Path) -> None:
         (work / "cave").mkdir()
@@ -175,7 +175,7 @@ class Cave:
         self.prefix = ["nsenter", f"--target={self._holder.pid}", "--mount"]
 
     def close(self) -> None:
-        """The namespace goes when the last in it has gone."""
+        """Let the namespace end with its last process."""
         self._holder.kill()
         self._holder.wait(5)
         for path in self._made:
@@ -183,13 +183,13 @@ class Cave:
 
 
 class Engine:
-    """An engine's command line: run, logs and rm are the same for all. `settings`: what `fgpu setup KIND` edits."""
+    """An engine's command line: run, logs and rm are the same for all. `settings`: the file that setup edits."""
 
     kind = ""
     group = ""
     cdi = True  # it reads CDI specifications
     settings: Path
-    named = True  # by --file: it is not where the engine has it as a rule
+    named = True  # by --file: it is not at the engine's usual place
     before: str | None = None
 
     def __init__(self, cave: Cave, work: Path) -> None:
@@ -205,15 +205,15 @@ class Engine:
         }
 
     def roots(self) -> list[Path]:
-        """Where its programs are, the first first."""
+        """Return the roots with its programs, the first one first."""
         return [unpacked()]
 
     def words(self) -> list[str | Path]:
-        """The command before its verb."""
+        """Return the command before its verb."""
         raise NotImplementedError
 
     def call(self, *words: str | Path, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
-        """One command of the engine's."""
+        """Run one command of the engine."""
         command = [str(word) for word in (*self.cave.prefix, *self.words(), *words)]
         more = {"env": self.environment, "capture_output": True, "text": True, "timeout": 60} | more
         done = subprocess.run(command, check=False, **more)
@@ -221,12 +221,12 @@ class Engine:
         return done
 
     def start(self, *words: str | Path) -> subprocess.Popen[bytes]:
-        """One command that goes on, at the other end of a pipe."""
+        """Start one command that continues, at the other end of a pipe."""
         command = [str(word) for word in (*self.cave.prefix, *self.words(), *words)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, env=self.environment)
 
     def fgpu(self, *words: str | Path) -> str:
-        """`fgpu …`, where the engine is."""
+        """Run `fgpu …` where the engine is."""
         command = [*self.cave.prefix, *FGPU, *map(str, words)]
         path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=path)
@@ -234,11 +234,11 @@ class Engine:
         return done.stdout
 
     def setup(self, *options: str) -> None:
-        """`fgpu setup` of this engine."""
+        """Run `fgpu setup` for this engine."""
         self.fgpu("setup", self.kind, *options, *(["--file", self.settings] if self.named else []))
 
     def load(self, root: Path, name: str, labels: Mapping[str, str] | None = None) -> None:
-        """An image of a root file system."""
+        """Make an image of a root file system."""
         archive = self.work / f"{name}.tar"
         subprocess.run(["tar", "-C", root, "-cf", archive, "."], check=True, timeout=30)
         changes = [word for key, value in (labels or {}).items() for word in ("--change", f"LABEL {key}={value}")]
@@ -246,14 +246,14 @@ class Engine:
             self.call("import", *changes, "-", f"{name}:1", stdin=given)
 
     def run(self, name: str, *options: str, image: str = "plain", command: str = FILL) -> Any:
-        """`ENGINE run` in the background; what it printed if it did not start."""
+        """Run `ENGINE run` in the background. Return what it printed if it did not start."""
         words = ["run", "--detach", "--name", name, *ALLOWED, "--volume", f"{BUILD}:/opt/build:ro"]
         words += ["--volume", "/run/fgpu-sim:/run/fgpu-sim", "--env", "LD_LIBRARY_PATH=/opt/build/sim/lib"]
         return self.call(*words, *options, f"{image}:1", "sh", "-c", command, check=False)
 
     @contextlib.contextmanager
     def filled(self, name: str, *options: str, image: str = "plain") -> Iterator[int]:
-        """A container that has taken all that it gets, and holds it; how many bytes that were."""
+        """Run a container that allocates all that it gets, and holds it. Yield the number of bytes."""
         try:
             done = self.run(name, *options, image=image)
             assert done.returncode == 0, done.stderr
@@ -263,22 +263,22 @@ class Engine:
             self.remove(name)
 
     def remove(self, name: str) -> None:
-        """Kills a container, if it is there, and forgets it."""
+        """Kill a container, if it exists, and remove it."""
         self.call("kill", "--signal", "KILL", name, check=False)
         self.call("rm", "--force", name, check=False)
 
     def apply(self) -> None:
-        """The engine reads its settings again."""
+        """Let the engine read its settings again."""
 
     def close(self) -> None:
-        """Ends the engine; its cgroups go."""
+        """End the engine and remove its cgroups."""
         folder = cgroup_root() / self.group
         command = ["find", folder, "-depth", "-type", "d", "-exec", "rmdir", "{}", "+"]
         subprocess.run(command, capture_output=True, check=False)
 
 
 class Podman(Engine):
-    """No daemon."""
+    """An engine without a daemon."""
 
     kind = "podman"
     group = "libpod_parent"
@@ -290,7 +290,7 @@ class Podman(Engine):
         self.settings = cave.etc / "containers/containers.conf.d/zz-fgpu.conf"
         (work / ".config/containers").mkdir(parents=True)
         (work / ".config/containers/policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
-        self._state = Path(tempfile.mkdtemp(prefix="fgpu-"))  # it takes no more than 50 characters
+        self._state = Path(tempfile.mkdtemp(prefix="fgpu-"))  # its path has at most 50 characters
 
     def words(self) -> list[str | Path]:
         """See Engine."""
@@ -307,7 +307,7 @@ class Podman(Engine):
 
     @contextlib.contextmanager
     def serving(self, place: Path) -> Iterator[None]:
-        """Its interface on a socket, as podman.socket starts it."""
+        """Serve its interface on a socket, as podman.socket does."""
         service = self.start("system", "service", "--time", "0", f"unix://{place}")
         try:
             yield
@@ -318,7 +318,7 @@ class Podman(Engine):
 
 
 class Rootless(Podman):
-    """The same of a user who is nobody in particular, from a session of his own; `group` is his slice."""
+    """Podman of an unprivileged user, from a separate session. `group` is the user's slice."""
 
     user = 4711
     group = f"user.slice/user-{user}.slice"
@@ -326,7 +326,7 @@ class Rootless(Podman):
 
     def __init__(self, cave: Cave, work: Path) -> None:
         super().__init__(cave, work)
-        self.home = Path(f"/run/user/{self.user}")  # on the cave's own /run: others reach nothing in pytest's folders
+        self.home = Path(f"/run/user/{self.user}")  # on the cave's own /run: other users cannot enter pytest's folders
         self.session = cgroup_root() / self.group / "session-1.scope"
         self.session.mkdir(parents=True)
         with open(cave.etc / "passwd", "a") as users:
@@ -346,7 +346,7 @@ class Rootless(Podman):
         return [*session, *user, *places]
 
     def close(self) -> None:
-        """See Engine. What holds the user's namespaces goes too."""
+        """See Engine. What holds the user's namespaces is killed too."""
         (self.session / "cgroup.kill").write_text("1")
         eventually(lambda: not (self.session / "cgroup.procs").read_text(), 10, "the end of the session")
         super().close()
@@ -355,7 +355,7 @@ class Rootless(Podman):
 
 
 class Docker(Engine):
-    """A daemon of our own, without network."""
+    """A separate daemon without network."""
 
     kind = "docker"
     group = "docker"
@@ -369,7 +369,7 @@ class Docker(Engine):
         self.begin()
 
     def begin(self) -> None:
-        """The daemon; returns when it answers."""
+        """Start the daemon. Returns when it answers."""
         work = self.work
         places = ["--data-root", work / "data", "--exec-root", work / "exec", "--pidfile", work / "pid"]
         kinds = ["--iptables=false", "--bridge=none", "--storage-driver=vfs", "--config-file", self.settings]
@@ -389,7 +389,7 @@ class Docker(Engine):
         return ["docker", "--host", f"unix://{self.work}/docker.sock"]
 
     def apply(self) -> None:
-        """What `fgpu setup` asks for: a reload, and a restart where the default runtime goes from the file."""
+        """Do what `fgpu setup` asks for: a reload, or a restart if the default runtime is removed from the file."""
         default = json.loads(self.settings.read_text()).get("default-runtime")
         if default:
             os.kill(int((self.work / "pid").read_text()), signal.SIGHUP)
@@ -400,7 +400,7 @@ class Docker(Engine):
         eventually(lambda: self.call(*shown).stdout.strip() == (default or "runc"), 10, f"runtime {default}")
 
     def end(self, is_killed: bool = False) -> None:
-        """The daemon, and with it its containers: at once, or when it is begun again where it was killed."""
+        """End the daemon and its containers. Containers of a killed daemon end when it starts again."""
         self._daemon.send_signal(signal.SIGKILL if is_killed else signal.SIGTERM)
         self._daemon.wait(20)
 
@@ -411,7 +411,7 @@ class Docker(Engine):
 
 
 class NewerDocker(Docker):
-    """One that has CDI, switched on."""
+    """A Docker with CDI, switched on."""
 
     cdi = True
     before = '{\n  "features": {"cdi": true},\n  "debug": false\n}'
@@ -428,7 +428,7 @@ ALL = {"podman": Podman, "docker": Docker, "newer-docker": NewerDocker}
 
 
 class Bundles(Container):
-    """Containers of runc or crun without a mount of ours: what they get, somebody edits in."""
+    """Containers of runc or crun without fgpu's mounts. Tests edit these into the configuration."""
 
     def __init__(self, work: Path, runtime: str, run_dir: Path = RUN_DIR) -> None:
         super().__init__(work, runtime)
@@ -456,7 +456,7 @@ class Bundles(Container):
 
 
 def inject(config: dict[str, Any], spec: dict[str, Any], device: str) -> None:
-    """What the CDI library of an engine does with a device: its edits, and those of its specification."""
+    """Apply the edits of a device and those of its specification, as the CDI library of an engine does."""
     if not device:
         return
     (chosen,) = [found["containerEdits"] for found in spec["devices"] if found["name"] == device]

@@ -1,6 +1,6 @@
-"""The tests' kubelet: what it says to device plugins and hears from them, by the interface that it publishes.
+"""A stand-in for kubelet: its messages to device plugins and their answers, by the interface that kubelet publishes.
 
-Owns: a Registration server and a DevicePlugin client for each resource, both made by protoc from api.proto, which is
+It owns a Registration server and a DevicePlugin client for each resource, both made by protoc from api.proto, which is
 k8s.io/kubelet v0.34.0's pkg/apis/deviceplugin/v1beta1/api.proto (Apache License 2.0, the Kubernetes Authors); and the
 plugin's process. Imports nothing of fgpu.
 """
@@ -34,7 +34,7 @@ OPTIONS = (("grpc.use_local_subchannel_pool", 1),)
 
 
 def compiled(folder: Path) -> tuple[ModuleType, ModuleType]:
-    """Messages and services as protoc makes them."""
+    """Compile messages and services with protoc."""
     from grpc_tools import protoc
 
     if "api_pb2" not in sys.modules:
@@ -56,7 +56,7 @@ def _load(name: str, file: Path) -> None:
 
 
 class Resource:
-    """A plugin that has registered, as kubelet holds it: its stream is read in a thread of its own."""
+    """A plugin that has registered, as kubelet holds it. A separate thread reads its stream."""
 
     def __init__(self, kubelet: Kubelet, request: Any) -> None:
         self.request, self.lists = request, []
@@ -80,29 +80,29 @@ class Resource:
         self.ended = self.ended or "ended"
 
     def close(self) -> None:
-        """Hangs up."""
+        """Close the connection."""
         self.channel.close()
         self._thread.join(10)
 
     @property
     def ids(self) -> list[str]:
-        """All, in the order of the last list."""
+        """Return all ids, in the order of the last list."""
         return [device.ID for device in self.lists[-1]] if self.lists else []
 
     @property
     def healthy(self) -> list[str]:
-        """Those that a pod could have."""
+        """Return the ids that a pod could get."""
         return [device.ID for device in self.lists[-1] if device.health == "Healthy"] if self.lists else []
 
     def allocate(self, *ids: str, seconds: float = 30) -> Any:
-        """One container's answer."""
+        """Return the answer for one container."""
         wanted = self._api.ContainerAllocateRequest(devices_ids=ids)
         asked = self._api.AllocateRequest(container_requests=[wanted])
         (answer,) = self.plugin.Allocate(asked, timeout=seconds).container_responses
         return answer
 
     def preferred(self, size: int, available: list[str], must: tuple[str, ...] = ()) -> list[str]:
-        """What kubelet would rather give."""
+        """Return the ids that kubelet should prefer."""
         one = self._api.ContainerPreferredAllocationRequest(
             available_deviceIDs=available, must_include_deviceIDs=must, allocation_size=size
         )
@@ -112,7 +112,7 @@ class Resource:
 
 
 class Kubelet:
-    """Its folder and its Registration service; start() again is another kubelet, which empties the folder first."""
+    """Kubelet's folder and Registration service. start() again is another kubelet, which empties the folder first."""
 
     def __init__(self, folder: Path, made: Path) -> None:
         self.folder = folder
@@ -124,7 +124,7 @@ class Kubelet:
         self._server: Any = None
 
     def start(self) -> None:
-        """As its plugin manager does: everything in the folder goes, then it listens."""
+        """Empty the folder and listen, as kubelet's plugin manager does."""
         for path in self.folder.iterdir():
             path.unlink()
         kubelet = self
@@ -149,7 +149,7 @@ class Kubelet:
             before.close()
 
     def stop(self) -> None:
-        """It ends, and its socket stays where it was."""
+        """Stop the server. Its socket stays."""
         if self._server:
             self._server.stop(0).wait(10)
             self._server = None
@@ -158,14 +158,14 @@ class Kubelet:
         self.resources.clear()
 
     def resource(self, name: str, seconds: float = 30) -> Resource:
-        """One that has registered and sent its first list."""
+        """Return a resource that has registered and sent its first list."""
         return eventually(
             lambda: (found := self.resources.get(f"fgpu.dev/{name}")) and found.lists and found, seconds, name
         )
 
 
 class Plugin:
-    """`fgpu device-plugin`, as a DaemonSet's container has it: root, and no capability at all."""
+    """The process `fgpu device-plugin`, as a DaemonSet's container runs it: root, without any capability."""
 
     def __init__(self, folder: Path, log: Path, *options: str, run_dir: Path = RUN_DIR) -> None:
         bare = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
@@ -176,11 +176,11 @@ class Plugin:
             self.process = subprocess.Popen([str(word) for word in command], stdout=said, stderr=said, env=environment)
 
     def said(self) -> str:
-        """All of its lines."""
+        """Return all lines of its output."""
         return self.log.read_text()
 
     def stop(self) -> float:
-        """SIGTERM; seconds until it has ended."""
+        """Send SIGTERM. Return the seconds until it has exited."""
         began = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(20)
@@ -189,14 +189,14 @@ class Plugin:
         return time.monotonic() - began
 
     def kill(self) -> None:
-        """SIGKILL, if it is still there."""
+        """Send SIGKILL, if it still runs."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait(20)
 
 
 def doctor(folder: Path) -> str:
-    """What `fgpu doctor` says of the plugin of a kubelet that has its folder where it is as a rule."""
+    """Return what `fgpu doctor` says of the plugin of a kubelet that has its folder at the usual place."""
     script = f"""
 mount -t tmpfs tmpfs /var/lib && mkdir -p /var/lib/kubelet/device-plugins &&
 mount --bind {folder} /var/lib/kubelet/device-plugins && exec "$@"

@@ -20,7 +20,7 @@ class Pods(engines.Bundles):
         self.answer: Any = None
 
     def pod(self, answer: Any = None, names: list[str] | None = None) -> Tenant:
-        """One container with that answer of the plugin's, or with these CDI devices."""
+        """Start one container with that answer of the plugin, or with these CDI devices."""
         self.answer, self.names = answer, names or [device.name for device in answer.cdi_devices]
         return self.tenant(None)
 
@@ -40,7 +40,7 @@ class Pods(engines.Bundles):
         path.write_text(json.dumps(config))
 
     def specs(self) -> list[dict[str, Any]]:
-        """Everything that engines find."""
+        """Return all specifications that engines find."""
         return [json.loads(path.read_text()) for folder in self._folders for path in folder.glob("*.json")]
 
 
