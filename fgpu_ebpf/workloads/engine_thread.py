@@ -39,6 +39,7 @@ class Api(Protocol):
 @dataclass(slots=True)
 class _Want:
     due: float
+    is_asked: bool = False
     tries: int = 0
     error: str = ""
 
@@ -63,6 +64,8 @@ class EngineThread:
         """Ask about a container or pod until the engine knows it. The first call starts the thread."""
         with self._changed:
             self._wants.setdefault(subject, _Want(time.monotonic()))
+            if not self.is_there and not self.error:
+                self._resume_at = 0.0  # an engine that makes a container has a socket by now
             if self._thread is None and not self._ended:
                 self._thread = threading.Thread(target=self._run, name=f"engine {self.api.name}", daemon=True)
                 self._thread.start()
@@ -101,6 +104,8 @@ class EngineThread:
             return f"{self.api.name} fails: {error}"
         if not self.is_there:
             return f"{self.api.path} is not there"
+        if want and not want.is_asked:
+            return f"{self.api.name} has not been asked yet"
         return f"{self.api.name} knows of no such container"
 
     # -- in the thread
@@ -114,14 +119,17 @@ class EngineThread:
                 self._failed(subject, repr(error)[:200])
 
     def _next(self) -> Subject | None:
-        """Wait for the next subject that is due, and return it; None: the thread is to end."""
+        """Wait until a subject is due, and return it; None: the thread is to end.
+
+        The newest that was never asked about is first: it must not wait for those that ended while there was no engine.
+        """
         with self._changed:
             while not self._ended:
-                soonest = min(self._wants.items(), key=lambda item: item[1].due, default=None)
-                now = time.monotonic()
-                at = max(soonest[1].due, self._resume_at) if soonest else None
+                now, new = time.monotonic(), next((s for s, w in reversed(self._wants.items()) if not w.is_asked), None)
+                soonest = new or min(self._wants, key=lambda subject: self._wants[subject].due, default=None)
+                at = max(self._wants[soonest].due, self._resume_at) if soonest else None
                 if soonest and at is not None and at <= now:
-                    return soonest[0]
+                    return soonest
                 self._changed.wait(None if at is None else at - now)
         return None
 
@@ -131,6 +139,7 @@ class EngineThread:
             if not self.is_there:
                 self._pause_after("")
                 return
+            self._begin(subject)
             names = self.api.ask(subject)
         except EngineError as error:
             self._failed(subject, str(error))
@@ -139,6 +148,11 @@ class EngineThread:
         else:
             self._pause, self.error = 0.0, ""
             self._settle(subject, names)
+
+    def _begin(self, subject: Subject) -> None:
+        with self._changed:
+            if want := self._wants.get(subject):
+                want.is_asked = True
 
     def _settle(self, subject: Subject, names: Names | None) -> None:
         with self._changed:

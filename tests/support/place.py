@@ -48,7 +48,7 @@ class Place:
         return Tenant(self, name, f"/fgpu/{name}", folder, hub)
 
     def end(self, tenant: Tenant) -> None:
-        """Wait for the hub, and kill the processes that do not end with it: a test that failed has not ended its own."""
+        """Wait for the hub, and kill the processes that do not end with it, such as those of a test that failed."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             tenant.hub.wait(5)
         for pid in tenant.pids():

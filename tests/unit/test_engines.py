@@ -272,7 +272,7 @@ def test_one_bad_answer_keeps_nobody_elses_back(docker, api):
         assert asked(found, workload(subject(OTHER), path="/other")).labels == {"tier": "notebook"}
         assert time.monotonic() - begun < 1
         assert found.named(workload()).labels == {}
-        assert "longer than 4 MiB" in eventually(lambda: found.missing(workload()))
+        eventually(lambda: "longer than 4 MiB" in found.missing(workload()))
 
 
 def test_a_backlog_that_is_full_is_waited_for_no_longer(tmp_path, quick):
@@ -288,6 +288,19 @@ def test_a_backlog_that_is_full_is_waited_for_no_longer(tmp_path, quick):
         assert eventually(lambda: found.views() and found.views()[0].fault)
         for sock in waiting:
             sock.close()
+
+
+def test_a_new_container_waits_for_none_of_those_that_ended_without_an_engine(tmp_path):
+    """The engine starts after hundreds of containers have ended, and makes one. That one is asked about first."""
+    with running(DockerApi(Engine.DOCKER, str(tmp_path / "docker.sock"))) as found:
+        for number in range(300):
+            found.named(workload(subject(f"{number:064x}"), f"/docker/{number:064x}"))
+        time.sleep(1)  # the engine's absence has been noticed
+        engine = Docker(tmp_path / "docker.sock")
+        engine.containers = [container()]
+        asked(found, workload())
+        assert any(ID in target for target in engine.targets[:2])  # one of the others may have been under way
+        engine.stop()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a socket away")
