@@ -155,25 +155,26 @@ static void mapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allo
     enter_allocation(key, &value, levels_of(p, p->turn));
 }
 
-/* Drop one reference. The last one frees the memory, if it is not open elsewhere. */
-static void drop_reference(struct fgpu_process *p, struct fgpu_allocation_key *key)
+/* Drop one reference to a handle on the call's device. The last one frees the memory, if it is not open elsewhere. */
+static void drop_reference(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key,
+                           struct outcome *out)
 {
     struct fgpu_allocation *a = allocations.lookup(key);
     if (!a || __sync_fetch_and_add(&a->references, -1ULL) != 1) return;
     u64 bytes = a->bytes, exported = a->exported;
-    u32 device = a->device;
     delete_allocation(key, a);
-    subtract(&on(p, device)->vmm, bytes);
-    if (exported) subtract(&on(p, device)->exported_vmm, bytes);
+    subtract(&on(p, f->device)->vmm, bytes);
+    if (exported) subtract(&on(p, f->device)->exported_vmm, bytes);
     if (exported || p->flags & FGPU_SEEN_EXPORT)
-        orphan_part(p, key->tgid, device, bytes);
+        out->orphaned += bytes;
     else
-        release(p, device, bytes);
+        out->freed += bytes;
 }
 
 /* A range (pointer, bytes) was unmapped: it may cover several mappings, one after the other. The range that is left
- * afterwards stands in the call's arguments. */
-static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key)
+ * afterwards, or that is on another device, stands in the call's arguments. The loop only adds up what it frees: the
+ * verifier follows each of its turns. */
+static u64 unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_allocation_key *key, struct outcome *out)
 {
     u64 at = f->arguments[0], end = at + f->arguments[1];
     for (int i = 0; i < SPAN && at < end; i++) {
@@ -183,14 +184,18 @@ static void unmapped(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_al
         if (!mapping) at = end;
         if (!mapping) break;
         u64 bytes = mapping->bytes, owner = mapping->owner;
+        u32 device = mapping->device & DEVICE_MASK;
+        if (i && device != f->device) break;
+        f->device = device;
         delete_allocation(key, mapping);
         key->space = FGPU_SPACE_HANDLE;
         key->handle = owner;
-        drop_reference(p, key);
+        drop_reference(p, f, key, out);
         at += bytes;
     }
     f->arguments[0] = at;
     f->arguments[1] = end > at ? end - at : 0;
+    return out->freed;
 }
 
 static u64 device_of_ordinal(struct fgpu_process *p, struct fgpu_allocation_key *key, u32 ordinal)
@@ -307,8 +312,7 @@ static u64 settle(struct fgpu_process *p, struct fgpu_call *f, struct fgpu_alloc
         mapped(p, f, key);
         return 0;
     case FGPU_FUNCTION_UNMAP:
-        unmapped(p, f, key);
-        return 0;
+        return unmapped(p, f, key, out);
     case FGPU_FUNCTION_RETAIN_HANDLE: {
         key->space = FGPU_SPACE_HANDLE;
         key->handle = given(f);

@@ -26,6 +26,7 @@ COPIED = ("sim", "shim")  # folders of build/
 FOLDER = "fgpu-worlds"
 CLONE_NEWNS, CLONE_NEWCGROUP = 0x00020000, 0x02000000
 GONE_SECONDS = 20.0
+SIZE = "size=32m"  # of the file systems that tests fill to the last byte
 
 
 def cgroup2() -> Path:
@@ -52,7 +53,7 @@ def enter(name: str) -> None:
     _own_run_folder()
     _run("mount", "-t", "bpf", "bpf", "/sys/fs/bpf")
     Path("/var/lib/fgpu").mkdir(exist_ok=True)
-    _run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/var/lib/fgpu")
+    _run("mount", "-t", "tmpfs", "-o", f"mode=755,{SIZE}", "tmpfs", "/var/lib/fgpu")
     for folder in (BUILD / name for name in COPIED):
         if folder.exists():
             _own_copy(folder)
@@ -94,7 +95,7 @@ def _own_run_folder() -> None:
     own.rmdir()
     for name in ("fgpu", "fgpu-sim"):
         Path("/run", name).mkdir()
-        _run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", Path("/run", name))
+        _run("mount", "-t", "tmpfs", "-o", f"mode=755,{SIZE}", "tmpfs", Path("/run", name))
 
 
 def _own_copy(folder: Path) -> None:

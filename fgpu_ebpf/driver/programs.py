@@ -112,13 +112,14 @@ def _read(file: Path) -> image.Image | None:
     """Return the image in a file of the cache; None: there is none, or the file is damaged."""
     try:
         digest, _, text = file.read_text(encoding="ascii").partition("\n")
+        os.utime(file)  # the file that was not used for the longest time is removed first
         return image.parsed(text) if digest == _sha256(text) else None
     except (OSError, ValueError):
         return None
 
 
 def _write(file: Path, text: str) -> None:
-    """Write an image into the cache, and remove the oldest ones. Without it the next start compiles again."""
+    """Write an image into the cache, and remove those that were not used for the longest time. Without it the next start compiles again."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic_file.write(file, f"{_sha256(text)}\n{text}")

@@ -362,6 +362,23 @@ def test_one_unmap_over_several_mappings(level, client, mappings):
     assert level.used == 0
 
 
+def test_one_unmap_over_mappings_of_two_devices(level, client):
+    """Each device has its own bytes back, exported handles count as orphaned, and the order does not matter."""
+    level.limit(200 * MIB, devices=(0, 1))
+    for i, device in enumerate((0, 0, 1, 0, 1, 1)):
+        client(f"admit({2 * MIB}, kind={int(VMM)}, device={device})")
+        client(f"create({7 + i}, {2 * MIB}, location={device})")
+        client(f"map_({0x100000000 + i * 2 * MIB}, {2 * MIB}, {7 + i})")
+        if i in (1, 4):
+            client(f"export({7 + i})")
+        client(f"release({7 + i})")
+    usage = level.kernel.ledger.usage(level.cgroup)
+    assert [(usage[device].used, usage[device].orphaned) for device in (0, 1)] == [(6 * MIB, 0)] * 2
+    client(f"unmap(0x100000000, {12 * MIB})")
+    usage = level.kernel.ledger.usage(level.cgroup)
+    assert [(usage[device].used, usage[device].orphaned) for device in (0, 1)] == [(2 * MIB, 2 * MIB)] * 2
+
+
 def test_an_unmap_ends_where_nothing_is_mapped(level, client):
     for i in range(40):
         client(f"create({7 + i}, {2 * MIB})")

@@ -190,7 +190,7 @@ def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
     """The owner is stopped by a signal, a debugger and a freezer in turn: each delays the other by one deadline."""
     owner, other = start("owner", "--weight", "100"), start("other", "--weight", "100")
     other.begin(1)
-    alone, times = other.kernels(), scale(3, 20, 200)
+    alone, times = other.kernels(), scale(3, 10, 200)
     owner.begin(600)
     beside = 0.0
     for way in itertools.islice(itertools.cycle((signalled, traced, frozen)), times):

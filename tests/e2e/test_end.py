@@ -72,7 +72,7 @@ def test_killed_processes_release_within_a_second(tenant, scale) -> None:
     watchers = [bystander(one) for one in tenants]
     free = watchers[0].ok("info")[0]
     killed: set[int] = set()
-    while len(killed) < scale(24, 200, 1000):
+    while len(killed) < scale(24, 100, 1000):
         broods = [breed(one, each) for one in tenants]
         pids = [pid for _, brood in broods for pid in brood]
         assert len(pids) == 3 * each
@@ -95,7 +95,7 @@ def test_who_is_killed_in_a_call_or_an_admission_leaves_nothing(tenant, scale) -
     one = tenant(16 * GIB)
     watcher = bystander(one)
     free, before = watcher.ok("info")[0], anomalies()
-    for _ in range(scale(1, 7, 120)):
+    for _ in range(scale(1, 4, 120)):
         parent = one.client()
         others = set(one.pids())
         assert parent.ok(f"bustle 8 {HELD}") == [8]
@@ -226,7 +226,7 @@ def test_fork_changes_nothing_of_the_parent(tenant) -> None:
 @pytest.mark.places("runc")
 def test_each_process_of_a_tree_is_itself(tenant, scale) -> None:
     """F4: fork, vfork, posix_spawn, exec, a double fork, daemons that close every descriptor."""
-    count = scale(60, 500, 10_000)
+    count = scale(60, 250, 10_000)
     # one that holds memory, and one more: a process charged for another is refused
     one = tenant(2 * CONTEXT + 3 * HELD)
     program = Program(one, "trees", f"{BUILD}/e2e/trees {count} {HELD}")

@@ -217,7 +217,7 @@ def test_whoever_ends_at_any_point_harms_nobody_and_leaves_nothing(host: Host, t
     for one in tenants:
         one.assert_enforced()
     loads = [Load(one) for one in tenants]
-    for point in [*POINTS] * scale(1, 1, 50) + ["any_moment"] * scale(0, 10, 13):
+    for point in [*POINTS] * scale(1, 1, 50) + ["any_moment"] * scale(0, 5, 13):
         host.children.kill_agent()
         POINTS[point](host, tenants[0], point)
         for one in tenants:

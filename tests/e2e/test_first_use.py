@@ -103,7 +103,7 @@ def test_of_two_first_uses_of_the_last_room_one_wins(
 ) -> None:
     for _ in range(FIT - 1):
         use(group, 7)
-    for number in range(scale(5, 40, 1000)):
+    for number in range(scale(5, 20, 1000)):
         pair = [group.tenant(None).client() for _ in range(2)]
         for client in pair:
             client.send("device 7")
@@ -163,7 +163,7 @@ def test_no_program_is_refused_under_a_group_whose_limit_is_new(
     """A limit for the group appears around four programs that just then use another device for the first time."""
     folder = cgroup_root() / group.group.lstrip("/")
     folder.mkdir(exist_ok=True)
-    for number in range(scale(3, 15, 200)):
+    for number in range(scale(3, 8, 200)):
         clients = start_four(group)
         group.tenants[0].assert_enforced()
         ask(verb="put", target=group.group, memory="70GiB")

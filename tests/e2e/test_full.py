@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import world
 from tests.support.commands import fgpu, metrics_page
 from tests.support.host import CONTEXT, GIB, MIB, RUN_DIR, fill
 from tests.support.service import Service
@@ -103,7 +104,7 @@ def test_nothing_waits_for_a_log_that_nobody_reads(dead: Service, tenant, scale)
         for one in tenants:
             one.assert_enforced()
         fits, hopeless = busy(tenants[0], f"ask {STEP} 0"), busy(tenants[1], f"ask {GIB * 8} 0")
-        print(live_for(scale(2, 60, 60), tenants))
+        print(live_for(scale(2, 20, 60), tenants))
         got, *others = answered(fits)
         assert got
         assert others == [0, 0], "the one that fits noticed"
@@ -141,7 +142,7 @@ def full(dead: Service) -> Iterator[Path]:
         yield filler
     finally:
         filler.unlink(missing_ok=True)
-        subprocess.run(["mount", "-o", "remount,size=50%", RUN_DIR], check=True)
+        subprocess.run(["mount", "-o", f"remount,{world.SIZE}", RUN_DIR], check=True)
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def test_a_pointer_that_one_thread_frees_while_another_is_given_it(tenant, scale
     client.ok("context")
     one.assert_enforced()
     before = {kind: anomalies(kind) for kind in ("stale", "release")}
-    times = scale(1_000, 25_000, 50_000)  # of each thread, on the host and in a container
+    times = scale(1_000, 12_000, 50_000)  # of each thread, on the host and in a container
     again, failures = client.ok(f"reuse {256 << 10} {times}", 120)
     assert again > times / 100, "hardly any pointer was given again: nothing was tried"
     assert failures == 0
@@ -167,7 +167,7 @@ def test_what_an_exporter_leaves_is_the_importer_s(tenant, export, scale) -> Non
     importer = one.client()
     importer.ok("context")
     held = []
-    for i in range(scale(2, 8, 20)):
+    for i in range(scale(2, 4, 20)):
         exporter = one.client()
         exporter.ok("context")
         held.append(export(exporter, importer))
@@ -238,7 +238,7 @@ def test_a_limit_set_over_programs_at_work(place: Place, tenant, scale) -> None:
         client.send(f"ask {2 * MIB} 0")
     before = anomalies("release")
     try:
-        for _ in range(scale(5, 10, 300)):
+        for _ in range(scale(5, 5, 300)):
             fgpu("set", place.group, "--memory", "16GiB")
             fgpu("unset", place.group)
         fgpu("set", place.group, "--memory", "16GiB")

@@ -41,7 +41,7 @@ def test_two_processes_race_for_the_last_bytes(tenant, tmp_path: Path, scale) ->
         racer.ok("context")
     with one.growing(98 * MIB):
         racers[0].ok(f"alloc {98 * MIB}")
-    rounds = scale(200, 500, 10_000)
+    rounds = scale(200, 250, 10_000)
     race(racers, rounds)
     assert one.assert_exact() == 2 * CONTEXT + 98 * MIB
     memory = one.memory()
@@ -59,7 +59,7 @@ def test_two_tenants_race_for_the_last_bytes_of_their_group(place, tenant, tmp_p
             racer.ok("context")
         with both[0].growing(98 * MIB):
             racers[0].ok(f"alloc {98 * MIB}")
-        rounds = scale(200, 500, 10_000)
+        rounds = scale(200, 250, 10_000)
         race(racers, rounds)
         assert sum(one.assert_exact() for one in both) == whole()["used_bytes"] == 2 * CONTEXT + 98 * MIB
         assert whole()["refused"] == rounds
@@ -89,7 +89,7 @@ def test_who_fits_is_not_refused_beside_hopeless_askers(tenant, scale) -> None:
     fitting, *askers = [one.client() for _ in range(9)]
     fitting.ok("context")
     one.assert_enforced()
-    times = scale(5_000, 50_000, 1_000_000)
+    times = scale(5_000, 25_000, 1_000_000)
     with hopeless(askers):
         got = fitting.ok(f"ask {MIB} {times}", 900)
     memory = one.memory()
@@ -107,7 +107,7 @@ def test_who_fits_is_not_refused_beside_hopeless_askers_of_its_group(place, tena
         fitting = one.client()
         fitting.ok("context")
         one.assert_enforced()
-        times = scale(5_000, 50_000, 1_000_000)
+        times = scale(5_000, 25_000, 1_000_000)
         with hopeless([other.client() for _ in range(8)]):
             assert fitting.ok(f"ask {MIB} {times}", 900) == [times, 0, 0]
         assert one.assert_exact() + other.assert_exact() == whole()["used_bytes"] == 9 * CONTEXT

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import world
 from tests.e2e.held_kit import LIMIT, Held, filled
 from tests.support.commands import metrics
 from tests.support.containers.docker import DOCKERD, Docker
@@ -154,15 +155,13 @@ def kept(service: Service, unharmed: None, tmp_path: Path) -> Iterator[Kept]:
     shutil.copytree(STATE, tmp_path / "state", symlinks=True)
     for root in (STATE, service.cdi):
         root.mkdir(exist_ok=True)  # a detach of another test took an empty one away
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", root], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", world.SIZE, "tmpfs", root], check=True)
     shutil.copytree(tmp_path / "state", STATE, symlinks=True, dirs_exist_ok=True)
-    subprocess.run(["mount", "-o", "remount,size=64M", RUN_DIR], check=True)
     found = Kept(service, copies)
     found.start()
     yield found
     service.kill_agent()
     found.restore()
-    subprocess.run(["mount", "-o", "remount,size=50%", RUN_DIR], check=True)
     for root in (STATE, service.cdi):
         subprocess.run(["umount", "--lazy", root], check=True)
     (RUN_DIR / "published").unlink()

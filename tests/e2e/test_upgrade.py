@@ -183,7 +183,7 @@ def test_upgrades_under_load_refuse_nobody_and_miss_nothing(versions: Versions, 
     starts = Starts(starting, limit)
     starts.start()
     counts = []
-    for _ in range(scale(3, 20, 100)):
+    for _ in range(scale(3, 8, 100)):
         versions.install()
         counts.append(starts.count)
         # Each start needs the memory of the one before it, and an agent must have seen the driver free it.

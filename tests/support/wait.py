@@ -10,6 +10,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 PRESSURE = Path("/proc/pressure/cpu")  # Linux 4.20
+GROWTH, LONGEST_PAUSE_SECONDS = 1.2, 0.05
 LONGEST = 10  # times as long, at most
 
 
@@ -42,7 +43,11 @@ def _quiet_clock() -> float:
 
 
 def eventually(look: Callable[[], T], seconds: float = 10.0, what: str = "", pause: float = 0.01) -> T:
-    """Call a function until it returns a true value, and return that."""
+    """Call a function until it returns a true value, and return that.
+
+    Args:
+        pause: seconds after the first call. Later pauses are longer, since most calls make the agent work too.
+    """
     deadline = Deadline(seconds)
     while True:
         found = look()
@@ -51,6 +56,7 @@ def eventually(look: Callable[[], T], seconds: float = 10.0, what: str = "", pau
         if deadline.is_over():
             raise Timeout(f"not within {seconds} s: {what or look}: {found!r}")
         time.sleep(pause)
+        pause = min(GROWTH * pause, LONGEST_PAUSE_SECONDS)
 
 
 def steadily(look: Callable[[], object], for_seconds: float, within: float = 10.0, what: str = "") -> None:

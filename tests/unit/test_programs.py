@@ -123,6 +123,17 @@ def test_the_cache_has_an_end(world: World) -> None:
     assert len(list(world.cache.iterdir())) == programs.MOST_CACHED
 
 
+def test_the_cache_keeps_what_is_used(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
+    for number in range(2 * programs.MOST_CACHED):
+        world.load(compiler)
+        world.boot()
+        time.sleep(0.01)
+        world.load(shell(f"echo '{PRINTED}'; : {number}"))
+        world.boot()
+        time.sleep(0.01)
+    assert runs(tmp_path) == 1
+
+
 def test_without_a_cache_it_is_compiled(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
     world.cache.write_text("no folder")
     for _ in range(2):
