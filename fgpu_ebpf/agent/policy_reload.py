@@ -137,7 +137,7 @@ class Policies:
             last_good.write(self._file, self._folder.path, policies)
             self.unsaved = ""
         except OSError as error:
-            self.unsaved = f"the policies in force are not kept for the next start: {self._file}: {error.strerror}"
+            self.unsaved = f"the policies in force are not stored for the next start: {self._file}: {error.strerror}"
             log.error("%s", self.unsaved)
 
     def _note(self, policies: PolicySet | None, faults: tuple[Fault, ...]) -> None:

@@ -105,7 +105,7 @@ def load(**options: Any) -> None:
 @click.option("--driver-root", type=click.Path(path_type=Path), help="Default: that of the agent or of the settings.")
 @click.option("--loader", help="Default: that of the agent or of the settings.")
 @click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def doctor(as_json: bool, **options: Any) -> None:
     """Check this host: what is missing, and how to fix it."""
     from fgpu_ebpf import doctor as host
@@ -113,7 +113,8 @@ def doctor(as_json: bool, **options: Any) -> None:
 
     checks = host.checks(Options(RUN_DIR, **{name: value for name, value in options.items() if value}))
     if as_json:
-        click.echo(json.dumps([{"name": c.name, "ok": c.ok, "found": c.found, "mend": c.mend} for c in checks]))
+        rows = [{"name": c.name, "ok": c.ok, "found": c.found, "fix": c.mend, "mend": c.mend} for c in checks]
+        click.echo(json.dumps(rows))
     else:
         for check in checks:
             click.echo(_check_line(check))
@@ -290,7 +291,7 @@ def top(once: bool, sort: str, reverse: bool, filter_: str) -> None:
 
 @main.command("explain")
 @click.argument("target", shell_complete=tenants)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def explain_target(target: str, as_json: bool) -> None:
     """Explain the limits of TARGET: which policy decides, what is in force, and what would enforce it better."""
     answer = _call({"verb": "explain", "target": target})

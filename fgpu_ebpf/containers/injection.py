@@ -140,7 +140,7 @@ def check(run_dir: Path) -> Check:
     devices = [f"{spec['kind']}={device['name']}" for spec in written(run_dir) for device in spec["devices"]]
     if devices:
         return Check("containers", True, f"{len(devices)} CDI devices (fgpu cdi list)")
-    fix = "the agent's log says why; cdiFolder in agent.yaml names a folder that it may write"
+    fix = "the agent's log has the reason; set cdiFolder in agent.yaml to a writable folder"
     return Check("containers", False, "there is no CDI specification", fix)
 
 

@@ -93,7 +93,7 @@ def carry_over(folder: Path, layout: int, ledger: Ledger) -> None:
         except (OSError, ValueError) as error:
             raise ProgramError(
                 f"{folder} has limits of another version that cannot be read ({error}): they stay in force; start that "
-                "version again, or give them up with `fgpu detach`"
+                "version again, or remove them with `fgpu detach`"
             ) from error
         _close(maps["shelf"], list(levels.values()))
         new = {cgroup: level for cgroup, level in levels.items() if ledger.page_missing(cgroup)}

@@ -84,7 +84,7 @@ class OwnerTable:
             if owner not in in_use and not any(self._share(slot).entries):
                 heapq.heappush(self._free, slots.pop(owner))
         if not self._free:
-            raise OSError(errno.E2BIG, "as many workloads have bounds as are possible")
+            raise OSError(errno.E2BIG, "the maximum number of workloads with bounds is reached")
 
     def _share(self, slot: int) -> Share:
         raw = bpf.lookup(self._maps["owners"], _U32.pack(slot), _BYTES) or bytes(_BYTES)

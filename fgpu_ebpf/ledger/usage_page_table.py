@@ -77,7 +77,7 @@ class UsagePageTable:
         """Return a slot for the page of each cgroup."""
         places = self._look()
         if len(cgroups) > len(self._free):
-            raise OSError(errno.E2BIG, "there are as many levels as are possible")
+            raise OSError(errno.E2BIG, "the maximum number of levels is reached")
         taken = [heapq.heappop(self._free) for _ in cgroups]
         places |= dict(zip(cgroups, taken, strict=True))
         return taken

@@ -156,8 +156,8 @@ def _seen(unseen: Mapping[int, str]) -> list[str]:
         return []
     pids = ", ".join(map(str, list(unseen)[:5]))
     why = "; ".join(list(dict.fromkeys(unseen.values()))[:5])
-    what = "its limit holds as far as its shim asks, and NVML's bytes are charged afterwards"
-    return [f"a libcuda of pid {pids} cannot be probed ({why}): {what}; use a driver that fgpu knows"]
+    what = "only requests of its shim are limited, and other memory is charged later from NVML"
+    return [f"a libcuda of pid {pids} cannot be probed ({why}): {what}; use a driver that fgpu supports"]
 
 
 def _joined(alone: Sequence[int]) -> list[str]:
@@ -236,6 +236,6 @@ def _time_line(time: dict[str, Any]) -> str:
         return f"{text}, and it is its turn"
     if time["is_waiting"]:
         return f"{text}, and it waits for its turn" + (
-            ": its limit holds it back at times" if time["throttled"] else ""
+            ": its compute limit delays it at times" if time["throttled"] else ""
         )
     return text

@@ -48,7 +48,7 @@ class PreexistingProcesses:
         try:
             atomic_file.write(place, json.dumps(known))
         except OSError as error:
-            log.warning("cannot write the list of preexisting processes, a restart will forget them: %s", error)
+            log.warning("cannot write the list of preexisting processes, which a restart needs: %s", error)
         return cls(known)
 
     def __init__(self, known: Mapping[int, int] | None = None) -> None:

@@ -129,14 +129,14 @@ class Workloads:
         try:
             os.makedirs(parent, exist_ok=True)
         except PermissionError as error:  # see make_run_folder()
-            raise TargetError(f"{parent} is gone: restart the agent, which makes it when it starts") from error
+            raise TargetError(f"{parent} does not exist: restart the agent to create it") from error
         for number in range(1, 100_000):
             found = name or f"run-{number}"
             try:
                 os.mkdir(f"{parent}/{found}")
             except FileExistsError as error:
                 if name:
-                    raise TargetError(f"a tenant {name!r} exists already") from error
+                    raise TargetError(f"a tenant {name!r} already exists") from error
                 continue
             return self.place(found)
         raise TargetError("too many tenants")
