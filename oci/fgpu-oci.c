@@ -72,7 +72,7 @@ static int share(const char *run, const char *name)
 
 /* -- fgpu-oci knock */
 
-/* Comes and goes: who says nothing is let go at once, whether or not an agent runs. */
+/* Connect and disconnect: the gatekeeper disconnects a peer that sends nothing, whether or not an agent runs. */
 static int knock(const char *run)
 {
     int gatekeeper = connect_to(run, "shim/shim.sock", SOCK_SEQPACKET);

@@ -122,7 +122,7 @@ class Policies:
         self._bell.ring()
 
     def take(self) -> None:
-        """Put in force what was read since the last call."""
+        """Apply the policies that were read since the last call."""
         self._bell.hush()
         while self._changes:
             policies, faults = self._changes.popleft()

@@ -137,7 +137,7 @@ def attach_probes(settings: Settings, prepared: Prepared, ledger: Ledger) -> Att
 def _publish(
     settings: Settings, prepared: Prepared, probes: attach.Probes
 ) -> tuple[Discovery, Path, Mapping[str, Check]]:
-    """Probe the shim before publishing it: programs that start meanwhile get the version before."""
+    """Probe the shim before publishing it: programs that start before that get the previous version."""
     store, release = settings.store, prepared.release
     discovery = Discovery.of_host(
         probes, prepared.libraries, release.files(), store, settings.trusted_drivers, settings.bounds.files
@@ -220,7 +220,7 @@ def take_over(parts: Parts, prepared: Prepared, ledger: Ledger) -> None:
 
 
 def set_up_containers(settings: Settings, shim: Path, devices: Sequence[nvml.Device]) -> cdi.Parts | None:
-    """Set up what containers are given at their start. None: it cannot be written; the host still enforces."""
+    """Write the files that containers get at their start. None: they cannot be written; limits are still enforced."""
     try:
         helper = settings.helper if settings.store is None else injection.publish_helper(settings.helper)
         parts = injection.parts(settings.run_dir, shim, helper)

@@ -293,7 +293,7 @@ def top(once: bool, sort: str, reverse: bool, filter_: str) -> None:
 @click.argument("target", shell_complete=tenants)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def explain_target(target: str, as_json: bool) -> None:
-    """Explain the limits of TARGET: which policy decides, what is in force, and what would enforce it better."""
+    """Explain the limits of TARGET: the policy that decides, the limits in force, and how to enforce them better."""
     answer = _call({"verb": "explain", "target": target})
     lines = answer.pop("lines")
     click.echo(json.dumps(answer) if as_json else "\n".join(lines))
@@ -319,7 +319,7 @@ def events(follow: bool, as_json: bool) -> None:
 
 @main.command()
 def reload() -> None:
-    """Read the policy files again. The agent does so by itself when they change."""
+    """Read the policy files again. The agent reads them automatically when they change."""
     _call({"verb": "reload"})
 
 

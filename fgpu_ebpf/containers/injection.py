@@ -2,8 +2,8 @@
 
 Used by the agent's start and by `fgpu detach`, `fgpu cdi` and `fgpu doctor`. Files: RUN/containers (read by
 `fgpu-oci`), RUN/container.preload, lists in RUN/preload.d, the published helper, and the CDI specifications. Settings
-of engines are not touched (`engine_setup` does that on request). OSError: containers that start meanwhile get what was
-there before.
+of engines are not touched (`engine_setup` does that on request). OSError: containers that start before that get the
+previous files.
 """
 
 from __future__ import annotations

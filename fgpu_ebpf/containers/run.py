@@ -73,7 +73,7 @@ def remove_created_preload(run_dir: Path) -> None:
 def write_preload(run_dir: Path, shim: Path) -> None:
     """Write the file that is bound over /etc/ld.so.preload: the host's own lines, then the shim.
 
-    The file is never empty meanwhile: a program that starts at that moment would run without the shim.
+    The file is never empty during that: a program that starts at that moment would run without the shim.
     """
     host = Path(PRELOAD)
     own = _text_of(host) or ""

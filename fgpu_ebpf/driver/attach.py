@@ -227,7 +227,7 @@ class Probes:
         links.remove(path for path in self._links.iterdir() if not path.name.startswith(self._digest))
 
     def drop_unused(self, used: Set[File]) -> None:
-        """Remove the links to files that no process can be using any more."""
+        """Remove the links to files that no process can still use."""
         for file in self.known - used:
             self.let_go(file)
 

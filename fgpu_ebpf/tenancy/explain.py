@@ -1,4 +1,4 @@
-"""`fgpu explain`: why a cgroup gets what it gets, from the decision to what is in force.
+"""`fgpu explain`: the reasons for the limits of a cgroup, from the decision to the limits in force.
 
 Used by the control socket, in the agent's main loop. Cgroups that are not managed are explained too.
 """
@@ -89,7 +89,7 @@ def _word(levels: Sequence[Tenant], unenforced: str, enforced: Mapping[int, str]
 
 
 def _notes(workload: Workload, tenant: Tenant | None, levels: Sequence[Tenant], manager: Manager) -> Iterator[str]:
-    """Yield what else keeps the cgroup from what a policy gives it."""
+    """Yield the other reasons why the cgroup does not get what a policy gives it."""
     if missing := manager.workloads.missing(workload):
         yield missing
     if tenant and tenant not in levels:

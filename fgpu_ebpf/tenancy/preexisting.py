@@ -28,7 +28,7 @@ class PreexistingProcesses:
 
     @classmethod
     def found(cls, run_dir: Path, layout_changes: bool = False) -> PreexistingProcesses:
-        """Return those that an earlier agent has found, else find them now.
+        """Return the processes that an earlier agent has recorded; otherwise search for them.
 
         Args:
             layout_changes: the layout of pages changes, so that processes with a shim count too: this version does not

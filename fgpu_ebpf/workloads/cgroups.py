@@ -178,7 +178,7 @@ def remove_run_folder() -> None:
 
 
 def checks() -> list[Check]:
-    """Return the finding about the cgroup v2 hierarchy."""
+    """Return the check result for the cgroup v2 hierarchy."""
     root = procfs.cgroup2_root()
     if root is None:
         fix = "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified"
