@@ -134,7 +134,7 @@ class BoundsDocument(Model):
 class HostDocument(Model):
     """The document `agent.yaml`."""
 
-    listen: Annotated[str, AfterValidator(_address)] = absent("The address of the status page and /metrics.")
+    listen: Annotated[str, AfterValidator(_address)] = absent("The address of the web page and /metrics.")
     listen_names: Annotated[list[Annotated[str, AfterValidator(_name)]], Field(max_length=64)] = absent(
         "Names under which it may be requested; absent: any, or localhost alone if no other host can reach it."
     )

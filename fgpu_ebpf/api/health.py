@@ -1,6 +1,6 @@
 """Problems of the host according to its Snapshot, and how to fix them.
 
-Used by `fgpu doctor` and by the status page. What a Snapshot does not contain, such as whether the gatekeeper replies,
+Used by `fgpu doctor` and by the web page. What a Snapshot does not contain, such as whether the gatekeeper replies,
 `fgpu doctor` checks itself. Pure.
 """
 

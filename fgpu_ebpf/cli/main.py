@@ -62,7 +62,7 @@ def main(run_dir: Path) -> None:
 @main.command()
 @click.option("--driver-root", type=click.Path(path_type=Path), help="Root of the NVIDIA driver's libraries: /.")
 @click.option("--shim", type=click.Path(path_type=Path), help="The shim's file, if not the package's.")
-@click.option("--listen", help="Address of the status page (/) and /metrics: 127.0.0.1:9423.")
+@click.option("--listen", help="Address of the web page (/) and /metrics: 127.0.0.1:9423.")
 @click.option("--loader", help="The Python interpreter that can import BCC: /usr/bin/python3 -I.")
 @click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
 @click.option("--policies", type=click.Path(path_type=Path), help="The folder of policies: /etc/fgpu/policy.d.")
