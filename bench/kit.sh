@@ -53,7 +53,7 @@ bcc() { # bcc DEBS: the shared objects that BCC needs, none of libc's
     printf '%s\n' /tmp/fgpu/tree /tmp/fgpu/site /tmp/fgpu/bcc/usr/lib/python3/dist-packages >"$site/fgpu.pth"
     echo /tmp/fgpu/lib >/etc/ld.so.conf.d/zz-fgpu-bcc.conf
     ldconfig
-    /usr/bin/python3 -I -W ignore -c 'import bcc; bcc.BPF' || { echo "kit.sh: /usr/bin/python3 sees no BCC" >&2 && exit 1; }
+    /usr/bin/python3 -I -W ignore -c 'import bcc; bcc.BPF' || { echo "kit.sh: /usr/bin/python3 cannot import BCC" >&2 && exit 1; }
 }
 
 command_of() { # command_of NAME ENVIRONMENT... -- PROGRAM...: a command that sees this environment

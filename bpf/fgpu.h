@@ -333,7 +333,7 @@ struct fgpu_admission { /* that no driver call has settled yet; ticket 0: none *
     __u32 kind;
     __u64 verdict;
 };
-/* How far calls of a library are believed: see docs/architecture.md, library classes. */
+/* How far calls of a library are believed: see docs/tenants.md, trust classes. */
 enum fgpu_class {
     FGPU_CLASS_HOST,    /* the host driver's own file: what it frees counts as freed */
     FGPU_CLASS_LISTED,  /* a file that the host's administrator trusts: likewise */

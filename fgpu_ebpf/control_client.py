@@ -86,7 +86,7 @@ async def ask(run_dir: Path, request: dict[str, Any], patience_seconds: float = 
 def _no_answer(run_dir: Path, error: OSError) -> NoAnswerError:
     """Tell a user without permission from a host without an agent: the kernel checks the permission first."""
     if isinstance(error, PermissionError) and _is_running(run_dir):
-        text = f"the agent runs, but this user may not ask it ({run_dir}/control.sock: {error.strerror})"
+        text = f"the agent runs, but this user has no access to it ({run_dir}/control.sock: {error.strerror})"
         return NoAnswerError(text, _permission(), denied=True)
     why = "not in time" if isinstance(error, TimeoutError) else error.strerror or error
     return NoAnswerError(f"no agent answers at {run_dir}/control.sock ({why})", f"start it with `{agent_command()}`")

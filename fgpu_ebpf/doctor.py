@@ -114,7 +114,8 @@ def _ptrace() -> Check:
 def _bpffs() -> Check:
     if os.path.ismount("/sys/fs/bpf"):
         return Check("bpffs", True, "/sys/fs/bpf")
-    return Check("bpffs", False, "no bpffs is mounted", "mount -t bpf bpf /sys/fs/bpf (the agent does it itself)")
+    fix = "mount -t bpf bpf /sys/fs/bpf (the agent does this at its start)"
+    return Check("bpffs", False, "no bpffs is mounted", fix)
 
 
 def _agent(run_dir: Path) -> list[Check]:

@@ -262,7 +262,8 @@ static int is_mounted(const char *mounts, const char *destination)
 static void mount_entry(char **to, const char *mounts, const char *source, const char *destination, const char *more)
 {
     if (is_mounted(mounts, destination)) {
-        if (!strcmp(destination, PRELOAD)) say("the container has a mount of its own at " PRELOAD ": left as it is");
+        if (!strcmp(destination, PRELOAD))
+            say("the container has a mount of its own at " PRELOAD ": it is not changed");
         return;
     }
     *to += sprintf(*to,
@@ -295,7 +296,7 @@ char *edits_apply(const struct setup *setup, const char *config, const char *bun
     const char *mounts = json_member(config, "mounts");
     char *root = json_text(json_member(json_member(config, "root") ?: "", "path"));
     if (!root || (mounts && *mounts != '[')) {
-        say("the container's configuration names no root: the runtime's own message says more");
+        say("the container's configuration has no root: see the runtime's own message");
         free(root);
         return NULL;
     }

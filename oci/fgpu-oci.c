@@ -55,9 +55,9 @@ static int share(const char *run, const char *name)
 {
     char *state = file_read(AT_FDCWD, "-", MOST_OF_A_CONFIG);
     const char *pid = state ? json_member(state, "pid") : NULL;
-    if (!pid || atoi(pid) <= 0 || !is_name(name)) return refuse("no share without a name and the runtime's state");
+    if (!pid || atoi(pid) <= 0 || !is_name(name)) return refuse("a share needs a name and the runtime's state");
     int agent = connect_to(run, "control.sock", SOCK_STREAM);
-    if (agent < 0) return refuse("no agent answers that could limit it (start it: fgpu agent)");
+    if (agent < 0) return refuse("no agent responds that could limit it (start it: fgpu agent)");
     dprintf(agent, "{\"verb\":\"share\",\"pid\":%d,\"share\":\"%s\"}\n", atoi(pid), name);
     char answer[4096] = "";
     size_t length = 0;
@@ -72,7 +72,7 @@ static int share(const char *run, const char *name)
 
 /* -- fgpu-oci knock */
 
-/* Comes and goes: who says nothing is let go at once, whether or not an agent runs. */
+/* Connect and disconnect: the gatekeeper disconnects a peer that sends nothing, whether or not an agent runs. */
 static int knock(const char *run)
 {
     int gatekeeper = connect_to(run, "shim/shim.sock", SOCK_SEQPACKET);
@@ -100,7 +100,7 @@ static int precreate(const char *run)
     char *config = file_read(AT_FDCWD, "-", MOST_OF_A_CONFIG);
     if (!config) return refuse("its configuration cannot be read");
     int is_set_up = setup_read(&setup, run);
-    if (is_set_up < 0) return refuse("the shim's place is not known");
+    if (is_set_up < 0) return refuse("the location of the shim is not known");
     if (!is_set_up) say("no agent runs here: the container starts without a limit");
     char *edited = is_set_up ? edits_apply(&setup, config, NULL) : config;
     if (!edited || put_out(edited)) return refuse("the shim cannot be put in");
@@ -138,7 +138,7 @@ static int edit_bundle(const char *run, const char *bundle)
     struct setup setup;
     char path[PATH_MAX];
     int is_set_up = setup_read(&setup, run);
-    if (is_set_up < 0) return refuse("the shim's place is not known");
+    if (is_set_up < 0) return refuse("the location of the shim is not known");
     if (!is_set_up) {
         say("no agent runs here: the container starts without a limit");
         return 0;
@@ -156,12 +156,12 @@ static int runtime(const char *run, char **words)
 {
     const char *name = words[0] ? strrchr(words[0], '/') : NULL;
     name = name ? name + 1 : words[0];
-    if (!name || !strncmp(name, "fgpu-", 5)) return refuse("no runtime is named that could start it");
+    if (!name || !strncmp(name, "fgpu-", 5)) return refuse("no runtime is given that could start it");
     reasons_log = option(words, "--log", NULL);
     if (starts_a_container(words + 1) && edit_bundle(run, option(words, "--bundle", "-b") ?: ".")) return 1;
     execvp(words[0], words);
     say("%s: %s", words[0], strerror(errno));
-    return refuse("its runtime is not there");
+    return refuse("its runtime does not exist");
 }
 
 /* By name from PATH, or what the link of that name leads to. */

@@ -162,7 +162,7 @@ class Agent:
             self._do(part)
 
     def _do(self, step: Callable[[], object]) -> None:
-        """Run one step. An error in it must not stop the others; limits stand in the kernel either way."""
+        """Run one step. An error in it must not stop the others; limits stay in force in the kernel in either case."""
         try:
             step()
         except Exception as error:

@@ -59,7 +59,7 @@ class GatekeeperProcess:
         """
         self._seen = time.monotonic()
         if layout_changed and file_locks.is_locked(self._lock) and _hangs_up(self._run_dir / "shim/shim.sock"):
-            log.warning("the gatekeeper is of a version with another layout: ending it")
+            log.warning("the gatekeeper has a version with another layout: stopping it")
             end_any(self._run_dir)
         if file_locks.is_locked(self._lock):
             return
@@ -76,7 +76,7 @@ class GatekeeperProcess:
             return
         if time.monotonic() - self._seen < (OWN_SECONDS if self._child else OTHERS_SECONDS):
             return
-        log.warning("the gatekeeper is gone: starting another")
+        log.warning("the gatekeeper has exited: starting another")
         self.start()
 
     def wait(self) -> bool:

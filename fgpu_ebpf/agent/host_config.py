@@ -34,7 +34,8 @@ ENGINES = (
 class HostSettings:
     """The settings of a host.
 
-    `overcommit`: limits may sum past a device. `loader`: the interpreter that can import BCC, and its arguments.
+    `overcommit`: the sum of limits may exceed a device's memory. `loader`: the interpreter that can import BCC, and
+    its arguments.
     `engines`: engines to ask for labels, as KIND:SOCKET. `profiles`: shares that a device plugin offers.
     `ignored_xids`: XIDs after which a device is still offered. `trusted_drivers`: digests of files, as `sha256:…`.
     `bounds`: how much of shared tables one workload may have.

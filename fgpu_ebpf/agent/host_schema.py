@@ -62,7 +62,8 @@ def _program(value: list[str]) -> list[str]:
 def _engine(value: str) -> str:
     kind, colon, path = value.partition(":")
     if kind not in ("docker", "podman", "cri") or not colon:
-        raise ValueError(f"{shown(value)} names no engine: write it as docker:/run/docker.sock, podman:… or cri:…")
+        wanted = "docker:/run/docker.sock, podman:… or cri:…"
+        raise ValueError(f"{shown(value)} is not a valid engine: write it as {wanted}")
     _absolute(path)
     return value
 
@@ -99,9 +100,9 @@ _Path = Annotated[str, AfterValidator(_absolute), Field(max_length=4096)]
 class ProfileDocument(Model):
     """A profile of `profiles:`."""
 
-    share: Annotated[str, AfterValidator(_profile_share)] = Field(description="Memory, then a ceiling of time.")
-    count: Annotated[int, Field(ge=1, le=MOST_COUNT)] = absent("How many on each device; absent: as many as fit.")
-    devices: Devices = absent("Where: index, UUID or its beginning, or model; absent: on every device.")
+    share: Annotated[str, AfterValidator(_profile_share)] = Field(description="Memory, then a ceiling of compute time.")
+    count: Annotated[int, Field(ge=1, le=MOST_COUNT)] = absent("The number on each device; absent: as many as fit.")
+    devices: Devices = absent("The devices: index, UUID or its beginning, or model; absent: every device.")
 
     def profile(self) -> Profile:
         """Return the profile as the agent uses it."""
@@ -133,11 +134,13 @@ class BoundsDocument(Model):
 class HostDocument(Model):
     """The document `agent.yaml`."""
 
-    listen: Annotated[str, AfterValidator(_address)] = absent("The address of the status page and /metrics.")
+    listen: Annotated[str, AfterValidator(_address)] = absent("The address of the web page and /metrics.")
     listen_names: Annotated[list[Annotated[str, AfterValidator(_name)]], Field(max_length=64)] = absent(
         "Names under which it may be requested; absent: any, or localhost alone if no other host can reach it."
     )
-    overcommit: Literal["forbid", "allow"] = Field("forbid", description="`allow`: limits may sum past a device.")
+    overcommit: Literal["forbid", "allow"] = Field(
+        "forbid", description="`allow`: the sum of limits may exceed a device's memory."
+    )
     loader: Annotated[list[str], Field(min_length=1, max_length=16), AfterValidator(_program)] = absent(
         "The interpreter that can import BCC, and its arguments."
     )
@@ -159,7 +162,7 @@ class HostDocument(Model):
         "XIDs after which the device is still offered; absent: those that programs cause."
     )
     drivers: DriversDocument = absent("Files of libcuda that are trusted beside the host's own.")
-    bounds: BoundsDocument = absent("How much one workload may have, with all cgroups inside it.")
+    bounds: BoundsDocument = absent("The most that one workload may use of shared tables, with all cgroups inside it.")
 
 
 def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[Fault, ...]]:

@@ -1,6 +1,6 @@
 """Overheads: what NVML shows of a process beyond its witnessed bytes, entered in the ledger.
 
-Runs in the reconcile thread. A quiet process is set to exactly what NVML shows. If a process is never quiet (one of its
+Runs in the reconcile thread. An idle process is set to exactly what NVML shows. If a process is never idle (one of its
 threads is always between an admission and its call), the least that must be missing is added at once.
 """
 
@@ -33,13 +33,13 @@ class Corrections:
         self._exact: dict[_Life, tuple[int, int]] = {}  # when the process was last set exactly: see _correct
 
     def mark(self, device: int, processes: Mapping[int, Process]) -> None:
-        """Reset the peaks of processes that are not quiet, before NVML is asked."""
+        """Reset the peaks of processes that are not idle, before NVML is asked."""
         for tgid, process in processes.items():
             if not process.quiet:
                 self._ledger.mark(tgid, process.generation, device)
 
     def look(self, device: int, sample: Sample, ended: Mapping[int, int], drift: Drift) -> bool:
-        """Correct all processes of a device once. Returns True if some were not quiet: another look may be exact.
+        """Correct all processes of a device once. Returns True if some were not idle: another look may be exact.
 
         Between the reading of a process and its correction nothing may be charged, released, admitted or in a call: the
         kernel refuses the correction if a change has begun.
@@ -116,7 +116,7 @@ class Corrections:
         return done
 
     def _raise(self, tgid: int, process: Process, device: int, held: int, drift: Drift) -> None:
-        """Charge what must be missing of a process that is not quiet: NVML shows more than its peak since mark()."""
+        """Charge the missing bytes of a process that is not idle: those that NVML shows above its peak since mark()."""
         now = self._ledger.process(tgid)
         if now is None or now.generation != process.generation:
             return
@@ -143,7 +143,7 @@ class Corrections:
                 self._ledger.move(pid, 0, levels)
 
     def forget_ended(self, living: Mapping[int, Process]) -> None:
-        """Forget what is known of all other processes."""
+        """Remove the records of all other processes."""
         lives = {(tgid, process.generation) for tgid, process in living.items()}
         self._exact = {life: n for life, n in self._exact.items() if life[:2] in lives}
 
@@ -151,7 +151,7 @@ class Corrections:
 def overhead_for(exact: int, pool: int, gone: int = 0) -> int:
     """Return the overhead with which the ledger shows what NVML shows.
 
-    Pool bytes that the driver has freed meanwhile are an exception. The shim uses those again without asking, so they
+    Pool bytes that the driver has freed are an exception. The shim uses those again without asking, so they
     stay charged until the shim gives them back.
 
     Args:

@@ -216,7 +216,7 @@ class Reconciler:
         first.
 
         Args:
-            tries: how often to look while processes are not quiet.
+            tries: how often to look while processes are not idle.
             is_due: read the memory in use even if no orphans depend on it.
         """
         has_hidden = any(device_sample.is_hidden(process, device) for process in self._known.values())
@@ -256,7 +256,7 @@ class Reconciler:
         return device_sample.take(self._nvml, self._ledger, device, processes, samples)
 
     def _full(self, now: Truth, so_far: int, is_due: bool) -> Truth:
-        """Do what is done less often."""
+        """Do the less frequent work."""
         self._sweep(so_far)
         at, used = time.monotonic(), now.used
         if is_due:

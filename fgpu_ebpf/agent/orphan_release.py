@@ -1,4 +1,4 @@
-"""Releases orphaned bytes when a device does not hold them any more.
+"""Releases orphaned bytes once a device no longer holds them.
 
 Runs in the reconcile thread, after the overheads of a look are corrected: memory that an importer's row shows now is
 charged to the importer before the exporter's orphan is released.
@@ -234,7 +234,7 @@ class OrphanRelease:
         return sum(row + max(0, own) if pid in sample.busy else max(row, own) for pid, row, own in pairs)
 
     def _charges(self, sample: Sample, orphans: Sequence[Orphan], ended: Mapping[int, int]) -> Charges:
-        """Return what the ledger says. Orphans are read again: one that was orphaned meanwhile is in either list."""
+        """Return the charges of the ledger. Orphans are read again: a process that has exited is in either list."""
         device, live = self._device, sample.processes
         now = [orphan for orphan in self._ledger.orphans.entries() if orphan.device == device]
         known = live.keys() | {orphan.tgid for orphan in (*orphans, *now)}

@@ -123,7 +123,7 @@ class Policies:
         self._bell.ring()
 
     def take(self) -> None:
-        """Put in force what was read since the last call."""
+        """Apply the policies that were read since the last call."""
         self._bell.hush()
         while self._changes:
             policies, faults = self._changes.popleft()
@@ -138,7 +138,7 @@ class Policies:
             last_good.write(self._file, self._folder.path, policies)
             self.unsaved = ""
         except OSError as error:
-            self.unsaved = f"the policies in force are not kept for the next start: {self._file}: {error.strerror}"
+            self.unsaved = f"the policies in force are not stored for the next start: {self._file}: {error.strerror}"
             log.error("%s", self.unsaved)
 
     def _note(self, policies: PolicySet | None, faults: tuple[Fault, ...]) -> None:

@@ -76,7 +76,7 @@ def attach(settings: Settings, mark: Callable[[str], None]) -> Attached:
 
 
 def set_up_containers(settings: Settings, shim: Path, devices: Sequence[Device]) -> cdi.Parts | None:
-    """Set up what containers are given at their start. None: it cannot be written; the host still enforces."""
+    """Write the files that containers get at their start. None: they cannot be written; limits are still enforced."""
     try:
         helper = settings.helper if settings.store is None else injection.publish_helper(settings.helper)
         parts = injection.parts(settings.run_dir, shim, helper)

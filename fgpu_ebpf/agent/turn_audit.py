@@ -85,7 +85,7 @@ class Audit:
         looks.append(_Look(now, owned_ns, min(1.0, sum(own.values()) / 100), frozenset(own)))
 
     def _tell(self, place: Key, times: ComputeMaps) -> None:
-        """Tell the gatekeeper what NVML saw: it is the floor of what a tenant with a ceiling is charged."""
+        """Report the running times by NVML to the gatekeeper: a tenant with a ceiling is charged at least that time."""
         looks = self._looks.get(place)
         if looks and len(looks) > 1:
             seconds = min(MOST_SECONDS, looks[-1].at - looks[-2].at)

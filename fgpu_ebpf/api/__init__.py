@@ -1,1 +1,1 @@
-"""Interfaces that the agent serves: the control socket, metrics, health and the status page."""
+"""Interfaces that the agent serves: the control socket, metrics, health and the web page."""

@@ -1,6 +1,6 @@
 """The memory bar of a device: a Snapshot's device -> the parts of its bar, and its figures as text. Pure.
 
-Used by `fgpu top` and the status page. The parts are, in this order: what tenants and the driver hold, what others
+Used by `fgpu top` and the web page. The parts are, in this order: what tenants and the driver hold, what others
 hold, what is committed beyond that. A number that was not measured is shown as `-`.
 """
 

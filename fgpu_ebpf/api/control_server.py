@@ -268,7 +268,7 @@ def _request(line: bytes) -> dict[str, Any]:
 
 
 class MetricsAddress:
-    """The status page (/), /metrics, /healthz and /readyz at settings.listen, each request in a thread.
+    """The web page (/), /metrics, /healthz and /readyz at settings.listen, each request in a thread.
 
     /healthz: 200 if the agent answers. /readyz: 200 if the agent enforces what was asked for, else 503 with the reason.
     Enforcement does not depend on the address: if it is taken, `fgpu doctor` says so, and the agent tries again in each

@@ -1,6 +1,6 @@
 """Problems of the host according to its Snapshot, and how to fix them.
 
-Used by `fgpu doctor` and by the status page. What a Snapshot does not contain, such as whether the gatekeeper replies,
+Used by `fgpu doctor` and by the web page. What a Snapshot does not contain, such as whether the gatekeeper replies,
 `fgpu doctor` checks itself. Pure.
 """
 
@@ -30,7 +30,7 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     kept = [f"{t['tenant']}: {'; '.join(t['notes'])}" for t in tenants if t["source"] == "kept"]
     yield Check(
         "start", not kept, ", ".join(kept[:5]) or "no limit from before the start is in doubt",
-        "fix what is named; or decide by fgpu set TARGET, or by fgpu unset TARGET, after which policies hold",
+        "fix the named file; or run fgpu set TARGET, or fgpu unset TARGET to apply the policies",
     )  # fmt: skip
     yield from _engines(snapshot["engines"])
     missing = snapshot["unenforced"]
@@ -76,7 +76,7 @@ def _libraries(found: Sequence[Mapping[str, Any]], trusted: Sequence[str]) -> Ch
     named = [f"{library['path']!a} of process {library['pids'][0]} in {library['tenant']}" for library in unknown[:5]]
     digests = sorted({*trusted, *(library["digest"] for library in unknown if library["digest"])})
     line = f"drivers: {{trusted: {json.dumps(digests)}}}"
-    fix = f"what they free stays charged until NVML shows it; to trust them, write in agent.yaml: {line}"
+    fix = f"memory that they free stays charged until NVML confirms it; to trust them, write in agent.yaml: {line}"
     return Check("libraries", False, ", ".join(named), fix)
 
 
@@ -89,6 +89,6 @@ def _engines(found: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
         return
     texts = [f"{e['name']} at {e['path']}: {e['fault']}" for e in failed]
     texts += [f"{e['path']} is missing, {e['waiting']} containers wait for it" for e in absent if e not in failed]
-    fix = "until then policies by cgroup hold; start the engine, or set its socket under engines: in agent.yaml"
+    fix = "until then policies by cgroup are in force; start the engine, or set its socket under engines: in agent.yaml"
     asked = ", ".join(sorted(there)) or "no engine"
     yield Check("labels", not texts, "; ".join(texts[:3]) or f"{asked} answers", fix if texts else "")

@@ -1,6 +1,6 @@
 """The table of tenants: rows of a tenant on a device, columns, filter and order. Pure.
 
-Used by `fgpu top` and the status page, on a Snapshot's JSON. A column says what it shows and how it sorts. A number
+Used by `fgpu top` and the web page, on a Snapshot's JSON. A column says what it shows and how it sorts. A number
 that was not measured is shown as `-`, and comes last in every order.
 """
 

@@ -1,4 +1,4 @@
-"""The status page: a Snapshot -> one HTML page, whose script loads the page again while it is visible.
+"""The web page: a Snapshot -> one HTML page, whose script loads the page again while it is visible.
 
 Runs in a thread of the metrics address. The headers keep the page alone: nothing is loaded from elsewhere, no script
 runs but the page's own, and names of tenants are escaped. jinja2 is imported at the first request. A query that cannot

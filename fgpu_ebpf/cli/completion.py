@@ -20,7 +20,7 @@ PROGRAM = "fgpu"
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print what SHELL needs to complete fgpu's words: eval "$(fgpu completion bash)"."""
+    """Print the code with which SHELL completes fgpu's commands: eval "$(fgpu completion bash)"."""
     shell_class = get_completion_class(shell)
     assert shell_class
     root = click.get_current_context().find_root().command

@@ -22,7 +22,7 @@ def cdi_group() -> None:
 
 
 @cdi_group.command("list")
-@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def list_devices(as_json: bool) -> None:
     """List the devices that engines find on this host now."""
     from fgpu_ebpf.containers import injection

@@ -39,7 +39,7 @@ def check(paths: Paths) -> None:
 
 @policy.command("list")
 @_PATHS
-@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def list_policies(paths: Paths, as_json: bool) -> None:
     """List policies in the order in which they are tried: the first that matches decides."""
     policies = _must_read(paths)

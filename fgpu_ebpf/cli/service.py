@@ -20,7 +20,7 @@ from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
 @click.command()
 @click.option("--driver-root", type=click.Path(path_type=Path), help="Root of the NVIDIA driver's libraries: /.")
 @click.option("--shim", type=click.Path(path_type=Path), help="The shim's file, if not the package's.")
-@click.option("--listen", help="Address of the status page (/) and /metrics: 127.0.0.1:9423.")
+@click.option("--listen", help="Address of the web page (/) and /metrics: 127.0.0.1:9423.")
 @click.option("--loader", help="The Python interpreter that can import BCC: /usr/bin/python3 -I.")
 @click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
 @click.option("--policies", type=click.Path(path_type=Path), help="The folder of policies: /etc/fgpu/policy.d.")
@@ -63,7 +63,7 @@ def load(**options: Any) -> None:
 @click.option("--driver-root", type=click.Path(path_type=Path), help="Default: that of the agent or of the settings.")
 @click.option("--loader", help="Default: that of the agent or of the settings.")
 @click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def doctor(as_json: bool, **options: Any) -> None:
     """Check this host: what is missing, and how to fix it."""
     from fgpu_ebpf import doctor as host
@@ -71,7 +71,8 @@ def doctor(as_json: bool, **options: Any) -> None:
 
     checks = host.checks(Options(run_dir(), **{name: value for name, value in options.items() if value}))
     if as_json:
-        click.echo(json.dumps([{"name": c.name, "ok": c.ok, "found": c.found, "mend": c.mend} for c in checks]))
+        rows = [{"name": c.name, "ok": c.ok, "found": c.found, "fix": c.mend, "mend": c.mend} for c in checks]
+        click.echo(json.dumps(rows))
     else:
         for check in checks:
             click.echo(_check_line(check))
@@ -107,7 +108,7 @@ def detach() -> None:
 
 @click.command()
 def reload() -> None:
-    """Read the policy files again. The agent does so by itself when they change."""
+    """Read the policy files again. The agent reads them automatically when they change."""
     call({"verb": "reload"})
 
 

@@ -81,9 +81,9 @@ def top(once: bool, sort: str, reverse: bool, filter_: str) -> None:
 
 @click.command("explain")
 @click.argument("target", shell_complete=tenants)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def explain_target(target: str, as_json: bool) -> None:
-    """Explain the limits of TARGET: which policy decides, what is in force, and what would enforce it better."""
+    """Explain the limits of TARGET: the policy that decides, the limits in force, and how to enforce them better."""
     answer = call({"verb": "explain", "target": target})
     lines = answer.pop("lines")
     click.echo(json.dumps(answer) if as_json else "\n".join(lines))

@@ -134,7 +134,7 @@ def containerd_after(of: Settings) -> Wanted:
     wanted = {**runtime.get("options", {}), "BinaryName": str(link)}
     found = _toml(after, of.file).get("plugins", {}).get(plugin, {})["containerd"]["runtimes"][name]["options"]
     if found != wanted or _toml(containerd_without(after), of.file) != _toml(text, of.file):
-        raise SetupError(f"config.toml has a form that is not understood here: set {_name(table)}.options by hand")
+        raise SetupError(f"config.toml has an unsupported form: set {_name(table)}.options by hand")
     return Wanted(after, links)
 
 

@@ -2,8 +2,8 @@
 
 Used by the agent's start and by `fgpu detach`, `fgpu cdi` and `fgpu doctor`. Files: RUN/containers (read by
 `fgpu-oci`), RUN/container.preload, lists in RUN/preload.d, the published helper, and the CDI specifications. Settings
-of engines are not touched (`engine_setup` does that on request). OSError: containers that start meanwhile get what was
-there before.
+of engines are not touched (`engine_setup` does that on request). OSError: containers that start before that get the
+previous files.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def check(run_dir: Path) -> Check:
     devices = [f"{spec['kind']}={device['name']}" for spec in written(run_dir) for device in spec["devices"]]
     if devices:
         return Check("containers", True, f"{len(devices)} CDI devices (fgpu cdi list)")
-    fix = "the agent's log says why; cdiFolder in agent.yaml names a folder that it may write"
+    fix = "the agent's log has the reason; set cdiFolder in agent.yaml to a writable folder"
     return Check("containers", False, "there is no CDI specification", fix)
 
 

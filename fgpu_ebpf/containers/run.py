@@ -27,7 +27,7 @@ MARK = "made-ld.so.preload"
 _NEWNS, _NEWPID = 0x00020000, 0x20000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG = 1
-_AGAIN = "restart the agent: it puts the shim in place again"
+_AGAIN = "restart the agent: it installs the shim again"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -73,7 +73,7 @@ def remove_created_preload(run_dir: Path) -> None:
 def write_preload(run_dir: Path, shim: Path) -> None:
     """Write the file that is bound over /etc/ld.so.preload: the host's own lines, then the shim.
 
-    The file is never empty meanwhile: a program that starts at that moment would run without the shim.
+    The file is never empty during that: a program that starts at that moment would run without the shim.
     """
     host = Path(PRELOAD)
     own = _text_of(host) or ""
@@ -143,7 +143,7 @@ def _drop_to_caller() -> None:
         name = pwd.getpwuid(int(uid)).pw_name
         os.initgroups(name, int(gid))
     except (KeyError, OverflowError) as error:
-        raise LaunchError(f"SUDO_UID {uid} and SUDO_GID {gid} are no user") from error
+        raise LaunchError(f"SUDO_UID {uid} and SUDO_GID {gid} are not the ids of a user") from error
     os.setgid(int(gid))
     os.setuid(int(uid))
 

@@ -117,14 +117,14 @@ class Probes:
         return found[-1] if found else None
 
     def attach_process_ends(self) -> None:
-        """Attach the process events. Raises ProbeError: this kernel does not report the end of a process."""
+        """Attach the process events. Raises ProbeError: this kernel does not report process exits."""
         for program, event in TRACEPOINTS.items():
             try:
                 self._attach_tracepoint(program, event)
             except FileNotFoundError as error:
                 raise ProbeError(f"{self._programs / program} is no longer pinned: restart the agent") from error
             except OSError as error:
-                raise ProbeError(f"this kernel's {event} does not report the end of a process: {error}") from error
+                raise ProbeError(f"this kernel's {event} does not report process exits: {error}") from error
         for program, event in OPTIONAL_TRACEPOINTS.items():
             with contextlib.suppress(OSError):  # the periodic look at all cgroups replaces it
                 self._attach_tracepoint(program, event)
@@ -227,7 +227,7 @@ class Probes:
         links.remove(path for path in self._links.iterdir() if not path.name.startswith(self._digest))
 
     def drop_unused(self, used: Set[File]) -> None:
-        """Remove the links to files that no process can be using any more."""
+        """Remove the links to files that no process can still use."""
         for file in self.known - used:
             self.let_go(file)
 

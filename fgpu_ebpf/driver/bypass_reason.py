@@ -38,23 +38,24 @@ class Reason(StrEnum):
         """The meaning of the reason, and what can be done."""
         match self:
             case Reason.STATIC:
-                return "static programs have no loader that could load it: link them dynamically"
+                return "static programs have no loader, so they cannot load the shim: link them dynamically"
             case Reason.MUSL:
                 return f"musl's loader does not read {LIST}: use an image with glibc"
             case Reason.NOT_MOUNTED:
                 return f"nothing is mounted at {LIST}: fgpu setup, or --device fgpu.dev/shim=all"
             case Reason.NOT_LOADED:
-                return f"what is mounted at {LIST} has not brought it: does it name it, and is that there?"
+                return f"the list that is mounted at {LIST} did not load the shim: does it name a shim that exists?"
             case Reason.FOREIGN:
-                return (
-                    "their libfgpu.so is none that this host has published: mount the host's, or build the image anew"
-                )
+                return "this host has not published their libfgpu.so: mount the host's, or build the image again"
             case Reason.HIDDEN:
-                return "they have it, and execute memory of no file, in which a copy of libcuda cannot be probed"
+                return (
+                    "the shim is loaded, but they execute memory that no file backs, in which a copy of libcuda cannot "
+                    "be probed"
+                )
             case Reason.STALE_MOUNT:
-                return "/run/fgpu/shim was removed under their container, so they cannot ask: start it anew"
+                return "/run/fgpu/shim was removed while their container ran: restart the container"
             case Reason.UNUSED:
-                return "they have it and call the driver around it"
+                return "the shim is loaded, but they call the driver without it"
 
 
 def reason(pid: int, is_shim: IsShim = lambda *_: True) -> Reason | None:

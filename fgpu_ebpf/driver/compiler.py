@@ -39,9 +39,10 @@ def import_bcc() -> ModuleType:
     try:
         import bcc  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
-        raise CompileError(f"{sys.executable} sees no BCC ({error}): apt-get install python3-bpfcc") from error
+        raise CompileError(f"{sys.executable} cannot import BCC ({error}): apt-get install python3-bpfcc") from error
     if not hasattr(bcc, "BPF"):
-        raise CompileError(f"{bcc.__file__} is not BPF's bcc: pip uninstall bcc; apt-get install python3-bpfcc")
+        fix = "pip uninstall bcc; apt-get install python3-bpfcc"
+        raise CompileError(f"{bcc.__file__} is not the BPF Compiler Collection: {fix}")
     return bcc  # type: ignore[no-any-return,unused-ignore]
 
 

@@ -69,7 +69,7 @@ class Discovery:
         return cls(attached, own, trusted(shims[0], store, listed), most_files)
 
     def start(self) -> Set[File] | None:
-        """Probe the host's own files and all that are mapped now, and drop those that no process maps any more.
+        """Probe the host's own files and all that are mapped now, and drop those that no process maps any longer.
 
         Returns (dev, ino) of all mapped files; None: the mappings of some processes cannot be read. Raises ProbeError:
         one of the host's own files cannot be probed.
@@ -95,7 +95,7 @@ class Discovery:
         return f"probes are gone: another process has unpinned them{self._attach_error}"
 
     def reattach(self) -> None:
-        """Attach lost probes again; NVML shows at the next look what was allocated meanwhile."""
+        """Attach lost probes again; NVML shows at the next look what was allocated in that time."""
         lost = self._probes.lost()
         if not lost and self._libraries.own_files <= self._probes.known:
             return
@@ -116,7 +116,7 @@ class Discovery:
         return self._libraries.refusals
 
     def unprobed(self) -> frozenset[int]:
-        """Return processes that map a libcuda or shim file whose probes do not see their calls."""
+        """Return processes that map a libcuda or shim file whose calls no probe records."""
         return frozenset(self._libraries.unprobed())
 
     def reasons(self) -> Mapping[int, str]:
@@ -235,12 +235,12 @@ class Discovery:
     # -- periodic work
 
     def keep(self) -> None:
-        """Check that trusted files are unchanged, and remove the probes of files that no process maps any more."""
+        """Check that trusted files are unchanged, and remove the probes of files that no process maps any longer."""
         self._libraries.keep()
         self.let_go()
 
     def let_go(self) -> None:
-        """Remove the probes of files that are not the host's own and that no process maps any more."""
+        """Remove the probes of files that are not the host's own and that no process maps any longer."""
         left = self._libraries.unmapped()
         if left:  # another process may have mapped them meanwhile
             self._scan.begin(partial(self._let_go, left))

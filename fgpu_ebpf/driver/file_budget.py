@@ -42,7 +42,7 @@ class FileBudget:
         return self._has[cgroup], len(self._cgroups)
 
     def enter(self, file: File, cgroup: str) -> None:
-        """Count the file for this cgroup, unless it counts for another."""
+        """Count the file for this cgroup, unless it is already counted for another."""
         if file not in self._cgroups:
             self._cgroups[file] = cgroup
             self._has[cgroup] += 1

@@ -79,7 +79,7 @@ class Prepared:
         )  # fmt: skip
 
     def _publish(self, discovery: Discovery) -> Path:
-        """Probe the shim before publishing it: programs that start meanwhile get the version before."""
+        """Probe the shim before publishing it: programs that start before that get the previous version."""
         used = discovery.start()
         shim = self.release.publish()
         if self.store and used is not None:

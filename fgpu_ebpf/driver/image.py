@@ -94,7 +94,7 @@ def _check(path: Path, found: bpf.Form, wanted: bpf.Form) -> None:
     if found not in (wanted, known):
         raise ProgramError(
             f"{path} is of another version of fgpu ({tuple(found)}, not {tuple(wanted)}): its limits stay in force; "
-            "start that version again, or give them up with `fgpu detach`"
+            "start that version again, or remove them with `fgpu detach`"
         )
 
 
@@ -112,7 +112,7 @@ def _program(name: str, code: bytes, maps: list[int]) -> int | None:
             return None
         release = os.uname().release
         raise ProgramError(
-            f"Linux {release} refuses the program {name} ({os.strerror(error.errno or 0)}): update the kernel, or fgpu"
+            f"Linux {release} rejects the program {name} ({os.strerror(error.errno or 0)}): update the kernel, or fgpu"
         ) from error
 
 
@@ -123,7 +123,7 @@ def _run_again(image: Image, maps: list[int], programs: Mapping[str, int]) -> No
         try:
             bpf.update(maps[list(image.maps).index(array)], _NUMBER.pack(0), _NUMBER.pack(programs[program]))
         except OSError as error:
-            raise ProgramError(f"cannot enter {program} in the map {array} ({error})") from error
+            raise ProgramError(f"cannot write {program} in the map {array} ({error})") from error
 
 
 def _pin(fd: int, path: Path) -> None:

@@ -295,7 +295,7 @@ class Libraries:
             self._read(file)
 
     def unmapped(self) -> set[File]:
-        """Return tenants' files that no process known to map them can be using any more."""
+        """Return tenants' files that no process can still use."""
         mappers = {file: self._mappers.get(file, {}) for file in self.tenant_files()}
         self._mappers = {f: {p: one for p, one in its.items() if procfs.has_memory(p)} for f, its in mappers.items()}
         self._unprobed = {pid: why for pid, why in self._unprobed.items() if why and procfs.has_memory(pid)}

@@ -1,4 +1,4 @@
-"""The class of a file of libcuda or the shim: how far it is believed, and why.
+"""The trust class of a file of libcuda or the shim, and the reason.
 
 Roles: SHIM, one of ours; HOST, the host driver's own file; LISTED, a file with the contents of a host driver's file or
 with a digest in agent.yaml; UNKNOWN, every other libcuda; NONE, a file that has libfgpu's name and is neither. Frees by

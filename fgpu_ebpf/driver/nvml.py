@@ -72,7 +72,7 @@ class Nvml:
             self.devices, self.missing = self._find()
         except (pynvml.NVMLError, OSError) as error:
             raise DriverError(
-                f"no NVIDIA driver answers under {root} ({error}): install it, or name --driver-root"
+                f"no NVIDIA driver responds under {root} ({error}): install the driver, or set --driver-root"
             ) from error
         if not self.devices:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.missing.items())

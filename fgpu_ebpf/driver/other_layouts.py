@@ -4,7 +4,7 @@ An agent whose pages have another layout than the pinned ones has a ledger of it
 each level in the other ledger are entered here as orphaned bytes, so nothing beyond the limit is admitted. The
 reconcile thread then charges what NVML shows for the running programs, and releases what the device does not hold.
 
-The order is: the other programs find no page any more, the charges are read, and they are entered. bpf/fgpu.h says what
+The order is: the other programs no longer find a page, the charges are read, and they are entered. bpf/fgpu.h says what
 all layouts have in common. Used by the agent at its start. ProgramError: the limits of the other layout cannot be read
 and stay in force. OSError of the kernel once its pages are out of reach: nothing is admitted until a start succeeds,
 which reads them again.
@@ -93,7 +93,7 @@ def carry_over(folder: Path, layout: int, ledger: Ledger) -> None:
         except (OSError, ValueError) as error:
             raise ProgramError(
                 f"{folder} has limits of another version that cannot be read ({error}): they stay in force; start that "
-                "version again, or give them up with `fgpu detach`"
+                "version again, or remove them with `fgpu detach`"
             ) from error
         _close(maps["shelf"], list(levels.values()))
         new = {cgroup: level for cgroup, level in levels.items() if ledger.page_missing(cgroup)}
@@ -115,7 +115,7 @@ def _enter(ledger: Ledger, levels: list[LevelLimits]) -> None:
 
 
 def _move_to_all(ledger: Ledger) -> None:
-    """Move processes to all their levels: a process that made a call meanwhile may have found only some of them."""
+    """Move processes to all their levels: a call during the change may have found only some of them."""
     root, known = procfs.cgroup2_root(), set(ledger.tenants())
     for pid, process in ledger.processes().items():
         path = procfs.cgroup_path(pid)

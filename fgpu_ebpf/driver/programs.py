@@ -77,14 +77,14 @@ class Loading:
         try:
             output, errors = self._output(child)
         except subprocess.TimeoutExpired as error:
-            raise ProgramError(f"the compiler does not end within {COMPILER_SECONDS} s") from error
+            raise ProgramError(f"the compiler did not finish within {COMPILER_SECONDS} s") from error
         if child.returncode:
             lines = (errors.strip() or f"the compiler exited with {child.returncode}").splitlines()
             raise ProgramError(lines[-1].removeprefix("fgpu compiler: "))
         try:
             found = image.parsed(output)
         except ValueError as error:
-            raise ProgramError(f"the compiler has printed something else than programs ({error})") from error
+            raise ProgramError(f"the compiler printed invalid output ({error})") from error
         _write(self._file, output)
         return found
 
@@ -92,9 +92,9 @@ class Loading:
         try:
             return child.communicate(timeout=SOON_SECONDS)
         except subprocess.TimeoutExpired:  # an error that shows at once has ended the compiler by now
-            sd_notify.tell("STATUS=compiles the kernel's programs")
+            sd_notify.tell("STATUS=compiling the BPF programs")
             if os.isatty(sys.stderr.fileno()):  # a log gets errors, not progress
-                log.info("compiling the kernel's programs: some seconds, once for each kernel")
+                log.info("compiling the BPF programs: this takes a few seconds, once for each kernel")
             return child.communicate(timeout=COMPILER_SECONDS)
 
     def end(self) -> None:
@@ -119,7 +119,10 @@ def _read(file: Path) -> image.Image | None:
 
 
 def _write(file: Path, text: str) -> None:
-    """Write an image into the cache, and remove those that were not used for the longest time. Without it the next start compiles again."""
+    """Write an image into the cache, and remove those that were not used for the longest time.
+
+    Without it the next start compiles again.
+    """
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic_file.write(file, f"{_sha256(text)}\n{text}")
@@ -182,7 +185,7 @@ def check_loader(loader: Sequence[str]) -> Check:
         )
     output = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]
     if done.returncode:
-        return Check("bcc", False, f"{loader[0]} finds no BCC ({output})", fix)
+        return Check("bcc", False, f"{loader[0]} cannot import BCC ({output})", fix)
     if output.startswith("wrong"):
-        return Check("bcc", False, f"{output[6:]} is not BPF's bcc", f"pip uninstall bcc; {fix}")
+        return Check("bcc", False, f"{output[6:]} is not the BPF Compiler Collection", f"pip uninstall bcc; {fix}")
     return Check("bcc", True, output)

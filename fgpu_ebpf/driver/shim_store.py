@@ -128,7 +128,7 @@ class Release:
 
     def lacks(self) -> dict[str, Check]:
         """Return the finding of `fgpu doctor`, or nothing."""
-        fix = "make room on its file system, or make it writable, and restart the agent: limits are enforced meanwhile"
+        fix = "free space on its file system, or make it writable, and restart the agent: limits stay enforced"
         return {"store": Check("store", False, self.fault, fix)} if self.fault else {}
 
     def _stable(self) -> Path | None:

@@ -30,8 +30,8 @@ libc.prctl({_PR_SET_SECCOMP}, {_SECCOMP_MODE_FILTER}, filter, 0, 0)
 shim.fgpu_release(0, 0, 0, 0)
 """
 
-KILLS = "return probes kill containers on this kernel (Linux 6.11 to 6.13): update it"
-CAPABLE = "run it without a container, or give that CAP_SYS_ADMIN, CAP_BPF and CAP_PERFMON"
+KILLS = "return probes kill containers on this kernel (Linux 6.11 to 6.13): update the kernel"
+CAPABLE = "run fgpu outside a container, or give the container CAP_SYS_ADMIN, CAP_BPF and CAP_PERFMON"
 
 
 def return_probes_survive_seccomp(shim: str, denied: int = _URETPROBE_CALL) -> bool:

@@ -13,9 +13,7 @@ from fgpu_ebpf.check import Check
 
 # As in NVIDIA's device plugin: exceptions and page faults of kernels, and the driver's reactions to a program.
 OF_PROGRAMS = (13, 31, 43, 45, 68, 109)
-_FIX = (
-    "dmesg | grep -i xid, then what docs.nvidia.com/deploy/xid-errors says; a reset clears it, or fgpu device clear GPU"
-)
+_FIX = "dmesg | grep -i xid, and docs.nvidia.com/deploy/xid-errors; a reset clears it, or fgpu device clear GPU"
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,8 @@ class Connections:
 
     Args:
         counts: counters of `gatekeeper.json`, which are incremented here.
-        managed_state_of: returns the epoch and what the ledger says of a process, given its pid and cgroup.
-        look: called with a connection whose hello has come, in its turn, until it drops the connection.
+        managed_state_of: returns the epoch and the ledger's state of a process, given its pid and cgroup.
+        look: called for each connection that has sent its hello, in order, until it drops the connection.
         ended_ns: see PeerIdentifier.
     """
 

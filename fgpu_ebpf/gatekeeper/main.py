@@ -319,10 +319,10 @@ class Gatekeeper:
         self._lineages.forget()
         if not self._lock.is_held():
             self._ended = self._lost = True
-            self._last_word = f"{self._lock.path} is no longer the file that was locked: ends"
+            self._last_word = f"{self._lock.path} is no longer the file that was locked: exiting"
             return
         if self._is_stand_in and file_locks.is_locked(self._run / file_locks.NEXT):
-            self._ended, self._last_word = True, "the gatekeeper of a service waits: ends"
+            self._ended, self._last_word = True, "a service's gatekeeper waits for the lock: exiting"
             return
         if not self._listener.intact():
             self._open_listener()
@@ -343,7 +343,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pins", type=Path, default=PINS, help="where the ledger's maps are pinned")
     parser.add_argument("--run-dir", type=Path, default=Path("/run/fgpu"), help="where the socket's folder is made")
     parser.add_argument("--wait", action="store_true", help="wait while another gatekeeper holds the lock")
-    parser.add_argument("--stand-in", action="store_true", help="end as soon as another gatekeeper waits")
+    parser.add_argument("--stand-in", action="store_true", help="exit as soon as another gatekeeper waits")
     parser.add_argument("--ready-fd", type=int, help="a descriptor to write 1 to, once listening")
     return parser.parse_args(argv)
 

@@ -179,8 +179,10 @@ class Sessions:
         return control
 
     def end(self, pid: int, at_ns: int) -> None:
-        """Note that a process of this pid has ended at `at_ns`, by the kernel; its pidfd is silent until the driver has
-        cleaned up. A session that began later belongs to another process.
+        """Record the exit of this pid at `at_ns`, as the kernel reports it.
+
+        Its pidfd becomes readable only after the driver has cleaned up. A session that began later belongs to another
+        process.
         """
         session = self._sessions.get(pid)
         if session and session.since_ns <= at_ns:
@@ -192,7 +194,7 @@ class Sessions:
 
         Their pages are unmapped, and their status page could show a waiting thread for ever.
 
-        A process that has only left its cgroups keeps its pages: it finds its gates open, and says hello again.
+        A process that has only left its cgroups keeps its pages: its gates are open, and it registers again.
         """
         for session in list(self._sessions.values()):
             process = processes.get(session.pid)

@@ -77,10 +77,10 @@ def check(run_dir: Path, folder: Path = FOLDER) -> Check | None:
     if not (folder / KUBELET).exists() or not (host.shares or host.fault):
         return None
     if host.fault:
-        return Check("device plugin", False, host.fault, "agent.yaml has the profiles; then restart the agent")
+        return Check("device plugin", False, host.fault, "edit profiles: in agent.yaml, then restart the agent")
     silent = [share for share in host.shares if not _accepts(place(folder, share))]
     if silent:
-        fix = "fgpu device-plugin runs beside every kubelet: its log says why it does not"
+        fix = "start fgpu device-plugin next to every kubelet; its log has the reason if it does not start"
         return Check("device plugin", False, f"no device plugin offers {', '.join(silent)}", fix)
     return Check(
         "device plugin", True, ", ".join(f"{PREFIX}/{share}: {len(host.slots(share))}" for share in host.shares)

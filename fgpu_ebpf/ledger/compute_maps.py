@@ -141,7 +141,7 @@ class ComputeMaps:
         return None if raw is None else int(_U64.unpack(raw)[0])
 
     def add_ran(self, level: int, device: int, ns: int) -> None:
-        """Add a time for which NVML has seen the level run; do nothing if the level has no share any more."""
+        """Add a time for which NVML has seen the level run; do nothing if the level no longer has a share."""
         ran, before_ns = self._ran(), self.ran_ns(level, device)
         if ran is not None and before_ns is not None:
             bpf.replace(ran, _KEY.pack(level, device), _U64.pack((before_ns + ns) & _MOST_WORD))

@@ -237,7 +237,7 @@ class Ledger:
         bpf.delete(self._maps["files"], _FILE.pack(dev, ino))
 
     def forget_files(self) -> None:
-        """Record that no file is probed any more."""
+        """Record that no file is probed."""
         for key, _ in bpf.items(self._maps["files"], _FILE.size, 4):
             bpf.delete(self._maps["files"], key)
 
@@ -289,11 +289,11 @@ class Ledger:
         return process_of(raw) if raw else None
 
     def overhead(self, tgid: int, generation: int, device: int, bytes_: int, changes: int) -> bool:
-        """Set a process's overhead. Returns False if it was charged or has ended meanwhile: read it again."""
+        """Set a process's overhead. Returns False if it was charged or has exited since the reading: read it again."""
         return self._run(abi.Adjust.OVERHEAD, tgid, generation, device, bytes_, changes) == 0
 
     def raise_overhead(self, tgid: int, generation: int, device: int, more: int) -> bool:
-        """Add to the overhead of a process that is never quiet. Returns False if it has ended meanwhile."""
+        """Increase the overhead of a process that is never idle. Returns False if the process has exited."""
         return self._run(abi.Adjust.RAISE, tgid, generation, device, more) == 0
 
     def move(self, tgid: int, generation: int, levels: tuple[int, ...]) -> bool:

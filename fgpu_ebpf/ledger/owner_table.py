@@ -1,7 +1,7 @@
 """The map `owners`: the entries that each owner of bounds has in the maps that all tenants share, and may have.
 
 Used by the agent's main thread, which assigns the slots; BPF programs count. A slot is given to another owner only when
-nothing is counted in it any more. OSError: E2BIG, all slots are taken.
+nothing is counted in it any more. Raises OSError (E2BIG) if all slots are in use.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class OwnerTable:
             if owner not in in_use and not any(self._share(slot).entries):
                 heapq.heappush(self._free, slots.pop(owner))
         if not self._free:
-            raise OSError(errno.E2BIG, "as many workloads have bounds as are possible")
+            raise OSError(errno.E2BIG, "the maximum number of workloads with bounds is reached")
 
     def _share(self, slot: int) -> Share:
         raw = bpf.lookup(self._maps["owners"], _U32.pack(slot), _BYTES) or bytes(_BYTES)

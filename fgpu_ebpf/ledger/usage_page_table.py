@@ -1,7 +1,7 @@
 """The slots of usage pages, in the map `shelf`: BPF programs find a page by its slot without searching a cgroup id.
 
-Used by the ledger, in the agent's main thread. A free slot keeps its last page, which names no cgroup any more, until
-another page takes it. OSError: E2BIG, all slots are taken.
+Used by the ledger, in the agent's main thread. A free slot keeps its last page, whose cgroup id is cleared, until
+another page takes it. Raises OSError (E2BIG) if all slots are in use.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class UsagePageTable:
         self._free: list[int] = []
 
     def close(self) -> None:
-        """Wait until the maps are not used any more."""
+        """Wait until no BPF program uses the maps."""
         self._updates.close()
 
     def make(self, new: Sequence[abi.UsagePage], over: Callable[[set[int]], object] | None = None) -> None:
@@ -77,7 +77,7 @@ class UsagePageTable:
         """Return a slot for the page of each cgroup."""
         places = self._look()
         if len(cgroups) > len(self._free):
-            raise OSError(errno.E2BIG, "there are as many levels as are possible")
+            raise OSError(errno.E2BIG, "the maximum number of levels is reached")
         taken = [heapq.heappop(self._free) for _ in cgroups]
         places |= dict(zip(cgroups, taken, strict=True))
         return taken

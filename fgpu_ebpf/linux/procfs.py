@@ -84,7 +84,7 @@ def _threads(pid: int) -> list[str]:
 
 
 def _is_exiting(pid: int, thread: int | str) -> bool:
-    """Return whether a thread executes nothing of its program any more."""
+    """Return whether a thread no longer runs code of its program."""
     try:
         text = read(f"/proc/{pid}/task/{thread}/stat")
     except OSError:

@@ -26,7 +26,7 @@ EMPTY_TIMES = 10  # so much longer for an empty file: most writers truncate firs
 TRIES = 20
 SUFFIXES = (".yaml", ".yml")
 CHANGING = "changes all the time: wait until its files are written"
-_GONE = "is gone: the last policies stay in force; create it again, empty for no policies"
+_GONE = "does not exist: the last policies stay in force; create it again, empty for no policies"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ _WILD = re.compile(r"(\*+)")
 
 
 class GlobError(ValueError):
-    """The text is not a pattern; the message says what would be right."""
+    """The text is not a valid pattern; the message has the correct form."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -296,7 +296,7 @@ def _asked_compute(
     if text is None:
         return compute
     if compute is None:
-        notes.append(f"{label} is ignored: the policy shares out no compute time")
+        notes.append(f"{label} is ignored: the policy gives no compute time")
         return None
     try:
         asked = millionths(text) / MILLION

@@ -45,9 +45,9 @@ class MatchExpression(Model):
 
     key: LabelKey = Field(description="The label's name.", examples=["tier"])
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist"] = Field(
-        description="A label that is not there is `NotIn` everything."
+        description="`NotIn` also matches if the label is absent."
     )
-    values: Annotated[list[str], Several] = absent("For `In` and `NotIn`, and for them alone.", ["a", "b"])
+    values: Annotated[list[str], Several] = absent("Only for `In` and `NotIn`.", ["a", "b"])
 
     @model_validator(mode="after")
     def _has_values(self) -> Self:
@@ -72,8 +72,8 @@ class Selector(Model):
     namespace: Names = absent("The pod's namespace.", "team-*")
     image: Images = absent("The container's image; `*` crosses `/`.", "registry.example/*")
     unit: Names = absent("The innermost systemd service or scope, with systemd's escapes.", "jupyter-*.service")
-    match_labels: Annotated[dict[LabelKey, str], Several] = absent("Labels, all of them.", {"tier": "notebook"})
-    match_expressions: Annotated[list[MatchExpression], Several] = absent("Questions about labels, all of them.")
+    match_labels: Annotated[dict[LabelKey, str], Several] = absent("Labels; all must match.", {"tier": "notebook"})
+    match_expressions: Annotated[list[MatchExpression], Several] = absent("Conditions on labels; all must match.")
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -89,7 +89,7 @@ class Memory(Model):
         description="What it may hold on each device; a percentage is of what tenants can get there, cut to 2 MiB.",
         examples=["8GiB", "50%"],
     )
-    max: Bytes = absent("How far the workload's own label may go; without it as far as `limit`.", "16GiB")
+    max: Bytes = absent("The most that the workload's own label may request; the default is `limit`.", "16GiB")
 
     @model_validator(mode="after")
     def _max_is_not_less(self) -> Self:
@@ -104,7 +104,7 @@ class Memory(Model):
 class Compute(Model):
     """The share of a device's time; without it the workload is not gated."""
 
-    limit: Ceiling = absent("The most of a device's time, even of an idle one; without it no ceiling.", "50%")
+    limit: Ceiling = absent("The most of a device's time, even of an idle one; without it there is no ceiling.", "50%")
     weight: Annotated[int, Field(ge=1, le=10_000)] = Field(100, description="Its part of contended time.")
     priority: Literal["high", "normal", "low"] = Field("normal", description="A higher priority gets its turn first.")
     quantum: Quantum = absent(
@@ -117,27 +117,29 @@ class Compute(Model):
 class Views(Model):
     """View that the workload is shown."""
 
-    utilization: Literal["device", "own"] = Field("device", description="What the whole GPU does, or the workload.")
+    utilization: Literal["device", "own"] = Field("device", description="The use of the whole GPU, or of the workload.")
 
 
 class Spec(Model):
-    """The workloads that the policy is for, and what they get."""
+    """The workloads that the policy selects, and their limits."""
 
     mode: Literal["observe", "enforce"] = Field(
-        "enforce", description="`observe` admits everything, counts what it would have refused, and narrows no view."
+        "enforce",
+        description="`observe` admits everything, counts what it would have refused, and does not reduce the memory"
+        " size that programs see.",
     )
-    selector: Selector = Field(description="The workloads that the policy is for.", examples=[_EXAMPLE])
+    selector: Selector = Field(description="The workloads that the policy selects.", examples=[_EXAMPLE])
     devices: Devices = absent(
         "Indices, UUIDs or their beginnings, models; without it every device.", [0], "GPU-1f3a", "*H200*"
     )
     memory: Memory = absent("The limit of memory; without it there is none, and the workload is only counted.")
-    compute: Compute = absent("The share of time; without it the workload takes no part in time slices.")
+    compute: Compute = absent("The share of time; without it the workload takes no turns.")
     on_bypass: Literal["report", "kill"] = Field(
         "report",
-        description="What happens to a process that goes around the shim and would exceed the limit; `kill` waits while"
+        description="The action for a process that bypasses the shim and would exceed the limit; `kill` waits while"
         " a process that is older than fgpu is in the tenant.",
     )
-    views: Views = absent("What the workload is shown.")
+    views: Views = absent("The figures that the workload sees.")
     metric_labels: MetricLabels = absent("Labels of the workload that its metrics carry.", ["team"])
 
 
@@ -146,9 +148,9 @@ class GpuPolicy(Model):
 
     api_version: Literal["fgpu.dev/v1alpha1"] = Field(description="The version of this format.")
     kind: Literal["GpuPolicy"] = Field(description="There is no other.")
-    metadata: Metadata = Field(description="What the policy is called.")
+    metadata: Metadata = Field(description="The name of the policy.")
     spec: Spec = Field(
-        description="The workloads that the policy is for, and what they get.", examples=[{"selector": _EXAMPLE}]
+        description="The workloads that the policy selects, and their limits.", examples=[{"selector": _EXAMPLE}]
     )
 
 

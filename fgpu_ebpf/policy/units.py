@@ -57,7 +57,7 @@ def amount(text: str) -> Amount:
         return Amount(millionths=millionths(text))
     match = _QUANTITY.fullmatch(text.strip())
     if match is None:
-        raise QuantityError(f"{shown(text)} is not a quantity of memory: write it as 8GiB or 50%")
+        raise QuantityError(f"{shown(text)} is not a memory size: write it as 8GiB or 50%")
     bytes_ = _bytes(text, match["number"], match["unit"])
     if bytes_ < GRANULE:
         raise QuantityError(f"{shown(text)} is less than a device gives out at once: write 2MiB at least")

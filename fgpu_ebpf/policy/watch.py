@@ -49,7 +49,7 @@ class PolicyWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; `changed` is not called any more."""
+        """End the thread; `changed` is not called after that."""
         self._end.set()
         self._end_wakeup.ring()
         self._thread.join()

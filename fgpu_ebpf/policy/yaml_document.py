@@ -87,7 +87,7 @@ def documents(file: str, data: bytes) -> Iterator[Document]:
         data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise FaultError(Fault(file, line, "", "is not UTF-8: save it as UTF-8")) from error
+        raise FaultError(Fault(file, line, "", "is not valid UTF-8: save it as UTF-8")) from error
     try:
         yield from _Reader(file, data).documents()
     except yaml.YAMLError as error:

@@ -1,6 +1,6 @@
 """Time that other tenants wait for work that a tenant says it has in flight.
 
-A claim of up to UNPROVEN_NS is believed. A longer claim is believed once work that was claimed to take longer has ended
+A claim of up to UNPROVEN_NS is accepted. A longer claim is accepted once work that was claimed to take longer has ended
 as claimed. When others have waited in vain, the bound falls to that of a tenant that claims nothing; it doubles again,
 at a pace that is slower after each further wait in vain. All tenants inside one unit (`nested_shares`) have one
 standing, so a new cgroup is believed no more than the last one.
@@ -91,7 +91,7 @@ class Trust:
         standing.lower(now_ns, is_much)
 
     def lost_process(self, now_ns: int) -> None:
-        """Record that a process with a claim has ended while others wait: nothing can prove the claim any more."""
+        """Record that a process with a claim has ended while others wait: the claim can no longer be proved."""
         self.overran(now_ns)
         self.forget_overrun()
         self._closed_ns, self._claim_ns = now_ns, 0  # later overruns are of other work, which no tenant waited for yet
@@ -115,7 +115,7 @@ class Trust:
     def begins_again(self, until_ns: int, now_ns: int) -> None:
         """Record that the next turn begins, with work until `until_ns` according to the tenant.
 
-        The claimed end of the last work may not have come yet. The claim may still be true, unless it was prolonged.
+        The claimed end of the last work may be in the future. The claim may still be true, unless it was prolonged.
         """
         end_ns = self._closed_ns + self._claim_ns
         may_be_true = now_ns <= end_ns and until_ns <= end_ns + BUDGET_NS

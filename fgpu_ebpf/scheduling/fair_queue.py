@@ -38,7 +38,7 @@ class Share:
 
     @property
     def ample_ns(self) -> int:
-        """The time in hand that, with what the limit adds meanwhile, lasts for a whole turn."""
+        """The time in hand that, with what the limit adds during it, lasts for a whole turn."""
         return self.quantum_ns * (MILLION - self.limit_millionths) // MILLION
 
     @property

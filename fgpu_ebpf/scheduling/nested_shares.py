@@ -108,11 +108,11 @@ def effective(share: Share, above: Sequence[Unit]) -> Share:
 
 
 def entitled(shares: Mapping[int, Share], tops: Mapping[int, Unit]) -> dict[int, int]:
-    """Return the millionths of a device that each tenant gets if all want it.
+    """Return each tenant's share of a device, in millionths, when all tenants are active.
 
     Args:
         shares: the share of each tenant.
-        tops: the outermost unit of each tenant inside one.
+        tops: the outermost unit of each tenant that is inside a unit.
     """
     inside: dict[int, dict[int, Share]] = {}
     for tenant, share in shares.items():

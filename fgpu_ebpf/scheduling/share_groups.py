@@ -1,6 +1,6 @@
 """All units of a host: levels with a share that have levels with shares inside (`nested_shares`).
 
-A unit exists as long as its level has a share, so the time that it has used outlives the cgroups inside. Used by
+A unit exists as long as its level has a share, so its used time is kept after the cgroups inside are removed. Used by
 `turns`, in the gatekeeper's time slicer thread.
 """
 

@@ -62,7 +62,7 @@ class Turn:
     """The time of one tenant on its devices; `closing_ns` 0: its gates are open.
 
     The tenant is charged from `begins_ns` on, which may be later than `opened_ns`: when the turn before should have
-    drained. It has the device since `since_ns` because it came first with `virtual_ns`.
+    drained. It has held the device since `since_ns`, selected by `virtual_ns`.
     """
 
     devices: set[int]
@@ -200,7 +200,7 @@ class Place:
             unit.lifted(turn.devices, self.unlifted_ns)
 
     def limit_ready_ns(self) -> int:
-        """Return when all limits allow it to begin a turn."""
+        """Return the earliest time at which all limits allow it to begin a turn."""
         ready_ns = max(self.account.ready_ns(self.share), 0)
         return max(ready_ns, *(unit.ready_ns(self.seen.devices) for unit in self.above)) if self.above else ready_ns
 

@@ -55,7 +55,7 @@ class Commitments:
         self._sums = None
 
     def forget(self, cgroup: int) -> None:
-        """Remove a cgroup that is no tenant any more."""
+        """Remove a cgroup that is no longer a tenant."""
         self._granted.pop(cgroup, None)
         self._denied.pop(cgroup, None)
         self._lacking.discard(cgroup)

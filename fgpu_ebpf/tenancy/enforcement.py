@@ -30,7 +30,7 @@ class Enforcement(StrEnum):
             case Enforcement.KERNEL:
                 return ""
             case Enforcement.COOPERATIVE:
-                return "enforced as far as each process asks before it allocates"
+                return "enforced only for allocations that each process requests"
             case Enforcement.COUNTED:
                 return "a process is only counted: it does not ask before it allocates and may exceed the limit"
             case Enforcement.OBSERVE:

@@ -38,7 +38,7 @@ class RoomError(Exception):
 
 
 class Enforcer:
-    """The tenants and what is in force for them. `overcommit`: limits may sum past a device."""
+    """The tenants and what is in force for them. `overcommit`: the sum of limits may exceed a device's memory."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""`fgpu explain`: why a cgroup gets what it gets, from the decision to what is in force.
+"""`fgpu explain`: the reasons for the limits of a cgroup, from the decision to the limits in force.
 
 Used by the control socket, in the agent's main loop. Cgroups that are not managed are explained too.
 """
@@ -89,7 +89,7 @@ def _word(levels: Sequence[Tenant], unenforced: str, enforced: Mapping[int, str]
 
 
 def _notes(workload: Workload, tenant: Tenant | None, levels: Sequence[Tenant], manager: Manager) -> Iterator[str]:
-    """Yield what else keeps the cgroup from what a policy gives it."""
+    """Yield the other reasons why the cgroup does not get what a policy gives it."""
     if missing := manager.workloads.missing(workload):
         yield missing
     if tenant and tenant not in levels:
@@ -156,8 +156,8 @@ def _seen(unseen: Mapping[int, str]) -> list[str]:
         return []
     pids = ", ".join(map(str, list(unseen)[:5]))
     why = "; ".join(list(dict.fromkeys(unseen.values()))[:5])
-    what = "its limit holds as far as its shim asks, and NVML's bytes are charged afterwards"
-    return [f"a libcuda of pid {pids} cannot be probed ({why}): {what}; use a driver that fgpu knows"]
+    what = "only requests of its shim are limited, and other memory is charged later from NVML"
+    return [f"a libcuda of pid {pids} cannot be probed ({why}): {what}; use a driver that fgpu supports"]
 
 
 def _joined(alone: Sequence[int]) -> list[str]:
@@ -236,6 +236,6 @@ def _time_line(time: dict[str, Any]) -> str:
         return f"{text}, and it is its turn"
     if time["is_waiting"]:
         return f"{text}, and it waits for its turn" + (
-            ": its limit holds it back at times" if time["throttled"] else ""
+            ": its compute limit delays it at times" if time["throttled"] else ""
         )
     return text

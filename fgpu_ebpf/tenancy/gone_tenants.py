@@ -39,7 +39,7 @@ class GoneTenants:
         return {tenant.cgroup for tenant in held}
 
     def release_freed(self) -> None:
-        """Remove tenants whose memory no device holds any more."""
+        """Remove tenants whose memory every device has released."""
         free = [cgroup for cgroup in self._tenants if not any(self._ledger.orphans.of_level(cgroup))]
         self.forget(free)
 
@@ -58,6 +58,6 @@ class GoneTenants:
 
 
 def left_behind(cgroup: int) -> Tenant:
-    """Return a tenant for a pinned page whose cgroup is gone, and of which this agent knows nothing else."""
+    """Return a tenant for a pinned page whose cgroup no longer exists and of which this agent has no other record."""
     workload = Workload(path="", cgroup=cgroup, name="gone")
     return Tenant(workload, workload.name, Source.POLICY, "", {})

@@ -59,7 +59,7 @@ class LevelCapacity:
         return fit, lacks
 
     def _lack(self, tenant: Tenant, new: Counter[int]) -> str:
-        """Return why there is no place for one more level; empty: there is one, and it is added to `new`.
+        """Return why no further level can be added; empty: it can, and it is added to `new`.
 
         Args:
             new: levels by owner that are about to be entered.

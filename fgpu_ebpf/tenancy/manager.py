@@ -193,9 +193,9 @@ class Manager:
         return [*lacks.values(), *self.enforcer.places.crowds([path])]
 
     def retry_refused(self) -> None:
-        """Try again to give places to refused cgroups, some at a time, after levels were released.
+        """Retry the limits of refused cgroups, in batches, after levels were released.
 
-        A full look at the host tries all of them.
+        A full scan of the host retries all of them.
         """
         if self._has_freed_places:
             self._has_freed_places = False
@@ -283,7 +283,7 @@ class Manager:
         self._follow_what_is_left(path)
 
     def settle(self) -> None:
-        """End the start: what could not be learned of overrides stays so until `unset`."""
+        """End the start: overrides that could not be read stay unknown until `unset`."""
         kept = [
             Override(tenant.cgroup, tenant.path, None, own=is_of_run(tenant.path), kept=why)
             for tenant in self.enforcer
@@ -295,7 +295,7 @@ class Manager:
             log.error("limits kept from before the start are not written to the overrides: %s", error)
 
     def _follow_what_is_left(self, path: str) -> None:
-        """Put in force what still holds for a cgroup: what was set before, or a policy; release it if nothing holds."""
+        """Apply the remaining override or policy of a cgroup; release the cgroup if there is none."""
         self.consider([path])
         tenant = self.enforcer.at(path)
         if tenant and self._tenant(path) is None:

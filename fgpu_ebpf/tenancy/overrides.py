@@ -103,7 +103,7 @@ class Overrides:
             self._write(self._all.values())
         except OSError as error:
             if not self._has_failed:
-                log.warning("%s still has cgroups that are gone, and will be written again: %s", self._file, error)
+                log.warning("%s still names removed cgroups, and will be written again: %s", self._file, error)
             self._has_failed = True
         else:
             self._has_failed = False

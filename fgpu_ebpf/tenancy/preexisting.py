@@ -28,7 +28,7 @@ class PreexistingProcesses:
 
     @classmethod
     def found(cls, run_dir: Path, layout_changes: bool = False) -> PreexistingProcesses:
-        """Return those that an earlier agent has found, else find them now.
+        """Return the processes that an earlier agent has recorded; otherwise search for them.
 
         Args:
             layout_changes: the layout of pages changes, so that processes with a shim count too: this version does not
@@ -48,7 +48,7 @@ class PreexistingProcesses:
         try:
             atomic_file.write(place, json.dumps(known))
         except OSError as error:
-            log.warning("cannot write the list of preexisting processes, a restart will forget them: %s", error)
+            log.warning("cannot write the list of preexisting processes, which a restart needs: %s", error)
         return cls(known)
 
     def __init__(self, known: Mapping[int, int] | None = None) -> None:

@@ -37,7 +37,7 @@ def find(target: str, enforcer: Enforcer, workloads: Workloads) -> str:
     if not found:
         raise TargetError(f"no tenant {target!r}: name one of `fgpu status`, a container, a /cgroup/path or pid/N")
     if len(found) > 1:
-        raise TargetError(f"{target!r} may be {', '.join(sorted(found)[:4])}: name one of them")
+        raise TargetError(f"{target!r} is ambiguous ({', '.join(sorted(found)[:4])}): name one of them")
     return found[0]
 
 
@@ -57,7 +57,7 @@ def starting(pid: object, engine: int, workloads: Workloads) -> str:
     if path is None or not _same_pids(engine):
         raise TargetError(f"no process {pid}, or the engine runs in another pid namespace: limit it by a policy")
     if path == "/" or path == around:
-        raise TargetError("the container has no cgroup (version 2) of its own: let the engine make one")
+        raise TargetError("the container has no cgroup (version 2) of its own: configure the engine to create one")
     outer, _, last = path.rpartition("/")
     inner = workloads.identify(path)
     above = workloads.identify(outer) if last in _PAYLOADS else None

@@ -70,7 +70,7 @@ class TenantNames:
         return renamed
 
     def forget(self, cgroups: Collection[int]) -> None:
-        """Free the names of cgroups that are no tenants any more."""
+        """Free the names of cgroups that are no longer tenants."""
         known = [cgroup for cgroup in cgroups if cgroup in self._names]
         for cgroup in known:
             self._remove(cgroup)

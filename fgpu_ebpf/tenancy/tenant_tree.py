@@ -64,7 +64,7 @@ class TenantTree:
         return before
 
     def forget(self, cgroup: int) -> None:
-        """Remove a cgroup that is no tenant any more."""
+        """Remove a cgroup that is no longer a tenant."""
         tenant = self._tenants.pop(cgroup, None)
         if tenant:
             self._count_inside(tenant.path, -1)

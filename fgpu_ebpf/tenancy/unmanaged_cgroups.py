@@ -52,7 +52,7 @@ class UnmanagedCgroups:
         return list(self._refused)
 
     def admit(self, path: str, is_gone: bool) -> None:
-        """Stop refusing a cgroup: its programs ask again. `is_gone`: it does not exist any more."""
+        """Stop refusing a cgroup, so that its programs retry. `is_gone`: the cgroup no longer exists."""
         cgroup = self._refused.pop(path)
         if is_gone:
             self._ledger.forget(cgroup)

@@ -129,14 +129,14 @@ class Workloads:
         try:
             os.makedirs(parent, exist_ok=True)
         except PermissionError as error:  # see make_run_folder()
-            raise TargetError(f"{parent} is gone: restart the agent, which makes it when it starts") from error
+            raise TargetError(f"{parent} does not exist: restart the agent to create it") from error
         for number in range(1, 100_000):
             found = name or f"run-{number}"
             try:
                 os.mkdir(f"{parent}/{found}")
             except FileExistsError as error:
                 if name:
-                    raise TargetError(f"a tenant {name!r} exists already") from error
+                    raise TargetError(f"a tenant {name!r} already exists") from error
                 continue
             return self.place(found)
         raise TargetError("too many tenants")
@@ -178,7 +178,7 @@ def remove_run_folder() -> None:
 
 
 def checks() -> list[Check]:
-    """Return the finding about the cgroup v2 hierarchy."""
+    """Return the check result for the cgroup v2 hierarchy."""
     root = procfs.cgroup2_root()
     if root is None:
         fix = "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified"

@@ -89,14 +89,14 @@ class Engines:
         return workload if names is None else named(workload, names)
 
     def take(self) -> list[str]:
-        """Return the cgroups that have got names since the last call."""
+        """Return the cgroups whose names were resolved since the last call."""
         self._bell.hush()
         with self._lock:
             found, self._changed = self._changed, set()
         return sorted(found)
 
     def rescanned(self) -> None:
-        """Count a rescan of all cgroups. Time would not do instead: a frozen agent asks for none."""
+        """Count a rescan of all cgroups. Elapsed time is no substitute: a suspended agent does not rescan."""
         with self._lock:
             self._rescans += 1
 

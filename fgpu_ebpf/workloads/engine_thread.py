@@ -115,7 +115,7 @@ class EngineThread:
             try:
                 self._ask(subject)
             except Exception as error:  # a bug of ours about an engine's answer must not end the thread
-                log.exception("%s: unexpected error about %s", self.api.name, subject.id)
+                log.exception("%s: unexpected error while querying %s", self.api.name, subject.id)
                 self._failed(subject, repr(error)[:200])
 
     def _next(self) -> Subject | None:

@@ -1,4 +1,4 @@
-"""The columns of the table of combinations in docs/architecture.md: tenants under all features at once, and the loop
+"""The columns of the table of combinations in docs/faults.md: tenants under all features at once, and the loop
 over its rows.
 """
 

@@ -1,4 +1,4 @@
-"""The table of combinations in docs/architecture.md: what a tenant has with each feature, during each fault.
+"""The table of combinations in docs/faults.md: what a tenant has with each feature, during each fault.
 
 Every fault affects tenants with all features at once. For each, the test looks at the driver's bytes, the ledger, a
 running program and a program that starts. It needs a driver with two devices and its own agent, and so runs itself in a

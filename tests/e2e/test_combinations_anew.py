@@ -1,4 +1,4 @@
-"""More rows of the table of combinations in docs/architecture.md: faults that restart fgpu or the tenants.
+"""More rows of the table of combinations in docs/faults.md: faults that restart fgpu or the tenants.
 
 Another build of fgpu, another layout, `fgpu detach`, a boot, full tables, containers that start again under their
 names, and an agent that is stopped until the watchdog kills it. Every fault affects tenants with all features at once,

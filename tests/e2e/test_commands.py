@@ -189,7 +189,7 @@ def test_a_user_without_permission_is_told_that_the_agent_runs(service: Service,
     done = as_outsider(*words)
     assert done.returncode == code
     assert len(done.stderr.splitlines()) == 1
-    assert "the agent runs, but this user may not ask it" in done.stderr
+    assert "the agent runs, but this user has no access to it" in done.stderr
     assert "use sudo" in done.stderr
     assert "start it" not in done.stderr
     assert fgpu("status").returncode == 0, "it still runs"

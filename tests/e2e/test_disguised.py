@@ -106,7 +106,7 @@ def test_a_shim_that_this_host_has_not_published_is_none(tenant, folder: Path) -
     shortly(lambda: metrics().get(key) == 1, "the reason")
     assert one.view()["bypassing"] == {"no_admission": 1}
     assert one.assert_exact() == CONTEXT + 10 * MIB
-    assert "foreign: their libfgpu.so is none that this host has published" in fgpu("explain", one.path).stdout
+    assert "foreign: this host has not published their libfgpu.so" in fgpu("explain", one.path).stdout
 
 
 # -- S1: a copy under another name

@@ -199,12 +199,12 @@ LINES = {
     # F12, literally; WORK is the test's folder
     "verifier-refuses": (
         verifier_refuses,
-        f"fgpu: Linux {RELEASE} refuses the program out_of_bounds (Permission denied): update the kernel, or fgpu",
+        f"fgpu: Linux {RELEASE} rejects the program out_of_bounds (Permission denied): update the kernel, or fgpu",
     ),
     "nothing-allowed": (
         nothing_allowed,
-        "fgpu: root may use no uprobes here ([Errno 13] perf_event_open: Permission denied): run it without a "
-        "container, or give that CAP_SYS_ADMIN, CAP_BPF and CAP_PERFMON",
+        "fgpu: root may use no uprobes here ([Errno 13] perf_event_open: Permission denied): run fgpu outside "
+        "a container, or give the container CAP_SYS_ADMIN, CAP_BPF and CAP_PERFMON",
     ),
     "no-uprobes": (
         no_uprobes,

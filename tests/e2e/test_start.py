@@ -221,7 +221,7 @@ def test_a_reload_without_the_folder_says_so_and_changes_nothing(host: Host, rel
     tenant, client = host.at_its_limit()
     no_folder(host)
     for _ in range(2):
-        assert "is gone" in reload(host)
+        assert "does not exist" in reload(host)
         assert_same_limit(tenant, client, 2 * GIB)
 
 

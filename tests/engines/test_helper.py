@@ -283,4 +283,4 @@ def test_called_by_a_name_that_leads_to_a_path(tmp_path: Path) -> None:
     (tmp_path / "runtimes/crio-said").unlink()
     (tmp_path / "runtimes/crio-said").symlink_to(tmp_path / "fgpu-oci")
     done = subprocess.run([tmp_path / "fgpu-runtime-crio-said"], capture_output=True, text=True, check=False)
-    assert (done.returncode, "no runtime is named" in done.stderr) == (1, True), "it would call itself for ever"
+    assert (done.returncode, "no runtime is given" in done.stderr) == (1, True), "it would call itself for ever"

@@ -167,7 +167,7 @@ def test_no_agent_no_share(bundles: kit.Bundles, service: Service) -> None:
         (RUN_DIR / "control.sock").unlink(missing_ok=True)
         bundles.device = "2gib"
         said = refused(bundles)
-        assert "no agent answers that could limit it" in said or bundles._runtime == "crun", said
+        assert "no agent responds that could limit it" in said or bundles._runtime == "crun", said
     finally:
         service.start_agent()
 

@@ -597,7 +597,7 @@ def test_without_its_lock_file_it_says_so_and_leaves_the_place_to_another(
         socket_of_the_successor = (run / "shim" / "shim.sock").stat().st_ino
         assert keeper.process.wait(3) == 1
     said = [line for line in log.read_text().splitlines() if "listening" not in line and "ledger opened" not in line]
-    assert said == [f"fgpu gatekeeper: {run}/gatekeeper.lock is no longer the file that was locked: ends"]
+    assert said == [f"fgpu gatekeeper: {run}/gatekeeper.lock is no longer the file that was locked: exiting"]
     assert (run / "shim" / "shim.sock").stat().st_ino == socket_of_the_successor
     assert in_cgroup(unmanaged, lambda: bool(hello(run)))
 

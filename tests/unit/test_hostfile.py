@@ -98,7 +98,7 @@ def test_addresses(settings, address):
         ("loader: []", ":1: loader: is empty: name one at least, or leave the key out"),
         (
             "engines: [/run/docker.sock]",
-            ":1: engines[0]: '/run/docker.sock' names no engine: "
+            ":1: engines[0]: '/run/docker.sock' is not a valid engine: "
             "write it as docker:/run/docker.sock, podman:… or cri:…",
         ),
         ("engines: ['cri:crio.sock']", ":1: engines[0]: 'crio.sock' is no absolute path: begin it with /"),

@@ -152,11 +152,11 @@ def test_a_limit_beyond_the_device_is_said():
         ("{limit: 7GiB, max: 100%}", "50%", 70, None),
         ("{limit: 50%, max: 16GiB}", "40GiB", 40, None),
         ("{limit: 8GiB}", "8GB", 8, "is ignored: '8GB': did you mean 8GiB?"),
-        ("{limit: 8GiB}", "", 8, "is ignored: '' is not a quantity of memory: write it as 8GiB or 50%"),
+        ("{limit: 8GiB}", "", 8, "is ignored: '' is not a memory size: write it as 8GiB or 50%"),
         ("{limit: 8GiB}", "0%", 8, "is ignored: '0%' is not above 0% and up to 100%"),
         (
             "{limit: 8GiB}", "9" * 5000, 8,
-            f"is ignored: '{'9' * 40}…' is not a quantity of memory: write it as 8GiB or 50%",
+            f"is ignored: '{'9' * 40}…' is not a memory size: write it as 8GiB or 50%",
         ),
     ],
 )  # fmt: skip

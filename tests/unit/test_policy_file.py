@@ -69,7 +69,7 @@ def test_faults_are_bounded():
 @pytest.mark.parametrize(
     ("data", "fault"),
     [
-        (b"a: \xff\n", "bad.yaml:1: is not UTF-8: save it as UTF-8"),
+        (b"a: \xff\n", "bad.yaml:1: is not valid UTF-8: save it as UTF-8"),
         (b"\n\na: \0\n", "bad.yaml:3: is not YAML: control characters are not allowed"),
         (b"x" * (MIB + 1), "bad.yaml: is larger than 1 MiB: split it"),
         (b"%YAML 2.0\n---\na\n", "bad.yaml:1: is not YAML: found incompatible YAML document"),

@@ -51,7 +51,7 @@ def test_no_folder_means_no_policies_unless_there_was_one(tmp_path):
     absent = folder(tmp_path / "policy.d")
     assert names(absent.read()) == []
     assert faults(absent.read(may_be_missing=False)) == [
-        f"{tmp_path}/policy.d: is gone: the last policies stay in force; create it again, empty for no policies"
+        f"{tmp_path}/policy.d: does not exist: the last policies stay in force; create it again, empty for no policies"
     ]
 
 

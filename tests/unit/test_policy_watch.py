@@ -100,7 +100,7 @@ def test_a_folder_that_is_gone_drops_nothing(tmp_path, watch):
     while told == ([], []):  # the file disappeared before the folder
         told = heard.next()
     assert told[0] is None
-    assert "is gone" in told[1][0]
+    assert "does not exist" in told[1][0]
     place.mkdir()
     (place / "b.yaml").write_text(kit.text("b"))
     while told[0] != ["b"]:
