@@ -5,8 +5,8 @@ driver and the shim (uprobes belong to a file, and the probes of two agents must
 namespace with its own root cgroup. Agents in two worlds do not affect each other.
 
 `python -m tests.world COMMAND...` runs a command in a new world, and removes the world when the command has exited.
-`python -m tests.world --clear` removes what worlds have left: their processes and cgroups. Everything else is gone with
-these.
+`python -m tests.world --clear COMMAND...` runs a command on the host itself, such as pytest, whose workers make worlds.
+Before and after it removes what worlds have left: their processes and cgroups. Everything else is gone with these.
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ def clear(name: str = "") -> None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"{top} still has processes: {(top / 'cgroup.events').read_text()}")
         time.sleep(0.02)
-    if not name and Path("/var/lib/fgpu").exists() and not any(Path("/var/lib/fgpu").iterdir()):
-        Path("/var/lib/fgpu").rmdir()
+    state = Path("/var/lib/fgpu")
+    if not name and state.exists() and not state.is_mount() and not any(state.iterdir()):
+        state.rmdir()
 
 
 def run(command: list[str]) -> int:
@@ -142,6 +143,22 @@ def run(command: list[str]) -> int:
     return os.waitstatus_to_exitcode(status) % 256
 
 
+def run_cleared(command: list[str]) -> int:
+    """Run a command between two clearings; return its exit status. A signal to end becomes its Ctrl-C; a second kills.
+
+    The shell's own `trap` would wait until the command has exited.
+    """
+    clear()
+    with subprocess.Popen(command) as child:
+        ends = iter((signal.SIGINT,))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: child.send_signal(next(ends, signal.SIGKILL)))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command too
+        status = child.wait()
+    clear()
+    return status % 256 if status >= 0 else 128 - status
+
+
 def is_possible() -> bool:
     """Return whether this process may make worlds."""
     return os.geteuid() == 0 and shutil.which("mount") is not None
@@ -150,6 +167,8 @@ def is_possible() -> bool:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--clear"]:
         clear()
+    elif sys.argv[1:2] == ["--clear"]:
+        sys.exit(run_cleared(sys.argv[2:]))
     elif sys.argv[1:]:
         sys.exit(run(sys.argv[1:]))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +64,20 @@ def test_paths_of_the_hierarchy_are_those_of_the_namespace() -> None:
     root, itself, below, beside = in_world(sys.executable, "-c", NAMES).stdout.split()
     assert f"/{world.FOLDER}/run-" in root
     assert (itself, below, beside) == ("/", "/a", "None")
+
+
+@pytest.mark.parametrize(("signals", "status"), [([signal.SIGTERM], 5), ([signal.SIGTERM, signal.SIGHUP], 137)])
+def test_a_signal_ends_a_command_at_once(signals: list[signal.Signals], status: int) -> None:
+    """The first signal is a Ctrl-C for the command, and the next one kills it."""
+    ends = "exit 5" if len(signals) == 1 else "echo asked"
+    script = f'trap "{ends}" INT; echo up; while :; do sleep 0.1; done'
+    command = [*RUN, *RUN, "--clear", "sh", "-c", script]  # it clears inside a world of its own
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout
+        for number, text in zip(signals, ("up\n", "asked\n"), strict=False):
+            assert process.stdout.readline() == text
+            process.send_signal(number)
+        assert process.wait(20) == status
 
 
 def _clear() -> None:
