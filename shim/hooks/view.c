@@ -50,21 +50,24 @@ static bool narrowed(struct fgpu_view view, int index, uint64_t total, uint64_t 
     return share_of(view, index, share);
 }
 
-/* Frameworks size their pools by this: what it shows as free must be what an allocation would get. */
+/* Frameworks size their pools by this: what it shows as free must be what an allocation would get. A program may pass
+ * one pointer alone; the limit needs both numbers. */
 EXPORT CUresult cuMemGetInfo_v2(size_t *free, size_t *total)
 {
     __typeof__(&cuMemGetInfo_v2) driver = REAL(cuMemGetInfo_v2);
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
     CUresult result = driver(free, total);
-    if (result != CUDA_SUCCESS || !free || !total) return result;
+    if (result != CUDA_SUCCESS || !(free || total)) return result;
+    size_t spare, *left = free ? free : &spare, *all = total ? total : &spare;
+    if (!(free && total) && driver(left, all) != CUDA_SUCCESS) return result;
     struct fgpu_view view = fgpu_look();
     CUdevice device;
     int index = -1;
     if (view.link == FGPU_HELD && fgpu_current(&device)) index = fgpu_index(view.control, device);
     struct share share;
-    if (narrowed(view, index, *total, *free, &share)) {
-        *total = share.total;
-        *free = share.free;
+    if (narrowed(view, index, *all, *left, &share)) {
+        *all = share.total;
+        *left = share.free;
     }
     return result;
 }
@@ -90,11 +93,11 @@ EXPORT CUresult cuMemGetInfo(unsigned int *free, unsigned int *total)
     __typeof__(&cuMemGetInfo) driver = REAL(cuMemGetInfo);
     if (!driver) return CUDA_ERROR_NOT_SUPPORTED;
     CUresult result = driver(free, total);
-    if (result != CUDA_SUCCESS || !free || !total || !REAL(cuMemGetInfo_v2)) return result;
+    if (result != CUDA_SUCCESS || !REAL(cuMemGetInfo_v2)) return result;
     size_t free_bytes, total_bytes;
     if (cuMemGetInfo_v2(&free_bytes, &total_bytes) != CUDA_SUCCESS) return result;
-    if (narrow(free_bytes) < *free) *free = narrow(free_bytes);
-    if (narrow(total_bytes) < *total) *total = narrow(total_bytes);
+    if (free && narrow(free_bytes) < *free) *free = narrow(free_bytes);
+    if (total && narrow(total_bytes) < *total) *total = narrow(total_bytes);
     return result;
 }
 

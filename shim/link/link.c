@@ -242,8 +242,8 @@ static COLD const char *text_of(uint32_t word)
     if (link_of(word) == FGPU_CLOSED) return "fgpu: the agent does not answer: device memory is refused\n";
     if (!(word & COOPERATIVE)) return "fgpu: no agent on this host: not enforced\n";
     return fgpu_standalone_join() == FGPU_STANDALONE_WITH
-               ? "fgpu: no agent: the image's limit, as far as this container's programs keep it together\n"
-               : "fgpu: no agent, and no place for books in /run/fgpu: the image's limit for each process by itself\n";
+               ? "fgpu: no agent: this container's programs share its limit\n"
+               : "fgpu: no agent, no ledger in /run/fgpu: each process has the image's limit\n";
 }
 
 struct fgpu_view fgpu_look(void)

@@ -96,7 +96,7 @@ def test_tenant_sees_its_share(tenant) -> None:
     neighbour.ok(f"alloc {300 * MIB}")
     with one.growing(52 * MIB):
         client.ok(f"alloc {51 * MIB}")
-    assert client.ok("info") == [148 * MIB, limit]
+    assert client.ok("info") == client.ok("info.apart") == [148 * MIB, limit]
     assert neighbour.ok("info") == [2 * GIB - CONTEXT - 300 * MIB, 2 * GIB]
 
 

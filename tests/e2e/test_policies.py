@@ -280,11 +280,12 @@ def test_a_group_s_limit_holds_over_the_sum_of_its_tenants(write: Write, contain
 @pytest.fixture
 def forbidding(service: Service) -> Iterator[Service]:
     """Run the agent with overcommit forbidden, as it is without a file."""
+    before = service.config.read_text()
     service.config.write_text("overcommit: forbid\n")
     service.kill_agent()
     service.start_agent()
     yield service
-    service.config.write_text("overcommit: allow\n")
+    service.config.write_text(before)
     service.kill_agent()
     service.start_agent()
 

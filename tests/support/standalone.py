@@ -17,8 +17,8 @@ from tests.support.wait import eventually
 
 LIMIT = 4 * GIB
 CONTEXT = 512 * MIB  # what the ledger charges for a context
-TOGETHER = "fgpu: no agent: the image's limit, as far as this container's programs keep it together"
-BY_ITSELF = "fgpu: no agent, and no place for books in /run/fgpu: the image's limit for each process by itself"
+TOGETHER = "fgpu: no agent: this container's programs share its limit"
+BY_ITSELF = "fgpu: no agent, no ledger in /run/fgpu: each process has the image's limit"
 
 
 class Images(Container):

@@ -1,0 +1,19 @@
+"""Tests of tests/quick.py: which files `./dev test quick` runs."""
+
+from __future__ import annotations
+
+import json
+
+from tests import quick
+from tests.schedule import DURATIONS, TESTS
+
+MOST_IN_ALL = 180  # seconds of the chosen files in a whole run, of which three workers need a third
+
+
+def test_it_takes_a_minute_and_says_what_it_leaves_out() -> None:
+    files, seconds = quick.chosen(), json.loads(DURATIONS.read_text())
+    assert all((TESTS.parent / file).is_file() for file in files)
+    assert sum(seconds.get(file, 0) for file in files) < MOST_IN_ALL
+    said = quick.left_out(files)
+    suites = {folder.name for folder in TESTS.iterdir() if any(folder.glob("test_*.py"))}
+    assert all(name in said for name in suites - {"unit"})
