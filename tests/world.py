@@ -148,13 +148,24 @@ def run_cleared(command: list[str]) -> int:
 
     The shell's own `trap` would wait until the command has exited.
     """
+    child: subprocess.Popen[bytes] | None = None
+    asked = 0
+
+    def end(*_: object) -> None:
+        nonlocal asked
+        asked += 1
+        if child:
+            child.send_signal(signal.SIGINT if asked == 1 else signal.SIGKILL)
+
     clear()
-    with subprocess.Popen(command) as child:
-        ends = iter((signal.SIGINT,))
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: child.send_signal(next(ends, signal.SIGKILL)))
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command too
-        status = child.wait()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has it ignored by what it starts in the background
+    child = subprocess.Popen(command)
+    if asked:  # before there was a child
+        child.send_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command too
+    status = child.wait()
     clear()
     return status % 256 if status >= 0 else 128 - status
 
