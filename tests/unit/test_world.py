@@ -73,11 +73,14 @@ def test_a_signal_ends_a_command_at_once(signals: list[signal.Signals], status: 
     script = f'trap "{ends}" INT; echo up; while :; do sleep 0.1; done'
     command = [*RUN, *RUN, "--clear", "sh", "-c", script]  # it clears inside a world of its own
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stdout
-        for number, text in zip(signals, ("up\n", "asked\n"), strict=False):
-            assert process.stdout.readline() == text
-            process.send_signal(number)
-        assert process.wait(20) == status
+        try:
+            assert process.stdout
+            for number, text in zip(signals, ("up\n", "asked\n"), strict=False):
+                assert process.stdout.readline() == text
+                process.send_signal(number)
+            assert process.wait(20) == status
+        finally:
+            process.kill()
 
 
 def _clear() -> None:
