@@ -96,15 +96,20 @@ class Fuzzer:
         overrides = Overrides(run / "overrides.json")
         manager = Manager(workloads, enforcer, overrides, [Gpu()], history, GoneTenants(ledger))
         manager.reload(PolicySet(tuple(read("p.yaml", POLICY)[0])))
-        none = SimpleNamespace(
+        discovery = SimpleNamespace(
             unenforced=str, unprobed=frozenset, standalone=frozenset, reasons=dict, is_shim=lambda *_: False
         )
+        driver = SimpleNamespace(
+            discovery=discovery, shim=Path("/libfgpu.so"), nvml=SimpleNamespace(devices=[]), reasons=None
+        )
+        parts = SimpleNamespace(
+            driver=driver, ledger=Ledger(), manager=manager, enforcer=enforcer,
+            chores=SimpleNamespace(shortfalls=SimpleNamespace(found={})),
+        )  # fmt: skip
         self._agent: Any = SimpleNamespace(
             settings=SimpleNamespace(run_dir=run, driver_root=Path("/"), loader=("python3",)), chores=[],
-            selector=selectors.DefaultSelector(), history=history, manager=manager, enforcer=enforcer, ledger=Ledger(),
-            discovery=none, shim=Path("/libfgpu.so"), failures=0, writes_refused=0, reload=lambda: None,
-            detach=lambda: None, look=lambda: Snapshot(1.0), fresh=lambda: Snapshot(1.0),
-            shortfalls=SimpleNamespace(found={}),
+            selector=selectors.DefaultSelector(), history=history, parts=parts, failures=0, writes_refused=0,
+            reload=lambda: None, detach=lambda: None, look=lambda: Snapshot(1.0), fresh=lambda: Snapshot(1.0),
         )  # fmt: skip
         self._server = ControlServer(self._agent)
         self._server.open()
@@ -133,7 +138,7 @@ class Fuzzer:
                 self._turn()
             said = b"".join(iter(lambda: sock.recv(1 << 16), b""))
         self._judge(said)
-        if len(self._agent.enforcer) > MOST_TENANTS:
+        if len(self._agent.parts.enforcer) > MOST_TENANTS:
             self._end()
             self._begin()
 
