@@ -180,8 +180,9 @@ static void kill_caller(struct fgpu_usage_page *full, struct fgpu_call *f, u64 b
     bpf_send_signal(SIGKILL);
 }
 
-/* Charge the witnessed size if it is larger than what was admitted: the driver hands it out. What does not fit is
- * charged only if the call `has` it: calls that can but fail would keep others from what fits. */
+/* Charge the witnessed size if it is larger than the admitted one. If the difference does not fit, charge it only if
+ * the call `has` the memory: it has returned, and the driver has allocated it. To charge it at the entry of a call that
+ * may fail would cause refusals of other requests that fit. */
 static void cover(struct fgpu_process *p, struct fgpu_call *f, u64 bytes, int has)
 {
     if (!UNLIKELY(bytes > f->bytes) || bytes > FGPU_MOST_BYTES) return;

@@ -92,7 +92,7 @@ class OrphanView:
 
     `ended`: the process has ended, or executed another program; otherwise it exported the bytes and freed them.
     `keepers`: processes that have descriptors of the driver open and may keep the memory; empty: none was found.
-    `parents`: of the keepers, in their order; 0: unknown.
+    `parents`: the parent pids of `keepers`, in the same order; 0: unknown.
     """
 
     pid: int

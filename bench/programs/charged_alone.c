@@ -268,7 +268,7 @@ static void contexts(void)
     CU(cuStreamSynchronize, NULL);
     mark("a second context has 2 GiB and 1 GiB in a pool");
     if (second) CU(cuCtxDestroy, second);
-    mark("it was destroyed");
+    mark("second context destroyed");
     CU(cuCtxSynchronize);
     mark("synchronised");
     finish();

@@ -207,7 +207,7 @@ class Agent:
                 self._do(part.stop)
 
     def _look_at_answered(self) -> None:
-        """Consider cgroups again whose labels an engine has told: another policy may match, or their labels count."""
+        """Reconsider cgroups whose labels an engine has reported: policy or limits may be others now."""
         self.parts.manager.consider(self.engines.take())
 
     def _look_at_named(self) -> None:

@@ -100,7 +100,7 @@ class Balance:
         self._readings.clear()
 
     def room(self, reading: Reading, charges: Charges) -> int | None:
-        """Enter a look, and return how many orphaned bytes the device may still hold; None: unknown so far."""
+        """Record a reading. Return how many orphaned bytes the device may still hold; None: too few readings."""
         self._readings.append(reading)
         hidden = self._hidden.look(reading, charges)
         self.unexplained = max(0, reading.least - charges.kept - max(0, hidden - sum(charges.handles.values())))

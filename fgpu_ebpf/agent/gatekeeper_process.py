@@ -31,7 +31,7 @@ PATIENCE_SECONDS = 2.0  # the same as a shim's
 HANG_UP_SECONDS = 0.5  # a gatekeeper that does not understand a hello closes the connection when it reads the hello
 ABSENT = Check(
     "gatekeeper", False, "not running: new programs are refused memory",
-    "the agent starts another within a second, or systemctl restart fgpu-gatekeeper",
+    "wait for the agent to start another (1 s), or run: systemctl restart fgpu-gatekeeper",
 )  # fmt: skip
 NS = 1e9
 OWN_SECONDS, OTHERS_SECONDS = 0.5, 1.0  # time without a gatekeeper until the agent starts one: its own, a service's
@@ -54,8 +54,7 @@ class GatekeeperProcess:
 
         Args:
             layout_changed: a running gatekeeper may be of a version that understands no hello of this version's shims.
-            Such
-                a one is ended, and its service starts another.
+                Such a gatekeeper is stopped, and its service starts another.
         """
         self._seen = time.monotonic()
         if layout_changed and file_locks.is_locked(self._lock) and _hangs_up(self._run_dir / "shim/shim.sock"):
@@ -112,7 +111,7 @@ def check(run_dir: Path) -> Check:
     pid = file_locks.holder(lock)
     if not _hello(run_dir / "shim/shim.sock", PATIENCE_SECONDS):
         silent = f"pid {pid} does not answer within {PATIENCE_SECONDS:g} s: new programs are refused memory"
-        return Check("gatekeeper", False, silent, f"kill -9 {pid}: {ABSENT.mend}")
+        return Check("gatekeeper", False, silent, f"kill -9 {pid}, then {ABSENT.mend}")
     return Check("gatekeeper", True, f"pid {pid}")
 
 

@@ -1,7 +1,7 @@
 """Problems of the host according to its Snapshot, and how to fix them.
 
-Used by `fgpu doctor` and by the web page. What a Snapshot does not contain, such as whether the gatekeeper replies,
-`fgpu doctor` checks itself. Pure.
+Used by `fgpu doctor` and by the web page. `fgpu doctor` adds the checks that a Snapshot does not cover, such as whether
+the gatekeeper replies. Pure.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def checks(snapshot: Mapping[str, Any]) -> Iterator[Check]:
     for name, (found, how_to_fix) in snapshot.get("lacks", {}).items():
         yield Check(name, False, found, how_to_fix)
     failures = snapshot["failures"]
-    yield Check("mistakes", not failures, f"{failures} internal errors", "report the traceback in the agent's log")
+    yield Check("internal errors", not failures, str(failures), "report the traceback in the agent's log")
 
 
 def _is_filling(table: Mapping[str, Any]) -> bool:

@@ -46,7 +46,7 @@ def _device(spec: dict[str, Any], device: dict[str, Any]) -> dict[str, str]:
     share = share_name.parse(device["name"])
     memory = [f"memory {share.memory}"] if share.memory else []
     compute = [f"compute up to {share.compute}"] if share.compute else []
-    only = ["on that device alone"] if share.device else []
+    only = ["on the named device only"] if share.device else []
     return {"name": name, "gives": ", ".join(memory + compute + only)}
 
 

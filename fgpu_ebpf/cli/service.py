@@ -18,12 +18,16 @@ from fgpu_ebpf.cli.request import call, fail, no_answer, run_dir
 
 
 @click.command()
-@click.option("--driver-root", type=click.Path(path_type=Path), help="Root of the NVIDIA driver's libraries: /.")
-@click.option("--shim", type=click.Path(path_type=Path), help="The shim's file, if not the package's.")
-@click.option("--listen", help="Address of the web page (/) and /metrics: 127.0.0.1:9423.")
-@click.option("--loader", help="The Python interpreter that can import BCC: /usr/bin/python3 -I.")
-@click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
-@click.option("--policies", type=click.Path(path_type=Path), help="The folder of policies: /etc/fgpu/policy.d.")
+@click.option(
+    "--driver-root", type=click.Path(path_type=Path), help="Root of the NVIDIA driver's libraries (default: /)."
+)
+@click.option("--shim", type=click.Path(path_type=Path), help="The shim's file (default: the package's).")
+@click.option("--listen", help="Address of the web page (/) and /metrics (default: 127.0.0.1:9423).")
+@click.option("--loader", help="Python interpreter that can import BCC (default: /usr/bin/python3 -I).")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="File with the host's settings (default: /etc/fgpu/agent.yaml)."
+)
+@click.option("--policies", type=click.Path(path_type=Path), help="Folder of policies (default: /etc/fgpu/policy.d).")
 @click.option("--pins", type=click.Path(path_type=Path), hidden=True)
 @click.option("--store", type=click.Path(path_type=Path), hidden=True)
 @click.option("--skip-check", "skipped", multiple=True, hidden=True)
@@ -44,8 +48,10 @@ def agent(log_format: str | None, **options: Any) -> None:
 
 
 @click.command()
-@click.option("--loader", help="The Python interpreter that can import BCC: /usr/bin/python3 -I.")
-@click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
+@click.option("--loader", help="Python interpreter that can import BCC (default: /usr/bin/python3 -I).")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="File with the host's settings (default: /etc/fgpu/agent.yaml)."
+)
 def load(**options: Any) -> None:
     """Compile and pin the BPF programs, and exit. An agent does this at its start if they are not pinned."""
     from fgpu_ebpf import daemon
@@ -60,9 +66,13 @@ def load(**options: Any) -> None:
 
 
 @click.command()
-@click.option("--driver-root", type=click.Path(path_type=Path), help="Default: that of the agent or of the settings.")
-@click.option("--loader", help="Default: that of the agent or of the settings.")
-@click.option("--config", type=click.Path(path_type=Path), help="The host's settings: /etc/fgpu/agent.yaml.")
+@click.option(
+    "--driver-root", type=click.Path(path_type=Path), help="Default: the value of the running agent, or of agent.yaml."
+)
+@click.option("--loader", help="Default: the value of the running agent, or of agent.yaml.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="File with the host's settings (default: /etc/fgpu/agent.yaml)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def doctor(as_json: bool, **options: Any) -> None:
     """Check this host: what is missing, and how to fix it."""

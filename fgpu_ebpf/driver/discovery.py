@@ -268,7 +268,7 @@ class Discovery:
         return self._socket.fileno()
 
     def named(self) -> Iterator[list[int]]:
-        """Yield the processes that the gatekeeper names in each message: one, and `others` that came with it."""
+        """Yield, for each message of the gatekeeper, the pids in its fields `tgid` and `others`."""
         while True:
             try:
                 message = json.loads(self._socket.recv(MOST_MESSAGE))

@@ -232,7 +232,10 @@ class Nvml:
 
 
 class Events:
-    """The XID events of NVML for registered handles: each is reported once, and none from before. Raises NVMLError."""
+    """The XID events of NVML for registered handles. Raises NVMLError.
+
+    Each event is reported once; events from before the registration are not reported.
+    """
 
     def __init__(self, handles: Mapping[int, object]) -> None:
         self._handles = dict(handles)

@@ -117,7 +117,7 @@ class Gatekeeper:
         return max(0, min(wakes_ns if reading_ns is None else [*wakes_ns, reading_ns]) - monotonic_ns())
 
     def _forgotten(self) -> bool:
-        """Return True if no process has a page, and nothing is kept that a heartbeat forgives or forgets."""
+        """Return True if no process has a page, and no record is left that a heartbeat would expire."""
         return not self._sessions.is_owed_beats() and not self._connections.owing() and not self._requests
 
     def end(self, *_: object) -> None:

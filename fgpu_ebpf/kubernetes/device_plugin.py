@@ -63,7 +63,7 @@ def serve(options: Options) -> None:
 
         messages = kubelet_messages.classes()
     except ImportError as error:
-        raise PluginError(f"{error.name} is not installed: python3-grpcio, python3-protobuf") from error
+        raise PluginError(f"{error.name} is not installed: install python3-grpcio and python3-protobuf") from error
     os.umask(0o077)  # kubelet is root
     asyncio.run(_Plugin(options, messages).run())
 

@@ -195,9 +195,9 @@ class Book:
         return ""
 
     def prefer(self, share: str, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
-        """Return ids for one container, each of another device. Raises SlotError.
+        """Return ids for one container, each on a different device. Raises SlotError.
 
-        The fullest device that has room comes first, so that others stay whole, then those of one memory node.
+        The fullest device with room comes first, which keeps other devices empty, then those of one memory node.
         """
         chosen = self.read(share, must)
         free: dict[str, list[Slot]] = defaultdict(list)

@@ -189,5 +189,5 @@ class _Reader:
             return int(text)
         number = float(text) if _FLOAT.fullmatch(text) else None
         if number in (math.inf, -math.inf) or _NO_NUMBER.fullmatch(text):
-            raise self._fail(event, place, f"{_cut(text)} is not a number to work with: write a finite one")
+            raise self._fail(event, place, f"{_cut(text)} is not a finite number")
         return text if number is None else number

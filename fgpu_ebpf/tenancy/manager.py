@@ -257,7 +257,7 @@ class Manager:
         return tenant
 
     def unset(self, path: str) -> bool:
-        """Remove what was set by hand or is only kept. Then the container's share or a policy holds again, if any.
+        """Remove the override, or the limit in state `kept`. Then the container's share or its policy applies again.
 
         Returns False if nothing was set.
         """

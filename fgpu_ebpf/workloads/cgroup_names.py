@@ -118,7 +118,7 @@ def parse(parts: list[str]) -> CgroupName:
 
 
 def _containers(parts: list[str]) -> list[_Found | None]:
-    """Return for each folder the engine and the id of the container whose own folder it is, or None."""
+    """Return for each path component engine and container id if it is a container's own cgroup, else None."""
     found = [_container(part, above) for above, part in zip(["", *parts], parts, strict=False)]
     for at, part in enumerate(parts[1:], 1):  # below libpod_parent, a folder with a container in it is a pod
         if parts[at - 1] == "libpod_parent" and _BARE.fullmatch(part) and any(found[at + 1 : at + 2]):

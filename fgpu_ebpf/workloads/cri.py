@@ -104,7 +104,7 @@ class CriApi:
 
             messages = self._known_messages()
         except ImportError as error:
-            raise EngineError(f"{error.name} is not installed: python3-grpcio, python3-protobuf") from error
+            raise EngineError(f"{error.name} is not installed: install python3-grpcio and python3-protobuf") from error
         if self._channel is None:
             self._channel = grpc.insecure_channel(f"unix:{self.path}", options=_OPTIONS)
         call = self._channel.unary_unary(f"/{cri_messages.PACKAGE}.{service}Service/{method}")  # bytes in, bytes out

@@ -135,9 +135,9 @@ FAULTS = {
     "missing folder + reload, + restart": folder_gone,
     "unreadable state files + restart": state_unreadable,
     "engine down + restart": engine_down,
-    "NVML blind": nvml_blind,
+    "NVML returns no data": nvml_blind,
     "`/run` full + restart": run_full,
-    "the agent stands still": stands_still,
+    "the agent hangs (SIGSTOP)": stands_still,
     "one GPU lost + restart": gpu_lost,
 }
 

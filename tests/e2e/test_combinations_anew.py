@@ -218,7 +218,7 @@ def booted(host: Host) -> None:
 
 
 FAULTS: dict[str, Callable[[Host], None]] = {
-    "the agent stands still and is killed + restart": frozen,
+    "the agent hangs and is killed + restart": frozen,
     "full tables, + restart": full_tables,
     "containers start again": partial(containers_again, is_agent_away=False),
     "containers start again while the agent is away": partial(containers_again, is_agent_away=True),

@@ -118,14 +118,14 @@ def test_the_rest_is_counted() -> None:
     [
         ({"unenforced": "a probe has gone"}, "No limit is enforced: a probe has gone not enforced agent up"),
         ({"incomplete": "a typo"}, "Not all is in force: a typo in part agent up"),
-        ({"gatekeeper_up": False}, "gatekeeper not running: new programs are refused memory fix: the agent"),
+        ({"gatekeeper_up": False}, "gatekeeper not running: new programs are refused memory fix: wait for the agent"),
         ({"gatekeeper_up": None}, "gatekeeper unknown"),
         (
             {"policies": PoliciesView(False, 1.0, 2, ("a.yaml:3: memory: '8G'",))},
             "policies a.yaml:3: memory: '8G' fix: fgpu policy check",
         ),
         ({"reconcile_failure": "no driver"}, "reconcile NVML answered; no driver fix: nvidia-smi"),
-        ({"failures": 3}, "mistakes 3 internal errors fix: report"),
+        ({"failures": 3}, "internal errors 3 fix: report"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_mend(more: dict[str, Any], said: str) -> None:
