@@ -50,7 +50,7 @@ def held_threads():
 
 
 @pytest.fixture(autouse=True)
-def nobody_held():
+def no_thread_held():
     """Wait until no thread of an earlier test waits for the kernel."""
     for thread in held_threads():
         thread.join(PATIENCE_SECONDS)

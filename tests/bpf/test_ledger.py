@@ -844,4 +844,4 @@ def test_the_shim_s_own_exports_are_not_taken_for_the_driver(kernel):
 def test_a_wrong_interpreter_is_named():
     check = programs.check_loader([sys.executable, "-I", "-S"])
     assert not check.ok
-    assert "python3-bpfcc" in check.mend
+    assert "python3-bpfcc" in check.fix

@@ -78,18 +78,18 @@ class Listener(threading.Thread):
         self.told += sum(1 for _ in self._events.read())
 
 
-@pytest.mark.parametrize("heard", [True, False], ids=["heard", "unheard"])
-def test_what_is_told_of_a_flood_and_what_is_lost_of_it_is_all(kernel, events, level, attack, scale, heard):
+@pytest.mark.parametrize("is_read", [True, False], ids=["read during the flood", "read at the end"])
+def test_what_is_told_of_a_flood_and_what_is_lost_of_it_is_all(kernel, events, level, attack, scale, is_read):
     """The ring has a reader, or is read only at the end."""
     each = scale(20_000, 100_000, 1_000_000) // ROUNDS
     list(events.read())
     before = fates(kernel)
-    with Listener(events, heard) as listener:
+    with Listener(events, is_read) as listener:
         for _ in range(ROUNDS):
             assert attack(level, "flood", each) == each
     sent, _, full = (now - was for now, was in zip(fates(kernel), before, strict=True))
     assert listener.told == sent
-    assert (sent > 3 * PAGE_EVENTS) == heard
+    assert (sent > 3 * PAGE_EVENTS) == is_read
     assert full > 0
     assert ROUNDS * each <= sent + full < ROUNDS * (each + 100), "and that they began"
     assert level.usage().refused == ROUNDS * each

@@ -144,9 +144,9 @@ def failures() -> Iterator[tuple[str, str]]:
                 continue
             for call in ast.walk(function):
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Check" and len(call.args) > 3:
-                    name, mend = call.args[0], call.args[3]
+                    name, fix = call.args[0], call.args[3]
                     known = name.value if isinstance(name, ast.Constant) else "docker"
-                    said = [*texts(mend, function)] or [*texts(mend, tree)]
+                    said = [*texts(fix, function)] or [*texts(fix, tree)]
                     yield known, "\0".join(said)
 
 
@@ -162,9 +162,9 @@ def test_every_check_of_doctor_is_explained() -> None:
             rows[name] = plain(line)
     found = list(failures())
     assert len({name for name, _ in found}) > 20
-    for name, mend in found:
+    for name, fix in found:
         assert name in rows, f"doctor has a line {name!r}"
-        for words in re.split(r"[\0;]", mend):
+        for words in re.split(r"[\0;]", fix):
             told = [part for part in re.split(r"'.*?'|[:(,]", plain(words).strip(" :;,()")) if len(part.strip()) > 8]
             for part in told:
                 assert part.strip() in rows[name], f"{name}: {part.strip()!r} is not in its row"

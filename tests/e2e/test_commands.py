@@ -199,7 +199,7 @@ def test_doctor_tells_a_user_without_permission_so(service: Service) -> None:
     (found,) = [one for one in json.loads(as_outsider("doctor", "--json").stdout) if one["name"] == "agent"]
     assert not found["ok"]
     assert "the agent runs" in found["found"]
-    assert "use sudo" in found["mend"]
+    assert "use sudo" in found["fix"]
 
 
 def test_a_socket_that_an_agent_has_left_is_no_agent(service: Service, tmp_path: Path) -> None:

@@ -75,13 +75,13 @@ def test_who_runs_outside_its_turns_is_named(start, programs: None) -> None:
             assert process.stdout.readline() == "ready\n"
             honest.begin(60)
             eventually(lambda: honest.compute().get("waits") is not None, 5, "a share")
-            who = ("fgpu_bypassing_processes", frozenset({("tenant", "liar"), ("how", "outside_turns")}))
-            eventually(lambda: metrics().get(who) == 1, 40, "the liar by name")
+            metric = ("fgpu_bypassing_processes", frozenset({("tenant", "liar"), ("how", "outside_turns")}))
+            eventually(lambda: metrics().get(metric) == 1, 40, "the liar by name")
             (view,) = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == "liar"]
             assert view["devices"][0]["compute"]["beyond_ratio"] > 0.1
             assert "liar" in fgpu("doctor", check=False).stdout
-            named = [labels for name, labels in metrics() if name == who[0] and ("how", "outside_turns") in labels]
-            assert named == [who[1]]
+            named = [labels for name, labels in metrics() if name == metric[0] and ("how", "outside_turns") in labels]
+            assert named == [metric[1]]
         finally:
             process.kill()
 
@@ -148,7 +148,7 @@ def test_the_turn_of_who_is_killed_ends_before_the_driver_has_cleaned_up(start, 
         pidfd = os.pidfd_open(owner.process.pid)
         held.hold()
         owner.process.kill()
-        assert held.has_somebody(5)
+        assert held.has_waiter(5)
         other.said()
         eventually(lambda: other.compute()["free"], 5, "the device to itself")
         assert owner.compute()["overruns"] == before
@@ -201,7 +201,7 @@ def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
         before = owner.compute()["overruns"]
         with way(owner):
             other.begin(0.2)
-            assert select.select([other.process.stdout], [], [], 10)[0], "it waits for who is stopped"
+            assert select.select([other.process.stdout], [], [], 10)[0], "it waits for the stopped one"
             beside += other.kernels()
             assert owner.compute()["overruns"] - before <= 2
     assert beside > 0.4 * alone * 0.2 * times  # it would be 0.15 with a wait each time

@@ -183,10 +183,10 @@ def test_files_are_those_mapped_executable(tmp_path: Path, monkeypatch: pytest.M
     own = [m for m in mapped if (m.dev, m.ino) in found]
     assert {m.path for m in own} == {str(tmp_path / name) for name in names[:2]}
     assert {(m.dev, m.ino) for m in own} == set(found)
-    nobody_s = {(0, 0): 0}
-    assert of_process(2**22, lambda *_: UNCHECKED) == nobody_s
+    unknown = {(0, 0): 0}
+    assert of_process(2**22, lambda *_: UNCHECKED) == unknown
     monkeypatch.setattr(procmaps, "MOST", 3)
-    assert of_process(os.getpid(), lambda *_: UNCHECKED) == nobody_s
+    assert of_process(os.getpid(), lambda *_: UNCHECKED) == unknown
 
 
 def test_mappings_are_named_as_in_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

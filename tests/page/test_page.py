@@ -109,7 +109,7 @@ def test_on_a_phone(look: Look, holder: Tenant, place: Place, service: Service, 
     fgpu("reload", check=False)
     try:
         there = look(width=390, color_scheme=scheme)
-        expect(there.page.locator(".faults")).to_contain_text("fix: fgpu policy check")
+        expect(there.page.locator(".errors")).to_contain_text("fix: fgpu policy check")
         assert there.evaluate("document.documentElement.scrollWidth") <= 390
         boxes = [cell.bounding_box() for cell in there.row(holder.name).locator("td").all()]
         assert all(box and box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)

@@ -120,12 +120,12 @@ os.waitpid(pid, 0); out(info()[1], alloc(400 * MiB))"""
     assert container(build).python(code) == [[0], [OOM, 0, 24 * MIB], [424 * MIB, 0]]
 
 
-@pytest.mark.parametrize(("first", "second", "mode"), [("", "$nobody", 755), ("$nobody", "", 1777)])
+@pytest.mark.parametrize(("first", "second", "mode"), [("", "$unprivileged", 755), ("$unprivileged", "", 1777)])
 def test_users_share_it_whoever_came_first(build: Build, first: str, second: str, mode: int) -> None:
     said = container(build).says(f"""
 chmod {mode} /run
 mkfifo -m 666 /run/in
-nobody='setpriv --reuid=65534 --regid=65534 --clear-groups'
+unprivileged='setpriv --reuid=65534 --regid=65534 --clear-groups'
 {first} py 'out(alloc(600 * MiB)); open("/run/in").read()' >/run/out &
 until [ -s /run/out ]; do sleep 0.02; done
 {second} py 'out(alloc(600 * MiB), alloc(400 * MiB))'

@@ -102,14 +102,14 @@ def test_a_neighbour_that_poses_as_a_gatekeeper_is_none(images: kit.Images, how:
     """A process can put a folder and a socket that never answers into /run/fgpu if all users may write there."""
     tenant = images.tenant(None)
     run = images.rootfs(tenant) / "run/fgpu"
-    place = run / "shim" if how != "link" else run.parent / "anybody"
+    place = run / "shim" if how != "link" else run.parent / "elsewhere"
     for folder in (run, place):
         folder.mkdir()
         folder.chmod(0o1777 if how != "own" or folder is run else 0o755)
     if how == "own":
         os.chown(place, 1000, 1000)
     if how == "link":
-        (run / "shim").symlink_to("/run/anybody")
+        (run / "shim").symlink_to("/run/elsewhere")
     descriptor = os.open(place, os.O_PATH)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(f"/proc/self/fd/{descriptor}/shim.sock")

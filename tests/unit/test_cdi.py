@@ -101,19 +101,19 @@ def test_the_usual_ones_are_shares():
 def test_agent_yaml_lists_them(tmp_path):
     file = tmp_path / "agent.yaml"
     file.write_text("shares: [6gib-30pct, all-10pct]\ncdiFolder: /etc/cdi\n")
-    host, faults = host_config.read(file, root_only=False)
+    host, errors = host_config.read(file, root_only=False)
     assert host
-    assert not faults
+    assert not errors
     assert (host.shares, host.cdi_folder) == (("6gib-30pct", "all-10pct"), Path("/etc/cdi"))
     file.write_text("shares: []\n")
     host, _ = host_config.read(file, root_only=False)
     assert host
     assert host.shares == ()
     file.write_text("listen: 127.0.0.1:1\nshares: [6gib, 8gb]\n")
-    host, faults = host_config.read(file, root_only=False)
+    host, errors = host_config.read(file, root_only=False)
     assert host is None
-    assert "agent.yaml:2" in str(faults[0])
-    assert "'8gb' is not a share: write it as 8gib" in str(faults[0])
+    assert "agent.yaml:2" in str(errors[0])
+    assert "'8gb' is not a share: write it as 8gib" in str(errors[0])
 
 
 # -- specifications ------------------------------------------------------------------------------------------------

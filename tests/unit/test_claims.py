@@ -109,7 +109,7 @@ class Host:
         return observe_processes([desk], desk.used, place.number, opened_ns, self.now_ns)
 
     def check(self) -> None:
-        assert self.turns.faults == 0
+        assert self.turns.resets == 0
         for tenant, place in self.turns.places.items():
             counts = tuple(astuple(place.counts))
             before = self.counted.get(tenant, (0,) * len(counts))

@@ -58,7 +58,7 @@ def test_every_way_that_is_exported_has_its_word() -> None:
 
 def seen(one: TenantView) -> dict[str, Any]:
     """Return the tenant as it is in a snapshot that the agent sends."""
-    return dict(kit.news(one).snapshot)
+    return dict(kit.latest(one).snapshot)
 
 
 def test_all_surfaces_say_that_a_tenant_is_only_counted() -> None:

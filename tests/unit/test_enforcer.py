@@ -290,7 +290,7 @@ def test_what_is_committed_is_the_sum_after_any_history(place, scale):
         assert place.enforcer.commitments.committed(0, tenant) == summed(place.enforcer, 0, tenant)
         assert place.enforcer.commitments.committed(0) <= 10 * GIB
     place.enforcer.release([tenant.cgroup for tenant in place.enforcer])
-    assert not place.enforcer._tree._inside, "nothing is remembered of who has gone"
+    assert not place.enforcer._tree._inside, "nothing is remembered of removed tenants"
 
 
 def test_a_thousand_that_come_at_once_are_not_looked_at_once_each(place, monkeypatch):
@@ -305,7 +305,7 @@ def test_a_thousand_that_come_at_once_are_not_looked_at_once_each(place, monkeyp
     assert len(looks) <= 3 * len(tenants)
 
 
-# -- who is older than fgpu
+# -- preexisting processes
 
 
 def test_kill_waits_for_those_who_are_older(place, books, monkeypatch):

@@ -206,7 +206,7 @@ def test_doctor_says_whether_it_still_is_so(tmp_path, helper):
     found.file.write_text("{}")
     (check,) = checks(state, helper)
     assert not check.ok
-    assert check.mend == "fgpu setup docker, or --undo"
+    assert check.fix == "fgpu setup docker, or --undo"
     undo(found, state / "docker.json")
     assert list(checks(state, helper)) == []
 
@@ -342,7 +342,7 @@ def test_doctor_says_when_another_default_has_come(tmp_path, helper):
     later = found.file.with_name("20.conf")
     later.write_text('[crio.runtime]\ndefault_runtime = "runc"\n')
     (check,) = checks(state, helper)
-    assert (check.ok, check.mend) == (False, "fgpu setup crio, or --undo")
+    assert (check.ok, check.fix) == (False, "fgpu setup crio, or --undo")
     assert "other settings have changed" in check.found
     later.write_text('[crio.runtime]\ndefault_runtime = "gone"\n')
     assert "no [crio.runtime.runtimes.gone]" in next(checks(state, helper)).found

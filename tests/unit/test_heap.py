@@ -87,7 +87,7 @@ def together(count):
 together(1)
 before = mappings()
 together(32)
-for _ in range(3): together(1)  # who ends frees what those before have left, never its own
+for _ in range(3): together(1)  # an exiting thread frees what earlier threads left, never its own
 print(mappings() - before)
 """
 CROWD = """

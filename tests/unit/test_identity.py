@@ -163,7 +163,7 @@ def test_labels_are_bounded(tmp_path, labelled):
     assert identify(tmp_path, "/odd").labels == {"d": ""}
 
 
-# -- whom to ask about ---------------------------------------------------------------------------------------------
+# -- what engines are asked ----------------------------------------------------------------------------------------
 
 POD = f"/kubepods/burstable/pod{UID}"
 

@@ -44,7 +44,7 @@ def test_a_start_that_cannot_read_the_policies_has_the_last_good_ones(place, how
     damaged(folder, how)
     start = at_start(folder, file)
     assert start.reading.policies is None
-    assert start.reading.faults
+    assert start.reading.errors
     assert start.kept == good
 
 
@@ -57,7 +57,7 @@ def test_good_files_and_an_empty_folder_come_before_what_was_kept(place):
 
 def test_a_host_that_never_had_the_folder_has_no_policies_and_no_error(tmp_path):
     start = at_start(tmp_path / "none", tmp_path / "state" / "policies.json")
-    assert (start.reading.policies.policies, start.reading.faults, start.kept) == ((), (), None)
+    assert (start.reading.policies.policies, start.reading.errors, start.kept) == ((), (), None)
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,11 @@ class Host:
     def take(self, *paths: str) -> dict[str, str]:
         """Return why these paths found no slot, by path."""
         tenants = [self.tenant(path) for path in paths]
-        fit, lacks = self.places.divide(tenants)  # type: ignore[arg-type]
+        fit, shortages = self.places.divide(tenants)  # type: ignore[arg-type]
         for tenant in fit:
             self.places.enter(tenant.cgroup, tenant.path)
             self.placed[tenant.cgroup] = tenant.path
-        return {tenant.path: lacks[tenant.cgroup] for tenant in tenants if tenant.cgroup in lacks}
+        return {tenant.path: shortages[tenant.cgroup] for tenant in tenants if tenant.cgroup in shortages}
 
     def leave(self, path: str) -> None:
         cgroup = self.tenant(path).cgroup

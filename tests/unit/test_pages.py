@@ -1,4 +1,4 @@
-"""Tests of control and status pages: who can write them, what a reader sees meanwhile, what they leave behind."""
+"""Tests of control and status pages: which processes can write them, what a reader sees, what they leave behind."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def memory_of(spec, gpus=(H200,), **names):
     return decision.limits.memory, decision.notes
 
 
-# -- who is meant --------------------------------------------------------------------------------------------------
+# -- selectors ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,8 +253,8 @@ def made(documents):
     """Return a set of these documents with different names."""
     for number, document in enumerate(documents):
         document["metadata"]["name"] = f"p{number}"
-    found, faults = parse.read("p.yaml", kit.as_yaml(*documents))
-    assert [str(fault) for fault in faults] == []
+    found, errors = parse.read("p.yaml", kit.as_yaml(*documents))
+    assert [str(error) for error in errors] == []
     return PolicySet(tuple(found))
 
 

@@ -15,7 +15,7 @@ from fgpu_ebpf.linux.capabilities import AGENT, GATEKEEPER, Capability
 ROOT = Path(__file__).parents[2]
 SHOW = "print(open('/proc/self/status').read())"
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="who is not root has nothing to give up")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root has capabilities to give up")
 
 
 def status(code: str, *before: str) -> dict[str, str]:

@@ -19,4 +19,4 @@ def test_where_no_memory_can_be_read_the_setting_is_named(
     monkeypatch.setattr(doctor, "PTRACE_SCOPE", path)
     (found,) = [check for check in doctor.host_checks() if check.name == "ptrace"]
     assert found.ok is ok
-    assert ok or ("kernel.yama.ptrace_scope=3" in found.found and "kernel.yama.ptrace_scope=2" in found.mend)
+    assert ok or ("kernel.yama.ptrace_scope=3" in found.found and "kernel.yama.ptrace_scope=2" in found.fix)

@@ -178,14 +178,14 @@ def test_a_release_goes_on_with_the_package_s_own_file_where_nothing_is_publishe
     shim = a_shim(tmp_path)
     release = shim_store.Release(shim, tmp_path / "file/store")
     assert (release.file, release.files(), release.publish()) == (shim, [shim], shim)
-    assert "cannot be put into" in release.lacks()["store"].found
+    assert "cannot be put into" in release.failed_checks()["store"].found
 
 
 def test_a_release_goes_on_with_what_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "store"
     older = shim_store.Release(a_shim(tmp_path, "older"), store)
     assert older.publish() == shim_store.stable_path(store)
-    assert older.lacks() == {}
+    assert older.failed_checks() == {}
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -194,7 +194,7 @@ def test_a_release_goes_on_with_what_is_published(tmp_path: Path, monkeypatch: p
     newer = shim_store.Release(a_shim(tmp_path), store)
     assert newer.publish() == shim_store.stable_path(store)
     assert newer.file.read_text() == "older"
-    assert "No space left" in newer.lacks()["store"].found
+    assert "No space left" in newer.failed_checks()["store"].found
 
 
 def test_a_folder_in_the_link_s_place_is_moved_aside(tmp_path: Path) -> None:
@@ -202,4 +202,4 @@ def test_a_folder_in_the_link_s_place_is_moved_aside(tmp_path: Path) -> None:
     (store / "current/libfgpu.so").mkdir(parents=True)
     release = shim_store.Release(a_shim(tmp_path), store)
     assert release.publish().read_text() == "newer"
-    assert release.lacks() == {}
+    assert release.failed_checks() == {}

@@ -11,7 +11,7 @@ from tests.unit import top_kit as kit
 
 
 def names(word: str, is_reversed: bool = False) -> list[str]:
-    found = ranking.rows(kit.news(*kit.ALL).snapshot)
+    found = ranking.rows(kit.latest(*kit.ALL).snapshot)
     return [row.tenant["tenant"] for row in ranking.ranked(found, Order(BY_WORD[word], is_reversed))]
 
 
@@ -49,7 +49,7 @@ def test_reversed_leaves_what_nobody_measured_last(word: str, order: str) -> Non
 
 def test_every_device_has_its_row() -> None:
     both = kit.tenant("alice", kit.on(1, 5), kit.on(0, 5))
-    found = ranking.rows(kit.news(both, devices=(kit.device(0), kit.device(1))).snapshot)
+    found = ranking.rows(kit.latest(both, devices=(kit.device(0), kit.device(1))).snapshot)
     assert [row.device["gpu"] for row in ranking.ranked(found, Order())] == [0, 1]
 
 
@@ -66,7 +66,7 @@ def test_every_device_has_its_row() -> None:
     ],
 )
 def test_filter(text: str, found: str) -> None:
-    rows = ranking.rows(kit.news(*kit.ALL).snapshot, text)
+    rows = ranking.rows(kit.latest(*kit.ALL).snapshot, text)
     assert [row.tenant["tenant"] for row in rows] == found.split()
 
 

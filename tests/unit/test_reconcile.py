@@ -549,19 +549,19 @@ def test_doctor_is_told_of_the_oldest(ages, ok, says):
     found = check(ages, "")
     assert found.ok is ok
     assert says in found.found
-    assert ok or found.mend
+    assert ok or found.fix
 
 
 def test_it_rings_for_others_than_before_and_for_those_who_have_no_shim():
     books = Books(replace(process(512 * MIB), flags=abi.Seen.SHIM))
     one = reconciler(books, {ME: 512 * MIB})
-    rung = []
+    woken = []
     for flags in (abi.Seen.SHIM, abi.Seen.SHIM, 0, 0, abi.Seen.SHIM):
         books.entry = replace(books.entry, flags=flags)
         one.look()
-        rung.append(bool(select.select([one], [], [], 0)[0]))
-        one.hush()
-    assert rung == [True, False, True, True, False]
+        woken.append(bool(select.select([one], [], [], 0)[0]))
+        one.clear()
+    assert woken == [True, False, True, True, False]
     assert one.truth.strangers() == set()
 
 

@@ -195,9 +195,9 @@ def test_whoever_outranks_the_owner_is_heard_at_once():
     it = World(owner, waiter).run(1.0)
     while not (it.is_open(owner) and it.turns.places[2].since_ns):
         it.run(0.0005)
-    assert it.turns.unheard() == {2}
+    assert it.turns.without_wakeups() == {2}
     it.turns.places[2].share = Share(rank=0)
-    assert it.turns.unheard() == set()
+    assert it.turns.without_wakeups() == set()
 
 
 def test_who_was_busy_for_long_is_looked_at_seldom_and_gives_way_a_little_later():

@@ -88,8 +88,8 @@ def test_what_is_refused_is_named_and_nothing_else(root, run_dir, policy, label,
     (check,) = selinux.checks(run_dir, root)
     assert not check.ok
     assert check.found == f"containers are refused {said}"
-    assert "restorecon" in check.mend
-    assert "semodule -i fgpu.cil" in check.mend
+    assert "restorecon" in check.fix
+    assert "semodule -i fgpu.cil" in check.fix
 
 
 def test_a_policy_without_containers_is_no_fault(root, run_dir, policy, monkeypatch):

@@ -135,8 +135,8 @@ def test_doctor_names_tenant_reason_and_mend() -> None:
         [tenant("b", {"no_admission": 2}, {"musl": 1, "static": 1}), tenant("a", {"older": 1}, {}), tenant("c", {}, {})]
     )
     assert (found.ok, found.found) == (False, "a (older), b (musl, static)")
-    assert f"musl: {Reason.MUSL.words}; fgpu explain" in found.mend
-    assert "not_mounted" not in found.mend
+    assert f"musl: {Reason.MUSL.words}; fgpu explain" in found.fix
+    assert "not_mounted" not in found.fix
 
 
 def test_doctor_names_unknown_libraries_of_tenants_and_the_line_that_trusts_them() -> None:
@@ -151,4 +151,4 @@ def test_doctor_names_unknown_libraries_of_tenants_and_the_line_that_trusts_them
         [library("unknown", "a", "c"), library("unknown", "b"), library("listed", "a", "a")], ["sha256:x"]
     )
     assert (found.ok, found.found) == (False, "'/c' of process 7 in a, '/' of process 7 in b")
-    assert found.mend.endswith(f'write in agent.yaml: drivers: {{trusted: ["sha256:{"c" * 64}", "sha256:x"]}}')
+    assert found.fix.endswith(f'write in agent.yaml: drivers: {{trusted: ["sha256:{"c" * 64}", "sha256:x"]}}')

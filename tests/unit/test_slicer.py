@@ -421,12 +421,12 @@ def test_who_rings_without_end_is_not_listened_to(world):
 
 
 def test_a_word_that_is_muted_wakes_nobody_until_it_is_not():
-    words, bells = (ctypes.c_uint32 * 2)(), futex.Bells()
+    words, futexes = (ctypes.c_uint32 * 2)(), futex.FutexWords()
     addresses = [ctypes.addressof(words) + 4 * place for place in (0, 1)]
-    bells.watch(addresses)
+    futexes.watch(addresses)
 
     def wakes(place):
-        waiter = threading.Thread(target=bells.wait, args=(time.monotonic_ns() + 10 * 10**9,), daemon=True)
+        waiter = threading.Thread(target=futexes.wait, args=(time.monotonic_ns() + 10 * 10**9,), daemon=True)
         waiter.start()
         end = time.monotonic() + 0.3
         while waiter.is_alive() and time.monotonic() < end:
@@ -438,10 +438,10 @@ def test_a_word_that_is_muted_wakes_nobody_until_it_is_not():
         return woken
 
     assert wakes(0)
-    bells.mute(0, True)
+    futexes.ignore(0, True)
     assert not wakes(0)
     assert wakes(1)
-    bells.mute(0, False)
+    futexes.ignore(0, False)
     assert wakes(0)
 
 
@@ -450,7 +450,7 @@ def test_who_waits_for_an_owner_does_not_wake_us_and_is_seen_with_him(world):
     it = world(t7=long, t8=long)
     it.slicer.is_told = True
     programs = [it.greet(1, 7), it.greet(2, 8)]
-    it.until(lambda: sum(p.is_open() for p in programs) == 1 and it.slicer._muted)
+    it.until(lambda: sum(p.is_open() for p in programs) == 1 and it.slicer._ignored)
     waiter = next(p for p in programs if not p.is_open())
     it.until(lambda: waiter.status.devices[0].waiting)
     turns, began = it.turns, time.monotonic()

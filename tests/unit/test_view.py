@@ -29,7 +29,7 @@ NOW = 1009.0
         ([7, 8], {1: NOW - 1}, None),
         ([7, 8], {0: NOW - 6}, None),
     ],
-    ids=["all", "one", "nobody", "one was not compared", "no answer for this device", "long ago"],
+    ids=["all", "one", "none", "one was not compared", "no answer for this device", "long ago"],
 )
 def test_drift_is_of_all_or_of_nobody(own: list[int], answered: dict[int, float], shown: int | None) -> None:
     truth = Truth(answered, drift={(7, 0): -2, (8, 0): 103, (9, 1): 5})

@@ -36,7 +36,7 @@ def test_nobody_of_that_pid_has_ended_since(sock):
     os.close(pidfd)
 
 
-@pytest.mark.parametrize("ended", [monotonic_ns, lambda: None], ids=["ended since", "nobody knows"])
+@pytest.mark.parametrize("ended", [monotonic_ns, lambda: None], ids=["ended since", "unknown"])
 def test_who_may_be_another_is_nobody(sock, ended):
     found = PeerIdentifier(lambda _: ended())
     with pytest.raises(ProcessLookupError):
