@@ -93,7 +93,7 @@ def test_a_copy_of_a_published_shim_is_one_until_it_is_changed(service: Service,
 
 
 @pytest.mark.places("cgroups")
-def test_a_shim_that_this_host_has_not_published_is_none(tenant, folder: Path) -> None:
+def test_a_shim_that_this_host_has_not_published_is_unknown(tenant, folder: Path) -> None:
     """Its admissions do not count. Its process is one without the shim, and the reason is shown."""
     source = folder / "foreign.c"
     source.write_text("void fgpu_admit(void) {}\nvoid fgpu_release(void) {}\n")

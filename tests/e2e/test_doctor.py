@@ -167,7 +167,7 @@ def work(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_doctor_names_it_and_the_mend(service: Service, work: Path, case: str) -> None:
+def test_doctor_names_it_and_the_fix(service: Service, work: Path, case: str) -> None:
     make, check, fix = CASES[case]
     done = make(work).doctor(work)
     assert done.returncode == 1, done
@@ -229,7 +229,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("case", LINES)
-def test_what_the_kernel_or_the_driver_lacks_is_one_line_with_the_mend(service: Service, work: Path, case: str) -> None:
+def test_what_the_kernel_or_the_driver_lacks_is_one_line_with_the_fix(service: Service, work: Path, case: str) -> None:
     make, line = LINES[case]
     done = make(work).agent(work)
     assert (done.returncode, done.stdout) == (1, "")
@@ -274,7 +274,7 @@ def test_a_gatekeeper_that_hangs_is_named(service: Service) -> None:
     eventually(lambda: "gatekeeper" not in failures(), 10, "a gatekeeper that answers")
 
 
-def test_a_shim_that_not_everybody_may_read_is_named(service: Service) -> None:
+def test_a_shim_that_some_users_cannot_read_is_named(service: Service) -> None:
     before = SHIM.stat().st_mode
     SHIM.chmod(0o700)
     try:
@@ -284,7 +284,7 @@ def test_a_shim_that_not_everybody_may_read_is_named(service: Service) -> None:
     assert "preload" not in failures()
 
 
-def test_without_an_agent_the_policies_are_read_all_the_same(work: Path) -> None:
+def test_without_an_agent_the_policies_are_read_anyway(work: Path) -> None:
     (work / "policy.d").mkdir()
     (work / "policy.d/bad.yaml").write_text("spec: {memory: {limit: 8GB}}\n")
     (work / "agent.yaml").write_text(f"policyFolder: {work}/policy.d\n")
@@ -337,7 +337,7 @@ def test_a_taken_metrics_address_keeps_no_limit_from_being_enforced(service: Ser
     assert "fgpu_build_info" in metrics_page()
 
 
-def test_folders_where_sockets_should_be_are_taken_away(service: Service, unharmed: None) -> None:
+def test_folders_in_the_place_of_sockets_are_removed(service: Service, unharmed: None) -> None:
     """Docker makes folders for bind mounts of containers that it starts at boot, before the agent runs."""
     places = [RUN_DIR / name for name in ("control.sock", "discover.sock", "shim/shim.sock")]
     service.kill_agent()

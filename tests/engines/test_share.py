@@ -146,7 +146,7 @@ def refused(bundles: kit.Bundles) -> str:
     return str(caught.value)
 
 
-def test_a_share_that_is_none(bundles: kit.Bundles) -> None:
+def test_an_invalid_share_is_refused(bundles: kit.Bundles) -> None:
     bundles.device = "2gib"
     bundles.spec["devices"][0]["containerEdits"]["hooks"][0]["args"][-1] = "2gb"
     said = refused(bundles)

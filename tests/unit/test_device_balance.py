@@ -345,7 +345,7 @@ class Machine(RuleBasedStateMachine):
         return self.disturbed
 
 
-def test_what_is_released_is_what_the_device_let_go_of(scale: Callable[[int, int, int], int]) -> None:
+def test_the_release_is_what_the_device_released(scale: Callable[[int, int, int], int]) -> None:
     settings = hypothesis.settings(
         max_examples=scale(30, 300, 5000),
         stateful_step_count=60,

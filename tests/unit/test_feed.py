@@ -41,14 +41,14 @@ def answers(tmp_path: Path) -> Iterator[queue.SimpleQueue[bytes]]:
     listener.close()
 
 
-def test_half_an_answer_is_none(answers: queue.SimpleQueue[bytes], tmp_path: Path) -> None:
+def test_half_an_answer_is_no_answer(answers: queue.SimpleQueue[bytes], tmp_path: Path) -> None:
     for half in (b'{"ok": {"tena', b""):
         answers.put(half)
         with pytest.raises(ConnectionError, match="closed the connection"):
             control_client.call(tmp_path, {"verb": "snapshot"})
 
 
-def test_what_fails_is_news_and_the_next_answer_mends_it(
+def test_a_failure_is_shown_until_the_next_reply(
     answers: queue.SimpleQueue[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(top_input, "PERIOD_SECONDS", 0.01)
@@ -67,7 +67,7 @@ def test_what_fails_is_news_and_the_next_answer_mends_it(
         assert (found.latest.snapshot, found.latest.error) == ({"number": number}, error)
 
 
-def test_silence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(top_input.time, "monotonic", lambda: 109.0)
     assert LatestSnapshot({}, "", 108.0).now().error == ""
     assert LatestSnapshot({}, "", 100.0).now().error == "no answer for 9 s"

@@ -24,12 +24,12 @@ def settings(tmp_path):
     return read
 
 
-def test_without_a_file_and_with_an_empty_one_the_usual_holds(tmp_path, settings):
+def test_without_a_file_and_with_an_empty_one_the_defaults_hold(tmp_path, settings):
     assert host_config.read(tmp_path / "none.yaml") == (HostSettings(), ())
     assert settings("") == settings("# nothing\n") == settings("{}") == (HostSettings(), [])
 
 
-def test_everything_that_a_file_says_arrives(settings):
+def test_every_setting_of_a_file_is_read(settings):
     text = """
 listen: "[::1]:9999"
 listenNames: [gpu1, gpu1.example]
@@ -115,7 +115,7 @@ def test_addresses(settings, address):
         ("a: &b c", ":1: a: anchors and aliases (&, *) are refused: write the value out, or in quotes"),
     ],
 )
-def test_what_is_wrong_is_said(settings, text, error):
+def test_errors_are_reported(settings, text, error):
     assert settings(text) == (None, [error])
 
 
@@ -131,7 +131,7 @@ def test_a_file_that_others_may_write_is_refused(tmp_path):
     assert "may be written by users other than root: chown root" in str(error)
 
 
-def test_what_cannot_be_read_is_said(tmp_path):
+def test_an_unreadable_file_is_reported(tmp_path):
     assert str(host_config.read(tmp_path, root_only=False)[1][0]) == f"{tmp_path}: is not a regular file: remove it"
 
 

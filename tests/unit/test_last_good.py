@@ -66,14 +66,14 @@ def test_a_host_that_never_had_the_folder_has_no_policies_and_no_error(tmp_path)
      '{"version": 2, "folder": "%s", "files": []}', '{"version": 1, "folder": "/else", "files": []}',
      '{"version": 1, "folder": "%s", "files": [["a.yaml", "x: ["]]}', '{"version": 1, "folder": "%s", "files": 3}'],
 )  # fmt: skip
-def test_what_was_kept_and_makes_no_sense_is_no_set(place, said):
+def test_an_invalid_stored_set_is_no_set(place, said):
     folder, file = place
     file.write_text(said.replace("%s", str(folder)))
     damaged(folder, "typo")
     assert at_start(folder, file).kept is None
 
 
-def test_what_others_than_root_may_write_is_not_believed(place):
+def test_a_file_that_others_than_root_may_write_is_not_trusted(place):
     folder, file = place
     file.chmod(0o666)
     damaged(folder, "typo")

@@ -42,7 +42,7 @@ def test_there_are_bad_files():
     assert len(BAD) > 90
 
 
-def test_every_fault_of_a_document_is_told_in_the_order_of_lines():
+def test_errors_of_a_document_are_in_the_order_of_lines():
     spec = "\n  selector: {}\n  memory: {limit: 1GB}\n  x: 1\n  mode: x"
     _, errors = parse.read("p.yaml", kit.text("A", spec).encode())
     assert [error.field for error in errors] == [
@@ -54,14 +54,14 @@ def test_every_fault_of_a_document_is_told_in_the_order_of_lines():
     ]
 
 
-def test_one_bad_document_refuses_the_file_and_all_bad_ones_are_told():
+def test_one_bad_document_refuses_the_file_and_all_bad_ones_are_reported():
     data = kit.text("a") + kit.text("b", "{}") + kit.text("c") + kit.text("d", "5")
     policies, errors = parse.read("p.yaml", data.encode())
     assert policies == []
     assert [(error.line, error.field) for error in errors] == [(10, "spec.selector"), (20, "spec")]
 
 
-def test_faults_are_bounded():
+def test_errors_are_bounded():
     _, errors = parse.read("p.yaml", "".join(kit.text(f"a{n}", "{}") for n in range(500)).encode())
     assert len(errors) == yaml_document.MOST_ERRORS
 
@@ -76,7 +76,7 @@ def test_faults_are_bounded():
         (b"[1]\n" * 3, "bad.yaml:1: is not a policy: write apiVersion, kind, metadata and spec"),
     ],
 )
-def test_what_is_no_text_is_refused(data, error):
+def test_a_file_that_is_no_text_is_refused(data, error):
     assert first_error(data) == error
 
 
@@ -91,12 +91,12 @@ def test_an_empty_file_has_no_policies(data):
 
 
 @pytest.mark.parametrize("word", ["no", "yes", "on", "off", "y", "1:30", "2024-01-01", "0x10", "1_000", "=", "0o7"])
-def test_words_stay_words(word):
+def test_words_are_not_converted(word):
     found = kit.read(kit.text("p", f"{{selector: {{matchLabels: {{{word}: {word}}}}}}}"))[0]
     assert str(found.selector.labels[0]) == f"{word} In ({word})"
 
 
-def test_policies_keep_their_order_and_know_where_they_stand():
+def test_policies_keep_their_order_and_their_lines():
     found = kit.read(kit.text("b") + "# comment\n" + kit.text("a"))
     assert [(p.name, p.source) for p in found] == [("b", "p.yaml:2"), ("a", "p.yaml:8")]
 
@@ -137,7 +137,7 @@ def _places(value, way=()):
 
 @settings(max_examples=EXAMPLES)
 @given(spoilt())
-def test_a_spoilt_document_is_a_policy_or_faults_with_their_lines(document):
+def test_a_damaged_document_is_a_policy_or_errors_with_lines(document):
     data = kit.as_yaml(document)
     policies, errors = parse.read("p.yaml", data)
     assert bool(policies) is not bool(errors)
@@ -147,7 +147,7 @@ def test_a_spoilt_document_is_a_policy_or_faults_with_their_lines(document):
 
 @settings(max_examples=EXAMPLES)
 @given(st.one_of(st.binary(max_size=200), st.text("[]{}:,-?&*!|>'\"%@` \nab1~<", max_size=60).map(str.encode)))
-def test_any_bytes_are_policies_or_faults(data):
+def test_any_bytes_are_policies_or_errors(data):
     policies, errors = parse.read("p.yaml", data)
     assert policies == []
     breaks = len(re.findall("[\r\n\x85\u2028\u2029]", data.decode(errors="replace")))  # as YAML has them

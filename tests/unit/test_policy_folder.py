@@ -40,7 +40,7 @@ def test_files_in_lexical_order_and_documents_in_theirs(tmp_path):
     assert names(folder(tmp_path).read()) == ["b", "a", "c", "d"]
 
 
-def test_what_editors_leave_behind_is_left_out(tmp_path):
+def test_files_of_editors_are_ignored(tmp_path):
     for name in (".a.yaml.swp", ".#a.yaml", "a.yaml~", "#a.yaml#", "a.yaml.bak", "4913", ".hidden.yaml", "README"):
         (tmp_path / name).write_text("nonsense")
     (tmp_path / "a.yaml").write_text(kit.text("a"))
@@ -55,7 +55,7 @@ def test_no_folder_means_no_policies_unless_there_was_one(tmp_path):
     ]
 
 
-def test_one_bad_file_refuses_all_and_faults_name_their_files(tmp_path):
+def test_one_bad_file_refuses_all_and_errors_name_their_files(tmp_path):
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     (tmp_path / "b.yaml").write_text(kit.text("b", "{}"))
     (tmp_path / "c.yaml").write_text("x")
@@ -63,7 +63,7 @@ def test_one_bad_file_refuses_all_and_faults_name_their_files(tmp_path):
     assert [line.partition(": ")[0] for line in found] == [f"{tmp_path}/b.yaml:5", f"{tmp_path}/c.yaml:1"]
 
 
-def test_a_name_borne_twice_is_refused_at_the_second(tmp_path):
+def test_a_duplicate_name_is_refused_at_the_second_policy(tmp_path):
     (tmp_path / "a.yaml").write_text(kit.text("x"))
     (tmp_path / "b.yaml").write_text(kit.text("y") + kit.text("x"))
     assert errors(folder(tmp_path).read()) == [
@@ -71,7 +71,7 @@ def test_a_name_borne_twice_is_refused_at_the_second(tmp_path):
     ]
 
 
-def test_what_is_no_file_holds_nobody_up(tmp_path):
+def test_an_entry_that_is_no_file_delays_nothing(tmp_path):
     os.mkfifo(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").mkdir()
     (tmp_path / "c.yaml").symlink_to("/dev/zero")
@@ -128,7 +128,7 @@ def own(tmp_path):
 
 
 @needs_root
-def test_what_root_alone_may_write_is_read(own):
+def test_a_file_that_only_root_may_write_is_read(own):
     assert names(folder(own, root_only=True).read()) == ["a"]
 
 
@@ -138,7 +138,7 @@ def test_what_root_alone_may_write_is_read(own):
     [("a.yaml", 0o664, 0), ("a.yaml", 0o646, 0), ("a.yaml", 0o644, 1000), (".", 0o775, 0), (".", 0o1777, 0),
      (".", 0o755, 1000), ("..", 0o777, 0), ("..", 0o755, 1000)],
 )  # fmt: skip
-def test_what_others_may_write_is_refused(own, inner, mode, owner):
+def test_a_policy_file_that_others_may_write_is_refused(own, inner, mode, owner):
     path = own / inner
     os.chmod(path, mode)
     os.chown(path, owner, -1)
@@ -172,7 +172,7 @@ def test_a_sticky_folder_around_is_fine_and_so_is_a_read_only_mount(own, monkeyp
 # -- one state or the other ----------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_changes_all_the_time_is_never_read_half(tmp_path, scale):
+def test_a_folder_that_changes_all_the_time_is_never_read_in_part(tmp_path, scale):
     place = ConfigMap(tmp_path / "policy.d", 4)
     end = threading.Event()
 
@@ -219,7 +219,7 @@ def test_a_file_that_was_only_opened_yet_does_not_mean_no_policies(tmp_path):
     assert names(folder(tmp_path, settle_seconds=0.01).read()) == ["a"], "some files are empty"
 
 
-def test_whoever_never_stops_writing_gets_a_fault(tmp_path, monkeypatch):
+def test_a_folder_that_is_written_all_the_time_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     patient = folder(tmp_path, settle_seconds=0.01)
     monkeypatch.setattr(patient, "_unsettled_seconds", lambda _: 0.01)

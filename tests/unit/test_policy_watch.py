@@ -62,7 +62,7 @@ def watch(watches):
         one.stop()
 
 
-def test_changes_are_told_and_nothing_else(tmp_path, watch):
+def test_only_changes_are_reported(tmp_path, watch):
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     readings = watch(tmp_path)
     (tmp_path / "README").write_text("not a policy")
@@ -73,7 +73,7 @@ def test_changes_are_told_and_nothing_else(tmp_path, watch):
     assert readings.next() == (["b"], [])
 
 
-def test_a_bad_set_is_told_without_policies_and_a_good_one_after_it(tmp_path, watch):
+def test_a_bad_set_is_reported_without_policies_and_then_a_good_one(tmp_path, watch):
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     readings = watch(tmp_path)
     (tmp_path / "a.yaml").write_text(kit.text("a", "{selector: {cgroup: a}, mode: x}"))
@@ -115,7 +115,7 @@ def test_a_config_map_is_taken_over_by_its_swap(tmp_path, watch):
         assert readings.next() == ([f"{version}-0", f"{version}-1", f"{version}-2"], [])
 
 
-def test_a_folder_put_in_anothers_place_is_noticed(tmp_path, watch):
+def test_a_replaced_folder_is_noticed(tmp_path, watch):
     place, fresh = tmp_path / "policy.d", tmp_path / "fresh"
     for folder, name in ((place, "a"), (fresh, "b")):
         folder.mkdir()
@@ -129,7 +129,7 @@ def test_a_folder_put_in_anothers_place_is_noticed(tmp_path, watch):
     assert readings.next() == (["b", "c"], [])
 
 
-def test_a_folder_made_anew_in_the_same_place_is_watched(tmp_path, watch):
+def test_a_folder_made_again_in_the_same_place_is_watched(tmp_path, watch):
     place = tmp_path / "policy.d"
     place.mkdir()
     readings = watch(place)
@@ -144,7 +144,7 @@ def test_a_folder_made_anew_in_the_same_place_is_watched(tmp_path, watch):
 
 
 @pytest.mark.parametrize("write", ["in place", "renamed over", "linked anew"])
-def test_each_way_of_writing_a_file_is_noticed(tmp_path, watch, write):
+def test_each_kind_of_write_is_noticed(tmp_path, watch, write):
     place, other = tmp_path / "policy.d/a.yaml", tmp_path / "policy.d/.new"
     place.parent.mkdir()
     for name in "ab":
@@ -169,7 +169,7 @@ def test_each_way_of_writing_a_file_is_noticed(tmp_path, watch, write):
     assert told == (["b"], [])
 
 
-def test_where_the_kernel_gives_no_notifications_it_looks(tmp_path, watch, monkeypatch):
+def test_without_notifications_the_folder_is_polled(tmp_path, watch, monkeypatch):
     def refuse(folders):
         raise OSError("no watches are left")
 
@@ -181,7 +181,7 @@ def test_where_the_kernel_gives_no_notifications_it_looks(tmp_path, watch, monke
         assert readings.next() == ([name], [])
 
 
-def test_it_sleeps_while_nothing_happens(tmp_path, watch, watches):
+def test_the_watch_sleeps_without_changes(tmp_path, watch, watches):
     readings = watch(tmp_path)
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     assert readings.next() == (["a"], [])

@@ -61,7 +61,7 @@ def test_agent_yaml_lists_them(tmp_path):
         ("share: 8gib}, {share: 8gib", "'8gib' is there twice: join them"),
     ],
 )
-def test_what_they_may_not_be(tmp_path, text, said):
+def test_invalid_profiles(tmp_path, text, said):
     host, errors = read(tmp_path, f"listen: 127.0.0.1:1\nprofiles:\n  [{{{text}}}]\n")
     assert host is None
     assert said in str(errors[0])
@@ -174,7 +174,7 @@ def test_ids_that_were_given_stay_healthy():
 @pytest.mark.parametrize(
     "id_", ["", "::", f"{ONE}::8gib::2", f"{ONE}::8gib::01", f"{ONE}::8gib::\u0661", f"{TWO}::8gib::0"]
 )
-def test_what_is_no_id(id_):
+def test_invalid_ids(id_):
     book = Book()
     book.look(told())
     with pytest.raises(SlotError, match=r"is not an id of fgpu\.dev/8gib"):

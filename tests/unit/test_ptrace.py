@@ -10,7 +10,7 @@ from fgpu_ebpf import doctor
 
 
 @pytest.mark.parametrize(("scope", "ok"), [("0\n", True), ("1\n", True), ("2\n", True), ("3\n", False), (None, True)])
-def test_where_no_memory_can_be_read_the_setting_is_named(
+def test_unreadable_memory_names_the_kernel_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str | None, ok: bool
 ) -> None:
     path = tmp_path / "ptrace_scope"

@@ -30,7 +30,7 @@ def names(word: str, is_reversed: bool = False) -> list[str]:
         ("gpu", "alice batch bob carol"),
     ],
 )
-def test_most_comes_first_and_what_nobody_measured_last(word: str, order: str) -> None:
+def test_most_comes_first_and_unmeasured_values_last(word: str, order: str) -> None:
     assert names(word) == order.split()
 
 
@@ -43,7 +43,7 @@ def test_most_comes_first_and_what_nobody_measured_last(word: str, order: str) -
         ("refused", "batch bob carol alice"),
     ],
 )
-def test_reversed_leaves_what_nobody_measured_last(word: str, order: str) -> None:
+def test_reversed_order_leaves_unmeasured_values_last(word: str, order: str) -> None:
     assert names(word, is_reversed=True) == order.split()
 
 
@@ -70,7 +70,7 @@ def test_filter(text: str, found: str) -> None:
     assert [row.tenant["tenant"] for row in rows] == found.split()
 
 
-def test_the_same_column_again_is_the_other_way_round() -> None:
+def test_the_same_column_again_reverses_the_order() -> None:
     by_peak = Order().by(BY_WORD["peak"])
     assert (by_peak.column.word, by_peak.is_reversed) == ("peak", False)
     assert by_peak.by(BY_WORD["peak"]).is_reversed
