@@ -317,11 +317,11 @@ class Soak:
             place.close()
         (self.service.policies / f"soak-{self._policies}.yaml").unlink(missing_ok=True)
 
-        def nobody() -> bool:
+        def is_empty() -> bool:
             return not any(t["processes"] for t in ask(verb="snapshot")["tenants"])
 
         with contextlib.suppress(Timeout):
-            eventually(nobody, 20)
+            eventually(is_empty, 20)
         self.wrong["left"] = sum(len(t["processes"]) for t in ask(verb="snapshot")["tenants"])
 
     # -- helpers

@@ -14,12 +14,12 @@ FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO: its inode, always
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A finding. `found`: what was seen; `mend`: what to do if `ok` is False."""
+    """A finding. `found`: what was seen; `fix`: what to do if `ok` is False."""
 
     name: str
     ok: bool
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 @cache

@@ -26,7 +26,7 @@ from fgpu_ebpf.driver import programs, shim_store, start_checks
 from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.ledger import ledger
 from fgpu_ebpf.linux import malloc, sd_notify
-from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.workloads import cgroups
 
 log = logging.getLogger("fgpu agent")
@@ -76,7 +76,7 @@ def serve(options: Options) -> None:
     _clean_environment()
     for check in doctor.host_checks():
         if not check.ok and check.name not in options.skipped:
-            raise AgentError(f"{check.found}: {check.mend}")
+            raise AgentError(f"{check.found}: {check.fix}")
     cgroups.make_run_folder()  # before the agent drops the capability for it
     malloc.keep_small()
     service = Agent(settings(options))
@@ -87,8 +87,8 @@ def serve(options: Options) -> None:
         with _reachable(service):
             devices = len(service.parts.driver.nvml.devices)
             found = (devices, len(service.parts.enforcer), service.settings.listen)
-            if lacks := service.lacks_policies():
-                log.error("not enforcing policies: %s", lacks)
+            if error := service.policy_error():
+                log.error("not enforcing policies: %s", error)
             else:
                 log.info("enforcing, %d devices, %d tenants, page and /metrics at http://%s/", *found)
             service.mark("answering")
@@ -121,12 +121,12 @@ def _handle_signals(service: Agent) -> None:
 
     The main loop wakes for each at once.
     """
-    bell = Bell()
-    service.selector.register(bell, selectors.EVENT_READ, bell.hush)
+    wakeup = Wakeup()
+    service.selector.register(wakeup, selectors.EVENT_READ, wakeup.clear)
 
     def handle(action: Callable[[], None]) -> None:
         action()
-        bell.ring()
+        wakeup.wake()
 
     for number, action in (
         (signal.SIGTERM, service.end),
@@ -159,7 +159,7 @@ def load(options: Options) -> str:
     os.umask(0o022)
     for check in doctor.load_checks():
         if not check.ok:
-            raise AgentError(f"{check.found}: {check.mend}")
+            raise AgentError(f"{check.found}: {check.fix}")
     s = settings(options)
     loading = programs.Loading(s.sources, s.pins, s.loader)
     try:

@@ -23,7 +23,7 @@ from fgpu_ebpf.containers import engine_setup, injection, run, selinux
 from fgpu_ebpf.driver import nvml, programs
 from fgpu_ebpf.linux import bpf
 from fgpu_ebpf.policy import folder
-from fgpu_ebpf.policy.yaml_document import Fault
+from fgpu_ebpf.policy.yaml_document import ConfigError
 from fgpu_ebpf.workloads import cgroups
 
 LINUX = (6, 1)  # the oldest release on which the product has been tested: docs/matrix.md
@@ -64,7 +64,7 @@ def checks(options: Options) -> list[Check]:
     return [*found, *agents, *engine_setup.checks(), *selinux.checks(options.run_dir)]
 
 
-def _settings(path: Path, errors: Sequence[Fault]) -> Check:
+def _settings(path: Path, errors: Sequence[ConfigError]) -> Check:
     if errors:
         return Check("settings", False, "; ".join(map(str, errors[:3])), f"fix {path}, then restart the agent")
     return Check("settings", True, str(path) if path.exists() else "built-in defaults")

@@ -147,7 +147,7 @@ def scale() -> Callable[[int, int, int], int]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _entered_by_anybody(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _folders_open_to_all_users(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Open the folders above the tests' folders for all users. A test's own folder stays root's unless it opens it."""
     base, end = tmp_path_factory.getbasetemp(), Path(tempfile.gettempdir())
     for folder in (base, *base.parents):

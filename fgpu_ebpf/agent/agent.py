@@ -25,7 +25,7 @@ from fgpu_ebpf.containers import run
 from fgpu_ebpf.driver.start_checks import AgentError
 from fgpu_ebpf.linux import malloc, procfs, sd_notify
 from fgpu_ebpf.linux.process_setup import raise_descriptor_limit, raise_priority
-from fgpu_ebpf.policy.yaml_document import Fault
+from fgpu_ebpf.policy.yaml_document import ConfigError
 from fgpu_ebpf.snapshot import Snapshot
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.workloads.engine_labels import Engines, api_of
@@ -47,8 +47,8 @@ class Agent:
         self.snapshot = Snapshot(time.time())
         self._taken, self._next_round = -SNAPSHOT_SECONDS, 0.0
         self.selector = selectors.DefaultSelector()
-        self.history, self.lacks = EventLog(), dict[str, Check]()  # failed checks beside those of enforcement
-        self.keeper = GatekeeperProcess(settings.run_dir, settings.pins)
+        self.history, self.failed_checks = EventLog(), dict[str, Check]()  # beside those of enforcement
+        self.gatekeeper = GatekeeperProcess(settings.run_dir, settings.pins)
         self.engines = Engines(map(api_of, settings.engines), settings.run_dir / NAMES)
         self._parts: Parts | None = None
         self.marks: dict[str, float] = {}  # monotonic time at which each part of the start was done
@@ -72,9 +72,9 @@ class Agent:
         raise_descriptor_limit()
         attached = startup.attach(settings, self.mark)
         driver = attached.driver
-        self.lacks |= driver.lacks
-        self.keeper.start(driver.layout_changed)
-        self._parts = wire(settings, attached, self.engines, self.history, self.lacks)
+        self.failed_checks |= driver.failed_checks
+        self.gatekeeper.start(driver.layout_changed)
+        self._parts = wire(settings, attached, self.engines, self.history, self.failed_checks)
         self.chores += self.parts.chores.steps
         self.parts.take_over(attached.policies)
         run.write_preload(settings.run_dir, driver.shim)
@@ -103,7 +103,7 @@ class Agent:
 
     def wait_for_gatekeeper(self) -> None:
         """Wait until the gatekeeper answers. Raises AgentError: it did not start."""
-        if not self.keeper.wait():
+        if not self.gatekeeper.wait():
             raise AgentError("the gatekeeper did not start: see its log above")
 
     # -- the main loop
@@ -112,11 +112,11 @@ class Agent:
         """Leave run() at the next tick. Also a signal handler."""
         self._ended = True
 
-    def reload(self) -> tuple[Fault, ...]:
+    def reload(self) -> tuple[ConfigError, ...]:
         """Read the policies again. Returns the errors because of which the last good set stays in force."""
         return self.parts.policies.ask()
 
-    def lacks_policies(self) -> str:
+    def policy_error(self) -> str:
         """Return why only pinned limits are enforced instead of policies; empty: policies are enforced."""
         return self.parts.policies.trouble if self.parts.manager.policies_unknown else ""
 
@@ -150,9 +150,9 @@ class Agent:
     def _round(self, now: float) -> None:
         """Do everything that no event triggers."""
         self._next_round = now + ROUND_SECONDS
-        for chore in (*self.chores, self.keeper.keep):
+        for chore in (*self.chores, self.gatekeeper.keep):
             self._do(chore)
-        if self.keeper.is_missed:
+        if self.gatekeeper.is_missed:
             self._next_round = now + HURRY_SECONDS
         manager, discovery = self.parts.manager, self.parts.driver.discovery
         for part in (
@@ -180,7 +180,7 @@ class Agent:
     def _look_at_holders(self) -> None:
         """Probe the libraries of processes that NVML lists: they may map a private copy of libcuda."""
         parts = self.parts
-        parts.reconciler.hush()
+        parts.reconciler.clear()
         truth = parts.reconciler.truth
         parts.driver.discovery.look_at_holders(truth.pids(), truth.drift, truth.processes)
         parts.chores.adoption.look()
@@ -190,7 +190,7 @@ class Agent:
         self.snapshot = replace(
             take_snapshot(self.parts, self.settings.run_dir), writes_refused=self.writes_refused,
             failures=self.failures, engines=self.engines.views(), trusted=self.settings.trusted_drivers,
-            lacks={name: (check.found, check.mend) for name, check in self.lacks.items()},
+            lacks={name: (check.found, check.fix) for name, check in self.failed_checks.items()},
         )  # fmt: skip
         self._taken = time.monotonic()
         return self.snapshot
@@ -202,7 +202,7 @@ class Agent:
     def stop(self) -> None:
         """Stop everything that this agent has started, however far it came. Limits stay in force."""
         policies, reconciler = (self._parts.policies, self._parts.reconciler) if self._parts else (None, None)
-        for part in (policies, self.engines, reconciler, self.keeper):
+        for part in (policies, self.engines, reconciler, self.gatekeeper):
             if part:
                 self._do(part.stop)
 

@@ -28,11 +28,11 @@ class HostLook:
     """Makes looks. `orphaned` is called for each level, to check it for orphaned bytes."""
 
     def __init__(
-        self, manager: Manager, news: KernelEvents, engines: Engines, discovery: Discovery,
+        self, manager: Manager, kernel_events: KernelEvents, engines: Engines, discovery: Discovery,
         orphaned: Callable[[int], None], stale_mounts: StaleMountReports, lists: Lists,
     ) -> None:  # fmt: skip
         self._manager, self._enforcer, self._workloads = manager, manager.enforcer, manager.workloads
-        self._news, self._engines, self._discovery = news, engines, discovery
+        self._kernel_events, self._engines, self._discovery = kernel_events, engines, discovery
         self._orphaned, self._stale_mounts, self._lists = orphaned, stale_mounts, lists
 
     def steps(self, path: str) -> Iterator[None]:
@@ -92,11 +92,11 @@ class HostLook:
     def _follow(self, top: str) -> Iterator[None]:
         """Move the charges of processes to the cgroups that they are in now."""
         found: set[str] = set()
-        for pids in chunks(self._news.charged(), CHUNK):
+        for pids in chunks(self._kernel_events.charged(), CHUNK):
             found |= {path for pid in pids if (path := procfs.cgroup_path(pid)) and is_inside(path, top)}
             yield
         for paths in chunks(found, CHUNK):
-            self._news.follow(paths)
+            self._kernel_events.follow(paths)
             yield
 
     def tenants(self) -> Iterator[None]:

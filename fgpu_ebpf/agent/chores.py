@@ -35,9 +35,9 @@ class Chores:
 
 def make_chores(
     driver: HostDriver, ledger: Ledger, manager: Manager, reconciler: Reconciler, history: EventLog,
-    lacks: MutableMapping[str, Check],
+    failed_checks: MutableMapping[str, Check],
 ) -> Chores:  # fmt: skip
-    """Make the chores. `lacks`: the agent's failed checks, which some of them change."""
+    """Make the chores. `failed_checks`: the agent's failed checks, which some of them change."""
 
     def truth() -> Truth:
         return reconciler.truth
@@ -45,7 +45,7 @@ def make_chores(
     enforcer, turns = manager.enforcer, ledger.times.turns
     unwitnessed, keepers = Unwitnessed(driver.contexts), Keepers()
     adoption = AdoptionReports(truth, ledger, enforcer, history, unwitnessed)
-    late = LateDevices(driver.nvml, ledger, manager, reconciler, history, driver.contexts, lacks)
+    late = LateDevices(driver.nvml, ledger, manager, reconciler, history, driver.contexts, failed_checks)
     shortfalls = Shortfalls(turns, enforcer.name_of, history)
     steps = (
         manager.overrides.write_again,

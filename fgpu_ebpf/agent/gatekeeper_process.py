@@ -111,7 +111,7 @@ def check(run_dir: Path) -> Check:
     pid = file_locks.holder(lock)
     if not _hello(run_dir / "shim/shim.sock", PATIENCE_SECONDS):
         silent = f"pid {pid} does not answer within {PATIENCE_SECONDS:g} s: new programs are refused memory"
-        return Check("gatekeeper", False, silent, f"kill -9 {pid}, then {ABSENT.mend}")
+        return Check("gatekeeper", False, silent, f"kill -9 {pid}, then {ABSENT.fix}")
     return Check("gatekeeper", True, f"pid {pid}")
 
 

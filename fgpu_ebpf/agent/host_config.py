@@ -16,7 +16,7 @@ from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.policy import trusted_file
 from fgpu_ebpf.policy.folder import FOLDER
 from fgpu_ebpf.policy.share_name import USUAL
-from fgpu_ebpf.policy.yaml_document import Fault, FaultError
+from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError
 from fgpu_ebpf.tenancy.profiles import Profile
 
 FILE = Path("/etc/fgpu/agent.yaml")
@@ -58,18 +58,18 @@ class HostSettings:
     bounds: Bounds = field(default_factory=Bounds)
 
 
-def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None, tuple[Fault, ...]]:
+def read(path: Path = FILE, root_only: bool = True) -> tuple[HostSettings | None, tuple[ConfigError, ...]]:
     """Return the settings, or None and the file's errors. Without a file the settings are the defaults."""
     try:
         data, _ = trusted_file.load(str(path), str(path), root_only)
     except FileNotFoundError:
         return HostSettings(), ()
-    except FaultError as error:
-        return None, (error.fault,)
+    except InvalidFileError as invalid:
+        return None, (invalid.error,)
     except OSError as error:
-        return None, (Fault(str(path), 0, "", f"cannot be read: {error.strerror}"),)
+        return None, (ConfigError(str(path), 0, "", f"cannot be read: {error.strerror}"),)
     # Imported here: it imports pydantic, 11 MiB that a host without such a file must not pay for.
     from fgpu_ebpf.agent import host_schema
 
-    values, faults = host_schema.read(str(path), data)
-    return (None if faults else HostSettings(**values)), faults
+    values, errors = host_schema.read(str(path), data)
+    return (None if errors else HostSettings(**values)), errors

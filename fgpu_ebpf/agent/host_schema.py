@@ -17,8 +17,8 @@ from fgpu_ebpf.ledger.owner_bounds import Bounds
 from fgpu_ebpf.policy import share_name
 from fgpu_ebpf.policy.fields import Devices, MetricLabels, Model, absent
 from fgpu_ebpf.policy.units import shown
-from fgpu_ebpf.policy.validation import faults
-from fgpu_ebpf.policy.yaml_document import Fault, FaultError, documents
+from fgpu_ebpf.policy.validation import config_errors
+from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError, documents
 from fgpu_ebpf.tenancy.profiles import MOST_COUNT, MOST_NAME_CHARACTERS, Profile
 
 MOST_XID = 1023
@@ -165,22 +165,23 @@ class HostDocument(Model):
     bounds: BoundsDocument = absent("The most that one workload may use of shared tables, with all cgroups inside it.")
 
 
-def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[Fault, ...]]:
+def read(file: str, data: bytes) -> tuple[dict[str, Any], tuple[ConfigError, ...]]:
     """Return what a file sets as fields of HostSettings, or the file's errors."""
     try:
         found = list(documents(file, data))
         if len(found) > 1:
-            return {}, (Fault(file, found[1].line(()), "", "is a second document: there is one agent, join them"),)
+            text = "is a second document: there is one agent, join them"
+            return {}, (ConfigError(file, found[1].line(()), "", text),)
         if not found:
             return {}, ()
         document = found[0]
         if not isinstance(document.value, dict):
-            return {}, (Fault(file, document.line(()), "", "is no mapping: write it as listen: 127.0.0.1:9423"),)
+            return {}, (ConfigError(file, document.line(()), "", "is no mapping: write it as listen: 127.0.0.1:9423"),)
         return _values(HostDocument.model_validate(document.value)), ()
-    except FaultError as error:
-        return {}, (error.fault,)
+    except InvalidFileError as invalid:
+        return {}, (invalid.error,)
     except ValidationError as error:
-        return {}, tuple(faults(file, document, HostDocument, error))
+        return {}, tuple(config_errors(file, document, HostDocument, error))
 
 
 def _values(document: HostDocument) -> dict[str, Any]:

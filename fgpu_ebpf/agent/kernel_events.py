@@ -98,12 +98,12 @@ class KernelEvents:
 
     def _use_device(self, event: Event) -> None:
         try:
-            lack = self._enforcer.use_device(event.cgroup, event.device)
+            shortage = self._enforcer.use_device(event.cgroup, event.device)
         except OSError as error:
             log.error("a first use of device %d waits: %s", event.device, error)  # the program asks again
             return
-        if lack:
-            self._note("no room", event, "", lack)
+        if shortage:
+            self._note("no room", event, "", shortage)
 
     def _bounds_met(self, event: Event) -> str:
         """Return which bounds refuse entries to this level; empty: it was refused for bytes."""

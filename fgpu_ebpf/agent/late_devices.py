@@ -25,7 +25,7 @@ _FIX = "nvidia-smi and dmesg | grep -i xid show the reason; after a reset or a r
 class LateDevices:
     """The missing devices.
 
-    `contexts`: bytes of one context by ledger index; `lacks`: the failed checks. Both are the agent's, and are changed
+    `contexts`: bytes of one context by ledger index; `failed_checks`: by name. Both are the agent's, and are changed
     here.
     """
 
@@ -35,7 +35,7 @@ class LateDevices:
     reconciler: Reconciler
     history: EventLog
     contexts: MutableMapping[int, int]
-    lacks: MutableMapping[str, Check]
+    failed_checks: MutableMapping[str, Check]
     _named: set[str] = field(default_factory=set)
 
     def look(self) -> None:
@@ -59,9 +59,9 @@ class LateDevices:
         self.history.add("device found", gpu=device.index, text=f"{device.name}, {device.uuid_text}")
 
     def _name(self, missing: MutableMapping[str, str]) -> None:
-        self.lacks.pop(NAME, None)
+        self.failed_checks.pop(NAME, None)
         if missing:
-            self.lacks[NAME] = Check("devices", False, _words(missing.items()), _FIX)
+            self.failed_checks[NAME] = Check("devices", False, _words(missing.items()), _FIX)
         for uuid in missing.keys() - self._named:
             self.history.add("device missing", text=f"{uuid}: {missing[uuid]}")
         self._named = set(missing)

@@ -26,7 +26,7 @@ from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.orphans import Orphan
 from fgpu_ebpf.ledger.process_entry import Process
 from fgpu_ebpf.linux import procfs
-from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.wakeup import Wakeup
 
 PERIOD_SECONDS = 0.5
 LEVELS_AT_A_TIME = 64
@@ -106,7 +106,7 @@ class Reconciler:
         self._nvml = nvml
         self._ledger = ledger
         self._wake = threading.Event()
-        self._bell = Bell()
+        self._wakeup = Wakeup()
         self._stopping = False
         self._known: Mapping[int, Process] = {}
         self._audit = Audit(nvml.process_percent)
@@ -139,11 +139,11 @@ class Reconciler:
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when other processes hold memory, or one without the shim does."""
-        return self._bell.fileno()
+        return self._wakeup.fileno()
 
-    def hush(self) -> None:
+    def clear(self) -> None:
         """Note that all processes that hold memory by now are known."""
-        self._bell.hush()
+        self._wakeup.clear()
 
     def add_device(self, index: int) -> None:
         """Include a device from now on."""
@@ -198,7 +198,7 @@ class Reconciler:
         now = replace(before, held=held, drift=drift, orphans=orphans, ended=ended, unexplained=unexplained)
         self.truth = self._full(now, so_far, is_due) if is_full else replace(now, processes=self._known, failure="")
         if self.truth.pids() != before.pids() or (is_full and self.truth.strangers()):
-            self._bell.ring()
+            self._wakeup.wake()
 
     def _look_at(
         self,

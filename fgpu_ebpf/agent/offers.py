@@ -54,7 +54,7 @@ class Offers:
             "uuid": device.uuid_text,
             "index": device.index,
             "numa": numa(device.pci_bus_id),
-            "fault": self._fault(device.index),
+            "fault": self._failure(device.index),
             "free_bytes": free,
             "capacity_bytes": device.usable_bytes,
             "profiles": [
@@ -69,11 +69,11 @@ class Offers:
         says = {"memory": share.memory, "compute": share.compute}
         return {"share": name, "bytes": size, "count": count, "taken": taken, "fits": fits, **says}
 
-    def _fault(self, index: int) -> str:
+    def _failure(self, index: int) -> str:
         """Return why nothing of a device may be given; empty: NVML answers for it and it has no fatal XID."""
         reported = self.truth.xids.get(index)
         if reported and reported.fatal is not None:
-            return xids.fault(reported.fatal)
+            return xids.failure(reported.fatal)
         at = self.truth.answered.get(index)
         if at is None:
             return f"NVML has not answered: {self.truth.failure}" if self.truth.failure else "NVML has not answered yet"

@@ -57,12 +57,16 @@ class Parts:
 
 
 def wire(
-    settings: Settings, attached: Attached, engines: Engines, history: EventLog, lacks: MutableMapping[str, Check]
+    settings: Settings,
+    attached: Attached,
+    engines: Engines,
+    history: EventLog,
+    failed_checks: MutableMapping[str, Check],
 ) -> Parts:
     """Make the parts, and give each the parts that it calls. Nothing is started.
 
     Args:
-        lacks: the agent's failed checks, which some parts change.
+        failed_checks: the agent's failed checks, which some parts change.
     """
     driver, ledger, discovery = attached.driver, attached.ledger, attached.driver.discovery
     devices, older = driver.nvml.devices, attached.preexisting
@@ -73,9 +77,9 @@ def wire(
     reconciler = Reconciler(driver.nvml, ledger, manager.enforcer.levels, tally, older if driver.layout_changed else ())
     orphaned = reconciler.orphaned
     events = KernelEvents(ledger, manager, history, orphaned, lambda: reconciler.truth.held, discovery.look_into)
-    stale_mounts = StaleMountReports(manager.workloads.pids, history, lacks)
+    stale_mounts = StaleMountReports(manager.workloads.pids, history, failed_checks)
     look = HostLook(manager, events, engines, discovery, orphaned, stale_mounts, Lists(settings.run_dir))
     return Parts(
         driver, ledger, manager, Policies(settings.policy_folder, manager, history), reconciler, events, look,
-        Looks(look.steps), make_chores(driver, ledger, manager, reconciler, history, lacks),
+        Looks(look.steps), make_chores(driver, ledger, manager, reconciler, history, failed_checks),
     )  # fmt: skip

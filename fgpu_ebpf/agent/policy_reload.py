@@ -13,18 +13,18 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.policy import last_good
 from fgpu_ebpf.policy.folder import PolicyFolder, Reading
 from fgpu_ebpf.policy.rules import PolicySet
 from fgpu_ebpf.policy.watch import PolicyWatch
-from fgpu_ebpf.policy.yaml_document import Fault
+from fgpu_ebpf.policy.yaml_document import ConfigError
 from fgpu_ebpf.snapshot import PoliciesView
 from fgpu_ebpf.tenancy.event_log import EventLog
 from fgpu_ebpf.tenancy.manager import Manager
 
 log = logging.getLogger("fgpu.policy")
-_Change = tuple[PolicySet | None, tuple[Fault, ...]]
+_Change = tuple[PolicySet | None, tuple[ConfigError, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +63,19 @@ class Policies:
         self._watch: PolicyWatch | None = None
         self._last: Reading | None = None
         self._changes: deque[_Change] = deque()
-        self._bell = Bell()
+        self._wakeup = Wakeup()
         self.good = True
         self.loaded_seconds = 0.0
-        self.faults: tuple[Fault, ...] = ()
+        self.errors: tuple[ConfigError, ...] = ()
 
     def view(self) -> PoliciesView:
         """Return the last reading, as in a Snapshot, with the number of policies in force."""
-        faults, count = tuple(str(fault) for fault in self.faults), len(self._manager.policies.policies)
-        return PoliciesView(self.good, self.loaded_seconds, count, faults, self.unsaved)
+        errors, count = tuple(str(error) for error in self.errors), len(self._manager.policies.policies)
+        return PoliciesView(self.good, self.loaded_seconds, count, errors, self.unsaved)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after a change."""
-        return self._bell.fileno()
+        return self._wakeup.fileno()
 
     @property
     def trouble(self) -> str:
@@ -83,17 +83,17 @@ class Policies:
         if self.good:
             return ""
         in_force = "what was in force stays" if self._manager.policies_unknown else "the last good set stays in force"
-        return f"the policy files have an error, {in_force}: {self.faults[0]}"
+        return f"the policy files have an error, {in_force}: {self.errors[0]}"
 
     def begin(self, start: Start) -> None:
         """Enter the first reading, and give the manager its set or the kept one. The manager decides later."""
         self._last = reading = start.reading
-        self._note(reading.policies, reading.faults)
+        self._note(reading.policies, reading.errors)
         policies = reading.policies if start.kept is None else start.kept
         if policies is not None:
             self._manager.policies = policies
         if reading.policies is None:
-            self._manager.policies_unknown = "" if start.kept else f"the policies are not known: {reading.faults[0]}"
+            self._manager.policies_unknown = "" if start.kept else f"the policies are not known: {reading.errors[0]}"
         elif reading.state is None:  # perhaps it never existed; then pinned limits may come from nothing that is known
             self._manager.policies_unknown = f"there is no folder {self._folder.path}"
         else:
@@ -111,23 +111,23 @@ class Policies:
             self._watch.stop()
             self._watch = None
 
-    def ask(self) -> tuple[Fault, ...]:
+    def ask(self) -> tuple[ConfigError, ...]:
         """Read the folder again, changed or not, and put it in force. Returns the errors that forbid that."""
         reading = self._folder.read(may_be_missing=not (self._watch and self._watch.had))
-        self._changed(reading.policies, reading.faults)
+        self._changed(reading.policies, reading.errors)
         self.take()
-        return self.faults
+        return self.errors
 
-    def _changed(self, policies: PolicySet | None, faults: tuple[Fault, ...]) -> None:
-        self._changes.append((policies, faults))
-        self._bell.ring()
+    def _changed(self, policies: PolicySet | None, errors: tuple[ConfigError, ...]) -> None:
+        self._changes.append((policies, errors))
+        self._wakeup.wake()
 
     def take(self) -> None:
         """Apply the policies that were read since the last call."""
-        self._bell.hush()
+        self._wakeup.clear()
         while self._changes:
-            policies, faults = self._changes.popleft()
-            self._note(policies, faults)
+            policies, errors = self._changes.popleft()
+            self._note(policies, errors)
             if policies is not None:
                 self._save(policies)
                 self._manager.policies_unknown = ""
@@ -141,11 +141,11 @@ class Policies:
             self.unsaved = f"the policies in force are not stored for the next start: {self._file}: {error.strerror}"
             log.error("%s", self.unsaved)
 
-    def _note(self, policies: PolicySet | None, faults: tuple[Fault, ...]) -> None:
-        self.faults, self.good = faults, policies is not None
+    def _note(self, policies: PolicySet | None, errors: tuple[ConfigError, ...]) -> None:
+        self.errors, self.good = errors, policies is not None
         if policies is not None:
             self.loaded_seconds = time.time()
             self._history.add("policies", text=f"{len(policies.policies)} in force")
             return
-        for fault in faults[:5]:
-            self._history.add("policies refused", text=str(fault))
+        for error in errors[:5]:
+            self._history.add("policies refused", text=str(error))

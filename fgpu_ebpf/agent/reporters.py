@@ -181,10 +181,12 @@ class OverrunReports:
 
 
 class StaleMountReports:
-    """Reports stale mounts. `pids` returns the processes of a cgroup; `lacks` are the agent's failed checks."""
+    """Reports stale mounts. `pids` returns the processes of a cgroup; `failed_checks` are the agent's failed checks."""
 
-    def __init__(self, pids: Callable[[str], list[int]], history: EventLog, lacks: MutableMapping[str, Check]) -> None:
-        self._pids, self._history, self._lacks = pids, history, lacks
+    def __init__(
+        self, pids: Callable[[str], list[int]], history: EventLog, failed_checks: MutableMapping[str, Check]
+    ) -> None:
+        self._pids, self._history, self._failed_checks = pids, history, failed_checks
         self._reported: set[str] = set()
 
     def look(self, tenants: Iterable[Tenant]) -> Iterator[None]:
@@ -197,11 +199,11 @@ class StaleMountReports:
         for name in sorted(stale - self._reported):
             self._history.add("stale mount", tenant=name, text="/run/fgpu/shim was removed under the container")
         self._reported = stale
-        self._lacks.pop(_MOUNTS, None)
+        self._failed_checks.pop(_MOUNTS, None)
         if stale:
             named = ", ".join(sorted(stale)[:_MOST_NAMED])
             found = f"/run/fgpu/shim was removed under {named}: programs that start there get no memory"
-            self._lacks[_MOUNTS] = Check("mounts", False, found, _MOUNT_FIX)
+            self._failed_checks[_MOUNTS] = Check("mounts", False, found, _MOUNT_FIX)
 
 
 class XidReports:

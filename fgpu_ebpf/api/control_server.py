@@ -292,12 +292,12 @@ class MetricsAddress:
         try:
             self._web = HttpServer(host.strip("[]"), int(port), by_path(_paths(agent)), agent.settings.listen_names)
         except (OSError, ValueError, OverflowError) as error:
-            if "metrics" not in agent.lacks:
+            if "metrics" not in agent.failed_checks:
                 log.error("cannot listen at %s: %s; limits are enforced without metrics", listen, error)
             fix = "stop the program that listens there, or set another address: listen in agent.yaml"
-            agent.lacks["metrics"] = Check("metrics", False, f"cannot listen at {listen}: {error}", fix)
+            agent.failed_checks["metrics"] = Check("metrics", False, f"cannot listen at {listen}: {error}", fix)
             return
-        if agent.lacks.pop("metrics", None):
+        if agent.failed_checks.pop("metrics", None):
             log.info("metrics at http://%s/", listen)
         agent.selector.register(self._web, selectors.EVENT_READ, self._take_in)
 

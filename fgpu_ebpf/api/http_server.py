@@ -20,7 +20,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.wakeup import Wakeup
 
 MOST_CLIENTS = 8  # requests that are answered at the same time
 MOST_WAITING = 64  # further connections, with or without a complete request
@@ -69,11 +69,11 @@ def _is_address(host: str) -> bool:
         return False
 
 
-def health(fault: Callable[[], str]) -> WSGIApplication:
-    """Return an application that replies 200 "ok", or 503 with the text that `fault` returns."""
+def health(error: Callable[[], str]) -> WSGIApplication:
+    """Return an application that replies 200 "ok", or 503 with the text that `error` returns."""
 
     def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
-        wrong = fault()
+        wrong = error()
         reply = _text_response("503 Service Unavailable", wrong) if wrong else _text_response("200 OK", "ok")
         return reply(environ, start)
 
@@ -140,14 +140,14 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         self._waiting: dict[_Waiting, None] = {}  # oldest first
         self._in_threads: dict[Any, float] = {}  # requests that a thread answers, and since when; oldest first
         self.heads: dict[Any, bytes] = {}
-        self._ended = Bell()  # a thread has ended, so that another request may have its place
+        self._ended = Wakeup()  # a thread has ended, so that another request may have its place
         super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
         is_loopback = ipaddress.ip_address(address[0]).is_loopback
         self.set_app(only_by_name(names, app) if names or is_loopback else app)
         self.socket.setblocking(False)  # accept() must not wait if the client has hung up meanwhile
         self._selector = selectors.EpollSelector()
         self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._ended, selectors.EVENT_READ, self._ended.hush)
+        self._selector.register(self._ended, selectors.EVENT_READ, self._ended.clear)
 
     def server_bind(self) -> None:
         """Bind without the reverse lookup of the name that the base class makes, which can block."""
@@ -244,7 +244,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         self._in_threads.pop(request, None)
         self.heads.pop(request, None)
         super().shutdown_request(request)
-        self._ended.ring()
+        self._ended.wake()
 
     def expire(self) -> None:
         """Close connections whose time is over, and start threads for waiting requests."""

@@ -4,7 +4,7 @@
 
 const PERIOD_MS = 2000, PATIENCE_MS = 4000, SILENCE_MS = 5000;
 const title = document.title, silence = document.getElementById("silence");
-let heard = Date.now(), asking = false;
+let received = Date.now(), asking = false;
 
 // Replaces only the nodes that differ, so that a selection stays.
 function update(old, fresh) {
@@ -16,7 +16,7 @@ function update(old, fresh) {
 }
 
 function tell() {
-  const silent = Math.abs(Date.now() - heard) > SILENCE_MS; // also if the clock was set: the figures' age is then unknown
+  const silent = Math.abs(Date.now() - received) > SILENCE_MS; // also if the clock was set: the figures' age is then unknown
   const text = silent ? `no answer since ${document.querySelector("main time").textContent}: the figures below are from then` : "";
   if (silence.textContent !== text) silence.textContent = text;
   silence.hidden = !silent;
@@ -33,7 +33,7 @@ async function ask() {
   if (!answer.ok || !main) throw new Error("another server answers");
   if (page.documentElement.dataset.version !== document.documentElement.dataset.version) location.reload();
   update(document.querySelector("main"), document.adoptNode(main));
-  heard = Date.now();
+  received = Date.now();
 }
 
 async function look() {

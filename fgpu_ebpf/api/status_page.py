@@ -75,7 +75,7 @@ class Line:
 # -- from a Snapshot's JSON to what the template shows --------------------------------------------------------------
 
 
-def faults(snapshot: Mapping[str, Any]) -> list[Check]:
+def failed_checks(snapshot: Mapping[str, Any]) -> list[Check]:
     """Return the checks that fail, the worst first."""
     found = [check for check in health.checks(snapshot) if not check.ok and check.name != "probes"]
     if snapshot["gatekeeper_up"] is False:
@@ -178,7 +178,7 @@ def html(snapshot: Mapping[str, Any], asked: Asked, host: str) -> str:
         when=time.strftime("%T %Z", time.localtime(snapshot["time_seconds"])),
         unenforced=no_limit(snapshot),
         state=state(snapshot),
-        faults=faults(snapshot),
+        errors=failed_checks(snapshot),
         devices=[(device, bars.ends(device), bars.figures(device)) for device in snapshot["devices"]],
         columns=[column for column in COLUMNS if column is not GPU or len(snapshot["devices"]) > 1],
         tenant=TENANT,

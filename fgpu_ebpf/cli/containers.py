@@ -60,9 +60,9 @@ def generate(names: tuple[str, ...], output: Path | None) -> None:
     from fgpu_ebpf.driver import shim_store
     from fgpu_ebpf.policy.units import QuantityError
 
-    host, faults = host_config.read()
+    host, errors = host_config.read()
     if host is None:
-        fail("\n".join(map(str, faults)), 1)
+        fail("\n".join(map(str, errors)), 1)
     try:
         of = injection.parts(run_dir(), shim_store.stable_path(), injection.BIN / injection.HELPER)
         spec = cdi.share_spec(of, names or host.shares)
@@ -112,7 +112,7 @@ def setup(engine: str, is_undo: bool, file: Path | None) -> None:
         click.echo("containers created since the set-up name the runtime fgpu: create them again")
     for check in () if is_undo else selinux.checks(run_dir()):
         if not check.ok:
-            click.echo(f"SELinux: {check.found}: {check.mend}")
+            click.echo(f"SELinux: {check.found}: {check.fix}")
 
 
 COMMANDS = (cdi_group, setup)

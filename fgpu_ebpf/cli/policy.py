@@ -17,7 +17,7 @@ import click
 if TYPE_CHECKING:  # importing these reads pydantic and YAML, which other commands must not wait for
     from fgpu_ebpf.policy.rules import Policy, PolicySet, Selector
     from fgpu_ebpf.policy.units import Amount
-    from fgpu_ebpf.policy.yaml_document import Fault
+    from fgpu_ebpf.policy.yaml_document import ConfigError
 
 Paths = tuple[Path, ...]
 _PATHS = click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
@@ -63,16 +63,16 @@ def schema() -> None:
 
 def _must_read(paths: Paths) -> list[Policy]:
     """Return the policies; if a file has an error, print a line for each error and exit with 1."""
-    policies, faults = _read(paths)
-    for fault in faults:
-        click.echo(str(fault), err=True)
-    if faults:
-        click.echo(f"fgpu: {_count(len(faults), 'error', 'errors')}: no policy of these files would be used", err=True)
+    policies, errors = _read(paths)
+    for error in errors:
+        click.echo(str(error), err=True)
+    if errors:
+        click.echo(f"fgpu: {_count(len(errors), 'error', 'errors')}: no policy of these files would be used", err=True)
         sys.exit(1)
     return policies
 
 
-def _read(paths: Paths) -> tuple[list[Policy], list[Fault]]:
+def _read(paths: Paths) -> tuple[list[Policy], list[ConfigError]]:
     """Read the given files, of any owner; without PATHS read the host's folder by the agent's own rules.
 
     Returns the policies, and the errors found in the files.
@@ -82,34 +82,34 @@ def _read(paths: Paths) -> tuple[list[Policy], list[Fault]]:
 
     if not paths:
         reading = PolicyFolder(folder.FOLDER, settle_seconds=0).read()
-        return _listed(reading.policies), list(reading.faults)
+        return _listed(reading.policies), list(reading.errors)
     policies: list[Policy] = []
-    faults: list[Fault] = []
+    errors: list[ConfigError] = []
     for path in paths:
         if path.is_dir():
             reading = PolicyFolder(path, root_only=False, settle_seconds=0).read()
-            found, wrong = _listed(reading.policies), list(reading.faults)
+            found, wrong = _listed(reading.policies), list(reading.errors)
         else:
             found, wrong = _read_file(path)
         policies += found
-        faults += wrong
-    return policies, faults or folder.whole(policies)
+        errors += wrong
+    return policies, errors or folder.whole(policies)
 
 
 def _listed(policies: PolicySet | None) -> list[Policy]:
     return list(policies.policies) if policies else []
 
 
-def _read_file(path: Path) -> tuple[list[Policy], list[Fault]]:
+def _read_file(path: Path) -> tuple[list[Policy], list[ConfigError]]:
     from fgpu_ebpf.policy import folder, trusted_file
-    from fgpu_ebpf.policy.yaml_document import Fault, FaultError
+    from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError
 
     try:
         data, _ = trusted_file.load(str(path), str(path), root_only=False)
-    except FaultError as error:
-        return [], [error.fault]
+    except InvalidFileError as invalid:
+        return [], [invalid.error]
     except OSError as error:
-        return [], [Fault(str(path), 0, "", f"cannot be read: {error.strerror}")]
+        return [], [ConfigError(str(path), 0, "", f"cannot be read: {error.strerror}")]
     return folder.parse(str(path), data)
 
 

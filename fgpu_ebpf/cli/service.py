@@ -81,7 +81,7 @@ def doctor(as_json: bool, **options: Any) -> None:
 
     checks = host.checks(Options(run_dir(), **{name: value for name, value in options.items() if value}))
     if as_json:
-        rows = [{"name": c.name, "ok": c.ok, "found": c.found, "fix": c.mend, "mend": c.mend} for c in checks]
+        rows = [{"name": c.name, "ok": c.ok, "found": c.found, "fix": c.fix, "mend": c.fix} for c in checks]
         click.echo(json.dumps(rows))
     else:
         for check in checks:
@@ -92,7 +92,7 @@ def doctor(as_json: bool, **options: Any) -> None:
 def _check_line(check: Check) -> str:
     if check.ok:
         return f"ok    {check.name}: {check.found}"
-    return f"FAIL  {check.name}: {check.found}\n      fix: {check.mend}"
+    return f"FAIL  {check.name}: {check.found}\n      fix: {check.fix}"
 
 
 @click.command()

@@ -21,7 +21,7 @@ from rich.live import Live
 from fgpu_ebpf.cli import top_frame
 from fgpu_ebpf.cli.top_frame import Window
 from fgpu_ebpf.cli.top_input import Keyboard, LatestSnapshot, SnapshotPoller, ViewChoice
-from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.wakeup import Wakeup
 
 Ask = Callable[[], Mapping[str, Any]]
 IDLE_SECONDS = 1.5  # longer than replies are apart, so that a missing reply is noticed too
@@ -41,10 +41,10 @@ def print_once(ask: Ask, choice: ViewChoice) -> None:
         ConnectionError: no agent replies.
         RequestError: the agent refuses.
     """
-    news = LatestSnapshot(ask(), "", 0)
+    latest = LatestSnapshot(ask(), "", 0)
     console = _console()
     width = console.width if sys.stdout.isatty() else None
-    console.print(top_frame.once(news, choice, width, _marks(console)), soft_wrap=True)
+    console.print(top_frame.once(latest, choice, width, _marks(console)), soft_wrap=True)
 
 
 def watch(ask: Ask, choice: ViewChoice) -> int:
@@ -74,8 +74,8 @@ class _Screen:
     """The terminal while it shows the latest Snapshot. Signals wake the loop like new Snapshots do."""
 
     def __init__(self, ask: Ask, choice: ViewChoice) -> None:
-        self._bell, self._choice, self._console = Bell(), choice, _console()
-        self._feed = SnapshotPoller(ask, self._bell)
+        self._wakeup, self._choice, self._console = Wakeup(), choice, _console()
+        self._poller = SnapshotPoller(ask, self._wakeup)
         self._caught: set[int] = set()
 
     def show(self) -> int | None:
@@ -85,11 +85,11 @@ class _Screen:
             console=self._console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )
         with self._signals(), Keyboard(sys.stdin.fileno()) as keyboard, live:
-            sources = [keyboard.fileno(), self._bell.fileno()]
+            sources = [keyboard.fileno(), self._wakeup.fileno()]
             while True:
                 live.update(self._drawn(), refresh=True)
                 ready = select.select(sources, [], [], IDLE_SECONDS)[0]
-                self._bell.hush()
+                self._wakeup.clear()
                 if keyboard.fileno() in ready and not self._pressed(keyboard):
                     return 0
                 if self._caught & _ENDINGS:
@@ -100,7 +100,7 @@ class _Screen:
                     return None
 
     def _drawn(self) -> Any:
-        text, self._choice = top_frame.live(self._feed.news.now(), self._choice, self._window())
+        text, self._choice = top_frame.live(self._poller.latest.now(), self._choice, self._window())
         return text
 
     def _window(self) -> Window:
@@ -112,7 +112,7 @@ class _Screen:
             keys = keyboard.keys()
         except (OSError, EOFError):
             return False
-        room = top_frame.room(self._feed.news.now(), self._window())
+        room = top_frame.room(self._poller.latest.now(), self._window())
         for key in keys:
             choice = self._choice.pressed(key, room)
             if choice is None:
@@ -124,7 +124,7 @@ class _Screen:
     def _signals(self) -> Iterator[None]:
         def catch(number: int, _: object) -> None:
             self._caught.add(number)
-            self._bell.ring()
+            self._wakeup.wake()
 
         before = [(number, signal.signal(number, catch)) for number in _SIGNALS]
         try:

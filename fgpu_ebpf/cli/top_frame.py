@@ -49,32 +49,32 @@ class Window:
     marks: Marks = UNICODE
 
 
-def room(news: LatestSnapshot, window: Window) -> int:
+def room(latest: LatestSnapshot, window: Window) -> int:
     """Return how many rows of the table fit into the window."""
-    above = len(_notices(news)) + len(_devices(news.snapshot, window.width, window.marks, _most_devices(window)))
+    above = len(_notices(latest)) + len(_devices(latest.snapshot, window.width, window.marks, _most_devices(window)))
     return max(0, window.height - above - 3)
 
 
-def live(news: LatestSnapshot, choice: ViewChoice, window: Window) -> tuple[Text, ViewChoice]:
+def live(latest: LatestSnapshot, choice: ViewChoice, window: Window) -> tuple[Text, ViewChoice]:
     """Return the whole window's text, and the choice with its first row within the table."""
-    found = ranking.ranked(ranking.rows(news.snapshot, choice.filter), choice.order)
-    seen = room(news, window)
+    found = ranking.ranked(ranking.rows(latest.snapshot, choice.filter), choice.order)
+    seen = room(latest, window)
     choice = choice.within(len(found), seen)
     lines = [
-        _title(news.snapshot, found, choice),
-        *_notices(news),
-        *_devices(news.snapshot, window.width, window.marks, _most_devices(window)),
-        *_table(found[choice.first : choice.first + seen], news.snapshot, choice, window.width),
+        _title(latest.snapshot, found, choice),
+        *_notices(latest),
+        *_devices(latest.snapshot, window.width, window.marks, _most_devices(window)),
+        *_table(found[choice.first : choice.first + seen], latest.snapshot, choice, window.width),
     ]
     lines += [Text()] * (window.height - 1 - len(lines))
     return _joined([*lines[: window.height - 1], _footer(len(found), seen, choice, window)], window.width), choice
 
 
-def once(news: LatestSnapshot, choice: ViewChoice, width: int | None, marks: Marks) -> Text:
+def once(latest: LatestSnapshot, choice: ViewChoice, width: int | None, marks: Marks) -> Text:
     """Return the whole table; as wide as it needs to be if `width` is None."""
-    found = ranking.ranked(ranking.rows(news.snapshot, choice.filter), choice.order)
-    devices = _devices(news.snapshot, width or 120, marks, len(news.snapshot["devices"]))
-    return _joined([*_notices(news), *devices, *_table(found, news.snapshot, choice, width)], width)
+    found = ranking.ranked(ranking.rows(latest.snapshot, choice.filter), choice.order)
+    devices = _devices(latest.snapshot, width or 120, marks, len(latest.snapshot["devices"]))
+    return _joined([*_notices(latest), *devices, *_table(found, latest.snapshot, choice, width)], width)
 
 
 def _joined(lines: Sequence[Text], width: int | None) -> Text:
@@ -102,13 +102,13 @@ def _title(snapshot: Mapping[str, Any], found: Sequence[Row], choice: ViewChoice
     return Text(f"{'  '.join(parts)}  by {choice.order.column.word}{way}", style="bold")
 
 
-def _notices(news: LatestSnapshot) -> list[Text]:
+def _notices(latest: LatestSnapshot) -> list[Text]:
     """Return the lines that qualify all lines below them: a silent agent, limits that are not enforced."""
     said = []
-    if news.fault:
-        when = time.strftime("%T", time.localtime(news.snapshot["time_seconds"]))
-        said.append(Text(f"as of {when}: {news.fault}", style="bold red"))
-    if unenforced := no_limit(news.snapshot):
+    if latest.error:
+        when = time.strftime("%T", time.localtime(latest.snapshot["time_seconds"]))
+        said.append(Text(f"as of {when}: {latest.error}", style="bold red"))
+    if unenforced := no_limit(latest.snapshot):
         said.append(Text(unenforced, style="bold red"))
     return said
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from fgpu_ebpf.api.ranking import BY_KEY, Order
 from fgpu_ebpf.control_client import RequestError
-from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.wakeup import Wakeup
 
 PERIOD_SECONDS = 1.0
 SILENCE_SECONDS = 3.0
@@ -44,39 +44,39 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class LatestSnapshot:
-    """The last Snapshot. `fault`: why there is no newer one; empty: it is current. `heard`: monotonic time of the
+    """The last Snapshot. `error`: why there is no newer one; empty: it is current. `received`: monotonic time of the
     last reply or failure.
     """
 
     snapshot: Mapping[str, Any]
-    fault: str
-    heard: float
+    error: str
+    received: float
 
     def now(self) -> LatestSnapshot:
-        """Return this, with a missing reply as its `fault` if the agent has been silent for SILENCE_SECONDS."""
-        silent = time.monotonic() - self.heard
-        return replace(self, fault=f"no answer for {silent:.0f} s") if silent > SILENCE_SECONDS else self
+        """Return this, with a missing reply as its `error` if the agent has been silent for SILENCE_SECONDS."""
+        silent = time.monotonic() - self.received
+        return replace(self, error=f"no answer for {silent:.0f} s") if silent > SILENCE_SECONDS else self
 
 
 class SnapshotPoller:
     """Asks the agent until the process ends, and wakes the screen after each reply."""
 
-    def __init__(self, ask: Callable[[], Mapping[str, Any]], bell: Bell) -> None:
-        self._ask, self._bell = ask, bell
-        self.news = self._heard(ask())
+    def __init__(self, ask: Callable[[], Mapping[str, Any]], wakeup: Wakeup) -> None:
+        self._ask, self._wakeup = ask, wakeup
+        self.latest = self._current(ask())
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         while True:
             time.sleep(PERIOD_SECONDS)
             try:
-                self.news = self._heard(self._ask())
-            except (ConnectionError, RequestError) as error:
-                self.news = replace(self.news, fault=str(error), heard=time.monotonic())
-            self._bell.ring()
+                self.latest = self._current(self._ask())
+            except (ConnectionError, RequestError) as failure:
+                self.latest = replace(self.latest, error=str(failure), received=time.monotonic())
+            self._wakeup.wake()
 
     @staticmethod
-    def _heard(snapshot: Mapping[str, Any]) -> LatestSnapshot:
+    def _current(snapshot: Mapping[str, Any]) -> LatestSnapshot:
         return LatestSnapshot(snapshot, "", time.monotonic())
 
 

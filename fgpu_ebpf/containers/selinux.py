@@ -16,7 +16,7 @@ from fgpu_ebpf.containers import injection
 
 ROOT = Path("/sys/fs/selinux")
 CONTAINER = "system_u:system_r:container_t:s0"
-MEND = (
+FIX = (
     "semanage fcontext -a -t container_ro_file_t '/var/lib/fgpu(/.*)?'; "
     "semanage fcontext -a -t container_ro_file_t '/run/fgpu(/.*)?'; "
     "restorecon -R /var/lib/fgpu /run/fgpu; semodule -i fgpu.cil (docs/containers.md has it)"
@@ -48,7 +48,7 @@ def checks(run_dir: Path, root: Path = ROOT) -> Iterator[Check]:
         yield Check("selinux", True, f"the policy does not say what containers may do: {error.strerror}")
         return
     if refused:
-        yield Check("selinux", False, f"containers are refused {'; '.join(refused)}", MEND)
+        yield Check("selinux", False, f"containers are refused {'; '.join(refused)}", FIX)
     else:
         yield Check("selinux", True, "containers reach the shim and its socket")
 

@@ -34,7 +34,7 @@ ERRORS = (DriverError, ProbeError, ProgramError)
 class HostDriver:
     """The driver with its probes.
 
-    `contexts`: bytes of one context by ledger index; `shim`: the published file; `lacks`: failed checks.
+    `contexts`: bytes of one context by ledger index; `shim`: the published file; `failed_checks`: by name.
     """
 
     nvml: Nvml
@@ -43,7 +43,7 @@ class HostDriver:
     reasons: Reasons
     xids: xid_record.XidRecord
     shim: Path
-    lacks: Mapping[str, Check]
+    failed_checks: Mapping[str, Check]
     layout_changed: bool
 
 
@@ -74,7 +74,7 @@ class Prepared:
         shim = self._publish(discovery)
         return HostDriver(
             self.nvml, self.contexts, discovery, Reasons(discovery.is_shim, discovery.hidden),
-            xid_record.XidRecord(run_dir / xid_record.FILE, xid_record.lifetime()), shim, self.release.lacks(),
+            xid_record.XidRecord(run_dir / xid_record.FILE, xid_record.lifetime()), shim, self.release.failed_checks(),
             other_layouts.take_over(self.pins, ledger),
         )  # fmt: skip
 

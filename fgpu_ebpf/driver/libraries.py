@@ -23,7 +23,7 @@ from fgpu_ebpf.driver.library_worker import Examined, Examiner
 from fgpu_ebpf.linux import mapped_files, procfs
 from fgpu_ebpf.linux.mapped_files import MappedFile
 from fgpu_ebpf.linux.procmaps import File
-from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.linux.worker_threads import Workers
 from fgpu_ebpf.snapshot import LibraryView
 
@@ -54,9 +54,9 @@ class Libraries:
         self.own_files = frozenset((target.dev, target.ino) for target, _ in self._own)
         for target, role in self._own:
             trust.trust_file((target.dev, target.ino), role)
-        self.examiner, self._budget, self._bell = Examiner(attached, trust), FileBudget(most_files), Bell()
+        self.examiner, self._budget, self._wakeup = Examiner(attached, trust), FileBudget(most_files), Wakeup()
         self._workers: Workers[str, Job, Taken] = Workers(
-            lambda job: job(), lambda _: True, self._bell.ring, MOST_JOBS, NICE, THREADS
+            lambda job: job(), lambda _: True, self._wakeup.wake, MOST_JOBS, NICE, THREADS
         )
         self._results: deque[Taken] = deque()
         self._examining: dict[tuple[File, str], dict[int, MappedFile]] = {}  # with the processes that wait for it
@@ -95,7 +95,7 @@ class Libraries:
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when take() has work."""
-        return self._bell.fileno()
+        return self._wakeup.fileno()
 
     def work(self, cgroup: str, job: Job) -> bool:
         """Queue a job for a cgroup, or for the host if empty. Returns False if the cgroup's queue or budget is full."""
@@ -107,7 +107,7 @@ class Libraries:
 
     def take(self) -> None:
         """Apply the results of the workers."""
-        self._bell.hush()
+        self._wakeup.clear()
         for done in self._workers.take():
             self._budget.charge(done.owner, done.took_ns)
             self._results.append(done.result)
@@ -117,7 +117,7 @@ class Libraries:
                 self._results.popleft()()
         finally:
             if self._results:
-                self._bell.ring()
+                self._wakeup.wake()
 
     def settle(self, is_ready: Callable[[], bool]) -> None:
         """Wait until `is_ready` and until requested files are probed, for at most SETTLE_SECONDS."""

@@ -99,17 +99,17 @@ class Release:
     """The version that one start of the agent puts in force.
 
     That is its own; if the store cannot be written, the published one; if there is none, the package's own file.
-    `fault`: why it is not the agent's own, or not in the store.
+    `error`: why it is not the agent's own, or not in the store.
     """
 
     def __init__(self, shim: Path, store: Path | None) -> None:
         self._store = store
-        self.fault, self.file = "", shim
+        self.error, self.file = "", shim
         if store:
             try:
                 self.file = stage(shim, store)
             except OSError as error:
-                self.fault = f"this version's shim cannot be put into {store}: {error}"
+                self.error = f"this version's shim cannot be put into {store}: {error}"
                 self.file = self._stable() or shim
 
     def files(self) -> list[Path]:
@@ -119,17 +119,17 @@ class Release:
 
     def publish(self) -> Path:
         """Publish this version; return the path for programs."""
-        if self._store and not self.fault:
+        if self._store and not self.error:
             try:
                 publish(self.file)
             except OSError as error:
-                self.fault = f"this version's shim cannot be published in {self._store}: {error}"
+                self.error = f"this version's shim cannot be published in {self._store}: {error}"
         return self._stable() or self.file
 
-    def lacks(self) -> dict[str, Check]:
+    def failed_checks(self) -> dict[str, Check]:
         """Return the finding of `fgpu doctor`, or nothing."""
         fix = "free space on its file system, or make it writable, and restart the agent: limits stay enforced"
-        return {"store": Check("store", False, self.fault, fix)} if self.fault else {}
+        return {"store": Check("store", False, self.error, fix)} if self.error else {}
 
     def _stable(self) -> Path | None:
         path = stable_path(self._store) if self._store else None

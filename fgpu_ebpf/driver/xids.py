@@ -59,7 +59,7 @@ class Tally:
         return replace(before, counts=counts, fatal=xid if before.fatal is None else before.fatal)
 
 
-def fault(xid: int) -> str:
+def failure(xid: int) -> str:
     """Return why a device must not be given to programs."""
     return f"it has reported XID {xid}"
 
@@ -67,7 +67,7 @@ def fault(xid: int) -> str:
 def check(devices: Iterable[Mapping[str, Any]]) -> Check:
     """Return the finding whether a device of a Snapshot has reported an XID that is not a program's own error."""
     seen = [device for device in devices if device["xids"] is not None]
-    failed = [f"device {d['index']}: {fault(d['fatal_xid'])}" for d in seen if d["fatal_xid"] is not None]
+    failed = [f"device {d['index']}: {failure(d['fatal_xid'])}" for d in seen if d["fatal_xid"] is not None]
     if failed:
         return Check("xids", False, "; ".join(failed), _FIX)
     return Check("xids", True, "no XID but those of programs' own errors" if seen else "NVML reports no XIDs")

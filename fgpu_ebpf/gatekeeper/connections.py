@@ -48,7 +48,7 @@ class Connection:
     since_ns: int
     new: bool  # of a process that did not connect lately
     here: bool = True
-    heard: bool = False
+    has_hello: bool = False
     held: bool = False
     told: bool = False  # the agent was told of the process
     watched: bool = False  # registered with the selector, for a hello or an end
@@ -114,7 +114,7 @@ class Connections:
         self._hints[hint] = connection.tenant
         self._receive(connection)
         self._make_room(connection)
-        if connection.here and not connection.heard:
+        if connection.here and not connection.has_hello:
             self._watch(connection)
         return self._charge_since(connection.tenant, began_ns)
 
@@ -129,7 +129,7 @@ class Connections:
             self.drop(connection, "dropped_tenant")
         elif len(self._connections) > MOST_CONNECTIONS:
             self.drop(
-                next((c for c in self._connections if not c.heard), None) or self._last_of_most(), "dropped_total"
+                next((c for c in self._connections if not c.has_hello), None) or self._last_of_most(), "dropped_total"
             )
 
     def _last_of_most(self) -> Connection:
@@ -162,10 +162,10 @@ class Connections:
             data = b""
         if not data:
             self.drop(connection, "gone")
-        elif connection.heard or not well_formed(data):
+        elif connection.has_hello or not well_formed(data):
             self.drop(connection, "malformed")
         else:
-            connection.heard = True
+            connection.has_hello = True
             self.ready(connection)
 
     # -- turns of workloads
@@ -222,10 +222,10 @@ class Connections:
         now_ns = monotonic_ns()
         silent: Counter[int] = Counter()
         for connection in list(self._connections):
-            silent[connection.tenant] += not connection.heard
+            silent[connection.tenant] += not connection.has_hello
             if now_ns - connection.since_ns > PATIENCE_NS:
-                self.drop(connection, "hello_unanswered" if connection.heard else "silent")
-            elif connection.heard:
+                self.drop(connection, "hello_unanswered" if connection.has_hello else "silent")
+            elif connection.has_hello:
                 self._look_again(connection)
             elif silent[connection.tenant] > MOST_SILENT and now_ns - connection.since_ns > SILENCE_NS:
                 self.drop(connection, "dropped_tenant")

@@ -41,7 +41,7 @@ from fgpu_ebpf.ledger.ledger import PINS, Ledger
 from fgpu_ebpf.ledger.ring_buffer import Events
 from fgpu_ebpf.linux import atomic_file, file_locks, malloc, procfs, sd_notify
 from fgpu_ebpf.linux.file_locks import FileLock
-from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.wakeup import Wakeup
 
 AGAIN_NS, ROWS_NS, HEARTBEAT_NS, UPKEEP_NS = 10_000_000, 500_000_000, 250_000_000, 1_000_000_000
 GIVE_BACK_NS = 30_000_000_000
@@ -72,12 +72,12 @@ class Gatekeeper:
         self._facts = {"started_ns": monotonic_ns(), "boot": boot.hex()}
         self._written: dict[str, object] = {}
         self._log = LogLines("fgpu gatekeeper")
-        self._bell = Bell()
+        self._wakeup = Wakeup()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._bell, selectors.EVENT_READ, self._take_scanned)
+        self._selector.register(self._wakeup, selectors.EVENT_READ, self._take_scanned)
         self._connections = Connections(self._selector, self._counts, self._managed_state, self._look, self._ended_ns)
         self._sessions = Sessions(self._selector, boot)
-        self._scanner = MappingScanner(self._bell.ring)
+        self._scanner = MappingScanner(self._wakeup.wake)
         self._watchdog, self._slicer = sd_notify.Watchdog(), TimeSlicer()
         self._sessions.on_end = self._slicer.remove
         self._listener = Listener(self._run)
@@ -123,7 +123,7 @@ class Gatekeeper:
     def end(self, *_: object) -> None:
         """Leave run() at its next iteration. A signal handler."""
         self._ended = True
-        self._bell.ring()
+        self._wakeup.wake()
 
     def _try(self, job: Callable[[], None]) -> None:
         try:
@@ -208,7 +208,7 @@ class Gatekeeper:
         self._counts["discover_failed"] += not self._requests.send()
 
     def _take_scanned(self) -> None:
-        self._bell.hush()
+        self._wakeup.clear()
         for connection, took_ns in self._scanner.take():
             self._connections.charge(connection.tenant, took_ns)
             self._connections.ready(connection)

@@ -15,12 +15,12 @@ from fgpu_ebpf.linux.worker_threads import Workers
 
 
 class MappingScanner:
-    """The workers. `ring` is called by a worker when take() has something to return; `check` is Ledger.file_check."""
+    """The workers. `wake` is called by a worker when take() has something to return; `check` is Ledger.file_check."""
 
-    def __init__(self, ring: Callable[[], None]) -> None:
+    def __init__(self, wake: Callable[[], None]) -> None:
         self.check: Callable[[int, int], int | None] = lambda *_: None
         self._workers: Workers[int, Connection, Mapping[File, int]] = Workers(
-            self._read, lambda connection: connection.here, ring
+            self._read, lambda connection: connection.here, wake
         )
         self.due_ns, self.go = self._workers.due_ns, self._workers.go
 

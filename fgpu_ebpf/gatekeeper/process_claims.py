@@ -69,7 +69,7 @@ def _by_this_clock(times: Sequence[int], ahead_ns: int) -> list[int]:
     return [ns and max(0, ns - ahead_ns) for ns in times]
 
 
-def says_anything(words: ctypes.Array[ctypes.c_uint64], row: Row) -> bool:
+def is_used(words: ctypes.Array[ctypes.c_uint64], row: Row) -> bool:
     """Return True if a thread waits at the gate of this device, or has launched there."""
     threads, _, launches = _STATUS.unpack_from(words, row[1])
     return bool(threads or launches)

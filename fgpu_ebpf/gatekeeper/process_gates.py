@@ -25,7 +25,7 @@ _OPEN = int(abi.Gate.OPEN)
 class ProcessGates:
     """A process with a share.
 
-    `bell`: the address of the word that it changes to wake us; `heard`: that word's last value; `rings`: how often it
+    `address`: of the word that the process changes to wake us; `last_value`: of that word; `wakeups`: how often it
     changed; `used`: the devices that it uses.
 
     `place`: the word's slot among those that are watched; -1: it is not watched.
@@ -33,15 +33,15 @@ class ProcessGates:
 
     __slots__ = (
         *("_gates", "_idle", "_launches", "_passes", "_shared", "_unused"),
-        *("bell", "session", "heard", "place", "rings", "rows", "used", "words"),
+        *("address", "last_value", "place", "rows", "session", "used", "wakeups", "words"),
     )
 
     def __init__(self, session: Session) -> None:
         assert session.status
         self.session = session
         self.words = process_claims.Words.from_buffer(session.status.page)
-        self.bell = ctypes.addressof(self.words) + StatusPage.bell.offset
-        self.heard, self.place, self.rings = -1, -1, 0
+        self.address = ctypes.addressof(self.words) + StatusPage.bell.offset
+        self.last_value, self.place, self.wakeups = -1, -1, 0
         self.used: frozenset[int] = frozenset()
         self.rows: list[process_claims.Row] = []  # of the devices in `used`
         self._launches = self._idle = 0
@@ -52,13 +52,13 @@ class ProcessGates:
         self._gates = _Gates.from_buffer(session.control.page, ControlPage.gates.offset)
         self._passes = _Passes.from_buffer(session.control.page, ControlPage.passes.offset)
 
-    def rang(self) -> bool:
+    def has_changed(self) -> bool:
         """Return True if the process has changed its word since the last call."""
         value = self.words[0] >> 32
-        if value == self.heard:
+        if value == self.last_value:
             return False
-        self.heard = value
-        self.rings += 1
+        self.last_value = value
+        self.wakeups += 1
         return True
 
     def set_shared(self, devices: Iterable[int]) -> None:
@@ -74,7 +74,7 @@ class ProcessGates:
 
     def has_begun_to_use(self) -> bool:
         """Return True if the process has begun to use a device that it has not used before."""
-        found = [row[0] for row in self._unused if process_claims.says_anything(self.words, row)]
+        found = [row[0] for row in self._unused if process_claims.is_used(self.words, row)]
         if found:
             self.use(found)
         return bool(found)

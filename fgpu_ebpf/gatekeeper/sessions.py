@@ -189,7 +189,7 @@ class Sessions:
             session.has_ended = True
             self.on_end(session)
 
-    def _part_with_earlier_lives(self, processes: Mapping[int, Process]) -> None:
+    def _close_after_exec(self, processes: Mapping[int, Process]) -> None:
         """Close sessions of processes that have exec'ed.
 
         Their pages are unmapped, and their status page could show a waiting thread for ever.
@@ -215,7 +215,7 @@ class Sessions:
 
     def show(self, processes: Mapping[int, Process]) -> None:
         """Update the rows of every session by the ledger, and end those whose processes the ledger has ended."""
-        self._part_with_earlier_lives(processes)
+        self._close_after_exec(processes)
         self._held = by_tenant(processes)
         live = {(tgid, generation) for rows in self._held.values() for tgid, generation, _, _ in rows}
         self._names = {key: names for key, names in self._names.items() if key in live}

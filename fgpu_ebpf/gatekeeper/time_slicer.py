@@ -33,7 +33,7 @@ from fgpu_ebpf.scheduling.turns import MS, Turns
 
 SHARES_NS, PUBLISH_NS, AGAIN_NS = 100 * MS, 500 * MS, 10 * MS
 CROWD_LOOK_NS = 5 * MS  # period of looks at processes whose futexes are not watched
-MOST_RINGS = 100  # in SHARES_NS; a process that wakes us more often is looked at periodically instead
+MOST_WAKEUPS = 100  # in SHARES_NS; a process that wakes us more often is looked at periodically instead
 QUANTUM_PARTS = 4  # at most this part of a quantum may be in flight, if that is less than the usual budget
 
 
@@ -57,10 +57,10 @@ class TimeSlicer:
         self._shown: dict[int, frozenset[int]] = {}  # by tenant: devices of the last published rows
         self._unit_rows = UnitRows()
         self._wanted: set[int] = set()
-        self._bells = futex.Bells()
+        self._words = futex.FutexWords()
         self._watched: list[ProcessGates] = []
         self._unwatched: list[ProcessGates] = []
-        self._muted: set[int] = set()  # tenants whose futexes are muted
+        self._ignored: set[int] = set()  # tenants whose futexes are ignored
         self._to_look_at: set[int] = set()  # tenants to be looked at, because of a wake-up or a change
         self._is_watching = self._started = self._ended = False
         self._errors = 0
@@ -112,13 +112,13 @@ class TimeSlicer:
                 self._used.pop(tenant, None)  # perhaps no other process of the tenant uses its devices
                 self._to_look_at.add(tenant)
                 self._is_watching = False
-                self._bells.nudge()
+                self._words.wake()
 
     def _start(self) -> None:
         if not self._started:
             self._started = True
             _thread.start_new_thread(self._serve, ())
-        self._bells.nudge()
+        self._words.wake()
 
     def _add(self, session: Session, gates: ProcessGates | None = None) -> None:
         levels = [level for level in session.levels if level in self._shares]
@@ -131,7 +131,7 @@ class TimeSlicer:
         tenant, *around = levels
         self._turns.nest(tenant, around, monotonic_ns())
         gates = gates or ProcessGates(session)
-        gates.heard = -1
+        gates.last_value = -1
         gated = self._gated[tenant] = frozenset().union(*(self._shares[level] for level in levels))
         gates.set_shared(gated)
         self._by_session[id(session)] = tenant, gates
@@ -175,9 +175,9 @@ class TimeSlicer:
         due_ns = 0
         try:
             while not self._ended:
-                self._bells.wait(due_ns if due_ns < NEVER_NS else None)
+                self._words.wait(due_ns if due_ns < NEVER_NS else None)
                 with self._lock:
-                    self._bells.collect()
+                    self._words.clear()
                     due_ns = self._try()
         except BaseException:
             traceback.print_exc()
@@ -210,30 +210,30 @@ class TimeSlicer:
 
     def _forgive(self) -> bool:
         """Reset the counts of wake-ups. Returns True if a process has woken us."""
-        rings = [gates.rings for _, gates in self._by_session.values()]
-        self._is_watching &= max(rings, default=0) <= MOST_RINGS
+        wakeups = [gates.wakeups for _, gates in self._by_session.values()]
+        self._is_watching &= max(wakeups, default=0) <= MOST_WAKEUPS
         for _, gates in self._by_session.values():
-            gates.rings = 0
-        return any(rings)
+            gates.wakeups = 0
+        return any(wakeups)
 
     def _step(self) -> None:
         self._listen()
         is_new, is_other = True, False
         while is_new:
             self._to_look_at.update(self._turns.in_question())
-            now_ns, news = monotonic_ns(), dict[int, Seen]()
+            now_ns, observations = monotonic_ns(), dict[int, Seen]()
             for tenant in self._to_look_at:
                 if self._gates.get(tenant):
-                    self._try_to_look(tenant, news)
+                    self._try_to_look(tenant, observations)
                 else:
                     self._turns.leave(tenant, now_ns)
                     self._gates.pop(tenant, None)
                     self._used.pop(tenant, None)
             self._to_look_at.clear()
-            changed = self._turns.step(news, now_ns)
+            changed = self._turns.step(observations, now_ns)
             for tenant in sorted(changed, key=self._is_open):  # gates that close first
                 self._set_gates(tenant)
-            is_other |= bool(changed) or len(news) > 1  # which tenants wait for which may have changed
+            is_other |= bool(changed) or len(observations) > 1  # which tenants wait for which may have changed
             is_new = self._turns.look_again()
             if is_new:
                 futex.fence()  # a process that counts as in flight after this has seen its gate closed
@@ -243,16 +243,16 @@ class TimeSlicer:
             self._watch()
             is_other = True
         if is_other:
-            self._mute()
+            self._ignore_words()
 
     def _listen(self) -> None:
         for place, gates in enumerate(self._watched):
-            if gates.rang():
-                self._bells.heard(place, gates.heard)
-                self._is_watching &= gates.rings <= MOST_RINGS
+            if gates.has_changed():
+                self._words.expect(place, gates.last_value)
+                self._is_watching &= gates.wakeups <= MOST_WAKEUPS
                 self._mark(gates)
         for gates in self._unwatched:
-            if gates.rang():
+            if gates.has_changed():
                 self._mark(gates)
 
     def _mark(self, gates: ProcessGates) -> None:
@@ -263,33 +263,33 @@ class TimeSlicer:
 
     def _watch(self) -> None:
         all_gates = [gates for _, gates in self._by_session.values()]
-        quiet = [gates for gates in all_gates if gates.rings <= MOST_RINGS]
+        quiet = [gates for gates in all_gates if gates.wakeups <= MOST_WAKEUPS]
         self._watched = quiet[: futex.MOST_WORDS]
-        self._unwatched = quiet[futex.MOST_WORDS :] + [gates for gates in all_gates if gates.rings > MOST_RINGS]
-        self._bells.watch([gates.bell for gates in self._watched])
+        self._unwatched = quiet[futex.MOST_WORDS :] + [gates for gates in all_gates if gates.wakeups > MOST_WAKEUPS]
+        self._words.watch([gates.address for gates in self._watched])
         for place, gates in enumerate(self._watched):
             gates.place = place
-            self._bells.heard(place, max(0, gates.heard))
+            self._words.expect(place, max(0, gates.last_value))
         for gates in self._unwatched:
             gates.place = -1
-        self._muted = set()
+        self._ignored = set()
         self._is_watching = True
 
-    def _mute(self) -> None:
-        """Mute the futexes of tenants whose wake-ups can wait for the next step."""
-        before, self._muted = self._muted, self._turns.unheard()
-        for tenant in before ^ self._muted:
+    def _ignore_words(self) -> None:
+        """Ignore the futexes of tenants whose wake-ups can wait for the next step."""
+        before, self._ignored = self._ignored, self._turns.without_wakeups()
+        for tenant in before ^ self._ignored:
             for gates in self._gates.get(tenant, ()):
                 if gates.place >= 0:
-                    self._bells.mute(gates.place, tenant in self._muted)
+                    self._words.ignore(gates.place, tenant in self._ignored)
 
-    def _try_to_look(self, tenant: int, news: dict[int, Seen]) -> None:
+    def _try_to_look(self, tenant: int, observations: dict[int, Seen]) -> None:
         try:
-            news[tenant] = self._look(tenant)
+            observations[tenant] = self._look(tenant)
         except OSError:
             raise  # of the ledger: tried again
         except Exception:  # a defect that this tenant has triggered must not stop the others
-            self._turns.faults += 1
+            self._turns.resets += 1
             self._turns.forget(tenant)
 
     def _look(self, tenant: int) -> Seen:
@@ -365,7 +365,7 @@ class TimeSlicer:
                 "bounds_ns": list(BUCKETS_NS),
                 "devices": {str(device): asdict(counts) for device, counts in self._turns.devices.items()},
                 "errors": self._errors,
-                "faults": self._turns.faults,
+                "faults": self._turns.resets,
             }
 
     def end(self) -> None:
@@ -374,4 +374,4 @@ class TimeSlicer:
             self._ended = True
             for _, gates in self._by_session.values():
                 gates.open_all()
-            self._bells.nudge()
+            self._words.wake()

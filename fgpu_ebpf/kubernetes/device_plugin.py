@@ -25,7 +25,7 @@ from fgpu_ebpf.kubernetes.allocation import Way
 from fgpu_ebpf.kubernetes.device_plugin_server import PREFIX, Endpoint, place, stamp
 from fgpu_ebpf.kubernetes.kubelet_messages import PACKAGE
 from fgpu_ebpf.kubernetes.slots import MOST_SLOTS, Book, Host, Slot, host_of
-from fgpu_ebpf.linux.inotify import FolderBell
+from fgpu_ebpf.linux.inotify import FolderWatch
 
 log = logging.getLogger("fgpu.kubelet")
 FOLDER = Path("/var/lib/kubelet/device-plugins")
@@ -104,7 +104,7 @@ class _Plugin:
         self.options, self.messages, self.book = options, messages, Book()
         self.folder, self.way = options.folder, options.way
         self._endpoints: dict[str, Endpoint] = {}
-        self._heard = -SILENT_SECONDS  # when the agent last answered
+        self._answered_at = -SILENT_SECONDS  # when the agent last answered
         self._said: str | None = None  # the last logged fault or offer
 
     def message(self, name: str, **fields: Any) -> bytes:
@@ -140,7 +140,7 @@ class _Plugin:
         now = asyncio.get_running_loop().time()
         try:
             host = host_of(await control_client.ask(self.options.run_dir, {"verb": "offers"}, AGENT_SECONDS))
-            self._heard = now
+            self._answered_at = now
         except (ConnectionError, control_client.RequestError) as error:
             self._without_agent(str(error), now)
             return
@@ -152,7 +152,7 @@ class _Plugin:
         self._take(host)
 
     def _without_agent(self, text: str, now: float) -> None:
-        if now - self._heard >= SILENT_SECONDS:
+        if now - self._answered_at >= SILENT_SECONDS:
             self._take(Host(text, self.book.host.devices, self.book.host.mounts))
 
     def _take(self, host: Host) -> None:
@@ -164,10 +164,10 @@ class _Plugin:
             log.warning("%s", said) if host.fault or not host.shares else log.info("%s", said)
         self.notify()
 
-    def fault(self) -> str:
+    def why_unhealthy(self) -> str:
         """Return why slots are unhealthy, for a log line."""
-        faults = {device.fault for device in self.book.host.devices.values() if device.fault}
-        return "".join(f", {text}" for text in ([self.book.host.fault] if self.book.host.fault else sorted(faults)))
+        reasons = {device.fault for device in self.book.host.devices.values() if device.fault}
+        return "".join(f", {text}" for text in ([self.book.host.fault] if self.book.host.fault else sorted(reasons)))
 
     def notify(self) -> None:
         """Send changes to kubelet, on every endpoint."""
@@ -183,10 +183,10 @@ class _Plugin:
         """Return why the slots cannot be given even after PATIENCE_SECONDS; empty: they can."""
         loop = asyncio.get_running_loop()
         until = loop.time() + PATIENCE_SECONDS
-        while (lack := self.book.lack(slots)) and loop.time() < until:
+        while (shortage := self.book.shortage(slots)) and loop.time() < until:
             await asyncio.sleep(0.1)
             await self.look()
-        return lack
+        return shortage
 
     # -- kubelet
 
@@ -205,9 +205,9 @@ class _Plugin:
         """Return an event that is set by changes of kubelet's folder. Without inotify the folder is only polled."""
         changed, loop = asyncio.Event(), asyncio.get_running_loop()
         with contextlib.suppress(OSError):
-            bell = stack.enter_context(FolderBell([self.folder]))
-            loop.add_reader(bell.fileno(), changed.set)
-            stack.callback(loop.remove_reader, bell.fileno())
+            watch = stack.enter_context(FolderWatch([self.folder]))
+            loop.add_reader(watch.fileno(), changed.set)
+            stack.callback(loop.remove_reader, watch.fileno())
         return changed
 
     async def _register_all(self) -> bool:

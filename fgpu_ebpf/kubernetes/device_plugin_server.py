@@ -42,7 +42,7 @@ class Plugin(Protocol):
     def promise(self, slots: Iterable[Slot]) -> None:
         """Note that containers are about to start in these slots."""
 
-    def fault(self) -> str:
+    def why_unhealthy(self) -> str:
         """Return why slots are unhealthy."""
 
 
@@ -166,7 +166,7 @@ class Endpoint:
         if said == self._said:
             return
         self._said = said
-        many = (self.resource, sum(entry[1] for entry in said), len(said), self._plugin.fault())
+        many = (self.resource, sum(entry[1] for entry in said), len(said), self._plugin.why_unhealthy())
         log.info("%s: %d of %d healthy%s", *many, extra={"what": self.resource})
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
@@ -190,9 +190,9 @@ class Endpoint:
             of_each = [self._plugin.book.read(self.share, each.devices_ids) for each in asked.container_requests]
         except SlotError as error:
             await self._refuse(context, "INVALID_ARGUMENT", str(error))
-        lack = await self._plugin.wait_for_room([slot for slots in of_each for slot in slots])
-        if lack:
-            await self._refuse(context, "FAILED_PRECONDITION", lack)
+        shortage = await self._plugin.wait_for_room([slot for slots in of_each for slot in slots])
+        if shortage:
+            await self._refuse(context, "FAILED_PRECONDITION", shortage)
         try:
             given = [self._plugin.way.give(self._plugin.book.host, slots) for slots in of_each if slots]
         except AllocationError as error:

@@ -180,7 +180,7 @@ class Book:
             raise SlotError(f"{shown(id_)} is not an id of fgpu.dev/{share}")
         return slot
 
-    def lack(self, slots: Iterable[Slot]) -> str:
+    def shortage(self, slots: Iterable[Slot]) -> str:
         """Return why these slots cannot be given now; empty: they can."""
         if self.host.fault:
             return self.host.fault

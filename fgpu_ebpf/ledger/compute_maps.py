@@ -53,12 +53,12 @@ class ComputeMaps:
 
     Args:
         maps: the ledger's open maps, by name.
-        ring: makes the kernel wake the threads that wait for `bell`.
+        wake: makes the kernel wake the threads that wait for `bell`.
         pins: the folder of the pinned maps.
     """
 
-    def __init__(self, maps: dict[str, int], ring: Callable[[], object], pins: Path = Path("/nowhere")) -> None:
-        self._maps, self._ring, self._pins = maps, ring, pins
+    def __init__(self, maps: dict[str, int], wake: Callable[[], object], pins: Path = Path("/nowhere")) -> None:
+        self._maps, self._wake, self._pins = maps, wake, pins
         self._changes = 0  # of the shares, by this process
         self._shared: tuple[int, Collection[Key]] = (-1, ())
 
@@ -114,7 +114,7 @@ class ComputeMaps:
         """Make the gatekeeper read the shares; needed at a start too: the last agent may have been killed before it."""
         self._changes += 1
         bpf.update(self._maps["host"], _U32.pack(HOST_SHARES), _U64.pack(self.epoch() + 1))
-        self._ring()
+        self._wake()
 
     def forget(self, levels: Collection[int]) -> None:
         """Remove all shares of these levels, with their counters."""

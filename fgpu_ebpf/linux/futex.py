@@ -32,39 +32,39 @@ def fence() -> None:
     LIBC.getppid()
 
 
-class Bells:
-    """Words that one thread waits for, until one of them differs from its expected value or nudge() is called."""
+class FutexWords:
+    """Words that one thread waits for, until one of them differs from its expected value or wake() is called."""
 
     def __init__(self) -> None:
-        self._nudge = Word(0)
+        self._own = Word(0)
         self._time = (ctypes.c_int64 * 2)()
         self.watch(())
 
     def watch(self, addresses: Sequence[int]) -> None:
-        """Replace the words by those at `addresses`, at most MOST_WORDS; call heard() for each of them afterwards."""
-        every = (ctypes.addressof(self._nudge), *addresses[:MOST_WORDS])
+        """Replace the words by those at `addresses`, at most MOST_WORDS; call expect() for each of them afterwards."""
+        every = (ctypes.addressof(self._own), *addresses[:MOST_WORDS])
         self._count = len(every)
         self._waiters = _Waiters()
         for place, address in enumerate(every):
             self._waiters[3 * place + 1], self._waiters[3 * place + 2] = address, _SIZE_U32
-        self._waiters[0] = self._nudge.value
+        self._waiters[0] = self._own.value
 
-    def heard(self, place: int, value: int) -> None:
+    def expect(self, place: int, value: int) -> None:
         """Set the expected value of the word in slot `place`; wait() returns when the word differs."""
         self._waiters[3 * place + 3] = value
 
-    def mute(self, place: int, is_mute: bool) -> None:
+    def ignore(self, place: int, is_ignored: bool) -> None:
         """Ignore wake-ups of slot `place`, or not: a wait with FUTEX_PRIVATE_FLAG never matches another process."""
-        self._waiters[3 * place + 5] = _SIZE_U32 | _PRIVATE if is_mute else _SIZE_U32
+        self._waiters[3 * place + 5] = _SIZE_U32 | _PRIVATE if is_ignored else _SIZE_U32
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         """Make the current or the next wait() return. May be called from any thread."""
-        self._nudge.value = (self._nudge.value + 1) & 0xFFFFFFFF
-        wake(ctypes.addressof(self._nudge))
+        self._own.value = (self._own.value + 1) & 0xFFFFFFFF
+        wake(ctypes.addressof(self._own))
 
-    def collect(self) -> None:
-        """Forget the nudges so far; the next wait() returns for later ones only."""
-        self._waiters[0] = self._nudge.value
+    def clear(self) -> None:
+        """Forget the calls of wake() so far; the next wait() returns for later ones only."""
+        self._waiters[0] = self._own.value
 
     def wait(self, until_ns: int | None) -> None:
         """Wait until a word changes or until `until_ns` (CLOCK_MONOTONIC); None: without a limit. Raises OSError."""

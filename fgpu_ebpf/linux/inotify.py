@@ -18,7 +18,7 @@ from fgpu_ebpf.linux.libc import LIBC, check
 _CHANGES = 0x2 | 0x4 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
 
 
-class FolderBell:
+class FolderWatch:
     """A descriptor, readable after a change in or to one of the folders; folders inside them are not watched.
 
     Raises OSError if a folder does not exist, or the kernel has no more watches to give.

@@ -9,8 +9,8 @@ import contextlib
 import os
 
 
-class Bell:
-    """A descriptor that is readable from ring() to hush(); any thread and any signal handler may call ring()."""
+class Wakeup:
+    """A descriptor that is readable from wake() to clear(); any thread and any signal handler may call wake()."""
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -19,11 +19,11 @@ class Bell:
         """Return the descriptor, for selectors."""
         return self._fd
 
-    def ring(self) -> None:
-        """Make the descriptor readable; once is as good as often."""
+    def wake(self) -> None:
+        """Make the descriptor readable; to wake it several times is the same as once."""
         os.eventfd_write(self._fd, 1)
 
-    def hush(self) -> None:
-        """Make it unreadable again; to be called before the work is looked for, so that no later ring() is lost."""
+    def clear(self) -> None:
+        """Make it unreadable again; to be called before the work is looked for, so that no later wake() is lost."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._fd)

@@ -21,7 +21,7 @@ from time import monotonic_ns, thread_time_ns
 from typing import Generic, TypeVar
 
 MOST_THREADS, MORE_THREADS, MOST_AT_ONCE, MOST_WANTED, MOST_WANTED_ALL = 64, 8, 16, 1024, 1 << 16
-STALLED_NS, RING_NS = 2_000_000, 1_000_000
+STALLED_NS, WAKE_NS = 2_000_000, 1_000_000
 
 Owner = TypeVar("Owner", bound=Hashable)
 Job = TypeVar("Job")
@@ -44,18 +44,18 @@ class Workers(Generic[Owner, Job, Result]):
     Args:
         work: does one job and returns its result.
         wanted: returns whether a job still has to be done; others are dropped.
-        ring: called by a thread when take() has something to return.
+        wake: called by a thread when take() has something to return.
         most: how many jobs of one owner may be queued.
         nice: the nice level of the threads, if not 0.
         few: how many threads are started without waiting for the running ones.
     """
 
     def __init__(
-        self, work: Callable[[Job], Result], wanted: Callable[[Job], bool], ring: Callable[[], None],
+        self, work: Callable[[Job], Result], wanted: Callable[[Job], bool], wake: Callable[[], None],
         most: int = MOST_WANTED, nice: int = 0, few: int = 1,
     ) -> None:  # fmt: skip
-        self._work, self._is_wanted, self._ring, self._most, self._nice, self._few = (
-            work, wanted, ring, most, nice, few
+        self._work, self._is_wanted, self._wake, self._most, self._nice, self._few = (
+            work, wanted, wake, most, nice, few
         )  # fmt: skip
         self._wanted: dict[Owner, deque[Job]] = {}
         self._queued = 0
@@ -139,17 +139,17 @@ class Workers(Generic[Owner, Job, Result]):
     def _run(self) -> None:
         if self._nice:
             os.setpriority(os.PRIO_PROCESS, _thread.get_native_id(), self._nice)
-        rung_ns = monotonic_ns()
+        woken_ns = monotonic_ns()
         try:
             while self._jobs:
                 with contextlib.suppress(IndexError):  # another thread has taken it
                     self._do(*self._jobs.popleft())
-                if monotonic_ns() - rung_ns > RING_NS:
-                    rung_ns = monotonic_ns()
-                    self._ring()
+                if monotonic_ns() - woken_ns > WAKE_NS:
+                    woken_ns = monotonic_ns()
+                    self._wake()
         finally:
             self._ended.append(None)
-            self._ring()
+            self._wake()
 
     def _do(self, owner: Owner, jobs: list[Job]) -> None:
         try:

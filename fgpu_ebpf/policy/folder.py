@@ -16,7 +16,7 @@ from fgpu_ebpf.check import Check
 from fgpu_ebpf.policy import trusted_file
 from fgpu_ebpf.policy.rules import Policy, PolicySet
 from fgpu_ebpf.policy.trusted_file import Stamp
-from fgpu_ebpf.policy.yaml_document import MOST_FAULTS, Fault, FaultError
+from fgpu_ebpf.policy.yaml_document import MOST_ERRORS, ConfigError, InvalidFileError
 
 FOLDER = Path("/etc/fgpu/policy.d")
 MOST_FILES = 256
@@ -42,7 +42,7 @@ class Reading:
     """One reading of the folder: a set, or None and errors. `state` is that of what was read; None: no folder."""
 
     policies: PolicySet | None
-    faults: tuple[Fault, ...]
+    errors: tuple[ConfigError, ...]
     state: State | None
 
 
@@ -50,7 +50,7 @@ def check(folder: Path) -> Check:
     """Return the finding of `fgpu doctor`: what an agent that starts now would find."""
     reading = PolicyFolder(folder).read()
     if reading.policies is None:
-        return Check("policies", False, "; ".join(map(str, reading.faults[:3])), f"fgpu policy check {folder}")
+        return Check("policies", False, "; ".join(map(str, reading.errors[:3])), f"fgpu policy check {folder}")
     return Check("policies", True, f"{len(reading.policies.policies)} in {folder}")
 
 
@@ -78,7 +78,7 @@ class PolicyFolder:
             reading = self._read(before)
             if reading.state == self.state():
                 return reading
-        return self._fault(CHANGING)
+        return self._failed(CHANGING)
 
     def state(self) -> State | None:
         """Return the state of the folder now, or None if it does not exist."""
@@ -109,55 +109,55 @@ class PolicyFolder:
 
     def gone(self) -> Reading:
         """Return the reading of a folder that existed before and does not now."""
-        return self._fault(_GONE)
+        return self._failed(_GONE)
 
-    def _fault(self, text: str, state: State | None = None) -> Reading:
-        return Reading(None, (Fault(str(self.path), 0, "", text),), state)
+    def _failed(self, text: str, state: State | None = None) -> Reading:
+        return Reading(None, (ConfigError(str(self.path), 0, "", text),), state)
 
     def _read(self, state: State) -> Reading:
         if len(state.files) > MOST_FILES:
-            return self._fault(f"holds more than {MOST_FILES} files: put several policies into one", state)
+            return self._failed(f"holds more than {MOST_FILES} files: put several policies into one", state)
         try:
             os.listdir(self.path)
             trusted_file.check_folder(str(self.path), self._root_only)
-        except FaultError as error:
-            return Reading(None, (error.fault,), state)
+        except InvalidFileError as invalid:
+            return Reading(None, (invalid.error,), state)
         except OSError as error:
-            return self._fault(f"cannot be read: {error.strerror}", state)
+            return self._failed(f"cannot be read: {error.strerror}", state)
         policies: list[Policy] = []
-        faults: list[Fault] = []
+        errors: list[ConfigError] = []
         files: list[tuple[str, bytes]] = []
         stamps = dict(state.files)
         for name in stamps:
-            stamps[name] = self._read_file(name, policies, faults, files) or stamps[name]
-            if len(faults) >= MOST_FAULTS or len(policies) > MOST_POLICIES:
+            stamps[name] = self._read_file(name, policies, errors, files) or stamps[name]
+            if len(errors) >= MOST_ERRORS or len(policies) > MOST_POLICIES:
                 break
-        faults += whole(policies)
+        errors += whole(policies)
         re.purge()  # its cache keeps hundreds of patterns of earlier policies
         read = State(state.path_stats, tuple(stamps.items()))
-        return Reading(None if faults else PolicySet(tuple(policies), tuple(files)), tuple(faults[:MOST_FAULTS]), read)
+        return Reading(None if errors else PolicySet(tuple(policies), tuple(files)), tuple(errors[:MOST_ERRORS]), read)
 
     def _read_file(
-        self, name: str, policies: list[Policy], faults: list[Fault], files: list[tuple[str, bytes]]
+        self, name: str, policies: list[Policy], errors: list[ConfigError], files: list[tuple[str, bytes]]
     ) -> Stamp | None:
         """Add a file's policies or errors to the lists; return its stamp when it was read, or None if it was not."""
         path = f"{self.path}/{name}"
         try:
             data, stamp = trusted_file.load(path, path, self._root_only)
-        except FaultError as error:
-            faults.append(error.fault)
+        except InvalidFileError as invalid:
+            errors.append(invalid.error)
             return None
         except OSError as error:
-            faults.append(Fault(path, 0, "", f"cannot be read: {error.strerror}"))
+            errors.append(ConfigError(path, 0, "", f"cannot be read: {error.strerror}"))
             return None
         files.append((path, data))
         found, wrong = parse(path, data)
         policies += found
-        faults += wrong
+        errors += wrong
         return stamp
 
 
-def parse(name: str, data: bytes) -> tuple[list[Policy], list[Fault]]:
+def parse(name: str, data: bytes) -> tuple[list[Policy], list[ConfigError]]:
     """Return the policies or the errors of one file."""
     # Imported here: it imports pydantic, 11 MiB that a host without policy files does not need.
     from fgpu_ebpf.policy import parse
@@ -165,7 +165,7 @@ def parse(name: str, data: bytes) -> tuple[list[Policy], list[Fault]]:
     return parse.read(name, data)
 
 
-def whole(policies: list[Policy]) -> list[Fault]:
+def whole(policies: list[Policy]) -> list[ConfigError]:
     """Return the errors between files that are right by themselves: names used twice, too many policies."""
     first: dict[str, Policy] = {}
     wrong = []
@@ -173,12 +173,12 @@ def whole(policies: list[Policy]) -> list[Fault]:
         before = first.setdefault(policy.name, policy)
         if before is not policy:
             text = f"the name {policy.name} is taken by {before.source}: choose another"
-            wrong.append(_fault_at(policy, "metadata.name", text))
+            wrong.append(_error_at(policy, "metadata.name", text))
     if len(policies) > MOST_POLICIES:
-        wrong.append(_fault_at(policies[MOST_POLICIES], "", f"more than {MOST_POLICIES:,} policies: join some"))
+        wrong.append(_error_at(policies[MOST_POLICIES], "", f"more than {MOST_POLICIES:,} policies: join some"))
     return wrong
 
 
-def _fault_at(policy: Policy, field: str, text: str) -> Fault:
+def _error_at(policy: Policy, field: str, text: str) -> ConfigError:
     file, _, line = policy.source.rpartition(":")
-    return Fault(file, int(line), field, text)
+    return ConfigError(file, int(line), field, text)

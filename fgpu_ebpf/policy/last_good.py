@@ -14,7 +14,7 @@ from fgpu_ebpf.linux import atomic_file
 from fgpu_ebpf.policy import trusted_file
 from fgpu_ebpf.policy.folder import parse
 from fgpu_ebpf.policy.rules import Policy, PolicySet
-from fgpu_ebpf.policy.yaml_document import Fault, FaultError
+from fgpu_ebpf.policy.yaml_document import ConfigError, InvalidFileError
 
 log = logging.getLogger("fgpu.policy")
 FILE = Path("/var/lib/fgpu/policies.json")
@@ -42,7 +42,7 @@ def read(file: Path, folder: Path) -> PolicySet | None:
         return _parsed([(name, text.encode("utf-8", "surrogateescape")) for name, text in found["files"]])
     except FileNotFoundError:
         return None
-    except (OSError, FaultError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, InvalidFileError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         log.error("the last good set of policies cannot be used: %s: %s", file, error)
         return None
 
@@ -50,11 +50,11 @@ def read(file: Path, folder: Path) -> PolicySet | None:
 def _parsed(files: list[tuple[str, bytes]]) -> PolicySet:
     """Return the policies in these files. Raises ValueError: this version finds an error in them."""
     policies: list[Policy] = []
-    faults: list[Fault] = []
+    errors: list[ConfigError] = []
     for name, data in files:
         found, wrong = parse(name, data)
         policies += found
-        faults += wrong
-    if faults:
-        raise ValueError(str(faults[0]))
+        errors += wrong
+    if errors:
+        raise ValueError(str(errors[0]))
     return PolicySet(tuple(policies), tuple(files))

@@ -10,30 +10,30 @@ from pydantic import ValidationError
 
 from fgpu_ebpf.policy.rules import Policy
 from fgpu_ebpf.policy.schema import GpuPolicy, compiled
-from fgpu_ebpf.policy.validation import faults
-from fgpu_ebpf.policy.yaml_document import MOST_FAULTS, Document, Fault, FaultError, documents
+from fgpu_ebpf.policy.validation import config_errors
+from fgpu_ebpf.policy.yaml_document import MOST_ERRORS, ConfigError, Document, InvalidFileError, documents
 
 
-def read(file: str, data: bytes) -> tuple[list[Policy], list[Fault]]:
+def read(file: str, data: bytes) -> tuple[list[Policy], list[ConfigError]]:
     """Return the policies of a file's documents in their order, and the errors; with errors, no policies."""
     policies: list[Policy] = []
-    wrong: list[Fault] = []
+    wrong: list[ConfigError] = []
     try:
         for document in documents(file, data):
             _read_document(file, document, policies, wrong)
-            if len(wrong) >= MOST_FAULTS:
+            if len(wrong) >= MOST_ERRORS:
                 break
-    except FaultError as error:
-        wrong.append(error.fault)
-    return ([] if wrong else policies), wrong[:MOST_FAULTS]
+    except InvalidFileError as invalid:
+        wrong.append(invalid.error)
+    return ([] if wrong else policies), wrong[:MOST_ERRORS]
 
 
-def _read_document(file: str, document: Document, policies: list[Policy], wrong: list[Fault]) -> None:
+def _read_document(file: str, document: Document, policies: list[Policy], wrong: list[ConfigError]) -> None:
     line = document.line(())
     if not isinstance(document.value, dict):
-        wrong.append(Fault(file, line, "", "is not a policy: write apiVersion, kind, metadata and spec"))
+        wrong.append(ConfigError(file, line, "", "is not a policy: write apiVersion, kind, metadata and spec"))
         return
     try:
         policies.append(compiled(GpuPolicy.model_validate(document.value), f"{file}:{line}"))
     except ValidationError as error:
-        wrong += faults(file, document, GpuPolicy, error)
+        wrong += config_errors(file, document, GpuPolicy, error)

@@ -1,7 +1,7 @@
 """Opening of configuration files, and the check that only root can have written them.
 
 Used wherever the agent and the commands read configuration. Only regular files are read, up to a maximum size.
-FaultError names the fix; OSError: the file is gone.
+InvalidFileError names the fix; OSError: the file is gone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import stat
 from dataclasses import dataclass
 
-from fgpu_ebpf.policy.yaml_document import MOST_BYTES, Fault, FaultError
+from fgpu_ebpf.policy.yaml_document import MOST_BYTES, ConfigError, InvalidFileError
 
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -32,12 +32,12 @@ class Stamp:
 
 
 def load(path: str, name: str, root_only: bool, most_bytes: int = MOST_BYTES) -> tuple[bytes, Stamp]:
-    """Return a file's content and stamp; errors call the file `name`. Raises FaultError, OSError."""
+    """Return a file's content and stamp; errors call the file `name`. Raises InvalidFileError, OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # so that a fifo does not block
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise FaultError(Fault(name, 0, "", "is not a regular file: remove it"))
+            raise InvalidFileError(ConfigError(name, 0, "", "is not a regular file: remove it"))
         if root_only:
             _check_owner(name, os.readlink(f"/proc/self/fd/{fd}"), found, read_only(fd))
         with open(fd, "rb", closefd=False) as file:
@@ -54,7 +54,7 @@ def path_stats(path: str) -> tuple[tuple[int, int, int], ...]:
 
 
 def check_folder(path: str, root_only: bool) -> None:
-    """Raise FaultError if a user other than root could put files into the folder, or OSError if it is gone."""
+    """Raise InvalidFileError if a user other than root could put files into the folder, or OSError if it is gone."""
     if root_only:
         _check_owner(path, os.path.realpath(path), os.stat(path), read_only(path))
 
@@ -72,13 +72,13 @@ def _check_owner(name: str, real: str, found: os.stat_result, safe: bool) -> Non
         return
     if found.st_uid or found.st_mode & _OTHERS:
         text = f"may be written by users other than root: chown root {real}; chmod go-w {real}"
-        raise FaultError(Fault(name, 0, "", text))
+        raise InvalidFileError(ConfigError(name, 0, "", text))
     around = os.path.dirname(real)
     while True:  # a user that may write a folder around it could replace the file, unless the folder is sticky
         found = os.stat(around)
         if found.st_uid or (found.st_mode & _OTHERS and not found.st_mode & stat.S_ISVTX):
             text = f"lies in {around}, which users other than root may write: chown root {around}; chmod go-w {around}"
-            raise FaultError(Fault(name, 0, "", text))
+            raise InvalidFileError(ConfigError(name, 0, "", text))
         if around == "/":
             return
         around = os.path.dirname(around)

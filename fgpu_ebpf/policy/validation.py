@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from fgpu_ebpf.policy.units import shown
-from fgpu_ebpf.policy.yaml_document import MOST_FAULTS, Document, Fault, Place, field_text
+from fgpu_ebpf.policy.yaml_document import MOST_ERRORS, ConfigError, Document, Place, field_text
 
 _KINDS = {
     "string_type": "must be text",
@@ -28,25 +28,26 @@ _KINDS = {
 }
 
 
-def faults(file: str, document: Document, model: type[BaseModel], error: ValidationError) -> list[Fault]:
+def config_errors(file: str, document: Document, model: type[BaseModel], error: ValidationError) -> list[ConfigError]:
     """Return the first errors of a document, in the order of its lines."""
-    found = [_fault(file, document, model, detail) for detail in error.errors(include_url=False)[: MOST_FAULTS * 4]]
-    return sorted(dict.fromkeys(found), key=lambda fault: fault.line)[:MOST_FAULTS]
+    details = error.errors(include_url=False)[: MOST_ERRORS * 4]
+    found = [_config_error(file, document, model, detail) for detail in details]
+    return sorted(dict.fromkeys(found), key=lambda config_error: config_error.line)[:MOST_ERRORS]
 
 
-def _fault(file: str, document: Document, model: type[BaseModel], detail: ErrorDetails) -> Fault:
+def _config_error(file: str, document: Document, model: type[BaseModel], detail: ErrorDetails) -> ConfigError:
     place: Place = tuple(part for part in detail["loc"] if part != "[key]")
     line = document.line(place)
     match detail["type"]:
         case "extra_forbidden":
             *around, key = place
-            return Fault(file, line, field_text(tuple(around)), _unknown(str(key), _fields(model, tuple(around))))
+            return ConfigError(file, line, field_text(tuple(around)), _unknown(str(key), _fields(model, tuple(around))))
         case "missing":
-            return Fault(file, line, field_text(place), f"is missing: write {_example(model, place)}")
+            return ConfigError(file, line, field_text(place), f"is missing: write {_example(model, place)}")
     while place and place not in document.lines:
         place = place[:-1]
     text = _text(detail) if detail["input"] is not None else _empty(model, place)
-    return Fault(file, line, field_text(place), text)
+    return ConfigError(file, line, field_text(place), text)
 
 
 def _text(detail: ErrorDetails) -> str:

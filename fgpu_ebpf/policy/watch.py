@@ -13,18 +13,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fgpu_ebpf.linux.inotify import FolderBell
-from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.inotify import FolderWatch
+from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.policy.folder import PolicyFolder, Reading
 from fgpu_ebpf.policy.rules import PolicySet
-from fgpu_ebpf.policy.yaml_document import Fault
+from fgpu_ebpf.policy.yaml_document import ConfigError
 
 log = logging.getLogger("fgpu.policy")
 QUIET_SECONDS = 0.02  # a change is read once nothing has happened for so long
 LONGEST_SECONDS = 2.0  # or after changes for so long
 LOOK_SECONDS = 5.0  # for changes without notifications: behind symbolic links, on network file systems
 
-Callback = Callable[[PolicySet | None, tuple[Fault, ...]], None]
+Callback = Callable[[PolicySet | None, tuple[ConfigError, ...]], None]
 
 
 class PolicyWatch:
@@ -41,7 +41,7 @@ class PolicyWatch:
         self.had = last.state is not None or last.policies is None  # the folder existed at some time
         self._changed = changed
         self._end = threading.Event()
-        self._end_wakeup = Bell()
+        self._end_wakeup = Wakeup()
         self._thread = threading.Thread(target=self._run, name="policy", daemon=True)
 
     def start(self) -> None:
@@ -51,7 +51,7 @@ class PolicyWatch:
     def stop(self) -> None:
         """End the thread; `changed` is not called after that."""
         self._end.set()
-        self._end_wakeup.ring()
+        self._end_wakeup.wake()
         self._thread.join()
 
     def _run(self) -> None:
@@ -71,7 +71,7 @@ class PolicyWatch:
     def _await_change(self) -> None:
         """Wait for a change in a watched folder, and for the changes that follow it. Raises OSError."""
         folders = watched(self._folder.path)
-        with FolderBell(folders) as notifications:
+        with FolderWatch(folders) as notifications:
             woken = select.poll()  # the agent has more descriptors than select(2) takes
             woken.register(notifications, select.POLLIN)
             woken.register(self._end_wakeup, select.POLLIN)
@@ -81,7 +81,7 @@ class PolicyWatch:
                     self._await_quiet(notifications, woken)
                     return
 
-    def _await_quiet(self, notifications: FolderBell, woken: select.poll) -> None:
+    def _await_quiet(self, notifications: FolderWatch, woken: select.poll) -> None:
         """Wait until the changes of the folder seem to be complete."""
         latest = time.monotonic() + LONGEST_SECONDS
         while time.monotonic() < latest and not self._end.is_set():
@@ -96,8 +96,8 @@ class PolicyWatch:
         reading = self._folder.read(may_be_missing=not self.had)
         before, self._last = self._last, reading
         self.had |= reading.state is not None
-        if reading.policies is not None or reading.faults != before.faults:
-            self._changed(reading.policies, reading.faults)
+        if reading.policies is not None or reading.errors != before.errors:
+            self._changed(reading.policies, reading.errors)
 
 
 def watched(folder: Path) -> list[Path]:

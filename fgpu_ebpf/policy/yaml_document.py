@@ -1,7 +1,7 @@
 """Configuration files as YAML: each value with its line, and without the features that surprise.
 
 Aliases, tags and merges are refused, and `no` is text. Used by `parse` and by the agent's configuration. Whatever a
-file contains, reading takes a few milliseconds. FaultError has the file, the line and the field.
+file contains, reading takes a few milliseconds. InvalidFileError has the file, the line and the field.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 MOST_BYTES = 1 << 20
 MOST_NODES = 10_000
 MOST_DEPTH = 16
-MOST_FAULTS = 20
+MOST_ERRORS = 20
 MOST_INTEGER = 2**63 - 1
 
 _INTEGER = re.compile(r"[-+]?[0-9]+")
@@ -33,7 +33,7 @@ Place = tuple[str | int, ...]  # the path to a value: keys and positions
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class ConfigError:
     """An error in a file, with what would be right. Line 0: the file as a whole."""
 
     file: str
@@ -46,12 +46,12 @@ class Fault:
         return f"{where}: {self.field}: {self.text}" if self.field else f"{where}: {self.text}"
 
 
-class FaultError(Exception):
+class InvalidFileError(Exception):
     """The file cannot be read as configuration."""
 
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(str(fault))
-        self.fault = fault
+    def __init__(self, error: ConfigError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +80,21 @@ def _cut(text: str) -> str:
 
 
 def documents(file: str, data: bytes) -> Iterator[Document]:
-    """Yield the documents of a file without empty ones. Raises FaultError."""
+    """Yield the documents of a file without empty ones. Raises InvalidFileError."""
     if len(data) > MOST_BYTES:
-        raise FaultError(Fault(file, 0, "", "is larger than 1 MiB: split it"))
+        raise InvalidFileError(ConfigError(file, 0, "", "is larger than 1 MiB: split it"))
     try:
         data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise FaultError(Fault(file, line, "", "is not valid UTF-8: save it as UTF-8")) from error
+        raise InvalidFileError(ConfigError(file, line, "", "is not valid UTF-8: save it as UTF-8")) from error
     try:
         yield from _Reader(file, data).documents()
     except yaml.YAMLError as error:
-        raise FaultError(_syntax(file, data, error)) from error
+        raise InvalidFileError(_syntax(file, data, error)) from error
 
 
-def _syntax(file: str, data: bytes, error: yaml.YAMLError) -> Fault:
+def _syntax(file: str, data: bytes, error: yaml.YAMLError) -> ConfigError:
     """Return the parser's error; if that is at the end of the file, the line of the construct that was not closed."""
     problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or "broken")
     last = len(data.splitlines()) or 1
@@ -103,7 +103,7 @@ def _syntax(file: str, data: bytes, error: yaml.YAMLError) -> Fault:
     line = next((line for line in lines if line <= last), last)
     if b"\t" in b"".join(data.splitlines()[line - 1 : line]):
         problem += "; indent with spaces, not with tabs"
-    return Fault(file, line, "", f"is not YAML: {problem}")
+    return ConfigError(file, line, "", f"is not YAML: {problem}")
 
 
 class _Reader:
@@ -116,7 +116,7 @@ class _Reader:
         self._lines: dict[Place, int] = {}
 
     def documents(self) -> Iterator[Document]:
-        """Yield the documents. Raises FaultError."""
+        """Yield the documents. Raises InvalidFileError."""
         for event in self._events:
             self._count(event)
             if isinstance(event, yaml.DocumentStartEvent):
@@ -128,8 +128,8 @@ class _Reader:
     def _line(self, event: yaml.Event) -> int:
         return event.start_mark.line + 1 if event.start_mark else 0
 
-    def _fail(self, event: yaml.Event, place: Place, text: str) -> FaultError:
-        return FaultError(Fault(self._file, self._line(event), field_text(place), text))
+    def _fail(self, event: yaml.Event, place: Place, text: str) -> InvalidFileError:
+        return InvalidFileError(ConfigError(self._file, self._line(event), field_text(place), text))
 
     def _count(self, event: yaml.Event) -> None:
         self._nodes += 1

@@ -37,7 +37,7 @@ class Turns:
         self.places: dict[int, Place] = {}
         self._clocks, self._units = Clocks(), Units()
         self.devices = self._clocks.counts
-        self.faults = 0  # tenants that were reset by forget()
+        self.resets = 0  # tenants that were reset by forget()
         self._number = 0
         self._changed: set[int] = set()
         self._here: dict[int, Place] = {}  # tenants with processes
@@ -108,7 +108,7 @@ class Turns:
         """Return tenants that have a turn, or whose turn was just cut: every step needs a look at them."""
         return [*self._running, *(tenant for tenant, place in self._queue.items() if place.cut)]
 
-    def unheard(self) -> set[int]:
+    def without_wakeups(self) -> set[int]:
         """Return tenants whose wake-ups can wait for the next step: they outrank no owner that they wait for."""
         waiting = (*self._queue.values(), *self._preempted())
         return {place.tenant for place in waiting if place.waits_for_any(self._running.values())}
@@ -172,7 +172,7 @@ class Turns:
         try:
             self._look(place, seen, wanted, now_ns)
         except Exception:  # a bug that this tenant's reports have triggered must not stop the others
-            self.faults += 1
+            self.resets += 1
             self.forget(place.tenant)
 
     def forget(self, tenant: int) -> None:

@@ -155,12 +155,12 @@ class Commitments:
 
     def _grant(self, tenant: Tenant, index: int) -> None:
         had, limit = self._granted.get(tenant.cgroup, {}).get(index), tenant.limits[index]
-        lack = self._lack_on(tenant, index)
-        if lack and not had:
-            self._deny(tenant.cgroup, index, lack)
+        shortage = self._shortage_on(tenant, index)
+        if shortage and not had:
+            self._deny(tenant.cgroup, index, shortage)
             _remove(self._granted, tenant.cgroup, index)
             return
-        granted = min(limit, had) if lack and had else limit
+        granted = min(limit, had) if shortage and had else limit
         _enter(self._granted, tenant.cgroup, index, granted)
         _remove(self._denied, tenant.cgroup, index)
         if granted != limit:
@@ -176,18 +176,18 @@ class Commitments:
 
     # -- room
 
-    def lack(self, tenant: Tenant) -> str:
+    def shortage(self, tenant: Tenant) -> str:
         """Return why a limit that is set by hand does not fit; empty: it fits.
 
         The limit must fit on every device where it counts already or will count from the start, else on at least one.
         """
         if not counts_by_device(tenant):
-            return next(filter(None, (self._lack_on(tenant, index) for index in tenant.limits)), "")
+            return next(filter(None, (self._shortage_on(tenant, index) for index in tenant.limits)), "")
         decided = tenant.limits.keys() - self.undecided(tenant)
-        lacks = [self._lack_on(tenant, index) for index in decided or tenant.limits]
-        return next(filter(None, lacks), "") if decided or all(lacks) else ""
+        shortages = [self._shortage_on(tenant, index) for index in decided or tenant.limits]
+        return next(filter(None, shortages), "") if decided or all(shortages) else ""
 
-    def _lack_on(self, tenant: Tenant, index: int) -> str:
+    def _shortage_on(self, tenant: Tenant, index: int) -> str:
         """Return why the tenant's limit does not fit on this device; empty: it fits."""
         if self.overcommit or not counts(tenant) or self._is_inside(tenant):
             return ""
@@ -225,7 +225,7 @@ class Commitments:
     def denied(self, tenant: Tenant) -> str:
         """Return why the tenant gets nothing on a device where it has a limit; empty: no device is denied."""
         found = self._denied.get(tenant.cgroup, {})
-        return "; ".join(self._lack_on(tenant, index) or reason for index, reason in found.items())
+        return "; ".join(self._shortage_on(tenant, index) or reason for index, reason in found.items())
 
 
 def counts(tenant: Tenant) -> bool:

@@ -21,7 +21,7 @@ from fgpu_ebpf.ledger.ledger import Ledger
 from fgpu_ebpf.ledger.level_limits import LevelLimits
 from fgpu_ebpf.ledger.process_entry import levels_of
 from fgpu_ebpf.linux import procfs
-from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.policy.rules import Device
 from fgpu_ebpf.tenancy.device_commitments import Commitments, counts, counts_by_device
 from fgpu_ebpf.tenancy.level_capacity import LevelCapacity
@@ -59,7 +59,7 @@ class Enforcer:
         self.commitments = Commitments(self._tree, devices, overcommit)
         self.get, self.at, self.around = self._tree.get, self._tree.at, self._tree.around
         self.names = TenantNames()
-        self._bell = Bell()
+        self._wakeup = Wakeup()
         self._published: deque[tuple[set[int], int]] = deque()  # new levels, and the number of processes before them
 
     # -- the managed cgroups
@@ -120,13 +120,13 @@ class Enforcer:
         """
         changed = [t for t in self.names.named(tenants) if self.get(t.cgroup) != t]
         for tenant in changed:
-            if tenant.by_hand and (lack := self.commitments.lack(tenant)):
-                raise RoomError(lack)
+            if tenant.by_hand and (shortage := self.commitments.shortage(tenant)):
+                raise RoomError(shortage)
         if not changed:
             return
-        _, lacks = self.places.divide(changed)
-        if lacks:
-            raise RoomError(next(iter(lacks.values())))
+        _, shortages = self.places.divide(changed)
+        if shortages:
+            raise RoomError(next(iter(shortages.values())))
         new = {t.cgroup for t in changed if self._ledger.page_missing(t.cgroup)}
         try:
             with self._unless_refused():
@@ -224,17 +224,17 @@ class Enforcer:
     def _note_published(self, cgroups: set[int], so_far: int) -> None:
         """Note that every program in the kernel sees these levels. Called on any thread."""
         self._published.append((cgroups, so_far))
-        self._bell.ring()
+        self._wakeup.wake()
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when take_over_late() has something to do."""
-        return self._bell.fileno()
+        return self._wakeup.fileno()
 
     def take_over_late(self) -> None:
         """Re-assign processes whose levels were computed before a new level was published, but whose entry was created
         after that.
         """
-        self._bell.hush()
+        self._wakeup.clear()
         published = [self._published.popleft() for _ in range(len(self._published))]
         now = self._ledger.processes_so_far()
         late = {cgroup for cgroups, so_far in published if so_far != now for cgroup in cgroups}
@@ -329,10 +329,10 @@ class Enforcer:
         unit = self.commitments.unit(tenant) if tenant else None
         if tenant is None or unit is None:
             return ""
-        lack = self.commitments.commit(unit, [index])
+        shortage = self.commitments.commit(unit, [index])
         levels = [unit] if unit is tenant else [unit, tenant]  # a group around it may have a limit since
         self._ledger.set_limits([self._in_force(level) for level in levels])
-        return lack
+        return shortage
 
     def answer(self, path: str, lacking: Mapping[str, int] = MappingProxyType({})) -> None:
         """Answer a program of this cgroup that waits for a decision: use its limit, or mark the cgroup as unmanaged.

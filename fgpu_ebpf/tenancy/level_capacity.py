@@ -49,16 +49,16 @@ class LevelCapacity:
 
     def divide(self, tenants: Iterable[Tenant]) -> tuple[list[Tenant], dict[int, str]]:
         """Return the tenants that have or get a place, and why the others get none, by cgroup."""
-        fit, lacks, new = list[Tenant](), dict[int, str](), Counter[int]()
+        fit, shortages, new = list[Tenant](), dict[int, str](), Counter[int]()
         for tenant in tenants:
-            why = "" if tenant.cgroup in self._owners else self._lack(tenant, new)
+            why = "" if tenant.cgroup in self._owners else self._shortage(tenant, new)
             if why:
-                lacks[tenant.cgroup] = why
+                shortages[tenant.cgroup] = why
             else:
                 fit.append(tenant)
-        return fit, lacks
+        return fit, shortages
 
-    def _lack(self, tenant: Tenant, new: Counter[int]) -> str:
+    def _shortage(self, tenant: Tenant, new: Counter[int]) -> str:
         """Return why no further level can be added; empty: it can, and it is added to `new`.
 
         Args:

@@ -163,8 +163,8 @@ class Manager:
 
     def _put(self, tenants: Sequence[Tenant]) -> None:
         """Put limits in force; a tenant for which there is no room must not keep the others from theirs."""
-        fit, lacks = self.enforcer.places.divide(tenants)
-        self.refusals.report({t.path: lacks[t.cgroup] for t in tenants if t.cgroup in lacks})
+        fit, shortages = self.enforcer.places.divide(tenants)
+        self.refusals.report({t.path: shortages[t.cgroup] for t in tenants if t.cgroup in shortages})
         try:
             self.enforcer.put(fit)
         except (RoomError, OSError) as error:
@@ -189,8 +189,8 @@ class Manager:
     def bounds_met(self, path: str) -> list[str]:
         """Return which bounds keep this cgroup, or one around it, from a limit or from entries, as text."""
         wanted = [tenant for around in procfs.and_above(path) if (tenant := self._tenant(around))]
-        _, lacks = self.enforcer.places.divide(tenant for tenant in wanted if not self.enforcer.get(tenant.cgroup))
-        return [*lacks.values(), *self.enforcer.places.crowds([path])]
+        _, shortages = self.enforcer.places.divide(tenant for tenant in wanted if not self.enforcer.get(tenant.cgroup))
+        return [*shortages.values(), *self.enforcer.places.crowds([path])]
 
     def retry_refused(self) -> None:
         """Retry the limits of refused cgroups, in batches, after levels were released.
@@ -219,8 +219,8 @@ class Manager:
         if workload is None:
             raise TargetError(f"no cgroup {path}")
         before = self.enforcer.get(workload.cgroup)
-        says_memory = any(asked.get(field) is not None for field in ("memory_bytes", "memory_millionths"))
-        if before and before.source is Source.KEPT and not says_memory:
+        has_memory = any(asked.get(field) is not None for field in ("memory_bytes", "memory_millionths"))
+        if before and before.source is Source.KEPT and not has_memory:
             raise TargetError(f"{before.name} keeps limits from before the start: name --memory too, or fgpu unset it")
         override = self._override(workload.cgroup) or Override(workload.cgroup, workload.path, None, name, own)
         override = replace(override, path=workload.path, **asked)
@@ -267,7 +267,7 @@ class Manager:
         is_kept = tenant is not None and tenant.source is Source.KEPT
         if cgroup is None or not (is_kept or override):
             return False
-        if override and override.share and override.says_limits:
+        if override and override.share and override.has_limits:
             said = Override(cgroup, override.path, None, share=override.share, devices=override.devices)
             self.overrides.put(said)
             self._follow_what_is_left(path)

@@ -53,12 +53,12 @@ class Override:
         return Amount(self.memory_bytes or 0, self.memory_millionths or 0)
 
     @property
-    def says_limits(self) -> bool:
+    def has_limits(self) -> bool:
         """True if limits were set by hand, beside a share."""
-        return self.memory is not None or self.says_compute
+        return self.memory is not None or self.has_compute
 
     @property
-    def says_compute(self) -> bool:
+    def has_compute(self) -> bool:
         """True if limits of compute time were set."""
         return self.limit_millionths is not None or self.weight is not None or bool(self.priority)
 
@@ -69,8 +69,8 @@ class Overrides:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._all: dict[int, Override] = {}
-        self._fault = ""  # why nothing of the file is known
-        self._faults: dict[int, str] = {}  # why the entry of a cgroup is not known
+        self._error = ""  # why nothing of the file is known
+        self._errors: dict[int, str] = {}  # why the entry of a cgroup is not known
         self._has_dropped = self._has_failed = False  # since the file was last written
         self._read()
 
@@ -110,7 +110,7 @@ class Overrides:
 
     def unknown(self, cgroup: int) -> str:
         """Return why it is not known what was set for a cgroup before this start; empty: it is known."""
-        return self._fault or self._faults.get(cgroup, "")
+        return self._error or self._errors.get(cgroup, "")
 
     def settle(self, kept: Iterable[Override]) -> None:
         """Note that the start has looked at every cgroup. Raises OSError.
@@ -120,7 +120,7 @@ class Overrides:
         Args:
             kept: overrides of cgroups of which it is not known what was set.
         """
-        if not (self._fault or self._faults):
+        if not (self._error or self._errors):
             return
         if self._file.is_dir():  # engines make a folder if a container mounts a file that does not exist
             self._file.rmdir()
@@ -128,7 +128,7 @@ class Overrides:
             os.replace(self._file, self._file.with_name(f"{self._file.name}.bad"))
         self._all |= {override.cgroup: override for override in kept}  # if not written now, then with the next override
         self._write(self._all.values())
-        self._fault, self._faults = "", {}
+        self._error, self._errors = "", {}
 
     def _read(self) -> None:
         try:
@@ -136,11 +136,11 @@ class Overrides:
             if not isinstance(found, list):
                 raise ValueError("not a list")
         except FileNotFoundError:
-            self._fault = f"{self._file}, the file of overrides, is missing"
+            self._error = f"{self._file}, the file of overrides, is missing"
             return
         except (OSError, ValueError, RecursionError) as error:
-            self._fault = f"{self._file} cannot be read: {error}"
-            log.error("%s: pinned limits stay as they are", self._fault)
+            self._error = f"{self._file} cannot be read: {error}"
+            log.error("%s: pinned limits stay as they are", self._error)
             return
         for entry in found:
             self._take(entry)
@@ -150,13 +150,13 @@ class Overrides:
             override = _override(entry)
             self._all[override.cgroup] = override
         except (ValueError, TypeError, KeyError, QuantityError) as error:
-            fault = f"{self._file} has an entry that cannot be understood: {error}"
-            log.error("%s: pinned limits stay as they are", fault)
+            text = f"{self._file} has an entry that cannot be understood: {error}"
+            log.error("%s: pinned limits stay as they are", text)
             cgroup = entry.get("cgroup") if isinstance(entry, Mapping) else None
             if isinstance(cgroup, int):
-                self._faults[cgroup] = fault
+                self._errors[cgroup] = text
             else:
-                self._fault = fault
+                self._error = text
 
     def _write(self, overrides: Iterable[Override]) -> None:
         atomic_file.write(self._file, json.dumps([_entry(override) for override in overrides]))

@@ -126,7 +126,7 @@ def _by_hand(tenant: Tenant, override: Override, devices: Sequence[Device]) -> T
     tenant = replace(tenant, named_devices=bool(override.devices))
     if override.share:
         tenant = _by_share(tenant, parse(override.share), override.devices, devices)
-        if not override.says_limits:
+        if not override.has_limits:
             return tenant
     chosen = tenant.limits if _is_chosen(tenant) else dict.fromkeys((d.index for d in devices), abi.NO_LIMIT)
     named = {d.index for d in devices if d.uuid_text in override.devices or not override.devices}
@@ -180,7 +180,7 @@ def _by_share(tenant: Tenant, share: Share, of: Sequence[str], devices: Iterable
 
 
 def _compute_by_hand(compute: Compute | None, override: Override) -> Compute | None:
-    if not override.says_compute:
+    if not override.has_compute:
         return compute
     compute = compute or Compute()
     if override.limit_millionths is not None:

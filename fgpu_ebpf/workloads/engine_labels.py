@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.wakeup import Wakeup
 from fgpu_ebpf.snapshot import EngineView
 from fgpu_ebpf.workloads import label_cache
 from fgpu_ebpf.workloads.cgroup_names import Engine
@@ -59,12 +59,12 @@ class Engines:
         self._answers = 0
         self._changed: set[str] = set()
         self._lock = threading.Lock()
-        self._bell = Bell()
+        self._wakeup = Wakeup()
         self.left_out = 0  # containers that no engine was asked about, because there are too many
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when cgroups have got names."""
-        return self._bell.fileno()
+        return self._wakeup.fileno()
 
     def stop(self) -> None:
         """Stop the engine threads."""
@@ -90,7 +90,7 @@ class Engines:
 
     def take(self) -> list[str]:
         """Return the cgroups whose names were resolved since the last call."""
-        self._bell.hush()
+        self._wakeup.clear()
         with self._lock:
             found, self._changed = self._changed, set()
         return sorted(found)
@@ -170,4 +170,4 @@ class Engines:
         for thread in self._threads:
             thread.forget(subject)
             thread.ask_now(pod)  # it has a container now, so it has a sandbox
-        self._bell.ring()
+        self._wakeup.wake()

@@ -36,7 +36,9 @@ def test_a_flood_costs_its_neighbour_no_event(kernel, events, make_level, make_c
 
 
 @pytest.mark.parametrize(("code", "holds"), [(201, 0), (0, 4096 * MIB)])
-def test_what_does_not_fit_refuses_nobody_while_the_driver_decides(kernel, make_level, make_client, code, holds):
+def test_a_call_that_does_not_fit_refuses_no_other_while_the_driver_decides(
+    kernel, make_level, make_client, code, holds
+):
     """A call without a request may fail for ever, and be repeated for ever. What the driver returned is charged."""
     group = make_level(1024 * MIB)
     one, other = make_client(make_level(512 * MIB, parent=group)), make_client(make_level(512 * MIB, parent=group))
@@ -96,7 +98,7 @@ def test_products_of_sizes_do_not_wrap_around(level, client, call):
         f"array3d(0x1000, {(1 << 64) - 1}, {(1 << 64) - 1}, {(1 << 64) - 1}, 32, 4, levels=32)",
     ],
 )
-def test_what_no_driver_has_is_not_charged(level, client, call):
+def test_impossible_sizes_are_not_charged(level, client, call):
     """No driver returns more than 2^48 bytes. The charge does not change."""
     client(f"alloc(0x2000, {MIB})")
     client(call)

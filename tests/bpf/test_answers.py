@@ -163,7 +163,7 @@ def test_orphans_of_a_neighbour_in_the_group_are_waited_for_too(kernel, make_lev
 # -- what a process had at most
 
 
-def test_the_peak_of_a_process_begins_anew_when_it_is_marked(kernel, level, client):
+def test_a_mark_resets_the_peak_of_a_process(kernel, level, client):
     def peak() -> int:
         return client.entry(kernel).peak[0] // MIB
 

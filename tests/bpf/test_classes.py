@@ -25,7 +25,7 @@ def other(kernel: Kernel, client: Client) -> Client:
     return client
 
 
-def test_what_an_unknown_library_takes_is_charged(kernel, level, other):
+def test_memory_allocated_by_an_unknown_library_is_charged(kernel, level, other):
     other("unknown()")
     other(f"alloc(0x1000, {4 * MIB})")
     assert (level.used, other.entry(kernel).flags & abi.Seen.BYPASS) == (4 * MIB, abi.Seen.BYPASS)
@@ -46,7 +46,7 @@ def test_what_an_unknown_library_takes_is_charged(kernel, level, other):
     ],
 )
 @pytest.mark.parametrize("with_", ["host()", "unknown()"])
-def test_what_an_unknown_library_frees_is_orphaned(level, other, take, give, with_):
+def test_memory_freed_by_an_unknown_library_is_orphaned(level, other, take, give, with_):
     other(with_)
     other(take)
     other("unknown()")

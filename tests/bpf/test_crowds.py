@@ -34,7 +34,7 @@ def crowd(kernel: Kernel, make_level: Callable[..., Level], make_client: Callabl
     return client
 
 
-def test_who_has_too_many_allocations_is_refused_and_named(kernel, crowd):
+def test_a_process_with_too_many_allocations_is_refused_and_named(kernel, crowd):
     level = next(cgroup for cgroup in kernel.ledger.process(crowd.pid).levels)
     assert crowd("admit(1)") == REFUSED
     assert crowd("admit(1, kind=1)") == ADMITTED, "pool bytes have no entry"
@@ -89,7 +89,7 @@ def test_entries_stay_where_they_came_to_be(kernel, level, make_level, client):
     assert entries(kernel, other) == 0
 
 
-def test_entries_of_who_has_ended_count_until_they_are_swept(kernel, level, client):
+def test_entries_of_ended_processes_count_until_they_are_swept(kernel, level, client):
     client("cuda.allocate_many(u64(0x1000), u64(101))")
     client.kill()
     assert_left(level, 101)
@@ -145,7 +145,7 @@ def gathered(level: Level, client: Client, shared: abi.Shared) -> Client:
     return client
 
 
-def test_who_is_one_too_many_is_refused_and_named(kernel, gathered, level, shared):
+def test_a_process_beyond_the_bound_is_refused_and_named(kernel, gathered, level, shared):
     assert entries(kernel, level, shared) == PARTS[shared]
     assert gathered(f"admit({MIB})") == REFUSED
     assert gathered(f"admit({MIB}, kind=1)") == REFUSED, "nor pool bytes: there is no process to charge"
@@ -155,7 +155,7 @@ def test_who_is_one_too_many_is_refused_and_named(kernel, gathered, level, share
     assert len(reasons(kernel, level)) == 2, "no device of that number"
 
 
-def test_a_crowd_is_no_matter_to_its_neighbour(kernel, gathered, make_level, make_client, shared):
+def test_a_crowd_does_not_affect_its_neighbour(kernel, gathered, make_level, make_client, shared):
     before = anomalies(kernel)["FULL"]
     other = make_level(1024 * MIB)
     neighbour = make_client(other)
@@ -167,7 +167,7 @@ def test_a_crowd_is_no_matter_to_its_neighbour(kernel, gathered, make_level, mak
     assert anomalies(kernel)["FULL"] == before
 
 
-def test_where_all_only_observe_a_crowd_is_admitted(gathered, level):
+def test_a_crowd_under_observing_levels_is_admitted(gathered, level):
     level.limit(MIB, abi.LimitFlag.OBSERVE)
     assert gathered(f"admit({2 * MIB})") == ADMITTED
 
@@ -181,7 +181,7 @@ def test_a_crowd_that_observes_within_a_limit_is_refused(kernel, make_level, mak
     assert one(f"admit({MIB})") == REFUSED
 
 
-def test_memory_of_one_too_many_is_charged_when_nvml_tells_of_it(kernel, gathered, level, shared):
+def test_memory_of_a_surplus_process_is_charged_when_nvml_reports_it(kernel, gathered, level, shared):
     before = anomalies(kernel)["FULL"]
     gathered(f"alloc(0x1000, {4 * MIB})")
     assert (level.used, anomalies(kernel)["FULL"]) == (0, before + 1)
@@ -223,7 +223,7 @@ def test_threads_and_processes_count_where_they_came_to_be(kernel, level, make_l
     wait_until(lambda: entries(kernel, level, Shared.PROCESSES) == entries(kernel, level, Shared.THREADS) == 0)
 
 
-def test_who_is_out_of_its_cgroups_is_counted_anew_when_it_is_back(kernel, level, client):
+def test_a_process_that_leaves_its_cgroups_is_counted_again_when_it_returns(kernel, level, client):
     client("cuda.gather(u64(23), 0)")
     client(f"admit({MIB})")
     assert kernel.ledger.move(client.pid, client.entry(kernel).generation, ())
@@ -297,7 +297,7 @@ def test_levels_of_one_owner_have_one_part_together(kernel, make_level, make_cli
 
 
 @pytest.mark.parametrize("shared", [Shared.ALLOCATIONS, Shared.PROCESSES], ids=["allocations", "processes"])
-def test_what_owners_leave_is_for_those_that_have_few(kernel, make_level, make_client, owned, shared):
+def test_owners_leave_room_for_owners_with_few_entries(kernel, make_level, make_client, owned, shared):
     """Owners that may have the whole map leave an eighth of it to owners that have little."""
     part = PARTS.get(shared, PART)
     owners = [make_level(1024 * MIB) for _ in range(5)]

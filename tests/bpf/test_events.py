@@ -33,7 +33,7 @@ def test_the_first_call_of_a_process_tells_of_it_once(events, level, client):
     assert event.tgid == client.pid
 
 
-def test_of_many_processes_at_a_time_one_is_told(kernel, events, level, make_client):
+def test_of_many_processes_at_a_time_one_is_reported(kernel, events, level, make_client):
     before = fates(kernel)[abi.Fate.RATE]
     clients = [make_client(level) for _ in range(3)]
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
@@ -43,7 +43,7 @@ def test_of_many_processes_at_a_time_one_is_told(kernel, events, level, make_cli
     assert fates(kernel)[abi.Fate.RATE] == before, "nor is anything lost"
 
 
-def test_a_program_that_begins_in_a_managed_cgroup_is_told(kernel, events, level, make_level, make_client):
+def test_a_program_that_begins_in_a_managed_cgroup_is_reported(kernel, events, level, make_level, make_client):
     clients = [make_client(level), make_client(make_level(None))]
     (event,) = [e for e in events.read() if e.kind == News.EXECUTED and e.tgid in [c.pid for c in clients]]
     assert (event.tgid, event.cgroup) == (clients[0].pid, level.cgroup)
@@ -51,7 +51,7 @@ def test_a_program_that_begins_in_a_managed_cgroup_is_told(kernel, events, level
     wait_until(lambda: any(e.tgid == clients[0].pid for e in of(events, level, News.EXECUTED)))
 
 
-def test_of_many_programs_the_first_of_a_second_are_told(kernel, events, level):
+def test_of_many_programs_the_first_of_a_second_are_reported(kernel, events, level):
     before = fates(kernel)[abi.Fate.RATE]
     storm = f"echo $$ >{level.path}/cgroup.procs; i=0; while [ $i -lt 101 ]; do /bin/true; i=$((i + 1)); done"
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
@@ -62,14 +62,14 @@ def test_of_many_programs_the_first_of_a_second_are_told(kernel, events, level):
     assert fates(kernel)[abi.Fate.RATE] == before, "nor is anything lost"
 
 
-def test_a_refusal_says_who_and_how_much(events, level, client):
+def test_a_refusal_names_the_process_and_the_bytes(events, level, client):
     client(f"admit({2048 * MIB}, kind={int(VMM)})")
     (event,) = of(events, level)
     assert (event.kind, event.tgid, event.bytes, event.operation) == (News.REFUSED, client.pid, 2048 * MIB, VMM)
     assert event.reason == abi.Reason.LIMIT
 
 
-def test_a_first_use_is_held_and_told_until_the_agent_has_decided(kernel, events, level, client):
+def test_a_first_use_is_held_and_reported_until_the_agent_has_decided(kernel, events, level, client):
     level.limit(8 * MIB, uncommitted=True, devices=(0, 1))
     assert client(f"admit({MIB})") == abi.Verdict.REFUSED
     (event,) = of(events, level)
@@ -81,14 +81,14 @@ def test_a_first_use_is_held_and_told_until_the_agent_has_decided(kernel, events
     assert client(f"admit({MIB})") == abi.Verdict.ADMITTED
 
 
-def test_who_does_not_ask_is_charged_before_the_agent_has_decided(events, level, client):
+def test_a_process_that_does_not_ask_is_charged_before_the_agent_has_decided(events, level, client):
     level.limit(8 * MIB, abi.LimitFlag.KILL, uncommitted=True)
     client(f"alloc(0x1000, {MIB})")
     assert level.usage().used == MIB
     assert [event.kind for event in of(events, level)] == [News.BYPASS]
 
 
-def test_an_uncommitted_group_holds_who_is_inside(events, level, make_level, make_client):
+def test_an_uncommitted_group_holds_the_tenants_inside(events, level, make_level, make_client):
     level.limit(8 * MIB, uncommitted=True)
     inside = make_client(make_level(4 * MIB, level))
     assert inside(f"admit({MIB})") == abi.Verdict.REFUSED
@@ -119,14 +119,14 @@ def test_a_page_counts_requests_that_met_an_uncommitted_group(level, make_level,
     assert undecided(kernel, leaf, 0) == 2, "that was the limit"
 
 
-def test_what_observe_would_have_refused_is_told(events, level, client):
+def test_a_would_be_refusal_of_observe_is_reported(events, level, client):
     level.limit(MIB, abi.LimitFlag.OBSERVE)
     client(f"admit({2 * MIB})")
     (event,) = of(events, level)
     assert (event.kind, event.reason) == (News.REFUSED, abi.Reason.OBSERVED)
 
 
-def test_a_bypass_is_told_once_a_process(kernel, events, level, client):
+def test_a_bypass_is_reported_once_a_process(kernel, events, level, client):
     client(f"alloc(0x1000, {MIB})")
     client(f"alloc(0x2000, {MIB})")
     (event,) = of(events, level)
@@ -134,7 +134,7 @@ def test_a_bypass_is_told_once_a_process(kernel, events, level, client):
     assert anomalies(kernel)["BYPASS"] >= 2
 
 
-def test_refusals_do_not_use_up_what_a_bypass_is_told_with(events, level, client):
+def test_refusals_do_not_use_the_budget_of_bypasses(events, level, client):
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
     for _ in range(101):
         client(f"admit({2048 * MIB})")
@@ -142,7 +142,7 @@ def test_refusals_do_not_use_up_what_a_bypass_is_told_with(events, level, client
     assert [event.tgid for event in of(events, level, News.BYPASS)] == [client.pid]
 
 
-def test_a_bypass_that_was_not_told_is_told_at_a_later_call(events, level, client):
+def test_an_unreported_bypass_is_reported_at_a_later_call(events, level, client):
     """There are more processes at once than a level may report in a second."""
     twice = "(alloc(0x1000, 4096), time.sleep(2.2), alloc(0x2000, 4096), os._exit(0))"
     wait_until(lambda: time.monotonic_ns() % (1 << 30) < 1 << 28)  # the kernel's second has just begun
@@ -152,7 +152,7 @@ def test_a_bypass_that_was_not_told_is_told_at_a_later_call(events, level, clien
     assert sorted(told) == sorted(children)
 
 
-def test_a_call_that_fails_names_nobody(kernel, events, level, client):
+def test_a_failed_call_names_no_process(kernel, events, level, client):
     before = anomalies(kernel)["BYPASS"]
     client(f"alloc(0x1000, {MIB}, code=3)")  # a forked child's, which has no context
     assert (level.used, of(events, level), anomalies(kernel)["BYPASS"]) == (0, [], before)
@@ -180,7 +180,7 @@ def test_the_driver_s_own_out_of_memory_is_the_device_s(kernel, events, level, c
     assert (event.kind, event.reason, event.operation) == (News.REFUSED, abi.Reason.DEVICE_FULL, kind)
 
 
-def test_another_failure_is_nobody_s_out_of_memory(kernel, level, client):
+def test_another_failure_is_not_out_of_memory(kernel, level, client):
     client(f"admit({4 * MIB})")
     client(f"alloc(0x1000, {4 * MIB}, code=1)")
     assert reasons(kernel, level) == {}
@@ -189,7 +189,7 @@ def test_another_failure_is_nobody_s_out_of_memory(kernel, level, client):
 # -- onBypass: kill
 
 
-def test_kill_ends_who_would_exceed_before_the_driver_runs(kernel, events, level, client):
+def test_kill_ends_an_exceeding_process_before_the_driver_runs(kernel, events, level, client):
     level.limit(100 * MIB, abi.LimitFlag.KILL)
     client(f"alloc(0x1000, {60 * MIB})")  # fits: charged and named, nothing else
     assert level.used == 60 * MIB
@@ -200,7 +200,7 @@ def test_kill_ends_who_would_exceed_before_the_driver_runs(kernel, events, level
     assert (level.orphaned, level.usage().refused, level.usage().peak) == (60 * MIB, 1, 60 * MIB)
 
 
-def test_kill_never_ends_who_asks(level, client):
+def test_kill_never_ends_a_process_that_asks(level, client):
     level.limit(100 * MIB, abi.LimitFlag.KILL)
     assert client(f"admit({200 * MIB})") == abi.Verdict.REFUSED
     assert client(f"admit({100 * MIB})") == abi.Verdict.ADMITTED
@@ -208,7 +208,7 @@ def test_kill_never_ends_who_asks(level, client):
     assert level.used == 100 * MIB
 
 
-def test_observe_kills_nobody(level, client):
+def test_observe_kills_no_process(level, client):
     level.limit(MIB, abi.LimitFlag.KILL | abi.LimitFlag.OBSERVE)
     client(f"alloc(0x1000, {60 * MIB})")
     assert level.used == 60 * MIB
@@ -217,7 +217,7 @@ def test_observe_kills_nobody(level, client):
 # -- cgroups
 
 
-def test_a_cgroup_s_life_is_told(kernel, events, make_level, client):
+def test_a_cgroup_s_life_is_reported(kernel, events, make_level, client):
     other = make_level(None)
     path = "/" + str(other.path.relative_to(kernel.root))
     for cgroup in (other.path, kernel.root):
@@ -304,7 +304,7 @@ def test_a_workload_tells_its_budget_and_leaves_the_rest_to_others(kernel, event
     assert fates(kernel)[abi.Fate.RATE] > before[abi.Fate.RATE]
 
 
-def test_what_the_host_may_tell_is_not_used_up_by_workloads_with_budgets(kernel, events, budgets, make_level):
+def test_workloads_with_budgets_do_not_use_the_host_s_events(kernel, events, budgets, make_level):
     """3,000 events a second are sent for all workloads with budgets together, and 1,000 more for others."""
     greedy, modest = make_level(None), make_level(None)
     budgets.note([path_of(kernel, greedy)] * BUSY)
@@ -324,7 +324,7 @@ def test_what_the_host_may_tell_is_not_used_up_by_workloads_with_budgets(kernel,
     assert budgets.lost() == [""]
 
 
-def test_cgroups_outside_the_agents_namespace_are_not_told_of(kernel, events, budgets, make_level):
+def test_cgroups_outside_the_agents_namespace_are_not_reported(kernel, events, budgets, make_level):
     level = make_level(None)
     fd, root = kernel.ledger._maps["event_budgets"], cgroup_namespace.root_path() + path_of(kernel, level)
 
@@ -359,7 +359,7 @@ def is_rung(bell, seconds=0.0):
     return bool(select.select([bell], [], [], seconds)[0])
 
 
-def test_whoever_sleeps_on_the_bell_wakes_when_shares_change(kernel, bell, level):
+def test_a_sleeper_on_the_ring_buffer_wakes_when_shares_change(kernel, bell, level):
     share = {level.cgroup: {0: Share()}}
     threading.Timer(0.1, kernel.ledger.times.set_shares, [share]).start()
     assert is_rung(bell, 5.0)
@@ -371,7 +371,7 @@ def test_whoever_sleeps_on_the_bell_wakes_when_shares_change(kernel, bell, level
     assert is_rung(bell)
 
 
-def test_a_bell_that_nobody_hears_holds_up_nobody(kernel, bell, level):
+def test_an_unread_ring_buffer_delays_no_process(kernel, bell, level):
     for weight in range(1, 5000):  # more than the ring has room for
         kernel.ledger.times.set_shares({level.cgroup: {0: Share(weight=weight)}})
     assert kernel.ledger.times.shares()[level.cgroup, 0].weight == weight
@@ -381,7 +381,7 @@ def test_a_bell_that_nobody_hears_holds_up_nobody(kernel, bell, level):
 
 
 @pytest.mark.parametrize("how", ["exit", "kill", "the leader first"])
-def test_the_end_of_who_has_a_context_is_told_at_once(bell, level, client, how):
+def test_the_end_of_a_process_with_a_context_is_reported_at_once(bell, level, client, how):
     client("retain()")
     assert not is_rung(bell)
     before = time.monotonic_ns()
@@ -401,7 +401,7 @@ def test_the_end_of_who_has_a_context_is_told_at_once(bell, level, client, how):
     assert not is_rung(bell, 0.1)
 
 
-def test_nobody_else_s_end_is_told(bell, level, client):
+def test_the_end_of_a_process_without_a_context_is_not_reported(bell, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     client.kill()
     for _ in range(1009):
@@ -420,7 +420,7 @@ def test_the_end_of_a_thread_and_of_a_program_that_execs_is_not(kernel, bell, le
 
 
 @pytest.mark.parametrize("devices", [1, compute_maps.FEW + 1])
-def test_what_came_of_shares_is_read_of_those_who_have_one(kernel, level, devices):
+def test_counters_are_read_for_levels_with_a_share(kernel, level, devices):
     times = kernel.ledger.times
     assert (times.turns(), list(times.shared())) == ({}, [])
     keys = {(level.cgroup, device) for device in range(devices)}
@@ -434,7 +434,7 @@ def test_what_came_of_shares_is_read_of_those_who_have_one(kernel, level, device
     assert (times.turns(), list(times.shared())) == ({}, [])
 
 
-def test_shares_of_which_some_found_no_room_are_told_all_the_same(kernel, level, bell, monkeypatch):
+def test_shares_of_which_some_found_no_room_are_reported_anyway(kernel, level, bell, monkeypatch):
     times, update = kernel.ledger.times, compute_maps.bpf.update
     assert list(times.shared()) == []
 

@@ -102,7 +102,7 @@ def counted(kernel) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", ["threads", "processes"])
-def test_who_cannot_be_entered_is_not_admitted(kernel, counted, level, client, name):
+def test_a_process_that_cannot_be_entered_is_not_admitted(kernel, counted, level, client, name):
     with full(kernel, name):
         assert client(f"admit({4 * MIB})") is None, "no answer: the shim refuses"
         client(f"alloc(0x1000, {4 * MIB})")  # a bypass: NVML shows it
@@ -115,7 +115,7 @@ def test_who_cannot_be_entered_is_not_admitted(kernel, counted, level, client, n
     assert_left(level, 4 * MIB)
 
 
-def test_a_free_that_nobody_saw_is_noticed_when_the_pointer_comes_again(kernel, counted, level, client):
+def test_an_unseen_free_is_noticed_when_the_pointer_is_returned_again(kernel, counted, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     client("import threading")
     with full(kernel, "threads"):
@@ -132,7 +132,7 @@ def test_a_free_that_nobody_saw_is_noticed_when_the_pointer_comes_again(kernel, 
 # -- counters
 
 
-def test_a_refusal_that_has_no_counter_is_counted_all_the_same(kernel, counted, level, client):
+def test_a_refusal_that_has_no_counter_is_counted_anyway(kernel, counted, level, client):
     with full(kernel, "counters"):
         assert client(f"admit({2048 * MIB})") == 0
     assert level.usage().refused == 1
@@ -194,7 +194,7 @@ def test_a_context_without_an_entry(allocations, counted, level, client):
     assert_left(level, CONTEXT + 4 * MIB)
 
 
-def test_what_had_an_entry_is_given_back_as_ever(kernel, allocations, level, client):
+def test_memory_with_an_entry_is_given_back(kernel, allocations, level, client):
     before = anomalies(kernel)["FULL"]
     allocations.make(23)
     for i in range(23):
@@ -206,7 +206,7 @@ def test_what_had_an_entry_is_given_back_as_ever(kernel, allocations, level, cli
     assert anomalies(kernel)["FULL"] == before
 
 
-def test_a_refused_free_whose_room_is_gone_meanwhile(allocations, counted, level, client):
+def test_a_refused_free_without_room_for_its_entry(allocations, counted, level, client):
     allocations.make(1)
     client(f"alloc(0x1000, {4 * MIB})")
     client("linger(0.5)")

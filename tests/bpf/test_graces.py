@@ -50,7 +50,7 @@ def held_threads():
 
 
 @pytest.fixture(autouse=True)
-def nobody_held():
+def no_thread_held():
     """Wait until no thread of an earlier test waits for the kernel."""
     for thread in held_threads():
         thread.join(PATIENCE_SECONDS)
@@ -79,7 +79,7 @@ def test_a_level_is_gone_while_programs_are_waited_for_and_comes_again(kernel, l
         assert ledger.page_missing(level.cgroup)
 
 
-def test_what_is_counted_of_a_level_as_it_goes_is_forgotten_when_nobody_counts_any_more(kernel, ledger, grace, level):
+def test_counts_of_a_removed_level_are_forgotten_after_the_last_program(kernel, ledger, grace, level):
     late = Count(level.cgroup, 0, abi.Kind.MEMORY, abi.Reason.LIMIT)
     ledger.remove([level.cgroup])
     counters = bpf.pinned(kernel.pins / "maps/counters")
@@ -93,7 +93,7 @@ def test_what_is_counted_of_a_level_as_it_goes_is_forgotten_when_nobody_counts_a
     assert late not in ledger.counters()
 
 
-def test_a_full_map_is_told_of_though_another_thread_met_it(kernel, ledger, make_level):
+def test_a_full_map_that_another_thread_met_is_reported(kernel, ledger, make_level):
     level, other, room = make_level(None), make_level(None), 10**12
     ledger.set_limits([LevelLimits(other.cgroup, {0: MIB})])  # from now on it knows which slots are free
     outer, page = bpf.pinned(kernel.pins / "maps/pages"), bpf.create_array_page("fgpu_usage", 4096)
@@ -113,7 +113,7 @@ def test_a_full_map_is_told_of_though_another_thread_met_it(kernel, ledger, make
     assert level.usage().limit == MIB
 
 
-def test_where_no_thread_may_be_started_the_change_is_made_all_the_same(kernel, make_level, monkeypatch):
+def test_without_a_new_thread_the_change_is_made_anyway(kernel, make_level, monkeypatch):
     def refused(_):
         raise RuntimeError("can't start new thread")
 
@@ -163,7 +163,7 @@ def held_lookers(monkeypatch):
     monkeypatch.setattr(bpf, "items", refusing(bpf.items, ARRAY_OF_MAPS))
 
 
-def test_where_the_kernel_holds_who_looks_nobody_does(kernel, held_lookers, level, make_level, make_client):
+def test_no_lookup_waits_where_the_kernel_holds_lookups(kernel, held_lookers, level, make_level, make_client):
     one = make_client(level)
     one(f"alloc(0x1000, {4 * MIB})")
     other = make_level(None)
@@ -177,7 +177,7 @@ def test_where_the_kernel_holds_who_looks_nobody_does(kernel, held_lookers, leve
         assert (own.page_missing(other.cgroup), own.page_fd(other.cgroup)) == (True, None)
 
 
-def test_where_the_kernel_holds_for_each_change_several_wait_at_once(monkeypatch, held_lookers, kernel, make_level):
+def test_several_changes_wait_at_once(monkeypatch, held_lookers, kernel, make_level):
     monkeypatch.setattr("fgpu_ebpf.ledger.map_in_map.MOST_THREADS", 3)
     together = threading.Barrier(3)
 

@@ -42,7 +42,7 @@ def number(pins: Path) -> int:
 
 
 @pytest.mark.parametrize("entries", [9, 8])
-def test_a_pinned_map_goes_on(pins: Path, entries: int) -> None:
+def test_a_pinned_map_is_reused(pins: Path, entries: int) -> None:
     """Eight entries are those of an older version; no program uses the ninth."""
     pinned(pins, HOST._replace(max_entries=entries))
     image.load(Image({"host": HOST}, {"admit": RETURN}), pins)
@@ -73,7 +73,7 @@ def test_a_pinned_map_of_another_form_is_refused_and_stays(pins: Path, form: bpf
     os.close(again)
 
 
-def test_a_slot_that_is_absent_is_no_zero(pins: Path) -> None:
+def test_an_absent_slot_is_not_zero(pins: Path) -> None:
     pinned(pins, HOST)
     fd = bpf.pinned(pins / "maps/host")
     with pytest.raises(FileNotFoundError):
@@ -81,6 +81,6 @@ def test_a_slot_that_is_absent_is_no_zero(pins: Path) -> None:
     os.close(fd)
 
 
-def test_what_is_no_map_has_no_form() -> None:
+def test_a_descriptor_that_is_no_map_has_no_form() -> None:
     with open(os.devnull) as file, pytest.raises(OSError, match="is no map"):
         bpf.form(file.fileno())

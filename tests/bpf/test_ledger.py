@@ -117,7 +117,7 @@ def test_observe_admits_and_counts(kernel, level, client):
     assert level.used == 20 * MIB
 
 
-def test_without_a_limit_it_is_counted_all_the_same(level, client):
+def test_without_a_limit_it_is_counted_anyway(level, client):
     level.limit(abi.NO_LIMIT)
     assert client(f"admit({20 * MIB})") == UNLIMITED
     assert level.used == 20 * MIB
@@ -131,7 +131,7 @@ def nested(make_level, outer, levels):
     return found
 
 
-def test_levels_that_are_too_many_are_left_out_on_the_inside(kernel, make_level, make_client):
+def test_surplus_levels_are_left_out_on_the_inside(kernel, make_level, make_client):
     box = make_level(100 * MIB)
     one, other = nested(make_level, box, 6), nested(make_level, box, 5)
     client = make_client(one[-1], page_of=one[3])
@@ -305,7 +305,7 @@ def test_arrays_are_charged_by_their_extent(level, client, call, bytes_):
     assert level.used == 0
 
 
-def test_what_was_admitted_for_an_array_is_what_is_charged(level, client):
+def test_the_admitted_size_of_an_array_is_charged(level, client):
     client(f"admit({64 * MIB})")
     client("array(7, 1000, 1000, 0x20, 4)")
     assert level.used == 64 * MIB
@@ -559,7 +559,7 @@ def test_programs_of_two_versions_give_back_once(kernel, level, client):
 # -- ends
 
 
-def test_all_that_a_killed_process_held_stays_charged_until_it_is_let_go(kernel, level, client):
+def test_memory_of_a_killed_process_stays_charged_until_it_is_released(kernel, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     client(f"admit({6 * MIB})")
     client.kill()
@@ -681,7 +681,7 @@ def test_nothing_is_quiet_from_an_admission_to_the_end_of_its_call(kernel, level
     assert quiet(kernel, client)
 
 
-def test_who_is_in_a_call_is_not_quiet(kernel, client):
+def test_a_process_in_a_call_is_not_quiet(kernel, client):
     client(f"cuda.allocate_and_leap(u64({4 * MIB}), 0)")
     assert not quiet(kernel, client)
     client(f"admit({2048 * MIB})")
@@ -698,7 +698,7 @@ def test_a_thread_that_ends_leaves_its_process_quiet(kernel, level, client):
     assert level.used == 0
 
 
-def test_who_came_and_who_went_is_noticed_at_once(kernel, level, make_client):
+def test_starts_and_ends_of_processes_are_noticed_at_once(kernel, level, make_client):
     one, other = make_client(level), make_client(level)
     one(f"alloc(0x1000, {4 * MIB})")
     assert {one.pid} == kernel.ledger.processes().keys() & {one.pid, other.pid}
@@ -711,7 +711,7 @@ def test_who_came_and_who_went_is_noticed_at_once(kernel, level, make_client):
     assert one.pid in kernel.ledger.processes()
 
 
-def test_a_page_that_was_taken_away_charges_nobody(kernel, make_level, make_client):
+def test_a_removed_page_charges_no_process(kernel, make_level, make_client):
     first = make_level(1024 * MIB)
     one = make_client(first)
     one(f"alloc(0x1000, {4 * MIB})")
@@ -765,7 +765,7 @@ def test_an_older_process_is_adopted(kernel, make_level, make_client, level):
     assert_left(outside, 600 * MIB)
 
 
-def test_reap_ends_a_process_nobody_told_of(kernel, level, client):
+def test_reap_ends_a_process_without_a_reported_end(kernel, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     generation = client.entry(kernel).generation
     assert not kernel.ledger.reap(client.pid, generation + 1)
@@ -844,4 +844,4 @@ def test_the_shim_s_own_exports_are_not_taken_for_the_driver(kernel):
 def test_a_wrong_interpreter_is_named():
     check = programs.check_loader([sys.executable, "-I", "-S"])
     assert not check.ok
-    assert "python3-bpfcc" in check.mend
+    assert "python3-bpfcc" in check.fix

@@ -113,7 +113,7 @@ def test_a_group_above_both_notices_nothing(kernel, make_level, make_client):
     assert (second.used, group.used) == (0, 0)
 
 
-def test_there_and_back_waits_for_those_who_were_late(kernel, two, make_client):
+def test_a_move_back_waits_for_late_charges(kernel, two, make_client):
     first, second = two
     before = anomalies(kernel)["RELEASE"]
     one = make_client(first)

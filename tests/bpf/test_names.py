@@ -125,7 +125,7 @@ def test_the_mappings_of_a_handle_hold_its_entry_when_it_comes_again(level, clie
     assert level.used == 4 * MIB
 
 
-def test_a_name_of_an_ended_context_is_another_s(kernel, level, client):
+def test_a_name_of_an_ended_context_is_free(kernel, level, client):
     before = anomalies(kernel)["STALE"]
     client("retain()")
     client(f"alloc(0x1000, {4 * MIB})")
@@ -136,7 +136,7 @@ def test_a_name_of_an_ended_context_is_another_s(kernel, level, client):
     assert level.used == 0
 
 
-def test_a_name_of_an_ended_context_is_another_s_though_its_free_failed(kernel, level, client):
+def test_a_name_of_an_ended_context_is_free_after_a_failed_free(kernel, level, client):
     """The driver refuses to free what went with the context."""
     client("retain()")
     client(f"managed(0x1000, {4 * MIB})")

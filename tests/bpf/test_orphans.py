@@ -57,7 +57,7 @@ def test_managed_memory_that_ends_with_its_process_is_counted_as_freed(kernel, c
     assert kernel.ledger.orphans.managed_freed(0) == before + 11 * MIB
 
 
-def test_the_first_of_several_is_told(events, level, client, make_client):
+def test_the_first_of_several_is_reported(events, level, client, make_client):
     """The agent looks again and again as long as orphans are new."""
     other = make_client(level)
     for each in (client, other):
@@ -82,7 +82,7 @@ def test_orphans_are_charged_at_every_level(make_level, make_client):
     assert [(each.used, each.orphaned) for each in (leaf, group)] == [(0, 0)] * 2
 
 
-def test_a_process_that_executes_another_program_leaves_an_orphan_and_begins_anew(kernel, level, client):
+def test_a_process_that_executes_another_program_leaves_an_orphan_and_starts_again(kernel, level, client):
     client(f"alloc(0x1000, {8 * MIB})")
     first = client.entry(kernel).generation
     client.send("os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])")
@@ -99,7 +99,7 @@ def test_a_process_that_executes_another_program_leaves_an_orphan_and_begins_ane
 # -- letting go
 
 
-def test_an_orphan_is_let_go_in_parts_and_never_more_of_it_than_it_has(kernel, level, client):
+def test_an_orphan_is_released_in_parts_and_never_beyond_its_size(kernel, level, client):
     client(f"alloc(0x1000, {8 * MIB})")
     client.kill()
     (orphan,) = level.orphans()
@@ -116,7 +116,7 @@ def test_an_orphan_is_let_go_in_parts_and_never_more_of_it_than_it_has(kernel, l
     assert not kernel.ledger.orphans.let_go(orphan, 1), "it is gone"
 
 
-def test_what_is_let_go_is_room_for_others_and_no_more_of_it(kernel, make_level, make_client):
+def test_released_memory_is_room_for_others(kernel, make_level, make_client):
     level = make_level(100 * MIB)
     one, other = make_client(level), make_client(level)
     one(f"alloc(0x1000, {80 * MIB})")
@@ -127,7 +127,7 @@ def test_what_is_let_go_is_room_for_others_and_no_more_of_it(kernel, make_level,
     assert other(f"admit({50 * MIB})") == abi.Verdict.ADMITTED
 
 
-def test_a_level_that_was_made_anew_is_not_released_from(kernel, make_level, make_client):
+def test_a_level_that_was_made_again_is_not_released_from(kernel, make_level, make_client):
     """Its cgroup is the same; what was charged to the page before went with that."""
     level, newcomer = make_level(1024 * MIB), make_level(1024 * MIB)
     one = make_client(level)
@@ -178,7 +178,7 @@ def test_an_exported_handle_stays_charged_to_the_level(kernel, level, client, ho
     assert (level.used, level.orphaned) == (0 if how == "exit" else 16 * MIB, 0)
 
 
-def test_what_a_process_exported_and_freed_is_one_orphan_with_what_it_leaves(kernel, level, client):
+def test_exported_memory_and_the_rest_of_a_process_are_one_orphan(kernel, level, client):
     for handle, bytes_ in ((0x77, 8 * MIB), (0x78, 16 * MIB), (0x79, 32 * MIB)):
         client(f"create({handle}, {bytes_})")
         client(f"export({handle})")
@@ -194,7 +194,7 @@ def test_what_a_process_exported_and_freed_is_one_orphan_with_what_it_leaves(ker
     assert_left(level, 56 * MIB)
 
 
-def test_an_orphan_whose_bytes_were_released_begins_anew(kernel, level, client):
+def test_an_orphan_whose_bytes_were_released_starts_again(kernel, level, client):
     for handle in (0x77, 0x78):
         before = time.monotonic_ns()
         client(f"create({handle}, {8 * MIB})")
@@ -233,7 +233,7 @@ def test_an_exported_pointer_stays_charged_to_the_level(level, client, export, h
 
 
 @pytest.mark.parametrize("export", ["export_pointer", "export_range"])
-def test_an_export_that_failed_is_none(level, client, export):
+def test_a_failed_export_does_not_count(level, client, export):
     client(f"alloc(0x1000, {8 * MIB})")
     client(f"{export}(0x1000, code=1)")
     client("free(0x1000)")
@@ -350,7 +350,7 @@ def test_a_process_that_moved_and_ends_leaves_one_orphan_at_its_levels(kernel, m
     assert_left(second, 4 * MIB)
 
 
-def test_an_entry_whose_end_nothing_told_is_reaped_into_an_orphan(kernel, level, client):
+def test_an_entry_without_a_reported_end_is_reaped_into_an_orphan(kernel, level, client):
     client(f"alloc(0x1000, {4 * MIB})")
     assert kernel.ledger.reap(client.pid, client.entry(kernel).generation)
     wait_until(lambda: client.entry(kernel) is None)

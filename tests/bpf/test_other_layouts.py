@@ -47,7 +47,7 @@ def held(kernel: Kernel, other: Kernel) -> Iterator[Held]:
     kernel.ledger.remove([level.cgroup])
 
 
-def test_what_is_charged_there_is_entered_here_and_admitted_there_no_more(
+def test_charges_of_another_layout_are_entered_here_and_no_longer_admitted_there(
     kernel: Kernel, other: Kernel, held: Held
 ) -> None:
     for _ in range(2):  # a start that was killed in the middle is made again
@@ -60,7 +60,7 @@ def test_what_is_charged_there_is_entered_here_and_admitted_there_no_more(
     assert kernel.ledger.orphans.disown(held.level.cgroup, 0, 60 * MIB)
 
 
-def test_where_a_limit_does_not_count_yet_it_does_not_count_here_and_nobody_is_killed(
+def test_an_uncommitted_limit_stays_uncommitted_and_no_process_is_killed(
     kernel: Kernel, other: Kernel, held: Held
 ) -> None:
     flags, first = abi.LimitFlag.OBSERVE | abi.LimitFlag.KILL, frozenset({1})
@@ -79,7 +79,7 @@ def test_a_level_that_was_about_to_go_is_left_out(kernel: Kernel, other: Kernel,
     assert kernel.ledger.page_missing(held.level.cgroup)
 
 
-def test_what_cannot_be_read_stays_in_force(kernel: Kernel, other: Kernel, held: Held) -> None:
+def test_limits_of_an_unreadable_layout_stay_in_force(kernel: Kernel, other: Kernel, held: Held) -> None:
     with pytest.raises(ProgramError, match="stay in force"):
         carry_over(other.pins, abi.LAYOUT + 1, kernel.ledger)
     assert kernel.ledger.page_missing(held.level.cgroup)

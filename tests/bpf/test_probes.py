@@ -67,7 +67,7 @@ def test_a_later_agent_finds_what_each_file_is_and_where_its_breakpoints_are(
     os.close(fd)
 
 
-def test_a_file_that_is_something_else_now_is_attached_anew(kernel: Kernel, library: Target) -> None:
+def test_a_file_that_is_something_else_now_is_attached_again(kernel: Kernel, library: Target) -> None:
     kernel.probes.attach(library, Role.LISTED)
     before = pinned(kernel, library)
     agent = later(kernel)

@@ -81,14 +81,16 @@ def test_calls_are_seen_with_what_they_ask_for_and_answer(other: Kernel, level: 
     client.kill()
 
 
-def test_the_trial_of_return_probes_comes_to_its_end(kernel: Kernel) -> None:
+def test_the_test_of_return_probes_ends(kernel: Kernel) -> None:
     """A check that fails early would find every kernel fit."""
     assert uretprobe_check.return_probes_survive_seccomp(str(kernel.shim))
     with pytest.raises(OSError, match="the check failed"):
         uretprobe_check.return_probes_survive_seccomp(str(kernel.shim), -1)
 
 
-def test_who_dies_at_a_return_probe_makes_the_kernel_unfit(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_at_a_return_probe_makes_the_kernel_unfit(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every process under such a profile gets SIGILL at the probe's return, from Linux 6.11 to early 6.13."""
     monkeypatch.setattr(uretprobe_check, "_CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
     assert uretprobe_check.unfit(str(kernel.shim)) == uretprobe_check.KILLS

@@ -78,18 +78,18 @@ class Listener(threading.Thread):
         self.told += sum(1 for _ in self._events.read())
 
 
-@pytest.mark.parametrize("heard", [True, False], ids=["heard", "unheard"])
-def test_what_is_told_of_a_flood_and_what_is_lost_of_it_is_all(kernel, events, level, attack, scale, heard):
+@pytest.mark.parametrize("is_read", [True, False], ids=["read during the flood", "read at the end"])
+def test_reported_and_lost_events_of_a_flood_add_up(kernel, events, level, attack, scale, is_read):
     """The ring has a reader, or is read only at the end."""
     each = scale(20_000, 100_000, 1_000_000) // ROUNDS
     list(events.read())
     before = fates(kernel)
-    with Listener(events, heard) as listener:
+    with Listener(events, is_read) as listener:
         for _ in range(ROUNDS):
             assert attack(level, "flood", each) == each
     sent, _, full = (now - was for now, was in zip(fates(kernel), before, strict=True))
     assert listener.told == sent
-    assert (sent > 3 * PAGE_EVENTS) == heard
+    assert (sent > 3 * PAGE_EVENTS) == is_read
     assert full > 0
     assert ROUNDS * each <= sent + full < ROUNDS * (each + 100), "and that they began"
     assert level.usage().refused == ROUNDS * each
@@ -101,7 +101,7 @@ def leave(client: Client, orphans: int) -> None:
         client(f"fork() or (admit({MIB}, kind=1), os._exit(0))")
 
 
-def test_orphans_without_room_are_charged_and_let_go_level_by_level(kernel, make_level, make_client):
+def test_orphans_without_room_are_charged_and_released_level_by_level(kernel, make_level, make_client):
     """Each level has its part of the map, and four have filled it. Orphans without an entry are only on the page."""
     orphans, levels = kernel.ledger.orphans, [make_level(64 * MIB) for _ in range(ENTRIES // PART + 1)]
     before = anomalies(kernel)["FULL"]
@@ -119,7 +119,7 @@ def test_orphans_without_room_are_charged_and_let_go_level_by_level(kernel, make
         assert (level.used, page_of(kernel, level).orphans) == (0, 0)
 
 
-def test_where_one_was_let_go_there_is_room_for_another(kernel, level: Level, client):
+def test_a_released_orphan_makes_room_for_another(kernel, level: Level, client):
     leave(client, PART)
     (first, *_) = level.orphans()
     assert kernel.ledger.orphans.let_go(first, MIB)
@@ -132,7 +132,7 @@ def test_where_one_was_let_go_there_is_room_for_another(kernel, level: Level, cl
     assert kernel.ledger.orphans.disown(level.cgroup, 0, MIB)
 
 
-def test_what_has_an_entry_and_what_found_none_is_all(kernel, make_level, make_client):
+def test_entries_and_missing_entries_add_up(kernel, make_level, make_client):
     """Four levels have their parts of the map, which is full then. All that the driver returned is charged."""
     kernel.ledger.sweep()
     before, levels = anomalies(kernel)["FULL"], [make_level(MIB) for _ in range(ENTRIES // PART + 1)]

@@ -27,7 +27,7 @@ def test_an_admission_that_is_not_used_before_the_next_one_is_not_quiet(kernel, 
     assert (entry.quiet, entry.bytes[0], entry.overhead[0]) == (False, 10 * MIB, 4 * MIB)
 
 
-def test_what_threads_were_admitted_when_they_ended_is_all_charged(kernel, level, client):
+def test_admissions_of_ended_threads_stay_charged(kernel, level, client):
     for _ in range(7):
         client(f"cuda.thread_admits_and_ends(u64({4 * MIB}))")
     wait_until(lambda: client.entry(kernel).quiet)

@@ -42,7 +42,7 @@ def test_prometheus_takes_its_configuration_and_the_rules(tmp_path: Path, servic
     assert "SUCCESS" in promtool("check", "config", "prometheus.yaml", cwd=tmp_path)
 
 
-def test_what_is_mounted_is_there(services: dict[str, dict[str, Any]]) -> None:
+def test_mounted_files_exist(services: dict[str, dict[str, Any]]) -> None:
     volumes = read("compose.yaml")["volumes"]
     for service in services.values():
         assert service.keys() <= SERVICE_KEYS

@@ -128,7 +128,7 @@ def test_every_alert_is_tried() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("fires", [True, False])
-def test_what_fires_and_what_does_not(tmp_path: Path, name: str, fires: bool) -> None:
+def test_alerts_that_fire_and_that_do_not(tmp_path: Path, name: str, fires: bool) -> None:
     assert_fires(tmp_path, name, CASES[name][not fires], fires)
 
 

@@ -37,7 +37,7 @@ def test_every_promise_has_tests() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_what_a_page_selects_is_there(page) -> None:
+def test_selections_of_tests_in_a_page_match(page) -> None:
     """Each word of `./dev test SUITE -k WORDS` is in the name of a test or of its file."""
     for suite, words in SELECTS.findall(page.read_text()):
         folder = ROOT / "tests" / ("" if suite == "full" else suite)
@@ -70,7 +70,7 @@ def test_a_page_has_one_title(page) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_what_a_page_calls_is_there(page) -> None:
+def test_suites_and_benchmarks_that_a_page_names_exist(page) -> None:
     """Suites and benchmarks that print a figure exist."""
     text = page.read_text()
     for name in re.findall(r"`\./dev bench (\w+)", text):
@@ -110,7 +110,7 @@ def test_pages_that_a_message_names_come_with_the_package() -> None:
     assert named <= set(brought[1].split())
 
 
-def test_what_is_said_of_others_says_where_they_say_it() -> None:
+def test_statements_on_other_products_have_sources() -> None:
     text = (DOCS / "comparison.md").read_text()
     rows = re.findall(r"^\| (?!\*\*fgpu)(\w.*?) \|(.*)\|$", text, re.MULTILINE)
     assert len(rows) == 24
@@ -144,9 +144,9 @@ def failures() -> Iterator[tuple[str, str]]:
                 continue
             for call in ast.walk(function):
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Check" and len(call.args) > 3:
-                    name, mend = call.args[0], call.args[3]
+                    name, fix = call.args[0], call.args[3]
                     known = name.value if isinstance(name, ast.Constant) else "docker"
-                    said = [*texts(mend, function)] or [*texts(mend, tree)]
+                    said = [*texts(fix, function)] or [*texts(fix, tree)]
                     yield known, "\0".join(said)
 
 
@@ -162,9 +162,9 @@ def test_every_check_of_doctor_is_explained() -> None:
             rows[name] = plain(line)
     found = list(failures())
     assert len({name for name, _ in found}) > 20
-    for name, mend in found:
+    for name, fix in found:
         assert name in rows, f"doctor has a line {name!r}"
-        for words in re.split(r"[\0;]", mend):
+        for words in re.split(r"[\0;]", fix):
             told = [part for part in re.split(r"'.*?'|[:(,]", plain(words).strip(" :;,()")) if len(part.strip()) > 8]
             for part in told:
                 assert part.strip() in rows[name], f"{name}: {part.strip()!r} is not in its row"

@@ -29,7 +29,7 @@ ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 BLOCK = re.compile(r'^```(?:yaml title="(.+?)"\n(.*?)|console\n(.*?))^```', re.MULTILINE | re.DOTALL)
 # Commands of this host that are found first. Each is a shell script.
 SUDO = 'BY_SUDO=yes; export BY_SUDO; exec "$@"'
-ASKS = '[ "${BY_SUDO:-}" ] || { echo "$0: root alone may, or a group that nobody is in yet" >&2; exit 1; }'
+ASKS = '[ "${BY_SUDO:-}" ] || { echo "$0: root alone may, or a group that has no member yet" >&2; exit 1; }'
 SYSTEMCTL = '[ "$*" = "reload docker" ] && kill -HUP "$(cat {pid})"'
 # The settings are not at Docker's usual path, and tenants' cgroups are where the agent sees them.
 FGPU = """

@@ -62,7 +62,7 @@ def test_every_key_is_shown(shown: dict[str, str]) -> None:
         assert f"<code>{key}</code>" in shown["policy"], key
 
 
-def test_editors_are_told_what_each_key_says() -> None:
+def test_editors_show_what_each_key_means() -> None:
     """Descriptions are those of `fgpu policy schema`."""
     schema = policy_schema.json_schema()
     for model in (schema, *schema["$defs"].values()):

@@ -56,7 +56,7 @@ def test_every_document_is_a_page(site: Path) -> None:
     assert not (site / "hooks").exists()
 
 
-def test_nobody_else_is_asked(site: Path, pages: dict[Path, Page]) -> None:
+def test_no_other_host_is_asked(site: Path, pages: dict[Path, Page]) -> None:
     asked = {(path.name, target) for path, page in pages.items() for target in page.fetched}
     for style in site.rglob("*.css"):
         asked |= {(style.name, target) for target in STYLE.findall(style.read_text())}

@@ -44,7 +44,7 @@ class HeldFile:
         self._server.stdin.write("hold\n")
         assert self._hears("holding", 10)
 
-    def has_somebody(self, seconds: float) -> bool:
+    def has_waiter(self, seconds: float) -> bool:
         """Return whether a process blocks in a close within this time."""
         return self._hears("held", seconds)
 

@@ -45,7 +45,7 @@ def test_charges_stay_while_nvml_is_blind(service: Service, fault: Callable[[str
 
 
 @pytest.mark.places("host")
-def test_how_long_nvml_has_said_nothing_is_shown(service: Service, fault: Callable[[str], None], tenant) -> None:
+def test_the_age_of_nvml_s_last_answer_is_shown(service: Service, fault: Callable[[str], None], tenant) -> None:
     one = tenant(LIMIT)
     one.client().ok("context")
     eventually(lambda: one.memory()["drift_bytes"] == 0, 3, "a comparison")

@@ -119,7 +119,7 @@ def test_an_admission_that_is_never_settled_hides_no_memory(service: Service, te
 
 
 @pytest.mark.places("runc")
-def test_who_is_executed_into_a_container_is_held(place, tenant) -> None:
+def test_a_program_executed_into_a_container_has_its_limit(place, tenant) -> None:
     one = tenant(LIMIT)
     one.assert_enforced()
     script = f"echo 'alloc {600 * MIB}' | {BYPASS} plain"

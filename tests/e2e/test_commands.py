@@ -41,7 +41,7 @@ FAMILIES = {
 
 
 @pytest.mark.places("host")
-def test_metrics_tell_what_happened(tenant) -> None:
+def test_metrics_show_what_happened(tenant) -> None:
     limit = CONTEXT + 40 * MIB
     one = tenant(limit)
     client = one.client()
@@ -157,7 +157,7 @@ def test_exit_codes(service: Service, words: list[str], code: int) -> None:
         *[("4294967294", "1", "are not the ids of a user"), ("65534", "9" * 30, "are not the ids of a user")],
     ],
 )
-def test_under_sudo_a_program_runs_as_who_typed_it(service: Service, uid: str, gid: str, said: str) -> None:
+def test_under_sudo_a_program_runs_as_the_calling_user(service: Service, uid: str, gid: str, said: str) -> None:
     environment = {**ENVIRONMENT, "SUDO_UID": uid, "SUDO_GID": gid}
     done = fgpu("run", "--memory", "1GiB", "--", "id", "-u", env=environment, check=False)
     assert "Traceback" not in done.stderr
@@ -185,7 +185,7 @@ def as_outsider(*words: str) -> subprocess.CompletedProcess[str]:
     ],
     ids=str,
 )
-def test_a_user_without_permission_is_told_that_the_agent_runs(service: Service, words: list[str], code: int) -> None:
+def test_a_user_without_permission_learns_that_the_agent_runs(service: Service, words: list[str], code: int) -> None:
     done = as_outsider(*words)
     assert done.returncode == code
     assert len(done.stderr.splitlines()) == 1
@@ -195,11 +195,11 @@ def test_a_user_without_permission_is_told_that_the_agent_runs(service: Service,
     assert fgpu("status").returncode == 0, "it still runs"
 
 
-def test_doctor_tells_a_user_without_permission_so(service: Service) -> None:
+def test_doctor_says_so_to_a_user_without_permission(service: Service) -> None:
     (found,) = [one for one in json.loads(as_outsider("doctor", "--json").stdout) if one["name"] == "agent"]
     assert not found["ok"]
     assert "the agent runs" in found["found"]
-    assert "use sudo" in found["mend"]
+    assert "use sudo" in found["fix"]
 
 
 def test_a_socket_that_an_agent_has_left_is_no_agent(service: Service, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("said", GARBAGE, ids=[str(said[:40]) for said in GARBAGE])
-def test_garbage_is_answered_with_what_is_wrong(service: Service, said: bytes) -> None:
+def test_garbage_is_answered_with_an_error(service: Service, said: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(5)
         sock.connect("/run/fgpu/control.sock")
@@ -245,7 +245,7 @@ def test_garbage_is_answered_with_what_is_wrong(service: Service, said: bytes) -
 
 
 @pytest.mark.timed
-def test_a_slow_peer_holds_up_nobody(service: Service) -> None:
+def test_a_slow_peer_delays_no_other(service: Service) -> None:
     with socket.socket(socket.AF_UNIX) as slow:
         slow.connect("/run/fgpu/control.sock")
         for letter in b'{"verb"':
@@ -262,7 +262,7 @@ def test_decimal_unit_is_asked_about(service: Service) -> None:
     assert "did you mean 8GiB?" in fgpu("set", "/", "--memory", "8GB", check=False).stderr
 
 
-def test_nobody_may_not_change_limits(service: Service) -> None:
+def test_an_unprivileged_user_may_not_change_limits(service: Service) -> None:
     """The control socket belongs to root and to a group that the user of this process is not in."""
     command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", ASK]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

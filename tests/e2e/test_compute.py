@@ -34,7 +34,7 @@ def test_weights_divide_the_device(start) -> None:
     assert done[0] / sum(done) == pytest.approx(0.75, abs=0.05)
 
 
-def test_a_ceiling_holds_alone_and_set_anew_it_holds_on_a_running_program(start) -> None:
+def test_a_ceiling_holds_alone_and_set_again_it_holds_on_a_running_program(start) -> None:
     one = start("one")
     (free,) = together(one)
     fgpu("set", "one", "--compute", "25%")
@@ -65,7 +65,7 @@ def driver_offset(name: str) -> str:
     return found
 
 
-def test_who_runs_outside_its_turns_is_named(start, programs: None) -> None:
+def test_a_tenant_that_runs_outside_its_turns_is_named(start, programs: None) -> None:
     honest = start("honest", "--weight", "100")
     liar = [*FGPU, "run", "--memory", f"{GIB}B", "--name", "liar", "--weight", "100", "--"]
     command = [*liar, BUILD / "e2e/liar", driver_offset("cuLaunchKernel")]
@@ -75,13 +75,13 @@ def test_who_runs_outside_its_turns_is_named(start, programs: None) -> None:
             assert process.stdout.readline() == "ready\n"
             honest.begin(60)
             eventually(lambda: honest.compute().get("waits") is not None, 5, "a share")
-            who = ("fgpu_bypassing_processes", frozenset({("tenant", "liar"), ("how", "outside_turns")}))
-            eventually(lambda: metrics().get(who) == 1, 40, "the liar by name")
+            metric = ("fgpu_bypassing_processes", frozenset({("tenant", "liar"), ("how", "outside_turns")}))
+            eventually(lambda: metrics().get(metric) == 1, 40, "the liar by name")
             (view,) = [t for t in ask(verb="snapshot")["tenants"] if t["tenant"] == "liar"]
             assert view["devices"][0]["compute"]["beyond_ratio"] > 0.1
             assert "liar" in fgpu("doctor", check=False).stdout
-            named = [labels for name, labels in metrics() if name == who[0] and ("how", "outside_turns") in labels]
-            assert named == [who[1]]
+            named = [labels for name, labels in metrics() if name == metric[0] and ("how", "outside_turns") in labels]
+            assert named == [metric[1]]
         finally:
             process.kill()
 
@@ -127,7 +127,7 @@ def keep_waiting(owner: Spin, other: Spin) -> None:
         pytest.fail("it had nothing to wait for")
 
 
-def test_a_killed_owner_keeps_nobody_waiting(start) -> None:
+def test_a_killed_owner_keeps_no_tenant_waiting(start) -> None:
     """The other program would wait for minutes. On a quiet machine it continues within 5 ms."""
     owner, other = start("owner", "--weight", "10000", kernel_us=50_000), start("other", "--weight", "1")
     keep_waiting(owner, other)
@@ -137,7 +137,7 @@ def test_a_killed_owner_keeps_nobody_waiting(start) -> None:
     assert time.monotonic() - began < 0.3
 
 
-def test_the_turn_of_who_is_killed_ends_before_the_driver_has_cleaned_up(start, tmp_path: Path) -> None:
+def test_the_turn_of_a_killed_process_ends_before_the_driver_has_cleaned_up(start, tmp_path: Path) -> None:
     """The turn ends at the kill. It does not end as an overrun, as the turn of a silent program does."""
     with HeldFile(tmp_path / "held") as held:
         with held.path.open("rb") as file:
@@ -148,7 +148,7 @@ def test_the_turn_of_who_is_killed_ends_before_the_driver_has_cleaned_up(start, 
         pidfd = os.pidfd_open(owner.process.pid)
         held.hold()
         owner.process.kill()
-        assert held.has_somebody(5)
+        assert held.has_waiter(5)
         other.said()
         eventually(lambda: other.compute()["free"], 5, "the device to itself")
         assert owner.compute()["overruns"] == before
@@ -201,13 +201,13 @@ def test_a_stopped_owner_costs_one_deadline_once(start, scale) -> None:
         before = owner.compute()["overruns"]
         with way(owner):
             other.begin(0.2)
-            assert select.select([other.process.stdout], [], [], 10)[0], "it waits for who is stopped"
+            assert select.select([other.process.stdout], [], [], 10)[0], "it waits for the stopped one"
             beside += other.kernels()
             assert owner.compute()["overruns"] - before <= 2
     assert beside > 0.4 * alone * 0.2 * times  # it would be 0.15 with a wait each time
 
 
-def test_turns_go_on_while_nvml_is_blind(start, fault) -> None:
+def test_turns_continue_while_nvml_is_blind(start, fault) -> None:
     heavy, light = start("heavy", "--weight", "300"), start("light", "--weight", "100")
     for kind in ("nvml-na", "nvml-stall:60s", "nvml-gone"):
         fault(kind)
@@ -292,7 +292,7 @@ def test_silent_clients_change_no_turns(start, scale) -> None:
     assert beside > 0.5 * alone
 
 
-def test_an_overrun_is_told_with_whose_it_was(start) -> None:
+def test_an_overrun_is_reported_with_its_tenant(start) -> None:
     owner, other = start("stopped", "--weight", "100"), start("beside", "--weight", "100")
     owner.begin(60)
     other.begin(60)

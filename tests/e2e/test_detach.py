@@ -101,7 +101,7 @@ def test_detach_leaves_a_host_as_it_was(bare: Service, tmp_path: Path, alive: bo
     eventually(lambda: not ours & in_the_kernel(), 10, "nothing of it in the kernel")
 
 
-def test_a_shim_that_somebody_has_stays(bare: Service, tmp_path: Path) -> None:
+def test_a_shim_in_use_stays(bare: Service, tmp_path: Path) -> None:
     """A program of `fgpu run` continues, and so do the programs that it starts."""
     bare.start_agent(None, "--store", str(STATE / "shim"))
     place = place_of("host", tmp_path)

@@ -93,7 +93,7 @@ def test_a_copy_of_a_published_shim_is_one_until_it_is_changed(service: Service,
 
 
 @pytest.mark.places("cgroups")
-def test_a_shim_that_this_host_has_not_published_is_none(tenant, folder: Path) -> None:
+def test_a_shim_that_this_host_has_not_published_is_unknown(tenant, folder: Path) -> None:
     """Its admissions do not count. Its process is one without the shim, and the reason is shown."""
     source = folder / "foreign.c"
     source.write_text("void fgpu_admit(void) {}\nvoid fgpu_release(void) {}\n")
@@ -198,7 +198,7 @@ def test_an_unknown_library_is_named_and_trusted_once_it_is_listed(
     client.ok("context")
     digest = subprocess.run(["sha256sum", library], capture_output=True, text=True, check=True).stdout.split()[0]
     line = f'drivers: {{trusted: ["sha256:{digest}"]}}'
-    shortly(lambda: line in str(doctor()["mend"]), "the line to paste")
+    shortly(lambda: line in str(doctor()["fix"]), "the line to paste")
     assert doctor()["found"] == f"'{library}' of process {client.pid} in {one.name}"
     assert f"probed '{library}' as UNKNOWN" in log_of(service)
     settings.write_text(f"{settings.read_text()}{line}\n")

@@ -167,8 +167,8 @@ def work(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_doctor_names_it_and_the_mend(service: Service, work: Path, case: str) -> None:
-    make, check, mend = CASES[case]
+def test_doctor_names_it_and_the_fix(service: Service, work: Path, case: str) -> None:
+    make, check, fix = CASES[case]
     done = make(work).doctor(work)
     assert done.returncode == 1, done
     assert "Traceback" not in done.stdout + done.stderr, done
@@ -176,19 +176,19 @@ def test_doctor_names_it_and_the_mend(service: Service, work: Path, case: str) -
     failed = [i for i, line in enumerate(lines) if line.startswith(f"FAIL  {check}: ")]
     assert len(failed) == 1, done
     assert lines[failed[0] + 1].startswith("      fix: "), done
-    assert mend in "\n".join(lines[failed[0] : failed[0] + 2]), done
+    assert fix in "\n".join(lines[failed[0] : failed[0] + 2]), done
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_agent_says_it_in_one_line(service: Service, work: Path, case: str) -> None:
-    make, _, mend = CASES[case]
+    make, _, fix = CASES[case]
     done = make(work).agent(work)
     assert done.returncode == 1, done
     assert done.stdout == ""
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("fgpu: ")
-    assert mend in lines[0], done.stderr
+    assert fix in lines[0], done.stderr
 
 
 RELEASE = os.uname().release
@@ -229,7 +229,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("case", LINES)
-def test_what_the_kernel_or_the_driver_lacks_is_one_line_with_the_mend(service: Service, work: Path, case: str) -> None:
+def test_what_the_kernel_or_the_driver_lacks_is_one_line_with_the_fix(service: Service, work: Path, case: str) -> None:
     make, line = LINES[case]
     done = make(work).agent(work)
     assert (done.returncode, done.stdout) == (1, "")
@@ -257,7 +257,7 @@ def failures(*options: str) -> dict[str, dict[str, str]]:
     done = fgpu("doctor", "--json", *options, check=False)
     found = {one["name"]: one for one in json.loads(done.stdout) if not one["ok"]}
     assert done.returncode == (1 if found else 0)
-    assert all(one["found"] and one["mend"] for one in found.values()), found
+    assert all(one["found"] and one["fix"] and one["mend"] == one["fix"] for one in found.values()), found
     return found
 
 
@@ -268,13 +268,13 @@ def test_a_gatekeeper_that_hangs_is_named(service: Service) -> None:
     try:
         found = failures()["gatekeeper"]
         assert f"pid {pid} does not answer" in found["found"]
-        assert f"kill -9 {pid}" in found["mend"]
+        assert f"kill -9 {pid}" in found["fix"]
     finally:
         os.kill(pid, signal.SIGCONT)
     eventually(lambda: "gatekeeper" not in failures(), 10, "a gatekeeper that answers")
 
 
-def test_a_shim_that_not_everybody_may_read_is_named(service: Service) -> None:
+def test_a_shim_that_some_users_cannot_read_is_named(service: Service) -> None:
     before = SHIM.stat().st_mode
     SHIM.chmod(0o700)
     try:
@@ -284,7 +284,7 @@ def test_a_shim_that_not_everybody_may_read_is_named(service: Service) -> None:
     assert "preload" not in failures()
 
 
-def test_without_an_agent_the_policies_are_read_all_the_same(work: Path) -> None:
+def test_without_an_agent_the_policies_are_read_anyway(work: Path) -> None:
     (work / "policy.d").mkdir()
     (work / "policy.d/bad.yaml").write_text("spec: {memory: {limit: 8GB}}\n")
     (work / "agent.yaml").write_text(f"policyFolder: {work}/policy.d\n")
@@ -293,7 +293,7 @@ def test_without_an_agent_the_policies_are_read_all_the_same(work: Path) -> None
     found = {one["name"]: one for one in json.loads(done.stdout)}
     assert done.returncode == 1
     assert "bad.yaml:1" in found["policies"]["found"]
-    assert found["policies"]["mend"] == f"fgpu policy check {work}/policy.d"
+    assert found["policies"]["fix"] == f"fgpu policy check {work}/policy.d"
     assert not found["agent"]["ok"]
     (work / "policy.d/bad.yaml").unlink()
     found = {one["name"]: one for one in json.loads(run([*command, "--driver-root", str(SIM)]).stdout)}
@@ -330,14 +330,14 @@ def test_a_taken_metrics_address_keeps_no_limit_from_being_enforced(service: Ser
         service.start_agent()
         found = failures()["metrics"]
         assert f"cannot listen at {LISTEN}" in found["found"]
-        assert "agent.yaml" in found["mend"]
+        assert "agent.yaml" in found["fix"]
         done = fgpu("run", "--memory", "1GiB", "--", "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader")
         assert done.stdout == "1024 MiB\n"
     eventually(lambda: "metrics" not in failures(), 5, "the address, once it is free")
     assert "fgpu_build_info" in metrics_page()
 
 
-def test_folders_where_sockets_should_be_are_taken_away(service: Service, unharmed: None) -> None:
+def test_folders_in_the_place_of_sockets_are_removed(service: Service, unharmed: None) -> None:
     """Docker makes folders for bind mounts of containers that it starts at boot, before the agent runs."""
     places = [RUN_DIR / name for name in ("control.sock", "discover.sock", "shim/shim.sock")]
     service.kill_agent()
@@ -399,7 +399,7 @@ def test_an_agent_that_is_started_under_a_strict_umask_serves_every_user(service
             finally:
                 folder.chmod(0o755)
             assert str(folder) in found["found"]
-            assert found["mend"] == f"chmod o+x {folder}"
+            assert found["fix"] == f"chmod o+x {folder}"
         assert "preload" not in failures()
     finally:
         service.detach()

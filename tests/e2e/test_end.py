@@ -90,7 +90,7 @@ def test_killed_processes_release_within_a_second(tenant, scale) -> None:
 
 
 @pytest.mark.places("runc")
-def test_who_is_killed_in_a_call_or_an_admission_leaves_nothing(tenant, scale) -> None:
+def test_a_process_killed_in_a_call_or_an_admission_leaves_nothing(tenant, scale) -> None:
     """F2: each process allocates and frees without a pause, so that few of them are killed between two calls."""
     one = tenant(16 * GIB)
     watcher = bystander(one)
@@ -149,7 +149,7 @@ def held_up(pid: int) -> Iterator[None]:
 
 
 @pytest.mark.places("host", "runc")
-def test_one_that_takes_long_to_end_is_not_adopted(tenant, fault) -> None:
+def test_a_process_that_takes_long_to_end_is_not_adopted(tenant, fault) -> None:
     """Its memory stays charged as orphaned until the driver has freed it. The process is in no list."""
     one = tenant(4 * GIB)
     one.assert_enforced()

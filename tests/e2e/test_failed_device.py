@@ -65,7 +65,7 @@ def test_a_restart_repairs_no_device_and_a_command_says_that_it_is_repaired(
     assert "no device 7" in unknown.stderr
 
 
-def test_a_reset_that_nvml_tells_of_repairs_it_for_later_agents_too(
+def test_a_reset_that_nvml_reports_repairs_it_for_later_agents_too(
     service: Service, failed: Callable[[], None], fault: Callable[[str], None]
 ) -> None:
     failed()

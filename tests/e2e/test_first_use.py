@@ -98,9 +98,7 @@ def leave(group: Cgroups, tenant: Tenant) -> None:
 
 @inside
 @pytest.mark.timeout(900)
-def test_of_two_first_uses_of_the_last_room_one_wins(
-    strict: Service, group: Cgroups, scale: Callable[..., int]
-) -> None:
+def test_one_of_two_first_uses_gets_the_last_room(strict: Service, group: Cgroups, scale: Callable[..., int]) -> None:
     for _ in range(FIT - 1):
         use(group, 7)
     for number in range(scale(5, 20, 1000)):
@@ -116,7 +114,7 @@ def test_of_two_first_uses_of_the_last_room_one_wins(
 
 
 @inside
-def test_without_an_agent_a_device_in_use_goes_on_and_another_is_refused_in_time(
+def test_without_an_agent_a_device_in_use_continues_and_another_is_refused_in_time(
     strict: Service, group: Cgroups
 ) -> None:
     client = use(group, 0)
@@ -176,7 +174,7 @@ def test_no_program_is_refused_under_a_group_whose_limit_is_new(
 
 
 @inside
-def test_what_did_not_ask_is_committed_when_it_is_seen(strict: Service, group: Cgroups) -> None:
+def test_a_use_without_a_request_is_committed_when_it_is_seen(strict: Service, group: Cgroups) -> None:
     one = group.tenant(None)
     client = Client(one, "outside", before="env LD_PRELOAD=")
     client.ok("device 5")

@@ -96,7 +96,7 @@ def live_for(seconds: float, tenants: list[Tenant]) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_nothing_waits_for_a_log_that_nobody_reads(dead: Service, tenant, scale) -> None:
+def test_nothing_waits_for_a_log_that_is_not_read(dead: Service, tenant, scale) -> None:
     reader, writer = brimful()
     try:
         dead.start_agent(writer)
@@ -147,7 +147,7 @@ def full(dead: Service) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_a_full_disk_stops_nobody_and_what_cannot_be_kept_is_refused(dead: Service, full: Path, tenant) -> None:
+def test_a_full_disk_stops_no_tenant_and_what_cannot_be_stored_is_refused(dead: Service, full: Path, tenant) -> None:
     dead.start_agent()
     one = tenant(LIMIT)
     one.assert_enforced()

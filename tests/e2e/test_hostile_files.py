@@ -92,7 +92,7 @@ MADE = {"fifo": ("fifo", library), "segments": ("file", without_segments), "junk
 
 @pytest.mark.places("host")
 @pytest.mark.parametrize("kind", MADE)
-def test_an_agent_starts_beside_it_and_goes_on(
+def test_an_agent_starts_beside_it_and_continues(
     service: Service, mapper: Mapper, folder: Path, tenant, kind: str
 ) -> None:
     how, make = MADE[kind]

@@ -90,7 +90,7 @@ def uses(bytes_: int) -> bool:
     return memory()["used_bytes"] == holds == bytes_
 
 
-def test_who_runs_already_is_adopted_and_reported_and_nothing_more_fits(service: Service, before: Before) -> None:
+def test_a_running_process_is_adopted_and_reported_and_nothing_more_fits(service: Service, before: Before) -> None:
     older = before.program("older")
     (pointer,) = older.ok(f"alloc {HELD}")
     install(service)
@@ -143,7 +143,7 @@ def test_twenty_in_the_middle_of_their_lives_are_adopted_to_the_byte(service: Se
         service.detach()
 
 
-def test_who_is_older_is_never_killed_and_who_is_not_is(service: Service, before: Before) -> None:
+def test_preexisting_processes_are_never_killed_and_later_ones_are(service: Service, before: Before) -> None:
     older = before.program("older")
     older.ok("context")
     install(service)

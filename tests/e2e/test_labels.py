@@ -97,7 +97,7 @@ ASKED: list[tuple[dict[str, str], dict[str, str], int]] = [
 ]
 
 
-def test_what_containers_and_images_ask_for_goes_as_far_as_the_policy_lets_it(docker: Docker) -> None:
+def test_requests_of_containers_and_images_are_bounded_by_the_policy(docker: Docker) -> None:
     for labels, image, limit in ASKED:
         one = docker.container({"tier": "notebook", **labels}, image)
         usable = ask(verb="snapshot")["devices"][0]["capacity_bytes"]

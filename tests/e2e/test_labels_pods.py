@@ -69,7 +69,7 @@ def test_a_pods_labels_hold_for_the_pod_before_it_has_a_container_and_for_each(c
     assert sandbox[1] == "pods"  # what only holds the namespaces has no label
 
 
-def test_what_a_pods_image_asks_for_tightens(containerd: Containerd) -> None:
+def test_requests_of_a_pods_image_tighten(containerd: Containerd) -> None:
     pod = containerd.run("jupyter-1", {"tier": "notebook"}, {})
     one = pod.container("main")
     eventually(lambda: limit_of(one) == ("notebooks", 2 * GIB), 5, f"the image's limit: {limit_of(one)}")

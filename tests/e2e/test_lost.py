@@ -104,7 +104,7 @@ def refusals(one: Tenant) -> float:
 
 @pytest.mark.timeout(900)
 @pytest.mark.places("host")
-def test_who_met_an_ecc_error_is_charged_until_it_ends(
+def test_a_process_with_an_ecc_error_is_charged_until_it_ends(
     service: Service, fault: Callable[[str], None], tenant, scale: Scale
 ) -> None:
     """An ECC error is no refusal. The next program works as usual beside the failed one, which stays."""

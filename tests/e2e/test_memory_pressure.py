@@ -60,7 +60,7 @@ def assert_full(one: Tenant, limit: int) -> None:
     client.kill()
 
 
-def test_limits_hold_and_programs_go_on_while_agent_and_gatekeeper_have_no_memory(
+def test_limits_hold_and_programs_continue_while_agent_and_gatekeeper_have_no_memory(
     memory: MemoryGroup, place: Cgroups, service: Service
 ) -> None:
     limit = 3 * CONTEXT + ROOM

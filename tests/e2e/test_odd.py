@@ -66,7 +66,7 @@ def test_a_call_that_is_left_by_a_jump(tenant) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_nobody_buries_the_dead(tenant) -> None:
+def test_zombies_hold_nothing(tenant) -> None:
     """Zombies hold nothing, including those whose first threads exited long before."""
     one = tenant(8 * GIB)
     parent = one.client()
@@ -162,7 +162,7 @@ def export_handle(exporter: Client, importer: Client, bytes_: int = 20 * MIB) ->
 
 @pytest.mark.places("host", "runc")
 @pytest.mark.parametrize("export", [export_pointer, export_handle])
-def test_what_an_exporter_leaves_is_the_importer_s(tenant, export, scale) -> None:
+def test_memory_that_an_exporter_leaves_is_the_importer_s(tenant, export, scale) -> None:
     one = tenant(4 * GIB)
     importer = one.client()
     importer.ok("context")
@@ -201,7 +201,7 @@ def test_an_importer_bypasses_nothing(tenant, export) -> None:
 
 
 @pytest.mark.places("host")
-def test_what_nobody_was_told_of_is_let_go_all_the_same(tenant) -> None:
+def test_memory_of_a_lost_event_is_released(tenant) -> None:
     """A level reports twenty events a second. Its refusals come first, then memory that other processes may share."""
     one = tenant(4 * GIB)
     client = one.client()

@@ -57,7 +57,7 @@ def test_a_change_of_the_file_is_in_force_in_running_programs(write: Write, cont
 
 
 @pytest.mark.places("runc")
-def test_a_broken_file_changes_nothing_and_is_told(service: Service, write: Write, container) -> None:
+def test_a_broken_file_changes_nothing_and_is_reported(service: Service, write: Write, container) -> None:
     write("memory: {limit: 2GiB}")
     one = container()
     client = one.client()
@@ -73,7 +73,7 @@ def test_a_broken_file_changes_nothing_and_is_told(service: Service, write: Writ
 
 
 @pytest.mark.places("runc")
-def test_who_matches_no_longer_is_let_go_with_its_memory(write: Write, container) -> None:
+def test_a_tenant_that_no_longer_matches_is_released_with_its_memory(write: Write, container) -> None:
     write("memory: {limit: 2GiB}")
     one = container()
     client = one.client()
@@ -190,7 +190,7 @@ def _is_zombie(pid: int) -> bool:
 
 
 @pytest.mark.places("runc")
-def test_what_is_set_by_hand_wins_until_it_is_unset(service: Service, write: Write, container) -> None:
+def test_a_limit_by_hand_wins_until_it_is_unset(service: Service, write: Write, container) -> None:
     write("memory: {limit: 2GiB}")
     one = container()
     client = one.client()

@@ -87,7 +87,7 @@ def test_a_private_copy_is_named_within_a_second_and_witnessed_from_then_on(tena
 
 
 @pytest.mark.places("host")
-def test_the_layer_is_let_go_with_its_last_mapper(service: Service, tenant, copy: Path) -> None:
+def test_the_layer_is_released_with_its_last_mapper(service: Service, tenant, copy: Path) -> None:
     one = tenant(CONTEXT + 400 * MIB)
     one.assert_enforced()
     clients = [outside(one, f"private{n}", copy) for n in range(2)]

@@ -84,7 +84,7 @@ def hopeless(askers: list[Client]) -> Iterator[None]:
 
 
 @pytest.mark.places(*PLACES)
-def test_who_fits_is_not_refused_beside_hopeless_askers(tenant, scale) -> None:
+def test_a_request_that_fits_is_not_refused_beside_hopeless_ones(tenant, scale) -> None:
     one = tenant(9 * CONTEXT + 2 * MIB)
     fitting, *askers = [one.client() for _ in range(9)]
     fitting.ok("context")
@@ -101,7 +101,7 @@ def test_who_fits_is_not_refused_beside_hopeless_askers(tenant, scale) -> None:
 
 @pytest.mark.slow
 @pytest.mark.places(*PLACES)
-def test_who_fits_is_not_refused_beside_hopeless_askers_of_its_group(place, tenant, scale) -> None:
+def test_a_request_that_fits_is_not_refused_beside_hopeless_ones_of_its_group(place, tenant, scale) -> None:
     one, other = tenant(2 * GIB), tenant(12 * GIB)
     with group(place, 9 * CONTEXT + 2 * MIB) as whole:
         fitting = one.client()

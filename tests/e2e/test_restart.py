@@ -53,7 +53,7 @@ def restart(service: Service, number: int) -> None:
 
 
 @pytest.mark.places("runc")
-def test_who_starts_with_many_others_is_not_kept_waiting_by_them(agent: Service) -> None:
+def test_a_program_that_starts_with_many_others_does_not_wait_for_them(agent: Service) -> None:
     """Agent and gatekeeper, which programs wait for, have a higher priority."""
     assert agent.agent
     assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in (agent.agent.pid, *agent.gatekeepers())} == {-10}
@@ -80,7 +80,7 @@ def test_restarts_are_not_noticed(agent: Service, tenant, scale) -> None:
 
 
 @pytest.mark.places("host", "runc")
-def test_limits_stand_while_nobody_is_there(agent: Service, tenant) -> None:
+def test_limits_hold_without_agent_and_gatekeeper(agent: Service, tenant) -> None:
     one = tenant(CONTEXT + ROOM)
     client = one.client()
     client.ok("context")
@@ -102,7 +102,7 @@ def test_limits_stand_while_nobody_is_there(agent: Service, tenant) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.places("runc")
-def test_whoever_ends_with_all_the_others_is_forgotten_by_the_next_start(agent: Service, tenant, scale) -> None:
+def test_processes_that_end_together_are_forgotten_by_the_next_start(agent: Service, tenant, scale) -> None:
     """F3: agent, gatekeeper and programs are killed at one moment. The next start releases the programs' memory."""
     one = tenant(4 * CONTEXT + 2 * ROOM)
     stays = one.client()

@@ -45,7 +45,7 @@ def lasting(service: Service) -> int:
     return min(found)
 
 
-def test_many_scrapes_at_once_are_whole_or_hung_up_on(service: Service, scale) -> None:
+def test_many_scrapes_at_once_are_complete_or_disconnected(service: Service, scale) -> None:
     """Eight are served at a time, with as many threads. Silent connections have none, and the agent works."""
     before, number = lasting(service), scale(50, 200, 1000)
     socks = [socket.create_connection((HOST, int(PORT)), timeout=20) for _ in range(number)]
@@ -84,7 +84,7 @@ def test_slow_connections_keep_no_scrape_out(service: Service) -> None:
 
 
 @pytest.mark.places("host")
-def test_nobody_is_told_command_lines_or_environments(service: Service, tenant, tmp_path: Path) -> None:
+def test_no_client_receives_command_lines_or_environments(service: Service, tenant, tmp_path: Path) -> None:
     assert HOST == "127.0.0.1", "for this machine alone, unless told otherwise"
     one = tenant(600 * MIB)
     client = one.client(before=f"env SECRET={SECRET}", via=SECRET)

@@ -149,7 +149,7 @@ def test_the_limit_holds_for_both_drivers_of_a_process(several, how: str, via: s
 
 
 @pytest.mark.places("host")
-def test_what_each_driver_is_shown_and_gives_back(several) -> None:
+def test_each_driver_shows_and_gives_back_its_own_memory(several) -> None:
     one, client = several(2)
     client.ok(f"fill.plain 1 {2 * MIB}")
     client.ok("drop 1 5")
@@ -233,7 +233,7 @@ for path in sys.argv[2:]:
 
 
 @pytest.mark.places("host")
-def test_a_late_driver_that_cannot_be_probed_is_held_by_the_shim_alone_and_that_is_said(tenant, tmp_path: Path) -> None:
+def test_a_late_driver_that_cannot_be_probed_is_limited_by_the_shim_alone_and_reported(tenant, tmp_path: Path) -> None:
     """The process said hello before. The shim asks before each allocation of this driver; the kernel sees none."""
     odd = library(tmp_path / "odd")
     odd.write_bytes(odd.read_bytes().replace(b"\0cuMemRelease\0", b"\0cuMemReleasX\0"))

@@ -25,7 +25,7 @@ def assert_named(tenant: Tenant, clients: list[Client], reason: str) -> None:
     checks = {check["name"]: check for check in json.loads(fgpu("doctor", "--json", check=False).stdout)}
     assert not checks["shim"]["ok"]
     assert checks["shim"]["found"] == f"{tenant.name} ({reason})"
-    assert checks["shim"]["mend"].startswith(f"{reason}: ")
+    assert checks["shim"]["fix"].startswith(f"{reason}: ")
     assert " ".join(fgpu("ps").stdout.split()).count(f"no_admission ({reason})") == len(clients)
     assert f"without the shim: pid {first.pid} ({reason})" in fgpu("explain", tenant.path).stdout
     assert tenant.assert_exact() == len(clients) * CONTEXT + 100 * MIB

@@ -95,7 +95,7 @@ def test_programs_under_a_removed_folder_get_no_memory_and_the_container_is_name
     said = json.loads(fgpu("doctor", "--json", "--driver-root", SIM, check=False).stdout)
     (found,) = [check for check in said if check["name"] == "mounts"]
     assert one.name in found["found"]
-    assert "restart the container" in found["mend"]
+    assert "restart the container" in found["fix"]
     later = tenant(LIMIT)
     assert_held(later)
     place.close()

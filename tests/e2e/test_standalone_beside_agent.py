@@ -23,7 +23,7 @@ def images(service: Service, tmp_path: Path) -> Iterator[kit.Images]:
     place.close()
 
 
-def test_whose_limit_it_is_that_holds(images: kit.Images) -> None:
+def test_which_limit_holds(images: kit.Images) -> None:
     tenant = images.tenant(6 * GIB)
     tenant.assert_enforced()
     client = kit.assert_live(tenant)

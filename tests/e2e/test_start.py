@@ -174,7 +174,7 @@ def test_a_reboot_with_a_typo_in_a_policy_starts_with_the_last_good_ones(host: H
 
 
 @pytest.mark.places("cgroups")
-def test_without_a_last_good_set_what_is_pinned_stays_and_nothing_is_claimed(host: Host) -> None:
+def test_without_a_last_good_set_pinned_limits_stay_and_no_policy_is_claimed(host: Host) -> None:
     host.policy("memory: {limit: 2GiB}\n  compute: {limit: 50%}")
     tenant, client = host.at_its_limit()
     host.stop()
@@ -226,7 +226,7 @@ def test_a_reload_without_the_folder_says_so_and_changes_nothing(host: Host, rel
 
 
 @pytest.mark.places("cgroups")
-def test_a_policy_that_was_taken_away_while_no_agent_ran_holds_no_longer(host: Host) -> None:
+def test_a_policy_removed_without_an_agent_no_longer_holds(host: Host) -> None:
     host.policy("memory: {limit: 2GiB}")
     tenant, client = host.at_its_limit()
     host.stop()
@@ -318,7 +318,7 @@ def test_a_kept_limit_goes_when_it_is_unset(host: Host) -> None:
 
 
 @pytest.mark.places("cgroups")
-def test_what_a_later_version_adds_to_a_limit_by_hand_is_ignored(host: Host) -> None:
+def test_fields_of_a_later_version_in_a_limit_by_hand_are_ignored(host: Host) -> None:
     tenant, client = host.at_its_limit(2 * GIB)
     host.stop()
     of_every_entry(colour="blue")(RUN_DIR / "overrides.json")
@@ -378,7 +378,7 @@ def test_a_restart_grants_first_what_was_granted_before(host: Host) -> None:
 
 
 @pytest.mark.places("cgroups")
-def test_a_limit_that_was_raised_in_vain_stays_what_it_was(host: Host) -> None:
+def test_a_limit_that_could_not_be_raised_is_unchanged(host: Host) -> None:
     forbid_overcommit(host)
     host.policy("memory: {limit: 6GiB}")
     tenants = [host.place.tenant(None) for _ in range(2)]

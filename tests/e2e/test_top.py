@@ -171,7 +171,7 @@ def test_keys(terminal: Callable[..., Terminal], pair: tuple[Tenant, Tenant]) ->
 
 
 @pytest.mark.places("host")
-def test_it_goes_on_by_itself(terminal: Callable[..., Terminal], tenant: Callable[[int], Tenant]) -> None:
+def test_top_refreshes_by_itself(terminal: Callable[..., Terminal], tenant: Callable[[int], Tenant]) -> None:
     there = terminal("top")
     there.wait_for("TENANT")
     one = tenant(CONTEXT + 60 * MIB)
@@ -253,7 +253,7 @@ def test_an_agent_that_goes_and_comes(service: Service, terminal: Callable[..., 
     assert there.end() == 0
 
 
-def test_an_agent_that_hangs_holds_up_no_key(service: Service, terminal: Callable[..., Terminal]) -> None:
+def test_a_hung_agent_delays_no_key(service: Service, terminal: Callable[..., Terminal]) -> None:
     there = terminal("top")
     there.wait_for("TENANT")
     assert service.agent is not None

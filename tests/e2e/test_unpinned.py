@@ -65,7 +65,7 @@ def test_links_that_are_gone_are_there_again(service: Service, tenant, alive: bo
 
 
 @pytest.mark.places("host")
-def test_that_nothing_is_enforced_is_shown(whole: Service, place) -> None:
+def test_missing_enforcement_is_shown(whole: Service, place) -> None:
     one = place.tenant(CONTEXT + 40 * MIB)
     one.assert_enforced()
     assert "ok    probes" in fgpu("doctor", "--driver-root", SIM, check=False).stdout

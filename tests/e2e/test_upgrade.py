@@ -172,7 +172,7 @@ def anomalies() -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_upgrades_under_load_refuse_nobody_and_miss_nothing(versions: Versions, tenant, scale) -> None:
+def test_upgrades_under_load_refuse_no_request_and_miss_nothing(versions: Versions, tenant, scale) -> None:
     limit = 2 * CONTEXT + 40 * MIB
     busy, full, starting = tenant(limit), tenant(limit), tenant(limit)
     for one in (busy, full, starting):
@@ -226,7 +226,7 @@ def shims_of(client: Client) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.places("host")
-def test_a_version_stays_while_somebody_has_it(versions: Versions, tenant) -> None:
+def test_a_version_stays_while_a_process_uses_it(versions: Versions, tenant) -> None:
     one = tenant(2 * CONTEXT + 40 * MIB)
     old = one.client()
     with one.growing():

@@ -98,7 +98,7 @@ def test_without_mounts(run_dir: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"root":{}}', '{"root":{"path":"/x"},"mounts":{}}', '{"a":"\x01"}']
 )
-def test_what_is_no_configuration_is_refused(run_dir: Path, text: str) -> None:
+def test_an_invalid_configuration_is_refused(run_dir: Path, text: str) -> None:
     done = precreate(run_dir, text)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("fgpu: "), done.stderr
@@ -153,7 +153,7 @@ def test_links_of_the_image_stay_inside(run_dir: Path, tmp_path: Path) -> None:
     assert precreate(run_dir, json.dumps({"root": {"path": str(tmp_path / "root")}})).returncode == 0
 
 
-def test_what_is_no_file_is_not_even_opened(run_dir: Path, tmp_path: Path) -> None:
+def test_only_files_are_opened(run_dir: Path, tmp_path: Path) -> None:
     """Opening some devices has effects, and images may have device nodes. The kernel reports every opening."""
     place = tmp_path / "root/etc/ld.so.preload"
     place.parent.mkdir(parents=True)
@@ -208,7 +208,7 @@ def test_many_images_with_lists_of_their_own_keep_no_other_from_starting(run_dir
     assert sorted(os.listdir(run_dir)) == own
 
 
-def test_a_bundle_whose_path_no_configuration_can_carry_is_refused(run_dir: Path, tmp_path: Path) -> None:
+def test_a_bundle_with_a_path_that_no_configuration_can_contain_is_refused(run_dir: Path, tmp_path: Path) -> None:
     bundle = tmp_path / 'a"b'
     (bundle / "rootfs/etc").mkdir(parents=True)
     (bundle / "rootfs/etc/ld.so.preload").write_text("lib.so")
@@ -230,7 +230,7 @@ def test_a_list_that_is_asked_for_again_is_new_again(run_dir: Path, tmp_path: Pa
     assert time.time() - made.stat().st_mtime < 60
 
 
-def test_the_runtime_gets_the_words_that_we_got(run_dir: Path, tmp_path: Path) -> None:
+def test_the_runtime_gets_the_same_arguments(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"root":{"path":"rootfs"}}')
     words = ["--log", "x", "create", "--bundle", str(tmp_path), "--console-socket", "a b", "name"]
     command = [kit.HELPER, "--run-dir", run_dir, "runtime", "/bin/echo", *words]

@@ -129,7 +129,7 @@ def test_labels_and_variables_say_the_limit_and_root_owns_the_file_that_holds_it
 
 
 @pytest.mark.parametrize("gb", ["", "0", "1.5", "8GiB"])
-def test_a_size_that_is_none_makes_no_image(built: kit.Engine, context: Path, gb: str) -> None:
+def test_an_invalid_size_makes_no_image(built: kit.Engine, context: Path, gb: str) -> None:
     done = build(built, context, "none:1", gb)
     assert done.returncode
     assert f"GB={gb}: whole GiB, such as 8\n" in done.stdout + done.stderr

@@ -81,7 +81,7 @@ def test_a_user_namespace_of_roots_engine(ready: kit.Engine) -> None:
 
 
 @podman_alone
-def test_what_crio_is_given_is_a_runtime_to_its_monitor(ready: kit.Podman, tmp_path: Path) -> None:
+def test_crio_s_monitor_accepts_the_runtime(ready: kit.Podman, tmp_path: Path) -> None:
     """CRI-O itself is not here. Like Podman, it has conmon call the runtime, by the path in its settings."""
     file = tmp_path / "crio.conf.d/zz-fgpu.conf"
     file.parent.mkdir()
@@ -146,7 +146,7 @@ def test_labels_of_podmans_containers(
 
 
 @podman_alone
-def test_builds_go_on_as_before(ready: kit.Podman, tmp_path: Path) -> None:
+def test_builds_work_as_before(ready: kit.Podman, tmp_path: Path) -> None:
     """A build reads the hooks that all programs share, and fails at an unknown stage."""
     (tmp_path / "Dockerfile").write_text("FROM localhost/plain:1\nRUN cat /proc/uptime >/made\n")
     limits = ["--ulimit", "nproc=100:100", "--ulimit", "nofile=1024:1024"]

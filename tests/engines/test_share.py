@@ -146,7 +146,7 @@ def refused(bundles: kit.Bundles) -> str:
     return str(caught.value)
 
 
-def test_a_share_that_is_none(bundles: kit.Bundles) -> None:
+def test_an_invalid_share_is_refused(bundles: kit.Bundles) -> None:
     bundles.device = "2gib"
     bundles.spec["devices"][0]["containerEdits"]["hooks"][0]["args"][-1] = "2gb"
     said = refused(bundles)
@@ -176,10 +176,10 @@ def test_a_hook_that_is_not_the_hosts_changes_nothing(service: Service) -> None:
     """Every user may run the helper. The agent serves only root of the host, and only for containers."""
     state = json.dumps({"pid": os.getpid(), "id": "x"})
     call = [kit.HELPER, "share", "2gib"]
-    nobody = subprocess.run(
+    unprivileged = subprocess.run(
         ["setpriv", "--reuid=65534", "--clear-groups", *call], input=state, capture_output=True, text=True, check=False
     )
-    assert nobody.returncode == 1
+    assert unprivileged.returncode == 1
     own = subprocess.run(call, input=state, capture_output=True, text=True, check=False)
     assert own.returncode == 1
     assert "the container has no cgroup (version 2) of its own" in own.stderr

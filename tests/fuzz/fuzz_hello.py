@@ -33,7 +33,7 @@ class Fuzzer:
         self._counts = dict.fromkeys(
             ("malformed", "gone", "silent", "hello_unanswered", "dropped_tenant", "dropped_total"), 0
         )
-        self._heard: list[Connection] = []
+        self._complete: list[Connection] = []
         managed_state = ManagedState(False, 7)
         self._callers = Connections(
             self._selector, self._counts, lambda pid, cgroup: (1, managed_state), self._look, lambda pid: None
@@ -46,7 +46,7 @@ class Fuzzer:
         return len(os.listdir("/proc/self/fd"))
 
     def _look(self, caller: Connection) -> None:
-        self._heard.append(caller)
+        self._complete.append(caller)
         self._callers.drop(caller, "gone")
 
     def __call__(self, data: bytes) -> None:
@@ -69,11 +69,11 @@ class Fuzzer:
         self._callers.forgive()
         self._callers.turn()
         is_hello = len(message) == HELLO_BYTES and message.startswith(HEAD)
-        assert len(self._heard) == is_hello, (len(self._heard), is_hello)
+        assert len(self._complete) == is_hello, (len(self._complete), is_hello)
         assert self._counts["malformed"] - before == bool(message and not is_hello)
         assert len(self._callers) == 0
         assert self._descriptors() == self._files
-        self._heard.clear()
+        self._complete.clear()
 
     def close(self) -> None:
         """The folder goes."""

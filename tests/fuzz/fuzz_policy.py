@@ -25,7 +25,7 @@ class Gpu:
     usable_bytes: int = 140 << 30
 
 
-WHO = (
+WORKLOADS = (
     Workload(cgroup=7, path="/a", name="w"),
     Workload(cgroup=7, path="/system.slice/docker-1f3a.scope", name="w", unit="jupyter-1.service", namespace="dev",
              image="registry.example/a", labels={"tier": "notebook", "fgpu.dev/memory": "8GiB"}),
@@ -36,16 +36,16 @@ class Fuzzer:
     """A fuzzer of one file."""
 
     def __call__(self, data: bytes) -> None:
-        policies, faults = parse.read("p.yaml", data)
-        assert not (policies and faults)
+        policies, errors = parse.read("p.yaml", data)
+        assert not (policies and errors)
         lines = len(data.decode(errors="replace").splitlines()) + data.count(b"\r") + 2
-        for fault in faults:
-            said = str(fault)
-            assert 0 <= fault.line <= lines, said
+        for error in errors:
+            said = str(error)
+            assert 0 <= error.line <= lines, said
             assert said.isprintable(), said
             assert len(said) < 1000, said
-        for who in WHO:
-            PolicySet(tuple(policies)).resolve(who, [Gpu()])
+        for workload in WORKLOADS:
+            PolicySet(tuple(policies)).resolve(workload, [Gpu()])
 
     def close(self) -> None:
         """Do nothing: it holds no resources."""

@@ -218,7 +218,7 @@ def send_as(sock: socket.socket, payload: bytes, pid: int, uid: int) -> None:
         sock.send(payload)
 
 
-def test_what_a_hello_says_of_itself_is_ignored(keeper: Keeper, tenant: Make, scale: Callable[..., int]) -> None:
+def test_claims_of_a_hello_are_ignored(keeper: Keeper, tenant: Make, scale: Callable[..., int]) -> None:
     """T3. Many tenants send at once, so that no tenant uses up its time."""
     other, each = tenant(), scale(20, 834, 8334)
     victim = Child(other, lambda: bool(hello(keeper.run)) and signal.pause())
@@ -319,7 +319,7 @@ def test_descriptors_sent_along_are_not_kept(keeper: Keeper, tenant: Make) -> No
 
 
 @pytest.mark.timed
-def test_silent_clients_are_let_go_and_bother_nobody(keeper: Keeper, tenant: Make) -> None:
+def test_silent_clients_are_dropped_and_delay_no_other(keeper: Keeper, tenant: Make) -> None:
     def silent() -> list[float]:
         socks = [connect(keeper.run) for _ in range(16)]
         began = time.monotonic()
@@ -342,7 +342,7 @@ def test_silent_clients_are_let_go_and_bother_nobody(keeper: Keeper, tenant: Mak
 
 @pytest.mark.timed
 @pytest.mark.parametrize("processes", [1, 40])
-def test_a_tenant_has_sixteen_connections(keeper: Keeper, tenant: Make, processes: int) -> None:
+def test_a_tenant_has_at_most_sixteen_connections(keeper: Keeper, tenant: Make, processes: int) -> None:
     ready, start = os.pipe(), os.pipe()
 
     def still_open(number: int) -> int:
@@ -644,7 +644,7 @@ def test_sigterm_leaves_folder_and_socket_so_that_shims_fail_closed(start: Calla
 
 
 @pytest.mark.timed
-def test_a_log_that_nobody_reads_is_not_waited_for(start: Callable[..., Keeper], tenant: Make) -> None:
+def test_a_log_that_is_not_read_is_not_waited_for(start: Callable[..., Keeper], tenant: Make) -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
     try:
@@ -661,7 +661,7 @@ def test_a_log_that_nobody_reads_is_not_waited_for(start: Callable[..., Keeper],
 
 
 @pytest.mark.timed
-def test_the_heartbeat_goes_on(keeper: Keeper, tenant: Make) -> None:
+def test_the_heartbeat_continues(keeper: Keeper, tenant: Make) -> None:
     def watch() -> list[int]:
         reply = hello(keeper.run)
         assert reply

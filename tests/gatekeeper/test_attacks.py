@@ -75,7 +75,7 @@ def use_sockets(channel: socket.socket) -> int:
     return right
 
 
-def test_who_connects_is_who_is_answered_whoever_uses_the_socket(
+def test_the_connecting_process_is_answered_though_another_uses_its_socket(
     keeper: Keeper, tenant: Make, scale: Callable[..., int]
 ) -> None:
     mine, other, times = tenant(), tenant(), scale(20, 1000, 10_000)
@@ -95,7 +95,7 @@ def test_who_connects_is_who_is_answered_whoever_uses_the_socket(
     assert user.result() == times
 
 
-def test_pages_that_are_handed_on_end_with_whose_they_are(keeper: Keeper, tenant: Make) -> None:
+def test_pages_that_are_passed_on_end_with_their_process(keeper: Keeper, tenant: Make) -> None:
     """The heartbeat of the pages stops with the process that they were made for, and the gatekeeper closes them."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 

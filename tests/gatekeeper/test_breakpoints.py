@@ -187,14 +187,14 @@ def test_a_file_that_was_copied_up_is_another_one_for_processes_that_start(
         process.communicate()
 
 
-def test_what_a_file_says_of_itself_is_no_breakpoint(library: Path) -> None:
+def test_the_contents_of_a_file_prove_no_breakpoint(library: Path) -> None:
     library.write_bytes(breakpoints.CODE * (3 * PAGE))
     with library.open("rb") as file:
         assert not breakpoints.is_set_in_new_mappings(file.fileno(), CHECK)
         assert breakpoints.choose(file.fileno(), [CHECK]) is None
 
 
-def test_where_a_breakpoint_proves_a_probe(library: Path) -> None:
+def test_mappings_in_which_a_breakpoint_proves_a_probe(library: Path) -> None:
     """A breakpoint proves nothing at a no-operation of five bytes, which the kernel may replace by a call, nor at an
     offset that the map cannot hold, or that means something else there.
     """
@@ -207,12 +207,12 @@ def test_where_a_breakpoint_proves_a_probe(library: Path) -> None:
         assert breakpoints.choose(file.fileno(), [1 << 32]) is None
 
 
-def test_a_file_that_is_cut_short_ends_nobody(library: Path) -> None:
+def test_a_truncated_file_ends_no_process(library: Path) -> None:
     with library.open("r+b") as file:
         file.truncate(0)
         assert not breakpoints.is_set_in_new_mappings(file.fileno(), CHECK)
 
 
-def test_a_process_that_maps_it_no_more_is_no_failure(library: Path) -> None:
+def test_a_process_that_no_longer_maps_the_file_is_no_failure(library: Path) -> None:
     assert breakpoints.is_set(os.getpid(), file_of(library), CHECK) is None
     assert breakpoints.is_set(1 << 22, file_of(library), CHECK) is None

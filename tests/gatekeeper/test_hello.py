@@ -169,7 +169,7 @@ def timed_hello(run: Path, starting: int | None = None) -> tuple[int, float]:
 
 
 @pytest.mark.timed
-def test_the_undecided_are_held_and_the_agent_is_told(keeper: Keeper, ledger: Ledger, cgroup: Make) -> None:
+def test_undecided_processes_are_held_and_the_agent_is_notified(keeper: Keeper, ledger: Ledger, cgroup: Make) -> None:
     place = cgroup()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as agent:
         agent.bind(str(keeper.run / "discover.sock"))
@@ -201,7 +201,7 @@ def test_a_managed_cgroup_whose_page_is_not_there_yet_is_held(keeper: Keeper, le
 
 
 @pytest.mark.timed
-def test_who_stays_undecided_is_left_unanswered_after_a_second(keeper: Keeper, cgroup: Make) -> None:
+def test_an_undecided_process_is_left_unanswered_after_a_second(keeper: Keeper, cgroup: Make) -> None:
     grown = keeper.grows("hello_unanswered")
     code, seconds = in_cgroup(cgroup(), timed_hello, keeper.run)
     assert code == -1
@@ -332,7 +332,7 @@ def test_death_gives_back_every_descriptor_and_page(keeper: Keeper, tenant: Make
     until(lambda: keeper.count("processes") == 0)
 
 
-def test_who_connects_is_who_is_answered(keeper: Keeper, tenant: Make) -> None:
+def test_the_connecting_process_is_answered(keeper: Keeper, tenant: Make) -> None:
     """T4: a process that uses the socket of another process gets no pages of its own: the other's pages are sent."""
     mine, other = tenant(), tenant()
 
@@ -373,7 +373,7 @@ def test_a_socket_whose_process_has_gone_gets_nothing(keeper: Keeper, tenant: Ma
     assert in_cgroup(place, orphaned)
 
 
-def test_a_share_that_is_set_closes_the_gates_of_who_is_there(
+def test_setting_a_share_closes_the_gates_of_running_processes(
     start: Callable[..., Keeper], ledger: Ledger, tenant: Make
 ) -> None:
     keeper, place = start(), tenant()

@@ -54,7 +54,7 @@ def test_standing(words: dict[str, bool], expected: ManagedState) -> None:
 
 
 @pytest.mark.parametrize("words", [{}, {"c2": True}, {"c2": False}])
-def test_a_limit_in_force_that_nobody_has_used_is_undecided(words: dict[str, bool]) -> None:
+def test_an_unused_limit_in_force_is_undecided(words: dict[str, bool]) -> None:
     for page in (4, 3):
         assert managed_state(ledger_that_says((page, 2), **words), [4, 3, 2, 1]) == ManagedState(None, 4)
 
@@ -71,7 +71,7 @@ def test_standing_without_a_ledger_is_undecided() -> None:
     assert managed_state(None, []) == ManagedState(None, 0)
 
 
-def test_who_executes_another_program_is_another_client() -> None:
+def test_a_process_that_executes_another_program_is_another_client() -> None:
     """The kernel removes its entry, and its pidfd stays valid."""
     selector, parted = selectors.DefaultSelector(), []
     clients = Sessions(selector, bytes(16))
@@ -183,10 +183,10 @@ def test_files_are_those_mapped_executable(tmp_path: Path, monkeypatch: pytest.M
     own = [m for m in mapped if (m.dev, m.ino) in found]
     assert {m.path for m in own} == {str(tmp_path / name) for name in names[:2]}
     assert {(m.dev, m.ino) for m in own} == set(found)
-    nobody_s = {(0, 0): 0}
-    assert of_process(2**22, lambda *_: UNCHECKED) == nobody_s
+    unknown = {(0, 0): 0}
+    assert of_process(2**22, lambda *_: UNCHECKED) == unknown
     monkeypatch.setattr(procmaps, "MOST", 3)
-    assert of_process(os.getpid(), lambda *_: UNCHECKED) == nobody_s
+    assert of_process(os.getpid(), lambda *_: UNCHECKED) == unknown
 
 
 def test_mappings_are_named_as_in_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_mappings_are_named_as_in_the_text(tmp_path: Path, monkeypatch: pytest.M
         assert mapped_files.as_mapped(path) == (dev, ino)
 
 
-def test_no_files_is_not_the_same_as_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_files_is_not_the_same_as_unknown_files(monkeypatch: pytest.MonkeyPatch) -> None:
     sleeper = subprocess.Popen(["sleep", "60"])
     try:
         until(lambda: fgpu_mappings(sleeper.pid) == [])
@@ -245,7 +245,7 @@ def test_the_largest_rows_are_kept_in_order_of_pid() -> None:
     assert [row[0] for row in rows] == list(range(1010 - abi.ROWS, 1010))
 
 
-def test_the_kernel_s_word_of_an_end_is_of_who_was_there_before_it() -> None:
+def test_an_end_that_the_kernel_reports_is_of_an_earlier_process() -> None:
     with selectors.DefaultSelector() as selector, subprocess.Popen(["sleep", "100"]) as process:
         clients, parted = Sessions(selector, bytes(16)), list[Session]()
         clients.on_end = parted.append

@@ -101,7 +101,7 @@ def test_half_of_the_places_are_for_tenants_that_have_few(monkeypatch: pytest.Mo
 
 
 @pytest.mark.timed
-def test_an_unmanaged_process_sees_the_heart_beat_though_no_process_has_a_place(
+def test_an_unmanaged_process_sees_the_heartbeat_without_a_free_slot(
     start: Callable[..., Keeper], unmanaged: Path
 ) -> None:
     keeper = start()

@@ -116,7 +116,7 @@ def followed(keeper: Keeper, ledger: Ledger, *children: Child) -> list[int]:
     return [child.result() for child in children]
 
 
-def test_whatever_tenants_write_the_gatekeeper_goes_on_and_their_neighbour_has_turns(
+def test_any_page_leaves_the_gatekeeper_running_and_the_neighbour_its_turns(
     keeper: Keeper, ledger: Ledger, sharing: Callable[..., Path]
 ) -> None:
     seed = random.randrange(2**32)
@@ -130,7 +130,7 @@ def test_whatever_tenants_write_the_gatekeeper_goes_on_and_their_neighbour_has_t
     assert keeper.counts()["slices"]["faults"] == 0
 
 
-def test_what_nvml_saw_is_kept_as_long_as_the_share(ledger: Ledger, tenant: Make) -> None:
+def test_nvml_s_figures_are_kept_as_long_as_the_share(ledger: Ledger, tenant: Make) -> None:
     """A thread that is late must not leave an entry of a level that is gone."""
     level, times = tenant().stat().st_ino, ledger.times
     times.add_ran(level, 0, 5)

@@ -91,9 +91,7 @@ def test_a_storm_in_one_tenant_does_not_delay_another(start: Callable[..., Keepe
     assert len(crowd.met()) == STORM
 
 
-def test_the_agent_is_told_of_one_of_an_undecided_storm_and_of_the_next_when_that_did_not_help(
-    keeper: Keeper, cgroup: Make
-) -> None:
+def test_the_agent_receives_one_process_of_an_undecided_storm_at_a_time(keeper: Keeper, cgroup: Make) -> None:
     def crowd() -> int:
         for _ in range(40):
             if os.fork() == 0:
@@ -122,7 +120,9 @@ def told_of(agent: socket.socket) -> list[int]:
     return [said["tgid"], *said["others"]]
 
 
-def test_an_agent_that_could_not_be_told_yet_is_told_of_all_at_once(start: Callable[..., Keeper], cgroup: Make) -> None:
+def test_an_agent_that_could_not_be_notified_yet_receives_all_at_once(
+    start: Callable[..., Keeper], cgroup: Make
+) -> None:
     """The kernel queues few messages for a socket that is not read: ten by default.
 
     All processes are patient, because a process that hangs up meanwhile is not reported afterwards.

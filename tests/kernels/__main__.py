@@ -24,9 +24,9 @@ _HELLO = (
     "test_a_managed_process_gets_all_its_pages",
     "test_rows_carry_the_pids_of_the_readers_namespace",
     "test_death_gives_back_every_descriptor_and_page",
-    "test_who_connects_is_who_is_answered",
+    "test_the_connecting_process_is_answered",
     "test_a_socket_whose_process_has_gone_gets_nothing",
-    "test_pages_that_are_handed_on_end_with_whose_they_are",
+    "test_pages_that_are_passed_on_end_with_their_process",
 )
 _PRODUCT = (
     "(test_limit_to_the_byte and (2MiB-and or vmm or managed))",
@@ -35,12 +35,12 @@ _PRODUCT = (
     "test_killed_processes_release_within_a_second",
     "test_exec_releases",
     "test_first_thread_may_leave",
-    "test_limits_stand_while_nobody_is_there",
+    "test_limits_hold_without_agent_and_gatekeeper",
     "test_process_started_without_a_gatekeeper_gets_no_memory",
     "test_restarts_are_not_noticed",
 )
 _REFUSED = "tests/kernels/refused.py"
-_LINKS = ("test_the_layer_is_let_go_with_its_last_mapper", "test_links_that_are_gone_are_there_again")
+_LINKS = ("test_the_layer_is_released_with_its_last_mapper", "test_links_that_are_gone_are_there_again")
 # Name -> what pytest is given. The ledger's tests are all of them, of the others those that tell most.
 SUITES = {
     guest.VERIFIER: ("tests/kernels/verify_programs.py",),

@@ -97,7 +97,7 @@ def test_a_pod_has_shares_of_two_devices(
     assert_only(pods.pod(answer), {0: GIB, 1: GIB})
 
 
-def test_what_is_taken_is_no_promise_any_more(
+def test_a_taken_slot_is_no_longer_promised(
     kubelet: kit.Kubelet, plugin: kit.Plugin, pods: Pods, uuids: list[str]
 ) -> None:
     """Two pods use a device, and a third finds no id. When they have exited, both ids are free again."""
@@ -155,7 +155,7 @@ def test_shares_that_no_container_can_have_together(pods: Pods, uuids: list[str]
 # -- ways ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_device_comes_by_cdi_where_that_has_it(
+def test_a_device_known_to_cdi_is_given_by_cdi(
     kubelet: kit.Kubelet, plugin: kit.Plugin, pods: Pods, uuids: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "cdi").mkdir()
@@ -201,7 +201,7 @@ def test_mounts_where_there_is_no_cdi(kubelet: kit.Kubelet, start: Callable[...,
     assert mounts == {mount["containerPath"]: (mount["hostPath"], True) for mount in edits}
 
 
-def test_a_device_that_cdi_has_not_is_refused_where_it_must(
+def test_a_device_unknown_to_cdi_is_refused_where_cdi_is_required(
     kubelet: kit.Kubelet, start: Callable[..., kit.Plugin]
 ) -> None:
     start("--gpu-strategy", "cdi")

@@ -50,7 +50,7 @@ def test_a_resource_for_each_profile(kubelet: kit.Kubelet, plugin: kit.Plugin, u
     assert caps(plugin.process.pid) == {"0" * 16}
 
 
-def test_kubelet_starts_anew(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
+def test_kubelet_restarts(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
     before = kubelet.resource("1gib").ids
     for _ in range(2):
         kubelet.stop()
@@ -61,7 +61,7 @@ def test_kubelet_starts_anew(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
         assert len(kubelet.registrations) == 3
 
 
-def test_kubelet_hangs_up(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
+def test_kubelet_closes_the_connection(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
     """It stays the same kubelet, which no longer listens: the plugin has to register again."""
     for name in ("1gib", "2gib-25pct", "4gib"):
         kubelet.resource(name)
@@ -79,7 +79,7 @@ def test_the_plugin_starts_before_kubelet(kubelet: kit.Kubelet, start: Start) ->
     assert kubelet.resource("1gib").healthy
 
 
-def test_a_socket_that_nobody_listens_at(kubelet: kit.Kubelet, start: Start) -> None:
+def test_a_socket_without_a_listener(kubelet: kit.Kubelet, start: Start) -> None:
     """Kubelet has been killed, and its socket is there. The socket of an earlier plugin is there as well."""
     kubelet.stop()
     (kubelet.folder / "kubelet.sock").unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def test_sigterm_ends_it_within_a_second(kubelet: kit.Kubelet, start: Start) -> 
     assert not list(kubelet.folder.glob("fgpu*"))
 
 
-def test_a_stream_that_nobody_reads_holds_nobody_up(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
+def test_a_stream_that_is_not_read_delays_no_other(kubelet: kit.Kubelet, plugin: kit.Plugin) -> None:
     """Many streams have a reader that sleeps. Other calls are served meanwhile."""
     resource = kubelet.resource("1gib")
     sleepers = [resource.plugin.ListAndWatch(kubelet.api.Empty()) for _ in range(50)]
@@ -142,7 +142,7 @@ def test_a_stream_that_nobody_reads_holds_nobody_up(kubelet: kit.Kubelet, plugin
         sleeper.cancel()
 
 
-def test_what_it_is_asked_wrongly(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
+def test_wrong_requests_are_refused(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
     one, two = kubelet.resource("1gib"), kubelet.resource("2gib-25pct")
 
     def refusal(ask: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
@@ -171,7 +171,7 @@ def test_what_it_is_asked_wrongly(kubelet: kit.Kubelet, plugin: kit.Plugin, uuid
 # -- which ids -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_preferred(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
+def test_preferred_slots(kubelet: kit.Kubelet, plugin: kit.Plugin, uuids: list[str]) -> None:
     """The fuller device comes first, and several ids are of different devices."""
     one = kubelet.resource("1gib")
     first, second = [id_ for id_ in one.ids if id_.startswith(uuids[0])], [i for i in one.ids if i.startswith(uuids[1])]
@@ -200,7 +200,7 @@ def test_without_an_agent_nothing_is_healthy(kubelet: kit.Kubelet, plugin: kit.P
     assert kubelet.resource("1gib") is one, "the same registration"
 
 
-def test_devices_of_which_nvml_says_nothing(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
+def test_devices_unknown_to_nvml(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
     """The driver hangs, or a device is lost."""
     one = kubelet.resource("1gib")
     simd = [SIM / "fgpu-simd", "--fault"]
@@ -258,7 +258,7 @@ def test_a_device_that_reports_an_xid(
     assert healthy() == [1, 1]
 
 
-def test_an_agent_that_starts_anew_is_not_missed(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
+def test_an_agent_that_restarts_is_not_missed(kubelet: kit.Kubelet, plugin: kit.Plugin, service: Service) -> None:
     one = kubelet.resource("1gib")
     told = len(one.lists)
     service.kill_agent()
@@ -312,7 +312,9 @@ def sizes(count: int) -> str:
         ("[]", "fgpu.kubelet: the agent offers nothing: list profiles in agent.yaml, and restart it"),
     ],
 )
-def test_more_than_there_may_be(kubelet: kit.Kubelet, start: Start, service: Service, profiles: str, said: str) -> None:
+def test_more_slots_than_kubelet_takes(
+    kubelet: kit.Kubelet, start: Start, service: Service, profiles: str, said: str
+) -> None:
     before = service.config.read_text()
     service.config.write_text(before.replace(kit.PROFILES, profiles))
     service.kill_agent()
@@ -336,7 +338,7 @@ def test_more_than_there_may_be(kubelet: kit.Kubelet, start: Start, service: Ser
         service.start_agent()
 
 
-def test_doctor_says_whether_kubelet_hears_of_it(kubelet: kit.Kubelet, start: Start) -> None:
+def test_doctor_says_whether_kubelet_knows_the_plugin(kubelet: kit.Kubelet, start: Start) -> None:
     assert "FAIL  device plugin: no device plugin offers 2gib-25pct, 1gib, 4gib" in kit.doctor(kubelet.folder)
     start()
     for name in ("2gib-25pct", "1gib", "4gib"):

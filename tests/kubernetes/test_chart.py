@@ -63,7 +63,7 @@ def test_kubernetes_takes_it_and_knows_every_field(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_nobody_may_more_than_is_named(path: Path) -> None:
+def test_no_account_has_more_rights_than_named(path: Path) -> None:
     assert {one["kind"] for one in objects(path)} <= {"ConfigMap", "DaemonSet", "ServiceAccount", *OPERATOR}
     for one in sets(path):
         spec = one["spec"]["template"]["spec"]
@@ -168,7 +168,7 @@ def test_helm_finds_nothing_to_say(values: Path | None) -> None:
 
 
 @needs_helm
-def test_what_needs_the_operator_says_so() -> None:
+def test_a_missing_operator_is_named() -> None:
     words = ["helm", "template", "fgpu", CHART, "--kube-version=1.33.0", "--set=podMonitor.enabled=true"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode

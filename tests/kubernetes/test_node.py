@@ -60,7 +60,7 @@ def tenant(node: node_kit.Node, pods: dict[str, node_kit.Pod]) -> Tenant:
     return node.run("train-0", {}, {}).container("main")
 
 
-def test_what_the_manifest_names_is_all_that_each_may(pods: dict[str, node_kit.Pod]) -> None:
+def test_each_container_has_only_the_rights_of_the_manifest(pods: dict[str, node_kit.Pod]) -> None:
     for name in pods:
         one = pods[name].containers[name]
         facts, context = one.facts(), one.spec["securityContext"]

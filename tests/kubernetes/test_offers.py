@@ -102,7 +102,7 @@ def test_a_pod_has_what_is_allocated_and_no_more(kubelet: kubelet_kit.Kubelet, p
     assert share == 0.25
 
 
-def test_kubelet_starts_anew_and_hears_of_it(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
+def test_kubelet_restarts_and_the_plugin_registers_again(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
     before = plugin.containers["device-plugin"].pid
     kubelet.stop()
     kubelet.registrations.clear()
@@ -121,7 +121,7 @@ def test_it_is_killed_and_comes_back(kubelet: kubelet_kit.Kubelet, plugin: node_
 
 
 @pytest.mark.flaky(reruns=0)  # the device stays broken afterwards
-def test_a_device_that_fails_is_heard_of_by_the_agents_pod(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
+def test_a_device_that_fails_is_reported_in_the_agents_pod(kubelet: kubelet_kit.Kubelet, plugin: node_kit.Pod) -> None:
     """The agent's pod has no additional rights for it."""
     resource = kubelet.resource(SHARE)
     eventually(lambda: resource.healthy == resource.ids, 20, "healthy")

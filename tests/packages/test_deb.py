@@ -69,7 +69,7 @@ def test_install_enforce_purge(host: fresh_host.Host, deb: Path, tmp_path: Path)
     assert Path("/proc/mounts").read_text() == mounts
 
 
-def test_purge_takes_away_what_a_dead_agent_left(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
+def test_purge_removes_what_a_dead_agent_left(host: fresh_host.Host, deb: Path, tmp_path: Path) -> None:
     before = fresh_host.listing(host.root)
     host.install(deb)
     host.start_agent(tmp_path / "log")

@@ -131,7 +131,7 @@ def test_lines_in_the_journal_have_fields(running: fresh_host.Host) -> None:
 
 
 @pytest.mark.parametrize(("killed", "lives"), [UNITS, UNITS[::-1]])
-def test_one_killed_the_other_lives(running: fresh_host.Host, killed: str, lives: str) -> None:
+def test_one_survives_the_kill_of_the_other(running: fresh_host.Host, killed: str, lives: str) -> None:
     old, other = pid(running, killed), pid(running, lives)
     running.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", killed)
     another(running, killed, old)
@@ -140,7 +140,7 @@ def test_one_killed_the_other_lives(running: fresh_host.Host, killed: str, lives
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_one_that_hangs_is_replaced(running: fresh_host.Host, unit: str) -> None:
+def test_a_hung_process_is_replaced(running: fresh_host.Host, unit: str) -> None:
     old = pid(running, unit)
     running.run("systemctl", "kill", "--kill-whom=main", "--signal=STOP", unit)
     another(running, unit, old)
@@ -163,7 +163,7 @@ def test_the_agent_s_gatekeeper_makes_room_for_the_unit_s(running: fresh_host.Ho
     fills(running)
 
 
-def test_reload_is_no_restart(running: fresh_host.Host) -> None:
+def test_a_reload_does_not_restart(running: fresh_host.Host) -> None:
     old = pid(running, AGENT)
     running.run("systemctl", "reload", AGENT)
     fills(running)

@@ -58,14 +58,14 @@ def test_it_carries_the_programs(wheel: Path) -> None:
         assert file.read("fgpu_ebpf/shim/libfgpu.so") == (kit.BUILD / "shim/libfgpu.so").read_bytes()
 
 
-def test_nothing_of_the_checkout_comes_along(wheel: Path) -> None:
+def test_nothing_of_the_checkout_is_installed(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         tops = {name.split("/")[0].split("-")[0] for name in file.namelist()}
         assert tops == {"fgpu_ebpf"}
         assert not [name for name in file.namelist() if "test" in name or name.endswith(".pyc")]
 
 
-def test_nobody_can_order_it_to_end(wheel: Path) -> None:
+def test_the_wheel_has_no_failpoints(wheel: Path) -> None:
     """The points at which tests end it are put in by tests/failpoints.py; what is installed has none and reads none."""
     with zipfile.ZipFile(wheel) as file:
         assert [name for name in file.namelist() if b"failpoint" in (name.encode() + file.read(name)).lower()] == []

@@ -109,7 +109,7 @@ def test_on_a_phone(look: Look, holder: Tenant, place: Place, service: Service, 
     fgpu("reload", check=False)
     try:
         there = look(width=390, color_scheme=scheme)
-        expect(there.page.locator(".faults")).to_contain_text("fix: fgpu policy check")
+        expect(there.page.locator(".errors")).to_contain_text("fix: fgpu policy check")
         assert there.evaluate("document.documentElement.scrollWidth") <= 390
         boxes = [cell.bounding_box() for cell in there.row(holder.name).locator("td").all()]
         assert all(box and box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
@@ -133,7 +133,7 @@ def odd(service: Service) -> Iterator[Path]:
     folder.parent.rmdir()
 
 
-def test_what_tenants_are_called_does_nothing(look: Look, odd: Path) -> None:
+def test_names_of_tenants_are_inert(look: Look, odd: Path) -> None:
     there = look()
     about = there.page.locator("tbody small").first
     expect(about).to_have_text(f"policy odd /fgpu-page/{MARKUP} team={SCRIPT}")
@@ -145,7 +145,7 @@ def test_what_tenants_are_called_does_nothing(look: Look, odd: Path) -> None:
     assert there.evaluate("[typeof hit, document.images.length, document.scripts.length]") == ["undefined", 0, 1]
 
 
-def test_a_script_that_got_in_would_not_run(look: Look) -> None:
+def test_an_injected_script_does_not_run(look: Look) -> None:
     """The second lock: whatever stood there, the browser would refuse it."""
     there = look()
     there.evaluate(f"document.querySelector('main').innerHTML = '{MARKUP}<p style=color:red onclick=hit=1>x</p>'")
@@ -188,7 +188,7 @@ def test_an_agent_that_does_not_answer(look: Look, service: Service, holder: Ten
     there.said.clear()
 
 
-def test_nobody_who_looks_costs_nothing(look: Look) -> None:
+def test_without_a_reader_the_page_costs_nothing(look: Look) -> None:
     hide = "window.away = true; Object.defineProperty(document, 'hidden', {get: () => window.away});"
     there = look(before=hide)
     there.page.clock.install()

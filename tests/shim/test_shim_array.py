@@ -68,7 +68,7 @@ def test_asked_is_extent_by_format_by_levels(held: Agent, call: str, bytes_: int
         f"(L.fake_context(0), two(5, 5, {FLOAT}, 1))",
     ],
 )
-def test_what_takes_nothing_yet_is_not_asked_for(held: Agent, call: str) -> None:
+def test_calls_that_allocate_nothing_yet_are_not_requested(held: Agent, call: str) -> None:
     assert asked(held, call) == []
     assert held.python(ARRAYS + f"{call}; out(L.fake_calls())") == [[1]]
 

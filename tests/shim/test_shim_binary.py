@@ -75,7 +75,7 @@ def test_probe_symbols_are_a_nop_and_a_return(build: Build, name: str) -> None:
     assert "".join(code).split() == ["90", "c3"]  # never the five-byte nop: see probe.S
 
 
-def test_nobody_can_come_between_us_and_our_probes(build: Build) -> None:
+def test_no_library_can_interpose_between_the_shim_and_its_probes(build: Build) -> None:
     assert "fgpu_admit" not in output("readelf", "-rW", build.shim)
 
 

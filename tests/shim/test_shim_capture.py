@@ -100,7 +100,7 @@ out(*captured(beside)); out(*captured(beside))"""
     assert simulator.python(KIT + devices + CAPTURE.replace("FLAGS", "1") + script) == "[[201, 0], 0, 1]\n" * 2
 
 
-def test_what_may_harm_is_asked_in_relaxed_mode(simulator: Simulator) -> None:
+def test_calls_that_may_break_a_capture_use_relaxed_mode(simulator: Simulator) -> None:
     """The program captures, waits at gates that close, and uses pools, graphs and contexts."""
     both(simulator, unlock, 1)
     process = simulator.start(
@@ -176,7 +176,7 @@ need("cuStreamDestroy_v2", many[0]); need("cuCtxSynchronize"); out(*report())"""
     assert set(BESIDE.values()) <= set(made) - set(unrelaxed)
 
 
-def test_what_is_called_harmless_was_seen_to_be() -> None:
+def test_calls_listed_as_harmless_were_recorded_as_harmless() -> None:
     recorded = (ROOT / "tests" / "sim" / "conformance_h200.txt").read_text()
     for name, lines in HARMLESS.items():
         for line in lines:

@@ -14,7 +14,7 @@ def pending(agent: Agent, device: int = DEVICE, limit: int = GIB) -> None:
     agent.do("limit", limit=limit, flags=UNCOMMITTED << device)
 
 
-def test_a_first_use_goes_on_when_it_is_granted(held: Agent) -> None:
+def test_a_first_use_continues_when_it_is_granted(held: Agent) -> None:
     pending(held)
     result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", limit=GIB))
     assert result == 0
@@ -36,7 +36,7 @@ def test_without_a_decision_it_is_refused_in_time(held: Agent) -> None:
 
 
 @pytest.mark.parametrize("limit", [GIB, GIB // 8])
-def test_of_another_device_nothing_is_waited_for(held: Agent, limit: int) -> None:
+def test_a_call_on_another_device_does_not_wait(held: Agent, limit: int) -> None:
     pending(held, DEVICE + 1, limit)
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert result == (0 if limit == GIB else OOM)

@@ -38,7 +38,7 @@ out("given"); line(); need("cuStreamSynchronize", s); out("done"); line()"""
 
 @pytest.mark.timed
 @pytest.mark.parametrize("streams", [1, 7])
-def test_a_drain_is_short_and_told(simulator: Simulator, streams: int) -> None:
+def test_a_drain_is_short_and_reported(simulator: Simulator, streams: int) -> None:
     """The gate closes at each turn of a program that launches at full speed. It soon reports a correct drain."""
     agent = simulator.agent
     unlock(agent, 1)
@@ -133,7 +133,7 @@ need("cuStreamSynchronize", s); done = time.monotonic_ns(); line(); out(at, done
     end(process)
 
 
-def test_what_it_rests_between_an_end_and_a_launch_is_told(simulator: Simulator) -> None:
+def test_the_rest_between_an_end_and_a_launch_is_reported(simulator: Simulator) -> None:
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(
@@ -178,7 +178,7 @@ out(*gaps); line()"""
     end(process)
 
 
-def test_a_driver_that_answers_late_harms_nobody(simulator: Simulator) -> None:
+def test_a_driver_that_answers_late_does_no_harm(simulator: Simulator) -> None:
     """A thread is in the driver for longer than its turn, and others continue: their counts stay right."""
     agent = simulator.agent
     unlock(agent, 1)
@@ -252,7 +252,7 @@ go(0, twins[0]); out("given"); line(); go(0, f); go(1, twins[1]); both(); out("d
     end(process)
 
 
-def test_a_program_that_does_not_look_is_told_by_the_clock(simulator: Simulator) -> None:
+def test_a_program_that_does_not_synchronise_is_reported_by_the_clock(simulator: Simulator) -> None:
     """No call shows that its work has ended. The page says when it should have."""
     agent = simulator.agent
     unlock(agent, 1)
@@ -352,7 +352,7 @@ need("cuCtxDestroy_v2", d); need("cuCtxSetCurrent", c); need("cuCtxSynchronize")
     end(process)
 
 
-def test_what_another_context_was_given_outlives_the_primary_one(simulator: Simulator) -> None:
+def test_memory_of_another_context_outlives_the_primary_one(simulator: Simulator) -> None:
     agent = simulator.agent
     unlock(agent, 1)
     script = """
@@ -373,7 +373,7 @@ need("cuCtxDestroy_v2", d); out("ended"); line()"""
 
 
 @pytest.mark.parametrize("budget", [pytest.param(4_000_000, id="marked"), pytest.param(400_000_000, id="unmarked")])
-def test_what_a_green_context_was_given_outlives_it(simulator: Simulator, budget: int) -> None:
+def test_memory_of_a_green_context_outlives_it(simulator: Simulator, budget: int) -> None:
     """Its work drains as all other work, and nothing is done in a context that has ended."""
     agent = simulator.agent
     unlock(agent, 1, budget=budget)
@@ -395,7 +395,7 @@ launch(f); out(C.c_int.in_dll(L, "misused").value); need("cuCtxSynchronize"); li
     end(process)
 
 
-def test_a_failed_launch_is_none(simulator: Simulator) -> None:
+def test_a_failed_launch_does_not_count(simulator: Simulator) -> None:
     unlock(simulator.agent, 1)
     script = "f = kernel(1); out(L.cuLaunchKernel(f, 0, 1, 1, 1, 1, 1, 0, None, None, None)); line()"
     process = simulator.start(KIT + script)

@@ -9,7 +9,7 @@ from tests.shim.shim_kit import Simulator
 
 
 @pytest.mark.parametrize("word", [0, 1, 5 << 2])
-def test_who_is_not_scheduled_is_not_counted(simulator: Simulator, word: int) -> None:
+def test_a_process_that_is_not_scheduled_is_not_counted(simulator: Simulator, word: int) -> None:
     simulator.agent.do("gate", word=word)
     script = KIT + "f = kernel(1); out([launch(f) for _ in range(101)].count(0)); need('cuCtxSynchronize')"
     assert simulator.python(script) == "[101]\n"
@@ -96,7 +96,7 @@ out(r, n.value); line(); need("cuCtxSynchronize"); out("done")"""
     end(process)
 
 
-def test_a_capture_goes_on_at_a_closed_gate(simulator: Simulator) -> None:
+def test_a_capture_continues_at_a_closed_gate(simulator: Simulator) -> None:
     """Captured launches in the strictest mode neither wait nor break, while other threads launch, drain and wait."""
     agent = simulator.agent
     unlock(agent, 1)
@@ -135,7 +135,7 @@ need("cuCtxSynchronize"); out("done")""".replace("f, s, t", "import select\nf, s
     end(process)
 
 
-def test_nobody_beats_so_gates_open(simulator: Simulator) -> None:
+def test_without_a_heartbeat_gates_open(simulator: Simulator) -> None:
     agent = simulator.agent
     shut(agent, 3)
     process = simulator.start(KIT + "f = kernel(1); out('ready'); out(launch(f))")
@@ -210,7 +210,7 @@ out("given"); line(); launch(f); need("cuCtxSynchronize"); out("done")"""
     end(process)
 
 
-def test_a_closed_gate_lets_go_as_many_as_it_is_told_and_tells_again_that_it_has_drained(simulator: Simulator) -> None:
+def test_a_closed_gate_passes_the_allowed_launches_and_reports_again_that_it_has_drained(simulator: Simulator) -> None:
     agent = simulator.agent
     unlock(agent, 1)
     process = simulator.start(KIT + "f = kernel(20); out('ready'); line(); out([launch(f) for _ in range(6)])")

@@ -54,7 +54,7 @@ out([launch(e) for e in es], reserved(), [launch(e, 4) for e in es])"""
     assert held.do("look")["used"] == 600 * MIB
 
 
-def test_what_is_freed_in_a_graph_is_not_added_up(held: Agent) -> None:
+def test_memory_freed_in_a_graph_is_not_added_up(held: Agent) -> None:
     script = (
         GRAPHS
         + """

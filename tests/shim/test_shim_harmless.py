@@ -83,7 +83,7 @@ LOOKUPS = """
 """
 
 
-def test_what_is_not_there_is_not_found(build: Build, plain: Run) -> None:
+def test_absent_symbols_are_not_found(build: Build, plain: Run) -> None:
     script = """
     maths = dl.dlopen(b"libm.so.6", 2)
     print(look(maths, b"cuMemAlloc_v2"), look(0, b"cuMemAlloc_v2"), look(maths, b"nvmlInit_v2"))
@@ -126,7 +126,7 @@ def test_a_driver_that_is_loaded_again_elsewhere_is_found_again(build: Build, pl
     assert plain_python(plain, LOOKUPS + script) == "0 0xd00000\n" * 3
 
 
-def test_without_an_agent_all_is_open_and_it_is_said_once(plain: Run) -> None:
+def test_without_an_agent_all_is_open_and_one_line_says_so(plain: Run) -> None:
     script = PREAMBLE + "L.cuInit(0); print(alloc(8 * GiB), alloc(8 * GiB), info(), L.fake_calls())"
     done = plain(SYSTEM_PYTHON, "-c", script)
     assert done.stdout == f"0 0 (0, {10 << 30}, {16 << 30}) 2\n"
@@ -134,13 +134,13 @@ def test_without_an_agent_all_is_open_and_it_is_said_once(plain: Run) -> None:
 
 
 @pytest.mark.parametrize("state", ["2>&-", "2>/dev/full", "2>/dev/null"])
-def test_a_stderr_that_cannot_be_written_harms_nobody(plain: Run, state: str) -> None:
+def test_a_stderr_that_cannot_be_written_does_no_harm(plain: Run, state: str) -> None:
     script = PREAMBLE + "L.cuInit(0); os.write(1, str(alloc(1)).encode())"
     done = plain("sh", "-c", f'exec "$@" {state}', "sh", SYSTEM_PYTHON, "-c", script)
     assert (done.returncode, done.stdout) == (0, "0")
 
 
-def test_a_stderr_that_is_a_dead_pipe_harms_nobody(plain: Run) -> None:
+def test_a_stderr_that_is_a_dead_pipe_does_no_harm(plain: Run) -> None:
     script = (
         PREAMBLE
         + """

@@ -24,7 +24,7 @@ need("cuDevicePrimaryCtxReset_v2", 0); out(1)
     assert asked(simulator.agent) == [36 * MIB, -36 * MIB]
 
 
-def test_what_does_not_fit_is_refused_as_the_driver_does(simulator: Simulator) -> None:
+def test_a_launch_that_does_not_fit_fails_with_the_driver_s_error(simulator: Simulator) -> None:
     """The memory that was granted for the same launch is released."""
     script = """
 g = function(load(MALLOC.replace("{", "{ .local .align 16 .b8 buf[4096];")), "mal")

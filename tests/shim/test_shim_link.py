@@ -59,14 +59,14 @@ def test_hello_before_the_driver_initialises_and_its_answer_after(held: Agent) -
     assert (look["hellos"], [c["kind"] for c in look["calls"]]) == (1, [HELLO, MEMORY])
 
 
-def test_nobody_waits_for_another_threads_driver_to_initialise(held: Agent) -> None:
+def test_no_thread_waits_for_the_driver_s_initialisation_in_another(held: Agent) -> None:
     script = INSIDE % "t = threading.Thread(target=lambda: done.append(alloc(1))); t.start(); t.join()"
     with held.start_python(script) as program:
         assert program.communicate("\n", DEADLINE)[0] == '["asked", 1]\n[0, 0, [0], true]\n'
     assert held.do("look")["hellos"] == 2
 
 
-def test_a_hello_whose_connection_ended_meanwhile_is_said_again(agent: Agent) -> None:
+def test_a_hello_whose_connection_ended_is_sent_again(agent: Agent) -> None:
     agent.do("set", answer="eof")
     agent.do("start")
     with agent.start_python(INSIDE % "pass") as program:
@@ -83,7 +83,7 @@ def test_unmanaged(agent: Agent) -> None:
     assert agent.calls() == []
 
 
-def test_closed_when_nobody_answers(agent: Agent) -> None:
+def test_closed_without_an_answer(agent: Agent) -> None:
     script = (
         WATCH
         + "L.cuCtxGetDevice\nbefore, t = state(), time.monotonic()\n"
@@ -101,12 +101,12 @@ def test_under_a_removed_directory_that_a_container_has_mounted_memory_is_refuse
     assert agent.python("out(alloc(1), info()[1])") == [[OOM, 0]]
 
 
-def test_a_directory_that_a_detach_has_marked_is_none(agent: Agent) -> None:
+def test_a_directory_that_a_detach_has_marked_counts_as_absent(agent: Agent) -> None:
     agent.do("detach")
     assert agent.python("out(alloc(1), info()[1])") == [[0, 10 << 30]]
 
 
-def test_said_once_when_closed(agent: Agent) -> None:
+def test_a_closed_shim_reports_once(agent: Agent) -> None:
     _, err = agent.run(SYSTEM_PYTHON, "-c", PREAMBLE + "alloc(1); alloc(1); info()")
     assert err == "fgpu: the agent does not answer: device memory is refused\n"
 
@@ -119,7 +119,7 @@ def test_a_gatekeeper_that_comes_late_is_met(agent: Agent) -> None:
     assert process.communicate(timeout=10)[0] == "[0, true]\n"
 
 
-def test_one_that_hangs_up_is_asked_again(agent: Agent) -> None:
+def test_a_gatekeeper_that_closes_the_connection_is_asked_again(agent: Agent) -> None:
     agent.do("set", answer="eof")
     agent.do("start")
     process = agent.start_python("out(0)\nout(alloc(1))")
@@ -281,7 +281,7 @@ out(alloc(1), os.getpid())
     assert len({c["ticket"] >> 22 for c in look["calls"]}) == 4
 
 
-def test_where_the_kernel_cannot_wipe_a_fork_is_told_by_its_pid(build: Build, held: Agent) -> None:
+def test_without_wipe_on_fork_a_fork_is_detected_by_its_pid(build: Build, held: Agent) -> None:
     script = f"""
 F = C.CDLL("{build.folder}/fault.so"); F.fault_arm(1)
 out(alloc(1))

@@ -29,7 +29,7 @@ out(stack(8192), limit(), stack(64 << 10), limit(), stack(4096), limit())
     assert asked(simulator.agent) == [area(8192), area(64 << 10) - area(8192), area(4096) - area(8192)]
 
 
-def test_what_the_driver_refuses_is_given_back(simulator: Simulator) -> None:
+def test_an_admission_that_the_driver_refuses_is_given_back(simulator: Simulator) -> None:
     script = """
 s = stream(); out(stack((512 << 10) + 1), L.cuCtxSetLimit(1, C.c_size_t(1 << 20)))
 need("cuStreamBeginCapture_v2", s, 0); out(stack(2048))

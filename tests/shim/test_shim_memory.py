@@ -116,7 +116,7 @@ def test_no_limit_is_admitted(held: Agent) -> None:
         ("L.cuCtxCreate_v2(C.byref(C.c_void_p()), 0, 77)", 0),
     ],
 )
-def test_what_takes_nothing_is_not_asked_for(held: Agent, call: str, result: int) -> None:
+def test_calls_that_allocate_nothing_are_not_requested(held: Agent, call: str, result: int) -> None:
     assert held.python(f"out({call})") == [[result]]
     assert [c["kind"] for c in held.calls() if c["kind"] != HELLO] == []
 
@@ -142,7 +142,7 @@ def test_lost_swaps_are_asked_again_with_the_same_ticket(held: Agent) -> None:
     assert len(set(tickets)) == 1
 
 
-def test_without_an_answer_hello_is_said_again_and_then_it_is_refused(held: Agent) -> None:
+def test_without_an_answer_the_hello_is_repeated_and_then_refused(held: Agent) -> None:
     process = held.start_python(
         "L.cuInit(0); out(1); sys.stdin.readline(); time.sleep(1.05); out(alloc(1), L.fake_calls())"
     )

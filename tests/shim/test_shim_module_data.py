@@ -88,7 +88,7 @@ need("cuDevicePrimaryCtxReset_v2", 0); out(1)
     assert asked(simulator.agent) == [6 * MIB, 10 * MIB, -10 * MIB, -6 * MIB]
 
 
-def test_what_the_driver_refuses_is_given_back(simulator: Simulator) -> None:
+def test_an_admission_that_the_driver_refuses_is_given_back(simulator: Simulator) -> None:
     """The driver itself has no room; while a stream captures in the strictest mode, nothing is unloaded."""
     script = """
 m = load(data(5 * MiB)); s, g, n = stream(), C.c_void_p(), C.c_void_p()
@@ -158,7 +158,7 @@ IMAGES: dict[str, tuple[bytes, int]] = {
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_what_is_read_of_code(simulator: Simulator, name: str) -> None:
+def test_sizes_that_an_image_declares(simulator: Simulator, name: str) -> None:
     image, mib = IMAGES[name]
     script = f"m = C.c_void_p(); L.cuModuleLoadData(C.byref(m), bytes.fromhex('{(image + bytes(64)).hex()}')); out(1)"
     assert said(simulator, script) == [[1]]

@@ -19,7 +19,7 @@ def asked(agent: Agent, kind: int = MEMORY) -> list[bool]:
     return [bool(c["flags"] & PATIENT) for c in agent.calls(kind)]
 
 
-def test_waits_until_the_device_has_let_go(held: Agent) -> None:
+def test_waits_until_the_device_has_released_memory(held: Agent) -> None:
     held.do("limit", **FULL)
     result, ms = call_while(held, "alloc(256 * MiB)", then=lambda: held.do("limit", **EMPTY))
     assert result == 0
@@ -30,7 +30,7 @@ def test_waits_until_the_device_has_let_go(held: Agent) -> None:
 
 
 @pytest.mark.parametrize("age_ms", [3500, 3900])
-def test_what_is_not_let_go_in_time_refuses(held: Agent, age_ms: int) -> None:
+def test_memory_that_is_not_released_in_time_is_a_refusal(held: Agent, age_ms: int) -> None:
     held.do("limit", **{**FULL, "age_ms": age_ms})
     result, ms = call_while(held, "alloc(256 * MiB)")
     assert result == OOM

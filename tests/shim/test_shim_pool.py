@@ -44,7 +44,7 @@ out(L.fake_queries())"""
     assert len(grants(held)) == 1
 
 
-def test_what_one_stream_freed_is_no_credit_of_another(held: Agent) -> None:
+def test_memory_freed_in_one_stream_is_no_credit_of_another(held: Agent) -> None:
     """Eight streams allocate 200 MiB each and free it, without waiting: five fit."""
     script = (
         POOLS
@@ -192,7 +192,7 @@ out(L.fake_reserved(0) >> 20)"""
     "wait",
     ["cuCtxSynchronize()", "cuStreamSynchronize(None)", "cuStreamSynchronize_ptsz(None)", "cuEventSynchronize(None)"],
 )
-def test_what_a_wait_released_goes_back_for_other_processes(held: Agent, wait: str) -> None:
+def test_memory_released_by_a_wait_is_given_back_for_other_processes(held: Agent, wait: str) -> None:
     held.python(POOLS + f"p, q = new(200 * MiB), new(40 * MiB); drop(p); L.{wait}; out(L.fake_reserved(0) >> 20)")
     assert held.do("look")["used"] == 64 * MIB
 
@@ -287,7 +287,7 @@ out(1)"""
     assert grants(held) == [64 * MIB] * 41
 
 
-def test_what_a_destroyed_pool_has_in_use_stays_charged(held: Agent) -> None:
+def test_memory_in_use_of_a_destroyed_pool_stays_charged(held: Agent) -> None:
     held.python(
         POOLS
         + """
@@ -297,7 +297,7 @@ drop(q); L.cuMemPoolDestroy(V(a)); out(1)"""
     assert held.do("look")["used"] == 64 * MIB
 
 
-def test_what_is_left_of_destroyed_pools_refuses_nobody(held: Agent) -> None:
+def test_memory_of_destroyed_pools_causes_no_refusal(held: Agent) -> None:
     """Frees after the end of their pool are not seen. NVML knows what is still allocated."""
     script = (
         POOLS
@@ -345,13 +345,13 @@ def test_a_pool_outlives_every_context(held: Agent, end: str) -> None:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_what_was_freed_in_a_context_that_ended_goes_back(held: Agent, end: str) -> None:
+def test_memory_freed_in_an_ended_context_is_given_back(held: Agent, end: str) -> None:
     held.python(POOLS + f"p, q = new(200 * MiB), new(40 * MiB); drop(p); {end}; out(L.fake_reserved(0))")
     assert held.do("look")["used"] == 64 * MIB
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_what_a_stream_of_an_ended_context_freed_serves_any_other(held: Agent, end: str) -> None:
+def test_memory_freed_in_a_stream_of_an_ended_context_serves_any_other(held: Agent, end: str) -> None:
     """The pool keeps it, so nothing is requested and nothing is trimmed."""
     script = POOLS + f"p = new(600 * MiB, 3); L.fake_lazy(1); drop(p, 3); {end}\n"
     assert held.python(script + "out(results([new(600 * MiB, 4)]), L.fake_trims())") == [[[0], 0]]
@@ -373,7 +373,7 @@ def test_other_processes_find_no_room_while_a_context_ends(held: Agent) -> None:
         "L.cuStreamBeginCaptureToCig(V(3), None)",
     ],
 )
-def test_what_is_captured_takes_nothing_from_a_pool(held: Agent, begin: str) -> None:
+def test_captured_allocations_take_nothing_from_a_pool(held: Agent, begin: str) -> None:
     script = (
         POOLS
         + f"""
@@ -385,7 +385,7 @@ out(L.fake_unsafe(), L.fake_asked_capturing() > 0, results([new(100 * MiB, 3)]))
     assert grants(held) == [128 * MIB]
 
 
-def test_freed_into_a_capture_it_is_no_credit(held: Agent) -> None:
+def test_memory_freed_into_a_capture_is_no_credit(held: Agent) -> None:
     script = (
         POOLS
         + """

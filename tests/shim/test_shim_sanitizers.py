@@ -241,7 +241,7 @@ PLANTS = {
 
 @pytest.mark.skipif(not IS_FULL, reason="each builds a shim: ./dev test full")
 @pytest.mark.parametrize("name", PLANTS)
-def test_what_is_planted_is_found(name: str, tmp_path: Path) -> None:
+def test_planted_errors_are_found(name: str, tmp_path: Path) -> None:
     plant = PLANTS[name]
     under = built(plant.by)
     for part in ("shim", "bpf"):

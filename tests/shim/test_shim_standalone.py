@@ -21,12 +21,12 @@ def test_the_limit_holds_and_is_all_that_is_seen(build: Build) -> None:
     assert said == [[[0, GIB, GIB]], [0, OOM, [0, 324 * MIB, GIB], 1]]
 
 
-def test_what_is_freed_is_there_again(build: Build) -> None:
+def test_freed_memory_is_available_again(build: Build) -> None:
     code = "out(alloc(700 * MiB), L.cuMemFree_v2(C.c_uint64(0xd00000)), alloc(1024 * MiB), alloc(512), info()[1])"
     assert container(build).python(code) == [[0, 0, 0, OOM, 0]]
 
 
-def test_what_is_freed_in_the_order_of_a_stream_is_there_again(build: Build) -> None:
+def test_memory_freed_in_stream_order_is_available_again(build: Build) -> None:
     """The driver takes plain memory. It refuses managed memory, which stays charged."""
     code = """
 p = C.c_uint64()
@@ -57,7 +57,7 @@ def test_quantities_are_those_of_policies(build: Build, text: str, bytes_: int) 
 @pytest.mark.parametrize(
     "text", ["", "\n", "lots", "8GB", "-1", "6", "1073741824", "8GiB 9GiB", "1" + "0" * 30, "0x10", "9" * 80]
 )
-def test_a_limit_that_makes_no_sense_is_none_to_anybody(build: Build, text: str) -> None:
+def test_an_invalid_limit_holds_for_no_process(build: Build, text: str) -> None:
     assert container(build, text).python("out(alloc(512), info()[1])") == [[OOM, 0]]
 
 
@@ -82,7 +82,7 @@ def test_nothing_in_the_environment_changes_it(build: Build) -> None:
         "rm /etc/fgpu/limit; mkdir /etc/fgpu/limit\n",
     ],
 )
-def test_a_file_that_others_could_have_made_is_no_limit(build: Build, more: str) -> None:
+def test_a_file_that_others_can_make_sets_no_limit(build: Build, more: str) -> None:
     done = container(build, more=more).run("py 'out(alloc(2 * GiB), info()[2])'")
     assert (done.stdout, done.stderr) == (f"[0, {16 * GIB}]\n", "fgpu: no agent on this host: not enforced\n")
 
@@ -107,7 +107,7 @@ py 'out(alloc(GiB), info()[1])'""")
     assert said == [[0], [0, 0]]
 
 
-def test_who_executes_another_program_holds_nothing(build: Build) -> None:
+def test_a_process_that_executes_another_program_holds_nothing(build: Build) -> None:
     code = 'out(alloc(GiB)); os.execv("/etc/py", ["py", "out(alloc(GiB), info()[1])"])'
     assert container(build).python(code) == [[0], [0, 0]]
 
@@ -120,12 +120,12 @@ os.waitpid(pid, 0); out(info()[1], alloc(400 * MiB))"""
     assert container(build).python(code) == [[0], [OOM, 0, 24 * MIB], [424 * MIB, 0]]
 
 
-@pytest.mark.parametrize(("first", "second", "mode"), [("", "$nobody", 755), ("$nobody", "", 1777)])
-def test_users_share_it_whoever_came_first(build: Build, first: str, second: str, mode: int) -> None:
+@pytest.mark.parametrize(("first", "second", "mode"), [("", "$unprivileged", 755), ("$unprivileged", "", 1777)])
+def test_users_share_it_in_any_order(build: Build, first: str, second: str, mode: int) -> None:
     said = container(build).says(f"""
 chmod {mode} /run
 mkfifo -m 666 /run/in
-nobody='setpriv --reuid=65534 --regid=65534 --clear-groups'
+unprivileged='setpriv --reuid=65534 --regid=65534 --clear-groups'
 {first} py 'out(alloc(600 * MiB)); open("/run/in").read()' >/run/out &
 until [ -s /run/out ]; do sleep 0.02; done
 {second} py 'out(alloc(600 * MiB), alloc(400 * MiB))'
@@ -135,7 +135,7 @@ cat /run/out""")
     assert said == [[OOM, 0], [0]]
 
 
-def test_no_place_for_books(build: Build) -> None:
+def test_no_place_for_the_ledger(build: Build) -> None:
     done = container(build, more="mount -o remount,ro /run\n").run("py 'out(alloc(GiB), alloc(512), info()[1:])'")
     assert (done.stdout, done.stderr) == (f"[0, {OOM}, [0, {GIB}]]\n", BY_ITSELF)
 
@@ -153,7 +153,7 @@ def test_no_place_for_books(build: Build) -> None:
         "rmdir /run/fgpu; touch /run/fgpu",
     ],
 )
-def test_what_is_no_books_is_not_written_to(build: Build, planted: str) -> None:
+def test_a_file_that_is_no_ledger_is_not_written(build: Build, planted: str) -> None:
     more = f"mkdir /run/fgpu /run/elsewhere; seq 1 9000 | head -c 40960 >/run/precious; {planted}\n"
     done = container(build, more=more).run("""
 py 'out(alloc(GiB), alloc(512))'
@@ -161,7 +161,7 @@ py 'out(alloc(GiB), alloc(512))'
     assert (done.returncode, done.stdout, done.stderr) == (0, f"[0, {OOM}]\n", BY_ITSELF)
 
 
-def test_books_full_of_nonsense_harm_nobody(build: Build) -> None:
+def test_an_invalid_ledger_affects_no_process(build: Build) -> None:
     done = container(build).run("""
 py 'out(alloc(512))'
 for seed in 1 2 3 4 5 6 7 8; do
@@ -232,7 +232,7 @@ def test_an_agents_word_is_the_only_one(image: Agent) -> None:
     assert image.python("out(alloc(800 * MiB), info()[2])") == [[0, GIB]]
 
 
-def test_who_is_nobodys_under_an_agent_is_the_images(image: Agent) -> None:
+def test_a_process_that_an_agent_does_not_manage_has_the_image_s_limit(image: Agent) -> None:
     image.do("set", answer="unmanaged")
     image.do("start")
     assert image.python("out(alloc(800 * MiB), alloc(600 * MiB), info()[1:])") == [[OOM, 0, [100 * MIB, 700 * MIB]]]
@@ -248,7 +248,7 @@ def test_an_agent_that_comes_takes_over(image: Agent) -> None:
     assert process.communicate("\n", timeout=10)[0] == f"[0, {GIB}]\n"
 
 
-def test_one_that_was_there_and_is_silent_leaves_no_memory(image: Agent) -> None:
+def test_a_silent_agent_leaves_no_memory(image: Agent) -> None:
     """Its socket is left: the agent's limit may have been lower than the image's."""
     image.do("start")
     held = image.start_python(
@@ -260,7 +260,7 @@ def test_one_that_was_there_and_is_silent_leaves_no_memory(image: Agent) -> None
     assert held.communicate("\n", timeout=10)[0] == f"[0, {GIB}]\n", "the kernel's word, as before"
 
 
-def test_a_folder_that_nobody_ever_answered_in_is_no_agent(image: Agent) -> None:
+def test_a_folder_in_which_no_agent_ever_answered_is_no_agent(image: Agent) -> None:
     assert image.python("out(alloc(800 * MiB), alloc(600 * MiB))") == [[OOM, 0]]
 
 
@@ -298,17 +298,17 @@ def test_one_gets_the_last_piece(books: Path, scale: Scale) -> None:
     assert ", 0 without exactly one winner, 0 bytes left" in counted(books, "races", scale(100, 1000, 20000))
 
 
-def test_what_was_granted_and_not_given_back_is_in_the_books(books: Path, scale: Scale) -> None:
+def test_what_was_granted_and_not_given_back_is_in_the_ledger(books: Path, scale: Scale) -> None:
     assert " 0 beyond, 0 of " in counted(books, "churn", scale(100_000, 1_000_000, 20_000_000))
 
 
-def test_what_fits_is_never_refused(books: Path, scale: Scale) -> None:
+def test_a_request_that_fits_is_never_refused(books: Path, scale: Scale) -> None:
     assert " 0 refused, 0 bytes left" in counted(books, "fits", scale(10_000, 100_000, 2_000_000))
 
 
-def test_what_is_left_in_the_middle_is_settled_by_whoever_comes_next(books: Path) -> None:
+def test_an_unfinished_change_is_settled_by_the_next_process(books: Path) -> None:
     assert counted(books, "left", 1000) == "1000 rounds, 0 wrong\n"
 
 
-def test_killed_and_stopped_anywhere_they_hold_nobody_up_and_leave_nothing(books: Path, scale: Scale) -> None:
+def test_killed_and_stopped_processes_delay_no_other_and_leave_nothing(books: Path, scale: Scale) -> None:
     assert " 0 stalled, 0 beyond, 0 bytes and 0 seats left" in counted(books, "kills", scale(20, 60, 1000))

@@ -25,17 +25,17 @@ def take_turns(agent: Agent, first: int, weights: list[int], seconds: float) -> 
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         turn += 1
-        who = min(range(len(weights)), key=lambda i: given[i] / weights[i])
+        index = min(range(len(weights)), key=lambda i: given[i] / weights[i])
         began = time.monotonic()
-        agent.do("gate", word=turn << 2 | OPEN, page=first + who)
+        agent.do("gate", word=turn << 2 | OPEN, page=first + index)
         time.sleep(0.02)
-        agent.do("gate", word=turn << 2 | SHUT, page=first + who)
+        agent.do("gate", word=turn << 2 | SHUT, page=first + index)
         while True:
-            now = agent.do("status")["pages"][first + who]
+            now = agent.do("status")["pages"][first + index]
             if now["drained"] == turn or not now["in_flight"]:
                 break
             assert time.monotonic() < began + 5, now
-        given[who] += time.monotonic() - began
+        given[index] += time.monotonic() - began
     return given
 
 

@@ -25,7 +25,7 @@ def test_asked_with_its_tag_and_answered_there(tagged: Agent) -> None:
     assert [(c["kind"], c["flags"]) for c in tagged.calls()] == [(HELLO, TAGGED), (MEMORY, TAGGED), (MEMORY, TAGGED)]
 
 
-def test_without_a_tag_it_is_asked_as_ever(held: Agent) -> None:
+def test_without_a_tag_it_is_asked_as_before(held: Agent) -> None:
     assert held.python("out(alloc(MiB))") == [[0]]
     assert {c["flags"] for c in held.calls()} == {0}
 
@@ -53,7 +53,7 @@ def test_another_process_cannot_answer_for_it(build: Build, tagged: Agent, kind:
     assert out == f"[{OOM}, {pid}]\n"
 
 
-def test_a_tag_of_another_process_in_its_page_is_no_key(tagged: Agent) -> None:
+def test_a_tag_of_another_process_gives_no_answer(tagged: Agent) -> None:
     """A gatekeeper gives a wrong tag: the request is refused, and the verdict of the other process is not used."""
     with tagged.start_python(TALK) as program:
         pid = int(program.stdout.readline().strip(" []\n"))

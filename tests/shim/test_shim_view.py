@@ -64,7 +64,7 @@ AS_IT_IS = [[10 * GIB, 16 * GIB], [17 * GIB, 10 * GIB, 7 * GIB], [17 * GIB, GIB,
 
 
 @pytest.mark.parametrize("levels", [1, 2])
-def test_who_is_only_observed_sees_what_the_driver_shows(held: Agent, levels: int) -> None:
+def test_an_observed_tenant_sees_what_the_driver_shows(held: Agent, levels: int) -> None:
     """The tenant sees its neighbours, and a limit below the bytes in use has no effect."""
     held.do("set", levels=levels, rows=ROWS)
     for level in range(levels):
@@ -220,7 +220,7 @@ def account(pid):
         ("account(1)", [6, 0, 6, 0]),
     ],
 )
-def test_what_names_processes_names_own_ones(held: Agent, call: str, result: list[Any]) -> None:
+def test_calls_that_name_processes_name_own_ones(held: Agent, call: str, result: list[Any]) -> None:
     """Left-out processes are removed from the caller's array. The result is "not found" if there is no process."""
     held.do("set", rows=ROWS)
     assert held.python(NVML + FILTERED + f"out({call})") == [[result]]

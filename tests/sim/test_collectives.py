@@ -83,7 +83,7 @@ settle(d); say(time.monotonic() - began)
     assert 0.07 <= first < 0.1
 
 
-def test_what_spins_has_the_device(pair: Machine) -> None:
+def test_a_spinning_kernel_occupies_the_device(pair: Machine) -> None:
     """A kernel that spins uses the device as a real one does: another context gets half, and all of it after a kill."""
     hog = pair.spawn(PAIR + "meet(0); say('up'); wait()")
     assert hog.stdout is not None

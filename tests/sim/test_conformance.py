@@ -38,7 +38,7 @@ def test_as_the_real_driver(make_machine: Callable[..., Machine], program: Path,
 
 
 @pytest.mark.parametrize("section", WAITING | NO_DEVICE)
-def test_what_no_card_was_asked(make_machine: Callable[..., Machine], program: Path, section: str) -> None:
+def test_questions_that_no_card_was_asked(make_machine: Callable[..., Machine], program: Path, section: str) -> None:
     answers = make_machine().run(program, section).stdout.splitlines()
     expected = (WAITING | NO_DEVICE)[section]
     assert [line for line in answers if not line.startswith("uninitialised.")] == expected

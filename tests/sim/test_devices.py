@@ -91,7 +91,7 @@ need("cuMemHostGetDevicePointer_v2", C.byref(d), p, 0); say(d.value == p.value, 
     assert machine.python(script) == ["6 712 0 713", "True 0"]
 
 
-def test_managed_memory_goes_where_it_is_told(machine: Machine) -> None:
+def test_managed_memory_goes_to_the_advised_place(machine: Machine) -> None:
     script = """
 start(); before = info()[0]; m, plain = C.c_uint64(), alloc(1 << 20)
 class Place(C.Structure):
@@ -106,7 +106,7 @@ say(L.cuMemAdvise_v2(m, size, 3, Place(1, 0)), (before - info()[0]) >> 20)
     assert machine.python(script) == ["[0, 0, 101]", "[0, 0, 0, 1]", "1 1", "[1, 0, 0, 0, 0, 0, 0, 1] 101", "0 130"]
 
 
-def test_what_an_array_is(machine: Machine) -> None:
+def test_sizes_of_arrays(machine: Machine) -> None:
     script = """
 class Shape(C.Structure):
     _fields_ = [("width", C.c_size_t), ("height", C.c_size_t), ("depth", C.c_size_t),

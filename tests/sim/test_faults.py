@@ -138,7 +138,7 @@ N.nvmlShutdown(); N.nvmlInit(); device = N.nvmlDeviceGetHandleByIndex(0); look()
     assert machine.python("start(); alloc(1); say('fine')") == ["fine"]
 
 
-def test_one_lost_device_of_two_has_no_handle_and_the_other_goes_on(make_machine: Callable[..., Machine]) -> None:
+def test_one_lost_device_of_two_has_no_handle_and_the_other_works(make_machine: Callable[..., Machine]) -> None:
     pytest.importorskip("pynvml")
     machine = make_machine(FGPU_SIM_GPUS="2")
     script = (
@@ -188,7 +188,7 @@ def come(found, ms=0):
 )
 
 
-def test_xids_come_to_who_has_registered_for_them(make_machine: Callable[..., Machine]) -> None:
+def test_xids_reach_the_clients_that_registered_for_them(make_machine: Callable[..., Machine]) -> None:
     """Each set gets the XIDs in each device's order, once, and none from before."""
     pytest.importorskip("pynvml")
     machine = make_machine(FGPU_SIM_GPUS="2")
@@ -213,7 +213,7 @@ say(come(first), come(second), come(other))
             say(client)
 
 
-def test_who_waits_for_an_xid_hears_of_it(machine: Machine) -> None:
+def test_a_client_that_waits_for_an_xid_receives_it(machine: Machine) -> None:
     """Other calls for the device are served meanwhile. Only the last 64 XIDs that no call takes are kept."""
     pytest.importorskip("pynvml")
     script = """
@@ -347,7 +347,7 @@ def test_the_end_of_a_stall_by_order(machine: Machine) -> None:
         "x" * 300,
     ],
 )
-def test_what_is_not_understood(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
+def test_invalid_faults(tools: Path, tmp_path: Path, machine: Machine, spec: str) -> None:
     known = "nvml-stall:60s, nvml-na, nvml-gone, mig, alloc-fail:N, slow-end:3s, "
     known += "device-reset, device-lost[:DEVICE], ecc, xid=79[:DEVICE], reset"
     line = f"fgpu-simd: fault is none of {known}: {spec}\n"

@@ -94,7 +94,7 @@ def answers(machine: Machine, program: Path, section: str) -> dict[str, str]:
     return dict(line.removeprefix(f"{section}.").split(" ", 1) for line in lines if line.startswith(section))
 
 
-def test_what_may_be_captured(machine: Machine, program: Path) -> None:
+def test_calls_that_may_be_captured(machine: Machine, program: Path) -> None:
     said = answers(machine, program, "capture")
     for name, expected in ACTS.items():
         assert [said[f"{how}.{name}"] for how in ("global", "local", "relaxed", "exchanged")] == expected, name

@@ -138,7 +138,7 @@ def test_it_stays_until_the_last_close(machine: Machine, way: str) -> None:
     machine.settles_at(0)
 
 
-def test_what_finds_no_room_stays_with_the_host(make_machine: Callable[..., Machine]) -> None:
+def test_managed_memory_without_room_stays_on_the_host(make_machine: Callable[..., Machine]) -> None:
     """Its use is no error. It moves to the device once there is room."""
     machine = make_machine(FGPU_SIM_MEMORY="4GiB")
     script = """

@@ -150,7 +150,7 @@ def test_malformed_message_drops_its_sender_alone(server: Server, message: bytes
 
 
 @pytest.mark.parametrize("excess", [(1, 0), (0, 1)], ids=["bytes", "requested"])
-def test_who_gives_back_more_than_it_holds_is_dropped(server: Server, excess: tuple[int, int]) -> None:
+def test_a_client_that_gives_back_more_than_it_holds_is_dropped(server: Server, excess: tuple[int, int]) -> None:
     with server.connect() as sock:
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=1009, asked=1009)) == (0, 0)
@@ -176,7 +176,7 @@ LIES = {
 
 
 @pytest.mark.parametrize(("message", "status"), LIES.values(), ids=LIES)
-def test_what_cannot_be_is_refused(server: Server, message: bytes, status: int) -> None:
+def test_impossible_requests_are_refused(server: Server, message: bytes, status: int) -> None:
     with server.connect() as other, server.connect() as sock:
         assert ask(other, request(TAKE, kind=CONTEXT, context=2)) == (0, 0)
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
@@ -212,7 +212,7 @@ def test_shared_memory_cannot_be_given_back(server: Server) -> None:
     assert used(server) == 0
 
 
-def test_a_share_is_dropped_by_those_who_have_it(server: Server) -> None:
+def test_a_share_is_dropped_by_its_holders_alone(server: Server) -> None:
     with server.connect() as sock, server.connect() as other, server.connect() as third:
         assert ask(sock, request(TAKE, kind=CONTEXT, context=1)) == (0, 0)
         assert ask(sock, request(TAKE, kind=BLOCK, context=1, size=1009)) == (0, 0)
@@ -240,7 +240,7 @@ def test_shares_are_bounded(server: Server) -> None:
 
 
 @pytest.mark.timed
-def test_a_stall_holds_up_whoever_asks_on(tools: Path, tmp_path: Path) -> None:
+def test_a_stall_delays_every_client_that_asks(tools: Path, tmp_path: Path) -> None:
     """Further messages of the waiting peer wait too. No other peer waits, and no connection is closed."""
     server = Server(tools, tmp_path, "env", "FGPU_SIM_FAULT=nvml-stall:400ms")
     start = time.monotonic()
@@ -259,7 +259,7 @@ def send_many(sock: socket.socket, message: bytes) -> None:
         sock.send(message)
 
 
-def test_who_never_reads_is_dropped(server: Server) -> None:
+def test_a_client_that_never_reads_is_dropped(server: Server) -> None:
     with server.connect() as silent, server.connect() as good:
         silent.settimeout(0.2)
         with pytest.raises(OSError, match=r"timed out|Broken pipe|reset"):

@@ -79,7 +79,7 @@ def test_sibling_namespaces_do_not_see_each_other(machine: Machine) -> None:
             say(client)
 
 
-def test_foreign_proc_lists_nobody(machine: Machine, holder: Popen[str]) -> None:
+def test_foreign_proc_lists_no_process(machine: Machine, holder: Popen[str]) -> None:
     done = machine.run(*in_pid_namespace("start(); say(processes())", proc=False))
     assert done.stdout == "[]\n"
 
@@ -145,7 +145,7 @@ say(ask("nvmlDeviceGetAccountingPids"), ask("nvmlDeviceGetAccountingStats", 1))
     ]
 
 
-def test_two_lists_of_who_is_busy(machine: Machine, holder: Popen[str]) -> None:
+def test_two_lists_of_busy_processes(machine: Machine, holder: Popen[str]) -> None:
     script = (
         NVML
         + """

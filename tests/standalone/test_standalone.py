@@ -66,7 +66,7 @@ def test_two_containers_of_an_image_have_two_limits(images: kit.Images, shared: 
     fill(one)
 
 
-def test_a_container_that_was_killed_starts_anew(images: kit.Images) -> None:
+def test_a_killed_container_starts_with_an_empty_ledger(images: kit.Images) -> None:
     """The new container has the same root, with the ledger, and its pids are reused."""
     for shared in (set[str](), {"ipc"}):
         images.shared, images.root = shared, None
@@ -98,18 +98,18 @@ def test_a_read_only_root_without(images: kit.Images) -> None:
 
 
 @pytest.mark.parametrize("how", ["own", "open", "link"])
-def test_a_neighbour_that_poses_as_a_gatekeeper_is_none(images: kit.Images, how: str) -> None:
+def test_a_neighbour_that_poses_as_a_gatekeeper_is_ignored(images: kit.Images, how: str) -> None:
     """A process can put a folder and a socket that never answers into /run/fgpu if all users may write there."""
     tenant = images.tenant(None)
     run = images.rootfs(tenant) / "run/fgpu"
-    place = run / "shim" if how != "link" else run.parent / "anybody"
+    place = run / "shim" if how != "link" else run.parent / "elsewhere"
     for folder in (run, place):
         folder.mkdir()
         folder.chmod(0o1777 if how != "own" or folder is run else 0o755)
     if how == "own":
         os.chown(place, 1000, 1000)
     if how == "link":
-        (run / "shim").symlink_to("/run/anybody")
+        (run / "shim").symlink_to("/run/elsewhere")
     descriptor = os.open(place, os.O_PATH)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(f"/proc/self/fd/{descriptor}/shim.sock")
@@ -190,7 +190,7 @@ call("cuCtxSynchronize"); print(used())
     ],
     ids=["mapped", "contexts", "frees", "pools"],
 )
-def test_what_ends_is_given_back_when_it_ends(images: kit.Images, code: str, said: list[str]) -> None:
+def test_memory_of_an_ended_process_is_given_back(images: kit.Images, code: str, said: list[str]) -> None:
     tenant = images.tenant(None)
     (tenant.folder / "program.py").write_text(PROGRAM + code)
     assert tenant.run(f"/usr/bin/python3 {tenant.folder}/program.py").splitlines() == said, kit.said(tenant)
@@ -241,7 +241,7 @@ class Life(Program):
 
 
 @pytest.mark.timeout(7200)
-def test_random_lives_are_in_the_books_to_the_byte(images: kit.Images, scale: Scale) -> None:
+def test_random_lives_are_in_the_ledger_to_the_byte(images: kit.Images, scale: Scale) -> None:
     seed = int(os.environ.get("FGPU_TEST_SEED", random.SystemRandom().randrange(1 << 30)))
     print(f"FGPU_TEST_SEED={seed}")
     chance = random.Random(seed)

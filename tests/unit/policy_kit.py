@@ -31,8 +31,8 @@ def text(name: str = "p", spec: str = "{selector: {cgroup: a}}") -> str:
 
 def read(yaml: str) -> list[Policy]:
     """The policies of a text that is right."""
-    policies, faults = parse.read("p.yaml", yaml.encode())
-    assert [str(fault) for fault in faults] == []
+    policies, errors = parse.read("p.yaml", yaml.encode())
+    assert [str(error) for error in errors] == []
     return policies
 
 

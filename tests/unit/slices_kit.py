@@ -277,10 +277,10 @@ class World:
             if place and (place.late_ns or (place.turn and place.turn.closing_ns)):
                 self._ring(tenant)
 
-    def _ring(self, who: Tenant | None = None) -> None:
+    def _ring(self, tenant: Tenant | None = None) -> None:
         """Ring for this tenant, or for all. The next step sees it. It wakes the gatekeeper if it cannot wait."""
-        self.rung |= {who.key} if who else set(self.tenants)
-        if self.bell is None and not (who and who.key in self.turns.unheard()):
+        self.rung |= {tenant.key} if tenant else set(self.tenants)
+        if self.bell is None and not (tenant and tenant.key in self.turns.without_wakeups()):
             self.bell = self.now + BELL_NS
 
     def counted(self) -> int:

@@ -40,7 +40,7 @@ class Host:
         return said
 
 
-def test_who_runs_beyond_its_turns_is_known_after_ten_seconds():
+def test_a_tenant_that_runs_outside_its_turns_is_known_after_ten_seconds():
     host = Host({71: 48, 81: 60, 82: 35, 99: 100})
     assert host.looks(10) == Verdict()
     assert host.looks(1).beyond == pytest.approx({HONEST: -0.02, LIAR: 0.45})
@@ -63,7 +63,7 @@ def test_a_tenant_that_owns_little_need_not_run():
     assert host.looks(11).empty == set()
 
 
-def test_the_gatekeeper_is_told_what_nvml_saw_from_the_second_look_on():
+def test_the_gatekeeper_receives_nvml_s_figures_from_the_second_look_on():
     host = Host({71: 48, 81: 60, 82: 35, 99: 100})
     host.looks(1)
     assert host.ran == {HONEST: 0, LIAR: 0}
@@ -78,7 +78,7 @@ def test_two_processes_do_not_run_for_more_than_all_the_time():
     assert Host({81: 100, 82: 100}).looks(11).beyond[LIAR] == pytest.approx(0.5)
 
 
-def test_without_an_answer_nothing_is_known_and_it_begins_anew():
+def test_without_an_answer_nothing_is_known_and_the_audit_starts_again():
     host = Host({81: 100})
     assert host.looks(11).beyond
     host.percent = None
@@ -88,19 +88,19 @@ def test_without_an_answer_nothing_is_known_and_it_begins_anew():
     assert host.looks(1).outside
 
 
-def test_who_is_free_has_no_turns():
+def test_a_tenant_that_is_not_gated_has_no_turns():
     host = Host({81: 100})
     host.free = 1
     assert host.looks(11) == Verdict()
 
 
-def test_who_says_nothing_owns_nothing():
+def test_a_tenant_that_reports_nothing_owns_nothing():
     host = Host({81: 30})
     host.silent = True
     assert host.looks(11).beyond[LIAR] == pytest.approx(0.3)
 
 
-def test_counts_that_begin_anew_are_no_time_owned():
+def test_counts_that_start_again_are_no_owned_time():
     host = Host({81: 50})
     host.looks(11)
     host.now = 0.0

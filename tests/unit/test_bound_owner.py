@@ -55,7 +55,7 @@ def test_what_engines_and_systemd_name(host, path, owner, why):
     assert found.path.endswith(owner or path)
 
 
-def test_what_belongs_to_a_user_is_one_whatever_it_makes_inside(host):
+def test_all_cgroups_of_a_user_are_one_workload(host):
     found = host(f"/work/alice/docker-{ID}.scope", {"/work/alice": 1000})
     assert (found.path, found.why) == ("/work/alice", Why.USER)
 

@@ -56,7 +56,7 @@ def keys(value: object) -> set[str]:
         ("all-100pct", None, 1_000_000),
     ],
 )
-def test_a_name_says_it_all(name, memory, compute):
+def test_a_name_has_all_values_of_a_share(name, memory, compute):
     share = share_name.parse(name)
     assert (share.amount and share.amount.bytes, share.limit_millionths) == (memory, compute)
 
@@ -89,7 +89,7 @@ def test_percent_of_a_device():
         *("8gib-50pct-2", "8gib 50pct", "9999999gib", "\u0661gib", "1mib", "8gib-50pct\n", "../8gib", "8gib;id"),
     ],
 )
-def test_what_is_no_share(name):
+def test_names_that_are_no_shares(name):
     with pytest.raises(QuantityError):
         share_name.parse(name)
 
@@ -101,19 +101,19 @@ def test_the_usual_ones_are_shares():
 def test_agent_yaml_lists_them(tmp_path):
     file = tmp_path / "agent.yaml"
     file.write_text("shares: [6gib-30pct, all-10pct]\ncdiFolder: /etc/cdi\n")
-    host, faults = host_config.read(file, root_only=False)
+    host, errors = host_config.read(file, root_only=False)
     assert host
-    assert not faults
+    assert not errors
     assert (host.shares, host.cdi_folder) == (("6gib-30pct", "all-10pct"), Path("/etc/cdi"))
     file.write_text("shares: []\n")
     host, _ = host_config.read(file, root_only=False)
     assert host
     assert host.shares == ()
     file.write_text("listen: 127.0.0.1:1\nshares: [6gib, 8gb]\n")
-    host, faults = host_config.read(file, root_only=False)
+    host, errors = host_config.read(file, root_only=False)
     assert host is None
-    assert "agent.yaml:2" in str(faults[0])
-    assert "'8gb' is not a share: write it as 8gib" in str(faults[0])
+    assert "agent.yaml:2" in str(errors[0])
+    assert "'8gb' is not a share: write it as 8gib" in str(errors[0])
 
 
 # -- specifications ------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_the_limit_comes_by_a_hook_on_the_host(parts):
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_written_and_gone(parts, tmp_path):
+def test_specifications_are_written_and_removed(parts, tmp_path):
     folder = tmp_path / "cdi"
     injection.set_up(parts, folder, ["8gib"])
     assert sorted(os.listdir(folder)) == ["fgpu.dev-share.json", "fgpu.dev-shim.json"]
@@ -174,7 +174,7 @@ def test_written_and_gone(parts, tmp_path):
     injection.take_away(parts.run_dir)
 
 
-def test_lists_that_nobody_asks_for_are_swept(parts, monkeypatch):
+def test_lists_that_are_not_requested_are_swept(parts, monkeypatch):
     """Unused lists are removed, so that images cannot use all of them up and keep later containers from starting."""
     now = 1000.0
     monkeypatch.setattr(injection.time, "monotonic", lambda: now)
@@ -197,7 +197,7 @@ def test_lists_that_nobody_asks_for_are_swept(parts, monkeypatch):
     assert os.listdir(lists) == []
 
 
-def test_what_is_no_longer_wanted_goes(parts, tmp_path):
+def test_what_is_no_longer_wanted_is_removed(parts, tmp_path):
     injection.set_up(parts, tmp_path / "old", ["8gib"])
     injection.set_up(parts, tmp_path / "new", [])
     assert not (tmp_path / "old").exists()
@@ -230,7 +230,7 @@ def test_the_helper_is_published_where_a_folder_is(tmp_path, monkeypatch):
     assert injection.publish_helper(built).read_text() == "helper"
 
 
-def test_the_helper_of_before_goes_on_where_no_other_can_be_published(tmp_path, monkeypatch):
+def test_the_earlier_helper_stays_where_no_other_can_be_published(tmp_path, monkeypatch):
     monkeypatch.setattr(injection, "BIN", tmp_path / "bin")
     built = tmp_path / "built"
     built.write_text("helper")
@@ -274,7 +274,7 @@ def test_a_reader_sees_the_old_or_the_new(parts, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["run", "x.json"]
 
 
-def test_a_path_that_no_configuration_could_carry(tmp_path):
+def test_a_path_that_no_configuration_can_contain(tmp_path):
     with pytest.raises(ValueError, match="quotes"):
         injection.parts(tmp_path, tmp_path / 'a"b', tmp_path)
 
@@ -301,7 +301,7 @@ def test_generate(tmp_path):
     )
 
 
-def test_list_says_what_is_there(parts, tmp_path, monkeypatch):
+def test_list_shows_what_exists(parts, tmp_path, monkeypatch):
     from fgpu_ebpf.cli import request
 
     monkeypatch.setattr(request, "RUN_DIR", parts.run_dir)

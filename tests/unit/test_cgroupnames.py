@@ -108,13 +108,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("path", CASES)
-def test_a_path_says_who_made_it(path):
+def test_a_path_names_its_maker(path):
     said = cgroup_names.parse(cgroup_names.split(path))
     assert (said.engine, said.container, said.pod_uid, said.unit, said.inside) == CASES[path]
 
 
 @pytest.mark.parametrize("path", CASES)
-def test_nested_is_who_lies_in_another_container(path):
+def test_a_container_inside_another_is_nested(path):
     said = cgroup_names.parse(cgroup_names.split(path))
     assert said.nested == (path.startswith((NODE + "/docker", NODE + "/kube", f"/docker/{ID}/docker")) or (
         f"/docker/{INNER}" in path
@@ -140,7 +140,7 @@ def test_containers_are_no_monitors(path):
         "/lxc.monitor.web",
     ],
 )
-def test_what_stands_beside_a_container_is_a_monitor(path):
+def test_a_cgroup_beside_a_container_is_a_monitor(path):
     assert cgroup_names.is_monitor(cgroup_names.split(path))
     assert cgroup_names.is_monitor(cgroup_names.split(path + "/below"))
 
@@ -160,7 +160,7 @@ def test_any_path_says_something(found):
 
 
 @given(parts)
-def test_whatever_is_made_inside_a_container_lies_inside(found):
+def test_every_cgroup_made_inside_a_container_belongs_to_it(found):
     said = cgroup_names.parse(["docker", ID, *found])
     assert said.inside == bool(found)
     assert said.container == ID or said.nested

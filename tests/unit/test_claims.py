@@ -38,7 +38,7 @@ def page_of(**fields: int) -> StatusPage:
 
 
 @given(st.lists(any_word, min_size=8, max_size=8), st.integers(-(2**62), 2**62), st.integers(0, 2**62))
-def test_whatever_bytes_a_page_has_what_is_read_is_within_bounds(some, ahead_ns, now_ns):
+def test_any_page_is_read_within_bounds(some, ahead_ns, now_ns):
     words = process_claims.Words(*(some * 64)[: process_claims.Words._length_])
     for device in range(abi.DEVICES):
         said = process_claims.read(words, process_claims.row_of(device), ahead_ns, now_ns)
@@ -47,7 +47,7 @@ def test_whatever_bytes_a_page_has_what_is_read_is_within_bounds(some, ahead_ns,
         assert said.busy_until_ns <= now_ns + MOST_FLIGHT_NS
 
 
-def test_what_an_honest_page_says_is_read_as_it_stands():
+def test_an_honest_page_is_read_unchanged():
     page = page_of(
         waiting=2, drained=7, launches=9, in_flight=3, busy_until_ns=1_400, wanted_ns=900, idle_ns=50,
         begun_ns=800, ended_ns=1_000
@@ -109,7 +109,7 @@ class Host:
         return observe_processes([desk], desk.used, place.number, opened_ns, self.now_ns)
 
     def check(self) -> None:
-        assert self.turns.faults == 0
+        assert self.turns.resets == 0
         for tenant, place in self.turns.places.items():
             counts = tuple(astuple(place.counts))
             before = self.counted.get(tenant, (0,) * len(counts))
@@ -152,7 +152,7 @@ def written(host: Host, tenant: int, said: dict) -> StatusPage:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(acts)
-def test_whatever_pages_say_one_after_the_other_no_count_is_negative_or_shrinks(made):
+def test_any_sequence_of_pages_leaves_counts_positive_and_growing(made):
     host = Host(SHARES)
     for later_us, tenants, said in made:
         host.now_ns += later_us * US
@@ -164,7 +164,7 @@ def test_whatever_pages_say_one_after_the_other_no_count_is_negative_or_shrinks(
 @settings(phases=(Phase.explicit, Phase.generate), deadline=None)
 @example(1_200, 500)
 @given(st.integers(0, 3_000), st.integers(0, 3_000))
-def test_one_that_drains_before_the_time_it_told_has_not_waited_since_the_future(ahead_us, rings_us):
+def test_a_drain_before_the_reported_time_is_no_wait_since_the_future(ahead_us, rings_us):
     """A says at the end of its turn that it is busy for a little longer, and drains at once; B wants nothing."""
     host = Host([Share(), Share()])
     for tenant in (0, 1):

@@ -20,7 +20,7 @@ ls "$inner"
 """
 
 
-def test_what_was_moved_aside_is_removed_with_its_contents(tmp_path: Path) -> None:
+def test_folders_moved_aside_are_removed_with_their_contents(tmp_path: Path) -> None:
     place = tmp_path / "a.sock"
     for _ in range(2):
         (place / "folder").mkdir(parents=True)

@@ -44,7 +44,7 @@ def test_good_files_are_counted(two):
     assert fgpu("check", two / "a.yaml", two / "b.yaml") == (0, "ok: 3 policies in 2 files\n")
 
 
-def test_every_fault_is_printed(two):
+def test_every_error_is_printed(two):
     (two / "b.yaml").write_text(kit.text("x", "{selector: {cgroup: a}, memory: {limit: 8GB}, mode: of}"))
     assert fgpu("check", two) == (
         1,
@@ -61,7 +61,7 @@ def test_names_are_unique_over_all_that_is_checked(two):
     assert "the name third is taken by" in output
 
 
-def test_what_is_not_there_is_a_fault(tmp_path):
+def test_a_missing_path_is_an_error(tmp_path):
     assert fgpu("check", tmp_path / "no.yaml") == (
         1,
         f"{tmp_path}/no.yaml: cannot be read: No such file or directory\n"
@@ -126,7 +126,7 @@ def test_the_schema_is_printed():
 
 @settings(max_examples=40)
 @given(st.lists(kit.documents, min_size=1, max_size=4))
-def test_what_check_accepts_loads(tmp_path_factory, documents):
+def test_what_check_accepts_is_loaded(tmp_path_factory, documents):
     folder = tmp_path_factory.mktemp("policies")
     for at, document in enumerate(documents):
         (folder / f"{at}.yaml").write_bytes(kit.as_yaml(document))
@@ -135,7 +135,7 @@ def test_what_check_accepts_loads(tmp_path_factory, documents):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="changes its user")
-def test_nobody_may_check(two):
+def test_an_unprivileged_user_may_check(two):
     for path in (two, *two.parents):
         if path.stat().st_uid == 0 and path != Path("/"):
             path.chmod(path.stat().st_mode | 0o055)

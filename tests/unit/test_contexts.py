@@ -39,14 +39,14 @@ def nvml(bytes_: int | None) -> Any:
     )
 
 
-def test_what_is_measured_is_remembered(tmp_path: Path) -> None:
+def test_a_measured_size_is_remembered(tmp_path: Path) -> None:
     state = tmp_path / "contexts.json"
     assert context_sizes.context_bytes(nvml(518 * MIB), library(tmp_path, "(void)0"), state) == {0: 518 * MIB}
     assert context_sizes.context_bytes(nvml(None), tmp_path / "nothing", state) == {0: 518 * MIB}
 
 
 @pytest.mark.parametrize("value", ['"much"', "-1", "0", "1.5", "true", "null", str(1 << 41)])
-def test_a_remembered_value_that_is_no_size_is_measured_anew(tmp_path: Path, value: str) -> None:
+def test_an_invalid_remembered_size_is_measured_again(tmp_path: Path, value: str) -> None:
     state = tmp_path / "contexts.json"
     state.write_text(f'{{"NVIDIA X 1": {value}}}')
     assert context_sizes.context_bytes(nvml(518 * MIB), library(tmp_path, "(void)0"), state) == {0: 518 * MIB}

@@ -21,7 +21,7 @@ SIZE = 256 * MIB
 REST = 32 * MIB  # what a device holds besides; this much may be released too early
 MOST_CLIENTS = 3
 sizes = st.integers(1, 4).map(lambda n: n * SIZE)
-whom = st.integers(0, MOST_CLIENTS - 1)
+a_client = st.integers(0, MOST_CLIENTS - 1)
 which = st.integers(0, 2)
 
 
@@ -117,7 +117,7 @@ class Machine(RuleBasedStateMachine):
         if makes_context:
             list(self.world.make_context(client))
 
-    @rule(n=whom, keepers=st.sampled_from([0, 0, 1]))
+    @rule(n=a_client, keepers=st.sampled_from([0, 0, 1]))
     def kill(self, n: int, keepers: int) -> None:
         for client in self.living()[n : n + 1]:
             self.disturbed = self.disturbed or bool(self.world.device.in_no_row(client))
@@ -126,7 +126,7 @@ class Machine(RuleBasedStateMachine):
             self.running = [one for one in self.running if one[0] is not client]
             self.world.end(client, managed, keepers)
 
-    @rule(n=whom, keepers=st.sampled_from([0, 0, 1]))
+    @rule(n=a_client, keepers=st.sampled_from([0, 0, 1]))
     def execute(self, n: int, keepers: int) -> None:
         for client in self.living()[n : n + 1]:
             self.kill(n, keepers)
@@ -156,76 +156,76 @@ class Machine(RuleBasedStateMachine):
     def go_on(self, n: int) -> None:
         self.advance(n)
 
-    @rule(n=whom, bytes_=sizes, succeeds=st.booleans())
+    @rule(n=a_client, bytes_=sizes, succeeds=st.booleans())
     def take(self, n: int, bytes_: int, succeeds: bool) -> None:
         client = self.some(n)
         if client and client.contexts:
             self.start(client, self.world.take(client, bytes_, succeeds))
 
-    @rule(n=whom)
+    @rule(n=a_client)
     def free(self, n: int) -> None:
         client = self.some(n)
         if client and client.plain and not self.busy(client):
             self.start(client, self.world.free(client, client.plain[0]))
 
-    @rule(n=whom, bytes_=sizes)
+    @rule(n=a_client, bytes_=sizes)
     def admit(self, n: int, bytes_: int) -> None:
         client = self.some(n)
         if client:
             self.start(client, self.world.admit(client, bytes_))
 
-    @rule(n=whom, bytes_=sizes)
+    @rule(n=a_client, bytes_=sizes)
     def take_managed(self, n: int, bytes_: int) -> None:
         client = self.some(n)
         if client and client.contexts:
             self.start(client, self.world.take_managed(client, bytes_), bytes_)
 
-    @rule(n=whom, bytes_=sizes)
+    @rule(n=a_client, bytes_=sizes)
     def touch(self, n: int, bytes_: int) -> None:
         client = self.some(n)
         for managed in client.managed if client else ():
             self.disturb()
             managed.resident = min(managed.bytes, managed.resident + bytes_)
 
-    @rule(n=whom)
+    @rule(n=a_client)
     def free_managed(self, n: int) -> None:
         client = self.some(n)
         if client and client.managed and not self.busy(client):
             self.disturb()
             self.start(client, self.world.free_managed(client, client.managed[0]))
 
-    @rule(n=whom)
+    @rule(n=a_client)
     def make_context(self, n: int) -> None:
         client = self.some(n)
         if client and client.contexts < 2:
             self.start(client, self.world.make_context(client))
 
-    @rule(n=whom)
+    @rule(n=a_client)
     def end_context(self, n: int) -> None:
         client = self.some(n)
         if client and client.contexts and not self.busy(client):
             self.disturb()
             self.start(client, self.world.end_context(client))
 
-    @rule(n=whom, bytes_=sizes)
+    @rule(n=a_client, bytes_=sizes)
     def admit_pool(self, n: int, bytes_: int) -> None:
         client = self.some(n)
         if client:
             self.world.admit_pool(client, bytes_)
 
-    @rule(n=whom, bytes_=sizes)
+    @rule(n=a_client, bytes_=sizes)
     def give_back_pool(self, n: int, bytes_: int) -> None:
         client = self.some(n)
         if client:
             self.world.give_back_pool(client, min(bytes_, self.world.ledger.entries[client.pid].pool - client.pool))
 
-    @rule(n=whom, part=st.integers(0, 4))
+    @rule(n=a_client, part=st.integers(0, 4))
     def use_pool(self, n: int, part: int) -> None:
         client = self.some(n)
         if client and client.contexts:
             client.pool = self.world.ledger.entries[client.pid].pool * part // 4
 
-    @rule(n=whom, bytes_=st.integers(0, 4).map(lambda n: n * SIZE))
+    @rule(n=a_client, bytes_=st.integers(0, 4).map(lambda n: n * SIZE))
     def grow(self, n: int, bytes_: int) -> None:
         """Change the memory that only the driver knows. It may stay unseen for one reconciliation."""
         client = self.some(n)
@@ -234,7 +234,7 @@ class Machine(RuleBasedStateMachine):
 
     # -- handles
 
-    @rule(n=whom, bytes_=sizes)
+    @rule(n=a_client, bytes_=sizes)
     def create(self, n: int, bytes_: int) -> None:
         client = self.some(n)
         if client:
@@ -257,9 +257,9 @@ class Machine(RuleBasedStateMachine):
         if handle and handle.maker:
             self.start(handle.maker, self.world.release(handle.maker, handle))
 
-    @rule(n=which, who=whom)
-    def import_(self, n: int, who: int) -> None:
-        client, handle = self.some(who), self.handle(n, lambda one: one.descriptors)
+    @rule(n=which, importer=a_client)
+    def import_(self, n: int, importer: int) -> None:
+        client, handle = self.some(importer), self.handle(n, lambda one: one.descriptors)
         if client and handle and handle.maker is not client and client not in handle.importers:
             handle.importers.append(client)
 
@@ -345,7 +345,7 @@ class Machine(RuleBasedStateMachine):
         return self.disturbed
 
 
-def test_what_is_released_is_what_the_device_let_go_of(scale: Callable[[int, int, int], int]) -> None:
+def test_the_release_is_what_the_device_released(scale: Callable[[int, int, int], int]) -> None:
     settings = hypothesis.settings(
         max_examples=scale(30, 300, 5000),
         stateful_step_count=60,

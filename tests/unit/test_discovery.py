@@ -37,7 +37,7 @@ def test_probes_are_dropped_only_if_all_is_known(
     assert stage.dropped == dropped
 
 
-def test_who_holds_more_than_was_seen_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_holds_more_than_was_witnessed_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that holds more than was witnessed may have loaded another library: it is searched again."""
     looks: list[tuple[int, str]] = []
     monkeypatch.setattr(Search, "by_name", lambda _, pid: looks.append((pid, "name")) or Found([]))
@@ -56,7 +56,7 @@ def test_who_holds_more_than_was_seen_is_looked_at_again(monkeypatch: pytest.Mon
     assert looks == [(7, "name"), (8, "name"), (8, "contents"), (7, "name")]
 
 
-def test_whatever_the_gatekeeper_says_it_is_taken_a_message_at_a_time(tmp_path: Path) -> None:
+def test_messages_of_the_gatekeeper_are_taken_one_at_a_time(tmp_path: Path) -> None:
     found = Discovery(Stage(), {})  # type: ignore[arg-type]
     found.listen(tmp_path / "sock")
     said = [
@@ -73,7 +73,7 @@ def test_whatever_the_gatekeeper_says_it_is_taken_a_message_at_a_time(tmp_path: 
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
-def test_what_lies_where_a_library_was_is_not_waited_for(tmp_path: Path, make) -> None:
+def test_an_entry_in_the_place_of_a_library_is_not_waited_for(tmp_path: Path, make) -> None:
     """A tenant maps its own libcuda and puts a pipe in its place. Opening the pipe would block for ever."""
     path = str(tmp_path / "libcuda.so.1")
     make(path)
@@ -83,7 +83,7 @@ def test_what_lies_where_a_library_was_is_not_waited_for(tmp_path: Path, make) -
         probe_plan.symbol_offsets(path, ["cuInit"])
 
 
-def test_whatever_a_library_holds_it_is_refused_in_words(tmp_path: Path, scale) -> None:
+def test_any_library_file_is_refused_with_a_message(tmp_path: Path, scale) -> None:
     good, path, chance = Path(os.__file__).read_bytes(), tmp_path / "libcuda.so.1", random.Random(23)
     library = (Path(__file__).parents[2] / "build/shim/libfgpu.so").read_bytes()
     for _ in range(scale(101, 503, 10007)):

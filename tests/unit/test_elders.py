@@ -41,26 +41,26 @@ def maps(monkeypatch: pytest.MonkeyPatch, files: dict[int, list[str]]) -> None:
     monkeypatch.setattr(cuda_mappings, "fgpu_mappings", mapped.get)
 
 
-def test_they_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other) -> None:
+def test_preexisting_processes_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other) -> None:
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"], other.pid: []})
     assert list(PreexistingProcesses.found(tmp_path)) == [ME]
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1"], other.pid: ["/usr/lib/libcuda.so.1"]})
     assert list(PreexistingProcesses.found(tmp_path)) == [ME], "a later one has become older"
 
 
-def test_who_has_the_shim_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_with_the_shim_is_not_preexisting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maps(monkeypatch, {ME: ["/usr/lib/libcuda.so.1", "/var/lib/fgpu/shim/libfgpu.so.0"]})
     assert list(PreexistingProcesses.found(tmp_path)) == []
 
 
 @pytest.mark.parametrize("said", ["", "[1]", '{"a": 1}', '{"1": null}'])
-def test_a_file_that_cannot_be_read_makes_nobody_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said) -> None:
+def test_an_unreadable_file_makes_no_process_preexisting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said) -> None:
     maps(monkeypatch, {ME: ["libcuda.so"]})
     (tmp_path / PreexistingProcesses.FILE).write_text(said)
     assert list(PreexistingProcesses.found(tmp_path)) == []
 
 
-def test_another_process_of_the_same_pid_is_none(tmp_path: Path) -> None:
+def test_another_process_of_the_same_pid_is_not_preexisting(tmp_path: Path) -> None:
     start = procfs.started(ME)
     assert start
     (tmp_path / PreexistingProcesses.FILE).write_text(json.dumps({ME: start + 1}))
@@ -73,7 +73,7 @@ def test_another_process_of_the_same_pid_is_none(tmp_path: Path) -> None:
     assert ME in known
 
 
-def test_who_has_ended_is_none_though_nobody_has_noticed(other) -> None:
+def test_an_ended_process_is_not_preexisting_before_its_end_is_noticed(other) -> None:
     known = PreexistingProcesses({other.pid: procfs.started(other.pid) or 0})
     assert known.places()
     other.kill()
@@ -81,7 +81,7 @@ def test_who_has_ended_is_none_though_nobody_has_noticed(other) -> None:
     assert not known.places()
 
 
-def test_their_places_are_all_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_their_cgroups_include_the_ones_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procfs, "cgroup_path", lambda _: "/a/b/c")
     assert PreexistingProcesses({ME: procfs.started(ME) or 0}).places() == {"/a/b/c", "/a/b", "/a", "/"}
     assert PreexistingProcesses().places() == set()
@@ -122,7 +122,7 @@ class Host:
 BEYOND = "the tenant has 5MiB of 4MiB: nothing more is admitted"
 
 
-def test_each_is_told_of_once() -> None:
+def test_each_process_is_reported_once() -> None:
     host = Host(known=PreexistingProcesses({ME: 1}))
     assert host.told() == [("adopted", "older than fgpu", 5 * MIB, BEYOND)]
     host.truth = Truth(held={0: {ME: 6 * MIB}})
@@ -135,7 +135,7 @@ def test_each_is_told_of_once() -> None:
     assert len(host.told()) == 1, "a second process was not reported"
 
 
-def test_what_an_exec_left_behind_is_nobody_s() -> None:
+def test_memory_left_by_an_exec_is_not_reported() -> None:
     host = Host()
     assert host.told() == []
     host.process = replace(host.process, bytes=(0,) * 16)
@@ -146,7 +146,7 @@ def test_what_an_exec_left_behind_is_nobody_s() -> None:
     assert host.told() == [], "two looks, but not one after the other"
 
 
-def test_within_the_limit_nothing_is_beyond_it() -> None:
+def test_memory_within_the_limit_is_reported_without_an_excess() -> None:
     host = Host()
     host.usage = SimpleNamespace(limit=5 * MIB, used=5 * MIB)
     assert host.told() == [], "the first look"
@@ -155,14 +155,14 @@ def test_within_the_limit_nothing_is_beyond_it() -> None:
 
 
 @pytest.mark.parametrize("flags", [abi.Seen.SHIM, abi.Seen.CALL, abi.Seen.CALL | abi.Seen.BYPASS])
-def test_whom_the_kernel_has_seen_it_tells_of_itself(flags: int) -> None:
+def test_a_process_that_the_kernel_has_seen_is_reported_by_the_kernel(flags: int) -> None:
     host = Host(flags)
     assert host.told() == []
     host.truth = Truth(held={0: {ME: 5 * MIB}})
     assert host.told() == []
 
 
-def test_memory_that_no_probe_has_seen_is_told_of_with_a_shim_too() -> None:
+def test_unwitnessed_memory_is_reported_with_a_shim_too() -> None:
     """A process with the shim has memory of a second library, whose name is not libcuda's: it is reported too."""
     host = Host(abi.Seen.SHIM | abi.Seen.CALL)
     for overhead, told in (
@@ -176,7 +176,7 @@ def test_memory_that_no_probe_has_seen_is_told_of_with_a_shim_too() -> None:
         assert found == told
 
 
-def test_whoever_has_the_shim_is_not_looked_up() -> None:
+def test_a_process_with_the_shim_is_not_looked_up() -> None:
     host = Host(abi.Seen.SHIM)
     host.adoption._ledger.process = None
     host.truth = replace(host.truth, processes={ME: host.process})

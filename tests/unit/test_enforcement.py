@@ -43,12 +43,12 @@ def test_the_weakest_process_decides(
     assert enforcement(unenforced, observe, kill, bypassing) == word
 
 
-def test_a_way_around_the_shim_that_is_new_is_counted() -> None:
+def test_a_new_kind_of_bypass_is_counted() -> None:
     """A bypass that the rule does not know is never shown as `kernel`."""
     assert {enforcement("", False, kill, ["a new way"]) for kill in (False, True)} == {Enforcement.COUNTED}
 
 
-def test_every_way_that_is_exported_has_its_word() -> None:
+def test_every_exported_kind_of_bypass_has_a_label() -> None:
     assert {how: str(enforcement("", False, False, [how])) for how in metrics._HOW} == {
         **dict.fromkeys(COUNTED, "counted"),
         **dict.fromkeys(("unprobed", "standalone"), "cooperative"),
@@ -58,7 +58,7 @@ def test_every_way_that_is_exported_has_its_word() -> None:
 
 def seen(one: TenantView) -> dict[str, Any]:
     """Return the tenant as it is in a snapshot that the agent sends."""
-    return dict(kit.news(one).snapshot)
+    return dict(kit.latest(one).snapshot)
 
 
 def test_all_surfaces_say_that_a_tenant_is_only_counted() -> None:
@@ -88,7 +88,7 @@ def test_a_limit_that_is_exceeded_is_marked(used: int, mark: Mark) -> None:
     assert ranking.mark(Row(tenant, tenant["devices"][0])) is mark
 
 
-def test_what_does_not_hold_is_unheld() -> None:
+def test_an_enforcement_that_does_not_hold_is_unheld() -> None:
     assert {word for word in Enforcement if word.words} - UNHELD == {Enforcement.OBSERVE}
 
 

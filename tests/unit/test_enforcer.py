@@ -48,7 +48,7 @@ def in_force(books, tenant):
     return books.limits[tenant.cgroup][0][0]
 
 
-def test_limits_are_in_force_before_anybody_uses_them_and_count_only_then(place, books):
+def test_limits_are_in_force_before_their_first_use_and_count_from_it_on(place, books):
     one = place.make("/one", 8)
     place.enforcer.put([one])
     assert (in_force(books, one), books.decided, place.enforcer.commitments.committed(0)) == (8 * GIB, {}, 0)
@@ -56,7 +56,7 @@ def test_limits_are_in_force_before_anybody_uses_them_and_count_only_then(place,
     assert (books.decided, place.enforcer.commitments.committed(0)) == ({one.cgroup: True}, 8 * GIB)
 
 
-def test_who_comes_when_there_is_no_room_gets_nothing_until_there_is(place, books):
+def test_a_tenant_that_comes_when_there_is_no_room_gets_nothing_until_there_is(place, books):
     one, two = place.make("/one", 8), place.make("/two", 4)
     place.enforcer.put([one, two])
     for tenant in (one, two):
@@ -67,7 +67,7 @@ def test_who_comes_when_there_is_no_room_gets_nothing_until_there_is(place, book
     assert (in_force(books, two), place.enforcer.denied(two.cgroup)) == (4 * GIB, "")
 
 
-def test_who_is_named_while_a_level_appears_is_taken_over_when_it_is_seen_by_all(place, books, monkeypatch):
+def test_processes_named_while_a_level_appears_are_moved_when_all_programs_see_it(place, books, monkeypatch):
     pod, leaf = place.make("/pod", 8), place.make("/pod/c", 6)
     place.enforcer.put([pod])
     place.enforcer.put([leaf])  # and a moment before, a program found no limit
@@ -81,7 +81,7 @@ def test_who_is_named_while_a_level_appears_is_taken_over_when_it_is_seen_by_all
     assert not select.select([place.enforcer], [], [], 0)[0]
 
 
-def test_where_nobody_was_named_meanwhile_nobody_is_looked_at(place, books, monkeypatch):
+def test_without_a_named_process_no_process_is_looked_at(place, books, monkeypatch):
     books.known, books.so_far = {23: SimpleNamespace(generation=7, levels=())}, 1
     monkeypatch.setattr("fgpu_ebpf.tenancy.enforcer.procfs.cgroup_path", {}.get)
     place.enforcer.put([place.make("/one", 8)])
@@ -91,7 +91,7 @@ def test_where_nobody_was_named_meanwhile_nobody_is_looked_at(place, books, monk
     place.enforcer.take_over_late()
 
 
-def test_by_hand_it_is_refused_with_the_numbers_and_nothing_changes(place, books):
+def test_a_limit_by_hand_is_refused_with_the_numbers_and_nothing_changes(place, books):
     one, two = place.make("/one", 8, Source.SET), place.make("/two", 4, Source.SET)
     place.enforcer.put([one])
     with pytest.raises(RoomError, match="8GiB of 10GiB are committed"):
@@ -100,7 +100,7 @@ def test_by_hand_it_is_refused_with_the_numbers_and_nothing_changes(place, books
     assert list(books.limits) == [one.cgroup]
 
 
-def test_what_the_kernel_did_not_take_is_not_in_force_and_is_tried_again(place, books):
+def test_what_the_kernel_refused_is_not_in_force_and_is_tried_again(place, books):
     one, group, leaf = place.make("/one", 2, Source.SET), place.make("/pod", 8), place.make("/pod/c", 6)
     place.enforcer.put([one])
     before = dict(books.limits)
@@ -116,7 +116,7 @@ def test_what_the_kernel_did_not_take_is_not_in_force_and_is_tried_again(place, 
     assert place.enforcer.groups() == {group.cgroup}
 
 
-def test_who_was_denied_gets_it_when_another_is_lowered(place, books):
+def test_a_denied_tenant_gets_its_limit_when_another_is_lowered(place, books):
     one, two = place.make("/one", 8), place.make("/two", 4)
     place.enforcer.put([one, two])
     for tenant in (one, two):
@@ -127,7 +127,7 @@ def test_who_was_denied_gets_it_when_another_is_lowered(place, books):
     assert (in_force(books, two), place.enforcer.denied(two.cgroup)) == (4 * GIB, "")
 
 
-def test_who_grew_in_vain_gets_it_when_there_is_room(place, books):
+def test_a_tenant_that_could_not_grow_grows_when_there_is_room(place, books):
     one, two = place.make("/one", 4), place.make("/two", 4)
     place.enforcer.put([one, two])
     for tenant in (one, two):
@@ -138,7 +138,7 @@ def test_who_grew_in_vain_gets_it_when_there_is_room(place, books):
     assert in_force(books, two) == 9 * GIB
 
 
-def test_why_it_is_denied_is_told_as_of_now(place):
+def test_the_reason_of_a_denial_is_current(place):
     one, two, three = place.make("/one", 8), place.make("/two", 4), place.make("/three", 1)
     place.enforcer.put([one, two, three])
     for tenant in (one, two, three):
@@ -146,7 +146,7 @@ def test_why_it_is_denied_is_told_as_of_now(place):
     assert "9GiB of 10GiB" in place.enforcer.denied(two.cgroup)
 
 
-def test_overcommit_lets_all_in(place, books):
+def test_overcommit_admits_all(place, books):
     place.enforcer.commitments.overcommit = True
     tenants = [place.make(f"/t{n}", 8, Source.SET) for n in range(3)]
     place.enforcer.put(tenants)
@@ -191,7 +191,7 @@ def test_observed_and_unlimited_tenants_promise_nothing(place, books):
     assert in_force(books, others[1]) == abi.NO_LIMIT
 
 
-def test_who_grows_where_there_is_no_room_keeps_what_it_has(place, books):
+def test_a_tenant_that_cannot_grow_keeps_its_limit(place, books):
     one, two = place.make("/one", 4), place.make("/two", 4)
     place.enforcer.put([one, two])
     for tenant in (one, two):
@@ -210,7 +210,7 @@ def test_nothing_is_written_for_what_stays_as_it_is(place, books):
     assert books.calls == calls
 
 
-def test_what_was_decided_before_a_cgroup_was_a_tenant_does_not_hold(place, books):
+def test_decisions_before_a_cgroup_was_a_tenant_do_not_hold(place, books):
     one = place.make("/one", 4)
     books.decided[one.cgroup] = False  # a program has said hello there, and no policy matched
     place.enforcer.put([one])
@@ -239,7 +239,7 @@ def test_levels_are_leaf_first(place):
     assert place.enforcer.levels("/pod/c/inside") == (leaf, pod)
 
 
-def test_one_too_deep_for_the_kernel_s_programs_is_told(place):
+def test_a_cgroup_too_deep_for_the_kernel_s_programs_is_reported(place):
     programs = Path(__file__).parents[2] / "bpf/maps.bpf.h"
     assert f"#define DEPTH {abi.DEPTH} " in programs.read_text()
     deep = ["/d" * 15, "/d" * 16]
@@ -248,7 +248,7 @@ def test_one_too_deep_for_the_kernel_s_programs_is_told(place):
     assert (found, lost) == ("", "its cgroup is more than 15 levels below the root, deeper than the BPF programs look")
 
 
-def test_levels_that_are_too_many_are_left_out_on_the_inside_and_it_is_said(place, books):
+def test_surplus_levels_are_left_out_on_the_inside_and_reported(place, books):
     paths = ["/b", "/b/1", "/b/1/2", "/b/1/2/3", "/b/1/2/3/4"]
     place.enforcer.put([place.make(path, 2) for path in reversed(paths)])
     ids = [place.enforcer.at(path).cgroup for path in paths]
@@ -274,7 +274,7 @@ def summed(enforcer, index, but=None):
     return total
 
 
-def test_what_is_committed_is_the_sum_after_any_history(place, scale):
+def test_the_committed_sum_is_right_after_any_history(place, scale):
     chance = random.Random(1009)
     paths = [f"/{a}{b}{c}" for a in "ab" for b in ("", "/x", "/y") for c in ("", "/u", "/v") if b or not c]
     for _ in range(scale(101, 1009, 10007)):
@@ -290,10 +290,10 @@ def test_what_is_committed_is_the_sum_after_any_history(place, scale):
         assert place.enforcer.commitments.committed(0, tenant) == summed(place.enforcer, 0, tenant)
         assert place.enforcer.commitments.committed(0) <= 10 * GIB
     place.enforcer.release([tenant.cgroup for tenant in place.enforcer])
-    assert not place.enforcer._tree._inside, "nothing is remembered of who has gone"
+    assert not place.enforcer._tree._inside, "nothing is remembered of removed tenants"
 
 
-def test_a_thousand_that_come_at_once_are_not_looked_at_once_each(place, monkeypatch):
+def test_a_thousand_tenants_at_once_are_not_looked_at_one_by_one(place, monkeypatch):
     looks = []
     promise = Commitments._promise
     monkeypatch.setattr(Commitments, "_promise", lambda *given: looks.append(1) or promise(*given))
@@ -305,10 +305,10 @@ def test_a_thousand_that_come_at_once_are_not_looked_at_once_each(place, monkeyp
     assert len(looks) <= 3 * len(tenants)
 
 
-# -- who is older than fgpu
+# -- preexisting processes
 
 
-def test_kill_waits_for_those_who_are_older(place, books, monkeypatch):
+def test_kill_waits_for_preexisting_processes(place, books, monkeypatch):
     at = {"/": "", "/one": ""}
     monkeypatch.setattr(place.enforcer.preexisting, "places", lambda: frozenset(at))
     place.enforcer.update_spared()
@@ -377,7 +377,7 @@ def test_a_tenant_whose_devices_are_named_counts_on_all_of_them_from_the_start(t
         two.enforcer.put([two.make("/other", 4, Source.SET, named_devices=True)])
 
 
-def test_what_is_set_by_hand_needs_room_where_it_is_used_or_on_one_device(two):
+def test_a_limit_by_hand_needs_room_where_it_is_used_or_on_one_device(two):
     first, other = two.make("/first", 8, Source.SET), two.make("/other", 4, Source.SET)
     two.enforcer.put([first, other])
     for tenant, device in ((first, 0), (other, 1)):
@@ -407,7 +407,7 @@ def test_a_group_that_comes_later_counts_in_place_of_those_inside(two, books):
     assert (two.committed(0), uncommitted(books, group), uncommitted(books, inner)) == (9 * GIB, {1}, set())
 
 
-def test_where_limits_may_sum_past_a_device_no_first_use_waits(two, books):
+def test_with_overcommit_no_first_use_waits(two, books):
     two.enforcer.commitments.overcommit = True
     tenants = [two.make(f"/t{number}", 8) for number in range(3)]
     two.enforcer.put(tenants)
@@ -415,7 +415,7 @@ def test_where_limits_may_sum_past_a_device_no_first_use_waits(two, books):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_of_any_first_uses_only_those_that_fit_get_memory(two, books, scale, seed):
+def test_only_first_uses_that_fit_get_memory(two, books, scale, seed):
     chance = random.Random(seed)
     for _ in range(scale(101, 1009, 10007)):
         tenant = two.make(chance.choice(["/a", "/a/x", "/a/y", "/b", "/c/z", "/d"]), chance.randrange(1, 10))
@@ -442,7 +442,7 @@ def test_a_start_knows_on_which_devices_a_limit_counted(two, books):
     assert (two.committed(0), two.committed(1), uncommitted(books, one)) == (0, 8 * GIB, {0})
 
 
-def test_who_was_inside_a_group_counts_for_itself_when_the_group_goes(two, books):
+def test_a_tenant_inside_a_group_counts_for_itself_when_the_group_goes(two, books):
     group, one, other = two.make("/g", 10), two.make("/g/one", 8), two.make("/g/other", 8)
     two.enforcer.put([group, one, other])
     assert [uncommitted(books, tenant) for tenant in (group, one, other)] == [{0, 1}, set(), set()]
@@ -457,7 +457,7 @@ def test_who_was_inside_a_group_counts_for_itself_when_the_group_goes(two, books
     assert uncommitted(books, one) == uncommitted(books, other) == {1}
 
 
-def test_a_limit_on_the_hierarchy_s_root_is_that_of_all(two):
+def test_a_limit_of_the_hierarchy_s_root_holds_for_all(two):
     inner, root = two.make("/inner", 8), two.make("/", 9)
     two.enforcer.put([inner])
     assert two.enforcer.use_device(inner.cgroup, 0) == ""
@@ -465,7 +465,7 @@ def test_a_limit_on_the_hierarchy_s_root_is_that_of_all(two):
     assert (two.committed(0), two.committed(1)) == (9 * GIB, 0)
 
 
-def test_who_was_denied_before_a_start_is_denied_for_the_same_reason_after_it(two, books):
+def test_a_tenant_denied_before_a_start_is_denied_for_the_same_reason_after_it(two, books):
     holder, denied = two.make("/holder", 8), two.make("/denied", 4)
     pinned = {0: 0, 1: 4 * GIB}
     two.enforcer.adopt(dataclasses.replace(holder, source=Source.KEPT), {0})

@@ -56,7 +56,7 @@ def quick(monkeypatch):
 # -- what arrives
 
 
-def test_labels_image_and_name_arrive_and_ring(docker, api):
+def test_labels_image_and_name_arrive_and_wake_the_loop(docker, api):
     docker.containers = [container(), container(OTHER, Names=["/db"])]
     with running(api) as found:
         first = found.named(workload())
@@ -105,14 +105,14 @@ def test_kubernetes_names_on_dockers_containers(docker, api):
         ({"fgpu.dev/compute": "50%", "a": "b"}, {"a": "c"}, {}, {"fgpu.dev/compute": "50%", "a": "b"}),
     ],
 )
-def test_what_the_image_asks_for_is_told_from_what_the_workload_does(docker, api, own, image, asks, labels):
+def test_requests_of_the_image_and_of_the_workload_are_kept_apart(docker, api, own, image, asks, labels):
     docker.containers, docker.images = [container(Labels=own)], {IMAGE: image}
     with running(api) as found:
         known = asked(found, workload())
         assert (known.image_asks, known.labels) == (asks, labels)
 
 
-def test_what_root_wrote_on_the_cgroup_comes_first():
+def test_attributes_that_root_set_on_the_cgroup_come_first():
     one = named(workload(labels={"tier": "batch"}), Names("web", labels={"tier": "notebook", "team": "ml"}))
     assert one.labels == {"tier": "batch", "team": "ml"}
 
@@ -155,7 +155,7 @@ def rescan(found: engine_labels.Engines, times: int) -> None:
         found.rescanned()
 
 
-def test_what_is_known_outlives_an_agent_that_was_frozen_and_its_engine(docker, api, tmp_path, monkeypatch):
+def test_known_labels_outlive_a_frozen_agent_and_its_engine(docker, api, tmp_path, monkeypatch):
     """Time without a rescan is no proof that a container is gone: a frozen agent forgets nothing."""
     docker.containers, docker.images = [container(Labels={"fgpu.dev/memory": "8GiB"})], {IMAGE: {}}
     with running(api, file=tmp_path / "engines.json") as found:
@@ -167,7 +167,7 @@ def test_what_is_known_outlives_an_agent_that_was_frozen_and_its_engine(docker, 
         assert found.named(workload()) == known
 
 
-def test_what_is_known_outlives_the_agent_and_its_engine(docker, api, tmp_path):
+def test_known_labels_outlive_the_agent_and_its_engine(docker, api, tmp_path):
     docker.containers, docker.images = [container(Labels={"fgpu.dev/memory": "8GiB"})], {IMAGE: {}}
     file = tmp_path / "engines.json"
     with running(api, file=file) as found:
@@ -192,7 +192,7 @@ def test_what_is_known_outlives_the_agent_and_its_engine(docker, api, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{", "[1]", '[{"of": ["docker"]}]', '[{"of": ["x", "y", 0]}]', "{}", "null", "[" * 10**5]
 )
-def test_a_file_that_is_none_is_nothing(tmp_path, text):
+def test_an_invalid_file_has_no_labels(tmp_path, text):
     file = tmp_path / "engines.json"
     file.write_text(text)
     assert label_cache.read(file) == {}
@@ -243,7 +243,7 @@ LIES = {
 
 @pytest.mark.timed
 @pytest.mark.parametrize("lie", LIES)
-def test_an_engine_that_hangs_or_lies_delays_nothing_and_is_told(docker, api, quick, lie):
+def test_an_engine_that_hangs_or_lies_delays_nothing_and_is_reported(docker, api, quick, lie):
     docker.raw = LIES[lie]
     other = DockerApi(Engine.PODMAN, str(docker.path) + ".other")
     podman = Docker(docker.path.with_name("docker.sock.other"))
@@ -264,7 +264,7 @@ def test_an_engine_that_hangs_or_lies_delays_nothing_and_is_told(docker, api, qu
 
 
 @pytest.mark.timed
-def test_one_bad_answer_keeps_nobody_elses_back(docker, api):
+def test_one_bad_answer_delays_no_other(docker, api):
     docker.containers = [container(Labels={"x": "y" * 5 * MIB}), container(OTHER)]
     with running(api) as found:
         found.named(workload())
@@ -326,7 +326,7 @@ def test_long_labels_and_many_are_left_out_and_requests_never():
     assert sum(len(k) + len(v) for k, v in wide.items()) <= engine_answers.MOST_CHARACTERS
 
 
-def test_what_is_known_is_bounded_and_forgotten(docker, api, monkeypatch):
+def test_known_labels_are_bounded_and_forgotten(docker, api, monkeypatch):
     monkeypatch.setattr(engine_labels, "MOST_KNOWN", 8)
     docker.containers = [container(f"{n:064x}") for n in range(100)]
     with running(api) as found:
@@ -350,7 +350,7 @@ def test_a_container_that_is_gone_is_asked_about_no_more(docker, api, monkeypatc
         assert found._threads[0]._wants == {}
 
 
-def test_nobody_is_asked_where_no_container_is(docker, api):
+def test_without_a_container_no_engine_is_asked(docker, api):
     with running(api) as found:
         before = threading.active_count()
         found.named(Workload(1, "/batch", "batch"))
@@ -386,7 +386,7 @@ def is_sound(names):
 
 
 @given(st.lists(items, max_size=3) | junk, junk, labels | junk)
-def test_any_answer_gives_sound_names_or_none(found, image, image_labels):
+def test_any_answer_gives_valid_names_or_none(found, image, image_labels):
     try:
         said = engine_answers.of_docker(found, ID)
     except AnswerError:

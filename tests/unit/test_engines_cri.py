@@ -58,7 +58,7 @@ def test_a_container_has_its_pods_names_labels_and_annotations(cri, api):
         assert _name(known) == "dev/jupyter-0/main"
 
 
-def test_what_the_image_asks_for_is_its_own_and_asked_once(cri, api):
+def test_an_image_s_labels_are_its_own_and_requested_once(cri, api):
     cri.add_pod()
     cri.add_container()
     cri.add_container(OTHER)
@@ -92,7 +92,7 @@ def test_a_pod_is_asked_about_at_once_when_a_container_of_it_is_known(cri, api, 
         eventually(lambda: found.named(workload(POD, path="/pod")).pod, 2)
 
 
-def test_of_several_sandboxes_the_one_that_is_ready_counts(cri, api):
+def test_of_several_sandboxes_the_ready_one_counts(cri, api):
     cri.add_pod("a" * 64, labels={"n": "old"}, state=1)
     cri.add_pod("b" * 64, labels={"n": "ready"}, state=0)
     cri.add_pod("c" * 64, labels={"n": "gone"}, state=1)
@@ -100,7 +100,7 @@ def test_of_several_sandboxes_the_one_that_is_ready_counts(cri, api):
         assert asked(found, workload(POD)).labels["n"] == "ready"
 
 
-def test_what_only_holds_a_pods_namespaces_has_no_names(cri, api):
+def test_a_pause_container_has_no_names(cri, api):
     cri.add_pod(id_=ID, labels={"tier": "notebook"})
     with running(api) as found:
         known = asked(found, workload(CONTAINERD))
@@ -108,7 +108,7 @@ def test_what_only_holds_a_pods_namespaces_has_no_names(cri, api):
         assert api.ask(CONTAINERD) == Names()
 
 
-def test_docker_containers_are_nobody_here(api):
+def test_docker_containers_are_unknown_to_cri(api):
     assert [api.serves(subject(engine=engine)) for engine in (Engine.DOCKER, Engine.PODMAN, Engine.LXC)] == [False] * 3
     assert api.serves(POD)
 
@@ -117,7 +117,7 @@ def test_docker_containers_are_nobody_here(api):
 
 
 @pytest.mark.parametrize("lie", ["hangs", "garbage", "another container", "20 MiB", "is down"])
-def test_an_engine_that_hangs_or_lies_is_told_and_asked_again(cri, api, quick, lie):
+def test_an_engine_that_hangs_or_lies_is_reported_and_asked_again(cri, api, quick, lie):
     ended = threading.Event()
     status = cri.messages["ContainerStatusResponse"]
     pad = cri.messages["ContainerStatus"](id=ID, labels={"x": "y" * (20 << 20)})
@@ -140,7 +140,7 @@ def test_an_engine_that_hangs_or_lies_is_told_and_asked_again(cri, api, quick, l
         assert found.views()[0].fault == ""
 
 
-def test_an_engine_that_is_no_grpc_at_all_and_one_that_restarts(tmp_path, quick):
+def test_a_socket_without_grpc_and_an_engine_that_restarts(tmp_path, quick):
     path = tmp_path / "cri.sock"
     with socket.socket(socket.AF_UNIX) as silent, running(CriApi(str(path))) as found:
         silent.bind(str(path))
@@ -158,7 +158,7 @@ def test_an_engine_that_is_no_grpc_at_all_and_one_that_restarts(tmp_path, quick)
             found._entries.clear()
 
 
-def test_an_interface_of_old_is_named(tmp_path, quick):
+def test_an_old_interface_is_named(tmp_path, quick):
     import grpc
 
     server = grpc.server(futures.ThreadPoolExecutor(1))
@@ -170,7 +170,7 @@ def test_an_interface_of_old_is_named(tmp_path, quick):
     server.stop(0)
 
 
-def test_without_grpc_it_says_what_to_install(tmp_path, monkeypatch, quick):
+def test_without_grpc_the_message_says_what_to_install(tmp_path, monkeypatch, quick):
     monkeypatch.setitem(sys.modules, "grpc", None)
     (tmp_path / "cri.sock").touch()
     with running(CriApi(f"{tmp_path}/cri.sock")) as found:
@@ -183,7 +183,7 @@ def test_without_grpc_it_says_what_to_install(tmp_path, monkeypatch, quick):
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.binary(max_size=60), st.text(max_size=40) | st.binary(max_size=40))
-def test_any_bytes_give_names_or_a_fault(monkeypatch, answer, info):
+def test_any_bytes_give_names_or_an_error(monkeypatch, answer, info):
     api = CriApi("/nowhere")
     messages = api._known_messages()
 

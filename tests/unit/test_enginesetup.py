@@ -98,7 +98,7 @@ def read(found: Engine) -> str | None:
 
 
 @pytest.mark.parametrize(("name", "text"), CASES)
-def test_set_up_twice_and_undone_is_as_before(name, text, tmp_path, helper):
+def test_two_set_ups_and_one_undo_leave_the_file_as_before(name, text, tmp_path, helper):
     found, state = engine(name, tmp_path, text), tmp_path / "state/x.json"
     assert set_up(found, helper, state)
     once = read(found)
@@ -115,7 +115,7 @@ def test_set_up_twice_and_undone_is_as_before(name, text, tmp_path, helper):
     assert not [p.name for p in helper.parent.rglob(".*")], "nothing half-written beside the helper"
 
 
-def test_folders_that_were_not_there_are_not_afterwards(tmp_path, helper):
+def test_created_folders_are_removed(tmp_path, helper):
     """Undo removes folders that setup made, but not a folder that has other files by then."""
     found, state = engine("podman", tmp_path, None), tmp_path / "state.json"
     found = replace(found, file=tmp_path / "etc/containers/containers.conf.d/zz.conf")
@@ -135,7 +135,7 @@ def test_folders_that_were_not_there_are_not_afterwards(tmp_path, helper):
 
 
 @pytest.mark.parametrize(("name", "text"), [(n, t) for n, t in CASES if t])
-def test_what_others_change_meanwhile_stays(name, text, tmp_path, helper):
+def test_changes_by_others_stay(name, text, tmp_path, helper):
     found, state = engine(name, tmp_path, text), tmp_path / "x.json"
     set_up(found, helper, state)
     now = read(found)
@@ -153,7 +153,7 @@ def test_what_others_change_meanwhile_stays(name, text, tmp_path, helper):
 
 
 @pytest.mark.parametrize("name", ["docker", "containerd"])
-def test_without_our_notes_too(name, tmp_path, helper):
+def test_undo_works_without_the_notes_too(name, tmp_path, helper):
     """Undo without the state file, which was removed with /var/lib, removes the lines of setup and no others."""
     text = '{"debug": true}' if name == "docker" else CONTAINERD
     found, state = engine(name, tmp_path, text), tmp_path / "x.json"
@@ -165,7 +165,7 @@ def test_without_our_notes_too(name, tmp_path, helper):
     assert parse(read(found) or "") == parse(text)
 
 
-def test_a_file_that_is_no_settings_is_left_alone(tmp_path, helper):
+def test_a_file_without_settings_is_left_unchanged(tmp_path, helper):
     for name, text in (("docker", "{"), ("docker", "[]"), ("containerd", "version = ")):
         found = engine(name, tmp_path, text)
         with pytest.raises(SetupError):
@@ -174,7 +174,7 @@ def test_a_file_that_is_no_settings_is_left_alone(tmp_path, helper):
         assert not (tmp_path / "x.json").exists()
 
 
-def test_a_link_stays_one(tmp_path, helper):
+def test_a_link_stays_a_link(tmp_path, helper):
     found = engine("docker", tmp_path, None)
     (tmp_path / "real.json").write_text("{}")
     found.file.symlink_to(tmp_path / "real.json")
@@ -197,7 +197,7 @@ def test_a_full_disk_changes_nothing(tmp_path, helper, monkeypatch):
     assert [p.name for p in found.file.parent.iterdir()] == ["settings"]
 
 
-def test_doctor_says_whether_it_still_is_so(tmp_path, helper):
+def test_doctor_says_whether_the_set_up_is_intact(tmp_path, helper):
     found, state = engine("docker", tmp_path, "{}"), tmp_path / "state"
     assert list(checks(state, helper)) == []
     set_up(found, helper, state / "docker.json")
@@ -206,7 +206,7 @@ def test_doctor_says_whether_it_still_is_so(tmp_path, helper):
     found.file.write_text("{}")
     (check,) = checks(state, helper)
     assert not check.ok
-    assert check.mend == "fgpu setup docker, or --undo"
+    assert check.fix == "fgpu setup docker, or --undo"
     undo(found, state / "docker.json")
     assert list(checks(state, helper)) == []
 
@@ -214,7 +214,7 @@ def test_doctor_says_whether_it_still_is_so(tmp_path, helper):
 # -- what it becomes -----------------------------------------------------------------------------------------------
 
 
-def test_docker_puts_us_before_the_default_runtime(tmp_path, helper):
+def test_docker_runs_fgpu_before_the_default_runtime(tmp_path, helper):
     nvidia = {"path": "nvidia-container-runtime", "runtimeArgs": ["--x"]}
     text = json.dumps({"a": 1, "runtimes": {"nvidia": nvidia}, "default-runtime": "nvidia", "z": [2**60]})
     found = engine("docker", tmp_path, text)
@@ -234,7 +234,7 @@ def test_docker_puts_us_before_the_default_runtime(tmp_path, helper):
         '{"runtimes": []}',
     ],
 )
-def test_docker_runtimes_that_cannot_be_ours(text, tmp_path, helper):
+def test_docker_runtimes_that_cannot_be_wrapped(text, tmp_path, helper):
     found = engine("docker", tmp_path, text)
     with pytest.raises(SetupError):
         set_up(found, helper, tmp_path / "x.json")
@@ -271,7 +271,7 @@ def drop_in(name: str, tmp_path: Path, **others: str) -> Engine:
     return found
 
 
-def test_podman_gets_a_folder_of_hooks_that_nobody_else_reads(tmp_path, helper):
+def test_podman_gets_a_folder_of_hooks_of_its_own(tmp_path, helper):
     """Podman gets its own folder of hooks: Buildah and CRI-O refuse all hooks if one names a stage of Podman's."""
     found = drop_in("podman", tmp_path)
     set_up(found, helper, tmp_path / "x.json")
@@ -342,7 +342,7 @@ def test_doctor_says_when_another_default_has_come(tmp_path, helper):
     later = found.file.with_name("20.conf")
     later.write_text('[crio.runtime]\ndefault_runtime = "runc"\n')
     (check,) = checks(state, helper)
-    assert (check.ok, check.mend) == (False, "fgpu setup crio, or --undo")
+    assert (check.ok, check.fix) == (False, "fgpu setup crio, or --undo")
     assert "other settings have changed" in check.found
     later.write_text('[crio.runtime]\ndefault_runtime = "gone"\n')
     assert "no [crio.runtime.runtimes.gone]" in next(checks(state, helper)).found
@@ -382,7 +382,7 @@ def test_crio_settings_that_are_not_understood(text, why, tmp_path, helper):
 
 
 @pytest.mark.parametrize("name", ["podman", "crio"])
-def test_a_file_of_somebody_elses_is_never_replaced(name, tmp_path, helper):
+def test_a_file_of_another_program_is_never_replaced(name, tmp_path, helper):
     found = drop_in(name, tmp_path, **{"10-crio": CRIO})
     found.file.write_text("# theirs\n")
     with pytest.raises(SetupError, match="not fgpu's"):
@@ -391,7 +391,7 @@ def test_a_file_of_somebody_elses_is_never_replaced(name, tmp_path, helper):
     assert read(found) == "# theirs\n"
 
 
-def test_what_was_set_up_elsewhere_is_put_back(tmp_path, helper):
+def test_a_set_up_in_another_file_is_undone(tmp_path, helper):
     """Setup restores a file if the settings name another one, or if a newer version of fgpu uses another place."""
     first, second, state = engine("docker", tmp_path, "{}"), drop_in("docker", tmp_path), tmp_path / "x.json"
     set_up(first, helper, state)

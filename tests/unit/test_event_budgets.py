@@ -69,7 +69,7 @@ def test_a_name_that_the_kernel_cannot_read_as_a_whole_has_none(kernel):
     assert set(kernel.map) == {bytes(8)}
 
 
-def test_what_was_lost_is_told_once(kernel):
+def test_lost_events_are_reported_once(kernel):
     kernel.budgets.note(["/a/one", "/b/one"] * BUSY)
     assert kernel.budgets.lost() == []
     kernel.lose("/b")

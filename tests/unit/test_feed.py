@@ -14,7 +14,7 @@ import pytest
 from fgpu_ebpf import control_client
 from fgpu_ebpf.cli import top_input
 from fgpu_ebpf.cli.top_input import LatestSnapshot, SnapshotPoller
-from fgpu_ebpf.linux.wakeup import Bell
+from fgpu_ebpf.linux.wakeup import Wakeup
 
 
 @pytest.fixture
@@ -41,33 +41,33 @@ def answers(tmp_path: Path) -> Iterator[queue.SimpleQueue[bytes]]:
     listener.close()
 
 
-def test_half_an_answer_is_none(answers: queue.SimpleQueue[bytes], tmp_path: Path) -> None:
+def test_half_an_answer_is_no_answer(answers: queue.SimpleQueue[bytes], tmp_path: Path) -> None:
     for half in (b'{"ok": {"tena', b""):
         answers.put(half)
         with pytest.raises(ConnectionError, match="closed the connection"):
             control_client.call(tmp_path, {"verb": "snapshot"})
 
 
-def test_what_fails_is_news_and_the_next_answer_mends_it(
+def test_a_failure_is_shown_until_the_next_reply(
     answers: queue.SimpleQueue[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(top_input, "PERIOD_SECONDS", 0.01)
     answers.put(b'{"ok": {"number": 1}}\n')
-    bell = Bell()
-    found = SnapshotPoller(lambda: control_client.call(tmp_path, {"verb": "snapshot"}), bell)
-    assert (found.news.snapshot, found.news.fault) == ({"number": 1}, "")
-    for answer, number, fault in (
+    wakeup = Wakeup()
+    found = SnapshotPoller(lambda: control_client.call(tmp_path, {"verb": "snapshot"}), wakeup)
+    assert (found.latest.snapshot, found.latest.error) == ({"number": 1}, "")
+    for answer, number, error in (
         (b'{"ok"', 1, "the agent closed the connection"),
         (b'{"error": "busy", "code": 1}\n', 1, "busy"),
         (b'{"ok": {"number": 2}}\n', 2, ""),
     ):
         answers.put(answer)
-        assert select.select([bell], [], [], 20)[0]
-        bell.hush()
-        assert (found.news.snapshot, found.news.fault) == ({"number": number}, fault)
+        assert select.select([wakeup], [], [], 20)[0]
+        wakeup.clear()
+        assert (found.latest.snapshot, found.latest.error) == ({"number": number}, error)
 
 
-def test_silence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(top_input.time, "monotonic", lambda: 109.0)
-    assert LatestSnapshot({}, "", 108.0).now().fault == ""
-    assert LatestSnapshot({}, "", 100.0).now().fault == "no answer for 9 s"
+    assert LatestSnapshot({}, "", 108.0).now().error == ""
+    assert LatestSnapshot({}, "", 100.0).now().error == "no answer for 9 s"

@@ -8,7 +8,7 @@ from fgpu_ebpf.driver import file_budget
 from fgpu_ebpf.driver.file_budget import BURST_NS, MOST_FILES, REFILL_NS, FileBudget
 
 
-def test_a_cgroup_has_so_many_files_and_no_more() -> None:
+def test_files_of_a_cgroup_are_bounded() -> None:
     budget = FileBudget()
     for n in range(MOST_FILES):
         assert budget.room("/a") == MOST_FILES - n
@@ -21,7 +21,7 @@ def test_a_cgroup_has_so_many_files_and_no_more() -> None:
     assert (budget.room("/a"), (1, 0) in budget, budget.cgroup_of((1, 0))) == (1, False, "")
 
 
-def test_all_together_have_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_all_cgroups_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_budget, "MOST_FILES_ALL", 23)
     budget = FileBudget()
     for n in range(23):
@@ -29,7 +29,7 @@ def test_all_together_have_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
     assert budget.room("/new") == 0
 
 
-def test_time_that_was_taken_is_forgiven_little_by_little() -> None:
+def test_used_time_is_forgiven_step_by_step() -> None:
     budget = FileBudget()
     budget.charge("/a", BURST_NS + 2 * REFILL_NS)
     assert (budget.has_time("/a"), budget.has_time("/b")) == (False, True)

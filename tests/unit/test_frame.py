@@ -16,13 +16,13 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(top_frame.time, "localtime", top_frame.time.gmtime)
 
 
-def lines(news: LatestSnapshot, width: int, height: int, choice: ViewChoice | None = None) -> list[str]:
-    text, _ = top_frame.live(news, choice or ViewChoice(), Window(width, height))
+def lines(latest: LatestSnapshot, width: int, height: int, choice: ViewChoice | None = None) -> list[str]:
+    text, _ = top_frame.live(latest, choice or ViewChoice(), Window(width, height))
     return text.plain.split("\n")
 
 
 def test_a_usual_window() -> None:
-    assert lines(kit.news(*kit.ALL), 80, 9) == [
+    assert lines(kit.latest(*kit.ALL), 80, 9) == [
         "fgpu 00:00:01  4 tenants  by used",
         "0 NVIDIA H200 ▕██░░░░   ▏ 40GiB/160GiB ░committed 100GiB ▒unmanaged 0B turn: bob",
         "TENANT          LIMIT    USED    PEAK  SHARE ENTITLED WAITED REFUSED HELD BY",
@@ -36,7 +36,7 @@ def test_a_usual_window() -> None:
 
 
 def test_a_narrow_window_keeps_what_matters() -> None:
-    assert lines(kit.news(*kit.ALL), 40, 8) == [
+    assert lines(kit.latest(*kit.ALL), 40, 8) == [
         "fgpu 00:00:01  4 tenants  by used",
         "0 ▕███░░░░░     ▏ 40GiB/160GiB turn: bob",
         "TENANT          LIMIT    USED  SHARE",
@@ -52,15 +52,17 @@ def test_a_narrow_window_keeps_what_matters() -> None:
 @pytest.mark.parametrize("height", [1, 2, 3, 4, 5, 24, 100])
 def test_it_fits_any_window(width: int, height: int) -> None:
     wide = kit.tenant("日本" * 60, kit.on(0, 1), kit.on(1, 1))
-    news = kit.news(*kit.ALL, wide, devices=(kit.device(0), kit.device(1)), fault="no agent", unenforced="no driver")
-    text, _ = top_frame.live(news, ViewChoice(), Window(width, height))
+    latest = kit.latest(
+        *kit.ALL, wide, devices=(kit.device(0), kit.device(1)), error="no agent", unenforced="no driver"
+    )
+    text, _ = top_frame.live(latest, ViewChoice(), Window(width, height))
     drawn = text.split("\n", allow_blank=True)
     assert len(drawn) == height
     assert max(line.cell_len for line in drawn) <= width
 
 
 def test_a_long_name_is_cut_and_moves_nothing() -> None:
-    heading, first, second = lines(kit.news(kit.ALICE, kit.tenant("x" * 99, kit.on(0, 1))), 80, 6)[2:5]
+    heading, first, second = lines(kit.latest(kit.ALICE, kit.tenant("x" * 99, kit.on(0, 1))), 80, 6)[2:5]
     assert second.startswith("xxxxxxxxxxxx")
     assert len(heading) == len(first) == len(second) <= 80
     assert "x… " in second
@@ -68,19 +70,19 @@ def test_a_long_name_is_cut_and_moves_nothing() -> None:
 
 
 def test_more_rows_than_there_is_room() -> None:
-    news = kit.news(*(kit.tenant(f"t{number:02}", kit.on(0, number)) for number in range(30)))
+    latest = kit.latest(*(kit.tenant(f"t{number:02}", kit.on(0, number)) for number in range(30)))
     choice = ViewChoice(Order(BY_WORD["tenant"]), first=99)
-    text, kept = top_frame.live(news, choice, Window(80, 8))
+    text, kept = top_frame.live(latest, choice, Window(80, 8))
     drawn = text.plain.split("\n")
     assert [line.split()[0] for line in drawn[3:7]] == ["t26", "t27", "t28", "t29"]
     assert drawn[-1].endswith("  27-30 of 30")
     assert kept.first == 26
-    assert top_frame.room(news, Window(80, 8)) == 4
+    assert top_frame.room(latest, Window(80, 8)) == 4
 
 
 def test_many_devices_leave_room_for_tenants() -> None:
     devices = tuple(kit.device(index) for index in range(16))
-    drawn = lines(kit.news(kit.tenant("alice", *(kit.on(gpu, 1) for gpu in range(16))), devices=devices), 80, 24)
+    drawn = lines(kit.latest(kit.tenant("alice", *(kit.on(gpu, 1) for gpu in range(16))), devices=devices), 80, 24)
     assert [line.split()[0] for line in drawn[1:7]] == ["0", "1", "2", "3", "4", "and"]
     assert drawn[6] == "and 11 devices more"
     assert drawn[7].split()[:3] == ["TENANT", "GPU", "LIMIT"]
@@ -88,14 +90,14 @@ def test_many_devices_leave_room_for_tenants() -> None:
 
 def test_devices_stand_one_below_the_other() -> None:
     devices = (kit.device(0, owner="carol"), kit.device(10, used=kit.GIB // 2, owner=None, unmanaged=kit.GIB // 2))
-    assert lines(kit.news(kit.ALICE, devices=devices), 100, 9)[1:3] == [
+    assert lines(kit.latest(kit.ALICE, devices=devices), 100, 9)[1:3] == [
         "0  NVIDIA H200 ▕████░░░░░░░      ▏  40GiB/160GiB   ░committed 100GiB  ▒unmanaged 0B      turn: carol",
         "10 NVIDIA H200 ▕░░░░░░░░░░░      ▏  512MiB/160GiB  ░committed 100GiB  ▒unmanaged 512MiB",
     ]
 
 
 def test_a_filter_says_how_many_it_finds() -> None:
-    drawn = lines(kit.news(*kit.ALL), 80, 6, ViewChoice(filter="ali", typing=True))
+    drawn = lines(kit.latest(*kit.ALL), 80, 6, ViewChoice(filter="ali", typing=True))
     assert drawn[0] == "fgpu 00:00:01  4 tenants  1 of them with 'ali'  by used"
     assert drawn[3].startswith("alice ")
     assert drawn[4] == ""
@@ -103,7 +105,7 @@ def test_a_filter_says_how_many_it_finds() -> None:
 
 
 def test_silence_and_no_enforcement_are_one_line_each() -> None:
-    drawn = lines(kit.news(kit.ALICE, fault="no agent answers", unenforced="no driver"), 80, 9)
+    drawn = lines(kit.latest(kit.ALICE, error="no agent answers", unenforced="no driver"), 80, 9)
     assert drawn[1] == "as of 00:00:01: no agent answers"
     assert drawn[2] == "No limit is enforced: no driver"
     assert drawn[5].startswith("alice ")
@@ -121,7 +123,7 @@ def test_silence_and_no_enforcement_are_one_line_each() -> None:
 )
 def test_bar(used: int | None, unmanaged: int | None, bar: str) -> None:
     used_bytes, others = (None if part is None else part * kit.GIB for part in (used, unmanaged))
-    device = kit.news(devices=(kit.device(0, used_bytes, None, others),)).snapshot["devices"][0]
+    device = kit.latest(devices=(kit.device(0, used_bytes, None, others),)).snapshot["devices"][0]
     assert top_frame._bar(device, 8, UNICODE).plain == bar
     ascii_bar = bar.translate(str.maketrans("█▒░▕▏", "#x-[]"))
     assert top_frame._bar(device, 8, ASCII).plain == ascii_bar
@@ -131,10 +133,10 @@ def test_bar(used: int | None, unmanaged: int | None, bar: str) -> None:
 
 def test_one_pass_is_as_wide_as_it_wants_to_be() -> None:
     long = kit.tenant("team/" + "x" * 90 + "/main", kit.on(0, 1))
-    text = top_frame.once(kit.news(long, *kit.ALL), ViewChoice(), None, UNICODE).plain.split("\n")
+    text = top_frame.once(kit.latest(long, *kit.ALL), ViewChoice(), None, UNICODE).plain.split("\n")
     assert long.tenant in "\n".join(text)
     assert len(text) == 2 + 5
     assert " ".join(text[1].split()) == "TENANT LIMIT USED PEAK SHARE ENTITLED WAITED REFUSED HELD BY"
-    cut = top_frame.once(kit.news(long), ViewChoice(), 60, UNICODE).plain.split("\n")
+    cut = top_frame.once(kit.latest(long), ViewChoice(), 60, UNICODE).plain.split("\n")
     assert max(map(len, cut)) <= 60
     assert "…" in cut[2]

@@ -82,7 +82,7 @@ def test_one_of_several_is_enough():
         ("x" * 513, "at most 512"),
     ],
 )
-def test_what_is_no_pattern_is_refused(pattern, hint):
+def test_an_invalid_pattern_is_refused(pattern, hint):
     with pytest.raises(GlobError, match=hint):
         path_globs([pattern])
 

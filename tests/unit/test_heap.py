@@ -87,7 +87,7 @@ def together(count):
 together(1)
 before = mappings()
 together(32)
-for _ in range(3): together(1)  # who ends frees what those before have left, never its own
+for _ in range(3): together(1)  # an exiting thread frees what earlier threads left, never its own
 print(mappings() - before)
 """
 CROWD = """
@@ -121,7 +121,7 @@ def mapped_bytes(before: str) -> int:
     return printed(MALLINFO + LARGE.format(before=before))
 
 
-def test_what_is_large_stays_a_mapping_of_its_own() -> None:
+def test_a_large_block_stays_a_mapping_of_its_own() -> None:
     assert mapped_bytes("heap.keep_small()") >= 1 << 19
     assert mapped_bytes("") == 0
 
@@ -131,7 +131,7 @@ def given_back_bytes(after: str) -> int:
     return printed(RESIDENT + HOLES.format(after=after))
 
 
-def test_what_is_free_below_what_is_not_goes_back_too() -> None:
+def test_free_memory_below_used_memory_is_returned_too() -> None:
     assert given_back_bytes("heap.give_back()") >= 7 << 20
     assert given_back_bytes("") < 1 << 20
 
@@ -165,7 +165,7 @@ def test_threads_that_have_ended_leave_no_stacks() -> None:
         "helm/fgpu/templates/gatekeeper.yaml",
     ],
 )
-def test_whoever_starts_a_service_says_so(file: str) -> None:
+def test_each_service_file_sets_the_allocator(file: str) -> None:
     (setting,) = malloc.ENVIRONMENT.values()
     assert setting in (Path(__file__).resolve().parents[2] / "deploy" / file).read_text()
 
@@ -174,7 +174,7 @@ class Thing:
     """An object that may be in a cycle."""
 
 
-def test_cycles_that_nobody_holds_are_freed() -> None:
+def test_unreachable_cycles_are_freed() -> None:
     thing = Thing()
     thing.itself = thing  # type: ignore[attr-defined]
     gc.collect()  # older objects are examined less often
@@ -199,7 +199,7 @@ def looked_at(before: str) -> int:
     return printed(f"{program}; print(len(gc.get_objects()))")
 
 
-def test_what_stays_is_not_looked_at() -> None:
+def test_long_lived_objects_are_not_examined() -> None:
     assert looked_at("malloc.settle(0)") < 1000
     assert looked_at("pass") > 100_000
 

@@ -12,7 +12,7 @@ def told(one: EventLog) -> list[tuple[str, int, int]]:
     return [(h["what"], h["bytes"], h["more"]) for h in one.since(0)["events"]]
 
 
-def test_the_same_is_told_once_a_second_and_how_often_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_events_are_reported_once_a_second_with_their_count(monkeypatch: pytest.MonkeyPatch) -> None:
     one, now = EventLog(), 100.0
     monkeypatch.setattr(event_log.time, "monotonic", lambda: now)
     for bytes_ in (1, 2, 3):
@@ -23,14 +23,14 @@ def test_the_same_is_told_once_a_second_and_how_often_it_was(monkeypatch: pytest
     assert told(one) == [("refused", 1, 0), ("refused", 4, 0), ("refused", 5, 2)]
 
 
-def test_what_is_done_by_hand_is_told_every_time() -> None:
+def test_actions_by_hand_are_reported_every_time() -> None:
     one = EventLog()
     for bytes_ in (1, 2, 2):
         one.add("set", tenant="a", bytes=bytes_)
     assert told(one) == [("set", 1, 0), ("set", 2, 0), ("set", 2, 0)]
 
 
-def test_of_tenants_that_are_gone_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_kept_of_removed_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
     one, now = EventLog(), 100.0
     monkeypatch.setattr(event_log.time, "monotonic", lambda: now)
     for number in range(100 * FEW_KINDS):
@@ -41,7 +41,7 @@ def test_of_tenants_that_are_gone_nothing_is_kept(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("seconds", "more"), [(REMEMBERED_SECONDS - 1, 2), (REMEMBERED_SECONDS, 0)])
-def test_how_often_it_was_is_known_for_a_minute(monkeypatch: pytest.MonkeyPatch, seconds: float, more: int) -> None:
+def test_counts_are_kept_for_a_minute(monkeypatch: pytest.MonkeyPatch, seconds: float, more: int) -> None:
     one, now = EventLog(), 100.0
     monkeypatch.setattr(event_log.time, "monotonic", lambda: now)
     for _ in range(3):
@@ -53,7 +53,7 @@ def test_how_often_it_was_is_known_for_a_minute(monkeypatch: pytest.MonkeyPatch,
     assert told(one)[-1] == ("refused", 7, more)
 
 
-def test_many_at_once_are_told_once_a_second_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_events_at_once_are_reported_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     one = EventLog()
     monkeypatch.setattr(event_log.time, "monotonic", lambda: 100.0)
     for _ in range(2):

@@ -18,18 +18,18 @@ def settings(tmp_path):
     def read(text):
         path = tmp_path / "agent.yaml"
         path.write_text(text)
-        found, faults = host_config.read(path, root_only=False)
-        return found, [str(fault).removeprefix(str(path)) for fault in faults]
+        found, errors = host_config.read(path, root_only=False)
+        return found, [str(error).removeprefix(str(path)) for error in errors]
 
     return read
 
 
-def test_without_a_file_and_with_an_empty_one_the_usual_holds(tmp_path, settings):
+def test_without_a_file_and_with_an_empty_one_the_defaults_hold(tmp_path, settings):
     assert host_config.read(tmp_path / "none.yaml") == (HostSettings(), ())
     assert settings("") == settings("# nothing\n") == settings("{}") == (HostSettings(), [])
 
 
-def test_everything_that_a_file_says_arrives(settings):
+def test_every_setting_of_a_file_is_read(settings):
     text = """
 listen: "[::1]:9999"
 listenNames: [gpu1, gpu1.example]
@@ -63,9 +63,9 @@ drivers: {trusted: ["sha256:%s"]}
 
 @pytest.mark.parametrize("digest", ["0A" * 32, "0a" * 31, "0a" * 33, "0g" * 32])
 def test_a_digest_has_64_small_hexadecimal_digits(settings, digest):
-    found, faults = settings(f"drivers: {{trusted: ['sha256:{digest}']}}")
+    found, errors = settings(f"drivers: {{trusted: ['sha256:{digest}']}}")
     assert found is None
-    assert "is no digest: write it as sha256: and 64 digits" in faults[0]
+    assert "is no digest: write it as sha256: and 64 digits" in errors[0]
     assert settings("drivers: {trusted: []}")[0] == settings("drivers: {}")[0] == HostSettings()
 
 
@@ -79,7 +79,7 @@ def test_addresses(settings, address):
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "error"),
     [
         (
             "drivers: {trusted: [0a0a]}",
@@ -115,8 +115,8 @@ def test_addresses(settings, address):
         ("a: &b c", ":1: a: anchors and aliases (&, *) are refused: write the value out, or in quotes"),
     ],
 )
-def test_what_is_wrong_is_said(settings, text, fault):
-    assert settings(text) == (None, [fault])
+def test_errors_are_reported(settings, text, error):
+    assert settings(text) == (None, [error])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="it is about root")
@@ -126,12 +126,12 @@ def test_a_file_that_others_may_write_is_refused(tmp_path):
     path.chmod(0o644)
     assert host_config.read(path)[1] == ()
     path.chmod(0o666)
-    settings, (fault,) = host_config.read(path)
+    settings, (error,) = host_config.read(path)
     assert settings is None
-    assert "may be written by users other than root: chown root" in str(fault)
+    assert "may be written by users other than root: chown root" in str(error)
 
 
-def test_what_cannot_be_read_is_said(tmp_path):
+def test_an_unreadable_file_is_reported(tmp_path):
     assert str(host_config.read(tmp_path, root_only=False)[1][0]) == f"{tmp_path}: is not a regular file: remove it"
 
 

@@ -124,7 +124,7 @@ def test_a_tenant_s_last_program_that_ends_proves_nothing_to_the_next() -> None:
     assert place.trust.standing.pace_ns
 
 
-def test_cgroups_that_are_made_anew_are_believed_no_more_than_the_last() -> None:
+def test_cgroups_that_are_made_again_are_trusted_no_more_than_the_last() -> None:
     """Every 0.3 s the tenant continues in a new cgroup below its own, and claims a second of work there."""
     honest = Tenant(1)
     it = World(honest, outer={OUTER: Share()})
@@ -141,7 +141,7 @@ def test_cgroups_that_are_made_anew_are_believed_no_more_than_the_last() -> None
     assert max(honest.waits_ns) < 60 * MS
 
 
-def test_what_nothing_has_proved_is_never_believed_for_longer_than_at_first() -> None:
+def test_an_unproven_claim_is_never_trusted_for_longer_than_at_first() -> None:
     trust = Trust()
     trust.claims(S, S)
     trust.overran(S + UNPROVEN_NS)

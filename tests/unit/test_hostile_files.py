@@ -99,7 +99,7 @@ def put_nothing(place: Path, library: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [put_fifo, put_link, put_junk, put_device, put_nothing])
-def test_what_is_opened_is_what_was_mapped(tmp_path: Path, library: Path, mapper: Mapper, put) -> None:
+def test_the_opened_file_is_the_mapped_one(tmp_path: Path, library: Path, mapper: Mapper, put) -> None:
     path = copy(library, tmp_path / "libcuda.so.1")
     was = mapped_files.as_mapped(str(path))
     pid = mapper(path).pid
@@ -260,7 +260,7 @@ def test_one_bad_file_does_not_hide_the_others_and_is_named_once(
     assert "\n" not in said
 
 
-def test_a_cgroup_has_so_many_files_probed_and_no_more(
+def test_probed_files_of_a_cgroup_are_bounded(
     tmp_path: Path, library: Path, mapper: Mapper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     seen: None,
 ) -> None:  # fmt: skip

@@ -37,7 +37,7 @@ def test_a_program_that_stands_still_shows_in_a_window(tmp_path: Path) -> None:
     assert all(one.points == one.ready_points for one in found)
 
 
-def test_time_without_a_processor_is_no_time_in_which_it_wanted_a_turn(tmp_path: Path) -> None:
+def test_time_without_a_processor_is_no_demand_for_a_turn(tmp_path: Path) -> None:
     program, gatekeeper = tmp_path / "program", tmp_path / "gatekeeper"
     for task in (program, gatekeeper):
         task.mkdir()

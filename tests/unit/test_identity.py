@@ -73,7 +73,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("path", CASES)
-def test_a_path_says_who_it_is(tmp_path, path):
+def test_a_path_identifies_its_workload(tmp_path, path):
     folder = tmp_path / path.lstrip("/")
     folder.mkdir(parents=True, exist_ok=True)
     found = identify(tmp_path, path)
@@ -94,12 +94,12 @@ def test_a_path_says_who_it_is(tmp_path, path):
         "/lxc.monitor.web",
     ],
 )
-def test_engines_monitors_are_nobody(tmp_path, path):
+def test_engines_monitors_are_no_workload(tmp_path, path):
     (tmp_path / path.lstrip("/")).mkdir(parents=True)
     assert identify(tmp_path, path) is None
 
 
-def test_what_is_not_there_is_nobody(tmp_path):
+def test_an_absent_cgroup_is_no_workload(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "inner").mkdir()
     assert [identify(tmp_path, path) for path in ("/gone", "/file", "/file/x")] == [None] * 3
@@ -141,7 +141,7 @@ def test_attributes_are_labels_and_two_of_them_requests(tmp_path, labelled):
 
 
 @needs_root
-def test_whoever_is_not_root_may_ask_but_not_label(tmp_path, labelled):
+def test_users_other_than_root_may_ask_but_not_label(tmp_path, labelled):
     folder = labelled(
         "/a", {"user.fgpu.memory": b"8GiB", "user.fgpu.team": b"ml", "user.fgpu.fgpu.dev/memory": b"1GiB"}
     )
@@ -150,7 +150,7 @@ def test_whoever_is_not_root_may_ask_but_not_label(tmp_path, labelled):
 
 
 @needs_root
-def test_what_lies_inside_may_ask_but_not_label(tmp_path, labelled):
+def test_cgroups_inside_may_ask_but_not_label(tmp_path, labelled):
     labelled(f"/docker/{ID}/x", {"user.fgpu.memory": b"8GiB", "user.fgpu.team": b"ml"})
     assert identify(tmp_path, f"/docker/{ID}/x").labels == {"fgpu.dev/memory": "8GiB"}
 
@@ -163,7 +163,7 @@ def test_labels_are_bounded(tmp_path, labelled):
     assert identify(tmp_path, "/odd").labels == {"d": ""}
 
 
-# -- whom to ask about ---------------------------------------------------------------------------------------------
+# -- what engines are asked ----------------------------------------------------------------------------------------
 
 POD = f"/kubepods/burstable/pod{UID}"
 
@@ -193,7 +193,7 @@ def test_engines_are_asked_about_their_own(tmp_path, path, subject):
 
 @needs_root
 @pytest.mark.parametrize("path", [f"/a/docker-{ID}.scope", f"/a/docker-{ID}.scope/x", f"/a/pod{UID}", f"/docker/{ID}"])
-def test_of_what_others_than_root_can_have_made_nobody_is_asked(tmp_path, path):
+def test_cgroups_that_others_than_root_can_make_cause_no_question(tmp_path, path):
     (tmp_path / path.lstrip("/")).mkdir(parents=True)
     assert identify(tmp_path, path).subject
     own = tmp_path / path.split("/")[1] / path.split("/")[2]

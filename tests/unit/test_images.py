@@ -31,7 +31,7 @@ def test_every_combination_is_made_or_never_had_a_base():
         assert re.fullmatch(rf"{re.escape(cuda)}\.\d-runtime-ubuntu{ubuntu}\.04", tag), (name, tag)
 
 
-def test_who_builds_without_bake_gets_a_base_of_its():
+def test_a_build_without_bake_gets_a_base_of_its_own():
     (base,) = re.findall(r"^ARG BASE=nvidia/cuda:(\S+)$", (IMAGES / "Dockerfile").read_text(), re.M)
     assert base in bases().values()
 

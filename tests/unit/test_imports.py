@@ -135,7 +135,7 @@ def test_a_package_that_is_a_program_runs(module: str) -> None:
 @pytest.mark.parametrize(
     "words", [["set", "x", "--memory", "1GiB"], ["unset", "x"], ["reload"], ["detach"]], ids=" ".join
 )
-def test_what_changes_limits_waits_for_no_imports(words: list[str], tmp_path: Path) -> None:
+def test_changes_of_limits_wait_for_no_imports(words: list[str], tmp_path: Path) -> None:
     """A command reaches the agent in a tenth of a second; the import of the agent's own modules takes half a second."""
     code = (
         "import sys\n"

@@ -99,7 +99,7 @@ def test_journal_gets_fields(log, tmp_path, monkeypatch) -> None:
     }  # fmt: skip
 
 
-def test_a_traceback_comes_along(log, tmp_path) -> None:
+def test_a_traceback_is_included(log, tmp_path) -> None:
     reader, writer = pipe(tmp_path)
     attached(log, Format.JSON, writer)
     try:
@@ -130,7 +130,7 @@ def blocked_terminal() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("make", [blocked_pipe, blocked_socket, blocked_terminal])
-def test_a_log_that_nobody_reads_holds_nobody_up(log, make) -> None:
+def test_a_log_that_is_not_read_delays_nothing(log, make) -> None:
     writer, reader = make()
     hours = itertools.count(0, 3600)  # one line an hour is no flood
     handler = logs.Handler(logs.Descriptor(writer), logs.Text(), lambda: next(hours))
@@ -164,7 +164,7 @@ def drained(fd: int) -> str:
 def test_full_disk_and_no_journal_are_counted(log, tmp_path) -> None:
     with open("/dev/full", "wb") as full:
         handler = attached(log, Format.TEXT, full.fileno())
-        nowhere = logs.Handler(logs.Journal(str(tmp_path / "nobody")), logs.Native())
+        nowhere = logs.Handler(logs.Journal(str(tmp_path / "absent")), logs.Native())
         log.addHandler(nowhere)
         log.info("lost")
         log.info("lost: %s", "too", extra={"tenant": "a"})
@@ -227,10 +227,10 @@ def test_many_tenants_lines_are_bounded_too(log, tmp_path) -> None:
     assert path.read_text().splitlines()[-1] == "fgpu.test: again"
 
 
-def test_of_tenants_that_are_gone_nothing_is_kept(log) -> None:
+def test_nothing_is_kept_of_removed_tenants(log) -> None:
     clock = [100.0]
-    with open(os.devnull, "wb") as nobody:
-        handler = logs.Handler(logs.Descriptor(nobody.fileno()), logs.Text(), lambda: clock[0])
+    with open(os.devnull, "wb") as devnull:
+        handler = logs.Handler(logs.Descriptor(devnull.fileno()), logs.Text(), lambda: clock[0])
         log.addHandler(handler)
         for number in range(100 * logs.FEW_STATEMENTS):
             clock[0] += 1
@@ -249,7 +249,7 @@ def test_usual_format(tmp_path, monkeypatch) -> None:
         assert logs.usual_format(tied, file.fileno()) is Format.JOURNAL
         assert logs.usual_format({"JOURNAL_STREAM": "1:2"}, file.fileno()) is Format.TEXT
         assert logs.usual_format({}, file.fileno()) is Format.TEXT
-        monkeypatch.setattr(logs, "JOURNAL", str(tmp_path / "nobody"))
+        monkeypatch.setattr(logs, "JOURNAL", str(tmp_path / "absent"))
         assert logs.usual_format(tied, file.fileno()) is Format.TEXT
 
 

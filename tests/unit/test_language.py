@@ -57,7 +57,7 @@ def test_the_tree_has_no_new_findings() -> None:
     assert language.check(ROOT) == []
 
 
-def test_what_is_no_prose_is_left_alone(tree: Path) -> None:
+def test_text_that_is_no_prose_is_ignored(tree: Path) -> None:
     assert language.check(tree) == []
 
 

@@ -44,7 +44,7 @@ def test_a_start_that_cannot_read_the_policies_has_the_last_good_ones(place, how
     damaged(folder, how)
     start = at_start(folder, file)
     assert start.reading.policies is None
-    assert start.reading.faults
+    assert start.reading.errors
     assert start.kept == good
 
 
@@ -57,7 +57,7 @@ def test_good_files_and_an_empty_folder_come_before_what_was_kept(place):
 
 def test_a_host_that_never_had_the_folder_has_no_policies_and_no_error(tmp_path):
     start = at_start(tmp_path / "none", tmp_path / "state" / "policies.json")
-    assert (start.reading.policies.policies, start.reading.faults, start.kept) == ((), (), None)
+    assert (start.reading.policies.policies, start.reading.errors, start.kept) == ((), (), None)
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,14 @@ def test_a_host_that_never_had_the_folder_has_no_policies_and_no_error(tmp_path)
      '{"version": 2, "folder": "%s", "files": []}', '{"version": 1, "folder": "/else", "files": []}',
      '{"version": 1, "folder": "%s", "files": [["a.yaml", "x: ["]]}', '{"version": 1, "folder": "%s", "files": 3}'],
 )  # fmt: skip
-def test_what_was_kept_and_makes_no_sense_is_no_set(place, said):
+def test_an_invalid_stored_set_is_no_set(place, said):
     folder, file = place
     file.write_text(said.replace("%s", str(folder)))
     damaged(folder, "typo")
     assert at_start(folder, file).kept is None
 
 
-def test_what_others_than_root_may_write_is_not_believed(place):
+def test_a_file_that_others_than_root_may_write_is_not_trusted(place):
     folder, file = place
     file.chmod(0o666)
     damaged(folder, "typo")

@@ -122,7 +122,7 @@ def test_pages_fit_their_page(page: type[ctypes.Structure]) -> None:
     assert ctypes.sizeof(page) <= abi.PAGE_BYTES
 
 
-def test_what_every_layout_has_stays_where_it_is() -> None:
+def test_fields_of_every_layout_keep_their_offsets() -> None:
     """An agent of another layout reads it, older or newer: see `other_layouts`. Never change these numbers."""
     page, usage = abi.UsagePage, abi.Usage
     assert (page.version.offset, page.cgroup.offset, page.place.offset, page.devices.offset) == (0, 8, 24, 64)

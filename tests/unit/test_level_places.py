@@ -42,11 +42,11 @@ class Host:
     def take(self, *paths: str) -> dict[str, str]:
         """Return why these paths found no slot, by path."""
         tenants = [self.tenant(path) for path in paths]
-        fit, lacks = self.places.divide(tenants)  # type: ignore[arg-type]
+        fit, shortages = self.places.divide(tenants)  # type: ignore[arg-type]
         for tenant in fit:
             self.places.enter(tenant.cgroup, tenant.path)
             self.placed[tenant.cgroup] = tenant.path
-        return {tenant.path: lacks[tenant.cgroup] for tenant in tenants if tenant.cgroup in lacks}
+        return {tenant.path: shortages[tenant.cgroup] for tenant in tenants if tenant.cgroup in shortages}
 
     def leave(self, path: str) -> None:
         cgroup = self.tenant(path).cgroup
@@ -86,7 +86,7 @@ def test_users_of_jupyterhub_are_workloads_of_their_own(host):
     assert whole.take("/system.slice", *(f"/system.slice/jupyter-user{n}.service" for n in range(200))) == {}
 
 
-def test_one_too_many_is_refused_with_owner_bound_and_key(host):
+def test_a_surplus_level_is_refused_with_owner_bound_and_key(host):
     whole = host(bounds=Bounds(levels=3))
     said = whole.take(*(f"{NODE}/docker/{container(n)}" for n in range(5)))
     assert len(said) == 2
@@ -108,7 +108,7 @@ def test_workloads_with_few_levels_find_a_place_beside_those_with_many(host):
     assert "all 4096 levels" in whole.take("/system.slice/other.service")["/system.slice/other.service"]
 
 
-def test_what_is_counted_is_what_is_there_after_any_history(host, scale):
+def test_counted_levels_are_the_existing_ones_after_any_history(host, scale):
     """Levels come and go inside and around one another: each owner has as many as `owner` says now."""
     whole, chance = host(bounds=Bounds(levels=7)), random.Random(1009)
     paths = [f"/{a}{b}{c}" for a in ("x.slice", "y") for b in ("", "/m", "/n.scope") for c in ("", "/u", "/v")]

@@ -132,7 +132,7 @@ def test_a_copy_of_the_host_s_driver_is_listed_once_both_are_read(
     assert role(stage, library) is Role.HOST
 
 
-def test_what_is_believed_by_its_contents_is_looked_at_in_every_round(
+def test_a_file_trusted_by_its_contents_is_looked_at_in_every_round(
     tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str]
 ) -> None:
     there = copy(library, tmp_path / "libcuda.so.1")
@@ -238,7 +238,7 @@ def test_a_file_that_fails_is_looked_through_once_while_it_stays_as_it_is(
 # -- what hangs or costs much
 
 
-def test_a_file_that_hangs_holds_up_its_cgroup_alone(
+def test_a_file_that_hangs_delays_its_cgroup_alone(
     tmp_path: Path, library: Path, holder: Holder, seen: dict[int, bool], cgroups: dict[int, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

@@ -55,7 +55,7 @@ def test_a_file_that_has_changed_since_it_was_read_is_unknown(changed: Stamp | N
     assert trust.role(FILE, STAMP) is Role.UNKNOWN
 
 
-def test_what_is_kept_of_files_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remembered_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library_class, "MOST_KNOWN", 5)
     trust = Trust()
     for n in range(23):
@@ -103,7 +103,7 @@ def test_a_change_right_after_a_digest_has_another_time(coarse: int) -> None:
         assert Stamp.of(coarse) != stamp
 
 
-def test_a_file_beyond_all_measure_is_not_read(opened: int) -> None:
+def test_an_oversized_file_is_not_read(opened: int) -> None:
     os.ftruncate(opened, library_class.MOST_BYTES + 1)
     assert library_class.digest(opened, Stamp.of(opened)) == ""
 

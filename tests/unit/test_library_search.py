@@ -77,7 +77,7 @@ def found(search: Search, pid: int) -> set[str]:
     ],
     ids=["functions", "name", "one is missing", "of the runtime", "another library"],
 )
-def test_what_is_libcuda(tmp_path: Path, holder: Holder, names: list[str], flags: list[str], is_one: bool) -> None:
+def test_names_of_libcuda(tmp_path: Path, holder: Holder, names: list[str], flags: list[str], is_one: bool) -> None:
     library = built(tmp_path / "x.so", names, *flags)
     pid, search = holder(library), Search(lambda _: False)
     assert found(search, pid) == ({"x.so"} if is_one else set())
@@ -123,14 +123,14 @@ def test_a_file_is_looked_through_once_while_it_stays_as_it_is(
     assert len(looks) == 1
 
 
-def test_what_is_kept_of_other_files_has_a_bound(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_remembered_files_are_bounded(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library_search, "MOST_REMEMBERED", 3)
     search = Search(lambda _: False)
     search.by_contents(holder())
     assert 0 < len(search._others) <= 3
 
 
-def test_code_that_no_file_backs_is_told(holder: Holder) -> None:
+def test_code_without_a_file_is_reported(holder: Holder) -> None:
     search = Search(lambda _: False)
     assert search.by_contents(holder("anonymous")).code
     with subprocess.Popen(["sleep", "100"]) as plain:  # Python itself may have one, because of libffi

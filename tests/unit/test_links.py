@@ -37,7 +37,7 @@ def is_open(fd: int) -> bool:
 
 
 @pytest.mark.parametrize("count", [1, 2, 23])
-def test_each_is_left_under_a_name_of_its_own(tmp_path: Path, pinned: list[str], count: int) -> None:
+def test_each_link_is_pinned_under_a_name_of_its_own(tmp_path: Path, pinned: list[str], count: int) -> None:
     made = opened(count)
     names = links.pin(made, tmp_path / "call")
     assert names == set(pinned) == set(os.listdir(tmp_path))
@@ -45,7 +45,7 @@ def test_each_is_left_under_a_name_of_its_own(tmp_path: Path, pinned: list[str],
     assert not any(map(is_open, made))
 
 
-def test_where_one_cannot_be_left_none_stays_open(tmp_path: Path, pinned: list[str]) -> None:
+def test_if_one_link_cannot_be_pinned_none_stays_open(tmp_path: Path, pinned: list[str]) -> None:
     made = opened(3)
     with pytest.raises(OSError, match="no room"):
         links.pin(made, tmp_path / "call-full")
@@ -53,7 +53,7 @@ def test_where_one_cannot_be_left_none_stays_open(tmp_path: Path, pinned: list[s
     assert not any(map(is_open, made))
 
 
-def test_what_somebody_else_takes_away_meanwhile_is_away(tmp_path: Path) -> None:
+def test_a_link_that_another_process_removes_is_gone(tmp_path: Path) -> None:
     (tmp_path / "mark").mkdir()
     (tmp_path / "call").touch()
     links.remove([tmp_path / "gone", tmp_path / "mark", tmp_path / "call"])
@@ -61,7 +61,7 @@ def test_what_somebody_else_takes_away_meanwhile_is_away(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("count", [0, 2, 23])
-def test_what_is_let_go_is_closed(count: int) -> None:
+def test_a_released_link_is_closed(count: int) -> None:
     made = opened(count)
     links.close(made)
     deadline = time.monotonic() + 5

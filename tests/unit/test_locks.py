@@ -19,7 +19,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run/fgpu.lock"
 
 
-def test_a_look_keeps_no_process_out(path: Path) -> None:
+def test_a_look_at_a_lock_does_not_take_it(path: Path) -> None:
     path.parent.mkdir()
     path.touch()
     with open(path, "rb") as looking:
@@ -28,7 +28,7 @@ def test_a_look_keeps_no_process_out(path: Path) -> None:
         assert FileLock(path).take(), "a look was taken for a holder"
 
 
-def test_a_second_one_is_told_soon(path: Path) -> None:
+def test_a_second_process_is_refused_soon(path: Path) -> None:
     first, begun = FileLock(path), time.monotonic()
     assert first.take()
     assert not FileLock(path).take()
@@ -36,7 +36,7 @@ def test_a_second_one_is_told_soon(path: Path) -> None:
     assert (is_locked(path), holder(path)) == (True, os.getpid())
 
 
-def test_what_is_released_can_be_taken(path: Path) -> None:
+def test_a_released_lock_can_be_taken(path: Path) -> None:
     first, second = FileLock(path), FileLock(path)
     assert first.take()
     first.release()

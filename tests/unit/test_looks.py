@@ -67,7 +67,7 @@ def test_looks_alternate(loop):
     assert world.done["small"] == 3
 
 
-def test_what_took_long_rests_long(loop):
+def test_a_long_look_is_followed_by_a_long_rest(loop):
     world = loop(large=500)
     world.looks.ask("large")
     world.looks.keep()
@@ -84,7 +84,7 @@ def test_what_took_long_rests_long(loop):
     assert world.now - ended >= PAUSE * spent
 
 
-def test_what_is_asked_for_while_it_is_under_way_is_done_again(loop):
+def test_a_look_requested_during_a_look_is_done_again(loop):
     world = loop(one=6)
     world.looks.ask("one")
     world.looks.keep()
@@ -97,7 +97,7 @@ def test_what_is_asked_for_while_it_is_under_way_is_done_again(loop):
     assert world.begun == ["one", "one"]
 
 
-def test_all_is_looked_at_every_half_minute(loop):
+def test_every_cgroup_is_looked_at_every_half_minute(loop):
     world = loop(everything=2)
     world.looks.keep()
     assert world.begun == []
@@ -109,7 +109,7 @@ def test_all_is_looked_at_every_half_minute(loop):
     assert world.begun == [ALL] * 3
 
 
-def test_a_look_that_fails_is_over_and_the_others_go_on(loop):
+def test_a_failed_look_ends_and_the_others_continue(loop):
     world = loop(good=2)
     world.looks.ask("bad")  # it has no number of steps
     world.looks.ask("good")
@@ -124,7 +124,7 @@ def test_a_look_that_fails_is_over_and_the_others_go_on(loop):
 # -- what a look needs
 
 
-def test_what_is_answered_during_a_look_is_not_forgotten_by_it():
+def test_an_answer_during_a_look_is_not_forgotten():
     decided = {1: False, 2: False, 3: False}
     ledger = SimpleNamespace(not_managed=lambda: iter(list(decided)), forget=decided.pop)
     answered = UnmanagedCgroups(ledger, 10)  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ def test_what_is_answered_during_a_look_is_not_forgotten_by_it():
     assert sorted(decided) == [1, 3, 4]
 
 
-def test_what_lies_directly_inside_a_cgroup_is_found_with_its_id(tmp_path: Path):
+def test_children_of_a_cgroup_are_found_with_their_ids(tmp_path: Path):
     (tmp_path / "a/b/c").mkdir(parents=True)
     (tmp_path / "a/cgroup.procs").touch()
     workloads = Workloads(tmp_path)

@@ -58,13 +58,13 @@ def test_a_run_that_the_kernel_has_no_room_for_leaves_nothing(host):
 
 
 @pytest.mark.parametrize("name", ["../mine", "\ud800"])
-def test_a_run_by_a_name_that_is_none_is_refused(host, name):
+def test_a_run_with_an_invalid_name_is_refused(host, name):
     with pytest.raises(TargetError, match="is not a name"):
         host.manager.run({"memory_bytes": GIB}, name)
     assert not list(host.root.iterdir())
 
 
-def test_a_run_that_cannot_be_remembered_leaves_nothing(host, monkeypatch):
+def test_a_run_that_cannot_be_stored_leaves_nothing(host, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSPC, "no room on the disk")
 
@@ -74,7 +74,7 @@ def test_a_run_that_cannot_be_remembered_leaves_nothing(host, monkeypatch):
     nothing_is_left(host)
 
 
-def test_of_many_by_policy_those_come_in_for_whom_there_is_room(host):
+def test_of_many_tenants_by_policy_those_that_fit_are_admitted(host):
     host.books.room = 5
     for n in range(7):
         (host.root / f"c{n}").mkdir()

@@ -63,7 +63,7 @@ def test_one_mapping_is_found(maps, unasked):
         procmaps.find(maps, 0)
 
 
-def test_absurdly_much_text_is_refused(maps, unasked, monkeypatch):
+def test_too_much_text_is_refused(maps, unasked, monkeypatch):
     unasked()
     monkeypatch.setattr(procmaps, "MOST_BYTES", 1000)
     with pytest.raises(OSError, match="too many") as refused:

@@ -59,7 +59,7 @@ def test_names_chosen_by_tenants_are_escaped():
     assert tenants == {name}
 
 
-def test_what_nobody_measured_is_absent():
+def test_an_unmeasured_value_is_absent():
     empty = Snapshot(1.0, (DeviceView(0, "GPU-1", "x", "y", 1, None, 0, None),))
     shown = {sample.name for family in metrics.families(empty) for sample in family.samples}
     assert "fgpu_device_memory_capacity_bytes" in shown
@@ -110,6 +110,6 @@ def test_at_most_twelve_series_for_a_tenant_and_device_and_three_for_a_while():
     assert len(samples) <= 15
 
 
-def test_no_label_of_a_policy_is_dropped_unsaid():
+def test_labels_of_policies_are_refused_or_shown():
     """A policy whose label has a metric's own name is refused. All other labels are shown."""
     assert set(metrics._INFO_LABELS) < RESERVED_LABELS

@@ -86,7 +86,7 @@ def test_programs_of_the_level_itself_are_inside_too() -> None:
     assert (got[50], got[OUTER], got[1]) == pytest.approx((0.5, 0.25, 0.25), abs=0.015)
 
 
-def test_cgroups_that_are_made_and_removed_shed_no_debt() -> None:
+def test_new_cgroups_do_not_remove_a_debt() -> None:
     """Every 50 ms the tenant continues in a new cgroup below its own. Its debt stays."""
     limit = Share(limit_millionths=250_000)
     it, done = nested(limit, [limit]), 0
@@ -107,7 +107,7 @@ def test_cgroups_that_are_made_and_removed_shed_no_debt() -> None:
 @given(
     st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 2**32),
 )  # fmt: skip
-def test_whatever_is_inside_a_neighbour_gets_its_part(weight: int, inner: list[int], seed: int) -> None:
+def test_any_levels_inside_leave_a_neighbour_its_part(weight: int, inner: list[int], seed: int) -> None:
     chance = random.Random(seed)
     made = [
         Tenant(n + 1, Share(weight=100 * w), steps=Steps(chance.randrange(1, 60) * MS, chance.randrange(1, 120) * MS))
@@ -158,7 +158,7 @@ def parts(it: World, seconds: float) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("weight", [1, 100, 10_000])
-def test_a_share_around_tenants_that_run_starves_nobody(weight: int) -> None:
+def test_a_share_around_running_tenants_starves_no_tenant(weight: int) -> None:
     """Virtual time inside a unit differs from that outside, both when the unit comes and when it goes."""
     shares = {1: Share(weight=weight), 2: Share(weight=weight), 50: Share()}
     it = World(*(Tenant(key, share) for key, share in shares.items())).run(20.0)
@@ -189,7 +189,7 @@ COVERS: dict[str, tuple[list[Tenant], list[Tenant]]] = {
 
 
 @pytest.mark.parametrize("cover", COVERS)
-def test_what_waits_inside_is_no_credit_for_one_that_comes(cover: str) -> None:
+def test_waiting_time_inside_is_no_credit_for_a_new_tenant(cover: str) -> None:
     """Tenants inside want turns for 20 s and get almost none. Then a busy one comes, which gets no credit for that."""
     inner, others = deepcopy(COVERS[cover])
     late, honest = Tenant(2, stopped=True), [Tenant(50), Tenant(51)]

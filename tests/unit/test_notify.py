@@ -22,7 +22,7 @@ def manager(request, tmp_path, monkeypatch) -> Iterator[socket.socket]:
         yield sock
 
 
-def test_what_is_said(manager) -> None:
+def test_the_messages_to_the_manager(manager) -> None:
     begun = time.monotonic_ns() // 1000
     assert sd_notify.ready("two devices")
     assert sd_notify.reloading()
@@ -35,7 +35,7 @@ def test_what_is_said(manager) -> None:
     assert [manager.recv(4096) for _ in range(2)] == [b"READY=1", b"STOPPING=1"]
 
 
-def test_nobody_asked(monkeypatch) -> None:
+def test_without_a_socket_nothing_is_sent(monkeypatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     assert not sd_notify.ready()
     for address in ("", "vsock:2:23", "/nowhere/at/all"):
@@ -43,7 +43,7 @@ def test_nobody_asked(monkeypatch) -> None:
         assert not sd_notify.ready()
 
 
-def test_a_manager_that_does_not_read_holds_nobody_up(manager) -> None:
+def test_a_manager_that_does_not_read_delays_nothing(manager) -> None:
     begun = time.monotonic()
     assert sum(sd_notify.ready() for _ in range(1009)) < 1009
     assert time.monotonic() - begun < 2

@@ -98,7 +98,7 @@ def test_the_next_cgroup_is_searched_where_the_innermost_has_no_keeper(keeper: S
     assert kept.pid in find(Held(1 << 22, ("/no/such/cgroup", here())))
 
 
-def test_descriptors_of_a_process_that_is_gone_are_none() -> None:
+def test_an_ended_process_has_no_descriptors() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     assert descriptors(ended.pid, 9) == []
@@ -143,7 +143,7 @@ def aged(age_ns: int) -> int:
     return time.monotonic_ns() - age_ns
 
 
-def test_an_orphan_is_told_of_once_when_it_is_old_enough() -> None:
+def test_an_orphan_is_reported_once_when_it_is_old_enough() -> None:
     reports = Reports()
     reports.truth = Truth(orphans=(orphan(since_ns=aged(TOLD_AGE_NS // 2)),))
     assert reports.told() == []
@@ -165,7 +165,7 @@ def test_keepers_of_a_process_that_has_just_ended_are_not_searched() -> None:
     assert reports.asked == [[]]
 
 
-def test_an_export_without_a_keeper_is_told_of_as_that() -> None:
+def test_an_export_without_a_keeper_is_reported_as_such() -> None:
     reports = Reports()
     reports.truth = Truth(orphans=(orphan(tgid=12, ended_ns=0, since_ns=aged(2 * TOLD_AGE_NS)),))
     (event,) = reports.told()
@@ -221,7 +221,7 @@ def row(**more: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_what_people_read_says_what_to_do(orphan_row: dict[str, Any], sentence: str) -> None:
+def test_messages_say_what_to_do(orphan_row: dict[str, Any], sentence: str) -> None:
     assert orphan_text.sentence(orphan_row) == sentence
 
 
@@ -245,7 +245,7 @@ def test_a_tenant_is_kept_while_the_device_holds_memory_of_its() -> None:
     assert (list(gone), books.removed) == ([], [7])
 
 
-def test_what_is_held_for_long_counts_against_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_held_for_long_counts_against_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     books = Books()
     books.orphaned = {7: MIB}
     gone = GoneTenants(books)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ def file(tmp_path):
     return path
 
 
-def test_what_was_put_is_read_and_known(file):
+def test_a_stored_override_is_read_and_known(file):
     read = Overrides(file)
     assert list(read) == [ONE, TWO]
     assert not read.unknown(5)
@@ -30,7 +30,7 @@ def test_what_was_put_is_read_and_known(file):
 
 
 @pytest.mark.parametrize("text", ["", "[{", "{}", "null", "7", '["x"]', "[" * 100_000])
-def test_nothing_is_known_where_the_file_makes_no_sense(file, text):
+def test_nothing_is_known_of_an_invalid_file(file, text):
     file.write_text(text)
     assert all(str(file) in Overrides(file).unknown(cgroup) for cgroup in (5, 6, 7))
 
@@ -40,7 +40,7 @@ def test_nothing_is_known_where_the_file_makes_no_sense(file, text):
     [{"memory_bytes": "2GiB"}, {"memory_bytes": -1}, {"weight": 1.5}, {"priority": "urgent"}, {"share": "8gib-50pct-x"},
      {"path": None}, {"own": 1}, {"devices": [1]}, {"devices": 3}, {"limit_millionths": True}],
 )  # fmt: skip
-def test_of_one_bad_entry_only_its_cgroup_is_unknown(file, wrong):
+def test_a_bad_entry_makes_only_its_cgroup_unknown(file, wrong):
     entries = json.loads(file.read_text())
     entries[0] |= wrong
     file.write_text(json.dumps(entries))
@@ -56,7 +56,7 @@ def test_fields_of_a_later_version_are_left_out(file):
     assert not Overrides(file).unknown(5)
 
 
-def test_what_a_start_could_not_learn_is_written_down_and_the_old_file_stays_beside(file):
+def test_what_a_start_could_not_learn_is_stored_and_the_old_file_is_kept(file):
     file.write_text("[{")
     read = Overrides(file)
     kept = Override(5, "/a", None, kept=read.unknown(5))

@@ -33,7 +33,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return made
 
 
-def test_what_was_before_is_not_told(host) -> None:
+def test_earlier_overruns_are_not_reported(host) -> None:
     assert host.told(LOOK_SECONDS) == []
     host.counts[1] = 6
     assert host.told(LOOK_SECONDS) == [("tenant-1", "a turn passed with work in flight")]
@@ -52,7 +52,7 @@ def test_many_are_one_line_in_ten_seconds_and_none_is_left_out(host) -> None:
     assert host.told(AGAIN_SECONDS) == []
 
 
-def test_a_level_that_is_anothers_now_begins_anew(host) -> None:
+def test_a_level_of_a_new_tenant_starts_again(host) -> None:
     host.counts[1] = 2
     assert host.told(LOOK_SECONDS) == [("tenant-1", "2 turns passed with work in flight")]
     del host.counts[1]

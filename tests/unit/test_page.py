@@ -128,11 +128,11 @@ def test_the_rest_is_counted() -> None:
         ({"failures": 3}, "internal errors 3 fix: report"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_mend(more: dict[str, Any], said: str) -> None:
+def test_errors_are_shown_with_their_fix(more: dict[str, Any], said: str) -> None:
     assert said in shown(snapshot(kit.ALICE, **more)).words
 
 
-def test_what_is_wrong_with_a_tenant() -> None:
+def test_errors_of_a_tenant_are_shown() -> None:
     around = replace(kit.ALICE, bypassing={"no_shim": 3}, shimless={"musl": 2, "static": 1}, notes=("no device B",))
     denied = replace(kit.tenant("bob", kit.on(0, 0, limit=0)), denied="8GiB are wanted, 1GiB is left")
     words = shown(snapshot(around, denied)).words
@@ -141,13 +141,13 @@ def test_what_is_wrong_with_a_tenant() -> None:
     assert "shim alice (musl, static) fix: static: static programs have no loader" in words
 
 
-def test_notes_are_told_once_of_each_tenant() -> None:
+def test_notes_are_reported_once_of_each_tenant() -> None:
     both = replace(kit.tenant("alice", kit.on(0, 5), kit.on(1, 7, limit=0)), denied="no room")
     words = shown(snapshot(both, devices=(kit.device(0), kit.device(1)))).words
     assert words.count("gets nothing") == words.count("gets nothing on some devices: no room") == 1
 
 
-def test_what_nobody_measured_is_a_dash() -> None:
+def test_an_unmeasured_value_is_a_dash() -> None:
     words = shown(snapshot(kit.BATCH, devices=(kit.device(used=None, unmanaged=None, owner=None),))).words
     assert "used -/160GiB committed 100GiB unmanaged -" in words
     assert "turn:" not in words
@@ -173,7 +173,7 @@ def host_of(text: str) -> Snapshot:
 
 
 @given(TEXTS)
-def test_what_anybody_is_called_is_text(text: str) -> None:
+def test_every_name_is_shown_as_text(text: str) -> None:
     text += "x"  # an empty text is left out, as intended
     read = Read(status_page.html(Fields(host_of(text)), Asked(filter=text), text))
     plain = Read(status_page.html(Fields(host_of("x")), Asked(filter="x"), "x"))
@@ -241,7 +241,7 @@ def test_answers() -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "nonsense"])
-def test_who_wants_to_write_is_refused(method: str) -> None:
+def test_a_request_to_write_is_refused(method: str) -> None:
     status, headers, body = call(method)
     assert (status, headers["Allow"], body) == ("405 Method Not Allowed", "GET, HEAD", b"")
 

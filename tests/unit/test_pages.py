@@ -1,4 +1,4 @@
-"""Tests of control and status pages: who can write them, what a reader sees meanwhile, what they leave behind."""
+"""Tests of control and status pages: which processes can write them, what a reader sees, what they leave behind."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_its_maker_writes_a_control_page_and_readers_see_it() -> None:
 
 
 @pytest.mark.parametrize("form", CONTROL_FORMS)
-def test_nobody_writes_or_resizes_a_control_page(form: Callable[[int], object]) -> None:
+def test_no_process_writes_or_resizes_a_control_page(form: Callable[[int], object]) -> None:
     memory = ControlMemory()
     memory.page.epoch = 7
     with pytest.raises(OSError, match=r"Bad file|not permitted|denied"):
@@ -95,7 +95,7 @@ def test_closing_leaves_nothing_behind(kind: type[ControlMemory] | type[StatusMe
     assert mappings() == mapped
 
 
-def test_what_was_handed_out_outlives_its_maker() -> None:
+def test_descriptors_outlive_the_maker_of_the_page() -> None:
     memory = ControlMemory()
     memory.page.epoch = 7
     kept = os.dup(memory.descriptor)

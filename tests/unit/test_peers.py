@@ -98,7 +98,7 @@ def test_a_connection_that_the_selector_has_no_memory_for_is_closed(
 
 
 @pytest.mark.timed
-def test_a_silent_one_holds_up_nobody_and_goes(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_peer_delays_no_other_and_is_dropped(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = host.call(b"one byte at a ti")
     host.turn()
     began = time.monotonic()
@@ -112,7 +112,7 @@ def test_a_silent_one_holds_up_nobody_and_goes(host: Host, monkeypatch: pytest.M
     assert len(host.peers) == 0
 
 
-def test_who_does_not_take_its_answer_goes(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_does_not_read_its_reply_is_dropped(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     sock = host.call(b"%d\n" % LONG)
     host.turn(3)
     assert len(host.peers) == 1
@@ -136,7 +136,7 @@ def test_a_long_answer_arrives_whole(host: Host) -> None:
     assert had == LONG
 
 
-def test_what_is_no_line_is_answered_once_it_is_too_long_or_ends(host: Host) -> None:
+def test_an_incomplete_line_is_answered_once_it_is_too_long_or_ends(host: Host) -> None:
     sock = host.call()
     sock.setblocking(False)
     sent, end = 0, time.monotonic() + 20
@@ -151,7 +151,7 @@ def test_what_is_no_line_is_answered_once_it_is_too_long_or_ends(host: Host) -> 
     assert ended.recv(9) == b"4"
 
 
-def test_there_are_never_too_many_and_who_speaks_is_heard(host: Host) -> None:
+def test_peers_are_bounded_and_a_peer_that_sends_is_answered(host: Host) -> None:
     silent = [host.call() for _ in range(MOST_PEERS + 40)]
     host.turn(len(silent))
     assert len(host.peers) == MOST_PEERS
@@ -162,7 +162,7 @@ def test_there_are_never_too_many_and_who_speaks_is_heard(host: Host) -> None:
         sock.close()
 
 
-def test_closing_drops_everybody(host: Host) -> None:
+def test_closing_drops_every_peer(host: Host) -> None:
     sock = host.call()
     host.turn()
     host.peers.close()

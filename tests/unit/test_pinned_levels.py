@@ -92,7 +92,7 @@ def test_a_full_disk_at_the_end_of_a_container_keeps_no_other_out(host):
 SIX = "{selector: {cgroup: ['c*']}, memory: {limit: 6GiB}, compute: {limit: 50%}}"
 
 
-def test_what_nothing_wants_is_released(host):
+def test_levels_without_a_policy_are_released(host):
     host.cgroup("c1")
     host.start(SIX)
     assert host.books.limits
@@ -101,7 +101,7 @@ def test_what_nothing_wants_is_released(host):
 
 
 @pytest.mark.parametrize("why", ["unknown", "missing", "overrides"])
-def test_what_is_not_understood_keeps_limit_flags_and_share(host, why):
+def test_an_unreadable_override_keeps_limit_flags_and_share(host, why):
     one = host.cgroup("c1")
     host.start("{selector: {cgroup: ['c*']}, memory: {limit: 6GiB}, compute: {limit: 50%}, onBypass: kill}")
     before = dict(host.books.limits), dict(host.books.shares)
@@ -120,7 +120,7 @@ def test_what_is_not_understood_keeps_limit_flags_and_share(host, why):
 
 
 @pytest.mark.parametrize("memory", [{"memory_bytes": 4 * GIB}, {"memory_bytes": None, "memory_millionths": 250_000}])
-def test_of_what_is_kept_nothing_is_lost_by_setting_something_else(host, memory):
+def test_a_kept_limit_is_not_lost_when_another_value_is_set(host, memory):
     host.cgroup("c1")
     host.start(SIX)
     manager = host.start(unknown="not known")
@@ -131,7 +131,7 @@ def test_of_what_is_kept_nothing_is_lost_by_setting_something_else(host, memory)
     assert [limits for limits, _ in host.books.limits.values()] == [{0: 4 * GIB}]
 
 
-def test_what_is_kept_is_written_down_with_the_next_setting_where_the_disk_was_full(host, monkeypatch):
+def test_kept_limits_are_stored_with_the_next_setting_after_a_full_disk(host, monkeypatch):
     for name in ("c1", "c2"):
         host.cgroup(name)
     host.start(SIX)
@@ -154,7 +154,7 @@ def test_the_cgroup_of_a_run_that_is_kept_goes_with_its_program(host):
     assert not (host.root / "fgpu" / "mine").exists()
 
 
-def test_what_comes_to_the_same_is_not_in_doubt(host):
+def test_an_equal_limit_is_not_in_doubt(host):
     host.cgroup("c1")
     host.start(SIX)
     host.file.write_text("")
@@ -171,7 +171,7 @@ def test_a_kept_level_is_decided_once_its_policies_are_known(host):
     assert [limits for limits, _ in host.books.limits.values()] == [{0: 3 * GIB}]
 
 
-def test_what_was_granted_is_granted_first_whatever_else_there_is(host):
+def test_earlier_grants_come_first(host):
     idle = [host.cgroup(f"c{n}") for n in range(4)]
     used = [host.cgroup(f"c{n}") for n in (8, 9)]
     manager = host.start(SIX)
@@ -203,7 +203,7 @@ def _written(host, act):
     return seen
 
 
-def test_a_limit_that_grew_in_vain_is_what_it_was_after_a_start(host):
+def test_a_limit_that_could_not_grow_is_unchanged_after_a_start(host):
     used = [host.cgroup(f"c{n}") for n in range(2)]
     manager = host.start(SIX)
     for cgroup in used:
@@ -238,7 +238,7 @@ def test_members_by_hand_of_a_group_with_a_limit_are_put_after_it(host):
     assert len(list(host.start(group).enforcer)) == 4
 
 
-def test_levels_whose_cgroups_are_gone_are_released_whatever_is_not_known(host):
+def test_levels_of_removed_cgroups_are_released_in_any_case(host):
     host.cgroup("c1")
     host.start(SIX)
     (host.root / "c1").rmdir()

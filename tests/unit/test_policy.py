@@ -24,7 +24,7 @@ def memory_of(spec, gpus=(H200,), **names):
     return decision.limits.memory, decision.notes
 
 
-# -- who is meant --------------------------------------------------------------------------------------------------
+# -- selectors ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_without_a_match_there_are_no_limits():
 # -- what it gets --------------------------------------------------------------------------------------------------
 
 
-def test_everything_that_a_policy_says_arrives():
+def test_every_field_of_a_policy_is_read():
     spec = """
   selector: {cgroup: a}
   mode: observe
@@ -91,13 +91,13 @@ def test_everything_that_a_policy_says_arrives():
     assert limits.metric_labels == ("team", "tier")
 
 
-def test_what_is_not_said_is_not_limited():
+def test_an_absent_field_is_no_limit():
     limits = policies(EVERY).resolve(workload(), [H200]).limits
     assert (limits.memory, limits.compute, limits.devices) == ({}, None, (0,))
     assert (limits.observe, limits.kill, limits.own_utilization, limits.metric_labels) == (False, False, False, ())
 
 
-def test_compute_has_its_usual_values():
+def test_compute_has_its_default_values():
     assert policies("{selector: {cgroup: a}, compute: {}}").policies[0].compute == Compute(
         1.0, 100, Priority.NORMAL, 20_000_000
     )
@@ -133,7 +133,7 @@ def test_a_share_is_cut_to_granules_of_what_a_device_can_give():
     }
 
 
-def test_a_limit_beyond_the_device_is_said():
+def test_a_limit_beyond_the_device_is_reported():
     memory, notes = memory_of("{selector: {cgroup: a}, memory: {limit: 16GiB}}", [H200, T4])
     assert memory == {0: 16 * GIB, 1: 16 * GIB}
     assert notes == ("the limit of 16GiB is more than device 1 can give",)
@@ -175,7 +175,7 @@ def test_its_own_label_goes_as_far_as_the_policy_lets_it(rule, label, gib, note)
         ("{limit: 50%}", "half", 0.5, "fgpu.dev/compute is ignored: 'half' is not a share: write it as 50%"),
     ],
 )
-def test_its_own_share_of_time_too(rule, label, ratio, note):
+def test_a_label_of_time_goes_as_far_too(rule, label, ratio, note):
     decision = policies(f"{{selector: {{cgroup: a}}, compute: {rule}}}").resolve(
         workload(labels={"fgpu.dev/compute": label}), [H200]
     )
@@ -230,7 +230,7 @@ def test_its_own_label_comes_before_clearmls_unless_it_cannot_be_read():
         ("2GiB", "4GiB", 2),
     ],
 )
-def test_what_an_image_asks_for_only_tightens(own, image, gib):
+def test_requests_of_an_image_only_tighten(own, image, gib):
     spec = "{selector: {cgroup: a}, memory: {limit: 8GiB, max: 16GiB}}"
     labels = {"fgpu.dev/memory": own} if own else {}
     memory, notes = memory_of(spec, labels=labels, image_asks={"fgpu.dev/memory": image})
@@ -238,7 +238,7 @@ def test_what_an_image_asks_for_only_tightens(own, image, gib):
     assert [note.split()[:3] for note in notes] == [["the", "image's", "fgpu.dev/memory"]] * (image == "x")
 
 
-def test_so_it_is_with_its_share_of_time():
+def test_the_image_s_share_of_time_only_tightens_too():
     for own, image, ratio in (("40%", "20%", 0.2), ("40%", "45%", 0.4), (None, "20%", 0.2), (None, "90%", 0.5)):
         labels = {"fgpu.dev/compute": own} if own else {}
         one = workload(labels=labels, image_asks={"fgpu.dev/compute": image})
@@ -253,8 +253,8 @@ def made(documents):
     """Return a set of these documents with different names."""
     for number, document in enumerate(documents):
         document["metadata"]["name"] = f"p{number}"
-    found, faults = parse.read("p.yaml", kit.as_yaml(*documents))
-    assert [str(fault) for fault in faults] == []
+    found, errors = parse.read("p.yaml", kit.as_yaml(*documents))
+    assert [str(error) for error in errors] == []
     return PolicySet(tuple(found))
 
 

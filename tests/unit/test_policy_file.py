@@ -22,10 +22,10 @@ SCHEMA = jsonschema.Draft202012Validator(schema.json_schema())
 EXAMPLES = 2000 if os.environ.get("FGPU_TEST_SCALE") == "full" else 500
 
 
-def first_fault(data: bytes) -> str:
-    policies, faults = parse.read("bad.yaml", data)
+def first_error(data: bytes) -> str:
+    policies, errors = parse.read("bad.yaml", data)
     assert policies == []
-    return str(faults[0])
+    return str(errors[0])
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
@@ -35,17 +35,17 @@ def first_fault(data: bytes) -> str:
 def test_a_bad_file_is_refused_with_line_field_and_what_would_be_right(path):
     data = path.read_bytes()
     expected = data.partition(b"\n")[0].decode().removeprefix("# ")
-    assert first_fault(data) == f"bad.yaml:{expected}"
+    assert first_error(data) == f"bad.yaml:{expected}"
 
 
 def test_there_are_bad_files():
     assert len(BAD) > 90
 
 
-def test_every_fault_of_a_document_is_told_in_the_order_of_lines():
+def test_errors_of_a_document_are_in_the_order_of_lines():
     spec = "\n  selector: {}\n  memory: {limit: 1GB}\n  x: 1\n  mode: x"
-    _, faults = parse.read("p.yaml", kit.text("A", spec).encode())
-    assert [fault.field for fault in faults] == [
+    _, errors = parse.read("p.yaml", kit.text("A", spec).encode())
+    assert [error.field for error in errors] == [
         "metadata.name",
         "spec.selector",
         "spec.memory.limit",
@@ -54,20 +54,20 @@ def test_every_fault_of_a_document_is_told_in_the_order_of_lines():
     ]
 
 
-def test_one_bad_document_refuses_the_file_and_all_bad_ones_are_told():
+def test_one_bad_document_refuses_the_file_and_all_bad_ones_are_reported():
     data = kit.text("a") + kit.text("b", "{}") + kit.text("c") + kit.text("d", "5")
-    policies, faults = parse.read("p.yaml", data.encode())
+    policies, errors = parse.read("p.yaml", data.encode())
     assert policies == []
-    assert [(fault.line, fault.field) for fault in faults] == [(10, "spec.selector"), (20, "spec")]
+    assert [(error.line, error.field) for error in errors] == [(10, "spec.selector"), (20, "spec")]
 
 
-def test_faults_are_bounded():
-    _, faults = parse.read("p.yaml", "".join(kit.text(f"a{n}", "{}") for n in range(500)).encode())
-    assert len(faults) == yaml_document.MOST_FAULTS
+def test_errors_are_bounded():
+    _, errors = parse.read("p.yaml", "".join(kit.text(f"a{n}", "{}") for n in range(500)).encode())
+    assert len(errors) == yaml_document.MOST_ERRORS
 
 
 @pytest.mark.parametrize(
-    ("data", "fault"),
+    ("data", "error"),
     [
         (b"a: \xff\n", "bad.yaml:1: is not valid UTF-8: save it as UTF-8"),
         (b"\n\na: \0\n", "bad.yaml:3: is not YAML: control characters are not allowed"),
@@ -76,8 +76,8 @@ def test_faults_are_bounded():
         (b"[1]\n" * 3, "bad.yaml:1: is not a policy: write apiVersion, kind, metadata and spec"),
     ],
 )
-def test_what_is_no_text_is_refused(data, fault):
-    assert first_fault(data) == fault
+def test_a_file_that_is_no_text_is_refused(data, error):
+    assert first_error(data) == error
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_an_empty_file_has_no_policies(data):
 
 
 @pytest.mark.parametrize("word", ["no", "yes", "on", "off", "y", "1:30", "2024-01-01", "0x10", "1_000", "=", "0o7"])
-def test_words_stay_words(word):
+def test_words_are_not_converted(word):
     found = kit.read(kit.text("p", f"{{selector: {{matchLabels: {{{word}: {word}}}}}}}"))[0]
     assert str(found.selector.labels[0]) == f"{word} In ({word})"
 
 
-def test_policies_keep_their_order_and_know_where_they_stand():
+def test_policies_keep_their_order_and_their_lines():
     found = kit.read(kit.text("b") + "# comment\n" + kit.text("a"))
     assert [(p.name, p.source) for p in found] == [("b", "p.yaml:2"), ("a", "p.yaml:8")]
 
@@ -107,7 +107,7 @@ def test_policies_keep_their_order_and_know_where_they_stand():
 @pytest.mark.parametrize("name", BOMBS)
 def test_no_file_takes_long(name):
     begun = time.perf_counter()
-    assert first_fault(BOMBS[name][:MIB])
+    assert first_error(BOMBS[name][:MIB])
     assert time.perf_counter() - begun < 1.0  # `./dev bench policy` has the figures; the bar there is 0.1 s
 
 
@@ -137,21 +137,21 @@ def _places(value, way=()):
 
 @settings(max_examples=EXAMPLES)
 @given(spoilt())
-def test_a_spoilt_document_is_a_policy_or_faults_with_their_lines(document):
+def test_a_damaged_document_is_a_policy_or_errors_with_lines(document):
     data = kit.as_yaml(document)
-    policies, faults = parse.read("p.yaml", data)
-    assert bool(policies) is not bool(faults)
-    for fault in faults:
-        assert re.fullmatch(r"p\.yaml:1: ([^\n:]+: )?[^\n]{4,400}", str(fault))
+    policies, errors = parse.read("p.yaml", data)
+    assert bool(policies) is not bool(errors)
+    for error in errors:
+        assert re.fullmatch(r"p\.yaml:1: ([^\n:]+: )?[^\n]{4,400}", str(error))
 
 
 @settings(max_examples=EXAMPLES)
 @given(st.one_of(st.binary(max_size=200), st.text("[]{}:,-?&*!|>'\"%@` \nab1~<", max_size=60).map(str.encode)))
-def test_any_bytes_are_policies_or_faults(data):
-    policies, faults = parse.read("p.yaml", data)
+def test_any_bytes_are_policies_or_errors(data):
+    policies, errors = parse.read("p.yaml", data)
     assert policies == []
     breaks = len(re.findall("[\r\n\x85\u2028\u2029]", data.decode(errors="replace")))  # as YAML has them
-    assert all(0 <= fault.line <= breaks + 1 for fault in faults)
+    assert all(0 <= error.line <= breaks + 1 for error in errors)
 
 
 # -- the schema ----------------------------------------------------------------------------------------------------

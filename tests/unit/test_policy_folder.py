@@ -28,9 +28,9 @@ def names(reading):
     return [policy.name for policy in reading.policies.policies]
 
 
-def faults(reading):
+def errors(reading):
     assert reading.policies is None
-    return [str(fault) for fault in reading.faults]
+    return [str(error) for error in reading.errors]
 
 
 def test_files_in_lexical_order_and_documents_in_theirs(tmp_path):
@@ -40,7 +40,7 @@ def test_files_in_lexical_order_and_documents_in_theirs(tmp_path):
     assert names(folder(tmp_path).read()) == ["b", "a", "c", "d"]
 
 
-def test_what_editors_leave_behind_is_left_out(tmp_path):
+def test_files_of_editors_are_ignored(tmp_path):
     for name in (".a.yaml.swp", ".#a.yaml", "a.yaml~", "#a.yaml#", "a.yaml.bak", "4913", ".hidden.yaml", "README"):
         (tmp_path / name).write_text("nonsense")
     (tmp_path / "a.yaml").write_text(kit.text("a"))
@@ -50,33 +50,33 @@ def test_what_editors_leave_behind_is_left_out(tmp_path):
 def test_no_folder_means_no_policies_unless_there_was_one(tmp_path):
     absent = folder(tmp_path / "policy.d")
     assert names(absent.read()) == []
-    assert faults(absent.read(may_be_missing=False)) == [
+    assert errors(absent.read(may_be_missing=False)) == [
         f"{tmp_path}/policy.d: does not exist: the last policies stay in force; create it again, empty for no policies"
     ]
 
 
-def test_one_bad_file_refuses_all_and_faults_name_their_files(tmp_path):
+def test_one_bad_file_refuses_all_and_errors_name_their_files(tmp_path):
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     (tmp_path / "b.yaml").write_text(kit.text("b", "{}"))
     (tmp_path / "c.yaml").write_text("x")
-    found = faults(folder(tmp_path).read())
+    found = errors(folder(tmp_path).read())
     assert [line.partition(": ")[0] for line in found] == [f"{tmp_path}/b.yaml:5", f"{tmp_path}/c.yaml:1"]
 
 
-def test_a_name_borne_twice_is_refused_at_the_second(tmp_path):
+def test_a_duplicate_name_is_refused_at_the_second_policy(tmp_path):
     (tmp_path / "a.yaml").write_text(kit.text("x"))
     (tmp_path / "b.yaml").write_text(kit.text("y") + kit.text("x"))
-    assert faults(folder(tmp_path).read()) == [
+    assert errors(folder(tmp_path).read()) == [
         f"{tmp_path}/b.yaml:7: metadata.name: the name x is taken by {tmp_path}/a.yaml:2: choose another"
     ]
 
 
-def test_what_is_no_file_holds_nobody_up(tmp_path):
+def test_an_entry_that_is_no_file_delays_nothing(tmp_path):
     os.mkfifo(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").mkdir()
     (tmp_path / "c.yaml").symlink_to("/dev/zero")
     (tmp_path / "d.yaml").symlink_to("nowhere")
-    found = faults(folder(tmp_path).read())
+    found = errors(folder(tmp_path).read())
     assert [line.removeprefix(str(tmp_path)) for line in found] == [
         "/a.yaml: is not a regular file: remove it",
         "/b.yaml: is not a regular file: remove it",
@@ -99,7 +99,7 @@ def test_a_gigabyte_is_refused_unread(tmp_path):
     with open(tmp_path / "a.yaml", "wb") as file:
         file.truncate(1 << 30)
     tracemalloc.start()
-    assert faults(folder(tmp_path).read()) == [f"{tmp_path}/a.yaml: is larger than 1 MiB: split it"]
+    assert errors(folder(tmp_path).read()) == [f"{tmp_path}/a.yaml: is larger than 1 MiB: split it"]
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
 
@@ -107,13 +107,13 @@ def test_a_gigabyte_is_refused_unread(tmp_path):
 def test_files_and_policies_are_bounded(tmp_path):
     for at in range(5):
         (tmp_path / f"{at}.yaml").write_text("".join(kit.text(f"p{at}-{n}") for n in range(240)))
-    assert "more than 1,000 policies" in faults(folder(tmp_path).read())[0]
+    assert "more than 1,000 policies" in errors(folder(tmp_path).read())[0]
     for at in range(300):
         (tmp_path / f"{at}.yaml").write_text("")
-    assert "more than 256 files" in faults(folder(tmp_path).read())[0]
+    assert "more than 256 files" in errors(folder(tmp_path).read())[0]
 
 
-# -- who may write -------------------------------------------------------------------------------------------------
+# -- permissions --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def own(tmp_path):
 
 
 @needs_root
-def test_what_root_alone_may_write_is_read(own):
+def test_a_file_that_only_root_may_write_is_read(own):
     assert names(folder(own, root_only=True).read()) == ["a"]
 
 
@@ -138,13 +138,13 @@ def test_what_root_alone_may_write_is_read(own):
     [("a.yaml", 0o664, 0), ("a.yaml", 0o646, 0), ("a.yaml", 0o644, 1000), (".", 0o775, 0), (".", 0o1777, 0),
      (".", 0o755, 1000), ("..", 0o777, 0), ("..", 0o755, 1000)],
 )  # fmt: skip
-def test_what_others_may_write_is_refused(own, inner, mode, owner):
+def test_a_policy_file_that_others_may_write_is_refused(own, inner, mode, owner):
     path = own / inner
     os.chmod(path, mode)
     os.chown(path, owner, -1)
-    (fault,) = faults(folder(own, root_only=True).read())
-    assert "users other than root" in fault
-    assert f"chown root {os.path.realpath(path)}" in fault
+    (error,) = errors(folder(own, root_only=True).read())
+    assert "users other than root" in error
+    assert f"chown root {os.path.realpath(path)}" in error
     assert names(folder(own).read()) == ["a"]
 
 
@@ -155,8 +155,8 @@ def test_a_link_is_judged_by_what_it_names(own, tmp_path):
     theirs.chmod(0o777)
     (theirs / "x.yaml").write_text(kit.text("b"))
     (own / "b.yaml").symlink_to(theirs / "x.yaml")
-    (fault,) = faults(folder(own, root_only=True).read())
-    assert fault.startswith(f"{own}/b.yaml: lies in {theirs}, which users other than root may write")
+    (error,) = errors(folder(own, root_only=True).read())
+    assert error.startswith(f"{own}/b.yaml: lies in {theirs}, which users other than root may write")
 
 
 @needs_root
@@ -164,7 +164,7 @@ def test_a_sticky_folder_around_is_fine_and_so_is_a_read_only_mount(own, monkeyp
     own.parent.chmod(0o1777)
     assert names(folder(own, root_only=True).read()) == ["a"]
     own.chmod(0o777)
-    assert faults(folder(own, root_only=True).read())
+    assert errors(folder(own, root_only=True).read())
     monkeypatch.setattr(trusted_file, "read_only", lambda _: True)  # as a ConfigMap's volume is mounted
     assert names(folder(own, root_only=True).read()) == ["a"]
 
@@ -172,7 +172,7 @@ def test_a_sticky_folder_around_is_fine_and_so_is_a_read_only_mount(own, monkeyp
 # -- one state or the other ----------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_changes_all_the_time_is_never_read_half(tmp_path, scale):
+def test_a_folder_that_changes_all_the_time_is_never_read_in_part(tmp_path, scale):
     place = ConfigMap(tmp_path / "policy.d", 4)
     end = threading.Event()
 
@@ -189,7 +189,7 @@ def test_a_folder_that_changes_all_the_time_is_never_read_half(tmp_path, scale):
         for _ in range(scale(100, 500, 10_000)):
             reading = folder(place.path).read()
             if reading.policies is None:
-                assert [fault.text for fault in reading.faults] == [policy_folder.CHANGING]
+                assert [error.text for error in reading.errors] == [policy_folder.CHANGING]
                 continue
             versions = {name.partition("-")[0] for name in names(reading)}
             assert len(versions) == 1, names(reading)
@@ -219,8 +219,8 @@ def test_a_file_that_was_only_opened_yet_does_not_mean_no_policies(tmp_path):
     assert names(folder(tmp_path, settle_seconds=0.01).read()) == ["a"], "some files are empty"
 
 
-def test_whoever_never_stops_writing_gets_a_fault(tmp_path, monkeypatch):
+def test_a_folder_that_is_written_all_the_time_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text(kit.text("a"))
     patient = folder(tmp_path, settle_seconds=0.01)
     monkeypatch.setattr(patient, "_unsettled_seconds", lambda _: 0.01)
-    assert "changes all the time" in faults(patient.read())[0]
+    assert "changes all the time" in errors(patient.read())[0]

@@ -19,11 +19,11 @@ from tests.unit.configmap_kit import ConfigMap
 SECONDS = 10.0
 
 
-class Heard(queue.Queue):
+class Readings(queue.Queue):
     """A queue of what the watch reports."""
 
-    def __call__(self, policies, faults) -> None:
-        self.put((None if policies is None else [p.name for p in policies.policies], [f.text for f in faults]))
+    def __call__(self, policies, errors) -> None:
+        self.put((None if policies is None else [p.name for p in policies.policies], [f.text for f in errors]))
 
     def next(self):
         return self.get(timeout=SECONDS)
@@ -51,100 +51,100 @@ def watches(monkeypatch):
 def watch(watches):
     """Return watch(path), which returns what is reported of a folder from now on."""
 
-    def begin(path) -> Heard:
-        folder, heard = PolicyFolder(path, root_only=False, settle_seconds=0.01), Heard()
-        watches.append(PolicyWatch(folder, folder.read(), heard))
+    def begin(path) -> Readings:
+        folder, readings = PolicyFolder(path, root_only=False, settle_seconds=0.01), Readings()
+        watches.append(PolicyWatch(folder, folder.read(), readings))
         watches[-1].start()
-        return heard
+        return readings
 
     yield begin
     for one in watches:
         one.stop()
 
 
-def test_changes_are_told_and_nothing_else(tmp_path, watch):
+def test_only_changes_are_reported(tmp_path, watch):
     (tmp_path / "a.yaml").write_text(kit.text("a"))
-    heard = watch(tmp_path)
+    readings = watch(tmp_path)
     (tmp_path / "README").write_text("not a policy")
-    assert heard.quiet()
+    assert readings.quiet()
     (tmp_path / "b.yaml").write_text(kit.text("b"))
-    assert heard.next() == (["a", "b"], [])
+    assert readings.next() == (["a", "b"], [])
     (tmp_path / "a.yaml").unlink()
-    assert heard.next() == (["b"], [])
+    assert readings.next() == (["b"], [])
 
 
-def test_a_bad_set_is_told_without_policies_and_a_good_one_after_it(tmp_path, watch):
+def test_a_bad_set_is_reported_without_policies_and_then_a_good_one(tmp_path, watch):
     (tmp_path / "a.yaml").write_text(kit.text("a"))
-    heard = watch(tmp_path)
+    readings = watch(tmp_path)
     (tmp_path / "a.yaml").write_text(kit.text("a", "{selector: {cgroup: a}, mode: x}"))
-    assert heard.next() == (None, ["'x' is none of observe, enforce: write one of them"])
+    assert readings.next() == (None, ["'x' is none of observe, enforce: write one of them"])
     (tmp_path / "a.yaml").write_text(kit.text("c"))
-    assert heard.next() == (["c"], [])
+    assert readings.next() == (["c"], [])
 
 
 def test_a_folder_that_is_made_later_is_found(tmp_path, watch):
-    heard = watch(tmp_path / "etc/fgpu/policy.d")
+    readings = watch(tmp_path / "etc/fgpu/policy.d")
     (tmp_path / "etc/fgpu/policy.d").mkdir(parents=True)
-    assert heard.next() == ([], [])
+    assert readings.next() == ([], [])
     (tmp_path / "etc/fgpu/policy.d/a.yaml").write_text(kit.text("a"))
-    assert heard.next() == (["a"], [])
+    assert readings.next() == (["a"], [])
 
 
 def test_a_folder_that_is_gone_drops_nothing(tmp_path, watch):
     place = tmp_path / "policy.d"
     place.mkdir()
     (place / "a.yaml").write_text(kit.text("a"))
-    heard = watch(place)
+    readings = watch(place)
     shutil.rmtree(place)
-    told = heard.next()
+    told = readings.next()
     while told == ([], []):  # the file disappeared before the folder
-        told = heard.next()
+        told = readings.next()
     assert told[0] is None
     assert "does not exist" in told[1][0]
     place.mkdir()
     (place / "b.yaml").write_text(kit.text("b"))
     while told[0] != ["b"]:
-        told = heard.next()
+        told = readings.next()
 
 
 def test_a_config_map_is_taken_over_by_its_swap(tmp_path, watch):
     place = ConfigMap(tmp_path / "policy.d", 3)
-    heard = watch(place.path)
+    readings = watch(place.path)
     for version in ("v1", "v2"):
         place.swap(version)
-        assert heard.next() == ([f"{version}-0", f"{version}-1", f"{version}-2"], [])
+        assert readings.next() == ([f"{version}-0", f"{version}-1", f"{version}-2"], [])
 
 
-def test_a_folder_put_in_anothers_place_is_noticed(tmp_path, watch):
+def test_a_replaced_folder_is_noticed(tmp_path, watch):
     place, fresh = tmp_path / "policy.d", tmp_path / "fresh"
     for folder, name in ((place, "a"), (fresh, "b")):
         folder.mkdir()
         (folder / "x.yaml").write_text(kit.text(name))
-    heard = watch(place)
+    readings = watch(place)
     place.rename(tmp_path / "old")
     fresh.rename(place)
-    told = heard.next()
-    assert told == (["b"], []) or heard.next() == (["b"], [])
+    told = readings.next()
+    assert told == (["b"], []) or readings.next() == (["b"], [])
     (place / "y.yaml").write_text(kit.text("c"))
-    assert heard.next() == (["b", "c"], [])
+    assert readings.next() == (["b", "c"], [])
 
 
-def test_a_folder_made_anew_in_the_same_place_is_watched(tmp_path, watch):
+def test_a_folder_made_again_in_the_same_place_is_watched(tmp_path, watch):
     place = tmp_path / "policy.d"
     place.mkdir()
-    heard = watch(place)
+    readings = watch(place)
     time.sleep(0.5)  # until the thread listens
     place.rmdir()
     place.mkdir()  # most often with the same inode
     time.sleep(0.5)
     (place / "y.yaml").write_text(kit.text("c"))
-    told = heard.next()
+    told = readings.next()
     while told != (["c"], []):  # the folder may have been missing for a moment
-        told = heard.next()
+        told = readings.next()
 
 
 @pytest.mark.parametrize("write", ["in place", "renamed over", "linked anew"])
-def test_each_way_of_writing_a_file_is_noticed(tmp_path, watch, write):
+def test_each_kind_of_write_is_noticed(tmp_path, watch, write):
     place, other = tmp_path / "policy.d/a.yaml", tmp_path / "policy.d/.new"
     place.parent.mkdir()
     for name in "ab":
@@ -153,7 +153,7 @@ def test_each_way_of_writing_a_file_is_noticed(tmp_path, watch, write):
         place.symlink_to(tmp_path / "a")
     else:
         place.write_text(kit.text("a"))
-    heard = watch(place.parent)
+    readings = watch(place.parent)
     time.sleep(0.5)  # until the thread listens
     if write == "in place":
         place.write_text(kit.text("b"))
@@ -163,28 +163,28 @@ def test_each_way_of_writing_a_file_is_noticed(tmp_path, watch, write):
     else:
         other.symlink_to(tmp_path / "b")
         os.replace(other, place)
-    told = heard.next()
+    told = readings.next()
     while told == ([], []):  # a moment between emptied and written
-        told = heard.next()
+        told = readings.next()
     assert told == (["b"], [])
 
 
-def test_where_the_kernel_gives_no_notifications_it_looks(tmp_path, watch, monkeypatch):
+def test_without_notifications_the_folder_is_polled(tmp_path, watch, monkeypatch):
     def refuse(folders):
         raise OSError("no watches are left")
 
     monkeypatch.setattr(policy_watch, "LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(policy_watch, "FolderBell", refuse)
-    heard = watch(tmp_path)
+    monkeypatch.setattr(policy_watch, "FolderWatch", refuse)
+    readings = watch(tmp_path)
     for name in "ab":
         (tmp_path / "a.yaml").write_text(kit.text(name))
-        assert heard.next() == ([name], [])
+        assert readings.next() == ([name], [])
 
 
-def test_it_sleeps_while_nothing_happens(tmp_path, watch, watches):
-    heard = watch(tmp_path)
+def test_the_watch_sleeps_without_changes(tmp_path, watch, watches):
+    readings = watch(tmp_path)
     (tmp_path / "a.yaml").write_text(kit.text("a"))
-    assert heard.next() == (["a"], [])
+    assert readings.next() == (["a"], [])
     time.sleep(0.5)  # until the thread listens again
     before = switches(watches[0])
     for _ in range(5):

@@ -15,7 +15,7 @@ from fgpu_ebpf.linux.capabilities import AGENT, GATEKEEPER, Capability
 ROOT = Path(__file__).parents[2]
 SHOW = "print(open('/proc/self/status').read())"
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="who is not root has nothing to give up")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root has capabilities to give up")
 
 
 def status(code: str, *before: str) -> dict[str, str]:
@@ -37,19 +37,19 @@ def test_all_others_are_gone_from_every_set(kept: frozenset[Capability]) -> None
     assert (found["CapInh"], found["CapAmb"], found["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1")
 
 
-def test_what_it_starts_and_executes_has_no_more() -> None:
+def test_started_and_executed_programs_have_no_more_capabilities() -> None:
     start = f"import subprocess, sys, threading\nsubprocess.run([sys.executable, '-c', {SHOW!r}])"
     thread = f"import threading\nt = threading.Thread(target=lambda: exec({start!r})); t.start(); t.join()"
     found = status(f"p.keep_only(p.GATEKEEPER)\n{thread}")
     assert found["CapEff"] == found["CapPrm"] == mask(GATEKEEPER)
 
 
-def test_nothing_comes_back() -> None:
+def test_no_capability_returns() -> None:
     found = status(f"p.keep_only(p.GATEKEEPER); p.keep_only(p.AGENT | set(p.Capability)); {SHOW}")
     assert found["CapEff"] == found["CapBnd"] == mask(GATEKEEPER)
 
 
-def test_who_may_not_lower_the_bounding_set_gives_up_its_own() -> None:
+def test_a_process_that_may_not_lower_the_bounding_set_drops_its_own_capabilities() -> None:
     """A process without SETPCAP, as under a unit, keeps its bounding set and drops its own capabilities."""
     found = status(f"p.keep_only(p.GATEKEEPER); {SHOW}", "setpriv", "--bounding-set=-setpcap")
     assert found["CapEff"] == found["CapPrm"] == mask(GATEKEEPER)

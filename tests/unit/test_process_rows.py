@@ -46,7 +46,7 @@ def rows(compute: Said, graphics: Said) -> dict[int, int | None] | None:
      ([(7, None), (7, 5)], {7: None}), ([], {})],
 )  # fmt: skip
 @pytest.mark.parametrize("draws", [False, True])
-def test_not_known_of_one_process_is_not_nothing(said: Said, held: dict[int, int | None], draws: bool) -> None:
+def test_an_unknown_value_of_one_process_is_not_zero(said: Said, held: dict[int, int | None], draws: bool) -> None:
     assert rows([], said) == held if draws else rows(said, []) == held
 
 
@@ -78,7 +78,7 @@ def test_a_driver_without_the_second_list_has_the_first() -> None:
 
 
 @pytest.mark.parametrize("failing", [COMPUTE, GRAPHICS])
-def test_half_of_what_nvml_says_is_nothing(failing: str) -> None:
+def test_an_incomplete_answer_of_nvml_is_none(failing: str) -> None:
     """Nothing is known if one list fails, because it may have named any process."""
     questions = {COMPUTE: Question([(7, 5)]), GRAPHICS: Question([(8, 9)])}
     questions[failing] = Question([], pynvml.NVML_ERROR_UNKNOWN)

@@ -36,10 +36,10 @@ def read(tmp_path, text: str) -> Any:
 
 
 def test_agent_yaml_lists_them(tmp_path):
-    host, faults = read(
+    host, errors = read(
         tmp_path, "profiles: [{share: 8gib-50pct, count: 2}, {share: 4gib, devices: ['1', GPU-0000]}]\n"
     )
-    assert not faults
+    assert not errors
     first, second = host.profiles
     assert (first, second.share, second.count) == (Profile("8gib-50pct", 2), "4gib", None)
     assert [second.is_of(Device(index)) for index in (0, 1)] == [True, True], "the first by its UUID"
@@ -61,11 +61,11 @@ def test_agent_yaml_lists_them(tmp_path):
         ("share: 8gib}, {share: 8gib", "'8gib' is there twice: join them"),
     ],
 )
-def test_what_they_may_not_be(tmp_path, text, said):
-    host, faults = read(tmp_path, f"listen: 127.0.0.1:1\nprofiles:\n  [{{{text}}}]\n")
+def test_invalid_profiles(tmp_path, text, said):
+    host, errors = read(tmp_path, f"listen: 127.0.0.1:1\nprofiles:\n  [{{{text}}}]\n")
     assert host is None
-    assert said in str(faults[0])
-    assert "agent.yaml:" in str(faults[0])
+    assert said in str(errors[0])
+    assert "agent.yaml:" in str(errors[0])
 
 
 # -- counts --------------------------------------------------------------------------------------------------------
@@ -152,9 +152,9 @@ def test_a_promise_holds_until_it_is_taken_or_old():
     book.promise([slot], now=0)
     assert numbers(book.healthy("8gib")) == [0, 1]
     assert numbers(book.healthy("4gib")) == [0, 1]
-    assert not book.lack([slot]), "its own promise is nothing against it"
+    assert not book.shortage([slot]), "its own promise is nothing against it"
     book.promise([Slot(ONE, "8gib", 0)], now=1)
-    assert "4GiB do not fit on" in book.lack([Slot(ONE, "4gib", 0)])
+    assert "4GiB do not fit on" in book.shortage([Slot(ONE, "4gib", 0)])
     book.look(told(free=8, taken=1), now=2)
     assert len(book.healthy("8gib")) == 2
     assert not book.healthy("4gib"), "one is taken, the other promised"
@@ -174,7 +174,7 @@ def test_ids_that_were_given_stay_healthy():
 @pytest.mark.parametrize(
     "id_", ["", "::", f"{ONE}::8gib::2", f"{ONE}::8gib::01", f"{ONE}::8gib::\u0661", f"{TWO}::8gib::0"]
 )
-def test_what_is_no_id(id_):
+def test_invalid_ids(id_):
     book = Book()
     book.look(told())
     with pytest.raises(SlotError, match=r"is not an id of fgpu\.dev/8gib"):

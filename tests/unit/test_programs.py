@@ -66,7 +66,7 @@ def runs(tmp_path: Path) -> int:
     return len((tmp_path / "runs").read_text().splitlines())
 
 
-def test_what_is_pinned_is_not_loaded_again(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
+def test_pinned_programs_are_not_loaded_again(world: World, compiler: tuple[str, ...], tmp_path: Path) -> None:
     digests = set()
     for first in (True, False):
         loading = world.loading(compiler)
@@ -115,7 +115,7 @@ def test_another_kernel_has_other_programs(
     assert runs(tmp_path) == 2
 
 
-def test_the_cache_has_an_end(world: World) -> None:
+def test_the_cache_is_bounded(world: World) -> None:
     for number in range(programs.MOST_CACHED + 2):
         world.load(shell(f"echo '{PRINTED}'; : {number}"))
         world.boot()
@@ -156,7 +156,7 @@ def test_says_why_there_are_no_programs(world: World) -> None:
     assert not world.cache.exists()
 
 
-def test_is_ended_when_nobody_waits(world: World, tmp_path: Path) -> None:
+def test_is_ended_without_a_waiting_process(world: World, tmp_path: Path) -> None:
     loading = world.loading(shell(f"echo $$ >{tmp_path}/pid; exec sleep 60"))
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         time.sleep(0.01)
@@ -168,7 +168,7 @@ def test_is_ended_when_nobody_waits(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "watched"), [(0.6, True), (0.6, False), (0, True)])
-def test_somebody_who_waits_is_told_what_for(
+def test_a_waiting_caller_sees_what_it_waits_for(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float, watched: bool
 ) -> None:
     monkeypatch.setattr(programs, "SOON_SECONDS", 0.3)

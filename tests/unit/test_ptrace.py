@@ -10,7 +10,7 @@ from fgpu_ebpf import doctor
 
 
 @pytest.mark.parametrize(("scope", "ok"), [("0\n", True), ("1\n", True), ("2\n", True), ("3\n", False), (None, True)])
-def test_where_no_memory_can_be_read_the_setting_is_named(
+def test_unreadable_memory_names_the_kernel_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str | None, ok: bool
 ) -> None:
     path = tmp_path / "ptrace_scope"
@@ -19,4 +19,4 @@ def test_where_no_memory_can_be_read_the_setting_is_named(
     monkeypatch.setattr(doctor, "PTRACE_SCOPE", path)
     (found,) = [check for check in doctor.host_checks() if check.name == "ptrace"]
     assert found.ok is ok
-    assert ok or ("kernel.yama.ptrace_scope=3" in found.found and "kernel.yama.ptrace_scope=2" in found.mend)
+    assert ok or ("kernel.yama.ptrace_scope=3" in found.found and "kernel.yama.ptrace_scope=2" in found.fix)

@@ -58,7 +58,7 @@ def test_staging_leaves_the_published_one_alone(tmp_path, store) -> None:
     assert stable_path(store).read_bytes() == b"two"
 
 
-def test_a_damaged_version_is_staged_anew_as_another_file(tmp_path, store) -> None:
+def test_a_damaged_version_is_staged_again_as_another_file(tmp_path, store) -> None:
     staged = version(tmp_path, store, b"one")
     with open(staged, "rb") as mapped:
         os.truncate(staged, 1)
@@ -73,7 +73,7 @@ def test_a_folder_in_a_version_s_place_is_moved_aside(tmp_path, store) -> None:
     assert version(tmp_path, store, b"one").read_bytes() == b"one"
 
 
-def test_what_is_not_staged_cannot_be_published(tmp_path, store) -> None:
+def test_a_version_that_is_not_staged_cannot_be_published(tmp_path, store) -> None:
     publish(version(tmp_path, store, b"one"))
     with pytest.raises(FileNotFoundError):
         publish(store / "0123456789abcdef" / "libfgpu.so")
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_what_was(tmp_path, store, monkeypatch) -> None:
     assert not list(store.rglob(".*")), "nothing half written stays"
 
 
-def test_only_what_nobody_needs_is_retired(tmp_path, store) -> None:
+def test_only_unused_versions_are_retired(tmp_path, store) -> None:
     versions = [version(tmp_path, store, f"version {n}".encode()) for n in range(5)]
     for staged in versions:
         publish(staged)
@@ -107,7 +107,7 @@ def test_only_what_nobody_needs_is_retired(tmp_path, store) -> None:
     assert retire(tmp_path / "nothing", set()) == []
 
 
-def test_a_step_back_is_a_publication_too(tmp_path, store) -> None:
+def test_a_downgrade_is_a_publication_too(tmp_path, store) -> None:
     one, two = (version(tmp_path, store, text) for text in (b"one", b"two"))
     publish(one)
     publish(two)
@@ -173,19 +173,19 @@ def a_shim(tmp_path: Path, text: str = "newer") -> Path:
     return shim
 
 
-def test_a_release_goes_on_with_the_package_s_own_file_where_nothing_is_published(tmp_path: Path) -> None:
+def test_a_release_continues_with_the_package_s_own_file_where_nothing_is_published(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     shim = a_shim(tmp_path)
     release = shim_store.Release(shim, tmp_path / "file/store")
     assert (release.file, release.files(), release.publish()) == (shim, [shim], shim)
-    assert "cannot be put into" in release.lacks()["store"].found
+    assert "cannot be put into" in release.failed_checks()["store"].found
 
 
-def test_a_release_goes_on_with_what_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_continues_with_what_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "store"
     older = shim_store.Release(a_shim(tmp_path, "older"), store)
     assert older.publish() == shim_store.stable_path(store)
-    assert older.lacks() == {}
+    assert older.failed_checks() == {}
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -194,7 +194,7 @@ def test_a_release_goes_on_with_what_is_published(tmp_path: Path, monkeypatch: p
     newer = shim_store.Release(a_shim(tmp_path), store)
     assert newer.publish() == shim_store.stable_path(store)
     assert newer.file.read_text() == "older"
-    assert "No space left" in newer.lacks()["store"].found
+    assert "No space left" in newer.failed_checks()["store"].found
 
 
 def test_a_folder_in_the_link_s_place_is_moved_aside(tmp_path: Path) -> None:
@@ -202,4 +202,4 @@ def test_a_folder_in_the_link_s_place_is_moved_aside(tmp_path: Path) -> None:
     (store / "current/libfgpu.so").mkdir(parents=True)
     release = shim_store.Release(a_shim(tmp_path), store)
     assert release.publish().read_text() == "newer"
-    assert release.lacks() == {}
+    assert release.failed_checks() == {}

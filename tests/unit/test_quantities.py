@@ -48,7 +48,7 @@ def test_quantities(text, bytes_):
         ("9999999TiB", "between 1 byte and 128 TiB"),
     ],
 )
-def test_what_is_wrong_is_said(text, hint):
+def test_errors_are_reported(text, hint):
     with pytest.raises(QuantityError, match=hint):
         amount(text)
 

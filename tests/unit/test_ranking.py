@@ -11,7 +11,7 @@ from tests.unit import top_kit as kit
 
 
 def names(word: str, is_reversed: bool = False) -> list[str]:
-    found = ranking.rows(kit.news(*kit.ALL).snapshot)
+    found = ranking.rows(kit.latest(*kit.ALL).snapshot)
     return [row.tenant["tenant"] for row in ranking.ranked(found, Order(BY_WORD[word], is_reversed))]
 
 
@@ -30,7 +30,7 @@ def names(word: str, is_reversed: bool = False) -> list[str]:
         ("gpu", "alice batch bob carol"),
     ],
 )
-def test_most_comes_first_and_what_nobody_measured_last(word: str, order: str) -> None:
+def test_most_comes_first_and_unmeasured_values_last(word: str, order: str) -> None:
     assert names(word) == order.split()
 
 
@@ -43,13 +43,13 @@ def test_most_comes_first_and_what_nobody_measured_last(word: str, order: str) -
         ("refused", "batch bob carol alice"),
     ],
 )
-def test_reversed_leaves_what_nobody_measured_last(word: str, order: str) -> None:
+def test_reversed_order_leaves_unmeasured_values_last(word: str, order: str) -> None:
     assert names(word, is_reversed=True) == order.split()
 
 
 def test_every_device_has_its_row() -> None:
     both = kit.tenant("alice", kit.on(1, 5), kit.on(0, 5))
-    found = ranking.rows(kit.news(both, devices=(kit.device(0), kit.device(1))).snapshot)
+    found = ranking.rows(kit.latest(both, devices=(kit.device(0), kit.device(1))).snapshot)
     assert [row.device["gpu"] for row in ranking.ranked(found, Order())] == [0, 1]
 
 
@@ -66,11 +66,11 @@ def test_every_device_has_its_row() -> None:
     ],
 )
 def test_filter(text: str, found: str) -> None:
-    rows = ranking.rows(kit.news(*kit.ALL).snapshot, text)
+    rows = ranking.rows(kit.latest(*kit.ALL).snapshot, text)
     assert [row.tenant["tenant"] for row in rows] == found.split()
 
 
-def test_the_same_column_again_is_the_other_way_round() -> None:
+def test_the_same_column_again_reverses_the_order() -> None:
     by_peak = Order().by(BY_WORD["peak"])
     assert (by_peak.column.word, by_peak.is_reversed) == ("peak", False)
     assert by_peak.by(BY_WORD["peak"]).is_reversed

@@ -167,12 +167,12 @@ def reconciler(books: Books, says, in_use=None) -> Reconciler:
     return Reconciler(nvml, books, lambda _: (5,))
 
 
-def test_one_that_was_never_started_can_be_stopped():
+def test_a_reconciler_that_was_never_started_can_be_stopped():
     """A reconciler that was never started can be stopped, so that an agent that cannot start shows its own error."""
     Reconciler(SimpleNamespace(devices=[], process_percent=None), Books(process(0)), lambda _: ()).stop()
 
 
-def test_what_nvml_shows_beyond_the_witnessed_is_overhead():
+def test_memory_that_nvml_shows_beyond_the_witnessed_is_overhead():
     books = Books(process(900 * MIB, 512 * MIB))
     one = reconciler(books, {ME: 1000 * MIB})
     one.look()
@@ -181,13 +181,13 @@ def test_what_nvml_shows_beyond_the_witnessed_is_overhead():
     assert one.truth.drift == {(ME, 0): 0}
 
 
-def test_managed_memory_is_none_of_nvml_s_business():
+def test_managed_memory_is_not_compared_with_nvml():
     books = Books(process(900 * MIB, 512 * MIB, managed=100 * MIB))
     reconciler(books, {ME: 800 * MIB}).look()
     assert books.entry.bytes[0] == 900 * MIB
 
 
-def test_nothing_is_corrected_in_the_middle_of_a_change():
+def test_nothing_is_corrected_during_a_change():
     books = Books(process(900 * MIB, quiet=False))
     one = reconciler(books, {ME: 5 * MIB})
     one.look()
@@ -195,7 +195,7 @@ def test_nothing_is_corrected_in_the_middle_of_a_change():
     assert one.truth.drift == {}
 
 
-def test_a_refused_correction_is_tried_again_and_what_is_left_is_told():
+def test_a_refused_correction_is_tried_again_and_the_rest_is_reported():
     books = Books(process(900 * MIB))
     books.refuses = 1
     one = reconciler(books, {ME: 950 * MIB})
@@ -207,7 +207,7 @@ def test_a_refused_correction_is_tried_again_and_what_is_left_is_told():
     assert (books.entry.bytes[0], one.truth.drift) == (950 * MIB, {(ME, 0): 20 * MIB})
 
 
-def test_what_a_process_lacks_is_charged_though_each_correction_is_refused():
+def test_a_missing_charge_is_entered_though_each_correction_is_refused():
     books = Books(process(900 * MIB))
     books.refuses = 99
     one = reconciler(books, {ME: 970 * MIB})
@@ -217,7 +217,7 @@ def test_what_a_process_lacks_is_charged_though_each_correction_is_refused():
 
 @pytest.mark.parametrize("says", [None, {ME: None}, {}], ids=["no list", "N/A", "has a context and is not named"])
 @pytest.mark.parametrize("quiet", [True, False])
-def test_where_nvml_says_nothing_nothing_is_decided(says, quiet):
+def test_without_a_value_of_nvml_nothing_is_decided(says, quiet):
     """Nothing is decided without an answer of NVML, above all not that a tenant holds nothing."""
     books = Books(process(900 * MIB, 512 * MIB, quiet=quiet))
     one = reconciler(books, says)
@@ -241,7 +241,7 @@ def test_a_process_without_a_context_that_is_not_named_holds_what_was_witnessed(
 # -- a process that is never quiet
 
 
-def test_what_a_process_never_had_is_charged_though_it_is_not_quiet():
+def test_an_unexplained_row_of_a_busy_process_is_charged():
     books = Books(process(900 * MIB, 100 * MIB, quiet=False))
     books.churn = 50 * MIB
     one = reconciler(books, {ME: 1000 * MIB})
@@ -266,7 +266,7 @@ def test_managed_memory_does_not_explain_what_nvml_shows_of_one_that_is_not_quie
     assert books.entry.overhead[0] == 100 * MIB
 
 
-def test_one_that_is_quiet_is_not_marked():
+def test_a_quiet_process_is_not_marked():
     books = Books(process(900 * MIB))
     reconciler(books, {ME: 900 * MIB}).look()
     assert books.marked == []
@@ -276,7 +276,7 @@ def test_one_that_is_quiet_is_not_marked():
 
 
 @pytest.mark.parametrize(("age_ns", "left"), [(0, 40), (2 * SLACK_AFTER_NS, 8)])
-def test_what_a_driver_may_keep_for_itself_is_let_go_of_old_orphans_alone(age_ns, left):
+def test_slack_of_the_driver_is_taken_from_old_orphans_alone(age_ns, left):
     books, since_ns = Books(process(900 * MIB)), time.monotonic_ns() - age_ns
     books.orphans.all = [orphan(64 * MIB, since_ns=since_ns)]
     one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(40 * MIB))
@@ -286,7 +286,7 @@ def test_what_a_driver_may_keep_for_itself_is_let_go_of_old_orphans_alone(age_ns
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_slack_is_taken_of_no_young_orphan_though_nvml_names_it_no_more(named):
+def test_no_slack_is_taken_from_a_young_orphan(named):
     books = Books(process(900 * MIB))
     old = orphan(64 * MIB, tgid=8, since_ns=1)
     young = orphan(64 * MIB, since_ns=time.monotonic_ns())
@@ -298,7 +298,7 @@ def test_slack_is_taken_of_no_young_orphan_though_nvml_names_it_no_more(named):
     assert {o.tgid: o.bytes // MIB for o in books.orphans.all} == {8: 64 if named else 32, 9: 64}
 
 
-def test_what_nvml_shows_of_ended_processes_is_no_slack():
+def test_rows_of_ended_processes_are_no_slack():
     """Bytes that NVML shows for exited processes are no slack: each one could leave that much uncharged."""
     books, held = Books(process(900 * MIB)), [0]
     rows = {ME: 900 * MIB}
@@ -325,7 +325,7 @@ def test_what_a_driver_rounds_up_of_a_process_is_not_its_last_program_s(room, ag
 
 
 @pytest.mark.parametrize(("age_ns", "seen"), [(0, set()), (VAIN_NS, {(5, 0)})])
-def test_levels_are_told_of_a_look_when_the_device_should_have_let_go(age_ns, seen):
+def test_levels_get_a_look_when_the_device_should_have_released_memory(age_ns, seen):
     books = Books(process(900 * MIB))
     books.orphans.all = [orphan(64 * MIB, since_ns=time.monotonic_ns() - age_ns)]
     one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(64 * MIB))
@@ -339,7 +339,7 @@ def held_beside_the_rest(bytes_: int) -> int:
     return 900 * MIB + CONTEXT_REST_BYTES + DEVICE_REST_BYTES + bytes_
 
 
-def test_orphans_are_let_go_when_the_device_does_not_hold_them():
+def test_orphans_are_released_when_the_device_does_not_hold_them():
     books, in_use = Books(process(900 * MIB)), [held_beside_the_rest(64 * MIB)]
     held = orphan(64 * MIB, since_ns=time.monotonic_ns())
     books.orphans.all = [held]
@@ -373,7 +373,7 @@ def test_orphans_are_kept_where_nvml_does_not_say_enough(says, in_use):
     assert (books.orphans.bytes, books.orphans.without) == (64 * MIB, 3 * MIB)
 
 
-def test_an_importer_is_charged_before_the_orphan_of_the_exporter_is_let_go():
+def test_an_importer_is_charged_before_the_orphan_of_the_exporter_is_released():
     books = Books(process(512 * MIB))
     books.orphans.all, told = [orphan(64 * MIB, ended_ns=0)], []
     books.orphans.let_go = lambda *_: told.append(books.entry.bytes[0]) or True
@@ -394,7 +394,7 @@ def test_only_orphaned_bytes_need_more_than_one_sample():
     assert len(asked) == 1 + device_sample.SAMPLES
 
 
-def test_what_has_no_entry_is_looked_for_at_levels_that_were_told_of():
+def test_memory_without_an_entry_is_looked_for_at_noted_levels():
     books = Books(process(900 * MIB))
     books.orphans.without = 64 * MIB
     one = reconciler(books, {ME: 900 * MIB}, lambda: held_beside_the_rest(0))
@@ -432,7 +432,7 @@ def test_the_younger_an_orphan_is_the_more_often_is_nvml_asked():
     assert _period([]) == PERIOD_SECONDS
 
 
-def test_one_of_whom_nvml_says_nothing_does_not_hide_the_others():
+def test_a_process_without_an_nvml_value_does_not_hide_the_others():
     books = Books(process(900 * MIB, 512 * MIB))
     one = reconciler(books, {ME: 1000 * MIB, os.getppid(): None})
     one.look()
@@ -440,7 +440,7 @@ def test_one_of_whom_nvml_says_nothing_does_not_hide_the_others():
     assert books.moved == [], "adopted with an unknown charge"
 
 
-def test_one_that_has_ended_is_not_adopted_though_the_driver_still_holds_its_memory():
+def test_an_ended_process_is_not_adopted_while_the_driver_holds_its_memory():
     """An exited process is not adopted, whether or not it was reaped. One without its first thread lives."""
     books = Books(process(0))
     with (
@@ -457,7 +457,7 @@ def test_one_that_has_ended_is_not_adopted_though_the_driver_still_holds_its_mem
     assert books.moved == [(alive.pid, (5,))]
 
 
-def test_one_that_was_adopted_on_its_way_out_is_reaped_though_its_parent_takes_no_notice():
+def test_a_process_adopted_while_it_exits_is_reaped_without_its_parent():
     """A process that exits during its adoption is removed from the ledger, because no event tells of its end."""
     with subprocess.Popen(["true"]) as dead:
         os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
@@ -476,7 +476,7 @@ def test_a_process_that_the_kernel_never_saw_is_adopted():
     assert books.moved == [(parent, (5,))]
 
 
-def test_what_a_process_left_that_nobody_ever_saw_is_swept_too():
+def test_entries_of_an_unseen_process_are_swept_too():
     """The process started and exited between two looks."""
     books = Books(process(0))
     one = reconciler(books, {})
@@ -523,7 +523,7 @@ def test_each_device_is_as_old_as_its_own_last_answer():
     assert one.truth.answered[1] == first[1] < one.truth.answered[0]
 
 
-def test_a_look_that_fails_says_why_and_makes_nothing_fresh():
+def test_a_failed_look_gives_its_reason_and_refreshes_nothing():
     def fails():
         raise RuntimeError("the books are wet")
 
@@ -545,28 +545,28 @@ def test_a_look_that_fails_says_why_and_makes_nothing_fresh():
     [({0: 0.2, 1: 0.4}, True, "0.4 s ago"), ({0: 0.2, 1: None}, False, "gpu 1 never"),
      ({0: 5.5, 1: 0.2}, False, "gpu 0 5.5 s ago")],
 )  # fmt: skip
-def test_doctor_is_told_of_the_oldest(ages, ok, says):
+def test_doctor_shows_the_oldest_age(ages, ok, says):
     found = check(ages, "")
     assert found.ok is ok
     assert says in found.found
-    assert ok or found.mend
+    assert ok or found.fix
 
 
-def test_it_rings_for_others_than_before_and_for_those_who_have_no_shim():
+def test_it_wakes_for_new_processes_and_for_those_without_a_shim():
     books = Books(replace(process(512 * MIB), flags=abi.Seen.SHIM))
     one = reconciler(books, {ME: 512 * MIB})
-    rung = []
+    woken = []
     for flags in (abi.Seen.SHIM, abi.Seen.SHIM, 0, 0, abi.Seen.SHIM):
         books.entry = replace(books.entry, flags=flags)
         one.look()
-        rung.append(bool(select.select([one], [], [], 0)[0]))
-        one.hush()
-    assert rung == [True, False, True, True, False]
+        woken.append(bool(select.select([one], [], [], 0)[0]))
+        one.clear()
+    assert woken == [True, False, True, True, False]
     assert one.truth.strangers() == set()
 
 
 @pytest.mark.parametrize(("in_use", "kept"), [(899 * MIB, 0), (900 * MIB, 900 * MIB), (None, 900 * MIB)])
-def test_what_a_device_lost_under_a_process_is_charged_no_more(in_use, kept):
+def test_memory_lost_with_a_device_is_no_longer_charged(in_use, kept):
     """NVML does not name it, and for a few looks in a row the device does not hold its memory."""
     books = Books(process(900 * MIB))
     one = reconciler(books, {}, in_use)

@@ -98,7 +98,7 @@ def test_every_root_is_entered_once_and_the_host_s_never(tmp_path: Path, dweller
     assert other != first
 
 
-def test_a_file_is_awaited_as_long_as_somebody_lives_in_its_root(tmp_path: Path, dweller: Dweller) -> None:
+def test_a_file_is_awaited_while_a_process_is_in_its_root(tmp_path: Path, dweller: Dweller) -> None:
     seen, pid = Roots(), dweller(tmp_path)
     root = root_scan.root_of(pid)
     assert root
@@ -111,7 +111,7 @@ def test_a_file_is_awaited_as_long_as_somebody_lives_in_its_root(tmp_path: Path,
     assert root not in seen, "what is probed no more may have to be again"
 
 
-def test_roots_do_not_pile_up(tmp_path: Path, dweller: Dweller, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roots_do_not_accumulate(tmp_path: Path, dweller: Dweller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(root_scan, "MOST_ROOTS", 2)
     seen, pids = Roots(), [dweller(tmp_path) for _ in range(3)]
     places = [root_scan.root_of(pid) for pid in pids]

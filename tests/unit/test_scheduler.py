@@ -30,17 +30,17 @@ def test_contended_time_is_divided_by_weight(weights, kernel_us):
 
 
 @pytest.mark.parametrize("kernel_us", [20, 200, 4_000])
-def test_the_device_need_not_wait_for_who_comes_next(kernel_us):
+def test_the_device_does_not_wait_for_the_next_tenant(kernel_us):
     it = World(Tenant(1, kernel_ns=kernel_us * US), Tenant(2, kernel_ns=kernel_us * US)).run(SECONDS)
     assert sum(t.done_ns for t in it.tenants.values()) / (SECONDS * S) > 0.99
     assert it.shares()[1] == pytest.approx(0.5, abs=0.01)
 
 
-def test_who_thinks_its_work_takes_longer_does_not_pay_for_that_nor_does_the_other_gain():
+def test_an_estimate_that_is_too_long_costs_its_tenant_nothing_and_gives_the_other_nothing():
     assert World(Tenant(1), Tenant(2, doubt_ns=450 * US)).run(SECONDS).shares()[2] == pytest.approx(0.5, abs=0.005)
 
 
-def test_eight_equal_are_equal():
+def test_eight_equal_tenants_get_equal_shares():
     got = list(world((1,) * 8).run(SECONDS).shares().values())
     assert sum(got) ** 2 / (8 * sum(x * x for x in got)) >= 0.999
 
@@ -69,7 +69,7 @@ def test_rests_are_not_charged_however_they_fall_between_our_looks(work_us, peri
     assert counts.owned_ns == pytest.approx(tenant.done_ns, rel=0.01)
 
 
-def test_who_comes_to_be_ripe_between_a_step_and_what_follows_is_not_forgotten():
+def test_a_tenant_that_becomes_ready_after_a_step_is_not_forgotten():
     """A tenant may become ready between a step and the publishing of counts. Nothing rings for it."""
     it = World(Tenant(1, Share(limit_millionths=250_000))).run(1.0)
     place = it.turns.places[1]
@@ -93,7 +93,7 @@ def test_below_the_limits_nothing_is_left_idle():
     assert other.done_ns / (SECONDS * S) > 0.70
 
 
-def test_what_an_idle_tenant_leaves_is_used():
+def test_unused_time_of_an_idle_tenant_is_used():
     busy = Tenant(1)
     World(busy, Tenant(2, steps=Steps(0, 60 * S))).run(SECONDS)
     assert busy.done_ns / (SECONDS * S) >= 0.97
@@ -121,7 +121,7 @@ def test_a_lone_tenant_is_free_until_another_comes():
     assert it.turns.places[1].gate(0) == 1
 
 
-def test_high_priority_comes_at_the_next_launch_and_nobody_starves():
+def test_high_priority_comes_at_the_next_launch_and_no_tenant_starves():
     quick = Tenant(1, Share(rank=0), 1 * MS, steps=Steps(5 * MS, 50 * MS))
     hog, low = Tenant(2), Tenant(3, Share(rank=2))
     World(quick, hog, low).run(SECONDS)
@@ -148,27 +148,27 @@ def test_turns_are_longer_where_all_have_long_been_busy():
 
 
 @pytest.mark.parametrize("period_ms", [409, 1013])
-def test_who_comes_now_and_then_cuts_a_long_turn_after_a_quantum(period_ms):
+def test_an_occasional_tenant_cuts_a_long_turn_after_a_quantum(period_ms):
     quick = Tenant(3, Share(), 1 * MS, steps=Steps(5 * MS, period_ms * MS, 3 * S))
     World(Tenant(1), Tenant(2), quick).run(20)
     assert quick.longest_wait_ns <= (20 + 2 + 2) * MS
 
 
-def test_turns_are_no_longer_where_one_is_to_have_little():
+def test_turns_stay_short_beside_a_small_share():
     it = World(Tenant(1, Share(weight=900)), Tenant(2)).run(2.0)
     before = it.counted()
     it.run(2.0)
     assert it.counted() - before == pytest.approx(20, abs=3)  # 20 ms of 200
 
 
-def test_who_has_nothing_to_run_gives_way_within_two_milliseconds():
+def test_an_idle_owner_gives_way_within_two_milliseconds():
     lazy, busy = Tenant(1, kernel_ns=500 * US, steps=Steps(1 * MS, 40 * MS)), Tenant(2)
     World(lazy, busy).run(SECONDS)
     idle_ns = SECONDS * S - lazy.done_ns - busy.done_ns
     assert idle_ns / (SECONDS / 0.04) <= 3 * MS  # each burst: giving way, a drain, two wake-ups
 
 
-def test_who_comes_back_from_a_turn_that_was_cut_wakes_nobody_up():
+def test_a_return_from_a_cut_turn_needs_no_wake_up():
     """A turn takes five wake-ups: its end, the next one's beginning, the end of the drain, two looks."""
     it = World(Tenant(1), Tenant(2)).run(2.0)
     steps, before = it.steps, it.counted()
@@ -178,7 +178,7 @@ def test_who_comes_back_from_a_turn_that_was_cut_wakes_nobody_up():
     assert (it.steps - steps) / turns < 5.2
 
 
-def test_a_turn_that_was_cut_is_no_claim_of_who_does_not_come_back():
+def test_a_tenant_that_does_not_return_has_no_claim_to_its_cut_turn():
     leaver, other = Tenant(1), Tenant(2)
     it = World(leaver, other).run(1.0)
     while not (leaver.flights and it.turns.places[1].turn and it.turns.places[1].turn.closing_ns):
@@ -190,17 +190,17 @@ def test_a_turn_that_was_cut_is_no_claim_of_who_does_not_come_back():
     assert it.turns.places[1].since_ns is None
 
 
-def test_whoever_outranks_the_owner_is_heard_at_once():
+def test_a_tenant_that_outranks_the_owner_wakes_the_slicer_at_once():
     owner, waiter = Tenant(1), Tenant(2)
     it = World(owner, waiter).run(1.0)
     while not (it.is_open(owner) and it.turns.places[2].since_ns):
         it.run(0.0005)
-    assert it.turns.unheard() == {2}
+    assert it.turns.without_wakeups() == {2}
     it.turns.places[2].share = Share(rank=0)
-    assert it.turns.unheard() == set()
+    assert it.turns.without_wakeups() == set()
 
 
-def test_who_was_busy_for_long_is_looked_at_seldom_and_gives_way_a_little_later():
+def test_a_tenant_that_was_busy_for_long_is_looked_at_less_often_and_gives_way_later():
     busy, other = Tenant(1), Tenant(2)
     it = World(busy, other).run(2.0)
     before = it.steps, it.counted()
@@ -228,7 +228,7 @@ def test_two_gangs_take_turns_on_both_devices():
     assert sum(t.done_ns for t in it.tenants.values()) >= 0.9 * SECONDS * S
 
 
-def test_a_gang_among_single_tenants_gets_its_part_and_nobody_starves():
+def test_a_gang_among_single_tenants_gets_its_part_and_no_tenant_starves():
     gang = Tenant(1, devices=frozenset({0, 1}))
     singles = [Tenant(2), Tenant(3, devices=frozenset({1}))]
     World(gang, *singles).run(SECONDS)
@@ -236,7 +236,7 @@ def test_a_gang_among_single_tenants_gets_its_part_and_nobody_starves():
         assert tenant.done_ns / (SECONDS * S) == pytest.approx(0.5, abs=0.06)
 
 
-def test_what_a_gang_cannot_have_soon_is_not_kept_for_it():
+def test_devices_are_not_reserved_for_a_gang_that_cannot_run_soon():
     """A higher priority holds one of its devices. The other device is used meanwhile."""
     gang = Tenant(1, Share(weight=800, rank=2), devices=frozenset({0, 1}))
     single = Tenant(3, Share(rank=2), devices=frozenset({1}))
@@ -258,7 +258,7 @@ def test_the_floor_is_one_for_long_kernels_too(ms):
     assert shares[3] > 0.02
 
 
-def test_alone_and_at_rest_it_pays_for_no_work_that_it_has_not_looked_at():
+def test_alone_and_at_rest_a_tenant_pays_for_no_unobserved_work():
     """A tenant that waits for its kernels by a copy, for example, reports their end only when it launches again."""
     turns, now = Turns(), 1 * S
     turns.share_out({1: Share(limit_millionths=100_000)}, now)
@@ -304,7 +304,7 @@ def test_a_stopped_owner_costs_one_deadline_once():
     assert owner.done_ns - before >= 0.6 * S
 
 
-def test_one_that_is_stopped_as_it_waits_with_work_in_flight_is_not_asked_again_and_again():
+def test_a_stopped_waiter_with_work_in_flight_is_not_asked_repeatedly():
     owner, other = Tenant(1), Tenant(2)
     it = World(owner, other).run(1.0)
     while not (owner.waiting and owner.flights):
@@ -317,7 +317,7 @@ def test_one_that_is_stopped_as_it_waits_with_work_in_flight_is_not_asked_again_
     assert owner.done_ns - before >= 0.2 * S
 
 
-def test_silence_is_no_advantage():
+def test_a_silent_tenant_gains_nothing():
     quiet, other = Tenant(1, silent=True, kernel_ns=4 * MS), Tenant(2)
     got = World(quiet, other).run(SECONDS).shares()
     assert got[1] == pytest.approx(0.5, abs=0.03)
@@ -335,7 +335,7 @@ def p99(waits_ns):
 
 
 @pytest.mark.parametrize(("cunning", "claim_ms"), [(False, 990), (True, 240), (True, 990)])
-def test_work_that_is_said_to_be_in_flight_and_is_not_costs_others_little(cunning, claim_ms):
+def test_claimed_work_that_is_not_in_flight_costs_others_little(cunning, claim_ms):
     """It reports work for as long as that is believed, which costs its neighbour that time each time."""
     honest, hog = Tenant(1), Hog(2, cunning=cunning, claim_ns=claim_ms * MS)
     it = World(honest, hog).run(5.0)
@@ -371,7 +371,7 @@ def test_a_tenant_whose_processes_end_with_work_in_flight_is_believed_less():
 
 @pytest.mark.parametrize("kernel_ms", [240, 260, 300, 400, 600, 900])
 @pytest.mark.parametrize("other_ms", [0.2, 30])
-def test_one_with_long_kernels_is_believed_from_its_second_kernel_on(kernel_ms, other_ms):
+def test_long_kernels_are_believed_from_the_second_one_on(kernel_ms, other_ms):
     long, other = Tenant(1, kernel_ns=kernel_ms * MS), Tenant(2, kernel_ns=round(other_ms * MS))
     it = World(long, other).run(10.0)
     assert it.turns.places[1].counts.overruns <= 2
@@ -382,7 +382,7 @@ def test_one_with_long_kernels_is_believed_from_its_second_kernel_on(kernel_ms, 
 
 
 @pytest.mark.parametrize("kernel_ms", [50, 400])
-def test_one_with_long_kernels_is_believed_again_after_it_was_stopped(kernel_ms):
+def test_long_kernels_are_believed_again_after_a_stop(kernel_ms):
     """Its work in flight ended while it was stopped. Afterwards each of its drains ends as reported."""
     long, other = Tenant(1, kernel_ns=kernel_ms * MS), Tenant(2)
     it = World(long, other).run(2.0)
@@ -413,7 +413,7 @@ def test_a_limit_holds_for_one_that_says_it_rests_all_the_time(percent):
 @pytest.mark.parametrize(
     "steps", [None, Steps(2 * MS, 10 * MS), Steps(100 * MS, 1_000 * MS), Steps(900 * MS, 5_000 * MS)]
 )
-def test_what_nvml_says_costs_an_honest_tenant_nothing_though_it_errs(steps):
+def test_errors_of_nvml_cost_an_honest_tenant_nothing(steps):
     made = []
     for error in (lambda _: 0.0, lambda second: (0.06, -0.06, 0.03, 0.08, -0.08)[second % 5]):
         copy = steps and Steps(steps.work_ns, steps.period_ns)
@@ -464,7 +464,7 @@ tenants = st.lists(
 )
 @settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(tenants)
-def test_whatever_they_do_one_owner_whole_gangs_and_nobody_waits_for_ever(made):
+def test_any_behaviour_leaves_one_owner_whole_gangs_and_bounded_waits(made):
     them = [
         Tenant(n + 1, Share(limit, weight * 100, rank), kernel, devices, Steps(on * MS, (on + off) * MS))
         for n, (weight, limit, rank, devices, kernel, off, on) in enumerate(made)

@@ -58,7 +58,7 @@ def policy(monkeypatch) -> dict[tuple[str, str], int]:
     return given
 
 
-def test_off_says_nothing_and_permissive_is_no_fault(root, run_dir, policy):
+def test_off_is_not_reported_and_permissive_is_no_error(root, run_dir, policy):
     assert list(selinux.checks(run_dir, root / "nothing")) == []
     (root / "enforce").write_text("0")
     policy["libfgpu.so", "file"] = 0
@@ -83,16 +83,16 @@ def test_all_that_is_needed_is_given(root, run_dir, policy):
         ("domain", "bpf", 0b011, "the gatekeeper (map_write)"),
     ],
 )
-def test_what_is_refused_is_named_and_nothing_else(root, run_dir, policy, label, kind, given, said):
+def test_only_refused_permissions_are_named(root, run_dir, policy, label, kind, given, said):
     policy[label, kind] = given
     (check,) = selinux.checks(run_dir, root)
     assert not check.ok
     assert check.found == f"containers are refused {said}"
-    assert "restorecon" in check.mend
-    assert "semodule -i fgpu.cil" in check.mend
+    assert "restorecon" in check.fix
+    assert "semodule -i fgpu.cil" in check.fix
 
 
-def test_a_policy_without_containers_is_no_fault(root, run_dir, policy, monkeypatch):
+def test_a_policy_without_containers_is_no_error(root, run_dir, policy, monkeypatch):
     def unknown(*_):
         raise OSError(22, "Invalid argument")
 
@@ -102,6 +102,6 @@ def test_a_policy_without_containers_is_no_fault(root, run_dir, policy, monkeypa
     assert "does not say what containers may" in check.found
 
 
-def test_what_is_not_there_needs_nothing(root, tmp_path):
+def test_absent_files_need_no_permission(root, tmp_path):
     """A file without a label and a process that has exited need no rights."""
     assert list(selinux.needs(tmp_path)) == []

@@ -68,16 +68,16 @@ def test_nothing_mounted(program: Any, reason_of: Any) -> None:
     assert reason_of(loader.stdout.split()[-1], program("gcc")) is Reason.NOT_MOUNTED, "its loader was called"
 
 
-def test_a_list_that_does_not_bring_it(program: Any, reason_of: Any, tmp_path: Path) -> None:
+def test_a_preload_list_without_the_shim(program: Any, reason_of: Any, tmp_path: Path) -> None:
     inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", MOUNTED, "sh", str(tmp_path / "list")]
     assert reason_of(*inside, program("gcc")) is Reason.NOT_LOADED
 
 
-def test_there_and_not_used(program: Any, reason_of: Any) -> None:
+def test_mounted_and_not_used(program: Any, reason_of: Any) -> None:
     assert reason_of(program("gcc"), LD_PRELOAD=str(SHIM)) is Reason.UNUSED
 
 
-def test_a_shim_that_is_none_of_ours(program: Any, tmp_path: Path) -> None:
+def test_an_unknown_shim(program: Any, tmp_path: Path) -> None:
     """A shim is known by the contents of its file, not by its name."""
     copy = Path(shutil.copy(SHIM, tmp_path / "libfgpu.so"))
     environment = {"LD_PRELOAD": str(copy)}
@@ -129,14 +129,14 @@ def tenant(name: str, bypassing: dict[str, int], shimless: dict[str, int]) -> di
     return {"tenant": name, "bypassing": bypassing, "shimless": shimless}
 
 
-def test_doctor_names_tenant_reason_and_mend() -> None:
+def test_doctor_names_tenant_reason_and_fix() -> None:
     assert health._shims([tenant("a", {}, {})]).ok
     found = health._shims(
         [tenant("b", {"no_admission": 2}, {"musl": 1, "static": 1}), tenant("a", {"older": 1}, {}), tenant("c", {}, {})]
     )
     assert (found.ok, found.found) == (False, "a (older), b (musl, static)")
-    assert f"musl: {Reason.MUSL.words}; fgpu explain" in found.mend
-    assert "not_mounted" not in found.mend
+    assert f"musl: {Reason.MUSL.words}; fgpu explain" in found.fix
+    assert "not_mounted" not in found.fix
 
 
 def test_doctor_names_unknown_libraries_of_tenants_and_the_line_that_trusts_them() -> None:
@@ -151,4 +151,4 @@ def test_doctor_names_unknown_libraries_of_tenants_and_the_line_that_trusts_them
         [library("unknown", "a", "c"), library("unknown", "b"), library("listed", "a", "a")], ["sha256:x"]
     )
     assert (found.ok, found.found) == (False, "'/c' of process 7 in a, '/' of process 7 in b")
-    assert found.mend.endswith(f'write in agent.yaml: drivers: {{trusted: ["sha256:{"c" * 64}", "sha256:x"]}}')
+    assert found.fix.endswith(f'write in agent.yaml: drivers: {{trusted: ["sha256:{"c" * 64}", "sha256:x"]}}')

@@ -55,13 +55,13 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     return made
 
 
-def test_who_gets_what_is_due_is_not_named(host: Host) -> None:
+def test_a_tenant_that_gets_its_entitlement_is_not_named(host: Host) -> None:
     host.run(30, t1=(0.74, 0.25, 0.75), t2=(0.25, 0.74, 0.25))
     assert host.found() == {}
     assert host.told() == []
 
 
-def test_a_tenant_with_less_is_named_with_who_had_more(host: Host) -> None:
+def test_a_tenant_with_less_is_named_with_the_tenant_that_had_more(host: Host) -> None:
     host.run(LOOKS, t1=(0.55, 0.45, 0.75), t2=(0.45, 0.55, 0.25))
     assert host.found() == {}, "ten seconds have not passed"
     host.run(2, t1=(0.55, 0.45, 0.75), t2=(0.45, 0.55, 0.25))
@@ -84,7 +84,7 @@ def test_work_in_flight_after_turns_is_a_reason(host: Host) -> None:
     )
 
 
-def test_time_that_nobody_has_is_said(host: Host) -> None:
+def test_time_that_no_tenant_had_is_reported(host: Host) -> None:
     host.run(12, t1=(0.3, 0.7, 0.5), t2=(0.3, 0.7, 0.5))
     assert host.found() == {(1, 0): 0.2, (2, 0): 0.2}
     assert "lost between turns" in host.shortfalls.found[1, 0].why
@@ -95,7 +95,7 @@ def test_a_tenant_that_does_not_want_more_is_not_short(host: Host) -> None:
     assert host.found() == {}
 
 
-def test_a_wait_that_has_not_ended_counts(host: Host) -> None:
+def test_an_unfinished_wait_counts(host: Host) -> None:
     host.run(1, t1=(0.0, 0.0, 0.5), t2=(1.0, 0.0, 0.5))
     waits = TurnCounts(entitled_millionths=500_000, since_ns=int(host.now * NS))
     for _ in range(LOOKS + 1):
@@ -117,7 +117,7 @@ def one_that_is_gone(host: Host) -> None:
 
 
 @pytest.mark.parametrize("change", [one_that_is_alone, one_that_is_anothers, one_that_is_gone])
-def test_what_was_before_is_not_counted(host: Host, change: Callable[[Host], None]) -> None:
+def test_time_before_a_change_is_not_counted(host: Host, change: Callable[[Host], None]) -> None:
     host.run(12, t1=(0.55, 0.45, 0.75), t2=(0.45, 0.55, 0.25))
     change(host)
     host.run(1, t2=(0.45, 0.55, 0.25))

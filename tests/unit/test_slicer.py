@@ -128,7 +128,7 @@ def world():
             program.ended.set()
 
 
-def test_without_a_share_gates_are_no_gates_and_nothing_is_due(world):
+def test_without_a_share_gates_are_open_and_nothing_is_due(world):
     it = world(t7=Share())
     program = it.greet(1, 8, start=False)
     assert program.word() == Gate.OPEN
@@ -136,7 +136,7 @@ def test_without_a_share_gates_are_no_gates_and_nothing_is_due(world):
     assert it.turns <= 11 + 1  # it looks for shares
 
 
-def test_who_is_told_of_shares_does_not_look_for_them(world):
+def test_a_slicer_that_is_notified_of_shares_does_not_poll(world):
     it = world(t7=Share(limit_millionths=500_000))
     it.slicer.is_told = True
     programs = [it.greet(1, 8, start=False), it.greet(2, 8, start=False)]
@@ -174,7 +174,7 @@ def test_shares_that_change_all_the_time_are_read_now_and_then(world):
     assert program.word() == Gate.OPEN
 
 
-def test_heeding_without_a_change_wakes_nobody(world):
+def test_a_notification_without_a_change_wakes_no_thread(world):
     it = world(t7=Share(limit_millionths=500_000))
     it.slicer.is_told = True
     it.slicer.shares_changed()
@@ -185,7 +185,7 @@ def test_heeding_without_a_change_wakes_nobody(world):
     assert it.turns == 0
 
 
-def test_who_rang_too_often_and_has_stopped_is_listened_to_again_though_told_of_shares(world):
+def test_a_process_that_stops_waking_too_often_is_watched_again(world):
     it = world(t7=Share(limit_millionths=500_000))
     it.slicer.is_told = True
     program = it.greet(1, 7, start=False)
@@ -195,7 +195,7 @@ def test_who_rang_too_often_and_has_stopped_is_listened_to_again_though_told_of_
     it.until(lambda: not it.slicer._unwatched and it.slicer._watched)
 
 
-def test_a_gate_is_closed_before_it_is_seen_and_opens_when_somebody_waits(world):
+def test_a_gate_is_closed_before_it_is_seen_and_opens_for_a_waiting_thread(world):
     it = world(t7=Share(limit_millionths=500_000))
     program = it.greet(1, 7, start=False)
     assert program.word() == Gate.GATED
@@ -212,7 +212,7 @@ def test_alone_and_without_a_ceiling_it_is_free(world):
     it.until(lambda: program.word() == Gate.OPEN)
 
 
-def test_what_nvml_saw_is_the_floor_of_what_a_tenant_with_a_ceiling_is_charged(world):
+def test_nvml_s_figures_are_the_least_charge_of_a_tenant_with_a_ceiling(world):
     it = world(t7=Share(limit_millionths=500_000))
     it.greet(1, 7)
     told, ran = it.slicer.ledger.told, it.slicer.ledger.ran
@@ -241,7 +241,7 @@ def test_one_owner_at_a_time_each_with_its_turn(world):
     assert counts[7, 0].entitled_millionths == pytest.approx(500_000, abs=1)
 
 
-def test_the_others_go_on_when_an_owner_ends(world):
+def test_the_others_continue_when_an_owner_ends(world):
     it = world(t7=Share(quantum_ns=1_000_000_000), t8=Share(quantum_ns=1_000_000_000))
     programs = [it.greet(1, 7), it.greet(2, 8)]
     it.until(lambda: sum(p.is_open() for p in programs) == 1 and all(p.word() & Gate.GATED for p in programs))
@@ -254,7 +254,7 @@ def test_the_others_go_on_when_an_owner_ends(world):
     assert time.monotonic() - began < 0.1
 
 
-def test_a_process_that_ends_with_work_in_flight_is_told_to_the_turns(world):
+def test_an_end_with_work_in_flight_is_reported_to_the_turns(world):
     """Another process of the tenant continues, and has nothing in flight."""
     it = world(t7=Share(), t8=Share())
     liar, sibling = it.greet(1, 7, start=False), it.greet(2, 7, start=False)
@@ -273,7 +273,7 @@ def test_a_process_that_ends_with_work_in_flight_is_told_to_the_turns(world):
     assert not place.trust.standing.proven
 
 
-def test_a_device_that_only_a_process_which_has_gone_used_is_nobodys(world):
+def test_a_device_used_only_by_an_ended_process_has_no_tenant(world):
     """A tenant takes no turns on a device that only an exited process used. Others keep their turns there."""
     it = world(t7=Share(), t8=Share())
     ledger = it.slicer.ledger
@@ -328,7 +328,7 @@ def test_a_share_of_one_device_inside_one_of_two_leaves_neither_without_a_gate(w
 
 
 @pytest.mark.parametrize("share", [Share(), Share(limit_millionths=500_000)])
-def test_what_a_tenant_had_is_told_to_the_end_and_not_that_it_has_it_still(world, share):
+def test_counters_stay_to_the_end_and_the_entitlement_does_not(world, share):
     it = world(t7=share)
     program, told = it.greet(1, 7), it.slicer.ledger.told
     it.until(lambda: (7, 0) in told and told[7, 0].owner)
@@ -342,7 +342,7 @@ def test_what_a_tenant_had_is_told_to_the_end_and_not_that_it_has_it_still(world
     assert (last.had_millionths, last.free, last.since_ns) == (0, 0, 0)
 
 
-def test_a_share_that_is_taken_away_opens_the_gates_of_running_programs(world):
+def test_removing_a_share_opens_the_gates_of_running_programs(world):
     it = world(t7=Share(limit_millionths=10_000))
     program = it.greet(1, 7)
     it.until(lambda: program.word() & Gate.GATED)
@@ -395,7 +395,7 @@ def test_a_defect_that_one_tenant_finds_does_not_stop_the_others(world, monkeypa
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_fault_of_ours_ends_the_process_so_that_gates_open(world, monkeypatch):
+def test_an_internal_error_ends_the_process_so_that_gates_open(world, monkeypatch):
     it, ended = world(t7=Share()), []
     monkeypatch.setattr(os, "_exit", ended.append)
     it.greet(1, 7)
@@ -406,7 +406,7 @@ def test_a_fault_of_ours_ends_the_process_so_that_gates_open(world, monkeypatch)
     assert ended == [os.EX_SOFTWARE]
 
 
-def test_who_rings_without_end_is_not_listened_to(world):
+def test_a_process_that_wakes_without_end_is_not_watched(world):
     it = world(t7=Share(limit_millionths=500_000))
     program = it.greet(1, 7, start=False)
     stop = time.monotonic() + 1.0
@@ -420,13 +420,13 @@ def test_who_rings_without_end_is_not_listened_to(world):
     assert it.turns < 2_000
 
 
-def test_a_word_that_is_muted_wakes_nobody_until_it_is_not():
-    words, bells = (ctypes.c_uint32 * 2)(), futex.Bells()
+def test_an_ignored_word_wakes_no_thread():
+    words, futexes = (ctypes.c_uint32 * 2)(), futex.FutexWords()
     addresses = [ctypes.addressof(words) + 4 * place for place in (0, 1)]
-    bells.watch(addresses)
+    futexes.watch(addresses)
 
     def wakes(place):
-        waiter = threading.Thread(target=bells.wait, args=(time.monotonic_ns() + 10 * 10**9,), daemon=True)
+        waiter = threading.Thread(target=futexes.wait, args=(time.monotonic_ns() + 10 * 10**9,), daemon=True)
         waiter.start()
         end = time.monotonic() + 0.3
         while waiter.is_alive() and time.monotonic() < end:
@@ -438,19 +438,19 @@ def test_a_word_that_is_muted_wakes_nobody_until_it_is_not():
         return woken
 
     assert wakes(0)
-    bells.mute(0, True)
+    futexes.ignore(0, True)
     assert not wakes(0)
     assert wakes(1)
-    bells.mute(0, False)
+    futexes.ignore(0, False)
     assert wakes(0)
 
 
-def test_who_waits_for_an_owner_does_not_wake_us_and_is_seen_with_him(world):
+def test_a_tenant_that_waits_for_an_owner_does_not_wake_the_slicer_and_is_seen_with_it(world):
     long = Share(quantum_ns=1_000_000_000)
     it = world(t7=long, t8=long)
     it.slicer.is_told = True
     programs = [it.greet(1, 7), it.greet(2, 8)]
-    it.until(lambda: sum(p.is_open() for p in programs) == 1 and it.slicer._muted)
+    it.until(lambda: sum(p.is_open() for p in programs) == 1 and it.slicer._ignored)
     waiter = next(p for p in programs if not p.is_open())
     it.until(lambda: waiter.status.devices[0].waiting)
     turns, began = it.turns, time.monotonic()
@@ -460,7 +460,7 @@ def test_who_waits_for_an_owner_does_not_wake_us_and_is_seen_with_him(world):
     assert it.turns - turns < 20 + (time.monotonic() - began) / 0.00175  # the owner is looked at, nothing else
 
 
-def test_a_share_that_was_taken_away_and_given_back_is_counted_anew():
+def test_a_share_removed_and_set_again_is_counted_again():
     """The counts of its new place begin at 0, below the last reported ones."""
     share = Share(limit_millionths=500_000)
     ledger, slicer = Ledger(L7=share), TimeSlicer()

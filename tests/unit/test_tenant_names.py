@@ -70,7 +70,7 @@ def test_the_oldest_cgroup_of_a_batch_has_the_name_itself():
         assert put(TenantNames(), *(tenant(c, "job") for c in order)) == {2: "job", 3: "job-3", 5: "job-5"}
 
 
-def test_a_restart_gives_each_the_name_that_it_had(tmp_path):
+def test_a_restart_keeps_each_name(tmp_path):
     names = TenantNames()
     names.keep_in(tmp_path / FILE, anywhere)
     for cgroup in (3, 2, 5):
@@ -91,14 +91,14 @@ def test_a_cgroup_that_is_gone_keeps_no_name(tmp_path):
     assert put(again, tenant(3, "job")) == {3: "job"}
 
 
-def test_a_name_follows_what_the_tenant_is_called():
+def test_a_name_follows_the_tenant_s_label():
     names = TenantNames()
     put(names, tenant(2, "job"), tenant(3, "job"))
     assert put(names, tenant(3, "team/pod")) == {3: "team/pod"}
     assert put(names, tenant(5, "job-3")) == {5: "job-3"}
 
 
-def test_the_end_of_one_leaves_the_others_theirs():
+def test_the_end_of_one_tenant_leaves_the_others_names():
     names = TenantNames()
     put(names, tenant(2, "job"), tenant(3, "job"))
     names.forget([3])

@@ -114,7 +114,7 @@ def test_no_turn_passes_with_work_in_flight() -> None:
     st.sampled_from([short, longer, with_pauses]),
     st.sampled_from([right, wrong]),
 )
-def test_whatever_they_think_service_is_by_weight(weights: list[int], step_ns: int, think: Think, guess: Think) -> None:
+def test_any_think_times_leave_service_by_weight(weights: list[int], step_ns: int, think: Think, guess: Think) -> None:
     assert_by_weight(World(*(program(n + 1, weight, think, guess, step_ns) for n, weight in enumerate(weights))))
 
 
@@ -174,7 +174,7 @@ def test_patience_is_learned_and_bounded() -> None:
     assert thinks.patience_ns(20 * MS) == IDLE_NS, "it would be in vain"
 
 
-def test_what_a_tenant_is_behind_stays_for_some_quanta_and_no_more() -> None:
+def test_the_lag_of_a_tenant_is_bounded_to_some_quanta() -> None:
     share = Share(weight=200)
     left = Leave(1 * S, 7 * MS)
     assert left.credit_ns(1 * S + 1 * MS, share) == 7 * MS

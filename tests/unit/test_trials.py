@@ -110,7 +110,7 @@ def test_a_run_ends(waits: list[float]) -> None:
     assert tries(Trials(time.monotonic(), Taken(0.3))) == 0
 
 
-def test_what_was_taken_before_the_trial_is_nothing_to_it() -> None:
+def test_time_taken_before_a_trial_does_not_count() -> None:
     clock = Taken(0.9, 0.9)
     trials = Trials(later(), clock)
     assert trials.taken().startswith("90% of them")
@@ -149,7 +149,7 @@ def test_each_trial_has_a_time_to_end_in(tmp_path: Path) -> None:
     assert "Timeout (>2.0s)" in out
 
 
-def test_what_a_trial_leaves_is_found(tmp_path: Path) -> None:
+def test_leftovers_of_a_trial_are_found(tmp_path: Path) -> None:
     assert re.search(r"\b2 passed\b", asked(tmp_path / "once", LEFT, 0.0))
     out = asked(tmp_path / "again", LEFT, 0.0, "--again")
     assert re.search(r"\b1 failed, 1 passed, 2 rerun\b", out), out

@@ -51,7 +51,7 @@ def test_an_importer_may_have_what_others_export(flags: int, beyond: int) -> Non
     assert unwitnessed().find({1: exporter, 2: importer}, [orphan(bytes_=MIB)]).get((2, 0), 0) == beyond
 
 
-def test_what_a_process_exports_itself_explains_nothing() -> None:
+def test_exports_of_a_process_explain_nothing_of_its_own() -> None:
     assert found(flags=Seen.IMPORT, overhead=MODULES + 4 * MIB, exported=4 * MIB) == 4 * MIB
 
 
@@ -68,7 +68,7 @@ def importer(bytes_: int, **facts: Any) -> Process:
         {"flags": Seen.EXPORT, "bytes_": 4 * MIB},
     ],
 )
-def test_what_an_exporter_has_freed_stays_its_importers(exporter: dict[str, Any]) -> None:
+def test_memory_freed_by_an_exporter_stays_its_importers(exporter: dict[str, Any]) -> None:
     """The driver shows it in the importer's row from then on. It may come there some looks later."""
     one = unwitnessed()
     assert one.find({1: process(**exporter), 2: importer(0)}, ()) == {}
@@ -80,7 +80,7 @@ def test_what_an_exporter_has_freed_stays_its_importers(exporter: dict[str, Any]
     assert one.find({2: importer(5 * MIB)}, ()) == {(2, 0): MIB}
 
 
-def test_what_comes_later_is_no_import() -> None:
+def test_later_memory_is_no_import() -> None:
     one = unwitnessed()
     one.find({1: process(exported=4 * MIB), 2: importer(0)}, ())
     for _ in range(LOOKS + 1):
@@ -109,7 +109,7 @@ def test_one_producer_after_another() -> None:
         assert one.find({100: importer(number * MIB)}, ()) == {}
 
 
-def test_what_an_importer_had_before_the_agents_start_is_explained() -> None:
+def test_imports_before_the_agents_start_are_explained() -> None:
     one = Unwitnessed({0: CONTEXT}, MODULES)
     assert one.find({2: importer(4 * MIB)}, ()) == {}
     assert one.find({2: importer(5 * MIB)}, ()) == {(2, 0): MIB}

@@ -29,9 +29,11 @@ NOW = 1009.0
         ([7, 8], {1: NOW - 1}, None),
         ([7, 8], {0: NOW - 6}, None),
     ],
-    ids=["all", "one", "nobody", "one was not compared", "no answer for this device", "long ago"],
+    ids=["all", "one", "none", "one was not compared", "no answer for this device", "long ago"],
 )
-def test_drift_is_of_all_or_of_nobody(own: list[int], answered: dict[int, float], shown: int | None) -> None:
+def test_drift_is_known_for_all_processes_or_for_none(
+    own: list[int], answered: dict[int, float], shown: int | None
+) -> None:
     truth = Truth(answered, drift={(7, 0): -2, (8, 0): 103, (9, 1): 5})
     look = SimpleNamespace(truth=truth, now_ns=int(NOW * 1e9))
     assert snapshot_builder._drift(look, own, 0) == shown  # type: ignore[arg-type]
@@ -41,7 +43,7 @@ def test_drift_is_of_all_or_of_nobody(own: list[int], answered: dict[int, float]
     ("flags", "bytes_", "how"),
     [(0, 5, "unwitnessed"), (Seen.CALL, 5, "no_shim"), (Seen.CALL, 0, ""), (Seen.SHIM | Seen.CALL, 5, "")],
 )
-def test_who_goes_around_the_shim_is_alive(flags: int, bytes_: int, how: str) -> None:
+def test_only_a_live_process_is_a_bypass(flags: int, bytes_: int, how: str) -> None:
     known = Bypasses((), (), (), (), Verdict(), Reasons())
     process = SimpleNamespace(flags=flags, bytes=(bytes_,))
     ended = subprocess.Popen(["true"])
@@ -65,7 +67,7 @@ def test_who_goes_around_the_shim_is_alive(flags: int, bytes_: int, how: str) ->
 @pytest.mark.parametrize(
     ("how", "flags", "told"), [("no_admission", 0, True), ("no_admission", Seen.SHIM, False), ("older", 0, False)]
 )
-def test_why_is_told_of_those_without_a_shim(how: str, flags: int, told: bool) -> None:
+def test_the_reason_is_shown_for_processes_without_a_shim(how: str, flags: int, told: bool) -> None:
     process, known = SimpleNamespace(flags=flags, generation=1), Bypasses((), (), (), (), Verdict(), Reasons())
     assert bool(known.why(os.getpid(), process, how)) == told  # type: ignore[arg-type]
     assert known.why(1 << 22, process, how) == "", "it is gone"  # type: ignore[arg-type]

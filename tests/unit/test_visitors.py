@@ -30,27 +30,27 @@ def by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(procfs, "_PIDFD_GET_PID_NAMESPACE", 0xEE05)
 
 
-def test_nobody_of_that_pid_has_ended_since(sock):
+def test_no_process_of_that_pid_has_ended_since(sock):
     pidfd = PeerIdentifier(lambda pid: 0 if pid == os.getpid() else None).pidfd(sock)
     assert procfs.identity(pidfd)[0] == os.getpid()
     os.close(pidfd)
 
 
-@pytest.mark.parametrize("ended", [monotonic_ns, lambda: None], ids=["ended since", "nobody knows"])
-def test_who_may_be_another_is_nobody(sock, ended):
+@pytest.mark.parametrize("ended", [monotonic_ns, lambda: None], ids=["ended since", "unknown"])
+def test_a_peer_that_may_be_another_process_is_not_identified(sock, ended):
     found = PeerIdentifier(lambda _: ended())
     with pytest.raises(ProcessLookupError):
         found.pidfd(sock)
 
 
-def test_an_end_before_it_connected_is_another_s(sock):
+def test_an_end_before_the_connection_is_of_another_process(sock):
     ended_ns = monotonic_ns()
     found = PeerIdentifier(lambda _: ended_ns)
     found.none_waiting(monotonic_ns())
     os.close(found.pidfd(sock))
 
 
-def test_what_proc_says_is_what_the_pidfd_says(monkeypatch):
+def test_proc_and_the_pidfd_agree(monkeypatch):
     pidfd = os.pidfd_open(os.getpid())
     said = procfs.identity(pidfd), procfs.pid_space(pidfd)
     monkeypatch.setattr(procfs, "_PIDFD_GET_INFO", 0xC040EE0B)
@@ -60,7 +60,7 @@ def test_what_proc_says_is_what_the_pidfd_says(monkeypatch):
 
 
 @pytest.mark.parametrize("reaped", [True, False])
-def test_who_has_ended_is_nobody(by_name, reaped):
+def test_an_ended_peer_is_not_identified(by_name, reaped):
     child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     pidfd = os.pidfd_open(child.pid)
     child.stdin.close()

@@ -68,7 +68,7 @@ def test_it_answers(server: HttpServer) -> None:
     assert ask(server) == b"fine"
 
 
-def test_connections_that_say_nothing_have_no_thread_and_go(server: HttpServer) -> None:
+def test_silent_connections_have_no_thread_and_are_closed(server: HttpServer) -> None:
     before = threading.active_count()
     socks = [silent(server) for _ in range(3 * MOST_WAITING)]
     time.sleep(0.2)
@@ -132,7 +132,7 @@ def test_requests_beyond_eight_wait_for_a_place() -> None:
     assert most == MOST_CLIENTS
 
 
-def test_clients_that_do_not_take_their_answers_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_that_do_not_read_their_replies_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "SLOW_SECONDS", 0.3)
 
     def large(_: dict[str, Any], start: Any) -> Iterable[bytes]:
@@ -150,7 +150,7 @@ def test_clients_that_do_not_take_their_answers_make_room_for_others(monkeypatch
 
 
 @pytest.mark.parametrize("head", [b"G" * (1 << 20), b"\0" * 100_000, b"GET / HTTP/1.0\r\nX: " + b"y" * (1 << 20)])
-def test_a_head_without_end_is_hung_up_on(server: HttpServer, head: bytes) -> None:
+def test_a_head_without_end_closes_the_connection(server: HttpServer, head: bytes) -> None:
     with silent(server) as sock:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(head)
@@ -159,7 +159,7 @@ def test_a_head_without_end_is_hung_up_on(server: HttpServer, head: bytes) -> No
     assert ask(server) == b"fine"
 
 
-def test_one_that_drips_goes_too(server: HttpServer) -> None:
+def test_a_connection_that_drips_is_closed_too(server: HttpServer) -> None:
     sock, began = silent(server), time.monotonic()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         while time.monotonic() - began < 10:
@@ -168,7 +168,7 @@ def test_one_that_drips_goes_too(server: HttpServer) -> None:
     assert time.monotonic() - began < 4
 
 
-def test_a_taken_address_is_said(server: HttpServer) -> None:
+def test_a_taken_address_is_reported(server: HttpServer) -> None:
     with pytest.raises(OSError, match="in use"):
         HttpServer("127.0.0.1", server.server_port, app)
 

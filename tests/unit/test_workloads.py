@@ -32,7 +32,7 @@ def test_walk_finds_every_cgroup_but_the_root_outer_ones_first(workloads, root):
     assert all(found.index(path.rpartition("/")[0]) < found.index(path) for path in found if path.count("/") > 1)
 
 
-def test_a_cgroup_made_anew_under_the_same_path_is_another(workloads, root):
+def test_a_cgroup_made_again_under_the_same_path_is_another(workloads, root):
     before = workloads.cgroup("/a/b/c")
     (root / "a/b/c").rename(root / "moved")
     assert workloads.cgroup("/a/b/c") is None
@@ -41,7 +41,7 @@ def test_a_cgroup_made_anew_under_the_same_path_is_another(workloads, root):
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "x" * 200, "new\nline"])
-def test_names_that_are_none(workloads, name):
+def test_invalid_names(workloads, name):
     with pytest.raises(TargetError):
         workloads.make(name)
 
@@ -84,7 +84,7 @@ def test_a_percentage_is_kept_and_an_older_agent_reads_a_file_that_has_none(tmp_
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '[{"cgroup": 1}]', "null", "[" * 1000])
-def test_a_broken_file_is_no_overrides(tmp_path, text):
+def test_a_broken_file_has_no_overrides(tmp_path, text):
     (tmp_path / "overrides.json").write_text(text)
     assert list(Overrides(tmp_path / "overrides.json")) == []
 
@@ -122,12 +122,12 @@ def test_targets(find, target, path):
 @pytest.mark.parametrize(
     "target", ["/nowhere", "/a/../../etc", "/..", "pid/999999999", "pid/x", "nobody", "", "unit/y.service", "1f3"]
 )
-def test_targets_that_are_not_there(find, target):
+def test_missing_targets(find, target):
     with pytest.raises(TargetError):
         find(target)
 
 
-def test_a_target_that_may_be_two_is_none(find, root):
+def test_an_ambiguous_target_is_refused(find, root):
     (root / f"docker/1f3a1{ID[5:]}").mkdir()
     with pytest.raises(TargetError, match="name one of them"):
         find("1f3a")

@@ -91,18 +91,18 @@ def test_a_flood_of_events_ends_a_look_and_no_event(library: Library) -> None:
     assert [len(library.nvml.xids()) for _ in range(4)] == [64, 64, 22, 0]
 
 
-def test_a_device_that_tells_of_none_is_not_watched(library: Library) -> None:
+def test_a_device_without_events_is_not_watched(library: Library) -> None:
     library.refused = {1}
     library.nvml.xids()
     assert library.nvml.watched() == {0, 2}
 
 
-def test_an_event_of_a_handle_that_nobody_knows_is_every_devices(library: Library) -> None:
+def test_an_event_of_an_unknown_handle_counts_for_every_device(library: Library) -> None:
     library.coming = [SimpleNamespace(device=ctypes.c_void_p(1), eventType=XID, eventData=79)]
     assert library.nvml.xids() == [(0, 79), (1, 79), (2, 79)]
 
 
-def test_what_came_before_an_error_is_not_lost_and_the_next_look_registers_anew(library: Library) -> None:
+def test_events_before_an_error_are_kept_and_the_next_look_registers_again(library: Library) -> None:
     library.coming = [event(1, 79), pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST), event(0, 48)]
     assert library.nvml.xids() == [(1, 79)]
     assert library.nvml.watched() == set()
@@ -111,9 +111,7 @@ def test_what_came_before_an_error_is_not_lost_and_the_next_look_registers_anew(
     assert library.made == 2
 
 
-def test_those_that_were_lost_are_told_once_they_are_found_again(
-    library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_devices_found_again_are_reported_once(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     library.nvml.xids()
     library.lost = {1}
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: library.DeviceGetMemoryInfo(HANDLES[1]))
@@ -126,7 +124,7 @@ def test_those_that_were_lost_are_told_once_they_are_found_again(
     assert library.freed == library.made - 1, "the one in use"
 
 
-def test_who_cannot_make_a_set_watches_nothing(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_event_set_nothing_is_watched(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library is too old, or the driver is gone."""
 
     def refuse() -> None:
@@ -140,7 +138,7 @@ def test_who_cannot_make_a_set_watches_nothing(library: Library, monkeypatch: py
 
 
 @pytest.mark.parametrize("xid", [13, 31, 43, 45, 68, 109])
-def test_what_programs_cause_is_counted_and_no_more(xid: int) -> None:
+def test_errors_of_programs_are_only_counted(xid: int) -> None:
     assert Tally().take([0], [(0, xid), (0, xid)]) == {0: Reported({xid: 2}, 2)}
 
 
@@ -174,7 +172,7 @@ def test_a_record_holds_over_restarts_and_ends_with_the_lifetime_of_the_driver(t
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"of": "a"}', '{"of": "a", "fatal": [1]}', "[" * 10**5])
-def test_a_record_that_is_none_says_nothing(tmp_path: Path, text: str) -> None:
+def test_an_invalid_record_says_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "xids.json").write_text(text)
     devices = [Device(0, bytes(16), "", "", 1, 1)]
     assert XidRecord(tmp_path / "xids.json", "a").tally((), devices).take([], []) == {}
@@ -212,17 +210,17 @@ def view(index: int, **more: Any) -> dict[str, Any]:
 def test_doctor_names_the_device_and_the_xid() -> None:
     failed = xids.check([view(0, xids={}), view(1, xids={79: 1}, fatal_xid=79), view(2)])
     assert (failed.ok, failed.found) == (False, "device 1: it has reported XID 79")
-    assert "dmesg" in failed.mend
+    assert "dmesg" in failed.fix
     assert xids.check([view(0, xids={31: 2}, ignored_xids=2)]).ok
     assert xids.check([view(0)]).found == "NVML reports no XIDs"
 
 
-def test_no_share_of_it_is_offered_though_nvml_answers() -> None:
+def test_no_share_of_a_failed_device_is_offered() -> None:
     truth = Truth(
         answered={0: float("inf"), 1: float("inf")}, xids={0: Reported({79: 1}, 0, 79), 1: Reported({31: 1}, 1)}
     )
     offers = Offers([], [], SimpleNamespace(), truth, "")  # type: ignore[arg-type]
-    assert [offers._fault(index) for index in (0, 1)] == ["it has reported XID 79", ""]
+    assert [offers._failure(index) for index in (0, 1)] == ["it has reported XID 79", ""]
 
 
 def test_events_tell_of_each_and_how_often() -> None:

@@ -34,11 +34,11 @@ def device(index: int = 0, used: int | None = 40 * GIB, owner: str | None = "bob
     )  # fmt: skip
 
 
-def news(
-    *tenants: TenantView, devices: tuple[DeviceView, ...] = (), fault: str = "", unenforced: str = ""
+def latest(
+    *tenants: TenantView, devices: tuple[DeviceView, ...] = (), error: str = "", unenforced: str = ""
 ) -> LatestSnapshot:
     snapshot = Snapshot(1.0, devices or (device(),), tenants, unenforced=unenforced)
-    return LatestSnapshot(json.loads(json.dumps(snapshot, default=plain)), fault, 0.0)
+    return LatestSnapshot(json.loads(json.dumps(snapshot, default=plain)), error, 0.0)
 
 
 ALICE = tenant("alice", on(0, 4 * GIB, 8 * GIB, refused=3, time=compute(0.251, 0.25, 12.34)))
