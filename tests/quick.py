@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.schedule import DURATIONS, TESTS
 
-MOST_SECONDS = 5  # of a file of unit tests, as DURATIONS has them
+MOST_SECONDS = 3  # of a file of unit tests, as DURATIONS has them
 STEPS = ("bpf/test_ledger.py", "gatekeeper/test_hello.py", "e2e/test_limit.py", "e2e/test_policies.py")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from fgpu_ebpf.agent.agent import Agent
 
-PARTS = ("policies", "engines", "reconciler", "keeper")
+PARTS = ("policies", "engines", "reconciler", "gatekeeper")
 
 
 class Part:
@@ -31,7 +31,7 @@ def agent_of(stopped: list[str], failing: tuple[str, ...], is_wired: bool = True
     agent.failures = 0
     part = {name: Part(name, stopped, name in failing) for name in PARTS}
     wired = SimpleNamespace(policies=part["policies"], reconciler=part["reconciler"]) if is_wired else None
-    for name, value in (("_parts", wired), ("engines", part["engines"]), ("keeper", part["keeper"])):
+    for name, value in (("_parts", wired), ("engines", part["engines"]), ("gatekeeper", part["gatekeeper"])):
         setattr(agent, name, value)
     return agent
 
@@ -54,4 +54,4 @@ def test_a_part_that_raises_keeps_no_other_from_being_stopped(
 def test_a_part_that_a_start_did_not_reach_is_left_out() -> None:
     stopped: list[str] = []
     agent_of(stopped, (), is_wired=False).stop()
-    assert stopped == ["engines", "keeper"]
+    assert stopped == ["engines", "gatekeeper"]
