@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Generator
@@ -55,6 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
             config.pluginmanager.register(Durations())
     if os.environ.get(WORLDS) and (is_worker or not config.getoption("numprocesses", None)):
         world.enter(config.workerinput["workerid"] if is_worker else "alone")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let pytest-rerunfailures send without a delay: with Nagle's algorithm each test of a worker takes 40 ms more."""
+    if hasattr(session.config, "workerinput"):
+        session.config.failures_db.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # type: ignore[attr-defined]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedule:
