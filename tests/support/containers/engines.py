@@ -7,6 +7,7 @@ failed download is a failure that names it, and never skips a test. Imports noth
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -114,11 +115,18 @@ def newer_docker() -> Path:
 
 
 def _unpacked(name: str, words: list[str], options: list[str]) -> Path:
-    """Run `apt-get WORDS` with these options once, and fetch its lists again if that fails."""
+    """Return what `apt-get WORDS` with these options gives, unpacked. One process does that, and others wait for it."""
     root = ENGINES / name
-    if root.exists():
-        return root
-    aside, archives = ENGINES / f".{name}", ENGINES / "archives"
+    ENGINES.mkdir(parents=True, exist_ok=True)
+    with open(ENGINES / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return root if root.exists() else _unpack(root, words, options)
+
+
+def _unpack(root: Path, words: list[str], options: list[str]) -> Path:
+    """Run `apt-get WORDS` with these options, and fetch its lists again if that fails."""
+    name = root.name
+    aside, archives = ENGINES / f".{name}", ENGINES / f"archives-{name}"
     for folder in (aside, archives):
         shutil.rmtree(folder, ignore_errors=True)
     aside.mkdir(parents=True)
