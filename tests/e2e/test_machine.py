@@ -6,7 +6,6 @@ Sizes are whole granules, so that the model is exact at once: which requests are
 from __future__ import annotations
 
 import os
-import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from hypothesis.stateful import (
 )
 
 from tests.support.commands import fgpu
-from tests.support.host import CONTEXT, MIB, REFUSED
+from tests.support.host import CONTEXT, MIB, REFUSED, new_seed
 from tests.support.tenant import Client, Tenant
 from tests.support.wait import eventually
 
@@ -223,7 +222,7 @@ class Machine(RuleBasedStateMachine):
 def test_machine(tenant: Callable[[int], Tenant], scale: Callable[[int, int, int], int]) -> None:
     Machine.tenant = tenant(LIMIT)
     Machine.tenant.assert_enforced()
-    number = int(os.environ.get("FGPU_TEST_SEED", random.SystemRandom().randrange(1 << 30)))
+    number = int(os.environ.get("FGPU_TEST_SEED", new_seed()))
     print(f"FGPU_TEST_SEED={number}")
     chosen = settings(
         max_examples=scale(4, 20, 1000),

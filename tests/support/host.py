@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import random
 import shlex
 import socket
 from pathlib import Path
@@ -68,3 +69,8 @@ def fill(filler: Path) -> None:
     with open(filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
+
+
+def new_seed() -> int:
+    """Return a seed for random operations: a new one in a full run, and else always the same."""
+    return random.SystemRandom().randrange(1 << 30) if os.environ.get("FGPU_TEST_SCALE") == "full" else 1
