@@ -9,14 +9,14 @@ machine that is theirs.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.support.wait import waited_seconds
 
 STOLEN_SHARE = 0.05  # of the time of all processors, from the start of a trial; a quiet machine loses a hundredth
 MOST_STOLEN = 2  # trials of one test that do not count for that reason
@@ -24,7 +24,6 @@ CROWDED_SHARE = 0.5  # of the time of a trial in which a program waited for a pr
 MOST_CROWDED = 1
 WAIT_SECONDS = 10
 LAST_SECONDS = 25 * 60.0  # of a run: later failures are final
-PRESSURE = Path("/proc/pressure/cpu")
 
 
 class Again(Exception):
@@ -42,9 +41,7 @@ class Clock:
 
     @classmethod
     def now(cls) -> Clock:
-        found = re.search(r"^some .* total=(\d+)$", PRESSURE.read_text(), re.MULTILINE) if PRESSURE.exists() else None
-        crowded = int(found[1]) / 1e6 if found else 0.0
-        return cls(time.monotonic(), psutil.cpu_times().steal, crowded, psutil.cpu_count() or 1)
+        return cls(time.monotonic(), psutil.cpu_times().steal, waited_seconds(), psutil.cpu_count() or 1)
 
     def stolen_share_since(self, before: Clock) -> float:
         """Return the part of what all processors had to give that was stolen."""

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -277,23 +277,8 @@ def test_a_group_s_limit_holds_over_the_sum_of_its_tenants(write: Write, contain
 # -- room
 
 
-@pytest.fixture
-def forbidding(service: Service) -> Iterator[Service]:
-    """Run the agent with overcommit forbidden, as it is without a file."""
-    before = service.config.read_text()
-    service.config.write_text("overcommit: forbid\n")
-    service.kill_agent()
-    service.start_agent()
-    yield service
-    service.config.write_text(before)
-    service.kill_agent()
-    service.start_agent()
-
-
 @pytest.mark.places("runc")
-def test_limits_that_sum_past_the_device_are_refused_with_the_numbers(
-    forbidding: Service, write: Write, container
-) -> None:
+def test_limits_that_sum_past_the_device_are_refused_with_the_numbers(strict: Service, write: Write, container) -> None:
     write("memory: {limit: 9GiB}")
     first = container().client()
     assert first.ok("info")[1] == 9 * GIB
@@ -308,7 +293,7 @@ def test_limits_that_sum_past_the_device_are_refused_with_the_numbers(
     fgpu("set", two.path, "--memory", "4GiB")
     eventually(lambda: second.do("context").startswith("ok"), 3, "room")
     assert metrics()["fgpu_device_memory_committed_bytes", frozenset({("gpu", "0")})] == 13 * GIB
-    assert forbidding.agent
+    assert strict.agent
 
 
 @pytest.mark.places("runc")

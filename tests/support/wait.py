@@ -36,10 +36,15 @@ class Deadline:
         return self._quiet - _quiet_clock()
 
 
+def waited_seconds() -> float:
+    """Return the seconds since boot in which a program waited for a processor; 0 if the kernel has no such figure."""
+    found = re.search(r"^some .* total=(\d+)$", PRESSURE.read_text(), re.MULTILINE) if PRESSURE.exists() else None
+    return int(found[1]) / 1e6 if found else 0.0
+
+
 def _quiet_clock() -> float:
     """Return the seconds since some moment in which no program waited for a processor."""
-    stalled = re.search(r"^some .* total=(\d+)$", PRESSURE.read_text(), re.MULTILINE) if PRESSURE.exists() else None
-    return time.monotonic() - (int(stalled[1]) / 1e6 if stalled else 0)
+    return time.monotonic() - waited_seconds()
 
 
 def eventually(look: Callable[[], T], seconds: float = 10.0, what: str = "", pause: float = 0.01) -> T:

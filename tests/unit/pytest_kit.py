@@ -9,15 +9,19 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-FILES = ("__init__.py", "conftest.py", "durations.json", "hang.py", "rows.py", "schedule.py", "trials.py", "world.py")
+FILES = (
+    *("__init__.py", "conftest.py", "durations.json", "hang.py", "rows.py", "schedule.py", "trials.py", "world.py"),
+    *("support/__init__.py", "support/wait.py"),
+)
 
 
 def asked_of_copy(work: Path, tests: str, conftest: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Return the output of pytest for `tests`, the text of a file in the suite `sim`, which has that conftest.py."""
     folder = work / "tests/sim"
     folder.mkdir(parents=True)
+    (work / "tests/support").mkdir()
     for name in FILES:
-        shutil.copy(TESTS / name, folder.parent)
+        shutil.copy(TESTS / name, work / "tests" / name)
     (folder / "conftest.py").write_text(conftest)
     (folder / "test_some.py").write_text(tests)
     environment = {name: value for name, value in os.environ.items() if name != "FGPU_TEST_WORLDS"}
