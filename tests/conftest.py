@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import hypothesis
+import psutil
 import pytest
 import pytest_timeout
 from xdist.remote import Producer
@@ -117,12 +119,17 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add to the traceback of a failed trial how much processor time it lost."""
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add to a failed trial how much processor time it lost, and what its processes do if one has not ended in time."""
     report = yield
     trials = item.stash.get(TRIALS, None)
     if report.failed and trials and hasattr(report.longrepr, "addsection"):
         report.longrepr.addsection("processors", trials.taken())
+    if report.failed and call.excinfo and call.excinfo.errisinstance(subprocess.TimeoutExpired):
+        stacks = [hang.stack(child.pid) for child in psutil.Process().children(recursive=True)[-hang.MOST :]]
+        report.longrepr.addsection("processes", "\n".join(stacks))
     return report
 
 

@@ -1,6 +1,8 @@
 """Turns at the gates of two programs divide a simulated device between them."""
 
+import os
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -39,8 +41,17 @@ def take_turns(agent: Agent, first: int, weights: list[int], seconds: float) -> 
     return given
 
 
+@pytest.fixture
+def one_processor() -> Iterator[None]:
+    """All that the test starts runs on one processor: in a virtual machine, to wake another one may take 0.1 ms."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
 @pytest.mark.parametrize(("us", "deep"), [(20, 50), (200, 20), (4_000, 3)])
-def test_turns_divide_the_time(simulator: Simulator, us: int, deep: int) -> None:
+def test_turns_divide_the_time(one_processor: None, simulator: Simulator, us: int, deep: int) -> None:
     """Turns are 3:1. As the programs themselves count it, neither does more than its turns allow, nor much less."""
     agent = simulator.agent
     shut(agent, 1)
@@ -64,4 +75,4 @@ def test_turns_divide_the_time(simulator: Simulator, us: int, deep: int) -> None
     print(f"{us} us: {done[0]:.3f} s of {given[0]:.3f} s and {done[1]:.3f} s of {given[1]:.3f} s")
     assert given[0] > 2.5 * given[1]
     for its, turns in zip(done, given, strict=True):
-        assert 0.3 * turns < its < 1.02 * turns, (done, given)
+        assert 0.5 * turns < its < 1.02 * turns, (done, given)
